@@ -1,0 +1,1767 @@
+#!/usr/bin/env python3
+"""agent-bus server: a message bus for coding agents, in one file, with the standard library only.
+
+It is written in the order a message travels. Read it from top to bottom:
+
+    sender ──POST /send──► Connection ─► Request ─► Bus.send ─► Journal ─► Log   (one transaction per batch, fsync)
+                                                                   │ visible messages, in tick order
+    reader ◄─ parked /recv ◄─ Connection ◄─ Mailboxes.claim ◄─ Bus.committed ─► answer the sender
+
+    Words         names, cursors, messages: what the wire says, parsed once, at the edge
+    Connection    one socket and the one thing it waits for; Deadlines is the clock of them all
+    Request       one HTTP request in memory: its grammar, its query, its body
+    Bus           the endpoints, a table; the only class that knows both sides
+    Journal       the thread that commits; Log is the SQLite file it writes
+    Mailboxes     who reads, how far, and who is parked
+    main          the command line, the start, the drain
+
+Two threads, no locks: the loop (asyncio) does everything but the commit, the journal thread does Log.commit and nothing
+else. They hand a Batch to each other and never touch it at the same time.
+
+The tick is the one number: the microsecond of the commit, made unique and increasing by the one writer. It is clock,
+order, cursor and identity at once; on the wire it is `ts` (seconds), `id` (hex), `since` and `now`. PROTOCOL.md is the
+contract; docs/design.md has the reasons, and the shapes that were rejected.
+"""
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import enum
+import fcntl
+import heapq
+import ipaddress
+import json
+import math
+import os
+import pathlib
+import queue
+import re
+import resource
+import secrets
+import signal
+import sqlite3
+import sys
+import threading
+import time
+import traceback
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from email.utils import formatdate
+from functools import lru_cache
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler
+from typing import Any, NamedTuple, NoReturn
+from urllib.parse import parse_qsl
+
+VERSION = "0.1.0"
+
+HOLD = 25.0  # s a poll is parked when it does not say; under the 30 s after which common proxies cut a quiet request
+HOLD_MAX = 60.0  # s; a client that asks for more is answered then, and asks again
+GRACE = 10.0  # s after its hold in which a reader still counts as listening: the time to print and poll again
+AHEAD = 300 * 1000000  # us a cursor may be ahead of our clock: a fast clock; beyond it is milliseconds or a broken one
+
+HEAD_BYTES, LINE_BYTES, HEADERS = 16384, 8192, 64  # of a request head; more is 431, 414, 431
+HEAD_SECONDS = BODY_SECONDS = 10.0  # for the whole head, then for the whole body, plus
+BODY_RATE = 8192  # bytes of it per second; slower is 408
+ANSWER_SECONDS = 30.0  # for the peer to read an answer; then the socket is aborted
+IDLE_SECONDS = 75.0  # between two requests on a connection; above HOLD_MAX, so a pooled one outlives a poll elsewhere
+LINGER_SECONDS = 2.0  # we go on reading after the last answer: closing on unread bytes would destroy it (TCP reset)
+DRAIN_SECONDS = 10.0  # for accepted sends to be committed and answered after SIGTERM
+
+NAMES_PER_READER = 16
+NAMES_PER_SEND = 64
+MAX_MESSAGES = 1000  # in one answer
+ANSWER_BYTES = 1 << 20  # of messages in an answer that has more than one: bounds memory and a turn of the loop
+DEPTH = 32  # of JSON; the parser itself fails at about 1000, with an error that is not a ValueError
+PRUNE_SLICE = 500  # messages removed in one transaction: a few ms that a send may have to wait
+PRUNE_SECONDS = 60.0  # between two looks for messages that are too old
+MARKS_SECONDS = 1.0  # s a reader's cursor may be newer in memory than on disk; a crash repeats so much to `since=last`
+CHECKED_BYTES = 64 << 20  # a database up to this size is checked whole at start; every row has its checksum anyway
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@-]{0,63}")
+RESERVED = {"all", "system", "operator", "user", "root", "claude"}  # an agent that signs as one could fool another
+EVERYONE = "all"
+
+
+# ── Words ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Refused(Exception):
+    """A request that cannot be served: a status, and one sentence that says what to do. Rendered once, in refusal()."""
+
+    def __init__(self, status: int, sentence: str, *headers: tuple[str, str]) -> None:
+        super().__init__(sentence)
+        self.status, self.sentence, self.headers = status, sentence, headers
+
+
+def wall_clock() -> int:
+    """Microseconds since 1970. It may step; only Log makes a tick of it."""
+    return time.time_ns() // 1000
+
+
+def seconds(tick: int) -> str:
+    """A tick as the wire writes it, in exact decimal seconds: a float can hold the 16 digits, arithmetic rounds them."""
+    return f"{tick // 1000000}.{tick % 1000000:06d}"
+
+
+def name(text: Any, what: str) -> str:
+    if not isinstance(text, str) or not NAME.fullmatch(text):
+        raise Refused(400, f"{what} must be a name: 1 to 64 of A-Z a-z 0-9 . _ : @ - and first a letter or digit")
+    return text
+
+
+NOW, LAST = -1, -2  # the words `now` and `last`, as cursors that no tick can be
+SINCE = re.compile(r"([0-9]{1,10})(?:\.([0-9]{1,9}))?")
+
+
+def cursor(text: str) -> int:
+    """`since` as a tick, NOW or LAST. Rounded to the nearest microsecond: jq 1.6 prints 17 digits of a float."""
+    if text in ("now", "last"):
+        return NOW if text == "now" else LAST
+    match = SINCE.fullmatch(text)
+    if not match:
+        hint = ", and this looks like milliseconds" if re.fullmatch(r"[0-9]{11,}(\.[0-9]*)?", text) else ""
+        raise Refused(400, f"since must be 'now', 'last' or seconds like 1795203596.123456{hint}")
+    return int(match[1]) * 1000000 + (int((match[2] or "").ljust(9, "0")) + 500) // 1000
+
+
+class Message(NamedTuple):
+    """A committed message. `text` is its JSON members after ts, id and to; `n` numbers the messages of its mailbox."""
+
+    tick: int
+    channel: str
+    to: str
+    sender: str
+    text: str
+    n: int
+    expires: int | None  # wall clock, us
+
+    def render(self) -> str:
+        return f'{{"ts": {seconds(self.tick)}, "id": "{self.tick:x}", "to": "{self.to}", {self.text}}}'
+
+
+class Draft(NamedTuple):
+    """A message that is valid and has no tick yet; it becomes one Message for each name in `to`."""
+
+    channel: str
+    to: tuple[str, ...]
+    sender: str
+    text: str
+    key: str | None
+    ttl: int | None  # us
+
+
+OURS = {"from", "to", "channel", "msg", "key", "ts", "id"}  # members the server writes; all others pass unchanged
+
+
+def draft(fields: Any, key: str | None) -> Draft:
+    """One message as its sender gave it, made into a Draft, or Refused. `key` is the header's; the member goes first.
+
+    Invariant: a message is validated whole before it joins a batch. One poison message must not fail its neighbours.
+    """
+    if not isinstance(fields, dict):
+        raise Refused(400, "a message must be a JSON object")
+    for member in ("from", "to", "msg"):
+        if member not in fields:
+            raise Refused(400, f"{member} is missing: a message has from, to and msg")
+    sender = name(fields["from"], "from")
+    if sender.lower() in RESERVED:
+        raise Refused(400, f"from must not be {sender}: this name is reserved")
+    channel = name(fields.get("channel", "default"), "channel")
+    names = fields["to"] if isinstance(fields["to"], list) else [fields["to"]]
+    if not 1 <= len(names) <= NAMES_PER_SEND:
+        raise Refused(400, f"to must be a name or a list of 1 to {NAMES_PER_SEND} names")
+    to = tuple(dict.fromkeys(name(one, "to") for one in names))
+    for member in ("msg", "reply_to"):
+        if not isinstance(fields.get(member, ""), str):
+            raise Refused(400, f"{member} must be a string")
+    key = fields.get("key", key)
+    if key is not None and not (isinstance(key, str) and re.fullmatch(r"[!-~]{1,128}", key)):
+        raise Refused(400, "key must be 1 to 128 printable ASCII characters without a space")
+    text = f'"from": "{sender}", "channel": "{channel}", "msg": {quote(fields["msg"])}'
+    rest = {member: value for member, value in fields.items() if member not in OURS}
+    if rest:
+        try:
+            text += f", {encode(rest)[1:-1]}"
+        except ValueError:
+            raise Refused(400, "a number in the message is too large for JSON") from None
+    return Draft(channel, to, sender, text, key, lifetime(fields.get("ttl")))
+
+
+def lifetime(ttl: Any) -> int | None:
+    if ttl is None:
+        return None
+    if isinstance(ttl, bool) or not isinstance(ttl, (int, float)) or not 0 < ttl <= 1e9:
+        raise Refused(400, "ttl must be a number of seconds above 0")
+    return int(ttl * 1000000)
+
+
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    members = dict(pairs)
+    if len(members) != len(pairs):
+        raise ValueError("a member is given twice")
+    return members
+
+
+def no_constant(word: str) -> NoReturn:
+    raise ValueError(f"{word} is not JSON")
+
+
+decode = json.JSONDecoder(object_pairs_hook=unique, parse_constant=no_constant).decode
+encode = json.JSONEncoder(allow_nan=False).encode  # ASCII, so that what we emit passes every terminal and every jq
+quote = json.encoder.encode_basestring_ascii
+
+
+def parse_text(body: bytes) -> str:
+    try:
+        text = body.decode("utf-8", "strict")
+    except UnicodeDecodeError as error:
+        raise Refused(400, f"the body is not UTF-8 at byte {error.start}") from None
+    if "\0" in text:
+        raise Refused(400, "the body has a NUL character")
+    return text
+
+
+def parse_json(body: bytes) -> Any:
+    """The body as JSON that every reader can take. What Python lets through and others choke on is refused here."""
+    text = parse_text(body)
+    try:
+        value = decode(text)
+        if "\\u" in text or text.count("[") + text.count("{") > DEPTH:
+            inspect(value, DEPTH)
+    except (ValueError, RecursionError) as error:
+        raise Refused(400, f"the body is not usable JSON: {error}") from None
+    return value
+
+
+def inspect(value: Any, depth: int) -> None:
+    """ValueError for NUL, for half a surrogate pair (SQLite and jq would fail on it, later), for deep nesting."""
+    if isinstance(value, str):
+        if "\0" in value:
+            raise ValueError("a string has a NUL character")
+        if any("\ud800" <= character <= "\udfff" for character in value):
+            raise ValueError("a string has half of a surrogate pair")
+    elif isinstance(value, (dict, list)):
+        if not depth:
+            raise ValueError(f"it is nested more than {DEPTH} deep")
+        for part in value:
+            inspect(part, depth - 1)
+            if isinstance(value, dict):
+                inspect(value[part], depth - 1)
+
+
+# ── Connection ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Answer(NamedTuple):
+    """What goes back: `fetched` is what its reader has once the last byte was written."""
+
+    status: int
+    body: bytes
+    kind: str = "application/json"
+    headers: tuple[tuple[str, str], ...] = ()
+    fetched: tuple[Poll, int] | None = None
+
+
+class State(enum.Enum):
+    """What a connection waits for. Each state has one deadline; Connection.late says what follows when it passes."""
+
+    IDLE = "the first byte of a request"
+    HEAD = "the rest of a head"
+    BODY = "the rest of a body"
+    BUSY = "a commit"
+    PARKED = "a message"
+    WRITING = "the peer, to read its answer"
+    LINGER = "the peer, to close"
+
+
+class Deadlines:
+    """When each connection's patience ends. Used by the loop only; the clock is passed in.
+
+    Connections are filed under the tenth of a second in which they are due. A later deadline is only noted, and the
+    connection filed anew when its old tenth comes: so the usual case, a request that is served in time, costs nothing.
+    """
+
+    SLOT = 0.1  # s; the hold ends at most this much late
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.clock = clock
+        self.slots: dict[int, set[Connection]] = {}
+        self.order: list[int] = []
+
+    def set(self, connection: Connection, patience: float) -> None:
+        connection.due = self.clock() + patience
+        slot = math.ceil(connection.due / self.SLOT)
+        if slot < connection.slot:
+            self.forget(connection)
+            self._file(connection, slot)
+
+    def forget(self, connection: Connection) -> None:
+        if connection.slot < sys.maxsize:
+            self.slots[connection.slot].discard(connection)
+            connection.slot = sys.maxsize
+
+    def _file(self, connection: Connection, slot: int) -> None:
+        if slot not in self.slots:
+            self.slots[slot] = set()
+            heapq.heappush(self.order, slot)
+        self.slots[slot].add(connection)
+        connection.slot = slot
+
+    def late(self) -> Iterator[Connection]:
+        """Every connection whose deadline has passed, once."""
+        now = self.clock()
+        while self.order and self.order[0] * self.SLOT <= now:
+            for connection in self.slots.pop(heapq.heappop(self.order)):
+                connection.slot = sys.maxsize
+                if connection.due <= now:
+                    yield connection
+                elif connection.due < math.inf:
+                    self._file(connection, math.ceil(connection.due / self.SLOT))
+
+
+class Connection(asyncio.Protocol):
+    """One socket, and the one thing it waits for. Owned by the loop.
+
+    IDLE ─► HEAD ─► BODY ─► BUSY or PARKED ─► WRITING ─► IDLE, or ─► LINGER and closed. A step that need not wait is
+    skipped: a short request that is answered at once never leaves the first call of data_received.
+
+    Invariant: one request in hand per connection; pipelined ones wait in `buffer`, in order.
+    """
+
+    __slots__ = ("address", "buffer", "bus", "closing", "due", "ended", "fetched", "request", "slot", "state",
+                 "transport", "__weakref__")  # fmt: skip
+    transport: asyncio.Transport
+    request: Request | None
+    fetched: tuple[Poll, int] | None  # what the reader of the answer being written has then
+
+    def __init__(self, bus: Bus) -> None:
+        self.bus = bus
+        self.buffer: bytes | bytearray = b""
+        self.state, self.slot, self.due = State.IDLE, sys.maxsize, math.inf
+        self.closing = self.ended = False  # we want to close after the answer; the peer has closed its side
+        self.request = self.fetched = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
+        self.address = str((transport.get_extra_info("peername") or ("?",))[0])
+        transport.set_write_buffer_limits(high=0)  # so that resume_writing means: the last byte was written
+        self.bus.connections.add(self)
+        self.wait(State.IDLE, HEAD_SECONDS)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self.bus.connections.discard(self)
+        self.bus.deadlines.forget(self)
+        self.bus.unpark(self)
+        self.state = State.LINGER
+
+    def wait(self, state: State, patience: float) -> None:
+        self.state = state
+        self.bus.deadlines.set(self, patience)
+
+    def data_received(self, data: bytes) -> None:
+        if self.state is State.LINGER:
+            return
+        if not self.buffer:
+            self.buffer = data
+        else:
+            if isinstance(self.buffer, bytes):
+                self.buffer = bytearray(self.buffer)
+            self.buffer += data
+        if self.state in (State.IDLE, State.HEAD, State.BODY):
+            self.advance()
+        elif len(self.buffer) > HEAD_BYTES:
+            self.transport.pause_reading()
+
+    def eof_received(self) -> bool:
+        """The peer sends no more. One that is parked has gone: its answer is empty, so that no message goes astray."""
+        self.ended = True
+        if self.state is State.PARKED:
+            self.bus.release(self)
+        elif self.state is State.LINGER:
+            self.transport.close()
+        else:
+            self.advance()
+        return True
+
+    def advance(self) -> None:
+        """Take requests from the buffer, in order, for as long as the one before is answered."""
+        while self.state in (State.IDLE, State.HEAD, State.BODY):
+            try:
+                request = self.take()
+            except Refused as refused:  # the head or the body was not HTTP; what follows it could be anything
+                self.closing = True
+                self.write(refusal(refused))
+                return
+            if request is None:
+                return
+            self.state, self.due = State.BUSY, math.inf  # the disk may take its time
+            self.closing = request.close_connection
+            answer = request.answer()
+            if answer is not None:
+                self.write(answer)
+
+    def take(self) -> Request | None:
+        """The next whole request; None when it has not arrived yet."""
+        if self.request is None:
+            end = self.buffer.find(b"\r\n\r\n", 0, HEAD_BYTES) + 4
+            if end < 4:
+                self.want_head()
+                return None
+            self.request = Request(self, bytes(self.buffer[:end]))
+            self.buffer = self.buffer[end:]
+            self.request.check_body(self.bus.max_body)
+            if self.request.expects and len(self.buffer) < self.request.length:
+                self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        request, length = self.request, self.request.length
+        if len(self.buffer) < length:
+            if self.ended:
+                raise Refused(400, f"the body ended after {len(self.buffer)} of {length} bytes; nothing was stored")
+            if self.state is not State.BODY:
+                self.wait(State.BODY, BODY_SECONDS + length / BODY_RATE)
+            return None
+        request.body, self.buffer = bytes(self.buffer[:length]), self.buffer[length:]
+        return request
+
+    def want_head(self) -> None:
+        if not self.buffer:
+            if self.ended:
+                self.hang_up()
+            return
+        early_check(self.buffer)
+        if self.ended:
+            raise Refused(400, "the request ended before its empty line")
+        if self.state is not State.HEAD:  # an absolute deadline: a byte now and then does not extend it
+            self.wait(State.HEAD, HEAD_SECONDS)
+
+    def answer(self, answer: Answer) -> None:
+        """Answer the request in hand, which was BUSY or PARKED, and go on with what was pipelined behind it."""
+        if not self.transport.is_closing():
+            self.write(answer)
+            self.advance()
+
+    def write(self, answer: Answer) -> None:
+        self.closing = self.closing or self.bus.draining
+        if self.request is not None:
+            self.bus.log_request(self.request, answer)
+        bare = self.request is not None and self.request.command == "HEAD"
+        self.fetched = answer.fetched
+        self.transport.write(to_bytes(answer, bare, self.closing))
+        self.request = None
+        if self.transport.get_write_buffer_size():
+            self.wait(State.WRITING, ANSWER_SECONDS)
+        else:
+            self.written()
+
+    def resume_writing(self) -> None:
+        if self.state is State.WRITING:
+            self.written()
+            self.advance()
+
+    def written(self) -> None:
+        """The peer's system has the whole answer."""
+        if self.fetched:
+            self.bus.fetched(*self.fetched)
+            self.fetched = None
+        if self.closing:
+            self.hang_up()
+        else:
+            self.wait(State.IDLE, IDLE_SECONDS)
+            self.transport.resume_reading()
+
+    def hang_up(self) -> None:
+        """Close without losing the answer: say that we are done, then read on until the peer has closed too."""
+        self.buffer = b""
+        if self.ended or not self.transport.can_write_eof():
+            self.state = State.LINGER
+            self.transport.close()
+        else:
+            self.wait(State.LINGER, LINGER_SECONDS)
+            self.transport.write_eof()
+            self.transport.resume_reading()
+
+    def drain(self) -> None:
+        """The bus is shutting down."""
+        if self.state is State.PARKED:
+            self.bus.release(self)
+        elif self.state is State.IDLE:
+            self.hang_up()
+        elif self.state in (State.HEAD, State.BODY):
+            self.write(refusal(Refused(503, "the bus is shutting down: send again in a second", ("Retry-After", "1"))))
+
+    def late(self) -> None:
+        """The deadline of this state has passed."""
+        if self.state is State.PARKED:
+            self.bus.release(self)
+        elif self.state in (State.HEAD, State.BODY):
+            self.closing = True
+            self.write(refusal(Refused(408, f"the request took too long: we waited for {self.state.value}")))
+        elif self.state is State.IDLE:
+            self.hang_up()
+        else:
+            self.transport.abort()
+
+
+REASONS = {status.value: status.phrase for status in HTTPStatus}
+http_date = lru_cache(1)(lambda second: formatdate(second, usegmt=True))
+
+
+def to_bytes(answer: Answer, bare: bool, closing: bool) -> bytes:
+    """The answer as HTTP/1.1, in one piece: head and body written apart would cost 40 ms (Nagle and delayed ACK)."""
+    lines = [
+        f"HTTP/1.1 {answer.status} {REASONS[answer.status]}",
+        f"Date: {http_date(int(time.time()))}",
+        f"Content-Type: {answer.kind}",
+        f"Content-Length: {len(answer.body)}",
+        "Cache-Control: no-store",
+        "X-Accel-Buffering: no",
+        f"Connection: {'close' if closing else 'keep-alive'}",
+        *(f"{header}: {value}" for header, value in answer.headers),
+    ]
+    head = "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n"
+    return head if bare or answer.status == 204 else head + answer.body
+
+
+def refusal(refused: Refused) -> Answer:
+    return Answer(refused.status, encode({"error": refused.sentence}).encode() + b"\n", headers=refused.headers)
+
+
+# ── Request ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+REQUEST_LINE = re.compile(rf"({TOKEN}) (/[!-~]*) HTTP/([0-9])\.([0-9])")
+FIELD = re.compile(rf"({TOKEN}):[ \t]*((?:[!-~\x80-\xff]+(?:[ \t]+[!-~\x80-\xff]+)*)?)[ \t]*")
+NEVER_IN_A_HEAD = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)|\0|\A\r|\A ")
+ONCE = {"host", "content-length", "transfer-encoding", "authorization", "idempotency-key", "expect"}
+
+
+def early_check(head: bytes | bytearray) -> None:
+    """Refuse now what no further byte can make into a head, instead of waiting for its deadline."""
+    if NEVER_IN_A_HEAD.search(head):
+        raise Refused(400, "the head of the request is not HTTP/1.1: each line ends with CRLF")
+    if b"\r\n" not in head[: LINE_BYTES + 2] and len(head) > LINE_BYTES:
+        raise Refused(414, f"the request line is longer than {LINE_BYTES} bytes: put the message in the body")
+    if len(head) >= HEAD_BYTES:
+        raise Refused(431, f"the head of the request is larger than {HEAD_BYTES} bytes")
+
+
+class Request(BaseHTTPRequestHandler):
+    """One HTTP request in memory, with the do_GET and do_POST that Python readers know. It never sees a socket.
+
+    The head passes one strict grammar before anything in it is interpreted, because where two programs read a head
+    differently a second request can hide. The stock parser takes the first of two lengths, ignores Transfer-Encoding,
+    and drops every header behind one without a colon; it also costs more than all else together (45 us).
+    """
+
+    def __init__(self, peer: Connection, head: bytes) -> None:  # no super(): that one reads and answers a socket
+        self.peer = peer
+        self.client_address = (peer.address, 0)
+        self.body = b""
+        self.requestline, *lines = head[:-4].decode("latin-1").split("\r\n")
+        early_check(self.requestline.encode("latin-1"))
+        line = REQUEST_LINE.fullmatch(self.requestline)
+        if not line:
+            raise Refused(400, "the request line must be: METHOD /path HTTP/1.1")
+        if line[3] != "1" or line[4] not in "01":
+            raise Refused(505, "only HTTP/1.0 and HTTP/1.1 are spoken here")
+        if len(lines) > HEADERS:
+            raise Refused(431, f"the request has more than {HEADERS} headers")
+        self.command, self.path, self.request_version = line[1], line[2], f"HTTP/1.{line[4]}"
+        self.fields: dict[str, str] = {}
+        for text in lines:
+            self.add_field(text)
+        self.check_framing()
+
+    def add_field(self, text: str) -> None:
+        field = FIELD.fullmatch(text)
+        if not field:
+            raise Refused(400, "a header must be 'Name: value', without control characters")
+        key = field[1].lower()
+        if key not in self.fields:
+            self.fields[key] = field[2]
+        elif key in ONCE:
+            raise Refused(400, f"the header {field[1]} is given twice")
+        else:
+            self.fields[key] += f", {field[2]}"
+
+    def check_framing(self) -> None:
+        """How long the body is, and whether the connection goes on: where requests begin and end."""
+        fields = self.fields
+        if "host" not in fields and self.request_version == "HTTP/1.1":
+            raise Refused(400, "the Host header is missing")
+        if "transfer-encoding" in fields:
+            if "content-length" in fields:
+                raise Refused(400, "Content-Length and Transfer-Encoding exclude each other")
+            raise Refused(501, "Transfer-Encoding is not supported: send a Content-Length")
+        length = fields.get("content-length", "0")
+        if not re.fullmatch("[0-9]+", length):
+            raise Refused(400, "Content-Length must be a number of bytes")
+        if len(length) > 7:
+            raise Refused(413, "Content-Length has more than 7 digits")
+        self.length = int(length)
+        if self.length and self.command != "POST":
+            raise Refused(400, f"{self.command} takes no body")
+        if fields.get("expect", "100-continue").lower() != "100-continue":
+            raise Refused(417, "of all expectations only 100-continue is met here")
+        self.expects = "expect" in fields and self.request_version == "HTTP/1.1"
+        options = {option.strip().lower() for option in fields.get("connection", "").split(",")}
+        self.close_connection = "close" in options or (
+            self.request_version == "HTTP/1.0" and "keep-alive" not in options
+        )
+
+    def check_body(self, limit: int) -> None:
+        if self.length > limit:
+            raise Refused(413, f"the body has {self.length} bytes and may have {limit}; nothing was stored")
+
+    def answer(self) -> Answer | None:
+        """The answer; None if it comes later, through the connection."""
+        try:
+            method = getattr(self, f"do_{self.command}", None)
+            if not method:
+                raise Refused(501, f"the method {self.command} is not supported")
+            answer: Answer | None = method()
+            return answer
+        except Refused as refused:
+            return refusal(refused)
+        except Exception:
+            traceback.print_exc()
+            self.peer.closing = True
+            return refusal(Refused(500, "the bus failed on this request; its log says why"))
+
+    def do_GET(self) -> Answer | None:
+        return self.endpoint("GET")(self.peer.bus, self)
+
+    def do_POST(self) -> Answer | None:
+        return self.endpoint("POST")(self.peer.bus, self)
+
+    def do_HEAD(self) -> Answer | None:
+        """As GET, but where GET would take messages or wait for them there is nothing to say in a head."""
+        endpoint = self.endpoint("GET")
+        return Answer(200, b"") if endpoint in (Bus.recv, Bus.log) else endpoint(self.peer.bus, self)
+
+    def do_OPTIONS(self) -> Answer:
+        return Answer(204, b"", headers=(("Allow", ", ".join(self.allowed())),))
+
+    def endpoint(self, method: str) -> Callable[[Bus, Request], Answer | None]:
+        allowed = self.allowed()
+        if method not in allowed:
+            raise Refused(405, f"{self.route} takes {' or '.join(allowed)}", ("Allow", ", ".join(allowed)))
+        return ROUTES[method, self.route]
+
+    def allowed(self) -> list[str]:
+        methods = [method for method, route in ROUTES if route == self.route]
+        if not methods:
+            raise Refused(404, f"there is nothing at {self.path.partition('?')[0]}: GET / lists what there is")
+        return [*methods, *(["HEAD"] if "GET" in methods else []), "OPTIONS"]
+
+    @property
+    def route(self) -> str:
+        """The path; of /message/<id>, what is before the id."""
+        path = self.path.partition("?")[0]
+        return "/message/" if path.startswith("/message/") else path
+
+    def query(self) -> Query:
+        return Query(self.path.partition("?")[2])
+
+    def plain(self) -> bool:
+        return self.fields.get("accept", "").startswith("text/plain")
+
+
+class Query:
+    """The query string, parsed strictly: a field that is read is given once, and is what it should be."""
+
+    def __init__(self, text: str) -> None:
+        self.fields: dict[str, list[str]] = {}
+        try:
+            pairs = parse_qsl(text, keep_blank_values=True, errors="strict", max_num_fields=HEADERS)
+        except ValueError:
+            raise Refused(400, f"the query must be UTF-8, percent-encoded, at most {HEADERS} fields") from None
+        for field, value in pairs:
+            if "\0" in field + value:
+                raise Refused(400, "the query has a NUL character")
+            self.fields.setdefault(field, []).append(value)
+
+    def one(self, field: str) -> str | None:
+        values = self.fields.get(field, [None])
+        if len(values) > 1:
+            raise Refused(400, f"{field} is given twice")
+        return values[0]
+
+    def names(self, field: str) -> tuple[str, ...]:
+        """Names given as a=x&a=y or as a=x,y."""
+        parts = [part for value in self.fields.get(field, []) for part in value.split(",")]
+        return tuple(dict.fromkeys(name(part, field) for part in parts))
+
+    def name(self, field: str, default: str | None) -> str | None:
+        value = self.one(field)
+        return default if value is None else name(value, field)
+
+    def number(self, field: str, default: float, low: float, high: float) -> float:
+        value = self.one(field)
+        if value is None:
+            return default
+        if not re.fullmatch(r"-?[0-9]{1,9}(\.[0-9]{1,9})?", value):
+            raise Refused(400, f"{field} must be a number")
+        return min(max(float(value), low), high)
+
+    def flag(self, field: str) -> bool | None:
+        value = self.one(field)
+        if value not in (None, "true", "false", "1", "0"):
+            raise Refused(400, f"{field} must be true or false")
+        return None if value is None else value in ("true", "1")
+
+
+class Poll(NamedTuple):
+    """What one reader asks for, parsed; it is also the record of a parked reader. None and () mean any."""
+
+    me: str | None  # whose cursor it is; None for an observer
+    names: tuple[str, ...]
+    channel: str | None
+    sender: str | None
+    since: int
+    limit: int
+    hold: float
+    plain: bool
+
+    @classmethod
+    def recv(cls, query: Query, plain: bool) -> Poll:
+        names = query.names("to")
+        if not 1 <= len(names) <= NAMES_PER_READER:
+            raise Refused(400, f"to must be 1 to {NAMES_PER_READER} names: /recv?to=NAME")
+        everyone = () if EVERYONE in names else (EVERYONE,)
+        return cls(names[0], names + everyone, query.name("channel", "default"), None, *cls.common(query), plain)
+
+    @classmethod
+    def log(cls, query: Query, plain: bool) -> Poll:
+        since, limit, hold = cls.common(query)
+        if since == LAST:
+            raise Refused(400, "an observer has no cursor here: since must be seconds or 'now'")
+        return cls(None, query.names("to"), query.name("channel", None), query.name("from", None),
+                   since, limit, hold, plain)  # fmt: skip
+
+    @staticmethod
+    def common(query: Query) -> tuple[int, int, float]:
+        wait = query.number("wait", HOLD, 0, HOLD_MAX)
+        block = query.flag("block")
+        hold = wait if block or (block is None and query.one("wait") is not None) else 0
+        return cursor(query.one("since") or "0"), int(query.number("max", 100, 1, MAX_MESSAGES)), hold
+
+    def wants(self, message: Message) -> bool:
+        return (
+            (self.channel is None or message.channel == self.channel)
+            and (not self.names or message.to in self.names)
+            and (self.sender is None or message.sender == self.sender)
+            and not (message.to == EVERYONE and message.sender == self.me)
+        )
+
+
+# ── Bus ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Bus:
+    """The endpoints, and what happens when a batch is committed. Owned by the loop; its methods never wait.
+
+    Invariants:
+    - Nothing is answered before its commit: `send` hands its drafts to the journal, `committed` answers them.
+    - A reader that found nothing is parked before any later message is announced: `serve` looks and parks in one turn.
+    - `now` never passes a message that was not delivered: reads stop at `last`, the highest tick announced so far.
+    - A failed commit fails every sender in it, and the bus recovers (disk full) or ends: it never acknowledges on.
+    """
+
+    def __init__(self, log: Log, *, max_body: int, keep: float, verbose: bool = False) -> None:
+        self.store = log
+        self.max_body, self.keep, self.verbose = max_body, keep, verbose
+        self.last = log.last
+        self.connections: set[Connection] = set()
+        self.deadlines = Deadlines(time.monotonic)
+        self.mailboxes = Mailboxes(time.monotonic, log.mailboxes())
+        self.journal = Journal(log, self.committed)
+        self.draining = False
+        self.broken = asyncio.Event()
+        self.saving = False  # of marks, planned
+
+    # One endpoint each, as in PROTOCOL.md
+
+    def send(self, request: Request) -> None:
+        if self.draining:
+            raise Refused(503, "the bus is shutting down: send again in a second", ("Retry-After", "1"))
+        key, query = request.fields.get("idempotency-key"), request.query()
+        several = False
+        if "to" in query.fields:
+            fields: dict[str, Any] = {field: query.one(field) for field in query.fields if field != "to"}
+            if "ttl" in fields:
+                fields["ttl"] = query.number("ttl", 0, 0, 1e9)
+            drafts = [draft({**fields, "to": list(query.names("to")), "msg": parse_text(request.body)}, key)]
+        else:
+            if not request.body:
+                raise Refused(400, "the body is empty: send JSON, or any text with ?from=NAME&to=NAME")
+            value = parse_json(request.body)
+            several = isinstance(value, list)
+            drafts = [draft(message, key) for message in (value if several else [value])]
+        keys = [(each.sender, each.channel, each.key) for each in drafts if each.key]
+        if not drafts or len(set(keys)) < len(keys):
+            raise Refused(400, "an array holds at least one message, and no key twice")
+        self.journal.add(Send(request.peer, drafts, several))
+
+    def recv(self, request: Request) -> Answer | None:
+        query = request.query()
+        poll = Poll.recv(query, request.plain())
+        if query.one("bus") not in (None, self.store.bus):  # a cursor from another bus: tell, and mark nothing
+            return self.delivery(poll._replace(since=self.last), [])
+        self.mailboxes.polled(poll, request.peer.address, self.store.clock())
+        self.save_marks_soon()
+        if poll.since == LAST:
+            first = self.store.first(str(poll.channel), str(poll.me))
+            return self.serve(request, self.mailboxes.resume(poll, first, self.last))
+        return self.look(request, poll)
+
+    def log(self, request: Request) -> Answer | None:
+        return self.look(request, Poll.log(request.query(), request.plain()))
+
+    def look(self, request: Request, poll: Poll) -> Answer | None:
+        """What the poll asks for, now or when it comes. A cursor ahead of us first moves us, durably, up to itself."""
+        if poll.since == NOW:
+            return self.delivery(poll._replace(since=self.last), [])
+        if poll.since <= self.last:
+            return self.serve(request, poll, presented=True)
+        if poll.since > self.store.clock() + AHEAD:
+            raise Refused(400, f"since is over {AHEAD // 1000000} s ahead of this bus; it is in seconds since 1970")
+
+        def raised() -> None:
+            answer = self.serve(request, poll, presented=True)
+            if answer:
+                request.peer.answer(answer)
+
+        self.journal.raise_last(poll.since, request.peer, raised)
+        return None
+
+    def serve(self, request: Request, poll: Poll, presented: bool = False) -> Answer | None:
+        if presented:
+            self.mailboxes.presented(poll)
+        gap = self.mailboxes.gap(poll)
+        found: list[Message] = []
+        reached = None
+        if self.mailboxes.newest(poll) > poll.since:
+            found, reached = self.store.after(poll, self.last)
+        if found or reached or gap or not poll.hold or self.draining:
+            return self.delivery(poll, found, reached, gap)
+        request.fields, request.body = {}, b""  # a parked reader is small
+        self.mailboxes.park(request.peer, poll)
+        request.peer.wait(State.PARKED, poll.hold)
+        return None
+
+    def inbox(self, request: Request) -> Answer:
+        recipients: dict[str, dict[str, int]] = {}
+        for (channel, own), box in self.mailboxes.boxes.items():
+            if own != EVERYONE:
+                recipients.setdefault(channel, {})[own] = self.unread(channel, own, box)
+        return self.json(f'"recipients": {encode(recipients)}')
+
+    def agents(self, request: Request) -> Answer:
+        agents = []
+        for (channel, own), box in self.mailboxes.boxes.items():
+            if box.seen:
+                agents.append(
+                    f'{{"name": "{own}", "channel": "{channel}", "online": {encode(self.mailboxes.online(box))}, '
+                    f'"since": {seconds(box.listening)}, "last_seen": {seconds(box.seen)}, '
+                    f'"address": {encode(box.address)}, "unread": {self.unread(channel, own, box)}, '
+                    f'"cursor": {seconds(box.mark())}}}'
+                )
+        return self.json(f'"agents": [{", ".join(agents)}]')
+
+    def message(self, request: Request) -> Answer:
+        """One message and how far it came; asking moves nothing."""
+        wanted = request.path.partition("?")[0][len(request.route):]  # fmt: skip
+        found = self.store.message(int(wanted, 16)) if re.fullmatch("[0-9a-f]{1,16}", wanted) else None
+        if not found:
+            raise Refused(404, "there is no message with this id: it never was, or retention removed it")
+        box = self.mailboxes.boxes[found.channel, found.to]
+        state = "expired" if self.store.is_expired(found) else "queued"
+        if found.tick <= max(box.fetched, box.read or 0):
+            state = "read" if found.tick <= box.mark() else "fetched"
+        return self.json(f'"message": {found.render()}, "state": "{state}"')
+
+    def health(self, request: Request) -> Answer:
+        return self.json('"ok": true')
+
+    def help(self, request: Request) -> Answer:
+        scheme = "https" if request.fields.get("x-forwarded-proto") == "https" else "http"
+        host = request.fields.get("host", "")
+        if not re.fullmatch(r"[A-Za-z0-9.:\[\]_-]{1,255}", host):
+            host = "HOST:PORT"
+        return Answer(200, HELP.format(version=VERSION, url=f"{scheme}://{host}").encode(), "text/plain; charset=utf-8")
+
+    def client(self, request: Request) -> Answer:
+        """A client file from beside this one, so that a new host needs only the URL. The routes name all there are."""
+        try:
+            text = (pathlib.Path(__file__).parent / request.route[1:]).read_bytes()
+        except OSError:
+            raise Refused(404, f"{request.route[1:]} is not beside bus_server.py on this host") from None
+        return Answer(200, text, "text/plain; charset=utf-8")
+
+    # Answers
+
+    def json(self, members: str) -> Answer:
+        return Answer(200, f'{{{members}, "now": {seconds(self.last)}, "bus": "{self.store.bus}"}}\n'.encode())
+
+    def delivery(
+        self, poll: Poll, found: list[Message], reached: int | None = None, gap: tuple[int, int] | None = None
+    ) -> Answer:
+        """The answer to a poll. `reached`: the last tick that was looked at, if it is not the end."""
+        now = reached or max(poll.since, self.last)
+        headers: tuple[tuple[str, str], ...] = ()
+        if poll.plain:
+            body = "".join(block(json.loads(message.render()), poll.me, self.store.clock()) for message in found)
+            if gap:
+                body = f"-- messages from {iso(gap[0])} to {iso(gap[1])} are gone: retention removed them\n{body}"
+            headers = (("Bus-Now", seconds(now)), ("Bus-More", encode(bool(reached))), ("Bus-Id", self.store.bus))
+        else:
+            lost = f', "gap": {{"from": {seconds(gap[0])}, "to": {seconds(gap[1])}}}' if gap else ""
+            body = (
+                f'{{"messages": [{", ".join(message.render() for message in found)}], "now": {seconds(now)}, '
+                f'"more": {encode(bool(reached))}{lost}, "bus": "{self.store.bus}"}}\n'
+            )
+        kind = "text/plain; charset=utf-8" if poll.plain else "application/json"
+        fetched = (poll, found[-1].tick) if found and poll.me else None
+        return Answer(200, body.encode(), kind, headers, fetched)
+
+    def receipt(self, one: Draft, receipt: Receipt) -> str:
+        ticks = receipt.ticks
+        to = one.to[0]
+        ids = "" if len(ticks) == 1 else f', "ids": {encode({each: f"{tick:x}" for each, tick in zip(one.to, ticks)})}'
+        if len(one.to) == 1 and to != EVERYONE:
+            box = self.mailboxes.box(one.channel, to)
+            seen = seconds(box.seen) if box.seen else "null"
+            receiver = (
+                f'{{"online": {encode(self.mailboxes.online(box))}, "last_seen": {seen}, '
+                f'"unread": {self.unread(one.channel, to, box)}}}'
+            )
+        else:
+            receiver = encode(self.receivers(one))
+        return (
+            f'"ok": true, "ts": {seconds(ticks[-1])}, "channel": "{one.channel}", "id": "{ticks[-1]:x}"{ids}, '
+            f'"duplicate": {encode(receipt.duplicate)}, "receiver": {receiver}'
+        )
+
+    def receivers(self, one: Draft) -> dict[str, int]:
+        """The truth about several receivers: how many listen. `all` is everyone who ever did, but the sender."""
+        if EVERYONE in one.to:
+            boxes = [box for (channel, own), box in self.mailboxes.boxes.items()
+                     if channel == one.channel and box.own and own != one.sender]  # fmt: skip
+            online = sum(map(self.mailboxes.online, boxes))
+            return {"online": online, "offline": len(boxes) - online}
+        named = [(to, self.mailboxes.box(one.channel, to)) for to in one.to]
+        online = sum(self.mailboxes.online(box) for _, box in named)
+        unread = sum(self.unread(one.channel, to, box) for to, box in named)
+        return {"online": online, "offline": len(named) - online, "unread": unread}
+
+    def unread(self, channel: str, own: str, box: Mailbox) -> int:
+        """Messages addressed to the name above its mark, less the expired. Broadcasts are not counted."""
+        mark = box.mark()
+        if mark >= box.newest:
+            return 0
+        if box.base is None:
+            counted = self.store.count_up_to(channel, own, mark)
+            box.base = box.n if counted is None else counted
+        return box.n - box.base - (self.store.count_expired(channel, own, mark) if box.perishable else 0)
+
+    # What happens later
+
+    def committed(self, batch: Batch) -> None:
+        """A batch is on disk, or has failed: answer everyone who waited for it, readers first."""
+        if batch.error:
+            self.failed(batch, batch.error)
+            return
+        self.last = batch.last
+        self.mailboxes.add(batch.visible)
+        self.mailboxes.removed(batch.removed)
+        for connection, poll, fresh in self.mailboxes.claim(batch.visible):
+            reached = fresh[poll.limit - 1].tick if len(fresh) > poll.limit else None
+            connection.answer(self.delivery(poll, fresh[: poll.limit], reached))
+        for send in batch.sends:
+            send.connection.answer(refusal(send.refused) if send.refused else self.receipts(send))
+        for _, raised in batch.raised:
+            raised()
+        if batch.removed:
+            self.prune()
+
+    def receipts(self, send: Send) -> Answer:
+        texts = [self.receipt(one, receipt) for one, receipt in zip(send.drafts, send.receipts)]
+        if not send.several:
+            return self.json(texts[0])
+        return self.json(f'"ok": true, "results": [{", ".join(f"{{{text}}}" for text in texts)}]')
+
+    def failed(self, batch: Batch, error: Exception) -> None:
+        full = isinstance(error, sqlite3.OperationalError) and "full" in str(error)
+        if full:
+            refused = Refused(507, "the disk of the bus is full: nothing was stored, try again later")
+        else:
+            refused = Refused(503, "the bus could not write to its disk: it is not known whether this was stored")
+            print(f"bus_server: {self.store.path}: {error}; ending: what follows could be lost", file=sys.stderr)
+            self.broken.set()
+        self.mailboxes.changed.update(mark[:2] for mark in batch.marks)
+        for connection in [send.connection for send in batch.sends] + [connection for connection, _ in batch.raised]:
+            connection.answer(refusal(refused))
+
+    def release(self, connection: Connection) -> None:
+        """The hold of a parked reader is over: its answer is empty."""
+        connection.answer(self.delivery(self.mailboxes.unpark(connection), []))
+
+    def unpark(self, connection: Connection) -> None:
+        if connection.state is State.PARKED:
+            self.mailboxes.unpark(connection)
+
+    def fetched(self, poll: Poll, tick: int) -> None:
+        self.mailboxes.fetched(poll, tick)
+        self.save_marks_soon()
+
+    def save_marks_soon(self) -> None:
+        if not self.saving:
+            self.saving = True
+            asyncio.get_running_loop().call_later(MARKS_SECONDS, self.save_marks)
+
+    def save_marks(self) -> None:
+        self.saving = False
+        self.journal.save(self.mailboxes.take_marks())
+
+    def prune(self) -> None:
+        """Remove a slice of what is too old; when it is gone, `committed` comes here for the next."""
+        if self.keep and not self.draining:
+            self.journal.remove(self.store.clock() - int(self.keep * 1000000))
+
+    def sweep(self) -> None:
+        for connection in self.deadlines.late():
+            connection.late()
+
+    async def drain(self) -> None:
+        """Answer who is parked, commit and answer what was accepted, refuse what comes now, save the marks."""
+        self.draining = True
+        for connection in list(self.connections):
+            connection.drain()
+        deadline = time.monotonic() + DRAIN_SECONDS
+        while self.connections and time.monotonic() < deadline:
+            await asyncio.sleep(Deadlines.SLOT / 10)
+        self.save_marks()
+        while self.journal.busy or self.journal.planned:
+            await asyncio.sleep(Deadlines.SLOT / 10)
+        self.journal.close()
+
+    def log_request(self, request: Request, answer: Answer) -> None:
+        if self.verbose:
+            request.log_request(answer.status, len(answer.body))
+
+
+# ── Journal and Log ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Receipt(NamedTuple):
+    ticks: list[int]  # one for each name in `to`
+    duplicate: bool
+
+
+class Send:
+    """One POST /send on its way through a batch: all of its drafts are stored, or none."""
+
+    __slots__ = ("connection", "drafts", "receipts", "refused", "several")
+
+    def __init__(self, connection: Connection, drafts: list[Draft], several: bool) -> None:
+        self.connection, self.drafts, self.several = connection, drafts, several
+        self.receipts: list[Receipt] = []
+        self.refused: Refused | None = None
+
+
+class Mark(NamedTuple):
+    """How far a mailbox was read, as it is stored."""
+
+    channel: str
+    name: str
+    own: bool
+    read: int | None
+    fetched: int
+    seen: int
+
+
+class Batch:
+    """Everything for the next transaction, and, after it, what came of it."""
+
+    def __init__(self) -> None:
+        self.sends: list[Send] = []
+        self.at_least = 0  # a reader's cursor that `last` must reach
+        self.raised: list[tuple[Connection, Callable[[], None]]] = []  # who waits for that, and how they go on
+        self.marks: list[Mark] = []
+        self.before = 0  # remove a slice of the messages older than this tick
+
+        self.last = 0
+        self.visible: list[Message] = []
+        self.removed: dict[tuple[str, str], int] = {}  # mailbox: its highest removed tick
+        self.error: Exception | None = None
+
+
+class Journal:
+    """Group commit: what arrives while a commit is running becomes the next transaction.
+
+    Owned by the loop, but for `run`, which is the journal thread. Invariant: the loop owns connections and mailboxes,
+    the journal thread owns the writing database connection; a Batch belongs to the one that holds it.
+    """
+
+    def __init__(self, log: Log, committed: Callable[[Batch], None]) -> None:
+        self.log, self.committed = log, committed
+        self.loop = asyncio.get_running_loop()
+        self.next = Batch()
+        self.planned = self.busy = False
+        self.batches: queue.SimpleQueue[Batch | None] = queue.SimpleQueue()
+        self.thread = threading.Thread(target=self.run, name="journal", daemon=True)
+        self.thread.start()
+
+    def add(self, send: Send) -> None:
+        self.next.sends.append(send)
+        self.plan()
+
+    def raise_last(self, tick: int, connection: Connection, raised: Callable[[], None]) -> None:
+        self.next.at_least = max(self.next.at_least, tick)
+        self.next.raised.append((connection, raised))
+        self.plan()
+
+    def save(self, marks: Iterable[Mark]) -> None:
+        self.next.marks.extend(marks)
+        self.plan()
+
+    def remove(self, before: int) -> None:
+        self.next.before = before
+        self.plan()
+
+    def plan(self) -> None:
+        """Commit at the end of this turn of the loop, so that all senders that were ready in it share a transaction."""
+        if not self.planned:
+            self.planned = True
+            if not self.busy:
+                self.loop.call_soon(self.hand_over)
+
+    def hand_over(self) -> None:
+        batch, self.next = self.next, Batch()
+        self.planned, self.busy = False, True
+        self.batches.put(batch)
+
+    def done(self, batch: Batch) -> None:
+        self.busy = False
+        if self.planned:
+            self.hand_over()
+        self.committed(batch)
+
+    def close(self) -> None:
+        self.batches.put(None)
+        self.thread.join()
+
+    def run(self) -> None:
+        for batch in iter(self.batches.get, None):
+            try:
+                self.log.commit(batch)
+            except Exception as error:
+                batch.error = error
+            self.loop.call_soon_threadsafe(self.done, batch)
+
+
+class Unusable(Exception):
+    """The bus cannot start; one sentence that says why."""
+
+
+MIGRATIONS = [  # user_version n is what the first n of them made; only ever add at the end
+    """
+    CREATE TABLE bus(id TEXT NOT NULL, last INTEGER NOT NULL);
+    CREATE TABLE mailboxes(
+        id INTEGER PRIMARY KEY, channel TEXT NOT NULL, name TEXT NOT NULL,
+        own INTEGER NOT NULL DEFAULT 0,      -- somebody reads it as their own, first name
+        read INTEGER,                        -- highest cursor its owner presented; NULL before the first
+        fetched INTEGER NOT NULL DEFAULT 0,  -- highest tick in an answer that was written out
+        seen INTEGER NOT NULL DEFAULT 0,     -- wall clock of the last poll, us
+        removed INTEGER NOT NULL DEFAULT 0,  -- highest tick that retention removed
+        UNIQUE(channel, name));
+    CREATE TABLE messages(
+        tick INTEGER PRIMARY KEY, mailbox INTEGER NOT NULL, n INTEGER NOT NULL, sender TEXT NOT NULL,
+        key TEXT, expires INTEGER, sum INTEGER NOT NULL, text TEXT NOT NULL);
+    CREATE INDEX in_order ON messages(mailbox, tick);
+    CREATE INDEX retries ON messages(key, sender) WHERE key IS NOT NULL;
+    CREATE INDEX expiring ON messages(mailbox, expires, tick) WHERE expires IS NOT NULL;
+    CREATE VIEW readable AS SELECT datetime(tick / 1000000, 'unixepoch') AS time, channel, sender, name AS "to",
+        json_extract('{' || text || '}', '$.msg') AS msg FROM messages JOIN mailboxes ON mailbox = id;
+    """,
+]
+SELECT = "SELECT tick, channel, name, sender, text, n, expires, sum FROM mailboxes JOIN messages ON mailbox = id"
+
+
+def checksum(message: Message) -> int:
+    return zlib.crc32(repr(message[:3] + message[4:]).encode())  # the sender is in the text
+
+
+class Log:
+    """The messages on disk, in tick order. `commit` is the journal thread's; everything else is the loop's.
+
+    Invariant: the tick is unique and increasing, assigned here by the one writer, across restarts and clock steps.
+
+    One connection writes, another reads and can do nothing else (SQLite before 3.51.3 may damage a WAL that two
+    connections write). A read takes all its rows or closes its statement: an open one would let the WAL grow for ever.
+    """
+
+    def __init__(self, path: str, clock: Callable[[], int] = wall_clock) -> None:
+        self.path, self.clock = path, clock
+        memory = path == ":memory:"
+        target = f"file:bus-{secrets.token_hex(4)}?mode=memory&cache=shared" if memory else path
+        if not memory:
+            self.lock = locked(path)
+        try:
+            self.writing = sqlite3.connect(target, isolation_level=None, check_same_thread=False, uri=memory)
+            prepare(self.writing, path, "memory" if memory else "wal")
+            self.reading = sqlite3.connect(target, isolation_level=None, uri=memory)
+            # Dirty reads exist in :memory: only, and are harmless: the loop never asks beyond what was announced.
+            self.reading.executescript("PRAGMA query_only=ON; PRAGMA read_uncommitted=ON; PRAGMA wal_autocheckpoint=0")
+            self.recall()
+        except sqlite3.Error as error:
+            raise Unusable(f"cannot use the database {path}: {error}") from None
+
+    def close(self) -> None:
+        self.reading.close()  # first: the last to close folds the WAL into the database, and that is the writer's work
+        self.writing.close()
+
+    # The journal thread
+
+    def recall(self) -> None:
+        """What the writer knows, read back from disk: at start, and when a transaction was undone."""
+        self.bus, self.last = self.writing.execute(
+            "SELECT id, max(last, (SELECT ifnull(max(tick), 0) FROM messages)) FROM bus"
+        ).fetchone()
+        newest = "(SELECT n FROM messages WHERE mailbox = id ORDER BY tick DESC LIMIT 1)"
+        rows = self.writing.execute(f"SELECT channel, name, id, ifnull({newest}, 0) FROM mailboxes").fetchall()
+        self.counts = {(channel, own): (number, n) for channel, own, number, n in rows}
+
+    def commit(self, batch: Batch) -> None:
+        """One transaction. When it raises, nothing of the batch is on disk, as far as the disk can be believed."""
+        self.writing.execute("BEGIN IMMEDIATE")
+        try:
+            self.last = max(self.last, batch.at_least)  # first, so that what is sent now lies above that cursor
+            self.append(batch)
+            if batch.at_least or batch.before:
+                self.writing.execute("UPDATE bus SET last = ?", (self.last,))
+            self.save(batch.marks)
+            if batch.before:
+                self.remove(batch)
+            self.writing.execute("COMMIT")
+        except BaseException:
+            with contextlib.suppress(sqlite3.Error):
+                self.writing.execute("ROLLBACK")
+            self.recall()
+            raise
+        batch.last = self.last
+
+    def append(self, batch: Batch) -> None:
+        """Give each draft its ticks, or the receipt it got the first time."""
+        now = self.clock()
+        rows: list[tuple[Any, ...]] = []
+        fresh: dict[tuple[str, str, str], tuple[Draft, Receipt]] = {}
+        for send in batch.sends:
+            try:
+                earlier = [self.earlier(one, fresh) if one.key else None for one in send.drafts]
+            except Refused as refused:
+                send.refused = refused
+                continue
+            for one, receipt in zip(send.drafts, earlier):
+                if receipt is None:
+                    receipt = Receipt([self.place(one, to, now, batch.visible, rows) for to in one.to], False)
+                    if one.key:
+                        fresh[one.sender, one.channel, one.key] = one, receipt
+                send.receipts.append(receipt)
+        self.writing.executemany("INSERT INTO messages VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows)
+
+    def place(self, one: Draft, to: str, now: int, visible: list[Message], rows: list[tuple[Any, ...]]) -> int:
+        self.last = tick = max(now, self.last + 1)  # the clock may step back; the cursor must not
+        mailbox, n = self.counts.get((one.channel, to)) or (self.new_mailbox(one.channel, to), 0)
+        self.counts[one.channel, to] = mailbox, n + 1
+        expires = None if one.ttl is None else now + one.ttl
+        message = Message(tick, one.channel, to, one.sender, one.text, n + 1, expires)
+        visible.append(message)
+        rows.append((tick, mailbox, n + 1, one.sender, one.key, expires, checksum(message), one.text))
+        return tick
+
+    def new_mailbox(self, channel: str, own: str) -> int:
+        self.writing.execute("INSERT OR IGNORE INTO mailboxes(channel, name) VALUES (?, ?)", (channel, own))
+        row = self.writing.execute("SELECT id FROM mailboxes WHERE channel = ? AND name = ?", (channel, own)).fetchone()
+        return int(row[0])
+
+    def earlier(self, one: Draft, fresh: dict[tuple[str, str, str], tuple[Draft, Receipt]]) -> Receipt | None:
+        """The receipt of the first send with this sender, channel and key; 409 if that was another message."""
+        assert one.key
+        known = fresh.get((one.sender, one.channel, one.key))
+        if known:
+            first, receipt = known
+        else:
+            rows = self.writing.execute(
+                f"{SELECT} WHERE key = ? AND sender = ? AND channel = ? ORDER BY tick",
+                (one.key, one.sender, one.channel),
+            ).fetchall()
+            if not rows:
+                return None
+            first, receipt = one._replace(to=tuple(row[2] for row in rows), text=rows[0][4]), Receipt([row[0] for row in rows], True)
+        if first.to != one.to or first.text != one.text:
+            raise Refused(409, f"the key {one.key} was used for another message: a new message needs a new key")
+        return receipt._replace(duplicate=True)
+
+    def save(self, marks: list[Mark]) -> None:
+        self.writing.executemany(
+            "INSERT INTO mailboxes(channel, name, own, read, fetched, seen) VALUES (?, ?, ?, ?, ?, ?) "
+            "ON CONFLICT(channel, name) DO UPDATE "
+            "SET own = excluded.own, read = excluded.read, fetched = excluded.fetched, seen = excluded.seen",
+            marks,
+        )
+
+    def remove(self, batch: Batch) -> None:
+        """Remove the oldest slice of what is older than `before`, and note for each mailbox how far it is gone."""
+        rows = self.writing.execute(
+            f"{SELECT} WHERE tick < ? ORDER BY tick LIMIT {PRUNE_SLICE}", (batch.before,)
+        ).fetchall()
+        for tick, channel, own, *_ in rows:
+            batch.removed[channel, own] = tick
+        self.writing.executemany("DELETE FROM messages WHERE tick = ?", [row[:1] for row in rows])
+        self.writing.executemany(
+            "UPDATE mailboxes SET removed = ? WHERE channel = ? AND name = ?",
+            [(tick, channel, own) for (channel, own), tick in batch.removed.items()],
+        )
+
+    # The loop
+
+    def after(self, poll: Poll, upto: int) -> tuple[list[Message], int | None]:
+        """What the poll wants above its cursor and up to `upto`, oldest first; and the tick it got to, if not the end.
+
+        It stops at the poll's limit, at ANSWER_BYTES, and after looking at MAX_MESSAGES that were not wanted.
+        """
+        if poll.me is None:
+            where, values = ["tick > ? AND tick <= ?"], [poll.since, upto]
+        else:
+            where = ["mailbox = (SELECT id FROM mailboxes WHERE channel = ? AND name = ?) AND tick > ? AND tick <= ?"]
+            where *= len(poll.names)
+            values = [value for own in poll.names for value in (poll.channel, own, poll.since, upto)]
+        # A union of ordered parts is merged as it is read: a reader far behind costs no more than what it takes.
+        statement = " UNION ALL ".join(f"{SELECT} WHERE {part}" for part in where)
+        rows = self.reading.execute(f"{statement} ORDER BY tick", values)
+        found: list[Message] = []
+        size = reached = 0
+        with contextlib.closing(rows):
+            for looked, row in enumerate(rows):
+                if len(found) == poll.limit or size > ANSWER_BYTES or looked == MAX_MESSAGES:
+                    return found, reached
+                message = self.checked(row)
+                reached = row[0]
+                if message and poll.wants(message) and not self.is_expired(message):
+                    found.append(message)
+                    size += len(message.text)
+        return found, None
+
+    def message(self, tick: int) -> Message | None:
+        row = self.reading.execute(f"{SELECT} WHERE tick = ?", (tick,)).fetchone()
+        return self.checked(row) if row else None
+
+    def checked(self, row: tuple[Any, ...]) -> Message | None:
+        """The message in a row, or None and a line on stderr if a bit of it has changed since it was written."""
+        message = Message(*row[:7])
+        if checksum(message) == row[7]:
+            return message
+        print(f"bus_server: {self.path}: message {message.tick:x} to {message.to} is damaged; skipped", file=sys.stderr)
+        return None
+
+    def is_expired(self, message: Message) -> bool:
+        return message.expires is not None and message.expires <= self.clock()
+
+    MAILBOX = "mailbox = (SELECT id FROM mailboxes WHERE channel = ? AND name = ?)"
+
+    def first(self, channel: str, own: str) -> int | None:
+        """The oldest retained tick of a mailbox."""
+        statement = f"SELECT min(tick) FROM messages WHERE {self.MAILBOX}"
+        tick: int | None = self.reading.execute(statement, (channel, own)).fetchone()[0]
+        return tick
+
+    def count_up_to(self, channel: str, own: str, tick: int) -> int | None:
+        """The number (n) of the last message of a mailbox up to `tick`; None if nothing is retained."""
+        below = f"SELECT n FROM messages WHERE {self.MAILBOX} AND tick <= ? ORDER BY tick DESC LIMIT 1"
+        above = f"SELECT n - 1 FROM messages WHERE {self.MAILBOX} AND tick > ? ORDER BY tick LIMIT 1"
+        values = (channel, own, tick)
+        row = self.reading.execute(below, values).fetchone() or self.reading.execute(above, values).fetchone()
+        return int(row[0]) if row else None
+
+    def count_expired(self, channel: str, own: str, above: int) -> int:
+        statement = f"SELECT count(*) FROM messages WHERE {self.MAILBOX} AND expires <= ? AND tick > ?"
+        count: int = self.reading.execute(statement, (channel, own, self.clock(), above)).fetchone()[0]
+        return count
+
+    def mailboxes(self) -> list[tuple[Any, ...]]:
+        """A row for each: channel, name, own, read, fetched, seen, removed, n, newest, perishable."""
+        last = "FROM messages WHERE mailbox = id ORDER BY tick DESC LIMIT 1"
+        return self.reading.execute(
+            f"SELECT channel, name, own, read, fetched, seen, removed, ifnull((SELECT n {last}), 0), "
+            f"ifnull((SELECT tick {last}), 0), EXISTS(SELECT 1 FROM messages WHERE mailbox = id AND expires > 0) "
+            "FROM mailboxes"
+        ).fetchall()
+
+
+def locked(path: str) -> int:
+    """A descriptor that holds PATH.lock for as long as this process lives. A reader with sqlite3 needs no lock."""
+    try:
+        pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        descriptor = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise Unusable(f"the database {path} is in use by another bus_server") from None
+    except OSError as error:
+        raise Unusable(f"cannot use the database {path}: {error.strerror}") from None
+    return descriptor
+
+
+def prepare(database: sqlite3.Connection, path: str, journal: str) -> None:
+    """Open for durable writing, check that this was granted, and bring the schema up to date."""
+
+    def ask(statement: str) -> Any:
+        return database.execute(statement).fetchone()[0]
+
+    version = ask("PRAGMA user_version")
+    if version > len(MIGRATIONS):
+        raise Unusable(f"the database {path} was made by a newer bus_server (schema {version}): use that one")
+    if not version and ask("SELECT count(*) FROM sqlite_master"):
+        raise Unusable(f"{path} is not a database of agent-bus: choose another --db")
+    database.execute("PRAGMA fullfsync=ON")  # macOS: fsync alone leaves the data in the disk's own memory
+    database.execute("PRAGMA synchronous=FULL")
+    if ask(f"PRAGMA journal_mode={journal}") != journal or ask("PRAGMA synchronous") != 2:
+        raise Unusable(f"the database {path} cannot be written durably here: is this a network file system?")
+    if version and journal == "wal" and os.path.getsize(path) <= CHECKED_BYTES:
+        report = ask("PRAGMA quick_check(1)")
+        if report != "ok":
+            raise Unusable(f"the database {path} is damaged ({report}): restore a backup, or move it away")
+    database.execute("BEGIN IMMEDIATE")
+    for step in MIGRATIONS[version:]:
+        for statement in step.split(";\n"):
+            database.execute(statement)
+    if not version:
+        database.execute("INSERT INTO bus VALUES (?, 0)", (secrets.token_hex(8),))
+    database.execute(f"PRAGMA user_version={len(MIGRATIONS)}")
+    database.execute("COMMIT")
+
+
+# ── Mailboxes ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Mailbox:
+    """One name on one channel: what it holds, and how far it was read. Ticks, except where it says otherwise."""
+
+    __slots__ = ("address", "base", "fetched", "listening", "n", "newest", "own", "perishable", "read", "removed",
+                 "seen", "until")  # fmt: skip
+    own: bool
+    read: int | None
+    fetched: int
+    seen: int  # wall clock, us
+    removed: int
+    n: int  # of the newest message
+    newest: int
+    perishable: bool  # a message in it has or had a ttl
+
+    def __init__(self, *stored: Any) -> None:
+        (self.own, self.read, self.fetched, self.seen, self.removed, self.n, self.newest,
+         self.perishable) = stored or (False, None, 0, 0, 0, 0, 0, False)  # fmt: skip
+        self.base: int | None = None  # how many messages lie up to the mark; None: to be counted
+        self.address = ""  # of who polled last
+        self.listening = 0  # wall clock, us: since when without a break
+        self.until = 0.0  # monotonic clock, s: when it stops to count as listening
+
+    def mark(self) -> int:
+        """Unread is what lies above: its owner's cursor or, in a mailbox that only groups read, what nobody fetched."""
+        return (self.read or 0) if self.own else self.fetched
+
+
+class Mailboxes:
+    """Who reads, how far, and who is parked. Used by the loop only; the clock is passed in.
+
+    A parked reader is a connection and its Poll, found under each (channel, name) it listens to: no thread, no task.
+    """
+
+    OBSERVERS = ("", "")  # under which observers wait; no mailbox can have this name
+
+    def __init__(self, clock: Callable[[], float], stored: Iterable[Sequence[Any]] = ()) -> None:
+        self.clock = clock
+        self.boxes = {(row[0], row[1]): Mailbox(*row[2:]) for row in stored}
+        self.highest = max((box.newest for box in self.boxes.values()), default=0)
+        self.changed: set[tuple[str, str]] = set()  # mailboxes whose marks are newer than on disk
+        self.parked: dict[Connection, Poll] = {}
+        self.waiting: dict[tuple[str, str], dict[Connection, None]] = {}
+
+    def box(self, channel: str, own: str) -> Mailbox:
+        box = self.boxes.get((channel, own))
+        if box is None:
+            box = self.boxes[channel, own] = Mailbox()
+        return box
+
+    def of(self, poll: Poll) -> Iterator[Mailbox]:
+        """The mailboxes a reader listens to, its own first; about to be changed."""
+        for own in poll.names:
+            key = (str(poll.channel), own)
+            self.changed.add(key)
+            yield self.box(*key)
+
+    # Presence and marks
+
+    def polled(self, poll: Poll, address: str, wall: int) -> None:
+        now = self.clock()
+        for box in self.of(poll):
+            if box.until < now:
+                box.listening = wall
+            box.until = max(box.until, now + (poll.hold or HOLD) + GRACE)
+            box.seen, box.address = wall, address
+        self.box(str(poll.channel), poll.names[0]).own = True
+
+    def online(self, box: Mailbox) -> bool:
+        """Derived, never declared: it has a poll in hand, or had one within its hold and GRACE."""
+        return self.clock() < box.until
+
+    def presented(self, poll: Poll) -> None:
+        """A reader that presents a cursor has everything up to it."""
+        if poll.me is not None:
+            own = self.box(str(poll.channel), poll.me)
+            own.read = max(own.read or 0, poll.since)
+            self.fetched(poll, poll.since)
+
+    def fetched(self, poll: Poll, tick: int) -> None:
+        """An answer with messages up to `tick` was written out whole."""
+        for box in self.of(poll):
+            box.fetched = max(box.fetched, tick)
+            box.base = None
+
+    def resume(self, poll: Poll, first: int | None, last: int) -> Poll:
+        """`since=last`: where this name last was; before it ever was, just before what is `first` in its mailbox."""
+        box = self.box(str(poll.channel), str(poll.me))
+        if box.read is not None:
+            return poll._replace(since=box.read)
+        if box.removed:
+            return poll._replace(since=box.removed - 1)  # one below, so that the gap is told
+        return poll._replace(since=last if first is None else first - 1)
+
+    def gap(self, poll: Poll) -> tuple[int, int] | None:
+        """From the cursor to the last message that retention removed, if that is ahead of the cursor."""
+        if poll.me is None:
+            boxes: Iterable[Mailbox] = self.boxes.values()
+        else:
+            boxes = (self.box(str(poll.channel), own) for own in poll.names)
+        removed = max((box.removed for box in boxes), default=0)
+        return (poll.since, removed) if removed > poll.since else None
+
+    def removed(self, removed: dict[tuple[str, str], int]) -> None:
+        for key, tick in removed.items():
+            self.boxes[key].removed = tick
+            self.boxes[key].base = None
+
+    def take_marks(self) -> list[Mark]:
+        """The marks that changed since the last call."""
+        changed, self.changed = self.changed, set()
+        boxes = [(key, self.boxes[key]) for key in changed]
+        return [Mark(*key, box.own, box.read, box.fetched, box.seen) for key, box in boxes]
+
+    # Messages and parked readers
+
+    def add(self, visible: list[Message]) -> None:
+        for message in visible:
+            box = self.box(message.channel, message.to)
+            box.newest, box.n = message.tick, message.n
+            box.perishable = box.perishable or message.expires is not None
+        if visible:
+            self.highest = visible[-1].tick
+
+    def newest(self, poll: Poll) -> int:
+        """The newest tick there could be for this poll, without asking the disk."""
+        if poll.me is None:
+            return self.highest
+        return max(self.box(str(poll.channel), own).newest for own in poll.names)
+
+    def park(self, connection: Connection, poll: Poll) -> None:
+        self.parked[connection] = poll
+        for key in self.keys(poll):
+            self.waiting.setdefault(key, {})[connection] = None
+
+    def unpark(self, connection: Connection) -> Poll:
+        poll = self.parked.pop(connection)
+        for key in self.keys(poll):
+            del self.waiting[key][connection]
+            if not self.waiting[key]:
+                del self.waiting[key]
+        return poll
+
+    def keys(self, poll: Poll) -> list[tuple[str, str]]:
+        return [self.OBSERVERS] if poll.me is None else [(str(poll.channel), own) for own in poll.names]
+
+    def claim(self, visible: list[Message]) -> Iterator[tuple[Connection, Poll, list[Message]]]:
+        """Every parked reader that one of these messages is for, unparked, with all that are for it, in order."""
+        claimed: dict[Connection, list[Message]] = {}
+        for message in visible:
+            for key in ((message.channel, message.to), self.OBSERVERS):
+                for connection in self.waiting.get(key, ()):
+                    if self.parked[connection].wants(message):
+                        claimed.setdefault(connection, []).append(message)
+        for connection, messages in claimed.items():
+            yield connection, self.unpark(connection), messages
+
+
+# ── What people see ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+UNSAFE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u2064\u2066-\u2069\ufeff"
+    "\ud800-\udfff\U000e0000-\U000e007f\U000e0100-\U000e01ef]"
+)
+
+
+def visible(text: str) -> str:
+    """Text with every character that could hide, reorder or restart what a terminal or an agent sees shown escaped."""
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    return UNSAFE.sub(lambda match: match[0].encode("ascii", "backslashreplace").decode(), text)
+
+
+def value(given: Any) -> str:
+    text = given if isinstance(given, str) else json.dumps(given)
+    return text if re.fullmatch(r"[A-Za-z0-9._:@/-]{1,64}", text) else visible(json.dumps(text, ensure_ascii=False))
+
+
+def block(message: dict[str, Any], me: str | None, now: int) -> str:
+    """A message as people read it. No line of its body can be taken for a header or for the end of the block."""
+    tick = int(message["id"], 16)
+    age = (now - tick) // 1000000
+    given = {"from": message["from"], "id": message["id"]}
+    if message["to"] != me:
+        given["to"] = message["to"]
+    if message["channel"] != "default":
+        given["channel"] = message["channel"]
+    given.update({member: message[member] for member in ("reply_to", "priority", "type", "subject") if member in message})
+    lines = visible(message["msg"]).rstrip("\n").split("\n")
+    return "\n".join([iso(tick), *lines])
+
+
+def iso(tick: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(tick // 1000000))
+
+
+HELP = """\
+agent-bus {version}: messages between coding agents. A 200 to /send means: on disk.
+
+send     curl --data-binary 'tests are green' '{url}/send?from=alice&to=bob'
+receive  curl -H 'Accept: text/plain' '{url}/recv?to=bob&since=last&wait=25'
+         (the next since is in the header Bus-Now; without Accept it is JSON, and `now` in it)
+
+The clients need Python 3.9 and nothing else:
+         curl -fO {url}/bus_send.py; curl -fO {url}/bus_recv.py
+         export AGENT_BUS_URL={url} AGENT_NAME=bob
+         python3 bus_recv.py bob
+         echo 'tests are green' | python3 bus_send.py alice
+Bash, curl and jq: curl -fO {url}/bus_listener.sh; AGENT_NAME=bob bash bus_listener.sh
+
+Also     /agents  /inbox  /message/<id>  /log  /healthz
+"""
+
+ROUTES: dict[tuple[str, str], Callable[[Bus, Request], Answer | None]] = {
+    ("POST", "/send"): Bus.send,
+    ("GET", "/recv"): Bus.recv,
+    ("GET", "/inbox"): Bus.inbox,
+    ("GET", "/agents"): Bus.agents,
+    ("GET", "/message/"): Bus.message,
+    ("GET", "/log"): Bus.log,
+    ("GET", "/healthz"): Bus.health,
+    ("GET", "/"): Bus.help,
+    ("GET", "/bus_recv.py"): Bus.client,
+    ("GET", "/bus_send.py"): Bus.client,
+    ("GET", "/bus_listener.sh"): Bus.client,
+}
+
+
+# ── main ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def duration(text: str) -> float:
+    """'30d', '12h', '90m', '45s' in seconds; '0' is for ever."""
+    match = re.fullmatch(r"([0-9]{1,9})([smhd]?)", text)
+    if not match or not (match[2] or match[1] == "0"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a time like 30d, 12h, 90m, 45s, or 0 for ever")
+    return int(match[1]) * {"": 0, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
+
+
+def default_path() -> str:
+    state = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
+    return os.path.join(state, "agent-bus", "bus.db")
+
+
+def command_line(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="bus_server.py", description="A message bus for coding agents over HTTP.")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
+    parser.add_argument("--port", type=int, default=8080, help="port, 0 for a free one (%(default)s)")
+    parser.add_argument("--db", default=default_path(), metavar="PATH", help="database, or :memory: (%(default)s)")
+    parser.add_argument("--keep", type=duration, default="30d", help="how long messages stay: 12h; 0: for ever (30d)")
+    parser.add_argument("--max-body", type=int, default=262144, metavar="BYTES", help="of one request (%(default)s)")
+    parser.add_argument("--verbose", action="store_true", help="a line for each request on stderr")
+    parser.add_argument("--version", action="version", version=f"agent-bus {VERSION}")
+    options = parser.parse_args(arguments)
+    if not 0 <= options.port <= 65535:
+        parser.error("--port must be 0 to 65535")
+    if not 1024 <= options.max_body <= 9999999:
+        parser.error("--max-body must be 1024 to 9999999")
+    return options
+
+
+def is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+async def serve(options: argparse.Namespace, log: Log) -> int:
+    """Run until SIGTERM or SIGINT, or until the disk fails. Returns the exit code."""
+    loop, stop = asyncio.get_running_loop(), asyncio.Event()
+    bus = Bus(log, max_body=options.max_body, keep=options.keep, verbose=options.verbose)
+    try:
+        server = await loop.create_server(lambda: Connection(bus), options.host, options.port, backlog=4096)
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise Unusable(f"cannot listen on {options.host} port {options.port}: {reason}") from None
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    host, port = server.sockets[0].getsockname()[:2]
+    print(f"listening on http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
+    print(f"messages are in {log.path}", flush=True)
+    if not is_loopback(options.host):
+        print(f"WARNING: anyone who can reach {options.host}:{port} can read and send every message", file=sys.stderr)
+    bus.prune()
+    tasks = [loop.create_task(every(PRUNE_SECONDS, bus.prune)), loop.create_task(every(Deadlines.SLOT, bus.sweep))]
+    ends = [loop.create_task(stop.wait()), loop.create_task(bus.broken.wait())]
+    await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+    server.close()
+    await bus.drain()
+    for task in tasks + ends:
+        task.cancel()
+    return 1 if bus.broken.is_set() else 0
+
+
+async def every(period: float, action: Callable[[], None]) -> None:
+    while True:
+        await asyncio.sleep(period)
+        action()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = command_line(arguments)
+    os.umask(0o077)  # the database and what lies beside it are for this user alone
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):  # a parked reader is a descriptor
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    try:
+        log = Log(options.db)
+        try:
+            return asyncio.run(serve(options, log))
+        finally:
+            log.close()
+    except Unusable as error:
+        print(f"bus_server: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
