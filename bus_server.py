@@ -51,7 +51,7 @@ from email.utils import formatdate
 from functools import lru_cache
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
-from typing import Any, NamedTuple, NoReturn
+from typing import IO, Any, NamedTuple, NoReturn
 from urllib.parse import parse_qsl
 
 VERSION = "0.1.0"
@@ -101,7 +101,7 @@ def wall_clock() -> int:
 
 
 def seconds(tick: int) -> str:
-    """A tick as the wire writes it, in exact decimal seconds: a float can hold the 16 digits, arithmetic rounds them."""
+    """A tick as the wire writes it, in exact decimal seconds: a float holds the 16 digits, arithmetic rounds them."""
     return f"{tick // 1000000}.{tick % 1000000:06d}"
 
 
@@ -331,7 +331,7 @@ class Connection(asyncio.Protocol):
     """
 
     __slots__ = ("address", "buffer", "bus", "closing", "due", "ended", "fetched", "request", "slot", "state",
-                 "transport", "__weakref__")  # fmt: skip
+                 "transport", "__weakref__")
     transport: asyncio.Transport
     request: Request | None
     fetched: tuple[Poll, int] | None  # what the reader of the answer being written has then
@@ -739,14 +739,15 @@ class Poll(NamedTuple):
         if since == LAST:
             raise Refused(400, "an observer has no cursor here: since must be seconds or 'now'")
         return cls(None, query.names("to"), query.name("channel", None), query.name("from", None),
-                   since, limit, hold, plain)  # fmt: skip
+                   since, limit, hold, plain)
 
     @staticmethod
     def common(query: Query) -> tuple[int, int, float]:
         wait = query.number("wait", HOLD, 0, HOLD_MAX)
         block = query.flag("block")
         hold = wait if block or (block is None and query.one("wait") is not None) else 0
-        return cursor(query.one("since") or "0"), int(query.number("max", 100, 1, MAX_MESSAGES)), hold
+        since = query.one("since")
+        return cursor("0" if since is None else since), int(query.number("max", 100, 1, MAX_MESSAGES)), hold
 
     def wants(self, message: Message) -> bool:
         return (
@@ -862,7 +863,7 @@ class Bus:
     def agents(self, request: Request) -> Answer:
         agents = []
         for (channel, own), box in self.mailboxes.boxes.items():
-            if box.seen:
+            if box.seen and own != EVERYONE:
                 agents.append(
                     f'{{"name": "{own}", "channel": "{channel}", "online": {encode(self.mailboxes.online(box))}, '
                     f'"since": {seconds(box.listening)}, "last_seen": {seconds(box.seen)}, '
@@ -873,7 +874,7 @@ class Bus:
 
     def message(self, request: Request) -> Answer:
         """One message and how far it came; asking moves nothing."""
-        wanted = request.path.partition("?")[0][len(request.route):]  # fmt: skip
+        wanted = request.path.partition("?")[0][len(request.route):]
         found = self.store.message(int(wanted, 16)) if re.fullmatch("[0-9a-f]{1,16}", wanted) else None
         if not found:
             raise Refused(404, "there is no message with this id: it never was, or retention removed it")
@@ -949,7 +950,7 @@ class Bus:
         """The truth about several receivers: how many listen. `all` is everyone who ever did, but the sender."""
         if EVERYONE in one.to:
             boxes = [box for (channel, own), box in self.mailboxes.boxes.items()
-                     if channel == one.channel and box.own and own != one.sender]  # fmt: skip
+                     if channel == one.channel and box.own and own != one.sender]
             online = sum(map(self.mailboxes.online, boxes))
             return {"online": online, "offline": len(boxes) - online}
         named = [(to, self.mailboxes.box(one.channel, to)) for to in one.to]
@@ -1208,8 +1209,7 @@ class Log:
         self.path, self.clock = path, clock
         memory = path == ":memory:"
         target = f"file:bus-{secrets.token_hex(4)}?mode=memory&cache=shared" if memory else path
-        if not memory:
-            self.lock = locked(path)
+        self.lock = None if memory else locked(path)
         try:
             self.writing = sqlite3.connect(target, isolation_level=None, check_same_thread=False, uri=memory)
             prepare(self.writing, path, "memory" if memory else "wal")
@@ -1223,11 +1223,15 @@ class Log:
     def close(self) -> None:
         self.reading.close()  # first: the last to close folds the WAL into the database, and that is the writer's work
         self.writing.close()
+        if self.lock:
+            self.lock.close()
 
     # The journal thread
 
     def recall(self) -> None:
         """What the writer knows, read back from disk: at start, and when a transaction was undone."""
+        self.bus: str
+        self.last: int
         self.bus, self.last = self.writing.execute(
             "SELECT id, max(last, (SELECT ifnull(max(tick), 0) FROM messages)) FROM bus"
         ).fetchone()
@@ -1274,7 +1278,8 @@ class Log:
         self.writing.executemany("INSERT INTO messages VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows)
 
     def place(self, one: Draft, to: str, now: int, visible: list[Message], rows: list[tuple[Any, ...]]) -> int:
-        self.last = tick = max(now, self.last + 1)  # the clock may step back; the cursor must not
+        tick = max(now, self.last + 1)  # the clock may step back; the cursor must not
+        self.last = tick
         mailbox, n = self.counts.get((one.channel, to)) or (self.new_mailbox(one.channel, to), 0)
         self.counts[one.channel, to] = mailbox, n + 1
         expires = None if one.ttl is None else now + one.ttl
@@ -1301,7 +1306,8 @@ class Log:
             ).fetchall()
             if not rows:
                 return None
-            first, receipt = one._replace(to=tuple(row[2] for row in rows), text=rows[0][4]), Receipt([row[0] for row in rows], True)
+            first = one._replace(to=tuple(row[2] for row in rows), text=rows[0][4])
+            receipt = Receipt([row[0] for row in rows], True)
         if first.to != one.to or first.text != one.text:
             raise Refused(409, f"the key {one.key} was used for another message: a new message needs a new key")
         return receipt._replace(duplicate=True)
@@ -1335,7 +1341,8 @@ class Log:
         It stops at the poll's limit, at ANSWER_BYTES, and after looking at MAX_MESSAGES that were not wanted.
         """
         if poll.me is None:
-            where, values = ["tick > ? AND tick <= ?"], [poll.since, upto]
+            where = ["tick > ? AND tick <= ?"]
+            values: list[str | int | None] = [poll.since, upto]
         else:
             where = ["mailbox = (SELECT id FROM mailboxes WHERE channel = ? AND name = ?) AND tick > ? AND tick <= ?"]
             where *= len(poll.names)
@@ -1402,17 +1409,17 @@ class Log:
         ).fetchall()
 
 
-def locked(path: str) -> int:
-    """A descriptor that holds PATH.lock for as long as this process lives. A reader with sqlite3 needs no lock."""
+def locked(path: str) -> IO[bytes]:
+    """A file that holds PATH.lock until it is closed or this process ends. A reader with sqlite3 needs no lock."""
     try:
         pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        descriptor = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock = open(f"{path}.lock", "ab")  # noqa: SIM115  (held for as long as the database)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise Unusable(f"the database {path} is in use by another bus_server") from None
     except OSError as error:
         raise Unusable(f"cannot use the database {path}: {error.strerror}") from None
-    return descriptor
+    return lock
 
 
 def prepare(database: sqlite3.Connection, path: str, journal: str) -> None:
@@ -1451,7 +1458,7 @@ class Mailbox:
     """One name on one channel: what it holds, and how far it was read. Ticks, except where it says otherwise."""
 
     __slots__ = ("address", "base", "fetched", "listening", "n", "newest", "own", "perishable", "read", "removed",
-                 "seen", "until")  # fmt: skip
+                 "seen", "until")
     own: bool
     read: int | None
     fetched: int
@@ -1463,7 +1470,7 @@ class Mailbox:
 
     def __init__(self, *stored: Any) -> None:
         (self.own, self.read, self.fetched, self.seen, self.removed, self.n, self.newest,
-         self.perishable) = stored or (False, None, 0, 0, 0, 0, 0, False)  # fmt: skip
+         self.perishable) = stored or (False, None, 0, 0, 0, 0, 0, False)
         self.base: int | None = None  # how many messages lie up to the mark; None: to be counted
         self.address = ""  # of who polled last
         self.listening = 0  # wall clock, us: since when without a break
@@ -1606,39 +1613,48 @@ class Mailboxes:
 
 # ── What people see ──────────────────────────────────────────────────────────────────────────────────────────────────
 
-UNSAFE = re.compile(
+HEAD = ("from", "id", "to", "channel", "reply_to", "age", "priority", "type", "subject")
+HIDDEN = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u2064\u2066-\u2069\ufeff"
     "\ud800-\udfff\U000e0000-\U000e007f\U000e0100-\U000e01ef]"
 )
 
 
-def visible(text: str) -> str:
-    """Text with every character that could hide, reorder or restart what a terminal or an agent sees shown escaped."""
+def iso(tick: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(tick // 1000000))
+
+
+def shown(text: str) -> str:
+    """Text without what a terminal or an eye obeys and does not see; CRLF and CR are newlines."""
     text = text.replace("\r\n", "\n").replace("\r", "\n")
-    return UNSAFE.sub(lambda match: match[0].encode("ascii", "backslashreplace").decode(), text)
+    return HIDDEN.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
-def value(given: Any) -> str:
-    text = given if isinstance(given, str) else json.dumps(given)
-    return text if re.fullmatch(r"[A-Za-z0-9._:@/-]{1,64}", text) else visible(json.dumps(text, ensure_ascii=False))
+def label(value: Any) -> str:
+    text = value if isinstance(value, str) else encode(value)
+    if re.fullmatch(r"[A-Za-z0-9._:@/-]{1,64}", text):
+        return text
+    return shown(json.dumps(text, ensure_ascii=False))
 
 
 def block(message: dict[str, Any], me: str | None, now: int) -> str:
-    """A message as people read it. No line of its body can be taken for a header or for the end of the block."""
+    """A message as bus_recv.py prints it. No line of a body can be taken for a head, or for the end of a block."""
     tick = int(message["id"], 16)
-    age = (now - tick) // 1000000
-    given = {"from": message["from"], "id": message["id"]}
-    if message["to"] != me:
-        given["to"] = message["to"]
-    if message["channel"] != "default":
-        given["channel"] = message["channel"]
-    given.update({member: message[member] for member in ("reply_to", "priority", "type", "subject") if member in message})
-    lines = visible(message["msg"]).rstrip("\n").split("\n")
-    return "\n".join([iso(tick), *lines])
+    says = {**message, "age": span((now - tick) // 1000000)}
+    goes_without_saying = {"to": me, "channel": "default", "age": "", "priority": "normal"}
+    head = [f"{member}={label(says[member])}" for member in HEAD
+            if member in says and says[member] != goes_without_saying.get(member)]
+    text = shown(message["msg"])
+    lines = (text[:-1] if text.endswith("\n") else text).split("\n")
+    return "\n".join([f"{iso(tick)} {' '.join(head)}", *(f"| {line}" for line in lines), "---\n"])
 
 
-def iso(tick: int) -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(tick // 1000000))
+def span(age: int) -> str:
+    """Seconds as 90m, 6h or 2d; nothing under a minute."""
+    for unit, size in (("d", 86400), ("h", 3600), ("m", 60)):
+        if age >= size:
+            return f"{age // size}{unit}"
+    return ""
 
 
 HELP = """\

@@ -1,0 +1,133 @@
+"""What was sent, what arrived, and whether that keeps the promise: the check behind every test with a fault in it.
+
+A Conversation makes such a history, `violations` judges it. A message is known by its sender and text, so a sender uses
+no text twice.
+"""
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from concurrent.futures import Future
+from typing import NamedTuple
+
+from tests.processes import wait_until
+
+PATIENCE = 60  # s, for what is still on its way when a conversation ends
+LAST = "the last message"
+
+
+class Sent(NamedTuple):
+    sender: str
+    msg: str
+    tick: int | None  # None: there was no acknowledgement, so nobody knows
+
+
+class Delivered(NamedTuple):
+    sender: str
+    msg: str
+    tick: int
+
+
+def violations(sent, delivered):
+    """Every way in which `delivered`, all that one reader kept, breaks what the bus promised those who sent.
+
+    lost        a message was acknowledged and did not arrive
+    duplicated  it arrived more than once, under whatever tick; one that was not acknowledged may do so once
+    unexpected  nobody sent it, or it has another tick than its sender was told
+    reordered   its tick is not above the one before it, or it is from earlier than what its sender had sent before it
+
+    `sent` has the messages of each sender in the order it sent them, each after the one before was answered. Only what
+    was acknowledged is held to that order: a send that was given up may still be on its way when the next one arrives.
+    """
+    ticks = {each[:2]: each.tick for each in sent}
+    places = {each[:2]: place for place, each in enumerate(sent) if each.tick is not None}
+    arrivals = Counter(each[:2] for each in delivered)
+    found = [f"lost: {each}" for each in sent if each.tick is not None and not arrivals[each[:2]]]
+    found += [f"duplicated: {message} came {times} times" for message, times in arrivals.items() if times > 1]
+    found += [f"unexpected: {each}" for each in delivered if ticks.get(each[:2], -1) not in (None, each.tick)]
+    found += [f"reordered: {b} after {a}" for a, b in zip(delivered, delivered[1:]) if b.tick <= a.tick]
+    furthest = {}
+    for each in delivered:
+        place = places.get(each[:2], -1)
+        if -1 < place < furthest.get(each.sender, -1):
+            found.append(f"reordered: {each} after what {each.sender} sent later")
+        furthest[each.sender] = max(place, furthest.get(each.sender, -1))
+    return found
+
+
+class Conversation:
+    """Senders to one name and the reader of that name, a thread each, and what they saw.
+
+    `client` has receive(url, name, pause=, ...), which yields messages and ends when `pause` says true on an error, and
+    send(url, sender, to, msg), which returns the ts, or None for a message that was not acknowledged.
+    """
+
+    def __init__(self, client, url, name):
+        self.client, self.url, self.name = client, url, name
+        self.sent, self.delivered, self.senders = [], [], []
+        self.over = threading.Event()
+
+    def listen(self, **settings):
+        messages = self.client.receive(self.url, self.name, pause=self.over.wait, **settings)
+        self.reader = background(self.keep, messages)
+
+    def speak(self, sender, texts):
+        self.senders.append(background(self.send, sender, texts))
+
+    def send(self, sender, texts):
+        for msg in texts:
+            if self.over.is_set():
+                break
+            ts = self.client.send(self.url, sender, self.name, msg)
+            self.sent.append(Sent(sender, msg, None if ts is None else tick(ts)))
+
+    def keep(self, messages):
+        for message in messages:
+            self.delivered.append(Delivered(message["from"], message["msg"], tick(message["ts"])))
+            if message["msg"] == LAST:
+                break
+
+    def wait_for_sends(self, more):
+        """Until so many more sends were answered, or given up, than when this was called."""
+        enough = len(self.sent) + more
+        wait_until(lambda: len(self.sent) >= enough, PATIENCE)
+
+    def wait_for_senders(self):
+        for sender in self.senders:
+            sender.result(PATIENCE)
+
+    def finish(self):
+        """Wait for the senders, and for the reader to have it all; returns the violations.
+
+        LAST is sent when its forerunner has arrived: so the reader polls once more in between, and repeats would show.
+        """
+        self.wait_for_senders()
+        self.send("herald", [f"next comes {LAST}"])
+        wait_until(lambda: self.delivered and self.delivered[-1].sender == "herald", PATIENCE)
+        self.send("herald", [LAST])
+        self.reader.result(PATIENCE)
+        return violations(self.sent, self.delivered)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.over.set()
+
+
+def tick(ts):
+    return round(float(ts) * 1000000)
+
+
+def background(work, *arguments):
+    """The Future of a call in a thread of its own, which does not keep a failed test from ending."""
+    future = Future()
+
+    def run():
+        try:
+            future.set_result(work(*arguments))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future

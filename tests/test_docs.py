@@ -1,0 +1,91 @@
+"""What the documents say is true: PROTOCOL.md's examples are replayed, its promises have tests, README's lines work."""
+import json
+import re
+import socket
+
+import pytest
+
+from tests.processes import ROOT
+
+PROTOCOL = (ROOT / "PROTOCOL.md").read_text()
+PAIR = re.compile(r"```http\n([A-Z]+ .*?)```\n```http\n(HTTP/1\.1 .*?)```", re.DOTALL)
+NUMBER = re.compile(r"\d{10}\.\d{6}|[0-9a-f]{13,16}")  # a ts, an id, a bus
+MEASURED = {"ts", "id", "now", "bus", "last_seen", "since", "cursor", "dell", "nano", "from", "to"}  # differ in each run
+
+
+def exchange(port, text):
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as peer:
+        peer.sendall(text)
+        head, _, body = b"", b"", b""
+        data = b""
+        while b"\r\n\r\n" not in data:
+            data += peer.recv(65536)
+        head, _, body = data.partition(b"\r\n\r\n")
+        length = int(re.search(rb"Content-Length: (\d+)", head)[1])
+        while len(body) < length:
+            body += peer.recv(65536)
+    return head.decode(), body.decode()
+
+
+class Translation:
+    """What the document calls a ts, an id or a bus, and what this run calls it. Each has one name on both sides."""
+
+    def __init__(self):
+        self.real = {}
+
+    def request(self, text):
+        return re.sub(r"\d{10}\.\d{6}|[0-9a-f]{13}", lambda match: self.real.get(match[0], match[0]), text)
+
+    def same(self, documented, real, member=""):
+        if isinstance(documented, dict):
+            assert isinstance(real, dict) and list(documented) == list(real), (documented, real)
+            for key in documented:
+                self.same(documented[key], real[key], key)
+        elif isinstance(documented, list):
+            assert len(documented) == len(real), (documented, real)
+            for one, other in zip(documented, real):
+                self.same(one, other, member)
+        elif member in MEASURED and NUMBER.fullmatch(str(documented)):
+            assert NUMBER.fullmatch(str(real)), (member, documented, real)
+            if member not in ("last_seen", "since"):  # moments of this run; the others are one number in many places
+                assert self.real.setdefault(documented, real) == real, (member, documented)
+        else:
+            assert documented == real, (member, documented, real)
+
+
+def test_every_example_of_the_protocol_is_what_the_bus_says(bus):
+    """The examples are one conversation, in order, on an empty bus."""
+    translation = Translation()
+    pairs = PAIR.findall(PROTOCOL)
+    assert len(pairs) * 2 == PROTOCOL.count("```http"), "an example without its answer"
+    for request, answer in pairs:
+        head, _, body = request.partition("\n\n")
+        body = body.rstrip("\n")
+        promised = re.search(r"Content-Length: (\d+)", head)
+        assert int(promised[1] if promised else 0) == len(body.encode()), request
+        raw = translation.request(head).replace("\n", "\r\n") + "\r\n\r\n" + body
+        real_head, real_body = exchange(bus.port, raw.encode())
+        documented_head, _, documented_body = answer.partition("\n\n")
+        status, *headers = documented_head.split("\n")
+        assert real_head.startswith(status + "\r\n"), (request, real_head, real_body)
+        if documented_body.startswith("{"):
+            translation.same(json.loads(documented_body, parse_float=str), json.loads(real_body, parse_float=str))
+            assert all(header in real_head for header in headers)
+        else:
+            documented_body = re.sub(r"^\S+Z", "TIME", translation.request(documented_body), flags=re.MULTILINE)
+            assert re.sub(r"^\S+Z", "TIME", real_body, flags=re.MULTILINE) == documented_body
+            for header in headers:
+                name = header.partition(":")[0]
+                assert translation.request(header) in real_head or name == "Bus-Id", (header, real_head)
+
+
+def test_every_promise_of_the_protocol_has_its_test():
+    named = set(re.findall(r"`(test_\w+)`", PROTOCOL))
+    code = "".join(path.read_text() for path in [ROOT / "test_bus.py", *(ROOT / "tests").glob("test_*.py")])
+    missing = [name for name in named if f"def {name}(" not in code]
+    assert named and not missing, missing
+
+
+@pytest.mark.parametrize("name", ["spark", "build@gb10", "architect:swarm-1", "T1"])
+def test_the_names_called_valid_are_valid(bus, name):
+    assert b'"messages": []' in bus.get(f"/recv?to={name}")

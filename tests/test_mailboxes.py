@@ -1,0 +1,166 @@
+"""Who reads, how far, and who is parked: with a clock that the test moves."""
+import pytest
+
+from bus_server import EVERYONE, GRACE, Connection, Deadlines, Mailboxes, Message, Poll
+
+
+class Clock:
+    def __init__(self):
+        self.now = 1000.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def mailboxes(clock):
+    return Mailboxes(clock)
+
+
+def poll(*names, since=0, hold=25.0, observer=False, limit=100, channel="default"):
+    return Poll(None if observer else names[0], names + (() if observer else (EVERYONE,)), channel, None, since, limit, hold, False)
+
+
+def message(tick, to, sender="alice", channel="default"):
+    return Message(tick, channel, to, sender, '"msg": "x"', 1, None)
+
+
+def claimed(mailboxes, *visible):
+    return {connection: [each.tick for each in fresh] for connection, _, fresh in mailboxes.claim(list(visible))}
+
+
+def test_a_parked_reader_is_claimed_once_with_all_that_is_for_it(mailboxes):
+    mailboxes.park("bob's", poll("bob"))
+    mailboxes.park("eve's", poll("eve", "bob"))
+    assert claimed(mailboxes, message(1, "bob"), message(2, "eve"), message(3, "carl"), message(4, EVERYONE)) == {
+        "bob's": [1, 4], "eve's": [1, 2, 4]}
+    assert claimed(mailboxes, message(5, "bob")) == {}, "a reader that was answered is still parked"
+    assert not mailboxes.parked and not mailboxes.waiting
+
+
+def test_a_reader_is_not_woken_by_its_own_broadcast_or_another_channel(mailboxes):
+    mailboxes.park("bob's", poll("bob"))
+    assert claimed(mailboxes, message(1, EVERYONE, sender="bob"), message(2, "bob", channel="lab")) == {}
+    assert list(mailboxes.parked) == ["bob's"]
+
+
+def test_an_observer_is_claimed_by_everything(mailboxes):
+    mailboxes.park("watcher", poll(observer=True, channel=None))
+    assert claimed(mailboxes, message(1, "bob"), message(2, "eve", channel="lab")) == {"watcher": [1, 2]}
+
+
+def test_an_unparked_reader_leaves_nothing_behind(mailboxes):
+    mailboxes.park("bob's", poll("bob", "team"))
+    mailboxes.unpark("bob's")
+    assert claimed(mailboxes, message(1, "bob")) == {} and not mailboxes.waiting
+
+
+def test_presence_is_the_hold_and_the_grace(mailboxes, clock):
+    box = mailboxes.box("default", "bob")
+    assert not mailboxes.online(box)
+    mailboxes.polled(poll("bob", hold=40), "10.0.0.7", 5)
+    clock.now += 40 + GRACE - 0.1
+    assert mailboxes.online(box) and box.address == "10.0.0.7" and box.seen == box.listening == 5
+    mailboxes.polled(poll("bob", hold=0), "10.0.0.7", 6)
+    assert box.listening == 5 and box.seen == 6, "listening began anew without a break"
+    clock.now += 36
+    assert not mailboxes.online(box)
+    mailboxes.polled(poll("bob"), "10.0.0.7", 7)
+    assert box.listening == 7
+
+
+def test_the_first_name_is_the_readers_own(mailboxes):
+    mailboxes.polled(poll("bob", "team"), "", 5)
+    mailboxes.presented(poll("bob", "team", since=70))
+    bob, team = mailboxes.box("default", "bob"), mailboxes.box("default", "team")
+    assert (bob.own, bob.read, bob.mark()) == (True, 70, 70)
+    assert (team.own, team.read, team.mark()) == (False, None, 70), "a group has no cursor, and what was fetched counts"
+    assert mailboxes.online(team)
+
+
+def test_another_reader_of_a_name_does_not_move_its_cursor(mailboxes):
+    mailboxes.polled(poll("bob"), "", 5)
+    mailboxes.presented(poll("bob", since=10))
+    mailboxes.polled(poll("boss", "bob"), "", 6)
+    mailboxes.presented(poll("boss", "bob", since=500))
+    assert mailboxes.resume(poll("bob"), None, 900).since == 10
+
+
+def test_a_cursor_only_goes_up(mailboxes):
+    for since in (10, 30, 20):
+        mailboxes.presented(poll("bob", since=since))
+    assert mailboxes.resume(poll("bob"), None, 900).since == 30
+
+
+def test_a_name_that_never_was_starts_before_its_first_message(mailboxes):
+    assert mailboxes.resume(poll("bob"), 55, 900).since == 54
+    assert mailboxes.resume(poll("bob"), None, 900).since == 900
+
+
+def test_a_reader_behind_retention_is_told_of_the_gap(mailboxes):
+    mailboxes.add([message(50, "bob"), message(60, "eve")])
+    mailboxes.removed({("default", "bob"): 50})
+    assert mailboxes.gap(poll("bob", since=10)) == (10, 50)
+    assert mailboxes.gap(poll("bob", since=50)) is None, "nothing above the cursor was removed"
+    assert mailboxes.gap(poll("eve", since=10)) is None, "nothing of eve's was removed"
+    assert mailboxes.gap(poll("eve", "bob", since=10)) == (10, 50)
+    assert mailboxes.gap(poll(observer=True, since=10)) == (10, 50)
+    never = mailboxes.resume(poll("bob"), 70, 900)
+    assert mailboxes.gap(never), "mail of a name that never read was removed in silence"
+
+
+def test_marks_that_changed_are_given_out_once(mailboxes):
+    mailboxes.polled(poll("bob"), "", 5)
+    mailboxes.presented(poll("bob", since=10))
+    assert {mark[1]: mark[2:] for mark in mailboxes.take_marks()} == {"bob": (True, 10, 10, 5), EVERYONE: (False, None, 10, 5)}
+    assert mailboxes.take_marks() == []
+
+
+def test_newest_needs_no_disk(mailboxes):
+    mailboxes.add([message(50, "bob"), message(60, EVERYONE), message(70, "eve")])
+    assert mailboxes.newest(poll("bob")) == 60 and mailboxes.newest(poll("eve")) == 70
+    assert mailboxes.newest(poll("bob", channel="lab")) == 0 and mailboxes.newest(poll(observer=True)) == 70
+
+
+# Deadlines
+
+
+class Waiting:
+    """What Deadlines knows of a connection."""
+
+    def __init__(self):
+        self.due, self.slot = Connection.__init__.__globals__["math"].inf, Connection.__init__.__globals__["sys"].maxsize
+
+
+def test_a_deadline_comes_once_and_not_before_its_time(clock):
+    deadlines, one = Deadlines(clock), Waiting()
+    deadlines.set(one, 10)
+    clock.now += 9.95
+    assert list(deadlines.late()) == []
+    clock.now += 0.15
+    assert list(deadlines.late()) == [one] and list(deadlines.late()) == []
+
+
+def test_a_later_deadline_replaces_an_earlier_one_and_an_earlier_one_a_later(clock):
+    deadlines, later, earlier = Deadlines(clock), Waiting(), Waiting()
+    deadlines.set(later, 10)
+    deadlines.set(later, 30)
+    deadlines.set(earlier, 30)
+    deadlines.set(earlier, 10)
+    clock.now += 10.2
+    assert list(deadlines.late()) == [earlier]
+    clock.now += 20
+    assert list(deadlines.late()) == [later]
+
+
+def test_a_forgotten_deadline_never_comes(clock):
+    deadlines, one = Deadlines(clock), Waiting()
+    deadlines.set(one, 10)
+    deadlines.forget(one)
+    clock.now += 100
+    assert list(deadlines.late()) == []
