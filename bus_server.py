@@ -10,9 +10,10 @@ It is written in the order a message travels. Read it from top to bottom:
     Words         names, cursors, messages: what the wire says, parsed once, at the edge
     Connection    one socket and the one thing it waits for; Deadlines is the clock of them all
     Request       one HTTP request in memory: its grammar, its query, its body
-    Bus           the endpoints, a table; the only class that knows both sides
+    Bus           sending and receiving; the only class that knows both sides
     Journal       the thread that commits; Log is the SQLite file it writes
     Mailboxes     who reads, how far, and who is parked
+    Answers       what the wire says back, and the table of endpoints
     main          the command line, the start, the drain
 
 Two threads, no locks: the loop (asyncio) does everything but the commit, the journal thread does Log.commit and nothing
@@ -762,7 +763,7 @@ class Poll(NamedTuple):
 
 
 class Bus:
-    """The endpoints, and what happens when a batch is committed. Owned by the loop; its methods never wait.
+    """Sending and receiving, and what happens when a batch is committed. Owned by the loop; its methods never wait.
 
     Invariants:
     - Nothing is answered before its commit: `send` hands its drafts to the journal, `committed` answers them.
@@ -782,8 +783,6 @@ class Bus:
         self.draining = False
         self.broken = asyncio.Event()
         self.saving = False  # of marks, planned
-
-    # One endpoint each, as in PROTOCOL.md
 
     def send(self, request: Request) -> None:
         if self.draining:
@@ -810,7 +809,7 @@ class Bus:
         query = request.query()
         poll = Poll.recv(query, request.plain())
         if query.one("bus") not in (None, self.store.bus):  # a cursor from another bus: tell, and mark nothing
-            return self.delivery(poll._replace(since=self.last), [])
+            return delivery(self, poll._replace(since=self.last), [])
         self.mailboxes.polled(poll, request.peer.address, self.store.clock())
         self.save_marks_soon()
         if poll.since == LAST:
@@ -824,7 +823,7 @@ class Bus:
     def look(self, request: Request, poll: Poll) -> Answer | None:
         """What the poll asks for, now or when it comes. A cursor ahead of us first moves us, durably, up to itself."""
         if poll.since == NOW:
-            return self.delivery(poll._replace(since=self.last), [])
+            return delivery(self, poll._replace(since=self.last), [])
         if poll.since <= self.last:
             return self.serve(request, poll, presented=True)
         if poll.since > self.store.clock() + AHEAD:
@@ -847,126 +846,11 @@ class Bus:
         if self.mailboxes.newest(poll) > poll.since:
             found, reached = self.store.after(poll, self.last)
         if found or reached or gap or not poll.hold or self.draining:
-            return self.delivery(poll, found, reached, gap)
+            return delivery(self, poll, found, reached, gap)
         request.fields, request.body = {}, b""  # a parked reader is small
         self.mailboxes.park(request.peer, poll)
         request.peer.wait(State.PARKED, poll.hold)
         return None
-
-    def inbox(self, request: Request) -> Answer:
-        recipients: dict[str, dict[str, int]] = {}
-        for (channel, own), box in self.mailboxes.boxes.items():
-            if own != EVERYONE:
-                recipients.setdefault(channel, {})[own] = self.unread(channel, own, box)
-        return self.json(f'"recipients": {encode(recipients)}')
-
-    def agents(self, request: Request) -> Answer:
-        agents = []
-        for (channel, own), box in self.mailboxes.boxes.items():
-            if box.seen and own != EVERYONE:
-                agents.append(
-                    f'{{"name": "{own}", "channel": "{channel}", "online": {encode(self.mailboxes.online(box))}, '
-                    f'"since": {seconds(box.listening)}, "last_seen": {seconds(box.seen)}, '
-                    f'"address": {encode(box.address)}, "unread": {self.unread(channel, own, box)}, '
-                    f'"cursor": {seconds(box.mark())}}}'
-                )
-        return self.json(f'"agents": [{", ".join(agents)}]')
-
-    def message(self, request: Request) -> Answer:
-        """One message and how far it came; asking moves nothing."""
-        wanted = request.path.partition("?")[0][len(request.route):]
-        found = self.store.message(int(wanted, 16)) if re.fullmatch("[0-9a-f]{1,16}", wanted) else None
-        if not found:
-            raise Refused(404, "there is no message with this id: it never was, or retention removed it")
-        box = self.mailboxes.boxes[found.channel, found.to]
-        state = "expired" if self.store.is_expired(found) else "queued"
-        if found.tick <= max(box.fetched, box.read or 0):
-            state = "read" if found.tick <= box.mark() else "fetched"
-        return self.json(f'"message": {found.render()}, "state": "{state}"')
-
-    def health(self, request: Request) -> Answer:
-        return self.json('"ok": true')
-
-    def help(self, request: Request) -> Answer:
-        scheme = "https" if request.fields.get("x-forwarded-proto") == "https" else "http"
-        host = request.fields.get("host", "")
-        if not re.fullmatch(r"[A-Za-z0-9.:\[\]_-]{1,255}", host):
-            host = "HOST:PORT"
-        return Answer(200, HELP.format(version=VERSION, url=f"{scheme}://{host}").encode(), "text/plain; charset=utf-8")
-
-    def client(self, request: Request) -> Answer:
-        """A client file from beside this one, so that a new host needs only the URL. The routes name all there are."""
-        try:
-            text = (pathlib.Path(__file__).parent / request.route[1:]).read_bytes()
-        except OSError:
-            raise Refused(404, f"{request.route[1:]} is not beside bus_server.py on this host") from None
-        return Answer(200, text, "text/plain; charset=utf-8")
-
-    # Answers
-
-    def json(self, members: str) -> Answer:
-        return Answer(200, f'{{{members}, "now": {seconds(self.last)}, "bus": "{self.store.bus}"}}\n'.encode())
-
-    def delivery(
-        self, poll: Poll, found: list[Message], reached: int | None = None, gap: tuple[int, int] | None = None
-    ) -> Answer:
-        """The answer to a poll. `reached`: the last tick that was looked at, if it is not the end."""
-        now = reached or max(poll.since, self.last)
-        headers: tuple[tuple[str, str], ...] = ()
-        if poll.plain:
-            body = "".join(block(json.loads(message.render()), poll.me, self.store.clock()) for message in found)
-            if gap:
-                body = f"-- messages from {iso(gap[0])} to {iso(gap[1])} are gone: retention removed them\n{body}"
-            headers = (("Bus-Now", seconds(now)), ("Bus-More", encode(bool(reached))), ("Bus-Id", self.store.bus))
-        else:
-            lost = f', "gap": {{"from": {seconds(gap[0])}, "to": {seconds(gap[1])}}}' if gap else ""
-            body = (
-                f'{{"messages": [{", ".join(message.render() for message in found)}], "now": {seconds(now)}, '
-                f'"more": {encode(bool(reached))}{lost}, "bus": "{self.store.bus}"}}\n'
-            )
-        kind = "text/plain; charset=utf-8" if poll.plain else "application/json"
-        fetched = (poll, found[-1].tick) if found and poll.me else None
-        return Answer(200, body.encode(), kind, headers, fetched)
-
-    def receipt(self, one: Draft, receipt: Receipt) -> str:
-        ticks = receipt.ticks
-        to = one.to[0]
-        ids = "" if len(ticks) == 1 else f', "ids": {encode({each: f"{tick:x}" for each, tick in zip(one.to, ticks)})}'
-        if len(one.to) == 1 and to != EVERYONE:
-            box = self.mailboxes.box(one.channel, to)
-            seen = seconds(box.seen) if box.seen else "null"
-            receiver = (
-                f'{{"online": {encode(self.mailboxes.online(box))}, "last_seen": {seen}, '
-                f'"unread": {self.unread(one.channel, to, box)}}}'
-            )
-        else:
-            receiver = encode(self.receivers(one))
-        return (
-            f'"ok": true, "ts": {seconds(ticks[-1])}, "channel": "{one.channel}", "id": "{ticks[-1]:x}"{ids}, '
-            f'"duplicate": {encode(receipt.duplicate)}, "receiver": {receiver}'
-        )
-
-    def receivers(self, one: Draft) -> dict[str, int]:
-        """The truth about several receivers: how many listen. `all` is everyone who ever did, but the sender."""
-        if EVERYONE in one.to:
-            boxes = [box for (channel, own), box in self.mailboxes.boxes.items()
-                     if channel == one.channel and box.own and own != one.sender]
-            online = sum(map(self.mailboxes.online, boxes))
-            return {"online": online, "offline": len(boxes) - online}
-        named = [(to, self.mailboxes.box(one.channel, to)) for to in one.to]
-        online = sum(self.mailboxes.online(box) for _, box in named)
-        unread = sum(self.unread(one.channel, to, box) for to, box in named)
-        return {"online": online, "offline": len(named) - online, "unread": unread}
-
-    def unread(self, channel: str, own: str, box: Mailbox) -> int:
-        """Messages addressed to the name above its mark, less the expired. Broadcasts are not counted."""
-        mark = box.mark()
-        if mark >= box.newest:
-            return 0
-        if box.base is None:
-            counted = self.store.count_up_to(channel, own, mark)
-            box.base = box.n if counted is None else counted
-        return box.n - box.base - (self.store.count_expired(channel, own, mark) if box.perishable else 0)
 
     # What happens later
 
@@ -980,19 +864,13 @@ class Bus:
         self.mailboxes.removed(batch.removed)
         for connection, poll, fresh in self.mailboxes.claim(batch.visible):
             reached = fresh[poll.limit - 1].tick if len(fresh) > poll.limit else None
-            connection.answer(self.delivery(poll, fresh[: poll.limit], reached))
+            connection.answer(delivery(self, poll, fresh[: poll.limit], reached))
         for send in batch.sends:
-            send.connection.answer(refusal(send.refused) if send.refused else self.receipts(send))
+            send.connection.answer(refusal(send.refused) if send.refused else acknowledged(self, send))
         for _, raised in batch.raised:
             raised()
         if batch.removed:
             self.prune()
-
-    def receipts(self, send: Send) -> Answer:
-        texts = [self.receipt(one, receipt) for one, receipt in zip(send.drafts, send.receipts)]
-        if not send.several:
-            return self.json(texts[0])
-        return self.json(f'"ok": true, "results": [{", ".join(f"{{{text}}}" for text in texts)}]')
 
     def failed(self, batch: Batch, error: Exception) -> None:
         full = isinstance(error, sqlite3.OperationalError) and "full" in str(error)
@@ -1008,7 +886,7 @@ class Bus:
 
     def release(self, connection: Connection) -> None:
         """The hold of a parked reader is over: its answer is empty."""
-        connection.answer(self.delivery(self.mailboxes.unpark(connection), []))
+        connection.answer(delivery(self, self.mailboxes.unpark(connection), []))
 
     def unpark(self, connection: Connection) -> None:
         if connection.state is State.PARKED:
@@ -1611,7 +1489,139 @@ class Mailboxes:
             yield connection, self.unpark(connection), messages
 
 
-# ── What people see ──────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Answers ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def ok(bus: Bus, members: str) -> Answer:
+    return Answer(200, f'{{{members}, "now": {seconds(bus.last)}, "bus": "{bus.store.bus}"}}\n'.encode())
+
+
+def delivery(
+    bus: Bus, poll: Poll, found: list[Message], reached: int | None = None, gap: tuple[int, int] | None = None
+) -> Answer:
+    """The answer to a poll. `reached`: the last tick that was looked at, if it is not the end."""
+    now = reached or max(poll.since, bus.last)
+    headers: tuple[tuple[str, str], ...] = ()
+    if poll.plain:
+        body = "".join(block(json.loads(message.render()), poll.me, bus.store.clock()) for message in found)
+        if gap:
+            body = f"-- messages from {iso(gap[0])} to {iso(gap[1])} are gone: retention removed them\n{body}"
+        headers = (("Bus-Now", seconds(now)), ("Bus-More", encode(bool(reached))), ("Bus-Id", bus.store.bus))
+    else:
+        lost = f', "gap": {{"from": {seconds(gap[0])}, "to": {seconds(gap[1])}}}' if gap else ""
+        body = (
+            f'{{"messages": [{", ".join(message.render() for message in found)}], "now": {seconds(now)}, '
+            f'"more": {encode(bool(reached))}{lost}, "bus": "{bus.store.bus}"}}\n'
+        )
+    kind = "text/plain; charset=utf-8" if poll.plain else "application/json"
+    fetched = (poll, found[-1].tick) if found and poll.me else None
+    return Answer(200, body.encode(), kind, headers, fetched)
+
+
+def acknowledged(bus: Bus, send: Send) -> Answer:
+    texts = [entry(bus, one, receipt) for one, receipt in zip(send.drafts, send.receipts)]
+    if not send.several:
+        return ok(bus, texts[0])
+    return ok(bus, f'"ok": true, "results": [{", ".join(f"{{{text}}}" for text in texts)}]')
+
+
+def entry(bus: Bus, one: Draft, receipt: Receipt) -> str:
+    ticks = receipt.ticks
+    to = one.to[0]
+    ids = "" if len(ticks) == 1 else f', "ids": {encode({each: f"{tick:x}" for each, tick in zip(one.to, ticks)})}'
+    if len(one.to) == 1 and to != EVERYONE:
+        box = bus.mailboxes.box(one.channel, to)
+        seen = seconds(box.seen) if box.seen else "null"
+        receiver = (
+            f'{{"online": {encode(bus.mailboxes.online(box))}, "last_seen": {seen}, '
+            f'"unread": {unread(bus, one.channel, to, box)}}}'
+        )
+    else:
+        receiver = encode(receivers(bus, one))
+    return (
+        f'"ok": true, "ts": {seconds(ticks[-1])}, "channel": "{one.channel}", "id": "{ticks[-1]:x}"{ids}, '
+        f'"duplicate": {encode(receipt.duplicate)}, "receiver": {receiver}'
+    )
+
+
+def receivers(bus: Bus, one: Draft) -> dict[str, int]:
+    """The truth about several receivers: how many listen. `all` is everyone who ever did, but the sender."""
+    if EVERYONE in one.to:
+        boxes = [box for (channel, own), box in bus.mailboxes.boxes.items()
+                 if channel == one.channel and box.own and own != one.sender]
+        online = sum(map(bus.mailboxes.online, boxes))
+        return {"online": online, "offline": len(boxes) - online}
+    named = [(to, bus.mailboxes.box(one.channel, to)) for to in one.to]
+    online = sum(bus.mailboxes.online(box) for _, box in named)
+    waiting = sum(unread(bus, one.channel, to, box) for to, box in named)
+    return {"online": online, "offline": len(named) - online, "unread": waiting}
+
+
+def unread(bus: Bus, channel: str, own: str, box: Mailbox) -> int:
+    """Messages addressed to the name above its mark, less the expired. Broadcasts are not counted."""
+    mark = box.mark()
+    if mark >= box.newest:
+        return 0
+    if box.base is None:
+        counted = bus.store.count_up_to(channel, own, mark)
+        box.base = box.n if counted is None else counted
+    return box.n - box.base - (bus.store.count_expired(channel, own, mark) if box.perishable else 0)
+
+
+def get_inbox(bus: Bus, request: Request) -> Answer:
+    recipients: dict[str, dict[str, int]] = {}
+    for (channel, own), box in bus.mailboxes.boxes.items():
+        if own != EVERYONE:
+            recipients.setdefault(channel, {})[own] = unread(bus, channel, own, box)
+    return ok(bus, f'"recipients": {encode(recipients)}')
+
+
+def get_agents(bus: Bus, request: Request) -> Answer:
+    found = []
+    for (channel, own), box in bus.mailboxes.boxes.items():
+        if box.seen and own != EVERYONE:
+            found.append(
+                f'{{"name": "{own}", "channel": "{channel}", "online": {encode(bus.mailboxes.online(box))}, '
+                f'"since": {seconds(box.listening)}, "last_seen": {seconds(box.seen)}, '
+                f'"address": {encode(box.address)}, "unread": {unread(bus, channel, own, box)}, '
+                f'"cursor": {seconds(box.mark())}}}'
+            )
+    return ok(bus, f'"agents": [{", ".join(found)}]')
+
+
+def get_message(bus: Bus, request: Request) -> Answer:
+    """One message and how far it came; asking moves nothing."""
+    wanted = request.path.partition("?")[0][len(request.route):]
+    found = bus.store.message(int(wanted, 16)) if re.fullmatch("[0-9a-f]{1,16}", wanted) else None
+    if not found:
+        raise Refused(404, "there is no message with this id: it never was, or retention removed it")
+    box = bus.mailboxes.boxes[found.channel, found.to]
+    state = "expired" if bus.store.is_expired(found) else "queued"
+    if found.tick <= max(box.fetched, box.read or 0):
+        state = "read" if found.tick <= box.mark() else "fetched"
+    return ok(bus, f'"message": {found.render()}, "state": "{state}"')
+
+
+def get_health(bus: Bus, request: Request) -> Answer:
+    return ok(bus, '"ok": true')
+
+
+def get_help(bus: Bus, request: Request) -> Answer:
+    scheme = "https" if request.fields.get("x-forwarded-proto") == "https" else "http"
+    host = request.fields.get("host", "")
+    if not re.fullmatch(r"[A-Za-z0-9.:\[\]_-]{1,255}", host):
+        host = "HOST:PORT"
+    return Answer(200, HELP.format(version=VERSION, url=f"{scheme}://{host}").encode(), "text/plain; charset=utf-8")
+
+
+def get_client(bus: Bus, request: Request) -> Answer:
+    """A client file from beside this one, so that a new host needs only the URL. The routes name all there are."""
+    try:
+        text = (pathlib.Path(__file__).parent / request.route[1:]).read_bytes()
+    except OSError:
+        raise Refused(404, f"{request.route[1:]} is not beside bus_server.py on this host") from None
+    return Answer(200, text, "text/plain; charset=utf-8")
+
 
 HEAD = ("from", "id", "to", "channel", "reply_to", "age", "priority", "type", "subject")
 HIDDEN = re.compile(
@@ -1677,15 +1687,15 @@ Also     /agents  /inbox  /message/<id>  /log  /healthz
 ROUTES: dict[tuple[str, str], Callable[[Bus, Request], Answer | None]] = {
     ("POST", "/send"): Bus.send,
     ("GET", "/recv"): Bus.recv,
-    ("GET", "/inbox"): Bus.inbox,
-    ("GET", "/agents"): Bus.agents,
-    ("GET", "/message/"): Bus.message,
+    ("GET", "/inbox"): get_inbox,
+    ("GET", "/agents"): get_agents,
+    ("GET", "/message/"): get_message,
     ("GET", "/log"): Bus.log,
-    ("GET", "/healthz"): Bus.health,
-    ("GET", "/"): Bus.help,
-    ("GET", "/bus_recv.py"): Bus.client,
-    ("GET", "/bus_send.py"): Bus.client,
-    ("GET", "/bus_listener.sh"): Bus.client,
+    ("GET", "/healthz"): get_health,
+    ("GET", "/"): get_help,
+    ("GET", "/bus_recv.py"): get_client,
+    ("GET", "/bus_send.py"): get_client,
+    ("GET", "/bus_listener.sh"): get_client,
 }
 
 
