@@ -5,7 +5,9 @@ no text twice.
 """
 from __future__ import annotations
 
+import json
 import threading
+import urllib.request
 from collections import Counter
 from concurrent.futures import Future
 from typing import NamedTuple
@@ -58,8 +60,8 @@ def violations(sent, delivered):
 class Conversation:
     """Senders to one name and the reader of that name, a thread each, and what they saw.
 
-    `client` has receive(url, name, pause=, ...), which yields messages and ends when `pause` says true on an error, and
-    send(url, sender, to, msg), which returns the ts, or None for a message that was not acknowledged.
+    `client` has receive(url, name, pause=, ...), which yields messages, and send(url, sender, to, msg, pause=), which
+    returns the ts, or None for a message that was not acknowledged. Both call `pause` on errors; true means: give up.
     """
 
     def __init__(self, client, url, name):
@@ -68,8 +70,10 @@ class Conversation:
         self.over = threading.Event()
 
     def listen(self, **settings):
+        """Start the reader. It has polled when this returns: all that is sent from now on is for it."""
         messages = self.client.receive(self.url, self.name, pause=self.over.wait, **settings)
         self.reader = background(self.keep, messages)
+        wait_until(lambda: self.name in get(self.url, "/inbox")["recipients"].get("default", {}))
 
     def speak(self, sender, texts):
         self.senders.append(background(self.send, sender, texts))
@@ -78,19 +82,17 @@ class Conversation:
         for msg in texts:
             if self.over.is_set():
                 break
-            ts = self.client.send(self.url, sender, self.name, msg)
+            ts = self.client.send(self.url, sender, self.name, msg, pause=self.over.wait)
             self.sent.append(Sent(sender, msg, None if ts is None else tick(ts)))
 
     def keep(self, messages):
         for message in messages:
-            self.delivered.append(Delivered(message["from"], message["msg"], tick(message["ts"])))
+            self.delivered.append(delivered(message))
             if message["msg"] == LAST:
                 break
 
-    def wait_for_sends(self, more):
-        """Until so many more sends were answered, or given up, than when this was called."""
-        enough = len(self.sent) + more
-        wait_until(lambda: len(self.sent) >= enough, PATIENCE)
+    def wait_for_sends(self, count):
+        wait_until(lambda: len(self.sent) >= count, PATIENCE)
 
     def wait_for_senders(self):
         for sender in self.senders:
@@ -99,12 +101,13 @@ class Conversation:
     def finish(self):
         """Wait for the senders, and for the reader to have it all; returns the violations.
 
-        LAST is sent when its forerunner has arrived: so the reader polls once more in between, and repeats would show.
+        LAST is sent when its forerunner has arrived, so it comes in one more answer, where repeats would show.
         """
         self.wait_for_senders()
-        self.send("herald", [f"next comes {LAST}"])
-        wait_until(lambda: self.delivered and self.delivered[-1].sender == "herald", PATIENCE)
-        self.send("herald", [LAST])
+        herald = f"herald-of-{self.name}"
+        self.send(herald, [f"next comes {LAST}"])
+        wait_until(lambda: self.delivered and self.delivered[-1].sender == herald, PATIENCE)
+        self.send(herald, [LAST])
         self.reader.result(PATIENCE)
         return violations(self.sent, self.delivered)
 
@@ -113,6 +116,24 @@ class Conversation:
 
     def __exit__(self, *_):
         self.over.set()
+
+
+def observed(url):
+    """All that the bus has, in its order, as an observer is told."""
+    found, answer = [], {"more": True, "now": 0}
+    while answer["more"]:
+        answer = get(url, f"/log?since={answer['now']}&max=1000")
+        found += map(delivered, answer["messages"])
+    return found
+
+
+def get(url, path):
+    with urllib.request.urlopen(url + path, timeout=PATIENCE) as response:
+        return json.load(response)
+
+
+def delivered(message):
+    return Delivered(message["from"], message["msg"], tick(message["ts"]))
 
 
 def tick(ts):

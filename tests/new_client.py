@@ -3,18 +3,18 @@ import http.client
 import json
 import time
 import urllib.request
-from urllib.parse import urlencode
+from urllib.parse import quote, urlencode
 
 TIMEOUT = 35  # s; longer than the 25 that a poll is held
 PAUSE = 0.02  # s after an error
-ERRORS = (OSError, http.client.HTTPException, ValueError)
+ERRORS = (OSError, http.client.HTTPException, ValueError)  # no answer, or a status but 200; half of one; no JSON
 
 
-def receive(url, name, words=False, pause=time.sleep):
+def receive(url, name, forgetful=False, pause=time.sleep):
     """Each message for `name` once, as they arrive, for ever; or until `pause`, called on errors, says true.
 
-    It starts at `last`, the bus's memory of it. After an error it goes on from the cursor it kept itself; with `words`
-    it has kept none, as if it had been killed, and relies on the bus again.
+    It starts where the bus says that this name was last, and after an error goes on from the cursor that it kept. A
+    forgetful one has kept the ids alone, and asks the bus again.
     """
     since, seen = "last", set()
     while True:
@@ -25,7 +25,7 @@ def receive(url, name, words=False, pause=time.sleep):
         except ERRORS:
             if pause(PAUSE):
                 return
-            since = "last" if words else since
+            since = "last" if forgetful else since
             continue
         for message in answer["messages"]:
             if message["id"] not in seen:
@@ -35,12 +35,16 @@ def receive(url, name, words=False, pause=time.sleep):
 
 
 def send(url, sender, to, msg, pause=time.sleep):
-    """The ts of the message, which is sent under one key until the bus acknowledges it, or `pause` says to give up."""
-    body = json.dumps({"from": sender, "to": to, "msg": msg, "key": f"key-of-{msg}".replace(" ", "-")}).encode()
+    """The ts of the message, which is sent under one key until the bus acknowledges it."""
     while True:
         try:
-            with urllib.request.urlopen(f"{url}/send", body, timeout=TIMEOUT) as response:
+            with urllib.request.urlopen(f"{url}/send", keyed(sender, to, msg), timeout=TIMEOUT) as response:
                 return json.load(response)["ts"]
         except ERRORS:
             if pause(PAUSE):
                 return None
+
+
+def keyed(sender, to, msg):
+    """The body of a send; its key is the text, which a sender uses once."""
+    return json.dumps({"from": sender, "to": to, "msg": msg, "key": quote(msg)}).encode()

@@ -14,7 +14,7 @@ ERRORS = (OSError, http.client.HTTPException, ValueError)  # no answer, or a sta
 
 
 def receive(url, name, since=None, skew=0.0, pause=time.sleep):
-    """The messages for `name` after `since`, as they arrive, for ever; or until `pause`, called on errors, says true."""
+    """The messages for `name` after `since`, as they come, for ever; or until `pause`, called on errors, says true."""
     since = time.time() + skew if since is None else since
     while True:
         query = urlencode({"to": name, "since": since, "block": "true", "max": 100})
@@ -29,12 +29,12 @@ def receive(url, name, since=None, skew=0.0, pause=time.sleep):
         since = max(since, *(message["ts"] for message in answer["messages"]), answer["now"])
 
 
-def send(url, sender, to, msg):
-    """The ts of the message; None if the bus did not acknowledge it, and then nobody knows."""
+def send(url, sender, to, msg, pause=time.sleep):
+    """The ts of the message; None, after a `pause`, if the bus did not acknowledge it: then nobody knows."""
     body = json.dumps({"from": sender, "to": to, "msg": msg}).encode()
     try:
         with urllib.request.urlopen(f"{url}/send", body, timeout=TIMEOUT) as response:
             return json.load(response)["ts"]
     except ERRORS:
-        time.sleep(PAUSE)
+        pause(PAUSE)
         return None

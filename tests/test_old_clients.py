@@ -1,4 +1,4 @@
-"""Clients of the first contract, unmodified: each message once, in order, whatever happens to the bus and the clocks."""
+"""Clients of the first contract, unmodified: each message once, in order, whatever happens to the bus or the clocks."""
 import json
 import os
 import time
@@ -9,7 +9,7 @@ from tests import old_client
 from tests.history import Conversation
 from tests.processes import Server, wait_until
 
-SENDERS = 8
+SENDERS, EACH = 8, 1000
 CRASH = "kill -9, and a new start"
 TROUBLE = [CRASH, -600, CRASH, +300, CRASH]  # spread over the sends; a number is by how much the bus's clock is wrong
 
@@ -23,19 +23,16 @@ class SteppedServer(Server):
         super().__init__(db, script="tests/stepped_server.py", env={"CLOCK_ERROR": str(self.error)})
 
     def step(self, error):
+        """Returns when the bus has answered a poll of bob by its new clock."""
         fresh = self.error.with_suffix(".new")
         fresh.write_text(str(error))
         os.replace(fresh, self.error)
         wait_until(lambda: abs(self.polled("bob") - time.time() - error) < 60)
 
     def polled(self, name):
-        """When this name polled last, by the bus's clock; 0 if never."""
+        """When this name polled last, by the clock of the bus; 0 for never."""
         agents = json.loads(self.get("/agents"))["agents"]
         return max((agent["last_seen"] for agent in agents if agent["name"] == name), default=0)
-
-    def crash(self):
-        self.kill()
-        self.start()
 
 
 def speak(conversation, each):
@@ -43,28 +40,32 @@ def speak(conversation, each):
         conversation.speak(f"sender-{number}", [f"message {count}" for count in range(each)])
 
 
+def crash(bus):
+    bus.kill()
+    bus.start()
+
+
 @pytest.mark.parametrize("skew", [0, 120, -120], ids=["right", "ahead", "behind"])
 def test_an_old_client_loses_nothing_when_the_clock_steps_and_the_server_is_killed(tmp_path, skew):
     with SteppedServer(tmp_path / "bus.db") as bus, Conversation(old_client, bus.url, "bob") as talk:
         talk.listen(skew=skew)
-        wait_until(lambda: bus.polled("bob"))  # what was sent before would be older than the cursor it starts with
-        speak(talk, 1000)
-        for event in TROUBLE:
-            talk.wait_for_sends(SENDERS * 1000 // (len(TROUBLE) + 1))
+        crash(bus)  # what the bus learned from its first cursor is on disk
+        speak(talk, EACH)
+        for place, event in enumerate(TROUBLE, 1):
+            talk.wait_for_sends(place * SENDERS * EACH // (len(TROUBLE) + 1))
             if event is CRASH:
-                bus.crash()
+                crash(bus)
             else:
                 bus.step(event)
         assert talk.finish() == []
-        assert sum(each.tick is None for each in talk.sent) < len(talk.sent) / 10, "most sends must be acknowledged"
+        assert sum(each.tick is None for each in talk.sent) < SENDERS * EACH / 10, "most sends are acknowledged"
 
 
 def test_an_old_client_gets_what_was_queued_before_it_came(tmp_path):
     with Server(tmp_path / "bus.db") as bus, Conversation(old_client, bus.url, "bob") as talk:
         speak(talk, 5000 // SENDERS)
         talk.wait_for_senders()
-        bus.kill()
-        bus.start()
+        crash(bus)
         talk.listen(since=0)
         assert talk.finish() == []
         assert all(each.tick for each in talk.sent)

@@ -1,0 +1,194 @@
+#!/usr/bin/env bash
+# bus_listener.sh - writes the mail of one name to disk, unattended. Needs bash 3.2, curl and jq.
+#
+#   AGENT_BUS_URL=http://host:8080 AGENT_NAME=spark ./bus_listener.sh &      (INTERVAL=30 seconds, or BLOCK=1)
+#
+# FULL (NAME.jsonl) has a line of JSON for each message, with the id of its bus. LOG (NAME.log) has a line of TSV for
+# each line of FULL: ts, id, from, to, channel, subject or first words; a remark in it starts with "#". Rotate the two
+# together, while we are stopped. HEARTBEAT is touched after each good poll; PID_FILE is there while we run.
+#
+# Exactly once: FULL is the only state. The cursor is its last whole line, and LOG is made from it. A kill can only tear
+# a last line: `resume` cuts it off, and the bus sends that message again. jq 1.6 rounds numbers to 17 digits, also
+# those it copies to FULL: so the cursor is text, or whole microseconds in bash, and never a number of jq's.
+set -u
+umask 077
+LC_ALL=C  # [a-z] is 26 letters
+
+say() { printf 'bus_listener: %s\n' "$1" >&2; }
+die() { say "$2"; exit "$1"; }
+
+# A file name that cannot climb, nor be another's where A and a are the same file.
+encode() {
+  local i
+  for ((i = 0; i < ${#1}; i++)); do
+    case ${1:i:1} in
+      [a-z0-9._-]) printf %s "${1:i:1}" ;;
+      *) printf '%%%02X' "'${1:i:1}" ;;
+    esac
+  done
+}
+
+# The kernel's lock, not a pid in a file: it ends with the last process that has the descriptor, and a jq that still
+# writes after the kill -9 of its listener is one of those. macOS has no flock(1), but perl.
+lock() {
+  if command -v flock >/dev/null; then flock -n "$1"; else perl -e 'open F, ">&=", shift; exit !flock F, 6' "$1"; fi
+}
+
+# A signal ends the wait at once. What runs here may outlive a kill -9 by a whole poll, so it has no part in the locks.
+patiently() { "$@" 6>&- 7>&- 8>&- 9>&- & wait $!; }
+
+cut_torn_line() {
+  [ "$(tail -n 1 "$1" | wc -l)" -eq 1 ] ||
+    dd if=/dev/null of="$1" bs=1 seek=$(($(wc -c <"$1") - $(tail -n 1 "$1" | wc -c))) 2>/dev/null
+}
+
+# One line, whatever it was: no tab, newline, escape sequence, bidi control or invisible character is left.
+LINE='def line: tostring | .[:100] | gsub("[\\p{Cc}\\p{Cf}\\p{Zl}\\p{Zp}]+"; " ");'
+
+summary() {
+  jq -r "$LINE"'(if (.subject // "") == "" then .msg else .subject end) as $about
+    | [(.ts, .id, .from, .to, .channel, $about) // "" | line] | @tsv'
+}
+
+# After this both files end in a whole line, the cursor is FULL's last message, and LOG has a line for each of FULL.
+resume() {
+  local id logged
+  cut_torn_line "$FULL"
+  cut_torn_line "$LOG"
+  { read -r bus; read -r id; read -r since; } < <(tail -n 1 "$FULL" | jq -r '.bus, .id // "", .ts' 2>/dev/null)
+  [ -n "$since" ] || [ ! -s "$FULL" ] || die 2 "the last line of $FULL is not a message: move that file away"
+  # Arithmetic would run what is not a number, so the id is hexadecimal first; without a bus id it is no tick of ours.
+  if [ -n "$bus" ] && [[ $id =~ ^[0-9a-f]{1,13}$ ]]; then
+    since=$(printf '%d.%06d' $((16#$id / 1000000)) $((16#$id % 1000000)))
+  fi
+  since=${since:-last}
+  logged=$(grep -vc '^#' "$LOG")
+  if [ "$logged" -gt "$(wc -l <"$FULL")" ]; then : >"$LOG"; logged=0; fi  # FULL was moved away, or lost to a power cut
+  tail -n +$((logged + 1)) "$FULL" | summary >&8
+}
+
+# Said once in LOG, also when a listener that starts again meets the same fact.
+remark() {
+  say "$1"
+  [ "$(tail -n 1 "$LOG")" = "# $1" ] || printf '# %s\n' "$1" >&8
+}
+
+# Leaves ANSWER: the body, and the status on a line of its own. A new file each time: a curl that a kill -9 left behind
+# still writes to the old one.
+poll() {
+  rm -f "$ANSWER"
+  patiently "${CURL[@]}" --data-urlencode "to=$AGENT_NAME" --data-urlencode "channel=$channel" -d "since=$since" \
+    ${bus:+--data-urlencode "bus=$bus"} -d max=50 -d "block=$block" -d "wait=$hold" "${url%/}/recv" >"$ANSWER"
+}
+
+# ANSWER as facts, one a line: "mail", its bus, how many, a gap; or "refused" and why; or nothing.
+verdict() {
+  jq -rs "$LINE"'. as [$body, $status]
+    | if ($body | type) != "object" then empty
+      elif $status == 200 and ($body.now | type) == "number" and ($body.messages | type) == "array"
+          and all($body.messages[]; type == "object" and (.ts | type) == "number") then
+        "mail", ($body.bus // "" | line), ($body.messages | length),
+        ($body.gap // empty | "gap: mail from \(.from) to \(.to) was removed before it was read" | line)
+      elif $status >= 400 and $status < 500 and ([408, 425, 429] | index($status) | not) and $body.error then
+        "refused", ($body.error | line)
+      else empty end' "$ANSWER" 2>/dev/null
+}
+
+NOW='"now": ?([0-9]{1,10}(\.[0-9]{1,6})?)[,}]'  # its exact text
+
+# Mail is new lines, or a cursor, or the news of another bus.
+receive() {
+  if [ "$its_bus" != "$bus" ] && [ "$since" != last ]; then  # the word means the same on every bus, a number does not
+    remark "another bus answers: $its_bus in place of $bus"
+    bus='' since=last
+    return
+  fi
+  bus=$its_bus
+  [ -z "$gap" ] || remark "$gap"
+  if [ "$count" -gt 0 ] || [ -n "$fault" ]; then  # after a fault too: a full disk may have left LOG short
+    jq -acs --arg bus "$bus" '.[0].messages[] + {bus: $bus}' "$ANSWER" >&9  # a sender's own field `bus` gives way
+    local wrote=$?
+    resume && return $wrote
+  elif [ -n "$bus" ] && [[ $(<"$ANSWER") =~ $NOW ]]; then  # without a bus id `now` may be a clock that runs ahead
+    since=${BASH_REMATCH[1]}  # in memory only: after a restart we ask again for what is known to be empty
+  fi
+}
+
+# Writes ANSWER to FULL and LOG, and prints what follows: news, what the next poll says, a sentence. In a subshell: bash
+# 5.2 loses a signal that comes while it reads a "$(", so the loop has none.
+digest() (
+  news=fault sentence="no answer from $url (curl $1)" status=$(tail -n 1 "$ANSWER")
+  { read -r verdict; read -r its_bus; read -r count; read -r gap; } < <(verdict)
+  case $1,$status,$since,$verdict in
+    0,*,mail)
+      sentence="cannot write to $LOG or $FULL"
+      if receive; then [ "$count" -gt 0 ] && news=again || news=rest; fi ;;
+    0,400,last,*) news=again since=0 ;;  # a server of the old contract, which does not know the word
+    0,*,refused) news=refused sentence=$its_bus ;;
+    0,50[24],* | 0,524,*) sentence="$url answers $status" hold=$(((hold + 1) / 2)) ;;  # a proxy that is less patient
+    0,*) sentence="$url answers $status, and not as a bus does" ;;
+  esac
+  printf '%s\n' "$news $hold $since $bus" "$sentence"
+)
+
+# One line when the reason changes, then a pause that doubles up to a minute.
+fault() {
+  [ "$1" = "$fault" ] || say "$1; trying again"
+  patiently sleep $((delay - RANDOM % (delay / 2 + 1)))
+  fault=$1 delay=$((delay < 30 ? delay * 2 : 60))
+}
+
+for tool in curl jq; do command -v $tool >/dev/null || die 2 "$tool is not installed"; done
+url=${AGENT_BUS_URL:-http://127.0.0.1:8080} channel=${AGENT_BUS_CHANNEL:-default}
+grammar='^[A-Za-z0-9][A-Za-z0-9._:@-]{0,63}$'
+[[ $url =~ ^https?://. ]] || die 2 "AGENT_BUS_URL must start with http:// or https://"
+[[ ${AGENT_NAME:-} =~ $grammar ]] || die 2 "AGENT_NAME must be a name: up to 64 letters, digits and ._:@-"
+[[ $channel =~ $grammar ]] || die 2 "AGENT_BUS_CHANNEL must be a name: up to 64 letters, digits and ._:@-"
+block=false rest=${INTERVAL:-30} hold=25  # s; common proxies cut a request that is quiet for 30
+[ "${BLOCK:-0}" = 0 ] || block=true rest=${INTERVAL:-1}  # s; a bus that drains answers at once, and again
+[[ $rest =~ ^[0-9]+(\.[0-9]+)?$ ]] || die 2 "INTERVAL must be a number of seconds"
+# --speed-time: s without a byte, longer than a server parks us. --max-time: s; a drip must end, a slow line need not.
+# --max-filesize: bytes, well above 50 messages of 256 KiB.
+CURL=(curl -q -g -G -s --proto '=http,https' -A "${AGENT_BUS_UA:-Mozilla/5.0}" -w '\n%{http_code}'
+  --connect-timeout 10 --speed-limit 1 --speed-time 40 --max-time 300 --max-filesize 67108864
+  --noproxy "localhost,127.0.0.1,::1,${no_proxy:-${NO_PROXY:-}}")
+
+dir=${AGENT_BUS_STATE_DIR:-${XDG_STATE_HOME:-$HOME/.local/state}/agent-bus}/listener
+{ mkdir -p "$dir" && chmod 700 "$dir"; } 2>/dev/null || die 2 "cannot write to $dir"
+name=$AGENT_NAME
+[ "$channel" = default ] || name+=/$channel
+name=$dir/$(encode "$name")
+LOG=${LOG:-$name.log} FULL=${FULL:-$name.jsonl} HEARTBEAT=${HEARTBEAT:-$name.heartbeat} PID_FILE=${PID_FILE:-$name.pid}
+ANSWER=$FULL.answer
+for file in "$LOG" "$FULL" "$HEARTBEAT" "$PID_FILE" "$ANSWER"; do
+  [ ! -L "$file" ] || die 2 "$file is a symbolic link: remove it"
+done
+{ exec 7>>"$PID_FILE" 8>>"$LOG" 9>>"$FULL"; } 2>/dev/null || die 2 "cannot write to $LOG, $FULL or $PID_FILE"
+for fd in 7 8 9; do
+  for _ in {1..10}; do lock $fd && continue 2; sleep 0.2; done
+  die 2 "another listener writes to $LOG, $FULL or $PID_FILE"
+done
+trap 'kill $(jobs -p) 2>/dev/null; rm -f "$PID_FILE" "$ANSWER"' EXIT
+echo $$ >"$PID_FILE"
+rm -f "$ANSWER"
+mkfifo "$ANSWER" && exec 6<>"$ANSWER" || exit  # for the news of digest: a pipe tells them when the disk is full
+fault='' delay=1
+resume || fault "cannot write to $LOG"
+trap 'exit 0' HUP INT TERM
+echo "writing the mail of $AGENT_NAME to $LOG and $FULL"
+
+while :; do
+  poll
+  digest $? >&6 || exit
+  read -r news hold since bus <&6
+  read -r sentence <&6
+  case $news in
+    fault) fault "$sentence" ;;
+    refused) die 1 "$sentence" ;;
+    *)
+      [ -z "$fault" ] || say "it works again"
+      fault='' delay=1
+      touch "$HEARTBEAT"
+      [ "$news" = again ] || patiently sleep "$rest" ;;
+  esac
+done

@@ -1,0 +1,465 @@
+#!/usr/bin/env python3
+"""Receive messages from an agent-bus: each as a block of text, or as a line of JSON.
+
+    AGENT_BUS_URL=http://10.0.0.5:8080 python3 bus_recv.py spark     # until it is killed: for an agent's Monitor
+    python3 bus_recv.py spark reviewers --once                       # what waits, or else the first to arrive
+    for message in bus_recv.receive("spark"): ...                    # the same, in a program
+
+Read it in the order an answer travels: ask, Reader (which bus, how far, how long a poll is held), Cursor (how far, on
+disk), Outage (when there is no answer), block (what a message looks like), main.
+
+A message is shown at least once. Its cursor is saved after it was written out, so a reader that is killed shows its
+last message again and never loses one; the id tells the repeat. Only a 200 with the bus's own JSON moves the cursor,
+and only its own 4xx ends the program. Anything else (silence, half an answer, a redirect, a proxy's page) is an outage.
+
+Standard library only, Python 3.9 and later. It reads the environment (AGENT_BUS_URL, AGENT_BUS_CHANNEL, AGENT_BUS_UA,
+AGENT_BUS_STATE_DIR; http_proxy, https_proxy, no_proxy), talks to that URL, and writes one small file per bus, channel
+and name. Exit code: 0 done, 1 refused by the bus, 2 usage or no place for the file, 3 nothing arrived, 75 out of reach.
+"""
+from __future__ import annotations
+
+import argparse
+import contextlib
+import email.utils
+import http.client
+import json
+import math
+import os
+import random
+import re
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from decimal import Decimal
+from typing import Any
+from urllib.parse import urlencode, urlsplit
+
+HOLD_SECONDS = 25.0  # a poll may be held; under the 30 s after which common proxies cut a quiet request
+GRACE_SECONDS = 10.0  # to connect, and beyond the hold: a bus of the old contract holds up to 30 s, whatever we say
+DOWNLOAD_RATE = 8192  # bytes per second; an answer that comes slower is cut
+ANSWER_BYTES = 64 << 20  # read at most; the bus ends an answer at 1 MiB, and a single message has at most a few
+FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # s before the next attempt; doubled each time, less up to half by chance
+LOUD_SECONDS = 60.0  # of outage, until whoever reads the messages is told: silence must not look like health
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@-]{0,63}")
+DECIMAL = re.compile(r"[0-9]{1,10}(\.[0-9]{1,9})?")  # s since 1970: what a bus takes for a cursor
+OLD_CONTRACT = "-"  # stands for the id of a bus that gives none; it knows no words for `since` either
+HEAD = ("from", "id", "to", "channel", "reply_to", "age", "priority", "type", "subject")
+HIDDEN = re.compile(  # what acts on a terminal, or on a reader, without being seen: controls, bidi, zero width, tags
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff"
+    r"\U000e0000-\U000e007f\U000e0100-\U000e01ef]"
+)
+
+
+class Refused(Exception):
+    """The bus said no and would say it again. `status` is HTTP's; the text says what to do."""
+
+    def __init__(self, status: int, sentence: str) -> None:
+        super().__init__(sentence)
+        self.status = status
+
+
+class Unreachable(Exception):
+    """No answer that is the bus's own; the text says why. `retry_after` is in seconds."""
+
+    def __init__(self, sentence: str, retry_after: float = 0.0) -> None:
+        super().__init__(sentence)
+        self.retry_after = retry_after
+
+
+def receive(
+    names: str | Sequence[str],
+    *,
+    url: str | None = None,
+    channel: str | None = None,
+    since: str | None = None,
+    wait: float = HOLD_SECONDS,
+    once: bool = False,
+    timeout: float | None = None,
+) -> Iterator[dict[str, Any]]:
+    """The messages for `names` as they arrive, as dicts (PROTOCOL.md, a message); the first name is the reader's own.
+
+    A message counts as received when the next one is asked for: then its cursor is saved. `url` and `channel` default
+    to the environment's. `since` is a decimal, `now` or `last`, and overrules the saved cursor. A poll is held `wait`
+    seconds, 1 to 60. It ends after `timeout` seconds; with `once`, when it has given all that waited, or else the first
+    that came; otherwise never. A number with a fraction is a Decimal, so that no `ts` is ever rounded.
+    Raises Refused; Unreachable, if time runs out while the bus is out of reach; ValueError for a name, a URL or a
+    `since` that is none; OSError if the cursor cannot be saved.
+    """
+    return Reader([names] if isinstance(names, str) else names, url, channel, since, wait).messages(once, timeout)
+
+
+def ask(url: str, path: str, seconds: float) -> tuple[dict[str, Any], float]:
+    """GET `path`: the JSON of the bus, and its clock (s since 1970). Refused; Unreachable for anything else.
+
+    `seconds` until the head of the answer is here; for the rest, what its length needs on a slow line.
+    """
+    agent = os.environ.get("AGENT_BUS_UA") or "Mozilla/5.0"  # because firewalls drop what looks like a script
+    connection, prefix = connect(url, min(seconds, GRACE_SECONDS))
+    try:
+        connection.connect()
+        sock = connection.sock
+        sock.settimeout(seconds)
+        with hung_up_after(seconds, sock):
+            connection.request("GET", prefix + path, headers={"User-Agent": agent})
+            response = connection.getresponse()
+        body = bytearray()
+        with hung_up_after(GRACE_SECONDS + (response.length or 0) / DOWNLOAD_RATE, sock):
+            while len(body) < ANSWER_BYTES and (part := response.read(1 << 16)):
+                body += part
+        if response.length:
+            raise http.client.IncompleteRead(bytes(body), response.length)
+    except (OSError, ValueError, http.client.HTTPException) as error:  # ValueError: a chunk of negative size
+        raise Unreachable(getattr(error, "strerror", None) or str(error) or type(error).__name__) from error
+    finally:
+        connection.close()
+    return judged(response, body), clock_of(response)
+
+
+def connect(url: str, seconds: float) -> tuple[http.client.HTTPConnection, str]:
+    """A connection towards `url`, not yet open, and what stands before the path in its request line."""
+    if not re.fullmatch(r"https?://[^\s?#]+", url):
+        raise ValueError(f"the URL of the bus must be like http://host:8080, and is {url!r}")
+    parts = urlsplit(url)
+    secure = parts.scheme == "https"
+    kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
+    host, port = parts.hostname or "", parts.port or (443 if secure else 80)
+    proxy = proxy_for(parts.scheme, host, port)
+    if not proxy:
+        return kind(host, port, timeout=seconds), parts.path.rstrip("/")
+    via = urlsplit(proxy if "://" in proxy else f"//{proxy}")
+    connection = kind(via.hostname or "", via.port or 80, timeout=seconds)
+    if secure:
+        connection.set_tunnel(host, port)
+    return connection, parts.path.rstrip("/") if secure else url.rstrip("/")
+
+
+def proxy_for(scheme: str, host: str, port: int) -> str | None:
+    """The proxy that the environment names for this host; for this machine itself there is none."""
+    if host in ("localhost", "::1") or host.startswith("127."):
+        return None
+    if f"{scheme}_proxy" not in map(str.lower, os.environ):
+        return None
+    from urllib.request import getproxies, proxy_bypass  # slow to import, and seldom needed
+
+    return None if proxy_bypass(f"{host}:{port}") else getproxies().get(scheme)
+
+
+@contextlib.contextmanager
+def hung_up_after(seconds: float, sock: socket.socket) -> Iterator[None]:
+    """Ends an exchange from outside. A socket's own timeout is per read, so an answer that drips would never end."""
+
+    def hang_up() -> None:
+        with contextlib.suppress(OSError):
+            socket.socket.shutdown(sock, socket.SHUT_RDWR)  # of the TCP under TLS: an SSLSocket is not for two threads
+
+    timer = threading.Timer(seconds * 1.1, hang_up)  # a little after the socket's own timeout, whose error says more
+    try:
+        timer.start()
+        yield
+    finally:
+        timer.cancel()
+
+
+def judged(response: http.client.HTTPResponse, body: bytearray) -> dict[str, Any]:
+    """The JSON object of a 200, or what anything else in its place means: Refused, Unreachable."""
+    try:
+        answer = json.loads(body.decode(), parse_float=Decimal, parse_constant=str)
+    except (ValueError, RecursionError):
+        answer = None
+    if not isinstance(answer, dict):
+        answer = {}
+    if response.status == 200 and answer:
+        return answer
+    error = answer.get("error")
+    if 400 <= response.status < 500 and response.status not in (408, 425, 429) and isinstance(error, str):
+        raise Refused(response.status, error)
+    wait = response.headers.get("Retry-After", "")
+    raise Unreachable(f"{response.status}: {error or 'no JSON of a bus'}", float(wait) if wait.isdecimal() else 0.0)
+
+
+def clock_of(response: http.client.HTTPResponse) -> float:
+    """The clock of the bus, which makes the ages right where ours is wrong; ours if it does not tell."""
+    with contextlib.suppress(ValueError, TypeError, OverflowError):
+        return email.utils.parsedate_to_datetime(response.headers.get("Date", "")).timestamp()
+    return time.time()
+
+
+class Reader:
+    """One name's place on the bus: which bus answers, how far it is read there, how long the next poll may be held.
+
+    `announce` takes a line for whoever reads the messages, `warn` one for whoever looks after the program, and `clock`
+    is the module time, or what stands for it in a test.
+    """
+
+    cursor: Cursor  # on `bus`
+
+    def __init__(
+        self, names: Sequence[str], url: str | None, channel: str | None, since: str | None, wait: float
+    ) -> None:
+        self.url = url or os.environ.get("AGENT_BUS_URL") or "http://127.0.0.1:8080"
+        self.channel = channel or os.environ.get("AGENT_BUS_CHANNEL") or "default"
+        if not 1 <= len(names) <= 16:
+            raise ValueError("a reader has 1 to 16 names")
+        for name in (*names, self.channel):
+            if not NAME.fullmatch(name):
+                raise ValueError(f"{name!r} is no name: 1 to 64 of A-Z a-z 0-9 . _ : @ - and first a letter or digit")
+        if since not in (None, "now", "last") and not DECIMAL.fullmatch(str(since)):
+            raise ValueError(f"since is 'now', 'last' or seconds like 1795203596.123456, and not {since!r}")
+        self.names, self.since, self.wait, self.hold = names, since, wait, wait
+        self.bus: str | None = None  # the id of the one that answered last
+        self.bus_time = 0.0  # s since 1970, by its clock, when it did
+        self.outage: Outage | None = None  # if it does not answer now
+        self.announce: Callable[[str], None] = lambda line: None
+        self.warn: Callable[[str], None] = lambda line: None
+        self.clock: Any = time
+
+    def messages(self, once: bool = False, timeout: float | None = None) -> Iterator[dict[str, Any]]:
+        """See receive(). What is not a dict, from a strange bus, is given as it is."""
+        end = math.inf if timeout is None else self.clock.monotonic() + timeout
+        came = False
+        while True:
+            began = self.clock.monotonic()
+            left = max(end - began, 0)
+            allowed = min(self.wait + GRACE_SECONDS, left + 2)  # s; 2 for an answer that is on its way
+            try:
+                answer = self.poll(min(self.hold, left), allowed)
+            except Unreachable as fault:
+                now = self.clock.monotonic()
+                if now < end:
+                    self.endure(fault, now - began, end - now)
+                    continue
+                held = self.bus and not self.outage and now - began >= allowed
+                if came or held:  # a bus of the old contract holds as long as it likes
+                    return
+                raise Unreachable(f"{self.url} is out of reach ({fault})") from fault
+            for message in answer["messages"]:
+                came = True
+                yield message
+                ts = str(message.get("ts")) if isinstance(message, dict) else ""
+                if DECIMAL.fullmatch(ts):
+                    self.cursor.move(ts)
+            self.cursor.move(str(answer["now"]))
+            if answer.get("more") and not came:
+                continue  # so much was looked at that was for others
+            now = self.clock.monotonic()
+            if now >= end or (once and came and not answer.get("more")):
+                return
+            if not answer["messages"]:
+                self.clock.sleep(min(max(began + 1 - now, 0), end - now))  # a bus that does not hold is not run down
+
+    def endure(self, fault: Unreachable, spent: float, left: float) -> None:
+        if spent >= 1:  # s; it was not turned away but held, perhaps for longer than something on the way allows
+            self.hold = max(self.hold / 2, 1)
+        self.outage = self.outage or Outage(self)
+        self.outage.endure(fault, left)
+
+    def poll(self, hold: float, seconds: float) -> dict[str, Any]:
+        """One answer of the bus whose cursor we have. If it is another one's, that is an outage, and ends with it."""
+        if self.bus is None:
+            health, _ = ask(self.url, "/healthz", min(seconds, GRACE_SECONDS))
+            if health.get("ok") is not True:
+                raise Unreachable("no JSON of a bus")
+            self.take_up(health)
+        query = [("to", name) for name in self.names]
+        query += [("since", self.cursor.at), ("block", "true"), ("wait", f"{hold:.3f}")]
+        query += [("channel", self.channel), ("bus", str(self.bus))]
+        answer, self.bus_time = ask(self.url, f"/recv?{urlencode(query)}", seconds)
+        if not isinstance(answer.get("messages"), list) or not DECIMAL.fullmatch(str(answer.get("now"))):
+            raise Unreachable("no JSON of a bus")
+        if id_of(answer) != self.bus:
+            self.take_up(answer)
+            raise Unreachable("another bus answers now")
+        if self.outage:
+            self.outage.over()
+            self.outage = None
+        if not answer["messages"]:
+            self.hold = min(self.hold * 1.1, self.wait)  # slowly, for each step too far costs a poll
+        if "gap" in answer:
+            self.announce(f"messages are gone, retention removed them before they were read: {dump(answer['gap'])}")
+        return answer
+
+    def take_up(self, answer: dict[str, Any]) -> None:
+        """Go on with our cursor on the bus that answers. Where the caller wants to start is meant for the first one."""
+        self.bus = id_of(answer)
+        self.cursor = Cursor(self.bus, self.channel, self.names[0], self.warn)
+        if self.since:
+            self.cursor.at, self.since = self.since, None
+        if self.bus == OLD_CONTRACT:
+            self.cursor.at = {"last": "0", "now": str(answer.get("now"))}.get(self.cursor.at, self.cursor.at)
+
+
+def id_of(answer: dict[str, Any]) -> str:
+    return str(answer.get("bus", OLD_CONTRACT))
+
+
+class Cursor:
+    """How far one name has read on one bus: a decimal or the word `last`, in a file of its own.
+
+    Written to another file and renamed: a reader that is killed leaves the old one or the new one. No fsync: a power
+    cut may bring back an older or an empty file, then messages come again, and that is within at-least-once.
+    """
+
+    def __init__(self, bus: str, channel: str, name: str, warn: Callable[[str], None]) -> None:
+        state = os.environ.get("XDG_STATE_HOME") or os.path.join("~", ".local", "state")
+        state = os.environ.get("AGENT_BUS_STATE_DIR") or os.path.join(state, "agent-bus")
+        self.state = os.path.abspath(os.path.expanduser(state))
+        self.path = os.path.join(self.state, "cursors", *map(file_name, (bus, channel, name)))
+        self.at = "last"
+        with contextlib.suppress(OSError), open(self.path, encoding="ascii", errors="replace") as file:
+            self.at = file.read(64).strip()
+        if self.at != "last" and not DECIMAL.fullmatch(self.at):
+            warn(f"{self.path} holds no cursor: starting where the bus remembers us")
+            self.at = "last"
+        self.move(self.at)  # where it cannot be written, fail before a message is asked for
+
+    def move(self, since: str) -> None:
+        self.at = since
+        new = f"{self.path}.{os.getpid()}"  # ours alone: the reader that we replace may still be at work
+        try:
+            os.makedirs(self.state, 0o700, exist_ok=True)
+            os.makedirs(os.path.dirname(self.path), 0o700, exist_ok=True)
+            with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="ascii") as file:
+                file.write(f"{since}\n")
+            os.replace(new, self.path)
+        except OSError as error:
+            advice = "set AGENT_BUS_STATE_DIR to a directory that can be written"
+            raise OSError(f"the cursor cannot be saved in {self.path} ({error.strerror}): {advice}") from error
+
+
+def file_name(text: str) -> str:
+    """The text as a file name: never `.` or `..`, and no other's, even where a file system takes A for a."""
+    return re.sub(rb"^\.|[^a-z0-9._-]", lambda byte: b"%%%02X" % ord(byte[0]), text.encode()).decode()
+
+
+class Outage:
+    """From the first failed attempt to the next answer: when to try again, who has been told. Used by one Reader."""
+
+    def __init__(self, reader: Reader) -> None:
+        self.url, self.announce, self.warn, self.clock = reader.url, reader.announce, reader.warn, reader.clock
+        self.began, self.since = self.clock.monotonic(), time.strftime("%H:%M:%SZ", time.gmtime(self.clock.time()))
+        self.pause, self.reason, self.announced = FIRST_PAUSE, "", False
+
+    def endure(self, fault: Unreachable, left: float) -> None:
+        """Wait until it is time for the next attempt, but not more than `left` seconds."""
+        if str(fault) != self.reason:
+            self.reason = str(fault)
+            self.warn(f"{self.url}: {self.reason}; trying again")
+        pause = min(max(self.pause * random.uniform(0.5, 1), fault.retry_after), LONGEST_PAUSE, left)
+        self.pause = min(2 * self.pause, LONGEST_PAUSE)
+        loud = max(self.began + LOUD_SECONDS - self.clock.monotonic(), 0)
+        if not self.announced and loud <= pause:
+            self.clock.sleep(loud)
+            pause -= loud
+            self.announced = True
+            self.announce(f"{self.url} out of reach since {self.since} ({self.reason}); still trying")
+        self.clock.sleep(pause)
+
+    def over(self) -> None:
+        if self.announced:
+            self.announce(f"{self.url} is back, after {span(self.clock.monotonic() - self.began)}")
+
+
+def block(message: dict[str, Any], reader: str, now: float) -> str:
+    """A message as text: a line of what is known about it, each line of its body behind `| `, and `---`.
+
+    The prefix is what keeps a body from looking like another message. `now` is the bus's clock, in s since 1970; the
+    age is told from a minute up, the receiver if it is not `reader`, anything else if it is given and not the default.
+    """
+    ts = float(message["ts"])
+    fields = {**message, "age": span(now - ts)}
+    usual = {"to": reader, "channel": "default", "age": "", "priority": "normal"}
+    head = [f"{name}={word(fields[name])}" for name in HEAD if fields.get(name) not in (None, usual.get(name))]
+    body = visible(re.sub("\r\n?", "\n", message["msg"]).removesuffix("\n"))
+    stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(ts))
+    return "\n".join([" ".join([stamp, *head]), *(f"| {line}" for line in body.split("\n")), "---\n"])
+
+
+def word(value: Any) -> str:
+    text = value if isinstance(value, str) else dump(value)
+    return text if re.fullmatch("[A-Za-z0-9._:@/-]{1,64}", text) else visible(json.dumps(text, ensure_ascii=False))
+
+
+def visible(text: str) -> str:
+    r"""The text with all that cannot be seen written out, as in \x1b, \u202e, \U000e0041."""
+    return HIDDEN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def span(seconds: float) -> str:
+    """As 5m, 6h or 3d; nothing under a minute."""
+    for unit, size in (("d", 86400), ("h", 3600), ("m", 60)):
+        if seconds >= size:
+            return f"{seconds // size:.0f}{unit}"
+    return ""
+
+
+def dump(value: Any) -> str:
+    """JSON in ASCII, as json.dumps writes it, with the fractions as the bus wrote them."""
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{json.dumps(key)}: {dump(value[key])}' for key in value)}}}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(dump, value))}]"
+    return str(value) if isinstance(value, Decimal) else json.dumps(value)
+
+
+def show(message: Any, reader: str, now: float) -> str:
+    try:
+        return block(message, reader, now)
+    except Exception:  # a strange bus may get a message wrong in any way, and the next one must be shown all the same
+        return f"-- agent-bus: not a message: {visible(dump(message))}\n"
+
+
+def emit(text: str) -> None:
+    """Write to stdout, in UTF-8 whatever the locale; when this returns, it is out."""
+    if sys.stdout is None:  # `>&-`
+        raise BrokenPipeError
+    try:
+        sys.stdout.buffer.write(text.encode())
+        sys.stdout.buffer.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter would try once more at exit, and complain
+        raise
+
+
+def announce(line: str) -> None:
+    emit(visible(f"-- agent-bus: {line}".replace("\n", " ")) + "\n")
+
+
+def complain(line: str) -> None:
+    print("bus_recv:", visible(line.replace("\n", " ")), file=sys.stderr)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Show the messages for NAME on an agent-bus, as they arrive.")
+    parser.add_argument("names", nargs="+", metavar="NAME", help="the reader's own, then others it reads along")
+    parser.add_argument("--json", action="store_true", help="a line of JSON for each message")
+    parser.add_argument("--once", action="store_true", help="end after what waits, or after the first to arrive")
+    parser.add_argument("--timeout", type=float, metavar="S", help="end after S seconds (with --once: 25)")
+    parser.add_argument("--since", metavar="X", help="a time (s since 1970), now, or last; default: the saved cursor")
+    parser.add_argument("--channel", metavar="C", help="default: $AGENT_BUS_CHANNEL, or 'default'")
+    options = parser.parse_args(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    timeout = HOLD_SECONDS if options.once and options.timeout is None else options.timeout
+    came = False
+    try:
+        reader = Reader(options.names, None, options.channel, options.since, HOLD_SECONDS)
+        reader.warn = complain
+        reader.announce = complain if options.json else announce  # a program that reads JSON reads nothing else
+        for message in reader.messages(options.once, timeout):
+            emit(f"{dump(message)}\n" if options.json else show(message, options.names[0], reader.bus_time))
+            came = True
+    except BrokenPipeError:  # nobody reads us any more
+        return 0
+    except KeyboardInterrupt:
+        return 130
+    except (Refused, Unreachable, ValueError, OSError) as error:
+        complain(str(error))
+        return {Refused: 1, Unreachable: 75}.get(type(error), 2)
+    return 0 if came else 3
+
+
+if __name__ == "__main__":
+    sys.exit(main())

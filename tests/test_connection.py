@@ -1,0 +1,591 @@
+"""Where requests begin and end, and how long a peer may take. The cases are in hostile.py.
+
+What concerns sockets is said to a real server. What concerns the cutting of bytes and the passing of time is said to a
+Connection in this process, over a transport that is a list of bytes and with a clock that the test moves: so every
+split of every case takes seconds, and a deadline takes none.
+"""
+import asyncio
+import contextlib
+import functools
+import json
+import math
+import socket
+import struct
+import sys
+import time
+import types
+from typing import NamedTuple
+
+import pytest
+
+from bus_server import Bus, Connection, Deadlines, Log, Refused, Request
+from tests import hostile
+from tests.hostile import ALICE, GET, HOST, SMUGGLED, WAITING, a_send, head
+from tests.processes import PATIENCE, Server, wait_until
+
+LAST = head(GET, HOST, "Connection: close")  # behind it nothing is answered: so that "exactly so many" can be seen
+LATE = Deadlines.SLOT * 1.01  # s; at most so long after a deadline the bus acts on it
+
+
+class Answer(NamedTuple):
+    status: int
+    fields: dict
+    body: bytes
+
+    def json(self):
+        return json.loads(self.body)
+
+
+def answers(wire, bare=False):
+    """The answers in `wire`, which must be exactly so long. `bare`: those to HEAD, which have no body."""
+    found = []
+    while wire:
+        lines, empty_line, wire = wire.partition(b"\r\n\r\n")
+        assert empty_line, f"half an answer: {lines!r}"
+        status, *fields = lines.decode().split("\r\n")
+        version, number, _ = status.split(" ", 2)
+        assert version == "HTTP/1.1", status
+        fields = {name.lower(): value for name, value in (field.split(": ", 1) for field in fields)}
+        length = 0 if bare or number in ("100", "204") else int(fields["content-length"])
+        assert len(wire) >= length, f"an answer is cut short: {lines!r}"
+        found.append(Answer(int(number), fields, wire[:length]))
+        wire = wire[length:]
+    return found
+
+
+def statuses(wire):
+    return [answer.status for answer in answers(wire) if answer.status != 100]
+
+
+def named(cases):
+    return pytest.mark.parametrize("case", cases, ids=lambda case: case.name.replace(" ", "-"))
+
+
+# ── Over sockets ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory):
+    with Server(tmp_path_factory.mktemp("connection") / "bus.db") as server:
+        yield server
+
+
+@pytest.fixture
+def server(running):
+    """A server that must come out of the test without a trace of mallory, without a traceback, and in good health."""
+    heard = running.log.read_text()
+    alice, mallory = signed(running, "alice"), signed(running, "mallory")
+    running.stored = lambda: signed(running, "alice") - alice
+    yield running
+    assert running.log.read_text() == heard, "the server complained on stderr"
+    assert signed(running, "mallory") == mallory, "something was smuggled"
+    assert json.loads(running.get("/healthz"))["ok"]
+
+
+def listeners(server):
+    return {agent["name"] for agent in json.loads(server.get("/agents"))["agents"]}
+
+
+def signed(server, sender):
+    """How many messages of this sender are stored."""
+    answer = json.loads(server.get(f"/log?from={sender}&max=1000"))
+    assert not answer["more"]
+    return len(answer["messages"])
+
+
+def connect(server):
+    peer = socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE)
+    peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return peer
+
+
+def heard(peer):
+    """Everything up to the end that the bus makes."""
+    return b"".join(iter(lambda: peer.recv(65536), b""))
+
+
+def talk(server, sent, ends=False):
+    with connect(server) as peer:
+        peer.sendall(sent)
+        if ends:
+            peer.shutdown(socket.SHUT_WR)
+        return heard(peer)
+
+
+@named(hostile.BROKEN)
+def test_a_framing_error_gets_one_answer_and_what_follows_is_never_read(server, case):
+    (answer,) = answers(talk(server, case.sent + SMUGGLED))
+    assert answer.status == case.status
+    assert answer.fields["connection"] == "close" and answer.fields["content-type"] == "application/json"
+    assert answer.json()["error"]
+
+
+@named(hostile.BROKEN)
+def test_a_framing_error_behind_a_good_request_leaves_that_one_alone(server, case):
+    assert statuses(talk(server, ALICE + case.sent + SMUGGLED)) == [200, case.status]
+    assert server.stored() == 1
+
+
+@named(hostile.WHOLE)
+def test_a_whole_request_gets_its_answer_and_the_connection_goes_on(server, case):
+    found = answers(talk(server, case.sent + (SMUGGLED if case.closes else LAST)))
+    assert tuple(answer.status for answer in found if answer.status != 100) == case.answers + (200,) * (not case.closes)
+    assert server.stored() == case.stored
+    for answer in found:
+        assert answer.status in (100, 200) or answer.json()["error"]
+
+
+@named(hostile.WHOLE)
+def test_pipelined_requests_are_answered_in_order(server, case):
+    first = head("GET /first HTTP/1.1", HOST)
+    found = statuses(talk(server, first + ALICE + case.sent + (SMUGGLED if case.closes else LAST)))
+    assert tuple(found) == (404, 200) + case.answers + (200,) * (not case.closes)
+    assert server.stored() == case.stored + 1
+
+
+@named(hostile.CUT)
+def test_who_closes_its_side_still_hears_every_answer_and_nothing_half_is_stored(server, case):
+    assert tuple(statuses(talk(server, case.sent, ends=True))) == case.answers
+    assert server.stored() == case.stored
+
+
+def test_what_is_pipelined_behind_a_parked_reader_waits_for_it(server):
+    with connect(server) as peer:
+        peer.sendall(WAITING.replace(b"carl", b"fred") + head("GET /nothing HTTP/1.1", HOST) + ALICE + LAST)
+        wait_until(lambda: "fred" in listeners(server))
+        talk(server, a_send("alice", "Connection: close", to="fred"))
+        found = answers(heard(peer))
+    assert [answer.status for answer in found] == [200, 404, 200, 200]
+    assert [message["to"] for message in found[0].json()["messages"]] == ["fred"]
+    assert server.stored() == 2
+
+
+def test_a_client_that_goes_on_sending_too_large_a_body_receives_the_413(server):
+    with connect(server) as peer:
+        peer.sendall(head("POST /send?from=mallory&to=bob HTTP/1.1", HOST, "Content-Length: 8000000"))
+        for _ in range(8):
+            peer.sendall(b"a" * 1000000)
+        (answer,) = answers(heard(peer))
+    assert answer.status == 413 and "262144" in answer.json()["error"]
+
+
+def test_a_body_is_asked_for_only_after_its_length_was_accepted(server):
+    with connect(server) as peer:
+        sent = a_send("alice", "Expect: 100-continue")
+        ending = sent.index(b"\r\n\r\n") + 4
+        peer.sendall(sent[:ending])
+        assert answers(peer.recv(65536)) == [Answer(100, {}, b"")]
+        peer.sendall(sent[ending:] + LAST)
+        assert [answer.status for answer in answers(heard(peer))] == [200, 200]
+    assert server.stored() == 1
+
+
+@pytest.mark.parametrize("path", ["/healthz", "/", "/inbox", "/agents", "/bus_send.py", "/nothing", "/message/1"])
+def test_head_is_get_without_the_body(server, path):
+    whole = head(f"GET {path} HTTP/1.1", HOST, "Connection: close")
+    (get,) = answers(talk(server, whole))
+    (bare,) = answers(talk(server, b"HEAD" + whole[3:]), bare=True)
+    del get.fields["date"], bare.fields["date"]
+    assert (bare.status, bare.fields) == (get.status, get.fields) and get.body
+
+
+def test_head_neither_reads_mail_nor_waits_for_it(server):
+    talk(server, a_send("alice", "Connection: close", to="dora"))
+    for path in ("/recv?to=dora&block=true", "/recv?to=emil&block=true", "/log?block=true&since=now"):
+        (answer,) = answers(talk(server, head(f"HEAD {path} HTTP/1.1", HOST, "Connection: close")), bare=True)
+        assert answer.status == 200
+    assert not {"dora", "emil"} & listeners(server)
+
+
+@pytest.mark.parametrize("path, allowed", [
+    ("/send", "POST, OPTIONS"), ("/recv", "GET, HEAD, OPTIONS"), ("/healthz", "GET, HEAD, OPTIONS"),
+    ("/message/1", "GET, HEAD, OPTIONS"),
+])  # fmt: skip
+def test_options_says_what_a_path_takes_and_so_does_a_refusal(server, path, allowed):
+    wrong = "GET" if path == "/send" else "POST"
+    sent = head(f"OPTIONS {path} HTTP/1.1", HOST) + head(f"{wrong} {path} HTTP/1.1", HOST) + LAST
+    options, refusal, _ = answers(talk(server, sent))
+    assert (options.status, options.fields["allow"]) == (204, allowed)
+    assert (refusal.status, refusal.fields["allow"]) == (405, allowed)
+    assert "content-length" not in options.fields, "RFC 9110, 8.6: not in a 204"
+    assert not [field for field in options.fields if field.startswith("access-control")], "no CORS"
+
+
+# ── In this process ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Peer(asyncio.Transport):
+    """A socket that is a list of bytes, and who sits at its other end."""
+
+    def __init__(self, bus):
+        super().__init__({"peername": ("127.0.0.1", 9)})
+        self.coming, self.unread, self.heard = [], b"", b""
+        self.reads = True  # else what is written stays unread
+        self.breaks = self.broken = False  # at the next write; now
+        self.paused = self.aborted = False
+        self.writes = 0
+        self.over = asyncio.Event()  # the bus has closed its side
+        self.connection = Connection(bus)
+        self.connection.connection_made(self)
+
+    def says(self, *pieces):
+        """Like recv on the other side, an empty piece is the end."""
+        self.coming += pieces
+        while self.coming and not self.paused and not self.is_closing():
+            piece = self.coming.pop(0)
+            self.connection.data_received(piece) if piece else self.connection.eof_received()
+
+    def reads_on(self):
+        self.heard, self.unread = self.heard + self.unread, b""
+        self.connection.resume_writing()
+
+    def leaves(self):
+        self.connection.connection_lost(None)
+
+    # What asyncio gives a Connection
+
+    def write(self, data):
+        self.writes += 1
+        self.broken = self.broken or self.breaks
+        if self.reads and not self.broken:
+            self.heard += data
+        elif not self.broken:
+            self.unread += data
+
+    def get_write_buffer_size(self):
+        return len(self.unread)
+
+    def set_write_buffer_limits(self, high=None, low=None):
+        assert high == 0
+
+    def pause_reading(self):
+        self.paused = True
+
+    def resume_reading(self):
+        if self.paused:
+            self.paused = False
+            asyncio.get_running_loop().call_soon(self.says)
+
+    def can_write_eof(self):
+        return True
+
+    def write_eof(self):
+        self.over.set()
+
+    def close(self):
+        self.over.set()
+
+    def abort(self):
+        self.aborted = True
+        self.over.set()
+
+    def is_closing(self):
+        return self.aborted or self.broken
+
+
+class Clock:
+    now = 1000.0
+
+    def __call__(self):
+        return self.now
+
+
+@contextlib.asynccontextmanager
+async def a_bus(clock=time.monotonic):
+    """A bus in memory, and without a socket. Its deadlines go by `clock`."""
+    log = Log(":memory:")
+    bus = Bus(log, max_body=262144, keep=0)
+    bus.deadlines = Deadlines(clock)
+    try:
+        yield bus
+    finally:
+        bus.journal.close()
+        log.close()
+
+
+def in_process(conversation):
+    """A test that is a coroutine."""
+
+    @functools.wraps(conversation)
+    def test(**arguments):
+        asyncio.run(asyncio.wait_for(conversation(**arguments), 3 * PATIENCE))
+
+    return test
+
+
+async def come_true(fact):
+    while not fact():
+        await asyncio.sleep(0)
+
+
+def stored(bus):
+    return sum(box.n for box in bus.mailboxes.boxes.values())
+
+
+def cuts(sent):
+    """`sent` in two pieces, cut at every byte; and all bytes apart."""
+    yield from ([sent[:at], sent[at:]] for at in range(1, len(sent)))
+    yield [sent[at : at + 1] for at in range(len(sent))]
+
+
+@named(hostile.BROKEN + hostile.WHOLE + hostile.CUT)
+@in_process
+async def test_however_the_bytes_are_cut_the_answers_are_the_same(case):
+    sent, expected, messages, ends = case.sent, [], 0, []
+    if isinstance(case, hostile.Broken):
+        sent, expected = sent + SMUGGLED, [case.status]
+    elif isinstance(case, hostile.Cut):
+        expected, messages, ends = [*case.answers], case.stored, [b""]
+    else:
+        sent, expected, messages = sent + LAST, [*case.answers] + [200] * (not case.closes), case.stored
+    async with a_bus() as bus:
+        for number, pieces in enumerate(cuts(sent), 1):
+            peer = Peer(bus)
+            peer.says(*pieces, *ends)
+            await peer.over.wait()
+            assert statuses(peer.heard) == expected, f"cut at {len(pieces[0])}"
+            assert stored(bus) == messages * number, f"cut at {len(pieces[0])}"
+            peer.leaves()
+        assert not bus.connections
+
+
+@in_process
+async def test_nothing_is_answered_before_the_commit_and_not_out_of_order():
+    async with a_bus() as bus:
+        peer = Peer(bus)
+        peer.says(ALICE + head("GET /nothing HTTP/1.1", HOST) + ALICE + LAST)
+        assert not peer.heard
+        await peer.over.wait()
+        assert statuses(peer.heard) == [200, 404, 200, 200] and stored(bus) == 2
+
+
+@in_process
+async def test_a_peer_that_pipelines_without_end_is_read_no_further_than_a_head():
+    async with a_bus() as bus:
+        peer = Peer(bus)
+        peer.says(WAITING, *[head(GET, HOST)] * 2000)
+        assert peer.paused and len(peer.connection.buffer) < 17000
+        bus.release(peer.connection)
+        peer.says(LAST)
+        await peer.over.wait()
+        assert statuses(peer.heard) == [200] * 2002
+
+
+# Patience
+
+
+class Slow(NamedTuple):
+    """A peer that says `sent` and then dawdles: it sends `drip` every second, or nothing."""
+
+    name: str
+    sent: bytes
+    patience: float
+    answer: int  # or 0: the connection is closed without one
+    drip: bytes = b""
+
+
+def announced(size):
+    return head("POST /send?from=mallory&to=bob HTTP/1.1", HOST, f"Content-Length: {size}")
+
+
+SLOW = [
+    Slow("no byte at all", b"", 10, 0),
+    Slow("half a head", b"GET /heal", 10, 408),
+    Slow("a head that drips", b"G", 10, 408, drip=b"E"),
+    Slow("headers that drip", head(GET, HOST)[:-2], 10, 408, drip=b"A: b\r\n"),
+    Slow("half a head behind an answer", head(GET, HOST) + b"GET /heal", 10, 408),
+    Slow("no byte behind an answer", head(GET, HOST), 75, 0),
+    Slow("no body of 1 byte", announced(1), 10 + 1 / 8192, 408),
+    Slow("no body of 80 KiB", announced(81920), 20, 408),
+    Slow("a body of 80 KiB that drips", announced(81920) + b"a", 20, 408, drip=b"a"),
+    Slow("half a body of 256 KiB", announced(262144) + b"a" * 131072, 42, 408),
+    Slow("no body that was asked for", a_send("mallory", "Expect: 100-continue")[: -hostile.SIZE], 10 + 43 / 8192, 408),
+]  # fmt: skip
+
+
+@named(SLOW)
+@in_process
+async def test_a_deadline_is_absolute(case):
+    clock = Clock()
+    async with a_bus(clock) as bus:
+        peer = Peer(bus)
+        peer.says(*([case.sent] if case.sent else []))
+        before, started = peer.heard, clock.now
+        while clock.now + 1 < started + case.patience:
+            clock.now += 1
+            bus.sweep()
+            peer.says(*([case.drip] if case.drip else []))
+        assert peer.heard == before and not peer.over.is_set(), "given up too early"
+        clock.now = started + case.patience + LATE
+        bus.sweep()
+        assert peer.over.is_set() and not peer.aborted
+        assert statuses(peer.heard[len(before) :]) == [case.answer] * bool(case.answer)
+        assert stored(bus) == 0
+
+
+@pytest.mark.parametrize("query, hold", [("block=true", 25), ("wait=7", 7), ("wait=1000", 60), ("wait=0.5", 0.5)])
+@in_process
+async def test_a_parked_reader_is_answered_when_its_hold_is_over(query, hold):
+    clock = Clock()
+    async with a_bus(clock) as bus:
+        peer = Peer(bus)
+        peer.says(head(f"GET /recv?to=bob&{query} HTTP/1.1", HOST))
+        clock.now += hold - 0.01
+        bus.sweep()
+        assert not peer.heard
+        clock.now += 0.01 + LATE
+        bus.sweep()
+        (answer,) = answers(peer.heard)
+        assert answer.json()["messages"] == [] and not peer.over.is_set()
+
+
+@in_process
+async def test_who_does_not_read_an_answer_in_30_seconds_is_dropped_however_it_trickles():
+    clock = Clock()
+    async with a_bus(clock) as bus:
+        peer = Peer(bus)
+        peer.reads = False
+        peer.says(head(GET, HOST) * 2)
+        for _ in range(29):
+            clock.now += 1
+            peer.unread = peer.unread[1:]
+            bus.sweep()
+        assert not peer.aborted and peer.unread.count(b"HTTP/1.1") <= 1, "the second answer waits for the first"
+        clock.now += 1 + LATE
+        bus.sweep()
+        assert peer.aborted
+
+
+@in_process
+async def test_who_reads_an_answer_in_time_gets_the_next():
+    clock = Clock()
+    async with a_bus(clock) as bus:
+        peer = Peer(bus)
+        peer.reads = False
+        peer.says(head(GET, HOST) + LAST)
+        for _ in range(2):
+            clock.now += 29
+            bus.sweep()
+            peer.reads_on()
+        assert statuses(peer.heard) == [200, 200] and not peer.aborted
+
+
+@in_process
+async def test_a_commit_may_take_as_long_as_the_disk_does():
+    clock = Clock()
+    async with a_bus(clock) as bus:
+        peer = Peer(bus)
+        peer.says(ALICE)
+        clock.now += 3600
+        bus.sweep()
+        assert not peer.over.is_set() and not peer.heard
+        await come_true(lambda: peer.heard)
+        assert statuses(peer.heard) == [200]
+
+
+@in_process
+async def test_who_does_not_close_after_the_last_answer_is_dropped():
+    clock = Clock()
+    async with a_bus(clock) as bus:
+        peer = Peer(bus)
+        peer.says(b"?\r\n\r\n")
+        assert peer.over.is_set() and not peer.aborted
+        for _ in range(19):
+            clock.now += 0.1
+            peer.says(b"a" * 100000)
+            bus.sweep()
+        assert not peer.aborted and not peer.connection.buffer
+        clock.now += 0.1 + LATE
+        bus.sweep()
+        assert peer.aborted and statuses(peer.heard) == [400]
+
+
+def test_no_deadline_is_filed_under_a_time_before_it():
+    """Floats round: 0.9000000000000001 / 0.1 is 9. Filed there, it would be neither late nor to come, for ever."""
+    for slot in range(1, 20000):
+        clock = Clock()
+        clock.now = math.nextafter(slot * Deadlines.SLOT, math.inf)
+        deadlines, peer = Deadlines(clock), Clock()
+        peer.slot = sys.maxsize
+        deadlines.set(peer, 0.0)
+        assert min(deadlines.slots) * Deadlines.SLOT >= peer.due
+
+
+# Peers that go away
+
+
+@pytest.mark.parametrize("abruptly", [False, True], ids=["closes", "resets"])
+@in_process
+async def test_a_client_that_goes_away_while_parked_is_unparked(abruptly):
+    async with a_bus() as bus:
+        listening = await asyncio.get_running_loop().create_server(lambda: Connection(bus), "127.0.0.1", 0)
+        with socket.create_connection(listening.sockets[0].getsockname()) as peer:
+            peer.sendall(WAITING)
+            await come_true(lambda: bus.mailboxes.parked)
+            if abruptly:
+                peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        await come_true(lambda: not bus.connections)
+        assert not bus.mailboxes.parked and not bus.mailboxes.waiting
+        listening.close()
+
+
+@in_process
+async def test_a_socket_that_broke_is_not_written_to_again():
+    async with a_bus() as bus:
+        peer = Peer(bus)
+        peer.breaks = True
+        peer.says(head(GET, HOST) * 10)
+        assert peer.writes == 1
+
+
+@in_process
+async def test_a_parked_reader_whose_socket_breaks_just_before_its_message_is_no_error():
+    """asyncio knows that a socket is broken one turn before it tells: the message may be announced in between."""
+    async with a_bus() as bus:
+        peer, sender = Peer(bus), Peer(bus)
+        peer.says(WAITING)
+        peer.broken = True
+        sender.says(a_send("alice", to="carl"))
+        await come_true(lambda: sender.heard)
+        peer.leaves()
+        assert not bus.mailboxes.parked and not bus.mailboxes.box("default", "carl").fetched
+
+
+@pytest.mark.parametrize("end", ["breaks", "stuck", "read"])
+@in_process
+async def test_a_message_counts_as_fetched_only_when_its_answer_was_written_whole(end):
+    async with a_bus() as bus:
+        sender = Peer(bus)
+        sender.says(ALICE)
+        await come_true(lambda: sender.heard)
+        peer = Peer(bus)
+        peer.breaks, peer.reads = end == "breaks", end != "stuck"
+        peer.says(head("GET /recv?to=bob HTTP/1.1", HOST))
+        peer.leaves()
+        assert bool(bus.mailboxes.box("default", "bob").fetched) == (end == "read")
+
+
+@in_process
+async def test_a_connection_whose_answer_is_being_read_when_the_bus_drains_is_closed_after_it():
+    async with a_bus() as bus:
+        peer = Peer(bus)
+        peer.reads = False
+        peer.says(head(GET, HOST))
+        bus.draining = True
+        peer.connection.drain()
+        assert not peer.over.is_set()
+        peer.reads_on()
+        assert peer.over.is_set() and statuses(peer.heard) == [200]
+
+
+# The grammar
+
+
+def test_no_head_takes_long_to_refuse():
+    """16,000 blanks and a wrong byte kept a backtracking pattern busy for two seconds, in which nobody was served."""
+    blanks = " " * 16000
+    for line in (f"A:{blanks}\x01", f"A:b{blanks}\x01", f"A:{'b ' * 8000}\x01", f"A{blanks}: b", "A" * 16000):
+        started = time.thread_time()
+        with pytest.raises(Refused):
+            Request(types.SimpleNamespace(address="127.0.0.1"), head(GET, HOST, line))
+        assert time.thread_time() - started < 0.2, line[:3]
