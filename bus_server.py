@@ -427,6 +427,7 @@ class Connection(asyncio.Protocol):
                 return None
             self.request = Request(self, bytes(self.buffer[:end]))
             self.buffer = self.buffer[end:]
+            self.request.parse_request()
             self.request.grant = self.bus.gate.admit(self.request)
             self.request.check_body(self.bus.max_body)
             if self.request.expects and len(self.buffer) < self.request.length:
@@ -460,12 +461,10 @@ class Connection(asyncio.Protocol):
 
     def write(self, answer: Answer) -> None:
         self.closing = self.closing or self.bus.draining
-        if self.request is not None:
-            self.bus.log_request(self.request, answer)
-        bare = self.request is not None and self.request.command == "HEAD"
+        request, self.request = self.request or Request(self, b""), None
+        self.bus.log_request(request, answer)
         self.fetched = answer.fetched
-        self.transport.write(to_bytes(answer, bare, self.closing))
-        self.request = None
+        self.transport.write(to_bytes(answer, request.command == "HEAD", self.closing))
         if self.transport.get_write_buffer_size():
             self.wait(State.WRITING, ANSWER_SECONDS)
         else:
@@ -574,10 +573,13 @@ class Request(BaseHTTPRequestHandler):
     grant: Grant
 
     def __init__(self, peer: Connection, head: bytes) -> None:  # no super(): that one reads and answers a socket
-        self.peer = peer
+        self.peer, self.head, self.body = peer, head, b""
         self.client_address = (peer.address, 0)
-        self.body = b""
-        self.requestline, *lines = head[:-4].decode("latin-1").split("\r\n")
+        self.command = self.requestline = "-"
+
+    def parse_request(self) -> bool:
+        """Check and take apart the head; Refused where the stock one would return False."""
+        self.requestline, *lines = self.head[:-4].decode("latin-1").split("\r\n")
         early_check(self.requestline.encode("latin-1"))
         line = REQUEST_LINE.fullmatch(self.requestline)
         if not line:
@@ -594,6 +596,7 @@ class Request(BaseHTTPRequestHandler):
         for text in lines:
             self.add_field(text)
         self.check_framing()
+        return True
 
     def add_field(self, text: str) -> None:
         field = FIELD.fullmatch(text)
@@ -1093,7 +1096,7 @@ class Bus:
             found, reached = self.store.after(poll, self.last)
         if found or reached or gap or not poll.hold or self.draining:
             return delivery(self, poll, found, reached, gap)
-        request.fields, request.body = {}, b""  # a parked reader is small
+        request.head, request.fields, request.body = b"", {}, b""  # a parked reader is small
         self.mailboxes.park(request.peer, poll)
         request.peer.wait(State.PARKED, poll.hold)
         crowd = self.mailboxes.crowd(poll)
