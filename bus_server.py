@@ -30,7 +30,9 @@ import asyncio
 import contextlib
 import enum
 import fcntl
+import hashlib
 import heapq
+import hmac
 import ipaddress
 import json
 import math
@@ -41,12 +43,15 @@ import re
 import resource
 import secrets
 import signal
+import socket
 import sqlite3
+import ssl
 import sys
 import threading
 import time
 import traceback
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from email.utils import formatdate
 from functools import lru_cache
@@ -71,6 +76,9 @@ LINGER_SECONDS = 2.0  # we go on reading after the last answer: closing on unrea
 DRAIN_SECONDS = 10.0  # for accepted sends to be committed and answered after SIGTERM
 
 NAMES_PER_READER = 16
+PARKED_PER_NAME = 8  # polls in hand for one name; more are readers that were cut off and do not know it
+STRANGERS = 256  # connections that have not finished a first request; the oldest goes first
+MAILBOX_MESSAGES, MAILBOX_BYTES = 10000, 64 << 20  # for a name and not fetched by anybody; then its senders get 429
 NAMES_PER_SEND = 64
 MAX_MESSAGES = 1000  # in one answer
 ANSWER_BYTES = 1 << 20  # of messages in an answer that has more than one: bounds memory and a turn of the loop
@@ -152,6 +160,8 @@ class Draft(NamedTuple):
     text: str
     key: str | None
     ttl: int | None  # us
+    answers: int  # the tick it replies to, or 0
+    depth: int  # in a chain of replies; 0 begins one
 
 
 OURS = {"from", "to", "channel", "msg", "key", "ts", "id"}  # members the server writes; all others pass unchanged
@@ -188,7 +198,9 @@ def draft(fields: Any, key: str | None) -> Draft:
             text += f", {encode(rest)[1:-1]}"
         except ValueError:
             raise Refused(400, "a number in the message is too large for JSON") from None
-    return Draft(channel, to, sender, text, key, lifetime(fields.get("ttl")))
+    parent = fields.get("reply_to", "")
+    answers = int(parent, 16) if re.fullmatch("[0-9a-f]{1,13}", parent) else 0
+    return Draft(channel, to, sender, text, key, lifetime(fields.get("ttl")), answers, 0)
 
 
 def lifetime(ttl: Any) -> int | None:
@@ -345,14 +357,14 @@ class Connection(asyncio.Protocol):
     Invariant: one request in hand per connection; pipelined ones wait in `buffer`, in order.
     """
 
-    __slots__ = ("address", "buffer", "bus", "closing", "due", "ended", "fetched", "request", "slot", "state",
+    __slots__ = ("address", "buffer", "bus", "closing", "due", "ended", "fetched", "guest", "request", "slot", "state",
                  "transport", "__weakref__")
     transport: asyncio.Transport
     request: Request | None
     fetched: tuple[Poll, int] | None  # what the reader of the answer being written has then
 
-    def __init__(self, bus: Bus) -> None:
-        self.bus = bus
+    def __init__(self, bus: Bus, guest: socket.socket) -> None:
+        self.bus, self.guest = bus, guest
         self.buffer: bytes | bytearray = b""
         self.state, self.slot, self.due = State.IDLE, sys.maxsize, math.inf
         self.closing = self.ended = False  # we want to close after the answer; the peer has closed its side
@@ -368,6 +380,7 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         self.bus.connections.discard(self)
+        self.bus.strangers.pop(self.guest, None)
         self.bus.deadlines.forget(self)
         self.bus.unpark(self)
         self.state = State.LINGER
@@ -399,7 +412,7 @@ class Connection(asyncio.Protocol):
             self.transport.close()
         else:
             self.advance()
-        return True
+        return self.transport.get_extra_info("sslcontext") is None  # TLS has no half-closed connection
 
     def advance(self) -> None:
         """Take requests from the buffer, in order, for as long as the one before is answered."""
@@ -414,6 +427,7 @@ class Connection(asyncio.Protocol):
                 return
             self.state, self.due = State.BUSY, math.inf  # the disk may take its time
             self.closing = request.close_connection
+            self.bus.strangers.pop(self.guest, None)
             answer = request.answer()
             if answer is not None:
                 self.write(answer)
@@ -427,6 +441,8 @@ class Connection(asyncio.Protocol):
                 return None
             self.request = Request(self, bytes(self.buffer[:end]))
             self.buffer = self.buffer[end:]
+            self.request.parse_request()
+            self.request.grant = self.bus.gate.admit(self.request)
             self.request.check_body(self.bus.max_body)
             if self.request.expects and len(self.buffer) < self.request.length:
                 self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
@@ -459,12 +475,10 @@ class Connection(asyncio.Protocol):
     def write(self, answer: Answer) -> None:
         self.state = State.WRITING
         self.closing = self.closing or self.bus.draining
-        if self.request is not None:
-            self.bus.log_request(self.request, answer)
-        bare = self.request is not None and self.request.command == "HEAD"
+        request, self.request = self.request or Request(self, b""), None
+        self.bus.log_request(request, answer)
         self.fetched = answer.fetched
-        self.transport.write(to_bytes(answer, bare, self.closing))
-        self.request = None
+        self.transport.write(to_bytes(answer, request.command == "HEAD", self.closing))
         if self.transport.is_closing():  # it broke: nobody has the answer, and connection_lost comes next
             return
         if self.transport.get_write_buffer_size():
@@ -525,6 +539,118 @@ REASONS = {status.value: status.phrase for status in HTTPStatus}
 http_date = lru_cache(1)(lambda second: formatdate(second, usegmt=True))
 
 
+class Plain(asyncio.Transport):
+    """A TCP connection on the loop: as much of asyncio's transport as Connection uses, and of its contract.
+
+    asyncio's own (which TLS connections have) takes 1.0 to 1.8 KB more for each parked reader, and reads into a new
+    buffer of 256 KiB every time.
+    """
+
+    __slots__ = ("closing", "loop", "protocol", "reading", "sock", "unsent")
+    READ = 16384  # bytes; the largest that malloc takes from its heap without asking the system each time
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, sock: socket.socket, protocol: Connection) -> None:
+        self.loop, self.sock, self.protocol = loop, sock, protocol
+        self.unsent = bytearray()
+        self.closing = self.reading = False
+        protocol.connection_made(self)
+        self.resume_reading()
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        try:
+            return self.sock.getpeername() if name == "peername" else default
+        except OSError:  # it has gone again
+            return default
+
+    def is_closing(self) -> bool:
+        return self.closing
+
+    def can_write_eof(self) -> bool:
+        return True
+
+    def get_write_buffer_size(self) -> int:
+        return len(self.unsent)
+
+    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
+        """Always as for high=0: resume_writing says that the last byte was written."""
+
+    def resume_reading(self) -> None:
+        if not self.reading and not self.closing:
+            self.reading = True
+            self.loop.add_reader(self.sock, self.read)
+
+    def pause_reading(self) -> None:
+        if self.reading:
+            self.reading = False
+            self.loop.remove_reader(self.sock)
+
+    def read(self) -> None:
+        try:
+            data = self.sock.recv(self.READ)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:
+            self.abort()
+            return
+        if data:
+            self.protocol.data_received(data)
+        else:
+            self.pause_reading()
+            self.protocol.eof_received()
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        if self.closing:
+            return
+        if not self.unsent:
+            data = data[self.send(data):]
+            if data and not self.closing:
+                self.loop.add_writer(self.sock, self.write_on)
+        self.unsent += data
+
+    def write_on(self) -> None:
+        del self.unsent[: self.send(self.unsent)]
+        if not self.unsent and self.sock.fileno() >= 0:
+            self.loop.remove_writer(self.sock)
+            if self.closing:
+                self.end()
+            else:
+                self.protocol.resume_writing()
+
+    def send(self, data: bytes | bytearray | memoryview) -> int:
+        try:
+            return self.sock.send(data)
+        except (BlockingIOError, InterruptedError):
+            return 0
+        except OSError:
+            self.abort()
+            return len(data)
+
+    def write_eof(self) -> None:
+        with contextlib.suppress(OSError):
+            self.sock.shutdown(socket.SHUT_WR)
+
+    def close(self) -> None:
+        """Write what is left, then end."""
+        if not self.closing:
+            self.closing = True
+            self.pause_reading()
+            if not self.unsent:
+                self.loop.call_soon(self.end)
+
+    def abort(self) -> None:
+        if self.sock.fileno() >= 0:
+            self.closing = True
+            self.pause_reading()
+            self.loop.remove_writer(self.sock)
+            self.unsent.clear()
+            self.loop.call_soon(self.end)
+
+    def end(self) -> None:
+        if self.sock.fileno() >= 0:
+            self.sock.close()
+            self.protocol.connection_lost(None)
+
+
 def to_bytes(answer: Answer, bare: bool, closing: bool) -> bytes:
     """The answer as HTTP/1.1, in one piece: head and body written apart would cost 40 ms (Nagle and delayed ACK)."""
     content = [f"Content-Type: {answer.kind}", f"Content-Length: {len(answer.body)}"]
@@ -576,15 +702,23 @@ class Request(BaseHTTPRequestHandler):
     and drops every header behind one without a colon; it also costs more than all else together (45 us).
     """
 
+    grant: Grant
+
     def __init__(self, peer: Connection, head: bytes) -> None:  # no super(): that one reads and answers a socket
-        self.peer = peer
+        self.peer, self.head, self.body = peer, head, b""
         self.client_address = (peer.address, 0)
-        self.body = b""
-        early_check(head)
-        self.requestline, *lines = head[:-4].decode("latin-1").split("\r\n")
+        self.command = self.requestline = "-"
+
+    def parse_request(self) -> bool:
+        """Check and take apart the head; Refused where the stock one would return False."""
+        early_check(self.head)
+        self.requestline, *lines = self.head[:-4].decode("latin-1").split("\r\n")
         line = REQUEST_LINE.fullmatch(self.requestline)
         if not line:
             raise Refused(400, "the request line must be: METHOD /path HTTP/1.1")
+        if "abt_" in line[2]:
+            self.requestline = f"{line[1]} (a token in a URL)"  # it must not stay in a log as well
+            raise Refused(400, "a token belongs in the header Authorization, not in a URL: revoke this one")
         if line[3] != "1" or line[4] not in "01":
             raise Refused(505, "only HTTP/1.0 and HTTP/1.1 are spoken here")
         if len(lines) > HEADERS:
@@ -594,6 +728,7 @@ class Request(BaseHTTPRequestHandler):
         for text in lines:
             self.add_field(text)
         self.check_framing()
+        return True
 
     def add_field(self, text: str) -> None:
         field = FIELD.fullmatch(text)
@@ -750,6 +885,7 @@ class Poll(NamedTuple):
     limit: int
     hold: float
     plain: bool
+    token: str = ""  # what let it in
 
     @classmethod
     def recv(cls, query: Query, plain: bool) -> Poll:
@@ -784,6 +920,215 @@ class Poll(NamedTuple):
         )
 
 
+# ── Identity ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Grant(NamedTuple):
+    """What one token allows; OPEN is what everybody may on a bus that has none."""
+
+    token: str  # its id, which is no secret
+    name: str
+    also: Sequence[str]  # names it may read beside its own
+    send_only: bool
+    operator: bool
+
+    def sign(self, message: Any) -> Any:
+        """The message with this token's sender; 403 if it claims another: what a sender says is no proof."""
+        if not self.name or not isinstance(message, dict):
+            return message
+        if message.get("from", self.name) != self.name:
+            raise Refused(403, f"this token sends as {self.name}: leave from out, or use that")
+        return {**message, "from": self.name}
+
+    def reads(self, own: str) -> bool:
+        return not self.send_only and (self.operator or own in (self.name, EVERYONE, *self.also))
+
+    def check(self, names: Iterable[str]) -> None:
+        for own in names:
+            if not self.reads(own):
+                raise Refused(403, f"this token may not read {own}: an operator can grant it with invite --also")
+
+    def check_operator(self) -> None:
+        if not self.operator:
+            raise Refused(403, "this token may not read everyone's mail: it needs invite --operator")
+
+
+OPEN = Grant("", "", (), False, True)
+NOBODY = "0" * 64  # the hash of no secret, compared when the id is unknown, so that both refusals take as long
+BEARER = re.compile(r"[Bb]earer (abt_[0-9a-f]{8})_([A-Za-z0-9_-]{43})")
+PUBLIC = {"/", "/healthz", "/bus_recv.py", "/bus_send.py", "/bus_listener.sh"}  # a new host needs them to begin
+
+
+class Tokens:
+    """The tokens of a bus: a line of JSON each in DATABASE.tokens, with the sha256 of the secret and what it may do.
+
+    The commands write it (a new file, renamed), the server reads it again when it changes. A token is `abt_`, 8 hex
+    digits of id, and 256 random bits. Revoked ones stay listed: a bus that had a token once never falls open again.
+    """
+
+    def __init__(self, database: str) -> None:
+        self.path = f"{database}.tokens"
+        self.stamp: tuple[int, ...] | None = None
+        self.closed = False
+        self.grants: dict[str, tuple[str, Grant]] = {}
+        self.used: dict[str, int] = {}  # token: s since 1970; since they were last saved
+        self.refresh()
+
+    def rows(self) -> list[dict[str, Any]]:
+        try:
+            with open(self.path, encoding="ascii") as file:
+                return [json.loads(line) for line in file]
+        except FileNotFoundError:
+            return []
+        except (OSError, ValueError) as error:
+            raise Unusable(f"cannot read the tokens in {self.path}: {error}") from None
+
+    def refresh(self) -> bool:
+        """Read the file again if it is not the one we know. True if it was."""
+        try:
+            status = os.stat(self.path)
+            stamp: tuple[int, ...] | None = (status.st_ino, status.st_mtime_ns, status.st_size)
+        except FileNotFoundError:
+            stamp = None
+        if stamp == self.stamp:
+            return False
+        rows = self.rows()
+        self.stamp, self.closed = stamp, self.closed or bool(rows)
+        self.grants = {
+            row["id"]: (row["hash"], Grant(*(row[field] for field in ("id", "name", "also", "send_only", "operator"))))
+            for row in rows
+            if not row["revoked"]
+        }
+        return True
+
+    def change(self, change: Callable[[list[dict[str, Any]]], list[dict[str, Any]]]) -> None:
+        """Write the file anew. One command at a time; the server reads the old file or the new one, never a part."""
+        try:
+            pathlib.Path(self.path).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            with open(f"{self.path}.lock", "ab") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                with open(f"{self.path}.new", "w", encoding="ascii") as file:
+                    file.writelines(f"{encode(row)}\n" for row in change(self.rows()))
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(f"{self.path}.new", self.path)
+            time.sleep(2 * Deadlines.SLOT)  # until a running server has looked
+        except OSError as error:
+            raise Unusable(f"cannot write the tokens in {self.path}: {error.strerror}") from None
+
+    def grant(self, authorization: str) -> Grant:
+        """What this Authorization header allows, or 401."""
+        match = BEARER.fullmatch(authorization)
+        token, secret = (match[1], match[2]) if match else ("", "")
+        known, grant = self.grants.get(token, (NOBODY, OPEN))
+        if hmac.compare_digest(hashlib.sha256(secret.encode()).hexdigest(), known):
+            self.used[token] = int(time.time())
+            return grant
+        if self.refresh():  # it may have been made a moment ago
+            return self.grant(authorization)
+        raise unauthorized()
+
+
+def unauthorized() -> Refused:
+    advice = "set AGENT_BUS_TOKEN to one that was made with: python3 bus_server.py invite NAME"
+    return Refused(401, f"this bus wants a token that it knows: {advice}", ("WWW-Authenticate", "Bearer"))
+
+
+class Gate:
+    """Who may come in, decided from the head alone, before a body is read.
+
+    A browser runs pages of strangers beside a bus on localhost. What such a page sends bears its Origin, or says that
+    it is cross-site; and a page whose name was rebound to 127.0.0.1 bears that name as Host.
+    """
+
+    def __init__(self, tokens: Tokens, hosts: Iterable[str]) -> None:
+        self.tokens = tokens
+        self.hosts = {"localhost", *(host.lower() for host in hosts)}
+
+    def admit(self, request: Request) -> Grant:
+        fields = request.fields
+        host = fields.get("host", "")
+        if fields.get("sec-fetch-site", "none") not in ("same-origin", "none") or fields.get(
+            "origin", f"http://{host}"
+        ) not in (f"http://{host}", f"https://{host}"):
+            raise Refused(403, "pages of other sites may not use this bus")
+        if self.tokens.closed:
+            return OPEN if request.route in PUBLIC else self.tokens.grant(fields.get("authorization", ""))
+        if host and not self.is_here(host):
+            raise Refused(403, f"this bus does not answer to {host}: start it with --allow-host, or with tokens")
+        return OPEN
+
+    def is_here(self, host: str) -> bool:
+        """Is it an address, or a name that the one who started the bus gave it?"""
+        own = re.sub(r":[0-9]{1,5}\Z", "", host).lower()
+        if own in self.hosts:
+            return True
+        try:
+            return bool(ipaddress.ip_address(own.strip("[]")))
+        except ValueError:
+            return False
+
+
+class Storms:
+    """Agents that run away: floods, endless chains of replies, two that cannot stop. Used by the loop only.
+
+    Each is 429 with its reason in words, because an agent that is told why may stop by itself.
+    """
+
+    BURST = 1000  # messages a sender may send at once, before `rate` (messages per second) holds it back
+    DEPTH = 32  # replies to replies; people change the subject earlier
+    TURNS, WITHIN = 30, 600.0  # changes of direction between two names, in so many seconds
+
+    def __init__(self, clock: Callable[[], float], rate: float) -> None:
+        self.clock, self.rate = clock, rate
+        self.budgets: dict[str, tuple[float, float]] = {}  # sender: messages left, at which time
+        self.turns: dict[tuple[str, str, str], tuple[str, deque[float]]] = {}  # pair: who sent last, when turns were
+
+    def forget(self) -> None:
+        """Drop what no longer says anything; called now and then."""
+        now = self.clock()
+        for sender, (left, then) in list(self.budgets.items()):
+            if left + (now - then) * self.rate >= self.BURST:
+                del self.budgets[sender]
+        for pair, (_, turns) in list(self.turns.items()):
+            if not turns or turns[-1] < now - self.WITHIN:
+                del self.turns[pair]
+
+    def check(self, drafts: Sequence[Draft]) -> None:
+        now = self.clock()
+        if self.rate:
+            self.spend(drafts[0].sender, len(drafts), now)
+        for one in drafts:
+            if one.depth > self.DEPTH:
+                raise Refused(429, f"this is reply {one.depth} in one chain, {self.DEPTH} are allowed: stop answering; "
+                              "what is new begins a new thread, without reply_to", ("Retry-After", "600"))
+            for to in one.to:
+                if to != EVERYONE:
+                    self.turn(one, to, now)
+
+    def spend(self, sender: str, messages: int, now: float) -> None:
+        left, before = self.budgets.get(sender, (self.BURST, now))
+        left = min(self.BURST, left + (now - before) * self.rate)
+        if messages > left and left < self.BURST:
+            wait = math.ceil((min(messages, self.BURST) - left) / self.rate)
+            raise Refused(429, f"{sender} sends faster than {self.rate:g} messages a second: wait {wait} s",
+                          ("Retry-After", str(wait)))
+        self.budgets[sender] = left - messages, now
+
+    def turn(self, one: Draft, to: str, now: float) -> None:
+        pair = (one.channel, min(one.sender, to), max(one.sender, to))
+        last, turns = self.turns.get(pair, (one.sender, deque()))
+        if last != one.sender:
+            while turns and turns[0] < now - self.WITHIN:
+                turns.popleft()
+            if len(turns) >= self.TURNS:
+                wait = math.ceil(turns[0] + self.WITHIN - now)
+                raise Refused(429, f"{one.sender} and {to} have answered each other {self.TURNS} times in "
+                              f"{self.WITHIN / 60:g} minutes: stop, or wait {wait} s", ("Retry-After", str(wait)))
+            turns.append(now)
+        self.turns[pair] = one.sender, turns
+
+
 # ── Bus ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -797,11 +1142,14 @@ class Bus:
     - A failed commit fails every sender in it, and the bus recovers (disk full) or ends: it never acknowledges on.
     """
 
-    def __init__(self, log: Log, *, max_body: int, keep: float, verbose: bool = False) -> None:
-        self.store = log
+    def __init__(
+        self, log: Log, gate: Gate, storms: Storms, *, max_body: int, keep: float, verbose: bool = False
+    ) -> None:
+        self.store, self.gate, self.storms = log, gate, storms
         self.max_body, self.keep, self.verbose = max_body, keep, verbose
         self.last = log.last
         self.connections: set[Connection] = set()
+        self.strangers: dict[socket.socket, None] = {}  # kept by Door, oldest first
         self.deadlines = Deadlines(time.monotonic)
         self.mailboxes = Mailboxes(time.monotonic, log.mailboxes())
         self.journal = Journal(log, self.committed)
@@ -818,21 +1166,34 @@ class Bus:
             fields: dict[str, Any] = {field: query.one(field) for field in query.fields if field != "to"}
             if "ttl" in fields:
                 fields["ttl"] = query.number("ttl", 0, 0, 1e9)
-            drafts = [draft({**fields, "to": list(query.names("to")), "msg": parse_text(request.body)}, key)]
+            messages = [{**fields, "to": list(query.names("to")), "msg": parse_text(request.body)}]
         else:
             if not request.body:
                 raise Refused(400, "the body is empty: send JSON, or any text with ?from=NAME&to=NAME")
             value = parse_json(request.body)
             several = isinstance(value, list)
-            drafts = [draft(message, key) for message in (value if several else [value])]
+            messages = value if several else [value]
+        drafts = [self.placed(draft(request.grant.sign(message), key)) for message in messages]
         keys = [(each.sender, each.channel, each.key) for each in drafts if each.key]
         if not drafts or len(set(keys)) < len(keys):
             raise Refused(400, "an array holds at least one message, and no key twice")
+        self.storms.check(drafts)
         self.journal.add(Send(request.peer, drafts, several))
+
+    def placed(self, one: Draft) -> Draft:
+        """The draft with its place in a chain of replies; 429 if a mailbox it is for is full."""
+        for to in one.to:
+            box = self.mailboxes.box(one.channel, to)
+            count, size = pending(self, one.channel, to, box)
+            if count >= MAILBOX_MESSAGES or size >= MAILBOX_BYTES:
+                raise Refused(429, f"the mailbox of {to} is full: {count} messages wait and nobody fetches them",
+                              ("Retry-After", "60"))
+        return one._replace(depth=self.store.depth(one.answers) + 1) if one.answers else one
 
     def recv(self, request: Request) -> Answer | None:
         query = request.query()
         poll = Poll.recv(query, request.plain())
+        request.grant.check(poll.names)
         if query.one("bus") not in (None, self.store.bus):  # a cursor from another bus: tell, and mark nothing
             return delivery(self, poll._replace(since=self.last), [])
         self.mailboxes.polled(poll, request.peer.address, self.store.clock())
@@ -843,6 +1204,7 @@ class Bus:
         return self.look(request, poll)
 
     def log(self, request: Request) -> Answer | None:
+        request.grant.check_operator()
         return self.look(request, Poll.log(request.query(), request.plain()))
 
     def look(self, request: Request, poll: Poll) -> Answer | None:
@@ -855,7 +1217,7 @@ class Bus:
             raise Refused(400, f"since is over {AHEAD // 1000000} s ahead of this bus; it is in seconds since 1970")
 
         def raised() -> None:
-            answer = self.serve(request, poll, presented=True)
+            answer = None if request.peer.transport.is_closing() else self.serve(request, poll, presented=True)
             if answer:
                 request.peer.answer(answer)
 
@@ -872,9 +1234,13 @@ class Bus:
             found, reached = self.store.after(poll, self.last)
         if found or reached or gap or not poll.hold or self.draining:
             return delivery(self, poll, found, reached, gap)
-        request.fields, request.body = {}, b""  # a parked reader is small
-        self.mailboxes.park(request.peer, poll)
+        if not self.verbose:
+            request.peer.request = None  # a parked reader is small: its poll says it all
+        self.mailboxes.park(request.peer, poll._replace(token=request.grant.token))
         request.peer.wait(State.PARKED, poll.hold)
+        crowd = self.mailboxes.crowd(poll)
+        if len(crowd) > PARKED_PER_NAME:
+            self.release(crowd[0])  # the newest is the one that is still alive
         return None
 
     # What happens later
@@ -928,7 +1294,8 @@ class Bus:
 
     def save_marks(self) -> None:
         self.saving = False
-        self.journal.save(self.mailboxes.take_marks())
+        used, self.gate.tokens.used = self.gate.tokens.used, {}
+        self.journal.save(self.mailboxes.take_marks(), used)
 
     def prune(self) -> None:
         """Remove a slice of what is too old; when it is gone, `committed` comes here for the next."""
@@ -938,6 +1305,16 @@ class Bus:
     def sweep(self) -> None:
         for connection in self.deadlines.late():
             connection.late()
+        if self.gate.tokens.refresh():
+            self.evict()
+
+    def evict(self) -> None:
+        """Answer the parked whose tokens were revoked."""
+        for connection, poll in list(self.mailboxes.parked.items()):
+            if poll.token not in self.gate.tokens.grants:
+                self.mailboxes.unpark(connection)
+                connection.closing = True
+                connection.answer(refusal(unauthorized()))
 
     async def drain(self) -> None:
         """Answer who is parked, commit and answer what was accepted, refuse what comes now, save the marks."""
@@ -951,6 +1328,17 @@ class Bus:
         while self.journal.busy or self.journal.planned:
             await asyncio.sleep(Deadlines.SLOT / 10)
         self.journal.close()
+
+    def tidy(self) -> None:
+        self.storms.forget()
+        self.prune()
+        if self.gate.tokens.used:
+            self.save_marks_soon()
+
+    def drop_idle(self) -> None:
+        """Descriptors have run out: close the connections that wait for nobody."""
+        for connection in [connection for connection in self.connections if connection.state is State.IDLE]:
+            connection.transport.abort()
 
     def log_request(self, request: Request, answer: Answer) -> None:
         if self.verbose:
@@ -995,6 +1383,7 @@ class Batch:
         self.at_least = 0  # a reader's cursor that `last` must reach
         self.raised: list[tuple[Connection, Callable[[], None]]] = []  # who waits for that, and how they go on
         self.marks: list[Mark] = []
+        self.used: dict[str, int] = {}  # when each token was last seen, s since 1970
         self.before = 0  # remove a slice of the messages older than this tick
 
         self.last = 0
@@ -1028,8 +1417,9 @@ class Journal:
         self.next.raised.append((connection, raised))
         self.plan()
 
-    def save(self, marks: Iterable[Mark]) -> None:
+    def save(self, marks: Iterable[Mark], used: dict[str, int]) -> None:
         self.next.marks.extend(marks)
+        self.next.used.update(used)
         self.plan()
 
     def remove(self, before: int) -> None:
@@ -1084,7 +1474,8 @@ MIGRATIONS = [  # user_version n is what the first n of them made; only ever add
         UNIQUE(channel, name));
     CREATE TABLE messages(
         tick INTEGER PRIMARY KEY, mailbox INTEGER NOT NULL, n INTEGER NOT NULL, sender TEXT NOT NULL,
-        key TEXT, expires INTEGER, sum INTEGER NOT NULL, text TEXT NOT NULL);
+        key TEXT, expires INTEGER, depth INTEGER NOT NULL, sum INTEGER NOT NULL, text TEXT NOT NULL);
+    CREATE TABLE uses(token TEXT PRIMARY KEY, used INTEGER NOT NULL);
     CREATE INDEX in_order ON messages(mailbox, tick);
     CREATE INDEX retries ON messages(key, sender) WHERE key IS NOT NULL;
     CREATE INDEX expiring ON messages(mailbox, expires, tick) WHERE expires IS NOT NULL;
@@ -1129,6 +1520,13 @@ class Log:
         if self.lock:
             self.lock.close()
 
+    def sign(self, url: str) -> None:
+        """Write into the lock file who holds it; `invite` reads it."""
+        if self.lock:
+            self.lock.truncate(0)
+            self.lock.write(f"{url}\n".encode())
+            self.lock.flush()
+
     # The journal thread
 
     def recall(self) -> None:
@@ -1150,7 +1548,7 @@ class Log:
             self.append(batch)
             if batch.at_least or batch.before:
                 self.writing.execute("UPDATE bus SET last = ?", (self.last,))
-            self.save(batch.marks)
+            self.save(batch.marks, batch.used)
             if batch.before:
                 self.remove(batch)
             self.writing.execute("COMMIT")
@@ -1178,7 +1576,7 @@ class Log:
                     if one.key:
                         fresh[one.sender, one.channel, one.key] = one, receipt
                 send.receipts.append(receipt)
-        self.writing.executemany("INSERT INTO messages VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows)
+        self.writing.executemany("INSERT INTO messages VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
 
     def place(self, one: Draft, to: str, now: int, visible: list[Message], rows: list[tuple[Any, ...]]) -> int:
         tick = max(now, self.last + 1)  # the clock may step back; the cursor must not
@@ -1188,7 +1586,7 @@ class Log:
         expires = None if one.ttl is None else now + one.ttl
         message = Message(tick, one.channel, to, one.sender, one.text, n + 1, expires)
         visible.append(message)
-        rows.append((tick, mailbox, n + 1, one.sender, one.key, expires, checksum(message), one.text))
+        rows.append((tick, mailbox, n + 1, one.sender, one.key, expires, one.depth, checksum(message), one.text))
         return tick
 
     def new_mailbox(self, channel: str, own: str) -> int:
@@ -1215,7 +1613,8 @@ class Log:
             raise Refused(409, f"the key {one.key} was used for another message: a new message needs a new key")
         return receipt._replace(duplicate=True)
 
-    def save(self, marks: list[Mark]) -> None:
+    def save(self, marks: list[Mark], used: dict[str, int]) -> None:
+        self.writing.executemany("INSERT OR REPLACE INTO uses VALUES (?, ?)", list(used.items()))
         self.writing.executemany(
             "INSERT INTO mailboxes(channel, name, own, read, fetched, seen) VALUES (?, ?, ?, ?, ?, ?) "
             "ON CONFLICT(channel, name) DO UPDATE "
@@ -1297,6 +1696,19 @@ class Log:
         row = self.reading.execute(below, values).fetchone() or self.reading.execute(above, values).fetchone()
         return int(row[0]) if row else None
 
+    def count_above(self, channel: str, own: str, tick: int) -> tuple[int, int]:
+        """How many messages of a mailbox lie above `tick`, and their bytes; looks at no more than would fill it."""
+        rows = f"SELECT text FROM messages WHERE {self.MAILBOX} AND tick > ? LIMIT {MAILBOX_MESSAGES}"
+        row = self.reading.execute(
+            f"SELECT count(*), ifnull(sum(length(text)), 0) FROM ({rows})", (channel, own, tick)
+        ).fetchone()
+        return int(row[0]), int(row[1])
+
+    def depth(self, tick: int) -> int:
+        """How deep in a chain of replies a message is; one that is not here any more begins a new chain."""
+        row = self.reading.execute("SELECT depth FROM messages WHERE tick = ?", (tick,)).fetchone()
+        return int(row[0]) if row else 0
+
     def count_expired(self, channel: str, own: str, above: int) -> int:
         statement = f"SELECT count(*) FROM messages WHERE {self.MAILBOX} AND expires <= ? AND tick > ?"
         count: int = self.reading.execute(statement, (channel, own, self.clock(), above)).fetchone()[0]
@@ -1360,8 +1772,8 @@ def prepare(database: sqlite3.Connection, path: str, journal: str) -> None:
 class Mailbox:
     """One name on one channel: what it holds, and how far it was read. Ticks, except where it says otherwise."""
 
-    __slots__ = ("address", "base", "fetched", "listening", "n", "newest", "own", "perishable", "read", "removed",
-                 "seen", "until")
+    __slots__ = ("address", "base", "fetched", "listening", "n", "newest", "own", "pending", "perishable", "read",
+                 "removed", "seen", "until")
     own: bool
     read: int | None
     fetched: int
@@ -1375,6 +1787,7 @@ class Mailbox:
         (self.own, self.read, self.fetched, self.seen, self.removed, self.n, self.newest,
          self.perishable) = stored or (False, None, 0, 0, 0, 0, 0, False)
         self.base: int | None = None  # how many messages lie up to the mark; None: to be counted
+        self.pending: tuple[int, int] | None = None  # how many, and bytes, lie above `fetched`; None: to be counted
         self.address = ""  # of who polled last
         self.listening = 0  # wall clock, us: since when without a break
         self.until = 0.0  # monotonic clock, s: when it stops to count as listening
@@ -1439,7 +1852,7 @@ class Mailboxes:
         """An answer with messages up to `tick` was written out whole."""
         for box in self.of(poll):
             box.fetched = max(box.fetched, tick)
-            box.base = None
+            box.base = box.pending = None
 
     def resume(self, poll: Poll, first: int | None, last: int) -> Poll:
         """`since=last`: where this name last was; before it ever was, just before what is `first` in its mailbox."""
@@ -1462,7 +1875,7 @@ class Mailboxes:
     def removed(self, removed: dict[tuple[str, str], int]) -> None:
         for key, tick in removed.items():
             self.boxes[key].removed = tick
-            self.boxes[key].base = None
+            self.boxes[key].base = self.boxes[key].pending = None
 
     def take_marks(self) -> list[Mark]:
         """The marks that changed since the last call."""
@@ -1477,6 +1890,8 @@ class Mailboxes:
             box = self.box(message.channel, message.to)
             box.newest, box.n = message.tick, message.n
             box.perishable = box.perishable or message.expires is not None
+            if box.pending is not None:
+                box.pending = box.pending[0] + 1, box.pending[1] + len(message.text)
         if visible:
             self.highest = visible[-1].tick
 
@@ -1490,6 +1905,13 @@ class Mailboxes:
         self.parked[connection] = poll
         for key in self.keys(poll):
             self.waiting.setdefault(key, {})[connection] = None
+
+    def crowd(self, poll: Poll) -> list[Connection]:
+        """The parked readers that have the same name as their own, oldest first."""
+        parked = self.waiting.get((str(poll.channel), str(poll.me)), {})
+        if len(parked) <= PARKED_PER_NAME:
+            return []
+        return [connection for connection in parked if self.parked[connection].me == poll.me]
 
     def unpark(self, connection: Connection) -> Poll:
         poll = self.parked.pop(connection)
@@ -1582,6 +2004,15 @@ def receivers(bus: Bus, one: Draft) -> dict[str, int]:
     return {"online": online, "offline": len(named) - online, "unread": waiting}
 
 
+def pending(bus: Bus, channel: str, own: str, box: Mailbox) -> tuple[int, int]:
+    """How many messages, and bytes of them, nobody has fetched yet."""
+    if box.fetched >= box.newest:
+        return 0, 0
+    if box.pending is None:
+        box.pending = bus.store.count_above(channel, own, box.fetched)
+    return box.pending
+
+
 def unread(bus: Bus, channel: str, own: str, box: Mailbox) -> int:
     """Messages addressed to the name above its mark, less the expired. Broadcasts are not counted."""
     mark = box.mark()
@@ -1596,7 +2027,7 @@ def unread(bus: Bus, channel: str, own: str, box: Mailbox) -> int:
 def get_inbox(bus: Bus, request: Request) -> Answer:
     recipients: dict[str, dict[str, int]] = {}
     for (channel, own), box in bus.mailboxes.boxes.items():
-        if own != EVERYONE:
+        if own != EVERYONE and request.grant.reads(own):
             recipients.setdefault(channel, {})[own] = unread(bus, channel, own, box)
     return ok(bus, f'"recipients": {encode(recipients)}')
 
@@ -1605,12 +2036,16 @@ def get_agents(bus: Bus, request: Request) -> Answer:
     found = []
     for (channel, own), box in bus.mailboxes.boxes.items():
         if box.seen and own != EVERYONE:
-            found.append(
-                f'{{"name": "{own}", "channel": "{channel}", "online": {encode(bus.mailboxes.online(box))}, '
-                f'"since": {seconds(box.listening)}, "last_seen": {seconds(box.seen)}, '
-                f'"address": {encode(box.address)}, "unread": {unread(bus, channel, own, box)}, '
-                f'"cursor": {seconds(box.mark())}}}'
+            text = (
+                f'"name": "{own}", "channel": "{channel}", "online": {encode(bus.mailboxes.online(box))}, '
+                f'"since": {seconds(box.listening)}, "last_seen": {seconds(box.seen)}'
             )
+            if request.grant.reads(own):
+                text += (
+                    f', "address": {encode(box.address)}, "unread": {unread(bus, channel, own, box)}, '
+                    f'"cursor": {seconds(box.mark())}'
+                )
+            found.append(f"{{{text}}}")
     return ok(bus, f'"agents": [{", ".join(found)}]')
 
 
@@ -1618,7 +2053,7 @@ def get_message(bus: Bus, request: Request) -> Answer:
     """One message and how far it came; asking moves nothing."""
     wanted = request.path.partition("?")[0][len(request.route):]
     found = bus.store.message(int(wanted, 16)) if re.fullmatch("[0-9a-f]{1,16}", wanted) else None
-    if not found:
+    if not found or not (request.grant.reads(found.to) or found.sender == request.grant.name):
         raise Refused(404, "there is no message with this id: it never was, or retention removed it")
     box = bus.mailboxes.boxes[found.channel, found.to]
     state = "expired" if bus.store.is_expired(found) else "queued"
@@ -1740,21 +2175,102 @@ def default_path() -> str:
     return os.path.join(state, "agent-bus", "bus.db")
 
 
-def command_line(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="bus_server.py", description="A message bus for coding agents over HTTP.")
+def command_line(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="bus_server.py", description="A message bus for coding agents over HTTP.",
+        epilog="Beside a running bus: bus_server.py invite NAME, revoke NAME, tokens (each with --help).")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
     parser.add_argument("--port", type=int, default=8080, help="port, 0 for a free one (%(default)s)")
     parser.add_argument("--db", default=default_path(), metavar="PATH", help="database, or :memory: (%(default)s)")
     parser.add_argument("--keep", type=duration, default="30d", help="how long messages stay: 12h; 0: for ever (30d)")
     parser.add_argument("--max-body", type=int, default=262144, metavar="BYTES", help="of one request (%(default)s)")
+    parser.add_argument("--rate", type=float, default=50, metavar="N", help="messages per second from one sender, "
+                        "sustained; 0 for no limit (%(default)s)")
+    parser.add_argument("--allow-host", action="append", default=[], metavar="NAME", help="a further name of this bus, "
+                        "as it stands in a URL; only needed without tokens")
+    parser.add_argument("--open", action="store_true", help="listen beyond this machine without any token")
+    parser.add_argument("--tls-cert", metavar="FILE", help="certificate chain, PEM: speak HTTPS; SIGHUP reads it again")
+    parser.add_argument("--tls-key", metavar="FILE", help="its key, if it is in a file of its own")
     parser.add_argument("--verbose", action="store_true", help="a line for each request on stderr")
     parser.add_argument("--version", action="version", version=f"agent-bus {VERSION}")
     options = parser.parse_args(arguments)
     if not 0 <= options.port <= 65535:
         parser.error("--port must be 0 to 65535")
+    if options.rate < 0:
+        parser.error("--rate must not be negative")
+    if options.tls_key and not options.tls_cert:
+        parser.error("--tls-key goes with --tls-cert")
     if not 1024 <= options.max_body <= 9999999:
         parser.error("--max-body must be 1024 to 9999999")
     return options
+
+
+class Door:
+    """Accepts connections. When descriptors run out it closes for RETRY seconds, instead of spinning (98 % CPU).
+
+    A stranger is a connection that has not finished a first request, or its TLS handshake: they cost a descriptor each
+    and anyone can make them, so there are at most STRANGERS, and the oldest goes first.
+    """
+
+    RETRY = 0.05  # s
+    AT_ONCE = 32  # in one turn of the loop; a request is read some four turns later, and must not be dropped before
+
+    def __init__(self, bus: Bus, listener: socket.socket, tls: ssl.SSLContext | None) -> None:
+        self.bus, self.listener, self.tls = bus, listener, tls
+        self.loop = asyncio.get_running_loop()
+        self.handshakes: set[asyncio.Task[None]] = set()
+        self.patience: dict[str, float] = {"ssl_handshake_timeout": HEAD_SECONDS} if tls else {}
+        if tls and sys.version_info >= (3, 11):
+            self.patience["ssl_shutdown_timeout"] = LINGER_SECONDS
+        listener.setblocking(False)
+        self.open()
+
+    def open(self) -> None:
+        if self.listener.fileno() >= 0:
+            self.loop.add_reader(self.listener, self.accept)
+
+    def close(self) -> None:
+        self.loop.remove_reader(self.listener)
+        self.listener.close()
+
+    def accept(self) -> None:
+        for _ in range(self.AT_ONCE):
+            try:
+                guest, _ = self.listener.accept()
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+                return
+            except OSError:  # out of descriptors, or of memory for them
+                self.loop.remove_reader(self.listener)
+                self.loop.call_later(self.RETRY, self.open)
+                self.bus.drop_idle()
+                return
+            with contextlib.suppress(OSError):  # it may have gone already; reading will tell
+                guest.setblocking(False)
+                guest.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                self.welcome(guest)
+
+    def welcome(self, guest: socket.socket) -> None:
+        strangers = self.bus.strangers
+        strangers[guest] = None
+        if len(strangers) > STRANGERS:
+            oldest = next(iter(strangers))
+            del strangers[oldest]
+            with contextlib.suppress(OSError):
+                oldest.shutdown(socket.SHUT_RDWR)
+        if self.tls:
+            task = self.loop.create_task(self.shake_hands(guest))
+            self.handshakes.add(task)  # the loop itself holds its tasks only weakly
+            task.add_done_callback(self.handshakes.discard)
+        else:
+            Plain(self.loop, guest, Connection(self.bus, guest))
+
+    async def shake_hands(self, guest: socket.socket) -> None:
+        try:
+            await self.loop.connect_accepted_socket(
+                lambda: Connection(self.bus, guest), guest, ssl=self.tls, **self.patience)
+        except (OSError, ssl.SSLError):
+            self.bus.strangers.pop(guest, None)
+            guest.close()
 
 
 def is_loopback(host: str) -> bool:
@@ -1764,31 +2280,67 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket, or Unusable. The backlog is what may arrive in one turn of a busy loop."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        return socket.create_server(address[:2], family=family, backlog=4096)
+    except OSError as error:
+        raise Unusable(f"cannot listen on {host} port {port}: {error.strerror}") from None
+
+
+def tls_context(certificate: str | None, key: str | None) -> ssl.SSLContext | None:
+    if not certificate:
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    try:
+        context.load_cert_chain(certificate, key)
+    except (OSError, ssl.SSLError) as error:
+        raise Unusable(f"cannot use the certificate {certificate}: {error.strerror or error}") from None
+    return context
+
+
 async def serve(options: argparse.Namespace, log: Log) -> int:
     """Run until SIGTERM or SIGINT, or until the disk fails. Returns the exit code."""
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
-    bus = Bus(log, max_body=options.max_body, keep=options.keep, verbose=options.verbose)
-    try:
-        server = await loop.create_server(lambda: Connection(bus), options.host, options.port, backlog=4096)
-    except OSError as error:
-        reason = os.strerror(error.errno) if error.errno else str(error)
-        raise Unusable(f"cannot listen on {options.host} port {options.port}: {reason}") from None
+    tokens, tls = Tokens(options.db), tls_context(options.tls_cert, options.tls_key)
+    if not (is_loopback(options.host) or tokens.closed or options.open):
+        raise Unusable(f"{options.host} lets in whoever can reach it: make a token first (python3 bus_server.py invite "
+                       "NAME), or say --open if something else guards it")
+    bus = Bus(log, Gate(tokens, [options.host, *options.allow_host]), Storms(time.monotonic, options.rate),
+              max_body=options.max_body, keep=options.keep, verbose=options.verbose)
+    listener = listen(options.host, options.port)
+    host, port = listener.getsockname()[:2]
+    url = f"{'https' if tls else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
+    log.sign(url)
+    door = Door(bus, listener, tls)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    host, port = server.sockets[0].getsockname()[:2]
-    print(f"listening on http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
+    if tls:
+        loop.add_signal_handler(signal.SIGHUP, reload, tls, options)
+    print(f"listening on {url}", flush=True)
     print(f"messages are in {log.path}", flush=True)
-    if not is_loopback(options.host):
-        print(f"WARNING: anyone who can reach {options.host}:{port} can read and send every message", file=sys.stderr)
+    if not is_loopback(options.host) and not tokens.closed:
+        print(f"WARNING: anyone who can reach {host}:{port} can read and send every message", file=sys.stderr)
     bus.prune()
-    tasks = [loop.create_task(every(PRUNE_SECONDS, bus.prune)), loop.create_task(every(Deadlines.SLOT, bus.sweep))]
+    tasks = [loop.create_task(every(PRUNE_SECONDS, bus.tidy)), loop.create_task(every(Deadlines.SLOT, bus.sweep))]
     ends = [loop.create_task(stop.wait()), loop.create_task(bus.broken.wait())]
     await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-    server.close()
+    door.close()
     await bus.drain()
     for task in tasks + ends:
         task.cancel()
     return 1 if bus.broken.is_set() else 0
+
+
+def reload(tls: ssl.SSLContext, options: argparse.Namespace) -> None:
+    """SIGHUP: new connections get the certificate as it is on disk now; with a bad one, as it was."""
+    try:
+        tls_context(options.tls_cert, options.tls_key)
+        tls.load_cert_chain(options.tls_cert, options.tls_key)
+    except (Unusable, OSError) as error:
+        print(f"bus_server: {error}; going on with the old one", file=sys.stderr)
 
 
 async def every(period: float, action: Callable[[], None]) -> None:
@@ -1797,13 +2349,123 @@ async def every(period: float, action: Callable[[], None]) -> None:
         action()
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    options = command_line(arguments)
-    os.umask(0o077)  # the database and what lies beside it are for this user alone
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(ValueError, OSError):  # a parked reader is a descriptor
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+# Commands beside a running server
+
+
+def invite(arguments: Sequence[str]) -> int:
+    """Mint a token and print, once, what to paste on the other machine."""
+    parser = argparse.ArgumentParser(prog="bus_server.py invite", description="Make a token for NAME; print it, once.")
+    parser.add_argument("name", metavar="NAME")
+    parser.add_argument("--also", default="", metavar="NAME,...", help="names it may read beside its own")
+    parser.add_argument("--send-only", action="store_true", help="it may send, and read nothing")
+    parser.add_argument("--operator", action="store_true", help="it may read everything: /log and every mailbox")
+    parser.add_argument("--db", default=default_path(), metavar="PATH", help="of the bus (%(default)s)")
+    parser.add_argument("--url", help="under which the other machine reaches the bus (that of the running server)")
+    options = parser.parse_args(arguments)
+    also = [each for each in options.also.split(",") if each]
+    for each in [options.name, *also]:
+        try:
+            name(each, "NAME")
+        except Refused as refused:
+            parser.error(refused.sentence)
+    if options.name.lower() in RESERVED:
+        parser.error(f"{options.name} is reserved: choose another name")
+    if options.send_only and (also or options.operator):
+        parser.error("--send-only excludes --also and --operator")
+    token, secret = f"abt_{secrets.token_hex(4)}", secrets.token_urlsafe(32)
+    row = {"id": token, "hash": hashlib.sha256(secret.encode()).hexdigest(), "name": options.name, "also": also,
+           "send_only": options.send_only, "operator": options.operator, "made": int(time.time()), "revoked": None}
+    Tokens(options.db).change(lambda rows: [*rows, row])
+    url = options.url or signature(options.db)
+    print(INVITATION.format(name=options.name, token=f"{token}_{secret}", url=url))
+    return 0
+
+
+def revoke(arguments: Sequence[str]) -> int:
+    """Take back every token of a name. The running server sees it within a tenth of a second."""
+    parser = argparse.ArgumentParser(prog="bus_server.py revoke", description="Revoke every token of NAME.")
+    parser.add_argument("name", metavar="NAME")
+    parser.add_argument("--db", default=default_path(), metavar="PATH", help="of the bus (%(default)s)")
+    options = parser.parse_args(arguments)
+    now = int(time.time())
+    revoked: list[str] = []
+
+    def change(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        for row in rows:
+            if row["name"] == options.name and not row["revoked"]:
+                row["revoked"] = now
+                revoked.append(row["id"])
+        return rows
+
+    Tokens(options.db).change(change)
+    print(f"revoked of {options.name}: {' '.join(revoked)}" if revoked else f"{options.name} has no token")
+    return 0 if revoked else 1
+
+
+def list_tokens(arguments: Sequence[str]) -> int:
+    """Who has which token, never the secret."""
+    parser = argparse.ArgumentParser(prog="bus_server.py tokens", description="List the tokens of a bus.")
+    parser.add_argument("--db", default=default_path(), metavar="PATH", help="of the bus (%(default)s)")
+    options = parser.parse_args(arguments)
+    used = last_used(options.db)
+    print(f"{'id':13} {'name':20} {'made':10} {'last used':10} grants")
+    for row in Tokens(options.db).rows():
+        grants = ["send"] if row["send_only"] else ["send", "read", *(f"read:{each}" for each in row["also"])]
+        grants += ["operator"] if row["operator"] else []
+        state = f"revoked {day(row['revoked'])}" if row["revoked"] else " ".join(grants)
+        print(f"{row['id']:13} {row['name']:20} {day(row['made'])} {day(used.get(row['id'])):10} {state}")
+    return 0
+
+
+def day(second: int | None) -> str:
+    return time.strftime("%Y-%m-%d", time.gmtime(second)) if second else "never"
+
+
+def last_used(path: str) -> dict[str, int]:
+    """When the server last saw each token (s since 1970, up to a minute late), read beside it from its database."""
     try:
+        with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as database:
+            return dict(database.execute("SELECT token, used FROM uses").fetchall())
+    except sqlite3.Error:  # the bus was never started
+        return {}
+
+
+def signature(path: str) -> str:
+    """The URL that a running server wrote into its lock file."""
+    try:
+        url = pathlib.Path(f"{path}.lock").read_text().strip()
+    except OSError:
+        url = ""
+    return url.replace("//0.0.0.0:", f"//{socket.gethostname()}:") or "http://HOST:8080"
+
+
+INVITATION = """\
+The token of {name}, shown this once (the bus keeps only its hash):
+
+    {token}
+
+On the machine of {name}:
+
+    curl -fO {url}/bus_recv.py; curl -fO {url}/bus_send.py
+    export AGENT_BUS_URL={url} AGENT_NAME={name} AGENT_BUS_TOKEN={token}
+    python3 -u bus_recv.py {name}      # in Claude Code: the command of a Monitor
+
+    printf 'header = "Authorization: Bearer %s"' "$AGENT_BUS_TOKEN" | curl -K - "$AGENT_BUS_URL/agents"     # a test
+"""
+
+COMMANDS = {"invite": invite, "revoke": revoke, "tokens": list_tokens}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    os.umask(0o077)  # the database and what lies beside it are for this user alone
+    try:
+        if arguments and arguments[0] in COMMANDS:
+            return COMMANDS[arguments[0]](arguments[1:])
+        options = command_line(arguments)
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        with contextlib.suppress(ValueError, OSError):  # a parked reader is a descriptor
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         log = Log(options.db)
         try:
             return asyncio.run(serve(options, log))

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import pytest
 
-from bus_server import Bus, Connection, Deadlines, Log, Refused, Request
+from bus_server import Bus, Connection, Deadlines, Door, Gate, Log, Refused, Request, Storms, Tokens
 from tests import hostile
 from tests.hostile import ALICE, GET, HOST, SMUGGLED, WAITING, a_send, head
 from tests.processes import PATIENCE, Server, wait_until
@@ -189,6 +189,11 @@ def test_head_is_get_without_the_body(server, path):
     assert (bare.status, bare.fields) == (get.status, get.fields) and get.body
 
 
+def test_a_body_on_head_is_refused_without_one(server):
+    (answer,) = answers(talk(server, head("HEAD / HTTP/1.1", HOST, f"Content-Length: {len(SMUGGLED)}") + SMUGGLED), bare=True)
+    assert answer.status == 400 and answer.fields["connection"] == "close"
+
+
 def test_head_neither_reads_mail_nor_waits_for_it(server):
     talk(server, a_send("alice", "Connection: close", to="dora"))
     for path in ("/recv?to=dora&block=true", "/recv?to=emil&block=true", "/log?block=true&since=now"):
@@ -211,6 +216,17 @@ def test_options_says_what_a_path_takes_and_so_does_a_refusal(server, path, allo
     assert not [field for field in options.fields if field.startswith("access-control")], "no CORS"
 
 
+def test_readers_that_push_each_other_out_do_not_do_it_all_at_once(server):
+    """A name has 8 parked readers at most. Each that is pushed out has its next poll ready, which pushes out another."""
+    crowd = [connect(server) for _ in range(9)]
+    for peer in crowd:
+        peer.sendall(WAITING.replace(b"carl", b"gina") * 200)
+    talk(server, a_send("alice", "Connection: close", to="gina"))
+    for peer in crowd:
+        assert peer.recv(65536).startswith(b"HTTP/1.1 200 OK")
+        peer.close()
+
+
 # ── In this process ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -222,16 +238,17 @@ class Peer(asyncio.Transport):
         self.coming, self.unread, self.heard = [], b"", b""
         self.reads = True  # else what is written stays unread
         self.breaks = self.broken = False  # at the next write; now
-        self.paused = self.aborted = False
+        self.ended = self.paused = self.aborted = False
         self.writes = 0
         self.over = asyncio.Event()  # the bus has closed its side
-        self.connection = Connection(bus)
+        self.connection = Connection(bus, None)
         self.connection.connection_made(self)
 
     def says(self, *pieces):
         """Like recv on the other side, an empty piece is the end."""
         self.coming += pieces
         while self.coming and not self.paused and not self.is_closing():
+            self.ended = not self.coming[0]
             piece = self.coming.pop(0)
             self.connection.data_received(piece) if piece else self.connection.eof_received()
 
@@ -262,9 +279,9 @@ class Peer(asyncio.Transport):
         self.paused = True
 
     def resume_reading(self):
-        if self.paused:
-            self.paused = False
-            asyncio.get_running_loop().call_soon(self.says)
+        """As with a socket, the end can be read again."""
+        self.paused = False
+        asyncio.get_running_loop().call_soon(self.says, *[b""] * self.ended)
 
     def can_write_eof(self):
         return True
@@ -294,7 +311,7 @@ class Clock:
 async def a_bus(clock=time.monotonic):
     """A bus in memory, and without a socket. Its deadlines go by `clock`."""
     log = Log(":memory:")
-    bus = Bus(log, max_body=262144, keep=0)
+    bus = Bus(log, Gate(Tokens(log.path), []), Storms(clock, rate=0), max_body=262144, keep=0)
     bus.deadlines = Deadlines(clock)
     try:
         yield bus
@@ -518,15 +535,15 @@ def test_no_deadline_is_filed_under_a_time_before_it():
 @in_process
 async def test_a_client_that_goes_away_while_parked_is_unparked(abruptly):
     async with a_bus() as bus:
-        listening = await asyncio.get_running_loop().create_server(lambda: Connection(bus), "127.0.0.1", 0)
-        with socket.create_connection(listening.sockets[0].getsockname()) as peer:
+        door = Door(bus, socket.create_server(("127.0.0.1", 0)), None)
+        with socket.create_connection(door.listener.getsockname()) as peer:
             peer.sendall(WAITING)
             await come_true(lambda: bus.mailboxes.parked)
             if abruptly:
                 peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         await come_true(lambda: not bus.connections)
         assert not bus.mailboxes.parked and not bus.mailboxes.waiting
-        listening.close()
+        door.close()
 
 
 @in_process
@@ -587,5 +604,5 @@ def test_no_head_takes_long_to_refuse():
     for line in (f"A:{blanks}\x01", f"A:b{blanks}\x01", f"A:{'b ' * 8000}\x01", f"A{blanks}: b", "A" * 16000):
         started = time.thread_time()
         with pytest.raises(Refused):
-            Request(types.SimpleNamespace(address="127.0.0.1"), head(GET, HOST, line))
+            Request(types.SimpleNamespace(address="127.0.0.1"), head(GET, HOST, line)).parse_request()
         assert time.thread_time() - started < 0.2, line[:3]

@@ -64,16 +64,16 @@ class Peer:
         return self.answer()
 
 
-HEALTH = b"GET /healthz HTTP/1.1\r\nHost: bus\r\n\r\n"
+HEALTH = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
 
 def poll(name, since=0, hold=HOLD):
-    return f"GET /recv?to={name}&since={since}&block=true&wait={hold} HTTP/1.1\r\nHost: bus\r\n\r\n".encode()
+    return f"GET /recv?to={name}&since={since}&block=true&wait={hold} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
 
 
 def post(message):
     body = json.dumps(message).encode()
-    return f"POST /send HTTP/1.1\r\nHost: bus\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
+    return f"POST /send HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
 
 
 def answers(peers):

@@ -1,4 +1,5 @@
 """The server as a process: how it starts, refuses to start, drains, removes what is old, and tells."""
+import asyncio
 import contextlib
 import http.client
 import json
@@ -9,9 +10,11 @@ import sqlite3
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
+from bus_server import Bus, Gate, Log, Poll, Send, Storms, Tokens, draft
 from tests.processes import PATIENCE, ROOT, Server, free_port, wait_until
 
 
@@ -81,7 +84,7 @@ def test_the_default_database_is_under_the_users_state_and_private(tmp_path):
 
 
 def test_binding_the_world_warns_loudly(tmp_path):
-    with Server(tmp_path / "bus.db", "--host", "0.0.0.0") as bus:
+    with Server(tmp_path / "bus.db", "--host", "0.0.0.0", "--open") as bus:
         wait_until(lambda: "WARNING: anyone who can reach 0.0.0.0" in bus.log.read_text())
     with Server(tmp_path / "quiet.db") as bus:
         bus.get("/healthz")
@@ -102,7 +105,7 @@ def test_a_drain_answers_the_parked_and_exits_0(bus, number):
 
 def test_a_drain_refuses_what_is_half_there_in_words(bus):
     with socket.create_connection(("127.0.0.1", bus.port), timeout=PATIENCE) as peer:
-        peer.sendall(b"POST /send HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+        peer.sendall(b"POST /send HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
         wait_until(lambda: bus.get("/healthz"))
         bus.process.terminate()
         answer = b"".join(iter(lambda: peer.recv(65536), b""))
@@ -128,7 +131,7 @@ def test_old_messages_are_removed_and_a_reader_behind_is_told(tmp_path):
         send(bus, "eve", "old")
         bus.stop()
         bus.command += ["--keep", "1s"]
-        wait_until(lambda: float(bus_clock()) > float(sent["ts"]) + 1)
+        wait_until(lambda: time.time() > sent["ts"] + 1)
         bus.start()
         gap = wait_until(lambda: recv(bus, "to=bob&since=0").get("gap"))
         assert gap["from"] == 0 and gap["to"] == sent["ts"]
@@ -136,11 +139,6 @@ def test_old_messages_are_removed_and_a_reader_behind_is_told(tmp_path):
         plain = wait_until(lambda: text(bus, "/recv?to=bob&since=0"))
         assert plain.startswith("-- messages from ") and "are gone" in plain
 
-
-def bus_clock():
-    import time
-
-    return time.time()
 
 
 def text(bus, path):
@@ -175,65 +173,57 @@ def test_it_all_runs_isolated_without_site_packages(tmp_path):
     assert read.stdout.endswith(b"\n| hi\n---\n")
 
 
-def test_a_full_disk_is_507_and_reading_goes_on(tmp_path, monkeypatch):
-    """A database that may not grow stands for a disk that is full; room is given back without a restart."""
-    import asyncio
+class Desk:
+    """A bus inside the test, and what it answered to the sends that were handed to it."""
 
-    import bus_server
+    def __init__(self, path):
+        self.log = Log(str(path))
+        self.bus = Bus(self.log, Gate(Tokens(str(path)), []), Storms(time.monotonic, 0), max_body=1 << 20, keep=0)
+        self.statuses = []
 
-    log = bus_server.Log(str(tmp_path / "bus.db"))
-    answers = []
+    def answer(self, answer):
+        self.statuses.append(answer.status)
 
-    class Sender:
-        def answer(self, answer):
-            answers.append(answer)
+    async def send(self, size):
+        self.bus.journal.add(Send(self, [draft({"from": "a", "to": "b", "msg": "x" * size}, None)], False))
+        while self.bus.journal.busy or self.bus.journal.planned:
+            await asyncio.sleep(0)
+        return self.statuses[-1]
+
+    def close(self):
+        self.bus.journal.close()
+        self.log.close()
+
+
+def test_a_full_disk_is_507_and_it_goes_on_when_there_is_room(tmp_path):
+    """A database that may not grow stands for a disk that is full."""
 
     async def scenario():
-        bus = bus_server.Bus(log, max_body=1 << 20, keep=0)
-
-        async def sent(size):
-            bus.journal.add(bus_server.Send(Sender(), [bus_server.draft({"from": "a", "to": "b", "msg": "x" * size}, None)], False))
-            while bus.journal.busy or bus.journal.planned:
-                await asyncio.sleep(0)
-            return answers[-1]
-
-        assert (await sent(10)).status == 200
-        log.writing.execute("PRAGMA max_page_count=20")
-        assert (await sent(200_000)).status == 507
-        assert [message.n for message in log.after(bus_server.Poll("b", ("b",), "default", None, 0, 10, 0, False), bus.last)[0]] == [1]
-        assert not bus.broken.is_set()
-        log.writing.execute("PRAGMA max_page_count=1000000")
-        assert (await sent(200_000)).status == 200
-        bus.journal.close()
+        desk = Desk(tmp_path / "bus.db")
+        assert await desk.send(10) == 200
+        desk.log.writing.execute("PRAGMA max_page_count=20")
+        assert await desk.send(200_000) == 507
+        poll = Poll("b", ("b",), "default", None, 0, 10, 0, False)
+        assert [message.n for message in desk.log.after(poll, desk.bus.last)[0]] == [1]
+        desk.log.writing.execute("PRAGMA max_page_count=1000000")
+        assert await desk.send(200_000) == 200 and not desk.bus.broken.is_set()
+        desk.close()
 
     asyncio.run(scenario())
-    log.close()
 
 
 def test_a_failing_disk_is_503_and_the_server_ends(tmp_path):
     """Invariant: a failed commit fails every sender in it, and the bus never acknowledges on."""
-    import asyncio
-
-    import bus_server
-
-    log = bus_server.Log(str(tmp_path / "bus.db"))
-    answers = []
-
-    class Sender:
-        def answer(self, answer):
-            answers.append(answer.status)
 
     def fails(batch):
         raise sqlite3.OperationalError("disk I/O error")
 
     async def scenario():
-        bus = bus_server.Bus(log, max_body=1 << 20, keep=0)
-        log.commit = fails
-        for _ in range(3):
-            bus.journal.add(bus_server.Send(Sender(), [bus_server.draft({"from": "a", "to": "b", "msg": "x"}, None)], False))
-        await asyncio.wait_for(bus.broken.wait(), PATIENCE)
-        assert answers == [503, 503, 503]
-        bus.journal.close()
+        desk = Desk(tmp_path / "bus.db")
+        desk.log.commit = fails
+        sends = [asyncio.ensure_future(desk.send(1)) for _ in range(3)]
+        await asyncio.wait_for(desk.bus.broken.wait(), PATIENCE)
+        assert [await send for send in sends] == [503, 503, 503]
+        desk.close()
 
     asyncio.run(scenario())
-    log.close()
