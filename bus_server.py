@@ -70,7 +70,7 @@ AHEAD = 300 * 1000000  # us a cursor may be ahead of our clock: a fast clock; be
 HEAD_BYTES, LINE_BYTES, HEADERS = 16384, 8192, 64  # of a request head; more is 431, 414, 431
 HEAD_SECONDS = BODY_SECONDS = 10.0  # for the whole head, then for the whole body, plus
 BODY_RATE = 8192  # bytes of it per second; slower is 408
-ANSWER_SECONDS = 30.0  # for the peer to read an answer; then the socket is aborted
+ANSWER_SECONDS = 30.0  # for the peer to read an answer, plus its size at BODY_RATE; then the socket is aborted
 IDLE_SECONDS = 75.0  # between two requests on a connection; above HOLD_MAX, so a pooled one outlives a poll elsewhere
 LINGER_SECONDS = 2.0  # we go on reading after the last answer: closing on unread bytes would destroy it (TCP reset)
 DRAIN_SECONDS = 10.0  # for accepted sends to be committed and answered after SIGTERM
@@ -482,7 +482,7 @@ class Connection(asyncio.Protocol):
         if self.transport.is_closing():  # it broke: nobody has the answer, and connection_lost comes next
             return
         if self.transport.get_write_buffer_size():
-            self.wait(State.WRITING, ANSWER_SECONDS)
+            self.wait(State.WRITING, ANSWER_SECONDS + len(answer.body) / BODY_RATE)
         else:
             self.written()
 
@@ -2085,7 +2085,7 @@ def get_client(bus: Bus, request: Request) -> Answer:
 
 HEAD = ("from", "id", "to", "channel", "reply_to", "age", "priority", "type", "subject")
 HIDDEN = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u2064\u2066-\u2069\ufeff"
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff"
     "\ud800-\udfff\U000e0000-\U000e007f\U000e0100-\U000e01ef]"
 )
 
@@ -2113,7 +2113,7 @@ def block(message: dict[str, Any], me: str | None, now: int) -> str:
     says = {**message, "age": span((now - tick) // 1000000)}
     goes_without_saying = {"to": me, "channel": "default", "age": "", "priority": "normal"}
     head = [f"{member}={label(says[member])}" for member in HEAD
-            if member in says and says[member] != goes_without_saying.get(member)]
+            if says.get(member) not in (None, goes_without_saying.get(member))]
     text = shown(message["msg"])
     lines = (text[:-1] if text.endswith("\n") else text).split("\n")
     return "\n".join([f"{iso(tick)} {' '.join(head)}", *(f"| {line}" for line in lines), "---\n"])

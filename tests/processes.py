@@ -9,6 +9,7 @@ import time
 import urllib.request
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+UNHURRIED = ("--rate", "0")  # tests send as fast as they can
 PATIENCE = 20  # s; a fact that has not come true by then will not: slower than any machine we know
 
 
@@ -36,7 +37,7 @@ class Server:
         self.db = str(db)
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        self.command = [python, str(ROOT / script), "--port", str(self.port), "--db", self.db, *options]
+        self.command = [python, str(ROOT / script), "--port", str(self.port), "--db", self.db, *UNHURRIED, *options]
         self.env = {**os.environ, **(env or {})}
         self.log = pathlib.Path(self.db + ".stderr")
         self.process = None

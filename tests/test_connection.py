@@ -190,7 +190,8 @@ def test_head_is_get_without_the_body(server, path):
 
 
 def test_a_body_on_head_is_refused_without_one(server):
-    (answer,) = answers(talk(server, head("HEAD / HTTP/1.1", HOST, f"Content-Length: {len(SMUGGLED)}") + SMUGGLED), bare=True)
+    sent = head("HEAD / HTTP/1.1", HOST, f"Content-Length: {len(SMUGGLED)}", body=SMUGGLED)
+    (answer,) = answers(talk(server, sent), bare=True)
     assert answer.status == 400 and answer.fields["connection"] == "close"
 
 
@@ -217,7 +218,7 @@ def test_options_says_what_a_path_takes_and_so_does_a_refusal(server, path, allo
 
 
 def test_readers_that_push_each_other_out_do_not_do_it_all_at_once(server):
-    """A name has 8 parked readers at most. Each that is pushed out has its next poll ready, which pushes out another."""
+    """A name has 8 parked readers. Each that is pushed out has its next poll at hand, which pushes out another."""
     crowd = [connect(server) for _ in range(9)]
     for peer in crowd:
         peer.sendall(WAITING.replace(b"carl", b"gina") * 200)

@@ -360,7 +360,7 @@ def test_a_server_of_the_old_contract_is_read_from_0_and_its_clock_is_no_cursor(
 
 def test_an_id_is_never_run_by_the_shell(scripted, listen, tmp_path):
     proof = tmp_path / "proof"
-    server = scripted(mail(message(TICK, id=f"0+a[$(touch {proof})]")), NO_MAIL)
+    server = scripted(mail(message(TICK, id=f"0+bus[$(touch {proof})]")), NO_MAIL)
     listen(server.url).start()
     server.polled(3)
     assert not proof.exists()

@@ -145,8 +145,17 @@ def test_automatic_repliers_in_a_ring_stop_by_themselves_and_each_is_told_why(bu
     assert len(peer.ask("GET", "/log?max=1000")[2]["messages"]) == 3 * (1 + Storms.DEPTH)
 
 
+def test_the_server_holds_a_flood_to_its_rate_and_says_so(tmp_path):
+    with Server(tmp_path / "bus.db", "--rate", "50") as bus:
+        peer = Peer(bus)
+        assert peer.ask("POST", "/send", [{"from": "alice", "to": "bob", "msg": "x"}] * Storms.BURST)[0] == 200
+        statuses = [peer.ask("POST", "/send", {"from": "alice", "to": "bob", "msg": "x"})[:2] for _ in range(200)]
+        refused = [headers["Retry-After"] for status, headers in statuses if status == 429]
+        assert len(refused) > 50 and set(refused) == {"1"}, "a flood came through"
+
+
 def test_a_full_mailbox_refuses_in_words_until_it_is_fetched(tmp_path):
-    with Server(tmp_path / "bus.db", "--rate", "0") as bus:
+    with Server(tmp_path / "bus.db") as bus:
         peer = Peer(bus)
         batch = [{"from": "alice", "to": "bob", "msg": "x"}] * 1000
         for _ in range(bus_server.MAILBOX_MESSAGES // 1000):
@@ -163,7 +172,7 @@ def test_a_full_mailbox_refuses_in_words_until_it_is_fetched(tmp_path):
 
 
 def test_large_messages_fill_a_mailbox_by_their_bytes(tmp_path):
-    with Server(tmp_path / "bus.db", "--rate", "0") as bus:
+    with Server(tmp_path / "bus.db") as bus:
         peer, text = Peer(bus), "x" * 250_000
         needed = bus_server.MAILBOX_BYTES // 250_000 + 1
         statuses = [peer.ask("POST", "/send", {"from": "alice", "to": "bob", "msg": text})[0] for _ in range(needed + 2)]
