@@ -384,6 +384,7 @@ class Connection(asyncio.Protocol):
         self.bus.deadlines.forget(self)
         self.bus.unpark(self)
         self.state = State.LINGER
+        self.buffer, self.request = b"", None  # we and our transport hold each other until the collector comes
 
     def wait(self, state: State, patience: float) -> None:
         self.state = state

@@ -263,7 +263,7 @@ def delays(bus, name, count):
 
 
 def test_a_parked_reader_has_its_message_within_5_ms(bus):
-    """99 of 100, and so the median. The best of the rounds counts: who else uses this machine can only make it slower."""
+    """99 of 100, so the median too. The best round counts: others who use this machine can only make it slower."""
     noise = []
     for number in range(20):
         nothing, delivery = (statistics.quantiles(each, n=100) for each in zip(*delays(bus, f"reader-{number}", 200)))
