@@ -10,6 +10,9 @@
 # Exactly once: FULL is the only state. The cursor is its last whole line, and LOG is made from it. A kill can only tear
 # a last line: `resume` cuts it off, and the bus sends that message again. jq 1.6 rounds numbers to 17 digits, also
 # those it copies to FULL: so the cursor is text, or whole microseconds in bash, and never a number of jq's.
+#
+# AGENT_BUS_TOKEN, or AGENT_BUS_TOKEN_FILE (mode 600), goes to curl in a file of ours, never on a command line;
+# AGENT_BUS_CA names the certificates to trust.
 set -u
 umask 077
 LC_ALL=C  # [a-z] is 26 letters
@@ -153,14 +156,27 @@ CURL=(curl -q -g -G -s --proto '=http,https' -A "${AGENT_BUS_UA:-Mozilla/5.0}" -
   --connect-timeout 10 --speed-limit 1 --speed-time 40 --max-time 300 --max-filesize 67108864
   --noproxy "localhost,127.0.0.1,::1,${no_proxy:-${NO_PROXY:-}}")
 
+[ -z "${AGENT_BUS_CA:-}" ] || CURL+=(--cacert "$AGENT_BUS_CA")
+token=${AGENT_BUS_TOKEN:-}
+if [ -z "$token" ] && [ -n "${AGENT_BUS_TOKEN_FILE:-}" ]; then
+  [ -r "$AGENT_BUS_TOKEN_FILE" ] || die 2 "cannot read the token in $AGENT_BUS_TOKEN_FILE"
+  # shellcheck disable=SC2012 # only the mode, which stat(1) spells in another way on each system
+  case $(ls -dlL "$AGENT_BUS_TOKEN_FILE") in ????------*) ;; *) die 2 "chmod 600 $AGENT_BUS_TOKEN_FILE first" ;; esac
+  read -r token <"$AGENT_BUS_TOKEN_FILE"
+fi
+here='^(https://|http://(localhost|127(\.[0-9]+){3}|\[::1\])([:/]|$))'
+if [ -n "$token" ] && ! [[ $url =~ $here || ${AGENT_BUS_PLAIN_HTTP:-} ]]; then
+  die 2 "the token would cross the network in the clear: use https, or in a tunnel or VPN set AGENT_BUS_PLAIN_HTTP=1"
+fi
+
 dir=${AGENT_BUS_STATE_DIR:-${XDG_STATE_HOME:-$HOME/.local/state}/agent-bus}/listener
 { mkdir -p "$dir" && chmod 700 "$dir"; } 2>/dev/null || die 2 "cannot write to $dir"
 name=$AGENT_NAME
 [ "$channel" = default ] || name+=/$channel
 name=$dir/$(encode "$name")
 LOG=${LOG:-$name.log} FULL=${FULL:-$name.jsonl} HEARTBEAT=${HEARTBEAT:-$name.heartbeat} PID_FILE=${PID_FILE:-$name.pid}
-ANSWER=$FULL.answer
-for file in "$LOG" "$FULL" "$HEARTBEAT" "$PID_FILE" "$ANSWER"; do
+ANSWER=$FULL.answer WHO=$FULL.token
+for file in "$LOG" "$FULL" "$HEARTBEAT" "$PID_FILE" "$ANSWER" "$WHO"; do
   [ ! -L "$file" ] || die 2 "$file is a symbolic link: remove it"
 done
 { exec 7>>"$PID_FILE" 8>>"$LOG" 9>>"$FULL"; } 2>/dev/null || die 2 "cannot write to $LOG, $FULL or $PID_FILE"
@@ -168,8 +184,9 @@ for fd in 7 8 9; do
   for _ in {1..10}; do lock $fd && continue 2; sleep 0.2; done
   die 2 "another listener writes to $LOG, $FULL or $PID_FILE"
 done
-trap 'kill $(jobs -p) 2>/dev/null; rm -f "$PID_FILE" "$ANSWER"' EXIT
+trap 'kill $(jobs -p) 2>/dev/null; rm -f "$PID_FILE" "$ANSWER" "$WHO"' EXIT
 echo $$ >"$PID_FILE"
+[ -z "$token" ] || { printf 'Authorization: Bearer %s\n' "$token" >"$WHO" && CURL+=(-H "@$WHO"); } || exit
 rm -f "$ANSWER"
 mkfifo "$ANSWER" && exec 6<>"$ANSWER" || exit  # for the news of digest: a pipe tells them when the disk is full
 fault='' delay=1

@@ -12,9 +12,10 @@ A message is shown at least once. Its cursor is saved after it was written out, 
 last message again and never loses one; the id tells the repeat. Only a 200 with the bus's own JSON moves the cursor,
 and only its own 4xx ends the program. Anything else (silence, half an answer, a redirect, a proxy's page) is an outage.
 
-Standard library only, Python 3.9 and later. It reads the environment (AGENT_BUS_URL, AGENT_BUS_CHANNEL, AGENT_BUS_UA,
-AGENT_BUS_STATE_DIR; http_proxy, https_proxy, no_proxy), talks to that URL, and writes one small file per bus, channel
-and name. Exit code: 0 done, 1 refused by the bus, 2 usage or no place for the file, 3 nothing arrived, 75 out of reach.
+Standard library only, Python 3.9 and later. It reads the environment (AGENT_BUS_URL, AGENT_BUS_CHANNEL, AGENT_BUS_TOKEN
+or AGENT_BUS_TOKEN_FILE, AGENT_BUS_CA, AGENT_BUS_UA, AGENT_BUS_STATE_DIR; http_proxy, https_proxy, no_proxy), talks to
+that URL, follows it nowhere else, and writes one small file per bus, channel and name.
+Exit code: 0 done, 1 refused by the bus, 2 usage or no place for the file, 3 nothing arrived, 75 out of reach.
 """
 from __future__ import annotations
 
@@ -99,12 +100,13 @@ def ask(url: str, path: str, seconds: float) -> tuple[dict[str, Any], float]:
     """
     agent = os.environ.get("AGENT_BUS_UA") or "Mozilla/5.0"  # because firewalls drop what looks like a script
     connection, prefix = connect(url, min(seconds, GRACE_SECONDS))
+    who = credentials(url)
     try:
         connection.connect()
         sock = connection.sock
         sock.settimeout(seconds)
         with hung_up_after(seconds, sock):
-            connection.request("GET", prefix + path, headers={"User-Agent": agent})
+            connection.request("GET", prefix + path, headers={"User-Agent": agent, **who})
             response = connection.getresponse()
         body = bytearray()
         with hung_up_after(GRACE_SECONDS + (response.length or 0) / DOWNLOAD_RATE, sock):
@@ -127,19 +129,60 @@ def connect(url: str, seconds: float) -> tuple[http.client.HTTPConnection, str]:
     secure = parts.scheme == "https"
     kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
     host, port = parts.hostname or "", parts.port or (443 if secure else 80)
+    trust = {"context": authorities()} if secure else {}
     proxy = proxy_for(parts.scheme, host, port)
     if not proxy:
-        return kind(host, port, timeout=seconds), parts.path.rstrip("/")
+        return kind(host, port, timeout=seconds, **trust), parts.path.rstrip("/")
     via = urlsplit(proxy if "://" in proxy else f"//{proxy}")
-    connection = kind(via.hostname or "", via.port or 80, timeout=seconds)
+    connection = kind(via.hostname or "", via.port or 80, timeout=seconds, **trust)
     if secure:
         connection.set_tunnel(host, port)
     return connection, parts.path.rstrip("/") if secure else url.rstrip("/")
 
 
+def authorities() -> Any:
+    """Whom TLS trusts: the system's authorities, or those in the file that AGENT_BUS_CA names."""
+    import ssl  # http.client has it, where there is one
+
+    try:
+        return ssl.create_default_context(cafile=os.environ.get("AGENT_BUS_CA") or None)
+    except OSError as error:
+        raise ValueError(f"AGENT_BUS_CA names no file of certificates: {error.strerror or error}") from None
+
+
+def credentials(url: str) -> dict[str, str]:
+    """The header that says who we are, by AGENT_BUS_TOKEN or the file AGENT_BUS_TOKEN_FILE; none without them.
+
+    ValueError if others may read that file, or a network could: AGENT_BUS_PLAIN_HTTP=1 says that something guards it.
+    """
+    token, path = os.environ.get("AGENT_BUS_TOKEN", ""), os.environ.get("AGENT_BUS_TOKEN_FILE")
+    if path and not token:
+        try:
+            with open(path, encoding="ascii") as file:
+                if os.name == "posix" and os.fstat(file.fileno()).st_mode & 0o077:
+                    raise ValueError(f"the token in {path} can be read by others: chmod 600 {path}")
+                token = file.read(256)
+        except OSError as error:
+            raise ValueError(f"the token in {path} cannot be read: {error.strerror}") from None
+    token = token.strip()
+    if not token:
+        return {}
+    if not re.fullmatch("[!-~]+", token):
+        raise ValueError("AGENT_BUS_TOKEN is no token: it has blanks or other characters in it")
+    parts = urlsplit(url)
+    if parts.scheme == "http" and not is_here(parts.hostname or "") and not os.environ.get("AGENT_BUS_PLAIN_HTTP"):
+        advice = "use https, or in a tunnel or a VPN set AGENT_BUS_PLAIN_HTTP=1"
+        raise ValueError(f"the token would cross the network to {url} in the clear: {advice}")
+    return {"Authorization": f"Bearer {token}"}
+
+
+def is_here(host: str) -> bool:
+    return bool(re.fullmatch(r"localhost|::1|127(\.[0-9]+){3}", host))
+
+
 def proxy_for(scheme: str, host: str, port: int) -> str | None:
     """The proxy that the environment names for this host; for this machine itself there is none."""
-    if host in ("localhost", "::1") or host.startswith("127."):
+    if is_here(host):
         return None
     if f"{scheme}_proxy" not in map(str.lower, os.environ):
         return None
@@ -235,7 +278,7 @@ class Reader:
                 held = self.bus and not self.outage and now - began >= allowed
                 if came or held:  # a bus of the old contract holds as long as it likes
                     return
-                raise Unreachable(f"{self.url} is out of reach ({fault})") from fault
+                raise Unreachable(f"{self.url} is out of reach ({fault}); tools/bus_doctor.py says where") from fault
             for message in answer["messages"]:
                 came = True
                 yield message

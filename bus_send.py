@@ -11,7 +11,8 @@ be. Everything else (silence, half an answer, a redirect, a proxy's page) means 
 sent again under the same key, and the bus stores a key once.
 
 Standard library only, Python 3.9 and later. It reads stdin and the environment (AGENT_BUS_URL, AGENT_NAME,
-AGENT_BUS_CHANNEL, AGENT_BUS_UA; http_proxy, https_proxy, no_proxy), talks to that URL and writes no file.
+AGENT_BUS_CHANNEL, AGENT_BUS_TOKEN or AGENT_BUS_TOKEN_FILE, AGENT_BUS_CA, AGENT_BUS_UA; http_proxy, https_proxy,
+no_proxy), talks to that URL, follows it nowhere else, and writes no file.
 Exit code: 0 stored, 1 refused by the bus, 2 usage, 75 not known to be stored (try again with the key it names).
 """
 from __future__ import annotations
@@ -74,9 +75,9 @@ def send(
     starts within `patience` seconds. Raises Refused, Unreachable; ValueError if there is no sender or the URL is none.
     """
     url = url or os.environ.get("AGENT_BUS_URL") or "http://127.0.0.1:8080"
-    sender = sender or os.environ.get("AGENT_NAME")
+    sender = sender or os.environ.get("AGENT_NAME") or None
     channel = channel or os.environ.get("AGENT_BUS_CHANNEL") or "default"
-    if not sender:
+    if not sender and not credentials(url):  # a token has its sender
         raise ValueError("who is it from? Give --from NAME or set AGENT_NAME")
     message = {"from": sender, "to": to, "msg": msg, "channel": channel, "key": key or os.urandom(16).hex(), **fields}
     body = json.dumps({field: value for field, value in message.items() if value is not None}).encode()
@@ -88,8 +89,8 @@ def send(
         except Unreachable as fault:
             rest = max(pause * random.uniform(0.5, 1), fault.retry_after)
             if time.monotonic() + rest >= end:
-                again = f"{url} is out of reach ({fault}); to try again: --key {message['key']}"
-                raise Unreachable(again) from fault
+                again = f"tools/bus_doctor.py says why; to try again: --key {message['key']}"
+                raise Unreachable(f"{url} does not say that it is stored ({fault}); {again}") from fault
         time.sleep(rest)
         pause = min(2 * pause, LONGEST_PAUSE)
 
@@ -97,7 +98,7 @@ def send(
 def post(url: str, message: bytes, seconds: float) -> dict[str, Any]:
     """One attempt: the bus's answer, or Refused, or Unreachable. `seconds` to connect, and again for the rest."""
     agent = os.environ.get("AGENT_BUS_UA") or "Mozilla/5.0"  # because firewalls drop what looks like a script
-    headers = {"User-Agent": agent, "Content-Type": "application/json"}
+    headers = {"User-Agent": agent, "Content-Type": "application/json", **credentials(url)}
     connection, prefix = connect(url, seconds)
     try:
         connection.connect()
@@ -122,19 +123,60 @@ def connect(url: str, seconds: float) -> tuple[http.client.HTTPConnection, str]:
     secure = parts.scheme == "https"
     kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
     host, port = parts.hostname or "", parts.port or (443 if secure else 80)
+    trust = {"context": authorities()} if secure else {}
     proxy = proxy_for(parts.scheme, host, port)
     if not proxy:
-        return kind(host, port, timeout=seconds), parts.path.rstrip("/")
+        return kind(host, port, timeout=seconds, **trust), parts.path.rstrip("/")
     via = urlsplit(proxy if "://" in proxy else f"//{proxy}")
-    connection = kind(via.hostname or "", via.port or 80, timeout=seconds)
+    connection = kind(via.hostname or "", via.port or 80, timeout=seconds, **trust)
     if secure:
         connection.set_tunnel(host, port)
     return connection, parts.path.rstrip("/") if secure else url.rstrip("/")
 
 
+def authorities() -> Any:
+    """Whom TLS trusts: the system's authorities, or those in the file that AGENT_BUS_CA names."""
+    import ssl  # http.client has it, where there is one
+
+    try:
+        return ssl.create_default_context(cafile=os.environ.get("AGENT_BUS_CA") or None)
+    except OSError as error:
+        raise ValueError(f"AGENT_BUS_CA names no file of certificates: {error.strerror or error}") from None
+
+
+def credentials(url: str) -> dict[str, str]:
+    """The header that says who we are, by AGENT_BUS_TOKEN or the file AGENT_BUS_TOKEN_FILE; none without them.
+
+    ValueError if others may read that file, or a network could: AGENT_BUS_PLAIN_HTTP=1 says that something guards it.
+    """
+    token, path = os.environ.get("AGENT_BUS_TOKEN", ""), os.environ.get("AGENT_BUS_TOKEN_FILE")
+    if path and not token:
+        try:
+            with open(path, encoding="ascii") as file:
+                if os.name == "posix" and os.fstat(file.fileno()).st_mode & 0o077:
+                    raise ValueError(f"the token in {path} can be read by others: chmod 600 {path}")
+                token = file.read(256)
+        except OSError as error:
+            raise ValueError(f"the token in {path} cannot be read: {error.strerror}") from None
+    token = token.strip()
+    if not token:
+        return {}
+    if not re.fullmatch("[!-~]+", token):
+        raise ValueError("AGENT_BUS_TOKEN is no token: it has blanks or other characters in it")
+    parts = urlsplit(url)
+    if parts.scheme == "http" and not is_here(parts.hostname or "") and not os.environ.get("AGENT_BUS_PLAIN_HTTP"):
+        advice = "use https, or in a tunnel or a VPN set AGENT_BUS_PLAIN_HTTP=1"
+        raise ValueError(f"the token would cross the network to {url} in the clear: {advice}")
+    return {"Authorization": f"Bearer {token}"}
+
+
+def is_here(host: str) -> bool:
+    return bool(re.fullmatch(r"localhost|::1|127(\.[0-9]+){3}", host))
+
+
 def proxy_for(scheme: str, host: str, port: int) -> str | None:
     """The proxy that the environment names for this host; for this machine itself there is none."""
-    if host in ("localhost", "::1") or host.startswith("127."):
+    if is_here(host):
         return None
     if f"{scheme}_proxy" not in map(str.lower, os.environ):
         return None

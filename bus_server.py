@@ -80,6 +80,7 @@ PARKED_PER_NAME = 8  # polls in hand for one name; more are readers that were cu
 STRANGERS = 256  # connections that have not finished a first request; the oldest goes first
 MAILBOX_MESSAGES, MAILBOX_BYTES = 10000, 64 << 20  # for a name and not fetched by anybody; then its senders get 429
 NAMES_PER_SEND = 64
+COPIES_PER_SEND = 5000  # messages times names in one request: 40 ms of one transaction
 MAX_MESSAGES = 1000  # in one answer
 ANSWER_BYTES = 1 << 20  # of messages in an answer that has more than one: bounds memory and a turn of the loop
 DEPTH = 32  # of JSON; the parser itself fails at about 1000, with an error that is not a ValueError
@@ -185,9 +186,9 @@ def draft(fields: Any, key: str | None) -> Draft:
     if not 1 <= len(names) <= NAMES_PER_SEND:
         raise Refused(400, f"to must be a name or a list of 1 to {NAMES_PER_SEND} names")
     to = tuple(dict.fromkeys(name(one, "to") for one in names))
-    for member in ("msg", "reply_to"):
-        if not isinstance(fields.get(member, ""), str):
-            raise Refused(400, f"{member} must be a string")
+    parent = fields.get("reply_to")
+    if not isinstance(fields["msg"], str) or not isinstance(parent, (str, type(None))):
+        raise Refused(400, "msg and reply_to must be strings")
     key = fields.get("key", key)
     if key is not None and not (isinstance(key, str) and re.fullmatch(r"[!-~]{1,128}", key)):
         raise Refused(400, "key must be 1 to 128 printable ASCII characters without a space")
@@ -198,8 +199,7 @@ def draft(fields: Any, key: str | None) -> Draft:
             text += f", {encode(rest)[1:-1]}"
         except ValueError:
             raise Refused(400, "a number in the message is too large for JSON") from None
-    parent = fields.get("reply_to", "")
-    answers = int(parent, 16) if re.fullmatch("[0-9a-f]{1,13}", parent) else 0
+    answers = int(parent, 16) if parent and re.fullmatch("[0-9a-f]{1,13}", parent) else 0
     return Draft(channel, to, sender, text, key, lifetime(fields.get("ttl")), answers, 0)
 
 
@@ -1163,14 +1163,14 @@ class Bus:
             raise Refused(503, "the bus is shutting down: send again in a second", ("Retry-After", "1"))
         key, query = request.fields.get("idempotency-key"), request.query()
         several = False
+        if not request.body:
+            raise Refused(400, "the body is empty: send JSON, or any text with ?from=NAME&to=NAME")
         if "to" in query.fields:
             fields: dict[str, Any] = {field: query.one(field) for field in query.fields if field != "to"}
             if "ttl" in fields:
-                fields["ttl"] = query.number("ttl", 0, 0, 1e9)
+                fields["ttl"] = query.number("ttl", 0, 0, math.inf)
             messages = [{**fields, "to": list(query.names("to")), "msg": parse_text(request.body)}]
         else:
-            if not request.body:
-                raise Refused(400, "the body is empty: send JSON, or any text with ?from=NAME&to=NAME")
             value = parse_json(request.body)
             several = isinstance(value, list)
             messages = value if several else [value]
@@ -1178,6 +1178,8 @@ class Bus:
         keys = [(each.sender, each.channel, each.key) for each in drafts if each.key]
         if not drafts or len(set(keys)) < len(keys):
             raise Refused(400, "an array holds at least one message, and no key twice")
+        if sum(len(each.to) for each in drafts) > COPIES_PER_SEND:
+            raise Refused(400, f"one request stores at most {COPIES_PER_SEND} messages: send several")
         self.storms.check(drafts)
         self.journal.add(Send(request.peer, drafts, several))
 
@@ -1239,9 +1241,8 @@ class Bus:
             request.peer.request = None  # a parked reader is small: its poll says it all
         self.mailboxes.park(request.peer, poll._replace(token=request.grant.token))
         request.peer.wait(State.PARKED, poll.hold)
-        crowd = self.mailboxes.crowd(poll)
-        if len(crowd) > PARKED_PER_NAME:
-            self.release(crowd[0])  # the newest is the one that is still alive
+        for connection in self.mailboxes.crowd(poll)[:-PARKED_PER_NAME]:
+            connection.wait(State.PARKED, 0)  # the newest are still alive; not released here, as each may poll again
         return None
 
     # What happens later
@@ -2053,7 +2054,7 @@ def get_agents(bus: Bus, request: Request) -> Answer:
 def get_message(bus: Bus, request: Request) -> Answer:
     """One message and how far it came; asking moves nothing."""
     wanted = request.path.partition("?")[0][len(request.route):]
-    found = bus.store.message(int(wanted, 16)) if re.fullmatch("[0-9a-f]{1,16}", wanted) else None
+    found = bus.store.message(int(wanted, 16)) if re.fullmatch("[0-9a-f]{1,13}", wanted) else None
     if not found or not (request.grant.reads(found.to) or found.sender == request.grant.name):
         raise Refused(404, "there is no message with this id: it never was, or retention removed it")
     box = bus.mailboxes.boxes[found.channel, found.to]

@@ -7,6 +7,7 @@
 It needs nothing installed; with pytest, `pytest test_bus.py` collects the same checks. Every check uses names of its
 own, so a bus that is in use can be checked too. Exit code 0 and ALL TESTS PASS, or 1 and what went wrong.
 """
+
 import concurrent.futures
 import contextlib
 import http.client
@@ -35,12 +36,16 @@ class Bus:
     def ask(self, method, path, body=None, **headers):
         """(status, headers, body bytes) of one request on a connection of its own."""
         secure = self.parts.scheme == "https"
-        connection = (http.client.HTTPSConnection if secure else http.client.HTTPConnection)(self.parts.netloc, timeout=90)
+        connection = (http.client.HTTPSConnection if secure else http.client.HTTPConnection)(
+            self.parts.netloc, timeout=90
+        )
         if isinstance(body, str):
             body = body.encode()
         headers = {name.replace("_", "-"): value for name, value in headers.items()}
         with contextlib.closing(connection):
-            connection.request(method, self.parts.path.rstrip("/") + path, body, {"User-Agent": "Mozilla/5.0", **headers})
+            connection.request(
+                method, self.parts.path.rstrip("/") + path, body, {"User-Agent": "Mozilla/5.0", **headers}
+            )
             answer = connection.getresponse()
             return answer.status, answer.headers, answer.read()
 
@@ -57,7 +62,9 @@ class Bus:
 
     def refused(self, fields, **headers):
         """The status of a send that must be refused in words."""
-        status, answer = self.json("POST", "/send", fields if isinstance(fields, str) else json.dumps(fields), **headers)
+        status, answer = self.json(
+            "POST", "/send", fields if isinstance(fields, str) else json.dumps(fields), **headers
+        )
         assert status >= 400 and answer["error"], (status, answer)
         return status
 
@@ -75,8 +82,13 @@ class Bus:
         """A client program that ends by itself: (exit code, stdout, stderr)."""
         state = tempfile.mkdtemp(prefix="agent-bus-test-")
         env = {**os.environ, "AGENT_BUS_URL": self.url, "AGENT_BUS_STATE_DIR": state, **env}
-        done = subprocess.run([sys.executable, str(HERE / program), *arguments], input=stdin.encode(), env=env,
-                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=PATIENCE)
+        done = subprocess.run(
+            [sys.executable, str(HERE / program), *arguments],
+            input=stdin.encode(),
+            env=env,
+            capture_output=True,
+            timeout=PATIENCE,
+        )
         return done.returncode, done.stdout.decode(), done.stderr.decode()
 
 
@@ -229,8 +241,17 @@ def test_a_long_message_passes(bus):
 def test_a_malformed_send_is_refused_and_nothing_stored(bus):
     """what is no message is 400, in words, and stores nothing"""
     to = fresh()
-    for fields in ("", "{", "[[]]", "7", {"from": "tester", "msg": "x"}, {"to": to, "msg": "x"}, {"from": "tester", "to": to},
-                   {"from": "tester", "to": to, "msg": 7}, {"from": "a b", "to": to, "msg": "x"}):
+    for fields in (
+        "",
+        "{",
+        "[[]]",
+        "7",
+        {"from": "tester", "msg": "x"},
+        {"to": to, "msg": "x"},
+        {"from": "tester", "to": to},
+        {"from": "tester", "to": to, "msg": 7},
+        {"from": "a b", "to": to, "msg": "x"},
+    ):
         assert bus.refused(fields) == 400, fields
     assert bus.texts(to) == []
 
@@ -257,7 +278,9 @@ def test_a_retry_with_the_same_key_is_stored_once(bus):
     first, again = bus.send(to, key=key), bus.send(to, key=key)
     assert (first["id"], first["duplicate"], again["id"], again["duplicate"]) == (first["id"], False, first["id"], True)
     assert bus.refused({"from": "tester", "to": to, "msg": "another", "key": key}) == 409
-    status, answer = bus.json("POST", "/send", json.dumps({"from": "tester", "to": to, "msg": "hello"}), Idempotency_Key=key)
+    status, answer = bus.json(
+        "POST", "/send", json.dumps({"from": "tester", "to": to, "msg": "hello"}), Idempotency_Key=key
+    )
     assert status == 200 and answer["duplicate"] is True
     assert bus.texts(to) == ["hello"]
 
@@ -305,7 +328,10 @@ def test_broadcast_reaches_everyone_but_its_sender(bus):
 @ours
 def test_further_members_pass_unchanged(bus):
     """members that the bus does not know are delivered as they were given"""
-    to, extra = fresh(), {"subject": "S", "type": "result", "priority": "high", "reply_to": "65", "x-new": [1, {"a": None}]}
+    to, extra = (
+        fresh(),
+        {"subject": "S", "type": "result", "priority": "high", "reply_to": "65", "x-new": [1, {"a": None}]},
+    )
     bus.send(to, **extra)
     [message] = bus.recv(to)["messages"]
     assert {member: message[member] for member in extra} == extra
@@ -441,9 +467,14 @@ def test_a_hold_ends_when_it_said(bus):
 @ours
 def test_errors_are_json_with_the_right_status(bus):
     """404, 405 with Allow, 413 and 501 say in one sentence what to do"""
-    for method, path, body, expected in (("GET", "/nothing", None, 404), ("GET", "/send", None, 405),
-                                         ("POST", "/recv", "", 405), ("BREW", "/send", None, 501),
-                                         ("POST", "/send", "x" * 300000, 413), ("GET", "/recv", None, 400)):
+    for method, path, body, expected in (
+        ("GET", "/nothing", None, 404),
+        ("GET", "/send", None, 405),
+        ("POST", "/recv", "", 405),
+        ("BREW", "/send", None, 501),
+        ("POST", "/send", "x" * 300000, 413),
+        ("GET", "/recv", None, 400),
+    ):
         status, headers, text = bus.ask(method, path, body)
         assert status == expected and json.loads(text)["error"], (method, path, status)
         assert status != 405 or "OPTIONS" in headers["Allow"]
@@ -478,7 +509,10 @@ def test_the_clients_talk(bus):
     assert code == 0 and json.loads(out)["ok"], err
     assert "queued" in err and to in err
     code, out, err = bus.run("bus_recv.py", to, "--once")
-    assert code == 0 and out.endswith('subject="T1 done"\n| 4/4 are honeypots\n---\n') and "from=spark" in out, (out, err)
+    assert code == 0 and out.endswith('subject="T1 done"\n| 4/4 are honeypots\n---\n') and "from=spark" in out, (
+        out,
+        err,
+    )
     code, out, _ = bus.run("bus_recv.py", fresh(), "--once", "--timeout", "0.2")
     assert code == 3 and out == ""
 

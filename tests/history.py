@@ -34,7 +34,7 @@ def violations(sent, delivered):
     """Every way in which `delivered`, all that one reader kept, breaks what the bus promised those who sent.
 
     lost        a message was acknowledged and did not arrive
-    duplicated  it arrived more than once, under whatever tick; one that was not acknowledged may do so once
+    duplicated  it arrived more than once, under whatever tick; what was not acknowledged may arrive once, or not
     unexpected  nobody sent it, or it has another tick than its sender was told
     reordered   its tick is not above the one before it, or it is from earlier than what its sender had sent before it
 

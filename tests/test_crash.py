@@ -29,8 +29,7 @@ def storm(directory, deaths, script="bus_server.py", end=Server.kill):
         bus = stack.enter_context(Server(directory / "bus.db", script=script))
         talks = [stack.enter_context(talk) for talk in conversations(bus.url, calm)]
         for _ in range(deaths):
-            alive_until = sum(len(talk.sent) for talk in talks) + random.randrange(LIFE)
-            wait_until(lambda: sum(len(talk.sent) for talk in talks) >= alive_until)  # noqa: B023
+            wait_for_sends(talks, random.randrange(LIFE))
             end(bus)
             bus.start()
         calm.set()
@@ -41,6 +40,11 @@ def storm(directory, deaths, script="bus_server.py", end=Server.kill):
     with contextlib.closing(sqlite3.connect(bus.db)) as database:
         found += [f"the database: {row[0]}" for row in database.execute("PRAGMA integrity_check") if row[0] != "ok"]
     return talks, found
+
+
+def wait_for_sends(talks, more):
+    enough = sum(len(talk.sent) for talk in talks) + more
+    wait_until(lambda: sum(len(talk.sent) for talk in talks) >= enough)
 
 
 def conversations(url, calm):

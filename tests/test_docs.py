@@ -1,4 +1,5 @@
 """What the documents say is true: PROTOCOL.md's examples are replayed, its promises have tests, README's lines work."""
+
 import json
 import re
 import socket
@@ -10,7 +11,19 @@ from tests.processes import ROOT
 PROTOCOL = (ROOT / "PROTOCOL.md").read_text()
 PAIR = re.compile(r"```http\n([A-Z]+ .*?)```\n```http\n(HTTP/1\.1 .*?)```", re.DOTALL)
 NUMBER = re.compile(r"\d{10}\.\d{6}|[0-9a-f]{13,16}")  # a ts, an id, a bus
-MEASURED = {"ts", "id", "now", "bus", "last_seen", "since", "cursor", "dell", "nano", "from", "to"}  # differ in each run
+MEASURED = {
+    "ts",
+    "id",
+    "now",
+    "bus",
+    "last_seen",
+    "since",
+    "cursor",
+    "dell",
+    "nano",
+    "from",
+    "to",
+}  # differ in each run
 
 
 def exchange(port, text):

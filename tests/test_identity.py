@@ -1,4 +1,5 @@
 """Who may speak and who may read: tokens, the browser gate, the refusal to open up to the world."""
+
 import contextlib
 import http.client
 import itertools
@@ -19,8 +20,12 @@ NAMES = ["alice", "bob", "carl", "dora", "eve"]
 
 def command(bus, *arguments):
     """Run a command beside the bus, as an operator would; returns what it printed."""
-    done = subprocess.run([sys.executable, str(ROOT / "bus_server.py"), *arguments, "--db", bus.db], capture_output=True, text=True,
-                          timeout=PATIENCE)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "bus_server.py"), *arguments, "--db", bus.db],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
     assert done.returncode in (0, 1) and not done.stderr, done.stderr
     return done.stdout
 
@@ -35,7 +40,12 @@ def ask(bus, method, path, body=None, token=None, **headers):
         headers["Authorization"] = f"Bearer {token}"
     peer = http.client.HTTPConnection("127.0.0.1", bus.port, timeout=PATIENCE)
     with contextlib.closing(peer):
-        peer.request(method, path, None if body is None else json.dumps(body), {k.replace("_", "-"): v for k, v in headers.items()})
+        peer.request(
+            method,
+            path,
+            None if body is None else json.dumps(body),
+            {k.replace("_", "-"): v for k, v in headers.items()},
+        )
         answer = peer.getresponse()
         text = answer.read()
         return answer.status, json.loads(text) if text[:1] in b"{[" else text
@@ -46,8 +56,11 @@ def closed(tmp_path_factory):
     """A bus with a token for each name, one that only sends, one that may read bob too, one of an operator."""
     with Server(tmp_path_factory.mktemp("closed") / "bus.db") as bus:
         bus.tokens = {name: invite(bus, name) for name in NAMES}
-        bus.tokens |= {"sensor": invite(bus, "sensor", "--send-only"), "boss": invite(bus, "boss", "--also", "bob,carl"),
-                       "admin": invite(bus, "admin", "--operator")}
+        bus.tokens |= {
+            "sensor": invite(bus, "sensor", "--send-only"),
+            "boss": invite(bus, "boss", "--also", "bob,carl"),
+            "admin": invite(bus, "admin", "--operator"),
+        }
         yield bus
 
 
@@ -103,8 +116,14 @@ def test_agents_and_inbox_show_counts_of_own_mailboxes_only(closed):
 @pytest.mark.parametrize("path", ["/recv?to=alice", "/log", "/agents", "/inbox", "/message/1", "/nothing"])
 def test_without_a_token_there_is_only_help(closed, path):
     wrong = "abt_00000000_" + "x" * 43
-    for headers in ({}, {"Authorization": "Bearer"}, {"Authorization": "Basic YTpi"}, {"Authorization": f"Bearer {wrong}"},
-                    {"Authorization": f"Bearer {closed.tokens['alice']}x"}, {"Authorization": closed.tokens["alice"]}):
+    for headers in (
+        {},
+        {"Authorization": "Bearer"},
+        {"Authorization": "Basic YTpi"},
+        {"Authorization": f"Bearer {wrong}"},
+        {"Authorization": f"Bearer {closed.tokens['alice']}x"},
+        {"Authorization": closed.tokens["alice"]},
+    ):
         status, answer = ask(closed, "GET", path, **headers)
         assert status == 401 and "token" in answer["error"], (headers, answer)
     assert ask(closed, "POST", "/send", {"from": "alice", "to": "bob", "msg": "x"})[0] == 401
@@ -126,14 +145,22 @@ def test_a_secret_is_nowhere_but_with_its_owner(tmp_path):
     with Server(tmp_path / "bus.db", "--verbose") as bus:
         token = invite(bus, "alice")
         secret = token[13:]
-        errors = [ask(bus, *request) for request in (
-            ("POST", "/send", {"from": "bob", "to": "x", "msg": "x"}, token), ("GET", "/log", None, token),
-            ("GET", "/recv?to=bob", None, token), ("GET", "/recv?to=alice&since=x", None, token), ("PUT", "/x", None, token),
-            ("GET", f"/recv?to={token}", None, token), ("GET", "/recv?to=alice", None, token[:-1] + "!"))]
+        errors = [
+            ask(bus, *request)
+            for request in (
+                ("POST", "/send", {"from": "bob", "to": "x", "msg": "x"}, token),
+                ("GET", "/log", None, token),
+                ("GET", "/recv?to=bob", None, token),
+                ("GET", "/recv?to=alice&since=x", None, token),
+                ("PUT", "/x", None, token),
+                ("GET", f"/recv?to={token}", None, token),
+                ("GET", "/recv?to=alice", None, token[:-1] + "!"),
+            )
+        ]
         assert all(status >= 400 for status, _ in errors)
-        cmdline = open(f"/proc/{bus.process.pid}/cmdline").read() if sys.platform == "linux" else ""
+        arguments = " ".join(bus.process.args)
         assert bus.stop() == 0
-        assert secret not in repr(errors) + cmdline
+        assert secret not in repr(errors) + arguments
         assert secret not in command(bus, "tokens")
         for path in tmp_path.iterdir():
             assert secret.encode() not in path.read_bytes(), path
@@ -163,7 +190,9 @@ def test_revoking_ends_a_parked_poll_and_everything_after(tmp_path):
     with Server(tmp_path / "bus.db") as bus:
         token, other = invite(bus, "alice"), invite(bus, "bob")
         answers = []
-        reader = threading.Thread(target=lambda: answers.append(ask(bus, "GET", "/recv?to=alice&block=true", token=token)))
+        reader = threading.Thread(
+            target=lambda: answers.append(ask(bus, "GET", "/recv?to=alice&block=true", token=token))
+        )
         reader.start()
         wait_until(lambda: ask(bus, "GET", "/agents", token=other)[1]["agents"])
         began = time.monotonic()
@@ -196,16 +225,28 @@ def test_the_list_says_who_has_what_and_when_it_was_used(tmp_path):
         assert bus.stop() == 0
         lines = command(bus, "tokens").splitlines()
         today = time.strftime("%Y-%m-%d", time.gmtime())
-        assert re.fullmatch(rf"{token[:12]} +alice +{today} {today} send read read:team", lines[1].replace("  ", " ").strip()) or (
-            lines[1].split() == [token[:12], "alice", today, today, "send", "read", "read:team"])
+        assert lines[1].split() == [token[:12], "alice", today, today, "send", "read", "read:team"]
         assert lines[2].split()[1:] == ["sensor", today, "never", "send"]
 
 
-@pytest.mark.parametrize("arguments", [["invite"], ["invite", "a b"], ["invite", "ALL"], ["invite", "x", "--also", "a b"],
-                                       ["invite", "x", "--send-only", "--operator"], ["revoke"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["invite"],
+        ["invite", "a b"],
+        ["invite", "ALL"],
+        ["invite", "x", "--also", "a b"],
+        ["invite", "x", "--send-only", "--operator"],
+        ["revoke"],
+    ],
+)
 def test_a_bad_command_is_refused_in_words(arguments, tmp_path):
-    done = subprocess.run([sys.executable, str(ROOT / "bus_server.py"), *arguments, "--db", str(tmp_path / "bus.db")],
-                          capture_output=True, text=True, timeout=PATIENCE)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "bus_server.py"), *arguments, "--db", str(tmp_path / "bus.db")],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
     assert done.returncode == 2 and "error:" in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "bus.db.tokens").exists()
 
@@ -213,14 +254,27 @@ def test_a_bad_command_is_refused_in_words(arguments, tmp_path):
 def test_an_invitation_says_what_to_paste(tmp_path):
     with Server(tmp_path / "bus.db") as bus:
         text = command(bus, "invite", "dell")
-        for line in (f"curl -fO {bus.url}/bus_recv.py", f"export AGENT_BUS_URL={bus.url} AGENT_NAME=dell AGENT_BUS_TOKEN=abt_",
-                     "python3 -u bus_recv.py dell", "curl -K -"):
+        for line in (
+            f"curl -fO {bus.url}/bus_recv.py",
+            f"export AGENT_BUS_URL={bus.url} AGENT_NAME=dell AGENT_BUS_TOKEN=abt_",
+            "python3 -u bus_recv.py dell",
+            "curl -K -",
+        ):
             assert line in text
         assert "https://bus.example" in command(bus, "invite", "nano", "--url", "https://bus.example")
 
 
 def test_the_world_is_not_let_in_without_identity(tmp_path):
-    start = [sys.executable, str(ROOT / "bus_server.py"), "--host", "0.0.0.0", "--port", "0", "--db", str(tmp_path / "bus.db")]
+    start = [
+        sys.executable,
+        str(ROOT / "bus_server.py"),
+        "--host",
+        "0.0.0.0",
+        "--port",
+        "0",
+        "--db",
+        str(tmp_path / "bus.db"),
+    ]
     done = subprocess.run(start, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 2 and "invite" in done.stderr and "--open" in done.stderr and done.stderr.count("\n") == 1
     with Server(tmp_path / "bus.db", "--host", "0.0.0.0", "--open") as bus:
@@ -262,9 +316,19 @@ def test_a_page_of_another_site_stores_and_reads_nothing(bus, method, path, head
 
 def test_names_of_its_own_are_answered(tmp_path):
     with Server(tmp_path / "bus.db", "--allow-host", "bus.example") as bus:
-        for host in (f"127.0.0.1:{bus.port}", "localhost:1", "LOCALHOST", "[::1]:8080", "10.1.2.3", "bus.example", "Bus.Example:443"):
+        for host in (
+            f"127.0.0.1:{bus.port}",
+            "localhost:1",
+            "LOCALHOST",
+            "[::1]:8080",
+            "10.1.2.3",
+            "bus.example",
+            "Bus.Example:443",
+        ):
             assert ask(bus, "GET", "/healthz", Host=host)[0] == 200, host
-            assert ask(bus, "GET", "/healthz", Host=host, Origin=f"http://{host}", Sec_Fetch_Site="same-origin")[0] == 200
+            assert (
+                ask(bus, "GET", "/healthz", Host=host, Origin=f"http://{host}", Sec_Fetch_Site="same-origin")[0] == 200
+            )
         for host in ("evil.example", "bus.example.evil", "localhost.evil", "127.0.0.1.nip.example", "1"):
             assert ask(bus, "GET", "/healthz", Host=host)[0] == 403, host
     with Server(tmp_path / "tokens.db") as bus:

@@ -1,4 +1,5 @@
 """The store's contract. A store on another engine inherits StoreContract and passes `make` a function that opens it."""
+
 import sqlite3
 
 import pytest
@@ -71,7 +72,14 @@ class StoreContract:
         assert store.after(poll("bob", limit=5), ticks[-1])[1] is None, "all was read, and more was promised"
 
     def test_several_names_come_in_one_order(self, store):
-        commit(store, message("bob", "1"), message("team", "2"), message("eve", "3"), message(EVERYONE, "4"), message("bob", "5"))
+        commit(
+            store,
+            message("bob", "1"),
+            message("team", "2"),
+            message("eve", "3"),
+            message(EVERYONE, "4"),
+            message("bob", "5"),
+        )
         assert texts(store, "bob", "team") == ["1", "2", "4", "5"]
 
     def test_a_broadcast_is_not_for_its_sender(self, store):
@@ -103,12 +111,24 @@ class StoreContract:
         assert again.duplicate and again.ticks == receipts[0].ticks == receipts[1].ticks and len(first.visible) == 1
 
     def test_a_key_belongs_to_its_sender_and_channel(self, store):
-        batch = commit(store, message("bob", key="k"), message("bob", key="k", sender="eve"), message("bob", key="k", channel="lab"))
+        batch = commit(
+            store,
+            message("bob", key="k"),
+            message("bob", key="k", sender="eve"),
+            message("bob", key="k", channel="lab"),
+        )
         assert [send.receipts[0].duplicate for send in batch.sends] == [False, False, False]
 
     def test_a_key_with_another_message_is_refused_and_its_neighbours_are_stored(self, store):
-        batch = commit(store, message("bob", "1", key="k"), [message("bob", "2", key="k"), message("bob", "3")], message("bob", "4"))
-        assert [bool(send.refused) for send in batch.sends] == [False, True, False] and batch.sends[1].refused.status == 409
+        batch = commit(
+            store,
+            message("bob", "1", key="k"),
+            [message("bob", "2", key="k"), message("bob", "3")],
+            message("bob", "4"),
+        )
+        assert [bool(send.refused) for send in batch.sends] == [False, True, False] and batch.sends[
+            1
+        ].refused.status == 409
         assert texts(store, "bob") == ["1", "4"], "a refused array left something behind"
         assert commit(store, message(["bob", "eve"], "1", key="k")).sends[0].refused.status == 409
 
@@ -126,7 +146,11 @@ class StoreContract:
         assert [each.n for each in commit(store, message("bob"), message("nobody-yet")).visible] == [2, 1]
 
     def test_marks_are_kept(self, store, reopen):
-        commit(store, message("bob", ttl=5), marks=[Mark("default", "bob", True, 7, 8, 9), Mark("lab", "eve", False, None, 0, 3)])
+        commit(
+            store,
+            message("bob", ttl=5),
+            marks=[Mark("default", "bob", True, 7, 8, 9), Mark("lab", "eve", False, None, 0, 3)],
+        )
         commit(store, marks=[Mark("default", "bob", True, 70, 80, 90)])
         rows = {row[:2]: row[2:] for row in reopen().mailboxes()}
         assert rows["default", "bob"][:5] == (1, 70, 80, 90, 0) and rows["default", "bob"][7] == 1
@@ -152,7 +176,12 @@ class StoreContract:
 
     def test_what_waits_is_counted_without_reading_it(self, store, clock):
         ticks = [each.tick for each in commit(store, *[message("bob") for _ in range(10)]).visible]
-        assert [store.count_up_to("default", "bob", tick) for tick in (0, ticks[3], ticks[9], 1 << 62)] == [0, 4, 10, 10]
+        assert [store.count_up_to("default", "bob", tick) for tick in (0, ticks[3], ticks[9], 1 << 62)] == [
+            0,
+            4,
+            10,
+            10,
+        ]
         assert store.count_up_to("default", "nobody", 0) is None and store.first("default", "nobody") is None
         assert store.first("default", "bob") == ticks[0]
         commit(store, message("bob", ttl=5), message("bob", ttl=500))
@@ -264,7 +293,13 @@ def test_a_database_with_a_broken_page_is_refused(tmp_path):
 
 
 def test_a_message_is_validated_before_it_joins_a_batch():
-    for fields in ({"from": "a", "to": "b"}, {"from": "ALL", "to": "b", "msg": "x"}, {"from": "a", "to": [], "msg": "x"}, [], 7):
+    for fields in (
+        {"from": "a", "to": "b"},
+        {"from": "ALL", "to": "b", "msg": "x"},
+        {"from": "a", "to": [], "msg": "x"},
+        [],
+        7,
+    ):
         with pytest.raises(Refused):
             draft(fields, None)
     assert NOW < 0

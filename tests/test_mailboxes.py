@@ -1,7 +1,11 @@
 """Who reads, how far, and who is parked: with a clock that the test moves."""
+
+import math
+import sys
+
 import pytest
 
-from bus_server import EVERYONE, GRACE, Connection, Deadlines, Mailboxes, Message, Poll
+from bus_server import EVERYONE, GRACE, Deadlines, Mailboxes, Message, Poll
 
 
 class Clock:
@@ -23,7 +27,16 @@ def mailboxes(clock):
 
 
 def poll(*names, since=0, hold=25.0, observer=False, limit=100, channel="default"):
-    return Poll(None if observer else names[0], names + (() if observer else (EVERYONE,)), channel, None, since, limit, hold, False)
+    return Poll(
+        None if observer else names[0],
+        names + (() if observer else (EVERYONE,)),
+        channel,
+        None,
+        since,
+        limit,
+        hold,
+        False,
+    )
 
 
 def message(tick, to, sender="alice", channel="default"):
@@ -38,7 +51,9 @@ def test_a_parked_reader_is_claimed_once_with_all_that_is_for_it(mailboxes):
     mailboxes.park("bob's", poll("bob"))
     mailboxes.park("eve's", poll("eve", "bob"))
     assert claimed(mailboxes, message(1, "bob"), message(2, "eve"), message(3, "carl"), message(4, EVERYONE)) == {
-        "bob's": [1, 4], "eve's": [1, 2, 4]}
+        "bob's": [1, 4],
+        "eve's": [1, 2, 4],
+    }
     assert claimed(mailboxes, message(5, "bob")) == {}, "a reader that was answered is still parked"
     assert not mailboxes.parked and not mailboxes.waiting
 
@@ -117,7 +132,10 @@ def test_a_reader_behind_retention_is_told_of_the_gap(mailboxes):
 def test_marks_that_changed_are_given_out_once(mailboxes):
     mailboxes.polled(poll("bob"), "", 5)
     mailboxes.presented(poll("bob", since=10))
-    assert {mark[1]: mark[2:] for mark in mailboxes.take_marks()} == {"bob": (True, 10, 10, 5), EVERYONE: (False, None, 10, 5)}
+    assert {mark[1]: mark[2:] for mark in mailboxes.take_marks()} == {
+        "bob": (True, 10, 10, 5),
+        EVERYONE: (False, None, 10, 5),
+    }
     assert mailboxes.take_marks() == []
 
 
@@ -134,7 +152,7 @@ class Waiting:
     """What Deadlines knows of a connection."""
 
     def __init__(self):
-        self.due, self.slot = Connection.__init__.__globals__["math"].inf, Connection.__init__.__globals__["sys"].maxsize
+        self.due, self.slot = math.inf, sys.maxsize
 
 
 def test_a_deadline_comes_once_and_not_before_its_time(clock):

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from tests import old_client
-from tests.history import Conversation
+from tests.history import Conversation, get
 from tests.processes import Server, wait_until
 
 SENDERS, EACH = 8, 1000
@@ -49,7 +49,8 @@ def crash(bus):
 def test_an_old_client_loses_nothing_when_the_clock_steps_and_the_server_is_killed(tmp_path, skew):
     with SteppedServer(tmp_path / "bus.db") as bus, Conversation(old_client, bus.url, "bob") as talk:
         talk.listen(skew=skew)
-        crash(bus)  # what the bus learned from its first cursor is on disk
+        wait_until(lambda: abs(get(bus.url, "/healthz")["now"] - time.time() - skew) < 60)
+        crash(bus)  # the bus had taken over the cursor of its reader, and this is on disk
         speak(talk, EACH)
         for place, event in enumerate(TROUBLE, 1):
             talk.wait_for_sends(place * SENDERS * EACH // (len(TROUBLE) + 1))

@@ -235,10 +235,11 @@ def test_readers_that_leave_give_back_their_descriptors(figures):
 def test_readers_that_leave_give_back_their_memory(figures):
     """To those who come next. Not to the system: the names are remembered, and lie scattered over what the crowd took.
 
-    What leaks is missing each time, so one crowd that needs nothing new shows that nothing does. 100 bytes a reader are
-    the allocator's: it has been seen to give and take 60, and a leaked connection would be 1,500.
+    What leaks is missing each time, so one crowd that needs next to nothing shows that nothing does. Next to: the sets
+    of Deadlines stay until their time comes, with the allocator's give and take up to 100 bytes a reader. The smallest
+    record of a reader, its Poll, is 250.
     """
-    assert min(figures.growth) / figures.readers < 100
+    assert min(figures.growth) / figures.readers < 200
 
 
 # One reader, quickly

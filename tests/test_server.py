@@ -1,4 +1,5 @@
 """The server as a process: how it starts, refuses to start, drains, removes what is old, and tells."""
+
 import asyncio
 import contextlib
 import http.client
@@ -63,7 +64,9 @@ def test_a_read_only_folder_is_one_clear_line(tmp_path):
     assert "Permission denied" in refused("--port", 0, "--db", tmp_path / "bus.db")
 
 
-@pytest.mark.parametrize("options", [["--port", "70000"], ["--keep", "soon"], ["--max-body", "5"], ["--host", "not a host"]])
+@pytest.mark.parametrize(
+    "options", [["--port", "70000"], ["--keep", "soon"], ["--max-body", "5"], ["--host", "not a host"]]
+)
 def test_bad_options_end_with_2(options, tmp_path):
     command = [sys.executable, str(ROOT / "bus_server.py"), "--port", "0", "--db", str(tmp_path / "bus.db"), *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
@@ -140,7 +143,6 @@ def test_old_messages_are_removed_and_a_reader_behind_is_told(tmp_path):
         assert plain.startswith("-- messages from ") and "are gone" in plain
 
 
-
 def text(bus, path):
     peer = http.client.HTTPConnection("127.0.0.1", bus.port, timeout=PATIENCE)
     with contextlib.closing(peer):
@@ -161,12 +163,21 @@ def test_it_all_runs_isolated_without_site_packages(tmp_path):
     """-I -S: no environment, no site-packages: proof that the standard library is enough."""
     port = free_port()
     isolated = [sys.executable, "-I", "-S"]
-    env = {**os.environ, "AGENT_BUS_URL": f"http://127.0.0.1:{port}", "AGENT_NAME": "spark", "AGENT_BUS_STATE_DIR": str(tmp_path)}
+    env = {
+        **os.environ,
+        "AGENT_BUS_URL": f"http://127.0.0.1:{port}",
+        "AGENT_NAME": "spark",
+        "AGENT_BUS_STATE_DIR": str(tmp_path),
+    }
     command = [*isolated, str(ROOT / "bus_server.py"), "--port", str(port), "--db", str(tmp_path / "bus.db")]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as server:
         assert server.stdout.readline().startswith(b"listening on")
-        sent = subprocess.run([*isolated, str(ROOT / "bus_send.py"), "bob"], input=b"hi\n", env=env, capture_output=True, timeout=PATIENCE)
-        read = subprocess.run([*isolated, str(ROOT / "bus_recv.py"), "bob", "--once"], env=env, capture_output=True, timeout=PATIENCE)
+        sent = subprocess.run(
+            [*isolated, str(ROOT / "bus_send.py"), "bob"], input=b"hi\n", env=env, capture_output=True, timeout=PATIENCE
+        )
+        read = subprocess.run(
+            [*isolated, str(ROOT / "bus_recv.py"), "bob", "--once"], env=env, capture_output=True, timeout=PATIENCE
+        )
         server.terminate()
         assert server.wait(PATIENCE) == 0
     assert sent.returncode == 0 and read.returncode == 0, (sent.stderr, read.stderr)

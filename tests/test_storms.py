@@ -1,4 +1,5 @@
 """Agents that run away are stopped, and told why: floods, chains of replies, pairs, full mailboxes."""
+
 import http.client
 import json
 import threading
@@ -175,6 +176,7 @@ def test_large_messages_fill_a_mailbox_by_their_bytes(tmp_path):
     with Server(tmp_path / "bus.db") as bus:
         peer, text = Peer(bus), "x" * 250_000
         needed = bus_server.MAILBOX_BYTES // 250_000 + 1
-        statuses = [peer.ask("POST", "/send", {"from": "alice", "to": "bob", "msg": text})[0] for _ in range(needed + 2)]
+        statuses = [
+            peer.ask("POST", "/send", {"from": "alice", "to": "bob", "msg": text})[0] for _ in range(needed + 2)
+        ]
         assert statuses[: needed - 1] == [200] * (needed - 1) and statuses[-1] == 429
-    
