@@ -3,10 +3,12 @@
 
     AGENT_BUS_URL=http://10.0.0.5:8080 python3 bus_recv.py spark     # until it is killed: for an agent's Monitor
     python3 bus_recv.py spark reviewers --once                       # what waits, or else the first to arrive
+    python3 bus_recv.py --read 660ba678a1b40                         # one message, whole
+    python3 bus_recv.py spark --exec ./on_mail.sh                    # a command for each message
     for message in bus_recv.receive("spark"): ...                    # the same, in a program
 
 Read it in the order an answer travels: ask, Reader (which bus, how far, how long a poll is held), Cursor (how far, on
-disk), Outage (when there is no answer), block (what a message looks like), main.
+disk), Outage (when there is no answer), block (what a message looks like), the ways out (text, JSON, a command), main.
 
 A message is shown at least once. Its cursor is saved after it was written out, so a reader that is killed shows its
 last message again and never loses one; the id tells the repeat. Only a 200 with the bus's own JSON moves the cursor,
@@ -35,15 +37,22 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from decimal import Decimal
-from typing import Any
-from urllib.parse import urlencode, urlsplit
+from typing import IO, Any
+from urllib.parse import quote, urlencode, urlsplit
 
+DEFAULT_URL = "http://127.0.0.1:8080"
 HOLD_SECONDS = 25.0  # a poll may be held; under the 30 s after which common proxies cut a quiet request
 GRACE_SECONDS = 10.0  # to connect, and beyond the hold: a bus of the old contract holds up to 30 s, whatever we say
 DOWNLOAD_RATE = 8192  # bytes per second; an answer that comes slower is cut
 ANSWER_BYTES = 64 << 20  # read at most; the bus ends an answer at 1 MiB, and a single message has at most a few
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # s before the next attempt; doubled each time, less up to half by chance
 LOUD_SECONDS = 60.0  # of outage, until whoever reads the messages is told: silence must not look like health
+LOCK_SECONDS = 3.0  # to wait for the reader that we replace to end
+
+# What a Monitor of Claude Code takes without cutting or dropping, a little less of each. In UTF-16 units: a line has
+# 500, and what comes within 0.2 s is one event of 3000; 10 events at once, then one every 2 s.
+LINE_UNITS, WRITE_UNITS = 480, 2700
+BURST, EVERY_SECONDS, APART_SECONDS = 8, 2.1, 0.3
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@-]{0,63}")
 DECIMAL = re.compile(r"[0-9]{1,10}(\.[0-9]{1,9})?")  # s since 1970: what a bus takes for a cursor
@@ -61,6 +70,10 @@ class Refused(Exception):
     def __init__(self, status: int, sentence: str) -> None:
         super().__init__(sentence)
         self.status = status
+
+
+class Busy(Exception):
+    """Another reader of this name is at work in this state directory; the text says which."""
 
 
 class Unreachable(Exception):
@@ -87,8 +100,8 @@ def receive(
     to the environment's. `since` is a decimal, `now` or `last`, and overrules the saved cursor. A poll is held `wait`
     seconds, 1 to 60. It ends after `timeout` seconds; with `once`, when it has given all that waited, or else the first
     that came; otherwise never. A number with a fraction is a Decimal, so that no `ts` is ever rounded.
-    Raises Refused; Unreachable, if time runs out while the bus is out of reach; ValueError for a name, a URL or a
-    `since` that is none; OSError if the cursor cannot be saved.
+    Raises Refused; Unreachable, if time runs out while the bus is out of reach; Busy, if another reader of the name is
+    at work; ValueError for a name, a URL or a `since` that is none; OSError if the cursor cannot be saved.
     """
     return Reader([names] if isinstance(names, str) else names, url, channel, since, wait).messages(once, timeout)
 
@@ -243,7 +256,7 @@ class Reader:
     def __init__(
         self, names: Sequence[str], url: str | None, channel: str | None, since: str | None, wait: float
     ) -> None:
-        self.url = url or os.environ.get("AGENT_BUS_URL") or "http://127.0.0.1:8080"
+        self.url = url or os.environ.get("AGENT_BUS_URL") or DEFAULT_URL
         self.channel = channel or os.environ.get("AGENT_BUS_CHANNEL") or "default"
         if not 1 <= len(names) <= 16:
             raise ValueError("a reader has 1 to 16 names")
@@ -256,14 +269,21 @@ class Reader:
         self.bus: str | None = None  # the id of the one that answered last
         self.bus_time = 0.0  # s since 1970, by its clock, when it did
         self.outage: Outage | None = None  # if it does not answer now
+        self.came = False  # a message, ever
         self.announce: Callable[[str], None] = lambda line: None
         self.warn: Callable[[str], None] = lambda line: None
         self.clock: Any = time
 
     def messages(self, once: bool = False, timeout: float | None = None) -> Iterator[dict[str, Any]]:
         """See receive(). What is not a dict, from a strange bus, is given as it is."""
+        for answer in self.answers(once, timeout):
+            for message in answer["messages"]:
+                yield message
+                self.cursor.pass_over(message)
+
+    def answers(self, once: bool, timeout: float | None) -> Iterator[dict[str, Any]]:
+        """Answers of the bus. When the next one is asked for, the cursor moves to the end of this one."""
         end = math.inf if timeout is None else self.clock.monotonic() + timeout
-        came = False
         while True:
             began = self.clock.monotonic()
             left = max(end - began, 0)
@@ -276,20 +296,16 @@ class Reader:
                     self.endure(fault, now - began, end - now)
                     continue
                 held = self.bus and not self.outage and now - began >= allowed
-                if came or held:  # a bus of the old contract holds as long as it likes
+                if self.came or held:  # a bus of the old contract holds as long as it likes
                     return
                 raise Unreachable(f"{self.url} is out of reach ({fault}); tools/bus_doctor.py says where") from fault
-            for message in answer["messages"]:
-                came = True
-                yield message
-                ts = str(message.get("ts")) if isinstance(message, dict) else ""
-                if DECIMAL.fullmatch(ts):
-                    self.cursor.move(ts)
+            self.came = self.came or bool(answer["messages"])
+            yield answer
             self.cursor.move(str(answer["now"]))
-            if answer.get("more") and not came:
+            if answer.get("more") and not self.came:
                 continue  # so much was looked at that was for others
             now = self.clock.monotonic()
-            if now >= end or (once and came and not answer.get("more")):
+            if now >= end or (once and self.came and not answer.get("more")):
                 return
             if not answer["messages"]:
                 self.clock.sleep(min(max(began + 1 - now, 0), end - now))  # a bus that does not hold is not run down
@@ -351,6 +367,7 @@ class Cursor:
         state = os.environ.get("AGENT_BUS_STATE_DIR") or os.path.join(state, "agent-bus")
         self.state = os.path.abspath(os.path.expanduser(state))
         self.path = os.path.join(self.state, "cursors", *map(file_name, (bus, channel, name)))
+        self.lock = self.only_one(name)
         self.at = "last"
         with contextlib.suppress(OSError), open(self.path, encoding="ascii", errors="replace") as file:
             self.at = file.read(64).strip()
@@ -359,22 +376,64 @@ class Cursor:
             self.at = "last"
         self.move(self.at)  # where it cannot be written, fail before a message is asked for
 
-    def move(self, since: str) -> None:
-        self.at = since
-        new = f"{self.path}.{os.getpid()}"  # ours alone: the reader that we replace may still be at work
+    def only_one(self, name: str) -> IO[str]:
+        """A file, locked until it is closed or this process ends: two readers would each see half of the mail."""
         try:
             os.makedirs(self.state, 0o700, exist_ok=True)
             os.makedirs(os.path.dirname(self.path), 0o700, exist_ok=True)
+            file = open(os.open(f"{self.path}~lock", os.O_RDWR | os.O_CREAT, 0o600), "r+", encoding="ascii")  # noqa: SIM115
+        except OSError as error:
+            raise self.unwritable(error) from error
+        end = time.monotonic() + LOCK_SECONDS
+        while not try_lock(file):
+            if time.monotonic() >= end:
+                raise Busy(f"{name} is read already, by process {file.read(20).strip()}: end that one first")
+            time.sleep(0.05)
+        file.truncate()
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        return file
+
+    def move(self, since: str) -> None:
+        self.at = since
+        new = f"{self.path}~{os.getpid()}"
+        try:
             with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="ascii") as file:
                 file.write(f"{since}\n")
             os.replace(new, self.path)
         except OSError as error:
-            advice = "set AGENT_BUS_STATE_DIR to a directory that can be written"
-            raise OSError(f"the cursor cannot be saved in {self.path} ({error.strerror}): {advice}") from error
+            raise self.unwritable(error) from error
+
+    def pass_over(self, message: Any) -> None:
+        """This message was received."""
+        ts = str(message.get("ts")) if isinstance(message, dict) else ""
+        if DECIMAL.fullmatch(ts):
+            self.move(ts)
+
+    def unwritable(self, error: OSError) -> OSError:
+        advice = "set AGENT_BUS_STATE_DIR to a directory that can be written"
+        return OSError(f"the cursor cannot be saved in {self.path} ({error.strerror}): {advice}")
+
+
+def try_lock(file: IO[str]) -> bool:
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+
+            os.lseek(file.fileno(), 1 << 20, os.SEEK_SET)  # beyond the text, which the other one may want to read
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            os.lseek(file.fileno(), 0, os.SEEK_SET)
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def file_name(text: str) -> str:
-    """The text as a file name: never `.` or `..`, and no other's, even where a file system takes A for a."""
+    """The text as a file name: never `.` or `..`, without a `~`, and no other's, even where A and a are one file."""
     return re.sub(rb"^\.|[^a-z0-9._-]", lambda byte: b"%%%02X" % ord(byte[0]), text.encode()).decode()
 
 
@@ -406,11 +465,12 @@ class Outage:
             self.announce(f"{self.url} is back, after {span(self.clock.monotonic() - self.began)}")
 
 
-def block(message: dict[str, Any], reader: str, now: float) -> str:
+def block(message: dict[str, Any], reader: str, now: float, whole: bool = False) -> str:
     """A message as text: a line of what is known about it, each line of its body behind `| `, and `---`.
 
     The prefix is what keeps a body from looking like another message. `now` is the bus's clock, in s since 1970; the
     age is told from a minute up, the receiver if it is not `reader`, anything else if it is given and not the default.
+    Unless it is to be `whole`, a long line goes on behind `|+`, and a long body ends with how to read the rest.
     """
     ts = float(message["ts"])
     fields = {**message, "age": span(now - ts)}
@@ -418,7 +478,42 @@ def block(message: dict[str, Any], reader: str, now: float) -> str:
     head = [f"{name}={word(fields[name])}" for name in HEAD if fields.get(name) not in (None, usual.get(name))]
     body = visible(re.sub("\r\n?", "\n", message["msg"]).removesuffix("\n"))
     stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(ts))
-    return "\n".join([" ".join([stamp, *head]), *(f"| {line}" for line in body.split("\n")), "---\n"])
+    first, lines = " ".join([stamp, *head]), [f"| {line}" for line in body.split("\n")]
+    if not whole:
+        first, lines = next(pieces(first, LINE_UNITS)), cut(lines, str(message.get("id")))
+    return "\n".join([first, *lines, "---\n"])
+
+
+def cut(lines: Sequence[str], number: str) -> list[str]:
+    """Lines that a Monitor shows: none too long, and as many as go into one write."""
+    kept: list[str] = []
+    room = WRITE_UNITS - LINE_UNITS - 120  # for the head, and for what is said about the rest
+    for place, line in enumerate(lines):
+        for part, piece in enumerate(pieces(line, LINE_UNITS - 2)):
+            text = f"|+{piece}" if part else piece
+            room -= units(text) + 1
+            if room < 0:
+                rest = sum(map(len, lines[place:])) - part * (LINE_UNITS - 2)
+                return [*kept, f"|~ {rest} more characters: python3 bus_recv.py --read {word(number)}"]
+            kept.append(text)
+    return kept
+
+
+def units(text: str) -> int:
+    return len(text.encode("utf-16-le")) // 2
+
+
+def pieces(line: str, width: int) -> Iterator[str]:
+    """The line in parts of at most so many UTF-16 units; the two halves of a character stay together."""
+    raw, start = line.encode("utf-16-le"), 0
+    while True:
+        end = min(start + 2 * width, len(raw))
+        if end < len(raw) and raw[end - 1] & 0xFC == 0xD8:
+            end -= 2
+        yield raw[start:end].decode("utf-16-le")
+        start = end
+        if start >= len(raw):
+            return
 
 
 def word(value: Any) -> str:
@@ -468,7 +563,87 @@ def emit(text: str) -> None:
 
 
 def announce(line: str) -> None:
-    emit(visible(f"-- agent-bus: {line}".replace("\n", " ")) + "\n")
+    emit(next(pieces(visible(f"-- agent-bus: {line}".replace("\n", " ")), LINE_UNITS)) + "\n")
+
+
+class Pace:
+    """When the next write may be: a Monitor drops what comes too often. Used by one program."""
+
+    def __init__(self, clock: Any = time) -> None:
+        self.clock, self.left, self.last = clock, float(BURST), -math.inf
+
+    def wait(self) -> None:
+        now = self.clock.monotonic()
+        self.left = min(BURST, self.left + (now - self.last) / EVERY_SECONDS)
+        self.clock.sleep(max(self.last + APART_SECONDS - now, (1 - self.left) * EVERY_SECONDS, 0))
+        self.left = max(self.left - 1, 0)
+        self.last = self.clock.monotonic()
+
+
+# The ways out. Each moves the cursor as soon as a message is out, and not before.
+
+
+def show_blocks(reader: Reader, answers: Iterator[dict[str, Any]]) -> None:
+    """What arrived together is written together, as much as one event of a Monitor holds."""
+    pace = Pace(reader.clock)
+
+    def write(text: str, last: Any) -> None:
+        pace.wait()
+        emit(text)
+        reader.cursor.pass_over(last)
+
+    for answer in answers:
+        text, last = "", None
+        for message in answer["messages"]:
+            more = show(message, reader.names[0], reader.bus_time)
+            if text and units(text + more) > WRITE_UNITS:
+                write(text, last)
+                text = ""
+            text, last = text + more, message
+        if text:
+            write(text, last)
+
+
+def show_json(reader: Reader, answers: Iterator[dict[str, Any]]) -> None:
+    for answer in answers:
+        for message in answer["messages"]:
+            emit(f"{dump(message)}\n")
+            reader.cursor.pass_over(message)
+
+
+def run_command(command: str, tries: int, reader: Reader, answers: Iterator[dict[str, Any]]) -> None:
+    """The command for each message. After so many tries the message goes to a file, and the next one has its turn."""
+    for answer in answers:
+        for message in answer["messages"]:
+            for attempt in range(1, tries + 1):
+                code = run_once(command, message)
+                if code == 0:
+                    break
+                reader.warn(f"the command ended with {code} for {message.get('id')}, attempt {attempt} of {tries}")
+                if attempt < tries:
+                    reader.clock.sleep(min(FIRST_PAUSE * 2 ** (attempt - 1), LONGEST_PAUSE))
+            else:
+                dead = f"{reader.cursor.path}~dead"
+                with open(os.open(dead, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "w", encoding="ascii") as file:
+                    file.write(f"{dump(message)}\n")
+                reader.warn(f"{message.get('id')} is given up, and in {dead}")
+            reader.cursor.pass_over(message)
+
+
+def run_once(command: str, message: dict[str, Any]) -> int:
+    """The exit code of the command: JSON on stdin, MSG_FROM, MSG_ID, MSG_SUBJECT ... in its environment."""
+    import subprocess  # slow to import
+
+    fields = {f"MSG_{name.upper()}": str(message.get(name, ""))[:1000] for name in HEAD if name != "age"}
+    return subprocess.run(command, shell=True, input=dump(message).encode(), env={**os.environ, **fields}).returncode
+
+
+def read_one(number: str) -> int:
+    """Print one message, whole. It needs no cursor and moves none."""
+    url = os.environ.get("AGENT_BUS_URL") or DEFAULT_URL
+    answer, now = ask(url, f"/message/{quote(number, safe='')}", GRACE_SECONDS)
+    emit(block(answer["message"], "", now, whole=True))
+    return 0
 
 
 def complain(line: str) -> None:
@@ -477,31 +652,41 @@ def complain(line: str) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Show the messages for NAME on an agent-bus, as they arrive.")
-    parser.add_argument("names", nargs="+", metavar="NAME", help="the reader's own, then others it reads along")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="the reader's own, then others it reads along")
     parser.add_argument("--json", action="store_true", help="a line of JSON for each message")
     parser.add_argument("--once", action="store_true", help="end after what waits, or after the first to arrive")
     parser.add_argument("--timeout", type=float, metavar="S", help="end after S seconds (with --once: 25)")
     parser.add_argument("--since", metavar="X", help="a time (s since 1970), now, or last; default: the saved cursor")
     parser.add_argument("--channel", metavar="C", help="default: $AGENT_BUS_CHANNEL, or 'default'")
+    parser.add_argument("--exec", metavar="CMD", help="run CMD for each message: JSON on stdin, MSG_FROM ... in its "
+                        "environment; the cursor moves when it ends with 0")
+    parser.add_argument("--tries", type=int, default=5, metavar="N", help="of --exec, then the message goes to a file")
+    parser.add_argument("--read", metavar="ID", help="print this message, whole, and end")
     options = parser.parse_args(argv)
+    if bool(options.names) == bool(options.read):
+        parser.error("give at least one NAME, or --read ID")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     timeout = HOLD_SECONDS if options.once and options.timeout is None else options.timeout
-    came = False
     try:
+        if options.read:
+            return read_one(options.read)
         reader = Reader(options.names, None, options.channel, options.since, HOLD_SECONDS)
         reader.warn = complain
-        reader.announce = complain if options.json else announce  # a program that reads JSON reads nothing else
-        for message in reader.messages(options.once, timeout):
-            emit(f"{dump(message)}\n" if options.json else show(message, options.names[0], reader.bus_time))
-            came = True
+        # A program that reads JSON, or a command's own output, reads nothing else.
+        reader.announce = complain if options.json or options.exec else announce
+        answers = reader.answers(options.once, timeout)
+        if options.exec:
+            run_command(options.exec, options.tries, reader, answers)
+        else:
+            (show_json if options.json else show_blocks)(reader, answers)
     except BrokenPipeError:  # nobody reads us any more
         return 0
     except KeyboardInterrupt:
         return 130
-    except (Refused, Unreachable, ValueError, OSError) as error:
+    except (Refused, Unreachable, Busy, ValueError, OSError) as error:
         complain(str(error))
         return {Refused: 1, Unreachable: 75}.get(type(error), 2)
-    return 0 if came else 3
+    return 0 if reader.came else 3
 
 
 if __name__ == "__main__":
