@@ -1203,7 +1203,7 @@ class Bus:
         self.save_marks_soon()
         if poll.since == LAST:
             first = self.store.first(str(poll.channel), str(poll.me))
-            return self.serve(request, self.mailboxes.resume(poll, first, self.last))
+            return self.serve(request, self.mailboxes.resume(poll, first, self.last), presented=True)
         return self.look(request, poll)
 
     def log(self, request: Request) -> Answer | None:
@@ -2347,7 +2347,7 @@ def reload(tls: ssl.SSLContext, options: argparse.Namespace) -> None:
 
 async def every(period: float, action: Callable[[], None]) -> None:
     while True:
-        await asyncio.sleep(period)
+        await asyncio.sleep(period - time.monotonic() % period)  # on the slots of Deadlines, and not between them
         action()
 
 
