@@ -356,6 +356,15 @@ def test_since_now_and_since_last(bus):
 
 
 @ours
+def test_since_last_is_remembered_from_its_first_use(bus):
+    """a new name that asks since=last again, before it presented anything, misses no broadcast in between"""
+    channel, to = fresh("channel"), fresh()
+    assert bus.texts(to, since="last", channel=channel) == []
+    bus.send("all", "hear me", channel=channel)
+    assert bus.texts(to, since="last", channel=channel) == bus.texts(to, since="last", channel=channel) == ["hear me"]
+
+
+@ours
 def test_a_cursor_ahead_of_the_bus_loses_nothing(bus):
     """a reader whose clock is fast gets what is sent after it came; far ahead is 400 with a hint"""
     to = fresh()
