@@ -24,7 +24,7 @@ $(VENV)/test:
 	touch $@
 
 $(VENV)/dev: pyproject.toml | $(VENV)/test
-	$(VENV)/bin/pip install -q $$($(VENV)/bin/python -c "import re; print(*re.findall(r'\"([^\"]+)\"', re.search(r'^dev = (.*)', open('pyproject.toml').read(), re.M)[1]))")
+	$(VENV)/bin/pip install -q -e '.[dev]'
 	command -v shellcheck >/dev/null || { apt-get update -q && apt-get install -qy shellcheck; }
 	touch $@
 

@@ -382,7 +382,7 @@ class Connection(asyncio.Protocol):
         self.bus.connections.discard(self)
         self.bus.strangers.pop(self.guest, None)
         self.bus.deadlines.forget(self)
-        self.bus.unpark(self)
+        self.bus.lost(self)
         self.state = State.LINGER
         self.buffer, self.request = b"", None  # we and our transport hold each other until the collector comes
 
@@ -1278,12 +1278,15 @@ class Bus:
             connection.answer(refusal(refused))
 
     def release(self, connection: Connection) -> None:
-        """The hold of a parked reader is over: its answer is empty."""
-        connection.answer(delivery(self, self.mailboxes.unpark(connection), []))
+        """The hold of a parked reader is over, or it hung up: its answer is empty."""
+        poll = self.mailboxes.unpark(connection)
+        if connection.ended:
+            self.mailboxes.left(poll)
+        connection.answer(delivery(self, poll, []))
 
-    def unpark(self, connection: Connection) -> None:
+    def lost(self, connection: Connection) -> None:
         if connection.state is State.PARKED:
-            self.mailboxes.unpark(connection)
+            self.mailboxes.left(self.mailboxes.unpark(connection))
 
     def fetched(self, poll: Poll, tick: int) -> None:
         self.mailboxes.fetched(poll, tick)
@@ -1838,6 +1841,13 @@ class Mailboxes:
             box.until = max(box.until, now + (poll.hold or HOLD) + GRACE)
             box.seen, box.address = wall, address
         self.box(str(poll.channel), poll.names[0]).own = True
+
+    def left(self, poll: Poll) -> None:
+        """A parked reader hung up. Unless another one waits there, it counts as listening for GRACE only."""
+        for own in poll.names if poll.me is not None else ():
+            if (str(poll.channel), own) not in self.waiting:
+                box = self.box(str(poll.channel), own)
+                box.until = min(box.until, self.clock() + GRACE)
 
     def online(self, box: Mailbox) -> bool:
         """Derived, never declared: it has a poll in hand, or had one within its hold and GRACE."""

@@ -89,6 +89,21 @@ def test_presence_is_the_hold_and_the_grace(mailboxes, clock):
     assert box.listening == 7
 
 
+def test_a_reader_that_hangs_up_is_gone_after_the_grace_unless_another_waits(mailboxes, clock):
+    for connection in ("one", "two"):
+        mailboxes.polled(poll("bob", hold=60), "", 5)
+        mailboxes.park(connection, poll("bob", hold=60))
+    clock.now += 1
+    mailboxes.left(mailboxes.unpark("one"))
+    clock.now += GRACE + 1
+    box = mailboxes.box("default", "bob")
+    assert mailboxes.online(box), "the other one still waits"
+    mailboxes.left(mailboxes.unpark("two"))
+    assert mailboxes.online(box), "it may be about to poll again"
+    clock.now += GRACE + 0.1
+    assert not mailboxes.online(box)
+
+
 def test_the_first_name_is_the_readers_own(mailboxes):
     mailboxes.polled(poll("bob", "team"), "", 5)
     mailboxes.presented(poll("bob", "team", since=70))
