@@ -1,0 +1,215 @@
+"""The real Claude Code with a scripted model: what an agent is told, what it answers, what outlives a watch.
+
+No account and no network: the model is tests/scripted_model.py on loopback, HOME is thrown away, and whatever the
+program would ask elsewhere goes to a proxy that is not there. The binary is $CLAUDE_BINARY, or on PATH, or where
+    npm install --prefix ~/.cache/agent-bus-claude @anthropic-ai/claude-code@2.1.329
+puts it; without one the whole file is skipped.
+"""
+
+import contextlib
+import os
+import pathlib
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+import bus_recv
+import bus_send
+from tests.processes import PATIENCE, ROOT, wait_until
+from tests.scripted_model import ScriptedModel, news, tool_use, words
+
+CACHED = pathlib.Path.home() / ".cache/agent-bus-claude/node_modules/.bin/claude"
+CLAUDE = os.environ.get("CLAUDE_BINARY") or shutil.which("claude") or (str(CACHED) if CACHED.exists() else None)
+ANSWER_SECONDS = 2  # from a peer's send to the peer's receipt of the answer
+HEAD = re.compile(r"from=peer id=([0-9a-f]+)")
+EVENT = re.compile(r"<event>(.*?)</event>", re.DOTALL)
+BODY = re.compile(r"^\| (.*)$", re.MULTILINE)
+
+pytestmark = [
+    pytest.mark.skipif(not CLAUDE, reason="no claude binary: see the head of tests/test_end_to_end.py"),
+    pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs /proc to see that every process has ended"),
+]
+
+
+def python(script, *arguments):
+    return shlex.join([sys.executable, str(ROOT / script), *arguments])
+
+
+def monitor(seconds=120):
+    command = shlex.join([sys.executable, "-u", str(ROOT / "bus_recv.py"), "alice"])
+    return tool_use("Monitor", command=command, description="agent-bus inbox: alice", timeout_ms=int(seconds * 1000))
+
+
+def bash(command):
+    return tool_use("Bash", command=command, description="run it")
+
+
+def reply(number, text):
+    sending = python("bus_send.py", "peer", "--reply-to", number)
+    return bash(f"printf %s {shlex.quote(text)} | {sending}")
+
+
+class Session:
+    """One `claude -p` process whose agent is alice; at the end nothing that it started is left."""
+
+    def __init__(self, folder, bus, model, *options, **environment):
+        self.home, self.out = folder / "home", folder / "out.jsonl"
+        self.work = folder / "work"
+        self.command = [CLAUDE, "-p", "begin", "--output-format", "stream-json", "--verbose", *options]
+        nowhere = "http://127.0.0.1:9"
+        self.env = {
+            "PATH": os.environ["PATH"],
+            "HOME": str(self.home),
+            "AGENT_BUS_URL": bus.url,
+            "AGENT_NAME": "alice",
+            "AGENT_BUS_STATE_DIR": str(folder / "state"),
+            "ANTHROPIC_BASE_URL": model.url,
+            "ANTHROPIC_API_KEY": "dummy",
+            "CLAUDE_CODE_MAX_RETRIES": "0",
+            "http_proxy": nowhere,
+            "https_proxy": nowhere,
+            "no_proxy": "127.0.0.1,localhost",
+            **environment,
+        }
+        self.model = model
+
+    def processes(self):
+        """The pids of all that was started with our HOME."""
+        mine, found = f"HOME={self.home}\0".encode(), []
+        for entry in pathlib.Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if mine in b"\0" + (entry / "environ").read_bytes() + b"\0":
+                    found.append(int(entry.name))
+        return found
+
+    def readers(self):
+        """The pids of the bus_recv.py processes; a shell that runs one is none."""
+        found = []
+        for pid in self.processes():
+            with contextlib.suppress(OSError):
+                arguments = pathlib.Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+                if str(ROOT / "bus_recv.py").encode() in arguments and b"-c" not in arguments:
+                    found.append(pid)
+        return found
+
+    def end(self):
+        """As its user would end it; returns what does not end by itself."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        try:
+            self.process.wait(PATIENCE)
+            wait_until(lambda: not self.processes(), 5)
+        except (subprocess.TimeoutExpired, AssertionError):
+            left = self.processes()
+            for pid in left:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            self.process.wait(PATIENCE)
+            return left
+        return []
+
+    def __enter__(self):
+        self.home.mkdir()
+        self.work.mkdir()
+        with self.out.open("wb") as out:
+            self.process = subprocess.Popen(
+                self.command, cwd=self.work, env=self.env, stdin=subprocess.DEVNULL, stdout=out, stderr=out
+            )
+        return self
+
+    def __exit__(self, kind, *_):
+        left = self.end()
+        if kind:
+            print(self.out.read_text(errors="replace")[-6000:])  # pytest shows it with the failure
+        assert kind or not left, f"these outlived the session: {left}"
+        assert kind or not self.model.failures, self.model.failures[0]
+
+
+@pytest.fixture
+def peer(bus, tmp_path, monkeypatch):
+    """Sends to alice as peer; the other end of a conversation."""
+    monkeypatch.setenv("AGENT_BUS_STATE_DIR", str(tmp_path / "peer-state"))
+    for name in ("AGENT_BUS_TOKEN", "AGENT_BUS_TOKEN_FILE", "AGENT_BUS_CHANNEL"):
+        monkeypatch.delenv(name, raising=False)
+
+    def send(text, **fields):
+        return bus_send.send("alice", text, sender="peer", url=bus.url, **fields)
+
+    return send
+
+
+def test_a_message_becomes_a_notification_and_its_answer_reaches_the_peer(bus, peer, tmp_path):
+    def script(request):
+        told = news(request)
+        if len(model.requests) == 1:
+            return [monitor()]
+        if "<task-notification>" in told and HEAD.search(told):
+            return [reply(HEAD.search(told)[1], f"answer to {BODY.search(told)[1]}")]
+        return [words("waiting")]
+
+    took = []
+    with ScriptedModel(script) as model, Session(tmp_path, bus, model, "--allowedTools", "Monitor", "Bash"):
+        wait_until(lambda: "Monitor started" in model.heard())
+        mail = bus_recv.receive("peer", url=bus.url, timeout=PATIENCE)
+        for number in range(5):
+            began = time.monotonic()
+            sent = peer(f"question {number}")
+            answer = next(mail)
+            took.append(time.monotonic() - began)
+            assert (answer["from"], answer["msg"]) == ("alice", f"answer to question {number}")
+            assert answer["reply_to"] == sent["id"]
+        event = next(news(request) for request in model.requests if "question 0" in news(request))
+    assert '<summary>Monitor event: "agent-bus inbox: alice"</summary>' in event
+    assert re.search(r"<event>\S+ from=peer id=[0-9a-f]+\n\| question 0\n---</event>", event), event
+    print("seconds from a peer's send to its receipt of the answer:", *(f"{seconds:.2f}" for seconds in took))
+    assert min(took) < ANSWER_SECONDS, took
+
+
+ENDED = re.compile(r"Monitor expired|<status>\w+</status>")
+
+
+@pytest.mark.parametrize("death", ["its deadline", "a kill of its reader"])
+def test_a_watch_that_ends_and_is_armed_again_loses_nothing(bus, peer, tmp_path, death):
+    """Mail comes all the time, and in each gap; a repeat is from the last block that the ended watch wrote."""
+    sent, watches = [], 4
+    turn = threading.Lock()
+
+    def mail(text):
+        with turn:
+            sent.append(peer(text)["id"])
+
+    def script(request):
+        told = news(request)
+        if len(model.requests) > 1 and not ENDED.search(told):
+            return [words("waiting")]
+        if len(model.requests) > 1:
+            armed.append(len(sent))
+            for number in range(3):
+                mail(f"in gap {len(armed)}, {number}")
+        return [monitor(1.2 if death == "its deadline" and len(armed) < watches else 60)]
+
+    armed = []
+    with ScriptedModel(script) as model, Session(tmp_path, bus, model, "--allowedTools", "Monitor") as session:
+        number = 0
+        while len(armed) < watches:
+            mail(f"steady {number}")
+            number += 1
+            time.sleep(0.05)  # the rate of the mail
+            readers = session.readers() if death != "its deadline" and number % 20 == 0 else []
+            for pid in readers:
+                os.kill(pid, signal.SIGKILL)
+            assert number < 400, "the watch was not armed again"
+        wait_until(lambda: sent[-1] in model.heard())
+        told = [HEAD.findall(event) for event in EVENT.findall(model.heard())]
+    seen, last = set(), set()
+    for block in map(set, filter(None, told)):
+        assert (block & seen) <= last, "a repeat that is not from the last block"
+        seen, last = seen | block, block
+    assert seen == set(sent), f"lost: {[sent.index(number) for number in sent if number not in seen]}, of {len(sent)}"
