@@ -150,12 +150,15 @@ FAULTS = {
 class Scripted:
     """Answers the n-th request with the n-th of `script`: bytes, or a function of the socket. The last one repeats.
 
-    `/healthz` is not part of the script: it says that the bus is `bus` (None: a bus of the old contract). `asked` has
-    all that was asked, `polls` what was asked of /recv.
+    `/healthz` is not part of the script: it says that the bus is `bus` (None: a bus of the old contract), or `health`.
+    `asked` has all that was asked, `polls` what was asked of /recv.
     """
 
-    def __init__(self, *script, bus="b1"):
-        self.script, self.bus = list(script), bus
+    def __init__(self, *script, bus="b1", health=None):
+        self.script = list(script)
+        self.health = health
+        if health is None:
+            self.health = answer({"ok": True, "now": NOON + 0.25, **({"bus": bus} if bus else {})})
         self.asked = []
         self.listener = socket.create_server(("127.0.0.1", 0), backlog=64)
         self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
@@ -180,7 +183,7 @@ class Scripted:
             body = self._read(sock, body, lambda data: len(data) >= int(headers.get("content-length", 0)))
             self.asked.append(Asked(*first.split(" ")[:2], headers, body))
             if self.asked[-1].target.endswith("/healthz"):
-                behave = answer({"ok": True, "now": NOON + 0.25, **({"bus": self.bus} if self.bus else {})})
+                behave = self.health
             else:
                 behave = self.script.pop(0) if len(self.script) > 1 else self.script[0]
             sock.sendall(behave) if isinstance(behave, bytes) else behave(sock)

@@ -1,0 +1,359 @@
+#!/usr/bin/env python3
+"""Walk the way to an agent-bus and say which hop fails, and what to try next.
+
+    AGENT_BUS_URL=https://bus.example AGENT_NAME=spark python3 tools/bus_doctor.py
+
+One line for each hop: `ok`, `warn` (it works, but), or `FAIL`, which ends the walk; under the last two, what to do.
+It uses the clients' environment and the clients' own code, so what it finds is what they meet.
+
+Nothing is stored, no mail is read and no cursor moves: the send is one that the bus must refuse, and the polls are of a
+channel of our own (`doctor`), where nobody sends. The token is never shown. Exit code: 0 all is well, or there are
+only warnings; 1 a hop failed; 2 usage.
+"""
+from __future__ import annotations
+
+import argparse
+import contextlib
+import http.client
+import json
+import os
+import pathlib
+import re
+import socket
+import ssl
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Union
+from urllib.parse import urlencode, urlsplit
+
+sys.path.append(str(pathlib.Path(__file__).resolve().parent.parent))  # the clients are there, installed or not
+import bus_recv
+import bus_send
+
+PATIENCE = 10.0  # s for a hop; what needs longer is as good as broken
+SKEW_SECONDS = 120.0  # clients of the first contract start at their own clock; the bus refuses what is 300 s ahead
+PAGE_BYTES = 1 << 16  # of what may be a page, and not the bus's, to find its title
+BODY_BYTES = 1 << 16  # every bus takes so much, so everything before it must
+CHANNEL = "doctor"
+TOKEN = re.compile(r"abt_[0-9a-f]{8}_[A-Za-z0-9_-]{43}")
+Finding = Union[str, tuple[str, str]]  # what is there; with an advice it is a warning
+
+
+class Fault(Exception):
+    """Here the way ends: what was found, and what to do."""
+
+    def __init__(self, found: str, advice: str) -> None:
+        super().__init__(found)
+        self.advice = advice
+
+
+class Way:
+    """The way from here to one bus. Each hop says what it found, or raises; what it learnt is for those behind it."""
+
+    host: str  # with `port`, the first machine we talk to: that of the bus, or a proxy
+    port: int
+    direct: bool  # it is that of the bus
+    health: dict[str, Any]  # what the bus says of itself
+
+    def __init__(self, url: str, name: str, hold: float) -> None:
+        self.url, self.name, self.hold = url, name, hold
+
+    def spelling(self) -> Finding:
+        try:
+            connection, _ = bus_recv.connect(self.url, PATIENCE)
+        except ValueError as error:
+            raise Fault(str(error), MEND) from None
+        parts = urlsplit(self.url)
+        self.scheme, self.target = parts.scheme, parts.hostname or ""
+        self.host, self.port = connection.host, connection.port
+        if not self.target:
+            raise Fault(f"{self.url} names no host", "write it like http://host:8080")
+        self.direct = not bus_recv.proxy_for(self.scheme, self.target, parts.port or self.port)
+        return self.url if os.environ.get("AGENT_BUS_URL") else f"{self.url}, as AGENT_BUS_URL is not set"
+
+    def proxy(self) -> Finding:
+        variable = next((name for name in os.environ if name.lower() == f"{self.scheme}_proxy"), None)
+        if not variable:
+            return "none"
+        if not self.direct:
+            return f"{variable} leads through {self.host} port {self.port}"
+        if bus_recv.is_here(self.target):
+            return f"{variable} is set, and not used towards this machine itself"
+        return f"{variable} is set, and no_proxy excepts {self.target}"
+
+    def dns(self) -> Finding:
+        try:
+            found = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
+        except OSError as error:
+            advice = "is it spelled right? In a VPN or tailnet: is that up here, and does it serve names?"
+            raise Fault(f"no address for {self.host}: {error.strerror}", advice) from None
+        addresses = ", ".join(dict.fromkeys(str(address[0]) for *_, address in found))
+        return f"{self.host} is {addresses}" if addresses != self.host else "an address, no name"
+
+    def tcp(self) -> Finding:
+        where, began = f"{self.host} port {self.port}", time.monotonic()
+        try:
+            socket.create_connection((self.host, self.port), PATIENCE).close()
+        except ConnectionRefusedError:
+            advice = "is the server running, on that port? Without --host it listens on its own 127.0.0.1 only"
+            raise Fault(f"{where} refuses: nothing listens there", advice) from None
+        except socket.timeout:
+            advice = "a firewall drops it, the host is down, or the address is another's: try ping, look at the VPN"
+            raise Fault(f"{where} does not answer within {PATIENCE:.0f} s", advice) from None
+        except OSError as error:
+            raise Fault(f"{where}: {worded(error)}", "is the network, the VPN or the tunnel up?") from None
+        return f"{where} accepts, after {(time.monotonic() - began) * 1000:.0f} ms"
+
+    def tls(self) -> Finding:
+        if self.scheme == "http" and (bus_recv.is_here(self.target) or os.environ.get("AGENT_BUS_PLAIN_HTTP")):
+            return "none: plain http"
+        if self.scheme == "http":
+            return "none: plain http across a network", "use https, or in a tunnel or a VPN AGENT_BUS_PLAIN_HTTP=1"
+        connection, _ = bus_recv.connect(self.url, PATIENCE)
+        with contextlib.closing(connection):
+            try:
+                connection.connect()
+            except ssl.SSLCertVerificationError as error:
+                advice = CERTIFICATE.get(error.verify_code, "ask its operator for a better one")
+                raise Fault(f"the certificate is not good: {error.verify_message}", advice) from None
+            except OSError as error:
+                self.check_scheme()
+                raise Fault(f"no TLS: {worded(error)}", "is that the right port? Is a proxy in between?") from None
+            return "the certificate is good"
+
+    def answer(self) -> Finding:
+        """Does anything answer there, and is it the bus, or something in its place?"""
+        try:
+            response, page = self.fetch("/healthz")
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            self.check_scheme()
+            advice = "is that the right port? Does a log at the other end say more?"
+            raise Fault(f"no answer: {worded(error)}", advice) from None
+        self.health, self.skew, status = said(page), time.time() - bus_recv.clock_of(response), response.status
+        if status == 200 and self.health:
+            return "200, and JSON"
+        if status == 400:  # some say it in plain http that their port is for https
+            self.check_scheme()
+        if 300 <= status < 400:
+            place = response.headers.get("Location", "").partition("/healthz")[0]
+            raise Fault(f"{status}: it sends us on to {place}", f"the clients follow nobody: set AGENT_BUS_URL={place}")
+        if isinstance(self.health.get("error"), str):
+            raise Fault(f"{status}: {self.health['error']}", REFUSALS.get(status, BETWEEN))
+        advice = PAGES.get(status, NO_BUS if status >= 500 else STRANGER)
+        raise Fault(f"{status} and {title(page)}, by {response.headers.get('Server', 'nobody knows what')}", advice)
+
+    def bus(self) -> Finding:
+        if self.health.get("ok") is not True or not bus_recv.DECIMAL.fullmatch(str(self.health.get("now"))):
+            raise Fault("what answers is not an agent-bus", "is that the right host and port?")
+        if "bus" not in self.health:
+            return "it speaks the first contract only", "ids, receipts and tokens need another server"
+        return f"an agent-bus, {self.health['bus']}"
+
+    def clock(self) -> Finding:
+        if abs(self.skew) < SKEW_SECONDS:
+            return f"ours is within {abs(self.skew) + 1:.0f} s of theirs"  # the Date has whole seconds
+        found = f"ours is {abs(self.skew):.0f} s {'ahead of' if self.skew > 0 else 'behind'} theirs"
+        return found, "set it (NTP): clients of the first contract start at their own clock, certificates go by it"
+
+    def token(self) -> Finding:
+        """Is one asked for, is one set, do they fit?"""
+        try:
+            header = bus_recv.credentials(self.url)
+        except ValueError as error:
+            raise Fault(str(error), MEND) from None
+        response, page = self.fetch("/inbox")
+        if response.status == 200:
+            return "the bus asks for none" + (", and the one that is set has no effect" if header else "")
+        if response.status != 401 or "error" not in said(page):
+            raise Fault(f"{response.status}: {said(page).get('error') or title(page)}", BETWEEN)
+        text = header.get("Authorization", "").partition(" ")[2]
+        if not text:
+            advice = "where the bus runs: bus_server.py invite NAME; here: set AGENT_BUS_TOKEN to what that prints"
+            raise Fault("the bus wants one, and none is set", advice)
+        if not TOKEN.fullmatch(text):
+            advice = "a token is abt_, 8 hex digits, _ and 43 more, 56 in all: paste it whole, without quotes"
+            raise Fault(f"what is set has not the shape of one ({len(text)} characters)", advice)
+        try:
+            bus_recv.ask(self.url, "/inbox", PATIENCE)
+        except bus_recv.Refused:
+            advice = "where the bus runs, bus_server.py tokens lists those it knows, and invite makes one"
+            raise Fault(f"the bus does not know {text[:12]}: it was revoked, or is another bus's", advice) from None
+        return f"{text[:12]} is good"
+
+    def send(self) -> Finding:
+        """A POST of a size that every bus takes, for nobody: the bus must refuse it, so nothing is stored."""
+        if not self.name:
+            return "left out: AGENT_NAME is not set", "set it to the name that the others send to"
+        if not bus_recv.NAME.fullmatch(self.name):
+            advice = "1 to 64 of A-Z a-z 0-9 . _ : @ - and first a letter or digit"
+            raise Fault(f"AGENT_NAME is {self.name!r}, which is no name", advice)
+        message = {"from": self.name, "to": "", "msg": "x" * BODY_BYTES, "channel": CHANNEL}
+        try:
+            bus_send.post(self.url, json.dumps(message).encode(), PATIENCE)
+        except bus_send.Refused as refused:
+            if refused.status == 400 and not str(refused).startswith("from"):
+                return f"as {self.name}: {BODY_BYTES >> 10} KiB arrive"
+            raise Fault(f"{refused.status}: {refused}", POSTS.get(refused.status, BETWEEN)) from None
+        raise Fault("what has no receiver was stored", "this server does not keep to PROTOCOL.md")
+
+    def recv(self) -> Finding:
+        """May we read our mail? Asked on a channel where there is none."""
+        if not self.name:
+            return "left out"
+        try:
+            self.poll(0)
+        except bus_recv.Refused as refused:
+            self.hold = 0
+            return f"{refused.status}: {refused}", "a token made with --send-only is meant so"
+        return f"as {self.name}: allowed"
+
+    def long_poll(self) -> Finding:
+        """Is a request left alone while there is nothing to say?"""
+        if not self.name or not self.hold:
+            return "left out"
+        began = time.monotonic()
+        try:
+            self.poll(self.hold)
+        except bus_recv.Unreachable as fault:
+            held = time.monotonic() - began
+            advice = f"let what is on the way wait 75 s (docs/deploy.md); until then poll with wait={held * 0.8:.0f}"
+            raise Fault(f"cut after {held:.1f} s: {fault}", advice) from None
+        held = time.monotonic() - began
+        if held < self.hold - 1:
+            return f"answered after {held:.1f} s of {self.hold:g}", "this bus holds no longer, or it is being stopped"
+        return f"left alone for {held:.0f} s"
+
+    def poll(self, hold: float) -> None:
+        query = {"to": self.name, "channel": CHANNEL, "since": self.health["now"], "wait": f"{hold:g}",
+                 "block": "true" if hold else "false"}  # fmt: skip
+        bus_recv.ask(self.url, f"/recv?{urlencode(query)}", hold + PATIENCE)
+
+    def fetch(self, path: str) -> tuple[http.client.HTTPResponse, bytes]:
+        """What is said to someone without a token, whoever says it: bus_recv.ask knows the bus's own answers only."""
+        connection, prefix = bus_recv.connect(self.url, PATIENCE)
+        with contextlib.closing(connection):
+            connection.connect()
+            with bus_recv.hung_up_after(PATIENCE, connection.sock):
+                agent = os.environ.get("AGENT_BUS_UA") or "Mozilla/5.0"
+                connection.request("GET", prefix + path, headers={"User-Agent": agent})
+                response = connection.getresponse()
+                page = response.read(PAGE_BYTES)
+        if response.length and len(page) < PAGE_BYTES:
+            raise http.client.IncompleteRead(page, response.length)
+        return response, page
+
+    def check_scheme(self) -> None:
+        """Fault if it is http that is spoken where the URL says https, or the reverse."""
+        if self.direct and (self.speaks_http() if self.scheme == "https" else self.speaks_tls()):
+            other = {"https": "http", "http": "https"}[self.scheme]
+            raise Fault(f"{other} is spoken there", f"set AGENT_BUS_URL={other}{self.url[len(self.scheme):]}")
+
+    def speaks_http(self) -> bool:
+        with contextlib.suppress(OSError), socket.create_connection((self.host, self.port), PATIENCE) as sock:
+            sock.sendall(b"GET / HTTP/1.0\r\n\r\n")
+            return sock.recv(5) == b"HTTP/"
+        return False
+
+    def speaks_tls(self) -> bool:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # nothing is said, so anyone may hear it
+        try:
+            with socket.create_connection((self.host, self.port), PATIENCE) as sock, context.wrap_socket(sock):
+                return True
+        except OSError:
+            return False
+
+
+# What to do
+
+MEND = "mend that: the clients end with this line too"
+BETWEEN = "something on the way treats this request otherwise than the ones before: look into its log"
+LOGIN = "exempt the bus from that login (its tokens are one), or go round it with a tunnel"
+NO_BUS = "there: does the bus run, and is that where the proxy leads? Here: is it the proxy of http_proxy that says so?"
+STRANGER = "another web server, a login page or a firewall? A firewall may let another AGENT_BUS_UA pass"
+PAGES = {401: LOGIN, 407: LOGIN}  # the status of a page in the bus's place
+REFUSALS = {  # that of the bus's own answer to /healthz
+    403: "start the bus with --allow-host and that name, or make a token for each agent",
+    404: "AGENT_BUS_URL ends where /healthz begins",
+}
+POSTS = {
+    400: "set AGENT_NAME to another name",
+    403: "set AGENT_NAME to the name of the token",
+    413: "start the bus with a larger --max-body",
+}
+SIGNED = "set AGENT_BUS_CA to the certificate of the authority that signed it: its operator has that file"
+CERTIFICATE = {  # X509_V_ERR_* of OpenSSL
+    9: "set the clock of this machine: by it, the certificate is from the future",
+    10: "have it renewed (and look at the clock of this machine)",
+    18: SIGNED, 19: SIGNED, 20: SIGNED, 21: SIGNED,
+    62: "use the name that is in it, or have it made for this one", 64: "use the name that is in it, or an address",
+}  # fmt: skip
+
+HOPS: dict[str, Callable[[Way], Finding]] = {
+    "url": Way.spelling, "proxy": Way.proxy, "dns": Way.dns, "tcp": Way.tcp, "tls": Way.tls, "http": Way.answer,
+    "bus": Way.bus, "clock": Way.clock, "token": Way.token, "send": Way.send, "recv": Way.recv, "hold": Way.long_poll,
+}  # fmt: skip
+FAULTS = (bus_recv.Refused, bus_recv.Unreachable, bus_send.Unreachable, OSError, ValueError, http.client.HTTPException)
+
+
+def said(page: bytes) -> dict[str, Any]:
+    """The JSON object that this is, or an empty one."""
+    try:
+        value = json.loads(page, parse_float=str)
+    except (ValueError, RecursionError):
+        value = None
+    return value if isinstance(value, dict) else {}
+
+
+def title(page: bytes) -> str:
+    found = re.search(rb"<title>([^<]{1,80})", page, re.IGNORECASE)
+    return f"a page '{found[1].decode('latin-1').strip()}'" if found else "a page" if page else "an empty page"
+
+
+def worded(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
+def printable(text: str) -> str:
+    """One line, without the secrets that a URL or a stranger's answer may hold."""
+    for secret, shown in ((r"abt_[0-9a-f]{8}_[\w-]+", "abt_..."), (r"//[^/@\s]*@", "//...@")):
+        text = re.sub(secret, shown, text)
+    return "".join(c if c.isprintable() else " " for c in text)
+
+
+def examine(way: Way) -> bool:
+    """Print a line for each hop, and what to do under those that are not as they should be. True if none failed."""
+    for hop, look in HOPS.items():
+        verdict, advice = "ok", ""
+        try:
+            found = look(way)
+            if isinstance(found, tuple):
+                verdict, (found, advice) = "warn", found
+        except Fault as fault:
+            verdict, found, advice = "FAIL", str(fault), fault.advice
+        except FAULTS as error:  # where the hops before went well
+            verdict, found, advice = "FAIL", worded(error), BETWEEN
+        print(printable(f"{verdict:5} {hop:6} {found}"), flush=True)
+        if advice:
+            print(printable(f"{'':12} -> {advice}"), flush=True)
+        if verdict == "FAIL":
+            return False
+    return True
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Walk the way to an agent-bus: which hop fails, what to do.")
+    parser.add_argument("--hold", type=float, default=25.0, metavar="S", help="of the long-poll, 0 to 60 (25)")
+    options = parser.parse_args(argv)
+    if not 0 <= options.hold <= 60:
+        parser.error("--hold is 0 to 60 seconds")
+    url = os.environ.get("AGENT_BUS_URL") or bus_recv.DEFAULT_URL
+    try:
+        return 0 if examine(Way(url, os.environ.get("AGENT_NAME", ""), options.hold)) else 1
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
