@@ -1,0 +1,97 @@
+"""What the hook and the MCP server share: the name of their session, and how a message may enter its context."""
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+ROOT = os.path.abspath(os.path.join(__file__, "..", "..", ".."))
+sys.path.insert(0, ROOT)
+import bus_recv  # noqa: E402
+
+RESERVED = ("all", "system", "operator", "user", "root", "claude")  # no bus takes them for a sender
+UNSEEN = re.compile(f"{bus_recv.HIDDEN.pattern}|<")  # and no tag, of whatever kind, in what another agent wrote
+
+
+class Nameless(Exception):
+    """There is no AGENT_NAME, and no name in the directory."""
+
+
+def quoted(value: Any) -> str:
+    """JSON in one line, and harmless. A number with a fraction, a ts above all, is given as the bus wrote it."""
+    return harmless(json.dumps(value, ensure_ascii=False, default=str))
+
+
+def harmless(text: str) -> str:
+    r"""The text with all that cannot be seen, and each `<`, written out as in JSON: \u001b, \u202e, \u003c."""
+    return UNSEEN.sub(lambda found: "\\u003c" if found[0] == "<" else json.dumps(found[0])[1:-1], text)
+
+
+def name_of(process: int | None, directory: str | None) -> str:
+    """AGENT_NAME, else the name of the directory, with -2, -3 ... while other sessions of this machine have that.
+
+    A session is the program that runs it: `process`, or None where nobody says which that is; then AGENT_NAME has to
+    keep two sessions apart. It keeps its name while it lives; who does not know the project's directory gets the name
+    that was given already. Raises Nameless; ValueError if AGENT_NAME is no name, or another session's.
+    """
+    wanted = wishes(directory)
+    if process is None or os.name != "posix":  # elsewhere it takes more to know whether a process lives
+        return wanted[0]
+    return claim(wanted, process, any_of_mine=not (directory or os.environ.get("AGENT_NAME")))
+
+
+def wishes(directory: str | None) -> list[str]:
+    """The names that a session may have, the best first: the one of AGENT_NAME, or many."""
+    given = os.environ.get("AGENT_NAME")
+    if given:
+        if not bus_recv.NAME.fullmatch(given):
+            raise ValueError(f"AGENT_NAME is {given!r}, and that is no name")
+        return [given]
+    folder = os.path.basename((directory or os.getcwd()).rstrip("/\\"))
+    base = re.sub(r"[^A-Za-z0-9._:@-]+", "-", folder).strip("-._:@")[:60]
+    if not base:
+        raise Nameless(f"{folder!r} makes no name: set AGENT_NAME")
+    return [name for name in (base, *(f"{base}-{n}" for n in range(2, 100))) if name.lower() not in RESERVED]
+
+
+def claim(wanted: Sequence[str], process: int, any_of_mine: bool) -> str:
+    """The first of `wanted` that is ours or nobody's; from now on it is ours. Each bus and channel has its own list."""
+    import fcntl
+
+    url = os.environ.get("AGENT_BUS_URL") or bus_recv.DEFAULT_URL
+    channel = os.environ.get("AGENT_BUS_CHANNEL") or "default"
+    path = os.path.join(state_directory(), "names", *map(bus_recv.file_name, (url, channel)))
+    os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
+    with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+", encoding="ascii", errors="replace") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        lines = re.findall(r"^(\S+) ([0-9]{1,9})$", file.read(), re.MULTILINE)
+        taken = {name: int(owner) for name, owner in lines if is_alive(int(owner))}
+        mine = [name for name, owner in taken.items() if owner == process and (any_of_mine or name in wanted)]
+        name = next((name for name in (*mine, *wanted) if taken.get(name, process) == process), None)
+        if name is None:
+            owner = taken[wanted[0]]
+            raise ValueError(f"{wanted[0]} is another session (process {owner}): this one needs its own AGENT_NAME")
+        taken[name] = process
+        file.seek(0)
+        file.write("".join(f"{name} {owner}\n" for name, owner in taken.items()))
+        file.truncate()
+    return name
+
+
+def is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it is there, and somebody else's
+        pass
+    return True
+
+
+def state_directory() -> str:
+    state = os.environ.get("XDG_STATE_HOME") or os.path.join("~", ".local", "state")
+    state = os.environ.get("AGENT_BUS_STATE_DIR") or os.path.join(state, "agent-bus")
+    return os.path.abspath(os.path.expanduser(state))
