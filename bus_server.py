@@ -1035,6 +1035,9 @@ def unauthorized() -> Refused:
     return Refused(401, f"this bus wants a token that it knows: {advice}", ("WWW-Authenticate", "Bearer"))
 
 
+SAME_SITE = ("same-origin", "none")  # none: somebody typed the URL
+
+
 class Gate:
     """Who may come in, decided from the head alone, before a body is read.
 
@@ -1049,9 +1052,8 @@ class Gate:
     def admit(self, request: Request) -> Grant:
         fields = request.fields
         host = fields.get("host", "")
-        if fields.get("sec-fetch-site", "none") not in ("same-origin", "none") or fields.get(
-            "origin", f"http://{host}"
-        ) not in (f"http://{host}", f"https://{host}"):
+        here = (f"http://{host}", f"https://{host}")
+        if fields.get("origin", here[0]) not in here or fields.get("sec-fetch-site", "none") not in SAME_SITE:
             raise Refused(403, "pages of other sites may not use this bus")
         if self.tokens.closed:
             return OPEN if request.route in PUBLIC else self.tokens.grant(fields.get("authorization", ""))
