@@ -7,15 +7,19 @@ puts it; without one the whole file is skipped.
 """
 
 import contextlib
+import fcntl
 import json
 import os
 import pathlib
+import pty
 import re
 import shlex
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import threading
 import time
 
@@ -334,3 +338,92 @@ def test_the_tools_show_answer_and_acknowledge_mail(bus, peer, tmp_path):
     assert "id " in stored and f"{sent} is read" in acknowledged
     assert after.startswith("0 unread")
     assert "peer: " in agents
+
+
+PLUGIN = "--plugin-dir", str(ROOT)
+SKILL = tool_use("Skill", skill="agent-bus:agent-bus")
+ID = re.compile(r'(?:\bid=|"id": ")([0-9a-f]+)')  # in a block, or in what the drain tells
+needs_plugin = pytest.mark.skipif(not (ROOT / ".claude-plugin/plugin.json").exists(), reason="there is no plugin yet")
+
+
+@needs_plugin
+def test_the_plugin_alone_makes_a_session_hear_and_answer(bus, peer, tmp_path):
+    """Its hooks tell the name and old mail, its skill says how to watch under -p, its tools send."""
+    before = peer("from before")["id"]
+
+    def script(request):
+        told = news(request)
+        if len(model.requests) == 1:
+            return [SKILL]
+        if len(model.requests) == 2:
+            name = re.search(r"This session is (\S+) on the agent-bus", model.heard())[1]
+            command = re.search(r"^- command: `(.*)`$", told, re.MULTILINE)[1].replace("NAME", name)
+            milliseconds = int(re.search(r"^- timeout_ms: `(.*)`$", told, re.MULTILINE)[1])
+            return [tool_use("Monitor", command=command, description="agent-bus inbox", timeout_ms=milliseconds)]
+        if "are you there?" in told:  # from the watch, or from the drain if that was first
+            number = ID.findall(told)[-1]
+            return [tool_use("mcp__plugin_agent-bus_bus__bus_send", to="peer", msg="heard", reply_to=number)]
+        return [words("waiting")]
+
+    allowed = "--allowedTools", "Skill", "Monitor", "mcp__plugin_agent-bus_bus"
+    with ScriptedModel(script) as model, Session(tmp_path, bus, model, *PLUGIN, *allowed):
+        wait_until(lambda: "Monitor started" in model.heard())
+        sent = peer("are you there?")["id"]
+        answer = next(bus_recv.receive("peer", url=bus.url, timeout=PATIENCE))
+    assert (answer["from"], answer["msg"], answer["reply_to"]) == ("alice", "heard", sent)
+    assert before in news(model.requests[0])
+    assert model.heard().count(before) == 1
+
+
+class Terminal(Session):
+    """The same program as a person runs it, on a terminal of its own; it waits for input between turns."""
+
+    def __enter__(self):
+        self.home.mkdir()
+        self.work.mkdir()
+        trusted = {"hasTrustDialogAccepted": True, "hasCompletedProjectOnboarding": True}
+        known = {"approved": [self.env["ANTHROPIC_API_KEY"]], "rejected": []}
+        config = {"hasCompletedOnboarding": True, "theme": "dark", "customApiKeyResponses": known}
+        (self.home / ".claude.json").write_text(json.dumps({**config, "projects": {str(self.work): trusted}}))
+        ours, its = pty.openpty()
+        fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 50, 120, 0, 0))
+        command = [CLAUDE, "begin", *self.command[self.command.index("--verbose") + 1 :]]
+        env = {**self.env, "TERM": "xterm-256color"}
+        self.process = subprocess.Popen(
+            command, cwd=self.work, env=env, stdin=its, stdout=its, stderr=its, start_new_session=True
+        )
+        os.close(its)
+        threading.Thread(target=self.record, args=(ours,), daemon=True).start()
+        return self
+
+    def record(self, ours):
+        with self.out.open("wb", buffering=0) as out, contextlib.suppress(OSError):  # EIO: nobody has it any more
+            while part := os.read(ours, 1 << 16):
+                out.write(part)
+        os.close(ours)
+
+
+@needs_plugin
+def test_the_plugins_own_monitor_tells_a_session_on_a_terminal_once_its_skill_is_used(bus, peer, tmp_path):
+    def script(request):
+        told = news(request)
+        if len(model.requests) == 1:
+            return [SKILL]
+        if "wake up" in told:  # from the watch, or from the drain if that was first
+            return [reply(ID.findall(told)[-1], "awake")]
+        return [words("waiting")]
+
+    # Not auto mode, a terminal's default: there a model judges each call, and ours judges nothing.
+    allowed = "--permission-mode", "default", "--allowedTools", "Skill", "Bash"
+    with ScriptedModel(script) as model, Terminal(tmp_path, bus, model, *PLUGIN, *allowed) as session:
+        wait_until(session.readers)
+        mail, took = bus_recv.receive("peer", url=bus.url, timeout=PATIENCE), []
+        for number in range(3):
+            began = time.monotonic()
+            sent = peer(f"wake up {number}")["id"]
+            answer = next(mail)
+            took.append(time.monotonic() - began)
+            assert (answer["msg"], answer["reply_to"]) == ("awake", sent)
+        assert "wake up 2" in EVENT.findall(model.heard())[-1]
+    print("seconds from a peer's send to its receipt of the answer:", *(f"{each:.2f}" for each in took))
+    assert min(took) < ANSWER_SECONDS, took
