@@ -53,6 +53,7 @@ LOCK_SECONDS = 3.0  # to wait for the reader that we replace to end
 # 500, and what comes within 0.2 s is one event of 3000; 10 events at once, then one every 2 s.
 LINE_UNITS, WRITE_UNITS = 480, 2700
 BURST, EVERY_SECONDS, APART_SECONDS = 8, 2.1, 0.3
+SETTLE_SECONDS = 0.3  # until what was written counts as seen: a watch drops what it gets while it expires
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@-]{0,63}")
 DECIMAL = re.compile(r"[0-9]{1,10}(\.[0-9]{1,9})?")  # s since 1970: what a bus takes for a cursor
@@ -583,13 +584,14 @@ class Pace:
 # The ways out. Each moves the cursor as soon as a message is out, and not before.
 
 
-def show_blocks(reader: Reader, answers: Iterator[dict[str, Any]]) -> None:
+def show_blocks(reader: Reader, answers: Iterator[dict[str, Any]], settle: float = SETTLE_SECONDS) -> None:
     """What arrived together is written together, as much as one event of a Monitor holds."""
     pace = Pace(reader.clock)
 
     def write(text: str, last: Any) -> None:
         pace.wait()
         emit(text)
+        reader.clock.sleep(settle)  # killed in here, we show it again
         reader.cursor.pass_over(last)
 
     for answer in answers:
@@ -677,8 +679,10 @@ def main(argv: list[str] | None = None) -> int:
         answers = reader.answers(options.once, timeout)
         if options.exec:
             run_command(options.exec, options.tries, reader, answers)
+        elif options.json:
+            show_json(reader, answers)
         else:
-            (show_json if options.json else show_blocks)(reader, answers)
+            show_blocks(reader, answers, settle=0 if options.once else SETTLE_SECONDS)
     except BrokenPipeError:  # nobody reads us any more
         return 0
     except KeyboardInterrupt:

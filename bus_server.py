@@ -72,7 +72,7 @@ HEAD_SECONDS = BODY_SECONDS = 10.0  # for the whole head, then for the whole bod
 BODY_RATE = 8192  # bytes of it per second; slower is 408
 ANSWER_SECONDS = 30.0  # for the peer to read an answer, plus its size at BODY_RATE; then the socket is aborted
 IDLE_SECONDS = 75.0  # between two requests on a connection; above HOLD_MAX, so a pooled one outlives a poll elsewhere
-LINGER_SECONDS = 2.0  # we go on reading after the last answer: closing on unread bytes would destroy it (TCP reset)
+LINGER_SECONDS = 1.5  # we go on reading after the last answer: closing on unread bytes would destroy it (TCP reset)
 DRAIN_SECONDS = 10.0  # for accepted sends to be committed and answered after SIGTERM
 
 NAMES_PER_READER = 16
@@ -1343,9 +1343,11 @@ class Bus:
             self.save_marks_soon()
 
     def drop_idle(self) -> None:
-        """Descriptors have run out: close the connections that wait for nobody."""
-        for connection in [connection for connection in self.connections if connection.state is State.IDLE]:
-            connection.transport.abort()
+        """Descriptors have run out: close the connections that wait for nobody, but those that came this second."""
+        fresh = self.deadlines.clock() + HEAD_SECONDS - 1
+        for connection in list(self.connections):
+            if connection.state is State.IDLE and not (connection.guest in self.strangers and connection.due > fresh):
+                connection.transport.abort()
 
     def log_request(self, request: Request, answer: Answer) -> None:
         if self.verbose:

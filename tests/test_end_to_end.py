@@ -195,10 +195,7 @@ def test_a_message_becomes_a_notification_and_its_answer_reaches_the_peer(bus, p
 ENDED = re.compile(r"Monitor expired|<status>\w+</status>")
 
 
-DROPS = pytest.mark.xfail(reason="an expiring watch drops what comes last, when bus_recv.py has saved its cursor")
-
-
-@pytest.mark.parametrize("death", [pytest.param("its deadline", marks=DROPS), "a kill of its reader"])
+@pytest.mark.parametrize("death", ["its deadline", "a kill of its reader"])
 def test_a_watch_that_ends_and_is_armed_again_loses_nothing(bus, peer, tmp_path, death):
     """Mail comes all the time, and in each gap; a repeat is from the last block that the ended watch wrote."""
     sent, watches = [], 4
@@ -238,7 +235,6 @@ def test_a_watch_that_ends_and_is_armed_again_loses_nothing(bus, peer, tmp_path,
     assert seen == set(sent), f"lost: {[sent.index(number) for number in sent if number not in seen]}, of {len(sent)}"
 
 
-@DROPS
 def test_what_comes_at_the_deadline_is_told_by_the_next_watch(bus, peer, tmp_path):
     """Between its deadline and the end of its reader, some 0.01 s, a watch drops what the reader writes."""
     early, sent = [-0.003 * number for number in range(2, 10)], []  # s before the deadline, counted from our answer
