@@ -969,11 +969,11 @@ class Tokens:
 
     def __init__(self, database: str) -> None:
         self.path = f"{database}.tokens"
-        self.stamp: tuple[int, ...] | None = None
         self.closed = False
         self.grants: dict[str, tuple[str, Grant]] = {}
         self.used: dict[str, int] = {}  # token: s since 1970; since they were last saved
-        self.refresh()
+        self.stamp = self.look()
+        self.load()
 
     def rows(self) -> list[dict[str, Any]]:
         try:
@@ -984,31 +984,51 @@ class Tokens:
         except (OSError, ValueError) as error:
             raise Unusable(f"cannot read the tokens in {self.path}: {error}") from None
 
-    def refresh(self) -> bool:
-        """Read the file again if it is not the one we know. True if it was."""
+    def look(self) -> tuple[int, ...]:
+        """What differs when the file is another one, or somebody else may read it."""
         try:
             status = os.stat(self.path)
-            stamp: tuple[int, ...] | None = (status.st_ino, status.st_mtime_ns, status.st_size)
-        except FileNotFoundError:
-            stamp = None
+        except OSError:
+            return ()
+        return status.st_ino, status.st_ctime_ns, status.st_size
+
+    def refresh(self) -> bool:
+        """Read the file again if it is not the one we know; true if it was. What cannot be read is no open bus."""
+        stamp = self.look()
         if stamp == self.stamp:
             return False
+        self.stamp = stamp
+        try:
+            self.load()
+        except Unusable as error:
+            self.closed = True
+            print(f"bus_server: {error}; going on with those that were known", file=sys.stderr)
+        return True
+
+    def load(self) -> None:
         rows = self.rows()
-        self.stamp, self.closed = stamp, self.closed or bool(rows)
+        self.closed = self.closed or bool(rows)
         self.grants = {
             row["id"]: (row["hash"], Grant(*(row[field] for field in ("id", "name", "also", "send_only", "operator"))))
             for row in rows
             if not row["revoked"]
         }
-        return True
+
+    def create(self, suffix: str) -> IO[str]:
+        """A file beside the database, for whose folder that is: the server must read what a command of root's wrote."""
+        file = os.open(f"{self.path}.{suffix}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
+        if os.geteuid() == 0:
+            folder = os.stat(pathlib.Path(self.path).parent)
+            os.fchown(file, folder.st_uid, folder.st_gid)
+        return os.fdopen(file, "w", encoding="ascii")
 
     def change(self, change: Callable[[list[dict[str, Any]]], list[dict[str, Any]]]) -> None:
         """Write the file anew. One command at a time; the server reads the old file or the new one, never a part."""
         try:
             pathlib.Path(self.path).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            with open(f"{self.path}.lock", "ab") as lock:
+            with self.create("lock") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
-                with open(f"{self.path}.new", "w", encoding="ascii") as file:
+                with self.create("new") as file:
                     file.writelines(f"{encode(row)}\n" for row in change(self.rows()))
                     file.flush()
                     os.fsync(file.fileno())
@@ -2340,13 +2360,14 @@ async def serve(options: argparse.Namespace, log: Log) -> int:
     if not is_loopback(options.host) and not tokens.closed:
         print(f"WARNING: anyone who can reach {host}:{port} can read and send every message", file=sys.stderr)
     bus.prune()
-    tasks = [loop.create_task(every(PRUNE_SECONDS, bus.tidy)), loop.create_task(every(Deadlines.SLOT, bus.sweep))]
-    ends = [loop.create_task(stop.wait()), loop.create_task(bus.broken.wait())]
-    await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+    sweeps = every(PRUNE_SECONDS, bus.tidy), every(Deadlines.SLOT, bus.sweep)
+    tasks: list[asyncio.Task[Any]] = [loop.create_task(one) for one in (*sweeps, stop.wait(), bus.broken.wait())]
+    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     door.close()
     await bus.drain()
-    for task in tasks + ends:
-        task.cancel()
+    for task in tasks:
+        if not task.cancel():
+            task.result()  # raises what ended a sweep: without sweeps no poll is ever answered, so the bus ends too
     return 1 if bus.broken.is_set() else 0
 
 
