@@ -357,14 +357,14 @@ class Connection(asyncio.Protocol):
     Invariant: one request in hand per connection; pipelined ones wait in `buffer`, in order.
     """
 
-    __slots__ = ("address", "buffer", "bus", "closing", "due", "ended", "fetched", "guest", "request", "slot", "state",
+    __slots__ = ("address", "buffer", "bus", "closing", "due", "ended", "fetched", "request", "slot", "state",
                  "transport", "__weakref__")
     transport: asyncio.Transport
     request: Request | None
     fetched: tuple[Poll, int] | None  # what the reader of the answer being written has then
 
-    def __init__(self, bus: Bus, guest: socket.socket) -> None:
-        self.bus, self.guest = bus, guest
+    def __init__(self, bus: Bus) -> None:
+        self.bus = bus
         self.buffer: bytes | bytearray = b""
         self.state, self.slot, self.due = State.IDLE, sys.maxsize, math.inf
         self.closing = self.ended = False  # we want to close after the answer; the peer has closed its side
@@ -376,11 +376,12 @@ class Connection(asyncio.Protocol):
         self.address = str((transport.get_extra_info("peername") or ("?",))[0])
         transport.set_write_buffer_limits(high=0)  # so that resume_writing means: the last byte was written
         self.bus.connections.add(self)
+        self.bus.strangers[self] = None
         self.wait(State.IDLE, HEAD_SECONDS)
 
     def connection_lost(self, error: Exception | None) -> None:
         self.bus.connections.discard(self)
-        self.bus.strangers.pop(self.guest, None)
+        self.bus.strangers.pop(self, None)
         self.bus.deadlines.forget(self)
         self.bus.lost(self)
         self.state = State.LINGER
@@ -404,7 +405,7 @@ class Connection(asyncio.Protocol):
         elif len(self.buffer) > HEAD_BYTES:
             self.transport.pause_reading()
 
-    def eof_received(self) -> bool:
+    def eof_received(self) -> None:
         """The peer sends no more. One that is parked has gone: its answer is empty, so that no message goes astray."""
         self.ended = True
         if self.state is State.PARKED:
@@ -413,7 +414,6 @@ class Connection(asyncio.Protocol):
             self.transport.close()
         else:
             self.advance()
-        return self.transport.get_extra_info("sslcontext") is None  # TLS has no half-closed connection
 
     def advance(self) -> None:
         """Take requests from the buffer, in order, for as long as the one before is answered."""
@@ -428,7 +428,7 @@ class Connection(asyncio.Protocol):
                 return
             self.state, self.due = State.BUSY, math.inf  # the disk may take its time
             self.closing = request.close_connection
-            self.bus.strangers.pop(self.guest, None)
+            self.bus.strangers.pop(self, None)
             answer = request.answer()
             if answer is not None:
                 self.write(answer)
@@ -470,8 +470,9 @@ class Connection(asyncio.Protocol):
 
     def answer(self, answer: Answer) -> None:
         """Answer the request in hand, which was BUSY or PARKED, and go on with what was pipelined behind it."""
-        self.write(answer)
-        self.advance()
+        if self.state is not State.LINGER:  # else the peer has gone meanwhile
+            self.write(answer)
+            self.advance()
 
     def write(self, answer: Answer) -> None:
         self.state = State.WRITING
@@ -506,12 +507,11 @@ class Connection(asyncio.Protocol):
     def hang_up(self) -> None:
         """Close without losing the answer: say that we are done, then read on until the peer has closed too."""
         self.buffer = b""
-        if self.ended or not self.transport.can_write_eof():
-            self.state = State.LINGER
+        self.wait(State.LINGER, LINGER_SECONDS)
+        self.transport.write_eof()
+        if self.ended:
             self.transport.close()
         else:
-            self.wait(State.LINGER, LINGER_SECONDS)
-            self.transport.write_eof()
             self.transport.resume_reading()
 
     def drain(self) -> None:
@@ -543,12 +543,12 @@ http_date = lru_cache(1)(lambda second: formatdate(second, usegmt=True))
 class Plain(asyncio.Transport):
     """A TCP connection on the loop: as much of asyncio's transport as Connection uses, and of its contract.
 
-    asyncio's own (which TLS connections have) takes 1.0 to 1.8 KB more for each parked reader, and reads into a new
-    buffer of 256 KiB every time.
+    asyncio's own takes 1.0 to 1.8 KB more for each parked reader, and reads into a new buffer of 256 KiB every time.
     """
 
     __slots__ = ("closing", "loop", "protocol", "reading", "sock", "unsent")
     READ = 16384  # bytes; the largest that malloc takes from its heap without asking the system each time
+    BLOCKED = BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError
 
     def __init__(self, loop: asyncio.AbstractEventLoop, sock: socket.socket, protocol: Connection) -> None:
         self.loop, self.sock, self.protocol = loop, sock, protocol
@@ -565,9 +565,6 @@ class Plain(asyncio.Transport):
 
     def is_closing(self) -> bool:
         return self.closing
-
-    def can_write_eof(self) -> bool:
-        return True
 
     def get_write_buffer_size(self) -> int:
         return len(self.unsent)
@@ -588,7 +585,7 @@ class Plain(asyncio.Transport):
     def read(self) -> None:
         try:
             data = self.sock.recv(self.READ)
-        except (BlockingIOError, InterruptedError):
+        except self.BLOCKED:
             return
         except OSError:
             self.abort()
@@ -620,7 +617,7 @@ class Plain(asyncio.Transport):
     def send(self, data: bytes | bytearray | memoryview) -> int:
         try:
             return self.sock.send(data)
-        except (BlockingIOError, InterruptedError):
+        except self.BLOCKED:
             return 0
         except OSError:
             self.abort()
@@ -650,6 +647,21 @@ class Plain(asyncio.Transport):
         if self.sock.fileno() >= 0:
             self.sock.close()
             self.protocol.connection_lost(None)
+
+
+class Tls(Plain):
+    """The same over an ssl.SSLSocket, which shakes hands when it is read for the first time, and never blocks.
+
+    READ is the size of the largest TLS record too, so OpenSSL keeps nothing back that the selector cannot see.
+    """
+
+    __slots__ = ()
+    sock: ssl.SSLSocket
+
+    def write_eof(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self.sock.unwrap()  # says that we are done; it would say BLOCKED until the peer says so too
+        super().write_eof()  # from here on it is a plain socket: what still comes is dropped as it is
 
 
 def to_bytes(answer: Answer, bare: bool, closing: bool) -> bytes:
@@ -1172,7 +1184,7 @@ class Bus:
         self.max_body, self.keep, self.verbose = max_body, keep, verbose
         self.last = log.last
         self.connections: set[Connection] = set()
-        self.strangers: dict[socket.socket, None] = {}  # kept by Door, oldest first
+        self.strangers: dict[Connection, None] = {}  # kept by Door, oldest first
         self.deadlines = Deadlines(time.monotonic)
         self.mailboxes = Mailboxes(time.monotonic, log.mailboxes())
         self.journal = Journal(log, self.committed)
@@ -1366,7 +1378,7 @@ class Bus:
         """Descriptors have run out: close the connections that wait for nobody, but those that came this second."""
         fresh = self.deadlines.clock() + HEAD_SECONDS - 1
         for connection in list(self.connections):
-            if connection.state is State.IDLE and not (connection.guest in self.strangers and connection.due > fresh):
+            if connection.state is State.IDLE and not (connection in self.strangers and connection.due > fresh):
                 connection.transport.abort()
 
     def log_request(self, request: Request, answer: Answer) -> None:
@@ -2254,10 +2266,6 @@ class Door:
     def __init__(self, bus: Bus, listener: socket.socket, tls: ssl.SSLContext | None) -> None:
         self.bus, self.listener, self.tls = bus, listener, tls
         self.loop = asyncio.get_running_loop()
-        self.handshakes: set[asyncio.Task[None]] = set()
-        self.patience: dict[str, float] = {"ssl_handshake_timeout": HEAD_SECONDS} if tls else {}
-        if tls and sys.version_info >= (3, 11):
-            self.patience["ssl_shutdown_timeout"] = LINGER_SECONDS
         listener.setblocking(False)
         self.open()
 
@@ -2286,27 +2294,14 @@ class Door:
                 self.welcome(guest)
 
     def welcome(self, guest: socket.socket) -> None:
-        strangers = self.bus.strangers
-        strangers[guest] = None
-        if len(strangers) > STRANGERS:
-            oldest = next(iter(strangers))
-            del strangers[oldest]
-            with contextlib.suppress(OSError):
-                oldest.shutdown(socket.SHUT_RDWR)
         if self.tls:
-            task = self.loop.create_task(self.shake_hands(guest))
-            self.handshakes.add(task)  # the loop itself holds its tasks only weakly
-            task.add_done_callback(self.handshakes.discard)
-        else:
-            Plain(self.loop, guest, Connection(self.bus, guest))
-
-    async def shake_hands(self, guest: socket.socket) -> None:
-        try:
-            await self.loop.connect_accepted_socket(
-                lambda: Connection(self.bus, guest), guest, ssl=self.tls, **self.patience)
-        except (OSError, ssl.SSLError):
-            self.bus.strangers.pop(guest, None)
-            guest.close()
+            guest = self.tls.wrap_socket(guest, server_side=True, do_handshake_on_connect=False)
+        kind = Tls if self.tls else Plain
+        kind(self.loop, guest, Connection(self.bus))
+        if len(self.bus.strangers) > STRANGERS:
+            oldest = next(iter(self.bus.strangers))
+            del self.bus.strangers[oldest]
+            oldest.transport.abort()
 
 
 def is_loopback(host: str) -> bool:
@@ -2330,8 +2325,9 @@ def tls_context(certificate: str | None, key: str | None) -> ssl.SSLContext | No
         return None
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.options |= ssl.OP_NO_RENEGOTIATION
     try:
-        context.load_cert_chain(certificate, key)
+        context.load_cert_chain(certificate, key, password="")  # else OpenSSL asks for it on the terminal, and waits
     except (OSError, ssl.SSLError) as error:
         raise Unusable(f"cannot use the certificate {certificate}: {error.strerror or error}") from None
     return context
@@ -2354,7 +2350,7 @@ async def serve(options: argparse.Namespace, log: Log) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     if tls:
-        loop.add_signal_handler(signal.SIGHUP, reload, tls, options)
+        loop.add_signal_handler(signal.SIGHUP, reload, door, options)
     print(f"listening on {url}", flush=True)
     print(f"messages are in {log.path}", flush=True)
     if not is_loopback(options.host) and not tokens.closed:
@@ -2371,12 +2367,11 @@ async def serve(options: argparse.Namespace, log: Log) -> int:
     return 1 if bus.broken.is_set() else 0
 
 
-def reload(tls: ssl.SSLContext, options: argparse.Namespace) -> None:
+def reload(door: Door, options: argparse.Namespace) -> None:
     """SIGHUP: new connections get the certificate as it is on disk now; with a bad one, as it was."""
     try:
-        tls_context(options.tls_cert, options.tls_key)
-        tls.load_cert_chain(options.tls_cert, options.tls_key)
-    except (Unusable, OSError) as error:
+        door.tls = tls_context(options.tls_cert, options.tls_key)
+    except Unusable as error:
         print(f"bus_server: {error}; going on with the old one", file=sys.stderr)
 
 

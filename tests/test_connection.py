@@ -242,7 +242,7 @@ class Peer(asyncio.Transport):
         self.ended = self.paused = self.aborted = False
         self.writes = 0
         self.over = asyncio.Event()  # the bus has closed its side
-        self.connection = Connection(bus, None)
+        self.connection = Connection(bus)
         self.connection.connection_made(self)
 
     def says(self, *pieces):
