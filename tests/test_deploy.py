@@ -1,0 +1,331 @@
+"""What deploy/ holds works as it is: real proxies in front of a real bus, with only names and ports replaced."""
+import contextlib
+import http.client
+import json
+import os
+import re
+import shutil
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+import bus_recv
+import bus_send
+from tests import hostile, old_client
+from tests.authority import Authority
+from tests.hostile import GET, HOST, head
+from tests.processes import PATIENCE, ROOT, Server, free_port, wait_until
+
+LAST = head(GET, HOST, "Connection: close")
+
+
+def needs(program):
+    return pytest.mark.skipif(not shutil.which(program), reason=f"{program} is not installed")
+
+
+def replaced(text, **places):
+    """The text with each of these in place of what is in it; each must be there."""
+    for old, new in places.items():
+        assert old in text, old
+        text = text.replace(old, new)
+    return text
+
+
+class Front:
+    """A proxy before `bus`, a process of its own. `log` is its access log."""
+
+    def __init__(self, place, bus, certificate, config):
+        self.place, self.port = place, free_port()
+        self.url = f"https://bus.example:{self.port}"
+        self.log = place / "access.log"
+        self.config = place / "config"
+        self.config.write_text(config(self, bus, certificate))
+
+    def __enter__(self):
+        with (self.place / "stderr").open("ab") as stderr:
+            self.process = subprocess.Popen(self.command(), stdout=stderr, stderr=stderr, env=self.environment())
+        wait_until(self.is_there)
+        return self
+
+    def __exit__(self, *_):
+        self.process.terminate()
+        self.process.wait(PATIENCE)
+
+    def is_there(self):
+        assert self.process.poll() is None, (self.place / "stderr").read_text()
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port)):
+            return True
+
+    def environment(self):
+        return {**os.environ, "HOME": str(self.place), "XDG_DATA_HOME": str(self.place)}
+
+
+class Nginx(Front):
+    def command(self):
+        return ["nginx", "-p", str(self.place), "-c", str(self.config), "-e", "stderr"]
+
+
+class Caddy(Front):
+    def command(self):
+        return ["caddy", "run", "--adapter", "caddyfile", "--config", str(self.config)]
+
+
+AROUND = """
+daemon off; master_process off; worker_rlimit_nofile 4096;
+pid PLACE/pid; error_log stderr crit;
+events { worker_connections 2048; }
+http {
+    log_format short '$status upstream "$request_method $request_uri" $upstream_status';
+    access_log PLACE/access.log short;
+    client_body_temp_path PLACE/body; proxy_temp_path PLACE/proxy; fastcgi_temp_path PLACE/f; uwsgi_temp_path PLACE/u;
+    scgi_temp_path PLACE/s; MORE
+    SERVER
+}
+"""
+BARE = """server {
+    listen 443 ssl;
+    ssl_certificate /etc/letsencrypt/live/bus.example/fullchain.pem;
+    ssl_certificate_key /etc/letsencrypt/live/bus.example/privkey.pem;
+    location / { proxy_pass http://127.0.0.1:8080; MORE }
+}"""
+POOLED = BARE.replace("MORE", "proxy_http_version 1.1; proxy_set_header Host $host; proxy_set_header Connection '';")
+
+
+def around(server, more=""):
+    """A whole configuration of nginx that has this server in it."""
+
+    def config(front, bus, certificate):
+        text = re.sub(r".*listen \[::\].*\n", "", server)
+        text = text.replace("http://127.0.0.1:8080", "http://bus" if "upstream" in more else f"http://127.0.0.1:{bus.port}")
+        text = replaced(text, **{
+            "listen 443 ssl": f"listen 127.0.0.1:{front.port} ssl",
+            "/etc/letsencrypt/live/bus.example/fullchain.pem": certificate.file,
+            "/etc/letsencrypt/live/bus.example/privkey.pem": certificate.key,
+        })  # fmt: skip
+        more_now = more.replace("BUS", f"127.0.0.1:{bus.port}")
+        return replaced(AROUND, SERVER=text, MORE=more_now, PLACE=str(front.place))
+
+    return config
+
+
+OURS = (ROOT / "deploy" / "nginx.conf").read_text()
+DEFAULT = BARE.replace("MORE", "")
+IMPATIENT = BARE.replace("MORE", "proxy_read_timeout 3s;")
+UPSTREAM = "upstream bus { server BUS; keepalive 8; }"
+
+
+CADDYFILE = (ROOT / "deploy" / "Caddyfile").read_text()
+
+
+def caddyfile(front, bus, certificate):
+    here = f"bus.example:{front.port} {{\n\tbind 127.0.0.1\n\ttls {certificate.file} {certificate.key}"
+    text = replaced(CADDYFILE, **{"bus.example {": here, "127.0.0.1:8080": f"127.0.0.1:{bus.port}"})
+    return "{\n\tadmin off\n\tauto_https disable_redirects\n}\n" + text
+
+
+ours = pytest.mark.parametrize("kind, config", [
+    pytest.param(Nginx, around(OURS), marks=needs("nginx"), id="nginx"),
+    pytest.param(Caddy, caddyfile, marks=needs("caddy"), id="caddy"),
+])  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory):
+    if not shutil.which("openssl"):
+        pytest.skip("openssl makes the certificates")
+    return Authority(tmp_path_factory.mktemp("authority"))
+
+
+@pytest.fixture
+def front(tmp_path, authority, monkeypatch):
+    """front(bus, kind, config): a proxy at bus.example that the clients trust, and that is ended with the test."""
+    real = socket.getaddrinfo
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *where: real(*["127.0.0.1", *where[1:]]))
+    monkeypatch.setenv("AGENT_BUS_STATE_DIR", str(tmp_path / "state"))
+    monkeypatch.setenv("AGENT_BUS_CA", authority.file)
+    monkeypatch.setenv("SSL_CERT_FILE", authority.file)  # for clients that do not know the other
+    with contextlib.ExitStack() as stack:
+
+        def front(bus, kind, config):
+            place = tmp_path / kind.__name__
+            place.mkdir()
+            return stack.enter_context(kind(place, bus, authority.sign("DNS:bus.example"), config))
+
+        yield front
+
+
+@pytest.fixture
+def closed(tmp_path):
+    """A bus as deploy/ means it: with tokens."""
+    with Server(tmp_path / "bus.db") as bus:
+        bus.tokens = {"spark": invite(bus, "spark"), "dell": invite(bus, "dell"), "op": invite(bus, "op", "--operator")}
+        yield bus
+
+
+def invite(bus, *arguments):
+    command = [sys.executable, str(ROOT / "bus_server.py"), "invite", *arguments, "--db", bus.db]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=PATIENCE).stdout
+    return re.search(r"abt_[0-9a-f]{8}_[\w-]{43}", printed)[0]
+
+
+def ask(front, method, path, token="", body=None, **options):
+    """(status, what was said) of one request through the proxy."""
+    peer = http.client.HTTPSConnection("bus.example", front.port, timeout=PATIENCE)
+    with contextlib.closing(peer):
+        peer.request(method, path, body, {"Authorization": f"Bearer {token}"}, **options)
+        answer = peer.getresponse()
+        return answer.status, answer.read()
+
+
+# ── As it is meant ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@ours
+def test_a_parked_reader_behind_the_proxy_is_woken_by_its_message(closed, front, monkeypatch, kind, config):
+    proxy = front(closed, kind, config)
+
+    def online():
+        agents = json.loads(ask(proxy, "GET", "/agents", closed.tokens["op"])[1])["agents"]
+        return [agent["name"] for agent in agents if agent["online"]] == ["dell"]
+
+    monkeypatch.setenv("AGENT_BUS_TOKEN", closed.tokens["dell"])
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(lambda: next(bus_recv.receive("dell", url=proxy.url, once=True)))
+        wait_until(online)
+        monkeypatch.setenv("AGENT_BUS_TOKEN", closed.tokens["spark"])
+        assert bus_send.send("dell", "T1", url=proxy.url)["receiver"]["online"]
+        assert waiting.result(timeout=5)["msg"] == "T1"
+
+
+@ours
+def test_the_help_names_the_url_of_the_proxy(closed, front, kind, config):
+    proxy = front(closed, kind, config)
+    status, text = ask(proxy, "GET", "/")
+    assert status == 200 and proxy.url.encode() in text
+
+
+@ours
+def test_a_bus_without_tokens_stays_shut_behind_the_proxy(bus, front, kind, config):
+    """There every stranger would be a neighbour on 127.0.0.1; the name in Host tells that they are none."""
+    status, text = ask(front(bus, kind, config), "GET", "/log")
+    assert status == 403 and b"does not answer to bus.example" in text
+
+
+@ours
+def test_a_large_body_is_refused_by_the_bus_and_a_huge_one_by_the_proxy(closed, front, kind, config):
+    proxy, token = front(closed, kind, config), closed.tokens["spark"]
+    status, text = ask(proxy, "POST", "/send?to=dell", token, b"x" * 262144)
+    assert status == 200
+    status, text = ask(proxy, "POST", "/send?to=dell", token, b"x" * 262145)
+    assert status == 413 and "nothing was stored" in json.loads(text)["error"]
+    with contextlib.suppress(OSError):  # it may hang up on the rest of such a body
+        assert ask(proxy, "POST", "/send?to=dell", token, b"x" * (11 << 20))[0] == 413
+    assert len(json.loads(ask(proxy, "GET", "/log", closed.tokens["op"])[1])["messages"]) == 1
+
+
+@ours
+def test_a_body_in_chunks_becomes_one_of_known_length_or_is_refused(closed, front, kind, config):
+    proxy, token = front(closed, kind, config), closed.tokens["spark"]
+    status, text = ask(proxy, "POST", "/send?to=dell", token, iter([b"in ", b"chunks"]), encode_chunked=True)
+    assert status == (200 if kind is Nginx else 501), text
+    stored = json.loads(ask(proxy, "GET", "/log", closed.tokens["op"])[1])["messages"]
+    assert [message["msg"] for message in stored] == (["in chunks"] if kind is Nginx else [])
+
+
+@needs("systemd-analyze")
+def test_the_unit_is_valid_and_leaves_the_bus_little_to_do_harm_with(tmp_path):
+    unit = tmp_path / "agent-bus.service"
+    unit.write_text(replaced((ROOT / "deploy" / unit.name).read_text(), **{"/usr/bin/python3": sys.executable}))
+    for check in (["verify"], ["security", "--offline=true", "--threshold=15"]):  # an exposure of 1.5, of 10
+        done = subprocess.run(["systemd-analyze", *check, str(unit)], capture_output=True, text=True, timeout=PATIENCE)
+        assert done.returncode == 0 and not done.stderr, done.stderr
+
+
+@needs("sqlite3")
+def test_a_backup_that_is_put_back_loses_what_came_later_and_shows_nothing_twice(tmp_path, monkeypatch):
+    """Copied with the command of docs/deploy.md while the bus runs."""
+    command = re.search("umask.*'([.]backup .*)'", (ROOT / "docs" / "deploy.md").read_text())[1]
+    monkeypatch.setenv("AGENT_BUS_STATE_DIR", str(tmp_path / "state"))
+
+    def received():
+        return [message["msg"] for message in bus_recv.receive("dell", url=bus.url, once=True, timeout=1)]
+
+    with Server(tmp_path / "bus.db") as bus:
+        bus_send.send("dell", "one", url=bus.url, sender="spark")
+        subprocess.run(["sqlite3", "-readonly", "bus.db", command], check=True, cwd=tmp_path, timeout=PATIENCE)
+        bus_send.send("dell", "two", url=bus.url, sender="spark")
+        assert received() == ["one", "two"]
+        bus.stop()
+        (tmp_path / "bus-copy.db").replace(bus.db)
+        bus.start()
+        assert received() == []
+        bus_send.send("dell", "three", url=bus.url, sender="spark")
+        assert received() == ["three"]
+
+
+# ── As it may be ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@needs("nginx")
+@pytest.mark.parametrize("server", [OURS, DEFAULT, IMPATIENT], ids=["ours", "default", "3-seconds"])
+def test_nothing_is_lost_behind_nginx_whatever_its_patience(tmp_path, front, server):
+    """An impatient one cuts quiet polls; the message that comes then is there for the next, in order."""
+    got, sent = {"dell": [], "nano": []}, []
+
+    def read(name, messages):
+        for message in messages:
+            got[name].append(message["msg"])
+
+    with Server(tmp_path / "bus.db", "--allow-host", "bus.example") as bus:
+        proxy = front(bus, Nginx, around(server))
+        new, old = bus_recv.receive("dell", url=proxy.url), old_client.receive(proxy.url, "nano", since=0)
+        threading.Thread(target=read, args=["dell", new], daemon=True).start()
+        threading.Thread(target=read, args=["nano", old], daemon=True).start()
+        for cuts in [2, 4, 6] if server is IMPATIENT else [0]:
+            wait_until(lambda: proxy.log.read_text().count("504 upstream") >= cuts)  # noqa: B023
+            for _ in range(20):
+                sent.append(f"T{len(sent)}")
+                bus_send.send(["dell", "nano"], sent[-1], url=proxy.url, sender="spark")
+        wait_until(lambda: len(got["dell"]) >= len(sent) <= len(got["nano"]))
+    assert got == {"dell": sent, "nano": sent}
+
+
+# ── Where requests begin and end ─────────────────────────────────────────────────────────────────────────────────────
+
+CASES = [case for case in [*hostile.BROKEN, *hostile.WHOLE, *hostile.CUT] if hostile.WAITING not in case.sent]
+SHORT = ("client_header_timeout 1s; client_body_timeout 1s; keepalive_timeout 1s; lingering_timeout 1s; "
+         "large_client_header_buffers 4 32k;")  # fmt: skip
+
+
+def talk(front, sent):
+    """All that is answered to these bytes, up to the end that the proxy makes."""
+    heard = []
+    with socket.create_connection(("bus.example", front.port), PATIENCE) as sock, contextlib.suppress(ConnectionError):
+        peer = ssl.create_default_context().wrap_socket(sock, server_hostname="bus.example")
+        peer.sendall(sent)
+        heard.extend(iter(lambda: peer.recv(65536), b""))
+    return b"".join(heard).decode("latin-1")
+
+
+@needs("nginx")
+@pytest.mark.parametrize("server", [OURS, DEFAULT, POOLED], ids=["ours", "default", "pooled"])
+def test_nginx_and_the_bus_agree_where_each_request_begins_and_ends(tmp_path, front, server):
+    """Behind each case comes a send of mallory's: for both a request of its own, or for both a part of another.
+
+    So nothing is stored but what a 200 said, and the bus has answered what nginx passed on, no request more or less.
+    """
+    with Server(tmp_path / "bus.db", "--verbose") as bus:
+        proxy = front(bus, Nginx, around(server, SHORT + (UPSTREAM if server is POOLED else "")))
+        with ThreadPoolExecutor(64) as pool:
+            heard = "".join(pool.map(lambda case: talk(proxy, case.sent + hostile.SMUGGLED + LAST), CASES))
+        answered = Counter(re.findall(r'" (\d+) \d+$', bus.log.read_text(), re.MULTILINE))
+        stored = [message["id"] for message in json.loads(bus.get("/log?max=1000"))["messages"]]
+    assert sum(answered.values()) > 250
+    wait_until(lambda: Counter(re.findall(r'" (\d+)$', proxy.log.read_text(), re.MULTILINE)) == answered)
+    assert sorted(re.findall('{"ok": true, "ts": [^}]*"id": "([0-9a-f]+)"', heard)) == stored and len(stored) > 100
