@@ -96,7 +96,7 @@ class Way:
         try:
             socket.create_connection((self.host, self.port), PATIENCE).close()
         except ConnectionRefusedError:
-            advice = "is the server running, on that port? Without --host it listens on its own 127.0.0.1 only"
+            advice = "is the server, or the tunnel, running? Without --host the bus listens on its own 127.0.0.1 only"
             raise Fault(f"{where} refuses: nothing listens there", advice) from None
         except socket.timeout:
             advice = "a firewall drops it, the host is down, or the address is another's: try ping, look at the VPN"
@@ -283,11 +283,12 @@ POSTS = {
     413: "start the bus with a larger --max-body",
 }
 SIGNED = "set AGENT_BUS_CA to the certificate of the authority that signed it: its operator has that file"
+NAMED = "use the name that is in it, or have it made for this one"
 CERTIFICATE = {  # X509_V_ERR_* of OpenSSL
     9: "set the clock of this machine: by it, the certificate is from the future",
     10: "have it renewed (and look at the clock of this machine)",
     18: SIGNED, 19: SIGNED, 20: SIGNED, 21: SIGNED,
-    62: "use the name that is in it, or have it made for this one", 64: "use the name that is in it, or an address",
+    62: NAMED, 64: NAMED,
 }  # fmt: skip
 
 HOPS: dict[str, Callable[[Way], Finding]] = {
