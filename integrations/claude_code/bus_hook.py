@@ -36,9 +36,9 @@ from typing import Any
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # python3 -I does not
 from session import ROOT, Nameless, bus_recv, harmless, is_alive, name_of, quoted, state_directory, wishes  # noqa: E402
 
-DEADLINE_SECONDS = 1.7  # for all of it: a prompt waits for us, for 2 s at most, and Python has to start
-POLL_SECONDS = 1.4  # for the bus; what comes later is not printed any more, and stays unread
-ANSWER_BYTES = 8 << 20  # of the bus; what is longer would keep the parser, which nothing interrupts, for too long
+DEADLINE_SECONDS = 1.5  # for all of it: a prompt waits for us, for 2 s at most, and Python has to start
+POLL_SECONDS = 1.2  # for the bus; what comes later is not printed any more, and stays unread
+ANSWER_BYTES = 4 << 20  # of the bus; nothing interrupts the parser, and a message that is longer is for a reader
 ROOM = 9500  # UTF-16 units of a text; from 10,000 on it goes to a file, which nobody reads
 AROUND = 600  # of them for what stands around the messages
 CHAIN = 5  # Claude Code ends a turn that hooks have prolonged 8 times in a row
@@ -214,10 +214,10 @@ def beginning(message: Any, room: int) -> str:
     """A message that is too long: who it is from, how it begins, and what prints the rest."""
     fields = message if isinstance(message, dict) else {}
     body = fields["msg"] if isinstance(fields.get("msg"), str) else quoted(message)
-    part = body[:room]
+    known = {"from": str(fields.get("from"))[:64], "id": str(fields.get("id"))[:64], "characters": len(body)}
+    part, whole = body[:room], f"python3 {ROOT}/bus_recv.py --read, and the id, prints them"
     while True:
-        known = {"from": str(fields.get("from"))[:64], "id": str(fields.get("id"))[:64], "begins": part}
-        line = f"{quoted(known)} ({len(body)} characters: `python3 {ROOT}/bus_recv.py --read` and the id prints them)"
+        line = quoted({**known, "whole": whole, "begins": part})
         if bus_recv.units(line) <= room:
             return line
         part = part[: len(part) // 2]
