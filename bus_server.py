@@ -2408,7 +2408,7 @@ def invite(arguments: Sequence[str]) -> int:
     row = {"id": token, "hash": hashlib.sha256(secret.encode()).hexdigest(), "name": options.name, "also": also,
            "send_only": options.send_only, "operator": options.operator, "made": int(time.time()), "revoked": None}
     Tokens(options.db).change(lambda rows: [*rows, row])
-    url = options.url or signature(options.db)
+    url = (options.url or signature(options.db)).rstrip("/")
     print(INVITATION.format(name=options.name, token=f"{token}_{secret}", url=url))
     return 0
 
@@ -2463,12 +2463,12 @@ def last_used(path: str) -> dict[str, int]:
 
 
 def signature(path: str) -> str:
-    """The URL that a running server wrote into its lock file."""
+    """The URL that a running server wrote into its lock file, with our name where it listens on every address."""
     try:
         url = pathlib.Path(f"{path}.lock").read_text().strip()
     except OSError:
         url = ""
-    return url.replace("//0.0.0.0:", f"//{socket.gethostname()}:") or "http://HOST:8080"
+    return re.sub(r"//(0\.0\.0\.0|\[::\]):", f"//{socket.gethostname()}:", url) or "http://HOST:8080"
 
 
 INVITATION = """\
