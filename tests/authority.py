@@ -1,4 +1,7 @@
-"""An authority of the tests' own, made with openssl, and the certificates that it signs."""
+"""An authority of the tests' own, made with openssl, and the certificates that it signs.
+
+Both have what Python 3.13 asks for: the purpose of the one's key, and which key signed the other.
+"""
 import pathlib
 import re
 import subprocess
@@ -18,12 +21,13 @@ class Authority:
     def __init__(self, place):
         self.place = pathlib.Path(place)
         self.file = str(self.place / "ca.pem")
-        self._openssl("req", "-x509", *KEY, "-keyout", "ca.key", "-out", "ca.pem", "-subj", "/CN=an authority")
+        self._openssl("req", "-x509", *KEY, "-keyout", "ca.key", "-out", "ca.pem", "-subj", "/CN=an authority",
+                      "-addext", "keyUsage=critical,keyCertSign")  # fmt: skip
 
     def sign(self, subject, days=1):
         """A certificate for a subject like `IP:127.0.0.1` or `DNS:bus.example`. With 0 days it ends as it begins."""
         name = f"{days}-{re.sub('[^a-z0-9]', '-', subject.lower())}"
-        (self.place / f"{name}.ext").write_text(f"subjectAltName={subject}")
+        (self.place / f"{name}.ext").write_text(f"subjectAltName={subject}\nauthorityKeyIdentifier=keyid\n")
         self._openssl("req", *KEY, "-keyout", f"{name}.key", "-out", f"{name}.csr", "-subj", "/CN=bus")
         self._openssl("x509", "-req", "-in", f"{name}.csr", "-out", f"{name}.pem", "-extfile", f"{name}.ext",
                       "-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial", "-days", str(days))  # fmt: skip

@@ -247,6 +247,17 @@ def test_the_unit_is_valid_and_leaves_the_bus_little_to_do_harm_with(tmp_path):
         assert done.returncode == 0 and not done.stderr, done.stderr
 
 
+@needs("openssl")
+def test_a_certificate_made_as_documented_is_trusted(tmp_path, monkeypatch):
+    command = re.search(r"openssl req .*?bus\.pem", (ROOT / "docs" / "deploy.md").read_text(), re.DOTALL)[0]
+    command = replaced(command, **{"IP:10.0.0.5": "IP:127.0.0.1"})
+    subprocess.run(["sh", "-c", command], check=True, capture_output=True, cwd=tmp_path, timeout=PATIENCE)
+    monkeypatch.setenv("AGENT_BUS_CA", str(tmp_path / "bus.pem"))
+    options = ["--tls-cert", str(tmp_path / "bus.pem"), "--tls-key", str(tmp_path / "bus.key")]
+    with Server(tmp_path / "bus.db", *options) as bus:
+        assert bus_send.send("dell", "T1", url=bus.url.replace("http:", "https:"), sender="spark", patience=0)["ok"]
+
+
 @needs("sqlite3")
 def test_a_backup_that_is_put_back_loses_what_came_later_and_shows_nothing_twice(tmp_path, monkeypatch):
     """Copied with the command of docs/deploy.md while the bus runs."""
