@@ -176,9 +176,7 @@ def is_here(host: str) -> bool:
 
 def proxy_for(scheme: str, host: str, port: int) -> str | None:
     """The proxy that the environment names for this host; for this machine itself there is none."""
-    if is_here(host):
-        return None
-    if f"{scheme}_proxy" not in map(str.lower, os.environ):
+    if is_here(host) or f"{scheme}_proxy" not in map(str.lower, os.environ):
         return None
     from urllib.request import getproxies, proxy_bypass  # slow to import, and seldom needed
 
@@ -203,12 +201,10 @@ def hung_up_after(seconds: float, sock: socket.socket) -> Iterator[None]:
 
 def judged(response: http.client.HTTPResponse, body: bytes) -> dict[str, Any]:
     """The bus's answer, or what anything else in its place means: Refused, Unreachable."""
-    try:
+    answer: Any = None
+    with contextlib.suppress(ValueError, RecursionError):
         answer = json.loads(body.decode(), parse_constant=str)
-    except (ValueError, RecursionError):
-        answer = None
-    if not isinstance(answer, dict):
-        answer = {}
+    answer = answer if isinstance(answer, dict) else {}
     if response.status == 200 and answer.get("ok") is True and isinstance(answer.get("ts"), (int, float)):
         return answer
     error = answer.get("error")
