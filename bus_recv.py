@@ -221,10 +221,10 @@ def hung_up_after(seconds: float, sock: socket.socket) -> Iterator[None]:
 
 def judged(response: http.client.HTTPResponse, body: bytearray) -> dict[str, Any]:
     """The JSON object of a 200, or what anything else in its place means: Refused, Unreachable."""
-    answer: Any = None
+    said: Any = None
     with contextlib.suppress(ValueError, RecursionError):
-        answer = json.loads(body.decode(), parse_float=Decimal, parse_constant=str)
-    answer = answer if isinstance(answer, dict) else {}
+        said = json.loads(body.decode(), parse_float=Decimal, parse_constant=str)
+    answer: dict[str, Any] = said if isinstance(said, dict) else {}
     if response.status == 200 and answer:
         return answer
     error = answer.get("error")

@@ -201,10 +201,10 @@ def hung_up_after(seconds: float, sock: socket.socket) -> Iterator[None]:
 
 def judged(response: http.client.HTTPResponse, body: bytes) -> dict[str, Any]:
     """The bus's answer, or what anything else in its place means: Refused, Unreachable."""
-    answer: Any = None
+    said: Any = None
     with contextlib.suppress(ValueError, RecursionError):
-        answer = json.loads(body.decode(), parse_constant=str)
-    answer = answer if isinstance(answer, dict) else {}
+        said = json.loads(body.decode(), parse_constant=str)
+    answer: dict[str, Any] = said if isinstance(said, dict) else {}
     if response.status == 200 and answer.get("ok") is True and isinstance(answer.get("ts"), (int, float)):
         return answer
     error = answer.get("error")
