@@ -60,7 +60,7 @@ HEAD = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ from=(\S+) id=([0-9a-f]+)")
 def messages(events):
     """(sender, id, body) of each message in the events, as an agent that reads line by line would take them."""
     found = []
-    for line in "\n".join(events).split("\n"):
+    for line in (line for event in events for line in event.split("\n")):
         head = HEAD.match(line)
         if head:
             found.append((head[1], head[2], []))
