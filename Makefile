@@ -1,11 +1,14 @@
 # make test    the whole suite; needs pytest, which it puts into .venv
 # make lint    ruff, mypy (strict on the three core files), shellcheck
 # make check   both, with everything the dev extra has
+# make bench   how fast, beside its peers: docs/performance.md; ROWS="sixteen batches" for some rows, BENCH=--quick to look
+#              (Debian: installs the peers; about half an hour, on a machine that does nothing else)
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python -m
+PEERS = wrk redis-server redis-tools mosquitto nginx libnginx-mod-nchan
 
-.PHONY: test lint check clean
+.PHONY: test lint check bench clean
 
 test: $(VENV)/test
 	$(RUN) pytest
@@ -18,6 +21,9 @@ lint: $(VENV)/dev
 check: $(VENV)/dev lint
 	$(RUN) pytest
 
+bench: $(VENV)/bench
+	$(RUN) bench $(BENCH) $(ROWS)
+
 $(VENV)/test:
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install -q pytest
@@ -26,6 +32,12 @@ $(VENV)/test:
 $(VENV)/dev: pyproject.toml | $(VENV)/test
 	$(VENV)/bin/pip install -q -e '.[dev]'
 	command -v shellcheck >/dev/null || { apt-get update -q && apt-get install -qy shellcheck; }
+	touch $@
+
+# RUNLEVEL=1: the packages come without their services being started
+$(VENV)/bench: pyproject.toml | $(VENV)/test
+	$(VENV)/bin/pip install -q -e '.[bench]'
+	apt-get update -q && RUNLEVEL=1 apt-get install -qy --no-install-recommends $(PEERS)
 	touch $@
 
 clean:

@@ -1,0 +1,66 @@
+"""`python -m bench [ROW...]`: measure rows side by side, and write docs/performance.md."""
+from __future__ import annotations
+
+import argparse
+import pathlib
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+
+from bench import machine, report, rows_send  # noqa: F401  (a module of rows fills ROWS)
+from bench.session import ROWS, Session, Settings
+
+
+def main() -> int:
+    options = command_line()
+    if options.list:
+        print("\n".join(ROWS))
+        return 0
+    chosen = [name for name in ROWS if not options.rows or any(part in name for part in options.rows)]
+    if not chosen:
+        print(f"bench: no row has {' or '.join(options.rows)} in its name; --list has them all", file=sys.stderr)
+        return 2
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers are stopped
+    for name in chosen:
+        measure(name, options)
+    return 0
+
+
+def measure(name: str, options: argparse.Namespace) -> None:
+    folder = pathlib.Path(tempfile.mkdtemp(prefix="agent-bus-bench-", dir=options.folder))
+    settings = Settings(folder, options.python or [sys.executable], options.rounds, options.seconds, options.quick)
+    moment = machine.moment()
+    print(f"\n{report.sentence(name)}\n", flush=True)
+    try:
+        result = ROWS[name].measure(Session(settings))
+    finally:
+        shutil.rmtree(folder)
+    print(report.lines(result), flush=True)
+    if options.quick:
+        print("\n(a quick look: not a result)")
+    else:
+        report.save(name, result, moment, settings)
+
+
+def command_line() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench", description="Measure agent-bus beside its peers.")
+    parser.add_argument("rows", nargs="*", metavar="ROW", help="a part of the name of a row; none: all of them")
+    parser.add_argument("--list", action="store_true", help="the names of all rows")
+    parser.add_argument("--quick", action="store_true", help="one short round of everything, printed and not written")
+    parser.add_argument("--python", action="append", metavar="PATH", help="an interpreter to run the bus with; several "
+                        "are measured beside each other (the one that runs this)")
+    parser.add_argument("--rounds", type=int, help="of each contender (5)")
+    parser.add_argument("--seconds", type=float, help="of one round (3)")
+    parser.add_argument("--folder", default=tempfile.gettempdir(), help="where, and so on which disk (%(default)s)")
+    options = parser.parse_args()
+    options.rounds = options.rounds or (1 if options.quick else 5)
+    options.seconds = options.seconds or (1 if options.quick else 3)
+    return options
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,175 @@
+"""What asks the servers: wrk, redis-benchmark, and a client of our own where neither speaks the wire.
+
+Each generator is a process of its own, and says how much of a CPU it took: one that took all of it was the limit.
+"""
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import os
+import pathlib
+import re
+import select
+import socket
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from bench.wires import Refused, message
+
+PATIENCE = 60  # s for an answer
+CHUNK = 1 << 18  # bytes that are read at once
+
+
+class Count(NamedTuple):
+    """What was answered, in which time, and what the generator took of one CPU."""
+
+    answers: int
+    seconds: float
+    cpu: float  # share of one CPU, 1.0 is all of it
+    latencies: dict[str, float] = {}  # p50 and p99 in ms, where the generator has them; never changed
+
+    @property
+    def rate(self) -> float:
+        return self.answers / self.seconds
+
+
+def timed(command: Sequence[str]) -> tuple[str, float, float]:
+    """What a command printed, its seconds, and its share of a CPU."""
+    start = time.perf_counter()
+    with tempfile.TemporaryFile("w+") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=file, stdin=subprocess.DEVNULL)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        file.seek(0)
+        printed = file.read()
+    seconds = time.perf_counter() - start
+    if process.returncode:
+        raise Refused(f"{command[0]} ended with {process.returncode}: {printed}")
+    return printed, seconds, (usage.ru_utime + usage.ru_stime) / seconds
+
+
+def wrk(port: int, requests: Sequence[bytes], connections: int, seconds: float) -> Count:
+    """The requests in turn, from one thread of wrk."""
+    with tempfile.NamedTemporaryFile(suffix=".requests") as file:
+        for request in requests:
+            file.write(b"%d\n%s" % (len(request), request))
+        file.flush()
+        printed, _, cpu = timed([
+            "wrk", "-t1", f"-c{connections}", f"-d{max(1, round(seconds))}s", "--timeout", f"{PATIENCE}s",
+            "-s", str(pathlib.Path(__file__).with_name("wrk.lua")), f"http://127.0.0.1:{port}/", "--", file.name])
+    found = json.loads(printed.splitlines()[-1])
+    if found["refused"] or found["broken"] or not found["answers"]:
+        raise Refused(f"of {found['answers']} requests {found['refused']} were refused, {found['broken']} broke")
+    return Count(found["answers"], found["seconds"], cpu, {"p50": found["p50"], "p99": found["p99"]})
+
+
+def redis_benchmark(port: int, connections: int, seconds: float, pipeline: int) -> Count:
+    """XADD of the message. It counts requests and not seconds, so a short run says how many make `seconds`."""
+
+    def run(requests: int) -> Count:
+        printed, _, cpu = timed([
+            "redis-benchmark", "-p", str(port), "-c", str(connections), "-n", str(requests), "-P", str(pipeline),
+            "--csv", "XADD", "dell", "*", "m", message("dell").decode()])
+        last = printed.splitlines()[-1]  # the command, its quotes as they are, then seven numbers
+        rate, _, _, half, _, most, _ = map(float, re.findall(r'"([0-9.]+)"', last)[-7:])
+        return Count(requests, requests / rate, cpu, {"p50": half, "p99": most})
+
+    rate = run(max(500, 50 * connections * pipeline)).rate
+    return run(max(500, round(rate * seconds)))
+
+
+# A client of our own
+
+
+def exchange(wire: Any, port: int, requests: Sequence[bytes]) -> bytes:
+    """The answer to the last of these requests, each sent when the one before was answered."""
+    with socket.create_connection(("127.0.0.1", port), PATIENCE) as peer:
+        answer = b""
+        for request in requests:
+            peer.sendall(request)
+            data = bytearray()
+            while not wire.end(data):
+                part = peer.recv(CHUNK)
+                if not part:
+                    raise Refused(f"hung up after {bytes(data)!r}")
+                data += part
+            answer = bytes(data)
+        return answer
+
+
+def closed_loop(port: int, wire: Any, to: str, connections: int, seconds: float) -> Count:
+    """Sends from a process of our own, one at a time on each connection."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(loop, (port, wire, to, connections, seconds))
+
+
+def loop(port: int, wire: Any, to: str, connections: int, seconds: float) -> Count:
+    peers: dict[int, tuple[socket.socket, bytes]] = {}
+    ready = select.epoll()
+    with contextlib.ExitStack() as stack:
+        for number in range(connections):
+            peer = stack.enter_context(socket.create_connection(("127.0.0.1", port), PATIENCE))
+            peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            for request in wire.hello(number):
+                peer.sendall(request)
+                data = b""
+                while not wire.end(data):
+                    data += peer.recv(CHUNK)
+            peers[peer.fileno()] = peer, wire.send(to, number)
+            ready.register(peer, select.EPOLLIN)
+        answers, parts = 0, dict.fromkeys(peers, b"")
+        start, cpu = time.perf_counter(), time.process_time()
+        for peer, request in peers.values():
+            peer.sendall(request)
+        while time.perf_counter() < start + seconds:
+            for descriptor, _ in ready.poll(1):
+                peer, request = peers[descriptor]
+                data = peer.recv(CHUNK)
+                if not data:
+                    raise Refused("hung up")
+                data = parts[descriptor] + data
+                end = wire.end(data)
+                if end:
+                    answers += 1
+                    peer.sendall(request)
+                parts[descriptor] = data[end:]
+        taken = time.perf_counter() - start
+        return Count(answers, taken, (time.process_time() - cpu) / taken)
+
+
+class Reader:
+    """Reads along what is sent to some names of agent-bus, ten times a second, without taking the messages.
+
+    Names without a reader are full after 10,000 messages. It presents the newest cursor, as a reader does that has
+    everything; what it takes from the bus for that is part of what is measured.
+    """
+
+    PERIOD = 0.1  # s; 10,000 messages in it would be 100,000 a second for one name
+
+    def __init__(self, port: int, wire: Any, names: Sequence[str]) -> None:
+        self.port, self.wire, self.names = port, wire, ",".join(names)
+        self.over = threading.Event()
+        self.thread = threading.Thread(target=self.read, daemon=True)
+
+    def read(self) -> None:
+        for cursor in self.cursors():
+            exchange(self.wire, self.port, [self.wire.get(f"/recv?to={self.names}&since={cursor}&max=1")])
+            if self.over.wait(self.PERIOD):
+                break
+
+    def cursors(self) -> Iterator[str]:
+        while True:
+            answer = exchange(self.wire, self.port, [self.wire.get(f"/recv?to={self.names}&since=now")])
+            yield re.search(rb'"now": ([0-9.]+)', answer)[1].decode()
+
+    def __enter__(self) -> None:
+        self.thread.start()
+
+    def __exit__(self, *_: Any) -> None:
+        self.over.set()
+        self.thread.join()

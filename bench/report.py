@@ -1,0 +1,160 @@
+"""docs/performance.md and its plot. The rounds themselves are kept in docs/performance.json, a row of it at a time."""
+from __future__ import annotations
+
+import json
+import statistics
+from typing import Any
+
+from bench import machine, peers
+from bench.figures import Claim, Figure, Result, shown
+from bench.session import ROWS, Settings
+
+DOCUMENT = machine.ROOT / "docs" / "performance.md"
+DATA = machine.ROOT / "docs" / "performance.json"
+PLOT = machine.ROOT / "docs" / "performance.svg"
+BEGIN, END = "<!-- written by make bench -->", "<!-- end of what make bench wrote -->"
+BUSY = 0.9  # of a CPU; a generator that took so much may have been the limit
+
+
+def sentence(name: str) -> str:
+    text = name.replace("_", " ")
+    return text[0].upper() + text[1:]
+
+
+def table(heads: list[str], rows: list[list[str]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def lines(result: Result) -> str:
+    """A row as Markdown: its contenders, what was claimed and came of it, what to know."""
+    beside = list(dict.fromkeys(what for figure in result.figures for what in figure.beside))
+    heads = ["", "median", "min..max", *beside]
+    rows = [[figure.contender, value(figure), spread(figure.rounds), *(cell(figure, what) for what in beside)]
+            for figure in result.figures]
+    parts = [table(heads, rows)]
+    if result.claims:
+        parts.append(table(["claim", "median", "min..max", "first bar", "goal", ""], list(map(claimed, result.claims))))
+    parts += [f"- {note}" for note in result.notes]
+    if any(limited(figure) for figure in result.figures):
+        parts.append(f"- ≥: the generator took over {BUSY:.0%} of a CPU and may have been the limit.")
+    return "\n\n".join(parts[:2]) + ("\n\n" + "\n".join(parts[2:]) if parts[2:] else "")
+
+
+def value(figure: Figure) -> str:
+    return ("≥ " if limited(figure) else "") + shown(figure.median, figure.unit)
+
+
+def limited(figure: Figure) -> bool:
+    return statistics.median(figure.beside.get("generator CPU", [0])) > BUSY
+
+
+def spread(rounds: list[float]) -> str:
+    return f"{shown(min(rounds))}..{shown(max(rounds))}"
+
+
+def cell(figure: Figure, what: str) -> str:
+    rounds = figure.beside.get(what)
+    if not rounds:
+        return ""
+    middle = statistics.median(rounds)
+    return f"{middle:.0%}" if what.endswith("CPU") else shown(middle)
+
+
+def claimed(claim: Claim) -> list[str]:
+    relation = "≥" if claim.at_least else "≤"
+    bars = [f"{relation} {shown(bar, claim.unit)}" for bar in (claim.first, claim.goal)]
+    return [claim.about, shown(claim.median, claim.unit), spread(claim.rounds), *bars, f"**{claim.verdict}**"]
+
+
+# What is kept
+
+
+def save(name: str, result: Result, moment: dict[str, str], settings: Settings) -> None:
+    """Put the row into the data, and make the document of all that is there."""
+    kept: dict[str, Any] = json.loads(DATA.read_text()) if DATA.exists() else {"rows": {}}
+    kept["machine"] = machine.description(settings.folder.parent)
+    kept["versions"] = peers.versions(list(settings.pythons))
+    kept["rows"][name] = {
+        "measured": moment, "rounds": settings.rounds, "seconds": settings.seconds,
+        "figures": [figure._asdict() for figure in result.figures],
+        "claims": [claim._asdict() for claim in result.claims], "notes": result.notes,
+    }
+    kept["rows"] = {known: kept["rows"][known] for known in ROWS if known in kept["rows"]}
+    DATA.write_text(json.dumps(kept, indent=1) + "\n")
+    draw(results(kept))
+    write(document(kept))
+
+
+def results(kept: dict[str, Any]) -> dict[str, Result]:
+    return {
+        name: Result([Figure(**figure) for figure in row["figures"]], [Claim(**claim) for claim in row["claims"]],
+                     row["notes"])
+        for name, row in kept["rows"].items()
+    }
+
+
+def write(text: str) -> None:
+    """Between the two marks; what stands around them is written by hand."""
+    page = DOCUMENT.read_text()
+    before, rest = page.split(BEGIN)
+    after = rest.split(END)[1]
+    DOCUMENT.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")
+
+
+def document(kept: dict[str, Any]) -> str:
+    found = results(kept)
+    parts = ["## The goals", summary(found), "![sends per second, waking, memory](performance.svg)", "## The machine",
+             table(["", ""], [[what, text] for what, text in {**kept["machine"], **kept["versions"]}.items()])]
+    for name, result in found.items():
+        row = kept["rows"][name]
+        measured = row["measured"]
+        quiet = "" if float(measured["load"]) < 0.5 else " **The machine was not quiet.**"
+        parts += [f"## {sentence(name)}", f"First bar: {ROWS[name].first}. Goal: {ROWS[name].goal}.", lines(result),
+                  f"{row['rounds']} rounds of {row['seconds']:g} s, {measured['date']}, commit {measured['commit']}, "
+                  f"load average before: {measured['load']}.{quiet}"]
+    return "\n\n".join(parts)
+
+
+def summary(found: dict[str, Result]) -> str:
+    rows = []
+    for name, result in found.items():
+        for claim in result.claims:
+            rows.append([sentence(name), *claimed(claim)])
+    missing = [sentence(name) for name in ROWS if name not in found]
+    text = table(["row", "claim", "median", "min..max", "first bar", "goal", ""], rows)
+    return text + ("\n\nNot measured yet: " + "; ".join(missing) + "." if missing else "")
+
+
+# The plot
+
+SENDS = {
+    "1": "one_sender_is_as_fast_as_the_disk",
+    "16": "sixteen_senders_are_as_fast_as_redis",
+    "128": "a_hundred_and_twenty_eight_senders_are_as_fast_as_redis",
+}
+
+
+def draw(found: dict[str, Result]) -> None:
+    """Sends per second of every contender on 1, 16 and 128 connections, with their spread."""
+    from matplotlib import pyplot
+
+    pyplot.rcParams["svg.fonttype"] = "none"
+    pyplot.rcParams["svg.hashsalt"] = "agent-bus"  # the same figures are the same file
+    drawn = {label: found[name].figures for label, name in SENDS.items() if name in found}
+    contenders = list(dict.fromkeys(figure.contender for figures in drawn.values() for figure in figures))
+    plot, axes = pyplot.subplots(figsize=(9, 5), layout="constrained")
+    for number, contender in enumerate(contenders):
+        rows = [(place, figure) for place, figures in enumerate(drawn.values()) for figure in figures
+                if figure.contender == contender]
+        places = [place + (number + 0.5) / (len(contenders) + 1) - 0.5 for place, _ in rows]
+        medians = [figure.median for _, figure in rows]
+        low = [figure.median - min(figure.rounds) for _, figure in rows]
+        high = [max(figure.rounds) - figure.median for _, figure in rows]
+        axes.bar(places, medians, 0.9 / (len(contenders) + 1), yerr=[low, high], label=contender, capsize=2)
+    axes.set_yscale("log")
+    axes.set_xticks(range(len(drawn)), [f"{label} connections" for label in drawn])
+    axes.set_ylabel("messages per second, one in each request (logarithmic)")
+    axes.legend(fontsize="small", ncols=2)
+    plot.savefig(PLOT, metadata={"Date": None})
+    pyplot.close(plot)
