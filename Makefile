@@ -3,12 +3,13 @@
 # make check   both, with everything the dev extra has
 # make bench   how fast, beside its peers: docs/performance.md; ROWS="sixteen batches" for some rows, BENCH=--quick to look
 #              (Debian: installs the peers; about half an hour, on a machine that does nothing else)
+# make faults  every fault in full, as root for all of them; writes docs/reliability.md
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python -m
 PEERS = wrk redis-server redis-tools mosquitto nginx libnginx-mod-nchan
 
-.PHONY: test lint check bench clean
+.PHONY: test lint check bench faults clean
 
 test: $(VENV)/test
 	$(RUN) pytest
@@ -23,6 +24,9 @@ check: $(VENV)/dev lint
 
 bench: $(VENV)/bench
 	$(RUN) bench $(BENCH) $(ROWS)
+
+faults: $(VENV)/dev
+	$(RUN) tests.faults
 
 $(VENV)/test:
 	$(PYTHON) -m venv $(VENV)

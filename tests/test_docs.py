@@ -94,7 +94,7 @@ def test_every_example_of_the_protocol_is_what_the_bus_says(bus):
 
 def test_every_promise_of_the_protocol_has_its_test():
     named = set(re.findall(r"`(test_\w+)`", PROTOCOL))
-    code = "".join(path.read_text() for path in [ROOT / "test_bus.py", *(ROOT / "tests").glob("test_*.py")])
+    code = "".join(path.read_text() for path in [ROOT / "test_bus.py", *(ROOT / "tests").rglob("test_*.py")])
     missing = [name for name in named if f"def {name}(" not in code]
     assert named and not missing, missing
 

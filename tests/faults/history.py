@@ -30,13 +30,17 @@ class Delivered(NamedTuple):
     tick: int
 
 
-def violations(sent, delivered):
+def violations(sent, delivered, gaps=(), removed_below=0):
     """Every way in which `delivered`, all that one reader kept, breaks what the bus promised those who sent.
 
-    lost        a message was acknowledged and did not arrive
-    duplicated  it arrived more than once, under whatever tick; what was not acknowledged may arrive once, or not
-    unexpected  nobody sent it, or it has another tick than its sender was told
-    reordered   its tick is not above the one before it, or it is from earlier than what its sender had sent before it
+    lost               a message was acknowledged and did not arrive
+    gap not announced  the same, and retention may have removed it, but its reader was told of no gap that it lies in
+    duplicated         it arrived more than once, under whatever tick; unacknowledged, it may arrive once, or not
+    unexpected         nobody sent it, or it has another tick than its sender was told
+    reordered          its tick is not above the one before it, or its sender had sent it before one that came earlier
+
+    `gaps` are those that the reader was told of, each from above one tick up to another; retention has removed nothing
+    from the tick `removed_below` on.
 
     `sent` has the messages of each sender in the order it sent them, each after the one before was answered. Only what
     was acknowledged is held to that order: a send that was given up may still be on its way when the next one arrives.
@@ -44,7 +48,10 @@ def violations(sent, delivered):
     ticks = {each[:2]: each.tick for each in sent}
     places = {each[:2]: place for place, each in enumerate(sent) if each.tick is not None}
     arrivals = Counter(each[:2] for each in delivered)
-    found = [f"lost: {each}" for each in sent if each.tick is not None and not arrivals[each[:2]]]
+    missing = [each for each in sent if each.tick is not None and not arrivals[each[:2]]]
+    found = [f"lost: {each}" for each in missing if each.tick >= removed_below]
+    found += [f"gap not announced: {each}" for each in missing
+              if each.tick < removed_below and not any(start < each.tick <= end for start, end in gaps)]
     found += [f"duplicated: {message} came {times} times" for message, times in arrivals.items() if times > 1]
     found += [f"unexpected: {each}" for each in delivered if ticks.get(each[:2], -1) not in (None, each.tick)]
     found += [f"reordered: {b} after {a}" for a, b in zip(delivered, delivered[1:]) if b.tick <= a.tick]
@@ -64,8 +71,8 @@ class Conversation:
     returns the ts, or None for a message that was not acknowledged. Both call `pause` on errors; true means: give up.
     """
 
-    def __init__(self, client, url, name):
-        self.client, self.url, self.name = client, url, name
+    def __init__(self, client, url, name, patience=PATIENCE):
+        self.client, self.url, self.name, self.patience = client, url, name, patience
         self.sent, self.delivered, self.senders = [], [], []
         self.over = threading.Event()
 
@@ -101,14 +108,17 @@ class Conversation:
     def finish(self):
         """Wait for the senders, and for the reader to have it all; returns the violations.
 
-        LAST is sent when its forerunner has arrived, so it comes in one more answer, where repeats would show.
+        LAST is sent when its forerunner has arrived, so it comes in one more answer, where repeats would show. What has
+        not arrived after `patience` seconds is lost.
         """
         self.wait_for_senders()
         herald = f"herald-of-{self.name}"
-        self.send(herald, [f"next comes {LAST}"])
-        wait_until(lambda: self.delivered and self.delivered[-1].sender == herald, PATIENCE)
-        self.send(herald, [LAST])
-        self.reader.result(PATIENCE)
+        for msg in (f"next comes {LAST}", LAST):
+            self.send(herald, [msg])
+            try:
+                wait_until(lambda: self.delivered and self.delivered[-1][:2] == (herald, msg), self.patience)  # noqa: B023
+            except AssertionError:
+                break
         return violations(self.sent, self.delivered)
 
     def __enter__(self):

@@ -1,12 +1,14 @@
-"""bus_server.py with the fault that the crash test must find: it acknowledges at once, and commits a little later.
+"""bus_server.py with one fault, which $FAULT names, and which the checker must find.
 
-Its readers see everything in time, so nothing is wrong with it as long as nobody kills it.
+Nothing is wrong with such a bus for as long as its day is good. With $CLOCK_ERROR, a file, its wall clock is wrong by
+the seconds that are written there; FAULT=none has nothing but that.
 """
+import os
 import pathlib
 import sys
 import time
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent.parent))
 import bus_server  # noqa: E402
 
 LATER = 0.1  # s, or with the first message after that
@@ -45,5 +47,32 @@ class EarlyLog(bus_server.Log):
         super().close()
 
 
-bus_server.Log = EarlyLog
+def early():
+    """It acknowledges at once, and commits a little later."""
+    bus_server.Log = EarlyLog
+
+
+def raw_clock():
+    """Its ticks are the wall clock, also when that stepped back."""
+    append = bus_server.Log.append
+
+    def raw(log, batch):
+        log.last = min(log.last, log.clock())
+        append(log, batch)
+
+    bus_server.Log.append = raw
+
+
+def step(path):
+    """Make the wall clock of this process wrong by the seconds in a file."""
+    right = time.time_ns
+    time.time_ns = lambda: right() + int(path.read_text()) * 10**9
+    time.time = lambda: time.time_ns() / 1e9
+
+
+FAULTS = {"none": lambda: None, "early": early, "raw clock": raw_clock}
+
+if "CLOCK_ERROR" in os.environ:
+    step(pathlib.Path(os.environ["CLOCK_ERROR"]))
+FAULTS[os.environ["FAULT"]]()
 sys.exit(bus_server.main())

@@ -1,7 +1,7 @@
 """The check itself: it finds each kind of fault, and none where there is none."""
 import pytest
 
-from tests.history import Delivered, Sent, violations
+from tests.faults.history import Delivered, Sent, violations
 
 SENT = [Sent("ann", "1", 10), Sent("bob", "1", 20), Sent("ann", "2", 30), Sent("ann", "3", None), Sent("ann", "4", 50)]
 WHOLE = [Delivered(*each[:2], tick) for each, tick in zip(SENT, (10, 20, 30, 40, 50))]
@@ -46,3 +46,11 @@ def test_a_sender_whose_later_message_has_the_lower_tick_was_reordered():
 def test_a_send_that_was_given_up_may_overtake_nothing_but_may_come_late():
     sent = [Sent("ann", "1", None), Sent("ann", "2", 10)]
     assert violations(sent, [Delivered("ann", "2", 10), Delivered("ann", "1", 20)]) == []
+
+
+def test_what_retention_removed_must_lie_in_a_gap_that_its_reader_was_told_of():
+    assert violations(SENT, WHOLE[2:], gaps=[(5, 20)], removed_below=25) == []
+    assert violations(SENT, WHOLE, gaps=[], removed_below=25) == []
+    (found,) = violations(SENT, WHOLE[2:], gaps=[(10, 20)], removed_below=25)
+    assert found.startswith("gap not announced") and "tick=10" in found
+    assert all(found.startswith("lost") for found in violations(SENT, WHOLE[2:], gaps=[(5, 20)], removed_below=10))

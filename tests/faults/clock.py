@@ -1,0 +1,93 @@
+"""The wall clock of the bus steps, and the bus is killed: cursors, order and holds do not notice."""
+import contextlib
+import json
+import os
+import threading
+import time
+
+from tests import new_client, old_client
+from tests.faults import Result, faulty, unless
+from tests.faults.crash import told
+from tests.faults.history import PATIENCE, Conversation, background, get
+from tests.processes import Server, wait_until
+
+SENDERS = 8
+CRASH = "kill -9, and a new start"
+HOUR, DAY = 3600, 86400
+TROUBLE = [CRASH, -HOUR, CRASH, +DAY, CRASH, 0]  # spread over the sends; a number is by how much the clock is wrong
+HOLD, TOO_LONG = 0.5, 2.0  # s; a poll is held, and may take on a machine that has much to do
+
+
+class SteppedServer(Server):
+    """A server whose wall clock is wrong by as many seconds as `step` said."""
+
+    def __init__(self, db, *options, fault="none"):
+        self.error = db.with_suffix(".error")
+        self.error.write_text("0")
+        settings = faulty(fault)
+        settings["env"]["CLOCK_ERROR"] = str(self.error)
+        super().__init__(db, *options, **settings)
+
+    def step(self, error):
+        """Returns when the bus has answered a poll by its new clock."""
+        fresh = self.error.with_suffix(".new")
+        fresh.write_text(str(error))
+        os.replace(fresh, self.error)
+        wait_until(lambda: self.get("/recv?to=surveyor") and abs(self.polled("surveyor") - time.time() - error) < 60)
+
+    def polled(self, name):
+        """When this name polled last, by the clock of the bus; 0 for never."""
+        agents = json.loads(self.get("/agents"))["agents"]
+        return max((agent["last_seen"] for agent in agents if agent["name"] == name), default=0)
+
+
+def clock_steps(directory, sends, trouble=TROUBLE, skew=0.0, fault="none", patience=PATIENCE):
+    """Clients of the old contract, whose own clock is wrong by `skew`, and of the new, while the bus's clock steps.
+
+    Half of the sends are for either reader. A third one gets no mail, and has a poll in hand at each step.
+    """
+    holds = []  # s
+    with contextlib.ExitStack() as stack:
+        bus = stack.enter_context(SteppedServer(directory / "bus.db", fault=fault))
+        old = stack.enter_context(Conversation(old_client, bus.url, "veteran", patience))
+        new = stack.enter_context(Conversation(new_client, bus.url, "keeper", patience))
+        talks = [old, new]
+        old.listen(skew=skew)
+        wait_until(lambda: abs(get(bus.url, "/healthz")["now"] - time.time() - skew) < 60)
+        crash(bus)  # the bus had taken over the cursor of its reader, and this is on disk
+        new.listen()
+        over = threading.Event()
+        stack.callback(over.set)
+        background(hold, bus.url, over, holds)
+        for number in range(SENDERS):
+            talks[number % 2].speak(f"sender-{number}", [f"message {count}" for count in range(sends // SENDERS)])
+        for place, event in enumerate(trouble, 1):
+            enough = place * sends // (len(trouble) + 1)
+            wait_until(lambda: sum(len(talk.sent) for talk in talks) >= enough, 60)  # noqa: B023
+            if event is CRASH:
+                crash(bus)
+            else:
+                before = len(holds)
+                bus.step(event)
+                wait_until(lambda: len(holds) > before)  # noqa: B023
+        found = [violation for talk in talks for violation in talk.finish()]
+    unknown = sum(each.tick is None for talk in talks for each in talk.sent)
+    found += [f"a hold of {HOLD} s took {took:.1f} s" for took in holds if not HOLD <= took <= TOO_LONG]
+    found += unless(unknown < sends / 10, f"{unknown} of {sends} sends were not acknowledged")
+    steps = ", ".join(f"{event:+,} s" for event in trouble if event is not CRASH)
+    figures = f"clock wrong by {steps}; {trouble.count(CRASH) + 1} crashes; {told(talks)}; "
+    return Result(f"{figures}{len(holds)} holds of {HOLD} s took {min(holds):.2f} to {max(holds):.2f} s", found)
+
+
+def hold(url, over, times):
+    """Poll for a reader without mail, again and again; note how long each poll took that was answered."""
+    while not over.is_set():
+        began = time.monotonic()
+        with contextlib.suppress(*new_client.ERRORS):
+            get(url, f"/recv?to=idle&since=0&wait={HOLD}")
+            times.append(time.monotonic() - began)
+
+
+def crash(bus):
+    bus.kill()
+    bus.start()

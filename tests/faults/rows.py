@@ -1,0 +1,69 @@
+"""The table of faults: what each row must hold to, what runs it in full, and how much that is."""
+import functools
+import importlib.util
+import os
+import pathlib
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import NamedTuple
+
+from tests.faults import Result, clock, crash, linux, program, siege, unless
+from tests.processes import ROOT
+
+
+class Control(NamedTuple):
+    """What has the fault on purpose, and the run in which it must be found out."""
+
+    what: str
+    run: Callable[[pathlib.Path], Result]
+
+
+class Row(NamedTuple):
+    name: str  # on the command line
+    fault: str
+    bar: str
+    run: Callable[[pathlib.Path, int], Result]
+    full: int  # cycles, seconds, sends: what `fault` counts
+    control: "Control | None" = None
+    needs: tuple = ()
+
+
+def suite(command, directory, size, **env):
+    """A row that is a command of its own; its last line is its figure."""
+    done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, env={**os.environ, **env},
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    last = (done.stdout.strip().splitlines() or ["it said nothing"])[-1]
+    return Result(last, unless(done.returncode == 0, f"exit code {done.returncode}: {done.stdout[-2000:]}"))
+
+
+def module(name):
+    return lambda: None if importlib.util.find_spec(name) else f"{name} is not here"
+
+
+ROWS = [
+    Row("kill-server", "kill -9 of the server under load, 1,000 times",
+        "0 acknowledged lost, 0 duplicated at a reader that drops repeats, order strict, integrity ok",
+        crash.storm, 1000, Control("acknowledges before it commits", crash.early)),
+    Row("clock", "the wall clock steps by -1 h and by +1 day, with crashes, during 24,000 sends",
+        "0 lost, `ts` increasing, hold times right",
+        clock.clock_steps, 24000,
+        Control("ticks are the clock as it is",
+                lambda place: clock.clock_steps(place, 800, fault="raw clock", patience=2))),
+    Row("slow-peers", "10,000 slow heads, then 10,000 slow bodies",
+        "normal traffic p99 at most 3x its base; closed at deadline + 2 s; memory +50 MB at most",
+        siege.slow_peers, 10000, needs=(linux, siege.twenty_thousand_descriptors)),
+    Row("descriptors", "descriptor limit 64 with 120 connections",
+        "CPU under 10 %, back within 1 s",
+        siege.no_descriptors, 120, needs=(linux,)),
+    Row("silent-tls", "200 silent TLS connections",
+        "p99 at most 2x base",
+        siege.silent_handshakes, 200, needs=(linux, program("openssl"))),
+    Row("fuzzing", "1 million raw requests, schema-driven requests, 10 min coverage-guided",
+        "0 answers of 5xx, memory +20 MB at most",
+        functools.partial(suite, ["tests.fuzz"]), 1, needs=(module("tests.fuzz"),)),
+    Row("model", "1,000 runs of 50 steps (send, retry, read, restart, clock) beside a model",
+        "no difference",
+        functools.partial(suite, ["pytest", "tests/test_model.py"], RUNS="1000"), 1,
+        needs=(module("tests.test_model"), module("hypothesis"))),
+]  # fmt: skip
