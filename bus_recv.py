@@ -267,6 +267,7 @@ class Reader:
         self.bus_time = 0.0  # s since 1970, by its clock, when it did
         self.outage: Outage | None = None  # if it does not answer now
         self.came = False  # a message, ever
+        self.open_cursor = Cursor  # or a kind of it
         self.announce: Callable[[str], None] = lambda line: None
         self.warn: Callable[[str], None] = lambda line: None
         self.clock: Any = time
@@ -341,7 +342,7 @@ class Reader:
     def take_up(self, answer: dict[str, Any]) -> None:
         """Go on with our cursor on the bus that answers. Where the caller wants to start is meant for the first one."""
         self.bus = id_of(answer)
-        self.cursor = Cursor(self.bus, self.channel, self.names[0], self.warn)
+        self.cursor = self.open_cursor(self.bus, self.channel, self.names[0], self.warn)
         if self.since:
             self.cursor.at, self.since = self.since, None
         if self.bus == OLD_CONTRACT:
@@ -365,12 +366,8 @@ class Cursor:
         self.state = os.path.abspath(os.path.expanduser(state))
         self.path = os.path.join(self.state, "cursors", *map(file_name, (bus, channel, name)))
         self.lock = self.only_one(name)
-        self.at = "last"
-        with contextlib.suppress(OSError), open(self.path, encoding="ascii", errors="replace") as file:
-            self.at = file.read(64).strip()
-        if self.at != "last" and not DECIMAL.fullmatch(self.at):
-            warn(f"{self.path} holds no cursor: starting where the bus remembers us")
-            self.at = "last"
+        self.at, self.warn = "last", warn
+        self.load()
         self.move(self.at)  # where it cannot be written, fail before a message is asked for
 
     def only_one(self, name: str) -> IO[str]:
@@ -390,6 +387,15 @@ class Cursor:
         file.write(f"{os.getpid()}\n")
         file.flush()
         return file
+
+    def load(self) -> None:
+        """Where the file says that we are; what it does not know stays as it was."""
+        with contextlib.suppress(OSError), open(self.path, encoding="ascii", errors="replace") as file:
+            at = file.read(64).strip()
+            if DECIMAL.fullmatch(at):
+                self.at = at
+            elif at != "last":
+                self.warn(f"{self.path} holds no cursor: starting where the bus remembers us")
 
     def move(self, since: str) -> None:
         self.at = since

@@ -317,11 +317,6 @@ class SharedCursor(bus_recv.Cursor):
     def only_one(self, name: str) -> Any:
         os.makedirs(os.path.dirname(self.path), 0o700, exist_ok=True)
 
-    def load(self) -> None:
-        with contextlib.suppress(OSError), open(self.path, encoding="ascii", errors="replace") as file:
-            at = file.read(64).strip()
-            self.at = at if bus_recv.DECIMAL.fullmatch(at) else self.at
-
     def move(self, since: str) -> None:
         with self.moving:
             self.load()
@@ -332,19 +327,12 @@ class SharedCursor(bus_recv.Cursor):
 class Inbox(bus_recv.Reader):
     """This agent's mail, above the cursor that everything which reads for its name has in common."""
 
-    cursor: SharedCursor
-
     def __init__(self) -> None:
         super().__init__([me()], None, None, None, HOLD)
+        self.open_cursor = SharedCursor
         self.notes: list[str] = []
         self.announce = lambda line: self.notes.append(f"-- agent-bus: {line}")
         self.warn = complain
-
-    def take_up(self, answer: dict[str, Any]) -> None:
-        self.bus = bus_recv.id_of(answer)
-        self.cursor = SharedCursor(self.bus, self.channel, self.names[0], self.warn)
-        if self.bus == bus_recv.OLD_CONTRACT:
-            self.cursor.move("0")
 
     def ask(self, path: str) -> dict[str, Any]:
         answer, self.bus_time = bus_recv.ask(self.url, path, bus_recv.GRACE_SECONDS)
