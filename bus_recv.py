@@ -258,8 +258,7 @@ class Reader:
         if not 1 <= len(names) <= 16:
             raise ValueError("a reader has 1 to 16 names")
         for name in (*names, self.channel):
-            if not NAME.fullmatch(name):
-                raise ValueError(f"{name!r} is no name: 1 to 64 of A-Z a-z 0-9 . _ : @ - and first a letter or digit")
+            check_name(name)
         if since not in (None, "now", "last") and not DECIMAL.fullmatch(str(since)):
             raise ValueError(f"since is 'now', 'last' or seconds like 1795203596.123456, and not {since!r}")
         self.names, self.since, self.wait, self.hold = names, since, wait, wait
@@ -349,6 +348,11 @@ class Reader:
             self.cursor.at = {"last": "0", "now": str(answer.get("now"))}.get(self.cursor.at, self.cursor.at)
 
 
+def check_name(name: str) -> None:
+    if not NAME.fullmatch(name):
+        raise ValueError(f"{name!r} is no name: 1 to 64 of A-Z a-z 0-9 . _ : @ - and first a letter or digit")
+
+
 def id_of(answer: dict[str, Any]) -> str:
     return str(answer.get("bus", OLD_CONTRACT))
 
@@ -361,9 +365,7 @@ class Cursor:
     """
 
     def __init__(self, bus: str, channel: str, name: str, warn: Callable[[str], None]) -> None:
-        state = os.environ.get("XDG_STATE_HOME") or os.path.join("~", ".local", "state")
-        state = os.environ.get("AGENT_BUS_STATE_DIR") or os.path.join(state, "agent-bus")
-        self.state = os.path.abspath(os.path.expanduser(state))
+        self.state = state_directory()
         self.path = os.path.join(self.state, "cursors", *map(file_name, (bus, channel, name)))
         self.lock = self.only_one(name)
         self.at, self.warn = "last", warn
@@ -433,6 +435,12 @@ def try_lock(file: IO[str]) -> bool:
     except OSError:
         return False
     return True
+
+
+def state_directory() -> str:
+    state = os.environ.get("XDG_STATE_HOME") or os.path.join("~", ".local", "state")
+    state = os.environ.get("AGENT_BUS_STATE_DIR") or os.path.join(state, "agent-bus")
+    return os.path.abspath(os.path.expanduser(state))
 
 
 def file_name(text: str) -> str:

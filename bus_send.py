@@ -12,7 +12,8 @@ sent again under the same key, and the bus stores a key once.
 
 Standard library only, Python 3.9 and later. It reads stdin and the environment (AGENT_BUS_URL, AGENT_NAME,
 AGENT_BUS_CHANNEL, AGENT_BUS_TOKEN or AGENT_BUS_TOKEN_FILE, AGENT_BUS_CA, AGENT_BUS_UA; http_proxy, https_proxy,
-no_proxy), talks to that URL, follows it nowhere else, and writes no file.
+no_proxy), talks to that URL, follows it nowhere else, and writes one file, if AGENT_BUS_OUTBOX names one: a copy of
+each message that the bus stored, as its reader gets it; `{name}` in that path is the sender.
 Exit code: 0 stored, 1 refused by the bus, 2 usage, 75 not known to be stored (try again with the key it names).
 """
 from __future__ import annotations
@@ -74,18 +75,14 @@ def send(
     type, ttl in seconds ...) go with the message; None leaves one out. The first attempt is always made, and the last
     starts within `patience` seconds. Raises Refused, Unreachable; ValueError if there is no sender or the URL is none.
     """
-    url = url or os.environ.get("AGENT_BUS_URL") or "http://127.0.0.1:8080"
-    sender = sender or os.environ.get("AGENT_NAME") or None
-    channel = channel or os.environ.get("AGENT_BUS_CHANNEL") or "default"
-    if not sender and not credentials(url):  # a token has its sender
-        raise ValueError("who is it from? Give --from NAME or set AGENT_NAME")
-    message = {"from": sender, "to": to, "msg": msg, "channel": channel, "key": key or os.urandom(16).hex(), **fields}
-    body = json.dumps({field: value for field, value in message.items() if value is not None}).encode()
+    url, message = composed(to, msg, url, sender, channel, key, fields)
+    body = json.dumps(message).encode()
     end, pause = time.monotonic() + patience, FIRST_PAUSE
     while True:
         try:
             left = max(end - time.monotonic(), 1)  # s; an attempt without any time would be none
-            return post(url, body, min(left, ATTEMPT_SECONDS + len(body) / UPLOAD_RATE))
+            answer = post(url, body, min(left, ATTEMPT_SECONDS + len(body) / UPLOAD_RATE))
+            break
         except Unreachable as fault:
             rest = max(pause * random.uniform(0.5, 1), fault.retry_after)
             if time.monotonic() + rest >= end:
@@ -93,6 +90,49 @@ def send(
                 raise Unreachable(f"{url} does not say that it is stored ({fault}); {again}") from fault
         time.sleep(rest)
         pause = min(2 * pause, LONGEST_PAUSE)
+    keep_copy(message, answer)
+    return answer
+
+
+def composed(
+    to: str | list[str],
+    msg: str,
+    url: str | None,
+    sender: str | None,
+    channel: str | None,
+    key: str | None,
+    fields: dict[str, Any],
+) -> tuple[str, dict[str, Any]]:
+    """The URL of the bus, and the message, as the arguments and the environment have them. ValueError: see send()."""
+    url = url or os.environ.get("AGENT_BUS_URL") or "http://127.0.0.1:8080"
+    sender = sender or os.environ.get("AGENT_NAME") or None
+    if not sender and not credentials(url):  # a token has its sender
+        raise ValueError("who is it from? Give --from NAME or set AGENT_NAME")
+    channel = channel or os.environ.get("AGENT_BUS_CHANNEL") or "default"
+    message = {"from": sender, "to": to, "channel": channel, "msg": msg, "key": key or os.urandom(16).hex(), **fields}
+    return url, {field: value for field, value in message.items() if value is not None}
+
+
+def keep_copy(message: dict[str, Any], answer: dict[str, Any]) -> None:
+    """Append what is stored to the file that AGENT_BUS_OUTBOX names: a line for each receiver, as that one gets it."""
+    path = os.environ.get("AGENT_BUS_OUTBOX")
+    if not path:
+        return
+    path = os.path.expanduser(path.replace("{name}", message.get("from", "-").replace("/", "_")))
+    try:
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "wb") as file:
+            file.write("".join(copies(message, answer)).encode())  # one write, so that two senders do not mix
+    except Exception as error:  # it is stored, whatever goes wrong here
+        complain(f"stored, but no copy is in {path}: {getattr(error, 'strerror', None) or error}", 0)
+
+
+def copies(message: dict[str, Any], answer: dict[str, Any]) -> Iterator[str]:
+    names = message["to"] if isinstance(message["to"], list) else [message["to"]]
+    given = {field: value for field, value in message.items() if field not in ("to", "key")}
+    for name, number in (answer.get("ids") or dict.fromkeys(names, answer.get("id"))).items():
+        ts = int(number, 16) / 1e6 if number else answer["ts"]  # an id is the time in us; the first contract has none
+        known = {"id": number, "to": name, **given} if number else {"to": name, **given}
+        yield f'{{"ts": {ts:.6f}, {json.dumps(known)[1:]}\n'
 
 
 def post(url: str, message: bytes, seconds: float) -> dict[str, Any]:
@@ -214,7 +254,7 @@ def judged(response: http.client.HTTPResponse, body: bytes) -> dict[str, Any]:
     raise Unreachable(f"{response.status}: {error or 'no JSON of a bus'}", float(wait) if wait.isdecimal() else 0.0)
 
 
-def queued(answer: dict[str, Any], to: str) -> str:
+def queued(answer: dict[str, Any], to: str | list[str]) -> str:
     """The truth about a message that is stored while not everyone is there to read it; empty if everyone is."""
     receiver = answer["receiver"]
     online = receiver["online"]
@@ -235,9 +275,10 @@ def span(seconds: float) -> str:
     return f"{max(seconds, 0):.0f} s"
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Send stdin, as it is, as one message to an agent-bus.")
-    parser.add_argument("to", metavar="TO", help="a name, names as a,b,c, or all")
+def command_line(purpose: str) -> argparse.ArgumentParser:
+    """A parser of what there is to say about a message. What it finds, but for `to`, are arguments of send()."""
+    parser = argparse.ArgumentParser(description=purpose)
+    parser.add_argument("to", metavar="TO", nargs="?", type=receivers, help="a name, names as a,b,c, or all")
     parser.add_argument("--from", dest="sender", metavar="NAME", help="default: $AGENT_NAME")
     parser.add_argument("--subject", help="what it is about, in one line")
     parser.add_argument("--reply-to", metavar="ID", help="the id of the message that this one answers")
@@ -246,16 +287,33 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--ttl", type=float, metavar="S", help="not worth delivering after S seconds")
     parser.add_argument("--key", help="the bus stores one message per sender and key; default: a random one")
     parser.add_argument("--channel", help="default: $AGENT_BUS_CHANNEL, or 'default'")
+    return parser
+
+
+def receivers(text: str) -> str | list[str]:
+    return text.split(",") if "," in text else text
+
+
+def read_message() -> str:
+    """What stands on stdin. ValueError if that is no message."""
+    try:
+        msg = sys.stdin.buffer.read().decode() if sys.stdin else ""
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the message on stdin is not UTF-8 at byte {error.start}") from None
+    if not msg.strip():
+        raise ValueError("the message on stdin is empty")
+    return msg
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = command_line("Send stdin, as it is, as one message to an agent-bus.")
     parser.add_argument("--timeout", type=float, default=30.0, metavar="S", help="keep trying for S seconds (30)")
     options = vars(parser.parse_args(argv))
     to, patience = options.pop("to"), options.pop("timeout")
+    if not to:
+        parser.error("to whom? Give TO")
     try:
-        msg = sys.stdin.buffer.read().decode() if sys.stdin else ""
-        if not msg.strip():
-            return complain("the message on stdin is empty", 2)
-        answer = send(to.split(",") if "," in to else to, msg, patience=patience, **options)
-    except UnicodeDecodeError as error:
-        return complain(f"the message on stdin is not UTF-8 at byte {error.start}", 2)
+        answer = send(to, read_message(), patience=patience, **options)
     except ValueError as error:
         return complain(str(error), 2)
     except Refused as refused:
@@ -264,6 +322,12 @@ def main(argv: list[str] | None = None) -> int:
         return complain(str(fault), 75)
     except KeyboardInterrupt:
         return 130
+    report(answer, to)
+    return 0
+
+
+def report(answer: dict[str, Any], to: str | list[str]) -> None:
+    """The answer on stdout, and on stderr whether somebody is there to read the message."""
     try:
         print(json.dumps(answer), flush=True)
     except OSError:  # nobody reads it, and the message is stored all the same; leaving would try to write it once more
@@ -272,7 +336,6 @@ def main(argv: list[str] | None = None) -> int:
         truth = queued(answer, to)
         if truth:
             print(truth, file=sys.stderr)
-    return 0
 
 
 def complain(sentence: str, code: int) -> int:

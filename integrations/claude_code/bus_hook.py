@@ -34,7 +34,7 @@ from collections.abc import Callable
 from typing import Any
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # python3 -I does not
-from session import ROOT, Nameless, bus_recv, harmless, is_alive, name_of, quoted, state_directory, wishes  # noqa: E402
+from session import ROOT, Nameless, bus_recv, harmless, is_alive, name_of, quoted, wishes  # noqa: E402
 
 DEADLINE_SECONDS = 1.5  # for all of it: a prompt waits for us, for 2 s at most, and Python has to start
 POLL_SECONDS = 1.2  # for the bus; what comes later is not printed any more, and stays unread
@@ -111,7 +111,7 @@ class Turn:
 
     def __init__(self, event: dict[str, Any]) -> None:
         session = str(event.get("session_id") or event.get("conversation_id"))
-        self.path = os.path.join(state_directory(), "turns", bus_recv.file_name(session))
+        self.path = os.path.join(bus_recv.state_directory(), "turns", bus_recv.file_name(session))
         self.length = int(event.get("loop_count", 0))
         if event.get("stop_hook_active"):
             with contextlib.suppress(OSError, ValueError), open(self.path, encoding="ascii") as file:

@@ -63,7 +63,7 @@ def claim(wanted: Sequence[str], process: int, any_of_mine: bool) -> str:
 
     url = os.environ.get("AGENT_BUS_URL") or bus_recv.DEFAULT_URL
     channel = os.environ.get("AGENT_BUS_CHANNEL") or "default"
-    path = os.path.join(state_directory(), "names", *map(bus_recv.file_name, (url, channel)))
+    path = os.path.join(bus_recv.state_directory(), "names", *map(bus_recv.file_name, (url, channel)))
     os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
     with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+", encoding="ascii", errors="replace") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -89,9 +89,3 @@ def is_alive(process: int) -> bool:
     except OSError:  # it is there, and somebody else's
         pass
     return True
-
-
-def state_directory() -> str:
-    state = os.environ.get("XDG_STATE_HOME") or os.path.join("~", ".local", "state")
-    state = os.environ.get("AGENT_BUS_STATE_DIR") or os.path.join(state, "agent-bus")
-    return os.path.abspath(os.path.expanduser(state))

@@ -1,0 +1,233 @@
+#!/usr/bin/env python3
+"""Send one message to an agent-bus, now or when the bus is there: the text on stdin, the receiver on the command line.
+
+    echo "T1 is done" | AGENT_BUS_URL=http://10.0.0.5:8080 AGENT_NAME=spark python3 tools/bus_outbox.py dell
+    python3 tools/bus_outbox.py --flush        # send what waits: when a network comes up, or now and then
+    python3 tools/bus_outbox.py --list         # what waits, and what was refused, for every bus and sender
+
+The message is put on disk, behind those that wait. Then all are sent in their order by bus_send.send, each under the
+key that is stored with it; the first that gets no answer ends this, and is the first one of the next call. So whatever
+is killed or lost on the way, the bus has each message once. What it refuses for good goes to the folder `dead` beside
+the others, with the reason; to try it again, move it back.
+
+It has the environment of bus_send.py. An outbox belongs to one URL and one sender, and is a folder in
+AGENT_BUS_STATE_DIR, with a file for each message: its name is a number that grows, its content arguments of send().
+Exit code: 0 sent or stored, which stderr tells; 1 refused by the bus; 2 usage, or no place for the file; 75 only with
+--flush: something still waits.
+"""
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pathlib
+import re
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, Union
+from urllib.parse import unquote
+
+sys.path.append(str(pathlib.Path(__file__).resolve().parent.parent))  # the clients are there, installed or not
+import bus_recv
+import bus_send
+
+PATIENCE = 5.0  # s to get the first message to the bus; the caller has other work to do
+NUMBER = re.compile(r"([0-9]{20})\.json")  # ns since 1970, or one more than the last
+# What is wrong with us (our token, our name, the URL) and not with a message: they wait until that is mended.
+OURS = {401, 403, 404, 405}
+SHOWN = ("bus", "sender", "to", "channel", "type", "subject", "reason")
+Outcome = Union[dict[str, Any], bus_send.Refused]  # the bus's answer, or its refusal for good
+
+
+class Outbox:
+    """What one sender has for one bus, in order. It is shared by any number of processes.
+
+    A number is given under one lock, which is held for a moment, and messages are sent under another, so that a message
+    can be stored while others are on their way. Whoever has sent all looks once more without the lock: nobody needs to
+    wait for it who has just stored something.
+    """
+
+    def __init__(self, url: str, sender: str | None) -> None:
+        self.url, self.state = url, bus_recv.state_directory()
+        self.path = os.path.join(self.state, "outbox", *map(bus_recv.file_name, (url, sender or "-")))
+        self.dead = os.path.join(self.path, "dead")
+        if not os.path.isdir(self.dead):
+            os.makedirs(self.state, 0o700, exist_ok=True)
+            os.makedirs(self.dead, 0o700, exist_ok=True)
+            place = self.dead
+            while place != os.path.dirname(self.state):
+                place = os.path.dirname(place)
+                sync(place)
+
+    def waiting(self) -> list[str]:
+        return numbered(self.path)
+
+    def put(self, message: dict[str, Any]) -> str:
+        """Store arguments of send(); its name. When this returns, the message survives a power cut."""
+        with locked(os.path.join(self.path, "~order")):
+            last = max([*self.waiting(), *numbered(self.dead)], default="0")
+            name = f"{max(time.time_ns(), int(last.partition('.')[0]) + 1):020d}.json"
+            store(self.path, name, message)
+        return name
+
+    def flush(self, patience: float) -> Iterator[tuple[str, dict[str, Any], Outcome]]:
+        """Send what waits: each one's name, what it was, and what became of it.
+
+        `patience` is send()'s, for each message. Raises bus_send.Unreachable, or Refused if it is not the message that
+        is refused; then the others wait. It is over at once if another process does not finish within that time.
+        """
+        while self.waiting():
+            with locked(os.path.join(self.path, "~delivery"), patience) as held:
+                if not held:
+                    return
+                for name in self.waiting():
+                    yield (name, *self.deliver(name, patience))
+
+    def deliver(self, name: str, patience: float) -> tuple[dict[str, Any], Outcome]:
+        path, dead = os.path.join(self.path, name), os.path.join(self.dead, name)
+        try:
+            message = read(path)
+        except ValueError as error:
+            os.replace(path, dead)
+            return {}, bus_send.Refused(400, f"the file holds no message: {error}")
+        try:
+            age, ttl = time.time() - int(name.partition(".")[0]) / 1e9, message.get("ttl")
+            if ttl and age >= ttl:
+                raise bus_send.Refused(410, f"it waited for {age:.0f} s, longer than its ttl")
+            long = os.path.getsize(path) / bus_send.UPLOAD_RATE
+            outcome: Outcome = bus_send.send(url=self.url, patience=patience + long, **message)
+        except bus_send.Refused as refused:
+            if refused.status in OURS:
+                raise
+            outcome = refused
+            store(self.dead, name, {**message, "reason": str(refused)})
+        os.unlink(path)
+        return message, outcome
+
+
+@contextlib.contextmanager
+def locked(path: str, patience: float = float("inf")) -> Iterator[bool]:
+    """With the lock, or, after `patience` seconds, without it. It ends with its process."""
+    end = time.monotonic() + patience
+    with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+", encoding="ascii") as file:
+        while not (held := bus_recv.try_lock(file)) and time.monotonic() < end:
+            time.sleep(0.02)
+        yield held
+
+
+def store(directory: str, name: str, value: dict[str, Any]) -> None:
+    """Durably, and whole or not at all."""
+    new = os.path.join(directory, "~new")
+    with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="ascii") as file:
+        json.dump(value, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(new, os.path.join(directory, name))
+    sync(directory)
+
+
+def sync(directory: str) -> None:
+    """The names in a directory are durable. Windows has no such call, and needs none."""
+    if os.name == "posix":
+        descriptor = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def numbered(directory: str) -> list[str]:
+    return sorted(filter(NUMBER.fullmatch, os.listdir(directory)))
+
+
+def read(path: str) -> dict[str, Any]:
+    """The message in the file, without the reason for which it was refused before. ValueError if there is none."""
+    with open(path, encoding="ascii") as file:
+        message = json.load(file)
+    if not isinstance(message, dict):
+        raise ValueError("it is no object")
+    return {field: value for field, value in message.items() if field != "reason"}
+
+
+def listed() -> Iterator[str]:
+    """A line for each message of every outbox."""
+    top = pathlib.Path(bus_recv.state_directory(), "outbox")
+    for path in sorted(top.glob("*/*/**/*.json")):
+        try:
+            message = json.loads(path.read_bytes())
+        except (ValueError, OSError):  # it may just have been sent
+            continue
+        when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(int(path.stem) / 1e9))
+        known = {"bus": unquote(path.relative_to(top).parts[0]), **message}
+        words = [f"{field}={bus_recv.word(known[field])}" for field in SHOWN if known.get(field)]
+        yield " ".join(["dead   " if path.parent.name == "dead" else "waiting", when, *words])
+
+
+def check(url: str, message: dict[str, Any]) -> None:
+    """ValueError for what is wrong whether the bus is there or not."""
+    bus_send.connect(url, PATIENCE)
+    bus_send.credentials(url)
+    to = message.get("to", [])
+    for name in (message["sender"], message["channel"], *([to] if isinstance(to, str) else to)):
+        if name is not None:
+            bus_recv.check_name(name)
+
+
+def deliver(outbox: Outbox, message: dict[str, Any] | None, patience: float) -> int:
+    """Store the message, if there is one, and send all that waits. The exit code."""
+    mine = outbox.put(message) if message else None
+    code, reason = 0, "another process is sending"
+    try:
+        for name, sent, outcome in outbox.flush(patience):
+            if isinstance(outcome, bus_send.Refused):
+                complain(f"refused, and moved to {os.path.join(outbox.dead, name)}: {outcome}")
+                code = code if mine else 1
+            elif name == mine:
+                bus_send.report(outcome, sent["to"])
+    except bus_send.Refused as refused:
+        code, reason = 1, str(refused)
+    except bus_send.Unreachable as fault:
+        code, reason = 0 if mine else 75, f"{outbox.url}: {fault.__cause__ or fault}"
+    waiting = outbox.waiting()
+    if mine in waiting:
+        complain(f"stored; {len(waiting)} wait until the next call, or --flush ({reason})")
+    elif waiting and not mine:
+        complain(f"{len(waiting)} still wait ({reason})")
+        code = code or 75
+    return 1 if mine in numbered(outbox.dead) else code
+
+
+def complain(line: str, code: int = 0) -> int:
+    """One line on stderr."""
+    print("bus_outbox:", bus_recv.visible(line.replace("\n", " ")), file=sys.stderr)
+    return code
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = bus_send.command_line("Send stdin, as it is, as one message to an agent-bus, now or when it is there.")
+    parser.add_argument("--timeout", type=float, default=PATIENCE, metavar="S", help="try for S seconds (5)")
+    parser.add_argument("--flush", action="store_true", help="only send what waits")
+    parser.add_argument("--list", action="store_true", help="only show what waits or was refused, for all buses")
+    given = vars(parser.parse_args(argv))
+    to, patience, flush, show = map(given.pop, ("to", "timeout", "flush", "list"))
+    if bool(to) + flush + show != 1:
+        parser.error("give TO, or --flush, or --list")
+    try:
+        if show:
+            bus_recv.emit("".join(f"{line}\n" for line in listed()))
+            return 0
+        msg = "" if flush else bus_send.read_message()
+        sender, channel, key = map(given.pop, ("sender", "channel", "key"))
+        url, message = bus_send.composed(to, msg, None, sender, channel, key, given)
+        message["sender"] = sender = message.pop("from", None)
+        check(url, message)
+        return deliver(Outbox(url, sender), None if flush else message, patience)
+    except (ValueError, OSError) as error:
+        return complain(str(error), 2)
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
