@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import pathlib
 import resource
 import shutil
@@ -9,7 +10,7 @@ import signal
 import sys
 import tempfile
 
-from bench import machine, report, rows_send  # noqa: F401  (a module of rows fills ROWS)
+from bench import machine, peers, report, rows_programs, rows_send, rows_stored, rows_wait  # noqa: F401  (rows_* fill ROWS)
 from bench.session import ROWS, Session, Settings
 
 
@@ -32,7 +33,7 @@ def main() -> int:
 
 def measure(name: str, options: argparse.Namespace) -> None:
     folder = pathlib.Path(tempfile.mkdtemp(prefix="agent-bus-bench-", dir=options.folder))
-    settings = Settings(folder, options.python or [sys.executable], options.rounds, options.seconds, options.quick)
+    settings = Settings(folder, options.python, options.rounds, options.seconds, options.quick)
     moment = machine.moment()
     print(f"\n{report.sentence(name)}\n", flush=True)
     try:
@@ -46,6 +47,11 @@ def measure(name: str, options: argparse.Namespace) -> None:
         report.save(name, result, moment, settings)
 
 
+def interpreter(path: str) -> str:
+    """The program itself: a shim of pyenv takes 200 ms to find it, and a virtual environment adds to its start."""
+    return os.path.realpath(peers.output(path, "-c", "import sys; print(sys.executable)"))
+
+
 def command_line() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description="Measure agent-bus beside its peers.")
     parser.add_argument("rows", nargs="*", metavar="ROW", help="a part of the name of a row; none: all of them")
@@ -57,6 +63,7 @@ def command_line() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, help="of one round (3)")
     parser.add_argument("--folder", default=tempfile.gettempdir(), help="where, and so on which disk (%(default)s)")
     options = parser.parse_args()
+    options.python = [interpreter(path) for path in options.python or [sys.executable]]
     options.rounds = options.rounds or (1 if options.quick else 5)
     options.seconds = options.seconds or (1 if options.quick else 3)
     return options

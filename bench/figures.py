@@ -32,8 +32,8 @@ class Claim(NamedTuple):
     about: str
     unit: str
     rounds: list[float]
-    first: float  # the first bar
-    goal: float
+    first: float | None  # the first bar; None if there is none for this
+    goal: float | None
     at_least: bool  # else at most
 
     @property
@@ -45,9 +45,11 @@ class Claim(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        if self.holds(self.goal):
+        if self.goal is not None and self.holds(self.goal):
             return "goal met"
-        return "first bar met" if self.holds(self.first) else "missed"
+        if self.first is not None:
+            return "first bar met" if self.holds(self.first) else "missed"
+        return "goal missed"
 
 
 class Result(NamedTuple):
@@ -85,6 +87,6 @@ def quantile(values: Sequence[float], share: float) -> float:
 
 def shown(value: float, unit: str = "") -> str:
     """With three digits that say something, and a blank in thousands."""
-    digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2 if abs(value) >= 0.1 else 4
+    digits = 0 if abs(value) >= 100 or not value else 1 if abs(value) >= 10 else 2 if abs(value) >= 0.1 else 4
     text = f"{value:,.{digits}f}".replace(",", " ")
     return text + ("x" if unit == "x" else f" {unit}" if unit else "")

@@ -16,7 +16,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from bench.wires import Refused, message
@@ -86,20 +86,45 @@ def redis_benchmark(port: int, connections: int, seconds: float, pipeline: int) 
 # A client of our own
 
 
-def exchange(wire: Any, port: int, requests: Sequence[bytes]) -> bytes:
-    """The answer to the last of these requests, each sent when the one before was answered."""
-    with socket.create_connection(("127.0.0.1", port), PATIENCE) as peer:
-        answer = b""
-        for request in requests:
-            peer.sendall(request)
-            data = bytearray()
-            while not wire.end(data):
-                part = peer.recv(CHUNK)
-                if not part:
-                    raise Refused(f"hung up after {bytes(data)!r}")
-                data += part
-            answer = bytes(data)
+class Line:
+    """A connection that blocks: a request, then its answer. It is made anew where a server closes after each."""
+
+    def __init__(self, wire: Any, port: int) -> None:
+        self.wire, self.port = wire, port
+        self.data = bytearray()
+        self.connect()
+        for request in wire.hello(1):
+            self.exchange(request)
+
+    def connect(self) -> None:
+        self.peer = socket.create_connection(("127.0.0.1", self.port), PATIENCE)
+        self.peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def ask(self, request: bytes) -> None:
+        self.peer.sendall(request)
+
+    def answer(self) -> bytes:
+        while not (end := self.wire.end(self.data)):
+            part = self.peer.recv(CHUNK)
+            if not part:
+                raise Refused(f"hung up after {bytes(self.data)!r}")
+            self.data += part
+        answer = bytes(self.data[:end])
+        del self.data[:end]
+        if not self.wire.keeps:
+            self.peer.close()
+            self.connect()
         return answer
+
+    def exchange(self, request: bytes) -> bytes:
+        self.ask(request)
+        return self.answer()
+
+    def __enter__(self) -> Line:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.peer.close()
 
 
 def closed_loop(port: int, wire: Any, to: str, connections: int, seconds: float) -> Count:
@@ -154,20 +179,19 @@ class Reader:
     def __init__(self, port: int, wire: Any, names: Sequence[str]) -> None:
         self.port, self.wire, self.names = port, wire, ",".join(names)
         self.over = threading.Event()
-        self.thread = threading.Thread(target=self.read, daemon=True)
+        self.thread = threading.Thread(target=self.run, daemon=True)
+
+    def run(self) -> None:
+        while not self.over.wait(self.PERIOD):
+            self.read()
 
     def read(self) -> None:
-        for cursor in self.cursors():
-            exchange(self.wire, self.port, [self.wire.get(f"/recv?to={self.names}&since={cursor}&max=1")])
-            if self.over.wait(self.PERIOD):
-                break
-
-    def cursors(self) -> Iterator[str]:
-        while True:
-            answer = exchange(self.wire, self.port, [self.wire.get(f"/recv?to={self.names}&since=now")])
-            yield re.search(rb'"now": ([0-9.]+)', answer)[1].decode()
+        with Line(self.wire, self.port) as line:
+            cursor = self.wire.cursor(line.exchange(self.wire.get(f"/recv?to={self.names}&since=now")))
+            line.exchange(self.wire.get(f"/recv?to={self.names}&since={cursor}&max=1"))
 
     def __enter__(self) -> None:
+        self.read()
         self.thread.start()
 
     def __exit__(self, *_: Any) -> None:

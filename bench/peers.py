@@ -47,6 +47,7 @@ class Peer:
     name: str
     program: ClassVar[str]
     durable = "no"  # what is on the disk when a send is answered
+    period = 0.0  # s between two looks of a server that is not told of a message
     wire: Any
 
     def __init__(self, folder: pathlib.Path) -> None:
@@ -102,7 +103,8 @@ class Peer:
 
     def ask(self, *requests: bytes) -> bytes:
         """The last answer, on a connection of its own."""
-        return load.exchange(self.wire, self.port, requests)
+        with load.Line(self.wire, self.port) as line:
+            return [line.exchange(request) for request in requests][-1]
 
     def sends(self, connections: int, seconds: float) -> load.Count:
         """Single sends for a while, each after the one before was answered, on so many connections."""
@@ -111,6 +113,10 @@ class Peer:
     def cursor(self) -> str:
         """Where a reader begins that wants only what is new."""
         return ""
+
+    def audience(self, count: int) -> list[str]:
+        """What so many readers wait for who all get what is sent to `all`."""
+        return ["all"] * count
 
     def mark(self) -> int:
         return 0
@@ -159,8 +165,10 @@ class AgentBus(HttpPeer):
             return load.wrk(self.port, requests, connections, seconds)
 
     def cursor(self) -> str:
-        answer = self.ask(self.wire.get("/recv?to=bench&since=now"))
-        return str(json.loads(answer.partition(b"\r\n\r\n")[2], parse_float=str)["now"])
+        return str(self.wire.cursor(self.ask(self.wire.get("/recv?to=bench&since=now"))))
+
+    def audience(self, count: int) -> list[str]:
+        return [f"reader-{number}" for number in range(count)]
 
     def mark(self) -> int:
         return int(self.query("SELECT ifnull(max(tick), 0) FROM messages"))
@@ -203,11 +211,12 @@ class ThreadedBus(HttpPeer):
     """What is widely copied. It speaks HTTP/1.0 as http.server does by default: a connection for each request."""
 
     name = "http.server, a thread each"
+    period = 0.5
 
     def __init__(self, folder: pathlib.Path, python: str = sys.executable) -> None:
         super().__init__(folder)
         self.python = python
-        self.wire = wires.Http(self.port)
+        self.wire = wires.Http(self.port, keeps=False)
 
     @classmethod
     def missing(cls) -> str:
@@ -341,13 +350,13 @@ class NatsPeer(Peer):
         super().start()
         stream = {"name": "BUS", "subjects": ["bus.*"], "storage": "file", "num_replicas": 1, "retention": "limits",
                   "discard": "old", "max_consumers": -1, "max_msgs": -1, "max_bytes": -1, "max_age": 0}
-        self.ask(*self.wire.hello(1), self.wire.publish("$JS.API.STREAM.CREATE.BUS", json.dumps(stream).encode(), 1))
+        self.ask(self.wire.publish("$JS.API.STREAM.CREATE.BUS", json.dumps(stream).encode(), 1))
 
     def sends(self, connections: int, seconds: float) -> load.Count:
         return load.closed_loop(self.port, self.wire, "dell", connections, seconds)
 
     def mark(self) -> int:
-        answer = self.ask(*self.wire.hello(1), self.wire.publish("$JS.API.STREAM.INFO.BUS", b"", 1))
+        answer = self.ask(self.wire.publish("$JS.API.STREAM.INFO.BUS", b"", 1))
         return int(json.loads(answer[answer.index(b"{"):])["state"]["messages"])
 
     def stored(self, mark: int) -> int | None:

@@ -63,7 +63,7 @@ def cell(figure: Figure, what: str) -> str:
 
 def claimed(claim: Claim) -> list[str]:
     relation = "≥" if claim.at_least else "≤"
-    bars = [f"{relation} {shown(bar, claim.unit)}" for bar in (claim.first, claim.goal)]
+    bars = ["" if bar is None else f"{relation} {shown(bar, claim.unit)}" for bar in (claim.first, claim.goal)]
     return [claim.about, shown(claim.median, claim.unit), spread(claim.rounds), *bars, f"**{claim.verdict}**"]
 
 

@@ -49,6 +49,7 @@ class Session:
         self.settings = settings
         self.notes: list[str] = []
         self.started = 0
+        self.kept = settings.folder.parent  # what outlives this run
 
     def count(self, full: int, least: int = 1) -> int:
         """So many of something: a twentieth in a quick look."""

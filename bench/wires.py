@@ -2,7 +2,7 @@
 
 A wire has no state. `hello` is what a connection sends first, a request each; `send` and `wait` are the two requests
 that are measured; `end` says where the first whole answer in a buffer ends, 0 when it is not whole, and raises Refused
-for one that says no.
+for one that says no; `cursor` is where the next wait begins. `keeps` says whether a connection outlives an answer.
 """
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ def message(to: str, sender: str = "spark") -> bytes:
 class Http:
     """The wire of agent-bus, and of whoever has the same paths. `token` goes into each head."""
 
-    def __init__(self, port: int, token: str = "") -> None:
+    def __init__(self, port: int, token: str = "", keeps: bool = True) -> None:
+        self.keeps = keeps
         self.head = f"Host: 127.0.0.1:{port}\r\n" + (f"Authorization: Bearer {token}\r\n" if token else "")
 
     def hello(self, number: int) -> list[bytes]:
@@ -58,6 +59,9 @@ class Http:
         end = head + 4 + int(length[1] if length else 0)
         return end if len(data) >= end else 0
 
+    def cursor(self, answer: bytes) -> str:
+        return re.findall(rb'"now": ([0-9.]+)', answer)[-1].decode()
+
 
 class Nchan(Http):
     """Publishing and long-polling as nchan has it: a channel for each name."""
@@ -68,9 +72,14 @@ class Nchan(Http):
     def wait(self, name: str, cursor: str) -> bytes:
         return self.get(f"/sub/{name}")
 
+    def cursor(self, answer: bytes) -> str:
+        return ""
+
 
 class Redis:
     """RESP, with a stream for each name."""
+
+    keeps = True
 
     def hello(self, number: int) -> list[bytes]:
         return []
@@ -103,6 +112,9 @@ class Redis:
                 if not end:
                     return 0
         return end if end <= len(data) else 0
+
+    def cursor(self, answer: bytes) -> str:
+        return re.findall(rb"\r\n(\d+-\d+)\r\n", answer)[-1].decode()
 
 
 class Nats:

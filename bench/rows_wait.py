@@ -1,0 +1,142 @@
+"""Waiting: how fast a parked reader is woken, what it costs to be parked, and what a broadcast takes."""
+from __future__ import annotations
+
+import contextlib
+import random
+import time
+
+from bench import machine
+from bench.crowd import parked
+from bench.figures import Claim, Figure, Result, Run, interleaved, quantile, ratios
+from bench.load import Line
+from bench.peers import AgentBus, NchanPeer, Peer, RedisPeer, ThreadedBus
+from bench.session import Session, row
+
+WARM = 20  # wakings that do not count
+PAUSE = 0.004  # s between two wakings: the reader must be parked again, and the disk at rest
+
+
+def names(count: int, prefix: str = "elsewhere") -> list[str]:
+    return [f"{prefix}-{number}" for number in range(count)]
+
+
+def ours(session: Session, figures: dict[str, Figure]) -> list[Figure]:
+    return [figures[bus.name] for bus in session.buses()]
+
+
+@row(first="p50 under 1 ms, p99 under 3 ms", goal="p99 under 2x nchan, which writes nothing to disk")
+def a_parked_reader_is_woken_at_once(session: Session) -> Result:
+    crowd, wakings = session.count(15000), session.count(1000, 50)
+    contenders = [*session.buses(), *session.peers(RedisPeer, NchanPeer, ThreadedBus)]
+
+    def scaled(peer: Peer) -> tuple[int, int]:
+        """A thread that looks twice a second: fewer of them, and fewer looks."""
+        return (min(crowd, 1000), min(wakings, 20)) if isinstance(peer, ThreadedBus) else (crowd, wakings)
+
+    with session.running(contenders) as running:
+        runs = {name: lambda peer=peer: woken(peer, *scaled(peer)) for name, peer in running.items()}
+        figures = interleaved(runs, session.settings.rounds, "ms (p99)")
+    session.notes.append(
+        f"{crowd} readers are parked elsewhere, on names of their own; {wakings} wakings in a round. With a thread "
+        f"for each reader it is {min(crowd, 1000)} readers and {min(wakings, 20)} wakings. From before the send is "
+        "written until the whole answer of the reader is read, one after the other, in one process.")
+    claims = []
+    for figure in ours(session, figures):
+        claims.append(Claim(f"{figure.contender}, p50", "ms", figure.beside["p50 ms"], 1, None, False))
+        claims.append(Claim(f"{figure.contender}, p99", "ms", figure.rounds, 3, None, False))
+        if NchanPeer.name in figures:
+            multiple = ratios(figure.rounds, figures[NchanPeer.name].rounds)
+            claims.append(Claim(f"{figure.contender}, p99 of nchan", "x", multiple, None, 2, False))
+    return Result(list(figures.values()), claims, session.notes)
+
+
+def woken(peer: Peer, crowd: int, wakings: int) -> Run:
+    """The reader is the one that is measured; the crowd is only there."""
+    times = []
+    wire, to = peer.wire, "dell"
+    with parked(peer, names(crowd)), Line(wire, peer.port) as reader, Line(wire, peer.port) as sender:
+        cursor = peer.cursor()
+        for _ in range(wakings + WARM):
+            reader.ask(wire.wait(to, cursor))
+            time.sleep(PAUSE + random.random() * peer.period)
+            start = time.perf_counter()
+            sender.ask(wire.send(to))
+            answer = reader.answer()
+            times.append(time.perf_counter() - start)
+            sender.answer()
+            cursor = wire.cursor(answer)
+    times = [one * 1000 for one in times[WARM:]]
+    return Run(quantile(times, 0.99), {"p50 ms": quantile(times, 0.5), "worst ms": max(times)})
+
+
+@row(first="3 KB (nchan 12.2 KB, a thread 26 KB)", goal="2 KB")
+def a_parked_reader_takes_little_memory(session: Session) -> Result:
+    crowd, before = session.count(10000), session.count(1000)
+
+    def grown(peer: Peer) -> Run:
+        count = min(crowd, 2000) if isinstance(peer, ThreadedBus) else crowd
+        with session.running([peer]), parked(peer, names(before, "first")):
+            few = machine.memory(peer.pids())
+            with parked(peer, names(count)):
+                grown = machine.memory(peer.pids()) - few
+        return Run(grown / count / 1024)
+
+    def fresh(kind: type[Peer], **options: str) -> Run:
+        return grown(kind(session.new_folder(), **options))
+
+    runs = {bus.name: lambda bus=bus: fresh(AgentBus, python=bus.python) for bus in session.buses()}
+    for peer in session.peers(RedisPeer, NchanPeer, ThreadedBus):
+        runs[peer.name] = lambda peer=peer: fresh(type(peer))
+    figures = interleaved(runs, session.settings.rounds, "KB")
+    session.notes.append(
+        f"Growth of the server (PSS of all its processes) from {before} parked readers to {crowd} more, each on a name "
+        f"of its own, in a new process for each round; with a thread each, {min(crowd, 2000)} more. What the kernel "
+        "keeps for a socket is not in it.")
+    claims = [Claim(figure.contender, "KB", figure.rounds, 3, 2, False) for figure in ours(session, figures)]
+    return Result(list(figures.values()), claims, session.notes)
+
+
+@row(first="under 3x nchan", goal="under 1.5x nchan")
+def a_broadcast_reaches_ten_thousand_parked_readers_fast(session: Session) -> Result:
+    crowd = session.count(10000)
+    with session.running([*session.buses(), *session.peers(RedisPeer, NchanPeer)]) as running:
+        runs = {name: lambda peer=peer: broadcast(peer, crowd) for name, peer in running.items()}
+        figures = interleaved(runs, session.settings.rounds, "ms")
+    session.notes.append(
+        f"{crowd} readers; from before the send is written until the last answer has reached the kernel (its own "
+        "timestamp of the packet). Nobody reads before all are there, so the readers take nothing from the server. "
+        "At agent-bus each has a name of its own and the message is for `all`; elsewhere all wait on one channel.")
+    claims = []
+    if NchanPeer.name in figures:
+        for figure in ours(session, figures):
+            multiple = ratios(figure.rounds, figures[NchanPeer.name].rounds)
+            claims.append(Claim(f"{figure.contender}, of nchan", "x", multiple, 3, 1.5, False))
+    return Result(list(figures.values()), claims, session.notes)
+
+
+def broadcast(peer: Peer, crowd: int) -> Run:
+    with parked(peer, peer.audience(crowd)) as readers, Line(peer.wire, peer.port) as sender:
+        start = time.time_ns()
+        sender.exchange(peer.wire.send("all"))
+        return Run((readers.last_arrival() - start) / 1e6)
+
+
+@row(first="1 % of a CPU", goal="0.1 %")
+def ten_thousand_parked_readers_cost_no_cpu(session: Session) -> Result:
+    crowd, windows, span = session.count(10000), session.settings.rounds, 1 if session.settings.quick else 4
+    with contextlib.ExitStack() as stack:
+        running = stack.enter_context(session.running([*session.buses(), *session.peers(NchanPeer)]))
+        for peer in running.values():
+            stack.enter_context(parked(peer, names(crowd)))
+        figures = {name: Figure(name, "% of a CPU", [], {}) for name in running}
+        for _ in range(windows):
+            before = {name: machine.running_seconds(peer.pids()) for name, peer in running.items()}
+            start = time.perf_counter()
+            time.sleep(span)
+            share = 100 / (time.perf_counter() - start)
+            for name, peer in running.items():
+                figures[name].rounds.append((machine.running_seconds(peer.pids()) - before[name]) * share)
+    session.notes.append(f"{crowd} readers parked at each, all at the same time; windows of {span} s in which nothing "
+                         "is sent and no hold ends.")
+    claims = [Claim(figure.contender, "% of a CPU", figure.rounds, 1, 0.1, False) for figure in ours(session, figures)]
+    return Result(list(figures.values()), claims, session.notes)

@@ -1,0 +1,91 @@
+"""Databases with many messages, written by the bus's own Log, so that checksums, numbers and marks are right."""
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from bench import machine, wires
+
+sys.path.insert(0, str(machine.ROOT))
+import bus_server  # noqa: E402  (it lies beside this folder, installed or not)
+
+AT_ONCE = 20000  # messages in a transaction
+STEP = 100000  # us between two messages: ten million of them are the last eleven days, and none is too old to keep
+
+
+WEEK = 7 * 86400  # s; an older database is made anew, before retention reaches it
+
+
+class Stored(NamedTuple):
+    path: pathlib.Path
+    messages: int
+    names: Sequence[str]  # they have messages in turn
+    first: int  # tick
+
+    def tick(self, number: int) -> int:
+        """Of the message with this number, from 0; those of one transaction follow each other directly."""
+        return self.first + number // AT_ONCE * AT_ONCE * STEP + number % AT_ONCE
+
+    def since(self, number: int) -> str:
+        """The cursor just before it."""
+        return bus_server.seconds(self.tick(number) - 1)
+
+    def name(self, number: int) -> str:
+        return self.names[number % len(self.names)]
+
+
+def database(kept: pathlib.Path, folder: pathlib.Path, messages: int, names: Sequence[str]) -> Stored:
+    """A database in `folder`, copied from one that is made once and stays in `kept`: ten million take minutes.
+
+    All of it is on the disk when this returns, so that writing it out does not disturb what is measured then.
+    """
+    kind = hashlib.sha256(repr((bus_server.MIGRATIONS, messages, list(names))).encode()).hexdigest()[:12]
+    original = kept / f"agent-bus-bench-{messages}-{kind}.db"
+    if not original.exists() or original.stat().st_mtime < time.time() - WEEK:
+        make(original, messages, names)
+    copy = folder / "stored.db"
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(original, copy)
+    os.sync()
+    log = bus_server.Log(str(copy))
+    first = int(log.reading.execute("SELECT min(tick) FROM messages").fetchone()[0])
+    log.close()
+    return Stored(copy, messages, names, first)
+
+
+def make(path: pathlib.Path, messages: int, names: Sequence[str]) -> None:
+    """Everybody has read everything: a mailbox that is full refuses more."""
+    unfinished = path.with_suffix(".unfinished")
+    for leftover in path.parent.glob(f"{unfinished.name}*"):
+        leftover.unlink()
+    clock = Clock(bus_server.wall_clock() - messages * STEP)
+    log = bus_server.Log(str(unfinished), clock)
+    log.writing.executescript("PRAGMA synchronous=OFF; PRAGMA cache_size=-500000")
+    drafts = [bus_server.draft(json.loads(wires.message(name)), None) for name in names]
+    for start in range(0, messages, AT_ONCE):
+        batch = bus_server.Batch()
+        numbers = range(start, min(start + AT_ONCE, messages))
+        batch.sends = [bus_server.Send(None, [drafts[number % len(drafts)] for number in numbers], True)]
+        log.commit(batch)
+        clock.now += AT_ONCE * STEP
+    batch = bus_server.Batch()
+    batch.marks = [bus_server.Mark("default", name, True, log.last, log.last, clock.now) for name in names]
+    log.commit(batch)
+    log.close()
+    unfinished.replace(path)
+    pathlib.Path(f"{unfinished}.lock").unlink()
+
+
+class Clock:
+    def __init__(self, now: int) -> None:
+        self.now = now
+
+    def __call__(self) -> int:
+        return self.now
