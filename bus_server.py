@@ -5,7 +5,7 @@ It is written in the order a message travels. Read it from top to bottom:
 
     sender ──POST /send──► Connection ─► Request ─► Bus.send ─► Journal ─► Log   (one transaction per batch, fsync)
                                                                    │ visible messages, in tick order
-    reader ◄─ parked /recv ◄─ Connection ◄─ Mailboxes.claim ◄─ Bus.committed ─► answer the sender
+    reader ◄─ parked /recv ◄─ Connection ◄─ Mailboxes.wake ◄─ Bus.committed ─► answer the sender
 
     Words         names, cursors, messages: what the wire says, parsed once, at the edge
     Connection    one socket and the one thing it waits for; Deadlines is the clock of them all
@@ -58,7 +58,7 @@ from functools import lru_cache
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
 from itertools import chain
-from typing import IO, Any, NamedTuple, NoReturn
+from typing import IO, Any, NamedTuple, NoReturn, Protocol, Union
 from urllib.parse import parse_qsl
 
 VERSION = "0.1.0"
@@ -94,6 +94,12 @@ CHECKED_BYTES = 64 << 20  # a database up to this size is checked whole at start
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@-]{0,63}")
 RESERVED = {"all", "system", "operator", "user", "root", "claude"}  # an agent that signs as one could fool another
 EVERYONE = "all"
+RECALLED = 1  # as the time at which a message expired: its sender took it back
+
+LEASE = 60.0  # s a worker has for a message when it does not say
+LEASE_MAX = 43200.0  # s; a worker that dies keeps its message from the others for so long
+CLAIM_MAX = 100  # messages in one claim
+DEAD = ".dead"  # a queue's name and this: where its messages go that failed too often
 
 
 # ── Words ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -126,6 +132,11 @@ def name(text: Any, what: str) -> str:
     return text
 
 
+def tick_of(text: Any) -> int | None:
+    """The tick that an id is, or None if it is no id."""
+    return int(text, 16) if isinstance(text, str) and re.fullmatch("[0-9a-f]{1,13}", text) else None
+
+
 NOW, LAST = -1, -2  # the words `now` and `last`, as cursors that no tick can be
 SINCE = re.compile(r"([0-9]{1,10})(?:\.([0-9]{1,9}))?")
 
@@ -150,7 +161,8 @@ class Message(NamedTuple):
     sender: str
     text: str
     n: int
-    expires: int | None  # wall clock, us
+    expires: int | None  # wall clock, us; RECALLED by its sender
+    answers: int | None = None  # the tick it replies to
 
     def render(self) -> str:
         return f'{{"ts": {seconds(self.tick)}, "id": "{self.tick:x}", "to": "{self.to}", {self.text}}}'
@@ -165,8 +177,9 @@ class Draft(NamedTuple):
     text: str
     key: str | None
     ttl: int | None  # us
-    answers: int  # the tick it replies to, or 0
-    depth: int  # in a chain of replies; 0 begins one
+    answers: int | None = None  # the tick it replies to
+    thread: int | None = None  # the tick that began its chain of replies
+    depth: int = 0  # in that chain; 0 begins one
 
 
 OURS = {"from", "to", "channel", "msg", "key", "ts", "id"}  # members the server writes; all others pass unchanged
@@ -200,8 +213,7 @@ def draft(fields: Any, key: str | None) -> Draft:
             text += f", {encode(rest)[1:-1]}"
         except ValueError:
             raise Refused(400, "a number in the message is too large for JSON") from None
-    answers = int(parent, 16) if parent and re.fullmatch("[0-9a-f]{1,13}", parent) else 0
-    return Draft(channel, to, sender, text, key, lifetime(fields.get("ttl")), answers, 0)
+    return Draft(channel, to, sender, text, key, lifetime(fields.get("ttl")), tick_of(parent) if parent else None)
 
 
 def receivers_of(to: Any) -> tuple[str, ...]:
@@ -477,9 +489,9 @@ class Connection(asyncio.Protocol):
         if self.state is not State.HEAD:  # an absolute deadline: a byte now and then does not extend it
             self.wait(State.HEAD, HEAD_SECONDS)
 
-    def answer(self, answer: Answer) -> None:
+    def answer(self, answer: Answer | None) -> None:
         """Answer the request in hand, which was BUSY or PARKED, and go on with what was pipelined behind it."""
-        if self.state is not State.LINGER:  # else the peer has gone meanwhile
+        if answer and self.state is not State.LINGER:  # else it is answered later, or the peer has gone meanwhile
             self.write(answer)
             self.advance()
 
@@ -736,8 +748,8 @@ class Head:
         self.command, self.path, self.version = line[1], line[2], f"HTTP/1.{line[4]}"
         path, _, query = self.path.partition("?")
         self.query = query
-        self.route = "/message/" if path.startswith("/message/") else path  # what is before an id
-        self.rest = path[len(self.route) :]
+        end = path.find("/", 1) + 1
+        self.route, self.rest = (path[:end], path[end:]) if end else (path, "")  # "/message/" and an id, or all of it
         self.fields: dict[str, str] = {}
         for text_line in lines:
             self.add_field(text_line)
@@ -861,6 +873,17 @@ class Request(BaseHTTPRequestHandler):
     def query(self) -> Query:
         return Query(self.parsed.query) if self.parsed.query else NO_QUERY
 
+    def members(self) -> Query:
+        """What a small request says, in a JSON object or in its query."""
+        if not self.body:
+            return self.query()
+        value = parse_json(self.body)
+        if not isinstance(value, dict):
+            raise Refused(400, "the body must be a JSON object")
+        query = Query("")
+        query.fields = {member: [one if isinstance(one, str) else encode(one)] for member, one in value.items()}
+        return query
+
     def plain(self) -> bool:
         return self.fields.get("accept", "").startswith("text/plain")
 
@@ -914,11 +937,58 @@ class Query:
         return None if value is None else value in ("true", "1")
 
 
+    def id(self) -> int:
+        tick = tick_of(self.one("id"))
+        if tick is None:
+            raise Refused(400, "id must be that of a message, like 660ba678a1b40")
+        return tick
+
+    def needed(self, field: str) -> str:
+        value = self.one(field)
+        if not value:
+            raise Refused(400, f"{field} is missing")
+        return value
+
+
 NO_QUERY = Query("")
 
 
+class Parked(Protocol):
+    """The record of a parked connection: what it waits for, and what it is told."""
+
+    @property
+    def channel(self) -> str | None: ...
+
+    @property
+    def hold(self) -> float:
+        """s"""
+
+    @property
+    def token(self) -> str:
+        """What let it in."""
+
+    def places(self) -> Sequence[Key]:
+        """Under what it waits: a mailbox, or one of EVERYTHING, REPLIES and FETCHES."""
+
+    def present(self) -> Sequence[str]:
+        """The names that count as listening while it waits."""
+
+    def wants(self, message: Message) -> bool: ...
+
+    def found(self, bus: Bus, connection: Connection, messages: list[Message]) -> Answer | None:
+        """What it is told now that these are there; None if it will be told later."""
+
+    def nothing(self, bus: Bus, connection: Connection) -> Answer | None:
+        """What it is told when its hold is over."""
+
+
+Key = tuple[str, Union[str, int]]  # a channel and a name; or what no mailbox can be called:
+EVERYTHING: Key = ("", "")  # observers wait here
+REPLIES, FETCHES = "replies to", "fetches of"  # with a tick; or with a channel and a name
+
+
 class Poll(NamedTuple):
-    """What one reader asks for, parsed; it is also the record of a parked reader. None and () mean any."""
+    """What one reader asks for, parsed. None and () mean any."""
 
     me: str | None  # whose cursor it is; None for an observer
     names: tuple[str, ...]
@@ -954,6 +1024,12 @@ class Poll(NamedTuple):
         since = query.one("since")
         return cursor("0" if since is None else since), int(query.number("max", 100, 1, MAX_MESSAGES)), hold
 
+    def places(self) -> Sequence[Key]:
+        return [EVERYTHING] if self.me is None else [(str(self.channel), own) for own in self.names]
+
+    def present(self) -> Sequence[str]:
+        return () if self.me is None else self.names
+
     def wants(self, message: Message) -> bool:
         return (
             (self.channel is None or message.channel == self.channel)
@@ -961,6 +1037,112 @@ class Poll(NamedTuple):
             and (self.sender is None or message.sender == self.sender)
             and not (message.to == EVERYONE and message.sender == self.me)
         )
+
+    def found(self, bus: Bus, connection: Connection, messages: list[Message]) -> Answer:
+        reached = messages[self.limit - 1].tick if len(messages) > self.limit else None
+        return delivery(bus, self, messages[: self.limit], reached)
+
+    def nothing(self, bus: Bus, connection: Connection) -> Answer:
+        return delivery(bus, self, [])
+
+
+class Question(NamedTuple):
+    """A message whose sender waits for the answer to it."""
+
+    tick: int
+    sender: str
+    receipt: str  # what the sender of it is told in any case
+    grant: Grant
+    hold: float
+    channel: str | None = None
+    @property
+    def token(self) -> str:
+        return self.grant.token
+
+    def places(self) -> Sequence[Key]:
+        return [(REPLIES, self.tick)]
+
+    def present(self) -> Sequence[str]:
+        return ()
+
+    def wants(self, message: Message) -> bool:
+        return message.sender != self.sender and self.grant.reads(message.to)
+
+    def found(self, bus: Bus, connection: Connection, messages: list[Message]) -> Answer:
+        return ok(bus, f'{self.receipt}, "reply": {messages[0].render()}')
+
+    def nothing(self, bus: Bus, connection: Connection) -> Answer:
+        return ok(bus, f'{self.receipt}, "reply": null')
+
+
+class Worker(NamedTuple):
+    """Who asks a queue for work. A queue is a mailbox whose messages are handed out, each to one worker at a time."""
+
+    queue: str
+    channel: str
+    limit: int
+    lease: float  # s
+    called: str
+    until: float  # monotonic clock, s
+    token: str
+
+    @classmethod
+    def claim(cls, query: Query, token: str) -> Worker:
+        queue = name(query.needed("to"), "to")
+        if len(queue + DEAD) > 64 or queue == EVERYONE:
+            raise Refused(400, f"a queue is a name of at most {64 - len(DEAD)} characters, and not {EVERYONE}")
+        return cls(queue, str(query.name("channel", "default")), int(query.number("max", 1, 1, CLAIM_MAX)),
+                   query.number("lease", LEASE, 1, LEASE_MAX), str(query.name("worker", "worker")),
+                   time.monotonic() + query.number("wait", HOLD, 0, HOLD_MAX), token)
+
+    @property
+    def hold(self) -> float:
+        return self.until - time.monotonic()
+
+    def places(self) -> Sequence[Key]:
+        return [(self.channel, self.queue)]
+
+    def present(self) -> Sequence[str]:
+        return (self.queue,)
+
+    def wants(self, message: Message) -> bool:
+        return True
+
+    def found(self, bus: Bus, connection: Connection, messages: list[Message]) -> None:
+        connection.state, connection.due = State.BUSY, math.inf
+        bus.journal.do(Claim(connection, self))
+
+    def nothing(self, bus: Bus, connection: Connection) -> Answer | None:
+        if self.hold <= 0 or connection.ended or bus.draining:
+            return handed(bus, [])
+        self.found(bus, connection, [])  # a lease or a delay has run out
+        return None
+
+
+class Watch(NamedTuple):
+    """A sender that waits until its message was fetched."""
+
+    message: Message
+    token: str
+    hold: float
+    @property
+    def channel(self) -> str:
+        return self.message.channel
+
+    def places(self) -> Sequence[Key]:
+        return [(f"{FETCHES} {self.message.channel}", self.message.to)]
+
+    def present(self) -> Sequence[str]:
+        return ()
+
+    def wants(self, message: Message) -> bool:
+        return False
+
+    def found(self, bus: Bus, connection: Connection, messages: list[Message]) -> Answer:
+        return told(bus, self.message)
+
+    def nothing(self, bus: Bus, connection: Connection) -> Answer:
+        return told(bus, self.message)
 
 
 # ── Identity ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -1231,29 +1413,44 @@ class Bus:
         self.saving = False  # of marks, planned
 
     def send(self, request: Request) -> None:
-        if self.draining:
-            raise Refused(503, "the bus is shutting down: send again in a second", ("Retry-After", "1"))
-        key, query = request.fields.get("idempotency-key"), request.query()
-        several = False
-        if not request.body:
-            raise Refused(400, "the body is empty: send JSON, or any text with ?from=NAME&to=NAME")
-        if "to" in query.fields:
-            fields: dict[str, Any] = {field: query.one(field) for field in query.fields if field != "to"}
-            if "ttl" in fields:
-                fields["ttl"] = query.number("ttl", 0, 0, math.inf)
-            messages = [{**fields, "to": list(query.names("to")), "msg": parse_text(request.body)}]
-        else:
-            value = parse_json(request.body)
-            several = isinstance(value, list)
-            messages = value if several else [value]
-        drafts = [self.placed(draft(request.grant.sign(message), key)) for message in messages]
+        drafts, several = self.drafts(request)
         keys = [(each.sender, each.channel, each.key) for each in drafts if each.key]
         if not drafts or len(set(keys)) < len(keys):
             raise Refused(400, "an array holds at least one message, and no key twice")
-        if sum(len(each.to) for each in drafts) > COPIES_PER_SEND:
+        if sum([len(each.to) for each in drafts]) > COPIES_PER_SEND:
             raise Refused(400, f"one request stores at most {COPIES_PER_SEND} messages: send several")
         self.storms.check(drafts)
         self.journal.add(Send(request.peer, drafts, several))
+
+    def ask(self, request: Request) -> None:
+        """A send that is answered when its answer is there. Asked again with the same key, it waits again."""
+        drafts, several = self.drafts(request)
+        if several or len(drafts[0].to) > 1 or EVERYONE in drafts[0].to:
+            raise Refused(400, "a question is one message to one name")
+        request.grant.check([drafts[0].sender])
+        hold = request.query().number("wait", HOLD, 0, HOLD_MAX)
+        self.storms.check(drafts)
+        self.journal.add(Send(request.peer, drafts, False, (request.grant, hold)))
+
+    def drafts(self, request: Request) -> tuple[list[Draft], bool]:
+        """The messages in a request, and whether it was an array of them."""
+        self.check_open()
+        key, query = request.fields.get("idempotency-key"), request.query()
+        if not request.body:
+            raise Refused(400, "the body is empty: send JSON, or any text with ?from=NAME&to=NAME")
+        if "to" in query.fields:
+            fields: dict[str, Any] = {field: query.one(field) for field in query.fields if field not in ("to", "wait")}
+            if "ttl" in fields:
+                fields["ttl"] = query.number("ttl", 0, 0, math.inf)
+            value: Any = {**fields, "to": list(query.names("to")), "msg": parse_text(request.body)}
+        else:
+            value = parse_json(request.body)
+        messages = value if isinstance(value, list) else [value]
+        return [self.placed(draft(request.grant.sign(message), key)) for message in messages], messages is value
+
+    def check_open(self) -> None:
+        if self.draining:
+            raise Refused(503, "the bus is shutting down: send again in a second", ("Retry-After", "1"))
 
     def placed(self, one: Draft) -> Draft:
         """The draft with its place in a chain of replies; 429 if a mailbox it is for is full."""
@@ -1263,7 +1460,10 @@ class Bus:
             if count >= MAILBOX_MESSAGES or size >= MAILBOX_BYTES:
                 raise Refused(429, f"the mailbox of {to} is full: {count} messages wait and nobody fetches them",
                               ("Retry-After", "60"))
-        return one._replace(depth=self.store.depth(one.answers) + 1) if one.answers else one
+        if one.answers is None:
+            return one
+        thread, depth = self.store.lineage(one.answers)
+        return one._replace(thread=thread, depth=depth + 1)
 
     def recv(self, request: Request) -> Answer | None:
         query = request.query()
@@ -1281,6 +1481,33 @@ class Bus:
     def log(self, request: Request) -> Answer | None:
         request.grant.check_operator()
         return self.look(request, Poll.log(request.query(), request.plain()))
+
+    def claim(self, request: Request) -> None:
+        self.check_open()
+        worker = Worker.claim(request.members(), request.grant.token)
+        request.grant.check([worker.queue])
+        self.mailboxes.polled(worker, request.peer.address, self.store.clock())
+        self.journal.do(Claim(request.peer, worker))
+
+    def settle(self, request: Request) -> None:
+        """A worker acknowledges its message, gives it back, or asks for more time. Who has the lease may."""
+        self.check_open()
+        members = request.members()
+        delay = members.number("delay", 0, 0, LEASE_MAX)
+        lease = members.number("seconds", LEASE, 1, LEASE_MAX)
+        reason = (members.one("reason") or "a worker gave it back")[:200]
+        self.journal.do(Settle(request.peer, request.route[1:], members.id(), members.needed("lease"),
+                               lease if request.route == "/extend" else delay, reason))
+
+    def recall(self, request: Request) -> None:
+        """Its sender takes a message back, if nobody has fetched it."""
+        self.check_open()
+        message = one_of(self, request.grant, request.members().id())
+        if request.grant.name not in ("", message.sender):
+            raise Refused(403, "only its sender can recall a message")
+        recall = Recall(request.peer, message)
+        recall.check(self.mailboxes.box(message.channel, message.to))
+        self.journal.do(recall)
 
     def look(self, request: Request, poll: Poll) -> Answer | None:
         """What the poll asks for, now or when it comes. A cursor ahead of us first moves us, durably, up to itself."""
@@ -1311,11 +1538,15 @@ class Bus:
             return delivery(self, poll, found, reached, gap)
         if not self.verbose:
             request.peer.request = None  # a parked reader is small: its poll says it all
-        self.mailboxes.park(request.peer, poll._replace(token=request.grant.token))
-        request.peer.wait(State.PARKED, poll.hold)
+        self.park(request.peer, poll._replace(token=request.grant.token))
         for connection in self.mailboxes.crowd(poll)[:-PARKED_PER_NAME]:
             connection.wait(State.PARKED, 0)  # the newest are still alive; not released here, as each may poll again
         return None
+
+    def park(self, connection: Connection, parked: Parked, patience: float = math.inf) -> None:
+        """Let it wait until there is something for it, its hold is over, or `patience` (s) has passed."""
+        self.mailboxes.park(connection, parked)
+        connection.wait(State.PARKED, min(parked.hold, patience))
 
     # What happens later
 
@@ -1327,15 +1558,44 @@ class Bus:
         self.last = batch.last
         self.mailboxes.add(batch.visible)
         self.mailboxes.removed(batch.removed)
-        for connection, poll, fresh in self.mailboxes.claim(batch.visible):
-            reached = fresh[poll.limit - 1].tick if len(fresh) > poll.limit else None
-            connection.answer(delivery(self, poll, fresh[: poll.limit], reached))
+        for connection, parked, fresh in self.mailboxes.wake(batch.visible):
+            connection.answer(parked.found(self, connection, fresh))
         for send in batch.sends:
             send.connection.answer(refusal(send.refused) if send.refused else acknowledged(self, send))
+        for task in batch.tasks:
+            task.connection.answer(refusal(task.refused) if task.refused else self.done(task))
         for _, raised in batch.raised:
             raised()
         if batch.removed:
             self.prune()
+
+    def done(self, task: Task) -> Answer | None:
+        try:
+            return task.answer(self)
+        except Refused as refused:
+            return refusal(refused)
+
+    def claimed(self, claim: Claim) -> None:
+        """Handed out is fetched. A message that is out for the last time is buried when its lease runs out."""
+        worker = claim.worker
+        self.fetched(worker, max(job.message.tick for job in claim.jobs))
+        if max(job.attempt for job in claim.jobs) >= self.store.attempts:
+            self.bury_after(worker.lease)
+
+    def settled(self, settle: Settle) -> None:
+        """Those who wait for work look again when what was given back may be had."""
+        if settle.verb == "nack":
+            for connection in list(self.mailboxes.waiting.get(settle.mailbox, ())):
+                if isinstance(self.mailboxes.parked[connection], Worker):
+                    connection.wait(State.PARKED, min(settle.delay, self.mailboxes.parked[connection].hold))
+        elif settle.verb == "extend":
+            self.bury_after(settle.delay)
+
+    def bury_after(self, lease: float) -> None:
+        asyncio.get_running_loop().call_later(lease + Deadlines.SLOT, self.bury)
+
+    def bury(self) -> None:
+        self.journal.bury()
 
     def failed(self, batch: Batch, error: Exception) -> None:
         full = isinstance(error, sqlite3.OperationalError) and "full" in str(error)
@@ -1346,22 +1606,25 @@ class Bus:
             print(f"bus_server: {self.store.path}: {error}; ending: what follows could be lost", file=sys.stderr)
             self.broken.set()
         self.mailboxes.changed.update(mark[:2] for mark in batch.marks)
-        for connection in [send.connection for send in batch.sends] + [connection for connection, _ in batch.raised]:
+        waiting: list[Send | Task] = [*batch.sends, *batch.tasks]
+        for connection in [each.connection for each in waiting] + [connection for connection, _ in batch.raised]:
             connection.answer(refusal(refused))
 
     def release(self, connection: Connection) -> None:
         """The hold of a parked reader is over, or it hung up: its answer is empty."""
-        poll = self.mailboxes.unpark(connection)
+        parked = self.mailboxes.unpark(connection)
         if connection.ended:
-            self.mailboxes.left(poll)
-        connection.answer(delivery(self, poll, []))
+            self.mailboxes.left(parked)
+        connection.answer(parked.nothing(self, connection))
 
     def lost(self, connection: Connection) -> None:
         if connection.state is State.PARKED:
             self.mailboxes.left(self.mailboxes.unpark(connection))
 
-    def fetched(self, poll: Poll, tick: int) -> None:
-        self.mailboxes.fetched(poll, tick)
+    def fetched(self, reader: Poll | Worker, tick: int) -> None:
+        self.mailboxes.fetched(reader, tick)
+        for connection in self.mailboxes.watching(reader, tick):
+            connection.answer(self.mailboxes.unpark(connection).found(self, connection, []))
         self.save_marks_soon()
 
     def save_marks_soon(self) -> None:
@@ -1387,8 +1650,8 @@ class Bus:
 
     def evict(self) -> None:
         """Answer the parked whose tokens were revoked."""
-        for connection, poll in list(self.mailboxes.parked.items()):
-            if poll.token not in self.gate.tokens.grants:
+        for connection, parked in list(self.mailboxes.parked.items()):
+            if parked.token not in self.gate.tokens.grants:
                 self.mailboxes.unpark(connection)
                 connection.closing = True
                 connection.answer(refusal(unauthorized()))
@@ -1435,12 +1698,95 @@ class Receipt(NamedTuple):
 class Send:
     """One POST /send on its way through a batch: all of its drafts are stored, or none."""
 
-    __slots__ = ("connection", "drafts", "receipts", "refused", "several")
+    __slots__ = ("asked", "connection", "drafts", "receipts", "refused", "several")
 
-    def __init__(self, connection: Connection, drafts: list[Draft], several: bool) -> None:
+    def __init__(
+        self, connection: Connection, drafts: list[Draft], several: bool, asked: tuple[Grant, float] | None = None
+    ) -> None:
         self.connection, self.drafts, self.several = connection, drafts, several
+        self.asked = asked  # by whom, and for how many seconds the answer to it is waited for
         self.receipts: list[Receipt] = []
         self.refused: Refused | None = None
+
+
+class Task:
+    """What else must be on disk before it is answered. `commit` is the journal thread's, `answer` the loop's."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+        self.refused: Refused | None = None
+
+    def commit(self, log: Log, batch: Batch) -> None:
+        """Within the transaction. Refused before anything was changed, or not at all."""
+        raise NotImplementedError
+
+    def answer(self, bus: Bus) -> Answer | None:
+        raise NotImplementedError
+
+
+class Claim(Task):
+    def __init__(self, connection: Connection, worker: Worker) -> None:
+        super().__init__(connection)
+        self.worker = worker
+        self.jobs: list[Job] = []
+        self.due = math.inf  # s until the next one could be had, as far as is known
+
+    def commit(self, log: Log, batch: Batch) -> None:
+        self.jobs, self.due = log.claim(self.worker, batch)
+
+    def answer(self, bus: Bus) -> Answer | None:
+        worker = self.worker
+        if self.jobs:
+            bus.claimed(self)
+        elif worker.hold > 0 and self.connection.state is State.BUSY and not self.connection.ended | bus.draining:
+            bus.park(self.connection, worker, self.due)
+            return None
+        return handed(bus, self.jobs)
+
+
+class Settle(Task):
+    def __init__(
+        self, connection: Connection, verb: str, tick: int, lease: str, delay: float, reason: str
+    ) -> None:
+        super().__init__(connection)
+        self.verb, self.tick, self.lease, self.delay, self.reason = verb, tick, lease, delay, reason
+        self.mailbox: Key = EVERYTHING
+
+    def commit(self, log: Log, batch: Batch) -> None:
+        self.mailbox = log.settle(self, batch)
+
+    def answer(self, bus: Bus) -> Answer:
+        bus.settled(self)
+        return ok(bus, '"ok": true')
+
+
+class Recall(Task):
+    def __init__(self, connection: Connection, message: Message) -> None:
+        super().__init__(connection)
+        self.message = message
+
+    def commit(self, log: Log, batch: Batch) -> None:
+        log.withdraw(self.message)
+
+    def answer(self, bus: Bus) -> Answer:
+        box = bus.mailboxes.box(self.message.channel, self.message.to)
+        box.perishable, box.pending = True, None
+        self.check(box)
+        return ok(bus, '"ok": true')
+
+    def check(self, box: Mailbox) -> None:
+        """Asked before the commit and after it: it may have been fetched meanwhile."""
+        if self.message.tick <= box.fetched:
+            raise Refused(409, "it is too late to recall this message: it was fetched")
+
+
+class Job(NamedTuple):
+    """A message in the hands of a worker."""
+
+    message: Message
+    attempt: int  # 1 for the first
+    lease: str  # who has this may settle it
+    until: int  # wall clock, us
 
 
 class Mark(NamedTuple):
@@ -1459,11 +1805,13 @@ class Batch:
 
     def __init__(self) -> None:
         self.sends: list[Send] = []
+        self.tasks: list[Task] = []
         self.at_least = 0  # a reader's cursor that `last` must reach
         self.raised: list[tuple[Connection, Callable[[], None]]] = []  # who waits for that, and how they go on
         self.marks: list[Mark] = []
         self.used: dict[str, int] = {}  # when each token was last seen, s since 1970
         self.before = 0  # remove a slice of the messages older than this tick
+        self.burying = False  # move what failed too often to the dead letters
 
         self.last = 0
         self.visible: list[Message] = []
@@ -1491,6 +1839,10 @@ class Journal:
         self.next.sends.append(send)
         self.plan()
 
+    def do(self, task: Task) -> None:
+        self.next.tasks.append(task)
+        self.plan()
+
     def raise_last(self, tick: int, connection: Connection, raised: Callable[[], None]) -> None:
         self.next.at_least = max(self.next.at_least, tick)
         self.next.raised.append((connection, raised))
@@ -1503,6 +1855,10 @@ class Journal:
 
     def remove(self, before: int) -> None:
         self.next.before = before
+        self.plan()
+
+    def bury(self) -> None:
+        self.next.burying = True
         self.plan()
 
     def plan(self) -> None:
@@ -1561,14 +1917,28 @@ MIGRATIONS = [  # user_version n is what the first n of them made; only ever add
     CREATE VIEW readable AS SELECT datetime(tick / 1000000, 'unixepoch') AS time, channel, sender, name AS "to",
         json_extract('{' || text || '}', '$.msg') AS msg FROM messages JOIN mailboxes ON mailbox = id;
     """,
+    """
+    ALTER TABLE messages ADD COLUMN answers INTEGER;  -- the tick it replies to
+    ALTER TABLE messages ADD COLUMN thread INTEGER;  -- the tick that began its chain of replies
+    ALTER TABLE mailboxes ADD COLUMN taken INTEGER NOT NULL DEFAULT 0;  -- highest tick handed out as work
+    CREATE TABLE work(
+        tick INTEGER PRIMARY KEY, mailbox INTEGER NOT NULL, attempt INTEGER NOT NULL,
+        due INTEGER,                         -- when it can be had again, us; NULL when it is done or dead
+        lease TEXT,                          -- of who has it; NULL when it was given back, or is dead
+        worker TEXT NOT NULL, reason TEXT);
+    CREATE INDEX threads ON messages(thread, tick) WHERE thread IS NOT NULL;
+    CREATE INDEX undone ON work(mailbox, due) WHERE due IS NOT NULL;
+    """,
 ]
 # One statement for up to 64 rows: executemany lets go of the GIL for each row, and waits until the loop does so too.
-INSERT = ["INSERT INTO messages VALUES " + ", ".join(["(?, ?, ?, ?, ?, ?, ?, ?, ?)"] * rows) for rows in range(65)]
-SELECT = "SELECT tick, channel, name, sender, text, n, expires, sum FROM mailboxes JOIN messages ON mailbox = id"
+INSERT = ["INSERT INTO messages VALUES " + ", ".join([f"({', '.join('?' * 11)})"] * rows) for rows in range(65)]
+SELECT = (
+    "SELECT tick, channel, name, sender, text, n, expires, answers, sum FROM mailboxes JOIN messages ON mailbox = id"
+)
 
 
 def checksum(message: Message) -> int:
-    return zlib.crc32(repr(message[:3] + message[4:]).encode())  # the sender is in the text
+    return zlib.crc32(repr(message[:3] + message[4:7]).encode())  # sender and answers are in the text too
 
 
 class Log:
@@ -1580,8 +1950,9 @@ class Log:
     connections write). A read takes all its rows or closes its statement: an open one would let the WAL grow for ever.
     """
 
-    def __init__(self, path: str, clock: Callable[[], int] = wall_clock) -> None:
-        self.path, self.clock = path, clock
+    def __init__(self, path: str, clock: Callable[[], int] = wall_clock, attempts: int = 5) -> None:
+        self.path, self.clock, self.attempts = path, clock, attempts
+        self.epoch = clock() - time.monotonic_ns() // 1000
         memory = path == ":memory:"
         target = f"file:bus-{secrets.token_hex(4)}?mode=memory&cache=shared" if memory else path
         self.lock = None if memory else locked(path)
@@ -1629,6 +2000,13 @@ class Log:
         try:
             self.last = max(self.last, batch.at_least)  # first, so that what is sent now lies above that cursor
             self.append(batch)
+            for task in batch.tasks:
+                try:
+                    task.commit(self, batch)
+                except Refused as refused:
+                    task.refused = refused
+            if batch.burying:
+                self.bury_all(batch)
             if batch.at_least or batch.before:
                 self.writing.execute("UPDATE bus SET last = ?", (self.last,))
             self.save(batch.marks, batch.used)
@@ -1659,6 +2037,9 @@ class Log:
                     if one.key:
                         fresh[one.sender, one.channel, one.key] = one, receipt
                 send.receipts.append(receipt)
+        self.insert(rows)
+
+    def insert(self, rows: list[tuple[Any, ...]]) -> None:
         for start in range(0, len(rows), len(INSERT) - 1):
             some = rows[start : start + len(INSERT) - 1]
             self.writing.execute(INSERT[len(some)], [*chain.from_iterable(some)])
@@ -1669,9 +2050,10 @@ class Log:
         mailbox, n = self.counts.get((one.channel, to)) or (self.new_mailbox(one.channel, to), 0)
         self.counts[one.channel, to] = mailbox, n + 1
         expires = None if one.ttl is None else now + one.ttl
-        message = Message(tick, one.channel, to, one.sender, one.text, n + 1, expires)
+        message = Message(tick, one.channel, to, one.sender, one.text, n + 1, expires, one.answers)
         visible.append(message)
-        rows.append((tick, mailbox, n + 1, one.sender, one.key, expires, one.depth, checksum(message), one.text))
+        rows.append((tick, mailbox, n + 1, one.sender, one.key, expires, one.depth, checksum(message), one.text,
+                     one.answers, one.thread))
         return tick
 
     def new_mailbox(self, channel: str, own: str) -> int:
@@ -1714,10 +2096,108 @@ class Log:
         ).fetchall()
         for tick, channel, own, *_ in rows:
             batch.removed[channel, own] = tick
-        self.writing.executemany("DELETE FROM messages WHERE tick = ?", [row[:1] for row in rows])
+        for table in ("messages", "work"):
+            self.writing.executemany(f"DELETE FROM {table} WHERE tick = ?", [row[:1] for row in rows])
         self.writing.executemany(
             "UPDATE mailboxes SET removed = ? WHERE channel = ? AND name = ?",
             [(tick, channel, own) for (channel, own), tick in batch.removed.items()],
+        )
+
+    # Work, still the journal thread. A row of `work` is a message that was handed out at least once; `due` is when it
+    # can be had again, and NULL when it is done. `steady` runs on when the wall clock steps, so that a lease is as long
+    # as it was said to be.
+
+    def steady(self) -> int:
+        return self.epoch + time.monotonic_ns() // 1000
+
+    def claim(self, worker: Worker, batch: Batch) -> tuple[list[Job], float]:
+        """Up to `limit` messages for a worker: first what came back, then what is new. And s until more come back."""
+        mailbox = self.counts.get((worker.channel, worker.queue))
+        if not mailbox:
+            return [], math.inf
+        now = self.steady()
+        found = [*self.came_back(mailbox[0], worker.limit, now, batch)]
+        found += self.untaken(mailbox[0], worker.limit - len(found))
+        due = now + int(worker.lease * 1000000)
+        jobs = [Job(message, attempt, secrets.token_hex(8), due + self.clock() - now) for message, attempt in found]
+        self.writing.executemany(
+            "INSERT OR REPLACE INTO work VALUES (?, ?, ?, ?, ?, ?, NULL)",
+            [(job.message.tick, mailbox[0], job.attempt, due, job.lease, worker.called) for job in jobs],
+        )
+        first = self.writing.execute("SELECT min(due) FROM work WHERE mailbox = ?", (mailbox[0],)).fetchone()[0]
+        return jobs, math.inf if first is None else (first - now) / 1000000
+
+    def came_back(self, mailbox: int, limit: int, now: int, batch: Batch) -> Iterator[tuple[Message, int]]:
+        """What was given back or whose lease ran out, with the number of the next attempt."""
+        rows = self.writing.execute(
+            "SELECT tick, attempt, reason FROM work WHERE mailbox = ? AND due <= ? ORDER BY due LIMIT ?",
+            (mailbox, now, limit),
+        ).fetchall()
+        for tick, attempt, reason in rows:
+            message = self.message(tick, self.writing)
+            if not message or self.is_expired(message):
+                self.writing.execute("DELETE FROM work WHERE tick = ?", (tick,))
+            elif attempt >= self.attempts and not message.to.endswith(DEAD):
+                self.bury(message, attempt, reason, batch)
+            else:
+                yield message, attempt + 1
+
+    def untaken(self, mailbox: int, limit: int) -> Iterator[tuple[Message, int]]:
+        """What no worker has had yet."""
+        rows = self.writing.execute(
+            f"{SELECT} WHERE mailbox = ? AND tick > (SELECT taken FROM mailboxes WHERE id = ?) ORDER BY tick LIMIT ?",
+            (mailbox, mailbox, limit),
+        ).fetchall()
+        if rows:
+            self.writing.execute("UPDATE mailboxes SET taken = ? WHERE id = ?", (rows[-1][0], mailbox))
+        for row in rows:
+            message = self.checked(row)
+            if message and not self.is_expired(message):
+                yield message, 1
+
+    def settle(self, settle: Settle, batch: Batch) -> Key:
+        """Do what a worker says of its message; 409 if it is not its any more. Returns the queue."""
+        row = self.writing.execute(
+            "SELECT attempt, due, channel, name FROM work JOIN mailboxes ON mailbox = id WHERE tick = ? AND lease = ?",
+            (settle.tick, settle.lease),
+        ).fetchone()
+        if not row or (row[1] is None and settle.verb != "ack"):
+            raise Refused(409, "this message is not yours any more: its lease ran out, or it was settled")
+        due = None if settle.verb == "ack" else self.steady() + int(settle.delay * 1000000)
+        self.writing.execute("UPDATE work SET due = ? WHERE tick = ?", (due, settle.tick))
+        if settle.verb == "nack":
+            self.writing.execute(
+                "UPDATE work SET lease = NULL, reason = ? WHERE tick = ?", (settle.reason, settle.tick)
+            )
+            message = self.message(settle.tick, self.writing)
+            if message and row[0] >= self.attempts and not message.to.endswith(DEAD):
+                self.bury(message, row[0], settle.reason, batch)
+        return row[2], row[3]
+
+    def bury(self, message: Message, attempt: int, reason: str | None, batch: Batch) -> None:
+        """Move a message to the dead letters of its queue, with what happened to it."""
+        why = {"dead_of": f"{message.tick:x}", "attempts": attempt, "reason": reason or "its worker was not heard of"}
+        members = {**json.loads(f"{{{message.text}}}"), **why}
+        letter = Draft(message.channel, (message.to + DEAD,), message.sender, encode(members)[1:-1], None, None, None)
+        rows: list[tuple[Any, ...]] = []
+        self.place(letter, message.to + DEAD, self.clock(), batch.visible, rows)
+        self.insert(rows)
+        self.writing.execute("UPDATE work SET due = NULL, lease = NULL WHERE tick = ?", (message.tick,))
+
+    def bury_all(self, batch: Batch) -> None:
+        rows = self.writing.execute(
+            "SELECT tick, attempt, reason FROM work WHERE due <= ? AND attempt >= ?", (self.steady(), self.attempts)
+        ).fetchall()
+        for tick, attempt, reason in rows:
+            message = self.message(tick, self.writing)
+            if message and not message.to.endswith(DEAD):
+                self.bury(message, attempt, reason, batch)
+
+    def withdraw(self, message: Message) -> None:
+        """Make a message as expired as one can be. Its row stays, so that a retry of its send is not stored again."""
+        gone = message._replace(expires=RECALLED)
+        self.writing.execute(
+            "UPDATE messages SET expires = ?, sum = ? WHERE tick = ?", (RECALLED, checksum(gone), gone.tick)
         )
 
     # The loop
@@ -1750,14 +2230,33 @@ class Log:
                     size += len(message.text)
         return found, None
 
-    def message(self, tick: int) -> Message | None:
-        row = self.reading.execute(f"{SELECT} WHERE tick = ?", (tick,)).fetchone()
+    def message(self, tick: int, database: sqlite3.Connection | None = None) -> Message | None:
+        row = (database or self.reading).execute(f"{SELECT} WHERE tick = ?", (tick,)).fetchone()
         return self.checked(row) if row else None
+
+    def replies(self, parent: int) -> list[Message]:
+        """The answers to a message, oldest first."""
+        return [each for each in self.thread(self.lineage(parent)[0]) if each.answers == parent]
+
+    def thread(self, root: int) -> list[Message]:
+        """A message and all that were sent in answer to it, or to those: at most MAX_MESSAGES, oldest first."""
+        first = self.message(root)
+        rows = self.reading.execute(
+            f"{SELECT} WHERE thread = ? ORDER BY tick LIMIT {MAX_MESSAGES - 1}", (root,)
+        ).fetchall()
+        return [each for each in (first, *map(self.checked, rows)) if each]
+
+    def job(self, tick: int) -> tuple[int, int | None, str | None, str] | None:
+        """(attempt, due, lease, worker) of a message that was handed out."""
+        row: tuple[int, int | None, str | None, str] | None = self.reading.execute(
+            "SELECT attempt, due, lease, worker FROM work WHERE tick = ?", (tick,)
+        ).fetchone()
+        return row
 
     def checked(self, row: tuple[Any, ...]) -> Message | None:
         """The message in a row, or None and a line on stderr if a bit of it has changed since it was written."""
-        message = Message(*row[:7])
-        if checksum(message) == row[7]:
+        message = Message(*row[:8])
+        if checksum(message) == row[8]:
             return message
         print(f"bus_server: {self.path}: message {message.tick:x} to {message.to} is damaged; skipped", file=sys.stderr)
         return None
@@ -1789,10 +2288,11 @@ class Log:
         ).fetchone()
         return int(row[0]), int(row[1])
 
-    def depth(self, tick: int) -> int:
-        """How deep in a chain of replies a message is; one that is not here any more begins a new chain."""
-        row = self.reading.execute("SELECT depth FROM messages WHERE tick = ?", (tick,)).fetchone()
-        return int(row[0]) if row else 0
+    def lineage(self, tick: int) -> tuple[int, int]:
+        """What began the chain of replies a message is in, and how deep in it that is; what is gone began a new one."""
+        statement = "SELECT ifnull(thread, tick), depth FROM messages WHERE tick = ?"
+        row = self.reading.execute(statement, (tick,)).fetchone()
+        return (int(row[0]), int(row[1])) if row else (tick, 0)
 
     def count_expired(self, channel: str, own: str, above: int) -> int:
         statement = f"SELECT count(*) FROM messages WHERE {self.MAILBOX} AND expires <= ? AND tick > ?"
@@ -1843,7 +2343,7 @@ def prepare(database: sqlite3.Connection, path: str, journal: str) -> None:
             raise Unusable(f"the database {path} is damaged ({report}): restore a backup, or move it away")
     database.execute("BEGIN IMMEDIATE")
     for step in MIGRATIONS[version:]:
-        for statement in step.split(";\n"):
+        for statement in re.split(r";(?: *--.*)?\n", step):
             database.execute(statement)
     if not version:
         database.execute("INSERT INTO bus VALUES (?, 0)", (secrets.token_hex(8),))
@@ -1886,17 +2386,16 @@ class Mailboxes:
     """Who reads, how far, and who is parked. Used by the loop only; the clock is passed in.
 
     A parked reader is a connection and its Poll, found under each (channel, name) it listens to: no thread, no task.
+    Others that wait are such a record too (Parked).
     """
-
-    OBSERVERS = ("", "")  # under which observers wait; no mailbox can have this name
 
     def __init__(self, clock: Callable[[], float], stored: Iterable[Sequence[Any]] = ()) -> None:
         self.clock = clock
         self.boxes = {(row[0], row[1]): Mailbox(*row[2:]) for row in stored}
         self.highest = max((box.newest for box in self.boxes.values()), default=0)
         self.changed: set[tuple[str, str]] = set()  # mailboxes whose marks are newer than on disk
-        self.parked: dict[Connection, Poll] = {}
-        self.waiting: dict[tuple[str, str], dict[Connection, None]] = {}
+        self.parked: dict[Connection, Parked] = {}
+        self.waiting: dict[Key, dict[Connection, None]] = {}
 
     def box(self, channel: str, own: str) -> Mailbox:
         box = self.boxes.get((channel, own))
@@ -1904,29 +2403,30 @@ class Mailboxes:
             box = self.boxes[channel, own] = Mailbox()
         return box
 
-    def of(self, poll: Poll) -> Iterator[Mailbox]:
+    def of(self, reader: Poll | Worker) -> Iterator[Mailbox]:
         """The mailboxes a reader listens to, its own first; about to be changed."""
-        for own in poll.names:
-            key = (str(poll.channel), own)
+        for own in reader.present():
+            key = (str(reader.channel), own)
             self.changed.add(key)
             yield self.box(*key)
 
     # Presence and marks
 
-    def polled(self, poll: Poll, address: str, wall: int) -> None:
+    def polled(self, reader: Poll | Worker, address: str, wall: int) -> None:
         now = self.clock()
-        for box in self.of(poll):
+        for box in self.of(reader):
             if box.until < now:
                 box.listening = wall
-            box.until = max(box.until, now + (poll.hold or HOLD) + GRACE)
+            box.until = max(box.until, now + (reader.hold or HOLD) + GRACE)
             box.seen, box.address = wall, address
-        self.box(str(poll.channel), poll.names[0]).own = True
+        if isinstance(reader, Poll):
+            self.box(str(reader.channel), reader.names[0]).own = True
 
-    def left(self, poll: Poll) -> None:
+    def left(self, parked: Parked) -> None:
         """A parked reader hung up. Unless another one waits there, it counts as listening for GRACE only."""
-        for own in poll.names if poll.me is not None else ():
-            if (str(poll.channel), own) not in self.waiting:
-                box = self.box(str(poll.channel), own)
+        for own in parked.present():
+            if (str(parked.channel), own) not in self.waiting:
+                box = self.box(str(parked.channel), own)
                 box.until = min(box.until, self.clock() + GRACE)
 
     def online(self, box: Mailbox) -> bool:
@@ -1940,11 +2440,19 @@ class Mailboxes:
             own.read = max(own.read or 0, poll.since)
             self.fetched(poll, poll.since)
 
-    def fetched(self, poll: Poll, tick: int) -> None:
-        """An answer with messages up to `tick` was written out whole."""
-        for box in self.of(poll):
+    def fetched(self, reader: Poll | Worker, tick: int) -> None:
+        """An answer with messages up to `tick` was written out whole, or they were handed to a worker."""
+        for box in self.of(reader):
             box.fetched = max(box.fetched, tick)
             box.base = box.pending = None
+
+    def watching(self, reader: Poll | Worker, tick: int) -> list[Connection]:
+        """Who waits until a message of these mailboxes is fetched, and now it is."""
+        keys = [(f"{FETCHES} {reader.channel}", own) for own in reader.present()]
+        watchers = [(each, self.parked[each]) for key in keys for each in self.waiting.get(key, ())]
+        return [each for each, watch in watchers if isinstance(watch, Watch) and watch.message.tick <= tick]
+
+
 
     def resume(self, poll: Poll, first: int | None, last: int) -> Poll:
         """`since=last`: where this name last was; before it ever was, just before what is `first` in its mailbox."""
@@ -1993,9 +2501,9 @@ class Mailboxes:
             return self.highest
         return max(self.box(str(poll.channel), own).newest for own in poll.names)
 
-    def park(self, connection: Connection, poll: Poll) -> None:
-        self.parked[connection] = poll
-        for key in self.keys(poll):
+    def park(self, connection: Connection, parked: Parked) -> None:
+        self.parked[connection] = parked
+        for key in parked.places():
             self.waiting.setdefault(key, {})[connection] = None
 
     def crowd(self, poll: Poll) -> list[Connection]:
@@ -2003,28 +2511,30 @@ class Mailboxes:
         parked = self.waiting.get((str(poll.channel), str(poll.me)), {})
         if len(parked) <= PARKED_PER_NAME:
             return []
-        return [connection for connection in parked if self.parked[connection].me == poll.me]
+        polls = [(connection, self.parked[connection]) for connection in parked]
+        return [connection for connection, other in polls if isinstance(other, Poll) and other.me == poll.me]
 
-    def unpark(self, connection: Connection) -> Poll:
-        poll = self.parked.pop(connection)
-        for key in self.keys(poll):
+    def unpark(self, connection: Connection) -> Parked:
+        parked = self.parked.pop(connection)
+        for key in parked.places():
             del self.waiting[key][connection]
             if not self.waiting[key]:
                 del self.waiting[key]
-        return poll
+        return parked
 
-    def keys(self, poll: Poll) -> list[tuple[str, str]]:
-        return [self.OBSERVERS] if poll.me is None else [(str(poll.channel), own) for own in poll.names]
-
-    def claim(self, visible: list[Message]) -> Iterator[tuple[Connection, Poll, list[Message]]]:
-        """Every parked reader that one of these messages is for, unparked, with all that are for it, in order."""
-        claimed: dict[Connection, list[Message]] = {}
+    def wake(self, visible: list[Message]) -> Iterator[tuple[Connection, Parked, list[Message]]]:
+        """Every parked connection that one of these messages is for, unparked, with all that are for it, in order."""
+        woken: dict[Connection, list[Message]] = {}
         for message in visible:
-            for key in ((message.channel, message.to), self.OBSERVERS):
+            for key in ((message.channel, message.to), EVERYTHING, (REPLIES, message.answers or 0)):
+                taken = False
                 for connection in self.waiting.get(key, ()):
-                    if self.parked[connection].wants(message):
-                        claimed.setdefault(connection, []).append(message)
-        for connection, messages in claimed.items():
+                    parked = self.parked[connection]
+                    works = isinstance(parked, Worker)  # a message is for one of them
+                    if parked.wants(message) and not (works and (taken or connection in woken)):
+                        woken.setdefault(connection, []).append(message)
+                        taken = taken or works
+        for connection, messages in woken.items():
             yield connection, self.unpark(connection), messages
 
 
@@ -2061,11 +2571,37 @@ def delivery(
     return Answer(200, body.encode(), kind, headers, fetched)
 
 
-def acknowledged(bus: Bus, send: Send) -> Answer:
+def acknowledged(bus: Bus, send: Send) -> Answer | None:
     texts = [entry(bus, one, receipt) for one, receipt in zip(send.drafts, send.receipts)]
+    if send.asked:
+        return asked(bus, send, texts[0])
     if not send.several:
         return ok(bus, texts[0])
     return ok(bus, f'"ok": true, "results": [{", ".join(f"{{{text}}}" for text in texts)}]')
+
+
+def asked(bus: Bus, send: Send, text: str) -> Answer | None:
+    """The answer to a question, if it is there already; else the one who asked is parked."""
+    assert send.asked
+    grant, hold = send.asked
+    tick = send.receipts[0].ticks[0]
+    question = Question(tick, send.drafts[0].sender, text, grant, hold)
+    replies = [each for each in bus.store.replies(tick) if question.wants(each)] if send.receipts[0].duplicate else []
+    if replies:
+        return question.found(bus, send.connection, replies)
+    if not hold or bus.draining or send.connection.state is not State.BUSY:
+        return question.nothing(bus, send.connection)
+    bus.park(send.connection, question)
+    return None
+
+
+def handed(bus: Bus, jobs: list[Job]) -> Answer:
+    """The answer to a claim."""
+    messages = ", ".join(
+        f'{job.message.render()[:-1]}, "attempt": {job.attempt}, "lease": "{job.lease}", '
+        f'"lease_until": {seconds(job.until)}}}' for job in jobs
+    )
+    return ok(bus, f'"messages": [{messages}]')
 
 
 def entry(bus: Bus, one: Draft, receipt: Receipt) -> str:
@@ -2145,17 +2681,57 @@ def get_agents(bus: Bus, request: Request) -> Answer:
     return ok(bus, f'"agents": [{", ".join(found)}]')
 
 
-def get_message(bus: Bus, request: Request) -> Answer:
-    """One message and how far it came; asking moves nothing."""
-    wanted = request.parsed.rest
-    found = bus.store.message(int(wanted, 16)) if re.fullmatch("[0-9a-f]{1,13}", wanted) else None
-    if not found or not (request.grant.reads(found.to) or found.sender == request.grant.name):
+def one_of(bus: Bus, grant: Grant, tick: int | None) -> Message:
+    """The message, if this grant lets its holder see it; 404 otherwise."""
+    found = None if tick is None else bus.store.message(tick)
+    if not found or not may_see(grant, found):
         raise Refused(404, "there is no message with this id: it never was, or retention removed it")
-    box = bus.mailboxes.boxes[found.channel, found.to]
-    state = "expired" if bus.store.is_expired(found) else "queued"
-    if found.tick <= max(box.fetched, box.read or 0):
-        state = "read" if found.tick <= box.mark() else "fetched"
-    return ok(bus, f'"message": {found.render()}, "state": "{state}"')
+    return found
+
+
+def may_see(grant: Grant, message: Message) -> bool:
+    return grant.reads(message.to) or message.sender == grant.name
+
+
+def get_message(bus: Bus, request: Request) -> Answer | None:
+    """One message and how far it came; asking moves nothing. With `wait_fetched` the answer waits until it came."""
+    found = one_of(bus, request.grant, tick_of(request.parsed.rest))
+    hold = request.query().number("wait_fetched", 0, 0, HOLD_MAX)
+    if not hold or bus.draining or state_of(bus, found)[0] != "queued":
+        return told(bus, found)
+    bus.park(request.peer, Watch(found, request.grant.token, hold))
+    return None
+
+
+def told(bus: Bus, message: Message) -> Answer:
+    """What a sender can know of its message."""
+    state, details = state_of(bus, message)
+    return ok(bus, f'"message": {message.render()}, "state": "{state}"{details}')
+
+
+def state_of(bus: Bus, message: Message) -> tuple[str, str]:
+    """How far a message came, and further members that say more."""
+    box = bus.mailboxes.boxes[message.channel, message.to]
+    if message.expires == RECALLED:
+        return "recalled", ""
+    job = bus.store.job(message.tick)
+    if job:
+        attempt, due, lease, worker = job
+        state = "fetched" if due else "acknowledged" if lease else "dead"
+        return state, f', "attempt": {attempt}, "by": "{worker}"'
+    if message.tick <= max(box.fetched, box.read or 0):
+        return "acknowledged" if message.tick <= box.mark() else "fetched", ""
+    return "expired" if bus.store.is_expired(message) else "queued", ""
+
+
+def get_thread(bus: Bus, request: Request) -> Answer:
+    """A conversation: what began it, and the answers, and the answers to them."""
+    wanted = tick_of(request.parsed.rest)
+    thread = bus.store.thread(bus.store.lineage(wanted)[0]) if wanted is not None else []
+    seen = [each.render() for each in thread if may_see(request.grant, each)]
+    if not seen:
+        raise Refused(404, "there is no message with this id: it never was, or retention removed it")
+    return ok(bus, f'"messages": [{", ".join(seen)}]')
 
 
 def get_health(bus: Bus, request: Request) -> Answer:
@@ -2237,15 +2813,26 @@ The clients need Python 3.9 and nothing else:
          echo 'tests are green' | python3 bus_send.py alice
 Bash, curl and jq: curl -fO {url}/bus_listener.sh; AGENT_NAME=bob bash bus_listener.sh
 
-Also     /agents  /inbox  /message/<id>  /log  /healthz
+ask      curl --data-binary 'is it green?' '{url}/ask?from=alice&to=bob&wait=50'      (answered with bob's answer)
+work     curl -d '{{"to": "builds"}}' {url}/claim
+         curl -d '{{"id": "ID", "lease": "LEASE"}}' {url}/ack      (it is done; /nack: another may try)
+
+Also     /agents  /inbox  /message/<id>  /thread/<id>  /log  /healthz; /nack, /extend, /recall
 """
 
 ROUTES: dict[tuple[str, str], Callable[[Bus, Request], Answer | None]] = {
     ("POST", "/send"): Bus.send,
+    ("POST", "/ask"): Bus.ask,
     ("GET", "/recv"): Bus.recv,
+    ("POST", "/claim"): Bus.claim,
+    ("POST", "/ack"): Bus.settle,
+    ("POST", "/nack"): Bus.settle,
+    ("POST", "/extend"): Bus.settle,
+    ("POST", "/recall"): Bus.recall,
     ("GET", "/inbox"): get_inbox,
     ("GET", "/agents"): get_agents,
     ("GET", "/message/"): get_message,
+    ("GET", "/thread/"): get_thread,
     ("GET", "/log"): Bus.log,
     ("GET", "/healthz"): get_health,
     ("GET", "/"): get_help,
@@ -2282,6 +2869,8 @@ def command_line(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--max-body", type=int, default=262144, metavar="BYTES", help="of one request (%(default)s)")
     parser.add_argument("--rate", type=float, default=50, metavar="N", help="messages per second from one sender, "
                         "sustained; 0 for no limit (%(default)s)")
+    parser.add_argument("--max-attempts", type=int, default=5, metavar="N", help="a message that N workers of a queue "
+                        "failed at goes to NAME.dead (%(default)s)")
     parser.add_argument("--allow-host", action="append", default=[], metavar="NAME", help="a further name of this bus, "
                         "as it stands in a URL; only needed without tokens")
     parser.add_argument("--open", action="store_true", help="listen beyond this machine without any token")
@@ -2294,6 +2883,8 @@ def command_line(arguments: Sequence[str]) -> argparse.Namespace:
         parser.error("--port must be 0 to 65535")
     if options.rate < 0:
         parser.error("--rate must not be negative")
+    if options.max_attempts < 1:
+        parser.error("--max-attempts must be at least 1")
     if options.tls_key and not options.tls_cert:
         parser.error("--tls-key goes with --tls-cert")
     if not 1024 <= options.max_body <= 9999999:
@@ -2546,7 +3137,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         with contextlib.suppress(ValueError, OSError):  # a parked reader is a descriptor
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        log = Log(options.db)
+        log = Log(options.db, attempts=options.max_attempts)
         try:
             return asyncio.run(serve(options, log))
         finally:

@@ -429,14 +429,14 @@ def test_an_observer_sees_all_and_moves_nothing(bus):
 
 @ours
 def test_the_cursor_is_the_receipt(bus):
-    """GET /message/<id> and /agents follow a message from queued to fetched to read"""
+    """GET /message/<id> and /agents follow a message from queued to fetched to acknowledged"""
     to = fresh()
     sent = bus.send(to)
     states = [bus.json("GET", f"/message/{sent['id']}")[1]["state"]]
     for since in ("0", sent["ts"]):
         bus.recv(to, since=since)
         states.append(bus.json("GET", f"/message/{sent['id']}")[1]["state"])
-    assert states == ["queued", "fetched", "read"]
+    assert states == ["queued", "fetched", "acknowledged"]
     [agent] = [agent for agent in bus.json("GET", "/agents")[1]["agents"] if agent["name"] == to]
     assert agent["online"] and agent["unread"] == 0 and agent["cursor"] == sent["ts"] and agent["address"]
     assert bus.json("GET", "/message/1")[0] == 404

@@ -103,7 +103,7 @@ def test_a_good_way_is_ok_at_every_hop_and_the_bus_is_as_it_was(bus, examine):
         return log, states, [agent for agent in agents if agent["channel"] == "default"]
 
     before = mail()
-    assert before[1] == ["read", "queued"]
+    assert before[1] == ["acknowledged", "queued"]
     found, code = examine(bus.url, "--hold", "2")
     assert code == 0 and {verdict for verdict, *_ in found.values()} == {"ok"}, found
     assert found["hold"][1] == "left alone for 2 s"

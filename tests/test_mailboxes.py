@@ -44,10 +44,10 @@ def message(tick, to, sender="alice", channel="default"):
 
 
 def claimed(mailboxes, *visible):
-    return {connection: [each.tick for each in fresh] for connection, _, fresh in mailboxes.claim(list(visible))}
+    return {connection: [each.tick for each in fresh] for connection, _, fresh in mailboxes.wake(list(visible))}
 
 
-def test_a_parked_reader_is_claimed_once_with_all_that_is_for_it(mailboxes):
+def test_a_parked_reader_is_woken_once_with_all_that_is_for_it(mailboxes):
     mailboxes.park("bob's", poll("bob"))
     mailboxes.park("eve's", poll("eve", "bob"))
     assert claimed(mailboxes, message(1, "bob"), message(2, "eve"), message(3, "carl"), message(4, EVERYONE)) == {
@@ -64,7 +64,7 @@ def test_a_reader_is_not_woken_by_its_own_broadcast_or_another_channel(mailboxes
     assert list(mailboxes.parked) == ["bob's"]
 
 
-def test_an_observer_is_claimed_by_everything(mailboxes):
+def test_an_observer_is_woken_by_everything(mailboxes):
     mailboxes.park("watcher", poll(observer=True, channel=None))
     assert claimed(mailboxes, message(1, "bob"), message(2, "eve", channel="lab")) == {"watcher": [1, 2]}
 
