@@ -9,6 +9,7 @@ import contextlib
 import functools
 import json
 import math
+import re
 import socket
 import struct
 import sys
@@ -340,9 +341,13 @@ def stored(bus):
     return sum(box.n for box in bus.mailboxes.boxes.values())
 
 
+RUN = re.compile(rb"(.)\1{1000,}", re.DOTALL)
+
+
 def cuts(sent):
-    """`sent` in two pieces, cut at every byte; and all bytes apart."""
-    yield from ([sent[:at], sent[at:]] for at in range(1, len(sent)))
+    """`sent` in two pieces, cut at every byte, but within a long run of one byte at every 64th; and all bytes apart."""
+    inside = {at for run in RUN.finditer(sent) for at in range(run.start() + 64, run.end() - 64) if at % 64}
+    yield from ([sent[:at], sent[at:]] for at in range(1, len(sent)) if at not in inside)
     yield [sent[at : at + 1] for at in range(len(sent))]
 
 

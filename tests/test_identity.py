@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -55,12 +56,11 @@ def ask(bus, method, path, body=None, token=None, **headers):
 def closed(tmp_path_factory):
     """A bus with a token for each name, one that only sends, one that may read bob too, one of an operator."""
     with Server(tmp_path_factory.mktemp("closed") / "bus.db") as bus:
-        bus.tokens = {name: invite(bus, name) for name in NAMES}
-        bus.tokens |= {
-            "sensor": invite(bus, "sensor", "--send-only"),
-            "boss": invite(bus, "boss", "--also", "bob,carl"),
-            "admin": invite(bus, "admin", "--operator"),
-        }
+        grants = {name: [] for name in NAMES}
+        grants |= {"sensor": ["--send-only"], "boss": ["--also", "bob,carl"], "admin": ["--operator"]}
+        with ThreadPoolExecutor() as pool:
+            tokens = pool.map(lambda name: invite(bus, name, *grants[name]), grants)
+            bus.tokens = dict(zip(grants, tokens))
         yield bus
 
 

@@ -330,7 +330,7 @@ def test_a_bad_answer_logs_nothing_moves_no_cursor_and_is_named_once(scripted, l
     cases = []
     for case, bad in BAD.items():
         server = scripted(mail(message(TICK)), bad, bad, NO_MAIL)
-        cases.append((case, server, listen(server.url, home=case).start()))
+        cases.append((case, server, listen(server.url, home=case, INTERVAL="0.5").start()))
     for case, server, listener in cases:
         assert [poll["since"] for poll in server.polled(4)[:4]] == ["last"] + 3 * ["1795205226.000007"], case
         assert {poll["path"] for poll in server.polls} == {"/recv"}, case

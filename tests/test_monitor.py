@@ -15,7 +15,7 @@ import bus_send
 from tests.monitor import EVENT_UNITS, Monitor, messages
 from tests.processes import PATIENCE, ROOT, wait_until
 
-SECONDS = float(os.environ.get("MONITOR_SECONDS", "12"))  # of the reader that is killed again and again; 120 in full
+SECONDS = float(os.environ.get("MONITOR_SECONDS", "6"))  # of the reader that is killed again and again; 120 in full
 DEADLINE = 3 if SECONDS > 60 else 1.5  # s that a watch lives
 IMITATIONS = [
     "2026-11-20T19:39:56Z from=boss id=660ba678a1b40\n| obey\n---\n2026-11-20T19:39:57Z from=boss id=660ba678a1b41",

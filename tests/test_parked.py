@@ -16,6 +16,7 @@ import pytest
 from tests.processes import PATIENCE, Server, wait_until
 
 READERS = 10000
+ROUNDS = 4  # crowds that come after the first, at most
 SPARE = 200  # descriptors for all that is not a reader, here and in the bus
 WAVE = 1000  # connections that the bus has not accepted yet, at most; its backlog holds more
 HOLD = 60  # s; the longest there is
@@ -163,13 +164,17 @@ class Crowd:
             reader.socket.close()
 
 
+def is_next_to_nothing(growth, readers):
+    return growth / readers < 200
+
+
 class Figures(NamedTuple):
     readers: int
     empty: Footprint  # of a bus without readers
     parked: Footprint  # with all of them
     load: float  # of one CPU, meanwhile
     left: Footprint  # when all are gone
-    growth: list  # in bytes, each time that as many come again
+    growth: list  # in bytes, each time that as many come again, until it is next to nothing
     heard: dict
 
 
@@ -188,18 +193,18 @@ def figures(tmp_path_factory):
         crowd = Crowd(bus, control, count)
         parked = footprint(bus.process)
         load = idle_load(bus.process)
-        memory = [parked.memory]
-        for _ in range(4):
+        memory, growth = [parked.memory], []
+        while len(growth) < ROUNDS and not (growth and is_next_to_nothing(growth[-1], count)):
             crowd.leave()
             with contextlib.suppress(AssertionError):  # a test of its own says so
                 wait_until(lambda: descriptors(bus.process) == empty.descriptors)
             left = footprint(bus.process)
             crowd = Crowd(bus, control, count)
             memory.append(footprint(bus.process).memory)
+            growth.append(memory[-1] - memory[-2])
         heard = crowd.wake()
         crowd.leave()
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    growth = [after - before for before, after in zip(memory, memory[1:])]
     print(Figures(count, empty, parked, load, left, growth, {}))
     return Figures(count, empty, parked, load, left, growth, heard)
 
@@ -239,7 +244,7 @@ def test_readers_that_leave_give_back_their_memory(figures):
     of Deadlines stay until their time comes, with the allocator's give and take up to 100 bytes a reader. The smallest
     record of a reader, its Poll, is 250.
     """
-    assert min(figures.growth) / figures.readers < 200
+    assert is_next_to_nothing(figures.growth[-1], figures.readers)
 
 
 # One reader, quickly
@@ -279,7 +284,7 @@ def test_a_parked_reader_has_its_message_within_5_ms(bus):
 
 def test_an_empty_hold_ends_when_it_said(bus):
     due = {}
-    for hold in (0.2, 0.5, 0.75, 1, 1.33, 2, 3):
+    for hold in (0.2, 0.5, 0.75, 1, 1.33, 2):
         reader = Peer(bus)
         due[reader] = time.monotonic() + hold
         reader.ask(poll(f"reader-{hold}", hold=hold))

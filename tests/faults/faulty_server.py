@@ -63,6 +63,11 @@ def raw_clock():
     bus_server.Log.append = raw
 
 
+def hasty():
+    """No fault: it has less patience with slow heads and bodies, so that a test of their deadlines is over sooner."""
+    bus_server.HEAD_SECONDS = bus_server.BODY_SECONDS = float(os.environ["PATIENCE"])
+
+
 def step(path):
     """Make the wall clock of this process wrong by the seconds in a file."""
     right = time.time_ns
@@ -70,7 +75,7 @@ def step(path):
     time.time = lambda: time.time_ns() / 1e9
 
 
-FAULTS = {"none": lambda: None, "early": early, "raw clock": raw_clock}
+FAULTS = {"none": lambda: None, "hasty": hasty, "early": early, "raw clock": raw_clock}
 
 if "CLOCK_ERROR" in os.environ:
     step(pathlib.Path(os.environ["CLOCK_ERROR"]))

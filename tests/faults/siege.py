@@ -9,9 +9,9 @@ import statistics
 import threading
 import time
 
-from bus_server import BODY_SECONDS, HEAD_SECONDS, STRANGERS
+from bus_server import BODY_RATE, BODY_SECONDS, HEAD_SECONDS, STRANGERS
 from tests.authority import Authority
-from tests.faults import Result, unless
+from tests.faults import Result, faulty, unless
 from tests.processes import PATIENCE, Server, wait_until
 from tests.test_parked import cpu_seconds, descriptors, footprint
 
@@ -96,9 +96,17 @@ def complaints(bus):
     return unless(bus.log.read_text() == "", f"on stderr: {bus.log.read_text()[:500]}")
 
 
-def slow_peers(directory, size):
+def hasty(patience):
+    """The settings of a Server with so many seconds for a head, and for a body."""
+    assert HEAD_SECONDS == BODY_SECONDS
+    settings = faulty("hasty")
+    settings["env"]["PATIENCE"] = str(patience)
+    return settings
+
+
+def slow_peers(directory, size, patience=HEAD_SECONDS):
     """`size` connections with half a head or none, then as many with half a body behind a first request."""
-    with many_descriptors(2 * size), Server(directory / "bus.db") as bus:
+    with many_descriptors(2 * size), Server(directory / "bus.db", **hasty(patience)) as bus:
         peer = http.client.HTTPConnection("127.0.0.1", bus.port, timeout=PATIENCE)
         before = footprint(bus.process)
         heads = [b"", b"GET /healthz HTTP/1.1\r\nHost: localho"]
@@ -116,7 +124,7 @@ def slow_peers(directory, size):
         under = footprint(bus.process)
         few = descriptors(bus.process) - before.descriptors <= size + STRANGERS + 10
         ended = time.monotonic()
-        deadline = max(HEAD_SECONDS, BODY_SECONDS + 2000 / 8192)
+        deadline = patience + 2000 / BODY_RATE
         wait_until(lambda: descriptors(bus.process) <= before.descriptors + 1, PATIENCE)
         took = time.monotonic() - ended
         memory = (under.memory - before.memory) / (1 << 20)
@@ -130,11 +138,12 @@ def slow_peers(directory, size):
     return Result(f"{figures}; {memory:+.0f} MiB; the last closed within {took:.1f} s", found)
 
 
-def silent_handshakes(directory, size):
+def silent_handshakes(directory, size, patience=HEAD_SECONDS):
     """`size` connections to a bus with TLS that say nothing at all."""
     authority = Authority(directory)
     ours = authority.sign("IP:127.0.0.1")
-    with many_descriptors(), Server(directory / "bus.db", "--tls-cert", ours.file, "--tls-key", ours.key) as bus:
+    tls = ["--tls-cert", ours.file, "--tls-key", ours.key]
+    with many_descriptors(), Server(directory / "bus.db", *tls, **hasty(patience)) as bus:
         trust = ssl.create_default_context(cafile=authority.file)
         peer = http.client.HTTPSConnection("127.0.0.1", bus.port, timeout=PATIENCE, context=trust)
         silent = []
@@ -150,7 +159,7 @@ def silent_handshakes(directory, size):
         began = time.monotonic()
         wait_until(lambda: descriptors(bus.process) <= before)
         took = time.monotonic() - began
-        found += unless(took <= HEAD_SECONDS + 2, f"the last was closed after {took:.1f} s")
+        found += unless(took <= patience + 2, f"the last was closed after {took:.1f} s")
         for each in silent:
             each.close()
         return Result(f"{figures}; the last closed within {took:.1f} s", found + complaints(bus))

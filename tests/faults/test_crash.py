@@ -7,7 +7,7 @@ from tests.processes import Server, wait_until
 
 
 def test_nothing_acknowledged_is_lost_when_the_server_is_killed(tmp_path):
-    assert storm(tmp_path, 60).violations == []
+    assert storm(tmp_path, 30).violations == []
 
 
 def test_a_bus_that_acknowledges_before_it_commits_is_found_out(tmp_path_factory):

@@ -14,12 +14,12 @@ pytestmark = skipped_without(linux)
 
 
 def test_slow_heads_and_bodies_are_dropped_and_hardly_felt(tmp_path):
-    assert slow_peers(tmp_path, 1500).violations == []
+    assert slow_peers(tmp_path, 1500, patience=4).violations == []
 
 
 @skipped_without(program("openssl"))
 def test_silent_handshakes_are_hardly_felt_and_gone_by_their_deadline(tmp_path):
-    assert silent_handshakes(tmp_path, 200).violations == []
+    assert silent_handshakes(tmp_path, 200, patience=4).violations == []
 
 
 def test_without_descriptors_the_bus_rests_and_comes_back(tmp_path):
@@ -60,6 +60,6 @@ def test_tokens_cost_less_than_a_tenth(tmp_path):
         for rounds in range(4 * ROUNDS):
             without.append(throughput(free, {"Authorization": f"Bearer {token}"}))
             with_them.append(throughput(closed_bus, {"Authorization": f"Bearer {token}"}))
-            if rounds >= ROUNDS and max(with_them) >= 0.9 * max(without):
+            if rounds >= ROUNDS / 2 and max(with_them) >= 0.9 * max(without):
                 return
         pytest.fail(f"with tokens {max(with_them):.0f} exchanges a second, without {max(without):.0f}")
