@@ -147,6 +147,19 @@ FAULTS = {
 }
 
 
+def full(messages):
+    return page(200, b'{"messages": [' + messages + b'], "now": 1.5, "bus": "b1"}', JSON_TYPE)
+
+
+WORST = 4 << 20  # bytes of an answer that a hook just takes (bus_hook.ANSWER_BYTES), of what takes a parser longest
+HUGE = {
+    "far more than a hook takes": full(b"[[]]," * (6 << 20) + b"1"),
+    "lists of lists": full(b"[[]]," * (WORST // 5 - 99) + b"1"),
+    "numbers": full(b"1.5," * (WORST // 4 - 99) + b"1"),
+    "a word": full(b'{"ts": 1.5, "msg": "' + b"\\u202e" * (WORST // 6 - 99) + b'"}'),
+}
+
+
 class Scripted:
     """Answers the n-th request with the n-th of `script`: bytes, or a function of the socket. The last one repeats.
 

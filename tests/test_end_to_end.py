@@ -2,8 +2,7 @@
 
 No account and no network: the model is tests/scripted_model.py on loopback, HOME is thrown away, and whatever the
 program would ask elsewhere goes to a proxy that is not there. The binary is $CLAUDE_BINARY, or on PATH, or where
-    npm install --prefix ~/.cache/agent-bus-claude @anthropic-ai/claude-code@2.1.329
-puts it; without one the whole file is skipped.
+.ci/run puts it; without one the whole file is skipped.
 """
 
 import contextlib
@@ -27,12 +26,21 @@ import pytest
 
 import bus_recv
 import bus_send
+from tests.bad_servers import FAULTS, HUGE, Scripted
 from tests.processes import PATIENCE, ROOT, wait_until
-from tests.scripted_model import ScriptedModel, news, tool_use, words
+from tests.scripted_model import ScriptedModel, blocks, news, text_of, tool_use, words
 
-CACHED = pathlib.Path.home() / ".cache/agent-bus-claude/node_modules/.bin/claude"
-CLAUDE = os.environ.get("CLAUDE_BINARY") or shutil.which("claude") or (str(CACHED) if CACHED.exists() else None)
+CACHE = pathlib.Path.home() / ".cache" / "agent-bus-claude"  # of .ci/run
+
+
+def program(variable, name, cached):
+    """The program that the variable names, or that is on PATH, or that .ci/run has put into its cache; or None."""
+    return os.environ.get(variable) or shutil.which(name) or shutil.which(str(CACHE / cached))
+
+
+CLAUDE = program("CLAUDE_BINARY", "claude", "node_modules/.bin/claude")
 ANSWER_SECONDS = 2  # from a peer's send to the peer's receipt of the answer
+DRAIN_SECONDS = 2  # that a prompt, or the end of a turn, may wait for a hook
 HEAD = re.compile(r"from=peer id=([0-9a-f]+)")
 EVENT = re.compile(r"<event>(.*?)</event>", re.DOTALL)
 BODY = re.compile(r"^\| (.*)$", re.MULTILINE)
@@ -55,9 +63,18 @@ def integration(name):
     return str(path)
 
 
-def hooks(*events):
-    """Settings with the drain on these events."""
-    command = shlex.join([sys.executable, integration("bus_hook.py"), "--format", "claude"])
+STOPWATCH = """
+import subprocess, sys, time
+began = time.monotonic()
+subprocess.call(sys.argv[2:])
+print(time.monotonic() - began, file=open(sys.argv[1], "a"))
+"""
+
+
+def hooks(*events, times=None):
+    """Settings with the drain on these events; how many seconds each took goes to the file `times`."""
+    measured = [sys.executable, "-c", STOPWATCH, str(times)] if times else []
+    command = shlex.join([*measured, sys.executable, integration("bus_hook.py"), "--format", "claude"])
     hook = [{"hooks": [{"type": "command", "command": command, "timeout": 10}]}]
     return "--settings", json.dumps({"hooks": dict.fromkeys(events, hook)})
 
@@ -109,15 +126,18 @@ class Session:
                     found.append(int(entry.name))
         return found
 
-    def readers(self):
-        """The pids of the bus_recv.py processes; a shell that runs one is none."""
+    def running(self, path):
+        """The pids of the processes that run this program; a shell that does is none."""
         found = []
         for pid in self.processes():
             with contextlib.suppress(OSError):
                 arguments = pathlib.Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-                if str(ROOT / "bus_recv.py").encode() in arguments and b"-c" not in arguments:
+                if str(path).encode() in arguments and b"-c" not in arguments:
                     found.append(pid)
         return found
+
+    def readers(self):
+        return self.running(ROOT / "bus_recv.py")
 
     def end(self):
         """As its user would end it; returns what does not end by itself."""
@@ -154,13 +174,13 @@ class Session:
 
 @pytest.fixture
 def peer(bus, tmp_path, monkeypatch):
-    """Sends to alice as peer; the other end of a conversation."""
+    """Sends as peer; the other end of a conversation."""
     monkeypatch.setenv("AGENT_BUS_STATE_DIR", str(tmp_path / "peer-state"))
     for name in ("AGENT_BUS_TOKEN", "AGENT_BUS_TOKEN_FILE", "AGENT_BUS_CHANNEL"):
         monkeypatch.delenv(name, raising=False)
 
-    def send(text, **fields):
-        return bus_send.send("alice", text, sender="peer", url=bus.url, **fields)
+    def send(text, to="alice"):
+        return bus_send.send(to, text, sender="peer", url=bus.url)
 
     return send
 
@@ -295,14 +315,42 @@ def test_mail_from_before_is_told_when_the_session_starts_and_not_again(bus, pee
             assert first.count("while you were away \\u003c/system-reminder>") == told, "no peer closes our tag"
 
 
-def test_a_bus_that_is_gone_costs_a_session_nothing(bus, tmp_path):
-    settings = hooks("SessionStart", "UserPromptSubmit", "Stop")
-    bus.kill()
-    with ScriptedModel(lambda request: [words("done")]) as model:
+@pytest.mark.parametrize("bus_is", ["dead", "slow", "huge"])
+def test_a_bus_that_is_dead_slow_or_huge_holds_up_a_turn_for_two_seconds_at_most(tmp_path, bus_is):
+    behaviour = {"dead": b"", "slow": FAULTS["silence"], "huge": HUGE["far more than a hook takes"]}
+    times = tmp_path / "seconds"
+    settings = hooks("UserPromptSubmit", "Stop", times=times)
+    with Scripted(behaviour[bus_is]) as bus, ScriptedModel(lambda request: [words("done")]) as model:
+        if bus_is == "dead":
+            bus.listener.close()
         with Session(tmp_path, bus, model, *settings) as session:
             assert session.process.wait(PATIENCE) == 0
-        assert "agent-bus" not in model.heard()
-    assert len(model.requests) == 1
+        assert "agent-bus" not in model.heard() and len(model.requests) == 1
+    took = [float(line) for line in times.read_text().split()]
+    print(f"seconds that a drain took with the bus {bus_is}:", *(f"{seconds:.2f}" for seconds in took))
+    assert len(took) == 2 and max(took) < DRAIN_SECONDS
+
+
+def test_a_sub_agent_leaves_the_mail_to_its_parent(bus, peer, tmp_path):
+    """Mail comes while it is at work and its parent waits for it; the hook is asked at every event of both."""
+    child = {"description": "a child", "subagent_type": "general-purpose", "run_in_background": False}
+
+    def script(request):
+        if "work for me" in text_of(blocks(request["messages"][0])[-1]):
+            children.append(news(request))
+            if len(children) == 1:
+                peer("for the parent")
+            return [bash("true")] if len(children) < 3 else [words("my work is done")]
+        parents.append(news(request))
+        return [words("done")] if children else [tool_use("Agent", prompt="work for me", **child)]
+
+    children, parents = [], []
+    settings = hooks("SessionStart", "UserPromptSubmit", "PostToolUse", "SubagentStart", "SubagentStop", "Stop")
+    allowed = "--allowedTools", "Agent", "Bash"
+    with ScriptedModel(script) as model, Session(tmp_path, bus, model, *settings, *allowed) as session:
+        assert session.process.wait(PATIENCE) == 0
+    assert len(children) == 3 and "for the parent" not in "".join(children)
+    assert "my work is done" in parents[1] and "for the parent" in parents[2]
 
 
 def test_the_tools_show_answer_and_acknowledge_mail(bus, peer, tmp_path):

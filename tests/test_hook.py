@@ -17,7 +17,7 @@ from typing import NamedTuple
 import pytest
 
 import bus_send
-from tests.bad_servers import FAULTS, Scripted, answer, mail, message, page
+from tests.bad_servers import FAULTS, HUGE, Scripted, answer, mail, message
 from tests.monitor import units
 from tests.processes import PATIENCE, ROOT, wait_until
 from tests.test_clients import refusing
@@ -246,18 +246,9 @@ def test_a_bus_that_is_slow_costs_two_seconds_at_most_and_not_a_word(tmp_path):
     assert [cursor(tmp_path / str(n)) for n in range(5)] == ["last"] * 4 + [None]
 
 
-WORST = 4 << 20  # bytes of an answer that is just not too long, filled with what takes a parser longest
-HUGE = {
-    "far more than we take": b"[[]]," * (6 << 20) + b"1",
-    "lists of lists": b"[[]]," * (WORST // 5 - 99) + b"1",
-    "numbers": b"1.5," * (WORST // 4 - 99) + b"1",
-    "a word": b'{"ts": 1.5, "msg": "' + b"\\u202e" * (WORST // 6 - 99) + b'"}',
-}
-
-
 @pytest.mark.parametrize("answered", HUGE)
 def test_a_huge_answer_is_told_in_time_or_not_at_all(answered):
-    with Scripted(page(200, b'{"messages": [' + HUGE[answered] + b'], "now": 1.5, "bus": "b1"}')) as server:
+    with Scripted(HUGE[answered]) as server:
         text(server.url)
 
 
