@@ -63,6 +63,13 @@ def integration(name):
     return str(path)
 
 
+def tools(bus, folder, *options):
+    """Settings with the MCP server of alice, as `bus`, and no other."""
+    environment = {"AGENT_BUS_URL": bus.url, "AGENT_NAME": "alice", "AGENT_BUS_STATE_DIR": str(folder / "state")}
+    server = {"command": sys.executable, "args": [integration("bus_mcp.py"), *options], "env": environment}
+    return "--mcp-config", json.dumps({"mcpServers": {"bus": server}}), "--strict-mcp-config"
+
+
 STOPWATCH = """
 import subprocess, sys, time
 began = time.monotonic()
@@ -79,9 +86,14 @@ def hooks(*events, times=None):
     return "--settings", json.dumps({"hooks": dict.fromkeys(events, hook)})
 
 
-def monitor(seconds=120):
-    command = shlex.join([sys.executable, "-u", str(ROOT / "bus_recv.py"), "alice"])
-    return tool_use("Monitor", command=command, description="agent-bus inbox: alice", timeout_ms=int(seconds * 1000))
+def monitor(seconds=120, name="alice"):
+    command = shlex.join([sys.executable, "-u", str(ROOT / "bus_recv.py"), name])
+    return tool_use("Monitor", command=command, description=f"agent-bus inbox: {name}", timeout_ms=int(seconds * 1000))
+
+
+def introduced(request):
+    """The name that the session was told to be its own."""
+    return re.search(r"This session is (\S+) on the agent-bus", news(request))[1]
 
 
 def bash(command):
@@ -315,6 +327,28 @@ def test_mail_from_before_is_told_when_the_session_starts_and_not_again(bus, pee
             assert first.count("while you were away \\u003c/system-reminder>") == told, "no peer closes our tag"
 
 
+def test_two_sessions_of_one_folder_are_two_names_and_the_second_is_told(bus, peer, tmp_path):
+    def first_script(request):
+        return [words("waiting")] if "Monitor started" in first.heard() else [monitor(name=introduced(request))]
+
+    settings = hooks("SessionStart", "Stop")
+    nameless = {"AGENT_NAME": "", "AGENT_BUS_STATE_DIR": str(tmp_path / "state")}
+    first, second = ScriptedModel(first_script), ScriptedModel(lambda request: [words("done")])
+    one, two = tmp_path / "one", tmp_path / "two"  # homes; the session's own folder is `work` in both
+    one.mkdir()
+    two.mkdir()
+    with first, second, Session(one, bus, first, *settings, "--allowedTools", "Monitor", **nameless):
+        wait_until(lambda: "Monitor started" in first.heard())
+        peer("for the second", to="work-2")
+        with Session(two, bus, second, *settings, **nameless) as session:
+            assert session.process.wait(PATIENCE) == 0
+        peer("for the first", to="work")
+        wait_until(lambda: "for the first" in first.heard())
+    assert "This session is work on" in first.heard() and "for the second" not in first.heard()
+    assert f"This session is work-2 on the agent-bus at {bus.url}, because work is another" in second.heard()
+    assert "for the second" in second.heard() and "for the first" not in second.heard()
+
+
 @pytest.mark.parametrize("bus_is", ["dead", "slow", "huge"])
 def test_a_bus_that_is_dead_slow_or_huge_holds_up_a_turn_for_two_seconds_at_most(tmp_path, bus_is):
     behaviour = {"dead": b"", "slow": FAULTS["silence"], "huge": HUGE["far more than a hook takes"]}
@@ -368,10 +402,8 @@ def test_the_tools_show_answer_and_acknowledge_mail(bus, peer, tmp_path):
         step = len(model.requests) - 1
         return [tool_use(f"mcp__bus__{steps[step][0]}", **steps[step][1])] if step < len(steps) else [words("done")]
 
-    environment = {"AGENT_BUS_URL": bus.url, "AGENT_NAME": "alice", "AGENT_BUS_STATE_DIR": str(tmp_path / "state")}
-    server = {"command": sys.executable, "args": [integration("bus_mcp.py")], "env": environment}
-    options = ["--mcp-config", json.dumps({"mcpServers": {"bus": server}}), "--strict-mcp-config"]
-    options += ["--allowedTools", *{f"mcp__bus__{name}" for name, _ in steps}]
+    allowed = "--allowedTools", *{f"mcp__bus__{name}" for name, _ in steps}
+    options = *tools(bus, tmp_path), *allowed
     with ScriptedModel(script) as model, Session(tmp_path, bus, model, *options) as session:
         answer = next(bus_recv.receive("peer", url=bus.url, timeout=PATIENCE))
         assert session.process.wait(PATIENCE) == 0
@@ -400,7 +432,7 @@ def test_the_plugin_alone_makes_a_session_hear_and_answer(bus, peer, tmp_path):
         if len(model.requests) == 1:
             return [SKILL]
         if len(model.requests) == 2:
-            name = re.search(r"This session is (\S+) on the agent-bus", model.heard())[1]
+            name = introduced(model.requests[0])
             command = re.search(r"^- command: `(.*)`$", told, re.MULTILINE)[1].replace("NAME", name)
             milliseconds = int(re.search(r"^- timeout_ms: `(.*)`$", told, re.MULTILINE)[1])
             return [tool_use("Monitor", command=command, description="agent-bus inbox", timeout_ms=milliseconds)]
@@ -471,3 +503,44 @@ def test_the_plugins_own_monitor_tells_a_session_on_a_terminal_once_its_skill_is
         assert "wake up 2" in EVENT.findall(model.heard())[-1]
     print("seconds from a peer's send to its receipt of the answer:", *(f"{each:.2f}" for each in took))
     assert min(took) < ANSWER_SECONDS, took
+
+
+def test_the_waiter_wakes_a_session_that_sleeps_on_a_terminal(bus, peer, tmp_path):
+    """As bus_hook.py says that it is set up."""
+    hook = integration("bus_hook.py")
+    settings = re.search(r'\{"hooks": .*\}\]\}\]\}\}', pathlib.Path(hook).read_text(), re.DOTALL)[0]
+    settings = settings.replace("python3 /path/to/bus_hook.py", shlex.join([sys.executable, hook]))
+
+    def script(request):
+        told = news(request)
+        return [reply(ID.findall(told)[-1], "awake")] if "wake up" in told and ID.search(told) else [words("waiting")]
+
+    allowed = "--permission-mode", "default", "--allowedTools", "Bash"
+    with ScriptedModel(script) as model, Terminal(tmp_path, bus, model, "--settings", settings, *allowed) as session:
+        mail, took = bus_recv.receive("peer", url=bus.url, timeout=PATIENCE), []
+        for number in range(2):
+            wait_until(lambda: session.running(hook))
+            began = time.monotonic()
+            sent = peer(f"wake up {number}")["id"]
+            answer = next(mail)
+            took.append(time.monotonic() - began)
+            assert (answer["msg"], answer["reply_to"]) == ("awake", sent)
+        assert model.heard().count("wake up 0") == model.heard().count("wake up 1") == 1
+    print("seconds from a peer's send to its receipt of the answer:", *(f"{each:.2f}" for each in took))
+    assert min(took) < ANSWER_SECONDS, took
+
+
+CHANNEL_NEWS = re.compile('MCP server "bus": (Channel notifications .*)|(<channel source="bus" from="peer")')
+
+
+def test_a_channel_is_accepted_and_its_mail_stays_unread(bus, peer, tmp_path):
+    """Whether a program without an account listens to channels is not up to us, but it looks at the server before."""
+    log = tmp_path / "log"
+    log.touch()
+    options = *tools(bus, tmp_path, "--channel"), "--dangerously-load-development-channels", "server:bus"
+    options += "--debug-file", str(log)
+    peer("through the channel")
+    with ScriptedModel(lambda request: [words("waiting")]) as model, Terminal(tmp_path, bus, model, *options):
+        skipped, pushed = wait_until(lambda: CHANNEL_NEWS.search(log.read_text() + model.heard())).groups()
+        assert pushed or skipped == "Channel notifications skipped: channels feature is not currently available"
+    assert b'"alice": 1' in bus.get("/inbox")
