@@ -5,10 +5,12 @@
     python3 bus_recv.py spark reviewers --once                       # what waits, or else the first to arrive
     python3 bus_recv.py --read 660ba678a1b40                         # one message, whole
     python3 bus_recv.py spark --exec ./on_mail.sh                    # a command for each message
+    python3 bus_recv.py --log --since 1h                             # look on: everybody's messages, of an hour
     for message in bus_recv.receive("spark"): ...                    # the same, in a program
 
 Read it in the order an answer travels: ask, Reader (which bus, how far, how long a poll is held), Cursor (how far, on
-disk), Outage (when there is no answer), block (what a message looks like), the ways out (text, JSON, a command), main.
+disk), Outage (when there is no answer), Observer (who looks on), block (what a message looks like), the ways out (text,
+JSON, a command), main.
 
 A message is shown at least once. Its cursor is saved after it was written out, so a reader that is killed shows its
 last message again and never loses one; the id tells the repeat. Only a 200 with the bus's own JSON moves the cursor,
@@ -57,6 +59,7 @@ SETTLE_SECONDS = 0.3  # until what was written counts as seen: a watch drops wha
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@-]{0,63}")
 DECIMAL = re.compile(r"[0-9]{1,10}(\.[0-9]{1,9})?")  # s since 1970: what a bus takes for a cursor
+AGO, SECONDS = re.compile("([0-9]{1,9})([smhd])"), {"s": 1, "m": 60, "h": 3600, "d": 86400}
 OLD_CONTRACT = "-"  # stands for the id of a bus that gives none; it knows no words for `since` either
 HEAD = ("from", "id", "to", "channel", "reply_to", "age", "priority", "type", "subject")
 HIDDEN = re.compile(  # what acts on a terminal, or on a reader, without being seen: controls, bidi, zero width, tags
@@ -262,6 +265,7 @@ class Reader:
         if since not in (None, "now", "last") and not DECIMAL.fullmatch(str(since)):
             raise ValueError(f"since is 'now', 'last' or seconds like 1795203596.123456, and not {since!r}")
         self.names, self.since, self.wait, self.hold = names, since, wait, wait
+        self.path, self.query = "/recv", [*(("to", name) for name in names), ("channel", self.channel)]
         self.bus: str | None = None  # the id of the one that answered last
         self.bus_time = 0.0  # s since 1970, by its clock, when it did
         self.outage: Outage | None = None  # if it does not answer now
@@ -316,14 +320,12 @@ class Reader:
     def poll(self, hold: float, seconds: float) -> dict[str, Any]:
         """One answer of the bus whose cursor we have. If it is another one's, that is an outage, and ends with it."""
         if self.bus is None:
-            health, _ = ask(self.url, "/healthz", min(seconds, GRACE_SECONDS))
+            health, self.bus_time = ask(self.url, "/healthz", min(seconds, GRACE_SECONDS))
             if health.get("ok") is not True:
                 raise Unreachable("no JSON of a bus")
             self.take_up(health)
-        query = [("to", name) for name in self.names]
-        query += [("since", self.cursor.at), ("block", "true"), ("wait", f"{hold:.3f}")]
-        query += [("channel", self.channel), ("bus", str(self.bus))]
-        answer, self.bus_time = ask(self.url, f"/recv?{urlencode(query)}", seconds)
+        query = [*self.query, ("since", self.cursor.at), ("block", "true"), ("wait", f"{hold:.3f}")]
+        answer, self.bus_time = ask(self.url, f"{self.path}?{urlencode([*query, ('bus', str(self.bus))])}", seconds)
         if not isinstance(answer.get("messages"), list) or not DECIMAL.fullmatch(str(answer.get("now"))):
             raise Unreachable("no JSON of a bus")
         if id_of(answer) != self.bus:
@@ -476,6 +478,48 @@ class Outage:
             self.announce(f"{self.url} is back, after {span(self.clock.monotonic() - self.began)}")
 
 
+class Observer(Reader):
+    """Looks on: everybody's messages, of which it consumes none. It counts as nobody, and its place is in memory.
+
+    `filters` are those of GET /log; `since` is a decimal, `now`, or how long ago, as 90s, 5m, 1h or 3d.
+    """
+
+    def __init__(self, filters: dict[str, str | None], since: str) -> None:
+        super().__init__(["nobody"], None, None, None, HOLD_SECONDS)
+        if since != "now" and not DECIMAL.fullmatch(since) and not AGO.fullmatch(since):
+            raise ValueError(f"since is 'now', 90s, 5m, 1h, 3d, or seconds like 1795203596.123456, and not {since!r}")
+        for name in filter(None, filters.values()):
+            for one in name.split(","):
+                check_name(one)
+        self.path, self.query = "/log", [(field, name) for field, name in filters.items() if name]
+        self.begin, self.marks = since, dict[str, Mark]()
+
+    def take_up(self, answer: dict[str, Any]) -> None:
+        self.bus = id_of(answer)
+        ago = AGO.fullmatch(self.begin)
+        begin = f"{max(self.bus_time - int(ago[1]) * SECONDS[ago[2]], 0):.6f}" if ago else self.begin
+        self.cursor = self.marks.setdefault(self.bus, Mark(begin))
+
+    def pages(self) -> Iterator[dict[str, Any]]:
+        """What there is by now. One fault ends it, so that half of the log never looks like all."""
+        more = True
+        while more:
+            answer = self.poll(0, GRACE_SECONDS)
+            yield answer
+            self.cursor.move(str(answer["now"]))
+            more = bool(answer.get("more"))
+
+
+class Mark(Cursor):
+    """A cursor without a file."""
+
+    def __init__(self, at: str) -> None:
+        self.at = at
+
+    def move(self, since: str) -> None:
+        self.at = since
+
+
 def block(message: dict[str, Any], reader: str, now: float, whole: bool = False) -> str:
     """A message as text: a line of what is known about it, each line of its body behind `| `, and `---`.
 
@@ -554,9 +598,9 @@ def dump(value: Any) -> str:
     return str(value) if isinstance(value, Decimal) else json.dumps(value)
 
 
-def show(message: Any, reader: str, now: float) -> str:
+def show(message: Any, reader: str, now: float, whole: bool = False) -> str:
     try:
-        return block(message, reader, now)
+        return block(message, reader, now, whole)
     except Exception:  # a strange bus may get a message wrong in any way, and the next one must be shown all the same
         return f"-- agent-bus: not a message: {visible(dump(message))}\n"
 
@@ -616,6 +660,12 @@ def show_blocks(reader: Reader, answers: Iterator[dict[str, Any]], settle: float
             write(text, last)
 
 
+def show_log(observer: Observer, answers: Iterator[dict[str, Any]]) -> None:
+    """Whole and at once, for people and pipes."""
+    for answer in answers:
+        emit("".join(show(message, "", observer.bus_time, whole=True) for message in answer["messages"]))
+
+
 def show_json(reader: Reader, answers: Iterator[dict[str, Any]]) -> None:
     for answer in answers:
         for message in answer["messages"]:
@@ -658,6 +708,15 @@ def read_one(number: str) -> int:
     return 0
 
 
+def look_on(options: argparse.Namespace) -> int:
+    filters = {"to": options.to, "from": options.sender, "channel": options.channel}
+    observer = Observer(filters, options.since or "0")
+    observer.warn = observer.announce = complain
+    answers = observer.pages() if options.no_follow else observer.answers(False, options.timeout)
+    (show_json if options.json else show_log)(observer, answers)
+    return 0
+
+
 def complain(line: str) -> None:
     print("bus_recv:", visible(line.replace("\n", " ")), file=sys.stderr)
 
@@ -668,20 +727,29 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="a line of JSON for each message")
     parser.add_argument("--once", action="store_true", help="end after what waits, or after the first to arrive")
     parser.add_argument("--timeout", type=float, metavar="S", help="end after S seconds (with --once: 25)")
-    parser.add_argument("--since", metavar="X", help="a time (s since 1970), now, or last; default: the saved cursor")
+    parser.add_argument("--since", metavar="X", help="a time (s since 1970), now, or last; default: the saved cursor. "
+                        "Of --log: a time, now, or 90s, 5m, 1h, 3d ago; default: all there is")
     parser.add_argument("--channel", metavar="C", help="default: $AGENT_BUS_CHANNEL, or 'default'")
     parser.add_argument("--exec", metavar="CMD", help="run CMD for each message: JSON on stdin, MSG_FROM ... in its "
                         "environment; the cursor moves when it ends with 0")
     parser.add_argument("--tries", type=int, default=5, metavar="N", help="of --exec, then the message goes to a file")
     parser.add_argument("--read", metavar="ID", help="print this message, whole, and end")
+    parser.add_argument("--log", action="store_true", help="look on: the messages of everybody on every channel")
+    parser.add_argument("--to", metavar="NAME", help="of --log: only what is for NAME; several as a,b,c")
+    parser.add_argument("--from", dest="sender", metavar="NAME", help="of --log: only what is from NAME")
+    parser.add_argument("--no-follow", action="store_true", help="of --log: what there is, and end")
     options = parser.parse_args(argv)
-    if bool(options.names) == bool(options.read):
-        parser.error("give at least one NAME, or --read ID")
+    if bool(options.names) + bool(options.read) + options.log != 1:
+        parser.error("give at least one NAME, or --read ID, or --log")
+    if (options.to or options.sender or options.no_follow) and not options.log:
+        parser.error("--to, --from and --no-follow belong to --log")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     timeout = HOLD_SECONDS if options.once and options.timeout is None else options.timeout
     try:
         if options.read:
             return read_one(options.read)
+        if options.log:
+            return look_on(options)
         reader = Reader(options.names, None, options.channel, options.since, HOLD_SECONDS)
         reader.warn = complain
         # A program that reads JSON, or a command's own output, reads nothing else.
