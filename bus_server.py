@@ -306,6 +306,10 @@ class Answer(NamedTuple):
     kind: str = "application/json"
     headers: tuple[tuple[str, str], ...] = ()
     fetched: tuple[Poll, int] | None = None
+    file: Download | None = None  # follows the head, in place of a body
+
+    def length(self) -> int:
+        return self.file.length if self.file else len(self.body)
 
 
 class State(enum.Enum):
@@ -378,10 +382,11 @@ class Connection(asyncio.Protocol):
     Invariant: one request in hand per connection; pipelined ones wait in `buffer`, in order.
     """
 
-    __slots__ = ("address", "buffer", "bus", "closing", "due", "ended", "fetched", "request", "slot", "state",
+    __slots__ = ("address", "buffer", "bus", "closing", "due", "ended", "fetched", "file", "request", "slot", "state",
                  "transport", "__weakref__")
     transport: asyncio.Transport
     request: Request | None
+    file: Download | None  # what is left of the answer being written
     fetched: tuple[Poll, int] | None  # what the reader of the answer being written has then
 
     def __init__(self, bus: Bus) -> None:
@@ -389,7 +394,7 @@ class Connection(asyncio.Protocol):
         self.buffer: bytes | bytearray = b""
         self.state, self.slot, self.due = State.IDLE, sys.maxsize, math.inf
         self.closing = self.ended = False  # we want to close after the answer; the peer has closed its side
-        self.request = self.fetched = None
+        self.request = self.fetched = self.file = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
@@ -406,6 +411,10 @@ class Connection(asyncio.Protocol):
         self.bus.deadlines.forget(self)
         self.bus.lost(self)
         self.state = State.LINGER
+        if self.file:
+            self.file.close()
+        if self.request and self.request.upload:
+            self.request.upload.close()
         self.buffer, self.request = b"", None  # we and our transport hold each other until the collector comes
 
     def wait(self, state: State, patience: float) -> None:
@@ -465,10 +474,15 @@ class Connection(asyncio.Protocol):
             self.buffer = self.buffer[end:]
             self.request.parse_request()
             self.request.grant = self.bus.gate.admit(self.request)
-            self.request.check_body(self.bus.max_body)
+            if self.request.command == "PUT":
+                self.request.upload = self.bus.blobs.upload(self.request)
+            else:
+                self.request.check_body(self.bus.max_body)
             if self.request.parsed.expects and len(self.buffer) < self.request.parsed.length:
                 self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         request, length = self.request, self.request.parsed.length
+        if request.upload:
+            return request if self.pour(request.upload) else None
         if len(self.buffer) < length:
             if self.ended:
                 raise Refused(400, f"the body ended after {len(self.buffer)} of {length} bytes; nothing was stored")
@@ -477,6 +491,16 @@ class Connection(asyncio.Protocol):
             return None
         request.body, self.buffer = bytes(self.buffer[:length]), self.buffer[length:]
         return request
+
+    def pour(self, upload: Upload) -> bool:
+        """What has come of a file goes to its disk; true if that was all. Slower than BODY_RATE is 408 here too."""
+        part, self.buffer = self.buffer[: upload.missing], self.buffer[upload.missing :]
+        upload.write(part)
+        if upload.missing and self.ended:
+            raise Refused(400, f"the file ended {upload.missing} bytes early; send the rest", *upload.offset())
+        if upload.missing and (self.state is not State.BODY or upload.far_enough()):
+            self.wait(State.BODY, BODY_SECONDS)
+        return not upload.missing
 
     def want_head(self) -> None:
         if not self.buffer:
@@ -500,19 +524,41 @@ class Connection(asyncio.Protocol):
         self.closing = self.closing or self.bus.draining
         request, self.request = self.request or Request(self, b""), None
         self.bus.log_request(request, answer)
-        self.fetched = answer.fetched
+        self.fetched, self.file = answer.fetched, answer.file
+        if request.upload:
+            request.upload.close()
+        if self.file and request.command == "HEAD":
+            self.file.close()
+            self.file = None
         self.transport.write(to_bytes(answer, request.command == "HEAD", self.closing))
         if self.transport.is_closing():  # it broke: nobody has the answer, and connection_lost comes next
             return
         if self.transport.get_write_buffer_size():
             self.wait(State.WRITING, ANSWER_SECONDS + len(answer.body) / BODY_RATE)
+        elif self.file:
+            asyncio.get_running_loop().call_soon(self.resume_writing)
         else:
             self.written()
 
     def resume_writing(self) -> None:
-        if self.state is State.WRITING:
+        """The peer's system has what was written so far."""
+        if self.state is State.WRITING and self.file:
+            self.write_on(self.file)
+        elif self.state is State.WRITING:
             self.written()
             self.advance()
+
+    def write_on(self, file: Download) -> None:
+        """One more piece of a file, and the others a turn of the loop."""
+        piece = file.read()
+        self.closing = self.closing or not piece  # somebody cut the file: its peer must not take what follows for it
+        self.wait(State.WRITING, ANSWER_SECONDS)
+        if not file.length:
+            file.close()
+            self.file = None
+        self.transport.write(piece)
+        if not self.transport.is_closing() and not self.transport.get_write_buffer_size():
+            asyncio.get_running_loop().call_soon(self.resume_writing)
 
     def written(self) -> None:
         """The peer's system has the whole answer."""
@@ -688,7 +734,7 @@ class Tls(Plain):
 def to_bytes(answer: Answer, bare: bool, closing: bool) -> bytes:
     """The answer as HTTP/1.1, in one piece: head and body written apart would cost 40 ms (Nagle and delayed ACK)."""
     status = answer.status
-    content = "" if status == 204 else f"Content-Type: {answer.kind}\r\nContent-Length: {len(answer.body)}\r\n"
+    content = "" if status == 204 else f"Content-Type: {answer.kind}\r\nContent-Length: {answer.length()}\r\n"
     further = "".join([f"{header}: {value}\r\n" for header, value in answer.headers])
     head = (
         f"HTTP/1.1 {status} {REASONS[status]}\r\nDate: {http_date(int(time.time()))}\r\n{content}"
@@ -779,8 +825,8 @@ class Head:
         length = fields.get("content-length", "0")
         if not re.fullmatch("[0-9]+", length):
             raise Refused(400, "Content-Length must be a number of bytes")
-        if len(length) > 7:
-            raise Refused(413, "Content-Length has more than 7 digits")
+        if len(length) > 15:
+            raise Refused(413, "Content-Length has more than 15 digits")
         self.length = int(length)
         if self.length and self.command in ("GET", "HEAD", "OPTIONS"):
             raise Refused(400, f"{self.command} takes no body")
@@ -799,6 +845,7 @@ class Request(BaseHTTPRequestHandler):
 
     grant: Grant
     parsed: Head
+    upload: Upload | None = None  # where its body goes, if that is a file
 
     def __init__(self, peer: Connection, head: bytes) -> None:  # no super(): that one reads and answers a socket
         self.peer, self.head, self.body = peer, head, b""
@@ -848,6 +895,9 @@ class Request(BaseHTTPRequestHandler):
 
     def do_POST(self) -> Answer | None:
         return self.endpoint("POST")(self.peer.bus, self)
+
+    def do_PUT(self) -> Answer | None:
+        return self.endpoint("PUT")(self.peer.bus, self)
 
     def do_HEAD(self) -> Answer | None:
         """As GET, but where GET would take messages or wait for them there is nothing to say in a head."""
@@ -1398,9 +1448,10 @@ class Bus:
     """
 
     def __init__(
-        self, log: Log, gate: Gate, storms: Storms, *, max_body: int, keep: float, verbose: bool = False
+        self, log: Log, gate: Gate, storms: Storms, *, max_body: int, keep: float, blobs: int = 0, verbose: bool = False
     ) -> None:
         self.store, self.gate, self.storms = log, gate, storms
+        self.blobs = Blobs(log.path, blobs)
         self.max_body, self.keep, self.verbose = max_body, keep, verbose
         self.last = log.last
         self.connections: set[Connection] = set()
@@ -1591,6 +1642,22 @@ class Bus:
         elif settle.verb == "extend":
             self.bury_after(settle.delay)
 
+    def stored(self, connection: Connection, upload: Upload, done: asyncio.Future[int]) -> None:
+        """A file was checked and made durable, or was not."""
+        upload.finishing = False
+        error = done.exception()
+        status = 507 if error else done.result()
+        if status != 201:
+            self.blobs.used -= upload.at
+        if status == 422:
+            answer = refusal(Refused(422, "what arrived does not have this sha256: nothing was stored"))
+        elif error:
+            answer = refusal(Refused(507, f"the bus cannot store the file: {error}"))
+        else:
+            answer = Answer(status, b'{"ok": true}\n')
+        upload.close()
+        connection.answer(answer)
+
     def bury_after(self, lease: float) -> None:
         asyncio.get_running_loop().call_later(lease + Deadlines.SLOT, self.bury)
 
@@ -1672,6 +1739,8 @@ class Bus:
     def tidy(self) -> None:
         self.storms.forget()
         self.prune()
+        if self.keep:
+            self.blobs.forget(time.time() - self.keep)
         if self.gate.tokens.used:
             self.save_marks_soon()
 
@@ -2538,6 +2607,155 @@ class Mailboxes:
             yield connection, self.unpark(connection), messages
 
 
+# ── Files ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Blobs:
+    """Files by the sha256 of what is in them, in DATABASE.blobs: they pass in pieces and never through a message.
+
+    A part that has not arrived whole is HASH.part; the next upload may go on where it ends. Owned by the loop; only
+    `Upload.finish`, which reads a whole file, runs in a thread of its own.
+    """
+
+    PIECE = 65536  # bytes read or written in one turn of the loop
+
+    def __init__(self, database: str, quota: int) -> None:
+        self.folder = pathlib.Path(f"{database}.blobs")
+        self.quota = 0 if database == ":memory:" else quota
+        self.arriving: set[str] = set()
+        self.used = sum(file.stat().st_size for file in self.folder.glob("*"))
+
+    def place(self, request: Request) -> pathlib.Path:
+        """The file that a request is about, whether it is there or not."""
+        if not self.quota:
+            raise Refused(501, "this bus keeps no files")
+        if not re.fullmatch("[0-9a-f]{64}", request.parsed.rest):
+            raise Refused(400, "a file is called by its sha256: /blob/ and 64 hex digits")
+        return self.folder / request.parsed.rest
+
+    def upload(self, request: Request) -> Upload:
+        request.endpoint("PUT")  # or 404, 405
+        file, length = self.place(request), request.parsed.length
+        part = file.with_suffix(".part")
+        there = part.stat().st_size if part.exists() else 0
+        start, total = content_range(request.fields.get("content-range"), length)
+        if file.name in self.arriving or start not in (0, there):
+            raise Refused(409, "go on where the file ends, one upload at a time", ("Upload-Offset", str(there)))
+        if total > self.quota:
+            raise Refused(413, f"the file has {total} bytes and the bus keeps {self.quota} in all; nothing was stored")
+        if self.used + total - there > self.quota:
+            raise Refused(507, "the bus has no room for this file: those nobody asks for go after --keep")
+        return Upload(self, file, start, length, total)
+
+    def get(self, request: Request) -> Answer:
+        file = self.place(request)
+        try:
+            stream = file.open("rb")
+        except FileNotFoundError:
+            part = file.with_suffix(".part")
+            offset = ("Upload-Offset", str(part.stat().st_size if part.exists() else 0))
+            raise Refused(404, "the bus does not have this file, or not all of it", offset) from None
+        os.utime(file)
+        size = os.fstat(stream.fileno()).st_size
+        wanted = re.fullmatch("bytes=([0-9]{1,15})-", request.fields.get("range", ""))
+        start = int(wanted[1]) if wanted else 0
+        if start > size:
+            stream.close()
+            raise Refused(416, f"the file has {size} bytes", ("Content-Range", f"bytes */{size}"))
+        stream.seek(start)
+        span = (("Content-Range", f"bytes {start}-{size - 1}/{size}"),) if wanted else ()
+        return Answer(206 if wanted else 200, b"", "application/octet-stream", span, file=Download(stream, size - start))
+
+    def forget(self, before: float) -> None:
+        """Remove what nobody sent or asked for since then (s since 1970)."""
+        for file in self.folder.glob("*"):
+            status = file.stat()
+            if status.st_mtime < before and file.stem not in self.arriving:
+                file.unlink()
+                self.used -= status.st_size
+
+
+def content_range(field: str | None, length: int) -> tuple[int, int]:
+    """(start, total) of `Content-Range: bytes START-END/TOTAL`; without one, the body is the whole file."""
+    if field is None:
+        return 0, length
+    match = re.fullmatch("bytes ([0-9]{1,15})-([0-9]{1,15})/([0-9]{1,15})", field)
+    if not match or int(match[2]) - int(match[1]) + 1 != length or int(match[2]) >= int(match[3]):
+        raise Refused(400, "Content-Range must be: bytes START-END/TOTAL, and the body as long as that")
+    return int(match[1]), int(match[3])
+
+
+class Upload:
+    """A file that is arriving. What came before a broken connection stays."""
+
+    def __init__(self, blobs: Blobs, file: pathlib.Path, start: int, length: int, total: int) -> None:
+        self.blobs, self.file, self.part = blobs, file, file.with_suffix(".part")
+        self.at = self.marked = start
+        self.missing, self.total = length, total
+        self.finishing = False
+        blobs.folder.mkdir(mode=0o700, exist_ok=True)
+        blobs.arriving.add(file.name)
+        if not start and self.part.exists():
+            blobs.used -= self.part.stat().st_size
+        self.stream = self.part.open("ab" if start else "wb")
+
+    def write(self, data: bytes | bytearray) -> None:
+        try:
+            self.stream.write(data)
+        except OSError as error:
+            raise Refused(507, f"the bus cannot store the file: {error.strerror}", *self.offset()) from None
+        self.at += len(data)
+        self.missing -= len(data)
+        self.blobs.used += len(data)
+
+    def far_enough(self) -> bool:
+        """Has it moved by as much as it must in BODY_SECONDS?"""
+        moved = self.at - self.marked >= BODY_SECONDS * BODY_RATE
+        self.marked = self.at if moved else self.marked
+        return moved
+
+    def offset(self) -> tuple[tuple[str, str]]:
+        return (("Upload-Offset", str(self.at)),)
+
+    def finish(self) -> int:
+        """In a thread: is it what it is called? Then it is made durable and gets its name. Returns the status."""
+        self.stream.flush()
+        digest = hashlib.sha256()
+        with self.part.open("rb") as whole:
+            for piece in iter(lambda: whole.read(1 << 20), b""):
+                digest.update(piece)
+            os.fsync(whole.fileno())
+        if digest.hexdigest() != self.file.name:
+            self.part.unlink()
+            return 422
+        known = self.file.exists()
+        self.part.replace(self.file)
+        folder = os.open(self.blobs.folder, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+        return 200 if known else 201
+
+    def close(self) -> None:
+        if not self.finishing:
+            self.stream.close()
+            self.blobs.arriving.discard(self.file.name)
+
+
+class Download:
+    """What is left to send of a file."""
+
+    def __init__(self, stream: IO[bytes], length: int) -> None:
+        self.stream, self.length = stream, length
+
+    def read(self) -> bytes:
+        piece = self.stream.read(min(Blobs.PIECE, self.length))
+        self.length = self.length - len(piece) if piece else 0
+        return piece
+
+    def close(self) -> None:
+        self.stream.close()
+
+
 # ── Answers ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -2724,6 +2942,24 @@ def state_of(bus: Bus, message: Message) -> tuple[str, str]:
     return "expired" if bus.store.is_expired(message) else "queued", ""
 
 
+def put_blob(bus: Bus, request: Request) -> Answer | None:
+    """The body of a PUT has arrived; if that was the end of the file, it is checked."""
+    upload = request.upload
+    assert upload
+    if upload.at < upload.total:
+        return Answer(202, b'{"ok": true}\n', headers=upload.offset())
+    upload.finishing = True
+    work = asyncio.get_running_loop().run_in_executor(None, upload.finish)
+    work.add_done_callback(lambda done: bus.stored(request.peer, upload, done))
+    return None
+
+
+def get_blob(bus: Bus, request: Request) -> Answer:
+    if request.grant.send_only:
+        raise Refused(403, "this token may send, and read nothing")
+    return bus.blobs.get(request)
+
+
 def get_thread(bus: Bus, request: Request) -> Answer:
     """A conversation: what began it, and the answers, and the answers to them."""
     wanted = tick_of(request.parsed.rest)
@@ -2831,6 +3067,8 @@ ROUTES: dict[tuple[str, str], Callable[[Bus, Request], Answer | None]] = {
     ("POST", "/recall"): Bus.recall,
     ("GET", "/inbox"): get_inbox,
     ("GET", "/agents"): get_agents,
+    ("PUT", "/blob/"): put_blob,
+    ("GET", "/blob/"): get_blob,
     ("GET", "/message/"): get_message,
     ("GET", "/thread/"): get_thread,
     ("GET", "/log"): Bus.log,
@@ -2853,6 +3091,14 @@ def duration(text: str) -> float:
     return int(match[1]) * {"": 0, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
 
 
+def size(text: str) -> int:
+    """'10g', '500m' in bytes; '0' is none."""
+    match = re.fullmatch(r"([0-9]{1,9})([kmgt]?)", text.lower())
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size like 500m, 10g, or 0")
+    return int(match[1]) << {"": 0, "k": 10, "m": 20, "g": 30, "t": 40}[match[2]]
+
+
 def default_path() -> str:
     state = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
     return os.path.join(state, "agent-bus", "bus.db")
@@ -2869,6 +3115,8 @@ def command_line(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--max-body", type=int, default=262144, metavar="BYTES", help="of one request (%(default)s)")
     parser.add_argument("--rate", type=float, default=50, metavar="N", help="messages per second from one sender, "
                         "sustained; 0 for no limit (%(default)s)")
+    parser.add_argument("--files", type=size, default="10g", metavar="SIZE", help="room for files, all together; "
+                        "0: keep none (%(default)s)")
     parser.add_argument("--max-attempts", type=int, default=5, metavar="N", help="a message that N workers of a queue "
                         "failed at goes to NAME.dead (%(default)s)")
     parser.add_argument("--allow-host", action="append", default=[], metavar="NAME", help="a further name of this bus, "
@@ -2980,7 +3228,7 @@ async def serve(options: argparse.Namespace, log: Log) -> int:
         raise Unusable(f"{options.host} lets in whoever can reach it: make a token first (python3 bus_server.py invite "
                        "NAME), or say --open if something else guards it")
     bus = Bus(log, Gate(tokens, [options.host, *options.allow_host]), Storms(time.monotonic, options.rate),
-              max_body=options.max_body, keep=options.keep, verbose=options.verbose)
+              max_body=options.max_body, keep=options.keep, blobs=options.files, verbose=options.verbose)
     listener = listen(options.host, options.port)
     host, port = listener.getsockname()[:2]
     url = f"{'https' if tls else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
