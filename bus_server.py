@@ -1457,7 +1457,7 @@ class Bus:
         self.connections: set[Connection] = set()
         self.strangers: dict[Connection, None] = {}  # kept by Door, oldest first
         self.deadlines = Deadlines(time.monotonic)
-        self.mailboxes = Mailboxes(time.monotonic, log.mailboxes())
+        self.mailboxes = Mailboxes(time.monotonic, log.mailboxes(), log.clock)
         self.journal = Journal(log, self.committed)
         self.draining = False
         self.broken = asyncio.Event()
@@ -1702,7 +1702,7 @@ class Bus:
     def save_marks(self) -> None:
         self.saving = False
         used, self.gate.tokens.used = self.gate.tokens.used, {}
-        self.journal.save(self.mailboxes.take_marks(), used)
+        self.journal.save(self.mailboxes.take_marks(), self.mailboxes.take_moves(), used)
 
     def prune(self) -> None:
         """Remove a slice of what is too old; when it is gone, `committed` comes here for the next."""
@@ -1858,6 +1858,20 @@ class Job(NamedTuple):
     until: int  # wall clock, us
 
 
+FETCHED, ACKNOWLEDGED = 0, 1  # what a Receipt of a reader says
+
+
+class Move(NamedTuple):
+    """Who moved a mark of a mailbox up to a tick, and when: the last one of about a second stands for all of it."""
+
+    channel: str
+    name: str
+    kind: int
+    tick: int
+    reader: str
+    at: int  # wall clock, us
+
+
 class Mark(NamedTuple):
     """How far a mailbox was read, as it is stored."""
 
@@ -1878,6 +1892,7 @@ class Batch:
         self.at_least = 0  # a reader's cursor that `last` must reach
         self.raised: list[tuple[Connection, Callable[[], None]]] = []  # who waits for that, and how they go on
         self.marks: list[Mark] = []
+        self.moves: list[Move] = []
         self.used: dict[str, int] = {}  # when each token was last seen, s since 1970
         self.before = 0  # remove a slice of the messages older than this tick
         self.burying = False  # move what failed too often to the dead letters
@@ -1917,8 +1932,9 @@ class Journal:
         self.next.raised.append((connection, raised))
         self.plan()
 
-    def save(self, marks: Iterable[Mark], used: dict[str, int]) -> None:
+    def save(self, marks: Iterable[Mark], moves: Iterable[Move], used: dict[str, int]) -> None:
         self.next.marks.extend(marks)
+        self.next.moves.extend(moves)
         self.next.used.update(used)
         self.plan()
 
@@ -1995,11 +2011,15 @@ MIGRATIONS = [  # user_version n is what the first n of them made; only ever add
         due INTEGER,                         -- when it can be had again, us; NULL when it is done or dead
         lease TEXT,                          -- of who has it; NULL when it was given back, or is dead
         worker TEXT NOT NULL, reason TEXT);
+    CREATE TABLE receipts(
+        mailbox INTEGER NOT NULL, kind INTEGER NOT NULL, tick INTEGER NOT NULL,
+        reader TEXT NOT NULL, at INTEGER NOT NULL, PRIMARY KEY(mailbox, kind, tick)) WITHOUT ROWID;
     CREATE INDEX threads ON messages(thread, tick) WHERE thread IS NOT NULL;
     CREATE INDEX undone ON work(mailbox, due) WHERE due IS NOT NULL;
     """,
 ]
 # One statement for up to 64 rows: executemany lets go of the GIL for each row, and waits until the loop does so too.
+MAILBOX = "(SELECT id FROM mailboxes WHERE channel = ? AND name = ?)"
 INSERT = ["INSERT INTO messages VALUES " + ", ".join([f"({', '.join('?' * 11)})"] * rows) for rows in range(65)]
 SELECT = (
     "SELECT tick, channel, name, sender, text, n, expires, answers, sum FROM mailboxes JOIN messages ON mailbox = id"
@@ -2078,7 +2098,7 @@ class Log:
                 self.bury_all(batch)
             if batch.at_least or batch.before:
                 self.writing.execute("UPDATE bus SET last = ?", (self.last,))
-            self.save(batch.marks, batch.used)
+            self.save(batch.marks, batch.moves, batch.used)
             if batch.before:
                 self.remove(batch)
             self.writing.execute("COMMIT")
@@ -2149,13 +2169,17 @@ class Log:
             raise Refused(409, f"the key {one.key} was used for another message: a new message needs a new key")
         return receipt._replace(duplicate=True)
 
-    def save(self, marks: list[Mark], used: dict[str, int]) -> None:
+    def save(self, marks: list[Mark], moves: list[Move], used: dict[str, int]) -> None:
         self.writing.executemany("INSERT OR REPLACE INTO uses VALUES (?, ?)", list(used.items()))
         self.writing.executemany(
             "INSERT INTO mailboxes(channel, name, own, read, fetched, seen) VALUES (?, ?, ?, ?, ?, ?) "
             "ON CONFLICT(channel, name) DO UPDATE "
             "SET own = excluded.own, read = excluded.read, fetched = excluded.fetched, seen = excluded.seen",
             marks,
+        )
+        self.writing.executemany(
+            f"INSERT OR REPLACE INTO receipts VALUES ({MAILBOX}, ?, ?, ?, ?)",
+            [move for move in moves if move.tick],
         )
 
     def remove(self, batch: Batch) -> None:
@@ -2170,6 +2194,10 @@ class Log:
         self.writing.executemany(
             "UPDATE mailboxes SET removed = ? WHERE channel = ? AND name = ?",
             [(tick, channel, own) for (channel, own), tick in batch.removed.items()],
+        )
+        self.writing.executemany(
+            f"DELETE FROM receipts WHERE mailbox = {MAILBOX} AND kind IN (0, 1) AND tick < ?",
+            [(*key, tick) for key, tick in batch.removed.items()],
         )
 
     # Work, still the journal thread. A row of `work` is a message that was handed out at least once; `due` is when it
@@ -2333,25 +2361,32 @@ class Log:
     def is_expired(self, message: Message) -> bool:
         return message.expires is not None and message.expires <= self.clock()
 
-    MAILBOX = "mailbox = (SELECT id FROM mailboxes WHERE channel = ? AND name = ?)"
+    def moved(self, message: Message, kind: int) -> tuple[str, int] | None:
+        """Who moved a mark over this message, and when."""
+        row: tuple[str, int] | None = self.reading.execute(
+            f"SELECT reader, at FROM receipts WHERE mailbox = {MAILBOX} AND kind = ? AND tick >= ? "
+            "ORDER BY tick LIMIT 1",
+            (message.channel, message.to, kind, message.tick),
+        ).fetchone()
+        return row
 
     def first(self, channel: str, own: str) -> int | None:
         """The oldest retained tick of a mailbox."""
-        statement = f"SELECT min(tick) FROM messages WHERE {self.MAILBOX}"
+        statement = f"SELECT min(tick) FROM messages WHERE mailbox = {MAILBOX}"
         tick: int | None = self.reading.execute(statement, (channel, own)).fetchone()[0]
         return tick
 
     def count_up_to(self, channel: str, own: str, tick: int) -> int | None:
         """The number (n) of the last message of a mailbox up to `tick`; None if nothing is retained."""
-        below = f"SELECT n FROM messages WHERE {self.MAILBOX} AND tick <= ? ORDER BY tick DESC LIMIT 1"
-        above = f"SELECT n - 1 FROM messages WHERE {self.MAILBOX} AND tick > ? ORDER BY tick LIMIT 1"
+        below = f"SELECT n FROM messages WHERE mailbox = {MAILBOX} AND tick <= ? ORDER BY tick DESC LIMIT 1"
+        above = f"SELECT n - 1 FROM messages WHERE mailbox = {MAILBOX} AND tick > ? ORDER BY tick LIMIT 1"
         values = (channel, own, tick)
         row = self.reading.execute(below, values).fetchone() or self.reading.execute(above, values).fetchone()
         return int(row[0]) if row else None
 
     def count_above(self, channel: str, own: str, tick: int) -> tuple[int, int]:
         """How many messages of a mailbox lie above `tick`, and their bytes; looks at no more than would fill it."""
-        rows = f"SELECT text FROM messages WHERE {self.MAILBOX} AND tick > ? LIMIT {MAILBOX_MESSAGES}"
+        rows = f"SELECT text FROM messages WHERE mailbox = {MAILBOX} AND tick > ? LIMIT {MAILBOX_MESSAGES}"
         row = self.reading.execute(
             f"SELECT count(*), ifnull(sum(length(text)), 0) FROM ({rows})", (channel, own, tick)
         ).fetchone()
@@ -2364,7 +2399,7 @@ class Log:
         return (int(row[0]), int(row[1])) if row else (tick, 0)
 
     def count_expired(self, channel: str, own: str, above: int) -> int:
-        statement = f"SELECT count(*) FROM messages WHERE {self.MAILBOX} AND expires <= ? AND tick > ?"
+        statement = f"SELECT count(*) FROM messages WHERE mailbox = {MAILBOX} AND expires <= ? AND tick > ?"
         count: int = self.reading.execute(statement, (channel, own, self.clock(), above)).fetchone()[0]
         return count
 
@@ -2458,11 +2493,14 @@ class Mailboxes:
     Others that wait are such a record too (Parked).
     """
 
-    def __init__(self, clock: Callable[[], float], stored: Iterable[Sequence[Any]] = ()) -> None:
-        self.clock = clock
+    def __init__(
+        self, clock: Callable[[], float], stored: Iterable[Sequence[Any]] = (), wall: Callable[[], int] = wall_clock
+    ) -> None:
+        self.clock, self.wall = clock, wall
         self.boxes = {(row[0], row[1]): Mailbox(*row[2:]) for row in stored}
         self.highest = max((box.newest for box in self.boxes.values()), default=0)
         self.changed: set[tuple[str, str]] = set()  # mailboxes whose marks are newer than on disk
+        self.moves: dict[tuple[str, str, int], Move] = {}  # what moved them
         self.parked: dict[Connection, Parked] = {}
         self.waiting: dict[Key, dict[Connection, None]] = {}
 
@@ -2506,14 +2544,23 @@ class Mailboxes:
         """A reader that presents a cursor has everything up to it."""
         if poll.me is not None:
             own = self.box(str(poll.channel), poll.me)
-            own.read = max(own.read or 0, poll.since)
+            if own.read is None or own.read < poll.since:
+                own.read = poll.since
+                self.move(poll, poll.me, ACKNOWLEDGED, poll.since)
             self.fetched(poll, poll.since)
 
     def fetched(self, reader: Poll | Worker, tick: int) -> None:
         """An answer with messages up to `tick` was written out whole, or they were handed to a worker."""
-        for box in self.of(reader):
-            box.fetched = max(box.fetched, tick)
+        for own, box in zip(reader.present(), self.of(reader)):
+            if tick > box.fetched:
+                box.fetched = tick
+                self.move(reader, own, FETCHED, tick)
             box.base = box.pending = None
+
+    def move(self, reader: Poll | Worker, own: str, kind: int, tick: int) -> None:
+        who = reader.called if isinstance(reader, Worker) else reader.names[0]
+        move = Move(str(reader.channel), own, kind, tick, who, self.wall())
+        self.moves[move[:3]] = move
 
     def watching(self, reader: Poll | Worker, tick: int) -> list[Connection]:
         """Who waits until a message of these mailboxes is fetched, and now it is."""
@@ -2551,6 +2598,10 @@ class Mailboxes:
         changed, self.changed = self.changed, set()
         boxes = [(key, self.boxes[key]) for key in changed]
         return [Mark(*key, box.own, box.read, box.fetched, box.seen) for key, box in boxes]
+
+    def take_moves(self) -> list[Move]:
+        moves, self.moves = self.moves, {}
+        return list(moves.values())
 
     # Messages and parked readers
 
@@ -2664,7 +2715,8 @@ class Blobs:
             raise Refused(416, f"the file has {size} bytes", ("Content-Range", f"bytes */{size}"))
         stream.seek(start)
         span = (("Content-Range", f"bytes {start}-{size - 1}/{size}"),) if wanted else ()
-        return Answer(206 if wanted else 200, b"", "application/octet-stream", span, file=Download(stream, size - start))
+        status, rest = (206 if wanted else 200), Download(stream, size - start)
+        return Answer(status, b"", "application/octet-stream", span, file=rest)
 
     def forget(self, before: float) -> None:
         """Remove what nobody sent or asked for since then (s since 1970)."""
@@ -2937,9 +2989,13 @@ def state_of(bus: Bus, message: Message) -> tuple[str, str]:
         attempt, due, lease, worker = job
         state = "fetched" if due else "acknowledged" if lease else "dead"
         return state, f', "attempt": {attempt}, "by": "{worker}"'
-    if message.tick <= max(box.fetched, box.read or 0):
-        return "acknowledged" if message.tick <= box.mark() else "fetched", ""
-    return "expired" if bus.store.is_expired(message) else "queued", ""
+    if message.tick > max(box.fetched, box.read or 0):
+        return "expired" if bus.store.is_expired(message) else "queued", ""
+    kind = ACKNOWLEDGED if box.own and message.tick <= box.mark() else FETCHED
+    last = bus.mailboxes.moves.get((message.channel, message.to, kind))  # not yet on disk
+    moved = bus.store.moved(message, kind) or (last and last[4:])
+    details = f', "by": "{moved[0]}", "at": {seconds(moved[1])}' if moved else ""
+    return ("fetched", "acknowledged")[kind], details
 
 
 def put_blob(bus: Bus, request: Request) -> Answer | None:
