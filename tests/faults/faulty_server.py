@@ -52,6 +52,17 @@ def early():
     bus_server.Log = EarlyLog
 
 
+def normal():
+    """It does not wait for the disk: a commit is in the memory of the system, which writes it out when it likes."""
+    prepare = bus_server.prepare
+
+    def prepare_and_relax(database, *arguments):
+        prepare(database, *arguments)
+        database.execute("PRAGMA synchronous=NORMAL")
+
+    bus_server.prepare = prepare_and_relax
+
+
 def raw_clock():
     """Its ticks are the wall clock, also when that stepped back."""
     append = bus_server.Log.append
@@ -75,7 +86,9 @@ def step(path):
     time.time = lambda: time.time_ns() / 1e9
 
 
-FAULTS = {"none": lambda: None, "hasty": hasty, "early": early, "raw clock": raw_clock}
+FAULTS = {
+    "none": lambda: None, "hasty": hasty, "early": early, "synchronous=NORMAL": normal, "raw clock": raw_clock,
+}
 
 if "CLOCK_ERROR" in os.environ:
     step(pathlib.Path(os.environ["CLOCK_ERROR"]))

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
-from tests.faults import Result, clock, crash, linux, program, siege, unless
+from tests.faults import Result, clock, crash, disk, linux, program, siege, unless
 from tests.processes import ROOT
 
 
@@ -45,6 +45,10 @@ ROWS = [
     Row("kill-server", "kill -9 of the server under load, 1,000 times",
         "0 acknowledged lost, 0 duplicated at a reader that drops repeats, order strict, integrity ok",
         crash.storm, 1000, Control("acknowledges before it commits", crash.early)),
+    Row("power-cut", "the power goes 40 times: a loop-mounted ext4 is shut down without a flush",
+        "0 acknowledged lost with synchronous=FULL",
+        disk.power_cut, 40, Control("synchronous=NORMAL", disk.not_flushed),
+        needs=(linux, disk.mounts, program("mkfs.ext4"))),
     Row("clock", "the wall clock steps by -1 h and by +1 day, with crashes, during 24,000 sends",
         "0 lost, `ts` increasing, hold times right",
         clock.clock_steps, 24000,
