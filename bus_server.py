@@ -89,6 +89,7 @@ DIGITS = 4300  # of an integer in JSON: the limit of newer Pythons, for all; the
 PRUNE_SLICE = 500  # messages removed in one transaction: a few ms that a send may have to wait
 PRUNE_SECONDS = 60.0  # between two looks for messages that are too old
 MARKS_SECONDS = 1.0  # s a reader's cursor may be newer in memory than on disk; a crash repeats so much to `since=last`
+RESERVE_BYTES = 16 << 20  # of the disk that no message takes: to fold in the WAL (4 MiB and a batch), and to remove
 CHECKED_BYTES = 64 << 20  # a database up to this size is checked whole at start; every row has its checksum anyway
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@-]{0,63}")
@@ -1667,7 +1668,7 @@ class Bus:
     def failed(self, batch: Batch, error: Exception) -> None:
         full = isinstance(error, sqlite3.OperationalError) and "full" in str(error)
         if full:
-            refused = Refused(507, "the disk of the bus is full: nothing was stored, try again later")
+            refused = no_room()
         else:
             refused = Refused(503, "the bus could not write to its disk: it is not known whether this was stored")
             print(f"bus_server: {self.store.path}: {error}; ending: what follows could be lost", file=sys.stderr)
@@ -1977,6 +1978,10 @@ class Journal:
             self.loop.call_soon_threadsafe(self.done, batch)
 
 
+def no_room() -> Refused:
+    return Refused(507, "the disk of the bus is full: nothing was stored, try again later")
+
+
 class Unusable(Exception):
     """The bus cannot start; one sentence that says why."""
 
@@ -2114,9 +2119,12 @@ class Log:
         now = self.clock()
         rows: list[tuple[Any, ...]] = []
         fresh: dict[tuple[str, str, str], tuple[Draft, Receipt]] = {}
+        room = not batch.sends or self.has_room()
         for send in batch.sends:
             try:
                 earlier = [self.earlier(one, fresh) if one.key else None for one in send.drafts]
+                if not room and None in earlier:
+                    raise no_room()
             except Refused as refused:
                 send.refused = refused
                 continue
@@ -2127,6 +2135,17 @@ class Log:
                         fresh[one.sender, one.channel, one.key] = one, receipt
                 send.receipts.append(receipt)
         self.insert(rows)
+
+    def has_room(self) -> bool:
+        """Is there more than RESERVE_BYTES of the disk for messages? The room of those that were removed counts."""
+        if self.path == ":memory:":
+            return True
+        disk = os.statvfs(self.path)
+        free = disk.f_bavail * disk.f_frsize
+        if free < RESERVE_BYTES:
+            removed = "SELECT freelist_count * page_size FROM pragma_freelist_count, pragma_page_size"
+            free += self.writing.execute(removed).fetchone()[0]
+        return bool(free >= RESERVE_BYTES)
 
     def insert(self, rows: list[tuple[Any, ...]]) -> None:
         for start in range(0, len(rows), len(INSERT) - 1):
@@ -2453,6 +2472,9 @@ def prepare(database: sqlite3.Connection, path: str, journal: str) -> None:
         database.execute("INSERT INTO bus VALUES (?, 0)", (secrets.token_hex(8),))
     database.execute(f"PRAGMA user_version={len(MIGRATIONS)}")
     database.execute("COMMIT")
+    # A WAL that is found here may have a part that could not be flushed: it is in the system's memory, but marked as
+    # written, and would be missing after a power cut, with all behind it. Folded in, it is written anew.
+    database.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
 
 # ── Mailboxes ────────────────────────────────────────────────────────────────────────────────────────────────────────

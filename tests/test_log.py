@@ -1,9 +1,12 @@
 """The store's contract. A store on another engine inherits StoreContract and passes `make` a function that opens it."""
 
+import os
+import shutil
 import sqlite3
 
 import pytest
 
+import bus_server
 from bus_server import EVERYONE, MIGRATIONS, NOW, PRUNE_SLICE, Batch, Log, Mark, Poll, Refused, Send, Unusable, draft
 
 
@@ -236,6 +239,34 @@ class TestSqlite(StoreContract):
         store.writing.execute("UPDATE messages SET text = replace(text, 'pay 100', 'pay 900')")
         assert texts(store, "bob") == ["first", "last"]
         assert "damaged" in capsys.readouterr().err
+
+    def test_a_full_disk_takes_no_message_but_knows_those_it_has_and_removes_them(self, store, clock, monkeypatch):
+        commit(store, message("bob", "stored", key="k"))
+        monkeypatch.setattr(bus_server, "RESERVE_BYTES", 1 << 60)
+        batch = commit(store, message("bob", "new"), message("bob", "stored", key="k"))
+        refused, known = batch.sends
+        assert refused.refused.status == 507 and known.receipts[0].duplicate and texts(store, "bob") == ["stored"]
+        commit(store, before=clock.now + 1)
+        assert texts(store, "bob") == []
+
+    def test_room_that_removed_messages_left_is_room(self, store, clock, tmp_path, monkeypatch):
+        commit(store, *[message("bob", "x" * 100_000) for _ in range(10)])
+        disk = os.statvfs(tmp_path)
+        monkeypatch.setattr(os, "statvfs", lambda path: disk)
+        monkeypatch.setattr(bus_server, "RESERVE_BYTES", disk.f_bavail * disk.f_frsize + 500_000)
+        assert commit(store, message("bob")).sends[0].refused
+        commit(store, before=clock.now + 100)
+        assert not commit(store, message("bob")).sends[0].refused
+
+    def test_what_an_earlier_process_left_in_the_wal_is_written_anew_at_start(self, store, clock, tmp_path):
+        """A copy beside the running bus is what a killed one leaves."""
+        commit(store, message("bob", "kept"))
+        for file in ("bus.db", "bus.db-wal"):
+            shutil.copy(tmp_path / file, tmp_path / file.replace("bus", "left"))
+        assert (tmp_path / "left.db-wal").stat().st_size > 0
+        again = Log(str(tmp_path / "left.db"), clock)
+        assert (tmp_path / "left.db-wal").stat().st_size == 0 and texts(again, "bob") == ["kept"]
+        again.close()
 
     def test_people_can_read_it_beside_the_bus(self, store, tmp_path):
         commit(store, message("bob", 'say "hi"'))
