@@ -65,7 +65,7 @@ class Disk:
 
 
 def stop(bus):
-    """SIGSTOP; returns when no thread of it runs any more. One that is in the kernel, for the disk, comes no further."""
+    """SIGSTOP; returns when no thread of it runs. One that is in the kernel, waiting for the disk, comes no further."""
     bus.process.send_signal(signal.SIGSTOP)
     wait_until(lambda: states(bus.process) <= {"T", "D"})
 
