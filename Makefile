@@ -1,6 +1,7 @@
 # make test    the whole suite; needs pytest, which it puts into .venv
 # make lint    ruff, mypy (strict on the three core files), shellcheck
 # make check   both, with everything the dev extra has
+# make profile where each microsecond of a send goes: docs/profile.txt (PROFILE="--python PATH")
 # make bench   how fast, beside its peers: docs/performance.md; ROWS="sixteen batches" for some rows, BENCH=--quick to look
 #              (Debian: installs the peers; about half an hour, on a machine that does nothing else)
 # make faults  every fault in full, as root for all of them; writes docs/reliability.md
@@ -9,7 +10,7 @@ VENV ?= .venv
 RUN = $(VENV)/bin/python -m
 PEERS = wrk redis-server redis-tools mosquitto nginx libnginx-mod-nchan
 
-.PHONY: test lint check bench faults clean
+.PHONY: test lint check bench profile faults clean
 
 test: $(VENV)/test
 	$(RUN) pytest
@@ -24,6 +25,9 @@ check: $(VENV)/dev lint
 
 bench: $(VENV)/bench
 	$(RUN) bench $(BENCH) $(ROWS)
+
+profile: $(VENV)/bench
+	$(RUN) bench.profile $(PROFILE)
 
 faults: $(VENV)/dev
 	$(RUN) tests.faults

@@ -1,0 +1,165 @@
+"""bus_server.py with a clock around each stage of a send; what it saw is written to $STAGES when it ends.
+
+    CLOCK=wall|cpu STAGES=FILE python staged_server.py [arguments of bus_server.py]
+
+A stage is a function; what it calls of other stages is not counted as its own. Each thread has a stack, so no lock.
+The clock costs time too: `calibrate` measures how much a stage sees of that itself, and how much its caller.
+"""
+from __future__ import annotations
+
+import functools
+import json
+import os
+import pathlib
+import signal
+import sqlite3
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+import bus_server  # noqa: E402
+
+LOOP, JOURNAL = "loop", "journal"
+STAGES = [  # in the order a send travels: thread, function, what it does
+    (LOOP, "Plain.read", "recv"),
+    (LOOP, "Connection.data_received", "into the buffer"),
+    (LOOP, "Connection.advance", "requests in order"),
+    (LOOP, "Connection.take", "where the request begins and ends"),
+    (LOOP, "Request.parse_request", "the head: request line, fields, framing"),
+    (LOOP, "Gate.admit", "who may come in"),
+    (LOOP, "Request.answer", "dispatch"),
+    (LOOP, "Request.endpoint", "the route"),
+    (LOOP, "Bus.send", "from body to drafts"),
+    (LOOP, "Query.__init__", "the query string"),
+    (LOOP, "parse_json", "JSON"),
+    (LOOP, "draft", "validation, the text that is stored"),
+    (LOOP, "Bus.placed", "is its mailbox full"),
+    (LOOP, "Storms.check", "rate, chains, turns"),
+    (LOOP, "Journal.add", "into the batch"),
+    (LOOP, "Journal.hand_over", "the batch to the journal thread"),
+    (JOURNAL, "Log.commit", "the transaction, around what follows"),
+    (JOURNAL, "BEGIN", "SQLite"),
+    (JOURNAL, "Log.append", "drafts to rows"),
+    (JOURNAL, "Log.place", "the tick, the row"),
+    (JOURNAL, "checksum", "crc32"),
+    (JOURNAL, "Log.insert", "SQLite: INSERT"),
+    (JOURNAL, "Log.save", "marks of readers"),
+    (JOURNAL, "COMMIT", "SQLite: the write and the fsync"),
+    (LOOP, "Journal.done", "the batch is back"),
+    (LOOP, "Bus.committed", "readers first, then senders"),
+    (LOOP, "Mailboxes.add", "what each mailbox has now"),
+    (LOOP, "acknowledged", "the answer, with the truth about the receiver"),
+    (LOOP, "Connection.answer", "back to the connection"),
+    (LOOP, "Connection.write", "state, deadline"),
+    (LOOP, "to_bytes", "head and body in one piece"),
+    (LOOP, "Plain.write", "what is unsent"),
+    (LOOP, "Plain.send", "send"),
+]
+clock = time.thread_time_ns if os.environ.get("CLOCK") == "cpu" else time.perf_counter_ns
+
+
+class Stage:
+    """What one function took itself: ns, how often, and how many stages it called."""
+
+    def __init__(self) -> None:
+        self.own = self.calls = self.called = 0
+
+
+stages: dict[str, Stage] = {}
+
+
+def timed(name: str, function: Callable[..., Any], stack: list[list[int]]) -> Callable[..., Any]:
+    stage = stages[name] = Stage()
+
+    @functools.wraps(function)
+    def around(*arguments: Any, **named: Any) -> Any:
+        inner = [0, 0]  # time in stages that this one calls, and how many
+        stack.append(inner)
+        start = clock()
+        try:
+            return function(*arguments, **named)
+        finally:
+            span = clock() - start
+            stack.pop()
+            stage.own += span - inner[0]
+            stage.calls += 1
+            stage.called += inner[1]
+            stack[-1][0] += span
+            stack[-1][1] += 1
+
+    return around
+
+
+def calibrate(times: int = 100000) -> tuple[float, float]:
+    """ns that the clock adds to a stage itself, and ns that it adds to the stage which calls it."""
+
+    def nothing() -> None:
+        pass
+
+    def span(function: Callable[[], None]) -> float:
+        start = clock()
+        for _ in range(times):
+            function()
+        return (clock() - start) / times
+
+    wrapped = timed("calibration", nothing, [[0, 0]])
+    bare, whole = span(nothing), span(wrapped)
+    seen = stages.pop("calibration").own / times
+    return seen - bare, whole - seen
+
+
+def find(path: str) -> tuple[Any, str]:
+    """Where a function of bus_server.py hangs, and its name there; AttributeError if it is not there."""
+    owner: Any = bus_server
+    *classes, name = path.split(".")
+    for each in classes:
+        owner = getattr(owner, each)
+    getattr(owner, name)
+    return owner, name
+
+
+class Database(sqlite3.Connection):
+    """What begins and ends a transaction are stages."""
+
+    statements: dict[str, Callable[..., Any]] = {}
+
+    def execute(self, statement: str, *values: Any) -> Any:
+        return self.statements.get(statement.partition(" ")[0], sqlite3.Connection.execute)(self, statement, *values)
+
+
+def install() -> None:
+    stacks: dict[str, list[list[int]]] = {LOOP: [[0, 0]], JOURNAL: [[0, 0]]}
+    for thread, path, _ in STAGES:
+        if path in ("BEGIN", "COMMIT"):
+            Database.statements[path] = timed(path, sqlite3.Connection.execute, stacks[thread])
+            continue
+        owner, name = find(path)
+        function = getattr(owner, name)
+        around = timed(path, function, stacks[thread])
+        setattr(owner, name, around)
+        for route, endpoint in bus_server.ROUTES.items():
+            if endpoint is function:
+                bus_server.ROUTES[route] = around
+    sqlite3.connect = functools.partial(sqlite3.connect, factory=Database)  # type: ignore[assignment]
+
+
+def forget(*_: Any) -> None:
+    """SIGUSR1: the warm-up is over."""
+    for stage in stages.values():
+        stage.own = stage.calls = stage.called = 0
+
+
+def main() -> int:
+    own, callers = calibrate()
+    install()
+    signal.signal(signal.SIGUSR1, forget)
+    code = bus_server.main(sys.argv[1:])
+    found = {name: vars(stage) for name, stage in stages.items()}
+    pathlib.Path(os.environ["STAGES"]).write_text(json.dumps({"own": own, "callers": callers, "stages": found}))
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
