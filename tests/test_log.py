@@ -135,6 +135,13 @@ class StoreContract:
         assert texts(store, "bob") == ["1", "4"], "a refused array left something behind"
         assert commit(store, message(["bob", "eve"], "1", key="k")).sends[0].refused.status == 409
 
+    def test_a_retry_may_give_the_members_in_another_order(self, store):
+        first = commit(store, message("bob", key="k", a=1, b={"c": 1, "d": [2]})).sends[0].receipts[0]
+        again = commit(store, message("bob", key="k", b={"d": [2], "c": 1}, a=1)).sends[0]
+        assert again.receipts[0].duplicate and again.receipts[0].ticks == first.ticks
+        for other in ({"a": 1, "b": {"c": 1, "d": [3]}}, {"a": True, "b": {"c": 1, "d": [2]}}, {"a": 1}):
+            assert commit(store, message("bob", key="k", **other)).sends[0].refused.status == 409
+
     def test_a_list_of_names_is_one_receipt(self, store):
         receipt = commit(store, message(["bob", "eve"], key="k")).sends[0].receipts[0]
         assert len(receipt.ticks) == 2
