@@ -1615,7 +1615,8 @@ class Bus:
         self.last = batch.last
         self.mailboxes.add(batch.visible)
         self.mailboxes.removed(batch.removed)
-        for connection, parked, fresh in self.mailboxes.wake(batch.visible):
+        alive = [message for message in batch.visible if not self.store.is_expired(message)]
+        for connection, parked, fresh in self.mailboxes.wake(alive):
             connection.answer(parked.found(self, connection, fresh))
         for send in batch.sends:
             send.connection.answer(refusal(send.refused) if send.refused else acknowledged(self, send))

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -126,6 +127,15 @@ def test_marks_survive_a_restart(bus):
     assert message["id"] == later["id"]
     [agent] = json.loads(bus.get("/agents"))["agents"]
     assert agent["name"] == "bob" and agent["last_seen"] > 0
+
+
+def test_what_expired_during_its_commit_does_not_reach_a_parked_reader(bus):
+    with ThreadPoolExecutor() as pool:
+        reader = pool.submit(recv, bus, "to=bob&since=0&block=true")
+        wait_until(lambda: b'"bob"' in bus.get("/agents"))
+        send(bus, "bob", "gone", ttl=1e-6)
+        send(bus, "bob", "here")
+        assert [message["msg"] for message in reader.result(PATIENCE)["messages"]] == ["here"]
 
 
 def test_old_messages_are_removed_and_a_reader_behind_is_told(tmp_path):
