@@ -1295,11 +1295,9 @@ class Tokens:
         }
 
     def create(self, suffix: str) -> IO[str]:
-        """A file beside the database, for whose folder that is: the server must read what a command of root's wrote."""
+        """A file beside the database."""
         file = os.open(f"{self.path}.{suffix}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
-        if os.geteuid() == 0:
-            folder = os.stat(pathlib.Path(self.path).parent)
-            os.fchown(file, folder.st_uid, folder.st_gid)
+        give_to_folder(file, self.path)
         return os.fdopen(file, "w", encoding="ascii")
 
     def change(self, change: Callable[[list[dict[str, Any]]], list[dict[str, Any]]]) -> None:
@@ -2443,12 +2441,20 @@ def locked(path: str) -> IO[bytes]:
     try:
         pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         lock = open(f"{path}.lock", "ab")  # noqa: SIM115  (held for as long as the database)
+        give_to_folder(lock.fileno(), path)
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise Unusable(f"the database {path} is in use by another bus_server") from None
     except OSError as error:
         raise Unusable(f"cannot use the database {path}: {error.strerror}") from None
     return lock
+
+
+def give_to_folder(file: int | str, path: str) -> None:
+    """What root makes beside a database is for the user whose folder that is: the server must be able to use it."""
+    if os.geteuid() == 0:
+        folder = os.stat(pathlib.Path(path).parent)
+        os.chown(file, folder.st_uid, folder.st_gid)
 
 
 def prepare(database: sqlite3.Connection, path: str, journal: str) -> None:
@@ -3191,7 +3197,8 @@ def default_path() -> str:
 def command_line(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="bus_server.py", description="A message bus for coding agents over HTTP.",
-        epilog="Beside a running bus: bus_server.py invite NAME, revoke NAME, tokens (each with --help).")
+        epilog="Beside a running bus: bus_server.py invite NAME, revoke NAME, tokens, backup COPY; "
+        "in place of a stopped one: restore COPY (each with --help).")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
     parser.add_argument("--port", type=int, default=8080, help="port, 0 for a free one (%(default)s)")
     parser.add_argument("--db", default=default_path(), metavar="PATH", help="database, or :memory: (%(default)s)")
@@ -3427,10 +3434,15 @@ def day(second: int | None) -> str:
 def last_used(path: str) -> dict[str, int]:
     """When the server last saw each token (s since 1970, up to a minute late), read beside it from its database."""
     try:
-        with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as database:
+        with contextlib.closing(read_only(path)) as database:
             return dict(database.execute("SELECT token, used FROM uses").fetchall())
     except sqlite3.Error:  # the bus was never started
         return {}
+
+
+def read_only(path: str) -> sqlite3.Connection:
+    """A connection beside the server's, which neither writes nor folds the log into the database."""
+    return sqlite3.connect(f"{pathlib.Path(path).absolute().as_uri()}?mode=ro", uri=True)
 
 
 def signature(path: str) -> str:
@@ -3440,6 +3452,84 @@ def signature(path: str) -> str:
     except OSError:
         url = ""
     return re.sub(r"//(0\.0\.0\.0|\[::\]):", f"//{socket.gethostname()}:", url) or "http://HOST:8080"
+
+
+def backup(arguments: Sequence[str]) -> int:
+    """Copy a bus, also while it runs: everything acknowledged before, in one file, and its tokens beside that."""
+    parser = argparse.ArgumentParser(prog="bus_server.py backup", description="Copy a bus to COPY, also while it runs.")
+    parser.add_argument("copy", metavar="COPY", help="a file that is not there yet; the tokens go to COPY.tokens")
+    parser.add_argument("--db", default=default_path(), metavar="PATH", help="of the bus (%(default)s)")
+    options = parser.parse_args(arguments)
+    if os.path.exists(options.copy):
+        raise Unusable(f"{options.copy} is there already: choose another name")
+    messages = copy_database(options.db, f"{options.copy}.new")
+    rows = Tokens(options.db).rows()
+    if rows:
+        Tokens(options.copy).change(lambda _: rows)
+    os.rename(f"{options.copy}.new", options.copy)
+    print(f"{options.copy}: {messages} messages, {len(rows)} tokens")
+    return 0
+
+
+def restore(arguments: Sequence[str]) -> int:
+    """Put a copy in the place of a bus that is stopped. It is another bus then, and says so to readers of the old one.
+
+    They may have read what is in no copy. With the old id they would go on behind that, and were never told.
+    """
+    parser = argparse.ArgumentParser(prog="bus_server.py restore", description="Go back to COPY; the bus is stopped.")
+    parser.add_argument("copy", metavar="COPY", help="what backup made; its tokens are taken if PATH has none")
+    parser.add_argument("--db", default=default_path(), metavar="PATH", help="of the bus (%(default)s)")
+    options = parser.parse_args(arguments)
+    with locked(options.db):
+        new, old, bus = f"{options.db}.new", f"{options.db}.{wall_clock()}", secrets.token_hex(8)
+        rows = missing_tokens(options.copy, options.db)
+        messages = copy_database(options.copy, new, bus)
+        if rows:
+            Tokens(options.db).change(lambda _: rows)
+        give_to_folder(new, options.db)
+        for suffix in ("", "-wal", "-shm"):  # so named, they stay one database
+            with contextlib.suppress(FileNotFoundError):
+                os.rename(options.db + suffix, old + suffix)
+        os.rename(new, options.db)
+    print(f"{options.db} is bus {bus} now, with {messages} messages")
+    if os.path.exists(old):
+        print(f"what was there before is in {old}")
+    return 0
+
+
+def missing_tokens(copy: str, path: str) -> list[dict[str, Any]]:
+    """The tokens of a copy, for a bus that has none. Where some are, these know better who was revoked since."""
+    if os.path.exists(f"{path}.tokens"):
+        return []
+    rows = Tokens(copy).rows()
+    if last_used(copy) and not rows:
+        raise Unusable(f"the bus in {copy} had tokens, and would be open without: put {copy}.tokens beside it, or make "
+                       f"one first (python3 bus_server.py invite NAME --db {path})")
+    return rows
+
+
+def copy_database(source: str, target: str, bus: str | None = None) -> int:
+    """The database as of one moment, checked, as one file without a log; returns how many messages it has.
+
+    With `bus` the copy has that as its id.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(target)
+    try:
+        with contextlib.closing(read_only(source)) as old, contextlib.closing(sqlite3.connect(target)) as new:
+            old.backup(new)
+            new.execute("PRAGMA journal_mode=DELETE")
+            new.execute("UPDATE bus SET id = ifnull(?, id)", (bus,))
+            new.commit()
+            report = new.execute("PRAGMA integrity_check(1)").fetchone()[0]
+            messages = int(new.execute("SELECT count(*) FROM messages").fetchone()[0])
+        if report != "ok":
+            raise sqlite3.DatabaseError(f"it is damaged: {report}")
+    except sqlite3.Error as error:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(target)
+        raise Unusable(f"cannot copy the database {source} to {target}: {error}") from None
+    return messages
 
 
 INVITATION = """\
@@ -3456,7 +3546,7 @@ On the machine of {name}:
     printf 'header = "Authorization: Bearer %s"' "$AGENT_BUS_TOKEN" | curl -K - "$AGENT_BUS_URL/agents"     # a test
 """
 
-COMMANDS = {"invite": invite, "revoke": revoke, "tokens": list_tokens}
+COMMANDS = {"invite": invite, "revoke": revoke, "tokens": list_tokens, "backup": backup, "restore": restore}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,15 +1,19 @@
 """What deploy/ holds works as it is: real proxies in front of a real bus, with only names and ports replaced."""
 import contextlib
 import http.client
+import itertools
 import json
 import os
 import re
 import shutil
 import socket
+import sqlite3
 import ssl
 import subprocess
 import sys
 import threading
+import urllib.parse
+import urllib.request
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
@@ -17,8 +21,9 @@ import pytest
 
 import bus_recv
 import bus_send
-from tests import hostile, old_client
+from tests import hostile, new_client, old_client
 from tests.authority import Authority
+from tests.faults.history import Conversation, observed
 from tests.hostile import GET, HOST, head
 from tests.processes import PATIENCE, ROOT, Server, free_port, wait_until
 
@@ -258,26 +263,179 @@ def test_a_certificate_made_as_documented_is_trusted(tmp_path, monkeypatch):
         assert bus_send.send("dell", "T1", url=bus.url.replace("http:", "https:"), sender="spark", patience=0)["ok"]
 
 
-@needs("sqlite3")
-def test_a_backup_that_is_put_back_loses_what_came_later_and_shows_nothing_twice(tmp_path, monkeypatch):
-    """Copied with the command of docs/deploy.md while the bus runs."""
-    command = re.search("umask.*'([.]backup .*)'", (ROOT / "docs" / "deploy.md").read_text())[1]
+# ── Backups ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def documented(command, place):
+    """Run this command of docs/deploy.md there; (exit code, what it said)."""
+    line = re.search(f"^python3 (bus_server.py {command} .*)$", (ROOT / "docs" / "deploy.md").read_text(), re.MULTILINE)
+    line = [sys.executable, *line[1].replace("bus_server.py", str(ROOT / "bus_server.py")).split()]
+    done = subprocess.run(line, cwd=place, capture_output=True, text=True, timeout=PATIENCE)
+    assert "Traceback" not in done.stderr
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_a_backup_taken_under_load_has_all_that_was_acknowledged_before(tmp_path):
+    """Senders and a reader notice nothing of it, and what it has is what the bus had at one moment."""
+    calm, elsewhere = threading.Event(), tmp_path / "elsewhere"
+    with Server(tmp_path / "bus.db") as bus, Conversation(new_client, bus.url, "dell") as talk:
+        talk.listen()
+        for sender in ("spark", "nano", "mini"):
+            talk.speak(sender, itertools.takewhile(lambda _: not calm.is_set(), map(str, itertools.count())))
+        talk.wait_for_sends(300)
+        before = list(talk.sent)
+        assert documented("backup", tmp_path)[0] == 0
+        talk.wait_for_sends(len(talk.sent) + 300)
+        calm.set()
+        assert talk.finish() == []
+        whole = observed(bus.url)
+    elsewhere.mkdir()
+    (tmp_path / "bus-copy.db").rename(elsewhere / "bus-copy.db")
+    assert documented("restore", elsewhere)[0] == 0
+    with Server(elsewhere / "bus.db") as restored:
+        copied = observed(restored.url)
+        assert restored.stop() == 0
+    assert {each.tick for each in before} <= {each.tick for each in copied}
+    assert copied == whole[: len(copied)] and len(copied) < len(whole)
+    with contextlib.closing(sqlite3.connect(restored.db)) as database:
+        assert database.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+
+
+def test_a_restored_bus_is_another_one_and_its_readers_miss_nothing_that_it_holds(tmp_path, monkeypatch):
+    """Both kinds of them; what they had read since the backup comes again under the id that it had."""
     monkeypatch.setenv("AGENT_BUS_STATE_DIR", str(tmp_path / "state"))
 
     def received():
-        return [message["msg"] for message in bus_recv.receive("dell", url=bus.url, once=True, timeout=1)]
+        messages = bus_recv.receive("dell", url=bus.url, once=True, timeout=0.2)
+        return [(message["msg"], message["id"]) for message in messages]
+
+    def poll(**query):
+        return json.loads(bus.get("/recv?" + urllib.parse.urlencode({"to": "dell", **query})))
 
     with Server(tmp_path / "bus.db") as bus:
-        bus_send.send("dell", "one", url=bus.url, sender="spark")
-        subprocess.run(["sqlite3", "-readonly", "bus.db", command], check=True, cwd=tmp_path, timeout=PATIENCE)
+        bus_send.send("dell", "zero", url=bus.url, sender="spark")
+        assert [msg for msg, _ in received()] == ["zero"] and received() == [], "its cursor is presented"
+        wait_until(lambda: saved_cursor(bus.db, "dell"))
+        one = bus_send.send("dell", "one", url=bus.url, sender="spark")["id"]
+        assert documented("backup", tmp_path)[0] == 0
         bus_send.send("dell", "two", url=bus.url, sender="spark")
-        assert received() == ["one", "two"]
+        assert [msg for msg, _ in received()] == ["one", "two"]
+        old = poll(since="now")
         bus.stop()
-        (tmp_path / "bus-copy.db").replace(bus.db)
+        code, said = documented("restore", tmp_path)
+        assert code == 0 and "what was there before is in bus.db." in said
         bus.start()
-        assert received() == []
-        bus_send.send("dell", "three", url=bus.url, sender="spark")
-        assert received() == ["three"]
+        told = poll(since=old["now"], bus=old["bus"], block="true")
+        assert told["bus"] != old["bus"] and told["messages"] == []
+        assert received() == [("one", one)]
+        three = bus_send.send("dell", "three", url=bus.url, sender="spark")["id"]
+        assert received() == [("three", three)]
+        assert [message["id"] for message in poll(since=old["now"])["messages"]] == [three], "of the old contract"
+
+
+def saved_cursor(path, name):
+    """The cursor of a name as it is on disk, which is up to a second late."""
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        return database.execute("SELECT read FROM mailboxes WHERE name = ? AND read > 0", (name,)).fetchone()
+
+
+def test_what_was_there_before_a_restore_can_be_restored(tmp_path):
+    with Server(tmp_path / "bus.db") as bus:
+        assert documented("backup", tmp_path)[0] == 0
+        bus_send.send("dell", "since the backup", url=bus.url, sender="spark")
+        bus.kill()  # its log is still beside it
+        assert documented("restore", tmp_path)[0] == 0
+        bus.start()
+        assert observed(bus.url) == []
+        bus.stop()
+        (tmp_path / "bus-copy.db").unlink()
+        (aside,) = (path for path in tmp_path.glob("bus.db.[0-9]*") if path.name[7:].isdigit())
+        shutil.copy(f"{aside}-wal", tmp_path / "bus-copy.db-wal")
+        shutil.copy(aside, tmp_path / "bus-copy.db")
+        assert documented("restore", tmp_path)[0] == 0
+        bus.start()
+        assert [each.msg for each in observed(bus.url)] == ["since the backup"]
+
+
+def test_a_restore_revokes_nothing_less_and_opens_nothing(tmp_path):
+    """Tokens that are in place stay; a bus that has none gets those of the copy, or is not restored."""
+    bus = Server(tmp_path / "bus.db")
+    spark, dell = invite(bus, "spark"), invite(bus, "dell")
+    assert (good(bus, spark), good(bus, dell)) == (True, True)
+    assert documented("backup", tmp_path)[0] == 0
+    subprocess.run([sys.executable, str(ROOT / "bus_server.py"), "revoke", "dell", "--db", bus.db], check=True)
+    assert documented("restore", tmp_path)[0] == 0
+    assert (good(bus, spark), good(bus, dell)) == (True, False)
+    (tmp_path / "bus.db.tokens").unlink()
+    assert documented("restore", tmp_path)[0] == 0
+    assert (good(bus, spark), good(bus, dell)) == (True, True)
+    (tmp_path / "bus.db.tokens").unlink()
+    (tmp_path / "bus-copy.db.tokens").unlink()
+    code, said = documented("restore", tmp_path)
+    assert code == 2 and "would be open" in said
+
+
+def good(bus, token):
+    """Does the bus, once it is started, know this token?"""
+    with bus:
+        peer = http.client.HTTPConnection("127.0.0.1", bus.port, timeout=PATIENCE)
+        peer.request("GET", "/agents", headers={"Authorization": f"Bearer {token}"})
+        status = peer.getresponse().status
+        peer.close()
+        assert status in (200, 401)
+        assert bus.stop() == 0  # so that it has saved that the token was used
+        return status == 200
+
+
+def test_a_copy_never_overwrites_and_a_running_bus_is_not_restored(tmp_path):
+    (tmp_path / "bus-copy.db").write_text("something else")
+    with Server(tmp_path / "bus.db") as bus:
+        bus_send.send("dell", "hi", url=bus.url, sender="spark")
+        assert documented("backup", tmp_path) == (2, "bus_server: bus-copy.db is there already: choose another name\n")
+        (tmp_path / "bus-copy.db").unlink()
+        assert documented("backup", tmp_path)[0] == 0
+        code, said = documented("restore", tmp_path)
+        assert code == 2 and "in use" in said
+        assert [each.msg for each in observed(bus.url)] == ["hi"]
+
+
+@pytest.mark.parametrize("fault", ["missing", "empty", "no database", "of something else", "damaged"])
+def test_what_is_no_whole_copy_of_a_bus_is_not_restored(tmp_path, fault):
+    copy = tmp_path / "bus-copy.db"
+    with Server(tmp_path / "bus.db") as bus:
+        urllib.request.urlopen(f"{bus.url}/send?from=spark&to=dell", b"hi" * 50000, timeout=PATIENCE)
+        bus.stop()
+        assert documented("backup", tmp_path)[0] == 0
+        if fault == "damaged":
+            whole = copy.read_bytes()
+            copy.write_bytes(whole[:8192] + b"\xff" * 4096 + whole[12288:])
+        else:
+            copy.unlink()
+        if fault == "of something else":
+            sqlite3.connect(copy).execute("CREATE TABLE t(x)").connection.close()
+        elif fault in ("empty", "no database"):
+            copy.write_text("" if fault == "empty" else "no database, but 25 words and more" * 40)
+        code, said = documented("restore", tmp_path)
+        assert code == 2 and said.startswith("bus_server: cannot copy the database bus-copy.db to bus.db.new: "), said
+        assert not (tmp_path / "bus.db.new").exists()
+        bus.start()
+        assert len(observed(bus.url)) == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="needs root, as an operator with sudo is")
+def test_what_root_restores_belongs_to_whom_the_bus_belongs_to(tmp_path):
+    with Server(tmp_path / "bus.db") as bus:
+        invite(bus, "spark")
+        assert documented("backup", tmp_path)[0] == 0
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    os.chown(elsewhere, 65534, 65533)
+    for name in ("bus-copy.db", "bus-copy.db.tokens"):
+        shutil.copy(tmp_path / name, elsewhere / name)
+    assert documented("restore", elsewhere)[0] == 0
+    for name in ("bus.db", "bus.db.tokens", "bus.db.lock"):
+        status = (elsewhere / name).stat()
+        assert (status.st_uid, status.st_gid, status.st_mode & 0o777) == (65534, 65533, 0o600)
 
 
 # ── As it may be ─────────────────────────────────────────────────────────────────────────────────────────────────────
