@@ -33,12 +33,12 @@ from tests.scripted_model import ScriptedModel, blocks, news, text_of, tool_use,
 CACHE = pathlib.Path.home() / ".cache" / "agent-bus-claude"  # of .ci/run
 
 
-def program(variable, name, cached):
+def program(variable, cached, name=None):
     """The program that the variable names, or that is on PATH, or that .ci/run has put into its cache; or None."""
-    return os.environ.get(variable) or shutil.which(name) or shutil.which(str(CACHE / cached))
+    return os.environ.get(variable) or (name and shutil.which(name)) or shutil.which(str(CACHE / cached))
 
 
-CLAUDE = program("CLAUDE_BINARY", "claude", "node_modules/.bin/claude")
+CLAUDE = program("CLAUDE_BINARY", "node_modules/.bin/claude", "claude")
 ANSWER_SECONDS = 2  # from a peer's send to the peer's receipt of the answer
 DRAIN_SECONDS = 2  # that a prompt, or the end of a turn, may wait for a hook
 HEAD = re.compile(r"from=peer id=([0-9a-f]+)")
@@ -270,7 +270,7 @@ def test_a_watch_that_ends_and_is_armed_again_loses_nothing(bus, peer, tmp_path,
 def test_what_comes_at_the_deadline_is_told_by_the_next_watch(bus, peer, tmp_path):
     """Between its deadline and the end of its reader, some 0.01 s, a watch drops what the reader writes."""
     early, sent = [-0.003 * number for number in range(2, 10, 2)], []  # s before the deadline, counted from our answer
-    life = 1.0  # s
+    life = 1.0  # s; the shortest that it takes
 
     def script(request):
         told = news(request)

@@ -237,7 +237,7 @@ def test_a_bus_that_is_broken_costs_not_a_word(fault, tmp_path):
 
 def test_a_bus_that_is_slow_costs_two_seconds_at_most_and_not_a_word(tmp_path):
     slow = ["silence", "a head that drips", "a body that drips", "a body that drips without a length"]
-    with contextlib.ExitStack() as stack, ThreadPoolExecutor(2) as pool:
+    with contextlib.ExitStack() as stack, ThreadPoolExecutor(3) as pool:
         urls = [stack.enter_context(Scripted(FAULTS[fault])).url for fault in slow]
         deaf = stack.enter_context(socket.create_server(("127.0.0.1", 0)))  # the kernel takes calls, and nobody answers
         urls.append(f"http://127.0.0.1:{deaf.getsockname()[1]}")

@@ -1,15 +1,12 @@
 """integrations/claude_code/bus_mcp.py: raw conversations on stdio, then the clients that others wrote.
 
-The official SDK is `pip install 'mcp>=2,<3'`, into this Python or that of $MCP_PYTHON. The Inspector is
-`npm install @modelcontextprotocol/inspector@0.15.0`: mcp-inspector on PATH, or $MCP_INSPECTOR. For Claude Code see
-tests/test_end_to_end.py. Whatever is not there is skipped.
+These are the official SDK (in the Python of $MCP_PYTHON), the Inspector ($MCP_INSPECTOR, or mcp-inspector on PATH) and
+Claude Code (see tests/test_end_to_end.py), or what .ci/run has put into its cache. Whatever is not there is skipped.
 """
 import contextlib
-import importlib.util
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -23,7 +20,7 @@ import bus_send
 import bus_server
 from tests.bad_servers import NOON, Scripted, answer, mail, message
 from tests.processes import PATIENCE, ROOT, Server, wait_until
-from tests.test_end_to_end import CLAUDE
+from tests.test_end_to_end import CLAUDE, program
 
 SCRIPT = ROOT / "integrations" / "claude_code" / "bus_mcp.py"
 TOOLS = ["bus_send", "bus_inbox", "bus_ack", "bus_agents", "bus_whoami"]
@@ -549,6 +546,14 @@ def bodies(client):
     return [json.loads(push["content"].split("\n")[0])["msg"] for push in client.pushes]
 
 
+def wait_until_it_has_looked_again(bus):
+    def last_look():
+        return json.loads(bus.get("/agents"))["agents"][0]["last_seen"]
+
+    before = last_look()
+    wait_until(lambda: last_look() > before)
+
+
 def test_only_a_channel_says_so_and_never_that_it_relays_permissions(start):
     for options, experimental in ((), None), (("--channel",), {"claude/channel": {}}):
         result = start(*options).ask("initialize")["result"]
@@ -562,7 +567,7 @@ def test_each_message_is_pushed_once_while_all_stay_unread(bus, start):
     wait_until(lambda: bodies(client) == ["before"])
     post("after", subject="news", reply_to="abc", priority="high")
     wait_until(lambda: len(client.pushes) == 2)
-    time.sleep(2.5)  # in which it looks again, and must find nothing new
+    wait_until_it_has_looked_again(bus)
     assert bodies(client) == ["before", "after"] and unread(bus) == 2
     named = {"from": "bob", "to": "alice", "subject": "news", "reply_to": "abc", "priority": "high"}
     assert {**named, "msg_id": json.loads(client.pushes[1]["content"])["id"]} == client.pushes[1]["meta"]
@@ -589,11 +594,11 @@ def test_what_is_unread_is_pushed_again_by_the_next_run_and_what_is_read_is_not(
     assert bodies(another) == ["unread"]
 
 
-def test_after_an_acknowledgement_a_message_is_pushed_at_once(start):
+def test_after_an_acknowledgement_a_message_is_pushed_at_once(bus, start):
     client = start("--channel").shake_hands()
     number = post("one")
     wait_until(lambda: client.pushes)
-    time.sleep(2)  # it looks less often by now
+    wait_until_it_has_looked_again(bus)  # in vain, so the next look would be in 2 s
     client.tool("bus_ack", id=number)
     began = time.monotonic()
     post("two")
@@ -637,14 +642,14 @@ def test_a_channel_that_is_refused_says_so(start):
 def test_a_gap_is_pushed_once(start):
     with Scripted(mail(message(1), gap={"from": 1, "to": 2})) as bus:
         client = start("--channel", url=bus.url).shake_hands()
-        wait_until(lambda: len(bus.polls) >= 3)
+        wait_until(lambda: len(bus.polls) == 2)
         assert [push["content"][:12] for push in client.pushes] == ["-- agent-bus", '{"ts": "1795']
 
 
 # ── Clients that others wrote ────────────────────────────────────────────────────────────────────────────────────────
 
-SDK_PYTHON = os.environ.get("MCP_PYTHON") or (importlib.util.find_spec("mcp") and sys.executable)
-INSPECTOR = os.environ.get("MCP_INSPECTOR") or shutil.which("mcp-inspector")
+SDK_PYTHON = program("MCP_PYTHON", "mcp/bin/python")
+INSPECTOR = program("MCP_INSPECTOR", "node_modules/.bin/mcp-inspector", "mcp-inspector")
 WITH_THE_SDK = """
 import asyncio, json, os, sys
 from mcp import ClientSession, StdioServerParameters
@@ -660,8 +665,9 @@ async def main():
         tools = [tool.name for tool in (await session.list_tools()).tools]
         waiting = asyncio.create_task(text("bus_inbox", wait=20))
         sent = await text("bus_send", to="alice", msg="from the SDK")
-        mail = await waiting
-        print(json.dumps([hello.instructions, tools, sent, mail, await text("bus_ack", id=sent.split("id ")[1])]))
+        said = [await waiting, await text("bus_ack", id=sent.split("id ")[1])]
+        said += [await text("bus_agents"), await text("bus_whoami")]
+        print(json.dumps([hello.instructions, tools, sent, *said]))
 
 asyncio.run(main())
 """
@@ -680,24 +686,33 @@ def run(*command, **options):
 
 @pytest.mark.skipif(not SDK_PYTHON, reason="the MCP SDK is not installed: see the head of this file")
 @pytest.mark.parametrize("options", [(), ("--channel",)], ids=["tools", "channel"])
-def test_the_official_sdk_talks_to_it(settings, options):
+def test_the_official_sdk_calls_every_tool(settings, options):
     said = run(SDK_PYTHON, "-c", WITH_THE_SDK, sys.executable, str(SCRIPT), *options, env={**os.environ, **settings})
-    words, tools, sent, mail, acknowledged = json.loads(said)
+    words, tools, sent, mail, acknowledged, agents, whoami = json.loads(said)
     assert "data from another agent" in words and tools == TOOLS
-    assert "from the SDK" in mail and "0 unread" in acknowledged
+    assert "id " in sent and "from the SDK" in mail and "0 unread" in acknowledged
+    assert agents == "alice: listening, 0 unread" and whoami.startswith("alice, on channel default")
 
 
 @pytest.mark.skipif(not INSPECTOR, reason="the MCP Inspector is not installed: see the head of this file")
-def test_the_inspector_lists_and_calls_the_tools(settings):
+def test_the_inspector_calls_every_tool(settings):
     environment = [word for name, value in settings.items() for word in ("-e", f"{name}={value}")]
 
     def inspect(*arguments):
         return json.loads(run(INSPECTOR, "--cli", *environment, sys.executable, str(SCRIPT), "--method", *arguments))
 
+    def call(name, **arguments):
+        words = [word for name, value in arguments.items() for word in ("--tool-arg", f"{name}={value}")]
+        result = inspect("tools/call", "--tool-name", name, *words)
+        assert not result["isError"], result
+        return result["content"][0]["text"]
+
     assert [tool["name"] for tool in inspect("tools/list")["tools"]] == TOOLS
-    call = ("tools/call", "--tool-name")
-    assert not inspect(*call, "bus_send", "--tool-arg", "to=alice", "--tool-arg", "msg=from the Inspector")["isError"]
-    assert "from the Inspector" in inspect(*call, "bus_inbox", "--tool-arg", "wait=1")["content"][0]["text"]
+    sent = call("bus_send", to="alice", msg="from the Inspector").split("id ")[1]
+    assert "from the Inspector" in call("bus_inbox", wait=1)
+    assert "0 unread" in call("bus_ack", id=sent)
+    assert call("bus_agents") == "alice: listening, 0 unread"
+    assert call("bus_whoami").startswith("alice, on channel default")
 
 
 @pytest.mark.skipif(not CLAUDE, reason="Claude Code is not installed: see the head of tests/test_end_to_end.py")
