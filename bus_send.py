@@ -2,9 +2,12 @@
 """Send one message to an agent-bus: the text on stdin, the receiver on the command line.
 
     echo "T1 is done" | AGENT_BUS_URL=http://10.0.0.5:8080 AGENT_NAME=spark python3 bus_send.py dell --subject T1
+    echo "Is T1 done?" | python3 bus_send.py dell --ask          # waits for the answer, and prints it
+    echo "It is." | python3 bus_send.py --reply-to 660ba678a1b40       # to whoever sent that
 
-or in a program: `bus_send.send("dell", "T1 is done", sender="spark")`. The receiver is a name, several as `dell,gb10`,
-or `all`. Prints the bus's answer, one line of JSON; on stderr the truth when not everyone is there to read it.
+or in a program: `bus_send.send("dell", "T1 is done", sender="spark")`, `bus_send.ask("dell", "Is T1 done?")["reply"]`.
+The receiver is a name, several as `dell,gb10`, or `all`. Prints the bus's answer, one line of JSON (of a question, what
+was answered); on stderr the truth when not everyone is there to read it.
 
 Only a 200 with the bus's own JSON means that the message is on its disk, and only its own 4xx means that it never will
 be. Everything else (silence, half an answer, a redirect, a proxy's page) means that nobody knows: the same message is
@@ -14,7 +17,8 @@ Standard library only, Python 3.9 and later. It reads stdin and the environment 
 AGENT_BUS_CHANNEL, AGENT_BUS_TOKEN or AGENT_BUS_TOKEN_FILE, AGENT_BUS_CA, AGENT_BUS_UA; http_proxy, https_proxy,
 no_proxy), talks to that URL, follows it nowhere else, and writes one file, if AGENT_BUS_OUTBOX names one: a copy of
 each message that the bus stored, as its reader gets it; `{name}` in that path is the sender.
-Exit code: 0 stored, 1 refused by the bus, 2 usage, 75 not known to be stored (try again with the key it names).
+Exit code: 0 stored, 1 refused by the bus, 2 usage, 3 stored but not answered in time, 75 not known to be stored (try
+again with the key it names).
 """
 from __future__ import annotations
 
@@ -29,17 +33,23 @@ import socket
 import sys
 import threading
 import time
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 TYPE_CHECKING = False  # as in typing, whose import would be a tenth of the time that a send takes
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from typing import Any
 
+DEFAULT_URL = "http://127.0.0.1:8080"
 ATTEMPT_SECONDS = 10.0  # for one attempt, and more for a long message:
 UPLOAD_RATE = 8192  # bytes of it per second, the slowest that the bus accepts
+HOLD_SECONDS = 25.0  # a question may be held; under the 30 s after which common proxies cut a quiet request
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # s before the next attempt; doubled each time, less up to half by chance
-ANSWER_BYTES = 1 << 20  # read at most; the bus's answer to a send has about 300
+ANSWER_BYTES = 16 << 20  # read at most; the answer to a send has about 300, and a message at most a few MiB
+HIDDEN = re.compile(  # what acts on a terminal, or on a reader, without being seen: controls, bidi, zero width, tags
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff"
+    r"\U000e0000-\U000e007f\U000e0100-\U000e01ef]"
+)
 
 
 class Refused(Exception):
@@ -77,21 +87,91 @@ def send(
     """
     url, message = composed(to, msg, url, sender, channel, key, fields)
     body = json.dumps(message).encode()
+    seconds = ATTEMPT_SECONDS + len(body) / UPLOAD_RATE
+    try:
+        answer = persist(lambda left: post(url, body, min(left, seconds)), patience)
+    except Unreachable as fault:
+        raise unknown(url, message, fault) from fault
+    keep_copy(message, answer)
+    return answer
+
+
+def ask(
+    to: str,
+    msg: str,
+    *,
+    url: str | None = None,
+    sender: str | None = None,
+    channel: str | None = None,
+    timeout: float = 300.0,
+    key: str | None = None,
+    **fields: Any,
+) -> dict[str, Any]:
+    """send() to one name, and wait for what answers it: `reply` in the bus's answer, a message, or None in `timeout` s.
+
+    The same question is asked again and again, each time for as long as a request may be held. An answer is found
+    whenever it came, and is in the sender's mailbox too.
+    """
+    url, message = composed(to, msg, url, sender, channel, key, fields)
+    body = json.dumps(message).encode()
+    answer: dict[str, Any] = {}
+    end, hold = time.monotonic() + timeout, HOLD_SECONDS
+
+    def attempt(_: float) -> dict[str, Any]:
+        nonlocal hold
+        began = time.monotonic()
+        wait = min(hold, max(end - began, 0))
+        try:
+            return post(url, body, wait + ATTEMPT_SECONDS + len(body) / UPLOAD_RATE, f"/ask?wait={wait:.3f}")
+        except Unreachable:
+            if time.monotonic() - began >= 1:  # it was held, perhaps for longer than something on the way allows
+                hold = max(hold / 2, 1)
+            raise
+
+    while True:
+        began = time.monotonic()
+        try:
+            found = persist(attempt, end - began)
+        except Unreachable as fault:
+            if answer:  # it is stored, and not answered
+                return answer
+            raise unknown(url, message, fault) from fault
+        if not answer:
+            keep_copy(message, found)
+        answer, now = found, time.monotonic()
+        if now >= end or isinstance(answer.get("reply"), dict):
+            return answer
+        hold = min(hold * 1.1, HOLD_SECONDS)
+        time.sleep(min(max(began + 1 - now, 0), end - now))  # a bus that does not hold is not run down
+
+
+def sender_of(number: str, url: str, patience: float) -> tuple[str, str]:
+    """Who sent the message with this id, and on which channel. Raises as send() does."""
+    path = f"/message/{quote(number, safe='')}"
+    answer = persist(lambda left: exchange(url, "GET", path, None, min(left, ATTEMPT_SECONDS)), patience)
+    try:
+        return answer["message"]["from"], answer["message"]["channel"]
+    except (KeyError, TypeError):
+        raise Unreachable(f"{url} does not say who sent {number}") from None
+
+
+def persist(attempt: Callable[[float], dict[str, Any]], patience: float) -> dict[str, Any]:
+    """What `attempt(seconds left)` returns, once it does: the first is always made, the last starts in time."""
     end, pause = time.monotonic() + patience, FIRST_PAUSE
     while True:
         try:
-            left = max(end - time.monotonic(), 1)  # s; an attempt without any time would be none
-            answer = post(url, body, min(left, ATTEMPT_SECONDS + len(body) / UPLOAD_RATE))
-            break
+            return attempt(max(end - time.monotonic(), 1))  # s; an attempt without any time would be none
         except Unreachable as fault:
             rest = max(pause * random.uniform(0.5, 1), fault.retry_after)
             if time.monotonic() + rest >= end:
-                again = f"tools/bus_doctor.py says why; to try again: --key {message['key']}"
-                raise Unreachable(f"{url} does not say that it is stored ({fault}); {again}") from fault
+                raise
         time.sleep(rest)
         pause = min(2 * pause, LONGEST_PAUSE)
-    keep_copy(message, answer)
-    return answer
+
+
+def unknown(url: str, message: dict[str, Any], fault: Unreachable) -> Unreachable:
+    again = f"tools/bus_doctor.py says why; to try again: --key {message['key']}"
+    return Unreachable(f"{url} does not say that it is stored ({fault}); {again}")
 
 
 def composed(
@@ -104,7 +184,7 @@ def composed(
     fields: dict[str, Any],
 ) -> tuple[str, dict[str, Any]]:
     """The URL of the bus, and the message, as the arguments and the environment have them. ValueError: see send()."""
-    url = url or os.environ.get("AGENT_BUS_URL") or "http://127.0.0.1:8080"
+    url = url or os.environ.get("AGENT_BUS_URL") or DEFAULT_URL
     sender = sender or os.environ.get("AGENT_NAME") or None
     if not sender and not credentials(url):  # a token has its sender
         raise ValueError("who is it from? Give --from NAME or set AGENT_NAME")
@@ -135,24 +215,33 @@ def copies(message: dict[str, Any], answer: dict[str, Any]) -> Iterator[str]:
         yield f'{{"ts": {ts:.6f}, {json.dumps(known)[1:]}\n'
 
 
-def post(url: str, message: bytes, seconds: float) -> dict[str, Any]:
-    """One attempt: the bus's answer, or Refused, or Unreachable. `seconds` to connect, and again for the rest."""
+def post(url: str, message: bytes, seconds: float, path: str = "/send") -> dict[str, Any]:
+    """One attempt: what the bus says about the message that it stored, or Refused, or Unreachable."""
+    answer = exchange(url, "POST", path, message, seconds)
+    if answer.get("ok") is True and isinstance(answer.get("ts"), (int, float)):
+        return answer
+    raise Unreachable("200: no JSON of a bus")
+
+
+def exchange(url: str, method: str, path: str, body: bytes | None, seconds: float) -> dict[str, Any]:
+    """A request, and the JSON of the bus; Refused; Unreachable for anything else. `seconds` for all, once connected."""
     agent = os.environ.get("AGENT_BUS_UA") or "Mozilla/5.0"  # because firewalls drop what looks like a script
-    headers = {"User-Agent": agent, "Content-Type": "application/json", **credentials(url)}
-    connection, prefix = connect(url, seconds)
+    headers = {"User-Agent": agent, **({"Content-Type": "application/json"} if body else {}), **credentials(url)}
+    connection, prefix = connect(url, min(seconds, ATTEMPT_SECONDS))
     try:
         connection.connect()
+        connection.sock.settimeout(seconds)
         with hung_up_after(seconds, connection.sock):
-            connection.request("POST", f"{prefix}/send", message, headers)
+            connection.request(method, prefix + path, body, headers)
             response = connection.getresponse()
-            body = response.read(ANSWER_BYTES)
+            content = response.read(ANSWER_BYTES)
         if response.length:
-            raise http.client.IncompleteRead(body, response.length)
+            raise http.client.IncompleteRead(content, response.length)
     except (OSError, ValueError, http.client.HTTPException) as error:  # ValueError: a chunk of negative size
         raise Unreachable(getattr(error, "strerror", None) or str(error) or type(error).__name__) from error
     finally:
         connection.close()
-    return judged(response, body)
+    return judged(response, content)
 
 
 def connect(url: str, seconds: float) -> tuple[http.client.HTTPConnection, str]:
@@ -240,12 +329,12 @@ def hung_up_after(seconds: float, sock: socket.socket) -> Iterator[None]:
 
 
 def judged(response: http.client.HTTPResponse, body: bytes) -> dict[str, Any]:
-    """The bus's answer, or what anything else in its place means: Refused, Unreachable."""
+    """The JSON object of a 200, or what anything else in its place means: Refused, Unreachable."""
     said: Any = None
     with contextlib.suppress(ValueError, RecursionError):
         said = json.loads(body.decode(), parse_constant=str)
     answer: dict[str, Any] = said if isinstance(said, dict) else {}
-    if response.status == 200 and answer.get("ok") is True and isinstance(answer.get("ts"), (int, float)):
+    if response.status == 200 and answer:
         return answer
     error = answer.get("error")
     if 400 <= response.status < 500 and response.status not in (408, 425, 429) and isinstance(error, str):
@@ -307,13 +396,22 @@ def read_message() -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = command_line("Send stdin, as it is, as one message to an agent-bus.")
-    parser.add_argument("--timeout", type=float, default=30.0, metavar="S", help="keep trying for S seconds (30)")
+    parser.add_argument("--ask", action="store_true", help="wait for the answer, and print it")
+    parser.add_argument("--timeout", type=float, metavar="S", help="keep trying for S seconds (30; with --ask: 300)")
     options = vars(parser.parse_args(argv))
-    to, patience = options.pop("to"), options.pop("timeout")
-    if not to:
-        parser.error("to whom? Give TO")
+    to, question, seconds = options.pop("to"), options.pop("ask"), options.pop("timeout")
+    seconds = seconds if seconds is not None else 300.0 if question else 30.0
+    if not to and not options["reply_to"]:
+        parser.error("to whom? Give TO, or --reply-to ID")
     try:
-        answer = send(to, read_message(), patience=patience, **options)
+        msg = read_message()
+        if not to:
+            url = os.environ.get("AGENT_BUS_URL") or DEFAULT_URL
+            to, channel = sender_of(options["reply_to"], url, seconds)
+            options["channel"] = options["channel"] or channel
+        if question:
+            return show_reply(ask(to, msg, timeout=seconds, **options), to)
+        report(send(to, msg, patience=seconds, **options), to)
     except ValueError as error:
         return complain(str(error), 2)
     except Refused as refused:
@@ -322,16 +420,38 @@ def main(argv: list[str] | None = None) -> int:
         return complain(str(fault), 75)
     except KeyboardInterrupt:
         return 130
-    report(answer, to)
+    return 0
+
+
+def show_reply(answer: dict[str, Any], to: str) -> int:
+    r"""What was answered on stdout, with all that cannot be seen written out (\x1b), and who did on stderr."""
+    reply = answer.get("reply")
+    if not isinstance(reply, dict) or not isinstance(reply.get("msg"), str):
+        tell(answer, to)
+        return complain(f"no answer to {answer.get('id')} yet: when there is one, it comes as mail", 3)
+    complain(f"{reply.get('id')} from {reply.get('from')}", 0)
+    text = re.sub("\r\n?", "\n", reply["msg"]).removesuffix("\n")
+    emit(HIDDEN.sub(lambda found: found[0].encode("unicode_escape").decode(), text) + "\n")
     return 0
 
 
 def report(answer: dict[str, Any], to: str | list[str]) -> None:
-    """The answer on stdout, and on stderr whether somebody is there to read the message."""
-    try:
-        print(json.dumps(answer), flush=True)
-    except OSError:  # nobody reads it, and the message is stored all the same; leaving would try to write it once more
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    """The bus's answer to a send, as one line of JSON."""
+    emit(json.dumps(answer) + "\n")
+    tell(answer, to)
+
+
+def emit(text: str) -> None:
+    """To stdout, in UTF-8 whatever the locale. It may be closed: the message is stored all the same."""
+    if sys.stdout:
+        try:
+            sys.stdout.buffer.write(text.encode())
+            sys.stdout.buffer.flush()
+        except OSError:  # and leaving would try to write it once more
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+def tell(answer: dict[str, Any], to: str | list[str]) -> None:
     with contextlib.suppress(KeyError, TypeError):  # a bus of the old contract says nothing about its receivers
         truth = queued(answer, to)
         if truth:

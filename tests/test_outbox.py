@@ -12,7 +12,7 @@ import pytest
 
 import bus_send
 from tests.bad_servers import Scripted, answer, page, stored
-from tests.history import observed
+from tests.faults.history import observed
 from tests.processes import PATIENCE, ROOT, free_port, wait_until
 from tools import bus_outbox
 
