@@ -27,7 +27,7 @@ import pytest
 import bus_recv
 import bus_send
 from tests.bad_servers import FAULTS, HUGE, Scripted
-from tests.processes import PATIENCE, ROOT, wait_until
+from tests.processes import PATIENCE, ROOT, Server, wait_until
 from tests.scripted_model import ScriptedModel, blocks, news, text_of, tool_use, words
 
 CACHE = pathlib.Path.home() / ".cache" / "agent-bus-claude"  # of .ci/run
@@ -108,10 +108,12 @@ def reply(number, text):
 class Session:
     """One `claude -p` process whose agent is alice; at the end nothing that it started is left."""
 
+    start = "-p", "begin", "--output-format", "stream-json", "--verbose"
+
     def __init__(self, folder, bus, model, *options, **environment):
         self.home, self.out = folder / "home", folder / "out.jsonl"
         self.work = folder / "work"
-        self.command = [CLAUDE, "-p", "begin", "--output-format", "stream-json", "--verbose", *options]
+        self.command = [CLAUDE, *self.start, *options]
         nowhere = "http://127.0.0.1:9"
         self.env = {
             "PATH": os.environ["PATH"],
@@ -454,19 +456,20 @@ def test_the_plugin_alone_makes_a_session_hear_and_answer(bus, peer, tmp_path):
 class Terminal(Session):
     """The same program as a person runs it, on a terminal of its own; it waits for input between turns."""
 
+    start = ("begin",)
+
     def __enter__(self):
         self.home.mkdir()
-        self.work.mkdir()
+        self.work.mkdir(exist_ok=True)
         trusted = {"hasTrustDialogAccepted": True, "hasCompletedProjectOnboarding": True}
         known = {"approved": [self.env["ANTHROPIC_API_KEY"]], "rejected": []}
         config = {"hasCompletedOnboarding": True, "theme": "dark", "customApiKeyResponses": known}
         (self.home / ".claude.json").write_text(json.dumps({**config, "projects": {str(self.work): trusted}}))
         ours, its = pty.openpty()
         fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 50, 120, 0, 0))
-        command = [CLAUDE, "begin", *self.command[self.command.index("--verbose") + 1 :]]
         env = {**self.env, "TERM": "xterm-256color"}
         self.process = subprocess.Popen(
-            command, cwd=self.work, env=env, stdin=its, stdout=its, stderr=its, start_new_session=True
+            self.command, cwd=self.work, env=env, stdin=its, stdout=its, stderr=its, start_new_session=True
         )
         os.close(its)
         threading.Thread(target=self.record, args=(ours,), daemon=True).start()
@@ -544,3 +547,25 @@ def test_a_channel_is_accepted_and_its_mail_stays_unread(bus, peer, tmp_path):
         skipped, pushed = wait_until(lambda: CHANNEL_NEWS.search(log.read_text() + model.heard())).groups()
         assert pushed or skipped == "Channel notifications skipped: channels feature is not currently available"
     assert b'"alice": 1' in bus.get("/inbox")
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="this is no clone, so there is nothing to clone")
+def test_a_stranger_needs_five_commands_from_the_clone_to_a_message_that_an_agent_has_seen(tmp_path):
+    """`git clone`, `cd`, and the three of README, in homes that hold at most what Claude Code asks when it is new."""
+    clone, programs = tmp_path / "agent bus", tmp_path / "bin"
+    subprocess.run(["git", "clone", "-q", ROOT, clone], check=True)
+    section = (clone / "README.md").read_text().split("\n## Connect Claude Code\n")[1]
+    serve, listen, send = re.search(r"```sh\n(.*?)\n```", section, re.DOTALL)[1].split("\n")
+    programs.mkdir()
+    (programs / "claude").symlink_to(CLAUDE)
+    server = Server(tmp_path / "unused", env={"HOME": str(tmp_path / "home of the bus")})
+    serve = serve.replace("bus_server.py", f"bus_server.py --port {server.port}")  # the usual one may be in use
+    server.command = ["bash", "-c", f"cd {shlex.quote(str(clone))} && exec {serve}"]
+    with server, ScriptedModel(lambda request: [words("waiting")]) as model:
+        session = Terminal(tmp_path, server, model, PATH=f"{programs}:{os.environ['PATH']}", AGENT_NAME="")
+        session.work, session.command = clone, ["bash", "-c", listen]
+        with session:
+            wait_until(lambda: model.requests)
+            subprocess.run(["bash", "-c", send], cwd=clone, env={**os.environ, "AGENT_BUS_URL": server.url}, check=True)
+            wait_until(lambda: re.search(r"from=bob id=\w+\n\| are you there\?", model.heard()))
+        assert f"`python3 -u '{clone}/bus_recv.py' alice`" in news(model.requests[0]), "a command that can be run"

@@ -34,7 +34,7 @@ from collections.abc import Callable
 from typing import Any
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # python3 -I does not
-from session import ROOT, Nameless, bus_recv, harmless, is_alive, name_of, quoted, wishes  # noqa: E402
+from session import READER, Nameless, bus_recv, harmless, is_alive, name_of, quoted, wishes  # noqa: E402
 
 DEADLINE_SECONDS = 1.5  # for all of it: a prompt waits for us, for 2 s at most, and Python has to start
 POLL_SECONDS = 1.2  # for the bus; what comes later is not printed any more, and stays unread
@@ -50,7 +50,7 @@ WORDS = (
 )
 DEAF = (
     "It is deaf between turns: nobody is listening as {name}. The skill agent-bus:agent-bus starts a reader, and so "
-    "does the Monitor tool with command `python3 -u {root}/bus_recv.py {name}`, description `agent-bus inbox: {name}`, "
+    "does the Monitor tool with command `python3 -u {reader} {name}`, description `agent-bus inbox: {name}`, "
     "timeout_ms 1800000."
 )
 
@@ -145,7 +145,7 @@ class Mail:
         with contextlib.suppress(bus_recv.Busy):
             self.answer = reader.poll(0, POLL_SECONDS)
             if introduces and program == "claude" and is_attended():
-                self.facts.append(DEAF.format(name=name, root=ROOT))
+                self.facts.append(DEAF.format(name=name, reader=READER))
 
     def open(self, program: str, event: dict[str, Any]) -> bus_recv.Reader:
         name = name_of(session_process() if program == "claude" else None, project_of(event))
@@ -215,7 +215,7 @@ def beginning(message: Any, room: int) -> str:
     fields = message if isinstance(message, dict) else {}
     body = fields["msg"] if isinstance(fields.get("msg"), str) else quoted(message)
     known = {"from": str(fields.get("from"))[:64], "id": str(fields.get("id"))[:64], "characters": len(body)}
-    part, whole = body[:room], f"python3 {ROOT}/bus_recv.py --read, and the id, prints them"
+    part, whole = body[:room], f"python3 {READER} --read, and the id, prints them"
     while True:
         line = quoted({**known, "whole": whole, "begins": part})
         if bus_recv.units(line) <= room:

@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -12,6 +13,7 @@ ROOT = os.path.abspath(os.path.join(__file__, "..", "..", ".."))
 sys.path.insert(0, ROOT)
 import bus_recv  # noqa: E402
 
+READER = shlex.quote(os.path.join(ROOT, "bus_recv.py"))  # for a command line
 RESERVED = ("all", "system", "operator", "user", "root", "claude")  # no bus takes them for a sender
 UNSEEN = re.compile(f"{bus_recv.HIDDEN.pattern}|<")  # and no tag, of whatever kind, in what another agent wrote
 
