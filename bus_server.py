@@ -51,7 +51,7 @@ import threading
 import time
 import traceback
 import zlib
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from email.utils import formatdate
 from functools import lru_cache
@@ -480,7 +480,7 @@ class Connection(asyncio.Protocol):
             self.buffer = self.buffer[end:]
             self.request.parse_request()
             self.request.grant = self.bus.gate.admit(self.request)
-            if self.request.command == "PUT":
+            if (self.request.command, self.request.route) == ("PUT", "/blob/"):
                 self.request.upload = self.bus.blobs.upload(self.request)
             else:
                 self.request.check_body(self.bus.max_body)
@@ -531,6 +531,8 @@ class Connection(asyncio.Protocol):
         request, self.request = self.request or Request(self, b""), None
         self.bus.log_request(request, answer)
         self.fetched, self.file = answer.fetched, answer.file
+        if answer.status >= 400:
+            self.bus.figures.refused[answer.status] += 1
         if request.upload:
             request.upload.close()
         if self.file and request.command == "HEAD":
@@ -1441,6 +1443,56 @@ class Storms:
 # ── Bus ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+class Figures:
+    """What the bus has done since it was started, for /metrics."""
+
+    def __init__(self) -> None:
+        self.sends = self.messages = self.delivered = self.commits = 0
+        self.commit_seconds = self.slowest_commit = 0.0
+        self.refused: Counter[int] = Counter()  # by status
+
+    def committed(self, batch: Batch) -> None:
+        self.sends += len(batch.sends)
+        self.messages += len(batch.visible)
+        self.commits += 1
+        self.commit_seconds += batch.seconds
+        self.slowest_commit = max(self.slowest_commit, batch.seconds)
+
+
+class Schemas:
+    """What the messages of a type look like: a JSON Schema in DIR/TYPE.json. The one thing that needs a package."""
+
+    def __init__(self, folder: str, strict: bool) -> None:
+        try:
+            import jsonschema
+        except ImportError:
+            raise Unusable("--schemas needs the package jsonschema: pip install 'agent-bus[schemas]'") from None
+        self.strict = strict
+        self.types = {}
+        for file in sorted(pathlib.Path(folder).glob("*.json")):
+            try:
+                schema = json.loads(file.read_text())
+                kind = jsonschema.validators.validator_for(schema)
+                kind.check_schema(schema)
+            except (OSError, ValueError, jsonschema.SchemaError) as error:
+                raise Unusable(f"{file} is not a JSON Schema: {str(error).splitlines()[0]}") from None
+            self.types[file.stem] = kind(schema)
+        if not self.types:
+            raise Unusable(f"there is no TYPE.json in {folder}")
+
+    def check(self, message: Any) -> None:
+        """422, with the member that does not fit, if a message is not what its type says."""
+        of = message.get("type") if isinstance(message, dict) else None
+        schema = self.types.get(of) if isinstance(of, str) else None
+        if not schema:
+            if self.strict:
+                raise Refused(422, f"type must be one of: {', '.join(self.types)}")
+            return
+        for error in schema.iter_errors(message):
+            where = ".".join(map(str, error.absolute_path)) or "the message"
+            raise Refused(422, f"{where} does not fit the type {of}: {error.message[:200]}")
+
+
 class Bus:
     """Sending and receiving, and what happens when a batch is committed. Owned by the loop; its methods never wait.
 
@@ -1452,9 +1504,10 @@ class Bus:
     """
 
     def __init__(
-        self, log: Log, gate: Gate, storms: Storms, *, max_body: int, keep: float, blobs: int = 0, verbose: bool = False
+        self, log: Log, gate: Gate, storms: Storms, *, max_body: int, keep: float, blobs: int = 0,
+        schemas: Schemas | None = None, verbose: bool = False
     ) -> None:
-        self.store, self.gate, self.storms = log, gate, storms
+        self.store, self.gate, self.storms, self.schemas = log, gate, storms, schemas
         self.blobs = Blobs(log.path, blobs)
         self.max_body, self.keep, self.verbose = max_body, keep, verbose
         self.last = log.last
@@ -1463,6 +1516,8 @@ class Bus:
         self.deadlines = Deadlines(time.monotonic)
         self.mailboxes = Mailboxes(time.monotonic, log.mailboxes(), log.clock)
         self.journal = Journal(log, self.committed)
+        self.figures = Figures()
+        self.order: Removal | None = None  # of the command `prune`
         self.draining = False
         self.broken = asyncio.Event()
         self.saving = False  # of marks, planned
@@ -1501,6 +1556,9 @@ class Bus:
         else:
             value = parse_json(request.body)
         messages = value if isinstance(value, list) else [value]
+        if self.schemas:
+            for message in messages:
+                self.schemas.check(message)
         return [self.placed(draft(request.grant.sign(message), key)) for message in messages], messages is value
 
     def check_open(self) -> None:
@@ -1529,7 +1587,7 @@ class Bus:
         self.mailboxes.polled(poll, request.peer.address, self.store.clock())
         self.save_marks_soon()
         if poll.since == LAST:
-            first = self.store.first(str(poll.channel), str(poll.me))
+            first = self.store.oldest(str(poll.channel), str(poll.me), 0)
             return self.serve(request, self.mailboxes.resume(poll, first, self.last), presented=True)
         return self.look(request, poll)
 
@@ -1611,6 +1669,7 @@ class Bus:
             self.failed(batch, batch.error)
             return
         self.last = batch.last
+        self.figures.committed(batch)
         self.mailboxes.add(batch.visible)
         self.mailboxes.removed(batch.removed)
         alive = [message for message in batch.visible if not self.store.is_expired(message)]
@@ -1622,8 +1681,8 @@ class Bus:
             task.connection.answer(refusal(task.refused) if task.refused else self.done(task))
         for _, raised in batch.raised:
             raised()
-        if batch.removed:
-            self.prune()
+        if batch.removal:
+            self.removed(batch, batch.removal)
 
     def done(self, task: Task) -> Answer | None:
         try:
@@ -1710,15 +1769,31 @@ class Bus:
         self.journal.save(self.mailboxes.take_marks(), self.mailboxes.take_moves(), used)
 
     def prune(self) -> None:
-        """Remove a slice of what is too old; when it is gone, `committed` comes here for the next."""
+        """Remove a slice of what is too old; when it is gone, `removed` asks for the next."""
         if self.keep and not self.draining:
-            self.journal.remove(self.store.clock() - int(self.keep * 1000000))
+            self.journal.remove(Removal(0, self.store.clock() - int(self.keep * 1000000), False))
+
+    def removed(self, batch: Batch, removal: Removal) -> None:
+        if batch.removed and not self.draining:
+            self.journal.remove(removal._replace(above=max(batch.removed.values())))
+        elif self.order and self.order.before == removal.before:
+            self.order = None
+            order_file(self.store.path).unlink(missing_ok=True)  # the command waits for that
+
+    def look_for_order(self) -> None:
+        """The command `prune` has left a file beside the database: what it says is to go, goes."""
+        file = order_file(self.store.path)
+        if not self.order and file.exists():
+            with contextlib.suppress(OSError, ValueError, TypeError):
+                self.order = Removal(*json.loads(file.read_text()))
+                self.journal.remove(self.order)
 
     def sweep(self) -> None:
         for connection in self.deadlines.late():
             connection.late()
         if self.gate.tokens.refresh():
             self.evict()
+        self.look_for_order()
 
     def evict(self) -> None:
         """Answer the parked whose tokens were revoked."""
@@ -1877,6 +1952,14 @@ class Move(NamedTuple):
     at: int  # wall clock, us
 
 
+class Removal(NamedTuple):
+    """What is to go, a slice at a time: messages between two ticks; with `sparing`, only those that were fetched."""
+
+    above: int
+    before: int
+    sparing: bool
+
+
 class Mark(NamedTuple):
     """How far a mailbox was read, as it is stored."""
 
@@ -1899,10 +1982,11 @@ class Batch:
         self.marks: list[Mark] = []
         self.moves: list[Move] = []
         self.used: dict[str, int] = {}  # when each token was last seen, s since 1970
-        self.before = 0  # remove a slice of the messages older than this tick
+        self.removal: Removal | None = None  # of one slice
         self.burying = False  # move what failed too often to the dead letters
 
         self.last = 0
+        self.seconds = 0.0  # that the commit took
         self.visible: list[Message] = []
         self.removed: dict[tuple[str, str], int] = {}  # mailbox: its highest removed tick
         self.error: Exception | None = None
@@ -1943,8 +2027,8 @@ class Journal:
         self.next.used.update(used)
         self.plan()
 
-    def remove(self, before: int) -> None:
-        self.next.before = before
+    def remove(self, removal: Removal) -> None:
+        self.next.removal = removal
         self.plan()
 
     def bury(self) -> None:
@@ -1975,10 +2059,12 @@ class Journal:
 
     def run(self) -> None:
         for batch in iter(self.batches.get, None):
+            began = time.monotonic()
             try:
                 self.log.commit(batch)
             except Exception as error:
                 batch.error = error
+            batch.seconds = time.monotonic() - began
             self.loop.call_soon_threadsafe(self.done, batch)
 
 
@@ -1988,6 +2074,10 @@ def no_room() -> Refused:
 
 class Unusable(Exception):
     """The bus cannot start; one sentence that says why."""
+
+
+class InUse(Unusable):
+    """Because another one has its database."""
 
 
 MIGRATIONS = [  # user_version n is what the first n of them made; only ever add at the end
@@ -2105,11 +2195,11 @@ class Log:
                     task.refused = refused
             if batch.burying:
                 self.bury_all(batch)
-            if batch.at_least or batch.before:
+            if batch.at_least or batch.removal:
                 self.writing.execute("UPDATE bus SET last = ?", (self.last,))
             self.save(batch.marks, batch.moves, batch.used)
-            if batch.before:
-                self.remove(batch)
+            if batch.removal:
+                self.remove(batch, batch.removal)
             self.writing.execute("COMMIT")
         except BaseException:
             with contextlib.suppress(sqlite3.Error):
@@ -2205,10 +2295,12 @@ class Log:
             [move for move in moves if move.tick],
         )
 
-    def remove(self, batch: Batch) -> None:
-        """Remove the oldest slice of what is older than `before`, and note for each mailbox how far it is gone."""
+    def remove(self, batch: Batch, removal: Removal) -> None:
+        """Remove the oldest slice of what is to go, and note for each mailbox how far it is gone."""
+        fetched = "AND tick <= max(fetched, ifnull(read, 0))" if removal.sparing else ""
         rows = self.writing.execute(
-            f"{SELECT} WHERE tick < ? ORDER BY tick LIMIT {PRUNE_SLICE}", (batch.before,)
+            f"{SELECT} WHERE tick > ? AND tick < ? {fetched} ORDER BY tick LIMIT {PRUNE_SLICE}",
+            (removal.above, removal.before),
         ).fetchall()
         for tick, channel, own, *_ in rows:
             batch.removed[channel, own] = tick
@@ -2384,6 +2476,19 @@ class Log:
     def is_expired(self, message: Message) -> bool:
         return message.expires is not None and message.expires <= self.clock()
 
+    def oldest(self, channel: str, own: str, mark: int) -> int | None:
+        """The oldest tick of a mailbox above a mark."""
+        statement = f"SELECT min(tick) FROM messages WHERE mailbox = {MAILBOX} AND tick > ?"
+        tick: int | None = self.reading.execute(statement, (channel, own, mark)).fetchone()[0]
+        return tick
+
+    def undone(self) -> list[tuple[str, str, int]]:
+        """(channel, queue, jobs) of all that were handed out and are not done."""
+        return self.reading.execute(
+            "SELECT channel, name, count(*) FROM work JOIN mailboxes ON mailbox = id WHERE due IS NOT NULL "
+            "GROUP BY mailbox"
+        ).fetchall()
+
     def moved(self, message: Message, kind: int) -> tuple[str, int] | None:
         """Who moved a mark over this message, and when."""
         row: tuple[str, int] | None = self.reading.execute(
@@ -2393,11 +2498,6 @@ class Log:
         ).fetchone()
         return row
 
-    def first(self, channel: str, own: str) -> int | None:
-        """The oldest retained tick of a mailbox."""
-        statement = f"SELECT min(tick) FROM messages WHERE mailbox = {MAILBOX}"
-        tick: int | None = self.reading.execute(statement, (channel, own)).fetchone()[0]
-        return tick
 
     def count_up_to(self, channel: str, own: str, tick: int) -> int | None:
         """The number (n) of the last message of a mailbox up to `tick`; None if nothing is retained."""
@@ -2444,7 +2544,7 @@ def locked(path: str) -> IO[bytes]:
         give_to_folder(lock.fileno(), path)
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise Unusable(f"the database {path} is in use by another bus_server") from None
+        raise InUse(f"the database {path} is in use by another bus_server") from None
     except OSError as error:
         raise Unusable(f"cannot use the database {path}: {error.strerror}") from None
     return lock
@@ -2719,7 +2819,6 @@ class Blobs:
         return self.folder / request.parsed.rest
 
     def upload(self, request: Request) -> Upload:
-        request.endpoint("PUT")  # or 404, 405
         file, length = self.place(request), request.parsed.length
         part = file.with_suffix(".part")
         there = part.stat().st_size if part.exists() else 0
@@ -2858,6 +2957,7 @@ def delivery(
 ) -> Answer:
     """The answer to a poll. `reached`: the last tick that was looked at, if it is not the end."""
     now = reached or max(poll.since, bus.last)
+    bus.figures.delivered += len(found)
     headers: tuple[tuple[str, str], ...] = ()
     if poll.plain:
         body = "".join(block(json.loads(message.render()), poll.me, bus.store.clock()) for message in found)
@@ -2905,6 +3005,7 @@ def handed(bus: Bus, jobs: list[Job]) -> Answer:
         f'{job.message.render()[:-1]}, "attempt": {job.attempt}, "lease": "{job.lease}", '
         f'"lease_until": {seconds(job.until)}}}' for job in jobs
     )
+    bus.figures.delivered += len(jobs)
     return ok(bus, f'"messages": [{messages}]')
 
 
@@ -3060,6 +3161,55 @@ def get_thread(bus: Bus, request: Request) -> Answer:
     return ok(bus, f'"messages": [{", ".join(seen)}]')
 
 
+def get_metrics(bus: Bus, request: Request) -> Answer:
+    """In the text format of Prometheus."""
+    request.grant.check_operator()
+    text = "".join(
+        f"# HELP agent_bus_{metric} {says}\n# TYPE agent_bus_{metric} {kind}\n"
+        + "".join(f"agent_bus_{metric}{labels} {value:.16g}\n" for labels, value in values)
+        for metric, kind, says, values in [*totals(bus), *by_name(bus)]
+    )
+    return Answer(200, text.encode(), "text/plain; version=0.0.4; charset=utf-8")
+
+
+Metric = tuple[str, str, str, Iterable[tuple[str, float]]]  # its name, kind and help; labels and values
+
+
+def totals(bus: Bus) -> list[Metric]:
+    figures = bus.figures
+    return [
+        ("sends_total", "counter", "sends that were committed, repeated ones too", [("", figures.sends)]),
+        ("messages_total", "counter", "messages stored, one for each receiver", [("", figures.messages)]),
+        ("delivered_total", "counter", "messages put into answers", [("", figures.delivered)]),
+        ("refused_total", "counter", "answers of 400 and above, by status",
+         [(f'{{status="{status}"}}', count) for status, count in sorted(figures.refused.items())]),
+        ("commits_total", "counter", "transactions", [("", figures.commits)]),
+        ("commit_seconds_total", "counter", "time they took", [("", figures.commit_seconds)]),
+        ("commit_seconds_max", "gauge", "the slowest", [("", figures.slowest_commit)]),
+        ("connections", "gauge", "open", [("", len(bus.connections))]),
+        ("parked", "gauge", "connections that wait for a message", [("", len(bus.mailboxes.parked))]),
+        ("files_bytes", "gauge", "kept by hash", [("", bus.blobs.used)]),
+    ]
+
+
+def by_name(bus: Bus) -> list[Metric]:
+    def labels(channel: str, own: str) -> str:
+        return f'{{channel="{channel}",name="{own}"}}'
+
+    now, waiting, ages = bus.store.clock(), [], []
+    for (channel, own), box in bus.mailboxes.boxes.items():
+        count = 0 if own == EVERYONE else unread(bus, channel, own, box)
+        oldest = bus.store.oldest(channel, own, box.mark()) if count else None
+        waiting.append((labels(channel, own), count))
+        ages.append((labels(channel, own), (now - oldest) / 1000000 if oldest else 0))
+    jobs = [(labels(channel, own), count) for channel, own, count in bus.store.undone()]
+    return [
+        ("unread", "gauge", "messages for a name above its cursor", waiting),
+        ("oldest_unread_seconds", "gauge", "the age of the oldest of them", ages),
+        ("undone_jobs", "gauge", "handed out at least once and not done", jobs),
+    ]
+
+
 def get_health(bus: Bus, request: Request) -> Answer:
     return ok(bus, '"ok": true')
 
@@ -3163,6 +3313,7 @@ ROUTES: dict[tuple[str, str], Callable[[Bus, Request], Answer | None]] = {
     ("GET", "/thread/"): get_thread,
     ("GET", "/log"): Bus.log,
     ("GET", "/healthz"): get_health,
+    ("GET", "/metrics"): get_metrics,
     ("GET", "/"): get_help,
     ("GET", "/bus_recv.py"): get_client,
     ("GET", "/bus_send.py"): get_client,
@@ -3197,7 +3348,7 @@ def default_path() -> str:
 def command_line(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="bus_server.py", description="A message bus for coding agents over HTTP.",
-        epilog="Beside a running bus: bus_server.py invite NAME, revoke NAME, tokens, backup COPY; "
+        epilog="Beside a running bus: bus_server.py invite NAME, revoke NAME, tokens, prune, backup COPY; "
         "in place of a stopped one: restore COPY (each with --help).")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
     parser.add_argument("--port", type=int, default=8080, help="port, 0 for a free one (%(default)s)")
@@ -3210,6 +3361,9 @@ def command_line(arguments: Sequence[str]) -> argparse.Namespace:
                         "0: keep none (%(default)s)")
     parser.add_argument("--max-attempts", type=int, default=5, metavar="N", help="a message that N workers of a queue "
                         "failed at goes to NAME.dead (%(default)s)")
+    parser.add_argument("--schemas", metavar="DIR", help="refuse messages that do not fit DIR/TYPE.json (JSON Schema; "
+                        "needs agent-bus[schemas])")
+    parser.add_argument("--strict", action="store_true", help="with --schemas: refuse a type that has none")
     parser.add_argument("--allow-host", action="append", default=[], metavar="NAME", help="a further name of this bus, "
                         "as it stands in a URL; only needed without tokens")
     parser.add_argument("--open", action="store_true", help="listen beyond this machine without any token")
@@ -3226,6 +3380,8 @@ def command_line(arguments: Sequence[str]) -> argparse.Namespace:
         parser.error("--max-attempts must be at least 1")
     if options.tls_key and not options.tls_cert:
         parser.error("--tls-key goes with --tls-cert")
+    if options.strict and not options.schemas:
+        parser.error("--strict goes with --schemas")
     if not 1024 <= options.max_body <= 9999999:
         parser.error("--max-body must be 1024 to 9999999")
     return options
@@ -3319,7 +3475,8 @@ async def serve(options: argparse.Namespace, log: Log) -> int:
         raise Unusable(f"{options.host} lets in whoever can reach it: make a token first (python3 bus_server.py invite "
                        "NAME), or say --open if something else guards it")
     bus = Bus(log, Gate(tokens, [options.host, *options.allow_host]), Storms(time.monotonic, options.rate),
-              max_body=options.max_body, keep=options.keep, blobs=options.files, verbose=options.verbose)
+              max_body=options.max_body, keep=options.keep, blobs=options.files, verbose=options.verbose,
+              schemas=Schemas(options.schemas, options.strict) if options.schemas else None)
     listener = listen(options.host, options.port)
     host, port = listener.getsockname()[:2]
     url = f"{'https' if tls else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
@@ -3425,6 +3582,62 @@ def list_tokens(arguments: Sequence[str]) -> int:
         state = f"revoked {day(row['revoked'])}" if row["revoked"] else " ".join(grants)
         print(f"{row['id']:13} {row['name']:20} {day(row['made'])} {day(used.get(row['id'])):10} {state}")
     return 0
+
+
+def prune(arguments: Sequence[str]) -> int:
+    """Remove old messages now: through the running server, which has the one connection that writes, or without it."""
+    parser = argparse.ArgumentParser(prog="bus_server.py prune", description="Remove messages that were fetched.")
+    parser.add_argument("--older", type=duration, default="30d", help="than this: 30d, 12h; 0: all (%(default)s)")
+    parser.add_argument("--pending", action="store_true", help="also those that nobody has fetched")
+    parser.add_argument("--dry-run", action="store_true", help="only say how many")
+    parser.add_argument("--db", default=default_path(), metavar="PATH", help="of the bus (%(default)s)")
+    options = parser.parse_args(arguments)
+    removal = Removal(0, wall_clock() - int(options.older * 1000000), not options.pending)
+    old, pending = count_old(options.db, removal.before)
+    going = old if options.pending else old - pending
+    stay = f"; {pending} that nobody has fetched stay: --pending removes them too" if old > going else ""
+    print(f"{old} messages are so old{stay}")
+    if going and not options.dry_run:
+        left = old - going
+        try:
+            remove_alone(options.db, removal)
+        except InUse:
+            order_file(options.db).write_text(json.dumps(removal))
+            while order_file(options.db).exists():
+                if sys.stderr.isatty():
+                    print(f"\r{count_old(options.db, removal.before)[0] - left} to go ", end="", file=sys.stderr)
+                time.sleep(Deadlines.SLOT)
+        print(f"{old - count_old(options.db, removal.before)[0]} removed")
+    return 0
+
+
+def order_file(database: str) -> pathlib.Path:
+    return pathlib.Path(f"{database}.prune")
+
+
+def count_old(path: str, before: int) -> tuple[int, int]:
+    """(messages older than a tick, those of them that nobody has fetched), read beside a running server."""
+    try:
+        with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as database:
+            row = database.execute(
+                "SELECT count(*), count(*) FILTER (WHERE tick > max(fetched, ifnull(read, 0))) "
+                "FROM messages JOIN mailboxes ON mailbox = id WHERE tick < ?", (before,)
+            ).fetchone()
+            return int(row[0]), int(row[1])
+    except sqlite3.Error as error:
+        raise Unusable(f"cannot read the database {path}: {error}") from None
+
+
+def remove_alone(path: str, removal: Removal) -> None:
+    """When no server runs."""
+    with contextlib.closing(Log(path)) as log:
+        while True:
+            batch = Batch()
+            batch.removal = removal
+            log.commit(batch)
+            if not batch.removed:
+                return
+            removal = removal._replace(above=max(batch.removed.values()))
 
 
 def day(second: int | None) -> str:
@@ -3546,7 +3759,8 @@ On the machine of {name}:
     printf 'header = "Authorization: Bearer %s"' "$AGENT_BUS_TOKEN" | curl -K - "$AGENT_BUS_URL/agents"     # a test
 """
 
-COMMANDS = {"invite": invite, "revoke": revoke, "tokens": list_tokens, "backup": backup, "restore": restore}
+COMMANDS = {"invite": invite, "revoke": revoke, "tokens": list_tokens, "prune": prune, "backup": backup,
+            "restore": restore}  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

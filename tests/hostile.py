@@ -235,7 +235,7 @@ WHOLE = [
     hiding(SEND, 400, "a request in a body that is not JSON"),
     hiding("POST /nowhere HTTP/1.1", 404, "a request in a body for no endpoint"),
     hiding("POST /recv?to=bob HTTP/1.1", 405, "a request in a body for a reading endpoint"),
-    hiding("PUT /send HTTP/1.1", 501, "a request in the body of a PUT"),
+    hiding("PUT /send HTTP/1.1", 405, "a request in the body of a PUT"),
     hiding("PATCH /send HTTP/1.1", 501, "a request in the body of a PATCH"),
     Whole("another method", (501,), head("DELETE /send HTTP/1.1", HOST)),
     Whole("TRACE", (501,), head("TRACE / HTTP/1.1", HOST)),

@@ -7,7 +7,21 @@ import sqlite3
 import pytest
 
 import bus_server
-from bus_server import EVERYONE, MIGRATIONS, NOW, PRUNE_SLICE, Batch, Log, Mark, Poll, Refused, Send, Unusable, draft
+from bus_server import (
+    EVERYONE,
+    MIGRATIONS,
+    NOW,
+    PRUNE_SLICE,
+    Batch,
+    Log,
+    Mark,
+    Poll,
+    Refused,
+    Removal,
+    Send,
+    Unusable,
+    draft,
+)
 
 
 def message(to, msg="x", sender="alice", key=None, **members):
@@ -170,17 +184,17 @@ class StoreContract:
         old = commit(store, [message("bob", str(n)) for n in range(PRUNE_SLICE + 5)], message("eve")).visible
         clock.now += 10_000_000
         commit(store, message("bob", "new"))
-        first = commit(store, before=clock.now)
+        first = commit(store, removal=Removal(0, clock.now, False))
         assert first.removed == {("default", "bob"): old[PRUNE_SLICE - 1].tick}
-        second = commit(store, before=clock.now)
+        second = commit(store, removal=Removal(0, clock.now, False))
         assert second.removed == {("default", "bob"): old[-2].tick, ("default", "eve"): old[-1].tick}
-        assert not commit(store, before=clock.now).removed and texts(store, "bob") == ["new"]
+        assert not commit(store, removal=Removal(0, clock.now, False)).removed and texts(store, "bob") == ["new"]
         rows = {row[:2]: row[6] for row in reopen().mailboxes()}
         assert rows == {("default", "bob"): old[-2].tick, ("default", "eve"): old[-1].tick}
 
     def test_removing_everything_does_not_set_the_tick_back(self, store, clock, reopen):
         last = commit(store, message("bob")).last
-        commit(store, before=clock.now + 1)
+        commit(store, removal=Removal(0, clock.now + 1, False))
         clock.now -= 3_600_000_000
         assert reopen().last == last
 
@@ -192,8 +206,8 @@ class StoreContract:
             10,
             10,
         ]
-        assert store.count_up_to("default", "nobody", 0) is None and store.first("default", "nobody") is None
-        assert store.first("default", "bob") == ticks[0]
+        assert store.count_up_to("default", "nobody", 0) is None and store.oldest("default", "nobody", 0) is None
+        assert store.oldest("default", "bob", 0) == ticks[0]
         commit(store, message("bob", ttl=5), message("bob", ttl=500))
         clock.now += 6_000_000
         assert store.count_expired("default", "bob", 0) == 1 and store.count_expired("default", "bob", 1 << 62) == 0
@@ -253,7 +267,7 @@ class TestSqlite(StoreContract):
         batch = commit(store, message("bob", "new"), message("bob", "stored", key="k"))
         refused, known = batch.sends
         assert refused.refused.status == 507 and known.receipts[0].duplicate and texts(store, "bob") == ["stored"]
-        commit(store, before=clock.now + 1)
+        commit(store, removal=Removal(0, clock.now + 1, False))
         assert texts(store, "bob") == []
 
     def test_room_that_removed_messages_left_is_room(self, store, clock, tmp_path, monkeypatch):
@@ -262,7 +276,7 @@ class TestSqlite(StoreContract):
         monkeypatch.setattr(os, "statvfs", lambda path: disk)
         monkeypatch.setattr(bus_server, "RESERVE_BYTES", disk.f_bavail * disk.f_frsize + 500_000)
         assert commit(store, message("bob")).sends[0].refused
-        commit(store, before=clock.now + 100)
+        commit(store, removal=Removal(0, clock.now + 100, False))
         assert not commit(store, message("bob")).sends[0].refused
 
     def test_what_an_earlier_process_left_in_the_wal_is_written_anew_at_start(self, store, clock, tmp_path):

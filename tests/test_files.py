@@ -1,0 +1,134 @@
+"""Files by hash: they pass in pieces, go on where they were cut, and are what they are called."""
+import contextlib
+import hashlib
+import http.client
+import os
+import pathlib
+import socket
+import subprocess
+
+import pytest
+
+from tests.processes import PATIENCE, Server, wait_until
+
+SIZE = int(os.environ.get("FILE_MB", "40")) << 20
+ROOM = 16 << 20  # bytes of memory a file may cost the server, whatever its size: buffers, and the pages of the hash
+PIECE = 1 << 20
+
+
+def ask(bus, method, path, body=None, **headers):
+    peer = http.client.HTTPConnection("127.0.0.1", bus.port, timeout=PATIENCE)
+    with contextlib.closing(peer):
+        peer.request(method, path, body, {name.replace("_", "-"): value for name, value in headers.items()})
+        answer = peer.getresponse()
+        return answer.status, answer.headers, answer.read()
+
+
+def name(data):
+    return hashlib.sha256(data).hexdigest()
+
+
+def memory(bus):
+    """Resident bytes at their highest so far."""
+    status = pathlib.Path(f"/proc/{bus.process.pid}/status").read_text()
+    return next(int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith("VmHWM"))
+
+
+def test_a_large_file_passes_both_ways_with_flat_memory(bus, tmp_path):
+    file, digest = tmp_path / "large", hashlib.sha256()
+    with file.open("wb") as out:
+        for number in range(SIZE // PIECE):
+            piece = number.to_bytes(8, "big") * (PIECE // 8)
+            digest.update(piece)
+            out.write(piece)
+    before = memory(bus)
+    with file.open("rb") as source:
+        status, _, _ = ask(bus, "PUT", f"/blob/{digest.hexdigest()}", source, Content_Length=str(SIZE))
+    assert status == 201
+    got = subprocess.run(["curl", "-sf", f"{bus.url}/blob/{digest.hexdigest()}", "-o", str(tmp_path / "got")])
+    assert got.returncode == 0
+    assert (tmp_path / "got").stat().st_size == SIZE
+    assert subprocess.run(["cmp", str(file), str(tmp_path / "got")]).returncode == 0
+    assert memory(bus) - before < ROOM
+
+
+def test_the_same_file_again_is_stored_once(bus):
+    data = b"x" * 100000
+    assert [ask(bus, "PUT", f"/blob/{name(data)}", data)[0] for _ in range(2)] == [201, 200]
+    assert b"files_bytes 100000\n" in bus.get("/metrics")
+    status, headers, body = ask(bus, "HEAD", f"/blob/{name(data)}")
+    assert (status, headers["Content-Length"], body) == (200, "100000", b"")
+
+
+def test_a_file_that_is_not_what_it_is_called_is_refused_and_gone(bus):
+    wanted = name(b"another")
+    status, _, body = ask(bus, "PUT", f"/blob/{wanted}", b"this one")
+    assert status == 422 and b"nothing was stored" in body
+    status, headers, _ = ask(bus, "HEAD", f"/blob/{wanted}")
+    assert (status, headers["Upload-Offset"]) == (404, "0")
+
+
+def test_an_interrupted_upload_goes_on_where_it_was_cut(bus):
+    data = os.urandom(300000)
+    with socket.create_connection(("127.0.0.1", bus.port)) as peer:
+        peer.sendall(f"PUT /blob/{name(data)} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 300000\r\n\r\n".encode())
+        peer.sendall(data[:100000])
+        wait_until(lambda: offset(bus, data))
+        status, _, _ = ask(bus, "PUT", f"/blob/{name(data)}", data)
+        assert status == 409, "one upload at a time"
+    wait_until(lambda: offset(bus, data) == 100000)
+    status, _, _ = ask(bus, "PUT", f"/blob/{name(data)}", data[100000:], Content_Range="bytes 100000-299999/300000")
+    assert status == 201 and ask(bus, "GET", f"/blob/{name(data)}")[2] == data
+
+
+def offset(bus, data):
+    return int(ask(bus, "HEAD", f"/blob/{name(data)}")[1].get("Upload-Offset", -1))
+
+
+def test_a_file_in_several_parts_is_complete_with_the_last(bus):
+    data = os.urandom(1000)
+    first = ask(bus, "PUT", f"/blob/{name(data)}", data[:400], Content_Range="bytes 0-399/1000")
+    assert (first[0], first[1]["Upload-Offset"]) == (202, "400")
+    wrong = ask(bus, "PUT", f"/blob/{name(data)}", data[500:], Content_Range="bytes 500-999/1000")
+    assert (wrong[0], wrong[1]["Upload-Offset"]) == (409, "400")
+    assert ask(bus, "PUT", f"/blob/{name(data)}", data[400:], Content_Range="bytes 400-999/1000")[0] == 201
+
+
+def test_a_download_goes_on_from_where_it_was(bus):
+    data = os.urandom(200000)
+    ask(bus, "PUT", f"/blob/{name(data)}", data)
+    status, headers, body = ask(bus, "GET", f"/blob/{name(data)}", Range="bytes=150000-")
+    assert (status, headers["Content-Range"], body) == (206, "bytes 150000-199999/200000", data[150000:])
+    assert ask(bus, "GET", f"/blob/{name(data)}", Range="bytes=200001-")[0] == 416
+
+
+def test_the_files_of_a_bus_have_room_of_their_own(tmp_path):
+    with Server(tmp_path / "bus.db", "--files", "1k") as bus:
+        small, other, large = b"s" * 600, b"o" * 600, b"l" * 1025
+        assert [ask(bus, "PUT", f"/blob/{name(data)}", data)[0] for data in (large, small, other)] == [413, 201, 507]
+    with Server(tmp_path / "none.db", "--files", "0") as bus:
+        assert ask(bus, "PUT", f"/blob/{name(small)}", small)[0] == 501
+
+
+def test_files_outlive_a_crash(bus):
+    data = os.urandom(1000)
+    ask(bus, "PUT", f"/blob/{name(data)}", data)
+    bus.kill()
+    bus.start()
+    assert ask(bus, "GET", f"/blob/{name(data)}")[2] == data
+
+
+@pytest.mark.parametrize("path", ["/blob/", "/blob/abc", "/blob/" + "G" * 64, "/blob/" + "A" * 64, "/blob/../bus.db"])
+def test_a_wrong_name_of_a_file_is_refused(bus, path):
+    assert ask(bus, "PUT", path, b"x")[0] == ask(bus, "GET", path)[0] == 400
+
+
+@pytest.mark.parametrize("span", ["bytes 0-0/0", "bytes 1-1/1", "bytes 0-9/5", "0-1/2", "bytes 0-99/200"])
+def test_a_wrong_range_is_refused(bus, span):
+    assert ask(bus, "PUT", f"/blob/{name(b'xy')}", b"xy", Content_Range=span)[0] == 400
+
+
+def test_put_is_for_files_only(bus):
+    status, headers, _ = ask(bus, "PUT", "/send", b"{}")
+    assert (status, headers["Allow"]) == (405, "POST, OPTIONS")
+    assert ask(bus, "PUT", "/nothing", b"")[0] == 404
