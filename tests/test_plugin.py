@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 
@@ -128,3 +129,13 @@ def test_its_repository_is_a_marketplace_from_which_it_is_installed(claude, tmp_
     (plugin,) = json.loads(claude("plugin", "list", "--json", folder=tmp_path))
     assert plugin["id"] == "agent-bus@agent-bus" and plugin["enabled"] and "errors" not in plugin
     assert "Skills (4)  agent-bus, bus-agents, bus-inbox, bus-send" in claude("plugin", "details", "agent-bus")
+
+
+@needs_claude
+def test_the_lines_of_readme_install_it_and_add_the_tools(claude):
+    readme = (ROOT / "README.md").read_text()
+    (install,) = re.findall("`(claude plugin install .*?)`", readme)
+    (add,) = re.findall("^claude mcp add .*", readme, re.MULTILINE)
+    assert "Successfully installed plugin: agent-bus@agent-bus" in claude(*shlex.split(install)[1:])
+    claude(*shlex.split(add.replace("$PWD", str(ROOT)))[1:])
+    assert re.search("^bus: .* ✔ Connected$", claude("mcp", "list"), re.MULTILINE)
