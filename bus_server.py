@@ -2126,7 +2126,7 @@ SELECT = (
 
 
 def checksum(message: Message) -> int:
-    return zlib.crc32(repr(message[:3] + message[4:7]).encode())  # sender and answers are in the text too
+    return zlib.crc32(repr(message[:3] + message[4:7]).encode())  # the text has the sender and what it answers
 
 
 class Log:
@@ -2150,10 +2150,12 @@ class Log:
             )
             prepare(self.writing, path, "memory" if memory else "wal")
             self.reading = sqlite3.connect(target, isolation_level=None, uri=memory)
+            for each in (self.writing, self.reading):  # what is no UTF-8 any more is a damaged row, not an error
+                each.text_factory = lambda text: text.decode("utf-8", "replace")
             # Dirty reads exist in :memory: only, and are harmless: the loop never asks beyond what was announced.
             self.reading.executescript("PRAGMA query_only=ON; PRAGMA read_uncommitted=ON; PRAGMA wal_autocheckpoint=0")
             self.recall()
-        except sqlite3.Error as error:
+        except (sqlite3.Error, UnicodeDecodeError) as error:  # the latter: SQLite names what it cannot read
             raise Unusable(f"cannot use the database {path}: {error}") from None
 
     def close(self) -> None:
@@ -2468,7 +2470,7 @@ class Log:
     def checked(self, row: tuple[Any, ...]) -> Message | None:
         """The message in a row, or None and a line on stderr if a bit of it has changed since it was written."""
         message = Message(*row[:8])
-        if checksum(message) == row[8]:
+        if checksum(message) == row[8] and message.text.startswith(f'"from": "{message.sender}"'):
             return message
         print(f"bus_server: {self.path}: message {message.tick:x} to {message.to} is damaged; skipped", file=sys.stderr)
         return None
@@ -2573,7 +2575,11 @@ def prepare(database: sqlite3.Connection, path: str, journal: str) -> None:
     if ask(f"PRAGMA journal_mode={journal}") != journal or ask("PRAGMA synchronous") != 2:
         raise Unusable(f"the database {path} cannot be written durably here: is this a network file system?")
     if version and journal == "wal" and os.path.getsize(path) <= CHECKED_BYTES:
-        report = ask("PRAGMA quick_check(1)")
+        report = ask("PRAGMA integrity_check(1)")
+        if report != "ok":
+            print(f"bus_server: the database {path} is damaged ({report}); making its indexes anew", file=sys.stderr)
+            database.execute("REINDEX")
+            report = ask("PRAGMA integrity_check(1)")
         if report != "ok":
             raise Unusable(f"the database {path} is damaged ({report}): restore a backup, or move it away")
     database.execute("BEGIN IMMEDIATE")

@@ -255,11 +255,36 @@ class TestSqlite(StoreContract):
         steps = [row[3] for row in store.reading.execute(f"EXPLAIN QUERY PLAN {statement}")]
         assert not [step for step in steps if "TEMP B-TREE" in step or step.startswith("SCAN")], steps
 
-    def test_a_changed_bit_is_reported_and_never_delivered(self, store, capsys):
-        commit(store, message("bob", "first"), message("bob", "pay 100"), message("bob", "last"))
-        store.writing.execute("UPDATE messages SET text = replace(text, 'pay 100', 'pay 900')")
+    @pytest.mark.parametrize(
+        "change",
+        [
+            "text = replace(text, 'pay 100', 'pay 900')",
+            "text = CAST(replace(CAST(text AS BLOB), CAST('100' AS BLOB), x'B13030') AS TEXT)",  # 1 with its top bit
+            "sender = 'malice'",
+            "tick = tick + 1",
+        ],
+        ids=["text", "no-utf-8", "sender", "tick"],
+    )
+    def test_a_changed_bit_is_reported_and_never_delivered(self, store, clock, capsys, change):
+        commit(store, message("bob", "first"), message("bob", "pay 100"))
+        clock.now += 10
+        commit(store, message("bob", "last"))
+        store.writing.execute(f"UPDATE messages SET {change} WHERE text LIKE '%pay 100%'")
         assert texts(store, "bob") == ["first", "last"]
         assert "damaged" in capsys.readouterr().err
+        commit(store, removal=Removal(0, clock.now, False))
+        assert texts(store, "bob") == ["last"], "it could not be removed"
+
+    def test_an_index_with_a_changed_bit_is_reported_and_made_anew(self, store, clock, tmp_path, capsys):
+        commit(store, message("bob", "first"), message("bob", "last"))
+        [root] = store.writing.execute("SELECT rootpage FROM sqlite_master WHERE name = 'in_order'").fetchone()
+        store.close()
+        content = bytearray((tmp_path / "bus.db").read_bytes())
+        content[root * 4096 - 2] ^= 1  # in the tick of the first message; pages are numbered from 1
+        (tmp_path / "bus.db").write_bytes(content)
+        again = Log(str(tmp_path / "bus.db"), clock)
+        assert texts(again, "bob") == ["first", "last"] and "is damaged" in capsys.readouterr().err
+        again.close()
 
     def test_a_full_disk_takes_no_message_but_knows_those_it_has_and_removes_them(self, store, clock, monkeypatch):
         commit(store, message("bob", "stored", key="k"))
