@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import pathlib
 import resource
@@ -10,8 +11,11 @@ import signal
 import sys
 import tempfile
 
-from bench import machine, peers, report, rows_programs, rows_send, rows_stored, rows_wait  # noqa: F401  (rows_* fill ROWS)
+from bench import machine, peers, report
 from bench.session import ROWS, Session, Settings
+
+for module in ("rows_send", "rows_wait", "rows_stored", "rows_programs"):  # in the order of the document
+    importlib.import_module(f"bench.{module}")
 
 
 def main() -> int:
@@ -43,7 +47,7 @@ def measure(name: str, options: argparse.Namespace) -> None:
     print(report.lines(result), flush=True)
     if options.quick:
         print("\n(a quick look: not a result)")
-    else:
+    elif not options.printed:
         report.save(name, result, moment, settings)
 
 
@@ -57,6 +61,7 @@ def command_line() -> argparse.Namespace:
     parser.add_argument("rows", nargs="*", metavar="ROW", help="a part of the name of a row; none: all of them")
     parser.add_argument("--list", action="store_true", help="the names of all rows")
     parser.add_argument("--quick", action="store_true", help="one short round of everything, printed and not written")
+    parser.add_argument("--print", action="store_true", dest="printed", help="print it, write nothing")
     parser.add_argument("--python", action="append", metavar="PATH", help="an interpreter to run the bus with; several "
                         "are measured beside each other (the one that runs this)")
     parser.add_argument("--rounds", type=int, help="of each contender (5)")

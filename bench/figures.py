@@ -88,5 +88,8 @@ def quantile(values: Sequence[float], share: float) -> float:
 def shown(value: float, unit: str = "") -> str:
     """With three digits that say something, and a blank in thousands."""
     digits = 0 if abs(value) >= 100 or not value else 1 if abs(value) >= 10 else 2 if abs(value) >= 0.1 else 4
-    text = f"{value:,.{digits}f}".replace(",", " ")
-    return text + ("x" if unit == "x" else f" {unit}" if unit else "")
+    return spaced(round(value, digits), digits) + ("x" if unit == "x" else f" {unit}" if unit else "")
+
+
+def spaced(value: float, digits: int = 0) -> str:
+    return f"{value:,.{digits}f}".replace(",", " ")

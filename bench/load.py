@@ -23,6 +23,7 @@ from bench.wires import Refused, message
 
 PATIENCE = 60  # s for an answer
 CHUNK = 1 << 18  # bytes that are read at once
+AT_ONCE = 16  # names that one poll of agent-bus may be for
 
 
 class Count(NamedTuple):
@@ -177,7 +178,8 @@ class Reader:
     PERIOD = 0.1  # s; 10,000 messages in it would be 100,000 a second for one name
 
     def __init__(self, port: int, wire: Any, names: Sequence[str]) -> None:
-        self.port, self.wire, self.names = port, wire, ",".join(names)
+        self.port, self.wire = port, wire
+        self.groups = [",".join(names[start : start + AT_ONCE]) for start in range(0, len(names), AT_ONCE)]
         self.over = threading.Event()
         self.thread = threading.Thread(target=self.run, daemon=True)
 
@@ -187,8 +189,9 @@ class Reader:
 
     def read(self) -> None:
         with Line(self.wire, self.port) as line:
-            cursor = self.wire.cursor(line.exchange(self.wire.get(f"/recv?to={self.names}&since=now")))
-            line.exchange(self.wire.get(f"/recv?to={self.names}&since={cursor}&max=1"))
+            for names in self.groups:
+                cursor = self.wire.cursor(line.exchange(self.wire.get(f"/recv?to={names}&since=now")))
+                line.exchange(self.wire.get(f"/recv?to={names}&since={cursor}&max=1"))
 
     def __enter__(self) -> None:
         self.read()

@@ -16,6 +16,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from bench import load, machine, wires
@@ -141,7 +142,7 @@ class AgentBus(HttpPeer):
 
     durable = "fsync"
     rate = ("--rate", "0")
-    listeners = ("dell", *(f"agent-{number}" for number in range(15)))  # sixteen, the most that one reader may be
+    listeners = ("dell", *(f"agent-{number}" for number in range(15)))
 
     def __init__(self, folder: pathlib.Path, python: str = sys.executable, db: pathlib.Path | None = None) -> None:
         super().__init__(folder)
@@ -160,8 +161,11 @@ class AgentBus(HttpPeer):
     def sends(self, connections: int, seconds: float) -> load.Count:
         return self.requests([self.wire.send("dell")], connections, seconds)
 
-    def requests(self, requests: list[bytes], connections: int, seconds: float) -> load.Count:
-        with load.Reader(self.port, self.wire, self.listeners):
+    def requests(
+        self, requests: Sequence[bytes], connections: int, seconds: float, names: Sequence[str] = listeners
+    ) -> load.Count:
+        """Any sends, to names that have a reader."""
+        with load.Reader(self.port, self.wire, names):
             return load.wrk(self.port, requests, connections, seconds)
 
     def cursor(self) -> str:

@@ -133,28 +133,48 @@ SENDS = {
     "16": "sixteen_senders_are_as_fast_as_redis",
     "128": "a_hundred_and_twenty_eight_senders_are_as_fast_as_redis",
 }
+WAKING, MEMORY = "a_parked_reader_is_woken_at_once", "a_parked_reader_takes_little_memory"
 
 
 def draw(found: dict[str, Result]) -> None:
-    """Sends per second of every contender on 1, 16 and 128 connections, with their spread."""
+    """Sends, waking and memory of every contender, each in its own colour, with the spread of the rounds."""
     from matplotlib import pyplot
 
-    pyplot.rcParams["svg.fonttype"] = "none"
-    pyplot.rcParams["svg.hashsalt"] = "agent-bus"  # the same figures are the same file
-    drawn = {label: found[name].figures for label, name in SENDS.items() if name in found}
-    contenders = list(dict.fromkeys(figure.contender for figures in drawn.values() for figure in figures))
-    plot, axes = pyplot.subplots(figsize=(9, 5), layout="constrained")
-    for number, contender in enumerate(contenders):
-        rows = [(place, figure) for place, figures in enumerate(drawn.values()) for figure in figures
-                if figure.contender == contender]
-        places = [place + (number + 0.5) / (len(contenders) + 1) - 0.5 for place, _ in rows]
-        medians = [figure.median for _, figure in rows]
-        low = [figure.median - min(figure.rounds) for _, figure in rows]
-        high = [max(figure.rounds) - figure.median for _, figure in rows]
-        axes.bar(places, medians, 0.9 / (len(contenders) + 1), yerr=[low, high], label=contender, capsize=2)
-    axes.set_yscale("log")
-    axes.set_xticks(range(len(drawn)), [f"{label} connections" for label in drawn])
-    axes.set_ylabel("messages per second, one in each request (logarithmic)")
-    axes.legend(fontsize="small", ncols=2)
+    pyplot.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "agent-bus"})  # the same figures, the same file
+    plot, axes = pyplot.subplots(3, figsize=(9, 12), layout="constrained", height_ratios=(3, 1, 1))
+    groups = {f"{label} connections": found[name].figures for label, name in SENDS.items() if name in found}
+    bars(axes[0], groups, "messages per second, one in each request (logarithmic)")
+    axes[0].set_yscale("log")
+    if groups:
+        axes[0].legend(fontsize="small", ncols=2)
+    ranks(axes[1], found.get(WAKING), "ms from a send until a parked reader has it, p99 (logarithmic)")
+    axes[1].set_xscale("log")
+    ranks(axes[2], found.get(MEMORY), "KB for each parked reader")
     plot.savefig(PLOT, metadata={"Date": None})
     pyplot.close(plot)
+
+
+def errors(figures: list[Figure]) -> list[list[float]]:
+    """From the median down to the least round, and up to the greatest."""
+    return [[figure.median - min(figure.rounds) for figure in figures],
+            [max(figure.rounds) - figure.median for figure in figures]]
+
+
+def bars(axes: Any, groups: dict[str, list[Figure]], label: str) -> None:
+    contenders = list(dict.fromkeys(figure.contender for figures in groups.values() for figure in figures))
+    width = 0.9 / max(1, len(contenders))
+    for number, contender in enumerate(contenders):
+        here = [(place, figure) for place, figures in enumerate(groups.values()) for figure in figures
+                if figure.contender == contender]
+        places = [place + (number + 0.5) * width - 0.45 for place, _ in here]
+        figures = [figure for _, figure in here]
+        axes.bar(places, [figure.median for figure in figures], width, yerr=errors(figures), label=contender, capsize=2)
+    axes.set_xticks(range(len(groups)), list(groups))
+    axes.set_ylabel(label)
+
+
+def ranks(axes: Any, result: Result | None, label: str) -> None:
+    figures = result.figures[::-1] if result else []
+    axes.barh([figure.contender for figure in figures], [figure.median for figure in figures], xerr=errors(figures),
+              capsize=2)
+    axes.set_xlabel(label)

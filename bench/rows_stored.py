@@ -4,10 +4,10 @@ from __future__ import annotations
 import os
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from bench import figures, stored
-from bench.figures import Claim, Result, Run, interleaved, ratios
+from bench import stored
+from bench.figures import Claim, Result, Run, interleaved, ratios, spaced
 from bench.load import Line, wrk
 from bench.peers import AgentBus, Peer, RedisPeer
 from bench.session import Session, row, warmed
@@ -16,7 +16,7 @@ from bench.wires import Refused
 
 TEN_MILLION = 10_000_000
 FEW = 1000
-NAMES = 1000  # that have the ten million
+NAMES = 100  # that have what is stored, in turn
 PAGE = 1000  # messages that a reader takes at once
 READ = 10  # messages in an answer of a random read
 PLACES = 5000  # where the random reads begin
@@ -65,73 +65,83 @@ def caught_up(peer: Peer, behind: int) -> Run:
 
 @row(first="within 15 %", goal="within 5 %")
 def sends_do_not_slow_down_with_ten_million_stored(session: Session) -> Result:
-    def run(bus: AgentBus, here: Stored, seconds: float) -> Run:
-        requests = [bus.wire.send(name) for name in here.names]  # the first 16 have a reader, the others have room
-        return session.observed(bus, lambda: bus.requests(requests, 16, seconds))
+    def runs(bus: AgentBus, here: Stored) -> dict[str, Callable[[float], Run]]:
+        requests = [bus.wire.send(name) for name in here.names]
+        return {bus.name: lambda seconds: session.observed(
+            bus, lambda: bus.requests(requests, 16, seconds, here.names))}
 
-    return grown(session, run, "messages/s")
+    session.notes.append(f"16 connections, to {NAMES} names in turn. What is sent stays, so the few become more.")
+    return grown(session, runs, "messages/s")
 
 
 @row(first="within 15 %", goal="within 5 %")
 def reads_do_not_slow_down_with_ten_million_stored(session: Session) -> Result:
-    chosen = random.Random(6)
+    def runs(bus: AgentBus, here: Stored) -> dict[str, Callable[[float], Run]]:
+        """The newest are what a live reader reads; anywhere is one that was away, and another page of the disk."""
+        last = here.messages - READ * NAMES
+        places = {bus.name: [last + number for number in range(NAMES)]}
+        if here.messages > FEW:
+            places = {f"{bus.name}, the newest": places[bus.name],
+                      f"{bus.name}, anywhere": random.Random(6).choices(range(last), k=PLACES)}
+        return {name: lambda seconds, numbers=numbers: polled(bus, here, numbers, seconds)
+                for name, numbers in places.items()}
 
-    def run(bus: AgentBus, here: Stored, seconds: float) -> Run:
-        numbers = [chosen.randrange(here.messages - READ * len(here.names)) for _ in range(PLACES)]
-        requests = [bus.wire.get(f"/recv?to={here.name(number)}&since={here.since(number)}&max={READ}")
-                    for number in numbers]
-        for request in requests[:20]:
-            if bus.ask(request).count(b"honeypots") != READ:
-                raise Refused(f"{bus.name} did not answer {READ} messages")
-        return Run(wrk(bus.port, requests, 16, seconds).rate)
-
-    session.notes.append(f"Polls on 16 connections, each from another one of {PLACES} places at random and answered "
-                         f"with {READ} messages.")
-    return grown(session, run, "polls/s")
+    session.notes.append(f"16 connections; each poll is for another of {NAMES} names and is answered with {READ} "
+                         f"messages: its newest, or those at one of {PLACES} places at random.")
+    return grown(session, runs, "polls/s")
 
 
-def grown(session: Session, measure: Callable[[AgentBus, Stored, float], Run], unit: str) -> Result:
+def polled(bus: AgentBus, here: Stored, numbers: Sequence[int], seconds: float) -> Run:
+    requests = [bus.wire.get(f"/recv?to={here.name(number)}&since={here.since(number)}&max={READ}")
+                for number in numbers]
+    for request in requests[:NAMES]:
+        if bus.ask(request).count(b"honeypots") != READ:
+            raise Refused(f"{bus.name} did not answer {READ} messages")
+    return Run(wrk(bus.port, requests, 16, seconds).rate)
+
+
+def grown(
+    session: Session, runs: Callable[[AgentBus, Stored], dict[str, Callable[[float], Run]]], unit: str
+) -> Result:
     """Ours on each Python, with few messages stored and with very many."""
-    runs, buses = {}, {}
+    pairs, buses, every = [], [], {}
     for python in session.settings.pythons:
-        for count in (FEW, many(session)):
-            bus, here = holding(session, python, count)
-            bus.name += f", {figures.shown(count)} stored"
-            buses[bus.name] = bus
-            runs[bus.name] = lambda seconds, bus=bus, here=here: measure(bus, here, seconds)
-    with session.running(list(buses.values())):
-        found = list(interleaved(warmed(runs, session.settings.seconds), session.settings.rounds, unit).values())
-    claims = [Claim(f"{much.contender}, of few", "x", ratios(much.rounds, few.rounds), 0.85, 0.95, True)
-              for few, much in zip(found[::2], found[1::2])]
-    return Result(found, claims, session.notes)
+        few, many = (runs(*holding(session, python, count, buses)) for count in (FEW, session.count(TEN_MILLION)))
+        pairs += [(next(iter(few)), much) for much in many]
+        every.update({**few, **many})
+    with session.running(buses):
+        found = interleaved(warmed(every, session.settings.seconds), session.settings.rounds, unit)
+    claims = [Claim(f"{much}, of few", "x", ratios(found[much].rounds, found[few].rounds), 0.85, 0.95, True)
+              for few, much in pairs]
+    return Result(list(found.values()), claims, session.notes)
 
 
-def many(session: Session) -> int:
-    return session.count(TEN_MILLION)
-
-
-def holding(session: Session, python: str, count: int) -> tuple[AgentBus, Stored]:
-    """A bus that has so many messages: a few for the names that have a reader, or many for a thousand names."""
-    others = [] if count <= FEW else [f"name-{number}" for number in range(NAMES - len(AgentBus.listeners))]
-    here = stored.database(session.kept, session.new_folder(), count, [*AgentBus.listeners, *others])
-    return AgentBus(here.path.parent, python, here.path), here
+def holding(session: Session, python: str, count: int, buses: list[AgentBus]) -> tuple[AgentBus, Stored]:
+    """A bus that has so many messages; it joins the others."""
+    names = [*AgentBus.listeners, *(f"name-{number}" for number in range(NAMES - len(AgentBus.listeners)))]
+    here = stored.database(session.kept, session.new_folder(), count, names)
+    bus = AgentBus(here.path.parent, python, here.path)
+    bus.name += f", {spaced(count)} stored"
+    buses.append(bus)
+    return bus, here
 
 
 @row(first="1 s", goal="0.3 s")
 def a_start_with_ten_million_stored_is_short(session: Session) -> Result:
-    runs = {}
+    runs, buses = {}, []
     for python in session.settings.pythons:
-        few, _ = holding(session, python, FEW)
-        much, _ = holding(session, python, many(session))
-        for label, bus, cold in (("few", few, False), ("many", much, False), ("many, not in memory", much, True)):
-            runs[f"{bus.name}, {label}"] = lambda bus=bus, cold=cold: started(bus, cold)
+        for count in (FEW, session.count(TEN_MILLION)):
+            bus, _ = holding(session, python, count, buses)
+            runs[bus.name] = lambda bus=bus: started(bus, cold=False)
+            if count > FEW:
+                runs[f"{bus.name}, not in memory"] = lambda bus=bus: started(bus, cold=True)
     for run in runs.values():
         run()
     found = interleaved(runs, session.settings.rounds, "s")
-    session.notes.append(f"From starting the process until the first answer to /healthz. Few is {FEW} messages, many "
-                         f"is {figures.shown(many(session))}; not in memory: the system was told to drop the database "
-                         "from its cache, as after a start of the machine.")
-    claims = [Claim(name, "s", figure.rounds, 1, 0.3, False) for name, figure in found.items() if ", many" in name]
+    session.notes.append("From starting the process until the first answer to /healthz. Not in memory: the system was "
+                         "told to drop the database from its cache, as after a start of the machine.")
+    claims = [Claim(name, "s", figure.rounds, 1, 0.3, False) for name, figure in found.items()
+              if not name.endswith(f"{spaced(FEW)} stored")]
     return Result(list(found.values()), claims, session.notes)
 
 
