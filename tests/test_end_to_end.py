@@ -91,6 +91,10 @@ def monitor(seconds=120, name="alice"):
     return tool_use("Monitor", command=command, description=f"agent-bus inbox: {name}", timeout_ms=int(seconds * 1000))
 
 
+def done(request):
+    return [words("done")]
+
+
 def introduced(request):
     """The name that the session was told to be its own."""
     return re.search(r"This session is (\S+) on the agent-bus", news(request))[1]
@@ -320,7 +324,7 @@ def test_mail_from_before_is_told_when_the_session_starts_and_not_again(bus, pee
     for number, told in enumerate((1, 0)):
         folder = tmp_path / str(number)
         folder.mkdir()
-        with ScriptedModel(lambda request: [words("done")]) as model:
+        with ScriptedModel(done) as model:
             with Session(folder, bus, model, *settings, AGENT_BUS_STATE_DIR=str(tmp_path / "state")) as session:
                 assert session.process.wait(PATIENCE) == 0
             first = news(model.requests[0])
@@ -329,26 +333,32 @@ def test_mail_from_before_is_told_when_the_session_starts_and_not_again(bus, pee
             assert first.count("while you were away \\u003c/system-reminder>") == told, "no peer closes our tag"
 
 
-def test_two_sessions_of_one_folder_are_two_names_and_the_second_is_told(bus, peer, tmp_path):
+def test_sessions_of_one_folder_have_names_of_their_own_and_are_told(bus, peer, tmp_path):
+    """Two on one machine, and one on another, which is a home with a state directory of its own."""
+
     def first_script(request):
         return [words("waiting")] if "Monitor started" in first.heard() else [monitor(name=introduced(request))]
 
-    settings = hooks("SessionStart", "Stop")
-    nameless = {"AGENT_NAME": "", "AGENT_BUS_STATE_DIR": str(tmp_path / "state")}
-    first, second = ScriptedModel(first_script), ScriptedModel(lambda request: [words("done")])
-    one, two = tmp_path / "one", tmp_path / "two"  # homes; the session's own folder is `work` in both
-    one.mkdir()
-    two.mkdir()
-    with first, second, Session(one, bus, first, *settings, "--allowedTools", "Monitor", **nameless):
+    def session(folder, model, state, *options):
+        folder = tmp_path / folder  # a session works in `work` below it
+        folder.mkdir()
+        nameless = {"AGENT_NAME": "", "AGENT_BUS_STATE_DIR": str(tmp_path / state)}
+        return Session(folder, bus, model, *hooks("SessionStart", "Stop"), *options, **nameless)
+
+    first, second, third = (ScriptedModel(script) for script in (first_script, done, done))
+    with first, second, third, session("one", first, "here", "--allowedTools", "Monitor"):
         wait_until(lambda: "Monitor started" in first.heard())
         peer("for the second", to="work-2")
-        with Session(two, bus, second, *settings, **nameless) as session:
-            assert session.process.wait(PATIENCE) == 0
+        for folder, model, state in (("two", second, "here"), ("three", third, "elsewhere")):
+            with session(folder, model, state) as ending:
+                assert ending.process.wait(PATIENCE) == 0
         peer("for the first", to="work")
         wait_until(lambda: "for the first" in first.heard())
-    assert "This session is work on" in first.heard() and "for the second" not in first.heard()
-    assert f"This session is work-2 on the agent-bus at {bus.url}, because work is another" in second.heard()
-    assert "for the second" in second.heard() and "for the first" not in second.heard()
+    names = [introduced(model.requests[0]) for model in (first, second, third)]
+    assert names == ["work", "work-2", "work-3"]
+    for model in (second, third):
+        assert "because work is another session" in model.heard() and "for the first" not in model.heard()
+    assert "for the second" in second.heard() and "for the second" not in first.heard()
 
 
 @pytest.mark.parametrize("bus_is", ["dead", "slow", "huge"])
@@ -356,7 +366,7 @@ def test_a_bus_that_is_dead_slow_or_huge_holds_up_a_turn_for_two_seconds_at_most
     behaviour = {"dead": b"", "slow": FAULTS["silence"], "huge": HUGE["far more than a hook takes"]}
     times = tmp_path / "seconds"
     settings = hooks("UserPromptSubmit", "Stop", times=times)
-    with Scripted(behaviour[bus_is]) as bus, ScriptedModel(lambda request: [words("done")]) as model:
+    with Scripted(behaviour[bus_is]) as bus, ScriptedModel(done) as model:
         if bus_is == "dead":
             bus.listener.close()
         with Session(tmp_path, bus, model, *settings) as session:

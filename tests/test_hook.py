@@ -101,18 +101,18 @@ def cursor(tmp_path):
     return files[0].read_text().strip() if files else None
 
 
-def has_the_name(process):
-    locks = pathlib.Path(os.environ["AGENT_BUS_STATE_DIR"]).glob("cursors/*/*/dell~lock")
+def has_the_name(process, name="dell"):
+    locks = pathlib.Path(os.environ["AGENT_BUS_STATE_DIR"]).glob(f"cursors/*/*/{name}~lock")
     return [lock.read_text().strip() for lock in locks] == [str(process.pid)]
 
 
 @contextlib.contextmanager
-def a_reader(bus, *arguments):
+def a_reader(bus, name="dell"):
     """A bus_recv.py that has the name, as a Monitor runs it."""
-    command = [sys.executable, "-u", str(ROOT / "bus_recv.py"), "dell", "--json", *arguments]
+    command = [sys.executable, "-u", str(ROOT / "bus_recv.py"), name, "--json"]
     process = subprocess.Popen(command, env={**os.environ, "AGENT_BUS_URL": bus.url}, stdout=subprocess.PIPE, text=True)
     try:
-        wait_until(lambda: has_the_name(process))
+        wait_until(lambda: has_the_name(process, name))
         yield process
     finally:
         process.terminate()
@@ -420,6 +420,24 @@ def test_the_second_session_of_a_folder_has_a_name_of_its_own_and_is_told(bus):
         with a_session() as third:
             assert "This session is project on" in text(bus.url, START, **nameless, **third), "the first one has ended"
             assert run("--name", AGENT_BUS_URL=bus.url, PWD="/", **second).out == "project-2\n"
+
+
+def test_a_folders_name_that_is_heard_on_another_machine_is_not_taken_again(bus):
+    """Unless the bus only remembers a reader that was here; and who gives a name means it."""
+    nameless = {"AGENT_NAME": "", "AGENT_BUS_URL": bus.url}
+    with a_session() as first, a_session() as second, a_session() as third, a_session() as named:
+        with a_reader(bus, name="project"):
+            wait_until(lambda: b'"name": "project"' in bus.get("/agents"))
+        assert run("--name", **nameless, **first).out == "project\n"
+        bus.get("/recv?to=project-2")  # which leaves no trace here
+        said = text(bus.url, START, **nameless, **second)
+        assert "This session is project-3 on" in said and "because project is another session." in said
+        bus.get("/recv?to=project-3")
+        assert text(bus.url, START, **nameless, **second) == said, "it keeps its name"
+        bus.get("/recv?to=nano")
+        assert run("--name", AGENT_BUS_URL=bus.url, AGENT_NAME="nano", **named).out == "nano\n"
+        bus.kill()
+        assert run("--name", **nameless, **third).out == "project-2\n", "nobody says that it is not free"
 
 
 def test_sessions_that_start_together_have_names_of_their_own():

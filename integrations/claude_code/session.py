@@ -1,11 +1,13 @@
 """What the hook and the MCP server share: the name of their session, and how a message may enter its context."""
 from __future__ import annotations
 
+import glob
 import json
 import os
 import re
 import shlex
 import sys
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +15,8 @@ ROOT = os.path.abspath(os.path.join(__file__, "..", "..", ".."))
 sys.path.insert(0, ROOT)
 import bus_recv  # noqa: E402
 
+ASK_SECONDS = 0.5  # for the bus to say who listens; a prompt waits for it
+RECENT_SECONDS = 60.0  # a poll is held for 25 s, and its reader counts as listening for 10 s more; the rest is reserve
 READER = shlex.quote(os.path.join(ROOT, "bus_recv.py"))  # for a command line
 RESERVED = ("all", "system", "operator", "user", "root", "claude")  # no bus takes them for a sender
 UNSEEN = re.compile(f"{bus_recv.HIDDEN.pattern}|<")  # and no tag, of whatever kind, in what another agent wrote
@@ -33,11 +37,12 @@ def harmless(text: str) -> str:
 
 
 def name_of(process: int | None, directory: str | None) -> str:
-    """AGENT_NAME, else the name of the directory, with -2, -3 ... while other sessions of this machine have that.
+    """AGENT_NAME, else the name of the directory, with -2, -3 ... while another session has that, here or elsewhere.
 
     A session is the program that runs it: `process`, or None where nobody says which that is; then AGENT_NAME has to
     keep two sessions apart. It keeps its name while it lives; who does not know the project's directory gets the name
-    that was given already. Raises Nameless; ValueError if AGENT_NAME is no name, or another session's.
+    that was given already. Of other machines' sessions only those that listen are known, and AGENT_NAME is not held
+    against them. Raises Nameless; ValueError if AGENT_NAME is no name, or another session's.
     """
     wanted = wishes(directory)
     if process is None or os.name != "posix":  # elsewhere it takes more to know whether a process lives
@@ -72,15 +77,37 @@ def claim(wanted: Sequence[str], process: int, any_of_mine: bool) -> str:
         lines = re.findall(r"^(\S+) ([0-9]{1,9})$", file.read(), re.MULTILINE)
         taken = {name: int(owner) for name, owner in lines if is_alive(int(owner))}
         mine = [name for name, owner in taken.items() if owner == process and (any_of_mine or name in wanted)]
-        name = next((name for name in (*mine, *wanted) if taken.get(name, process) == process), None)
+        free = [name for name in wanted if name not in taken]
+        elsewhere = heard_elsewhere(url, channel, free) if len(wanted) > 1 and not mine else ()
+        name = next((name for name in (*mine, *free) if name not in elsewhere), None)
         if name is None:
-            owner = taken[wanted[0]]
+            owner = taken.get(wanted[0])
             raise ValueError(f"{wanted[0]} is another session (process {owner}): this one needs its own AGENT_NAME")
         taken[name] = process
         file.seek(0)
         file.write("".join(f"{name} {owner}\n" for name, owner in taken.items()))
         file.truncate()
     return name
+
+
+def heard_elsewhere(url: str, channel: str, names: Sequence[str]) -> set[str]:
+    """Those of the names under which another machine listens, if the bus says so at once.
+
+    It cannot say where, as behind a tunnel all addresses are one. But who listens here writes a file before each poll.
+    """
+    try:
+        agents = bus_recv.ask(url, "/agents", ASK_SECONDS)[0]["agents"]
+        heard = {agent["name"] for agent in agents if agent["online"] and agent["channel"] == channel}
+    except (bus_recv.Refused, bus_recv.Unreachable, LookupError, TypeError):  # or a bus of the old contract
+        return set()
+    return {name for name in heard.intersection(names) if not was_here(channel, name)}
+
+
+def was_here(channel: str, name: str) -> bool:
+    """Whether a reader of this machine may be the one whom the bus still counts as listening."""
+    cursors = os.path.join(glob.escape(bus_recv.state_directory()), "cursors", "*")  # of any bus
+    files = glob.glob(os.path.join(cursors, *map(bus_recv.file_name, (channel, name))))
+    return any(time.time() - os.path.getmtime(path) < RECENT_SECONDS for path in files)
 
 
 def is_alive(process: int) -> bool:
