@@ -13,11 +13,12 @@ It is written in the order a message travels. Read it from top to bottom:
     Bus           sending and receiving; the only class that knows both sides
     Journal       the thread that commits; Log is the SQLite file it writes
     Mailboxes     who reads, how far, and who is parked
+    Files         blobs by their hash: they pass in pieces, past the journal
     Answers       what the wire says back, and the table of endpoints
     main          the command line, the start, the drain
 
 Two threads, no locks: the loop (asyncio) does everything but the commit, the journal thread does Log.commit and nothing
-else. They hand a Batch to each other and never touch it at the same time.
+else. They hand a Batch to each other and never touch it at the same time. (A third checks the hash of a large file.)
 
 The tick is the one number: the microsecond of the commit, made unique and increasing by the one writer. It is clock,
 order, cursor and identity at once; on the wire it is `ts` (seconds), `id` (hex), `since` and `now`. PROTOCOL.md is the
