@@ -101,6 +101,43 @@ def test_a_message_is_shown_to_who_sent_it_and_who_may_read_it(closed):
             assert status == (200 if who == sender or may_read(who, to) else 404), (sender, to, who)
 
 
+def test_work_is_handed_to_who_may_read_the_queue(closed):
+    for who, queue in itertools.product(closed.tokens, NAMES):
+        status, _ = ask(closed, "POST", "/claim", {"to": queue, "wait": 0}, closed.tokens[who])
+        assert status == (200 if may_read(who, queue) else 403), (who, queue)
+
+
+def test_a_question_is_asked_by_who_can_read_its_answer(closed):
+    for who, token in closed.tokens.items():
+        status, _ = ask(closed, "POST", "/ask?wait=0", {"to": "alice", "msg": "x"}, token)
+        assert status == (403 if who == "sensor" else 200), who
+
+
+def test_a_thread_shows_each_one_what_that_one_may_see(closed):
+    _, root = ask(closed, "POST", "/send", {"to": "dora", "msg": "root"}, closed.tokens["alice"])
+    reply = {"to": "eve", "msg": "reply", "reply_to": root["id"]}
+    ask(closed, "POST", "/send", reply, closed.tokens["dora"])
+    both = ["root", "reply"]
+    for who, seen in {"alice": ["root"], "dora": both, "eve": ["reply"], "admin": both}.items():
+        _, answer = ask(closed, "GET", f"/thread/{root['id']}", token=closed.tokens[who])
+        assert [message["msg"] for message in answer["messages"]] == seen, who
+    assert ask(closed, "GET", f"/thread/{root['id']}", token=closed.tokens["carl"])[0] == 404
+
+
+def test_a_message_is_recalled_by_its_sender_only(closed):
+    _, sent = ask(closed, "POST", "/send", {"to": "carl", "msg": "x"}, closed.tokens["eve"])
+    recalls = {who: ask(closed, "POST", "/recall", {"id": sent["id"]}, closed.tokens[who])[0] for who in NAMES}
+    assert recalls == {"alice": 404, "bob": 404, "carl": 403, "dora": 404, "eve": 200}
+
+
+def test_figures_are_for_an_operator_and_files_for_who_may_read(closed):
+    path = "/blob/" + "0" * 64
+    for who, token in closed.tokens.items():
+        assert ask(closed, "GET", "/metrics", token=token)[0] == (200 if who == "admin" else 403)
+        assert ask(closed, "GET", path, token=token)[0] == (403 if who == "sensor" else 404)
+    assert [ask(closed, method, path)[0] for method in ("GET", "PUT")] == [401, 401]
+
+
 def test_agents_and_inbox_show_counts_of_own_mailboxes_only(closed):
     for name in NAMES:
         ask(closed, "GET", f"/recv?to={name}", token=closed.tokens[name])
