@@ -27,15 +27,19 @@ def message(to: str, sender: str = "spark") -> bytes:
     return body.encode()
 
 
-class Http:
+class Wire:
+    keeps = True
+
+    def hello(self, number: int) -> list[bytes]:
+        return []
+
+
+class Http(Wire):
     """The wire of agent-bus, and of whoever has the same paths. `token` goes into each head."""
 
     def __init__(self, port: int, token: str = "", keeps: bool = True) -> None:
         self.keeps = keeps
         self.head = f"Host: 127.0.0.1:{port}\r\n" + (f"Authorization: Bearer {token}\r\n" if token else "")
-
-    def hello(self, number: int) -> list[bytes]:
-        return []
 
     def post(self, path: str, body: bytes) -> bytes:
         return f"POST {path} HTTP/1.1\r\n{self.head}Content-Length: {len(body)}\r\n\r\n".encode() + body
@@ -76,13 +80,8 @@ class Nchan(Http):
         return ""
 
 
-class Redis:
+class Redis(Wire):
     """RESP, with a stream for each name."""
-
-    keeps = True
-
-    def hello(self, number: int) -> list[bytes]:
-        return []
 
     def command(self, *words: str | bytes) -> bytes:
         parts = [word.encode() if isinstance(word, str) else word for word in words]
@@ -117,7 +116,7 @@ class Redis:
         return re.findall(rb"\r\n(\d+-\d+)\r\n", answer)[-1].decode()
 
 
-class Nats:
+class Nats(Wire):
     """JetStream: a publish with an inbox of its own, acknowledged there once it is in the stream."""
 
     def hello(self, number: int) -> list[bytes]:
@@ -148,7 +147,7 @@ class Nats:
         return 0
 
 
-class Mqtt:
+class Mqtt(Wire):
     """MQTT 3.1.1 at QoS 1: a publish is answered by its PUBACK."""
 
     def packet(self, kind: int, body: bytes) -> bytes:
