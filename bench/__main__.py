@@ -10,6 +10,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import traceback
 
 from bench import machine, peers, report
 from bench.session import ROWS, Session, Settings
@@ -30,25 +31,29 @@ def main() -> int:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers are stopped
-    for name in chosen:
-        measure(name, options)
-    return 0
+    return max(measure(name, options) for name in chosen)
 
 
-def measure(name: str, options: argparse.Namespace) -> None:
+def measure(name: str, options: argparse.Namespace) -> int:
+    """One row; what goes wrong in it does not end the others."""
     folder = pathlib.Path(tempfile.mkdtemp(prefix="agent-bus-bench-", dir=options.folder))
     settings = Settings(folder, options.python, options.rounds, options.seconds, options.quick)
-    moment = machine.moment()
+    moment, others = machine.moment(), machine.Others()
     print(f"\n{report.sentence(name)}\n", flush=True)
     try:
         result = ROWS[name].measure(Session(settings))
+    except Exception:
+        traceback.print_exc()
+        return 1
     finally:
         shutil.rmtree(folder)
-    print(report.lines(result), flush=True)
+    moment["others"] = f"{others.share():.0%}"
+    print(f"{report.lines(result)}\n\nOthers took {moment['others']} of the CPUs meanwhile.", flush=True)
     if options.quick:
-        print("\n(a quick look: not a result)")
+        print("A quick look, not a result.")
     elif not options.printed:
         report.save(name, result, moment, settings)
+    return 0
 
 
 def interpreter(path: str) -> str:

@@ -44,6 +44,31 @@ def running_seconds(pids: Iterable[int]) -> float:
     return sum(int(file.read_text().split()[0]) for file in files) / 1e9
 
 
+class Others:
+    """What of this machine's CPUs went to whom we did not start, since this was made."""
+
+    def __init__(self) -> None:
+        self.start, self.busy, self.own = time.monotonic(), busy_seconds(), own_seconds()
+
+    def share(self) -> float:
+        """Of all CPUs, with what the hypervisor took; our children count once they have ended."""
+        multiprocessing.active_children()  # waits for those that have
+        busy, own = busy_seconds() - self.busy, own_seconds() - self.own
+        return max(0, busy - own) / (time.monotonic() - self.start) / (os.cpu_count() or 1)
+
+
+def busy_seconds() -> float:
+    """Of all CPUs: everything but idle and waiting for the disk."""
+    fields = pathlib.Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
+    user, nice, system, _, _, irq, softirq, steal = map(int, fields)
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+
+def own_seconds() -> float:
+    """Of this process, and of all its children that have ended."""
+    return sum(os.times()[:4])
+
+
 def memory(pids: Iterable[int]) -> int:
     """Bytes of memory, what is shared counted once."""
     total = 0
@@ -166,10 +191,9 @@ def sample_syncs(folder: pathlib.Path) -> list[float]:
 
 
 def moment() -> dict[str, str]:
-    """When a row is measured, with what code, and what else the machine was doing."""
+    """When a row is measured, and with what code."""
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
     return {
         "date": f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d %H:%M} UTC",
         "commit": commit.stdout.strip() or "unknown",
-        "load": f"{os.getloadavg()[0]:.1f}",
     }

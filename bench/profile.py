@@ -167,11 +167,12 @@ def main() -> int:
     parser.add_argument("--print", action="store_true", dest="printed", help="print it, write nothing")
     options = parser.parse_args()
     folder = pathlib.Path(tempfile.mkdtemp(prefix="agent-bus-profile-", dir=options.folder))
-    moment = machine.moment()
+    moment, others = machine.moment(), machine.Others()
     try:
         profile = Profile(folder, interpreter(options.python), options.seconds)
         parts = [*profile.one_sender(), "", "", *profile.sixteen_senders(), "", "", *profile.below_python()]
-        about = {**machine.description(folder), "Python": output(profile.python, "--version").split()[-1], **moment}
+        about = {**machine.description(folder), "Python": output(profile.python, "--version").split()[-1], **moment,
+                 "others took": f"{others.share():.0%} of the CPUs"}
     finally:
         shutil.rmtree(folder)
     head = ["Where each microsecond of a durable send goes: written by `make profile`.", "",

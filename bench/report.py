@@ -13,6 +13,7 @@ DOCUMENT = machine.ROOT / "docs" / "performance.md"
 DATA = machine.ROOT / "docs" / "performance.json"
 PLOT = machine.ROOT / "docs" / "performance.svg"
 BEGIN, END = "<!-- written by make bench -->", "<!-- end of what make bench wrote -->"
+QUIET = 5  # % of the CPUs that others may take, the kernel's own threads included
 BUSY = 0.9  # of a CPU; a generator that took so much may have been the limit
 
 
@@ -109,10 +110,10 @@ def document(kept: dict[str, Any]) -> str:
     for name, result in found.items():
         row = kept["rows"][name]
         measured = row["measured"]
-        quiet = "" if float(measured["load"]) < 0.5 else " **The machine was not quiet.**"
+        quiet = "" if int(measured["others"].rstrip("%")) <= QUIET else " **The machine was not quiet.**"
         parts += [f"## {sentence(name)}", f"First bar: {ROWS[name].first}. Goal: {ROWS[name].goal}.", lines(result),
                   f"{row['rounds']} rounds of {row['seconds']:g} s, {measured['date']}, commit {measured['commit']}, "
-                  f"load average before: {measured['load']}.{quiet}"]
+                  f"others took {measured['others']} of the CPUs meanwhile.{quiet}"]
     return "\n\n".join(parts)
 
 
@@ -142,11 +143,11 @@ def draw(found: dict[str, Result]) -> None:
 
     pyplot.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "agent-bus"})  # the same figures, the same file
     plot, axes = pyplot.subplots(3, figsize=(9, 12), layout="constrained", height_ratios=(3, 1, 1))
-    groups = {f"{label} connections": found[name].figures for label, name in SENDS.items() if name in found}
-    bars(axes[0], groups, "messages per second, one in each request (logarithmic)")
+    groups = {label: found[name].figures for label, name in SENDS.items() if name in found}
+    bars(axes[0], groups, "messages/s, one in each request, by connections (logarithmic)")
     axes[0].set_yscale("log")
     if groups:
-        axes[0].legend(fontsize="small", ncols=2)
+        plot.legend(loc="outside upper center", fontsize="small", ncols=3)
     ranks(axes[1], found.get(WAKING), "ms from a send until a parked reader has it, p99 (logarithmic)")
     axes[1].set_xscale("log")
     ranks(axes[2], found.get(MEMORY), "KB for each parked reader")

@@ -53,7 +53,10 @@ def one_sender_is_as_fast_as_the_disk(session: Session) -> Result:
 
     figures = sends(session, 1, {LIMIT: limit})
     scratch.close()
-    return Result(list(figures.values()), against(session, figures, LIMIT, 0.7, 0.9), session.notes)
+    claims = against(session, figures, LIMIT, 0.7, 0.9)
+    if any(max(claim.rounds) > 1 for claim in claims):
+        session.notes.append("More than 1.00x is no speed: the disk changed its own between a round and the next.")
+    return Result(list(figures.values()), claims, session.notes)
 
 
 @row(first="0.6x Redis, 1.5x Starlette without fsync", goal="1.0x Redis")

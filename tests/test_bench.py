@@ -1,0 +1,163 @@
+"""The bench is not easily fooled: same bytes, whole answers, what is stored is counted, who is absent is named."""
+import contextlib
+import json
+import os
+import sys
+
+import pytest
+
+from bench import crowd, report, stored, wires
+from bench.figures import Claim, Figure, Result, Run, interleaved, quantile
+from bench.load import Count
+from bench.peers import Peer
+from bench.session import Session, Settings
+from bus_server import Log
+
+HTTP = b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nbody"
+XREAD = b"*1\r\n*2\r\n$4\r\ndell\r\n*1\r\n*2\r\n$3\r\n1-0\r\n*2\r\n$1\r\nm\r\n$2\r\nhi\r\n"
+MSG = b'PING\r\nMSG _INBOX.1 1 9\r\n{"seq":1}\r\n'
+
+
+@pytest.fixture
+def session(tmp_path):
+    return Session(Settings(tmp_path))
+
+
+@pytest.mark.parametrize("to", ["dell", "reader-12345", "all"])
+def test_everybody_sends_the_same_84_bytes_of_json(to):
+    body = wires.message(to)
+    assert len(body) == 84 and json.loads(body)["to"] == to
+    everyone = (wires.Http(1), wires.Nchan(1), wires.Redis(), wires.Nats(), wires.Mqtt())
+    assert all(body in wire.send(to) for wire in everyone)
+
+
+@pytest.mark.parametrize(
+    "wire, answer",
+    [
+        (wires.Http(1), HTTP),
+        (wires.Redis(), b"$15\r\n1795203596123-0\r\n"),
+        (wires.Redis(), XREAD),
+        (wires.Redis(), b":12\r\n"),
+        (wires.Nats(), MSG),
+        (wires.Mqtt(), b"\x40\x02\x00\x01"),
+    ],
+)
+def test_an_answer_counts_once_it_is_whole(wire, answer):
+    assert not any(wire.end(answer[:part]) for part in range(len(answer)))
+    assert wire.end(answer) == wire.end(answer + answer) == len(answer)
+
+
+@pytest.mark.parametrize(
+    "wire, answer",
+    [
+        (wires.Http(1), b"HTTP/1.1 429 Too Many Requests\r\nContent-Length: 0\r\n\r\n"),
+        (wires.Redis(), b"-OOM command not allowed\r\n"),
+        (wires.Nats(), b'MSG _INBOX.1 1 12\r\n{"error":{}}\r\n'),
+        (wires.Mqtt(), b"\x20\x02\x00\x05"),
+    ],
+)
+def test_a_refusal_is_no_answer(wire, answer):
+    with pytest.raises(wires.Refused):
+        wire.end(answer)
+
+
+class Forgetful(Peer):
+    """It stores 9 of 10 messages."""
+
+    name, program = "forgetful", "no-such-program"
+
+    def pids(self):
+        return [os.getpid()]
+
+    def stored(self, mark):
+        return 9
+
+
+def test_a_server_that_acknowledges_more_than_it_stores_is_caught(session, tmp_path):
+    peer = Forgetful(tmp_path)
+    assert session.observed(peer, lambda: Count(9, 1, 0)).value == 9
+    with pytest.raises(wires.Refused, match="acknowledged 10 messages and has 9"):
+        session.observed(peer, lambda: Count(10, 1, 0))
+
+
+def test_who_is_absent_is_skipped_by_name(session):
+    assert session.peers(Forgetful) == []
+    assert session.notes == ["forgetful was skipped: no-such-program is not installed."]
+
+
+def test_a_generator_that_took_all_of_a_cpu_is_named_as_the_limit():
+    busy = Figure("fast", "messages/s", [5.0], {"generator CPU": [0.97]})
+    calm = Figure("slow", "messages/s", [5.0], {"generator CPU": [0.3]})
+    text = report.lines(Result([busy, calm], [], []))
+    assert "| fast | ≥ 5.00 messages/s |" in text and "| slow | 5.00 messages/s |" in text
+    assert "may have been the limit" in text
+
+
+@pytest.mark.parametrize(
+    "rounds, at_least, verdict",
+    [([9, 1, 9], True, "goal met"), ([9, 3, 3], True, "first bar met"), ([9, 1, 1], True, "missed"),
+     ([9, 1, 1], False, "goal met"), ([9, 9, 1], False, "missed")],
+)
+def test_the_median_of_the_rounds_is_held_against_the_bars(rounds, at_least, verdict):
+    first, goal = (2, 5) if at_least else (5, 2)
+    assert Claim("ours", "x", rounds, first, goal, at_least).verdict == verdict
+
+
+def test_contenders_take_turns_and_each_begins_once():
+    asked = []
+
+    def run(name):
+        asked.append(name)
+        return Run(1, {"beside": 2})
+
+    found = interleaved({name: lambda name=name: run(name) for name in "abc"}, 3, "")
+    assert "".join(asked) == "abc" "bca" "cab"
+    assert found["b"].rounds == [1, 1, 1] and found["b"].beside == {"beside": [2, 2, 2]}
+
+
+def test_a_quantile_is_one_of_the_values():
+    assert [quantile(range(1, 101), share) for share in (0.5, 0.99, 1)] == [50, 99, 100]
+    assert quantile([7], 0.99) == 7
+
+
+def test_a_made_database_is_one_of_the_bus_and_its_ticks_are_known(tmp_path):
+    names = ["dell", "nano", "spark"]
+    count = stored.AT_ONCE + 5  # two transactions
+    here = stored.database(tmp_path, tmp_path / "copy", count, names)
+    with contextlib.closing(Log(str(here.path))) as log:
+        ticks = [row[0] for row in log.reading.execute("SELECT tick FROM messages ORDER BY tick")]
+        some = (0, 1, stored.AT_ONCE - 1, stored.AT_ONCE, count - 1)
+        receivers = [log.message(here.tick(number)).to for number in some]  # None if a checksum were wrong
+    assert [here.tick(number) for number in range(count)] == ticks
+    assert receivers == [here.name(number) for number in some]
+
+
+def test_only_what_stands_between_the_marks_is_written(tmp_path, monkeypatch):
+    page = tmp_path / "performance.md"
+    page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    monkeypatch.setattr(report, "DOCUMENT", page)
+    report.write("new")
+    report.write("newer")
+    assert page.read_text() == f"before\n{report.BEGIN}\n\nnewer\n\n{report.END}\nafter\n"
+    assert report.BEGIN in (report.machine.ROOT / "docs" / "performance.md").read_text()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc, which only Linux has")
+def test_a_crowd_is_parked_and_knows_when_its_last_answer_came(bus):
+    """With the bus itself as the peer."""
+
+    class Running(Peer):
+        name, wire = "agent-bus", wires.Http(1)
+
+        def pids(self):
+            return [bus.process.pid]
+
+        def cursor(self):
+            return "0"
+
+    peer = Running(None)
+    peer.port = bus.port
+    with crowd.parked(peer, ["dell"] * 3) as readers:
+        before = crowd.time.time_ns()
+        peer.ask(peer.wire.send("all"))
+        assert before < readers.last_arrival() < crowd.time.time_ns()
