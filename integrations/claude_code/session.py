@@ -41,8 +41,8 @@ def name_of(process: int | None, directory: str | None) -> str:
 
     A session is the program that runs it: `process`, or None where nobody says which that is; then AGENT_NAME has to
     keep two sessions apart. It keeps its name while it lives; who does not know the project's directory gets the name
-    that was given already. Of other machines' sessions only those that listen are known, and AGENT_NAME is not held
-    against them. Raises Nameless; ValueError if AGENT_NAME is no name, or another session's.
+    that was given already. Of other machines' sessions only those that listen are known, and AGENT_NAME is taken at
+    its word. Raises Nameless; ValueError if AGENT_NAME is no name, or another session's.
     """
     wanted = wishes(directory)
     if process is None or os.name != "posix":  # elsewhere it takes more to know whether a process lives
