@@ -577,5 +577,5 @@ def test_a_stranger_needs_five_commands_from_the_clone_to_a_message_that_an_agen
         with session:
             wait_until(lambda: model.requests)
             subprocess.run(["bash", "-c", send], cwd=clone, env={**os.environ, "AGENT_BUS_URL": server.url}, check=True)
-            wait_until(lambda: re.search(r"from=bob id=\w+\n\| are you there\?", model.heard()))
+            wait_until(lambda: "are you there?" in model.heard())  # by the monitor, or by the drain if that was first
         assert f"`python3 -u '{clone}/bus_recv.py' alice`" in news(model.requests[0]), "a command that can be run"
