@@ -1589,6 +1589,7 @@ class Bus:
         self.save_marks_soon()
         if poll.since == LAST:
             first = self.store.oldest(str(poll.channel), str(poll.me), 0)
+            self.note_removed(poll)
             return self.serve(request, self.mailboxes.resume(poll, first, self.last), presented=True)
         return self.look(request, poll)
 
@@ -1643,11 +1644,12 @@ class Bus:
     def serve(self, request: Request, poll: Poll, presented: bool = False) -> Answer | None:
         if presented:
             self.mailboxes.presented(poll)
-        gap = self.mailboxes.gap(poll)
         found: list[Message] = []
         reached = None
         if self.mailboxes.newest(poll) > poll.since:
             found, reached = self.store.after(poll, self.last)
+        self.note_removed(poll)
+        gap = self.mailboxes.gap(poll)
         if found or reached or gap or not poll.hold or self.draining:
             return delivery(self, poll, found, reached, gap)
         if not self.verbose:
@@ -1656,6 +1658,11 @@ class Bus:
         for connection in self.mailboxes.crowd(poll)[:-PARKED_PER_NAME]:
             connection.wait(State.PARKED, 0)  # the newest are still alive; not released here, as each may poll again
         return None
+
+    def note_removed(self, poll: Poll) -> None:
+        """What the batch in hand removes is gone before it is announced: who looked for it just now is told as well."""
+        if self.journal.removing:
+            self.mailboxes.removed(self.store.removed(poll))
 
     def park(self, connection: Connection, parked: Parked, patience: float = math.inf) -> None:
         """Let it wait until there is something for it, its hold is over, or `patience` (s) has passed."""
@@ -2004,7 +2011,7 @@ class Journal:
         self.log, self.committed = log, committed
         self.loop = asyncio.get_running_loop()
         self.next = Batch()
-        self.planned = self.busy = False
+        self.planned = self.busy = self.removing = False  # removing: the batch in hand does
         self.batches: queue.SimpleQueue[Batch | None] = queue.SimpleQueue()
         self.thread = threading.Thread(target=self.run, name="journal", daemon=True)
         self.thread.start()
@@ -2045,11 +2052,11 @@ class Journal:
 
     def hand_over(self) -> None:
         batch, self.next = self.next, Batch()
-        self.planned, self.busy = False, True
+        self.planned, self.busy, self.removing = False, True, batch.removal is not None
         self.batches.put(batch)
 
     def done(self, batch: Batch) -> None:
-        self.busy = False
+        self.busy = self.removing = False
         if self.planned:
             self.hand_over()
         self.committed(batch)
@@ -2307,12 +2314,12 @@ class Log:
         ).fetchall()
         for tick, channel, own, *_ in rows:
             batch.removed[channel, own] = tick
-        for table in ("messages", "work"):
-            self.writing.executemany(f"DELETE FROM {table} WHERE tick = ?", [row[:1] for row in rows])
-        self.writing.executemany(
+        self.writing.executemany(  # first, for readers of :memory:, who see the messages go
             "UPDATE mailboxes SET removed = ? WHERE channel = ? AND name = ?",
             [(tick, channel, own) for (channel, own), tick in batch.removed.items()],
         )
+        for table in ("messages", "work"):
+            self.writing.executemany(f"DELETE FROM {table} WHERE tick = ?", [row[:1] for row in rows])
         self.writing.executemany(
             f"DELETE FROM receipts WHERE mailbox = {MAILBOX} AND kind IN (0, 1) AND tick < ?",
             [(*key, tick) for key, tick in batch.removed.items()],
@@ -2444,6 +2451,15 @@ class Log:
                     found.append(message)
                     size += len(message.text)
         return found, None
+
+    def removed(self, poll: Poll) -> dict[tuple[str, str], int]:
+        """How far retention has come in each mailbox that the poll looks at."""
+        where, values = "", list[Any]()
+        if poll.me is not None:
+            where = f"AND channel = ? AND name IN ({', '.join('?' * len(poll.names))})"
+            values = [poll.channel, *poll.names]
+        rows = self.reading.execute(f"SELECT channel, name, removed FROM mailboxes WHERE removed > 0 {where}", values)
+        return {(channel, own): tick for channel, own, tick in rows.fetchall()}
 
     def message(self, tick: int, database: sqlite3.Connection | None = None) -> Message | None:
         row = (database or self.reading).execute(f"{SELECT} WHERE tick = ?", (tick,)).fetchone()

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from bus_server import Bus, Gate, Log, Poll, Send, Storms, Tokens, draft
+from bus_server import Bus, Gate, Log, Poll, Removal, Send, Storms, Tokens, draft
 from tests.processes import PATIENCE, ROOT, Server, free_port, wait_until
 
 
@@ -245,6 +245,24 @@ def test_a_failing_disk_is_503_and_the_server_ends(tmp_path):
         sends = [asyncio.ensure_future(desk.send(1)) for _ in range(3)]
         await asyncio.wait_for(desk.bus.broken.wait(), PATIENCE)
         assert [await send for send in sends] == [503, 503, 503]
+        desk.close()
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("path", ["bus.db", ":memory:"])
+def test_a_reader_is_told_of_a_gap_that_is_on_disk_and_not_yet_announced(tmp_path, path):
+    async def scenario():
+        desk = Desk(tmp_path / path if path == "bus.db" else path)
+        await desk.send(1)
+        tick = desk.bus.last
+        desk.bus.journal.remove(Removal(0, tick + 1, False))
+        await asyncio.sleep(0)  # the journal thread has it, and the loop hears of it when it is asked next
+        wait_until(lambda: desk.log.message(tick) is None)
+        for names, since in ((("b",), 0), (("c", "b"), tick - 1), ((), 0)):
+            poll = Poll(names[0] if names else None, names, "default", None, since, 10, 0, False)
+            answer = json.loads(desk.bus.serve(None, poll).body)
+            assert answer["messages"] == [] and round(answer["gap"]["to"] * 1e6) == tick
         desk.close()
 
     asyncio.run(scenario())
