@@ -2739,9 +2739,10 @@ class Mailboxes:
     def gap(self, poll: Poll) -> tuple[int, int] | None:
         """From the cursor to the last message that retention removed, if that is ahead of the cursor."""
         if poll.me is None:
-            boxes: Iterable[Mailbox] = self.boxes.values()
+            boxes = [box for (channel, own), box in self.boxes.items()
+                     if poll.channel in (None, channel) and (not poll.names or own in poll.names)]
         else:
-            boxes = (self.box(str(poll.channel), own) for own in poll.names)
+            boxes = [self.box(str(poll.channel), own) for own in poll.names]
         removed = max((box.removed for box in boxes), default=0)
         return (poll.since, removed) if removed > poll.since else None
 

@@ -140,6 +140,9 @@ def test_a_reader_behind_retention_is_told_of_the_gap(mailboxes):
     assert mailboxes.gap(poll("eve", since=10)) is None, "nothing of eve's was removed"
     assert mailboxes.gap(poll("eve", "bob", since=10)) == (10, 50)
     assert mailboxes.gap(poll(observer=True, since=10)) == (10, 50)
+    assert mailboxes.gap(poll("bob", observer=True, since=10)) == (10, 50)
+    assert mailboxes.gap(poll("eve", observer=True, since=10)) is None, "nothing it watches was removed"
+    assert mailboxes.gap(poll("bob", observer=True, since=10, channel="lab")) is None
     never = mailboxes.resume(poll("bob"), 70, 900)
     assert mailboxes.gap(never), "mail of a name that never read was removed in silence"
 
