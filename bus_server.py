@@ -3225,7 +3225,7 @@ def by_name(bus: Bus) -> list[Metric]:
         count = 0 if own == EVERYONE else unread(bus, channel, own, box)
         oldest = bus.store.oldest(channel, own, box.mark()) if count else None
         waiting.append((labels(channel, own), count))
-        ages.append((labels(channel, own), (now - oldest) / 1000000 if oldest else 0))
+        ages.append((labels(channel, own), max(now - oldest, 0) / 1000000 if oldest else 0))
     jobs = [(labels(channel, own), count) for channel, own, count in bus.store.undone()]
     return [
         ("unread", "gauge", "messages for a name above its cursor", waiting),

@@ -310,10 +310,10 @@ class Clock:
 
 
 @contextlib.asynccontextmanager
-async def a_bus(clock=time.monotonic):
-    """A bus in memory, and without a socket. Its deadlines go by `clock`."""
-    log = Log(":memory:")
-    bus = Bus(log, Gate(Tokens(log.path), []), Storms(clock, rate=0), max_body=262144, keep=0)
+async def a_bus(clock=time.monotonic, path=":memory:"):
+    """A bus without a socket, and in memory if it has no path. Its deadlines go by `clock`."""
+    log = Log(path)
+    bus = Bus(log, Gate(Tokens(log.path), []), Storms(clock, rate=0), max_body=262144, keep=0, blobs=1 << 20)
     bus.deadlines = Deadlines(clock)
     try:
         yield bus
@@ -491,6 +491,34 @@ async def test_who_reads_an_answer_in_time_gets_the_next():
             bus.sweep()
             peer.reads_on()
         assert statuses(peer.heard) == [200, 200] and not peer.aborted
+
+
+@in_process
+async def test_a_file_must_move_by_80_kib_every_10_seconds(tmp_path):
+    clock = Clock()
+    async with a_bus(clock, str(tmp_path / "bus.db")) as bus:
+        peer = Peer(bus)
+        peer.says(head(f"PUT /blob/{'0' * 64} HTTP/1.1", HOST, "Content-Length: 1000000"))
+        for piece in [b"a" * 81920] * 5 + [b"a" * 80000]:
+            clock.now += 9
+            bus.sweep()
+            assert not peer.heard
+            peer.says(piece)
+        clock.now += 1 + LATE
+        bus.sweep()
+        assert statuses(peer.heard) == [408] and peer.over.is_set()
+        peer.leaves()
+
+
+@in_process
+async def test_a_defect_is_500_in_words_and_its_log_says_why(monkeypatch, capsys):
+    async with a_bus() as bus:
+        peer = Peer(bus)
+        monkeypatch.setattr(bus.mailboxes, "boxes", None)
+        peer.says(head("GET /inbox HTTP/1.1", HOST) + SMUGGLED)
+        (answer,) = answers(peer.heard)
+        assert answer.status == 500 and answer.json()["error"] and answer.fields["connection"] == "close"
+        assert "Traceback" in capsys.readouterr().err and not bus.last
 
 
 @in_process

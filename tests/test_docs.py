@@ -6,6 +6,7 @@ import socket
 
 import pytest
 
+import test_bus
 from tests.processes import ROOT
 
 PROTOCOL = (ROOT / "PROTOCOL.md").read_text()
@@ -94,6 +95,57 @@ def test_every_example_of_the_protocol_is_what_the_bus_says(bus):
             for header in headers:
                 name = header.partition(":")[0]
                 assert translation.request(header) in real_head or name == "Bus-Id", (header, real_head)
+
+
+PROMISING = [*range(2, 4), *range(5, 16)]  # sections; 4 names tests, and what follows is for those who write a client
+MARK = re.compile(r"\[(\d+\.\d+)\]")
+
+
+def sections():
+    """The text of each section by its number, without the examples."""
+    parts = re.split(r"^## (\d+)\. ", re.sub(r"```.*?```", "", PROTOCOL, flags=re.DOTALL), flags=re.MULTILINE)
+    return {int(number): text for number, text in zip(parts[1::2], parts[2::2])}
+
+
+def promises(text):
+    """Each paragraph, item of a list and row of a table."""
+    for paragraph in filter(None, map(str.strip, text.partition("\n")[2].split("\n\n"))):
+        if paragraph.startswith("|"):
+            yield from paragraph.split("\n")[2:]
+        else:
+            yield from filter(None, re.split(r"^- ", paragraph, flags=re.MULTILINE))
+
+
+def checks():
+    """The number of each check of test_bus.py, in its order."""
+    found = [check for name, check in vars(test_bus).items() if name.startswith("test_")]
+    return [re.match(r"\d+\.\d+", check.__doc__)[0] for check in found]
+
+
+def elsewhere():
+    """The numbers that other tests show."""
+    return re.findall(r"^\| \[(\d+\.\d+)\] \| `test_", PROTOCOL, re.MULTILINE)
+
+
+@pytest.mark.parametrize("number", PROMISING)
+def test_every_promise_of_the_protocol_names_its_check(number):
+    found = [*promises(sections()[number])]
+    assert found and not [promise for promise in found if not MARK.search(promise)]
+
+
+def test_every_check_is_named_by_its_section_and_every_name_is_a_check():
+    known = checks() + elsewhere()
+    assert len(set(known)) == len(known) and len(checks()) > 80
+    for number in PROMISING:
+        named = set(MARK.findall(sections()[number]))
+        assert named <= set(known), number
+        assert {each for each in known if each.startswith(f"{number}.")} <= named, number
+    assert {int(each.partition(".")[0]) for each in known} <= set(PROMISING)
+
+
+def test_the_checks_are_in_the_order_of_their_numbers():
+    numbers = [tuple(map(int, each.split("."))) for each in checks()]
+    assert numbers == sorted(numbers)
 
 
 def test_every_promise_of_the_protocol_has_its_test():

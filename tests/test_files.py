@@ -9,6 +9,7 @@ import subprocess
 
 import pytest
 
+import bus_server
 from tests.processes import PATIENCE, Server, wait_until
 
 SIZE = int(os.environ.get("FILE_MB", "40")) << 20
@@ -108,6 +109,17 @@ def test_the_files_of_a_bus_have_room_of_their_own(tmp_path):
         assert [ask(bus, "PUT", f"/blob/{name(data)}", data)[0] for data in (large, small, other)] == [413, 201, 507]
     with Server(tmp_path / "none.db", "--files", "0") as bus:
         assert ask(bus, "PUT", f"/blob/{name(small)}", small)[0] == 501
+
+
+def test_a_file_that_nobody_asked_for_is_removed_after_keep(bus):
+    wanted, forgotten, folder = b"wanted", b"forgotten", pathlib.Path(f"{bus.db}.blobs")
+    for data in (wanted, forgotten):
+        ask(bus, "PUT", f"/blob/{name(data)}", data)
+        os.utime(folder / name(data), (1000, 1000))  # s since 1970
+    ask(bus, "GET", f"/blob/{name(wanted)}")
+    blobs = bus_server.Blobs(bus.db, SIZE)
+    blobs.forget(before=2000)
+    assert [file.name for file in folder.iterdir()] == [name(wanted)] and blobs.used == len(wanted)
 
 
 def test_files_outlive_a_crash(bus):
