@@ -60,8 +60,12 @@ class Crowd:
                 break
             if time.monotonic() > deadline:
                 raise Refused(f"{self.peer.name} did not come to rest with {self.size} readers: {load:.0%} of a CPU")
-        if sum(self.ask("count")):
-            raise Refused(f"{self.peer.name} did not park all of {self.size} readers")
+        self.check()
+
+    def check(self) -> None:
+        """They are all still parked: what was measured is not the end of their holds."""
+        if answered := sum(self.ask("count")):
+            raise Refused(f"{self.peer.name} answered {answered} of {self.size} readers that should be parked")
 
     def last_arrival(self) -> int:
         """When the last of the answers came to this machine's kernel, ns since 1970, once everybody has one.

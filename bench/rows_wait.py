@@ -54,7 +54,7 @@ def woken(peer: Peer, crowd: int, wakings: int) -> Run:
     """The reader is the one that is measured; the crowd is only there."""
     times = []
     wire, to = peer.wire, "dell"
-    with parked(peer, names(crowd)), Line(wire, peer.port) as reader, Line(wire, peer.port) as sender:
+    with parked(peer, names(crowd)) as others, Line(wire, peer.port) as reader, Line(wire, peer.port) as sender:
         cursor = peer.cursor()
         for _ in range(wakings + WARM):
             reader.ask(wire.wait(to, cursor))
@@ -65,6 +65,7 @@ def woken(peer: Peer, crowd: int, wakings: int) -> Run:
             times.append(time.perf_counter() - start)
             sender.answer()
             cursor = wire.cursor(answer)
+        others.check()
     times = [one * 1000 for one in times[WARM:]]
     return Run(quantile(times, 0.99), {"p50 ms": quantile(times, 0.5), "worst ms": max(times)})
 
@@ -126,8 +127,7 @@ def ten_thousand_parked_readers_cost_no_cpu(session: Session) -> Result:
     crowd, windows, span = session.count(10000), session.settings.rounds, 1 if session.settings.quick else 4
     with contextlib.ExitStack() as stack:
         running = stack.enter_context(session.running([*session.buses(), *session.peers(NchanPeer)]))
-        for peer in running.values():
-            stack.enter_context(parked(peer, names(crowd)))
+        crowds = [stack.enter_context(parked(peer, names(crowd))) for peer in running.values()]
         figures = {name: Figure(name, "% of a CPU", [], {}) for name in running}
         for _ in range(windows):
             before = {name: machine.running_seconds(peer.pids()) for name, peer in running.items()}
@@ -136,6 +136,8 @@ def ten_thousand_parked_readers_cost_no_cpu(session: Session) -> Result:
             share = 100 / (time.perf_counter() - start)
             for name, peer in running.items():
                 figures[name].rounds.append((machine.running_seconds(peer.pids()) - before[name]) * share)
+        for readers in crowds:
+            readers.check()
     session.notes.append(f"{crowd} readers parked at each, all at the same time; windows of {span} s in which nothing "
                          "is sent and no hold ends.")
     claims = [Claim(figure.contender, "% of a CPU", figure.rounds, 1, 0.1, False) for figure in ours(session, figures)]
