@@ -107,7 +107,7 @@ def flushes(disk: str) -> int | None:
 
 
 def filesystem(folder: pathlib.Path) -> str:
-    return subprocess.check_output(["stat", "-f", "-c", "%T", folder], text=True).strip()
+    return subprocess.check_output(["df", "--output=fstype", folder], text=True).split()[-1]
 
 
 class Scratch:

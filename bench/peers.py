@@ -294,6 +294,10 @@ class RedisPeer(Peer):
     def missing(cls) -> str:
         return super().missing() or ("" if shutil.which("redis-benchmark") else "redis-benchmark is not installed")
 
+    @classmethod
+    def version(cls) -> str:
+        return super().version().partition(" sha=")[0]
+
     def command(self) -> list[str]:
         return ["redis-server", "--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.folder),
                 "--appendonly", "yes", "--appendfsync", "always", "--auto-aof-rewrite-percentage", "0", "--save", "",
