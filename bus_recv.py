@@ -422,7 +422,7 @@ class Cursor:
         return OSError(f"the cursor cannot be saved in {self.path} ({error.strerror}): {advice}")
 
 
-def try_lock(file: IO[str]) -> bool:
+def try_lock(file: IO[Any]) -> bool:
     try:
         if sys.platform == "win32":
             import msvcrt
