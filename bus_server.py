@@ -194,28 +194,32 @@ def draft(fields: Any, key: str | None) -> Draft:
     """
     if not isinstance(fields, dict):
         raise Refused(400, "a message must be a JSON object")
-    for member in ("from", "to", "msg"):
-        if member not in fields:
-            raise Refused(400, f"{member} is missing: a message has from, to and msg")
-    sender = name(fields["from"], "from")
+    try:
+        sender, to, msg = name(fields["from"], "from"), receivers_of(fields["to"]), fields["msg"]
+    except KeyError as missing:
+        raise Refused(400, f"{missing.args[0]} is missing: a message has from, to and msg") from None
     if sender.lower() in RESERVED:
         raise Refused(400, f"from must not be {sender}: this name is reserved")
     channel = name(fields.get("channel", "default"), "channel")
-    to = receivers_of(fields["to"])
     parent = fields.get("reply_to")
-    if not isinstance(fields["msg"], str) or not isinstance(parent, (str, type(None))):
+    if not isinstance(msg, str) or not isinstance(parent, (str, type(None))):
         raise Refused(400, "msg and reply_to must be strings")
     key = fields.get("key", key)
     if key is not None and not (isinstance(key, str) and re.fullmatch(r"[!-~]{1,128}", key)):
         raise Refused(400, "key must be 1 to 128 printable ASCII characters without a space")
-    text = f'"from": "{sender}", "channel": "{channel}", "msg": {quote(fields["msg"])}'
-    rest = {member: value for member, value in fields.items() if member not in OURS}
-    if rest:
-        try:
-            text += f", {encode(rest)[1:-1]}"
-        except ValueError:
-            raise Refused(400, "a number in the message is too large for JSON") from None
+    text = f'"from": "{sender}", "channel": "{channel}", "msg": {quote(msg)}'
+    if len(fields) > 3:
+        text += further(fields)
     return Draft(channel, to, sender, text, key, lifetime(fields.get("ttl")), tick_of(parent) if parent else None)
+
+
+def further(fields: dict[str, Any]) -> str:
+    """The members that the bus passes on as they are."""
+    rest = {member: value for member, value in fields.items() if member not in OURS}
+    try:
+        return f", {encode(rest)[1:-1]}" if rest else ""
+    except ValueError:
+        raise Refused(400, "a number in the message is too large for JSON") from None
 
 
 def receivers_of(to: Any) -> tuple[str, ...]:
@@ -1410,13 +1414,13 @@ class Storms:
         now = self.clock()
         if self.rate:
             self.spend(drafts[0].sender, len(drafts), now)
-        for one in drafts:
-            if one.depth > self.DEPTH:
-                raise Refused(429, f"this is reply {one.depth} in one chain, {self.DEPTH} are allowed: stop answering; "
+        for depth in {one.depth for one in drafts}:
+            if depth > self.DEPTH:
+                raise Refused(429, f"this is reply {depth} in one chain, {self.DEPTH} are allowed: stop answering; "
                               "what is new begins a new thread, without reply_to", ("Retry-After", "600"))
-            for to in one.to:
-                if to != EVERYONE:
-                    self.turn(one, to, now)
+        for channel, sender, to in dict.fromkeys((one.channel, one.sender, to) for one in drafts for to in one.to):
+            if to != EVERYONE:
+                self.turn(channel, sender, to, now)
 
     def spend(self, sender: str, messages: int, now: float) -> None:
         left, before = self.budgets.get(sender, (self.BURST, now))
@@ -1427,18 +1431,18 @@ class Storms:
                           ("Retry-After", str(wait)))
         self.budgets[sender] = left - messages, now
 
-    def turn(self, one: Draft, to: str, now: float) -> None:
-        pair = (one.channel, min(one.sender, to), max(one.sender, to))
-        last, turns = self.turns.get(pair, (one.sender, deque()))
-        if last != one.sender:
+    def turn(self, channel: str, sender: str, to: str, now: float) -> None:
+        pair = (channel, min(sender, to), max(sender, to))
+        last, turns = self.turns.get(pair) or (sender, deque())
+        if last != sender:
             while turns and turns[0] < now - self.WITHIN:
                 turns.popleft()
             if len(turns) >= self.TURNS:
                 wait = math.ceil(turns[0] + self.WITHIN - now)
-                raise Refused(429, f"{one.sender} and {to} have answered each other {self.TURNS} times in "
+                raise Refused(429, f"{sender} and {to} have answered each other {self.TURNS} times in "
                               f"{self.WITHIN / 60:g} minutes: stop, or wait {wait} s", ("Retry-After", str(wait)))
             turns.append(now)
-        self.turns[pair] = one.sender, turns
+        self.turns[pair] = sender, turns
 
 
 # ── Bus ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -1560,22 +1564,25 @@ class Bus:
         if self.schemas:
             for message in messages:
                 self.schemas.check(message)
-        return [self.placed(draft(request.grant.sign(message), key)) for message in messages], messages is value
+        drafts = [draft(request.grant.sign(message), key) for message in messages]
+        for channel, to in {(one.channel, to) for one in drafts for to in one.to}:
+            self.check_room(channel, to)
+        return [self.placed(one) if one.answers is not None else one for one in drafts], messages is value
 
     def check_open(self) -> None:
         if self.draining:
             raise Refused(503, "the bus is shutting down: send again in a second", ("Retry-After", "1"))
 
+    def check_room(self, channel: str, to: str) -> None:
+        """429 if a mailbox is full."""
+        count, size = pending(self, channel, to, self.mailboxes.box(channel, to))
+        if count >= MAILBOX_MESSAGES or size >= MAILBOX_BYTES:
+            raise Refused(429, f"the mailbox of {to} is full: {count} messages wait and nobody fetches them",
+                          ("Retry-After", "60"))
+
     def placed(self, one: Draft) -> Draft:
-        """The draft with its place in a chain of replies; 429 if a mailbox it is for is full."""
-        for to in one.to:
-            box = self.mailboxes.box(one.channel, to)
-            count, size = pending(self, one.channel, to, box)
-            if count >= MAILBOX_MESSAGES or size >= MAILBOX_BYTES:
-                raise Refused(429, f"the mailbox of {to} is full: {count} messages wait and nobody fetches them",
-                              ("Retry-After", "60"))
-        if one.answers is None:
-            return one
+        """An answer with its place in a chain of replies."""
+        assert one.answers is not None
         thread, depth = self.store.lineage(one.answers)
         return one._replace(thread=thread, depth=depth + 1)
 
@@ -2134,7 +2141,8 @@ SELECT = (
 
 
 def checksum(message: Message) -> int:
-    return zlib.crc32(repr(message[:3] + message[4:7]).encode())  # the text has the sender and what it answers
+    tick, channel, to, _, text, n, expires, _ = message  # the text has the sender and what it answers
+    return zlib.crc32(f"({tick}, '{channel}', '{to}', {text!r}, {n}, {expires})".encode())
 
 
 class Log:
@@ -3000,7 +3008,14 @@ def delivery(
 
 
 def acknowledged(bus: Bus, send: Send) -> Answer | None:
-    texts = [entry(bus, one, receipt) for one, receipt in zip(send.drafts, send.receipts)]
+    known: dict[tuple[str, tuple[str, ...], str], str] = {}
+    texts = []
+    for one, receipt in zip(send.drafts, send.receipts):
+        which = one.channel, one.to, one.sender
+        receiver = known.get(which)
+        if receiver is None:
+            receiver = known[which] = truth(bus, one)
+        texts.append(entry(one, receipt, receiver))
     if send.asked:
         return asked(bus, send, texts[0])
     if not send.several:
@@ -3033,23 +3048,24 @@ def handed(bus: Bus, jobs: list[Job]) -> Answer:
     return ok(bus, f'"messages": [{messages}]')
 
 
-def entry(bus: Bus, one: Draft, receipt: Receipt) -> str:
+def entry(one: Draft, receipt: Receipt, receiver: str) -> str:
     ticks = receipt.ticks
-    to = one.to[0]
     ids = "" if len(ticks) == 1 else f', "ids": {encode({each: f"{tick:x}" for each, tick in zip(one.to, ticks)})}'
-    if len(one.to) == 1 and to != EVERYONE:
-        box = bus.mailboxes.box(one.channel, to)
-        seen = seconds(box.seen) if box.seen else "null"
-        receiver = (
-            f'{{"online": {boolean(bus.mailboxes.online(box))}, "last_seen": {seen}, '
-            f'"unread": {unread(bus, one.channel, to, box)}}}'
-        )
-    else:
-        receiver = encode(receivers(bus, one))
     return (
         f'"ok": true, "ts": {seconds(ticks[-1])}, "channel": "{one.channel}", "id": "{ticks[-1]:x}"{ids}, '
         f'"duplicate": {boolean(receipt.duplicate)}, "receiver": {receiver}'
     )
+
+
+def truth(bus: Bus, one: Draft) -> str:
+    """What is known of who will read it."""
+    to = one.to[0]
+    if len(one.to) > 1 or to == EVERYONE:
+        return encode(receivers(bus, one))
+    box = bus.mailboxes.box(one.channel, to)
+    seen = seconds(box.seen) if box.seen else "null"
+    count = unread(bus, one.channel, to, box)
+    return f'{{"online": {boolean(bus.mailboxes.online(box))}, "last_seen": {seen}, "unread": {count}}}'
 
 
 def receivers(bus: Bus, one: Draft) -> dict[str, int]:
