@@ -1659,6 +1659,9 @@ class Bus:
         gap = self.mailboxes.gap(poll)
         if found or reached or gap or not poll.hold or self.draining:
             return delivery(self, poll, found, reached, gap)
+        if request.peer.ended:  # it has gone while its cursor was written down
+            self.mailboxes.left(poll)
+            return delivery(self, poll, [])
         if not self.verbose:
             request.peer.request = None  # a parked reader is small: its poll says it all
         self.park(request.peer, poll._replace(token=request.grant.token))
@@ -3032,7 +3035,7 @@ def asked(bus: Bus, send: Send, text: str) -> Answer | None:
     replies = [each for each in bus.store.replies(tick) if question.wants(each)] if send.receipts[0].duplicate else []
     if replies:
         return question.found(bus, send.connection, replies)
-    if not hold or bus.draining or send.connection.state is not State.BUSY:
+    if not hold or bus.draining or send.connection.ended or send.connection.state is not State.BUSY:
         return question.nothing(bus, send.connection)
     bus.park(send.connection, question)
     return None

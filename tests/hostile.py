@@ -282,6 +282,7 @@ CUT = [
     Cut("a reader that would wait, and a GET", (200, 404), WAITING + head("GET /x HTTP/1.1", HOST)),
     Cut("two readers that would wait", (200, 200), WAITING * 2),
     Cut("a send and a reader that would wait", (200, 200), ALICE + WAITING, stored=1),
+    Cut("a question that would wait", (200,), ALICE.replace(b"/send", b"/ask"), stored=1),
 ]  # fmt: skip
 
 

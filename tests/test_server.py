@@ -129,6 +129,14 @@ def test_marks_survive_a_restart(bus):
     assert agent["name"] == "bob" and agent["last_seen"] > 0
 
 
+def test_a_reader_that_hangs_up_while_its_cursor_is_written_down_is_not_parked(bus):
+    with socket.create_connection(("127.0.0.1", bus.port), timeout=PATIENCE) as peer:
+        ahead = f"to=bob&since={time.time() + 100:.6f}&wait=60"
+        peer.sendall(f"GET /recv?{ahead} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+        peer.shutdown(socket.SHUT_WR)
+        assert b'"messages": []' in b"".join(iter(lambda: peer.recv(65536), b""))
+
+
 def test_what_expired_during_its_commit_does_not_reach_a_parked_reader(bus):
     with ThreadPoolExecutor() as pool:
         reader = pool.submit(recv, bus, "to=bob&since=0&block=true")
