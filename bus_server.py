@@ -2695,7 +2695,9 @@ class Mailboxes:
             box.until = max(box.until, now + (reader.hold or HOLD) + GRACE)
             box.seen, box.address = wall, address
         if isinstance(reader, Poll):
-            self.box(str(reader.channel), reader.names[0]).own = True
+            own = self.box(str(reader.channel), reader.names[0])
+            if not own.own:  # until now a group's: its mark is another one
+                own.own, own.base = True, None
 
     def left(self, parked: Parked) -> None:
         """A parked reader hung up. Unless another one waits there, it counts as listening for GRACE only."""

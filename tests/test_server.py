@@ -137,6 +137,17 @@ def test_a_reader_that_hangs_up_while_its_cursor_is_written_down_is_not_parked(b
         assert b'"messages": []' in b"".join(iter(lambda: peer.recv(65536), b""))
 
 
+def test_a_group_that_somebody_reads_as_their_own_has_unread_what_they_did_not_read(bus):
+    def unread():
+        return json.loads(bus.get("/inbox"))["recipients"]["default"]["team"]
+
+    send(bus, "team")
+    recv(bus, "to=bob,team&since=0")
+    assert unread() == 0
+    recv(bus, "to=team&since=now")
+    assert unread() == 1
+
+
 def test_what_expired_during_its_commit_does_not_reach_a_parked_reader(bus):
     with ThreadPoolExecutor() as pool:
         reader = pool.submit(recv, bus, "to=bob&since=0&block=true")
