@@ -3,6 +3,7 @@
 Nothing is wrong with such a bus for as long as its day is good. With $CLOCK_ERROR, a file, its wall clock is wrong by
 the seconds that are written there; FAULT=none has nothing but that.
 """
+import json
 import os
 import pathlib
 import sys
@@ -84,6 +85,15 @@ def tidy():
     bus_server.PRUNE_SECONDS = 0.2
 
 
+def stumbling():
+    """It has not thought of NaN: an error of its own, and a traceback."""
+
+    def no_constant(word):
+        raise KeyError(word)
+
+    bus_server.decode = json.JSONDecoder(parse_constant=no_constant).decode
+
+
 def step(path):
     """Make the wall clock of this process wrong by the seconds in a file."""
     right = time.time_ns
@@ -92,7 +102,7 @@ def step(path):
 
 
 FAULTS = {
-    "none": lambda: None, "hasty": hasty, "tidy": tidy,
+    "none": lambda: None, "hasty": hasty, "tidy": tidy, "stumbling": stumbling,
     "early": early, "synchronous=NORMAL": normal, "raw clock": raw_clock,
 }
 
