@@ -90,7 +90,7 @@ DIGITS = 4300  # of an integer in JSON: the limit of newer Pythons, for all; the
 PRUNE_SLICE = 500  # messages removed in one transaction: a few ms that a send may have to wait
 PRUNE_SECONDS = 60.0  # between two looks for messages that are too old
 MARKS_SECONDS = 1.0  # s a reader's cursor may be newer in memory than on disk; a crash repeats so much to `since=last`
-RESERVE_BYTES = 16 << 20  # of the disk that no message takes: to fold in the WAL (4 MiB and a batch), and to remove
+RESERVE_BYTES = 16 << 20  # of the disk that no message takes: removing messages, and marks, need room in the WAL
 CHECKED_BYTES = 64 << 20  # a database up to this size is checked whole at start; every row has its checksum anyway
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@-]{0,63}")
@@ -2252,14 +2252,17 @@ class Log:
         self.insert(rows)
 
     def has_room(self) -> bool:
-        """Is there more than RESERVE_BYTES of the disk for messages? The room of those that were removed counts."""
+        """Is there more than RESERVE_BYTES of the disk for messages, beside what folding in the WAL will take?
+
+        The room of messages that were removed counts. The WAL has no limit: while readers are busy it only grows.
+        """
         if self.path == ":memory:":
             return True
         disk = os.statvfs(self.path)
         free = disk.f_bavail * disk.f_frsize
-        if free < RESERVE_BYTES:
-            removed = "SELECT freelist_count * page_size FROM pragma_freelist_count, pragma_page_size"
-            free += self.writing.execute(removed).fetchone()[0]
+        if free < 64 * RESERVE_BYTES:  # else not worth the time to ask
+            pages = "(freelist_count - page_count) * page_size FROM pragma_freelist_count, pragma_page_count"
+            free += self.writing.execute(f"SELECT {pages}, pragma_page_size").fetchone()[0] + os.path.getsize(self.path)
         return bool(free >= RESERVE_BYTES)
 
     def insert(self, rows: list[tuple[Any, ...]]) -> None:
@@ -2600,6 +2603,7 @@ def prepare(database: sqlite3.Connection, path: str, journal: str) -> None:
         raise Unusable(f"{path} is not a database of agent-bus: choose another --db")
     database.execute("PRAGMA fullfsync=ON")  # macOS: fsync alone leaves the data in the disk's own memory
     database.execute("PRAGMA synchronous=FULL")
+    database.execute("PRAGMA secure_delete=FAST")  # Debian's SQLite would write zeros over all that is removed
     if ask(f"PRAGMA journal_mode={journal}") != journal or ask("PRAGMA synchronous") != 2:
         raise Unusable(f"the database {path} cannot be written durably here: is this a network file system?")
     if version and journal == "wal" and os.path.getsize(path) <= CHECKED_BYTES:

@@ -297,11 +297,27 @@ class TestSqlite(StoreContract):
 
     def test_room_that_removed_messages_left_is_room(self, store, clock, tmp_path, monkeypatch):
         commit(store, *[message("bob", "x" * 100_000) for _ in range(10)])
+        store.writing.execute("PRAGMA wal_checkpoint").fetchall()
         disk = os.statvfs(tmp_path)
         monkeypatch.setattr(os, "statvfs", lambda path: disk)
         monkeypatch.setattr(bus_server, "RESERVE_BYTES", disk.f_bavail * disk.f_frsize + 500_000)
         assert commit(store, message("bob")).sends[0].refused
         commit(store, removal=Removal(0, clock.now + 100, False))
+        assert not commit(store, message("bob")).sends[0].refused
+
+    def test_removing_messages_takes_little_room(self, store, clock, tmp_path):
+        commit(store, *[message("bob", "x" * 100_000) for _ in range(50)])
+        store.writing.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        commit(store, removal=Removal(0, clock.now + 100, False))
+        assert texts(store, "bob") == [] and (tmp_path / "bus.db-wal").stat().st_size < 500_000
+
+    def test_room_that_folding_in_the_wal_will_take_is_no_room(self, store, tmp_path, monkeypatch):
+        disk = os.statvfs(tmp_path)
+        monkeypatch.setattr(os, "statvfs", lambda path: disk)
+        monkeypatch.setattr(bus_server, "RESERVE_BYTES", disk.f_bavail * disk.f_frsize - 500_000)
+        assert not commit(store, *[message("bob", "x" * 100_000) for _ in range(10)]).sends[0].refused
+        assert commit(store, message("bob")).sends[0].refused
+        store.writing.execute("PRAGMA wal_checkpoint").fetchall()
         assert not commit(store, message("bob")).sends[0].refused
 
     def test_what_an_earlier_process_left_in_the_wal_is_written_anew_at_start(self, store, clock, tmp_path):
