@@ -52,14 +52,14 @@ class Server:
     def kill(self):
         """kill -9, and wait until the kernel has taken the port back."""
         self.process.kill()
-        self._reap()
+        self.reap()
 
     def stop(self):
         """SIGTERM; returns the exit code."""
         self.process.send_signal(signal.SIGTERM)
-        return self._reap()
+        return self.reap()
 
-    def _reap(self):
+    def reap(self):
         code = self.process.wait(PATIENCE)
         self.process.stdout.close()
         return code

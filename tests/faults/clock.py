@@ -21,8 +21,8 @@ HOLD, TOO_LONG = 0.5, 2.0  # s; a poll is held, and may take on a machine that h
 class SteppedServer(Server):
     """A server whose wall clock is wrong by as many seconds as `step` said."""
 
-    def __init__(self, db, *options, fault="none"):
-        self.error = db.with_suffix(".error")
+    def __init__(self, db, *options, fault="none", beside=None):
+        self.error = (beside or db.parent) / "clock.error"
         self.error.write_text("0")
         settings = faulty(fault)
         settings["env"]["CLOCK_ERROR"] = str(self.error)

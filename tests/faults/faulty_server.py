@@ -6,6 +6,7 @@ the seconds that are written there; FAULT=none has nothing but that.
 import json
 import os
 import pathlib
+import sqlite3
 import sys
 import time
 
@@ -64,6 +65,48 @@ def normal():
     bus_server.prepare = prepare_and_relax
 
 
+class Deaf:
+    """A database connection on which every COMMIT is said to have worked."""
+
+    def __init__(self, database):
+        self.database = database
+
+    def execute(self, statement, *values):
+        try:
+            return self.database.execute(statement, *values)
+        except sqlite3.Error:
+            if statement != "COMMIT":
+                raise
+            self.database.rollback()
+            return None
+
+    def __getattr__(self, name):
+        return getattr(self.database, name)
+
+
+def deaf():
+    """It does not hear what the disk says to a commit."""
+    recall = bus_server.Log.recall
+
+    def recall_and_stop_listening(log):
+        log.writing = Deaf(log.writing)
+        recall(log)
+
+    bus_server.Log.recall = recall_and_stop_listening
+
+
+def inline():
+    """It commits in the loop: while the disk is busy, nobody is served."""
+
+    def hand_over(journal):
+        batch, journal.next = journal.next, bus_server.Batch()
+        journal.planned = False
+        journal.log.commit(batch)
+        journal.committed(batch)
+
+    bus_server.Journal.hand_over = hand_over
+
+
 def raw_clock():
     """Its ticks are the wall clock, also when that stepped back."""
     append = bus_server.Log.append
@@ -102,8 +145,15 @@ def step(path):
 
 
 FAULTS = {
-    "none": lambda: None, "hasty": hasty, "tidy": tidy, "stumbling": stumbling,
-    "early": early, "synchronous=NORMAL": normal, "raw clock": raw_clock,
+    "none": lambda: None,
+    "hasty": hasty,
+    "tidy": tidy,
+    "stumbling": stumbling,
+    "early": early,
+    "synchronous=NORMAL": normal,
+    "deaf": deaf,
+    "inline": inline,
+    "raw clock": raw_clock,
 }
 
 if "CLOCK_ERROR" in os.environ:

@@ -1,7 +1,8 @@
 from tests.faults import linux, program, skipped_without
-from tests.faults.disk import mounts, not_flushed, power_cut
+from tests.faults.disk import disk_full, failing_fsync, flipped_bits, mounts, not_flushed, power_cut, slow_fsync
 
 power = skipped_without(linux, mounts, program("mkfs.ext4"))
+shim = skipped_without(linux, program("gcc"))
 
 
 @power
@@ -12,3 +13,22 @@ def test_nothing_acknowledged_is_lost_when_the_power_is_cut(tmp_path):
 @power
 def test_a_bus_that_does_not_wait_for_the_disk_is_found_out(tmp_path):
     assert any(": lost: " in violation for violation in not_flushed(tmp_path, 2).violations)
+
+
+@shim
+def test_a_bus_whose_disk_fails_ends_and_has_kept_what_it_acknowledged(tmp_path):
+    assert failing_fsync(tmp_path, 4).violations == []
+
+
+@shim
+def test_a_slow_disk_delays_nobody_but_the_senders(tmp_path):
+    assert slow_fsync(tmp_path, 1.0, pause=0.4).violations == []
+
+
+@skipped_without(linux, mounts)
+def test_a_full_disk_refuses_sends_and_nothing_else_until_there_is_room(tmp_path):
+    assert disk_full(tmp_path, 1).violations == []
+
+
+def test_a_flipped_bit_never_becomes_a_wrong_message(tmp_path):
+    assert flipped_bits(tmp_path, 8).violations == []
