@@ -216,10 +216,7 @@ def draft(fields: Any, key: str | None) -> Draft:
 def further(fields: dict[str, Any]) -> str:
     """The members that the bus passes on as they are."""
     rest = {member: value for member, value in fields.items() if member not in OURS}
-    try:
-        return f", {encode(rest)[1:-1]}" if rest else ""
-    except ValueError:
-        raise Refused(400, "a number in the message is too large for JSON") from None
+    return f", {encode(rest)[1:-1]}" if rest else ""
 
 
 def receivers_of(to: Any) -> tuple[str, ...]:
@@ -255,7 +252,16 @@ def integer(digits: str) -> int:
     return int(digits)
 
 
-decode = json.JSONDecoder(object_pairs_hook=unique, parse_constant=no_constant, parse_int=integer).decode
+def finite(number: str) -> float:
+    value = float(number)
+    if math.isinf(value):
+        raise ValueError("a number is too large for JSON")
+    return value
+
+
+decode = json.JSONDecoder(
+    object_pairs_hook=unique, parse_constant=no_constant, parse_int=integer, parse_float=finite
+).decode
 encode = json.JSONEncoder(allow_nan=False).encode  # ASCII, so that what we emit passes every terminal and every jq
 quote = json.encoder.encode_basestring_ascii
 
@@ -1556,7 +1562,7 @@ class Bus:
         if "to" in query.fields:
             fields: dict[str, Any] = {field: query.one(field) for field in query.fields if field not in ("to", "wait")}
             if "ttl" in fields:
-                fields["ttl"] = query.number("ttl", 0, 0, math.inf)
+                fields["ttl"] = query.number("ttl", 0, 0, 1e10)
             value: Any = {**fields, "to": list(query.names("to")), "msg": parse_text(request.body)}
         else:
             value = parse_json(request.body)
