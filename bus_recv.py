@@ -5,12 +5,13 @@
     python3 bus_recv.py spark reviewers --once                       # what waits, or else the first to arrive
     python3 bus_recv.py --read 660ba678a1b40                         # one message, whole
     python3 bus_recv.py spark --exec ./on_mail.sh                    # a command for each message
+    python3 bus_recv.py builds --claim --exec ./build.sh             # work: each job to one of those who do this
     python3 bus_recv.py --log --since 1h                             # look on: everybody's messages, of an hour
     for message in bus_recv.receive("spark"): ...                    # the same, in a program
 
 Read it in the order an answer travels: ask, Reader (which bus, how far, how long a poll is held), Cursor (how far, on
 disk), Outage (when there is no answer), Observer (who looks on), block (what a message looks like), the ways out (text,
-JSON, a command), main.
+JSON, a command), Worker (who takes jobs from a queue), main.
 
 A message is shown at least once. Its cursor is saved after it was written out, so a reader that is killed shows its
 last message again and never loses one; the id tells the repeat. Only a 200 with the bus's own JSON moves the cursor,
@@ -39,8 +40,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from decimal import Decimal
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 from urllib.parse import quote, urlencode, urlsplit
+
+if TYPE_CHECKING:
+    import subprocess
 
 DEFAULT_URL = "http://127.0.0.1:8080"
 HOLD_SECONDS = 25.0  # a poll may be held; under the 30 s after which common proxies cut a quiet request
@@ -110,8 +114,8 @@ def receive(
     return Reader([names] if isinstance(names, str) else names, url, channel, since, wait).messages(once, timeout)
 
 
-def ask(url: str, path: str, seconds: float) -> tuple[dict[str, Any], float]:
-    """GET `path`: the JSON of the bus, and its clock (s since 1970). Refused; Unreachable for anything else.
+def ask(url: str, path: str, seconds: float, order: dict[str, Any] | None = None) -> tuple[dict[str, Any], float]:
+    """GET `path`, or POST an order: the bus's JSON, and its clock (s since 1970). Refused; Unreachable for all else.
 
     `seconds` until the head of the answer is here; for the rest, what its length needs on a slow line.
     """
@@ -123,19 +127,20 @@ def ask(url: str, path: str, seconds: float) -> tuple[dict[str, Any], float]:
         sock = connection.sock
         sock.settimeout(seconds)
         with hung_up_after(seconds, sock):
-            connection.request("GET", prefix + path, headers={"User-Agent": agent, **who})
+            body = None if order is None else json.dumps(order).encode()
+            connection.request("POST" if body else "GET", prefix + path, body, {"User-Agent": agent, **who})
             response = connection.getresponse()
-        body = bytearray()
+        content = bytearray()
         with hung_up_after(GRACE_SECONDS + (response.length or 0) / DOWNLOAD_RATE, sock):
-            while len(body) < ANSWER_BYTES and (part := response.read(1 << 16)):
-                body += part
+            while len(content) < ANSWER_BYTES and (part := response.read(1 << 16)):
+                content += part
         if response.length:
-            raise http.client.IncompleteRead(bytes(body), response.length)
+            raise http.client.IncompleteRead(bytes(content), response.length)
     except (OSError, ValueError, http.client.HTTPException) as error:  # ValueError: a chunk of negative size
         raise Unreachable(getattr(error, "strerror", None) or str(error) or type(error).__name__) from error
     finally:
         connection.close()
-    return judged(response, body), clock_of(response)
+    return judged(response, content), clock_of(response)
 
 
 def connect(url: str, seconds: float) -> tuple[http.client.HTTPConnection, str]:
@@ -324,8 +329,7 @@ class Reader:
             if health.get("ok") is not True:
                 raise Unreachable("no JSON of a bus")
             self.take_up(health)
-        query = [*self.query, ("since", self.cursor.at), ("block", "true"), ("wait", f"{hold:.3f}")]
-        answer, self.bus_time = ask(self.url, f"{self.path}?{urlencode([*query, ('bus', str(self.bus))])}", seconds)
+        answer, self.bus_time = self.request(hold, seconds)
         if not isinstance(answer.get("messages"), list) or not DECIMAL.fullmatch(str(answer.get("now"))):
             raise Unreachable("no JSON of a bus")
         if id_of(answer) != self.bus:
@@ -339,6 +343,10 @@ class Reader:
         if "gap" in answer:
             self.announce(f"messages are gone, retention removed them before they were read: {dump(answer['gap'])}")
         return answer
+
+    def request(self, hold: float, seconds: float) -> tuple[dict[str, Any], float]:
+        query = [*self.query, ("since", self.cursor.at), ("block", "true"), ("wait", f"{hold:.3f}")]
+        return ask(self.url, f"{self.path}?{urlencode([*query, ('bus', str(self.bus))])}", seconds)
 
     def take_up(self, answer: dict[str, Any]) -> None:
         """Go on with our cursor on the bus that answers. Where the caller wants to start is meant for the first one."""
@@ -678,7 +686,8 @@ def run_command(command: str, tries: int, reader: Reader, answers: Iterator[dict
     for answer in answers:
         for message in answer["messages"]:
             for attempt in range(1, tries + 1):
-                code = run_once(command, message)
+                with running(command, message, attempt) as process:
+                    code = process.wait()
                 if code == 0:
                     break
                 reader.warn(f"the command ended with {code} for {message.get('id')}, attempt {attempt} of {tries}")
@@ -692,12 +701,115 @@ def run_command(command: str, tries: int, reader: Reader, answers: Iterator[dict
             reader.cursor.pass_over(message)
 
 
-def run_once(command: str, message: dict[str, Any]) -> int:
-    """The exit code of the command: JSON on stdin, MSG_FROM, MSG_ID, MSG_SUBJECT ... in its environment."""
-    import subprocess  # slow to import
+@contextlib.contextmanager
+def running(command: str, message: dict[str, Any], attempt: int) -> Iterator[subprocess.Popen[bytes]]:
+    """The command, which ends with this: JSON on stdin, MSG_FROM, MSG_ID, MSG_SUBJECT ... in its environment."""
+    import subprocess  # slow to import, these two
+    import tempfile
 
     fields = {f"MSG_{name.upper()}": str(message.get(name, ""))[:1000] for name in HEAD if name != "age"}
-    return subprocess.run(command, shell=True, input=dump(message).encode(), env={**os.environ, **fields}).returncode
+    environment = {**os.environ, **fields, "AGENT_BUS_ATTEMPT": str(attempt)}
+    with tempfile.TemporaryFile() as file:  # and no pipe: nobody has to be there to fill it
+        file.write(dump(message).encode())
+        file.seek(0)
+        process = subprocess.Popen(command, shell=True, stdin=file, env=environment, start_new_session=True)
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                with contextlib.suppress(ProcessLookupError):  # it has just ended
+                    os.killpg(process.pid, signal.SIGKILL) if os.name == "posix" else process.kill()
+                process.wait()
+
+
+class Worker(Reader):
+    """Takes jobs from a queue, one at a time, and runs a command for each. What it has done is told to the bus.
+
+    A job is ours while its lease lasts. While the command runs we extend it; when the bus says that it is not ours any
+    more, another may have it, and the command is killed. The first SIGTERM lets the command end, the second one, or
+    Ctrl-C, kills it and gives the job back.
+    """
+
+    def __init__(self, names: Sequence[str], channel: str | None, command: str, lease: float) -> None:
+        if len(names) > 1:
+            raise ValueError("a worker has one queue")
+        super().__init__(names, None, channel, None, HOLD_SECONDS)
+        self.command, self.lease = command, lease
+        self.order = {"to": names[0], "channel": self.channel, "lease": lease}
+        if os.environ.get("AGENT_NAME"):
+            self.order["worker"] = os.environ["AGENT_NAME"]
+        self.at_work = self.ending = False
+
+    def stop(self, *_: Any) -> None:
+        """On SIGTERM."""
+        if self.ending or not self.at_work:
+            sys.exit(0)
+        self.ending = True
+
+    def take_up(self, answer: dict[str, Any]) -> None:
+        self.bus, self.cursor = id_of(answer), Mark("0")  # the bus remembers what is done
+
+    def request(self, hold: float, seconds: float) -> tuple[dict[str, Any], float]:
+        answer, now = ask(self.url, "/claim", seconds, {**self.order, "wait": round(hold, 3)})
+        try:
+            [(job["id"], job["lease"], int(job["attempt"])) for job in answer["messages"]]
+        except (KeyError, TypeError, ValueError):
+            raise Unreachable("no JSON of a bus") from None
+        return answer, now
+
+    def work(self, answers: Iterator[dict[str, Any]]) -> None:
+        for answer in answers:
+            for job in answer["messages"]:
+                self.at_work = True
+                self.do(job)
+                self.at_work = False
+                if self.ending:
+                    return
+
+    def do(self, job: dict[str, Any]) -> None:
+        """Run the command, and tell the bus how that ended."""
+        attempt = int(job["attempt"])
+        try:
+            with running(self.command, job, attempt) as process:
+                code = self.attend(process, job)
+        except BaseException:  # we are to end now
+            with contextlib.suppress(Refused, Unreachable):
+                self.tell("nack", job, reason="the worker was stopped")
+            raise
+        if code == 0:
+            self.settle("ack", job)
+        elif code is not None:
+            reason, delay = f"the command ended with {code}", min(FIRST_PAUSE * 2 ** (attempt - 1), LONGEST_PAUSE)
+            self.warn(f"{reason} for {job['id']}, attempt {attempt}")
+            self.settle("nack", job, reason=reason, delay=delay)
+
+    def settle(self, verb: str, job: dict[str, Any], **members: Any) -> None:
+        """Tell the bus, however long it takes: what it does not hear, another does once more."""
+        while True:
+            try:
+                return self.tell(verb, job, **members)
+            except Refused as refused:
+                return self.warn(f"{verb} of {job['id']}: {refused}")
+            except Unreachable as fault:
+                self.endure(fault, 0, math.inf)
+
+    def attend(self, process: subprocess.Popen[bytes], job: dict[str, Any]) -> int | None:
+        """The exit code of the command, or None if we lost the lease while it ran."""
+        import subprocess
+
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return process.wait(self.lease / 3)
+            try:
+                self.tell("extend", job, seconds=self.lease)
+            except Refused as refused:
+                self.warn(f"{job['id']} is given up, its command is killed: {refused}")
+                return None
+            except Unreachable as fault:
+                self.warn(f"the lease of {job['id']} is not extended yet: {fault}")
+
+    def tell(self, verb: str, job: dict[str, Any], **members: Any) -> None:
+        ask(self.url, f"/{verb}", GRACE_SECONDS, {"id": job["id"], "lease": job["lease"], **members})
 
 
 def read_one(number: str) -> int:
@@ -733,6 +845,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--exec", metavar="CMD", help="run CMD for each message: JSON on stdin, MSG_FROM ... in its "
                         "environment; the cursor moves when it ends with 0")
     parser.add_argument("--tries", type=int, default=5, metavar="N", help="of --exec, then the message goes to a file")
+    parser.add_argument("--claim", action="store_true", help="with --exec: NAME is a queue, and each message of it "
+                        "goes to one of those who do this; what fails is tried again, by any of them")
+    parser.add_argument("--lease", type=float, default=60.0, metavar="S", help="of --claim: a worker that is gone "
+                        "for S seconds loses its job to another (60)")
     parser.add_argument("--read", metavar="ID", help="print this message, whole, and end")
     parser.add_argument("--log", action="store_true", help="look on: the messages of everybody on every channel")
     parser.add_argument("--to", metavar="NAME", help="of --log: only what is for NAME; several as a,b,c")
@@ -743,6 +859,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("give at least one NAME, or --read ID, or --log")
     if (options.to or options.sender or options.no_follow) and not options.log:
         parser.error("--to, --from and --no-follow belong to --log")
+    if options.claim and not (options.names and options.exec):
+        parser.error("--claim is for a NAME with --exec")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     timeout = HOLD_SECONDS if options.once and options.timeout is None else options.timeout
     try:
@@ -751,11 +869,16 @@ def main(argv: list[str] | None = None) -> int:
         if options.log:
             return look_on(options)
         reader = Reader(options.names, None, options.channel, options.since, HOLD_SECONDS)
+        if options.claim:
+            reader = Worker(options.names, options.channel, options.exec, options.lease)
+            signal.signal(signal.SIGTERM, reader.stop)
         reader.warn = complain
         # A program that reads JSON, or a command's own output, reads nothing else.
         reader.announce = complain if options.json or options.exec else announce
         answers = reader.answers(options.once, timeout)
-        if options.exec:
+        if isinstance(reader, Worker):
+            reader.work(answers)
+        elif options.exec:
             run_command(options.exec, options.tries, reader, answers)
         elif options.json:
             show_json(reader, answers)
