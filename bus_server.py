@@ -43,6 +43,7 @@ import queue
 import re
 import resource
 import secrets
+import shutil
 import signal
 import socket
 import sqlite3
@@ -3723,9 +3724,9 @@ def signature(path: str) -> str:
 
 
 def backup(arguments: Sequence[str]) -> int:
-    """Copy a bus, also while it runs: everything acknowledged before, in one file, and its tokens beside that."""
+    """Copy a bus, also while it runs: everything acknowledged before, in one file; its tokens and files beside that."""
     parser = argparse.ArgumentParser(prog="bus_server.py backup", description="Copy a bus to COPY, also while it runs.")
-    parser.add_argument("copy", metavar="COPY", help="a file that is not there yet; the tokens go to COPY.tokens")
+    parser.add_argument("copy", metavar="COPY", help="a new file; beside it COPY.tokens and COPY.blobs")
     parser.add_argument("--db", default=default_path(), metavar="PATH", help="of the bus (%(default)s)")
     options = parser.parse_args(arguments)
     if os.path.exists(options.copy):
@@ -3734,8 +3735,9 @@ def backup(arguments: Sequence[str]) -> int:
     rows = Tokens(options.db).rows()
     if rows:
         Tokens(options.copy).change(lambda _: rows)
+    files = copy_files(options.db, options.copy)  # after the messages, which point to them
     os.rename(f"{options.copy}.new", options.copy)
-    print(f"{options.copy}: {messages} messages, {len(rows)} tokens")
+    print(f"{options.copy}: {messages} messages, {files} files, {len(rows)} tokens")
     return 0
 
 
@@ -3754,12 +3756,13 @@ def restore(arguments: Sequence[str]) -> int:
         messages = copy_database(options.copy, new, bus)
         if rows:
             Tokens(options.db).change(lambda _: rows)
+        files = copy_files(options.copy, options.db)
         give_to_folder(new, options.db)
         for suffix in ("", "-wal", "-shm"):  # so named, they stay one database
             with contextlib.suppress(FileNotFoundError):
                 os.rename(options.db + suffix, old + suffix)
         os.rename(new, options.db)
-    print(f"{options.db} is bus {bus} now, with {messages} messages")
+    print(f"{options.db} is bus {bus} now, with {messages} messages; {files} files came back")
     if os.path.exists(old):
         print(f"what was there before is in {old}")
     return 0
@@ -3774,6 +3777,26 @@ def missing_tokens(copy: str, path: str) -> list[dict[str, Any]]:
         raise Unusable(f"the bus in {copy} had tokens, and would be open without: put {copy}.tokens beside it, or make "
                        f"one first (python3 bus_server.py invite NAME --db {path})")
     return rows
+
+
+def copy_files(source: str, target: str) -> int:
+    """The files of one database that the other lacks; returns how many those were. Half of one never has its name."""
+    there, copied = pathlib.Path(f"{target}.blobs"), 0
+    try:
+        for file in pathlib.Path(f"{source}.blobs").glob("?" * 64):
+            if not (there / file.name).exists():
+                there.mkdir(mode=0o700, exist_ok=True)
+                part = there / f"{file.name}.part"
+                with contextlib.suppress(FileNotFoundError):  # retention removed it just now
+                    shutil.copy2(file, part)  # with its age
+                    give_to_folder(str(part), target)
+                    part.replace(there / file.name)
+                    copied += 1
+        if copied:
+            give_to_folder(str(there), target)
+    except OSError as error:
+        raise Unusable(f"cannot copy the files in {source}.blobs: {error.strerror}") from None
+    return copied
 
 
 def copy_database(source: str, target: str, bus: str | None = None) -> int:

@@ -1,5 +1,6 @@
 """What deploy/ holds works as it is: real proxies in front of a real bus, with only names and ports replaced."""
 import contextlib
+import hashlib
 import http.client
 import itertools
 import json
@@ -399,6 +400,30 @@ def test_a_copy_never_overwrites_and_a_running_bus_is_not_restored(tmp_path):
         assert [each.msg for each in observed(bus.url)] == ["hi"]
 
 
+def test_the_files_of_a_bus_are_copied_and_come_back(tmp_path):
+    """Whole ones only. Those that are there stay as they are."""
+    with Server(tmp_path / "bus.db") as bus:
+        names = [put(bus, data) for data in (b"one", b"two")]
+        (tmp_path / "bus.db.blobs" / f"{'0' * 64}.part").write_bytes(b"half")
+        code, said = documented("backup", tmp_path)
+        assert code == 0 and "2 files" in said
+        bus.stop()
+        assert {file.name for file in (tmp_path / "bus-copy.db.blobs").iterdir()} == set(names)
+        (tmp_path / "bus.db.blobs" / names[0]).unlink()
+        code, said = documented("restore", tmp_path)
+        assert code == 0 and "1 files" in said
+        bus.start()
+        assert [bus.get(f"/blob/{name}") for name in names] == [b"one", b"two"]
+
+
+def put(bus, data):
+    """Store a file; returns its name."""
+    digest = hashlib.sha256(data).hexdigest()
+    request = urllib.request.Request(f"{bus.url}/blob/{digest}", data, method="PUT")
+    assert urllib.request.urlopen(request, timeout=PATIENCE).status == 201
+    return digest
+
+
 @pytest.mark.parametrize("fault", ["missing", "empty", "no database", "of something else", "damaged"])
 def test_what_is_no_whole_copy_of_a_bus_is_not_restored(tmp_path, fault):
     copy = tmp_path / "bus-copy.db"
@@ -425,6 +450,7 @@ def test_what_is_no_whole_copy_of_a_bus_is_not_restored(tmp_path, fault):
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="needs root, as an operator with sudo is")
 def test_what_root_restores_belongs_to_whom_the_bus_belongs_to(tmp_path):
     with Server(tmp_path / "bus.db") as bus:
+        put(bus, b"a file")
         invite(bus, "spark")
         assert documented("backup", tmp_path)[0] == 0
     elsewhere = tmp_path / "elsewhere"
@@ -432,8 +458,11 @@ def test_what_root_restores_belongs_to_whom_the_bus_belongs_to(tmp_path):
     os.chown(elsewhere, 65534, 65533)
     for name in ("bus-copy.db", "bus-copy.db.tokens"):
         shutil.copy(tmp_path / name, elsewhere / name)
+    shutil.copytree(tmp_path / "bus-copy.db.blobs", elsewhere / "bus-copy.db.blobs")
     assert documented("restore", elsewhere)[0] == 0
-    for name in ("bus.db", "bus.db.tokens", "bus.db.lock"):
+    (file,) = (elsewhere / "bus.db.blobs").iterdir()
+    assert file.parent.stat().st_uid == 65534 and file.parent.stat().st_mode & 0o777 == 0o700
+    for name in ("bus.db", "bus.db.tokens", "bus.db.lock", file):
         status = (elsewhere / name).stat()
         assert (status.st_uid, status.st_gid, status.st_mode & 0o777) == (65534, 65533, 0o600)
 
