@@ -625,6 +625,17 @@ def emit(text: str) -> None:
         raise
 
 
+def unread() -> int:
+    """Bytes of our output that nobody has read, where the system can tell: Linux, of a socket, such as a Monitor's."""
+    try:
+        import fcntl
+        import termios
+
+        return int.from_bytes(fcntl.ioctl(1, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
+    except (ImportError, OSError):
+        return 0
+
+
 def announce(line: str) -> None:
     emit(next(pieces(visible(f"-- agent-bus: {line}".replace("\n", " ")), LINE_UNITS)) + "\n")
 
@@ -653,6 +664,8 @@ def show_blocks(reader: Reader, answers: Iterator[dict[str, Any]], settle: float
     def write(text: str, last: Any) -> None:
         pace.wait()
         emit(text)
+        while settle and unread():  # a busy watch may expire before it reads this
+            reader.clock.sleep(settle)
         reader.clock.sleep(settle)  # killed in here, we show it again
         reader.cursor.pass_over(last)
 
