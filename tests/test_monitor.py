@@ -116,7 +116,7 @@ def test_a_storm_of_large_messages_is_slowed_and_not_cut(monkeypatch):
 
 
 def test_what_a_watch_has_not_read_does_not_count_as_seen(monkeypatch):
-    """Beside six busy processes on two cores, Claude Code was seen to read 1.4 s late; at its deadline it drops the rest."""
+    """Beside six busy processes on two cores, Claude Code was seen to read 1.4 s late; its deadline drops the rest."""
     script, read_at, passed_at = Script([(0, message(1, "hi"))]), 1005.0, []
     monkeypatch.setattr(bus_recv, "emit", lambda text: None)
     monkeypatch.setattr(bus_recv, "unread", lambda: script.clock.now < read_at)
