@@ -1,0 +1,106 @@
+"""The examples run, and show what they say."""
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.processes import PATIENCE, ROOT, wait_until
+from tests.test_clients import home  # noqa: F401
+
+SECRET = b"-----BEGIN PRIVATE KEY-----\n"
+
+
+def start(name, *arguments, **env):
+    command = [sys.executable, str(ROOT / "examples" / f"{name}.py"), *map(str, arguments)]
+    whole = {"PYTHONUNBUFFERED": ""}  # lines of several processes do not mix
+    return subprocess.Popen(command, env={**os.environ, **whole, **env}, stdout=subprocess.PIPE, text=True)
+
+
+def run(name, *arguments, **env):
+    """Exit code and stdout."""
+    process = start(name, *arguments, **env)
+    out = process.communicate(timeout=3 * PATIENCE)[0]
+    return process.returncode, out
+
+
+def test_five_agents_handle_an_incident_on_a_bus_that_is_killed_twice(bus):
+    process = start("incident", AGENT_BUS_URL=bus.url)
+    heard, ends = [], ["triage: watch says", "triage: logs says"]
+    for line in process.stdout:
+        heard.append(line)
+        if ends and line.startswith(ends[0]):
+            ends.pop(0)
+            bus.kill()
+            bus.start()
+    assert process.wait(PATIENCE) == 0 and not ends
+    assert len(set(heard)) == len(heard) and sum("the cause is known" in line for line in heard) == 4
+    (url,) = (line.split()[-1] for line in heard if line.startswith("all that was said: "))
+    thread = json.loads(bus.get(url[len(bus.url) :]))["messages"]
+    assert [(one["from"], one["type"]) for one in thread[:1] + thread[-5:]] == [
+        ("watch", "alarm"), ("triage", "finding"), *[("scribe", "closed")] * 4,
+    ]  # fmt: skip
+    assert sorted(one["from"] for one in thread if one["type"] == "answer") == ["logs", "metrics"]
+    assert len(thread) == 10 and {one["reply_to"] for one in thread[1:]} < {one["id"] for one in thread}
+
+
+def test_a_queue_of_jobs_is_done_though_a_worker_dies(bus):
+    code, out = run("work_queue", AGENT_BUS_URL=bus.url)
+    *results, summary = out.splitlines()
+    assert (code, summary) == (0, "1 of 2 workers died, 6 of 6 jobs are done")
+    assert sorted(results) == [f"{n} squared is {n * n}, on attempt {2 if n == 3 else 1}" for n in range(6)]
+
+
+def hand_over(bus, directory, to, spoil=lambda source: None):
+    """Exit codes of who offers and who accepts, what both said, and what was taken, if anything."""
+    source, target = directory / f"for-{to}", directory / f"by-{to}"
+    source.write_bytes(SECRET)
+    source.chmod(0o600)
+    offering = start("handover", "offer", source, to, AGENT_BUS_URL=bus.url, AGENT_NAME="spark")
+    wait_until(lambda: to in json.loads(bus.get("/inbox"))["recipients"].get("default", {}))
+    spoil(source)
+    code, said = run("handover", "accept", target, AGENT_BUS_URL=bus.url, AGENT_NAME=to)
+    assert offering.communicate(timeout=PATIENCE)[0] == said
+    return offering.returncode, code, said, target
+
+
+def test_a_sensitive_file_changes_hands_and_never_touches_the_bus(bus, tmp_path):
+    *ends, _, target = hand_over(bus, tmp_path, "dell")
+    assert ends == [0, 0] and target.read_bytes() == SECRET and target.stat().st_mode & 0o777 == 0o600
+    log = bus.get("/log")
+    assert b"for-dell" in log and b"PRIVATE KEY" not in log
+
+
+def another(source):
+    source.write_bytes(SECRET.lower())
+
+
+def open_to_all(source):
+    source.chmod(0o644)
+
+
+def elsewhere(source):
+    source.rename(source.with_name("other"))
+    source.symlink_to(source.with_name("other"))
+
+
+@pytest.mark.parametrize("spoil, reason", [
+    (another, "hash"), (open_to_all, "mode 600"), (elsewhere, "symbolic links"), (os.unlink, "No such file"),
+])  # fmt: skip
+def test_a_file_that_is_not_what_was_offered_is_not_taken(spoil, reason, bus, tmp_path):
+    *ends, said, target = hand_over(bus, tmp_path, "dell", spoil)
+    assert ends == [1, 1] and said.startswith("not taken: ") and reason in said and not target.exists()
+
+
+def test_two_hosts_talk():
+    code, out = run("two_hosts")
+    if code == 77:
+        pytest.skip(out.strip())
+    assert code == 0 and "from=spark" in out and out.endswith("| Is T1 done?\n---\nIt is, on the other host.\n")
+
+
+def test_every_example_is_tested_and_says_what_it_shows():
+    ours = (ROOT / "tests" / "test_examples.py").read_text()
+    for example in (ROOT / "examples").glob("*.py"):
+        assert f'"{example.stem}"' in ours and "What it shows:" in example.read_text(), example
