@@ -7,7 +7,7 @@ import time
 
 from tests import new_client, old_client
 from tests.faults import Result, faulty, unless
-from tests.faults.crash import told
+from tests.faults.crash import crash, told
 from tests.faults.history import PATIENCE, Conversation, background, get
 from tests.processes import Server, wait_until
 
@@ -86,8 +86,3 @@ def hold(url, over, times):
         with contextlib.suppress(*new_client.ERRORS):
             get(url, f"/recv?to=idle&since=0&wait={HOLD}")
             times.append(time.monotonic() - began)
-
-
-def crash(bus):
-    bus.kill()
-    bus.start()

@@ -1,31 +1,42 @@
-"""The server ends again and again while others send and receive: what was acknowledged is there, once, in order."""
+"""Processes end, or stand still, while others send and receive: what was acknowledged is there, once, in order."""
 import contextlib
+import fcntl
 import itertools
+import json
+import os
 import random
+import signal
 import sqlite3
+import subprocess
+import sys
 import threading
+import time
 
 from tests import new_client, old_client
-from tests.faults import Result, faulty
-from tests.faults.history import Conversation, observed, violations
-from tests.processes import Server, wait_until
+from tests.faults import Result, faulty, unless
+from tests.faults.history import LAST, Conversation, delivered, get, observed, violations
+from tests.processes import PATIENCE, ROOT, Server, wait_until
 
-LIFE = 150  # sends that a server lives through at most; at least none: some die before their first
+LIFE = 150  # sends between two strokes of fate at most; at least none: some processes die before their first
 
 
-def storm(directory, deaths, end=Server.kill, **server):
-    """End a bus so often, each time after some sends, while three conversations go on; then ask all who were there.
+def crash(bus):
+    bus.kill()
+    bus.start()
 
-    `end` ends the process, and may do to its disk what goes with it.
+
+def storm(directory, strokes, stroke=crash, **server):
+    """Let a stroke of fate hit a bus so often, each time after some sends, while three conversations go on.
+
+    Then ask all who were there. After `stroke(bus)` it runs again.
     """
     calm = threading.Event()
     with contextlib.ExitStack() as stack:
         bus = stack.enter_context(Server(directory / "bus.db", **server))
         talks = [stack.enter_context(talk) for talk in conversations(bus.url, calm)]
-        for _ in range(deaths):
+        for _ in range(strokes):
             wait_for_sends(talks, random.randrange(LIFE))
-            end(bus)
-            bus.start()
+            stroke(bus)
         calm.set()
         found = [f"{talk.name}: {violation}" for talk in talks for violation in talk.finish()]
         everything = [each for talk in talks for each in talk.sent]
@@ -33,7 +44,7 @@ def storm(directory, deaths, end=Server.kill, **server):
         bus.stop()
     with contextlib.closing(sqlite3.connect(bus.db)) as database:
         found += [f"the database: {row[0]}" for row in database.execute("PRAGMA integrity_check") if row[0] != "ok"]
-    return Result(f"{deaths} times; {told(talks)}", found)
+    return Result(f"{strokes} times; {told(talks)}", found)
 
 
 def told(talks):
@@ -64,6 +75,96 @@ def conversations(url, calm):
         yield talk
 
 
-def early(directory, deaths=5, end=Server.kill):
+def early(directory, deaths=5, stroke=crash):
     """The control: a bus that acknowledges before it commits."""
-    return storm(directory, deaths, end, **faulty("early"))
+    return storm(directory, deaths, stroke, **faulty("early"))
+
+
+HEALTHY_WITHIN = 5.0  # s
+
+
+def standstill(directory, seconds):
+    """SIGSTOP, and after so long SIGCONT: as when a laptop sleeps. It is healthy when it answers, and stores again."""
+    recovery = []
+
+    def stroke(bus):
+        bus.process.send_signal(signal.SIGSTOP)
+        threading.Event().wait(seconds)
+        bus.process.send_signal(signal.SIGCONT)
+        began, last = time.monotonic(), get(bus.url, "/healthz")["now"]
+        wait_until(lambda: get(bus.url, "/healthz")["now"] > last)
+        recovery.append(time.monotonic() - began)
+
+    result = storm(directory, 1, stroke)
+    found = unless(recovery[0] < HEALTHY_WITHIN, f"healthy after {recovery[0]:.1f} s")
+    return Result(f"{result.figures}; healthy after {recovery[0]:.2f} s", result.violations + found)
+
+
+# The reader
+
+BATCH = 100  # messages in an answer, at most
+F_SETPIPE_SZ = 1031  # of fcntl, on Linux
+READS = 40  # messages that a reader lives through at most; about as many wait for it when it begins
+FILLING = "." * 1000  # of a message, so that an answer does not fit into a pipe
+PAUSE = 0.004  # s between two messages of a sender: what a reader that is killed all the time can keep up with
+
+
+def reader_storm(directory, deaths, script="bus_recv.py"):
+    """kill -9 of bus_recv.py, again and again, at its start or after some messages; then one reads to the end."""
+    over, lives = threading.Event(), []
+    with Server(directory / "bus.db") as bus, Conversation(new_client, bus.url, "bob") as talk:
+
+        def texts():
+            for number in itertools.count():
+                over.wait(PAUSE)
+                if over.is_set():
+                    return
+                yield f"message {number} {FILLING}"
+
+        for number in range(2):
+            talk.speak(f"sender-{number}", texts())
+        for _ in range(deaths):
+            with reading(bus, directory, script) as process:
+                lives.append(messages(itertools.islice(process.stdout, random.randrange(READS))))
+                process.kill()
+                lives[-1] += messages(process.stdout)
+        over.set()
+        talk.wait_for_senders()
+        talk.send("herald", [LAST])
+        with reading(bus, directory, script) as process:
+            deadline = threading.Timer(PATIENCE, process.kill)
+            deadline.start()
+            lives.append(messages(itertools.takewhile(lambda line: LAST.encode() not in line, process.stdout)))
+            deadline.cancel()
+            process.kill()
+            talk.sent.pop()
+    return judged(talk.sent, lives)
+
+
+@contextlib.contextmanager
+def reading(bus, directory, script):
+    """A process that reads bob's mail, and is ended inside. Its pipe is small: it is often stopped amidst an answer."""
+    environment = {**os.environ, "AGENT_BUS_URL": bus.url, "AGENT_BUS_STATE_DIR": str(directory / "state")}
+    command = [sys.executable, str(ROOT / script), "bob", "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as process:
+        fcntl.fcntl(process.stdout, F_SETPIPE_SZ, 4096)
+        yield process
+        process.wait(PATIENCE)
+
+
+def messages(lines):
+    """What a reader has said, as far as it said it whole."""
+    return [delivered(json.loads(line)) for line in lines if line.endswith(b"\n")]
+
+
+def judged(sent, lives):
+    """A Result: how often a life began with what the one before had said already, and what is wrong without that."""
+    seen, kept, repeats = set(), [], []
+    for life in lives:
+        repeats.append(sum(message in seen for message in life))
+        kept += [message for message in life if message not in seen]
+        seen.update(life)
+    found = violations(sent, kept)
+    found += unless(max(repeats) <= BATCH, f"duplicated: {max(repeats)} messages again after one end")
+    figures = f"{len(lives) - 1} times; {len(sent):,} acknowledged, {len(kept):,} delivered"
+    return Result(f"{figures}; {sum(repeats)} repeats, at most {max(repeats)} after one end", found)

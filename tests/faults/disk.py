@@ -17,7 +17,7 @@ import urllib.error
 import urllib.request
 from collections import Counter
 
-from tests import new_client, old_client
+from tests import new_client
 from tests.faults import Result, faulty, root, unless
 from tests.faults.clock import HOUR, SteppedServer
 from tests.faults.crash import storm, told
@@ -67,6 +67,7 @@ class Disk:
         bus.kill()
         self.unmount()
         self.mount()
+        bus.start()
 
     def __enter__(self):
         self.mount()
@@ -146,6 +147,7 @@ def failing_fsync(directory, failures, fault="none"):
             if turn == "fails":
                 found.extend(unless(not starts(bus), "it started on a disk that fails"))
         fsync.becomes_well()
+        bus.start()
 
     result = storm(directory, failures, fail, **fsync.settings)
     ends = f"ended {ended['once']} times after one EIO, {ended['fails']} times when it lasted"
@@ -227,7 +229,7 @@ class Persistent:
         self.statuses = Counter()
 
     def send(self, url, sender, to, msg, pause):
-        body = json.dumps({"from": sender, "to": to, "msg": msg, "key": msg.split()[0]}).encode()
+        body = new_client.keyed(sender, to, msg)
         while True:
             try:
                 with urllib.request.urlopen(f"{url}/send", body, timeout=PATIENCE) as response:
@@ -312,7 +314,7 @@ def flipped_bits(directory, flips):
     original, damaged = directory / "original.db", directory / "bus.db"
     with Server(original) as bus:
         for number in range(300):
-            old_client.send(bus.url, "ann", READERS[number % 3], f"{number} {'y' * 4 ** (number % 7)}")
+            new_client.send(bus.url, "ann", READERS[number % 3], f"{number} {'y' * 4 ** (number % 7)}")
         right = {message["id"]: message for _, message in everything(bus.url)}
         bus.stop()
     content, outcomes, found = original.read_bytes(), Counter(), []

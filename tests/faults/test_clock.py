@@ -1,7 +1,8 @@
 import pytest
 
 from tests import old_client
-from tests.faults.clock import CRASH, clock_steps, crash
+from tests.faults.clock import CRASH, clock_steps
+from tests.faults.crash import crash
 from tests.faults.history import Conversation
 from tests.processes import Server
 

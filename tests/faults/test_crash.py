@@ -1,9 +1,9 @@
 import http.client
 
 from tests import new_client
-from tests.faults.crash import early, storm
+from tests.faults.crash import early, reader_storm, standstill, storm
 from tests.faults.history import observed, tick
-from tests.processes import Server, wait_until
+from tests.processes import wait_until
 
 
 def test_nothing_acknowledged_is_lost_when_the_server_is_killed(tmp_path):
@@ -11,9 +11,26 @@ def test_nothing_acknowledged_is_lost_when_the_server_is_killed(tmp_path):
 
 
 def test_a_bus_that_acknowledges_before_it_commits_is_found_out(tmp_path_factory):
-    assert early(tmp_path_factory.mktemp("stopped"), end=Server.stop).violations == []
+    def stop(bus):
+        bus.stop()
+        bus.start()
+
+    assert early(tmp_path_factory.mktemp("stopped"), stroke=stop).violations == []
     found = early(tmp_path_factory.mktemp("killed")).violations
     assert any(": lost: " in violation for violation in found)
+
+
+def test_nothing_is_lost_while_the_server_stands_still(tmp_path):
+    assert standstill(tmp_path, 1.5).violations == []
+
+
+def test_a_reader_that_is_killed_loses_nothing_and_repeats_a_batch_at_most(tmp_path):
+    assert reader_storm(tmp_path, 12).violations == []
+
+
+def test_a_reader_that_saves_its_cursor_first_is_found_out(tmp_path):
+    found = reader_storm(tmp_path, 12, script="tests/faults/hasty_reader.py").violations
+    assert any(violation.startswith("lost") for violation in found)
 
 
 def test_a_retry_of_a_send_whose_answer_the_crash_took_is_stored_once(bus):
