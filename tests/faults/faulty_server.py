@@ -38,8 +38,8 @@ class Late:
 
 
 class EarlyLog(bus_server.Log):
-    def __init__(self, path):
-        super().__init__(path)
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
         self.reading.close()
         self.reading = self.writing  # only the one who wrote it sees what is not committed
         self.writing = Late(self.writing)
