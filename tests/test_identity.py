@@ -340,9 +340,17 @@ PAGES = [  # what a page of another site can make a browser send without asking 
 ]
 
 
+@pytest.fixture(scope="module")
+def with_a_secret(tmp_path_factory):
+    """A bus with one message, which stays unread."""
+    with Server(tmp_path_factory.mktemp("secret") / "bus.db") as bus:
+        ask(bus, "POST", "/send", {"from": "alice", "to": "bob", "msg": "secret"})
+        yield bus
+
+
 @pytest.mark.parametrize(("method", "path", "headers"), PAGES)
-def test_a_page_of_another_site_stores_and_reads_nothing(bus, method, path, headers):
-    ask(bus, "POST", "/send", {"from": "alice", "to": "bob", "msg": "secret"})
+def test_a_page_of_another_site_stores_and_reads_nothing(with_a_secret, method, path, headers):
+    bus = with_a_secret
     body = {"from": "evil", "to": "bob", "msg": "hello"} if method == "POST" else None
     status, answer = ask(bus, method, path, body, **{name.replace("-", "_"): value for name, value in headers.items()})
     assert status == 403 and "secret" not in repr(answer)

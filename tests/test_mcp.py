@@ -139,6 +139,22 @@ def client(start):
     return start()
 
 
+@pytest.fixture(scope="module")
+def one_for_all(tmp_path_factory):
+    place = tmp_path_factory.mktemp("mcp")
+    with Server(place / "bus.db") as bus:
+        client = Client(bus.url, AGENT_BUS_STATE_DIR=str(place / "state"))
+        yield client
+        client.kill()
+
+
+@pytest.fixture
+def known(one_for_all):
+    """A client that was asked other things before, and has answered them."""
+    one_for_all.answers.clear()
+    return one_for_all
+
+
 def post(msg, to="alice", sender="bob", **fields):
     return bus_send.send(to, msg, sender=sender, **fields)["id"]
 
@@ -167,8 +183,8 @@ def test_a_probe_before_initialize_is_told_that_there_is_no_such_method(client):
     *((version, version) for version in ("2025-11-25", "2025-06-18", "2025-03-26", "2024-11-05")),
     ("2099-01-01", "2025-11-25"), (None, "2025-11-25"), (["2025-06-18"], "2025-11-25"),
 ])
-def test_a_version_that_it_speaks_is_echoed_and_else_the_newest_is_offered(client, asked, given):
-    assert client.ask("initialize", protocolVersion=asked)["result"]["protocolVersion"] == given
+def test_a_version_that_it_speaks_is_echoed_and_else_the_newest_is_offered(known, asked, given):
+    assert known.ask("initialize", protocolVersion=asked)["result"]["protocolVersion"] == given
 
 
 def test_it_introduces_itself_with_the_version_of_the_bus_and_the_words_to_the_agent(client):
@@ -180,9 +196,9 @@ def test_it_introduces_itself_with_the_version_of_the_bus_and_the_words_to_the_a
 
 
 @pytest.mark.parametrize("number", [0, -1, 7.5, "a", "", "\u202e<", None, True, [1, {"a": None}], 10**30])
-def test_an_id_comes_back_as_it_was(client, number):
-    client.write({"id": number, "method": "ping"})
-    assert client.wait(number) == {"jsonrpc": "2.0", "id": number, "result": {}}
+def test_an_id_comes_back_as_it_was(known, number):
+    known.write({"id": number, "method": "ping"})
+    assert known.wait(number) == {"jsonrpc": "2.0", "id": number, "result": {}}
 
 
 def test_notifications_are_never_answered(client):
@@ -204,10 +220,10 @@ def test_notifications_are_never_answered(client):
     b"{", b"hello", b'{"jsonrpc": "2.0", "id": 1, "method": "ping"', b'"\xff"', b"[" * 100000, b'{"id": NaN}',
     b'{"id": 1e999}', b'{"id": ' + b"9" * 5000 + b"}",
 ], ids=lambda line: line[:12].decode("latin-1"))
-def test_a_line_that_is_no_json_is_a_parse_error_and_the_next_one_is_read(client, line):
-    client.write(line)
-    assert client.wait(None)["error"]["code"] == -32700
-    assert client.ask("ping")["result"] == {}
+def test_a_line_that_is_no_json_is_a_parse_error_and_the_next_one_is_read(known, line):
+    known.write(line)
+    assert known.wait(None)["error"]["code"] == -32700
+    assert known.ask("ping")["result"] == {}
 
 
 @pytest.mark.parametrize("line, number", [
@@ -216,10 +232,10 @@ def test_a_line_that_is_no_json_is_a_parse_error_and_the_next_one_is_read(client
     (b'{"jsonrpc": "2.0", "id": 8, "method": 5}', 8), (b'{"jsonrpc": "2.0", "id": 8}', 8),
     (b'{"jsonrpc": "2.0", "id": 8, "method": "ping", "params": [1]}', 8),
 ], ids=str)
-def test_json_that_is_no_request_is_an_invalid_request(client, line, number):
-    client.write(line)
-    assert client.wait(number)["error"]["code"] == -32600
-    assert client.ask("ping")["result"] == {}
+def test_json_that_is_no_request_is_an_invalid_request(known, line, number):
+    known.write(line)
+    assert known.wait(number)["error"]["code"] == -32600
+    assert known.ask("ping")["result"] == {}
 
 
 def test_empty_lines_at_most_cost_a_parse_error(client):
@@ -244,8 +260,8 @@ def test_it_lists_its_tools_and_what_each_takes(client):
 @pytest.mark.parametrize("params", [
     {"name": "bus_nuke"}, {"name": 5}, {"name": ["bus_send"]}, {}, {"name": "bus_send", "arguments": ["alice", "hi"]},
 ], ids=str)
-def test_a_call_of_no_tool_is_invalid_params(client, params):
-    assert client.ask("tools/call", **params)["error"]["code"] == -32602
+def test_a_call_of_no_tool_is_invalid_params(known, params):
+    assert known.ask("tools/call", **params)["error"]["code"] == -32602
 
 
 @pytest.mark.parametrize("name, arguments, sentence", [
@@ -262,8 +278,8 @@ def test_a_call_of_no_tool_is_invalid_params(client, params):
     ("bus_ack", {"id": "<b>\x1b[0m"}, r"\u003cb>\u001b[0m is not"),
     ("bus_whoami", {"x": 1}, "there are none"),
 ], ids=str)
-def test_a_tool_that_fails_says_why_in_one_sentence(client, name, arguments, sentence):
-    text = client.failure(name, **arguments)
+def test_a_tool_that_fails_says_why_in_one_sentence(known, name, arguments, sentence):
+    text = known.failure(name, **arguments)
     assert sentence in text and "\n" not in text
 
 
