@@ -705,13 +705,17 @@ def run_command(command: str, tries: int, reader: Reader, answers: Iterator[dict
                     break
                 reader.warn(f"the command ended with {code} for {message.get('id')}, attempt {attempt} of {tries}")
                 if attempt < tries:
-                    reader.clock.sleep(min(FIRST_PAUSE * 2 ** (attempt - 1), LONGEST_PAUSE))
+                    reader.clock.sleep(pause_after(attempt))
             else:
                 dead = f"{reader.cursor.path}~dead"
                 with open(os.open(dead, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "w", encoding="ascii") as file:
                     file.write(f"{dump(message)}\n")
                 reader.warn(f"{message.get('id')} is given up, and in {dead}")
             reader.cursor.pass_over(message)
+
+
+def pause_after(attempt: int) -> float:
+    return min(FIRST_PAUSE * 2 ** min(attempt - 1, 10), LONGEST_PAUSE)
 
 
 @contextlib.contextmanager
@@ -792,9 +796,9 @@ class Worker(Reader):
         if code == 0:
             self.settle("ack", job)
         elif code is not None:
-            reason, delay = f"the command ended with {code}", min(FIRST_PAUSE * 2 ** (attempt - 1), LONGEST_PAUSE)
+            reason = f"the command ended with {code}"
             self.warn(f"{reason} for {job['id']}, attempt {attempt}")
-            self.settle("nack", job, reason=reason, delay=delay)
+            self.settle("nack", job, reason=reason, delay=pause_after(attempt))
 
     def settle(self, verb: str, job: dict[str, Any], **members: Any) -> None:
         """Tell the bus, however long it takes: what it does not hear, another does once more."""

@@ -67,7 +67,7 @@ def test_the_command_gets_the_job_and_its_end_is_told(tmp_path):
     assert orders(server, "/ack") == [{"id": "1", "lease": f"{1:032x}"}]
 
 
-@pytest.mark.parametrize("attempt, delay", [(1, 1), (4, 8), (30, 60)])
+@pytest.mark.parametrize("attempt, delay", [(1, 1), (4, 8), (30, 60), (5000, 60)])
 def test_what_fails_is_given_back_for_later_with_the_reason(attempt, delay):
     with Scripted(mail(job(1, attempt=attempt)), DONE) as server:
         assert f"ended with 7 for 1, attempt {attempt}" in ended(worker(server.url, "exit 7", "--once"))
