@@ -2409,16 +2409,18 @@ class Log:
                 yield message, attempt + 1
 
     def untaken(self, mailbox: int, limit: int) -> Iterator[tuple[Message, int]]:
-        """What no worker has had yet."""
-        rows = self.writing.execute(
-            f"{SELECT} WHERE mailbox = ? AND tick > (SELECT taken FROM mailboxes WHERE id = ?) ORDER BY tick LIMIT ?",
-            (mailbox, mailbox, limit),
-        ).fetchall()
-        if rows:
+        """What no worker has had yet; the expired and the damaged are passed over."""
+        while limit > 0:
+            rows = self.writing.execute(
+                f"{SELECT} WHERE mailbox = ? AND tick > (SELECT taken FROM mailboxes WHERE id = ?) "
+                "AND (expires IS NULL OR expires > ?) ORDER BY tick LIMIT ?",
+                (mailbox, mailbox, self.clock(), limit),
+            ).fetchall()
+            if not rows:
+                return
             self.writing.execute("UPDATE mailboxes SET taken = ? WHERE id = ?", (rows[-1][0], mailbox))
-        for row in rows:
-            message = self.checked(row)
-            if message and not self.is_expired(message):
+            for message in filter(None, map(self.checked, rows)):
+                limit -= 1
                 yield message, 1
 
     def settle(self, settle: Settle, batch: Batch) -> Key:

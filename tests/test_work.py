@@ -4,6 +4,7 @@ import contextlib
 import http.client
 import json
 import os
+import sqlite3
 import threading
 import time
 
@@ -179,6 +180,20 @@ def test_expired_work_is_not_handed_out(bus):
     send(bus, msg="late", ttl=0.001)
     wait_until(lambda: ask(bus, "GET", "/inbox")[1]["recipients"]["default"]["builds"] == 0)
     assert claim(bus) == []
+
+
+def test_work_behind_what_expired_was_recalled_or_is_damaged_is_handed_out(bus):
+    for _ in range(3):
+        send(bus, msg="late", ttl=0.001)
+    assert ask(bus, "POST", "/recall", {"id": send(bus, msg="recalled")})[0] == 200
+    damaged = send(bus, msg="damaged")
+    wait_until(lambda: ask(bus, "GET", "/inbox")[1]["recipients"]["default"]["builds"] == 1)
+    with contextlib.closing(sqlite3.connect(bus.db)) as database:
+        database.execute("UPDATE messages SET text = replace(text, 'damaged', 'Damaged') WHERE tick = ?",
+                         (int(damaged, 16),))  # fmt: skip
+        database.commit()
+    send(bus, msg="good")
+    assert [job["msg"] for job in claim(bus)] == ["good"]
 
 
 @pytest.mark.parametrize(
