@@ -715,7 +715,7 @@ def run_command(command: str, tries: int, reader: Reader, answers: Iterator[dict
 
 
 def pause_after(attempt: int) -> float:
-    return min(FIRST_PAUSE * 2 ** min(attempt - 1, 10), LONGEST_PAUSE)
+    return min(FIRST_PAUSE * 2.0 ** min(attempt - 1, 10), LONGEST_PAUSE)
 
 
 @contextlib.contextmanager
