@@ -1742,17 +1742,22 @@ class Bus:
         """Handed out is fetched. A message that is out for the last time is buried when its lease runs out."""
         worker = claim.worker
         self.fetched(worker, max(job.message.tick for job in claim.jobs))
+        self.look_again((worker.channel, worker.queue), worker.lease)
         if max(job.attempt for job in claim.jobs) >= self.store.attempts:
             self.bury_after(worker.lease)
 
     def settled(self, settle: Settle) -> None:
-        """Those who wait for work look again when what was given back may be had."""
         if settle.verb == "nack":
-            for connection in list(self.mailboxes.waiting.get(settle.mailbox, ())):
-                if isinstance(self.mailboxes.parked[connection], Worker):
-                    connection.wait(State.PARKED, min(settle.delay, self.mailboxes.parked[connection].hold))
+            self.look_again(settle.mailbox, settle.delay)
         elif settle.verb == "extend":
             self.bury_after(settle.delay)
+
+    def look_again(self, queue: Key, delay: float) -> None:
+        """Those who wait for work ask again when this may be had, if they do not sooner."""
+        due = self.deadlines.clock() + delay
+        for connection in self.mailboxes.waiting.get(queue, ()):
+            if connection.due > due and isinstance(self.mailboxes.parked[connection], Worker):
+                connection.wait(State.PARKED, delay)
 
     def stored(self, connection: Connection, upload: Upload, done: asyncio.Future[int]) -> None:
         """A file was checked and made durable, or was not."""

@@ -61,6 +61,10 @@ def listening(bus, name):
     return [agent for agent in agents if agent["name"] == name and agent["online"]]
 
 
+def parked(bus):
+    return int(bus.get("/metrics").partition(b"\nagent_bus_parked ")[2].split()[0])
+
+
 @pytest.fixture
 def impatient(tmp_path):
     """A bus that buries what failed twice."""
@@ -134,6 +138,26 @@ def test_what_is_given_back_comes_again_after_its_delay(bus):
         (again,) = other.result()
     assert again["attempt"] == 2 and time.monotonic() - began >= 0.5
     assert settle(bus, "ack", job) == 409
+
+
+def test_who_waited_before_a_message_came_gets_it_when_the_lease_of_another_runs_out(bus):
+    with background(claim, bus, wait=20, lease=1) as first, background(claim, bus, wait=20, lease=1) as second:
+        wait_until(lambda: parked(bus) == 2)
+        began = time.monotonic()
+        send(bus)
+        assert sorted(job["attempt"] for one in (first, second) for job in one.result()) == [1, 2]
+        assert time.monotonic() - began < 2, "not longer than its lease and a second"
+
+
+def test_what_is_given_back_for_long_does_not_hold_up_what_comes_back_before(bus):
+    send(bus, msg="long")
+    send(bus, msg="soon")
+    (long,), (soon,) = claim(bus), claim(bus, lease=1)
+    with background(claim, bus, wait=20) as other:
+        wait_until(lambda: parked(bus) == 1)
+        began = time.monotonic()
+        assert settle(bus, "nack", long, delay=60) == 200
+        assert [job["id"] for job in other.result()] == [soon["id"]] and time.monotonic() - began < 2
 
 
 def test_an_acknowledgement_may_be_repeated(bus):
