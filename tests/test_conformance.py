@@ -9,8 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 import test_bus
-from tests import old_client
-from tests.faults.history import Conversation
+from tests.faults.network import live_reading
 from tests.naive_server import FAULTS, Naive
 from tests.processes import PATIENCE, ROOT, Server
 from tests.test_identity import invite
@@ -79,19 +78,8 @@ def test_a_bus_with_tokens_keeps_its_promises_to_an_operator(tmp_path):
 # The checker of histories
 
 
-def conversation(faults, live, queued, **patience):
-    """The violations when a client of the first contract reads what was queued, and what is sent meanwhile."""
-    with Naive(faults) as bus, Conversation(old_client, bus.url, "dell", **patience) as talk:
-        talk.speak("before", [f"queued {number}" for number in range(queued)])
-        talk.wait_for_senders()
-        talk.listen(since=0)
-        for sender in range(4):
-            talk.speak(f"sender-{sender}", [f"message {number}" for number in range(live)])
-        return talk.finish()
-
-
 @pytest.mark.parametrize("live, queued", [(0, 150), (100, 0)], ids=["queued", "live"])
 def test_the_messages_that_a_wall_clock_loses_are_found_and_none_without_it(live, queued):
-    found = conversation({"now is the wall clock"}, live, queued, patience=0.3)
+    found = live_reading(Naive({"now is the wall clock"}), queued, live, patience=0.3).violations
     assert any(violation.startswith("lost: ") for violation in found)
-    assert conversation(set(), live, queued) == []
+    assert live_reading(Naive(set()), queued, live).violations == []

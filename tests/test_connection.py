@@ -351,22 +351,31 @@ def cuts(sent):
     yield [sent[at : at + 1] for at in range(len(sent))]
 
 
+class Expected(NamedTuple):
+    sent: bytes  # the case, and behind it what must not be read, or what must
+    answers: list  # their statuses
+    stored: int  # messages
+    ends: bool  # the peer closes its side then
+
+
+def expected(case):
+    if isinstance(case, hostile.Broken):
+        return Expected(case.sent + SMUGGLED, [case.status], 0, False)
+    if isinstance(case, hostile.Cut):
+        return Expected(case.sent, [*case.answers], case.stored, True)
+    return Expected(case.sent + LAST, [*case.answers] + [200] * (not case.closes), case.stored, False)
+
+
 @named(hostile.BROKEN + hostile.WHOLE + hostile.CUT)
 @in_process
 async def test_however_the_bytes_are_cut_the_answers_are_the_same(case):
-    sent, expected, messages, ends = case.sent, [], 0, []
-    if isinstance(case, hostile.Broken):
-        sent, expected = sent + SMUGGLED, [case.status]
-    elif isinstance(case, hostile.Cut):
-        expected, messages, ends = [*case.answers], case.stored, [b""]
-    else:
-        sent, expected, messages = sent + LAST, [*case.answers] + [200] * (not case.closes), case.stored
+    sent, right, messages, ends = expected(case)
     async with a_bus() as bus:
         for number, pieces in enumerate(cuts(sent), 1):
             peer = Peer(bus)
-            peer.says(*pieces, *ends)
+            peer.says(*pieces, *[b""] * ends)
             await peer.over.wait()
-            assert statuses(peer.heard) == expected, f"cut at {len(pieces[0])}"
+            assert statuses(peer.heard) == right, f"cut at {len(pieces[0])}"
             assert stored(bus) == messages * number, f"cut at {len(pieces[0])}"
             peer.leaves()
         assert not bus.connections

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
-from tests.faults import Result, clock, crash, disk, linux, program, siege, unless
+from tests.faults import Result, clock, crash, disk, linux, network, program, siege, unless
 from tests.processes import ROOT
 
 
@@ -77,6 +77,19 @@ ROWS = [
         clock.clock_steps, 24000,
         Control("ticks are the clock as it is",
                 lambda place: clock.clock_steps(place, 800, fault="raw clock", patience=2))),
+    Row("bad-proxy", "a proxy cuts, stalls, loses or duplicates half of 5,000 sends, and of what is received",
+        "each exactly once in the mailbox, and at its reader",
+        network.bad_proxy, 5000,
+        Control("sends without keys", lambda place: network.bad_proxy(place, 160, body=network.unkeyed, patience=2))),
+    Row("live", "a client of the first contract gets 1,000 queued messages and 4,000 that are sent meanwhile",
+        "0 lost",
+        network.reading, 5000, Control("`now` is the wall clock", network.wall_clock)),
+    Row("nginx", "nginx in front, with default settings, and with a 3 s read timeout; 10 bursts each",
+        "0 lost",
+        network.behind_nginx, 10, needs=(program("nginx"),)),
+    Row("framing", "190 framing cases, each split at every byte",
+        "0 smuggled, 0 tracebacks, 0 empty replies; each answered as it should be",
+        network.framing, 100000),
     Row("slow-peers", "10,000 slow heads, then 10,000 slow bodies",
         "normal traffic p99 at most 3x its base; closed at deadline + 2 s; memory +50 MB at most",
         siege.slow_peers, 10000, needs=(linux, siege.twenty_thousand_descriptors)),
