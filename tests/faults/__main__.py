@@ -1,6 +1,7 @@
 """The command: see the package. Exit code 1 if a row failed; one that was skipped has not failed, nor passed."""
 import contextlib
 import datetime
+import json
 import os
 import pathlib
 import platform
@@ -20,24 +21,26 @@ from tests.faults.rows import ROWS
 from tests.processes import ROOT
 
 REPORT = ROOT / "docs" / "reliability.md"
+KEPT = ROOT / "docs" / "reliability.json"  # what each row gave when it was last run in full
 
 PREFACE = """\
 # How much it survives
 
 Written by `make faults`. One row again: `python -m tests.faults NAME`, where NAME is in
-[tests/faults/rows.py](../tests/faults/rows.py). *Lost*, *duplicated*, *reordered* and so on are what the checker in
-[tests/faults/history.py](../tests/faults/history.py) says of all that was sent, answered and delivered. A control has
-the fault on purpose; it must be found out, or its row fails. What was skipped has not passed.
+[tests/faults/rows.py](../tests/faults/rows.py); `NAME=SIZE` is another size, and is not written here. *Lost*,
+*duplicated*, *reordered* and so on are what the checker in [tests/faults/history.py](../tests/faults/history.py) says
+of all that was sent, answered and delivered. A control has the fault on purpose; it must be found out, or its row
+fails. What was skipped has not passed.
 """
-TABLE = ["| fault | bar | result | control and its result | seconds |", "|---|---|---|---|---|"]
+TABLE = ["| fault | bar | result | control and its result | seconds | when |", "|---|---|---|---|---|---|"]
 
 
 class Outcome(NamedTuple):
-    row: object
     verdict: str  # passed, FAILED or skipped
     result: str
     control: str
     took: float  # s
+    when: str  # it began, and at which commit and load
 
 
 def main(arguments):
@@ -46,23 +49,31 @@ def main(arguments):
     if unknown:
         print(f"no row is called {', '.join(unknown)}; there are {', '.join(row.name for row in ROWS)}")
         return 2
-    load = os.getloadavg()[0]
-    outcomes = []
+    failed = False
     for row in ROWS:
         if row.name in wanted or not wanted:
-            outcome = outcome_of(row, int(wanted.get(row.name) or row.full))
+            size = wanted.get(row.name)
+            outcome = outcome_of(row, int(size or row.full))
             print(f"{row.name}: {outcome.verdict} in {outcome.took:.0f} s: {outcome.result}", flush=True)
             print(f"    control: {outcome.control}", flush=True)
-            outcomes.append(outcome)
-    if not wanted:
-        REPORT.write_text(report(outcomes, load))
-    return 1 if any(outcome.verdict == "FAILED" for outcome in outcomes) else 0
+            failed = failed or outcome.verdict == "FAILED"
+            if not size:
+                keep(row.name, outcome)
+    return 1 if failed else 0
+
+
+def keep(name, outcome):
+    """A row's outcome goes at once into the report; those of the other rows stay as they were."""
+    kept = json.loads(KEPT.read_text()) if KEPT.exists() else {}
+    kept[name] = outcome
+    KEPT.write_text(json.dumps(kept, indent=1) + "\n")
+    REPORT.write_text(report({name: Outcome(*each) for name, each in kept.items()}))
 
 
 def outcome_of(row, size):
-    reason = reason_to_skip(row.needs)
+    when, reason = moment(), reason_to_skip(row.needs)
     if reason:
-        return Outcome(row, "skipped", reason, "—", 0)
+        return Outcome("skipped", reason, "—", 0, when)
     began = time.monotonic()
     result = in_a_directory(row.run, size)
     control, caught = "—", True
@@ -74,7 +85,7 @@ def outcome_of(row, size):
         print(f"    {violation}")
     verdict = "passed" if caught and not result.violations else "FAILED"
     figures = f"{result.figures}; **{kinds(result.violations)}**" if result.violations else result.figures
-    return Outcome(row, verdict, figures, control, time.monotonic() - began)
+    return Outcome(verdict, figures, control, time.monotonic() - began, when)
 
 
 def in_a_directory(run, *size):
@@ -97,20 +108,24 @@ def kinds(found):
     return ", ".join(f"{count:,} {kind}" if kind in known else kind for kind, count in counts.most_common(5))
 
 
-def report(outcomes, load):
+def report(kept):
     rows = [
-        f"| {each.row.fault} | {each.row.bar} | {each.verdict}: {each.result} | {each.control} | {each.took:.0f} |"
-        for each in outcomes
+        f"| {row.fault} | {row.bar} | {each.verdict}: {each.result} | {each.control} | {each.took:.0f} | {each.when} |"
+        for row in ROWS for each in [kept.get(row.name)] if each
     ]
-    facts = [f"- {name}: {value}" for name, value in machine(load)]
+    facts = [f"- {name}: {value}" for name, value in machine()]
     return "\n".join([PREFACE, *facts, "", *TABLE, *(row.replace("\n", " ") for row in rows), ""])
 
 
-def machine(load):
-    yield "date", datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
-    yield "commit", subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True,
-                                   text=True).stdout.strip()  # fmt: skip
-    yield "machine", f"{cpu()}, {os.cpu_count()} cores; load {load:.1f} when it began"
+def moment():
+    """When, at which commit, with how much other work."""
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    now = datetime.datetime.now(datetime.timezone.utc)
+    return f"{now:%Y-%m-%d %H:%M} UTC, {commit.stdout.strip()}, load {os.getloadavg()[0]:.1f}"
+
+
+def machine():
+    yield "machine", f"{cpu()}, {os.cpu_count()} cores"
     yield "system", f"{platform.system()} {platform.release()}, {file_system(tempfile.gettempdir())}"
     yield "software", f"Python {platform.python_version()}, SQLite {sqlite3.sqlite_version}"
 
