@@ -1147,7 +1147,8 @@ class Question(NamedTuple):
     receipt: str  # what the sender of it is told in any case
     grant: Grant
     hold: float
-    channel: str | None = None
+    channel: str
+
     @property
     def token(self) -> str:
         return self.grant.token
@@ -1156,7 +1157,7 @@ class Question(NamedTuple):
         return [(REPLIES, self.tick)]
 
     def present(self) -> Sequence[str]:
-        return ()
+        return (self.sender,)
 
     def wants(self, message: Message) -> bool:
         return message.sender != self.sender and self.grant.reads(message.to)
@@ -2719,7 +2720,7 @@ class Mailboxes:
             box = self.boxes[channel, own] = Mailbox()
         return box
 
-    def of(self, reader: Poll | Worker) -> Iterator[Mailbox]:
+    def of(self, reader: Poll | Worker | Question) -> Iterator[Mailbox]:
         """The mailboxes a reader listens to, its own first; about to be changed."""
         for own in reader.present():
             key = (str(reader.channel), own)
@@ -2728,7 +2729,7 @@ class Mailboxes:
 
     # Presence and marks
 
-    def polled(self, reader: Poll | Worker, address: str, wall: int) -> None:
+    def polled(self, reader: Poll | Worker | Question, address: str, wall: int) -> None:
         now = self.clock()
         for box in self.of(reader):
             if box.until < now:
@@ -3074,12 +3075,13 @@ def asked(bus: Bus, send: Send, text: str) -> Answer | None:
     assert send.asked
     grant, hold = send.asked
     tick = send.receipts[0].ticks[0]
-    question = Question(tick, send.drafts[0].sender, text, grant, hold)
+    question = Question(tick, send.drafts[0].sender, text, grant, hold, send.drafts[0].channel)
     replies = [each for each in bus.store.replies(tick) if question.wants(each)] if send.receipts[0].duplicate else []
     if replies:
         return question.found(bus, send.connection, replies)
     if not hold or bus.draining or send.connection.ended or send.connection.state is not State.BUSY:
         return question.nothing(bus, send.connection)
+    bus.mailboxes.polled(question, send.connection.address, bus.store.clock())
     bus.park(send.connection, question)
     return None
 

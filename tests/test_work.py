@@ -244,7 +244,8 @@ def test_a_wrong_request_is_refused_in_words(bus, path, body):
 def test_an_answer_is_given_to_the_one_who_asked(bus):
     with background(post, bus, "/ask?wait=20", **{"from": "alice", "to": "bob", "msg": "green?"}) as asking:
         (question,) = wait_until(lambda: ask(bus, "GET", "/recv?to=bob")[1]["messages"])
-        send(bus, "alice", "unrelated", "bob")
+        told = post(bus, "/send", **{"from": "bob", "to": "alice", "msg": "unrelated"})
+        assert told["receiver"]["online"] is True, "who waits for an answer listens"
         reply = send(bus, "alice", "yes", "bob", reply_to=question["id"])
         answer = asking.result()
     assert (answer["id"], answer["reply"]["id"], answer["reply"]["msg"]) == (question["id"], reply, "yes")
