@@ -2,6 +2,8 @@
 import http.client
 import json
 import os
+import pathlib
+import signal
 import subprocess
 import sys
 
@@ -54,6 +56,34 @@ def test_prune_needs_no_server_and_spares_the_young(bus):
 def test_prune_of_no_database_is_one_clear_line(tmp_path):
     code, out, err = run("prune", "--db", tmp_path / "none.db")
     assert code == 2 and not out and err.startswith("bus_server: cannot read the database") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("garbage", [b"", b"[0, NaN, true]", b"[{}, [], 1]", b"[" * 100000, b"[0, %d, true]" % 10**30,
+                                     b"\xff", b"null"])  # fmt: skip
+def test_an_order_that_makes_no_sense_harms_nobody(bus, garbage):
+    pathlib.Path(f"{bus.db}.prune").write_bytes(garbage)
+    json.loads(bus.get("/recv?to=bob&wait=0.3"))  # the server looks for orders ten times a second
+    assert send(bus)[0] == 200 and bus.process.poll() is None
+    code, out, _ = run("prune", "--older", "0", "--pending", "--db", bus.db)
+    assert code == 0 and out.endswith("1 removed\n") and mail(bus, "bob") == []
+
+
+def test_prune_ends_though_the_server_ends_before_it(bus):
+    send(bus)
+    bus.process.send_signal(signal.SIGSTOP)  # it has the database and does nothing
+    command = [sys.executable, str(ROOT / "bus_server.py"), "prune", "--older", "0", "--pending", "--db", bus.db]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as pruning:
+        wait_until(pathlib.Path(f"{bus.db}.prune").exists)
+        bus.kill()
+        assert pruning.communicate(timeout=PATIENCE)[0].endswith("1 removed\n") and pruning.returncode == 0
+    assert not pathlib.Path(f"{bus.db}.prune").exists()
+
+
+def test_times_longer_than_there_has_been_time_are_all_of_it(tmp_path):
+    with Server(tmp_path / "bus.db", "--keep", "999999999d") as bus:
+        send(bus)
+        assert run("prune", "--older", "999999999d", "--db", bus.db)[:2] == (0, "0 messages are so old\n")
+        assert mail(bus, "bob") == ["x"] and bus.stop() == 0
 
 
 def values(bus):
