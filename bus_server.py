@@ -1791,6 +1791,8 @@ class Bus:
             print(f"bus_server: {self.store.path}: {error}; ending: what follows could be lost", file=sys.stderr)
             self.broken.set()
         self.mailboxes.changed.update(mark[:2] for mark in batch.marks)
+        if batch.removal:
+            self.order = None  # its file is still there, and is looked for again
         waiting: list[Send | Task] = [*batch.sends, *batch.tasks]
         for connection in [each.connection for each in waiting] + [connection for connection, _ in batch.raised]:
             connection.answer(refusal(refused))
@@ -1824,22 +1826,22 @@ class Bus:
 
     def prune(self) -> None:
         """Remove a slice of what is too old; when it is gone, `removed` asks for the next."""
-        if self.keep and not self.draining:
-            self.journal.remove(Removal(0, self.store.clock() - int(self.keep * 1000000), False))
+        if self.keep and not self.draining and not self.order:  # the slices of an order must not be replaced
+            self.journal.remove(Removal(0, max(self.store.clock() - int(self.keep * 1000000), 0), False))
 
     def removed(self, batch: Batch, removal: Removal) -> None:
         if batch.removed and not self.draining:
             self.journal.remove(removal._replace(above=max(batch.removed.values())))
         elif self.order and self.order.before == removal.before:
+            if ordered(self.store.path) == self.order:  # else there is another one by now
+                order_file(self.store.path).unlink(missing_ok=True)  # the command waits for that
             self.order = None
-            order_file(self.store.path).unlink(missing_ok=True)  # the command waits for that
 
     def look_for_order(self) -> None:
         """The command `prune` has left a file beside the database: what it says is to go, goes."""
-        file = order_file(self.store.path)
-        if not self.order and file.exists():
-            with contextlib.suppress(OSError, ValueError, TypeError):
-                self.order = Removal(*json.loads(file.read_text()))
+        if not self.order:
+            self.order = ordered(self.store.path)
+            if self.order:
                 self.journal.remove(self.order)
 
     def sweep(self) -> None:
@@ -3680,7 +3682,7 @@ def prune(arguments: Sequence[str]) -> int:
     parser.add_argument("--dry-run", action="store_true", help="only say how many")
     parser.add_argument("--db", default=default_path(), metavar="PATH", help="of the bus (%(default)s)")
     options = parser.parse_args(arguments)
-    removal = Removal(0, wall_clock() - int(options.older * 1000000), not options.pending)
+    removal = Removal(0, max(wall_clock() - int(options.older * 1000000), 0), not options.pending)
     old, pending = count_old(options.db, removal.before)
     going = old if options.pending else old - pending
     stay = f"; {pending} that nobody has fetched stay: --pending removes them too" if old > going else ""
@@ -3690,11 +3692,14 @@ def prune(arguments: Sequence[str]) -> int:
         try:
             remove_alone(options.db, removal)
         except InUse:
-            order_file(options.db).write_text(json.dumps(removal))
+            give_order(options.db, removal)
             while order_file(options.db).exists():
                 if sys.stderr.isatty():
                     print(f"\r{count_old(options.db, removal.before)[0] - left} to go ", end="", file=sys.stderr)
                 time.sleep(Deadlines.SLOT)
+                with contextlib.suppress(InUse):  # the server may end before it is done
+                    remove_alone(options.db, removal)
+                    order_file(options.db).unlink(missing_ok=True)
         print(f"{old - count_old(options.db, removal.before)[0]} removed")
     return 0
 
@@ -3703,10 +3708,33 @@ def order_file(database: str) -> pathlib.Path:
     return pathlib.Path(f"{database}.prune")
 
 
+def give_order(path: str, removal: Removal) -> None:
+    """Leave it for the running server, whole and readable, also when it is root who asks."""
+    new = f"{path}.prune.new"
+    try:
+        pathlib.Path(new).write_text(encode(removal))
+        give_to_folder(new, path)
+        os.replace(new, order_file(path))
+    except OSError as error:
+        raise Unusable(f"cannot tell the running server: {order_file(path)}: {error.strerror}") from None
+
+
+def ordered(path: str) -> Removal | None:
+    """What the order file says; None if there is none, or none that makes sense."""
+    try:
+        match = ORDER.fullmatch(order_file(path).read_text())
+    except (OSError, ValueError):
+        return None
+    return Removal(int(match[1]), int(match[2]), match[3] == "true") if match else None
+
+
+ORDER = re.compile(r"\[([0-9]{1,18}), ([0-9]{1,18}), (true|false)\]")
+
+
 def count_old(path: str, before: int) -> tuple[int, int]:
     """(messages older than a tick, those of them that nobody has fetched), read beside a running server."""
     try:
-        with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as database:
+        with contextlib.closing(read_only(path)) as database:
             row = database.execute(
                 "SELECT count(*), count(*) FILTER (WHERE tick > max(fetched, ifnull(read, 0))) "
                 "FROM messages JOIN mailboxes ON mailbox = id WHERE tick < ?", (before,)
