@@ -1765,7 +1765,7 @@ class Bus:
         upload.finishing = False
         error = done.exception()
         status = 507 if error else done.result()
-        if status != 201:
+        if status in (200, 422):  # after an error its part is still there
             self.blobs.used -= upload.at
         if status == 422:
             answer = refusal(Refused(422, "what arrived does not have this sha256: nothing was stored"))
@@ -2889,7 +2889,7 @@ class Blobs:
         self.folder = pathlib.Path(f"{database}.blobs")
         self.quota = 0 if database == ":memory:" else quota
         self.arriving: set[str] = set()
-        self.used = sum(file.stat().st_size for file in self.folder.glob("*"))
+        self.used = sum(file.stat().st_size for file in self.folder.glob("*") if file.is_file())
 
     def place(self, request: Request) -> pathlib.Path:
         """The file that a request is about, whether it is there or not."""
@@ -2920,7 +2920,8 @@ class Blobs:
             part = file.with_suffix(".part")
             offset = ("Upload-Offset", str(part.stat().st_size if part.exists() else 0))
             raise Refused(404, "the bus does not have this file, or not all of it", offset) from None
-        os.utime(file)
+        with contextlib.suppress(OSError):  # it was removed just now, or belongs to another user
+            os.utime(file)
         size = os.fstat(stream.fileno()).st_size
         wanted = re.fullmatch("bytes=([0-9]{1,15})-", request.fields.get("range", ""))
         start = int(wanted[1]) if wanted else 0
@@ -2935,10 +2936,11 @@ class Blobs:
     def forget(self, before: float) -> None:
         """Remove what nobody sent or asked for since then (s since 1970)."""
         for file in self.folder.glob("*"):
-            status = file.stat()
-            if status.st_mtime < before and file.stem not in self.arriving:
-                file.unlink()
-                self.used -= status.st_size
+            with contextlib.suppress(OSError):  # a folder, a link to nothing: somebody else's, and no reason to end
+                status = file.stat()
+                if status.st_mtime < before and file.stem not in self.arriving:
+                    file.unlink()
+                    self.used -= status.st_size
 
 
 def content_range(field: str | None, length: int) -> tuple[int, int]:
@@ -2959,20 +2961,27 @@ class Upload:
         self.at = self.marked = start
         self.missing, self.total = length, total
         self.finishing = False
-        blobs.folder.mkdir(mode=0o700, exist_ok=True)
+        try:
+            blobs.folder.mkdir(mode=0o700, exist_ok=True)
+            there = self.part.stat().st_size if self.part.exists() else 0
+            self.stream = self.part.open("ab" if start else "wb", buffering=0)  # what was written is on the disk
+        except OSError as error:
+            raise Refused(507, f"the bus cannot store the file: {error.strerror}") from None
         blobs.arriving.add(file.name)
-        if not start and self.part.exists():
-            blobs.used -= self.part.stat().st_size
-        self.stream = self.part.open("ab" if start else "wb")
+        blobs.used -= there - start
 
     def write(self, data: bytes | bytearray) -> None:
+        if self.blobs.used + len(data) > self.blobs.quota:  # others arrived meanwhile
+            raise Refused(507, "the bus has no room for the rest of this file", *self.offset())
         try:
-            self.stream.write(data)
+            while data:
+                written = self.stream.write(data)
+                data = data[written:]
+                self.at += written
+                self.missing -= written
+                self.blobs.used += written
         except OSError as error:
             raise Refused(507, f"the bus cannot store the file: {error.strerror}", *self.offset()) from None
-        self.at += len(data)
-        self.missing -= len(data)
-        self.blobs.used += len(data)
 
     def far_enough(self) -> bool:
         """Has it moved by as much as it must in BODY_SECONDS?"""
@@ -2985,7 +2994,6 @@ class Upload:
 
     def finish(self) -> int:
         """In a thread: is it what it is called? Then it is made durable and gets its name. Returns the status."""
-        self.stream.flush()
         digest = hashlib.sha256()
         with self.part.open("rb") as whole:
             for piece in iter(lambda: whole.read(1 << 20), b""):

@@ -4,8 +4,10 @@ import hashlib
 import http.client
 import os
 import pathlib
+import resource
 import socket
 import subprocess
+import time
 
 import pytest
 
@@ -109,6 +111,55 @@ def test_the_files_of_a_bus_have_room_of_their_own(tmp_path):
         assert [ask(bus, "PUT", f"/blob/{name(data)}", data)[0] for data in (large, small, other)] == [413, 201, 507]
     with Server(tmp_path / "none.db", "--files", "0") as bus:
         assert ask(bus, "PUT", f"/blob/{name(small)}", small)[0] == 501
+
+
+def kept(bus):
+    """Bytes of files as the bus counts them, which must be what is on the disk."""
+    counted = int(bus.get("/metrics").partition(b"\nagent_bus_files_bytes ")[2].split()[0])
+    assert counted == sum(file.stat().st_size for file in pathlib.Path(f"{bus.db}.blobs").iterdir())
+    return counted
+
+
+def test_uploads_at_once_share_the_room_of_all(tmp_path):
+    with Server(tmp_path / "bus.db", "--files", "1k") as bus, contextlib.ExitStack() as peers:
+        files = [bytes([letter]) * 600 for letter in b"ab"]
+        both = [peers.enter_context(socket.create_connection(("127.0.0.1", bus.port), PATIENCE)) for _ in files]
+        for peer, data in zip(both, files):
+            peer.sendall(f"PUT /blob/{name(data)} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 600\r\n\r\n".encode())
+            peer.sendall(data[:300])
+            wait_until(lambda data=data: offset(bus, data) == 300)
+        answers = []
+        for peer, data in zip(both, files):
+            peer.sendall(data[300:])
+            answers.append(peer.recv(65536)[9:12])
+        assert answers == [b"201", b"507"] and kept(bus) <= 1024
+
+
+def test_an_upload_that_meets_a_full_disk_goes_on_when_there_is_room(bus):
+    data, none = os.urandom(3000000), resource.RLIM_INFINITY
+    resource.prlimit(bus.process.pid, resource.RLIMIT_FSIZE, (2000000, none))
+    status, headers, _ = ask(bus, "PUT", f"/blob/{name(data)}", data)
+    assert (status, headers["Upload-Offset"]) == (507, "2000000") and kept(bus) == 2000000
+    resource.prlimit(bus.process.pid, resource.RLIMIT_FSIZE, (none, none))
+    rest = ask(bus, "PUT", f"/blob/{name(data)}", data[2000000:], Content_Range="bytes 2000000-2999999/3000000")
+    assert rest[0] == 201 and kept(bus) == 3000000
+
+
+def test_a_place_for_files_that_cannot_be_used_is_told(bus):
+    pathlib.Path(f"{bus.db}.blobs").write_text("a file")
+    status, _, body = ask(bus, "PUT", f"/blob/{name(b'x')}", b"x")
+    assert status == 507 and b"cannot store the file: " in body
+
+
+def test_what_is_no_file_among_the_files_is_passed_over(tmp_path):
+    folder = tmp_path / "bus.db.blobs"
+    (folder / name(b"folder")).mkdir(parents=True)
+    (folder / name(b"link")).symlink_to("nowhere")
+    (folder / name(b"file")).write_bytes(b"file")
+    blobs = bus_server.Blobs(str(tmp_path / "bus.db"), SIZE)
+    assert blobs.used == len(b"file")
+    blobs.forget(before=time.time() + 1)
+    assert blobs.used == 0 and not (folder / name(b"file")).exists()
 
 
 def test_a_file_that_nobody_asked_for_is_removed_after_keep(bus):
