@@ -82,7 +82,7 @@ def outcome_of(row, size):
         caught = bool(found)
         control = f"{row.control.what}: {f'found out ({kinds(found)})' if caught else f'NOT found out ({figures})'}"
     for violation in result.violations[:20]:
-        print(f"    {violation}")
+        print(f"    {violation[:300]}")
     verdict = "passed" if caught and not result.violations else "FAILED"
     figures = f"{result.figures}; **{kinds(result.violations)}**" if result.violations else result.figures
     return Outcome(verdict, figures, control, time.monotonic() - began, when)
@@ -105,7 +105,7 @@ def kinds(found):
     known = "lost|gap not announced|duplicated|unexpected|reordered|broke off"
     matches = (re.search(rf"({known}): ", violation) for violation in found)
     counts = Counter(match[1] if match else found[place] for place, match in enumerate(matches))
-    return ", ".join(f"{count:,} {kind}" if kind in known else kind for kind, count in counts.most_common(5))
+    return ", ".join(f"{count:,} {kind}" if kind in known else kind[:300] for kind, count in counts.most_common(5))
 
 
 def report(kept):

@@ -1,14 +1,15 @@
-"""The wall clock of the bus steps, and the bus is killed: cursors, order and holds do not notice."""
+"""The wall clock of the bus steps, and the bus is killed: cursors, order and holds do not notice, but messages age."""
 import contextlib
 import json
 import os
+import random
 import threading
 import time
 
 from tests import new_client, old_client
 from tests.faults import Result, faulty, unless
 from tests.faults.crash import crash, told
-from tests.faults.history import PATIENCE, Conversation, background, get
+from tests.faults.history import PATIENCE, Conversation, Sent, background, delivered, get, tick, violations
 from tests.processes import Server, wait_until
 
 SENDERS = 8
@@ -86,3 +87,29 @@ def hold(url, over, times):
         with contextlib.suppress(*new_client.ERRORS):
             get(url, f"/recv?to=idle&since=0&wait={HOLD}")
             times.append(time.monotonic() - began)
+
+
+def retention(directory, rounds, faults="tidy"):
+    """A reader comes now and then, reads a part of what waits, and between its visits all of it grows too old."""
+    sent, kept, gaps, horizon, cursor = [], [], [], 0, 0
+    with SteppedServer(directory / "bus.db", "--keep", "1h", fault=faults) as bus:
+
+        def read(limit):
+            answer = get(bus.url, f"/recv?to=bob&since={cursor}&max={limit}")
+            kept.extend(map(delivered, answer["messages"]))
+            if "gap" in answer:
+                gaps.append((tick(answer["gap"]["from"]), tick(answer["gap"]["to"])))
+            return answer
+
+        for visit in range(1, rounds + 1):
+            for number in range(random.randrange(1, 60)):
+                msg = f"message {number} before visit {visit}"
+                sent.append(Sent("ann", msg, tick(new_client.send(bus.url, "ann", "bob", msg))))
+            cursor = read(random.randrange(1, 40))["now"]
+            horizon = sent[-1].tick + 1
+            bus.step(2 * visit * HOUR)
+            wait_until(lambda: not get(bus.url, "/log")["messages"])
+        sent.append(Sent("ann", "the last", tick(new_client.send(bus.url, "ann", "bob", "the last"))))
+        read(1000)
+    figures = f"{rounds} visits; {len(sent):,} acknowledged, {len(kept):,} delivered, {len(gaps)} gaps announced"
+    return Result(figures, violations(sent, kept, gaps, horizon))

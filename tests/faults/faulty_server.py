@@ -1,4 +1,4 @@
-"""bus_server.py with one fault, which $FAULT names, and which the checker must find.
+"""bus_server.py with a fault, or several, which $FAULT names, and which the checker must find.
 
 Nothing is wrong with such a bus for as long as its day is good. With $CLOCK_ERROR, a file, its wall clock is wrong by
 the seconds that are written there; FAULT=none has nothing but that.
@@ -118,6 +118,11 @@ def raw_clock():
     bus_server.Log.append = raw
 
 
+def silent():
+    """It does not say that messages are gone."""
+    bus_server.Mailboxes.gap = lambda mailboxes, poll: None
+
+
 def hasty():
     """No fault: it has less patience with slow heads and bodies, so that a test of their deadlines is over sooner."""
     bus_server.HEAD_SECONDS = bus_server.BODY_SECONDS = float(os.environ["PATIENCE"])
@@ -154,9 +159,11 @@ FAULTS = {
     "deaf": deaf,
     "inline": inline,
     "raw clock": raw_clock,
+    "silent": silent,
 }
 
 if "CLOCK_ERROR" in os.environ:
     step(pathlib.Path(os.environ["CLOCK_ERROR"]))
-FAULTS[os.environ["FAULT"]]()
+for fault in os.environ["FAULT"].split(","):
+    FAULTS[fault]()
 sys.exit(bus_server.main())

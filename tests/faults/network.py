@@ -21,7 +21,7 @@ from tests.faults.crash import told
 from tests.faults.history import PATIENCE, Conversation, observed, violations
 from tests.naive_server import Naive
 from tests.processes import Server, wait_until
-from tests.test_connection import cuts, expected, heard, signed, statuses
+from tests.test_connection import cuts, expected, heard, statuses
 from tests.test_deploy import AROUND, Nginx, replaced
 
 # A bad proxy
@@ -129,7 +129,7 @@ def unkeyed(sender, to, msg):
     return json.dumps({"from": sender, "to": to, "msg": msg}).encode()
 
 
-SENDERS = 16
+SENDERS = 20
 
 
 def bad_proxy(directory, sends, body=new_client.keyed, patience=PATIENCE):
@@ -199,7 +199,7 @@ def behind(place, bursts, mood):
 # Bytes in pieces
 
 CASES = [case for case in [*hostile.BROKEN, *hostile.WHOLE, *hostile.CUT] if "would wait" not in case.name]
-APART = 0.0005  # s between two pieces, so that the bus mostly reads them one by one
+APART = 0.0005  # s between two pieces, so that the bus mostly reads them one by one; less if there are many
 
 
 def framing(directory, limit):
@@ -211,11 +211,11 @@ def framing(directory, limit):
             ways = list(cuts(sent))
             ways = random.sample(ways, min(limit, len(ways)))
             for way, answers in zip(ways, pool.map(functools.partial(talk_in_pieces, bus, ends), ways)):
-                found += unless(answers == right, f"{case.name}, as {way}: {answers}, not {right}")
+                place = f"cut at {len(way[0])}" if len(way) == 2 else "in single bytes"
+                found += unless(answers == right, f"{case.name}, {place}: {answers}, not {right}")
             count, stored = count + len(ways), stored + messages * len(ways)
-        found += unless(not signed(bus, "mallory"), "smuggled: a message of mallory's was stored")
-        alices = sum(message.sender == "alice" for message in observed(bus.url))
-        found += unless(alices == stored, f"{alices} messages were stored, not {stored}")
+        senders = Counter(message.sender for message in observed(bus.url))
+        found += unless(senders == {"alice": stored}, f"stored, and {stored} of alice's are right: {senders}")
         found += unless(not bus.log.read_text(), f"on stderr: {bus.log.read_text()[:500]}")
     return Result(f"{len(CASES)} cases, {count:,} connections, {stored:,} messages stored as they should be", found)
 
@@ -228,7 +228,7 @@ def talk_in_pieces(bus, ends, pieces):
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # refused before its last piece
                 for piece in pieces:
                     peer.sendall(piece)
-                    time.sleep(APART)
+                    time.sleep(min(APART, 1 / len(pieces)))
                 if ends:
                     peer.shutdown(socket.SHUT_WR)
             return statuses(heard(peer))

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
-from tests.faults import Result, clock, crash, disk, linux, network, program, siege, unless
+from tests.faults import Result, clock, crash, disk, linux, network, program, siege, soak, unless
 from tests.processes import ROOT
 
 
@@ -77,6 +77,10 @@ ROWS = [
         clock.clock_steps, 24000,
         Control("ticks are the clock as it is",
                 lambda place: clock.clock_steps(place, 800, fault="raw clock", patience=2))),
+    Row("retention", "retention removes what a reader has not read, between 100 visits of it",
+        "what was not delivered lies in a gap that was announced",
+        clock.retention, 100,
+        Control("says nothing of gaps", lambda place: clock.retention(place, 5, faults="tidy,silent"))),
     Row("bad-proxy", "a proxy cuts, stalls, loses or duplicates half of 5,000 sends, and of what is received",
         "each exactly once in the mailbox, and at its reader",
         network.bad_proxy, 5000,
@@ -99,6 +103,9 @@ ROWS = [
     Row("silent-tls", "200 silent TLS connections",
         "p99 at most 2x base",
         siege.silent_handshakes, 200, needs=(linux, program("openssl"))),
+    Row("soak", "100,000 messages, 300 a second (an hour of it on demand: soak=1000000)",
+        "0 lost; memory and descriptors flat",
+        soak.soak, 100000, needs=(linux,)),
     Row("fuzzing", "1 million raw requests, schema-driven requests, 10 min coverage-guided",
         "0 answers of 5xx, memory +20 MB at most",
         functools.partial(suite, ["tests.fuzz"]), 1, needs=(module("tests.fuzz"),)),

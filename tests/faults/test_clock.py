@@ -1,7 +1,7 @@
 import pytest
 
 from tests import old_client
-from tests.faults.clock import CRASH, clock_steps
+from tests.faults.clock import CRASH, clock_steps, retention
 from tests.faults.crash import crash
 from tests.faults.history import Conversation
 from tests.processes import Server
@@ -26,3 +26,12 @@ def test_an_old_client_gets_what_was_queued_before_it_came(tmp_path):
         talk.listen(since=0)
         assert talk.finish() == []
         assert all(each.tick for each in talk.sent)
+
+
+def test_a_reader_is_told_of_all_that_retention_removed_before_it_came(tmp_path):
+    assert retention(tmp_path, 3).violations == []
+
+
+def test_a_bus_that_does_not_tell_of_a_gap_is_found_out(tmp_path):
+    found = retention(tmp_path, 2, faults="tidy,silent").violations
+    assert any(violation.startswith("gap not announced") for violation in found)
