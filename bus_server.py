@@ -974,7 +974,8 @@ class Request(BaseHTTPRequestHandler):
         if not isinstance(value, dict):
             raise Refused(400, "the body must be a JSON object")
         query = Query("")
-        query.fields = {member: [one if isinstance(one, str) else encode(one)] for member, one in value.items()}
+        query.fields = {member: [one if isinstance(one, str) else encode(one)] for member, one in value.items()
+                        if one is not None}  # fmt: skip
         return query
 
     def plain(self) -> bool:
@@ -1652,15 +1653,18 @@ class Bus:
         self.journal.do(Settle(request.peer, request.route[1:], members.id(), members.needed("lease"),
                                lease if request.route == "/extend" else delay, reason))
 
-    def recall(self, request: Request) -> None:
+    def recall(self, request: Request) -> Answer | None:
         """Its sender takes a message back, if nobody has fetched it."""
         self.check_open()
         message = one_of(self, request.grant, request.members().id())
         if request.grant.name not in ("", message.sender):
             raise Refused(403, "only its sender can recall a message")
+        if message.expires == RECALLED:  # a retry, whatever was fetched since
+            return ok(self, '"ok": true')
         recall = Recall(request.peer, message)
         recall.check(self.mailboxes.box(message.channel, message.to))
         self.journal.do(recall)
+        return None
 
     def look(self, request: Request, poll: Poll) -> Answer | None:
         """What the poll asks for, now or when it comes. A cursor ahead of us first moves us, durably, up to itself."""
@@ -1811,7 +1815,8 @@ class Bus:
     def fetched(self, reader: Poll | Worker, tick: int) -> None:
         self.mailboxes.fetched(reader, tick)
         for connection in self.mailboxes.watching(reader, tick):
-            connection.answer(self.mailboxes.unpark(connection).found(self, connection, []))
+            if connection in self.mailboxes.parked:  # answering one may serve a read behind it that tells the next
+                connection.answer(self.mailboxes.unpark(connection).found(self, connection, []))
         self.save_marks_soon()
 
     def save_marks_soon(self) -> None:
@@ -1875,6 +1880,7 @@ class Bus:
     def tidy(self) -> None:
         self.storms.forget()
         self.prune()
+        self.bury()  # a lease from before the start has no timer
         if self.keep:
             self.blobs.forget(time.time() - self.keep)
         if self.gate.tokens.used:
@@ -2197,7 +2203,6 @@ class Log:
 
     def __init__(self, path: str, clock: Callable[[], int] = wall_clock, attempts: int = 5) -> None:
         self.path, self.clock, self.attempts = path, clock, attempts
-        self.epoch = clock() - time.monotonic_ns() // 1000
         memory = path == ":memory:"
         target = f"file:bus-{secrets.token_hex(4)}?mode=memory&cache=shared" if memory else path
         self.lock = None if memory else locked(path)
@@ -2212,6 +2217,7 @@ class Log:
             # Dirty reads exist in :memory: only, and are harmless: the loop never asks beyond what was announced.
             self.reading.executescript("PRAGMA query_only=ON; PRAGMA read_uncommitted=ON; PRAGMA wal_autocheckpoint=0")
             self.recall()
+            self.epoch = max(clock(), self.last - AHEAD) - time.monotonic_ns() // 1000  # not in what has been
         except (sqlite3.Error, UnicodeDecodeError) as error:  # the latter: SQLite names what it cannot read
             raise Unusable(f"cannot use the database {path}: {error}") from None
 
@@ -2471,6 +2477,8 @@ class Log:
 
     def withdraw(self, message: Message) -> None:
         """Make a message as expired as one can be. Its row stays, so that a retry of its send is not stored again."""
+        if self.writing.execute("SELECT 1 FROM work WHERE tick = ?", (message.tick,)).fetchone():
+            raise Refused(409, "it is too late to recall this message: a worker has it")
         gone = message._replace(expires=RECALLED)
         self.writing.execute(
             "UPDATE messages SET expires = ?, sum = ? WHERE tick = ?", (RECALLED, checksum(gone), gone.tick)
@@ -3588,7 +3596,7 @@ async def serve(options: argparse.Namespace, log: Log) -> int:
     print(f"messages are in {log.path}", flush=True)
     if not is_loopback(options.host) and not tokens.closed:
         print(f"WARNING: anyone who can reach {host}:{port} can read and send every message", file=sys.stderr)
-    bus.prune()
+    bus.tidy()
     sweeps = every(PRUNE_SECONDS, bus.tidy), every(Deadlines.SLOT, bus.sweep)
     tasks: list[asyncio.Task[Any]] = [loop.create_task(one) for one in (*sweeps, stop.wait(), bus.broken.wait())]
     await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)

@@ -4,12 +4,15 @@ import contextlib
 import http.client
 import json
 import os
+import signal
+import socket
 import sqlite3
 import threading
 import time
 
 import pytest
 
+import bus_server
 from tests.processes import PATIENCE, Server, wait_until
 
 QUESTIONS = int(os.environ.get("QUESTIONS", "100"))
@@ -160,6 +163,32 @@ def test_what_is_given_back_for_long_does_not_hold_up_what_comes_back_before(bus
         assert [job["id"] for job in other.result()] == [soon["id"]] and time.monotonic() - began < 2
 
 
+def test_a_message_whose_last_worker_died_with_the_bus_is_buried_when_that_is_back(impatient):
+    bus = impatient
+    send(bus, msg="poison")
+    claim(bus, lease=1)
+    (job,) = claim(bus, lease=1, wait=20)
+    bus.kill()
+    wait_until(lambda: time.time() > job["lease_until"])
+    bus.start()
+    wait_until(lambda: mail(bus, "builds.dead") == ["poison"])
+
+
+def test_a_clock_that_starts_in_the_past_does_not_keep_leases_for_years(tmp_path):
+    path, batch = str(tmp_path / "bus.db"), bus_server.Batch()
+    batch.at_least = bus_server.wall_clock()
+    with contextlib.closing(bus_server.Log(path)) as log:
+        log.commit(batch)
+    with contextlib.closing(bus_server.Log(path, clock=lambda: 0)) as log:
+        assert log.steady() >= batch.at_least - bus_server.AHEAD
+
+
+def test_null_is_as_if_it_were_not_there(bus):
+    send(bus)
+    assert len(claim(bus, channel=None, lease=None, worker=None)) == 1
+    assert ask(bus, "POST", "/claim", {"to": None})[0] == 400
+
+
 def test_an_acknowledgement_may_be_repeated(bus):
     send(bus)
     (job,) = claim(bus)
@@ -307,6 +336,50 @@ def test_a_message_can_be_recalled_until_it_is_fetched(bus):
     assert ask(bus, "POST", "/recall", {"id": early})[0] == 200, "a retry is no error"
     assert mail(bus, "eve") == ["late"]
     assert ask(bus, "POST", "/recall", {"id": late})[0] == 409 and state(bus, late) != "recalled"
+
+
+def test_a_recall_repeated_after_later_mail_was_fetched_is_no_error(bus):
+    early = send(bus, "bob", "early")
+    assert ask(bus, "POST", "/recall", {"id": early})[0] == 200
+    send(bus, "bob", "later")
+    assert mail(bus, "bob") == ["later"]
+    assert ask(bus, "POST", "/recall", {"id": early})[0] == 200
+
+
+def test_what_is_claimed_and_recalled_at_once_is_one_of_both(bus):
+    """The server is stopped meanwhile, so that both are in one batch."""
+    ident = send(bus)
+    bodies = {"/claim": '{"to": "builds", "wait": 0}', "/recall": json.dumps({"id": ident})}
+    with contextlib.ExitStack() as peers:
+        peer = {path: http.client.HTTPConnection("127.0.0.1", bus.port, timeout=PATIENCE) for path in bodies}
+        for each in peer.values():
+            peers.callback(each.close)
+            each.request("GET", "/healthz")
+            each.getresponse().read()
+        bus.process.send_signal(signal.SIGSTOP)
+        for path, body in bodies.items():
+            peer[path].request("POST", path, body)
+        bus.process.send_signal(signal.SIGCONT)
+        claimed = json.loads(peer["/claim"].getresponse().read())["messages"]
+        recalled = peer["/recall"].getresponse().status
+    assert (len(claimed), recalled, state(bus, ident)) in [(1, 409, "fetched"), (0, 200, "recalled")]
+
+
+def test_one_who_waits_and_reads_in_one_breath_does_not_break_the_others_who_wait(bus):
+    first = send(bus, "bob", "1")
+    send(bus, "bob", "2")
+    watch = f"GET /message/{first}?wait_fetched=20 HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
+    read = "GET /recv?to=bob HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
+    with contextlib.ExitStack() as peers:
+        for waiting, request in enumerate([watch + read, watch], 1):
+            peer = peers.enter_context(socket.create_connection(("127.0.0.1", bus.port), PATIENCE))
+            peer.sendall(request.encode())
+            wait_until(lambda waiting=waiting: parked(bus) == waiting)
+        reader = http.client.HTTPConnection("127.0.0.1", bus.port, timeout=5)
+        peers.callback(reader.close)
+        for path in ("/recv?to=bob&max=1", "/healthz"):
+            reader.request("GET", path)
+            assert reader.getresponse().read()
 
 
 def test_a_sender_can_wait_until_its_message_was_fetched(bus):
