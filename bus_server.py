@@ -2182,6 +2182,9 @@ MIGRATIONS = [  # user_version n is what the first n of them made; only ever add
 # One statement for up to 64 rows: executemany lets go of the GIL for each row, and waits until the loop does so too.
 MAILBOX = "(SELECT id FROM mailboxes WHERE channel = ? AND name = ?)"
 INSERT = ["INSERT INTO messages VALUES " + ", ".join([f"({', '.join('?' * 11)})"] * rows) for rows in range(65)]
+PENDING = (  # nobody has fetched it, or it is work that is not done
+    "(tick > max(fetched, ifnull(read, 0)) OR tick IN (SELECT tick FROM work WHERE due IS NOT NULL))"
+)
 SELECT = (
     "SELECT tick, channel, name, sender, text, n, expires, answers, sum FROM mailboxes JOIN messages ON mailbox = id"
 )
@@ -2365,7 +2368,7 @@ class Log:
 
     def remove(self, batch: Batch, removal: Removal) -> None:
         """Remove the oldest slice of what is to go, and note for each mailbox how far it is gone."""
-        fetched = "AND tick <= max(fetched, ifnull(read, 0))" if removal.sparing else ""
+        fetched = f"AND NOT {PENDING}" if removal.sparing else ""
         rows = self.writing.execute(
             f"{SELECT} WHERE tick > ? AND tick < ? {fetched} ORDER BY tick LIMIT {PRUNE_SLICE}",
             (removal.above, removal.before),
@@ -3752,7 +3755,7 @@ def count_old(path: str, before: int) -> tuple[int, int]:
     try:
         with contextlib.closing(read_only(path)) as database:
             row = database.execute(
-                "SELECT count(*), count(*) FILTER (WHERE tick > max(fetched, ifnull(read, 0))) "
+                f"SELECT count(*), count(*) FILTER (WHERE {PENDING}) "
                 "FROM messages JOIN mailboxes ON mailbox = id WHERE tick < ?", (before,)
             ).fetchone()
             return int(row[0]), int(row[1])

@@ -7,13 +7,15 @@ import os
 import signal
 import socket
 import sqlite3
+import subprocess
+import sys
 import threading
 import time
 
 import pytest
 
 import bus_server
-from tests.processes import PATIENCE, Server, wait_until
+from tests.processes import PATIENCE, ROOT, Server, wait_until
 
 QUESTIONS = int(os.environ.get("QUESTIONS", "100"))
 
@@ -380,6 +382,17 @@ def test_one_who_waits_and_reads_in_one_breath_does_not_break_the_others_who_wai
         for path in ("/recv?to=bob&max=1", "/healthz"):
             reader.request("GET", path)
             assert reader.getresponse().read()
+
+
+def test_prune_spares_work_that_is_not_done(bus):
+    for msg in ("done", "given back", "in hand"):
+        send(bus, msg=msg)
+    done, back, _ = claim(bus, max=3)
+    assert settle(bus, "ack", done) == settle(bus, "nack", back) == 200
+    command = [sys.executable, str(ROOT / "bus_server.py"), "prune", "--older", "0", "--db", bus.db]
+    wait_until(lambda: subprocess.run(command, capture_output=True, text=True).stdout.endswith("1 removed\n"))
+    assert mail(bus, "builds") == ["given back", "in hand"]
+    assert [job["msg"] for job in claim(bus, max=3)] == ["given back"]
 
 
 def test_a_sender_can_wait_until_its_message_was_fetched(bus):
