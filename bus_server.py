@@ -1234,10 +1234,10 @@ class Watch(NamedTuple):
         return False
 
     def found(self, bus: Bus, connection: Connection, messages: list[Message]) -> Answer:
-        return told(bus, self.message)
+        return told(bus, bus.store.message(self.message.tick) or self.message)  # it may have been recalled
 
     def nothing(self, bus: Bus, connection: Connection) -> Answer:
-        return told(bus, self.message)
+        return self.found(bus, connection, [])
 
 
 # ── Identity ─────────────────────────────────────────────────────────────────────────────────────────────────────────

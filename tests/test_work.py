@@ -384,6 +384,14 @@ def test_one_who_waits_and_reads_in_one_breath_does_not_break_the_others_who_wai
             assert reader.getresponse().read()
 
 
+def test_who_waits_for_a_message_to_be_fetched_is_told_that_it_was_recalled(bus):
+    ident = send(bus, "bob")
+    with background(state, bus, ident, wait_fetched=1) as waiting:
+        wait_until(lambda: parked(bus) == 1)
+        assert ask(bus, "POST", "/recall", {"id": ident})[0] == 200
+        assert waiting.result() == "recalled"
+
+
 def test_prune_spares_work_that_is_not_done(bus):
     for msg in ("done", "given back", "in hand"):
         send(bus, msg=msg)
