@@ -11,8 +11,11 @@ every message that it acknowledged, and has grown by at most 20 MB (resident mem
 """
 from __future__ import annotations
 
+import importlib.util
 import json
+import pathlib
 import subprocess
+import sys
 import urllib.request
 from typing import Any, NamedTuple
 
@@ -21,6 +24,27 @@ from tests.processes import PATIENCE, Server
 GROWTH = 20.0  # MB
 UNSUPPORTED = {501, 505, 507}  # a method or coding, a version, no room for a file: the only 5xx that are no defect
 ROOM = "64m"  # for files: less than a fuzzer can fill
+
+
+# What a mode needs beside the standard library: `make fuzz` puts it into an environment outside of the repository
+NEEDS = {"raw": None, "schema": "schemathesis", "coverage": "atheris"}
+INSTALLED = pathlib.Path.home() / ".cache" / "agent-bus-fuzz" / "bin" / "python"
+
+
+def python_for(mode):
+    """The interpreter that has what this mode needs, or None."""
+    needed = NEEDS[mode]
+    if not needed or importlib.util.find_spec(needed):
+        return sys.executable
+    if INSTALLED.exists() and not subprocess.run([INSTALLED, "-c", f"import {needed}"], capture_output=True).returncode:
+        return str(INSTALLED)
+    return None
+
+
+def missing():
+    """Why a full run is not possible here, or None."""
+    lacking = [NEEDS[mode] for mode in NEEDS if not python_for(mode)]
+    return f"{' and '.join(lacking)} are not here: make fuzz installs them" if lacking else None
 
 
 class Findings(NamedTuple):
@@ -34,7 +58,7 @@ class Siege:
     def __init__(self, folder, **settings):
         self.server = Server(folder / "bus.db", "--files", ROOM, **settings)
         self.kept = []  # (id, msg)
-        self.memory = 0.0
+        self.memory = None  # MB; none until it was measured
 
     def __enter__(self):
         self.server.start()
@@ -66,7 +90,7 @@ class Siege:
             found += [(each["id"], each["msg"]) for each in answer["messages"]]
         if found != self.kept:
             violations.append(f"of {len(self.kept)} acknowledged messages the bus has {len(found)}")
-        grown = self.resident() - self.memory
+        grown = self.resident() - (self.memory or self.resident())
         if grown > GROWTH:
             violations.append(f"the server has grown by {grown:.1f} MB")
         if self.server.process.poll() is not None:

@@ -42,6 +42,12 @@ WORDS = [
     b"[", b"]", b"{", b"}", b'"', b"\\ud800", b"\\u0000", b"-1", b"0", b"9" * 30, b"65536", b"4294967296",
     b"9223372036854775808",
 ]  # fmt: skip
+VALUES = [
+    b"null", b"true", b"0", b"-1", b"0.5", b"1e999", b"1e-999", b"9" * 30, b"9" * 5000, b"NaN", b'""', b'"a"', b'"all"',
+    b'"a b"', b'"\\u0000"', b'"\\ud800"', b'"' + b"a" * 65 + b'"', b"[]", b"{}", b'["a", "b"]', b'{"a": 1}',
+    b"[" * 40 + b"]" * 40,
+]  # fmt: skip
+VALUE = re.compile(rb'(?<=: )("[^"]*"|[\w.+-]+|\[[^]]*\])')  # of a member
 LENGTH = re.compile(rb"(?i)content-length:[^\r\n]*")
 HELD = re.compile(rb"(?i)wait|block|ask|claim")  # it may be held until we have gone: nothing is sent behind it
 ANSWER = re.compile(rb"HTTP/1\.1 ([1-5]\d\d) [^\r\n]*\r\n((?:[^\r\n]+\r\n)*)\r\n")
@@ -63,28 +69,52 @@ def corpus():
     return [each for each in cases + EXAMPLES if len(each) < 4096]
 
 
+# Mutations: the random numbers, the bytes, a place in them, and all cases
+
+
+def flipped(rng, data, at, cases):
+    return data[:at] + bytes([rng.randrange(256)]) + data[at + 1 :]
+
+
+def inserted(rng, data, at, cases):
+    return data[:at] + rng.choice(WORDS) + data[at:]
+
+
+def shortened(rng, data, at, cases):
+    return data[:at] + data[at + rng.randint(1, 8) :]
+
+
+def repeated(rng, data, at, cases):
+    return data[:at] + data[max(0, at - rng.randint(1, 64)) :]
+
+
+def spliced(rng, data, at, cases):
+    other = rng.choice(cases)
+    return data[:at] + other[rng.randrange(len(other) + 1) :]
+
+
+def shuffled(rng, data, at, cases):
+    lines = data.split(b"\r\n")
+    rng.shuffle(lines)
+    return b"\r\n".join(lines)
+
+
+def renumbered(rng, data, at, cases):
+    return re.sub(rb"\d+", lambda number: rng.choice((number[0], b"0", b"1", b"-1", b"9" * 25)), data)
+
+
+def revalued(rng, data, at, cases):
+    """Another value for a member of a JSON object."""
+    found = VALUE.search(data, at) or VALUE.search(data)
+    return data[: found.start()] + rng.choice(VALUES) + data[found.end() :] if found else data
+
+
+MUTATIONS = [flipped, inserted, shortened, repeated, spliced, shuffled, renumbered, revalued]
+
+
 def mutated(rng, data, cases):
-    """One to four changes, of the kinds that mistakes and attacks are made of."""
     for _ in range(rng.randint(1, 4)):
-        at = rng.randrange(len(data) + 1)
-        kind = rng.randrange(7)
-        if kind == 0:
-            data = data[:at] + bytes([rng.randrange(256)]) + data[at + 1 :]
-        elif kind == 1:
-            data = data[:at] + rng.choice(WORDS) + data[at:]
-        elif kind == 2:
-            data = data[:at] + data[at + rng.randint(1, 8) :]
-        elif kind == 3:
-            data = data[:at] + data[max(0, at - rng.randint(1, 64)) :]
-        elif kind == 4:
-            other = rng.choice(cases)
-            data = data[:at] + other[rng.randrange(len(other) + 1) :]
-        elif kind == 5:
-            lines = data.split(b"\r\n")
-            rng.shuffle(lines)
-            data = b"\r\n".join(lines)
-        else:
-            data = re.sub(rb"\d+", lambda number: rng.choice((number[0], b"0", b"1", b"-1", b"9" * 25)), data)
+        data = rng.choice(MUTATIONS)(rng, data, rng.randrange(len(data) + 1), cases)
     return data
 
 
@@ -93,11 +123,11 @@ def framed(rng, cases):
     head, _, body = rng.choice(cases).partition(b"\r\n\r\n")
     line, _, fields = head.partition(b"\r\n")
     method, _, target = line.rpartition(b" ")[0].partition(b" ")
-    if body and rng.randrange(2):
+    if body and rng.randrange(4):
         body = mutated(rng, body, cases)
     else:
-        path, mark, query = target.partition(b"?")
-        target = path + mark + mutated(rng, query, cases) if rng.randrange(4) else mutated(rng, target, cases)
+        path, _, query = target.partition(b"?")
+        target = path + b"?" + mutated(rng, query, cases) if rng.randrange(4) else mutated(rng, target, cases)
         target = re.sub(rb'[^!"$-~]', b"", target)
     if method not in (b"POST", b"PUT") or not target.startswith(b"/"):
         return get((b"/" + target.lstrip(b"/"))[:6000].decode())
