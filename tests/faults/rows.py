@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
+from tests import fuzz
 from tests.faults import Result, clock, crash, disk, linux, network, program, siege, soak, unless
 from tests.processes import ROOT
 
@@ -108,7 +109,7 @@ ROWS = [
         soak.soak, 100000, needs=(linux,)),
     Row("fuzzing", "1 million raw requests, schema-driven requests, 10 min coverage-guided",
         "0 answers of 5xx, memory +20 MB at most",
-        functools.partial(suite, ["tests.fuzz"]), 1, needs=(module("tests.fuzz"),)),
+        functools.partial(suite, ["tests.fuzz"]), 1, needs=(fuzz.missing,)),
     Row("model", "1,000 runs of 50 steps (send, retry, read, restart, clock) beside a model",
         "no difference",
         functools.partial(suite, ["pytest", "tests/test_model.py"], RUNS="1000"), 1,
