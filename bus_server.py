@@ -1592,14 +1592,14 @@ class Bus:
             value: Any = {**fields, "to": list(query.names("to")), "msg": parse_text(request.body)}
         else:
             value = parse_json(request.body)
-        messages = value if isinstance(value, list) else [value]
+        messages = [request.grant.sign(message) for message in (value if isinstance(value, list) else [value])]
         if self.schemas:
             for message in messages:
                 self.schemas.check(message)
-        drafts = [draft(request.grant.sign(message), key) for message in messages]
+        drafts = [draft(message, key) for message in messages]
         for channel, to in {(one.channel, to) for one in drafts for to in one.to}:
             self.check_room(channel, to)
-        return [self.placed(one) if one.answers is not None else one for one in drafts], messages is value
+        return [self.placed(one) if one.answers is not None else one for one in drafts], isinstance(value, list)
 
     def check_open(self) -> None:
         if self.draining:
@@ -1713,6 +1713,8 @@ class Bus:
         """Let it wait until there is something for it, its hold is over, or `patience` (s) has passed."""
         self.mailboxes.park(connection, parked)
         connection.wait(State.PARKED, min(parked.hold, patience))
+        if self.gate.tokens.closed and parked.token not in self.gate.tokens.grants:
+            self.evict()  # it was revoked while a commit was waited for
 
     # What happens later
 
@@ -1947,7 +1949,11 @@ class Claim(Task):
 
     def answer(self, bus: Bus) -> Answer | None:
         worker = self.worker
-        if self.jobs:
+        if self.jobs and self.connection.state is State.LINGER:  # the worker has gone: others may have them at once
+            for job in self.jobs:
+                tick = job.message.tick
+                bus.journal.do(Settle(self.connection, "nack", tick, job.lease, 0, "its worker hung up"))
+        elif self.jobs:
             bus.claimed(self)
         elif worker.hold > 0 and self.connection.state is State.BUSY and not self.connection.ended | bus.draining:
             bus.park(self.connection, worker, self.due)
@@ -2936,7 +2942,7 @@ class Blobs:
         size = os.fstat(stream.fileno()).st_size
         wanted = re.fullmatch("bytes=([0-9]{1,15})-", request.fields.get("range", ""))
         start = int(wanted[1]) if wanted else 0
-        if start > size:
+        if wanted and start >= size:
             stream.close()
             raise Refused(416, f"the file has {size} bytes", ("Content-Range", f"bytes */{size}"))
         stream.seek(start)
