@@ -11,6 +11,7 @@ from decimal import ROUND_HALF_UP, Decimal
 from typing import Any, NamedTuple
 
 ALL = "all"
+RECALLED = 0  # as a time: long ago
 FAST_CLOCK = 300 * 10**6  # us that a cursor may be ahead of the bus's clock
 
 
@@ -28,7 +29,7 @@ class Stored(NamedTuple):
     tick: int
     to: str
     draft: Draft
-    expires: float  # us of the bus's clock
+    expires: float  # us of the bus's clock; or RECALLED
 
     @property
     def place(self):
@@ -164,7 +165,18 @@ class Model:
             return "acknowledged"
         if message.tick <= mark.fetched:
             return "fetched"
+        if message.expires == RECALLED:
+            return "recalled"
         return "expired" if self.is_expired(message) else "queued"
+
+    # Section 12: taking back
+
+    def recall(self, message):
+        """The statuses there may be: it is too late once it was fetched."""
+        return {409 if message.tick <= marks[message.place].fetched else 200 for marks in (self.most, self.least)}
+
+    def recalled(self, message):
+        self.kept[self.kept.index(message)] = message._replace(expires=RECALLED)
 
     # What happens to a bus
 

@@ -34,7 +34,7 @@ from hypothesis.stateful import (  # noqa: E402
 RUNS = int(os.environ.get("RUNS", "0"))
 CALM = settings(deadline=None, report_multiple_bugs=False, database=None, suppress_health_check=list(HealthCheck))
 SETTINGS = (settings(CALM, max_examples=RUNS, stateful_step_count=50, print_blob=True) if RUNS
-            else settings(CALM, max_examples=40, stateful_step_count=40, derandomize=True))
+            else settings(CALM, max_examples=30, stateful_step_count=40, derandomize=True))
 HOUR = 1000  # s; everything that has to do with the clock is a multiple, give or take what a conversation lasts (100 s)
 KEEP = 2 * HOUR + HOUR // 2  # s; so no message is ever about as old as that
 STEPS = [-2 * HOUR, -HOUR, HOUR, 2 * HOUR, 3 * HOUR, 4 * HOUR]  # s
@@ -365,6 +365,15 @@ class BusAgainstModel(RuleBasedStateMachine):
         with peer:
             text = b"".join(iter(lambda: peer.recv(65536), b""))
         return json.loads(text.partition(b"\r\n\r\n")[2])
+
+    @precondition(lambda self: self.model.kept)
+    @rule(which=st.integers(0, 99))
+    def recall(self, which):
+        message = self.model.kept[which % len(self.model.kept)]
+        status, _, body = self.bus.ask("POST", f"/recall?id={message.tick:x}", b"")
+        assert status in self.model.recall(message), body
+        if status == 200:
+            self.model.recalled(message)
 
     # Looking
 
