@@ -97,7 +97,7 @@ ROWS = [
         network.framing, 100000),
     Row("slow-peers", "10,000 slow heads, then 10,000 slow bodies",
         "normal traffic p99 at most 3x its base; closed at deadline + 2 s; memory +50 MB at most",
-        siege.slow_peers, 10000, needs=(linux, siege.twenty_thousand_descriptors)),
+        siege.slow_peers, 10000, needs=(linux, siege.ten_thousand_descriptors)),
     Row("descriptors", "descriptor limit 64 with 120 connections",
         "CPU under 10 %, back within 1 s",
         siege.no_descriptors, 120, needs=(linux,)),
