@@ -1,6 +1,7 @@
 """What this machine is, what it can do at most, and what a process takes of it. Linux only."""
 from __future__ import annotations
 
+import contextlib
 import datetime
 import multiprocessing
 import os
@@ -25,7 +26,8 @@ def tree(pid: int) -> list[int]:
     found = [pid]
     for own in found:
         for children in pathlib.Path(f"/proc/{own}/task").glob("*/children"):
-            found += map(int, children.read_text().split())
+            with contextlib.suppress(FileNotFoundError):  # that thread has ended
+                found += map(int, children.read_text().split())
     return found
 
 

@@ -364,8 +364,13 @@ class NatsPeer(Peer):
         return load.closed_loop(self.port, self.wire, "dell", connections, seconds)
 
     def mark(self) -> int:
-        answer = self.ask(self.wire.publish("$JS.API.STREAM.INFO.BUS", b"", 1))
-        return int(json.loads(answer[answer.index(b"{"):])["state"]["messages"])
+        """How many messages are stored. Right after a load it may answer with an error first."""
+        deadline = time.monotonic() + 10
+        while True:
+            answer = self.ask(self.wire.publish("$JS.API.STREAM.INFO.BUS", b"", 1))
+            found = json.loads(answer[answer.index(b"{"):])
+            if "state" in found or time.monotonic() > deadline:
+                return int(found["state"]["messages"])
 
     def stored(self, mark: int) -> int | None:
         return self.mark() - mark
