@@ -2128,8 +2128,8 @@ class Journal:
         waiting = self.planned
         self.committed(batch)
         if waiting:
-            # Two turns later: who was just answered sends again meanwhile, and joins. With 16 senders a send takes 41 us
-            # of CPU instead of 55, because nobody waits for the GIL while the answers go out.
+            # Two turns later: who was just answered sends again meanwhile, and joins. With 16 senders a send takes
+            # 41 us of CPU instead of 55, because nobody waits for the GIL while the answers go out.
             self.loop.call_soon(self.loop.call_soon, self.hand_over)
 
     def close(self) -> None:
