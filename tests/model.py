@@ -172,7 +172,9 @@ class Model:
     # Section 12: taking back
 
     def recall(self, message):
-        """The statuses there may be: it is too late once it was fetched."""
+        """The statuses there may be: it is too late once it was fetched, unless it was recalled before."""
+        if message.expires == RECALLED:
+            return {200}
         return {409 if message.tick <= marks[message.place].fetched else 200 for marks in (self.most, self.least)}
 
     def recalled(self, message):
