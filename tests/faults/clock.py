@@ -102,10 +102,11 @@ def retention(directory, rounds, faults="tidy"):
             return answer
 
         for visit in range(1, rounds + 1):
-            for number in range(random.randrange(1, 60)):
+            waiting = random.randrange(2, 60)
+            for number in range(waiting):
                 msg = f"message {number} before visit {visit}"
                 sent.append(Sent("ann", msg, tick(new_client.send(bus.url, "ann", "bob", msg))))
-            cursor = read(random.randrange(1, 40))["now"]
+            cursor = read(random.randrange(1, waiting))["now"]
             horizon = sent[-1].tick + 1
             bus.step(2 * visit * HOUR)
             wait_until(lambda: not get(bus.url, "/log")["messages"])

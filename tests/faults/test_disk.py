@@ -7,7 +7,7 @@ shim = skipped_without(linux, program("gcc"))
 
 @power
 def test_nothing_acknowledged_is_lost_when_the_power_is_cut(tmp_path):
-    assert power_cut(tmp_path, 5).violations == []
+    assert power_cut(tmp_path, 4).violations == []
 
 
 @power
@@ -17,7 +17,7 @@ def test_a_bus_that_does_not_wait_for_the_disk_is_found_out(tmp_path):
 
 @shim
 def test_a_bus_whose_disk_fails_ends_and_has_kept_what_it_acknowledged(tmp_path):
-    assert failing_fsync(tmp_path, 4).violations == []
+    assert failing_fsync(tmp_path, 2).violations == []
 
 
 @shim
@@ -31,4 +31,4 @@ def test_a_full_disk_refuses_sends_and_nothing_else_until_there_is_room(tmp_path
 
 
 def test_a_flipped_bit_never_becomes_a_wrong_message(tmp_path):
-    assert flipped_bits(tmp_path, 8).violations == []
+    assert flipped_bits(tmp_path, 6).violations == []

@@ -3,11 +3,11 @@ from tests.faults.network import bad_proxy, behind_nginx, framing, unkeyed
 
 
 def test_each_send_through_a_bad_proxy_is_in_the_mailbox_once(tmp_path):
-    assert bad_proxy(tmp_path, 160).violations == []
+    assert bad_proxy(tmp_path, 120).violations == []
 
 
 def test_retries_without_keys_through_a_bad_proxy_are_found_out(tmp_path):
-    found = bad_proxy(tmp_path, 48, body=unkeyed, patience=1).violations
+    found = bad_proxy(tmp_path, 40, body=unkeyed, patience=1).violations
     assert any(violation.startswith("the mailbox: duplicated") for violation in found)
 
 
