@@ -101,7 +101,7 @@ RECALLED = 1  # as the time at which a message expired: its sender took it back
 
 LEASE = 60.0  # s a worker has for a message when it does not say
 LEASE_MAX = 43200.0  # s; a worker that dies keeps its message from the others for so long
-CLAIM_MAX = 100  # messages in one claim
+CLAIM_MAX = 100  # messages in one claim; it ends at ANSWER_BYTES too
 DEAD = ".dead"  # a queue's name and this: where its messages go that failed too often
 
 
@@ -2417,13 +2417,22 @@ class Log:
         return self.epoch + time.monotonic_ns() // 1000
 
     def claim(self, worker: Worker, batch: Batch) -> tuple[list[Job], float]:
-        """Up to `limit` messages for a worker: first what came back, then what is new. And s until more come back."""
+        """Up to `limit` messages for a worker, and no more than one above ANSWER_BYTES: first what came back, then what
+        is new. And s until more come back.
+        """
         mailbox = self.counts.get((worker.channel, worker.queue))
         if not mailbox:
             return [], math.inf
         now = self.steady()
-        found = [*self.came_back(mailbox[0], worker.limit, now, batch)]
-        found += self.untaken(mailbox[0], worker.limit - len(found))
+        found: list[tuple[Message, int]] = []
+        room = ANSWER_BYTES
+        for again in self.came_back(mailbox[0], worker.limit, now, batch):
+            found.append(again)
+            room -= len(again[0].text)
+            if room < 0 or len(found) == worker.limit:
+                break
+        else:
+            found += self.untaken(mailbox[0], worker.limit - len(found), room)
         due = now + int(worker.lease * 1000000)
         jobs = [Job(message, attempt, secrets.token_hex(8), due + self.clock() - now) for message, attempt in found]
         self.writing.executemany(
@@ -2448,20 +2457,26 @@ class Log:
             else:
                 yield message, attempt + 1
 
-    def untaken(self, mailbox: int, limit: int) -> Iterator[tuple[Message, int]]:
-        """What no worker has had yet; the expired and the damaged are passed over."""
-        while limit > 0:
-            rows = self.writing.execute(
-                f"{SELECT} WHERE mailbox = ? AND tick > (SELECT taken FROM mailboxes WHERE id = ?) "
-                "AND (expires IS NULL OR expires > ?) ORDER BY tick LIMIT ?",
-                (mailbox, mailbox, self.clock(), limit),
-            ).fetchall()
-            if not rows:
-                return
-            self.writing.execute("UPDATE mailboxes SET taken = ? WHERE id = ?", (rows[-1][0], mailbox))
-            for message in filter(None, map(self.checked, rows)):
-                limit -= 1
-                yield message, 1
+    def untaken(self, mailbox: int, limit: int, room: int) -> list[tuple[Message, int]]:
+        """What no worker has had yet, `limit` messages or `room` bytes; the expired and the damaged are passed over."""
+        rows = self.writing.execute(
+            f"{SELECT} WHERE mailbox = ? AND tick > (SELECT taken FROM mailboxes WHERE id = ?) "
+            "AND (expires IS NULL OR expires > ?) ORDER BY tick", (mailbox, mailbox, self.clock())
+        )
+        found: list[tuple[Message, int]] = []
+        taken = None
+        with contextlib.closing(rows):
+            for row in rows:
+                taken = row[0]
+                message = self.checked(row)
+                if message:
+                    found.append((message, 1))
+                    room -= len(message.text)
+                if room < 0 or len(found) == limit:
+                    break
+        if taken is not None:
+            self.writing.execute("UPDATE mailboxes SET taken = ? WHERE id = ?", (taken, mailbox))
+        return found
 
     def settle(self, settle: Settle, batch: Batch) -> Key:
         """Do what a worker says of its message; 409 if it is not its any more. Returns the queue."""

@@ -1277,6 +1277,16 @@ def test_a_wrong_claim_is_refused(bus):
     assert claim(bus, ("x" * 43) + fresh("")[:16]) == []
 
 
+@ours
+def test_a_claim_ends_at_about_1_mib(bus):
+    """13.8 a claim hands out at most about 1 MiB and one job, whatever its max; the next claim has the rest"""
+    queue, text = fresh("queue"), "x" * 200000
+    for _ in range(8):
+        bus.json("POST", f"/send?from={bus.me}&to={queue}", text)
+    first, rest = claim(bus, queue, max=100), claim(bus, queue, max=100)
+    assert 5 <= len(first) <= 7 and len({job["id"] for job in first + rest}) == 8
+
+
 # ── 14. /blob/<sha256> ───────────────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -108,6 +108,14 @@ def test_a_claim_waits_for_its_message_and_gets_it_alone(bus):
         assert [job["msg"] for job in waiting.pop().result()] == ["two"]
 
 
+def test_a_claim_is_about_1_mib_at_most_also_of_what_came_back_and_the_rest_stays(bus):
+    sent = [send(bus, msg="x" * 200_000) for _ in range(8)]
+    for _ in range(2):
+        first, rest = claim(bus, max=100), claim(bus, max=100)
+        assert 5 <= len(first) <= 7 and sorted(job["id"] for job in first + rest) == sorted(sent)
+        assert {settle(bus, "nack", job) for job in first + rest} == {200}
+
+
 def test_an_empty_claim_ends_with_its_hold(bus):
     began = time.monotonic()
     assert claim(bus, wait=0.3) == []
