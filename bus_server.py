@@ -2021,7 +2021,7 @@ class Move(NamedTuple):
 
 
 class Removal(NamedTuple):
-    """What is to go, a slice at a time: messages between two ticks; with `sparing`, only those that were fetched."""
+    """What is to go, a slice at a time: messages between two ticks; with `sparing`, those that are PENDING stay."""
 
     above: int
     before: int
@@ -2199,8 +2199,10 @@ MIGRATIONS = [  # user_version n is what the first n of them made; only ever add
 # One statement for up to 64 rows: executemany lets go of the GIL for each row, and waits until the loop does so too.
 MAILBOX = "(SELECT id FROM mailboxes WHERE channel = ? AND name = ?)"
 INSERT = ["INSERT INTO messages VALUES " + ", ".join([f"({', '.join('?' * 11)})"] * rows) for rows in range(65)]
-PENDING = (  # nobody has fetched it, or it is work that is not done
-    "(tick > max(fetched, ifnull(read, 0)) OR tick IN (SELECT tick FROM work WHERE due IS NOT NULL))"
+PENDING = (  # reading it is not doing it: work stays, whoever looked at the queue
+    "(tick > max(fetched, ifnull(read, 0)) "  # nobody has fetched it
+    "OR (taken > 0 AND tick > taken) "  # workers ask here, and none has had it
+    "OR tick IN (SELECT tick FROM work WHERE due IS NOT NULL))"  # one has had it, and it is not done
 )
 SELECT = (
     "SELECT tick, channel, name, sender, text, n, expires, answers, sum FROM mailboxes JOIN messages ON mailbox = id"
@@ -2420,26 +2422,25 @@ class Log:
         """Up to `limit` messages for a worker, and no more than one above ANSWER_BYTES: first what came back, then what
         is new. And s until more come back.
         """
-        mailbox = self.counts.get((worker.channel, worker.queue))
-        if not mailbox:
-            return [], math.inf
+        known = self.counts.get((worker.channel, worker.queue))
+        mailbox = known[0] if known else self.new_mailbox(worker.channel, worker.queue)
         now = self.steady()
         found: list[tuple[Message, int]] = []
         room = ANSWER_BYTES
-        for again in self.came_back(mailbox[0], worker.limit, now, batch):
+        for again in self.came_back(mailbox, worker.limit, now, batch):
             found.append(again)
             room -= len(again[0].text)
             if room < 0 or len(found) == worker.limit:
                 break
         else:
-            found += self.untaken(mailbox[0], worker.limit - len(found), room)
+            found += self.untaken(mailbox, worker.limit - len(found), room)
         due = now + int(worker.lease * 1000000)
         jobs = [Job(message, attempt, secrets.token_hex(8), due + self.clock() - now) for message, attempt in found]
         self.writing.executemany(
             "INSERT OR REPLACE INTO work VALUES (?, ?, ?, ?, ?, ?, NULL)",
-            [(job.message.tick, mailbox[0], job.attempt, due, job.lease, worker.called) for job in jobs],
+            [(job.message.tick, mailbox, job.attempt, due, job.lease, worker.called) for job in jobs],
         )
-        first = self.writing.execute("SELECT min(due) FROM work WHERE mailbox = ?", (mailbox[0],)).fetchone()[0]
+        first = self.writing.execute("SELECT min(due) FROM work WHERE mailbox = ?", (mailbox,)).fetchone()[0]
         return jobs, math.inf if first is None else (first - now) / 1000000
 
     def came_back(self, mailbox: int, limit: int, now: int, batch: Batch) -> Iterator[tuple[Message, int]]:
@@ -2464,7 +2465,7 @@ class Log:
             "AND (expires IS NULL OR expires > ?) ORDER BY tick", (mailbox, mailbox, self.clock())
         )
         found: list[tuple[Message, int]] = []
-        taken = None
+        taken = 1  # below every message, and not 0: workers ask here, so what comes is work (PENDING)
         with contextlib.closing(rows):
             for row in rows:
                 taken = row[0]
@@ -2474,8 +2475,7 @@ class Log:
                     room -= len(message.text)
                 if room < 0 or len(found) == limit:
                     break
-        if taken is not None:
-            self.writing.execute("UPDATE mailboxes SET taken = ? WHERE id = ?", (taken, mailbox))
+        self.writing.execute("UPDATE mailboxes SET taken = ? WHERE id = ? AND taken < ?", (taken, mailbox, taken))
         return found
 
     def settle(self, settle: Settle, batch: Batch) -> Key:
@@ -3733,16 +3733,17 @@ def list_tokens(arguments: Sequence[str]) -> int:
 
 def prune(arguments: Sequence[str]) -> int:
     """Remove old messages now: through the running server, which has the one connection that writes, or without it."""
-    parser = argparse.ArgumentParser(prog="bus_server.py prune", description="Remove messages that were fetched.")
+    parser = argparse.ArgumentParser(prog="bus_server.py prune",
+                                     description="Remove messages that were fetched, and work that is done.")
     parser.add_argument("--older", type=duration, default="30d", help="than this: 30d, 12h; 0: all (%(default)s)")
-    parser.add_argument("--pending", action="store_true", help="also those that nobody has fetched")
+    parser.add_argument("--pending", action="store_true", help="also what nobody has fetched, and work not done")
     parser.add_argument("--dry-run", action="store_true", help="only say how many")
     parser.add_argument("--db", default=default_path(), metavar="PATH", help="of the bus (%(default)s)")
     options = parser.parse_args(arguments)
     removal = Removal(0, max(wall_clock() - int(options.older * 1000000), 0), not options.pending)
     old, pending = count_old(options.db, removal.before)
     going = old if options.pending else old - pending
-    stay = f"; {pending} that nobody has fetched stay: --pending removes them too" if old > going else ""
+    stay = f"; {pending} that nobody has fetched or done stay: --pending removes them too" if old > going else ""
     print(f"{old} messages are so old{stay}")
     if going and not options.dry_run:
         left = old - going
@@ -3789,7 +3790,7 @@ ORDER = re.compile(r"\[([0-9]{1,18}), ([0-9]{1,18}), (true|false)\]")
 
 
 def count_old(path: str, before: int) -> tuple[int, int]:
-    """(messages older than a tick, those of them that nobody has fetched), read beside a running server."""
+    """(messages older than a tick, those of them that are PENDING), read beside a running server."""
     try:
         with contextlib.closing(read_only(path)) as database:
             row = database.execute(

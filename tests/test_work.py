@@ -400,15 +400,35 @@ def test_who_waits_for_a_message_to_be_fetched_is_told_that_it_was_recalled(bus)
         assert waiting.result() == "recalled"
 
 
+def prune(bus):
+    """What the command said of everything that it may remove without being told to."""
+    command = [sys.executable, str(ROOT / "bus_server.py"), "prune", "--older", "0", "--db", bus.db]
+    return subprocess.run(command, capture_output=True, text=True).stdout
+
+
 def test_prune_spares_work_that_is_not_done(bus):
     for msg in ("done", "given back", "in hand"):
         send(bus, msg=msg)
     done, back, _ = claim(bus, max=3)
     assert settle(bus, "ack", done) == settle(bus, "nack", back) == 200
-    command = [sys.executable, str(ROOT / "bus_server.py"), "prune", "--older", "0", "--db", bus.db]
-    wait_until(lambda: subprocess.run(command, capture_output=True, text=True).stdout.endswith("1 removed\n"))
+    wait_until(lambda: prune(bus).endswith("1 removed\n"))
     assert mail(bus, "builds") == ["given back", "in hand"]
     assert [job["msg"] for job in claim(bus, max=3)] == ["given back"]
+
+
+@pytest.mark.parametrize("first", [[], ["first"]], ids=["a-worker-asked", "a-worker-had-one"])
+def test_prune_spares_work_that_no_worker_had_though_somebody_has_read_it(bus, first):
+    for msg in first:
+        send(bus, msg=msg)
+    for job in claim(bus):
+        assert settle(bus, "ack", job) == 200
+    send(bus, msg="waits")
+    send(bus, "bob")
+    for reader in ("builds", "bob"):  # and each presents its cursor
+        now = ask(bus, "GET", f"/recv?to={reader}")[1]["now"]
+        assert ask(bus, "GET", f"/recv?to={reader}&since={now}")[0] == 200
+    wait_until(lambda: prune(bus) and not ask(bus, "GET", "/log?to=bob")[1]["messages"])
+    assert [job["msg"] for job in claim(bus, max=3)] == ["waits"]
 
 
 def test_a_sender_can_wait_until_its_message_was_fetched(bus):
