@@ -1883,8 +1883,7 @@ class Bus:
         self.storms.forget()
         self.prune()
         self.bury()  # a lease from before the start has no timer
-        if self.keep:
-            self.blobs.forget(time.time() - self.keep)
+        self.blobs.forget(time.time(), self.keep)
         if self.gate.tokens.used:
             self.save_marks_soon()
 
@@ -2933,6 +2932,7 @@ class Blobs:
     """
 
     PIECE = 65536  # bytes read or written in one turn of the loop
+    PART_SECONDS = 7 * 86400.0  # a part waits for the rest: a sender that was cut off before a weekend is back by then
 
     def __init__(self, database: str, quota: int) -> None:
         self.folder = pathlib.Path(f"{database}.blobs")
@@ -2982,12 +2982,16 @@ class Blobs:
         status, rest = (206 if wanted else 200), Download(stream, size - start)
         return Answer(status, b"", "application/octet-stream", span, file=rest)
 
-    def forget(self, before: float) -> None:
-        """Remove what nobody sent or asked for since then (s since 1970)."""
+    def forget(self, now: float, keep: float) -> None:
+        """Remove what nobody sent or asked for during `keep` s (0: for ever), and parts that nobody went on with.
+
+        `now` is in s since 1970. A part takes room, and nobody can have it: it goes also where all else stays.
+        """
         for file in self.folder.glob("*"):
             with contextlib.suppress(OSError):  # a folder, a link to nothing: somebody else's, and no reason to end
                 status = file.stat()
-                if status.st_mtime < before and file.stem not in self.arriving:
+                patience = min(keep or math.inf, self.PART_SECONDS if file.suffix == ".part" else math.inf)
+                if status.st_mtime < now - patience and file.stem not in self.arriving:
                     file.unlink()
                     self.used -= status.st_size
 

@@ -158,7 +158,7 @@ def test_what_is_no_file_among_the_files_is_passed_over(tmp_path):
     (folder / name(b"file")).write_bytes(b"file")
     blobs = bus_server.Blobs(str(tmp_path / "bus.db"), SIZE)
     assert blobs.used == len(b"file")
-    blobs.forget(before=time.time() + 1)
+    blobs.forget(now=time.time() + 2, keep=1)
     assert blobs.used == 0 and not (folder / name(b"file")).exists()
 
 
@@ -169,8 +169,25 @@ def test_a_file_that_nobody_asked_for_is_removed_after_keep(bus):
         os.utime(folder / name(data), (1000, 1000))  # s since 1970
     ask(bus, "GET", f"/blob/{name(wanted)}")
     blobs = bus_server.Blobs(bus.db, SIZE)
-    blobs.forget(before=2000)
+    blobs.forget(now=3000, keep=1000)
     assert [file.name for file in folder.iterdir()] == [name(wanted)] and blobs.used == len(wanted)
+
+
+def test_a_part_that_nobody_goes_on_with_is_removed_though_all_else_is_kept_for_ever(tmp_path):
+    with Server(tmp_path / "bus.db", "--keep", "0") as bus:
+        given_up, young, whole = os.urandom(1000), os.urandom(1000), os.urandom(1000)
+        for data in (given_up, young):
+            assert ask(bus, "PUT", f"/blob/{name(data)}", data[:400], Content_Range="bytes 0-399/1000")[0] == 202
+        assert ask(bus, "PUT", f"/blob/{name(whole)}", whole)[0] == 201
+        ages = [(given_up, ".part", 8), (young, ".part", 6), (whole, "", 8000)]  # days
+        for data, suffix, days in ages:
+            then = time.time() - days * 86400
+            os.utime(tmp_path / "bus.db.blobs" / f"{name(data)}{suffix}", (then, then))
+        bus.stop()
+        bus.start()
+        wait_until(lambda: offset(bus, given_up) == 0)
+        assert offset(bus, young) == 400 and ask(bus, "GET", f"/blob/{name(whole)}")[2] == whole
+        assert kept(bus) == 1400
 
 
 def test_files_outlive_a_crash(bus):
