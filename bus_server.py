@@ -1140,6 +1140,11 @@ class Poll(NamedTuple):
         return delivery(bus, self, [])
 
 
+def covers(poll: Poll, upto: int, message: Message) -> bool:
+    """Is the message among what the poll wants, up to a tick?"""
+    return poll.since < message.tick <= upto and poll.wants(message)
+
+
 class Question(NamedTuple):
     """A message whose sender waits for the answer to it."""
 
@@ -1554,6 +1559,7 @@ class Bus:
         self.mailboxes = Mailboxes(time.monotonic, log.mailboxes(), log.clock)
         self.journal = Journal(log, self.committed)
         self.figures = Figures()
+        self.recalls: set[Recall] = set()  # those the journal has
         self.order: Removal | None = None  # of the command `prune`
         self.draining = False
         self.broken = asyncio.Event()
@@ -1654,15 +1660,18 @@ class Bus:
                                lease if request.route == "/extend" else delay, reason))
 
     def recall(self, request: Request) -> Answer | None:
-        """Its sender takes a message back, if nobody has fetched it."""
+        """Its sender takes a message back, if nobody has fetched it, nor is just being sent it."""
         self.check_open()
         message = one_of(self, request.grant, request.members().id())
         if request.grant.name not in ("", message.sender):
             raise Refused(403, "only its sender can recall a message")
         if message.expires == RECALLED:  # a retry, whatever was fetched since
             return ok(self, '"ok": true')
+        on_its_way = any(each.fetched and covers(*each.fetched, message) for each in self.connections)
+        if on_its_way or message.tick <= self.mailboxes.box(message.channel, message.to).fetched:
+            raise Refused(409, "it is too late to recall this message: it was fetched")
         recall = Recall(request.peer, message)
-        recall.check(self.mailboxes.box(message.channel, message.to))
+        self.recalls.add(recall)
         self.journal.do(recall)
         return None
 
@@ -1689,7 +1698,7 @@ class Bus:
         found: list[Message] = []
         reached = None
         if self.mailboxes.newest(poll) > poll.since:
-            found, reached = self.store.after(poll, self.last)
+            found, reached = self.read(poll)
         self.note_removed(poll)
         gap = self.mailboxes.gap(poll)
         if found or reached or gap or not poll.hold or self.draining:
@@ -1703,6 +1712,17 @@ class Bus:
         for connection in self.mailboxes.crowd(poll)[:-PARKED_PER_NAME]:
             connection.wait(State.PARKED, 0)  # the newest are still alive; not released here, as each may poll again
         return None
+
+    def read(self, poll: Poll) -> tuple[list[Message], int | None]:
+        """What the disk has for a poll, up to a message that is being recalled: until that is committed, or refused,
+        nobody gets the message, and nobody passes it.
+        """
+        recalled = [each.message.tick for each in self.recalls if covers(poll, self.last, each.message)]
+        upto = min(recalled, default=self.last + 1) - 1
+        found, reached = self.store.after(poll, upto)
+        if recalled and not reached:
+            reached = found[-1].tick if found else upto
+        return found, reached
 
     def note_removed(self, poll: Poll) -> None:
         """What the batch in hand removes is gone before it is announced: who looked for it just now is told as well."""
@@ -1720,6 +1740,7 @@ class Bus:
 
     def committed(self, batch: Batch) -> None:
         """A batch is on disk, or has failed: answer everyone who waited for it, readers first."""
+        self.recalls.difference_update(batch.tasks)
         if batch.error:
             self.failed(batch, batch.error)
             return
@@ -1977,6 +1998,8 @@ class Settle(Task):
 
 
 class Recall(Task):
+    """Its sender takes a message back. Bus.read keeps it from readers meanwhile, so what is refused stays readable."""
+
     def __init__(self, connection: Connection, message: Message) -> None:
         super().__init__(connection)
         self.message = message
@@ -1987,13 +2010,7 @@ class Recall(Task):
     def answer(self, bus: Bus) -> Answer:
         box = bus.mailboxes.box(self.message.channel, self.message.to)
         box.perishable, box.pending = True, None
-        self.check(box)
         return ok(bus, '"ok": true')
-
-    def check(self, box: Mailbox) -> None:
-        """Asked before the commit and after it: it may have been fetched meanwhile."""
-        if self.message.tick <= box.fetched:
-            raise Refused(409, "it is too late to recall this message: it was fetched")
 
 
 class Job(NamedTuple):
@@ -3239,7 +3256,7 @@ def get_agents(bus: Bus, request: Request) -> Answer:
 
 def one_of(bus: Bus, grant: Grant, tick: int | None) -> Message:
     """The message, if this grant lets its holder see it; 404 otherwise."""
-    found = None if tick is None else bus.store.message(tick)
+    found = None if tick is None or tick > bus.last else bus.store.message(tick)  # above it, it is not announced yet
     if not found or not may_see(grant, found):
         raise Refused(404, "there is no message with this id: it never was, or retention removed it")
     return found

@@ -11,6 +11,7 @@ import json
 import math
 import re
 import socket
+import sqlite3
 import struct
 import sys
 import time
@@ -19,7 +20,22 @@ from typing import NamedTuple
 
 import pytest
 
-from bus_server import LINGER_SECONDS, Bus, Connection, Deadlines, Door, Gate, Log, Refused, Request, Storms, Tokens
+from bus_server import (
+    LINGER_SECONDS,
+    Batch,
+    Bus,
+    Connection,
+    Deadlines,
+    Door,
+    Gate,
+    Log,
+    Refused,
+    Request,
+    Send,
+    Storms,
+    Tokens,
+    draft,
+)
 from tests import hostile
 from tests.hostile import ALICE, GET, HOST, SMUGGLED, WAITING, a_send, head
 from tests.processes import PATIENCE, Server, wait_until
@@ -646,6 +662,100 @@ async def test_a_connection_whose_answer_is_being_read_when_the_bus_drains_is_cl
         assert not peer.over.is_set()
         peer.reads_on()
         assert peer.over.is_set() and statuses(peer.heard) == [200]
+
+
+# Taking back
+
+
+def a_read(since="0"):
+    return head(f"GET /recv?to=bob&since={since} HTTP/1.1", HOST)
+
+
+def a_recall(ident):
+    return head(f"POST /recall?id={ident} HTTP/1.1", HOST)
+
+
+@contextlib.asynccontextmanager
+async def two_messages():
+    """A bus, its sender, and the ids of what that has sent to bob."""
+    async with a_bus() as bus:
+        sender = Peer(bus)
+        sender.says(ALICE + ALICE)
+        await come_true(lambda: len(statuses(sender.heard)) == 2)
+        idents = [answer.json()["id"] for answer in answers(sender.heard)]
+        sender.heard = b""
+        yield bus, sender, idents
+
+
+async def told(peer):
+    """Status and members of its next answer."""
+    await come_true(lambda: peer.heard)
+    [answer] = answers(peer.heard)
+    peer.heard = b""
+    return answer.status, answer.json()
+
+
+async def state(peer, ident):
+    peer.says(head(f"GET /message/{ident} HTTP/1.1", HOST))
+    return (await told(peer))[1]["state"]
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["the-next", "one-behind"])
+@in_process
+async def test_what_is_being_recalled_nobody_gets_and_nobody_passes(which):
+    """The reader asks while the recall is on its way to the disk."""
+    async with two_messages() as (bus, sender, idents):
+        reader = Peer(bus)
+        sender.says(a_recall(idents[which]))
+        reader.says(a_read())
+        _, first = await told(reader)
+        assert [message["id"] for message in first["messages"]] == idents[:which] and first["more"]
+        assert int(first["now"] * 1e6 + 0.5) < int(idents[which], 16), "it was passed"
+        assert (await told(sender))[0] == 200 and await state(sender, idents[which]) == "recalled"
+        reader.says(a_read(f"{first['now']:.6f}"))
+        _, rest = await told(reader)
+        assert [message["id"] for message in rest["messages"]] == idents[which + 1:] and not rest["more"]
+
+
+@in_process
+async def test_what_could_not_be_recalled_stays_to_be_read(monkeypatch):
+    def full(log, message):
+        raise sqlite3.OperationalError("database or disk is full")
+
+    monkeypatch.setattr(Log, "withdraw", full)
+    async with two_messages() as (bus, sender, idents):
+        reader = Peer(bus)
+        sender.says(a_recall(idents[1]))
+        reader.says(a_read())
+        _, first = await told(reader)
+        assert (await told(sender))[0] == 507 and await state(sender, idents[1]) == "queued"
+        reader.says(a_read(f"{first['now']:.6f}"))
+        assert [message["id"] for message in (await told(reader))[1]["messages"]] == idents[1:]
+
+
+@in_process
+async def test_what_is_on_its_way_to_a_reader_is_not_recalled():
+    async with two_messages() as (bus, sender, idents):
+        reader = Peer(bus)
+        reader.reads = False
+        reader.says(a_read())
+        sender.says(a_recall(idents[0]))
+        assert (await told(sender))[0] == 409 and await state(sender, idents[0]) == "queued"
+        reader.reads_on()
+        assert [message["id"] for message in (await told(reader))[1]["messages"]] == idents
+        assert await state(sender, idents[0]) == "fetched"
+
+
+@in_process
+async def test_what_is_not_announced_yet_cannot_be_asked_about_nor_recalled():
+    """Its sender has no answer yet: who knows its id has guessed it."""
+    async with two_messages() as (bus, sender, _):
+        batch = Batch()
+        batch.sends = [Send(None, [draft({"from": "alice", "to": "new", "msg": "x"}, None)], False)]
+        bus.store.commit(batch)
+        for request in (a_recall(f"{batch.last:x}"), head(f"GET /message/{batch.last:x} HTTP/1.1", HOST)):
+            sender.says(request)
+            assert (await told(sender))[0] == 404
 
 
 # The grammar
