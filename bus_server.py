@@ -2585,8 +2585,9 @@ class Log:
         return self.checked(row) if row else None
 
     def replies(self, parent: int) -> list[Message]:
-        """The answers to a message, oldest first."""
-        return [each for each in self.thread(self.lineage(parent)[0]) if each.answers == parent]
+        """The answers to a message that are not expired or recalled, oldest first."""
+        thread = self.thread(self.lineage(parent)[0])
+        return [each for each in thread if each.answers == parent and not self.is_expired(each)]
 
     def thread(self, root: int) -> list[Message]:
         """A message and all that were sent in answer to it, or to those: at most MAX_MESSAGES, oldest first."""

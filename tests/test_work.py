@@ -356,6 +356,14 @@ def test_a_recall_repeated_after_later_mail_was_fetched_is_no_error(bus):
     assert ask(bus, "POST", "/recall", {"id": early})[0] == 200
 
 
+def test_an_answer_that_was_recalled_is_not_found_by_asking_again(bus):
+    question = {"from": "alice", "to": "bob", "msg": "green?", "key": "q1"}
+    asked = post(bus, "/ask?wait=0", **question)
+    reply = send(bus, "alice", "yes", "bob", reply_to=asked["id"])
+    assert ask(bus, "POST", "/recall", {"id": reply})[0] == 200
+    assert post(bus, "/ask?wait=0", **question)["reply"] is None
+
+
 def test_what_is_claimed_and_recalled_at_once_is_one_of_both(bus):
     """The server is stopped meanwhile, so that both are in one batch."""
     ident = send(bus)
