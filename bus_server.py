@@ -132,6 +132,10 @@ def name(text: Any, what: str) -> str:
     return text
 
 
+def is_name(text: Any) -> bool:
+    return isinstance(text, str) and bool(NAME.fullmatch(text))
+
+
 def tick_of(text: Any) -> int | None:
     """The tick that an id is, or None if it is no id."""
     return int(text, 16) if isinstance(text, str) and re.fullmatch("[0-9a-f]{1,13}", text) else None
@@ -2216,10 +2220,11 @@ MIGRATIONS = [  # user_version n is what the first n of them made; only ever add
 MAILBOX = "(SELECT id FROM mailboxes WHERE channel = ? AND name = ?)"
 INSERT = ["INSERT INTO messages VALUES " + ", ".join([f"({', '.join('?' * 11)})"] * rows) for rows in range(65)]
 PENDING = (  # reading it is not doing it: work stays, whoever looked at the queue
-    "(tick > max(fetched, ifnull(read, 0)) "  # nobody has fetched it
+    "(tick > max(CAST(fetched AS INTEGER), CAST(ifnull(read, 0) AS INTEGER)) "  # nobody has fetched it
     "OR (taken > 0 AND tick > taken) "  # workers ask here, and none has had it
     "OR tick IN (SELECT tick FROM work WHERE due IS NOT NULL))"  # one has had it, and it is not done
 )
+NEWEST_N = "(SELECT n FROM messages WHERE mailbox = id AND typeof(n) = 'integer' ORDER BY tick DESC LIMIT 1)"
 SELECT = (
     "SELECT tick, channel, name, sender, text, n, expires, answers, sum FROM mailboxes JOIN messages ON mailbox = id"
 )
@@ -2272,17 +2277,30 @@ class Log:
             self.lock.write(f"{url}\n".encode())
             self.lock.flush()
 
+    # A message has a checksum. What is known of it, in the other tables, has none: a number or a name that is none any
+    # more is told and done without, so that no row can end the bus.
+
+    def damaged(self, what: str) -> None:
+        print(f"bus_server: {self.path}: {what} is damaged; skipped", file=sys.stderr)
+
+    def number(self, value: Any, otherwise: int, what: str) -> int:
+        """A number as it is stored, or what stands for it."""
+        if isinstance(value, int):
+            return value
+        self.damaged(what)
+        return otherwise
+
     # The journal thread
 
     def recall(self) -> None:
         """What the writer knows, read back from disk: at start, and when a transaction was undone."""
         self.bus: str
         self.last: int
-        self.bus, self.last = self.writing.execute(
-            "SELECT id, max(last, (SELECT ifnull(max(tick), 0) FROM messages)) FROM bus"
+        self.bus, last, newest = self.writing.execute(
+            "SELECT id, last, (SELECT ifnull(max(tick), 0) FROM messages) FROM bus"
         ).fetchone()
-        newest = "(SELECT n FROM messages WHERE mailbox = id ORDER BY tick DESC LIMIT 1)"
-        rows = self.writing.execute(f"SELECT channel, name, id, ifnull({newest}, 0) FROM mailboxes").fetchall()
+        self.last = max(self.number(last, 0, "the newest tick"), newest)
+        rows = self.writing.execute(f"SELECT channel, name, id, ifnull({NEWEST_N}, 0) FROM mailboxes").fetchall()
         self.counts = {(channel, own): (number, n) for channel, own, number, n in rows}
 
     def commit(self, batch: Batch) -> None:
@@ -2441,6 +2459,8 @@ class Log:
         known = self.counts.get((worker.channel, worker.queue))
         mailbox = known[0] if known else self.new_mailbox(worker.channel, worker.queue)
         now = self.steady()
+        if self.writing.execute("UPDATE work SET due = ? WHERE mailbox = ? AND due >= ''", (now, mailbox)).rowcount:
+            self.damaged(f"when work of {worker.queue} comes back")  # a text lies above every number
         found: list[tuple[Message, int]] = []
         room = ANSWER_BYTES
         for again in self.came_back(mailbox, worker.limit, now, batch):
@@ -2467,6 +2487,7 @@ class Log:
         ).fetchall()
         for tick, attempt, reason in rows:
             message = self.message(tick, self.writing)
+            attempt = self.number(attempt, 0, f"the attempt of {tick:x}")
             if not message or self.is_expired(message):
                 self.writing.execute("DELETE FROM work WHERE tick = ?", (tick,))
             elif attempt >= self.attempts and not message.to.endswith(DEAD):
@@ -2476,12 +2497,17 @@ class Log:
 
     def untaken(self, mailbox: int, limit: int, room: int) -> list[tuple[Message, int]]:
         """What no worker has had yet, `limit` messages or `room` bytes; the expired and the damaged are passed over."""
+        [stored] = self.writing.execute("SELECT taken FROM mailboxes WHERE id = ?", (mailbox,)).fetchone()
+        taken = 1 if stored == 0 else stored  # below every message, and not 0: from now on what comes is work (PENDING)
+        if not isinstance(taken, int):
+            self.damaged(f"how far the queue in mailbox {mailbox} was handed out")
+            highest = "SELECT ifnull(max(tick), 1) FROM work WHERE mailbox = ?"
+            [taken] = self.writing.execute(highest, (mailbox,)).fetchone()
         rows = self.writing.execute(
-            f"{SELECT} WHERE mailbox = ? AND tick > (SELECT taken FROM mailboxes WHERE id = ?) "
-            "AND (expires IS NULL OR expires > ?) ORDER BY tick", (mailbox, mailbox, self.clock())
+            f"{SELECT} WHERE mailbox = ? AND tick > ? AND (expires IS NULL OR expires > ?) ORDER BY tick",
+            (mailbox, taken, self.clock()),
         )
         found: list[tuple[Message, int]] = []
-        taken = 1  # below every message, and not 0: workers ask here, so what comes is work (PENDING)
         with contextlib.closing(rows):
             for row in rows:
                 taken = row[0]
@@ -2491,7 +2517,8 @@ class Log:
                     room -= len(message.text)
                 if room < 0 or len(found) == limit:
                     break
-        self.writing.execute("UPDATE mailboxes SET taken = ? WHERE id = ? AND taken < ?", (taken, mailbox, taken))
+        if taken != stored:
+            self.writing.execute("UPDATE mailboxes SET taken = ? WHERE id = ?", (taken, mailbox))
         return found
 
     def settle(self, settle: Settle, batch: Batch) -> Key:
@@ -2509,13 +2536,15 @@ class Log:
                 "UPDATE work SET lease = NULL, reason = ? WHERE tick = ?", (settle.reason, settle.tick)
             )
             message = self.message(settle.tick, self.writing)
-            if message and row[0] >= self.attempts and not message.to.endswith(DEAD):
-                self.bury(message, row[0], settle.reason, batch)
+            attempt = self.number(row[0], 0, f"the attempt of {settle.tick:x}")
+            if message and attempt >= self.attempts and not message.to.endswith(DEAD):
+                self.bury(message, attempt, settle.reason, batch)
         return row[2], row[3]
 
     def bury(self, message: Message, attempt: int, reason: str | None, batch: Batch) -> None:
         """Move a message to the dead letters of its queue, with what happened to it."""
-        why = {"dead_of": f"{message.tick:x}", "attempts": attempt, "reason": reason or "its worker was not heard of"}
+        reason = reason if isinstance(reason, str) else "its worker was not heard of"
+        why = {"dead_of": f"{message.tick:x}", "attempts": attempt, "reason": reason}
         members = {**json.loads(f"{{{message.text}}}"), **why}
         letter = Draft(message.channel, (message.to + DEAD,), message.sender, encode(members)[1:-1], None, None, None)
         rows: list[tuple[Any, ...]] = []
@@ -2524,8 +2553,15 @@ class Log:
         self.writing.execute("UPDATE work SET due = NULL, lease = NULL WHERE tick = ?", (message.tick,))
 
     def bury_all(self, batch: Batch) -> None:
+        """Bury all that are due and failed too often. Jobs that are in no queue any more go back into theirs before."""
+        queue = "(SELECT mailbox FROM messages WHERE messages.tick = work.tick)"
+        if self.writing.execute(
+            f"UPDATE OR IGNORE work SET mailbox = {queue} WHERE mailbox >= '' AND due IS NOT NULL"
+        ).rowcount:
+            self.damaged("the queue of a job")
         rows = self.writing.execute(
-            "SELECT tick, attempt, reason FROM work WHERE due <= ? AND attempt >= ?", (self.steady(), self.attempts)
+            "SELECT tick, attempt, reason FROM work WHERE due <= ? AND typeof(attempt) = 'integer' AND attempt >= ?",
+            (self.steady(), self.attempts),
         ).fetchall()
         for tick, attempt, reason in rows:
             message = self.message(tick, self.writing)
@@ -2577,7 +2613,8 @@ class Log:
         if poll.me is not None:
             where = f"AND channel = ? AND name IN ({', '.join('?' * len(poll.names))})"
             values = [poll.channel, *poll.names]
-        rows = self.reading.execute(f"SELECT channel, name, removed FROM mailboxes WHERE removed > 0 {where}", values)
+        known = f"typeof(removed) = 'integer' AND removed > 0 {where}"
+        rows = self.reading.execute(f"SELECT channel, name, removed FROM mailboxes WHERE {known}", values)
         return {(channel, own): tick for channel, own, tick in rows.fetchall()}
 
     def message(self, tick: int, database: sqlite3.Connection | None = None) -> Message | None:
@@ -2602,6 +2639,9 @@ class Log:
         row: tuple[int, int | None, str | None, str] | None = self.reading.execute(
             "SELECT attempt, due, lease, worker FROM work WHERE tick = ?", (tick,)
         ).fetchone()
+        if row and not (isinstance(row[0], int) and is_name(row[3])):
+            self.damaged(f"who has {tick:x}")
+            return None
         return row
 
     def checked(self, row: tuple[Any, ...]) -> Message | None:
@@ -2609,7 +2649,7 @@ class Log:
         message = Message(*row[:8])
         if checksum(message) == row[8] and message.text.startswith(f'"from": "{message.sender}"'):
             return message
-        print(f"bus_server: {self.path}: message {message.tick:x} to {message.to} is damaged; skipped", file=sys.stderr)
+        self.damaged(f"message {message.tick:x} to {message.to}")
         return None
 
     def is_expired(self, message: Message) -> bool:
@@ -2635,13 +2675,16 @@ class Log:
             "ORDER BY tick LIMIT 1",
             (message.channel, message.to, kind, message.tick),
         ).fetchone()
+        if row and not (is_name(row[0]) and isinstance(row[1], int)):
+            self.damaged(f"who read {message.tick:x}")
+            return None
         return row
-
 
     def count_up_to(self, channel: str, own: str, tick: int) -> int | None:
         """The number (n) of the last message of a mailbox up to `tick`; None if nothing is retained."""
-        below = f"SELECT n FROM messages WHERE mailbox = {MAILBOX} AND tick <= ? ORDER BY tick DESC LIMIT 1"
-        above = f"SELECT n - 1 FROM messages WHERE mailbox = {MAILBOX} AND tick > ? ORDER BY tick LIMIT 1"
+        where = f"FROM messages WHERE mailbox = {MAILBOX} AND typeof(n) = 'integer' AND"  # not of a damaged message
+        below = f"SELECT n {where} tick <= ? ORDER BY tick DESC LIMIT 1"
+        above = f"SELECT n - 1 {where} tick > ? ORDER BY tick LIMIT 1"
         values = (channel, own, tick)
         row = self.reading.execute(below, values).fetchone() or self.reading.execute(above, values).fetchone()
         return int(row[0]) if row else None
@@ -2658,7 +2701,8 @@ class Log:
         """What began the chain of replies a message is in, and how deep in it that is; what is gone began a new one."""
         statement = "SELECT ifnull(thread, tick), depth FROM messages WHERE tick = ?"
         row = self.reading.execute(statement, (tick,)).fetchone()
-        return (int(row[0]), int(row[1])) if row else (tick, 0)
+        where = f"the place of {tick:x} in its thread"
+        return (self.number(row[0], tick, where), self.number(row[1], 0, where)) if row else (tick, 0)
 
     def count_expired(self, channel: str, own: str, above: int) -> int:
         statement = f"SELECT count(*) FROM messages WHERE mailbox = {MAILBOX} AND expires <= ? AND tick > ?"
@@ -2667,12 +2711,30 @@ class Log:
 
     def mailboxes(self) -> list[tuple[Any, ...]]:
         """A row for each: channel, name, own, read, fetched, seen, removed, n, newest, perishable."""
-        last = "FROM messages WHERE mailbox = id ORDER BY tick DESC LIMIT 1"
-        return self.reading.execute(
-            f"SELECT channel, name, own, read, fetched, seen, removed, ifnull((SELECT n {last}), 0), "
-            f"ifnull((SELECT tick {last}), 0), EXISTS(SELECT 1 FROM messages WHERE mailbox = id AND expires > 0) "
-            "FROM mailboxes"
+        newest = "(SELECT tick FROM messages WHERE mailbox = id ORDER BY tick DESC LIMIT 1)"
+        rows = self.reading.execute(
+            f"SELECT channel, name, own, read, fetched, seen, removed, ifnull({NEWEST_N}, 0), ifnull({newest}, 0), "
+            "EXISTS(SELECT 1 FROM messages WHERE mailbox = id AND expires > 0) FROM mailboxes"
         ).fetchall()
+        return [mailbox for mailbox in map(self.sound, rows) if mailbox]
+
+    def sound(self, row: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """A mailbox with those of its marks that are still numbers; None if its name is none.
+
+        Without a mark more is unread than is. Without the one of retention all that is not there counts as removed: a
+        gap too many is better than one that nobody is told of.
+        """
+        channel, called, *marks = row
+        if not is_name(channel) or not is_name(called):
+            self.damaged(f"the mailbox {called!r} on {channel!r}")
+            return None
+        if all(mark is None or isinstance(mark, int) for mark in marks):
+            return row
+        self.damaged(f"how far the mailbox {called} was read")
+        own, read, fetched, seen, removed = [mark if isinstance(mark, int) else None for mark in marks[:5]]
+        if removed is None:
+            removed = (self.oldest(channel, called, 0) or self.last + 1) - 1
+        return (channel, called, own or 0, read, fetched or read or 0, seen or 0, removed, *marks[5:])
 
 
 def locked(path: str) -> IO[bytes]:
@@ -2871,8 +2933,9 @@ class Mailboxes:
 
     def removed(self, removed: dict[tuple[str, str], int]) -> None:
         for key, tick in removed.items():
-            self.boxes[key].removed = tick
-            self.boxes[key].base = self.boxes[key].pending = None
+            if key in self.boxes:  # else its name on the disk is damaged
+                self.boxes[key].removed = tick
+                self.boxes[key].base = self.boxes[key].pending = None
 
     def take_marks(self) -> list[Mark]:
         """The marks that changed since the last call."""
@@ -3840,13 +3903,17 @@ def day(second: int | None) -> str:
     return time.strftime("%Y-%m-%d", time.gmtime(second)) if second else "never"
 
 
-def last_used(path: str) -> dict[str, int]:
+def last_used(path: str) -> dict[str, int | None]:
     """When the server last saw each token (s since 1970, up to a minute late), read beside it from its database."""
     try:
         with contextlib.closing(read_only(path)) as database:
-            return dict(database.execute("SELECT token, used FROM uses").fetchall())
+            rows = database.execute("SELECT token, used FROM uses").fetchall()
     except sqlite3.Error:  # the bus was never started
         return {}
+    for token, used in rows:
+        if not isinstance(used, int):
+            print(f"bus_server: {path}: when {token} was used is damaged; skipped", file=sys.stderr)
+    return {token: used if isinstance(used, int) else None for token, used in rows}
 
 
 def read_only(path: str) -> sqlite3.Connection:
