@@ -2476,7 +2476,8 @@ class Log:
             "INSERT OR REPLACE INTO work VALUES (?, ?, ?, ?, ?, ?, NULL)",
             [(job.message.tick, mailbox, job.attempt, due, job.lease, worker.called) for job in jobs],
         )
-        first = self.writing.execute("SELECT min(due) FROM work WHERE mailbox = ?", (mailbox,)).fetchone()[0]
+        undone = "mailbox = ? AND due IS NOT NULL"  # in these words, so that the index `undone` has the first of them
+        first = self.writing.execute(f"SELECT min(due) FROM work WHERE {undone}", (mailbox,)).fetchone()[0]
         return jobs, math.inf if first is None else (first - now) / 1000000
 
     def came_back(self, mailbox: int, limit: int, now: int, batch: Batch) -> Iterator[tuple[Message, int]]:

@@ -13,6 +13,7 @@ from bus_server import (
     NOW,
     PRUNE_SLICE,
     Batch,
+    Claim,
     Log,
     Mark,
     Poll,
@@ -20,6 +21,7 @@ from bus_server import (
     Removal,
     Send,
     Unusable,
+    Worker,
     draft,
 )
 
@@ -254,6 +256,17 @@ class TestSqlite(StoreContract):
         [statement] = [plan for plan in plans if "UNION ALL" in plan]
         steps = [row[3] for row in store.reading.execute(f"EXPLAIN QUERY PLAN {statement}")]
         assert not [step for step in steps if "TEMP B-TREE" in step or step.startswith("SCAN")], steps
+
+    def test_a_claim_searches_nothing_without_an_index(self, store):
+        """The work that was done in 30 days is much, and would be looked through with each claim."""
+        commit(store, message("builds"))
+        plans = []
+        store.writing.set_trace_callback(plans.append)
+        commit(store, tasks=[Claim(None, Worker("builds", "default", 1, 60.0, "worker", 0.0, ""))])
+        store.writing.set_trace_callback(None)
+        asked = [plan.replace("?", "1") for plan in plans if plan.startswith(("SELECT", "UPDATE"))]
+        steps = [row[3] for each in asked for row in store.writing.execute(f"EXPLAIN QUERY PLAN {each}")]
+        assert len(asked) >= 5 and all(" USING " in step for step in steps), steps
 
     @pytest.mark.parametrize(
         "change",
