@@ -21,7 +21,7 @@ from tests.faults.rows import ROWS
 from tests.processes import ROOT
 
 REPORT = ROOT / "docs" / "reliability.md"
-KEPT = ROOT / "docs" / "reliability.json"  # what each row gave when it was last run in full
+KEPT = ROOT / "docs" / "reliability.json"  # what each row gave when it was last run in full, and the time before
 
 PREFACE = """\
 # How much it survives
@@ -30,9 +30,11 @@ Written by `make faults`. One row again: `python -m tests.faults NAME`, where NA
 [tests/faults/rows.py](../tests/faults/rows.py); `NAME=SIZE` is another size, and is not written here. *Lost*,
 *duplicated*, *reordered* and so on are what the checker in [tests/faults/history.py](../tests/faults/history.py) says
 of all that was sent, answered and delivered. A control has the fault on purpose; it must be found out, or its row
-fails. What was skipped has not passed.
+fails. What was skipped has not passed. Two runs in a row *agree* if both passed: each held the bar, and found out its
+control.
 """
-TABLE = ["| fault | bar | result | control and its result | seconds | when |", "|---|---|---|---|---|---|"]
+TABLE = ["| fault | bar | result | control and its result | seconds | when | the run before |",
+         "|---|---|---|---|---|---|---|"]  # fmt: skip
 
 
 class Outcome(NamedTuple):
@@ -63,11 +65,11 @@ def main(arguments):
 
 
 def keep(name, outcome):
-    """A row's outcome goes at once into the report; those of the other rows stay as they were."""
+    """A row's outcome goes at once into the report, beside its last one; those of the other rows stay as they were."""
     kept = json.loads(KEPT.read_text()) if KEPT.exists() else {}
-    kept[name] = outcome
+    kept[name] = [outcome, *kept.get(name, [])[:1]]
     KEPT.write_text(json.dumps(kept, indent=1) + "\n")
-    REPORT.write_text(report({name: Outcome(*each) for name, each in kept.items()}))
+    REPORT.write_text(report({name: [Outcome(*each) for each in last] for name, last in kept.items()}))
 
 
 def outcome_of(row, size):
@@ -109,12 +111,22 @@ def kinds(found):
 
 
 def report(kept):
-    rows = [
-        f"| {row.fault} | {row.bar} | {each.verdict}: {each.result} | {each.control} | {each.took:.0f} | {each.when} |"
-        for row in ROWS for each in [kept.get(row.name)] if each
+    """The whole text. `kept` has the last outcomes of each row: one or two, the newest first."""
+    rows = [(row, *kept[row.name]) for row in ROWS if row.name in kept]
+    agree = sum(len(runs) == 2 and all(run.verdict == "passed" for run in runs) for _, *runs in rows)
+    lines = [
+        f"| {row.fault} | {row.bar} | {last.verdict}: {last.result} | {last.control} | {last.took:.0f} | {last.when} | "
+        f"{before(*earlier)} |"
+        for row, last, *earlier in rows
     ]
     facts = [f"- {name}: {value}" for name, value in machine()]
-    return "\n".join([PREFACE, *facts, "", *TABLE, *(row.replace("\n", " ") for row in rows), ""])
+    facts.append(f"- two runs in a row agree in {agree} of {len(rows)} rows")
+    return "\n".join([PREFACE, *facts, "", *TABLE, *(line.replace("\n", " ") for line in lines), ""])
+
+
+def before(earlier=None):
+    """The run before the last one, without its control and the load."""
+    return f"{earlier.verdict}: {earlier.result}; {earlier.when.partition(', load')[0]}" if earlier else "—"
 
 
 def moment():
