@@ -122,10 +122,9 @@ def wall_clock() -> int:
     return time.time_ns() // 1000
 
 
-@lru_cache(256)  # a commit and its answers name the same few again and again: 0.05 us, not 0.4
 def seconds(tick: int) -> str:
     """A tick as the wire writes it, in exact decimal seconds: a float holds the 16 digits, arithmetic rounds them."""
-    return f"{tick // 1000000}.{tick % 1000000:06d}"
+    return "%d.%06d" % divmod(tick, 1000000)  # noqa: UP031  (0.28 us; an f-string takes 0.37)
 
 
 def name(text: Any, what: str) -> str:
@@ -1421,15 +1420,22 @@ class Tokens:
 
     def grant(self, authorization: str) -> Grant:
         """What this Authorization header allows, or 401."""
-        match = BEARER.fullmatch(authorization)
-        token, secret = (match[1], match[2]) if match else ("", "")
+        token, digest = presented(authorization)
         known, grant = self.grants.get(token, (NOBODY, OPEN))
-        if hmac.compare_digest(hashlib.sha256(secret.encode()).hexdigest(), known):
+        if hmac.compare_digest(digest, known):
             self.used[token] = int(time.time())
             return grant
         if self.refresh():  # it may have been made a moment ago
             return self.grant(authorization)
         raise unauthorized()
+
+
+@lru_cache(1024)  # each client shows the same each time: 0.1 us, not 2
+def presented(authorization: str) -> tuple[str, str]:
+    """The id of a token, and the sha256 of its secret; of what is no token, those of none."""
+    match = BEARER.fullmatch(authorization)
+    token, secret = (match[1], match[2]) if match else ("", "")
+    return token, hashlib.sha256(secret.encode()).hexdigest()
 
 
 def unauthorized() -> Refused:
@@ -1990,6 +1996,14 @@ class Receipt(NamedTuple):
     duplicate: bool
 
 
+def receipt_of(one: Draft, known: dict[tuple[str, str, str], tuple[Draft, Receipt]]) -> Receipt | None:
+    """That of the first send with this sender, channel and key; 409 if it was of another message."""
+    first, receipt = known.get((one.sender, one.channel, str(one.key))) or (one, None)
+    if first.to != one.to or (first.text != one.text and in_order(first.text) != in_order(one.text)):
+        raise Refused(409, f"the key {one.key} was used for another message: a new message needs a new key")
+    return receipt and receipt._replace(duplicate=True)
+
+
 class Send:
     """One POST /send on its way through a batch: all of its drafts are stored, or none."""
 
@@ -2131,6 +2145,8 @@ class Batch:
         self.removal: Removal | None = None  # of one slice
         self.burying = False  # move what failed too often to the dead letters
 
+        self.mailboxes: list[tuple[Any, ...]] = []  # rows to be inserted
+        self.messages: list[tuple[Any, ...]] = []
         self.last = 0
         self.seconds = 0.0  # that the commit took
         self.visible: list[Message] = []
@@ -2142,8 +2158,8 @@ class Batch:
 
         Each statement lets go of the GIL and waits for it again, 10 us where the loop is busy.
         """
-        others = self.tasks or self.at_least or self.marks or self.used or self.removal or self.burying
-        return not others and sum([len(one.to) for send in self.sends for one in send.drafts]) < len(INSERT)
+        others = self.mailboxes or self.tasks or self.at_least or self.marks or self.used or self.removal
+        return not (others or self.burying) and len(self.messages) < len(INSERT)
 
 
 class Journal:
@@ -2199,6 +2215,10 @@ class Journal:
     def hand_over(self) -> None:
         batch, self.next = self.next, Batch()
         self.planned, self.busy, self.removing = False, True, batch.removal is not None
+        try:
+            self.log.stamp(batch)
+        except Exception as error:
+            batch.error = error
         self.batches.put(batch)
 
     def done(self, batch: Batch) -> None:
@@ -2283,9 +2303,9 @@ PENDING = (  # reading it is not doing it: work stays, whoever looked at the que
     "OR tick IN (SELECT tick FROM work WHERE due IS NOT NULL))"  # one has had it, and it is not done
 )
 NEWEST_N = "(SELECT n FROM messages WHERE mailbox = id AND typeof(n) = 'integer' ORDER BY tick DESC LIMIT 1)"
-SELECT = (
-    "SELECT tick, channel, name, sender, text, n, expires, answers, sum FROM mailboxes JOIN messages ON mailbox = id"
-)
+ROW = "tick, channel, name, sender, text, n, expires, answers, sum"
+ROWS = "FROM mailboxes JOIN messages ON mailbox = id"
+SELECT = f"SELECT {ROW} {ROWS}"
 
 
 def checksum(message: Message) -> int:
@@ -2348,7 +2368,7 @@ class Log:
         self.damaged(what)
         return otherwise
 
-    # The journal thread
+    # What the writer knows: the loop's between two commits, the journal thread's during one
 
     def recall(self) -> None:
         """What the writer knows, read back from disk: at start, and when a transaction was undone."""
@@ -2360,12 +2380,101 @@ class Log:
         self.last = max(self.number(last, 0, "the newest tick"), newest)
         rows = self.writing.execute(f"SELECT channel, name, id, ifnull({NEWEST_N}, 0) FROM mailboxes").fetchall()
         self.counts = {(channel, own): (number, n) for channel, own, number, n in rows}
+        self.mailboxes_made = max((number for _, _, number, _ in rows), default=0)
+
+    def stamp(self, batch: Batch) -> None:
+        """Before its commit, and after that of all others: give each draft its ticks, or the receipt it got at first.
+
+        This is for the loop to do and not for the journal thread, which would have to wait for the GIL, and the loop
+        for it: what is left for the thread are a few statements.
+        """
+        self.last = max(self.last, batch.at_least)  # first, so that what is sent now lies above that cursor
+        for mark in batch.marks:
+            self.mailbox(mark.channel, mark.name, batch)
+        if not batch.sends:
+            return
+        now, room, known = self.clock(), self.has_room(), self.known(batch)
+        for send in batch.sends:
+            try:
+                earlier = [receipt_of(one, known) if one.key else None for one in send.drafts]
+                if not room and None in earlier:
+                    raise no_room()
+            except Refused as refused:
+                send.refused = refused
+                continue
+            for one, receipt in zip(send.drafts, earlier):
+                if receipt is None:
+                    receipt = Receipt(self.place(one, now, batch), False)
+                    if one.key:
+                        known[one.sender, one.channel, one.key] = one, receipt
+                send.receipts.append(receipt)
+
+    def known(self, batch: Batch) -> dict[tuple[str, str, str], tuple[Draft, Receipt]]:
+        """What was sent earlier with the keys of this batch: by sender, channel and key."""
+        keys = [one.key for send in batch.sends for one in send.drafts if one.key]
+        found: dict[tuple[str, str, str], tuple[Draft, Receipt]] = {}
+        if not keys:
+            return found
+        some = "key IN (SELECT value FROM json_each(?))"
+        rows = self.reading.execute(f"SELECT {ROW}, key {ROWS} WHERE {some} ORDER BY tick", (encode(keys),)).fetchall()
+        for *row, key in rows:
+            message = self.checked(row)
+            if message:
+                tick, channel, to, sender, text, *_ = message
+                nothing = Draft(channel, (), sender, text, key, None), Receipt([], True)
+                first, receipt = found.get((sender, channel, key), nothing)
+                receipt.ticks.append(tick)
+                found[sender, channel, key] = first._replace(to=(*first.to, to)), receipt
+        return found
+
+    def place(self, one: Draft, now: int, batch: Batch) -> list[int]:
+        """Make a Message, and a row, of a draft for each of its receivers; their ticks."""
+        channel, receivers, sender, text, key, ttl, answers, thread, depth = one
+        expires = None if ttl is None else now + ttl
+        ticks = []
+        for to in receivers:
+            tick = self.last = max(now, self.last + 1)  # the clock may step back; the cursor must not
+            mailbox, n = self.mailbox(channel, to, batch)
+            self.counts[channel, to] = mailbox, n + 1
+            message = Message(tick, channel, to, sender, text, n + 1, expires, answers)
+            batch.visible.append(message)
+            batch.messages.append(
+                (tick, mailbox, n + 1, sender, key, expires, depth, checksum(message), text, answers, thread))
+            ticks.append(tick)
+        return ticks
+
+    def mailbox(self, channel: str, own: str, batch: Batch) -> tuple[int, int]:
+        """The number of a mailbox, and how many messages it ever got; made with this batch if there is none."""
+        known = self.counts.get((channel, own))
+        if known is None:
+            self.mailboxes_made += 1
+            known = self.counts[channel, own] = self.mailboxes_made, 0
+            batch.mailboxes.append((self.mailboxes_made, channel, own))
+        return known
+
+    def has_room(self) -> bool:
+        """Is there more than RESERVE_BYTES of the disk for messages, beside what folding in the WAL will take?
+
+        The room of messages that were removed counts. The WAL has no limit: while readers are busy it only grows.
+        """
+        if self.path == ":memory:":
+            return True
+        disk = os.statvfs(self.path)
+        free = disk.f_bavail * disk.f_frsize
+        if free < 64 * RESERVE_BYTES:  # else not worth the time to ask
+            pages = "(freelist_count - page_count) * page_size FROM pragma_freelist_count, pragma_page_count"
+            free += self.reading.execute(f"SELECT {pages}, pragma_page_size").fetchone()[0] + os.path.getsize(self.path)
+        return bool(free >= RESERVE_BYTES)
+
+    # The journal thread
 
     def commit(self, batch: Batch) -> None:
         """One transaction. When it raises, nothing of the batch is on disk, as far as the disk can be believed."""
         try:
+            if batch.error:
+                raise batch.error
             if batch.is_one_statement():
-                self.append(batch)
+                self.insert(batch)
             else:
                 self.writing.execute("BEGIN IMMEDIATE")
                 self.commit_all(batch)
@@ -2378,8 +2487,7 @@ class Log:
         batch.last = self.last
 
     def commit_all(self, batch: Batch) -> None:
-        self.last = max(self.last, batch.at_least)  # first, so that what is sent now lies above that cursor
-        self.append(batch)
+        self.insert(batch)
         for task in batch.tasks:
             try:
                 task.commit(self, batch)
@@ -2393,93 +2501,20 @@ class Log:
         if batch.removal:
             self.remove(batch, batch.removal)
 
-    def append(self, batch: Batch) -> None:
-        """Give each draft its ticks, or the receipt it got the first time."""
-        now = self.clock()
-        rows: list[tuple[Any, ...]] = []
-        fresh: dict[tuple[str, str, str], tuple[Draft, Receipt]] = {}
-        room = not batch.sends or self.has_room()
-        for send in batch.sends:
-            try:
-                earlier = [self.earlier(one, fresh) if one.key else None for one in send.drafts]
-                if not room and None in earlier:
-                    raise no_room()
-            except Refused as refused:
-                send.refused = refused
-                continue
-            for one, receipt in zip(send.drafts, earlier):
-                if receipt is None:
-                    receipt = Receipt(self.place(one, now, batch.visible, rows), False)
-                    if one.key:
-                        fresh[one.sender, one.channel, one.key] = one, receipt
-                send.receipts.append(receipt)
-        self.insert(rows)
-
-    def has_room(self) -> bool:
-        """Is there more than RESERVE_BYTES of the disk for messages, beside what folding in the WAL will take?
-
-        The room of messages that were removed counts. The WAL has no limit: while readers are busy it only grows.
-        """
-        if self.path == ":memory:":
-            return True
-        disk = os.statvfs(self.path)
-        free = disk.f_bavail * disk.f_frsize
-        if free < 64 * RESERVE_BYTES:  # else not worth the time to ask
-            pages = "(freelist_count - page_count) * page_size FROM pragma_freelist_count, pragma_page_count"
-            free += self.writing.execute(f"SELECT {pages}, pragma_page_size").fetchone()[0] + os.path.getsize(self.path)
-        return bool(free >= RESERVE_BYTES)
-
-    def insert(self, rows: list[tuple[Any, ...]]) -> None:
-        for start in range(0, len(rows), len(INSERT) - 1):
-            some = rows[start : start + len(INSERT) - 1]
+    def insert(self, batch: Batch) -> None:
+        """The mailboxes and messages that are new."""
+        if batch.mailboxes:
+            self.writing.executemany("INSERT INTO mailboxes(id, channel, name) VALUES (?, ?, ?)", batch.mailboxes)
+        for start in range(0, len(batch.messages), len(INSERT) - 1):
+            some = batch.messages[start : start + len(INSERT) - 1]
             self.writing.execute(INSERT[len(some)], [*chain.from_iterable(some)])
-
-    def place(self, one: Draft, now: int, visible: list[Message], rows: list[tuple[Any, ...]]) -> list[int]:
-        """Make a Message, and a row, of a draft for each of its receivers."""
-        channel, receivers, sender, text, key, ttl, answers, thread, depth = one
-        expires = None if ttl is None else now + ttl
-        ticks = []
-        for to in receivers:
-            tick = self.last = max(now, self.last + 1)  # the clock may step back; the cursor must not
-            mailbox, n = self.counts.get((channel, to)) or (self.new_mailbox(channel, to), 0)
-            self.counts[channel, to] = mailbox, n + 1
-            message = Message(tick, channel, to, sender, text, n + 1, expires, answers)
-            visible.append(message)
-            rows.append((tick, mailbox, n + 1, sender, key, expires, depth, checksum(message), text, answers, thread))
-            ticks.append(tick)
-        return ticks
-
-    def new_mailbox(self, channel: str, own: str) -> int:
-        self.writing.execute("INSERT OR IGNORE INTO mailboxes(channel, name) VALUES (?, ?)", (channel, own))
-        row = self.writing.execute("SELECT id FROM mailboxes WHERE channel = ? AND name = ?", (channel, own)).fetchone()
-        return int(row[0])
-
-    def earlier(self, one: Draft, fresh: dict[tuple[str, str, str], tuple[Draft, Receipt]]) -> Receipt | None:
-        """The receipt of the first send with this sender, channel and key; 409 if that was another message."""
-        assert one.key
-        known = fresh.get((one.sender, one.channel, one.key))
-        if known:
-            first, receipt = known
-        else:
-            rows = self.writing.execute(
-                f"{SELECT} WHERE key = ? AND sender = ? AND channel = ? ORDER BY tick",
-                (one.key, one.sender, one.channel),
-            ).fetchall()
-            if not rows:
-                return None
-            first = one._replace(to=tuple(row[2] for row in rows), text=rows[0][4])
-            receipt = Receipt([row[0] for row in rows], True)
-        if first.to != one.to or (first.text != one.text and in_order(first.text) != in_order(one.text)):
-            raise Refused(409, f"the key {one.key} was used for another message: a new message needs a new key")
-        return receipt._replace(duplicate=True)
+        batch.mailboxes, batch.messages = [], []
 
     def save(self, marks: list[Mark], moves: list[Move], used: dict[str, int]) -> None:
         self.writing.executemany("INSERT OR REPLACE INTO uses VALUES (?, ?)", list(used.items()))
         self.writing.executemany(
-            "INSERT INTO mailboxes(channel, name, own, read, fetched, seen) VALUES (?, ?, ?, ?, ?, ?) "
-            "ON CONFLICT(channel, name) DO UPDATE "
-            "SET own = excluded.own, read = excluded.read, fetched = excluded.fetched, seen = excluded.seen",
-            marks,
+            "UPDATE mailboxes SET own = ?, read = ?, fetched = ?, seen = ? WHERE channel = ? AND name = ?",
+            [(*mark[2:], *mark[:2]) for mark in marks],
         )
         self.writing.executemany(
             f"INSERT OR REPLACE INTO receipts VALUES ({MAILBOX}, ?, ?, ?, ?)",
@@ -2609,9 +2644,8 @@ class Log:
         why = {"dead_of": f"{message.tick:x}", "attempts": attempt, "reason": reason}
         members = {**json.loads(f"{{{message.text}}}"), **why}
         letter = Draft(message.channel, (message.to + DEAD,), message.sender, encode(members)[1:-1], None, None, None)
-        rows: list[tuple[Any, ...]] = []
-        self.place(letter, self.clock(), batch.visible, rows)
-        self.insert(rows)
+        self.place(letter, self.clock(), batch)
+        self.insert(batch)
         self.writing.execute("UPDATE work SET due = NULL, lease = NULL WHERE tick = ?", (message.tick,))
 
     def bury_all(self, batch: Batch) -> None:
@@ -2706,7 +2740,7 @@ class Log:
             return None
         return row
 
-    def checked(self, row: tuple[Any, ...]) -> Message | None:
+    def checked(self, row: Sequence[Any]) -> Message | None:
         """The message in a row, or None and a line on stderr if a bit of it has changed since it was written."""
         message = Message(*row[:8])
         if checksum(message) == row[8] and message.text.startswith(f'"from": "{message.sender}"'):

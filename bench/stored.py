@@ -73,10 +73,12 @@ def make(path: pathlib.Path, messages: int, names: Sequence[str]) -> None:
         batch = bus_server.Batch()
         numbers = range(start, min(start + AT_ONCE, messages))
         batch.sends = [bus_server.Send(None, [drafts[number % len(drafts)] for number in numbers], True)]
+        log.stamp(batch)
         log.commit(batch)
         clock.now += AT_ONCE * STEP
     batch = bus_server.Batch()
     batch.marks = [bus_server.Mark("default", name, True, log.last, log.last, clock.now) for name in names]
+    log.stamp(batch)
     log.commit(batch)
     log.close()
     unfinished.replace(path)

@@ -41,6 +41,7 @@ def commit(store, *drafts, **work):
     batch.sends = [Send(None, each if isinstance(each, list) else [each], False) for each in drafts]
     for name, value in work.items():
         setattr(batch, name, value)
+    store.stamp(batch)
     store.commit(batch)
     return batch
 

@@ -188,6 +188,7 @@ def test_a_clock_that_starts_in_the_past_does_not_keep_leases_for_years(tmp_path
     path, batch = str(tmp_path / "bus.db"), bus_server.Batch()
     batch.at_least = bus_server.wall_clock()
     with contextlib.closing(bus_server.Log(path)) as log:
+        log.stamp(batch)
         log.commit(batch)
     with contextlib.closing(bus_server.Log(path, clock=lambda: 0)) as log:
         assert log.steady() >= batch.at_least - bus_server.AHEAD

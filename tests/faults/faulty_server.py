@@ -101,6 +101,7 @@ def inline():
     def hand_over(journal):
         batch, journal.next = journal.next, bus_server.Batch()
         journal.planned = False
+        journal.log.stamp(batch)
         journal.log.commit(batch)
         journal.committed(batch)
 
@@ -109,13 +110,13 @@ def inline():
 
 def raw_clock():
     """Its ticks are the wall clock, also when that stepped back."""
-    append = bus_server.Log.append
+    stamp = bus_server.Log.stamp
 
     def raw(log, batch):
         log.last = min(log.last, log.clock())
-        append(log, batch)
+        stamp(log, batch)
 
-    bus_server.Log.append = raw
+    bus_server.Log.stamp = raw
 
 
 def silent():
