@@ -2552,8 +2552,8 @@ class Log:
         """Up to `limit` messages for a worker, and no more than one above ANSWER_BYTES: first what came back, then what
         is new. And s until more come back.
         """
-        known = self.counts.get((worker.channel, worker.queue))
-        mailbox = known[0] if known else self.new_mailbox(worker.channel, worker.queue)
+        mailbox, _ = self.mailbox(worker.channel, worker.queue, batch)
+        self.insert(batch)
         now = self.steady()
         if self.writing.execute("UPDATE work SET due = ? WHERE mailbox = ? AND due >= ''", (now, mailbox)).rowcount:
             self.damaged(f"when work of {worker.queue} comes back")  # a text lies above every number
