@@ -163,12 +163,12 @@ class Model:
         return {self.state(message, marks[message.place]) for marks in (self.most, self.least)}
 
     def state(self, message, mark):
+        if message.expires == RECALLED:  # whatever cursor passed it since: nobody has it
+            return "recalled"
         if mark.reader and message.tick <= mark.seen():
             return "acknowledged"
         if message.tick <= mark.fetched:
             return "fetched"
-        if message.expires == RECALLED:
-            return "recalled"
         return "expired" if self.is_expired(message) else "queued"
 
     # Section 12: taking back

@@ -752,6 +752,7 @@ async def test_what_is_not_announced_yet_cannot_be_asked_about_nor_recalled():
     async with two_messages() as (bus, sender, _):
         batch = Batch()
         batch.sends = [Send(None, [draft({"from": "alice", "to": "new", "msg": "x"}, None)], False)]
+        bus.store.stamp(batch)
         bus.store.commit(batch)
         for request in (a_recall(f"{batch.last:x}"), head(f"GET /message/{batch.last:x} HTTP/1.1", HOST)):
             sender.says(request)
