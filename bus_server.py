@@ -8,7 +8,7 @@ It is written in the order a message travels. Read it from top to bottom:
     reader ◄─ parked /recv ◄─ Connection ◄─ Mailboxes.wake ◄─ Bus.committed ─► answer the sender
 
     Words         names, cursors, messages: what the wire says, parsed once, at the edge
-    Connection    one socket and the one thing it waits for; Deadlines is the clock of them all
+    Connection    one socket and the one thing it waits for; Deadlines is the clock of all, Sockets says who is ready
     Request       one HTTP request in memory: its grammar, its query, its body
     Bus           sending and receiving; the only class that knows both sides
     Journal       the thread that commits; Log is the SQLite file it writes
@@ -18,7 +18,8 @@ It is written in the order a message travels. Read it from top to bottom:
     main          the command line, the start, the drain
 
 Two threads, no locks: the loop (asyncio) does everything but the commit, the journal thread does Log.commit and nothing
-else. They hand a Batch to each other and never touch it at the same time. (A third checks the hash of a large file.)
+else. They hand a Batch to each other, and with it what the Log knows, and never touch it at the same time. (A third
+checks the hash of a large file.)
 
 The tick is the one number: the microsecond of the commit, made unique and increasing by the one writer. It is clock,
 order, cursor and identity at once; on the wire it is `ts` (seconds), `id` (hex), `since` and `now`. PROTOCOL.md is the
@@ -2348,9 +2349,11 @@ def checksum(message: Message) -> int:
 
 
 class Log:
-    """The messages on disk, in tick order. `commit` is the journal thread's; everything else is the loop's.
+    """The messages on disk, in tick order. `stamp` a batch, then `commit` it: that is the journal thread's, all else the
+    loop's.
 
-    Invariant: the tick is unique and increasing, assigned here by the one writer, across restarts and clock steps.
+    Invariant: the tick is unique and increasing, assigned here by the one writer, across restarts and clock steps. One
+    batch is under way at a time, so the order of ticks is that of commits.
 
     One connection writes, another reads and can do nothing else (SQLite before 3.51.3 may damage a WAL that two
     connections write). A read takes all its rows or closes its statement: an open one would let the WAL grow for ever.

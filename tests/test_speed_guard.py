@@ -17,7 +17,7 @@ from bench.staged_server import STAGES, find
 CONNECTIONS = 16
 ROUNDS, SENDS = 15, 960  # the best round of each counts
 BODY = b'{"from": "spark", "to": "dell", "msg": "T1 done, 4/4 are honeypots; T2 next........."}'
-MOST = 7.5  # times the fixed work. It was 4.2 (Python 3.13) to 5.6 (3.9) on 2026-11-20; when it falls, lower this
+MOST = 6.5  # times the fixed work. It was 4.3 (Python 3.11) to 4.7 (3.9) on 2026-11-28; when it falls, lower this
 REQUEST = b"POST /send HTTP/1.1\r\nHost: 127.0.0.1:8080\r\nContent-Length: %d\r\n\r\n%s" % (len(BODY), BODY)
 
 
