@@ -2349,8 +2349,8 @@ def checksum(message: Message) -> int:
 
 
 class Log:
-    """The messages on disk, in tick order. `stamp` a batch, then `commit` it: that is the journal thread's, all else the
-    loop's.
+    """The messages on disk, in tick order. A batch is stamped, then committed: `commit` is the journal thread's,
+    everything else is the loop's.
 
     Invariant: the tick is unique and increasing, assigned here by the one writer, across restarts and clock steps. One
     batch is under way at a time, so the order of ticks is that of commits.
