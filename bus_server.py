@@ -2339,8 +2339,10 @@ PENDING = (  # reading it is not doing it: work stays, whoever looked at the que
 )
 NEWEST_N = "(SELECT n FROM messages WHERE mailbox = id AND typeof(n) = 'integer' ORDER BY tick DESC LIMIT 1)"
 ROW = "tick, channel, name, sender, text, n, expires, answers, sum"
-ROWS = "FROM mailboxes JOIN messages ON mailbox = id"
-SELECT = f"SELECT {ROW} {ROWS}"
+SELECT = f"SELECT {ROW} FROM mailboxes JOIN messages ON mailbox = id"
+EARLIER = f"""SELECT {ROW}, key FROM
+    (SELECT json_extract(value, '$[0]') AS its_key, json_extract(value, '$[1]') AS its_sender FROM json_each(?))
+    CROSS JOIN messages ON key = its_key AND sender = its_sender JOIN mailboxes ON mailbox = id ORDER BY tick"""
 
 
 def checksum(message: Message) -> int:
@@ -2448,13 +2450,9 @@ class Log:
 
     def known(self, batch: Batch) -> dict[tuple[str, str, str], tuple[Draft, Receipt]]:
         """What was sent earlier with the keys of this batch: by sender, channel and key."""
-        keys = [one.key for send in batch.sends for one in send.drafts if one.key]
+        keys = {(one.key, one.sender) for send in batch.sends for one in send.drafts if one.key}
         found: dict[tuple[str, str, str], tuple[Draft, Receipt]] = {}
-        if not keys:
-            return found
-        some = "key IN (SELECT value FROM json_each(?))"
-        rows = self.reading.execute(f"SELECT {ROW}, key {ROWS} WHERE {some} ORDER BY tick", (encode(keys),)).fetchall()
-        for *row, key in rows:
+        for *row, key in self.reading.execute(EARLIER, (encode([*keys]),)).fetchall() if keys else ():
             message = self.checked(row)
             if message:
                 tick, channel, to, sender, text, *_ = message

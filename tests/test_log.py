@@ -130,6 +130,13 @@ class StoreContract:
         again = commit(reopen(), message("bob", "x", key="k")).sends[0].receipts[0]
         assert again.duplicate and again.ticks == receipts[0].ticks == receipts[1].ticks and len(first.visible) == 1
 
+    def test_a_key_that_many_senders_use_is_looked_up_for_one(self, store):
+        commit(store, *[message("bob", sender=f"agent-{n}", key="1") for n in range(2000)])
+        steps = []
+        store.reading.set_progress_handler(lambda: steps.append(1), 1000)
+        assert commit(store, message("bob", sender="agent-7", key="1")).sends[0].receipts[0].duplicate
+        assert len(steps) < 5, "it looked through the messages of the others"
+
     def test_a_key_belongs_to_its_sender_and_channel(self, store):
         batch = commit(
             store,
