@@ -97,6 +97,7 @@ RESERVE_BYTES = 16 << 20  # of the disk that no message takes: removing messages
 CHECKED_BYTES = 64 << 20  # a database up to this size is checked whole at start; every row has its checksum anyway
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@-]{0,63}")
+KEY = re.compile(r"[!-~]{1,128}")
 RESERVED = {"all", "system", "operator", "user", "root", "claude"}  # an agent that signs as one could fool another
 EVERYONE = "all"
 RECALLED = 1  # as the time at which a message expired: its sender took it back
@@ -220,15 +221,16 @@ def draft(fields: Any, key: str | None) -> Draft:
     except TypeError:  # one of them cannot be looked up
         raise Refused(400, "from, to and channel must be names") from None
     parent = fields.get("reply_to")
-    if not isinstance(msg, str) or not isinstance(parent, (str, type(None))):
+    if not isinstance(msg, str) or not (parent is None or isinstance(parent, str)):
         raise Refused(400, "msg and reply_to must be strings")
     key = fields.get("key", key)
-    if key is not None and not (isinstance(key, str) and re.fullmatch(r"[!-~]{1,128}", key)):
+    if key is not None and not (isinstance(key, str) and KEY.fullmatch(key)):
         raise Refused(400, "key must be 1 to 128 printable ASCII characters without a space")
-    if len(fields) == 3:  # most have nothing else
-        return made(Draft, (channel, to, sender, start + quote(msg), key, None, None, None, 0))
-    text = start + quote(msg) + further(fields)
-    return Draft(channel, to, sender, text, key, lifetime(fields.get("ttl")), tick_of(parent) if parent else None)
+    text = start + quote(msg)
+    if len(fields) == 3:  # and has nothing else
+        return made(Draft, (channel, to, sender, text, key, None, None, None, 0))
+    ttl, answers = lifetime(fields.get("ttl")), tick_of(parent) if parent else None
+    return Draft(channel, to, sender, text + further(fields), key, ttl, answers)
 
 
 def further(fields: dict[str, Any]) -> str:
@@ -2470,11 +2472,12 @@ class Log:
         for to in receivers:
             tick = self.last = max(now, self.last + 1)  # the clock may step back; the cursor must not
             mailbox, n = self.mailbox(channel, to, batch)
-            self.counts[channel, to] = mailbox, n + 1
-            message = made(Message, (tick, channel, to, sender, text, n + 1, expires, answers))
+            n += 1
+            self.counts[channel, to] = mailbox, n
+            message = made(Message, (tick, channel, to, sender, text, n, expires, answers))
             batch.visible.append(message)
-            row = tick, mailbox, n + 1, sender, key or "", expires or 0, depth, checksum(message), text
-            batch.messages.append((*row, answers or 0, thread or 0))
+            batch.messages.append((tick, mailbox, n, sender, key or "", expires or 0, depth, checksum(message), text,
+                                   answers or 0, thread or 0))
             ticks.append(tick)
         return ticks
 
@@ -3376,7 +3379,7 @@ def entry(one: Draft, receipt: Receipt, receiver: str) -> str:
     ids = "" if len(ticks) == 1 else f', "ids": {encode({each: f"{tick:x}" for each, tick in zip(one.to, ticks)})}'
     return (
         f'"ok": true, "ts": {seconds(ticks[-1])}, "channel": "{one.channel}", "id": "{ticks[-1]:x}"{ids}, '
-        f'"duplicate": {boolean(duplicate)}, "receiver": {receiver}'
+        f'"duplicate": {"true" if duplicate else "false"}, "receiver": {receiver}'
     )
 
 
