@@ -311,9 +311,9 @@ def parse_json(body: bytes) -> Any:
         value, end = decode(text)
         if end < len(text):
             raise ValueError(f"something follows it at character {end}")
-        opened = text.count("{") + text.count("[") - (len(value) if isinstance(value, list) else 0)  # a message each
-        if "\\u" in text or opened > DEPTH:  # else there is nothing that inspect could find: 2 us for each message
-            inspect(value, DEPTH)
+        beside = [*map(type, value)].count(dict) - 1 if isinstance(value, list) else 0  # not in each other
+        if "\\u" in text or text.count("{") + text.count("[") - beside > DEPTH:
+            inspect(value, DEPTH)  # else it would find nothing, and take 2 us for each message
     except (ValueError, RecursionError) as error:
         raise Refused(400, f"the body is not usable JSON: {error}") from None
     return value

@@ -66,16 +66,17 @@ def normal():
 
 
 class Deaf:
-    """A database connection on which every COMMIT is said to have worked."""
+    """A database connection on which every COMMIT is said to have worked, and every statement that is its own one."""
 
     def __init__(self, database):
         self.database = database
 
     def execute(self, statement, *values):
+        alone = not self.database.in_transaction
         try:
             return self.database.execute(statement, *values)
         except sqlite3.Error:
-            if statement != "COMMIT":
+            if statement != "COMMIT" and not alone:
                 raise
             self.database.rollback()
             return None
@@ -140,7 +141,7 @@ def stumbling():
     def no_constant(word):
         raise KeyError(word)
 
-    bus_server.decode = json.JSONDecoder(parse_constant=no_constant).decode
+    bus_server.decode = json.JSONDecoder(parse_constant=no_constant).raw_decode
 
 
 def step(path):
