@@ -10,6 +10,7 @@ import functools
 import json
 import os
 import pathlib
+import select
 import shutil
 import socket
 import sqlite3
@@ -235,6 +236,39 @@ class ThreadedBus(HttpPeer):
 
     def cursor(self) -> str:
         return f"{time.time():.6f}"
+
+
+class LeastServer(HttpPeer):
+    """A limit, and no peer: SQLite and an answer, on one connection, with the thread for commits that the bus has."""
+
+    durable = "fsync"
+    where = "thread"
+
+    def __init__(self, folder: pathlib.Path, python: str = sys.executable) -> None:
+        super().__init__(folder)
+        self.python = python
+        self.name = f"one INSERT in a {self.where}, one answer"
+        self.wire = wires.Http(self.port)
+
+    @classmethod
+    def missing(cls) -> str:
+        return "" if hasattr(select, "epoll") else "it needs epoll"
+
+    def command(self) -> list[str]:
+        return [self.python, str(HERE / "least_server.py"), str(self.port), str(self.folder / "least.db"), self.where]
+
+    def mark(self) -> int:
+        with contextlib.closing(sqlite3.connect(f"file:{self.folder}/least.db?mode=ro", uri=True)) as database:
+            return int(database.execute("SELECT count(*) FROM messages").fetchone()[0])
+
+    def stored(self, mark: int) -> int | None:
+        return self.mark() - mark
+
+
+class LeastLoop(LeastServer):
+    """And the same without the thread."""
+
+    where = "loop"
 
 
 class StarletteBus(HttpPeer):

@@ -21,6 +21,11 @@ def test_a_bus_whose_disk_fails_ends_and_has_kept_what_it_acknowledged(tmp_path)
 
 
 @shim
+def test_a_bus_that_does_not_hear_that_its_disk_fails_is_found_out(tmp_path):
+    assert any(": lost: " in violation for violation in failing_fsync(tmp_path, 2, fault="deaf").violations)
+
+
+@shim
 def test_a_slow_disk_delays_nobody_but_the_senders(tmp_path):
     assert slow_fsync(tmp_path, 1.0, pause=0.4).violations == []
 
