@@ -673,7 +673,7 @@ class Sockets:
         self.loop = asyncio.get_running_loop()
         self.selector = selectors.DefaultSelector()
         self.looking = False
-        self.last: list[Callable[[], None]] = []  # to be done when all have been looked at
+        self.then: list[Callable[[], None]] = []  # to be done when all have been served
         self.loop.add_reader(self.selector.fileno(), self.look)
 
     def look(self) -> None:
@@ -683,14 +683,14 @@ class Sockets:
                 key.data.ready(events)
         finally:
             self.looking = False
-            last, self.last = self.last, []
-            for action in last:
+            then, self.then = self.then, []
+            for action in then:
                 action()
 
     def soon(self, action: Callable[[], None]) -> None:
         """Call it when all who are ready now have been served."""
         if self.looking:
-            self.last.append(action)  # a turn of the loop earlier than call_soon
+            self.then.append(action)  # a turn of the loop earlier than call_soon
         else:
             self.loop.call_soon(action)
 
