@@ -34,6 +34,8 @@ def suite(command, directory, size, **env):
     """A row that is a command of its own; its last line is its figure."""
     done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, env={**os.environ, **env},
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode:
+        print(done.stdout, flush=True)  # all of it: the next run is another one
     last = (done.stdout.strip().splitlines() or ["it said nothing"])[-1]
     return Result(last, unless(done.returncode == 0, f"exit code {done.returncode}: {done.stdout[-2000:]}"))
 
