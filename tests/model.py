@@ -152,7 +152,7 @@ class Model:
         """The fewest and the most there may be; equal unless the server was killed."""
         most, least = self.most[place], self.least[place]
         marks = {most.seen(), least.seen()}
-        if most.reader != least.reader:  # it is a group's again, or somebody's own with any cursor presented, or none yet
+        if most.reader != least.reader:  # it is a group's again, or somebody's own: with any cursor, or with none yet
             marks |= {most.fetched, 0, *self.cursors[place]}
         counts = {sum(each.place == place and each.tick > mark and not self.is_expired(each) for each in self.kept)
                   for mark in marks}
