@@ -1980,7 +1980,7 @@ class Bus:
     def sweep(self) -> None:
         for connection in self.deadlines.late():
             connection.late()
-        if self.gate.tokens.refresh():
+        if self.gate.tokens.refresh() and self.gate.tokens.closed:  # `revoke` may have left a file without a token
             self.evict()
         self.look_for_order()
 

@@ -254,6 +254,16 @@ def test_the_first_token_closes_the_bus_also_for_who_is_parked(bus):
     assert answers[0][0] == 401
 
 
+def test_revoking_what_nobody_has_throws_nobody_out_of_an_open_bus(bus):
+    answers = []
+    reader = threading.Thread(target=lambda: answers.append(ask(bus, "GET", "/recv?to=alice&block=true&wait=2")))
+    reader.start()
+    wait_until(lambda: ask(bus, "GET", "/agents")[1]["agents"])
+    assert "has no token" in command(bus, "revoke", "typo")
+    reader.join(PATIENCE)
+    assert answers[0][0] == 200 and answers[0][1]["messages"] == []
+
+
 def test_the_list_says_who_has_what_and_when_it_was_used(tmp_path):
     with Server(tmp_path / "bus.db") as bus:
         token = invite(bus, "alice", "--also", "team")
