@@ -34,7 +34,7 @@ from hypothesis.stateful import (  # noqa: E402
 RUNS = int(os.environ.get("RUNS", "0"))
 CALM = settings(deadline=None, report_multiple_bugs=False, database=None, suppress_health_check=list(HealthCheck))
 SETTINGS = (settings(CALM, max_examples=RUNS, stateful_step_count=50, print_blob=True) if RUNS
-            else settings(CALM, max_examples=30, stateful_step_count=40, derandomize=True))
+            else settings(CALM, max_examples=20, stateful_step_count=40, derandomize=True))
 HOUR = 1000  # s; everything that has to do with the clock is a multiple, give or take what a conversation lasts (100 s)
 KEEP = 2 * HOUR + HOUR // 2  # s; so no message is ever about as old as that
 STEPS = [-2 * HOUR, -HOUR, HOUR, 2 * HOUR, 3 * HOUR, 4 * HOUR]  # s

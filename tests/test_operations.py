@@ -115,6 +115,7 @@ def test_the_metrics_tell_what_happened(bus):
     assert 0 < found["agent_bus_commit_seconds_max"] <= found["agent_bus_commit_seconds_total"]
 
 
+WITH_PACKAGES = [str(ROOT / "bus_server.py")]
 SCHEMA = {"type": "object", "required": ["build"], "properties": {"build": {"type": "integer", "minimum": 1}}}
 
 
@@ -128,7 +129,7 @@ def schemas(tmp_path):
 
 
 def test_a_message_that_does_not_fit_its_type_is_refused_with_the_member_named(schemas, tmp_path):
-    with Server(tmp_path / "bus.db", "--schemas", schemas) as bus:
+    with Server(tmp_path / "bus.db", "--schemas", schemas, program=WITH_PACKAGES) as bus:
         assert send(bus, type="build.done", build=7)[0] == send(bus, type="unknown")[0] == send(bus)[0] == 200
         status, answer = send(bus, type="build.done", build=0)
         assert status == 422 and answer["error"].startswith("build does not fit the type build.done: 0 is less")
@@ -137,7 +138,7 @@ def test_a_message_that_does_not_fit_its_type_is_refused_with_the_member_named(s
 
 
 def test_a_strict_bus_refuses_types_it_does_not_know(schemas, tmp_path):
-    with Server(tmp_path / "bus.db", "--schemas", schemas, "--strict") as bus:
+    with Server(tmp_path / "bus.db", "--schemas", schemas, "--strict", program=WITH_PACKAGES) as bus:
         assert [send(bus, type="build.done", build=7)[0], send(bus, type="unknown")[0], send(bus)[0]] == [200, 422, 422]
 
 

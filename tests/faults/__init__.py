@@ -18,6 +18,8 @@ from typing import NamedTuple
 
 import pytest
 
+from tests.processes import ROOT
+
 
 class Result(NamedTuple):
     """What a run came to: the figures, for people, and everything in which it missed its bar."""
@@ -32,7 +34,7 @@ def unless(holds, violation):
 
 def faulty(fault):
     """The settings of a Server that has this fault."""
-    return {"script": "tests/faults/faulty_server.py", "env": {"FAULT": fault}}
+    return {"program": [str(ROOT / "tests/faults/faulty_server.py")], "env": {"FAULT": fault}}
 
 
 # What a row needs: each is the reason to skip it here, or nothing
