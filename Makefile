@@ -1,6 +1,6 @@
 # make test    the whole suite; needs pytest, which it puts into .venv
 # make lint    ruff, mypy (strict on the three core files), shellcheck
-# make check   both, with everything the dev extra has, and two tests at a time
+# make check   both, with everything the dev extra has, and three tests at a time
 # make profile where each microsecond of a send goes: docs/profile.txt (PROFILE="--python PATH")
 # make bench   how fast, beside its peers: docs/performance.md; ROWS="sixteen batches" for some rows, BENCH=--quick to look
 #              (Debian: installs the peers; about half an hour, on a machine that does nothing else)
@@ -24,7 +24,7 @@ lint: $(VENV)/dev
 	shellcheck bus_listener.sh .ci/run
 
 check: $(VENV)/dev lint
-	$(RUN) pytest -n 2 --dist loadfile
+	$(RUN) pytest -n 3 --dist loadfile
 
 bench: $(VENV)/bench
 	$(RUN) bench $(BENCH) $(ROWS)
