@@ -89,6 +89,7 @@ COPIES_PER_SEND = 5000  # messages times names in one request: 40 ms of one tran
 MAX_MESSAGES = 1000  # in one answer
 ANSWER_BYTES = 1 << 20  # of messages in an answer that has more than one: bounds memory and a turn of the loop
 DEPTH = 32  # of JSON; the parser itself fails at about 1000, with an error that is not a ValueError
+TTL_MAX = 1000000000  # s a message may be delivered: 30 years; its end fits into an integer of SQLite
 DIGITS = 4300  # of an integer in JSON: the limit of newer Pythons, for all; the time it takes grows with the square
 PRUNE_SLICE = 500  # messages removed in one transaction: a few ms that a send may have to wait
 PRUNE_SECONDS = 60.0  # between two looks for messages that are too old
@@ -258,8 +259,8 @@ def addresses(sender: Any, to: Any, channel: Any) -> tuple[str, tuple[str, ...],
 def lifetime(ttl: Any) -> int | None:
     if ttl is None:
         return None
-    if isinstance(ttl, bool) or not isinstance(ttl, (int, float)) or not 0 < ttl <= 1e9:
-        raise Refused(400, "ttl must be a number of seconds above 0")
+    if isinstance(ttl, bool) or not isinstance(ttl, (int, float)) or not 0 < ttl <= TTL_MAX:
+        raise Refused(400, f"ttl must be a number of seconds above 0 and up to {TTL_MAX}")
     return int(ttl * 1000000)
 
 
@@ -314,7 +315,9 @@ def parse_json(body: bytes) -> Any:
         beside = [*map(type, value)].count(dict) - 1 if isinstance(value, list) else 0  # not in each other
         if "\\u" in text or text.count("{") + text.count("[") - beside > DEPTH:
             inspect(value, DEPTH)  # else it would find nothing, and take 2 us for each message
-    except (ValueError, RecursionError) as error:
+    except RecursionError:
+        raise Refused(400, f"the body is not usable JSON: {TOO_DEEP}") from None
+    except ValueError as error:
         raise Refused(400, f"the body is not usable JSON: {error}") from None
     return value
 
@@ -324,6 +327,7 @@ def in_order(text: str) -> str:
     return json.dumps(json.loads(f"{{{text}}}"), sort_keys=True)
 
 
+TOO_DEEP = f"it is nested more than {DEPTH} deep"
 HALF_A_PAIR = re.compile("[\ud800-\udfff]")
 
 
@@ -336,7 +340,7 @@ def inspect(value: Any, depth: int) -> None:
             raise ValueError("a string has half of a surrogate pair")
     elif isinstance(value, (dict, list)):
         if not depth:
-            raise ValueError(f"it is nested more than {DEPTH} deep")
+            raise ValueError(TOO_DEEP)
         for part in value:
             inspect(part, depth - 1)
             if isinstance(value, dict):
@@ -1685,7 +1689,7 @@ class Bus:
         """The message whose text is the body, and all else of it is in the query."""
         fields: dict[str, Any] = {field: query.one(field) for field in query.fields if field not in ("to", "wait")}
         if "ttl" in fields:
-            fields["ttl"] = query.number("ttl", 0, 0, 1e10)
+            fields["ttl"] = query.number("ttl", 0, 0, math.inf)
         return {**fields, "to": list(query.names("to")), "msg": parse_text(body)}
 
     def check(self, drafts: list[Draft]) -> None:
@@ -1701,7 +1705,7 @@ class Bus:
     def check_number(self, drafts: list[Draft], copies: int) -> None:
         keys = [(one.sender, one.channel, one.key) for one in drafts if one.key]
         if not drafts or len(set(keys)) < len(keys):
-            raise Refused(400, "an array holds at least one message, and no key twice")
+            raise Refused(400, "an array holds at least one message, and no key twice (that of the head is for each)")
         if copies > COPIES_PER_SEND:
             raise Refused(400, f"one request stores at most {COPIES_PER_SEND} messages: send several")
 
@@ -3911,17 +3915,18 @@ def revoke(arguments: Sequence[str]) -> int:
     parser.add_argument("name", metavar="NAME")
     parser.add_argument("--db", default=default_path(), metavar="PATH", help="of the bus (%(default)s)")
     options = parser.parse_args(arguments)
-    now = int(time.time())
     revoked: list[str] = []
 
     def change(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         for row in rows:
             if row["name"] == options.name and not row["revoked"]:
-                row["revoked"] = now
+                row["revoked"] = int(time.time())
                 revoked.append(row["id"])
         return rows
 
-    Tokens(options.db).change(change)
+    tokens = Tokens(options.db)
+    if tokens.rows():  # else there may be no bus either, and no file is made for it
+        tokens.change(change)
     print(f"revoked of {options.name}: {' '.join(revoked)}" if revoked else f"{options.name} has no token")
     return 0 if revoked else 1
 

@@ -4,6 +4,7 @@ import contextlib
 import http.client
 import itertools
 import json
+import os
 import re
 import statistics
 import subprocess
@@ -262,6 +263,7 @@ def test_revoking_what_nobody_has_throws_nobody_out_of_an_open_bus(bus):
     assert "has no token" in command(bus, "revoke", "typo")
     reader.join(PATIENCE)
     assert answers[0][0] == 200 and answers[0][1]["messages"] == []
+    assert not os.path.exists(f"{bus.db}.tokens") and not os.path.exists(f"{bus.db}.tokens.lock")
 
 
 def test_the_list_says_who_has_what_and_when_it_was_used(tmp_path):

@@ -78,8 +78,8 @@ def test_a_raw_body_that_is_no_text_is_refused(talk, text):
     "to=bob", "from=&to=bob", "from=mal%0A&to=bob", "from=Root&to=bob", "from=mallory&from=mallory&to=bob",
     *[f"from=mallory&to={to}" for to in ["", "b%20b", "bob&to=", ",".join(f"b{n}" for n in range(65))]],
     *[f"from=mallory&to=bob&{fields}" for fields in
-      ["channel=", "channel=a/b", "ttl=", "ttl=0", "ttl=-1", "ttl=1e3", "ttl=inf", "key=", "key=a%20b",
-       "key=" + "k" * 129, "subject=a&subject=b", "subject=%00", "subject=%FF", "subject=%ED%A0%80", "subject=100%",
+      ["channel=", "channel=a/b", "ttl=", "ttl=0", "ttl=-1", "ttl=1e3", "ttl=inf", "ttl=1" + "0" * 400, "key=",
+       "key=a%20b", "key=" + "k" * 129, "subject=a&subject=b", "subject=%00", "subject=%FF", "subject=%ED%A0%80", "subject=100%",
        "%zz=1", "&".join(f"a{n}=" for n in range(63))]],
 ])  # fmt: skip
 def test_a_raw_send_with_a_wrong_query_is_refused(talk, query):
@@ -89,6 +89,16 @@ def test_a_raw_send_with_a_wrong_query_is_refused(talk, query):
 @pytest.mark.parametrize("key", ["", "a b", "k" * 129, "\xfc"])
 def test_a_wrong_idempotency_key_is_refused(talk, key):
     assert talk.is_refused(hostile.mail("mallory"), **{"Idempotency-Key": key})
+
+
+@pytest.mark.parametrize("body, said", [
+    (hostile.mail("mallory", ttl="1e300"), "above 0 and up to 1000000000"),
+    (hostile.mail("mallory", extra=hostile.nested("[", "]", 33)), "nested more than 32 deep"),
+    (hostile.mail("mallory", extra=hostile.nested("[", "]", 100000)), "nested more than 32 deep"),
+    (b"[%s, %s]" % (hostile.mail("mallory"), hostile.mail("mallory", to='"eve"')), "that of the head is for each"),
+])  # fmt: skip
+def test_a_refusal_says_what_would_pass(talk, body, said):
+    assert said in talk.send(body, **{"Idempotency-Key": "k"})[1]["error"]
 
 
 def test_a_body_of_exactly_the_limit_passes_and_one_byte_more_is_413(server):

@@ -276,7 +276,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         url = os.environ.get("AGENT_BUS_URL") or bus_send.DEFAULT_URL
         get(options.digest, options.path or options.digest, url, options.timeout)
     except (ValueError, OSError, Damaged, bus_send.Refused, bus_send.Unreachable) as error:
-        print("bus_file:", bus_recv.visible(str(error).replace("\n", " ")), file=sys.stderr)
+        said = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
+        print("bus_file:", bus_recv.visible(said.replace("\n", " ")), file=sys.stderr)
         return {bus_send.Refused: 1, Damaged: 1, bus_send.Unreachable: 75}.get(type(error), 2)
     except KeyboardInterrupt:
         return 130
