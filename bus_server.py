@@ -4196,6 +4196,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Unusable as error:
         print(f"bus_server: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # in a command, or before the server listens
+        return 130
 
 
 if __name__ == "__main__":

@@ -79,6 +79,16 @@ def test_prune_ends_though_the_server_ends_before_it(bus):
     assert not pathlib.Path(f"{bus.db}.prune").exists()
 
 
+def test_ctrl_c_ends_a_prune_without_a_traceback(bus):
+    send(bus)
+    bus.process.send_signal(signal.SIGSTOP)
+    command = [sys.executable, str(ROOT / "bus_server.py"), "prune", "--older", "0", "--pending", "--db", bus.db]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as pruning:
+        wait_until(pathlib.Path(f"{bus.db}.prune").exists)
+        pruning.send_signal(signal.SIGINT)
+        assert pruning.communicate(timeout=PATIENCE)[1] == "" and pruning.returncode == 130
+
+
 def test_times_longer_than_there_has_been_time_are_all_of_it(tmp_path):
     with Server(tmp_path / "bus.db", "--keep", "999999999d") as bus:
         send(bus)
