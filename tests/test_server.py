@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from bus_server import Bus, Gate, Log, Poll, Removal, Send, Storms, Tokens, draft
+from bus_server import Bus, Gate, Journal, Log, Poll, Removal, Send, Storms, Tokens, draft
 from tests.processes import PATIENCE, ROOT, Server, free_port, wait_until
 
 
@@ -225,8 +225,11 @@ class Desk:
     def answer(self, answer):
         self.statuses.append(answer.status)
 
-    async def send(self, size):
+    def post(self, size):
         self.bus.journal.add(Send(self, [draft({"from": "a", "to": "b", "msg": "x" * size}, None)], False))
+
+    async def send(self, size):
+        self.post(size)
         while self.bus.journal.busy or self.bus.journal.planned:
             await asyncio.sleep(0)
         return self.statuses[-1]
@@ -234,6 +237,10 @@ class Desk:
     def close(self):
         self.bus.journal.close()
         self.log.close()
+
+
+def fails(log, batch):
+    raise sqlite3.OperationalError("disk I/O error")
 
 
 def test_a_full_disk_is_507_and_it_goes_on_when_there_is_room(tmp_path):
@@ -256,16 +263,30 @@ def test_a_full_disk_is_507_and_it_goes_on_when_there_is_room(tmp_path):
 def test_a_failing_disk_is_503_and_the_server_ends(tmp_path):
     """Invariant: a failed commit fails every sender in it, and the bus never acknowledges on."""
 
-    def fails(batch):
-        raise sqlite3.OperationalError("disk I/O error")
-
     async def scenario():
         desk = Desk(tmp_path / "bus.db")
-        desk.log.commit = fails
+        desk.log.commit = lambda batch: fails(desk.log, batch)
         sends = [asyncio.ensure_future(desk.send(1)) for _ in range(3)]
         await asyncio.wait_for(desk.bus.broken.wait(), PATIENCE)
         assert [await send for send in sends] == [503, 503, 503]
         desk.close()
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("commit, seen", [(Log.commit, [(200, True), (200, False)]), (fails, [(503, False)] * 2)])
+def test_a_full_batch_goes_at_once_and_while_the_last_one_is_answered_if_that_is_on_disk(tmp_path, commit, seen):
+    async def scenario():
+        desk, answers = Desk(tmp_path / "bus.db"), []
+        desk.log.commit = lambda batch: commit(desk.log, batch)
+        desk.answer = lambda answer: answers.append((answer.status, desk.bus.journal.busy))
+        for number in range(2 * Journal.FULL):
+            desk.post(1)
+            assert desk.bus.journal.busy == (number >= Journal.FULL - 1), "it was not handed over as the 64th came"
+        while desk.bus.journal.busy or desk.bus.journal.planned:
+            await asyncio.sleep(0)
+        desk.close()
+        assert answers == [each for each in seen for _ in range(Journal.FULL)]
 
     asyncio.run(scenario())
 
