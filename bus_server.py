@@ -56,7 +56,7 @@ import time
 import traceback
 import zlib
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from email.utils import formatdate
 from functools import lru_cache
 from http import HTTPStatus
@@ -1535,10 +1535,10 @@ class Storms:
         now = self.clock()
         if self.rate:
             self.spend(drafts[0].sender, len(drafts), now)
-        deep = [one.depth for one in drafts if one.depth > self.DEPTH]
-        if deep:
-            raise Refused(429, f"this is reply {deep[0]} in one chain, {self.DEPTH} are allowed: stop answering; "
-                          "what is new begins a new thread, without reply_to", ("Retry-After", "600"))
+        for one in drafts:
+            if one.depth > self.DEPTH:
+                raise Refused(429, f"this is reply {one.depth} in one chain, {self.DEPTH} are allowed: stop answering; "
+                              "what is new begins a new thread, without reply_to", ("Retry-After", "600"))
         for channel, sender, to in each:
             if to != EVERYONE:
                 self.turn(channel, sender, to, now)
@@ -1694,13 +1694,13 @@ class Bus:
 
     def check(self, drafts: list[Draft]) -> None:
         """Refused, if these messages cannot be stored together and now."""
-        ways = routes(drafts)
+        ways: Collection[Route] = routes(drafts)
         if len(ways) != 1:
             self.check_number(drafts, len(ways))
-        each = dict.fromkeys(ways)  # what is the same for many messages is looked at once
-        for channel, _, to in each:
+            ways = dict.fromkeys(ways)  # what is the same for many messages is looked at once
+        for channel, _, to in ways:
             self.check_room(channel, to)
-        self.storms.check(drafts, each)
+        self.storms.check(drafts, ways)
 
     def check_number(self, drafts: list[Draft], copies: int) -> None:
         keys = [(one.sender, one.channel, one.key) for one in drafts if one.key]
@@ -3327,7 +3327,12 @@ def boolean(value: bool) -> str:
 
 
 def ok(bus: Bus, members: str) -> Answer:
-    return Answer(200, f'{{{members}, "now": {seconds(bus.last)}, "bus": "{bus.store.bus}"}}\n'.encode())
+    return Answer(200, f"{{{members}{ending(bus.last, bus.store.bus)}".encode())
+
+
+@lru_cache(1)  # all who are answered at one moment have the same: 0.1 us, not 0.7
+def ending(now: int, bus: str) -> str:
+    return f', "now": {seconds(now)}, "bus": "{bus}"}}\n'
 
 
 def delivery(
