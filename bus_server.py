@@ -3833,7 +3833,8 @@ def listen(host: str, port: int) -> socket.socket:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         return socket.create_server(address[:2], family=family, backlog=4096)
     except OSError as error:
-        raise Unusable(f"cannot listen on {host} port {port}: {error.strerror}") from None
+        why = str(error.strerror).partition(" (while")[0]  # it goes on to say where, as Python does
+        raise Unusable(f"cannot listen on {host} port {port}: {why}") from None
 
 
 def tls_context(certificate: str | None, key: str | None) -> ssl.SSLContext | None:

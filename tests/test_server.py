@@ -41,7 +41,7 @@ def recv(bus, query):
 
 
 def test_a_busy_port_is_one_clear_line(bus, tmp_path):
-    assert f"port {bus.port}: Address already in use" in refused("--port", bus.port, "--db", tmp_path / "other.db")
+    assert f"port {bus.port}: Address already in use\n" in refused("--port", bus.port, "--db", tmp_path / "other.db")
 
 
 def test_a_second_server_on_the_same_database_is_one_clear_line(bus):
