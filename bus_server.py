@@ -357,7 +357,7 @@ class Answer(NamedTuple):
     body: bytes
     kind: str = "application/json"
     headers: tuple[tuple[str, str], ...] = ()
-    fetched: tuple[Poll, int] | None = None
+    fetched: tuple[Poll | Question, int] | None = None
     file: Download | None = None  # follows the head, in place of a body
 
 
@@ -440,7 +440,7 @@ class Connection(asyncio.Protocol):
     transport: asyncio.Transport
     request: Request | None
     file: Download | None  # what is left of the answer being written
-    fetched: tuple[Poll, int] | None  # what the reader of the answer being written has then
+    fetched: tuple[Poll | Question, int] | None  # what the reader of the answer being written has then
 
     def __init__(self, bus: Bus) -> None:
         self.bus = bus
@@ -1225,10 +1225,9 @@ class Poll(NamedTuple):
     def nothing(self, bus: Bus, connection: Connection) -> Answer:
         return delivery(bus, self, [])
 
-
-def covers(poll: Poll, upto: int, message: Message) -> bool:
-    """Is the message among what the poll wants, up to a tick?"""
-    return poll.since < message.tick <= upto and poll.wants(message)
+    def covers(self, upto: int, message: Message) -> bool:
+        """Is the message in an answer to this that goes up to a tick?"""
+        return self.since < message.tick <= upto and self.wants(message)
 
 
 class Question(NamedTuple):
@@ -1255,10 +1254,17 @@ class Question(NamedTuple):
         return message.sender != self.sender and self.grant.reads(message.to)
 
     def found(self, bus: Bus, connection: Connection, messages: list[Message]) -> Answer:
-        return ok(bus, f'{self.receipt}, "reply": {messages[0].render()}')
+        """What is the next message of its mailbox is fetched with that: who only asks would fill it."""
+        answer, tick = ok(bus, f'{self.receipt}, "reply": {messages[0].render()}'), messages[0].tick
+        mark = bus.mailboxes.box(self.channel, self.sender).fetched
+        following = bus.store.oldest(self.channel, self.sender, mark)
+        return answer._replace(fetched=(self, tick)) if tick == following else answer
 
     def nothing(self, bus: Bus, connection: Connection) -> Answer:
         return ok(bus, f'{self.receipt}, "reply": null')
+
+    def covers(self, reply: int, message: Message) -> bool:
+        return message.tick == reply
 
 
 class Worker(NamedTuple):
@@ -1774,7 +1780,8 @@ class Bus:
             raise Refused(403, "only its sender can recall a message")
         if message.expires == RECALLED:  # a retry, whatever was fetched since
             return ok(self, '"ok": true')
-        on_its_way = any(each.fetched and covers(*each.fetched, message) for each in self.connections)
+        answers = [each.fetched for each in self.connections if each.fetched]
+        on_its_way = any(reader.covers(upto, message) for reader, upto in answers)
         if on_its_way or message.tick <= self.mailboxes.box(message.channel, message.to).fetched:
             raise Refused(409, "it is too late to recall this message: it was fetched")
         recall = Recall(request.peer, message)
@@ -1824,7 +1831,7 @@ class Bus:
         """What the disk has for a poll, up to a message that is being recalled: until that is committed, or refused,
         nobody gets the message, and nobody passes it.
         """
-        recalled = [each.message.tick for each in self.recalls if covers(poll, self.last, each.message)]
+        recalled = [each.message.tick for each in self.recalls if poll.covers(self.last, each.message)]
         upto = min(recalled, default=self.last + 1) - 1
         found, reached = self.store.after(poll, upto)
         if recalled and not reached:
@@ -1944,7 +1951,7 @@ class Bus:
         if connection.state is PARKED:
             self.mailboxes.left(self.mailboxes.unpark(connection))
 
-    def fetched(self, reader: Poll | Worker, tick: int) -> None:
+    def fetched(self, reader: Poll | Worker | Question, tick: int) -> None:
         self.mailboxes.fetched(reader, tick)
         for connection in self.mailboxes.watching(reader, tick):
             if connection in self.mailboxes.parked:  # answering one may serve a read behind it that tells the next
@@ -3045,7 +3052,7 @@ class Mailboxes:
                 self.move(poll, poll.me, ACKNOWLEDGED, poll.since)
             self.fetched(poll, poll.since)
 
-    def fetched(self, reader: Poll | Worker, tick: int) -> None:
+    def fetched(self, reader: Poll | Worker | Question, tick: int) -> None:
         """An answer with messages up to `tick` was written out whole, or they were handed to a worker."""
         for own, box in zip(reader.present(), self.of(reader)):
             if tick > box.fetched:
@@ -3053,12 +3060,12 @@ class Mailboxes:
                 self.move(reader, own, FETCHED, tick)
             box.base = box.pending = None
 
-    def move(self, reader: Poll | Worker, own: str, kind: int, tick: int) -> None:
-        who = reader.called if isinstance(reader, Worker) else reader.names[0]
+    def move(self, reader: Poll | Worker | Question, own: str, kind: int, tick: int) -> None:
+        who = reader.called if isinstance(reader, Worker) else reader.present()[0]
         move = Move(str(reader.channel), own, kind, tick, who, self.wall())
         self.moves[move[:3]] = move
 
-    def watching(self, reader: Poll | Worker, tick: int) -> list[Connection]:
+    def watching(self, reader: Poll | Worker | Question, tick: int) -> list[Connection]:
         """Who waits until a message of these mailboxes is fetched, and now it is."""
         keys = [(f"{FETCHES} {reader.channel}", own) for own in reader.present()]
         watchers = [(each, self.parked[each]) for key in keys for each in self.waiting.get(key, ())]
@@ -3379,7 +3386,9 @@ def asked(bus: Bus, send: Send, text: str) -> Answer | None:
     grant, hold = send.asked
     tick, duplicate = send.receipts[0].ticks[0], send.receipts[0].duplicate
     question = Question(tick, send.drafts[0].sender, text, grant, hold, send.drafts[0].channel)
-    replies = [each for each in bus.store.replies(tick) if question.wants(each)] if duplicate else []
+    there = bus.store.replies(tick) if duplicate else []
+    recalled = [each.message.tick for each in bus.recalls]
+    replies = [each for each in there if question.wants(each) and each.tick not in recalled]
     if replies:
         return question.found(bus, send.connection, replies)
     if not hold or bus.draining or send.connection.ended or send.connection.state is not BUSY:

@@ -1170,6 +1170,22 @@ def test_a_message_can_be_recalled_until_it_is_fetched(bus):
     assert bus.refused({"id": "1"}, "/recall") == 404
 
 
+@open_only
+def test_who_only_asks_has_fetched_the_answers(bus):
+    """12.8 an answer that is the next message of its mailbox counts as fetched when it was handed over"""
+    me = fresh()
+    for older, state in (([], "fetched"), (["older"], "queued")):
+        question = bus.message(key=uuid.uuid4().hex, **{"from": me})
+        asked = bus.post("/ask?wait=0", **question)["id"]
+        for text in older:
+            bus.send(me, text)
+        reply = bus.send(me, "yes", reply_to=asked, **{"from": question["to"]})["id"]
+        assert bus.state(reply) == "queued"
+        assert bus.post("/ask?wait=0", **question)["reply"]["id"] == reply
+        assert bus.state(reply) == state
+    assert bus.texts(me) == ["yes", "older", "yes"]
+
+
 # ── 13. POST /claim, /ack, /nack, /extend ────────────────────────────────────────────────────────────────────────────
 
 

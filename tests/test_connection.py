@@ -14,6 +14,7 @@ import socket
 import sqlite3
 import struct
 import sys
+import threading
 import time
 import types
 from typing import NamedTuple
@@ -744,6 +745,47 @@ async def test_what_is_on_its_way_to_a_reader_is_not_recalled():
         reader.reads_on()
         assert [message["id"] for message in (await told(reader))[1]["messages"]] == idents
         assert await state(sender, idents[0]) == "fetched"
+
+
+def posted(path, **message):
+    body = json.dumps(message).encode()
+    return head(f"POST {path} HTTP/1.1", HOST, f"Content-Length: {len(body)}", body=body)
+
+
+@in_process
+async def test_an_answer_that_is_being_recalled_is_not_handed_to_who_asks(monkeypatch):
+    """The recall comes while the question, asked again, is on its way to the disk."""
+    question = posted("/ask?wait=0", **{"from": "bob", "to": "alice", "msg": "T1?", "key": "k"})
+    async with a_bus() as bus:
+        asker, sender, disk, commit = Peer(bus), Peer(bus), threading.Event(), Log.commit
+        asker.says(question)
+        _, asked = await told(asker)
+        sender.says(posted("/send", **{"from": "alice", "to": "bob", "msg": "yes", "reply_to": asked["id"]}))
+        _, reply = await told(sender)
+        monkeypatch.setattr(Log, "commit", lambda log, batch: disk.wait(PATIENCE) and commit(log, batch))
+        asker.says(question)
+        await come_true(lambda: bus.journal.busy)
+        sender.says(a_recall(reply["id"]))
+        disk.set()
+        assert (await told(asker))[1]["reply"] is None
+        assert (await told(sender))[0] == 200 and await state(sender, reply["id"]) == "recalled"
+
+
+@in_process
+async def test_an_answer_on_its_way_to_who_asked_is_not_recalled():
+    async with a_bus() as bus:
+        asker, sender = Peer(bus), Peer(bus)
+        asker.says(posted("/ask?wait=9", **{"from": "bob", "to": "alice", "msg": "T1?"}))
+        await come_true(lambda: bus.mailboxes.parked)
+        [question] = bus.mailboxes.parked.values()
+        asker.reads = False
+        reply = {"from": "alice", "to": "bob", "msg": "yes", "reply_to": f"{question.tick:x}"}
+        sender.says(posted("/send", **reply))
+        ident = (await told(sender))[1]["id"]
+        sender.says(a_recall(ident))
+        assert (await told(sender))[0] == 409 and await state(sender, ident) == "queued"
+        asker.reads_on()
+        assert (await told(asker))[1]["reply"]["id"] == ident and await state(sender, ident) == "fetched"
 
 
 @in_process
