@@ -3386,7 +3386,7 @@ def asked(bus: Bus, send: Send, text: str) -> Answer | None:
     grant, hold = send.asked
     tick, duplicate = send.receipts[0].ticks[0], send.receipts[0].duplicate
     question = Question(tick, send.drafts[0].sender, text, grant, hold, send.drafts[0].channel)
-    there = bus.store.replies(tick) if duplicate else []
+    there = [each for each in bus.store.replies(tick) if each.tick <= bus.last] if duplicate else []
     recalled = [each.message.tick for each in bus.recalls]
     replies = [each for each in there if question.wants(each) and each.tick not in recalled]
     if replies:
