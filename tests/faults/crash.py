@@ -5,7 +5,9 @@ import itertools
 import json
 import os
 import random
+import selectors
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -14,7 +16,7 @@ import time
 
 from tests import new_client, old_client
 from tests.faults import Result, faulty, unless
-from tests.faults.history import LAST, Conversation, delivered, get, observed, violations
+from tests.faults.history import LAST, Conversation, Sent, delivered, get, observed, tick, violations
 from tests.processes import PATIENCE, ROOT, Server, wait_until
 
 LIFE = 150  # sends between two strokes of fate at most; at least none: some processes die before their first
@@ -42,9 +44,12 @@ def storm(directory, strokes, stroke=crash, **server):
         everything = [each for talk in talks for each in talk.sent]
         found += [f"the log: {violation}" for violation in violations(everything, observed(bus.url))]
         bus.stop()
-    with contextlib.closing(sqlite3.connect(bus.db)) as database:
-        found += [f"the database: {row[0]}" for row in database.execute("PRAGMA integrity_check") if row[0] != "ok"]
-    return Result(f"{strokes} times; {told(talks)}", found)
+    return Result(f"{strokes} times; {told(talks)}", found + broken(bus.db))
+
+
+def broken(path):
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        return [f"the database: {row[0]}" for row in database.execute("PRAGMA integrity_check") if row[0] != "ok"]
 
 
 def told(talks):
@@ -78,6 +83,46 @@ def conversations(url, calm):
 def early(directory, deaths=5, stroke=crash):
     """The control: a bus that acknowledges before it commits."""
     return storm(directory, deaths, stroke, **faulty("early"))
+
+
+CROWD = 150  # senders: two full batches and more
+
+
+def crowd(directory, deaths, **server):
+    """As many senders at once as fill batches; each sends again, with its key, what a death left unanswered."""
+    sent, counts = [], [0] * CROWD
+    with Server(directory / "bus.db", **server) as bus:
+        for _ in range(deaths):
+            live(bus, sent, counts, random.randrange(2 * LIFE))
+            crash(bus)
+        live(bus, sent, counts, CROWD, goes_on=False)
+        found = violations(sent, observed(bus.url))
+        bus.stop()
+    return Result(f"{deaths} times; {len(sent):,} acknowledged", found + broken(bus.db))
+
+
+def live(bus, sent, counts, answers, goes_on=True):
+    """Everyone sends message number counts[sender], and the next when that is answered, until there were so many."""
+    with contextlib.ExitStack() as stack, selectors.DefaultSelector() as selector:
+        for sender in range(CROWD):
+            peer = stack.enter_context(socket.create_connection(("127.0.0.1", bus.port), PATIENCE))
+            selector.register(peer, selectors.EVENT_READ, sender)
+            peer.sendall(numbered(sender, counts[sender]))
+        while answers > 0:
+            for key, _ in selector.select(PATIENCE):
+                sender, answer = key.data, json.loads(key.fileobj.recv(1 << 16).partition(b"\r\n\r\n")[2])
+                sent.append(Sent(f"sender-{sender}", str(counts[sender]), tick(answer["ts"])))
+                counts[sender] += 1
+                answers -= 1
+                if goes_on:
+                    key.fileobj.sendall(numbered(sender, counts[sender]))
+
+
+def numbered(sender, number):
+    """To a name of its own, as many messages that nobody reads fill a mailbox."""
+    message = {"from": f"sender-{sender}", "to": f"reader-{sender}", "msg": str(number), "key": str(number)}
+    body = json.dumps(message).encode()
+    return b"POST /send HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
 
 
 HEALTHY_WITHIN = 5.0  # s

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from tests import fuzz
-from tests.faults import Result, clock, crash, disk, linux, network, program, siege, soak, unless
+from tests.faults import Result, clock, crash, disk, faulty, linux, network, program, siege, soak, unless
 from tests.processes import ROOT
 
 
@@ -48,6 +48,10 @@ ROWS = [
     Row("kill-server", "kill -9 of the server under load, 1,000 times",
         "0 acknowledged lost, 0 duplicated at a reader that drops repeats, order strict, integrity ok",
         crash.storm, 1000, Control("acknowledges before it commits", crash.early)),
+    Row("kill-crowd", "kill -9 of the server under 150 senders at once, 300 times",
+        "0 acknowledged lost, 0 duplicated, order strict, integrity ok",
+        crash.crowd, 300,
+        Control("acknowledges before it commits", lambda place: crash.crowd(place, 3, **faulty("early")))),
     Row("kill-reader", "kill -9 of the reader (bus_recv.py) amidst its answers, 200 times",
         "0 lost, redelivery at most one batch",
         crash.reader_storm, 200,

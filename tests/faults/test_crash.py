@@ -1,7 +1,8 @@
 import http.client
 
 from tests import new_client
-from tests.faults.crash import early, reader_storm, standstill, storm
+from tests.faults import faulty
+from tests.faults.crash import crowd, early, reader_storm, standstill, storm
 from tests.faults.history import observed, tick
 from tests.processes import wait_until
 
@@ -18,6 +19,14 @@ def test_a_bus_that_acknowledges_before_it_commits_is_found_out(tmp_path_factory
     assert early(tmp_path_factory.mktemp("stopped"), stroke=stop).violations == []
     found = early(tmp_path_factory.mktemp("killed")).violations
     assert any(": lost: " in violation for violation in found)
+
+
+def test_nothing_of_full_batches_is_lost_when_the_server_is_killed(tmp_path):
+    assert crowd(tmp_path, 6).violations == []
+
+
+def test_a_bus_that_acknowledges_full_batches_before_it_commits_is_found_out(tmp_path):
+    assert any("lost: " in violation for violation in crowd(tmp_path, 3, **faulty("early")).violations)
 
 
 def test_nothing_is_lost_while_the_server_stands_still(tmp_path):
