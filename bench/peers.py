@@ -238,10 +238,24 @@ class ThreadedBus(HttpPeer):
         return f"{time.time():.6f}"
 
 
-class LeastServer(HttpPeer):
+class SqlitePeer(HttpPeer):
+    """What it stored lies in the table `messages` of a database in its folder."""
+
+    database: str
+    count: str  # in SQL, of all that was ever stored
+
+    def mark(self) -> int:
+        with contextlib.closing(sqlite3.connect(f"file:{self.folder}/{self.database}?mode=ro", uri=True)) as database:
+            return int(database.execute(f"SELECT {self.count} FROM messages").fetchone()[0])
+
+    def stored(self, mark: int) -> int | None:
+        return self.mark() - mark
+
+
+class LeastServer(SqlitePeer):
     """A limit, and no peer: SQLite and an answer, on one connection, with the thread for commits that the bus has."""
 
-    durable = "fsync"
+    durable, database, count = "fsync", "least.db", "count(*)"
     where = "thread"
 
     def __init__(self, folder: pathlib.Path, python: str = sys.executable) -> None:
@@ -255,14 +269,8 @@ class LeastServer(HttpPeer):
         return "" if hasattr(select, "epoll") else "it needs epoll"
 
     def command(self) -> list[str]:
-        return [self.python, str(HERE / "least_server.py"), str(self.port), str(self.folder / "least.db"), self.where]
-
-    def mark(self) -> int:
-        with contextlib.closing(sqlite3.connect(f"file:{self.folder}/least.db?mode=ro", uri=True)) as database:
-            return int(database.execute("SELECT count(*) FROM messages").fetchone()[0])
-
-    def stored(self, mark: int) -> int | None:
-        return self.mark() - mark
+        path = str(self.folder / self.database)
+        return [self.python, str(HERE / "least_server.py"), str(self.port), path, self.where]
 
 
 class LeastLoop(LeastServer):
@@ -271,11 +279,11 @@ class LeastLoop(LeastServer):
     where = "loop"
 
 
-class StarletteBus(HttpPeer):
+class StarletteBus(SqlitePeer):
     """One commit for each send, in a process of the Python that runs the bench."""
 
     name = "Starlette, uvicorn, SQLite"
-    durable = "written, no fsync"
+    durable, database, count = "written, no fsync", "messages.db", "ifnull(max(id), 0)"
 
     def __init__(self, folder: pathlib.Path) -> None:
         super().__init__(folder)
@@ -304,14 +312,7 @@ class StarletteBus(HttpPeer):
                 "--loop", "uvloop", "--http", "httptools", "--no-access-log", "--log-level", "warning"]
 
     def environment(self) -> dict[str, str]:
-        return {**os.environ, "DATABASE": str(self.folder / "messages.db")}
-
-    def mark(self) -> int:
-        with contextlib.closing(sqlite3.connect(f"file:{self.folder}/messages.db?mode=ro", uri=True)) as database:
-            return int(database.execute("SELECT ifnull(max(id), 0) FROM messages").fetchone()[0])
-
-    def stored(self, mark: int) -> int | None:
-        return self.mark() - mark
+        return {**os.environ, "DATABASE": str(self.folder / self.database)}
 
 
 class RedisPeer(Peer):
