@@ -29,6 +29,7 @@ from bus_server import (
     Deadlines,
     Door,
     Gate,
+    Journal,
     Log,
     Refused,
     Request,
@@ -769,6 +770,40 @@ async def test_an_answer_that_is_being_recalled_is_not_handed_to_who_asks(monkey
         disk.set()
         assert (await told(asker))[1]["reply"] is None
         assert (await told(sender))[0] == 200 and await state(sender, reply["id"]) == "recalled"
+
+
+@in_process
+async def test_an_answer_that_is_on_disk_and_not_yet_announced_is_not_handed_to_who_asks(monkeypatch):
+    """A full batch is committed while the one with the question, asked again, is being answered."""
+    monkeypatch.setattr(Journal, "FULL", 1)
+    question = posted("/ask?wait=0", **{"from": "bob", "to": "alice", "msg": "T1?", "key": "k"})
+    async with a_bus() as bus:
+        asker, sender, disk, commit = Peer(bus), Peer(bus), threading.Event(), Log.commit
+        asker.says(question)
+        _, asked = await told(asker)
+        committed, written = bus.journal.committed, []
+
+        def slow(log, batch):
+            disk.wait(PATIENCE)
+            commit(log, batch)
+            written.append(batch)
+
+        def late(batch):
+            wait_until(lambda: len(written) == 2)
+            committed(batch)
+
+        monkeypatch.setattr(Log, "commit", slow)
+        bus.journal.committed = late
+        asker.says(question)
+        await come_true(lambda: bus.journal.busy)
+        sender.says(posted("/send", **{"from": "alice", "to": "bob", "msg": "yes", "reply_to": asked["id"]}))
+        disk.set()
+        assert (await told(asker))[1]["reply"] is None
+        _, reply = await told(sender)
+        asker.says(question)
+        await come_true(lambda: bus.journal.busy)
+        written.append("no other batch follows this one")
+        assert (await told(asker))[1]["reply"]["id"] == reply["id"]
 
 
 @in_process
