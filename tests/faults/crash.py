@@ -109,7 +109,9 @@ def live(bus, sent, counts, answers, goes_on=True):
             selector.register(peer, selectors.EVENT_READ, sender)
             peer.sendall(numbered(sender, counts[sender]))
         while answers > 0:
-            for key, _ in selector.select(PATIENCE):
+            ready = selector.select(PATIENCE)
+            assert ready, f"nobody was answered in {PATIENCE} s"
+            for key, _ in ready:
                 sender, answer = key.data, json.loads(key.fileobj.recv(1 << 16).partition(b"\r\n\r\n")[2])
                 sent.append(Sent(f"sender-{sender}", str(counts[sender]), tick(answer["ts"])))
                 counts[sender] += 1
