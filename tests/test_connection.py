@@ -789,6 +789,7 @@ async def test_an_answer_that_is_on_disk_and_not_yet_announced_is_not_handed_to_
             written.append(batch)
 
         def late(batch):
+            bus.journal.committed = committed  # that is for this one only
             wait_until(lambda: len(written) == 2)
             committed(batch)
 
@@ -801,8 +802,6 @@ async def test_an_answer_that_is_on_disk_and_not_yet_announced_is_not_handed_to_
         assert (await told(asker))[1]["reply"] is None
         _, reply = await told(sender)
         asker.says(question)
-        await come_true(lambda: bus.journal.busy)
-        written.append("no other batch follows this one")
         assert (await told(asker))[1]["reply"]["id"] == reply["id"]
 
 
