@@ -95,8 +95,9 @@ def reads_do_not_slow_down_with_ten_million_stored(session: Session) -> Result:
 
 def polled(bus: AgentBus, here: Stored, numbers: Sequence[int], seconds: float) -> Run:
     """As no reader sends the same poll twice, all are different: the bus rounds off what is below a microsecond."""
-    requests = [bus.wire.get(f"/recv?to={here.name(number)}&since={here.since(number)}{place // len(numbers):03}&max={READ}")
-                for place, number in zip(range(PLACES), itertools.cycle(numbers))]
+    polls = ((here.name(number), f"{here.since(number)}{place // len(numbers):03}")
+             for place, number in zip(range(PLACES), itertools.cycle(numbers)))
+    requests = [bus.wire.get(f"/recv?to={name}&since={since}&max={READ}") for name, since in polls]
     for request in requests[:NAMES]:
         if bus.ask(request).count(b"honeypots") != READ:
             raise Refused(f"{bus.name} did not answer {READ} messages")

@@ -2,7 +2,7 @@
 
     CLOCK=wall|cpu STAGES=FILE python staged_server.py [arguments of bus_server.py]
 
-A stage is a function; what it calls of other stages is not counted as its own. Each thread has a stack, so no lock.
+A stage is a function; what it calls of other stages is not counted as its own. Each thread has its own stack of them.
 The clock costs time too: `calibrate` measures how much a stage sees of that itself, and how much its caller.
 """
 from __future__ import annotations
@@ -14,6 +14,7 @@ import pathlib
 import signal
 import sqlite3
 import sys
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -21,42 +22,42 @@ from typing import Any
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import bus_server  # noqa: E402
 
-LOOP, JOURNAL = "loop", "journal"
-STAGES = [  # in the order a send travels: thread, function, what it does
-    (LOOP, "Plain.read", "recv"),
-    (LOOP, "Connection.data_received", "into the buffer"),
-    (LOOP, "Connection.advance", "requests in order"),
-    (LOOP, "Connection.take", "where the request begins and ends"),
-    (LOOP, "Request.parse_request", "the head: request line, fields, framing"),
-    (LOOP, "Gate.admit", "who may come in"),
-    (LOOP, "Request.answer", "dispatch"),
-    (LOOP, "Request.endpoint", "the route"),
-    (LOOP, "Bus.send", "the endpoint"),
-    (LOOP, "Bus.drafts", "from body to drafts"),
-    (LOOP, "Query.__init__", "the query string"),
-    (LOOP, "parse_json", "JSON"),
-    (LOOP, "draft", "validation, the text that is stored"),
-    (LOOP, "Bus.check", "is there room in its mailbox"),
-    (LOOP, "Storms.check", "rate, chains, turns"),
-    (LOOP, "Journal.add", "into the batch"),
-    (LOOP, "Journal.hand_over", "the batch to the journal thread"),
-    (LOOP, "Log.stamp", "what was sent before, is there room on the disk"),
-    (LOOP, "Log.place", "the tick, the row"),
-    (LOOP, "checksum", "crc32"),
-    (JOURNAL, "Log.commit", "the transaction, around what follows"),
-    (JOURNAL, "BEGIN", "SQLite"),
-    (JOURNAL, "Log.insert", "SQLite: INSERT"),
-    (JOURNAL, "Log.save", "marks of readers"),
-    (JOURNAL, "COMMIT", "SQLite: the write and the fsync"),
-    (LOOP, "Journal.done", "the batch is back"),
-    (LOOP, "Bus.committed", "readers first, then senders"),
-    (LOOP, "Mailboxes.add", "what each mailbox has now"),
-    (LOOP, "acknowledged", "the answer, with the truth about the receiver"),
-    (LOOP, "Connection.answer", "back to the connection"),
-    (LOOP, "Connection.write", "state, deadline"),
-    (LOOP, "to_bytes", "head and body in one piece"),
-    (LOOP, "Plain.write", "what is unsent"),
-    (LOOP, "Plain.send", "send"),
+STAGES = [  # in the order a send travels: function, what it does
+    ("Loop.serve", "a turn: who is ready"),
+    ("Plain.read", "recv"),
+    ("Connection.data_received", "into the buffer"),
+    ("Connection.advance", "requests in order"),
+    ("Connection.take", "where the request begins and ends"),
+    ("Request.parse_request", "the head: request line, fields, framing"),
+    ("Gate.admit", "who may come in"),
+    ("Request.answer", "dispatch"),
+    ("Request.endpoint", "the route"),
+    ("Bus.send", "the endpoint"),
+    ("Bus.drafts", "from body to drafts"),
+    ("Query.__init__", "the query string"),
+    ("parse_json", "JSON"),
+    ("draft", "validation, the text that is stored"),
+    ("Bus.check", "is there room in its mailbox"),
+    ("Storms.check", "rate, chains, turns"),
+    ("Journal.add", "into the batch"),
+    ("Journal.commit", "the batch"),
+    ("Log.stamp", "what was sent before, is there room on the disk"),
+    ("Log.place", "the tick, the row"),
+    ("checksum", "crc32"),
+    ("Loop.aside", "the turn is free for the deputy"),
+    ("Log.commit", "the transaction, around what follows"),
+    ("BEGIN", "SQLite"),
+    ("Log.insert", "SQLite: INSERT"),
+    ("Log.save", "marks of readers"),
+    ("COMMIT", "SQLite: the write and the fsync"),
+    ("Bus.committed", "readers first, then senders"),
+    ("Mailboxes.add", "what each mailbox has now"),
+    ("acknowledged", "the answer, with the truth about the receiver"),
+    ("Connection.answer", "back to the connection"),
+    ("Connection.write", "state, deadline"),
+    ("to_bytes", "head and body in one piece"),
+    ("Plain.write", "what is unsent"),
+    ("Plain.send", "send"),
 ]
 clock = time.thread_time_ns if os.environ.get("CLOCK") == "cpu" else time.perf_counter_ns
 
@@ -71,12 +72,22 @@ class Stage:
 stages: dict[str, Stage] = {}
 
 
-def timed(name: str, function: Callable[..., Any], stack: list[list[int]]) -> Callable[..., Any]:
+class Stacks(threading.local):
+    """Of each thread: the stages it is in, each as the time in stages that it called, and how many those were."""
+
+    def __init__(self) -> None:
+        self.stack = [[0, 0]]
+
+
+stacks = Stacks()
+
+
+def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     stage = stages[name] = Stage()
 
     @functools.wraps(function)
     def around(*arguments: Any, **named: Any) -> Any:
-        inner = [0, 0]  # time in stages that this one calls, and how many
+        stack, inner = stacks.stack, [0, 0]
         stack.append(inner)
         start = clock()
         try:
@@ -105,7 +116,7 @@ def calibrate(times: int = 100000) -> tuple[float, float]:
             function()
         return (clock() - start) / times
 
-    wrapped = timed("calibration", nothing, [[0, 0]])
+    wrapped = timed("calibration", nothing)
     bare, whole = span(nothing), span(wrapped)
     seen = stages.pop("calibration").own / times
     return seen - bare, whole - seen
@@ -131,14 +142,13 @@ class Database(sqlite3.Connection):
 
 
 def install() -> None:
-    stacks: dict[str, list[list[int]]] = {LOOP: [[0, 0]], JOURNAL: [[0, 0]]}
-    for thread, path, _ in STAGES:
+    for path, _ in STAGES:
         if path in ("BEGIN", "COMMIT"):
-            Database.statements[path] = timed(path, sqlite3.Connection.execute, stacks[thread])
+            Database.statements[path] = timed(path, sqlite3.Connection.execute)
             continue
         owner, name = find(path)
         function = getattr(owner, name)
-        around = timed(path, function, stacks[thread])
+        around = timed(path, function)
         setattr(owner, name, around)
         for route, endpoint in bus_server.ROUTES.items():
             if endpoint is function:

@@ -4,9 +4,7 @@ What concerns sockets is said to a real server. What concerns the cutting of byt
 Connection in this process, over a transport that is a list of bytes and with a clock that the test moves: so every
 split of every case takes seconds, and a deadline takes none.
 """
-import asyncio
 import contextlib
-import functools
 import json
 import math
 import re
@@ -29,7 +27,6 @@ from bus_server import (
     Deadlines,
     Door,
     Gate,
-    Journal,
     Log,
     Refused,
     Request,
@@ -250,17 +247,16 @@ def test_readers_that_push_each_other_out_do_not_do_it_all_at_once(server):
 # ── In this process ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-class Peer(asyncio.Transport):
+class Peer:
     """A socket that is a list of bytes, and who sits at its other end."""
 
     def __init__(self, bus):
-        super().__init__({"peername": ("127.0.0.1", 9)})
         self.coming, self.unread, self.heard = [], b"", b""
         self.reads = True  # else what is written stays unread
         self.breaks = self.broken = False  # at the next write; now
         self.ended = self.paused = self.aborted = False
         self.writes = 0
-        self.over = asyncio.Event()  # the bus has closed its side
+        self.over = False  # the bus has closed its side
         self.connection = Connection(bus)
         self.connection.connection_made(self)
 
@@ -277,9 +273,12 @@ class Peer(asyncio.Transport):
         self.connection.resume_writing()
 
     def leaves(self):
-        self.connection.connection_lost(None)
+        self.connection.connection_lost()
 
-    # What asyncio gives a Connection
+    # What a Connection uses of its transport
+
+    def peer(self):
+        return "127.0.0.1"
 
     def write(self, data):
         self.writes += 1
@@ -289,11 +288,9 @@ class Peer(asyncio.Transport):
         elif not self.broken:
             self.unread += data
 
-    def get_write_buffer_size(self):
-        return len(self.unread)
-
-    def set_write_buffer_limits(self, high=None, low=None):
-        assert high == 0
+    @property
+    def unsent(self):
+        return self.unread
 
     def pause_reading(self):
         self.paused = True
@@ -301,20 +298,17 @@ class Peer(asyncio.Transport):
     def resume_reading(self):
         """As with a socket, the end can be read again."""
         self.paused = False
-        asyncio.get_running_loop().call_soon(self.says, *[b""] * self.ended)
-
-    def can_write_eof(self):
-        return True
+        self.connection.bus.loop.soon(lambda: self.says(*[b""] * self.ended))
 
     def write_eof(self):
-        self.over.set()
+        self.over = True
 
     def close(self):
-        self.over.set()
+        self.over = True
 
     def abort(self):
         self.aborted = True
-        self.over.set()
+        self.over = True
 
     def is_closing(self):
         return self.aborted or self.broken
@@ -327,32 +321,44 @@ class Clock:
         return self.now
 
 
-@contextlib.asynccontextmanager
-async def a_bus(clock=time.monotonic, path=":memory:"):
+@contextlib.contextmanager
+def a_bus(clock=time.monotonic, path=":memory:"):
     """A bus without a socket, and in memory if it has no path. Its deadlines go by `clock`."""
     log = Log(path)
     bus = Bus(log, Gate(Tokens(log.path), []), Storms(clock, rate=0), max_body=262144, keep=0, blobs=1 << 20)
     bus.deadlines = Deadlines(clock)
+    bus.loop.every(0.01, lambda: None)  # so that no turn is longer
+    LOOPS.append(bus.loop)
     try:
         yield bus
     finally:
-        bus.journal.close()
+        LOOPS.remove(bus.loop)
+        bus.loop.close()
         log.close()
 
 
-def in_process(conversation):
-    """A test that is a coroutine."""
-
-    @functools.wraps(conversation)
-    def test(**arguments):
-        asyncio.run(asyncio.wait_for(conversation(**arguments), 3 * PATIENCE))
-
-    return test
+LOOPS = []  # those that turn while a test waits
 
 
-async def come_true(fact):
+def come_true(fact):
+    deadline = time.monotonic() + 3 * PATIENCE
     while not fact():
-        await asyncio.sleep(0)
+        assert time.monotonic() < deadline
+        for loop in LOOPS:
+            loop.serve()
+
+
+def while_the_disk_is_busy(bus, action):
+    """The next commit lasts until this was done, by the deputy."""
+    commit, done = bus.store.commit, threading.Event()
+
+    def slow(batch):
+        bus.store.commit = commit
+        bus.loop.tell(lambda: (action(), done.set()))
+        assert done.wait(PATIENCE)
+        commit(batch)
+
+    bus.store.commit = slow
 
 
 def stored(bus):
@@ -385,39 +391,36 @@ def expected(case):
 
 
 @named(hostile.BROKEN + hostile.WHOLE + hostile.CUT)
-@in_process
-async def test_however_the_bytes_are_cut_the_answers_are_the_same(case):
+def test_however_the_bytes_are_cut_the_answers_are_the_same(case):
     sent, right, messages, ends = expected(case)
-    async with a_bus() as bus:
+    with a_bus() as bus:
         for number, pieces in enumerate(cuts(sent), 1):
             peer = Peer(bus)
             peer.says(*pieces, *[b""] * ends)
-            await peer.over.wait()
+            come_true(lambda peer=peer: peer.over)
             assert statuses(peer.heard) == right, f"cut at {len(pieces[0])}"
             assert stored(bus) == messages * number, f"cut at {len(pieces[0])}"
             peer.leaves()
         assert not bus.connections
 
 
-@in_process
-async def test_nothing_is_answered_before_the_commit_and_not_out_of_order():
-    async with a_bus() as bus:
+def test_nothing_is_answered_before_the_commit_and_not_out_of_order():
+    with a_bus() as bus:
         peer = Peer(bus)
         peer.says(ALICE + head("GET /nothing HTTP/1.1", HOST) + ALICE + LAST)
         assert not peer.heard
-        await peer.over.wait()
+        come_true(lambda: peer.over)
         assert statuses(peer.heard) == [200, 404, 200, 200] and stored(bus) == 2
 
 
-@in_process
-async def test_a_peer_that_pipelines_without_end_is_read_no_further_than_a_head():
-    async with a_bus() as bus:
+def test_a_peer_that_pipelines_without_end_is_read_no_further_than_a_head():
+    with a_bus() as bus:
         peer = Peer(bus)
         peer.says(WAITING, *[head(GET, HOST)] * 2000)
         assert peer.paused and len(peer.connection.buffer) < 17000
         bus.release(peer.connection)
         peer.says(LAST)
-        await peer.over.wait()
+        come_true(lambda: peer.over)
         assert statuses(peer.heard) == [200] * 2002
 
 
@@ -454,10 +457,9 @@ SLOW = [
 
 
 @named(SLOW)
-@in_process
-async def test_a_deadline_is_absolute(case):
+def test_a_deadline_is_absolute(case):
     clock = Clock()
-    async with a_bus(clock) as bus:
+    with a_bus(clock) as bus:
         peer = Peer(bus)
         peer.says(*([case.sent] if case.sent else []))
         before, started = peer.heard, clock.now
@@ -465,19 +467,18 @@ async def test_a_deadline_is_absolute(case):
             clock.now += 1
             bus.sweep()
             peer.says(*([case.drip] if case.drip else []))
-        assert peer.heard == before and not peer.over.is_set(), "given up too early"
+        assert peer.heard == before and not peer.over, "given up too early"
         clock.now = started + case.patience + LATE
         bus.sweep()
-        assert peer.over.is_set() and not peer.aborted
+        assert peer.over and not peer.aborted
         assert statuses(peer.heard[len(before) :]) == [case.answer] * bool(case.answer)
         assert stored(bus) == 0
 
 
 @pytest.mark.parametrize("query, hold", [("block=true", 25), ("wait=7", 7), ("wait=1000", 60), ("wait=0.5", 0.5)])
-@in_process
-async def test_a_parked_reader_is_answered_when_its_hold_is_over(query, hold):
+def test_a_parked_reader_is_answered_when_its_hold_is_over(query, hold):
     clock = Clock()
-    async with a_bus(clock) as bus:
+    with a_bus(clock) as bus:
         peer = Peer(bus)
         peer.says(head(f"GET /recv?to=bob&{query} HTTP/1.1", HOST))
         clock.now += hold - 0.01
@@ -486,13 +487,12 @@ async def test_a_parked_reader_is_answered_when_its_hold_is_over(query, hold):
         clock.now += 0.01 + LATE
         bus.sweep()
         (answer,) = answers(peer.heard)
-        assert answer.json()["messages"] == [] and not peer.over.is_set()
+        assert answer.json()["messages"] == [] and not peer.over
 
 
-@in_process
-async def test_who_does_not_read_an_answer_in_30_seconds_is_dropped_however_it_trickles():
+def test_who_does_not_read_an_answer_in_30_seconds_is_dropped_however_it_trickles():
     clock = Clock()
-    async with a_bus(clock) as bus:
+    with a_bus(clock) as bus:
         peer = Peer(bus)
         peer.reads = False
         peer.says(head(GET, HOST) * 2)
@@ -506,10 +506,9 @@ async def test_who_does_not_read_an_answer_in_30_seconds_is_dropped_however_it_t
         assert peer.aborted
 
 
-@in_process
-async def test_who_reads_an_answer_in_time_gets_the_next():
+def test_who_reads_an_answer_in_time_gets_the_next():
     clock = Clock()
-    async with a_bus(clock) as bus:
+    with a_bus(clock) as bus:
         peer = Peer(bus)
         peer.reads = False
         peer.says(head(GET, HOST) + LAST)
@@ -520,10 +519,9 @@ async def test_who_reads_an_answer_in_time_gets_the_next():
         assert statuses(peer.heard) == [200, 200] and not peer.aborted
 
 
-@in_process
-async def test_a_file_must_move_by_80_kib_every_10_seconds(tmp_path):
+def test_a_file_must_move_by_80_kib_every_10_seconds(tmp_path):
     clock = Clock()
-    async with a_bus(clock, str(tmp_path / "bus.db")) as bus:
+    with a_bus(clock, str(tmp_path / "bus.db")) as bus:
         peer = Peer(bus)
         peer.says(head(f"PUT /blob/{'0' * 64} HTTP/1.1", HOST, "Content-Length: 1000000"))
         for piece in [b"a" * 81920] * 5 + [b"a" * 80000]:
@@ -533,13 +531,12 @@ async def test_a_file_must_move_by_80_kib_every_10_seconds(tmp_path):
             peer.says(piece)
         clock.now += 1 + LATE
         bus.sweep()
-        assert statuses(peer.heard) == [408] and peer.over.is_set()
+        assert statuses(peer.heard) == [408] and peer.over
         peer.leaves()
 
 
-@in_process
-async def test_a_defect_is_500_in_words_and_its_log_says_why(monkeypatch, capsys):
-    async with a_bus() as bus:
+def test_a_defect_is_500_in_words_and_its_log_says_why(monkeypatch, capsys):
+    with a_bus() as bus:
         peer = Peer(bus)
         monkeypatch.setattr(bus.mailboxes, "boxes", None)
         peer.says(head("GET /inbox HTTP/1.1", HOST) + SMUGGLED)
@@ -548,26 +545,24 @@ async def test_a_defect_is_500_in_words_and_its_log_says_why(monkeypatch, capsys
         assert "Traceback" in capsys.readouterr().err and not bus.last
 
 
-@in_process
-async def test_a_commit_may_take_as_long_as_the_disk_does():
+def test_a_commit_may_take_as_long_as_the_disk_does():
     clock = Clock()
-    async with a_bus(clock) as bus:
+    with a_bus(clock) as bus:
         peer = Peer(bus)
         peer.says(ALICE)
         clock.now += 3600
         bus.sweep()
-        assert not peer.over.is_set() and not peer.heard
-        await come_true(lambda: peer.heard)
+        assert not peer.over and not peer.heard
+        come_true(lambda: peer.heard)
         assert statuses(peer.heard) == [200]
 
 
-@in_process
-async def test_who_does_not_close_after_the_last_answer_is_dropped():
+def test_who_does_not_close_after_the_last_answer_is_dropped():
     clock = Clock()
-    async with a_bus(clock) as bus:
+    with a_bus(clock) as bus:
         peer = Peer(bus)
         peer.says(b"?\r\n\r\n")
-        assert peer.over.is_set() and not peer.aborted
+        assert peer.over and not peer.aborted
         for _ in range(9):
             clock.now += LINGER_SECONDS / 10
             peer.says(b"a" * 100000)
@@ -593,59 +588,54 @@ def test_no_deadline_is_filed_under_a_time_before_it():
 
 
 @pytest.mark.parametrize("abruptly", [False, True], ids=["closes", "resets"])
-@in_process
-async def test_a_client_that_goes_away_while_parked_is_unparked(abruptly):
-    async with a_bus() as bus:
+def test_a_client_that_goes_away_while_parked_is_unparked(abruptly):
+    with a_bus() as bus:
         door = Door(bus, socket.create_server(("127.0.0.1", 0)), None)
-        with socket.create_connection(door.listener.getsockname()) as peer:
+        with socket.create_connection(door.sock.getsockname()) as peer:
             peer.sendall(WAITING)
-            await come_true(lambda: bus.mailboxes.parked)
+            come_true(lambda: bus.mailboxes.parked)
             if abruptly:
                 peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        await come_true(lambda: not bus.connections)
+        come_true(lambda: not bus.connections)
         assert not bus.mailboxes.parked and not bus.mailboxes.waiting
         door.close()
 
 
-@in_process
-async def test_a_connection_that_is_gone_keeps_nothing_of_what_it_got():
+def test_a_connection_that_is_gone_keeps_nothing_of_what_it_got():
     """It is in a cycle with its transport. 1000 peers that left half bodies of 200 KB took 380 MB, for minutes."""
-    async with a_bus() as bus:
+    with a_bus() as bus:
         peer = Peer(bus)
         peer.says(announced(262144) + b"a" * 200000)
         peer.leaves()
         assert not peer.connection.buffer and not peer.connection.request
 
 
-@in_process
-async def test_a_socket_that_broke_is_not_written_to_again():
-    async with a_bus() as bus:
+def test_a_socket_that_broke_is_not_written_to_again():
+    with a_bus() as bus:
         peer = Peer(bus)
         peer.breaks = True
         peer.says(head(GET, HOST) * 10)
         assert peer.writes == 1
 
 
-@in_process
-async def test_a_parked_reader_whose_socket_breaks_just_before_its_message_is_no_error():
-    """asyncio knows that a socket is broken one turn before it tells: the message may be announced in between."""
-    async with a_bus() as bus:
+def test_a_parked_reader_whose_socket_breaks_just_before_its_message_is_no_error():
+    """A socket that broke is closed at the end of the turn: the message may be announced before."""
+    with a_bus() as bus:
         peer, sender = Peer(bus), Peer(bus)
         peer.says(WAITING)
         peer.broken = True
         sender.says(a_send("alice", to="carl"))
-        await come_true(lambda: sender.heard)
+        come_true(lambda: sender.heard)
         peer.leaves()
         assert not bus.mailboxes.parked and not bus.mailboxes.box("default", "carl").fetched
 
 
 @pytest.mark.parametrize("end", ["breaks", "stuck", "read"])
-@in_process
-async def test_a_message_counts_as_fetched_only_when_its_answer_was_written_whole(end):
-    async with a_bus() as bus:
+def test_a_message_counts_as_fetched_only_when_its_answer_was_written_whole(end):
+    with a_bus() as bus:
         sender = Peer(bus)
         sender.says(ALICE)
-        await come_true(lambda: sender.heard)
+        come_true(lambda: sender.heard)
         peer = Peer(bus)
         peer.breaks, peer.reads = end == "breaks", end != "stuck"
         peer.says(head("GET /recv?to=bob HTTP/1.1", HOST))
@@ -653,17 +643,16 @@ async def test_a_message_counts_as_fetched_only_when_its_answer_was_written_whol
         assert bool(bus.mailboxes.box("default", "bob").fetched) == (end == "read")
 
 
-@in_process
-async def test_a_connection_whose_answer_is_being_read_when_the_bus_drains_is_closed_after_it():
-    async with a_bus() as bus:
+def test_a_connection_whose_answer_is_being_read_when_the_bus_drains_is_closed_after_it():
+    with a_bus() as bus:
         peer = Peer(bus)
         peer.reads = False
         peer.says(head(GET, HOST))
         bus.draining = True
         peer.connection.drain()
-        assert not peer.over.is_set()
+        assert not peer.over
         peer.reads_on()
-        assert peer.over.is_set() and statuses(peer.heard) == [200]
+        assert peer.over and statuses(peer.heard) == [200]
 
 
 # Taking back
@@ -677,75 +666,72 @@ def a_recall(ident):
     return head(f"POST /recall?id={ident} HTTP/1.1", HOST)
 
 
-@contextlib.asynccontextmanager
-async def two_messages():
+@contextlib.contextmanager
+def two_messages():
     """A bus, its sender, and the ids of what that has sent to bob."""
-    async with a_bus() as bus:
+    with a_bus() as bus:
         sender = Peer(bus)
         sender.says(ALICE + ALICE)
-        await come_true(lambda: len(statuses(sender.heard)) == 2)
+        come_true(lambda: len(statuses(sender.heard)) == 2)
         idents = [answer.json()["id"] for answer in answers(sender.heard)]
         sender.heard = b""
         yield bus, sender, idents
 
 
-async def told(peer):
+def told(peer):
     """Status and members of its next answer."""
-    await come_true(lambda: peer.heard)
+    come_true(lambda: peer.heard)
     [answer] = answers(peer.heard)
     peer.heard = b""
     return answer.status, answer.json()
 
 
-async def state(peer, ident):
+def state(peer, ident):
     peer.says(head(f"GET /message/{ident} HTTP/1.1", HOST))
-    return (await told(peer))[1]["state"]
+    return (told(peer))[1]["state"]
 
 
 @pytest.mark.parametrize("which", [0, 1], ids=["the-next", "one-behind"])
-@in_process
-async def test_what_is_being_recalled_nobody_gets_and_nobody_passes(which):
+def test_what_is_being_recalled_nobody_gets_and_nobody_passes(which):
     """The reader asks while the recall is on its way to the disk."""
-    async with two_messages() as (bus, sender, idents):
+    with two_messages() as (bus, sender, idents):
         reader = Peer(bus)
         sender.says(a_recall(idents[which]))
         reader.says(a_read())
-        _, first = await told(reader)
+        _, first = told(reader)
         assert [message["id"] for message in first["messages"]] == idents[:which] and first["more"]
         assert int(first["now"] * 1e6 + 0.5) < int(idents[which], 16), "it was passed"
-        assert (await told(sender))[0] == 200 and await state(sender, idents[which]) == "recalled"
+        assert (told(sender))[0] == 200 and state(sender, idents[which]) == "recalled"
         reader.says(a_read(f"{first['now']:.6f}"))
-        _, rest = await told(reader)
+        _, rest = told(reader)
         assert [message["id"] for message in rest["messages"]] == idents[which + 1:] and not rest["more"]
 
 
-@in_process
-async def test_what_could_not_be_recalled_stays_to_be_read(monkeypatch):
+def test_what_could_not_be_recalled_stays_to_be_read(monkeypatch):
     def full(log, message):
         raise sqlite3.OperationalError("database or disk is full")
 
     monkeypatch.setattr(Log, "withdraw", full)
-    async with two_messages() as (bus, sender, idents):
+    with two_messages() as (bus, sender, idents):
         reader = Peer(bus)
         sender.says(a_recall(idents[1]))
         reader.says(a_read())
-        _, first = await told(reader)
-        assert (await told(sender))[0] == 507 and await state(sender, idents[1]) == "queued"
+        _, first = told(reader)
+        assert (told(sender))[0] == 507 and state(sender, idents[1]) == "queued"
         reader.says(a_read(f"{first['now']:.6f}"))
-        assert [message["id"] for message in (await told(reader))[1]["messages"]] == idents[1:]
+        assert [message["id"] for message in (told(reader))[1]["messages"]] == idents[1:]
 
 
-@in_process
-async def test_what_is_on_its_way_to_a_reader_is_not_recalled():
-    async with two_messages() as (bus, sender, idents):
+def test_what_is_on_its_way_to_a_reader_is_not_recalled():
+    with two_messages() as (bus, sender, idents):
         reader = Peer(bus)
         reader.reads = False
         reader.says(a_read())
         sender.says(a_recall(idents[0]))
-        assert (await told(sender))[0] == 409 and await state(sender, idents[0]) == "queued"
+        assert (told(sender))[0] == 409 and state(sender, idents[0]) == "queued"
         reader.reads_on()
-        assert [message["id"] for message in (await told(reader))[1]["messages"]] == idents
-        assert await state(sender, idents[0]) == "fetched"
+        assert [message["id"] for message in (told(reader))[1]["messages"]] == idents
+        assert state(sender, idents[0]) == "fetched"
 
 
 def posted(path, **message):
@@ -753,86 +739,47 @@ def posted(path, **message):
     return head(f"POST {path} HTTP/1.1", HOST, f"Content-Length: {len(body)}", body=body)
 
 
-@in_process
-async def test_an_answer_that_is_being_recalled_is_not_handed_to_who_asks(monkeypatch):
+def test_an_answer_that_is_being_recalled_is_not_handed_to_who_asks():
     """The recall comes while the question, asked again, is on its way to the disk."""
     question = posted("/ask?wait=0", **{"from": "bob", "to": "alice", "msg": "T1?", "key": "k"})
-    async with a_bus() as bus:
-        asker, sender, disk, commit = Peer(bus), Peer(bus), threading.Event(), Log.commit
+    with a_bus() as bus:
+        asker, sender = Peer(bus), Peer(bus)
         asker.says(question)
-        _, asked = await told(asker)
+        _, asked = told(asker)
         sender.says(posted("/send", **{"from": "alice", "to": "bob", "msg": "yes", "reply_to": asked["id"]}))
-        _, reply = await told(sender)
-        monkeypatch.setattr(Log, "commit", lambda log, batch: disk.wait(PATIENCE) and commit(log, batch))
+        _, reply = told(sender)
+        while_the_disk_is_busy(bus, lambda: sender.says(a_recall(reply["id"])))
         asker.says(question)
-        await come_true(lambda: bus.journal.busy)
-        sender.says(a_recall(reply["id"]))
-        disk.set()
-        assert (await told(asker))[1]["reply"] is None
-        assert (await told(sender))[0] == 200 and await state(sender, reply["id"]) == "recalled"
+        assert told(asker)[1]["reply"] is None
+        assert told(sender)[0] == 200 and state(sender, reply["id"]) == "recalled"
 
 
-@in_process
-async def test_an_answer_that_is_on_disk_and_not_yet_announced_is_not_handed_to_who_asks(monkeypatch):
-    """A full batch is committed while the one with the question, asked again, is being answered."""
-    monkeypatch.setattr(Journal, "FULL", 1)
-    question = posted("/ask?wait=0", **{"from": "bob", "to": "alice", "msg": "T1?", "key": "k"})
-    async with a_bus() as bus:
-        asker, sender, disk, commit = Peer(bus), Peer(bus), threading.Event(), Log.commit
-        asker.says(question)
-        _, asked = await told(asker)
-        committed, written = bus.journal.committed, []
-
-        def slow(log, batch):
-            disk.wait(PATIENCE)
-            commit(log, batch)
-            written.append(batch)
-
-        def late(batch):
-            bus.journal.committed = committed  # that is for this one only
-            wait_until(lambda: len(written) == 2)
-            committed(batch)
-
-        monkeypatch.setattr(Log, "commit", slow)
-        bus.journal.committed = late
-        asker.says(question)
-        await come_true(lambda: bus.journal.busy)
-        sender.says(posted("/send", **{"from": "alice", "to": "bob", "msg": "yes", "reply_to": asked["id"]}))
-        disk.set()
-        assert (await told(asker))[1]["reply"] is None
-        _, reply = await told(sender)
-        asker.says(question)
-        assert (await told(asker))[1]["reply"]["id"] == reply["id"]
-
-
-@in_process
-async def test_an_answer_on_its_way_to_who_asked_is_not_recalled():
-    async with a_bus() as bus:
+def test_an_answer_on_its_way_to_who_asked_is_not_recalled():
+    with a_bus() as bus:
         asker, sender = Peer(bus), Peer(bus)
         asker.says(posted("/ask?wait=9", **{"from": "bob", "to": "alice", "msg": "T1?"}))
-        await come_true(lambda: bus.mailboxes.parked)
+        come_true(lambda: bus.mailboxes.parked)
         [question] = bus.mailboxes.parked.values()
         asker.reads = False
         reply = {"from": "alice", "to": "bob", "msg": "yes", "reply_to": f"{question.tick:x}"}
         sender.says(posted("/send", **reply))
-        ident = (await told(sender))[1]["id"]
+        ident = (told(sender))[1]["id"]
         sender.says(a_recall(ident))
-        assert (await told(sender))[0] == 409 and await state(sender, ident) == "queued"
+        assert (told(sender))[0] == 409 and state(sender, ident) == "queued"
         asker.reads_on()
-        assert (await told(asker))[1]["reply"]["id"] == ident and await state(sender, ident) == "fetched"
+        assert (told(asker))[1]["reply"]["id"] == ident and state(sender, ident) == "fetched"
 
 
-@in_process
-async def test_what_is_not_announced_yet_cannot_be_asked_about_nor_recalled():
+def test_what_is_not_announced_yet_cannot_be_asked_about_nor_recalled():
     """Its sender has no answer yet: who knows its id has guessed it."""
-    async with two_messages() as (bus, sender, _):
+    with two_messages() as (bus, sender, _):
         batch = Batch()
         batch.sends = [Send(None, [draft({"from": "alice", "to": "new", "msg": "x"}, None)], False)]
         bus.store.stamp(batch)
         bus.store.commit(batch)
         for request in (a_recall(f"{batch.last:x}"), head(f"GET /message/{batch.last:x} HTTP/1.1", HOST)):
             sender.says(request)
-            assert (await told(sender))[0] == 404
+            assert (told(sender))[0] == 404
 
 
 # The grammar

@@ -1,10 +1,9 @@
 """The server as a process: how it starts, refuses to start, drains, removes what is old, and tells."""
-
-import asyncio
 import contextlib
 import http.client
 import json
 import os
+import queue
 import signal
 import socket
 import sqlite3
@@ -16,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from bus_server import Bus, Gate, Journal, Log, Poll, Removal, Send, Storms, Tokens, draft
+from bus_server import Bus, Gate, Log, Poll, Removal, Send, Storms, Tokens, draft
 from tests.processes import PATIENCE, ROOT, Server, free_port, wait_until
 
 
@@ -228,14 +227,13 @@ class Desk:
     def post(self, size):
         self.bus.journal.add(Send(self, [draft({"from": "a", "to": "b", "msg": "x" * size}, None)], False))
 
-    async def send(self, size):
+    def send(self, size):
         self.post(size)
-        while self.bus.journal.busy or self.bus.journal.planned:
-            await asyncio.sleep(0)
+        self.bus.loop.serve()
         return self.statuses[-1]
 
     def close(self):
-        self.bus.journal.close()
+        self.bus.loop.close()
         self.log.close()
 
 
@@ -245,65 +243,49 @@ def fails(log, batch):
 
 def test_a_full_disk_is_507_and_it_goes_on_when_there_is_room(tmp_path):
     """A database that may not grow stands for a disk that is full."""
-
-    async def scenario():
-        desk = Desk(tmp_path / "bus.db")
-        assert await desk.send(10) == 200
-        desk.log.writing.execute("PRAGMA max_page_count=20")
-        assert await desk.send(200_000) == 507
-        poll = Poll("b", ("b",), "default", None, 0, 10, 0, False)
-        assert [message.n for message in desk.log.after(poll, desk.bus.last)[0]] == [1]
-        desk.log.writing.execute("PRAGMA max_page_count=1000000")
-        assert await desk.send(200_000) == 200 and not desk.bus.broken.is_set()
-        desk.close()
-
-    asyncio.run(scenario())
+    desk = Desk(tmp_path / "bus.db")
+    assert desk.send(10) == 200
+    desk.log.writing.execute("PRAGMA max_page_count=20")
+    assert desk.send(200_000) == 507
+    poll = Poll("b", ("b",), "default", None, 0, 10, 0, False)
+    assert [message.n for message in desk.log.after(poll, desk.bus.last)[0]] == [1]
+    desk.log.writing.execute("PRAGMA max_page_count=1000000")
+    assert desk.send(200_000) == 200 and not desk.bus.broken
+    desk.close()
 
 
 def test_a_failing_disk_is_503_and_the_server_ends(tmp_path):
     """Invariant: a failed commit fails every sender in it, and the bus never acknowledges on."""
-
-    async def scenario():
-        desk = Desk(tmp_path / "bus.db")
-        desk.log.commit = lambda batch: fails(desk.log, batch)
-        sends = [asyncio.ensure_future(desk.send(1)) for _ in range(3)]
-        await asyncio.wait_for(desk.bus.broken.wait(), PATIENCE)
-        assert [await send for send in sends] == [503, 503, 503]
-        desk.close()
-
-    asyncio.run(scenario())
-
-
-@pytest.mark.parametrize("commit, seen", [(Log.commit, [(200, True), (200, False)]), (fails, [(503, False)] * 2)])
-def test_a_full_batch_goes_at_once_and_while_the_last_one_is_answered_if_that_is_on_disk(tmp_path, commit, seen):
-    async def scenario():
-        desk, answers = Desk(tmp_path / "bus.db"), []
-        desk.log.commit = lambda batch: commit(desk.log, batch)
-        desk.answer = lambda answer: answers.append((answer.status, desk.bus.journal.busy))
-        for number in range(2 * Journal.FULL):
-            desk.post(1)
-            assert desk.bus.journal.busy == (number >= Journal.FULL - 1), "it was not handed over as the 64th came"
-        while desk.bus.journal.busy or desk.bus.journal.planned:
-            await asyncio.sleep(0)
-        desk.close()
-        assert answers == [each for each in seen for _ in range(Journal.FULL)]
-
-    asyncio.run(scenario())
+    desk = Desk(tmp_path / "bus.db")
+    desk.log.commit = lambda batch: fails(desk.log, batch)
+    for _ in range(3):
+        desk.post(1)
+    desk.bus.loop.run(lambda: desk.bus.broken)
+    assert desk.statuses == [503, 503, 503]
+    desk.close()
 
 
 @pytest.mark.parametrize("path", ["bus.db", ":memory:"])
 def test_a_reader_is_told_of_a_gap_that_is_on_disk_and_not_yet_announced(tmp_path, path):
-    async def scenario():
-        desk = Desk(tmp_path / path if path == "bus.db" else path)
-        await desk.send(1)
-        tick = desk.bus.last
-        desk.bus.journal.remove(Removal(0, tick + 1, False))
-        await asyncio.sleep(0)  # the journal thread has it, and the loop hears of it when it is asked next
-        wait_until(lambda: desk.log.message(tick) is None)
+    desk = Desk(tmp_path / path if path == "bus.db" else path)
+    desk.send(1)
+    tick, commit, seen = desk.bus.last, desk.log.commit, queue.SimpleQueue()
+
+    def look():
+        """The deputy's turn, before the thread that commits has told of it."""
         for names, since in ((("b",), 0), (("c", "b"), tick - 1), ((), 0)):
             poll = Poll(names[0] if names else None, names, "default", None, since, 10, 0, False)
-            answer = json.loads(desk.bus.serve(None, poll).body)
-            assert answer["messages"] == [] and round(answer["gap"]["to"] * 1e6) == tick
-        desk.close()
+            seen.put(json.loads(desk.bus.serve(None, poll).body))
 
-    asyncio.run(scenario())
+    def slow(batch):
+        commit(batch)
+        desk.bus.loop.tell(look)
+        for _ in range(3):
+            answer = seen.get(timeout=PATIENCE)
+            assert answer["messages"] == [] and round(answer["gap"]["to"] * 1e6) == tick
+
+    desk.log.commit = slow
+    desk.bus.journal.remove(Removal(0, tick + 1, False))
+    desk.bus.loop.serve()
+    assert desk.log.message(tick) is None and not desk.bus.broken
+    desk.close()

@@ -1,7 +1,7 @@
 """The way of bytes between a socket and its Connection. Whatever a plain connection does, one with TLS does as well."""
-import asyncio
 import contextlib
 import json
+import select
 import shutil
 import signal
 import socket
@@ -18,7 +18,7 @@ from bus_server import Door, tls_context
 from tests.authority import Authority
 from tests.hostile import GET, HOST, WAITING, a_send, head
 from tests.processes import PATIENCE, Server, wait_until
-from tests.test_connection import LAST, LATE, Clock, a_bus, answers, come_true, heard, in_process, statuses
+from tests.test_connection import LAST, LATE, Clock, a_bus, answers, come_true, heard, statuses
 
 pytestmark = pytest.mark.skipif(not shutil.which("openssl"), reason="openssl makes the certificate")
 
@@ -242,63 +242,68 @@ def test_a_bad_certificate_leaves_the_old_one_in_place_after_a_sighup(renewing, 
 # ── In this process ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@contextlib.asynccontextmanager
-async def a_door(certificate, clock=time.monotonic):
+@contextlib.contextmanager
+def a_door(certificate, clock=time.monotonic):
     """A bus in memory, and its port; both end with it."""
-    async with a_bus(clock) as bus:
+    with a_bus(clock) as bus:
         door = Door(bus, socket.create_server(("127.0.0.1", 0)), tls_context(certificate.file, certificate.key))
-        yield bus, door.listener.getsockname()[1]
+        yield bus, door.sock.getsockname()[1]
         door.close()
         for connection in bus.connections:
             connection.transport.abort()
-        await come_true(lambda: not bus.connections)
+        come_true(lambda: not bus.connections)
 
 
-@contextlib.asynccontextmanager
-async def a_guest(port):
-    """A client with TLS, on this loop. It goes without a goodbye."""
-    _, writer = await asyncio.open_connection("127.0.0.1", port, ssl=trusting())
-    yield writer
-    writer.transport.abort()
-    with contextlib.suppress(OSError):
-        await writer.wait_closed()
+@contextlib.contextmanager
+def a_guest(port):
+    """A client with TLS, in the thread of the bus. It goes without a goodbye."""
+    peer = socket.create_connection(("127.0.0.1", port))
+    peer.setblocking(False)
+    with trusting().wrap_socket(peer, do_handshake_on_connect=False) as guest:
+        come_true(lambda: is_shaken(guest))
+        yield guest
 
 
-@in_process
-async def test_a_client_that_leaves_while_parked_over_tls_behind_other_requests_is_unparked(certificate):
-    async with a_door(certificate) as (bus, port):
-        async with a_guest(port) as guest:
-            guest.write(head(GET, HOST) * 3 + WAITING)
-            await come_true(lambda: bus.mailboxes.parked)
-        await come_true(lambda: not bus.connections)
+def is_shaken(guest):
+    try:
+        guest.do_handshake()
+    except ssl.SSLWantReadError:
+        return False
+    return True
+
+
+def test_a_client_that_leaves_while_parked_over_tls_behind_other_requests_is_unparked(certificate):
+    with a_door(certificate) as (bus, port):
+        with a_guest(port) as guest:
+            guest.send(head(GET, HOST) * 3 + WAITING)
+            come_true(lambda: bus.mailboxes.parked)
+        come_true(lambda: not bus.connections)
         assert not bus.mailboxes.parked and not bus.mailboxes.waiting
 
 
 @pytest.mark.parametrize("sent, patience", [(b"", 10), (b"GET /hea", 10), (head(GET, HOST), 75)],
                          ids=["before its first byte", "in a head", "between requests"])  # fmt: skip
-@in_process
-async def test_who_is_too_slow_over_tls_and_then_does_not_close_is_gone_two_seconds_later(certificate, sent, patience):
+def test_who_is_too_slow_over_tls_and_then_does_not_close_is_gone_two_seconds_later(certificate, sent, patience):
     clock = Clock()
-    async with a_door(certificate, clock) as (bus, port), a_guest(port) as guest:
-        guest.write(sent)
-        guest.transport.pause_reading()  # it does not even hear that it is told to go
+    with a_door(certificate, clock) as (bus, port), a_guest(port) as guest:
+        guest.send(sent)
+        # it reads nothing from here on: it does not even hear that it is told to go
         (connection,) = bus.connections
-        await come_true(lambda: not sent or connection.buffer or not bus.strangers)
+        come_true(lambda: not sent or connection.buffer or not bus.strangers)
         for wait in (patience, bus_server.LINGER_SECONDS):
             clock.now += wait + LATE
             bus.sweep()
-        await come_true(lambda: not bus.connections)
+        come_true(lambda: not bus.connections)
 
 
 @pytest.mark.parametrize("sent", [b"", HELLO], ids=["silent", "half a hello"])
-@in_process
-async def test_a_handshake_has_the_time_of_a_head(certificate, sent):
+def test_a_handshake_has_the_time_of_a_head(certificate, sent):
     clock = Clock()
-    async with a_door(certificate, clock) as (bus, port):
-        with socket.create_connection(("127.0.0.1", port)) as peer:
-            peer.sendall(sent)
-            await come_true(lambda: bus.connections)
-            peer.setblocking(False)
-            clock.now += bus_server.HEAD_SECONDS + LATE
-            bus.sweep()
-            assert await asyncio.get_running_loop().sock_recv(peer, 1) == b""
+    with a_door(certificate, clock) as (bus, port), socket.create_connection(("127.0.0.1", port)) as peer:
+        peer.sendall(sent)
+        come_true(lambda: bus.connections)
+        peer.setblocking(False)
+        clock.now += bus_server.HEAD_SECONDS + LATE
+        bus.sweep()
+        come_true(lambda: select.select([peer], [], [], 0)[0])
+        assert peer.recv(1) == b""
