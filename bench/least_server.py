@@ -1,6 +1,6 @@
 """A limit: the least that a durable bus on SQLite does for a send. One INSERT, fsync, one answer; nothing is parsed.
 
-    python least_server.py PORT DATABASE loop|thread     the commit in the loop, or in a thread of its own as in the bus
+    python least_server.py PORT DATABASE loop|thread     the commit in the loop as in the bus, or in a thread of its own
 """
 import queue
 import select
