@@ -290,7 +290,7 @@ class Shares(dict[Any, Share]):
 
 
 class Sheet:
-    """An array of plain messages, column by column: of one sender, each with to (one name), msg, and nothing else.
+    """An array of plain messages, column by column: of one sender, on one channel, and with nothing but to and msg.
 
     What is the same for many is done once, and every other step is one for all messages, at the speed of C: no Draft,
     no Receipt, and a Message only if somebody waits. Invariant: what is not surely plain and valid is no Sheet, so that
@@ -390,7 +390,9 @@ def finite(number: str) -> float:
 decode = json.JSONDecoder(
     object_pairs_hook=unique, parse_constant=no_constant, parse_int=integer, parse_float=finite
 ).raw_decode  # and not decode, which looks for blanks with two patterns: 0.5 us
-decode_plain = json.JSONDecoder(parse_constant=no_constant).raw_decode  # it takes a member that is given twice
+decode_plain = json.JSONDecoder(  # it takes a member that is given twice, and has no call for each object
+    parse_constant=no_constant, parse_int=integer, parse_float=finite
+).raw_decode
 encode = json.JSONEncoder(allow_nan=False).encode  # ASCII, so that what we emit passes every terminal and every jq
 quote = json.encoder.encode_basestring_ascii
 

@@ -114,7 +114,7 @@ TWICE = [  # what a message says beside from and to
 
 @pytest.mark.parametrize("body", [
     b"", b"[]", b"[[]]", b"[1]", b'["from"]', b'[["from", "to", "msg"]]', b"[{}]", b"[null]", b"[" * 2000, b'"from"',
-    A.encode(), raw(A) + b"x", raw(A)[:-1], raw(A, "{}"), raw(A, "3"), raw(A, '"abc"'),
+    A.encode(), raw(A) + b"x", raw(A)[:-1], raw(A, "{}"), raw(A, "3"), raw(A, '"abc"'), b"[" + b"1" * 5000 + b"]",
     *(raw(A).replace(b"x", wrong) for wrong in (b"\0", b"\xff", b"\n", rb"\u0000", rb"\ud800")),
     *(raw(A, json.dumps(plain(**members))) for members in NOT_PLAIN),
     *(raw('{"from": "spark", "to": "dell", ' + members + "}", A) for members in TWICE),
