@@ -56,8 +56,8 @@ def one_sender_is_as_fast_as_the_disk(session: Session) -> Result:
     figures = sends(session, 1, {LIMIT: limit}, peers.LeastServer, peers.LeastLoop)
     scratch.close()
     claims = against(session, figures, LIMIT, 0.7, 0.9)
-    session.notes.append("The two that do one INSERT are limits: what is left when Python parses nothing, with a thread "
-                         "for commits, and with the commit in the loop as in the bus.")
+    session.notes.append("The two that do one INSERT are limits: what is left when Python parses nothing, with a "
+                         "thread for commits, and with the commit in the loop as in the bus.")
     if any(max(claim.rounds) > 1 for claim in claims):
         session.notes.append("More than 1.00x is no speed: the disk changed its own between a round and the next.")
     return Result(list(figures.values()), claims, session.notes)
