@@ -729,14 +729,31 @@ def running(command: str, message: dict[str, Any], attempt: int) -> Iterator[sub
     with tempfile.TemporaryFile() as file:  # and no pipe: nobody has to be there to fill it
         file.write(dump(message).encode())
         file.seek(0)
-        process = subprocess.Popen(command, shell=True, stdin=file, env=environment, start_new_session=True)
+        process = None
         try:
+            with signals_put_off():
+                process = subprocess.Popen(command, shell=True, stdin=file, env=environment, start_new_session=True)
             yield process
         finally:
-            if process.poll() is None:
+            if process and process.poll() is None:
                 with contextlib.suppress(ProcessLookupError):  # it has just ended
                     os.killpg(process.pid, signal.SIGKILL) if os.name == "posix" else process.kill()
                 process.wait()
+
+
+@contextlib.contextmanager
+def signals_put_off() -> Iterator[None]:
+    """A signal that comes while a command is being started is obeyed when we know whom to kill."""
+    came: list[int] = []
+    ours = [number for number in (signal.SIGINT, signal.SIGTERM) if callable(signal.getsignal(number))]
+    before = [signal.signal(number, lambda number, _: came.append(number)) for number in ours]
+    try:
+        yield
+    finally:
+        for number, handler in zip(ours, before):
+            signal.signal(number, handler)
+        for one in came:
+            signal.raise_signal(one)
 
 
 class Worker(Reader):

@@ -2561,8 +2561,8 @@ MIGRATIONS = [  # user_version n is what the first n of them made; only ever add
 ]
 # One statement for up to 64 rows: of 16 sends each takes 10,000 instructions less than with executemany (callgrind).
 MAILBOX = "(SELECT id FROM mailboxes WHERE channel = ? AND name = ?)"
-# OR ROLLBACK: to undo one statement of a transaction, SQLite writes what it overwrites into a file of /var/tmp, for 1,600
-# messages in arrays 1,250 times; undone is the whole transaction anyway, and 23 % more messages go through in a second.
+# OR ROLLBACK: to undo a statement of a transaction, SQLite writes what it overwrites to a file in /var/tmp, 1,250 times
+# for 1,600 messages in arrays; we undo the whole transaction anyway, and 23 % more messages go through in a second.
 # What is absent is given as "" or 0: Python's sqlite3 asks around for 0.3 us whether it can adapt a None.
 NEW = "(?, ?, ?, ?, nullif(?, ''), nullif(?, 0), ?, ?, ?, nullif(?, 0), nullif(?, 0))"
 INSERT = [f"INSERT OR ROLLBACK INTO messages VALUES {', '.join([NEW] * rows)}" for rows in range(65)]

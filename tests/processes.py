@@ -1,6 +1,8 @@
 """Real processes for the tests: a bus server that can be killed and started again, and a wait for facts."""
+import contextlib
 import os
 import pathlib
+import random
 import signal
 import socket
 import subprocess
@@ -27,9 +29,13 @@ def wait_until(fact, patience=PATIENCE):
 
 
 def free_port():
+    """One that no connection takes by chance until the server has it: the system gives those from 32768 on."""
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+        while True:
+            port = random.randrange(16384, 32768)
+            with contextlib.suppress(OSError):
+                probe.bind(("127.0.0.1", port))
+                return port
 
 
 class Server:

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import signal
+import subprocess
 import threading
 import time
 
@@ -175,6 +176,22 @@ def test_a_worker_that_must_end_now_gives_its_job_back(signals, code, tmp_path, 
         ended(process, code)
         assert [order["reason"] for order in orders(server, "/nack")] == ["the worker was stopped"]
     wait_until(lambda: not runs(int((tmp_path / "pid").read_text())))
+
+
+def test_a_command_that_is_just_being_started_is_killed_too(monkeypatch, interruptible):  # noqa: F811
+    started = []
+
+    class Interrupted(subprocess.Popen):
+        def __init__(self, *arguments, **named):
+            super().__init__(*arguments, **named)
+            started.append(self)
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(subprocess, "Popen", Interrupted)
+    with pytest.raises(KeyboardInterrupt), bus_recv.running("sleep 60", {"msg": "x"}, 1):
+        pass
+    assert started[0].returncode == -signal.SIGKILL
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 # ── A real bus ───────────────────────────────────────────────────────────────────────────────────────────────────────
