@@ -476,7 +476,7 @@ class Loop:
 
     def __init__(self) -> None:
         self.selector = selectors.DefaultSelector()
-        self.actions: list[Callable[[], None]] = []  # for the end of this turn
+        self.actions: deque[Callable[[], None]] = deque()  # for the end of this turn
         self.timers: list[tuple[float, int, Callable[[], None]]] = []  # when, on the monotonic clock; a number; what
         self.numbers = count()  # those due at the same time follow each other as they were planned
         self.told: deque[Callable[[], None]] = deque()  # by other threads
@@ -567,19 +567,19 @@ class Loop:
             now = time.monotonic()
             while self.timers and self.timers[0][0] <= now:
                 heapq.heappop(self.timers)[2]()
-        actions, self.actions = self.actions, []
-        for action in actions:
-            try:
-                action()
-            except Exception:
-                traceback.print_exc()
+        for _ in range(len(self.actions)):
+            if self.actions:  # else the deputy has done them, while one of them was aside
+                try:
+                    self.actions.popleft()()
+                except Exception:
+                    traceback.print_exc()
 
     def aside(self, work: Callable[[], None]) -> None:
-        """Do what may take long, and nothing else; for the last step of a turn."""
+        """Do what may take long, and nothing else; for what was put off until the end of a turn."""
         self.away = object()
-        if not self.alert.is_set():
-            self.alert.set()
         self.turn.release()
+        if not self.alert.is_set():  # after that: a deputy that finds no free turn looks once more
+            self.alert.set()
         try:
             work()
         finally:

@@ -144,3 +144,12 @@ def test_what_is_due_comes_in_its_order_and_not_before(loop):
         loop.later(patience, lambda patience=patience: came.append(patience))
     loop.run(lambda: len(came) == 3)
     assert came == [0.0, 0.01, 0.02]
+
+
+def test_what_was_put_off_behind_a_commit_does_not_wait_for_the_disk(loop):
+    """The next piece of a file, for example, that somebody downloads."""
+    who, done = [], threading.Event()
+    loop.soon(lambda: loop.aside(lambda: who.append(done.wait(PATIENCE / 10))))
+    loop.soon(done.set)
+    loop.serve()
+    assert who == [True]
