@@ -61,8 +61,7 @@ from email.utils import formatdate
 from functools import lru_cache
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
-from itertools import chain, count, repeat
-from operator import itemgetter
+from itertools import count
 from typing import IO, Any, NamedTuple, NoReturn, Protocol, Union
 from urllib.parse import parse_qsl
 
@@ -257,103 +256,6 @@ def addresses(sender: Any, to: Any, channel: Any) -> tuple[str, tuple[str, ...],
     return channel, tuple(dict.fromkeys(name(one, "to") for one in receivers)), start
 
 
-class Share:
-    """What a Sheet has for one receiver."""
-
-    __slots__ = ("before", "between", "head", "mailbox", "n", "numbers", "one", "size", "tail", "tick", "to")
-    mailbox: int
-    before: int  # how many messages the mailbox had before
-    numbers: Iterator[int]  # of its messages there
-    n: int  # of the last of them
-    tick: int
-    tail: str  # of what entry() says of a message, after its id
-
-    def __init__(self, sender: Any, to: Any, channel: Any) -> None:
-        channel, receivers, start = addresses(sender, to, channel)
-        (self.to,) = receivers
-        self.one = Draft(channel, receivers, sender, start, None, None)  # each of its messages, without what it says
-        self.between = f", '{channel}', '{to}', '"  # tick and text, in what the checksum is of
-        self.head = f', "channel": "{channel}", "id": "'  # of what entry() says, between ts and id
-        self.size = 0
-
-
-class Shares(dict[Any, Share]):
-    """Each is made when its receiver is first looked up: Refused or TypeError if that is none."""
-
-    def __init__(self, sender: Any, channel: Any) -> None:
-        super().__init__()
-        self.sender, self.channel = sender, channel
-
-    def __missing__(self, to: Any) -> Share:
-        share = self[to] = Share(self.sender, to, self.channel)
-        return share
-
-
-class Sheet:
-    """An array of plain messages, column by column: of one sender, on one channel, and with nothing but to and msg.
-
-    What is the same for many is done once, and every other step is one for all messages, at the speed of C: no Draft,
-    no Receipt, and a Message only if somebody waits. Invariant: what is not surely plain and valid is no Sheet, so that
-    what a wrong message is told is written once, in draft().
-    """
-
-    def __init__(self, sender: Any, channel: Any, receivers: Iterable[Any], msgs: Iterable[str], bare: bool) -> None:
-        """`bare`: quote() would only put two quotes around each of `msgs`."""
-        shares = Shares(sender, channel)
-        self.share = [*map(shares.__getitem__, receivers)]  # that each message is in
-        self.shares = [*shares.values()]
-        self.channel, _, self.sender, start, *_ = self.shares[0].one
-        self.texts = [f'{start}"{msg}"' for msg in msgs] if bare else [start + quote(msg) for msg in msgs]
-        self.ticks = range(0)
-        self.numbers: list[int] = []  # of each message in its mailbox
-
-    def messages(self) -> Iterator[Message]:
-        for tick, share, text, n in zip(self.ticks, self.share, self.texts, self.numbers):
-            yield Message(tick, self.channel, share.to, self.sender, text, n, None)
-
-
-THOUSAND, HEX = [f"{n:03}" for n in range(1000)], [f"{n:03x}" for n in range(4096)]
-
-
-def spelled(ticks: range, form: Callable[[int], str], endings: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Ticks that follow each other, in a form that has these for its last three digits: how they begin, how they end.
-
-    A digit costs more than all else that is said of a message: 200 instructions for both, where seconds() takes 3900.
-    """
-    size, first, last = len(endings), ticks[0], ticks[-1]
-    begin: list[str] = []
-    end: list[str] = []
-    for block in range(first // size * size, last + 1, size):
-        end += endings[max(first - block, 0) : last + 1 - block]
-        begin += [form(block)[:-3]] * (len(end) - len(begin))
-    return begin, end
-
-
-PLAIN_MEMBERS = itemgetter("from", "to", "msg"), itemgetter("from", "to", "msg", "channel")
-
-
-def sheet(body: bytes) -> Sheet | None:
-    """The messages of an array that are plain and valid; else None, and they are to be read one by one."""
-    try:
-        text = parse_text(body).rstrip(" \t\r\n")
-        objects, end = decode_plain(text)
-        (width,) = set(map(len, objects))
-        senders, receivers, msgs, *channels = zip(*map(PLAIN_MEMBERS[width - 3], objects))
-        quotes, bare = text.count('"'), text.isascii() and "\\" not in text and "\x7f" not in text
-        if not bare:
-            quotes -= text.replace("\\\\", "").count('\\"')
-            if "\\u" in text:
-                inspect([*msgs], 1)
-        alike = all(column.count(column[0]) == len(objects) for column in (senders, *channels))
-        if end < len(text) or len(objects) > COPIES_PER_SEND or set(map(type, msgs)) != {str} or not alike:
-            return None
-        if quotes != 4 * width * len(objects):  # a member is given twice, as every string has two
-            return None
-        return Sheet(senders[0], channels[0][0] if channels else "default", receivers, msgs, bare)
-    except (Refused, IndexError, KeyError, RecursionError, TypeError, ValueError):
-        return None
-
-
 def lifetime(ttl: Any) -> int | None:
     if ttl is None:
         return None
@@ -389,9 +291,6 @@ def finite(number: str) -> float:
 decode = json.JSONDecoder(
     object_pairs_hook=unique, parse_constant=no_constant, parse_int=integer, parse_float=finite
 ).raw_decode  # and not decode, which looks for blanks with two patterns: 0.5 us
-decode_plain = json.JSONDecoder(  # it takes a member that is given twice, and has no call for each object
-    parse_constant=no_constant, parse_int=integer, parse_float=finite
-).raw_decode
 encode = json.JSONEncoder(allow_nan=False).encode  # ASCII, so that what we emit passes every terminal and every jq
 quote = json.encoder.encode_basestring_ascii
 
@@ -1804,8 +1703,6 @@ class Figures:
     def committed(self, batch: Batch) -> None:
         self.sends += len(batch.sends)
         self.messages += len(batch.visible)
-        for sheet in batch.sheets:
-            self.messages += len(sheet.texts)
         self.commits += 1
         self.commit_seconds += batch.seconds
         self.slowest_commit = max(self.slowest_commit, batch.seconds)
@@ -1876,11 +1773,6 @@ class Bus:
         self.saving = False  # of marks, planned
 
     def send(self, request: Request) -> None:
-        sheet = self.sheet(request) if request.body.startswith(b"[") else None
-        if sheet:
-            self.check_ways([share.one for share in sheet.share], routes(share.one for share in sheet.shares))
-            self.journal.add(Send(request.peer, [], True, sheet=sheet))
-            return
         drafts, several = self.drafts(request)
         self.check(drafts)
         self.journal.add(Send(request.peer, drafts, several))
@@ -1913,13 +1805,6 @@ class Bus:
         drafts = [draft(message, key) for message in messages]
         return [self.placed(one) if one.answers is not None else one for one in drafts], several
 
-    def sheet(self, request: Request) -> Sheet | None:
-        """The messages of a request as columns, if nothing is to be said of any of them alone."""
-        if self.draining or self.schemas or request.parsed.query or "idempotency-key" in request.fields:
-            return None
-        found = sheet(request.body)
-        return found if found and request.grant.name in ("", found.sender) else None
-
     def verbatim(self, body: bytes, query: Query) -> dict[str, Any]:
         """The message whose text is the body, and all else of it is in the query."""
         fields: dict[str, Any] = {field: query.one(field) for field in query.fields if field not in ("to", "wait")}
@@ -1933,10 +1818,6 @@ class Bus:
         if len(ways) != 1:
             self.check_number(drafts, len(ways))
             ways = dict.fromkeys(ways)  # what is the same for many messages is looked at once
-        self.check_ways(drafts, ways)
-
-    def check_ways(self, drafts: list[Draft], ways: Collection[Route]) -> None:
-        """Refused, if there is no room where they go, or too much comes from there."""
         for channel, _, to in ways:
             self.check_room(channel, to)
         self.storms.check(drafts, ways)
@@ -2094,13 +1975,9 @@ class Bus:
         self.last = batch.last
         self.figures.committed(batch)
         self.mailboxes.add(batch.visible)
-        for sheet in batch.sheets:
-            self.mailboxes.add_sheet(sheet)
         self.mailboxes.removed(batch.removed)
         alive = [message for message in batch.visible
                  if message.expires is None or not self.store.is_expired(message)]
-        if batch.sheets and self.mailboxes.waiting:
-            alive = sorted(chain(alive, *(sheet.messages() for sheet in batch.sheets)))
         for connection, parked, fresh in self.mailboxes.wake(alive):
             connection.answer(parked.found(self, connection, fresh))
         truths: dict[Any, str] = {}  # of one moment, for all who wrote to the same
@@ -2287,14 +2164,12 @@ def receipt_of(one: Draft, known: dict[tuple[str, str, str], tuple[Draft, Receip
 class Send:
     """One POST /send on its way through a batch: all of its drafts are stored, or none."""
 
-    __slots__ = ("asked", "connection", "drafts", "receipts", "refused", "several", "sheet")
+    __slots__ = ("asked", "connection", "drafts", "receipts", "refused", "several")
 
     def __init__(
-        self, connection: Connection, drafts: list[Draft], several: bool, asked: tuple[Grant, float] | None = None,
-        sheet: Sheet | None = None
+        self, connection: Connection, drafts: list[Draft], several: bool, asked: tuple[Grant, float] | None = None
     ) -> None:
         self.connection, self.drafts, self.several = connection, drafts, several
-        self.sheet = sheet  # in place of drafts
         self.asked = asked  # by whom, and for how many seconds the answer to it is waited for
         self.receipts: list[Receipt] = []
         self.refused: Refused | None = None
@@ -2433,7 +2308,6 @@ class Batch:
         self.last = 0
         self.seconds = 0.0  # that the commit took
         self.visible: list[Message] = []
-        self.sheets: list[Sheet] = []  # what else is visible
         self.removed: dict[tuple[str, str], int] = {}  # mailbox: its highest removed tick
         self.error: Exception | None = None
 
@@ -2591,18 +2465,6 @@ def checksum(message: Message) -> int:
     return zlib.crc32(f"({tick}, '{channel}', '{to}', {text!r}, {n}, {expires})".encode())
 
 
-def checksums(sheet: Sheet) -> list[int]:
-    """Those of all messages of a Sheet, of the same text: 4000 instructions each, not 9500."""
-    texts = sheet.texts
-    if any(escaped in "".join(texts) for escaped in "\\'"):
-        texts = [repr(text)[1:-1] for text in texts]  # there is a " in each: the quotes around it are '
-    spelt = spelled(sheet.ticks, str, THOUSAND)
-    return [
-        zlib.crc32(f"({begin}{end}{share.between}{text}', {n}, None)".encode())
-        for begin, end, share, text, n in zip(*spelt, sheet.share, texts, sheet.numbers)
-    ]
-
-
 class Log:
     """The messages on disk, in tick order. A batch is stamped, then committed: `commit` is done aside, while
     somebody else may have the turns; everything else in a turn.
@@ -2683,12 +2545,6 @@ class Log:
             return
         now, room, known = self.clock(), self.has_room(), self.known(batch)
         for send in batch.sends:
-            if send.sheet:
-                if room:
-                    self.place_sheet(send.sheet, now, batch)
-                else:
-                    send.refused = no_room()
-                continue
             try:
                 earlier = [receipt_of(one, known) if one.key else None for one in send.drafts]
                 if not room and None in earlier:
@@ -2737,23 +2593,6 @@ class Log:
                 batch.plain += tick, mailbox, n, sender, checksum(message), text
             ticks.append(tick)
         return ticks
-
-    def place_sheet(self, sheet: Sheet, now: int, batch: Batch) -> None:
-        """A tick and a row for each message of a Sheet."""
-        for share in sheet.shares:
-            share.mailbox, share.before = self.mailbox(sheet.channel, share.to, batch)
-            share.numbers = count(share.before + 1)
-        first = max(now, self.last + 1)
-        sheet.ticks, self.last = range(first, first + len(sheet.texts)), first + len(sheet.texts) - 1
-        sheet.numbers = [*map(next, [share.numbers for share in sheet.share])]
-        for share in sheet.shares:
-            share.n = next(share.numbers) - 1
-            self.counts[sheet.channel, share.to] = share.mailbox, share.n
-        mailboxes = [share.mailbox for share in sheet.share]
-        batch.plain += chain.from_iterable(
-            zip(sheet.ticks, mailboxes, sheet.numbers, repeat(sheet.sender), checksums(sheet), sheet.texts)
-        )
-        batch.sheets.append(sheet)
 
     def mailbox(self, channel: str, own: str, batch: Batch) -> tuple[int, int]:
         """The number of a mailbox, and how many messages it ever got; made with this batch if there is none."""
@@ -3374,19 +3213,6 @@ class Mailboxes:
         if visible:
             self.highest = visible[-1].tick
 
-    def add_sheet(self, sheet: Sheet) -> None:
-        """The same for the messages of a Sheet, of which each mailbox needs the last, their number and their size."""
-        for tick, share, text in zip(sheet.ticks, sheet.share, sheet.texts):
-            share.tick = tick
-            share.size += len(text)
-        for share in sheet.shares:
-            box = self.box(sheet.channel, share.to)
-            if share.n > box.n:
-                box.newest, box.n = share.tick, share.n
-            if box.pending is not None:
-                box.pending = box.pending[0] + share.n - share.before, box.pending[1] + share.size
-        self.highest = max(self.highest, sheet.ticks[-1])
-
     def newest(self, poll: Poll) -> int:
         """The newest tick there could be for this poll, without asking the disk."""
         if poll.me is None:
@@ -3634,8 +3460,6 @@ def delivery(
 
 def acknowledged(bus: Bus, send: Send, truths: dict[Any, str]) -> Answer | None:
     """The answer to a send. `truths` has what was already said of receivers."""
-    if send.sheet:
-        return ok(bus, f'"ok": true, "results": [{{{entries(bus, send.sheet, truths)}}}]')
     texts = []
     for one, receipt in zip(send.drafts, send.receipts):
         which = one.channel, one.to, one.sender
@@ -3684,20 +3508,6 @@ def entry(one: Draft, receipt: Receipt, receiver: str) -> str:
         f'"ok": true, "ts": {seconds(ticks[-1])}, "channel": "{one.channel}", "id": "{ticks[-1]:x}"{ids}, '
         f'"duplicate": {"true" if duplicate else "false"}, "receiver": {receiver}'
     )
-
-
-def entries(bus: Bus, sheet: Sheet, truths: dict[Any, str]) -> str:
-    """What entry() says, of all messages of a Sheet."""
-    for share in sheet.shares:
-        which = sheet.channel, share.one.to, sheet.sender
-        if which not in truths:
-            truths[which] = truth(bus, share.one)
-        share.tail = f'", "duplicate": false, "receiver": {truths[which]}'
-    times, ids = spelled(sheet.ticks, seconds, THOUSAND), spelled(sheet.ticks, "{:x}".format, HEX)
-    return "}, {".join([
-        f'"ok": true, "ts": {begin}{end}{share.head}{first}{last}{share.tail}'
-        for begin, end, share, first, last in zip(*times, sheet.share, *ids)
-    ])
 
 
 def truth(bus: Bus, one: Draft) -> str:
