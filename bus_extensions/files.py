@@ -1,0 +1,231 @@
+"""Files by their hash at /blob/ (PROTOCOL.md section 14).
+
+A file passes in pieces and never through a message; a message has its sha256, and the receiver fetches it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import math
+import os
+import pathlib
+import re
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import IO
+
+from bus_server import BODY_RATE, BODY_SECONDS, Answer, Bus, Connection, Refused, Request, refusal, size
+
+TABLES, NOUN, OPERATIONS = None, "", ()
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--files",
+        type=size,
+        default="10g",
+        metavar="SIZE",
+        help="room for files, all together; 0: keep none (%(default)s)",
+    )
+
+
+def start(bus: Bus, options: argparse.Namespace) -> None:
+    Blobs(bus, options.files)
+
+
+class Blobs:
+    """Files by the sha256 of their content, in DATABASE.blobs. Owned by the loop.
+
+    A file that has not arrived whole is HASH.part; the next upload may go on where it ends. Only `Upload.finish`, which
+    reads a whole file, runs in a thread of its own.
+    """
+
+    PIECE = 65536  # bytes read or written in one turn of the loop
+    PART_SECONDS = 7 * 86400.0  # a part waits for the rest: a sender that was cut off before a weekend is back by then
+
+    def __init__(self, bus: Bus, quota: int) -> None:
+        self.bus = bus
+        database = bus.state.path
+        self.folder = pathlib.Path(f"{database}.blobs")
+        self.quota = 0 if database == ":memory:" else quota  # bytes
+        self.arriving: set[str] = set()
+        self.checking = ThreadPoolExecutor(4)  # a thread each while there are files to check
+        self.used = sum(file.stat().st_size for file in self.folder.glob("*") if file.is_file())
+        bus.route("PUT", "/blob/", self.put, "store a file under its sha256", sink=self.upload)
+        bus.route("GET", "/blob/", self.get, "a file by its sha256")
+        bus.on_tidy.append(self.forget)
+        bus.metrics.append(lambda: [("files_bytes", "gauge", "kept by hash", [("", self.used)])])
+
+    def place(self, request: Request) -> pathlib.Path:
+        """The file that a request is about, whether it is there or not."""
+        if not self.quota:
+            raise Refused(501, "this bus keeps no files")
+        if not re.fullmatch("[0-9a-f]{64}", request.parsed.rest):
+            raise Refused(400, "a file is called by its sha256: /blob/ and 64 hex digits")
+        return self.folder / request.parsed.rest
+
+    def upload(self, request: Request) -> Upload:
+        file, length = self.place(request), request.parsed.length
+        part = file.with_suffix(".part")
+        there = part.stat().st_size if part.exists() else 0
+        start, total = content_range(request.fields.get("content-range"), length)
+        if file.name in self.arriving or start not in (0, there):
+            raise Refused(409, "go on where the file ends, one upload at a time", ("Upload-Offset", str(there)))
+        if total > self.quota:
+            raise Refused(413, f"the file has {total} bytes and the bus keeps {self.quota} in all; nothing was stored")
+        if self.used + total - there > self.quota:
+            raise Refused(507, "the bus has no room for this file: those nobody asks for go after --keep")
+        return Upload(self, file, start, length, total)
+
+    def put(self, request: Request) -> Answer | None:
+        """The body of a PUT has arrived; if that was the end of the file, it is checked in a thread."""
+        upload = request.sink
+        assert isinstance(upload, Upload)
+        if upload.at < upload.total:
+            return Answer(202, b'{"ok": true}\n', headers=upload.offset())
+        upload.finishing = True
+        work = self.checking.submit(upload.finish)
+        work.add_done_callback(lambda done: self.bus.loop.tell(lambda: self.stored(request.peer, upload, done)))
+        return None
+
+    def stored(self, connection: Connection, upload: Upload, done: Future[int]) -> None:
+        """A file was checked and made durable, or was not."""
+        upload.finishing = False
+        error = done.exception()
+        status = 507 if error else done.result()
+        if status in (200, 422):  # after an error its part is still there
+            self.used -= upload.at
+        if status == 422:
+            answer = refusal(Refused(422, "what arrived does not have this sha256: nothing was stored"))
+        elif error:
+            answer = refusal(Refused(507, f"the bus cannot store the file: {error}"))
+        else:
+            answer = Answer(status, b'{"ok": true}\n')
+        upload.close()
+        connection.answer(answer)
+
+    def get(self, request: Request) -> Answer:
+        if request.grant.send_only:
+            raise Refused(403, "this token may send, and read nothing")
+        file = self.place(request)
+        try:
+            stream = file.open("rb")
+        except FileNotFoundError:
+            part = file.with_suffix(".part")
+            offset = ("Upload-Offset", str(part.stat().st_size if part.exists() else 0))
+            raise Refused(404, "the bus does not have this file, or not all of it", offset) from None
+        with contextlib.suppress(OSError):  # it was removed just now, or belongs to another user
+            os.utime(file)
+        size = os.fstat(stream.fileno()).st_size
+        wanted = re.fullmatch("bytes=([0-9]{1,15})-", request.fields.get("range", ""))
+        start = int(wanted[1]) if wanted else 0
+        if wanted and start >= size:
+            stream.close()
+            raise Refused(416, f"the file has {size} bytes", ("Content-Range", f"bytes */{size}"))
+        stream.seek(start)
+        span = (("Content-Range", f"bytes {start}-{size - 1}/{size}"),) if wanted else ()
+        status, rest = (206 if wanted else 200), Download(stream, size - start)
+        return Answer(status, b"", "application/octet-stream", span, file=rest)
+
+    def forget(self) -> None:
+        """Remove files that nobody sent or asked for during --keep, and parts that nobody went on with.
+
+        A part takes room, and nobody can have it: it goes also where all else stays.
+        """
+        now, keep = time.time(), self.bus.retention.keep
+        for file in self.folder.glob("*"):
+            with contextlib.suppress(OSError):  # a folder, a link to nothing: somebody else's, and no reason to end
+                status = file.stat()
+                patience = min(keep or math.inf, self.PART_SECONDS if file.suffix == ".part" else math.inf)
+                if status.st_mtime < now - patience and file.stem not in self.arriving:
+                    file.unlink()
+                    self.used -= status.st_size
+
+
+def content_range(field: str | None, length: int) -> tuple[int, int]:
+    """(start, total) of `Content-Range: bytes START-END/TOTAL`; without one, the body is the whole file."""
+    if field is None:
+        return 0, length
+    match = re.fullmatch("bytes ([0-9]{1,15})-([0-9]{1,15})/([0-9]{1,15})", field)
+    if not match or int(match[2]) - int(match[1]) + 1 != length or int(match[2]) >= int(match[3]):
+        raise Refused(400, "Content-Range must be: bytes START-END/TOTAL, and the body as long as that")
+    return int(match[1]), int(match[3])
+
+
+class Upload:
+    """A file that is arriving; a Sink. What came before a broken connection stays."""
+
+    def __init__(self, blobs: Blobs, file: pathlib.Path, start: int, length: int, total: int) -> None:
+        self.blobs, self.file, self.part = blobs, file, file.with_suffix(".part")
+        self.at = self.marked = start
+        self.missing, self.total = length, total
+        self.finishing = False
+        try:
+            blobs.folder.mkdir(mode=0o700, exist_ok=True)
+            there = self.part.stat().st_size if self.part.exists() else 0
+            self.stream = self.part.open("ab" if start else "wb", buffering=0)  # what was written is on the disk
+        except OSError as error:
+            raise Refused(507, f"the bus cannot store the file: {error.strerror}") from None
+        blobs.arriving.add(file.name)
+        blobs.used -= there - start
+
+    def write(self, data: bytes | bytearray) -> None:
+        if self.blobs.used + len(data) > self.blobs.quota:  # others arrived meanwhile
+            raise Refused(507, "the bus has no room for the rest of this file", *self.offset())
+        try:
+            while data:
+                written = self.stream.write(data)
+                data = data[written:]
+                self.at += written
+                self.missing -= written
+                self.blobs.used += written
+        except OSError as error:
+            raise Refused(507, f"the bus cannot store the file: {error.strerror}", *self.offset()) from None
+
+    def far_enough(self) -> bool:
+        """Has it moved by as much as it must in BODY_SECONDS?"""
+        moved = self.at - self.marked >= BODY_SECONDS * BODY_RATE
+        self.marked = self.at if moved else self.marked
+        return moved
+
+    def offset(self) -> tuple[tuple[str, str]]:
+        return (("Upload-Offset", str(self.at)),)
+
+    def finish(self) -> int:
+        """In a thread: check the hash, make the file durable and give it its name. Returns the status."""
+        digest = hashlib.sha256()
+        with self.part.open("rb") as whole:
+            for piece in iter(lambda: whole.read(1 << 20), b""):
+                digest.update(piece)
+            os.fsync(whole.fileno())
+        if digest.hexdigest() != self.file.name:
+            self.part.unlink()
+            return 422
+        known = self.file.exists()
+        self.part.replace(self.file)
+        folder = os.open(self.blobs.folder, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+        return 200 if known else 201
+
+    def close(self) -> None:
+        if not self.finishing:
+            self.stream.close()
+            self.blobs.arriving.discard(self.file.name)
+
+
+class Download:
+    """The rest of a file that is being sent; a Stream."""
+
+    def __init__(self, stream: IO[bytes], length: int) -> None:
+        self.stream, self.length = stream, length
+
+    def read(self) -> bytes:
+        piece = self.stream.read(min(Blobs.PIECE, self.length))
+        self.length = self.length - len(piece) if piece else 0
+        return piece
+
+    def close(self) -> None:
+        self.stream.close()

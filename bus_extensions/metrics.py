@@ -1,0 +1,61 @@
+"""Figures for Prometheus at GET /metrics (PROTOCOL.md section 15)."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable
+
+from bus_server import EVERYONE, Answer, Bus, Metric, Request, unread
+
+TABLES, NOUN, OPERATIONS = None, "", ()
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    """It has none."""
+
+
+def start(bus: Bus, options: argparse.Namespace) -> None:
+    bus.metrics[:0] = [lambda: totals(bus), lambda: by_name(bus)]
+    bus.route("GET", "/metrics", lambda request: metrics(bus, request), "figures for Prometheus")
+
+
+def metrics(bus: Bus, request: Request) -> Answer:
+    """In the text format of Prometheus."""
+    request.grant.check_operator()
+    text = "".join(
+        f"# HELP agent_bus_{metric} {says}\n# TYPE agent_bus_{metric} {kind}\n"
+        + "".join(f"agent_bus_{metric}{labels} {value:.16g}\n" for labels, value in values)
+        for figures in bus.metrics
+        for metric, kind, says, values in figures()
+    )
+    return Answer(200, text.encode(), "text/plain; version=0.0.4; charset=utf-8")
+
+
+def totals(bus: Bus) -> Iterable[Metric]:
+    figures = bus.figures
+    refused = [(f'{{status="{status}"}}', number) for status, number in sorted(figures.refused.items())]
+    return [
+        ("sends_total", "counter", "sends that were committed, repeated ones too", [("", figures.sends)]),
+        ("messages_total", "counter", "messages stored, one for each receiver", [("", figures.messages)]),
+        ("delivered_total", "counter", "messages put into answers", [("", figures.delivered)]),
+        ("refused_total", "counter", "answers of 400 and above, by status", refused),
+        ("commits_total", "counter", "transactions", [("", figures.commits)]),
+        ("commit_seconds_total", "counter", "time they took", [("", figures.commit_seconds)]),
+        ("commit_seconds_max", "gauge", "the slowest", [("", figures.slowest_commit)]),
+        ("connections", "gauge", "open", [("", len(bus.door.connections))]),
+        ("parked", "gauge", "connections that wait for a message", [("", len(bus.mailboxes.parked))]),
+    ]
+
+
+def by_name(bus: Bus) -> Iterable[Metric]:
+    now, waiting, ages = bus.view.clock(), [], []
+    for (channel, own), box in bus.mailboxes.boxes.items():
+        labels = f'{{channel="{channel}",name="{own}"}}'
+        number = 0 if own == EVERYONE else unread(bus, channel, own, box)
+        oldest = bus.view.oldest(channel, own, box.mark()) if number else None
+        waiting.append((labels, float(number)))
+        ages.append((labels, max(now - oldest, 0) / 1000000 if oldest else 0.0))
+    return [
+        ("unread", "gauge", "messages for a name above its cursor", waiting),
+        ("oldest_unread_seconds", "gauge", "the age of the oldest of them", ages),
+    ]

@@ -1,0 +1,288 @@
+"""Questions: ask and wait for the answer, conversations, taking a message back (PROTOCOL.md section 13).
+
+With this extension GET /message/ID takes `wait_fetched` too: the sender waits until its message was fetched.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
+
+from bus_server import (
+    BUSY,
+    EVERYONE,
+    HOLD,
+    HOLD_MAX,
+    MAX_MESSAGES,
+    RECALLED,
+    REPLIES,
+    SELECT,
+    Answer,
+    Bus,
+    Connection,
+    Grant,
+    Key,
+    Message,
+    Now,
+    Operation,
+    Parked,
+    Put,
+    Refused,
+    Request,
+    State,
+    Stored,
+    Waits,
+    checksum,
+    entry,
+    no_message,
+    ok,
+    one_of,
+    state_of,
+    tick_of,
+    told,
+)
+
+TABLES, NOUN = None, ""
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    """It has none."""
+
+
+def start(bus: Bus, options: argparse.Namespace) -> None:
+    Replies(bus)
+
+
+class Question(NamedTuple):
+    """A message whose sender waits for the answer to it."""
+
+    tick: int
+    sender: str
+    receipt: str  # what the sender is told of it in any case
+    grant: Grant
+    hold: float  # s
+    channel: str
+
+    @property
+    def exclusive(self) -> bool:
+        return False
+
+    @property
+    def token(self) -> str:
+        return self.grant.token
+
+    @property
+    def who(self) -> str:
+        return self.sender
+
+    def places(self) -> Sequence[Key]:
+        return [(REPLIES, self.tick)]
+
+    def present(self) -> Sequence[str]:
+        return (self.sender,)
+
+    def wants(self, message: Message) -> bool:
+        return message.sender != self.sender and self.grant.reads(message.to)
+
+    def covers(self, reply: int, message: Message) -> bool:
+        return message.tick == reply
+
+
+FETCHES = "fetches of"  # with a channel, then a name: senders wait here until that mailbox is fetched
+
+
+class Watch(NamedTuple):
+    """A sender that waits until its message was fetched."""
+
+    message: Message
+    token: str
+    hold: float  # s
+
+    @property
+    def exclusive(self) -> bool:
+        return False
+
+    @property
+    def channel(self) -> str:
+        return self.message.channel
+
+    @property
+    def who(self) -> str:
+        return self.message.sender
+
+    def places(self) -> Sequence[Key]:
+        return [(f"{FETCHES} {self.message.channel}", self.message.to)]
+
+    def present(self) -> Sequence[str]:
+        return ()
+
+    def wants(self, message: Message) -> bool:
+        return False
+
+
+class Recall(Operation):
+    """The sender of a message takes it back: it is as expired as one can be.
+
+    Its row stays, so that a retry of its send is not stored again.
+    """
+
+    __slots__ = ("tick",)
+    kind = "recall"
+
+    def __init__(self, tick: int) -> None:
+        self.tick = tick
+
+    def apply(self, state: State, now: Now) -> None:
+        # The table `work` is part of every database, with or without work.py.
+        if state.writing.execute("SELECT 1 FROM work WHERE tick = ?", (self.tick,)).fetchone():
+            raise Refused(409, "it is too late to recall this message: a worker has it")
+        message = state.message(self.tick)
+        if not message:
+            raise no_message()
+        gone = message._replace(expires=RECALLED)
+        state.writing.execute(
+            "UPDATE messages SET expires = ?, sum = ? WHERE tick = ?", (RECALLED, checksum(gone), gone.tick)
+        )
+
+
+OPERATIONS = (Recall,)
+
+
+class Replies:
+    """The endpoints of questions and answers. Owned by the loop."""
+
+    def __init__(self, bus: Bus) -> None:
+        self.bus = bus
+        bus.route("POST", "/ask", self.ask, "a send that is answered with the answer; wait=50 waits for it")
+        bus.route("GET", "/thread/", self.thread, "a conversation: a message, and the answers to it")
+        bus.route("POST", "/recall", self.recall, "its sender takes a message back that nobody has fetched")
+        bus.route("GET", "/message/", self.message, "one message, and how far it came; wait_fetched=25 waits")
+        bus.waits[Question] = Waits(self.answered, self.unanswered)
+        bus.waits[Watch] = Waits(self.watched, self.unwatched)
+        bus.on_delivered.append(self.tell_watchers)
+
+    # Questions
+
+    def ask(self, request: Request) -> None:
+        """A send that is answered when its answer is there. Asked again with the same key, it waits again."""
+        drafts, several = self.bus.drafts(request)
+        if several or len(drafts[0].to) > 1 or EVERYONE in drafts[0].to:
+            raise Refused(400, "a question is one message to one name")
+        request.grant.check([drafts[0].sender])
+        hold = request.query().number("wait", HOLD, 0, HOLD_MAX)
+        self.bus.check(drafts)
+        self.bus.do(Put(drafts), request.peer, partial(self.asked, request.grant, hold))
+
+    def asked(self, grant: Grant, hold: float, connection: Connection, put: Put, stored: list[Stored]) -> Answer | None:
+        """The answer to a question, if it is there already; else its sender is parked."""
+        bus, one = self.bus, put.drafts[0]
+        tick, duplicate = stored[0].ticks[0], stored[0].duplicate
+        question = Question(tick, one.sender, entry(bus, one, stored[0]), grant, hold, one.channel)
+        there = self.replies_to(tick) if duplicate else []
+        withheld = [each.tick for each in bus.withheld.values()]
+        replies = [each for each in there if question.wants(each) and each.tick not in withheld]
+        if replies:
+            return self.answered(connection, question, replies)
+        if not hold or bus.draining or connection.ended or connection.phase is not BUSY:
+            return self.unanswered(connection, question)
+        bus.mailboxes.polled(question, connection.address, bus.view.clock())
+        bus.park(connection, question)
+        return None
+
+    def answered(self, connection: Connection, question: Question, messages: list[Message]) -> Answer:
+        """An answer that is the next message of its mailbox is fetched with that: who only asks would fill it."""
+        bus, reply = self.bus, messages[0]
+        answer = ok(bus, f'{question.receipt}, "reply": {reply.render()}')
+        mark = bus.mailboxes.box(question.channel, question.sender).fetched
+        following = bus.view.oldest(question.channel, question.sender, mark)
+        return answer._replace(delivers=(question, reply.tick)) if reply.tick == following else answer
+
+    def unanswered(self, connection: Connection, question: Question) -> Answer:
+        return ok(self.bus, f'{question.receipt}, "reply": null')
+
+    # Conversations
+
+    def replies_to(self, parent: int) -> list[Message]:
+        """The answers to a message that are not expired or recalled, oldest first; none that is not announced."""
+        thread = self.messages_of(self.bus.view.lineage(parent)[0])
+        fresh = [each for each in thread if each.answers == parent and not self.bus.view.is_expired(each)]
+        return [each for each in fresh if each.tick <= self.bus.last]
+
+    def messages_of(self, root: int) -> list[Message]:
+        """A message and all that were sent in answer to it, or to those: at most MAX_MESSAGES, oldest first."""
+        view = self.bus.view
+        first = view.message(root)
+        rows = view.database.execute(
+            f"{SELECT} WHERE thread = ? ORDER BY tick LIMIT {MAX_MESSAGES - 1}", (root,)
+        ).fetchall()
+        return [each for each in (first, *map(view.checked, rows)) if each]
+
+    def thread(self, request: Request) -> Answer:
+        """A conversation: what began it, and the answers, and the answers to them."""
+        wanted = tick_of(request.parsed.rest)
+        thread = self.messages_of(self.bus.view.lineage(wanted)[0]) if wanted is not None else []
+        seen = [each.render() for each in thread if request.grant.may_see(each)]
+        if not seen:
+            raise no_message()
+        return ok(self.bus, f'"messages": [{", ".join(seen)}]')
+
+    # Taking back
+
+    def recall(self, request: Request) -> Answer | None:
+        """Its sender takes a message back, if nobody has fetched it, nor is just being sent it.
+
+        While that is on its way the message is withheld from readers, so what is refused stays readable.
+        """
+        bus = self.bus
+        bus.check_open()
+        message = one_of(bus, request.grant, request.members().id())
+        if request.grant.name not in ("", message.sender):
+            raise Refused(403, "only its sender can recall a message")
+        if message.expires == RECALLED:  # a retry, whatever was fetched since
+            return ok(bus, '"ok": true')
+        deliveries = [each.delivering for each in bus.door.connections if each.delivering]
+        on_its_way = any(reader.covers(upto, message) for reader, upto in deliveries)
+        if on_its_way or message.tick <= bus.mailboxes.box(message.channel, message.to).fetched:
+            raise Refused(409, "it is too late to recall this message: it was fetched")
+        step = bus.do(Recall(message.tick), request.peer, partial(self.recalled, message))
+        bus.withheld[step] = message
+        return None
+
+    def recalled(self, message: Message, connection: Connection, recall: Recall, result: None) -> Answer:
+        box = self.bus.mailboxes.box(message.channel, message.to)
+        box.perishable, box.pending = True, None
+        return ok(self.bus, '"ok": true')
+
+    # Waiting until a message was fetched
+
+    def message(self, request: Request) -> Answer | None:
+        """One message and how far it came; asking moves nothing. With `wait_fetched` the answer waits until it came."""
+        bus = self.bus
+        found = one_of(bus, request.grant, tick_of(request.parsed.rest))
+        hold = request.query().number("wait_fetched", 0, 0, HOLD_MAX)
+        if not hold or bus.draining or state_of(bus, found)[0] != "queued":
+            return told(bus, found)
+        bus.park(request.peer, Watch(found, request.grant.token, hold))
+        return None
+
+    def tell_watchers(self, reader: Parked, tick: int) -> None:
+        """Those who wait until a message of these mailboxes is fetched are told so at the end of this turn."""
+        mailboxes = self.bus.mailboxes
+        for own in reader.present():
+            for connection in mailboxes.waiting.get((f"{FETCHES} {reader.channel}", own), ()):
+                watch = mailboxes.parked[connection]
+                if isinstance(watch, Watch) and watch.message.tick <= tick:
+                    self.bus.loop.soon(partial(self.tell, connection, watch))
+
+    def tell(self, connection: Connection, watch: Watch) -> None:
+        if self.bus.mailboxes.parked.get(connection) is watch:
+            self.bus.mailboxes.unpark(connection)
+            connection.answer(self.unwatched(connection, watch))
+
+    def watched(self, connection: Connection, watch: Watch, messages: list[Message]) -> Answer:
+        return self.unwatched(connection, watch)
+
+    def unwatched(self, connection: Connection, watch: Watch) -> Answer:
+        return told(self.bus, self.bus.view.message(watch.message.tick) or watch.message)  # it may have been recalled

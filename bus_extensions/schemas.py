@@ -1,0 +1,65 @@
+"""Messages that must fit a JSON Schema (PROTOCOL.md section 16): --schemas DIR has TYPE.json for each type.
+
+It is the one thing that needs a package, jsonschema: pip install 'agent-bus[schemas]'.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+from typing import Any
+
+from bus_server import Bus, Refused, Unusable
+
+TABLES, NOUN, OPERATIONS = None, "", ()
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--schemas",
+        metavar="DIR",
+        help="refuse messages that do not fit DIR/TYPE.json (JSON Schema; needs agent-bus[schemas])",
+    )
+    parser.add_argument("--strict", action="store_true", help="with --schemas: refuse a type that has none")
+
+
+def start(bus: Bus, options: argparse.Namespace) -> None:
+    if options.strict and not options.schemas:
+        raise Unusable("--strict goes with --schemas")
+    if options.schemas:
+        bus.checks.append(Schemas(options.schemas, options.strict).check)
+
+
+class Schemas:
+    """What the messages of a type look like."""
+
+    def __init__(self, folder: str, strict: bool) -> None:
+        try:
+            import jsonschema
+        except ImportError:
+            raise Unusable("--schemas needs the package jsonschema: pip install 'agent-bus[schemas]'") from None
+        self.strict = strict
+        self.types = {}
+        for file in sorted(pathlib.Path(folder).glob("*.json")):
+            try:
+                schema = json.loads(file.read_text())
+                kind = jsonschema.validators.validator_for(schema)
+                kind.check_schema(schema)
+            except (OSError, ValueError, jsonschema.SchemaError) as error:
+                raise Unusable(f"{file} is not a JSON Schema: {str(error).splitlines()[0]}") from None
+            self.types[file.stem] = kind(schema)
+        if not self.types:
+            raise Unusable(f"there is no TYPE.json in {folder}")
+
+    def check(self, message: Any) -> None:
+        """422, with the member that does not fit, if a message is not what its type says."""
+        of = message.get("type") if isinstance(message, dict) else None
+        schema = self.types.get(of) if isinstance(of, str) else None
+        if not schema:
+            if self.strict:
+                raise Refused(422, f"type must be one of: {', '.join(self.types)}")
+            return
+        for error in schema.iter_errors(message):
+            where = ".".join(map(str, error.absolute_path)) or "the message"
+            raise Refused(422, f"{where} does not fit the type {of}: {error.message[:200]}")

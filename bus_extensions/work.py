@@ -1,0 +1,440 @@
+"""Queues: a message is handed to one worker at a time (PROTOCOL.md section 12).
+
+A queue is a mailbox whose messages are claimed. A row of the table `work` is a message that was handed out at least
+once. `due` is when it can be had again, on the steady clock, so that a step of the wall clock ends no lease; it is NULL
+when the message is done or dead. A message that failed `--max-attempts` times goes to the queue NAME.dead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import secrets
+import time
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from bus_server import (
+    ANSWER_BYTES,
+    BUSY,
+    EVERYONE,
+    HOLD,
+    HOLD_MAX,
+    LINGER,
+    PARKED,
+    SELECT,
+    Answer,
+    Bus,
+    Connection,
+    Deadlines,
+    Draft,
+    Key,
+    Message,
+    Metric,
+    Now,
+    Operation,
+    Query,
+    Refused,
+    Request,
+    State,
+    Waits,
+    encode,
+    is_name,
+    name,
+    ok,
+    seconds,
+)
+
+LEASE = 60.0  # s a worker has for a message when it does not say
+LEASE_MAX = 43200.0  # s; a worker that dies keeps its message from the others for so long
+CLAIM_MAX = 100  # messages in one claim; it ends at ANSWER_BYTES too
+DEAD = ".dead"  # a queue's name and this: where its messages go that failed too often
+
+TABLES = [""]  # version 1 is what the core's schema 3 made
+NOUN = "jobs"
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--max-attempts",
+        type=int,
+        default=5,
+        metavar="N",
+        help="a message that N workers of a queue failed at goes to NAME.dead (%(default)s)",
+    )
+
+
+def start(bus: Bus, options: argparse.Namespace) -> None:
+    Work(bus, options.max_attempts)
+
+
+class Worker(NamedTuple):
+    """What a worker asks a queue for, while it waits."""
+
+    queue: str
+    channel: str
+    limit: int
+    lease: float  # s
+    called: str
+    until: float  # monotonic clock, s
+    token: str
+
+    @property
+    def exclusive(self) -> bool:
+        return True
+
+    @property
+    def hold(self) -> float:
+        return self.until - time.monotonic()
+
+    @property
+    def who(self) -> str:
+        return self.called
+
+    def places(self) -> Sequence[Key]:
+        return [(self.channel, self.queue)]
+
+    def present(self) -> Sequence[str]:
+        return (self.queue,)
+
+    def wants(self, message: Message) -> bool:
+        return True
+
+
+class Job(NamedTuple):
+    """A message in the hands of a worker."""
+
+    message: Message
+    attempt: int  # 1 for the first
+    until: int  # wall clock, us
+
+
+class Claimed(NamedTuple):
+    """The result of a Claim."""
+
+    jobs: list[Job]
+    due: int | None  # us until the next message may come back; None: none is out
+    looked: int  # the highest tick there was
+
+
+class Claim(Operation):
+    """Hand out messages of a queue: first those that came back, then new ones."""
+
+    __slots__ = ("attempts", "called", "channel", "lease", "lease_us", "limit", "queue")
+    kind = "claim"
+
+    def __init__(
+        self, channel: str, queue: str, limit: int, lease_us: int, lease: str, called: str, attempts: int
+    ) -> None:
+        self.channel, self.queue, self.limit = channel, queue, limit
+        self.lease_us = lease_us  # how long the worker has for them
+        self.lease = lease  # with this it may settle them
+        self.called = called  # the worker
+        self.attempts = attempts  # after so many a message is dead
+
+    def apply(self, state: State, now: Now) -> Claimed:
+        """Up to `limit` messages, and no more than one above ANSWER_BYTES."""
+        mailbox, _ = state.mailbox(self.channel, self.queue)
+        state.insert()
+        came_back = "UPDATE work SET due = ? WHERE mailbox = ? AND due >= ''"  # a text lies above every number
+        if state.writing.execute(came_back, (now.steady, mailbox)).rowcount:
+            state.damaged(f"when work of {self.queue} comes back")
+        found: list[tuple[Message, int]] = []
+        room = ANSWER_BYTES
+        for again in self.came_back(state, mailbox, now):
+            found.append(again)
+            room -= len(again[0].text)
+            if room < 0 or len(found) == self.limit:
+                break
+        else:
+            found += self.untaken(state, mailbox, self.limit - len(found), room, now)
+        due = now.steady + self.lease_us
+        state.writing.executemany(
+            "INSERT OR REPLACE INTO work VALUES (?, ?, ?, ?, ?, ?, NULL)",
+            [(message.tick, mailbox, attempt, due, self.lease, self.called) for message, attempt in found],
+        )
+        undone = "mailbox = ? AND due IS NOT NULL"  # in these words, so that the index `undone` has the first of them
+        [first] = state.writing.execute(f"SELECT min(due) FROM work WHERE {undone}", (mailbox,)).fetchone()
+        jobs = [Job(message, attempt, now.wall + self.lease_us) for message, attempt in found]
+        return Claimed(jobs, None if first is None else first - now.steady, state.last)
+
+    def came_back(self, state: State, mailbox: int, now: Now) -> Iterator[tuple[Message, int]]:
+        """What was given back or whose lease ran out, with the number of the next attempt."""
+        rows = state.writing.execute(
+            "SELECT tick, attempt, reason FROM work WHERE mailbox = ? AND due <= ? ORDER BY due, tick LIMIT ?",
+            (mailbox, now.steady, self.limit),
+        ).fetchall()
+        for tick, attempt, reason in rows:
+            message = state.message(tick)
+            attempt = state.number(attempt, 0, f"the attempt of {tick:x}")
+            if not message or is_expired(message, now):
+                state.writing.execute("DELETE FROM work WHERE tick = ?", (tick,))
+            elif attempt >= self.attempts and not message.to.endswith(DEAD):
+                bury(state, message, attempt, reason, now)
+            else:
+                yield message, attempt + 1
+
+    def untaken(self, state: State, mailbox: int, limit: int, room: int, now: Now) -> list[tuple[Message, int]]:
+        """What no worker has had yet, `limit` messages or `room` bytes; the expired and the damaged are passed over."""
+        [stored] = state.writing.execute("SELECT taken FROM mailboxes WHERE id = ?", (mailbox,)).fetchone()
+        taken = 1 if stored == 0 else stored  # below every message, and not 0: from now on what comes is work
+        if not isinstance(taken, int):
+            state.damaged(f"how far the queue in mailbox {mailbox} was handed out")
+            highest = "SELECT ifnull(max(tick), 1) FROM work WHERE mailbox = ?"
+            [taken] = state.writing.execute(highest, (mailbox,)).fetchone()
+        rows = state.writing.execute(
+            f"{SELECT} WHERE mailbox = ? AND tick > ? AND (expires IS NULL OR expires > ?) ORDER BY tick",
+            (mailbox, taken, now.wall),
+        )
+        found: list[tuple[Message, int]] = []
+        with contextlib.closing(rows):
+            for row in rows:
+                taken = row[0]
+                message = state.checked(row)
+                if message:
+                    found.append((message, 1))
+                    room -= len(message.text)
+                if room < 0 or len(found) == limit:
+                    break
+        if taken != stored:
+            state.writing.execute("UPDATE mailboxes SET taken = ? WHERE id = ?", (taken, mailbox))
+        return found
+
+
+class Settle(Operation):
+    """A worker acknowledges its message, gives it back, or asks for more time. The result is the queue."""
+
+    __slots__ = ("attempts", "delay_us", "lease", "reason", "tick", "verb")
+    kind = "settle"
+
+    def __init__(self, verb: str, tick: int, lease: str, delay_us: int, reason: str, attempts: int) -> None:
+        self.verb = verb  # ack, nack or extend
+        self.tick, self.lease, self.reason = tick, lease, reason
+        self.delay_us = delay_us  # until it can be had again
+        self.attempts = attempts
+
+    def apply(self, state: State, now: Now) -> Key:
+        row = state.writing.execute(
+            "SELECT attempt, due, channel, name FROM work JOIN mailboxes ON mailbox = id WHERE tick = ? AND lease = ?",
+            (self.tick, self.lease),
+        ).fetchone()
+        if not row or (row[1] is None and self.verb != "ack"):
+            raise Refused(409, "this message is not yours any more: its lease ran out, or it was settled")
+        due = None if self.verb == "ack" else now.steady + self.delay_us
+        state.writing.execute("UPDATE work SET due = ? WHERE tick = ?", (due, self.tick))
+        if self.verb == "nack":
+            state.writing.execute("UPDATE work SET lease = NULL, reason = ? WHERE tick = ?", (self.reason, self.tick))
+            message = state.message(self.tick)
+            attempt = state.number(row[0], 0, f"the attempt of {self.tick:x}")
+            if message and attempt >= self.attempts and not message.to.endswith(DEAD):
+                bury(state, message, attempt, self.reason, now)
+        return row[2], row[3]
+
+
+class Bury(Operation):
+    """Move all that are due and failed too often to the dead letters."""
+
+    __slots__ = ("attempts",)
+    kind = "bury"
+
+    def __init__(self, attempts: int) -> None:
+        self.attempts = attempts
+
+    def apply(self, state: State, now: Now) -> None:
+        queue = "(SELECT mailbox FROM messages WHERE messages.tick = work.tick)"
+        if state.writing.execute(
+            f"UPDATE OR IGNORE work SET mailbox = {queue} WHERE mailbox >= '' AND due IS NOT NULL"
+        ).rowcount:
+            state.damaged("the queue of a job")
+        rows = state.writing.execute(
+            "SELECT tick, attempt, reason FROM work WHERE due <= ? AND typeof(attempt) = 'integer' AND attempt >= ? "
+            "ORDER BY due, tick",
+            (now.steady, self.attempts),
+        ).fetchall()
+        for tick, attempt, reason in rows:
+            message = state.message(tick)
+            if message and not message.to.endswith(DEAD):
+                bury(state, message, attempt, reason, now)
+
+
+OPERATIONS = (Claim, Settle, Bury)
+
+
+def is_expired(message: Message, now: Now) -> bool:
+    return message.expires is not None and message.expires <= now.wall
+
+
+def bury(state: State, message: Message, attempt: int, reason: str | None, now: Now) -> None:
+    """Move a message to the dead letters of its queue, with what happened to it."""
+    reason = reason if isinstance(reason, str) else "its worker was not heard of"
+    why = {"dead_of": f"{message.tick:x}", "attempts": attempt, "reason": reason}
+    members = {**json.loads(f"{{{message.text}}}"), **why}
+    letter = Draft(message.channel, (message.to + DEAD,), message.sender, encode(members)[1:-1], None, None, None)
+    state.place(letter, now.wall)
+    state.insert()
+    state.writing.execute("UPDATE work SET due = NULL, lease = NULL WHERE tick = ?", (message.tick,))
+
+
+class Work:
+    """The endpoints of queues, and what follows an operation on one. Owned by the loop."""
+
+    def __init__(self, bus: Bus, attempts: int) -> None:
+        self.bus, self.attempts = bus, attempts
+        self.burying = False
+        bus.route("POST", "/claim", self.claim, "a worker takes messages of a queue; wait=25 waits for one")
+        bus.route("POST", "/ack", self.settle, "with the lease: the message is done")
+        bus.route("POST", "/nack", self.settle, "another worker may try it")
+        bus.route("POST", "/extend", self.settle, "the worker needs more time")
+        bus.waits[Worker] = Waits(self.found, self.over)
+        bus.states.append(self.state_of)
+        bus.on_tidy.append(self.bury)  # a lease from before the start has no timer
+        bus.metrics.append(self.undone)
+
+    # Endpoints
+
+    def claim(self, request: Request) -> None:
+        self.bus.check_open()
+        worker = worker_of(request.members(), request.grant.token)
+        request.grant.check([worker.queue])
+        self.bus.mailboxes.polled(worker, request.peer.address, self.bus.view.clock())
+        self.ask(request.peer, worker)
+
+    def ask(self, connection: Connection, worker: Worker) -> None:
+        operation = Claim(
+            worker.channel,
+            worker.queue,
+            worker.limit,
+            int(worker.lease * 1000000),
+            secrets.token_hex(8),
+            worker.called,
+            self.attempts,
+        )
+        self.bus.do(operation, connection, lambda peer, claim, result: self.claimed(peer, worker, claim, result))
+
+    def settle(self, request: Request) -> None:
+        """A worker acknowledges its message, gives it back, or asks for more time. The holder of the lease may."""
+        self.bus.check_open()
+        members = request.members()
+        delay = members.number("delay", 0, 0, LEASE_MAX)
+        lease = members.number("seconds", LEASE, 1, LEASE_MAX)
+        reason = (members.one("reason") or "a worker gave it back")[:200]
+        wait = lease if request.route == "/extend" else delay
+        operation = Settle(
+            request.route[1:], members.id(), members.needed("lease"), int(wait * 1000000), reason, self.attempts
+        )
+        self.bus.do(operation, request.peer, self.settled)
+
+    # What follows
+
+    def claimed(self, connection: Connection, worker: Worker, claim: Claim, result: Claimed) -> Answer | None:
+        """Handed out is fetched. A message that is out for the last time is buried when its lease runs out."""
+        bus = self.bus
+        if result.jobs and connection.phase is LINGER:  # the worker has gone: others may have them at once
+            for job in result.jobs:
+                back = Settle("nack", job.message.tick, claim.lease, 0, "its worker hung up", self.attempts)
+                bus.do(back, connection, self.settled)
+        elif result.jobs:
+            bus.delivered(worker, max(job.message.tick for job in result.jobs))
+            self.look_again((worker.channel, worker.queue), worker.lease)
+            if max(job.attempt for job in result.jobs) >= self.attempts:
+                self.bury_after(worker.lease)
+        elif worker.hold > 0 and connection.phase is BUSY and not connection.ended | bus.draining:
+            if bus.mailboxes.box(worker.channel, worker.queue).newest > result.looked:  # since it looked
+                self.ask(connection, worker)
+            else:
+                bus.park(connection, worker, math.inf if result.due is None else result.due / 1000000)
+            return None
+        return handed(bus, claim.lease, result.jobs)
+
+    def settled(self, connection: Connection, settle: Settle, queue: Key) -> Answer:
+        delay = settle.delay_us / 1000000
+        if settle.verb == "nack":
+            self.look_again(queue, delay)
+        elif settle.verb == "extend":
+            self.bury_after(delay)
+        return ok(self.bus, '"ok": true')
+
+    def look_again(self, queue: Key, delay: float) -> None:
+        """Those who wait for work ask again when this may be had, if they do not sooner."""
+        mailboxes, due = self.bus.mailboxes, self.bus.door.deadlines.clock() + delay
+        for connection in mailboxes.waiting.get(queue, ()):
+            if connection.due > due and isinstance(mailboxes.parked[connection], Worker):
+                connection.wait(PARKED, delay)
+
+    def bury_after(self, lease: float) -> None:
+        self.bus.loop.later(lease + Deadlines.SLOT, self.bury)
+
+    def bury(self) -> None:
+        if not self.burying:
+            self.burying = True
+            self.bus.do(Bury(self.attempts), None, self.buried, self.not_buried)
+
+    def buried(self, connection: None, operation: Bury, result: None) -> None:
+        self.burying = False
+
+    def not_buried(self, operation: Bury) -> None:
+        self.burying = False
+
+    # Waiting
+
+    def found(self, connection: Connection, worker: Worker, messages: list[Message]) -> None:
+        connection.phase, connection.due = BUSY, math.inf
+        self.ask(connection, worker)
+
+    def over(self, connection: Connection, worker: Worker) -> Answer | None:
+        if worker.hold <= 0 or connection.ended or self.bus.draining:
+            return handed(self.bus, "", [])
+        self.found(connection, worker, [])  # a lease or a delay has run out
+        return None
+
+    # What others ask
+
+    def state_of(self, message: Message) -> tuple[str, str] | None:
+        """How far a message came that was handed out."""
+        row = self.bus.view.database.execute(
+            "SELECT attempt, due, lease, worker FROM work WHERE tick = ?", (message.tick,)
+        ).fetchone()
+        if not row:
+            return None
+        attempt, due, lease, worker = row
+        if not (isinstance(attempt, int) and is_name(worker)):
+            self.bus.view.damaged(f"who has {message.tick:x}")
+            return None
+        state = "fetched" if due else "acknowledged" if lease else "dead"
+        return state, f', "attempt": {attempt}, "by": "{worker}"'
+
+    def undone(self) -> list[Metric]:
+        rows = self.bus.view.database.execute(
+            "SELECT channel, name, count(*) FROM work JOIN mailboxes ON mailbox = id WHERE due IS NOT NULL "
+            "GROUP BY mailbox"
+        ).fetchall()
+        jobs = [(f'{{channel="{channel}",name="{own}"}}', number) for channel, own, number in rows]
+        return [("undone_jobs", "gauge", "handed out at least once and not done", jobs)]
+
+
+def worker_of(query: Query, token: str) -> Worker:
+    queue = name(query.needed("to"), "to")
+    if len(queue + DEAD) > 64 or queue == EVERYONE:
+        raise Refused(400, f"a queue is a name of at most {64 - len(DEAD)} characters, and not {EVERYONE}")
+    return Worker(
+        queue,
+        str(query.name("channel", "default")),
+        int(query.number("max", 1, 1, CLAIM_MAX)),
+        query.number("lease", LEASE, 1, LEASE_MAX),
+        str(query.name("worker", "worker")),
+        time.monotonic() + query.number("wait", HOLD, 0, HOLD_MAX),
+        token,
+    )
+
+
+def handed(bus: Bus, lease: str, jobs: list[Job]) -> Answer:
+    """The answer to a claim."""
+    messages = ", ".join(
+        f'{job.message.render()[:-1]}, "attempt": {job.attempt}, "lease": "{lease}", '
+        f'"lease_until": {seconds(job.until)}}}'
+        for job in jobs
+    )
+    bus.figures.delivered += len(jobs)
+    return ok(bus, f'"messages": [{messages}]')
