@@ -29,8 +29,8 @@ PREFACE = """\
 `make faults` wrote this. To run one row again: `python -m tests.faults NAME`, with a NAME from
 [tests/faults/rows.py](../tests/faults/rows.py). `NAME=SIZE` runs it at another size and writes nothing here. A checker,
 [tests/faults/history.py](../tests/faults/history.py), compares everything that was sent, answered and delivered, and
-finds what was *lost*, *duplicated*, *reordered* and so on. A control is a server or client that has the fault on
-purpose: the checker must find that fault, or the row fails. A skipped row has not passed. Two runs in a row *agree* if
+finds what was *lost*, *duplicated*, *reordered* and so on. A control is a server or client with a deliberate
+mistake: the checker must find that mistake, or the row fails. A skipped row has not passed. Two runs in a row *agree* if
 both passed.
 """
 TABLE = ["| fault | bar | result | control and its result | seconds | when | the run before |",
