@@ -26,12 +26,12 @@ KEPT = ROOT / "docs" / "reliability.json"  # what each row gave when it was last
 PREFACE = """\
 # How much it survives
 
-Written by `make faults`. One row again: `python -m tests.faults NAME`, where NAME is in
-[tests/faults/rows.py](../tests/faults/rows.py); `NAME=SIZE` is another size, and is not written here. *Lost*,
-*duplicated*, *reordered* and so on are what the checker in [tests/faults/history.py](../tests/faults/history.py) says
-of all that was sent, answered and delivered. A control has the fault on purpose; it must be found out, or its row
-fails. What was skipped has not passed. Two runs in a row *agree* if both passed: each held the bar, and found out its
-control.
+`make faults` wrote this. To run one row again: `python -m tests.faults NAME`, with a NAME from
+[tests/faults/rows.py](../tests/faults/rows.py). `NAME=SIZE` runs it at another size and writes nothing here. A checker,
+[tests/faults/history.py](../tests/faults/history.py), compares everything that was sent, answered and delivered, and
+finds what was *lost*, *duplicated*, *reordered* and so on. A control is a server or client with a deliberate
+mistake: the checker must find that mistake, or the row fails. A skipped row has not passed. Two runs in a row *agree* if
+both passed.
 """
 TABLE = ["| fault | bar | result | control and its result | seconds | when | the run before |",
          "|---|---|---|---|---|---|---|"]  # fmt: skip
