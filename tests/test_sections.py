@@ -1,0 +1,178 @@
+"""test_bus.py skips the sections of the extensions that a bus lacks, names them, and checks all the others."""
+
+import json
+import os
+import pathlib
+import re
+import socket
+import socketserver
+import subprocess
+import sys
+import threading
+
+import pytest
+
+import test_bus
+from test_bus import EXTENSIONS, FILES, METRICS, QUESTIONS, QUEUES
+
+CHECKS = [check for name, check in vars(test_bus).items() if name.startswith("test_")]
+ROUTES = {
+    QUESTIONS: ("/ask", "/thread/", "/recall"),
+    QUEUES: ("/claim", "/ack", "/nack", "/extend"),
+    FILES: ("/blob/",),
+    METRICS: ("/metrics",),
+}
+MISSING = "{route} needs bus_extensions/{file}, which is not beside bus_server.py: copy it from the same version"
+OFF = "{route} is off: this bus was started --without page,{name}"
+
+
+class Lacking(socketserver.ThreadingTCPServer):
+    """It stands before a bus and answers 404 where an extension would; everything else passes as it is."""
+
+    daemon_threads, allow_reuse_address, request_queue_size = True, True, 128
+
+    def __init__(self, bus, *extensions, error=MISSING):
+        super().__init__(("127.0.0.1", 0), Passing)
+        self.behind, self.extensions, self.error = ("127.0.0.1", bus.port), extensions, error
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+
+    def refusal(self, path):
+        """What this path is answered here; None if it passes."""
+        for extension in self.extensions:
+            for route in ROUTES[extension]:
+                if path.startswith(route):
+                    names = {"route": route, "file": extension.file, "name": extension.file[:-3]}
+                    return json.dumps({"error": self.error.format(**names)}) if self.error else "Not Found"
+        return None
+
+    def __enter__(self):
+        threading.Thread(target=self.serve_forever, args=[0.02], daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self.shutdown()
+        self.server_close()
+
+
+class Passing(socketserver.BaseRequestHandler):
+    def handle(self):
+        first = self.request.recv(65536)
+        said = self.server.refusal(first.decode("latin-1").split(" ", 2)[1]) if first.count(b" ") > 1 else None
+        if said is not None:
+            head = f"HTTP/1.1 404 Not Found\r\nConnection: close\r\nContent-Length: {len(said)}\r\n\r\n"
+            self.request.sendall((head + said).encode())
+            return
+        with socket.create_connection(self.server.behind) as behind:
+            behind.sendall(first)
+            threading.Thread(target=self.copy, args=[self.request, behind], daemon=True).start()
+            self.copy(behind, self.request)
+
+    @staticmethod
+    def copy(source, target):
+        try:
+            for piece in iter(lambda: source.recv(65536), b""):
+                target.sendall(piece)
+            target.shutdown(socket.SHUT_WR)
+        except OSError:
+            pass  # one side has gone, and the other is told by its own copy
+
+
+def run(url):
+    """(exit code, lines) of test_bus.py as people run it."""
+    theirs = {name: value for name, value in os.environ.items() if not name.startswith(("AGENT_", "BUS_"))}
+    command = [sys.executable, test_bus.__file__]
+    env = {**theirs, "BUS_URL": url, "BUS_OURS": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=90)
+    return done.returncode, done.stdout.splitlines()
+
+
+def test_the_core_alone_passes_and_every_absent_section_is_named(bus):
+    with Lacking(bus, *EXTENSIONS.values()) as core:
+        code, lines = run(core.url)
+    assert (code, lines[-1]) == (0, "ALL TESTS PASS"), "\n".join(lines)
+    [named] = [line for line in lines if line.startswith("skipped: questions")]
+    for extension in EXTENSIONS.values():
+        assert f"{extension.name} (bus_extensions/{extension.file} is not there)" in named
+    for number, extension in EXTENSIONS.items():
+        title = test_bus.SECTIONS[number]
+        assert f"{number}. {title}: skipped, bus_extensions/{extension.file} is not there" in lines
+        assert not [line for line in lines if re.match(rf"{number}\.\d", line)], "a check of an absent section"
+    made = [check for check in CHECKS if check.__doc__ in lines]
+    assert {test_bus.extension_of(check) for check in made} == {None} and len(made) > 60
+
+
+@pytest.mark.parametrize("only", EXTENSIONS.values(), ids=[extension.name for extension in EXTENSIONS.values()])
+def test_each_extension_is_checked_without_the_others(bus, only):
+    with Lacking(bus, *[each for each in EXTENSIONS.values() if each is not only]) as proxy:
+        checked = test_bus.Bus(proxy.url)
+        mine = [check for check in CHECKS if test_bus.extension_of(check) is only]
+        for check in mine:
+            assert test_bus.reason_to_skip(check, checked) is None
+            check(checked)
+        others = [check for check in CHECKS if test_bus.extension_of(check) not in (None, only)]
+        assert mine and all(test_bus.reason_to_skip(check, checked) for check in others)
+
+
+@pytest.mark.parametrize(
+    "error, reason",
+    [
+        (MISSING, "bus_extensions/work.py is not there"),
+        (OFF, "the bus was started --without page,work"),
+        ("there is nothing here", "/claim is answered 404"),
+        (None, "/claim is answered 404"),
+    ],
+    ids=["no file", "off", "another error", "no JSON"],
+)
+def test_the_reason_is_what_the_bus_says_and_a_plain_404_is_one(bus, error, reason):
+    with Lacking(bus, QUEUES, error=error) as proxy:
+        checked = test_bus.Bus(proxy.url)
+        assert [checked.lacks(each) for each in EXTENSIONS.values()] == ["", reason, "", ""]
+
+
+def test_a_bus_that_lacks_nothing_skips_nothing(bus):
+    checked = test_bus.Bus(bus.url)
+    assert not any(map(checked.lacks, EXTENSIONS.values()))
+
+
+def test_a_bus_that_has_the_file_has_no_excuse(bus, tmp_path, monkeypatch):
+    """A 404 of the bus that test_bus.py has started from these files is a fault, and fails the check."""
+    (tmp_path / "bus_extensions").mkdir()
+    pathlib.Path(tmp_path, "bus_extensions", QUEUES.file).touch()
+    monkeypatch.setattr(test_bus, "HERE", tmp_path)
+    [check] = [check for check in CHECKS if check.__doc__.startswith("13.7 ")]
+    with Lacking(bus, QUEUES, FILES) as proxy:
+        mine = test_bus.Bus(proxy.url, mine=True)
+        assert mine.lacks(FILES) and test_bus.reason_to_skip(check, mine) is None
+        with pytest.raises(AssertionError):
+            check(mine)
+
+
+def test_waiting_until_a_message_is_fetched_belongs_to_the_questions():
+    [check] = [check for check in CHECKS if check.__doc__.startswith("11.5 ")]
+    assert test_bus.extension_of(check) is QUESTIONS
+
+
+def test_every_check_is_in_a_section_with_a_title():
+    assert {test_bus.section_of(check) for check in CHECKS} == set(test_bus.SECTIONS)
+    assert set(EXTENSIONS) <= set(test_bus.SECTIONS) and len(CHECKS) >= 90
+
+
+def test_a_parked_poll_is_this_poll_and_not_an_earlier_one(bus, monkeypatch):
+    """`parked` waits for the poll that it starts, also where the name has polled a moment ago and counts as online."""
+    checked = test_bus.Bus(bus.url)
+    to, held = test_bus.fresh(), threading.Event()
+    since = checked.recv(to)["now"]
+    assert test_bus.agent(checked, to)["online"]
+    really = checked.recv
+
+    def late(*arguments, **query):
+        assert held.wait(test_bus.PATIENCE)
+        return really(*arguments, **query)
+
+    monkeypatch.setattr(checked, "recv", late)
+    waiting = test_bus.in_background(test_bus.parked, checked, to, since)
+    with pytest.raises(test_bus.concurrent.futures.TimeoutError):
+        waiting.result(0.3)
+    held.set()
+    answer = waiting.result(test_bus.PATIENCE)
+    assert checked.send(to)["receiver"]["unread"] == 1 and len(answer.result(test_bus.PATIENCE)["messages"]) == 1
