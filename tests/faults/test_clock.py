@@ -1,10 +1,10 @@
 import pytest
 
-from tests import old_client
 from tests.faults.clock import CRASH, clock_steps, retention
 from tests.faults.crash import crash
 from tests.faults.history import Conversation
-from tests.processes import Server
+from tests.kit import old_client
+from tests.kit.processes import Server
 
 
 @pytest.mark.parametrize("skew", [0, 120, -120], ids=["right", "ahead", "behind"])

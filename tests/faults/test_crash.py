@@ -1,10 +1,10 @@
 import http.client
 
-from tests import new_client
 from tests.faults import faulty
 from tests.faults.crash import crowd, early, reader_storm, standstill, storm
 from tests.faults.history import observed, tick
-from tests.processes import wait_until
+from tests.kit import new_client
+from tests.kit.processes import wait_until
 
 
 def test_nothing_acknowledged_is_lost_when_the_server_is_killed(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 from bus_server import STRANGERS
 from tests.faults import linux, program, skipped_without
 from tests.faults.siege import ROUNDS, many_descriptors, no_descriptors, reach, silent_handshakes, slow_peers
-from tests.processes import PATIENCE, ROOT, Server
+from tests.kit.processes import PATIENCE, ROOT, Server
 
 pytestmark = skipped_without(linux)
 
