@@ -6,7 +6,6 @@ import random
 import signal
 import subprocess
 import threading
-import time
 
 import pytest
 
@@ -168,11 +167,14 @@ def test_a_worker_that_is_stopped_ends_its_job_first(tmp_path):
 @pytest.mark.parametrize("signals, code", [([signal.SIGTERM, signal.SIGTERM], 0), ([signal.SIGINT], 130)])
 def test_a_worker_that_must_end_now_gives_its_job_back(signals, code, tmp_path, interruptible):  # noqa: F811
     with Scripted(mail(job(1)), DONE) as server:
-        process = worker(server.url, f"echo $$ > {tmp_path}/pid; sleep 60")
+        process = worker(server.url, f"echo $$ > {tmp_path}/pid; sleep 60", "--lease", "1")
         wait_until(lambda: lines(tmp_path / "pid"))
-        for one in signals:
-            process.send_signal(one)
-            time.sleep(0.05)  # two signals that come together may be one
+        first, *second = signals
+        process.send_signal(first)
+        for each in second:  # two signals that come together may be one: the worker goes on after the first
+            extended = len(orders(server, "/extend"))
+            wait_until(lambda: len(orders(server, "/extend")) > extended + 1)  # noqa: B023
+            process.send_signal(each)
         ended(process, code)
         assert [order["reason"] for order in orders(server, "/nack")] == ["the worker was stopped"]
     wait_until(lambda: not runs(int((tmp_path / "pid").read_text())))

@@ -73,7 +73,7 @@ def test_what_is_sent_while_the_disk_is_busy_is_the_next_transaction():
 
 
 def test_a_disk_that_is_fast_needs_no_deputy(monkeypatch):
-    monkeypatch.setattr(Loop, "PATIENCE", PATIENCE)
+    monkeypatch.setattr(Loop, "PATIENCE", 2)  # s; longer than a commit to memory takes, and the end waits for it
     with a_bus() as bus:
         sender, threads, commit = Peer(bus), set(), bus.store.commit
         bus.store.commit = lambda batch: (threads.add(threading.current_thread()), commit(batch))

@@ -62,7 +62,7 @@ def test_prune_of_no_database_is_one_clear_line(tmp_path):
                                      b"\xff", b"null"])  # fmt: skip
 def test_an_order_that_makes_no_sense_harms_nobody(bus, garbage):
     pathlib.Path(f"{bus.db}.prune").write_bytes(garbage)
-    json.loads(bus.get("/recv?to=bob&wait=0.3"))  # the server looks for orders ten times a second
+    json.loads(bus.get("/recv?to=bob&wait=0.3"))  # the sweep that ends this poll then looks for orders
     assert send(bus)[0] == 200 and bus.process.poll() is None
     code, out, _ = run("prune", "--older", "0", "--pending", "--db", bus.db)
     assert code == 0 and out.endswith("1 removed\n") and mail(bus, "bob") == []
