@@ -17,7 +17,7 @@ import bus_send
 from tests.kit import bad_servers
 from tests.kit.authority import Authority
 from tests.kit.bad_servers import FAULTS, HTML, Scripted, answer, mail, page
-from tests.kit.processes import PATIENCE, ROOT, Server, free_port, wait_until
+from tests.kit.processes import COMMAND, PATIENCE, ROOT, Server, free_port, wait_until
 from tools import bus_doctor
 
 HOPS = ["url", "proxy", "dns", "tcp", "tls", "http", "bus", "clock", "token", "send", "recv", "hold"]
@@ -83,7 +83,7 @@ def resolve(monkeypatch):
 
 
 def invite(bus, *arguments):
-    command = [sys.executable, str(ROOT / "bus_server.py"), "invite", *arguments, "--db", bus.db]
+    command = [*COMMAND, "invite", *arguments, "--db", bus.db]
     printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=PATIENCE).stdout
     return re.search(r"abt_[0-9a-f]{8}_[\w-]{43}", printed)[0]
 

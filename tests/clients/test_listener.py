@@ -184,6 +184,7 @@ NO_MAIL = mail()
 # ── Exactly once ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.slow("eleven starts of a shell script that starts curl and jq")
 def test_200_messages_are_logged_once_and_in_order_though_the_listener_is_killed_ten_times(bus, listen):
     listener = listen(bus.url, BLOCK="1")
     bodies = [f"{n} " + "x" * 20000 for n in range(200)]  # large, so that a kill meets a write
@@ -326,6 +327,7 @@ BAD = {
 }
 
 
+@pytest.mark.slow("a listener for each bad answer, and each polls 4 times")
 def test_a_bad_answer_logs_nothing_moves_no_cursor_and_is_named_once(scripted, listen):
     cases = []
     for case, bad in BAD.items():

@@ -189,6 +189,7 @@ def read_until(process, monitor, end):
             monitor.write(os.read(process.stdout.fileno(), 65536).decode(), time.monotonic())
 
 
+@pytest.mark.slow("4 watches that live 1.5 s each")
 def test_a_watch_that_dies_again_and_again_loses_nothing(bus, tmp_path):
     """Killed by its deadline under load and armed again; what comes twice is a last block, known by its id."""
     stop, sent = threading.Event(), []

@@ -227,6 +227,7 @@ def test_what_is_stored_while_another_process_sends_is_sent_by_that_one(bus):
     assert texts(bus) == ["first", "second"]
 
 
+@pytest.mark.slow("each send is a process, and the bus is away half of the time")
 def test_sends_with_the_bus_going_up_and_down_arrive_once_and_in_order(bus):
     """The bus is killed and started; now and then so is the one who sends, and then nobody knows about that message."""
     chance, over, unknown = random.Random(7), threading.Event(), set()

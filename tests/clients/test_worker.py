@@ -210,6 +210,7 @@ def test_each_job_is_done_once_by_one_of_four_workers(bus, tmp_path):
     assert sorted(lines(tmp_path / "done")) == sorted(ids)
 
 
+@pytest.mark.slow("jobs of killed workers wait for the end of their lease, a second")
 def test_with_workers_killed_now_and_then_each_job_is_done_and_none_is_stuck(tmp_path):
     """Attempts are told, and a killed worker's job is taken up when its lease has run out. All 50: a kill a second."""
     over, chance, log, seconds = threading.Event(), random.Random(7), tmp_path / "log", JOBS / 50

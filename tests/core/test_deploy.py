@@ -26,7 +26,7 @@ from tests.faults.history import Conversation, observed
 from tests.kit import hostile, new_client, old_client
 from tests.kit.authority import Authority
 from tests.kit.hostile import GET, HOST, head
-from tests.kit.processes import PATIENCE, ROOT, Server, free_port, wait_until
+from tests.kit.processes import COMMAND, PATIENCE, ROOT, Server, free_port, wait_until
 
 LAST = head(GET, HOST, "Connection: close")
 
@@ -177,7 +177,7 @@ def closed(tmp_path):
 
 
 def invite(bus, *arguments):
-    command = [sys.executable, str(ROOT / "bus_server.py"), "invite", *arguments, "--db", bus.db]
+    command = [*COMMAND, "invite", *arguments, "--db", bus.db]
     printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=PATIENCE).stdout
     return re.search(r"abt_[0-9a-f]{8}_[\w-]{43}", printed)[0]
 
@@ -360,6 +360,7 @@ def test_what_was_there_before_a_restore_can_be_restored(tmp_path):
         assert [each.msg for each in observed(bus.url)] == ["since the backup"]
 
 
+@pytest.mark.slow("a dozen starts and commands, each a process")
 def test_a_restore_revokes_nothing_less_and_opens_nothing(tmp_path):
     """Tokens that are in place stay; a bus that has none gets those of the copy, or is not restored."""
     bus = Server(tmp_path / "bus.db")

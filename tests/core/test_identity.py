@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tests.kit.processes import PATIENCE, ROOT, Server, wait_until
+from tests.kit.processes import COMMAND, PATIENCE, ROOT, Server, wait_until
 
 NAMES = ["alice", "bob", "carl", "dora", "eve"]
 
@@ -23,7 +23,7 @@ NAMES = ["alice", "bob", "carl", "dora", "eve"]
 def command(bus, *arguments):
     """Run a command beside the bus, as an operator would; returns what it printed."""
     done = subprocess.run(
-        [sys.executable, str(ROOT / "bus_server.py"), *arguments, "--db", bus.db],
+        [*COMMAND, *arguments, "--db", bus.db],
         capture_output=True,
         text=True,
         timeout=PATIENCE,
@@ -292,7 +292,7 @@ def test_the_list_says_who_has_what_and_when_it_was_used(tmp_path):
 )
 def test_a_bad_command_is_refused_in_words(arguments, tmp_path):
     done = subprocess.run(
-        [sys.executable, str(ROOT / "bus_server.py"), *arguments, "--db", str(tmp_path / "bus.db")],
+        [*COMMAND, *arguments, "--db", str(tmp_path / "bus.db")],
         capture_output=True,
         text=True,
         timeout=PATIENCE,

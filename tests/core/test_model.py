@@ -1,7 +1,7 @@
 """The bus against the model: random conversations, in which the clock steps and the server is stopped and killed.
 
-In the suite the conversations are the same each time. RUNS=1000 python -m pytest tests/core/test_model.py makes as
-many new ones, of 50 steps each.
+In the suite the conversations are the same each time. As many new ones, of 50 steps each, are made by
+RUNS=1000 python -m pytest -o faulthandler_timeout=0 tests/core/test_model.py
 """
 import contextlib
 import http.client
@@ -500,6 +500,7 @@ def converse(folder, plan, **fault):
         return bus.server.log.read_text()
 
 
+@pytest.mark.slow("20 random conversations, and each starts the server anew up to twice")
 def test_the_bus_does_what_the_model_says(tmp_path):
     assert "Traceback" not in converse(tmp_path, SETTINGS)
 

@@ -97,21 +97,21 @@ class Compared:
         [job] = self.ask("POST", "/claim", {"to": "builds", "wait": 0, "worker": "w1"})["messages"]
         return {"id": job["id"], "lease": job["lease"]}
 
-    def question(self, answered):
-        """Ask dell something, who answers or does not."""
+    def answered_question(self):
+        """The id of one that ann asks and dora answers."""
         def answer():
-            wait_until(lambda: self.ask("GET", "/recv?to=dell")["messages"])
-            question = self.ask("GET", "/recv?to=dell")["messages"][-1]
-            self.ask("POST", "/send", {"from": "dell", "to": "ann", "msg": "yes", "reply_to": question["id"]})
+            def questions():
+                return [each for each in self.ask("GET", "/recv?to=dora")["messages"] if each["msg"] == "?"]
+
+            [question] = wait_until(questions)
+            self.send("ann", **{"from": "dora", "reply_to": question["id"]})
 
         replier = threading.Thread(target=answer)
-        if answered:
-            replier.start()
-        order = {"from": "ann", "to": "dell", "msg": "?", "key": f"question-{answered}"}
-        asked = self.ask("POST", f"/ask?wait={PATIENCE if answered else 0}", order)
-        assert bool(asked["reply"]) is answered
-        if answered:
-            replier.join(PATIENCE)
+        replier.start()
+        order = {"from": "ann", "to": "dora", "msg": "?", "key": "question"}
+        asked = self.ask("POST", f"/ask?wait={PATIENCE / 2}", order)
+        replier.join(PATIENCE)
+        assert asked["reply"]
         return asked["id"]
 
 
@@ -130,10 +130,10 @@ def ask_for_everything(compared):
     ask("POST", "/send", [{"from": "ann", "to": to, "msg": "x"} for to in (["dell", "nano"], "eve")])
     send("not a name")
 
-    compared.question(answered=False)
-    question = compared.question(answered=True)
-    ask("POST", "/ask", {"from": "ann", "to": "dell", "msg": "another text", "key": "question-True"})
-    ask("POST", "/ask?wait=0", {"from": "ann", "to": ["dell", "nano"], "msg": "?"})
+    question = compared.answered_question()
+    ask("POST", "/ask", {"from": "ann", "to": "dora", "msg": "another text", "key": "question"})
+    for to in ("dell", ["dell", "nano"]):
+        ask("POST", "/ask?wait=0", {"from": "ann", "to": to, "msg": "?"})
     ask("POST", "/ask", {})
 
     for where in ("/recv?to=dell", "/log?x=y"):

@@ -9,12 +9,11 @@ import sys
 
 import pytest
 
-from tests.kit.processes import PATIENCE, ROOT, Server, wait_until
+from tests.kit.processes import COMMAND, PATIENCE, ROOT, Server, wait_until
 
 
 def run(*arguments):
-    done = subprocess.run([sys.executable, str(ROOT / "bus_server.py"), *map(str, arguments)], capture_output=True,
-                          text=True, timeout=PATIENCE)  # fmt: skip
+    done = subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=PATIENCE)
     return done.returncode, done.stdout, done.stderr
 
 

@@ -209,34 +209,43 @@ def figures(tmp_path_factory):
     return Figures(count, empty, parked, load, left, growth, heard)
 
 
+crowded = pytest.mark.slow("10,000 readers come, wait and leave, several times")
+
+
 @linux
+@crowded
 def test_a_parked_reader_takes_less_than_3_kb(figures):
     each = (figures.parked.memory - figures.empty.memory) / figures.readers
     assert each < 3072
 
 
 @linux
+@crowded
 def test_parked_readers_take_no_threads(figures):
     assert figures.parked.threads == figures.empty.threads
 
 
 @linux
+@crowded
 def test_parked_readers_take_no_time(figures):
     assert figures.load < 0.01
 
 
 @linux
+@crowded
 def test_each_of_many_parked_readers_is_woken_by_its_own_message(figures):
     names = [f"reader-{number}" for number in range(figures.readers)]
     assert figures.heard == {name: [f"wake up, {name}"] for name in names}
 
 
 @linux
+@crowded
 def test_readers_that_leave_give_back_their_descriptors(figures):
     assert figures.left.descriptors == figures.empty.descriptors
 
 
 @linux
+@crowded
 def test_readers_that_leave_give_back_their_memory(figures):
     """To those who come next. Not to the system: the names are remembered, and lie scattered over what the crowd took.
 

@@ -351,6 +351,7 @@ def test_what_could_not_be_printed_stays_unread(bus):
     assert [each["id"] for each in messages(text(bus.url))] == [number]
 
 
+@pytest.mark.slow("each try is a process that is killed")
 def test_a_hook_that_is_killed_at_any_point_loses_no_mail(bus):
     """Half of them at some time in their life, half as soon as they have spoken: before they can mark it as read."""
     sent, told, silent = [], [], 0

@@ -14,6 +14,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 UNHURRIED = ("--rate", "0")  # tests send as fast as they can
 # bus_server.py as a module, whose compiled form is kept, and without site packages: 85 ms of CPU, not 139
 SERVER = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import bus_server; sys.exit(bus_server.main())"
+COMMAND = [sys.executable, "-c", SERVER]  # for `python3 bus_server.py`
 PATIENCE = 20  # s; a fact that has not come true by then will not: slower than any machine we know
 
 
