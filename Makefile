@@ -1,6 +1,7 @@
-# make test    the whole suite; needs pytest, which it puts into .venv
+# make quick   what the core does and whether it keeps PROTOCOL.md, in less than a minute
+# make test    the whole suite, three tests at a time, in less than 8 minutes; `python -m pytest` needs pytest alone
 # make lint    ruff, mypy (strict on the three core files), shellcheck
-# make check   both, with everything the dev extra has, and three tests at a time
+# make check   both, with everything the dev extra has, and the slowest tests listed
 # make profile where each microsecond of a send goes: docs/profile.txt (PROFILE="--python PATH")
 # make bench   how fast, beside its peers: docs/performance.md; ROWS="sixteen batches" for some rows, BENCH=--quick to look
 #              (Debian: installs the peers; about half an hour, on a machine that does nothing else)
@@ -11,12 +12,20 @@ VENV ?= .venv
 RUN = $(VENV)/bin/python -m
 FUZZ = $(HOME)/.cache/agent-bus-fuzz
 FUZZ_PYTHON ?= $(PYTHON)  # atheris has wheels for 3.9 to 3.13, Linux on x86-64
+AT_ONCE ?= 3  # tests
+# A file's tests stay together: some share a server, or ten thousand readers.
+TOGETHER = -n $(AT_ONCE) --dist loadfile
+# The core's own files whose tests start a command, a proxy or another server each.
+LONG = deploy operations damage conformance
 PEERS = wrk redis-server redis-tools mosquitto nginx libnginx-mod-nchan
 
-.PHONY: test lint check bench profile fuzz faults clean
+.PHONY: quick test lint check bench profile fuzz faults clean
+
+quick: $(VENV)/test
+	$(RUN) pytest -n $(AT_ONCE) --dist worksteal -m 'not slow' $(LONG:%=--ignore=tests/core/test_%.py) test_bus.py tests/core
 
 test: $(VENV)/test
-	$(RUN) pytest
+	$(RUN) pytest $(TOGETHER)
 
 lint: $(VENV)/dev
 	$(RUN) ruff check .
@@ -24,7 +33,7 @@ lint: $(VENV)/dev
 	shellcheck bus_listener.sh .ci/run
 
 check: $(VENV)/dev lint
-	$(RUN) pytest -n 3 --dist loadfile
+	$(RUN) pytest $(TOGETHER) --durations 20
 
 bench: $(VENV)/bench
 	$(RUN) bench $(BENCH) $(ROWS)
@@ -40,7 +49,7 @@ faults: $(VENV)/dev $(FUZZ)/ready
 
 $(VENV)/test:
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install -q pytest
+	$(VENV)/bin/pip install -q pytest pytest-xdist
 	touch $@
 
 $(VENV)/dev: pyproject.toml | $(VENV)/test

@@ -11,7 +11,7 @@
     crowd          readers that are parked, in processes of their own
     stored         databases with many messages in them
     machine        what this machine is, what it can do at most, and what a process takes of it
-    report         docs/performance.md and its plot, from the rounds in docs/performance.json
+    report         docs/performance.md and its plot, from the rounds in .bench/rounds.json (not in git)
     profile        where each microsecond of a durable send goes; staged_server has the clocks
 
 What keeps it honest: all contenders of a row run in one session, in rounds that take turns; each sends the same 84

@@ -1,8 +1,9 @@
-"""docs/performance.md and its plot. The rounds themselves are kept in docs/performance.json, a row of it at a time."""
+"""docs/performance.md and its plot, made from the rounds in .bench/rounds.json, which git ignores."""
 from __future__ import annotations
 
 import json
 import statistics
+import sys
 from typing import Any
 
 from bench import machine, peers
@@ -10,7 +11,7 @@ from bench.figures import Claim, Figure, Result, shown
 from bench.session import ROWS, Settings
 
 DOCUMENT = machine.ROOT / "docs" / "performance.md"
-DATA = machine.ROOT / "docs" / "performance.json"
+DATA = machine.ROOT / ".bench" / "rounds.json"  # every round of every row measured here; large, so not in git
 PLOT = machine.ROOT / "docs" / "performance.svg"
 BEGIN, END = "<!-- written by make bench -->", "<!-- end of what make bench wrote -->"
 QUIET = 5  # % of the CPUs that others may take, the kernel's own threads included
@@ -72,7 +73,7 @@ def claimed(claim: Claim) -> list[str]:
 
 
 def save(name: str, result: Result, moment: dict[str, str], settings: Settings) -> None:
-    """Put the row into the data, and make the document of all that is there."""
+    """Put the row into the data, and rebuild the document and the plot, unless they would lose a row."""
     kept: dict[str, Any] = json.loads(DATA.read_text()) if DATA.exists() else {"rows": {}}
     kept["machine"] = machine.description(settings.folder.parent)
     kept["versions"] = peers.versions(list(settings.pythons))
@@ -82,7 +83,14 @@ def save(name: str, result: Result, moment: dict[str, str], settings: Settings) 
         "claims": [claim._asdict() for claim in result.claims], "notes": result.notes,
     }
     kept["rows"] = {known: kept["rows"][known] for known in ROWS if known in kept["rows"]}
+    DATA.parent.mkdir(exist_ok=True)
     DATA.write_text(json.dumps(kept, indent=1) + "\n")
+    page = DOCUMENT.read_text()
+    lost = [sentence(known) for known in ROWS if known not in kept["rows"] and f"## {sentence(known)}\n" in page]
+    if lost:
+        print(f"{DOCUMENT.name} stays as it is: {DATA} has no rounds of {len(lost)} rows that are in it. Measure them "
+              f"here too ({'; '.join(lost)}).", file=sys.stderr)
+        return
     draw(results(kept))
     write(document(kept))
 

@@ -1,6 +1,6 @@
 import pytest
 
-from tests.processes import Server
+from tests.kit.processes import Server
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@ import contextlib
 import json
 import os
 import sys
+import xml.etree.ElementTree
 
 import pytest
 
@@ -10,7 +11,7 @@ from bench import crowd, report, stored, wires
 from bench.figures import Claim, Figure, Result, Run, interleaved, quantile
 from bench.load import Count
 from bench.peers import Peer
-from bench.session import Session, Settings
+from bench.session import Row, Session, Settings
 from bus_server import Log
 
 HTTP = b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nbody"
@@ -140,6 +141,49 @@ def test_only_what_stands_between_the_marks_is_written(tmp_path, monkeypatch):
     report.write("newer")
     assert page.read_text() == f"before\n{report.BEGIN}\n\nnewer\n\n{report.END}\nafter\n"
     assert report.BEGIN in (report.machine.ROOT / "docs" / "performance.md").read_text()
+
+
+MOMENT = {"date": "2026-11-28 16:25 UTC", "commit": "49a1a76", "others": "0%"}
+MEASURED = Result([Figure("fast", "messages/s", [5.0], {})], [], [])
+ONE_ROW, OTHER_ROW = "tokens_cost_next_to_nothing", "batches_of_a_hundred_are_cheap"
+
+
+@pytest.fixture
+def page(tmp_path, monkeypatch):
+    """A document of our own, with the result of one row in it, and no rounds yet."""
+    rows = {name: Row(None, "1 s", "2 s") for name in (ONE_ROW, OTHER_ROW)}
+    page = tmp_path / "performance.md"
+    page.write_text(f"{report.BEGIN}\n\n## {report.sentence(ONE_ROW)}\n\nold\n\n{report.END}\n")
+    for name, value in (("ROWS", rows), ("DOCUMENT", page), ("DATA", tmp_path / ".bench" / "rounds.json"),
+                        ("draw", lambda found: page.with_suffix(".svg").write_text(" ".join(found)))):
+        monkeypatch.setattr(report, name, value)
+    return page
+
+
+def test_the_table_and_the_picture_are_rebuilt_from_all_rounds_that_were_kept(page, tmp_path):
+    for name in (ONE_ROW, OTHER_ROW):
+        report.save(name, MEASURED, MOMENT, Settings(tmp_path / "run"))
+        assert page.with_suffix(".svg").read_text().split()[-1] == name
+    assert "old" not in page.read_text()
+    assert page.read_text().count("| fast | 5.00 messages/s |") == 2
+
+
+def test_a_row_measured_alone_on_a_new_clone_erases_no_other_row(page, tmp_path, capsys):
+    before = page.read_text()
+    report.save(OTHER_ROW, MEASURED, MOMENT, Settings(tmp_path / "run"))
+    assert page.read_text() == before and not page.with_suffix(".svg").exists()
+    assert report.sentence(ONE_ROW) in capsys.readouterr().err
+    assert json.loads(report.DATA.read_text())["rows"].keys() == {OTHER_ROW}
+
+
+def test_the_picture_of_the_document_is_whole():
+    """One that was committed half written lost two of its three plots, and nobody noticed."""
+    assert len(xml.etree.ElementTree.parse(report.PLOT).findall(".//*[@id]")) > 100
+
+
+def test_the_rounds_stay_out_of_git():
+    ignored = (report.machine.ROOT / ".gitignore").read_text().split()
+    assert f"{report.DATA.relative_to(report.machine.ROOT).parent}/" in ignored
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc, which only Linux has")

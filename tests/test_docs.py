@@ -7,7 +7,7 @@ import socket
 import pytest
 
 import test_bus
-from tests.processes import ROOT
+from tests.kit.processes import ROOT
 
 PROTOCOL = (ROOT / "PROTOCOL.md").read_text()
 PAIR = re.compile(r"```http\n([A-Z]+ .*?)```\n```http\n(HTTP/1\.1 .*?)```", re.DOTALL)

@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from tests.processes import PATIENCE, ROOT, wait_until
-from tests.test_clients import home  # noqa: F401
+from tests.clients.test_clients import home  # noqa: F401
+from tests.kit.processes import PATIENCE, ROOT, wait_until
 
 SECRET = b"-----BEGIN PRIVATE KEY-----\n"
 

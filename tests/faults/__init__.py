@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.processes import ROOT
+from tests.kit.processes import ROOT
 
 
 class Result(NamedTuple):

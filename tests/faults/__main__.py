@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from tests.faults import Result, reason_to_skip
 from tests.faults.rows import ROWS
-from tests.processes import ROOT
+from tests.kit.processes import ROOT
 
 REPORT = ROOT / "docs" / "reliability.md"
 KEPT = ROOT / "docs" / "reliability.json"  # what each row gave when it was last run in full, and the time before

@@ -6,11 +6,11 @@ import random
 import threading
 import time
 
-from tests import new_client, old_client
 from tests.faults import Result, faulty, unless
 from tests.faults.crash import crash, told
 from tests.faults.history import PATIENCE, Conversation, Sent, background, delivered, get, tick, violations
-from tests.processes import Server, wait_until
+from tests.kit import new_client, old_client
+from tests.kit.processes import Server, wait_until
 
 SENDERS = 8
 CRASH = "kill -9, and a new start"

@@ -14,10 +14,10 @@ import sys
 import threading
 import time
 
-from tests import new_client, old_client
 from tests.faults import Result, faulty, unless
 from tests.faults.history import LAST, Conversation, Sent, delivered, get, observed, tick, violations
-from tests.processes import PATIENCE, ROOT, Server, wait_until
+from tests.kit import new_client, old_client
+from tests.kit.processes import PATIENCE, ROOT, Server, wait_until
 
 LIFE = 150  # sends between two strokes of fate at most; at least none: some processes die before their first
 

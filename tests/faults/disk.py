@@ -17,12 +17,12 @@ import urllib.error
 import urllib.request
 from collections import Counter
 
-from tests import new_client
 from tests.faults import Result, faulty, root, unless
 from tests.faults.clock import HOUR, SteppedServer
 from tests.faults.crash import storm, told
 from tests.faults.history import Conversation, background, get
-from tests.processes import PATIENCE, ROOT, Server, wait_until
+from tests.kit import new_client
+from tests.kit.processes import PATIENCE, ROOT, Server, wait_until
 
 SHUTDOWN, WITHOUT_FLUSH = 0x8004587D, 2  # ioctl FS_IOC_SHUTDOWN and EXT4_GOING_FLAGS_NOLOGFLUSH of Linux
 

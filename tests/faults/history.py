@@ -12,7 +12,7 @@ from collections import Counter
 from concurrent.futures import Future
 from typing import NamedTuple
 
-from tests.processes import wait_until
+from tests.kit.processes import wait_until
 
 PATIENCE = 60  # s, for what is still on its way when a conversation ends
 LAST = "the last message"

@@ -15,14 +15,14 @@ from types import SimpleNamespace
 from unittest import mock
 
 import bus_recv
-from tests import hostile, new_client, old_client
+from tests.core.test_connection import cuts, expected, heard, statuses
+from tests.core.test_deploy import AROUND, Nginx, replaced
 from tests.faults import Result, unless
 from tests.faults.crash import told
 from tests.faults.history import PATIENCE, Conversation, observed, violations
-from tests.naive_server import Naive
-from tests.processes import Server, wait_until
-from tests.test_connection import cuts, expected, heard, statuses
-from tests.test_deploy import AROUND, Nginx, replaced
+from tests.kit import hostile, new_client, old_client
+from tests.kit.naive_server import Naive
+from tests.kit.processes import Server, wait_until
 
 # A bad proxy
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from tests import fuzz
 from tests.faults import Result, clock, crash, disk, faulty, linux, network, program, siege, soak, unless
-from tests.processes import ROOT
+from tests.kit.processes import ROOT
 
 
 class Control(NamedTuple):
@@ -118,6 +118,6 @@ ROWS = [
         functools.partial(suite, ["tests.fuzz"]), 1, needs=(fuzz.missing,)),
     Row("model", "1,000 runs of 50 steps (send, retry, read, restart, clock) beside a model",
         "no difference",
-        functools.partial(suite, ["pytest", "tests/test_model.py"], RUNS="1000"), 1,
-        needs=(module("tests.test_model"), module("hypothesis"))),
+        functools.partial(suite, ["pytest", "-o", "faulthandler_timeout=0", "tests/core/test_model.py"], RUNS="1000"),
+        1, needs=(module("tests.core.test_model"), module("hypothesis"))),
 ]  # fmt: skip

@@ -9,10 +9,10 @@ import threading
 import time
 
 from bus_server import BODY_RATE, BODY_SECONDS, HEAD_SECONDS, STRANGERS
-from tests.authority import Authority
+from tests.core.test_parked import cpu_seconds, descriptors, footprint
 from tests.faults import Result, faulty, unless
-from tests.processes import PATIENCE, Server, wait_until
-from tests.test_parked import cpu_seconds, descriptors, footprint
+from tests.kit.authority import Authority
+from tests.kit.processes import PATIENCE, Server, wait_until
 
 ROUNDS, MORE_ROUNDS = 6, 30  # measurements; more if those are bad: whoever else uses this machine made them worse
 FLOOR = 0.0005  # s; a p99 below it is taken for it, as the scheduler of a machine adds so much

@@ -4,12 +4,12 @@ import statistics
 import threading
 import time
 
-from tests import new_client, old_client
+from tests.core.test_parked import cpu_seconds, footprint
 from tests.faults import Result, unless
 from tests.faults.crash import told
 from tests.faults.history import Conversation
-from tests.processes import Server
-from tests.test_parked import cpu_seconds, footprint
+from tests.kit import new_client, old_client
+from tests.kit.processes import Server
 
 RATE = 300  # messages per second: 100,000 in 5.6 minutes, a million in an hour
 SENDERS = 4  # to each reader

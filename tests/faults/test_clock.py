@@ -1,12 +1,13 @@
 import pytest
 
-from tests import old_client
 from tests.faults.clock import CRASH, clock_steps, retention
 from tests.faults.crash import crash
 from tests.faults.history import Conversation
-from tests.processes import Server
+from tests.kit import old_client
+from tests.kit.processes import Server
 
 
+@pytest.mark.slow("2,400 sends that wait for the disk, and 4 crashes")
 @pytest.mark.parametrize("skew", [0, 120, -120], ids=["right", "ahead", "behind"])
 def test_an_old_client_loses_nothing_when_the_clock_steps_and_the_server_is_killed(tmp_path, skew):
     assert clock_steps(tmp_path, 2400, [CRASH, -3600, CRASH, +300, CRASH], skew).violations == []
@@ -17,6 +18,7 @@ def test_a_bus_whose_ticks_are_the_clock_as_it_is_is_found_out(tmp_path):
     assert any(violation.startswith("lost") for violation in found)
 
 
+@pytest.mark.slow("5,000 sends that wait for the disk")
 def test_an_old_client_gets_what_was_queued_before_it_came(tmp_path):
     with Server(tmp_path / "bus.db") as bus, Conversation(old_client, bus.url, "bob") as talk:
         for number in range(8):

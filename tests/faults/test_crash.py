@@ -1,16 +1,20 @@
 import http.client
 
-from tests import new_client
+import pytest
+
 from tests.faults import faulty
 from tests.faults.crash import crowd, early, reader_storm, standstill, storm
 from tests.faults.history import observed, tick
-from tests.processes import wait_until
+from tests.kit import new_client
+from tests.kit.processes import wait_until
 
 
+@pytest.mark.slow("30 crashes, and sends between them that wait for the disk")
 def test_nothing_acknowledged_is_lost_when_the_server_is_killed(tmp_path):
     assert storm(tmp_path, 30).violations == []
 
 
+@pytest.mark.slow("5 crashes and 5 restarts: fewer may lose nothing by chance")
 def test_a_bus_that_acknowledges_before_it_commits_is_found_out(tmp_path_factory):
     def stop(bus):
         bus.stop()

@@ -1,3 +1,5 @@
+import pytest
+
 from tests.faults import linux, program, skipped_without
 from tests.faults.disk import disk_full, failing_fsync, flipped_bits, mounts, not_flushed, power_cut, slow_fsync
 
@@ -30,6 +32,7 @@ def test_a_slow_disk_delays_nobody_but_the_senders(tmp_path):
     assert slow_fsync(tmp_path, 1.0, pause=0.4).violations == []
 
 
+@pytest.mark.slow("fills a disk, by the bus and by others")
 @skipped_without(linux, mounts)
 def test_a_full_disk_refuses_sends_and_nothing_else_until_there_is_room(tmp_path):
     assert disk_full(tmp_path, 1).violations == []

@@ -8,15 +8,17 @@ import pytest
 from bus_server import STRANGERS
 from tests.faults import linux, program, skipped_without
 from tests.faults.siege import ROUNDS, many_descriptors, no_descriptors, reach, silent_handshakes, slow_peers
-from tests.processes import PATIENCE, ROOT, Server
+from tests.kit.processes import PATIENCE, ROOT, Server
 
 pytestmark = skipped_without(linux)
 
 
+@pytest.mark.slow("waits for deadlines of 4 s, and measures before and meanwhile")
 def test_slow_heads_and_bodies_are_dropped_and_hardly_felt(tmp_path):
     assert slow_peers(tmp_path, 1500, patience=4).violations == []
 
 
+@pytest.mark.slow("waits for a deadline of 4 s, and measures before and meanwhile")
 @skipped_without(program("openssl"))
 def test_silent_handshakes_are_hardly_felt_and_gone_by_their_deadline(tmp_path):
     assert silent_handshakes(tmp_path, 200, patience=4).violations == []
@@ -51,6 +53,7 @@ def throughput(bus, headers, seconds=0.4):
     return done / seconds
 
 
+@pytest.mark.slow("measures in rounds")
 def test_tokens_cost_less_than_a_tenth(tmp_path):
     with Server(tmp_path / "open.db") as free, Server(tmp_path / "closed.db") as closed_bus:
         command = [sys.executable, str(ROOT / "bus_server.py"), "invite", "alice", "--db", closed_bus.db]

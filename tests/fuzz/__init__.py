@@ -19,7 +19,7 @@ import sys
 import urllib.request
 from typing import Any, NamedTuple
 
-from tests.processes import PATIENCE, Server
+from tests.kit.processes import PATIENCE, Server
 
 GROWTH = 20.0  # MB
 UNSUPPORTED = {501, 505, 507}  # a method or coding, a version, no room for a file: the only 5xx that are no defect

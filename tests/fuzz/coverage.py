@@ -15,10 +15,10 @@ import sys
 from decimal import ROUND_HALF_UP, Decimal
 from urllib.parse import unquote_to_bytes
 
-from tests import hostile
 from tests.fuzz import Findings
 from tests.fuzz.raw import EXAMPLES, WORDS, corpus
-from tests.processes import ROOT
+from tests.kit import hostile
+from tests.kit.processes import ROOT
 
 FULL = 600  # s for each target
 PATIENCE = 5  # s for one input

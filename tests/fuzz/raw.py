@@ -15,9 +15,9 @@ import time
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 
-from tests import hostile
 from tests.fuzz import UNSUPPORTED, Findings, Siege
-from tests.processes import ROOT
+from tests.kit import hostile
+from tests.kit.processes import ROOT
 
 FULL = 1_000_000  # requests
 PROCESSES = 2

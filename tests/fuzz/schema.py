@@ -19,7 +19,7 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from tests.fuzz import UNSUPPORTED, Findings, Siege
-from tests.processes import ROOT
+from tests.kit.processes import ROOT
 
 FULL = 180  # s
 ROUND = 10  # requests of a kind to an endpoint, then the next one's turn

@@ -1,0 +1,384 @@
+"""The doctor names the hop that fails, says what to do, and leaves the bus as it was."""
+import contextlib
+import email.utils
+import functools
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+import bus_send
+from tests.kit import bad_servers
+from tests.kit.authority import Authority
+from tests.kit.bad_servers import FAULTS, HTML, Scripted, answer, mail, page
+from tests.kit.processes import COMMAND, PATIENCE, ROOT, Server, free_port, wait_until
+from tools import bus_doctor
+
+HOPS = ["url", "proxy", "dns", "tcp", "tls", "http", "bus", "clock", "token", "send", "recv", "hold"]
+NOBODYS = "abt_00000000_" + "s" * 43
+NO_RECEIVER = answer({"error": "to is required"}, status=400)
+
+
+@pytest.fixture
+def examine(monkeypatch, capsys):
+    """examine(url, **environment) -> ({hop: (verdict, what was found, what to do)}, exit code)."""
+    for variable in list(os.environ):
+        if variable.startswith(("AGENT_", "http_", "https_", "HTTP_", "HTTPS_", "no_", "NO_")):
+            monkeypatch.delenv(variable)
+    monkeypatch.setattr(bus_doctor, "PATIENCE", 5.0)
+
+    def examine(url, *options, **environment):
+        with monkeypatch.context() as patch:
+            for variable, value in {"AGENT_BUS_URL": url, "AGENT_NAME": "spark", **environment}.items():
+                patch.setenv(variable, value)
+            code = bus_doctor.main(options or ["--hold", "0"])
+        printed = capsys.readouterr()
+        assert not printed.err
+        assert not re.search("abt_[0-9a-f]{8}_|secret", printed.out)
+        found, hop = {}, None
+        for line in printed.out.splitlines():
+            if line.startswith("             -> "):
+                found[hop] = (*found[hop][:2], line[16:])
+            else:
+                verdict, hop, text = re.fullmatch("(ok|warn|FAIL) +([a-z]+) +(.+)", line).groups()
+                assert hop not in found
+                found[hop] = (verdict, text, "")
+        assert list(found) == HOPS[: len(found)]
+        verdicts = [verdict for verdict, *_ in found.values()]
+        assert code == (1 if "FAIL" in verdicts else 0) and "FAIL" not in verdicts[:-1]
+        assert code or len(found) == len(HOPS)
+        assert all(bool(advice) == (verdict != "ok") for verdict, _, advice in found.values()), found
+        return found, code
+
+    return examine
+
+
+@pytest.fixture
+def fails(examine):
+    """fails(hop, found, advice, url, ...): it ends there, and both texts match."""
+
+    def fails(hop, found, advice, *where, **environment):
+        walk, code = examine(*where, **environment)
+        assert code == 1 and list(walk)[-1] == hop, walk
+        assert re.search(found, walk[hop][1]) and re.search(advice, walk[hop][2]), walk[hop]
+
+    return fails
+
+
+@pytest.fixture
+def resolve(monkeypatch):
+    """bus.example is this machine."""
+    real = socket.getaddrinfo
+
+    def resolve(host, *rest, **more):
+        return real("127.0.0.1" if host.endswith(".example") else host, *rest, **more)
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+
+
+def invite(bus, *arguments):
+    command = [*COMMAND, "invite", *arguments, "--db", bus.db]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=PATIENCE).stdout
+    return re.search(r"abt_[0-9a-f]{8}_[\w-]{43}", printed)[0]
+
+
+# ── All is well ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_good_way_is_ok_at_every_hop_and_the_bus_is_as_it_was(bus, examine):
+    bus_send.send("spark", "one", url=bus.url, sender="dell")
+    bus.get(f"/recv?to=spark&since={json.loads(bus.get('/log'), parse_float=str)['now']}")
+    bus_send.send("spark", "two", url=bus.url, sender="dell")
+
+    def mail():
+        agents = json.loads(bus.get("/agents"))["agents"]
+        log = json.loads(bus.get("/log"))["messages"]
+        states = [json.loads(bus.get(f"/message/{each['id']}"))["state"] for each in log]
+        return log, states, [agent for agent in agents if agent["channel"] == "default"]
+
+    before = mail()
+    assert before[1] == ["acknowledged", "queued"]
+    found, code = examine(bus.url, "--hold", "2")
+    assert code == 0 and {verdict for verdict, *_ in found.values()} == {"ok"}, found
+    assert found["hold"][1] == "left alone for 2 s"
+    assert mail() == before
+
+
+def test_a_good_token_is_ok_and_never_shown(tmp_path, examine):
+    with Server(tmp_path / "bus.db") as bus:
+        token = invite(bus, "spark")
+        path = tmp_path / "token"
+        path.write_text(token)
+        path.chmod(0o600)
+        for setting in ({"AGENT_BUS_TOKEN": token}, {"AGENT_BUS_TOKEN_FILE": str(path)}):
+            found, code = examine(bus.url, **setting)
+            assert code == 0 and found["token"] == ("ok", f"{token[:12]} is good", "")
+            assert found["send"][0] == found["recv"][0] == "ok"
+
+
+def test_it_runs_as_a_program_from_anywhere(bus, tmp_path):
+    program = [sys.executable, "-I", "-S", str(ROOT / "tools" / "bus_doctor.py")]
+    run = functools.partial(subprocess.run, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE,
+                            env={"AGENT_BUS_URL": bus.url, "AGENT_NAME": "spark"})  # fmt: skip
+    assert run([*program, "--hold", "0"]).returncode == 0
+    usage = run([*program, "--hold", "61"])
+    assert usage.returncode == 2 and "0 to 60" in usage.stderr
+
+
+# ── Each hop ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:8080", "ftp://bus", "http://", "http://bus:port", "http://a b", "http://b?c"])
+def test_a_url_that_is_none(fails, url):
+    fails("url", "", "http://|mend", url)
+
+
+def test_a_secret_in_the_url_is_not_shown(fails, capsys):
+    fails("tcp", "refuses", "", f"http://me:{NOBODYS}@127.0.0.1:{free_port()}")
+
+
+def test_a_proxy_variable_is_ignored_for_this_machine(bus, examine):
+    found, code = examine(bus.url, http_proxy="http://127.0.0.1:1")
+    assert code == 0 and "http_proxy is set, and not used" in found["proxy"][1]
+
+
+def test_the_proxy_that_is_used_is_named(fails, examine, resolve):
+    with Scripted(mail(), health=page(502, HTML, "Server: squid")) as proxy:
+        port = proxy.url.rpartition(":")[2]
+        variable = {"HTTP_PROXY": f"http://me:secret@127.0.0.1:{port}"}
+        fails("http", "502.*squid", "http_proxy", "http://bus.example", **variable)
+        found, _ = examine("http://bus.example", **variable)
+        assert found["proxy"][1] == f"HTTP_PROXY leads through 127.0.0.1 port {port}"
+        found, _ = examine(f"http://bus.example:{free_port()}", **variable, NO_PROXY="bus.example")
+        assert "no_proxy excepts bus.example" in found["proxy"][1] and list(found)[-1] == "tcp"
+
+
+def test_a_proxy_that_does_not_let_tls_through(fails):
+    with Scripted(page(403, HTML)) as proxy:
+        fails("tls", "403", "proxy", "https://bus.example", HTTPS_PROXY=proxy.url)
+
+
+def test_a_name_without_an_address(fails, monkeypatch):
+    def resolve(*_, **__):
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    fails("dns", "no address for bus.example", "spelled", "http://bus.example:8080")
+
+
+def test_a_port_where_nothing_listens(fails):
+    fails("tcp", "refuses", "--host", f"http://127.0.0.1:{free_port()}")
+
+
+@pytest.mark.parametrize("error, found, advice", [
+    (socket.timeout("timed out"), "does not answer", "firewall"),
+    (OSError(113, "No route to host"), "No route to host", "VPN"),
+])  # fmt: skip
+def test_a_host_that_is_out_of_reach(fails, monkeypatch, error, found, advice):
+    def create_connection(*_, **__):
+        raise error
+
+    monkeypatch.setattr(socket, "create_connection", create_connection)
+    fails("tcp", found, advice, "http://127.0.0.1:8080")
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory):
+    if not shutil.which("openssl"):
+        pytest.skip("openssl makes the certificates")
+    return Authority(tmp_path_factory.mktemp("authority"))
+
+
+@contextlib.contextmanager
+def secured(place, certificate):
+    with Server(place / "bus.db", "--tls-cert", certificate.file, "--tls-key", certificate.key) as bus:
+        bus.url = bus.url.replace("http:", "https:")
+        yield bus
+
+
+def test_a_certificate_of_an_authority_of_our_own(tmp_path, authority, examine, fails):
+    with secured(tmp_path, authority.sign("IP:127.0.0.1")) as bus:
+        fails("tls", "not good: .*issuer", "AGENT_BUS_CA", bus.url)
+        found, code = examine(bus.url, AGENT_BUS_CA=authority.file)
+        assert code == 0 and found["tls"] == ("ok", "the certificate is good", "")
+        fails("url", "AGENT_BUS_CA", "mend", bus.url, AGENT_BUS_CA=str(tmp_path))
+
+
+def test_a_certificate_for_another_name(tmp_path, authority, fails, resolve):
+    with secured(tmp_path, authority.sign("DNS:other.example")) as bus:
+        fails("tls", "IP address mismatch", "use the name", bus.url, AGENT_BUS_CA=authority.file)
+        named = bus.url.replace("127.0.0.1", "bus.example")
+        fails("tls", "Hostname mismatch", "use the name", named, AGENT_BUS_CA=authority.file)
+
+
+def test_a_certificate_that_has_expired(tmp_path, authority, fails):
+    certificate = authority.sign("IP:127.0.0.1", days=0)
+    valid = ["openssl", "x509", "-checkend", "0", "-noout", "-in", certificate.file]
+    wait_until(lambda: subprocess.run(valid, capture_output=True).returncode)  # in the second after it was made
+    with secured(tmp_path, certificate) as bus:
+        fails("tls", "expired", "renew", bus.url, AGENT_BUS_CA=authority.file)
+
+
+def test_https_where_http_is_spoken(bus, fails):
+    fails("tls", "http is spoken there", f"AGENT_BUS_URL={bus.url}", bus.url.replace("http:", "https:"))
+
+
+def test_http_where_https_is_spoken(tmp_path, authority, fails):
+    with secured(tmp_path, authority.sign("IP:127.0.0.1")) as bus:
+        fails("http", "https is spoken there", f"AGENT_BUS_URL={bus.url}", bus.url.replace("https:", "http:"))
+
+
+def test_plain_http_across_a_network_is_a_warning_unless_it_is_meant(bus, examine, resolve):
+    with Scripted(NO_RECEIVER) as bus:
+        url = bus.url.replace("127.0.0.1", "bus.example")
+        assert "AGENT_BUS_PLAIN_HTTP" in examine(url)[0]["tls"][2]
+        assert examine(url, AGENT_BUS_PLAIN_HTTP="1")[0]["tls"][0] == "ok"
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_nothing_else_is_taken_for_the_bus(examine, monkeypatch, fault):
+    monkeypatch.setattr(bus_doctor, "PATIENCE", 0.2)
+    with Scripted(mail(), health=FAULTS[fault]) as stranger:
+        found, code = examine(stranger.url)
+    assert code == 1 and list(found)[-1] in ("http", "bus"), found
+
+
+IN_ITS_PLACE = {
+    "a redirect to https": (page(301, "", "Location: https://bus.example/healthz"), "https://bus.example",
+                            "AGENT_BUS_URL=https://bus.example$"),
+    "a redirect to a login": (page(302, "", "Location: /login?next=/healthz"), "/login", "follow nobody"),
+    "a login": (page(401, HTML, "WWW-Authenticate: Basic"), "401", "tunnel"),
+    "the login of a proxy": (page(407, HTML), "407", "tunnel"),
+    "a firewall": (page(403, "<title>Attention</title>", "Server: waf"), "'Attention', by waf", "AGENT_BUS_UA"),
+    "a captive portal": (page(200, "<TITLE>Wi-Fi</TITLE>"), "'Wi-Fi'", "login page"),
+    "a proxy without a bus": (page(502, HTML, "Server: nginx"), "502.*by nginx", "does the bus run"),
+    "a proxy whose bus is silent": (page(504, HTML), "504", "does the bus run"),
+    "a status of somebody's own": (page(522, HTML), "522", "does the bus run"),
+    "a path that is too long": (answer({"error": "there is nothing at /send/healthz"}, status=404), "/send/healthz",
+                                "ends where"),
+    "a bus that is stopped": (answer({"error": "shutting down"}, status=503), "shutting down", ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", IN_ITS_PLACE)
+def test_the_page_or_the_refusal_is_told_and_what_to_do(fails, case):
+    health, found, advice = IN_ITS_PLACE[case]
+    with Scripted(mail(), health=health) as stranger:
+        fails("http", found, advice, stranger.url)
+
+
+def test_nothing_but_silence(fails, monkeypatch):
+    monkeypatch.setattr(bus_doctor, "PATIENCE", 0.2)
+    with Scripted(mail(), health=bad_servers.silence) as stuck:
+        fails("http", "no answer: timed out", "log", stuck.url)
+
+
+def test_a_name_that_the_bus_does_not_answer_to(bus, fails, resolve):
+    fails("http", "does not answer to bus.example", "--allow-host", bus.url.replace("127.0.0.1", "bus.example"))
+
+
+def test_another_json_than_that_of_a_bus(fails):
+    with Scripted(mail(), health=answer({"status": "ok"})) as other:
+        fails("bus", "not an agent-bus", "right host", other.url)
+
+
+def test_a_bus_of_the_first_contract_is_a_warning(examine):
+    with Scripted(NO_RECEIVER, bus=None) as bus:
+        found, _ = examine(bus.url, AGENT_NAME="")
+    assert found["bus"][0] == "warn" and "first contract" in found["bus"][1]
+
+
+@pytest.mark.parametrize("theirs, verdict, found", [
+    (0, "ok", "within"), (100, "ok", "within"), (-150, "warn", "1[56]. s ahead"), (3600, "warn", "3[56].. s behind"),
+])  # fmt: skip
+def test_a_clock_that_is_wrong_is_a_warning(examine, theirs, verdict, found):
+    date = email.utils.formatdate(time.time() + theirs, usegmt=True)
+    health = answer({"ok": True, "now": 1.5, "bus": "b1"}, f"Date: {date}")
+    with Scripted(answer({"recipients": {}}), health=health) as bus:
+        clock = examine(bus.url, AGENT_NAME="")[0]["clock"]
+    assert clock[0] == verdict and re.search(found, clock[1])
+
+
+def test_a_token_that_is_missing_or_none_or_unknown(tmp_path, fails):
+    with Server(tmp_path / "bus.db") as bus:
+        token = invite(bus, "spark")
+        fails("token", "wants one", "invite", bus.url)
+        fails("token", r"shape.*\(50 characters\)", "56", bus.url, AGENT_BUS_TOKEN=token[:50])
+        fails("token", "does not know abt_00000000", "tokens", bus.url, AGENT_BUS_TOKEN=NOBODYS)
+        fails("token", "blanks", "mend", bus.url, AGENT_BUS_TOKEN=f"{token} {token}")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="file modes")
+def test_a_token_file_that_others_can_read_or_nobody(tmp_path, bus, fails):
+    path = tmp_path / "token"
+    path.write_text(NOBODYS)
+    path.chmod(0o644)
+    fails("token", "chmod 600", "mend", bus.url, AGENT_BUS_TOKEN_FILE=str(path))
+    fails("token", "cannot be read", "mend", bus.url, AGENT_BUS_TOKEN_FILE=str(tmp_path / "none"))
+
+
+def test_a_token_that_would_cross_a_network_in_the_clear(fails, resolve):
+    with Scripted(mail()) as bus:
+        url = bus.url.replace("127.0.0.1", "bus.example")
+        fails("token", "in the clear", "mend", url, AGENT_BUS_TOKEN=NOBODYS)
+
+
+def test_a_token_that_nobody_asked_for(bus, examine):
+    assert "no effect" in examine(bus.url, AGENT_BUS_TOKEN=NOBODYS)[0]["token"][1]
+
+
+def test_a_name_that_is_missing_or_none_or_not_that_of_the_token(tmp_path, bus, examine, fails):
+    assert examine(bus.url, AGENT_NAME="")[0]["send"][0] == "warn"
+    fails("send", "no name", "1 to 64", bus.url, AGENT_NAME="two words")
+    fails("send", "reserved", "another name", bus.url, AGENT_NAME="root")
+    with Server(tmp_path / "closed.db") as closed:
+        fails("send", "sends as dell", "AGENT_NAME", closed.url, AGENT_BUS_TOKEN=invite(closed, "dell"))
+        found, code = examine(closed.url, AGENT_BUS_TOKEN=invite(closed, "sensor", "--send-only"), AGENT_NAME="sensor")
+        assert code == 0 and found["recv"][0] == "warn" and "--send-only" in found["recv"][2]
+
+
+LETS_SOME_PASS = {
+    "a firewall against posts": ("send", answer({}), page(403, HTML)),
+    "a proxy for small bodies": ("send", answer({}), page(413, HTML)),
+    "a line that breaks under load": ("send", answer({}), bad_servers.reset),
+    "a server that stores anything": ("send", answer({}), bad_servers.stored()),
+    "a firewall for one path": ("token", page(403, HTML)),
+    "a server that dies": ("token", b""),
+    "a firewall against polls": ("recv", answer({}), NO_RECEIVER, page(403, HTML)),
+}
+
+
+@pytest.mark.parametrize("case", LETS_SOME_PASS)
+def test_a_way_that_lets_some_requests_pass(fails, case):
+    hop, *script = LETS_SOME_PASS[case]
+    with Scripted(*script) as bus:
+        fails(hop, "", "", bus.url)
+
+
+def cut(seconds, then):
+    """A proxy that loses patience."""
+
+    def behave(sock):
+        sock.settimeout(seconds)
+        with contextlib.suppress(socket.timeout):
+            sock.recv(1)
+        sock.sendall(then)
+
+    return behave
+
+
+@pytest.mark.parametrize("then", [b"", page(504, HTML)], ids=["nothing", "504"])
+def test_a_long_poll_that_is_cut(fails, then):
+    with Scripted(answer({}), NO_RECEIVER, mail(), cut(1, then)) as bus:
+        fails("hold", r"cut after 1\.\d s", "75 s.*wait=1$", bus.url, "--hold", "5")
+
+
+def test_a_long_poll_that_is_answered_early_is_a_warning(examine):
+    with Scripted(answer({}), NO_RECEIVER, mail()) as bus:
+        assert examine(bus.url, "--hold", "5")[0]["hold"][0] == "warn"

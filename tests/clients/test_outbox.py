@@ -1,0 +1,307 @@
+"""bus_outbox.py: what the bus cannot take now waits on disk, and arrives once and in order. Copies of bus_send.py."""
+import contextlib
+import io
+import json
+import os
+import random
+import stat
+import subprocess
+import sys
+import threading
+from unittest import mock
+
+import pytest
+
+import bus_send
+from tests.faults.history import observed
+from tests.kit.bad_servers import Scripted, answer, page, stored
+from tests.kit.processes import PATIENCE, ROOT, free_port, wait_until
+from tools import bus_outbox
+
+SENDS = int(os.environ.get("OUTBOX", 25))  # 1000 for the full figure
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    """We are spark, with a state directory of our own and no other setting of whoever runs the tests."""
+    for variable in os.environ:
+        if variable.startswith("AGENT_") or variable.lower().endswith("_proxy"):
+            monkeypatch.delenv(variable)
+    monkeypatch.setenv("AGENT_BUS_STATE_DIR", str(tmp_path / "state"))
+    monkeypatch.setenv("AGENT_NAME", "spark")
+    return tmp_path / "state"
+
+
+def start(*arguments, url, **options):
+    command = [sys.executable, "-I", "-S", str(ROOT / "tools" / "bus_outbox.py"), *arguments]
+    streams = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    return subprocess.Popen(command, env={**os.environ, "AGENT_BUS_URL": url}, **streams, text=True, **options)
+
+
+def run(*arguments, url, msg=""):
+    """Exit code, stdout, stderr; in this process, because that is faster."""
+    streams = {"stdin": msg, "stdout": "", "stderr": ""}
+    for name, text in streams.items():
+        streams[name] = io.TextIOWrapper(io.BytesIO(text.encode()), encoding="utf-8")
+    with mock.patch.multiple(sys, **streams), mock.patch.dict(os.environ, AGENT_BUS_URL=url):
+        try:
+            code = bus_outbox.main(["--timeout", "0.2", *arguments])
+        except SystemExit as usage:
+            code = usage.code
+        sys.stdout.flush()
+        sys.stderr.flush()
+    return (code, *(streams[name].buffer.getvalue().decode() for name in ("stdout", "stderr")))
+
+
+def nowhere():
+    return f"http://127.0.0.1:{free_port()}"
+
+
+def files(home, *folders):
+    return sorted(path for path in home.glob("/".join(["outbox/*/*", *folders, "*.json"])))
+
+
+def texts(bus):
+    return [message.msg for message in observed(bus.url)]
+
+
+def test_a_message_is_sent_at_once_when_the_bus_is_there(bus, home):
+    code, out, err = run("dell", "--subject", "T1", url=bus.url, msg="hi")
+    assert code == 0 and json.loads(out)["ok"] and err == "queued: nobody has listened as dell yet, 1 unread\n"
+    assert texts(bus) == ["hi"] and not files(home)
+
+
+@pytest.mark.parametrize("fault", [
+    b"", page(502, "<html>"), page(200, "<html>"), answer({"error": "too fast"}, status=429),
+    answer({"error": "draining"}, status=503), answer({"error": "disk full"}, status=507),
+])  # fmt: skip
+def test_what_the_bus_cannot_take_now_waits_and_is_sent_with_the_same_key(fault, home):
+    with Scripted(fault, stored()) as server:
+        code, out, err = run("dell", url=server.url, msg="hi")
+        assert (code, out) == (0, "") and err.startswith("bus_outbox: stored; 1 wait") and err.count("\n") == 1
+        assert len(files(home)) == 1
+        assert run("--flush", url=server.url) == (0, "", "")
+        first, second = server.asked
+    assert first.body == second.body and first.json["key"] and not files(home)
+
+
+def test_what_comes_later_goes_behind_what_waits(bus):
+    bus.kill()
+    for n in range(3):
+        assert run("dell", url=bus.url, msg=f"{n}")[0] == 0
+    assert run("--flush", url=bus.url)[0] == 75
+    bus.start()
+    code, out, _ = run("dell", url=bus.url, msg="3")
+    assert code == 0 and json.loads(out)["receiver"]["unread"] == 4
+    assert texts(bus) == ["0", "1", "2", "3"]
+
+
+def test_what_is_refused_for_good_is_put_aside_with_the_reason_and_holds_up_nobody(home):
+    with Scripted(b"", b"", answer({"error": "to is no name"}, status=400), stored()) as server:
+        for msg in ("bad", "good"):
+            run("dell", url=server.url, msg=msg)
+        code, out, err = run("--flush", url=server.url)
+    (dead,) = files(home, "dead")
+    assert (code, out) == (1, "") and str(dead) in err and "to is no name" in err and not files(home)
+    assert json.loads(dead.read_text())["reason"] == "to is no name" and json.loads(dead.read_text())["msg"] == "bad"
+    dead.rename(dead.parent.parent / dead.name)  # mended, somehow
+    with Scripted(stored()) as mended:
+        dead.parent.parent.rename(outbox_of(home, mended.url))
+        assert run("--flush", url=mended.url) == (0, "", "")
+    assert mended.asked[0].body == server.asked[0].body
+
+
+def outbox_of(home, url):
+    path = home / "outbox" / bus_outbox.bus_recv.file_name(url) / "spark"
+    path.parent.mkdir(parents=True)
+    return path
+
+
+def test_ones_own_refused_message_is_told_with_1(home):
+    with Scripted(answer({"error": "too large"}, status=413)) as server:
+        code, out, err = run("dell", url=server.url, msg="bad")
+    assert (code, out) == (1, "") and "too large" in err and len(files(home, "dead")) == 1
+
+
+@pytest.mark.parametrize("status", sorted(bus_outbox.OURS))
+def test_a_refusal_of_us_is_told_and_costs_no_message(status, home):
+    with Scripted(answer({"error": "no"}, status=status)) as server:
+        code, _, err = run("dell", url=server.url, msg="hi")
+        assert code == 1 and "stored; 1 wait" in err and "(no)" in err
+        assert run("--flush", url=server.url)[0] == 1
+    assert len(files(home)) == 1 and not files(home, "dead")
+
+
+def test_a_message_that_waited_longer_than_its_ttl_is_not_sent(home):
+    url = nowhere()
+    run("dell", "--ttl", "3600", url=url, msg="now or never")
+    (path,) = files(home)
+    path.rename(path.with_name(f"{int(path.stem) - 3600 * 10**9:020d}.json"))
+    with Scripted(stored()) as server:
+        path.parent.rename(outbox_of(home, server.url))
+        code, _, err = run("--flush", url=server.url)
+    assert code == 1 and "longer than its ttl" in err and not server.asked and len(files(home, "dead")) == 1
+
+
+def test_a_damaged_file_is_put_aside_as_it_is(home):
+    url = nowhere()
+    run("dell", url=url, msg="hi")
+    (path,) = files(home)
+    path.write_bytes(b"\0\0")
+    code, _, err = run("--flush", url=url)
+    (dead,) = files(home, "dead")
+    assert code == 1 and "holds no message" in err and dead.read_bytes() == b"\0\0"
+
+
+def test_a_message_is_on_disk_before_it_is_tried(monkeypatch, home):
+    """The file, then its name, then the directory, then the network."""
+    done = []
+
+    def noting(module, name, note):
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, **b: (done.append(note(*a)), real(*a, **b))[1])
+
+    outbox = bus_outbox.Outbox(nowhere(), "spark")
+    noting(os, "fsync", lambda file: "directory" if stat.S_ISDIR(os.fstat(file).st_mode) else "file")
+    noting(os, "replace", lambda old, new: "name")
+    noting(bus_send, "send", lambda *a: "network")
+    outbox.put({"to": "dell", "msg": "hi", "sender": "spark"})
+    with pytest.raises(bus_send.Unreachable):
+        list(outbox.flush(0))
+    assert done == ["file", "name", "directory", "network"]
+
+
+def test_the_outbox_is_private(home):
+    run("dell", url=nowhere(), msg="secret")
+    assert stat.S_IMODE(home.stat().st_mode) == 0o700
+    assert all(stat.S_IMODE(path.stat().st_mode) == 0o600 for path in home.rglob("*") if path.is_file())
+
+
+def test_the_list_shows_what_waits_and_what_was_refused(home):
+    url = nowhere()
+    run("dell", "--subject", "two words", url=url, msg="hi")
+    with Scripted(answer({"error": "no room"}, status=413)) as server:
+        run("nano", url=server.url, msg="hi")
+    code, out, _ = run("--list", url="http://elsewhere")
+    assert code == 0 and sorted(line.partition(" ")[0] for line in out.splitlines()) == ["dead", "waiting"]
+    assert f'bus={url} sender=spark to=dell channel=default subject="two words"\n' in out
+    assert 'to=nano channel=default reason="no room"\n' in out
+
+
+@pytest.mark.parametrize("arguments, msg", [
+    ([], "hi"), (["dell", "--flush"], "hi"), (["dell", "--list"], "hi"), (["a b"], "hi"), (["a,"], "hi"),
+    (["dell"], " "), (["dell", "--from", "a/b"], "hi"), (["dell", "--channel", "ü"], "hi"),
+])  # fmt: skip
+def test_wrong_usage_is_2_and_stores_nothing(arguments, msg, home):
+    code, out, err = run(*arguments, url=nowhere(), msg=msg)
+    assert (code, out) == (2, "") and err and not files(home)
+
+
+def test_several_processes_share_an_outbox(bus, home):
+    """Each message arrives once, those of one caller in order, and none is left behind by two that part at the door."""
+
+    def call(caller):
+        outbox = bus_outbox.Outbox(bus.url, "spark")
+        for n in range(10):
+            outbox.put({"to": "dell", "msg": f"{caller} {n}", "key": f"{caller}-{n}", "sender": "spark"})
+            list(outbox.flush(0))
+
+    callers = [threading.Thread(target=call, args=[caller]) for caller in range(4)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    arrived = texts(bus)
+    assert len(arrived) == 40 and not files(home)
+    for caller in range(4):
+        assert [msg for msg in arrived if msg.startswith(f"{caller} ")] == [f"{caller} {n}" for n in range(10)]
+
+
+def test_what_is_stored_while_another_process_sends_is_sent_by_that_one(bus):
+    sender, other = (bus_outbox.Outbox(bus.url, "spark") for _ in range(2))
+    sender.put({"to": "dell", "msg": "first", "sender": "spark"})
+    for _, message, _ in sender.flush(0):
+        if message["msg"] == "first":
+            other.put({"to": "dell", "msg": "second", "sender": "spark"})
+            assert list(other.flush(0)) == []
+    assert texts(bus) == ["first", "second"]
+
+
+@pytest.mark.slow("each send is a process, and the bus is away half of the time")
+def test_sends_with_the_bus_going_up_and_down_arrive_once_and_in_order(bus):
+    """The bus is killed and started; now and then so is the one who sends, and then nobody knows about that message."""
+    chance, over, unknown = random.Random(7), threading.Event(), set()
+
+    def up_and_down():
+        while not over.wait(chance.uniform(0.1, 0.8)):
+            bus.kill()
+            over.wait(chance.uniform(0, 0.5))
+            bus.start()
+
+    trouble = threading.Thread(target=up_and_down)
+    trouble.start()
+    try:
+        for n in range(SENDS):
+            process = start("dell", "--timeout", "0.1", url=bus.url)
+            if n % 5 == 4:
+                unknown.add(f"{n}")
+                process.stdin.write(f"{n}")
+                process.stdin.close()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(chance.uniform(0, 0.15))
+                process.kill()
+                process.stdout.close()
+                process.stderr.close()
+                process.wait()
+            else:
+                _, err = process.communicate(f"{n}", timeout=PATIENCE)
+                assert process.returncode == 0, err
+    finally:
+        over.set()
+        trouble.join()
+    wait_until(lambda: run("--flush", url=bus.url)[0] == 0)
+    arrived = texts(bus)
+    assert arrived == sorted(set(arrived), key=int)
+    assert {f"{n}" for n in range(SENDS)} - set(arrived) <= unknown
+
+
+# ── Copies ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_copies_are_what_the_readers_get(bus, monkeypatch, tmp_path):
+    monkeypatch.setenv("AGENT_BUS_OUTBOX", str(tmp_path / "sent-{name}.jsonl"))
+    sent = [("dell", {"subject": "T1 ü", "priority": "high"}), (["dell", "nano"], {"ttl": 3600.5, "channel": "ops"}),
+            (["nano"], {"reply_to": "652a"}), ("all", {"type": "result", "own": {"x": [1.5, None]}})]  # fmt: skip
+    for to, fields in sent:
+        bus_send.send(to, "grüße\n", url=bus.url, **fields)
+    env = {**os.environ, "AGENT_BUS_URL": bus.url}
+    read = []
+    for where in (["dell", "nano", "all"], ["dell", "nano", "--channel", "ops"]):
+        command = [sys.executable, str(ROOT / "bus_recv.py"), *where, "--json", "--once"]
+        read += subprocess.run(command, env=env, capture_output=True, text=True, timeout=PATIENCE).stdout.splitlines()
+    assert sorted((tmp_path / "sent-spark.jsonl").read_text().splitlines()) == sorted(read) and len(read) == 5
+    assert stat.S_IMODE((tmp_path / "sent-spark.jsonl").stat().st_mode) == 0o600
+
+
+def test_a_copy_that_cannot_be_written_is_told_and_changes_nothing(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("AGENT_BUS_OUTBOX", str(tmp_path / "nowhere" / "sent"))
+    with Scripted(stored(), stored(id="a strange bus")) as server:
+        assert bus_send.send("dell", "hi", url=server.url)["ok"] is True
+        told = capsys.readouterr().err
+        assert told.count("\n") == 1 and "stored, but no copy" in told and "No such file" in told
+        monkeypatch.setenv("AGENT_BUS_OUTBOX", str(tmp_path / "sent"))
+        assert bus_send.send("dell", "hi", url=server.url)["ok"] is True
+    assert "stored, but no copy" in capsys.readouterr().err
+
+
+def test_only_what_is_stored_is_copied(monkeypatch, tmp_path):
+    monkeypatch.setenv("AGENT_BUS_OUTBOX", str(tmp_path / "sent"))
+    monkeypatch.setattr(bus_send, "FIRST_PAUSE", 0.001)
+    with Scripted(b"", stored(), answer({"error": "no"}, status=400)) as server:
+        bus_send.send("dell", "after a fault", url=server.url)
+        with pytest.raises(bus_send.Refused):
+            bus_send.send("dell", "refused", url=server.url)
+    with pytest.raises(bus_send.Unreachable):
+        bus_send.send("dell", "unknown", url=nowhere(), patience=0)
+    (line,) = (tmp_path / "sent").read_text().splitlines()
+    assert json.loads(line)["msg"] == "after a fault" and "key" not in json.loads(line)

@@ -1,0 +1,269 @@
+"""bus_recv.py NAME --claim --exec CMD: each job is done by one worker, and whatever happens to that one, it is done."""
+import collections
+import json
+import os
+import random
+import signal
+import subprocess
+import threading
+
+import pytest
+
+import bus_recv
+import bus_send
+from tests.clients.test_clients import Clock, home, interruptible, program, refusing, run  # noqa: F401
+from tests.kit.bad_servers import FAULTS, NOON, Scripted, answer, mail, message, page
+from tests.kit.processes import PATIENCE, Server, wait_until
+
+JOBS = int(os.environ.get("JOBS", 12))  # 50 for the full figure
+BUSY = 1  # s until a machine with other work has started a worker
+DONE = answer({"ok": True, "now": NOON, "bus": "b1"})
+LOST = answer({"error": "the lease is not held"}, status=409)
+
+
+def job(n, attempt=1, **fields):
+    return message(n, attempt=attempt, lease=f"{n:032x}", lease_until=NOON + 60, **fields)
+
+
+def worker(url, command, *arguments, **env):
+    return program("bus_recv.py", "builds", "--claim", "--exec", command, *arguments,
+                   env={"AGENT_BUS_URL": url, **env})  # fmt: skip
+
+
+def ended(process, code=0):
+    """What stood on its stderr."""
+    _, err = process.communicate(timeout=PATIENCE)
+    assert process.returncode == code and b"Traceback" not in err, err
+    return err.decode()
+
+
+def orders(server, path):
+    return [asked.json for asked in server.asked if asked.target == path]
+
+
+def lines(path):
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def state(bus, ident):
+    return json.loads(bus.get(f"/message/{ident}"))["state"]
+
+
+def give(bus, *texts):
+    return [bus_send.send("builds", text, subject=text, url=bus.url, sender="spark")["id"] for text in texts]
+
+
+# ── One job ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_command_gets_the_job_and_its_end_is_told(tmp_path):
+    with Scripted(mail(job(1, attempt=3, subject="T1")), DONE) as server:
+        command = f'cat > {tmp_path}/in; echo "$MSG_FROM $MSG_SUBJECT $AGENT_BUS_ATTEMPT" > {tmp_path}/env'
+        assert ended(worker(server.url, command, "--once", "--lease", "30", AGENT_NAME="gb10")) == ""
+    assert json.loads((tmp_path / "in").read_text()) == json.loads(job(1, attempt=3, subject="T1"))
+    assert (tmp_path / "env").read_text() == "spark T1 3\n"
+    (claim,) = orders(server, "/claim")
+    assert {**claim, "wait": 0} == {"to": "builds", "channel": "default", "lease": 30, "wait": 0, "worker": "gb10"}
+    assert orders(server, "/ack") == [{"id": "1", "lease": f"{1:032x}"}]
+
+
+@pytest.mark.parametrize("attempt, delay", [(1, 1), (4, 8), (30, 60), (5000, 60)])
+def test_what_fails_is_given_back_for_later_with_the_reason(attempt, delay):
+    with Scripted(mail(job(1, attempt=attempt)), DONE) as server:
+        assert f"ended with 7 for 1, attempt {attempt}" in ended(worker(server.url, "exit 7", "--once"))
+    assert orders(server, "/nack") == [
+        {"id": "1", "lease": f"{1:032x}", "reason": "the command ended with 7", "delay": delay}
+    ]
+
+
+def test_a_job_larger_than_any_pipe_needs_no_reader(tmp_path):
+    with Scripted(mail(job(1, msg="x" * 500000)), DONE) as server:
+        ended(worker(server.url, "true", "--once"))
+        assert orders(server, "/ack")
+
+
+def test_the_lease_is_extended_while_the_command_runs(tmp_path):
+    with Scripted(mail(job(1)), DONE) as server:
+        process = worker(server.url, f"while [ ! -e {tmp_path}/enough ]; do sleep 0.02; done", "--once", "--lease", "1")
+        wait_until(lambda: len(orders(server, "/extend")) > 2)
+        (tmp_path / "enough").touch()
+        assert ended(process) == ""
+    assert orders(server, "/extend")[0] == {"id": "1", "lease": f"{1:032x}", "seconds": 1}
+    assert len(orders(server, "/ack")) == 1
+
+
+def test_a_job_whose_lease_is_lost_is_given_up_and_its_command_killed_with_all_it_started(tmp_path):
+    with Scripted(mail(job(1)), LOST) as server:
+        command = f"(sleep 60; touch {tmp_path}/late) & echo $! > {tmp_path}/child; wait"
+        assert "1 is given up" in ended(worker(server.url, command, "--once", "--lease", "1"))
+        assert [asked.target for asked in server.asked] == ["/healthz", "/claim", "/extend"]
+    wait_until(lambda: not runs(int((tmp_path / "child").read_text())))
+
+
+def runs(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_an_outage_while_the_command_runs_costs_no_job(tmp_path):
+    """An extension and an acknowledgement get lost; what counts is that the last one is heard."""
+    with Scripted(mail(job(1)), page(502, "<html>"), b"", DONE) as server:
+        err = ended(worker(server.url, "sleep 0.5", "--once", "--lease", "1"))
+        assert "is not extended yet" in err
+        assert [asked.target for asked in server.asked][2:] == ["/extend", "/ack", "/ack"]
+
+
+def test_an_acknowledgement_that_comes_too_late_is_told():
+    with Scripted(mail(job(1)), LOST) as server:
+        assert "ack of 1: the lease is not held" in ended(worker(server.url, "true", "--once"))
+        assert len(orders(server, "/ack")) == 1
+
+
+@pytest.mark.parametrize("fault", ["silence", "502 from a proxy", "a body that drips"])
+def test_a_claim_through_a_fault_is_made_again(fault, monkeypatch):
+    monkeypatch.setattr(bus_recv, "GRACE_SECONDS", 0.5)
+    monkeypatch.setattr(bus_recv, "DOWNLOAD_RATE", 1 << 20)
+    strange = mail('{"msg": "a job without a lease"}')
+    with Scripted(FAULTS[fault], strange, mail(job(1)), DONE) as server:
+        made = bus_recv.Worker(["builds"], None, "true", 60)
+        made.url, made.clock, made.wait, made.hold = server.url, Clock(), 0.1, 0.1
+        made.work(made.answers(True, PATIENCE))
+    assert len(orders(server, "/claim")) >= 3 and orders(server, "/ack")
+
+
+def test_exit_codes_of_a_worker():
+    with Scripted(mail()) as server:
+        assert worker(server.url, "true", "--once", "--timeout", "0").wait(PATIENCE) == 3
+    with Scripted(answer({"error": "no such path"}, status=404)) as server:
+        assert ended(worker(server.url, "true"), 1) == "bus_recv: no such path\n"
+    assert worker(refusing(), "true", "--timeout", "0").wait(PATIENCE) == 75
+    for wrong in (["dell", "--claim"], ["--log", "--claim"], ["a", "b", "--claim", "--exec", "true"]):
+        assert run("bus_recv.py", *wrong)[0] == 2
+
+
+# ── Stopping ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_worker_that_waits_is_stopped_at_once():
+    with Scripted(lambda sock: sock.recv(1)) as server:
+        process = worker(server.url, "true")
+        wait_until(lambda: orders(server, "/claim"))
+        process.send_signal(signal.SIGTERM)
+        assert ended(process) == ""
+
+
+def test_a_worker_that_is_stopped_ends_its_job_first(tmp_path):
+    with Scripted(mail(job(1)), DONE, mail(job(2))) as server:
+        process = worker(server.url, f"touch {tmp_path}/begun; while [ ! -e {tmp_path}/enough ]; do sleep 0.02; done")
+        wait_until((tmp_path / "begun").exists)
+        process.send_signal(signal.SIGTERM)
+        (tmp_path / "enough").touch()
+        assert ended(process) == "" and len(orders(server, "/ack")) == len(orders(server, "/claim")) == 1
+
+
+@pytest.mark.parametrize("signals, code", [([signal.SIGTERM, signal.SIGTERM], 0), ([signal.SIGINT], 130)])
+def test_a_worker_that_must_end_now_gives_its_job_back(signals, code, tmp_path, interruptible):  # noqa: F811
+    with Scripted(mail(job(1)), DONE) as server:
+        process = worker(server.url, f"echo $$ > {tmp_path}/pid; sleep 60", "--lease", "1")
+        wait_until(lambda: lines(tmp_path / "pid"))
+        first, *second = signals
+        process.send_signal(first)
+        for each in second:  # two signals that come together may be one: the worker goes on after the first
+            extended = len(orders(server, "/extend"))
+            wait_until(lambda: len(orders(server, "/extend")) > extended + 1)  # noqa: B023
+            process.send_signal(each)
+        ended(process, code)
+        assert [order["reason"] for order in orders(server, "/nack")] == ["the worker was stopped"]
+    wait_until(lambda: not runs(int((tmp_path / "pid").read_text())))
+
+
+def test_a_command_that_is_just_being_started_is_killed_too(monkeypatch, interruptible):  # noqa: F811
+    started = []
+
+    class Interrupted(subprocess.Popen):
+        def __init__(self, *arguments, **named):
+            super().__init__(*arguments, **named)
+            started.append(self)
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(subprocess, "Popen", Interrupted)
+    with pytest.raises(KeyboardInterrupt), bus_recv.running("sleep 60", {"msg": "x"}, 1):
+        pass
+    assert started[0].returncode == -signal.SIGKILL
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+# ── A real bus ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_each_job_is_done_once_by_one_of_four_workers(bus, tmp_path):
+    ids = give(bus, *(f"{n}" for n in range(JOBS)))
+    workers = [worker(bus.url, f'echo "$MSG_ID" >> {tmp_path}/done') for _ in range(4)]
+    wait_until(lambda: len(lines(tmp_path / "done")) >= JOBS)
+    wait_until(lambda: {state(bus, ident) for ident in ids} == {"acknowledged"})
+    for process in workers:
+        process.send_signal(signal.SIGTERM)
+        assert ended(process) == ""
+    assert sorted(lines(tmp_path / "done")) == sorted(ids)
+
+
+@pytest.mark.slow("jobs of killed workers wait for the end of their lease, a second")
+def test_with_workers_killed_now_and_then_each_job_is_done_and_none_is_stuck(tmp_path):
+    """Attempts are told, and a killed worker's job is taken up when its lease has run out. All 50: a kill a second."""
+    over, chance, log, seconds = threading.Event(), random.Random(7), tmp_path / "log", JOBS / 50
+    tell = f'$MSG_ID $AGENT_BUS_ATTEMPT $(date +%s.%N)" >> {log}'
+    command = f'echo "begin {tell}; sleep {seconds}; echo "end {tell}'
+    with Server(tmp_path / "bus.db", "--max-attempts", "1000") as bus:
+        ids, workers = give(bus, *map(str, range(JOBS))), []
+
+        def kill_now_and_then():
+            while not over.wait(seconds):
+                victim = workers.pop(chance.randrange(4))
+                victim.kill()
+                victim.communicate()
+                workers.append(worker(bus.url, command, "--lease", "1"))
+
+        workers += [worker(bus.url, command, "--lease", "1") for _ in range(4)]
+        killing = threading.Thread(target=kill_now_and_then)
+        killing.start()
+        try:
+            wait_until(lambda: {state(bus, ident) for ident in ids} == {"acknowledged"}, 4 * PATIENCE)
+        finally:
+            over.set()
+            killing.join()
+            for process in workers:
+                process.kill()
+                process.communicate()
+    begun, finished = collections.defaultdict(list), set()
+    for what, ident, attempt, when in map(str.split, lines(log)):
+        if what == "begin":
+            begun[ident].append((int(attempt), float(when)))
+        else:
+            finished.add(ident)
+    assert finished == set(ids) and sum(map(len, begun.values())) > JOBS
+    for tries in begun.values():
+        for (attempt, then), (following, now) in zip(tries, tries[1:]):
+            assert attempt < following
+            assert now - then < (following - attempt) * (seconds + 1 + 1) + BUSY, "its lease and a second"
+
+
+def test_dead_letters_are_exactly_those_that_failed_each_time(tmp_path):
+    """Jobs a, b, c fail always, d the first time, e never."""
+    with Server(tmp_path / "bus.db", "--max-attempts", "2") as bus:
+        ids = dict(zip("abcde", give(bus, *"abcde")))
+        command = "case $MSG_SUBJECT in e) exit 0;; d) [ $AGENT_BUS_ATTEMPT = 2 ];; *) exit 3;; esac"
+        workers = [worker(bus.url, command) for _ in range(2)]
+        dead = wait_until(lambda: len(found := mailbox(bus, "builds.dead")) == 3 and found)
+        wait_until(lambda: {state(bus, ids[msg]) for msg in "de"} == {"acknowledged"})
+        for process in workers:
+            process.send_signal(signal.SIGTERM)
+            ended(process)
+    assert sorted(message["msg"] for message in dead) == ["a", "b", "c"]
+    assert {(message["attempts"], message["reason"]) for message in dead} == {(2, "the command ended with 3")}
+
+
+def mailbox(bus, name):
+    return json.loads(bus.get(f"/recv?to={name}"))["messages"]

@@ -1,0 +1,85 @@
+"""test_bus.py finds the faults of other servers: each in a bus that has no other, and none in one that has none."""
+
+import os
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+import test_bus
+from tests.core.test_identity import invite
+from tests.faults.network import live_reading
+from tests.kit.naive_server import FAULTS, Naive
+from tests.kit.processes import PATIENCE, ROOT, Server
+
+CHECKS = {check.__doc__.split()[0]: check for name, check in vars(test_bus).items() if name.startswith("test_")}
+FOUND_BY = {
+    "now is the wall clock": ["9.2", "9.6", "9.8", "9.22"],
+    "a time is older than its place": ["9.6"],
+    "reading takes away": ["9.1"],
+    "the oldest are evicted": ["9.22"],
+    "the last one comes again": ["9.1", "9.6"],
+    "a cursor ahead is left there": ["9.18"],
+    "max is not known": ["9.3"],
+    "wait is not known": ["9.14"],
+    "there is one channel": ["2.3"],
+    "a broadcast comes back": ["3.3"],
+    "a retry is stored again": ["8.5"],
+    "anything is a name": ["2.1"],
+    "any JSON is good": ["2.7"],
+    "members may be missing": ["3.1"],
+    "any page may send": ["5.7"],
+}
+
+
+def run(url):
+    """(exit code, the numbers of the checks that failed, what was printed) of test_bus.py as people run it."""
+    theirs = {name: value for name, value in os.environ.items() if not name.startswith(("AGENT_", "BUS_"))}
+    command = [sys.executable, str(ROOT / "test_bus.py")]
+    done = subprocess.run(command, env={**theirs, "BUS_URL": url}, capture_output=True, text=True, timeout=60)
+    return done.returncode, re.findall(r"^([\d.]+) .*: FAILED$", done.stdout, re.MULTILINE), done.stdout
+
+
+@pytest.mark.parametrize("fault", sorted(FAULTS))
+def test_each_fault_is_found_by_its_check_and_nothing_where_it_is_mended(fault):
+    for number in FOUND_BY[fault]:
+        with Naive({fault}) as bus, pytest.raises(AssertionError):
+            CHECKS[number](test_bus.Bus(bus.url))
+        with Naive(set()) as bus:
+            CHECKS[number](test_bus.Bus(bus.url))
+
+
+def test_a_naive_server_fails_and_is_told_why():
+    with Naive() as bus:
+        code, failed, printed = run(bus.url)
+    assert code == 1 and printed.endswith(f"{len(failed)} FAILED\n")
+    assert {"2.3", "3.1", "9.1", "9.2", "9.3"} <= set(failed)
+
+
+def test_a_server_of_the_first_contract_without_faults_passes():
+    with Naive(set()) as bus:
+        code, failed, printed = run(bus.url)
+    assert (code, failed) == (0, []) and "skipped, not in the first contract" in printed
+
+
+def test_a_bus_with_tokens_keeps_its_promises_to_an_operator(tmp_path):
+    """Four checks at a time, as they do not know of each other. As people run it, it is the same with BUS_OURS=1."""
+    with Server(tmp_path / "bus.db") as bus:
+        checked = test_bus.Bus(bus.url, invite(bus, "op", "--operator"))
+        run = [check for check in CHECKS.values() if not test_bus.reason_to_skip(check, checked)]
+        with ThreadPoolExecutor(4) as pool:
+            for result in [pool.submit(check, checked) for check in run]:
+                result.result(PATIENCE)
+    assert checked.me == "op" and CHECKS["5.1"] in run and len(run) > len(CHECKS) - 10
+
+
+# The checker of histories
+
+
+@pytest.mark.parametrize("live, queued", [(0, 150), (100, 0)], ids=["queued", "live"])
+def test_the_messages_that_a_wall_clock_loses_are_found_and_none_without_it(live, queued):
+    found = live_reading(Naive({"now is the wall clock"}), queued, live, patience=0.3).violations
+    assert any(violation.startswith("lost: ") for violation in found)
+    assert live_reading(Naive(set()), queued, live).violations == []

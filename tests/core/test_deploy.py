@@ -1,0 +1,530 @@
+"""What deploy/ holds works as it is: real proxies in front of a real bus, with only names and ports replaced."""
+import contextlib
+import hashlib
+import http.client
+import itertools
+import json
+import os
+import re
+import shutil
+import socket
+import sqlite3
+import ssl
+import subprocess
+import sys
+import threading
+import urllib.parse
+import urllib.request
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+import bus_recv
+import bus_send
+from tests.faults.history import Conversation, observed
+from tests.kit import hostile, new_client, old_client
+from tests.kit.authority import Authority
+from tests.kit.hostile import GET, HOST, head
+from tests.kit.processes import COMMAND, PATIENCE, ROOT, Server, free_port, wait_until
+
+LAST = head(GET, HOST, "Connection: close")
+
+
+def needs(program):
+    return pytest.mark.skipif(not shutil.which(program), reason=f"{program} is not installed")
+
+
+def replaced(text, **places):
+    """The text with each of these in place of what is in it; each must be there."""
+    for old, new in places.items():
+        assert old in text, old
+        text = text.replace(old, new)
+    return text
+
+
+class Front:
+    """A proxy before `bus`, a process of its own. `log` is its access log."""
+
+    def __init__(self, place, bus, certificate, config):
+        self.place, self.port = place, free_port()
+        self.url = f"https://bus.example:{self.port}"
+        self.log = place / "access.log"
+        self.config = place / "config"
+        self.config.write_text(config(self, bus, certificate))
+
+    def __enter__(self):
+        with (self.place / "stderr").open("ab") as stderr:
+            self.process = subprocess.Popen(self.command(), stdout=stderr, stderr=stderr, env=self.environment())
+        wait_until(self.is_there)
+        return self
+
+    def __exit__(self, *_):
+        self.process.terminate()
+        self.process.wait(PATIENCE)
+
+    def is_there(self):
+        assert self.process.poll() is None, (self.place / "stderr").read_text()
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port)):
+            return True
+
+    def environment(self):
+        return {**os.environ, "HOME": str(self.place), "XDG_DATA_HOME": str(self.place)}
+
+
+class Nginx(Front):
+    def command(self):
+        return ["nginx", "-p", str(self.place), "-c", str(self.config), "-e", "stderr"]
+
+
+class Caddy(Front):
+    def command(self):
+        return ["caddy", "run", "--adapter", "caddyfile", "--config", str(self.config)]
+
+
+AROUND = """
+daemon off; master_process off; worker_rlimit_nofile 4096;
+pid PLACE/pid; error_log stderr crit;
+events { worker_connections 2048; }
+http {
+    log_format short '$status upstream "$request_method $request_uri" $upstream_status';
+    access_log PLACE/access.log short;
+    client_body_temp_path PLACE/body; proxy_temp_path PLACE/proxy; fastcgi_temp_path PLACE/f; uwsgi_temp_path PLACE/u;
+    scgi_temp_path PLACE/s; MORE
+    SERVER
+}
+"""
+BARE = """server {
+    listen 443 ssl;
+    ssl_certificate /etc/letsencrypt/live/bus.example/fullchain.pem;
+    ssl_certificate_key /etc/letsencrypt/live/bus.example/privkey.pem;
+    location / { proxy_pass http://127.0.0.1:8080; MORE }
+}"""
+POOLED = BARE.replace("MORE", "proxy_http_version 1.1; proxy_set_header Host $host; proxy_set_header Connection '';")
+
+
+def around(server, more=""):
+    """A whole configuration of nginx that has this server in it."""
+
+    def config(front, bus, certificate):
+        text = re.sub(r".*listen \[::\].*\n", "", server)
+        text = text.replace("http://127.0.0.1:8080", "http://bus" if "upstream" in more else f"http://127.0.0.1:{bus.port}")
+        text = replaced(text, **{
+            "listen 443 ssl": f"listen 127.0.0.1:{front.port} ssl",
+            "/etc/letsencrypt/live/bus.example/fullchain.pem": certificate.file,
+            "/etc/letsencrypt/live/bus.example/privkey.pem": certificate.key,
+        })  # fmt: skip
+        more_now = more.replace("BUS", f"127.0.0.1:{bus.port}")
+        return replaced(AROUND, SERVER=text, MORE=more_now, PLACE=str(front.place))
+
+    return config
+
+
+OURS = (ROOT / "deploy" / "nginx.conf").read_text()
+DEFAULT = BARE.replace("MORE", "")
+UPSTREAM = "upstream bus { server BUS; keepalive 8; }"
+
+
+CADDYFILE = (ROOT / "deploy" / "Caddyfile").read_text()
+
+
+def caddyfile(front, bus, certificate):
+    here = f"bus.example:{front.port} {{\n\tbind 127.0.0.1\n\ttls {certificate.file} {certificate.key}"
+    text = replaced(CADDYFILE, **{"bus.example {": here, "127.0.0.1:8080": f"127.0.0.1:{bus.port}"})
+    return "{\n\tadmin off\n\tauto_https disable_redirects\n}\n" + text
+
+
+ours = pytest.mark.parametrize("kind, config", [
+    pytest.param(Nginx, around(OURS), marks=needs("nginx"), id="nginx"),
+    pytest.param(Caddy, caddyfile, marks=needs("caddy"), id="caddy"),
+])  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory):
+    if not shutil.which("openssl"):
+        pytest.skip("openssl makes the certificates")
+    return Authority(tmp_path_factory.mktemp("authority"))
+
+
+@pytest.fixture
+def front(tmp_path, authority, monkeypatch):
+    """front(bus, kind, config): a proxy at bus.example that the clients trust, and that is ended with the test."""
+    real = socket.getaddrinfo
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *where: real(*["127.0.0.1", *where[1:]]))
+    monkeypatch.setenv("AGENT_BUS_STATE_DIR", str(tmp_path / "state"))
+    monkeypatch.setenv("AGENT_BUS_CA", authority.file)
+    monkeypatch.setenv("SSL_CERT_FILE", authority.file)  # for clients that do not know the other
+    with contextlib.ExitStack() as stack:
+
+        def front(bus, kind, config):
+            place = tmp_path / kind.__name__
+            place.mkdir()
+            return stack.enter_context(kind(place, bus, authority.sign("DNS:bus.example"), config))
+
+        yield front
+
+
+@pytest.fixture
+def closed(tmp_path):
+    """A bus as deploy/ means it: with tokens."""
+    with Server(tmp_path / "bus.db") as bus:
+        wanted = {"spark": [], "dell": [], "op": ["--operator"]}
+        with ThreadPoolExecutor() as pool:
+            tokens = pool.map(lambda name: invite(bus, name, *wanted[name]), wanted)
+            bus.tokens = dict(zip(wanted, tokens))
+        yield bus
+
+
+def invite(bus, *arguments):
+    command = [*COMMAND, "invite", *arguments, "--db", bus.db]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=PATIENCE).stdout
+    return re.search(r"abt_[0-9a-f]{8}_[\w-]{43}", printed)[0]
+
+
+def ask(front, method, path, token="", body=None, **options):
+    """(status, what was said) of one request through the proxy."""
+    peer = http.client.HTTPSConnection("bus.example", front.port, timeout=PATIENCE)
+    with contextlib.closing(peer):
+        peer.request(method, path, body, {"Authorization": f"Bearer {token}"}, **options)
+        answer = peer.getresponse()
+        return answer.status, answer.read()
+
+
+# ── As it is meant ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@ours
+def test_a_parked_reader_behind_the_proxy_is_woken_by_its_message(closed, front, monkeypatch, kind, config):
+    proxy = front(closed, kind, config)
+
+    def online():
+        agents = json.loads(ask(proxy, "GET", "/agents", closed.tokens["op"])[1])["agents"]
+        return [agent["name"] for agent in agents if agent["online"]] == ["dell"]
+
+    monkeypatch.setenv("AGENT_BUS_TOKEN", closed.tokens["dell"])
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(lambda: next(bus_recv.receive("dell", url=proxy.url, once=True)))
+        wait_until(online)
+        monkeypatch.setenv("AGENT_BUS_TOKEN", closed.tokens["spark"])
+        assert bus_send.send("dell", "T1", url=proxy.url)["receiver"]["online"]
+        assert waiting.result(timeout=5)["msg"] == "T1"
+
+
+@ours
+def test_the_help_names_the_url_of_the_proxy(closed, front, kind, config):
+    proxy = front(closed, kind, config)
+    status, text = ask(proxy, "GET", "/")
+    assert status == 200 and proxy.url.encode() in text
+
+
+@ours
+def test_a_bus_without_tokens_stays_shut_behind_the_proxy(bus, front, kind, config):
+    """There every stranger would be a neighbour on 127.0.0.1; the name in Host tells that they are none."""
+    status, text = ask(front(bus, kind, config), "GET", "/log")
+    assert status == 403 and b"does not answer to bus.example" in text
+
+
+@ours
+def test_a_large_body_is_refused_by_the_bus_and_a_huge_one_by_the_proxy(closed, front, kind, config):
+    proxy, token = front(closed, kind, config), closed.tokens["spark"]
+    status, text = ask(proxy, "POST", "/send?to=dell", token, b"x" * 262144)
+    assert status == 200
+    status, text = ask(proxy, "POST", "/send?to=dell", token, b"x" * 262145)
+    assert status == 413 and "nothing was stored" in json.loads(text)["error"]
+    with contextlib.suppress(OSError):  # it may hang up on the rest of such a body
+        assert ask(proxy, "POST", "/send?to=dell", token, b"x" * (11 << 20))[0] == 413
+    assert len(json.loads(ask(proxy, "GET", "/log", closed.tokens["op"])[1])["messages"]) == 1
+
+
+@ours
+def test_a_body_in_chunks_becomes_one_of_known_length_or_is_refused(closed, front, kind, config):
+    proxy, token = front(closed, kind, config), closed.tokens["spark"]
+    status, text = ask(proxy, "POST", "/send?to=dell", token, iter([b"in ", b"chunks"]), encode_chunked=True)
+    assert status == (200 if kind is Nginx else 501), text
+    stored = json.loads(ask(proxy, "GET", "/log", closed.tokens["op"])[1])["messages"]
+    assert [message["msg"] for message in stored] == (["in chunks"] if kind is Nginx else [])
+
+
+@needs("systemd-analyze")
+def test_the_unit_is_valid_and_leaves_the_bus_little_to_do_harm_with(tmp_path):
+    unit = tmp_path / "agent-bus.service"
+    unit.write_text(replaced((ROOT / "deploy" / unit.name).read_text(), **{"/usr/bin/python3": sys.executable}))
+    for check in (["verify"], ["security", "--offline=true", "--threshold=15"]):  # an exposure of 1.5, of 10
+        done = subprocess.run(["systemd-analyze", *check, str(unit)], capture_output=True, text=True, timeout=PATIENCE)
+        assert done.returncode == 0 and not done.stderr, done.stderr
+
+
+@needs("openssl")
+def test_a_certificate_made_as_documented_is_trusted(tmp_path, monkeypatch):
+    command = re.search(r"openssl req .*?bus\.pem", (ROOT / "docs" / "deploy.md").read_text(), re.DOTALL)[0]
+    command = replaced(command, **{"IP:10.0.0.5": "IP:127.0.0.1"})
+    subprocess.run(["sh", "-c", command], check=True, capture_output=True, cwd=tmp_path, timeout=PATIENCE)
+    monkeypatch.setenv("AGENT_BUS_CA", str(tmp_path / "bus.pem"))
+    options = ["--tls-cert", str(tmp_path / "bus.pem"), "--tls-key", str(tmp_path / "bus.key")]
+    with Server(tmp_path / "bus.db", *options) as bus:
+        assert bus_send.send("dell", "T1", url=bus.url.replace("http:", "https:"), sender="spark", patience=0)["ok"]
+
+
+# ── Backups ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def documented(command, place):
+    """Run this command of docs/deploy.md there; (exit code, what it said)."""
+    line = re.search(f"^python3 (bus_server.py {command} .*)$", (ROOT / "docs" / "deploy.md").read_text(), re.MULTILINE)
+    line = [sys.executable, *line[1].replace("bus_server.py", str(ROOT / "bus_server.py")).split()]
+    done = subprocess.run(line, cwd=place, capture_output=True, text=True, timeout=PATIENCE)
+    assert "Traceback" not in done.stderr
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_a_backup_taken_under_load_has_all_that_was_acknowledged_before(tmp_path):
+    """Senders and a reader notice nothing of it, and what it has is what the bus had at one moment."""
+    calm, elsewhere = threading.Event(), tmp_path / "elsewhere"
+    with Server(tmp_path / "bus.db") as bus, Conversation(new_client, bus.url, "dell") as talk:
+        talk.listen()
+        for sender in ("spark", "nano", "mini"):
+            talk.speak(sender, itertools.takewhile(lambda _: not calm.is_set(), map(str, itertools.count())))
+        talk.wait_for_sends(300)
+        before = list(talk.sent)
+        assert documented("backup", tmp_path)[0] == 0
+        talk.wait_for_sends(len(talk.sent) + 300)
+        calm.set()
+        assert talk.finish() == []
+        whole = observed(bus.url)
+    elsewhere.mkdir()
+    (tmp_path / "bus-copy.db").rename(elsewhere / "bus-copy.db")
+    assert documented("restore", elsewhere)[0] == 0
+    with Server(elsewhere / "bus.db") as restored:
+        copied = observed(restored.url)
+        assert restored.stop() == 0
+    assert {each.tick for each in before} <= {each.tick for each in copied}
+    assert copied == whole[: len(copied)] and len(copied) < len(whole)
+    with contextlib.closing(sqlite3.connect(restored.db)) as database:
+        assert database.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+
+
+def test_a_restored_bus_is_another_one_and_its_readers_miss_nothing_that_it_holds(tmp_path, monkeypatch):
+    """Both kinds of them; what they had read since the backup comes again under the id that it had."""
+    monkeypatch.setenv("AGENT_BUS_STATE_DIR", str(tmp_path / "state"))
+
+    def received():
+        messages = bus_recv.receive("dell", url=bus.url, once=True, timeout=0.2)
+        return [(message["msg"], message["id"]) for message in messages]
+
+    def poll(**query):
+        return json.loads(bus.get("/recv?" + urllib.parse.urlencode({"to": "dell", **query})))
+
+    with Server(tmp_path / "bus.db") as bus:
+        bus_send.send("dell", "zero", url=bus.url, sender="spark")
+        assert [msg for msg, _ in received()] == ["zero"] and received() == [], "its cursor is presented"
+        wait_until(lambda: saved_cursor(bus.db, "dell"))
+        one = bus_send.send("dell", "one", url=bus.url, sender="spark")["id"]
+        assert documented("backup", tmp_path)[0] == 0
+        bus_send.send("dell", "two", url=bus.url, sender="spark")
+        assert [msg for msg, _ in received()] == ["one", "two"]
+        old = poll(since="now")
+        bus.stop()
+        code, said = documented("restore", tmp_path)
+        assert code == 0 and "what was there before is in bus.db." in said
+        bus.start()
+        told = poll(since=old["now"], bus=old["bus"], block="true")
+        assert told["bus"] != old["bus"] and told["messages"] == []
+        assert received() == [("one", one)]
+        three = bus_send.send("dell", "three", url=bus.url, sender="spark")["id"]
+        assert received() == [("three", three)]
+        assert [message["id"] for message in poll(since=old["now"])["messages"]] == [three], "of the old contract"
+
+
+def saved_cursor(path, name):
+    """The cursor of a name as it is on disk, which is up to a second late."""
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        return database.execute("SELECT read FROM mailboxes WHERE name = ? AND read > 0", (name,)).fetchone()
+
+
+def test_what_was_there_before_a_restore_can_be_restored(tmp_path):
+    with Server(tmp_path / "bus.db") as bus:
+        assert documented("backup", tmp_path)[0] == 0
+        bus_send.send("dell", "since the backup", url=bus.url, sender="spark")
+        bus.kill()  # its log is still beside it
+        assert documented("restore", tmp_path)[0] == 0
+        bus.start()
+        assert observed(bus.url) == []
+        bus.stop()
+        (tmp_path / "bus-copy.db").unlink()
+        (aside,) = (path for path in tmp_path.glob("bus.db.[0-9]*") if path.name[7:].isdigit())
+        shutil.copy(f"{aside}-wal", tmp_path / "bus-copy.db-wal")
+        shutil.copy(aside, tmp_path / "bus-copy.db")
+        assert documented("restore", tmp_path)[0] == 0
+        bus.start()
+        assert [each.msg for each in observed(bus.url)] == ["since the backup"]
+
+
+@pytest.mark.slow("a dozen starts and commands, each a process")
+def test_a_restore_revokes_nothing_less_and_opens_nothing(tmp_path):
+    """Tokens that are in place stay; a bus that has none gets those of the copy, or is not restored."""
+    bus = Server(tmp_path / "bus.db")
+    spark, dell = invite(bus, "spark"), invite(bus, "dell")
+    assert (good(bus, spark), good(bus, dell)) == (True, True)
+    assert documented("backup", tmp_path)[0] == 0
+    subprocess.run([sys.executable, str(ROOT / "bus_server.py"), "revoke", "dell", "--db", bus.db], check=True)
+    assert documented("restore", tmp_path)[0] == 0
+    assert (good(bus, spark), good(bus, dell)) == (True, False)
+    (tmp_path / "bus.db.tokens").unlink()
+    assert documented("restore", tmp_path)[0] == 0
+    assert (good(bus, spark), good(bus, dell)) == (True, True)
+    (tmp_path / "bus.db.tokens").unlink()
+    (tmp_path / "bus-copy.db.tokens").unlink()
+    code, said = documented("restore", tmp_path)
+    assert code == 2 and "would be open" in said
+
+
+def good(bus, token):
+    """Does the bus, once it is started, know this token?"""
+    with bus:
+        peer = http.client.HTTPConnection("127.0.0.1", bus.port, timeout=PATIENCE)
+        peer.request("GET", "/agents", headers={"Authorization": f"Bearer {token}"})
+        status = peer.getresponse().status
+        peer.close()
+        assert status in (200, 401)
+        assert bus.stop() == 0  # so that it has saved that the token was used
+        return status == 200
+
+
+def test_a_copy_never_overwrites_and_a_running_bus_is_not_restored(tmp_path):
+    (tmp_path / "bus-copy.db").write_text("something else")
+    with Server(tmp_path / "bus.db") as bus:
+        bus_send.send("dell", "hi", url=bus.url, sender="spark")
+        assert documented("backup", tmp_path) == (2, "bus_server: bus-copy.db is there already: choose another name\n")
+        (tmp_path / "bus-copy.db").unlink()
+        assert documented("backup", tmp_path)[0] == 0
+        code, said = documented("restore", tmp_path)
+        assert code == 2 and "in use" in said
+        assert [each.msg for each in observed(bus.url)] == ["hi"]
+
+
+def test_the_files_of_a_bus_are_copied_and_come_back(tmp_path):
+    """Whole ones only. Those that are there stay as they are."""
+    with Server(tmp_path / "bus.db") as bus:
+        names = [put(bus, data) for data in (b"one", b"two")]
+        (tmp_path / "bus.db.blobs" / f"{'0' * 64}.part").write_bytes(b"half")
+        code, said = documented("backup", tmp_path)
+        assert code == 0 and "2 files" in said
+        bus.stop()
+        assert {file.name for file in (tmp_path / "bus-copy.db.blobs").iterdir()} == set(names)
+        (tmp_path / "bus.db.blobs" / names[0]).unlink()
+        code, said = documented("restore", tmp_path)
+        assert code == 0 and "1 files" in said
+        bus.start()
+        assert [bus.get(f"/blob/{name}") for name in names] == [b"one", b"two"]
+
+
+def put(bus, data):
+    """Store a file; returns its name."""
+    digest = hashlib.sha256(data).hexdigest()
+    request = urllib.request.Request(f"{bus.url}/blob/{digest}", data, method="PUT")
+    assert urllib.request.urlopen(request, timeout=PATIENCE).status == 201
+    return digest
+
+
+@pytest.mark.parametrize("fault", ["missing", "empty", "no database", "of something else", "damaged"])
+def test_what_is_no_whole_copy_of_a_bus_is_not_restored(tmp_path, fault):
+    copy = tmp_path / "bus-copy.db"
+    with Server(tmp_path / "bus.db") as bus:
+        urllib.request.urlopen(f"{bus.url}/send?from=spark&to=dell", b"hi" * 50000, timeout=PATIENCE)
+        bus.stop()
+        assert documented("backup", tmp_path)[0] == 0
+        if fault == "damaged":
+            whole = copy.read_bytes()
+            copy.write_bytes(whole[:8192] + b"\xff" * 4096 + whole[12288:])
+        else:
+            copy.unlink()
+        if fault == "of something else":
+            sqlite3.connect(copy).execute("CREATE TABLE t(x)").connection.close()
+        elif fault in ("empty", "no database"):
+            copy.write_text("" if fault == "empty" else "no database, but 25 words and more" * 40)
+        code, said = documented("restore", tmp_path)
+        assert code == 2 and said.startswith("bus_server: cannot copy the database bus-copy.db to bus.db.new: "), said
+        assert not (tmp_path / "bus.db.new").exists()
+        bus.start()
+        assert len(observed(bus.url)) == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="needs root, as an operator with sudo is")
+def test_what_root_restores_belongs_to_whom_the_bus_belongs_to(tmp_path):
+    with Server(tmp_path / "bus.db") as bus:
+        put(bus, b"a file")
+        invite(bus, "spark")
+        assert documented("backup", tmp_path)[0] == 0
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    os.chown(elsewhere, 65534, 65533)
+    for name in ("bus-copy.db", "bus-copy.db.tokens"):
+        shutil.copy(tmp_path / name, elsewhere / name)
+    shutil.copytree(tmp_path / "bus-copy.db.blobs", elsewhere / "bus-copy.db.blobs")
+    assert documented("restore", elsewhere)[0] == 0
+    (file,) = (elsewhere / "bus.db.blobs").iterdir()
+    assert file.parent.stat().st_uid == 65534 and file.parent.stat().st_mode & 0o777 == 0o700
+    for name in ("bus.db", "bus.db.tokens", "bus.db.lock", file):
+        status = (elsewhere / name).stat()
+        assert (status.st_uid, status.st_gid, status.st_mode & 0o777) == (65534, 65533, 0o600)
+
+
+# ── As it may be ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@needs("nginx")
+def test_nothing_is_lost_behind_nginx(tmp_path, front):
+    got, sent, over = {"dell": [], "nano": []}, [], threading.Event()
+
+    def read(name, messages):
+        for message in messages:
+            got[name].append(message["msg"])
+
+    with Server(tmp_path / "bus.db", "--allow-host", "bus.example") as bus:
+        proxy = front(bus, Nginx, around(OURS))
+        new = bus_recv.receive("dell", url=proxy.url)
+        old = old_client.receive(proxy.url, "nano", since=0, pause=over.wait)
+        threading.Thread(target=read, args=["dell", new], daemon=True).start()
+        threading.Thread(target=read, args=["nano", old], daemon=True).start()
+        for _ in range(20):
+            sent.append(f"T{len(sent)}")
+            bus_send.send(["dell", "nano"], sent[-1], url=proxy.url, sender="spark")
+        wait_until(lambda: len(got["dell"]) >= len(sent) <= len(got["nano"]))
+        over.set()
+    assert got == {"dell": sent, "nano": sent}
+
+
+# ── Where requests begin and end ─────────────────────────────────────────────────────────────────────────────────────
+
+CASES = [case for case in [*hostile.BROKEN, *hostile.WHOLE, *hostile.CUT] if "would wait" not in case.name]
+SHORT = ("client_header_timeout 1s; client_body_timeout 1s; keepalive_timeout 1s; lingering_timeout 1s; "
+         "large_client_header_buffers 4 32k;")  # fmt: skip
+
+
+def talk(front, sent):
+    """All that is answered to these bytes, up to the end that the proxy makes."""
+    heard = []
+    with socket.create_connection(("bus.example", front.port), PATIENCE) as sock, contextlib.suppress(ConnectionError):
+        peer = ssl.create_default_context().wrap_socket(sock, server_hostname="bus.example")
+        peer.sendall(sent)
+        heard.extend(iter(lambda: peer.recv(65536), b""))
+    return b"".join(heard).decode("latin-1")
+
+
+@needs("nginx")
+@pytest.mark.parametrize("server", [OURS, DEFAULT, POOLED], ids=["ours", "default", "pooled"])
+def test_nginx_and_the_bus_agree_where_each_request_begins_and_ends(tmp_path, front, server):
+    """Behind each case comes a send of mallory's: for both a request of its own, or for both a part of another.
+
+    So nothing is stored but what a 200 said, and the bus has answered what nginx passed on, no request more or less.
+    """
+    with Server(tmp_path / "bus.db", "--verbose") as bus:
+        proxy = front(bus, Nginx, around(server, SHORT + (UPSTREAM if server is POOLED else "")))
+        with ThreadPoolExecutor(64) as pool:
+            heard = "".join(pool.map(lambda case: talk(proxy, case.sent + hostile.SMUGGLED + LAST), CASES))
+        answered = Counter(re.findall(r'" (\d+) \d+$', bus.log.read_text(), re.MULTILINE))
+        stored = [message["id"] for message in json.loads(bus.get("/log?max=1000"))["messages"]]
+    assert sum(answered.values()) > 250
+    wait_until(lambda: Counter(re.findall(r'" (\d+)$', proxy.log.read_text(), re.MULTILINE)) == answered)
+    assert sorted(re.findall('{"ok": true, "ts": [^}]*"id": "([0-9a-f]+)"', heard)) == stored and len(stored) > 100

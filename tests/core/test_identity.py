@@ -1,0 +1,394 @@
+"""Who may speak and who may read: tokens, the browser gate, the refusal to open up to the world."""
+
+import contextlib
+import http.client
+import itertools
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from tests.kit.processes import COMMAND, PATIENCE, ROOT, Server, wait_until
+
+NAMES = ["alice", "bob", "carl", "dora", "eve"]
+
+
+def command(bus, *arguments):
+    """Run a command beside the bus, as an operator would; returns what it printed."""
+    done = subprocess.run(
+        [*COMMAND, *arguments, "--db", bus.db],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert done.returncode in (0, 1) and not done.stderr, done.stderr
+    return done.stdout
+
+
+def invite(bus, *arguments):
+    return re.search(r"abt_[0-9a-f]{8}_[\w-]{43}", command(bus, "invite", *arguments))[0]
+
+
+def ask(bus, method, path, body=None, token=None, **headers):
+    """(status, JSON) of one request."""
+    if token:
+        headers["Authorization"] = f"Bearer {token}"
+    peer = http.client.HTTPConnection("127.0.0.1", bus.port, timeout=PATIENCE)
+    with contextlib.closing(peer):
+        peer.request(
+            method,
+            path,
+            None if body is None else json.dumps(body),
+            {k.replace("_", "-"): v for k, v in headers.items()},
+        )
+        answer = peer.getresponse()
+        text = answer.read()
+        return answer.status, json.loads(text) if text[:1] in b"{[" else text
+
+
+@pytest.fixture(scope="module")
+def closed(tmp_path_factory):
+    """A bus with a token for each name, one that only sends, one that may read bob too, one of an operator."""
+    with Server(tmp_path_factory.mktemp("closed") / "bus.db") as bus:
+        grants = {name: [] for name in NAMES}
+        grants |= {"sensor": ["--send-only"], "boss": ["--also", "bob,carl"], "admin": ["--operator"]}
+        with ThreadPoolExecutor() as pool:
+            tokens = pool.map(lambda name: invite(bus, name, *grants[name]), grants)
+            bus.tokens = dict(zip(grants, tokens))
+        wait_until(lambda: ask(bus, "GET", "/agents")[0] == 401)
+        yield bus
+
+
+def may_read(who, name):
+    return who == "admin" or (who != "sensor" and name in (who, "all")) or (who == "boss" and name in ("bob", "carl"))
+
+
+def test_a_token_sends_only_as_itself(closed):
+    """Every token, every claimed sender, every mailbox."""
+    for who, claimed, to in itertools.product(closed.tokens, [*NAMES, None], NAMES):
+        message = {"to": to, "msg": "x", **({"from": claimed} if claimed else {})}
+        status, answer = ask(closed, "POST", "/send", message, closed.tokens[who])
+        assert status == (200 if claimed in (who, None) else 403), (who, claimed, to, answer)
+        if status == 200:
+            _, found = ask(closed, "GET", f"/message/{answer['id']}", token=closed.tokens["admin"])
+            assert found["message"]["from"] == who
+
+
+def test_a_token_reads_only_what_was_granted(closed):
+    for who, name in itertools.product(closed.tokens, [*NAMES, "sensor", "boss", "admin", "all"]):
+        status, answer = ask(closed, "GET", f"/recv?to={name}", token=closed.tokens[who])
+        assert status == (200 if may_read(who, name) else 403), (who, name, answer)
+        status, _ = ask(closed, "GET", f"/recv?to={who},{name}", token=closed.tokens[who])
+        assert (status == 200) == (may_read(who, name) and who != "sensor")
+
+
+def test_observing_everything_needs_an_operator(closed):
+    for who, token in closed.tokens.items():
+        assert ask(closed, "GET", "/log", token=token)[0] == (200 if who == "admin" else 403)
+        assert ask(closed, "GET", "/log?to=" + who, token=token)[0] == (200 if who == "admin" else 403)
+
+
+def test_a_message_is_shown_to_who_sent_it_and_who_may_read_it(closed):
+    for sender, to in itertools.product(NAMES, NAMES):
+        _, sent = ask(closed, "POST", "/send", {"to": to, "msg": "x"}, closed.tokens[sender])
+        for who, token in closed.tokens.items():
+            status, _ = ask(closed, "GET", f"/message/{sent['id']}", token=token)
+            assert status == (200 if who == sender or may_read(who, to) else 404), (sender, to, who)
+
+
+def test_work_is_handed_to_who_may_read_the_queue(closed):
+    for who, queue in itertools.product(closed.tokens, NAMES):
+        status, _ = ask(closed, "POST", "/claim", {"to": queue, "wait": 0}, closed.tokens[who])
+        assert status == (200 if may_read(who, queue) else 403), (who, queue)
+
+
+def test_a_question_is_asked_by_who_can_read_its_answer(closed):
+    for who, token in closed.tokens.items():
+        status, _ = ask(closed, "POST", "/ask?wait=0", {"to": "alice", "msg": "x"}, token)
+        assert status == (403 if who == "sensor" else 200), who
+
+
+def test_a_thread_shows_each_one_what_that_one_may_see(closed):
+    _, root = ask(closed, "POST", "/send", {"to": "dora", "msg": "root"}, closed.tokens["alice"])
+    reply = {"to": "eve", "msg": "reply", "reply_to": root["id"]}
+    ask(closed, "POST", "/send", reply, closed.tokens["dora"])
+    both = ["root", "reply"]
+    for who, seen in {"alice": ["root"], "dora": both, "eve": ["reply"], "admin": both}.items():
+        _, answer = ask(closed, "GET", f"/thread/{root['id']}", token=closed.tokens[who])
+        assert [message["msg"] for message in answer["messages"]] == seen, who
+    assert ask(closed, "GET", f"/thread/{root['id']}", token=closed.tokens["carl"])[0] == 404
+
+
+def test_a_message_is_recalled_by_its_sender_only(closed):
+    _, sent = ask(closed, "POST", "/send", {"to": "carl", "msg": "x"}, closed.tokens["eve"])
+    recalls = {who: ask(closed, "POST", "/recall", {"id": sent["id"]}, closed.tokens[who])[0] for who in NAMES}
+    assert recalls == {"alice": 404, "bob": 404, "carl": 403, "dora": 404, "eve": 200}
+
+
+def test_figures_are_for_an_operator_and_files_for_who_may_read(closed):
+    path = "/blob/" + "0" * 64
+    for who, token in closed.tokens.items():
+        assert ask(closed, "GET", "/metrics", token=token)[0] == (200 if who == "admin" else 403)
+        assert ask(closed, "GET", path, token=token)[0] == (403 if who == "sensor" else 404)
+    assert [ask(closed, method, path)[0] for method in ("GET", "PUT")] == [401, 401]
+
+
+def test_agents_and_inbox_show_counts_of_own_mailboxes_only(closed):
+    for name in NAMES:
+        ask(closed, "GET", f"/recv?to={name}", token=closed.tokens[name])
+    for who, token in closed.tokens.items():
+        inbox = ask(closed, "GET", "/inbox", token=token)[1]["recipients"].get("default", {})
+        assert all(may_read(who, name) for name in inbox), (who, inbox)
+        agents = ask(closed, "GET", "/agents", token=token)[1]["agents"]
+        assert set(NAMES) <= {agent["name"] for agent in agents}
+        for agent in agents:
+            assert ({"unread", "cursor", "address"} <= agent.keys()) == may_read(who, agent["name"]), (who, agent)
+
+
+@pytest.mark.parametrize("path", ["/recv?to=alice", "/log", "/agents", "/inbox", "/message/1", "/nothing"])
+def test_without_a_token_there_is_only_help(closed, path):
+    wrong = "abt_00000000_" + "x" * 43
+    for headers in (
+        {},
+        {"Authorization": "Bearer"},
+        {"Authorization": "Basic YTpi"},
+        {"Authorization": f"Bearer {wrong}"},
+        {"Authorization": f"Bearer {closed.tokens['alice']}x"},
+        {"Authorization": closed.tokens["alice"]},
+    ):
+        status, answer = ask(closed, "GET", path, **headers)
+        assert status == 401 and "token" in answer["error"], (headers, answer)
+    assert ask(closed, "POST", "/send", {"from": "alice", "to": "bob", "msg": "x"})[0] == 401
+    for public in ("/", "/healthz", "/bus_recv.py"):
+        assert ask(closed, "GET", public)[0] == 200
+
+
+def test_a_token_in_a_url_is_refused_and_not_logged(tmp_path):
+    with Server(tmp_path / "bus.db", "--verbose") as bus:
+        token = invite(bus, "alice")
+        status, answer = ask(bus, "GET", f"/recv?to=alice&token={token}")
+        assert status == 400 and "Authorization" in answer["error"]
+        wait_until(lambda: "400" in bus.log.read_text())
+        assert token[13:] not in bus.log.read_text()
+
+
+def test_a_secret_is_nowhere_but_with_its_owner(tmp_path):
+    """Not in the database, the tokens file, the log, an error, a command line."""
+    with Server(tmp_path / "bus.db", "--verbose") as bus:
+        token = invite(bus, "alice")
+        secret = token[13:]
+        errors = [
+            ask(bus, *request)
+            for request in (
+                ("POST", "/send", {"from": "bob", "to": "x", "msg": "x"}, token),
+                ("GET", "/log", None, token),
+                ("GET", "/recv?to=bob", None, token),
+                ("GET", "/recv?to=alice&since=x", None, token),
+                ("PUT", "/x", None, token),
+                ("GET", f"/recv?to={token}", None, token),
+                ("GET", "/recv?to=alice", None, token[:-1] + "!"),
+            )
+        ]
+        assert all(status >= 400 for status, _ in errors)
+        arguments = " ".join(bus.process.args)
+        assert bus.stop() == 0
+        assert secret not in repr(errors) + arguments
+        assert secret not in command(bus, "tokens")
+        for path in tmp_path.iterdir():
+            assert secret.encode() not in path.read_bytes(), path
+            assert path.name.endswith(".stderr") or path.stat().st_mode & 0o077 == 0, path
+
+
+def test_an_unknown_id_and_a_wrong_secret_take_as_long(closed):
+    """Medians of interleaved pairs on one connection; a measurement that was disturbed is taken again."""
+    peer = http.client.HTTPConnection("127.0.0.1", closed.port, timeout=PATIENCE)
+    known = closed.tokens["alice"][:12]
+
+    def took(token):
+        start = time.perf_counter()
+        peer.request("GET", "/agents", headers={"Authorization": f"Bearer {token}", "Connection": "keep-alive"})
+        assert peer.getresponse().read().startswith(b'{"error"')
+        return time.perf_counter() - start
+
+    for _ in range(5):
+        pairs = [(took("abt_ffffffff_" + "x" * 43), took(f"{known}_" + "x" * 43)) for _ in range(2000)]
+        unknown, wrong = (statistics.median(column) for column in zip(*pairs))
+        if abs(unknown - wrong) <= 0.05 * max(unknown, wrong):
+            return
+    pytest.fail(f"an unknown id takes {unknown * 1e6:.1f} us, a wrong secret {wrong * 1e6:.1f} us")
+
+
+def test_revoking_ends_a_parked_poll_and_everything_after(tmp_path):
+    with Server(tmp_path / "bus.db") as bus:
+        token, other = invite(bus, "alice"), invite(bus, "bob")
+        answers = []
+        reader = threading.Thread(
+            target=lambda: answers.append(ask(bus, "GET", "/recv?to=alice&block=true", token=token))
+        )
+        reader.start()
+        wait_until(lambda: ask(bus, "GET", "/agents", token=other)[1]["agents"])
+        assert "revoked" in command(bus, "revoke", "alice")
+        reader.join(PATIENCE)  # which is less than the 25 s that an empty poll is held
+        assert answers[0][0] == 401
+        assert ask(bus, "GET", "/recv?to=alice", token=token)[0] == 401
+        assert ask(bus, "GET", "/recv?to=bob", token=other)[0] == 200
+        command(bus, "revoke", "bob")
+        wait_until(lambda: ask(bus, "GET", "/recv?to=bob", token=other)[0] == 401)
+        assert ask(bus, "GET", "/recv?to=bob")[0] == 401, "a bus without a valid token fell open"
+        assert "revoked" in command(bus, "tokens")
+
+
+def test_the_first_token_closes_the_bus_also_for_who_is_parked(bus):
+    answers = []
+    reader = threading.Thread(target=lambda: answers.append(ask(bus, "GET", "/recv?to=alice&block=true")))
+    reader.start()
+    wait_until(lambda: ask(bus, "GET", "/agents")[1]["agents"])
+    invite(bus, "bob")
+    wait_until(lambda: ask(bus, "GET", "/agents")[0] == 401)
+    reader.join(PATIENCE)
+    assert answers[0][0] == 401
+
+
+def test_revoking_what_nobody_has_throws_nobody_out_of_an_open_bus(bus):
+    answers = []
+    reader = threading.Thread(target=lambda: answers.append(ask(bus, "GET", "/recv?to=alice&block=true&wait=2")))
+    reader.start()
+    wait_until(lambda: ask(bus, "GET", "/agents")[1]["agents"])
+    assert "has no token" in command(bus, "revoke", "typo")
+    reader.join(PATIENCE)
+    assert answers[0][0] == 200 and answers[0][1]["messages"] == []
+    assert not os.path.exists(f"{bus.db}.tokens") and not os.path.exists(f"{bus.db}.tokens.lock")
+
+
+def test_the_list_says_who_has_what_and_when_it_was_used(tmp_path):
+    with Server(tmp_path / "bus.db") as bus:
+        token = invite(bus, "alice", "--also", "team")
+        invite(bus, "sensor", "--send-only")
+        ask(bus, "GET", "/recv?to=alice", token=token)
+        assert bus.stop() == 0
+        lines = command(bus, "tokens").splitlines()
+        today = time.strftime("%Y-%m-%d", time.gmtime())
+        assert lines[1].split() == [token[:12], "alice", today, today, "send", "read", "read:team"]
+        assert lines[2].split()[1:] == ["sensor", today, "never", "send"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["invite"],
+        ["invite", "a b"],
+        ["invite", "ALL"],
+        ["invite", "x", "--also", "a b"],
+        ["invite", "x", "--send-only", "--operator"],
+        ["revoke"],
+    ],
+)
+def test_a_bad_command_is_refused_in_words(arguments, tmp_path):
+    done = subprocess.run(
+        [*COMMAND, *arguments, "--db", str(tmp_path / "bus.db")],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert done.returncode == 2 and "error:" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "bus.db.tokens").exists()
+
+
+def test_an_invitation_says_what_to_paste(tmp_path):
+    with Server(tmp_path / "bus.db") as bus:
+        text = command(bus, "invite", "dell")
+        for line in (
+            f"curl -fO {bus.url}/bus_recv.py",
+            f"export AGENT_BUS_URL={bus.url} AGENT_NAME=dell AGENT_BUS_TOKEN=abt_",
+            "python3 -u bus_recv.py dell",
+            "curl -K -",
+        ):
+            assert line in text
+        assert "https://bus.example" in command(bus, "invite", "nano", "--url", "https://bus.example")
+
+
+def test_the_world_is_not_let_in_without_identity(tmp_path):
+    start = [
+        sys.executable,
+        str(ROOT / "bus_server.py"),
+        "--host",
+        "0.0.0.0",
+        "--port",
+        "0",
+        "--db",
+        str(tmp_path / "bus.db"),
+    ]
+    done = subprocess.run(start, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 2 and "invite" in done.stderr and "--open" in done.stderr and done.stderr.count("\n") == 1
+    with Server(tmp_path / "bus.db", "--host", "0.0.0.0", "--open") as bus:
+        wait_until(lambda: "WARNING: anyone who can reach" in bus.log.read_text())
+        invite(bus, "alice")
+    with Server(tmp_path / "bus.db", "--host", "0.0.0.0") as bus:
+        assert ask(bus, "GET", "/agents")[0] == 401
+        assert bus.log.read_text().count("WARNING") == 1
+
+
+# The browser gate
+
+PAGES = [  # what a page of another site can make a browser send without asking us first
+    ("POST", "/send", {"Origin": "https://evil.example", "Content-Type": "text/plain"}),
+    ("POST", "/send", {"Origin": "null", "Content-Type": "text/plain"}),
+    ("POST", "/send", {"Origin": "http://evil.example", "Content-Type": "application/x-www-form-urlencoded"}),
+    ("POST", "/send", {"Origin": "http://evil.example", "Content-Type": "multipart/form-data; boundary=x"}),
+    ("POST", "/send?from=evil&to=bob", {"Origin": "http://evil.example", "Sec-Fetch-Mode": "no-cors"}),
+    ("POST", "/send", {"Sec-Fetch-Site": "cross-site"}),
+    ("POST", "/send", {"Sec-Fetch-Site": "same-site"}),
+    ("POST", "/send", {"Host": "evil.example", "Origin": "http://evil.example", "Sec-Fetch-Site": "same-origin"}),
+    ("POST", "/send", {"Host": "evil.example:8080", "Sec-Fetch-Site": "none"}),
+    ("GET", "/recv?to=bob", {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors"}),
+    ("GET", "/recv?to=bob", {"Host": "rebound.example", "Sec-Fetch-Site": "same-origin"}),
+    ("OPTIONS", "/send", {"Origin": "http://evil.example", "Access-Control-Request-Method": "POST"}),
+]
+
+
+@pytest.fixture(scope="module")
+def with_a_secret(tmp_path_factory):
+    """A bus with one message, which stays unread."""
+    with Server(tmp_path_factory.mktemp("secret") / "bus.db") as bus:
+        ask(bus, "POST", "/send", {"from": "alice", "to": "bob", "msg": "secret"})
+        yield bus
+
+
+@pytest.mark.parametrize(("method", "path", "headers"), PAGES)
+def test_a_page_of_another_site_stores_and_reads_nothing(with_a_secret, method, path, headers):
+    bus = with_a_secret
+    body = {"from": "evil", "to": "bob", "msg": "hello"} if method == "POST" else None
+    status, answer = ask(bus, method, path, body, **{name.replace("-", "_"): value for name, value in headers.items()})
+    assert status == 403 and "secret" not in repr(answer)
+    messages = ask(bus, "GET", "/log")[1]["messages"]
+    assert [message["from"] for message in messages] == ["alice"]
+    assert ask(bus, "GET", "/inbox")[1]["recipients"]["default"]["bob"] == 1
+
+
+def test_names_of_its_own_are_answered(tmp_path):
+    with Server(tmp_path / "bus.db", "--allow-host", "bus.example") as bus:
+        for host in (
+            f"127.0.0.1:{bus.port}",
+            "localhost:1",
+            "LOCALHOST",
+            "[::1]:8080",
+            "10.1.2.3",
+            "bus.example",
+            "Bus.Example:443",
+        ):
+            assert ask(bus, "GET", "/healthz", Host=host)[0] == 200, host
+            assert (
+                ask(bus, "GET", "/healthz", Host=host, Origin=f"http://{host}", Sec_Fetch_Site="same-origin")[0] == 200
+            )
+        for host in ("evil.example", "bus.example.evil", "localhost.evil", "127.0.0.1.nip.example", "1"):
+            assert ask(bus, "GET", "/healthz", Host=host)[0] == 403, host
+    with Server(tmp_path / "tokens.db") as bus:
+        token = invite(bus, "alice")
+        assert ask(bus, "GET", "/agents", token=token, Host="bus.behind.a.proxy")[0] == 200

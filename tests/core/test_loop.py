@@ -1,0 +1,155 @@
+"""Who has the turn: the thread that runs the loop, and while that waits for the disk the deputy."""
+import os
+import selectors
+import signal
+import socket
+import threading
+
+import pytest
+
+from bus_server import Log, Loop
+from tests.core.test_connection import Peer, a_bus, come_true, statuses, told
+from tests.core.test_connection import while_the_disk_is_busy as meanwhile
+from tests.kit.hostile import GET, HOST, WAITING, a_send, head
+from tests.kit.processes import PATIENCE
+
+
+@pytest.fixture
+def loop():
+    loop = Loop()
+    yield loop
+    loop.close()
+
+
+class Caller:
+    """At one end of a socket pair: what the loop calls when somebody writes at the other."""
+
+    def __init__(self, loop, action):
+        self.sock, self.other = socket.socketpair()
+        self.events, self.action = 0, action
+        loop.watch(self, selectors.EVENT_READ)
+        self.other.send(b"x")
+
+    def ready(self, events):
+        self.sock.recv(1)
+        self.action()
+
+    def close(self):
+        self.sock.close()
+        self.other.close()
+
+
+def test_while_the_disk_is_busy_everybody_but_the_senders_is_served():
+    with a_bus() as bus:
+        sender, reader, asker = Peer(bus), Peer(bus), Peer(bus)
+        who = []
+
+        def others():
+            who.append(threading.current_thread().name)
+            reader.says(WAITING)
+            asker.says(head(GET, HOST))
+            assert statuses(asker.heard) == [200] and not sender.heard and bus.mailboxes.parked
+
+        meanwhile(bus, others)
+        sender.says(a_send("alice", to="carl"))
+        assert told(sender)[0] == 200 and who == ["deputy"]
+        assert [each["msg"] for each in told(reader)[1]["messages"]] == ["hello"], "parked meanwhile, and woken"
+
+
+def test_what_is_sent_while_the_disk_is_busy_is_the_next_transaction():
+    with a_bus() as bus:
+        first, second, third = Peer(bus), Peer(bus), Peer(bus)
+        batches, committed = [], bus.journal.committed
+
+        def count(batch):
+            batches.append(len(batch.sends))
+            committed(batch)
+
+        bus.journal.committed = count
+        meanwhile(bus, lambda: [each.says(a_send("bob")) for each in (second, third)])
+        first.says(a_send("alice"))
+        come_true(lambda: third.heard)
+        assert [statuses(each.heard) for each in (first, second, third)] == [[200]] * 3 and batches == [1, 2]
+
+
+def test_a_disk_that_is_fast_needs_no_deputy(monkeypatch):
+    monkeypatch.setattr(Loop, "PATIENCE", 2)  # s; longer than a commit to memory takes, and the end waits for it
+    with a_bus() as bus:
+        sender, threads, commit = Peer(bus), set(), bus.store.commit
+        bus.store.commit = lambda batch: (threads.add(threading.current_thread()), commit(batch))
+        for _ in range(50):
+            sender.says(a_send("alice"))
+        assert len(statuses(sender.heard)) < 50
+        come_true(lambda: len(statuses(sender.heard)) == 50)
+        assert threads == {threading.current_thread()}
+        monkeypatch.setattr(Loop, "PATIENCE", 0)  # for the end of this one
+
+
+def test_a_failing_disk_is_told_also_when_it_took_its_time(monkeypatch, capfd):
+    def fails(log, batch):
+        busy.wait(PATIENCE)
+        raise OSError("it is broken")
+
+    busy = threading.Event()
+    with a_bus() as bus:
+        monkeypatch.setattr(Log, "commit", fails)
+        bus.loop.tell(busy.set)
+        sender = Peer(bus)
+        sender.says(a_send("alice"))
+        assert told(sender)[0] == 503 and bus.broken
+    assert "it is broken" in capfd.readouterr().err
+
+
+def test_a_signal_is_heard_while_the_main_thread_waits_for_the_disk(loop):
+    heard, disk = [], threading.Event()
+    before = signal.getsignal(signal.SIGUSR1)
+    loop.on_signal(signal.SIGUSR1, lambda: (heard.append(threading.current_thread().name), disk.set()))
+    try:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        loop.aside(lambda: disk.wait(PATIENCE))
+        loop.every(0.01, lambda: None)
+        loop.run(lambda: heard)
+    finally:
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGUSR1, before)
+    assert heard == ["deputy"]
+
+
+def test_an_error_in_serving_one_is_told_and_the_others_are_served(loop, capfd):
+    served = []
+    callers = [Caller(loop, lambda: 1 / 0), Caller(loop, lambda: served.append(1))]
+    loop.soon(lambda: 1 / 0)
+    loop.soon(lambda: served.append(2))
+    loop.run(lambda: len(served) == 2)
+    assert capfd.readouterr().err.count("ZeroDivisionError") == 2
+    for caller in callers:
+        caller.close()
+
+
+@pytest.mark.parametrize("who", ["the thread that runs it", "the deputy"])
+def test_an_error_in_what_was_planned_ends_the_loop(loop, who):
+    """Without sweeps no poll would ever be answered."""
+    over = threading.Event()
+    loop.later(0, lambda: 1 / 0)
+    if who == "the deputy":
+        loop.soon(lambda: loop.aside(lambda: over.wait(PATIENCE / 10)))
+        loop.timers = [(due + 0.001, number, action) for due, number, action in loop.timers]
+    with pytest.raises(ZeroDivisionError):
+        loop.run(lambda: False)
+
+
+def test_what_is_due_comes_in_its_order_and_not_before(loop):
+    came = []
+    for patience in (0.02, 0.0, 0.01):
+        loop.later(patience, lambda patience=patience: came.append(patience))
+    loop.run(lambda: len(came) == 3)
+    assert came == [0.0, 0.01, 0.02]
+
+
+def test_what_was_put_off_behind_a_commit_does_not_wait_for_the_disk(loop):
+    """The next piece of a file, for example, that somebody downloads."""
+    who, done = [], threading.Event()
+    loop.soon(lambda: loop.aside(lambda: who.append(done.wait(PATIENCE / 10))))
+    loop.soon(done.set)
+    loop.serve()
+    assert who == [True]

@@ -1,0 +1,235 @@
+"""Every answer has the members that docs/openapi.json lists for it, and no others.
+
+`ask_for_everything` asks for each status of each operation. A new endpoint, status or member needs a line there, and a
+test names what has none.
+"""
+import contextlib
+import hashlib
+import http.client
+import json
+import shutil
+import threading
+from urllib.parse import urlsplit
+
+import pytest
+
+from tests.core.test_openapi import API, described, operations, resolved
+from tests.core.test_operations import run
+from tests.kit.processes import PATIENCE, ROOT, Server, wait_until
+
+SENDERS_OWN = set(API["components"]["schemas"]["Draft"]["properties"])  # a message has those that its sender gave it
+KINDS = {"object": dict, "array": list, "null": type(None)}
+FILE = b"what is in a file"
+SHA = hashlib.sha256(FILE).hexdigest()
+
+
+def differences(value, schema, place, seen):
+    """What a value lacks or has too much, in words; `seen` collects (where a member is listed, the member)."""
+    if "$ref" in schema:
+        place = schema["$ref"].rpartition("/")[2]
+    schema = resolved(schema)
+    if "oneOf" in schema:
+        tried = []
+        for number, choice in enumerate(schema["oneOf"]):
+            members = set()
+            tried.append((list(differences(value, choice, f"{place}, choice {number}", members)), members))
+        found, members = min(tried, key=lambda each: len(each[0]))
+        seen |= members
+        yield from found
+    elif schema.get("type") in KINDS and not isinstance(value, KINDS[schema["type"]]):
+        yield f"{place} is {value!r}, not of type {schema['type']}"
+    elif isinstance(value, list):
+        for each in value:
+            yield from differences(each, schema["items"], place, seen)
+    elif isinstance(value, dict):
+        listed, more = schema.get("properties", {}), schema.get("additionalProperties")
+        for name in schema.get("required", []):
+            if name not in value:
+                yield f"{place} has no {name}"
+        for name, inner in value.items():
+            if name in listed:
+                seen.add((place, name))
+                yield from differences(inner, listed[name], f"{place}.{name}", seen)
+            elif isinstance(more, dict):
+                yield from differences(inner, more, f"{place}.*", seen)
+            elif not (more and name in SENDERS_OWN):
+                yield f"{place}.{name} is not listed"
+
+
+class Compared:
+    """A bus; each of its answers is compared with the document."""
+
+    def __init__(self, bus):
+        self.bus = bus
+        self.differences = set()
+        self.seen = set()  # (where the document lists it, a member)
+        self.answered = set()  # (method, path, status), as in the document
+
+    def ask(self, method, target, body=None, **headers):
+        """The answer: a value if it is JSON, else bytes."""
+        peer = http.client.HTTPConnection("127.0.0.1", self.bus.port, timeout=PATIENCE)
+        with contextlib.closing(peer):
+            headers = {name.replace("_", "-"): value for name, value in headers.items()}
+            peer.request(method, target, json.dumps(body) if isinstance(body, (dict, list)) else body, headers)
+            answer = peer.getresponse()
+            text = answer.read()
+        operation = described(method, urlsplit(target).path)
+        status, kind = str(answer.status), answer.headers["Content-Type"].partition(";")[0]
+        here = f"{operation['operationId']} {status}"
+        listed = status if status in operation["responses"] else f"{status[0]}XX"
+        response = resolved(operation["responses"][listed])
+        self.answered.add((operation["operationId"], listed))
+        for name, header in response.get("headers", {}).items():
+            if name not in answer.headers and (kind == "text/plain" or "text/plain" not in header["description"]):
+                self.differences.add(f"{here} has no header {name}")
+        if kind not in response["content"]:
+            self.differences.add(f"{here} is {kind}, which is not listed")
+        elif kind == "application/json":
+            value = json.loads(text)
+            self.differences.update(differences(value, response["content"][kind]["schema"], here, self.seen))
+            return value
+        return text
+
+    def send(self, to, **members):
+        return self.ask("POST", "/send", {"from": "ann", "to": to, "msg": "x", **members})
+
+    def claim(self):
+        [job] = self.ask("POST", "/claim", {"to": "builds", "wait": 0, "worker": "w1"})["messages"]
+        return {"id": job["id"], "lease": job["lease"]}
+
+    def answered_question(self):
+        """The id of one that ann asks and dora answers."""
+        def answer():
+            def questions():
+                return [each for each in self.ask("GET", "/recv?to=dora")["messages"] if each["msg"] == "?"]
+
+            [question] = wait_until(questions)
+            self.send("ann", **{"from": "dora", "reply_to": question["id"]})
+
+        replier = threading.Thread(target=answer)
+        replier.start()
+        order = {"from": "ann", "to": "dora", "msg": "?", "key": "question"}
+        asked = self.ask("POST", f"/ask?wait={PATIENCE / 2}", order)
+        replier.join(PATIENCE)
+        assert asked["reply"]
+        return asked["id"]
+
+
+def ask_for_everything(compared):
+    ask, send = compared.ask, compared.send
+    for path in ("/healthz", "/metrics", "/", "/bus_recv.py", "/bus_send.py", "/bus_listener.sh"):
+        ask("GET", path)
+        ask("GET", path, Host="evil.example")
+
+    every = {"subject": "s", "type": "t", "priority": "high", "content_type": "text/plain", "ttl": 60, "key": "k"}
+    first = send("dell", **every)["id"]
+    send("dell", **every)
+    send("dell", **{**every, "msg": "another text of the same key"})
+    send(["dell", "nano"], reply_to=first)
+    send("all")
+    ask("POST", "/send", [{"from": "ann", "to": to, "msg": "x"} for to in (["dell", "nano"], "eve")])
+    send("not a name")
+
+    question = compared.answered_question()
+    ask("POST", "/ask", {"from": "ann", "to": "dora", "msg": "another text", "key": "question"})
+    for to in ("dell", ["dell", "nano"]):
+        ask("POST", "/ask?wait=0", {"from": "ann", "to": to, "msg": "?"})
+    ask("POST", "/ask", {})
+
+    for where in ("/recv?to=dell", "/log?x=y"):
+        now = ask("GET", where)["now"]
+        ask("GET", where, Accept="text/plain")
+        ask("GET", f"{where}&since={now}")
+        ask("GET", f"{where}&max=x")
+    for path in ("/inbox", "/agents"):
+        ask("GET", path)
+        ask("GET", path, Host="evil.example")
+    for path in ("/message", "/thread"):
+        for ident in (first, question, "1", "x"):
+            ask("GET", f"{path}/{ident}")
+        ask("GET", f"{path}/{first}", Host="evil.example")
+
+    recalled = send("nano")["id"]
+    for ident in (recalled, recalled, first, "1", ""):
+        ask("POST", "/recall", {"id": ident})
+    ask("GET", f"/message/{recalled}")
+
+    for way, more in (("ack", {}), ("nack", {"delay": 0, "reason": "no"}), ("extend", {"seconds": 60})):
+        jobs = [send("builds")["id"], compared.claim()]
+        ask("GET", f"/message/{jobs[0]}")
+        ask("POST", f"/{way}", {**jobs[1], **more})
+        ask("GET", f"/message/{jobs[0]}")
+        ask("POST", f"/{way}", {**jobs[1], "lease": "another's"})
+        ask("POST", f"/{way}", {})
+        if way == "nack":
+            ask("POST", "/ack", compared.claim())
+    ask("POST", "/claim", {"to": "builds", "wait": 0})
+    ask("POST", "/claim", {})
+
+    half = len(FILE) // 2
+    ask("GET", f"/blob/{SHA}")
+    for begin, end in ((0, half), (0, half), (half, len(FILE))):
+        ask("PUT", f"/blob/{SHA}", FILE[begin:end], Content_Range=f"bytes {begin}-{end - 1}/{len(FILE)}")
+    ask("PUT", f"/blob/{SHA}", FILE)
+    ask("PUT", f"/blob/{'0' * 64}", FILE)
+    ask("PUT", f"/blob/{'0' * 64}", b"x", Content_Range="bytes 7-7/9")
+    ask("PUT", "/blob/x", b"x")
+    ask("GET", f"/blob/{SHA}")
+    ask("GET", f"/blob/{SHA}", Range="bytes=3-")
+    ask("GET", f"/blob/{SHA}", Range=f"bytes={len(FILE)}-")
+    ask("GET", "/blob/x")
+
+    assert run("prune", "--older", "0", "--pending", "--db", compared.bus.db)[0] == 0
+    assert ask("GET", f"/recv?to=dell&since={int(first, 16) / 1e6 - 1:.6f}")["gap"]
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    """Two buses that were asked for everything: the second has no clients beside its file."""
+    folder = tmp_path_factory.mktemp("compared")
+    with Server(folder / "bus.db") as bus:
+        compared = Compared(bus)
+        ask_for_everything(compared)
+    shutil.copy(ROOT / "bus_server.py", folder)
+    with Server(folder / "alone.db", program=("-S", str(folder / "bus_server.py"))) as compared.bus:
+        for path in ("/bus_recv.py", "/bus_send.py", "/bus_listener.sh"):
+            compared.ask("GET", path)
+    return compared
+
+
+def test_every_answer_has_the_members_that_the_document_lists_and_no_others(compared):
+    assert compared.differences == set()
+
+
+def test_every_status_that_the_document_lists_was_answered(compared):
+    listed = {(operation["operationId"], status) for _, _, operation in operations()
+              for status in operation["responses"] if status != "5XX"}  # a defect, or a machine that fails
+    assert listed - compared.answered == set()
+
+
+def listed_members(schema, place, done):
+    """Those of a schema and of all in it, as `differences` names them."""
+    if "$ref" in schema:
+        place = schema["$ref"].rpartition("/")[2]
+        if place in done:
+            return
+        done.add(place)
+    schema = resolved(schema)
+    for number, choice in enumerate(schema.get("oneOf", [])):
+        yield from listed_members(choice, f"{place}, choice {number}", done)
+    for name, inner in schema.get("properties", {}).items():
+        yield place, name
+        yield from listed_members(inner, f"{place}.{name}", done)
+    for inner in (schema.get("items"), schema.get("additionalProperties")):
+        if isinstance(inner, dict):
+            yield from listed_members(inner, place, done)
+
+
+def test_every_member_that_the_document_lists_was_in_an_answer(compared):
+    listed, done = set(), set()
+    for _, _, operation in operations():
+        for status, response in operation["responses"].items():
+            for kind, content in resolved(response)["content"].items():
+                if kind == "application/json" and status != "5XX":
+                    listed |= set(listed_members(content["schema"], f"{operation['operationId']} {status}", done))
+    assert len(listed) > 60 and listed - compared.seen == set()

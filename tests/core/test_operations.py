@@ -1,0 +1,165 @@
+"""What the one who runs a bus uses: prune, metrics, schemas."""
+import http.client
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from tests.kit.processes import COMMAND, PATIENCE, ROOT, Server, wait_until
+
+
+def run(*arguments):
+    done = subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=PATIENCE)
+    return done.returncode, done.stdout, done.stderr
+
+
+def send(bus, to="bob", msg="x", **members):
+    peer = http.client.HTTPConnection("127.0.0.1", bus.port, timeout=PATIENCE)
+    peer.request("POST", "/send", json.dumps({"from": "alice", "to": to, "msg": msg, **members}))
+    answer = peer.getresponse()
+    return answer.status, json.loads(answer.read())
+
+
+def mail(bus, name):
+    return [each["msg"] for each in json.loads(bus.get(f"/log?to={name}&max=1000"))["messages"]]
+
+
+def test_prune_removes_what_was_fetched_and_says_what_stays(bus):
+    for number in range(3):
+        send(bus, "bob", str(number))
+        send(bus, "eve", str(number))
+    bus.get("/recv?to=bob")
+    dry = "prune", "--older", "0", "--dry-run", "--db", bus.db
+    wait_until(lambda: "6 messages are so old; 3 that nobody has fetched or done stay" in run(*dry)[1])
+    assert len(mail(bus, "bob")) == 3, "a dry run removes nothing"
+    code, out, _ = run("prune", "--older", "0", "--db", bus.db)
+    assert code == 0 and out.endswith("3 removed\n") and (mail(bus, "bob"), len(mail(bus, "eve"))) == ([], 3)
+    code, out, _ = run("prune", "--older", "0", "--pending", "--db", bus.db)
+    assert code == 0 and out.endswith("3 removed\n") and mail(bus, "eve") == []
+
+
+def test_prune_needs_no_server_and_spares_the_young(bus):
+    for number in range(1200):
+        send(bus, "bob", str(number))
+    bus.stop()
+    assert run("prune", "--older", "1h", "--db", bus.db)[1] == "0 messages are so old\n"
+    assert run("prune", "--older", "0", "--pending", "--db", bus.db)[1].endswith("1200 removed\n")
+    bus.start()
+    assert mail(bus, "bob") == []
+
+
+def test_prune_of_no_database_is_one_clear_line(tmp_path):
+    code, out, err = run("prune", "--db", tmp_path / "none.db")
+    assert code == 2 and not out and err.startswith("bus_server: cannot read the database") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("garbage", [b"", b"[0, NaN, true]", b"[{}, [], 1]", b"[" * 100000, b"[0, %d, true]" % 10**30,
+                                     b"\xff", b"null"])  # fmt: skip
+def test_an_order_that_makes_no_sense_harms_nobody(bus, garbage):
+    pathlib.Path(f"{bus.db}.prune").write_bytes(garbage)
+    json.loads(bus.get("/recv?to=bob&wait=0.3"))  # the sweep that ends this poll then looks for orders
+    assert send(bus)[0] == 200 and bus.process.poll() is None
+    code, out, _ = run("prune", "--older", "0", "--pending", "--db", bus.db)
+    assert code == 0 and out.endswith("1 removed\n") and mail(bus, "bob") == []
+
+
+def test_prune_ends_though_the_server_ends_before_it(bus):
+    send(bus)
+    bus.process.send_signal(signal.SIGSTOP)  # it has the database and does nothing
+    command = [sys.executable, str(ROOT / "bus_server.py"), "prune", "--older", "0", "--pending", "--db", bus.db]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as pruning:
+        wait_until(pathlib.Path(f"{bus.db}.prune").exists)
+        bus.kill()
+        assert pruning.communicate(timeout=PATIENCE)[0].endswith("1 removed\n") and pruning.returncode == 0
+    assert not pathlib.Path(f"{bus.db}.prune").exists()
+
+
+def test_ctrl_c_ends_a_prune_without_a_traceback(bus):
+    send(bus)
+    bus.process.send_signal(signal.SIGSTOP)
+    command = [sys.executable, str(ROOT / "bus_server.py"), "prune", "--older", "0", "--pending", "--db", bus.db]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as pruning:
+        wait_until(pathlib.Path(f"{bus.db}.prune").exists)
+        pruning.send_signal(signal.SIGINT)
+        assert pruning.communicate(timeout=PATIENCE)[1] == "" and pruning.returncode == 130
+
+
+def test_times_longer_than_there_has_been_time_are_all_of_it(tmp_path):
+    with Server(tmp_path / "bus.db", "--keep", "999999999d") as bus:
+        send(bus)
+        assert run("prune", "--older", "999999999d", "--db", bus.db)[:2] == (0, "0 messages are so old\n")
+        assert mail(bus, "bob") == ["x"] and bus.stop() == 0
+
+
+def values(bus):
+    """The metrics as a program of others reads them, where it is installed; else line by line."""
+    text = bus.get("/metrics").decode()
+    try:
+        from prometheus_client.parser import text_string_to_metric_families
+    except ImportError:
+        lines = [line.rpartition(" ") for line in text.splitlines() if not line.startswith("#")]
+        return {name: float(value) for name, _, value in lines}
+    found = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            labels = ",".join(f'{label}="{value}"' for label, value in sample.labels.items())
+            found[sample.name + (f"{{{labels}}}" if labels else "")] = sample.value
+    return found
+
+
+def test_the_metrics_tell_what_happened(bus):
+    send(bus, "bob", "one")
+    send(bus, ["bob", "eve"], "two")
+    assert send(bus, "not a name")[0] == 400
+    bus.get("/recv?to=bob&max=1")
+    found = values(bus)
+    assert (found["agent_bus_sends_total"], found["agent_bus_messages_total"]) == (2, 3)
+    assert found["agent_bus_delivered_total"] == 1 and found['agent_bus_refused_total{status="400"}'] == 1
+    assert found['agent_bus_unread{channel="default",name="bob"}'] == 2
+    assert found['agent_bus_oldest_unread_seconds{channel="default",name="eve"}'] > 0
+    assert 0 < found["agent_bus_commit_seconds_max"] <= found["agent_bus_commit_seconds_total"]
+
+
+WITH_PACKAGES = [str(ROOT / "bus_server.py")]
+SCHEMA = {"type": "object", "required": ["build"], "properties": {"build": {"type": "integer", "minimum": 1}}}
+
+
+@pytest.fixture
+def schemas(tmp_path):
+    pytest.importorskip("jsonschema")
+    folder = tmp_path / "schemas"
+    folder.mkdir()
+    (folder / "build.done.json").write_text(json.dumps(SCHEMA))
+    return folder
+
+
+def test_a_message_that_does_not_fit_its_type_is_refused_with_the_member_named(schemas, tmp_path):
+    with Server(tmp_path / "bus.db", "--schemas", schemas, program=WITH_PACKAGES) as bus:
+        assert send(bus, type="build.done", build=7)[0] == send(bus, type="unknown")[0] == send(bus)[0] == 200
+        status, answer = send(bus, type="build.done", build=0)
+        assert status == 422 and answer["error"].startswith("build does not fit the type build.done: 0 is less")
+        assert send(bus, type="build.done")[0] == 422
+        assert mail(bus, "bob") == ["x"] * 3
+
+
+def test_a_strict_bus_refuses_types_it_does_not_know(schemas, tmp_path):
+    with Server(tmp_path / "bus.db", "--schemas", schemas, "--strict", program=WITH_PACKAGES) as bus:
+        assert [send(bus, type="build.done", build=7)[0], send(bus, type="unknown")[0], send(bus)[0]] == [200, 422, 422]
+
+
+def test_schemas_that_cannot_be_used_are_one_clear_line(schemas, tmp_path):
+    (schemas / "bad.json").write_text('{"type": 7}')
+    assert "bad.json is not a JSON Schema" in run("--port", 0, "--db", tmp_path / "a.db", "--schemas", schemas)[2]
+    (tmp_path / "empty").mkdir()
+    assert "no TYPE.json" in run("--port", 0, "--db", tmp_path / "b.db", "--schemas", tmp_path / "empty")[2]
+
+
+def test_without_the_package_schemas_are_one_clear_line(tmp_path):
+    code = "import sys; sys.modules['jsonschema'] = None; import bus_server; sys.exit(bus_server.main(sys.argv[1:]))"
+    done = subprocess.run([sys.executable, "-c", code, "--port", "0", "--db", str(tmp_path / "c.db"), "--schemas", "."],
+                          capture_output=True, text=True, timeout=PATIENCE, cwd=ROOT, env=dict(os.environ))  # fmt: skip
+    assert done.returncode == 2 and "pip install 'agent-bus[schemas]'" in done.stderr and done.stderr.count("\n") == 1

@@ -1,0 +1,291 @@
+"""The server as a process: how it starts, refuses to start, drains, removes what is old, and tells."""
+import contextlib
+import http.client
+import json
+import os
+import queue
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from bus_server import Bus, Gate, Log, Poll, Removal, Send, Storms, Tokens, draft
+from tests.kit.processes import PATIENCE, ROOT, Server, free_port, wait_until
+
+
+def refused(*options, **env):
+    """Start a server that must not start; returns its one line."""
+    command = [sys.executable, str(ROOT / "bus_server.py"), *map(str, options)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, env={**os.environ, **env})
+    assert done.returncode == 2 and not done.stdout, done
+    assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr, done.stderr
+    return done.stderr
+
+
+def send(bus, to="bob", msg="x", **members):
+    peer = http.client.HTTPConnection("127.0.0.1", bus.port, timeout=PATIENCE)
+    with contextlib.closing(peer):
+        peer.request("POST", "/send", json.dumps({"from": "alice", "to": to, "msg": msg, **members}))
+        return json.loads(peer.getresponse().read())
+
+
+def recv(bus, query):
+    return json.loads(bus.get(f"/recv?{query}"))
+
+
+def test_a_busy_port_is_one_clear_line(bus, tmp_path):
+    assert f"port {bus.port}: Address already in use\n" in refused("--port", bus.port, "--db", tmp_path / "other.db")
+
+
+def test_a_second_server_on_the_same_database_is_one_clear_line(bus):
+    assert "in use by another bus_server" in refused("--port", 0, "--db", bus.db)
+
+
+def test_an_unusable_database_is_one_clear_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "text.db").write_text("this is no database " * 100)
+    assert "File exists" in refused("--port", 0, "--db", tmp_path / "file" / "bus.db")
+    assert "not a database" in refused("--port", 0, "--db", tmp_path / "text.db")
+    newer = sqlite3.connect(tmp_path / "newer.db")
+    newer.execute("PRAGMA user_version=99")
+    newer.close()
+    assert "newer bus_server" in refused("--port", 0, "--db", tmp_path / "newer.db")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_read_only_folder_is_one_clear_line(tmp_path):
+    tmp_path.chmod(0o500)
+    assert "Permission denied" in refused("--port", 0, "--db", tmp_path / "bus.db")
+
+
+@pytest.mark.parametrize(
+    "options", [["--port", "70000"], ["--keep", "soon"], ["--max-body", "5"], ["--host", "not a host"]]
+)
+def test_bad_options_end_with_2(options, tmp_path):
+    command = [sys.executable, str(ROOT / "bus_server.py"), "--port", "0", "--db", str(tmp_path / "bus.db"), *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and done.stderr.strip()
+
+
+def test_the_default_database_is_under_the_users_state_and_private(tmp_path):
+    port, env = free_port(), {**os.environ, "HOME": str(tmp_path)}
+    env.pop("XDG_STATE_HOME", None)
+    command = [sys.executable, str(ROOT / "bus_server.py"), "--port", str(port)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env) as server:
+        assert server.stdout.readline() == f"listening on http://127.0.0.1:{port}\n"
+        path = tmp_path / ".local" / "state" / "agent-bus" / "bus.db"
+        assert server.stdout.readline() == f"messages are in {path}\n"
+        assert path.stat().st_mode & 0o777 == 0o600 and path.parent.stat().st_mode & 0o777 == 0o700
+        server.terminate()
+        assert server.wait(PATIENCE) == 0
+
+
+def test_binding_the_world_warns_loudly(tmp_path):
+    with Server(tmp_path / "bus.db", "--host", "0.0.0.0", "--open") as bus:
+        wait_until(lambda: "WARNING: anyone who can reach 0.0.0.0" in bus.log.read_text())
+    with Server(tmp_path / "quiet.db") as bus:
+        bus.get("/healthz")
+        assert bus.log.read_text() == ""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_drain_answers_the_parked_and_exits_0(bus, number):
+    answers = []
+    reader = threading.Thread(target=lambda: answers.append(recv(bus, "to=bob&since=0&block=true")))
+    reader.start()
+    wait_until(lambda: b'"bob"' in bus.get("/agents"))
+    bus.process.send_signal(number)
+    assert bus.process.wait(PATIENCE) == 0
+    reader.join(PATIENCE)
+    assert answers[0]["messages"] == []
+
+
+def test_a_drain_refuses_what_is_half_there_in_words(bus):
+    with socket.create_connection(("127.0.0.1", bus.port), timeout=PATIENCE) as peer:
+        peer.sendall(b"POST /send HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
+        wait_until(lambda: bus.get("/healthz"))
+        bus.process.terminate()
+        answer = b"".join(iter(lambda: peer.recv(65536), b""))
+    assert answer.startswith(b"HTTP/1.1 503 ") and b"Retry-After: 1" in answer and b'{"error"' in answer
+    assert bus.process.wait(PATIENCE) == 0
+
+
+def test_marks_survive_a_restart(bus):
+    first = send(bus, "bob")
+    recv(bus, f"to=bob&since={first['ts']}")
+    later = send(bus, "bob", "later")
+    assert bus.stop() == 0
+    bus.start()
+    [message] = recv(bus, "to=bob&since=last")["messages"]
+    assert message["id"] == later["id"]
+    [agent] = json.loads(bus.get("/agents"))["agents"]
+    assert agent["name"] == "bob" and agent["last_seen"] > 0
+
+
+def test_a_reader_that_hangs_up_while_its_cursor_is_written_down_is_not_parked(bus):
+    with socket.create_connection(("127.0.0.1", bus.port), timeout=PATIENCE) as peer:
+        ahead = f"to=bob&since={time.time() + 100:.6f}&wait=60"
+        peer.sendall(f"GET /recv?{ahead} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+        peer.shutdown(socket.SHUT_WR)
+        assert b'"messages": []' in b"".join(iter(lambda: peer.recv(65536), b""))
+
+
+def test_a_group_that_somebody_reads_as_their_own_has_unread_what_they_did_not_read(bus):
+    def unread():
+        return json.loads(bus.get("/inbox"))["recipients"]["default"]["team"]
+
+    send(bus, "team")
+    send(bus, "team")
+    recv(bus, "to=bob,team&since=0&max=1")
+    assert unread() == 1
+    recv(bus, "to=team&since=now")
+    assert unread() == 2
+
+
+def test_what_expired_during_its_commit_does_not_reach_a_parked_reader(bus):
+    with ThreadPoolExecutor() as pool:
+        reader = pool.submit(recv, bus, "to=bob&since=0&block=true")
+        wait_until(lambda: b'"bob"' in bus.get("/agents"))
+        send(bus, "bob", "gone", ttl=1e-6)
+        send(bus, "bob", "here")
+        assert [message["msg"] for message in reader.result(PATIENCE)["messages"]] == ["here"]
+
+
+def test_old_messages_are_removed_and_a_reader_behind_is_told(tmp_path):
+    with Server(tmp_path / "bus.db", "--keep", "0") as bus:
+        sent = send(bus, "bob", "old")
+        send(bus, "eve", "old")
+        bus.stop()
+        bus.command += ["--keep", "1s"]
+        wait_until(lambda: time.time() > sent["ts"] + 1)
+        bus.start()
+        gap = wait_until(lambda: recv(bus, "to=bob&since=0").get("gap"))
+        assert gap["from"] == 0 and gap["to"] == sent["ts"]
+        assert "gap" not in recv(bus, f"to=bob&since={sent['ts']}") and "gap" in recv(bus, "to=eve&since=last")
+        plain = wait_until(lambda: text(bus, "/recv?to=bob&since=0"))
+        assert plain.startswith("-- messages from ") and "are gone" in plain
+
+
+def text(bus, path):
+    peer = http.client.HTTPConnection("127.0.0.1", bus.port, timeout=PATIENCE)
+    with contextlib.closing(peer):
+        peer.request("GET", path, headers={"Accept": "text/plain"})
+        return peer.getresponse().read().decode()
+
+
+def test_the_access_log_is_only_there_when_asked_for(tmp_path):
+    with Server(tmp_path / "bus.db", "--verbose") as bus:
+        bus.get("/healthz")
+        assert '"GET /healthz HTTP/1.1" 200' in wait_until(bus.log.read_text)
+    with Server(tmp_path / "quiet.db") as bus:
+        bus.get("/healthz")
+        assert bus.stop() == 0 and bus.log.read_text() == ""
+
+
+def test_it_all_runs_isolated_without_site_packages(tmp_path):
+    """-I -S: no environment, no site-packages: proof that the standard library is enough."""
+    port = free_port()
+    isolated = [sys.executable, "-I", "-S"]
+    env = {
+        **os.environ,
+        "AGENT_BUS_URL": f"http://127.0.0.1:{port}",
+        "AGENT_NAME": "spark",
+        "AGENT_BUS_STATE_DIR": str(tmp_path),
+    }
+    command = [*isolated, str(ROOT / "bus_server.py"), "--port", str(port), "--db", str(tmp_path / "bus.db")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as server:
+        assert server.stdout.readline().startswith(b"listening on")
+        sent = subprocess.run(
+            [*isolated, str(ROOT / "bus_send.py"), "bob"], input=b"hi\n", env=env, capture_output=True, timeout=PATIENCE
+        )
+        read = subprocess.run(
+            [*isolated, str(ROOT / "bus_recv.py"), "bob", "--once"], env=env, capture_output=True, timeout=PATIENCE
+        )
+        server.terminate()
+        assert server.wait(PATIENCE) == 0
+    assert sent.returncode == 0 and read.returncode == 0, (sent.stderr, read.stderr)
+    assert read.stdout.endswith(b"\n| hi\n---\n")
+
+
+class Desk:
+    """A bus inside the test, and what it answered to the sends that were handed to it."""
+
+    def __init__(self, path):
+        self.log = Log(str(path))
+        self.bus = Bus(self.log, Gate(Tokens(str(path)), []), Storms(time.monotonic, 0), max_body=1 << 20, keep=0)
+        self.statuses = []
+
+    def answer(self, answer):
+        self.statuses.append(answer.status)
+
+    def post(self, size):
+        self.bus.journal.add(Send(self, [draft({"from": "a", "to": "b", "msg": "x" * size}, None)], False))
+
+    def send(self, size):
+        self.post(size)
+        self.bus.loop.serve()
+        return self.statuses[-1]
+
+    def close(self):
+        self.bus.loop.close()
+        self.log.close()
+
+
+def fails(log, batch):
+    raise sqlite3.OperationalError("disk I/O error")
+
+
+def test_a_full_disk_is_507_and_it_goes_on_when_there_is_room(tmp_path):
+    """A database that may not grow stands for a disk that is full."""
+    desk = Desk(tmp_path / "bus.db")
+    assert desk.send(10) == 200
+    desk.log.writing.execute("PRAGMA max_page_count=20")
+    assert desk.send(200_000) == 507
+    poll = Poll("b", ("b",), "default", None, 0, 10, 0, False)
+    assert [message.n for message in desk.log.after(poll, desk.bus.last)[0]] == [1]
+    desk.log.writing.execute("PRAGMA max_page_count=1000000")
+    assert desk.send(200_000) == 200 and not desk.bus.broken
+    desk.close()
+
+
+def test_a_failing_disk_is_503_and_the_server_ends(tmp_path):
+    """Invariant: a failed commit fails every sender in it, and the bus never acknowledges on."""
+    desk = Desk(tmp_path / "bus.db")
+    desk.log.commit = lambda batch: fails(desk.log, batch)
+    for _ in range(3):
+        desk.post(1)
+    desk.bus.loop.run(lambda: desk.bus.broken)
+    assert desk.statuses == [503, 503, 503]
+    desk.close()
+
+
+@pytest.mark.parametrize("path", ["bus.db", ":memory:"])
+def test_a_reader_is_told_of_a_gap_that_is_on_disk_and_not_yet_announced(tmp_path, path):
+    desk = Desk(tmp_path / path if path == "bus.db" else path)
+    desk.send(1)
+    tick, commit, seen = desk.bus.last, desk.log.commit, queue.SimpleQueue()
+
+    def look():
+        """The deputy's turn, before the thread that commits has told of it."""
+        for names, since in ((("b",), 0), (("c", "b"), tick - 1), ((), 0)):
+            poll = Poll(names[0] if names else None, names, "default", None, since, 10, 0, False)
+            seen.put(json.loads(desk.bus.serve(None, poll).body))
+
+    def slow(batch):
+        commit(batch)
+        desk.bus.loop.tell(look)
+        for _ in range(3):
+            answer = seen.get(timeout=PATIENCE)
+            assert answer["messages"] == [] and round(answer["gap"]["to"] * 1e6) == tick
+
+    desk.log.commit = slow
+    desk.bus.journal.remove(Removal(0, tick + 1, False))
+    desk.bus.loop.serve()
+    assert desk.log.message(tick) is None and not desk.bus.broken
+    desk.close()

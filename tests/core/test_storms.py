@@ -1,0 +1,186 @@
+"""Agents that run away are stopped, and told why: floods, chains of replies, pairs, full mailboxes."""
+
+import http.client
+import json
+import threading
+
+import pytest
+
+import bus_server
+from bus_server import Refused, Storms, draft, routes
+from tests.kit.processes import PATIENCE, Server, wait_until
+
+
+class Clock:
+    def __init__(self):
+        self.now = 1000.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def storms(clock):
+    return Storms(clock, rate=50)
+
+
+def message(sender, to, depth=0, **members):
+    return draft({"from": sender, "to": to, "msg": "x", **members}, None)._replace(depth=depth)
+
+
+def check(storms, *drafts):
+    storms.check(drafts, routes(drafts))
+
+
+def refusal(storms, *drafts):
+    with pytest.raises(Refused) as refused:
+        check(storms, *drafts)
+    assert refused.value.status == 429
+    [(header, seconds)] = refused.value.headers
+    assert header == "Retry-After" and int(seconds) > 0
+    return refused.value.sentence, int(seconds)
+
+
+def test_a_flood_is_held_to_the_rate_after_its_burst(storms, clock):
+    for _ in range(Storms.BURST):
+        check(storms, message("alice", "bob"))
+    sentence, wait = refusal(storms, message("alice", "bob"))
+    assert "faster than 50" in sentence and wait == 1
+    check(storms, message("eve", "bob"))
+    clock.now += wait
+    for _ in range(50):
+        check(storms, message("alice", "bob"))
+    refusal(storms, message("alice", "bob"))
+
+
+def test_an_array_counts_each_message_and_one_above_the_burst_passes_once(storms, clock):
+    check(storms, *[message("alice", "bob")] * 5000)
+    refusal(storms, message("alice", "bob"))
+    clock.now += 80 + 1
+    check(storms, message("alice", "bob"))
+
+
+def test_rate_0_is_no_limit(clock):
+    storms = Storms(clock, rate=0)
+    for _ in range(3 * Storms.BURST):
+        check(storms, message("alice", "bob"))
+
+
+def test_a_chain_of_replies_ends(storms):
+    check(storms, message("alice", "bob", depth=Storms.DEPTH))
+    sentence, _ = refusal(storms, message("alice", "bob", depth=Storms.DEPTH + 1))
+    assert "stop answering" in sentence
+
+
+def test_two_that_answer_each_other_are_stopped_and_may_go_on_later(storms, clock):
+    check(storms, message("alice", "bob"))
+    for turn in range(Storms.TURNS):
+        clock.now += 1
+        check(storms, message(*(("bob", "alice") if turn % 2 == 0 else ("alice", "bob"))))
+    sentence, wait = refusal(storms, message("bob", "alice"))
+    assert "answered each other" in sentence and wait == Storms.WITHIN - (Storms.TURNS - 1)
+    check(storms, message("alice", "bob"))  # who spoke last may add something
+    clock.now += wait + 1
+    check(storms, message("bob", "alice"))
+
+
+def test_speaking_without_being_answered_is_no_loop(storms):
+    for _ in range(10 * Storms.TURNS):
+        check(storms, message("alice", "bob"))
+        check(storms, message("alice", "all"))
+        check(storms, message("bob", "all"))
+
+
+def test_what_says_nothing_any_more_is_forgotten(storms, clock):
+    check(storms, message("alice", "bob"))
+    check(storms, message("bob", "alice"))
+    storms.forget()
+    assert storms.turns and storms.budgets
+    clock.now += Storms.WITHIN + 1
+    storms.forget()
+    assert not storms.turns and not storms.budgets
+
+
+class Peer:
+    def __init__(self, bus):
+        self.connection = http.client.HTTPConnection("127.0.0.1", bus.port, timeout=PATIENCE)
+
+    def ask(self, method, path, body=None):
+        self.connection.request(method, path, None if body is None else json.dumps(body))
+        answer = self.connection.getresponse()
+        return answer.status, answer.headers, json.loads(answer.read(), parse_float=str)
+
+
+def test_automatic_repliers_in_a_ring_stop_by_themselves_and_each_is_told_why(bus):
+    """A to B to C to A, each answering whatever it gets, at once, as polite agents do. Three storms at a time."""
+    told, over = {}, threading.Event()
+    ring = {"alice": "bob", "bob": "carl", "carl": "alice"}
+
+    def replier(name):
+        peer, since = Peer(bus), "0"
+        while not over.is_set():
+            answer = peer.ask("GET", f"/recv?to={name}&since={since}&wait=0.2")[2]
+            since = answer["now"]
+            for message in answer["messages"]:
+                reply = {"from": name, "to": ring[name], "msg": "thanks!", "reply_to": message["id"]}
+                status, headers, said = peer.ask("POST", "/send", reply)
+                if status == 429:
+                    told[name] = said["error"], int(headers["Retry-After"])
+
+    threads = [threading.Thread(target=replier, args=(name,)) for name in ring]
+    for thread in threads:
+        thread.start()
+    try:
+        peer = Peer(bus)
+        for name in ring:  # begun at each place of the ring, the storms end at each of them
+            assert peer.ask("POST", "/send", {"from": "dora", "to": name, "msg": "hello"})[0] == 200
+        wait_until(lambda: len(told) == 3)
+        seen = peer.ask("GET", "/healthz")[2]["now"]
+        assert not peer.ask("GET", f"/log?since={seen}&wait=1")[2]["messages"], "it goes on"
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join(PATIENCE)
+    assert all("stop answering" in reason and seconds > 0 for reason, seconds in told.values())
+    assert len(peer.ask("GET", "/log?max=1000")[2]["messages"]) == 3 * (1 + Storms.DEPTH)
+
+
+def test_the_server_holds_a_flood_to_its_rate_and_says_so(tmp_path):
+    with Server(tmp_path / "bus.db", "--rate", "50") as bus:
+        peer = Peer(bus)
+        assert peer.ask("POST", "/send", [{"from": "alice", "to": "bob", "msg": "x"}] * Storms.BURST)[0] == 200
+        statuses = [peer.ask("POST", "/send", {"from": "alice", "to": "bob", "msg": "x"})[:2] for _ in range(200)]
+        refused = [headers["Retry-After"] for status, headers in statuses if status == 429]
+        assert len(refused) > 50 and set(refused) == {"1"}, "a flood came through"
+
+
+def test_a_full_mailbox_refuses_in_words_until_it_is_fetched(tmp_path):
+    with Server(tmp_path / "bus.db") as bus:
+        peer = Peer(bus)
+        batch = [{"from": "alice", "to": "bob", "msg": "x"}] * 1000
+        for _ in range(bus_server.MAILBOX_MESSAGES // 1000):
+            assert peer.ask("POST", "/send", batch)[0] == 200
+        status, headers, said = peer.ask("POST", "/send", batch[0])
+        assert status == 429 and "mailbox of bob is full" in said["error"] and headers["Retry-After"]
+        assert peer.ask("POST", "/send", {"from": "alice", "to": "eve", "msg": "x"})[0] == 200
+        bus.kill()
+        bus.start()
+        peer = Peer(bus)
+        assert peer.ask("POST", "/send", batch[0])[0] == 429, "a restart forgot what waits"
+        assert len(peer.ask("GET", "/recv?to=bob&max=1000")[2]["messages"]) == 1000
+        wait_until(lambda: peer.ask("POST", "/send", batch[0])[0] == 200)
+
+
+def test_large_messages_fill_a_mailbox_by_their_bytes(tmp_path):
+    with Server(tmp_path / "bus.db") as bus:
+        peer, text = Peer(bus), "x" * 250_000
+        needed = bus_server.MAILBOX_BYTES // 250_000 + 1
+        statuses = [
+            peer.ask("POST", "/send", {"from": "alice", "to": "bob", "msg": text})[0] for _ in range(needed + 2)
+        ]
+        assert statuses[: needed - 1] == [200] * (needed - 1) and statuses[-1] == 429

@@ -1,0 +1,79 @@
+"""The file of tokens, as operators and accidents treat it."""
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from tests.core.test_identity import ask, command, invite
+from tests.kit.processes import PATIENCE, ROOT, Server, wait_until
+
+
+def test_tokens_that_cannot_be_read_shut_the_bus_and_stop_nothing_else(bus):
+    """They are tokens, so it is no longer open; and polls still end, which is the work of the sweep that reads them."""
+    assert ask(bus, "GET", "/agents")[0] == 200
+    pathlib.Path(f"{bus.db}.tokens").write_text("no JSON\n")
+    wait_until(lambda: ask(bus, "GET", "/agents")[0] == 401)
+    assert bus.log.read_text().count("cannot read the tokens") == 1
+    pathlib.Path(f"{bus.db}.tokens").unlink()
+    token = invite(bus, "spark")
+    assert ask(bus, "GET", "/recv?to=spark&wait=0.3", token=token)[1]["messages"] == []
+
+
+def test_a_known_token_is_good_while_the_file_is_damaged(bus):
+    token = invite(bus, "spark")
+    path = pathlib.Path(f"{bus.db}.tokens")
+    good = path.read_text()
+    path.write_text("{")
+    wait_until(lambda: "cannot read the tokens" in bus.log.read_text())
+    assert ask(bus, "GET", "/recv?to=spark&wait=0.3", token=token)[0] == 200
+    path.write_text(good.replace('"revoked": null', '"revoked": 1'))
+    wait_until(lambda: ask(bus, "GET", "/recv?to=spark", token=token)[0] == 401)
+
+
+def test_a_bus_with_damaged_tokens_does_not_start(tmp_path):
+    (tmp_path / "bus.db.tokens").write_text("no JSON\n")
+    command = [sys.executable, str(ROOT / "bus_server.py"), "--port", "0", "--db", str(tmp_path / "bus.db")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 2 and "cannot read the tokens" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="needs root, as an operator with sudo is")
+def test_what_root_invites_belongs_to_whom_the_bus_belongs_to(tmp_path):
+    folder = tmp_path / "state"
+    folder.mkdir()
+    os.chown(folder, 65534, 65533)
+    bus = Server(folder / "bus.db")
+    invite(bus, "spark")
+    made = {path.name: path.stat() for path in folder.iterdir()}
+    assert set(made) == {"bus.db.tokens", "bus.db.tokens.lock"}
+    for status in made.values():
+        assert (status.st_uid, status.st_gid, status.st_mode & 0o777) == (65534, 65533, 0o600)
+
+
+@pytest.mark.parametrize("listening", ["http://0.0.0.0:8080", "http://[::]:8080"])
+def test_an_invitation_names_a_host_that_others_can_reach(tmp_path, listening):
+    (tmp_path / "bus.db.lock").write_text(listening)
+    bus = Server(tmp_path / "bus.db")
+    assert f"AGENT_BUS_URL=http://{socket.gethostname()}:8080 " in command(bus, "invite", "spark")
+    assert "AGENT_BUS_URL=https://bus.example " in command(bus, "invite", "spark", "--url", "https://bus.example/")
+
+
+def test_a_link_is_not_written_through(tmp_path):
+    """Root may run the command in a folder of another user, who could have laid one."""
+    target = tmp_path / "target"
+    target.write_text("precious")
+    (tmp_path / "bus.db.tokens.new").symlink_to(target)
+    command = [sys.executable, str(ROOT / "bus_server.py"), "invite", "spark", "--db", str(tmp_path / "bus.db")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 2 and "cannot write the tokens" in done.stderr
+    assert target.read_text() == "precious"
+
+
+def test_a_row_of_another_shape_ends_the_bus_instead_of_its_sweep(bus):
+    pathlib.Path(f"{bus.db}.tokens").write_text(json.dumps({"id": "abt_00000000"}) + "\n")
+    assert bus.process.wait(PATIENCE) == 1
+    assert "KeyError" in bus.log.read_text()

@@ -1,0 +1,449 @@
+"""Work queues: each message to one worker, until it is acknowledged; and questions that wait for their answer."""
+import concurrent.futures
+import contextlib
+import http.client
+import json
+import os
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+import bus_server
+from tests.kit.processes import PATIENCE, ROOT, Server, wait_until
+
+QUESTIONS = int(os.environ.get("QUESTIONS", "100"))
+
+
+def ask(bus, method, path, body=None, timeout=70):
+    peer = http.client.HTTPConnection("127.0.0.1", bus.port, timeout=timeout)
+    with contextlib.closing(peer):
+        peer.request(method, path, body if body is None or isinstance(body, str) else json.dumps(body))
+        answer = peer.getresponse()
+        return answer.status, json.loads(answer.read())
+
+
+def post(bus, path, **body):
+    status, answer = ask(bus, "POST", path, body)
+    assert status == 200, answer
+    return answer
+
+
+def send(bus, to="builds", msg="x", sender="alice", **members):
+    return post(bus, "/send", **{"from": sender, "to": to, "msg": msg, **members})["id"]
+
+
+def claim(bus, **members):
+    return post(bus, "/claim", **{"to": "builds", "wait": 0, **members})["messages"]
+
+
+def settle(bus, verb, job, **members):
+    return ask(bus, "POST", f"/{verb}", {"id": job["id"], "lease": job["lease"], **members})[0]
+
+
+def mail(bus, name):
+    return [message["msg"] for message in ask(bus, "GET", f"/recv?to={name}&max=1000")[1]["messages"]]
+
+
+def state(bus, ident, **query):
+    path = f"/message/{ident}?" + "&".join(f"{field}={value}" for field, value in query.items())
+    return ask(bus, "GET", path)[1]["state"]
+
+
+@contextlib.contextmanager
+def background(work, *arguments, **members):
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        yield pool.submit(work, *arguments, **members)
+
+
+def listening(bus, name):
+    agents = ask(bus, "GET", "/agents")[1]["agents"]
+    return [agent for agent in agents if agent["name"] == name and agent["online"]]
+
+
+def parked(bus):
+    return int(bus.get("/metrics").partition(b"\nagent_bus_parked ")[2].split()[0])
+
+
+@pytest.fixture
+def impatient(tmp_path):
+    """A bus that buries what failed twice."""
+    with Server(tmp_path / "bus.db", "--max-attempts", "2") as server:
+        yield server
+
+
+def test_each_of_50_messages_is_claimed_once_by_one_of_4_workers(bus):
+    for number in range(50):
+        send(bus, msg=str(number))
+    done = []
+
+    def work():
+        while True:
+            jobs = claim(bus, max=3)
+            if not jobs:
+                return
+            done.extend(job["msg"] for job in jobs)
+            assert {settle(bus, "ack", job) for job in jobs} == {200}
+
+    workers = [threading.Thread(target=work) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert sorted(done, key=int) == [str(number) for number in range(50)]
+
+
+def test_a_claim_waits_for_its_message_and_gets_it_alone(bus):
+    with background(claim, bus, wait=20) as first, background(claim, bus, wait=20) as second:
+        wait_until(lambda: listening(bus, "builds"))
+        send(bus, msg="one")
+        (done, waiting) = concurrent.futures.wait([first, second], return_when=concurrent.futures.FIRST_COMPLETED)
+        assert [job["msg"] for job in done.pop().result()] == ["one"]
+        send(bus, msg="two")
+        assert [job["msg"] for job in waiting.pop().result()] == ["two"]
+
+
+def test_a_claim_is_about_1_mib_at_most_also_of_what_came_back_and_the_rest_stays(bus):
+    sent = [send(bus, msg="x" * 200_000) for _ in range(8)]
+    for _ in range(2):
+        first, rest = claim(bus, max=100), claim(bus, max=100)
+        assert 5 <= len(first) <= 7 and sorted(job["id"] for job in first + rest) == sorted(sent)
+        assert {settle(bus, "nack", job) for job in first + rest} == {200}
+
+
+def test_an_empty_claim_ends_with_its_hold(bus):
+    began = time.monotonic()
+    assert claim(bus, wait=0.3) == []
+    assert 0.3 <= time.monotonic() - began < PATIENCE
+
+
+def test_a_lease_that_runs_out_gives_the_message_to_another_and_fences_the_first(bus):
+    send(bus)
+    (lost,) = claim(bus, lease=1)
+    began = time.monotonic()
+    (again,) = claim(bus, wait=20)
+    assert time.monotonic() - began < 2, "not longer than its lease and a second"
+    assert (lost["attempt"], again["attempt"]) == (1, 2) and lost["id"] == again["id"]
+    assert [settle(bus, verb, lost) for verb in ("ack", "nack", "extend")] == [409, 409, 409]
+    assert settle(bus, "ack", again) == 200
+
+
+def test_a_lease_that_is_extended_does_not_run_out(bus):
+    send(bus)
+    (job,) = claim(bus, lease=1)
+    assert settle(bus, "extend", job, seconds=60) == 200
+    assert claim(bus, wait=2) == []
+    assert settle(bus, "ack", job) == 200
+
+
+def test_what_is_given_back_comes_again_after_its_delay(bus):
+    send(bus)
+    (job,) = claim(bus)
+    with background(claim, bus, wait=20) as other:
+        wait_until(lambda: listening(bus, "builds"))
+        began = time.monotonic()
+        assert settle(bus, "nack", job, delay=0.5) == 200
+        (again,) = other.result()
+    assert again["attempt"] == 2 and time.monotonic() - began >= 0.5
+    assert settle(bus, "ack", job) == 409
+
+
+def test_who_waited_before_a_message_came_gets_it_when_the_lease_of_another_runs_out(bus):
+    with background(claim, bus, wait=20, lease=1) as first, background(claim, bus, wait=20, lease=1) as second:
+        wait_until(lambda: parked(bus) == 2)
+        began = time.monotonic()
+        send(bus)
+        assert sorted(job["attempt"] for one in (first, second) for job in one.result()) == [1, 2]
+        assert time.monotonic() - began < 2, "not longer than its lease and a second"
+
+
+def test_what_is_given_back_for_long_does_not_hold_up_what_comes_back_before(bus):
+    send(bus, msg="long")
+    send(bus, msg="soon")
+    (long,), (soon,) = claim(bus), claim(bus, lease=1)
+    with background(claim, bus, wait=20) as other:
+        wait_until(lambda: parked(bus) == 1)
+        began = time.monotonic()
+        assert settle(bus, "nack", long, delay=60) == 200
+        assert [job["id"] for job in other.result()] == [soon["id"]] and time.monotonic() - began < 2
+
+
+def test_a_message_whose_last_worker_died_with_the_bus_is_buried_when_that_is_back(impatient):
+    bus = impatient
+    send(bus, msg="poison")
+    claim(bus, lease=1)
+    (job,) = claim(bus, lease=1, wait=20)
+    bus.kill()
+    wait_until(lambda: time.time() > job["lease_until"])
+    bus.start()
+    wait_until(lambda: mail(bus, "builds.dead") == ["poison"])
+
+
+def test_a_clock_that_starts_in_the_past_does_not_keep_leases_for_years(tmp_path):
+    path, batch = str(tmp_path / "bus.db"), bus_server.Batch()
+    batch.at_least = bus_server.wall_clock()
+    with contextlib.closing(bus_server.Log(path)) as log:
+        log.stamp(batch)
+        log.commit(batch)
+    with contextlib.closing(bus_server.Log(path, clock=lambda: 0)) as log:
+        assert log.steady() >= batch.at_least - bus_server.AHEAD
+
+
+def test_null_is_as_if_it_were_not_there(bus):
+    send(bus)
+    assert len(claim(bus, channel=None, lease=None, worker=None)) == 1
+    assert ask(bus, "POST", "/claim", {"to": None})[0] == 400
+
+
+def test_an_acknowledgement_may_be_repeated(bus):
+    send(bus)
+    (job,) = claim(bus)
+    assert [settle(bus, "ack", job), settle(bus, "ack", job), settle(bus, "nack", job)] == [200, 200, 409]
+    assert claim(bus) == []
+
+
+def test_dead_letters_are_those_that_failed_so_often_and_say_why(impatient):
+    bus = impatient
+    bad, good = send(bus, msg="bad"), send(bus, msg="good")
+    while True:
+        jobs = claim(bus, max=10)
+        if not jobs:
+            break
+        for job in jobs:
+            settle(bus, "ack" if job["msg"] == "good" else "nack", job, reason="it does not compile")
+    (letter,) = ask(bus, "GET", "/recv?to=builds.dead")[1]["messages"]
+    assert (letter["msg"], letter["from"], letter["dead_of"]) == ("bad", "alice", bad)
+    assert (letter["attempts"], letter["reason"]) == (2, "it does not compile")
+    assert (state(bus, bad), state(bus, good)) == ("dead", "acknowledged")
+
+
+def test_a_message_whose_last_worker_died_is_buried_though_nobody_asks_for_work(impatient):
+    bus = impatient
+    send(bus, msg="poison")
+    claim(bus, lease=1)
+    (job,) = claim(bus, lease=1, wait=20)
+    assert job["attempt"] == 2
+    wait_until(lambda: mail(bus, "builds.dead") == ["poison"])
+
+
+def test_leases_outlive_a_crash_of_the_bus(bus):
+    send(bus)
+    (job,) = claim(bus)
+    bus.kill()
+    bus.start()
+    assert claim(bus) == [], "it is still leased"
+    assert settle(bus, "ack", job) == 200
+
+
+def test_expired_work_is_not_handed_out(bus):
+    send(bus, msg="late", ttl=0.001)
+    wait_until(lambda: ask(bus, "GET", "/inbox")[1]["recipients"]["default"]["builds"] == 0)
+    assert claim(bus) == []
+
+
+def test_work_behind_what_expired_was_recalled_or_is_damaged_is_handed_out(bus):
+    for _ in range(3):
+        send(bus, msg="late", ttl=0.001)
+    assert ask(bus, "POST", "/recall", {"id": send(bus, msg="recalled")})[0] == 200
+    damaged = send(bus, msg="damaged")
+    wait_until(lambda: ask(bus, "GET", "/inbox")[1]["recipients"]["default"]["builds"] == 1)
+    with contextlib.closing(sqlite3.connect(bus.db)) as database:
+        database.execute("UPDATE messages SET text = replace(text, 'damaged', 'Damaged') WHERE tick = ?",
+                         (int(damaged, 16),))  # fmt: skip
+        database.commit()
+    send(bus, msg="good")
+    assert [job["msg"] for job in claim(bus)] == ["good"]
+
+
+@pytest.mark.parametrize(
+    "path, body",
+    [
+        ("/claim", {}),
+        ("/claim", {"to": "all"}),
+        ("/claim", {"to": "x" * 62}),
+        ("/claim", {"to": "builds", "lease": "soon"}),
+        ("/claim", '{"to": "builds", "wait": 1e999}'),
+        ("/claim", ["builds"]),
+        ("/ack", {"id": "1"}),
+        ("/ack", {"lease": "1"}),
+        ("/ack", {"id": "xyz", "lease": "1"}),
+        ("/nack", {"id": "1", "lease": "1", "delay": "x"}),
+        ("/recall", {}),
+    ],
+)
+def test_a_wrong_request_is_refused_in_words(bus, path, body):
+    status, answer = ask(bus, "POST", path, body)
+    assert status == 400 and answer["error"]
+
+
+def test_an_answer_is_given_to_the_one_who_asked(bus):
+    with background(post, bus, "/ask?wait=20", **{"from": "alice", "to": "bob", "msg": "green?"}) as asking:
+        (question,) = wait_until(lambda: ask(bus, "GET", "/recv?to=bob")[1]["messages"])
+        told = post(bus, "/send", **{"from": "bob", "to": "alice", "msg": "unrelated"})
+        assert told["receiver"]["online"] is True, "who waits for an answer listens"
+        reply = send(bus, "alice", "yes", "bob", reply_to=question["id"])
+        answer = asking.result()
+    assert (answer["id"], answer["reply"]["id"], answer["reply"]["msg"]) == (question["id"], reply, "yes")
+    assert mail(bus, "alice") == ["unrelated", "yes"], "and it is in the mailbox"
+
+
+def test_a_question_without_an_answer_is_told_so_and_asked_again_finds_it(bus):
+    question = {"from": "alice", "to": "bob", "msg": "green?", "key": "q1"}
+    first = post(bus, "/ask?wait=0", **question)
+    assert first["reply"] is None
+    send(bus, "alice", "yes", "bob", reply_to=first["id"])
+    again = post(bus, "/ask?wait=20", **question)
+    assert again["duplicate"] is True and again["reply"]["msg"] == "yes"
+
+
+def test_no_answer_is_missed_however_fast_it_is(bus):
+    """Bob answers at once. Each question has an asker of its own: two that go on and on are stopped."""
+    over = threading.Event()
+
+    def bob():
+        since = "0"
+        while not over.is_set():
+            answer = ask(bus, "GET", f"/recv?to=bob&wait=1&since={since}")[1]
+            since = answer["now"]
+            for message in answer["messages"]:
+                send(bus, message["from"], message["msg"], "bob", reply_to=message["id"])
+
+    with background(bob):
+        try:
+            for number in range(QUESTIONS):
+                question = {"from": f"alice-{number}", "to": "bob", "msg": str(number)}
+                answer = post(bus, "/ask?wait=20", **question)
+                assert answer["reply"] and answer["reply"]["msg"] == str(number)
+        finally:
+            over.set()
+
+
+@pytest.mark.parametrize("to", ["all", ["bob", "eve"]])
+def test_a_question_has_one_receiver(bus, to):
+    assert ask(bus, "POST", "/ask", {"from": "alice", "to": to, "msg": "x"})[0] == 400
+
+
+def test_a_thread_is_what_began_it_and_all_answers_in_order(bus):
+    root = send(bus, "bob", "root")
+    child = send(bus, "alice", "child", "bob", reply_to=root)
+    send(bus, "bob", "other")
+    send(bus, "bob", "grandchild", reply_to=child)
+    send(bus, "alice", "second child", "bob", reply_to=root)
+    for ident in (root, child):
+        thread = ask(bus, "GET", f"/thread/{ident}")[1]["messages"]
+        assert [message["msg"] for message in thread] == ["root", "child", "grandchild", "second child"]
+    assert ask(bus, "GET", "/thread/1")[0] == 404
+
+
+def test_a_message_can_be_recalled_until_it_is_fetched(bus):
+    early, late = send(bus, "bob", "early"), send(bus, "eve", "late")
+    assert ask(bus, "POST", "/recall", {"id": early})[0] == 200
+    assert mail(bus, "bob") == [] and state(bus, early) == "recalled"
+    assert ask(bus, "POST", "/recall", {"id": early})[0] == 200, "a retry is no error"
+    assert mail(bus, "eve") == ["late"]
+    assert ask(bus, "POST", "/recall", {"id": late})[0] == 409 and state(bus, late) != "recalled"
+
+
+def test_a_recall_repeated_after_later_mail_was_fetched_is_no_error(bus):
+    early = send(bus, "bob", "early")
+    assert ask(bus, "POST", "/recall", {"id": early})[0] == 200
+    send(bus, "bob", "later")
+    assert mail(bus, "bob") == ["later"]
+    assert ask(bus, "POST", "/recall", {"id": early})[0] == 200
+
+
+def test_an_answer_that_was_recalled_is_not_found_by_asking_again(bus):
+    question = {"from": "alice", "to": "bob", "msg": "green?", "key": "q1"}
+    asked = post(bus, "/ask?wait=0", **question)
+    reply = send(bus, "alice", "yes", "bob", reply_to=asked["id"])
+    assert ask(bus, "POST", "/recall", {"id": reply})[0] == 200
+    assert post(bus, "/ask?wait=0", **question)["reply"] is None
+
+
+def test_what_is_claimed_and_recalled_at_once_is_one_of_both(bus):
+    """The server is stopped meanwhile, so that both are in one batch."""
+    ident = send(bus)
+    bodies = {"/claim": '{"to": "builds", "wait": 0}', "/recall": json.dumps({"id": ident})}
+    with contextlib.ExitStack() as peers:
+        peer = {path: http.client.HTTPConnection("127.0.0.1", bus.port, timeout=PATIENCE) for path in bodies}
+        for each in peer.values():
+            peers.callback(each.close)
+            each.request("GET", "/healthz")
+            each.getresponse().read()
+        bus.process.send_signal(signal.SIGSTOP)
+        for path, body in bodies.items():
+            peer[path].request("POST", path, body)
+        bus.process.send_signal(signal.SIGCONT)
+        claimed = json.loads(peer["/claim"].getresponse().read())["messages"]
+        recalled = peer["/recall"].getresponse().status
+    assert (len(claimed), recalled, state(bus, ident)) in [(1, 409, "fetched"), (0, 200, "recalled")]
+
+
+def test_one_who_waits_and_reads_in_one_breath_does_not_break_the_others_who_wait(bus):
+    first = send(bus, "bob", "1")
+    send(bus, "bob", "2")
+    watch = f"GET /message/{first}?wait_fetched=20 HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
+    read = "GET /recv?to=bob HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
+    with contextlib.ExitStack() as peers:
+        for waiting, request in enumerate([watch + read, watch], 1):
+            peer = peers.enter_context(socket.create_connection(("127.0.0.1", bus.port), PATIENCE))
+            peer.sendall(request.encode())
+            wait_until(lambda waiting=waiting: parked(bus) == waiting)
+        reader = http.client.HTTPConnection("127.0.0.1", bus.port, timeout=5)
+        peers.callback(reader.close)
+        for path in ("/recv?to=bob&max=1", "/healthz"):
+            reader.request("GET", path)
+            assert reader.getresponse().read()
+
+
+def test_who_waits_for_a_message_to_be_fetched_is_told_that_it_was_recalled(bus):
+    ident = send(bus, "bob")
+    with background(state, bus, ident, wait_fetched=1) as waiting:
+        wait_until(lambda: parked(bus) == 1)
+        assert ask(bus, "POST", "/recall", {"id": ident})[0] == 200
+        assert waiting.result() == "recalled"
+
+
+def prune(bus):
+    """What the command said of everything that it may remove without being told to."""
+    command = [sys.executable, str(ROOT / "bus_server.py"), "prune", "--older", "0", "--db", bus.db]
+    return subprocess.run(command, capture_output=True, text=True).stdout
+
+
+def test_prune_spares_work_that_is_not_done(bus):
+    for msg in ("done", "given back", "in hand"):
+        send(bus, msg=msg)
+    done, back, _ = claim(bus, max=3)
+    assert settle(bus, "ack", done) == settle(bus, "nack", back) == 200
+    wait_until(lambda: prune(bus).endswith("1 removed\n"))
+    assert mail(bus, "builds") == ["given back", "in hand"]
+    assert [job["msg"] for job in claim(bus, max=3)] == ["given back"]
+
+
+@pytest.mark.parametrize("first", [[], ["first"]], ids=["a-worker-asked", "a-worker-had-one"])
+def test_prune_spares_work_that_no_worker_had_though_somebody_has_read_it(bus, first):
+    for msg in first:
+        send(bus, msg=msg)
+    for job in claim(bus):
+        assert settle(bus, "ack", job) == 200
+    send(bus, msg="waits")
+    send(bus, "bob")
+    for reader in ("builds", "bob"):  # and each presents its cursor
+        now = ask(bus, "GET", f"/recv?to={reader}")[1]["now"]
+        assert ask(bus, "GET", f"/recv?to={reader}&since={now}")[0] == 200
+    wait_until(lambda: prune(bus) and not ask(bus, "GET", "/log?to=bob")[1]["messages"])
+    assert [job["msg"] for job in claim(bus, max=3)] == ["waits"]
+
+
+def test_a_sender_can_wait_until_its_message_was_fetched(bus):
+    ident = send(bus, "bob")
+    with background(state, bus, ident, wait_fetched=20) as waiting:
+        wait_until(lambda: mail(bus, "bob"))
+        assert waiting.result() == "fetched"
+    assert state(bus, ident, wait_fetched=20) == "fetched"
+    assert state(bus, send(bus, "eve"), wait_fetched=0.2) == "queued"
