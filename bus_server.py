@@ -3780,7 +3780,6 @@ def invite(arguments: Sequence[str]) -> int:
     parser.add_argument("--also", default="", metavar="NAME,...", help="names it may read beside its own")
     parser.add_argument("--send-only", action="store_true", help="it may send, and read nothing")
     parser.add_argument("--operator", action="store_true", help="it may read everything: /log and every mailbox")
-    parser.add_argument("--db", default=default_path(), metavar="PATH", help="of the bus (%(default)s)")
     parser.add_argument("--url", help="under which the other machine reaches the bus (that of the running server)")
     options = parser.parse_args(arguments)
     also = [each for each in options.also.split(",") if each]
