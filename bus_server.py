@@ -43,6 +43,7 @@ import json
 import math
 import os
 import pathlib
+import queue
 import re
 import resource
 import secrets
@@ -59,6 +60,7 @@ import traceback
 import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from email.utils import formatdate
 from functools import lru_cache, partial
 from http import HTTPStatus
@@ -458,6 +460,47 @@ def inspect(value: Any, depth: int) -> None:
 # the turns. To add work that follows a turn, call soon(); to add a timer, call later() or every().
 
 
+class Report:
+    """Lines for stderr. A thread of its own writes them, so a full pipe or a full disk there delays nobody.
+
+    Lines that find no room are dropped, and their number is told with the next line.
+    """
+
+    ROOM = 1000  # lines
+
+    def __init__(self) -> None:
+        self.lines: queue.Queue[str] = queue.Queue(self.ROOM)
+        self.dropped = 0
+        self.begin = threading.Thread(target=self.write, name="report", daemon=True).start  # with the first line
+
+    def say(self, line: str) -> None:
+        with contextlib.suppress(RuntimeError):  # it has begun already
+            self.begin()
+        try:
+            self.lines.put_nowait(line)
+        except queue.Full:
+            self.dropped += 1
+
+    def write(self) -> None:
+        while True:
+            line = self.lines.get()
+            if self.dropped:
+                line, self.dropped = f"bus_server: {self.dropped} lines were dropped here\n{line}", 0
+            with contextlib.suppress(OSError, ValueError):  # stderr is full, or closed
+                print(line, file=sys.stderr, flush=True)
+            self.lines.task_done()
+
+    def flush(self, patience: float) -> None:
+        """Wait until all is written, for at most so many seconds."""
+        deadline = time.monotonic() + patience
+        while self.lines.unfinished_tasks and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+
+REPORT = Report()
+say = REPORT.say
+
+
 class Watched(Protocol):
     """What the loop watches a socket for."""
 
@@ -466,6 +509,9 @@ class Watched(Protocol):
 
     def ready(self, events: int) -> None:
         """Some of the events have come."""
+
+    def failed(self) -> None:
+        """ready() raised an exception."""
 
 
 class Loop:
@@ -476,10 +522,14 @@ class Loop:
     senders that wait for it. A fast disk wakes no second thread: 19 % more sends a second with one sender, 15 % with
     16, 4 % with 128 than with a thread for all commits.
 
+    Invariant: an exception costs the call that raised it, and nothing else; attempt() is the one place that sees to it.
+
     This is not asyncio's loop, because that one cannot change its thread.
     """
 
     PATIENCE = 0.005  # s; the deputy comes after one to two of it
+    BUDGET = 0.01  # s for the actions at the end of a turn; what is left goes on in the next turn
+    FILE_THREADS = 4  # for what is done in_thread()
 
     def __init__(self) -> None:
         self.selector = selectors.DefaultSelector()
@@ -498,8 +548,18 @@ class Loop:
         self.away: object | None = None  # a new object each time that the thread of run() is aside
         self.failure: Exception | None = None  # what ended the deputy
         self.alert, self.closed = threading.Event(), False
+        self.threads = ThreadPoolExecutor(self.FILE_THREADS)
         self.deputy = threading.Thread(target=self.stand_in, name="deputy", daemon=True)
         self.deputy.start()
+
+    def attempt(self, action: Callable[..., object], *arguments: Any) -> bool:
+        """Call it; an exception is reported. Returns whether there was none."""
+        try:
+            action(*arguments)
+        except Exception:
+            say(traceback.format_exc())
+            return False
+        return True
 
     def watch(self, watched: Watched, events: int) -> None:
         """Watch its socket for these events from now on; 0 for none."""
@@ -516,15 +576,15 @@ class Loop:
         self.actions.append(action)
 
     def later(self, patience: float, action: Callable[[], None]) -> None:
-        """Call it in `patience` seconds. An error in a timer ends the loop: without its timers nothing goes on."""
+        """Call it in `patience` seconds."""
         heapq.heappush(self.timers, (time.monotonic() + patience, next(self.numbers), action))
 
     def every(self, period: float, action: Callable[[], None]) -> None:
         """Call it at each multiple of `period` (s) of the monotonic clock."""
 
         def again() -> None:
-            action()
             self.every(period, action)
+            action()
 
         self.later(period - time.monotonic() % period, again)
 
@@ -539,6 +599,15 @@ class Loop:
         self.told.append(action)
         self.ring()
 
+    def in_thread(self, work: Callable[[], Any], then: Callable[[Any], None]) -> None:
+        """Do what may wait for a file. Then `then` gets its result in a turn, or the exception that it raised."""
+
+        def done(future: Future[Any]) -> None:
+            error = future.exception()
+            self.tell(lambda: then(future.result() if error is None else error))
+
+        self.threads.submit(work).add_done_callback(done)
+
     def ring(self) -> None:
         with contextlib.suppress(BlockingIOError):  # the bell is full of rings already
             self.bell.send(b"\0")
@@ -547,9 +616,12 @@ class Loop:
         """The bell rang: another thread told us something, a signal came, or run() wants its turns back."""
         for number in self.sock.recv(4096):
             if number in self.signals:
-                self.signals[number]()
+                self.attempt(self.signals[number])
         while self.told:
-            self.told.popleft()()
+            self.attempt(self.told.popleft())
+
+    def failed(self) -> None:
+        """Nobody waits for the bell itself."""
 
     def run(self, over: Callable[[], bool]) -> None:
         """Take turns until it is over."""
@@ -559,27 +631,23 @@ class Loop:
                 raise self.failure
 
     def take_turn(self) -> None:
-        """One turn. An error on one socket, or in one action, is printed, and the others are served."""
+        """Serve the sockets that are ready, run the timers that are due, then the actions that these put off."""
         patience = None
         if self.actions:
             patience = 0.0
         elif self.timers:
             patience = self.timers[0][0] - time.monotonic()
         for key, events in self.selector.select(patience):
-            try:
-                key.data.ready(events)
-            except Exception:
-                traceback.print_exc()
-        if self.timers:
-            now = time.monotonic()
-            while self.timers and self.timers[0][0] <= now:
-                heapq.heappop(self.timers)[2]()
+            if not self.attempt(key.data.ready, events):
+                self.attempt(key.data.failed)
+        now = time.monotonic()
+        while self.timers and self.timers[0][0] <= now:
+            self.attempt(heapq.heappop(self.timers)[2])
         for _ in range(len(self.actions)):
             if self.actions:  # the deputy may have run them while one of them was aside
-                try:
-                    self.actions.popleft()()
-                except Exception:
-                    traceback.print_exc()
+                self.attempt(self.actions.popleft())
+            if time.monotonic() > now + self.BUDGET:
+                break
 
     def aside(self, work: Callable[[], None]) -> None:
         """Do what may take long, and nothing else. Only an action of soon() may call this."""
@@ -615,6 +683,7 @@ class Loop:
         self.closed = True
         self.alert.set()
         self.deputy.join()
+        self.threads.shutdown()
         self.selector.close()
         self.sock.close()
         self.bell.close()
@@ -631,9 +700,10 @@ class Stream(Protocol):
     """The rest of a file that follows the head of an answer, in place of a body."""
 
     length: int  # bytes
+    busy: bool  # a thread reads
 
     def read(self) -> bytes:
-        """The next piece; empty if somebody cut the file short."""
+        """In a thread: the next piece; empty if somebody cut the file short."""
 
     def close(self) -> None: ...
 
@@ -892,9 +962,13 @@ class Sink(Protocol):
     """Where a body goes in pieces, when it is too large for memory."""
 
     missing: int  # bytes
+    busy: bool  # a thread writes
 
-    def write(self, data: bytes | bytearray) -> None:
-        """Refused if there is no room; what was written before stays."""
+    def write(self, data: bytes) -> int:
+        """In a thread: write a piece; returns how many bytes of it are there now."""
+
+    def wrote(self, written: Any) -> None:
+        """In a turn: the result of write(), or its exception. Refused if not all was written."""
 
     def far_enough(self) -> bool:
         """Has it moved by BODY_SECONDS at BODY_RATE since the last time this was asked?"""
@@ -925,6 +999,12 @@ class App(Protocol):
 
     def delivered(self, reader: Any, tick: int) -> None:
         """An answer with `delivers` was written out whole."""
+
+    def lost(self, reader: Any, tick: int) -> None:
+        """An answer with `delivers` was not: its connection broke, or the peer has too much to read already."""
+
+    def check_token(self, token: str) -> None:
+        """Refused, if this token was revoked."""
 
     def answered(self, connection: Connection, answer: Answer) -> None:
         """An answer is about to be written; for figures and for the log of requests."""
@@ -977,9 +1057,12 @@ class Request(BaseHTTPRequestHandler):
         except Refused as refused:
             return refusal(refused)
         except Exception:
-            traceback.print_exc()
+            say(traceback.format_exc())
             self.peer.closing = True
-            return refusal(Refused(500, "the bus failed on this request; its log says why"))
+            return refusal(our_fault())
+
+    def log_message(self, format: str, *arguments: Any) -> None:
+        say(f"{self.address_string()} [{self.log_date_time_string()}] {format % arguments}")
 
     def query(self) -> Query:
         return Query(self.parsed.query) if self.parsed.query else NO_QUERY
@@ -1050,11 +1133,15 @@ class Deadlines:
 class Door:
     """All connections that are open, and what they share. Used by the loop only."""
 
+    UNSENT, UNSENT_EACH = 64 << 20, 16 << 20  # bytes of answers that peers have not read: in all, and for one owner
+    SMALL = 4096  # bytes; an answer up to this size is always written
+
     def __init__(self, app: App, loop: Loop) -> None:
         self.app, self.loop = app, loop
         self.deadlines = Deadlines(time.monotonic)
         self.connections: set[Connection] = set()
         self.strangers: dict[Connection, None] = {}  # those that have not finished a first request, oldest first
+        self.unsent: Counter[str] = Counter()  # bytes, by owner; that of "" is all
 
     def enter(self, connection: Connection) -> None:
         self.connections.add(connection)
@@ -1069,9 +1156,22 @@ class Door:
         self.strangers.pop(connection, None)
         self.deadlines.forget(connection)
 
+    def owe(self, connection: Connection, size: int) -> None:
+        """So many bytes of the answer are unsent now."""
+        for owner in ("", connection.owner()):
+            self.unsent[owner] += size - connection.unsent
+            if not self.unsent[owner]:
+                del self.unsent[owner]
+        connection.unsent = size
+
+    def is_full(self, connection: Connection, size: int) -> bool:
+        """Would an answer of this size be too much, as others are unread?"""
+        each = self.unsent[connection.owner()] + size > self.UNSENT_EACH
+        return size > self.SMALL and bool(self.unsent) and (each or self.unsent[""] + size > self.UNSENT)
+
     def sweep(self) -> None:
         for connection in self.deadlines.late():
-            connection.late()
+            connection.guard(connection.late)
 
     def drop_idle(self) -> None:
         """Descriptors have run out: close the connections that wait for nobody, but those that came this second."""
@@ -1082,7 +1182,12 @@ class Door:
 
     def drain(self) -> None:
         for connection in list(self.connections):
-            connection.drain()
+            connection.guard(connection.drain)
+
+    def evict(self) -> None:
+        """Close the connections whose tokens were revoked."""
+        for connection in list(self.connections):
+            connection.guard(connection.check_token)
 
 
 class Connection:
@@ -1092,10 +1197,12 @@ class Connection:
     skipped: a short request that is answered at once never leaves the first call of data_received.
 
     Invariants: one request in hand per connection, and a pipelined one waits in `buffer` for the next turn. Nothing is
-    answered from inside another answer.
+    answered from inside another answer. An exception costs this connection a 500, and nothing else: guard() sees to it.
     """
 
-    __slots__ = "address buffer closing delivering door due ended file phase request slot transport".split()
+    __slots__ = (
+        "address buffer closing delivering door due ended file phase request slot token transport unsent".split()
+    )
     transport: Plain
     request: Request | None
     file: Stream | None  # what is left of the answer being written
@@ -1107,6 +1214,30 @@ class Connection:
         self.phase, self.slot, self.due = IDLE, sys.maxsize, math.inf
         self.closing = self.ended = False  # we want to close after the answer; the peer sends no more
         self.request = self.delivering = self.file = None
+        self.token: str | None = None  # the id of the token that the last request had; None: nobody asked for one yet
+        self.unsent = 0  # bytes of the answer
+
+    def owner(self) -> str:
+        """Who pays for its unread answers: a token, or an address."""
+        return self.token or self.address
+
+    def guard(self, action: Callable[[], None]) -> None:
+        """Call it; an exception ends this connection."""
+        if not self.door.loop.attempt(action):
+            self.door.loop.attempt(self.fail)
+
+    def soon(self, action: Callable[[], None]) -> None:
+        self.door.loop.soon(partial(self.guard, action))
+
+    def fail(self) -> None:
+        """We have made a mistake with this connection."""
+        if self.phase is PARKED:
+            self.door.app.left(self)
+        if self.phase in (WRITING, LINGER):
+            self.transport.abort()
+        else:
+            self.closing = True
+            self.write(refusal(our_fault()))
 
     # Called by the transport
 
@@ -1118,14 +1249,17 @@ class Connection:
 
     def connection_lost(self) -> None:
         self.door.leave(self)
+        self.door.owe(self, 0)
         if self.phase is PARKED:
             self.door.app.left(self)
         self.phase = LINGER
-        if self.file:
+        if self.file and not self.file.busy:
             self.file.close()
-        if self.request and self.request.sink:
-            self.request.sink.close()
-        self.buffer, self.request = b"", None  # we and our transport hold each other until the collector comes
+        request, self.request, self.buffer = self.request, None, b""  # else we and our transport hold each other
+        if request and request.sink and not request.sink.busy:
+            request.sink.close()
+        if self.delivering:
+            self.door.app.lost(*self.delivering)
 
     def data_received(self, data: bytes) -> None:
         if self.phase is LINGER:
@@ -1201,18 +1335,44 @@ class Connection:
         self.buffer = self.buffer[end:]
         request.parse_request()
         self.door.app.admit(request)
+        self.token = request.grant.token
         if request.parsed.expects and len(self.buffer) < request.parsed.length:
             self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def pour(self, sink: Sink) -> bool:
-        """Hand what has come of a body to its sink; true if that was all. Slower than BODY_RATE is 408 here too."""
-        part, self.buffer = self.buffer[: sink.missing], self.buffer[sink.missing :]
-        sink.write(part)
-        if sink.missing and self.ended:
+        """Hand what has come of a body to its sink; true if all of it is there. Slower than BODY_RATE is 408 here too."""
+        part = b"" if sink.busy else bytes(self.buffer[: sink.missing])
+        if part:
+            self.buffer = self.buffer[len(part) :]
+            sink.busy = True
+            self.door.loop.in_thread(partial(sink.write, part), lambda written: self.poured(sink, written))
+        elif not sink.missing:
+            return True
+        elif self.ended and not sink.busy:
             raise Refused(400, f"the file ended {sink.missing} bytes early; send the rest", *sink.offset())
-        if sink.missing and (self.phase is not BODY or sink.far_enough()):
+        elif len(self.buffer) > HEAD_BYTES:
+            self.transport.pause_reading()
+        if self.phase is not BODY:
             self.wait(BODY, BODY_SECONDS)
-        return not sink.missing
+        return False
+
+    def poured(self, sink: Sink, written: Any) -> None:
+        """A piece of a body was written, or was not."""
+        sink.busy = False
+        try:
+            sink.wrote(written)
+            if self.phase is LINGER:
+                sink.close()
+                return
+            self.door.app.check_token(self.token or "")
+        except Refused as refused:
+            self.closing = True
+            self.answer(refusal(refused))
+            return
+        if sink.far_enough():
+            self.wait(BODY, BODY_SECONDS)
+        self.transport.resume_reading()
+        self.guard(self.advance)
 
     def want_head(self) -> None:
         if not self.buffer:
@@ -1232,16 +1392,20 @@ class Connection:
         if answer and self.phase is not LINGER:  # None: it is answered later; LINGER: the peer has gone meanwhile
             self.write(answer)
             if self.phase is IDLE and (self.buffer or self.ended):
-                self.door.loop.soon(self.advance)
+                self.soon(self.advance)
 
     def write(self, answer: Answer) -> None:
+        if self.door.is_full(self, len(answer.body)):
+            if answer.delivers:
+                self.door.app.lost(*answer.delivers)
+            answer = refusal(Refused(503, "read the answers to your earlier requests first", ("Retry-After", "5")))
         self.phase = WRITING
         self.closing = self.closing or self.door.app.draining
         self.door.app.answered(self, answer)
         request, self.request = self.request, None
         bare = request is not None and request.command == "HEAD"
         self.delivering, self.file = answer.delivers, answer.file
-        if request and request.sink:
+        if request and request.sink and not request.sink.busy:
             request.sink.close()
         if self.file and bare:
             self.file.close()
@@ -1250,37 +1414,49 @@ class Connection:
         if self.transport.closing:  # it broke: nobody has the answer, and connection_lost comes next
             return
         if self.transport.unsent:
+            self.door.owe(self, len(self.transport.unsent))
             self.wait(WRITING, ANSWER_SECONDS + len(answer.body) / BODY_RATE)
         elif self.file:
-            self.door.loop.soon(self.resume_writing)
+            self.soon(self.resume_writing)
         else:
             self.written()
 
     def resume_writing(self) -> None:
         """The peer's system has what was written so far."""
-        if self.phase is WRITING and self.file:
-            self.write_on(self.file)
-        elif self.phase is WRITING:
-            self.written()
-            self.advance()
+        if self.phase is WRITING:
+            self.door.owe(self, 0)
+            if self.file and not self.file.busy:
+                self.wait(WRITING, ANSWER_SECONDS)
+                self.file.busy = True
+                file = self.file
+                self.door.loop.in_thread(file.read, lambda piece: self.write_piece(file, piece))
+            elif not self.file:
+                self.written()
+                self.advance()
 
-    def write_on(self, file: Stream) -> None:
-        """Write one more piece of a file; the next piece is for another turn."""
-        piece = file.read()
+    def write_piece(self, file: Stream, piece: Any) -> None:
+        """Write one more piece of a file."""
+        file.busy = False
+        if self.phase is LINGER:
+            file.close()
+            return
         self.closing = self.closing or not piece  # somebody cut the file: its peer must not take what follows for it
-        self.wait(WRITING, ANSWER_SECONDS)
-        if not file.length:
+        try:
+            self.door.app.check_token(self.token or "")
+            self.transport.write(b"" if isinstance(piece, Exception) else piece)
+        except Refused:
+            self.transport.abort()
+        if not file.length or self.transport.closing or isinstance(piece, Exception):
             file.close()
             self.file = None
-        self.transport.write(piece)
         if not self.transport.closing and not self.transport.unsent:
-            self.door.loop.soon(self.resume_writing)
+            self.soon(self.resume_writing)
 
     def written(self) -> None:
         """The peer's system has the whole answer."""
-        if self.delivering:
-            self.door.app.delivered(*self.delivering)
-            self.delivering = None
+        delivering, self.delivering = self.delivering, None
+        if delivering:
+            self.door.app.delivered(*delivering)
         if self.closing:
             self.hang_up()
         else:
@@ -1311,10 +1487,27 @@ class Connection:
         elif self.phase in (HEAD, BODY):
             self.write(refusal(shutting_down()))
 
+    def check_token(self) -> None:
+        """Was the token revoked that this connection came with? An operation that is out is refused when it comes."""
+        if self.token is None or self.phase in (BUSY, LINGER):
+            return
+        try:
+            self.door.app.check_token(self.token)
+        except Refused as refused:
+            if self.phase is PARKED:
+                self.door.app.left(self)
+            if self.phase is WRITING:
+                self.transport.abort()
+            else:
+                self.closing = True
+                self.write(refusal(refused))
+
     def late(self) -> None:
         """The deadline of this phase has passed."""
         if self.phase is PARKED:
             self.release()
+        elif self.phase is BODY and self.request and self.request.sink and self.request.sink.busy:
+            self.wait(BODY, BODY_SECONDS)  # it is our disk that is slow
         elif self.phase in (HEAD, BODY):
             self.closing = True
             self.write(refusal(Refused(408, f"the request took too long: we waited for {self.phase.value}")))
@@ -1322,6 +1515,10 @@ class Connection:
             self.hang_up()
         else:
             self.transport.abort()
+
+
+def our_fault() -> Refused:
+    return Refused(500, "the bus failed on this request; its log says why")
 
 
 def shutting_down() -> Refused:
@@ -1370,6 +1567,9 @@ class Plain:
             self.write_on()
         if events & self.events & selectors.EVENT_READ:
             self.read()
+
+    def failed(self) -> None:
+        self.protocol.fail()
 
     def read(self) -> None:
         try:
@@ -1491,6 +1691,9 @@ class Listener:
                 guest.setblocking(False)
                 guest.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 self.welcome(guest)
+
+    def failed(self) -> None:
+        """The guest has gone, and the listener stays."""
 
     def welcome(self, guest: socket.socket) -> None:
         if self.tls:
