@@ -2803,8 +2803,6 @@ class Bus:
 
     Invariants:
     - Nothing is answered before its commit.
-    - A reader that found nothing is parked only if nothing later than what it looked at was announced: look() reads and
-      parks in one turn.
     - `now` never passes a message that was not delivered: reads stop at `last`, the highest tick that was announced.
     - A list whose outcome is unknown fails its senders (503) and ends the bus; a full disk fails them and goes on.
     """
@@ -2819,14 +2817,14 @@ class Bus:
         self.ledger = Ledger(state, self.loop, self.clock, self.announce)
         self.mailboxes = Mailboxes(time.monotonic, state.view.mailboxes(state.last), state.view.clock)
         self.figures = Figures()
-        self.retention = Retention(self, keep)
+        self.sending, self.receiving, self.retention = Sending(self), Receiving(self), Retention(self, keep)
         self.withheld: dict[Step, Message] = {}  # messages that nobody may pass until the step is announced
         self.truths: dict[Any, str] = {}  # what was said of receivers in this announcement
         self.draining = self.broken = False
         self.saving = False  # of marks, planned
         # The seams: what the core and the extensions register.
         self.routes: dict[tuple[str, str], Route] = {}
-        self.waits: dict[type, Waits] = {Poll: Waits(self.poll_found, self.poll_over)}
+        self.waits: dict[type, Waits] = {Poll: Waits(self.receiving.poll_found, self.receiving.poll_over)}
         self.checks: list[Callable[[Any], None]] = []  # Refused if a message may not be sent
         self.states: list[Callable[[Message], tuple[str, str] | None]] = []  # how far a message came
         self.on_delivered: list[Callable[[Parked, int], None]] = []
@@ -2947,128 +2945,16 @@ class Bus:
         self.broken = True
         return Refused(503, "the bus could not write to its disk: it is not known whether this was stored")
 
-    # Sending
-
-    def drafts(self, request: Request) -> tuple[list[Draft], bool]:
-        """The messages in a request, each of them valid, and whether it was an array of them."""
-        self.check_open()
-        if not request.body:
-            raise Refused(400, "the body is empty: send JSON, or any text with ?from=NAME&to=NAME")
-        query = request.query()
-        value = verbatim(request.body, query) if "to" in query.fields else parse_json(request.body)
-        several = isinstance(value, list)
-        messages = value if several else [value]
-        if request.grant.name:
-            messages = [request.grant.sign(message) for message in messages]
-        for check in self.checks:
-            for message in messages:
-                check(message)
-        key = request.fields.get("idempotency-key")
-        drafts = [draft(message, key) for message in messages]
-        return [self.in_thread(one) if one.answers is not None else one for one in drafts], several
-
-    def in_thread(self, one: Draft) -> Draft:
-        """An answer with its place in a chain of replies."""
-        assert one.answers is not None
-        thread, depth = self.view.lineage(one.answers)
-        return one._replace(thread=thread, depth=depth + 1)
-
-    def check(self, drafts: list[Draft]) -> None:
-        """Refused, if these messages cannot be stored together and now."""
-        each: Collection[Way] = ways(drafts)
-        if len(each) != 1:
-            check_number(drafts, len(each))
-            each = dict.fromkeys(each)  # what is the same for many messages is looked at once
-        for channel, _, to in each:
-            self.check_room(channel, to)
-        self.storms.check(drafts, each)
-
-    def check_open(self) -> None:
-        if self.draining:
-            raise shutting_down()
-
-    def check_room(self, channel: str, to: str) -> None:
-        """429 if a mailbox is full of what nobody has fetched yet."""
-        box = self.mailboxes.box(channel, to)
-        if box.fetched >= box.newest:
-            return
-        if box.pending is None:
-            box.pending = self.view.count_between(channel, to, box.fetched, box.newest)
-        messages, size = box.pending
-        if messages >= MAILBOX_MESSAGES or size >= MAILBOX_BYTES:
-            raise too_much(f"the mailbox of {to} is full: {messages} messages wait and nobody fetches them", 60)
-
-    def sent(self, connection: Connection, put: Put, stored: list[Stored]) -> Answer:
-        return ok(self, entry(self, put.drafts[0], stored[0]))
-
-    def sent_several(self, connection: Connection, put: Put, stored: list[Stored]) -> Answer:
-        results = "}, {".join([entry(self, one, its) for one, its in zip(put.drafts, stored)])
-        return ok(self, f'"ok": true, "results": [{{{results}}}]')
-
-    # Receiving
-
-    def look(self, request: Request, poll: Poll) -> Answer | None:
-        """What the poll asks for, now or when it comes. A cursor ahead of us first moves us, durably, up to itself."""
-        if poll.since == NOW:
-            return delivery(self, poll._replace(since=self.last), [])
-        if poll.since <= self.last:
-            return self.read_or_park(request, poll)
-        if poll.since > self.view.clock() + AHEAD:
-            raise Refused(400, f"since is over {AHEAD // 1000000} s ahead of this bus; it is in seconds since 1970")
-
-        def raised(connection: Connection, operation: Raise, result: None) -> Answer | None:
-            return None if connection.transport.closing else self.read_or_park(request, poll)
-
-        self.do(Raise(poll.since), request.peer, raised)
-        return None
-
-    def read_or_park(self, request: Request, poll: Poll) -> Answer | None:
-        self.mailboxes.presented(poll)
-        found: list[Message] = []
-        reached = None
-        if self.mailboxes.newest(poll) > poll.since:
-            found, reached = self.read(poll)
-        self.note_removed(poll)
-        gap = self.mailboxes.gap(poll)
-        if found or reached or gap or not poll.hold or self.draining:
-            return delivery(self, poll, found, reached, gap)
-        if request.peer.ended:  # it has gone while its cursor was written down
-            self.mailboxes.left(poll)
-            return delivery(self, poll, [])
-        if not self.verbose:
-            request.peer.request = None  # a parked reader is small: its poll says it all
-        self.park(request.peer, poll._replace(token=request.grant.token))
-        for connection in self.mailboxes.crowd(poll)[:-PARKED_PER_NAME]:
-            connection.wait(PARKED, 0)  # the newest are still alive; not released here, as each may poll again
-        return None
-
-    def read(self, poll: Poll) -> tuple[list[Message], int | None]:
-        """What the disk has for a poll, up to a message that is withheld: nobody gets it, and nobody passes it."""
-        withheld = [each.tick for each in self.withheld.values() if poll.covers(self.last, each)]
-        upto = min(withheld, default=self.last + 1) - 1
-        found, reached = self.view.after(poll, upto)
-        if withheld and not reached:
-            reached = found[-1].tick if found else upto
-        return found, reached
-
-    def note_removed(self, poll: Poll) -> None:
-        """A message that the current commit removes must already count as a gap for readers that look now."""
-        if self.ledger.removing:
-            self.mailboxes.note_removed(self.view.removed_up_to(poll))
-
-    def poll_found(self, connection: Connection, poll: Poll, messages: list[Message]) -> Answer:
-        reached = messages[poll.limit - 1].tick if len(messages) > poll.limit else None
-        return delivery(self, poll, messages[: poll.limit], reached)
-
-    def poll_over(self, connection: Connection, poll: Poll) -> Answer:
-        return delivery(self, poll, [])
-
     def park(self, connection: Connection, parked: Parked, patience: float = math.inf) -> None:
         """Let it wait until there is something for it, its hold is over, or `patience` (s) has passed."""
         self.mailboxes.park(connection, parked)
         connection.wait(PARKED, min(parked.hold, patience))
         if self.gate.tokens.closed and parked.token not in self.gate.tokens.grants:
             self.evict()  # it was revoked while a commit was waited for
+
+    def check_open(self) -> None:
+        if self.draining:
+            raise shutting_down()
 
     # Housekeeping
 
@@ -3125,6 +3011,132 @@ class Bus:
 
 def nothing_follows(connection: None, operation: Operation, result: Any) -> None:
     """For a Step that nobody waits for."""
+
+
+class Sending:
+    """From the body of a send to its drafts, and the word for what was stored. Owned by the loop."""
+
+    def __init__(self, bus: Bus) -> None:
+        self.bus = bus
+
+    def drafts(self, request: Request) -> tuple[list[Draft], bool]:
+        """The messages in a request, each of them valid, and whether it was an array of them."""
+        self.bus.check_open()
+        if not request.body:
+            raise Refused(400, "the body is empty: send JSON, or any text with ?from=NAME&to=NAME")
+        query = request.query()
+        value = verbatim(request.body, query) if "to" in query.fields else parse_json(request.body)
+        several = isinstance(value, list)
+        messages = value if several else [value]
+        if request.grant.name:
+            messages = [request.grant.sign(message) for message in messages]
+        for check in self.bus.checks:
+            for message in messages:
+                check(message)
+        key = request.fields.get("idempotency-key")
+        drafts = [draft(message, key) for message in messages]
+        return [self.in_thread(one) if one.answers is not None else one for one in drafts], several
+
+    def in_thread(self, one: Draft) -> Draft:
+        """An answer with its place in a chain of replies."""
+        assert one.answers is not None
+        thread, depth = self.bus.view.lineage(one.answers)
+        return one._replace(thread=thread, depth=depth + 1)
+
+    def check(self, drafts: list[Draft]) -> None:
+        """Refused, if these messages cannot be stored together and now."""
+        each: Collection[Way] = ways(drafts)
+        if len(each) != 1:
+            check_number(drafts, len(each))
+            each = dict.fromkeys(each)  # what is the same for many messages is looked at once
+        for channel, _, to in each:
+            self.check_room(channel, to)
+        self.bus.storms.check(drafts, each)
+
+    def check_room(self, channel: str, to: str) -> None:
+        """429 if a mailbox is full of what nobody has fetched yet."""
+        box = self.bus.mailboxes.box(channel, to)
+        if box.fetched >= box.newest:
+            return
+        if box.pending is None:
+            box.pending = self.bus.view.count_between(channel, to, box.fetched, box.newest)
+        messages, size = box.pending
+        if messages >= MAILBOX_MESSAGES or size >= MAILBOX_BYTES:
+            raise too_much(f"the mailbox of {to} is full: {messages} messages wait and nobody fetches them", 60)
+
+    def sent(self, connection: Connection, put: Put, stored: list[Stored]) -> Answer:
+        return ok(self.bus, entry(self.bus, put.drafts[0], stored[0]))
+
+    def sent_several(self, connection: Connection, put: Put, stored: list[Stored]) -> Answer:
+        results = "}, {".join([entry(self.bus, one, its) for one, its in zip(put.drafts, stored)])
+        return ok(self.bus, f'"ok": true, "results": [{{{results}}}]')
+
+
+class Receiving:
+    """What a poll finds, and when it waits. Owned by the loop.
+
+    Invariant: a reader that found nothing is parked only if nothing later than what it looked at was announced: look()
+    reads and parks in one turn.
+    """
+
+    def __init__(self, bus: Bus) -> None:
+        self.bus = bus
+
+    def look(self, request: Request, poll: Poll) -> Answer | None:
+        """What the poll asks for, now or when it comes. A cursor ahead of us first moves us, durably, up to itself."""
+        if poll.since == NOW:
+            return delivery(self.bus, poll._replace(since=self.bus.last), [])
+        if poll.since <= self.bus.last:
+            return self.read_or_park(request, poll)
+        if poll.since > self.bus.view.clock() + AHEAD:
+            raise Refused(400, f"since is over {AHEAD // 1000000} s ahead of this bus; it is in seconds since 1970")
+
+        def raised(connection: Connection, operation: Raise, result: None) -> Answer | None:
+            return None if connection.transport.closing else self.read_or_park(request, poll)
+
+        self.bus.do(Raise(poll.since), request.peer, raised)
+        return None
+
+    def read_or_park(self, request: Request, poll: Poll) -> Answer | None:
+        self.bus.mailboxes.presented(poll)
+        found: list[Message] = []
+        reached = None
+        if self.bus.mailboxes.newest(poll) > poll.since:
+            found, reached = self.read(poll)
+        self.note_removed(poll)
+        gap = self.bus.mailboxes.gap(poll)
+        if found or reached or gap or not poll.hold or self.bus.draining:
+            return delivery(self.bus, poll, found, reached, gap)
+        if request.peer.ended:  # it has gone while its cursor was written down
+            self.bus.mailboxes.left(poll)
+            return delivery(self.bus, poll, [])
+        if not self.bus.verbose:
+            request.peer.request = None  # a parked reader is small: its poll says it all
+        self.bus.park(request.peer, poll._replace(token=request.grant.token))
+        for connection in self.bus.mailboxes.crowd(poll)[:-PARKED_PER_NAME]:
+            connection.wait(PARKED, 0)  # the newest are still alive; not released here, as each may poll again
+        return None
+
+    def read(self, poll: Poll) -> tuple[list[Message], int | None]:
+        """What the disk has for a poll, up to a message that is withheld: nobody gets it, and nobody passes it."""
+        withheld = [each.tick for each in self.bus.withheld.values() if poll.covers(self.bus.last, each)]
+        upto = min(withheld, default=self.bus.last + 1) - 1
+        found, reached = self.bus.view.after(poll, upto)
+        if withheld and not reached:
+            reached = found[-1].tick if found else upto
+        return found, reached
+
+    def note_removed(self, poll: Poll) -> None:
+        """A message that the current commit removes must already count as a gap for readers that look now."""
+        if self.bus.ledger.removing:
+            self.bus.mailboxes.note_removed(self.bus.view.removed_up_to(poll))
+
+    def poll_found(self, connection: Connection, poll: Poll, messages: list[Message]) -> Answer:
+        reached = messages[poll.limit - 1].tick if len(messages) > poll.limit else None
+        return delivery(self.bus, poll, messages[: poll.limit], reached)
+
+    def poll_over(self, connection: Connection, poll: Poll) -> Answer:
+        return delivery(self.bus, poll, [])
 
 
 class Retention:
@@ -3227,9 +3239,9 @@ def core_routes(bus: Bus) -> None:
 
 
 def send(bus: Bus, request: Request) -> None:
-    drafts, several = bus.drafts(request)
-    bus.check(drafts)
-    bus.do(Put(drafts), request.peer, bus.sent_several if several else bus.sent)
+    drafts, several = bus.sending.drafts(request)
+    bus.sending.check(drafts)
+    bus.do(Put(drafts), request.peer, bus.sending.sent_several if several else bus.sending.sent)
 
 
 def verbatim(body: bytes, query: Query) -> dict[str, Any]:
@@ -3259,9 +3271,9 @@ def recv(bus: Bus, request: Request) -> Answer | None:
     bus.save_marks_soon()
     if poll.since == LAST:
         first = bus.view.oldest(str(poll.channel), str(poll.me), 0)
-        bus.note_removed(poll)
-        return bus.read_or_park(request, bus.mailboxes.resume(poll, first, bus.last))
-    return bus.look(request, poll)
+        bus.receiving.note_removed(poll)
+        return bus.receiving.read_or_park(request, bus.mailboxes.resume(poll, first, bus.last))
+    return bus.receiving.look(request, poll)
 
 
 def recv_poll(query: Query, plain: bool) -> Poll:
@@ -3280,7 +3292,9 @@ def log(bus: Bus, request: Request) -> Answer | None:
     if since == LAST:
         raise Refused(400, "an observer has no cursor here: since must be seconds or 'now'")
     channel, sender = query.name("channel", None), query.name("from", None)
-    return bus.look(request, Poll(None, query.names("to"), channel, sender, since, limit, hold, request.plain()))
+    return bus.receiving.look(
+        request, Poll(None, query.names("to"), channel, sender, since, limit, hold, request.plain())
+    )
 
 
 def asked_for(query: Query) -> tuple[int, int, float]:
