@@ -3147,43 +3147,42 @@ class Retention:
         self.aging = False  # a removal of --keep is on its way
         self.request: tuple[int, bool] | None = None  # the one of prune that is on its way
 
+    def remove(self, removal: Remove, end: Callable[[bool], None]) -> None:
+        """Remove one slice after the other, then call `end`, with True if there is nothing left to remove."""
+
+        def removed(connection: None, removal: Remove, reached: int | None) -> None:
+            if reached is None or self.bus.draining:
+                end(reached is None)
+            else:
+                self.remove(removal.next(reached), end)
+
+        self.bus.do(removal, None, removed, lambda _: end(False))
+
     def age(self) -> None:
-        """Remove a slice of what is too old; `aged` asks for the next."""
+        """Remove what is older than --keep."""
         if self.keep and not self.bus.draining and not self.aging:
             self.aging = True
             absent = [each for each in self.bus.view.extensions() if self.bus.extensions.get(each) != LOADED]
             before = max(self.bus.view.clock() - int(self.keep * 1000000), 0)
-            self.bus.do(Remove(0, before, False, absent), None, self.aged, self.stop_aging)
+            self.remove(Remove(0, before, False, absent), self.aged)
 
-    def aged(self, connection: None, removal: Remove, reached: int | None) -> None:
-        if reached is None or self.bus.draining:
-            self.aging = False
-        else:
-            self.bus.do(removal.next(reached), None, self.aged, self.stop_aging)
-
-    def stop_aging(self, removal: Remove) -> None:
+    def aged(self, whole: bool) -> None:
         self.aging = False
 
     def look_for_request(self) -> None:
-        """The command prune leaves a file beside the database that says what is to go."""
+        """The command prune leaves a file beside the database that says what to remove."""
         if not self.request:
             self.request = prune_request(self.bus.state.path)
             if self.request:
                 before, fetched_only = self.request
                 kept_for = list(self.bus.view.extensions()) if fetched_only else []
-                self.bus.do(Remove(0, before, fetched_only, kept_for), None, self.pruned, self.stop_pruning)
+                self.remove(Remove(0, before, fetched_only, kept_for), self.pruned)
 
-    def pruned(self, connection: None, removal: Remove, reached: int | None) -> None:
-        if reached is not None and not self.bus.draining:
-            self.bus.do(removal.next(reached), None, self.pruned, self.stop_pruning)
-            return
+    def pruned(self, whole: bool) -> None:
+        """The command waits until its file is gone. After a failure the file stays, and is looked for again."""
         path = self.bus.state.path
-        if reached is None and prune_request(path) == self.request:  # else there is another one by now
-            prune_file(path).unlink(missing_ok=True)  # the command waits for that
-        self.request = None
-
-    def stop_pruning(self, removal: Remove) -> None:
-        """The list failed. The file is still there, and is looked for again."""
+        if whole and prune_request(path) == self.request:  # else there is another one by now
+            prune_file(path).unlink(missing_ok=True)
         self.request = None
 
 
@@ -3787,7 +3786,7 @@ def command(function: str, description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def invite(arguments: Sequence[str]) -> int:
+def invite(arguments: Sequence[str]) -> None:
     """Mint a token and print, once, what to paste on the other machine."""
     parser = command("invite", "Make a token for NAME; print it, once.")
     parser.add_argument("name", metavar="NAME")
@@ -3813,7 +3812,6 @@ def invite(arguments: Sequence[str]) -> int:
     Tokens(options.db).change(lambda rows: [*rows, row])
     url = (options.url or signature(options.db)[0]).rstrip("/")
     print(INVITATION.format(name=options.name, token=f"{token}_{secret}", url=url))
-    return 0
 
 
 def revoke(arguments: Sequence[str]) -> int:
@@ -3830,14 +3828,14 @@ def revoke(arguments: Sequence[str]) -> int:
                 revoked.append(row["id"])
         return rows
 
-    tokens = Tokens(options.db)
-    if tokens.rows():  # else there may be no bus either, and no file is made for it
-        tokens.change(change)
+    file = Tokens(options.db)
+    if file.rows():  # else there may be no bus either, and no file is made for it
+        file.change(change)
     print(f"revoked of {options.name}: {' '.join(revoked)}" if revoked else f"{options.name} has no token")
     return 0 if revoked else 1
 
 
-def list_tokens(arguments: Sequence[str]) -> int:
+def tokens(arguments: Sequence[str]) -> None:
     """Who has which token, never the secret."""
     parser = command("tokens", "List the tokens of a bus.")
     options = parser.parse_args(arguments)
@@ -3848,10 +3846,9 @@ def list_tokens(arguments: Sequence[str]) -> int:
         grants += ["operator"] if row["operator"] else []
         state = f"revoked {day(row['revoked'])}" if row["revoked"] else " ".join(grants)
         print(f"{row['id']:13} {row['name']:20} {day(row['made'])} {day(used.get(row['id'])):10} {state}")
-    return 0
 
 
-def prune(arguments: Sequence[str]) -> int:
+def prune(arguments: Sequence[str]) -> None:
     """Remove old messages now: through the running server, which has the one connection that writes, or without it."""
     parser = command("prune", "Remove messages that were fetched, and work that is done.")
     parser.add_argument("--older", type=duration, default="30d", help="than this: 30d, 12h; 0: all (%(default)s)")
@@ -3869,7 +3866,6 @@ def prune(arguments: Sequence[str]) -> int:
         except InUse:
             remove_beside(options.db, before, not options.pending, old - going)
         print(f"{old - count_old(options.db, before)[0]} removed")
-    return 0
 
 
 def count_old(path: str, before: int) -> tuple[int, int]:
@@ -3942,17 +3938,15 @@ def day(second: int | None) -> str:
     return time.strftime("%Y-%m-%d", time.gmtime(second)) if second else "never"
 
 
-def last_used(path: str) -> dict[str, int | None]:
-    """When the server last saw each token (s since 1970, up to a minute late), read beside it from its database."""
+def last_used(path: str) -> dict[str, int]:
+    """When the server last saw each token: s since 1970, up to a minute late; 0: damaged. Read beside the server."""
     try:
         with contextlib.closing(read_only(path)) as database:
+            number = Rows(path, database).number
             rows = database.execute("SELECT token, used FROM uses").fetchall()
+            return {token: number(used, 0, f"when {token} was used") for token, used in rows}
     except sqlite3.Error:  # the bus was never started
         return {}
-    for token, used in rows:
-        if not isinstance(used, int):
-            print(f"bus_server: {path}: when {token} was used is damaged; skipped", file=sys.stderr)
-    return {token: used if isinstance(used, int) else None for token, used in rows}
 
 
 def read_only(path: str) -> sqlite3.Connection:
@@ -3970,7 +3964,7 @@ def signature(path: str) -> tuple[str, str]:
     return re.sub(r"//(0\.0\.0\.0|\[::\]):", f"//{socket.gethostname()}:", url) or "http://HOST:8080", version
 
 
-def backup(arguments: Sequence[str]) -> int:
+def backup(arguments: Sequence[str]) -> None:
     """Copy a bus, also while it runs: everything acknowledged before, in one file; its tokens and files beside that."""
     parser = command("backup", "Copy a bus to COPY, also while it runs.")
     parser.add_argument("copy", metavar="COPY", help="a new file; beside it COPY.tokens and COPY.blobs")
@@ -3984,10 +3978,9 @@ def backup(arguments: Sequence[str]) -> int:
     files = copy_files(options.db, options.copy)  # after the messages, which point to them
     os.rename(f"{options.copy}.new", options.copy)
     print(f"{options.copy}: {messages} messages, {files} files, {len(rows)} tokens")
-    return 0
 
 
-def restore(arguments: Sequence[str]) -> int:
+def restore(arguments: Sequence[str]) -> None:
     """Put a copy in the place of a bus that is stopped. It is another bus then, and says so to readers of the old one.
 
     They may have read what is in no copy. With the old id they would go on behind that, and were never told.
@@ -4010,7 +4003,6 @@ def restore(arguments: Sequence[str]) -> int:
     print(f"{options.db} is bus {bus} now, with {messages} messages; {files} files came back")
     if os.path.exists(old):
         print(f"what was there before is in {old}")
-    return 0
 
 
 def missing_tokens(copy: str, path: str) -> list[dict[str, Any]]:
@@ -4084,8 +4076,9 @@ On the machine of {name}:
     printf 'header = "Authorization: Bearer %s"' "$AGENT_BUS_TOKEN" | curl -K - "$AGENT_BUS_URL/agents"     # a test
 """
 
-COMMANDS = {"invite": invite, "revoke": revoke, "tokens": list_tokens, "prune": prune, "backup": backup,
-            "restore": restore}  # fmt: skip
+COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
+    function.__name__: function for function in (invite, revoke, tokens, prune, backup, restore)
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -4093,16 +4086,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.umask(0o077)  # the database and what lies beside it are for this user alone
     try:
         if arguments and arguments[0] in COMMANDS:
-            return COMMANDS[arguments[0]](arguments[1:])
+            return COMMANDS[arguments[0]](arguments[1:]) or 0
         options = command_line(arguments)
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         with contextlib.suppress(ValueError, OSError):  # a parked reader is a descriptor
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        state = State(options.db)
-        try:
+        with contextlib.closing(State(options.db)) as state:
             return run_server(options, state)
-        finally:
-            state.close()
     except Unusable as error:
         print(f"bus_server: {error}", file=sys.stderr)
         return 2
