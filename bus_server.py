@@ -3006,8 +3006,6 @@ class Bus:
 
     Invariants:
     - Nothing is answered before its commit.
-    - A reader that found nothing is parked only if nothing later than what it looked at was announced: look() reads and
-      parks in one turn.
     - `now` never passes a message that was not delivered: reads stop at `last`, the highest tick that was announced.
     - A list whose outcome is unknown fails its senders (503) and ends the bus; a full disk fails them and goes on.
     """
@@ -3022,14 +3020,14 @@ class Bus:
         self.ledger = Ledger(state, self.loop, self.clock, self.announce)
         self.mailboxes = Mailboxes(time.monotonic, state.view.mailboxes(state.last), state.view.clock)
         self.figures = Figures()
-        self.retention = Retention(self, keep)
+        self.sending, self.receiving, self.retention = Sending(self), Receiving(self), Retention(self, keep)
         self.withheld: dict[Step, Message] = {}  # messages that nobody may pass until the step is announced
         self.truths: dict[Any, str] = {}  # what was said of receivers in this announcement
         self.draining = self.broken = False
         self.saving = False  # of marks, planned
         # The seams: what the core and the extensions register.
         self.routes: dict[tuple[str, str], Route] = {}
-        self.waits: dict[type, Waits] = {Poll: Waits(self.poll_found, self.poll_over)}
+        self.waits: dict[type, Waits] = {Poll: Waits(self.receiving.poll_found, self.receiving.poll_over)}
         self.checks: list[Callable[[Any], None]] = []  # Refused if a message may not be sent
         self.states: list[Callable[[Message], tuple[str, str] | None]] = []  # how far a message came
         self.on_delivered: list[Callable[[Parked, int], None]] = []
@@ -3150,128 +3148,16 @@ class Bus:
         self.broken = True
         return Refused(503, "the bus could not write to its disk: it is not known whether this was stored")
 
-    # Sending
-
-    def drafts(self, request: Request) -> tuple[list[Draft], bool]:
-        """The messages in a request, each of them valid, and whether it was an array of them."""
-        self.check_open()
-        if not request.body:
-            raise Refused(400, "the body is empty: send JSON, or any text with ?from=NAME&to=NAME")
-        query = request.query()
-        value = verbatim(request.body, query) if "to" in query.fields else parse_json(request.body)
-        several = isinstance(value, list)
-        messages = value if several else [value]
-        if request.grant.name:
-            messages = [request.grant.sign(message) for message in messages]
-        for check in self.checks:
-            for message in messages:
-                check(message)
-        key = request.fields.get("idempotency-key")
-        drafts = [draft(message, key) for message in messages]
-        return [self.in_thread(one) if one.answers is not None else one for one in drafts], several
-
-    def in_thread(self, one: Draft) -> Draft:
-        """An answer with its place in a chain of replies."""
-        assert one.answers is not None
-        thread, depth = self.view.lineage(one.answers)
-        return one._replace(thread=thread, depth=depth + 1)
-
-    def check(self, drafts: list[Draft]) -> None:
-        """Refused, if these messages cannot be stored together and now."""
-        each: Collection[Way] = ways(drafts)
-        if len(each) != 1:
-            check_number(drafts, len(each))
-            each = dict.fromkeys(each)  # what is the same for many messages is looked at once
-        for channel, _, to in each:
-            self.check_room(channel, to)
-        self.storms.check(drafts, each)
-
-    def check_open(self) -> None:
-        if self.draining:
-            raise shutting_down()
-
-    def check_room(self, channel: str, to: str) -> None:
-        """429 if a mailbox is full of what nobody has fetched yet."""
-        box = self.mailboxes.box(channel, to)
-        if box.fetched >= box.newest:
-            return
-        if box.pending is None:
-            box.pending = self.view.count_between(channel, to, box.fetched, box.newest)
-        messages, size = box.pending
-        if messages >= MAILBOX_MESSAGES or size >= MAILBOX_BYTES:
-            raise too_much(f"the mailbox of {to} is full: {messages} messages wait and nobody fetches them", 60)
-
-    def sent(self, connection: Connection, put: Put, stored: list[Stored]) -> Answer:
-        return ok(self, entry(self, put.drafts[0], stored[0]))
-
-    def sent_several(self, connection: Connection, put: Put, stored: list[Stored]) -> Answer:
-        results = "}, {".join([entry(self, one, its) for one, its in zip(put.drafts, stored)])
-        return ok(self, f'"ok": true, "results": [{{{results}}}]')
-
-    # Receiving
-
-    def look(self, request: Request, poll: Poll) -> Answer | None:
-        """What the poll asks for, now or when it comes. A cursor ahead of us first moves us, durably, up to itself."""
-        if poll.since == NOW:
-            return delivery(self, poll._replace(since=self.last), [])
-        if poll.since <= self.last:
-            return self.read_or_park(request, poll)
-        if poll.since > self.view.clock() + AHEAD:
-            raise Refused(400, f"since is over {AHEAD // 1000000} s ahead of this bus; it is in seconds since 1970")
-
-        def raised(connection: Connection, operation: Raise, result: None) -> Answer | None:
-            return None if connection.transport.closing else self.read_or_park(request, poll)
-
-        self.do(Raise(poll.since), request.peer, raised)
-        return None
-
-    def read_or_park(self, request: Request, poll: Poll) -> Answer | None:
-        self.mailboxes.presented(poll)
-        found: list[Message] = []
-        reached = None
-        if self.mailboxes.newest(poll) > poll.since:
-            found, reached = self.read(poll)
-        self.note_removed(poll)
-        gap = self.mailboxes.gap(poll)
-        if found or reached or gap or not poll.hold or self.draining:
-            return delivery(self, poll, found, reached, gap)
-        if request.peer.ended:  # it has gone while its cursor was written down
-            self.mailboxes.left(poll)
-            return delivery(self, poll, [])
-        if not self.verbose:
-            request.peer.request = None  # a parked reader is small: its poll says it all
-        self.park(request.peer, poll._replace(token=request.grant.token))
-        for connection in self.mailboxes.crowd(poll)[:-PARKED_PER_NAME]:
-            connection.wait(PARKED, 0)  # the newest are still alive; not released here, as each may poll again
-        return None
-
-    def read(self, poll: Poll) -> tuple[list[Message], int | None]:
-        """What the disk has for a poll, up to a message that is withheld: nobody gets it, and nobody passes it."""
-        withheld = [each.tick for each in self.withheld.values() if poll.covers(self.last, each)]
-        upto = min(withheld, default=self.last + 1) - 1
-        found, reached = self.view.after(poll, upto)
-        if withheld and not reached:
-            reached = found[-1].tick if found else upto
-        return found, reached
-
-    def note_removed(self, poll: Poll) -> None:
-        """A message that the current commit removes must already count as a gap for readers that look now."""
-        if self.ledger.removing:
-            self.mailboxes.note_removed(self.view.removed_up_to(poll))
-
-    def poll_found(self, connection: Connection, poll: Poll, messages: list[Message]) -> Answer:
-        reached = messages[poll.limit - 1].tick if len(messages) > poll.limit else None
-        return delivery(self, poll, messages[: poll.limit], reached)
-
-    def poll_over(self, connection: Connection, poll: Poll) -> Answer:
-        return delivery(self, poll, [])
-
     def park(self, connection: Connection, parked: Parked, patience: float = math.inf) -> None:
         """Let it wait until there is something for it, its hold is over, or `patience` (s) has passed."""
         self.mailboxes.park(connection, parked)
         connection.wait(PARKED, min(parked.hold, patience))
         if self.gate.tokens.closed and parked.token not in self.gate.tokens.grants:
             self.evict()  # it was revoked while a commit was waited for
+
+    def check_open(self) -> None:
+        if self.draining:
+            raise shutting_down()
 
     # Housekeeping
 
@@ -3330,6 +3216,132 @@ def nothing_follows(connection: None, operation: Operation, result: Any) -> None
     """For a Step that nobody waits for."""
 
 
+class Sending:
+    """From the body of a send to its drafts, and the word for what was stored. Owned by the loop."""
+
+    def __init__(self, bus: Bus) -> None:
+        self.bus = bus
+
+    def drafts(self, request: Request) -> tuple[list[Draft], bool]:
+        """The messages in a request, each of them valid, and whether it was an array of them."""
+        self.bus.check_open()
+        if not request.body:
+            raise Refused(400, "the body is empty: send JSON, or any text with ?from=NAME&to=NAME")
+        query = request.query()
+        value = verbatim(request.body, query) if "to" in query.fields else parse_json(request.body)
+        several = isinstance(value, list)
+        messages = value if several else [value]
+        if request.grant.name:
+            messages = [request.grant.sign(message) for message in messages]
+        for check in self.bus.checks:
+            for message in messages:
+                check(message)
+        key = request.fields.get("idempotency-key")
+        drafts = [draft(message, key) for message in messages]
+        return [self.in_thread(one) if one.answers is not None else one for one in drafts], several
+
+    def in_thread(self, one: Draft) -> Draft:
+        """An answer with its place in a chain of replies."""
+        assert one.answers is not None
+        thread, depth = self.bus.view.lineage(one.answers)
+        return one._replace(thread=thread, depth=depth + 1)
+
+    def check(self, drafts: list[Draft]) -> None:
+        """Refused, if these messages cannot be stored together and now."""
+        each: Collection[Way] = ways(drafts)
+        if len(each) != 1:
+            check_number(drafts, len(each))
+            each = dict.fromkeys(each)  # what is the same for many messages is looked at once
+        for channel, _, to in each:
+            self.check_room(channel, to)
+        self.bus.storms.check(drafts, each)
+
+    def check_room(self, channel: str, to: str) -> None:
+        """429 if a mailbox is full of what nobody has fetched yet."""
+        box = self.bus.mailboxes.box(channel, to)
+        if box.fetched >= box.newest:
+            return
+        if box.pending is None:
+            box.pending = self.bus.view.count_between(channel, to, box.fetched, box.newest)
+        messages, size = box.pending
+        if messages >= MAILBOX_MESSAGES or size >= MAILBOX_BYTES:
+            raise too_much(f"the mailbox of {to} is full: {messages} messages wait and nobody fetches them", 60)
+
+    def sent(self, connection: Connection, put: Put, stored: list[Stored]) -> Answer:
+        return ok(self.bus, entry(self.bus, put.drafts[0], stored[0]))
+
+    def sent_several(self, connection: Connection, put: Put, stored: list[Stored]) -> Answer:
+        results = "}, {".join([entry(self.bus, one, its) for one, its in zip(put.drafts, stored)])
+        return ok(self.bus, f'"ok": true, "results": [{{{results}}}]')
+
+
+class Receiving:
+    """What a poll finds, and when it waits. Owned by the loop.
+
+    Invariant: a reader that found nothing is parked only if nothing later than what it looked at was announced: look()
+    reads and parks in one turn.
+    """
+
+    def __init__(self, bus: Bus) -> None:
+        self.bus = bus
+
+    def look(self, request: Request, poll: Poll) -> Answer | None:
+        """What the poll asks for, now or when it comes. A cursor ahead of us first moves us, durably, up to itself."""
+        if poll.since == NOW:
+            return delivery(self.bus, poll._replace(since=self.bus.last), [])
+        if poll.since <= self.bus.last:
+            return self.read_or_park(request, poll)
+        if poll.since > self.bus.view.clock() + AHEAD:
+            raise Refused(400, f"since is over {AHEAD // 1000000} s ahead of this bus; it is in seconds since 1970")
+
+        def raised(connection: Connection, operation: Raise, result: None) -> Answer | None:
+            return None if connection.transport.closing else self.read_or_park(request, poll)
+
+        self.bus.do(Raise(poll.since), request.peer, raised)
+        return None
+
+    def read_or_park(self, request: Request, poll: Poll) -> Answer | None:
+        self.bus.mailboxes.presented(poll)
+        found: list[Message] = []
+        reached = None
+        if self.bus.mailboxes.newest(poll) > poll.since:
+            found, reached = self.read(poll)
+        self.note_removed(poll)
+        gap = self.bus.mailboxes.gap(poll)
+        if found or reached or gap or not poll.hold or self.bus.draining:
+            return delivery(self.bus, poll, found, reached, gap)
+        if request.peer.ended:  # it has gone while its cursor was written down
+            self.bus.mailboxes.left(poll)
+            return delivery(self.bus, poll, [])
+        if not self.bus.verbose:
+            request.peer.request = None  # a parked reader is small: its poll says it all
+        self.bus.park(request.peer, poll._replace(token=request.grant.token))
+        for connection in self.bus.mailboxes.crowd(poll)[:-PARKED_PER_NAME]:
+            connection.wait(PARKED, 0)  # the newest are still alive; not released here, as each may poll again
+        return None
+
+    def read(self, poll: Poll) -> tuple[list[Message], int | None]:
+        """What the disk has for a poll, up to a message that is withheld: nobody gets it, and nobody passes it."""
+        withheld = [each.tick for each in self.bus.withheld.values() if poll.covers(self.bus.last, each)]
+        upto = min(withheld, default=self.bus.last + 1) - 1
+        found, reached = self.bus.view.after(poll, upto)
+        if withheld and not reached:
+            reached = found[-1].tick if found else upto
+        return found, reached
+
+    def note_removed(self, poll: Poll) -> None:
+        """A message that the current commit removes must already count as a gap for readers that look now."""
+        if self.bus.ledger.removing:
+            self.bus.mailboxes.note_removed(self.bus.view.removed_up_to(poll))
+
+    def poll_found(self, connection: Connection, poll: Poll, messages: list[Message]) -> Answer:
+        reached = messages[poll.limit - 1].tick if len(messages) > poll.limit else None
+        return delivery(self.bus, poll, messages[: poll.limit], reached)
+
+    def poll_over(self, connection: Connection, poll: Poll) -> Answer:
+        return delivery(self.bus, poll, [])
+
+
 class Retention:
     """Removes messages that are older than --keep, and what the command `prune` asks for. Both go on side by side."""
 
@@ -3338,43 +3350,42 @@ class Retention:
         self.aging = False  # a removal of --keep is on its way
         self.request: tuple[int, bool] | None = None  # the one of prune that is on its way
 
+    def remove(self, removal: Remove, end: Callable[[bool], None]) -> None:
+        """Remove one slice after the other, then call `end`, with True if there is nothing left to remove."""
+
+        def removed(connection: None, removal: Remove, reached: int | None) -> None:
+            if reached is None or self.bus.draining:
+                end(reached is None)
+            else:
+                self.remove(removal.next(reached), end)
+
+        self.bus.do(removal, None, removed, lambda _: end(False))
+
     def age(self) -> None:
-        """Remove a slice of what is too old; `aged` asks for the next."""
+        """Remove what is older than --keep."""
         if self.keep and not self.bus.draining and not self.aging:
             self.aging = True
             absent = [each for each in self.bus.view.extensions() if self.bus.extensions.get(each) != LOADED]
             before = max(self.bus.view.clock() - int(self.keep * 1000000), 0)
-            self.bus.do(Remove(0, before, False, absent), None, self.aged, self.stop_aging)
+            self.remove(Remove(0, before, False, absent), self.aged)
 
-    def aged(self, connection: None, removal: Remove, reached: int | None) -> None:
-        if reached is None or self.bus.draining:
-            self.aging = False
-        else:
-            self.bus.do(removal.next(reached), None, self.aged, self.stop_aging)
-
-    def stop_aging(self, removal: Remove) -> None:
+    def aged(self, whole: bool) -> None:
         self.aging = False
 
     def look_for_request(self) -> None:
-        """The command prune leaves a file beside the database that says what is to go."""
+        """The command prune leaves a file beside the database that says what to remove."""
         if not self.request:
             self.request = prune_request(self.bus.state.path)
             if self.request:
                 before, fetched_only = self.request
                 kept_for = list(self.bus.view.extensions()) if fetched_only else []
-                self.bus.do(Remove(0, before, fetched_only, kept_for), None, self.pruned, self.stop_pruning)
+                self.remove(Remove(0, before, fetched_only, kept_for), self.pruned)
 
-    def pruned(self, connection: None, removal: Remove, reached: int | None) -> None:
-        if reached is not None and not self.bus.draining:
-            self.bus.do(removal.next(reached), None, self.pruned, self.stop_pruning)
-            return
+    def pruned(self, whole: bool) -> None:
+        """The command waits until its file is gone. After a failure the file stays, and is looked for again."""
         path = self.bus.state.path
-        if reached is None and prune_request(path) == self.request:  # else there is another one by now
-            prune_file(path).unlink(missing_ok=True)  # the command waits for that
-        self.request = None
-
-    def stop_pruning(self, removal: Remove) -> None:
-        """The list failed. The file is still there, and is looked for again."""
+        if whole and prune_request(path) == self.request:  # else there is another one by now
+            prune_file(path).unlink(missing_ok=True)
         self.request = None
 
 
@@ -3430,9 +3441,9 @@ def core_routes(bus: Bus) -> None:
 
 
 def send(bus: Bus, request: Request) -> None:
-    drafts, several = bus.drafts(request)
-    bus.check(drafts)
-    bus.do(Put(drafts), request.peer, bus.sent_several if several else bus.sent)
+    drafts, several = bus.sending.drafts(request)
+    bus.sending.check(drafts)
+    bus.do(Put(drafts), request.peer, bus.sending.sent_several if several else bus.sending.sent)
 
 
 def verbatim(body: bytes, query: Query) -> dict[str, Any]:
@@ -3462,9 +3473,9 @@ def recv(bus: Bus, request: Request) -> Answer | None:
     bus.save_marks_soon()
     if poll.since == LAST:
         first = bus.view.oldest(str(poll.channel), str(poll.me), 0)
-        bus.note_removed(poll)
-        return bus.read_or_park(request, bus.mailboxes.resume(poll, first, bus.last))
-    return bus.look(request, poll)
+        bus.receiving.note_removed(poll)
+        return bus.receiving.read_or_park(request, bus.mailboxes.resume(poll, first, bus.last))
+    return bus.receiving.look(request, poll)
 
 
 def recv_poll(query: Query, plain: bool) -> Poll:
@@ -3483,7 +3494,9 @@ def log(bus: Bus, request: Request) -> Answer | None:
     if since == LAST:
         raise Refused(400, "an observer has no cursor here: since must be seconds or 'now'")
     channel, sender = query.name("channel", None), query.name("from", None)
-    return bus.look(request, Poll(None, query.names("to"), channel, sender, since, limit, hold, request.plain()))
+    return bus.receiving.look(
+        request, Poll(None, query.names("to"), channel, sender, since, limit, hold, request.plain())
+    )
 
 
 def asked_for(query: Query) -> tuple[int, int, float]:
@@ -3976,7 +3989,7 @@ def command(function: str, description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def invite(arguments: Sequence[str]) -> int:
+def invite(arguments: Sequence[str]) -> None:
     """Mint a token and print, once, what to paste on the other machine."""
     parser = command("invite", "Make a token for NAME; print it, once.")
     parser.add_argument("name", metavar="NAME")
@@ -4002,7 +4015,6 @@ def invite(arguments: Sequence[str]) -> int:
     Tokens(options.db).change(lambda rows: [*rows, row])
     url = (options.url or signature(options.db)[0]).rstrip("/")
     print(INVITATION.format(name=options.name, token=f"{token}_{secret}", url=url))
-    return 0
 
 
 def revoke(arguments: Sequence[str]) -> int:
@@ -4019,14 +4031,14 @@ def revoke(arguments: Sequence[str]) -> int:
                 revoked.append(row["id"])
         return rows
 
-    tokens = Tokens(options.db)
-    if tokens.rows():  # else there may be no bus either, and no file is made for it
-        tokens.change(change)
+    file = Tokens(options.db)
+    if file.rows():  # else there may be no bus either, and no file is made for it
+        file.change(change)
     print(f"revoked of {options.name}: {' '.join(revoked)}" if revoked else f"{options.name} has no token")
     return 0 if revoked else 1
 
 
-def list_tokens(arguments: Sequence[str]) -> int:
+def tokens(arguments: Sequence[str]) -> None:
     """Who has which token, never the secret."""
     parser = command("tokens", "List the tokens of a bus.")
     options = parser.parse_args(arguments)
@@ -4037,10 +4049,9 @@ def list_tokens(arguments: Sequence[str]) -> int:
         grants += ["operator"] if row["operator"] else []
         state = f"revoked {day(row['revoked'])}" if row["revoked"] else " ".join(grants)
         print(f"{row['id']:13} {row['name']:20} {day(row['made'])} {day(used.get(row['id'])):10} {state}")
-    return 0
 
 
-def prune(arguments: Sequence[str]) -> int:
+def prune(arguments: Sequence[str]) -> None:
     """Remove old messages now: through the running server, which has the one connection that writes, or without it."""
     parser = command("prune", "Remove messages that were fetched, and work that is done.")
     parser.add_argument("--older", type=duration, default="30d", help="than this: 30d, 12h; 0: all (%(default)s)")
@@ -4058,7 +4069,6 @@ def prune(arguments: Sequence[str]) -> int:
         except InUse:
             remove_beside(options.db, before, not options.pending, old - going)
         print(f"{old - count_old(options.db, before)[0]} removed")
-    return 0
 
 
 def count_old(path: str, before: int) -> tuple[int, int]:
@@ -4131,17 +4141,15 @@ def day(second: int | None) -> str:
     return time.strftime("%Y-%m-%d", time.gmtime(second)) if second else "never"
 
 
-def last_used(path: str) -> dict[str, int | None]:
-    """When the server last saw each token (s since 1970, up to a minute late), read beside it from its database."""
+def last_used(path: str) -> dict[str, int]:
+    """When the server last saw each token: s since 1970, up to a minute late; 0: damaged. Read beside the server."""
     try:
         with contextlib.closing(read_only(path)) as database:
+            number = Rows(path, database).number
             rows = database.execute("SELECT token, used FROM uses").fetchall()
+            return {token: number(used, 0, f"when {token} was used") for token, used in rows}
     except sqlite3.Error:  # the bus was never started
         return {}
-    for token, used in rows:
-        if not isinstance(used, int):
-            print(f"bus_server: {path}: when {token} was used is damaged; skipped", file=sys.stderr)
-    return {token: used if isinstance(used, int) else None for token, used in rows}
 
 
 def read_only(path: str) -> sqlite3.Connection:
@@ -4159,7 +4167,7 @@ def signature(path: str) -> tuple[str, str]:
     return re.sub(r"//(0\.0\.0\.0|\[::\]):", f"//{socket.gethostname()}:", url) or "http://HOST:8080", version
 
 
-def backup(arguments: Sequence[str]) -> int:
+def backup(arguments: Sequence[str]) -> None:
     """Copy a bus, also while it runs: everything acknowledged before, in one file; its tokens and files beside that."""
     parser = command("backup", "Copy a bus to COPY, also while it runs.")
     parser.add_argument("copy", metavar="COPY", help="a new file; beside it COPY.tokens and COPY.blobs")
@@ -4173,10 +4181,9 @@ def backup(arguments: Sequence[str]) -> int:
     files = copy_files(options.db, options.copy)  # after the messages, which point to them
     os.rename(f"{options.copy}.new", options.copy)
     print(f"{options.copy}: {messages} messages, {files} files, {len(rows)} tokens")
-    return 0
 
 
-def restore(arguments: Sequence[str]) -> int:
+def restore(arguments: Sequence[str]) -> None:
     """Put a copy in the place of a bus that is stopped. It is another bus then, and says so to readers of the old one.
 
     They may have read what is in no copy. With the old id they would go on behind that, and were never told.
@@ -4199,7 +4206,6 @@ def restore(arguments: Sequence[str]) -> int:
     print(f"{options.db} is bus {bus} now, with {messages} messages; {files} files came back")
     if os.path.exists(old):
         print(f"what was there before is in {old}")
-    return 0
 
 
 def missing_tokens(copy: str, path: str) -> list[dict[str, Any]]:
@@ -4273,8 +4279,9 @@ On the machine of {name}:
     printf 'header = "Authorization: Bearer %s"' "$AGENT_BUS_TOKEN" | curl -K - "$AGENT_BUS_URL/agents"     # a test
 """
 
-COMMANDS = {"invite": invite, "revoke": revoke, "tokens": list_tokens, "prune": prune, "backup": backup,
-            "restore": restore}  # fmt: skip
+COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
+    function.__name__: function for function in (invite, revoke, tokens, prune, backup, restore)
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -4282,16 +4289,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.umask(0o077)  # the database and what lies beside it are for this user alone
     try:
         if arguments and arguments[0] in COMMANDS:
-            return COMMANDS[arguments[0]](arguments[1:])
+            return COMMANDS[arguments[0]](arguments[1:]) or 0
         options = command_line(arguments)
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         with contextlib.suppress(ValueError, OSError):  # a parked reader is a descriptor
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        state = State(options.db)
-        try:
+        with contextlib.closing(State(options.db)) as state:
             return run_server(options, state)
-        finally:
-            state.close()
     except Unusable as error:
         print(f"bus_server: {error}", file=sys.stderr)
         return 2

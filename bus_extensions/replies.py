@@ -167,12 +167,12 @@ class Replies:
 
     def ask(self, request: Request) -> None:
         """A send that is answered when its answer is there. Asked again with the same key, it waits again."""
-        drafts, several = self.bus.drafts(request)
+        drafts, several = self.bus.sending.drafts(request)
         if several or len(drafts[0].to) > 1 or EVERYONE in drafts[0].to:
             raise Refused(400, "a question is one message to one name")
         request.grant.check([drafts[0].sender])
         hold = request.query().number("wait", HOLD, 0, HOLD_MAX)
-        self.bus.check(drafts)
+        self.bus.sending.check(drafts)
         self.bus.do(Put(drafts), request.peer, partial(self.asked, request.grant, hold))
 
     def asked(self, grant: Grant, hold: float, connection: Connection, put: Put, stored: list[Stored]) -> Answer | None:
