@@ -84,6 +84,7 @@ NAMES_PER_SEND = 64
 MAX_MESSAGES = 1000  # in one answer
 ANSWER_BYTES = 1 << 20  # of messages in an answer that has more than one; it bounds memory and the time of a turn
 DEPTH = 32  # of JSON; Python's parser itself fails at about 1000, with an error that is not a ValueError
+TTL_MIN = 0.001  # s; a shorter one could round to 0
 TTL_MAX = 1000000000  # s, 30 years; the end of a ttl must fit into an integer of SQLite
 DIGITS = 4300  # of an integer in JSON, the limit of newer Pythons; parsing time grows with the square
 
@@ -175,6 +176,10 @@ class Message(NamedTuple):
     def render(self) -> str:
         return f'{{"ts": {seconds(self.tick)}, "id": "{self.tick:x}", "to": "{self.to}", {self.text}}}'
 
+    def without_text(self) -> str:
+        """A message that nobody may read any more: its names only."""
+        return self._replace(text=f'"from": "{self.sender}", "channel": "{self.channel}"').render()
+
 
 class Draft(NamedTuple):
     """A message that is valid and has no tick yet. It becomes one Message for each name in `to`."""
@@ -253,7 +258,7 @@ class Mark(NamedTuple):
     seen: int
 
 
-FETCHED, ACKNOWLEDGED = 0, 1  # the two kinds of a Receipt
+FETCHED, ACKNOWLEDGED, ALONE = 0, 1, 2  # kinds of a Receipt; ALONE: this message was read by its id, out of order
 
 
 class Receipt(NamedTuple):
@@ -371,8 +376,8 @@ def lifetime(ttl: Any) -> int | None:
     """A ttl in microseconds."""
     if ttl is None:
         return None
-    if isinstance(ttl, bool) or not isinstance(ttl, (int, float)) or not 0 < ttl <= TTL_MAX:
-        raise Refused(400, f"ttl must be a number of seconds above 0 and up to {TTL_MAX}")
+    if isinstance(ttl, bool) or not isinstance(ttl, (int, float)) or not TTL_MIN <= ttl <= TTL_MAX:
+        raise Refused(400, f"ttl must be a number of seconds from {TTL_MIN} to {TTL_MAX}")
     return int(ttl * 1000000)
 
 
@@ -419,7 +424,7 @@ def parse_text(body: bytes) -> str:
 
 def parse_json(body: bytes) -> Any:
     """The body as JSON that every reader can take. What Python lets through and others choke on is refused here."""
-    text = parse_text(body).strip(" \t\r\n")
+    text = parse_text(body).lstrip("\ufeff").strip(" \t\r\n")  # some editors and shells begin a file with a BOM
     try:
         value, end = decode(text)
         if end < len(text):
@@ -1076,6 +1081,10 @@ class Request(BaseHTTPRequestHandler):
             raise Refused(400, "the body must be a JSON object")
         return Query.of_members(value)
 
+    def owner(self) -> str:
+        """Who pays for what this request makes: a token, or an address."""
+        return self.grant.token or self.peer.address
+
     def plain(self) -> bool:
         """Does the client want text?"""
         return self.fields.get("accept", "").startswith("text/plain")
@@ -1340,7 +1349,7 @@ class Connection:
             self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def pour(self, sink: Sink) -> bool:
-        """Hand what has come of a body to its sink; true if all of it is there. Slower than BODY_RATE is 408 here too."""
+        """Hand what has come of a body to its sink; true if all is there. Slower than BODY_RATE is 408 here too."""
         part = b"" if sink.busy else bytes(self.buffer[: sink.missing])
         if part:
             self.buffer = self.buffer[len(part) :]
@@ -1489,17 +1498,20 @@ class Connection:
 
     def check_token(self) -> None:
         """Was the token revoked that this connection came with? An operation that is out is refused when it comes."""
-        if self.token is None or self.phase in (BUSY, LINGER):
+        waits = self.phase in (BODY, PARKED)
+        if self.token is None or not (waits or (self.token and self.phase in (IDLE, WRITING))):
             return
         try:
             self.door.app.check_token(self.token)
         except Refused as refused:
             if self.phase is PARKED:
                 self.door.app.left(self)
-            if self.phase is WRITING:
+            self.closing = True
+            if self.phase is IDLE:
+                self.hang_up()
+            elif self.phase is WRITING:
                 self.transport.abort()
             else:
-                self.closing = True
                 self.write(refusal(refused))
 
     def late(self) -> None:
@@ -1733,7 +1745,7 @@ class Tokens:
         self.closed = False
         self.grants: dict[str, tuple[str, Grant]] = {}
         self.used: dict[str, int] = {}  # token: s since 1970; since they were last saved
-        self.stamp = self.look()
+        self.stamp = self.told = self.look()
         self.load()
 
     def rows(self) -> list[dict[str, Any]]:
@@ -1758,22 +1770,29 @@ class Tokens:
         stamp = self.look()
         if stamp == self.stamp:
             return False
-        self.stamp = stamp
         try:
             self.load()
-        except Unusable as error:
+        except Unusable as error:  # it is tried again at each look
             self.closed = True
-            print(f"bus_server: {error}; going on with those that were known", file=sys.stderr)
+            if stamp != self.told:
+                say(f"bus_server: {error}; going on with those that were known")
+            self.told = stamp
+            return False
+        self.stamp = stamp
         return True
 
     def load(self) -> None:
         rows = self.rows()
         self.closed = self.closed or bool(rows)
-        self.grants = {
-            row["id"]: (row["hash"], Grant(*(row[field] for field in ("id", "name", "also", "send_only", "operator"))))
-            for row in rows
-            if not row["revoked"]
-        }
+        fields = Grant._fields
+        try:
+            self.grants = {
+                row["id"]: (row["hash"], Grant(row["id"], *(row[field] for field in fields[1:])))
+                for row in rows
+                if not row["revoked"]
+            }
+        except (KeyError, TypeError):
+            raise Unusable(f"cannot read the tokens in {self.path}: a line is not that of a token") from None
 
     def create(self, suffix: str) -> IO[str]:
         """A file beside the database."""
@@ -1832,6 +1851,22 @@ class Gate:
         self.tokens = tokens
         self.hosts = {"localhost", *(host.lower() for host in hosts)}
 
+    def holds(self, token: str) -> bool:
+        """May this token be used? On a bus without tokens the one that has no name may."""
+        return not self.tokens.closed or token in self.tokens.grants
+
+    def knows(self, head: Head) -> bool:
+        """Was the request made with a token, or does the bus have none?"""
+        try:
+            return not self.tokens.closed or bool(self.tokens.grant(head.fields.get("authorization", "")))
+        except Refused:
+            return False
+
+    def may_read(self, own: str, mailbox: str) -> bool:
+        """Has this name a token that reads the mailbox? On a bus without tokens everybody may."""
+        known = [grant for _, grant in self.tokens.grants.values() if grant.name == own]
+        return not self.tokens.closed or any(grant.reads(mailbox) for grant in known)
+
     def admit(self, head: Head) -> Grant:
         if head.foreign:
             raise Refused(403, "pages of other sites may not use this bus")
@@ -1850,6 +1885,32 @@ def is_address(host: str) -> bool:
         return False
 
 
+class Budget:
+    """What each owner may spend: `burst` at once, and `rate` a second (0: without limit). The clock is passed in."""
+
+    def __init__(self, clock: Callable[[], float], rate: float, burst: float) -> None:
+        self.clock, self.rate, self.burst = clock, rate, burst
+        self.left: dict[str, tuple[float, float]] = {}  # what each owner has left, at which time
+
+    def wait(self, owner: str, amount: float) -> int:
+        """Spend it, and return 0; or the seconds until so much can be spent. A full budget may go below 0 once."""
+        now = self.clock()
+        left, before = self.left.get(owner, (self.burst, now))
+        left = min(self.burst, left + (now - before) * self.rate)
+        if self.rate and amount > left and left < self.burst:
+            return math.ceil((min(amount, self.burst) - left) / self.rate)
+        if self.rate:
+            self.left[owner] = left - amount, now
+        return 0
+
+    def forget(self) -> None:
+        """Drop the owners whose budget is full again."""
+        now = self.clock()
+        for owner, (left, then) in list(self.left.items()):
+            if left + (now - then) * self.rate >= self.burst:
+                del self.left[owner]
+
+
 class Storms:
     """Agents that run away: floods, endless chains of replies, two that cannot stop. Used by the loop only.
 
@@ -1857,59 +1918,74 @@ class Storms:
     """
 
     BURST = 1000  # messages a sender may send at once, before `rate` (messages per second) holds it back
+    READS, READS_BURST = 200, 2000  # requests of one reader: a second, at once
+    NAMES, NAMES_BURST = 10 / 60, 1000  # names that one owner uses for the first time: a second, at once
     DEPTH = 32  # replies to replies; people change the subject earlier
-    TURNS, WITHIN = 30, 600.0  # changes of direction between two names, in so many seconds
+    WITHIN = 600.0  # s in which changes of direction between two names are counted
 
-    def __init__(self, clock: Callable[[], float], rate: float) -> None:
-        self.clock, self.rate = clock, rate
-        self.budgets: dict[str, tuple[float, float]] = {}  # sender: messages left, at which time
+    def __init__(self, clock: Callable[[], float], rate: float, turns: int = 120) -> None:
+        self.clock = clock
+        self.most_turns = turns  # changes of direction between two names; a quarter of it is warned of; 0: any
+        self.sends = Budget(clock, rate, self.BURST)
+        self.reads = Budget(clock, self.READS if rate else 0, self.READS_BURST)
+        self.names = Budget(clock, self.NAMES if rate else 0, self.NAMES_BURST)
         self.turns: dict[tuple[str, str, str], tuple[str, deque[float]]] = {}  # pair: who sent last, when turns were
 
     def forget(self) -> None:
         """Drop what no longer says anything; called now and then."""
+        for budget in (self.sends, self.reads, self.names):
+            budget.forget()
         now = self.clock()
-        for sender, (left, then) in list(self.budgets.items()):
-            if left + (now - then) * self.rate >= self.BURST:
-                del self.budgets[sender]
         for pair, (_, turns) in list(self.turns.items()):
             if not turns or turns[-1] < now - self.WITHIN:
                 del self.turns[pair]
 
-    def check(self, drafts: Sequence[Draft], each: Iterable[Way]) -> None:
+    def spend(self, sender: str, messages: int) -> None:
+        wait = self.sends.wait(sender, messages)
+        if wait:
+            raise too_much(f"{sender} sends faster than {self.sends.rate:g} messages a second: wait {wait} s", wait)
+
+    def read(self, reader: str) -> None:
+        wait = self.reads.wait(reader, 1)
+        if wait:
+            raise too_much(f"{reader} reads faster than {self.READS} times a second: wait {wait} s", wait)
+
+    def name(self, owner: str, names: int) -> None:
+        wait = self.names.wait(owner, names) if names else 0
+        if wait:
+            why = f"{owner} uses more new names than {self.NAMES_BURST}, and 10 a minute: wait {wait} s"
+            raise too_much(f"{why}, or use a name that is known", wait)
+
+    def check(self, drafts: Sequence[Draft], each: Iterable[Way]) -> str:
+        """429 for a storm; else a warning for the sender, or an empty text."""
         now = self.clock()
-        if self.rate:
-            self.spend(drafts[0].sender, len(drafts), now)
         for one in drafts:
             if one.depth > self.DEPTH:
                 new = "what is new begins a new thread, without reply_to"
                 why = f"this is reply {one.depth} in one chain, {self.DEPTH} are allowed"
                 raise too_much(f"{why}: stop answering; {new}", 600)
-        for channel, sender, to in each:
-            if to != EVERYONE:
-                self.turn(channel, sender, to, now)
+        warnings = [self.turn(channel, sender, to, now) for channel, sender, to in each if to != EVERYONE]
+        return next(filter(None, warnings), "")
 
-    def spend(self, sender: str, messages: int, now: float) -> None:
-        left, before = self.budgets.get(sender, (self.BURST, now))
-        left = min(self.BURST, left + (now - before) * self.rate)
-        if messages > left and left < self.BURST:
-            wait = math.ceil((min(messages, self.BURST) - left) / self.rate)
-            raise too_much(f"{sender} sends faster than {self.rate:g} messages a second: wait {wait} s", wait)
-        self.budgets[sender] = left - messages, now
-
-    def turn(self, channel: str, sender: str, to: str, now: float) -> None:
+    def turn(self, channel: str, sender: str, to: str, now: float) -> str:
         pair = (channel, sender, to) if sender < to else (channel, to, sender)
         last, turns = self.turns.get(pair) or ("", deque())
-        if last == sender:
-            return
+        if last == sender or not self.most_turns:
+            return ""
         if last:
             while turns and turns[0] < now - self.WITHIN:
                 turns.popleft()
-            if len(turns) >= self.TURNS:
+            if len(turns) >= self.most_turns:
                 wait = math.ceil(turns[0] + self.WITHIN - now)
-                often = f"{self.TURNS} times in {self.WITHIN / 60:g} minutes"
+                often = f"{self.most_turns} times in {self.WITHIN / 60:g} minutes"
                 raise too_much(f"{sender} and {to} have answered each other {often}: stop, or wait {wait} s", wait)
             turns.append(now)
         self.turns[pair] = sender, turns
+        if len(turns) < max(self.most_turns // 4, 1):
+            return ""
+        often = f"{len(turns)} times in {self.WITHIN / 60:g} minutes"
+        limit = f"at {self.most_turns} the bus refuses: send only what the other one needs"
+        return f"{sender} and {to} have answered each other {often}; {limit}"
 
 
 # ── State ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -1980,7 +2056,10 @@ MAILBOX = "(SELECT id FROM mailboxes WHERE channel = ? AND name = ?)"
 # /var/tmp, 1,250 writes for 1,600 messages in arrays. We undo the whole transaction anyway: 23 % more messages a
 # second.
 INSERT_ROWS, INSERT_VALUES = 90, 11  # rows in one statement, and values in one row; SQLite before 3.32 takes 999
-UNFETCHED = "tick > max(CAST(fetched AS INTEGER), CAST(ifnull(read, 0) AS INTEGER))"  # in messages JOIN mailboxes
+# In messages JOIN mailboxes: nobody has fetched this message; of one to `all`, somebody on its channel has not.
+UNFETCHED = """CASE name WHEN 'all' THEN EXISTS (SELECT 1 FROM mailboxes AS reader
+    WHERE reader.channel = mailboxes.channel AND own AND tick > CAST(ifnull(read, 0) AS INTEGER)) ELSE
+    tick > max(CAST(fetched AS INTEGER), CAST(ifnull(read, 0) AS INTEGER)) END"""
 NEWEST_N = (
     "max(CAST(gone AS INTEGER), ifnull((SELECT n FROM messages WHERE mailbox = id AND typeof(n) = 'integer' "
     "ORDER BY tick DESC LIMIT 1), 0))"
@@ -2191,7 +2270,7 @@ class Remove(Operation):
         state.writing.executemany("DELETE FROM messages WHERE tick = ?", [row[:1] for row in rows])
         removed = {key: tick for key, (tick, _) in gone.items()}
         state.writing.executemany(
-            f"DELETE FROM receipts WHERE mailbox = {MAILBOX} AND kind IN (0, 1) AND tick < ?",
+            f"DELETE FROM receipts WHERE mailbox = {MAILBOX} AND kind IN (0, 1, 2) AND tick < ?",
             [(*key, tick) for key, tick in removed.items()],
         )
         state.removed.update(removed)
@@ -2199,7 +2278,29 @@ class Remove(Operation):
         return int(rows[-1][0])
 
 
-OPERATIONS: dict[str, type[Operation]] = {each.kind: each for each in (Put, Raise, Marks, Remove)}
+class Forget(Operation):
+    """Forget mailboxes that have no mail and that nobody polls. The result is [channel, name] of those that went."""
+
+    __slots__ = ("names",)
+    kind, rank = "forget", 4
+
+    def __init__(self, names: list[list[str]]) -> None:
+        self.names = names
+
+    def apply(self, state: State, now: Now) -> list[list[str]]:
+        gone = []
+        for channel, own in self.names:
+            number, _ = state.counts.get((channel, own), (0, 0))
+            mail = "SELECT 1 FROM messages WHERE mailbox = ? LIMIT 1"
+            if not state.writing.execute(mail, (number,)).fetchone():
+                state.writing.execute("DELETE FROM mailboxes WHERE id = ?", (number,))
+                state.writing.execute("DELETE FROM receipts WHERE mailbox = ?", (number,))
+                state.counts.pop((channel, own), None)
+                gone.append([channel, own])
+        return gone
+
+
+OPERATIONS: dict[str, type[Operation]] = {each.kind: each for each in (Put, Raise, Marks, Remove, Forget)}
 
 
 def is_of_the_machine(error: Exception) -> bool:
@@ -2543,6 +2644,15 @@ class View(Rows):
         ).fetchone()
         return int(row[0]), int(row[1])
 
+    def count_by_sender(self, channel: str, own: str, tick: int, last: int) -> Counter[str]:
+        """The same messages, by sender."""
+        where = f"WHERE mailbox = {MAILBOX} AND tick > ? AND tick <= ? LIMIT {MAILBOX_MESSAGES}"
+        rows = self.database.execute(
+            f"SELECT sender, count(*) FROM (SELECT sender FROM messages {where}) GROUP BY sender",
+            (channel, own, tick, last),
+        ).fetchall()
+        return Counter(dict(rows))
+
     def lineage(self, tick: int) -> tuple[int, int]:
         """The tick that began the chain of replies of a message, and its depth there; what is gone began a new one."""
         statement = "SELECT ifnull(thread, tick), depth FROM messages WHERE tick = ?"
@@ -2682,7 +2792,9 @@ class Parked(Protocol):
 class Mailbox:
     """One name on one channel: what it holds, and how far it was read. Ticks, except where it says otherwise."""
 
-    __slots__ = "address base fetched listening n newest own pending perishable read removed seen until".split()
+    __slots__ = (
+        "address base by_sender fetched firm listening n newest own pending perishable read removed seen until".split()
+    )
     own: bool
     read: int | None
     fetched: int
@@ -2697,8 +2809,10 @@ class Mailbox:
     def __init__(self, *stored: Any) -> None:
         values = stored or self.NEW
         self.own, self.read, self.fetched, self.seen, self.removed, self.n, self.newest, self.perishable = values
+        self.firm = bool(stored)  # it has a row on disk, or should get one; else it was only looked at
         self.base: int | None = None  # how many messages lie up to the mark; None: to be counted
         self.pending: tuple[int, int] | None = None  # how many, and bytes, lie above `fetched`; None: to be counted
+        self.by_sender: Counter[str] | None = None  # how many of these are whose; None: to be counted
         self.address = ""  # of the reader that polled last
         self.listening = 0  # wall clock, us: since when without a break
         self.until = 0.0  # monotonic clock, s: when it stops to count as listening
@@ -2715,9 +2829,15 @@ class Mailboxes:
     """
 
     def __init__(
-        self, clock: Callable[[], float], stored: Iterable[Sequence[Any]] = (), wall: Callable[[], int] = wall_clock
+        self,
+        clock: Callable[[], float],
+        stored: Iterable[Sequence[Any]] = (),
+        wall: Callable[[], int] = wall_clock,
+        oldest: Callable[[str, str, int], int | None] = lambda channel, own, mark: None,
     ) -> None:
         self.clock, self.wall = clock, wall
+        self.oldest = oldest  # the oldest tick of a mailbox above a mark
+        self.lost = 0  # up to this tick messages may be gone of which nothing is known
         self.boxes = {(row[0], row[1]): Mailbox(*row[2:]) for row in stored}
         self.highest = max((box.newest for box in self.boxes.values()), default=0)
         self.changed: set[tuple[str, str]] = set()  # mailboxes whose marks are newer than on disk
@@ -2730,6 +2850,10 @@ class Mailboxes:
         if box is None:
             box = self.boxes[channel, own] = Mailbox()
         return box
+
+    def new(self, channel: str, names: Iterable[str]) -> int:
+        """How many of these names have no mailbox yet."""
+        return sum((channel, own) not in self.boxes for own in names)
 
     def of(self, reader: Parked) -> Iterator[Mailbox]:
         """The mailboxes a reader listens to, its own first; their marks are about to change."""
@@ -2751,7 +2875,7 @@ class Mailboxes:
     def owned(self, poll: Poll) -> None:
         """A reader names its own mailbox first. Until now it may have been a group's, which has another mark."""
         own = self.box(str(poll.channel), poll.names[0])
-        if not own.own:
+        if not own.own and poll.me != EVERYONE:  # which is nobody's own
             own.own, own.base = True, None
 
     def left(self, parked: Parked) -> None:
@@ -2766,21 +2890,35 @@ class Mailboxes:
         return self.clock() < box.until
 
     def presented(self, poll: Poll) -> None:
-        """A reader that presents a cursor has everything up to it."""
-        if poll.me is not None:
-            own = self.box(str(poll.channel), poll.me)
-            if own.read is None or own.read < poll.since:
-                own.read = poll.since
-                self.note(poll, poll.me, ACKNOWLEDGED, poll.since)
-            self.delivered(poll, poll.since)
+        """A reader that presents a cursor has everything of its own mailbox up to it. Of others it may have nothing."""
+        if poll.me in (None, EVERYONE):
+            return
+        own = self.box(str(poll.channel), str(poll.me))
+        self.changed.add((str(poll.channel), str(poll.me)))
+        own.firm = own.firm or poll.since > 0
+        if own.read is None or own.read < poll.since:
+            own.read = poll.since
+            self.note(poll, str(poll.me), ACKNOWLEDGED, poll.since)
+        self.fetched(poll, str(poll.me), own, poll.since)
 
     def delivered(self, reader: Parked, tick: int) -> None:
-        """An answer with messages up to `tick` was written out whole, or they were handed to a worker."""
+        """An answer with messages up to `tick` was written out whole, or they were handed to a worker.
+
+        A mark says only what was delivered from the oldest message on without a hole. In a mailbox that is read along,
+        what lies between its mark and the reader's cursor was not.
+        """
         for own, box in zip(reader.present(), self.of(reader)):
-            if tick > box.fetched:
-                box.fetched = tick
-                self.note(reader, own, FETCHED, tick)
-            box.base = box.pending = None
+            if isinstance(reader, Poll) and own not in (reader.me, EVERYONE) and reader.since > box.fetched:
+                first = self.oldest(str(reader.channel), own, box.fetched)
+                if first is not None and first <= reader.since:
+                    continue
+            self.fetched(reader, own, box, tick)
+
+    def fetched(self, reader: Parked, own: str, box: Mailbox, tick: int) -> None:
+        if tick > box.fetched:
+            box.fetched = tick
+            self.note(reader, own, FETCHED, tick)
+        box.base = box.pending = box.by_sender = None
 
     def note(self, reader: Parked, own: str, kind: int, tick: int) -> None:
         receipt = Receipt(str(reader.channel), own, kind, tick, reader.who, self.wall())
@@ -2806,34 +2944,52 @@ class Mailboxes:
         else:
             boxes = [self.box(str(poll.channel), own) for own in poll.names]
         removed = max((box.removed for box in boxes), default=0)
+        removed = max(removed, self.lost)
         return (poll.since, removed) if removed > poll.since else None
 
     def note_removed(self, removed: dict[Any, int]) -> None:
         for key, tick in removed.items():
             if key in self.boxes:  # else its name on the disk is damaged
                 self.boxes[key].removed = tick
-                self.boxes[key].base = self.boxes[key].pending = None
+                self.boxes[key].base = self.boxes[key].pending = self.boxes[key].by_sender = None
 
     def take_marks(self) -> list[Mark]:
         """The marks that changed since the last call."""
         changed, self.changed = self.changed, set()
-        boxes = [(key, self.boxes[key]) for key in changed]
+        boxes = [(key, self.boxes[key]) for key in changed if key in self.boxes and self.boxes[key].firm]
         return [Mark(*key, box.own, box.read, box.fetched, box.seen) for key, box in boxes]
 
     def take_receipts(self) -> list[Receipt]:
         receipts, self.receipts = self.receipts, {}
-        return list(receipts.values())
+        return [each for each in receipts.values() if each[:2] in self.boxes and self.boxes[each[:2]].firm]
+
+    LOOKED_SECONDS = 600.0  # s a name stays in memory that was only looked at
+
+    def idle(self, wall: int, keep: int) -> list[list[str]]:
+        """Forget the names that were only looked at; returns those with a row, without mail, not polled for `keep` us."""
+        gone = []
+        for key, box in list(self.boxes.items()):
+            quiet = wall - box.seen
+            if key in self.waiting or box.newest > box.removed:
+                continue
+            if not box.firm and quiet > self.LOOKED_SECONDS * 1000000:
+                del self.boxes[key]
+            elif box.firm and keep and quiet > keep and box.mark() >= box.removed:  # else its reader is told of a gap
+                gone.append([*key])
+        return gone
 
     # Messages and what is parked
 
     def add(self, visible: list[Message]) -> None:
-        for tick, channel, to, _, text, n, expires, _ in visible:
+        for tick, channel, to, sender, text, n, expires, _ in visible:
             box = self.box(channel, to)
-            box.newest, box.n = tick, n
+            box.newest, box.n, box.firm = tick, n, True
             if expires is not None:
                 box.perishable = True
             if box.pending is not None:
                 box.pending = box.pending[0] + 1, box.pending[1] + len(text)
+            if box.by_sender is not None:
+                box.by_sender[sender] += 1
         if visible:
             self.highest = visible[-1].tick
 
@@ -2845,6 +3001,8 @@ class Mailboxes:
 
     def park(self, connection: Connection, parked: Parked) -> None:
         self.parked[connection] = parked
+        for own in parked.present():
+            self.box(str(parked.channel), own).firm = True
         for key in parked.places():
             self.waiting.setdefault(key, {})[connection] = None
 
@@ -2934,10 +3092,8 @@ class Ledger:
     operation waits in the next one.
     """
 
-    def __init__(
-        self, state: State, loop: Loop, clock: Clock, announce: Callable[[list[Step], Applied | Exception, float], None]
-    ) -> None:
-        self.state, self.loop, self.clock, self.announce = state, loop, clock, announce
+    def __init__(self, bus: Bus) -> None:
+        self.bus, self.loop, self.state = bus, bus.loop, bus.state
         self.steps: list[Step] = []
         self.planned = self.busy = False
         self.removing = False  # the list that is out removes messages
@@ -2953,10 +3109,12 @@ class Ledger:
         return not self.planned and not self.busy
 
     def commit(self) -> None:
-        steps, self.steps = self.steps, []
+        steps, self.steps = self.bus.entitled(self.steps), []
+        self.planned = False
+        if not steps:
+            return
         steps.sort(key=by_rank)
-        self.planned, self.busy = False, True
-        self.removing = type(steps[-1].operation) is Remove
+        self.busy, self.removing = True, type(steps[-1].operation) is Remove
         began = time.monotonic()
         outcome: Applied | Exception
         try:
@@ -2966,14 +3124,17 @@ class Ledger:
         self.busy = self.removing = False
         if self.planned:  # by what came while the deputy served
             self.loop.soon(self.commit)
-        self.announce(steps, outcome, time.monotonic() - began)
+        if not self.loop.attempt(self.bus.announce, steps, outcome, time.monotonic() - began):
+            for connection in [step.connection for step in steps]:
+                if connection and connection.phase is BUSY:
+                    connection.guard(connection.fail)
 
     def apply(self, operations: list[Operation]) -> Applied:
         if not self.state.view.has_room():
             for operation in operations:
                 if type(operation) is Put:
                     operation.room = False
-        now = self.clock.now()
+        now = self.bus.clock.now()
         applied: list[Applied] = []
         self.loop.aside(lambda: applied.append(self.state.apply(operations, now)))
         return applied[0]
@@ -3007,7 +3168,9 @@ class Bus:
     Invariants:
     - Nothing is answered before its commit.
     - `now` never passes a message that was not delivered: reads stop at `last`, the highest tick that was announced.
-    - A list whose outcome is unknown fails its senders (503) and ends the bus; a full disk fails them and goes on.
+    - A list whose outcome is unknown fails its senders (503) and ends the bus. One that certainly was not applied, as
+      the disk is full or another program has locked the file, fails them, and the bus goes on.
+    - Authority is judged in the turn in which an operation goes into the list that is applied next: see entitled().
     """
 
     def __init__(self, state: State, gate: Gate, storms: Storms, *, max_body: int, keep: float, verbose: bool) -> None:
@@ -3017,8 +3180,10 @@ class Bus:
         self.loop = Loop()
         self.door = Door(self, self.loop)
         self.clock = Clock(state.view.clock, state.last)
-        self.ledger = Ledger(state, self.loop, self.clock, self.announce)
-        self.mailboxes = Mailboxes(time.monotonic, state.view.mailboxes(state.last), state.view.clock)
+        self.ledger = Ledger(self)
+        stored = state.view.mailboxes(state.last)
+        self.mailboxes = Mailboxes(time.monotonic, stored, state.view.clock, state.view.oldest)
+        self.mailboxes.lost = state.lost
         self.figures = Figures()
         self.sending, self.receiving, self.retention = Sending(self), Receiving(self), Retention(self, keep)
         self.withheld: dict[Step, Message] = {}  # messages that nobody may pass until the step is announced
@@ -3031,6 +3196,7 @@ class Bus:
         self.checks: list[Callable[[Any], None]] = []  # Refused if a message may not be sent
         self.states: list[Callable[[Message], tuple[str, str] | None]] = []  # how far a message came
         self.on_delivered: list[Callable[[Parked, int], None]] = []
+        self.on_lost: list[Callable[[Any, int], None]] = []  # an answer with `delivers` did not arrive whole
         self.on_tidy: list[Callable[[], None]] = []
         self.metrics: list[Callable[[], Iterable[Metric]]] = []
         self.extensions: dict[str, str] = dict.fromkeys(ELSEWHERE, "")  # why each is not loaded; "": it is not there
@@ -3085,6 +3251,14 @@ class Bus:
             tell(reader, tick)
         self.save_marks_soon()
 
+    def lost(self, reader: Any, tick: int) -> None:
+        for tell in self.on_lost:
+            tell(reader, tick)
+
+    def check_token(self, token: str) -> None:
+        if not self.gate.holds(token):
+            raise unauthorized()
+
     def answered(self, connection: Connection, answer: Answer) -> None:
         if answer.status >= 400:
             self.figures.refused[answer.status] += 1
@@ -3105,6 +3279,17 @@ class Bus:
         self.ledger.add(step)
         return step
 
+    def entitled(self, steps: list[Step]) -> list[Step]:
+        """The steps whose tokens hold; the others are refused now."""
+        self.gate.tokens.refresh()
+        if not self.gate.tokens.closed:
+            return steps
+        revoked = [step for step in steps if step.connection and not self.gate.holds(step.connection.token or "")]
+        for step in revoked:
+            self.withheld.pop(step, None)
+            self.settle(step, unauthorized())
+        return [step for step in steps if step not in revoked] if revoked else steps
+
     def announce(self, steps: list[Step], outcome: Applied | Exception, seconds: float) -> None:
         """A list was applied, or has failed: answer everyone who waited for it, readers first."""
         if self.withheld:
@@ -3113,7 +3298,7 @@ class Bus:
         if isinstance(outcome, Exception):
             refused = self.failed(outcome)
             for step in steps:
-                self.conclude(step, refused)
+                self.settle(step, refused)
             return
         self.last = outcome.last
         self.figures.committed(sum(type(step.operation) is Put for step in steps), len(outcome.visible), seconds)
@@ -3122,9 +3307,19 @@ class Bus:
         self.truths = {}
         alive = [each for each in outcome.visible if each.expires is None or not self.view.is_expired(each)]
         for connection, parked, fresh in self.mailboxes.wake(alive):
-            connection.answer(self.waits[type(parked)].found(connection, parked, fresh))
+            connection.guard(partial(self.found, connection, parked, fresh))
         for step, result in zip(steps, outcome.results):
-            self.conclude(step, result)
+            self.settle(step, result)
+
+    def found(self, connection: Connection, parked: Parked, messages: list[Message]) -> None:
+        connection.answer(self.waits[type(parked)].found(connection, parked, messages))
+
+    def settle(self, step: Step, result: Any) -> None:
+        """Guarded, as each of the others that wait must be answered too."""
+        if step.connection:
+            step.connection.guard(partial(self.conclude, step, result))
+        else:
+            self.loop.attempt(self.conclude, step, result)
 
     def conclude(self, step: Step, result: Any) -> None:
         connection = step.connection
@@ -3142,9 +3337,13 @@ class Bus:
 
     def failed(self, error: Exception) -> Refused:
         """What the senders of a list are told that could not be applied."""
-        if isinstance(error, sqlite3.OperationalError) and "full" in str(error):
-            return no_room()
-        print(f"bus_server: {self.state.path}: {error}; ending: what follows could be lost", file=sys.stderr)
+        if isinstance(error, sqlite3.OperationalError):
+            if "full" in str(error):
+                return no_room()
+            if "locked" in str(error):
+                why = "another program has locked the database of the bus: nothing was stored, try again"
+                return Refused(503, why, ("Retry-After", "2"))
+        say(f"bus_server: {self.state.path}: {error}; ending: what follows could be lost")
         self.broken = True
         return Refused(503, "the bus could not write to its disk: it is not known whether this was stored")
 
@@ -3152,8 +3351,8 @@ class Bus:
         """Let it wait until there is something for it, its hold is over, or `patience` (s) has passed."""
         self.mailboxes.park(connection, parked)
         connection.wait(PARKED, min(parked.hold, patience))
-        if self.gate.tokens.closed and parked.token not in self.gate.tokens.grants:
-            self.evict()  # it was revoked while a commit was waited for
+        if not self.gate.holds(parked.token):
+            connection.soon(connection.check_token)  # it was revoked while a commit was waited for
 
     def check_open(self) -> None:
         if self.draining:
@@ -3176,26 +3375,29 @@ class Bus:
         self.mailboxes.changed.update(mark[:2] for mark in marks.marks)
 
     def sweep(self) -> None:
-        self.door.sweep()
-        if self.gate.tokens.refresh() and self.gate.tokens.closed:  # `revoke` may have left a file without a token
-            self.evict()
-        self.retention.look_for_request()
+        for look in (self.door.sweep, self.look_at_tokens, self.retention.look_for_request):
+            self.loop.attempt(look)
+
+    def look_at_tokens(self) -> None:
+        if self.gate.tokens.refresh():
+            self.door.evict()
 
     def tidy(self) -> None:
-        self.storms.forget()
-        self.retention.age()
-        for tidy in self.on_tidy:
-            tidy()
+        for tidy in (self.storms.forget, self.forget_names, self.retention.age, *self.on_tidy):
+            self.loop.attempt(tidy)
         if self.gate.tokens.used:
             self.save_marks_soon()
 
-    def evict(self) -> None:
-        """Answer the parked whose tokens were revoked."""
-        for connection, parked in list(self.mailboxes.parked.items()):
-            if parked.token not in self.gate.tokens.grants:
-                self.mailboxes.unpark(connection)
-                connection.closing = True
-                connection.answer(refusal(unauthorized()))
+    def forget_names(self) -> None:
+        """Names that were only looked at, and rows of names that have no mail and nobody polls."""
+        wall = self.view.clock()
+        idle = self.mailboxes.idle(wall, int(self.retention.keep * 1000000))
+        if idle:
+            self.do(Forget(idle), None, self.forgotten)
+
+    def forgotten(self, connection: None, forget: Forget, names: list[list[str]]) -> None:
+        for channel, own in names:
+            self.mailboxes.boxes.pop((channel, own), None)
 
     def drain(self) -> None:
         """The bus is to end: answer who is parked, refuse what comes now. What was accepted goes its way."""
@@ -3227,6 +3429,8 @@ class Sending:
         self.bus.check_open()
         if not request.body:
             raise Refused(400, "the body is empty: send JSON, or any text with ?from=NAME&to=NAME")
+        if request.fields.get("content-type", "").startswith("multipart/"):
+            raise Refused(400, "the body is a form: send the text itself with curl --data-binary")
         query = request.query()
         value = verbatim(request.body, query) if "to" in query.fields else parse_json(request.body)
         several = isinstance(value, list)
@@ -3238,41 +3442,51 @@ class Sending:
                 check(message)
         key = request.fields.get("idempotency-key")
         drafts = [draft(message, key) for message in messages]
-        return [self.in_thread(one) if one.answers is not None else one for one in drafts], several
+        return [self.with_thread(one) if one.answers is not None else one for one in drafts], several
 
-    def in_thread(self, one: Draft) -> Draft:
+    def with_thread(self, one: Draft) -> Draft:
         """An answer with its place in a chain of replies."""
         assert one.answers is not None
         thread, depth = self.bus.view.lineage(one.answers)
         return one._replace(thread=thread, depth=depth + 1)
 
-    def check(self, drafts: list[Draft]) -> None:
-        """Refused, if these messages cannot be stored together and now."""
-        each: Collection[Way] = ways(drafts)
+    def check(self, request: Request, drafts: list[Draft]) -> str:
+        """Refused, if these messages cannot be stored together and now; else a warning, or an empty text.
+
+        What is refused makes nothing, and what is cheap to see comes first.
+        """
+        bus, each = self.bus, ways(drafts)
         if len(each) != 1:
             check_number(drafts, len(each))
-            each = dict.fromkeys(each)  # what is the same for many messages is looked at once
-        for channel, _, to in each:
-            self.check_room(channel, to)
-        self.bus.storms.check(drafts, each)
+            each = list(dict.fromkeys(each))  # what is the same for many messages is looked at once
+        bus.storms.spend(drafts[0].sender, len(drafts))
+        bus.storms.name(request.owner(), sum((channel, to) not in bus.mailboxes.boxes for channel, _, to in each))
+        for channel, sender, to in each:
+            self.check_room(channel, sender, to)
+        return bus.storms.check(drafts, each)
 
-    def check_room(self, channel: str, to: str) -> None:
-        """429 if a mailbox is full of what nobody has fetched yet."""
-        box = self.bus.mailboxes.box(channel, to)
-        if box.fetched >= box.newest:
+    def check_room(self, channel: str, sender: str, to: str) -> None:
+        """429 if a mailbox is full of what nobody has fetched, or nearly full and a quarter is this sender's."""
+        box, view = self.bus.mailboxes.boxes.get((channel, to)), self.bus.view
+        if not box or box.fetched >= box.newest:
             return
         if box.pending is None:
-            box.pending = self.bus.view.count_between(channel, to, box.fetched, box.newest)
+            box.pending = view.count_between(channel, to, box.fetched, box.newest)
         messages, size = box.pending
         if messages >= MAILBOX_MESSAGES or size >= MAILBOX_BYTES:
             raise too_much(f"the mailbox of {to} is full: {messages} messages wait and nobody fetches them", 60)
+        if messages < MAILBOX_MESSAGES * 3 // 4:
+            return
+        if box.by_sender is None:
+            box.by_sender = view.count_by_sender(channel, to, box.fetched, box.newest)
+        if box.by_sender[sender] > MAILBOX_MESSAGES // 4:
+            own = f"{box.by_sender[sender]} of the {messages} messages that wait there are from {sender}"
+            raise too_much(f"the mailbox of {to} is nearly full, and {own}: wait until they are fetched", 60)
 
-    def sent(self, connection: Connection, put: Put, stored: list[Stored]) -> Answer:
-        return ok(self.bus, entry(self.bus, put.drafts[0], stored[0]))
-
-    def sent_several(self, connection: Connection, put: Put, stored: list[Stored]) -> Answer:
+    def answer(self, warning: str, several: bool, connection: Connection, put: Put, stored: list[Stored]) -> Answer:
         results = "}, {".join([entry(self.bus, one, its) for one, its in zip(put.drafts, stored)])
-        return ok(self.bus, f'"ok": true, "results": [{{{results}}}]')
+        results = f'"ok": true, "results": [{{{results}}}]' if several else results
+        return ok(self.bus, f'{results}, "warning": {quote(warning)}' if warning else results)
 
 
 class Receiving:
@@ -3442,8 +3656,8 @@ def core_routes(bus: Bus) -> None:
 
 def send(bus: Bus, request: Request) -> None:
     drafts, several = bus.sending.drafts(request)
-    bus.sending.check(drafts)
-    bus.do(Put(drafts), request.peer, bus.sending.sent_several if several else bus.sending.sent)
+    warning = bus.sending.check(request, drafts)
+    bus.do(Put(drafts), request.peer, partial(bus.sending.answer, warning, several))
 
 
 def verbatim(body: bytes, query: Query) -> dict[str, Any]:
@@ -3663,7 +3877,10 @@ def state_of(bus: Bus, message: Message) -> tuple[str, str]:
 
 
 def healthz(bus: Bus, request: Request) -> Answer:
-    return ok(bus, '"ok": true')
+    """Without a token, a closed bus does not say its id, nor how far its ticks are."""
+    if bus.gate.knows(request.parsed):
+        return ok(bus, '"ok": true')
+    return Answer(200, f'{{"ok": true, "now": {seconds(bus.last // 1000000 * 1000000)}}}\n'.encode())
 
 
 def show_help(bus: Bus, request: Request) -> Answer:
