@@ -1026,9 +1026,8 @@ class Request(BaseHTTPRequestHandler):
         self.peer, self.head, self.body = peer, head, b""
         self.command = "-"
 
-    @property
-    def client_address(self) -> tuple[str, int]:  # type: ignore[override]
-        return self.peer.address, 0
+    def address_string(self) -> str:
+        return self.peer.address
 
     @property
     def requestline(self) -> str:  # type: ignore[override]
@@ -1733,6 +1732,25 @@ def give_to_folder(file: int | str, path: str) -> None:
         os.chown(file, folder.st_uid, folder.st_gid)
 
 
+def open_beside(path: str) -> IO[str]:
+    """A file beside the database, made if there is none, and never through a link that another user left there."""
+    pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    give_to_folder(file, path)
+    return os.fdopen(file, "r+", encoding="ascii")
+
+
+@contextlib.contextmanager
+def written_anew(path: str) -> Iterator[IO[str]]:
+    """Write a file beside the database. Whoever reads it meanwhile has the old file or the new one, never a part."""
+    with open_beside(f"{path}.new") as file:
+        file.truncate()
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(f"{path}.new", path)
+
+
 class Tokens:
     """The tokens of a bus: a line of JSON each in DATABASE.tokens, with the sha256 of the secret and what it may do.
 
@@ -1794,23 +1812,13 @@ class Tokens:
         except (KeyError, TypeError):
             raise Unusable(f"cannot read the tokens in {self.path}: a line is not that of a token") from None
 
-    def create(self, suffix: str) -> IO[str]:
-        """A file beside the database."""
-        file = os.open(f"{self.path}.{suffix}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
-        give_to_folder(file, self.path)
-        return os.fdopen(file, "w", encoding="ascii")
-
     def change(self, change: Callable[[list[dict[str, Any]]], list[dict[str, Any]]]) -> None:
-        """Write the file anew. One command at a time; the server reads the old file or the new one, never a part."""
+        """Write the file anew, one command at a time."""
         try:
-            pathlib.Path(self.path).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            with self.create("lock") as lock:
+            with open_beside(f"{self.path}.lock") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
-                with self.create("new") as file:
+                with written_anew(self.path) as file:
                     file.writelines(f"{encode(row)}\n" for row in change(self.rows()))
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(f"{self.path}.new", self.path)
             time.sleep(2 * Deadlines.SLOT)  # until a running server has looked
         except OSError as error:
             raise Unusable(f"cannot write the tokens in {self.path}: {error.strerror}") from None
@@ -1872,17 +1880,17 @@ class Gate:
             raise Refused(403, "pages of other sites may not use this bus")
         if self.tokens.closed:
             return OPEN if head.route in PUBLIC else self.tokens.grant(head.fields.get("authorization", ""))
-        if head.host and head.host not in self.hosts and not is_address(head.host):
+        if head.host and head.host not in self.hosts and not ip_address(head.host.strip("[]")):
             raise Refused(403, f"this bus does not answer to {head.host}: start it with --allow-host, or with tokens")
         return OPEN
 
 
 @lru_cache(256)
-def is_address(host: str) -> bool:
+def ip_address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     try:
-        return bool(ipaddress.ip_address(host.strip("[]")))
+        return ipaddress.ip_address(host)
     except ValueError:
-        return False
+        return None
 
 
 class Budget:
@@ -2332,8 +2340,12 @@ class Rows:
         self.damaged(f"message {message.tick:x} to {message.to}")
         return None
 
+    def ask(self, statement: str, *values: Any) -> Any:
+        """The first row of an answer, or None."""
+        return self.database.execute(statement, values).fetchone()
+
     def message(self, tick: int) -> Message | None:
-        row = self.database.execute(f"{SELECT} WHERE tick = ?", (tick,)).fetchone()
+        row = self.ask(f"{SELECT} WHERE tick = ?", tick)
         return self.checked(row) if row else None
 
     def extensions(self) -> dict[str, str]:
@@ -2380,13 +2392,12 @@ class State(Rows):
         """Write into the lock file which bus holds it: its URL, then its version. The commands read both."""
         if self.lock:
             self.lock.truncate(0)
-            self.lock.write(f"{url}\n{VERSION}\n".encode())
+            self.lock.write(f"{url}\n{VERSION}\n")
             self.lock.flush()
 
     def add_tables(self, extension: str, noun: str, steps: Sequence[str]) -> None:
         """Bring the tables of an extension up to date. `steps` are its migrations; only ever add at the end."""
-        statement = "SELECT version FROM extensions WHERE name = ?"
-        [version] = self.writing.execute(statement, (extension,)).fetchone() or [0]
+        [version] = self.ask("SELECT version FROM extensions WHERE name = ?", extension) or [0]
         if version > len(steps):
             raise Unusable(f"the database {self.path} was used with a newer {extension}.py: use that one")
         if version < len(steps):
@@ -2400,9 +2411,7 @@ class State(Rows):
         """Read back from the file what the writer knows: at start, and when something was undone."""
         self.bus: str
         self.last: int
-        self.bus, last, newest = self.writing.execute(
-            "SELECT id, last, (SELECT ifnull(max(tick), 0) FROM messages) FROM bus"
-        ).fetchone()
+        self.bus, last, newest = self.ask("SELECT id, last, (SELECT ifnull(max(tick), 0) FROM messages) FROM bus")
         self.last = max(self.number(last, 0, "the newest tick"), newest)
         rows = self.writing.execute(f"SELECT channel, name, id, {NEWEST_N} FROM mailboxes").fetchall()
         self.counts = {(channel, own): (number, n) for channel, own, number, n in rows}
@@ -2562,7 +2571,7 @@ class View(Rows):
         free = disk.f_bavail * disk.f_frsize
         if free < 64 * RESERVE_BYTES:  # with more, asking the database is not worth its time
             pages = "(freelist_count - page_count) * page_size FROM pragma_freelist_count, pragma_page_count"
-            [unused] = self.database.execute(f"SELECT {pages}, pragma_page_size").fetchone()
+            [unused] = self.ask(f"SELECT {pages}, pragma_page_size")
             free += unused + os.path.getsize(self.path)
         return bool(free >= RESERVE_BYTES)
 
@@ -2607,17 +2616,15 @@ class View(Rows):
 
     def oldest(self, channel: str, own: str, mark: int) -> int | None:
         """The oldest tick of a mailbox above a mark."""
-        statement = f"SELECT min(tick) FROM messages WHERE mailbox = {MAILBOX} AND tick > ?"
-        tick: int | None = self.database.execute(statement, (channel, own, mark)).fetchone()[0]
+        tick: int | None
+        [tick] = self.ask(f"SELECT min(tick) FROM messages WHERE mailbox = {MAILBOX} AND tick > ?", channel, own, mark)
         return tick
 
     def receipt(self, message: Message, kind: int) -> tuple[str, int] | None:
         """Which reader moved a mark over this message, and when."""
-        row: tuple[str, int] | None = self.database.execute(
-            f"SELECT reader, at FROM receipts WHERE mailbox = {MAILBOX} AND kind = ? AND tick >= ? "
-            "ORDER BY tick LIMIT 1",
-            (message.channel, message.to, kind, message.tick),
-        ).fetchone()
+        above = f"mailbox = {MAILBOX} AND kind = ? AND tick >= ? ORDER BY tick LIMIT 1"
+        values = message.channel, message.to, kind, message.tick
+        row: tuple[str, int] | None = self.ask(f"SELECT reader, at FROM receipts WHERE {above}", *values)
         if row and not (is_name(row[0]) and isinstance(row[1], int)):
             self.damaged(f"who read {message.tick:x}")
             return None
@@ -2628,8 +2635,7 @@ class View(Rows):
         where = f"FROM messages WHERE mailbox = {MAILBOX} AND typeof(n) = 'integer' AND"  # not of a damaged message
         below = f"SELECT n {where} tick <= ? ORDER BY tick DESC LIMIT 1"
         above = f"SELECT n - 1 {where} tick > ? ORDER BY tick LIMIT 1"
-        values = (channel, own, tick)
-        row = self.database.execute(below, values).fetchone() or self.database.execute(above, values).fetchone()
+        row = self.ask(below, channel, own, tick) or self.ask(above, channel, own, tick)
         return int(row[0]) if row else None
 
     def count_between(self, channel: str, own: str, tick: int, last: int) -> tuple[int, int]:
@@ -2638,11 +2644,9 @@ class View(Rows):
         Looks at no more than would fill it. What is on disk above `last` has not been announced yet.
         """
         where = f"WHERE mailbox = {MAILBOX} AND tick > ? AND tick <= ? LIMIT {MAILBOX_MESSAGES}"
-        row = self.database.execute(
-            f"SELECT count(*), ifnull(sum(length(text)), 0) FROM (SELECT text FROM messages {where})",
-            (channel, own, tick, last),
-        ).fetchone()
-        return int(row[0]), int(row[1])
+        counted = f"SELECT count(*), ifnull(sum(length(text)), 0) FROM (SELECT text FROM messages {where})"
+        messages, size = self.ask(counted, channel, own, tick, last)
+        return messages, size
 
     def count_by_sender(self, channel: str, own: str, tick: int, last: int) -> Counter[str]:
         """The same messages, by sender."""
@@ -2655,15 +2659,14 @@ class View(Rows):
 
     def lineage(self, tick: int) -> tuple[int, int]:
         """The tick that began the chain of replies of a message, and its depth there; what is gone began a new one."""
-        statement = "SELECT ifnull(thread, tick), depth FROM messages WHERE tick = ?"
-        row = self.database.execute(statement, (tick,)).fetchone()
+        row = self.ask("SELECT ifnull(thread, tick), depth FROM messages WHERE tick = ?", tick)
         where = f"the place of {tick:x} in its thread"
         return (self.number(row[0], tick, where), self.number(row[1], 0, where)) if row else (tick, 0)
 
     def count_expired(self, channel: str, own: str, above: int) -> int:
-        statement = f"SELECT count(*) FROM messages WHERE mailbox = {MAILBOX} AND expires <= ? AND tick > ?"
-        count: int = self.database.execute(statement, (channel, own, self.clock(), above)).fetchone()[0]
-        return count
+        expired = f"mailbox = {MAILBOX} AND expires <= ? AND tick > ?"
+        row = self.ask(f"SELECT count(*) FROM messages WHERE {expired}", channel, own, self.clock(), above)
+        return int(row[0])
 
     def mailboxes(self, last: int) -> list[tuple[Any, ...]]:
         """A row for each mailbox: channel, name, own, read, fetched, seen, removed, n, newest, perishable."""
@@ -2693,12 +2696,10 @@ class View(Rows):
         return (channel, called, own or 0, read, fetched or read or 0, seen or 0, removed, *marks[5:])
 
 
-def locked(path: str) -> IO[bytes]:
+def locked(path: str) -> IO[str]:
     """A file that holds PATH.lock until it is closed or this process ends. A reader with sqlite3 needs no lock."""
     try:
-        pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        lock = open(f"{path}.lock", "ab")  # noqa: SIM115  (held for as long as the database)
-        give_to_folder(lock.fileno(), path)
+        lock = open_beside(f"{path}.lock")
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise InUse(f"the database {path} is in use by another bus_server") from None
@@ -3785,18 +3786,15 @@ def truth(bus: Bus, one: Draft) -> str:
 
 def receivers(bus: Bus, one: Draft) -> dict[str, int]:
     """The truth about several receivers: how many listen. `all` is everyone who ever did, but the sender."""
-    if EVERYONE in one.to:
-        boxes = [
-            box
-            for (channel, own), box in bus.mailboxes.boxes.items()
-            if channel == one.channel and box.own and own != one.sender
-        ]
-        online = sum(map(bus.mailboxes.online, boxes))
-        return {"online": online, "offline": len(boxes) - online}
-    named = [(to, bus.mailboxes.box(one.channel, to)) for to in one.to]
-    online = sum(bus.mailboxes.online(box) for _, box in named)
-    waiting = sum(unread(bus, one.channel, to, box) for to, box in named)
-    return {"online": online, "offline": len(named) - online, "unread": waiting}
+    boxes, names = bus.mailboxes.boxes, one.to
+    if EVERYONE in names:
+        listed = [own for (channel, own), box in boxes.items() if channel == one.channel and box.own]
+        names = tuple(own for own in listed if own != one.sender)
+    online = sum(bus.mailboxes.online(boxes[one.channel, own]) for own in names)
+    known = {"online": online, "offline": len(names) - online}
+    if EVERYONE not in one.to:
+        known["unread"] = sum(unread(bus, one.channel, own, boxes[one.channel, own]) for own in names)
+    return known
 
 
 def unread(bus: Bus, channel: str, own: str, box: Mailbox) -> int:
@@ -4092,7 +4090,7 @@ def check_kept(state: State, loaded: Collection[str], without: Collection[str]) 
     kept = {"files": (len(list(pathlib.Path(f"{state.path}.blobs").glob("?" * 64))), "files")}
     for extension, noun in state.extensions().items():
         if extension not in loaded:
-            [messages] = state.writing.execute(f"SELECT count(*) FROM {extension}_kept").fetchone()
+            [messages] = state.ask(f"SELECT count(*) FROM {extension}_kept")
             kept[extension] = messages, noun
     for extension, (number, noun) in kept.items():
         if number and extension not in loaded and extension not in without:
@@ -4120,10 +4118,8 @@ def start_extensions(bus: Bus, options: argparse.Namespace) -> str:
 
 
 def is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+    address = ip_address(host)
+    return address.is_loopback if address else host == "localhost"
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -4292,13 +4288,11 @@ def count_old(path: str, before: int) -> tuple[int, int]:
     """(messages older than a tick, those of them that nobody has fetched or done), read beside a running server."""
     try:
         with contextlib.closing(read_only(path)) as database:
-            pending = [UNFETCHED, *(kept_for(each) for each in Rows(path, database).extensions())]
-            row = database.execute(
-                f"SELECT count(*), count(*) FILTER (WHERE {' OR '.join(pending)}) "
-                "FROM messages JOIN mailboxes ON mailbox = id WHERE tick < ?",
-                (before,),
-            ).fetchone()
-            return int(row[0]), int(row[1])
+            rows = Rows(path, database)
+            pending = " OR ".join([UNFETCHED, *map(kept_for, rows.extensions())])
+            counted = f"SELECT count(*), count(*) FILTER (WHERE {pending}) FROM messages JOIN mailboxes ON mailbox = id"
+            old, unread = rows.ask(f"{counted} WHERE tick < ?", before)
+            return old, unread
     except sqlite3.Error as error:
         if "no such table: extensions" in str(error):
             migrate_alone(path)
@@ -4335,14 +4329,13 @@ def remove_alone(path: str, before: int, fetched_only: bool) -> None:
 
 
 def remove_beside(path: str, before: int, fetched_only: bool, stay: int) -> None:
-    """Through the running server: leave it a file, whole and readable also when root asks, until it is done."""
+    """Through the running server: leave a file for it, and wait until the server has removed that."""
     if signature(path)[1] != VERSION:
         raise other_version(path)
-    new, file = f"{path}.prune.new", prune_file(path)
+    file = prune_file(path)
     try:
-        pathlib.Path(new).write_text(encode({"before": before, "fetched_only": fetched_only}))
-        give_to_folder(new, path)
-        os.replace(new, file)
+        with written_anew(str(file)) as request:
+            request.write(encode({"before": before, "fetched_only": fetched_only}))
     except OSError as error:
         raise Unusable(f"cannot tell the running server: {file}: {error.strerror}") from None
     while file.exists():
@@ -4391,12 +4384,8 @@ def backup(arguments: Sequence[str]) -> None:
     options = parser.parse_args(arguments)
     if os.path.exists(options.copy):
         raise Unusable(f"{options.copy} is there already: choose another name")
-    messages = copy_database(options.db, f"{options.copy}.new")
     rows = Tokens(options.db).rows()
-    if rows:
-        Tokens(options.copy).change(lambda _: rows)
-    files = copy_files(options.db, options.copy)  # after the messages, which point to them
-    os.rename(f"{options.copy}.new", options.copy)
+    messages, files = copy_bus(options.db, options.copy, rows)
     print(f"{options.copy}: {messages} messages, {files} files, {len(rows)} tokens")
 
 
@@ -4409,20 +4398,28 @@ def restore(arguments: Sequence[str]) -> None:
     parser.add_argument("copy", metavar="COPY", help="what backup made; its tokens are taken if PATH has none")
     options = parser.parse_args(arguments)
     with locked(options.db):
-        new, old, bus = f"{options.db}.new", f"{options.db}.{wall_clock()}", secrets.token_hex(8)
-        rows = missing_tokens(options.copy, options.db)
-        messages = copy_database(options.copy, new, bus)
-        if rows:
-            Tokens(options.db).change(lambda _: rows)
-        files = copy_files(options.copy, options.db)
-        give_to_folder(new, options.db)
-        for suffix in ("", "-wal", "-shm"):  # so named, they stay one database
-            with contextlib.suppress(FileNotFoundError):
-                os.rename(options.db + suffix, old + suffix)
-        os.rename(new, options.db)
+        old, bus = f"{options.db}.{wall_clock()}", secrets.token_hex(8)
+        messages, files = copy_bus(options.copy, options.db, missing_tokens(options.copy, options.db), old, bus)
     print(f"{options.db} is bus {bus} now, with {messages} messages; {files} files came back")
     if os.path.exists(old):
         print(f"what was there before is in {old}")
+
+
+def copy_bus(
+    source: str, target: str, tokens: list[dict[str, Any]], old: str = "", bus: str | None = None
+) -> tuple[int, int]:
+    """Copy a database with its tokens and files; returns how many messages and files. What was there becomes `old`."""
+    new = f"{target}.new"
+    messages = copy_database(source, new, bus)
+    if tokens:
+        Tokens(target).change(lambda _: tokens)
+    files = copy_files(source, target)  # after the messages, which point to them
+    give_to_folder(new, target)
+    for suffix in ("", "-wal", "-shm") if old else ():  # so named, they stay one database
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(target + suffix, old + suffix)
+    os.rename(new, target)
+    return messages, files
 
 
 def missing_tokens(copy: str, path: str) -> list[dict[str, Any]]:
