@@ -2008,6 +2008,7 @@ MAILBOX_MESSAGES, MAILBOX_BYTES = 10000, 64 << 20  # for a name and not fetched 
 REMOVE_SLICE = 500  # messages removed in one transaction: a few ms that a send may have to wait
 RESERVE_BYTES = 16 << 20  # of the disk that no message takes: removing messages, and marks, need room in the WAL
 CHECKED_BYTES = 64 << 20  # a database up to this size is checked whole at start; every message has its checksum anyway
+BUSY_SECONDS = 2.0  # to wait for a lock of another program, before senders get 503
 OPERATION_FORMAT = 1  # of the bytes of an operation
 
 MIGRATIONS = [  # user_version n is what the first n of them made; only ever add at the end
@@ -2051,6 +2052,7 @@ MIGRATIONS = [  # user_version n is what the first n of them made; only ever add
     # the extension is not loaded.
     """
     ALTER TABLE mailboxes ADD COLUMN gone INTEGER NOT NULL DEFAULT 0;  -- n of the last message that was removed
+    ALTER TABLE bus ADD COLUMN lost INTEGER NOT NULL DEFAULT 0;  -- up to this tick messages may be lost by damage
     CREATE TABLE extensions(name TEXT PRIMARY KEY, version INTEGER NOT NULL, noun TEXT NOT NULL);
     CREATE VIEW work_kept AS SELECT tick FROM work WHERE due IS NOT NULL UNION ALL
         SELECT tick FROM messages JOIN mailboxes ON mailbox = id WHERE taken > 0 AND tick > taken;
@@ -2323,7 +2325,7 @@ class Rows:
         self.path, self.database = path, database
 
     def damaged(self, what: str) -> None:
-        print(f"bus_server: {self.path}: {what} is damaged; skipped", file=sys.stderr)
+        say(f"bus_server: {self.path}: {what} is damaged; skipped")
 
     def number(self, value: Any, otherwise: int, what: str) -> int:
         """A number as it is stored, or what stands for it."""
@@ -2365,13 +2367,24 @@ class State(Rows):
     def __init__(self, path: str, clock: Callable[[], int] = wall_clock) -> None:
         memory = path == ":memory:"
         target = f"file:bus-{secrets.token_hex(4)}?mode=memory&cache=shared" if memory else path
+        if not memory:
+            check_names(path)
         self.lock = None if memory else locked(path)
         try:
+            commits = [] if memory else commits_in_wal(f"{path}-wal")
             self.writing = sqlite3.connect(
-                target, isolation_level=None, check_same_thread=False, uri=memory, cached_statements=128
+                target,
+                timeout=BUSY_SECONDS,
+                isolation_level=None,
+                check_same_thread=False,
+                uri=memory,
+                cached_statements=128,
             )
             super().__init__(path, self.writing)
+            damaged = not memory and self.damaged_wal(commits)
             prepare(self.writing, path, "memory" if memory else "wal")
+            if damaged:
+                self.tell_loss(clock())
             reading = sqlite3.connect(target, isolation_level=None, check_same_thread=False, uri=memory)
             for each in (self.writing, reading):  # text that is no UTF-8 any more is a damaged row, not an error
                 each.text_factory = lambda text: text.decode("utf-8", "replace")
@@ -2381,6 +2394,18 @@ class State(Rows):
             self.reload()
         except (sqlite3.Error, UnicodeDecodeError) as error:  # the latter: SQLite names what it cannot read
             raise Unusable(f"cannot use the database {path}: {error}") from None
+
+    def damaged_wal(self, commits: list[int]) -> bool:
+        """Did SQLite stop reading the log before two transactions or more? One alone may be torn by a power cut."""
+        [version] = self.writing.execute("PRAGMA user_version").fetchone()  # now it has read the log
+        [_, frames, _] = self.writing.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone() if version else (0, 0, 0)
+        return sum(commit > max(frames, 0) for commit in commits) > 1
+
+    def tell_loss(self, wall: int) -> None:
+        """Every reader with a cursor from before now is told of a gap."""
+        say(f"bus_server: {self.path}-wal is damaged: its last transactions are lost, and readers are told of a gap")
+        [newest] = self.writing.execute("SELECT ifnull(max(tick), 0) FROM messages").fetchone()
+        self.writing.execute("UPDATE bus SET lost = max(last, ?, ?), last = max(last, ?, ?)", (wall, newest) * 2)
 
     def close(self) -> None:
         self.view.database.close()  # first: the last to close folds the WAL into the database, which is a write
@@ -2411,7 +2436,9 @@ class State(Rows):
         """Read back from the file what the writer knows: at start, and when something was undone."""
         self.bus: str
         self.last: int
-        self.bus, last, newest = self.ask("SELECT id, last, (SELECT ifnull(max(tick), 0) FROM messages) FROM bus")
+        newest = "(SELECT ifnull(max(tick), 0) FROM messages)"
+        self.bus, last, lost, newest = self.ask(f"SELECT id, last, lost, {newest} FROM bus")
+        self.lost = self.number(lost, 0, "how far messages are lost")
         self.last = max(self.number(last, 0, "the newest tick"), newest)
         rows = self.writing.execute(f"SELECT channel, name, id, {NEWEST_N} FROM mailboxes").fetchall()
         self.counts = {(channel, own): (number, n) for channel, own, number, n in rows}
@@ -2477,7 +2504,7 @@ class State(Rows):
         return result
 
     def failed(self, operation: Operation, error: Exception) -> Refused:
-        traceback.print_exc()
+        say(traceback.format_exc())
         return Refused(500, f"the bus failed on this {operation.kind}: {type(error).__name__}; its log says why")
 
     def begin(self) -> None:
@@ -2622,10 +2649,10 @@ class View(Rows):
 
     def receipt(self, message: Message, kind: int) -> tuple[str, int] | None:
         """Which reader moved a mark over this message, and when."""
-        above = f"mailbox = {MAILBOX} AND kind = ? AND tick >= ? ORDER BY tick LIMIT 1"
-        values = message.channel, message.to, kind, message.tick
+        above = f"mailbox = {MAILBOX} AND kind = ? AND tick BETWEEN ? AND ? ORDER BY tick LIMIT 1"
+        values = message.channel, message.to, kind, message.tick, message.tick if kind == ALONE else 1 << 62
         row: tuple[str, int] | None = self.ask(f"SELECT reader, at FROM receipts WHERE {above}", *values)
-        if row and not (is_name(row[0]) and isinstance(row[1], int)):
+        if row and not (all(map(is_name, str(row[0]).split("/"))) and isinstance(row[1], int)):
             self.damaged(f"who read {message.tick:x}")
             return None
         return row
@@ -2696,10 +2723,28 @@ class View(Rows):
         return (channel, called, own or 0, read, fetched or read or 0, seen or 0, removed, *marks[5:])
 
 
+def lock_file(path: str) -> str:
+    """It belongs to the file, not to a name of it: a link to a database is the same database."""
+    return f"{os.path.realpath(path)}.lock"
+
+
+def check_names(path: str) -> None:
+    """Unusable, if this path is not the one whole name of a database."""
+    if os.path.exists(path) and os.stat(path).st_nlink > 1:
+        raise Unusable(f"{path} has several names (hard links), each with a log of its own: remove all but one")
+    if os.path.exists(restoring(path)):
+        raise Unusable(f"a restore of {path} was cut off: run it again (python3 bus_server.py restore COPY)")
+
+
+def restoring(path: str) -> str:
+    """A file that is there while restore renames; it has the name that the old database gets."""
+    return f"{path}.restoring"
+
+
 def locked(path: str) -> IO[str]:
     """A file that holds PATH.lock until it is closed or this process ends. A reader with sqlite3 needs no lock."""
     try:
-        lock = open_beside(f"{path}.lock")
+        lock = open_beside(lock_file(path))
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise InUse(f"the database {path} is in use by another bus_server") from None
@@ -2727,7 +2772,7 @@ def prepare(database: sqlite3.Connection, path: str, journal: str) -> None:
     if version and journal == "wal" and os.path.getsize(path) <= CHECKED_BYTES:
         report = ask("PRAGMA integrity_check(1)")
         if report != "ok":
-            print(f"bus_server: the database {path} is damaged ({report}); making its indexes anew", file=sys.stderr)
+            say(f"bus_server: the database {path} is damaged ({report}); making its indexes anew")
             database.execute("REINDEX")
             report = ask("PRAGMA integrity_check(1)")
         if report != "ok":
@@ -2741,6 +2786,37 @@ def prepare(database: sqlite3.Connection, path: str, journal: str) -> None:
     # A WAL that is found here may have a part that could not be flushed: it is in the system's memory, but marked as
     # written, and would be missing after a power cut, with all behind it. Folded in, it is written anew.
     database.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+
+
+def commits_in_wal(path: str) -> list[int]:
+    """The frames of a write-ahead log that end a transaction, by their own word, counted from 1.
+
+    The format is SQLite's (fileformat2.html, section 4). A frame belongs to the log if it has the salts of its head.
+    """
+    commits: list[int] = []
+    with contextlib.suppress(OSError), open(path, "rb") as wal:
+        head = wal.read(32)
+        size, salts = int.from_bytes(head[8:12], "big"), head[16:24]
+        first = wal.read(24)
+        if wal_checksum(head[:24]) != head[24:]:  # the head itself is damaged
+            salts = first[8:16]
+        for number in count(1):
+            wal.seek(32 + (number - 1) * (24 + size))
+            frame = wal.read(24)
+            if len(frame) < 24:
+                break
+            if frame[8:16] == salts and frame[4:8] != b"\0\0\0\0":
+                commits.append(number)
+    return commits
+
+
+def wal_checksum(data: bytes) -> bytes:
+    order: Any = "big" if data[3:4] == b"\x83" else "little"  # as the magic number says
+    one = two = 0
+    for start in range(0, len(data) - 7, 8):
+        one = (one + int.from_bytes(data[start : start + 4], order) + two) & 0xFFFFFFFF
+        two = (two + int.from_bytes(data[start + 4 : start + 8], order) + one) & 0xFFFFFFFF
+    return one.to_bytes(4, "big") + two.to_bytes(4, "big")
 
 
 def migrate(database: sqlite3.Connection, steps: Iterable[str]) -> None:
@@ -2842,7 +2918,7 @@ class Mailboxes:
         self.boxes = {(row[0], row[1]): Mailbox(*row[2:]) for row in stored}
         self.highest = max((box.newest for box in self.boxes.values()), default=0)
         self.changed: set[tuple[str, str]] = set()  # mailboxes whose marks are newer than on disk
-        self.receipts: dict[tuple[str, str, int], Receipt] = {}  # newer than on disk
+        self.receipts: dict[tuple[str, str, int | str], Receipt] = {}  # newer than on disk
         self.parked: dict[Connection, Parked] = {}
         self.waiting: dict[Key, dict[Connection, None]] = {}
 
@@ -2967,7 +3043,7 @@ class Mailboxes:
     LOOKED_SECONDS = 600.0  # s a name stays in memory that was only looked at
 
     def idle(self, wall: int, keep: int) -> list[list[str]]:
-        """Forget the names that were only looked at; returns those with a row, without mail, not polled for `keep` us."""
+        """Drop the names that were only looked at; returns those with a row, without mail, not polled for `keep` us."""
         gone = []
         for key, box in list(self.boxes.items()):
             quiet = wall - box.seen
@@ -3563,6 +3639,8 @@ class Retention:
     def __init__(self, bus: Bus, keep: float) -> None:
         self.bus, self.keep = bus, keep  # s; 0: for ever
         self.aging = False  # a removal of --keep is on its way
+        self.offset: float | None = None  # of the wall clock above the monotonic one, s, when it was looked at last
+        self.trusted = -math.inf  # monotonic clock, s: from when on the wall clock is believed
         self.request: tuple[int, bool] | None = None  # the one of prune that is on its way
 
     def remove(self, removal: Remove, end: Callable[[bool], None]) -> None:
@@ -3576,9 +3654,21 @@ class Retention:
 
         self.bus.do(removal, None, removed, lambda _: end(False))
 
+    JUMP = 3600.0  # s; a wall clock that jumps by more is believed only after as long, if it stays
+
+    def clock_is_trusted(self) -> bool:
+        """A clock that is wrong for a minute must not remove all mail."""
+        now = time.monotonic()
+        offset, before = self.bus.view.clock() / 1000000 - now, self.offset
+        if before is not None and abs(offset - before) > self.JUMP:
+            self.trusted = now + self.JUMP
+            say(f"bus_server: the clock jumped by {offset - before:.0f} s: nothing is removed for an hour")
+        self.offset = offset
+        return now >= self.trusted
+
     def age(self) -> None:
         """Remove what is older than --keep."""
-        if self.keep and not self.bus.draining and not self.aging:
+        if self.clock_is_trusted() and self.keep and not self.bus.draining and not self.aging:
             self.aging = True
             absent = [each for each in self.bus.view.extensions() if self.bus.extensions.get(each) != LOADED]
             before = max(self.bus.view.clock() - int(self.keep * 1000000), 0)
@@ -3683,6 +3773,8 @@ def recv(bus: Bus, request: Request) -> Answer | None:
     request.grant.check(poll.names)
     if query.one("bus") not in (None, bus.state.bus):  # a cursor from another bus: say so, and mark nothing
         return delivery(bus, poll._replace(since=bus.last), [])
+    bus.storms.read(str(poll.me))
+    bus.storms.name(request.owner(), bus.mailboxes.new(str(poll.channel), poll.names))
     bus.mailboxes.polled(poll, request.peer.address, bus.view.clock())
     bus.mailboxes.owned(poll)
     bus.save_marks_soon()
@@ -3704,6 +3796,7 @@ def recv_poll(query: Query, plain: bool) -> Poll:
 
 def log(bus: Bus, request: Request) -> Answer | None:
     request.grant.check_operator()
+    bus.storms.read(request.owner())
     query = request.query()
     since, limit, hold = asked_for(query)
     if since == LAST:
@@ -3808,40 +3901,69 @@ def unread(bus: Bus, channel: str, own: str, box: Mailbox) -> int:
     return box.n - box.base - (bus.view.count_expired(channel, own, mark) if box.perishable else 0)
 
 
+Page = tuple[list[tuple[str, str, Mailbox]], str]  # channel, name and mailbox of each; what says how to go on
+
+
+def page(bus: Bus, request: Request) -> Page:
+    """Some mailboxes in the order of channel and name, as the query wants: max, after=CHANNEL/NAME, name, channel."""
+    bus.storms.read(request.owner())
+    query = request.query()
+    limit, (channel, _, own) = int(query.number("max", 1000, 1, 1000)), (query.one("after") or "").partition("/")
+    wanted, names = query.name("channel", None), query.names("name")
+    keys = (
+        key
+        for key in bus.mailboxes.boxes
+        if key > (channel, own) and wanted in (None, key[0]) and (key[1] in names if names else key[1] != EVERYONE)
+    )
+    some = heapq.nsmallest(limit + 1, keys)
+    more = f', "more": true, "next": {encode("/".join(some[limit - 1]))}' if len(some) > limit else ""
+    return [(*key, bus.mailboxes.boxes[key]) for key in some[:limit]], more
+
+
 def inbox(bus: Bus, request: Request) -> Answer:
     recipients: dict[str, dict[str, int]] = {}
-    for (channel, own), box in bus.mailboxes.boxes.items():
-        if own != EVERYONE and request.grant.reads(own):
+    found, more = page(bus, request)
+    for channel, own, box in found:
+        if request.grant.reads(own) and (box.firm or box.seen):
             recipients.setdefault(channel, {})[own] = unread(bus, channel, own, box)
-    return ok(bus, f'"recipients": {encode(recipients)}')
+    return ok(bus, f'"recipients": {encode(recipients)}{more}')
 
 
 def agents(bus: Bus, request: Request) -> Answer:
-    found = []
-    for (channel, own), box in bus.mailboxes.boxes.items():
-        if box.seen and own != EVERYONE:
-            text = (
-                f'"name": "{own}", "channel": "{channel}", "online": {boolean(bus.mailboxes.online(box))}, '
-                f'"since": {seconds(box.listening)}, "last_seen": {seconds(box.seen)}'
-            )
-            if request.grant.reads(own):
-                text += (
-                    f', "address": {encode(box.address)}, "unread": {unread(bus, channel, own, box)}, '
-                    f'"cursor": {seconds(box.mark())}'
-                )
-            found.append(f"{{{text}}}")
-    return ok(bus, f'"agents": [{", ".join(found)}]')
+    found, more = page(bus, request)
+    online = request.query().flag("online")
+    rows = [
+        agent(bus, request.grant, *each)
+        for each in found
+        if each[2].seen and online in (None, bus.mailboxes.online(each[2]))
+    ]
+    return ok(bus, f'"agents": [{", ".join(rows)}]{more}')
+
+
+def agent(bus: Bus, grant: Grant, channel: str, own: str, box: Mailbox) -> str:
+    text = (
+        f'{{"name": "{own}", "channel": "{channel}", "online": {boolean(bus.mailboxes.online(box))}, '
+        f'"since": {seconds(box.listening)}, "last_seen": {seconds(box.seen)}'
+    )
+    if grant.reads(own):
+        text += (
+            f', "address": {encode(box.address)}, "unread": {unread(bus, channel, own, box)}, '
+            f'"cursor": {seconds(box.mark())}'
+        )
+    return f"{text}}}"
 
 
 def message(bus: Bus, request: Request) -> Answer:
     """One message and how far it came; asking moves nothing."""
-    return told(bus, one_of(bus, request.grant, tick_of(request.parsed.rest)))
+    return told(bus, one_of(bus, request), request.grant)
 
 
-def one_of(bus: Bus, grant: Grant, tick: int | None) -> Message:
-    """The message, if this grant lets its holder see it; 404 otherwise."""
+def one_of(bus: Bus, request: Request, tick: int | None = None) -> Message:
+    """The message with this tick, or that the path names, if the token lets its holder see it; else 404."""
+    bus.storms.read(request.owner())
+    tick = tick_of(request.parsed.rest) if tick is None else tick
     found = None if tick is None or tick > bus.last else bus.view.message(tick)  # above it, it is not announced yet
-    if not found or not grant.may_see(found):
+    if not found or not request.grant.may_see(found):
         raise no_message()
     return found
 
@@ -3850,10 +3972,30 @@ def no_message() -> Refused:
     return Refused(404, "there is no message with this id: it never was, or retention removed it")
 
 
-def told(bus: Bus, message: Message) -> Answer:
-    """What a sender can know of its message."""
+def told(bus: Bus, message: Message, grant: Grant = OPEN) -> Answer:
+    """What the holder of a token can know of a message."""
     state, details = state_of(bus, message)
-    return ok(bus, f'"message": {message.render()}, "state": "{state}"{details}')
+    return ok(bus, f'"message": {readable(bus, message, grant)}, "state": "{state}"{details}')
+
+
+def readable(bus: Bus, message: Message, grant: Grant) -> str:
+    """The message for who reads it by its id. What was recalled or has expired has no text any more.
+
+    A receiver that reads it has fetched it. That moves no mark, as older messages may still be unread.
+    """
+    if message.expires == RECALLED or bus.view.is_expired(message):
+        return message.without_text()
+    if grant.name and grant.name != message.sender and message.to in (grant.name, *grant.also):
+        receipt = Receipt(message.channel, message.to, ALONE, message.tick, grant.name, bus.view.clock())
+        bus.mailboxes.receipts[message.channel, message.to, f"{message.tick:x}"] = receipt
+        bus.save_marks_soon()
+    return message.render()
+
+
+def read_alone(bus: Bus, message: Message) -> bool:
+    """Did a receiver read it by its id?"""
+    newer = (message.channel, message.to, f"{message.tick:x}") in bus.mailboxes.receipts
+    return newer or bool(bus.view.receipt(message, ALONE))
 
 
 def state_of(bus: Bus, message: Message) -> tuple[str, str]:
@@ -3865,13 +4007,14 @@ def state_of(bus: Bus, message: Message) -> tuple[str, str]:
         known = state(message)
         if known:
             return known
-    if message.tick > max(box.fetched, box.read or 0):
+    if message.tick > max(box.fetched, box.read or 0) and not read_alone(bus, message):
         return "expired" if bus.view.is_expired(message) else "queued", ""
-    kind = ACKNOWLEDGED if box.own and message.tick <= box.mark() else FETCHED
+    above = message.tick > max(box.fetched, box.read or 0)
+    kind = ALONE if above else ACKNOWLEDGED if box.own and message.tick <= box.mark() else FETCHED
     newer = bus.mailboxes.receipts.get((message.channel, message.to, kind))  # not yet on disk
     receipt = bus.view.receipt(message, kind) or (newer and newer[4:])
     details = f', "by": "{receipt[0]}", "at": {seconds(receipt[1])}' if receipt else ""
-    return ("fetched", "acknowledged")[kind], details
+    return ("fetched", "acknowledged", "fetched")[kind], details
 
 
 def healthz(bus: Bus, request: Request) -> Answer:
@@ -4009,6 +4152,13 @@ def command_line(arguments: Sequence[str]) -> argparse.Namespace:
     add("--keep", type=duration, default="30d", help="how long messages stay: 12h; 0: for ever (30d)")
     add("--max-body", type=int, default=262144, metavar="BYTES", help="of one request (%(default)s)")
     add("--rate", type=float, default=50, metavar="N", help="messages per second from one sender; 0: any (%(default)s)")
+    add(
+        "--turns",
+        type=int,
+        default=120,
+        metavar="N",
+        help="changes of direction between two names in 10 minutes; a quarter of it is warned of, 0: any (%(default)s)",
+    )
     add("--without", default="", metavar="NAME,...", help="extensions that are not loaded: " + ",".join(ELSEWHERE))
     add(
         "--allow-host",
@@ -4028,8 +4178,8 @@ def command_line(arguments: Sequence[str]) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if not 0 <= options.port <= 65535:
         parser.error("--port must be 0 to 65535")
-    if options.rate < 0:
-        parser.error("--rate must not be negative")
+    if options.rate < 0 or options.turns < 0:
+        parser.error("--rate and --turns must not be negative")
     if options.tls_key and not options.tls_cert:
         parser.error("--tls-key goes with --tls-cert")
     if not 1024 <= options.max_body <= 9999999:
@@ -4153,7 +4303,10 @@ def make_bus(options: argparse.Namespace, state: State) -> Bus:
             "or say --open if something else guards it"
         )
     check_kept(state, options.extensions, options.without)
-    gate, storms = Gate(tokens, [options.host, *options.allow_host]), Storms(time.monotonic, options.rate)
+    gate, storms = (
+        Gate(tokens, [options.host, *options.allow_host]),
+        Storms(time.monotonic, options.rate, options.turns),
+    )
     return Bus(state, gate, storms, max_body=options.max_body, keep=options.keep, verbose=options.verbose)
 
 
@@ -4190,7 +4343,7 @@ def reload(listener: Listener, options: argparse.Namespace) -> None:
     try:
         listener.tls = tls_context(options.tls_cert, options.tls_key)
     except Unusable as error:
-        print(f"bus_server: {error}; going on with the old one", file=sys.stderr)
+        say(f"bus_server: {error}; going on with the old one")
 
 
 # Commands beside a running server
@@ -4370,7 +4523,7 @@ def read_only(path: str) -> sqlite3.Connection:
 def signature(path: str) -> tuple[str, str]:
     """(URL, version) of the server that runs, from its lock file; our name where it listens on every address."""
     try:
-        lines = pathlib.Path(f"{path}.lock").read_text().splitlines()
+        lines = pathlib.Path(lock_file(path)).read_text().splitlines()
     except OSError:
         lines = []
     url, version = (*lines, "", "")[:2]
@@ -4398,7 +4551,9 @@ def restore(arguments: Sequence[str]) -> None:
     parser.add_argument("copy", metavar="COPY", help="what backup made; its tokens are taken if PATH has none")
     options = parser.parse_args(arguments)
     with locked(options.db):
-        old, bus = f"{options.db}.{wall_clock()}", secrets.token_hex(8)
+        marker = pathlib.Path(restoring(options.db))  # from one that was cut off
+        old = marker.read_text() if marker.exists() else f"{options.db}.{wall_clock()}"
+        bus = secrets.token_hex(8)
         messages, files = copy_bus(options.copy, options.db, missing_tokens(options.copy, options.db), old, bus)
     print(f"{options.db} is bus {bus} now, with {messages} messages; {files} files came back")
     if os.path.exists(old):
@@ -4415,10 +4570,13 @@ def copy_bus(
         Tokens(target).change(lambda _: tokens)
     files = copy_files(source, target)  # after the messages, which point to them
     give_to_folder(new, target)
+    if old:
+        pathlib.Path(restoring(target)).write_text(old)
     for suffix in ("", "-wal", "-shm") if old else ():  # so named, they stay one database
         with contextlib.suppress(FileNotFoundError):
             os.rename(target + suffix, old + suffix)
     os.rename(new, target)
+    pathlib.Path(restoring(target)).unlink(missing_ok=True)
     return messages, files
 
 
@@ -4515,6 +4673,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:  # in a command, or before the server listens
         return 130
+    finally:
+        REPORT.flush(1.0)
 
 
 if __name__ == "__main__":
