@@ -2780,7 +2780,7 @@ def prepare(database: sqlite3.Connection, path: str, journal: str) -> None:
     database.execute("BEGIN IMMEDIATE")
     migrate(database, MIGRATIONS[version:])
     if not version:
-        database.execute("INSERT INTO bus VALUES (?, 0)", (secrets.token_hex(8),))
+        database.execute("INSERT INTO bus(id, last) VALUES (?, 0)", (secrets.token_hex(8),))
     database.execute(f"PRAGMA user_version={len(MIGRATIONS)}")
     database.execute("COMMIT")
     # A WAL that is found here may have a part that could not be flushed: it is in the system's memory, but marked as
@@ -3701,11 +3701,12 @@ def prune_file(database: str) -> pathlib.Path:
 def prune_request(database: str) -> tuple[int, bool] | None:
     """(before: a tick, whether only what was fetched goes) of the command prune; None if there is none that fits."""
     try:
-        request = json.loads(prune_file(database).read_text())
+        request = parse_json(prune_file(database).read_bytes())
         before, fetched_only = request["before"], request["fetched_only"]
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, Refused, TypeError, KeyError):
         return None
-    return (before, fetched_only) if type(before) is int and type(fetched_only) is bool else None
+    fits = type(before) is int and 0 <= before < 1 << 63 and type(fetched_only) is bool
+    return (before, fetched_only) if fits else None
 
 
 # What is not loaded. The core depends on none of it; it knows the names, so that it can say which file is missing.
@@ -4133,6 +4134,27 @@ def default_path() -> str:
     return os.path.join(state, "agent-bus", "bus.db")
 
 
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of the core."""
+    add = parser.add_argument
+    add("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
+    add("--port", type=int, default=8080, help="port, 0 for a free one (%(default)s)")
+    add("--db", default=default_path(), metavar="PATH", help="database, or :memory: (%(default)s)")
+    add("--keep", type=duration, default="30d", help="how long messages stay: 12h; 0: for ever (30d)")
+    add("--max-body", type=int, default=262144, metavar="BYTES", help="of one request (%(default)s)")
+    add("--rate", type=float, default=50, metavar="N", help="messages per second from one sender; 0: any (%(default)s)")
+    turns = "changes of direction between two names in 10 minutes; a quarter of it is warned of; 0: any (%(default)s)"
+    add("--turns", type=int, default=120, metavar="N", help=turns)
+    add("--without", default="", metavar="NAME,...", help="extensions that are not loaded: " + ",".join(ELSEWHERE))
+    further_name = "a further name of this bus, as it stands in a URL; only needed without tokens"
+    add("--allow-host", action="append", default=[], metavar="NAME", help=further_name)
+    add("--open", action="store_true", help="listen beyond this machine without any token")
+    add("--tls-cert", metavar="FILE", help="certificate chain, PEM: speak HTTPS; SIGHUP reads it again")
+    add("--tls-key", metavar="FILE", help="its key, if it is in a file of its own")
+    add("--verbose", action="store_true", help="a line for each request on stderr")
+    add("--version", action="version", version=f"agent-bus {VERSION}")
+
+
 def command_line(arguments: Sequence[str]) -> argparse.Namespace:
     """The options of a server, those of the extensions too. `extensions` and `without` are among the results."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -4145,45 +4167,19 @@ def command_line(arguments: Sequence[str]) -> argparse.Namespace:
         epilog="Beside a running bus: bus_server.py invite NAME, revoke NAME, tokens, prune, backup COPY; "
         "in place of a stopped one: restore COPY (each with --help).",
     )
-    add = parser.add_argument
-    add("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
-    add("--port", type=int, default=8080, help="port, 0 for a free one (%(default)s)")
-    add("--db", default=default_path(), metavar="PATH", help="database, or :memory: (%(default)s)")
-    add("--keep", type=duration, default="30d", help="how long messages stay: 12h; 0: for ever (30d)")
-    add("--max-body", type=int, default=262144, metavar="BYTES", help="of one request (%(default)s)")
-    add("--rate", type=float, default=50, metavar="N", help="messages per second from one sender; 0: any (%(default)s)")
-    add(
-        "--turns",
-        type=int,
-        default=120,
-        metavar="N",
-        help="changes of direction between two names in 10 minutes; a quarter of it is warned of, 0: any (%(default)s)",
-    )
-    add("--without", default="", metavar="NAME,...", help="extensions that are not loaded: " + ",".join(ELSEWHERE))
-    add(
-        "--allow-host",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="a further name of this bus, as it stands in a URL; only needed without tokens",
-    )
-    add("--open", action="store_true", help="listen beyond this machine without any token")
-    add("--tls-cert", metavar="FILE", help="certificate chain, PEM: speak HTTPS; SIGHUP reads it again")
-    add("--tls-key", metavar="FILE", help="its key, if it is in a file of its own")
-    add("--verbose", action="store_true", help="a line for each request on stderr")
-    add("--version", action="version", version=f"agent-bus {VERSION}")
+    add_options(parser)
     for module in extensions.values():
         module.options(parser)
     check_extensions(parser, arguments, without, extensions)
     options = parser.parse_args(arguments)
-    if not 0 <= options.port <= 65535:
-        parser.error("--port must be 0 to 65535")
-    if options.rate < 0 or options.turns < 0:
-        parser.error("--rate and --turns must not be negative")
-    if options.tls_key and not options.tls_cert:
-        parser.error("--tls-key goes with --tls-cert")
-    if not 1024 <= options.max_body <= 9999999:
-        parser.error("--max-body must be 1024 to 9999999")
+    for wrong, sentence in (
+        (not 0 <= options.port <= 65535, "--port must be 0 to 65535"),
+        (options.rate < 0 or options.turns < 0, "--rate and --turns must not be negative"),
+        (options.tls_key and not options.tls_cert, "--tls-key goes with --tls-cert"),
+        (not 1024 <= options.max_body <= 9999999, "--max-body must be 1024 to 9999999"),
+    ):
+        if wrong:
+            parser.error(sentence)
     options.extensions, options.without = extensions, without
     return options
 
