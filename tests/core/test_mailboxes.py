@@ -134,7 +134,7 @@ def test_a_name_that_never_was_starts_before_its_first_message(mailboxes):
 
 def test_a_reader_behind_retention_is_told_of_the_gap(mailboxes):
     mailboxes.add([message(50, "bob"), message(60, "eve")])
-    mailboxes.removed({("default", "bob"): 50})
+    mailboxes.note_removed({("default", "bob"): 50})
     assert mailboxes.gap(poll("bob", since=10)) == (10, 50)
     assert mailboxes.gap(poll("bob", since=50)) is None, "nothing above the cursor was removed"
     assert mailboxes.gap(poll("eve", since=10)) is None, "nothing of eve's was removed"
