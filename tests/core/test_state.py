@@ -194,7 +194,8 @@ class StoreContract:
         assert "Traceback" in capsys.readouterr().err, "its log does not say why"
         assert stored.ticks == [each.tick for each in applied.visible] and texts(store, "bob") == ["kept"]
         assert [each.n for each in commit(store, message("ghost", "1"), message("bob")).visible] == [1, 2]
-        rows = {row[:2]: row[2:] for row in (again := reopen()).view.mailboxes(again.last)}
+        again = reopen()
+        rows = {row[:2]: row[2:] for row in again.view.mailboxes(again.last)}
         assert rows["default", "bob"][:4] == (1, 7, 8, 9) and rows["default", "ghost"][:4] == (0, None, 0, 0)
 
     def test_a_mailbox_goes_on_counting_after_all_its_messages_were_removed_and_a_send_failed(
