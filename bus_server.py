@@ -1280,7 +1280,7 @@ class Connection:
             self.buffer += data
         if self.phase in READING:
             self.advance()
-        elif len(self.buffer) > HEAD_BYTES:
+        if self.phase is not BODY and len(self.buffer) > HEAD_BYTES:  # the peer pipelines faster than it is answered
             self.transport.pause_reading()
 
     def eof_received(self) -> None:
@@ -1310,6 +1310,7 @@ class Connection:
             self.write(refusal(refused))
             return
         if request is None:
+            self.transport.resume_reading()
             return
         self.phase, self.due = BUSY, math.inf  # the disk may take its time
         self.closing = request.parsed.closes
@@ -1353,13 +1354,12 @@ class Connection:
         if part:
             self.buffer = self.buffer[len(part) :]
             sink.busy = True
+            self.transport.pause_reading()
             self.door.loop.in_thread(partial(sink.write, part), lambda written: self.poured(sink, written))
         elif not sink.missing:
             return True
         elif self.ended and not sink.busy:
             raise Refused(400, f"the file ended {sink.missing} bytes early; send the rest", *sink.offset())
-        elif len(self.buffer) > HEAD_BYTES:
-            self.transport.pause_reading()
         if self.phase is not BODY:
             self.wait(BODY, BODY_SECONDS)
         return False
@@ -1469,7 +1469,8 @@ class Connection:
             self.hang_up()
         else:
             self.wait(IDLE, IDLE_SECONDS)
-            self.transport.resume_reading()
+            if len(self.buffer) <= HEAD_BYTES:
+                self.transport.resume_reading()
 
     # Ends
 
@@ -2009,6 +2010,7 @@ REMOVE_SLICE = 500  # messages removed in one transaction: a few ms that a send 
 RESERVE_BYTES = 16 << 20  # of the disk that no message takes: removing messages, and marks, need room in the WAL
 CHECKED_BYTES = 64 << 20  # a database up to this size is checked whole at start; every message has its checksum anyway
 BUSY_SECONDS = 2.0  # to wait for a lock of another program, before senders get 503
+SOUND = 1 << 53  # a tick or a count above it is damage: as us it is the year 2255
 OPERATION_FORMAT = 1  # of the bytes of an operation
 
 MIGRATIONS = [  # user_version n is what the first n of them made; only ever add at the end
@@ -2071,8 +2073,8 @@ UNFETCHED = """CASE name WHEN 'all' THEN EXISTS (SELECT 1 FROM mailboxes AS read
     WHERE reader.channel = mailboxes.channel AND own AND tick > CAST(ifnull(read, 0) AS INTEGER)) ELSE
     tick > max(CAST(fetched AS INTEGER), CAST(ifnull(read, 0) AS INTEGER)) END"""
 NEWEST_N = (
-    "max(CAST(gone AS INTEGER), ifnull((SELECT n FROM messages WHERE mailbox = id AND typeof(n) = 'integer' "
-    "ORDER BY tick DESC LIMIT 1), 0))"
+    "max(CASE WHEN gone < 1 << 53 THEN CAST(gone AS INTEGER) ELSE 0 END, ifnull((SELECT n FROM messages "
+    "WHERE mailbox = id AND typeof(n) = 'integer' AND n < 1 << 53 ORDER BY tick DESC LIMIT 1), 0))"
 )
 ROW = "tick, channel, name, sender, text, n, expires, answers, sum"
 SELECT = f"SELECT {ROW} FROM mailboxes JOIN messages ON mailbox = id"
@@ -2329,7 +2331,7 @@ class Rows:
 
     def number(self, value: Any, otherwise: int, what: str) -> int:
         """A number as it is stored, or what stands for it."""
-        if isinstance(value, int):
+        if isinstance(value, int) and abs(value) < SOUND:
             return value
         self.damaged(what)
         return otherwise
@@ -3420,6 +3422,8 @@ class Bus:
             if "locked" in str(error):
                 why = "another program has locked the database of the bus: nothing was stored, try again"
                 return Refused(503, why, ("Retry-After", "2"))
+        if not isinstance(error, (sqlite3.Error, OSError, MemoryError)):
+            say("".join(traceback.format_exception(type(error), error, error.__traceback__)))
         say(f"bus_server: {self.state.path}: {error}; ending: what follows could be lost")
         self.broken = True
         return Refused(503, "the bus could not write to its disk: it is not known whether this was stored")
@@ -4145,7 +4149,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--rate", type=float, default=50, metavar="N", help="messages per second from one sender; 0: any (%(default)s)")
     turns = "changes of direction between two names in 10 minutes; a quarter of it is warned of; 0: any (%(default)s)"
     add("--turns", type=int, default=120, metavar="N", help=turns)
-    add("--without", default="", metavar="NAME,...", help="extensions that are not loaded: " + ",".join(ELSEWHERE))
+    add("--without", action="append", metavar="NAME,...", help="extensions that are not loaded: " + ",".join(ELSEWHERE))
     further_name = "a further name of this bus, as it stands in a URL; only needed without tokens"
     add("--allow-host", action="append", default=[], metavar="NAME", help=further_name)
     add("--open", action="store_true", help="listen beyond this machine without any token")
@@ -4158,8 +4162,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def command_line(arguments: Sequence[str]) -> argparse.Namespace:
     """The options of a server, those of the extensions too. `extensions` and `without` are among the results."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--without", default="")
-    without = [each for each in first.parse_known_args(arguments)[0].without.split(",") if each]
+    first.add_argument("--without", action="append", default=[])
+    without = [each for each in ",".join(first.parse_known_args(arguments)[0].without).split(",") if each]
     extensions = load_extensions(without)
     parser = argparse.ArgumentParser(
         prog="bus_server.py",
@@ -4241,7 +4245,8 @@ def check_kept(state: State, loaded: Collection[str], without: Collection[str]) 
     for extension, (number, noun) in kept.items():
         if number and extension not in loaded and extension not in without:
             raise Unusable(
-                f"{state.path} has {number} {noun} of {extension}.py, which is not beside bus_server.py: copy "
+                f"{state.path} has {number} {noun if number > 1 else noun[:-1]} of {extension}.py, which is not beside "
+                "bus_server.py: copy "
                 f"bus_extensions/ from the same version, or give --without {extension}"
             )
 
