@@ -673,6 +673,11 @@ def head_of(
     ).encode("latin-1")
 
 
+def too_much(sentence: str, wait: int) -> Refused:
+    """429; `wait` is in s."""
+    return Refused(429, sentence, ("Retry-After", str(wait)))
+
+
 def refusal(refused: Refused) -> Answer:
     return Answer(refused.status, encode({"error": refused.sentence}).encode() + b"\n", headers=refused.headers)
 
@@ -1090,20 +1095,7 @@ class Connection:
     answered from inside another answer.
     """
 
-    __slots__ = (
-        "address",
-        "buffer",
-        "closing",
-        "delivering",
-        "door",
-        "due",
-        "ended",
-        "file",
-        "phase",
-        "request",
-        "slot",
-        "transport",
-    )
+    __slots__ = "address buffer closing delivering door due ended file phase request slot transport".split()
     transport: Plain
     request: Request | None
     file: Stream | None  # what is left of the answer being written
@@ -1514,16 +1506,8 @@ class Listener:
 
 NOBODY = "0" * 64  # the hash of no secret, compared when the id is unknown, so that both refusals take as long
 BEARER = re.compile(r"[Bb]earer (abt_[0-9a-f]{8})_([A-Za-z0-9_-]{43})")
-CLIENTS = {
-    "/bus_recv.py",
-    "/bus_send.py",
-    "/bus_listener.sh",
-    "/bus_work.py",
-    "/bus_log.py",
-    "/bus_doctor.py",
-    "/bus_file.py",
-    "/bus_outbox.py",
-}
+TOOLS = "bus_work.py bus_log.py bus_doctor.py bus_file.py bus_outbox.py"
+CLIENTS = [f"/{file}" for file in f"bus_recv.py bus_send.py bus_listener.sh {TOOLS}".split()]
 PUBLIC = {"/", "/healthz", *CLIENTS}  # open to all, also on a bus with tokens: a new host needs them to begin
 
 
@@ -1694,12 +1678,9 @@ class Storms:
             self.spend(drafts[0].sender, len(drafts), now)
         for one in drafts:
             if one.depth > self.DEPTH:
-                raise Refused(
-                    429,
-                    f"this is reply {one.depth} in one chain, {self.DEPTH} are allowed: stop answering; "
-                    "what is new begins a new thread, without reply_to",
-                    ("Retry-After", "600"),
-                )
+                new = "what is new begins a new thread, without reply_to"
+                why = f"this is reply {one.depth} in one chain, {self.DEPTH} are allowed"
+                raise too_much(f"{why}: stop answering; {new}", 600)
         for channel, sender, to in each:
             if to != EVERYONE:
                 self.turn(channel, sender, to, now)
@@ -1709,11 +1690,7 @@ class Storms:
         left = min(self.BURST, left + (now - before) * self.rate)
         if messages > left and left < self.BURST:
             wait = math.ceil((min(messages, self.BURST) - left) / self.rate)
-            raise Refused(
-                429,
-                f"{sender} sends faster than {self.rate:g} messages a second: wait {wait} s",
-                ("Retry-After", str(wait)),
-            )
+            raise too_much(f"{sender} sends faster than {self.rate:g} messages a second: wait {wait} s", wait)
         self.budgets[sender] = left - messages, now
 
     def turn(self, channel: str, sender: str, to: str, now: float) -> None:
@@ -1726,12 +1703,8 @@ class Storms:
                 turns.popleft()
             if len(turns) >= self.TURNS:
                 wait = math.ceil(turns[0] + self.WITHIN - now)
-                raise Refused(
-                    429,
-                    f"{sender} and {to} have answered each other {self.TURNS} times in "
-                    f"{self.WITHIN / 60:g} minutes: stop, or wait {wait} s",
-                    ("Retry-After", str(wait)),
-                )
+                often = f"{self.TURNS} times in {self.WITHIN / 60:g} minutes"
+                raise too_much(f"{sender} and {to} have answered each other {often}: stop, or wait {wait} s", wait)
             turns.append(now)
         self.turns[pair] = sender, turns
 
@@ -1799,11 +1772,11 @@ MIGRATIONS = [  # user_version n is what the first n of them made; only ever add
     """,
 ]
 MAILBOX = "(SELECT id FROM mailboxes WHERE channel = ? AND name = ?)"
+# One statement for many messages: 10,000 instructions less for each of 16 sends than with executemany (callgrind).
 # OR ROLLBACK: to undo one statement of a transaction, SQLite writes what the statement overwrites to a file in
 # /var/tmp, 1,250 writes for 1,600 messages in arrays. We undo the whole transaction anyway: 23 % more messages a
 # second.
-INSERT = "INSERT OR ROLLBACK INTO messages VALUES "
-PLAIN_ROWS, PLAIN_VALUES = 100, 100 * 6  # in one statement; SQLite before 3.32 takes 999 values
+INSERT_ROWS, INSERT_VALUES = 90, 11  # rows in one statement, and values in one row; SQLite before 3.32 takes 999
 UNFETCHED = "tick > max(CAST(fetched AS INTEGER), CAST(ifnull(read, 0) AS INTEGER))"  # in messages JOIN mailboxes
 NEWEST_N = (
     "max(CAST(gone AS INTEGER), ifnull((SELECT n FROM messages WHERE mailbox = id AND typeof(n) = 'integer' "
@@ -1821,12 +1794,10 @@ def kept_for(extension: str) -> str:
     return f"EXISTS (SELECT 1 FROM {extension}_kept AS kept WHERE kept.tick = messages.tick)"
 
 
-@lru_cache(PLAIN_ROWS)
-def insert_plain(rows: int) -> str:
-    """Many plain messages in one statement: 10,000 instructions less for each of 16 sends than with executemany, and
-    5,000 less again because what a plain message lacks is no parameter (callgrind).
-    """
-    return INSERT + ", ".join(["(?, ?, ?, ?, NULL, NULL, 0, ?, ?, NULL, NULL)"] * rows)
+@lru_cache(INSERT_ROWS)
+def insert_statement(rows: int) -> str:
+    values = f"({', '.join('?' * INSERT_VALUES)})"
+    return f"INSERT OR ROLLBACK INTO messages VALUES {', '.join([values] * rows)}"
 
 
 def checksum(message: Message) -> int:
@@ -2137,8 +2108,7 @@ class State(Rows):
     def forget_list(self) -> None:
         """Begin with an empty list."""
         self.new_mailboxes: list[tuple[Any, ...]] = []  # rows to be inserted
-        self.new_messages: list[tuple[Any, ...]] = []
-        self.new_plain: list[Any] = []  # rows one after the other, of messages without key, ttl and reply_to
+        self.new_messages: list[Any] = []  # the values of their rows, one row after the other
         self.visible: list[Message] = []
         self.removed: dict[Key, int] = {}
         self.known: Known = {}
@@ -2208,8 +2178,8 @@ class State(Rows):
 
         A lone send takes 27,000 instructions less, of 297,000 (callgrind).
         """
-        statements = len(self.new_messages) + math.ceil(len(self.new_plain) / PLAIN_VALUES)
-        return not self.new_mailboxes and not self.ahead and statements == 1
+        values = len(self.new_messages)
+        return not self.new_mailboxes and not self.ahead and 0 < values <= INSERT_ROWS * INSERT_VALUES
 
     def sent_with_keys(self, operations: Iterable[Operation]) -> Known:
         """What was sent earlier with the keys of this list."""
@@ -2238,12 +2208,7 @@ class State(Rows):
             self.counts[channel, to] = mailbox, n
             message = made(Message, (tick, channel, to, sender, text, n, expires, answers))
             self.visible.append(message)
-            if key or ttl or depth:
-                self.new_messages.append(
-                    (tick, mailbox, n, sender, key, expires, depth, checksum(message), text, answers, thread)
-                )
-            else:
-                self.new_plain += tick, mailbox, n, sender, checksum(message), text
+            self.new_messages += tick, mailbox, n, sender, key, expires, depth, checksum(message), text, answers, thread
             ticks.append(tick)
         return ticks
 
@@ -2261,14 +2226,11 @@ class State(Rows):
         if self.new_mailboxes:
             self.writing.executemany("INSERT INTO mailboxes(id, channel, name) VALUES (?, ?, ?)", self.new_mailboxes)
             self.new_mailboxes = []
-        if self.new_plain:
-            for start in range(0, len(self.new_plain), PLAIN_VALUES):
-                values = self.new_plain[start : start + PLAIN_VALUES]
-                self.writing.execute(insert_plain(len(values) * PLAIN_ROWS // PLAIN_VALUES), values)
-            self.new_plain = []
-        if self.new_messages:
-            self.writing.executemany(f"{INSERT}(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", self.new_messages)
-            self.new_messages = []
+        step = INSERT_ROWS * INSERT_VALUES
+        for start in range(0, len(self.new_messages), step):
+            values = self.new_messages[start : start + step]
+            self.writing.execute(insert_statement(len(values) // INSERT_VALUES), values)
+        self.new_messages = []
 
 
 class View(Rows):
@@ -2517,21 +2479,7 @@ class Parked(Protocol):
 class Mailbox:
     """One name on one channel: what it holds, and how far it was read. Ticks, except where it says otherwise."""
 
-    __slots__ = (
-        "address",
-        "base",
-        "fetched",
-        "listening",
-        "n",
-        "newest",
-        "own",
-        "pending",
-        "perishable",
-        "read",
-        "removed",
-        "seen",
-        "until",
-    )
+    __slots__ = "address base fetched listening n newest own pending perishable read removed seen until".split()
     own: bool
     read: int | None
     fetched: int
@@ -2541,17 +2489,11 @@ class Mailbox:
     newest: int
     perishable: bool  # a message in it has or had a ttl
 
+    NEW = (False, None, 0, 0, 0, 0, 0, False)
+
     def __init__(self, *stored: Any) -> None:
-        (self.own, self.read, self.fetched, self.seen, self.removed, self.n, self.newest, self.perishable) = stored or (
-            False,
-            None,
-            0,
-            0,
-            0,
-            0,
-            0,
-            False,
-        )
+        values = stored or self.NEW
+        self.own, self.read, self.fetched, self.seen, self.removed, self.n, self.newest, self.perishable = values
         self.base: int | None = None  # how many messages lie up to the mark; None: to be counted
         self.pending: tuple[int, int] | None = None  # how many, and bytes, lie above `fetched`; None: to be counted
         self.address = ""  # of the reader that polled last
@@ -2763,23 +2705,20 @@ class Figures:
         self.slowest_commit = max(self.slowest_commit, seconds)
 
 
-class Step:
+Then = Callable[[Any, Any, Any], Union[Answer, None]]
+
+
+class Step(NamedTuple):
     """An operation on its way, and what follows when it was applied.
 
     `then(connection, operation, result)` returns the answer, or None if nobody waits for one. If the operation was
     refused, or its list failed, the connection gets that as its answer, and `undone(operation)` is called.
     """
 
-    __slots__ = ("connection", "operation", "then", "undone")
-
-    def __init__(
-        self,
-        operation: Operation,
-        connection: Connection | None,
-        then: Callable[[Any, Any, Any], Answer | None],
-        undone: Callable[[Any], None] | None,
-    ) -> None:
-        self.operation, self.connection, self.then, self.undone = operation, connection, then, undone
+    operation: Operation
+    connection: Connection | None
+    then: Then
+    undone: Callable[[Any], None] | None
 
 
 by_rank = attrgetter("operation.rank")
@@ -2837,10 +2776,13 @@ class Ledger:
         return applied[0]
 
 
+Endpoint = Callable[[Request], Union[Answer, None]]
+
+
 class Route(NamedTuple):
     """An endpoint. `says` is its line in the help at GET /."""
 
-    call: Callable[[Request], Answer | None]
+    call: Endpoint
     says: str
     takes: bool = False  # GET takes messages or waits for them, so HEAD says nothing
     sink: Callable[[Request], Sink] | None = None  # where its body goes, when it is too large for memory
@@ -2893,18 +2835,9 @@ class Bus:
         self.extensions: dict[str, str] = dict.fromkeys(ELSEWHERE, "")  # why each is not loaded; "": it is not there
         core_routes(self)
 
-    def route(
-        self,
-        method: str,
-        path: str,
-        call: Callable[[Request], Answer | None],
-        says: str = "",
-        *,
-        takes: bool = False,
-        sink: Callable[[Request], Sink] | None = None,
-    ) -> None:
-        """Register an endpoint. A path that ends with / is followed by an id. A later route replaces an earlier one."""
-        self.routes[method, path] = Route(call, says, takes, sink)
+    def route(self, method: str, path: str, call: Endpoint, says: str = "", **more: Any) -> None:
+        """Register an endpoint, as a Route. A path that ends with / is followed by an id. A later route replaces."""
+        self.routes[method, path] = Route(call, says, **more)
 
     # What connections ask: it is an App
 
@@ -2963,7 +2896,7 @@ class Bus:
         self,
         operation: Operation,
         connection: Connection | None,
-        then: Callable[[Any, Any, Any], Answer | None],
+        then: Then,
         undone: Callable[[Any], None] | None = None,
     ) -> Step:
         """Apply an operation with the next list; see Step for what follows."""
@@ -3063,11 +2996,7 @@ class Bus:
             box.pending = self.view.count_between(channel, to, box.fetched, box.newest)
         messages, size = box.pending
         if messages >= MAILBOX_MESSAGES or size >= MAILBOX_BYTES:
-            raise Refused(
-                429,
-                f"the mailbox of {to} is full: {messages} messages wait and nobody fetches them",
-                ("Retry-After", "60"),
-            )
+            raise too_much(f"the mailbox of {to} is full: {messages} messages wait and nobody fetches them", 60)
 
     def sent(self, connection: Connection, put: Put, stored: list[Stored]) -> Answer:
         return ok(self, entry(self, put.drafts[0], stored[0]))
@@ -3293,7 +3222,7 @@ def core_routes(bus: Bus) -> None:
     bus.route("GET", "/message/", partial(message, bus), "one message, and how far it came")
     bus.route("GET", "/healthz", partial(healthz, bus), "is the bus there")
     bus.route("GET", "/", partial(show_help, bus), "this text")
-    for client in sorted(CLIENTS):
+    for client in CLIENTS:
         bus.route("GET", client, show_client)
 
 
@@ -3838,14 +3767,19 @@ def reload(listener: Listener, options: argparse.Namespace) -> None:
 # Commands beside a running server
 
 
+def command(function: str, description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"bus_server.py {function}", description=description)
+    parser.add_argument("--db", default=default_path(), metavar="PATH", help="of the bus (%(default)s)")
+    return parser
+
+
 def invite(arguments: Sequence[str]) -> int:
     """Mint a token and print, once, what to paste on the other machine."""
-    parser = argparse.ArgumentParser(prog="bus_server.py invite", description="Make a token for NAME; print it, once.")
+    parser = command("invite", "Make a token for NAME; print it, once.")
     parser.add_argument("name", metavar="NAME")
     parser.add_argument("--also", default="", metavar="NAME,...", help="names it may read beside its own")
     parser.add_argument("--send-only", action="store_true", help="it may send, and read nothing")
     parser.add_argument("--operator", action="store_true", help="it may read everything: /log and every mailbox")
-    parser.add_argument("--db", default=default_path(), metavar="PATH", help="of the bus (%(default)s)")
     parser.add_argument("--url", help="under which the other machine reaches the bus (that of the running server)")
     options = parser.parse_args(arguments)
     also = [each for each in options.also.split(",") if each]
@@ -3859,16 +3793,9 @@ def invite(arguments: Sequence[str]) -> int:
     if options.send_only and (also or options.operator):
         parser.error("--send-only excludes --also and --operator")
     token, secret = f"abt_{secrets.token_hex(4)}", secrets.token_urlsafe(32)
-    row = {
-        "id": token,
-        "hash": hashlib.sha256(secret.encode()).hexdigest(),
-        "name": options.name,
-        "also": also,
-        "send_only": options.send_only,
-        "operator": options.operator,
-        "made": int(time.time()),
-        "revoked": None,
-    }
+    digest, now = hashlib.sha256(secret.encode()).hexdigest(), int(time.time())
+    row = {"id": token, "hash": digest, "name": options.name, "also": also, "made": now, "revoked": None}
+    row.update(send_only=options.send_only, operator=options.operator)
     Tokens(options.db).change(lambda rows: [*rows, row])
     url = (options.url or signature(options.db)[0]).rstrip("/")
     print(INVITATION.format(name=options.name, token=f"{token}_{secret}", url=url))
@@ -3877,9 +3804,8 @@ def invite(arguments: Sequence[str]) -> int:
 
 def revoke(arguments: Sequence[str]) -> int:
     """Take back every token of a name. The running server sees it within a tenth of a second."""
-    parser = argparse.ArgumentParser(prog="bus_server.py revoke", description="Revoke every token of NAME.")
+    parser = command("revoke", "Revoke every token of NAME.")
     parser.add_argument("name", metavar="NAME")
-    parser.add_argument("--db", default=default_path(), metavar="PATH", help="of the bus (%(default)s)")
     options = parser.parse_args(arguments)
     revoked: list[str] = []
 
@@ -3899,8 +3825,7 @@ def revoke(arguments: Sequence[str]) -> int:
 
 def list_tokens(arguments: Sequence[str]) -> int:
     """Who has which token, never the secret."""
-    parser = argparse.ArgumentParser(prog="bus_server.py tokens", description="List the tokens of a bus.")
-    parser.add_argument("--db", default=default_path(), metavar="PATH", help="of the bus (%(default)s)")
+    parser = command("tokens", "List the tokens of a bus.")
     options = parser.parse_args(arguments)
     used = last_used(options.db)
     print(f"{'id':13} {'name':20} {'made':10} {'last used':10} grants")
@@ -3914,13 +3839,10 @@ def list_tokens(arguments: Sequence[str]) -> int:
 
 def prune(arguments: Sequence[str]) -> int:
     """Remove old messages now: through the running server, which has the one connection that writes, or without it."""
-    parser = argparse.ArgumentParser(
-        prog="bus_server.py prune", description="Remove messages that were fetched, and work that is done."
-    )
+    parser = command("prune", "Remove messages that were fetched, and work that is done.")
     parser.add_argument("--older", type=duration, default="30d", help="than this: 30d, 12h; 0: all (%(default)s)")
     parser.add_argument("--pending", action="store_true", help="also what nobody has fetched, and work not done")
     parser.add_argument("--dry-run", action="store_true", help="only say how many")
-    parser.add_argument("--db", default=default_path(), metavar="PATH", help="of the bus (%(default)s)")
     options = parser.parse_args(arguments)
     before = max(wall_clock() - int(options.older * 1000000), 0)
     old, pending = count_old(options.db, before)
@@ -4036,9 +3958,8 @@ def signature(path: str) -> tuple[str, str]:
 
 def backup(arguments: Sequence[str]) -> int:
     """Copy a bus, also while it runs: everything acknowledged before, in one file; its tokens and files beside that."""
-    parser = argparse.ArgumentParser(prog="bus_server.py backup", description="Copy a bus to COPY, also while it runs.")
+    parser = command("backup", "Copy a bus to COPY, also while it runs.")
     parser.add_argument("copy", metavar="COPY", help="a new file; beside it COPY.tokens and COPY.blobs")
-    parser.add_argument("--db", default=default_path(), metavar="PATH", help="of the bus (%(default)s)")
     options = parser.parse_args(arguments)
     if os.path.exists(options.copy):
         raise Unusable(f"{options.copy} is there already: choose another name")
@@ -4057,9 +3978,8 @@ def restore(arguments: Sequence[str]) -> int:
 
     They may have read what is in no copy. With the old id they would go on behind that, and were never told.
     """
-    parser = argparse.ArgumentParser(prog="bus_server.py restore", description="Go back to COPY; the bus is stopped.")
+    parser = command("restore", "Go back to COPY; the bus is stopped.")
     parser.add_argument("copy", metavar="COPY", help="what backup made; its tokens are taken if PATH has none")
-    parser.add_argument("--db", default=default_path(), metavar="PATH", help="of the bus (%(default)s)")
     options = parser.parse_args(arguments)
     with locked(options.db):
         new, old, bus = f"{options.db}.new", f"{options.db}.{wall_clock()}", secrets.token_hex(8)

@@ -15,7 +15,8 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 
 def start(bus: Bus, options: argparse.Namespace) -> None:
-    bus.metrics[:0] = [lambda: totals(bus), lambda: by_name(bus)]
+    bus.metrics.insert(0, lambda: totals(bus))
+    bus.metrics.append(lambda: by_name(bus))
     bus.route("GET", "/metrics", lambda request: metrics(bus, request), "figures for Prometheus")
 
 

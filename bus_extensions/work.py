@@ -108,6 +108,7 @@ class Job(NamedTuple):
 
     message: Message
     attempt: int  # 1 for the first
+    lease: str  # with this its worker may settle it
     until: int  # wall clock, us
 
 
@@ -126,11 +127,11 @@ class Claim(Operation):
     kind = "claim"
 
     def __init__(
-        self, channel: str, queue: str, limit: int, lease_us: int, lease: str, called: str, attempts: int
+        self, channel: str, queue: str, limit: int, lease_us: int, lease: int, called: str, attempts: int
     ) -> None:
         self.channel, self.queue, self.limit = channel, queue, limit
         self.lease_us = lease_us  # how long the worker has for them
-        self.lease = lease  # with this it may settle them
+        self.lease = lease  # of the first job, 64 random bits; the others follow it
         self.called = called  # the worker
         self.attempts = attempts  # after so many a message is dead
 
@@ -151,13 +152,16 @@ class Claim(Operation):
         else:
             found += self.untaken(state, mailbox, self.limit - len(found), room, now)
         due = now.steady + self.lease_us
+        jobs = [
+            Job(message, attempt, f"{(self.lease + n) % (1 << 64):016x}", now.wall + self.lease_us)
+            for n, (message, attempt) in enumerate(found)
+        ]
         state.writing.executemany(
             "INSERT OR REPLACE INTO work VALUES (?, ?, ?, ?, ?, ?, NULL)",
-            [(message.tick, mailbox, attempt, due, self.lease, self.called) for message, attempt in found],
+            [(job.message.tick, mailbox, job.attempt, due, job.lease, self.called) for job in jobs],
         )
         undone = "mailbox = ? AND due IS NOT NULL"  # in these words, so that the index `undone` has the first of them
         [first] = state.writing.execute(f"SELECT min(due) FROM work WHERE {undone}", (mailbox,)).fetchone()
-        jobs = [Job(message, attempt, now.wall + self.lease_us) for message, attempt in found]
         return Claimed(jobs, None if first is None else first - now.steady, state.last)
 
     def came_back(self, state: State, mailbox: int, now: Now) -> Iterator[tuple[Message, int]]:
@@ -307,7 +311,7 @@ class Work:
             worker.queue,
             worker.limit,
             int(worker.lease * 1000000),
-            secrets.token_hex(8),
+            secrets.randbits(64),
             worker.called,
             self.attempts,
         )
@@ -333,7 +337,7 @@ class Work:
         bus = self.bus
         if result.jobs and connection.phase is LINGER:  # the worker has gone: others may have them at once
             for job in result.jobs:
-                back = Settle("nack", job.message.tick, claim.lease, 0, "its worker hung up", self.attempts)
+                back = Settle("nack", job.message.tick, job.lease, 0, "its worker hung up", self.attempts)
                 bus.do(back, connection, self.settled)
         elif result.jobs:
             bus.delivered(worker, max(job.message.tick for job in result.jobs))
@@ -346,7 +350,7 @@ class Work:
             else:
                 bus.park(connection, worker, math.inf if result.due is None else result.due / 1000000)
             return None
-        return handed(bus, claim.lease, result.jobs)
+        return handed(bus, result.jobs)
 
     def settled(self, connection: Connection, settle: Settle, queue: Key) -> Answer:
         delay = settle.delay_us / 1000000
@@ -385,7 +389,7 @@ class Work:
 
     def over(self, connection: Connection, worker: Worker) -> Answer | None:
         if worker.hold <= 0 or connection.ended or self.bus.draining:
-            return handed(self.bus, "", [])
+            return handed(self.bus, [])
         self.found(connection, worker, [])  # a lease or a delay has run out
         return None
 
@@ -429,10 +433,10 @@ def worker_of(query: Query, token: str) -> Worker:
     )
 
 
-def handed(bus: Bus, lease: str, jobs: list[Job]) -> Answer:
+def handed(bus: Bus, jobs: list[Job]) -> Answer:
     """The answer to a claim."""
     messages = ", ".join(
-        f'{job.message.render()[:-1]}, "attempt": {job.attempt}, "lease": "{lease}", '
+        f'{job.message.render()[:-1]}, "attempt": {job.attempt}, "lease": "{job.lease}", '
         f'"lease_until": {seconds(job.until)}}}'
         for job in jobs
     )

@@ -30,8 +30,8 @@ PREFACE = """\
 [tests/faults/rows.py](../tests/faults/rows.py). `NAME=SIZE` runs it at another size and writes nothing here. A checker,
 [tests/faults/history.py](../tests/faults/history.py), compares everything that was sent, answered and delivered, and
 finds what was *lost*, *duplicated*, *reordered* and so on. A control is a server or client with a deliberate
-mistake: the checker must find that mistake, or the row fails. A skipped row has not passed. Two runs in a row *agree* if
-both passed.
+mistake: the checker must find that mistake, or the row fails. A skipped row has not passed. Two runs in a row *agree*
+if both passed.
 """
 TABLE = ["| fault | bar | result | control and its result | seconds | when | the run before |",
          "|---|---|---|---|---|---|---|"]  # fmt: skip
