@@ -5,9 +5,9 @@ what could be another machine: other clocks, a full disk, other options, no inde
 restarts, and commits that fail and are tried again. `accepted` gets only those that were not refused. After each list
 the results are equal, and in the end all rows of all tables.
 
-    python -m tests.core.test_replay 900                    so many lists (30 for each seed), and one hash of all results,
-                                                            which is the same on every Python and machine
-    REPLAY_LISTS=900 python -m pytest tests/core/test_replay.py   the same in pytest, without the hash
+    python -m tests.core.test_replay 900    so many lists, 30 for each seed, and one hash of all results, which is the
+                                            same on every Python and machine
+    REPLAY_LISTS=900 python -m pytest tests/core/test_replay.py    the same in pytest, without the hash
 """
 
 import contextlib
@@ -111,7 +111,7 @@ class World:
 
     def put(self):
         if self.random.random() < 0.02:  # more than one statement takes
-            return Put([message("ann", "bulk", str(number)) for number in range(bus_server.PLAIN_ROWS + 5)])
+            return Put([message("ann", "bulk", str(number)) for number in range(120)])
         return Put([self.draft() for _ in range(self.random.choice((1, 1, 2, 4)))], self.random.random() > 0.05)
 
     def raise_(self):
@@ -135,8 +135,7 @@ class World:
 
     def claim(self):
         channel, queue = self.random.choice(CHANNELS), self.random.choice(QUEUES)
-        lease = f"{self.random.getrandbits(64):016x}"
-        pick = self.random.choice
+        pick, lease = self.random.choice, self.random.getrandbits(64)
         return work.Claim(channel, queue, pick((1, 2, 5)), pick((1, 30)) * SECOND, lease, pick(NAMES), pick((1, 2, 5)))
 
     def settle(self):
@@ -166,7 +165,7 @@ class World:
         self.ticks.append(applied.last)
         for operation, result in zip(operations, applied.results):
             if operation.kind == "claim" and not isinstance(result, Refused):
-                self.leases += [(job.message.tick, operation.lease) for job in result.jobs]
+                self.leases += [(job.message.tick, job.lease) for job in result.jobs]
 
 
 class Connection:
@@ -359,7 +358,7 @@ def put(to, msg="x", **members):
 def test_an_operation_that_fails_is_refused_alone_and_changes_nothing(tmp_path, refuses, capsys):
     place, now = Place(tmp_path / "bus.db"), Now(BEGIN, BEGIN)
     place.apply([put("builds")], now)
-    claim = work.Claim("default", "builds", 1, SECOND, "lease", "ann", 5)
+    claim = work.Claim("default", "builds", 1, SECOND, 1, "ann", 5)
     before, broken, after = put("ann"), Broken(refuses, place.state.last), Marks([], [], {"aa": 1})
     stored, refused, claimed, marked = place.apply([before, broken, claim, after], now).results
     assert isinstance(refused, Refused) and refused.status == (409 if refuses else 500)
@@ -424,7 +423,7 @@ def after(patch, owner, method, do):
 
 
 def rewrites(patch, old, new):
-    """Statements are others than they are written. If nothing has `old` any more, the mistake is not found: renew it."""
+    """Statements are not as they are written. If none has `old` any more, nothing is found: renew the mistake."""
     patch.setattr(Connection, "rewrite", staticmethod(lambda statement: statement.replace(old, new)))
 
 
@@ -460,7 +459,7 @@ def removals_without_an_order(patch):
 
 
 def a_random_lease(patch):
-    before(patch, work.Claim, "apply", lambda claim, *_: setattr(claim, "lease", secrets.token_hex(8)))
+    before(patch, work.Claim, "apply", lambda claim, *_: setattr(claim, "lease", secrets.randbits(64)))
 
 
 def a_count_from_the_newest_message(patch):
