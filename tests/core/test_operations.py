@@ -1,7 +1,6 @@
-"""What the one who runs a bus uses: prune, metrics, schemas."""
+"""What the one who runs a bus uses: prune, metrics."""
 import http.client
 import json
-import os
 import pathlib
 import signal
 import subprocess
@@ -178,44 +177,3 @@ def test_the_metrics_tell_what_happened(bus):
     assert found['agent_bus_unread{channel="default",name="bob"}'] == 2
     assert found['agent_bus_oldest_unread_seconds{channel="default",name="eve"}'] > 0
     assert 0 < found["agent_bus_commit_seconds_max"] <= found["agent_bus_commit_seconds_total"]
-
-
-WITH_PACKAGES = [str(ROOT / "bus_server.py")]
-SCHEMA = {"type": "object", "required": ["build"], "properties": {"build": {"type": "integer", "minimum": 1}}}
-
-
-@pytest.fixture
-def schemas(tmp_path):
-    pytest.importorskip("jsonschema")
-    folder = tmp_path / "schemas"
-    folder.mkdir()
-    (folder / "build.done.json").write_text(json.dumps(SCHEMA))
-    return folder
-
-
-def test_a_message_that_does_not_fit_its_type_is_refused_with_the_member_named(schemas, tmp_path):
-    with Server(tmp_path / "bus.db", "--schemas", schemas, program=WITH_PACKAGES) as bus:
-        assert send(bus, type="build.done", build=7)[0] == send(bus, type="unknown")[0] == send(bus)[0] == 200
-        status, answer = send(bus, type="build.done", build=0)
-        assert status == 422 and answer["error"].startswith("build does not fit the type build.done: 0 is less")
-        assert send(bus, type="build.done")[0] == 422
-        assert mail(bus, "bob") == ["x"] * 3
-
-
-def test_a_strict_bus_refuses_types_it_does_not_know(schemas, tmp_path):
-    with Server(tmp_path / "bus.db", "--schemas", schemas, "--strict", program=WITH_PACKAGES) as bus:
-        assert [send(bus, type="build.done", build=7)[0], send(bus, type="unknown")[0], send(bus)[0]] == [200, 422, 422]
-
-
-def test_schemas_that_cannot_be_used_are_one_clear_line(schemas, tmp_path):
-    (schemas / "bad.json").write_text('{"type": 7}')
-    assert "bad.json is not a JSON Schema" in run("--port", 0, "--db", tmp_path / "a.db", "--schemas", schemas)[2]
-    (tmp_path / "empty").mkdir()
-    assert "no TYPE.json" in run("--port", 0, "--db", tmp_path / "b.db", "--schemas", tmp_path / "empty")[2]
-
-
-def test_without_the_package_schemas_are_one_clear_line(tmp_path):
-    code = "import sys; sys.modules['jsonschema'] = None; import bus_server; sys.exit(bus_server.main(sys.argv[1:]))"
-    done = subprocess.run([sys.executable, "-c", code, "--port", "0", "--db", str(tmp_path / "c.db"), "--schemas", "."],
-                          capture_output=True, text=True, timeout=PATIENCE, cwd=ROOT, env=dict(os.environ))  # fmt: skip
-    assert done.returncode == 2 and "pip install 'agent-bus[schemas]'" in done.stderr and done.stderr.count("\n") == 1

@@ -1,0 +1,97 @@
+"""Messages that must fit a JSON Schema: PROTOCOL.md section 16."""
+import http.client
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.kit.processes import COMMAND, PATIENCE, ROOT, Server
+
+
+def run(*arguments):
+    done = subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=PATIENCE)
+    return done.returncode, done.stdout, done.stderr
+
+
+def post(bus, path, value):
+    peer = http.client.HTTPConnection("127.0.0.1", bus.port, timeout=PATIENCE)
+    peer.request("POST", path, json.dumps(value))
+    answer = peer.getresponse()
+    return answer.status, json.loads(answer.read())
+
+
+def message(**members):
+    return {"from": "alice", "to": "bob", "msg": "x", **members}
+
+
+def send(bus, **members):
+    return post(bus, "/send", message(**members))
+
+
+def mail(bus, name):
+    return [each["msg"] for each in json.loads(bus.get(f"/log?to={name}&max=1000"))["messages"]]
+
+
+WITH_PACKAGES = [str(ROOT / "bus_server.py")]
+SCHEMA = {"type": "object", "required": ["build"], "properties": {"build": {"type": "integer", "minimum": 1}}}
+
+
+@pytest.fixture
+def schemas(tmp_path):
+    pytest.importorskip("jsonschema")
+    folder = tmp_path / "schemas"
+    folder.mkdir()
+    (folder / "build.done.json").write_text(json.dumps(SCHEMA))
+    return folder
+
+
+def test_a_message_that_does_not_fit_its_type_is_refused_with_the_member_named(schemas, tmp_path):
+    with Server(tmp_path / "bus.db", "--schemas", schemas, program=WITH_PACKAGES) as bus:
+        assert send(bus, type="build.done", build=7)[0] == send(bus, type="unknown")[0] == send(bus)[0] == 200
+        status, answer = send(bus, type="build.done", build=0)
+        assert status == 422 and answer["error"].startswith("build does not fit the type build.done: 0 is less")
+        assert send(bus, type="build.done")[0] == 422
+        assert mail(bus, "bob") == ["x"] * 3
+
+
+def test_a_strict_bus_refuses_types_it_does_not_know(schemas, tmp_path):
+    with Server(tmp_path / "bus.db", "--schemas", schemas, "--strict", program=WITH_PACKAGES) as bus:
+        assert [send(bus, type="build.done", build=7)[0], send(bus, type="unknown")[0], send(bus)[0]] == [200, 422, 422]
+
+
+def test_schemas_that_cannot_be_used_are_one_clear_line(schemas, tmp_path):
+    (schemas / "bad.json").write_text('{"type": 7}')
+    assert "bad.json is not a JSON Schema" in run("--port", 0, "--db", tmp_path / "a.db", "--schemas", schemas)[2]
+    (tmp_path / "empty").mkdir()
+    assert "no TYPE.json" in run("--port", 0, "--db", tmp_path / "b.db", "--schemas", tmp_path / "empty")[2]
+
+
+def test_without_the_package_schemas_are_one_clear_line(tmp_path):
+    code = "import sys; sys.modules['jsonschema'] = None; import bus_server; sys.exit(bus_server.main(sys.argv[1:]))"
+    done = subprocess.run([sys.executable, "-c", code, "--port", "0", "--db", str(tmp_path / "c.db"), "--schemas", "."],
+                          capture_output=True, text=True, timeout=PATIENCE, cwd=ROOT, env=dict(os.environ))  # fmt: skip
+    assert done.returncode == 2 and "pip install 'agent-bus[schemas]'" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_one_message_that_does_not_fit_refuses_its_whole_array_and_a_question_is_a_message_too(schemas, tmp_path):
+    good, bad = message(type="build.done", build=1), message(type="build.done", build="1")
+    with Server(tmp_path / "bus.db", "--schemas", schemas, program=WITH_PACKAGES) as bus:
+        status, answer = post(bus, "/send", [good, bad])
+        assert status == 422 and answer["error"].startswith("build does not fit the type build.done: ")
+        assert post(bus, "/ask?wait=0", bad)[0] == 422 and mail(bus, "bob") == []
+        assert post(bus, "/send", [good, good])[0] == post(bus, "/ask?wait=0", good)[0] == 200
+        # the text of a body as it is has a type from the query, and is checked too
+        assert post(bus, "/send?from=alice&to=bob&type=build.done", "as it is")[0] == 422
+
+
+def test_the_errors_of_a_schema_are_short_though_the_message_is_long(schemas, tmp_path):
+    with Server(tmp_path / "bus.db", "--schemas", schemas, program=WITH_PACKAGES) as bus:
+        status, answer = send(bus, type="build.done", build="x" * 10000)
+        assert status == 422 and len(answer["error"]) < 300
+
+
+def test_strict_goes_with_schemas(tmp_path):
+    code, _, said = run("--port", 0, "--db", tmp_path / "a.db", "--strict")
+    assert (code, said) == (2, "bus_server: --strict goes with --schemas\n")
