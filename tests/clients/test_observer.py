@@ -5,16 +5,10 @@ import signal
 import pytest
 
 import bus_send
-<<<<<<< HEAD:tests/clients/test_observer.py
 from tests.clients.test_clients import Clock, home, program, refusing, run  # noqa: F401
 from tests.kit.bad_servers import DATE, NOON, Scripted, answer, mail, message, page
 from tests.kit.processes import PATIENCE, wait_until
-=======
-from tests.bad_servers import DATE, NOON, Scripted, answer, mail, message, page
-from tests.processes import PATIENCE, wait_until
-from tests.test_clients import Clock, home, program, refusing, run  # noqa: F401
 from tools import bus_log
->>>>>>> clients:tests/test_observer.py
 
 QUIET = {"AGENT_NAME": "dell", "AGENT_BUS_CHANNEL": "ops"}  # what a reader goes by, and an observer does not
 

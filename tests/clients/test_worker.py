@@ -11,16 +11,10 @@ import pytest
 
 import bus_recv
 import bus_send
-<<<<<<< HEAD:tests/clients/test_worker.py
 from tests.clients.test_clients import Clock, home, interruptible, program, refusing, run  # noqa: F401
 from tests.kit.bad_servers import FAULTS, NOON, Scripted, answer, mail, message, page
 from tests.kit.processes import PATIENCE, Server, wait_until
-=======
-from tests.bad_servers import FAULTS, NOON, Scripted, answer, mail, message, page
-from tests.processes import PATIENCE, Server, wait_until
-from tests.test_clients import Clock, home, interruptible, program, refusing, run  # noqa: F401
 from tools import bus_work
->>>>>>> clients:tests/test_worker.py
 
 JOBS = int(os.environ.get("JOBS", 12))  # 50 for the full figure
 BUSY = 1  # s until a machine with other work has started a worker

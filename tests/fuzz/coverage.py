@@ -237,7 +237,6 @@ def main():
     import atheris
 
     with atheris.instrument_imports(include=["bus_server", "bus_extensions"]):
-        import bus_extensions.work
         import bus_server
 
     target = TARGETS[sys.argv[1]]

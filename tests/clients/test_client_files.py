@@ -10,13 +10,14 @@ import time
 
 import pytest
 
-from tests.bad_servers import NOON, Scripted, answer, mail, message
-from tests.processes import PATIENCE, ROOT, wait_until
-from tests.test_clients import home, interruptible, program  # noqa: F401
+from tests.clients.test_clients import home, interruptible, program  # noqa: F401
+from tests.kit.bad_servers import NOON, Scripted, answer, mail, message
+from tests.kit.processes import PATIENCE, ROOT, wait_until
 
 LIMITS = {"bus_recv.py": 450, "bus_send.py": 310}  # lines of code
 TOOLS = ["bus_work", "bus_log", "bus_doctor", "bus_file", "bus_outbox"]
-BLOCK = re.compile(r"^# -- shared by [^\n]*: begin [^\n]*\n(.*?)^# -- shared by [^\n]*: end --$", re.MULTILINE | re.DOTALL)
+EDGE = r"^# -- shared by [^\n]*"
+BLOCK = re.compile(rf"{EDGE}: begin [^\n]*\n(.*?){EDGE}: end --$", re.MULTILINE | re.DOTALL)
 JOB = message(1, attempt=1, lease=f"{1:032x}", lease_until=NOON + 60)
 DONE = answer({"ok": True, "now": NOON, "bus": "b1"})
 CALLS = {  # what bus_recv.py is called with, and how that ends if another program does it
