@@ -2309,6 +2309,7 @@ class Forget(Operation):
                 state.writing.execute("DELETE FROM receipts WHERE mailbox = ?", (number,))
                 state.counts.pop((channel, own), None)
                 gone.append([channel, own])
+        state.mailboxes_made = max((number for number, _ in state.counts.values()), default=0)  # as reload() would
         return gone
 
 
