@@ -27,8 +27,6 @@ from bus_server import (
     Deadlines,
     Listener,
     Now,
-    Phase,
-    Plain,
     Put,
     Refused,
     Request,

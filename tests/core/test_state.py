@@ -252,11 +252,13 @@ class StoreContract:
             10,
             10,
         ]
-        assert store.view.count_up_to("default", "nobody", 0) is None and store.view.oldest("default", "nobody", 0) is None
+        assert store.view.count_up_to("default", "nobody", 0) is None
+        assert store.view.oldest("default", "nobody", 0) is None
         assert store.view.oldest("default", "bob", 0) == ticks[0]
         commit(store, message("bob", ttl=5), message("bob", ttl=500))
         clock.now += 6_000_000
-        assert store.view.count_expired("default", "bob", 0) == 1 and store.view.count_expired("default", "bob", 1 << 62) == 0
+        assert store.view.count_expired("default", "bob", 0) == 1
+        assert store.view.count_expired("default", "bob", 1 << 62) == 0
         assert len(texts(store, "bob")) == 11
 
 
