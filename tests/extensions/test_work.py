@@ -134,6 +134,16 @@ def test_a_lease_that_runs_out_gives_the_message_to_another_and_fences_the_first
     assert settle(bus, "ack", again) == 200
 
 
+def test_the_lease_of_one_job_of_a_claim_is_worth_nothing_for_its_neighbour(bus):
+    for number in range(3):
+        send(bus, msg=str(number))
+    jobs = claim(bus, max=3)
+    assert len({job["lease"] for job in jobs}) == 3
+    for job, other in zip(jobs, jobs[1:] + jobs[:1]):
+        assert settle(bus, "ack", {"id": job["id"], "lease": other["lease"]}) == 409
+    assert [settle(bus, "ack", job) for job in jobs] == [200] * 3
+
+
 def test_a_lease_that_is_extended_does_not_run_out(bus):
     send(bus)
     (job,) = claim(bus, lease=1)
