@@ -31,14 +31,13 @@ import bus_server
 from bus_server import OPERATIONS, Mark, Marks, Now, Operation, Put, Raise, Receipt, Refused, Remove, State
 from tests.kit.processes import ROOT
 
-work, replies = (bus_server.load(ROOT / "bus_extensions" / f"{each}.py") for each in ("work", "replies"))
-
+EXTENSIONS = bus_server.load_extensions(())
+work, replies = EXTENSIONS["work"], EXTENSIONS["replies"]
 LISTS = 30  # for a seed
 SEEDS = -(-int(os.environ.get("REPLAY_LISTS", "240")) // LISTS)
 BEGIN = 1795000000 * 1000000  # us
 SECOND = 1000000
 CHANNELS, NAMES, QUEUES = ("default", "other"), ("ann", "bob", "all", "cleo"), ("builds", "tests", "builds.dead")
-EXTENSIONS = {"work": work, "replies": replies}
 
 
 class Broken(Operation):
@@ -69,7 +68,10 @@ def message(sender, to, msg, key=None, **members):
 
 
 class World:
-    """It makes the lists, and knows ticks, leases and keys of the last ones, so that operations hit something."""
+    """It makes the lists, and knows ticks, leases and keys of the last ones, so that operations hit something.
+
+    A new operation gets a method here, and a place in KINDS.
+    """
 
     def __init__(self, seed):
         self.random = random.Random(seed)
@@ -582,8 +584,8 @@ def test_a_planted_mistake_is_found(mistake, tmp_path, monkeypatch):
         (tmp_path / str(seed)).mkdir()
         try:
             replay(tmp_path / str(seed), seed)
-        except (Difference, sqlite3.IntegrityError) as difference:
-            found = difference
+        except Exception as error:  # a Difference, or the mistake made apply() itself fail
+            found = error
             break
     assert found, f"{SEEDS} seeds do not find it"
 
