@@ -20,6 +20,7 @@ each message that the bus stored, as its reader gets it; `{name}` in that path i
 Exit code: 0 stored, 1 refused by the bus, 2 usage, 3 stored but not answered in time, 75 not known to be stored (try
 again with the key it names).
 """
+
 from __future__ import annotations
 
 import argparse
@@ -37,35 +38,10 @@ from urllib.parse import quote, urlsplit
 
 TYPE_CHECKING = False  # as in typing, whose import would be a tenth of the time that a send takes
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
     from typing import Any
 
-DEFAULT_URL = "http://127.0.0.1:8080"
-ATTEMPT_SECONDS = 10.0  # for one attempt, and more for a long message:
-UPLOAD_RATE = 8192  # bytes of it per second, the slowest that the bus accepts
-HOLD_SECONDS = 25.0  # a question may be held; under the 30 s after which common proxies cut a quiet request
-FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # s before the next attempt; doubled each time, less up to half by chance
-ANSWER_BYTES = 16 << 20  # read at most; the answer to a send has about 300, and a message at most a few MiB
-HIDDEN = re.compile(  # what acts on a terminal, or on a reader, without being seen: controls, bidi, zero width, tags
-    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff"
-    r"\U000e0000-\U000e007f\U000e0100-\U000e01ef]"
-)
-
-
-class Refused(Exception):
-    """The bus said no and would say it again: nothing is stored. `status` is HTTP's; the text says what to do."""
-
-    def __init__(self, status: int, sentence: str) -> None:
-        super().__init__(sentence)
-        self.status = status
-
-
-class Unreachable(Exception):
-    """No answer that is the bus's own: nobody knows whether the message is stored. `retry_after` is in seconds."""
-
-    def __init__(self, sentence: str, retry_after: float = 0.0) -> None:
-        super().__init__(sentence)
-        self.retry_after = retry_after
+UPLOAD_RATE = 8192  # bytes per second of a message, the slowest that the bus accepts
+HOLD_SECONDS = 25.0  # the bus may hold a question; common proxies cut a quiet request after 30 s
 
 
 def send(
@@ -85,15 +61,10 @@ def send(
     type, ttl in seconds ...) go with the message; None leaves one out. The first attempt is always made, and the last
     starts within `patience` seconds. Raises Refused, Unreachable; ValueError if there is no sender or the URL is none.
     """
-    url, message = composed(to, msg, url, sender, channel, key, fields)
-    body = json.dumps(message).encode()
-    seconds = ATTEMPT_SECONDS + len(body) / UPLOAD_RATE
-    try:
-        answer = persist(lambda left: post(url, body, min(left, seconds)), patience)
-    except Unreachable as fault:
-        raise unknown(url, message, fault) from fault
-    keep_copy(message, answer)
-    return answer
+    url, message = compose(to, msg, url, sender, channel, key, fields)
+    found = persist(lambda left: post(url, message, min(left, GRACE_SECONDS)), patience, url, f"--key {message['key']}")
+    keep_copy(message, found)
+    return found
 
 
 def ask(
@@ -112,84 +83,73 @@ def ask(
     The same question is asked again and again, each time for as long as a request may be held. An answer is found
     whenever it came, and is in the sender's mailbox too.
     """
-    url, message = composed(to, msg, url, sender, channel, key, fields)
-    body = json.dumps(message).encode()
-    answer: dict[str, Any] = {}
-    end, hold = time.monotonic() + timeout, HOLD_SECONDS
-
-    def attempt(_: float) -> dict[str, Any]:
-        nonlocal hold
-        began = time.monotonic()
-        wait = min(hold, max(end - began, 0))
-        try:
-            return post(url, body, wait + ATTEMPT_SECONDS + len(body) / UPLOAD_RATE, f"/ask?wait={wait:.3f}")
-        except Unreachable:
-            if time.monotonic() - began >= 1:  # it was held, perhaps for longer than something on the way allows
-                hold = max(hold / 2, 1)
-            raise
-
+    url, message = compose(to, msg, url, sender, channel, key, fields)
+    end, holds, answer = time.monotonic() + timeout, [HOLD_SECONDS], dict[str, object]()
     while True:
         began = time.monotonic()
         try:
-            found = persist(attempt, end - began)
-        except Unreachable as fault:
+            found = persist(lambda _: post_held(url, message, end, holds), end - began, url, f"--key {message['key']}")
+        except Unreachable:
             if answer:  # it is stored, and not answered
                 return answer
-            raise unknown(url, message, fault) from fault
+            raise
         if not answer:
             keep_copy(message, found)
         answer, now = found, time.monotonic()
         if now >= end or isinstance(answer.get("reply"), dict):
             return answer
-        hold = min(hold * 1.1, HOLD_SECONDS)
-        time.sleep(min(max(began + 1 - now, 0), end - now))  # a bus that does not hold is not run down
+        time.sleep(min(max(began + 1 - now, 0), end - now))  # in case the bus does not hold a question
 
 
-def sender_of(number: str, url: str, patience: float) -> tuple[str, str]:
-    """Who sent the message with this id, and on which channel. Raises as send() does."""
-    path = f"/message/{quote(number, safe='')}"
-    answer = persist(lambda left: exchange(url, "GET", path, None, min(left, ATTEMPT_SECONDS)), patience)
+def post_held(url: str, message: dict[str, Any], end: float, holds: list[float]) -> dict[str, Any]:
+    """Ask once. The last of `holds` is how long the bus may hold it; it adapts to what is on the way."""
+    began, hold = time.monotonic(), holds[-1]
+    wait = min(hold, max(end - began, 0))
     try:
-        return answer["message"]["from"], answer["message"]["channel"]
-    except (KeyError, TypeError):
-        raise Unreachable(f"{url} does not say who sent {number}") from None
+        answer = post(url, message, wait + GRACE_SECONDS, f"/ask?wait={wait:.3f}")
+    except Unreachable:
+        # After 1 s the question was held, perhaps for longer than something on the way allows.
+        holds.append(max(hold / 2, 1) if time.monotonic() - began >= 1 else hold)
+        raise
+    holds.append(min(hold * 1.1, HOLD_SECONDS))
+    return answer
 
 
-def persist(attempt: Callable[[float], dict[str, Any]], patience: float) -> dict[str, Any]:
-    """What `attempt(seconds left)` returns, once it does: the first is always made, the last starts in time."""
-    end, pause = time.monotonic() + patience, FIRST_PAUSE
+def sender_of(number: str, channel: str | None, patience: float) -> tuple[str, str]:
+    """Who sent the message with this id, and on which channel, unless one is given. Raises as send() does."""
+    url = os.environ.get("AGENT_BUS_URL") or DEFAULT_URL
+    path = f"/message/{quote(number, safe='')}"
+    answer = persist(lambda left: judged(*exchange(url, path, None, min(left, GRACE_SECONDS))), patience, url)
+    with contextlib.suppress(KeyError, TypeError):
+        return answer["message"]["from"], channel or answer["message"]["channel"]
+    raise Unreachable(f"{url} does not say who sent {number}: give the receiver's name")
+
+
+def persist(attempt: Any, patience: float, url: str, again: str = "run the same command") -> dict[str, Any]:
+    """What `attempt(seconds left)` returns, once it does. The first is always made, the last starts in time.
+
+    If none gets an answer, Unreachable says that `again` is how to try again.
+    """
+    end, failures = time.monotonic() + patience, 0
     while True:
         try:
-            return attempt(max(end - time.monotonic(), 1))  # s; an attempt without any time would be none
+            return dict(attempt(max(end - time.monotonic(), 1)))  # s; an attempt without any time would be none
         except Unreachable as fault:
-            rest = max(pause * random.uniform(0.5, 1), fault.retry_after)
-            if time.monotonic() + rest >= end:
-                raise
-        time.sleep(rest)
-        pause = min(2 * pause, LONGEST_PAUSE)
+            failures += 1
+            pause = max(pause_after(failures) * random.uniform(0.5, 1), fault.retry_after)
+            if time.monotonic() + pause >= end:
+                raise Unreachable(f"no bus at {url} ({fault}): see tools/bus_doctor.py; try again: {again}") from fault
+        time.sleep(pause)
 
 
-def unknown(url: str, message: dict[str, Any], fault: Unreachable) -> Unreachable:
-    again = f"tools/bus_doctor.py says why; to try again: --key {message['key']}"
-    return Unreachable(f"{url} does not say that it is stored ({fault}); {again}")
-
-
-def composed(
-    to: str | list[str],
-    msg: str,
-    url: str | None,
-    sender: str | None,
-    channel: str | None,
-    key: str | None,
-    fields: dict[str, Any],
-) -> tuple[str, dict[str, Any]]:
+def compose(to: Any, msg: str, url: Any, sender: Any, channel: Any, key: Any, more: Any) -> tuple[str, dict[str, Any]]:
     """The URL of the bus, and the message, as the arguments and the environment have them. ValueError: see send()."""
     url = url or os.environ.get("AGENT_BUS_URL") or DEFAULT_URL
     sender = sender or os.environ.get("AGENT_NAME") or None
     if not sender and not credentials(url):  # a token has its sender
         raise ValueError("who is it from? Give --from NAME or set AGENT_NAME")
     channel = channel or os.environ.get("AGENT_BUS_CHANNEL") or "default"
-    message = {"from": sender, "to": to, "channel": channel, "msg": msg, "key": key or os.urandom(16).hex(), **fields}
+    message = {"from": sender, "to": to, "channel": channel, "msg": msg, "key": key or os.urandom(16).hex(), **more}
     return url, {field: value for field, value in message.items() if value is not None}
 
 
@@ -206,7 +166,7 @@ def keep_copy(message: dict[str, Any], answer: dict[str, Any]) -> None:
         complain(f"stored, but no copy is in {path}: {getattr(error, 'strerror', None) or error}", 0)
 
 
-def copies(message: dict[str, Any], answer: dict[str, Any]) -> Iterator[str]:
+def copies(message: dict[str, Any], answer: dict[str, Any]) -> Any:
     names = message["to"] if isinstance(message["to"], list) else [message["to"]]
     given = {field: value for field, value in message.items() if field not in ("to", "key")}
     for name, number in (answer.get("ids") or dict.fromkeys(names, answer.get("id"))).items():
@@ -215,96 +175,126 @@ def copies(message: dict[str, Any], answer: dict[str, Any]) -> Iterator[str]:
         yield f'{{"ts": {ts:.6f}, {json.dumps(known)[1:]}\n'
 
 
-def post(url: str, message: bytes, seconds: float, path: str = "/send") -> dict[str, Any]:
-    """One attempt: what the bus says about the message that it stored, or Refused, or Unreachable."""
-    answer = exchange(url, "POST", path, message, seconds)
+def post(url: str, message: dict[str, Any], seconds: float, path: str = "/send") -> dict[str, Any]:
+    """One attempt: the bus's answer about the message that it stored. Raises Refused, Unreachable."""
+    body = json.dumps(message).encode()
+    answer = judged(*exchange(url, path, body, seconds + len(body) / UPLOAD_RATE))
     if answer.get("ok") is True and isinstance(answer.get("ts"), (int, float)):
         return answer
-    raise Unreachable("200: no JSON of a bus")
+    raise Unreachable()
 
 
-def exchange(url: str, method: str, path: str, body: bytes | None, seconds: float) -> dict[str, Any]:
-    """A request, and the JSON of the bus; Refused; Unreachable for anything else. `seconds` for all, once connected."""
+# -- shared by bus_recv.py and bus_send.py: begin (a test keeps the two copies equal) --
+
+DEFAULT_URL = "http://127.0.0.1:8080"
+GRACE_SECONDS = 10.0  # to connect; and for an answer to begin, beyond the time for which the bus may hold the request
+DOWNLOAD_RATE = 8192  # bytes per second; a slower answer is cut off
+ANSWER_BYTES = 64 << 20  # read at most; the bus ends an answer at 1 MiB, and a single message has at most a few
+FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # s before the next attempt
+HIDDEN = re.compile(  # invisible characters that act on a terminal or a reader: controls, bidi, zero width, tags
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff"
+    r"\U000e0000-\U000e007f\U000e0100-\U000e01ef]"
+)
+
+
+class Refused(Exception):
+    """The bus refused the request and would refuse it again. `status` is HTTP's; the text says what to do."""
+
+    def __init__(self, status: int, sentence: str) -> None:
+        super().__init__(sentence)
+        self.status = status
+
+
+class Unreachable(Exception):
+    """No answer from the bus itself; the text says why. Whether a message was stored is then unknown."""
+
+    def __init__(self, sentence: str = "the answer is not from a bus", retry_after: float = 0.0) -> None:
+        super().__init__(sentence)
+        self.retry_after = retry_after  # s; what the answer asked for
+
+
+def exchange(url: str, path: str, body: bytes | None, seconds: float) -> tuple[http.client.HTTPResponse, bytes]:
+    """One request: a POST if there is a body, else a GET. Returns the head of the answer, and the whole answer.
+
+    The head must arrive within `seconds`. The rest may take longer, as its length needs on a slow line.
+    Raises Unreachable for every fault of the network; ValueError for a wrong URL, token or certificate file.
+    """
     agent = os.environ.get("AGENT_BUS_UA") or "Mozilla/5.0"  # because firewalls drop what looks like a script
     headers = {"User-Agent": agent, **({"Content-Type": "application/json"} if body else {}), **credentials(url)}
-    connection, prefix = connect(url, min(seconds, ATTEMPT_SECONDS))
+    connection, prefix = connect(url, min(seconds, GRACE_SECONDS))
     try:
-        connection.connect()
-        connection.sock.settimeout(seconds)
-        with hung_up_after(seconds, connection.sock):
-            connection.request(method, prefix + path, body, headers)
-            response = connection.getresponse()
-            content = response.read(ANSWER_BYTES)
-        if response.length:
-            raise http.client.IncompleteRead(content, response.length)
+        with contextlib.closing(connection):
+            connection.connect()
+            sock = connection.sock
+            sock.settimeout(seconds)
+            with hung_up_after(seconds, sock):
+                connection.request("POST" if body else "GET", prefix + path, body, headers)
+                response = connection.getresponse()
+            with hung_up_after(min(seconds, GRACE_SECONDS) + (response.length or 0) / DOWNLOAD_RATE, sock):
+                content = response.read(min(response.length or ANSWER_BYTES, ANSWER_BYTES))
+            if response.length:
+                raise http.client.IncompleteRead(content, response.length)
+            return response, content
     except (OSError, ValueError, http.client.HTTPException) as error:  # ValueError: a chunk of negative size
         raise Unreachable(getattr(error, "strerror", None) or str(error) or type(error).__name__) from error
-    finally:
-        connection.close()
-    return judged(response, content)
 
 
 def connect(url: str, seconds: float) -> tuple[http.client.HTTPConnection, str]:
     """A connection towards `url`, not yet open, and what stands before the path in its request line."""
     if not re.fullmatch(r"https?://[^\s?#]+", url):
-        raise ValueError(f"the URL of the bus must be like http://host:8080, and is {url!r}")
+        raise ValueError(f"{url!r} is not the URL of a bus: write it like http://host:8080")
     parts = urlsplit(url)
     secure = parts.scheme == "https"
-    kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
     host, port = parts.hostname or "", parts.port or (443 if secure else 80)
-    trust = {"context": authorities()} if secure else {}
     proxy = proxy_for(parts.scheme, host, port)
-    if not proxy:
-        return kind(host, port, timeout=seconds, **trust), parts.path.rstrip("/")
-    via = urlsplit(proxy if "://" in proxy else f"//{proxy}")
-    connection = kind(via.hostname or "", via.port or 80, timeout=seconds, **trust)
-    if secure:
+    via = urlsplit(proxy if "://" in proxy else f"//{proxy}") if proxy else parts
+    trust = {"context": authorities()} if secure else {}
+    kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
+    connection = kind(via.hostname or "", (via.port or 80) if proxy else port, timeout=seconds, **trust)
+    if proxy and secure:
         connection.set_tunnel(host, port)
-    return connection, parts.path.rstrip("/") if secure else url.rstrip("/")
+    return connection, url.rstrip("/") if proxy and not secure else parts.path.rstrip("/")
 
 
 def authorities() -> Any:
-    """Whom TLS trusts: the system's authorities, or those in the file that AGENT_BUS_CA names."""
+    """The certificates that TLS trusts: the system's, or those in the file that AGENT_BUS_CA names."""
     import ssl  # http.client has it, where there is one
 
     try:
         return ssl.create_default_context(cafile=os.environ.get("AGENT_BUS_CA") or None)
     except OSError as error:
-        raise ValueError(f"AGENT_BUS_CA names no file of certificates: {error.strerror or error}") from None
+        raise ValueError(f"AGENT_BUS_CA must name a file of certificates: {error.strerror or error}") from None
 
 
 def credentials(url: str) -> dict[str, str]:
-    """The header that says who we are, by AGENT_BUS_TOKEN or the file AGENT_BUS_TOKEN_FILE; none without them.
+    """The Authorization header, from AGENT_BUS_TOKEN or the file AGENT_BUS_TOKEN_FILE; empty without them.
 
-    ValueError if others may read that file, or a network could: AGENT_BUS_PLAIN_HTTP=1 says that something guards it.
+    ValueError if other users could read that file, or others on the network could read the token.
     """
-    token, path = os.environ.get("AGENT_BUS_TOKEN", ""), os.environ.get("AGENT_BUS_TOKEN_FILE")
+    token, path = os.environ.get("AGENT_BUS_TOKEN", "").strip(), os.environ.get("AGENT_BUS_TOKEN_FILE")
     if path and not token:
         try:
             with open(path, encoding="ascii") as file:
-                if os.name == "posix" and os.fstat(file.fileno()).st_mode & 0o077:
-                    raise ValueError(f"the token in {path} can be read by others: chmod 600 {path}")
-                token = file.read(256)
+                mode, token = os.fstat(file.fileno()).st_mode, file.read(256).strip()
         except OSError as error:
             raise ValueError(f"the token in {path} cannot be read: {error.strerror}") from None
-    token = token.strip()
+        if os.name == "posix" and mode & 0o077:
+            raise ValueError(f"other users can read the token in {path}: chmod 600 {path}")
     if not token:
         return {}
     if not re.fullmatch("[!-~]+", token):
-        raise ValueError("AGENT_BUS_TOKEN is no token: it has blanks or other characters in it")
-    parts = urlsplit(url)
-    if parts.scheme == "http" and not is_here(parts.hostname or "") and not os.environ.get("AGENT_BUS_PLAIN_HTTP"):
-        advice = "use https, or in a tunnel or a VPN set AGENT_BUS_PLAIN_HTTP=1"
-        raise ValueError(f"the token would cross the network to {url} in the clear: {advice}")
+        raise ValueError("AGENT_BUS_TOKEN has blanks or other characters that are in no token: copy the token again")
+    if not (url.startswith("https:") or is_here(urlsplit(url).hostname) or os.environ.get("AGENT_BUS_PLAIN_HTTP")):
+        raise ValueError(f"the token would cross to {url} in the clear: use https, or in a VPN AGENT_BUS_PLAIN_HTTP=1")
     return {"Authorization": f"Bearer {token}"}
 
 
-def is_here(host: str) -> bool:
-    return bool(re.fullmatch(r"localhost|::1|127(\.[0-9]+){3}", host))
+def is_here(host: str | None) -> bool:
+    return bool(re.fullmatch(r"localhost|::1|127(\.[0-9]+){3}", host or ""))
 
 
 def proxy_for(scheme: str, host: str, port: int) -> str | None:
-    """The proxy that the environment names for this host; for this machine itself there is none."""
+    """The proxy that the environment names for this host. This machine itself is reached without one."""
     if is_here(host) or f"{scheme}_proxy" not in map(str.lower, os.environ):
         return None
     from urllib.request import getproxies, proxy_bypass  # slow to import, and seldom needed
@@ -312,35 +302,62 @@ def proxy_for(scheme: str, host: str, port: int) -> str | None:
     return None if proxy_bypass(f"{host}:{port}") else getproxies().get(scheme)
 
 
-@contextlib.contextmanager
-def hung_up_after(seconds: float, sock: socket.socket) -> Iterator[None]:
+def hung_up_after(seconds: float, sock: socket.socket) -> contextlib.ExitStack:
     """Ends an exchange from outside. A socket's own timeout is per read, so an answer that drips would never end."""
 
     def hang_up() -> None:
         with contextlib.suppress(OSError):
             socket.socket.shutdown(sock, socket.SHUT_RDWR)  # of the TCP under TLS: an SSLSocket is not for two threads
 
+    stack = contextlib.ExitStack()
     timer = threading.Timer(seconds * 1.1, hang_up)  # a little after the socket's own timeout, whose error says more
-    try:
-        timer.start()
-        yield
-    finally:
-        timer.cancel()
+    timer.start()
+    stack.callback(timer.cancel)
+    return stack
 
 
-def judged(response: http.client.HTTPResponse, body: bytes) -> dict[str, Any]:
-    """The JSON object of a 200, or what anything else in its place means: Refused, Unreachable."""
-    said: Any = None
-    with contextlib.suppress(ValueError, RecursionError):
-        said = json.loads(body.decode(), parse_constant=str)
-    answer: dict[str, Any] = said if isinstance(said, dict) else {}
+def judged(response: http.client.HTTPResponse, body: bytes, fraction: Any = float) -> dict[str, Any]:
+    """The JSON object of a 200. Raises Refused for the bus's own 4xx, Unreachable for anything else.
+
+    `fraction` makes a number of the text of one with a fraction.
+    """
+    answer: dict[str, Any] = {}
+    with contextlib.suppress(ValueError, RecursionError, TypeError):  # TypeError: JSON, but not an object
+        answer = dict(**json.loads(body.decode(), parse_float=fraction, parse_constant=str))
     if response.status == 200 and answer:
         return answer
     error = answer.get("error")
     if 400 <= response.status < 500 and response.status not in (408, 425, 429) and isinstance(error, str):
         raise Refused(response.status, error)
     wait = response.headers.get("Retry-After", "")
-    raise Unreachable(f"{response.status}: {error or 'no JSON of a bus'}", float(wait) if wait.isdecimal() else 0.0)
+    raise Unreachable(f"{response.status}: {error or 'not from a bus'}", float(wait) if wait.isdecimal() else 0.0)
+
+
+def pause_after(failures: int) -> float:
+    """Seconds to wait after so many failures in a row: they double up to a minute."""
+    return min(FIRST_PAUSE * 2.0 ** min(failures - 1, 10), LONGEST_PAUSE)
+
+
+def visible(text: str) -> str:
+    r"""The text with each invisible character written out, as in \x1b, \u202e, \U000e0041."""
+    return HIDDEN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def emit(text: str) -> None:
+    """Write to stdout, in UTF-8 whatever the locale. When this returns, the text is out."""
+    if sys.stdout is None:  # `>&-`
+        raise BrokenPipeError
+    try:
+        sys.stdout.buffer.write(text.encode())
+        sys.stdout.buffer.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter would try once more at exit, and complain
+        raise
+
+
+# -- shared by bus_recv.py and bus_send.py: end --
+
+# The command line
 
 
 def queued(answer: dict[str, Any], to: str | list[str]) -> str:
@@ -358,10 +375,8 @@ def queued(answer: dict[str, Any], to: str | list[str]) -> str:
 
 
 def span(seconds: float) -> str:
-    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= size:
-            return f"{seconds // size:.0f} {unit}"
-    return f"{max(seconds, 0):.0f} s"
+    sizes = (("d", 86400), ("h", 3600), ("min", 60))
+    return next((f"{seconds // one:.0f} {unit}" for unit, one in sizes if seconds >= one), f"{max(seconds, 0):.0f} s")
 
 
 def command_line(purpose: str) -> argparse.ArgumentParser:
@@ -406,20 +421,13 @@ def main(argv: list[str] | None = None) -> int:
     try:
         msg = read_message()
         if not to:
-            url = os.environ.get("AGENT_BUS_URL") or DEFAULT_URL
-            to, channel = sender_of(options["reply_to"], url, seconds)
-            options["channel"] = options["channel"] or channel
+            to, options["channel"] = sender_of(options["reply_to"], options["channel"], seconds)
         if question:
             return show_reply(ask(to, msg, timeout=seconds, **options), to)
         report(send(to, msg, patience=seconds, **options), to)
-    except ValueError as error:
-        return complain(str(error), 2)
-    except Refused as refused:
-        return complain(str(refused), 1)
-    except Unreachable as fault:
-        return complain(str(fault), 75)
-    except KeyboardInterrupt:
-        return 130
+    except (KeyboardInterrupt, ValueError, Refused, Unreachable) as error:
+        code = {KeyboardInterrupt: 130, Refused: 1, Unreachable: 75}.get(type(error), 2)
+        return code if code == 130 else complain(str(error), code)
     return 0
 
 
@@ -430,31 +438,21 @@ def show_reply(answer: dict[str, Any], to: str) -> int:
         tell(answer, to)
         return complain(f"no answer to {answer.get('id')} yet: when there is one, it comes as mail", 3)
     complain(f"{reply.get('id')} from {reply.get('from')}", 0)
-    text = re.sub("\r\n?", "\n", reply["msg"]).removesuffix("\n")
-    emit(HIDDEN.sub(lambda found: found[0].encode("unicode_escape").decode(), text) + "\n")
+    with contextlib.suppress(OSError):  # nobody may read our output: the question is stored and answered all the same
+        emit(visible(re.sub("\r\n?", "\n", reply["msg"]).removesuffix("\n")) + "\n")
     return 0
 
 
 def report(answer: dict[str, Any], to: str | list[str]) -> None:
     """The bus's answer to a send, as one line of JSON."""
-    emit(json.dumps(answer) + "\n")
+    with contextlib.suppress(OSError):  # nobody may read our output: the message is stored all the same
+        emit(json.dumps(answer) + "\n")
     tell(answer, to)
-
-
-def emit(text: str) -> None:
-    """To stdout, in UTF-8 whatever the locale. It may be closed: the message is stored all the same."""
-    if sys.stdout:
-        try:
-            sys.stdout.buffer.write(text.encode())
-            sys.stdout.buffer.flush()
-        except OSError:  # and leaving would try to write it once more
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def tell(answer: dict[str, Any], to: str | list[str]) -> None:
     with contextlib.suppress(KeyError, TypeError):  # a bus of the old contract says nothing about its receivers
-        truth = queued(answer, to)
-        if truth:
+        if truth := queued(answer, to):
             print(truth, file=sys.stderr)
 
 

@@ -43,6 +43,7 @@ import json
 import math
 import os
 import pathlib
+import queue
 import re
 import resource
 import secrets
@@ -59,6 +60,7 @@ import traceback
 import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from email.utils import formatdate
 from functools import lru_cache, partial
 from http import HTTPStatus
@@ -82,6 +84,7 @@ NAMES_PER_SEND = 64
 MAX_MESSAGES = 1000  # in one answer
 ANSWER_BYTES = 1 << 20  # of messages in an answer that has more than one; it bounds memory and the time of a turn
 DEPTH = 32  # of JSON; Python's parser itself fails at about 1000, with an error that is not a ValueError
+TTL_MIN = 0.001  # s; a shorter one could round to 0
 TTL_MAX = 1000000000  # s, 30 years; the end of a ttl must fit into an integer of SQLite
 DIGITS = 4300  # of an integer in JSON, the limit of newer Pythons; parsing time grows with the square
 
@@ -173,6 +176,10 @@ class Message(NamedTuple):
     def render(self) -> str:
         return f'{{"ts": {seconds(self.tick)}, "id": "{self.tick:x}", "to": "{self.to}", {self.text}}}'
 
+    def without_text(self) -> str:
+        """A message that nobody may read any more: its names only."""
+        return self._replace(text=f'"from": "{self.sender}", "channel": "{self.channel}"').render()
+
 
 class Draft(NamedTuple):
     """A message that is valid and has no tick yet. It becomes one Message for each name in `to`."""
@@ -251,7 +258,7 @@ class Mark(NamedTuple):
     seen: int
 
 
-FETCHED, ACKNOWLEDGED = 0, 1  # the two kinds of a Receipt
+FETCHED, ACKNOWLEDGED, ALONE = 0, 1, 2  # kinds of a Receipt; ALONE: this message was read by its id, out of order
 
 
 class Receipt(NamedTuple):
@@ -369,8 +376,8 @@ def lifetime(ttl: Any) -> int | None:
     """A ttl in microseconds."""
     if ttl is None:
         return None
-    if isinstance(ttl, bool) or not isinstance(ttl, (int, float)) or not 0 < ttl <= TTL_MAX:
-        raise Refused(400, f"ttl must be a number of seconds above 0 and up to {TTL_MAX}")
+    if isinstance(ttl, bool) or not isinstance(ttl, (int, float)) or not TTL_MIN <= ttl <= TTL_MAX:
+        raise Refused(400, f"ttl must be a number of seconds from {TTL_MIN} to {TTL_MAX}")
     return int(ttl * 1000000)
 
 
@@ -417,7 +424,7 @@ def parse_text(body: bytes) -> str:
 
 def parse_json(body: bytes) -> Any:
     """The body as JSON that every reader can take. What Python lets through and others choke on is refused here."""
-    text = parse_text(body).strip(" \t\r\n")
+    text = parse_text(body).lstrip("\ufeff").strip(" \t\r\n")  # some editors and shells begin a file with a BOM
     try:
         value, end = decode(text)
         if end < len(text):
@@ -458,6 +465,47 @@ def inspect(value: Any, depth: int) -> None:
 # the turns. To add work that follows a turn, call soon(); to add a timer, call later() or every().
 
 
+class Report:
+    """Lines for stderr. A thread of its own writes them, so a full pipe or a full disk there delays nobody.
+
+    Lines that find no room are dropped, and their number is told with the next line.
+    """
+
+    ROOM = 1000  # lines
+
+    def __init__(self) -> None:
+        self.lines: queue.Queue[str] = queue.Queue(self.ROOM)
+        self.dropped = 0
+        self.begin = threading.Thread(target=self.write, name="report", daemon=True).start  # with the first line
+
+    def say(self, line: str) -> None:
+        with contextlib.suppress(RuntimeError):  # it has begun already
+            self.begin()
+        try:
+            self.lines.put_nowait(line)
+        except queue.Full:
+            self.dropped += 1
+
+    def write(self) -> None:
+        while True:
+            line = self.lines.get()
+            if self.dropped:
+                line, self.dropped = f"bus_server: {self.dropped} lines were dropped here\n{line}", 0
+            with contextlib.suppress(OSError, ValueError):  # stderr is full, or closed
+                print(line, file=sys.stderr, flush=True)
+            self.lines.task_done()
+
+    def flush(self, patience: float) -> None:
+        """Wait until all is written, for at most so many seconds."""
+        deadline = time.monotonic() + patience
+        while self.lines.unfinished_tasks and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+
+REPORT = Report()
+say = REPORT.say
+
+
 class Watched(Protocol):
     """What the loop watches a socket for."""
 
@@ -466,6 +514,9 @@ class Watched(Protocol):
 
     def ready(self, events: int) -> None:
         """Some of the events have come."""
+
+    def failed(self) -> None:
+        """ready() raised an exception."""
 
 
 class Loop:
@@ -476,10 +527,14 @@ class Loop:
     senders that wait for it. A fast disk wakes no second thread: 19 % more sends a second with one sender, 15 % with
     16, 4 % with 128 than with a thread for all commits.
 
+    Invariant: an exception costs the call that raised it, and nothing else; attempt() is the one place that sees to it.
+
     This is not asyncio's loop, because that one cannot change its thread.
     """
 
     PATIENCE = 0.005  # s; the deputy comes after one to two of it
+    BUDGET = 0.01  # s for the actions at the end of a turn; what is left goes on in the next turn
+    FILE_THREADS = 4  # for what is done in_thread()
 
     def __init__(self) -> None:
         self.selector = selectors.DefaultSelector()
@@ -498,8 +553,18 @@ class Loop:
         self.away: object | None = None  # a new object each time that the thread of run() is aside
         self.failure: Exception | None = None  # what ended the deputy
         self.alert, self.closed = threading.Event(), False
+        self.threads = ThreadPoolExecutor(self.FILE_THREADS)
         self.deputy = threading.Thread(target=self.stand_in, name="deputy", daemon=True)
         self.deputy.start()
+
+    def attempt(self, action: Callable[..., object], *arguments: Any) -> bool:
+        """Call it; an exception is reported. Returns whether there was none."""
+        try:
+            action(*arguments)
+        except Exception:
+            say(traceback.format_exc())
+            return False
+        return True
 
     def watch(self, watched: Watched, events: int) -> None:
         """Watch its socket for these events from now on; 0 for none."""
@@ -516,15 +581,15 @@ class Loop:
         self.actions.append(action)
 
     def later(self, patience: float, action: Callable[[], None]) -> None:
-        """Call it in `patience` seconds. An error in a timer ends the loop: without its timers nothing goes on."""
+        """Call it in `patience` seconds."""
         heapq.heappush(self.timers, (time.monotonic() + patience, next(self.numbers), action))
 
     def every(self, period: float, action: Callable[[], None]) -> None:
         """Call it at each multiple of `period` (s) of the monotonic clock."""
 
         def again() -> None:
-            action()
             self.every(period, action)
+            action()
 
         self.later(period - time.monotonic() % period, again)
 
@@ -539,6 +604,15 @@ class Loop:
         self.told.append(action)
         self.ring()
 
+    def in_thread(self, work: Callable[[], Any], then: Callable[[Any], None]) -> None:
+        """Do what may wait for a file. Then `then` gets its result in a turn, or the exception that it raised."""
+
+        def done(future: Future[Any]) -> None:
+            error = future.exception()
+            self.tell(lambda: then(future.result() if error is None else error))
+
+        self.threads.submit(work).add_done_callback(done)
+
     def ring(self) -> None:
         with contextlib.suppress(BlockingIOError):  # the bell is full of rings already
             self.bell.send(b"\0")
@@ -547,9 +621,12 @@ class Loop:
         """The bell rang: another thread told us something, a signal came, or run() wants its turns back."""
         for number in self.sock.recv(4096):
             if number in self.signals:
-                self.signals[number]()
+                self.attempt(self.signals[number])
         while self.told:
-            self.told.popleft()()
+            self.attempt(self.told.popleft())
+
+    def failed(self) -> None:
+        """Nobody waits for the bell itself."""
 
     def run(self, over: Callable[[], bool]) -> None:
         """Take turns until it is over."""
@@ -559,27 +636,23 @@ class Loop:
                 raise self.failure
 
     def take_turn(self) -> None:
-        """One turn. An error on one socket, or in one action, is printed, and the others are served."""
+        """Serve the sockets that are ready, run the timers that are due, then the actions that these put off."""
         patience = None
         if self.actions:
             patience = 0.0
         elif self.timers:
             patience = self.timers[0][0] - time.monotonic()
         for key, events in self.selector.select(patience):
-            try:
-                key.data.ready(events)
-            except Exception:
-                traceback.print_exc()
-        if self.timers:
-            now = time.monotonic()
-            while self.timers and self.timers[0][0] <= now:
-                heapq.heappop(self.timers)[2]()
+            if not self.attempt(key.data.ready, events):
+                self.attempt(key.data.failed)
+        now = time.monotonic()
+        while self.timers and self.timers[0][0] <= now:
+            self.attempt(heapq.heappop(self.timers)[2])
         for _ in range(len(self.actions)):
             if self.actions:  # the deputy may have run them while one of them was aside
-                try:
-                    self.actions.popleft()()
-                except Exception:
-                    traceback.print_exc()
+                self.attempt(self.actions.popleft())
+            if time.monotonic() > now + self.BUDGET:
+                break
 
     def aside(self, work: Callable[[], None]) -> None:
         """Do what may take long, and nothing else. Only an action of soon() may call this."""
@@ -615,6 +688,7 @@ class Loop:
         self.closed = True
         self.alert.set()
         self.deputy.join()
+        self.threads.shutdown()
         self.selector.close()
         self.sock.close()
         self.bell.close()
@@ -631,9 +705,10 @@ class Stream(Protocol):
     """The rest of a file that follows the head of an answer, in place of a body."""
 
     length: int  # bytes
+    busy: bool  # a thread reads
 
     def read(self) -> bytes:
-        """The next piece; empty if somebody cut the file short."""
+        """In a thread: the next piece; empty if somebody cut the file short."""
 
     def close(self) -> None: ...
 
@@ -892,9 +967,13 @@ class Sink(Protocol):
     """Where a body goes in pieces, when it is too large for memory."""
 
     missing: int  # bytes
+    busy: bool  # a thread writes
 
-    def write(self, data: bytes | bytearray) -> None:
-        """Refused if there is no room; what was written before stays."""
+    def write(self, data: bytes) -> int:
+        """In a thread: write a piece; returns how many bytes of it are there now."""
+
+    def wrote(self, written: Any) -> None:
+        """In a turn: the result of write(), or its exception. Refused if not all was written."""
 
     def far_enough(self) -> bool:
         """Has it moved by BODY_SECONDS at BODY_RATE since the last time this was asked?"""
@@ -926,6 +1005,12 @@ class App(Protocol):
     def delivered(self, reader: Any, tick: int) -> None:
         """An answer with `delivers` was written out whole."""
 
+    def lost(self, reader: Any, tick: int) -> None:
+        """An answer with `delivers` was not: its connection broke, or the peer has too much to read already."""
+
+    def check_token(self, token: str) -> None:
+        """Refused, if this token was revoked."""
+
     def answered(self, connection: Connection, answer: Answer) -> None:
         """An answer is about to be written; for figures and for the log of requests."""
 
@@ -941,9 +1026,8 @@ class Request(BaseHTTPRequestHandler):
         self.peer, self.head, self.body = peer, head, b""
         self.command = "-"
 
-    @property
-    def client_address(self) -> tuple[str, int]:  # type: ignore[override]
-        return self.peer.address, 0
+    def address_string(self) -> str:
+        return self.peer.address
 
     @property
     def requestline(self) -> str:  # type: ignore[override]
@@ -977,9 +1061,12 @@ class Request(BaseHTTPRequestHandler):
         except Refused as refused:
             return refusal(refused)
         except Exception:
-            traceback.print_exc()
+            say(traceback.format_exc())
             self.peer.closing = True
-            return refusal(Refused(500, "the bus failed on this request; its log says why"))
+            return refusal(our_fault())
+
+    def log_message(self, format: str, *arguments: Any) -> None:
+        say(f"{self.address_string()} [{self.log_date_time_string()}] {format % arguments}")
 
     def query(self) -> Query:
         return Query(self.parsed.query) if self.parsed.query else NO_QUERY
@@ -992,6 +1079,10 @@ class Request(BaseHTTPRequestHandler):
         if not isinstance(value, dict):
             raise Refused(400, "the body must be a JSON object")
         return Query.of_members(value)
+
+    def owner(self) -> str:
+        """Who pays for what this request makes: a token, or an address."""
+        return self.grant.token or self.peer.address
 
     def plain(self) -> bool:
         """Does the client want text?"""
@@ -1050,11 +1141,15 @@ class Deadlines:
 class Door:
     """All connections that are open, and what they share. Used by the loop only."""
 
+    UNSENT, UNSENT_EACH = 64 << 20, 16 << 20  # bytes of answers that peers have not read: in all, and for one owner
+    SMALL = 4096  # bytes; an answer up to this size is always written
+
     def __init__(self, app: App, loop: Loop) -> None:
         self.app, self.loop = app, loop
         self.deadlines = Deadlines(time.monotonic)
         self.connections: set[Connection] = set()
         self.strangers: dict[Connection, None] = {}  # those that have not finished a first request, oldest first
+        self.unsent: Counter[str] = Counter()  # bytes, by owner; that of "" is all
 
     def enter(self, connection: Connection) -> None:
         self.connections.add(connection)
@@ -1069,9 +1164,22 @@ class Door:
         self.strangers.pop(connection, None)
         self.deadlines.forget(connection)
 
+    def owe(self, connection: Connection, size: int) -> None:
+        """So many bytes of the answer are unsent now."""
+        for owner in ("", connection.owner()):
+            self.unsent[owner] += size - connection.unsent
+            if not self.unsent[owner]:
+                del self.unsent[owner]
+        connection.unsent = size
+
+    def is_full(self, connection: Connection, size: int) -> bool:
+        """Would an answer of this size be too much, as others are unread?"""
+        each = self.unsent[connection.owner()] + size > self.UNSENT_EACH
+        return size > self.SMALL and bool(self.unsent) and (each or self.unsent[""] + size > self.UNSENT)
+
     def sweep(self) -> None:
         for connection in self.deadlines.late():
-            connection.late()
+            connection.guard(connection.late)
 
     def drop_idle(self) -> None:
         """Descriptors have run out: close the connections that wait for nobody, but those that came this second."""
@@ -1082,7 +1190,12 @@ class Door:
 
     def drain(self) -> None:
         for connection in list(self.connections):
-            connection.drain()
+            connection.guard(connection.drain)
+
+    def evict(self) -> None:
+        """Close the connections whose tokens were revoked."""
+        for connection in list(self.connections):
+            connection.guard(connection.check_token)
 
 
 class Connection:
@@ -1092,10 +1205,12 @@ class Connection:
     skipped: a short request that is answered at once never leaves the first call of data_received.
 
     Invariants: one request in hand per connection, and a pipelined one waits in `buffer` for the next turn. Nothing is
-    answered from inside another answer.
+    answered from inside another answer. An exception costs this connection a 500, and nothing else: guard() sees to it.
     """
 
-    __slots__ = "address buffer closing delivering door due ended file phase request slot transport".split()
+    __slots__ = (
+        "address buffer closing delivering door due ended file phase request slot token transport unsent".split()
+    )
     transport: Plain
     request: Request | None
     file: Stream | None  # what is left of the answer being written
@@ -1107,6 +1222,30 @@ class Connection:
         self.phase, self.slot, self.due = IDLE, sys.maxsize, math.inf
         self.closing = self.ended = False  # we want to close after the answer; the peer sends no more
         self.request = self.delivering = self.file = None
+        self.token: str | None = None  # the id of the token that the last request had; None: nobody asked for one yet
+        self.unsent = 0  # bytes of the answer
+
+    def owner(self) -> str:
+        """Who pays for its unread answers: a token, or an address."""
+        return self.token or self.address
+
+    def guard(self, action: Callable[[], None]) -> None:
+        """Call it; an exception ends this connection."""
+        if not self.door.loop.attempt(action):
+            self.door.loop.attempt(self.fail)
+
+    def soon(self, action: Callable[[], None]) -> None:
+        self.door.loop.soon(partial(self.guard, action))
+
+    def fail(self) -> None:
+        """We have made a mistake with this connection."""
+        if self.phase is PARKED:
+            self.door.app.left(self)
+        if self.phase in (WRITING, LINGER):
+            self.transport.abort()
+        else:
+            self.closing = True
+            self.write(refusal(our_fault()))
 
     # Called by the transport
 
@@ -1118,14 +1257,17 @@ class Connection:
 
     def connection_lost(self) -> None:
         self.door.leave(self)
+        self.door.owe(self, 0)
         if self.phase is PARKED:
             self.door.app.left(self)
         self.phase = LINGER
-        if self.file:
+        if self.file and not self.file.busy:
             self.file.close()
-        if self.request and self.request.sink:
-            self.request.sink.close()
-        self.buffer, self.request = b"", None  # we and our transport hold each other until the collector comes
+        request, self.request, self.buffer = self.request, None, b""  # else we and our transport hold each other
+        if request and request.sink and not request.sink.busy:
+            request.sink.close()
+        if self.delivering:
+            self.door.app.lost(*self.delivering)
 
     def data_received(self, data: bytes) -> None:
         if self.phase is LINGER:
@@ -1138,7 +1280,7 @@ class Connection:
             self.buffer += data
         if self.phase in READING:
             self.advance()
-        elif len(self.buffer) > HEAD_BYTES:
+        if self.phase is not BODY and len(self.buffer) > HEAD_BYTES:  # the peer pipelines faster than it is answered
             self.transport.pause_reading()
 
     def eof_received(self) -> None:
@@ -1168,6 +1310,7 @@ class Connection:
             self.write(refusal(refused))
             return
         if request is None:
+            self.transport.resume_reading()
             return
         self.phase, self.due = BUSY, math.inf  # the disk may take its time
         self.closing = request.parsed.closes
@@ -1201,18 +1344,43 @@ class Connection:
         self.buffer = self.buffer[end:]
         request.parse_request()
         self.door.app.admit(request)
+        self.token = request.grant.token
         if request.parsed.expects and len(self.buffer) < request.parsed.length:
             self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def pour(self, sink: Sink) -> bool:
-        """Hand what has come of a body to its sink; true if that was all. Slower than BODY_RATE is 408 here too."""
-        part, self.buffer = self.buffer[: sink.missing], self.buffer[sink.missing :]
-        sink.write(part)
-        if sink.missing and self.ended:
+        """Hand what has come of a body to its sink; true if all is there. Slower than BODY_RATE is 408 here too."""
+        part = b"" if sink.busy else bytes(self.buffer[: sink.missing])
+        if part:
+            self.buffer = self.buffer[len(part) :]
+            sink.busy = True
+            self.transport.pause_reading()
+            self.door.loop.in_thread(partial(sink.write, part), lambda written: self.poured(sink, written))
+        elif not sink.missing:
+            return True
+        elif self.ended and not sink.busy:
             raise Refused(400, f"the file ended {sink.missing} bytes early; send the rest", *sink.offset())
-        if sink.missing and (self.phase is not BODY or sink.far_enough()):
+        if self.phase is not BODY:
             self.wait(BODY, BODY_SECONDS)
-        return not sink.missing
+        return False
+
+    def poured(self, sink: Sink, written: Any) -> None:
+        """A piece of a body was written, or was not."""
+        sink.busy = False
+        try:
+            sink.wrote(written)
+            if self.phase is LINGER:
+                sink.close()
+                return
+            self.door.app.check_token(self.token or "")
+        except Refused as refused:
+            self.closing = True
+            self.answer(refusal(refused))
+            return
+        if sink.far_enough():
+            self.wait(BODY, BODY_SECONDS)
+        self.transport.resume_reading()
+        self.guard(self.advance)
 
     def want_head(self) -> None:
         if not self.buffer:
@@ -1232,16 +1400,20 @@ class Connection:
         if answer and self.phase is not LINGER:  # None: it is answered later; LINGER: the peer has gone meanwhile
             self.write(answer)
             if self.phase is IDLE and (self.buffer or self.ended):
-                self.door.loop.soon(self.advance)
+                self.soon(self.advance)
 
     def write(self, answer: Answer) -> None:
+        if self.door.is_full(self, len(answer.body)):
+            if answer.delivers:
+                self.door.app.lost(*answer.delivers)
+            answer = refusal(Refused(503, "read the answers to your earlier requests first", ("Retry-After", "5")))
         self.phase = WRITING
         self.closing = self.closing or self.door.app.draining
         self.door.app.answered(self, answer)
         request, self.request = self.request, None
         bare = request is not None and request.command == "HEAD"
         self.delivering, self.file = answer.delivers, answer.file
-        if request and request.sink:
+        if request and request.sink and not request.sink.busy:
             request.sink.close()
         if self.file and bare:
             self.file.close()
@@ -1250,42 +1422,55 @@ class Connection:
         if self.transport.closing:  # it broke: nobody has the answer, and connection_lost comes next
             return
         if self.transport.unsent:
+            self.door.owe(self, len(self.transport.unsent))
             self.wait(WRITING, ANSWER_SECONDS + len(answer.body) / BODY_RATE)
         elif self.file:
-            self.door.loop.soon(self.resume_writing)
+            self.soon(self.resume_writing)
         else:
             self.written()
 
     def resume_writing(self) -> None:
         """The peer's system has what was written so far."""
-        if self.phase is WRITING and self.file:
-            self.write_on(self.file)
-        elif self.phase is WRITING:
-            self.written()
-            self.advance()
+        if self.phase is WRITING:
+            self.door.owe(self, 0)
+            if self.file and not self.file.busy:
+                self.wait(WRITING, ANSWER_SECONDS)
+                self.file.busy = True
+                file = self.file
+                self.door.loop.in_thread(file.read, lambda piece: self.write_piece(file, piece))
+            elif not self.file:
+                self.written()
+                self.advance()
 
-    def write_on(self, file: Stream) -> None:
-        """Write one more piece of a file; the next piece is for another turn."""
-        piece = file.read()
+    def write_piece(self, file: Stream, piece: Any) -> None:
+        """Write one more piece of a file."""
+        file.busy = False
+        if self.phase is LINGER:
+            file.close()
+            return
         self.closing = self.closing or not piece  # somebody cut the file: its peer must not take what follows for it
-        self.wait(WRITING, ANSWER_SECONDS)
-        if not file.length:
+        try:
+            self.door.app.check_token(self.token or "")
+            self.transport.write(b"" if isinstance(piece, Exception) else piece)
+        except Refused:
+            self.transport.abort()
+        if not file.length or self.transport.closing or isinstance(piece, Exception):
             file.close()
             self.file = None
-        self.transport.write(piece)
         if not self.transport.closing and not self.transport.unsent:
-            self.door.loop.soon(self.resume_writing)
+            self.soon(self.resume_writing)
 
     def written(self) -> None:
         """The peer's system has the whole answer."""
-        if self.delivering:
-            self.door.app.delivered(*self.delivering)
-            self.delivering = None
+        delivering, self.delivering = self.delivering, None
+        if delivering:
+            self.door.app.delivered(*delivering)
         if self.closing:
             self.hang_up()
         else:
             self.wait(IDLE, IDLE_SECONDS)
-            self.transport.resume_reading()
+            if len(self.buffer) <= HEAD_BYTES:
+                self.transport.resume_reading()
 
     # Ends
 
@@ -1311,10 +1496,30 @@ class Connection:
         elif self.phase in (HEAD, BODY):
             self.write(refusal(shutting_down()))
 
+    def check_token(self) -> None:
+        """Was the token revoked that this connection came with? An operation that is out is refused when it comes."""
+        waits = self.phase in (BODY, PARKED)
+        if self.token is None or not (waits or (self.token and self.phase in (IDLE, WRITING))):
+            return
+        try:
+            self.door.app.check_token(self.token)
+        except Refused as refused:
+            if self.phase is PARKED:
+                self.door.app.left(self)
+            self.closing = True
+            if self.phase is IDLE:
+                self.hang_up()
+            elif self.phase is WRITING:
+                self.transport.abort()
+            else:
+                self.write(refusal(refused))
+
     def late(self) -> None:
         """The deadline of this phase has passed."""
         if self.phase is PARKED:
             self.release()
+        elif self.phase is BODY and self.request and self.request.sink and self.request.sink.busy:
+            self.wait(BODY, BODY_SECONDS)  # it is our disk that is slow
         elif self.phase in (HEAD, BODY):
             self.closing = True
             self.write(refusal(Refused(408, f"the request took too long: we waited for {self.phase.value}")))
@@ -1322,6 +1527,10 @@ class Connection:
             self.hang_up()
         else:
             self.transport.abort()
+
+
+def our_fault() -> Refused:
+    return Refused(500, "the bus failed on this request; its log says why")
 
 
 def shutting_down() -> Refused:
@@ -1370,6 +1579,9 @@ class Plain:
             self.write_on()
         if events & self.events & selectors.EVENT_READ:
             self.read()
+
+    def failed(self) -> None:
+        self.protocol.fail()
 
     def read(self) -> None:
         try:
@@ -1492,6 +1704,9 @@ class Listener:
                 guest.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 self.welcome(guest)
 
+    def failed(self) -> None:
+        """The guest has gone, and the listener stays."""
+
     def welcome(self, guest: socket.socket) -> None:
         if self.tls:
             guest = self.tls.wrap_socket(guest, server_side=True, do_handshake_on_connect=False)
@@ -1518,6 +1733,25 @@ def give_to_folder(file: int | str, path: str) -> None:
         os.chown(file, folder.st_uid, folder.st_gid)
 
 
+def open_beside(path: str) -> IO[str]:
+    """A file beside the database, made if there is none, and never through a link that another user left there."""
+    pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    give_to_folder(file, path)
+    return os.fdopen(file, "r+", encoding="ascii")
+
+
+@contextlib.contextmanager
+def written_anew(path: str) -> Iterator[IO[str]]:
+    """Write a file beside the database. Whoever reads it meanwhile has the old file or the new one, never a part."""
+    with open_beside(f"{path}.new") as file:
+        file.truncate()
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(f"{path}.new", path)
+
+
 class Tokens:
     """The tokens of a bus: a line of JSON each in DATABASE.tokens, with the sha256 of the secret and what it may do.
 
@@ -1530,7 +1764,7 @@ class Tokens:
         self.closed = False
         self.grants: dict[str, tuple[str, Grant]] = {}
         self.used: dict[str, int] = {}  # token: s since 1970; since they were last saved
-        self.stamp = self.look()
+        self.stamp = self.told = self.look()
         self.load()
 
     def rows(self) -> list[dict[str, Any]]:
@@ -1555,40 +1789,37 @@ class Tokens:
         stamp = self.look()
         if stamp == self.stamp:
             return False
-        self.stamp = stamp
         try:
             self.load()
-        except Unusable as error:
+        except Unusable as error:  # it is tried again at each look
             self.closed = True
-            print(f"bus_server: {error}; going on with those that were known", file=sys.stderr)
+            if stamp != self.told:
+                say(f"bus_server: {error}; going on with those that were known")
+            self.told = stamp
+            return False
+        self.stamp = stamp
         return True
 
     def load(self) -> None:
         rows = self.rows()
         self.closed = self.closed or bool(rows)
-        self.grants = {
-            row["id"]: (row["hash"], Grant(*(row[field] for field in ("id", "name", "also", "send_only", "operator"))))
-            for row in rows
-            if not row["revoked"]
-        }
-
-    def create(self, suffix: str) -> IO[str]:
-        """A file beside the database."""
-        file = os.open(f"{self.path}.{suffix}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
-        give_to_folder(file, self.path)
-        return os.fdopen(file, "w", encoding="ascii")
+        fields = Grant._fields
+        try:
+            self.grants = {
+                row["id"]: (row["hash"], Grant(row["id"], *(row[field] for field in fields[1:])))
+                for row in rows
+                if not row["revoked"]
+            }
+        except (KeyError, TypeError):
+            raise Unusable(f"cannot read the tokens in {self.path}: a line is not that of a token") from None
 
     def change(self, change: Callable[[list[dict[str, Any]]], list[dict[str, Any]]]) -> None:
-        """Write the file anew. One command at a time; the server reads the old file or the new one, never a part."""
+        """Write the file anew, one command at a time."""
         try:
-            pathlib.Path(self.path).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            with self.create("lock") as lock:
+            with open_beside(f"{self.path}.lock") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
-                with self.create("new") as file:
+                with written_anew(self.path) as file:
                     file.writelines(f"{encode(row)}\n" for row in change(self.rows()))
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(f"{self.path}.new", self.path)
             time.sleep(2 * Deadlines.SLOT)  # until a running server has looked
         except OSError as error:
             raise Unusable(f"cannot write the tokens in {self.path}: {error.strerror}") from None
@@ -1629,22 +1860,64 @@ class Gate:
         self.tokens = tokens
         self.hosts = {"localhost", *(host.lower() for host in hosts)}
 
+    def holds(self, token: str) -> bool:
+        """May this token be used? On a bus without tokens the one that has no name may."""
+        return not self.tokens.closed or token in self.tokens.grants
+
+    def knows(self, head: Head) -> bool:
+        """Was the request made with a token, or does the bus have none?"""
+        try:
+            return not self.tokens.closed or bool(self.tokens.grant(head.fields.get("authorization", "")))
+        except Refused:
+            return False
+
+    def may_read(self, own: str, mailbox: str) -> bool:
+        """Has this name a token that reads the mailbox? On a bus without tokens everybody may."""
+        known = [grant for _, grant in self.tokens.grants.values() if grant.name == own]
+        return not self.tokens.closed or any(grant.reads(mailbox) for grant in known)
+
     def admit(self, head: Head) -> Grant:
         if head.foreign:
             raise Refused(403, "pages of other sites may not use this bus")
         if self.tokens.closed:
             return OPEN if head.route in PUBLIC else self.tokens.grant(head.fields.get("authorization", ""))
-        if head.host and head.host not in self.hosts and not is_address(head.host):
+        if head.host and head.host not in self.hosts and not ip_address(head.host.strip("[]")):
             raise Refused(403, f"this bus does not answer to {head.host}: start it with --allow-host, or with tokens")
         return OPEN
 
 
 @lru_cache(256)
-def is_address(host: str) -> bool:
+def ip_address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     try:
-        return bool(ipaddress.ip_address(host.strip("[]")))
+        return ipaddress.ip_address(host)
     except ValueError:
-        return False
+        return None
+
+
+class Budget:
+    """What each owner may spend: `burst` at once, and `rate` a second (0: without limit). The clock is passed in."""
+
+    def __init__(self, clock: Callable[[], float], rate: float, burst: float) -> None:
+        self.clock, self.rate, self.burst = clock, rate, burst
+        self.left: dict[str, tuple[float, float]] = {}  # what each owner has left, at which time
+
+    def wait(self, owner: str, amount: float) -> int:
+        """Spend it, and return 0; or the seconds until so much can be spent. A full budget may go below 0 once."""
+        now = self.clock()
+        left, before = self.left.get(owner, (self.burst, now))
+        left = min(self.burst, left + (now - before) * self.rate)
+        if self.rate and amount > left and left < self.burst:
+            return math.ceil((min(amount, self.burst) - left) / self.rate)
+        if self.rate:
+            self.left[owner] = left - amount, now
+        return 0
+
+    def forget(self) -> None:
+        """Drop the owners whose budget is full again."""
+        now = self.clock()
+        for owner, (left, then) in list(self.left.items()):
+            if left + (now - then) * self.rate >= self.burst:
+                del self.left[owner]
 
 
 class Storms:
@@ -1654,59 +1927,74 @@ class Storms:
     """
 
     BURST = 1000  # messages a sender may send at once, before `rate` (messages per second) holds it back
+    READS, READS_BURST = 200, 2000  # requests of one reader: a second, at once
+    NAMES, NAMES_BURST = 10 / 60, 1000  # names that one owner uses for the first time: a second, at once
     DEPTH = 32  # replies to replies; people change the subject earlier
-    TURNS, WITHIN = 30, 600.0  # changes of direction between two names, in so many seconds
+    WITHIN = 600.0  # s in which changes of direction between two names are counted
 
-    def __init__(self, clock: Callable[[], float], rate: float) -> None:
-        self.clock, self.rate = clock, rate
-        self.budgets: dict[str, tuple[float, float]] = {}  # sender: messages left, at which time
+    def __init__(self, clock: Callable[[], float], rate: float, turns: int = 120) -> None:
+        self.clock = clock
+        self.most_turns = turns  # changes of direction between two names; a quarter of it is warned of; 0: any
+        self.sends = Budget(clock, rate, self.BURST)
+        self.reads = Budget(clock, self.READS if rate else 0, self.READS_BURST)
+        self.names = Budget(clock, self.NAMES if rate else 0, self.NAMES_BURST)
         self.turns: dict[tuple[str, str, str], tuple[str, deque[float]]] = {}  # pair: who sent last, when turns were
 
     def forget(self) -> None:
         """Drop what no longer says anything; called now and then."""
+        for budget in (self.sends, self.reads, self.names):
+            budget.forget()
         now = self.clock()
-        for sender, (left, then) in list(self.budgets.items()):
-            if left + (now - then) * self.rate >= self.BURST:
-                del self.budgets[sender]
         for pair, (_, turns) in list(self.turns.items()):
             if not turns or turns[-1] < now - self.WITHIN:
                 del self.turns[pair]
 
-    def check(self, drafts: Sequence[Draft], each: Iterable[Way]) -> None:
+    def spend(self, sender: str, messages: int) -> None:
+        wait = self.sends.wait(sender, messages)
+        if wait:
+            raise too_much(f"{sender} sends faster than {self.sends.rate:g} messages a second: wait {wait} s", wait)
+
+    def read(self, reader: str) -> None:
+        wait = self.reads.wait(reader, 1)
+        if wait:
+            raise too_much(f"{reader} reads faster than {self.READS} times a second: wait {wait} s", wait)
+
+    def name(self, owner: str, names: int) -> None:
+        wait = self.names.wait(owner, names) if names else 0
+        if wait:
+            why = f"{owner} uses more new names than {self.NAMES_BURST}, and 10 a minute: wait {wait} s"
+            raise too_much(f"{why}, or use a name that is known", wait)
+
+    def check(self, drafts: Sequence[Draft], each: Iterable[Way]) -> str:
+        """429 for a storm; else a warning for the sender, or an empty text."""
         now = self.clock()
-        if self.rate:
-            self.spend(drafts[0].sender, len(drafts), now)
         for one in drafts:
             if one.depth > self.DEPTH:
                 new = "what is new begins a new thread, without reply_to"
                 why = f"this is reply {one.depth} in one chain, {self.DEPTH} are allowed"
                 raise too_much(f"{why}: stop answering; {new}", 600)
-        for channel, sender, to in each:
-            if to != EVERYONE:
-                self.turn(channel, sender, to, now)
+        warnings = [self.turn(channel, sender, to, now) for channel, sender, to in each if to != EVERYONE]
+        return next(filter(None, warnings), "")
 
-    def spend(self, sender: str, messages: int, now: float) -> None:
-        left, before = self.budgets.get(sender, (self.BURST, now))
-        left = min(self.BURST, left + (now - before) * self.rate)
-        if messages > left and left < self.BURST:
-            wait = math.ceil((min(messages, self.BURST) - left) / self.rate)
-            raise too_much(f"{sender} sends faster than {self.rate:g} messages a second: wait {wait} s", wait)
-        self.budgets[sender] = left - messages, now
-
-    def turn(self, channel: str, sender: str, to: str, now: float) -> None:
+    def turn(self, channel: str, sender: str, to: str, now: float) -> str:
         pair = (channel, sender, to) if sender < to else (channel, to, sender)
         last, turns = self.turns.get(pair) or ("", deque())
-        if last == sender:
-            return
+        if last == sender or not self.most_turns:
+            return ""
         if last:
             while turns and turns[0] < now - self.WITHIN:
                 turns.popleft()
-            if len(turns) >= self.TURNS:
+            if len(turns) >= self.most_turns:
                 wait = math.ceil(turns[0] + self.WITHIN - now)
-                often = f"{self.TURNS} times in {self.WITHIN / 60:g} minutes"
+                often = f"{self.most_turns} times in {self.WITHIN / 60:g} minutes"
                 raise too_much(f"{sender} and {to} have answered each other {often}: stop, or wait {wait} s", wait)
             turns.append(now)
         self.turns[pair] = sender, turns
+        if len(turns) < max(self.most_turns // 4, 1):
+            return ""
+        often = f"{len(turns)} times in {self.WITHIN / 60:g} minutes"
+        limit = f"at {self.most_turns} the bus refuses: send only what the other one needs"
+        return f"{sender} and {to} have answered each other {often}; {limit}"
 
 
 # ── State ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -1721,6 +2009,8 @@ MAILBOX_MESSAGES, MAILBOX_BYTES = 10000, 64 << 20  # for a name and not fetched 
 REMOVE_SLICE = 500  # messages removed in one transaction: a few ms that a send may have to wait
 RESERVE_BYTES = 16 << 20  # of the disk that no message takes: removing messages, and marks, need room in the WAL
 CHECKED_BYTES = 64 << 20  # a database up to this size is checked whole at start; every message has its checksum anyway
+BUSY_SECONDS = 2.0  # to wait for a lock of another program, before senders get 503
+SOUND = 1 << 53  # a tick or a count above it is damage: as us it is the year 2255
 OPERATION_FORMAT = 1  # of the bytes of an operation
 
 MIGRATIONS = [  # user_version n is what the first n of them made; only ever add at the end
@@ -1764,6 +2054,7 @@ MIGRATIONS = [  # user_version n is what the first n of them made; only ever add
     # the extension is not loaded.
     """
     ALTER TABLE mailboxes ADD COLUMN gone INTEGER NOT NULL DEFAULT 0;  -- n of the last message that was removed
+    ALTER TABLE bus ADD COLUMN lost INTEGER NOT NULL DEFAULT 0;  -- up to this tick messages may be lost by damage
     CREATE TABLE extensions(name TEXT PRIMARY KEY, version INTEGER NOT NULL, noun TEXT NOT NULL);
     CREATE VIEW work_kept AS SELECT tick FROM work WHERE due IS NOT NULL UNION ALL
         SELECT tick FROM messages JOIN mailboxes ON mailbox = id WHERE taken > 0 AND tick > taken;
@@ -1777,10 +2068,13 @@ MAILBOX = "(SELECT id FROM mailboxes WHERE channel = ? AND name = ?)"
 # /var/tmp, 1,250 writes for 1,600 messages in arrays. We undo the whole transaction anyway: 23 % more messages a
 # second.
 INSERT_ROWS, INSERT_VALUES = 90, 11  # rows in one statement, and values in one row; SQLite before 3.32 takes 999
-UNFETCHED = "tick > max(CAST(fetched AS INTEGER), CAST(ifnull(read, 0) AS INTEGER))"  # in messages JOIN mailboxes
+# In messages JOIN mailboxes: nobody has fetched this message; of one to `all`, somebody on its channel has not.
+UNFETCHED = """CASE name WHEN 'all' THEN EXISTS (SELECT 1 FROM mailboxes AS reader
+    WHERE reader.channel = mailboxes.channel AND own AND tick > CAST(ifnull(read, 0) AS INTEGER)) ELSE
+    tick > max(CAST(fetched AS INTEGER), CAST(ifnull(read, 0) AS INTEGER)) END"""
 NEWEST_N = (
-    "max(CAST(gone AS INTEGER), ifnull((SELECT n FROM messages WHERE mailbox = id AND typeof(n) = 'integer' "
-    "ORDER BY tick DESC LIMIT 1), 0))"
+    "max(CASE WHEN gone < 1 << 53 THEN CAST(gone AS INTEGER) ELSE 0 END, ifnull((SELECT n FROM messages "
+    "WHERE mailbox = id AND typeof(n) = 'integer' AND n < 1 << 53 ORDER BY tick DESC LIMIT 1), 0))"
 )
 ROW = "tick, channel, name, sender, text, n, expires, answers, sum"
 SELECT = f"SELECT {ROW} FROM mailboxes JOIN messages ON mailbox = id"
@@ -1988,7 +2282,7 @@ class Remove(Operation):
         state.writing.executemany("DELETE FROM messages WHERE tick = ?", [row[:1] for row in rows])
         removed = {key: tick for key, (tick, _) in gone.items()}
         state.writing.executemany(
-            f"DELETE FROM receipts WHERE mailbox = {MAILBOX} AND kind IN (0, 1) AND tick < ?",
+            f"DELETE FROM receipts WHERE mailbox = {MAILBOX} AND kind IN (0, 1, 2) AND tick < ?",
             [(*key, tick) for key, tick in removed.items()],
         )
         state.removed.update(removed)
@@ -1996,7 +2290,29 @@ class Remove(Operation):
         return int(rows[-1][0])
 
 
-OPERATIONS: dict[str, type[Operation]] = {each.kind: each for each in (Put, Raise, Marks, Remove)}
+class Forget(Operation):
+    """Forget mailboxes that have no mail and that nobody polls. The result is [channel, name] of those that went."""
+
+    __slots__ = ("names",)
+    kind, rank = "forget", 4
+
+    def __init__(self, names: list[list[str]]) -> None:
+        self.names = names
+
+    def apply(self, state: State, now: Now) -> list[list[str]]:
+        gone = []
+        for channel, own in self.names:
+            number, _ = state.counts.get((channel, own), (0, 0))
+            mail = "SELECT 1 FROM messages WHERE mailbox = ? LIMIT 1"
+            if not state.writing.execute(mail, (number,)).fetchone():
+                state.writing.execute("DELETE FROM mailboxes WHERE id = ?", (number,))
+                state.writing.execute("DELETE FROM receipts WHERE mailbox = ?", (number,))
+                state.counts.pop((channel, own), None)
+                gone.append([channel, own])
+        return gone
+
+
+OPERATIONS: dict[str, type[Operation]] = {each.kind: each for each in (Put, Raise, Marks, Remove, Forget)}
 
 
 def is_of_the_machine(error: Exception) -> bool:
@@ -2011,11 +2327,11 @@ class Rows:
         self.path, self.database = path, database
 
     def damaged(self, what: str) -> None:
-        print(f"bus_server: {self.path}: {what} is damaged; skipped", file=sys.stderr)
+        say(f"bus_server: {self.path}: {what} is damaged; skipped")
 
     def number(self, value: Any, otherwise: int, what: str) -> int:
         """A number as it is stored, or what stands for it."""
-        if isinstance(value, int):
+        if isinstance(value, int) and abs(value) < SOUND:
             return value
         self.damaged(what)
         return otherwise
@@ -2028,8 +2344,12 @@ class Rows:
         self.damaged(f"message {message.tick:x} to {message.to}")
         return None
 
+    def ask(self, statement: str, *values: Any) -> Any:
+        """The first row of an answer, or None."""
+        return self.database.execute(statement, values).fetchone()
+
     def message(self, tick: int) -> Message | None:
-        row = self.database.execute(f"{SELECT} WHERE tick = ?", (tick,)).fetchone()
+        row = self.ask(f"{SELECT} WHERE tick = ?", tick)
         return self.checked(row) if row else None
 
     def extensions(self) -> dict[str, str]:
@@ -2049,13 +2369,24 @@ class State(Rows):
     def __init__(self, path: str, clock: Callable[[], int] = wall_clock) -> None:
         memory = path == ":memory:"
         target = f"file:bus-{secrets.token_hex(4)}?mode=memory&cache=shared" if memory else path
+        if not memory:
+            check_names(path)
         self.lock = None if memory else locked(path)
         try:
+            commits = [] if memory else commits_in_wal(f"{path}-wal")
             self.writing = sqlite3.connect(
-                target, isolation_level=None, check_same_thread=False, uri=memory, cached_statements=128
+                target,
+                timeout=BUSY_SECONDS,
+                isolation_level=None,
+                check_same_thread=False,
+                uri=memory,
+                cached_statements=128,
             )
             super().__init__(path, self.writing)
+            damaged = not memory and self.damaged_wal(commits)
             prepare(self.writing, path, "memory" if memory else "wal")
+            if damaged:
+                self.tell_loss(clock())
             reading = sqlite3.connect(target, isolation_level=None, check_same_thread=False, uri=memory)
             for each in (self.writing, reading):  # text that is no UTF-8 any more is a damaged row, not an error
                 each.text_factory = lambda text: text.decode("utf-8", "replace")
@@ -2065,6 +2396,18 @@ class State(Rows):
             self.reload()
         except (sqlite3.Error, UnicodeDecodeError) as error:  # the latter: SQLite names what it cannot read
             raise Unusable(f"cannot use the database {path}: {error}") from None
+
+    def damaged_wal(self, commits: list[int]) -> bool:
+        """Did SQLite stop reading the log before two transactions or more? One alone may be torn by a power cut."""
+        [version] = self.writing.execute("PRAGMA user_version").fetchone()  # now it has read the log
+        [_, frames, _] = self.writing.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone() if version else (0, 0, 0)
+        return sum(commit > max(frames, 0) for commit in commits) > 1
+
+    def tell_loss(self, wall: int) -> None:
+        """Every reader with a cursor from before now is told of a gap."""
+        say(f"bus_server: {self.path}-wal is damaged: its last transactions are lost, and readers are told of a gap")
+        [newest] = self.writing.execute("SELECT ifnull(max(tick), 0) FROM messages").fetchone()
+        self.writing.execute("UPDATE bus SET lost = max(last, ?, ?), last = max(last, ?, ?)", (wall, newest) * 2)
 
     def close(self) -> None:
         self.view.database.close()  # first: the last to close folds the WAL into the database, which is a write
@@ -2076,13 +2419,12 @@ class State(Rows):
         """Write into the lock file which bus holds it: its URL, then its version. The commands read both."""
         if self.lock:
             self.lock.truncate(0)
-            self.lock.write(f"{url}\n{VERSION}\n".encode())
+            self.lock.write(f"{url}\n{VERSION}\n")
             self.lock.flush()
 
     def add_tables(self, extension: str, noun: str, steps: Sequence[str]) -> None:
         """Bring the tables of an extension up to date. `steps` are its migrations; only ever add at the end."""
-        statement = "SELECT version FROM extensions WHERE name = ?"
-        [version] = self.writing.execute(statement, (extension,)).fetchone() or [0]
+        [version] = self.ask("SELECT version FROM extensions WHERE name = ?", extension) or [0]
         if version > len(steps):
             raise Unusable(f"the database {self.path} was used with a newer {extension}.py: use that one")
         if version < len(steps):
@@ -2096,9 +2438,9 @@ class State(Rows):
         """Read back from the file what the writer knows: at start, and when something was undone."""
         self.bus: str
         self.last: int
-        self.bus, last, newest = self.writing.execute(
-            "SELECT id, last, (SELECT ifnull(max(tick), 0) FROM messages) FROM bus"
-        ).fetchone()
+        newest = "(SELECT ifnull(max(tick), 0) FROM messages)"
+        self.bus, last, lost, newest = self.ask(f"SELECT id, last, lost, {newest} FROM bus")
+        self.lost = self.number(lost, 0, "how far messages are lost")
         self.last = max(self.number(last, 0, "the newest tick"), newest)
         rows = self.writing.execute(f"SELECT channel, name, id, {NEWEST_N} FROM mailboxes").fetchall()
         self.counts = {(channel, own): (number, n) for channel, own, number, n in rows}
@@ -2164,7 +2506,7 @@ class State(Rows):
         return result
 
     def failed(self, operation: Operation, error: Exception) -> Refused:
-        traceback.print_exc()
+        say(traceback.format_exc())
         return Refused(500, f"the bus failed on this {operation.kind}: {type(error).__name__}; its log says why")
 
     def begin(self) -> None:
@@ -2258,7 +2600,7 @@ class View(Rows):
         free = disk.f_bavail * disk.f_frsize
         if free < 64 * RESERVE_BYTES:  # with more, asking the database is not worth its time
             pages = "(freelist_count - page_count) * page_size FROM pragma_freelist_count, pragma_page_count"
-            [unused] = self.database.execute(f"SELECT {pages}, pragma_page_size").fetchone()
+            [unused] = self.ask(f"SELECT {pages}, pragma_page_size")
             free += unused + os.path.getsize(self.path)
         return bool(free >= RESERVE_BYTES)
 
@@ -2303,18 +2645,16 @@ class View(Rows):
 
     def oldest(self, channel: str, own: str, mark: int) -> int | None:
         """The oldest tick of a mailbox above a mark."""
-        statement = f"SELECT min(tick) FROM messages WHERE mailbox = {MAILBOX} AND tick > ?"
-        tick: int | None = self.database.execute(statement, (channel, own, mark)).fetchone()[0]
+        tick: int | None
+        [tick] = self.ask(f"SELECT min(tick) FROM messages WHERE mailbox = {MAILBOX} AND tick > ?", channel, own, mark)
         return tick
 
     def receipt(self, message: Message, kind: int) -> tuple[str, int] | None:
         """Which reader moved a mark over this message, and when."""
-        row: tuple[str, int] | None = self.database.execute(
-            f"SELECT reader, at FROM receipts WHERE mailbox = {MAILBOX} AND kind = ? AND tick >= ? "
-            "ORDER BY tick LIMIT 1",
-            (message.channel, message.to, kind, message.tick),
-        ).fetchone()
-        if row and not (is_name(row[0]) and isinstance(row[1], int)):
+        above = f"mailbox = {MAILBOX} AND kind = ? AND tick BETWEEN ? AND ? ORDER BY tick LIMIT 1"
+        values = message.channel, message.to, kind, message.tick, message.tick if kind == ALONE else 1 << 62
+        row: tuple[str, int] | None = self.ask(f"SELECT reader, at FROM receipts WHERE {above}", *values)
+        if row and not (all(map(is_name, str(row[0]).split("/"))) and isinstance(row[1], int)):
             self.damaged(f"who read {message.tick:x}")
             return None
         return row
@@ -2324,8 +2664,7 @@ class View(Rows):
         where = f"FROM messages WHERE mailbox = {MAILBOX} AND typeof(n) = 'integer' AND"  # not of a damaged message
         below = f"SELECT n {where} tick <= ? ORDER BY tick DESC LIMIT 1"
         above = f"SELECT n - 1 {where} tick > ? ORDER BY tick LIMIT 1"
-        values = (channel, own, tick)
-        row = self.database.execute(below, values).fetchone() or self.database.execute(above, values).fetchone()
+        row = self.ask(below, channel, own, tick) or self.ask(above, channel, own, tick)
         return int(row[0]) if row else None
 
     def count_between(self, channel: str, own: str, tick: int, last: int) -> tuple[int, int]:
@@ -2334,23 +2673,29 @@ class View(Rows):
         Looks at no more than would fill it. What is on disk above `last` has not been announced yet.
         """
         where = f"WHERE mailbox = {MAILBOX} AND tick > ? AND tick <= ? LIMIT {MAILBOX_MESSAGES}"
-        row = self.database.execute(
-            f"SELECT count(*), ifnull(sum(length(text)), 0) FROM (SELECT text FROM messages {where})",
+        counted = f"SELECT count(*), ifnull(sum(length(text)), 0) FROM (SELECT text FROM messages {where})"
+        messages, size = self.ask(counted, channel, own, tick, last)
+        return messages, size
+
+    def count_by_sender(self, channel: str, own: str, tick: int, last: int) -> Counter[str]:
+        """The same messages, by sender."""
+        where = f"WHERE mailbox = {MAILBOX} AND tick > ? AND tick <= ? LIMIT {MAILBOX_MESSAGES}"
+        rows = self.database.execute(
+            f"SELECT sender, count(*) FROM (SELECT sender FROM messages {where}) GROUP BY sender",
             (channel, own, tick, last),
-        ).fetchone()
-        return int(row[0]), int(row[1])
+        ).fetchall()
+        return Counter(dict(rows))
 
     def lineage(self, tick: int) -> tuple[int, int]:
         """The tick that began the chain of replies of a message, and its depth there; what is gone began a new one."""
-        statement = "SELECT ifnull(thread, tick), depth FROM messages WHERE tick = ?"
-        row = self.database.execute(statement, (tick,)).fetchone()
+        row = self.ask("SELECT ifnull(thread, tick), depth FROM messages WHERE tick = ?", tick)
         where = f"the place of {tick:x} in its thread"
         return (self.number(row[0], tick, where), self.number(row[1], 0, where)) if row else (tick, 0)
 
     def count_expired(self, channel: str, own: str, above: int) -> int:
-        statement = f"SELECT count(*) FROM messages WHERE mailbox = {MAILBOX} AND expires <= ? AND tick > ?"
-        count: int = self.database.execute(statement, (channel, own, self.clock(), above)).fetchone()[0]
-        return count
+        expired = f"mailbox = {MAILBOX} AND expires <= ? AND tick > ?"
+        row = self.ask(f"SELECT count(*) FROM messages WHERE {expired}", channel, own, self.clock(), above)
+        return int(row[0])
 
     def mailboxes(self, last: int) -> list[tuple[Any, ...]]:
         """A row for each mailbox: channel, name, own, read, fetched, seen, removed, n, newest, perishable."""
@@ -2380,12 +2725,28 @@ class View(Rows):
         return (channel, called, own or 0, read, fetched or read or 0, seen or 0, removed, *marks[5:])
 
 
-def locked(path: str) -> IO[bytes]:
+def lock_file(path: str) -> str:
+    """It belongs to the file, not to a name of it: a link to a database is the same database."""
+    return f"{os.path.realpath(path)}.lock"
+
+
+def check_names(path: str) -> None:
+    """Unusable, if this path is not the one whole name of a database."""
+    if os.path.exists(path) and os.stat(path).st_nlink > 1:
+        raise Unusable(f"{path} has several names (hard links), each with a log of its own: remove all but one")
+    if os.path.exists(restoring(path)):
+        raise Unusable(f"a restore of {path} was cut off: run it again (python3 bus_server.py restore COPY)")
+
+
+def restoring(path: str) -> str:
+    """A file that is there while restore renames; it has the name that the old database gets."""
+    return f"{path}.restoring"
+
+
+def locked(path: str) -> IO[str]:
     """A file that holds PATH.lock until it is closed or this process ends. A reader with sqlite3 needs no lock."""
     try:
-        pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        lock = open(f"{path}.lock", "ab")  # noqa: SIM115  (held for as long as the database)
-        give_to_folder(lock.fileno(), path)
+        lock = open_beside(lock_file(path))
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise InUse(f"the database {path} is in use by another bus_server") from None
@@ -2413,7 +2774,7 @@ def prepare(database: sqlite3.Connection, path: str, journal: str) -> None:
     if version and journal == "wal" and os.path.getsize(path) <= CHECKED_BYTES:
         report = ask("PRAGMA integrity_check(1)")
         if report != "ok":
-            print(f"bus_server: the database {path} is damaged ({report}); making its indexes anew", file=sys.stderr)
+            say(f"bus_server: the database {path} is damaged ({report}); making its indexes anew")
             database.execute("REINDEX")
             report = ask("PRAGMA integrity_check(1)")
         if report != "ok":
@@ -2421,12 +2782,43 @@ def prepare(database: sqlite3.Connection, path: str, journal: str) -> None:
     database.execute("BEGIN IMMEDIATE")
     migrate(database, MIGRATIONS[version:])
     if not version:
-        database.execute("INSERT INTO bus VALUES (?, 0)", (secrets.token_hex(8),))
+        database.execute("INSERT INTO bus(id, last) VALUES (?, 0)", (secrets.token_hex(8),))
     database.execute(f"PRAGMA user_version={len(MIGRATIONS)}")
     database.execute("COMMIT")
     # A WAL that is found here may have a part that could not be flushed: it is in the system's memory, but marked as
     # written, and would be missing after a power cut, with all behind it. Folded in, it is written anew.
     database.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+
+
+def commits_in_wal(path: str) -> list[int]:
+    """The frames of a write-ahead log that end a transaction, by their own word, counted from 1.
+
+    The format is SQLite's (fileformat2.html, section 4). A frame belongs to the log if it has the salts of its head.
+    """
+    commits: list[int] = []
+    with contextlib.suppress(OSError), open(path, "rb") as wal:
+        head = wal.read(32)
+        size, salts = int.from_bytes(head[8:12], "big"), head[16:24]
+        first = wal.read(24)
+        if wal_checksum(head[:24]) != head[24:]:  # the head itself is damaged
+            salts = first[8:16]
+        for number in count(1):
+            wal.seek(32 + (number - 1) * (24 + size))
+            frame = wal.read(24)
+            if len(frame) < 24:
+                break
+            if frame[8:16] == salts and frame[4:8] != b"\0\0\0\0":
+                commits.append(number)
+    return commits
+
+
+def wal_checksum(data: bytes) -> bytes:
+    order: Any = "big" if data[3:4] == b"\x83" else "little"  # as the magic number says
+    one = two = 0
+    for start in range(0, len(data) - 7, 8):
+        one = (one + int.from_bytes(data[start : start + 4], order) + two) & 0xFFFFFFFF
+        two = (two + int.from_bytes(data[start + 4 : start + 8], order) + one) & 0xFFFFFFFF
+    return one.to_bytes(4, "big") + two.to_bytes(4, "big")
 
 
 def migrate(database: sqlite3.Connection, steps: Iterable[str]) -> None:
@@ -2479,7 +2871,9 @@ class Parked(Protocol):
 class Mailbox:
     """One name on one channel: what it holds, and how far it was read. Ticks, except where it says otherwise."""
 
-    __slots__ = "address base fetched listening n newest own pending perishable read removed seen until".split()
+    __slots__ = (
+        "address base by_sender fetched firm listening n newest own pending perishable read removed seen until".split()
+    )
     own: bool
     read: int | None
     fetched: int
@@ -2494,8 +2888,10 @@ class Mailbox:
     def __init__(self, *stored: Any) -> None:
         values = stored or self.NEW
         self.own, self.read, self.fetched, self.seen, self.removed, self.n, self.newest, self.perishable = values
+        self.firm = bool(stored)  # it has a row on disk, or should get one; else it was only looked at
         self.base: int | None = None  # how many messages lie up to the mark; None: to be counted
         self.pending: tuple[int, int] | None = None  # how many, and bytes, lie above `fetched`; None: to be counted
+        self.by_sender: Counter[str] | None = None  # how many of these are whose; None: to be counted
         self.address = ""  # of the reader that polled last
         self.listening = 0  # wall clock, us: since when without a break
         self.until = 0.0  # monotonic clock, s: when it stops to count as listening
@@ -2512,13 +2908,19 @@ class Mailboxes:
     """
 
     def __init__(
-        self, clock: Callable[[], float], stored: Iterable[Sequence[Any]] = (), wall: Callable[[], int] = wall_clock
+        self,
+        clock: Callable[[], float],
+        stored: Iterable[Sequence[Any]] = (),
+        wall: Callable[[], int] = wall_clock,
+        oldest: Callable[[str, str, int], int | None] = lambda channel, own, mark: None,
     ) -> None:
         self.clock, self.wall = clock, wall
+        self.oldest = oldest  # the oldest tick of a mailbox above a mark
+        self.lost = 0  # up to this tick messages may be gone of which nothing is known
         self.boxes = {(row[0], row[1]): Mailbox(*row[2:]) for row in stored}
         self.highest = max((box.newest for box in self.boxes.values()), default=0)
         self.changed: set[tuple[str, str]] = set()  # mailboxes whose marks are newer than on disk
-        self.receipts: dict[tuple[str, str, int], Receipt] = {}  # newer than on disk
+        self.receipts: dict[tuple[str, str, int | str], Receipt] = {}  # newer than on disk
         self.parked: dict[Connection, Parked] = {}
         self.waiting: dict[Key, dict[Connection, None]] = {}
 
@@ -2527,6 +2929,10 @@ class Mailboxes:
         if box is None:
             box = self.boxes[channel, own] = Mailbox()
         return box
+
+    def new(self, channel: str, names: Iterable[str]) -> int:
+        """How many of these names have no mailbox yet."""
+        return sum((channel, own) not in self.boxes for own in names)
 
     def of(self, reader: Parked) -> Iterator[Mailbox]:
         """The mailboxes a reader listens to, its own first; their marks are about to change."""
@@ -2548,7 +2954,7 @@ class Mailboxes:
     def owned(self, poll: Poll) -> None:
         """A reader names its own mailbox first. Until now it may have been a group's, which has another mark."""
         own = self.box(str(poll.channel), poll.names[0])
-        if not own.own:
+        if not own.own and poll.me != EVERYONE:  # which is nobody's own
             own.own, own.base = True, None
 
     def left(self, parked: Parked) -> None:
@@ -2563,21 +2969,35 @@ class Mailboxes:
         return self.clock() < box.until
 
     def presented(self, poll: Poll) -> None:
-        """A reader that presents a cursor has everything up to it."""
-        if poll.me is not None:
-            own = self.box(str(poll.channel), poll.me)
-            if own.read is None or own.read < poll.since:
-                own.read = poll.since
-                self.note(poll, poll.me, ACKNOWLEDGED, poll.since)
-            self.delivered(poll, poll.since)
+        """A reader that presents a cursor has everything of its own mailbox up to it. Of others it may have nothing."""
+        if poll.me in (None, EVERYONE):
+            return
+        own = self.box(str(poll.channel), str(poll.me))
+        self.changed.add((str(poll.channel), str(poll.me)))
+        own.firm = own.firm or poll.since > 0
+        if own.read is None or own.read < poll.since:
+            own.read = poll.since
+            self.note(poll, str(poll.me), ACKNOWLEDGED, poll.since)
+        self.fetched(poll, str(poll.me), own, poll.since)
 
     def delivered(self, reader: Parked, tick: int) -> None:
-        """An answer with messages up to `tick` was written out whole, or they were handed to a worker."""
+        """An answer with messages up to `tick` was written out whole, or they were handed to a worker.
+
+        A mark says only what was delivered from the oldest message on without a hole. In a mailbox that is read along,
+        what lies between its mark and the reader's cursor was not.
+        """
         for own, box in zip(reader.present(), self.of(reader)):
-            if tick > box.fetched:
-                box.fetched = tick
-                self.note(reader, own, FETCHED, tick)
-            box.base = box.pending = None
+            if isinstance(reader, Poll) and own not in (reader.me, EVERYONE) and reader.since > box.fetched:
+                first = self.oldest(str(reader.channel), own, box.fetched)
+                if first is not None and first <= reader.since:
+                    continue
+            self.fetched(reader, own, box, tick)
+
+    def fetched(self, reader: Parked, own: str, box: Mailbox, tick: int) -> None:
+        if tick > box.fetched:
+            box.fetched = tick
+            self.note(reader, own, FETCHED, tick)
+        box.base = box.pending = box.by_sender = None
 
     def note(self, reader: Parked, own: str, kind: int, tick: int) -> None:
         receipt = Receipt(str(reader.channel), own, kind, tick, reader.who, self.wall())
@@ -2603,34 +3023,52 @@ class Mailboxes:
         else:
             boxes = [self.box(str(poll.channel), own) for own in poll.names]
         removed = max((box.removed for box in boxes), default=0)
+        removed = max(removed, self.lost)
         return (poll.since, removed) if removed > poll.since else None
 
     def note_removed(self, removed: dict[Any, int]) -> None:
         for key, tick in removed.items():
             if key in self.boxes:  # else its name on the disk is damaged
                 self.boxes[key].removed = tick
-                self.boxes[key].base = self.boxes[key].pending = None
+                self.boxes[key].base = self.boxes[key].pending = self.boxes[key].by_sender = None
 
     def take_marks(self) -> list[Mark]:
         """The marks that changed since the last call."""
         changed, self.changed = self.changed, set()
-        boxes = [(key, self.boxes[key]) for key in changed]
+        boxes = [(key, self.boxes[key]) for key in changed if key in self.boxes and self.boxes[key].firm]
         return [Mark(*key, box.own, box.read, box.fetched, box.seen) for key, box in boxes]
 
     def take_receipts(self) -> list[Receipt]:
         receipts, self.receipts = self.receipts, {}
-        return list(receipts.values())
+        return [each for each in receipts.values() if each[:2] in self.boxes and self.boxes[each[:2]].firm]
+
+    LOOKED_SECONDS = 600.0  # s a name stays in memory that was only looked at
+
+    def idle(self, wall: int, keep: int) -> list[list[str]]:
+        """Drop the names that were only looked at; returns those with a row, without mail, not polled for `keep` us."""
+        gone = []
+        for key, box in list(self.boxes.items()):
+            quiet = wall - box.seen
+            if key in self.waiting or box.newest > box.removed:
+                continue
+            if not box.firm and quiet > self.LOOKED_SECONDS * 1000000:
+                del self.boxes[key]
+            elif box.firm and keep and quiet > keep and box.mark() >= box.removed:  # else its reader is told of a gap
+                gone.append([*key])
+        return gone
 
     # Messages and what is parked
 
     def add(self, visible: list[Message]) -> None:
-        for tick, channel, to, _, text, n, expires, _ in visible:
+        for tick, channel, to, sender, text, n, expires, _ in visible:
             box = self.box(channel, to)
-            box.newest, box.n = tick, n
+            box.newest, box.n, box.firm = tick, n, True
             if expires is not None:
                 box.perishable = True
             if box.pending is not None:
                 box.pending = box.pending[0] + 1, box.pending[1] + len(text)
+            if box.by_sender is not None:
+                box.by_sender[sender] += 1
         if visible:
             self.highest = visible[-1].tick
 
@@ -2642,6 +3080,8 @@ class Mailboxes:
 
     def park(self, connection: Connection, parked: Parked) -> None:
         self.parked[connection] = parked
+        for own in parked.present():
+            self.box(str(parked.channel), own).firm = True
         for key in parked.places():
             self.waiting.setdefault(key, {})[connection] = None
 
@@ -2731,10 +3171,8 @@ class Ledger:
     operation waits in the next one.
     """
 
-    def __init__(
-        self, state: State, loop: Loop, clock: Clock, announce: Callable[[list[Step], Applied | Exception, float], None]
-    ) -> None:
-        self.state, self.loop, self.clock, self.announce = state, loop, clock, announce
+    def __init__(self, bus: Bus) -> None:
+        self.bus, self.loop, self.state = bus, bus.loop, bus.state
         self.steps: list[Step] = []
         self.planned = self.busy = False
         self.removing = False  # the list that is out removes messages
@@ -2750,10 +3188,12 @@ class Ledger:
         return not self.planned and not self.busy
 
     def commit(self) -> None:
-        steps, self.steps = self.steps, []
+        steps, self.steps = self.bus.entitled(self.steps), []
+        self.planned = False
+        if not steps:
+            return
         steps.sort(key=by_rank)
-        self.planned, self.busy = False, True
-        self.removing = type(steps[-1].operation) is Remove
+        self.busy, self.removing = True, type(steps[-1].operation) is Remove
         began = time.monotonic()
         outcome: Applied | Exception
         try:
@@ -2763,14 +3203,17 @@ class Ledger:
         self.busy = self.removing = False
         if self.planned:  # by what came while the deputy served
             self.loop.soon(self.commit)
-        self.announce(steps, outcome, time.monotonic() - began)
+        if not self.loop.attempt(self.bus.announce, steps, outcome, time.monotonic() - began):
+            for connection in [step.connection for step in steps]:
+                if connection and connection.phase is BUSY:
+                    connection.guard(connection.fail)
 
     def apply(self, operations: list[Operation]) -> Applied:
         if not self.state.view.has_room():
             for operation in operations:
                 if type(operation) is Put:
                     operation.room = False
-        now = self.clock.now()
+        now = self.bus.clock.now()
         applied: list[Applied] = []
         self.loop.aside(lambda: applied.append(self.state.apply(operations, now)))
         return applied[0]
@@ -2803,10 +3246,10 @@ class Bus:
 
     Invariants:
     - Nothing is answered before its commit.
-    - A reader that found nothing is parked only if nothing later than what it looked at was announced: look() reads and
-      parks in one turn.
     - `now` never passes a message that was not delivered: reads stop at `last`, the highest tick that was announced.
-    - A list whose outcome is unknown fails its senders (503) and ends the bus; a full disk fails them and goes on.
+    - A list whose outcome is unknown fails its senders (503) and ends the bus. One that certainly was not applied, as
+      the disk is full or another program has locked the file, fails them, and the bus goes on.
+    - Authority is judged in the turn in which an operation goes into the list that is applied next: see entitled().
     """
 
     def __init__(self, state: State, gate: Gate, storms: Storms, *, max_body: int, keep: float, verbose: bool) -> None:
@@ -2816,20 +3259,23 @@ class Bus:
         self.loop = Loop()
         self.door = Door(self, self.loop)
         self.clock = Clock(state.view.clock, state.last)
-        self.ledger = Ledger(state, self.loop, self.clock, self.announce)
-        self.mailboxes = Mailboxes(time.monotonic, state.view.mailboxes(state.last), state.view.clock)
+        self.ledger = Ledger(self)
+        stored = state.view.mailboxes(state.last)
+        self.mailboxes = Mailboxes(time.monotonic, stored, state.view.clock, state.view.oldest)
+        self.mailboxes.lost = state.lost
         self.figures = Figures()
-        self.retention = Retention(self, keep)
+        self.sending, self.receiving, self.retention = Sending(self), Receiving(self), Retention(self, keep)
         self.withheld: dict[Step, Message] = {}  # messages that nobody may pass until the step is announced
         self.truths: dict[Any, str] = {}  # what was said of receivers in this announcement
         self.draining = self.broken = False
         self.saving = False  # of marks, planned
         # The seams: what the core and the extensions register.
         self.routes: dict[tuple[str, str], Route] = {}
-        self.waits: dict[type, Waits] = {Poll: Waits(self.poll_found, self.poll_over)}
+        self.waits: dict[type, Waits] = {Poll: Waits(self.receiving.poll_found, self.receiving.poll_over)}
         self.checks: list[Callable[[Any], None]] = []  # Refused if a message may not be sent
         self.states: list[Callable[[Message], tuple[str, str] | None]] = []  # how far a message came
         self.on_delivered: list[Callable[[Parked, int], None]] = []
+        self.on_lost: list[Callable[[Any, int], None]] = []  # an answer with `delivers` did not arrive whole
         self.on_tidy: list[Callable[[], None]] = []
         self.metrics: list[Callable[[], Iterable[Metric]]] = []
         self.extensions: dict[str, str] = dict.fromkeys(ELSEWHERE, "")  # why each is not loaded; "": it is not there
@@ -2884,6 +3330,14 @@ class Bus:
             tell(reader, tick)
         self.save_marks_soon()
 
+    def lost(self, reader: Any, tick: int) -> None:
+        for tell in self.on_lost:
+            tell(reader, tick)
+
+    def check_token(self, token: str) -> None:
+        if not self.gate.holds(token):
+            raise unauthorized()
+
     def answered(self, connection: Connection, answer: Answer) -> None:
         if answer.status >= 400:
             self.figures.refused[answer.status] += 1
@@ -2904,6 +3358,17 @@ class Bus:
         self.ledger.add(step)
         return step
 
+    def entitled(self, steps: list[Step]) -> list[Step]:
+        """The steps whose tokens hold; the others are refused now."""
+        self.gate.tokens.refresh()
+        if not self.gate.tokens.closed:
+            return steps
+        revoked = [step for step in steps if step.connection and not self.gate.holds(step.connection.token or "")]
+        for step in revoked:
+            self.withheld.pop(step, None)
+            self.settle(step, unauthorized())
+        return [step for step in steps if step not in revoked] if revoked else steps
+
     def announce(self, steps: list[Step], outcome: Applied | Exception, seconds: float) -> None:
         """A list was applied, or has failed: answer everyone who waited for it, readers first."""
         if self.withheld:
@@ -2912,7 +3377,7 @@ class Bus:
         if isinstance(outcome, Exception):
             refused = self.failed(outcome)
             for step in steps:
-                self.conclude(step, refused)
+                self.settle(step, refused)
             return
         self.last = outcome.last
         self.figures.committed(sum(type(step.operation) is Put for step in steps), len(outcome.visible), seconds)
@@ -2921,9 +3386,19 @@ class Bus:
         self.truths = {}
         alive = [each for each in outcome.visible if each.expires is None or not self.view.is_expired(each)]
         for connection, parked, fresh in self.mailboxes.wake(alive):
-            connection.answer(self.waits[type(parked)].found(connection, parked, fresh))
+            connection.guard(partial(self.found, connection, parked, fresh))
         for step, result in zip(steps, outcome.results):
-            self.conclude(step, result)
+            self.settle(step, result)
+
+    def found(self, connection: Connection, parked: Parked, messages: list[Message]) -> None:
+        connection.answer(self.waits[type(parked)].found(connection, parked, messages))
+
+    def settle(self, step: Step, result: Any) -> None:
+        """Guarded, as each of the others that wait must be answered too."""
+        if step.connection:
+            step.connection.guard(partial(self.conclude, step, result))
+        else:
+            self.loop.attempt(self.conclude, step, result)
 
     def conclude(self, step: Step, result: Any) -> None:
         connection = step.connection
@@ -2941,134 +3416,28 @@ class Bus:
 
     def failed(self, error: Exception) -> Refused:
         """What the senders of a list are told that could not be applied."""
-        if isinstance(error, sqlite3.OperationalError) and "full" in str(error):
-            return no_room()
-        print(f"bus_server: {self.state.path}: {error}; ending: what follows could be lost", file=sys.stderr)
+        if isinstance(error, sqlite3.OperationalError):
+            if "full" in str(error):
+                return no_room()
+            if "locked" in str(error):
+                why = "another program has locked the database of the bus: nothing was stored, try again"
+                return Refused(503, why, ("Retry-After", "2"))
+        if not isinstance(error, (sqlite3.Error, OSError, MemoryError)):
+            say("".join(traceback.format_exception(type(error), error, error.__traceback__)))
+        say(f"bus_server: {self.state.path}: {error}; ending: what follows could be lost")
         self.broken = True
         return Refused(503, "the bus could not write to its disk: it is not known whether this was stored")
-
-    # Sending
-
-    def drafts(self, request: Request) -> tuple[list[Draft], bool]:
-        """The messages in a request, each of them valid, and whether it was an array of them."""
-        self.check_open()
-        if not request.body:
-            raise Refused(400, "the body is empty: send JSON, or any text with ?from=NAME&to=NAME")
-        query = request.query()
-        value = verbatim(request.body, query) if "to" in query.fields else parse_json(request.body)
-        several = isinstance(value, list)
-        messages = value if several else [value]
-        if request.grant.name:
-            messages = [request.grant.sign(message) for message in messages]
-        for check in self.checks:
-            for message in messages:
-                check(message)
-        key = request.fields.get("idempotency-key")
-        drafts = [draft(message, key) for message in messages]
-        return [self.in_thread(one) if one.answers is not None else one for one in drafts], several
-
-    def in_thread(self, one: Draft) -> Draft:
-        """An answer with its place in a chain of replies."""
-        assert one.answers is not None
-        thread, depth = self.view.lineage(one.answers)
-        return one._replace(thread=thread, depth=depth + 1)
-
-    def check(self, drafts: list[Draft]) -> None:
-        """Refused, if these messages cannot be stored together and now."""
-        each: Collection[Way] = ways(drafts)
-        if len(each) != 1:
-            check_number(drafts, len(each))
-            each = dict.fromkeys(each)  # what is the same for many messages is looked at once
-        for channel, _, to in each:
-            self.check_room(channel, to)
-        self.storms.check(drafts, each)
-
-    def check_open(self) -> None:
-        if self.draining:
-            raise shutting_down()
-
-    def check_room(self, channel: str, to: str) -> None:
-        """429 if a mailbox is full of what nobody has fetched yet."""
-        box = self.mailboxes.box(channel, to)
-        if box.fetched >= box.newest:
-            return
-        if box.pending is None:
-            box.pending = self.view.count_between(channel, to, box.fetched, box.newest)
-        messages, size = box.pending
-        if messages >= MAILBOX_MESSAGES or size >= MAILBOX_BYTES:
-            raise too_much(f"the mailbox of {to} is full: {messages} messages wait and nobody fetches them", 60)
-
-    def sent(self, connection: Connection, put: Put, stored: list[Stored]) -> Answer:
-        return ok(self, entry(self, put.drafts[0], stored[0]))
-
-    def sent_several(self, connection: Connection, put: Put, stored: list[Stored]) -> Answer:
-        results = "}, {".join([entry(self, one, its) for one, its in zip(put.drafts, stored)])
-        return ok(self, f'"ok": true, "results": [{{{results}}}]')
-
-    # Receiving
-
-    def look(self, request: Request, poll: Poll) -> Answer | None:
-        """What the poll asks for, now or when it comes. A cursor ahead of us first moves us, durably, up to itself."""
-        if poll.since == NOW:
-            return delivery(self, poll._replace(since=self.last), [])
-        if poll.since <= self.last:
-            return self.read_or_park(request, poll)
-        if poll.since > self.view.clock() + AHEAD:
-            raise Refused(400, f"since is over {AHEAD // 1000000} s ahead of this bus; it is in seconds since 1970")
-
-        def raised(connection: Connection, operation: Raise, result: None) -> Answer | None:
-            return None if connection.transport.closing else self.read_or_park(request, poll)
-
-        self.do(Raise(poll.since), request.peer, raised)
-        return None
-
-    def read_or_park(self, request: Request, poll: Poll) -> Answer | None:
-        self.mailboxes.presented(poll)
-        found: list[Message] = []
-        reached = None
-        if self.mailboxes.newest(poll) > poll.since:
-            found, reached = self.read(poll)
-        self.note_removed(poll)
-        gap = self.mailboxes.gap(poll)
-        if found or reached or gap or not poll.hold or self.draining:
-            return delivery(self, poll, found, reached, gap)
-        if request.peer.ended:  # it has gone while its cursor was written down
-            self.mailboxes.left(poll)
-            return delivery(self, poll, [])
-        if not self.verbose:
-            request.peer.request = None  # a parked reader is small: its poll says it all
-        self.park(request.peer, poll._replace(token=request.grant.token))
-        for connection in self.mailboxes.crowd(poll)[:-PARKED_PER_NAME]:
-            connection.wait(PARKED, 0)  # the newest are still alive; not released here, as each may poll again
-        return None
-
-    def read(self, poll: Poll) -> tuple[list[Message], int | None]:
-        """What the disk has for a poll, up to a message that is withheld: nobody gets it, and nobody passes it."""
-        withheld = [each.tick for each in self.withheld.values() if poll.covers(self.last, each)]
-        upto = min(withheld, default=self.last + 1) - 1
-        found, reached = self.view.after(poll, upto)
-        if withheld and not reached:
-            reached = found[-1].tick if found else upto
-        return found, reached
-
-    def note_removed(self, poll: Poll) -> None:
-        """A message that the current commit removes must already count as a gap for readers that look now."""
-        if self.ledger.removing:
-            self.mailboxes.note_removed(self.view.removed_up_to(poll))
-
-    def poll_found(self, connection: Connection, poll: Poll, messages: list[Message]) -> Answer:
-        reached = messages[poll.limit - 1].tick if len(messages) > poll.limit else None
-        return delivery(self, poll, messages[: poll.limit], reached)
-
-    def poll_over(self, connection: Connection, poll: Poll) -> Answer:
-        return delivery(self, poll, [])
 
     def park(self, connection: Connection, parked: Parked, patience: float = math.inf) -> None:
         """Let it wait until there is something for it, its hold is over, or `patience` (s) has passed."""
         self.mailboxes.park(connection, parked)
         connection.wait(PARKED, min(parked.hold, patience))
-        if self.gate.tokens.closed and parked.token not in self.gate.tokens.grants:
-            self.evict()  # it was revoked while a commit was waited for
+        if not self.gate.holds(parked.token):
+            connection.soon(connection.check_token)  # it was revoked while a commit was waited for
+
+    def check_open(self) -> None:
+        if self.draining:
+            raise shutting_down()
 
     # Housekeeping
 
@@ -3087,26 +3456,29 @@ class Bus:
         self.mailboxes.changed.update(mark[:2] for mark in marks.marks)
 
     def sweep(self) -> None:
-        self.door.sweep()
-        if self.gate.tokens.refresh() and self.gate.tokens.closed:  # `revoke` may have left a file without a token
-            self.evict()
-        self.retention.look_for_request()
+        for look in (self.door.sweep, self.look_at_tokens, self.retention.look_for_request):
+            self.loop.attempt(look)
+
+    def look_at_tokens(self) -> None:
+        if self.gate.tokens.refresh():
+            self.door.evict()
 
     def tidy(self) -> None:
-        self.storms.forget()
-        self.retention.age()
-        for tidy in self.on_tidy:
-            tidy()
+        for tidy in (self.storms.forget, self.forget_names, self.retention.age, *self.on_tidy):
+            self.loop.attempt(tidy)
         if self.gate.tokens.used:
             self.save_marks_soon()
 
-    def evict(self) -> None:
-        """Answer the parked whose tokens were revoked."""
-        for connection, parked in list(self.mailboxes.parked.items()):
-            if parked.token not in self.gate.tokens.grants:
-                self.mailboxes.unpark(connection)
-                connection.closing = True
-                connection.answer(refusal(unauthorized()))
+    def forget_names(self) -> None:
+        """Names that were only looked at, and rows of names that have no mail and nobody polls."""
+        wall = self.view.clock()
+        idle = self.mailboxes.idle(wall, int(self.retention.keep * 1000000))
+        if idle:
+            self.do(Forget(idle), None, self.forgotten)
+
+    def forgotten(self, connection: None, forget: Forget, names: list[list[str]]) -> None:
+        for channel, own in names:
+            self.mailboxes.boxes.pop((channel, own), None)
 
     def drain(self) -> None:
         """The bus is to end: answer who is parked, refuse what comes now. What was accepted goes its way."""
@@ -3127,51 +3499,202 @@ def nothing_follows(connection: None, operation: Operation, result: Any) -> None
     """For a Step that nobody waits for."""
 
 
+class Sending:
+    """From the body of a send to its drafts, and the word for what was stored. Owned by the loop."""
+
+    def __init__(self, bus: Bus) -> None:
+        self.bus = bus
+
+    def drafts(self, request: Request) -> tuple[list[Draft], bool]:
+        """The messages in a request, each of them valid, and whether it was an array of them."""
+        self.bus.check_open()
+        if not request.body:
+            raise Refused(400, "the body is empty: send JSON, or any text with ?from=NAME&to=NAME")
+        if request.fields.get("content-type", "").startswith("multipart/"):
+            raise Refused(400, "the body is a form: send the text itself with curl --data-binary")
+        query = request.query()
+        value = verbatim(request.body, query) if "to" in query.fields else parse_json(request.body)
+        several = isinstance(value, list)
+        messages = value if several else [value]
+        if request.grant.name:
+            messages = [request.grant.sign(message) for message in messages]
+        for check in self.bus.checks:
+            for message in messages:
+                check(message)
+        key = request.fields.get("idempotency-key")
+        drafts = [draft(message, key) for message in messages]
+        return [self.with_thread(one) if one.answers is not None else one for one in drafts], several
+
+    def with_thread(self, one: Draft) -> Draft:
+        """An answer with its place in a chain of replies."""
+        assert one.answers is not None
+        thread, depth = self.bus.view.lineage(one.answers)
+        return one._replace(thread=thread, depth=depth + 1)
+
+    def check(self, request: Request, drafts: list[Draft]) -> str:
+        """Refused, if these messages cannot be stored together and now; else a warning, or an empty text.
+
+        What is refused makes nothing, and what is cheap to see comes first.
+        """
+        bus, each = self.bus, ways(drafts)
+        if len(each) != 1:
+            check_number(drafts, len(each))
+            each = list(dict.fromkeys(each))  # what is the same for many messages is looked at once
+        bus.storms.spend(drafts[0].sender, len(drafts))
+        bus.storms.name(request.owner(), sum((channel, to) not in bus.mailboxes.boxes for channel, _, to in each))
+        for channel, sender, to in each:
+            self.check_room(channel, sender, to)
+        return bus.storms.check(drafts, each)
+
+    def check_room(self, channel: str, sender: str, to: str) -> None:
+        """429 if a mailbox is full of what nobody has fetched, or nearly full and a quarter is this sender's."""
+        box, view = self.bus.mailboxes.boxes.get((channel, to)), self.bus.view
+        if not box or box.fetched >= box.newest:
+            return
+        if box.pending is None:
+            box.pending = view.count_between(channel, to, box.fetched, box.newest)
+        messages, size = box.pending
+        if messages >= MAILBOX_MESSAGES or size >= MAILBOX_BYTES:
+            raise too_much(f"the mailbox of {to} is full: {messages} messages wait and nobody fetches them", 60)
+        if messages < MAILBOX_MESSAGES * 3 // 4:
+            return
+        if box.by_sender is None:
+            box.by_sender = view.count_by_sender(channel, to, box.fetched, box.newest)
+        if box.by_sender[sender] > MAILBOX_MESSAGES // 4:
+            own = f"{box.by_sender[sender]} of the {messages} messages that wait there are from {sender}"
+            raise too_much(f"the mailbox of {to} is nearly full, and {own}: wait until they are fetched", 60)
+
+    def answer(self, warning: str, several: bool, connection: Connection, put: Put, stored: list[Stored]) -> Answer:
+        results = "}, {".join([entry(self.bus, one, its) for one, its in zip(put.drafts, stored)])
+        results = f'"ok": true, "results": [{{{results}}}]' if several else results
+        return ok(self.bus, f'{results}, "warning": {quote(warning)}' if warning else results)
+
+
+class Receiving:
+    """What a poll finds, and when it waits. Owned by the loop.
+
+    Invariant: a reader that found nothing is parked only if nothing later than what it looked at was announced: look()
+    reads and parks in one turn.
+    """
+
+    def __init__(self, bus: Bus) -> None:
+        self.bus = bus
+
+    def look(self, request: Request, poll: Poll) -> Answer | None:
+        """What the poll asks for, now or when it comes. A cursor ahead of us first moves us, durably, up to itself."""
+        if poll.since == NOW:
+            return delivery(self.bus, poll._replace(since=self.bus.last), [])
+        if poll.since <= self.bus.last:
+            return self.read_or_park(request, poll)
+        if poll.since > self.bus.view.clock() + AHEAD:
+            raise Refused(400, f"since is over {AHEAD // 1000000} s ahead of this bus; it is in seconds since 1970")
+
+        def raised(connection: Connection, operation: Raise, result: None) -> Answer | None:
+            return None if connection.transport.closing else self.read_or_park(request, poll)
+
+        self.bus.do(Raise(poll.since), request.peer, raised)
+        return None
+
+    def read_or_park(self, request: Request, poll: Poll) -> Answer | None:
+        self.bus.mailboxes.presented(poll)
+        found: list[Message] = []
+        reached = None
+        if self.bus.mailboxes.newest(poll) > poll.since:
+            found, reached = self.read(poll)
+        self.note_removed(poll)
+        gap = self.bus.mailboxes.gap(poll)
+        if found or reached or gap or not poll.hold or self.bus.draining:
+            return delivery(self.bus, poll, found, reached, gap)
+        if request.peer.ended:  # it has gone while its cursor was written down
+            self.bus.mailboxes.left(poll)
+            return delivery(self.bus, poll, [])
+        if not self.bus.verbose:
+            request.peer.request = None  # a parked reader is small: its poll says it all
+        self.bus.park(request.peer, poll._replace(token=request.grant.token))
+        for connection in self.bus.mailboxes.crowd(poll)[:-PARKED_PER_NAME]:
+            connection.wait(PARKED, 0)  # the newest are still alive; not released here, as each may poll again
+        return None
+
+    def read(self, poll: Poll) -> tuple[list[Message], int | None]:
+        """What the disk has for a poll, up to a message that is withheld: nobody gets it, and nobody passes it."""
+        withheld = [each.tick for each in self.bus.withheld.values() if poll.covers(self.bus.last, each)]
+        upto = min(withheld, default=self.bus.last + 1) - 1
+        found, reached = self.bus.view.after(poll, upto)
+        if withheld and not reached:
+            reached = found[-1].tick if found else upto
+        return found, reached
+
+    def note_removed(self, poll: Poll) -> None:
+        """A message that the current commit removes must already count as a gap for readers that look now."""
+        if self.bus.ledger.removing:
+            self.bus.mailboxes.note_removed(self.bus.view.removed_up_to(poll))
+
+    def poll_found(self, connection: Connection, poll: Poll, messages: list[Message]) -> Answer:
+        reached = messages[poll.limit - 1].tick if len(messages) > poll.limit else None
+        return delivery(self.bus, poll, messages[: poll.limit], reached)
+
+    def poll_over(self, connection: Connection, poll: Poll) -> Answer:
+        return delivery(self.bus, poll, [])
+
+
 class Retention:
     """Removes messages that are older than --keep, and what the command `prune` asks for. Both go on side by side."""
 
     def __init__(self, bus: Bus, keep: float) -> None:
         self.bus, self.keep = bus, keep  # s; 0: for ever
         self.aging = False  # a removal of --keep is on its way
+        self.offset: float | None = None  # of the wall clock above the monotonic one, s, when it was looked at last
+        self.trusted = -math.inf  # monotonic clock, s: from when on the wall clock is believed
         self.request: tuple[int, bool] | None = None  # the one of prune that is on its way
 
+    def remove(self, removal: Remove, end: Callable[[bool], None]) -> None:
+        """Remove one slice after the other, then call `end`, with True if there is nothing left to remove."""
+
+        def removed(connection: None, removal: Remove, reached: int | None) -> None:
+            if reached is None or self.bus.draining:
+                end(reached is None)
+            else:
+                self.remove(removal.next(reached), end)
+
+        self.bus.do(removal, None, removed, lambda _: end(False))
+
+    JUMP = 3600.0  # s; a wall clock that jumps by more is believed only after as long, if it stays
+
+    def clock_is_trusted(self) -> bool:
+        """A clock that is wrong for a minute must not remove all mail."""
+        now = time.monotonic()
+        offset, before = self.bus.view.clock() / 1000000 - now, self.offset
+        if before is not None and abs(offset - before) > self.JUMP:
+            self.trusted = now + self.JUMP
+            say(f"bus_server: the clock jumped by {offset - before:.0f} s: nothing is removed for an hour")
+        self.offset = offset
+        return now >= self.trusted
+
     def age(self) -> None:
-        """Remove a slice of what is too old; `aged` asks for the next."""
-        if self.keep and not self.bus.draining and not self.aging:
+        """Remove what is older than --keep."""
+        if self.clock_is_trusted() and self.keep and not self.bus.draining and not self.aging:
             self.aging = True
             absent = [each for each in self.bus.view.extensions() if self.bus.extensions.get(each) != LOADED]
             before = max(self.bus.view.clock() - int(self.keep * 1000000), 0)
-            self.bus.do(Remove(0, before, False, absent), None, self.aged, self.stop_aging)
+            self.remove(Remove(0, before, False, absent), self.aged)
 
-    def aged(self, connection: None, removal: Remove, reached: int | None) -> None:
-        if reached is None or self.bus.draining:
-            self.aging = False
-        else:
-            self.bus.do(removal.next(reached), None, self.aged, self.stop_aging)
-
-    def stop_aging(self, removal: Remove) -> None:
+    def aged(self, whole: bool) -> None:
         self.aging = False
 
     def look_for_request(self) -> None:
-        """The command prune leaves a file beside the database that says what is to go."""
+        """The command prune leaves a file beside the database that says what to remove."""
         if not self.request:
             self.request = prune_request(self.bus.state.path)
             if self.request:
                 before, fetched_only = self.request
                 kept_for = list(self.bus.view.extensions()) if fetched_only else []
-                self.bus.do(Remove(0, before, fetched_only, kept_for), None, self.pruned, self.stop_pruning)
+                self.remove(Remove(0, before, fetched_only, kept_for), self.pruned)
 
-    def pruned(self, connection: None, removal: Remove, reached: int | None) -> None:
-        if reached is not None and not self.bus.draining:
-            self.bus.do(removal.next(reached), None, self.pruned, self.stop_pruning)
-            return
+    def pruned(self, whole: bool) -> None:
+        """The command waits until its file is gone. After a failure the file stays, and is looked for again."""
         path = self.bus.state.path
-        if reached is None and prune_request(path) == self.request:  # else there is another one by now
-            prune_file(path).unlink(missing_ok=True)  # the command waits for that
-        self.request = None
-
-    def stop_pruning(self, removal: Remove) -> None:
-        """The list failed. The file is still there, and is looked for again."""
+        if whole and prune_request(path) == self.request:  # else there is another one by now
+            prune_file(path).unlink(missing_ok=True)
         self.request = None
 
 
@@ -3182,11 +3705,12 @@ def prune_file(database: str) -> pathlib.Path:
 def prune_request(database: str) -> tuple[int, bool] | None:
     """(before: a tick, whether only what was fetched goes) of the command prune; None if there is none that fits."""
     try:
-        request = json.loads(prune_file(database).read_text())
+        request = parse_json(prune_file(database).read_bytes())
         before, fetched_only = request["before"], request["fetched_only"]
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, Refused, TypeError, KeyError):
         return None
-    return (before, fetched_only) if type(before) is int and type(fetched_only) is bool else None
+    fits = type(before) is int and 0 <= before < 1 << 63 and type(fetched_only) is bool
+    return (before, fetched_only) if fits else None
 
 
 # What is not loaded. The core depends on none of it; it knows the names, so that it can say which file is missing.
@@ -3227,9 +3751,9 @@ def core_routes(bus: Bus) -> None:
 
 
 def send(bus: Bus, request: Request) -> None:
-    drafts, several = bus.drafts(request)
-    bus.check(drafts)
-    bus.do(Put(drafts), request.peer, bus.sent_several if several else bus.sent)
+    drafts, several = bus.sending.drafts(request)
+    warning = bus.sending.check(request, drafts)
+    bus.do(Put(drafts), request.peer, partial(bus.sending.answer, warning, several))
 
 
 def verbatim(body: bytes, query: Query) -> dict[str, Any]:
@@ -3254,14 +3778,16 @@ def recv(bus: Bus, request: Request) -> Answer | None:
     request.grant.check(poll.names)
     if query.one("bus") not in (None, bus.state.bus):  # a cursor from another bus: say so, and mark nothing
         return delivery(bus, poll._replace(since=bus.last), [])
+    bus.storms.read(str(poll.me))
+    bus.storms.name(request.owner(), bus.mailboxes.new(str(poll.channel), poll.names))
     bus.mailboxes.polled(poll, request.peer.address, bus.view.clock())
     bus.mailboxes.owned(poll)
     bus.save_marks_soon()
     if poll.since == LAST:
         first = bus.view.oldest(str(poll.channel), str(poll.me), 0)
-        bus.note_removed(poll)
-        return bus.read_or_park(request, bus.mailboxes.resume(poll, first, bus.last))
-    return bus.look(request, poll)
+        bus.receiving.note_removed(poll)
+        return bus.receiving.read_or_park(request, bus.mailboxes.resume(poll, first, bus.last))
+    return bus.receiving.look(request, poll)
 
 
 def recv_poll(query: Query, plain: bool) -> Poll:
@@ -3275,12 +3801,15 @@ def recv_poll(query: Query, plain: bool) -> Poll:
 
 def log(bus: Bus, request: Request) -> Answer | None:
     request.grant.check_operator()
+    bus.storms.read(request.owner())
     query = request.query()
     since, limit, hold = asked_for(query)
     if since == LAST:
         raise Refused(400, "an observer has no cursor here: since must be seconds or 'now'")
     channel, sender = query.name("channel", None), query.name("from", None)
-    return bus.look(request, Poll(None, query.names("to"), channel, sender, since, limit, hold, request.plain()))
+    return bus.receiving.look(
+        request, Poll(None, query.names("to"), channel, sender, since, limit, hold, request.plain())
+    )
 
 
 def asked_for(query: Query) -> tuple[int, int, float]:
@@ -3355,18 +3884,15 @@ def truth(bus: Bus, one: Draft) -> str:
 
 def receivers(bus: Bus, one: Draft) -> dict[str, int]:
     """The truth about several receivers: how many listen. `all` is everyone who ever did, but the sender."""
-    if EVERYONE in one.to:
-        boxes = [
-            box
-            for (channel, own), box in bus.mailboxes.boxes.items()
-            if channel == one.channel and box.own and own != one.sender
-        ]
-        online = sum(map(bus.mailboxes.online, boxes))
-        return {"online": online, "offline": len(boxes) - online}
-    named = [(to, bus.mailboxes.box(one.channel, to)) for to in one.to]
-    online = sum(bus.mailboxes.online(box) for _, box in named)
-    waiting = sum(unread(bus, one.channel, to, box) for to, box in named)
-    return {"online": online, "offline": len(named) - online, "unread": waiting}
+    boxes, names = bus.mailboxes.boxes, one.to
+    if EVERYONE in names:
+        listed = [own for (channel, own), box in boxes.items() if channel == one.channel and box.own]
+        names = tuple(own for own in listed if own != one.sender)
+    online = sum(bus.mailboxes.online(boxes[one.channel, own]) for own in names)
+    known = {"online": online, "offline": len(names) - online}
+    if EVERYONE not in one.to:
+        known["unread"] = sum(unread(bus, one.channel, own, boxes[one.channel, own]) for own in names)
+    return known
 
 
 def unread(bus: Bus, channel: str, own: str, box: Mailbox) -> int:
@@ -3380,40 +3906,69 @@ def unread(bus: Bus, channel: str, own: str, box: Mailbox) -> int:
     return box.n - box.base - (bus.view.count_expired(channel, own, mark) if box.perishable else 0)
 
 
+Page = tuple[list[tuple[str, str, Mailbox]], str]  # channel, name and mailbox of each; what says how to go on
+
+
+def page(bus: Bus, request: Request) -> Page:
+    """Some mailboxes in the order of channel and name, as the query wants: max, after=CHANNEL/NAME, name, channel."""
+    bus.storms.read(request.owner())
+    query = request.query()
+    limit, (channel, _, own) = int(query.number("max", 1000, 1, 1000)), (query.one("after") or "").partition("/")
+    wanted, names = query.name("channel", None), query.names("name")
+    keys = (
+        key
+        for key in bus.mailboxes.boxes
+        if key > (channel, own) and wanted in (None, key[0]) and (key[1] in names if names else key[1] != EVERYONE)
+    )
+    some = heapq.nsmallest(limit + 1, keys)
+    more = f', "more": true, "next": {encode("/".join(some[limit - 1]))}' if len(some) > limit else ""
+    return [(*key, bus.mailboxes.boxes[key]) for key in some[:limit]], more
+
+
 def inbox(bus: Bus, request: Request) -> Answer:
     recipients: dict[str, dict[str, int]] = {}
-    for (channel, own), box in bus.mailboxes.boxes.items():
-        if own != EVERYONE and request.grant.reads(own):
+    found, more = page(bus, request)
+    for channel, own, box in found:
+        if request.grant.reads(own) and (box.firm or box.seen):
             recipients.setdefault(channel, {})[own] = unread(bus, channel, own, box)
-    return ok(bus, f'"recipients": {encode(recipients)}')
+    return ok(bus, f'"recipients": {encode(recipients)}{more}')
 
 
 def agents(bus: Bus, request: Request) -> Answer:
-    found = []
-    for (channel, own), box in bus.mailboxes.boxes.items():
-        if box.seen and own != EVERYONE:
-            text = (
-                f'"name": "{own}", "channel": "{channel}", "online": {boolean(bus.mailboxes.online(box))}, '
-                f'"since": {seconds(box.listening)}, "last_seen": {seconds(box.seen)}'
-            )
-            if request.grant.reads(own):
-                text += (
-                    f', "address": {encode(box.address)}, "unread": {unread(bus, channel, own, box)}, '
-                    f'"cursor": {seconds(box.mark())}'
-                )
-            found.append(f"{{{text}}}")
-    return ok(bus, f'"agents": [{", ".join(found)}]')
+    found, more = page(bus, request)
+    online = request.query().flag("online")
+    rows = [
+        agent(bus, request.grant, *each)
+        for each in found
+        if each[2].seen and online in (None, bus.mailboxes.online(each[2]))
+    ]
+    return ok(bus, f'"agents": [{", ".join(rows)}]{more}')
+
+
+def agent(bus: Bus, grant: Grant, channel: str, own: str, box: Mailbox) -> str:
+    text = (
+        f'{{"name": "{own}", "channel": "{channel}", "online": {boolean(bus.mailboxes.online(box))}, '
+        f'"since": {seconds(box.listening)}, "last_seen": {seconds(box.seen)}'
+    )
+    if grant.reads(own):
+        text += (
+            f', "address": {encode(box.address)}, "unread": {unread(bus, channel, own, box)}, '
+            f'"cursor": {seconds(box.mark())}'
+        )
+    return f"{text}}}"
 
 
 def message(bus: Bus, request: Request) -> Answer:
     """One message and how far it came; asking moves nothing."""
-    return told(bus, one_of(bus, request.grant, tick_of(request.parsed.rest)))
+    return told(bus, one_of(bus, request), request.grant)
 
 
-def one_of(bus: Bus, grant: Grant, tick: int | None) -> Message:
-    """The message, if this grant lets its holder see it; 404 otherwise."""
+def one_of(bus: Bus, request: Request, tick: int | None = None) -> Message:
+    """The message with this tick, or that the path names, if the token lets its holder see it; else 404."""
+    bus.storms.read(request.owner())
+    tick = tick_of(request.parsed.rest) if tick is None else tick
     found = None if tick is None or tick > bus.last else bus.view.message(tick)  # above it, it is not announced yet
-    if not found or not grant.may_see(found):
+    if not found or not request.grant.may_see(found):
         raise no_message()
     return found
 
@@ -3422,10 +3977,30 @@ def no_message() -> Refused:
     return Refused(404, "there is no message with this id: it never was, or retention removed it")
 
 
-def told(bus: Bus, message: Message) -> Answer:
-    """What a sender can know of its message."""
+def told(bus: Bus, message: Message, grant: Grant = OPEN) -> Answer:
+    """What the holder of a token can know of a message."""
     state, details = state_of(bus, message)
-    return ok(bus, f'"message": {message.render()}, "state": "{state}"{details}')
+    return ok(bus, f'"message": {readable(bus, message, grant)}, "state": "{state}"{details}')
+
+
+def readable(bus: Bus, message: Message, grant: Grant) -> str:
+    """The message for who reads it by its id. What was recalled or has expired has no text any more.
+
+    A receiver that reads it has fetched it. That moves no mark, as older messages may still be unread.
+    """
+    if message.expires == RECALLED or bus.view.is_expired(message):
+        return message.without_text()
+    if grant.name and grant.name != message.sender and message.to in (grant.name, *grant.also):
+        receipt = Receipt(message.channel, message.to, ALONE, message.tick, grant.name, bus.view.clock())
+        bus.mailboxes.receipts[message.channel, message.to, f"{message.tick:x}"] = receipt
+        bus.save_marks_soon()
+    return message.render()
+
+
+def read_alone(bus: Bus, message: Message) -> bool:
+    """Did a receiver read it by its id?"""
+    newer = (message.channel, message.to, f"{message.tick:x}") in bus.mailboxes.receipts
+    return newer or bool(bus.view.receipt(message, ALONE))
 
 
 def state_of(bus: Bus, message: Message) -> tuple[str, str]:
@@ -3437,17 +4012,21 @@ def state_of(bus: Bus, message: Message) -> tuple[str, str]:
         known = state(message)
         if known:
             return known
-    if message.tick > max(box.fetched, box.read or 0):
+    if message.tick > max(box.fetched, box.read or 0) and not read_alone(bus, message):
         return "expired" if bus.view.is_expired(message) else "queued", ""
-    kind = ACKNOWLEDGED if box.own and message.tick <= box.mark() else FETCHED
+    above = message.tick > max(box.fetched, box.read or 0)
+    kind = ALONE if above else ACKNOWLEDGED if box.own and message.tick <= box.mark() else FETCHED
     newer = bus.mailboxes.receipts.get((message.channel, message.to, kind))  # not yet on disk
     receipt = bus.view.receipt(message, kind) or (newer and newer[4:])
     details = f', "by": "{receipt[0]}", "at": {seconds(receipt[1])}' if receipt else ""
-    return ("fetched", "acknowledged")[kind], details
+    return ("fetched", "acknowledged", "fetched")[kind], details
 
 
 def healthz(bus: Bus, request: Request) -> Answer:
-    return ok(bus, '"ok": true')
+    """Without a token, a closed bus does not say its id, nor how far its ticks are."""
+    if bus.gate.knows(request.parsed):
+        return ok(bus, '"ok": true')
+    return Answer(200, f'{{"ok": true, "now": {seconds(bus.last // 1000000 * 1000000)}}}\n'.encode())
 
 
 def show_help(bus: Bus, request: Request) -> Answer:
@@ -3559,18 +4138,8 @@ def default_path() -> str:
     return os.path.join(state, "agent-bus", "bus.db")
 
 
-def command_line(arguments: Sequence[str]) -> argparse.Namespace:
-    """The options of a server, those of the extensions too. `extensions` and `without` are among the results."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--without", default="")
-    without = [each for each in first.parse_known_args(arguments)[0].without.split(",") if each]
-    extensions = load_extensions(without)
-    parser = argparse.ArgumentParser(
-        prog="bus_server.py",
-        description="A message bus for coding agents over HTTP.",
-        epilog="Beside a running bus: bus_server.py invite NAME, revoke NAME, tokens, prune, backup COPY; "
-        "in place of a stopped one: restore COPY (each with --help).",
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of the core."""
     add = parser.add_argument
     add("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
     add("--port", type=int, default=8080, help="port, 0 for a free one (%(default)s)")
@@ -3578,31 +4147,43 @@ def command_line(arguments: Sequence[str]) -> argparse.Namespace:
     add("--keep", type=duration, default="30d", help="how long messages stay: 12h; 0: for ever (30d)")
     add("--max-body", type=int, default=262144, metavar="BYTES", help="of one request (%(default)s)")
     add("--rate", type=float, default=50, metavar="N", help="messages per second from one sender; 0: any (%(default)s)")
-    add("--without", default="", metavar="NAME,...", help="extensions that are not loaded: " + ",".join(ELSEWHERE))
-    add(
-        "--allow-host",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="a further name of this bus, as it stands in a URL; only needed without tokens",
-    )
+    turns = "changes of direction between two names in 10 minutes; a quarter of it is warned of; 0: any (%(default)s)"
+    add("--turns", type=int, default=120, metavar="N", help=turns)
+    add("--without", action="append", metavar="NAME,...", help="extensions that are not loaded: " + ",".join(ELSEWHERE))
+    further_name = "a further name of this bus, as it stands in a URL; only needed without tokens"
+    add("--allow-host", action="append", default=[], metavar="NAME", help=further_name)
     add("--open", action="store_true", help="listen beyond this machine without any token")
     add("--tls-cert", metavar="FILE", help="certificate chain, PEM: speak HTTPS; SIGHUP reads it again")
     add("--tls-key", metavar="FILE", help="its key, if it is in a file of its own")
     add("--verbose", action="store_true", help="a line for each request on stderr")
     add("--version", action="version", version=f"agent-bus {VERSION}")
+
+
+def command_line(arguments: Sequence[str]) -> argparse.Namespace:
+    """The options of a server, those of the extensions too. `extensions` and `without` are among the results."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--without", action="append", default=[])
+    without = [each for each in ",".join(first.parse_known_args(arguments)[0].without).split(",") if each]
+    extensions = load_extensions(without)
+    parser = argparse.ArgumentParser(
+        prog="bus_server.py",
+        description="A message bus for coding agents over HTTP.",
+        epilog="Beside a running bus: bus_server.py invite NAME, revoke NAME, tokens, prune, backup COPY; "
+        "in place of a stopped one: restore COPY (each with --help).",
+    )
+    add_options(parser)
     for module in extensions.values():
         module.options(parser)
     check_extensions(parser, arguments, without, extensions)
     options = parser.parse_args(arguments)
-    if not 0 <= options.port <= 65535:
-        parser.error("--port must be 0 to 65535")
-    if options.rate < 0:
-        parser.error("--rate must not be negative")
-    if options.tls_key and not options.tls_cert:
-        parser.error("--tls-key goes with --tls-cert")
-    if not 1024 <= options.max_body <= 9999999:
-        parser.error("--max-body must be 1024 to 9999999")
+    for wrong, sentence in (
+        (not 0 <= options.port <= 65535, "--port must be 0 to 65535"),
+        (options.rate < 0 or options.turns < 0, "--rate and --turns must not be negative"),
+        (options.tls_key and not options.tls_cert, "--tls-key goes with --tls-cert"),
+        (not 1024 <= options.max_body <= 9999999, "--max-body must be 1024 to 9999999"),
+    ):
+        if wrong:
+            parser.error(sentence)
     options.extensions, options.without = extensions, without
     return options
 
@@ -3659,12 +4240,13 @@ def check_kept(state: State, loaded: Collection[str], without: Collection[str]) 
     kept = {"files": (len(list(pathlib.Path(f"{state.path}.blobs").glob("?" * 64))), "files")}
     for extension, noun in state.extensions().items():
         if extension not in loaded:
-            [messages] = state.writing.execute(f"SELECT count(*) FROM {extension}_kept").fetchone()
+            [messages] = state.ask(f"SELECT count(*) FROM {extension}_kept")
             kept[extension] = messages, noun
     for extension, (number, noun) in kept.items():
         if number and extension not in loaded and extension not in without:
             raise Unusable(
-                f"{state.path} has {number} {noun} of {extension}.py, which is not beside bus_server.py: copy "
+                f"{state.path} has {number} {noun if number > 1 else noun[:-1]} of {extension}.py, which is not beside "
+                "bus_server.py: copy "
                 f"bus_extensions/ from the same version, or give --without {extension}"
             )
 
@@ -3687,10 +4269,8 @@ def start_extensions(bus: Bus, options: argparse.Namespace) -> str:
 
 
 def is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+    address = ip_address(host)
+    return address.is_loopback if address else host == "localhost"
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -3724,7 +4304,10 @@ def make_bus(options: argparse.Namespace, state: State) -> Bus:
             "or say --open if something else guards it"
         )
     check_kept(state, options.extensions, options.without)
-    gate, storms = Gate(tokens, [options.host, *options.allow_host]), Storms(time.monotonic, options.rate)
+    gate, storms = (
+        Gate(tokens, [options.host, *options.allow_host]),
+        Storms(time.monotonic, options.rate, options.turns),
+    )
     return Bus(state, gate, storms, max_body=options.max_body, keep=options.keep, verbose=options.verbose)
 
 
@@ -3761,7 +4344,7 @@ def reload(listener: Listener, options: argparse.Namespace) -> None:
     try:
         listener.tls = tls_context(options.tls_cert, options.tls_key)
     except Unusable as error:
-        print(f"bus_server: {error}; going on with the old one", file=sys.stderr)
+        say(f"bus_server: {error}; going on with the old one")
 
 
 # Commands beside a running server
@@ -3773,7 +4356,7 @@ def command(function: str, description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def invite(arguments: Sequence[str]) -> int:
+def invite(arguments: Sequence[str]) -> None:
     """Mint a token and print, once, what to paste on the other machine."""
     parser = command("invite", "Make a token for NAME; print it, once.")
     parser.add_argument("name", metavar="NAME")
@@ -3799,7 +4382,6 @@ def invite(arguments: Sequence[str]) -> int:
     Tokens(options.db).change(lambda rows: [*rows, row])
     url = (options.url or signature(options.db)[0]).rstrip("/")
     print(INVITATION.format(name=options.name, token=f"{token}_{secret}", url=url))
-    return 0
 
 
 def revoke(arguments: Sequence[str]) -> int:
@@ -3816,14 +4398,14 @@ def revoke(arguments: Sequence[str]) -> int:
                 revoked.append(row["id"])
         return rows
 
-    tokens = Tokens(options.db)
-    if tokens.rows():  # else there may be no bus either, and no file is made for it
-        tokens.change(change)
+    file = Tokens(options.db)
+    if file.rows():  # else there may be no bus either, and no file is made for it
+        file.change(change)
     print(f"revoked of {options.name}: {' '.join(revoked)}" if revoked else f"{options.name} has no token")
     return 0 if revoked else 1
 
 
-def list_tokens(arguments: Sequence[str]) -> int:
+def tokens(arguments: Sequence[str]) -> None:
     """Who has which token, never the secret."""
     parser = command("tokens", "List the tokens of a bus.")
     options = parser.parse_args(arguments)
@@ -3834,10 +4416,9 @@ def list_tokens(arguments: Sequence[str]) -> int:
         grants += ["operator"] if row["operator"] else []
         state = f"revoked {day(row['revoked'])}" if row["revoked"] else " ".join(grants)
         print(f"{row['id']:13} {row['name']:20} {day(row['made'])} {day(used.get(row['id'])):10} {state}")
-    return 0
 
 
-def prune(arguments: Sequence[str]) -> int:
+def prune(arguments: Sequence[str]) -> None:
     """Remove old messages now: through the running server, which has the one connection that writes, or without it."""
     parser = command("prune", "Remove messages that were fetched, and work that is done.")
     parser.add_argument("--older", type=duration, default="30d", help="than this: 30d, 12h; 0: all (%(default)s)")
@@ -3855,20 +4436,17 @@ def prune(arguments: Sequence[str]) -> int:
         except InUse:
             remove_beside(options.db, before, not options.pending, old - going)
         print(f"{old - count_old(options.db, before)[0]} removed")
-    return 0
 
 
 def count_old(path: str, before: int) -> tuple[int, int]:
     """(messages older than a tick, those of them that nobody has fetched or done), read beside a running server."""
     try:
         with contextlib.closing(read_only(path)) as database:
-            pending = [UNFETCHED, *(kept_for(each) for each in Rows(path, database).extensions())]
-            row = database.execute(
-                f"SELECT count(*), count(*) FILTER (WHERE {' OR '.join(pending)}) "
-                "FROM messages JOIN mailboxes ON mailbox = id WHERE tick < ?",
-                (before,),
-            ).fetchone()
-            return int(row[0]), int(row[1])
+            rows = Rows(path, database)
+            pending = " OR ".join([UNFETCHED, *map(kept_for, rows.extensions())])
+            counted = f"SELECT count(*), count(*) FILTER (WHERE {pending}) FROM messages JOIN mailboxes ON mailbox = id"
+            old, unread = rows.ask(f"{counted} WHERE tick < ?", before)
+            return old, unread
     except sqlite3.Error as error:
         if "no such table: extensions" in str(error):
             migrate_alone(path)
@@ -3905,14 +4483,13 @@ def remove_alone(path: str, before: int, fetched_only: bool) -> None:
 
 
 def remove_beside(path: str, before: int, fetched_only: bool, stay: int) -> None:
-    """Through the running server: leave it a file, whole and readable also when root asks, until it is done."""
+    """Through the running server: leave a file for it, and wait until the server has removed that."""
     if signature(path)[1] != VERSION:
         raise other_version(path)
-    new, file = f"{path}.prune.new", prune_file(path)
+    file = prune_file(path)
     try:
-        pathlib.Path(new).write_text(encode({"before": before, "fetched_only": fetched_only}))
-        give_to_folder(new, path)
-        os.replace(new, file)
+        with written_anew(str(file)) as request:
+            request.write(encode({"before": before, "fetched_only": fetched_only}))
     except OSError as error:
         raise Unusable(f"cannot tell the running server: {file}: {error.strerror}") from None
     while file.exists():
@@ -3928,17 +4505,15 @@ def day(second: int | None) -> str:
     return time.strftime("%Y-%m-%d", time.gmtime(second)) if second else "never"
 
 
-def last_used(path: str) -> dict[str, int | None]:
-    """When the server last saw each token (s since 1970, up to a minute late), read beside it from its database."""
+def last_used(path: str) -> dict[str, int]:
+    """When the server last saw each token: s since 1970, up to a minute late; 0: damaged. Read beside the server."""
     try:
         with contextlib.closing(read_only(path)) as database:
+            number = Rows(path, database).number
             rows = database.execute("SELECT token, used FROM uses").fetchall()
+            return {token: number(used, 0, f"when {token} was used") for token, used in rows}
     except sqlite3.Error:  # the bus was never started
         return {}
-    for token, used in rows:
-        if not isinstance(used, int):
-            print(f"bus_server: {path}: when {token} was used is damaged; skipped", file=sys.stderr)
-    return {token: used if isinstance(used, int) else None for token, used in rows}
 
 
 def read_only(path: str) -> sqlite3.Connection:
@@ -3949,31 +4524,26 @@ def read_only(path: str) -> sqlite3.Connection:
 def signature(path: str) -> tuple[str, str]:
     """(URL, version) of the server that runs, from its lock file; our name where it listens on every address."""
     try:
-        lines = pathlib.Path(f"{path}.lock").read_text().splitlines()
+        lines = pathlib.Path(lock_file(path)).read_text().splitlines()
     except OSError:
         lines = []
     url, version = (*lines, "", "")[:2]
     return re.sub(r"//(0\.0\.0\.0|\[::\]):", f"//{socket.gethostname()}:", url) or "http://HOST:8080", version
 
 
-def backup(arguments: Sequence[str]) -> int:
+def backup(arguments: Sequence[str]) -> None:
     """Copy a bus, also while it runs: everything acknowledged before, in one file; its tokens and files beside that."""
     parser = command("backup", "Copy a bus to COPY, also while it runs.")
     parser.add_argument("copy", metavar="COPY", help="a new file; beside it COPY.tokens and COPY.blobs")
     options = parser.parse_args(arguments)
     if os.path.exists(options.copy):
         raise Unusable(f"{options.copy} is there already: choose another name")
-    messages = copy_database(options.db, f"{options.copy}.new")
     rows = Tokens(options.db).rows()
-    if rows:
-        Tokens(options.copy).change(lambda _: rows)
-    files = copy_files(options.db, options.copy)  # after the messages, which point to them
-    os.rename(f"{options.copy}.new", options.copy)
+    messages, files = copy_bus(options.db, options.copy, rows)
     print(f"{options.copy}: {messages} messages, {files} files, {len(rows)} tokens")
-    return 0
 
 
-def restore(arguments: Sequence[str]) -> int:
+def restore(arguments: Sequence[str]) -> None:
     """Put a copy in the place of a bus that is stopped. It is another bus then, and says so to readers of the old one.
 
     They may have read what is in no copy. With the old id they would go on behind that, and were never told.
@@ -3982,21 +4552,33 @@ def restore(arguments: Sequence[str]) -> int:
     parser.add_argument("copy", metavar="COPY", help="what backup made; its tokens are taken if PATH has none")
     options = parser.parse_args(arguments)
     with locked(options.db):
-        new, old, bus = f"{options.db}.new", f"{options.db}.{wall_clock()}", secrets.token_hex(8)
-        rows = missing_tokens(options.copy, options.db)
-        messages = copy_database(options.copy, new, bus)
-        if rows:
-            Tokens(options.db).change(lambda _: rows)
-        files = copy_files(options.copy, options.db)
-        give_to_folder(new, options.db)
-        for suffix in ("", "-wal", "-shm"):  # so named, they stay one database
-            with contextlib.suppress(FileNotFoundError):
-                os.rename(options.db + suffix, old + suffix)
-        os.rename(new, options.db)
+        marker = pathlib.Path(restoring(options.db))  # from one that was cut off
+        old = marker.read_text() if marker.exists() else f"{options.db}.{wall_clock()}"
+        bus = secrets.token_hex(8)
+        messages, files = copy_bus(options.copy, options.db, missing_tokens(options.copy, options.db), old, bus)
     print(f"{options.db} is bus {bus} now, with {messages} messages; {files} files came back")
     if os.path.exists(old):
         print(f"what was there before is in {old}")
-    return 0
+
+
+def copy_bus(
+    source: str, target: str, tokens: list[dict[str, Any]], old: str = "", bus: str | None = None
+) -> tuple[int, int]:
+    """Copy a database with its tokens and files; returns how many messages and files. What was there becomes `old`."""
+    new = f"{target}.new"
+    messages = copy_database(source, new, bus)
+    if tokens:
+        Tokens(target).change(lambda _: tokens)
+    files = copy_files(source, target)  # after the messages, which point to them
+    give_to_folder(new, target)
+    if old:
+        pathlib.Path(restoring(target)).write_text(old)
+    for suffix in ("", "-wal", "-shm") if old else ():  # so named, they stay one database
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(target + suffix, old + suffix)
+    os.rename(new, target)
+    pathlib.Path(restoring(target)).unlink(missing_ok=True)
+    return messages, files
 
 
 def missing_tokens(copy: str, path: str) -> list[dict[str, Any]]:
@@ -4070,8 +4652,9 @@ On the machine of {name}:
     printf 'header = "Authorization: Bearer %s"' "$AGENT_BUS_TOKEN" | curl -K - "$AGENT_BUS_URL/agents"     # a test
 """
 
-COMMANDS = {"invite": invite, "revoke": revoke, "tokens": list_tokens, "prune": prune, "backup": backup,
-            "restore": restore}  # fmt: skip
+COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
+    function.__name__: function for function in (invite, revoke, tokens, prune, backup, restore)
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -4079,21 +4662,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.umask(0o077)  # the database and what lies beside it are for this user alone
     try:
         if arguments and arguments[0] in COMMANDS:
-            return COMMANDS[arguments[0]](arguments[1:])
+            return COMMANDS[arguments[0]](arguments[1:]) or 0
         options = command_line(arguments)
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         with contextlib.suppress(ValueError, OSError):  # a parked reader is a descriptor
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        state = State(options.db)
-        try:
+        with contextlib.closing(State(options.db)) as state:
             return run_server(options, state)
-        finally:
-            state.close()
     except Unusable as error:
         print(f"bus_server: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:  # in a command, or before the server listens
         return 130
+    finally:
+        REPORT.flush(1.0)
 
 
 if __name__ == "__main__":

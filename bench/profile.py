@@ -75,7 +75,7 @@ class Line(NamedTuple):
 
 def table(found: dict[str, Any], whole: float, rest: str) -> list[str]:
     """The stages, what the clock took of `whole` us for itself, and what is left of it."""
-    sends, lines, clock = found["stages"]["Bus.send"]["calls"] * 1000, [], 0.0
+    sends, lines, clock = found["stages"]["send"]["calls"] * 1000, [], 0.0
     for name, what in STAGES:
         stage = found["stages"][name]
         taken = stage["calls"] * found["own"] + stage["called"] * found["callers"]
@@ -108,7 +108,7 @@ class Profile:
             bus.stop()
 
     def one_sender(self) -> list[str]:
-        """By the clock on the wall. Waiting for the sender is in Loop.serve."""
+        """By the clock on the wall. Waiting for the sender is in Loop.take_turn."""
         plain, _ = self.measured(AgentBus, 1)
         staged, found = self.measured(StagedBus, 1)
         return [

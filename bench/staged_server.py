@@ -23,39 +23,44 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import bus_server  # noqa: E402
 
 STAGES = [  # in the order a send travels: function, what it does
-    ("Loop.serve", "a turn: who is ready"),
+    ("Loop.take_turn", "a turn: who is ready"),
     ("Plain.read", "recv"),
     ("Connection.data_received", "into the buffer"),
-    ("Connection.advance", "requests in order"),
+    ("Connection.advance", "one request in a turn"),
     ("Connection.take", "where the request begins and ends"),
     ("Request.parse_request", "the head: request line, fields, framing"),
+    ("Bus.admit", "how long may its body be"),
     ("Gate.admit", "who may come in"),
     ("Request.answer", "dispatch"),
-    ("Request.endpoint", "the route"),
-    ("Bus.send", "the endpoint"),
+    ("Bus.answer", "the route"),
+    ("send", "the endpoint"),
     ("Bus.drafts", "from body to drafts"),
     ("Query.__init__", "the query string"),
     ("parse_json", "JSON"),
     ("draft", "validation, the text that is stored"),
     ("Bus.check", "is there room in its mailbox"),
     ("Storms.check", "rate, chains, turns"),
-    ("Journal.add", "into the batch"),
-    ("Journal.commit", "the batch"),
-    ("Log.stamp", "what was sent before, is there room on the disk"),
-    ("Log.place", "the tick, the row"),
-    ("checksum", "crc32"),
+    ("Bus.do", "the operation"),
+    ("Ledger.add", "into the list"),
+    ("Ledger.commit", "the list"),
+    ("View.has_room", "is there room on the disk"),
     ("Loop.aside", "the turn is free for the deputy"),
-    ("Log.commit", "the transaction, around what follows"),
+    ("State.apply", "the transaction, around what follows"),
+    ("State.sent_with_keys", "what was sent before"),
+    ("Put.apply", "all of a send, or none"),
+    ("State.place", "the tick, the row"),
+    ("checksum", "crc32"),
     ("BEGIN", "SQLite"),
-    ("Log.insert", "SQLite: INSERT"),
-    ("Log.save", "marks of readers"),
+    ("State.insert", "SQLite: INSERT"),
+    ("Marks.apply", "marks of readers"),
     ("COMMIT", "SQLite: the write and the fsync"),
-    ("Bus.committed", "readers first, then senders"),
+    ("Bus.announce", "readers first, then senders"),
     ("Mailboxes.add", "what each mailbox has now"),
-    ("acknowledged", "the answer, with the truth about the receiver"),
+    ("Bus.conclude", "what follows for each sender"),
+    ("entry", "the answer, with the truth about the receiver"),
     ("Connection.answer", "back to the connection"),
-    ("Connection.write", "state, deadline"),
-    ("to_bytes", "head and body in one piece"),
+    ("Connection.write", "phase, deadline"),
+    ("http_bytes", "head and body in one piece"),
     ("Plain.write", "what is unsent"),
     ("Plain.send", "send"),
 ]
@@ -150,9 +155,6 @@ def install() -> None:
         function = getattr(owner, name)
         around = timed(path, function)
         setattr(owner, name, around)
-        for route, endpoint in bus_server.ROUTES.items():
-            if endpoint is function:
-                bus_server.ROUTES[route] = around
     sqlite3.connect = functools.partial(sqlite3.connect, factory=Database)  # type: ignore[assignment]
 
 

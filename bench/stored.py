@@ -1,4 +1,4 @@
-"""Databases with many messages, written by the bus's own Log, so that checksums, numbers and marks are right."""
+"""Databases with many messages, written by the bus's own State, so that checksums, numbers and marks are right."""
 from __future__ import annotations
 
 import hashlib
@@ -54,9 +54,9 @@ def database(kept: pathlib.Path, folder: pathlib.Path, messages: int, names: Seq
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(original, copy)
     os.sync()
-    log = bus_server.Log(str(copy))
-    first = int(log.reading.execute("SELECT min(tick) FROM messages").fetchone()[0])
-    log.close()
+    state = bus_server.State(str(copy))
+    first = int(state.view.database.execute("SELECT min(tick) FROM messages").fetchone()[0])
+    state.close()
     return Stored(copy, messages, names, first)
 
 
@@ -65,29 +65,17 @@ def make(path: pathlib.Path, messages: int, names: Sequence[str]) -> None:
     unfinished = path.with_suffix(".unfinished")
     for leftover in path.parent.glob(f"{unfinished.name}*"):
         leftover.unlink()
-    clock = Clock(bus_server.wall_clock() - messages * STEP)
-    log = bus_server.Log(str(unfinished), clock)
-    log.writing.executescript("PRAGMA synchronous=OFF; PRAGMA cache_size=-500000")
+    now = bus_server.wall_clock() - messages * STEP
+    state = bus_server.State(str(unfinished))
+    state.writing.executescript("PRAGMA synchronous=OFF; PRAGMA cache_size=-500000")
     drafts = [bus_server.draft(json.loads(wires.message(name)), None) for name in names]
     for start in range(0, messages, AT_ONCE):
-        batch = bus_server.Batch()
         numbers = range(start, min(start + AT_ONCE, messages))
-        batch.sends = [bus_server.Send(None, [drafts[number % len(drafts)] for number in numbers], True)]
-        log.stamp(batch)
-        log.commit(batch)
-        clock.now += AT_ONCE * STEP
-    batch = bus_server.Batch()
-    batch.marks = [bus_server.Mark("default", name, True, log.last, log.last, clock.now) for name in names]
-    log.stamp(batch)
-    log.commit(batch)
-    log.close()
+        put = bus_server.Put([drafts[number % len(drafts)] for number in numbers])
+        state.apply([put], bus_server.Now(now, now))
+        now += AT_ONCE * STEP
+    marks = [bus_server.Mark("default", name, True, state.last, state.last, now) for name in names]
+    state.apply([bus_server.Marks(marks, [], {})], bus_server.Now(now, now))
+    state.close()
     unfinished.replace(path)
     pathlib.Path(f"{unfinished}.lock").unlink()
-
-
-class Clock:
-    def __init__(self, now: int) -> None:
-        self.now = now
-
-    def __call__(self) -> int:
-        return self.now

@@ -13,8 +13,7 @@ import os
 import pathlib
 import re
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import IO
+from typing import IO, Any
 
 from bus_server import BODY_RATE, BODY_SECONDS, Answer, Bus, Connection, Refused, Request, refusal, size
 
@@ -38,11 +37,11 @@ def start(bus: Bus, options: argparse.Namespace) -> None:
 class Blobs:
     """Files by the sha256 of their content, in DATABASE.blobs. Owned by the loop.
 
-    A file that has not arrived whole is HASH.part; the next upload may go on where it ends. Only `Upload.finish`, which
-    reads a whole file, runs in a thread of its own.
+    A file that has not arrived whole is HASH.part; the next upload may go on where it ends. Whatever reads or writes a
+    file, or looks at many, is done in a thread (Loop.in_thread).
     """
 
-    PIECE = 65536  # bytes read or written in one turn of the loop
+    PIECE = 65536  # bytes that are read at once
     PART_SECONDS = 7 * 86400.0  # a part waits for the rest: a sender that was cut off before a weekend is back by then
 
     def __init__(self, bus: Bus, quota: int) -> None:
@@ -51,11 +50,10 @@ class Blobs:
         self.folder = pathlib.Path(f"{database}.blobs")
         self.quota = 0 if database == ":memory:" else quota  # bytes
         self.arriving: set[str] = set()
-        self.checking = ThreadPoolExecutor(4)  # a thread each while there are files to check
-        self.used = sum(file.stat().st_size for file in self.folder.glob("*") if file.is_file())
+        self.used = sum(map(size_of, self.folder.glob("*")))  # bytes
         bus.route("PUT", "/blob/", self.put, "store a file under its sha256", sink=self.upload)
         bus.route("GET", "/blob/", self.get, "a file by its sha256")
-        bus.on_tidy.append(self.forget)
+        bus.on_tidy.append(lambda: bus.loop.in_thread(self.forget, self.forgotten))
         bus.metrics.append(lambda: [("files_bytes", "gauge", "kept by hash", [("", self.used)])])
 
     def place(self, request: Request) -> pathlib.Path:
@@ -68,8 +66,7 @@ class Blobs:
 
     def upload(self, request: Request) -> Upload:
         file, length = self.place(request), request.parsed.length
-        part = file.with_suffix(".part")
-        there = part.stat().st_size if part.exists() else 0
+        there = size_of(file.with_suffix(".part"))
         start, total = content_range(request.fields.get("content-range"), length)
         if file.name in self.arriving or start not in (0, there):
             raise Refused(409, "go on where the file ends, one upload at a time", ("Upload-Offset", str(there)))
@@ -85,22 +82,19 @@ class Blobs:
         assert isinstance(upload, Upload)
         if upload.at < upload.total:
             return Answer(202, b'{"ok": true}\n', headers=upload.offset())
-        upload.finishing = True
-        work = self.checking.submit(upload.finish)
-        work.add_done_callback(lambda done: self.bus.loop.tell(lambda: self.stored(request.peer, upload, done)))
+        upload.busy = True
+        self.bus.loop.in_thread(upload.finish, lambda status: self.stored(request.peer, upload, status))
         return None
 
-    def stored(self, connection: Connection, upload: Upload, done: Future[int]) -> None:
-        """A file was checked and made durable, or was not."""
-        upload.finishing = False
-        error = done.exception()
-        status = 507 if error else done.result()
+    def stored(self, connection: Connection, upload: Upload, status: Any) -> None:
+        """A file was checked and made durable, or was not: an exception."""
+        upload.busy = False
         if status in (200, 422):  # after an error its part is still there
             self.used -= upload.at
         if status == 422:
             answer = refusal(Refused(422, "what arrived does not have this sha256: nothing was stored"))
-        elif error:
-            answer = refusal(Refused(507, f"the bus cannot store the file: {error}"))
+        elif isinstance(status, Exception):
+            answer = refusal(Refused(507, f"the bus cannot store the file: {status}"))
         else:
             answer = Answer(status, b'{"ok": true}\n')
         upload.close()
@@ -113,8 +107,7 @@ class Blobs:
         try:
             stream = file.open("rb")
         except FileNotFoundError:
-            part = file.with_suffix(".part")
-            offset = ("Upload-Offset", str(part.stat().st_size if part.exists() else 0))
+            offset = ("Upload-Offset", str(size_of(file.with_suffix(".part"))))
             raise Refused(404, "the bus does not have this file, or not all of it", offset) from None
         with contextlib.suppress(OSError):  # it was removed just now, or belongs to another user
             os.utime(file)
@@ -129,19 +122,32 @@ class Blobs:
         status, rest = (206 if wanted else 200), Download(stream, size - start)
         return Answer(status, b"", "application/octet-stream", span, file=rest)
 
-    def forget(self) -> None:
-        """Remove files that nobody sent or asked for during --keep, and parts that nobody went on with.
+    def forget(self) -> int:
+        """In a thread: remove files that nobody sent or asked for during --keep, and parts that nobody went on with.
 
-        A part takes room, and nobody can have it: it goes also where all else stays.
+        A part takes room, and nobody can have it: it goes also where all else stays. Returns the bytes that went.
         """
-        now, keep = time.time(), self.bus.retention.keep
+        now, keep, gone = time.time(), self.bus.retention.keep, 0
         for file in self.folder.glob("*"):
             with contextlib.suppress(OSError):  # a folder, a link to nothing: somebody else's, and no reason to end
                 status = file.stat()
                 patience = min(keep or math.inf, self.PART_SECONDS if file.suffix == ".part" else math.inf)
                 if status.st_mtime < now - patience and file.stem not in self.arriving:
                     file.unlink()
-                    self.used -= status.st_size
+                    gone += status.st_size
+        return gone
+
+    def forgotten(self, gone: Any) -> None:
+        if isinstance(gone, int):
+            self.used -= gone
+
+
+def size_of(file: pathlib.Path) -> int:
+    """Bytes; 0 if there is no such file, or not any more."""
+    try:
+        return file.stat().st_size if file.is_file() else 0
+    except OSError:
+        return 0
 
 
 def content_range(field: str | None, length: int) -> tuple[int, int]:
@@ -161,28 +167,32 @@ class Upload:
         self.blobs, self.file, self.part = blobs, file, file.with_suffix(".part")
         self.at = self.marked = start
         self.missing, self.total = length, total
-        self.finishing = False
+        self.busy = False
         try:
             blobs.folder.mkdir(mode=0o700, exist_ok=True)
-            there = self.part.stat().st_size if self.part.exists() else 0
+            there = size_of(self.part)
             self.stream = self.part.open("ab" if start else "wb", buffering=0)  # what was written is on the disk
         except OSError as error:
             raise Refused(507, f"the bus cannot store the file: {error.strerror}") from None
         blobs.arriving.add(file.name)
         blobs.used -= there - start
 
-    def write(self, data: bytes | bytearray) -> None:
+    def write(self, data: bytes) -> int:
         if self.blobs.used + len(data) > self.blobs.quota:  # others arrived meanwhile
+            return 0
+        done = 0
+        with contextlib.suppress(OSError):
+            while done < len(data):
+                done += self.stream.write(data[done:])
+        return done
+
+    def wrote(self, written: Any) -> None:
+        length = written if isinstance(written, int) else 0
+        self.at += length
+        self.missing -= length
+        self.blobs.used += length
+        if not length:
             raise Refused(507, "the bus has no room for the rest of this file", *self.offset())
-        try:
-            while data:
-                written = self.stream.write(data)
-                data = data[written:]
-                self.at += written
-                self.missing -= written
-                self.blobs.used += written
-        except OSError as error:
-            raise Refused(507, f"the bus cannot store the file: {error.strerror}", *self.offset()) from None
 
     def far_enough(self) -> bool:
         """Has it moved by as much as it must in BODY_SECONDS?"""
@@ -201,7 +211,7 @@ class Upload:
                 digest.update(piece)
             os.fsync(whole.fileno())
         if digest.hexdigest() != self.file.name:
-            self.part.unlink()
+            self.part.unlink(missing_ok=True)
             return 422
         known = self.file.exists()
         self.part.replace(self.file)
@@ -211,7 +221,7 @@ class Upload:
         return 200 if known else 201
 
     def close(self) -> None:
-        if not self.finishing:
+        if not self.busy:
             self.stream.close()
             self.blobs.arriving.discard(self.file.name)
 
@@ -221,6 +231,7 @@ class Download:
 
     def __init__(self, stream: IO[bytes], length: int) -> None:
         self.stream, self.length = stream, length
+        self.busy = False
 
     def read(self) -> bytes:
         piece = self.stream.read(min(Blobs.PIECE, self.length))

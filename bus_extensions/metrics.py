@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Iterable
+from itertools import chain
 
-from bus_server import EVERYONE, Answer, Bus, Metric, Request, unread
+from bus_server import Answer, Bus, Mailbox, Metric, Request, page, unread
 
 TABLES, NOUN, OPERATIONS = None, "", ()
 
@@ -16,20 +18,20 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 def start(bus: Bus, options: argparse.Namespace) -> None:
     bus.metrics.insert(0, lambda: totals(bus))
-    bus.metrics.append(lambda: by_name(bus))
     bus.route("GET", "/metrics", lambda request: metrics(bus, request), "figures for Prometheus")
 
 
 def metrics(bus: Bus, request: Request) -> Answer:
-    """In the text format of Prometheus."""
+    """In the text format of Prometheus; with more than 1000 names, ?after= and the header Bus-Next go on."""
     request.grant.check_operator()
+    found, more = page(bus, request)
+    headers = (("Bus-Next", json.loads(f"{{{more[2:]}}}")["next"]),) if more else ()
     text = "".join(
         f"# HELP agent_bus_{metric} {says}\n# TYPE agent_bus_{metric} {kind}\n"
         + "".join(f"agent_bus_{metric}{labels} {value:.16g}\n" for labels, value in values)
-        for figures in bus.metrics
-        for metric, kind, says, values in figures()
+        for metric, kind, says, values in [*chain(*(figures() for figures in bus.metrics)), *by_name(bus, found)]
     )
-    return Answer(200, text.encode(), "text/plain; version=0.0.4; charset=utf-8")
+    return Answer(200, text.encode(), "text/plain; version=0.0.4; charset=utf-8", headers)
 
 
 def totals(bus: Bus) -> Iterable[Metric]:
@@ -48,11 +50,11 @@ def totals(bus: Bus) -> Iterable[Metric]:
     ]
 
 
-def by_name(bus: Bus) -> Iterable[Metric]:
+def by_name(bus: Bus, found: Iterable[tuple[str, str, Mailbox]]) -> Iterable[Metric]:
     now, waiting, ages = bus.view.clock(), [], []
-    for (channel, own), box in bus.mailboxes.boxes.items():
+    for channel, own, box in found:
         labels = f'{{channel="{channel}",name="{own}"}}'
-        number = 0 if own == EVERYONE else unread(bus, channel, own, box)
+        number = unread(bus, channel, own, box)
         oldest = bus.view.oldest(channel, own, box.mark()) if number else None
         waiting.append((labels, float(number)))
         ages.append((labels, max(now - oldest, 0) / 1000000 if oldest else 0.0))

@@ -6,11 +6,13 @@ With this extension GET /message/ID takes `wait_fetched` too: the sender waits u
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
 from bus_server import (
+    ANSWER_BYTES,
     BUSY,
     EVERYONE,
     HOLD,
@@ -22,6 +24,7 @@ from bus_server import (
     Answer,
     Bus,
     Connection,
+    Gate,
     Grant,
     Key,
     Message,
@@ -39,6 +42,9 @@ from bus_server import (
     no_message,
     ok,
     one_of,
+    quote,
+    read_alone,
+    readable,
     state_of,
     tick_of,
     told,
@@ -60,6 +66,8 @@ class Question(NamedTuple):
 
     tick: int
     sender: str
+    asked: str  # whom
+    gate: Gate
     receipt: str  # what the sender is told of it in any case
     grant: Grant
     hold: float  # s
@@ -84,7 +92,9 @@ class Question(NamedTuple):
         return (self.sender,)
 
     def wants(self, message: Message) -> bool:
-        return message.sender != self.sender and self.grant.reads(message.to)
+        """An answer counts only from one who may read the mailbox that the question went to: an id is no secret."""
+        may_answer = message.sender != self.sender and self.gate.may_read(message.sender, self.asked)
+        return may_answer and self.grant.reads(message.to)
 
     def covers(self, reply: int, message: Message) -> bool:
         return message.tick == reply
@@ -167,19 +177,22 @@ class Replies:
 
     def ask(self, request: Request) -> None:
         """A send that is answered when its answer is there. Asked again with the same key, it waits again."""
-        drafts, several = self.bus.drafts(request)
+        drafts, several = self.bus.sending.drafts(request)
         if several or len(drafts[0].to) > 1 or EVERYONE in drafts[0].to:
             raise Refused(400, "a question is one message to one name")
         request.grant.check([drafts[0].sender])
         hold = request.query().number("wait", HOLD, 0, HOLD_MAX)
-        self.bus.check(drafts)
-        self.bus.do(Put(drafts), request.peer, partial(self.asked, request.grant, hold))
+        warning = self.bus.sending.check(request, drafts)
+        self.bus.do(Put(drafts), request.peer, partial(self.asked, request.grant, hold, warning))
 
-    def asked(self, grant: Grant, hold: float, connection: Connection, put: Put, stored: list[Stored]) -> Answer | None:
+    def asked(
+        self, grant: Grant, hold: float, warning: str, connection: Connection, put: Put, stored: list[Stored]
+    ) -> Answer | None:
         """The answer to a question, if it is there already; else its sender is parked."""
         bus, one = self.bus, put.drafts[0]
         tick, duplicate = stored[0].ticks[0], stored[0].duplicate
-        question = Question(tick, one.sender, entry(bus, one, stored[0]), grant, hold, one.channel)
+        said = entry(bus, one, stored[0]) + (f', "warning": {quote(warning)}' if warning else "")
+        question = Question(tick, one.sender, one.to[0], bus.gate, said, grant, hold, one.channel)
         there = self.replies_to(tick) if duplicate else []
         withheld = [each.tick for each in bus.withheld.values()]
         replies = [each for each in there if question.wants(each) and each.tick not in withheld]
@@ -207,26 +220,36 @@ class Replies:
     def replies_to(self, parent: int) -> list[Message]:
         """The answers to a message that are not expired or recalled, oldest first; none that is not announced."""
         thread = self.messages_of(self.bus.view.lineage(parent)[0])
-        fresh = [each for each in thread if each.answers == parent and not self.bus.view.is_expired(each)]
-        return [each for each in fresh if each.tick <= self.bus.last]
+        return [each for each in thread if each.answers == parent and not self.bus.view.is_expired(each)]
 
-    def messages_of(self, root: int) -> list[Message]:
-        """A message and all that were sent in answer to it, or to those: at most MAX_MESSAGES, oldest first."""
+    def messages_of(self, root: int, after: int = 0) -> Iterator[Message]:
+        """A message and all that were sent in answer to it, or to those, above a tick, oldest first."""
         view = self.bus.view
-        first = view.message(root)
-        rows = view.database.execute(
-            f"{SELECT} WHERE thread = ? ORDER BY tick LIMIT {MAX_MESSAGES - 1}", (root,)
-        ).fetchall()
-        return [each for each in (first, *map(view.checked, rows)) if each]
+        first = view.message(root) if root > after else None
+        if first:
+            yield first
+        where = "WHERE thread = ? AND tick > ? AND tick <= ? ORDER BY tick"
+        with contextlib.closing(view.database.execute(f"{SELECT} {where}", (root, after, self.bus.last))) as rows:
+            yield from filter(None, map(view.checked, rows))
 
     def thread(self, request: Request) -> Answer:
         """A conversation: what began it, and the answers, and the answers to them."""
-        wanted = tick_of(request.parsed.rest)
-        thread = self.messages_of(self.bus.view.lineage(wanted)[0]) if wanted is not None else []
-        seen = [each.render() for each in thread if request.grant.may_see(each)]
-        if not seen:
+        self.bus.storms.read(request.owner())
+        wanted, query = tick_of(request.parsed.rest), request.query()
+        after, limit = tick_of(query.one("after")) or 0, int(query.number("max", 1000, 1, MAX_MESSAGES))
+        thread = self.messages_of(self.bus.view.lineage(wanted)[0], after) if wanted is not None else []
+        seen: list[str] = []
+        more, size, last = "", 0, 0
+        for each in thread:
+            if request.grant.may_see(each):
+                if len(seen) == limit or size > ANSWER_BYTES:
+                    more = f', "more": true, "next": "{last:x}"'
+                    break
+                seen.append(readable(self.bus, each, request.grant))
+                size, last = size + len(seen[-1]), each.tick
+        if not seen and not after:
             raise no_message()
-        return ok(self.bus, f'"messages": [{", ".join(seen)}]')
+        return ok(self.bus, f'"messages": [{", ".join(seen)}]{more}')
 
     # Taking back
 
@@ -237,14 +260,18 @@ class Replies:
         """
         bus = self.bus
         bus.check_open()
-        message = one_of(bus, request.grant, request.members().id())
+        message = one_of(bus, request, request.members().id())
         if request.grant.name not in ("", message.sender):
             raise Refused(403, "only its sender can recall a message")
         if message.expires == RECALLED:  # a retry, whatever was fetched since
             return ok(bus, '"ok": true')
         deliveries = [each.delivering for each in bus.door.connections if each.delivering]
         on_its_way = any(reader.covers(upto, message) for reader, upto in deliveries)
-        if on_its_way or message.tick <= bus.mailboxes.box(message.channel, message.to).fetched:
+        if (
+            on_its_way
+            or read_alone(bus, message)
+            or message.tick <= bus.mailboxes.box(message.channel, message.to).fetched
+        ):
             raise Refused(409, "it is too late to recall this message: it was fetched")
         step = bus.do(Recall(message.tick), request.peer, partial(self.recalled, message))
         bus.withheld[step] = message
@@ -252,7 +279,7 @@ class Replies:
 
     def recalled(self, message: Message, connection: Connection, recall: Recall, result: None) -> Answer:
         box = self.bus.mailboxes.box(message.channel, message.to)
-        box.perishable, box.pending = True, None
+        box.perishable, box.pending, box.by_sender = True, None, None
         return ok(self.bus, '"ok": true')
 
     # Waiting until a message was fetched
@@ -260,10 +287,10 @@ class Replies:
     def message(self, request: Request) -> Answer | None:
         """One message and how far it came; asking moves nothing. With `wait_fetched` the answer waits until it came."""
         bus = self.bus
-        found = one_of(bus, request.grant, tick_of(request.parsed.rest))
+        found = one_of(bus, request)
         hold = request.query().number("wait_fetched", 0, 0, HOLD_MAX)
         if not hold or bus.draining or state_of(bus, found)[0] != "queued":
-            return told(bus, found)
+            return told(bus, found, request.grant)
         bus.park(request.peer, Watch(found, request.grant.token, hold))
         return None
 

@@ -14,7 +14,7 @@ import math
 import secrets
 import time
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from bus_server import (
     ANSWER_BYTES,
@@ -30,6 +30,7 @@ from bus_server import (
     Connection,
     Deadlines,
     Draft,
+    Grant,
     Key,
     Message,
     Metric,
@@ -208,13 +209,16 @@ class Claim(Operation):
 
 
 class Settle(Operation):
-    """A worker acknowledges its message, gives it back, or asks for more time. The result is the queue."""
+    """A worker acknowledges its message, gives it back, or asks for more time. The result is the queue.
+
+    A message that did not reach its worker is returned: that was no attempt.
+    """
 
     __slots__ = ("attempts", "delay_us", "lease", "reason", "tick", "verb")
     kind = "settle"
 
     def __init__(self, verb: str, tick: int, lease: str, delay_us: int, reason: str, attempts: int) -> None:
-        self.verb = verb  # ack, nack or extend
+        self.verb = verb  # ack, nack, extend or return
         self.tick, self.lease, self.reason = tick, lease, reason
         self.delay_us = delay_us  # until it can be had again
         self.attempts = attempts
@@ -228,6 +232,9 @@ class Settle(Operation):
             raise Refused(409, "this message is not yours any more: its lease ran out, or it was settled")
         due = None if self.verb == "ack" else now.steady + self.delay_us
         state.writing.execute("UPDATE work SET due = ? WHERE tick = ?", (due, self.tick))
+        if self.verb == "return":
+            undo = "UPDATE work SET lease = NULL, attempt = attempt - 1, reason = ? WHERE tick = ?"
+            state.writing.execute(undo, (self.reason, self.tick))
         if self.verb == "nack":
             state.writing.execute("UPDATE work SET lease = NULL, reason = ? WHERE tick = ?", (self.reason, self.tick))
             message = state.message(self.tick)
@@ -293,6 +300,7 @@ class Work:
         bus.route("POST", "/extend", self.settle, "the worker needs more time")
         bus.waits[Worker] = Waits(self.found, self.over)
         bus.states.append(self.state_of)
+        bus.on_lost.append(self.lost)
         bus.on_tidy.append(self.bury)  # a lease from before the start has no timer
         bus.metrics.append(self.undone)
 
@@ -300,8 +308,10 @@ class Work:
 
     def claim(self, request: Request) -> None:
         self.bus.check_open()
-        worker = worker_of(request.members(), request.grant.token)
+        worker = worker_of(request.members(), request.grant)
         request.grant.check([worker.queue])
+        self.bus.storms.read(worker.who)
+        self.bus.storms.name(request.owner(), self.bus.mailboxes.new(worker.channel, [worker.queue]))
         self.bus.mailboxes.polled(worker, request.peer.address, self.bus.view.clock())
         self.ask(request.peer, worker)
 
@@ -336,11 +346,8 @@ class Work:
         """Handed out is fetched. A message that is out for the last time is buried when its lease runs out."""
         bus = self.bus
         if result.jobs and connection.phase is LINGER:  # the worker has gone: others may have them at once
-            for job in result.jobs:
-                back = Settle("nack", job.message.tick, job.lease, 0, "its worker hung up", self.attempts)
-                bus.do(back, connection, self.settled)
+            self.give_back(result.jobs)
         elif result.jobs:
-            bus.delivered(worker, max(job.message.tick for job in result.jobs))
             self.look_again((worker.channel, worker.queue), worker.lease)
             if max(job.attempt for job in result.jobs) >= self.attempts:
                 self.bury_after(worker.lease)
@@ -350,11 +357,21 @@ class Work:
             else:
                 bus.park(connection, worker, math.inf if result.due is None else result.due / 1000000)
             return None
-        return handed(bus, result.jobs)
+        return handed(bus, worker, result.jobs)
+
+    def lost(self, reader: Any, tick: int) -> None:
+        """An answer with jobs did not reach its worker whole."""
+        if isinstance(reader, Handed):
+            self.give_back(reader.jobs)
+
+    def give_back(self, jobs: list[Job]) -> None:
+        for job in jobs:
+            back = Settle("return", job.message.tick, job.lease, 0, "its worker hung up", self.attempts)
+            self.bus.do(back, None, self.settled)
 
     def settled(self, connection: Connection, settle: Settle, queue: Key) -> Answer:
         delay = settle.delay_us / 1000000
-        if settle.verb == "nack":
+        if settle.verb in ("nack", "return"):
             self.look_again(queue, delay)
         elif settle.verb == "extend":
             self.bury_after(delay)
@@ -389,7 +406,7 @@ class Work:
 
     def over(self, connection: Connection, worker: Worker) -> Answer | None:
         if worker.hold <= 0 or connection.ended or self.bus.draining:
-            return handed(self.bus, [])
+            return handed(self.bus, worker, [])
         self.found(connection, worker, [])  # a lease or a delay has run out
         return None
 
@@ -403,7 +420,7 @@ class Work:
         if not row:
             return None
         attempt, due, lease, worker = row
-        if not (isinstance(attempt, int) and is_name(worker)):
+        if not (isinstance(attempt, int) and all(map(is_name, str(worker).split("/")))):
             self.bus.view.damaged(f"who has {message.tick:x}")
             return None
         state = "fetched" if due else "acknowledged" if lease else "dead"
@@ -418,27 +435,70 @@ class Work:
         return [("undone_jobs", "gauge", "handed out at least once and not done", jobs)]
 
 
-def worker_of(query: Query, token: str) -> Worker:
+def worker_of(query: Query, grant: Grant) -> Worker:
     queue = name(query.needed("to"), "to")
     if len(queue + DEAD) > 64 or queue == EVERYONE:
         raise Refused(400, f"a queue is a name of at most {64 - len(DEAD)} characters, and not {EVERYONE}")
+    called = str(query.name("worker", "worker"))
     return Worker(
         queue,
         str(query.name("channel", "default")),
         int(query.number("max", 1, 1, CLAIM_MAX)),
         query.number("lease", LEASE, 1, LEASE_MAX),
-        str(query.name("worker", "worker")),
+        f"{grant.name}/{called}" if grant.name else called,
         time.monotonic() + query.number("wait", HOLD, 0, HOLD_MAX),
-        token,
+        grant.token,
     )
 
 
-def handed(bus: Bus, jobs: list[Job]) -> Answer:
-    """The answer to a claim."""
+class Handed(NamedTuple):
+    """Who has the jobs of an answer once it was written out whole; what a Worker is otherwise."""
+
+    worker: Worker
+    jobs: list[Job]
+
+    @property
+    def exclusive(self) -> bool:
+        return True
+
+    @property
+    def channel(self) -> str:
+        return self.worker.channel
+
+    @property
+    def hold(self) -> float:
+        return self.worker.hold
+
+    @property
+    def token(self) -> str:
+        return self.worker.token
+
+    @property
+    def who(self) -> str:
+        return self.worker.called
+
+    def places(self) -> Sequence[Key]:
+        return ()
+
+    def present(self) -> Sequence[str]:
+        return (self.worker.queue,)
+
+    def wants(self, message: Message) -> bool:
+        return False
+
+    def covers(self, upto: int, message: Message) -> bool:
+        return any(job.message.tick == message.tick for job in self.jobs)
+
+
+def handed(bus: Bus, worker: Worker, jobs: list[Job]) -> Answer:
+    """The answer to a claim. Handed out is fetched, when it was written out whole."""
     messages = ", ".join(
         f'{job.message.render()[:-1]}, "attempt": {job.attempt}, "lease": "{job.lease}", '
         f'"lease_until": {seconds(job.until)}}}'
         for job in jobs
     )
     bus.figures.delivered += len(jobs)
-    return ok(bus, f'"messages": [{messages}]')
+    answer = ok(bus, f'"messages": [{messages}]')
+    if not jobs:
+        return answer
+    return answer._replace(delivers=(Handed(worker, jobs), max(job.message.tick for job in jobs)))

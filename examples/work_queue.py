@@ -3,7 +3,7 @@
 
     AGENT_BUS_URL=http://127.0.0.1:8080 python3 examples/work_queue.py
 
-What it shows: a worker is `bus_recv.py QUEUE --claim --exec CMD`, and there may be any number of them. A job belongs to
+What it shows: a worker is `tools/bus_work.py QUEUE --exec CMD`, and there may be any number of them. A job belongs to
 one for the length of a lease, which is extended while CMD runs. Who dies says nothing, so the lease runs out, and the
 next one gets the job with a higher AGENT_BUS_ATTEMPT. So CMD may run twice for a job: its result has the id of the job
 for a key, and the bus stores it once.

@@ -12,7 +12,7 @@ from bench.figures import Claim, Figure, Result, Run, interleaved, quantile
 from bench.load import Count
 from bench.peers import Peer
 from bench.session import Row, Session, Settings
-from bus_server import Log
+from bus_server import State
 
 HTTP = b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nbody"
 XREAD = b"*1\r\n*2\r\n$4\r\ndell\r\n*1\r\n*2\r\n$3\r\n1-0\r\n*2\r\n$1\r\nm\r\n$2\r\nhi\r\n"
@@ -125,10 +125,10 @@ def test_a_made_database_is_one_of_the_bus_and_its_ticks_are_known(tmp_path):
     names = ["dell", "nano", "spark"]
     count = stored.AT_ONCE + 5  # two transactions
     here = stored.database(tmp_path, tmp_path / "copy", count, names)
-    with contextlib.closing(Log(str(here.path))) as log:
-        ticks = [row[0] for row in log.reading.execute("SELECT tick FROM messages ORDER BY tick")]
+    with contextlib.closing(State(str(here.path))) as state:
+        ticks = [row[0] for row in state.view.database.execute("SELECT tick FROM messages ORDER BY tick")]
         some = (0, 1, stored.AT_ONCE - 1, stored.AT_ONCE, count - 1)
-        receivers = [log.message(here.tick(number)).to for number in some]  # None if a checksum were wrong
+        receivers = [state.message(here.tick(number)).to for number in some]  # None if a checksum were wrong
     assert [here.tick(number) for number in range(count)] == ticks
     assert receivers == [here.name(number) for number in some]
 

@@ -17,7 +17,6 @@ import contextlib
 import http.client
 import json
 import os
-import pathlib
 import re
 import socket
 import ssl
@@ -27,9 +26,15 @@ from collections.abc import Callable, Sequence
 from typing import Any, Union
 from urllib.parse import urlencode, urlsplit
 
-sys.path.append(str(pathlib.Path(__file__).resolve().parent.parent))  # the clients are there, installed or not
-import bus_recv
-import bus_send
+HERE = os.path.dirname(os.path.realpath(__file__))
+sys.path += [HERE, os.path.dirname(HERE)]  # the clients lie beside this file or one folder up, or are installed
+try:
+    import bus_recv
+    import bus_send
+except ModuleNotFoundError as missing:
+    print(f"bus_doctor: {missing.name}.py is missing in {HERE}: run curl -fO $AGENT_BUS_URL/{missing.name}.py there",
+          file=sys.stderr)  # fmt: skip
+    sys.exit(2)
 
 PATIENCE = 10.0  # s for a hop; what needs longer is as good as broken
 SKEW_SECONDS = 120.0  # clients of the first contract start at their own clock; the bus refuses what is 300 s ahead
@@ -190,7 +195,7 @@ class Way:
             raise Fault(f"AGENT_NAME is {self.name!r}, which is no name", advice)
         message = {"from": self.name, "to": "", "msg": "x" * BODY_BYTES, "channel": CHANNEL}
         try:
-            bus_send.post(self.url, json.dumps(message).encode(), PATIENCE)
+            bus_send.post(self.url, message, PATIENCE)
         except bus_send.Refused as refused:
             if refused.status == 400 and not str(refused).startswith("from"):
                 return f"as {self.name}: {BODY_BYTES >> 10} KiB arrive"

@@ -19,7 +19,6 @@ import hashlib
 import http.client
 import json
 import os
-import pathlib
 import random
 import re
 import sys
@@ -27,9 +26,15 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import IO, Any
 
-sys.path.append(str(pathlib.Path(__file__).resolve().parent.parent))  # the clients are there, installed or not
-import bus_recv
-import bus_send
+HERE = os.path.dirname(os.path.realpath(__file__))
+sys.path += [HERE, os.path.dirname(HERE)]  # the clients lie beside this file or one folder up, or are installed
+try:
+    import bus_recv
+    import bus_send
+except ModuleNotFoundError as missing:
+    print(f"bus_file: {missing.name}.py is missing in {HERE}: run curl -fO $AGENT_BUS_URL/{missing.name}.py there",
+          file=sys.stderr)  # fmt: skip
+    sys.exit(2)
 
 PIECE = 1 << 18  # bytes in memory at a time
 STALL_SECONDS = 60.0  # without a byte; at the end of an upload the bus reads the whole file once more
@@ -134,7 +139,7 @@ def upload(url: str, digest: str, file: IO[bytes], at: int, size: int, progress:
         if response.status not in (200, 201):
             raise refusal(response)
         if said(response.read(bus_send.ANSWER_BYTES)).get("ok") is not True:
-            raise bus_send.Unreachable(f"{response.status}: no JSON of a bus")
+            raise bus_send.Unreachable(f"{response.status}: not from a bus")
         return True
 
 
@@ -196,7 +201,7 @@ def answered(
     """What is answered to one request. bus_send.Unreachable for all that goes wrong, also while it is read."""
     agent = os.environ.get("AGENT_BUS_UA") or "Mozilla/5.0"  # because firewalls drop what looks like a script
     headers = {"User-Agent": agent, **bus_send.credentials(url), **(headers or {})}
-    connection, prefix = bus_send.connect(url, bus_send.ATTEMPT_SECONDS)
+    connection, prefix = bus_send.connect(url, bus_send.GRACE_SECONDS)
     try:
         connection.connect()
         sock = connection.sock
@@ -286,7 +291,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def leave(options: argparse.Namespace) -> int:
     """Upload, then tell: who is told can get it."""
-    url, _ = bus_send.composed(options.to, "", None, options.sender, options.channel, None, {})
+    url, _ = bus_send.compose(options.to, "", None, options.sender, options.channel, None, {})
     digest, size = put(options.path, url, options.timeout)
     name = os.path.basename(options.path)
     said = {"type": "file", "name": name, "size": size, "sha256": digest, "subject": options.subject}

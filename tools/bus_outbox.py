@@ -28,9 +28,15 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Union
 from urllib.parse import unquote
 
-sys.path.append(str(pathlib.Path(__file__).resolve().parent.parent))  # the clients are there, installed or not
-import bus_recv
-import bus_send
+HERE = os.path.dirname(os.path.realpath(__file__))
+sys.path += [HERE, os.path.dirname(HERE)]  # the clients lie beside this file or one folder up, or are installed
+try:
+    import bus_recv
+    import bus_send
+except ModuleNotFoundError as missing:
+    print(f"bus_outbox: {missing.name}.py is missing in {HERE}: run curl -fO $AGENT_BUS_URL/{missing.name}.py there",
+          file=sys.stderr)  # fmt: skip
+    sys.exit(2)
 
 PATIENCE = 5.0  # s to get the first message to the bus; the caller has other work to do
 NUMBER = re.compile(r"([0-9]{20})\.json")  # ns since 1970, or one more than the last
@@ -219,7 +225,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         msg = "" if flush else bus_send.read_message()
         sender, channel, key = map(given.pop, ("sender", "channel", "key"))
-        url, message = bus_send.composed(to, msg, None, sender, channel, key, given)
+        url, message = bus_send.compose(to, msg, None, sender, channel, key, given)
         message["sender"] = sender = message.pop("from", None)
         check(url, message)
         return deliver(Outbox(url, sender), None if flush else message, patience)

@@ -35,7 +35,7 @@ from session import Nameless, harmless, name_of, quoted  # which also makes the 
 import bus_recv
 import bus_send
 
-VERSION = "0.1.0"  # bus_server's, whose import would take longer than the whole start
+VERSION = "0.2.0"  # bus_server's, whose import would take longer than the whole start
 PROTOCOLS = ("2025-11-25", "2025-06-18", "2025-03-26", "2024-11-05")  # spoken here; the first is offered to all others
 HOLD = 25.0  # s that a call may wait, under the 30 s after which common proxies cut a quiet request
 PATIENCE = 10.0  # s in which a send is tried again; after that the agent may, under the same key

@@ -76,7 +76,8 @@ def test_a_bus_that_does_not_hold_is_not_run_down(monkeypatch):
 @pytest.mark.parametrize("fault", ["204", "400 as HTML", "503 from the bus", "504 from a proxy", "ok that is not true",
                                    "a body that drips", "JSON of something else", "silence"])  # fmt: skip
 def test_a_question_through_a_fault_is_asked_again_with_the_same_key(fault, monkeypatch):
-    monkeypatch.setattr(bus_send, "ATTEMPT_SECONDS", 0.1)
+    monkeypatch.setattr(bus_send, "GRACE_SECONDS", 0.1)
+    monkeypatch.setattr(bus_send, "DOWNLOAD_RATE", 1 << 20)
     monkeypatch.setattr(bus_send, "HOLD_SECONDS", 0.1)
     monkeypatch.setattr(bus_send, "FIRST_PAUSE", 0.001)
     with Scripted(FAULTS[fault], FAULTS[fault], stored(reply=REPLY)) as server:

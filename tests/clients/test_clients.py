@@ -53,7 +53,8 @@ def home(tmp_path, monkeypatch):
 @pytest.fixture
 def hurry(monkeypatch):
     """Real deadlines, but short ones."""
-    monkeypatch.setattr(bus_send, "ATTEMPT_SECONDS", 0.2)
+    monkeypatch.setattr(bus_send, "GRACE_SECONDS", 0.2)
+    monkeypatch.setattr(bus_send, "DOWNLOAD_RATE", 1 << 20)
     monkeypatch.setattr(bus_send, "FIRST_PAUSE", 0.001)
     monkeypatch.setattr(bus_recv, "GRACE_SECONDS", 0.1)
     monkeypatch.setattr(bus_recv, "DOWNLOAD_RATE", 1 << 20)
@@ -432,7 +433,7 @@ def test_an_outage_is_told_once_after_a_minute_and_once_when_it_is_over(monkeypa
         watched = reader(server.url, clock=clock)
         next(watched.messages())
     start, end = watched.said
-    assert start == f"{server.url} out of reach since 19:39:56Z (502: no JSON of a bus); still trying"
+    assert start == f"{server.url} out of reach since 19:39:56Z (502: not from a bus); still trying"
     assert end == f"{server.url} is back, after 4m"
     assert [at for at, said in told if not said][-1] == 60.0 and len(watched.warned) == 2
 
@@ -441,7 +442,7 @@ def test_a_short_fault_is_for_stderr_only():
     with Scripted(page(502, HTML), mail(message(1))) as server:
         code, out, err = recv(server, "--once")
         assert code == 0 and out.startswith("2026-11-20T19:39:56Z from=spark id=1 ") and out.endswith("\n| hi\n---\n")
-        assert err == f"bus_recv: {server.url}: 502: no JSON of a bus; trying again\n"
+        assert err == f"bus_recv: {server.url}: 502: not from a bus; trying again\n"
 
 
 def test_what_retention_removed_is_told():

@@ -119,7 +119,7 @@ def test_what_a_watch_has_not_read_does_not_count_as_seen(monkeypatch):
     """Beside six busy processes on two cores, Claude Code was seen to read 1.4 s late; its deadline drops the rest."""
     script, read_at, passed_at = Script([(0, message(1, "hi"))]), 1005.0, []
     monkeypatch.setattr(bus_recv, "emit", lambda text: None)
-    monkeypatch.setattr(bus_recv, "unread", lambda: script.clock.now < read_at)
+    monkeypatch.setattr(bus_recv, "unread_output", lambda: script.clock.now < read_at)
     script.pass_over = lambda last: passed_at.append(script.clock.now)
     bus_recv.show_blocks(script, script.answers())
     assert len(passed_at) == 1 and passed_at[0] >= read_at + bus_recv.SETTLE_SECONDS
@@ -129,8 +129,9 @@ def test_what_a_watch_has_not_read_does_not_count_as_seen(monkeypatch):
 def test_what_a_watch_has_not_read_is_known():
     ours, its = socket.socketpair()
     code = (
-        "import sys, bus_recv; bus_recv.emit('block'); print(bus_recv.unread() > 0, file=sys.stderr, flush=True);"
-        "input(); print(bus_recv.unread(), file=sys.stderr)"
+        "import sys, bus_recv; bus_recv.emit('block');"
+        "print(bus_recv.unread_output() > 0, file=sys.stderr, flush=True);"
+        "input(); print(bus_recv.unread_output(), file=sys.stderr)"
     )
     pipes = {"stdin": subprocess.PIPE, "stdout": its, "stderr": subprocess.PIPE, "cwd": ROOT}
     with ours, its, subprocess.Popen([sys.executable, "-c", code], **pipes) as process:

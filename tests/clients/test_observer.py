@@ -1,20 +1,20 @@
-"""bus_recv.py --log: everybody's messages, for people and pipes, and nobody notices."""
+"""tools/bus_log.py: everybody's messages, for people and pipes, and nobody notices."""
 import json
 import signal
 
 import pytest
 
-import bus_recv
 import bus_send
 from tests.clients.test_clients import Clock, home, program, refusing, run  # noqa: F401
 from tests.kit.bad_servers import DATE, NOON, Scripted, answer, mail, message, page
 from tests.kit.processes import PATIENCE, wait_until
+from tools import bus_log
 
 QUIET = {"AGENT_NAME": "dell", "AGENT_BUS_CHANNEL": "ops"}  # what a reader goes by, and an observer does not
 
 
 def log(url, *arguments):
-    return run("bus_recv.py", "--log", *arguments, env={"AGENT_BUS_URL": url, **QUIET})
+    return run("tools/bus_log.py", *arguments, env={"AGENT_BUS_URL": url, **QUIET})
 
 
 def texts(url, *arguments):
@@ -37,7 +37,7 @@ def test_an_observer_sees_all_that_passes_or_what_it_asks_for(bus):
 def test_an_observer_leaves_no_trace(bus, home):  # noqa: F811
     bus_send.send("dell", "hi", url=bus.url, sender="spark")
     before = [json.loads(bus.get(path)) for path in ("/inbox", "/agents")]
-    process = program("bus_recv.py", "--log", "--json", env={"AGENT_BUS_URL": bus.url, **QUIET})
+    process = program("tools/bus_log.py", "--json", env={"AGENT_BUS_URL": bus.url, **QUIET})
     assert json.loads(process.stdout.readline())["msg"] == "hi"
     assert [json.loads(bus.get(path)) for path in ("/inbox", "/agents")] == before and not home.exists()
     process.send_signal(signal.SIGTERM)
@@ -45,7 +45,7 @@ def test_an_observer_leaves_no_trace(bus, home):  # noqa: F811
 
 
 def test_an_observer_follows_through_a_restart_and_sees_each_message_once(bus):
-    process = program("bus_recv.py", "--log", "--json", env={"AGENT_BUS_URL": bus.url})
+    process = program("tools/bus_log.py", "--json", env={"AGENT_BUS_URL": bus.url})
     for n in range(2):
         bus_send.send("dell", f"{n}", url=bus.url, sender="spark")
         assert json.loads(process.stdout.readline())["msg"] == f"{n}"
@@ -96,7 +96,7 @@ def test_half_of_a_log_is_not_a_log():
 def test_another_bus_is_looked_at_from_the_beginning_once():
     with Scripted(mail(message(1), now=f"{NOON}.5"), mail(bus="b2"), mail(message(2), bus="b2", now=f"{NOON}.7"),
                   mail(now=f"{NOON}.5"), mail(message(3))) as server:  # fmt: skip
-        observer = bus_recv.Observer({}, "17.5")
+        observer = bus_log.Observer({}, "17.5")
         observer.url, observer.clock = server.url, Clock()
         messages = observer.messages()
         assert [next(messages)["id"] for _ in range(3)] == ["1", "2", "3"]
@@ -106,7 +106,7 @@ def test_another_bus_is_looked_at_from_the_beginning_once():
 
 def test_many_may_look_on_at_once_and_a_pipe_may_close(bus):
     bus_send.send("dell", "hi", url=bus.url, sender="spark")
-    both = [program("bus_recv.py", "--log", env={"AGENT_BUS_URL": bus.url}) for _ in range(2)]
+    both = [program("tools/bus_log.py", env={"AGENT_BUS_URL": bus.url}) for _ in range(2)]
     for process in both:
         assert b"from=spark" in process.stdout.readline()
         process.stdout.close()
@@ -130,4 +130,4 @@ def test_wrong_usage_of_the_log_is_2_and_asks_nothing(arguments):
 
 def test_an_observer_that_may_not_look_is_told():
     with Scripted(answer({"error": "the log is the operator's"}, status=403)) as server:
-        assert log(server.url, "--no-follow") == (1, "", "bus_recv: the log is the operator's\n")
+        assert log(server.url, "--no-follow") == (1, "", "bus_log: the log is the operator's\n")

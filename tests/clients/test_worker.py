@@ -1,4 +1,4 @@
-"""bus_recv.py NAME --claim --exec CMD: each job is done by one worker, and whatever happens to that one, it is done."""
+"""tools/bus_work.py NAME --exec CMD: each job is done by one worker, and whatever happens to that one, it is done."""
 import collections
 import json
 import os
@@ -14,6 +14,7 @@ import bus_send
 from tests.clients.test_clients import Clock, home, interruptible, program, refusing, run  # noqa: F401
 from tests.kit.bad_servers import FAULTS, NOON, Scripted, answer, mail, message, page
 from tests.kit.processes import PATIENCE, Server, wait_until
+from tools import bus_work
 
 JOBS = int(os.environ.get("JOBS", 12))  # 50 for the full figure
 BUSY = 1  # s until a machine with other work has started a worker
@@ -26,7 +27,7 @@ def job(n, attempt=1, **fields):
 
 
 def worker(url, command, *arguments, **env):
-    return program("bus_recv.py", "builds", "--claim", "--exec", command, *arguments,
+    return program("tools/bus_work.py", "builds", "--exec", command, *arguments,
                    env={"AGENT_BUS_URL": url, **env})  # fmt: skip
 
 
@@ -128,7 +129,7 @@ def test_a_claim_through_a_fault_is_made_again(fault, monkeypatch):
     monkeypatch.setattr(bus_recv, "DOWNLOAD_RATE", 1 << 20)
     strange = mail('{"msg": "a job without a lease"}')
     with Scripted(FAULTS[fault], strange, mail(job(1)), DONE) as server:
-        made = bus_recv.Worker(["builds"], None, "true", 60)
+        made = bus_work.Worker(["builds"], None, "true", 60)
         made.url, made.clock, made.wait, made.hold = server.url, Clock(), 0.1, 0.1
         made.work(made.answers(True, PATIENCE))
     assert len(orders(server, "/claim")) >= 3 and orders(server, "/ack")
@@ -138,10 +139,12 @@ def test_exit_codes_of_a_worker():
     with Scripted(mail()) as server:
         assert worker(server.url, "true", "--once", "--timeout", "0").wait(PATIENCE) == 3
     with Scripted(answer({"error": "no such path"}, status=404)) as server:
-        assert ended(worker(server.url, "true"), 1) == "bus_recv: no such path\n"
+        assert ended(worker(server.url, "true"), 1) == "bus_work: no such path\n"
     assert worker(refusing(), "true", "--timeout", "0").wait(PATIENCE) == 75
-    for wrong in (["dell", "--claim"], ["--log", "--claim"], ["a", "b", "--claim", "--exec", "true"]):
-        assert run("bus_recv.py", *wrong)[0] == 2
+    for wrong in (["dell"], ["--exec", "true"], ["a", "b", "--exec", "true"], ["a b", "--exec", "true"]):
+        assert run("tools/bus_work.py", *wrong)[0] == 2
+        assert run("bus_recv.py", "--claim", *wrong)[0] == 2
+    assert run("bus_recv.py", "--log", "--claim")[0] == 2
 
 
 # ── Stopping ─────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -20,22 +20,20 @@ from typing import NamedTuple
 import pytest
 
 from bus_server import (
+    HEAD_BYTES,
     LINGER_SECONDS,
-    Batch,
-    Bus,
+    OPERATIONS,
     Connection,
     Deadlines,
-    Door,
-    Gate,
-    Log,
+    Listener,
+    Now,
+    Put,
     Refused,
     Request,
-    Send,
     Storms,
-    Tokens,
     draft,
 )
-from tests.kit import hostile
+from tests.kit import hostile, inside
 from tests.kit.hostile import ALICE, GET, HOST, SMUGGLED, WAITING, a_send, head
 from tests.kit.processes import PATIENCE, Server, wait_until
 
@@ -257,13 +255,13 @@ class Peer:
         self.ended = self.paused = self.aborted = False
         self.writes = 0
         self.over = False  # the bus has closed its side
-        self.connection = Connection(bus)
+        self.connection = Connection(bus.door)
         self.connection.connection_made(self)
 
     def says(self, *pieces):
         """Like recv on the other side, an empty piece is the end."""
         self.coming += pieces
-        while self.coming and not self.paused and not self.is_closing():
+        while self.coming and not self.paused and not self.closing:
             self.ended = not self.coming[0]
             piece = self.coming.pop(0)
             self.connection.data_received(piece) if piece else self.connection.eof_received()
@@ -298,7 +296,7 @@ class Peer:
     def resume_reading(self):
         """As with a socket, the end can be read again."""
         self.paused = False
-        self.connection.bus.loop.soon(lambda: self.says(*[b""] * self.ended))
+        self.connection.door.loop.soon(lambda: self.says(*[b""] * self.ended))
 
     def write_eof(self):
         self.over = True
@@ -310,7 +308,8 @@ class Peer:
         self.aborted = True
         self.over = True
 
-    def is_closing(self):
+    @property
+    def closing(self):
         return self.aborted or self.broken
 
 
@@ -322,19 +321,18 @@ class Clock:
 
 
 @contextlib.contextmanager
-def a_bus(clock=time.monotonic, path=":memory:"):
+def a_bus(clock=time.monotonic, path=":memory:", *options):
     """A bus without a socket, and in memory if it has no path. Its deadlines go by `clock`."""
-    log = Log(path)
-    bus = Bus(log, Gate(Tokens(log.path), []), Storms(clock, rate=0), max_body=262144, keep=0, blobs=1 << 20)
-    bus.deadlines = Deadlines(clock)
+    bus = inside.make(path, *options)
+    bus.storms = Storms(clock, rate=0)
+    bus.door.deadlines = Deadlines(clock)
     bus.loop.every(0.01, lambda: None)  # so that no turn is longer
     LOOPS.append(bus.loop)
     try:
         yield bus
     finally:
         LOOPS.remove(bus.loop)
-        bus.loop.close()
-        log.close()
+        inside.close(bus)
 
 
 LOOPS = []  # those that turn while a test waits
@@ -345,20 +343,26 @@ def come_true(fact):
     while not fact():
         assert time.monotonic() < deadline
         for loop in LOOPS:
-            loop.serve()
+            loop.take_turn()
+
+
+def settle(bus):
+    """Take turns until nothing is left for another one: each pipelined request is answered in a turn of its own."""
+    while bus.loop.actions:
+        bus.loop.take_turn()
 
 
 def while_the_disk_is_busy(bus, action):
-    """The next commit lasts until this was done, by the deputy."""
-    commit, done = bus.store.commit, threading.Event()
+    """The next list of operations is being applied until this was done, by the deputy."""
+    apply, done = bus.state.apply, threading.Event()
 
-    def slow(batch):
-        bus.store.commit = commit
+    def slow(operations, now):
+        bus.state.apply = apply
         bus.loop.tell(lambda: (action(), done.set()))
         assert done.wait(PATIENCE)
-        commit(batch)
+        return apply(operations, now)
 
-    bus.store.commit = slow
+    bus.state.apply = slow
 
 
 def stored(bus):
@@ -401,7 +405,7 @@ def test_however_the_bytes_are_cut_the_answers_are_the_same(case):
             assert statuses(peer.heard) == right, f"cut at {len(pieces[0])}"
             assert stored(bus) == messages * number, f"cut at {len(pieces[0])}"
             peer.leaves()
-        assert not bus.connections
+        assert not bus.door.connections
 
 
 def test_nothing_is_answered_before_the_commit_and_not_out_of_order():
@@ -413,12 +417,49 @@ def test_nothing_is_answered_before_the_commit_and_not_out_of_order():
         assert statuses(peer.heard) == [200, 404, 200, 200] and stored(bus) == 2
 
 
+def test_between_two_pipelined_requests_the_other_connections_are_served():
+    with a_bus() as bus:
+        peer, other = Peer(bus), Peer(bus)
+        bus.loop.soon(lambda: other.says(head(GET, HOST)))  # it is ready in the turn that follows
+        peer.says(head("GET /first HTTP/1.1", HOST) + head(GET, HOST) + head("GET /third HTTP/1.1", HOST))
+        served = [(statuses(peer.heard), statuses(other.heard))]
+        while bus.loop.actions:
+            bus.loop.take_turn()
+            served.append((statuses(peer.heard), statuses(other.heard)))
+        assert served[:3] == [([404], []), ([404, 200], [200]), ([404, 200, 404], [200])]
+
+
+def test_a_pipelined_send_is_stored_after_the_one_before_was_answered():
+    with a_bus() as bus:
+        peer, lists, announce = Peer(bus), [], bus.ledger.announce
+
+        def count(steps, outcome, seconds):
+            lists.append((len(steps), len(statuses(peer.heard))))
+            announce(steps, outcome, seconds)
+
+        bus.ledger.announce = count
+        peer.says(ALICE * 3 + LAST)
+        come_true(lambda: peer.over)
+        assert lists == [(1, 0), (1, 1), (1, 2)] and statuses(peer.heard) == [200] * 4
+
+
+def test_who_pipelines_faster_than_it_is_answered_is_read_no_further_than_a_head():
+    """Each turn answers one request, and could read 400 more: what waits in the buffer must not grow for ever."""
+    with a_bus() as bus:
+        peer, requests = Peer(bus), 40 * 400
+        for _ in range(40):
+            peer.says(head(GET, HOST) * 400)  # kept on the way while the bus does not read
+            bus.loop.take_turn()
+            assert len(peer.connection.buffer) <= 2 * HEAD_BYTES
+        come_true(lambda: len(statuses(peer.heard)) == requests)
+
+
 def test_a_peer_that_pipelines_without_end_is_read_no_further_than_a_head():
     with a_bus() as bus:
         peer = Peer(bus)
         peer.says(WAITING, *[head(GET, HOST)] * 2000)
         assert peer.paused and len(peer.connection.buffer) < 17000
-        bus.release(peer.connection)
+        peer.connection.release()
         peer.says(LAST)
         come_true(lambda: peer.over)
         assert statuses(peer.heard) == [200] * 2002
@@ -462,11 +503,13 @@ def test_a_deadline_is_absolute(case):
     with a_bus(clock) as bus:
         peer = Peer(bus)
         peer.says(*([case.sent] if case.sent else []))
+        settle(bus)
         before, started = peer.heard, clock.now
         while clock.now + 1 < started + case.patience:
             clock.now += 1
             bus.sweep()
             peer.says(*([case.drip] if case.drip else []))
+            settle(bus)
         assert peer.heard == before and not peer.over, "given up too early"
         clock.now = started + case.patience + LATE
         bus.sweep()
@@ -590,15 +633,15 @@ def test_no_deadline_is_filed_under_a_time_before_it():
 @pytest.mark.parametrize("abruptly", [False, True], ids=["closes", "resets"])
 def test_a_client_that_goes_away_while_parked_is_unparked(abruptly):
     with a_bus() as bus:
-        door = Door(bus, socket.create_server(("127.0.0.1", 0)), None)
-        with socket.create_connection(door.sock.getsockname()) as peer:
+        listener = Listener(bus.door, socket.create_server(("127.0.0.1", 0)), None)
+        with socket.create_connection(listener.sock.getsockname()) as peer:
             peer.sendall(WAITING)
             come_true(lambda: bus.mailboxes.parked)
             if abruptly:
                 peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        come_true(lambda: not bus.connections)
+        come_true(lambda: not bus.door.connections)
         assert not bus.mailboxes.parked and not bus.mailboxes.waiting
-        door.close()
+        listener.close()
 
 
 def test_a_connection_that_is_gone_keeps_nothing_of_what_it_got():
@@ -708,11 +751,11 @@ def test_what_is_being_recalled_nobody_gets_and_nobody_passes(which):
 
 
 def test_what_could_not_be_recalled_stays_to_be_read(monkeypatch):
-    def full(log, message):
+    def full(recall, state, now):
         raise sqlite3.OperationalError("database or disk is full")
 
-    monkeypatch.setattr(Log, "withdraw", full)
     with two_messages() as (bus, sender, idents):
+        monkeypatch.setattr(OPERATIONS["recall"], "apply", full)
         reader = Peer(bus)
         sender.says(a_recall(idents[1]))
         reader.says(a_read())
@@ -773,11 +816,9 @@ def test_an_answer_on_its_way_to_who_asked_is_not_recalled():
 def test_what_is_not_announced_yet_cannot_be_asked_about_nor_recalled():
     """Its sender has no answer yet: who knows its id has guessed it."""
     with two_messages() as (bus, sender, _):
-        batch = Batch()
-        batch.sends = [Send(None, [draft({"from": "alice", "to": "new", "msg": "x"}, None)], False)]
-        bus.store.stamp(batch)
-        bus.store.commit(batch)
-        for request in (a_recall(f"{batch.last:x}"), head(f"GET /message/{batch.last:x} HTTP/1.1", HOST)):
+        wall = bus.view.clock()
+        applied = bus.state.apply([Put([draft({"from": "alice", "to": "new", "msg": "x"}, None)])], Now(wall, wall))
+        for request in (a_recall(f"{applied.last:x}"), head(f"GET /message/{applied.last:x} HTTP/1.1", HOST)):
             sender.says(request)
             assert (told(sender))[0] == 404
 

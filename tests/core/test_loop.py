@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from bus_server import Log, Loop
+from bus_server import Loop, Put, State
 from tests.core.test_connection import Peer, a_bus, come_true, statuses, told
 from tests.core.test_connection import while_the_disk_is_busy as meanwhile
 from tests.kit.hostile import GET, HOST, WAITING, a_send, head
@@ -59,24 +59,24 @@ def test_while_the_disk_is_busy_everybody_but_the_senders_is_served():
 def test_what_is_sent_while_the_disk_is_busy_is_the_next_transaction():
     with a_bus() as bus:
         first, second, third = Peer(bus), Peer(bus), Peer(bus)
-        batches, committed = [], bus.journal.committed
+        lists, announce = [], bus.ledger.announce
 
-        def count(batch):
-            batches.append(len(batch.sends))
-            committed(batch)
+        def count(steps, outcome, seconds):
+            lists.append(sum(isinstance(step.operation, Put) for step in steps))
+            announce(steps, outcome, seconds)
 
-        bus.journal.committed = count
+        bus.ledger.announce = count
         meanwhile(bus, lambda: [each.says(a_send("bob")) for each in (second, third)])
         first.says(a_send("alice"))
         come_true(lambda: third.heard)
-        assert [statuses(each.heard) for each in (first, second, third)] == [[200]] * 3 and batches == [1, 2]
+        assert [statuses(each.heard) for each in (first, second, third)] == [[200]] * 3 and lists == [1, 2]
 
 
 def test_a_disk_that_is_fast_needs_no_deputy(monkeypatch):
     monkeypatch.setattr(Loop, "PATIENCE", 2)  # s; longer than a commit to memory takes, and the end waits for it
     with a_bus() as bus:
-        sender, threads, commit = Peer(bus), set(), bus.store.commit
-        bus.store.commit = lambda batch: (threads.add(threading.current_thread()), commit(batch))
+        sender, threads, apply = Peer(bus), set(), bus.state.apply
+        bus.state.apply = lambda *what: (threads.add(threading.current_thread()), apply(*what))[1]
         for _ in range(50):
             sender.says(a_send("alice"))
         assert len(statuses(sender.heard)) < 50
@@ -86,13 +86,13 @@ def test_a_disk_that_is_fast_needs_no_deputy(monkeypatch):
 
 
 def test_a_failing_disk_is_told_also_when_it_took_its_time(monkeypatch, capfd):
-    def fails(log, batch):
+    def fails(state, operations, now):
         busy.wait(PATIENCE)
         raise OSError("it is broken")
 
     busy = threading.Event()
     with a_bus() as bus:
-        monkeypatch.setattr(Log, "commit", fails)
+        monkeypatch.setattr(State, "apply", fails)
         bus.loop.tell(busy.set)
         sender = Peer(bus)
         sender.says(a_send("alice"))
@@ -151,5 +151,5 @@ def test_what_was_put_off_behind_a_commit_does_not_wait_for_the_disk(loop):
     who, done = [], threading.Event()
     loop.soon(lambda: loop.aside(lambda: who.append(done.wait(PATIENCE / 10))))
     loop.soon(done.set)
-    loop.serve()
+    loop.take_turn()
     assert who == [True]

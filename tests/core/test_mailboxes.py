@@ -43,6 +43,12 @@ def message(tick, to, sender="alice", channel="default"):
     return Message(tick, channel, to, sender, '"msg": "x"', 1, None)
 
 
+def polled(mailboxes, poll, address, wall):
+    """As for each poll at /recv, which names the reader's own mailbox first."""
+    mailboxes.polled(poll, address, wall)
+    mailboxes.owned(poll)
+
+
 def claimed(mailboxes, *visible):
     return {connection: [each.tick for each in fresh] for connection, _, fresh in mailboxes.wake(list(visible))}
 
@@ -78,20 +84,20 @@ def test_an_unparked_reader_leaves_nothing_behind(mailboxes):
 def test_presence_is_the_hold_and_the_grace(mailboxes, clock):
     box = mailboxes.box("default", "bob")
     assert not mailboxes.online(box)
-    mailboxes.polled(poll("bob", hold=40), "10.0.0.7", 5)
+    polled(mailboxes, poll("bob", hold=40), "10.0.0.7", 5)
     clock.now += 40 + GRACE - 0.1
     assert mailboxes.online(box) and box.address == "10.0.0.7" and box.seen == box.listening == 5
-    mailboxes.polled(poll("bob", hold=0), "10.0.0.7", 6)
+    polled(mailboxes, poll("bob", hold=0), "10.0.0.7", 6)
     assert box.listening == 5 and box.seen == 6, "listening began anew without a break"
     clock.now += 36
     assert not mailboxes.online(box)
-    mailboxes.polled(poll("bob"), "10.0.0.7", 7)
+    polled(mailboxes, poll("bob"), "10.0.0.7", 7)
     assert box.listening == 7
 
 
 def test_a_reader_that_hangs_up_is_gone_after_the_grace_unless_another_waits(mailboxes, clock):
     for connection in ("one", "two"):
-        mailboxes.polled(poll("bob", hold=60), "", 5)
+        polled(mailboxes, poll("bob", hold=60), "", 5)
         mailboxes.park(connection, poll("bob", hold=60))
     clock.now += 1
     mailboxes.left(mailboxes.unpark("one"))
@@ -105,7 +111,7 @@ def test_a_reader_that_hangs_up_is_gone_after_the_grace_unless_another_waits(mai
 
 
 def test_the_first_name_is_the_readers_own(mailboxes):
-    mailboxes.polled(poll("bob", "team"), "", 5)
+    polled(mailboxes, poll("bob", "team"), "", 5)
     mailboxes.presented(poll("bob", "team", since=70))
     bob, team = mailboxes.box("default", "bob"), mailboxes.box("default", "team")
     assert (bob.own, bob.read, bob.mark()) == (True, 70, 70)
@@ -114,9 +120,9 @@ def test_the_first_name_is_the_readers_own(mailboxes):
 
 
 def test_another_reader_of_a_name_does_not_move_its_cursor(mailboxes):
-    mailboxes.polled(poll("bob"), "", 5)
+    polled(mailboxes, poll("bob"), "", 5)
     mailboxes.presented(poll("bob", since=10))
-    mailboxes.polled(poll("boss", "bob"), "", 6)
+    polled(mailboxes, poll("boss", "bob"), "", 6)
     mailboxes.presented(poll("boss", "bob", since=500))
     assert mailboxes.resume(poll("bob"), None, 900).since == 10
 
@@ -134,7 +140,7 @@ def test_a_name_that_never_was_starts_before_its_first_message(mailboxes):
 
 def test_a_reader_behind_retention_is_told_of_the_gap(mailboxes):
     mailboxes.add([message(50, "bob"), message(60, "eve")])
-    mailboxes.removed({("default", "bob"): 50})
+    mailboxes.note_removed({("default", "bob"): 50})
     assert mailboxes.gap(poll("bob", since=10)) == (10, 50)
     assert mailboxes.gap(poll("bob", since=50)) is None, "nothing above the cursor was removed"
     assert mailboxes.gap(poll("eve", since=10)) is None, "nothing of eve's was removed"
@@ -148,7 +154,7 @@ def test_a_reader_behind_retention_is_told_of_the_gap(mailboxes):
 
 
 def test_marks_that_changed_are_given_out_once(mailboxes):
-    mailboxes.polled(poll("bob"), "", 5)
+    polled(mailboxes, poll("bob"), "", 5)
     mailboxes.presented(poll("bob", since=10))
     assert {mark[1]: mark[2:] for mark in mailboxes.take_marks()} == {
         "bob": (True, 10, 10, 5),

@@ -16,11 +16,7 @@ import urllib.request
 import pytest
 
 import bus_server
-
-try:
-    from tests.kit.processes import Server, wait_until
-except ImportError:  # where tests/ has no folders yet
-    from tests.processes import Server, wait_until
+from tests.kit.processes import Server, wait_until
 
 DUMPS = sorted((pathlib.Path(__file__).resolve().parent.parent / "databases").glob("v*.sql"))
 RECALLED = 1  # in messages.expires

@@ -9,12 +9,13 @@ from urllib.parse import parse_qs, urlencode, urlsplit
 
 import pytest
 
-from bus_server import ROUTES, VERSION
+from bus_server import VERSION
+from tests.kit import inside
 from tests.kit.processes import PATIENCE, ROOT
 from tests.test_docs import PAIR, PROTOCOL, sections
 
 API = json.loads((ROOT / "docs" / "openapi.json").read_text())
-SERVER = (ROOT / "bus_server.py").read_text()
+SERVER = "".join(file.read_text() for file in [ROOT / "bus_server.py", *ROOT.glob("bus_extensions/*.py")])
 OF_PROXIES = {"502", "504", "524"}  # in section 6, and no answers of the bus
 BESIDES = {  # what a request needs beside the parameter that is tried
     "send": {"to": "dell", "from": "ann"}, "ask": {"to": "dell", "from": "ann", "wait": "0"}, "recv": {"to": "dell"},
@@ -54,7 +55,9 @@ def parameters(operation, place):
 
 
 def test_every_route_of_the_server_is_described_and_no_other():
-    assert {(method, path.partition("{")[0]) for method, path, _ in operations()} == set(ROUTES)
+    bus = inside.make(":memory:")
+    inside.close(bus)
+    assert {(method, path.partition("{")[0]) for method, path, _ in operations()} == set(bus.routes)
     assert API["info"]["version"] == VERSION
 
 

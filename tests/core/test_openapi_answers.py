@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from bus_server import CLIENTS
 from tests.core.test_openapi import API, described, operations, resolved
 from tests.core.test_operations import run
 from tests.kit.processes import PATIENCE, ROOT, Server, wait_until
@@ -117,7 +118,7 @@ class Compared:
 
 def ask_for_everything(compared):
     ask, send = compared.ask, compared.send
-    for path in ("/healthz", "/metrics", "/", "/bus_recv.py", "/bus_send.py", "/bus_listener.sh"):
+    for path in ("/healthz", "/metrics", "/", *sorted(CLIENTS)):
         ask("GET", path)
         ask("GET", path, Host="evil.example")
 
@@ -192,7 +193,7 @@ def compared(tmp_path_factory):
         ask_for_everything(compared)
     shutil.copy(ROOT / "bus_server.py", folder)
     with Server(folder / "alone.db", program=("-S", str(folder / "bus_server.py"))) as compared.bus:
-        for path in ("/bus_recv.py", "/bus_send.py", "/bus_listener.sh"):
+        for path in sorted(CLIENTS):
             compared.ask("GET", path)
     return compared
 

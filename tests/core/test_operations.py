@@ -5,9 +5,12 @@ import pathlib
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
+import bus_server
+from tests.kit import inside
 from tests.kit.processes import COMMAND, PATIENCE, ROOT, Server, wait_until
 
 
@@ -75,6 +78,60 @@ def test_prune_ends_though_the_server_ends_before_it(bus):
         bus.kill()
         assert pruning.communicate(timeout=PATIENCE)[0].endswith("1 removed\n") and pruning.returncode == 0
     assert not pathlib.Path(f"{bus.db}.prune").exists()
+
+
+@pytest.mark.parametrize("version", ["0.1.9\n", ""], ids=["another", "one-that-does-not-say"])
+def test_prune_beside_a_server_of_another_version_is_refused_in_words_at_once(bus, version):
+    """That server may read the request otherwise, or never look for it: the command would wait for ever."""
+    send(bus)
+    pathlib.Path(f"{bus.db}.lock").write_text(f"{bus.url}\n{version}")
+    began = time.monotonic()
+    code, out, err = run("prune", "--older", "0", "--pending", "--db", bus.db)
+    assert time.monotonic() - began < 2
+    assert code == 2 and err.count("\n") == 1
+    assert f"the bus at {bus.url} is version {version.strip() or 'before'}" in err
+    assert f"this is {bus_server.VERSION}" in err and "removed" not in out
+    assert not pathlib.Path(f"{bus.db}.prune").exists() and mail(bus, "bob") == ["x"]
+
+
+def test_a_server_says_its_version_so_that_prune_beside_it_works(bus):
+    send(bus)
+    assert pathlib.Path(f"{bus.db}.lock").read_text() == f"{bus.url}\n{bus_server.VERSION}\n"
+    code, out, err = run("prune", "--older", "0", "--pending", "--db", bus.db)
+    assert (code, err) == (0, "") and out.endswith("1 removed\n") and mail(bus, "bob") == []
+
+
+def test_retention_and_prune_remove_side_by_side_and_none_of_them_is_lost(tmp_path):
+    """Each needs several slices. What one of them removes is done with that one: the other still ends."""
+    bus, ours = inside.make(tmp_path / "bus.db"), []
+    wall = bus_server.wall_clock()
+    kept = bus_server.draft({"from": "alice", "to": "bob", "msg": "x"}, None)
+    for age in (3000, 2000, 1000):  # s
+        bus.state.apply([bus_server.Put([kept] * 1200)], bus_server.Now(wall - age * 1000000, 0))
+    bus.last = bus.state.last
+    bus.retention.keep = 2500
+    announce = bus.ledger.announce
+
+    def note(steps, outcome, seconds):
+        ours.append([step.operation.before for step in steps if isinstance(step.operation, bus_server.Remove)])
+        announce(steps, outcome, seconds)
+
+    bus.ledger.announce = note
+    request = {"before": wall - 1500 * 1000000, "fetched_only": False}
+    pathlib.Path(f"{bus.state.path}.prune").write_text(json.dumps(request))
+    bus.retention.age()
+    bus.retention.look_for_request()
+    bus.retention.age()  # while they go on, neither begins a second time
+    bus.retention.look_for_request()
+    while bus.loop.actions:
+        bus.loop.take_turn()
+    assert len(ours[0]) == len(ours[1]) == 2, "they went on one after the other"
+    assert {before for list_ in ours for before in list_} >= {request["before"]} and len(set(sum(ours, []))) == 2
+    [(left, oldest)] = bus.state.view.database.execute("SELECT count(*), min(tick) FROM messages").fetchall()
+    assert left == 1200 and oldest == wall - 1000 * 1000000
+    assert not pathlib.Path(f"{bus.state.path}.prune").exists(), "the command would wait for ever"
+    assert not bus.retention.aging and bus.retention.request is None
+    inside.close(bus)
 
 
 def test_ctrl_c_ends_a_prune_without_a_traceback(bus):

@@ -15,7 +15,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from bus_server import Bus, Gate, Log, Poll, Removal, Send, Storms, Tokens, draft
+import bus_server
+from bus_server import Poll, Put, Remove, draft, nothing_follows
+from tests.kit import inside
 from tests.kit.processes import PATIENCE, ROOT, Server, free_port, wait_until
 
 
@@ -81,6 +83,7 @@ def test_the_default_database_is_under_the_users_state_and_private(tmp_path):
         assert server.stdout.readline() == f"listening on http://127.0.0.1:{port}\n"
         path = tmp_path / ".local" / "state" / "agent-bus" / "bus.db"
         assert server.stdout.readline() == f"messages are in {path}\n"
+        assert server.stdout.readline() == "extensions: files, metrics, replies, schemas, work\n"
         assert path.stat().st_mode & 0o777 == 0o600 and path.parent.stat().st_mode & 0o777 == 0o700
         server.terminate()
         assert server.wait(PATIENCE) == 0
@@ -217,47 +220,89 @@ class Desk:
     """A bus inside the test, and what it answered to the sends that were handed to it."""
 
     def __init__(self, path):
-        self.log = Log(str(path))
-        self.bus = Bus(self.log, Gate(Tokens(str(path)), []), Storms(time.monotonic, 0), max_body=1 << 20, keep=0)
-        self.statuses = []
+        self.bus = inside.make(path)
+        self.answers = []
 
     def answer(self, answer):
-        self.statuses.append(answer.status)
+        self.answers.append(answer)
+
+    @property
+    def statuses(self):
+        return [answer.status for answer in self.answers]
 
     def post(self, size):
-        self.bus.journal.add(Send(self, [draft({"from": "a", "to": "b", "msg": "x" * size}, None)], False))
+        self.bus.do(Put([draft({"from": "a", "to": "b", "msg": "x" * size}, None)]), self, self.bus.sent)
+
+    def turn(self):
+        while self.bus.loop.actions:
+            self.bus.loop.take_turn()
 
     def send(self, size):
         self.post(size)
-        self.bus.loop.serve()
+        self.turn()
         return self.statuses[-1]
 
+    def remove(self, before):
+        self.bus.do(Remove(0, before, False, []), None, nothing_follows)
+        self.turn()
+
     def close(self):
-        self.bus.loop.close()
-        self.log.close()
+        inside.close(self.bus)
 
 
-def fails(log, batch):
-    raise sqlite3.OperationalError("disk I/O error")
+@contextlib.contextmanager
+def full_disk(bus):
+    """A database that may not grow stands for a disk that is full."""
+    bus.state.writing.execute("PRAGMA max_page_count=1")  # it becomes the size that it has
+    yield
+    bus.state.writing.execute("PRAGMA max_page_count=1000000")
 
 
 def test_a_full_disk_is_507_and_it_goes_on_when_there_is_room(tmp_path):
-    """A database that may not grow stands for a disk that is full."""
     desk = Desk(tmp_path / "bus.db")
     assert desk.send(10) == 200
-    desk.log.writing.execute("PRAGMA max_page_count=20")
-    assert desk.send(200_000) == 507
+    with full_disk(desk.bus):
+        assert desk.send(200_000) == 507
     poll = Poll("b", ("b",), "default", None, 0, 10, 0, False)
-    assert [message.n for message in desk.log.after(poll, desk.bus.last)[0]] == [1]
-    desk.log.writing.execute("PRAGMA max_page_count=1000000")
+    assert [message.n for message in desk.bus.view.after(poll, desk.bus.last)[0]] == [1]
     assert desk.send(200_000) == 200 and not desk.bus.broken
     desk.close()
 
 
-def test_a_failing_disk_is_503_and_the_server_ends(tmp_path):
-    """Invariant: a failed commit fails every sender in it, and the bus never acknowledges on."""
+def test_a_disk_with_little_room_takes_no_message_and_still_removes_them(tmp_path, monkeypatch):
     desk = Desk(tmp_path / "bus.db")
-    desk.log.commit = lambda batch: fails(desk.log, batch)
+    assert desk.send(10) == 200
+    tick = desk.bus.last
+    with monkeypatch.context() as patched:
+        patched.setattr(bus_server, "RESERVE_BYTES", 1 << 60)
+        assert desk.send(10) == 507
+        desk.remove(tick + 1)
+        assert desk.bus.view.message(tick) is None and not desk.bus.broken
+    assert desk.send(10) == 200
+    desk.close()
+
+
+def test_after_retention_and_a_full_disk_a_sender_is_told_how_much_is_unread(tmp_path):
+    """What counts the messages of a mailbox is read back from a file in which none of them is left."""
+    desk = Desk(tmp_path / "bus.db")
+    assert [desk.send(1) for _ in range(5)] == [200] * 5
+    assert json.loads(desk.answers[-1].body)["receiver"]["unread"] == 5
+    desk.remove(desk.bus.last + 1)
+    with full_disk(desk.bus):
+        assert desk.send(200_000) == 507
+    assert desk.send(1) == 200
+    assert json.loads(desk.answers[-1].body)["receiver"]["unread"] == 1
+    desk.close()
+
+
+def test_a_failing_disk_is_503_and_the_server_ends(tmp_path):
+    """Invariant: a failed list fails every sender in it, and the bus never acknowledges on."""
+
+    def fails(operations, now):
+        raise sqlite3.OperationalError("disk I/O error")
+
+    desk = Desk(tmp_path / "bus.db")
+    desk.bus.state.apply = fails
     for _ in range(3):
         desk.post(1)
     desk.bus.loop.run(lambda: desk.bus.broken)
@@ -269,23 +314,23 @@ def test_a_failing_disk_is_503_and_the_server_ends(tmp_path):
 def test_a_reader_is_told_of_a_gap_that_is_on_disk_and_not_yet_announced(tmp_path, path):
     desk = Desk(tmp_path / path if path == "bus.db" else path)
     desk.send(1)
-    tick, commit, seen = desk.bus.last, desk.log.commit, queue.SimpleQueue()
+    tick, apply, seen = desk.bus.last, desk.bus.state.apply, queue.SimpleQueue()
 
     def look():
         """The deputy's turn, before the thread that commits has told of it."""
         for names, since in ((("b",), 0), (("c", "b"), tick - 1), ((), 0)):
             poll = Poll(names[0] if names else None, names, "default", None, since, 10, 0, False)
-            seen.put(json.loads(desk.bus.serve(None, poll).body))
+            seen.put(json.loads(desk.bus.read_or_park(None, poll).body))
 
-    def slow(batch):
-        commit(batch)
+    def slow(operations, now):
+        applied = apply(operations, now)
         desk.bus.loop.tell(look)
         for _ in range(3):
             answer = seen.get(timeout=PATIENCE)
             assert answer["messages"] == [] and round(answer["gap"]["to"] * 1e6) == tick
+        return applied
 
-    desk.log.commit = slow
-    desk.bus.journal.remove(Removal(0, tick + 1, False))
-    desk.bus.loop.serve()
-    assert desk.log.message(tick) is None and not desk.bus.broken
+    desk.bus.state.apply = slow
+    desk.remove(tick + 1)
+    assert desk.bus.view.message(tick) is None and not desk.bus.broken
     desk.close()

@@ -12,6 +12,7 @@ import pytest
 
 import bus_server
 from bench.staged_server import STAGES, find
+from tests.kit import inside
 
 CONNECTIONS = 16
 ROUNDS, SENDS = 15, 960  # the best round of each counts
@@ -23,13 +24,10 @@ REQUEST = b"POST /send HTTP/1.1\r\nHost: 127.0.0.1:8080\r\nContent-Length: %d\r\
 class Transport:
     """Takes every answer at once; `answered` is told."""
 
-    unsent = b""
+    unsent, closing = b"", False
 
     def __init__(self, answered):
         self.write = answered
-
-    def is_closing(self):
-        return False
 
     def peer(self):
         return "127.0.0.1"
@@ -40,26 +38,23 @@ class Transport:
 
 def sends():
     """CPU seconds of sends on connections that take turns, from the bytes of the request to the bytes of the answer."""
-    log = bus_server.Log(":memory:")
-    gate = bus_server.Gate(bus_server.Tokens(":memory:"), ["127.0.0.1"])
-    bus = bus_server.Bus(log, gate, bus_server.Storms(time.monotonic, 0), max_body=262144, keep=0)
+    bus = inside.make(":memory:")
     answers = []
 
     def answered(data):
         assert data.startswith(b"HTTP/1.1 200 OK\r\n"), data
         answers.append(data)
 
-    connections = [bus_server.Connection(bus) for _ in range(CONNECTIONS)]
+    connections = [bus_server.Connection(bus.door) for _ in range(CONNECTIONS)]
     for connection in connections:
         connection.connection_made(Transport(answered))
     start = time.process_time()
     for _ in range(SENDS // CONNECTIONS):
         for connection in connections:
             connection.data_received(REQUEST)
-        bus.loop.serve()
+        bus.loop.take_turn()
     taken = time.process_time() - start
-    bus.loop.close()
-    log.close()
+    inside.close(bus)
     assert len(answers) == SENDS
     return taken
 

@@ -7,7 +7,7 @@ import threading
 import pytest
 
 import bus_server
-from bus_server import Refused, Storms, draft, routes
+from bus_server import Refused, Storms, draft, ways
 from tests.kit.processes import PATIENCE, Server, wait_until
 
 
@@ -34,7 +34,7 @@ def message(sender, to, depth=0, **members):
 
 
 def check(storms, *drafts):
-    storms.check(drafts, routes(drafts))
+    storms.check(drafts, ways(drafts))
 
 
 def refusal(storms, *drafts):

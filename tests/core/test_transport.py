@@ -14,7 +14,7 @@ import warnings
 import pytest
 
 import bus_server
-from bus_server import Door, tls_context
+from bus_server import Listener, tls_context
 from tests.core.test_connection import LAST, LATE, Clock, a_bus, answers, come_true, heard, statuses
 from tests.kit.authority import Authority
 from tests.kit.hostile import GET, HOST, WAITING, a_send, head
@@ -246,12 +246,13 @@ def test_a_bad_certificate_leaves_the_old_one_in_place_after_a_sighup(renewing, 
 def a_door(certificate, clock=time.monotonic):
     """A bus in memory, and its port; both end with it."""
     with a_bus(clock) as bus:
-        door = Door(bus, socket.create_server(("127.0.0.1", 0)), tls_context(certificate.file, certificate.key))
-        yield bus, door.sock.getsockname()[1]
-        door.close()
-        for connection in bus.connections:
+        sock, tls = socket.create_server(("127.0.0.1", 0)), tls_context(certificate.file, certificate.key)
+        listener = Listener(bus.door, sock, tls)
+        yield bus, sock.getsockname()[1]
+        listener.close()
+        for connection in bus.door.connections:
             connection.transport.abort()
-        come_true(lambda: not bus.connections)
+        come_true(lambda: not bus.door.connections)
 
 
 @contextlib.contextmanager
@@ -277,7 +278,7 @@ def test_a_client_that_leaves_while_parked_over_tls_behind_other_requests_is_unp
         with a_guest(port) as guest:
             guest.send(head(GET, HOST) * 3 + WAITING)
             come_true(lambda: bus.mailboxes.parked)
-        come_true(lambda: not bus.connections)
+        come_true(lambda: not bus.door.connections)
         assert not bus.mailboxes.parked and not bus.mailboxes.waiting
 
 
@@ -288,12 +289,12 @@ def test_who_is_too_slow_over_tls_and_then_does_not_close_is_gone_two_seconds_la
     with a_door(certificate, clock) as (bus, port), a_guest(port) as guest:
         guest.send(sent)
         # it reads nothing from here on: it does not even hear that it is told to go
-        (connection,) = bus.connections
-        come_true(lambda: not sent or connection.buffer or not bus.strangers)
+        (connection,) = bus.door.connections
+        come_true(lambda: not sent or connection.buffer or not bus.door.strangers)
         for wait in (patience, bus_server.LINGER_SECONDS):
             clock.now += wait + LATE
             bus.sweep()
-        come_true(lambda: not bus.connections)
+        come_true(lambda: not bus.door.connections)
 
 
 @pytest.mark.parametrize("sent", [b"", HELLO], ids=["silent", "half a hello"])
@@ -301,7 +302,7 @@ def test_a_handshake_has_the_time_of_a_head(certificate, sent):
     clock = Clock()
     with a_door(certificate, clock) as (bus, port), socket.create_connection(("127.0.0.1", port)) as peer:
         peer.sendall(sent)
-        come_true(lambda: bus.connections)
+        come_true(lambda: bus.door.connections)
         peer.setblocking(False)
         clock.now += bus_server.HEAD_SECONDS + LATE
         bus.sweep()

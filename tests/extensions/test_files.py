@@ -8,10 +8,11 @@ import resource
 import socket
 import subprocess
 import time
+import types
 
 import pytest
 
-import bus_server
+from bus_extensions.files import Blobs
 from tests.kit.processes import PATIENCE, Server, wait_until
 
 SIZE = int(os.environ.get("FILE_MB", "40")) << 20
@@ -151,25 +152,40 @@ def test_a_place_for_files_that_cannot_be_used_is_told(bus):
     assert status == 507 and b"cannot store the file: " in body
 
 
-def test_what_is_no_file_among_the_files_is_passed_over(tmp_path):
+def blobs_of(path, keep):
+    """What the bus knows of the files beside a database; they are kept for `keep` s."""
+    bus = types.SimpleNamespace(
+        state=types.SimpleNamespace(path=str(path)),
+        retention=types.SimpleNamespace(keep=keep),
+        route=lambda *_, **__: None,
+        on_tidy=[],
+        metrics=[],
+    )
+    return Blobs(bus, SIZE)
+
+
+def test_what_is_no_file_among_the_files_is_passed_over(tmp_path, monkeypatch):
     folder = tmp_path / "bus.db.blobs"
     (folder / name(b"folder")).mkdir(parents=True)
     (folder / name(b"link")).symlink_to("nowhere")
     (folder / name(b"file")).write_bytes(b"file")
-    blobs = bus_server.Blobs(str(tmp_path / "bus.db"), SIZE)
+    blobs = blobs_of(tmp_path / "bus.db", keep=1)
     assert blobs.used == len(b"file")
-    blobs.forget(now=time.time() + 2, keep=1)
+    later = time.time() + 2
+    monkeypatch.setattr(time, "time", lambda: later)
+    blobs.forget()
     assert blobs.used == 0 and not (folder / name(b"file")).exists()
 
 
-def test_a_file_that_nobody_asked_for_is_removed_after_keep(bus):
+def test_a_file_that_nobody_asked_for_is_removed_after_keep(bus, monkeypatch):
     wanted, forgotten, folder = b"wanted", b"forgotten", pathlib.Path(f"{bus.db}.blobs")
     for data in (wanted, forgotten):
         ask(bus, "PUT", f"/blob/{name(data)}", data)
         os.utime(folder / name(data), (1000, 1000))  # s since 1970
     ask(bus, "GET", f"/blob/{name(wanted)}")
-    blobs = bus_server.Blobs(bus.db, SIZE)
-    blobs.forget(now=3000, keep=1000)
+    blobs = blobs_of(bus.db, keep=1000)
+    monkeypatch.setattr(time, "time", lambda: 3000.0)
+    blobs.forget()
     assert [file.name for file in folder.iterdir()] == [name(wanted)] and blobs.used == len(wanted)
 
 

@@ -15,6 +15,7 @@ import time
 import pytest
 
 import bus_server
+from tests.core.test_connection import Peer, a_bus, posted, told
 from tests.kit.processes import PATIENCE, ROOT, Server, wait_until
 
 QUESTIONS = int(os.environ.get("QUESTIONS", "100"))
@@ -184,14 +185,40 @@ def test_a_message_whose_last_worker_died_with_the_bus_is_buried_when_that_is_ba
     wait_until(lambda: mail(bus, "builds.dead") == ["poison"])
 
 
+def a_claim(queue):
+    return posted("/claim", to=queue, wait=20)
+
+
+def test_a_worker_of_the_dead_letters_gets_one_that_is_buried_in_the_list_of_its_own_claim():
+    """Its claim finds nothing and is not parked yet when, in the same list, another claim writes the letter."""
+    with a_bus(time.monotonic, ":memory:", "--max-attempts", "1") as bus:
+        sender, worker, undertaker = Peer(bus), Peer(bus), Peer(bus)
+        sender.says(posted("/send", **{"from": "alice", "to": "builds", "msg": "poison"}))
+        assert told(sender)[0] == 200
+        worker.says(a_claim("builds"))
+        [job] = told(worker)[1]["messages"]
+        now, lists, announce = bus.clock.now, [], bus.ledger.announce
+        bus.clock.now = lambda: now()._replace(steady=now().steady + 3_600_000_000)  # its lease has run out
+
+        def note(steps, outcome, seconds):
+            lists.append([(step.operation.kind, getattr(step.operation, "queue", "")) for step in steps])
+            announce(steps, outcome, seconds)
+
+        bus.ledger.announce = note
+        worker.says(a_claim("builds.dead"))
+        undertaker.says(a_claim("builds"))
+        [letter] = told(worker)[1]["messages"]
+        assert lists[0] == [("claim", "builds.dead"), ("claim", "builds")], "they were to be one list, in this order"
+        assert (letter["msg"], letter["dead_of"], letter["attempts"]) == ("poison", job["id"], 1)
+        assert not undertaker.heard and len(bus.mailboxes.parked) == 1
+
+
 def test_a_clock_that_starts_in_the_past_does_not_keep_leases_for_years(tmp_path):
-    path, batch = str(tmp_path / "bus.db"), bus_server.Batch()
-    batch.at_least = bus_server.wall_clock()
-    with contextlib.closing(bus_server.Log(path)) as log:
-        log.stamp(batch)
-        log.commit(batch)
-    with contextlib.closing(bus_server.Log(path, clock=lambda: 0)) as log:
-        assert log.steady() >= batch.at_least - bus_server.AHEAD
+    path, right = str(tmp_path / "bus.db"), bus_server.wall_clock()
+    with contextlib.closing(bus_server.State(path)) as state:
+        state.apply([bus_server.Raise(right)], bus_server.Now(right, right))
+    with contextlib.closing(bus_server.State(path)) as state:
+        assert bus_server.Clock(lambda: 0, state.last).now().steady >= right - bus_server.AHEAD
 
 
 def test_null_is_as_if_it_were_not_there(bus):

@@ -21,11 +21,15 @@ class Late:
 
     def __init__(self, database):
         self.database, self.due = database, 0
+        self.in_transaction = False  # as whoever uses this connection believes
 
     def execute(self, statement, *values):
+        if statement in ("COMMIT", "ROLLBACK"):
+            self.in_transaction = False
         if statement == "COMMIT":
             return None
         if statement == "BEGIN IMMEDIATE":
+            self.in_transaction = True
             if self.database.in_transaction and time.monotonic() < self.due:
                 return None
             if self.database.in_transaction:
@@ -37,21 +41,21 @@ class Late:
         return getattr(self.database, name)
 
 
-class EarlyLog(bus_server.Log):
+class EarlyState(bus_server.State):
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)
-        self.reading.close()
-        self.reading = self.writing  # only the one who wrote it sees what is not committed
+        self.view.database.close()
+        self.view.database = self.writing  # only the one who wrote it sees what is not committed
         self.writing = Late(self.writing)
 
     def close(self):
-        self.reading.commit()
+        self.view.database.commit()
         super().close()
 
 
 def early():
     """It acknowledges at once, and commits a little later."""
-    bus_server.Log = EarlyLog
+    bus_server.State = EarlyState
 
 
 def normal():
@@ -87,13 +91,13 @@ class Deaf:
 
 def deaf():
     """It does not hear what the disk says to a commit."""
-    recall = bus_server.Log.recall
+    reload = bus_server.State.reload
 
-    def recall_and_stop_listening(log):
-        log.writing = Deaf(log.writing)
-        recall(log)
+    def reload_and_stop_listening(state):
+        state.writing = Deaf(state.writing)
+        reload(state)
 
-    bus_server.Log.recall = recall_and_stop_listening
+    bus_server.State.reload = reload_and_stop_listening
 
 
 def inline():
@@ -103,13 +107,13 @@ def inline():
 
 def raw_clock():
     """Its ticks are the wall clock, also when that stepped back."""
-    stamp = bus_server.Log.stamp
+    apply = bus_server.State.apply
 
-    def raw(log, batch):
-        log.last = min(log.last, log.clock())
-        stamp(log, batch)
+    def raw(state, operations, now):
+        state.last = min(state.last, now.wall)
+        return apply(state, operations, now)
 
-    bus_server.Log.stamp = raw
+    bus_server.State.apply = raw
 
 
 def silent():
@@ -124,7 +128,7 @@ def hasty():
 
 def tidy():
     """No fault: it looks five times a second for what is too old, so that a test of --keep need not wait a minute."""
-    bus_server.PRUNE_SECONDS = 0.2
+    bus_server.TIDY_SECONDS = 0.2
 
 
 def stumbling():

@@ -1,0 +1,137 @@
+#!/usr/bin/env python3
+"""Show the messages of everybody on an agent-bus, as they pass. Nobody notices, and nobody's mail is consumed.
+
+    AGENT_BUS_URL=http://10.0.0.5:8080 python3 tools/bus_log.py --since 1h     # the last hour, then what comes
+    python3 tools/bus_log.py --to dell,nano --from spark --no-follow           # what there is, and end
+    python3 tools/bus_log.py --json | jq .subject
+
+The parts of this file, in order: Observer (reads the log, keeps its place in memory), the two outputs (blocks, JSON),
+main. bus_recv.Reader asks the bus and endures an outage, bus_recv.block makes the text of a message; so this program
+needs bus_recv.py beside it or one folder up.
+
+It has the environment of bus_recv.py without AGENT_BUS_CHANNEL, and writes no file.
+Exit code: 0 done, 1 refused by the bus, 2 usage, 75 out of reach, 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+from urllib.parse import urlencode
+
+HERE = os.path.dirname(os.path.realpath(__file__))
+sys.path += [HERE, os.path.dirname(HERE)]  # the clients lie beside this file or one folder up, or are installed
+try:
+    import bus_recv
+except ModuleNotFoundError as missing:
+    print(f"bus_log: {missing.name}.py is missing in {HERE}: run curl -fO $AGENT_BUS_URL/{missing.name}.py there",
+          file=sys.stderr)  # fmt: skip
+    sys.exit(2)
+
+AGO, SECONDS = re.compile("([0-9]{1,9})([smhd])"), {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+class Place(bus_recv.Cursor):
+    """A cursor without a file."""
+
+    def __init__(self, at: str) -> None:
+        self.at = at
+
+    def move(self, since: str) -> None:
+        self.at = since
+
+
+class Observer(bus_recv.Reader):
+    """Reads everybody's messages and consumes none. The bus counts it as nobody, and its place is in memory.
+
+    `filters` are those of GET /log. `since` is a decimal, `now`, or how long ago: 90s, 5m, 1h or 3d.
+    """
+
+    def __init__(self, filters: dict[str, str | None], since: str) -> None:
+        super().__init__(["nobody"], None, None, None, bus_recv.HOLD_SECONDS)
+        if since != "now" and not bus_recv.DECIMAL.fullmatch(since) and not AGO.fullmatch(since):
+            raise ValueError(f"since is {since!r}: give 'now', 90s, 5m, 1h, 3d, or seconds like 1795203596.123456")
+        for names in filter(None, filters.values()):
+            for name in names.split(","):
+                bus_recv.check_name(name)
+        self.filters = {field: names for field, names in filters.items() if names}
+        self.begin, self.places = since, dict[str, Place]()  # places: by the id of the bus
+
+    def take_up(self, answer: dict[str, Any]) -> None:
+        self.bus = str(answer.get("bus", bus_recv.OLD_CONTRACT))
+        ago = AGO.fullmatch(self.begin)
+        begin = f"{max(self.bus_time - int(ago[1]) * SECONDS[ago[2]], 0):.6f}" if ago else self.begin
+        self.cursor = self.places.setdefault(self.bus, Place(begin))
+
+    def request(self, hold: float, seconds: float) -> tuple[dict[str, Any], float]:
+        """One poll; see bus_recv.ask()."""
+        query = {**self.filters, "since": self.cursor.at, "bus": self.bus}
+        return bus_recv.ask(self.url, f"/log?block=true&wait={hold:.3f}&{urlencode(query)}", seconds)
+
+    def pages(self) -> Iterator[dict[str, Any]]:
+        """What there is by now. One fault ends it, so that half of the log never looks like all of it."""
+        more = True
+        while more:
+            answer = self.poll(0, bus_recv.GRACE_SECONDS)
+            yield answer
+            self.cursor.move(str(answer["now"]))
+            more = bool(answer.get("more"))
+
+
+def show_blocks(observer: Observer, answers: Iterator[dict[str, Any]]) -> None:
+    """Whole and at once, for people and pipes."""
+    for answer in answers:
+        blocks = (bus_recv.block(message, "", observer.bus_time, whole=True) for message in answer["messages"])
+        bus_recv.emit("".join(blocks))
+
+
+def show_json(observer: Observer, answers: Iterator[dict[str, Any]]) -> None:
+    for answer in answers:
+        for message in answer["messages"]:
+            bus_recv.emit(f"{bus_recv.dump(message)}\n")
+            observer.cursor.pass_over(message)
+
+
+def complain(line: str) -> None:
+    bus_recv.complain(line, "bus_log")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Show the messages of everybody on an agent-bus, as they pass.")
+    add = parser.add_argument
+    add("--since", metavar="X", default="0", help="90s, 5m, 1h, 3d ago, s since 1970, or now; default: all there is")
+    add("--to", metavar="NAME", help="only messages for NAME; several as a,b,c")
+    add("--from", dest="sender", metavar="NAME", help="only messages from NAME")
+    add("--channel", metavar="C", help="only messages on the channel C; default: on every channel")
+    add("--json", action="store_true", help="print each message as a line of JSON")
+    add("--no-follow", action="store_true", help="print what there is, and end")
+    add("--timeout", type=float, metavar="S", help="end after S seconds")
+    for ignored in ("--log", "--once"):  # `bus_recv.py --log` took these, and runs us with its own arguments
+        add(ignored, action="store_true", help=argparse.SUPPRESS)
+    for ignored in ("--exec", "--tries", "--lease"):
+        add(ignored, help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    try:
+        filters = {"to": options.to, "from": options.sender, "channel": options.channel}
+        observer = Observer(filters, options.since)
+        observer.warn = observer.announce = complain
+        answers = observer.pages() if options.no_follow else observer.answers(False, options.timeout)
+        (show_json if options.json else show_blocks)(observer, answers)
+    except BrokenPipeError:  # nobody reads us any more
+        return 0
+    except KeyboardInterrupt:
+        return 130
+    except (bus_recv.Refused, bus_recv.Unreachable, ValueError, OSError) as error:
+        complain(str(error))
+        return {bus_recv.Refused: 1, bus_recv.Unreachable: 75}.get(type(error), 2)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,177 @@
+#!/usr/bin/env python3
+"""Do the jobs of a queue on an agent-bus: run a command for each message, one at a time.
+
+    AGENT_BUS_URL=http://10.0.0.5:8080 python3 tools/bus_work.py builds --exec ./build.sh
+
+Any number of workers may share a queue: the bus gives each job to one of them. The command has the message as JSON on
+its stdin, and MSG_FROM, MSG_ID, MSG_SUBJECT ... AGENT_BUS_ATTEMPT in its environment. If it ends with 0 the job is
+done. If it ends with anything else, or the worker disappears, the bus gives the job to a worker again, later.
+
+The parts of this file, in order: Worker (takes jobs, runs the command, tells the bus how that ended), main.
+bus_recv.Reader asks the bus and endures an outage, bus_recv.running runs a command; so this program needs bus_recv.py
+beside it or one folder up. PROTOCOL.md (queues) says what a lease and a dead letter are.
+
+It has the environment of bus_recv.py, and AGENT_NAME, by which the bus calls this worker. It writes no file.
+Exit code: 0 done or stopped by SIGTERM, 1 refused by the bus, 2 usage, 3 no job came, 75 out of reach, 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import subprocess
+
+HERE = os.path.dirname(os.path.realpath(__file__))
+sys.path += [HERE, os.path.dirname(HERE)]  # the clients lie beside this file or one folder up, or are installed
+try:
+    import bus_recv
+except ModuleNotFoundError as missing:
+    print(f"bus_work: {missing.name}.py is missing in {HERE}: run curl -fO $AGENT_BUS_URL/{missing.name}.py there",
+          file=sys.stderr)  # fmt: skip
+    sys.exit(2)
+
+
+class NoCursor(bus_recv.Cursor):
+    """Stands for a cursor: the bus itself remembers which jobs are done."""
+
+    def __init__(self) -> None:
+        self.at = "0"
+
+    def move(self, since: str) -> None:
+        pass
+
+
+class Worker(bus_recv.Reader):
+    """Takes jobs from a queue, one at a time, runs a command for each, and tells the bus how that ended.
+
+    A job is ours while its lease lasts. While the command runs, the lease is extended. If the bus says that the lease
+    is lost, another worker may have the job, so the command is killed. The first SIGTERM lets the command end; a second
+    one, or Ctrl-C, kills it and gives the job back.
+    """
+
+    def __init__(self, names: Sequence[str], channel: str | None, command: str, lease: float) -> None:
+        if len(names) > 1:
+            raise ValueError("a worker has one queue: give one NAME")
+        super().__init__(names, None, channel, None, bus_recv.HOLD_SECONDS)
+        self.command, self.lease = command, lease  # lease: s
+        self.order = {"to": names[0], "channel": self.channel, "lease": lease}  # the body of a claim
+        if os.environ.get("AGENT_NAME"):
+            self.order["worker"] = os.environ["AGENT_NAME"]
+        self.at_work = self.ending = False
+
+    def stop(self, *_: Any) -> None:
+        """The handler of SIGTERM."""
+        if self.ending or not self.at_work:
+            sys.exit(0)
+        self.ending = True
+
+    def take_up(self, answer: dict[str, Any]) -> None:
+        self.bus, self.cursor = str(answer.get("bus", bus_recv.OLD_CONTRACT)), NoCursor()
+
+    def request(self, hold: float, seconds: float) -> tuple[dict[str, Any], float]:
+        """Claim one job; see bus_recv.ask()."""
+        answer, now = bus_recv.ask(self.url, "/claim", seconds, {**self.order, "wait": round(hold, 3)})
+        try:
+            [(job["id"], job["lease"], int(job["attempt"])) for job in answer["messages"]]
+        except (KeyError, TypeError, ValueError):
+            raise bus_recv.Unreachable() from None
+        return answer, now
+
+    def work(self, answers: Iterator[dict[str, Any]]) -> None:
+        """Do the jobs in these answers, until SIGTERM."""
+        for answer in answers:
+            for job in answer["messages"]:
+                self.at_work = True
+                self.do(job)
+                self.at_work = False
+                if self.ending:
+                    return
+
+    def do(self, job: dict[str, Any]) -> None:
+        """Run the command for one job, and tell the bus how that ended."""
+        attempt = int(job["attempt"])
+        try:
+            with bus_recv.running(self.command, job, attempt) as process:
+                code = self.attend(process, job)
+        except BaseException:  # the worker has to end now
+            with contextlib.suppress(bus_recv.Refused, bus_recv.Unreachable):
+                self.tell("nack", job, reason="the worker was stopped")
+            raise
+        if code == 0:
+            self.settle("ack", job)
+        elif code is not None:
+            reason = f"the command ended with {code}"
+            self.warn(f"{reason} for {job['id']}, attempt {attempt}")
+            self.settle("nack", job, reason=reason, delay=bus_recv.pause_after(attempt))
+
+    def settle(self, verb: str, job: dict[str, Any], **members: Any) -> None:
+        """Tell the bus, however long it takes: if the bus does not hear it, another worker does the job again."""
+        while True:
+            try:
+                return self.tell(verb, job, **members)
+            except bus_recv.Refused as refused:
+                return self.warn(f"{verb} of {job['id']}: {refused}")
+            except bus_recv.Unreachable as fault:
+                self.endure(fault, 0, float("inf"))
+
+    def attend(self, process: subprocess.Popen[bytes], job: dict[str, Any]) -> int | None:
+        """Extend the lease while the command runs. Its exit code, or None if the lease was lost meanwhile."""
+        import subprocess
+
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return process.wait(self.lease / 3)
+            try:
+                self.tell("extend", job, seconds=self.lease)
+            except bus_recv.Refused as refused:
+                self.warn(f"{job['id']} is given up, its command is killed: {refused}")
+                return None
+            except bus_recv.Unreachable as fault:
+                self.warn(f"the lease of {job['id']} is not extended yet: {fault}")
+
+    def tell(self, verb: str, job: dict[str, Any], **members: Any) -> None:
+        bus_recv.ask(self.url, f"/{verb}", bus_recv.GRACE_SECONDS, {"id": job["id"], "lease": job["lease"], **members})
+
+
+def complain(line: str) -> None:
+    bus_recv.complain(line, "bus_work")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Run a command for each job of the queue NAME on an agent-bus.")
+    add = parser.add_argument
+    add("names", nargs="+", metavar="NAME", help="the queue")
+    add("--exec", metavar="CMD", required=True, help="run CMD for each job: JSON on stdin, MSG_FROM ... as variables")
+    add("--lease", type=float, default=60.0, metavar="S", help="a worker that is gone for S seconds loses its job (60)")
+    add("--once", action="store_true", help="end after one job")
+    add("--timeout", type=float, metavar="S", help="take no job after S seconds (with --once: 25)")
+    add("--channel", metavar="C", help="default: $AGENT_BUS_CHANNEL, or 'default'")
+    for ignored in ("--claim", "--json"):  # `bus_recv.py --claim` took these, and runs us with its own arguments
+        add(ignored, action="store_true", help=argparse.SUPPRESS)
+    for ignored in ("--since", "--tries"):
+        add(ignored, help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    timeout = bus_recv.HOLD_SECONDS if options.once and options.timeout is None else options.timeout
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    try:
+        worker = Worker(options.names, options.channel, options.exec, options.lease)
+        signal.signal(signal.SIGTERM, worker.stop)
+        worker.warn = worker.announce = complain
+        worker.work(worker.answers(options.once, timeout))
+    except KeyboardInterrupt:
+        return 130
+    except (bus_recv.Refused, bus_recv.Unreachable, ValueError, OSError) as error:
+        complain(str(error))
+        return {bus_recv.Refused: 1, bus_recv.Unreachable: 75}.get(type(error), 2)
+    return 0 if worker.came else 3
+
+
+if __name__ == "__main__":
+    sys.exit(main())
