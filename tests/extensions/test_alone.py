@@ -169,7 +169,6 @@ def test_what_was_left_out_says_so(folder):
         assert "/claim" not in ask(bus, "GET", "/")[1] and "/ask" in ask(bus, "GET", "/")[1]
 
 
-@pytest.mark.xfail(reason="the last one wins")
 def test_without_may_be_given_twice(folder):
     with server(copy(folder, ALL), "--without", "work", "--without", "files") as bus:
         assert [ask(bus, "GET", path)[0] for path in ("/claim", "/blob/1")] == [404, 404]
