@@ -169,7 +169,6 @@ def test_what_was_left_out_says_so(folder):
         assert "/claim" not in ask(bus, "GET", "/")[1] and "/ask" in ask(bus, "GET", "/")[1]
 
 
-@pytest.mark.xfail(reason="the last one wins")
 def test_without_may_be_given_twice(folder):
     with server(copy(folder, ALL), "--without", "work", "--without", "files") as bus:
         assert [ask(bus, "GET", path)[0] for path in ("/claim", "/blob/1")] == [404, 404]
@@ -196,7 +195,8 @@ def test_every_endpoint_and_option_of_an_extension_is_in_the_table_of_what_is_el
     done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     brings = {name: set(found) for name, found in map(json.loads, done.stdout.splitlines())}
     brings["replies"].remove("/message/")  # the core has it too
-    assert brings == {name: set(elsewhere) for name, elsewhere in bus_server.ELSEWHERE.items()}, done.stderr
+    listed = {name: found for name, found in brings.items() if name in bus_server.ELSEWHERE}  # ours; others need not be
+    assert listed == {name: set(elsewhere) for name, elsewhere in bus_server.ELSEWHERE.items()}, done.stderr
 
 
 @pytest.mark.parametrize("option", [("--files", "1g"), ("--files=1g",)], ids=" ".join)
@@ -211,7 +211,7 @@ def test_an_option_of_a_missing_extension_says_which_file(folder, option):
 def test_nothing_can_be_left_out_that_there_is_not(folder):
     said = refuses_to_start(copy(folder, ALL), "--without", "work,pages")
     assert said.startswith("bus_server.py: error: --without pages: there is no such extension, only ")
-    assert all(name in said for name in ALL)
+    assert all(name in said for name in bus_server.ELSEWHERE)
 
 
 def test_an_extension_that_cannot_be_loaded_is_one_sentence(folder):
