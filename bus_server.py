@@ -92,6 +92,9 @@ EVERYONE = "all"
 RECALLED = 1  # the value of `expires` in a message that its sender took back
 
 
+Headers = tuple[tuple[str, str], ...]
+
+
 class Refused(Exception):
     """A request that cannot be served: a status, and one sentence that says what to do. refusal() renders it."""
 
@@ -325,9 +328,8 @@ def draft(fields: Any, key: str | None) -> Draft:
     except KeyError as missing:
         raise Refused(400, f"{missing.args[0]} is missing: a message has from, to and msg") from None
     try:
-        channel, to, start = addresses(
-            sender, tuple(to) if isinstance(to, list) else to, fields.get("channel", "default")
-        )
+        to = tuple(to) if isinstance(to, list) else to
+        channel, to, start = addresses(sender, to, fields.get("channel", "default"))
     except TypeError:  # one of them is a list or an object, which no cache can look up
         raise Refused(400, "from, to and channel must be names") from None
     parent = fields.get("reply_to")
@@ -503,6 +505,8 @@ class Loop:
 
     def watch(self, watched: Watched, events: int) -> None:
         """Watch its socket for these events from now on; 0 for none."""
+        if events == watched.events:
+            return
         if not watched.events:
             self.selector.register(watched.sock, events, watched)
         elif events:
@@ -644,7 +648,7 @@ class Answer(NamedTuple):
     status: int
     body: bytes
     kind: str = "application/json"
-    headers: tuple[tuple[str, str], ...] = ()
+    headers: Headers = ()
     delivers: tuple[Any, int] | None = None
     file: Stream | None = None
 
@@ -660,9 +664,7 @@ def http_bytes(answer: Answer, bare: bool, closing: bool) -> bytes:
 
 
 @lru_cache(64)  # many answers of one second have the same head: 0.2 us, not 1.7
-def head_of(
-    second: int, status: int, kind: str, length: int, closing: bool, headers: tuple[tuple[str, str], ...]
-) -> bytes:
+def head_of(second: int, status: int, kind: str, length: int, closing: bool, headers: Headers) -> bytes:
     content = "" if length < 0 else f"Content-Type: {kind}\r\nContent-Length: {length}\r\n"
     further = "".join([f"{header}: {value}\r\n" for header, value in headers])
     return (
@@ -1351,16 +1353,12 @@ class Plain:
         except OSError:  # it has gone again
             return "?"
 
-    def wait(self, events: int) -> None:
-        if events != self.events:
-            self.loop.watch(self, events)
-
     def resume_reading(self) -> None:
         if not self.closing:
-            self.wait(self.events | selectors.EVENT_READ)
+            self.loop.watch(self, self.events | selectors.EVENT_READ)
 
     def pause_reading(self) -> None:
-        self.wait(self.events & ~selectors.EVENT_READ)
+        self.loop.watch(self, self.events & ~selectors.EVENT_READ)
 
     def ready(self, events: int) -> None:
         """Some events have come; we may have closed, or stopped to wait for them, in the same turn."""
@@ -1392,12 +1390,12 @@ class Plain:
         sent = self.send(data)
         if sent < len(data) and not self.closing:
             self.unsent = data[sent:]
-            self.wait(self.events | selectors.EVENT_WRITE)
+            self.loop.watch(self, self.events | selectors.EVENT_WRITE)
 
     def write_on(self) -> None:
         self.unsent = self.unsent[self.send(self.unsent) :]
         if not self.unsent and self.events:
-            self.wait(self.events & ~selectors.EVENT_WRITE)
+            self.loop.watch(self, self.events & ~selectors.EVENT_WRITE)
             if self.closing:
                 self.end()
             else:
@@ -1428,7 +1426,7 @@ class Plain:
     def abort(self) -> None:
         if self.sock.fileno() >= 0:
             self.closing = True
-            self.wait(0)
+            self.loop.watch(self, 0)
             self.unsent = b""
             self.loop.soon(self.end)
 
@@ -1470,8 +1468,7 @@ class Listener:
             self.door.loop.watch(self, selectors.EVENT_READ)
 
     def close(self) -> None:
-        if self.events:
-            self.door.loop.watch(self, 0)
+        self.door.loop.watch(self, 0)
         self.sock.close()
 
     def ready(self, events: int) -> None:
@@ -1535,6 +1532,9 @@ def written_anew(path: str) -> Iterator[IO[str]]:
     os.replace(f"{path}.new", path)
 
 
+Row = dict[str, Any]  # of one token
+
+
 class Tokens:
     """The tokens of a bus: a line of JSON each in DATABASE.tokens, with the sha256 of the secret and what it may do.
 
@@ -1550,7 +1550,7 @@ class Tokens:
         self.stamp = self.look()
         self.load()
 
-    def rows(self) -> list[dict[str, Any]]:
+    def rows(self) -> list[Row]:
         try:
             with open(self.path, encoding="ascii") as file:
                 return [json.loads(line) for line in file]
@@ -1589,7 +1589,7 @@ class Tokens:
             if not row["revoked"]
         }
 
-    def change(self, change: Callable[[list[dict[str, Any]]], list[dict[str, Any]]]) -> None:
+    def change(self, change: Callable[[list[Row]], list[Row]]) -> None:
         """Write the file anew, one command at a time."""
         try:
             with open_beside(f"{self.path}.lock") as lock:
@@ -2062,12 +2062,11 @@ class State(Rows):
         target = f"file:bus-{secrets.token_hex(4)}?mode=memory&cache=shared" if memory else path
         self.lock = None if memory else locked(path)
         try:
-            self.writing = sqlite3.connect(
-                target, isolation_level=None, check_same_thread=False, uri=memory, cached_statements=128
-            )
+            connect = partial(sqlite3.connect, target, isolation_level=None, check_same_thread=False, uri=memory)
+            self.writing = connect(cached_statements=128)
             super().__init__(path, self.writing)
             prepare(self.writing, path, "memory" if memory else "wal")
-            reading = sqlite3.connect(target, isolation_level=None, check_same_thread=False, uri=memory)
+            reading = connect()
             for each in (self.writing, reading):  # text that is no UTF-8 any more is a damaged row, not an error
                 each.text_factory = lambda text: text.decode("utf-8", "replace")
             # Dirty reads exist in :memory: only, and are harmless: a turn never asks beyond what was announced.
@@ -2706,6 +2705,7 @@ class Figures:
 
 
 Then = Callable[[Any, Any, Any], Union[Answer, None]]
+Undone = Callable[[Any], None]
 
 
 class Step(NamedTuple):
@@ -2718,7 +2718,7 @@ class Step(NamedTuple):
     operation: Operation
     connection: Connection | None
     then: Then
-    undone: Callable[[Any], None] | None
+    undone: Undone | None
 
 
 by_rank = attrgetter("operation.rank")
@@ -2890,13 +2890,7 @@ class Bus:
 
     # Operations
 
-    def do(
-        self,
-        operation: Operation,
-        connection: Connection | None,
-        then: Then,
-        undone: Callable[[Any], None] | None = None,
-    ) -> Step:
+    def do(self, operation: Operation, connection: Connection | None, then: Then, undone: Undone | None = None) -> Step:
         """Apply an operation with the next list; see Step for what follows."""
         step = Step(operation, connection, then, undone)
         self.ledger.add(step)
@@ -3171,9 +3165,7 @@ class Retention:
         if not self.request:
             self.request = prune_request(self.bus.state.path)
             if self.request:
-                before, fetched_only = self.request
-                kept_for = list(self.bus.view.extensions()) if fetched_only else []
-                self.remove(Remove(0, before, fetched_only, kept_for), self.pruned)
+                self.remove(pruning(self.bus.view, *self.request), self.pruned)
 
     def pruned(self, whole: bool) -> None:
         """The command waits until its file is gone. After a failure the file stays, and is looked for again."""
@@ -3181,6 +3173,11 @@ class Retention:
         if whole and prune_request(path) == self.request:  # else there is another one by now
             prune_file(path).unlink(missing_ok=True)
         self.request = None
+
+
+def pruning(rows: Rows, before: int, fetched_only: bool) -> Remove:
+    """What the command prune removes."""
+    return Remove(0, before, fetched_only, list(rows.extensions()) if fetched_only else [])
 
 
 def prune_file(database: str) -> pathlib.Path:
@@ -3214,9 +3211,8 @@ def missing(what: str, extension: str, why: str) -> str:
     """The sentence of a 404, or of an option that is not known. `why`: "" or --without."""
     if why:
         return f"{what} is off: this bus was started --without {extension}"
-    return (
-        f"{what} needs bus_extensions/{extension}.py, which is not beside bus_server.py: copy it from the same version"
-    )
+    needs = f"{what} needs bus_extensions/{extension}.py, which is not beside bus_server.py"
+    return f"{needs}: copy it from the same version"
 
 
 # The words of the core's endpoints
@@ -3258,10 +3254,9 @@ def check_number(drafts: list[Draft], copies: int) -> None:
 
 
 def recv(bus: Bus, request: Request) -> Answer | None:
-    query = request.query()
-    poll = recv_poll(query, request.plain())
+    poll = recv_poll(request)
     request.grant.check(poll.names)
-    if query.one("bus") not in (None, bus.state.bus):  # a cursor from another bus: say so, and mark nothing
+    if request.query().one("bus") not in (None, bus.state.bus):  # a cursor from another bus: say so, and mark nothing
         return delivery(bus, poll._replace(since=bus.last), [])
     bus.mailboxes.polled(poll, request.peer.address, bus.view.clock())
     bus.mailboxes.owned(poll)
@@ -3273,34 +3268,34 @@ def recv(bus: Bus, request: Request) -> Answer | None:
     return bus.receiving.look(request, poll)
 
 
-def recv_poll(query: Query, plain: bool) -> Poll:
+def recv_poll(request: Request) -> Poll:
+    query = request.query()
     names = query.names("to")
     if not 1 <= len(names) <= NAMES_PER_READER:
         raise Refused(400, f"to must be 1 to {NAMES_PER_READER} names: /recv?to=NAME")
     everyone = () if EVERYONE in names else (EVERYONE,)
-    since, limit, hold = asked_for(query)
-    return Poll(names[0], names + everyone, query.name("channel", "default"), None, since, limit, hold, plain)
+    return poll_of(request, names[0], names + everyone, query.name("channel", "default"), None)
 
 
 def log(bus: Bus, request: Request) -> Answer | None:
     request.grant.check_operator()
     query = request.query()
-    since, limit, hold = asked_for(query)
-    if since == LAST:
+    poll = poll_of(request, None, query.names("to"), query.name("channel", None), query.name("from", None))
+    if poll.since == LAST:
         raise Refused(400, "an observer has no cursor here: since must be seconds or 'now'")
-    channel, sender = query.name("channel", None), query.name("from", None)
-    return bus.receiving.look(
-        request, Poll(None, query.names("to"), channel, sender, since, limit, hold, request.plain())
+    return bus.receiving.look(request, poll)
+
+
+def poll_of(request: Request, me: str | None, names: tuple[str, ...], channel: str | None, sender: str | None) -> Poll:
+    """A poll with these filters, and with `since`, `max`, `wait` and `block` of the query."""
+    query = request.query()
+    since, limit = (
+        cursor("0" if query.one("since") is None else query.needed("since")),
+        int(query.number("max", 100, 1, MAX_MESSAGES)),
     )
-
-
-def asked_for(query: Query) -> tuple[int, int, float]:
-    """since, max and the hold (s) of a poll."""
-    wait = query.number("wait", HOLD, 0, HOLD_MAX)
-    block = query.flag("block")
+    wait, block = query.number("wait", HOLD, 0, HOLD_MAX), query.flag("block")
     hold = wait if block or (block is None and query.one("wait") is not None) else 0
-    since = query.one("since")
-    return cursor("0" if since is None else since), int(query.number("max", 100, 1, MAX_MESSAGES)), hold
+    return Poll(me, names, channel, sender, since, limit, hold, request.plain())
 
 
 def boolean(value: bool) -> str:
@@ -3322,7 +3317,7 @@ def delivery(
     """The answer to a poll. `reached`: the last tick that was looked at, if it is not the end."""
     now = reached or max(poll.since, bus.last)
     bus.figures.delivered += len(found)
-    headers: tuple[tuple[str, str], ...] = ()
+    headers: Headers = ()
     if poll.plain:
         body = "".join(block(json.loads(message.render()), poll.me, bus.view.clock()) for message in found)
         if gap:
@@ -3814,7 +3809,7 @@ def revoke(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     revoked: list[str] = []
 
-    def change(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def change(rows: list[Row]) -> list[Row]:
         for row in rows:
             if row["name"] == options.name and not row["revoked"]:
                 row["revoked"] = int(time.time())
@@ -3896,7 +3891,7 @@ def other_version(path: str) -> Unusable:
 def remove_alone(path: str, before: int, fetched_only: bool) -> None:
     """When no server runs."""
     with contextlib.closing(State(path)) as state:
-        removal = Remove(0, before, fetched_only, list(state.extensions()) if fetched_only else [])
+        removal = pruning(state, before, fetched_only)
         clock = Clock(wall_clock, state.last)
         while True:
             [reached] = state.apply([removal], clock.now()).results
@@ -3982,9 +3977,7 @@ def restore(arguments: Sequence[str]) -> None:
         print(f"what was there before is in {old}")
 
 
-def copy_bus(
-    source: str, target: str, tokens: list[dict[str, Any]], old: str = "", bus: str | None = None
-) -> tuple[int, int]:
+def copy_bus(source: str, target: str, tokens: list[Row], old: str = "", bus: str | None = None) -> tuple[int, int]:
     """Copy a database with its tokens and files; returns how many messages and files. What was there becomes `old`."""
     new = f"{target}.new"
     messages = copy_database(source, new, bus)
@@ -3999,7 +3992,7 @@ def copy_bus(
     return messages, files
 
 
-def missing_tokens(copy: str, path: str) -> list[dict[str, Any]]:
+def missing_tokens(copy: str, path: str) -> list[Row]:
     """The tokens of a copy, for a bus that has none. A bus that has tokens knows better who was revoked since."""
     if os.path.exists(f"{path}.tokens"):
         return []
