@@ -3289,13 +3289,10 @@ def log(bus: Bus, request: Request) -> Answer | None:
 def poll_of(request: Request, me: str | None, names: tuple[str, ...], channel: str | None, sender: str | None) -> Poll:
     """A poll with these filters, and with `since`, `max`, `wait` and `block` of the query."""
     query = request.query()
-    since, limit = (
-        cursor("0" if query.one("since") is None else query.needed("since")),
-        int(query.number("max", 100, 1, MAX_MESSAGES)),
-    )
-    wait, block = query.number("wait", HOLD, 0, HOLD_MAX), query.flag("block")
+    wait, limit = query.number("wait", HOLD, 0, HOLD_MAX), int(query.number("max", 100, 1, MAX_MESSAGES))
+    since, block = query.one("since"), query.flag("block")
     hold = wait if block or (block is None and query.one("wait") is not None) else 0
-    return Poll(me, names, channel, sender, since, limit, hold, request.plain())
+    return Poll(me, names, channel, sender, cursor("0" if since is None else since), limit, hold, request.plain())
 
 
 def boolean(value: bool) -> str:
