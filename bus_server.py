@@ -3011,7 +3011,7 @@ class Sending:
     """From the body of a send to its drafts, and the word for what was stored. Owned by the loop."""
 
     def __init__(self, bus: Bus) -> None:
-        self.bus = bus
+        self.bus, self.view, self.mailboxes, self.storms = bus, bus.view, bus.mailboxes, bus.storms
 
     def drafts(self, request: Request) -> tuple[list[Draft], bool]:
         """The messages in a request, each of them valid, and whether it was an array of them."""
@@ -3034,7 +3034,7 @@ class Sending:
     def in_thread(self, one: Draft) -> Draft:
         """An answer with its place in a chain of replies."""
         assert one.answers is not None
-        thread, depth = self.bus.view.lineage(one.answers)
+        thread, depth = self.view.lineage(one.answers)
         return one._replace(thread=thread, depth=depth + 1)
 
     def check(self, drafts: list[Draft]) -> None:
@@ -3045,15 +3045,15 @@ class Sending:
             each = dict.fromkeys(each)  # a way that many messages go is checked once
         for channel, _, to in each:
             self.check_room(channel, to)
-        self.bus.storms.check(drafts, each)
+        self.storms.check(drafts, each)
 
     def check_room(self, channel: str, to: str) -> None:
         """429 if a mailbox is full of what nobody has fetched yet."""
-        box = self.bus.mailboxes.box(channel, to)
+        box = self.mailboxes.box(channel, to)
         if box.fetched >= box.newest:
             return
         if box.pending is None:
-            box.pending = self.bus.view.count_between(channel, to, box.fetched, box.newest)
+            box.pending = self.view.count_between(channel, to, box.fetched, box.newest)
         messages, size = box.pending
         if messages >= MAILBOX_MESSAGES or size >= MAILBOX_BYTES:
             raise too_much(f"the mailbox of {to} is full: {messages} messages wait and nobody fetches them", 60)
@@ -3074,7 +3074,7 @@ class Receiving:
     """
 
     def __init__(self, bus: Bus) -> None:
-        self.bus = bus
+        self.bus, self.view, self.mailboxes = bus, bus.view, bus.mailboxes
 
     def look(self, request: Request, poll: Poll) -> Answer | None:
         """The answer to a poll, now or later. If its cursor is ahead of `last`, first `last` is raised, durably."""
@@ -3082,7 +3082,7 @@ class Receiving:
             return delivery(self.bus, poll._replace(since=self.bus.last), [])
         if poll.since <= self.bus.last:
             return self.read_or_park(request, poll)
-        if poll.since > self.bus.view.clock() + AHEAD:
+        if poll.since > self.view.clock() + AHEAD:
             raise Refused(400, f"since is over {AHEAD // 1000000} s ahead of this bus; it is in seconds since 1970")
 
         def raised(connection: Connection, operation: Raise, result: None) -> Answer | None:
@@ -3092,22 +3092,22 @@ class Receiving:
         return None
 
     def read_or_park(self, request: Request, poll: Poll) -> Answer | None:
-        self.bus.mailboxes.presented(poll)
+        self.mailboxes.presented(poll)
         found: list[Message] = []
         reached = None
-        if self.bus.mailboxes.newest(poll) > poll.since:
+        if self.mailboxes.newest(poll) > poll.since:
             found, reached = self.read(poll)
         self.note_removed(poll)
-        gap = self.bus.mailboxes.gap(poll)
+        gap = self.mailboxes.gap(poll)
         if found or reached or gap or not poll.hold or self.bus.draining:
             return delivery(self.bus, poll, found, reached, gap)
         if request.peer.ended:  # it has gone while its cursor was written down
-            self.bus.mailboxes.left(poll)
+            self.mailboxes.left(poll)
             return delivery(self.bus, poll, [])
         if not self.bus.verbose:
             request.peer.request = None  # a parked reader is small: its poll says it all
         self.bus.park(request.peer, poll._replace(token=request.grant.token))
-        for connection in self.bus.mailboxes.crowd(poll)[:-PARKED_PER_NAME]:
+        for connection in self.mailboxes.crowd(poll)[:-PARKED_PER_NAME]:
             connection.wait(PARKED, 0)  # the newest are still alive; not released here, as each may poll again
         return None
 
@@ -3115,7 +3115,7 @@ class Receiving:
         """What the disk has for a poll, up to a withheld message: no reader gets that one, and no cursor passes it."""
         withheld = [each.tick for each in self.bus.withheld.values() if poll.covers(self.bus.last, each)]
         upto = min(withheld, default=self.bus.last + 1) - 1
-        found, reached = self.bus.view.after(poll, upto)
+        found, reached = self.view.after(poll, upto)
         if withheld and not reached:
             reached = found[-1].tick if found else upto
         return found, reached
@@ -3123,7 +3123,7 @@ class Receiving:
     def note_removed(self, poll: Poll) -> None:
         """A message that the current commit removes must already count as a gap for readers that look now."""
         if self.bus.ledger.removing:
-            self.bus.mailboxes.note_removed(self.bus.view.removed_up_to(poll))
+            self.mailboxes.note_removed(self.view.removed_up_to(poll))
 
     def poll_answer(self, connection: Connection, poll: Poll, messages: Sequence[Message] = ()) -> Answer:
         reached = messages[poll.limit - 1].tick if len(messages) > poll.limit else None
