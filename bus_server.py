@@ -2735,33 +2735,32 @@ class Ledger:
         self, state: State, loop: Loop, clock: Clock, announce: Callable[[list[Step], Applied | Exception, float], None]
     ) -> None:
         self.state, self.loop, self.clock, self.announce = state, loop, clock, announce
-        self.steps: list[Step] = []
-        self.planned = self.busy = False
-        self.removing = False  # the list that is out removes messages
+        self.next: list[Step] = []
+        self.out: list[Step] = []  # the list that is being applied
 
     def add(self, step: Step) -> None:
-        self.steps.append(step)
-        if not self.planned:
-            self.planned = True
-            if not self.busy:
-                self.loop.soon(self.commit)  # when all sockets of this turn were read: they share a transaction
+        self.next.append(step)
+        if len(self.next) == 1 and not self.out:
+            self.loop.soon(self.commit)  # when all sockets of this turn were read: they share a transaction
 
     def idle(self) -> bool:
-        return not self.planned and not self.busy
+        return not self.next and not self.out
+
+    def removes(self) -> bool:
+        """Does the list that is out remove messages?"""
+        return bool(self.out) and type(self.out[-1].operation) is Remove
 
     def commit(self) -> None:
-        steps, self.steps = self.steps, []
-        steps.sort(key=by_rank)
-        self.planned, self.busy = False, True
-        self.removing = type(steps[-1].operation) is Remove
+        steps = self.out = sorted(self.next, key=by_rank)
+        self.next = []
         began = time.monotonic()
         outcome: Applied | Exception
         try:
             outcome = self.apply([step.operation for step in steps])
         except Exception as error:
             outcome = error
-        self.busy = self.removing = False
-        if self.planned:  # by what came while the deputy served
+        self.out = []
+        if self.next:  # came while the deputy served
             self.loop.soon(self.commit)
         self.announce(steps, outcome, time.monotonic() - began)
 
@@ -3122,7 +3121,7 @@ class Receiving:
 
     def note_removed(self, poll: Poll) -> None:
         """A message that the current commit removes must already count as a gap for readers that look now."""
-        if self.bus.ledger.removing:
+        if self.bus.ledger.removes():
             self.mailboxes.note_removed(self.view.removed_up_to(poll))
 
     def poll_answer(self, connection: Connection, poll: Poll, messages: Sequence[Message] = ()) -> Answer:
