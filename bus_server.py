@@ -1138,7 +1138,7 @@ class Connection:
             self.buffer += data
         if self.phase in READING:
             self.advance()
-        elif len(self.buffer) > HEAD_BYTES:
+        if len(self.buffer) > HEAD_BYTES and self.phase is not BODY:  # pipelined requests; written() reads on
             self.transport.pause_reading()
 
     def eof_received(self) -> None:
@@ -1168,6 +1168,7 @@ class Connection:
             self.write(refusal(refused))
             return
         if request is None:
+            self.transport.resume_reading()
             return
         self.phase, self.due = BUSY, math.inf  # a commit has no deadline
         self.closing = request.parsed.closes
@@ -1285,7 +1286,8 @@ class Connection:
             self.hang_up()
         else:
             self.wait(IDLE, IDLE_SECONDS)
-            self.transport.resume_reading()
+            if len(self.buffer) <= HEAD_BYTES:
+                self.transport.resume_reading()
 
     # Ends
 
