@@ -2800,7 +2800,7 @@ Metric = tuple[str, str, str, Iterable[tuple[str, float]]]  # its name, kind and
 
 
 class Bus:
-    """What is sent and received, and the seams for the extensions. Owned by the loop; no method waits. It is an App.
+    """What follows a commit, and the seams for the extensions. Owned by the loop; no method waits. It is an App.
 
     Invariants:
     - Nothing is answered before its commit.
@@ -3009,7 +3009,7 @@ def nothing_follows(connection: None, operation: Operation, result: Any) -> None
 
 
 class Sending:
-    """From the body of a send to its drafts, and the word for what was stored. Owned by the loop."""
+    """A send, from its body to valid drafts, the checks before they are stored, and its answer. Owned by the loop."""
 
     def __init__(self, bus: Bus) -> None:
         self.bus, self.view, self.mailboxes, self.storms = bus, bus.view, bus.mailboxes, bus.storms
