@@ -1311,7 +1311,8 @@ class Connection:
             self.write(refusal(refused))
             return
         if request is None:
-            self.transport.resume_reading()
+            if not self.pouring():
+                self.transport.resume_reading()
             return
         self.phase, self.due = BUSY, math.inf  # a commit has no deadline
         self.closing = request.parsed.closes
@@ -1364,6 +1365,10 @@ class Connection:
         if self.phase is not BODY:
             self.wait(BODY, BODY_SECONDS)
         return False
+
+    def pouring(self) -> bool:
+        """Does a thread write a piece of the body?"""
+        return bool(self.request and self.request.sink and self.request.sink.busy)
 
     def poured(self, sink: Sink, written: Any) -> None:
         """A piece of a body was written, or was not."""
@@ -1524,7 +1529,7 @@ class Connection:
         """The deadline of this phase has passed."""
         if self.phase in (WRITING, LINGER):
             self.transport.abort()
-        elif self.phase is BODY and self.request and self.request.sink and self.request.sink.busy:
+        elif self.pouring():
             self.wait(BODY, BODY_SECONDS)  # it is our disk that is slow
         else:
             self.stop_waiting(Refused(408, f"the request took too long: we waited for {self.phase.value}"))
@@ -3236,7 +3241,7 @@ Metric = tuple[str, str, str, Iterable[tuple[str, float]]]  # its name, kind and
 
 
 class Bus:
-    """What is sent and received, and the seams for the extensions. Owned by the loop; no method waits. It is an App.
+    """What follows a commit, and the seams for the extensions. Owned by the loop; no method waits. It is an App.
 
     Invariants:
     - Nothing is answered before its commit.
@@ -3488,7 +3493,7 @@ def nothing_follows(connection: None, operation: Operation, result: Any) -> None
 
 
 class Sending:
-    """From the body of a send to its drafts, and the word for what was stored. Owned by the loop."""
+    """A send, from its body to valid drafts, the checks before they are stored, and its answer. Owned by the loop."""
 
     def __init__(self, bus: Bus) -> None:
         self.bus, self.view, self.mailboxes, self.storms = bus, bus.view, bus.mailboxes, bus.storms
