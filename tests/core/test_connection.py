@@ -431,13 +431,13 @@ def test_between_two_pipelined_requests_the_other_connections_are_served():
 
 def test_a_pipelined_send_is_stored_after_the_one_before_was_answered():
     with a_bus() as bus:
-        peer, lists, announce = Peer(bus), [], bus.ledger.announce
+        peer, lists, apply = Peer(bus), [], bus.state.apply
 
-        def count(steps, outcome, seconds):
-            lists.append((len(steps), len(statuses(peer.heard))))
-            announce(steps, outcome, seconds)
+        def count(operations, now):
+            lists.append((len(operations), len(statuses(peer.heard))))
+            return apply(operations, now)
 
-        bus.ledger.announce = count
+        bus.state.apply = count
         peer.says(ALICE * 3 + LAST)
         come_true(lambda: peer.over)
         assert lists == [(1, 0), (1, 1), (1, 2)] and statuses(peer.heard) == [200] * 4

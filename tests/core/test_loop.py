@@ -59,13 +59,13 @@ def test_while_the_disk_is_busy_everybody_but_the_senders_is_served():
 def test_what_is_sent_while_the_disk_is_busy_is_the_next_transaction():
     with a_bus() as bus:
         first, second, third = Peer(bus), Peer(bus), Peer(bus)
-        lists, announce = [], bus.ledger.announce
+        lists, apply = [], bus.state.apply
 
-        def count(steps, outcome, seconds):
-            lists.append(sum(isinstance(step.operation, Put) for step in steps))
-            announce(steps, outcome, seconds)
+        def count(operations, now):
+            lists.append(sum(isinstance(operation, Put) for operation in operations))
+            return apply(operations, now)
 
-        bus.ledger.announce = count
+        bus.state.apply = count
         meanwhile(bus, lambda: [each.says(a_send("bob")) for each in (second, third)])
         first.says(a_send("alice"))
         come_true(lambda: third.heard)

@@ -110,13 +110,13 @@ def test_retention_and_prune_remove_side_by_side_and_none_of_them_is_lost(tmp_pa
         bus.state.apply([bus_server.Put([kept] * 1200)], bus_server.Now(wall - age * 1000000, 0))
     bus.last = bus.state.last
     bus.retention.keep = 2500
-    announce = bus.ledger.announce
+    apply = bus.state.apply
 
-    def note(steps, outcome, seconds):
-        ours.append([step.operation.before for step in steps if isinstance(step.operation, bus_server.Remove)])
-        announce(steps, outcome, seconds)
+    def note(operations, now):
+        ours.append([operation.before for operation in operations if isinstance(operation, bus_server.Remove)])
+        return apply(operations, now)
 
-    bus.ledger.announce = note
+    bus.state.apply = note
     request = {"before": wall - 1500 * 1000000, "fetched_only": False}
     pathlib.Path(f"{bus.state.path}.prune").write_text(json.dumps(request))
     bus.retention.age()

@@ -288,6 +288,8 @@ def test_after_retention_and_a_full_disk_a_sender_is_told_how_much_is_unread(tmp
     assert [desk.send(1) for _ in range(5)] == [200] * 5
     assert json.loads(desk.answers[-1].body)["receiver"]["unread"] == 5
     desk.remove(desk.bus.last + 1)
+    box = desk.bus.mailboxes.box("default", "b")
+    assert bus_server.unread(desk.bus, "default", "b", box) == 0  # as somebody sees at /inbox, and it is remembered
     with full_disk(desk.bus):
         assert desk.send(200_000) == 507
     assert desk.send(1) == 200

@@ -207,14 +207,14 @@ def test_a_worker_of_the_dead_letters_gets_one_that_is_buried_in_the_list_of_its
         assert told(sender)[0] == 200
         worker.says(a_claim("builds"))
         [job] = told(worker)[1]["messages"]
-        now, lists, announce = bus.clock.now, [], bus.ledger.announce
+        now, lists, apply = bus.clock.now, [], bus.state.apply
         bus.clock.now = lambda: now()._replace(steady=now().steady + 3_600_000_000)  # its lease has run out
 
-        def note(steps, outcome, seconds):
-            lists.append([(step.operation.kind, getattr(step.operation, "queue", "")) for step in steps])
-            announce(steps, outcome, seconds)
+        def note(operations, now):
+            lists.append([(operation.kind, getattr(operation, "queue", "")) for operation in operations])
+            return apply(operations, now)
 
-        bus.ledger.announce = note
+        bus.state.apply = note
         worker.says(a_claim("builds.dead"))
         undertaker.says(a_claim("builds"))
         [letter] = told(worker)[1]["messages"]
