@@ -13,8 +13,8 @@ RUN = $(VENV)/bin/python -m
 FUZZ = $(HOME)/.cache/agent-bus-fuzz
 FUZZ_PYTHON ?= $(PYTHON)  # atheris has wheels for 3.9 to 3.13, Linux on x86-64
 AT_ONCE ?= 3  # tests
-# A file's tests stay together: some share a server, or ten thousand readers.
-TOGETHER = -n $(AT_ONCE) --dist loadfile
+# A file's tests stay together: some share a server, or ten thousand readers. The order is that of tests/conftest.py.
+TOGETHER = -n $(AT_ONCE) --dist loadfile --no-loadscope-reorder
 # The core's own files whose tests start a command, a proxy or another server each.
 LONG = deploy operations damage conformance
 PEERS = wrk redis-server redis-tools mosquitto nginx libnginx-mod-nchan

@@ -11,8 +11,8 @@ Two other programs are run from here, if they lie beside this file: bus_work.py 
 bus_log.py by --log (show everybody's messages).
 
 The parts of this file, in order: receive() and ask() for programs; Reader (polls a bus, rides out an outage); Cursor
-(how far a name has read, on disk); block (what a message looks like); the three outputs (blocks, JSON is in read_mail,
-a command); main. The marked part, which bus_send.py has too, speaks HTTP: proxies, tokens, faults.
+(how far a name has read, on disk); the marked part, which bus_send.py has too and which speaks HTTP (proxies, tokens,
+faults); block (what a message looks like); show_blocks and run_command (the outputs); main.
 
 A message is shown at least once. Its cursor is saved after the message was written out, so a reader that is killed
 shows its last message again and never loses one; the id tells the repeat. Only a 200 with the bus's own JSON moves the

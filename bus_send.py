@@ -6,12 +6,16 @@
     echo "It is." | python3 bus_send.py --reply-to 660ba678a1b40       # to whoever sent that
 
 or in a program: `bus_send.send("dell", "T1 is done", sender="spark")`, `bus_send.ask("dell", "Is T1 done?")["reply"]`.
-The receiver is a name, several as `dell,gb10`, or `all`. Prints the bus's answer, one line of JSON (of a question, what
-was answered); on stderr the truth when not everyone is there to read it.
+The receiver is a name, several names as `dell,gb10`, or `all`. It prints the bus's answer, one line of JSON, or the
+reply to a question; on stderr it says when a receiver is not listening.
+
+The parts of this file, in order: send() and ask() for programs; persist (when to try again); compose, keep_copy, post
+(one message); the marked part, which bus_recv.py has too and which speaks HTTP (proxies, tokens, faults); the command
+line.
 
 Only a 200 with the bus's own JSON means that the message is on its disk, and only its own 4xx means that it never will
-be. Everything else (silence, half an answer, a redirect, a proxy's page) means that nobody knows: the same message is
-sent again under the same key, and the bus stores a key once.
+be. After anything else (silence, half an answer, a redirect, a proxy's page) nobody knows: the same message is sent
+again under the same key, and the bus stores a key once.
 
 Standard library only, Python 3.9 and later. It reads stdin and the environment (AGENT_BUS_URL, AGENT_NAME,
 AGENT_BUS_CHANNEL, AGENT_BUS_TOKEN or AGENT_BUS_TOKEN_FILE, AGENT_BUS_CA, AGENT_BUS_UA; http_proxy, https_proxy,

@@ -23,7 +23,7 @@ The tick is the one number. It is the microsecond of the commit, made unique and
 clock, order, cursor and identity at once; on the wire it is `ts` (seconds), `id` (hex), `since` and `now`.
 
 A turn of the loop never waits. Two things are done aside, while another thread may have the turns: applying a list of
-operations, and checking the hash of a large file. What a bus can do besides lies in bus_extensions/, one file for one
+operations, and checking the hash of a large file. Everything else a bus can do is in bus_extensions/, one file for one
 section of PROTOCOL.md. PROTOCOL.md is the contract, docs/design.md has the reasons, and docs/changing.md says how to
 add an endpoint, an option, a column, an operation or an extension.
 """
@@ -77,22 +77,25 @@ VERSION = "0.2.0"
 # What the wire says, as Python values. Text from outside is parsed here, once; every layer below has only names, ticks
 # and records. To add a member that the bus interprets, begin at draft(); to add a record, put it beside Message.
 
-HOLD = 25.0  # s that a poll is parked when it names no time; common proxies cut a request that is quiet for 30 s
+HOLD = 25.0  # s; a poll that does not say waits so long; common proxies cut a request that is quiet for 30 s
 HOLD_MAX = 60.0  # s; a client that asks for more is answered then, and asks again
-AHEAD = 300 * 1000000  # us a cursor may be ahead of our clock, as a fast clock makes it; beyond it is a broken one
+AHEAD = 300 * 1000000  # us; a cursor from a host with a fast clock may be so far ahead of our clock
 NAMES_PER_SEND = 64
 MAX_MESSAGES = 1000  # in one answer
 ANSWER_BYTES = 1 << 20  # of messages in an answer that has more than one; it bounds memory and the time of a turn
-DEPTH = 32  # of JSON; Python's parser itself fails at about 1000, with an error that is not a ValueError
+DEPTH = 32  # levels of JSON; Python's parser itself fails at about 1000, with an error that is not a ValueError
 TTL_MIN = 0.001  # s; a shorter one could round to 0
 TTL_MAX = 1000000000  # s, 30 years; the end of a ttl must fit into an integer of SQLite
 DIGITS = 4300  # of an integer in JSON, the limit of newer Pythons; parsing time grows with the square
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@-]{0,63}")
 KEY = re.compile(r"[!-~]{1,128}")
-RESERVED = {"all", "system", "operator", "user", "root", "claude"}  # an agent that signs as one could fool another
+RESERVED = {"all", "system", "operator", "user", "root", "claude"}  # an agent with such a name could fool another agent
 EVERYONE = "all"
 RECALLED = 1  # the value of `expires` in a message that its sender took back
+
+
+Headers = tuple[tuple[str, str], ...]
 
 
 class Refused(Exception):
@@ -112,7 +115,7 @@ class InUse(Unusable):
 
 
 def wall_clock() -> int:
-    """Microseconds since 1970. The clock may step; State makes ticks of it that do not."""
+    """Microseconds since 1970. This clock may step back; the ticks that State makes of it do not."""
     return time.time_ns() // 1000
 
 
@@ -137,11 +140,11 @@ def is_name(text: Any) -> bool:
 
 
 def tick_of(text: Any) -> int | None:
-    """The tick that an id stands for, or None if the text is no id."""
+    """The tick that an id stands for, or None if the text is not an id."""
     return int(text, 16) if isinstance(text, str) and re.fullmatch("[0-9a-f]{1,13}", text) else None
 
 
-NOW, LAST = -1, -2  # the words `now` and `last`, as cursors that no tick can be
+NOW, LAST = -1, -2  # they stand for the words `now` and `last`: no tick is negative
 SINCE = re.compile(r"([0-9]{1,10})(?:\.([0-9]{1,9}))?")
 
 
@@ -156,9 +159,9 @@ def cursor(text: str) -> int:
     return int(match[1]) * 1000000 + (int((match[2] or "").ljust(9, "0")) + 500) // 1000
 
 
-# The records: what the layers below hand to each other.
+# The records: what the layers below pass to each other.
 
-made = tuple.__new__  # of a NamedTuple, from all its members in order: 0.12 us, where its own constructor takes 0.27
+made = tuple.__new__  # makes a NamedTuple of all its members in order, in 0.12 us; its constructor takes 0.27
 
 
 class Message(NamedTuple):
@@ -242,9 +245,9 @@ class Poll(NamedTuple):
         return self.since < message.tick <= upto and self.wants(message)
 
 
-Key = tuple[str, Union[str, int]]  # where something waits: a channel and a name, or what no mailbox can be called:
+Key = tuple[str, Union[str, int]]  # a place to wait at: channel and name of a mailbox, or a pair that no mailbox has:
 EVERYTHING: Key = ("", "")  # observers wait here
-REPLIES = "replies to"  # with the tick of a message: those who wait for an answer to it
+REPLIES = "replies to"  # with the tick of a message: senders wait here for a reply to it
 
 
 class Mark(NamedTuple):
@@ -262,7 +265,7 @@ FETCHED, ACKNOWLEDGED, ALONE = 0, 1, 2  # kinds of a Receipt; ALONE: this messag
 
 
 class Receipt(NamedTuple):
-    """Which reader moved a mark of this mailbox to which tick, and when. About one a second is kept, the last one."""
+    """Which reader moved a mark of this mailbox to which tick, and when. Of those of one second the last is kept."""
 
     channel: str
     name: str
@@ -273,9 +276,9 @@ class Receipt(NamedTuple):
 
 
 class Grant(NamedTuple):
-    """What one token allows; OPEN is what everybody may on a bus without tokens."""
+    """What one token allows; OPEN is the grant of every request on a bus without tokens."""
 
-    token: str  # its id, which is no secret
+    token: str  # its id, which is not secret
     name: str
     also: Sequence[str]  # names it may read beside its own
     send_only: bool
@@ -321,7 +324,7 @@ OURS = {"from", "to", "channel", "msg", "key", "ts", "id"}  # members that the s
 
 
 def draft(fields: Any, key: str | None) -> Draft:
-    """One message as its sender gave it, made into a Draft, or Refused. `key` is the header's; a member goes first.
+    """One message as its sender gave it, made into a Draft, or Refused. `key` is of the header; a member `key` wins.
 
     Invariant: a message is validated whole before it becomes an operation, so no message can fail its neighbours.
     """
@@ -332,10 +335,9 @@ def draft(fields: Any, key: str | None) -> Draft:
     except KeyError as missing:
         raise Refused(400, f"{missing.args[0]} is missing: a message has from, to and msg") from None
     try:
-        channel, to, start = addresses(
-            sender, tuple(to) if isinstance(to, list) else to, fields.get("channel", "default")
-        )
-    except TypeError:  # one of them cannot be looked up in the cache
+        to = tuple(to) if isinstance(to, list) else to
+        channel, to, start = addresses(sender, to, fields.get("channel", "default"))
+    except TypeError:  # one of them is a list or an object, which no cache can look up
         raise Refused(400, "from, to and channel must be names") from None
     parent = fields.get("reply_to")
     if not isinstance(msg, str) or not (parent is None or isinstance(parent, str)):
@@ -344,7 +346,7 @@ def draft(fields: Any, key: str | None) -> Draft:
     if key is not None and not (isinstance(key, str) and KEY.fullmatch(key)):
         raise Refused(400, "key must be 1 to 128 printable ASCII characters without a space")
     text = start + quote(msg)
-    if len(fields) == 3:  # and has nothing else
+    if len(fields) == 3:  # from, to and msg, as most messages
         return made(Draft, (channel, to, sender, text, key, None, None, None, 0))
     ttl, answers = lifetime(fields.get("ttl")), tick_of(parent) if parent else None
     return Draft(channel, to, sender, text + further(fields), key, ttl, answers)
@@ -407,7 +409,7 @@ def finite(number: str) -> float:
 
 decode = json.JSONDecoder(
     object_pairs_hook=unique, parse_constant=no_constant, parse_int=integer, parse_float=finite
-).raw_decode  # and not decode, which looks for blanks with two patterns: 0.5 us
+).raw_decode  # decode() would look for blanks with two patterns: 0.5 us
 encode = json.JSONEncoder(allow_nan=False).encode  # ASCII, so that what we emit passes every terminal and every jq
 quote = json.encoder.encode_basestring_ascii
 
@@ -423,15 +425,15 @@ def parse_text(body: bytes) -> str:
 
 
 def parse_json(body: bytes) -> Any:
-    """The body as JSON that every reader can take. What Python lets through and others choke on is refused here."""
-    text = parse_text(body).lstrip("\ufeff").strip(" \t\r\n")  # some editors and shells begin a file with a BOM
+    """The value of a JSON body. Refused, if Python's parser would accept it and the parser of a reader might not."""
+    text = parse_text(body).lstrip("\ufeff").strip(" \t\r\n")  # some editors begin a file with a BOM
     try:
         value, end = decode(text)
         if end < len(text):
             raise ValueError(f"something follows it at character {end}")
-        beside = [*map(type, value)].count(dict) - 1 if isinstance(value, list) else 0  # not in each other
+        beside = [*map(type, value)].count(dict) - 1 if isinstance(value, list) else 0  # not nested
         if "\\u" in text or text.count("{") + text.count("[") - beside > DEPTH:
-            inspect(value, DEPTH)  # else it would find nothing, and take 2 us for each message
+            inspect(value, DEPTH)  # in every other text it finds nothing, and takes 2 us for each message
     except RecursionError:
         raise Refused(400, f"the body is not usable JSON: {TOO_DEEP}") from None
     except ValueError as error:
@@ -444,7 +446,7 @@ HALF_A_PAIR = re.compile("[\ud800-\udfff]")
 
 
 def inspect(value: Any, depth: int) -> None:
-    """ValueError for NUL, for half a surrogate pair (SQLite and jq would fail on it, later), for deep nesting."""
+    """ValueError for NUL, for half of a surrogate pair (SQLite and jq would fail on it later), for deep nesting."""
     if isinstance(value, str):
         if "\0" in value:
             raise ValueError("a string has a NUL character")
@@ -461,7 +463,7 @@ def inspect(value: Any, depth: int) -> None:
 
 # ── Loop ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 # One loop runs everything. A turn serves every socket that is ready, runs every timer that is due, then runs the
-# actions that those two queued with soon(). Whatever may take long is done aside(): meanwhile a second thread may take
+# actions that those two queued with soon(). Work that may take long is done aside(): meanwhile a second thread may take
 # the turns. To add work that follows a turn, call soon(); to add a timer, call later() or every().
 
 
@@ -529,10 +531,10 @@ class Loop:
 
     Invariant: an exception costs the call that raised it, and nothing else; attempt() is the one place that sees to it.
 
-    This is not asyncio's loop, because that one cannot change its thread.
+    asyncio's loop would not do, because it cannot go on in another thread.
     """
 
-    PATIENCE = 0.005  # s; the deputy comes after one to two of it
+    PATIENCE = 0.005  # s; the deputy takes over after one to two times this
     BUDGET = 0.01  # s for the actions at the end of a turn; what is left goes on in the next turn
     FILE_THREADS = 4  # for what is done in_thread()
 
@@ -541,7 +543,7 @@ class Loop:
         self.actions: deque[Callable[[], None]] = deque()  # for the end of this turn
         self.timers: list[tuple[float, int, Callable[[], None]]] = []  # when, on the monotonic clock; a number; what
         self.numbers = count()  # timers that are due at the same time run in the order they were set
-        self.told: deque[Callable[[], None]] = deque()  # by other threads
+        self.told: deque[Callable[[], None]] = deque()  # actions from other threads
         self.signals: dict[int, Callable[[], None]] = {}
         self.sock, self.bell = socket.socketpair()
         self.events = 0
@@ -568,6 +570,8 @@ class Loop:
 
     def watch(self, watched: Watched, events: int) -> None:
         """Watch its socket for these events from now on; 0 for none."""
+        if events == watched.events:
+            return
         if not watched.events:
             self.selector.register(watched.sock, events, watched)
         elif events:
@@ -594,7 +598,7 @@ class Loop:
         self.later(period - time.monotonic() % period, again)
 
     def on_signal(self, number: int, action: Callable[[], None]) -> None:
-        """Call it in a turn. The system's handler writes to the bell, so a signal is heard while the disk stalls."""
+        """Call it in a turn. A signal writes a byte to the bell, so it is noticed also while the disk stalls."""
         self.signals[number] = action
         signal.signal(number, lambda *_: None)
         signal.set_wakeup_fd(self.bell.fileno(), warn_on_full_buffer=False)
@@ -614,7 +618,7 @@ class Loop:
         self.threads.submit(work).add_done_callback(done)
 
     def ring(self) -> None:
-        with contextlib.suppress(BlockingIOError):  # the bell is full of rings already
+        with contextlib.suppress(BlockingIOError):  # so many bytes are unread that the loop wakes anyway
             self.bell.send(b"\0")
 
     def ready(self, events: int) -> None:
@@ -655,10 +659,10 @@ class Loop:
                 break
 
     def aside(self, work: Callable[[], None]) -> None:
-        """Do what may take long, and nothing else. Only an action of soon() may call this."""
+        """Call `work`, which may take long, without having the turn. Only an action of soon() may do so."""
         self.away = object()
         self.lock.release()
-        if not self.alert.is_set():  # set again after the deputy cleared it: it then looks once more
+        if not self.alert.is_set():  # the deputy clears it first and then looks, so it misses nothing
             self.alert.set()
         try:
             work()
@@ -695,8 +699,8 @@ class Loop:
 
 
 # ── Wire ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
-# HTTP/1.1 as text: Head takes a request's head apart, Query its query, http_bytes() makes an answer. Nothing here has
-# a socket. A request that breaks the grammar is Refused before anything in it is interpreted.
+# HTTP/1.1 as text: Head parses the head of a request, Query its query, http_bytes() makes an answer. Nothing here has a
+# socket. A request that breaks the grammar is Refused before anything in it is interpreted.
 
 HEAD_BYTES, LINE_BYTES, HEADERS = 16384, 8192, 64  # limits of a request's head; beyond them: 431, 414, 431
 
@@ -714,18 +718,17 @@ class Stream(Protocol):
 
 
 class Answer(NamedTuple):
-    """What goes back. `delivers` is a reader, and the tick up to which it has everything once the peer has this."""
+    """What a request gets. `delivers`: a reader, and the tick up to which it has everything after this answer."""
 
     status: int
     body: bytes
     kind: str = "application/json"
-    headers: tuple[tuple[str, str], ...] = ()
+    headers: Headers = ()
     delivers: tuple[Any, int] | None = None
     file: Stream | None = None
 
 
 REASONS = {status.value: status.phrase for status in HTTPStatus}
-http_date = lru_cache(1)(lambda second: formatdate(second, usegmt=True))
 
 
 def http_bytes(answer: Answer, bare: bool, closing: bool) -> bytes:
@@ -736,13 +739,11 @@ def http_bytes(answer: Answer, bare: bool, closing: bool) -> bytes:
 
 
 @lru_cache(64)  # many answers of one second have the same head: 0.2 us, not 1.7
-def head_of(
-    second: int, status: int, kind: str, length: int, closing: bool, headers: tuple[tuple[str, str], ...]
-) -> bytes:
+def head_of(second: int, status: int, kind: str, length: int, closing: bool, headers: Headers) -> bytes:
     content = "" if length < 0 else f"Content-Type: {kind}\r\nContent-Length: {length}\r\n"
     further = "".join([f"{header}: {value}\r\n" for header, value in headers])
     return (
-        f"HTTP/1.1 {status} {REASONS[status]}\r\nDate: {http_date(second)}\r\n{content}"
+        f"HTTP/1.1 {status} {REASONS[status]}\r\nDate: {formatdate(second, usegmt=True)}\r\n{content}"
         "Cache-Control: no-store\r\nX-Accel-Buffering: no\r\n"
         f"Connection: {'close' if closing else 'keep-alive'}\r\n{further}\r\n"
     ).encode("latin-1")
@@ -759,12 +760,12 @@ def refusal(refused: Refused) -> Answer:
 
 TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 REQUEST_LINE = re.compile(rf'({TOKEN}) (/[!"$-~]*) HTTP/([0-9])\.([0-9])')  # without a fragment
-FIELD = re.compile(rf"({TOKEN}):([\t -~\x80-\xff]*)")  # with no blanks of its own around the value: they backtrack
+FIELD = re.compile(rf"({TOKEN}):([\t -~\x80-\xff]*)")  # without a pattern for the blanks around a value: it backtracks
 ONCE = {"host", "content-length", "transfer-encoding", "authorization", "idempotency-key", "expect"}
 
 
 def early_check(head: bytes | bytearray) -> None:
-    """Refuse now what no further byte can turn into a head, instead of waiting for its deadline.
+    """Refuse a head as soon as no further byte can make it valid, instead of waiting for its deadline.
 
     A head that comes byte by byte is checked at each byte. Counting takes 3 us for the largest, a pattern took 1600.
     """
@@ -779,7 +780,7 @@ def early_check(head: bytes | bytearray) -> None:
 
 
 class Head:
-    """The head of a request, checked and taken apart; never changed afterwards.
+    """The head of a request, checked and parsed; never changed afterwards.
 
     One strict grammar comes before any interpretation, because a second request can hide where two programs read a
     head differently. The parser of http.server takes the first of two lengths, ignores Transfer-Encoding, and drops
@@ -846,7 +847,7 @@ class Head:
         self.closes = "close" in options or (self.version == "HTTP/1.0" and "keep-alive" not in options)
 
     def is_foreign(self) -> bool:
-        """Did a page of another site make it, in a browser? Such a request has an Origin, or a Sec-Fetch-Site."""
+        """Did a page of another site send this, in a browser? Such a request has an Origin, or a Sec-Fetch-Site."""
         origin, host = self.fields.get("origin"), self.fields.get("host", "")
         own = origin in (None, f"http://{host}", f"https://{host}")
         return not own or self.fields.get("sec-fetch-site", "none") not in SAME_SITE
@@ -872,7 +873,7 @@ class Query:
         self.fields: dict[str, list[str]] = {}
         try:
             if STRAY_PERCENT.search(text):
-                raise ValueError("parse_qsl would take it for itself")
+                raise ValueError("parse_qsl would let it pass")
             pairs = parse_qsl(text, keep_blank_values=True, errors="strict", max_num_fields=HEADERS)
         except ValueError:
             raise Refused(400, f"the query must be UTF-8, percent-encoded, at most {HEADERS} fields") from None
@@ -936,14 +937,14 @@ NO_QUERY = Query("")
 
 # ── Connection ───────────────────────────────────────────────────────────────────────────────────────────────────────
 # One socket each. A Listener accepts, the Door knows all that are open, Plain and Tls move bytes, and Connection makes
-# requests of them and has one phase and one deadline. What a request means is the App's business: to let something
-# new wait on a connection, see Phase and App; to take a body in pieces, see Sink.
+# requests of them and has one phase and one deadline. The App knows what a request means. To let something new wait on
+# a connection, see Phase and App; to take a body in pieces, see Sink.
 
-HEAD_SECONDS = BODY_SECONDS = 10.0  # for a whole head; for a whole body, plus
-BODY_RATE = 8192  # bytes of it per second; a slower body is 408
+HEAD_SECONDS = BODY_SECONDS = 10.0  # for a whole head; for a whole body, plus its size at BODY_RATE
+BODY_RATE = 8192  # bytes per second; a slower body is 408
 ANSWER_SECONDS = 30.0  # for the peer to read an answer, plus its size at BODY_RATE; then the socket is aborted
 IDLE_SECONDS = 75.0  # between two requests; above HOLD_MAX, so a pooled connection outlives a poll on another one
-LINGER_SECONDS = 1.5  # we read on for so long after the last answer: closing on unread bytes would destroy it (reset)
+LINGER_SECONDS = 1.5  # we read on for so long after the last answer: closing on unread bytes resets the connection
 STRANGERS = 256  # connections that have not finished a first request; the oldest goes first
 
 
@@ -976,10 +977,10 @@ class Sink(Protocol):
         """In a turn: the result of write(), or its exception. Refused if not all was written."""
 
     def far_enough(self) -> bool:
-        """Has it moved by BODY_SECONDS at BODY_RATE since the last time this was asked?"""
+        """Have as many bytes come as BODY_SECONDS allow at BODY_RATE, since the last call that returned True?"""
 
     def offset(self) -> tuple[tuple[str, str]]:
-        """The header that says how much is there."""
+        """The header that says how many bytes are there."""
 
     def close(self) -> None:
         """The request is answered, or its connection has gone."""
@@ -988,7 +989,7 @@ class Sink(Protocol):
 class App(Protocol):
     """What answers the requests of all connections: the Bus. It never waits, and all calls come in a turn."""
 
-    draining: bool  # it is shutting down
+    draining: bool  # the bus is shutting down
 
     def admit(self, request: Request) -> None:
         """A head has arrived. Refused, or the request has its grant and, for a body in pieces, its sink."""
@@ -1022,7 +1023,7 @@ class Request(BaseHTTPRequestHandler):
     parsed: Head
     sink: Sink | None = None
 
-    def __init__(self, peer: Connection, head: bytes) -> None:  # without super(): that one reads and answers a socket
+    def __init__(self, peer: Connection, head: bytes) -> None:  # super() would read and answer a socket
         self.peer, self.head, self.body = peer, head, b""
         self.command = "-"
 
@@ -1031,7 +1032,7 @@ class Request(BaseHTTPRequestHandler):
 
     @property
     def requestline(self) -> str:  # type: ignore[override]
-        """As the log of requests has it: a token must not stay there."""
+        """For the log of requests, which must not show a token."""
         line = self.head.partition(b"\r\n")[0].decode("latin-1")
         return f"{line.partition(' ')[0]} (a token in a URL)" if "abt_" in line else line or "-"
 
@@ -1051,7 +1052,7 @@ class Request(BaseHTTPRequestHandler):
     do_HEAD = do_POST = do_PUT = do_OPTIONS = do_GET
 
     def answer(self) -> Answer | None:
-        """The answer; None if it comes later. An error of ours is 500, and costs this connection only."""
+        """The answer; None if it comes later. An unexpected error is 500, and costs this connection only."""
         try:
             method = getattr(self, f"do_{self.command}", None)
             if not method:
@@ -1182,7 +1183,7 @@ class Door:
             connection.guard(connection.late)
 
     def drop_idle(self) -> None:
-        """Descriptors have run out: close the connections that wait for nobody, but those that came this second."""
+        """Descriptors have run out: close the idle connections, but not those that were made within a second."""
         fresh = self.deadlines.clock() + HEAD_SECONDS - 1
         for connection in list(self.connections):
             if connection.phase is IDLE and not (connection in self.strangers and connection.due > fresh):
@@ -1284,7 +1285,7 @@ class Connection:
             self.transport.pause_reading()
 
     def eof_received(self) -> None:
-        """The peer sends no more. A parked one has gone: its answer is empty, so that no message goes astray."""
+        """The peer sends no more. If it is parked it counts as gone, and its answer is empty: no message is lost."""
         self.ended = True
         if self.phase is PARKED:
             self.release()
@@ -1312,7 +1313,7 @@ class Connection:
         if request is None:
             self.transport.resume_reading()
             return
-        self.phase, self.due = BUSY, math.inf  # the disk may take its time
+        self.phase, self.due = BUSY, math.inf  # a commit has no deadline
         self.closing = request.parsed.closes
         self.door.strangers.pop(self, None)
         self.answer(request.answer())
@@ -1369,7 +1370,7 @@ class Connection:
         sink.busy = False
         try:
             sink.wrote(written)
-            if self.phase is LINGER:
+            if self.request is None or self.request.sink is not sink:  # it was answered, or has gone
                 sink.close()
                 return
             self.door.app.check_token(self.token or "")
@@ -1419,7 +1420,7 @@ class Connection:
             self.file.close()
             self.file = None
         self.transport.write(http_bytes(answer, bare, self.closing))
-        if self.transport.closing:  # it broke: nobody has the answer, and connection_lost comes next
+        if self.transport.closing:  # the connection broke: nobody has the answer, and connection_lost comes next
             return
         if self.transport.unsent:
             self.door.owe(self, len(self.transport.unsent))
@@ -1489,12 +1490,17 @@ class Connection:
 
     def drain(self) -> None:
         """The bus is shutting down."""
+        self.stop_waiting(shutting_down())
+
+    def stop_waiting(self, refused: Refused) -> None:
+        """Answer a parked request, refuse one that has not arrived whole, close a connection that has none."""
         if self.phase is PARKED:
             self.release()
         elif self.phase is IDLE:
             self.hang_up()
-        elif self.phase in (HEAD, BODY):
-            self.write(refusal(shutting_down()))
+        elif self.phase in READING:
+            self.closing = True
+            self.write(refusal(refused))
 
     def check_token(self) -> None:
         """Was the token revoked that this connection came with? An operation that is out is refused when it comes."""
@@ -1516,17 +1522,12 @@ class Connection:
 
     def late(self) -> None:
         """The deadline of this phase has passed."""
-        if self.phase is PARKED:
-            self.release()
+        if self.phase in (WRITING, LINGER):
+            self.transport.abort()
         elif self.phase is BODY and self.request and self.request.sink and self.request.sink.busy:
             self.wait(BODY, BODY_SECONDS)  # it is our disk that is slow
-        elif self.phase in (HEAD, BODY):
-            self.closing = True
-            self.write(refusal(Refused(408, f"the request took too long: we waited for {self.phase.value}")))
-        elif self.phase is IDLE:
-            self.hang_up()
         else:
-            self.transport.abort()
+            self.stop_waiting(Refused(408, f"the request took too long: we waited for {self.phase.value}"))
 
 
 def our_fault() -> Refused:
@@ -1562,16 +1563,12 @@ class Plain:
         except OSError:  # it has gone again
             return "?"
 
-    def wait(self, events: int) -> None:
-        if events != self.events:
-            self.loop.watch(self, events)
-
     def resume_reading(self) -> None:
         if not self.closing:
-            self.wait(self.events | selectors.EVENT_READ)
+            self.loop.watch(self, self.events | selectors.EVENT_READ)
 
     def pause_reading(self) -> None:
-        self.wait(self.events & ~selectors.EVENT_READ)
+        self.loop.watch(self, self.events & ~selectors.EVENT_READ)
 
     def ready(self, events: int) -> None:
         """Some events have come; we may have closed, or stopped to wait for them, in the same turn."""
@@ -1606,12 +1603,12 @@ class Plain:
         sent = self.send(data)
         if sent < len(data) and not self.closing:
             self.unsent = data[sent:]
-            self.wait(self.events | selectors.EVENT_WRITE)
+            self.loop.watch(self, self.events | selectors.EVENT_WRITE)
 
     def write_on(self) -> None:
         self.unsent = self.unsent[self.send(self.unsent) :]
         if not self.unsent and self.events:
-            self.wait(self.events & ~selectors.EVENT_WRITE)
+            self.loop.watch(self, self.events & ~selectors.EVENT_WRITE)
             if self.closing:
                 self.end()
             else:
@@ -1642,7 +1639,7 @@ class Plain:
     def abort(self) -> None:
         if self.sock.fileno() >= 0:
             self.closing = True
-            self.wait(0)
+            self.loop.watch(self, 0)
             self.unsent = b""
             self.loop.soon(self.end)
 
@@ -1663,8 +1660,8 @@ class Tls(Plain):
 
     def write_eof(self) -> None:
         with contextlib.suppress(OSError, ValueError):
-            self.sock.unwrap()  # says that we are done; it would say BLOCKED until the peer says so too
-        super().write_eof()  # from here on it is a plain socket: what still comes is dropped as it is
+            self.sock.unwrap()  # sends that we are done; it raises, as the peer has not sent that yet
+        super().write_eof()  # from here on this is a plain socket, and what it still receives is dropped
 
 
 class Listener:
@@ -1684,8 +1681,7 @@ class Listener:
             self.door.loop.watch(self, selectors.EVENT_READ)
 
     def close(self) -> None:
-        if self.events:
-            self.door.loop.watch(self, 0)
+        self.door.loop.watch(self, 0)
         self.sock.close()
 
     def ready(self, events: int) -> None:
@@ -1715,11 +1711,11 @@ class Listener:
 
 
 # ── Identity ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-# Who may come in, what a token allows, and what holds back agents that run away. All of it is decided in a turn, from
-# the head of a request and from memory; only Tokens touches a file. To add a right, add a member to Grant and to
-# the rows that invite writes.
+# Which requests are admitted, what a token allows, and what limits agents that send without end. All of it is decided
+# in a turn, from the head of a request and from memory; only Tokens touches a file. To add a right, add a member to
+# Grant and to the rows that invite writes.
 
-NOBODY = "0" * 64  # the hash of no secret, compared when the id is unknown, so that both refusals take as long
+NOBODY = "0" * 64  # a hash that no secret has, compared when the id is unknown: both refusals take equally long
 BEARER = re.compile(r"[Bb]earer (abt_[0-9a-f]{8})_([A-Za-z0-9_-]{43})")
 TOOLS = "bus_work.py bus_log.py bus_doctor.py bus_file.py bus_outbox.py"
 CLIENTS = [f"/{file}" for file in f"bus_recv.py bus_send.py bus_listener.sh {TOOLS}".split()]
@@ -1752,11 +1748,14 @@ def written_anew(path: str) -> Iterator[IO[str]]:
     os.replace(f"{path}.new", path)
 
 
+Row = dict[str, Any]  # of one token
+
+
 class Tokens:
     """The tokens of a bus: a line of JSON each in DATABASE.tokens, with the sha256 of the secret and what it may do.
 
     The commands write it (a new file, renamed), the server reads it again when it changes. A token is `abt_`, 8 hex
-    digits of id, and 256 random bits. Revoked ones stay listed: a bus that had a token once never falls open again.
+    digits of id, and 256 random bits. Revoked tokens stay listed: a bus that once had a token is never open again.
     """
 
     def __init__(self, database: str) -> None:
@@ -1767,7 +1766,7 @@ class Tokens:
         self.stamp = self.told = self.look()
         self.load()
 
-    def rows(self) -> list[dict[str, Any]]:
+    def rows(self) -> list[Row]:
         try:
             with open(self.path, encoding="ascii") as file:
                 return [json.loads(line) for line in file]
@@ -1777,7 +1776,7 @@ class Tokens:
             raise Unusable(f"cannot read the tokens in {self.path}: {error}") from None
 
     def look(self) -> tuple[int, ...]:
-        """What differs when the file is another one, or somebody else may read it."""
+        """Numbers that change when the file is replaced, or its owner or its permissions are."""
         try:
             status = os.stat(self.path)
         except OSError:
@@ -1785,7 +1784,7 @@ class Tokens:
         return status.st_ino, status.st_ctime_ns, status.st_size
 
     def refresh(self) -> bool:
-        """Read the file again if it is not the one we know; true if it was. What cannot be read is no open bus."""
+        """Read the file again if it has changed; returns whether it had. A file that cannot be read opens no bus."""
         stamp = self.look()
         if stamp == self.stamp:
             return False
@@ -1813,7 +1812,7 @@ class Tokens:
         except (KeyError, TypeError):
             raise Unusable(f"cannot read the tokens in {self.path}: a line is not that of a token") from None
 
-    def change(self, change: Callable[[list[dict[str, Any]]], list[dict[str, Any]]]) -> None:
+    def change(self, change: Callable[[list[Row]], list[Row]]) -> None:
         """Write the file anew, one command at a time."""
         try:
             with open_beside(f"{self.path}.lock") as lock:
@@ -1838,7 +1837,7 @@ class Tokens:
 
 @lru_cache(1024)  # each client shows the same each time: 0.1 us, not 2
 def presented(authorization: str) -> tuple[str, str]:
-    """The id of a token, and the sha256 of its secret; of what is no token, those of none."""
+    """The id of a token, and the sha256 of its secret. Both are of empty texts if the header has no token."""
     match = BEARER.fullmatch(authorization)
     token, secret = (match[1], match[2]) if match else ("", "")
     return token, hashlib.sha256(secret.encode()).hexdigest()
@@ -1852,8 +1851,8 @@ def unauthorized() -> Refused:
 class Gate:
     """Who may come in, decided from the head alone, before a body is read.
 
-    A browser runs pages of strangers beside a bus on localhost. What such a page sends bears its Origin, or says that
-    it is cross-site; and a page whose name was rebound to 127.0.0.1 bears that name as Host.
+    A browser runs pages of strangers beside a bus on localhost. A request of such a page has its Origin, or says that
+    it is cross-site; and if the name of the page was rebound to 127.0.0.1, that name is the Host.
     """
 
     def __init__(self, tokens: Tokens, hosts: Iterable[str]) -> None:
@@ -1921,9 +1920,9 @@ class Budget:
 
 
 class Storms:
-    """Agents that run away: floods, endless chains of replies, two that cannot stop. Used by the loop only.
+    """Limits for agents that send without end: to anybody, in a chain of replies, or in pairs. Used by the loop only.
 
-    Each is 429 with its reason in words, because an agent that is told why may stop by itself.
+    Beyond a limit a send is 429, with the reason in words, because an agent that is told why may stop by itself.
     """
 
     BURST = 1000  # messages a sender may send at once, before `rate` (messages per second) holds it back
@@ -1941,7 +1940,7 @@ class Storms:
         self.turns: dict[tuple[str, str, str], tuple[str, deque[float]]] = {}  # pair: who sent last, when turns were
 
     def forget(self) -> None:
-        """Drop what no longer says anything; called now and then."""
+        """Drop the entries that limit nobody any more; called now and then."""
         for budget in (self.sends, self.reads, self.names):
             budget.forget()
         now = self.clock()
@@ -1999,15 +1998,15 @@ class Storms:
 
 # ── State ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 # The SQLite file, and all that changes it. An operation is a value: what is to happen, with everything that decides
-# how. State.apply() applies a list of operations in one transaction, aside; View answers what a turn asks meanwhile. To
+# how. State.apply() applies a list of operations in one transaction, aside; View is what the turns read meanwhile. To
 # add an operation, write a subclass of Operation; to add a column, add a step to MIGRATIONS and the column to ROW.
 #
-# Every message has a checksum. The other tables have none: a number or a name in them that is none any more is told on
-# stderr and done without, so that no row can end the bus.
+# Every message has a checksum. The other tables have none: if a number or a name in them is damaged, the bus says so on
+# stderr and goes on without it, so that no row can end the bus.
 
-MAILBOX_MESSAGES, MAILBOX_BYTES = 10000, 64 << 20  # for a name and not fetched by anybody; then its senders get 429
+MAILBOX_MESSAGES, MAILBOX_BYTES = 10000, 64 << 20  # unfetched, for one name; beyond it senders get 429
 REMOVE_SLICE = 500  # messages removed in one transaction: a few ms that a send may have to wait
-RESERVE_BYTES = 16 << 20  # of the disk that no message takes: removing messages, and marks, need room in the WAL
+RESERVE_BYTES = 16 << 20  # of the disk are kept free: to remove messages and to write marks, the WAL needs room
 CHECKED_BYTES = 64 << 20  # a database up to this size is checked whole at start; every message has its checksum anyway
 BUSY_SECONDS = 2.0  # to wait for a lock of another program, before senders get 503
 SOUND = 1 << 53  # a tick or a count above it is damage: as us it is the year 2255
@@ -2084,7 +2083,7 @@ EARLIER = f"""SELECT {ROW}, key FROM
 
 
 def kept_for(extension: str) -> str:
-    """In SQL: this message is one that an extension wants to be spared."""
+    """In SQL: an extension needs this message, so retention must spare it."""
     return f"EXISTS (SELECT 1 FROM {extension}_kept AS kept WHERE kept.tick = messages.tick)"
 
 
@@ -2116,7 +2115,7 @@ class Now(NamedTuple):
 
 
 class Clock:
-    """The two clocks of a bus. `steady` begins at the wall clock, but not in what has been (`last`, a tick)."""
+    """The two clocks of a bus. `steady` begins at the wall clock, or near the tick `last` if that is far ahead."""
 
     def __init__(self, wall: Callable[[], int], last: int) -> None:
         self.wall = wall
@@ -2127,7 +2126,7 @@ class Clock:
 
 
 class Applied(NamedTuple):
-    """What came of a list of operations. It is announced in a turn; until then nobody sees any of it."""
+    """The effects of a list of operations. They are announced in a turn; until then no reader sees them."""
 
     results: list[Any]  # one for each operation; Refused if it was refused
     visible: list[Message]  # in tick order
@@ -2139,7 +2138,7 @@ class Operation:
     """What is to happen to the State, as a value. Its slots are everything that decides how.
 
     `apply` gets no clock but `now`, no option, no randomness: the same operations make the same State everywhere.
-    It raises Refused to refuse itself, and then has changed nothing.
+    It raises Refused if the operation is not possible, and then has changed nothing.
     """
 
     __slots__: tuple[str, ...] = ()
@@ -2256,8 +2255,8 @@ class Remove(Operation):
         self, above: int, before: int, fetched_only: bool, kept_for: list[str], slice: int = REMOVE_SLICE
     ) -> None:
         self.above, self.before = above, before
-        self.fetched_only = fetched_only  # what nobody has fetched stays
-        self.kept_for = kept_for  # extensions: what their views have stays
+        self.fetched_only = fetched_only  # messages that nobody has fetched stay
+        self.kept_for = kept_for  # extensions; the messages in their views stay
         self.slice = slice  # messages
 
     def next(self, reached: int) -> Remove:
@@ -2309,6 +2308,7 @@ class Forget(Operation):
                 state.writing.execute("DELETE FROM receipts WHERE mailbox = ?", (number,))
                 state.counts.pop((channel, own), None)
                 gone.append([channel, own])
+        state.mailboxes_made = max((number for number, _ in state.counts.values()), default=0)  # as reload() would
         return gone
 
 
@@ -2330,7 +2330,7 @@ class Rows:
         say(f"bus_server: {self.path}: {what} is damaged; skipped")
 
     def number(self, value: Any, otherwise: int, what: str) -> int:
-        """A number as it is stored, or what stands for it."""
+        """The stored number, or `otherwise` if it is damaged."""
         if isinstance(value, int) and abs(value) < SOUND:
             return value
         self.damaged(what)
@@ -2353,7 +2353,7 @@ class Rows:
         return self.checked(row) if row else None
 
     def extensions(self) -> dict[str, str]:
-        """The extensions that have tables in this database, and what the messages are called that they keep."""
+        """The extensions that have tables in this database, and for each what it calls its messages."""
         return dict(self.database.execute("SELECT name, noun FROM extensions").fetchall())
 
 
@@ -2374,20 +2374,14 @@ class State(Rows):
         self.lock = None if memory else locked(path)
         try:
             commits = [] if memory else commits_in_wal(f"{path}-wal")
-            self.writing = sqlite3.connect(
-                target,
-                timeout=BUSY_SECONDS,
-                isolation_level=None,
-                check_same_thread=False,
-                uri=memory,
-                cached_statements=128,
-            )
+            connect = partial(sqlite3.connect, target, isolation_level=None, check_same_thread=False, uri=memory)
+            self.writing = connect(cached_statements=128, timeout=BUSY_SECONDS)
             super().__init__(path, self.writing)
             damaged = not memory and self.damaged_wal(commits)
             prepare(self.writing, path, "memory" if memory else "wal")
             if damaged:
                 self.tell_loss(clock())
-            reading = sqlite3.connect(target, isolation_level=None, check_same_thread=False, uri=memory)
+            reading = connect()
             for each in (self.writing, reading):  # text that is no UTF-8 any more is a damaged row, not an error
                 each.text_factory = lambda text: text.decode("utf-8", "replace")
             # Dirty reads exist in :memory: only, and are harmless: a turn never asks beyond what was announced.
@@ -2435,7 +2429,7 @@ class State(Rows):
             self.writing.execute("COMMIT")
 
     def reload(self) -> None:
-        """Read back from the file what the writer knows: at start, and when something was undone."""
+        """Read from the file what the writer keeps in memory: at start, and when something was undone."""
         self.bus: str
         self.last: int
         newest = "(SELECT ifnull(max(tick), 0) FROM messages)"
@@ -2480,7 +2474,7 @@ class State(Rows):
         return applied
 
     def apply_one(self, operation: Operation, now: Now) -> Any:
-        """The result of one operation. What goes wrong with it alone is its result, and the others go on."""
+        """The result of one operation. If it fails alone, a Refused is its result, and the others go on."""
         if operation.rank < 2:  # Put and Raise change nothing before they are sure
             try:
                 return operation.apply(self, now)
@@ -2510,7 +2504,7 @@ class State(Rows):
         return Refused(500, f"the bus failed on this {operation.kind}: {type(error).__name__}; its log says why")
 
     def begin(self) -> None:
-        """From here on the list changes more than a statement can; what was placed so far goes in first."""
+        """Begin a transaction of several statements, and write first what was placed so far."""
         if not self.writing.in_transaction:
             self.writing.execute("BEGIN IMMEDIATE")
         self.insert()
@@ -2576,10 +2570,10 @@ class State(Rows):
 
 
 class View(Rows):
-    """What a turn asks of the file, on a connection that can only read.
+    """What a turn reads from the file, on a connection that can only read.
 
-    A read takes all its rows or closes its statement: an open one would let the WAL grow for ever. What is on disk
-    above the tick that was announced last is not for anybody yet, so every read has an upper end.
+    A read takes all its rows or closes its statement: an open one would let the WAL grow for ever. Messages above the
+    tick that was announced last are not visible to anybody yet, so every read has an upper end.
     """
 
     def __init__(self, path: str, database: sqlite3.Connection, clock: Callable[[], int]) -> None:
@@ -2670,7 +2664,7 @@ class View(Rows):
     def count_between(self, channel: str, own: str, tick: int, last: int) -> tuple[int, int]:
         """How many messages of a mailbox lie above `tick` and up to `last`, and their bytes.
 
-        Looks at no more than would fill it. What is on disk above `last` has not been announced yet.
+        Counts no further than MAILBOX_MESSAGES. Messages above `last` have not been announced yet.
         """
         where = f"WHERE mailbox = {MAILBOX} AND tick > ? AND tick <= ? LIMIT {MAILBOX_MESSAGES}"
         counted = f"SELECT count(*), ifnull(sum(length(text)), 0) FROM (SELECT text FROM messages {where})"
@@ -2687,7 +2681,7 @@ class View(Rows):
         return Counter(dict(rows))
 
     def lineage(self, tick: int) -> tuple[int, int]:
-        """The tick that began the chain of replies of a message, and its depth there; what is gone began a new one."""
+        """The tick that began the chain of replies of a message, and its depth; a removed message begins a new one."""
         row = self.ask("SELECT ifnull(thread, tick), depth FROM messages WHERE tick = ?", tick)
         where = f"the place of {tick:x} in its thread"
         return (self.number(row[0], tick, where), self.number(row[1], 0, where)) if row else (tick, 0)
@@ -2707,10 +2701,10 @@ class View(Rows):
         return [mailbox for mailbox in (self.sound(row, last) for row in rows) if mailbox]
 
     def sound(self, row: tuple[Any, ...], last: int) -> tuple[Any, ...] | None:
-        """A mailbox with those of its marks that are still numbers; None if its name is none.
+        """The row of a mailbox without its damaged marks; None if its name is damaged.
 
-        Without a mark more is unread than is. Without the one of retention all that is not there counts as removed: a
-        gap too many is better than one that nobody is told of.
+        Without a mark, too many messages count as unread. Without the mark of retention, all that are missing count as
+        removed: a gap too many is better than a gap that no reader is told of.
         """
         channel, called, *marks = row
         if not is_name(channel) or not is_name(called):
@@ -2744,7 +2738,7 @@ def restoring(path: str) -> str:
 
 
 def locked(path: str) -> IO[str]:
-    """A file that holds PATH.lock until it is closed or this process ends. A reader with sqlite3 needs no lock."""
+    """The file PATH.lock, locked until it is closed or this process ends. A reader with sqlite3 needs no lock."""
     try:
         lock = open_beside(lock_file(path))
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -2830,11 +2824,11 @@ def migrate(database: sqlite3.Connection, steps: Iterable[str]) -> None:
 
 # ── Mailboxes ────────────────────────────────────────────────────────────────────────────────────────────────────────
 # Who reads, how far, and who waits for what: in memory, used by the loop only. Whatever waits is a record (Parked) and
-# the connection that it belongs to, filed under each place it waits at. To add a kind of waiting, write a record with
-# the members of Parked, park it with Bus.park, and put into Bus.waits what is said when it is over.
+# its connection, kept under each place it waits at. To add a kind of waiting, write a record with the members of
+# Parked, park it with Bus.park(), and put into Bus.waits how it is answered.
 
 GRACE = 10.0  # s after its hold in which a reader still counts as listening: the time to print and to poll again
-PARKED_PER_NAME = 8  # polls in hand for one name; more are readers that were cut off and do not know it
+PARKED_PER_NAME = 8  # polls that wait for one name; older ones are of readers whose connection broke unnoticed
 
 
 class Parked(Protocol):
@@ -3004,7 +2998,7 @@ class Mailboxes:
         self.receipts[receipt[:3]] = receipt
 
     def resume(self, poll: Poll, first: int | None, last: int) -> Poll:
-        """`since=last`: where this name last was; before it ever was, just before what is `first` in its mailbox."""
+        """`since=last`: the poll, from the cursor of its name on; without one, from the `first` tick of its mailbox."""
         box = self.box(str(poll.channel), str(poll.me))
         if box.read is not None:
             return poll._replace(since=box.read)
@@ -3119,7 +3113,7 @@ class Mailboxes:
 
 # ── Bus ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
 # Sending and receiving. An endpoint checks its request in a turn and gives an operation to the Ledger; when that is
-# applied, Bus.announce() makes it visible, wakes the readers, and lets each Step word its answer. To add an endpoint,
+# applied, Bus.announce() makes it visible, wakes the readers, and has each Step make its answer. To add an endpoint,
 # register it in core_routes() or, in an extension, with Bus.route().
 
 NAMES_PER_READER = 16
@@ -3146,6 +3140,7 @@ class Figures:
 
 
 Then = Callable[[Any, Any, Any], Union[Answer, None]]
+Undone = Callable[[Any], None]
 
 
 class Step(NamedTuple):
@@ -3158,7 +3153,7 @@ class Step(NamedTuple):
     operation: Operation
     connection: Connection | None
     then: Then
-    undone: Callable[[Any], None] | None
+    undone: Undone | None
 
 
 by_rank = attrgetter("operation.rank")
@@ -3173,35 +3168,34 @@ class Ledger:
 
     def __init__(self, bus: Bus) -> None:
         self.bus, self.loop, self.state = bus, bus.loop, bus.state
-        self.steps: list[Step] = []
-        self.planned = self.busy = False
-        self.removing = False  # the list that is out removes messages
+        self.next: list[Step] = []
+        self.out: list[Step] = []  # the list that is being applied
 
     def add(self, step: Step) -> None:
-        self.steps.append(step)
-        if not self.planned:
-            self.planned = True
-            if not self.busy:
-                self.loop.soon(self.commit)  # when all sockets of this turn were read: they share a transaction
+        self.next.append(step)
+        if len(self.next) == 1 and not self.out:
+            self.loop.soon(self.commit)  # when all sockets of this turn were read: they share a transaction
 
     def idle(self) -> bool:
-        return not self.planned and not self.busy
+        return not self.next and not self.out
+
+    def removes(self) -> bool:
+        """Does the list that is out remove messages?"""
+        return bool(self.out) and type(self.out[-1].operation) is Remove
 
     def commit(self) -> None:
-        steps, self.steps = self.bus.entitled(self.steps), []
-        self.planned = False
+        asked, self.next = self.next, []
+        steps = self.out = sorted(self.bus.entitled(asked), key=by_rank)
         if not steps:
             return
-        steps.sort(key=by_rank)
-        self.busy, self.removing = True, type(steps[-1].operation) is Remove
         began = time.monotonic()
         outcome: Applied | Exception
         try:
             outcome = self.apply([step.operation for step in steps])
         except Exception as error:
             outcome = error
-        self.busy = self.removing = False
-        if self.planned:  # by what came while the deputy served
+        self.out = []
+        if self.next:  # came while the deputy served
             self.loop.soon(self.commit)
         if not self.loop.attempt(self.bus.announce, steps, outcome, time.monotonic() - began):
             for connection in [step.connection for step in steps]:
@@ -3232,7 +3226,7 @@ class Route(NamedTuple):
 
 
 class Waits(NamedTuple):
-    """What is said to one kind of Parked. None: it is said later."""
+    """How one kind of Parked is answered. None: it is answered later."""
 
     found: Callable[[Connection, Any, list[Message]], Answer | None]  # there are messages for it
     over: Callable[[Connection, Any], Answer | None]  # its hold is over, or its peer sends no more
@@ -3266,12 +3260,12 @@ class Bus:
         self.figures = Figures()
         self.sending, self.receiving, self.retention = Sending(self), Receiving(self), Retention(self, keep)
         self.withheld: dict[Step, Message] = {}  # messages that nobody may pass until the step is announced
-        self.truths: dict[Any, str] = {}  # what was said of receivers in this announcement
+        self.truths: dict[Any, str] = {}  # truth() of the receivers in this announcement
         self.draining = self.broken = False
         self.saving = False  # of marks, planned
         # The seams: what the core and the extensions register.
         self.routes: dict[tuple[str, str], Route] = {}
-        self.waits: dict[type, Waits] = {Poll: Waits(self.receiving.poll_found, self.receiving.poll_over)}
+        self.waits: dict[type, Waits] = {Poll: Waits(self.receiving.poll_answer, self.receiving.poll_answer)}
         self.checks: list[Callable[[Any], None]] = []  # Refused if a message may not be sent
         self.states: list[Callable[[Message], tuple[str, str] | None]] = []  # how far a message came
         self.on_delivered: list[Callable[[Parked, int], None]] = []
@@ -3346,13 +3340,7 @@ class Bus:
 
     # Operations
 
-    def do(
-        self,
-        operation: Operation,
-        connection: Connection | None,
-        then: Then,
-        undone: Callable[[Any], None] | None = None,
-    ) -> Step:
+    def do(self, operation: Operation, connection: Connection | None, then: Then, undone: Undone | None = None) -> Step:
         """Apply an operation with the next list; see Step for what follows."""
         step = Step(operation, connection, then, undone)
         self.ledger.add(step)
@@ -3481,7 +3469,7 @@ class Bus:
             self.mailboxes.boxes.pop((channel, own), None)
 
     def drain(self) -> None:
-        """The bus is to end: answer who is parked, refuse what comes now. What was accepted goes its way."""
+        """The bus is to end: answer all parked connections, refuse new requests, finish those that were accepted."""
         if not self.draining:
             self.draining = True
             self.door.drain()
@@ -3503,7 +3491,7 @@ class Sending:
     """From the body of a send to its drafts, and the word for what was stored. Owned by the loop."""
 
     def __init__(self, bus: Bus) -> None:
-        self.bus = bus
+        self.bus, self.view, self.mailboxes, self.storms = bus, bus.view, bus.mailboxes, bus.storms
 
     def drafts(self, request: Request) -> tuple[list[Draft], bool]:
         """The messages in a request, each of them valid, and whether it was an array of them."""
@@ -3528,7 +3516,7 @@ class Sending:
     def with_thread(self, one: Draft) -> Draft:
         """An answer with its place in a chain of replies."""
         assert one.answers is not None
-        thread, depth = self.bus.view.lineage(one.answers)
+        thread, depth = self.view.lineage(one.answers)
         return one._replace(thread=thread, depth=depth + 1)
 
     def check(self, request: Request, drafts: list[Draft]) -> str:
@@ -3578,15 +3566,15 @@ class Receiving:
     """
 
     def __init__(self, bus: Bus) -> None:
-        self.bus = bus
+        self.bus, self.view, self.mailboxes = bus, bus.view, bus.mailboxes
 
     def look(self, request: Request, poll: Poll) -> Answer | None:
-        """What the poll asks for, now or when it comes. A cursor ahead of us first moves us, durably, up to itself."""
+        """The answer to a poll, now or later. If its cursor is ahead of `last`, first `last` is raised, durably."""
         if poll.since == NOW:
             return delivery(self.bus, poll._replace(since=self.bus.last), [])
         if poll.since <= self.bus.last:
             return self.read_or_park(request, poll)
-        if poll.since > self.bus.view.clock() + AHEAD:
+        if poll.since > self.view.clock() + AHEAD:
             raise Refused(400, f"since is over {AHEAD // 1000000} s ahead of this bus; it is in seconds since 1970")
 
         def raised(connection: Connection, operation: Raise, result: None) -> Answer | None:
@@ -3596,45 +3584,42 @@ class Receiving:
         return None
 
     def read_or_park(self, request: Request, poll: Poll) -> Answer | None:
-        self.bus.mailboxes.presented(poll)
+        self.mailboxes.presented(poll)
         found: list[Message] = []
         reached = None
-        if self.bus.mailboxes.newest(poll) > poll.since:
+        if self.mailboxes.newest(poll) > poll.since:
             found, reached = self.read(poll)
         self.note_removed(poll)
-        gap = self.bus.mailboxes.gap(poll)
+        gap = self.mailboxes.gap(poll)
         if found or reached or gap or not poll.hold or self.bus.draining:
             return delivery(self.bus, poll, found, reached, gap)
         if request.peer.ended:  # it has gone while its cursor was written down
-            self.bus.mailboxes.left(poll)
+            self.mailboxes.left(poll)
             return delivery(self.bus, poll, [])
         if not self.bus.verbose:
             request.peer.request = None  # a parked reader is small: its poll says it all
         self.bus.park(request.peer, poll._replace(token=request.grant.token))
-        for connection in self.bus.mailboxes.crowd(poll)[:-PARKED_PER_NAME]:
+        for connection in self.mailboxes.crowd(poll)[:-PARKED_PER_NAME]:
             connection.wait(PARKED, 0)  # the newest are still alive; not released here, as each may poll again
         return None
 
     def read(self, poll: Poll) -> tuple[list[Message], int | None]:
-        """What the disk has for a poll, up to a message that is withheld: nobody gets it, and nobody passes it."""
+        """What the disk has for a poll, up to a withheld message: no reader gets that one, and no cursor passes it."""
         withheld = [each.tick for each in self.bus.withheld.values() if poll.covers(self.bus.last, each)]
         upto = min(withheld, default=self.bus.last + 1) - 1
-        found, reached = self.bus.view.after(poll, upto)
+        found, reached = self.view.after(poll, upto)
         if withheld and not reached:
             reached = found[-1].tick if found else upto
         return found, reached
 
     def note_removed(self, poll: Poll) -> None:
         """A message that the current commit removes must already count as a gap for readers that look now."""
-        if self.bus.ledger.removing:
-            self.bus.mailboxes.note_removed(self.bus.view.removed_up_to(poll))
+        if self.bus.ledger.removes():
+            self.mailboxes.note_removed(self.view.removed_up_to(poll))
 
-    def poll_found(self, connection: Connection, poll: Poll, messages: list[Message]) -> Answer:
+    def poll_answer(self, connection: Connection, poll: Poll, messages: Sequence[Message] = ()) -> Answer:
         reached = messages[poll.limit - 1].tick if len(messages) > poll.limit else None
         return delivery(self.bus, poll, messages[: poll.limit], reached)
-
-    def poll_over(self, connection: Connection, poll: Poll) -> Answer:
-        return delivery(self.bus, poll, [])
 
 
 class Retention:
@@ -3686,9 +3671,7 @@ class Retention:
         if not self.request:
             self.request = prune_request(self.bus.state.path)
             if self.request:
-                before, fetched_only = self.request
-                kept_for = list(self.bus.view.extensions()) if fetched_only else []
-                self.remove(Remove(0, before, fetched_only, kept_for), self.pruned)
+                self.remove(pruning(self.bus.view, *self.request), self.pruned)
 
     def pruned(self, whole: bool) -> None:
         """The command waits until its file is gone. After a failure the file stays, and is looked for again."""
@@ -3696,6 +3679,11 @@ class Retention:
         if whole and prune_request(path) == self.request:  # else there is another one by now
             prune_file(path).unlink(missing_ok=True)
         self.request = None
+
+
+def pruning(rows: Rows, before: int, fetched_only: bool) -> Remove:
+    """What the command prune removes."""
+    return Remove(0, before, fetched_only, list(rows.extensions()) if fetched_only else [])
 
 
 def prune_file(database: str) -> pathlib.Path:
@@ -3713,7 +3701,7 @@ def prune_request(database: str) -> tuple[int, bool] | None:
     return (before, fetched_only) if fits else None
 
 
-# What is not loaded. The core depends on none of it; it knows the names, so that it can say which file is missing.
+# The extensions. The core depends on none; it knows their names, so that it can say which file is missing.
 
 LOADED = "loaded"
 ELSEWHERE = {  # extension: the endpoints and options that it brings
@@ -3729,9 +3717,8 @@ def missing(what: str, extension: str, why: str) -> str:
     """The sentence of a 404, or of an option that is not known. `why`: "" or --without."""
     if why:
         return f"{what} is off: this bus was started --without {extension}"
-    return (
-        f"{what} needs bus_extensions/{extension}.py, which is not beside bus_server.py: copy it from the same version"
-    )
+    needs = f"{what} needs bus_extensions/{extension}.py, which is not beside bus_server.py"
+    return f"{needs}: copy it from the same version"
 
 
 # The words of the core's endpoints
@@ -3773,10 +3760,9 @@ def check_number(drafts: list[Draft], copies: int) -> None:
 
 
 def recv(bus: Bus, request: Request) -> Answer | None:
-    query = request.query()
-    poll = recv_poll(query, request.plain())
+    poll = recv_poll(request)
     request.grant.check(poll.names)
-    if query.one("bus") not in (None, bus.state.bus):  # a cursor from another bus: say so, and mark nothing
+    if request.query().one("bus") not in (None, bus.state.bus):  # a cursor from another bus: say so, and mark nothing
         return delivery(bus, poll._replace(since=bus.last), [])
     bus.storms.read(str(poll.me))
     bus.storms.name(request.owner(), bus.mailboxes.new(str(poll.channel), poll.names))
@@ -3790,35 +3776,32 @@ def recv(bus: Bus, request: Request) -> Answer | None:
     return bus.receiving.look(request, poll)
 
 
-def recv_poll(query: Query, plain: bool) -> Poll:
+def recv_poll(request: Request) -> Poll:
+    query = request.query()
     names = query.names("to")
     if not 1 <= len(names) <= NAMES_PER_READER:
         raise Refused(400, f"to must be 1 to {NAMES_PER_READER} names: /recv?to=NAME")
     everyone = () if EVERYONE in names else (EVERYONE,)
-    since, limit, hold = asked_for(query)
-    return Poll(names[0], names + everyone, query.name("channel", "default"), None, since, limit, hold, plain)
+    return poll_of(request, names[0], names + everyone, query.name("channel", "default"), None)
 
 
 def log(bus: Bus, request: Request) -> Answer | None:
     request.grant.check_operator()
     bus.storms.read(request.owner())
     query = request.query()
-    since, limit, hold = asked_for(query)
-    if since == LAST:
+    poll = poll_of(request, None, query.names("to"), query.name("channel", None), query.name("from", None))
+    if poll.since == LAST:
         raise Refused(400, "an observer has no cursor here: since must be seconds or 'now'")
-    channel, sender = query.name("channel", None), query.name("from", None)
-    return bus.receiving.look(
-        request, Poll(None, query.names("to"), channel, sender, since, limit, hold, request.plain())
-    )
+    return bus.receiving.look(request, poll)
 
 
-def asked_for(query: Query) -> tuple[int, int, float]:
-    """since, max and the hold (s) of a poll."""
-    wait = query.number("wait", HOLD, 0, HOLD_MAX)
-    block = query.flag("block")
+def poll_of(request: Request, me: str | None, names: tuple[str, ...], channel: str | None, sender: str | None) -> Poll:
+    """A poll with these filters, and with `since`, `max`, `wait` and `block` of the query."""
+    query = request.query()
+    wait, limit = query.number("wait", HOLD, 0, HOLD_MAX), int(query.number("max", 100, 1, MAX_MESSAGES))
+    since, block = query.one("since"), query.flag("block")
     hold = wait if block or (block is None and query.one("wait") is not None) else 0
-    since = query.one("since")
-    return cursor("0" if since is None else since), int(query.number("max", 100, 1, MAX_MESSAGES)), hold
+    return Poll(me, names, channel, sender, cursor("0" if since is None else since), limit, hold, request.plain())
 
 
 def boolean(value: bool) -> str:
@@ -3829,18 +3812,18 @@ def ok(bus: Bus, members: str) -> Answer:
     return Answer(200, f"{{{members}{ending(bus.last, bus.state.bus)}".encode())
 
 
-@lru_cache(1)  # all who are answered at one moment have the same: 0.1 us, not 0.7
+@lru_cache(1)  # all answers of one announcement have the same: 0.1 us, not 0.7
 def ending(now: int, bus: str) -> str:
     return f', "now": {seconds(now)}, "bus": "{bus}"}}\n'
 
 
 def delivery(
-    bus: Bus, poll: Poll, found: list[Message], reached: int | None = None, gap: tuple[int, int] | None = None
+    bus: Bus, poll: Poll, found: Sequence[Message], reached: int | None = None, gap: tuple[int, int] | None = None
 ) -> Answer:
     """The answer to a poll. `reached`: the last tick that was looked at, if it is not the end."""
     now = reached or max(poll.since, bus.last)
     bus.figures.delivered += len(found)
-    headers: tuple[tuple[str, str], ...] = ()
+    headers: Headers = ()
     if poll.plain:
         body = "".join(block(json.loads(message.render()), poll.me, bus.view.clock()) for message in found)
         if gap:
@@ -3858,7 +3841,7 @@ def delivery(
 
 
 def entry(bus: Bus, one: Draft, stored: Stored) -> str:
-    """What a sender is told of one message. What was said of the same receivers before is not found out again."""
+    """What a sender is told of one message. The truth of the same receivers is found once in an announcement."""
     which = one.channel, one.to, one.sender
     receiver = bus.truths.get(which)
     if receiver is None:
@@ -3872,7 +3855,7 @@ def entry(bus: Bus, one: Draft, stored: Stored) -> str:
 
 
 def truth(bus: Bus, one: Draft) -> str:
-    """What is known of who will read it."""
+    """What is known of its receivers: whether they listen, and how many messages they have not read."""
     to = one.to[0]
     if len(one.to) > 1 or to == EVERYONE:
         return encode(receivers(bus, one))
@@ -4060,7 +4043,7 @@ HIDDEN = re.compile(
 
 
 def shown(text: str) -> str:
-    """Text without what a terminal or an eye obeys and does not see; CRLF and CR are newlines."""
+    """Text with its control characters and its invisible characters escaped; CRLF and CR become newlines."""
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     return HIDDEN.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
@@ -4391,7 +4374,7 @@ def revoke(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     revoked: list[str] = []
 
-    def change(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def change(rows: list[Row]) -> list[Row]:
         for row in rows:
             if row["name"] == options.name and not row["revoked"]:
                 row["revoked"] = int(time.time())
@@ -4473,7 +4456,7 @@ def other_version(path: str) -> Unusable:
 def remove_alone(path: str, before: int, fetched_only: bool) -> None:
     """When no server runs."""
     with contextlib.closing(State(path)) as state:
-        removal = Remove(0, before, fetched_only, list(state.extensions()) if fetched_only else [])
+        removal = pruning(state, before, fetched_only)
         clock = Clock(wall_clock, state.last)
         while True:
             [reached] = state.apply([removal], clock.now()).results
@@ -4546,7 +4529,7 @@ def backup(arguments: Sequence[str]) -> None:
 def restore(arguments: Sequence[str]) -> None:
     """Put a copy in the place of a bus that is stopped. It is another bus then, and says so to readers of the old one.
 
-    They may have read what is in no copy. With the old id they would go on behind that, and were never told.
+    The readers may have messages that are not in the copy. With the old id their cursors would pass what comes now.
     """
     parser = command("restore", "Go back to COPY; the bus is stopped.")
     parser.add_argument("copy", metavar="COPY", help="what backup made; its tokens are taken if PATH has none")
@@ -4561,9 +4544,7 @@ def restore(arguments: Sequence[str]) -> None:
         print(f"what was there before is in {old}")
 
 
-def copy_bus(
-    source: str, target: str, tokens: list[dict[str, Any]], old: str = "", bus: str | None = None
-) -> tuple[int, int]:
+def copy_bus(source: str, target: str, tokens: list[Row], old: str = "", bus: str | None = None) -> tuple[int, int]:
     """Copy a database with its tokens and files; returns how many messages and files. What was there becomes `old`."""
     new = f"{target}.new"
     messages = copy_database(source, new, bus)
@@ -4581,8 +4562,8 @@ def copy_bus(
     return messages, files
 
 
-def missing_tokens(copy: str, path: str) -> list[dict[str, Any]]:
-    """The tokens of a copy, for a bus that has none. Where some are, these know better who was revoked since."""
+def missing_tokens(copy: str, path: str) -> list[Row]:
+    """The tokens of a copy, for a bus that has none. A bus that has tokens knows better who was revoked since."""
     if os.path.exists(f"{path}.tokens"):
         return []
     rows = Tokens(copy).rows()
@@ -4595,7 +4576,7 @@ def missing_tokens(copy: str, path: str) -> list[dict[str, Any]]:
 
 
 def copy_files(source: str, target: str) -> int:
-    """The files of one database that the other lacks; returns how many those were. Half of one never has its name."""
+    """Copy the files that the other database lacks; returns how many. Half of a file never has its name."""
     there, copied = pathlib.Path(f"{target}.blobs"), 0
     try:
         for file in pathlib.Path(f"{source}.blobs").glob("?" * 64):

@@ -16,8 +16,7 @@ from tests.kit.processes import PATIENCE, ROOT, wait_until
 
 LIMITS = {"bus_recv.py": 450, "bus_send.py": 310}  # lines of code
 TOOLS = ["bus_work", "bus_log", "bus_doctor", "bus_file", "bus_outbox"]
-EDGE = r"^# -- shared by [^\n]*"
-BLOCK = re.compile(rf"{EDGE}: begin [^\n]*\n(.*?){EDGE}: end --$", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"^# -- shared by [^\n]*: begin [^\n]*\n(.*?)^# -- shared by [^\n]*: end --$", re.M | re.S)
 JOB = message(1, attempt=1, lease=f"{1:032x}", lease_until=NOON + 60)
 DONE = answer({"ok": True, "now": NOON, "bus": "b1"})
 CALLS = {  # what bus_recv.py is called with, and how that ends if another program does it
@@ -122,10 +121,13 @@ def test_every_program_runs_isolated_from_wherever_it_lies(tool, place):
     assert code == 0 and "usage:" in out and err == ""
 
 
-@pytest.mark.parametrize("signals, code", [([signal.SIGTERM, signal.SIGTERM], 0), ([signal.SIGINT], 130)])
-def test_signals_reach_a_worker_that_bus_recv_runs(signals, code, tmp_path, interruptible):  # noqa: F811
+@pytest.mark.parametrize("signals, code, seconds, told", [
+    ([signal.SIGTERM, signal.SIGTERM], 0, 60, "/nack"), ([signal.SIGINT], 130, 60, "/nack"),
+    ([signal.SIGTERM], 0, 1, "/ack"),  # the first one lets the command end
+])  # fmt: skip
+def test_signals_reach_a_worker_that_bus_recv_runs(signals, code, seconds, told, tmp_path, interruptible):  # noqa: F811
     with Scripted(mail(JOB), DONE) as server:
-        command = f"touch {tmp_path}/begun; exec sleep 60"
+        command = f"touch {tmp_path}/begun; exec sleep {seconds}"
         env = {"AGENT_BUS_URL": server.url}
         process = program("bus_recv.py", "builds", "--claim", "--exec", command, env=env)
         wait_until((tmp_path / "begun").exists)
@@ -133,7 +135,7 @@ def test_signals_reach_a_worker_that_bus_recv_runs(signals, code, tmp_path, inte
             process.send_signal(number)
             time.sleep(0.1)  # two signals that come together may be one
         assert process.wait(PATIENCE) == code
-        wait_until(lambda: [asked for asked in server.asked if asked.target == "/nack"])
+        wait_until(lambda: [asked for asked in server.asked if asked.target == told])
         process.communicate()
 
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.kit.processes import PATIENCE, Server, wait_until
+from tests.kit.processes import PATIENCE, Server, in_time, wait_until
 
 READERS = 10000
 ROUNDS = 4  # crowds that come after the first, at most
@@ -299,4 +299,4 @@ def test_an_empty_hold_ends_when_it_said(bus):
         reader.ask(poll(f"reader-{hold}", hold=hold))
     for reader, answer, when in answers(due):
         assert answer["messages"] == []
-        assert abs(when - due[reader]) < 0.2
+        assert abs(when - due[reader]) < in_time(0.2)

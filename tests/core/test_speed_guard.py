@@ -6,6 +6,7 @@ same process: where the machine is slow or busy, both are slow.
 import json
 import sqlite3
 import time
+import urllib.request
 import zlib
 
 import pytest
@@ -13,6 +14,7 @@ import pytest
 import bus_server
 from bench.staged_server import STAGES, find
 from tests.kit import inside
+from tests.kit.processes import PATIENCE, ROOT, Server
 
 CONNECTIONS = 16
 ROUNDS, SENDS = 15, 960  # the best round of each counts
@@ -83,3 +85,16 @@ def test_a_durable_send_takes_no_more_cpu_than_it_did():
 def test_the_profile_knows_where_each_of_its_stages_is(stage):
     owner, name = find(stage)
     assert callable(getattr(owner, name))
+
+
+def test_the_profile_sees_every_stage_of_a_send(tmp_path):
+    """A stage that is found by its name, but is called past its clock, would be missing in silence."""
+    staged = {"program": [str(ROOT / "bench" / "staged_server.py")], "env": {"STAGES": str(tmp_path / "stages")}}
+    with Server(tmp_path / "bus.db", **staged) as bus:
+        with urllib.request.urlopen(f"{bus.url}/send?from=spark&to=dell&key=k", b"x", timeout=PATIENCE) as answer:
+            assert json.load(answer)["duplicate"] is False
+        bus.get("/recv?to=dell")
+        assert bus.stop() == 0
+    stages = json.loads((tmp_path / "stages").read_text())["stages"]
+    missed = {stage for stage, _ in STAGES if not stages[stage]["calls"]}
+    assert missed == {"parse_json"}, "the message above came as text"

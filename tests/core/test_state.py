@@ -320,7 +320,7 @@ class TestSqlite(StoreContract):
         commit(store, message("builds"))
         plans = []
         store.writing.set_trace_callback(plans.append)
-        commit(store, also=[Claim("default", "builds", 1, 60_000_000, "a-lease", "worker", 5)])
+        commit(store, also=[Claim("default", "builds", 1, 60_000_000, 7, "worker", 5)])
         store.writing.set_trace_callback(None)
         asked = [plan.replace("?", "1") for plan in plans if plan.startswith(("SELECT", "UPDATE"))]
         steps = [row[3] for each in asked for row in store.writing.execute(f"EXPLAIN QUERY PLAN {each}")]

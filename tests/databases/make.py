@@ -1,11 +1,11 @@
 """Make a database with the bus_server.py of some version, and dump it as SQL.
 
-    git show COMMIT:bus_server.py > /tmp/old/bus_server.py
-    python tests/databases/make.py /tmp/old/bus_server.py tests/databases/v3.sql
+    git worktree add /tmp/old COMMIT
+    python tests/databases/make.py /tmp/old/bus_server.py tests/databases/v4.sql
 
 Before a migration is added, make a dump with the last version that does not have it, and never change it afterwards.
-v1.sql was made by the server of commit 78be319, v2.sql by that of 324aee9. tests/core/test_old_databases.py starts the
-server of today on each.
+v1.sql was made by the server of commit 78be319, v2.sql by that of 324aee9, v3.sql by that of 0fb41c7.
+tests/core/test_old_databases.py starts the server of today on each.
 
 The traffic is real, only the clock of the server is not: it begins at BEGIN, long ago, so that every lease in the dump
 has run out wherever it is loaded, and no message in it is from the future. What a version does not know is left out.

@@ -88,7 +88,7 @@ def test_what_is_kept_is_what_the_report_says():
         assert f"{verdict}: {result}" in shown and when.partition(", load")[0] in shown
 
 
-def test_a_row_of_another_size_is_not_reported_and_a_name_that_is_none_is_told(tmp_path, monkeypatch, capsys):
+def test_a_row_of_another_size_is_not_reported_and_an_unknown_name_is_an_error(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(__main__, "ROWS", [Row("fate", "fate", "none", good, 7)])
     monkeypatch.setattr(__main__, "REPORT", tmp_path / "report.md")
     assert __main__.main(["fate=3"]) == 0 and "3 times" in capsys.readouterr().out

@@ -237,6 +237,7 @@ def main():
     import atheris
 
     with atheris.instrument_imports(include=["bus_server", "bus_extensions"]):
+        import bus_extensions.work  # noqa: F401
         import bus_server
 
     target = TARGETS[sys.argv[1]]

@@ -24,13 +24,13 @@ def test_a_bus_that_has_not_thought_of_nan_is_found_out(tmp_path):
 
 
 @pytest.mark.parametrize("came", [b"HTTP/1.1 200 OK\r\n", b"x", b"HTTP/1.1 400 No\r\nContent-Length: 2\r\n\r\n{}"])
-def test_what_is_no_sequence_of_answers_is_found_out(came):
+def test_bytes_that_are_not_a_sequence_of_answers_are_found_out(came):
     with pytest.raises(ValueError):
         raw.statuses(came)
 
 
 @pytest.mark.parametrize("mode, seconds", [("schema", "2"), ("coverage", "1")])
-def test_some_seconds_of(mode, seconds):
+def test_a_few_seconds_of_fuzzing_find_nothing(mode, seconds):
     if not python_for(mode):
         pytest.skip(f"{NEEDS[mode]} is not here: make fuzz installs it")
     command = [sys.executable, "-m", "tests.fuzz", mode, "--seconds", seconds]
@@ -76,7 +76,7 @@ class NaiveHead(bus_server.Head):
     ("query", {"cursor": lambda text: round(float(text) * 1000000)}),
     ("query", {"Query": lambda text: bus_server.Query(text.replace("%", ""))}),
 ])  # fmt: skip
-def test_a_server_that_reads_it_otherwise_is_found_out(target, fault):
+def test_a_server_that_disagrees_with_the_reference_is_found_out(target, fault):
     class Faulty(types.SimpleNamespace):
         def __getattr__(self, name):
             return getattr(bus_server, name)

@@ -27,7 +27,7 @@ import pytest
 import bus_recv
 import bus_send
 from tests.kit.bad_servers import FAULTS, HUGE, Scripted
-from tests.kit.processes import PATIENCE, ROOT, Server, wait_until
+from tests.kit.processes import PATIENCE, ROOT, Server, in_time, wait_until
 from tests.kit.scripted_model import ScriptedModel, blocks, news, text_of, tool_use, words
 
 CACHE = pathlib.Path.home() / ".cache" / "agent-bus-claude"  # of .ci/run
@@ -46,6 +46,7 @@ EVENT = re.compile(r"<event>(.*?)</event>", re.DOTALL)
 BODY = re.compile(r"^\| (.*)$", re.MULTILINE)
 
 pytestmark = [
+    pytest.mark.slow("each test starts Claude Code, once or more, and waits for its turns"),
     pytest.mark.skipif(not CLAUDE, reason="no claude binary: see the head of tests/integrations/test_end_to_end.py"),
     pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs /proc to see that every process has ended"),
 ]
@@ -227,7 +228,7 @@ def test_a_message_becomes_a_notification_and_its_answer_reaches_the_peer(bus, p
     assert '<summary>Monitor event: "agent-bus inbox: alice"</summary>' in event
     assert re.search(r"<event>\S+ from=peer id=[0-9a-f]+\n\| question 0\n---</event>", event), event
     print("seconds from a peer's send to its receipt of the answer:", *(f"{seconds:.2f}" for seconds in took))
-    assert min(took) < ANSWER_SECONDS, took
+    assert min(took) < in_time(ANSWER_SECONDS), took
 
 
 ENDED = re.compile(r"Monitor expired|<status>\w+</status>")
@@ -374,7 +375,7 @@ def test_a_bus_that_is_dead_slow_or_huge_holds_up_a_turn_for_two_seconds_at_most
         assert "agent-bus" not in model.heard() and len(model.requests) == 1
     took = [float(line) for line in times.read_text().split()]
     print(f"seconds that a drain took with the bus {bus_is}:", *(f"{seconds:.2f}" for seconds in took))
-    assert len(took) == 2 and max(took) < DRAIN_SECONDS
+    assert len(took) == 2 and max(took) < in_time(DRAIN_SECONDS)
 
 
 def test_a_sub_agent_leaves_the_mail_to_its_parent(bus, peer, tmp_path):
@@ -515,7 +516,7 @@ def test_the_plugins_own_monitor_tells_a_session_on_a_terminal_once_its_skill_is
             assert (answer["msg"], answer["reply_to"]) == ("awake", sent)
         assert "wake up 2" in EVENT.findall(model.heard())[-1]
     print("seconds from a peer's send to its receipt of the answer:", *(f"{each:.2f}" for each in took))
-    assert min(took) < ANSWER_SECONDS, took
+    assert min(took) < in_time(ANSWER_SECONDS), took
 
 
 def test_the_waiter_wakes_a_session_that_sleeps_on_a_terminal(bus, peer, tmp_path):
@@ -540,7 +541,7 @@ def test_the_waiter_wakes_a_session_that_sleeps_on_a_terminal(bus, peer, tmp_pat
             assert (answer["msg"], answer["reply_to"]) == ("awake", sent)
         assert model.heard().count("wake up 0") == model.heard().count("wake up 1") == 1
     print("seconds from a peer's send to its receipt of the answer:", *(f"{each:.2f}" for each in took))
-    assert min(took) < ANSWER_SECONDS, took
+    assert min(took) < in_time(ANSWER_SECONDS), took
 
 
 CHANNEL_NEWS = re.compile('MCP server "bus": (Channel notifications .*)|(<channel source="bus" from="peer")')

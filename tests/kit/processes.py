@@ -29,6 +29,11 @@ def wait_until(fact, patience=PATIENCE):
         time.sleep(0.01)
 
 
+def in_time(seconds):
+    """A bound for a machine that is not busy, as a bound for this one: longer where more runs than there are cores."""
+    return seconds * max(1, os.getloadavg()[0] / (os.cpu_count() or 1))
+
+
 def free_port():
     """One that no connection takes by chance until the server has it: the system gives those from 32768 on."""
     with socket.socket() as probe:
