@@ -159,3 +159,23 @@ def test_the_names_called_valid_are_valid(bus):
     names = re.findall("`(.+?)`", re.search("Valid: (.+?)\\. Invalid", PROTOCOL)[1])
     assert len(names) > 3
     assert all(b'"messages": []' in bus.get(f"/recv?to={name}") for name in names)
+
+
+def test_changing_md_has_every_seam_and_names_only_what_there_is():
+    text = (ROOT / "docs" / "changing.md").read_text()
+    sources = [path for folder in ("bus_extensions", "tests") for path in (ROOT / folder).rglob("*.py")]
+    core = (ROOT / "bus_server.py").read_text()
+    code = core + "".join(path.read_text() for path in sources)
+    seams = re.findall(r"self\.(\w+): ", re.search(r"# The seams.*?core_routes", core, re.DOTALL)[0])
+    routes = {"routes": "route", "extensions": "ELSEWHERE"}  # an extension does not touch these two itself
+    assert len(seams) > 6 and not [seam for seam in seams if f"{routes.get(seam, f'bus.{seam}')}" not in text]
+    called = (
+        set(re.findall(r"`(?:\w+\.)*(\w+)\(", text)) - {"endpoint"} - set(re.findall(r"^ +\| .*?`(\w+)\(", text, re.M))
+    )
+    missing = [name for name in called if not re.search(rf"\b(def|class) {name}\b|\b{name} = ", code)]
+    assert len(called) > 15 and not missing, missing
+    files = set(re.findall(r"`((?:tests|docs|bus_extensions)/[\w/.]+\.\w+)`", text)) - {
+        "bus_extensions/NAME.py",
+        "tests/extensions/test_NAME.py",
+    }
+    assert len(files) > 6 and not [file for file in files if not (ROOT / file).exists()]

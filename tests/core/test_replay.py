@@ -402,6 +402,33 @@ def test_bytes_of_another_format_or_of_an_unknown_kind_are_refused():
             bus_server.operation_of(line, OPERATIONS)
 
 
+DAMAGE = ("'text'", "NULL", "x'00ff'", "1.5", "-1", "9223372036854775807", "9223372036854775807")
+
+
+@pytest.mark.parametrize("seed", range(SEEDS))
+def test_no_damaged_row_makes_apply_fail(seed, tmp_path, monkeypatch):
+    """Before each list random cells get values that no bus writes; half the time, a restart follows."""
+    monkeypatch.setattr(bus_server, "say", lambda line: None)
+    world, place = World(seed), Place(tmp_path / "bus.db")
+    chance = world.random
+    for number in range(2 * LISTS):
+        ask = place.state.writing.database.execute
+        for _ in range(3 if number > 8 else 0):
+            table = chance.choice(("messages", "messages", "mailboxes", "mailboxes", "work", "receipts", "bus", "uses"))
+            key = {"receipts": "tick", "uses": "token"}.get(table, "rowid")
+            rows = ask(f"SELECT {key} FROM {table} ORDER BY {key}").fetchall()
+            columns = [name for _, name, *_ in ask(f"PRAGMA table_info({table})") if name not in ("id", "tick")]
+            if rows:
+                change = f"UPDATE OR IGNORE {table} SET {chance.choice(columns)} = {chance.choice(DAMAGE)}"
+                ask(f"{change} WHERE {key} = ?", chance.choice(rows))
+        if chance.random() < 0.5:
+            place.state.close()
+            place.open()
+        operations = world.list()
+        world.learn(operations, place.apply(operations, world.now()))
+    place.state.close()
+
+
 # Planted mistakes. Each is a way in which a change of the code could break what is tested here.
 
 
