@@ -651,11 +651,15 @@ def test_a_chain_of_replies_ends(bus):
 
 @open_only
 def test_two_that_answer_each_other_are_stopped(bus):
-    """5.10 two names that answer each other get 429 after 30 changes of direction in 10 minutes; other sends pass"""
-    names = [fresh(), fresh()]
-    for _ in range(31):
+    """5.10 two names that answer each other are warned from the 30th change of direction in 10 minutes, 429 after 120"""
+    names, warned = [fresh(), fresh()], []
+    for number in range(121):
         names.reverse()
-        assert bus.json("POST", "/send", json.dumps({"from": names[0], "to": names[1], "msg": "no, you"}))[0] == 200
+        status, answer = bus.json("POST", "/send", json.dumps({"from": names[0], "to": names[1], "msg": "no, you"}))
+        assert status == 200
+        if "warning" in answer:
+            warned.append(number)
+    assert warned == list(range(30, 121)), "the 31st message is the 30th change of direction"
     names.reverse()
     assert bus.refused({"from": names[0], "to": names[1], "msg": "no, you"}) == 429
     assert bus.json("POST", "/send", json.dumps({"from": names[0], "to": fresh(), "msg": "he does not stop"}))[0] == 200
