@@ -30,10 +30,12 @@ class Closed(Exception):
 class Peer:
     """One connection. Requests may be sent behind each other; answers come one by one."""
 
-    def __init__(self, bus, token=None, patience=PATIENCE, room=None):
+    def __init__(self, bus, token=None, patience=PATIENCE, room=None, source=None):
         self.sock = socket.socket()
         if room:  # bytes that this side takes unread
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, room)
+        if source:  # an address of its own, as 127.0.0.2: a peer that has budgets of its own
+            self.sock.bind((source, 0))
         self.sock.settimeout(patience)
         self.sock.connect(("127.0.0.1", bus.port))
         self.token, self.unread = token, b""
@@ -80,7 +82,7 @@ class Peer:
         """The status of the next answer; 0 if the bus hung up, None if it says nothing."""
         try:
             return self.answer().status
-        except TimeoutError:
+        except (TimeoutError, socket.timeout):  # noqa: UP041  (two classes before Python 3.10)
             return None
         except (OSError, Closed):
             return 0
@@ -95,12 +97,9 @@ class Peer:
         self.close()
 
 
-socket_timeouts = (TimeoutError, socket.timeout)  # two classes before Python 3.10
-
-
-def ask(bus, method, path, body=b"", token=None, patience=PATIENCE, **fields):
+def ask(bus, method, path, body=b"", token=None, patience=PATIENCE, source=None, **fields):
     """One exchange on a connection of its own."""
-    with Peer(bus, token, patience) as peer:
+    with Peer(bus, token, patience, source=source) as peer:
         return peer.send(method, path, body, **fields).answer()
 
 
@@ -116,7 +115,7 @@ def stored(bus, to, msg="x", sender="ann", token=None, **members):
     return reply.json["id"]
 
 
-def fill(bus, to, count, msg="x", sender="ann", token=None, at_once=500):
+def fill(bus, to, count, msg="x", sender="ann", token=None, at_once=200):
     """Store many, in arrays."""
     with Peer(bus, token) as peer:
         for start in range(0, count, at_once):

@@ -1,7 +1,8 @@
 """bus_server.py in which every function can be made to raise, once, when a test says so. Nothing else is wrong with it.
 
-    GET  /fault                                   what was called, how often, and under which roots
-    POST /fault {"root", "place", "error"}        the next call of `place` under `root` raises `error`; null: any root
+A client of 127.0.0.1:$FAULT_PORT sends a line of JSON, and gets what was called, how often, and under which roots.
+{"root", "place", "error"}: the next call of `place` under `root` raises `error`; null: any root, or nothing any more.
+That is a thread of its own, so that no place is reached by asking.
 
 A root is what the loop runs: a timer, a hook of housekeeping, an action of soon(), a socket that is ready, a signal. A
 place is a function of the bus or of an extension. Both are found while they run, so a new one is found as well.
@@ -12,6 +13,7 @@ import functools
 import json
 import os
 import pathlib
+import socket
 import sys
 import threading
 import types
@@ -46,7 +48,7 @@ def watched(name, function):
         if root():
             places.setdefault((root(), name), None)
         if armed and armed[0][1] == name and armed[0][0] in (None, root()):
-            fired.append(armed.pop())
+            fired[:] = [armed.pop()]
             raise ERRORS[fired[-1][2]]()
         return function(*arguments, **options)
 
@@ -120,26 +122,23 @@ def watch_ready(kind):
     kind.ready = call
 
 
-def fault(bus, request):
-    if request.body:
-        wanted = json.loads(request.body)
-        armed[:] = [(wanted["root"], wanted["place"], wanted["error"])] if wanted["place"] else []
-        fired.clear()
-    answer = {"calls": calls, "places": list(places), "armed": len(armed), "fired": len(fired)}
-    return bus_server.Answer(200, json.dumps(answer).encode())
-
-
-def serve_faults(bus):
-    handler = functools.partial(fault, bus)
-    bus.route("GET", "/fault", handler)
-    bus.route("POST", "/fault", handler)
-    bus.on_tidy[:] = [rooted(each) for each in bus.on_tidy]
+def serve_faults():
+    """In a thread."""
+    with socket.create_server(("127.0.0.1", int(os.environ["FAULT_PORT"]))) as door:
+        while True:
+            peer, _ = door.accept()
+            with peer, peer.makefile("rwb") as stream:
+                wanted = json.loads(stream.readline())
+                if wanted:
+                    fired.clear()
+                    armed[:] = [tuple(wanted[each] for each in ("root", "place", "error"))] if wanted["place"] else []
+                answer = {"calls": dict(calls), "places": list(places), "armed": len(armed), "fired": len(fired)}
+                stream.write(json.dumps(answer).encode())
 
 
 on_load: dict = {}
 loaded = on_load.__setitem__
 exec(os.environ.get("PATCH", ""))
-bus_server.PUBLIC.add("/fault")
 watch_loop(bus_server.Loop)
 for kind in (bus_server.Plain, bus_server.Listener):
     watch_ready(kind)
@@ -157,13 +156,14 @@ def load_watched(file):
 
 def start_and_serve(bus, options):
     says = start_extensions(bus, options)
-    serve_faults(bus)
+    bus.on_tidy[:] = [rooted(each) for each in bus.on_tidy]
     return says
 
 
 watch_module(bus_server)
 bus_server.Loop = loop
 bus_server.load, bus_server.start_extensions = load_watched, start_and_serve
+threading.Thread(target=serve_faults, daemon=True).start()
 code = bus_server.main()
 if "PLACES" in os.environ:
     pathlib.Path(os.environ["PLACES"]).write_text(json.dumps(list(places)))
