@@ -16,7 +16,6 @@ below say which of them reaches it. So a function that is new is covered by bein
 import contextlib
 import hashlib
 import json
-import os
 import pathlib
 import resource
 import signal
@@ -28,7 +27,7 @@ import pytest
 
 from tests.faults import linux, skipped_without
 from tests.kit import peers as kit
-from tests.kit.peers import Peer, alive, invite, post, stored
+from tests.kit.peers import Peer, alive, mint, post, set_revoked, stored
 from tests.kit.processes import ROOT, Server, free_port, wait_until
 
 pytestmark = skipped_without(linux)
@@ -413,23 +412,11 @@ def test_a_drain_answers_all_others(tmp_path):
     assert not found, "\n".join(found)
 
 
-def set_revoked(bus, name, when):
-    """As `revoke` does it, without a process and a wait for each."""
-    file = pathlib.Path(f"{bus.db}.tokens")
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
-    for row in rows:
-        if row["name"] == name:
-            row["revoked"] = when
-    fresh = file.with_suffix(".fresh")
-    fresh.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    os.replace(fresh, file)
-
-
 @pytest.mark.slow("revokes a token at about fifteen places")
 def test_revoking_reaches_all_others(tmp_path):
+    tokens = mint(tmp_path / "bus.db", bob=["--also", "b1,b2,b3,b4"], boss=["--operator"])
+    token, operator = tokens["bob"], tokens["boss"]
     with Raising(tmp_path, HASTY) as bus:
-        token = invite(bus, "bob", "--also", "b1,b2,b3,b4")
-        operator = invite(bus, "boss", "--operator")
 
         def revoked(arm=None):
             set_revoked(bus, "bob", None)

@@ -10,7 +10,6 @@
 | a_row_without_mail_and_polls_goes | |
 """
 import contextlib
-import json
 import os
 import sqlite3
 import time
@@ -18,7 +17,8 @@ import time
 import pytest
 
 from tests.faults import linux, skipped_without
-from tests.kit.peers import Closed, Peer, alive, ask, fill, invite, many_files, post, resident, stored
+from tests.kit.peers import Peer, alive, ask, many_files, mint, post, resident, stored
+from tests.kit.moved import Moved
 from tests.kit.processes import PATIENCE, ROOT, Server, wait_until
 
 pytestmark = skipped_without(linux)
@@ -267,44 +267,13 @@ def test_names_have_a_budget(tmp_path, way):
 
 
 def test_on_a_closed_bus_each_token_has_its_own_budget_of_names(tmp_path):
+    tokens = mint(tmp_path / "bus.db", ann=[], bob=[])
+    ann, bob = tokens["ann"], tokens["bob"]
     with Server(tmp_path / "bus.db") as bus:
-        ann, bob = invite(bus, "ann"), invite(bus, "bob")
         statuses = try_names(bus, by_send_to_names, 1500, token=ann)
         assert 900 <= statuses.count(200) <= 1050, f"{statuses.count(200)} of {len(statuses)}"
         reply = ask(bus, "POST", "/send", {"to": "somebody", "msg": "x"}, token=bob)
         assert reply.status == 200
-
-
-STEP = """
-class Steady:
-    offset = 0.0
-real, real_ns, wall = time.monotonic, time.monotonic_ns, time.time_ns
-def ahead():
-    try:
-        return float(open(os.environ["AHEAD"]).read() or 0)
-    except OSError:
-        return 0.0
-time.monotonic = lambda: real() + ahead()
-time.monotonic_ns = lambda: real_ns() + int(ahead() * 1e9)
-time.time_ns = lambda: wall() + int(ahead() * 1e9)
-time.time = lambda: time.time_ns() / 1e9
-bus_server.TIDY_SECONDS = 0.2
-"""
-
-
-class Moved:
-    """A bus whose clocks, all of them, go ahead by as much as the test says."""
-
-    def __init__(self, place, *options):
-        self.file = place / "ahead"
-        program = [str(ROOT / "tests/kit/raising_server.py")]
-        env = {"PATCH": "import time\n" + STEP, "FAULT_PORT": "0", "AHEAD": str(self.file)}
-        self.bus = Server(place / "bus.db", *options, program=program, env=env)
-
-    def go(self, seconds):
-        fresh = self.file.with_suffix(".new")
-        fresh.write_text(str(seconds))
-        os.replace(fresh, self.file)
 
 
 def test_a_read_of_a_new_name_leaves_no_row_and_is_gone_after_ten_minutes(tmp_path):
