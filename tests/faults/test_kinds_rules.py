@@ -169,8 +169,8 @@ def test_an_attempt_counts_when_it_was_handed_out_whole(bus):
 @pytest.mark.parametrize("door", ["/send", "/ask"])
 def test_a_ttl_below_a_millisecond_is_400(bus, ttl, door):
     body = {"from": "ann", "to": "bob", "msg": "x", "ttl": ttl}
-    assert ask(bus, "POST", door, body).status == 400
-    assert ask(bus, "POST", f"{door}?from=ann&to=bob&ttl={ttl:.7f}", b"x").status == 400
+    assert ask(bus, "POST", f"{door}?wait=0", body).status == 400
+    assert ask(bus, "POST", f"{door}?wait=0&from=ann&to=bob&ttl={ttl:.7f}", b"x").status == 400
     assert ask(bus, "GET", "/log").json["messages"] == []
 
 
