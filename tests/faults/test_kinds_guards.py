@@ -264,7 +264,7 @@ def work(bus):
 
 def a_worker_that_waits(bus):
     with Peer(bus, patience=PATIENCE) as peer:
-        peer.send("POST", "/claim", {"to": f"queue-{next(numbers) % 5}", "wait": 0.3})
+        peer.send("POST", "/claim", {"to": f"queue-{next(numbers) % 5}", "wait": 0.1})
         return [peer.outcome()]
 
 
@@ -286,14 +286,14 @@ def a_hold(bus):
     peers = [Peer(bus, patience=PATIENCE) for _ in range(3)]
     since = now(bus)
     for number, peer in enumerate(peers):
-        peer.send("GET", f"/recv?to=idle-{number}&since={since}&wait=0.2")
+        peer.send("GET", f"/recv?to=idle-{number}&since={since}&wait=0.1")
     return done(peers)
 
 
 def a_reader_that_hangs_up(bus):
     with Peer(bus, patience=PATIENCE) as peer, Peer(bus, patience=PATIENCE) as other:
         peer.send("GET", f"/recv?to=gone&since={now(bus)}&wait=1")
-        other.send("GET", f"/recv?to=here&since={now(bus)}&wait=0.2")
+        other.send("GET", f"/recv?to=here&since={now(bus)}&wait=0.1")
         peer.close()
         return [other.outcome()]
 

@@ -36,7 +36,7 @@ def meddle():
     blobs, chance = pathlib.Path(os.environ["BLOBS"]), random.Random(7)
     while True:
         try:
-            names, what = json.loads((blobs / "meddled").read_text())
+            names, what = json.loads(pathlib.Path(os.environ["MEDDLED"]).read_text())
         except (OSError, ValueError):
             time.sleep(0.02)
             continue
@@ -60,12 +60,14 @@ def test_files_beside_somebody_who_makes_and_removes_them(tmp_path, what):
     """Each request gets an answer, none is 500, and the bus goes on; what it keeps is still counted."""
     program = [str(ROOT / "tests/kit/raising_server.py")]
     env = {"PATCH": MEDDLER, "FAULT_PORT": "0", "BLOBS": f"{tmp_path / 'bus.db'}.blobs"}
+    meddled = tmp_path / "meddled"
+    env["MEDDLED"] = str(meddled)
     with Server(tmp_path / "bus.db", "--keep", "1s", program=program, env=env) as bus:
         blobs = pathlib.Path(f"{bus.db}.blobs")
         blobs.mkdir()
         some = [os.urandom(3000) for _ in range(3)]
         names = [hashlib.sha256(data).hexdigest() for data in some]
-        (blobs / "meddled").write_text(json.dumps([names, what]))
+        meddled.write_text(json.dumps([names, what]))
         count, wrong, end = 0, [], time.monotonic() + 1.5
         try:
             while time.monotonic() < end and len(wrong) < 5:
@@ -80,7 +82,7 @@ def test_files_beside_somebody_who_makes_and_removes_them(tmp_path, what):
                         if status in (None, 500) or (status == 0 and method == "PUT"):
                             wrong.append((method, fields, status))
         finally:
-            (blobs / "meddled").unlink()
+            meddled.unlink()
             time.sleep(0.1)
         assert not wrong and count > 50
         assert alive(bus) and "Traceback" not in bus.log.read_text()
