@@ -2,16 +2,17 @@
 
 | test | seen red on 2026-11-28's code |
 |---|---|
-| revoked_between_head_and_body | |
-| revoked_while_* | |
-| revoking_closes_the_connections_of_a_token | |
-| revoked_while_descriptors_are_used_up | |
-| healthz_of_a_closed_bus_tells_strangers_nothing | |
-| an_answer_counts_only_from_who_may_read_the_question | |
-| a_text_that_is_gone_is_gone_at_every_door | |
-| who_reads_a_message_at_another_door_has_fetched_it | |
-| what_a_group_got_before_a_reader_came_is_not_fetched | |
-| everyone_is_nobodys_own_mailbox, receipts_of_work_name_the_token | |
+| revoked_between_head_and_body | 200, stored or done, for all seven verbs |
+| revoked_while_a_file_* | both come whole; while it is parked it was 401 before |
+| revoking_closes_the_connections_of_a_token | it stays open |
+| revoked_while_descriptors_are_used_up | it is never applied |
+| healthz_of_a_closed_bus_tells_strangers_nothing | the newest tick, and the id of the bus |
+| an_answer_counts_only_from_who_may_read_the_question | the forged one is handed out |
+| a_text_that_is_gone_is_gone_at_every_door | it is in /message, for its sender, receiver and operator |
+| who_reads_a_message_at_another_door_has_fetched_it | it stays queued, and can be recalled |
+| what_a_group_got_before_a_reader_came_is_not_fetched | unread 0 |
+| everyone_is_nobodys_own_mailbox | (1, cursor, cursor) |
+| receipts_of_work_name_the_token | the worker says `ann`, and the receipt is hers |
 """
 import contextlib
 import hashlib

@@ -2,11 +2,11 @@
 
 | test | seen red on 2026-11-28's code |
 |---|---|
-| two_that_answer_each_other | |
-| a_sender_that_fills_a_mailbox | |
-| an_attempt_that_was_none | |
-| a_ttl_below_a_millisecond | |
-| a_form_is_refused, json_after_a_bom | |
+| two_that_answer_each_other, turns_0 | no warning, 429 at 31, no --turns |
+| a_sender_that_fills_a_mailbox | it stores 10,000, and then all get 429 |
+| an_attempt_that_was_none | after five the job is a dead letter |
+| a_ttl_below_a_millisecond | 200 |
+| a_form_is_refused, json_after_a_bom | the frame is delivered; 400 |
 """
 import contextlib
 import json

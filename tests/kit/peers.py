@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 from tests.kit.processes import COMMAND, PATIENCE
 
+TIMED_OUT = (TimeoutError, socket.timeout)  # noqa: UP041  (two classes before Python 3.10)
+
 
 class Reply(NamedTuple):
     status: int
@@ -84,7 +86,7 @@ class Peer:
         """The status of the next answer; 0 if the bus hung up, None if it says nothing."""
         try:
             return self.answer().status
-        except (TimeoutError, socket.timeout):  # noqa: UP041  (two classes before Python 3.10)
+        except TIMED_OUT:
             return None
         except (OSError, Closed):
             return 0
