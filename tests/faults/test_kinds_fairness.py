@@ -2,13 +2,14 @@
 
 | test | seen red on 2026-11-28's code |
 |---|---|
-| many_at_once_do_not_hold_up_others | as text: 263 ms; the others near it on a quiet machine (3.1 s with /recv?max=1000 in one turn before) |
+| many_at_once_do_not_hold_up_others | as text: 263 ms; with all in one turn (the code before) 3.1 s |
 | a_mailbox_is_not_counted_anew | a refused send takes 8 ms on a full mailbox, 0.2 on an empty one |
 | reads_have_a_rate | 4,000 at once, none refused |
 | a_slow_disk_for_files | others wait 617 ms |
 | verbose_and_a_stderr_that_nobody_reads | the bus stands, or hangs up once its stderr is closed |
 | another_programs_lock | 503 without Retry-After, and the bus ends |
 """
+import contextlib
 import hashlib
 import os
 import subprocess
@@ -86,10 +87,8 @@ def test_many_at_once_on_one_connection_do_not_hold_up_others(laden, which):
 
 
 def send_all(peer, data):
-    try:
+    with contextlib.suppress(OSError):  # the test may be over
         peer.sock.sendall(data)
-    except OSError:
-        pass  # the test is over
 
 
 def test_a_mailbox_is_not_counted_anew_before_the_rate_was_looked_at(tmp_path):

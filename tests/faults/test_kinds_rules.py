@@ -144,8 +144,7 @@ def test_an_attempt_that_was_none_does_not_count(tmp_path, waits):
             with Peer(bus, room=4096) as peer:
                 peer.send("POST", "/claim", {"to": "queue", "wait": 20, "lease": 1})
                 if waits and not number:
-                    parked = b"agent_bus_parked 1\n"
-                    wait_until(lambda: parked in ask(bus, "GET", "/metrics").body)
+                    wait_until(lambda: b"agent_bus_parked 1\n" in ask(bus, "GET", "/metrics").body)
                     one = stored(bus, "queue", "x" * 8_000_000)
                 assert peer.sock.recv(100).startswith(b"HTTP/1.1 200 ")
                 break_off(peer)
