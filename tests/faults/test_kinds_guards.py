@@ -159,7 +159,7 @@ def one_list(bus):
     since = now(bus)
     peers = [Peer(bus, patience=PATIENCE) for _ in range(8)]
     for number in range(3):
-        peers[number].send("GET", f"/recv?to=reader-{number % 2}&since={since}&wait=0.6")
+        peers[number].send("GET", f"/recv?to=reader-{number % 2}&since={since}&wait=0.3")
     wait_until(lambda: json_metric(bus, "parked") >= 3, 0.5)
     with standing(bus):
         for number in range(5):

@@ -118,8 +118,16 @@ def start(path, *options):
         process.stderr.close()
 
 
-@pytest.mark.parametrize("through", ["a link", "a link to a link", "a link to its folder", "a path with dots"])
-@pytest.mark.parametrize("first", ["the file", "the link"])
+@pytest.mark.parametrize(
+    ("through", "first"),
+    [
+        ("a link", "the file"),
+        ("a link", "the link"),
+        ("a link to a link", "the file"),
+        ("a link to its folder", "the link"),
+        ("a path with dots", "the file"),
+    ],
+)
 def test_a_name_of_the_same_database_is_in_use(tmp_path, through, first):
     place = tmp_path / "place"
     place.mkdir()
