@@ -1,0 +1,346 @@
+"""Authority is judged when it is used; ids are no secrets; a text has one door; a mark says what was delivered.
+
+| test | seen red on 2026-11-28's code |
+|---|---|
+| revoked_between_head_and_body | 200, stored or done, for all seven verbs |
+| revoked_while_a_file_* | both come whole; while it is parked it was 401 before |
+| revoking_closes_the_connections_of_a_token | it stays open |
+| revoked_while_descriptors_are_used_up | it is never applied |
+| healthz_of_a_closed_bus_tells_strangers_nothing | the newest tick, and the id of the bus |
+| an_answer_counts_only_from_who_may_read_the_question | the forged one is handed out |
+| a_text_that_is_gone_is_gone_at_every_door | it is in /message, for its sender, receiver and operator |
+| who_reads_a_message_at_another_door_has_fetched_it | it stays queued, and can be recalled |
+| what_a_group_got_before_a_reader_came_is_not_fetched | unread 0 |
+| everyone_is_nobodys_own_mailbox | (1, cursor, cursor) |
+| receipts_of_work_name_the_token | the worker says `ann`, and the receipt is hers |
+"""
+import contextlib
+import hashlib
+import json
+import math
+import os
+import pathlib
+import resource
+import sqlite3
+import time
+
+import pytest
+
+from tests.faults import linux, skipped_without
+from tests.kit.peers import Peer, ask, command, mint, revoke, stored
+from tests.kit.processes import Server, wait_until
+
+SECRET = "the-text-itself"
+GONE = (401, 0)  # refused, or hung up on
+PATIENCE = 4
+
+
+class Tokens:
+    """A bus and the tokens of some names."""
+
+    def __init__(self, bus, of):
+        self.bus, self.of = bus, of
+
+    def ask(self, name, method, path, body=b"", **fields):
+        return ask(self.bus, method, path, body, self.of[name], **fields)
+
+    def peer(self, name, **more):
+        return Peer(self.bus, self.of[name], patience=PATIENCE, **more)
+
+    def log(self):
+        return self.ask("boss", "GET", "/log?max=1000").json["messages"]
+
+
+@pytest.fixture
+def closed(tmp_path):
+    grants = {"bob": ["--also", "queue"], "ann": [], "boss": ["--operator"], "only": ["--send-only"], "carl": []}
+    grants["dora"] = ["--also", "helpers"]
+    of = mint(tmp_path / "bus.db", **grants)
+    with Server(tmp_path / "bus.db") as bus:
+        yield Tokens(bus, of)
+
+
+# Revoked meanwhile
+
+
+def half(peer, method, path, body, ahead=0):
+    """A head that the bus has accepted, and `ahead` bytes of its body; returns the rest."""
+    body = body if isinstance(body, bytes) else json.dumps(body).encode()
+    request = peer.request(method, path, body, Expect="100-continue")
+    peer.sock.sendall(request[: len(request) - len(body)])
+    assert peer.answer().status == 100
+    peer.sock.sendall(body[:ahead])
+    return body[ahead:]
+
+
+def the_rest(peer, rest):
+    with contextlib.suppress(OSError):
+        peer.sock.sendall(rest)
+    return peer.outcome()
+
+
+def a_send(closed):
+    return "POST", "/send", {"to": "ann", "msg": SECRET}, lambda: [m for m in closed.log() if m["msg"] == SECRET]
+
+
+def an_array(closed):
+    _, _, body, stored_now = a_send(closed)
+    return "POST", "/send", [body] * 3, stored_now
+
+
+def a_text(closed):
+    return "POST", "/send?to=ann&from=bob", SECRET.encode(), a_send(closed)[3]
+
+
+def a_question(closed):
+    return "POST", "/ask?wait=1", {"to": "ann", "msg": SECRET}, a_send(closed)[3]
+
+
+def a_claim(closed):
+    one = closed.ask("ann", "POST", "/send", {"to": "queue", "msg": SECRET}).json["id"]
+    return "POST", "/claim", {"to": "queue", "wait": 0}, lambda: state(closed, one) != "queued"
+
+
+def an_ack(closed):
+    one = closed.ask("ann", "POST", "/send", {"to": "queue", "msg": SECRET}).json["id"]
+    job = closed.ask("bob", "POST", "/claim", {"to": "queue", "wait": 0}).json["messages"][0]
+    body = {"id": one, "lease": job["lease"]}
+    return "POST", "/ack", body, lambda: state(closed, one) == "acknowledged"
+
+
+def a_recall(closed):
+    one = closed.ask("bob", "POST", "/send", {"to": "ann", "msg": SECRET}).json["id"]
+    return "POST", "/recall", {"id": one}, lambda: state(closed, one) == "recalled"
+
+
+def state(closed, one):
+    return closed.ask("boss", "GET", f"/message/{one}").json["state"]
+
+
+VERBS = [a_send, an_array, a_text, a_question, a_claim, an_ack, a_recall]
+
+
+@pytest.mark.parametrize(("verb", "ahead"), [(a_send, 0), *((verb, 5) for verb in VERBS)])
+def test_revoked_between_head_and_body(closed, verb, ahead):
+    method, path, body, done = verb(closed)
+    with closed.peer("bob") as peer:
+        rest = half(peer, method, path, body, ahead)
+        revoke(closed.bus, "bob")
+        assert the_rest(peer, rest) in GONE
+    assert not done()
+
+
+def test_revoked_while_a_file_comes_in_pieces(closed):
+    data = os.urandom(300_000)
+    name = hashlib.sha256(data).hexdigest()
+    with closed.peer("bob") as peer:
+        rest = half(peer, "PUT", f"/blob/{name}", data, 100_000)
+        blobs = pathlib.Path(f"{closed.bus.db}.blobs")
+        wait_until(lambda: sum(file.stat().st_size for file in blobs.glob("*.part")) == 100_000)
+        revoke(closed.bus, "bob")
+        assert the_rest(peer, rest) in GONE
+    assert closed.ask("boss", "GET", f"/blob/{name}").status == 404
+    assert sum(file.stat().st_size for file in blobs.glob("*")) <= 100_000
+
+
+def test_revoked_while_a_file_is_read(closed):
+    data = os.urandom(16 << 20)
+    path = f"/blob/{hashlib.sha256(data).hexdigest()}"
+    assert closed.ask("ann", "PUT", path, data).status == 201
+    with closed.peer("bob", room=4096) as peer:
+        peer.send("GET", path)
+        assert peer.sock.recv(1000).startswith(b"HTTP/1.1 200 ")
+        revoke(closed.bus, "bob")
+        got = 1000
+        with contextlib.suppress(OSError):
+            while data_now := peer.sock.recv(1 << 20):
+                got += len(data_now)
+        assert got < len(data), "the whole file came"
+
+
+WAITING = ["/recv?to=bob&since=SINCE&wait=20", "/claim", "/ask?wait=20", "/message/ID?wait_fetched=20"]
+
+
+@pytest.mark.parametrize("path", WAITING)
+def test_revoked_while_it_is_parked(closed, path):
+    one = closed.ask("bob", "POST", "/send", {"to": "ann", "msg": "x"}).json["id"]
+    since = closed.ask("bob", "GET", "/recv?to=bob&since=now").json["now"]
+    body = {"to": "queue", "wait": 20} if path == "/claim" else {"to": "ann", "msg": "?"} if "ask" in path else b""
+    with closed.peer("bob") as peer:
+        peer.send("POST" if body else "GET", path.replace("SINCE", str(since)).replace("ID", one), body)
+        parked = "agent_bus_parked 1\n"
+        wait_until(lambda: parked in closed.ask("boss", "GET", "/metrics").body.decode())
+        revoke(closed.bus, "bob")
+        assert peer.outcome() in GONE
+        sent = closed.ask("ann", "POST", "/send", {"to": "bob", "msg": SECRET}).json["id"]
+    assert state(closed, sent) == "queued"
+
+
+def test_revoking_closes_the_connections_of_a_token(closed):
+    """One that waits for its next request, one whose answer is not read; and no other."""
+    with closed.peer("bob") as idle, closed.peer("ann") as other:
+        assert idle.send("GET", "/recv?to=bob&since=0").answer().status == 200
+        assert other.send("GET", "/recv?to=ann&since=0").answer().status == 200
+        revoke(closed.bus, "bob")
+        idle.sock.settimeout(2)
+        assert idle.outcome() in GONE
+        assert other.send("GET", "/recv?to=ann&since=0").answer().status == 200
+
+
+@skipped_without(linux)
+def test_revoked_while_descriptors_are_used_up(closed):
+    """The file of tokens cannot be opened just then: it is looked at again."""
+    bus = closed.bus
+    closed.ask("bob", "GET", "/recv?to=bob&since=0")
+    open_now = len(list(pathlib.Path(f"/proc/{bus.process.pid}/fd").iterdir()))
+    _, hard = resource.prlimit(bus.process.pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(bus.process.pid, resource.RLIMIT_NOFILE, (min(open_now, 8), hard))
+    revoke(bus, "bob")
+    time.sleep(0.3)  # three times as long as it takes to see it
+    resource.prlimit(bus.process.pid, resource.RLIMIT_NOFILE, (hard, hard))
+    wait_until(lambda: closed.ask("bob", "GET", "/recv?to=bob&since=0").status == 401, 3)
+    assert closed.ask("ann", "GET", "/recv?to=ann&since=0").status == 200
+
+
+# Ids are no secrets
+
+
+def test_healthz_of_a_closed_bus_tells_strangers_nothing(closed):
+    closed.ask("ann", "POST", "/send", {"to": "bob", "msg": "x"})
+    for strange in (ask(closed.bus, "GET", "/healthz"), ask(closed.bus, "GET", "/healthz", Authorization="Bearer x")):
+        answer = strange.json
+        assert set(answer) == {"ok", "now"} and answer["ok"] is True
+        assert answer["now"] == math.floor(answer["now"]) and abs(answer["now"] - time.time()) < 60
+
+
+def test_healthz_of_an_open_bus_says_which_bus_it_is(bus):
+    assert set(ask(bus, "GET", "/healthz").json) == {"ok", "now", "bus"}
+
+
+def asked(closed, to="bob"):
+    """(the connection that waits for its answer, the id of the question)."""
+    peer = closed.peer("ann")
+    peer.send("POST", "/ask?wait=3", {"to": to, "msg": "well?", "key": "q"})
+    question = wait_until(lambda: [each for each in closed.log() if each["msg"] == "well?"])[0]["id"]
+    return peer, question
+
+
+@pytest.mark.parametrize("stranger", ["only", "carl"])
+def test_an_answer_counts_only_from_who_may_read_the_question(closed, stranger):
+    peer, question = asked(closed)
+    forged = {"to": "ann", "msg": "forged", "reply_to": question}
+    assert closed.ask(stranger, "POST", "/send", forged).status == 200, "it is stored, as any message"
+    time.sleep(0.1)
+    assert closed.ask("bob", "POST", "/send", {"to": "ann", "msg": "true", "reply_to": question}).status == 200
+    assert peer.answer().json["reply"]["msg"] == "true"
+    peer.close()
+    again = closed.ask("ann", "POST", "/ask?wait=1", {"to": "bob", "msg": "well?", "key": "q"}).json
+    assert again["reply"]["msg"] == "true", "asked again, it is the same"
+
+
+def test_a_forged_answer_is_none_when_the_question_is_asked_again(closed):
+    _, question = asked(closed)
+    assert closed.ask("only", "POST", "/send", {"to": "ann", "msg": "forged", "reply_to": question}).status == 200
+    again = closed.ask("ann", "POST", "/ask?wait=0", {"to": "bob", "msg": "well?", "key": "q"}).json
+    assert again["duplicate"] is True and again["reply"] is None
+
+
+@pytest.mark.parametrize("who", ["dora", "boss"])
+def test_whoever_may_read_the_mailbox_of_a_question_may_answer_it(closed, who):
+    peer, question = asked(closed, "helpers")
+    assert closed.ask(who, "POST", "/send", {"to": "ann", "msg": "true", "reply_to": question}).status == 200
+    assert peer.answer().json["reply"]["msg"] == "true"
+
+
+# A second door
+
+
+def taken_back(closed, **members):
+    body = {"to": "bob", "msg": SECRET, "subject": "s", **members}
+    one = closed.ask("ann", "POST", "/send", body).json["id"]
+    assert closed.ask("ann", "POST", "/recall", {"id": one}).status == 200
+    return one, "recalled"
+
+
+def expired(closed, **members):
+    body = {"to": "bob", "msg": SECRET, "ttl": 0.05, **members}
+    one = closed.ask("ann", "POST", "/send", body).json["id"]
+    time.sleep(0.1)
+    return one, "expired"
+
+
+@pytest.mark.parametrize("gone", [taken_back, expired])
+@pytest.mark.parametrize("who", ["ann", "bob", "boss"])
+def test_a_text_that_is_gone_is_gone_at_every_door(closed, gone, who):
+    root = closed.ask("bob", "POST", "/send", {"to": "ann", "msg": "root"}).json["id"]
+    one, state_now = gone(closed, reply_to=root)
+    told = closed.ask(who, "GET", f"/message/{one}")
+    assert told.status == 200 and told.json["state"] == state_now and "msg" not in told.json["message"]
+    doors = [f"/message/{one}", f"/message/{one}?wait_fetched=1", f"/thread/{root}", f"/thread/{one}"]
+    doors += ["/log?max=1000", "/log?from=ann"] if who == "boss" else []
+    doors += ["/recv?to=bob&since=0", f"/recv?to=bob&since={int(one, 16) / 1e6 - 1:.6f}"] if who != "ann" else []
+    for door in doors:
+        for fields in ({}, {"Accept": "text/plain"}):
+            reply = closed.ask(who, "GET", door, **fields)
+            assert reply.status == 200, (door, reply)
+            assert SECRET not in reply.body.decode(), door
+
+
+@pytest.mark.parametrize("door", ["/message/ID", "/thread/ID"])
+def test_who_reads_a_message_at_another_door_has_fetched_it(closed, door):
+    one = closed.ask("ann", "POST", "/send", {"to": "bob", "msg": SECRET}).json["id"]
+    assert SECRET in closed.ask("ann", "GET", door.replace("ID", one)).body.decode()
+    assert state(closed, one) == "queued", "its sender, and an operator, are not its receiver"
+    assert SECRET in closed.ask("bob", "GET", door.replace("ID", one)).body.decode()
+    assert state(closed, one) == "fetched"
+    assert closed.ask("ann", "POST", "/recall", {"id": one}).status == 409
+
+
+def test_a_sender_that_reads_its_own_message_may_take_it_back(closed):
+    one = closed.ask("ann", "POST", "/send", {"to": "bob", "msg": SECRET}).json["id"]
+    assert closed.ask("ann", "GET", f"/message/{one}").status == 200
+    assert closed.ask("ann", "POST", "/recall", {"id": one}).status == 200
+
+
+# Marks
+
+
+def test_what_a_group_got_before_a_reader_came_is_not_fetched(tmp_path):
+    with Server(tmp_path / "bus.db") as bus:
+        one = stored(bus, "helpers", "older")
+        stored(bus, "carl", "its own")
+        cursor = ask(bus, "GET", "/recv?to=carl&since=0").json["now"]
+        joined = ask(bus, "GET", f"/recv?to=carl,helpers&since={cursor:.6f}").json
+        assert joined["messages"] == []
+        assert ask(bus, "GET", "/inbox").json["recipients"]["default"]["helpers"] == 1
+        told = ask(bus, "GET", f"/message/{one}").json
+        assert told["state"] == "queued"
+        time.sleep(1.2)  # its mark is on the disk, if it is one
+        command(bus, "prune", "--older", "0")
+        assert ask(bus, "GET", f"/message/{one}").status == 200
+        found = ask(bus, "GET", "/recv?to=dora,helpers&since=0").json["messages"]
+        assert [each["msg"] for each in found] == ["older"]
+        assert ask(bus, "GET", "/inbox").json["recipients"]["default"]["helpers"] == 0, "this one was delivered"
+
+
+def test_everyone_is_nobodys_own_mailbox(tmp_path):
+    with Server(tmp_path / "bus.db") as bus:
+        one = stored(bus, "all", "to everyone")
+        found = ask(bus, "GET", "/recv?to=bob&since=0").json
+        assert len(found["messages"]) == 1
+        ask(bus, "GET", f"/recv?to=bob&since={found['now']:.6f}")
+        ask(bus, "GET", f"/recv?to=all&since={found['now']:.6f}")
+        time.sleep(1.2)  # until marks are on the disk
+        with contextlib.closing(sqlite3.connect(f"file:{bus.db}?mode=ro", uri=True)) as database:
+            rows = database.execute("SELECT own, read, fetched FROM mailboxes WHERE name = 'all'").fetchall()
+        assert rows in ([], [(0, None, 0)])
+        assert "by" not in ask(bus, "GET", f"/message/{one}").json
+
+
+@pytest.mark.parametrize("how", ["claimed", "acknowledged"])
+def test_receipts_of_work_name_the_token_and_then_the_worker(closed, how):
+    one = closed.ask("ann", "POST", "/send", {"to": "queue", "msg": "x"}).json["id"]
+    job = closed.ask("bob", "POST", "/claim", {"to": "queue", "wait": 0, "worker": "ann"}).json["messages"][0]
+    if how == "acknowledged":
+        closed.ask("bob", "POST", "/ack", {"id": one, "lease": job["lease"]})
+    assert closed.ask("boss", "GET", f"/message/{one}").json["by"] == "bob/ann"

@@ -1,0 +1,344 @@
+"""Files and the database: nothing is checked and then used, nothing is lost in silence, one file has one server.
+
+| test | seen red on 2026-11-28's code |
+|---|---|
+| files_beside_somebody_who_makes_and_removes_them | PUTs are never answered (files alone: green) |
+| a_name_of_the_same_database | a second server starts on a symlink; not through a folder's link or dots |
+| a_database_with_several_names | it starts |
+| a_broken_frame_with_others_behind_it | nothing is said, there is no gap |
+| a_restore_that_was_killed, half a restore | an empty bus starts |
+| a_clock_that_jumps | all unread mail is removed |
+"""
+import contextlib
+import hashlib
+import json
+import os
+import pathlib
+import signal
+import struct
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.kit.moved import Moved
+from tests.kit.peers import Peer, alive, ask, stored
+from tests.kit.processes import COMMAND, PATIENCE, ROOT, Server, wait_until
+
+# Files
+
+
+MEDDLER = """
+import random, contextlib, threading, time
+bus_server.TIDY_SECONDS = 0.02
+def meddle():
+    blobs, chance = pathlib.Path(os.environ["BLOBS"]), random.Random(7)
+    while True:
+        try:
+            names, what = json.loads(pathlib.Path(os.environ["MEDDLED"]).read_text())
+        except (OSError, ValueError):
+            time.sleep(0.02)
+            continue
+        kinds = {"parts": [".part"], "files": [""], "both": ["", ".part"], "folders": [".part", ""]}[what]
+        for _ in range(50):
+            file = blobs / (chance.choice(names) + chance.choice(kinds))
+            with contextlib.suppress(OSError):
+                if what == "folders" and chance.random() < 0.1:
+                    file.mkdir()
+                    file.rmdir()
+                elif chance.random() < 0.5:
+                    file.write_bytes(b"x" * chance.choice([0, 1000, 1500]))
+                else:
+                    file.unlink()
+threading.Thread(target=meddle, daemon=True).start()
+"""  # in the same process: its turns and the thread take each other's place at every call of the system
+
+
+@pytest.mark.parametrize("what", ["parts", "files", "both", "folders"])
+def test_files_beside_somebody_who_makes_and_removes_them(tmp_path, what):
+    """Each request gets an answer, none is 500, and the bus goes on; what it keeps is still counted."""
+    program = [str(ROOT / "tests/kit/raising_server.py")]
+    env = {"PATCH": MEDDLER, "FAULT_PORT": "0", "BLOBS": f"{tmp_path / 'bus.db'}.blobs"}
+    meddled = tmp_path / "meddled"
+    env["MEDDLED"] = str(meddled)
+    with Server(tmp_path / "bus.db", "--keep", "1s", program=program, env=env) as bus:
+        blobs = pathlib.Path(f"{bus.db}.blobs")
+        blobs.mkdir()
+        some = [os.urandom(3000) for _ in range(3)]
+        names = [hashlib.sha256(data).hexdigest() for data in some]
+        meddled.write_text(json.dumps([names, what]))
+        count, wrong, end = 0, [], time.monotonic() + 1.5
+        try:
+            while time.monotonic() < end and len(wrong) < 5:
+                for data, name in zip(some, names):
+                    requests = [("PUT", data, {}), ("GET", b"", {}), ("GET", b"", {"Range": "bytes=100-"})]
+                    requests.append(("PUT", data[1000:], {"Content_Range": "bytes 1000-2999/3000"}))
+                    requests.append(("PUT", data[:1000], {"Content_Range": "bytes 0-999/3000"}))
+                    for method, body, fields in requests:
+                        with Peer(bus, patience=3) as peer:
+                            status = peer.send(method, f"/blob/{name}", body, **fields).outcome()
+                        count += 1
+                        if status in (None, 500) or (status == 0 and method == "PUT"):
+                            wrong.append((method, fields, status))
+        finally:
+            meddled.unlink()
+            time.sleep(0.1)
+        assert not wrong and count > 50
+        assert alive(bus) and "Traceback" not in bus.log.read_text()
+        for data, name in zip(some, names):
+            for file in (blobs / name, blobs / f"{name}.part"):
+                with contextlib.suppress(OSError):
+                    file.unlink()
+            assert ask(bus, "PUT", f"/blob/{name}", data).status == 201
+            assert ask(bus, "GET", f"/blob/{name}").body == data
+
+
+# One file, one server
+
+
+def start(path, *options):
+    """The exit code and the words of a server that is expected not to start; 0 if it does."""
+    process = subprocess.Popen(
+        [*COMMAND, "--port", "0", "--db", str(path), *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        line = process.stdout.readline()
+        if line.startswith("listening"):
+            return 0, ""
+        said = process.stderr.read()
+        return process.wait(PATIENCE), said
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+        process.stderr.close()
+
+
+@pytest.mark.parametrize(
+    ("through", "first"),
+    [
+        ("a link", "the file"),
+        ("a link", "the link"),
+        ("a link to a link", "the file"),
+        ("a link to its folder", "the link"),
+        ("a path with dots", "the file"),
+    ],
+)
+def test_a_name_of_the_same_database_is_in_use(tmp_path, through, first):
+    place = tmp_path / "place"
+    place.mkdir()
+    file = place / "bus.db"
+    with Server(file):
+        pass
+    link = tmp_path / "link.db"
+    if through == "a link to its folder":
+        (tmp_path / "other").symlink_to(place)
+        link = tmp_path / "other" / "bus.db"
+    elif through == "a path with dots":
+        link = place / ".." / "place" / "bus.db"
+    else:
+        link.symlink_to(file)
+        if through == "a link to a link":
+            second = tmp_path / "second.db"
+            second.symlink_to(link)
+            link = second
+    running, other = (file, link) if first == "the file" else (link, file)
+    with Server(running) as bus:
+        code, said = start(other)
+        assert code == 2 and "in use" in said and len(said.splitlines()) == 1
+        stored(bus, "bob", "still whole")
+    with Server(file) as bus:
+        assert [each["msg"] for each in ask(bus, "GET", "/recv?to=bob&since=0").json["messages"]] == ["still whole"]
+
+
+@pytest.mark.parametrize("running", [True, False])
+def test_a_database_with_several_names_is_refused(tmp_path, running):
+    file, hard = tmp_path / "bus.db", tmp_path / "hard.db"
+    with Server(file) as bus:
+        os.link(file, hard)
+        if running:
+            code, said = start(hard)
+            assert code == 2 and len(said.splitlines()) == 1
+        assert alive(bus)
+    code, said = start(hard)
+    assert code == 2 and "link" in said and len(said.splitlines()) == 1
+
+
+# Damage that is not silent
+
+
+def frames(wal):
+    """(offset of its page, page number, is it a commit) of each frame."""
+    data = wal.read_bytes()
+    size = struct.unpack(">I", data[8:12])[0]
+    for at in range(32, len(data) - size - 23, 24 + size):
+        number, commit = struct.unpack(">II", data[at : at + 8])
+        if data[at + 8 : at + 16] == data[16:24]:  # of this log, not an older one
+            yield at + 24, number, bool(commit)
+
+
+@pytest.mark.parametrize("flipped", ["page", "head of a frame"])
+def test_a_broken_frame_with_others_behind_it_is_damage_and_is_told(tmp_path, flipped):
+    """kill -9, one bit of the third of nine transactions, a start: damage is said, and readers are told of a gap."""
+    with Server(tmp_path / "bus.db") as bus:
+        ids = [stored(bus, "bob", f"message {number}") for number in range(9)]
+        bus.kill()
+        wal = pathlib.Path(f"{bus.db}-wal")
+        found = list(frames(wal))
+        commits = [place for place, (_, _, commit) in enumerate(found) if commit]
+        assert len(commits) >= 9
+        at = found[commits[-7]][0] + (2000 if flipped == "page" else -12)
+        data = bytearray(wal.read_bytes())
+        data[at] ^= 1
+        wal.write_bytes(data)
+        before = len(bus.log.read_text())
+        bus.start()
+        said = bus.log.read_text()[before:]
+        kept = [each["msg"] for each in ask(bus, "GET", "/log?max=1000").json["messages"]]
+        assert len(kept) < 9, "the test has flipped something that did not matter"
+        assert "damage" in said and "Traceback" not in said, said
+        behind = f"{int(ids[0], 16) / 1e6:.6f}"
+        for since in ("0", behind):
+            answer = ask(bus, "GET", f"/recv?to=bob&since={since}").json
+            assert answer["gap"]["to"] > answer["gap"]["from"], "a reader is told"
+        again = stored(bus, "bob", "afterwards")
+        assert int(again, 16) > int(ids[-1], 16), "no tick comes twice"
+        after = ask(bus, "GET", f"/recv?to=bob&since={int(ids[-1], 16) / 1e6:.6f}").json["messages"]
+        assert after[-1]["msg"] == "afterwards"
+
+
+def test_what_was_torn_at_the_end_is_no_damage(tmp_path):
+    """The control: half a transaction at the end is what a crash leaves; nobody is told of a loss that is none."""
+    with Server(tmp_path / "bus.db") as bus:
+        for number in range(5):
+            stored(bus, "bob", f"message {number}")
+        bus.kill()
+        wal = pathlib.Path(f"{bus.db}-wal")
+        with wal.open("ab") as file:
+            file.write(wal.read_bytes()[32:1500])
+        bus.start()
+        assert "damage" not in bus.log.read_text()
+        answer = ask(bus, "GET", "/recv?to=bob&since=0").json
+        assert len(answer["messages"]) == 5 and "gap" not in answer
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+import bus_server
+left = int(sys.argv[1])
+def counted(real):
+    def call(*arguments, **options):
+        global left
+        result = real(*arguments, **options)
+        left -= 1
+        if not left:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+    return call
+for name in ("rename", "replace", "unlink", "remove", "link", "symlink"):
+    setattr(os, name, counted(getattr(os, name)))
+sys.exit(bus_server.main(sys.argv[2:]))
+"""
+
+
+def restore(path, copy, kill_after=0):
+    command = [sys.executable, "-c", KILLED.format(root=str(ROOT)), str(kill_after), "restore", str(copy)]
+    return subprocess.run([*command, "--db", str(path)], capture_output=True, text=True, timeout=PATIENCE)
+
+
+@pytest.mark.slow("restores, is killed and starts about six times")
+def test_a_restore_that_was_killed_is_no_empty_bus(tmp_path):
+    """At each rename, the old one's WAL beside it: a start has all of the one or of the other, or says how to go on."""
+    copy = tmp_path / "copy.db"
+    with Server(tmp_path / "first.db") as bus:
+        stored(bus, "bob", "copied")
+        subprocess.run([*COMMAND, "backup", str(copy), "--db", bus.db], check=True, capture_output=True)
+    refused = 0
+    for step in range(1, 20):
+        place = tmp_path / str(step)
+        place.mkdir()
+        with Server(place / "bus.db") as bus:
+            for number in range(3):
+                stored(bus, "bob", f"old {number}")
+            bus.kill()  # what it was told is in the WAL
+        done = restore(place / "bus.db", copy, step)
+        if done.returncode == 0:
+            break
+        assert done.returncode == -signal.SIGKILL, done
+        code, said = start(place / "bus.db")
+        if code:
+            refused += 1
+            assert code == 2 and "restore" in said and len(said.splitlines()) == 1, said
+            assert restore(place / "bus.db", copy).returncode == 0, "it can be done again"
+        with Server(place / "bus.db") as bus:
+            found = [each["msg"] for each in ask(bus, "GET", "/recv?to=bob&since=0").json["messages"]]
+        assert found in (["copied"], ["old 0", "old 1", "old 2"]), f"killed after step {step}: {found}"
+        if code:
+            assert found == ["copied"]
+    else:
+        pytest.fail("it was never done")
+    assert step > 2
+
+
+@pytest.mark.parametrize("half", ["moved away", "moved away but for its log"])
+def test_a_start_beside_half_a_restore_refuses(tmp_path, half):
+    """Both halves as they were before this was known: the new one is there, the old one has another name."""
+    file = tmp_path / "bus.db"
+    with Server(file) as bus:
+        stored(bus, "bob", "old")
+        subprocess.run([*COMMAND, "backup", str(tmp_path / "bus.db.new"), "--db", bus.db], check=True)
+        bus.kill()
+    old = f"{file}.1795912180887118"
+    os.rename(file, old)
+    if half == "moved away":
+        for suffix in ("-wal", "-shm"):
+            os.rename(f"{file}{suffix}", f"{old}{suffix}")
+    code, said = start(file)
+    assert code == 2 and "restore" in said and len(said.splitlines()) == 1, (code, said)
+    assert not file.exists(), "nothing was made"
+
+
+# Time
+
+
+def kept(bus):
+    return [each["msg"] for each in ask(bus, "GET", "/log?max=1000").json["messages"]]
+
+
+@pytest.mark.parametrize("days", [31, 400])
+def test_a_clock_that_jumps_removes_nothing(tmp_path, days):
+    """For a minute, in which retention looks; here for a second, in which it looks five times."""
+    moved = Moved(tmp_path, "--keep", "30d", wall_alone=True)
+    with moved.bus as bus:
+        for number in range(5):
+            stored(bus, "bob", f"message {number}")
+        time.sleep(0.5)
+        moved.go(days * 86400)
+        time.sleep(1)
+        moved.go(0)
+        assert len([each for each in kept(bus) if each.startswith("message")]) == 5
+        time.sleep(0.5)
+        assert len([each for each in kept(bus) if each.startswith("message")]) == 5
+        answer = ask(bus, "GET", "/recv?to=bob&since=0").json
+        assert len(answer["messages"]) == 5 and "gap" not in answer
+
+
+def test_a_clock_that_was_right_after_all_is_believed_after_an_hour(tmp_path):
+    """Seen twice, an hour apart: then what is too old goes, as always."""
+    moved = Moved(tmp_path, "--keep", "30d")
+    with moved.bus as bus:
+        stored(bus, "bob", "message")
+        time.sleep(0.5)
+        moved.go(31 * 86400)
+        time.sleep(1)
+        assert kept(bus) == ["message"]
+        moved.go(31 * 86400 + 1900)
+        time.sleep(0.5)
+        assert kept(bus) == ["message"]
+        moved.go(31 * 86400 + 3700)
+        wait_until(lambda: kept(bus) == [], 5)
