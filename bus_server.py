@@ -1000,7 +1000,7 @@ class App(Protocol):
     def over(self, connection: Connection) -> Answer | None:
         """The hold of a parked connection has passed, or its peer sends no more."""
 
-    def left(self, connection: Connection) -> None:
+    def left(self, connection: Any) -> None:
         """A parked connection broke."""
 
     def delivered(self, reader: Any, tick: int) -> None:
@@ -1012,7 +1012,7 @@ class App(Protocol):
     def check_token(self, token: str) -> None:
         """Refused, if this token was revoked."""
 
-    def answered(self, connection: Connection, answer: Answer) -> None:
+    def answered(self, connection: Any, answer: Answer) -> None:
         """An answer is about to be written; for figures and for the log of requests."""
 
 
@@ -1104,7 +1104,7 @@ class Deadlines:
         self.slots: dict[int, set[Connection]] = {}
         self.order: list[int] = []
 
-    def set(self, connection: Connection, patience: float) -> None:
+    def set(self, connection: Any, patience: float) -> None:
         connection.due = self.clock() + patience
         slot = self._slot(connection)
         if slot < connection.slot:
@@ -1165,7 +1165,7 @@ class Door:
         self.strangers.pop(connection, None)
         self.deadlines.forget(connection)
 
-    def owe(self, connection: Connection, size: int) -> None:
+    def owe(self, connection: Outgoing, size: int) -> None:
         """So many bytes of the answer are unsent now."""
         for owner in ("", connection.owner()):
             self.unsent[owner] += size - connection.unsent
@@ -1173,7 +1173,7 @@ class Door:
                 del self.unsent[owner]
         connection.unsent = size
 
-    def is_full(self, connection: Connection, size: int) -> bool:
+    def is_full(self, connection: Outgoing, size: int) -> bool:
         """Would an answer of this size be too much, as others are unread?"""
         each = self.unsent[connection.owner()] + size > self.UNSENT_EACH
         return size > self.SMALL and bool(self.unsent) and (each or self.unsent[""] + size > self.UNSENT)
@@ -1199,19 +1199,13 @@ class Door:
             connection.guard(connection.check_token)
 
 
-class Connection:
-    """One socket, and the one thing it waits for. Owned by the loop.
-
-    IDLE -> HEAD -> BODY -> BUSY or PARKED -> WRITING -> IDLE, or -> LINGER and closed. A step that need not wait is
-    skipped: a short request that is answered at once never leaves the first call of data_received.
-
-    Invariants: one request in hand per connection, and a pipelined one waits in `buffer` for the next turn. Nothing is
-    answered from inside another answer. An exception costs this connection a 500, and nothing else: guard() sees to it.
-    """
+class Outgoing:
+    """The state of a connection, and how its answers are written. Connection is this, and how requests come."""
 
     __slots__ = (
         "address buffer closing delivering door due ended file phase request slot token transport unsent".split()
     )
+    address: str
     transport: Plain
     request: Request | None
     file: Stream | None  # what is left of the answer being written
@@ -1247,6 +1241,114 @@ class Connection:
         else:
             self.closing = True
             self.write(refusal(our_fault()))
+
+    def wait(self, phase: Phase, patience: float) -> None:
+        self.phase = phase
+        self.door.deadlines.set(self, patience)
+
+    def advance(self) -> None:
+        """Take the next request."""
+        raise NotImplementedError
+
+    def answer(self, answer: Answer | None) -> None:
+        """Answer the request in hand. What is pipelined behind it waits for the next turn."""
+        if answer and self.phase is not LINGER:  # None: it is answered later; LINGER: the peer has gone meanwhile
+            self.write(answer)
+            if self.phase is IDLE and (self.buffer or self.ended):
+                self.soon(self.advance)
+
+    def write(self, answer: Answer) -> None:
+        if self.door.is_full(self, len(answer.body)):
+            if answer.delivers:
+                self.door.app.lost(*answer.delivers)
+            answer = refusal(Refused(503, "read the answers to your earlier requests first", ("Retry-After", "5")))
+        self.phase = WRITING
+        self.closing = self.closing or self.door.app.draining
+        self.door.app.answered(self, answer)
+        request, self.request = self.request, None
+        bare = request is not None and request.command == "HEAD"
+        self.delivering, self.file = answer.delivers, answer.file
+        if request and request.sink and not request.sink.busy:
+            request.sink.close()
+        if self.file and bare:
+            self.file.close()
+            self.file = None
+        self.transport.write(http_bytes(answer, bare, self.closing))
+        if self.transport.closing:  # the connection broke: nobody has the answer, and connection_lost comes next
+            return
+        if self.transport.unsent:
+            self.door.owe(self, len(self.transport.unsent))
+            self.wait(WRITING, ANSWER_SECONDS + len(answer.body) / BODY_RATE)
+        elif self.file:
+            self.soon(self.resume_writing)
+        else:
+            self.written()
+
+    def resume_writing(self) -> None:
+        """The peer's system has what was written so far."""
+        if self.phase is WRITING:
+            self.door.owe(self, 0)
+            if self.file and not self.file.busy:
+                self.wait(WRITING, ANSWER_SECONDS)
+                self.file.busy = True
+                file = self.file
+                self.door.loop.in_thread(file.read, lambda piece: self.write_piece(file, piece))
+            elif not self.file:
+                self.written()
+                self.advance()
+
+    def write_piece(self, file: Stream, piece: Any) -> None:
+        """Write one more piece of a file."""
+        file.busy = False
+        if self.phase is LINGER:
+            file.close()
+            return
+        self.closing = self.closing or not piece  # somebody cut the file: its peer must not take what follows for it
+        try:
+            self.door.app.check_token(self.token or "")
+            self.transport.write(b"" if isinstance(piece, Exception) else piece)
+        except Refused:
+            self.transport.abort()
+        if not file.length or self.transport.closing or isinstance(piece, Exception):
+            file.close()
+            self.file = None
+        if not self.transport.closing and not self.transport.unsent:
+            self.soon(self.resume_writing)
+
+    def written(self) -> None:
+        """The peer's system has the whole answer."""
+        delivering, self.delivering = self.delivering, None
+        if delivering:
+            self.door.app.delivered(*delivering)
+        if self.closing:
+            self.hang_up()
+        else:
+            self.wait(IDLE, IDLE_SECONDS)
+            if len(self.buffer) <= HEAD_BYTES:
+                self.transport.resume_reading()
+
+    def hang_up(self) -> None:
+        """Close without losing the answer: say that we are done, then read on until the peer has closed too."""
+        self.buffer = b""
+        self.wait(LINGER, LINGER_SECONDS)
+        self.transport.write_eof()
+        if self.ended:
+            self.transport.close()
+        else:
+            self.transport.resume_reading()
+
+
+class Connection(Outgoing):
+    """One socket, and the one thing it waits for. Owned by the loop.
+
+    IDLE -> HEAD -> BODY -> BUSY or PARKED -> WRITING -> IDLE, or -> LINGER and closed. A step that need not wait is
+    skipped: a short request that is answered at once never leaves the first call of data_received.
+
+    Invariants: one request in hand per connection, and a pipelined one waits in `buffer` for the next turn. Nothing is
+    answered from inside another answer. An exception costs this connection a 500, and nothing else: guard() sees to it.
+    """
+
+    __slots__ = ()
 
     # Called by the transport
 
@@ -1295,10 +1397,6 @@ class Connection:
             self.advance()
 
     # Requests
-
-    def wait(self, phase: Phase, patience: float) -> None:
-        self.phase = phase
-        self.door.deadlines.set(self, patience)
 
     def advance(self) -> None:
         """Take one request from the buffer, if the one before is answered; the next one is for the next turn."""
@@ -1399,99 +1497,10 @@ class Connection:
         if self.phase is not HEAD:  # an absolute deadline: a byte now and then does not extend it
             self.wait(HEAD, HEAD_SECONDS)
 
-    # Answers
-
-    def answer(self, answer: Answer | None) -> None:
-        """Answer the request in hand. What is pipelined behind it waits for the next turn."""
-        if answer and self.phase is not LINGER:  # None: it is answered later; LINGER: the peer has gone meanwhile
-            self.write(answer)
-            if self.phase is IDLE and (self.buffer or self.ended):
-                self.soon(self.advance)
-
-    def write(self, answer: Answer) -> None:
-        if self.door.is_full(self, len(answer.body)):
-            if answer.delivers:
-                self.door.app.lost(*answer.delivers)
-            answer = refusal(Refused(503, "read the answers to your earlier requests first", ("Retry-After", "5")))
-        self.phase = WRITING
-        self.closing = self.closing or self.door.app.draining
-        self.door.app.answered(self, answer)
-        request, self.request = self.request, None
-        bare = request is not None and request.command == "HEAD"
-        self.delivering, self.file = answer.delivers, answer.file
-        if request and request.sink and not request.sink.busy:
-            request.sink.close()
-        if self.file and bare:
-            self.file.close()
-            self.file = None
-        self.transport.write(http_bytes(answer, bare, self.closing))
-        if self.transport.closing:  # the connection broke: nobody has the answer, and connection_lost comes next
-            return
-        if self.transport.unsent:
-            self.door.owe(self, len(self.transport.unsent))
-            self.wait(WRITING, ANSWER_SECONDS + len(answer.body) / BODY_RATE)
-        elif self.file:
-            self.soon(self.resume_writing)
-        else:
-            self.written()
-
-    def resume_writing(self) -> None:
-        """The peer's system has what was written so far."""
-        if self.phase is WRITING:
-            self.door.owe(self, 0)
-            if self.file and not self.file.busy:
-                self.wait(WRITING, ANSWER_SECONDS)
-                self.file.busy = True
-                file = self.file
-                self.door.loop.in_thread(file.read, lambda piece: self.write_piece(file, piece))
-            elif not self.file:
-                self.written()
-                self.advance()
-
-    def write_piece(self, file: Stream, piece: Any) -> None:
-        """Write one more piece of a file."""
-        file.busy = False
-        if self.phase is LINGER:
-            file.close()
-            return
-        self.closing = self.closing or not piece  # somebody cut the file: its peer must not take what follows for it
-        try:
-            self.door.app.check_token(self.token or "")
-            self.transport.write(b"" if isinstance(piece, Exception) else piece)
-        except Refused:
-            self.transport.abort()
-        if not file.length or self.transport.closing or isinstance(piece, Exception):
-            file.close()
-            self.file = None
-        if not self.transport.closing and not self.transport.unsent:
-            self.soon(self.resume_writing)
-
-    def written(self) -> None:
-        """The peer's system has the whole answer."""
-        delivering, self.delivering = self.delivering, None
-        if delivering:
-            self.door.app.delivered(*delivering)
-        if self.closing:
-            self.hang_up()
-        else:
-            self.wait(IDLE, IDLE_SECONDS)
-            if len(self.buffer) <= HEAD_BYTES:
-                self.transport.resume_reading()
-
     # Ends
 
     def release(self) -> None:
         self.answer(self.door.app.over(self))
-
-    def hang_up(self) -> None:
-        """Close without losing the answer: say that we are done, then read on until the peer has closed too."""
-        self.buffer = b""
-        self.wait(LINGER, LINGER_SECONDS)
-        self.transport.write_eof()
-        if self.ended:
-            self.transport.close()
-        else:
-            self.transport.resume_reading()
 
     def drain(self) -> None:
         """The bus is shutting down."""
@@ -3503,9 +3512,9 @@ class Sending:
         self.bus.check_open()
         if not request.body:
             raise Refused(400, "the body is empty: send JSON, or any text with ?from=NAME&to=NAME")
-        if request.fields.get("content-type", "").startswith("multipart/"):
-            raise Refused(400, "the body is a form: send the text itself with curl --data-binary")
         query = request.query()
+        if "to" in query.fields and request.fields.get("content-type", "").startswith("multipart/"):
+            raise Refused(400, "the body is a form: send the text itself with curl --data-binary")
         value = verbatim(request.body, query) if "to" in query.fields else parse_json(request.body)
         several = isinstance(value, list)
         messages = value if several else [value]

@@ -35,6 +35,9 @@ class Caller:
         self.sock.recv(1)
         self.action()
 
+    def failed(self):
+        self.has_failed = True
+
     def close(self):
         self.sock.close()
         self.other.close()

@@ -115,8 +115,38 @@ def test_the_first_name_is_the_readers_own(mailboxes):
     mailboxes.presented(poll("bob", "team", since=70))
     bob, team = mailboxes.box("default", "bob"), mailboxes.box("default", "team")
     assert (bob.own, bob.read, bob.mark()) == (True, 70, 70)
-    assert (team.own, team.read, team.mark()) == (False, None, 70), "a group has no cursor, and what was fetched counts"
-    assert mailboxes.online(team)
+    assert (team.own, team.read, team.mark()) == (False, None, 0), "of a group, a cursor says nothing"
+    mailboxes.delivered(poll("bob", "team", since=70), 80)
+    assert team.mark() == 80 and mailboxes.online(team)
+
+
+def test_who_joins_a_group_later_has_not_fetched_its_older_mail(mailboxes):
+    mailboxes.oldest = lambda channel, own, mark: 50 if own == "team" and mark < 50 else None
+    mailboxes.add([message(50, "team"), message(90, "team")])
+    polled(mailboxes, poll("bob", "team"), "", 5)
+    mailboxes.presented(poll("bob", "team", since=70))
+    mailboxes.delivered(poll("bob", "team", since=70), 90)
+    assert mailboxes.box("default", "team").mark() == 0, "the message of 50 was delivered to nobody"
+    mailboxes.delivered(poll("eve", "team", since=0), 90)
+    assert mailboxes.box("default", "team").mark() == 90
+
+
+def test_a_name_that_was_only_looked_at_is_forgotten_and_not_written(mailboxes):
+    polled(mailboxes, poll("bob"), "", 5)
+    assert mailboxes.take_marks() == [], "there is a row for a name that was only looked at"
+    mailboxes.idle(5 + 500_000_000, 0)
+    assert ("default", "bob") in mailboxes.boxes
+    mailboxes.idle(5 + 601_000_000, 0)
+    assert ("default", "bob") not in mailboxes.boxes
+
+
+def test_a_row_without_mail_and_without_a_poll_goes_unless_its_reader_must_be_told_of_a_gap(mailboxes):
+    for name, seen, removed in (("idle", 5, 0), ("behind", 5, 40), ("fresh", 900, 0)):
+        polled(mailboxes, poll(name), "", seen)
+        mailboxes.presented(poll(name, since=30))
+        mailboxes.add([message(20, name)])
+        mailboxes.box("default", name).removed = max(removed, 20)
+    assert mailboxes.idle(1000, 500) == [["default", "idle"]]
 
 
 def test_another_reader_of_a_name_does_not_move_its_cursor(mailboxes):
@@ -158,7 +188,6 @@ def test_marks_that_changed_are_given_out_once(mailboxes):
     mailboxes.presented(poll("bob", since=10))
     assert {mark[1]: mark[2:] for mark in mailboxes.take_marks()} == {
         "bob": (True, 10, 10, 5),
-        EVERYONE: (False, None, 10, 5),
     }
     assert mailboxes.take_marks() == []
 

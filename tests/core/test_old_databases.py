@@ -188,7 +188,10 @@ def test_every_message_is_as_far_as_it_was(old, bus):
         job = old.jobs.get(message["tick"])
         state = "dead" if job in old.failed() else state
         assert (answer["state"], answer.get("by"), answer.get("at")) == (state, by, at), message
-        assert answer["message"] == old.delivered(message)
+        readable = old.delivered(message)
+        if state in ("recalled", "expired"):  # it has no text any more
+            readable = {member: readable[member] for member in ("ts", "id", "to", "from", "channel")}
+        assert answer["message"] == readable
         assert answer.get("attempt") == (job["attempt"] if job else None)
 
 

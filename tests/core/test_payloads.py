@@ -92,7 +92,7 @@ def test_a_wrong_idempotency_key_is_refused(talk, key):
 
 
 @pytest.mark.parametrize("body, said", [
-    (hostile.mail("mallory", ttl="1e300"), "above 0 and up to 1000000000"),
+    (hostile.mail("mallory", ttl="1e300"), "from 0.001 to 1000000000"),
     (hostile.mail("mallory", extra=hostile.nested("[", "]", 33)), "nested more than 32 deep"),
     (hostile.mail("mallory", extra=hostile.nested("[", "]", 100000)), "nested more than 32 deep"),
     (b"[%s, %s]" % (hostile.mail("mallory"), hostile.mail("mallory", to='"eve"')), "that of the head is for each"),
@@ -109,6 +109,20 @@ def test_a_body_of_exactly_the_limit_passes_and_one_byte_more_is_413(server):
     connection.request("POST", "/send", b" " + fits.replace(b"alice", b"mallory"))
     assert connection.getresponse().status == 413
     assert Talk(server).ask("GET", "/log?from=mallory")[1]["messages"] == []
+
+
+def test_json_behind_a_byte_order_mark_is_json(server):
+    """Some editors and shells begin a file with one."""
+    assert Talk(server).send(b"\xef\xbb\xbf" + hostile.mail("alice"))[0] == 200
+
+
+def test_a_form_is_refused_with_what_to_do_instead(server):
+    """curl -F: its framing would be delivered as the text."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE)
+    body = b'--x\r\nContent-Disposition: form-data; name="msg"\r\n\r\nhello\r\n--x--\r\n'
+    connection.request("POST", "/send?from=w&to=x", body, {"Content-Type": "multipart/form-data; boundary=x"})
+    answer = connection.getresponse()
+    assert answer.status == 400 and b"--data-binary" in answer.read()
 
 
 def test_a_python_without_a_limit_for_integers_refuses_long_ones_too(tmp_path):

@@ -223,15 +223,21 @@ class Desk:
         self.bus = inside.make(path)
         self.answers = []
 
+    phase, token = None, ""
+
     def answer(self, answer):
         self.answers.append(answer)
+
+    def guard(self, action):
+        action()
 
     @property
     def statuses(self):
         return [answer.status for answer in self.answers]
 
     def post(self, size):
-        self.bus.do(Put([draft({"from": "a", "to": "b", "msg": "x" * size}, None)]), self, self.bus.sent)
+        put = Put([draft({"from": "a", "to": "b", "msg": "x" * size}, None)])
+        self.bus.do(put, self, lambda *told: self.bus.sending.answer("", False, *told))
 
     def turn(self):
         while self.bus.loop.actions:

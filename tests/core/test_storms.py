@@ -34,7 +34,8 @@ def message(sender, to, depth=0, **members):
 
 
 def check(storms, *drafts):
-    storms.check(drafts, ways(drafts))
+    storms.spend(drafts[0].sender, len(drafts))
+    return storms.check(drafts, ways(drafts))
 
 
 def refusal(storms, *drafts):
@@ -78,19 +79,43 @@ def test_a_chain_of_replies_ends(storms):
 
 
 def test_two_that_answer_each_other_are_stopped_and_may_go_on_later(storms, clock):
-    check(storms, message("alice", "bob"))
-    for turn in range(Storms.TURNS):
+    warnings = [check(storms, message("alice", "bob"))]
+    for turn in range(storms.most_turns):
         clock.now += 1
-        check(storms, message(*(("bob", "alice") if turn % 2 == 0 else ("alice", "bob"))))
+        warnings.append(check(storms, message(*(("bob", "alice") if turn % 2 == 0 else ("alice", "bob")))))
+    assert [bool(warning) for warning in warnings].index(True) == storms.most_turns // 4
+    assert "alice and bob have answered each other 120 times" in warnings[-1]
     sentence, wait = refusal(storms, message("bob", "alice"))
-    assert "answered each other" in sentence and wait == Storms.WITHIN - (Storms.TURNS - 1)
+    assert "answered each other" in sentence and wait == Storms.WITHIN - (storms.most_turns - 1)
     check(storms, message("alice", "bob"))  # who spoke last may add something
     clock.now += wait + 1
     check(storms, message("bob", "alice"))
 
 
-def test_speaking_without_being_answered_is_no_loop(storms):
-    for _ in range(10 * Storms.TURNS):
+def test_turns_0_is_no_limit_and_no_warning(clock):
+    storms = Storms(clock, rate=0, turns=0)
+    for _ in range(500):
+        assert not check(storms, message("alice", "bob")) and not check(storms, message("bob", "alice"))
+
+
+def test_readers_and_new_names_have_a_rate_each(storms, clock):
+    for _ in range(Storms.READS_BURST):
+        storms.read("bob")
+    with pytest.raises(Refused):
+        storms.read("bob")
+    storms.read("eve")
+    storms.name("10.0.0.1", Storms.NAMES_BURST)
+    with pytest.raises(Refused):
+        storms.name("10.0.0.1", 1)
+    storms.name("10.0.0.1", 0)
+    clock.now += 6.1
+    storms.name("10.0.0.1", 1)
+    storms.read("bob")
+
+
+def test_speaking_without_being_answered_is_no_loop(clock):
+    storms = Storms(clock, rate=0)
+    for _ in range(10 * storms.most_turns):
         check(storms, message("alice", "bob"))
         check(storms, message("alice", "all"))
         check(storms, message("bob", "all"))
@@ -100,10 +125,10 @@ def test_what_says_nothing_any_more_is_forgotten(storms, clock):
     check(storms, message("alice", "bob"))
     check(storms, message("bob", "alice"))
     storms.forget()
-    assert storms.turns and storms.budgets
+    assert storms.turns and storms.sends.left
     clock.now += Storms.WITHIN + 1
     storms.forget()
-    assert not storms.turns and not storms.budgets
+    assert not storms.turns and not storms.sends.left
 
 
 class Peer:
@@ -163,8 +188,8 @@ def test_a_full_mailbox_refuses_in_words_until_it_is_fetched(tmp_path):
     with Server(tmp_path / "bus.db") as bus:
         peer = Peer(bus)
         batch = [{"from": "alice", "to": "bob", "msg": "x"}] * 1000
-        for _ in range(bus_server.MAILBOX_MESSAGES // 1000):
-            assert peer.ask("POST", "/send", batch)[0] == 200
+        for sender in range(bus_server.MAILBOX_MESSAGES // 1000):
+            assert peer.ask("POST", "/send", [{**each, "from": f"alice-{sender}"} for each in batch])[0] == 200
         status, headers, said = peer.ask("POST", "/send", batch[0])
         assert status == 429 and "mailbox of bob is full" in said["error"] and headers["Retry-After"]
         assert peer.ask("POST", "/send", {"from": "alice", "to": "eve", "msg": "x"})[0] == 200
@@ -174,6 +199,16 @@ def test_a_full_mailbox_refuses_in_words_until_it_is_fetched(tmp_path):
         assert peer.ask("POST", "/send", batch[0])[0] == 429, "a restart forgot what waits"
         assert len(peer.ask("GET", "/recv?to=bob&max=1000")[2]["messages"]) == 1000
         wait_until(lambda: peer.ask("POST", "/send", batch[0])[0] == 200)
+
+
+def test_who_holds_a_quarter_of_a_mailbox_that_is_nearly_full_is_refused_and_the_others_are_not(tmp_path):
+    with Server(tmp_path / "bus.db", "--rate", "0") as bus:
+        peer = Peer(bus)
+        for _ in range(bus_server.MAILBOX_MESSAGES * 3 // 4 // 500):
+            assert peer.ask("POST", "/send", [{"from": "flood", "to": "bob", "msg": "x"}] * 500)[0] == 200
+        status, headers, said = peer.ask("POST", "/send", {"from": "flood", "to": "bob", "msg": "x"})
+        assert status == 429 and "nearly full" in said["error"] and "from flood" in said["error"]
+        assert peer.ask("POST", "/send", {"from": "alice", "to": "bob", "msg": "x"})[0] == 200
 
 
 def test_large_messages_fill_a_mailbox_by_their_bytes(tmp_path):

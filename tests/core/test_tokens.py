@@ -73,7 +73,7 @@ def test_a_link_is_not_written_through(tmp_path):
     assert target.read_text() == "precious"
 
 
-def test_a_row_of_another_shape_ends_the_bus_instead_of_its_sweep(bus):
+def test_a_row_of_another_shape_shuts_the_bus_and_ends_nothing(bus):
     pathlib.Path(f"{bus.db}.tokens").write_text(json.dumps({"id": "abt_00000000"}) + "\n")
-    assert bus.process.wait(PATIENCE) == 1
-    assert "KeyError" in bus.log.read_text()
+    wait_until(lambda: "a line is not that of a token" in bus.log.read_text())
+    assert ask(bus, "GET", "/agents")[0] == 401 and bus.process.poll() is None
