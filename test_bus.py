@@ -685,7 +685,7 @@ def test_a_chain_of_replies_ends(bus):
 
 @open_only
 def test_two_that_answer_each_other_are_stopped(bus):
-    """5.10 two names that answer each other are warned from the 30th turn in 10 minutes on, and refused after 120 (429)"""
+    """5.10 two names that answer each other are warned from the 30th turn in 10 minutes on, and get 429 after 120"""
     names, warned = [fresh(), fresh()], []
     for number in range(121):
         names.reverse()
