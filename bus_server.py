@@ -1271,7 +1271,7 @@ class Outgoing:
         if self.door.is_full(self, len(answer.body)):
             if answer.delivers:
                 self.door.app.lost(*answer.delivers)
-            answer = refusal(Refused(503, "read the answers to your earlier requests first", ("Retry-After", "5")))
+            answer = refusal(unread_answers())
         self.phase = WRITING
         self.closing = self.closing or self.door.app.draining
         self.door.app.answered(self, answer)
@@ -1554,6 +1554,10 @@ class Connection(Outgoing):
             self.stop_waiting(Refused(408, f"the request took too long: we waited for {self.phase.value}"))
 
 
+def unread_answers() -> Refused:
+    return Refused(503, "read the answers to your earlier requests first", ("Retry-After", "5"))
+
+
 def our_fault() -> Refused:
     return Refused(500, "the bus failed on this request; its log says why")
 
@@ -1693,6 +1697,7 @@ class Tls(Plain):
 class Listener:
     """Accepts connections on one socket. Without descriptors it pauses for RETRY, instead of spinning (98 % CPU)."""
 
+    SEND_BYTES = 262144  # of an answer that the system may hold for a peer
     RETRY = 0.05  # s
     AT_ONCE = 32  # in one turn; a request is read a turn later, and must not be dropped as a stranger before
 
@@ -1731,6 +1736,7 @@ class Listener:
         with contextlib.suppress(OSError):  # the peer may have gone already; reading will tell
             guest.setblocking(False)
             guest.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            guest.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, self.SEND_BYTES)  # else what is unread hides there
         if self.tls:
             guest = self.tls.wrap_socket(guest, server_side=True, do_handshake_on_connect=False)
         transport = (Tls if self.tls else Plain)(self.door.loop, guest, Connection(self.door))
@@ -2767,7 +2773,7 @@ def check_names(path: str) -> None:
     """Unusable, if this path is not the one whole name of a database."""
     if os.path.exists(path) and os.stat(path).st_nlink > 1:
         raise Unusable(f"{path} has several names (hard links), each with a log of its own: remove all but one")
-    if os.path.exists(restoring(path)):
+    if os.path.exists(restoring(path)) or (os.path.exists(f"{path}.new") and not os.path.exists(path)):
         raise Unusable(f"a restore of {path} was cut off: run it again (python3 bus_server.py restore COPY)")
 
 
@@ -3023,7 +3029,9 @@ class Mailboxes:
         for own, box in zip(reader.present(), self.of(reader)):
             box.reached = max(box.reached, tick)
             box.pending = box.by_sender = None
-            since = reader.since if isinstance(reader, Poll) and own not in (reader.me, EVERYONE) else 0
+            if own == EVERYONE:  # it is nobody's own mailbox, and has no marks
+                continue
+            since = reader.since if isinstance(reader, Poll) and own != reader.me else 0
             if since > box.fetched and self.hole(str(reader.channel), own, box.fetched, since):
                 continue
             self.fetched(reader, own, box, tick)
@@ -3329,6 +3337,8 @@ class Bus:
         head = request.parsed
         request.grant = self.gate.admit(head)
         route = self.routes.get((head.command, head.route))
+        if head.command == "GET" and head.route not in PUBLIC and self.door.is_full(request.peer, ANSWER_BYTES):
+            raise unread_answers()
         if route and route.sink:
             request.sink = route.sink(request)
         elif head.length > self.max_body:
@@ -3941,19 +3951,22 @@ def unread(bus: Bus, channel: str, own: str, box: Mailbox) -> int:
     return box.n - box.base - (bus.view.count_expired(channel, own, mark) if box.perishable else 0)
 
 
-Page = tuple[list[tuple[str, str, Mailbox]], str]  # channel, name and mailbox of each; what says how to go on
+Row = tuple[str, str, Mailbox]  # channel, name, mailbox
 
 
-def page(bus: Bus, request: Request) -> Page:
-    """Some mailboxes in the order of channel and name, as the query wants: max, after=CHANNEL/NAME, name, channel."""
+def page(bus: Bus, request: Request, shows: Callable[[str, Mailbox], bool]) -> tuple[list[Row], str]:
+    """Some mailboxes in the order of channel and name, and the members that say how to go on.
+
+    The query has max, after=CHANNEL/NAME, name and channel; `shows` says whether a mailbox belongs into the list.
+    """
     bus.storms.read(request.owner())
     query = request.query()
     limit, (channel, _, own) = int(query.number("max", 1000, 1, 1000)), (query.one("after") or "").partition("/")
     wanted, names = query.name("channel", None), query.names("name")
     keys = (
         key
-        for key in bus.mailboxes.boxes
-        if key > (channel, own) and wanted in (None, key[0]) and (key[1] in names if names else key[1] != EVERYONE)
+        for key, box in bus.mailboxes.boxes.items()
+        if key > (channel, own) and wanted in (None, key[0]) and (not names or key[1] in names) and shows(key[1], box)
     )
     some = heapq.nsmallest(limit + 1, keys)
     more = f', "more": true, "next": {encode("/".join(some[limit - 1]))}' if len(some) > limit else ""
@@ -3961,22 +3974,24 @@ def page(bus: Bus, request: Request) -> Page:
 
 
 def inbox(bus: Bus, request: Request) -> Answer:
+    def shows(own: str, box: Mailbox) -> bool:
+        return own != EVERYONE and (box.firm or box.seen > 0) and request.grant.reads(own)
+
     recipients: dict[str, dict[str, int]] = {}
-    found, more = page(bus, request)
+    found, more = page(bus, request, shows)
     for channel, own, box in found:
-        if request.grant.reads(own) and (box.firm or box.seen):
-            recipients.setdefault(channel, {})[own] = unread(bus, channel, own, box)
+        recipients.setdefault(channel, {})[own] = unread(bus, channel, own, box)
     return ok(bus, f'"recipients": {encode(recipients)}{more}')
 
 
 def agents(bus: Bus, request: Request) -> Answer:
-    found, more = page(bus, request)
     online = request.query().flag("online")
-    rows = [
-        agent(bus, request.grant, *each)
-        for each in found
-        if each[2].seen and online in (None, bus.mailboxes.online(each[2]))
-    ]
+
+    def shows(own: str, box: Mailbox) -> bool:
+        return own != EVERYONE and box.seen > 0 and online in (None, bus.mailboxes.online(box))
+
+    found, more = page(bus, request, shows)
+    rows = [agent(bus, request.grant, *each) for each in found]
     return ok(bus, f'"agents": [{", ".join(rows)}]{more}')
 
 
@@ -4047,10 +4062,10 @@ def state_of(bus: Bus, message: Message) -> tuple[str, str]:
         known = state(message)
         if known:
             return known
-    if message.tick > max(box.fetched, box.read or 0) and not read_alone(bus, message):
+    mark = box.reached if message.to == EVERYONE else max(box.fetched, box.read or 0)
+    if message.tick > mark and not read_alone(bus, message):
         return "expired" if bus.view.is_expired(message) else "queued", ""
-    above = message.tick > max(box.fetched, box.read or 0)
-    kind = ALONE if above else ACKNOWLEDGED if box.own and message.tick <= box.mark() else FETCHED
+    kind = ALONE if message.tick > mark else ACKNOWLEDGED if box.own and message.tick <= box.mark() else FETCHED
     newer = bus.mailboxes.receipts.get((message.channel, message.to, kind))  # not yet on disk
     receipt = bus.view.receipt(message, kind) or (newer and newer[4:])
     details = f', "by": "{receipt[0]}", "at": {seconds(receipt[1])}' if receipt else ""

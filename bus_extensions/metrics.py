@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable
 from itertools import chain
 
-from bus_server import Answer, Bus, Mailbox, Metric, Request, page, unread
+from bus_server import EVERYONE, Answer, Bus, Mailbox, Metric, Request, page, unread
 
 TABLES, NOUN, OPERATIONS = None, "", ()
 
@@ -24,7 +24,7 @@ def start(bus: Bus, options: argparse.Namespace) -> None:
 def metrics(bus: Bus, request: Request) -> Answer:
     """In the text format of Prometheus; with more than 1000 names, ?after= and the header Bus-Next go on."""
     request.grant.check_operator()
-    found, more = page(bus, request)
+    found, more = page(bus, request, lambda own, box: own != EVERYONE)
     headers = (("Bus-Next", json.loads(f"{{{more[2:]}}}")["next"]),) if more else ()
     text = "".join(
         f"# HELP agent_bus_{metric} {says}\n# TYPE agent_bus_{metric} {kind}\n"

@@ -147,7 +147,7 @@ def test_a_mailbox_is_not_counted_anew_before_the_rate_was_looked_at(tmp_path):
 
 def test_reads_have_a_rate(tmp_path):
     """200 a second, 2,000 at once; for each address on an open bus."""
-    with Server(tmp_path / "bus.db") as bus, Peer(bus) as peer:
+    with Server(tmp_path / "bus.db", "--rate", "50") as bus, Peer(bus) as peer:
         path = "/message/1"
         requests = peer.request("GET", path) * 100
         statuses, refused = [], None
