@@ -23,7 +23,6 @@ from bench.wires import Refused, message
 
 PATIENCE = 60  # s for an answer
 CHUNK = 1 << 18  # bytes that are read at once
-AT_ONCE = 16  # names that one poll of agent-bus may be for
 
 
 class Count(NamedTuple):
@@ -172,14 +171,14 @@ class Reader:
     """Reads along what is sent to some names of agent-bus, ten times a second, without taking the messages.
 
     Names without a reader are full after 10,000 messages. It presents the newest cursor, as a reader does that has
-    everything; what it takes from the bus for that is part of what is measured.
+    everything, for one name after the other: a cursor speaks for the first name of a poll only. What it takes from the
+    bus for that is part of what is measured.
     """
 
     PERIOD = 0.1  # s; 10,000 messages in it would be 100,000 a second for one name
 
     def __init__(self, port: int, wire: Any, names: Sequence[str]) -> None:
-        self.port, self.wire = port, wire
-        self.groups = [",".join(names[start : start + AT_ONCE]) for start in range(0, len(names), AT_ONCE)]
+        self.port, self.wire, self.names = port, wire, names
         self.over = threading.Event()
         self.thread = threading.Thread(target=self.run, daemon=True)
 
@@ -189,9 +188,9 @@ class Reader:
 
     def read(self) -> None:
         with Line(self.wire, self.port) as line:
-            for names in self.groups:
-                cursor = self.wire.cursor(line.exchange(self.wire.get(f"/recv?to={names}&since=now")))
-                line.exchange(self.wire.get(f"/recv?to={names}&since={cursor}&max=1"))
+            cursor = self.wire.cursor(line.exchange(self.wire.get(f"/recv?to={self.names[0]}&since=now")))
+            for name in self.names:
+                line.exchange(self.wire.get(f"/recv?to={name}&since={cursor}&max=1"))
 
     def __enter__(self) -> None:
         self.read()

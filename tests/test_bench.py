@@ -7,10 +7,10 @@ import xml.etree.ElementTree
 
 import pytest
 
-from bench import crowd, report, stored, wires
+from bench import crowd, report, staged_server, stored, wires
 from bench.figures import Claim, Figure, Result, Run, interleaved, quantile
-from bench.load import Count
-from bench.peers import Peer
+from bench.load import Count, Line, Reader
+from bench.peers import AgentBus, Peer
 from bench.session import Row, Session, Settings
 from bus_server import State
 
@@ -205,3 +205,18 @@ def test_a_crowd_is_parked_and_knows_when_its_last_answer_came(bus):
         before = crowd.time.time_ns()
         peer.ask(peer.wire.send("all"))
         assert before < readers.last_arrival() < crowd.time.time_ns()
+
+
+def test_every_stage_of_the_profile_is_a_function_of_the_server():
+    assert all(staged_server.find(path) for path, _ in staged_server.STAGES if path not in ("BEGIN", "COMMIT"))
+
+
+def test_names_that_are_read_along_do_not_fill(bus):
+    """16 names, as many as the bench sends to; a cursor speaks for the first name of a poll only."""
+    wire, names = wires.Http(bus.port), AgentBus.listeners
+    with Line(wire, bus.port) as line:
+        for name in names:
+            line.exchange(wire.send(name))
+    Reader(bus.port, wire, names).read()
+    waiting = json.loads(bus.get("/inbox"))["recipients"]["default"]
+    assert waiting == dict.fromkeys(names, 0)
