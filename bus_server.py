@@ -535,6 +535,7 @@ class Loop:
     """
 
     PATIENCE = 0.005  # s; the deputy takes over after one to two times this
+    RETRY = 1.0  # s until a timer or an action that raised is called again
     BUDGET = 0.01  # s for the actions at the end of a turn; what is left goes on in the next turn
     FILE_THREADS = 4  # for what is done in_thread()
 
@@ -584,6 +585,16 @@ class Loop:
         """Call it at the end of this turn."""
         self.actions.append(action)
 
+    def guard(self, action: Callable[[], object], failed: Callable[[], object]) -> None:
+        """Call it; after an exception call `failed`."""
+        if not self.attempt(action):
+            self.attempt(failed)
+
+    def insist(self, action: Callable[[], None]) -> None:
+        """Call it; after an exception it is called again in RETRY seconds, because somebody may wait for it."""
+        if not self.attempt(action):
+            self.later(self.RETRY, action)
+
     def later(self, patience: float, action: Callable[[], None]) -> None:
         """Call it in `patience` seconds."""
         heapq.heappush(self.timers, (time.monotonic() + patience, next(self.numbers), action))
@@ -593,7 +604,7 @@ class Loop:
 
         def again() -> None:
             self.every(period, action)
-            action()
+            self.attempt(action)
 
         self.later(period - time.monotonic() % period, again)
 
@@ -651,10 +662,10 @@ class Loop:
                 self.attempt(key.data.failed)
         now = time.monotonic()
         while self.timers and self.timers[0][0] <= now:
-            self.attempt(heapq.heappop(self.timers)[2])
+            self.insist(heapq.heappop(self.timers)[2])
         for _ in range(len(self.actions)):
             if self.actions:  # the deputy may have run them while one of them was aside
-                self.attempt(self.actions.popleft())
+                self.insist(self.actions.popleft())
             if time.monotonic() > now + self.BUDGET:
                 break
 
@@ -1180,7 +1191,7 @@ class Door:
 
     def sweep(self) -> None:
         for connection in self.deadlines.late():
-            connection.guard(connection.late)
+            self.loop.guard(connection.late, connection.fail)
 
     def drop_idle(self) -> None:
         """Descriptors have run out: close the idle connections, but not those that were made within a second."""
@@ -1191,12 +1202,12 @@ class Door:
 
     def drain(self) -> None:
         for connection in list(self.connections):
-            connection.guard(connection.drain)
+            self.loop.guard(connection.drain, connection.fail)
 
     def evict(self) -> None:
         """Close the connections whose tokens were revoked."""
         for connection in list(self.connections):
-            connection.guard(connection.check_token)
+            self.loop.guard(connection.check_token, connection.fail)
 
 
 class Outgoing:
@@ -1226,8 +1237,7 @@ class Outgoing:
 
     def guard(self, action: Callable[[], None]) -> None:
         """Call it; an exception ends this connection."""
-        if not self.door.loop.attempt(action):
-            self.door.loop.attempt(self.fail)
+        self.door.loop.guard(action, self.fail)
 
     def soon(self, action: Callable[[], None]) -> None:
         self.door.loop.soon(partial(self.guard, action))
@@ -1235,7 +1245,7 @@ class Outgoing:
     def fail(self) -> None:
         """We have made a mistake with this connection."""
         if self.phase is PARKED:
-            self.door.app.left(self)
+            self.door.loop.attempt(self.door.app.left, self)
         if self.phase in (WRITING, LINGER):
             self.transport.abort()
         else:
@@ -1567,7 +1577,9 @@ class Plain:
         self.unsent = b""
         self.events = 0  # that we wait for
         self.closing = False
-        protocol.connection_made(self)
+
+    def begin(self) -> None:
+        self.protocol.connection_made(self)
         self.resume_reading()
 
     def peer(self) -> str:
@@ -1709,19 +1721,21 @@ class Listener:
                 self.door.loop.later(self.RETRY, self.open)
                 self.door.drop_idle()
                 return
-            with contextlib.suppress(OSError):  # the peer may have gone already; reading will tell
-                guest.setblocking(False)
-                guest.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                self.welcome(guest)
+            if not self.door.loop.attempt(self.welcome, guest):
+                guest.close()
 
     def failed(self) -> None:
         """The guest has gone, and the listener stays."""
 
     def welcome(self, guest: socket.socket) -> None:
+        with contextlib.suppress(OSError):  # the peer may have gone already; reading will tell
+            guest.setblocking(False)
+            guest.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if self.tls:
             guest = self.tls.wrap_socket(guest, server_side=True, do_handshake_on_connect=False)
-        transport = Tls if self.tls else Plain
-        transport(self.door.loop, guest, Connection(self.door))
+        transport = (Tls if self.tls else Plain)(self.door.loop, guest, Connection(self.door))
+        if not self.door.loop.attempt(transport.begin):
+            transport.abort()
 
 
 # ── Identity ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -1778,6 +1792,7 @@ class Tokens:
         self.grants: dict[str, tuple[str, Grant]] = {}
         self.used: dict[str, int] = {}  # token: s since 1970; since they were last saved
         self.stamp = self.told = self.look()
+        self.changed = False  # and the connections were not looked at since
         self.load()
 
     def rows(self) -> list[Row]:
@@ -1810,7 +1825,7 @@ class Tokens:
                 say(f"bus_server: {error}; going on with those that were known")
             self.told = stamp
             return False
-        self.stamp = stamp
+        self.stamp, self.changed = stamp, True
         return True
 
     def load(self) -> None:
@@ -1992,11 +2007,11 @@ class Storms:
     def turn(self, channel: str, sender: str, to: str, now: float) -> str:
         pair = (channel, sender, to) if sender < to else (channel, to, sender)
         last, turns = self.turns.get(pair) or ("", deque())
-        if last == sender or not self.most_turns:
+        if not self.most_turns:
             return ""
-        if last:
-            while turns and turns[0] < now - self.WITHIN:
-                turns.popleft()
+        while turns and turns[0] < now - self.WITHIN:
+            turns.popleft()
+        if last not in ("", sender):
             if len(turns) >= self.most_turns:
                 wait = math.ceil(turns[0] + self.WITHIN - now)
                 often = f"{self.most_turns} times in {self.WITHIN / 60:g} minutes"
@@ -2490,10 +2505,13 @@ class State(Rows):
     def apply_one(self, operation: Operation, now: Now) -> Any:
         """The result of one operation. If it fails alone, a Refused is its result, and the others go on."""
         if operation.rank < 2:  # Put and Raise change nothing before they are sure
+            before = self.last, len(self.new_messages)
             try:
                 return operation.apply(self, now)
-            except Refused as refused:
-                return refused
+            except Exception as error:
+                if is_of_the_machine(error) or before != (self.last, len(self.new_messages)):
+                    raise
+                return error if isinstance(error, Refused) else self.failed(operation, error)
         self.begin()
         visible, last, mailboxes = len(self.visible), self.last, self.mailboxes_made
         self.writing.execute("SAVEPOINT operation")
@@ -2685,14 +2703,21 @@ class View(Rows):
         messages, size = self.ask(counted, channel, own, tick, last)
         return messages, size
 
-    def count_by_sender(self, channel: str, own: str, tick: int, last: int) -> Counter[str]:
-        """The same messages, by sender."""
+    def count_by_sender(self, channel: str, own: str, tick: int, last: int) -> dict[str, tuple[int, int]]:
+        """The same messages, and their bytes, by sender."""
         where = f"WHERE mailbox = {MAILBOX} AND tick > ? AND tick <= ? LIMIT {MAILBOX_MESSAGES}"
         rows = self.database.execute(
-            f"SELECT sender, count(*) FROM (SELECT sender FROM messages {where}) GROUP BY sender",
+            f"SELECT sender, count(*), sum(length(text)) FROM (SELECT sender, text FROM messages {where}) "
+            "GROUP BY sender",
             (channel, own, tick, last),
         ).fetchall()
-        return Counter(dict(rows))
+        return {sender: (messages, size) for sender, messages, size in rows}
+
+    def hole(self, channel: str, own: str, above: int, upto: int) -> bool:
+        """Has a mailbox a message between these ticks that can still be delivered?"""
+        alive = "(expires IS NULL OR expires > ?) LIMIT 1"
+        where = f"mailbox = {MAILBOX} AND tick > ? AND tick <= ? AND {alive}"
+        return bool(self.ask(f"SELECT 1 FROM messages WHERE {where}", channel, own, above, upto, self.clock()))
 
     def lineage(self, tick: int) -> tuple[int, int]:
         """The tick that began the chain of replies of a message, and its depth; a removed message begins a new one."""
@@ -2880,8 +2905,8 @@ class Mailbox:
     """One name on one channel: what it holds, and how far it was read. Ticks, except where it says otherwise."""
 
     __slots__ = (
-        "address base by_sender fetched firm listening n newest own pending perishable read removed seen until".split()
-    )
+        "address base by_sender fetched firm listening n newest own pending perishable reached read removed seen until"
+    ).split()
     own: bool
     read: int | None
     fetched: int
@@ -2896,10 +2921,11 @@ class Mailbox:
     def __init__(self, *stored: Any) -> None:
         values = stored or self.NEW
         self.own, self.read, self.fetched, self.seen, self.removed, self.n, self.newest, self.perishable = values
+        self.reached = self.fetched  # highest tick that was delivered, holes or not: more is what fills the mailbox
         self.firm = bool(stored)  # it has a row on disk, or should get one; else it was only looked at
         self.base: int | None = None  # how many messages lie up to the mark; None: to be counted
-        self.pending: tuple[int, int] | None = None  # how many, and bytes, lie above `fetched`; None: to be counted
-        self.by_sender: Counter[str] | None = None  # how many of these are whose; None: to be counted
+        self.pending: tuple[int, int] | None = None  # how many, and bytes, lie above `reached`; None: to be counted
+        self.by_sender: dict[str, tuple[int, int]] | None = None  # those of each sender; None: to be counted
         self.address = ""  # of the reader that polled last
         self.listening = 0  # wall clock, us: since when without a break
         self.until = 0.0  # monotonic clock, s: when it stops to count as listening
@@ -2920,10 +2946,10 @@ class Mailboxes:
         clock: Callable[[], float],
         stored: Iterable[Sequence[Any]] = (),
         wall: Callable[[], int] = wall_clock,
-        oldest: Callable[[str, str, int], int | None] = lambda channel, own, mark: None,
+        hole: Callable[[str, str, int, int], bool] = lambda channel, own, above, upto: False,
     ) -> None:
         self.clock, self.wall = clock, wall
-        self.oldest = oldest  # the oldest tick of a mailbox above a mark
+        self.hole = hole  # has a mailbox a message above one tick and up to another?
         self.lost = 0  # up to this tick messages may be gone of which nothing is known
         self.boxes = {(row[0], row[1]): Mailbox(*row[2:]) for row in stored}
         self.highest = max((box.newest for box in self.boxes.values()), default=0)
@@ -2995,13 +3021,15 @@ class Mailboxes:
         what lies between its mark and the reader's cursor was not.
         """
         for own, box in zip(reader.present(), self.of(reader)):
-            if isinstance(reader, Poll) and own not in (reader.me, EVERYONE) and reader.since > box.fetched:
-                first = self.oldest(str(reader.channel), own, box.fetched)
-                if first is not None and first <= reader.since:
-                    continue
+            box.reached = max(box.reached, tick)
+            box.pending = box.by_sender = None
+            since = reader.since if isinstance(reader, Poll) and own not in (reader.me, EVERYONE) else 0
+            if since > box.fetched and self.hole(str(reader.channel), own, box.fetched, since):
+                continue
             self.fetched(reader, own, box, tick)
 
     def fetched(self, reader: Parked, own: str, box: Mailbox, tick: int) -> None:
+        box.reached = max(box.reached, tick)
         if tick > box.fetched:
             box.fetched = tick
             self.note(reader, own, FETCHED, tick)
@@ -3076,7 +3104,8 @@ class Mailboxes:
             if box.pending is not None:
                 box.pending = box.pending[0] + 1, box.pending[1] + len(text)
             if box.by_sender is not None:
-                box.by_sender[sender] += 1
+                messages, size = box.by_sender.get(sender, (0, 0))
+                box.by_sender[sender] = messages + 1, size + len(text)
         if visible:
             self.highest = visible[-1].tick
 
@@ -3109,8 +3138,8 @@ class Mailboxes:
         polls = [(connection, self.parked[connection]) for connection in parked]
         return [connection for connection, other in polls if isinstance(other, Poll) and other.me == poll.me]
 
-    def wake(self, visible: list[Message]) -> Iterator[tuple[Connection, Parked, list[Message]]]:
-        """Every parked connection that one of these messages is for, unparked, with all that are for it, in order."""
+    def wake(self, visible: list[Message]) -> dict[Connection, list[Message]]:
+        """Every parked connection that one of these messages is for, with all that are for it, in order."""
         woken: dict[Connection, list[Message]] = {}
         for message in visible if self.waiting else ():
             for key in ((message.channel, message.to), EVERYTHING, (REPLIES, message.answers or 0)):
@@ -3121,8 +3150,7 @@ class Mailboxes:
                     if parked.wants(message) and not (exclusive and (taken or connection in woken)):
                         woken.setdefault(connection, []).append(message)
                         taken = taken or exclusive
-        for connection, messages in woken.items():
-            yield connection, self.unpark(connection), messages
+        return woken
 
 
 # ── Bus ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -3198,8 +3226,10 @@ class Ledger:
         return bool(self.out) and type(self.out[-1].operation) is Remove
 
     def commit(self) -> None:
-        asked, self.next = self.next, []
-        steps = self.out = sorted(self.bus.entitled(asked), key=by_rank)
+        number = len(self.next)
+        steps = sorted(self.bus.entitled(self.next[:number]), key=by_rank)
+        del self.next[:number]
+        self.out = steps
         if not steps:
             return
         began = time.monotonic()
@@ -3269,7 +3299,7 @@ class Bus:
         self.clock = Clock(state.view.clock, state.last)
         self.ledger = Ledger(self)
         stored = state.view.mailboxes(state.last)
-        self.mailboxes = Mailboxes(time.monotonic, stored, state.view.clock, state.view.oldest)
+        self.mailboxes = Mailboxes(time.monotonic, stored, state.view.clock, state.view.hole)
         self.mailboxes.lost = state.lost
         self.figures = Figures()
         self.sending, self.receiving, self.retention = Sending(self), Receiving(self), Retention(self, keep)
@@ -3330,7 +3360,8 @@ class Bus:
         return self.waits[type(parked)].over(connection, parked)
 
     def left(self, connection: Connection) -> None:
-        self.mailboxes.left(self.mailboxes.unpark(connection))
+        if connection in self.mailboxes.parked:  # else it was woken, and what is said to it failed
+            self.mailboxes.left(self.mailboxes.unpark(connection))
 
     def delivered(self, reader: Parked, tick: int) -> None:
         self.mailboxes.delivered(reader, tick)
@@ -3368,7 +3399,7 @@ class Bus:
         revoked = [step for step in steps if step.connection and not self.gate.holds(step.connection.token or "")]
         for step in revoked:
             self.withheld.pop(step, None)
-            self.settle(step, unauthorized())
+        self.settle((step, unauthorized()) for step in revoked)
         return [step for step in steps if step not in revoked] if revoked else steps
 
     def announce(self, steps: list[Step], outcome: Applied | Exception, seconds: float) -> None:
@@ -3378,29 +3409,32 @@ class Bus:
                 self.withheld.pop(step, None)
         if isinstance(outcome, Exception):
             refused = self.failed(outcome)
-            for step in steps:
-                self.settle(step, refused)
+            self.settle((step, refused) for step in steps)
             return
         self.last = outcome.last
         self.figures.committed(sum(type(step.operation) is Put for step in steps), len(outcome.visible), seconds)
-        self.mailboxes.add(outcome.visible)
-        self.mailboxes.note_removed(outcome.removed)
+        if not self.loop.attempt(self.mailboxes.add, outcome.visible):
+            for each in outcome.visible:
+                self.loop.attempt(self.mailboxes.add, [each])
+        self.loop.attempt(self.mailboxes.note_removed, outcome.removed)
         self.truths = {}
-        alive = [each for each in outcome.visible if each.expires is None or not self.view.is_expired(each)]
-        for connection, parked, fresh in self.mailboxes.wake(alive):
-            connection.guard(partial(self.found, connection, parked, fresh))
-        for step, result in zip(steps, outcome.results):
-            self.settle(step, result)
+        self.loop.attempt(self.wake, outcome.visible)
+        self.settle(zip(steps, outcome.results))
 
-    def found(self, connection: Connection, parked: Parked, messages: list[Message]) -> None:
+    def wake(self, visible: list[Message]) -> None:
+        alive = [each for each in visible if each.expires is None or not self.view.is_expired(each)]
+        for connection, messages in self.mailboxes.wake(alive).items():
+            self.loop.guard(partial(self.found, connection, messages), connection.fail)
+
+    def found(self, connection: Connection, messages: list[Message]) -> None:
+        parked = self.mailboxes.unpark(connection)
         connection.answer(self.waits[type(parked)].found(connection, parked, messages))
 
-    def settle(self, step: Step, result: Any) -> None:
-        """Guarded, as each of the others that wait must be answered too."""
-        if step.connection:
-            step.connection.guard(partial(self.conclude, step, result))
-        else:
-            self.loop.attempt(self.conclude, step, result)
+    def settle(self, results: Iterable[tuple[Step, Any]]) -> None:
+        """Each is guarded, as the others that wait must be answered too."""
+        for step, result in results:
+            failed = step.connection.fail if step.connection else self.save_marks_soon
+            self.loop.guard(partial(self.conclude, step, result), failed)
 
     def conclude(self, step: Step, result: Any) -> None:
         connection = step.connection
@@ -3462,8 +3496,10 @@ class Bus:
             self.loop.attempt(look)
 
     def look_at_tokens(self) -> None:
-        if self.gate.tokens.refresh():
+        self.gate.tokens.refresh()
+        if self.gate.tokens.changed:
             self.door.evict()
+            self.gate.tokens.changed = False
 
     def tidy(self) -> None:
         for tidy in (self.storms.forget, self.forget_names, self.retention.age, *self.on_tidy):
@@ -3513,7 +3549,8 @@ class Sending:
         if not request.body:
             raise Refused(400, "the body is empty: send JSON, or any text with ?from=NAME&to=NAME")
         query = request.query()
-        if "to" in query.fields and request.fields.get("content-type", "").startswith("multipart/"):
+        form = request.fields.get("content-type", "").lower().startswith("multipart/")
+        if form and ("to" in query.fields or request.body.lstrip()[:1] not in b"{["):
             raise Refused(400, "the body is a form: send the text itself with curl --data-binary")
         value = verbatim(request.body, query) if "to" in query.fields else parse_json(request.body)
         several = isinstance(value, list)
@@ -3551,19 +3588,20 @@ class Sending:
     def check_room(self, channel: str, sender: str, to: str) -> None:
         """429 if a mailbox is full of what nobody has fetched, or nearly full and a quarter is this sender's."""
         box, view = self.bus.mailboxes.boxes.get((channel, to)), self.bus.view
-        if not box or box.fetched >= box.newest:
+        if not box or box.reached >= box.newest:
             return
         if box.pending is None:
-            box.pending = view.count_between(channel, to, box.fetched, box.newest)
+            box.pending = view.count_between(channel, to, box.reached, box.newest)
         messages, size = box.pending
         if messages >= MAILBOX_MESSAGES or size >= MAILBOX_BYTES:
             raise too_much(f"the mailbox of {to} is full: {messages} messages wait and nobody fetches them", 60)
-        if messages < MAILBOX_MESSAGES * 3 // 4:
+        if messages < MAILBOX_MESSAGES * 3 // 4 and size < MAILBOX_BYTES * 3 // 4:
             return
         if box.by_sender is None:
-            box.by_sender = view.count_by_sender(channel, to, box.fetched, box.newest)
-        if box.by_sender[sender] > MAILBOX_MESSAGES // 4:
-            own = f"{box.by_sender[sender]} of the {messages} messages that wait there are from {sender}"
+            box.by_sender = view.count_by_sender(channel, to, box.reached, box.newest)
+        own_messages, own_size = box.by_sender.get(sender, (0, 0))
+        if own_messages > MAILBOX_MESSAGES // 4 or own_size > MAILBOX_BYTES // 4:
+            own = f"{own_messages} of the {messages} messages that wait there are from {sender}"
             raise too_much(f"the mailbox of {to} is nearly full, and {own}: wait until they are fetched", 60)
 
     def answer(self, warning: str, several: bool, connection: Connection, put: Put, stored: list[Stored]) -> Answer:

@@ -307,8 +307,22 @@ def soon(fact):
 
 def agent(bus, name, channel="default"):
     """What /agents says of a name: its last poll, its cursor, and whether it is online. {} if it never polled."""
-    found = [one for one in bus.get("/agents")["agents"] if (one["name"], one["channel"]) == (name, channel)]
+    found = bus.get(f"/agents?name={name}&channel={channel}")["agents"]
     return found[0] if found else {}
+
+
+def unread(bus, name, channel="default"):
+    """What /inbox counts for a name."""
+    return bus.get(f"/inbox?name={name}&channel={channel}")["recipients"][channel][name]
+
+
+def pages(bus, path):
+    """The answers to a list that ends early, up to its end."""
+    answer = bus.get(path)
+    yield answer
+    while answer.get("more"):
+        answer = bus.get(path + ("&" if "?" in path else "?") + urllib.parse.urlencode({"after": answer["next"]}))
+        yield answer
 
 
 def parked(bus, name, since):
@@ -463,6 +477,26 @@ def test_every_answer_names_its_bus(bus):
         assert answer["bus"] == identity and tick(answer["now"]) >= tick(sent["now"]), path
 
 
+@ours
+def test_a_byte_order_mark_before_json_is_ignored(bus):
+    """2.13 JSON that begins with a byte order mark is read as if it had none"""
+    to = fresh()
+    assert bus.json("POST", "/send", "\ufeff" + json.dumps(bus.message(to=to)))[0] == 200
+    assert bus.texts(to) == ["hello"]
+
+
+@ours
+def test_unknown_members_of_a_query_are_ignored(bus):
+    """2.14 a member of a query that the bus does not know changes nothing"""
+    to, unknown = fresh(), "x-new=1&X=&x-new=2"
+    status, sent = bus.json("POST", f"/send?{unknown}", json.dumps(bus.message(to=to)))
+    assert status == 200 and bus.recv(to, **{"x-new": 1})["messages"][0]["id"] == sent["id"]
+    assert [one["id"] for one in bus.get(f"/log?to={to}&{unknown}")["messages"]] == [sent["id"]]
+    assert bus.get(f"/inbox?name={to}&{unknown}")["recipients"] == {"default": {to: 1}}
+    assert [one["name"] for one in bus.get(f"/agents?name={to}&{unknown}")["agents"]] == [to]
+    assert bus.state(sent["id"], f"?{unknown}") == "fetched" and bus.get(f"/healthz?{unknown}")["ok"] is True
+
+
 # ── 3. A message and its life ────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -531,14 +565,14 @@ def test_a_key_is_this_senders_name_for_a_send_on_a_channel(bus):
 
 @ours
 def test_a_message_outlived_by_its_ttl_is_not_delivered(bus):
-    """3.6 a ttl is above 0; when it has passed, the message is not delivered, not counted, and its state is expired"""
+    """3.6 a ttl is 0.001 or more; after it the message is not delivered, not counted, and its state is expired"""
     to = fresh()
     sent = bus.send(to, ttl=0.001)
     soon(lambda: bus.state(sent["id"]) == "expired")
-    assert bus.texts(to) == [] and bus.get("/inbox")["recipients"]["default"][to] == 0
+    assert bus.texts(to) == [] and unread(bus, to) == 0
     bus.send(to, "still good", ttl=3600)
     assert bus.texts(to) == ["still good"]
-    for ttl in (0, -1, "5", True, 1e300):
+    for ttl in (0, 0.0005, -1, "5", True, 1e300):
         assert bus.refused(bus.message(ttl=ttl)) == 400, ttl
 
 
@@ -574,8 +608,8 @@ def test_the_cursor_is_the_receipt(bus):
         bus.recv(to, since=since)
         states.append(bus.state(sent["id"]))
     assert states == ["queued", "fetched", "acknowledged"]
-    [agent] = [agent for agent in bus.get("/agents")["agents"] if agent["name"] == to]
-    assert agent["online"] and agent["unread"] == 0 and agent["cursor"] == sent["ts"] and agent["address"]
+    known = agent(bus, to)
+    assert known["online"] and known["unread"] == 0 and known["cursor"] == sent["ts"] and known["address"]
 
 
 # ── 5. Identity ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -651,7 +685,7 @@ def test_a_chain_of_replies_ends(bus):
 
 @open_only
 def test_two_that_answer_each_other_are_stopped(bus):
-    """5.10 two names that answer each other are warned from the 30th change of direction in 10 minutes, 429 after 120"""
+    """5.10 two names that answer each other are warned from the 30th turn in 10 minutes on, and get 429 after 120"""
     names, warned = [fresh(), fresh()], []
     for number in range(121):
         names.reverse()
@@ -737,7 +771,7 @@ def test_head_and_options(bus):
     assert bus.ask("HEAD", f"/recv?to={to}&block=true")[0] == 200
     status, headers, _ = bus.ask("OPTIONS", "/send")
     assert status == 204 and headers["Allow"] == "POST, OPTIONS" and not headers["Access-Control-Allow-Origin"]
-    assert bus.get("/inbox")["recipients"]["default"][to] == 1
+    assert unread(bus, to) == 1
 
 
 @ours
@@ -856,6 +890,16 @@ def test_a_raw_body_is_the_message(bus):
     assert status == 200 and (message["msg"], message["subject"]) == ('{"not": "parsed"}\n\u00e9', "x y")
     assert bus.refused(b"\xff", f"/send?from={bus.me}&to={to}") == 400
     assert bus.refused("", f"/send?from={bus.me}&to={to}") == 400
+
+
+@ours
+def test_a_form_is_refused(bus):
+    """8.9 a multipart form is refused with 400 and a sentence, and nothing is stored"""
+    to = fresh()
+    for path in ("/send", f"/send?from={bus.me}&to={to}"):
+        body = json.dumps(bus.message(to=to))
+        assert bus.refused(body, path, Content_Type="multipart/form-data; boundary=x") == 400
+    assert bus.texts(to) == []
 
 
 # ── 9. GET /recv ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -1009,10 +1053,9 @@ def test_the_first_name_is_the_readers_own(bus):
     me, group, channel = fresh(), fresh("group"), fresh("channel")
     bus.send([me, group], channel=channel)
     now = bus.recv([me, group], channel=channel)["now"]
-    unread = bus.get("/inbox")["recipients"][channel]
-    assert (unread[me], unread[group]) == (1, 0)
+    assert (unread(bus, me, channel), unread(bus, group, channel)) == (1, 0)
     bus.recv([me, group], since=now, channel=channel)
-    assert bus.get("/inbox")["recipients"][channel][me] == 0
+    assert unread(bus, me, channel) == 0
     assert bus.texts(group, since="last", channel=channel) == ["hello"], "a group has no cursor"
 
 
@@ -1111,6 +1154,27 @@ def test_who_was_away_gets_all_that_was_queued(bus):
     assert got == [str(number) for number in range(150)]
 
 
+@ours
+def test_a_group_message_that_a_cursor_skipped_is_not_fetched(bus):
+    """9.24 a message of a group that a reader's cursor skipped stays queued and unread, and so do those behind it"""
+    group, late = fresh("group"), fresh()
+    older = bus.send(group, "older")
+    newer = bus.send(group, "newer")
+    assert bus.texts([late, group], since=older["ts"]) == ["newer"]
+    assert [bus.state(sent["id"]) for sent in (older, newer)] == ["queued", "queued"] and unread(bus, group) == 2
+    assert bus.texts([fresh(), group]) == ["older", "newer"]
+    assert [bus.state(sent["id"]) for sent in (older, newer)] == ["fetched", "fetched"] and unread(bus, group) == 0
+
+
+@ours
+def test_all_has_no_cursor(bus):
+    """9.25 a reader of all leaves no cursor: since=last begins at the first broadcast again"""
+    channel = fresh("channel")
+    bus.send("all", "hear me", channel=channel)
+    bus.recv("all", since=bus.recv(fresh(), channel=channel)["now"], channel=channel)
+    assert bus.texts("all", since="last", channel=channel) == ["hear me"]
+
+
 # ── 10. GET /log ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -1152,7 +1216,8 @@ def test_the_inbox_counts_what_waits(bus):
     to, channel = fresh(), fresh("channel")
     for _ in range(3):
         bus.send(to, channel=channel)
-    assert bus.get("/inbox")["recipients"][channel][to] == 3
+    counts = [answer["recipients"].get(channel, {}) for answer in pages(bus, "/inbox")]
+    assert {to: 3} in counts
 
 
 @ours
@@ -1164,10 +1229,9 @@ def test_unread_is_what_lies_above_the_cursor(bus):
     bus.send(to, channel=channel)
     bus.send("all", channel=channel)
     soon(lambda: bus.state(expired["id"]) == "expired")
-    counts = [bus.get("/inbox")["recipients"][channel][to] for _ in range(2)]
+    counts = [unread(bus, to, channel) for _ in range(2)]
     bus.recv(to, channel=channel, since=first["ts"])
-    assert counts == [2, 2] and bus.get("/inbox")["recipients"][channel][to] == 1
-    assert "all" not in bus.get("/inbox")["recipients"][channel]
+    assert counts == [2, 2] and bus.get(f"/inbox?channel={channel}")["recipients"] == {channel: {to: 1}}
 
 
 @ours
@@ -1177,7 +1241,7 @@ def test_agents_are_those_who_ever_listened(bus):
     bus.send([to, other], channel=channel)
 
     def known():
-        return [agent for agent in bus.get("/agents")["agents"] if agent["channel"] == channel]
+        return bus.get(f"/agents?channel={channel}")["agents"]
 
     assert known() == []
     sent = bus.recv(to, channel=channel)["messages"][0]
@@ -1218,6 +1282,46 @@ def test_a_bus_says_that_it_is_there(bus):
     """11.6 GET /healthz is answered with 200, ok and now"""
     answer = bus.get("/healthz")
     assert answer["ok"] is True and float(answer["now"]) >= 0
+
+
+@ours
+def test_lists_end_early_and_say_how_to_go_on(bus):
+    """11.7 /agents and /inbox end after max names with more and next, go on from after, and take filters"""
+    channel, names = fresh("channel"), sorted(fresh() for _ in range(3))
+    bus.send(names, channel=channel)
+    for name in names[:2]:
+        bus.recv(name, channel=channel)
+    answers = [*pages(bus, f"/agents?channel={channel}&max=1")]
+    assert [[one["name"] for one in answer["agents"]] for answer in answers] == [names[:1], names[1:2], []]
+    answers = [*pages(bus, f"/inbox?channel={channel}&max=2")]
+    assert [sorted(answer["recipients"][channel]) for answer in answers] == [names[:2], names[2:]]
+    assert "more" not in answers[-1] and "next" not in answers[-1]
+    listed = bus.get(f"/inbox?channel={channel}&name={names[0]},{names[2]}")["recipients"]
+    assert listed == bus.get(f"/inbox?name={names[0]}&name={names[2]}")["recipients"]
+    assert listed == {channel: {names[0]: 1, names[2]: 1}}
+    online = {word: bus.get(f"/agents?channel={channel}&online={word}")["agents"] for word in ("true", "false")}
+    assert ([one["name"] for one in online["true"]], online["false"]) == (names[:2], [])
+    for wrong in ("max=many", "online=maybe", "name=a%20b", "channel=a%20b"):
+        assert bus.json("GET", f"/agents?{wrong}")[0] == 400, wrong
+
+
+@closed_only
+def test_a_stranger_learns_nothing_from_healthz(bus):
+    """11.8 on a bus with tokens, /healthz without a token has ok and now in whole seconds, and nothing else"""
+    mine = bus.get("/healthz")
+    status, answer = bus.json("GET", "/healthz", Authorization=None)
+    assert status == 200 and sorted(answer) == ["now", "ok"] and answer["ok"] is True
+    assert tick(answer["now"]) % 1000000 == 0 and tick(answer["now"]) >= tick(mine["now"]) // 1000000 * 1000000
+
+
+@ours
+def test_an_expired_message_has_no_text(bus):
+    """11.9 GET /message/<id> of an expired message has its names and its state, but not its text"""
+    to = fresh()
+    sent = bus.send(to, "secret", ttl=0.001, subject="S")
+    soon(lambda: bus.state(sent["id"]) == "expired")
+    message = bus.get(f"/message/{sent['id']}")["message"]
+    assert message == {"ts": sent["ts"], "id": sent["id"], "to": to, "from": bus.me, "channel": "default"}
 
 
 # ── 12. POST /ask, GET /thread/<id>, POST /recall ────────────────────────────────────────────────────────────────────
@@ -1278,7 +1382,7 @@ def test_a_message_can_be_recalled_until_it_is_fetched(bus):
     taken, kept = bus.send(early)["id"], bus.send(late)["id"]
     assert bus.post("/recall", id=taken)["ok"] is bus.post("/recall", id=taken)["ok"] is True
     assert bus.texts(early) == [] and bus.state(taken) == "recalled"
-    assert bus.get("/inbox")["recipients"]["default"][early] == 0
+    assert unread(bus, early) == 0
     assert bus.texts(late) == ["hello"] and bus.refused({"id": kept}, "/recall") == 409
     assert bus.refused({"id": "1"}, "/recall") == 404
 
@@ -1297,6 +1401,33 @@ def test_who_only_asks_has_fetched_the_answers(bus):
         assert bus.post("/ask?wait=0", **question)["reply"]["id"] == reply
         assert bus.state(reply) == state
     assert bus.texts(me) == ["yes", "older", "yes"]
+
+
+@ours
+def test_a_recalled_message_has_no_text(bus):
+    """12.9 /message and /thread show that a recalled message was there, without its text"""
+    to = fresh()
+    sent = bus.send(to, "secret", subject="S")
+    bus.send(to, "a reply", reply_to=sent["id"])
+    bus.post("/recall", id=sent["id"])
+    shown = {"ts": sent["ts"], "id": sent["id"], "to": to, "from": bus.me, "channel": "default"}
+    assert bus.get(f"/message/{sent['id']}")["message"] == shown
+    first, reply = bus.get(f"/thread/{sent['id']}")["messages"]
+    assert first == shown and reply["msg"] == "a reply"
+
+
+@ours
+def test_a_thread_ends_early_and_says_how_to_go_on(bus):
+    """12.10 a thread ends after max messages, or at about 1 MiB, with more and next, and goes on from after"""
+    root = bus.send(fresh(), "0")["id"]
+    for number in range(1, 3):
+        bus.send(fresh(), str(number), reply_to=root)
+    answers = [*pages(bus, f"/thread/{root}?max=2")]
+    assert [[one["msg"] for one in answer["messages"]] for answer in answers] == [["0", "1"], ["2"]]
+    for _ in range(8):
+        bus.json("POST", f"/send?from={bus.me}&to={fresh()}&reply_to={root}", "x" * 200000)
+    answers = [*pages(bus, f"/thread/{root}")]
+    assert len(answers) == 2 and sum(len(answer["messages"]) for answer in answers) == 11
 
 
 # ── 13. POST /claim, /ack, /nack, /extend ────────────────────────────────────────────────────────────────────────────
@@ -1344,7 +1475,8 @@ def test_what_is_done_is_acknowledged_and_that_may_be_repeated(bus):
     assert bus.state(job["id"]) == "fetched"
     assert [settle(bus, verb, job) for verb in ("ack", "ack", "nack", "extend")] == [200, 200, 409, 409]
     answer = bus.get(f"/message/{job['id']}")
-    assert (answer["state"], answer["attempt"], answer["by"]) == ("acknowledged", 1, "dell") and claim(bus, queue) == []
+    by = f"{bus.me}/dell" if bus.token else "dell"
+    assert (answer["state"], answer["attempt"], answer["by"]) == ("acknowledged", 1, by) and claim(bus, queue) == []
 
 
 @ours
@@ -1491,7 +1623,7 @@ def test_the_metrics_are_figures_for_prometheus(bus):
     to, channel = fresh(), fresh("channel")
 
     def figures():
-        status, headers, text = bus.ask("GET", "/metrics")
+        status, headers, text = bus.ask("GET", f"/metrics?channel={channel}")
         assert status == 200 and headers["Content-Type"].startswith("text/plain; version=0.0.4")
         lines = [line.rpartition(" ") for line in text.decode().splitlines() if not line.startswith("#")]
         return {name: float(value) for name, _, value in lines}
@@ -1513,6 +1645,20 @@ def test_the_metrics_are_figures_for_prometheus(bus):
     if not bus.lacks(QUEUES):
         bus.post("/claim", to=to, channel=channel)
         assert figures()[f"agent_bus_undone_jobs{labels}"] == 1
+
+
+@ours
+def test_the_metrics_of_many_names_come_in_pages(bus):
+    """15.2 /metrics ends after max names; the header Bus-Next is the after that goes on"""
+    channel, names = fresh("channel"), sorted(fresh() for _ in range(3))
+    bus.send(names, channel=channel)
+    found, following = [], {}
+    while not found or following:
+        query = urllib.parse.urlencode({"channel": channel, "max": 2, **following})
+        _, headers, text = bus.ask("GET", f"/metrics?{query}")
+        found.append(re.findall(r'^agent_bus_unread{.*name="(.*)"} 1$', text.decode(), re.MULTILINE))
+        following = {"after": headers["Bus-Next"]} if headers["Bus-Next"] else {}
+    assert found == [names[:2], names[2:]]
 
 
 # ── Running ──────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -236,7 +236,9 @@ class Replies:
         """A conversation: what began it, and the answers, and the answers to them."""
         self.bus.storms.read(request.owner())
         wanted, query = tick_of(request.parsed.rest), request.query()
-        after, limit = tick_of(query.one("after")) or 0, int(query.number("max", 1000, 1, MAX_MESSAGES))
+        after, limit = tick_of(query.one("after") or "0"), int(query.number("max", 1000, 1, MAX_MESSAGES))
+        if after is None:
+            raise Refused(400, "after must be the id that `next` gave")
         thread = self.messages_of(self.bus.view.lineage(wanted)[0], after) if wanted is not None else []
         seen: list[str] = []
         more, size, last = "", 0, 0

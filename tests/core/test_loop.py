@@ -125,6 +125,7 @@ def test_an_error_in_serving_one_is_told_and_the_others_are_served(loop, capfd):
     loop.soon(lambda: 1 / 0)
     loop.soon(lambda: served.append(2))
     loop.run(lambda: len(served) == 2)
+    bus_server.REPORT.flush(PATIENCE)
     assert capfd.readouterr().err.count("ZeroDivisionError") == 2
     for caller in callers:
         caller.close()

@@ -50,7 +50,10 @@ def polled(mailboxes, poll, address, wall):
 
 
 def claimed(mailboxes, *visible):
-    return {connection: [each.tick for each in fresh] for connection, _, fresh in mailboxes.wake(list(visible))}
+    woken = mailboxes.wake(list(visible))
+    for connection in woken:
+        mailboxes.unpark(connection)
+    return {connection: [each.tick for each in fresh] for connection, fresh in woken.items()}
 
 
 def test_a_parked_reader_is_woken_once_with_all_that_is_for_it(mailboxes):
@@ -121,7 +124,7 @@ def test_the_first_name_is_the_readers_own(mailboxes):
 
 
 def test_who_joins_a_group_later_has_not_fetched_its_older_mail(mailboxes):
-    mailboxes.oldest = lambda channel, own, mark: 50 if own == "team" and mark < 50 else None
+    mailboxes.hole = lambda channel, own, above, upto: own == "team" and above < 50 <= upto
     mailboxes.add([message(50, "team"), message(90, "team")])
     polled(mailboxes, poll("bob", "team"), "", 5)
     mailboxes.presented(poll("bob", "team", since=70))

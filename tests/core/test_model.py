@@ -50,7 +50,7 @@ TEXT = st.one_of(
     st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=20),
     st.sampled_from(["---\n| from=eve", "\ufeff", "{}", '"', LARGE]),
 )
-LIFETIMES = st.sampled_from([1e-6, HOUR / 2, HOUR * 1.5])
+LIFETIMES = st.sampled_from([0.001, HOUR / 2, HOUR * 1.5])
 EXTRAS = st.sampled_from([{}, {"subject": "s", "type": "odd"}, {"reply_to": "1", "a": {"b": [1.5, None, "\u2028"]}}])
 KEYS = st.sampled_from(["k1", "k2", "k3", "!" * 128])
 CHANNELS = st.sampled_from(["one", "two"])

@@ -328,7 +328,7 @@ def test_a_reader_is_told_of_a_gap_that_is_on_disk_and_not_yet_announced(tmp_pat
         """The deputy's turn, before the thread that commits has told of it."""
         for names, since in ((("b",), 0), (("c", "b"), tick - 1), ((), 0)):
             poll = Poll(names[0] if names else None, names, "default", None, since, 10, 0, False)
-            seen.put(json.loads(desk.bus.read_or_park(None, poll).body))
+            seen.put(json.loads(desk.bus.receiving.read_or_park(None, poll).body))
 
     def slow(operations, now):
         applied = apply(operations, now)

@@ -216,6 +216,7 @@ def test_large_messages_fill_a_mailbox_by_their_bytes(tmp_path):
         peer, text = Peer(bus), "x" * 250_000
         needed = bus_server.MAILBOX_BYTES // 250_000 + 1
         statuses = [
-            peer.ask("POST", "/send", {"from": "alice", "to": "bob", "msg": text})[0] for _ in range(needed + 2)
+            peer.ask("POST", "/send", {"from": f"alice-{number % 9}", "to": "bob", "msg": text})[0]
+            for number in range(needed + 2)
         ]
         assert statuses[: needed - 1] == [200] * (needed - 1) and statuses[-1] == 429

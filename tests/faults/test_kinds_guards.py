@@ -36,7 +36,7 @@ HASTY = "bus_server.TIDY_SECONDS = bus_server.MARKS_SECONDS = 0.05; bus_server.D
 ERRORS = ("RuntimeError", "RecursionError", "EMFILE")
 ENOUGH = 6  # failures that are told before a test gives up
 # What is called once for a whole list: those who are in it may all pay, but each is told.
-FOR_ALL = {"Ledger.commit", "Bus.announce", "Figures.committed", "Mailboxes.add", "Mailboxes.note_removed"}
+FOR_ALL = {"Ledger.commit", "Bus.announce", "Bus.settle", "Figures.committed", "Mailboxes.add", "Mailboxes.note_removed"}
 FOR_ALL |= {"Mailboxes.wake"}
 # Where a list is made durable its outcome is unknown, and the bus ends: PROTOCOL.md, "What a 200 promises".
 UNKNOWN = {"Ledger.apply", "View.has_room", "Clock.now"}
@@ -97,9 +97,10 @@ def goes_on(bus, names):
     before = bus.told()["calls"]
     deadline = time.monotonic() + 1.5
     while time.monotonic() < deadline:
+        stored(bus, "reader")  # what was there is older than --keep by now
         ask(bus, "GET", "/recv?to=reader&since=0")
         now = bus.told()["calls"]
-        stuck = sorted(name for name in names if now[name] <= before.get(name, 0))
+        stuck = sorted(name for name in names if now.get(name, 0) <= before.get(name, 0))
         if not stuck:
             return []
         time.sleep(0.02)
