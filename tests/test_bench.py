@@ -7,12 +7,13 @@ import xml.etree.ElementTree
 
 import pytest
 
-from bench import crowd, report, stored, wires
+from bench import crowd, report, staged_server, stored, wires
 from bench.figures import Claim, Figure, Result, Run, interleaved, quantile
-from bench.load import Count
-from bench.peers import Peer
+from bench.load import Count, Line, Reader
+from bench.peers import AgentBus, Peer
 from bench.session import Row, Session, Settings
 from bus_server import State
+from tests.kit.processes import wait_until
 
 HTTP = b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nbody"
 XREAD = b"*1\r\n*2\r\n$4\r\ndell\r\n*1\r\n*2\r\n$3\r\n1-0\r\n*2\r\n$1\r\nm\r\n$2\r\nhi\r\n"
@@ -205,3 +206,16 @@ def test_a_crowd_is_parked_and_knows_when_its_last_answer_came(bus):
         before = crowd.time.time_ns()
         peer.ask(peer.wire.send("all"))
         assert before < readers.last_arrival() < crowd.time.time_ns()
+
+
+def test_every_stage_of_the_profile_is_a_function_of_the_server():
+    assert all(staged_server.find(path) for path, _ in staged_server.STAGES if path not in ("BEGIN", "COMMIT"))
+
+
+def test_names_that_are_read_along_do_not_fill(bus):
+    """Each name has a poll of its own: a cursor speaks for the first name of a poll only."""
+    wire, names = wires.Http(bus.port), AgentBus.listeners
+    with Reader(bus.port, wire, names), Line(wire, bus.port) as line:
+        for name in names:
+            line.exchange(wire.send(name))
+        wait_until(lambda: json.loads(bus.get("/inbox"))["recipients"]["default"] == dict.fromkeys(names, 0))

@@ -173,7 +173,7 @@ def test_what_is_no_file_among_the_files_is_passed_over(tmp_path, monkeypatch):
     assert blobs.used == len(b"file")
     later = time.time() + 2
     monkeypatch.setattr(time, "time", lambda: later)
-    blobs.forget()
+    blobs.forgotten(blobs.forget())
     assert blobs.used == 0 and not (folder / name(b"file")).exists()
 
 
@@ -185,7 +185,7 @@ def test_a_file_that_nobody_asked_for_is_removed_after_keep(bus, monkeypatch):
     ask(bus, "GET", f"/blob/{name(wanted)}")
     blobs = blobs_of(bus.db, keep=1000)
     monkeypatch.setattr(time, "time", lambda: 3000.0)
-    blobs.forget()
+    blobs.forgotten(blobs.forget())
     assert [file.name for file in folder.iterdir()] == [name(wanted)] and blobs.used == len(wanted)
 
 

@@ -18,7 +18,7 @@ import urllib.request
 from collections import Counter
 
 from tests.faults import Result, faulty, root, unless
-from tests.faults.clock import HOUR, SteppedServer
+from tests.faults.clock import KEEP, LATER, SteppedServer
 from tests.faults.crash import storm, told
 from tests.faults.history import Conversation, background, get
 from tests.kit import new_client
@@ -264,17 +264,17 @@ def disk_full(directory, rounds):
     place.mkdir()
     run("mount", "-t", "tmpfs", "-o", f"size={SMALL_DISK}m", "tmpfs", place)
     try:
-        bus = SteppedServer(place / "bus.db", "--keep", "1h", fault="tidy", beside=directory)
+        bus = SteppedServer(place / "bus.db", "--keep", f"{KEEP}s", fault="tidy", beside=directory)
         with bus, Conversation(client, bus.url, "keeper") as talk:
             talk.listen()
             for number in range(4):
                 texts = (f"{count} {'x' * random.randrange(LARGEST)}" for count in itertools.count())
                 talk.speak(f"sender-{number}", itertools.takewhile(lambda _: not calm.is_set(), texts))
-            for hours in range(2, 2 * rounds + 1, 2):
+            for turn in range(1, rounds + 1):
                 client.wait_for_refusals()
                 found += unreadable(bus)
                 wait_until(lambda: len(talk.delivered) >= sum(each.tick is not None for each in talk.sent))
-                bus.step(hours * HOUR)
+                bus.step(turn * LATER)
                 waits.append(client.wait_for_stores())
                 others = place / "of others"
                 fill(others)

@@ -12,6 +12,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from decimal import ROUND_HALF_UP, Decimal
 from types import SimpleNamespace
 from urllib.parse import unquote_to_bytes
@@ -70,7 +71,7 @@ def plain_head(data):
 def plain_json(data):
     """The value of a JSON text."""
     try:
-        text = data.decode("utf-8")
+        text = data.decode("utf-8").lstrip("\ufeff")  # a byte order mark in front is none of the text
         value = json.loads(text, object_pairs_hook=Pairs, parse_constant=float)
         return None if "\0" in text else [plain_value(value, 32)]
     except (ValueError, RecursionError):
@@ -171,11 +172,13 @@ def query(bus_server, data):
     if parsed:
         from bus_extensions import work  # not above: bus_server is to be imported first by main()
 
-        bus = SimpleNamespace(look=lambda request, poll: poll)
-        observer = SimpleNamespace(grant=bus_server.OPEN, query=lambda: parsed, plain=lambda: False)
-        refused(bus_server, bus_server.recv_poll, parsed, False)
-        refused(bus_server, bus_server.log, bus, observer)
-        refused(bus_server, work.worker_of, parsed, "")
+        receiving = SimpleNamespace(look=lambda request, poll: poll)
+        bus = SimpleNamespace(receiving=receiving, storms=bus_server.Storms(time.monotonic, rate=0))
+        request = SimpleNamespace(
+            grant=bus_server.OPEN, query=lambda: parsed, plain=lambda: False, owner=lambda: "127.0.0.1")
+        refused(bus_server, bus_server.recv_poll, request)
+        refused(bus_server, bus_server.log, bus, request)
+        refused(bus_server, work.worker_of, parsed, bus_server.OPEN)
 
 
 def message(bus_server, data):
@@ -205,6 +208,7 @@ def seeds(name):
         queries = [*hostile.REFUSED_QUERIES, *hostile.PASSED_QUERIES]
         return [each.partition("?")[2].encode() for each in queries] + [b"1795203596.123456", b"1.000000001"]
     bodies = [each.partition(b"\r\n\r\n")[2] for each in EXAMPLES]
+    bodies.append(b"\xef\xbb\xbf" + hostile.mail("alice"))
     return [each.body for each in (*hostile.REFUSED, *hostile.PASSED) if len(each.body) < 4096] + bodies
 
 
