@@ -212,9 +212,8 @@ class Reader:
         """
         latest = max(map(seconds_of, (answer["now"], *answer["messages"])))
         limit = max(self.clock.time(), seconds_of(self.cursor.at)) + AHEAD_SECONDS
-        if latest > limit:
-            health, _ = ask(self.url, "/healthz", GRACE_SECONDS)
-            limit = max(limit, seconds_of(health.get("now")) + AHEAD_SECONDS) if health.get("bus") == self.bus else limit
+        if latest > limit and (health := ask(self.url, "/healthz", GRACE_SECONDS)[0]).get("bus") == self.bus:
+            limit = max(limit, seconds_of(health.get("now")) + AHEAD_SECONDS)
         if latest > limit:
             kept = [message for message in answer["messages"] if seconds_of(message) <= limit]
             end = next((message["ts"] for message in reversed(kept) if seconds_of(message)), self.cursor.at)
