@@ -77,6 +77,7 @@ reopen() {
   refuse_links "$LOG" "$FULL"
   { exec 8>>"$LOG" 9>>"$FULL"; } 2>/dev/null || return
   lock_files 8 9
+  resume  # LOG starts over with FULL
 }
 
 # A signal ends the wait at once. What runs here may outlive a kill -9 by a whole poll, so it has no part in the locks.
