@@ -4,8 +4,9 @@
 #   AGENT_BUS_URL=http://host:8080 AGENT_NAME=spark ./bus_listener.sh &      (INTERVAL=30 seconds, or BLOCK=1)
 #
 # FULL (NAME.jsonl) has a line of JSON for each message, with the id of its bus. LOG (NAME.log) has a line of TSV for
-# each line of FULL: ts, id, from, to, channel, subject or first words; a remark in it starts with "#". Rotate the two
-# together, while we are stopped. HEARTBEAT is touched after each good poll; PID_FILE is there while we run.
+# each line of FULL: ts, id, from, to, channel, subject or first words; a remark in it starts with "#". To rotate them,
+# rename or remove the two together, at any time: we go on in new ones. HEARTBEAT is touched after each good poll;
+# PID_FILE is there while we run.
 #
 # Exactly once: FULL is the only state. The cursor is its last whole line, and LOG is made from it. A kill can only tear
 # a last line: `resume` cuts it off, and the bus sends that message again. jq 1.6 rounds numbers to 17 digits, also
@@ -33,8 +34,50 @@ encode() {
 
 # The kernel's lock, not a pid in a file: it ends with the last process that has the descriptor, and a jq that still
 # writes after the kill -9 of its listener is one of those. macOS has no flock(1), but perl.
+# Status 1: another process has the lock. 2: there are no locks here.
 lock() {
-  if command -v flock >/dev/null; then flock -n "$1"; else perl -e 'open F, ">&=", shift; exit !flock F, 6' "$1"; fi
+  local said='' status
+  if command -v flock >/dev/null; then
+    said=$(flock -n "$1" 2>&1)
+  else
+    perl -MErrno -e 'open F, ">&=", shift; exit(flock(F, 6) ? 0 : $!{EWOULDBLOCK} ? 1 : 2)' "$1" 2>/dev/null
+  fi
+  status=$?
+  [ "$status$said" != 1 ] || return 1  # busybox has 1 for everything, and then says what it is
+  [ "$status" -eq 0 ] || return 2
+}
+
+# For us alone, or the end.
+lock_files() {
+  local fd dir=.
+  [[ $FULL != */* ]] || dir=${FULL%/*}
+  for fd in "$@"; do
+    for _ in {1..10}; do
+      lock "$fd"
+      case $? in
+        0) continue 2 ;;
+        2) die 2 "locks do not work in $dir: set AGENT_BUS_STATE_DIR to a local folder$no_tool" ;;
+      esac
+      sleep 0.2
+    done
+    die 2 "another listener writes to $LOG, $FULL or $PID_FILE"
+  done
+}
+
+refuse_links() {
+  local file
+  for file in "$@"; do
+    [ ! -L "$file" ] || die 2 "$file is a symbolic link: remove it"
+  done
+}
+
+# LOG and FULL may have been renamed or removed: what we write belongs in the files that have these names.
+reopen() {
+  if [ "$LOG" -ef /dev/fd/8 ] && [ "$FULL" -ef /dev/fd/9 ]; then return; fi
+  refuse_links "$LOG" "$FULL"
+  { exec 8>>"$LOG" 9>>"$FULL"; } 2>/dev/null || return
+  lock_files 8 9
+  resume  # LOG starts over with FULL
 }
 
 # A signal ends the wait at once. What runs here may outlive a kill -9 by a whole poll, so it has no part in the locks.
@@ -45,26 +88,37 @@ cut_torn_line() {
     dd if=/dev/null of="$1" bs=1 seek=$(($(wc -c <"$1") - $(tail -n 1 "$1" | wc -c))) 2>/dev/null
 }
 
-# One line, whatever it was: no tab, newline, escape sequence, bidi control or invisible character is left.
-LINE='def line: tostring | .[:100] | gsub("[\\p{Cc}\\p{Cf}\\p{Zl}\\p{Zp}]+"; " ");'
+# One line, whatever it was: no tab, newline, escape sequence, bidi control or invisible character is left: HIDDEN of
+# bus_recv.py, and the rest of these categories.
+LINE='def line: tostring | .[:100] | gsub("[\\p{Cc}\\p{Cf}\\p{Zl}\\p{Zp}\\x{34F}\\x{115F}\\x{1160}'\
+'\\x{17B4}\\x{17B5}\\x{180B}-\\x{180F}\\x{2065}\\x{2800}\\x{3164}\\x{FE00}-\\x{FE0F}\\x{FFA0}'\
+'\\x{FFF0}-\\x{FFF8}\\x{E0000}-\\x{E0FFF}]+"; " ");'
 
 summary() {
   jq -r "$LINE"'(if (.subject // "") == "" then .msg else .subject end) as $about
     | [(.ts, .id, .from, .to, .channel, $about) // "" | line] | @tsv'
 }
 
-# After this both files end in a whole line, the cursor is FULL's last message, and LOG has a line for each of FULL.
-resume() {
-  local id logged
-  cut_torn_line "$FULL"
-  cut_torn_line "$LOG"
-  { read -r bus; read -r id; read -r since; } < <(tail -n 1 "$FULL" | jq -r '.bus, .id // "", .ts' 2>/dev/null)
-  [ -n "$since" ] || [ ! -s "$FULL" ] || die 2 "the last line of $FULL is not a message: move that file away"
+# The message on stdin as a cursor: bus and since, which is empty if that is no message.
+take_place() {
+  local id
+  { read -r bus; read -r id; read -r since; } < <(jq -r '.bus, .id // "", .ts' 2>/dev/null)
   # Arithmetic would run what is not a number, so the id is hexadecimal first; without a bus id it is no tick of ours.
   if [ -n "$bus" ] && [[ $id =~ ^[0-9a-f]{1,13}$ ]]; then
     since=$(printf '%d.%06d' $((16#$id / 1000000)) $((16#$id % 1000000)))
   fi
-  since=${since:-last}
+}
+
+# After this both files end in a whole line, the cursor is FULL's last message, and LOG has a line for each of FULL.
+# While FULL is empty, as after a rotation, the cursor stays as it is.
+resume() {
+  local logged
+  if [ -s "$FULL" ]; then cut_torn_line "$FULL"; fi
+  cut_torn_line "$LOG"
+  if [ -s "$FULL" ]; then
+    take_place < <(tail -n 1 "$FULL")
+    [ -n "$since" ] || die 2 "the last line of $FULL is not a message: move that file away"
+  fi
   logged=$(grep -vc '^#' "$LOG")
   if [ "$logged" -gt "$(wc -l <"$FULL")" ]; then : >"$LOG"; logged=0; fi  # FULL was moved away, or lost to a power cut
   tail -n +$((logged + 1)) "$FULL" | summary >&8
@@ -84,20 +138,34 @@ poll() {
     ${bus:+--data-urlencode "bus=$bus"} -d max=50 -d "block=$block" -d "wait=$hold" "${url%/}/recv" >"$ANSWER"
 }
 
-# ANSWER as facts, one a line: "mail", its bus, how many, a gap; or "refused" and why; or nothing.
+# ANSWER as facts, one a line: "mail", its bus, how many, a gap; or "refused" and why; or nothing. It is "ahead" and not
+# "mail" if it would move the cursor more than 300 s ahead of where it is, and of our clock.
 verdict() {
-  jq -rs "$LINE"'. as [$body, $status]
+  jq -rs --arg since "$since" "$LINE"'. as [$body, $status]
     | if ($body | type) != "object" then empty
       elif $status == 200 and ($body.now | type) == "number" and ($body.messages | type) == "array"
           and all($body.messages[]; type == "object" and (.ts | type) == "number") then
-        "mail", ($body.bus // "" | line), ($body.messages | length),
+        ([$body.messages[].ts, ($body | select(.messages == [] and .bus).now)] | max) as $latest
+        | (if $latest > ([now, ($since | tonumber? // 0)] | max) + 300 then "ahead" else "mail" end),
+        ($body.bus // "" | line), ($body.messages | length),
         ($body.gap // empty | "gap: mail from \(.from) to \(.to) was removed before it was read" | line)
       elif $status >= 400 and $status < 500 and ([408, 425, 429] | index($status) | not) and $body.error then
         "refused", ($body.error | line)
       else empty end' "$ANSWER" 2>/dev/null
 }
 
+# An answer that is ahead, for the third time: the same bus has the same time in /healthz. Then it is our clock that is
+# wrong, or was the clock of this bus for a while.
+is_confirmed() {
+  [ "$doubts" -ge 2 ] && [ -n "$its_bus" ] &&
+    "${CURL[@]}" --max-time 10 "${url%/}/healthz" 6>&- 7>&- 8>&- 9>&- | jq -es --slurpfile answer "$ANSWER" '
+      .[0].ok == true and .[0].bus == $answer[0].bus
+      and .[0].now > ([$answer[0].now, $answer[0].messages[].ts] | max) - 300' >/dev/null 2>&1
+}
+
 NOW='"now": ?([0-9]{1,10}(\.[0-9]{1,6})?)[,}]'  # its exact text
+
+lines() { jq -acs --arg bus "$bus" '.[0].messages[] + {bus: $bus}' "$ANSWER"; }  # a sender's own `bus` gives way
 
 # Mail is new lines, or a cursor, or the news of another bus.
 receive() {
@@ -109,9 +177,12 @@ receive() {
   bus=$its_bus
   [ -z "$gap" ] || remark "$gap"
   if [ "$count" -gt 0 ] || [ -n "$fault" ]; then  # after a fault too: a full disk may have left LOG short
-    jq -acs --arg bus "$bus" '.[0].messages[] + {bus: $bus}' "$ANSWER" >&9  # a sender's own field `bus` gives way
+    lines >&9
     local wrote=$?
-    resume && return $wrote
+    if [ "$FULL" -ef /dev/fd/9 ] || [ "$count" -eq 0 ]; then resume && return $wrote; return 1; fi
+    lines | summary >&8  # FULL was renamed or removed while we wrote: these messages are in it, and come only once
+    take_place < <(lines | tail -n 1)
+    return $wrote
   elif [ -n "$bus" ] && [[ $(<"$ANSWER") =~ $NOW ]]; then  # without a bus id `now` may be a clock that runs ahead
     since=${BASH_REMATCH[1]}  # in memory only: after a restart we ask again for what is known to be empty
   fi
@@ -123,10 +194,18 @@ digest() (
   news=fault sentence="no answer from $url (curl $1)" status=$(tail -n 1 "$ANSWER")
   { read -r verdict; read -r its_bus; read -r count; read -r gap; } < <(verdict)
   case $1,$status,$since,$verdict in
-    0,*,mail)
-      sentence="cannot write to $LOG or $FULL"
-      if receive; then [ "$count" -gt 0 ] && news=again || news=rest; fi ;;
-    0,400,last,*) news=again since=0 ;;  # a server of the old contract, which does not know the word
+    0,*,mail | 0,*,ahead)
+      if [ "$bus$since" = 0 ] && [ -n "$its_bus" ]; then  # it knows the word, and had only stumbled
+        news=rest since=last
+      elif [ "$verdict" = ahead ] && ! is_confirmed; then
+        news=doubt sentence="the time of $url is far ahead of ours, so the cursor stays: is it a bus, is a clock wrong?"
+      elif receive; then
+        [ "$count" -gt 0 ] && news=again || news=rest
+      else
+        sentence="cannot write to $LOG or $FULL"
+      fi ;;
+    # A server of the old contract does not know the word, and some drop the connection then.
+    0,400,last,* | 52,*,last,* | 56,*,last,*) news=again since=0 ;;
     0,*,refused) news=refused sentence=$its_bus ;;
     0,50[24],* | 0,524,*) sentence="$url answers $status" hold=$(((hold + 1) / 2)) ;;  # a proxy that is less patient
     0,*) sentence="$url answers $status, and not as a bus does" ;;
@@ -141,10 +220,13 @@ fault() {
   fault=$1 delay=$((delay < 30 ? delay * 2 : 60))
 }
 
+no_tool=''
+command -v flock >/dev/null || command -v perl >/dev/null || no_tool=', and install flock or perl'
 for tool in curl jq; do command -v $tool >/dev/null || die 2 "$tool is not installed"; done
 url=${AGENT_BUS_URL:-http://127.0.0.1:8080} channel=${AGENT_BUS_CHANNEL:-default}
 grammar='^[A-Za-z0-9][A-Za-z0-9._:@-]{0,63}$'
 [[ $url =~ ^https?://. ]] || die 2 "AGENT_BUS_URL must start with http:// or https://"
+[[ $url != *@* ]] || die 2 "the URL of the bus has a login (user@): remove it; a bus takes the token in AGENT_BUS_TOKEN"
 [[ ${AGENT_NAME:-} =~ $grammar ]] || die 2 "AGENT_NAME must be a name: up to 64 letters, digits and ._:@-"
 [[ $channel =~ $grammar ]] || die 2 "AGENT_BUS_CHANNEL must be a name: up to 64 letters, digits and ._:@-"
 block=false rest=${INTERVAL:-30} hold=25  # s; common proxies cut a request that is quiet for 30
@@ -157,54 +239,65 @@ CURL=(curl -q -g -G -s --proto '=http,https' -A "${AGENT_BUS_UA:-Mozilla/5.0}" -
   --noproxy "localhost,127.0.0.1,::1,${no_proxy:-${NO_PROXY:-}}")
 
 [ -z "${AGENT_BUS_CA:-}" ] || CURL+=(--cacert "$AGENT_BUS_CA")
+strip() {
+  token=${token#$'\xef\xbb\xbf'}
+  token=${token#"${token%%[![:space:]]*}"}
+  token=${token%"${token##*[![:space:]]}"}
+}
 token=${AGENT_BUS_TOKEN:-}
+strip  # of a byte order mark, blanks and empty lines
 if [ -z "$token" ] && [ -n "${AGENT_BUS_TOKEN_FILE:-}" ]; then
   [ -r "$AGENT_BUS_TOKEN_FILE" ] || die 2 "cannot read the token in $AGENT_BUS_TOKEN_FILE"
   # shellcheck disable=SC2012 # only the mode, which stat(1) spells in another way on each system
   case $(ls -dlL "$AGENT_BUS_TOKEN_FILE") in ????------*) ;; *) die 2 "chmod 600 $AGENT_BUS_TOKEN_FILE first" ;; esac
-  read -r token <"$AGENT_BUS_TOKEN_FILE"
+  { token=$(<"$AGENT_BUS_TOKEN_FILE"); } 2>/dev/null
+  strip
 fi
+[[ $token =~ ^[!-~]*$ ]] || die 2 "the token has blanks or other characters that are in no token: copy it again"
 here='^(https://|http://(localhost|127(\.[0-9]+){3}|\[::1\])([:/]|$))'
 if [ -n "$token" ] && ! [[ $url =~ $here || ${AGENT_BUS_PLAIN_HTTP:-} ]]; then
   die 2 "the token would cross the network in the clear: use https, or in a tunnel or VPN set AGENT_BUS_PLAIN_HTTP=1"
 fi
 
-dir=${AGENT_BUS_STATE_DIR:-${XDG_STATE_HOME:-$HOME/.local/state}/agent-bus}/listener
+dir=${AGENT_BUS_STATE_DIR:-${XDG_STATE_HOME:-"~/.local/state"}/agent-bus}/listener
+if [[ $dir == \~/* ]]; then
+  home=${HOME:-~}  # of this user, if there is no HOME
+  [[ $home == /* ]] || die 2 "there is no home directory: set AGENT_BUS_STATE_DIR"
+  dir=$home/${dir#??}
+fi
 { mkdir -p "$dir" && chmod 700 "$dir"; } 2>/dev/null || die 2 "cannot write to $dir"
 name=$AGENT_NAME
 [ "$channel" = default ] || name+=/$channel
 name=$dir/$(encode "$name")
 LOG=${LOG:-$name.log} FULL=${FULL:-$name.jsonl} HEARTBEAT=${HEARTBEAT:-$name.heartbeat} PID_FILE=${PID_FILE:-$name.pid}
 ANSWER=$FULL.answer WHO=$FULL.token
-for file in "$LOG" "$FULL" "$HEARTBEAT" "$PID_FILE" "$ANSWER" "$WHO"; do
-  [ ! -L "$file" ] || die 2 "$file is a symbolic link: remove it"
-done
+refuse_links "$LOG" "$FULL" "$HEARTBEAT" "$PID_FILE" "$ANSWER" "$WHO"
 { exec 7>>"$PID_FILE" 8>>"$LOG" 9>>"$FULL"; } 2>/dev/null || die 2 "cannot write to $LOG, $FULL or $PID_FILE"
-for fd in 7 8 9; do
-  for _ in {1..10}; do lock $fd && continue 2; sleep 0.2; done
-  die 2 "another listener writes to $LOG, $FULL or $PID_FILE"
-done
+lock_files 7 8 9
 trap 'kill $(jobs -p) 2>/dev/null; rm -f "$PID_FILE" "$ANSWER" "$WHO"' EXIT
 echo $$ >"$PID_FILE"
 [ -z "$token" ] || { printf 'Authorization: Bearer %s\n' "$token" >"$WHO" && CURL+=(-H "@$WHO"); } || exit
 rm -f "$ANSWER"
 mkfifo "$ANSWER" && exec 6<>"$ANSWER" || exit  # for the news of digest: a pipe tells them when the disk is full
-fault='' delay=1
+fault='' delay=1 doubts=0 bus='' since=last
 resume || fault "cannot write to $LOG"
 trap 'exit 0' HUP INT TERM
 echo "writing the mail of $AGENT_NAME to $LOG and $FULL"
 
 while :; do
   poll
-  digest $? >&6 || exit
+  polled=$?
+  reopen || { fault "cannot write to $LOG or $FULL"; continue; }
+  digest $polled >&6 || exit
   read -r news hold since bus <&6
   read -r sentence <&6
   case $news in
     fault) fault "$sentence" ;;
+    doubt) doubts=$((doubts + 1)); fault "$sentence" ;;
     refused) die 1 "$sentence" ;;
     *)
       [ -z "$fault" ] || say "it works again"
-      fault='' delay=1
+      fault='' delay=1 doubts=0
       touch "$HEARTBEAT"
       [ "$news" = again ] || patiently sleep "$rest" ;;
   esac

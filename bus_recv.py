@@ -28,6 +28,7 @@ Exit code: 0 done, 1 refused by the bus, 2 usage or no place for the file, 3 not
 from __future__ import annotations
 
 import argparse
+import base64
 import contextlib
 import email.utils
 import http.client
@@ -43,7 +44,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from decimal import Decimal
 from typing import IO, Any
-from urllib.parse import quote, urlencode, urlsplit
+from urllib.parse import SplitResult, quote, unquote, urlencode, urlsplit
 
 HOLD_SECONDS = 25.0  # the bus may hold a poll; common proxies cut a quiet request after 30 s
 LOUD_SECONDS = 60.0  # of outage, until the reader of the messages is told: silence must not look like health
@@ -57,6 +58,7 @@ SETTLE_SECONDS = 0.3  # until a block counts as seen: a Monitor drops what it ge
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@-]{0,63}")
 DECIMAL = re.compile(r"[0-9]{1,10}(\.[0-9]{1,9})?")  # s since 1970: what a bus takes for a cursor
+AHEAD_SECONDS = 300.0  # that an answer may be ahead of our clock and our cursor; a bus takes as much from a cursor
 OLD_CONTRACT = "-"  # stands for the id of a bus that gives none; such a bus knows no words for `since` either
 HEAD = ("from", "id", "to", "channel", "reply_to", "age", "priority", "type", "subject")
 
@@ -120,7 +122,8 @@ class Reader:
             raise ValueError(f"since is {since!r}: give 'now', 'last' or seconds like 1795203596.123456")
         self.names, self.since, self.wait, self.hold = names, since, wait, wait  # hold: s, of the next poll
         self.bus: str | None = None  # the id of the bus that answered last
-        self.failures, self.announced, self.came = 0, False, False  # of this outage; it was announced; mail came, ever
+        # failures: of this outage; announced: it was; came: mail, ever; doubted: the last answer, see check_times
+        self.failures, self.announced, self.came, self.doubted = 0, False, False, False
         self.open_cursor = Cursor  # or a subclass
         self.announce: Callable[[str], None] = lambda line: None
         self.warn = self.announce
@@ -191,6 +194,7 @@ class Reader:
         if str(answer.get("bus", OLD_CONTRACT)) != self.bus:
             self.take_up(answer)
             raise Unreachable("another bus answers now")
+        self.check_times(answer)
         if self.announced:
             self.announce(f"{self.url} is back, after {span(self.clock.monotonic() - self.failing_since)}")
         self.failures, self.announced = 0, False
@@ -199,6 +203,24 @@ class Reader:
         if "gap" in answer:
             self.announce(f"messages are gone, retention removed them before they were read: {dump(answer['gap'])}")
         return answer
+
+    def check_times(self, answer: dict[str, Any]) -> None:
+        """Leave out of this answer what would move the cursor into the future, past messages that are still to come.
+
+        Another program may have answered at this address, or a bus of the first contract whose clock is wrong. If it is
+        our own clock that is wrong, the /healthz of the same bus tells.
+        """
+        latest = max(map(seconds_of, (answer["now"], *answer["messages"])))
+        limit = max(self.clock.time(), seconds_of(self.cursor.at)) + AHEAD_SECONDS
+        if latest > limit and (health := ask(self.url, "/healthz", GRACE_SECONDS)[0]).get("bus") == self.bus:
+            limit = max(limit, seconds_of(health.get("now")) + AHEAD_SECONDS)
+        if latest > limit:
+            kept = [message for message in answer["messages"] if seconds_of(message) <= limit]
+            end = next((message["ts"] for message in reversed(kept) if seconds_of(message)), self.cursor.at)
+            answer.update(messages=kept, now=end, more=False)
+            if not self.doubted:
+                self.warn(f"{self.url}: its time is far ahead of ours: the cursor stays. Is a clock wrong?")
+        self.doubted = latest > limit
 
     def request(self, hold: float, seconds: float) -> tuple[dict[str, Any], float]:
         """One poll; see ask()."""
@@ -211,7 +233,14 @@ class Reader:
         self.cursor = self.open_cursor(self.bus, self.channel, self.names[0], self.warn)
         self.cursor.at, self.since = self.since or self.cursor.at, None
         if self.bus == OLD_CONTRACT:
-            self.cursor.at = {"last": "0", "now": str(answer.get("now"))}.get(self.cursor.at, self.cursor.at)
+            now = min(str(answer.get("now")), f"{self.clock.time() + AHEAD_SECONDS:.6f}", key=seconds_of)
+            self.cursor.at = {"last": "0", "now": now}.get(self.cursor.at, self.cursor.at)
+
+
+def seconds_of(place: Any) -> float:
+    """The place of a message or a cursor, in s since 1970; 0 if it has none."""
+    place = str(place.get("ts") if isinstance(place, dict) else place)
+    return float(place) if DECIMAL.fullmatch(place) else 0.0
 
 
 def check_name(name: str) -> None:
@@ -236,7 +265,7 @@ class Cursor:
     def only_one(self, name: str) -> IO[str]:
         """A file, locked until it is closed or this process ends: two readers would each see half of the mail."""
         file, end = self.opened("~lock", os.O_RDWR, "r+"), time.monotonic() + LOCK_SECONDS
-        while not try_lock(file):
+        while not try_lock(file, self.path):
             if time.monotonic() >= end:
                 raise Busy(f"{name} is already read by process {file.read(20).strip()}: end that one first")
             time.sleep(0.05)
@@ -275,9 +304,9 @@ class Cursor:
             self.move(str(message["ts"]))
 
 
-def try_lock(file: IO[Any]) -> bool:
-    """Lock the file for this process, without waiting. False if another process has the lock."""
-    with contextlib.suppress(OSError):
+def try_lock(file: IO[Any], path: str) -> bool:
+    """Lock this file, which is at `path`, for this process, without waiting. False if another process has the lock."""
+    try:
         if sys.platform == "win32":
             import msvcrt
 
@@ -288,8 +317,15 @@ def try_lock(file: IO[Any]) -> bool:
             import fcntl
 
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    return False
+    except (BlockingIOError, PermissionError):  # the latter on Windows
+        return False
+    except OSError as error:
+        raise no_locks(path, error) from error
+    return True
+
+
+def no_locks(path: str, error: OSError) -> OSError:
+    return OSError(f"locks do not work in {os.path.dirname(path)}: set AGENT_BUS_STATE_DIR ({error.strerror})")
 
 
 def state_directory() -> str:
@@ -309,9 +345,10 @@ GRACE_SECONDS = 10.0  # to connect; and for an answer to begin, beyond the time 
 DOWNLOAD_RATE = 8192  # bytes per second; a slower answer is cut off
 ANSWER_BYTES = 64 << 20  # read at most; the bus ends an answer at 1 MiB, and a single message has at most a few
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # s before the next attempt
-HIDDEN = re.compile(  # invisible characters that act on a terminal or a reader: controls, bidi, zero width, tags
-    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff"
-    r"\U000e0000-\U000e007f\U000e0100-\U000e01ef]"
+HIDDEN = re.compile(  # controls, and what Unicode lets a program leave out: bidi, zero width, fillers, variations, tags
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u2028-\u202e"
+    r"\u2060-\u206f\u2800\u3164\ud800-\udfff\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb"
+    r"\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
 )
 
 
@@ -337,9 +374,8 @@ def exchange(url: str, path: str, body: bytes | None, seconds: float) -> tuple[h
     The head must arrive within `seconds`. The rest may take longer, as its length needs on a slow line.
     Raises Unreachable for every fault of the network; ValueError for a wrong URL, token or certificate file.
     """
-    agent = os.environ.get("AGENT_BUS_UA") or "Mozilla/5.0"  # because firewalls drop what looks like a script
-    headers = {"User-Agent": agent, **({"Content-Type": "application/json"} if body else {}), **credentials(url)}
-    connection, prefix = connect(url, min(seconds, GRACE_SECONDS))
+    connection, prefix, headers = connect(url, min(seconds, GRACE_SECONDS))
+    headers.update(credentials(url), **({"Content-Type": "application/json"} if body else {}))
     try:
         with contextlib.closing(connection):
             connection.connect()
@@ -357,21 +393,59 @@ def exchange(url: str, path: str, body: bytes | None, seconds: float) -> tuple[h
         raise Unreachable(getattr(error, "strerror", None) or str(error) or type(error).__name__) from error
 
 
-def connect(url: str, seconds: float) -> tuple[http.client.HTTPConnection, str]:
-    """A connection towards `url`, not yet open, and what stands before the path in its request line."""
-    if not re.fullmatch(r"https?://[^\s?#]+", url):
-        raise ValueError(f"{url!r} is not the URL of a bus: write it like http://host:8080")
-    parts = urlsplit(url)
+def connect(url: str, seconds: float) -> tuple[http.client.HTTPConnection, str, dict[str, str]]:
+    """A connection towards `url`, not yet open; what stands before the path in its request line; its usual headers."""
+    parts = parts_of(url)
     secure = parts.scheme == "https"
     host, port = parts.hostname or "", parts.port or (443 if secure else 80)
     proxy = proxy_for(parts.scheme, host, port)
     via = urlsplit(proxy if "://" in proxy else f"//{proxy}") if proxy else parts
     trust = {"context": authorities()} if secure else {}
-    kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
+    kind: Any = http.client.HTTPSConnection if secure else http.client.HTTPConnection
     connection = kind(via.hostname or "", (via.port or 80) if proxy else port, timeout=seconds, **trust)
+    connection._create_connection = dial  # in place of socket.create_connection
     if proxy and secure:
-        connection.set_tunnel(host, port)
-    return connection, url.rstrip("/") if proxy and not secure else parts.path.rstrip("/")
+        connection.set_tunnel(host, port, login_of(via))
+    # Firewalls drop what looks like a script.
+    headers = {"User-Agent": os.environ.get("AGENT_BUS_UA") or "Mozilla/5.0", **({} if secure else login_of(via))}
+    return connection, url.rstrip("/") if proxy and not secure else parts.path.rstrip("/"), headers
+
+
+def parts_of(url: str) -> SplitResult:
+    """The parts of a bus's URL. ValueError if it is none, or has a login, which error messages would show."""
+    if "@" in url:
+        raise ValueError("the URL of the bus has a login (user@): remove it; a bus takes the token in AGENT_BUS_TOKEN")
+    if not re.fullmatch(r"https?://[^\s?#]+", url):
+        raise ValueError(f"{url!r} is not the URL of a bus: write it like http://host:8080")
+    return urlsplit(url)
+
+
+def login_of(proxy: SplitResult) -> dict[str, str]:
+    """The Proxy-Authorization header, if the URL of the proxy has a login."""
+    if proxy.username is None:
+        return {}
+    login = f"{unquote(proxy.username)}:{unquote(proxy.password or '')}"
+    return {"Proxy-Authorization": f"Basic {base64.b64encode(login.encode()).decode()}"}
+
+
+def dial(address: tuple[str, int], seconds: float, _source: Any = None) -> socket.socket:
+    """A connection to the first address of the host that answers. Raises OSError.
+
+    Each address has 250 ms, and longer in the next rounds: one that is dead must not hold up those behind it.
+    """
+    end, fault = time.monotonic() + seconds, OSError("it has no address")
+    places: list[Any] = [place[:2] for *_, place in socket.getaddrinfo(*address, type=socket.SOCK_STREAM)]
+    for limit in (0.25, 1.0, 3.0, seconds) if len(places) > 1 else (seconds,):
+        for place in [*places]:
+            try:
+                sock = socket.create_connection(place, max(min(limit, end - time.monotonic()), 0.001))
+                sock.settimeout(seconds)
+                return sock
+            except OSError as error:
+                fault = error
+                if not isinstance(error, socket.timeout):  # it said no
+                    places.remove(place)
+    raise fault
 
 
 def authorities() -> Any:
@@ -389,11 +463,11 @@ def credentials(url: str) -> dict[str, str]:
 
     ValueError if other users could read that file, or others on the network could read the token.
     """
-    token, path = os.environ.get("AGENT_BUS_TOKEN", "").strip(), os.environ.get("AGENT_BUS_TOKEN_FILE")
+    token, path = os.environ.get("AGENT_BUS_TOKEN", "").strip("\ufeff \t\r\n"), os.environ.get("AGENT_BUS_TOKEN_FILE")
     if path and not token:
         try:
-            with open(path, encoding="ascii") as file:
-                mode, token = os.fstat(file.fileno()).st_mode, file.read(256).strip()
+            with open(path, encoding="utf-8-sig", errors="replace") as file:  # editors put a BOM before it
+                mode, token = os.fstat(file.fileno()).st_mode, file.read(4096).strip()
         except OSError as error:
             raise ValueError(f"the token in {path} cannot be read: {error.strerror}") from None
         if os.name == "posix" and mode & 0o077:
@@ -401,8 +475,8 @@ def credentials(url: str) -> dict[str, str]:
     if not token:
         return {}
     if not re.fullmatch("[!-~]+", token):
-        raise ValueError("AGENT_BUS_TOKEN has blanks or other characters that are in no token: copy the token again")
-    if not (url.startswith("https:") or is_here(urlsplit(url).hostname) or os.environ.get("AGENT_BUS_PLAIN_HTTP")):
+        raise ValueError("the token has blanks or other characters that are in no token: copy it again")
+    if not (url.startswith("https:") or is_here(parts_of(url).hostname) or os.environ.get("AGENT_BUS_PLAIN_HTTP")):
         raise ValueError(f"the token would cross to {url} in the clear: use https, or in a VPN AGENT_BUS_PLAIN_HTTP=1")
     return {"Authorization": f"Bearer {token}"}
 
@@ -474,6 +548,7 @@ def emit(text: str) -> None:
 
 
 # -- shared by bus_recv.py and bus_send.py: end --
+
 
 # What a message looks like
 

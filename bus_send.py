@@ -28,6 +28,7 @@ again with the key it names).
 from __future__ import annotations
 
 import argparse
+import base64
 import contextlib
 import http.client
 import json
@@ -38,11 +39,12 @@ import socket
 import sys
 import threading
 import time
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 TYPE_CHECKING = False  # as in typing, whose import would be a tenth of the time that a send takes
 if TYPE_CHECKING:
     from typing import Any
+    from urllib.parse import SplitResult
 
 UPLOAD_RATE = 8192  # bytes per second of a message, the slowest that the bus accepts
 HOLD_SECONDS = 25.0  # the bus may hold a question; common proxies cut a quiet request after 30 s
@@ -195,9 +197,10 @@ GRACE_SECONDS = 10.0  # to connect; and for an answer to begin, beyond the time 
 DOWNLOAD_RATE = 8192  # bytes per second; a slower answer is cut off
 ANSWER_BYTES = 64 << 20  # read at most; the bus ends an answer at 1 MiB, and a single message has at most a few
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # s before the next attempt
-HIDDEN = re.compile(  # invisible characters that act on a terminal or a reader: controls, bidi, zero width, tags
-    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff"
-    r"\U000e0000-\U000e007f\U000e0100-\U000e01ef]"
+HIDDEN = re.compile(  # controls, and what Unicode lets a program leave out: bidi, zero width, fillers, variations, tags
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u2028-\u202e"
+    r"\u2060-\u206f\u2800\u3164\ud800-\udfff\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb"
+    r"\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
 )
 
 
@@ -223,9 +226,8 @@ def exchange(url: str, path: str, body: bytes | None, seconds: float) -> tuple[h
     The head must arrive within `seconds`. The rest may take longer, as its length needs on a slow line.
     Raises Unreachable for every fault of the network; ValueError for a wrong URL, token or certificate file.
     """
-    agent = os.environ.get("AGENT_BUS_UA") or "Mozilla/5.0"  # because firewalls drop what looks like a script
-    headers = {"User-Agent": agent, **({"Content-Type": "application/json"} if body else {}), **credentials(url)}
-    connection, prefix = connect(url, min(seconds, GRACE_SECONDS))
+    connection, prefix, headers = connect(url, min(seconds, GRACE_SECONDS))
+    headers.update(credentials(url), **({"Content-Type": "application/json"} if body else {}))
     try:
         with contextlib.closing(connection):
             connection.connect()
@@ -243,21 +245,59 @@ def exchange(url: str, path: str, body: bytes | None, seconds: float) -> tuple[h
         raise Unreachable(getattr(error, "strerror", None) or str(error) or type(error).__name__) from error
 
 
-def connect(url: str, seconds: float) -> tuple[http.client.HTTPConnection, str]:
-    """A connection towards `url`, not yet open, and what stands before the path in its request line."""
-    if not re.fullmatch(r"https?://[^\s?#]+", url):
-        raise ValueError(f"{url!r} is not the URL of a bus: write it like http://host:8080")
-    parts = urlsplit(url)
+def connect(url: str, seconds: float) -> tuple[http.client.HTTPConnection, str, dict[str, str]]:
+    """A connection towards `url`, not yet open; what stands before the path in its request line; its usual headers."""
+    parts = parts_of(url)
     secure = parts.scheme == "https"
     host, port = parts.hostname or "", parts.port or (443 if secure else 80)
     proxy = proxy_for(parts.scheme, host, port)
     via = urlsplit(proxy if "://" in proxy else f"//{proxy}") if proxy else parts
     trust = {"context": authorities()} if secure else {}
-    kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
+    kind: Any = http.client.HTTPSConnection if secure else http.client.HTTPConnection
     connection = kind(via.hostname or "", (via.port or 80) if proxy else port, timeout=seconds, **trust)
+    connection._create_connection = dial  # in place of socket.create_connection
     if proxy and secure:
-        connection.set_tunnel(host, port)
-    return connection, url.rstrip("/") if proxy and not secure else parts.path.rstrip("/")
+        connection.set_tunnel(host, port, login_of(via))
+    # Firewalls drop what looks like a script.
+    headers = {"User-Agent": os.environ.get("AGENT_BUS_UA") or "Mozilla/5.0", **({} if secure else login_of(via))}
+    return connection, url.rstrip("/") if proxy and not secure else parts.path.rstrip("/"), headers
+
+
+def parts_of(url: str) -> SplitResult:
+    """The parts of a bus's URL. ValueError if it is none, or has a login, which error messages would show."""
+    if "@" in url:
+        raise ValueError("the URL of the bus has a login (user@): remove it; a bus takes the token in AGENT_BUS_TOKEN")
+    if not re.fullmatch(r"https?://[^\s?#]+", url):
+        raise ValueError(f"{url!r} is not the URL of a bus: write it like http://host:8080")
+    return urlsplit(url)
+
+
+def login_of(proxy: SplitResult) -> dict[str, str]:
+    """The Proxy-Authorization header, if the URL of the proxy has a login."""
+    if proxy.username is None:
+        return {}
+    login = f"{unquote(proxy.username)}:{unquote(proxy.password or '')}"
+    return {"Proxy-Authorization": f"Basic {base64.b64encode(login.encode()).decode()}"}
+
+
+def dial(address: tuple[str, int], seconds: float, _source: Any = None) -> socket.socket:
+    """A connection to the first address of the host that answers. Raises OSError.
+
+    Each address has 250 ms, and longer in the next rounds: one that is dead must not hold up those behind it.
+    """
+    end, fault = time.monotonic() + seconds, OSError("it has no address")
+    places: list[Any] = [place[:2] for *_, place in socket.getaddrinfo(*address, type=socket.SOCK_STREAM)]
+    for limit in (0.25, 1.0, 3.0, seconds) if len(places) > 1 else (seconds,):
+        for place in [*places]:
+            try:
+                sock = socket.create_connection(place, max(min(limit, end - time.monotonic()), 0.001))
+                sock.settimeout(seconds)
+                return sock
+            except OSError as error:
+                fault = error
+                if not isinstance(error, socket.timeout):  # it said no
+                    places.remove(place)
+    raise fault
 
 
 def authorities() -> Any:
@@ -275,11 +315,11 @@ def credentials(url: str) -> dict[str, str]:
 
     ValueError if other users could read that file, or others on the network could read the token.
     """
-    token, path = os.environ.get("AGENT_BUS_TOKEN", "").strip(), os.environ.get("AGENT_BUS_TOKEN_FILE")
+    token, path = os.environ.get("AGENT_BUS_TOKEN", "").strip("\ufeff \t\r\n"), os.environ.get("AGENT_BUS_TOKEN_FILE")
     if path and not token:
         try:
-            with open(path, encoding="ascii") as file:
-                mode, token = os.fstat(file.fileno()).st_mode, file.read(256).strip()
+            with open(path, encoding="utf-8-sig", errors="replace") as file:  # editors put a BOM before it
+                mode, token = os.fstat(file.fileno()).st_mode, file.read(4096).strip()
         except OSError as error:
             raise ValueError(f"the token in {path} cannot be read: {error.strerror}") from None
         if os.name == "posix" and mode & 0o077:
@@ -287,8 +327,8 @@ def credentials(url: str) -> dict[str, str]:
     if not token:
         return {}
     if not re.fullmatch("[!-~]+", token):
-        raise ValueError("AGENT_BUS_TOKEN has blanks or other characters that are in no token: copy the token again")
-    if not (url.startswith("https:") or is_here(urlsplit(url).hostname) or os.environ.get("AGENT_BUS_PLAIN_HTTP")):
+        raise ValueError("the token has blanks or other characters that are in no token: copy it again")
+    if not (url.startswith("https:") or is_here(parts_of(url).hostname) or os.environ.get("AGENT_BUS_PLAIN_HTTP")):
         raise ValueError(f"the token would cross to {url} in the clear: use https, or in a VPN AGENT_BUS_PLAIN_HTTP=1")
     return {"Authorization": f"Bearer {token}"}
 
@@ -457,12 +497,12 @@ def report(answer: dict[str, Any], to: str | list[str]) -> None:
 def tell(answer: dict[str, Any], to: str | list[str]) -> None:
     with contextlib.suppress(KeyError, TypeError):  # a bus of the old contract says nothing about its receivers
         if truth := queued(answer, to):
-            print(truth, file=sys.stderr)
+            print(visible(truth), file=sys.stderr)
 
 
 def complain(sentence: str, code: int) -> int:
     """One line on stderr, whatever the bus may have put into it."""
-    print("bus_send:", "".join(c if c.isprintable() else " " for c in sentence), file=sys.stderr)
+    print("bus_send:", visible("".join(c if c.isprintable() else " " for c in sentence)), file=sys.stderr)
     return code
 
 

@@ -66,7 +66,7 @@ class Way:
 
     def spelling(self) -> Finding:
         try:
-            connection, _ = bus_recv.connect(self.url, PATIENCE)
+            connection, *_ = bus_recv.connect(self.url, PATIENCE)
         except ValueError as error:
             raise Fault(str(error), MEND) from None
         parts = urlsplit(self.url)
@@ -99,7 +99,7 @@ class Way:
     def tcp(self) -> Finding:
         where, began = f"{self.host} port {self.port}", time.monotonic()
         try:
-            socket.create_connection((self.host, self.port), PATIENCE).close()
+            bus_recv.dial((self.host, self.port), PATIENCE).close()
         except ConnectionRefusedError:
             advice = "is the server, or the tunnel, running? Without --host the bus listens on its own 127.0.0.1 only"
             raise Fault(f"{where} refuses: nothing listens there", advice) from None
@@ -115,7 +115,7 @@ class Way:
             return "none: plain http"
         if self.scheme == "http":
             return "none: plain http across a network", "use https, or in a tunnel or a VPN AGENT_BUS_PLAIN_HTTP=1"
-        connection, _ = bus_recv.connect(self.url, PATIENCE)
+        connection, *_ = bus_recv.connect(self.url, PATIENCE)
         with contextlib.closing(connection):
             try:
                 connection.connect()
@@ -236,12 +236,11 @@ class Way:
 
     def fetch(self, path: str) -> tuple[http.client.HTTPResponse, bytes]:
         """What is said to someone without a token, whoever says it: bus_recv.ask knows the bus's own answers only."""
-        connection, prefix = bus_recv.connect(self.url, PATIENCE)
+        connection, prefix, headers = bus_recv.connect(self.url, PATIENCE)
         with contextlib.closing(connection):
             connection.connect()
             with bus_recv.hung_up_after(PATIENCE, connection.sock):
-                agent = os.environ.get("AGENT_BUS_UA") or "Mozilla/5.0"
-                connection.request("GET", prefix + path, headers={"User-Agent": agent})
+                connection.request("GET", prefix + path, headers=headers)
                 response = connection.getresponse()
                 page = response.read(PAGE_BYTES)
         if response.length and len(page) < PAGE_BYTES:
@@ -255,7 +254,7 @@ class Way:
             raise Fault(f"{other} is spoken there", f"set AGENT_BUS_URL={other}{self.url[len(self.scheme):]}")
 
     def speaks_http(self) -> bool:
-        with contextlib.suppress(OSError), socket.create_connection((self.host, self.port), PATIENCE) as sock:
+        with contextlib.suppress(OSError), bus_recv.dial((self.host, self.port), PATIENCE) as sock:
             sock.sendall(b"GET / HTTP/1.0\r\n\r\n")
             return sock.recv(5) == b"HTTP/"
         return False
@@ -264,7 +263,7 @@ class Way:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # nothing is said, so anyone may hear it
         try:
-            with socket.create_connection((self.host, self.port), PATIENCE) as sock, context.wrap_socket(sock):
+            with bus_recv.dial((self.host, self.port), PATIENCE) as sock, context.wrap_socket(sock):
                 return True
         except OSError:
             return False
@@ -325,7 +324,7 @@ def printable(text: str) -> str:
     """One line, without the secrets that a URL or a stranger's answer may hold."""
     for secret, shown in ((r"abt_[0-9a-f]{8}_[\w-]+", "abt_..."), (r"//[^/@\s]*@", "//...@")):
         text = re.sub(secret, shown, text)
-    return "".join(c if c.isprintable() else " " for c in text)
+    return bus_recv.visible("".join(c if c.isprintable() else " " for c in text))
 
 
 def examine(way: Way) -> bool:

@@ -151,7 +151,7 @@ def get(digest: str, path: str, url: str, seconds: float) -> None:
     part = f"{path}.{digest[:16]}.part"
     patience, progress = Patience(seconds), Progress(os.path.basename(path))
     with open(os.open(part, os.O_RDWR | os.O_CREAT, 0o600), "r+b") as file:
-        if not bus_recv.try_lock(file):
+        if not bus_recv.try_lock(file, part):
             raise OSError(f"another process writes to {part}")
         try:
             while (found := hashed(file)).hexdigest() != digest:
@@ -199,9 +199,8 @@ def answered(
     url: str, method: str, digest: str, headers: dict[str, str] | None = None, body: Iterable[bytes] = (), size: int = 0
 ) -> Iterator[http.client.HTTPResponse]:
     """What is answered to one request. bus_send.Unreachable for all that goes wrong, also while it is read."""
-    agent = os.environ.get("AGENT_BUS_UA") or "Mozilla/5.0"  # because firewalls drop what looks like a script
-    headers = {"User-Agent": agent, **bus_send.credentials(url), **(headers or {})}
-    connection, prefix = bus_send.connect(url, bus_send.GRACE_SECONDS)
+    connection, prefix, usual = bus_send.connect(url, bus_send.GRACE_SECONDS)
+    headers = {**usual, **bus_send.credentials(url), **(headers or {})}
     try:
         connection.connect()
         sock = connection.sock

@@ -117,7 +117,7 @@ def locked(path: str, patience: float = float("inf")) -> Iterator[bool]:
     """With the lock, or, after `patience` seconds, without it. It ends with its process."""
     end = time.monotonic() + patience
     with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+", encoding="ascii") as file:
-        while not (held := bus_recv.try_lock(file)) and time.monotonic() < end:
+        while not (held := bus_recv.try_lock(file, path)) and time.monotonic() < end:
             time.sleep(0.02)
         yield held
 

@@ -68,7 +68,7 @@ def drain(program: str) -> None:
     mail = Mail()
     try:
         mail.look(program, event, introduces=happened in STARTS)
-    except (bus_recv.Refused, ValueError) as no:
+    except (bus_recv.Refused, ValueError, OSError) as no:  # OSError: no place for a cursor, or no locks there
         if happened not in STARTS:  # it is said once
             return
         mail.facts = [f"This session gets no mail from the agent-bus: {no}"]
@@ -150,7 +150,7 @@ class Mail:
     def open(self, program: str, event: dict[str, Any]) -> bus_recv.Reader:
         name = name_of(session_process() if program == "claude" else None, project_of(event))
         self.reader = bus_recv.Reader([name], None, None, None, bus_recv.HOLD_SECONDS)
-        self.reader.announce = self.facts.append
+        self.reader.announce, self.reader.warn = self.facts.append, complain
         return self.reader
 
     def text(self) -> str:
@@ -258,8 +258,12 @@ def in_silence(work: Callable[..., Any], *arguments: Any) -> Any:
     except (Nameless, bus_recv.Refused, bus_recv.Busy, bus_recv.Unreachable, OSError):
         return 0
     except Exception as defect:
-        print(f"bus_hook: {type(defect).__name__}: {defect}", file=sys.stderr)
+        complain(f"{type(defect).__name__}: {defect}")
         return 0
+
+
+def complain(line: str) -> None:
+    bus_recv.complain(line, "bus_hook")
 
 
 def main() -> None:

@@ -69,11 +69,15 @@ def claim(wanted: Sequence[str], process: int, any_of_mine: bool) -> str:
     import fcntl
 
     url = os.environ.get("AGENT_BUS_URL") or bus_recv.DEFAULT_URL
+    bus_recv.parts_of(url)  # ValueError if it has a login, which is not for the name of a file
     channel = os.environ.get("AGENT_BUS_CHANNEL") or "default"
     path = os.path.join(bus_recv.state_directory(), "names", *map(bus_recv.file_name, (url, channel)))
     os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
     with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+", encoding="ascii", errors="replace") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            raise bus_recv.no_locks(path, error) from error
         lines = re.findall(r"^(\S+) ([0-9]{1,9})$", file.read(), re.MULTILINE)
         taken = {name: int(owner) for name, owner in lines if is_alive(int(owner))}
         mine = [name for name, owner in taken.items() if owner == process and (any_of_mine or name in wanted)]
