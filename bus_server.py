@@ -335,8 +335,8 @@ def draft(fields: Any, key: str | None) -> Draft:
     except KeyError as missing:
         raise Refused(400, f"{missing.args[0]} is missing: a message has from, to and msg") from None
     try:
-        to = tuple(to) if isinstance(to, list) else to
-        channel, to, start = addresses(sender, to, fields.get("channel", "default"))
+        known = addresses.__wrapped__ if isinstance(to, list) else addresses  # lists of names are large, and rare
+        channel, to, start = known(sender, tuple(to) if isinstance(to, list) else to, fields.get("channel", "default"))
     except TypeError:  # one of them is a list or an object, which no cache can look up
         raise Refused(400, "from, to and channel must be names") from None
     parent = fields.get("reply_to")
@@ -1214,7 +1214,7 @@ class Outgoing:
     """The state of a connection, and how its answers are written. Connection is this, and how requests come."""
 
     __slots__ = (
-        "address buffer closing delivering door due ended file phase request slot token transport unsent".split()
+        "address buffer closing delivering door due ended file phase queued request slot token transport unsent".split()
     )
     address: str
     transport: Plain
@@ -1230,6 +1230,7 @@ class Outgoing:
         self.request = self.delivering = self.file = None
         self.token: str | None = None  # the id of the token that the last request had; None: nobody asked for one yet
         self.unsent = 0  # bytes of the answer
+        self.queued = False  # advance() comes in the next turn
 
     def owner(self) -> str:
         """Who pays for its unread answers: a token, or an address."""
@@ -1264,8 +1265,13 @@ class Outgoing:
         """Answer the request in hand. What is pipelined behind it waits for the next turn."""
         if answer and self.phase is not LINGER:  # None: it is answered later; LINGER: the peer has gone meanwhile
             self.write(answer)
-            if self.phase is IDLE and (self.buffer or self.ended):
-                self.soon(self.advance)
+            if self.phase is IDLE and (self.buffer or self.ended) and not self.queued:
+                self.queued = True
+                self.soon(self.go_on)
+
+    def go_on(self) -> None:
+        self.queued = False
+        self.advance()
 
     def write(self, answer: Answer) -> None:
         if self.door.is_full(self, len(answer.body)):
@@ -1391,7 +1397,7 @@ class Connection(Outgoing):
             if isinstance(self.buffer, bytes):
                 self.buffer = bytearray(self.buffer)
             self.buffer += data
-        if self.phase in READING:
+        if self.phase in READING and not self.queued:
             self.advance()
         if self.phase is not BODY and len(self.buffer) > HEAD_BYTES:  # the peer pipelines faster than it is answered
             self.transport.pause_reading()
@@ -1963,6 +1969,7 @@ class Storms:
     BURST = 1000  # messages a sender may send at once, before `rate` (messages per second) holds it back
     READS, READS_BURST = 200, 2000  # requests of one reader: a second, at once
     NAMES, NAMES_BURST = 10 / 60, 1000  # names that one owner uses for the first time: a second, at once
+    SENDER_SECONDS = 86400.0  # s that a sender is known
     DEPTH = 32  # replies to replies; people change the subject earlier
     WITHIN = 600.0  # s in which changes of direction between two names are counted
 
@@ -1973,6 +1980,7 @@ class Storms:
         self.reads = Budget(clock, self.READS if rate else 0, self.READS_BURST)
         self.names = Budget(clock, self.NAMES if rate else 0, self.NAMES_BURST)
         self.turns: dict[tuple[str, str, str], tuple[str, deque[float]]] = {}  # pair: who sent last, when turns were
+        self.senders: dict[str, float] = {}  # when each was heard last; one that is new is a new name
 
     def forget(self) -> None:
         """Drop the entries that limit nobody any more; called now and then."""
@@ -1982,8 +1990,13 @@ class Storms:
         for pair, (_, turns) in list(self.turns.items()):
             if not turns or turns[-1] < now - self.WITHIN:
                 del self.turns[pair]
+        for sender, heard in list(self.senders.items()):
+            if heard < now - self.SENDER_SECONDS:
+                del self.senders[sender]
 
-    def spend(self, sender: str, messages: int) -> None:
+    def spend(self, sender: str, messages: int, owner: str) -> None:
+        self.name(owner, sender not in self.senders)
+        self.senders[sender] = self.clock()
         wait = self.sends.wait(sender, messages)
         if wait:
             raise too_much(f"{sender} sends faster than {self.sends.rate:g} messages a second: wait {wait} s", wait)
@@ -2971,8 +2984,8 @@ class Mailboxes:
         return box
 
     def new(self, channel: str, names: Iterable[str]) -> int:
-        """How many of these names have no mailbox yet."""
-        return sum((channel, own) not in self.boxes for own in names)
+        """How many of these names have no mailbox yet. `all` comes with its channel."""
+        return sum((channel, own) not in self.boxes for own in names if own != EVERYONE)
 
     def of(self, reader: Parked) -> Iterator[Mailbox]:
         """The mailboxes a reader listens to, its own first; their marks are about to change."""
@@ -3097,7 +3110,9 @@ class Mailboxes:
                 continue
             if not box.firm and quiet > self.LOOKED_SECONDS * 1000000:
                 del self.boxes[key]
-            elif box.firm and keep and quiet > keep and box.mark() >= box.removed:  # else its reader is told of a gap
+            elif (
+                box.firm and keep and quiet > keep and (not box.seen or box.mark() >= box.removed)
+            ):  # else: a gap is told
                 gone.append([*key])
         return gone
 
@@ -3589,7 +3604,7 @@ class Sending:
         if len(each) != 1:
             check_number(drafts, len(each))
             each = list(dict.fromkeys(each))  # what is the same for many messages is looked at once
-        bus.storms.spend(drafts[0].sender, len(drafts))
+        bus.storms.spend(drafts[0].sender, len(drafts), request.owner())
         bus.storms.name(request.owner(), sum((channel, to) not in bus.mailboxes.boxes for channel, _, to in each))
         for channel, sender, to in each:
             self.check_room(channel, sender, to)
@@ -3690,9 +3705,8 @@ class Retention:
     def __init__(self, bus: Bus, keep: float) -> None:
         self.bus, self.keep = bus, keep  # s; 0: for ever
         self.aging = False  # a removal of --keep is on its way
-        self.offset: float | None = None  # of the wall clock above the monotonic one, s, when it was looked at last
-        self.trusted = -math.inf  # monotonic clock, s: from when on the wall clock is believed
-        self.request: tuple[int, bool] | None = None  # the one of prune that is on its way
+        self.looked: float | None = None  # wall clock, s, when it was looked at last
+        self.trusted = -math.inf  # wall clock, s, from when on it is believed
 
     def remove(self, removal: Remove, end: Callable[[bool], None]) -> None:
         """Remove one slice after the other, then call `end`, with True if there is nothing left to remove."""
@@ -3709,13 +3723,12 @@ class Retention:
 
     def clock_is_trusted(self) -> bool:
         """A clock that is wrong for a minute must not remove all mail."""
-        now = time.monotonic()
-        offset, before = self.bus.view.clock() / 1000000 - now, self.offset
-        if before is not None and abs(offset - before) > self.JUMP:
-            self.trusted = now + self.JUMP
-            say(f"bus_server: the clock jumped by {offset - before:.0f} s: nothing is removed for an hour")
-        self.offset = offset
-        return now >= self.trusted
+        wall = self.bus.view.clock() / 1000000
+        before, self.looked = self.looked, wall
+        if before is not None and abs(wall - before) > self.JUMP:
+            self.trusted = wall + self.JUMP
+            say(f"bus_server: the clock jumped by {wall - before:.0f} s: nothing is removed for an hour")
+        return wall >= self.trusted
 
     def age(self) -> None:
         """Remove what is older than --keep."""
@@ -3951,10 +3964,10 @@ def unread(bus: Bus, channel: str, own: str, box: Mailbox) -> int:
     return box.n - box.base - (bus.view.count_expired(channel, own, mark) if box.perishable else 0)
 
 
-Row = tuple[str, str, Mailbox]  # channel, name, mailbox
+Listed = tuple[str, str, Mailbox]  # channel, name, mailbox
 
 
-def page(bus: Bus, request: Request, shows: Callable[[str, Mailbox], bool]) -> tuple[list[Row], str]:
+def page(bus: Bus, request: Request, shows: Callable[[str, Mailbox], bool]) -> tuple[list[Listed], str]:
     """Some mailboxes in the order of channel and name, and the members that say how to go on.
 
     The query has max, after=CHANNEL/NAME, name and channel; `shows` says whether a mailbox belongs into the list.

@@ -896,8 +896,8 @@ def test_a_raw_body_is_the_message(bus):
 def test_a_form_is_refused(bus):
     """8.9 a multipart form is refused with 400 and a sentence, and nothing is stored"""
     to = fresh()
+    body = '--x\r\nContent-Disposition: form-data; name="msg"\r\n\r\nhello\r\n--x--\r\n'  # as curl -F sends it
     for path in ("/send", f"/send?from={bus.me}&to={to}"):
-        body = json.dumps(bus.message(to=to))
         assert bus.refused(body, path, Content_Type="multipart/form-data; boundary=x") == 400
     assert bus.texts(to) == []
 
@@ -1292,7 +1292,7 @@ def test_lists_end_early_and_say_how_to_go_on(bus):
     for name in names[:2]:
         bus.recv(name, channel=channel)
     answers = [*pages(bus, f"/agents?channel={channel}&max=1")]
-    assert [[one["name"] for one in answer["agents"]] for answer in answers] == [names[:1], names[1:2], []]
+    assert [[one["name"] for one in answer["agents"]] for answer in answers] == [names[:1], names[1:2]]
     answers = [*pages(bus, f"/inbox?channel={channel}&max=2")]
     assert [sorted(answer["recipients"][channel]) for answer in answers] == [names[:2], names[2:]]
     assert "more" not in answers[-1] and "next" not in answers[-1]

@@ -36,8 +36,8 @@ HASTY = "bus_server.TIDY_SECONDS = bus_server.MARKS_SECONDS = 0.05; bus_server.D
 ERRORS = ("RuntimeError", "RecursionError", "EMFILE")
 ENOUGH = 6  # failures that are told before a test gives up
 # What is called once for a whole list: those who are in it may all pay, but each is told.
-FOR_ALL = {"Ledger.commit", "Bus.announce", "Bus.settle", "Figures.committed", "Mailboxes.add", "Mailboxes.note_removed"}
-FOR_ALL |= {"Mailboxes.wake"}
+FOR_ALL = {"Ledger.commit", "Bus.announce", "Bus.settle", "Figures.committed", "Mailboxes.add"}
+FOR_ALL |= {"Mailboxes.note_removed", "Mailboxes.wake"}
 # Where a list is made durable its outcome is unknown, and the bus ends: PROTOCOL.md, "What a 200 promises".
 UNKNOWN = {"Ledger.apply", "View.has_room", "Clock.now"}
 
