@@ -3707,6 +3707,7 @@ class Retention:
         self.aging = False  # a removal of --keep is on its way
         self.looked: float | None = None  # wall clock, s, when it was looked at last
         self.trusted = -math.inf  # wall clock, s, from when on it is believed
+        self.request: tuple[int, bool] | None = None  # the one of prune that is on its way
 
     def remove(self, removal: Remove, end: Callable[[bool], None]) -> None:
         """Remove one slice after the other, then call `end`, with True if there is nothing left to remove."""

@@ -106,7 +106,7 @@ class Blobs:
         file = self.place(request)
         try:
             stream = file.open("rb")
-        except FileNotFoundError:
+        except OSError:  # it is not there, or somebody made a folder of that name
             offset = ("Upload-Offset", str(size_of(file.with_suffix(".part"))))
             raise Refused(404, "the bus does not have this file, or not all of it", offset) from None
         with contextlib.suppress(OSError):  # it was removed just now, or belongs to another user
