@@ -141,7 +141,7 @@ UNREAD = ["/recv?to=bob&since=0&max=1000", "/log?since=0&max=1000", "/thread/ROO
 
 @pytest.mark.parametrize("path", UNREAD)
 def test_what_nobody_reads_has_a_budget(crowded, path):
-    """200 connections ask for the largest answer and read nothing of it: 503, or less memory than that is."""
+    """200 connections ask for the largest answer and read nothing of it: 503, or all of it is less than the budget."""
     before = resident(crowded)
     source = f"127.0.0.{50 + UNREAD.index(path)}"
     with many_files(), contextlib.ExitStack() as stack:
@@ -149,15 +149,15 @@ def test_what_nobody_reads_has_a_budget(crowded, path):
         for _ in range(200):
             peer = stack.enter_context(Peer(crowded, room=4096, patience=5, source=source))
             peers.append(peer.send("GET", path.replace("ROOT", crowded.root)))
-        assert alive(crowded)
-        wait_until(lambda: alive(crowded), 5)
+        assert ask(crowded, "GET", "/healthz", patience=60).status == 200
         grown = resident(crowded) - before
         assert grown < 100 * MIB, f"{grown / MIB:.0f} MiB more"
         heads = set()
         for peer in peers[-20:]:
             with contextlib.suppress(OSError):
                 heads.add(peer.sock.recv(12))
-        assert heads & {b"HTTP/1.1 503", b"HTTP/1.1 429"}, heads
+        size = len(ask_plain(crowded, path.replace("ROOT", crowded.root)).body)
+        assert heads & {b"HTTP/1.1 503", b"HTTP/1.1 429"} or 200 * size < 64 * MIB, (heads, size)
     assert alive(crowded)
 
 
