@@ -45,6 +45,7 @@ def test_after_a_rotation_each_message_is_once_in_a_new_file(bus, listen, move, 
         wait_until(lambda: listener.messages())
         time.sleep(0.4)  # time for copies
         listener.has_logged(body)
+    wait_until(lambda: not json.loads(bus.get("/inbox"))["recipients"].get("default", {}).get("spark"))
     listener.stop()
     for suffix in suffixes:
         move(listener.file(suffix))
