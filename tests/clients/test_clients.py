@@ -325,7 +325,7 @@ def test_a_message_counts_as_received_when_the_next_one_is_asked_for(home):
 
 
 def test_a_cursor_is_never_rounded(home):
-    exact, tenth, end = "1795203596.123456789", "0.1000000000000000055511151231257827", "9999999999.999999999"
+    exact, tenth, end = "1795203596.123456789", "0.1000000000000000055511151231257827", "1795203597.000000001"
     with Scripted(mail(f'{{"ts": {exact}, "msg": "x", "n": {tenth}}}', now=end)) as server:
         code, out, _ = recv(server, "--json", "--once")
         assert (code, out) == (0, f'{{"ts": {exact}, "msg": "x", "n": {tenth}}}\n')
@@ -607,8 +607,9 @@ def test_a_field_cannot_make_another_field():
 
 
 HIDDEN = [
-    *range(0x09), *range(0x0B, 0x0D), *range(0x0E, 0x20), *range(0x7F, 0xA0), 0xAD, 0x61C, 0x180E,
-    *range(0x200B, 0x2010), *range(0x2028, 0x202F), *range(0x2060, 0x2065), *range(0x2066, 0x206A), 0xFEFF,
+    *range(0x09), *range(0x0B, 0x0D), *range(0x0E, 0x20), *range(0x7F, 0xA0), 0xAD, 0x34F, 0x61C, 0x115F, 0x1160,
+    *range(0x180B, 0x1810), *range(0x200B, 0x2010), *range(0x2028, 0x202F), *range(0x2060, 0x2070), 0x2800, 0x3164,
+    *range(0xFE00, 0xFE10), 0xFEFF, 0xFFA0, *range(0xFFF9, 0xFFFC),
     *range(0xD800, 0xE000, 0xFF), *range(0xE0000, 0xE0080), *range(0xE0100, 0xE01F0),
 ]  # fmt: skip
 
@@ -618,7 +619,7 @@ def test_what_cannot_be_seen_is_written_out():
         escape = f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
         assert shown(f"a{chr(code)}b").split("\n")[1] == f"| a{escape}b"
         assert chr(code) not in shown(subject=f"a{chr(code)}b") and "\n| hi\n" in shown(subject=f"a{chr(code)}b")
-    seen = "grüße, 你好, עברית, 😀, ❤️, tab\t, ﷺ"
+    seen = "grüße, 你好, עברית, 😀, ❤, tab\t, ﷺ"
     assert shown(seen).split("\n")[1] == f"| {seen}"
 
 

@@ -140,7 +140,7 @@ def test_a_url_that_is_none(fails, url):
 
 
 def test_a_secret_in_the_url_is_not_shown(fails, capsys):
-    fails("tcp", "refuses", "", f"http://me:{NOBODYS}@127.0.0.1:{free_port()}")
+    fails("url", "has a login", "", f"http://me:{NOBODYS}@127.0.0.1:{free_port()}")
 
 
 def test_a_proxy_variable_is_ignored_for_this_machine(bus, examine):

@@ -45,6 +45,7 @@ def test_after_a_rotation_each_message_is_once_in_a_new_file(bus, listen, move, 
         wait_until(lambda: listener.messages())
         time.sleep(0.4)  # time for copies
         listener.has_logged(body)
+    wait_until(lambda: not json.loads(bus.get("/inbox"))["recipients"].get("default", {}).get("spark"))
     listener.stop()
     for suffix in suffixes:
         move(listener.file(suffix))
@@ -126,7 +127,7 @@ def test_if_healthz_of_the_same_bus_has_the_same_time_it_is_our_clock_that_is_wr
 
 
 def test_without_HOME_it_writes_where_the_python_clients_do(scripted, tmp_path):  # noqa: F811
-    """In a name space of its own the home of this user would be real: so it is only asked which folder it takes."""
+    """The default folder is only compared, not written to: it is the real home of this user."""
     server = scripted(answer({"error": "enough"}, "403 Forbidden"))
     env = {"AGENT_NAME": "spark", "AGENT_BUS_URL": server.url, "XDG_STATE_HOME": str(tmp_path / "xdg")}
     done = subprocess.run(["env", "-i", *(f"{k}={v}" for k, v in env.items()), SCRIPT],

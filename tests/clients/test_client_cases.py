@@ -1,0 +1,276 @@
+"""The Python clients in odd places: an answer from the future, a dead address first, logins, tokens, no locks."""
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import unicodedata
+
+import pytest
+
+import bus_recv
+import bus_send
+import bus_server
+from tests.clients.test_clients import cursors, home, reader, recv, run, send  # noqa: F401
+from tests.kit.bad_servers import HTML, NOON, Scripted, answer, mail, message, page, stored
+from tests.kit.processes import PATIENCE, ROOT
+
+FUTURE = NOON + 10**7
+LATE = message(1).replace(str(NOON), str(FUTURE))
+TOKEN = "abt_00000000_" + "s" * 43
+
+sys.path += [str(ROOT / "integrations" / "claude_code"), str(ROOT / "tools")]
+
+
+# ── An answer from the future ────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("bus", ["b1", None], ids=["a bus", "the first contract"])
+@pytest.mark.parametrize("bad", [[], [LATE], [message(2), LATE]], ids=["now", "a message", "the last message"])
+def test_an_answer_from_the_future_moves_no_cursor_and_is_said_once(bad, bus, home):  # noqa: F811
+    late = mail(*bad, now=f"{FUTURE}.5", bus=bus, more=True)
+    with Scripted(mail(message(1), bus=bus), late, late, mail(message(3), bus=bus), bus=bus) as server:
+        one = reader(server.url)
+        got = [message["id"] for message, _ in zip(one.messages(), range(4 if len(bad) == 2 else 2))]
+    assert got == (["1", "2", "2", "3"] if len(bad) == 2 else ["1", "3"])
+    (place,) = cursors(home).values()
+    assert float(place) < NOON + 2 and len(one.warned) == 1 and "far ahead" in one.warned[0]
+
+
+def test_the_first_answer_of_a_run_moves_no_cursor_into_the_future_either(home):  # noqa: F811
+    with Scripted(mail(now=f"{FUTURE}.5"), mail(now=f"{NOON}.5")) as server:
+        code, _, err = recv(server, "--once", "--timeout", "0")
+        assert code == 3 and "far ahead" in err and cursors(home) == {"b1/default/dell": "last"}
+
+
+def test_a_bus_of_the_first_contract_with_a_fast_clock_gives_no_start_in_the_future(home):  # noqa: F811
+    with Scripted(mail(bus=None), health=answer({"ok": True, "now": FUTURE})) as server:
+        recv(server, "--once", "--timeout", "0", "--since", "now")
+        assert float(server.polls[0].query["since"]) <= time.time() + 301
+
+
+def test_our_own_clock_may_be_wrong_if_the_same_bus_says_so_twice(home):  # noqa: F811
+    health = answer({"ok": True, "now": FUTURE, "bus": "b1"})
+    with Scripted(mail(LATE, now=f"{FUTURE}.5"), health=health) as server:
+        assert recv(server, "--once")[0] == 0 and cursors(home) == {"b1/default/dell": f"{FUTURE}.5"}
+
+
+def test_an_observer_stays_where_it_is(home):  # noqa: F811
+    with Scripted(mail(message(1), now=f"{NOON}.5"), mail(now=f"{FUTURE}.5"), mail(message(3))) as server:
+        code, _, err = run("tools/bus_log.py", "--timeout", "3", env={"AGENT_BUS_URL": server.url})
+    asked = [one.query["since"] for one in server.asked if one.target.startswith("/log")]
+    assert asked[:3] == ["0", f"{NOON}.5", f"{NOON}.5"] and "far ahead" in err
+
+
+# ── What cannot be seen ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_bus_the_clients_and_the_integrations_hide_the_same():
+    import session
+
+    same = bus_recv.HIDDEN.pattern == bus_send.HIDDEN.pattern == bus_server.HIDDEN.pattern
+    assert same  # and not the patterns: they may hold surrogates, which pytest cannot print
+    assert bus_recv.HIDDEN.pattern in session.UNSEEN.pattern
+
+
+def test_what_must_be_hidden_is_and_letters_are_not():
+    named = ("VARIATION SELECTOR", "HANGUL FILLER", "HANGUL CHOSEONG FILLER", "HANGUL JUNGSEONG FILLER",
+             "HALFWIDTH HANGUL FILLER", "BRAILLE PATTERN BLANK", "INTERLINEAR ANNOTATION")  # fmt: skip
+    for code in range(sys.maxunicode + 1):
+        character = chr(code)
+        name = unicodedata.name(character, "")
+        if any(one in name for one in named) or 0x206A <= code <= 0x206F:
+            assert bus_recv.HIDDEN.match(character), name
+        elif unicodedata.category(character) in ("Ll", "Lu", "Nd") or "HANGUL SYLLABLE" in name:
+            assert not bus_recv.HIDDEN.match(character), name
+
+
+def test_nothing_hidden_reaches_a_terminal_through_an_error():
+    hidden = "a\u3164b\ufe0fc\u2800d"
+    with Scripted(answer({"error": hidden}, status=400)) as server:
+        for code, out, err in (send(server), recv(server)):
+            assert code == 1 and out == "" and not bus_recv.HIDDEN.search(err.rstrip("\n")), err
+    with Scripted(answer({"error": hidden}, status=400), health=answer({"error": hidden}, status=403)) as server:
+        _, out, _ = run("tools/bus_doctor.py", env={"AGENT_BUS_URL": server.url})
+        assert "\\u3164" in out and not any(map(bus_recv.HIDDEN.search, out.split("\n")))
+
+
+# ── A dead address first ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def two_addresses(monkeypatch):
+    """A function: the name bus.example has a dead address first, then this server's."""
+    real, hole, knocking = socket.getaddrinfo, socket.socket(), []
+    hole.bind(("127.0.0.2", 0))
+    hole.listen(0)
+    for _ in range(4):  # its backlog is full: it answers nothing any more
+        knocking.append(socket.socket())
+        knocking[-1].setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            knocking[-1].connect(hole.getsockname())
+    time.sleep(0.05)
+
+    def make(url):
+        live = ("127.0.0.1", int(url.rpartition(":")[2]))
+
+        def resolve(host, port, *arguments, **options):
+            if host != "bus.example":
+                return real(host, port, *arguments, **options)
+            return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", place) for place in (hole.getsockname(), live)]
+
+        monkeypatch.setattr(socket, "getaddrinfo", resolve)
+        return f"http://bus.example:{live[1]}"
+
+    yield make
+    for sock in (hole, *knocking):
+        sock.close()
+
+
+def test_a_dead_address_costs_a_quarter_of_a_second(two_addresses, home):  # noqa: F811
+    with Scripted(stored(), mail(message(1))) as server:
+        url, began = two_addresses(server.url), time.monotonic()
+        bus_send.send("dell", "hi", url=url, sender="spark")
+        assert 0.2 < time.monotonic() - began < 1
+        assert next(reader(url).messages())["id"] == "1"
+        assert time.monotonic() - began < 2.5
+
+
+def test_the_doctor_goes_to_the_address_that_answers(two_addresses, monkeypatch, capsys):
+    import bus_doctor
+
+    with Scripted(mail(bus=None), bus=None) as server:
+        monkeypatch.setenv("AGENT_BUS_URL", two_addresses(server.url))
+        monkeypatch.setenv("AGENT_BUS_PLAIN_HTTP", "1")
+        began = time.monotonic()
+        bus_doctor.main(["--hold", "0"])
+        assert "ok    tcp" in capsys.readouterr().out and time.monotonic() - began < 5
+
+
+def test_an_address_that_refuses_is_passed_at_once_and_a_slow_one_gets_more_time(monkeypatch):
+    waits = []
+
+    def create(place, timeout):
+        waits.append((place[0], timeout))
+        if place[0] == "127.0.0.3":
+            raise ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused")
+        if len([one for one in waits if one[0] == place[0]]) < 3:
+            raise socket.timeout("timed out")
+        sock = socket.socket()
+        sock.connect(("127.0.0.1", place[1]))
+        return sock
+
+    places = [(2, 1, 6, "", (f"127.0.0.{n}", 0)) for n in (3, 4, 5)]
+    with Scripted(stored()) as server:
+        port = int(server.url.rpartition(":")[2])
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [(*one[:4], (one[4][0], port)) for one in places])
+        monkeypatch.setattr(socket, "create_connection", create)
+        with bus_recv.dial(("bus.example", port), 10) as sock:
+            assert sock.gettimeout() == 10
+    assert [(host[-1], timeout) for host, timeout in waits] == [
+        ("3", 0.25), ("4", 0.25), ("5", 0.25), ("4", 1.0), ("5", 1.0), ("4", 3.0)
+    ]  # fmt: skip
+
+
+# ── Logins and tokens ────────────────────────────────────────────────────────────────────────────────────────────────
+
+LOGIN = "Basic bWU6cCB3"  # me:p w
+
+
+def test_a_login_of_the_proxy_is_sent_with_every_request(monkeypatch, home):  # noqa: F811
+    with Scripted(stored(), mail(message(1))) as proxy:
+        monkeypatch.setenv("http_proxy", proxy.url.replace("//", "//me:p%20w@"))
+        bus_send.send("dell", "hi", url="http://bus.example:8080", sender="spark")
+        assert next(reader("http://bus.example:8080").messages())["id"] == "1"
+        env = {"AGENT_BUS_URL": "http://bus.example:8080", "AGENT_NAME": "spark"}
+        run("tools/bus_doctor.py", env=env)
+        run("tools/bus_file.py", "get", "0" * 64, "-o", str(home) + "x", "--timeout", "0", env=env)
+        assert len(proxy.asked) > 5 and {one.headers.get("proxy-authorization") for one in proxy.asked} == {LOGIN}
+        assert any(one.target.endswith("/blob/" + "0" * 64) for one in proxy.asked)
+
+
+def test_a_login_of_the_proxy_opens_the_tunnel(monkeypatch, home):  # noqa: F811
+    with Scripted(page(403, HTML)) as proxy:
+        monkeypatch.setenv("https_proxy", proxy.url.replace("//", "//me:p%20w@"))
+        with pytest.raises(bus_send.Unreachable):
+            bus_send.send("dell", "secret", url="https://bus.example", sender="spark", patience=0)
+        assert proxy.asked[0].method == "CONNECT" and proxy.asked[0].headers["proxy-authorization"] == LOGIN
+
+
+@pytest.mark.parametrize("program", [
+    ["bus_send.py", "dell", "--from", "spark"], ["bus_recv.py", "dell", "--once"], ["tools/bus_log.py"],
+    ["tools/bus_work.py", "q", "--exec", "true"], ["tools/bus_file.py", "get", "0" * 64],
+    ["tools/bus_outbox.py", "dell", "--from", "spark"], ["tools/bus_doctor.py"],
+    ["integrations/claude_code/bus_hook.py", "--name"],
+], ids=lambda program: program[0])  # fmt: skip
+@pytest.mark.parametrize("token", ["", TOKEN])
+def test_a_login_in_the_url_is_refused_in_words_and_not_shown(program, token, home, tmp_path):  # noqa: F811
+    env = {"AGENT_BUS_URL": "http://me:s3cr3t/#?@10.0.0.5", "AGENT_BUS_TOKEN": token, "CLAUDE_PID": str(os.getpid())}
+    code, out, err = run(*program, stdin=b"hi", env=env)
+    assert code in (1, 2) and "has a login" in out + err and "s3cr3t" not in out + err
+    assert not [path for path in tmp_path.rglob("*") if "s3cr3t" in path.name]
+
+
+@pytest.mark.parametrize("client", [bus_send, bus_recv])
+@pytest.mark.parametrize("variable", ["AGENT_BUS_TOKEN", "AGENT_BUS_TOKEN_FILE"])
+@pytest.mark.parametrize("content", [f"\ufeff{TOKEN}\r\n", f"\n \n{TOKEN}", f"\ufeff\r\n\r\n{TOKEN}\r\n\r\n"])
+def test_a_token_with_a_byte_order_mark_or_empty_lines_is_read(client, variable, content, home, monkeypatch, tmp_path):  # noqa: F811
+    path = tmp_path / "token"
+    path.write_bytes(content.encode())
+    path.chmod(0o600)
+    monkeypatch.setenv(variable, str(path) if variable.endswith("FILE") else content)
+    assert client.credentials("https://bus.example") == {"Authorization": f"Bearer {TOKEN}"}
+
+
+@pytest.mark.parametrize("content", [f"{TOKEN}\n{TOKEN}".encode(), f"x: {TOKEN}".encode(), TOKEN.encode("utf-16")])
+def test_a_file_that_holds_more_than_a_token_is_refused(content, home, monkeypatch, tmp_path):  # noqa: F811
+    (tmp_path / "token").write_bytes(content)
+    (tmp_path / "token").chmod(0o600)
+    monkeypatch.setenv("AGENT_BUS_TOKEN_FILE", str(tmp_path / "token"))
+    with pytest.raises(ValueError, match="no token"):
+        bus_recv.credentials("https://bus.example")
+
+
+# ── A file system without locks ──────────────────────────────────────────────────────────────────────────────────────
+
+LOCKLESS = """
+import errno, fcntl, runpy, sys
+def flock(*_):
+    raise OSError(errno.ENOLCK, "No locks available")
+fcntl.flock = flock
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("program", [
+    ["bus_recv.py", "dell", "--once"], ["tools/bus_outbox.py", "dell", "--from", "spark"],
+    ["integrations/claude_code/bus_hook.py", "--name"],
+], ids=lambda program: program[0])  # fmt: skip
+def test_where_locks_do_not_work_it_says_so(program, home):  # noqa: F811
+    with Scripted(mail(message(1))) as server:
+        env = {**os.environ, "AGENT_BUS_URL": server.url, "CLAUDE_PID": str(os.getpid())}
+        command = [sys.executable, "-c", LOCKLESS, str(ROOT / program[0]), *program[1:]]
+        done = subprocess.run(command, input="hi", env=env, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode in (1, 2) and f"locks do not work in {home}" in done.stderr
+    assert "set AGENT_BUS_STATE_DIR" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_session_hears_that_locks_do_not_work(home):  # noqa: F811
+    hook = str(ROOT / "integrations/claude_code/bus_hook.py")
+    event = json.dumps({"hook_event_name": "SessionStart", "session_id": "s1", "source": "startup"})
+    with Scripted(mail(message(1))) as server:
+        env = {**os.environ, "AGENT_BUS_URL": server.url, "AGENT_NAME": "dell"}
+        command = [sys.executable, "-c", LOCKLESS, hook, "--format", "claude"]
+        done = subprocess.run(command, input=event, env=env, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 0 and "locks do not work in" in done.stdout
+
+
+def test_a_lock_of_another_process_is_no_fault(home, tmp_path):  # noqa: F811
+    with open(tmp_path / "lock", "w+") as ours, open(tmp_path / "lock", "w+") as theirs:
+        fcntl.flock(ours, fcntl.LOCK_EX)
+        assert bus_recv.try_lock(theirs, str(tmp_path / "lock")) is False
