@@ -1744,7 +1744,11 @@ class Listener:
             guest.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             guest.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, self.SEND_BYTES)  # else what is unread hides there
         if self.tls:
-            guest = self.tls.wrap_socket(guest, server_side=True, do_handshake_on_connect=False)
+            try:
+                guest = self.tls.wrap_socket(guest, server_side=True, do_handshake_on_connect=False)
+            except OSError:
+                guest.close()
+                return
         transport = (Tls if self.tls else Plain)(self.door.loop, guest, Connection(self.door))
         if not self.door.loop.attempt(transport.begin):
             transport.abort()
@@ -3527,21 +3531,10 @@ class Bus:
             self.gate.tokens.changed = False
 
     def tidy(self) -> None:
-        for tidy in (self.storms.forget, self.forget_names, self.retention.age, *self.on_tidy):
+        for tidy in (self.storms.forget, self.retention.forget_names, self.retention.age, *self.on_tidy):
             self.loop.attempt(tidy)
         if self.gate.tokens.used:
             self.save_marks_soon()
-
-    def forget_names(self) -> None:
-        """Names that were only looked at, and rows of names that have no mail and nobody polls."""
-        wall = self.view.clock()
-        idle = self.mailboxes.idle(wall, int(self.retention.keep * 1000000))
-        if idle:
-            self.do(Forget(idle), None, self.forgotten)
-
-    def forgotten(self, connection: None, forget: Forget, names: list[list[str]]) -> None:
-        for channel, own in names:
-            self.mailboxes.boxes.pop((channel, own), None)
 
     def drain(self) -> None:
         """The bus is to end: answer all parked connections, refuse new requests, finish those that were accepted."""
@@ -3741,6 +3734,17 @@ class Retention:
 
     def aged(self, whole: bool) -> None:
         self.aging = False
+
+    def forget_names(self) -> None:
+        """Names that were only looked at, and rows of names that have no mail and nobody polls."""
+        wall = self.bus.view.clock()
+        idle = self.bus.mailboxes.idle(wall, int(self.keep * 1000000))
+        if idle:
+            self.bus.do(Forget(idle), None, self.forgotten)
+
+    def forgotten(self, connection: None, forget: Forget, names: list[list[str]]) -> None:
+        for channel, own in names:
+            self.bus.mailboxes.boxes.pop((channel, own), None)
 
     def look_for_request(self) -> None:
         """The command prune leaves a file beside the database that says what to remove."""

@@ -274,7 +274,7 @@ class BusAgainstModel(RuleBasedStateMachine):
         assert tick(str(answer["now"])) == now
         self.next[channel, names] = repr(answer["now"])
         if got:
-            self.model.fetch(names, channel, reached)
+            self.model.fetch(names, channel, reached, matching)
 
     def delivered(self, message):
         return {**message.as_delivered(), "channel": self.channel(message.draft.channel)}
@@ -291,7 +291,7 @@ class BusAgainstModel(RuleBasedStateMachine):
         assert more or len(found) == len(self.model.visible(names, channel, since))
         self.next[channel, names] = headers["Bus-Now"]
         if found:
-            self.model.fetch(names, channel, reached)
+            self.model.fetch(names, channel, reached, [since])
 
     @rule(names=READERS, channel=CHANNELS, which=st.integers(0, 99), limit=st.sampled_from([1, 2, 1000]),
           form=st.sampled_from(["{:.6f}", "{:.17g}", "{!r}", "{:.9f}", "{:.0f}"]), plain=st.booleans())

@@ -58,6 +58,12 @@ def texts(store, *names, **query):
     return [found.text.split('"msg": ')[1].strip('"') for found in store.view.after(poll(*names, **query), 1 << 62)[0]]
 
 
+def said(capfd):
+    """What was written to stderr."""
+    bus_server.REPORT.flush(20)
+    return capfd.readouterr().err
+
+
 class Clock:
     def __init__(self, now=1_000_000_000_000):
         self.now = now
@@ -185,13 +191,13 @@ class StoreContract:
         assert texts(store, "bob") == ["before"] and texts(store, "nobody-yet") == [] and store.last < 1 << 60
         assert [each.n for each in commit(store, message("bob"), message("nobody-yet")).visible] == [2, 1]
 
-    def test_an_operation_that_fails_alone_leaves_nothing_and_its_neighbours_are_applied(self, store, reopen, capsys):
+    def test_an_operation_that_fails_alone_leaves_nothing_and_its_neighbours_are_applied(self, store, reopen, capfd):
         impossible = Marks([Mark("default", "ghost", None, 0, 0, 0)], [], {})
         possible = Marks([Mark("default", "bob", True, 7, 8, 9)], [], {"abt_00000000": 5})
         applied = commit(store, message("bob", "kept"), also=[impossible, possible])
         [stored], failed, nothing = applied.results
         assert failed.status == 500 and "IntegrityError" in failed.sentence and nothing is None
-        assert "Traceback" in capsys.readouterr().err, "its log does not say why"
+        assert "Traceback" in said(capfd), "its log does not say why"
         assert stored.ticks == [each.tick for each in applied.visible] and texts(store, "bob") == ["kept"]
         assert [each.n for each in commit(store, message("ghost", "1"), message("bob")).visible] == [1, 2]
         again = reopen()
@@ -336,17 +342,17 @@ class TestSqlite(StoreContract):
         ],
         ids=["text", "no-utf-8", "sender", "tick"],
     )
-    def test_a_changed_bit_is_reported_and_never_delivered(self, store, clock, capsys, change):
+    def test_a_changed_bit_is_reported_and_never_delivered(self, store, clock, capfd, change):
         commit(store, message("bob", "first"), message("bob", "pay 100"))
         clock.now += 10
         commit(store, message("bob", "last"))
         store.writing.execute(f"UPDATE messages SET {change} WHERE text LIKE '%pay 100%'")
         assert texts(store, "bob") == ["first", "last"]
-        assert "damaged" in capsys.readouterr().err
+        assert "damaged" in said(capfd)
         commit(store, also=[remove(clock.now)])
         assert texts(store, "bob") == ["last"], "it could not be removed"
 
-    def test_an_index_with_a_changed_bit_is_reported_and_made_anew(self, store, clock, tmp_path, capsys):
+    def test_an_index_with_a_changed_bit_is_reported_and_made_anew(self, store, clock, tmp_path, capfd):
         commit(store, message("bob", "first"), message("bob", "last"))
         [root] = store.writing.execute("SELECT rootpage FROM sqlite_master WHERE name = 'in_order'").fetchone()
         store.close()
@@ -354,7 +360,7 @@ class TestSqlite(StoreContract):
         content[root * 4096 - 2] ^= 1  # in the tick of the first message; pages are numbered from 1
         (tmp_path / "bus.db").write_bytes(content)
         again = State(str(tmp_path / "bus.db"), clock)
-        assert texts(again, "bob") == ["first", "last"] and "is damaged" in capsys.readouterr().err
+        assert texts(again, "bob") == ["first", "last"] and "is damaged" in said(capfd)
         again.close()
 
     def test_a_full_disk_takes_no_message_but_knows_those_it_has_and_removes_them(self, store, clock, monkeypatch):

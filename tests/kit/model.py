@@ -6,6 +6,7 @@ microseconds. test_model.py holds it against the server.
 from __future__ import annotations
 
 import copy
+import time
 from collections import defaultdict
 from decimal import ROUND_HALF_UP, Decimal
 from typing import Any, NamedTuple
@@ -88,6 +89,8 @@ class Model:
         """Keep a message for each name, with the ticks that its sender was told."""
         assert len(ticks) == len(draft.to) and self.newest < ticks[0] and sorted(set(ticks)) == ticks, "not in order"
         expires = self.clock() + draft.members.get("ttl", 1e9) * 1e6
+        while draft.members.get("ttl", 1e9) < 1 and self.clock() <= expires:  # so that both know it has expired
+            time.sleep(0.0005)
         fresh = [Stored(each, to, draft, expires) for each, to in zip(ticks, draft.to)]
         self.kept += fresh
         self.newest = ticks[-1]
@@ -103,23 +106,32 @@ class Model:
     def present(self, names, channel, cursors):
         """A reader comes with one of these cursors; one ahead of the bus moves the bus."""
         self.newest = max(self.newest, *cursors, 0)
+        if names[0] == ALL:  # nobody's own
+            return
         self.cursors[channel, names[0]] |= cursors
         for marks, since in ((self.most, max(cursors)), (self.least, min(cursors))):
             own = marks[channel, names[0]]
             own.read = max(own.read or 0, since)
-            self.fetch(names, channel, since, [marks])
+            own.fetched = max(own.fetched, since)
 
     def poll(self, names, channel):
         for marks in (self.most, self.least):
-            marks[channel, names[0]].reader = True
+            marks[channel, names[0]].reader = names[0] != ALL
             for name in {*names, ALL}:
                 marks[channel, name].polled = True
 
-    def fetch(self, names, channel, upto, both=None):
-        """An answer with messages up to this tick arrived."""
-        for marks in both or (self.most, self.least):
+    def fetch(self, names, channel, upto, cursors):
+        """An answer to one of these cursors, with messages up to this tick, arrived.
+
+        A group's mark passes no message that nobody got: one that lies below the cursor and above the mark.
+        """
+        for marks, since in ((self.most, min(cursors)), (self.least, max(cursors))):
             for name in {*names, ALL}:
-                marks[channel, name].fetched = max(marks[channel, name].fetched, upto)
+                mark = marks[channel, name]
+                hole = any(each.place == (channel, name) and mark.fetched < each.tick <= since
+                           and not self.is_expired(each) for each in self.kept)
+                if name in (names[0], ALL) or not hole:
+                    mark.fetched = max(mark.fetched, upto)
 
     def resumed(self, names, channel):
         """The cursors that `since=last` may stand for; after a kill an earlier one than the highest."""
@@ -194,6 +206,15 @@ class Model:
     def stop(self):
         """An orderly end writes the marks."""
         self.saved = copy.deepcopy(self.least)
+        self.forget()
 
     def kill(self):
         self.least = copy.deepcopy(self.saved)
+        self.forget()
+
+    def forget(self):
+        """How far messages to everyone came is not written."""
+        for marks in (self.most, self.least, self.saved):
+            for channel, name in list(marks):
+                if name == ALL:
+                    marks[channel, name].fetched = 0
