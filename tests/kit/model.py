@@ -6,7 +6,6 @@ microseconds. test_model.py holds it against the server.
 from __future__ import annotations
 
 import copy
-import time
 from collections import defaultdict
 from decimal import ROUND_HALF_UP, Decimal
 from typing import Any, NamedTuple
@@ -49,6 +48,11 @@ class Mark:
         self.polled = False
         self.read = None  # the highest cursor presented; None before the first
         self.fetched = 0
+        self.firm = False  # it had a message or a cursor; a name that was only looked at may be forgotten
+
+    def certain(self):
+        """Does the bus know for sure that this name was polled?"""
+        return self.polled and self.firm
 
     def seen(self):
         """What lies above is unread: for a group, what nobody fetched (section 9)."""
@@ -89,10 +93,11 @@ class Model:
         """Keep a message for each name, with the ticks that its sender was told."""
         assert len(ticks) == len(draft.to) and self.newest < ticks[0] and sorted(set(ticks)) == ticks, "not in order"
         expires = self.clock() + draft.members.get("ttl", 1e9) * 1e6
-        while draft.members.get("ttl", 1e9) < 1 and self.clock() <= expires:  # so that both know it has expired
-            time.sleep(0.0005)
         fresh = [Stored(each, to, draft, expires) for each, to in zip(ticks, draft.to)]
         self.kept += fresh
+        for marks in (self.most, self.least):
+            for each in fresh:
+                marks[each.place].firm = True
         self.newest = ticks[-1]
         if draft.key:
             self.first_sends[draft.sender, draft.channel, draft.key] = draft, fresh
@@ -113,6 +118,7 @@ class Model:
             own = marks[channel, names[0]]
             own.read = max(own.read or 0, since)
             own.fetched = max(own.fetched, since)
+            own.firm = own.firm or since > 0
 
     def poll(self, names, channel):
         for marks in (self.most, self.least):
