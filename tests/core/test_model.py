@@ -174,9 +174,10 @@ class BusAgainstModel(RuleBasedStateMachine):
         """The truth about who will read it."""
         channel = draft.channel
         if draft.to == (ALL,) or ALL in draft.to:
-            readers = [{place[1] for place, mark in marks.items()
-                        if mark.reader and place[0] == channel and (mark.firm or most)} for marks, most in ((self.model.least, False), (self.model.most, True))]
-            fewest, most = [len(each - {draft.sender}) for each in readers]
+            certain = {place[1] for place, mark in self.model.least.items()
+                       if mark.reader and mark.firm and place[0] == channel}
+            possible = {place[1] for place, mark in self.model.most.items() if mark.reader and place[0] == channel}
+            fewest, most = [len(each - {draft.sender}) for each in (certain, possible)]
             assert fewest <= told["online"] + told["offline"] <= most and len(told) == 2
             return
         online = [self.is_online((channel, to)) for to in draft.to]
