@@ -2974,6 +2974,7 @@ class Mailboxes:
         self.clock, self.wall = clock, wall
         self.hole = hole  # has a mailbox a message above one tick and up to another?
         self.lost = 0  # up to this tick messages may be gone of which nothing is known
+        self.forgotten = 0  # highest tick that was removed from a mailbox that is forgotten; observers are told
         self.boxes = {(row[0], row[1]): Mailbox(*row[2:]) for row in stored}
         self.highest = max((box.newest for box in self.boxes.values()), default=0)
         self.changed: set[tuple[str, str]] = set()  # mailboxes whose marks are newer than on disk
@@ -3084,7 +3085,7 @@ class Mailboxes:
         else:
             boxes = [self.box(str(poll.channel), own) for own in poll.names]
         removed = max((box.removed for box in boxes), default=0)
-        removed = max(removed, self.lost)
+        removed = max(removed, self.lost, self.forgotten if poll.me is None else 0)
         return (poll.since, removed) if removed > poll.since else None
 
     def note_removed(self, removed: dict[Any, int]) -> None:
@@ -3114,9 +3115,7 @@ class Mailboxes:
                 continue
             if not box.firm and quiet > self.LOOKED_SECONDS * 1000000:
                 del self.boxes[key]
-            elif (
-                box.firm and keep and quiet > keep and (not box.seen or box.mark() >= box.removed)
-            ):  # else: a gap is told
+            elif box.firm and keep and quiet > keep and box.mark() >= box.removed:  # else its reader is told of a gap
                 gone.append([*key])
         return gone
 
@@ -3744,7 +3743,8 @@ class Retention:
 
     def forgotten(self, connection: None, forget: Forget, names: list[list[str]]) -> None:
         for channel, own in names:
-            self.bus.mailboxes.boxes.pop((channel, own), None)
+            box = self.bus.mailboxes.boxes.pop((channel, own), None)
+            self.bus.mailboxes.forgotten = max(self.bus.mailboxes.forgotten, box.removed if box else 0)
 
     def look_for_request(self) -> None:
         """The command prune leaves a file beside the database that says what to remove."""
