@@ -81,13 +81,13 @@ VERSION = "0.2.0"
 # names, ticks and records only. To add a member that the bus interprets, begin at draft(); to add a record, put it
 # beside Message.
 
-HOLD = 25.0  # s; a poll that does not say waits so long; common proxies cut a request that is quiet for 30 s
-HOLD_MAX = 60.0  # s; a client that asks for more is answered then, and asks again
-AHEAD = 300 * 1000000  # us; a cursor from a host with a fast clock may be so far ahead of our clock
+HOLD = 25.0  # s; the hold of a poll without `wait`; common proxies cut a request that is quiet for 30 s
+HOLD_MAX = 60.0  # s; a poll that asks for more is answered after this time, and its client polls again
+AHEAD = 300 * 1000000  # us; a cursor from a host with a fast clock may be this far ahead of the bus's clock
 NAMES_PER_SEND = 64
 MAX_MESSAGES = 1000  # in one answer
 ANSWER_BYTES = 1 << 20  # of messages in an answer that has more than one; it bounds memory and the time of a turn
-DEPTH = 32  # levels of JSON; Python's parser itself fails at about 1000, with an error that is not a ValueError
+DEPTH = 32  # levels of JSON; at about 1000 Python's parser raises an error that is not a ValueError
 TTL_MIN = 0.001  # s; a shorter one could round to 0
 TTL_MAX = 1000000000  # s, 30 years; the end of a ttl must fit into an integer of SQLite
 DIGITS = 4300  # of an integer in JSON, the limit of newer Pythons; parsing time grows with the square
@@ -135,7 +135,7 @@ def iso(tick: int) -> str:
 def name(text: Any, what: str) -> str:
     """The text, if it is a name; else Refused, which says `what` must be one."""
     if not isinstance(text, str) or not NAME.fullmatch(text):
-        raise Refused(400, f"{what} must be a name: 1 to 64 of A-Z a-z 0-9 . _ : @ - and first a letter or digit")
+        raise Refused(400, f"{what} must be a name: 1 to 64 of A-Z a-z 0-9 . _ : @ - with a letter or digit first")
     return text
 
 
@@ -445,7 +445,7 @@ def parse_json(body: bytes) -> Any:
     return value
 
 
-TOO_DEEP = f"it is nested more than {DEPTH} deep"
+TOO_DEEP = f"it is nested more than {DEPTH} levels deep"
 HALF_A_PAIR = re.compile("[\ud800-\udfff]")
 
 
@@ -799,8 +799,8 @@ class Head:
 
     The whole head must fit one strict grammar before any of it is interpreted. If a proxy and the bus read a head
     differently, a second request can hide in the first. The parser of http.server is too lax: it takes the first of two
-    lengths, ignores Transfer-Encoding, and drops every header after one that has no colon. It also takes 45 us, which
-    is more than the rest of a request.
+    Content-Length headers, ignores Transfer-Encoding, and drops every header after one that has no colon. It also takes
+    45 us, which is more than the rest of a request.
     """
 
     def __init__(self, text: bytes) -> None:
@@ -1033,7 +1033,7 @@ class App(Protocol):
 
 
 class Request(BaseHTTPRequestHandler):
-    """One HTTP request in memory, with methods like do_GET and do_POST as in http.server. It never uses a socket."""
+    """One HTTP request in memory, with do_GET and do_POST as in http.server. It never uses a socket."""
 
     grant: Grant
     parsed: Head
@@ -1563,7 +1563,7 @@ class Connection(Outgoing):
         elif self.pouring():
             self.wait(BODY, BODY_SECONDS)  # it is our disk that is slow
         else:
-            self.stop_waiting(Refused(408, f"the request took too long: we waited for {self.phase.value}"))
+            self.stop_waiting(Refused(408, f"the request took too long: the bus waited for {self.phase.value}"))
 
 
 def unread_answers() -> Refused:
@@ -1896,7 +1896,7 @@ def presented(authorization: str) -> tuple[str, str]:
 
 def unauthorized() -> Refused:
     advice = "set AGENT_BUS_TOKEN to a token that was made with: python3 bus_server.py invite NAME"
-    return Refused(401, f"this bus wants a token, and one that is valid: {advice}", ("WWW-Authenticate", "Bearer"))
+    return Refused(401, f"this bus wants a token that is valid: {advice}", ("WWW-Authenticate", "Bearer"))
 
 
 class Gate:
@@ -2479,7 +2479,7 @@ class State(Rows):
         """Bring the tables of an extension up to date. `steps` are its migrations; only ever add at the end."""
         [version] = self.ask("SELECT version FROM extensions WHERE name = ?", extension) or [0]
         if version > len(steps):
-            raise Unusable(f"the database {self.path} was used with a newer {extension}.py: use that one")
+            raise Unusable(f"the database {self.path} was used with a newer {extension}.py: use that newer file")
         if version < len(steps):
             self.writing.execute("BEGIN IMMEDIATE")
             migrate(self.writing, steps[version:])
@@ -2826,7 +2826,7 @@ def prepare(database: sqlite3.Connection, path: str, journal: str) -> None:
 
     version = ask("PRAGMA user_version")
     if version > len(MIGRATIONS):
-        raise Unusable(f"the database {path} was made by a newer bus_server (schema {version}): use that one")
+        raise Unusable(f"the database {path} was made by a newer bus_server (schema {version}): use that newer version")
     if not version and ask("SELECT count(*) FROM sqlite_master"):
         raise Unusable(f"{path} is not a database of agent-bus: choose another --db")
     database.execute("PRAGMA fullfsync=ON")  # macOS: fsync alone leaves the data in the disk's own memory
@@ -3369,7 +3369,7 @@ class Bus:
         if route and route.sink:
             request.sink = route.sink(request)
         elif head.length > self.max_body:
-            raise Refused(413, f"the body has {head.length} bytes, the limit is {self.max_body}; nothing was stored")
+            raise Refused(413, f"the body has {head.length} bytes and the limit is {self.max_body}; nothing was stored")
 
     def answer(self, request: Request) -> Answer | None:
         method = request.command
@@ -3620,7 +3620,7 @@ class Sending:
             box.pending = view.count_between(channel, to, box.reached, box.newest)
         messages, size = box.pending
         if messages >= MAILBOX_MESSAGES or size >= MAILBOX_BYTES:
-            raise too_much(f"the mailbox of {to} is full: {messages} messages wait and nobody fetches them", 60)
+            raise too_much(f"the mailbox of {to} is full: wait until readers fetch some of its {messages} messages", 60)
         if messages < MAILBOX_MESSAGES * 3 // 4 and size < MAILBOX_BYTES * 3 // 4:
             return
         if box.by_sender is None:

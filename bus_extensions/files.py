@@ -37,8 +37,8 @@ def start(bus: Bus, options: argparse.Namespace) -> None:
 class Blobs:
     """Files by the sha256 of their content, in DATABASE.blobs. Owned by the loop.
 
-    A file of which only a part has arrived is HASH.part; the next upload may continue it. Files are read, written,
-    hashed and searched in a thread (Loop.in_thread).
+    A file of which only a part has arrived is named HASH.part; the next upload may continue it. Files are read,
+    written, hashed and removed in a thread (Loop.in_thread).
     """
 
     PIECE = 65536  # bytes that are read at once
@@ -71,7 +71,7 @@ class Blobs:
         if file.name in self.arriving or start not in (0, there):
             raise Refused(409, "continue at Upload-Offset, one upload at a time", ("Upload-Offset", str(there)))
         if total > self.quota:
-            raise Refused(413, f"the file has {total} bytes, the limit for all is {self.quota}; nothing was stored")
+            raise Refused(413, f"the file has {total} bytes, and the limit for all is {self.quota}; nothing was stored")
         if self.used + total - there > self.quota:
             raise Refused(507, "the bus has no room for this file now: files that nobody uses are removed after --keep")
         return Upload(self, file, start, length, total)

@@ -230,7 +230,7 @@ class Settle(Operation):
             (self.tick, self.lease),
         ).fetchone()
         if not row or (row[1] is None and self.verb != "ack"):
-            raise Refused(409, "you no longer have this message: its lease ran out, or it was done or given back")
+            raise Refused(409, "this message is no longer yours: its lease ran out, or it was settled already")
         due = None if self.verb == "ack" else now.steady + self.delay_us
         state.writing.execute("UPDATE work SET due = ? WHERE tick = ?", (due, self.tick))
         if self.verb == "return":
