@@ -1,16 +1,16 @@
 #!/usr/bin/env python3
 """agent-bus server: a message bus for coding agents, in one file, with the standard library only.
 
-The file is written in layers. A layer uses only the layers above it, and tests/core/test_layers.py keeps it so.
+The file is written in layers. A layer uses only the layers above it; tests/core/test_layers.py checks that.
 
-    Words       names, cursors, ids, JSON and the records: what the wire says
-    Loop        turns, timers, and the work that is done aside
+    Words       names, cursors, ids, JSON and the records: the data of requests and messages
+    Loop        turns, timers, and slow work that must not hold up a turn
     Wire        the grammar of a request and of an answer: Head, Query, Answer
     Connection  one socket, one phase, one deadline; it calls an App and does not know the Bus
-    Identity    tokens, the gate, the guards against storms
+    Identity    tokens, who is admitted, and limits for runaway agents
     State       the SQLite file, and the operations that change it
-    Mailboxes   who reads, how far, and who is parked
-    Bus         send, receive, what follows a commit; the endpoints of the core
+    Mailboxes   how far each name has read, and which connections wait
+    Bus         sending, receiving, the work after a commit, the endpoints of the core
     start       the command line, the commands, the extensions
 
 How a message travels:
@@ -19,13 +19,16 @@ How a message travels:
                                                        | Applied: the messages that are visible now, in tick order
     reader <--parked /recv-- Connection <- Mailboxes.wake <- Bus.announce -> the answer to the sender
 
-The tick is the one number. It is the microsecond of the commit, made unique and increasing by the one writer. It is
-clock, order, cursor and identity at once; on the wire it is `ts` (seconds), `id` (hex), `since` and `now`.
+Every message has a tick: the microsecond of its commit. State, the only writer, makes ticks unique and increasing. The
+tick gives a message its time, its place in the order and its id; a reader's cursor is a tick too. On the wire a tick is
+`ts` (seconds), `id` (hex), `since` or `now`.
 
-A turn of the loop never waits. Two things are done aside, while another thread may have the turns: applying a list of
-operations, and checking the hash of a large file. Everything else a bus can do is in bus_extensions/, one file for one
-section of PROTOCOL.md. PROTOCOL.md is the contract, docs/design.md has the reasons, and docs/changing.md says how to
-add an endpoint, an option, a column, an operation or an extension.
+A turn of the loop never waits for the disk. A commit runs in Loop.aside(): if it is slow, a second thread runs the
+turns. The reading, writing and hashing of large files runs in a pool of threads, with Loop.in_thread().
+
+The optional features are in bus_extensions/, one file for each section of PROTOCOL.md. PROTOCOL.md is the contract,
+docs/design.md has the reasons, and docs/changing.md says how to add an endpoint, an option, a column, an operation or
+an extension.
 """
 
 from __future__ import annotations
@@ -74,16 +77,17 @@ from urllib.parse import parse_qsl
 VERSION = "0.2.0"
 
 # ── Words ────────────────────────────────────────────────────────────────────────────────────────────────────────────
-# What the wire says, as Python values. Text from outside is parsed here, once; every layer below has only names, ticks
-# and records. To add a member that the bus interprets, begin at draft(); to add a record, put it beside Message.
+# The data of requests and messages, as Python values. Text from outside is parsed here, once; the layers below handle
+# names, ticks and records only. To add a member that the bus interprets, begin at draft(); to add a record, put it
+# beside Message.
 
-HOLD = 25.0  # s; a poll that does not say waits so long; common proxies cut a request that is quiet for 30 s
-HOLD_MAX = 60.0  # s; a client that asks for more is answered then, and asks again
-AHEAD = 300 * 1000000  # us; a cursor from a host with a fast clock may be so far ahead of our clock
+HOLD = 25.0  # s; the hold of a poll without `wait`; common proxies cut a request that is quiet for 30 s
+HOLD_MAX = 60.0  # s; a poll that asks for more is answered after this time, and its client polls again
+AHEAD = 300 * 1000000  # us; a cursor from a host with a fast clock may be this far ahead of the bus's clock
 NAMES_PER_SEND = 64
 MAX_MESSAGES = 1000  # in one answer
 ANSWER_BYTES = 1 << 20  # of messages in an answer that has more than one; it bounds memory and the time of a turn
-DEPTH = 32  # levels of JSON; Python's parser itself fails at about 1000, with an error that is not a ValueError
+DEPTH = 32  # levels of JSON; at about 1000 Python's parser raises an error that is not a ValueError
 TTL_MIN = 0.001  # s; a shorter one could round to 0
 TTL_MAX = 1000000000  # s, 30 years; the end of a ttl must fit into an integer of SQLite
 DIGITS = 4300  # of an integer in JSON, the limit of newer Pythons; parsing time grows with the square
@@ -99,7 +103,7 @@ Headers = tuple[tuple[str, str], ...]
 
 
 class Refused(Exception):
-    """A request that cannot be served: a status, and one sentence that says what to do. refusal() renders it."""
+    """A request that cannot be served: a status, and one sentence for the client. refusal() makes the answer of it."""
 
     def __init__(self, status: int, sentence: str, *headers: tuple[str, str]) -> None:
         super().__init__(sentence)
@@ -107,11 +111,11 @@ class Refused(Exception):
 
 
 class Unusable(Exception):
-    """The bus or a command cannot start; one sentence that says why."""
+    """The bus or a command cannot start. The text is one sentence that says why."""
 
 
 class InUse(Unusable):
-    """Another process has the database."""
+    """Another process uses the database."""
 
 
 def wall_clock() -> int:
@@ -131,7 +135,7 @@ def iso(tick: int) -> str:
 def name(text: Any, what: str) -> str:
     """The text, if it is a name; else Refused, which says `what` must be one."""
     if not isinstance(text, str) or not NAME.fullmatch(text):
-        raise Refused(400, f"{what} must be a name: 1 to 64 of A-Z a-z 0-9 . _ : @ - and first a letter or digit")
+        raise Refused(400, f"{what} must be a name: 1 to 64 of A-Z a-z 0-9 . _ : @ - with a letter or digit first")
     return text
 
 
@@ -165,7 +169,7 @@ made = tuple.__new__  # makes a NamedTuple of all its members in order, in 0.12 
 
 
 class Message(NamedTuple):
-    """A committed message. `text` is its JSON members after ts, id and to; `n` counts the messages of its mailbox."""
+    """A committed message. `text` has the JSON members that follow ts, id and to; `n` is its number in its mailbox."""
 
     tick: int
     channel: str
@@ -185,7 +189,7 @@ class Message(NamedTuple):
 
 
 class Draft(NamedTuple):
-    """A message that is valid and has no tick yet. It becomes one Message for each name in `to`."""
+    """A valid message that is not committed yet. The commit makes one Message of it for each name in `to`."""
 
     channel: str
     to: tuple[str, ...]
@@ -199,14 +203,14 @@ class Draft(NamedTuple):
 
 
 class Stored(NamedTuple):
-    """What a sender is told of one Draft."""
+    """The result of storing one Draft; the answer to its sender is made of it."""
 
     ticks: list[int]  # one for each name in `to`
     duplicate: bool  # an earlier send with the same key stored it
 
 
 class Poll(NamedTuple):
-    """What one reader asks for. None and () mean any."""
+    """The request of one reader for messages. None and () mean any."""
 
     me: str | None  # whose cursor it is; None for an observer
     names: tuple[str, ...]
@@ -251,21 +255,21 @@ REPLIES = "replies to"  # with the tick of a message: senders wait here for a re
 
 
 class Mark(NamedTuple):
-    """How far a mailbox was read, as the database has it. Ticks, but `seen` is the wall clock in us."""
+    """How far a mailbox was read, as stored in the database. `read` and `fetched` are ticks."""
 
     channel: str
     name: str
     own: bool
     read: int | None
     fetched: int
-    seen: int
+    seen: int  # wall clock, us
 
 
 FETCHED, ACKNOWLEDGED, ALONE = 0, 1, 2  # kinds of a Receipt; ALONE: this message was read by its id, out of order
 
 
 class Receipt(NamedTuple):
-    """Which reader moved a mark of this mailbox to which tick, and when. Of those of one second the last is kept."""
+    """Which reader moved a mark of this mailbox to which tick, and when. The last receipt of each second is kept."""
 
     channel: str
     name: str
@@ -276,7 +280,7 @@ class Receipt(NamedTuple):
 
 
 class Grant(NamedTuple):
-    """What one token allows; OPEN is the grant of every request on a bus without tokens."""
+    """The rights of one token. OPEN is the grant of every request on a bus without tokens."""
 
     token: str  # its id, which is not secret
     name: str
@@ -289,7 +293,7 @@ class Grant(NamedTuple):
         if not self.name or not isinstance(message, dict):
             return message
         if message.get("from", self.name) != self.name:
-            raise Refused(403, f"this token sends as {self.name}: leave from out, or use that")
+            raise Refused(403, f"this token sends as {self.name} only: omit from, or give that name")
         return {**message, "from": self.name}
 
     def reads(self, own: str) -> bool:
@@ -430,7 +434,7 @@ def parse_json(body: bytes) -> Any:
     try:
         value, end = decode(text)
         if end < len(text):
-            raise ValueError(f"something follows it at character {end}")
+            raise ValueError(f"there is more text after the value, at character {end}")
         beside = [*map(type, value)].count(dict) - 1 if isinstance(value, list) else 0  # not nested
         if "\\u" in text or text.count("{") + text.count("[") - beside > DEPTH:
             inspect(value, DEPTH)  # in every other text it finds nothing, and takes 2 us for each message
@@ -441,7 +445,7 @@ def parse_json(body: bytes) -> Any:
     return value
 
 
-TOO_DEEP = f"it is nested more than {DEPTH} deep"
+TOO_DEEP = f"it is nested more than {DEPTH} levels deep"
 HALF_A_PAIR = re.compile("[\ud800-\udfff]")
 
 
@@ -463,14 +467,14 @@ def inspect(value: Any, depth: int) -> None:
 
 # ── Loop ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 # One loop runs everything. A turn serves every socket that is ready, runs every timer that is due, then runs the
-# actions that those two queued with soon(). Work that may take long is done aside(): meanwhile a second thread may take
-# the turns. To add work that follows a turn, call soon(); to add a timer, call later() or every().
+# actions that those two queued with soon(). A commit runs in aside(): if it is slow, a second thread runs the turns. To
+# add work that follows a turn, call soon(); to add a timer, call later() or every().
 
 
 class Report:
-    """Lines for stderr. A thread of its own writes them, so a full pipe or a full disk there delays nobody.
+    """Lines for stderr. A separate thread writes them, so a full pipe or a full disk does not delay the loop.
 
-    Lines that find no room are dropped, and their number is told with the next line.
+    If ROOM lines are waiting, more lines are dropped; the next line that is written says how many.
     """
 
     ROOM = 1000  # lines
@@ -509,7 +513,7 @@ say = REPORT.say
 
 
 class Watched(Protocol):
-    """What the loop watches a socket for."""
+    """An object whose socket the loop watches."""
 
     sock: socket.socket
     events: int  # of selectors.EVENT_READ and EVENT_WRITE; only Loop.watch changes it
@@ -522,16 +526,16 @@ class Watched(Protocol):
 
 
 class Loop:
-    """Turns, timers, and what is done aside.
+    """Runs the turns and the timers, and slow work in aside() and in_thread().
 
-    Invariant: one thread at a time has a turn, the one that holds `lock`. That is the thread which called run(). While
-    it is aside for longer than PATIENCE, a second thread, the deputy, takes the turns, so a slow disk delays only the
-    senders that wait for it. A fast disk wakes no second thread: 19 % more sends a second with one sender, 15 % with
-    16, 4 % with 128 than with a thread for all commits.
+    Invariant: only the thread that holds `lock` runs turns. Normally that is the thread that called run(). If it stays
+    in aside() for longer than PATIENCE, a second thread, the deputy, runs the turns, so a slow disk delays only the
+    requests that wait for a commit. If the disk is fast, the deputy is not woken. Compared with a thread that makes all
+    commits, this gives 19 % more sends a second with one sender, 15 % with 16, and 4 % with 128.
 
-    Invariant: an exception costs the call that raised it, and nothing else; attempt() is the one place that sees to it.
+    Invariant: an exception ends only the call that raised it. attempt() is the one place that catches it.
 
-    asyncio's loop would not do, because it cannot go on in another thread.
+    asyncio's loop cannot be used here, because it cannot go on in another thread.
     """
 
     PATIENCE = 0.005  # s; the deputy takes over after one to two times this
@@ -710,14 +714,14 @@ class Loop:
 
 
 # ── Wire ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
-# HTTP/1.1 as text: Head parses the head of a request, Query its query, http_bytes() makes an answer. Nothing here has a
-# socket. A request that breaks the grammar is Refused before anything in it is interpreted.
+# HTTP/1.1 as text: Head parses the head of a request, Query its query, http_bytes() makes an answer. No code here
+# uses a socket. A request that breaks the grammar is refused before any part of it is interpreted.
 
 HEAD_BYTES, LINE_BYTES, HEADERS = 16384, 8192, 64  # limits of a request's head; beyond them: 431, 414, 431
 
 
 class Stream(Protocol):
-    """The rest of a file that follows the head of an answer, in place of a body."""
+    """A file, or the rest of one, that is read and sent in pieces as the body of an answer."""
 
     length: int  # bytes
     busy: bool  # a thread reads
@@ -729,7 +733,7 @@ class Stream(Protocol):
 
 
 class Answer(NamedTuple):
-    """What a request gets. `delivers`: a reader, and the tick up to which it has everything after this answer."""
+    """The answer to a request. `delivers`: a reader and a tick; the reader then has all mail up to the tick."""
 
     status: int
     body: bytes
@@ -783,7 +787,7 @@ def early_check(head: bytes | bytearray) -> None:
     start = head[:HEAD_BYTES]
     lines = start.count(b"\r\n")
     if b"\0" in start or start.count(b"\n") > lines or start.count(b"\r") - start.endswith(b"\r") > lines:
-        raise Refused(400, "the head of the request is not HTTP/1.1: each line ends with CRLF")
+        raise Refused(400, "the head of the request is not HTTP/1.1: each line must end with CRLF")
     if len(head) > LINE_BYTES + 1 and start.find(b"\r\n", 0, LINE_BYTES + 2) < 0:
         raise Refused(414, f"the request line is longer than {LINE_BYTES} bytes: put the message in the body")
     if len(head) > HEAD_BYTES:
@@ -793,9 +797,10 @@ def early_check(head: bytes | bytearray) -> None:
 class Head:
     """The head of a request, checked and parsed; never changed afterwards.
 
-    One strict grammar comes before any interpretation, because a second request can hide where two programs read a
-    head differently. The parser of http.server takes the first of two lengths, ignores Transfer-Encoding, and drops
-    every header behind one without a colon; it also costs 45 us, more than the rest of a request.
+    The whole head must fit one strict grammar before any of it is interpreted. If a proxy and the bus read a head
+    differently, a second request can hide in the first. The parser of http.server is too lax: it takes the first of two
+    Content-Length headers, ignores Transfer-Encoding, and drops every header after one that has no colon. It also takes
+    45 us, which is more than the rest of a request.
     """
 
     def __init__(self, text: bytes) -> None:
@@ -841,7 +846,7 @@ class Head:
             raise Refused(400, "the Host header is missing")
         if "transfer-encoding" in fields:
             if "content-length" in fields:
-                raise Refused(400, "Content-Length and Transfer-Encoding exclude each other")
+                raise Refused(400, "the request has Content-Length and Transfer-Encoding: send only Content-Length")
             raise Refused(501, "Transfer-Encoding is not supported: send a Content-Length")
         length = fields.get("content-length", "0")
         if not re.fullmatch("[0-9]+", length):
@@ -852,7 +857,7 @@ class Head:
         if self.length and self.command in ("GET", "HEAD", "OPTIONS"):
             raise Refused(400, f"{self.command} takes no body")
         if fields.get("expect", "100-continue").lower() != "100-continue":
-            raise Refused(417, "this bus meets the expectation 100-continue only")
+            raise Refused(417, "the header Expect must be 100-continue or absent")
         self.expects = "expect" in fields and self.version == "HTTP/1.1"
         options = {option.strip().lower() for option in fields.get("connection", "").split(",")}
         self.closes = "close" in options or (self.version == "HTTP/1.0" and "keep-alive" not in options)
@@ -878,7 +883,7 @@ STRAY_PERCENT = re.compile("%(?![0-9A-Fa-f]{2})")
 
 
 class Query:
-    """The query string, parsed strictly: each field that the bus reads is given once, and has the right form."""
+    """The query string. A field that the bus reads is refused if it is given twice or has a wrong form."""
 
     def __init__(self, text: str) -> None:
         self.fields: dict[str, list[str]] = {}
@@ -933,7 +938,7 @@ class Query:
     def id(self) -> int:
         tick = tick_of(self.one("id"))
         if tick is None:
-            raise Refused(400, "id must be that of a message, like 660ba678a1b40")
+            raise Refused(400, "id must be the id of a message, like 660ba678a1b40")
         return tick
 
     def needed(self, field: str) -> str:
@@ -947,9 +952,9 @@ NO_QUERY = Query("")
 
 
 # ── Connection ───────────────────────────────────────────────────────────────────────────────────────────────────────
-# One socket each. A Listener accepts, the Door knows all that are open, Plain and Tls move bytes, and Connection makes
-# requests of them and has one phase and one deadline. The App knows what a request means. To let something new wait on
-# a connection, see Phase and App; to take a body in pieces, see Sink.
+# A Connection turns the bytes of one socket into requests; it has one phase and one deadline. A Listener accepts
+# connections, the Door lists the open ones, Plain and Tls read and write bytes, and the App answers the requests. To
+# let something new wait on a connection, see Phase and App; to take a body in pieces, see Sink.
 
 HEAD_SECONDS = BODY_SECONDS = 10.0  # for a whole head; for a whole body, plus its size at BODY_RATE
 BODY_RATE = 8192  # bytes per second; a slower body is 408
@@ -960,7 +965,7 @@ STRANGERS = 256  # connections that have not finished a first request; the oldes
 
 
 class Phase(enum.Enum):
-    """What a connection waits for. Each phase has one deadline; Connection.late says what follows when it passes."""
+    """What a connection waits for. Each phase has one deadline; Connection.late is called when it passes."""
 
     IDLE = "the first byte of a request"
     HEAD = "the rest of a head"
@@ -976,7 +981,7 @@ READING = IDLE, HEAD, BODY
 
 
 class Sink(Protocol):
-    """Where a body goes in pieces, when it is too large for memory."""
+    """Takes a body in pieces, if the body is too large for memory."""
 
     missing: int  # bytes
     busy: bool  # a thread writes
@@ -998,7 +1003,7 @@ class Sink(Protocol):
 
 
 class App(Protocol):
-    """What answers the requests of all connections: the Bus. It never waits, and all calls come in a turn."""
+    """The methods of the Bus that connections call. They are called in a turn and never wait."""
 
     draining: bool  # the bus is shutting down
 
@@ -1028,7 +1033,7 @@ class App(Protocol):
 
 
 class Request(BaseHTTPRequestHandler):
-    """One HTTP request in memory, with the do_GET and do_POST that Python readers know. It never sees a socket."""
+    """One HTTP request in memory, with do_GET and do_POST as in http.server. It never uses a socket."""
 
     grant: Grant
     parsed: Head
@@ -1102,10 +1107,11 @@ class Request(BaseHTTPRequestHandler):
 
 
 class Deadlines:
-    """When each connection's patience ends. Used by the loop only; the clock is passed in.
+    """The deadline of each connection. Used by the loop only; the clock is passed in.
 
-    Connections are filed under the tenth of a second in which they are due. A later deadline is only noted, and the
-    connection is filed anew when its old tenth comes: a request that is served in time, as most are, costs nothing.
+    Each connection is in a slot: the tenth of a second in which its deadline lies. If the deadline moves to a later
+    time, the connection stays in its slot, and moves on when that slot is due. So a request that is answered in time,
+    as most are, costs nothing here.
     """
 
     SLOT = 0.1  # s; a hold ends at most this much late
@@ -1151,7 +1157,7 @@ class Deadlines:
 
 
 class Door:
-    """All connections that are open, and what they share. Used by the loop only."""
+    """All open connections, and the state that they share. Used by the loop only."""
 
     UNSENT, UNSENT_EACH = 64 << 20, 16 << 20  # bytes of answers that peers have not read: in all, and for one owner
     SMALL = 4096  # bytes; an answer up to this size is always written
@@ -1211,7 +1217,7 @@ class Door:
 
 
 class Outgoing:
-    """The state of a connection, and how its answers are written. Connection is this, and how requests come."""
+    """The base of Connection: its state, and the writing of answers. Connection adds the reading of requests."""
 
     __slots__ = (
         "address buffer closing delivering door due ended file phase queued request slot token transport unsent".split()
@@ -1355,13 +1361,13 @@ class Outgoing:
 
 
 class Connection(Outgoing):
-    """One socket, and the one thing it waits for. Owned by the loop.
+    """One socket, and the phase in which it is. Owned by the loop.
 
-    IDLE -> HEAD -> BODY -> BUSY or PARKED -> WRITING -> IDLE, or -> LINGER and closed. A step that need not wait is
-    skipped: a short request that is answered at once never leaves the first call of data_received.
+    IDLE -> HEAD -> BODY -> BUSY or PARKED -> WRITING -> IDLE, or -> LINGER and closed. A phase that need not wait is
+    skipped: one call of data_received can read a short request and write its answer.
 
-    Invariants: one request in hand per connection, and a pipelined one waits in `buffer` for the next turn. Nothing is
-    answered from inside another answer. An exception costs this connection a 500, and nothing else: guard() sees to it.
+    Invariants: a connection has one request at a time; a pipelined request waits in `buffer` for the next turn. A call
+    of answer() never leads to another one inside it. After an exception only this connection gets a 500: see guard().
     """
 
     __slots__ = ()
@@ -1509,7 +1515,7 @@ class Connection(Outgoing):
             return
         early_check(self.buffer)
         if self.ended:
-            raise Refused(400, "the request ended before its empty line")
+            raise Refused(400, "the request ended before the empty line after its headers")
         if self.phase is not HEAD:  # an absolute deadline: a byte now and then does not extend it
             self.wait(HEAD, HEAD_SECONDS)
 
@@ -1557,7 +1563,7 @@ class Connection(Outgoing):
         elif self.pouring():
             self.wait(BODY, BODY_SECONDS)  # it is our disk that is slow
         else:
-            self.stop_waiting(Refused(408, f"the request took too long: we waited for {self.phase.value}"))
+            self.stop_waiting(Refused(408, f"the request took too long: the bus waited for {self.phase.value}"))
 
 
 def unread_answers() -> Refused:
@@ -1565,7 +1571,7 @@ def unread_answers() -> Refused:
 
 
 def our_fault() -> Refused:
-    return Refused(500, "the bus failed on this request; its log says why")
+    return Refused(500, "the bus failed on this request; the log of the bus says why")
 
 
 def shutting_down() -> Refused:
@@ -1573,9 +1579,9 @@ def shutting_down() -> Refused:
 
 
 class Plain:
-    """The bytes of a TCP connection: what asyncio calls a transport, as far as Connection uses one.
+    """Reads and writes a TCP connection: those methods of an asyncio transport that Connection uses.
 
-    asyncio's own takes 1.0 to 1.8 KB more for each parked reader, and reads into a new buffer of 256 KiB each time.
+    asyncio's own transport takes 1.0 to 1.8 KB more for each parked reader, and a new buffer of 256 KiB for each read.
     """
 
     __slots__ = ("closing", "events", "loop", "protocol", "sock", "unsent")
@@ -1686,9 +1692,9 @@ class Plain:
 
 
 class Tls(Plain):
-    """The same over an ssl.SSLSocket, which shakes hands when it is read for the first time, and never blocks.
+    """Plain for an ssl.SSLSocket. The socket makes its TLS handshake at the first read, and never blocks.
 
-    READ is the size of the largest TLS record too, so OpenSSL keeps nothing back that the selector cannot see.
+    READ is also the size of the largest TLS record, so OpenSSL never keeps bytes that the selector cannot see.
     """
 
     __slots__ = ()
@@ -1701,7 +1707,7 @@ class Tls(Plain):
 
 
 class Listener:
-    """Accepts connections on one socket. Without descriptors it pauses for RETRY, instead of spinning (98 % CPU)."""
+    """Accepts connections on one socket. If file descriptors run out, it pauses for RETRY (else it takes 98 % CPU)."""
 
     SEND_BYTES = 262144  # of an answer that the system may hold for a peer
     RETRY = 0.05  # s
@@ -1755,9 +1761,9 @@ class Listener:
 
 
 # ── Identity ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-# Which requests are admitted, what a token allows, and what limits agents that send without end. All of it is decided
-# in a turn, from the head of a request and from memory; only Tokens touches a file. To add a right, add a member to
-# Grant and to the rows that invite writes.
+# Which requests are admitted, what a token allows, and how much an agent may send. These decisions are made in a turn,
+# from the request and from memory; only Tokens reads or writes a file. To add a right, add a member to Grant and to the
+# rows that invite writes.
 
 NOBODY = "0" * 64  # a hash that no secret has, compared when the id is unknown: both refusals take equally long
 BEARER = re.compile(r"[Bb]earer (abt_[0-9a-f]{8})_([A-Za-z0-9_-]{43})")
@@ -1796,10 +1802,10 @@ Row = dict[str, Any]  # of one token
 
 
 class Tokens:
-    """The tokens of a bus: a line of JSON each in DATABASE.tokens, with the sha256 of the secret and what it may do.
+    """The tokens of a bus. DATABASE.tokens has a line of JSON for each, with the sha256 of its secret and its rights.
 
-    The commands write it (a new file, renamed), the server reads it again when it changes. A token is `abt_`, 8 hex
-    digits of id, and 256 random bits. Revoked tokens stay listed: a bus that once had a token is never open again.
+    The commands replace the file; the server reads it again when it has changed. A token is `abt_`, 8 hex digits of id,
+    and 256 random bits. Revoked tokens stay in the file, so a bus that once had a token is never open again.
     """
 
     def __init__(self, database: str) -> None:
@@ -1855,7 +1861,7 @@ class Tokens:
                 if not row["revoked"]
             }
         except (KeyError, TypeError):
-            raise Unusable(f"cannot read the tokens in {self.path}: a line is not that of a token") from None
+            raise Unusable(f"cannot read the tokens in {self.path}: a line in it is not a token") from None
 
     def change(self, change: Callable[[list[Row]], list[Row]]) -> None:
         """Write the file anew, one command at a time."""
@@ -1889,15 +1895,15 @@ def presented(authorization: str) -> tuple[str, str]:
 
 
 def unauthorized() -> Refused:
-    advice = "set AGENT_BUS_TOKEN to one that was made with: python3 bus_server.py invite NAME"
-    return Refused(401, f"this bus wants a token that it knows: {advice}", ("WWW-Authenticate", "Bearer"))
+    advice = "set AGENT_BUS_TOKEN to a token that was made with: python3 bus_server.py invite NAME"
+    return Refused(401, f"this bus wants a token that is valid: {advice}", ("WWW-Authenticate", "Bearer"))
 
 
 class Gate:
-    """Who may come in, decided from the head alone, before a body is read.
+    """Decides from the head of a request, before its body is read, whether the request is admitted.
 
-    A browser runs pages of strangers beside a bus on localhost. A request of such a page has its Origin, or says that
-    it is cross-site; and if the name of the page was rebound to 127.0.0.1, that name is the Host.
+    A web page of another site can send requests to a bus on localhost. Such a request has the Origin of the page, or
+    says that it is cross-site. If the name of the page was rebound to 127.0.0.1, the Host header has that name.
     """
 
     def __init__(self, tokens: Tokens, hosts: Iterable[str]) -> None:
@@ -1939,7 +1945,7 @@ def ip_address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | Non
 
 
 class Budget:
-    """What each owner may spend: `burst` at once, and `rate` a second (0: without limit). The clock is passed in."""
+    """A limit for each owner: `burst` at once, and `rate` a second (0: no limit). The clock is passed in."""
 
     def __init__(self, clock: Callable[[], float], rate: float, burst: float) -> None:
         self.clock, self.rate, self.burst = clock, rate, burst
@@ -1965,9 +1971,9 @@ class Budget:
 
 
 class Storms:
-    """Limits for agents that send without end: to anybody, in a chain of replies, or in pairs. Used by the loop only.
+    """Limits for runaway agents: their rates, chains of replies, and turns between two agents. Used by the loop only.
 
-    Beyond a limit a send is 429, with the reason in words, because an agent that is told why may stop by itself.
+    A send above a limit gets 429 with the reason in words, because an agent that reads the reason may stop by itself.
     """
 
     BURST = 1000  # messages a sender may send at once, before `rate` (messages per second) holds it back
@@ -2013,16 +2019,16 @@ class Storms:
     def name(self, owner: str, names: int) -> None:
         wait = self.names.wait(owner, names) if names else 0
         if wait:
-            why = f"{owner} uses more new names than {self.NAMES_BURST}, and 10 a minute: wait {wait} s"
-            raise too_much(f"{why}, or use a name that is known", wait)
+            why = f"{owner} used over {self.NAMES_BURST} new names, and more than 10 a minute since: wait {wait} s"
+            raise too_much(f"{why}, or use a name that the bus knows", wait)
 
     def check(self, drafts: Sequence[Draft], each: Iterable[Way]) -> str:
         """429 for a storm; else a warning for the sender, or an empty text."""
         now = self.clock()
         for one in drafts:
             if one.depth > self.DEPTH:
-                new = "what is new begins a new thread, without reply_to"
-                why = f"this is reply {one.depth} in one chain, {self.DEPTH} are allowed"
+                new = "for a new subject, send without reply_to"
+                why = f"this is reply {one.depth} in one chain, and only {self.DEPTH} are allowed"
                 raise too_much(f"{why}: stop answering; {new}", 600)
         warnings = [self.turn(channel, sender, to, now) for channel, sender, to in each if to != EVERYONE]
         return next(filter(None, warnings), "")
@@ -2044,17 +2050,18 @@ class Storms:
         if len(turns) < max(self.most_turns // 4, 1):
             return ""
         often = f"{len(turns)} times in {self.WITHIN / 60:g} minutes"
-        limit = f"at {self.most_turns} the bus refuses: send only what the other one needs"
+        limit = f"the bus refuses messages from {self.most_turns} on: send only what {to} needs"
         return f"{sender} and {to} have answered each other {often}; {limit}"
 
 
 # ── State ────────────────────────────────────────────────────────────────────────────────────────────────────────────
-# The SQLite file, and all that changes it. An operation is a value: what is to happen, with everything that decides
-# how. State.apply() applies a list of operations in one transaction, aside; View is what the turns read meanwhile. To
-# add an operation, write a subclass of Operation; to add a column, add a step to MIGRATIONS and the column to ROW.
+# The SQLite file, and the operations that change it. An operation is a plain value with all the data that the change
+# needs. State.apply() applies a list of operations in one transaction, in Loop.aside(). Meanwhile the turns read with
+# View. To add an operation, write a subclass of Operation; to add a column, add a step to MIGRATIONS and the column to
+# ROW.
 #
-# Every message has a checksum. The other tables have none: if a number or a name in them is damaged, the bus says so on
-# stderr and goes on without it, so that no row can end the bus.
+# Every message has a checksum; the rows of the other tables have none. If a number or a name in such a row is damaged,
+# the bus reports it on stderr and goes on without it, so that no row can end the bus.
 
 MAILBOX_MESSAGES, MAILBOX_BYTES = 10000, 64 << 20  # unfetched, for one name; beyond it senders get 429
 REMOVE_SLICE = 500  # messages removed in one transaction: a few ms that a send may have to wait
@@ -2160,14 +2167,14 @@ def no_room() -> Refused:
 
 
 class Now(NamedTuple):
-    """The time of one list of operations, in us."""
+    """The time at which a list of operations is applied, in us."""
 
     wall: int  # since 1970; for ticks, ttl and retention
     steady: int  # it never steps; for leases and delays
 
 
 class Clock:
-    """The two clocks of a bus. `steady` begins at the wall clock, or near the tick `last` if that is far ahead."""
+    """The two clocks of a bus. `steady` begins at the wall clock, but at most AHEAD before the tick `last`."""
 
     def __init__(self, wall: Callable[[], int], last: int) -> None:
         self.wall = wall
@@ -2187,10 +2194,10 @@ class Applied(NamedTuple):
 
 
 class Operation:
-    """What is to happen to the State, as a value. Its slots are everything that decides how.
+    """A change of the State, as a plain value. Its slots have all the data that the change needs.
 
-    `apply` gets no clock but `now`, no option, no randomness: the same operations make the same State everywhere.
-    It raises Refused if the operation is not possible, and then has changed nothing.
+    apply() uses no clock but `now`, no option and no random number, so the same operations make the same State
+    everywhere. If apply() raises Refused, it has changed nothing.
     """
 
     __slots__: tuple[str, ...] = ()
@@ -2218,7 +2225,7 @@ def operation_of(line: str, kinds: dict[str, type[Operation]]) -> Operation:
 
 
 class Put(Operation):
-    """One send: all of its drafts are stored, or none. The result is a list of Stored, one for each draft."""
+    """Store one send: all of its drafts, or none. The result is a list of Stored, one for each draft."""
 
     __slots__ = ("drafts", "room")
     kind, rank = "put", 1
@@ -2258,7 +2265,7 @@ def stored_earlier(one: Draft, known: Known) -> Stored | None:
 
 
 class Raise(Operation):
-    """A reader's cursor is ahead: the ticks to come must lie above it."""
+    """Raise the highest tick to a reader's cursor that is ahead, so that all later ticks lie above the cursor."""
 
     __slots__ = ("tick",)
     kind, rank = "raise", 0
@@ -2272,7 +2279,7 @@ class Raise(Operation):
 
 
 class Marks(Operation):
-    """How far mailboxes were read, who read them, and when tokens were used (s since 1970)."""
+    """Store how far mailboxes were read, who read them, and when tokens were used (s since 1970)."""
 
     __slots__ = ("marks", "receipts", "used")
     kind, rank = "marks", 3
@@ -2298,7 +2305,7 @@ class Marks(Operation):
 
 
 class Remove(Operation):
-    """Remove the oldest slice of the messages between two ticks. The result is the highest tick removed, or None."""
+    """Remove the `slice` oldest messages between two ticks. The result is the highest tick removed, or None."""
 
     __slots__ = ("above", "before", "fetched_only", "kept_for", "slice")
     kind, rank = "remove", 4
@@ -2342,7 +2349,7 @@ class Remove(Operation):
 
 
 class Forget(Operation):
-    """Forget mailboxes that have no mail and that nobody polls. The result is [channel, name] of those that went."""
+    """Forget mailboxes that have no mail and that nobody polls. The result is the [channel, name] of each one."""
 
     __slots__ = ("names",)
     kind, rank = "forget", 4
@@ -2373,7 +2380,7 @@ def is_of_the_machine(error: Exception) -> bool:
 
 
 class Rows:
-    """What State and View have in common: the messages in one connection to the database, each with its checksum."""
+    """The base of State and View: reads messages on one connection to the database, and checks their checksums."""
 
     def __init__(self, path: str, database: sqlite3.Connection) -> None:
         self.path, self.database = path, database
@@ -2410,12 +2417,12 @@ class Rows:
 
 
 class State(Rows):
-    """The SQLite file, and the one connection that writes it. Operations are applied aside, one list at a time.
+    """The SQLite file, and the one connection that writes it. One list of operations is applied at a time.
 
-    Invariants: the tick is unique and increasing in the order of the log, across restarts and clock steps. When apply()
-    raises, nothing of its list is on disk, as far as the disk can be believed.
+    Invariants: ticks are unique and increase in the order of the log, also after a restart or a step of the clock. If
+    apply() raises, nothing of its list is on disk, provided that the disk reports its errors.
 
-    SQLite before 3.51.3 may damage a WAL that two connections write, so View's connection can only read.
+    If two connections write, SQLite before 3.51.3 may damage the WAL. So View's connection can only read.
     """
 
     def __init__(self, path: str, clock: Callable[[], int] = wall_clock) -> None:
@@ -2472,7 +2479,7 @@ class State(Rows):
         """Bring the tables of an extension up to date. `steps` are its migrations; only ever add at the end."""
         [version] = self.ask("SELECT version FROM extensions WHERE name = ?", extension) or [0]
         if version > len(steps):
-            raise Unusable(f"the database {self.path} was used with a newer {extension}.py: use that one")
+            raise Unusable(f"the database {self.path} was used with a newer {extension}.py: use that newer file")
         if version < len(steps):
             self.writing.execute("BEGIN IMMEDIATE")
             migrate(self.writing, steps[version:])
@@ -2625,10 +2632,10 @@ class State(Rows):
 
 
 class View(Rows):
-    """What a turn reads from the file, on a connection that can only read.
+    """The reads of the turns, on a connection that can only read.
 
-    A read takes all its rows or closes its statement: an open one would let the WAL grow for ever. Messages above the
-    tick that was announced last are not visible to anybody yet, so every read has an upper end.
+    Each read takes all its rows or closes its statement, because an open statement would let the WAL grow for ever.
+    Each read ends at the tick that was announced last, because later messages are not visible to anybody yet.
     """
 
     def __init__(self, path: str, database: sqlite3.Connection, clock: Callable[[], int]) -> None:
@@ -2789,7 +2796,7 @@ def lock_file(path: str) -> str:
 def check_names(path: str) -> None:
     """Unusable, if this path is not the one whole name of a database."""
     if os.path.exists(path) and os.stat(path).st_nlink > 1:
-        raise Unusable(f"{path} has several names (hard links), each with a log of its own: remove all but one")
+        raise Unusable(f"{path} has several names (hard links), each with its own log: remove all names but one")
     if os.path.exists(restoring(path)) or (os.path.exists(f"{path}.new") and not os.path.exists(path)):
         raise Unusable(f"a restore of {path} was cut off: run it again (python3 bus_server.py restore COPY)")
 
@@ -2819,7 +2826,7 @@ def prepare(database: sqlite3.Connection, path: str, journal: str) -> None:
 
     version = ask("PRAGMA user_version")
     if version > len(MIGRATIONS):
-        raise Unusable(f"the database {path} was made by a newer bus_server (schema {version}): use that one")
+        raise Unusable(f"the database {path} was made by a newer bus_server (schema {version}): use that newer version")
     if not version and ask("SELECT count(*) FROM sqlite_master"):
         raise Unusable(f"{path} is not a database of agent-bus: choose another --db")
     database.execute("PRAGMA fullfsync=ON")  # macOS: fsync alone leaves the data in the disk's own memory
@@ -2885,20 +2892,21 @@ def migrate(database: sqlite3.Connection, steps: Iterable[str]) -> None:
 
 
 # ── Mailboxes ────────────────────────────────────────────────────────────────────────────────────────────────────────
-# Who reads, how far, and who waits for what: in memory, used by the loop only. Whatever waits is a record (Parked) and
-# its connection, kept under each place it waits at. To add a kind of waiting, write a record with the members of
-# Parked, park it with Bus.park(), and put into Bus.waits how it is answered.
+# How far each name has read, and which connections wait for what. All of it is in memory, and only the loop uses it. A
+# waiting connection has a record (Parked), and is listed under each place where it waits, for example a mailbox. To add
+# a kind of waiting, write a record with the members of Parked, park it with Bus.park(), and put the functions that
+# answer it into Bus.waits.
 
 GRACE = 10.0  # s after its hold in which a reader still counts as listening: the time to print and to poll again
 PARKED_PER_NAME = 8  # polls that wait for one name; older ones are of readers whose connection broke unnoticed
 
 
 class Parked(Protocol):
-    """What a connection waits for."""
+    """The record of a connection that waits: what it waits for, and for whom."""
 
     @property
     def exclusive(self) -> bool:
-        """A message is for one of these, not for all."""
+        """Does a message go to only one of the connections that wait for it?"""
 
     @property
     def channel(self) -> str | None: ...
@@ -2925,7 +2933,7 @@ class Parked(Protocol):
 
 
 class Mailbox:
-    """One name on one channel: what it holds, and how far it was read. Ticks, except where it says otherwise."""
+    """One name on one channel, and how far its messages were read. Values are ticks unless a comment says otherwise."""
 
     __slots__ = (
         "address base by_sender fetched firm listening n newest own pending perishable reached read removed seen until"
@@ -2961,7 +2969,7 @@ class Mailbox:
 class Mailboxes:
     """All mailboxes, and the connections that are parked. Used by the loop only; the clocks are passed in.
 
-    A parked reader is a connection and its Poll, found under each place it waits at: no thread, no task.
+    A parked reader is a connection and its Poll, listed under each place where it waits. It has no thread and no task.
     """
 
     def __init__(
@@ -3180,9 +3188,9 @@ class Mailboxes:
 
 
 # ── Bus ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
-# Sending and receiving. An endpoint checks its request in a turn and gives an operation to the Ledger; when that is
-# applied, Bus.announce() makes it visible, wakes the readers, and has each Step make its answer. To add an endpoint,
-# register it in core_routes() or, in an extension, with Bus.route().
+# Sending and receiving. An endpoint checks its request in a turn and gives an operation to the Ledger. After the commit
+# Bus.announce() makes new messages visible, wakes their readers, and answers the request of each operation. To add an
+# endpoint, register it in core_routes() or, in an extension, with Bus.route().
 
 NAMES_PER_READER = 16
 COPIES_PER_SEND = 5000  # messages times names in one request: 40 ms of one transaction
@@ -3192,7 +3200,7 @@ DRAIN_SECONDS = 10.0  # for accepted sends to be committed and answered after SI
 
 
 class Figures:
-    """What the bus has done since its start. metrics.py shows them."""
+    """Counts and times of the work since the start of the bus. metrics.py shows them."""
 
     def __init__(self) -> None:
         self.sends = self.messages = self.delivered = self.commits = 0
@@ -3212,10 +3220,10 @@ Undone = Callable[[Any], None]
 
 
 class Step(NamedTuple):
-    """An operation on its way, and what follows when it was applied.
+    """An operation that is to be applied, and the functions that are called afterwards.
 
     `then(connection, operation, result)` returns the answer, or None if nobody waits for one. If the operation was
-    refused, or its list failed, the connection gets that as its answer, and `undone(operation)` is called.
+    refused, or its list failed, the connection gets the error as its answer, and `undone(operation)` is called.
     """
 
     operation: Operation
@@ -3228,10 +3236,10 @@ by_rank = attrgetter("operation.rank")
 
 
 class Ledger:
-    """The order of operations. What one turn brought is one list, one transaction and one fsync. Owned by the loop.
+    """The queue of operations. Those of one turn are one list, one transaction and one fsync. Owned by the loop.
 
-    Invariant: one list at a time is applied and announced, so both are in one order. While a list is out, every new
-    operation waits in the next one.
+    Invariant: one list at a time is applied and announced, so lists are announced in the order of their commits. While
+    a list is being applied, every new operation waits in the next list.
     """
 
     def __init__(self, bus: Bus) -> None:
@@ -3296,7 +3304,7 @@ class Route(NamedTuple):
 
 
 class Waits(NamedTuple):
-    """How one kind of Parked is answered. None: it is answered later."""
+    """The functions that answer one kind of Parked. They return None if the answer comes later."""
 
     found: Callable[[Connection, Any, list[Message]], Answer | None]  # there are messages for it
     over: Callable[[Connection, Any], Answer | None]  # its hold is over, or its peer sends no more
@@ -3306,14 +3314,14 @@ Metric = tuple[str, str, str, Iterable[tuple[str, float]]]  # its name, kind and
 
 
 class Bus:
-    """What follows a commit, and the seams for the extensions. Owned by the loop; no method waits. It is an App.
+    """The work after a commit, and the lists that extensions add to. Owned by the loop; no method waits. It is an App.
 
     Invariants:
-    - Nothing is answered before its commit.
-    - `now` never passes a message that was not delivered: reads stop at `last`, the highest tick that was announced.
-    - A list whose outcome is unknown fails its senders (503) and ends the bus. One that certainly was not applied, as
-      the disk is full or another program has locked the file, fails them, and the bus goes on.
-    - Authority is judged in the turn in which an operation goes into the list that is applied next: see entitled().
+    - The request of an operation is answered after the commit, never before.
+    - `now` is never above a message that its reader did not get: reads stop at `last`, the highest announced tick.
+    - If it is unknown whether a list was stored, its senders get 503 and the bus ends. If it certainly was not stored
+      (the disk is full, or another program has locked the file), its senders get an error and the bus goes on.
+    - A token is checked again when the list with its operation is about to be applied: see entitled().
     """
 
     def __init__(self, state: State, gate: Gate, storms: Storms, *, max_body: int, keep: float, verbose: bool) -> None:
@@ -3360,7 +3368,7 @@ class Bus:
         if route and route.sink:
             request.sink = route.sink(request)
         elif head.length > self.max_body:
-            raise Refused(413, f"the body has {head.length} bytes and may have {self.max_body}; nothing was stored")
+            raise Refused(413, f"the body has {head.length} bytes and the limit is {self.max_body}; nothing was stored")
 
     def answer(self, request: Request) -> Answer | None:
         method = request.command
@@ -3490,7 +3498,7 @@ class Bus:
             say("".join(traceback.format_exception(type(error), error, error.__traceback__)))
         say(f"bus_server: {self.state.path}: {error}; ending: what follows could be lost")
         self.broken = True
-        return Refused(503, "the bus could not write to its disk: it is not known whether this was stored")
+        return Refused(503, "the bus could not write to its disk, and does not know whether the request was stored")
 
     def park(self, connection: Connection, parked: Parked, patience: float = math.inf) -> None:
         """Let it wait until there is something for it, its hold is over, or `patience` (s) has passed."""
@@ -3555,7 +3563,7 @@ def nothing_follows(connection: None, operation: Operation, result: Any) -> None
 
 
 class Sending:
-    """A send, from its body to valid drafts, the checks before they are stored, and its answer. Owned by the loop."""
+    """Makes drafts of the body of a send, checks if they may be stored, and makes the answer. Owned by the loop."""
 
     def __init__(self, bus: Bus) -> None:
         self.bus, self.view, self.mailboxes, self.storms = bus, bus.view, bus.mailboxes, bus.storms
@@ -3611,7 +3619,7 @@ class Sending:
             box.pending = view.count_between(channel, to, box.reached, box.newest)
         messages, size = box.pending
         if messages >= MAILBOX_MESSAGES or size >= MAILBOX_BYTES:
-            raise too_much(f"the mailbox of {to} is full: {messages} messages wait and nobody fetches them", 60)
+            raise too_much(f"the mailbox of {to} is full: wait until readers fetch some of its {messages} messages", 60)
         if messages < MAILBOX_MESSAGES * 3 // 4 and size < MAILBOX_BYTES * 3 // 4:
             return
         if box.by_sender is None:
@@ -3628,10 +3636,10 @@ class Sending:
 
 
 class Receiving:
-    """What a poll finds, and when it waits. Owned by the loop.
+    """Answers a poll with messages, or parks it until there are some. Owned by the loop.
 
-    Invariant: a reader that found nothing is parked only if nothing later than what it looked at was announced: look()
-    reads and parks in one turn.
+    Invariant: no message is announced between the read of a poll and its parking, because look() does both in one
+    turn.
     """
 
     def __init__(self, bus: Bus) -> None:
@@ -3644,7 +3652,7 @@ class Receiving:
         if poll.since <= self.bus.last:
             return self.read_or_park(request, poll)
         if poll.since > self.view.clock() + AHEAD:
-            raise Refused(400, f"since is over {AHEAD // 1000000} s ahead of this bus; it is in seconds since 1970")
+            raise Refused(400, f"since is over {AHEAD // 1000000} s ahead of this bus's clock: give seconds since 1970")
 
         def raised(connection: Connection, operation: Raise, result: None) -> Answer | None:
             return None if connection.transport.closing else self.read_or_park(request, poll)
@@ -3692,7 +3700,7 @@ class Receiving:
 
 
 class Retention:
-    """Removes messages that are older than --keep, and what the command `prune` asks for. Both go on side by side."""
+    """Removes messages that are older than --keep or that `prune` asks to remove. Both removals may run at once."""
 
     def __init__(self, bus: Bus, keep: float) -> None:
         self.bus, self.keep = bus, keep  # s; 0: for ever
@@ -3834,9 +3842,9 @@ def verbatim(body: bytes, query: Query) -> dict[str, Any]:
 def check_number(drafts: list[Draft], copies: int) -> None:
     keys = [(one.sender, one.channel, one.key) for one in drafts if one.key]
     if not drafts or len(set(keys)) < len(keys):
-        raise Refused(400, "an array holds at least one message, and no key twice (that of the head is for each)")
+        raise Refused(400, "an array needs a message, and no key twice (a key in a header is the key of each message)")
     if copies > COPIES_PER_SEND:
-        raise Refused(400, f"one request stores at most {COPIES_PER_SEND} messages: send several")
+        raise Refused(400, f"one request stores at most {COPIES_PER_SEND} messages: send several requests")
 
 
 def recv(bus: Bus, request: Request) -> Answer | None:
@@ -3871,7 +3879,7 @@ def log(bus: Bus, request: Request) -> Answer | None:
     query = request.query()
     poll = poll_of(request, None, query.names("to"), query.name("channel", None), query.name("from", None))
     if poll.since == LAST:
-        raise Refused(400, "an observer has no cursor here: since must be seconds or 'now'")
+        raise Refused(400, "the bus keeps no cursor for an observer: since must be seconds or 'now'")
     return bus.receiving.look(request, poll)
 
 
@@ -4042,7 +4050,7 @@ def one_of(bus: Bus, request: Request, tick: int | None = None) -> Message:
 
 
 def no_message() -> Refused:
-    return Refused(404, "there is no message with this id: it never was, or retention removed it")
+    return Refused(404, "there is no message with this id: it never existed, or it was too old and was removed")
 
 
 def told(bus: Bus, message: Message, grant: Grant = OPEN) -> Answer:
@@ -4182,8 +4190,9 @@ Bash, curl and jq: curl -fO {url}/bus_listener.sh; AGENT_NAME=bob bash bus_liste
 
 
 # ── start ────────────────────────────────────────────────────────────────────────────────────────────────────────────
-# The command line, the start and the end of a server, the extensions, and the commands beside a running server. To add
-# an option, add it in command_line() and hand it to the class that uses it; to add a command, add it to COMMANDS.
+# The command line, the start and the end of a server, the loading of extensions, and the commands (invite, backup and
+# others). To add an option, add it in command_line() and pass it to the class that uses it; to add a command, add it to
+# COMMANDS.
 
 
 def duration(text: str) -> float:
@@ -4248,7 +4257,7 @@ def command_line(arguments: Sequence[str]) -> argparse.Namespace:
     for wrong, sentence in (
         (not 0 <= options.port <= 65535, "--port must be 0 to 65535"),
         (options.rate < 0 or options.turns < 0, "--rate and --turns must not be negative"),
-        (options.tls_key and not options.tls_cert, "--tls-key goes with --tls-cert"),
+        (options.tls_key and not options.tls_cert, "--tls-key needs --tls-cert"),
         (not 1024 <= options.max_body <= 9999999, "--max-body must be 1024 to 9999999"),
     ):
         if wrong:
@@ -4369,8 +4378,8 @@ def make_bus(options: argparse.Namespace, state: State) -> Bus:
     tokens = Tokens(options.db)
     if not (is_loopback(options.host) or tokens.closed or options.open):
         raise Unusable(
-            f"{options.host} lets in whoever can reach it: make a token first (python3 bus_server.py invite NAME), "
-            "or say --open if something else guards it"
+            f"everyone who can reach {options.host} could use this bus: make a token first "
+            "(python3 bus_server.py invite NAME), or give --open if something else guards the bus"
         )
     check_kept(state, options.extensions, options.without)
     gate, storms = (
@@ -4534,8 +4543,8 @@ def migrate_alone(path: str) -> None:
 def other_version(path: str) -> Unusable:
     url, version = signature(path)
     return Unusable(
-        f"the bus at {url} is version {version or 'before 0.2.0'}, and this is {VERSION}: use the bus_server.py that "
-        "it runs, or restart it with this one"
+        f"the bus at {url} is version {version or 'before 0.2.0'}, and this is {VERSION}: use the bus_server.py "
+        "of that version, or restart the bus with this one"
     )
 
 
@@ -4560,7 +4569,7 @@ def remove_beside(path: str, before: int, fetched_only: bool, stay: int) -> None
         with written_anew(str(file)) as request:
             request.write(encode({"before": before, "fetched_only": fetched_only}))
     except OSError as error:
-        raise Unusable(f"cannot tell the running server: {file}: {error.strerror}") from None
+        raise Unusable(f"cannot write the request to the running server: {file}: {error.strerror}") from None
     while file.exists():
         if sys.stderr.isatty():
             print(f"\r{count_old(path, before)[0] - stay} to go ", end="", file=sys.stderr)
@@ -4655,8 +4664,8 @@ def missing_tokens(copy: str, path: str) -> list[Row]:
     rows = Tokens(copy).rows()
     if last_used(copy) and not rows:
         raise Unusable(
-            f"the bus in {copy} had tokens, and would be open without: put {copy}.tokens beside it, or make "
-            f"one first (python3 bus_server.py invite NAME --db {path})"
+            f"the bus in {copy} had tokens, and would be open without them: put {copy}.tokens beside {copy}, "
+            f"or make a token first (python3 bus_server.py invite NAME --db {path})"
         )
     return rows
 

@@ -1,6 +1,6 @@
 """Files by their hash at /blob/ (PROTOCOL.md section 14).
 
-A file passes in pieces and never through a message; a message has its sha256, and the receiver fetches it.
+A file is sent in pieces, never inside a message. The message has the sha256 of the file, and its receiver fetches it.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def start(bus: Bus, options: argparse.Namespace) -> None:
 class Blobs:
     """Files by the sha256 of their content, in DATABASE.blobs. Owned by the loop.
 
-    A file that has not arrived whole is HASH.part; the next upload may go on where it ends. Whatever reads or writes a
-    file, or looks at many, is done in a thread (Loop.in_thread).
+    A file of which only a part has arrived is named HASH.part; the next upload may continue it. Files are read,
+    written, hashed and removed in a thread (Loop.in_thread).
     """
 
     PIECE = 65536  # bytes that are read at once
@@ -61,7 +61,7 @@ class Blobs:
         if not self.quota:
             raise Refused(501, "this bus keeps no files")
         if not re.fullmatch("[0-9a-f]{64}", request.parsed.rest):
-            raise Refused(400, "a file is called by its sha256: /blob/ and 64 hex digits")
+            raise Refused(400, "the path of a file is /blob/ and its sha256, as 64 hex digits")
         return self.folder / request.parsed.rest
 
     def upload(self, request: Request) -> Upload:
@@ -69,11 +69,11 @@ class Blobs:
         there = size_of(file.with_suffix(".part"))
         start, total = content_range(request.fields.get("content-range"), length)
         if file.name in self.arriving or start not in (0, there):
-            raise Refused(409, "go on where the file ends, one upload at a time", ("Upload-Offset", str(there)))
+            raise Refused(409, "continue at Upload-Offset, one upload at a time", ("Upload-Offset", str(there)))
         if total > self.quota:
-            raise Refused(413, f"the file has {total} bytes and the bus keeps {self.quota} in all; nothing was stored")
+            raise Refused(413, f"the file has {total} bytes, and the limit for all is {self.quota}; nothing was stored")
         if self.used + total - there > self.quota:
-            raise Refused(507, "the bus has no room for this file: those nobody asks for go after --keep")
+            raise Refused(507, "the bus has no room for this file now: files that nobody uses are removed after --keep")
         return Upload(self, file, start, length, total)
 
     def put(self, request: Request) -> Answer | None:
@@ -92,7 +92,7 @@ class Blobs:
         if status in (200, 422):  # after an error its part is still there
             self.used -= upload.at
         if status == 422:
-            answer = refusal(Refused(422, "what arrived does not have this sha256: nothing was stored"))
+            answer = refusal(Refused(422, "the bytes that arrived do not have this sha256; nothing was stored"))
         elif isinstance(status, Exception):
             answer = refusal(Refused(507, f"the bus cannot store the file: {status}"))
         else:
@@ -102,7 +102,7 @@ class Blobs:
 
     def get(self, request: Request) -> Answer:
         if request.grant.send_only:
-            raise Refused(403, "this token may send, and read nothing")
+            raise Refused(403, "this token may only send, not read")
         file = self.place(request)
         try:
             stream = file.open("rb")
@@ -116,7 +116,8 @@ class Blobs:
         start = int(wanted[1]) if wanted else 0
         if wanted and start >= size:
             stream.close()
-            raise Refused(416, f"the file has {size} bytes", ("Content-Range", f"bytes */{size}"))
+            why = f"the file has {size} bytes: Range must start before its end"
+            raise Refused(416, why, ("Content-Range", f"bytes */{size}"))
         stream.seek(start)
         span = (("Content-Range", f"bytes {start}-{size - 1}/{size}"),) if wanted else ()
         status, rest = (206 if wanted else 200), Download(stream, size - start)
@@ -156,12 +157,12 @@ def content_range(field: str | None, length: int) -> tuple[int, int]:
         return 0, length
     match = re.fullmatch("bytes ([0-9]{1,15})-([0-9]{1,15})/([0-9]{1,15})", field)
     if not match or int(match[2]) - int(match[1]) + 1 != length or int(match[2]) >= int(match[3]):
-        raise Refused(400, "Content-Range must be: bytes START-END/TOTAL, and the body as long as that")
+        raise Refused(400, "Content-Range must be: bytes START-END/TOTAL, and the body must have that length")
     return int(match[1]), int(match[3])
 
 
 class Upload:
-    """A file that is arriving; a Sink. What came before a broken connection stays."""
+    """The Sink of a file that is arriving. If the connection breaks, the bytes that arrived are kept."""
 
     def __init__(self, blobs: Blobs, file: pathlib.Path, start: int, length: int, total: int) -> None:
         self.blobs, self.file, self.part = blobs, file, file.with_suffix(".part")
@@ -227,7 +228,7 @@ class Upload:
 
 
 class Download:
-    """The rest of a file that is being sent; a Stream."""
+    """The Stream of a file that is being sent: the part that is still to come."""
 
     def __init__(self, stream: IO[bytes], length: int) -> None:
         self.stream, self.length = stream, length

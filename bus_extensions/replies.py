@@ -1,6 +1,6 @@
 """Questions: ask and wait for the answer, conversations, taking a message back (PROTOCOL.md section 13).
 
-With this extension GET /message/ID takes `wait_fetched` too: the sender waits until its message was fetched.
+It also adds `wait_fetched` to GET /message/ID: the answer waits until somebody has fetched the message.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def start(bus: Bus, options: argparse.Namespace) -> None:
 
 
 class Question(NamedTuple):
-    """A message whose sender waits for the answer to it."""
+    """A sender that waits for the reply to its message."""
 
     tick: int
     sender: str
@@ -104,7 +104,7 @@ FETCHES = "fetches of"  # with a channel, then a name: senders wait here until t
 
 
 class Watch(NamedTuple):
-    """A sender that waits until its message was fetched."""
+    """A sender that waits until somebody has fetched its message."""
 
     message: Message
     token: str
@@ -133,9 +133,9 @@ class Watch(NamedTuple):
 
 
 class Recall(Operation):
-    """The sender of a message takes it back: it is as expired as one can be.
+    """Take a message back for its sender: from now on it counts as expired.
 
-    Its row stays, so that a retry of its send is not stored again.
+    The row of the message stays, so that a retry of its send is not stored again.
     """
 
     __slots__ = ("tick",)
@@ -179,7 +179,7 @@ class Replies:
         """A send that is answered when its answer is there. Asked again with the same key, it waits again."""
         drafts, several = self.bus.sending.drafts(request)
         if several or len(drafts[0].to) > 1 or EVERYONE in drafts[0].to:
-            raise Refused(400, "a question is one message to one name")
+            raise Refused(400, "a question must be one message to one name, not to all")
         request.grant.check([drafts[0].sender])
         hold = request.query().number("wait", HOLD, 0, HOLD_MAX)
         warning = self.bus.sending.check(request, drafts)
@@ -238,7 +238,7 @@ class Replies:
         wanted, query = tick_of(request.parsed.rest), request.query()
         after, limit = tick_of(query.one("after") or "0"), int(query.number("max", 1000, 1, MAX_MESSAGES))
         if after is None:
-            raise Refused(400, "after must be the id that `next` gave")
+            raise Refused(400, "after must be the id that the last answer has as `next`")
         thread = self.messages_of(self.bus.view.lineage(wanted)[0], after) if wanted is not None else []
         seen: list[str] = []
         more, size, last = "", 0, 0
@@ -264,7 +264,7 @@ class Replies:
         bus.check_open()
         message = one_of(bus, request, request.members().id())
         if request.grant.name not in ("", message.sender):
-            raise Refused(403, "only its sender can recall a message")
+            raise Refused(403, "only the sender of a message can recall it")
         if message.expires == RECALLED:  # a retry, whatever was fetched since
             return ok(bus, '"ok": true')
         deliveries = [each.delivering for each in bus.door.connections if each.delivering]

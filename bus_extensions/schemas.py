@@ -1,6 +1,6 @@
 """Messages that must fit a JSON Schema (PROTOCOL.md section 16): --schemas DIR has TYPE.json for each type.
 
-It is the one thing that needs a package, jsonschema: pip install 'agent-bus[schemas]'.
+This is the only part of the bus that needs a package, jsonschema: pip install 'agent-bus[schemas]'.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 def start(bus: Bus, options: argparse.Namespace) -> None:
     if options.strict and not options.schemas:
-        raise Unusable("--strict goes with --schemas")
+        raise Unusable("--strict needs --schemas")
     if options.schemas:
         bus.checks.append(Schemas(options.schemas, options.strict).check)
 
 
 class Schemas:
-    """What the messages of a type look like."""
+    """The JSON Schema of each type, and the check of a message against the schema of its type."""
 
     def __init__(self, folder: str, strict: bool) -> None:
         try:

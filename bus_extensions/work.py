@@ -1,8 +1,9 @@
 """Queues: a message is handed to one worker at a time (PROTOCOL.md section 12).
 
 A queue is a mailbox whose messages are claimed. A row of the table `work` is a message that was handed out at least
-once. `due` is when it can be had again, on the steady clock, so that a step of the wall clock ends no lease; it is NULL
-when the message is done or dead. A message that failed `--max-attempts` times goes to the queue NAME.dead.
+once. `due` is the time from which another worker can get the message. It is on the steady clock, so that a step of the
+wall clock ends no lease; it is NULL when the message is done or dead. A message that failed `--max-attempts` times goes
+to the queue NAME.dead.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def start(bus: Bus, options: argparse.Namespace) -> None:
 
 
 class Worker(NamedTuple):
-    """What a worker asks a queue for, while it waits."""
+    """The request of a worker for messages of a queue; it is the Parked of a worker that waits."""
 
     queue: str
     channel: str
@@ -105,7 +106,7 @@ class Worker(NamedTuple):
 
 
 class Job(NamedTuple):
-    """A message in the hands of a worker."""
+    """A message that was handed out to a worker."""
 
     message: Message
     attempt: int  # 1 for the first
@@ -122,7 +123,7 @@ class Claimed(NamedTuple):
 
 
 class Claim(Operation):
-    """Hand out messages of a queue: first those that came back, then new ones."""
+    """Hand out messages of a queue: first messages that came back, then new messages."""
 
     __slots__ = ("attempts", "called", "channel", "lease", "lease_us", "limit", "queue")
     kind = "claim"
@@ -211,7 +212,7 @@ class Claim(Operation):
 class Settle(Operation):
     """A worker acknowledges its message, gives it back, or asks for more time. The result is the queue.
 
-    A message that did not reach its worker is returned: that was no attempt.
+    If a message did not reach its worker, the bus settles it with `return`, which does not count as an attempt.
     """
 
     __slots__ = ("attempts", "delay_us", "lease", "reason", "tick", "verb")
@@ -229,7 +230,7 @@ class Settle(Operation):
             (self.tick, self.lease),
         ).fetchone()
         if not row or (row[1] is None and self.verb != "ack"):
-            raise Refused(409, "this message is not yours any more: its lease ran out, or it was settled")
+            raise Refused(409, "this message is no longer yours: its lease ran out, or it was settled already")
         due = None if self.verb == "ack" else now.steady + self.delay_us
         state.writing.execute("UPDATE work SET due = ? WHERE tick = ?", (due, self.tick))
         if self.verb == "return":
@@ -245,7 +246,7 @@ class Settle(Operation):
 
 
 class Bury(Operation):
-    """Move all that are due and failed too often to the dead letters."""
+    """Move each message that is due and failed too often to the dead letters."""
 
     __slots__ = ("attempts",)
     kind = "bury"
@@ -438,7 +439,7 @@ class Work:
 def worker_of(query: Query, grant: Grant) -> Worker:
     queue = name(query.needed("to"), "to")
     if len(queue + DEAD) > 64 or queue == EVERYONE:
-        raise Refused(400, f"a queue is a name of at most {64 - len(DEAD)} characters, and not {EVERYONE}")
+        raise Refused(400, f"to must be a queue: a name of at most {64 - len(DEAD)} characters, not {EVERYONE}")
     called = str(query.name("worker", "worker"))
     return Worker(
         queue,
@@ -452,7 +453,7 @@ def worker_of(query: Query, grant: Grant) -> Worker:
 
 
 class Handed(NamedTuple):
-    """Who has the jobs of an answer once it was written out whole; what a Worker is otherwise."""
+    """The reader in `delivers` of an answer with jobs. The worker has them once the answer was written out whole."""
 
     worker: Worker
     jobs: list[Job]

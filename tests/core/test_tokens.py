@@ -75,5 +75,5 @@ def test_a_link_is_not_written_through(tmp_path):
 
 def test_a_row_of_another_shape_shuts_the_bus_and_ends_nothing(bus):
     pathlib.Path(f"{bus.db}.tokens").write_text(json.dumps({"id": "abt_00000000"}) + "\n")
-    wait_until(lambda: "a line is not that of a token" in bus.log.read_text())
+    wait_until(lambda: "a line in it is not a token" in bus.log.read_text())
     assert ask(bus, "GET", "/agents")[0] == 401 and bus.process.poll() is None

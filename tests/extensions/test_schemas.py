@@ -94,4 +94,4 @@ def test_the_errors_of_a_schema_are_short_though_the_message_is_long(schemas, tm
 
 def test_strict_goes_with_schemas(tmp_path):
     code, _, said = run("--port", 0, "--db", tmp_path / "a.db", "--strict")
-    assert (code, said) == (2, "bus_server: --strict goes with --schemas\n")
+    assert (code, said) == (2, "bus_server: --strict needs --schemas\n")
