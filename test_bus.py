@@ -67,14 +67,16 @@ SECTIONS = {
     13: "Queues",
     14: "Files",
     15: "Metrics",
+    17: "Channels",
 }
 EXTENSIONS = {  # by the number of the section that it keeps
     12: Extension("questions", "replies.py", "POST", "/ask"),
     13: Extension("queues", "work.py", "POST", "/claim"),
     14: Extension("files", "files.py", "GET", "/blob/not-a-hash"),
     15: Extension("metrics", "metrics.py", "GET", "/metrics"),
+    17: Extension("channels", "channels.py", "GET", "/channels"),
 }
-QUESTIONS, QUEUES, FILES, METRICS = EXTENSIONS.values()
+QUESTIONS, QUEUES, FILES, METRICS, CHANNELS = EXTENSIONS.values()
 
 
 class Bus:
@@ -1659,6 +1661,39 @@ def test_the_metrics_of_many_names_come_in_pages(bus):
         found.append(re.findall(r'^agent_bus_unread{.*name="(.*)"} 1$', text.decode(), re.MULTILINE))
         following = {"after": headers["Bus-Next"]} if headers["Bus-Next"] else {}
     assert found == [names[:2], names[2:]]
+
+
+# ── 17. GET /channels ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@ours
+def test_the_channels_have_sums_of_the_inbox(bus):
+    """17.1 GET /channels has the number of mailboxes and of unread messages of each channel, without broadcasts"""
+    names, channel, other = [fresh(), fresh()], fresh("channel"), fresh("channel")
+    first = bus.send(names, channel=channel)
+    bus.send(names[0], channel=channel)
+    bus.send("all", channel=channel)
+    bus.send("all", channel=other)
+    found = [answer["channels"] for answer in pages(bus, f"/channels?name={','.join(names)}")]
+    assert found == [{channel: {"mailboxes": 2, "unread": 3}}]
+    bus.recv(names[0], channel=channel, since=first["ts"])
+    assert bus.get(f"/channels?channel={channel}")["channels"] == {channel: {"mailboxes": 2, "unread": 2}}
+    assert bus.get(f"/channels?channel={other}")["channels"] == {}
+
+
+@ours
+def test_the_channels_of_many_names_come_in_pages(bus):
+    """17.2 /channels ends after max names with more and next; a channel that goes on has its rest in the next answer"""
+    channels, names = sorted(fresh("channel") for _ in range(2)), sorted(fresh() for _ in range(3))
+    for channel in channels:
+        bus.send(names, channel=channel)
+    answers = [*pages(bus, f"/channels?name={','.join(names)}&max=2")]
+    two, one = ({"mailboxes": number, "unread": number} for number in (2, 1))
+    first, second = channels
+    assert [answer["channels"] for answer in answers] == [{first: two}, {first: one, second: one}, {second: two}]
+    assert "more" not in answers[-1] and "next" not in answers[-1]
+    for wrong in ("max=many", "name=a%20b", "channel=a%20b"):
+        assert bus.json("GET", f"/channels?{wrong}")[0] == 400, wrong
 
 
 # ── Running ──────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -13,7 +13,7 @@ import threading
 import pytest
 
 import test_bus
-from test_bus import EXTENSIONS, FILES, METRICS, QUESTIONS, QUEUES
+from test_bus import CHANNELS, EXTENSIONS, FILES, METRICS, QUESTIONS, QUEUES
 
 CHECKS = [check for name, check in vars(test_bus).items() if name.startswith("test_")]
 ROUTES = {
@@ -21,6 +21,7 @@ ROUTES = {
     QUEUES: ("/claim", "/ack", "/nack", "/extend"),
     FILES: ("/blob/",),
     METRICS: ("/metrics",),
+    CHANNELS: ("/channels",),
 }
 MISSING = "{route} needs bus_extensions/{file}, which is not beside bus_server.py: copy it from the same version"
 OFF = "{route} is off: this bus was started --without page,{name}"

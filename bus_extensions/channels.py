@@ -1,0 +1,36 @@
+"""The channels, and how much mail each has, at GET /channels (PROTOCOL.md section 17)."""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+
+from bus_server import EVERYONE, Answer, Bus, Mailbox, Request, encode, ok, page, unread
+
+TABLES, NOUN, OPERATIONS = None, "", ()
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    """It has none."""
+
+
+def start(bus: Bus, options: argparse.Namespace) -> None:
+    bus.route("GET", "/channels", partial(channels, bus), "channels, each with its mailboxes and unread messages")
+
+
+def channels(bus: Bus, request: Request) -> Answer:
+    """The mailboxes of /inbox, added up. `max` limits mailboxes, as counting what is unread may take a read for each.
+
+    So a channel may go on in the next answer.
+    """
+
+    def shows(own: str, box: Mailbox) -> bool:
+        return own != EVERYONE and (box.firm or box.seen > 0) and request.grant.reads(own)
+
+    found, more = page(bus, request, shows)
+    sums: dict[str, dict[str, int]] = {}
+    for channel, own, box in found:
+        each = sums.setdefault(channel, {"mailboxes": 0, "unread": 0})
+        each["mailboxes"] += 1
+        each["unread"] += unread(bus, channel, own, box)
+    return ok(bus, f'"channels": {encode(sums)}{more}')
