@@ -1272,8 +1272,8 @@ class Outgoing:
         if answer and self.phase is not LINGER:  # None: it is answered later; LINGER: the peer has gone meanwhile
             self.write(answer)
             if self.phase is IDLE and (self.buffer or self.ended) and not self.queued:
-                self.queued = True
                 self.soon(self.go_on)
+                self.queued = True
 
     def go_on(self) -> None:
         self.queued = False
@@ -3515,8 +3515,8 @@ class Bus:
 
     def save_marks_soon(self) -> None:
         if not self.saving:
-            self.saving = True
             self.loop.later(MARKS_SECONDS, self.save_marks)
+            self.saving = True
 
     def save_marks(self) -> None:
         self.saving = False
@@ -3734,10 +3734,10 @@ class Retention:
     def age(self) -> None:
         """Remove what is older than --keep."""
         if self.clock_is_trusted() and self.keep and not self.bus.draining and not self.aging:
-            self.aging = True
             absent = [each for each in self.bus.view.extensions() if self.bus.extensions.get(each) != LOADED]
             before = max(self.bus.view.clock() - int(self.keep * 1000000), 0)
             self.remove(Remove(0, before, False, absent), self.aged)
+            self.aging = True  # noted when it is on its way, and not before
 
     def aged(self, whole: bool) -> None:
         self.aging = False
@@ -3757,9 +3757,10 @@ class Retention:
     def look_for_request(self) -> None:
         """The command prune leaves a file beside the database that says what to remove."""
         if not self.request:
-            self.request = prune_request(self.bus.state.path)
-            if self.request:
-                self.remove(pruning(self.bus.view, *self.request), self.pruned)
+            request = prune_request(self.bus.state.path)
+            if request:
+                self.remove(pruning(self.bus.view, *request), self.pruned)
+                self.request = request
 
     def pruned(self, whole: bool) -> None:
         """The command waits until its file is gone. After a failure the file stays, and is looked for again."""

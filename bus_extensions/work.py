@@ -390,8 +390,8 @@ class Work:
 
     def bury(self) -> None:
         if not self.burying:
-            self.burying = True
             self.bus.do(Bury(self.attempts), None, self.buried, self.not_buried)
+            self.burying = True  # noted when it is on its way, and not before
 
     def buried(self, connection: None, operation: Bury, result: None) -> None:
         self.burying = False
