@@ -144,7 +144,7 @@ def ask_for_everything(compared):
         ask("GET", where, Accept="text/plain")
         ask("GET", f"{where}&since={now}")
         ask("GET", f"{where}&max=x")
-    for path in ("/inbox", "/agents"):
+    for path in ("/inbox", "/agents", "/channels"):
         ask("GET", path)
         ask("GET", f"{path}?max=1")
         ask("GET", path, Host="evil.example")
