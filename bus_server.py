@@ -3469,7 +3469,7 @@ class Bus:
     def settle(self, results: Iterable[tuple[Step, Any]]) -> None:
         """Each is guarded, as the others that wait must be answered too."""
         for step, result in results:
-            failed = step.connection.fail if step.connection else self.save_marks_soon
+            failed = step.connection.fail if step.connection else partial(self.conclude, step, our_fault())
             self.loop.guard(partial(self.conclude, step, result), failed)
 
     def conclude(self, step: Step, result: Any) -> None:

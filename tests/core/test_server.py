@@ -343,3 +343,13 @@ def test_a_reader_is_told_of_a_gap_that_is_on_disk_and_not_yet_announced(tmp_pat
     desk.remove(tick + 1)
     assert desk.bus.view.message(tick) is None and not desk.bus.broken
     desk.close()
+
+
+def test_what_follows_a_step_that_nobody_waits_for_may_fail_and_its_flag_is_taken_back(tmp_path):
+    """Else retention would wait for ever for the end of a removal that has ended."""
+    desk = Desk(tmp_path / "bus.db")
+    undone = []
+    desk.bus.do(Remove(0, 1, False, []), None, lambda *_: 1 / 0, undone.append)
+    desk.turn()
+    assert [type(each) for each in undone] == [Remove] and not desk.bus.broken
+    desk.close()
