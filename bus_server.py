@@ -3069,6 +3069,11 @@ class Mailboxes:
             self.note(reader, own, FETCHED, tick)
         box.base = box.pending = box.by_sender = None
 
+    def came(self, message: Message) -> int:
+        """Highest tick of its mailbox that a reader has; of messages to all, that anybody has."""
+        box = self.box(message.channel, message.to)
+        return box.reached if message.to == EVERYONE else max(box.fetched, box.read or 0)
+
     def note(self, reader: Parked, own: str, kind: int, tick: int) -> None:
         receipt = Receipt(str(reader.channel), own, kind, tick, reader.who, self.wall())
         self.receipts[receipt[:3]] = receipt
@@ -4089,7 +4094,7 @@ def state_of(bus: Bus, message: Message) -> tuple[str, str]:
         known = state(message)
         if known:
             return known
-    mark = box.reached if message.to == EVERYONE else max(box.fetched, box.read or 0)
+    mark = bus.mailboxes.came(message)
     if message.tick > mark and not read_alone(bus, message):
         return "expired" if bus.view.is_expired(message) else "queued", ""
     kind = ALONE if message.tick > mark else ACKNOWLEDGED if box.own and message.tick <= box.mark() else FETCHED

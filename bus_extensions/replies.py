@@ -272,7 +272,7 @@ class Replies:
         if (
             on_its_way
             or read_alone(bus, message)
-            or message.tick <= bus.mailboxes.box(message.channel, message.to).fetched
+            or message.tick <= bus.mailboxes.came(message)
         ):
             raise Refused(409, "it is too late to recall this message: it was fetched")
         step = bus.do(Recall(message.tick), request.peer, partial(self.recalled, message))

@@ -386,6 +386,14 @@ def test_a_message_can_be_recalled_until_it_is_fetched(bus):
     assert ask(bus, "POST", "/recall", {"id": late})[0] == 409 and state(bus, late) != "recalled"
 
 
+def test_a_message_to_all_can_be_recalled_until_somebody_has_fetched_it(bus):
+    early = send(bus, "all", "early")
+    assert ask(bus, "POST", "/recall", {"id": early})[0] == 200 and mail(bus, "bob") == []
+    late = send(bus, "all", "late")
+    assert mail(bus, "bob") == ["late"]
+    assert ask(bus, "POST", "/recall", {"id": late})[0] == 409 and state(bus, late) == "fetched"
+
+
 def test_a_recall_repeated_after_later_mail_was_fetched_is_no_error(bus):
     early = send(bus, "bob", "early")
     assert ask(bus, "POST", "/recall", {"id": early})[0] == 200
