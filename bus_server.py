@@ -71,7 +71,7 @@ from http.server import BaseHTTPRequestHandler
 from itertools import count
 from operator import attrgetter
 from types import ModuleType
-from typing import IO, Any, ClassVar, NamedTuple, NoReturn, Protocol, Union
+from typing import IO, Any, ClassVar, NamedTuple, NoReturn, Protocol, TypeVar, Union
 from urllib.parse import parse_qsl
 
 VERSION = "0.2.0"
@@ -100,6 +100,7 @@ RECALLED = 1  # the value of `expires` in a message that its sender took back
 
 
 Headers = tuple[tuple[str, str], ...]
+T = TypeVar("T")
 
 
 class Refused(Exception):
@@ -533,7 +534,7 @@ class Loop:
     requests that wait for a commit. If the disk is fast, the deputy is not woken. Compared with a thread that makes all
     commits, this gives 19 % more sends a second with one sender, 15 % with 16, and 4 % with 128.
 
-    Invariant: an exception ends only the call that raised it. attempt() is the one place that catches it.
+    Invariant: an exception ends only the call that raised it. attempt() and each() catch it.
 
     asyncio's loop cannot be used here, because it cannot go on in another thread.
     """
@@ -589,10 +590,14 @@ class Loop:
         """Call it at the end of this turn."""
         self.actions.append(action)
 
-    def guard(self, action: Callable[[], object], failed: Callable[[], object]) -> None:
-        """Call it; after an exception call `failed`."""
-        if not self.attempt(action):
-            self.attempt(failed)
+    def each(self, action: Callable[[T], object], failed: Callable[[T], object], items: Iterable[T]) -> None:
+        """Call the action with each of them; after an exception call `failed` with that one, and go on."""
+        for item in items:
+            try:
+                action(item)
+            except Exception:
+                say(traceback.format_exc())
+                self.attempt(failed, item)
 
     def insist(self, action: Callable[[], None]) -> None:
         """Call it; after an exception it is called again in RETRY seconds, because somebody may wait for it."""
@@ -661,9 +666,7 @@ class Loop:
             patience = 0.0
         elif self.timers:
             patience = self.timers[0][0] - time.monotonic()
-        for key, events in self.selector.select(patience):
-            if not self.attempt(key.data.ready, events):
-                self.attempt(key.data.failed)
+        self.each(serve, not_served, self.selector.select(patience))
         now = time.monotonic()
         while self.timers and self.timers[0][0] <= now:
             self.insist(heapq.heappop(self.timers)[2])
@@ -713,6 +716,16 @@ class Loop:
         self.bell.close()
 
 
+def serve(ready: tuple[selectors.SelectorKey, int]) -> None:
+    """Some events have come to a socket."""
+    key, events = ready
+    key.data.ready(events)
+
+
+def not_served(ready: tuple[selectors.SelectorKey, int]) -> None:
+    ready[0].data.failed()
+
+
 # ── Wire ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 # HTTP/1.1 as text: Head parses the head of a request, Query its query, http_bytes() makes an answer. No code here
 # uses a socket. A request that breaks the grammar is refused before any part of it is interpreted.
@@ -748,9 +761,10 @@ REASONS = {status.value: status.phrase for status in HTTPStatus}
 
 def http_bytes(answer: Answer, bare: bool, closing: bool) -> bytes:
     """The answer as HTTP/1.1, in one piece: head and body written apart would cost 40 ms (Nagle and delayed ACK)."""
-    length = -1 if answer.status == 204 else answer.file.length if answer.file else len(answer.body)
-    head = head_of(int(time.time()), answer.status, answer.kind, length, closing, answer.headers)
-    return head if bare else head + answer.body
+    status, body, kind, headers, _, file = answer
+    length = -1 if status == 204 else file.length if file else len(body)
+    head = head_of(int(time.time()), status, kind, length, closing, headers)
+    return head if bare else head + body
 
 
 @lru_cache(64)  # many answers of one second have the same head: 0.2 us, not 1.7
@@ -1037,10 +1051,10 @@ class Request(BaseHTTPRequestHandler):
 
     grant: Grant
     parsed: Head
-    sink: Sink | None = None
 
     def __init__(self, peer: Connection, head: bytes) -> None:  # super() would read and answer a socket
         self.peer, self.head, self.body = peer, head, b""
+        self.sink: Sink | None = None
         self.command = "-"
 
     def address_string(self) -> str:
@@ -1123,10 +1137,9 @@ class Deadlines:
 
     def set(self, connection: Any, patience: float) -> None:
         connection.due = self.clock() + patience
-        slot = self._slot(connection)
-        if slot < connection.slot:
+        if connection.due < (connection.slot - 1) * self.SLOT:
             self.forget(connection)
-            self._file(connection, slot)
+            self._file(connection, self._slot(connection))
 
     def forget(self, connection: Connection) -> None:
         if connection.slot < sys.maxsize:
@@ -1192,12 +1205,12 @@ class Door:
 
     def is_full(self, connection: Outgoing, size: int) -> bool:
         """Would an answer of this size be too much, as others are unread?"""
-        each = self.unsent[connection.owner()] + size > self.UNSENT_EACH
-        return size > self.SMALL and bool(self.unsent) and (each or self.unsent[""] + size > self.UNSENT)
+        if size <= self.SMALL or not self.unsent:
+            return False
+        return self.unsent[connection.owner()] + size > self.UNSENT_EACH or self.unsent[""] + size > self.UNSENT
 
     def sweep(self) -> None:
-        for connection in self.deadlines.late():
-            self.loop.guard(connection.late, connection.fail)
+        self.loop.each(Connection.late, Connection.fail, self.deadlines.late())
 
     def drop_idle(self) -> None:
         """Descriptors have run out: close the idle connections, but not those that were made within a second."""
@@ -1207,13 +1220,11 @@ class Door:
                 connection.transport.abort()
 
     def drain(self) -> None:
-        for connection in list(self.connections):
-            self.loop.guard(connection.drain, connection.fail)
+        self.loop.each(Connection.drain, Connection.fail, list(self.connections))
 
     def evict(self) -> None:
         """Close the connections whose tokens were revoked."""
-        for connection in list(self.connections):
-            self.loop.guard(connection.check_token, connection.fail)
+        self.loop.each(Connection.check_token, Connection.fail, list(self.connections))
 
 
 class Outgoing:
@@ -1244,7 +1255,8 @@ class Outgoing:
 
     def guard(self, action: Callable[[], None]) -> None:
         """Call it; an exception ends this connection."""
-        self.door.loop.guard(action, self.fail)
+        if not self.door.loop.attempt(action):
+            self.door.loop.attempt(self.fail)
 
     def soon(self, action: Callable[[], None]) -> None:
         self.door.loop.soon(partial(self.guard, action))
@@ -1280,13 +1292,14 @@ class Outgoing:
         self.advance()
 
     def write(self, answer: Answer) -> None:
-        if self.door.is_full(self, len(answer.body)):
+        door, app = self.door, self.door.app
+        if door.is_full(self, len(answer.body)):
             if answer.delivers:
-                self.door.app.lost(*answer.delivers)
+                app.lost(*answer.delivers)
             answer = refusal(unread_answers())
         self.phase = WRITING
-        self.closing = self.closing or self.door.app.draining
-        self.door.app.answered(self, answer)
+        self.closing = self.closing or app.draining
+        app.answered(self, answer)
         request, self.request = self.request, None
         bare = request is not None and request.command == "HEAD"
         self.delivering, self.file = answer.delivers, answer.file
@@ -1299,7 +1312,7 @@ class Outgoing:
         if self.transport.closing:  # the connection broke: nobody has the answer, and connection_lost comes next
             return
         if self.transport.unsent:
-            self.door.owe(self, len(self.transport.unsent))
+            door.owe(self, len(self.transport.unsent))
             self.wait(WRITING, ANSWER_SECONDS + len(answer.body) / BODY_RATE)
         elif self.file:
             self.soon(self.resume_writing)
@@ -1367,7 +1380,7 @@ class Connection(Outgoing):
     skipped: one call of data_received can read a short request and write its answer.
 
     Invariants: a connection has one request at a time; a pipelined request waits in `buffer` for the next turn. A call
-    of answer() never leads to another one inside it. After an exception only this connection gets a 500: see guard().
+    of answer() never leads to another one inside it. After an exception only this connection gets a 500: see Loop.
     """
 
     __slots__ = ()
@@ -1953,13 +1966,14 @@ class Budget:
 
     def wait(self, owner: str, amount: float) -> int:
         """Spend it, and return 0; or the seconds until so much can be spent. A full budget may go below 0 once."""
+        if not self.rate:
+            return 0
         now = self.clock()
         left, before = self.left.get(owner, (self.burst, now))
         left = min(self.burst, left + (now - before) * self.rate)
-        if self.rate and amount > left and left < self.burst:
+        if amount > left and left < self.burst:
             return math.ceil((min(amount, self.burst) - left) / self.rate)
-        if self.rate:
-            self.left[owner] = left - amount, now
+        self.left[owner] = left - amount, now
         return 0
 
     def forget(self) -> None:
@@ -2004,13 +2018,6 @@ class Storms:
             if heard < now - self.SENDER_SECONDS:
                 del self.senders[sender]
 
-    def spend(self, sender: str, messages: int, owner: str) -> None:
-        self.name(owner, sender not in self.senders)
-        self.senders[sender] = self.clock()
-        wait = self.sends.wait(sender, messages)
-        if wait:
-            raise too_much(f"{sender} sends faster than {self.sends.rate:g} messages a second: wait {wait} s", wait)
-
     def read(self, reader: str) -> None:
         wait = self.reads.wait(reader, 1)
         if wait:
@@ -2022,21 +2029,31 @@ class Storms:
             why = f"{owner} used over {self.NAMES_BURST} new names, and more than 10 a minute since: wait {wait} s"
             raise too_much(f"{why}, or use a name that the bus knows", wait)
 
-    def check(self, drafts: Sequence[Draft], each: Iterable[Way]) -> str:
-        """429 for a storm; else a warning for the sender, or an empty text."""
-        now = self.clock()
+    def check(self, drafts: Sequence[Draft], each: Iterable[Way], new: int, owner: str) -> str:
+        """429 for a storm; else a warning for the sender, or an empty text. `new` of the receivers are new names."""
+        now, sender = self.clock(), drafts[0].sender
+        wait = self.sends.wait(sender, len(drafts))
+        if wait:
+            raise too_much(f"{sender} sends faster than {self.sends.rate:g} messages a second: wait {wait} s", wait)
+        if sender not in self.senders:
+            new += 1
+        if new:
+            self.name(owner, new)
+        self.senders[sender] = now
         for one in drafts:
             if one.depth > self.DEPTH:
-                new = "for a new subject, send without reply_to"
-                why = f"this is reply {one.depth} in one chain, and only {self.DEPTH} are allowed"
-                raise too_much(f"{why}: stop answering; {new}", 600)
-        warnings = [self.turn(channel, sender, to, now) for channel, sender, to in each if to != EVERYONE]
-        return next(filter(None, warnings), "")
+                why = f"this is reply {one.depth} in one chain, and only {self.DEPTH} are allowed: stop answering"
+                raise too_much(f"{why}; for a new subject, send without reply_to", 600)
+        warning = ""
+        for channel, sender, to in each:
+            if to != EVERYONE:
+                warning = self.turn(channel, sender, to, now) or warning
+        return warning
 
     def turn(self, channel: str, sender: str, to: str, now: float) -> str:
         pair = (channel, sender, to) if sender < to else (channel, to, sender)
         last, turns = self.turns.get(pair) or ("", deque())
-        if not self.most_turns:
+        if not self.most_turns or (last == sender and not turns):
             return ""
         while turns and turns[0] < now - self.WITHIN:
             turns.popleft()
@@ -2144,6 +2161,10 @@ EARLIER = f"""SELECT {ROW}, key FROM
 def kept_for(extension: str) -> str:
     """In SQL: an extension needs this message, so retention must spare it."""
     return f"EXISTS (SELECT 1 FROM {extension}_kept AS kept WHERE kept.tick = messages.tick)"
+
+
+# Without an adapter, sqlite3 looks for one in vain each time that it binds a None: 2,500 instructions.
+sqlite3.register_adapter(type(None), {None: None}.get)
 
 
 @lru_cache(INSERT_ROWS)
@@ -2581,10 +2602,12 @@ class State(Rows):
 
     def sent_with_keys(self, operations: Iterable[Operation]) -> Known:
         """What was sent earlier with the keys of this list."""
-        puts = [operation for operation in operations if type(operation) is Put]
-        keys = {(one.key, one.sender) for put in puts for one in put.drafts if one.key}
         found: Known = {}
-        for *row, key in self.writing.execute(EARLIER, (encode([*keys]),)).fetchall() if keys else ():
+        puts = [operation.drafts for operation in operations if type(operation) is Put]
+        keys = {(one.key, one.sender) for drafts in puts for one in drafts if one.key}
+        if not keys:
+            return found
+        for *row, key in self.writing.execute(EARLIER, (encode([*keys]),)).fetchall():
             message = self.checked(row)
             if message:
                 tick, channel, to, sender, text, *_ = message
@@ -3428,15 +3451,15 @@ class Bus:
 
     def do(self, operation: Operation, connection: Connection | None, then: Then, undone: Undone | None = None) -> Step:
         """Apply an operation with the next list; see Step for what follows."""
-        step = Step(operation, connection, then, undone)
+        step = made(Step, (operation, connection, then, undone))
         self.ledger.add(step)
         return step
 
     def entitled(self, steps: list[Step]) -> list[Step]:
         """The steps whose tokens hold; the others are refused now."""
-        self.gate.tokens.refresh()
-        if not self.gate.tokens.closed:
+        if not self.gate.tokens.closed:  # if tokens have come since, sweep() sees them
             return steps
+        self.gate.tokens.refresh()
         revoked = [step for step in steps if step.connection and not self.gate.holds(step.connection.token or "")]
         for step in revoked:
             self.withheld.pop(step, None)
@@ -3453,43 +3476,50 @@ class Bus:
             self.settle((step, refused) for step in steps)
             return
         self.last = outcome.last
-        self.figures.committed(sum(type(step.operation) is Put for step in steps), len(outcome.visible), seconds)
+        self.figures.committed([type(step.operation) for step in steps].count(Put), len(outcome.visible), seconds)
         if not self.loop.attempt(self.mailboxes.add, outcome.visible):
             for each in outcome.visible:
                 self.loop.attempt(self.mailboxes.add, [each])
-        self.loop.attempt(self.mailboxes.note_removed, outcome.removed)
+        if outcome.removed:
+            self.loop.attempt(self.mailboxes.note_removed, outcome.removed)
         self.truths = {}
-        self.loop.attempt(self.wake, outcome.visible)
+        if self.mailboxes.parked:
+            self.loop.attempt(self.wake, outcome.visible)
         self.settle(zip(steps, outcome.results))
 
     def wake(self, visible: list[Message]) -> None:
         alive = [each for each in visible if each.expires is None or not self.view.is_expired(each)]
-        for connection, messages in self.mailboxes.wake(alive).items():
-            self.loop.guard(partial(self.found, connection, messages), connection.fail)
+        self.loop.each(self.found, lambda found: found[0].fail(), self.mailboxes.wake(alive).items())
 
-    def found(self, connection: Connection, messages: list[Message]) -> None:
+    def found(self, found: tuple[Connection, list[Message]]) -> None:
+        connection, messages = found
         parked = self.mailboxes.unpark(connection)
         connection.answer(self.waits[type(parked)].found(connection, parked, messages))
 
     def settle(self, results: Iterable[tuple[Step, Any]]) -> None:
         """Each is guarded, as the others that wait must be answered too."""
-        for step, result in results:
-            failed = step.connection.fail if step.connection else partial(self.conclude, step, our_fault())
-            self.loop.guard(partial(self.conclude, step, result), failed)
+        self.loop.each(self.conclude, self.not_concluded, results)
 
-    def conclude(self, step: Step, result: Any) -> None:
-        connection = step.connection
+    def conclude(self, concluded: tuple[Step, Any]) -> None:
+        (operation, connection, then, undone), result = concluded
         try:
             if isinstance(result, Refused):
                 answer: Answer | None = refusal(result)
-                if step.undone:
-                    step.undone(step.operation)
+                if undone:
+                    undone(operation)
             else:
-                answer = step.then(connection, step.operation, result)
+                answer = then(connection, operation, result)
         except Refused as refused:
             answer = refusal(refused)
         if connection:
             connection.answer(answer)
+
+    def not_concluded(self, concluded: tuple[Step, Any]) -> None:
+        step, _ = concluded
+        if step.connection:
+            step.connection.fail()
+        else:
+            self.conclude((step, our_fault()))
 
     def failed(self, error: Exception) -> Refused:
         """What the senders of a list are told that could not be applied."""
@@ -3591,35 +3621,36 @@ class Sending:
             for message in messages:
                 check(message)
         key = request.fields.get("idempotency-key")
-        drafts = [draft(message, key) for message in messages]
-        return [self.with_thread(one) if one.answers is not None else one for one in drafts], several
-
-    def with_thread(self, one: Draft) -> Draft:
-        """An answer with its place in a chain of replies."""
-        assert one.answers is not None
-        thread, depth = self.view.lineage(one.answers)
-        return one._replace(thread=thread, depth=depth + 1)
+        drafts = []
+        for message in messages:
+            one = draft(message, key)
+            if one.answers is not None:  # it has a place in a chain of replies
+                thread, depth = self.view.lineage(one.answers)
+                one = one._replace(thread=thread, depth=depth + 1)
+            drafts.append(one)
+        return drafts, several
 
     def check(self, request: Request, drafts: list[Draft]) -> str:
         """Refused, if these messages cannot be stored together and now; else a warning, or an empty text.
 
-        What is refused makes nothing, and what is cheap to see comes first.
+        What is refused makes nothing.
         """
         bus, each = self.bus, ways(drafts)
         if len(each) != 1:
             check_number(drafts, len(each))
             each = list(dict.fromkeys(each))  # what is the same for many messages is looked at once
-        bus.storms.spend(drafts[0].sender, len(drafts), request.owner())
-        bus.storms.name(request.owner(), sum((channel, to) not in bus.mailboxes.boxes for channel, _, to in each))
+        new = 0
         for channel, sender, to in each:
-            self.check_room(channel, sender, to)
-        return bus.storms.check(drafts, each)
+            box = bus.mailboxes.boxes.get((channel, to))
+            if not box:
+                new += 1
+            elif box.reached < box.newest:
+                self.check_room(box, channel, sender, to)
+        return bus.storms.check(drafts, each, new, request.owner())
 
-    def check_room(self, channel: str, sender: str, to: str) -> None:
+    def check_room(self, box: Mailbox, channel: str, sender: str, to: str) -> None:
         """429 if a mailbox is full of what nobody has fetched, or nearly full and a quarter is this sender's."""
-        box, view = self.bus.mailboxes.boxes.get((channel, to)), self.bus.view
-        if not box or box.reached >= box.newest:
-            return
+        view = self.bus.view
         if box.pending is None:
             box.pending = view.count_between(channel, to, box.reached, box.newest)
         messages, size = box.pending
@@ -3635,8 +3666,11 @@ class Sending:
             raise too_much(f"the mailbox of {to} is nearly full, and {own}: wait until they are fetched", 60)
 
     def answer(self, warning: str, several: bool, connection: Connection, put: Put, stored: list[Stored]) -> Answer:
-        results = "}, {".join([entry(self.bus, one, its) for one, its in zip(put.drafts, stored)])
-        results = f'"ok": true, "results": [{{{results}}}]' if several else results
+        if several:
+            each = "}, {".join([entry(self.bus, one, its) for one, its in zip(put.drafts, stored)])
+            results = f'"ok": true, "results": [{{{each}}}]'
+        else:
+            results = entry(self.bus, put.drafts[0], stored[0])
         return ok(self.bus, f'{results}, "warning": {quote(warning)}' if warning else results)
 
 
