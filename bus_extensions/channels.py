@@ -15,7 +15,7 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 
 def start(bus: Bus, options: argparse.Namespace) -> None:
-    bus.route("GET", "/channels", partial(channels, bus), "channels, each with its mailboxes and unread messages")
+    bus.route("GET", "/channels", partial(channels, bus), "how many mailboxes and unread messages each channel has")
 
 
 def channels(bus: Bus, request: Request) -> Answer:

@@ -26,7 +26,7 @@ def options(parser: argparse.ArgumentParser) -> None:
         type=size,
         default="10g",
         metavar="SIZE",
-        help="room for files, all together; 0: keep none (%(default)s)",
+        help="room for all files together; 0: store no files (%(default)s)",
     )
 
 
@@ -51,17 +51,17 @@ class Blobs:
         self.quota = 0 if database == ":memory:" else quota  # bytes
         self.arriving: set[str] = set()
         self.used = sum(map(size_of, self.folder.glob("*")))  # bytes
-        bus.route("PUT", "/blob/", self.put, "store a file under its sha256", sink=self.upload)
-        bus.route("GET", "/blob/", self.get, "a file by its sha256")
+        bus.route("PUT", "/blob/", self.put, "store a file; ID is its sha256", sink=self.upload)
+        bus.route("GET", "/blob/", self.get, "get a file; ID is its sha256")
         bus.on_tidy.append(lambda: bus.loop.in_thread(self.forget, self.forgotten))
-        bus.metrics.append(lambda: [("files_bytes", "gauge", "kept by hash", [("", self.used)])])
+        bus.metrics.append(lambda: [("files_bytes", "gauge", "bytes of all stored files", [("", self.used)])])
 
     def place(self, request: Request) -> pathlib.Path:
         """The file that a request is about, whether it is there or not."""
         if not self.quota:
             raise Refused(501, "this bus keeps no files")
         if not re.fullmatch("[0-9a-f]{64}", request.parsed.rest):
-            raise Refused(400, "the path of a file is /blob/ and its sha256, as 64 hex digits")
+            raise Refused(400, "the path of a file must be /blob/ and its sha256 in 64 hex digits")
         return self.folder / request.parsed.rest
 
     def upload(self, request: Request) -> Upload:

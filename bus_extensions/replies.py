@@ -165,10 +165,10 @@ class Replies:
 
     def __init__(self, bus: Bus) -> None:
         self.bus = bus
-        bus.route("POST", "/ask", self.ask, "a send that is answered with the answer; wait=50 waits for it")
-        bus.route("GET", "/thread/", self.thread, "a conversation: a message, and the answers to it")
-        bus.route("POST", "/recall", self.recall, "its sender takes a message back that nobody has fetched")
-        bus.route("GET", "/message/", self.message, "one message, and how far it came; wait_fetched=25 waits")
+        bus.route("POST", "/ask", self.ask, "send a message and get its reply; wait=50 waits for one")
+        bus.route("GET", "/thread/", self.thread, "a conversation: its first message and all replies")
+        bus.route("POST", "/recall", self.recall, "take back a message of yours that nobody has fetched")
+        bus.route("GET", "/message/", self.message, "one message and its state; wait_fetched=25 waits for a fetch")
         bus.waits[Question] = Waits(self.answered, self.unanswered)
         bus.waits[Watch] = Waits(self.watched, self.unwatched)
         bus.on_delivered.append(self.tell_watchers)

@@ -21,7 +21,7 @@ def options(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="refuse messages that do not fit DIR/TYPE.json (JSON Schema; needs agent-bus[schemas])",
     )
-    parser.add_argument("--strict", action="store_true", help="with --schemas: refuse a type that has none")
+    parser.add_argument("--strict", action="store_true", help="with --schemas: refuse a type without a schema")
 
 
 def start(bus: Bus, options: argparse.Namespace) -> None:

@@ -64,7 +64,7 @@ def options(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=5,
         metavar="N",
-        help="a message that N workers of a queue failed at goes to NAME.dead (%(default)s)",
+        help="after N failed attempts a message of the queue NAME goes to NAME.dead (%(default)s)",
     )
 
 
@@ -280,7 +280,7 @@ def is_expired(message: Message, now: Now) -> bool:
 
 def bury(state: State, message: Message, attempt: int, reason: str | None, now: Now) -> None:
     """Move a message to the dead letters of its queue, with what happened to it."""
-    reason = reason if isinstance(reason, str) else "its worker was not heard of"
+    reason = reason if isinstance(reason, str) else "its lease ran out"
     why = {"dead_of": f"{message.tick:x}", "attempts": attempt, "reason": reason}
     members = {**json.loads(f"{{{message.text}}}"), **why}
     letter = Draft(message.channel, (message.to + DEAD,), message.sender, encode(members)[1:-1], None, None, None)
@@ -295,10 +295,10 @@ class Work:
     def __init__(self, bus: Bus, attempts: int) -> None:
         self.bus, self.attempts = bus, attempts
         self.burying = False
-        bus.route("POST", "/claim", self.claim, "a worker takes messages of a queue; wait=25 waits for one")
-        bus.route("POST", "/ack", self.settle, "with the lease: the message is done")
-        bus.route("POST", "/nack", self.settle, "another worker may try it")
-        bus.route("POST", "/extend", self.settle, "the worker needs more time")
+        bus.route("POST", "/claim", self.claim, "take messages from a queue; wait=25 waits for one")
+        bus.route("POST", "/ack", self.settle, "tell the bus that a claimed message is done")
+        bus.route("POST", "/nack", self.settle, "give a claimed message back to the queue")
+        bus.route("POST", "/extend", self.settle, "ask for more time for a claimed message")
         bus.waits[Worker] = Waits(self.found, self.over)
         bus.states.append(self.state_of)
         bus.on_lost.append(self.lost)
