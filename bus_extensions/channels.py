@@ -19,9 +19,9 @@ def start(bus: Bus, options: argparse.Namespace) -> None:
 
 
 def channels(bus: Bus, request: Request) -> Answer:
-    """The mailboxes of /inbox, added up. `max` limits mailboxes, as counting what is unread may take a read for each.
+    """The mailboxes of /inbox, added up by channel. To count the unread messages of a mailbox may take a read.
 
-    So a channel may go on in the next answer.
+    So `max` limits mailboxes, and the rest of a channel may be in the next answer.
     """
 
     def shows(own: str, box: Mailbox) -> bool:

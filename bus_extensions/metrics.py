@@ -22,7 +22,7 @@ def start(bus: Bus, options: argparse.Namespace) -> None:
 
 
 def metrics(bus: Bus, request: Request) -> Answer:
-    """In the text format of Prometheus; with more than 1000 names, ?after= and the header Bus-Next go on."""
+    """Text for Prometheus. If there are more than 1000 names, the header Bus-Next is the `after` of the next request."""
     request.grant.check_operator()
     found, more = page(bus, request, lambda own, box: own != EVERYONE)
     headers = (("Bus-Next", json.loads(f"{{{more[2:]}}}")["next"]),) if more else ()
