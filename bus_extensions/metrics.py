@@ -22,7 +22,7 @@ def start(bus: Bus, options: argparse.Namespace) -> None:
 
 
 def metrics(bus: Bus, request: Request) -> Answer:
-    """Text for Prometheus. If there are more than 1000 names, the header Bus-Next is the `after` of the next request."""
+    """Text for Prometheus. If there are more than 1000 names, the header Bus-Next has the next request's `after`."""
     request.grant.check_operator()
     found, more = page(bus, request, lambda own, box: own != EVERYONE)
     headers = (("Bus-Next", json.loads(f"{{{more[2:]}}}")["next"]),) if more else ()

@@ -205,7 +205,7 @@ class Replies:
         return None
 
     def answered(self, connection: Connection, question: Question, messages: list[Message]) -> Answer:
-        """A reply that is its mailbox's oldest unfetched message is fetched; else a name that only asks would fill up."""
+        """A reply that is its mailbox's oldest unfetched message becomes fetched; else an asker's mailbox fills up."""
         bus, reply = self.bus, messages[0]
         answer = ok(bus, f'{question.receipt}, "reply": {reply.render()}')
         mark = bus.mailboxes.box(question.channel, question.sender).fetched

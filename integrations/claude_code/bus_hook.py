@@ -267,11 +267,11 @@ def complain(line: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Hand over the mail that waits on an agent-bus: a hook.")
+    parser = argparse.ArgumentParser(description="A hook that prints the mail waiting on an agent-bus.")
     parser.error = sys.exit  # with 1: a hook that ends with 2 holds up the turn
     ways = parser.add_mutually_exclusive_group(required=True)
-    ways.add_argument("--format", choices=DRESSES, help="answer the event on stdin: one JSON object, or nothing")
-    ways.add_argument("--wait", action="store_true", help="wait for mail, and end with 2")
+    ways.add_argument("--format", choices=DRESSES, help="print one JSON object, or nothing, for the event on stdin")
+    ways.add_argument("--wait", action="store_true", help="wait for mail, then end with exit code 2")
     ways.add_argument("--name", action="store_true", help="print the name of this session")
     options = parser.parse_args()
     if options.name:

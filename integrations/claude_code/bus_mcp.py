@@ -451,7 +451,7 @@ def complain(line: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Tools for an agent-bus: an MCP server on stdin and stdout.")
-    parser.add_argument("--channel", action="store_true", help="also push new messages: a channel of Claude Code")
+    parser.add_argument("--channel", action="store_true", help="also push new messages, as a channel of Claude Code")
     options = parser.parse_args()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: os._exit(0))
