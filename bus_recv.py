@@ -710,7 +710,7 @@ def main(argv: list[str] | None = None) -> int:
     cli = argparse.ArgumentParser(description="Show the messages for NAME on an agent-bus, as they arrive.")
     cli.add_argument("names", nargs="*", metavar="NAME", help="the reader's own name, then others whose mail it reads")
     cli.add_argument("--json", action="store_true", help="print each message as a line of JSON")
-    cli.add_argument("--once", action="store_true", help="end after the waiting messages, or else after the first new one")
+    cli.add_argument("--once", action="store_true", help="end after the waiting messages, or after the first new one")
     cli.add_argument("--timeout", type=float, metavar="S", help="end after S seconds (with --once: 25)")
     cli.add_argument("--since", metavar="X", help="s since 1970, now, or last; default: the saved cursor")
     cli.add_argument("--channel", metavar="C", help="default: $AGENT_BUS_CHANNEL, or 'default'")

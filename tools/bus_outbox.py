@@ -214,7 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = bus_send.command_line("Send the text on stdin to an agent-bus, now or when it is reachable.")
     parser.add_argument("--timeout", type=float, default=PATIENCE, metavar="S", help="try for S seconds (5)")
     parser.add_argument("--flush", action="store_true", help="only send the waiting messages")
-    parser.add_argument("--list", action="store_true", help="only list the waiting and the refused messages of all buses")
+    parser.add_argument("--list", action="store_true", help="only list waiting and refused messages, for all buses")
     given = vars(parser.parse_args(argv))
     to, patience, flush, show = map(given.pop, ("to", "timeout", "flush", "list"))
     if bool(to) + flush + show != 1:
