@@ -502,7 +502,7 @@ class Report:
             self.lines.task_done()
 
     def flush(self, patience: float) -> None:
-        """Wait until all is written, for at most so many seconds."""
+        """Wait until all lines are written, for at most `patience` seconds."""
         deadline = time.monotonic() + patience
         while self.lines.unfinished_tasks and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -565,7 +565,7 @@ class Loop:
         self.deputy.start()
 
     def attempt(self, action: Callable[..., object], *arguments: Any) -> bool:
-        """Call it; an exception is reported. Returns whether there was none."""
+        """Call `action`, and report an exception. True if there was none."""
         try:
             action(*arguments)
         except Exception:
@@ -574,7 +574,7 @@ class Loop:
         return True
 
     def watch(self, watched: Watched, events: int) -> None:
-        """Watch its socket for these events from now on; 0 for none."""
+        """Watch the socket of `watched` for these events from now on; 0 for none."""
         if events == watched.events:
             return
         if not watched.events:
@@ -586,25 +586,25 @@ class Loop:
         watched.events = events
 
     def soon(self, action: Callable[[], None]) -> None:
-        """Call it at the end of this turn."""
+        """Call `action` at the end of this turn."""
         self.actions.append(action)
 
     def guard(self, action: Callable[[], object], failed: Callable[[], object]) -> None:
-        """Call it; after an exception call `failed`."""
+        """Call `action`; after an exception call `failed`."""
         if not self.attempt(action):
             self.attempt(failed)
 
     def insist(self, action: Callable[[], None]) -> None:
-        """Call it; after an exception it is called again in RETRY seconds, because somebody may wait for it."""
+        """Call `action`; after an exception call it again in RETRY seconds, because somebody may wait for its effect."""
         if not self.attempt(action):
             self.later(self.RETRY, action)
 
     def later(self, patience: float, action: Callable[[], None]) -> None:
-        """Call it in `patience` seconds."""
+        """Call `action` in `patience` seconds."""
         heapq.heappush(self.timers, (time.monotonic() + patience, next(self.numbers), action))
 
     def every(self, period: float, action: Callable[[], None]) -> None:
-        """Call it at each multiple of `period` (s) of the monotonic clock."""
+        """Call `action` at each multiple of `period` (s) of the monotonic clock."""
 
         def again() -> None:
             self.every(period, action)
@@ -613,13 +613,13 @@ class Loop:
         self.later(period - time.monotonic() % period, again)
 
     def on_signal(self, number: int, action: Callable[[], None]) -> None:
-        """Call it in a turn. A signal writes a byte to the bell, so it is noticed also while the disk stalls."""
+        """Call `action` in a turn. The signal writes a byte to the bell, so it is noticed even if the disk stalls."""
         self.signals[number] = action
         signal.signal(number, lambda *_: None)
         signal.set_wakeup_fd(self.bell.fileno(), warn_on_full_buffer=False)
 
     def tell(self, action: Callable[[], None]) -> None:
-        """Call it in a turn; for other threads."""
+        """Call `action` in a turn. Other threads use this."""
         self.told.append(action)
         self.ring()
 
@@ -648,7 +648,7 @@ class Loop:
         """Nobody waits for the bell itself."""
 
     def run(self, over: Callable[[], bool]) -> None:
-        """Take turns until it is over."""
+        """Take turns until over() is true."""
         while not over():
             self.take_turn()
             if self.failure:
@@ -1243,7 +1243,7 @@ class Outgoing:
         return self.token or self.address
 
     def guard(self, action: Callable[[], None]) -> None:
-        """Call it; an exception ends this connection."""
+        """Call `action`; an exception ends this connection."""
         self.door.loop.guard(action, self.fail)
 
     def soon(self, action: Callable[[], None]) -> None:
@@ -1922,7 +1922,7 @@ class Gate:
             return False
 
     def may_read(self, own: str, mailbox: str) -> bool:
-        """Has this name a token that reads the mailbox? On a bus without tokens everybody may."""
+        """Does this name have a token that may read the mailbox? On a bus without tokens everybody may."""
         known = [grant for _, grant in self.tokens.grants.values() if grant.name == own]
         return not self.tokens.closed or any(grant.reads(mailbox) for grant in known)
 
@@ -2488,7 +2488,7 @@ class State(Rows):
             self.writing.execute("COMMIT")
 
     def reload(self) -> None:
-        """Read from the file what the writer keeps in memory: at start, and when something was undone."""
+        """Read the values that the writer keeps in memory from the file: at start, and after a rollback."""
         self.bus: str
         self.last: int
         newest = "(SELECT ifnull(max(tick), 0) FROM messages)"
@@ -2744,7 +2744,7 @@ class View(Rows):
         return {sender: (messages, size) for sender, messages, size in rows}
 
     def hole(self, channel: str, own: str, above: int, upto: int) -> bool:
-        """Has a mailbox a message between these ticks that can still be delivered?"""
+        """Does a mailbox have a message between these ticks that can still be delivered?"""
         alive = "(expires IS NULL OR expires > ?) LIMIT 1"
         where = f"mailbox = {MAILBOX} AND tick > ? AND tick <= ? AND {alive}"
         return bool(self.ask(f"SELECT 1 FROM messages WHERE {where}", channel, own, above, upto, self.clock()))
@@ -2980,7 +2980,7 @@ class Mailboxes:
         hole: Callable[[str, str, int, int], bool] = lambda channel, own, above, upto: False,
     ) -> None:
         self.clock, self.wall = clock, wall
-        self.hole = hole  # has a mailbox a message above one tick and up to another?
+        self.hole = hole  # does a mailbox have a message above one tick, up to another?
         self.lost = 0  # up to this tick messages may be lost by damage
         self.forgotten = 0  # highest tick removed from a forgotten mailbox; observers get a gap up to it
         self.boxes = {(row[0], row[1]): Mailbox(*row[2:]) for row in stored}
@@ -3549,13 +3549,13 @@ class Bus:
             self.save_marks_soon()
 
     def drain(self) -> None:
-        """The bus is to end: answer all parked connections, refuse new requests, finish those that were accepted."""
+        """The bus is about to end: answer all parked connections, refuse new requests, finish the accepted ones."""
         if not self.draining:
             self.draining = True
             self.door.drain()
 
     def end(self) -> None:
-        """Wait until all are answered and gone, and the marks are saved."""
+        """Wait until all connections are answered and closed, and the marks are saved."""
         self.drain()
         deadline = time.monotonic() + DRAIN_SECONDS
         self.loop.run(lambda: not self.door.connections or time.monotonic() > deadline)
@@ -3748,7 +3748,7 @@ class Retention:
         self.aging = False
 
     def forget_names(self) -> None:
-        """Names that were only looked at, and rows of names that have no mail and nobody polls."""
+        """Forget the names that were only looked at, and the rows of names without mail that nobody polls."""
         wall = self.bus.view.clock()
         idle = self.bus.mailboxes.idle(wall, int(self.keep * 1000000))
         if idle:

@@ -39,7 +39,8 @@ def a_parked_reader_is_woken_at_once(session: Session) -> Result:
     session.notes.append(
         f"{crowd} other readers are parked, each on its own name. A round has {wakings} wakings, one after the other, "
         f"in one process. A server with a thread for each reader gets {min(crowd, 1000)} readers and "
-        f"{min(wakings, 20)} wakings. The time runs from just before the send is written until the reader's whole answer is read.")
+        f"{min(wakings, 20)} wakings. The time runs from just before the send is written until the reader's whole "
+        "answer is read.")
     claims = []
     for figure in ours(session, figures):
         claims.append(Claim(f"{figure.contender}, p50", "ms", figure.beside["p50 ms"], 1, None, False))

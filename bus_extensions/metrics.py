@@ -18,7 +18,7 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 def start(bus: Bus, options: argparse.Namespace) -> None:
     bus.metrics.insert(0, lambda: totals(bus))
-    bus.route("GET", "/metrics", lambda request: metrics(bus, request), "figures for Prometheus")
+    bus.route("GET", "/metrics", lambda request: metrics(bus, request), "metrics for Prometheus")
 
 
 def metrics(bus: Bus, request: Request) -> Answer:
