@@ -12,7 +12,7 @@ bus_log.py by --log (show everybody's messages).
 
 The parts of this file, in order: receive() and ask() for programs; Reader (polls a bus, rides out an outage); Cursor
 (how far a name has read, on disk); the marked part, which bus_send.py has too and which speaks HTTP (proxies, tokens,
-faults); block (what a message looks like); show_blocks and run_command (the outputs); main.
+faults); block (a message as text); show_blocks and run_command (the outputs); main.
 
 A message is shown at least once. Its cursor is saved after the message was written out, so a reader that is killed
 shows its last message again and never loses one; the id tells the repeat. Only a 200 with the bus's own JSON moves the
@@ -54,10 +54,10 @@ LOCK_SECONDS = 3.0  # to wait until the reader that this one replaces has ended
 # 500, and what comes within 0.2 s is one event of 3000; 10 events at once, then one every 2 s.
 LINE_UNITS, WRITE_UNITS = 480, 2700
 BURST, EVERY_SECONDS, APART_SECONDS = 8, 2.1, 0.3
-SETTLE_SECONDS = 0.3  # until a block counts as seen: a Monitor drops what it gets while it expires
+SETTLE_SECONDS = 0.3  # until a block counts as seen: a Monitor drops a block that arrives while it expires
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@-]{0,63}")
-DECIMAL = re.compile(r"[0-9]{1,10}(\.[0-9]{1,9})?")  # s since 1970: what a bus takes for a cursor
+DECIMAL = re.compile(r"[0-9]{1,10}(\.[0-9]{1,9})?")  # s since 1970: the form of a cursor
 AHEAD_SECONDS = 300.0  # that an answer may be ahead of our clock and our cursor; a bus takes as much from a cursor
 OLD_CONTRACT = "-"  # stands for the id of a bus that gives none; such a bus knows no words for `since` either
 HEAD = ("from", "id", "to", "channel", "reply_to", "age", "priority", "type", "subject")
@@ -269,7 +269,7 @@ class Cursor:
             if time.monotonic() >= end:
                 raise Busy(f"{name} is already read by process {file.read(20).strip()}: end that one first")
             time.sleep(0.05)
-        print(f"{os.getpid():<20}", file=file, flush=True)  # whatever longer number was there before
+        print(f"{os.getpid():<20}", file=file, flush=True)  # blanks replace the digits of an earlier, longer number
         return file
 
     def opened(self, suffix: str, flags: int, mode: str) -> IO[str]:
@@ -526,7 +526,7 @@ def judged(response: http.client.HTTPResponse, body: bytes, fraction: Any = floa
 
 
 def pause_after(failures: int) -> float:
-    """Seconds to wait after so many failures in a row: they double up to a minute."""
+    """Seconds to wait after this many failures in a row. They double up to a minute."""
     return min(FIRST_PAUSE * 2.0 ** min(failures - 1, 10), LONGEST_PAUSE)
 
 
@@ -550,7 +550,7 @@ def emit(text: str) -> None:
 # -- shared by bus_recv.py and bus_send.py: end --
 
 
-# What a message looks like
+# A message as text
 
 
 def block(message: Any, reader: str, now: float, whole: bool = False) -> str:

@@ -3,7 +3,7 @@
 
     echo "T1 is done" | AGENT_BUS_URL=http://10.0.0.5:8080 AGENT_NAME=spark python3 bus_send.py dell --subject T1
     echo "Is T1 done?" | python3 bus_send.py dell --ask          # waits for the answer, and prints it
-    echo "It is." | python3 bus_send.py --reply-to 660ba678a1b40       # to whoever sent that
+    echo "It is." | python3 bus_send.py --reply-to 660ba678a1b40       # to the sender of that message
 
 or in a program: `bus_send.send("dell", "T1 is done", sender="spark")`, `bus_send.ask("dell", "Is T1 done?")["reply"]`.
 The receiver is a name, several names as `dell,gb10`, or `all`. It prints the bus's answer, one line of JSON, or the
@@ -378,7 +378,7 @@ def judged(response: http.client.HTTPResponse, body: bytes, fraction: Any = floa
 
 
 def pause_after(failures: int) -> float:
-    """Seconds to wait after so many failures in a row: they double up to a minute."""
+    """Seconds to wait after this many failures in a row. They double up to a minute."""
     return min(FIRST_PAUSE * 2.0 ** min(failures - 1, 10), LONGEST_PAUSE)
 
 

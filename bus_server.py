@@ -414,7 +414,7 @@ def finite(number: str) -> float:
 decode = json.JSONDecoder(
     object_pairs_hook=unique, parse_constant=no_constant, parse_int=integer, parse_float=finite
 ).raw_decode  # decode() would look for blanks with two patterns: 0.5 us
-encode = json.JSONEncoder(allow_nan=False).encode  # ASCII, so that what we emit passes every terminal and every jq
+encode = json.JSONEncoder(allow_nan=False).encode  # ASCII, so that our output passes every terminal and every jq
 quote = json.encoder.encode_basestring_ascii
 
 
@@ -595,7 +595,7 @@ class Loop:
             self.attempt(failed)
 
     def insist(self, action: Callable[[], None]) -> None:
-        """Call `action`; after an exception call it again in RETRY seconds, because somebody may wait for its effect."""
+        """Call `action`; after an exception call it again in RETRY seconds, because somebody may wait for it."""
         if not self.attempt(action):
             self.later(self.RETRY, action)
 
@@ -633,7 +633,7 @@ class Loop:
         self.threads.submit(work).add_done_callback(done)
 
     def ring(self) -> None:
-        with contextlib.suppress(BlockingIOError):  # so many bytes are unread that the loop wakes anyway
+        with contextlib.suppress(BlockingIOError):  # the pipe is full of unread bytes, so the loop wakes anyway
             self.bell.send(b"\0")
 
     def ready(self, events: int) -> None:
@@ -996,7 +996,7 @@ class Sink(Protocol):
         """Have BODY_SECONDS * BODY_RATE bytes arrived since the last call that returned True?"""
 
     def offset(self) -> tuple[tuple[str, str]]:
-        """The header that says how many bytes are there."""
+        """The header that says how many bytes have arrived."""
 
     def close(self) -> None:
         """The request is answered, or its connection has gone."""
@@ -1225,7 +1225,7 @@ class Outgoing:
     address: str
     transport: Plain
     request: Request | None
-    file: Stream | None  # what is left of the answer being written
+    file: Stream | None  # the rest of the answer being written
     delivering: tuple[Any, int] | None  # `delivers` of that answer
 
     def __init__(self, door: Door) -> None:
@@ -1426,7 +1426,7 @@ class Connection(Outgoing):
             return
         try:
             request = self.take()
-        except Refused as refused:  # the head or the body was not HTTP; what follows it could be anything
+        except Refused as refused:  # the head or the body was not HTTP; the bytes after it could be anything
             self.closing = True
             self.write(refusal(refused))
             return
@@ -1703,7 +1703,7 @@ class Tls(Plain):
     def write_eof(self) -> None:
         with contextlib.suppress(OSError, ValueError):
             self.sock.unwrap()  # sends that we are done; it raises, as the peer has not sent that yet
-        super().write_eof()  # from here on this is a plain socket, and what it still receives is dropped
+        super().write_eof()  # from here on this is a plain socket, and later bytes are dropped
 
 
 class Listener:
@@ -1748,7 +1748,7 @@ class Listener:
         with contextlib.suppress(OSError):  # the peer may have gone already; reading will tell
             guest.setblocking(False)
             guest.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            guest.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, self.SEND_BYTES)  # else what is unread hides there
+            guest.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, self.SEND_BYTES)  # else unread bytes hide there
         if self.tls:
             try:
                 guest = self.tls.wrap_socket(guest, server_side=True, do_handshake_on_connect=False)
@@ -2153,7 +2153,7 @@ def insert_statement(rows: int) -> str:
 
 
 def checksum(message: Message) -> int:
-    tick, channel, to, _, text, n, expires, _ = message  # the text has the sender and what it answers
+    tick, channel, to, _, text, n, expires, _ = message  # the text has sender and answers
     return zlib.crc32(f"({tick}, '{channel}', '{to}', {text!r}, {n}, {expires})".encode())
 
 
@@ -2253,7 +2253,7 @@ class Put(Operation):
         return cls(drafts, fields["room"])
 
 
-Known = dict[tuple[str, str, str], tuple[Draft, Stored]]  # what was sent earlier, by sender, channel and key
+Known = dict[tuple[str, str, str], tuple[Draft, Stored]]  # earlier sends, by sender, channel and key
 
 
 def stored_earlier(one: Draft, known: Known) -> Stored | None:
@@ -2443,7 +2443,7 @@ class State(Rows):
             reading = connect()
             for each in (self.writing, reading):  # text that is not UTF-8 is a damaged row, not an error
                 each.text_factory = lambda text: text.decode("utf-8", "replace")
-            # Dirty reads exist in :memory: only, and are harmless: a turn never asks beyond what was announced.
+            # Dirty reads exist in :memory: only, and are harmless: a turn never reads above `last`, the announced tick.
             reading.executescript("PRAGMA query_only=ON; PRAGMA read_uncommitted=ON; PRAGMA wal_autocheckpoint=0")
             self.view = View(path, reading, clock)
             self.reload()
@@ -2673,7 +2673,7 @@ class View(Rows):
             where = ["mailbox = (SELECT id FROM mailboxes WHERE channel = ? AND name = ?) AND tick > ? AND tick <= ?"]
             where *= len(poll.names)
             values = [value for own in poll.names for value in (poll.channel, own, poll.since, upto)]
-        # A union of ordered parts is merged as it is read: a reader far behind costs no more than what it takes.
+        # A union of ordered parts is merged as it is read: a reader far behind costs no more than the rows it takes.
         statement = " UNION ALL ".join(f"{SELECT} WHERE {part}" for part in where)
         rows = self.database.execute(f"{statement} ORDER BY tick", values)
         found: list[Message] = []
@@ -3132,7 +3132,7 @@ class Mailboxes:
                 gone.append([*key])
         return gone
 
-    # Messages and what is parked
+    # Messages and parked connections
 
     def add(self, visible: list[Message]) -> None:
         for tick, channel, to, sender, text, n, expires, _ in visible:
@@ -3776,7 +3776,7 @@ class Retention:
 
 
 def pruning(rows: Rows, before: int, fetched_only: bool) -> Remove:
-    """What the command prune removes."""
+    """The operation for a request of the command prune."""
     return Remove(0, before, fetched_only, list(rows.extensions()) if fetched_only else [])
 
 
@@ -4483,14 +4483,14 @@ def revoke(arguments: Sequence[str]) -> int:
         return rows
 
     file = Tokens(options.db)
-    if file.rows():  # else there may be no bus either, and no file is made for it
+    if file.rows():  # else there may be no bus: do not make a file
         file.change(change)
     print(f"revoked the tokens of {options.name}: {' '.join(revoked)}" if revoked else f"{options.name} has no token")
     return 0 if revoked else 1
 
 
 def tokens(arguments: Sequence[str]) -> None:
-    """List who has which token. The secrets are not known."""
+    """List the tokens and their names. The bus does not know the secrets."""
     parser = command("tokens", "List the tokens of a bus.")
     options = parser.parse_args(arguments)
     used = last_used(options.db)
@@ -4646,7 +4646,7 @@ def restore(arguments: Sequence[str]) -> None:
 
 
 def copy_bus(source: str, target: str, tokens: list[Row], old: str = "", bus: str | None = None) -> tuple[int, int]:
-    """Copy a database with its tokens and files; returns how many messages and files. What was there becomes `old`."""
+    """Copy a database, its tokens and its files; returns how many. The database at `target` is renamed `old`."""
     new = f"{target}.new"
     messages = copy_database(source, new, bus)
     if tokens:
@@ -4664,7 +4664,7 @@ def copy_bus(source: str, target: str, tokens: list[Row], old: str = "", bus: st
 
 
 def missing_tokens(copy: str, path: str) -> list[Row]:
-    """The tokens of a copy, for a bus that has none. A bus that has tokens knows better who was revoked since."""
+    """The tokens of a copy, for a bus that has none. A bus with tokens keeps them: it knows the later revocations."""
     if os.path.exists(f"{path}.tokens"):
         return []
     rows = Tokens(copy).rows()

@@ -173,7 +173,7 @@ class Upload:
         try:
             blobs.folder.mkdir(mode=0o700, exist_ok=True)
             there = size_of(self.part)
-            self.stream = self.part.open("ab" if start else "wb", buffering=0)  # what was written is on the disk
+            self.stream = self.part.open("ab" if start else "wb", buffering=0)  # no buffer of ours
         except OSError as error:
             raise Refused(507, f"the bus cannot store the file: {error.strerror}") from None
         blobs.arriving.add(file.name)

@@ -143,7 +143,7 @@ class Claim(Operation):
         state.insert()
         came_back = "UPDATE work SET due = ? WHERE mailbox = ? AND due >= ''"  # a text lies above every number
         if state.writing.execute(came_back, (now.steady, mailbox)).rowcount:
-            state.damaged(f"when work of {self.queue} comes back")
+            state.damaged(f"the end of a lease in the queue {self.queue}")
         found: list[tuple[Message, int]] = []
         room = ANSWER_BYTES
         for again in self.came_back(state, mailbox, now):
@@ -341,7 +341,7 @@ class Work:
         )
         self.bus.do(operation, request.peer, self.settled)
 
-    # What follows
+    # After an operation
 
     def claimed(self, connection: Connection, worker: Worker, claim: Claim, result: Claimed) -> Answer | None:
         """Answer a claim, or park its worker. A message on its last attempt is buried when its lease runs out."""
@@ -411,7 +411,7 @@ class Work:
         self.found(connection, worker, [])  # a lease or a delay has run out
         return None
 
-    # What others ask
+    # For other parts of the bus
 
     def state_of(self, message: Message) -> tuple[str, str] | None:
         """The state of a message that was handed out."""
@@ -422,7 +422,7 @@ class Work:
             return None
         attempt, due, lease, worker = row
         if not (isinstance(attempt, int) and all(map(is_name, str(worker).split("/")))):
-            self.bus.view.damaged(f"who has {message.tick:x}")
+            self.bus.view.damaged(f"the worker of {message.tick:x}")
             return None
         state = "fetched" if due else "acknowledged" if lease else "dead"
         return state, f', "attempt": {attempt}, "by": "{worker}"'

@@ -59,7 +59,7 @@ class Way:
     host: str  # with `port`, the first machine we talk to: that of the bus, or a proxy
     port: int
     direct: bool  # that machine is the bus, not a proxy
-    health: dict[str, Any]  # what the bus says of itself
+    health: dict[str, Any]  # the answer of the bus to /healthz
 
     def __init__(self, url: str, name: str, hold: float) -> None:
         self.url, self.name, self.hold = url, name, hold

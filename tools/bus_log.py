@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Show the messages of everybody on an agent-bus, as they pass. Nobody notices, and nobody's mail is consumed.
+"""Show the messages of everybody on an agent-bus, as they pass. No reader notices it, and no mail is marked as read.
 
-    AGENT_BUS_URL=http://10.0.0.5:8080 python3 tools/bus_log.py --since 1h     # the last hour, then what comes
+    AGENT_BUS_URL=http://10.0.0.5:8080 python3 tools/bus_log.py --since 1h     # the last hour, then new messages
     python3 tools/bus_log.py --to dell,nano --from spark --no-follow           # what exists now, and end
     python3 tools/bus_log.py --json | jq .subject
 

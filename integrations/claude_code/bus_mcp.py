@@ -213,7 +213,7 @@ def send(to: str, msg: str, **fields: Any) -> str:
     answer = bus_send.send(to.split(",") if "," in to else to, msg, sender=me(), patience=PATIENCE, **fields)
     truth = "stored"
     with contextlib.suppress(KeyError, TypeError):  # a bus of the old contract says nothing about its receivers
-        truth = bus_send.queued(answer, to) or "stored, and whom it is for is listening"
+        truth = bus_send.queued(answer, to) or "stored, and the receiver is listening"
     return f"{truth}; id {answer.get('id')}"
 
 
@@ -245,7 +245,7 @@ def ack(id: str) -> str:
     elif not box.has_read(id):
         raise ValueError(f"{id} is not the id of an unread message for {box.names[0]}: take it from bus_inbox")
     mail, more = box.look(0)  # presents the cursor: now the bus knows, too
-    return f"{id} is read, and what came before it; {len(mail)}{' or more' if more else ''} unread"
+    return f"{id} is read, and all earlier messages; {len(mail)}{' or more' if more else ''} unread"
 
 
 def agents() -> str:
@@ -270,15 +270,15 @@ TEXT = {"type": "string"}
 TOOLS = {
     "bus_send": Tool(
         send,
-        f"Send a message to another agent. Tells whether it is there to read it; it is stored in any case. {WORDS}",
+        f"Send a message to another agent. The result says if that agent listens; it is stored anyway. {WORDS}",
         {
             "to": {**TEXT, "description": "a name, several as dell,gb10, or all"},
             "msg": {**TEXT, "description": "the message; no files: send a path and a hash"},
-            "subject": {**TEXT, "description": "what it is about, in one line"},
+            "subject": {**TEXT, "description": "the subject, in one line"},
             "reply_to": {**TEXT, "description": "the id of the message that this one answers"},
-            "type": {**TEXT, "description": "task, result, question ... as the agents agree among themselves"},
+            "type": {**TEXT, "description": "a word that the agents agree on: task, result, question ..."},
             "priority": {**TEXT, "description": "low, normal or high"},
-            "ttl": {"type": "number", "description": "not worth delivering after so many seconds"},
+            "ttl": {"type": "number", "description": "do not deliver the message after this many seconds"},
             "key": {**TEXT, "description": "only to repeat a send that failed: the key that its error names"},
         },
         ("to", "msg"),
@@ -300,7 +300,7 @@ TOOLS = {
         ("id",),
         reads_only=False,
     ),
-    "bus_agents": Tool(agents, "Who is on the bus, and is listening or when it was, with how much unread mail.", {}),
+    "bus_agents": Tool(agents, "Who is on the bus: listening or last seen when, and with how much unread mail.", {}),
     "bus_whoami": Tool(whoami, "Your own name and channel, which bus it is, and how much unread mail you have.", {}),
 }
 
@@ -424,7 +424,7 @@ class Channel(threading.Thread):
                 self.push(shown(message), attributes(message))
                 self.pushed[box.bus] = Decimal(message["ts"])
             if fresh and len(mail) >= AHEAD:
-                self.tell(f"{AHEAD} are unread; what follows is pushed after bus_ack of {label(mail[AHEAD - 1])}")
+                self.tell(f"{AHEAD} are unread; later messages are pushed after bus_ack of {label(mail[AHEAD - 1])}")
             pause = PAUSE if fresh or not mail else min(2 * pause, LONGEST_PAUSE)
             if self.again.wait(max(began + pause - time.monotonic(), 0)):
                 self.again.clear()

@@ -1,4 +1,4 @@
-"""What the hook and the MCP server share: the name of their session, and how a message may enter its context."""
+"""The code that the hook and the MCP server share: the name of a session, and how a message may enter its context."""
 from __future__ import annotations
 
 import glob
@@ -18,8 +18,8 @@ import bus_recv  # noqa: E402
 ASK_SECONDS = 0.5  # for the bus to say who listens; a prompt waits for it
 RECENT_SECONDS = 60.0  # a poll is held for 25 s, and its reader counts as listening for 10 s more; the rest is reserve
 READER = shlex.quote(os.path.join(ROOT, "bus_recv.py"))  # for a command line
-RESERVED = ("all", "system", "operator", "user", "root", "claude")  # no bus takes them for a sender
-UNSEEN = re.compile(f"{bus_recv.HIDDEN.pattern}|<")  # and no tag, of whatever kind, in what another agent wrote
+RESERVED = ("all", "system", "operator", "user", "root", "claude")  # a bus refuses these as senders
+UNSEEN = re.compile(f"{bus_recv.HIDDEN.pattern}|<")  # `<`: no tag of any kind in the text of another agent
 
 
 class Nameless(Exception):
@@ -55,12 +55,12 @@ def wishes(directory: str | None) -> list[str]:
     given = os.environ.get("AGENT_NAME")
     if given:
         if not bus_recv.NAME.fullmatch(given):
-            raise ValueError(f"AGENT_NAME is {given!r}, and that is no name")
+            raise ValueError(f"AGENT_NAME is {given!r}, which is not a name")
         return [given]
     folder = os.path.basename((directory or os.getcwd()).rstrip("/\\"))
     base = re.sub(r"[^A-Za-z0-9._:@-]+", "-", folder).strip("-._:@")[:60]
     if not base:
-        raise Nameless(f"{folder!r} makes no name: set AGENT_NAME")
+        raise Nameless(f"the folder name {folder!r} cannot be a name on the bus: set AGENT_NAME")
     return [name for name in (base, *(f"{base}-{n}" for n in range(2, 100))) if name.lower() not in RESERVED]
 
 
