@@ -427,14 +427,14 @@ def command_line(purpose: str) -> argparse.ArgumentParser:
     """A parser for the members of a message. Its results, except `to`, are arguments of send()."""
     parser = argparse.ArgumentParser(description=purpose)
     parser.add_argument("to", metavar="TO", nargs="?", type=receivers, help="a name, names as a,b,c, or all")
-    parser.add_argument("--from", dest="sender", metavar="NAME", help="default: $AGENT_NAME")
+    parser.add_argument("--from", dest="sender", metavar="NAME", help="the sender ($AGENT_NAME)")
     parser.add_argument("--subject", help="subject of the message, in one line")
     parser.add_argument("--reply-to", metavar="ID", help="the id of the message that this one answers")
     parser.add_argument("--type", help="a word that your agents agree on: task, result, question ...")
     parser.add_argument("--priority", help="low, normal or high")
     parser.add_argument("--ttl", type=float, metavar="S", help="do not deliver the message after S seconds")
     parser.add_argument("--key", help="the bus stores one message per sender and key; default: a random one")
-    parser.add_argument("--channel", help="default: $AGENT_BUS_CHANNEL, or 'default'")
+    parser.add_argument("--channel", help="the channel ($AGENT_BUS_CHANNEL, or 'default')")
     return parser
 
 

@@ -1773,7 +1773,7 @@ PUBLIC = {"/", "/healthz", *CLIENTS}  # open to all, also on a bus with tokens: 
 
 
 def give_to_folder(file: int | str, path: str) -> None:
-    """What root makes beside a database is for the user whose folder that is: the server must be able to use it."""
+    """Give a file that root makes beside a database to the owner of the folder: the server must be able to use it."""
     if os.geteuid() == 0:
         folder = os.stat(pathlib.Path(path).parent)
         os.chown(file, folder.st_uid, folder.st_gid)
@@ -4228,7 +4228,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
     add("--port", type=int, default=8080, help="port to listen on; 0: any free one (%(default)s)")
     add("--db", default=default_path(), metavar="PATH", help="database, or :memory: (%(default)s)")
-    add("--keep", type=duration, default="30d", help="remove messages after this time, like 12h; 0: never (30d)")
+    add("--keep", type=duration, default="30d", help="remove messages older than this, like 12h; 0: keep all (30d)")
     add("--max-body", type=int, default=262144, metavar="BYTES", help="largest body of a request (%(default)s)")
     add("--rate", type=float, default=50, metavar="N", help="most messages per sender and second; 0: any (%(default)s)")
     turns = "most changes of direction between two names in 10 minutes; warn from N/4 on; 0: any (%(default)s)"

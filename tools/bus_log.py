@@ -104,10 +104,10 @@ def complain(line: str) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Show the messages of everybody on an agent-bus, as they pass.")
     add = parser.add_argument
-    add("--since", metavar="X", default="0", help="begin 90s, 5m, 1h, 3d ago, at s since 1970, or now; default: 0")
+    add("--since", metavar="X", default="0", help="begin 90s, 5m, 1h, 3d ago, at s since 1970, or now (0: all)")
     add("--to", metavar="NAME", help="only messages for NAME; several as a,b,c")
     add("--from", dest="sender", metavar="NAME", help="only messages from NAME")
-    add("--channel", metavar="C", help="only messages on the channel C; default: on every channel")
+    add("--channel", metavar="C", help="only messages on the channel C (every channel)")
     add("--json", action="store_true", help="print each message as a line of JSON")
     add("--no-follow", action="store_true", help="print the messages that exist now, and end")
     add("--timeout", type=float, metavar="S", help="end after S seconds")

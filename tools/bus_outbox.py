@@ -211,7 +211,7 @@ def complain(line: str, code: int = 0) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = bus_send.command_line("Send the text on stdin to an agent-bus, now or when it is reachable.")
+    parser = bus_send.command_line("Send the text on stdin to an agent-bus: now, or when the bus is reachable.")
     parser.add_argument("--timeout", type=float, default=PATIENCE, metavar="S", help="try for S seconds (5)")
     parser.add_argument("--flush", action="store_true", help="only send the waiting messages")
     parser.add_argument("--list", action="store_true", help="only list waiting and refused messages, for all buses")

@@ -152,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--lease", type=float, default=60.0, metavar="S", help="a worker that is gone for S seconds loses its job (60)")
     add("--once", action="store_true", help="end after one job")
     add("--timeout", type=float, metavar="S", help="take no new job after S seconds (with --once: 25)")
-    add("--channel", metavar="C", help="default: $AGENT_BUS_CHANNEL, or 'default'")
+    add("--channel", metavar="C", help="the channel ($AGENT_BUS_CHANNEL, or 'default')")
     for ignored in ("--claim", "--json"):  # `bus_recv.py --claim` took these, and runs us with its own arguments
         add(ignored, action="store_true", help=argparse.SUPPRESS)
     for ignored in ("--since", "--tries"):
