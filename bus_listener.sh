@@ -4,15 +4,15 @@
 #   AGENT_BUS_URL=http://host:8080 AGENT_NAME=spark ./bus_listener.sh &      (INTERVAL=30 seconds, or BLOCK=1)
 #
 # FULL (NAME.jsonl) has a line of JSON for each message, with the id of its bus. LOG (NAME.log) has a line of TSV for
-# each line of FULL: ts, id, from, to, channel, subject or first words; a remark in it starts with "#". To rotate them,
-# rename or remove the two together, at any time: we go on in new ones. HEARTBEAT is touched after each good poll;
-# PID_FILE is there while we run.
+# each line of FULL: ts, id, from, to, channel, subject or first words. A remark in LOG starts with "#". To rotate the
+# two files, rename or remove both together, at any time: we go on in new files. HEARTBEAT is touched after each good
+# poll. PID_FILE exists while we run.
 #
-# Exactly once: FULL is the only state. The cursor is its last whole line, and LOG is made from it. A kill can only tear
-# a last line: `resume` cuts it off, and the bus sends that message again. jq 1.6 rounds numbers to 17 digits, also
-# those it copies to FULL: so the cursor is text, or whole microseconds in bash, and never a number of jq's.
+# Each message is written exactly once, because FULL is the only state: the cursor is its last whole line, and LOG is
+# made from it. A kill can only tear the last line. Then `resume` cuts that line off, and the bus sends its message
+# again. jq 1.6 rounds numbers to 17 digits, also in FULL, so the cursor is text, or whole microseconds in bash.
 #
-# AGENT_BUS_TOKEN, or AGENT_BUS_TOKEN_FILE (mode 600), goes to curl in a file of ours, never on a command line;
+# AGENT_BUS_TOKEN, or AGENT_BUS_TOKEN_FILE (mode 600), is passed to curl in a file, never on a command line.
 # AGENT_BUS_CA names the certificates to trust.
 set -u
 umask 077
@@ -21,7 +21,7 @@ LC_ALL=C  # [a-z] is 26 letters
 say() { printf 'bus_listener: %s\n' "$1" >&2; }
 die() { say "$2"; exit "$1"; }
 
-# A file name that cannot climb, nor be another's where A and a are the same file.
+# A file name that stays in its folder, and is unique even where A and a are the same file.
 encode() {
   local i
   for ((i = 0; i < ${#1}; i++)); do
@@ -32,9 +32,9 @@ encode() {
   done
 }
 
-# The kernel's lock, not a pid in a file: it ends with the last process that has the descriptor, and a jq that still
-# writes after the kill -9 of its listener is one of those. macOS has no flock(1), but perl.
-# Status 1: another process has the lock. 2: there are no locks here.
+# A lock of the kernel, not a pid in a file: it is held until the last process that has the descriptor ends. A jq that
+# still writes after its listener was killed is such a process. macOS has perl, but not flock(1).
+# Status 1: another process has the lock. 2: locks do not work here.
 lock() {
   local said='' status
   if command -v flock >/dev/null; then
@@ -43,11 +43,11 @@ lock() {
     perl -MErrno -e 'open F, ">&=", shift; exit(flock(F, 6) ? 0 : $!{EWOULDBLOCK} ? 1 : 2)' "$1" 2>/dev/null
   fi
   status=$?
-  [ "$status$said" != 1 ] || return 1  # busybox has 1 for everything, and then says what it is
+  [ "$status$said" != 1 ] || return 1  # busybox returns 1 for every error, and prints which
   [ "$status" -eq 0 ] || return 2
 }
 
-# For us alone, or the end.
+# Lock these files for us alone, or end.
 lock_files() {
   local fd dir=.
   [[ $FULL != */* ]] || dir=${FULL%/*}
@@ -71,16 +71,16 @@ refuse_links() {
   done
 }
 
-# LOG and FULL may have been renamed or removed: what we write belongs in the files that have these names.
+# LOG and FULL may have been renamed or removed. Then open new files with these names.
 reopen() {
   if [ "$LOG" -ef /dev/fd/8 ] && [ "$FULL" -ef /dev/fd/9 ]; then return; fi
   refuse_links "$LOG" "$FULL"
   { exec 8>>"$LOG" 9>>"$FULL"; } 2>/dev/null || return
   lock_files 8 9
-  resume  # LOG starts over with FULL
+  resume  # FULL is new, so LOG begins anew too
 }
 
-# A signal ends the wait at once. What runs here may outlive a kill -9 by a whole poll, so it has no part in the locks.
+# A signal ends the wait at once. The command may outlive a kill -9 by a whole poll, so it does not get the locks.
 patiently() { "$@" 6>&- 7>&- 8>&- 9>&- & wait $!; }
 
 cut_torn_line() {
@@ -88,8 +88,8 @@ cut_torn_line() {
     dd if=/dev/null of="$1" bs=1 seek=$(($(wc -c <"$1") - $(tail -n 1 "$1" | wc -c))) 2>/dev/null
 }
 
-# One line, whatever it was: no tab, newline, escape sequence, bidi control or invisible character is left: HIDDEN of
-# bus_recv.py, and the rest of these categories.
+# `line` makes one line of any text: it replaces tabs, newlines, control, bidi and invisible characters by blanks: those
+# of HIDDEN in bus_recv.py and all others of these categories.
 LINE='def line: tostring | .[:100] | gsub("[\\p{Cc}\\p{Cf}\\p{Zl}\\p{Zp}\\x{34F}\\x{115F}\\x{1160}'\
 '\\x{17B4}\\x{17B5}\\x{180B}-\\x{180F}\\x{2065}\\x{2800}\\x{3164}\\x{FE00}-\\x{FE0F}\\x{FFA0}'\
 '\\x{FFF0}-\\x{FFF8}\\x{E0000}-\\x{E0FFF}]+"; " ");'
@@ -99,18 +99,18 @@ summary() {
     | [(.ts, .id, .from, .to, .channel, $about) // "" | line] | @tsv'
 }
 
-# The message on stdin as a cursor: bus and since, which is empty if that is no message.
+# Makes a cursor, bus and since, of the message on stdin. If stdin is not a message, since is empty.
 take_place() {
   local id
   { read -r bus; read -r id; read -r since; } < <(jq -r '.bus, .id // "", .ts' 2>/dev/null)
-  # Arithmetic would run what is not a number, so the id is hexadecimal first; without a bus id it is no tick of ours.
+  # Bash arithmetic would run code in a text, so check first that the id is hexadecimal. Without a bus id it is no tick.
   if [ -n "$bus" ] && [[ $id =~ ^[0-9a-f]{1,13}$ ]]; then
     since=$(printf '%d.%06d' $((16#$id / 1000000)) $((16#$id % 1000000)))
   fi
 }
 
-# After this both files end in a whole line, the cursor is FULL's last message, and LOG has a line for each of FULL.
-# While FULL is empty, as after a rotation, the cursor stays as it is.
+# After this, both files end with a whole line, the cursor is that of FULL's last message, and LOG has a line for each
+# line of FULL. While FULL is empty, as after a rotation, the cursor stays as it is.
 resume() {
   local logged
   if [ -s "$FULL" ]; then cut_torn_line "$FULL"; fi
@@ -124,22 +124,23 @@ resume() {
   tail -n +$((logged + 1)) "$FULL" | summary >&8
 }
 
-# Said once in LOG, also when a listener that starts again meets the same fact.
+# Write a remark to LOG, once, even if a restarted listener has the same remark.
 remark() {
   say "$1"
   [ "$(tail -n 1 "$LOG")" = "# $1" ] || printf '# %s\n' "$1" >&8
 }
 
-# Leaves ANSWER: the body, and the status on a line of its own. A new file each time: a curl that a kill -9 left behind
-# still writes to the old one.
+# Writes ANSWER: the body, then the status on a line of its own. It is a new file each time, because a curl that
+# outlived a kill -9 still writes to the old one.
 poll() {
   rm -f "$ANSWER"
   patiently "${CURL[@]}" --data-urlencode "to=$AGENT_NAME" --data-urlencode "channel=$channel" -d "since=$since" \
     ${bus:+--data-urlencode "bus=$bus"} -d max=50 -d "block=$block" -d "wait=$hold" "${url%/}/recv" >"$ANSWER"
 }
 
-# ANSWER as facts, one a line: "mail", its bus, how many, a gap; or "refused" and why; or nothing. It is "ahead" and not
-# "mail" if it would move the cursor more than 300 s ahead of where it is, and of our clock.
+# Prints ANSWER as facts, one per line: "mail", the bus id, the number of messages, a gap; or "refused" and the reason;
+# or nothing. It prints "ahead" in place of "mail" if the answer would move the cursor to more than 300 s ahead of both
+# the present cursor and our clock.
 verdict() {
   jq -rs --arg since "$since" "$LINE"'. as [$body, $status]
     | if ($body | type) != "object" then empty
@@ -154,8 +155,8 @@ verdict() {
       else empty end' "$ANSWER" 2>/dev/null
 }
 
-# An answer that is ahead, for the third time: the same bus has the same time in /healthz. Then it is our clock that is
-# wrong, or was the clock of this bus for a while.
+# True if an answer is "ahead" for the third time, and the /healthz of the same bus has the same time. Then our clock is
+# wrong, or the clock of the bus was wrong for a while.
 is_confirmed() {
   [ "$doubts" -ge 2 ] && [ -n "$its_bus" ] &&
     "${CURL[@]}" --max-time 10 "${url%/}/healthz" 6>&- 7>&- 8>&- 9>&- | jq -es --slurpfile answer "$ANSWER" '
@@ -165,11 +166,11 @@ is_confirmed() {
 
 NOW='"now": ?([0-9]{1,10}(\.[0-9]{1,6})?)[,}]'  # its exact text
 
-lines() { jq -acs --arg bus "$bus" '.[0].messages[] + {bus: $bus}' "$ANSWER"; }  # a sender's own `bus` gives way
+lines() { jq -acs --arg bus "$bus" '.[0].messages[] + {bus: $bus}' "$ANSWER"; }  # replaces a `bus` that the sender gave
 
-# Mail is new lines, or a cursor, or the news of another bus.
+# Take an answer of the bus: write its messages, move the cursor, or note that another bus answers.
 receive() {
-  if [ "$its_bus" != "$bus" ] && [ "$since" != last ]; then  # the word means the same on every bus, a number does not
+  if [ "$its_bus" != "$bus" ] && [ "$since" != last ]; then  # `last` means the same on every bus, a number does not
     remark "another bus answers: $its_bus in place of $bus"
     bus='' since=last
     return
@@ -180,40 +181,40 @@ receive() {
     lines >&9
     local wrote=$?
     if [ "$FULL" -ef /dev/fd/9 ] || [ "$count" -eq 0 ]; then resume && return $wrote; return 1; fi
-    lines | summary >&8  # FULL was renamed or removed while we wrote: these messages are in it, and come only once
+    lines | summary >&8  # FULL was renamed or removed while we wrote: it has these messages, and they come only once
     take_place < <(lines | tail -n 1)
     return $wrote
   elif [ -n "$bus" ] && [[ $(<"$ANSWER") =~ $NOW ]]; then  # without a bus id `now` may be a clock that runs ahead
-    since=${BASH_REMATCH[1]}  # in memory only: after a restart we ask again for what is known to be empty
+    since=${BASH_REMATCH[1]}  # only in memory: a restart asks again from the last message, which is harmless
   fi
 }
 
-# Writes ANSWER to FULL and LOG, and prints what follows: news, what the next poll says, a sentence. In a subshell: bash
-# 5.2 loses a signal that comes while it reads a "$(", so the loop has none.
+# Writes ANSWER to FULL and LOG. Prints two lines: news and the values for the next poll, then a sentence. It runs in a
+# subshell, because bash 5.2 loses a signal that arrives while it reads a "$(", and the loop must not lose one.
 digest() (
   news=fault sentence="no answer from $url (curl $1)" status=$(tail -n 1 "$ANSWER")
   { read -r verdict; read -r its_bus; read -r count; read -r gap; } < <(verdict)
   case $1,$status,$since,$verdict in
     0,*,mail | 0,*,ahead)
-      if [ "$bus$since" = 0 ] && [ -n "$its_bus" ]; then  # it knows the word, and had only stumbled
+      if [ "$bus$since" = 0 ] && [ -n "$its_bus" ]; then  # it knows the word `last`; the error before was another one
         news=rest since=last
       elif [ "$verdict" = ahead ] && ! is_confirmed; then
-        news=doubt sentence="the time of $url is far ahead of ours, so the cursor stays: is it a bus, is a clock wrong?"
+        news=doubt sentence="the time of $url is far ahead of ours, so the cursor stays: is it a bus? Is a clock wrong?"
       elif receive; then
         [ "$count" -gt 0 ] && news=again || news=rest
       else
         sentence="cannot write to $LOG or $FULL"
       fi ;;
-    # A server of the old contract does not know the word, and some drop the connection then.
+    # A server of the first contract does not know the word `last`; some then drop the connection.
     0,400,last,* | 52,*,last,* | 56,*,last,*) news=again since=0 ;;
     0,*,refused) news=refused sentence=$its_bus ;;
-    0,50[24],* | 0,524,*) sentence="$url answers $status" hold=$(((hold + 1) / 2)) ;;  # a proxy that is less patient
-    0,*) sentence="$url answers $status, and not as a bus does" ;;
+    0,50[24],* | 0,524,*) sentence="$url answers $status" hold=$(((hold + 1) / 2)) ;;  # a proxy with a shorter timeout
+    0,*) sentence="$url answers $status, and it is not a bus's answer" ;;
   esac
   printf '%s\n' "$news $hold $since $bus" "$sentence"
 )
 
-# One line when the reason changes, then a pause that doubles up to a minute.
+# Print a line when the reason changes, then pause. The pauses double up to a minute.
 fault() {
   [ "$1" = "$fault" ] || say "$1; trying again"
   patiently sleep $((delay - RANDOM % (delay / 2 + 1)))
@@ -230,9 +231,9 @@ grammar='^[A-Za-z0-9][A-Za-z0-9._:@-]{0,63}$'
 [[ ${AGENT_NAME:-} =~ $grammar ]] || die 2 "AGENT_NAME must be a name: up to 64 letters, digits and ._:@-"
 [[ $channel =~ $grammar ]] || die 2 "AGENT_BUS_CHANNEL must be a name: up to 64 letters, digits and ._:@-"
 block=false rest=${INTERVAL:-30} hold=25  # s; common proxies cut a request that is quiet for 30
-[ "${BLOCK:-0}" = 0 ] || block=true rest=${INTERVAL:-1}  # s; a bus that drains answers at once, and again
+[ "${BLOCK:-0}" = 0 ] || block=true rest=${INTERVAL:-1}  # s; a bus that is shutting down answers each poll at once
 [[ $rest =~ ^[0-9]+(\.[0-9]+)?$ ]] || die 2 "INTERVAL must be a number of seconds"
-# --speed-time: s without a byte, longer than a server parks us. --max-time: s; a drip must end, a slow line need not.
+# --speed-time: s without a byte, longer than a server parks us. --max-time: s; enough for a slow line, not for a drip.
 # --max-filesize: bytes, well above 50 messages of 256 KiB.
 CURL=(curl -q -g -G -s --proto '=http,https' -A "${AGENT_BUS_UA:-Mozilla/5.0}" -w '\n%{http_code}'
   --connect-timeout 10 --speed-limit 1 --speed-time 40 --max-time 300 --max-filesize 67108864
@@ -245,23 +246,23 @@ strip() {
   token=${token%"${token##*[![:space:]]}"}
 }
 token=${AGENT_BUS_TOKEN:-}
-strip  # of a byte order mark, blanks and empty lines
+strip  # strip a byte order mark, blanks and empty lines
 if [ -z "$token" ] && [ -n "${AGENT_BUS_TOKEN_FILE:-}" ]; then
   [ -r "$AGENT_BUS_TOKEN_FILE" ] || die 2 "cannot read the token in $AGENT_BUS_TOKEN_FILE"
-  # shellcheck disable=SC2012 # only the mode, which stat(1) spells in another way on each system
+  # shellcheck disable=SC2012 # only the mode is read; stat(1) has other options on each system
   case $(ls -dlL "$AGENT_BUS_TOKEN_FILE") in ????------*) ;; *) die 2 "chmod 600 $AGENT_BUS_TOKEN_FILE first" ;; esac
   { token=$(<"$AGENT_BUS_TOKEN_FILE"); } 2>/dev/null
   strip
 fi
-[[ $token =~ ^[!-~]*$ ]] || die 2 "the token has blanks or other characters that are in no token: copy it again"
+[[ $token =~ ^[!-~]*$ ]] || die 2 "the token has blanks or other characters that no token has: copy it again"
 here='^(https://|http://(localhost|127(\.[0-9]+){3}|\[::1\])([:/]|$))'
 if [ -n "$token" ] && ! [[ $url =~ $here || ${AGENT_BUS_PLAIN_HTTP:-} ]]; then
-  die 2 "the token would cross the network in the clear: use https, or in a tunnel or VPN set AGENT_BUS_PLAIN_HTTP=1"
+  die 2 "the token would cross the network in the clear: use https; in a tunnel or VPN set AGENT_BUS_PLAIN_HTTP=1"
 fi
 
 dir=${AGENT_BUS_STATE_DIR:-${XDG_STATE_HOME:-"~/.local/state"}/agent-bus}/listener
 if [[ $dir == \~/* ]]; then
-  home=${HOME:-~}  # of this user, if there is no HOME
+  home=${HOME:-~}  # the home of this user, if HOME is not set
   [[ $home == /* ]] || die 2 "there is no home directory: set AGENT_BUS_STATE_DIR"
   dir=$home/${dir#??}
 fi
@@ -278,7 +279,7 @@ trap 'kill $(jobs -p) 2>/dev/null; rm -f "$PID_FILE" "$ANSWER" "$WHO"' EXIT
 echo $$ >"$PID_FILE"
 [ -z "$token" ] || { printf 'Authorization: Bearer %s\n' "$token" >"$WHO" && CURL+=(-H "@$WHO"); } || exit
 rm -f "$ANSWER"
-mkfifo "$ANSWER" && exec 6<>"$ANSWER" || exit  # for the news of digest: a pipe tells them when the disk is full
+mkfifo "$ANSWER" && exec 6<>"$ANSWER" || exit  # carries the output of digest; a pipe works even if the disk is full
 fault='' delay=1 doubts=0 bus='' since=last
 resume || fault "cannot write to $LOG"
 trap 'exit 0' HUP INT TERM

@@ -12,7 +12,7 @@ bus_log.py by --log (show everybody's messages).
 
 The parts of this file, in order: receive() and ask() for programs; Reader (polls a bus, rides out an outage); Cursor
 (how far a name has read, on disk); the marked part, which bus_send.py has too and which speaks HTTP (proxies, tokens,
-faults); block (what a message looks like); show_blocks and run_command (the outputs); main.
+faults); block (a message as text); show_blocks and run_command (the outputs); main.
 
 A message is shown at least once. Its cursor is saved after the message was written out, so a reader that is killed
 shows its last message again and never loses one; the id tells the repeat. Only a 200 with the bus's own JSON moves the
@@ -47,17 +47,17 @@ from typing import IO, Any
 from urllib.parse import SplitResult, quote, unquote, urlencode, urlsplit
 
 HOLD_SECONDS = 25.0  # the bus may hold a poll; common proxies cut a quiet request after 30 s
-LOUD_SECONDS = 60.0  # of outage, until the reader of the messages is told: silence must not look like health
-LOCK_SECONDS = 3.0  # to wait for the reader that this one replaces to end
+LOUD_SECONDS = 60.0  # after so much outage the user is told: silence must not look like health
+LOCK_SECONDS = 3.0  # to wait until the reader that this one replaces has ended
 
 # A Monitor of Claude Code cuts or drops what exceeds its limits; these are a little lower. In UTF-16 units: a line has
 # 500, and what comes within 0.2 s is one event of 3000; 10 events at once, then one every 2 s.
 LINE_UNITS, WRITE_UNITS = 480, 2700
 BURST, EVERY_SECONDS, APART_SECONDS = 8, 2.1, 0.3
-SETTLE_SECONDS = 0.3  # until a block counts as seen: a Monitor drops what it gets while it expires
+SETTLE_SECONDS = 0.3  # until a block counts as seen: a Monitor drops a block that arrives while it expires
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@-]{0,63}")
-DECIMAL = re.compile(r"[0-9]{1,10}(\.[0-9]{1,9})?")  # s since 1970: what a bus takes for a cursor
+DECIMAL = re.compile(r"[0-9]{1,10}(\.[0-9]{1,9})?")  # s since 1970: the form of a cursor
 AHEAD_SECONDS = 300.0  # that an answer may be ahead of our clock and our cursor; a bus takes as much from a cursor
 OLD_CONTRACT = "-"  # stands for the id of a bus that gives none; such a bus knows no words for `since` either
 HEAD = ("from", "id", "to", "channel", "reply_to", "age", "priority", "type", "subject")
@@ -106,9 +106,9 @@ def clock_of(response: http.client.HTTPResponse) -> float:
 class Reader:
     """One name's place on the bus: which bus answers, how far the name has read there, since when nothing answers.
 
-    From the first answer on there are `cursor`, of that bus, and `bus_time`, its clock then (s since 1970).
-    `announce` takes a line for whoever reads the messages, `warn` a line for whoever looks after the program, and
-    `clock` is the module time, or what stands for it in a test.
+    After the first answer, `cursor` is the cursor for that bus, and `bus_time` its clock at the answer (s since 1970).
+    `announce` takes a line for the reader of the messages, `warn` a line for the operator of the program. `clock` is
+    the module time, or its replacement in a test.
     """
 
     def __init__(self, names: Sequence[str], url: str | None, channel: str | None, since: str | None, wait: float):
@@ -122,7 +122,7 @@ class Reader:
             raise ValueError(f"since is {since!r}: give 'now', 'last' or seconds like 1795203596.123456")
         self.names, self.since, self.wait, self.hold = names, since, wait, wait  # hold: s, of the next poll
         self.bus: str | None = None  # the id of the bus that answered last
-        # failures: of this outage; announced: it was; came: mail, ever; doubted: the last answer, see check_times
+        # failures: in this outage; announced: was it announced?; came: any mail yet?; doubted: see check_times
         self.failures, self.announced, self.came, self.doubted = 0, False, False, False
         self.open_cursor = Cursor  # or a subclass
         self.announce: Callable[[str], None] = lambda line: None
@@ -205,10 +205,10 @@ class Reader:
         return answer
 
     def check_times(self, answer: dict[str, Any]) -> None:
-        """Leave out of this answer what would move the cursor into the future, past messages that are still to come.
+        """Leave out the times in this answer that would move the cursor into the future, past later messages.
 
-        Another program may have answered at this address, or a bus of the first contract whose clock is wrong. If it is
-        our own clock that is wrong, the /healthz of the same bus tells.
+        Another program may have answered at this address, or a bus of the first contract whose clock is wrong. If our
+        own clock is wrong, the /healthz of the same bus confirms the times.
         """
         latest = max(map(seconds_of, (answer["now"], *answer["messages"])))
         limit = max(self.clock.time(), seconds_of(self.cursor.at)) + AHEAD_SECONDS
@@ -251,8 +251,8 @@ def check_name(name: str) -> None:
 class Cursor:
     """How far one name has read on one bus: a decimal or the word `last`, in a file of its own.
 
-    Written to another file and renamed: a reader that is killed leaves the old one or the new one. No fsync: a power
-    cut may bring back an older or an empty file, then messages come again, and that is within at-least-once.
+    It is written to another file and renamed, so a reader that is killed leaves the old cursor or the new one. There is
+    no fsync: after a power cut the file may be old or empty, and messages arrive again, as at-least-once allows.
     """
 
     def __init__(self, bus: str, channel: str, name: str, warn: Callable[[str], None]) -> None:
@@ -269,7 +269,7 @@ class Cursor:
             if time.monotonic() >= end:
                 raise Busy(f"{name} is already read by process {file.read(20).strip()}: end that one first")
             time.sleep(0.05)
-        print(f"{os.getpid():<20}", file=file, flush=True)  # whatever longer number was there before
+        print(f"{os.getpid():<20}", file=file, flush=True)  # blanks replace the digits of an earlier, longer number
         return file
 
     def opened(self, suffix: str, flags: int, mode: str) -> IO[str]:
@@ -283,7 +283,7 @@ class Cursor:
             raise OSError(f"cannot write {path}: {error.strerror}; set AGENT_BUS_STATE_DIR to another place") from error
 
     def load(self) -> None:
-        """Read the file. What it does not say stays as it was."""
+        """Read the cursor from the file. If the file has none, the cursor stays as it is."""
         with contextlib.suppress(OSError), open(self.path, encoding="ascii", errors="replace") as file:
             at = file.read(64).strip()
             if DECIMAL.fullmatch(at):
@@ -334,7 +334,7 @@ def state_directory() -> str:
 
 
 def file_name(text: str) -> str:
-    """The text as a file name: never `.` or `..`, without a `~`, and no other's, even where A and a are one file."""
+    """The text as a file name: never `.` or `..`, without a `~`, and unique even where A and a are the same file."""
     return re.sub(rb"^\.|[^a-z0-9._-]", lambda byte: b"%%%02X" % ord(byte[0]), text.encode()).decode()
 
 
@@ -365,13 +365,13 @@ class Unreachable(Exception):
 
     def __init__(self, sentence: str = "the answer is not from a bus", retry_after: float = 0.0) -> None:
         super().__init__(sentence)
-        self.retry_after = retry_after  # s; what the answer asked for
+        self.retry_after = retry_after  # s; the wait that the answer asked for
 
 
 def exchange(url: str, path: str, body: bytes | None, seconds: float) -> tuple[http.client.HTTPResponse, bytes]:
     """One request: a POST if there is a body, else a GET. Returns the head of the answer, and the whole answer.
 
-    The head must arrive within `seconds`. The rest may take longer, as its length needs on a slow line.
+    The head must arrive within `seconds`. The rest gets more time, by its length and DOWNLOAD_RATE.
     Raises Unreachable for every fault of the network; ValueError for a wrong URL, token or certificate file.
     """
     connection, prefix, headers = connect(url, min(seconds, GRACE_SECONDS))
@@ -394,7 +394,7 @@ def exchange(url: str, path: str, body: bytes | None, seconds: float) -> tuple[h
 
 
 def connect(url: str, seconds: float) -> tuple[http.client.HTTPConnection, str, dict[str, str]]:
-    """A connection towards `url`, not yet open; what stands before the path in its request line; its usual headers."""
+    """A connection towards `url`, not open yet; the text before the path in a request line; the usual headers."""
     parts = parts_of(url)
     secure = parts.scheme == "https"
     host, port = parts.hostname or "", parts.port or (443 if secure else 80)
@@ -412,7 +412,7 @@ def connect(url: str, seconds: float) -> tuple[http.client.HTTPConnection, str, 
 
 
 def parts_of(url: str) -> SplitResult:
-    """The parts of a bus's URL. ValueError if it is none, or has a login, which error messages would show."""
+    """The parts of a bus's URL. ValueError if it is not a URL, or has a login, which error messages would show."""
     if "@" in url:
         raise ValueError("the URL of the bus has a login (user@): remove it; a bus takes the token in AGENT_BUS_TOKEN")
     if not re.fullmatch(r"https?://[^\s?#]+", url):
@@ -431,7 +431,7 @@ def login_of(proxy: SplitResult) -> dict[str, str]:
 def dial(address: tuple[str, int], seconds: float, _source: Any = None) -> socket.socket:
     """A connection to the first address of the host that answers. Raises OSError.
 
-    Each address has 250 ms, and longer in the next rounds: one that is dead must not hold up those behind it.
+    Each address gets 250 ms, and more in the next rounds: a dead address must not hold up the next ones.
     """
     end, fault = time.monotonic() + seconds, OSError("it has no address")
     places: list[Any] = [place[:2] for *_, place in socket.getaddrinfo(*address, type=socket.SOCK_STREAM)]
@@ -443,14 +443,14 @@ def dial(address: tuple[str, int], seconds: float, _source: Any = None) -> socke
                 return sock
             except OSError as error:
                 fault = error
-                if not isinstance(error, socket.timeout):  # it said no
+                if not isinstance(error, socket.timeout):  # the host refused at once
                     places.remove(place)
     raise fault
 
 
 def authorities() -> Any:
     """The certificates that TLS trusts: the system's, or those in the file that AGENT_BUS_CA names."""
-    import ssl  # http.client has it, where there is one
+    import ssl  # http.client has imported it, if this Python has it
 
     try:
         return ssl.create_default_context(cafile=os.environ.get("AGENT_BUS_CA") or None)
@@ -475,7 +475,7 @@ def credentials(url: str) -> dict[str, str]:
     if not token:
         return {}
     if not re.fullmatch("[!-~]+", token):
-        raise ValueError("the token has blanks or other characters that are in no token: copy it again")
+        raise ValueError("the token has blanks or other characters that no token has: copy it again")
     if not (url.startswith("https:") or is_here(parts_of(url).hostname) or os.environ.get("AGENT_BUS_PLAIN_HTTP")):
         raise ValueError(f"the token would cross to {url} in the clear: use https, or in a VPN AGENT_BUS_PLAIN_HTTP=1")
     return {"Authorization": f"Bearer {token}"}
@@ -495,7 +495,7 @@ def proxy_for(scheme: str, host: str, port: int) -> str | None:
 
 
 def hung_up_after(seconds: float, sock: socket.socket) -> contextlib.ExitStack:
-    """Ends an exchange from outside. A socket's own timeout is per read, so an answer that drips would never end."""
+    """Ends an exchange from outside. A socket's own timeout is per read, so a dripping answer would never end."""
 
     def hang_up() -> None:
         with contextlib.suppress(OSError):
@@ -511,7 +511,7 @@ def hung_up_after(seconds: float, sock: socket.socket) -> contextlib.ExitStack:
 def judged(response: http.client.HTTPResponse, body: bytes, fraction: Any = float) -> dict[str, Any]:
     """The JSON object of a 200. Raises Refused for the bus's own 4xx, Unreachable for anything else.
 
-    `fraction` makes a number of the text of one with a fraction.
+    `fraction` converts the text of a number with a fraction.
     """
     answer: dict[str, Any] = {}
     with contextlib.suppress(ValueError, RecursionError, TypeError):  # TypeError: JSON, but not an object
@@ -526,7 +526,7 @@ def judged(response: http.client.HTTPResponse, body: bytes, fraction: Any = floa
 
 
 def pause_after(failures: int) -> float:
-    """Seconds to wait after so many failures in a row: they double up to a minute."""
+    """Seconds to wait after this many failures in a row. They double up to a minute."""
     return min(FIRST_PAUSE * 2.0 ** min(failures - 1, 10), LONGEST_PAUSE)
 
 
@@ -543,25 +543,25 @@ def emit(text: str) -> None:
         sys.stdout.buffer.write(text.encode())
         sys.stdout.buffer.flush()
     except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter would try once more at exit, and complain
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else the interpreter would try again at exit, and complain
         raise
 
 
 # -- shared by bus_recv.py and bus_send.py: end --
 
 
-# What a message looks like
+# A message as text
 
 
 def block(message: Any, reader: str, now: float, whole: bool = False) -> str:
     """A message as text: a line with its fields, each line of its body behind `| `, and `---`.
 
-    The prefix keeps a body from looking like another message. `now` is the bus's clock, in s since 1970. The age is
-    told from a minute up, the receiver if it is not `reader`, any other field if it is given and not the default.
-    Unless `whole`, a long line goes on behind `|+`, and a long body ends with how to read the rest. What is not a
-    message becomes one line that says so.
+    The prefix keeps a body from looking like another message. `now` is the bus's clock, in s since 1970. The first line
+    has the age from one minute up, the receiver if it is not `reader`, and each other field that differs from its
+    default. Unless `whole`, a long line continues after `|+`, and a long body ends with the command that shows the
+    rest. Anything that is not a message becomes one line that says so.
     """
-    with contextlib.suppress(Exception):  # a strange bus may get a message wrong in any way; the next must be shown
+    with contextlib.suppress(Exception):  # whatever is wrong with a message, the next one must be shown
         fields = {**message, "age": span(now - float(message["ts"]))}
         usual = {"to": reader, "channel": "default", "age": "", "priority": "normal"}
         head = [f"{name}={word(fields[name])}" for name in HEAD if fields.get(name) not in (None, usual.get(name))]
@@ -575,11 +575,11 @@ def block(message: Any, reader: str, now: float, whole: bool = False) -> str:
 
 
 def cut(lines: Sequence[str], number: str) -> list[str]:
-    """Lines for a Monitor: none too long, and as many as go into one write."""
+    """Lines for a Monitor: none is too long, and all fit into one write."""
     room, width = WRITE_UNITS - LINE_UNITS - 120, LINE_UNITS - 2  # 120 for the line about the rest
     parts = [("|+" if part else "") + piece for line in lines for part, piece in enumerate(pieces(line, width))]
     kept = [part for part in parts if (room := room - units(part) - 1) >= 0]
-    rest = sum(len(part) - 1 for part in parts[len(kept) :])  # a prefix of two is not counted, the end of a line is
+    rest = sum(len(part) - 1 for part in parts[len(kept) :])  # without the prefix of two, with the end of a line
     return [*kept, f"|~ {rest} more characters: python3 bus_recv.py --read {word(number)}"] if rest else kept
 
 
@@ -622,9 +622,9 @@ END = object()  # behind the last message of an answer
 def show_blocks(reader: Reader, answers: Iterator[dict[str, Any]], settle: float = SETTLE_SECONDS) -> None:
     """Messages that arrived together are written together, as many as one event of a Monitor holds.
 
-    A Monitor drops what comes too often, so `budget` writes may follow each other at once.
+    A Monitor drops events that come too often: `budget` is how many writes may follow each other at once.
     """
-    budget, wrote = float(BURST), float("-inf")  # wrote: when
+    budget, wrote = float(BURST), float("-inf")  # wrote: time of the last write
     for answer in answers:
         text, last = "", None
         for message in (*answer["messages"], END):
@@ -637,14 +637,14 @@ def show_blocks(reader: Reader, answers: Iterator[dict[str, Any]], settle: float
                 emit(text)
                 while settle and unread_output():  # a busy Monitor may expire before it reads this
                     reader.clock.sleep(settle)
-                reader.clock.sleep(settle)  # killed in here, we show it again
+                reader.clock.sleep(settle)  # if we are killed in here, we show it again
                 reader.cursor.pass_over(last)
                 text = ""
             text, last = text + more, message
 
 
 def unread_output() -> int:
-    """Bytes of our output that nobody has read, where the system can tell: Linux, of a socket, such as a Monitor's."""
+    """Bytes of our output that nobody has read. Only Linux tells, for a socket such as a Monitor's; else 0."""
     with contextlib.suppress(ImportError, OSError):
         import fcntl
         import termios
@@ -710,13 +710,13 @@ def main(argv: list[str] | None = None) -> int:
     cli = argparse.ArgumentParser(description="Show the messages for NAME on an agent-bus, as they arrive.")
     cli.add_argument("names", nargs="*", metavar="NAME", help="the reader's own name, then others whose mail it reads")
     cli.add_argument("--json", action="store_true", help="print each message as a line of JSON")
-    cli.add_argument("--once", action="store_true", help="end after all that waits, or else the first to arrive")
+    cli.add_argument("--once", action="store_true", help="end after the waiting messages, or after the first new one")
     cli.add_argument("--timeout", type=float, metavar="S", help="end after S seconds (with --once: 25)")
-    cli.add_argument("--since", metavar="X", help="begin at: s since 1970, now, or last (default: the saved cursor)")
-    cli.add_argument("--channel", metavar="C", help="default: $AGENT_BUS_CHANNEL, or 'default'")
+    cli.add_argument("--since", metavar="X", help="begin at X: s since 1970, now, or last (the saved cursor)")
+    cli.add_argument("--channel", metavar="C", help="the channel ($AGENT_BUS_CHANNEL, or 'default')")
     cli.add_argument("--exec", metavar="CMD", help="run CMD for each message: JSON on stdin, MSG_FROM ... as variables")
-    cli.add_argument("--tries", type=int, default=5, metavar="N", help="of CMD; then the message goes to a file (5)")
-    cli.add_argument("--read", metavar="ID", help="print this message, whole, and end")
+    cli.add_argument("--tries", type=int, default=5, metavar="N", help="put a message into a file after N failures (5)")
+    cli.add_argument("--read", metavar="ID", help="print the whole message with this id, and end")
     cli.add_argument("--claim", dest="tool", action="store_const", const="bus_work", help="run bus_work.py")
     cli.add_argument("--log", dest="tool", action="store_const", const="bus_log", help="run bus_log.py")
     options, unknown = cli.parse_known_args(argv)
@@ -732,7 +732,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run_tool(name: str, argv: list[str] | None) -> int:
-    """Run another of our programs, in this process: it lies beside this file, in a clone, or is installed."""
+    """Run another of our programs in this process. It is beside this file, in a clone, or installed."""
     here = os.path.dirname(os.path.realpath(__file__))
     for folder in (here, os.path.join(here, "tools"), os.path.join(here, "agent_bus_tools")):
         if os.path.exists(os.path.join(folder, f"{name}.py")):
@@ -748,7 +748,7 @@ def read(options: argparse.Namespace) -> int:
         emit(block(answer["message"], "", now, whole=True))
         return 0
     reader.warn = complain
-    # A program that reads JSON, or a command's own output, reads nothing else.
+    # A program that reads our JSON, or the output of the command, must get nothing else on stdout.
     reader.announce = complain if options.json or options.exec else announce
     timeout = HOLD_SECONDS if options.once and options.timeout is None else options.timeout
     if options.exec or options.json:

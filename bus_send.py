@@ -3,7 +3,7 @@
 
     echo "T1 is done" | AGENT_BUS_URL=http://10.0.0.5:8080 AGENT_NAME=spark python3 bus_send.py dell --subject T1
     echo "Is T1 done?" | python3 bus_send.py dell --ask          # waits for the answer, and prints it
-    echo "It is." | python3 bus_send.py --reply-to 660ba678a1b40       # to whoever sent that
+    echo "It is." | python3 bus_send.py --reply-to 660ba678a1b40       # to the sender of that message
 
 or in a program: `bus_send.send("dell", "T1 is done", sender="spark")`, `bus_send.ask("dell", "Is T1 done?")["reply"]`.
 The receiver is a name, several names as `dell,gb10`, or `all`. It prints the bus's answer, one line of JSON, or the
@@ -14,7 +14,7 @@ The parts of this file, in order: send() and ask() for programs; persist (when t
 line.
 
 Only a 200 with the bus's own JSON means that the message is on its disk, and only its own 4xx means that it never will
-be. After anything else (silence, half an answer, a redirect, a proxy's page) nobody knows: the same message is sent
+be. After anything else (silence, half an answer, a redirect, a proxy's page) nobody knows. So the same message is sent
 again under the same key, and the bus stores a key once.
 
 Standard library only, Python 3.9 and later. It reads stdin and the environment (AGENT_BUS_URL, AGENT_NAME,
@@ -41,7 +41,7 @@ import threading
 import time
 from urllib.parse import quote, unquote, urlsplit
 
-TYPE_CHECKING = False  # as in typing, whose import would be a tenth of the time that a send takes
+TYPE_CHECKING = False  # as in typing, whose import would take a tenth of the time of a send
 if TYPE_CHECKING:
     from typing import Any
     from urllib.parse import SplitResult
@@ -61,11 +61,11 @@ def send(
     key: str | None = None,
     **fields: Any,
 ) -> dict[str, Any]:
-    """Have `msg` stored for `to`; returns the bus's answer (`id`, `ts`, `duplicate`, `receiver`: see PROTOCOL.md).
+    """Store `msg` for `to`; returns the bus's answer (`id`, `ts`, `duplicate`, `receiver`: see PROTOCOL.md).
 
     `url`, `sender` and `channel` default to the environment's, `key` to a random one. `fields` (subject, reply_to,
     type, ttl in seconds ...) go with the message; None leaves one out. The first attempt is always made, and the last
-    starts within `patience` seconds. Raises Refused, Unreachable; ValueError if there is no sender or the URL is none.
+    starts within `patience` seconds. Raises Refused, Unreachable; ValueError for a missing sender or a wrong URL.
     """
     url, message = compose(to, msg, url, sender, channel, key, fields)
     found = persist(lambda left: post(url, message, min(left, GRACE_SECONDS)), patience, url, f"--key {message['key']}")
@@ -84,7 +84,7 @@ def ask(
     key: str | None = None,
     **fields: Any,
 ) -> dict[str, Any]:
-    """send() to one name, and wait for what answers it: `reply` in the bus's answer, a message, or None in `timeout` s.
+    """send() to one name, and wait for the reply: `reply` in the result is a message, or None after `timeout` seconds.
 
     The same question is asked again and again, each time for as long as a request may be held. An answer is found
     whenever it came, and is in the sender's mailbox too.
@@ -96,7 +96,7 @@ def ask(
         try:
             found = persist(lambda _: post_held(url, message, end, holds), end - began, url, f"--key {message['key']}")
         except Unreachable:
-            if answer:  # it is stored, and not answered
+            if answer:  # the question is stored, but has no reply
                 return answer
             raise
         if not answer:
@@ -108,7 +108,7 @@ def ask(
 
 
 def post_held(url: str, message: dict[str, Any], end: float, holds: list[float]) -> dict[str, Any]:
-    """Ask once. The last of `holds` is how long the bus may hold it; it adapts to what is on the way."""
+    """Ask once. The last of `holds` is how long the bus may hold the question; it adapts to proxies on the way."""
     began, hold = time.monotonic(), holds[-1]
     wait = min(hold, max(end - began, 0))
     try:
@@ -132,14 +132,14 @@ def sender_of(number: str, channel: str | None, patience: float) -> tuple[str, s
 
 
 def persist(attempt: Any, patience: float, url: str, again: str = "run the same command") -> dict[str, Any]:
-    """What `attempt(seconds left)` returns, once it does. The first is always made, the last starts in time.
+    """Call `attempt(seconds left)` until it returns. The first call is always made, the last one starts in time.
 
-    If none gets an answer, Unreachable says that `again` is how to try again.
+    If no call gets an answer, Unreachable says how to try again: `again`.
     """
     end, failures = time.monotonic() + patience, 0
     while True:
         try:
-            return dict(attempt(max(end - time.monotonic(), 1)))  # s; an attempt without any time would be none
+            return dict(attempt(max(end - time.monotonic(), 1)))  # s; an attempt needs some time
         except Unreachable as fault:
             failures += 1
             pause = max(pause_after(failures) * random.uniform(0.5, 1), fault.retry_after)
@@ -152,8 +152,8 @@ def compose(to: Any, msg: str, url: Any, sender: Any, channel: Any, key: Any, mo
     """The URL of the bus, and the message, as the arguments and the environment have them. ValueError: see send()."""
     url = url or os.environ.get("AGENT_BUS_URL") or DEFAULT_URL
     sender = sender or os.environ.get("AGENT_NAME") or None
-    if not sender and not credentials(url):  # a token has its sender
-        raise ValueError("who is it from? Give --from NAME or set AGENT_NAME")
+    if not sender and not credentials(url):  # a token names its sender
+        raise ValueError("the sender is missing: give --from NAME or set AGENT_NAME")
     channel = channel or os.environ.get("AGENT_BUS_CHANNEL") or "default"
     message = {"from": sender, "to": to, "channel": channel, "msg": msg, "key": key or os.urandom(16).hex(), **more}
     return url, {field: value for field, value in message.items() if value is not None}
@@ -217,13 +217,13 @@ class Unreachable(Exception):
 
     def __init__(self, sentence: str = "the answer is not from a bus", retry_after: float = 0.0) -> None:
         super().__init__(sentence)
-        self.retry_after = retry_after  # s; what the answer asked for
+        self.retry_after = retry_after  # s; the wait that the answer asked for
 
 
 def exchange(url: str, path: str, body: bytes | None, seconds: float) -> tuple[http.client.HTTPResponse, bytes]:
     """One request: a POST if there is a body, else a GET. Returns the head of the answer, and the whole answer.
 
-    The head must arrive within `seconds`. The rest may take longer, as its length needs on a slow line.
+    The head must arrive within `seconds`. The rest gets more time, by its length and DOWNLOAD_RATE.
     Raises Unreachable for every fault of the network; ValueError for a wrong URL, token or certificate file.
     """
     connection, prefix, headers = connect(url, min(seconds, GRACE_SECONDS))
@@ -246,7 +246,7 @@ def exchange(url: str, path: str, body: bytes | None, seconds: float) -> tuple[h
 
 
 def connect(url: str, seconds: float) -> tuple[http.client.HTTPConnection, str, dict[str, str]]:
-    """A connection towards `url`, not yet open; what stands before the path in its request line; its usual headers."""
+    """A connection towards `url`, not open yet; the text before the path in a request line; the usual headers."""
     parts = parts_of(url)
     secure = parts.scheme == "https"
     host, port = parts.hostname or "", parts.port or (443 if secure else 80)
@@ -264,7 +264,7 @@ def connect(url: str, seconds: float) -> tuple[http.client.HTTPConnection, str, 
 
 
 def parts_of(url: str) -> SplitResult:
-    """The parts of a bus's URL. ValueError if it is none, or has a login, which error messages would show."""
+    """The parts of a bus's URL. ValueError if it is not a URL, or has a login, which error messages would show."""
     if "@" in url:
         raise ValueError("the URL of the bus has a login (user@): remove it; a bus takes the token in AGENT_BUS_TOKEN")
     if not re.fullmatch(r"https?://[^\s?#]+", url):
@@ -283,7 +283,7 @@ def login_of(proxy: SplitResult) -> dict[str, str]:
 def dial(address: tuple[str, int], seconds: float, _source: Any = None) -> socket.socket:
     """A connection to the first address of the host that answers. Raises OSError.
 
-    Each address has 250 ms, and longer in the next rounds: one that is dead must not hold up those behind it.
+    Each address gets 250 ms, and more in the next rounds: a dead address must not hold up the next ones.
     """
     end, fault = time.monotonic() + seconds, OSError("it has no address")
     places: list[Any] = [place[:2] for *_, place in socket.getaddrinfo(*address, type=socket.SOCK_STREAM)]
@@ -295,14 +295,14 @@ def dial(address: tuple[str, int], seconds: float, _source: Any = None) -> socke
                 return sock
             except OSError as error:
                 fault = error
-                if not isinstance(error, socket.timeout):  # it said no
+                if not isinstance(error, socket.timeout):  # the host refused at once
                     places.remove(place)
     raise fault
 
 
 def authorities() -> Any:
     """The certificates that TLS trusts: the system's, or those in the file that AGENT_BUS_CA names."""
-    import ssl  # http.client has it, where there is one
+    import ssl  # http.client has imported it, if this Python has it
 
     try:
         return ssl.create_default_context(cafile=os.environ.get("AGENT_BUS_CA") or None)
@@ -327,7 +327,7 @@ def credentials(url: str) -> dict[str, str]:
     if not token:
         return {}
     if not re.fullmatch("[!-~]+", token):
-        raise ValueError("the token has blanks or other characters that are in no token: copy it again")
+        raise ValueError("the token has blanks or other characters that no token has: copy it again")
     if not (url.startswith("https:") or is_here(parts_of(url).hostname) or os.environ.get("AGENT_BUS_PLAIN_HTTP")):
         raise ValueError(f"the token would cross to {url} in the clear: use https, or in a VPN AGENT_BUS_PLAIN_HTTP=1")
     return {"Authorization": f"Bearer {token}"}
@@ -347,7 +347,7 @@ def proxy_for(scheme: str, host: str, port: int) -> str | None:
 
 
 def hung_up_after(seconds: float, sock: socket.socket) -> contextlib.ExitStack:
-    """Ends an exchange from outside. A socket's own timeout is per read, so an answer that drips would never end."""
+    """Ends an exchange from outside. A socket's own timeout is per read, so a dripping answer would never end."""
 
     def hang_up() -> None:
         with contextlib.suppress(OSError):
@@ -363,7 +363,7 @@ def hung_up_after(seconds: float, sock: socket.socket) -> contextlib.ExitStack:
 def judged(response: http.client.HTTPResponse, body: bytes, fraction: Any = float) -> dict[str, Any]:
     """The JSON object of a 200. Raises Refused for the bus's own 4xx, Unreachable for anything else.
 
-    `fraction` makes a number of the text of one with a fraction.
+    `fraction` converts the text of a number with a fraction.
     """
     answer: dict[str, Any] = {}
     with contextlib.suppress(ValueError, RecursionError, TypeError):  # TypeError: JSON, but not an object
@@ -378,7 +378,7 @@ def judged(response: http.client.HTTPResponse, body: bytes, fraction: Any = floa
 
 
 def pause_after(failures: int) -> float:
-    """Seconds to wait after so many failures in a row: they double up to a minute."""
+    """Seconds to wait after this many failures in a row. They double up to a minute."""
     return min(FIRST_PAUSE * 2.0 ** min(failures - 1, 10), LONGEST_PAUSE)
 
 
@@ -395,7 +395,7 @@ def emit(text: str) -> None:
         sys.stdout.buffer.write(text.encode())
         sys.stdout.buffer.flush()
     except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter would try once more at exit, and complain
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else the interpreter would try again at exit, and complain
         raise
 
 
@@ -405,7 +405,7 @@ def emit(text: str) -> None:
 
 
 def queued(answer: dict[str, Any], to: str | list[str]) -> str:
-    """The truth about a message that is stored while not everyone is there to read it; empty if everyone is."""
+    """A sentence about a stored message, if not all its receivers listen; else an empty text."""
     receiver = answer["receiver"]
     online = receiver["online"]
     unread = f", {receiver['unread']} unread" if "unread" in receiver else ""
@@ -424,17 +424,17 @@ def span(seconds: float) -> str:
 
 
 def command_line(purpose: str) -> argparse.ArgumentParser:
-    """A parser of what there is to say about a message. What it finds, but for `to`, are arguments of send()."""
+    """A parser for the members of a message. Its results, except `to`, are arguments of send()."""
     parser = argparse.ArgumentParser(description=purpose)
     parser.add_argument("to", metavar="TO", nargs="?", type=receivers, help="a name, names as a,b,c, or all")
-    parser.add_argument("--from", dest="sender", metavar="NAME", help="default: $AGENT_NAME")
-    parser.add_argument("--subject", help="what it is about, in one line")
+    parser.add_argument("--from", dest="sender", metavar="NAME", help="the sender ($AGENT_NAME)")
+    parser.add_argument("--subject", help="subject of the message, in one line")
     parser.add_argument("--reply-to", metavar="ID", help="the id of the message that this one answers")
-    parser.add_argument("--type", help="task, result, question ... as you agree among yourselves")
+    parser.add_argument("--type", help="a word that your agents agree on: task, result, question ...")
     parser.add_argument("--priority", help="low, normal or high")
-    parser.add_argument("--ttl", type=float, metavar="S", help="not worth delivering after S seconds")
+    parser.add_argument("--ttl", type=float, metavar="S", help="do not deliver the message after S seconds")
     parser.add_argument("--key", help="the bus stores one message per sender and key; default: a random one")
-    parser.add_argument("--channel", help="default: $AGENT_BUS_CHANNEL, or 'default'")
+    parser.add_argument("--channel", help="the channel ($AGENT_BUS_CHANNEL, or 'default')")
     return parser
 
 
@@ -443,7 +443,7 @@ def receivers(text: str) -> str | list[str]:
 
 
 def read_message() -> str:
-    """What stands on stdin. ValueError if that is no message."""
+    """The text on stdin. ValueError if it cannot be a message."""
     try:
         msg = sys.stdin.buffer.read().decode() if sys.stdin else ""
     except UnicodeDecodeError as error:
@@ -454,14 +454,14 @@ def read_message() -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = command_line("Send stdin, as it is, as one message to an agent-bus.")
-    parser.add_argument("--ask", action="store_true", help="wait for the answer, and print it")
+    parser = command_line("Send the text on stdin as one message to an agent-bus.")
+    parser.add_argument("--ask", action="store_true", help="wait for the reply, and print it")
     parser.add_argument("--timeout", type=float, metavar="S", help="keep trying for S seconds (30; with --ask: 300)")
     options = vars(parser.parse_args(argv))
     to, question, seconds = options.pop("to"), options.pop("ask"), options.pop("timeout")
     seconds = seconds if seconds is not None else 300.0 if question else 30.0
     if not to and not options["reply_to"]:
-        parser.error("to whom? Give TO, or --reply-to ID")
+        parser.error("the receiver is missing: give TO, or --reply-to ID")
     try:
         msg = read_message()
         if not to:
@@ -476,20 +476,20 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def show_reply(answer: dict[str, Any], to: str) -> int:
-    r"""What was answered on stdout, with all that cannot be seen written out (\x1b), and who did on stderr."""
+    r"""The text of the reply on stdout, with invisible characters written out (\x1b); its sender on stderr."""
     reply = answer.get("reply")
     if not isinstance(reply, dict) or not isinstance(reply.get("msg"), str):
         tell(answer, to)
-        return complain(f"no answer to {answer.get('id')} yet: when there is one, it comes as mail", 3)
+        return complain(f"no answer to {answer.get('id')} yet: it will arrive as mail", 3)
     complain(f"{reply.get('id')} from {reply.get('from')}", 0)
-    with contextlib.suppress(OSError):  # nobody may read our output: the question is stored and answered all the same
+    with contextlib.suppress(OSError):  # if nobody reads our output, the question is stored and answered all the same
         emit(visible(re.sub("\r\n?", "\n", reply["msg"]).removesuffix("\n")) + "\n")
     return 0
 
 
 def report(answer: dict[str, Any], to: str | list[str]) -> None:
     """The bus's answer to a send, as one line of JSON."""
-    with contextlib.suppress(OSError):  # nobody may read our output: the message is stored all the same
+    with contextlib.suppress(OSError):  # if nobody reads our output, the message is stored all the same
         emit(json.dumps(answer) + "\n")
     tell(answer, to)
 

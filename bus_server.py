@@ -329,7 +329,7 @@ OURS = {"from", "to", "channel", "msg", "key", "ts", "id"}  # members that the s
 
 
 def draft(fields: Any, key: str | None) -> Draft:
-    """One message as its sender gave it, made into a Draft, or Refused. `key` is of the header; a member `key` wins.
+    """Make a Draft of a message as its sender gave it, or raise Refused. `key` is the header's; a member `key` wins.
 
     Invariant: a message is validated whole before it becomes an operation, so no message can fail its neighbours.
     """
@@ -415,7 +415,7 @@ def finite(number: str) -> float:
 decode = json.JSONDecoder(
     object_pairs_hook=unique, parse_constant=no_constant, parse_int=integer, parse_float=finite
 ).raw_decode  # decode() would look for blanks with two patterns: 0.5 us
-encode = json.JSONEncoder(allow_nan=False).encode  # ASCII, so that what we emit passes every terminal and every jq
+encode = json.JSONEncoder(allow_nan=False).encode  # ASCII, so that our output passes every terminal and every jq
 quote = json.encoder.encode_basestring_ascii
 
 
@@ -503,7 +503,7 @@ class Report:
             self.lines.task_done()
 
     def flush(self, patience: float) -> None:
-        """Wait until all is written, for at most so many seconds."""
+        """Wait until all lines are written, for at most `patience` seconds."""
         deadline = time.monotonic() + patience
         while self.lines.unfinished_tasks and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -541,8 +541,8 @@ class Loop:
 
     PATIENCE = 0.005  # s; the deputy takes over after one to two times this
     RETRY = 1.0  # s until a timer or an action that raised is called again
-    BUDGET = 0.01  # s for the actions at the end of a turn; what is left goes on in the next turn
-    FILE_THREADS = 4  # for what is done in_thread()
+    BUDGET = 0.01  # s for the actions at the end of a turn; the rest is called in the next turn
+    FILE_THREADS = 4  # threads for in_thread()
 
     def __init__(self) -> None:
         self.selector = selectors.DefaultSelector()
@@ -566,7 +566,7 @@ class Loop:
         self.deputy.start()
 
     def attempt(self, action: Callable[..., object], *arguments: Any) -> bool:
-        """Call it; an exception is reported. Returns whether there was none."""
+        """Call `action`, and report an exception. True if there was none."""
         try:
             action(*arguments)
         except Exception:
@@ -575,7 +575,7 @@ class Loop:
         return True
 
     def watch(self, watched: Watched, events: int) -> None:
-        """Watch its socket for these events from now on; 0 for none."""
+        """Watch the socket of `watched` for these events from now on; 0 for none."""
         if events == watched.events:
             return
         if not watched.events:
@@ -587,7 +587,7 @@ class Loop:
         watched.events = events
 
     def soon(self, action: Callable[[], None]) -> None:
-        """Call it at the end of this turn."""
+        """Call `action` at the end of this turn."""
         self.actions.append(action)
 
     def each(self, action: Callable[[T], object], failed: Callable[[T], object], items: Iterable[T]) -> None:
@@ -600,16 +600,16 @@ class Loop:
                 self.attempt(failed, item)
 
     def insist(self, action: Callable[[], None]) -> None:
-        """Call it; after an exception it is called again in RETRY seconds, because somebody may wait for it."""
+        """Call `action`; after an exception call it again in RETRY seconds, because somebody may wait for it."""
         if not self.attempt(action):
             self.later(self.RETRY, action)
 
     def later(self, patience: float, action: Callable[[], None]) -> None:
-        """Call it in `patience` seconds."""
+        """Call `action` in `patience` seconds."""
         heapq.heappush(self.timers, (time.monotonic() + patience, next(self.numbers), action))
 
     def every(self, period: float, action: Callable[[], None]) -> None:
-        """Call it at each multiple of `period` (s) of the monotonic clock."""
+        """Call `action` at each multiple of `period` (s) of the monotonic clock."""
 
         def again() -> None:
             self.every(period, action)
@@ -618,18 +618,18 @@ class Loop:
         self.later(period - time.monotonic() % period, again)
 
     def on_signal(self, number: int, action: Callable[[], None]) -> None:
-        """Call it in a turn. A signal writes a byte to the bell, so it is noticed also while the disk stalls."""
+        """Call `action` in a turn. The signal writes a byte to the bell, so it is noticed even if the disk stalls."""
         self.signals[number] = action
         signal.signal(number, lambda *_: None)
         signal.set_wakeup_fd(self.bell.fileno(), warn_on_full_buffer=False)
 
     def tell(self, action: Callable[[], None]) -> None:
-        """Call it in a turn; for other threads."""
+        """Call `action` in a turn. Other threads use this."""
         self.told.append(action)
         self.ring()
 
     def in_thread(self, work: Callable[[], Any], then: Callable[[Any], None]) -> None:
-        """Do what may wait for a file. Then `then` gets its result in a turn, or the exception that it raised."""
+        """Call `work`, which may wait for a file, in a thread, then `then` in a turn, with its result or exception."""
 
         def done(future: Future[Any]) -> None:
             error = future.exception()
@@ -638,7 +638,7 @@ class Loop:
         self.threads.submit(work).add_done_callback(done)
 
     def ring(self) -> None:
-        with contextlib.suppress(BlockingIOError):  # so many bytes are unread that the loop wakes anyway
+        with contextlib.suppress(BlockingIOError):  # the pipe is full of unread bytes, so the loop wakes anyway
             self.bell.send(b"\0")
 
     def ready(self, events: int) -> None:
@@ -653,14 +653,14 @@ class Loop:
         """Nobody waits for the bell itself."""
 
     def run(self, over: Callable[[], bool]) -> None:
-        """Take turns until it is over."""
+        """Take turns until over() is true."""
         while not over():
             self.take_turn()
             if self.failure:
                 raise self.failure
 
     def take_turn(self) -> None:
-        """Serve the sockets that are ready, run the timers that are due, then the actions that these put off."""
+        """Serve the sockets that are ready, run the timers that are due, then the actions that these two queued."""
         patience = None
         if self.actions:
             patience = 0.0
@@ -677,7 +677,7 @@ class Loop:
                 break
 
     def aside(self, work: Callable[[], None]) -> None:
-        """Call `work`, which may take long, without having the turn. Only an action of soon() may do so."""
+        """Call `work`, which may take long, and release the turn meanwhile. Only an action of soon() may call this."""
         self.away = object()
         self.lock.release()
         if not self.alert.is_set():  # the deputy clears it first and then looks, so it misses nothing
@@ -789,7 +789,7 @@ def refusal(refused: Refused) -> Answer:
 
 TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 REQUEST_LINE = re.compile(rf'({TOKEN}) (/[!"$-~]*) HTTP/([0-9])\.([0-9])')  # without a fragment
-FIELD = re.compile(rf"({TOKEN}):([\t -~\x80-\xff]*)")  # without a pattern for the blanks around a value: it backtracks
+FIELD = re.compile(rf"({TOKEN}):([\t -~\x80-\xff]*)")  # a pattern for the blanks around a value would backtrack
 ONCE = {"host", "content-length", "transfer-encoding", "authorization", "idempotency-key", "expect"}
 
 
@@ -1001,16 +1001,16 @@ class Sink(Protocol):
     busy: bool  # a thread writes
 
     def write(self, data: bytes) -> int:
-        """In a thread: write a piece; returns how many bytes of it are there now."""
+        """In a thread: write a piece; returns how many bytes of it were written."""
 
     def wrote(self, written: Any) -> None:
         """In a turn: the result of write(), or its exception. Refused if not all was written."""
 
     def far_enough(self) -> bool:
-        """Have as many bytes come as BODY_SECONDS allow at BODY_RATE, since the last call that returned True?"""
+        """Have BODY_SECONDS * BODY_RATE bytes arrived since the last call that returned True?"""
 
     def offset(self) -> tuple[tuple[str, str]]:
-        """The header that says how many bytes are there."""
+        """The header that says how many bytes have arrived."""
 
     def close(self) -> None:
         """The request is answered, or its connection has gone."""
@@ -1022,7 +1022,7 @@ class App(Protocol):
     draining: bool  # the bus is shutting down
 
     def admit(self, request: Request) -> None:
-        """A head has arrived. Refused, or the request has its grant and, for a body in pieces, its sink."""
+        """A head has arrived. Raise Refused, or set the request's grant and, for a body in pieces, its sink."""
 
     def answer(self, request: Request) -> Answer | None:
         """A request has arrived. None if its answer comes later, through Connection.answer."""
@@ -1037,7 +1037,7 @@ class App(Protocol):
         """An answer with `delivers` was written out whole."""
 
     def lost(self, reader: Any, tick: int) -> None:
-        """An answer with `delivers` was not: its connection broke, or the peer has too much to read already."""
+        """An answer with `delivers` was not written out whole: the connection broke, or too many answers are unread."""
 
     def check_token(self, token: str) -> None:
         """Refused, if this token was revoked."""
@@ -1103,7 +1103,7 @@ class Request(BaseHTTPRequestHandler):
         return Query(self.parsed.query) if self.parsed.query else NO_QUERY
 
     def members(self) -> Query:
-        """What a small request says, in a JSON object or in its query."""
+        """The members of a small request: those of its JSON body, or those of its query."""
         if not self.body:
             return self.query()
         value = parse_json(self.body)
@@ -1112,7 +1112,7 @@ class Request(BaseHTTPRequestHandler):
         return Query.of_members(value)
 
     def owner(self) -> str:
-        """Who pays for what this request makes: a token, or an address."""
+        """Whose limits this request counts for: those of a token, or of an address."""
         return self.grant.token or self.peer.address
 
     def plain(self) -> bool:
@@ -1147,7 +1147,7 @@ class Deadlines:
             connection.slot = sys.maxsize
 
     def _slot(self, connection: Connection) -> int:
-        """Always above due / SLOT: a float that was rounded down would be filed in the past, for ever."""
+        """Always above due / SLOT: rounded down, it could lie in the past, and late() would never end."""
         return int(connection.due / self.SLOT) + 1
 
     def _file(self, connection: Connection, slot: int) -> None:
@@ -1196,7 +1196,7 @@ class Door:
         self.deadlines.forget(connection)
 
     def owe(self, connection: Outgoing, size: int) -> None:
-        """So many bytes of the answer are unsent now."""
+        """Note that this many bytes of the answer are unsent now."""
         for owner in ("", connection.owner()):
             self.unsent[owner] += size - connection.unsent
             if not self.unsent[owner]:
@@ -1204,7 +1204,7 @@ class Door:
         connection.unsent = size
 
     def is_full(self, connection: Outgoing, size: int) -> bool:
-        """Would an answer of this size be too much, as others are unread?"""
+        """Would an answer of this size exceed a limit for unread answers?"""
         if size <= self.SMALL or not self.unsent:
             return False
         return self.unsent[connection.owner()] + size > self.UNSENT_EACH or self.unsent[""] + size > self.UNSENT
@@ -1213,7 +1213,7 @@ class Door:
         self.loop.each(Connection.late, Connection.fail, self.deadlines.late())
 
     def drop_idle(self) -> None:
-        """Descriptors have run out: close the idle connections, but not those that were made within a second."""
+        """File descriptors have run out: close the idle connections, except those made within the last second."""
         fresh = self.deadlines.clock() + HEAD_SECONDS - 1
         for connection in list(self.connections):
             if connection.phase is IDLE and not (connection in self.strangers and connection.due > fresh):
@@ -1236,7 +1236,7 @@ class Outgoing:
     address: str
     transport: Plain
     request: Request | None
-    file: Stream | None  # what is left of the answer being written
+    file: Stream | None  # the rest of the answer being written
     delivering: tuple[Any, int] | None  # `delivers` of that answer
 
     def __init__(self, door: Door) -> None:
@@ -1250,11 +1250,11 @@ class Outgoing:
         self.queued = False  # advance() comes in the next turn
 
     def owner(self) -> str:
-        """Who pays for its unread answers: a token, or an address."""
+        """Whose limit its unread answers count for: that of a token, or of an address."""
         return self.token or self.address
 
     def guard(self, action: Callable[[], None]) -> None:
-        """Call it; an exception ends this connection."""
+        """Call `action`; an exception ends this connection."""
         if not self.door.loop.attempt(action):
             self.door.loop.attempt(self.fail)
 
@@ -1262,7 +1262,7 @@ class Outgoing:
         self.door.loop.soon(partial(self.guard, action))
 
     def fail(self) -> None:
-        """We have made a mistake with this connection."""
+        """Serving this connection raised an exception: answer 500, or close it."""
         if self.phase is PARKED:
             self.door.loop.attempt(self.door.app.left, self)
         if self.phase in (WRITING, LINGER):
@@ -1280,7 +1280,7 @@ class Outgoing:
         raise NotImplementedError
 
     def answer(self, answer: Answer | None) -> None:
-        """Answer the request in hand. What is pipelined behind it waits for the next turn."""
+        """Answer the current request. A request that is pipelined behind it waits for the next turn."""
         if answer and self.phase is not LINGER:  # None: it is answered later; LINGER: the peer has gone meanwhile
             self.write(answer)
             if self.phase is IDLE and (self.buffer or self.ended) and not self.queued:
@@ -1320,7 +1320,7 @@ class Outgoing:
             self.written()
 
     def resume_writing(self) -> None:
-        """The peer's system has what was written so far."""
+        """The system has taken all that was written so far."""
         if self.phase is WRITING:
             self.door.owe(self, 0)
             if self.file and not self.file.busy:
@@ -1338,7 +1338,7 @@ class Outgoing:
         if self.phase is LINGER:
             file.close()
             return
-        self.closing = self.closing or not piece  # somebody cut the file: its peer must not take what follows for it
+        self.closing = self.closing or not piece  # the file was cut short: the next answer must not look like the rest
         try:
             self.door.app.check_token(self.token or "")
             self.transport.write(b"" if isinstance(piece, Exception) else piece)
@@ -1351,7 +1351,7 @@ class Outgoing:
             self.soon(self.resume_writing)
 
     def written(self) -> None:
-        """The peer's system has the whole answer."""
+        """The system has taken the whole answer."""
         delivering, self.delivering = self.delivering, None
         if delivering:
             self.door.app.delivered(*delivering)
@@ -1439,7 +1439,7 @@ class Connection(Outgoing):
             return
         try:
             request = self.take()
-        except Refused as refused:  # the head or the body was not HTTP; what follows it could be anything
+        except Refused as refused:  # the head or the body was not HTTP; the bytes after it could be anything
             self.closing = True
             self.write(refusal(refused))
             return
@@ -1484,7 +1484,7 @@ class Connection(Outgoing):
             self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def pour(self, sink: Sink) -> bool:
-        """Hand what has come of a body to its sink; true if all is there. Slower than BODY_RATE is 408 here too."""
+        """Hand the bytes that arrived to the sink; true if the body is complete. A body below BODY_RATE gets 408."""
         part = b"" if sink.busy else bytes(self.buffer[: sink.missing])
         if part:
             self.buffer = self.buffer[len(part) :]
@@ -1500,11 +1500,11 @@ class Connection(Outgoing):
         return False
 
     def pouring(self) -> bool:
-        """Does a thread write a piece of the body?"""
+        """Is a thread writing a piece of the body?"""
         return bool(self.request and self.request.sink and self.request.sink.busy)
 
     def poured(self, sink: Sink, written: Any) -> None:
-        """A piece of a body was written, or was not."""
+        """The sink wrote a piece of the body, or failed: `written` is then an exception."""
         sink.busy = False
         try:
             sink.wrote(written)
@@ -1542,7 +1542,7 @@ class Connection(Outgoing):
         self.stop_waiting(shutting_down())
 
     def stop_waiting(self, refused: Refused) -> None:
-        """Answer a parked request, refuse one that has not arrived whole, close a connection that has none."""
+        """Answer a parked request, refuse one that has not arrived whole, or close a connection without a request."""
         if self.phase is PARKED:
             self.release()
         elif self.phase is IDLE:
@@ -1552,7 +1552,7 @@ class Connection(Outgoing):
             self.write(refusal(refused))
 
     def check_token(self) -> None:
-        """Was the token revoked that this connection came with? An operation that is out is refused when it comes."""
+        """End this connection if its token was revoked. In BUSY, Bus.entitled() and Bus.park() check it instead."""
         waits = self.phase in (BODY, PARKED)
         if self.token is None or not (waits or (self.token and self.phase in (IDLE, WRITING))):
             return
@@ -1626,7 +1626,7 @@ class Plain:
         self.loop.watch(self, self.events & ~selectors.EVENT_READ)
 
     def ready(self, events: int) -> None:
-        """Some events have come; we may have closed, or stopped to wait for them, in the same turn."""
+        """Some events have come. We may have closed, or stopped watching for them, earlier in the same turn."""
         if events & self.events & selectors.EVENT_WRITE:
             self.write_on()
         if events & self.events & selectors.EVENT_READ:
@@ -1716,7 +1716,7 @@ class Tls(Plain):
     def write_eof(self) -> None:
         with contextlib.suppress(OSError, ValueError):
             self.sock.unwrap()  # sends that we are done; it raises, as the peer has not sent that yet
-        super().write_eof()  # from here on this is a plain socket, and what it still receives is dropped
+        super().write_eof()  # from here on this is a plain socket, and later bytes are dropped
 
 
 class Listener:
@@ -1761,7 +1761,7 @@ class Listener:
         with contextlib.suppress(OSError):  # the peer may have gone already; reading will tell
             guest.setblocking(False)
             guest.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            guest.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, self.SEND_BYTES)  # else what is unread hides there
+            guest.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, self.SEND_BYTES)  # else unread bytes hide there
         if self.tls:
             try:
                 guest = self.tls.wrap_socket(guest, server_side=True, do_handshake_on_connect=False)
@@ -1786,14 +1786,14 @@ PUBLIC = {"/", "/healthz", *CLIENTS}  # open to all, also on a bus with tokens: 
 
 
 def give_to_folder(file: int | str, path: str) -> None:
-    """What root makes beside a database is for the user whose folder that is: the server must be able to use it."""
+    """Give a file that root makes beside a database to the owner of the folder: the server must be able to use it."""
     if os.geteuid() == 0:
         folder = os.stat(pathlib.Path(path).parent)
         os.chown(file, folder.st_uid, folder.st_gid)
 
 
 def open_beside(path: str) -> IO[str]:
-    """A file beside the database, made if there is none, and never through a link that another user left there."""
+    """Open a file beside the database; make it if there is none. Never follow a link that another user left there."""
     pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     give_to_folder(file, path)
@@ -1802,7 +1802,7 @@ def open_beside(path: str) -> IO[str]:
 
 @contextlib.contextmanager
 def written_anew(path: str) -> Iterator[IO[str]]:
-    """Write a file beside the database. Whoever reads it meanwhile has the old file or the new one, never a part."""
+    """Write a file beside the database. A reader gets the whole old file or the whole new one, never a part."""
     with open_beside(f"{path}.new") as file:
         file.truncate()
         yield file
@@ -1840,7 +1840,7 @@ class Tokens:
             raise Unusable(f"cannot read the tokens in {self.path}: {error}") from None
 
     def look(self) -> tuple[int, ...]:
-        """Numbers that change when the file is replaced, or its owner or its permissions are."""
+        """Numbers that change when the file is replaced, or when its owner or permissions change."""
         try:
             status = os.stat(self.path)
         except OSError:
@@ -1848,7 +1848,7 @@ class Tokens:
         return status.st_ino, status.st_ctime_ns, status.st_size
 
     def refresh(self) -> bool:
-        """Read the file again if it has changed; returns whether it had. A file that cannot be read opens no bus."""
+        """Read the file again if it has changed; returns whether it had. An unreadable file does not open the bus."""
         stamp = self.look()
         if stamp == self.stamp:
             return False
@@ -1857,7 +1857,7 @@ class Tokens:
         except Unusable as error:  # it is tried again at each look
             self.closed = True
             if stamp != self.told:
-                say(f"bus_server: {error}; going on with those that were known")
+                say(f"bus_server: {error}; keeping the tokens that were read before")
             self.told = stamp
             return False
         self.stamp, self.changed = stamp, True
@@ -1901,15 +1901,15 @@ class Tokens:
 
 @lru_cache(1024)  # each client shows the same each time: 0.1 us, not 2
 def presented(authorization: str) -> tuple[str, str]:
-    """The id of a token, and the sha256 of its secret. Both are of empty texts if the header has no token."""
+    """The id of a token, and the sha256 of its secret. Without a token in the header: "" and the sha256 of ""."""
     match = BEARER.fullmatch(authorization)
     token, secret = (match[1], match[2]) if match else ("", "")
     return token, hashlib.sha256(secret.encode()).hexdigest()
 
 
 def unauthorized() -> Refused:
-    advice = "set AGENT_BUS_TOKEN to a token that was made with: python3 bus_server.py invite NAME"
-    return Refused(401, f"this bus wants a token that is valid: {advice}", ("WWW-Authenticate", "Bearer"))
+    advice = "set AGENT_BUS_TOKEN to a token made with: python3 bus_server.py invite NAME"
+    return Refused(401, f"this bus needs a valid token: {advice}", ("WWW-Authenticate", "Bearer"))
 
 
 class Gate:
@@ -1924,18 +1924,18 @@ class Gate:
         self.hosts = {"localhost", *(host.lower() for host in hosts)}
 
     def holds(self, token: str) -> bool:
-        """May this token be used? On a bus without tokens the one that has no name may."""
+        """May this token be used? On a bus without tokens every request may, and its token is empty."""
         return not self.tokens.closed or token in self.tokens.grants
 
     def knows(self, head: Head) -> bool:
-        """Was the request made with a token, or does the bus have none?"""
+        """Does the request have a valid token, or has the bus no tokens?"""
         try:
             return not self.tokens.closed or bool(self.tokens.grant(head.fields.get("authorization", "")))
         except Refused:
             return False
 
     def may_read(self, own: str, mailbox: str) -> bool:
-        """Has this name a token that reads the mailbox? On a bus without tokens everybody may."""
+        """Does this name have a token that may read the mailbox? On a bus without tokens everybody may."""
         known = [grant for _, grant in self.tokens.grants.values() if grant.name == own]
         return not self.tokens.closed or any(grant.reads(mailbox) for grant in known)
 
@@ -1965,7 +1965,7 @@ class Budget:
         self.left: dict[str, tuple[float, float]] = {}  # what each owner has left, at which time
 
     def wait(self, owner: str, amount: float) -> int:
-        """Spend it, and return 0; or the seconds until so much can be spent. A full budget may go below 0 once."""
+        """Spend `amount` and return 0; or return the seconds until that is possible. A full budget may go below 0."""
         if not self.rate:
             return 0
         now = self.clock()
@@ -1999,12 +1999,12 @@ class Storms:
 
     def __init__(self, clock: Callable[[], float], rate: float, turns: int = 120) -> None:
         self.clock = clock
-        self.most_turns = turns  # changes of direction between two names; a quarter of it is warned of; 0: any
+        self.most_turns = turns  # changes of direction between two names; a quarter of it is a warning; 0: any
         self.sends = Budget(clock, rate, self.BURST)
         self.reads = Budget(clock, self.READS if rate else 0, self.READS_BURST)
         self.names = Budget(clock, self.NAMES if rate else 0, self.NAMES_BURST)
-        self.turns: dict[tuple[str, str, str], tuple[str, deque[float]]] = {}  # pair: who sent last, when turns were
-        self.senders: dict[str, float] = {}  # when each was heard last; one that is new is a new name
+        self.turns: dict[tuple[str, str, str], tuple[str, deque[float]]] = {}  # pair: who sent last, times of its turns
+        self.senders: dict[str, float] = {}  # when each sent last; one that is not listed is a new name
 
     def forget(self) -> None:
         """Drop the entries that limit nobody any more; called now and then."""
@@ -2088,7 +2088,7 @@ BUSY_SECONDS = 2.0  # to wait for a lock of another program, before senders get 
 SOUND = 1 << 53  # a tick or a count above it is damage: as us it is the year 2255
 OPERATION_FORMAT = 1  # of the bytes of an operation
 
-MIGRATIONS = [  # user_version n is what the first n of them made; only ever add at the end
+MIGRATIONS = [  # a database with user_version n has the first n of them; only ever add at the end
     """
     CREATE TABLE bus(id TEXT NOT NULL, last INTEGER NOT NULL);
     CREATE TABLE mailboxes(
@@ -2143,7 +2143,7 @@ MAILBOX = "(SELECT id FROM mailboxes WHERE channel = ? AND name = ?)"
 # /var/tmp, 1,250 writes for 1,600 messages in arrays. We undo the whole transaction anyway: 23 % more messages a
 # second.
 INSERT_ROWS, INSERT_VALUES = 90, 11  # rows in one statement, and values in one row; SQLite before 3.32 takes 999
-# In messages JOIN mailboxes: nobody has fetched this message; of one to `all`, somebody on its channel has not.
+# In messages JOIN mailboxes: nobody has fetched this message or, for one to `all`, a reader has not acknowledged it.
 UNFETCHED = """CASE name WHEN 'all' THEN EXISTS (SELECT 1 FROM mailboxes AS reader
     WHERE reader.channel = mailboxes.channel AND own AND tick > CAST(ifnull(read, 0) AS INTEGER)) ELSE
     tick > max(CAST(fetched AS INTEGER), CAST(ifnull(read, 0) AS INTEGER)) END"""
@@ -2174,12 +2174,12 @@ def insert_statement(rows: int) -> str:
 
 
 def checksum(message: Message) -> int:
-    tick, channel, to, _, text, n, expires, _ = message  # the text has the sender and what it answers
+    tick, channel, to, _, text, n, expires, _ = message  # the text has sender and answers
     return zlib.crc32(f"({tick}, '{channel}', '{to}', {text!r}, {n}, {expires})".encode())
 
 
 def in_order(text: str) -> str:
-    """The text of a Message with its members sorted, because some encoders change their order, which says nothing."""
+    """The text of a Message with its members sorted: some encoders change their order, and it has no meaning."""
     return json.dumps(json.loads(f"{{{text}}}"), sort_keys=True)
 
 
@@ -2253,7 +2253,7 @@ class Put(Operation):
 
     def __init__(self, drafts: list[Draft], room: bool = True) -> None:
         self.drafts = drafts
-        self.room = room  # the disk has room for what is new
+        self.room = room  # the disk has room for new messages
 
     def apply(self, state: State, now: Now) -> list[Stored]:
         earlier = [stored_earlier(one, state.known) if one.key else None for one in self.drafts]
@@ -2274,11 +2274,11 @@ class Put(Operation):
         return cls(drafts, fields["room"])
 
 
-Known = dict[tuple[str, str, str], tuple[Draft, Stored]]  # what was sent earlier, by sender, channel and key
+Known = dict[tuple[str, str, str], tuple[Draft, Stored]]  # earlier sends, by sender, channel and key
 
 
 def stored_earlier(one: Draft, known: Known) -> Stored | None:
-    """What the first send with this sender, channel and key was told; 409 if it had another message."""
+    """The result of the first send with this sender, channel and key; 409 if that send had another message."""
     first, stored = known.get((one.sender, one.channel, str(one.key))) or (one, None)
     if first.to != one.to or (first.text != one.text and in_order(first.text) != in_order(one.text)):
         raise Refused(409, f"the key {one.key} was used for another message: a new message needs a new key")
@@ -2396,7 +2396,7 @@ OPERATIONS: dict[str, type[Operation]] = {each.kind: each for each in (Put, Rais
 
 
 def is_of_the_machine(error: Exception) -> bool:
-    """The disk or the memory failed, or the file is damaged: no fault of one operation, and it ends the whole list."""
+    """Did the disk or the memory fail, or is the file damaged? Then the whole list fails, not one operation."""
     return isinstance(error, (sqlite3.OperationalError, OSError, MemoryError)) or type(error) is sqlite3.DatabaseError
 
 
@@ -2417,7 +2417,7 @@ class Rows:
         return otherwise
 
     def checked(self, row: Sequence[Any]) -> Message | None:
-        """The message in a row, or None and a line on stderr if a bit of it has changed since it was written."""
+        """The message in a row. If a bit of it has changed since it was written: None, and a line on stderr."""
         message = made(Message, row[:8])
         if checksum(message) == row[8] and message.text.startswith(f'"from": "{message.sender}"'):
             return message
@@ -2433,7 +2433,7 @@ class Rows:
         return self.checked(row) if row else None
 
     def extensions(self) -> dict[str, str]:
-        """The extensions that have tables in this database, and for each what it calls its messages."""
+        """The extensions that have tables in this database, each with the noun for its messages."""
         return dict(self.database.execute("SELECT name, noun FROM extensions").fetchall())
 
 
@@ -2462,24 +2462,24 @@ class State(Rows):
             if damaged:
                 self.tell_loss(clock())
             reading = connect()
-            for each in (self.writing, reading):  # text that is no UTF-8 any more is a damaged row, not an error
+            for each in (self.writing, reading):  # text that is not UTF-8 is a damaged row, not an error
                 each.text_factory = lambda text: text.decode("utf-8", "replace")
-            # Dirty reads exist in :memory: only, and are harmless: a turn never asks beyond what was announced.
+            # Dirty reads exist in :memory: only, and are harmless: a turn never reads above `last`, the announced tick.
             reading.executescript("PRAGMA query_only=ON; PRAGMA read_uncommitted=ON; PRAGMA wal_autocheckpoint=0")
             self.view = View(path, reading, clock)
             self.reload()
-        except (sqlite3.Error, UnicodeDecodeError) as error:  # the latter: SQLite names what it cannot read
+        except (sqlite3.Error, UnicodeDecodeError) as error:  # the latter: SQLite's error has unreadable text
             raise Unusable(f"cannot use the database {path}: {error}") from None
 
     def damaged_wal(self, commits: list[int]) -> bool:
-        """Did SQLite stop reading the log before two transactions or more? One alone may be torn by a power cut."""
+        """Did SQLite leave two or more transactions of the log unread? A single one may be torn by a power cut."""
         [version] = self.writing.execute("PRAGMA user_version").fetchone()  # now it has read the log
         [_, frames, _] = self.writing.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone() if version else (0, 0, 0)
         return sum(commit > max(frames, 0) for commit in commits) > 1
 
     def tell_loss(self, wall: int) -> None:
-        """Every reader with a cursor from before now is told of a gap."""
-        say(f"bus_server: {self.path}-wal is damaged: its last transactions are lost, and readers are told of a gap")
+        """Report the loss, and give a gap to every reader whose cursor is from before now."""
+        say(f"bus_server: {self.path}-wal is damaged: its last transactions are lost, and readers get a gap")
         [newest] = self.writing.execute("SELECT ifnull(max(tick), 0) FROM messages").fetchone()
         self.writing.execute("UPDATE bus SET lost = max(last, ?, ?), last = max(last, ?, ?)", (wall, newest) * 2)
 
@@ -2509,7 +2509,7 @@ class State(Rows):
             self.writing.execute("COMMIT")
 
     def reload(self) -> None:
-        """Read from the file what the writer keeps in memory: at start, and when something was undone."""
+        """Read the values that the writer keeps in memory from the file: at start, and after a rollback."""
         self.bus: str
         self.last: int
         newest = "(SELECT ifnull(max(tick), 0) FROM messages)"
@@ -2533,7 +2533,7 @@ class State(Rows):
     # Aside
 
     def apply(self, operations: Sequence[Operation], now: Now) -> Applied:
-        """Apply a list of operations in one transaction. sqlite3.Error, OSError or MemoryError if all of it failed."""
+        """Apply a list of operations in one transaction. sqlite3.Error, OSError or MemoryError if the list failed."""
         try:
             self.known = self.sent_with_keys(operations)
             results = [self.apply_one(operation, now) for operation in operations]
@@ -2555,7 +2555,7 @@ class State(Rows):
 
     def apply_one(self, operation: Operation, now: Now) -> Any:
         """The result of one operation. If it fails alone, a Refused is its result, and the others go on."""
-        if operation.rank < 2:  # Put and Raise change nothing before they are sure
+        if operation.rank < 2:  # Put and Raise change nothing until they are sure to succeed
             before = self.last, len(self.new_messages)
             try:
                 return operation.apply(self, now)
@@ -2587,13 +2587,13 @@ class State(Rows):
         return Refused(500, f"the bus failed on this {operation.kind}: {type(error).__name__}; its log says why")
 
     def begin(self) -> None:
-        """Begin a transaction of several statements, and write first what was placed so far."""
+        """Begin a transaction of several statements, and write the messages that were placed so far."""
         if not self.writing.in_transaction:
             self.writing.execute("BEGIN IMMEDIATE")
         self.insert()
 
     def is_one_statement(self) -> bool:
-        """Nothing but messages, and few: SQLite makes a transaction of it without BEGIN and COMMIT.
+        """Are there only messages to write, and few? Then one INSERT is the transaction, without BEGIN and COMMIT.
 
         A lone send takes 27,000 instructions less, of 297,000 (callgrind).
         """
@@ -2601,7 +2601,7 @@ class State(Rows):
         return not self.new_mailboxes and not self.ahead and 0 < values <= INSERT_ROWS * INSERT_VALUES
 
     def sent_with_keys(self, operations: Iterable[Operation]) -> Known:
-        """What was sent earlier with the keys of this list."""
+        """The earlier sends that had the same keys as those in this list."""
         found: Known = {}
         puts = [operation.drafts for operation in operations if type(operation) is Put]
         keys = {(one.key, one.sender) for drafts in puts for one in drafts if one.key}
@@ -2618,7 +2618,7 @@ class State(Rows):
         return found
 
     def place(self, one: Draft, wall: int) -> list[int]:
-        """Make a Message, and a row, of a draft for each of its receivers; returns their ticks."""
+        """Make a Message and a row for each receiver of a draft; returns their ticks."""
         channel, receivers, sender, text, key, ttl, answers, thread, depth = one
         expires = None if ttl is None else wall + ttl
         ticks = []
@@ -2669,9 +2669,9 @@ class View(Rows):
         return message.expires is not None and message.expires <= self.clock()
 
     def has_room(self) -> bool:
-        """Is there more than RESERVE_BYTES of the disk for messages, beside what folding in the WAL will take?
+        """Will the disk have more than RESERVE_BYTES for messages, after the WAL is folded into the database?
 
-        The room of messages that were removed counts. The WAL has no limit: while readers are busy it only grows.
+        The room of removed messages counts as free. The WAL has no limit: while readers are busy it only grows.
         """
         if self.path == ":memory:":
             return True
@@ -2696,7 +2696,7 @@ class View(Rows):
             where = ["mailbox = (SELECT id FROM mailboxes WHERE channel = ? AND name = ?) AND tick > ? AND tick <= ?"]
             where *= len(poll.names)
             values = [value for own in poll.names for value in (poll.channel, own, poll.since, upto)]
-        # A union of ordered parts is merged as it is read: a reader far behind costs no more than what it takes.
+        # A union of ordered parts is merged as it is read: a reader far behind costs no more than the rows it takes.
         statement = " UNION ALL ".join(f"{SELECT} WHERE {part}" for part in where)
         rows = self.database.execute(f"{statement} ORDER BY tick", values)
         found: list[Message] = []
@@ -2757,7 +2757,7 @@ class View(Rows):
         return messages, size
 
     def count_by_sender(self, channel: str, own: str, tick: int, last: int) -> dict[str, tuple[int, int]]:
-        """The same messages, and their bytes, by sender."""
+        """The messages of count_between(), and their bytes, by sender."""
         where = f"WHERE mailbox = {MAILBOX} AND tick > ? AND tick <= ? LIMIT {MAILBOX_MESSAGES}"
         rows = self.database.execute(
             f"SELECT sender, count(*), sum(length(text)) FROM (SELECT sender, text FROM messages {where}) "
@@ -2767,7 +2767,7 @@ class View(Rows):
         return {sender: (messages, size) for sender, messages, size in rows}
 
     def hole(self, channel: str, own: str, above: int, upto: int) -> bool:
-        """Has a mailbox a message between these ticks that can still be delivered?"""
+        """Does a mailbox have a message between these ticks that can still be delivered?"""
         alive = "(expires IS NULL OR expires > ?) LIMIT 1"
         where = f"mailbox = {MAILBOX} AND tick > ? AND tick <= ? AND {alive}"
         return bool(self.ask(f"SELECT 1 FROM messages WHERE {where}", channel, own, above, upto, self.clock()))
@@ -2795,8 +2795,8 @@ class View(Rows):
     def sound(self, row: tuple[Any, ...], last: int) -> tuple[Any, ...] | None:
         """The row of a mailbox without its damaged marks; None if its name is damaged.
 
-        Without a mark, too many messages count as unread. Without the mark of retention, all that are missing count as
-        removed: a gap too many is better than a gap that no reader is told of.
+        If a mark is damaged, too many messages count as unread. If the mark of retention is damaged, all missing
+        messages count as removed: a needless gap is better than one that no reader is told of.
         """
         channel, called, *marks = row
         if not is_name(channel) or not is_name(called):
@@ -2812,7 +2812,7 @@ class View(Rows):
 
 
 def lock_file(path: str) -> str:
-    """It belongs to the file, not to a name of it: a link to a database is the same database."""
+    """The path of the lock file. A link to a database is the same database, so it has the same lock file."""
     return f"{os.path.realpath(path)}.lock"
 
 
@@ -2825,7 +2825,7 @@ def check_names(path: str) -> None:
 
 
 def restoring(path: str) -> str:
-    """A file that is there while restore renames; it has the name that the old database gets."""
+    """A file that exists while restore renames files; in it is the name that the old database gets."""
     return f"{path}.restoring"
 
 
@@ -2860,7 +2860,7 @@ def prepare(database: sqlite3.Connection, path: str, journal: str) -> None:
     if version and journal == "wal" and os.path.getsize(path) <= CHECKED_BYTES:
         report = ask("PRAGMA integrity_check(1)")
         if report != "ok":
-            say(f"bus_server: the database {path} is damaged ({report}); making its indexes anew")
+            say(f"bus_server: the database {path} is damaged ({report}); rebuilding its indexes")
             database.execute("REINDEX")
             report = ask("PRAGMA integrity_check(1)")
         if report != "ok":
@@ -2871,13 +2871,13 @@ def prepare(database: sqlite3.Connection, path: str, journal: str) -> None:
         database.execute("INSERT INTO bus(id, last) VALUES (?, 0)", (secrets.token_hex(8),))
     database.execute(f"PRAGMA user_version={len(MIGRATIONS)}")
     database.execute("COMMIT")
-    # A WAL that is found here may have a part that could not be flushed: it is in the system's memory, but marked as
-    # written, and would be missing after a power cut, with all behind it. Folded in, it is written anew.
+    # A WAL found here may have a part that an fsync failed to write. The system has that part in memory, marked as
+    # written; a power cut would remove it and everything after it. Folding the WAL into the database writes it again.
     database.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
 
 def commits_in_wal(path: str) -> list[int]:
-    """The frames of a write-ahead log that end a transaction, by their own word, counted from 1.
+    """The numbers of the frames in a write-ahead log that say that they end a transaction; the first frame is 1.
 
     The format is SQLite's (fileformat2.html, section 4). A frame belongs to the log if it has the salts of its head.
     """
@@ -2944,7 +2944,7 @@ class Parked(Protocol):
 
     @property
     def who(self) -> str:
-        """What a Receipt calls its reader."""
+        """The name of its reader in a Receipt."""
 
     def places(self) -> Sequence[Key]:
         """Where it waits: mailboxes, EVERYTHING, (REPLIES, tick), or what an extension looks up itself."""
@@ -2975,17 +2975,17 @@ class Mailbox:
     def __init__(self, *stored: Any) -> None:
         values = stored or self.NEW
         self.own, self.read, self.fetched, self.seen, self.removed, self.n, self.newest, self.perishable = values
-        self.reached = self.fetched  # highest tick that was delivered, holes or not: more is what fills the mailbox
+        self.reached = self.fetched  # highest tick delivered, above holes too; later messages fill the mailbox
         self.firm = bool(stored)  # it has a row on disk, or should get one; else it was only looked at
         self.base: int | None = None  # how many messages lie up to the mark; None: to be counted
-        self.pending: tuple[int, int] | None = None  # how many, and bytes, lie above `reached`; None: to be counted
+        self.pending: tuple[int, int] | None = None  # messages above `reached`, and bytes; None: to be counted
         self.by_sender: dict[str, tuple[int, int]] | None = None  # those of each sender; None: to be counted
         self.address = ""  # of the reader that polled last
         self.listening = 0  # wall clock, us: since when without a break
         self.until = 0.0  # monotonic clock, s: when it stops to count as listening
 
     def mark(self) -> int:
-        """Unread is what lies above: its owner's cursor or, in a mailbox that only groups read, what was fetched."""
+        """Messages above this tick are unread: the owner's cursor or, if it is only read as a group, `fetched`."""
         return (self.read or 0) if self.own else self.fetched
 
 
@@ -3003,9 +3003,9 @@ class Mailboxes:
         hole: Callable[[str, str, int, int], bool] = lambda channel, own, above, upto: False,
     ) -> None:
         self.clock, self.wall = clock, wall
-        self.hole = hole  # has a mailbox a message above one tick and up to another?
-        self.lost = 0  # up to this tick messages may be gone of which nothing is known
-        self.forgotten = 0  # highest tick that was removed from a mailbox that is forgotten; observers are told
+        self.hole = hole  # does a mailbox have a message above one tick, up to another?
+        self.lost = 0  # up to this tick messages may be lost by damage
+        self.forgotten = 0  # highest tick removed from a forgotten mailbox; observers get a gap up to it
         self.boxes = {(row[0], row[1]): Mailbox(*row[2:]) for row in stored}
         self.highest = max((box.newest for box in self.boxes.values()), default=0)
         self.changed: set[tuple[str, str]] = set()  # mailboxes whose marks are newer than on disk
@@ -3041,24 +3041,24 @@ class Mailboxes:
             box.seen, box.address = wall, address
 
     def owned(self, poll: Poll) -> None:
-        """A reader names its own mailbox first. Until now it may have been a group's, which has another mark."""
+        """The first name of a poll is the reader's own. Until now it may have been a group, which has another mark."""
         own = self.box(str(poll.channel), poll.names[0])
-        if not own.own and poll.me != EVERYONE:  # which is nobody's own
+        if not own.own and poll.me != EVERYONE:  # `all` is nobody's own
             own.own, own.base = True, None
 
     def left(self, parked: Parked) -> None:
-        """A parked reader hung up. Unless another one waits there, it counts as listening for GRACE only."""
+        """A parked reader hung up. Its names count as listening for GRACE only, unless another reader waits there."""
         for own in parked.present():
             if (str(parked.channel), own) not in self.waiting:
                 box = self.box(str(parked.channel), own)
                 box.until = min(box.until, self.clock() + GRACE)
 
     def online(self, box: Mailbox) -> bool:
-        """Derived, never declared: it has a poll in hand, or had one within its hold and GRACE."""
+        """From the start of its last poll until GRACE after its hold. Presence is derived, never declared."""
         return self.clock() < box.until
 
     def presented(self, poll: Poll) -> None:
-        """A reader that presents a cursor has everything of its own mailbox up to it. Of others it may have nothing."""
+        """The cursor says that the reader has its own mailbox up to there. It says nothing about other mailboxes."""
         if poll.me in (None, EVERYONE):
             return
         own = self.box(str(poll.channel), str(poll.me))
@@ -3072,8 +3072,8 @@ class Mailboxes:
     def delivered(self, reader: Parked, tick: int) -> None:
         """An answer with messages up to `tick` was written out whole, or they were handed to a worker.
 
-        A mark says only what was delivered from the oldest message on without a hole. In a mailbox that is read along,
-        what lies between its mark and the reader's cursor was not.
+        A mark says that everything up to it was delivered. So it does not move over a hole: in a group's mailbox, the
+        messages between its mark and the reader's cursor were not delivered.
         """
         for own, box in zip(reader.present(), self.of(reader)):
             box.reached = max(box.reached, tick)
@@ -3093,7 +3093,7 @@ class Mailboxes:
         box.base = box.pending = box.by_sender = None
 
     def came(self, message: Message) -> int:
-        """Highest tick of its mailbox that a reader has; of messages to all, that anybody has."""
+        """Highest tick that a reader has of the message's mailbox or, for a message to `all`, that any reader has."""
         box = self.box(message.channel, message.to)
         return box.reached if message.to == EVERYONE else max(box.fetched, box.read or 0)
 
@@ -3102,12 +3102,12 @@ class Mailboxes:
         self.receipts[receipt[:3]] = receipt
 
     def resume(self, poll: Poll, first: int | None, last: int) -> Poll:
-        """`since=last`: the poll, from the cursor of its name on; without one, from the `first` tick of its mailbox."""
+        """A poll with `since=last` starts at its name's cursor or, without one, at the `first` tick of its mailbox."""
         box = self.box(str(poll.channel), str(poll.me))
         if box.read is not None:
             return poll._replace(since=box.read)
         if box.removed:
-            return poll._replace(since=box.removed - 1)  # one below, so that the gap is told
+            return poll._replace(since=box.removed - 1)  # one below, so that the gap is reported
         return poll._replace(since=last if first is None else first - 1)
 
     def gap(self, poll: Poll) -> tuple[int, int] | None:
@@ -3140,7 +3140,7 @@ class Mailboxes:
         receipts, self.receipts = self.receipts, {}
         return [each for each in receipts.values() if each[:2] in self.boxes and self.boxes[each[:2]].firm]
 
-    LOOKED_SECONDS = 600.0  # s a name stays in memory that was only looked at
+    LOOKED_SECONDS = 600.0  # s that a name stays in memory if it was only looked at
 
     def idle(self, wall: int, keep: int) -> list[list[str]]:
         """Drop the names that were only looked at; returns those with a row, without mail, not polled for `keep` us."""
@@ -3155,7 +3155,7 @@ class Mailboxes:
                 gone.append([*key])
         return gone
 
-    # Messages and what is parked
+    # Messages and parked connections
 
     def add(self, visible: list[Message]) -> None:
         for tick, channel, to, sender, text, n, expires, _ in visible:
@@ -3193,7 +3193,7 @@ class Mailboxes:
         return parked
 
     def crowd(self, poll: Poll) -> list[Connection]:
-        """The parked readers that have the same name as their own, oldest first, if there are too many."""
+        """If too many connections wait at the poll's own name: the polls whose own name it is too, oldest first."""
         parked = self.waiting.get((str(poll.channel), str(poll.me)), {})
         if len(parked) <= PARKED_PER_NAME:
             return []
@@ -3201,7 +3201,7 @@ class Mailboxes:
         return [connection for connection, other in polls if isinstance(other, Poll) and other.me == poll.me]
 
     def wake(self, visible: list[Message]) -> dict[Connection, list[Message]]:
-        """Every parked connection that one of these messages is for, with all that are for it, in order."""
+        """The parked connections that these messages are for, each with its messages, in order."""
         woken: dict[Connection, list[Message]] = {}
         for message in visible if self.waiting else ():
             for key in ((message.channel, message.to), EVERYTHING, (REPLIES, message.answers or 0)):
@@ -3222,8 +3222,8 @@ class Mailboxes:
 
 NAMES_PER_READER = 16
 COPIES_PER_SEND = 5000  # messages times names in one request: 40 ms of one transaction
-TIDY_SECONDS = 60.0  # between two looks for what is too old
-MARKS_SECONDS = 1.0  # s a mark may be newer in memory than on disk; after a crash `since=last` repeats so much
+TIDY_SECONDS = 60.0  # between two searches for messages and names that are too old
+MARKS_SECONDS = 1.0  # s a mark may be newer in memory than on disk; after a crash `since=last` repeats that much
 DRAIN_SECONDS = 10.0  # for accepted sends to be committed and answered after SIGTERM
 
 
@@ -3284,7 +3284,7 @@ class Ledger:
         return not self.next and not self.out
 
     def removes(self) -> bool:
-        """Does the list that is out remove messages?"""
+        """Does the list that is being applied remove messages?"""
         return bool(self.out) and type(self.out[-1].operation) is Remove
 
     def commit(self) -> None:
@@ -3365,10 +3365,10 @@ class Bus:
         self.mailboxes.lost = state.lost
         self.figures = Figures()
         self.sending, self.receiving, self.retention = Sending(self), Receiving(self), Retention(self, keep)
-        self.withheld: dict[Step, Message] = {}  # messages that nobody may pass until the step is announced
+        self.withheld: dict[Step, Message] = {}  # messages that no cursor may pass until the step is announced
         self.truths: dict[Any, str] = {}  # truth() of the receivers in this announcement
         self.draining = self.broken = False
-        self.saving = False  # of marks, planned
+        self.saving = False  # save_marks() is planned
         # The seams: what the core and the extensions register.
         self.routes: dict[tuple[str, str], Route] = {}
         self.waits: dict[type, Waits] = {Poll: Waits(self.receiving.poll_answer, self.receiving.poll_answer)}
@@ -3382,7 +3382,7 @@ class Bus:
         core_routes(self)
 
     def route(self, method: str, path: str, call: Endpoint, says: str = "", **more: Any) -> None:
-        """Register an endpoint, as a Route. A path that ends with / is followed by an id. A later route replaces."""
+        """Register an endpoint, as a Route. A path that ends with / is followed by an id. A later route wins."""
         self.routes[method, path] = Route(call, says, **more)
 
     # What connections ask: it is an App
@@ -3415,7 +3415,7 @@ class Bus:
         for extension, brings in ELSEWHERE.items():
             if request.route in brings:
                 raise Refused(404, missing(request.route, extension, self.extensions[extension]))
-        raise Refused(404, f"there is nothing at {request.path.partition('?')[0]}: GET / lists what there is")
+        raise Refused(404, f"there is nothing at {request.path.partition('?')[0]}: GET / lists the endpoints")
 
     def over(self, connection: Connection) -> Answer | None:
         parked = self.mailboxes.unpark(connection)
@@ -3424,7 +3424,7 @@ class Bus:
         return self.waits[type(parked)].over(connection, parked)
 
     def left(self, connection: Connection) -> None:
-        if connection in self.mailboxes.parked:  # else it was woken, and what is said to it failed
+        if connection in self.mailboxes.parked:  # else it was woken, and its answer failed
             self.mailboxes.left(self.mailboxes.unpark(connection))
 
     def delivered(self, reader: Parked, tick: int) -> None:
@@ -3456,7 +3456,7 @@ class Bus:
         return step
 
     def entitled(self, steps: list[Step]) -> list[Step]:
-        """The steps whose tokens hold; the others are refused now."""
+        """The steps whose tokens are valid; the others are refused now."""
         if not self.gate.tokens.closed:  # if tokens have come since, sweep() sees them
             return steps
         self.gate.tokens.refresh()
@@ -3497,7 +3497,7 @@ class Bus:
         connection.answer(self.waits[type(parked)].found(connection, parked, messages))
 
     def settle(self, results: Iterable[tuple[Step, Any]]) -> None:
-        """Each is guarded, as the others that wait must be answered too."""
+        """Answer each step. If one raises an exception, the others must be answered all the same."""
         self.loop.each(self.conclude, self.not_concluded, results)
 
     def conclude(self, concluded: tuple[Step, Any]) -> None:
@@ -3522,7 +3522,7 @@ class Bus:
             self.conclude((step, our_fault()))
 
     def failed(self, error: Exception) -> Refused:
-        """What the senders of a list are told that could not be applied."""
+        """The error for the senders of a list that could not be applied."""
         if isinstance(error, sqlite3.OperationalError):
             if "full" in str(error):
                 return no_room()
@@ -3531,16 +3531,16 @@ class Bus:
                 return Refused(503, why, ("Retry-After", "2"))
         if not isinstance(error, (sqlite3.Error, OSError, MemoryError)):
             say("".join(traceback.format_exception(type(error), error, error.__traceback__)))
-        say(f"bus_server: {self.state.path}: {error}; ending: what follows could be lost")
+        say(f"bus_server: {self.state.path}: {error}; stopping, because later messages could be lost")
         self.broken = True
         return Refused(503, "the bus could not write to its disk, and does not know whether the request was stored")
 
     def park(self, connection: Connection, parked: Parked, patience: float = math.inf) -> None:
-        """Let it wait until there is something for it, its hold is over, or `patience` (s) has passed."""
+        """Let it wait until something arrives for it, its hold is over, or `patience` (s) has passed."""
         self.mailboxes.park(connection, parked)
         connection.wait(PARKED, min(parked.hold, patience))
         if not self.gate.holds(parked.token):
-            connection.soon(connection.check_token)  # it was revoked while a commit was waited for
+            connection.soon(connection.check_token)  # the token was revoked during a commit
 
     def check_open(self) -> None:
         if self.draining:
@@ -3579,13 +3579,13 @@ class Bus:
             self.save_marks_soon()
 
     def drain(self) -> None:
-        """The bus is to end: answer all parked connections, refuse new requests, finish those that were accepted."""
+        """The bus is about to end: answer all parked connections, refuse new requests, finish the accepted ones."""
         if not self.draining:
             self.draining = True
             self.door.drain()
 
     def end(self) -> None:
-        """Wait until all are answered and gone, and the marks are saved."""
+        """Wait until all connections are answered and closed, and the marks are saved."""
         self.drain()
         deadline = time.monotonic() + DRAIN_SECONDS
         self.loop.run(lambda: not self.door.connections or time.monotonic() > deadline)
@@ -3633,12 +3633,12 @@ class Sending:
     def check(self, request: Request, drafts: list[Draft]) -> str:
         """Refused, if these messages cannot be stored together and now; else a warning, or an empty text.
 
-        What is refused makes nothing.
+        A refused send changes nothing.
         """
         bus, each = self.bus, ways(drafts)
         if len(each) != 1:
             check_number(drafts, len(each))
-            each = list(dict.fromkeys(each))  # what is the same for many messages is looked at once
+            each = list(dict.fromkeys(each))  # check once what is the same for many messages
         new = 0
         for channel, sender, to in each:
             box = bus.mailboxes.boxes.get((channel, to))
@@ -3649,7 +3649,7 @@ class Sending:
         return bus.storms.check(drafts, each, new, request.owner())
 
     def check_room(self, box: Mailbox, channel: str, sender: str, to: str) -> None:
-        """429 if a mailbox is full of what nobody has fetched, or nearly full and a quarter is this sender's."""
+        """429 if a mailbox is full of unfetched messages, or nearly full with over a quarter from this sender."""
         view = self.bus.view
         if box.pending is None:
             box.pending = view.count_between(channel, to, box.reached, box.newest)
@@ -3662,7 +3662,7 @@ class Sending:
             box.by_sender = view.count_by_sender(channel, to, box.reached, box.newest)
         own_messages, own_size = box.by_sender.get(sender, (0, 0))
         if own_messages > MAILBOX_MESSAGES // 4 or own_size > MAILBOX_BYTES // 4:
-            own = f"{own_messages} of the {messages} messages that wait there are from {sender}"
+            own = f"{own_messages} of its {messages} unfetched messages are from {sender}"
             raise too_much(f"the mailbox of {to} is nearly full, and {own}: wait until they are fetched", 60)
 
     def answer(self, warning: str, several: bool, connection: Connection, put: Put, stored: list[Stored]) -> Answer:
@@ -3709,18 +3709,18 @@ class Receiving:
         gap = self.mailboxes.gap(poll)
         if found or reached or gap or not poll.hold or self.bus.draining:
             return delivery(self.bus, poll, found, reached, gap)
-        if request.peer.ended:  # it has gone while its cursor was written down
+        if request.peer.ended:  # the reader went away during the commit of its cursor
             self.mailboxes.left(poll)
             return delivery(self.bus, poll, [])
         if not self.bus.verbose:
             request.peer.request = None  # a parked reader is small: its poll says it all
         self.bus.park(request.peer, poll._replace(token=request.grant.token))
         for connection in self.mailboxes.crowd(poll)[:-PARKED_PER_NAME]:
-            connection.wait(PARKED, 0)  # the newest are still alive; not released here, as each may poll again
+            connection.wait(PARKED, 0)  # the newest still live; not answered in here, as each may poll again
         return None
 
     def read(self, poll: Poll) -> tuple[list[Message], int | None]:
-        """What the disk has for a poll, up to a withheld message: no reader gets that one, and no cursor passes it."""
+        """The messages for a poll, up to a withheld one: no reader gets that message, and no cursor passes it."""
         withheld = [each.tick for each in self.bus.withheld.values() if poll.covers(self.bus.last, each)]
         upto = min(withheld, default=self.bus.last + 1) - 1
         found, reached = self.view.after(poll, upto)
@@ -3743,10 +3743,10 @@ class Retention:
 
     def __init__(self, bus: Bus, keep: float) -> None:
         self.bus, self.keep = bus, keep  # s; 0: for ever
-        self.aging = False  # a removal of --keep is on its way
-        self.looked: float | None = None  # wall clock, s, when it was looked at last
-        self.trusted = -math.inf  # wall clock, s, from when on it is believed
-        self.request: tuple[int, bool] | None = None  # the one of prune that is on its way
+        self.aging = False  # a removal of --keep is being applied
+        self.looked: float | None = None  # wall clock, s, at the last look
+        self.trusted = -math.inf  # wall clock, s: from then on the clock is believed
+        self.request: tuple[int, bool] | None = None  # the request of prune that is being applied
 
     def remove(self, removal: Remove, end: Callable[[bool], None]) -> None:
         """Remove one slice after the other, then call `end`, with True if there is nothing left to remove."""
@@ -3776,13 +3776,13 @@ class Retention:
             absent = [each for each in self.bus.view.extensions() if self.bus.extensions.get(each) != LOADED]
             before = max(self.bus.view.clock() - int(self.keep * 1000000), 0)
             self.remove(Remove(0, before, False, absent), self.aged)
-            self.aging = True  # noted when it is on its way, and not before
+            self.aging = True  # only now: if the line above raises, it is tried again
 
     def aged(self, whole: bool) -> None:
         self.aging = False
 
     def forget_names(self) -> None:
-        """Names that were only looked at, and rows of names that have no mail and nobody polls."""
+        """Forget the names that were only looked at, and the rows of names without mail that nobody polls."""
         wall = self.bus.view.clock()
         idle = self.bus.mailboxes.idle(wall, int(self.keep * 1000000))
         if idle:
@@ -3810,7 +3810,7 @@ class Retention:
 
 
 def pruning(rows: Rows, before: int, fetched_only: bool) -> Remove:
-    """What the command prune removes."""
+    """The operation for a request of the command prune."""
     return Remove(0, before, fetched_only, list(rows.extensions()) if fetched_only else [])
 
 
@@ -3819,7 +3819,7 @@ def prune_file(database: str) -> pathlib.Path:
 
 
 def prune_request(database: str) -> tuple[int, bool] | None:
-    """(before: a tick, whether only what was fetched goes) of the command prune; None if there is none that fits."""
+    """The request of the command prune: (below this tick, only fetched messages?). None if there is no valid one."""
     try:
         request = parse_json(prune_file(database).read_bytes())
         before, fetched_only = request["before"], request["fetched_only"]
@@ -3854,12 +3854,12 @@ def missing(what: str, extension: str, why: str) -> str:
 
 def core_routes(bus: Bus) -> None:
     bus.route("POST", "/send", partial(send, bus), "store a message, or an array of them")
-    bus.route("GET", "/recv", partial(recv, bus), "what came for NAME since a cursor; wait=25 waits for it", takes=True)
-    bus.route("GET", "/log", partial(log, bus), "the same for an observer: everything, and no cursor moves", takes=True)
-    bus.route("GET", "/inbox", partial(inbox, bus), "how many messages each name has not read")
-    bus.route("GET", "/agents", partial(agents, bus), "who listens, and when each was last seen")
-    bus.route("GET", "/message/", partial(message, bus), "one message, and how far it came")
-    bus.route("GET", "/healthz", partial(healthz, bus), "is the bus there")
+    bus.route("GET", "/recv", partial(recv, bus), "messages of NAME after a cursor; wait=25 waits for one", takes=True)
+    bus.route("GET", "/log", partial(log, bus), "everybody's messages, for an observer; no cursor moves", takes=True)
+    bus.route("GET", "/inbox", partial(inbox, bus), "how many unread messages each name has")
+    bus.route("GET", "/agents", partial(agents, bus), "who listens, and when each name was last seen")
+    bus.route("GET", "/message/", partial(message, bus), "one message and its state")
+    bus.route("GET", "/healthz", partial(healthz, bus), "is the bus running?")
     bus.route("GET", "/", partial(show_help, bus), "this text")
     for client in CLIENTS:
         bus.route("GET", client, show_client)
@@ -3872,7 +3872,7 @@ def send(bus: Bus, request: Request) -> None:
 
 
 def verbatim(body: bytes, query: Query) -> dict[str, Any]:
-    """The message whose text is the body; all else of it is in the query."""
+    """The message whose text is the body of the request; the query has its other members."""
     fields: dict[str, Any] = {field: query.one(field) for field in query.fields if field not in ("to", "wait")}
     if "ttl" in fields:
         fields["ttl"] = query.number("ttl", 0, 0, math.inf)
@@ -3882,7 +3882,7 @@ def verbatim(body: bytes, query: Query) -> dict[str, Any]:
 def check_number(drafts: list[Draft], copies: int) -> None:
     keys = [(one.sender, one.channel, one.key) for one in drafts if one.key]
     if not drafts or len(set(keys)) < len(keys):
-        raise Refused(400, "an array needs a message, and no key twice (a key in a header is the key of each message)")
+        raise Refused(400, "an array needs a message, and no key twice (a key in a header counts for each message)")
     if copies > COPIES_PER_SEND:
         raise Refused(400, f"one request stores at most {COPIES_PER_SEND} messages: send several requests")
 
@@ -3969,7 +3969,7 @@ def delivery(
 
 
 def entry(bus: Bus, one: Draft, stored: Stored) -> str:
-    """What a sender is told of one message. The truth of the same receivers is found once in an announcement."""
+    """The result for the sender of one message. One announcement calls truth() once for the same receivers."""
     which = one.channel, one.to, one.sender
     receiver = bus.truths.get(which)
     if receiver is None:
@@ -3983,7 +3983,7 @@ def entry(bus: Bus, one: Draft, stored: Stored) -> str:
 
 
 def truth(bus: Bus, one: Draft) -> str:
-    """What is known of its receivers: whether they listen, and how many messages they have not read."""
+    """`receiver` in the answer to a send: who of the receivers listens, and how many messages they have not read."""
     to = one.to[0]
     if len(one.to) > 1 or to == EVERYONE:
         return encode(receivers(bus, one))
@@ -3994,7 +3994,7 @@ def truth(bus: Bus, one: Draft) -> str:
 
 
 def receivers(bus: Bus, one: Draft) -> dict[str, int]:
-    """The truth about several receivers: how many listen. `all` is everyone who ever did, but the sender."""
+    """How many of several receivers listen. `all` is everyone who ever listened, except the sender."""
     boxes, names = bus.mailboxes.boxes, one.to
     if EVERYONE in names:
         listed = [own for (channel, own), box in boxes.items() if channel == one.channel and box.own]
@@ -4080,7 +4080,7 @@ def message(bus: Bus, request: Request) -> Answer:
 
 
 def one_of(bus: Bus, request: Request, tick: int | None = None) -> Message:
-    """The message with this tick, or that the path names, if the token lets its holder see it; else 404."""
+    """The message with this tick, or with the id in the path. 404 if there is none, or if the token may not see it."""
     bus.storms.read(request.owner())
     tick = tick_of(request.parsed.rest) if tick is None else tick
     found = None if tick is None or tick > bus.last else bus.view.message(tick)  # above it, it is not announced yet
@@ -4094,15 +4094,15 @@ def no_message() -> Refused:
 
 
 def told(bus: Bus, message: Message, grant: Grant = OPEN) -> Answer:
-    """What the holder of a token can know of a message."""
+    """What the holder of a token may know about a message."""
     state, details = state_of(bus, message)
     return ok(bus, f'"message": {readable(bus, message, grant)}, "state": "{state}"{details}')
 
 
 def readable(bus: Bus, message: Message, grant: Grant) -> str:
-    """The message for who reads it by its id. What was recalled or has expired has no text any more.
+    """A message that is asked for by its id. If it was recalled or has expired, its text is left out.
 
-    A receiver that reads it has fetched it. That moves no mark, as older messages may still be unread.
+    A receiver that reads a message this way has fetched it. No mark moves, as older messages may still be unread.
     """
     if message.expires == RECALLED or bus.view.is_expired(message):
         return message.without_text()
@@ -4120,7 +4120,7 @@ def read_alone(bus: Bus, message: Message) -> bool:
 
 
 def state_of(bus: Bus, message: Message) -> tuple[str, str]:
-    """How far a message came, and further members that say more."""
+    """The state of a message, and further members of JSON that say more."""
     box = bus.mailboxes.boxes[message.channel, message.to]
     if message.expires == RECALLED:
         return "recalled", ""
@@ -4139,7 +4139,7 @@ def state_of(bus: Bus, message: Message) -> tuple[str, str]:
 
 
 def healthz(bus: Bus, request: Request) -> Answer:
-    """Without a token, a closed bus does not say its id, nor how far its ticks are."""
+    """Without a token, a closed bus tells neither its id nor its exact newest tick."""
     if bus.gate.knows(request.parsed):
         return ok(bus, '"ok": true')
     return Answer(200, f'{{"ok": true, "now": {seconds(bus.last // 1000000 * 1000000)}}}\n'.encode())
@@ -4160,7 +4160,7 @@ def show_help(bus: Bus, request: Request) -> Answer:
 
 
 def show_client(request: Request) -> Answer:
-    """A client or a tool, so that a new host needs only the URL. The routes name all there are."""
+    """A client or a tool, so that a new host needs only the URL. Each file has a route."""
     file, here = request.route[1:], pathlib.Path(__file__).parent
     for folder in (here, here / "tools", here / "agent_bus_tools"):
         with contextlib.suppress(OSError):
@@ -4213,11 +4213,11 @@ def span(age: int) -> str:
 
 
 HELP = """\
-agent-bus {version}: messages between coding agents. A 200 to /send means: on disk.
+agent-bus {version}: messages between coding agents. If /send answers 200, the message is on disk.
 
 send     curl --data-binary 'tests are green' '{url}/send?from=alice&to=bob'
 receive  curl -H 'Accept: text/plain' '{url}/recv?to=bob&since=last&wait=25'
-         (the next since is in the header Bus-Now; without Accept it is JSON, and `now` in it)
+         (the next `since` is the header Bus-Now; without Accept you get JSON, and the next `since` is its `now`)
 
 The clients need Python 3.9 and nothing else:
          curl -fO {url}/bus_send.py; curl -fO {url}/bus_recv.py
@@ -4260,20 +4260,20 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of the core."""
     add = parser.add_argument
     add("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
-    add("--port", type=int, default=8080, help="port, 0 for a free one (%(default)s)")
+    add("--port", type=int, default=8080, help="port to listen on; 0: any free one (%(default)s)")
     add("--db", default=default_path(), metavar="PATH", help="database, or :memory: (%(default)s)")
-    add("--keep", type=duration, default="30d", help="how long messages stay: 12h; 0: for ever (30d)")
-    add("--max-body", type=int, default=262144, metavar="BYTES", help="of one request (%(default)s)")
-    add("--rate", type=float, default=50, metavar="N", help="messages per second from one sender; 0: any (%(default)s)")
-    turns = "changes of direction between two names in 10 minutes; a quarter of it is warned of; 0: any (%(default)s)"
+    add("--keep", type=duration, default="30d", help="remove messages older than this, like 12h; 0: keep all (30d)")
+    add("--max-body", type=int, default=262144, metavar="BYTES", help="largest body of a request (%(default)s)")
+    add("--rate", type=float, default=50, metavar="N", help="most messages per sender and second; 0: any (%(default)s)")
+    turns = "most changes of direction between two names in 10 minutes; warn from N/4 on; 0: any (%(default)s)"
     add("--turns", type=int, default=120, metavar="N", help=turns)
-    add("--without", action="append", metavar="NAME,...", help="extensions that are not loaded: " + ",".join(ELSEWHERE))
-    further_name = "a further name of this bus, as it stands in a URL; only needed without tokens"
+    add("--without", action="append", metavar="NAME,...", help="do not load these extensions: " + ",".join(ELSEWHERE))
+    further_name = "another host name that clients use in the bus's URL; only needed without tokens"
     add("--allow-host", action="append", default=[], metavar="NAME", help=further_name)
-    add("--open", action="store_true", help="listen beyond this machine without any token")
-    add("--tls-cert", metavar="FILE", help="certificate chain, PEM: speak HTTPS; SIGHUP reads it again")
-    add("--tls-key", metavar="FILE", help="its key, if it is in a file of its own")
-    add("--verbose", action="store_true", help="a line for each request on stderr")
+    add("--open", action="store_true", help="let other machines use the bus although it has no tokens")
+    add("--tls-cert", metavar="FILE", help="speak HTTPS with this certificate chain (PEM); SIGHUP reloads it")
+    add("--tls-key", metavar="FILE", help="the key of the certificate, if it is in another file")
+    add("--verbose", action="store_true", help="print a line on stderr for each request")
     add("--version", action="version", version=f"agent-bus {VERSION}")
 
 
@@ -4286,8 +4286,8 @@ def command_line(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="bus_server.py",
         description="A message bus for coding agents over HTTP.",
-        epilog="Beside a running bus: bus_server.py invite NAME, revoke NAME, tokens, prune, backup COPY; "
-        "in place of a stopped one: restore COPY (each with --help).",
+        epilog="Commands: bus_server.py invite NAME, revoke NAME, tokens, prune, backup COPY, also while the bus runs; "
+        "restore COPY, only while it is stopped. Each has --help.",
     )
     add_options(parser)
     for module in extensions.values():
@@ -4310,7 +4310,7 @@ def command_line(arguments: Sequence[str]) -> argparse.Namespace:
 #   options(parser)     adds its options
 #   start(bus, options) registers what it brings on the seams of the Bus; Unusable if it cannot start
 #   OPERATIONS          its subclasses of Operation
-#   TABLES, NOUN        the steps of its schema, or None; what the messages are called that its view NAME_kept has
+#   TABLES, NOUN        the steps of its schema, or None; the noun for the messages in its view NAME_kept
 
 
 def load_extensions(without: Collection[str]) -> dict[str, ModuleType]:
@@ -4354,7 +4354,7 @@ def check_extensions(
 
 
 def check_kept(state: State, loaded: Collection[str], without: Collection[str]) -> None:
-    """Unusable, if the database has what belongs to an extension that is neither loaded nor left out on purpose."""
+    """Unusable, if the database has data of an extension that is neither loaded nor named by --without."""
     kept = {"files": (len(list(pathlib.Path(f"{state.path}.blobs").glob("?" * 64))), "files")}
     for extension, noun in state.extensions().items():
         if extension not in loaded:
@@ -4370,7 +4370,7 @@ def check_kept(state: State, loaded: Collection[str], without: Collection[str]) 
 
 
 def start_extensions(bus: Bus, options: argparse.Namespace) -> str:
-    """Start each extension; returns the line that says which there are."""
+    """Start each extension; returns the line that names them."""
     for extension in options.without:
         bus.extensions[extension] = "--without"
     for extension, module in options.extensions.items():
@@ -4380,7 +4380,7 @@ def start_extensions(bus: Bus, options: argparse.Namespace) -> str:
         bus.extensions[extension] = LOADED
     if options.extensions:
         return f"extensions: {', '.join(options.extensions)}"
-    return "extensions: none" + ("" if options.without else ", as bus_extensions/ is not beside bus_server.py")
+    return "extensions: none" + ("" if options.without else ", because bus_extensions/ is not beside bus_server.py")
 
 
 # The server
@@ -4397,7 +4397,7 @@ def listen(host: str, port: int) -> socket.socket:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         return socket.create_server(address[:2], family=family, backlog=4096)
     except OSError as error:
-        why = str(error.strerror).partition(" (while")[0]  # it goes on to say where, as Python does
+        why = str(error.strerror).partition(" (while")[0]  # Python goes on to say where
         raise Unusable(f"cannot listen on {host} port {port}: {why}") from None
 
 
@@ -4458,11 +4458,11 @@ def run_server(options: argparse.Namespace, state: State) -> int:
 
 
 def reload(listener: Listener, options: argparse.Namespace) -> None:
-    """SIGHUP: new connections get the certificate as it is on disk now; with a bad one, as it was."""
+    """SIGHUP: read the certificate again, for new connections. If it cannot be used, keep the old one."""
     try:
         listener.tls = tls_context(options.tls_cert, options.tls_key)
     except Unusable as error:
-        say(f"bus_server: {error}; going on with the old one")
+        say(f"bus_server: {error}; keeping the old one")
 
 
 # Commands beside a running server
@@ -4470,18 +4470,18 @@ def reload(listener: Listener, options: argparse.Namespace) -> None:
 
 def command(function: str, description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"bus_server.py {function}", description=description)
-    parser.add_argument("--db", default=default_path(), metavar="PATH", help="of the bus (%(default)s)")
+    parser.add_argument("--db", default=default_path(), metavar="PATH", help="database of the bus (%(default)s)")
     return parser
 
 
 def invite(arguments: Sequence[str]) -> None:
-    """Mint a token and print, once, what to paste on the other machine."""
-    parser = command("invite", "Make a token for NAME; print it, once.")
+    """Make a token, and print once what to paste on the other machine."""
+    parser = command("invite", "Make a token for NAME and print it. It is shown only once.")
     parser.add_argument("name", metavar="NAME")
-    parser.add_argument("--also", default="", metavar="NAME,...", help="names it may read beside its own")
-    parser.add_argument("--send-only", action="store_true", help="it may send, and read nothing")
-    parser.add_argument("--operator", action="store_true", help="it may read everything: /log and every mailbox")
-    parser.add_argument("--url", help="under which the other machine reaches the bus (that of the running server)")
+    parser.add_argument("--also", default="", metavar="NAME,...", help="other names whose mail the token may read")
+    parser.add_argument("--send-only", action="store_true", help="the token may send, but not read")
+    parser.add_argument("--operator", action="store_true", help="the token may read everything: /log and every mailbox")
+    parser.add_argument("--url", help="URL of the bus for the other machine (default: that of the running server)")
     options = parser.parse_args(arguments)
     also = [each for each in options.also.split(",") if each]
     for each in [options.name, *also]:
@@ -4517,14 +4517,14 @@ def revoke(arguments: Sequence[str]) -> int:
         return rows
 
     file = Tokens(options.db)
-    if file.rows():  # else there may be no bus either, and no file is made for it
+    if file.rows():  # else there may be no bus: do not make a file
         file.change(change)
-    print(f"revoked of {options.name}: {' '.join(revoked)}" if revoked else f"{options.name} has no token")
+    print(f"revoked the tokens of {options.name}: {' '.join(revoked)}" if revoked else f"{options.name} has no token")
     return 0 if revoked else 1
 
 
 def tokens(arguments: Sequence[str]) -> None:
-    """Who has which token, never the secret."""
+    """List the tokens and their names. The bus does not know the secrets."""
     parser = command("tokens", "List the tokens of a bus.")
     options = parser.parse_args(arguments)
     used = last_used(options.db)
@@ -4537,17 +4537,17 @@ def tokens(arguments: Sequence[str]) -> None:
 
 
 def prune(arguments: Sequence[str]) -> None:
-    """Remove old messages now: through the running server, which has the one connection that writes, or without it."""
-    parser = command("prune", "Remove messages that were fetched, and work that is done.")
-    parser.add_argument("--older", type=duration, default="30d", help="than this: 30d, 12h; 0: all (%(default)s)")
-    parser.add_argument("--pending", action="store_true", help="also what nobody has fetched, and work not done")
-    parser.add_argument("--dry-run", action="store_true", help="only say how many")
+    """Remove old messages now. If a server runs, it removes them, because only its connection may write."""
+    parser = command("prune", "Remove old messages that were fetched, and old jobs that are done.")
+    parser.add_argument("--older", type=duration, default="30d", help="only if older than this, like 12h; 0: all (30d)")
+    parser.add_argument("--pending", action="store_true", help="also remove unfetched messages, and jobs not done")
+    parser.add_argument("--dry-run", action="store_true", help="only print how many there are")
     options = parser.parse_args(arguments)
     before = max(wall_clock() - int(options.older * 1000000), 0)
     old, pending = count_old(options.db, before)
     going = old if options.pending else old - pending
-    stay = f"; {pending} that nobody has fetched or done stay: --pending removes them too" if old > going else ""
-    print(f"{old} messages are so old{stay}")
+    stay = f"; {pending} of them are unfetched or not done, and stay: --pending removes them too" if old > going else ""
+    print(f"{old} messages are older than that{stay}")
     if going and not options.dry_run:
         try:
             remove_alone(options.db, before, not options.pending)
@@ -4557,7 +4557,7 @@ def prune(arguments: Sequence[str]) -> None:
 
 
 def count_old(path: str, before: int) -> tuple[int, int]:
-    """(messages older than a tick, those of them that nobody has fetched or done), read beside a running server."""
+    """(messages older than a tick, how many of them are unfetched or not done). The server may be running."""
     try:
         with contextlib.closing(read_only(path)) as database:
             rows = Rows(path, database)
@@ -4573,7 +4573,7 @@ def count_old(path: str, before: int) -> tuple[int, int]:
 
 
 def migrate_alone(path: str) -> None:
-    """The database is one of an older version: bring it up to date, unless a server of that version runs."""
+    """Bring the database of an older version up to date, unless a server of that version runs."""
     try:
         State(path).close()
     except InUse:
@@ -4589,7 +4589,7 @@ def other_version(path: str) -> Unusable:
 
 
 def remove_alone(path: str, before: int, fetched_only: bool) -> None:
-    """When no server runs."""
+    """Remove the messages in this process, because no server runs."""
     with contextlib.closing(State(path)) as state:
         removal = pruning(state, before, fetched_only)
         clock = Clock(wall_clock, state.last)
@@ -4601,7 +4601,7 @@ def remove_alone(path: str, before: int, fetched_only: bool) -> None:
 
 
 def remove_beside(path: str, before: int, fetched_only: bool, stay: int) -> None:
-    """Through the running server: leave a file for it, and wait until the server has removed that."""
+    """Leave a file with the request for the running server, and wait until the server has removed that file."""
     if signature(path)[1] != VERSION:
         raise other_version(path)
     file = prune_file(path)
@@ -4635,12 +4635,12 @@ def last_used(path: str) -> dict[str, int]:
 
 
 def read_only(path: str) -> sqlite3.Connection:
-    """A connection beside the server's, which neither writes nor folds the log into the database."""
+    """A connection beside the server's. It neither writes nor folds the log into the database."""
     return sqlite3.connect(f"{pathlib.Path(path).absolute().as_uri()}?mode=ro", uri=True)
 
 
 def signature(path: str) -> tuple[str, str]:
-    """(URL, version) of the server that runs, from its lock file; our name where it listens on every address."""
+    """(URL, version) of the running server, from its lock file. If it listens on every address: this host's name."""
     try:
         lines = pathlib.Path(lock_file(path)).read_text().splitlines()
     except OSError:
@@ -4650,37 +4650,37 @@ def signature(path: str) -> tuple[str, str]:
 
 
 def backup(arguments: Sequence[str]) -> None:
-    """Copy a bus, also while it runs: everything acknowledged before, in one file; its tokens and files beside that."""
-    parser = command("backup", "Copy a bus to COPY, also while it runs.")
-    parser.add_argument("copy", metavar="COPY", help="a new file; beside it COPY.tokens and COPY.blobs")
+    """Copy a bus, even while it runs. The copy has every message acknowledged before; tokens and files go beside it."""
+    parser = command("backup", "Copy a bus to COPY. The bus may be running.")
+    parser.add_argument("copy", metavar="COPY", help="a new file; tokens and files go to COPY.tokens and COPY.blobs")
     options = parser.parse_args(arguments)
     if os.path.exists(options.copy):
-        raise Unusable(f"{options.copy} is there already: choose another name")
+        raise Unusable(f"{options.copy} exists already: choose another name")
     rows = Tokens(options.db).rows()
     messages, files = copy_bus(options.db, options.copy, rows)
     print(f"{options.copy}: {messages} messages, {files} files, {len(rows)} tokens")
 
 
 def restore(arguments: Sequence[str]) -> None:
-    """Put a copy in the place of a bus that is stopped. It is another bus then, and says so to readers of the old one.
+    """Replace a stopped bus by a copy. It gets a new bus id, so that readers of the old bus notice.
 
-    The readers may have messages that are not in the copy. With the old id their cursors would pass what comes now.
+    They may have read messages that are not in the copy. Under the old id, their cursors would skip new messages.
     """
-    parser = command("restore", "Go back to COPY; the bus is stopped.")
-    parser.add_argument("copy", metavar="COPY", help="what backup made; its tokens are taken if PATH has none")
+    parser = command("restore", "Replace the bus by COPY. Stop the bus first.")
+    parser.add_argument("copy", metavar="COPY", help="a copy made by backup; its tokens are used if the bus has none")
     options = parser.parse_args(arguments)
     with locked(options.db):
-        marker = pathlib.Path(restoring(options.db))  # from one that was cut off
+        marker = pathlib.Path(restoring(options.db))  # of a restore that was cut off
         old = marker.read_text() if marker.exists() else f"{options.db}.{wall_clock()}"
         bus = secrets.token_hex(8)
         messages, files = copy_bus(options.copy, options.db, missing_tokens(options.copy, options.db), old, bus)
-    print(f"{options.db} is bus {bus} now, with {messages} messages; {files} files came back")
+    print(f"{options.db} is bus {bus} now, with {messages} messages; {files} files were restored")
     if os.path.exists(old):
-        print(f"what was there before is in {old}")
+        print(f"the database that was there before is now {old}")
 
 
 def copy_bus(source: str, target: str, tokens: list[Row], old: str = "", bus: str | None = None) -> tuple[int, int]:
-    """Copy a database with its tokens and files; returns how many messages and files. What was there becomes `old`."""
+    """Copy a database, its tokens and its files; returns how many. The database at `target` is renamed `old`."""
     new = f"{target}.new"
     messages = copy_database(source, new, bus)
     if tokens:
@@ -4698,7 +4698,7 @@ def copy_bus(source: str, target: str, tokens: list[Row], old: str = "", bus: st
 
 
 def missing_tokens(copy: str, path: str) -> list[Row]:
-    """The tokens of a copy, for a bus that has none. A bus that has tokens knows better who was revoked since."""
+    """The tokens of a copy, for a bus that has none. A bus with tokens keeps them: it knows the later revocations."""
     if os.path.exists(f"{path}.tokens"):
         return []
     rows = Tokens(copy).rows()
@@ -4711,7 +4711,7 @@ def missing_tokens(copy: str, path: str) -> list[Row]:
 
 
 def copy_files(source: str, target: str) -> int:
-    """Copy the files that the other database lacks; returns how many. Half of a file never has its name."""
+    """Copy the files that the other database lacks; returns how many. A file gets its name when it is complete."""
     there, copied = pathlib.Path(f"{target}.blobs"), 0
     try:
         for file in pathlib.Path(f"{source}.blobs").glob("?" * 64):
@@ -4733,7 +4733,7 @@ def copy_files(source: str, target: str) -> int:
 def copy_database(source: str, target: str, bus: str | None = None) -> int:
     """The database as of one moment, checked, as one file without a log; returns how many messages it has.
 
-    With `bus` the copy has that as its id.
+    If `bus` is given, it becomes the bus id of the copy.
     """
     with contextlib.suppress(FileNotFoundError):
         os.remove(target)

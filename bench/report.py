@@ -121,7 +121,7 @@ def document(kept: dict[str, Any]) -> str:
         quiet = "" if int(measured["others"].rstrip("%")) <= QUIET else " **The machine was not quiet.**"
         parts += [f"## {sentence(name)}", f"First bar: {ROWS[name].first}. Goal: {ROWS[name].goal}.", lines(result),
                   f"{row['rounds']} rounds of {row['seconds']:g} s, {measured['date']}, commit {measured['commit']}, "
-                  f"others took {measured['others']} of the CPUs meanwhile.{quiet}"]
+                  f"other processes took {measured['others']} of the CPUs.{quiet}"]
     return "\n\n".join(parts)
 
 

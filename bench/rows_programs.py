@@ -30,8 +30,8 @@ def sending_from_a_shell_takes_little_more_than_python_itself(session: Session) 
         for run in runs.values():
             run()
         found = list(interleaved(runs, session.settings.rounds, "ms").values())
-    session.notes.append(f"The whole process, from its start to its end, median of {times} in a round; to a bus on "
-                         "this machine.")
+    session.notes.append(f"The time of the whole process, from its start to its end; the bus is on this machine. A "
+                         f"round is the median of {times} processes.")
     claims = [Claim(f"{send.contender}, of importing", "x", ratios(send.rounds, bare.rounds), 1.5, 1.3, False)
               for bare, send in zip(found[::2], found[1::2])]
     return Result(found, claims, session.notes)

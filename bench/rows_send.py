@@ -56,10 +56,10 @@ def one_sender_is_as_fast_as_the_disk(session: Session) -> Result:
     figures = sends(session, 1, {LIMIT: limit}, peers.LeastServer, peers.LeastLoop)
     scratch.close()
     claims = against(session, figures, LIMIT, 0.7, 0.9)
-    session.notes.append("The two that do one INSERT are limits: what is left when Python parses nothing, with a "
-                         "thread for commits, and with the commit in the loop as in the bus.")
+    session.notes.append("The two rows with one INSERT are limits for a server in Python. They parse nothing; one "
+                         "commits in a thread, the other in the loop, as the bus does.")
     if any(max(claim.rounds) > 1 for claim in claims):
-        session.notes.append("More than 1.00x is no speed: the disk changed its own between a round and the next.")
+        session.notes.append("A ratio above 1.00x means only that the speed of the disk changed between two rounds.")
     return Result(list(figures.values()), claims, session.notes)
 
 
@@ -93,8 +93,9 @@ def batches_of_a_hundred_are_cheap(session: Session) -> Result:
 
         runs = {name: lambda seconds, peer=peer: run(peer, seconds) for name, peer in contenders.items()}
         figures = interleaved(warmed(runs, session.settings.seconds), session.settings.rounds, UNIT)
-    session.notes.append(f"{connections} connections; each POST is an array of {size} messages, one transaction, for "
-                         f"{len(AgentBus.listeners)} names in turn. Redis gets {size} XADD in one write.")
+    session.notes.append(f"{connections} connections. Each POST is an array of {size} messages for "
+                         f"{len(AgentBus.listeners)} names in turn, in one transaction. Redis gets {size} XADD in one "
+                         "write.")
     claims = [Claim(bus, UNIT, figures[bus].rounds, 150000, 300000, True) for bus in names(session)]
     return Result(list(figures.values()), claims, session.notes)
 
@@ -114,7 +115,7 @@ def tokens_cost_next_to_nothing(session: Session) -> Result:
     return Result(list(figures.values()), claims, session.notes)
 
 
-@row(first="none", goal="none: it shows that --rate 0, which the other rows use, does not change the figures")
+@row(first="none", goal="none; the row shows that --rate 0, which the other rows use, does not change the figures")
 def the_default_rate_costs_next_to_nothing(session: Session) -> Result:
     senders = 4000  # so that each stays below 50 messages/s up to 200,000 together
 

@@ -40,8 +40,8 @@ def a_reader_that_is_far_behind_catches_up_fast(session: Session) -> Result:
         for run in runs.values():
             run()
         found = interleaved(runs, session.settings.rounds, "messages/s")
-    session.notes.append(f"One reader that has {behind} messages to read and asks for {PAGE} at a time, the next when "
-                         "it has the last; what it gets is counted and not parsed.")
+    session.notes.append(f"One reader has {behind} messages to read and asks for {PAGE} at a time, one request after "
+                         "the other. It counts the messages and does not parse them.")
     claims = [Claim(bus.name, "messages/s", found[bus.name].rounds, 100000, 300000, True) for bus in buses]
     return Result(list(found.values()), claims, session.notes)
 
@@ -72,7 +72,7 @@ def sends_do_not_slow_down_with_ten_million_stored(session: Session) -> Result:
         return {bus.name: lambda seconds: session.observed(
             bus, lambda: bus.requests(requests, 16, seconds, here.names))}
 
-    session.notes.append(f"16 connections, to {NAMES} names in turn. What is sent stays, so the few become more.")
+    session.notes.append(f"16 connections send to {NAMES} names in turn. The messages stay, so the few become more.")
     return grown(session, runs, "messages/s")
 
 
@@ -88,8 +88,8 @@ def reads_do_not_slow_down_with_ten_million_stored(session: Session) -> Result:
         return {name: lambda seconds, numbers=numbers: polled(bus, here, numbers, seconds)
                 for name, numbers in places.items()}
 
-    session.notes.append(f"16 connections; each poll is for another of {NAMES} names and is answered with {READ} "
-                         f"messages: its newest, or those at one of {PLACES} places at random.")
+    session.notes.append(f"16 connections. Each poll is for another of {NAMES} names and gets {READ} messages: the "
+                         f"newest of that name, or those at one of {PLACES} random places.")
     return grown(session, runs, "polls/s")
 
 
@@ -142,8 +142,8 @@ def a_start_with_ten_million_stored_is_short(session: Session) -> Result:
     for run in runs.values():
         run()
     found = interleaved(runs, session.settings.rounds, "s")
-    session.notes.append("From starting the process until the first answer to /healthz. Not in memory: the system was "
-                         "told to drop the database from its cache, as after a start of the machine.")
+    session.notes.append("The time runs from the start of the process until the first answer to /healthz. *Not in "
+                         "memory*: the system was told to drop the database from its cache, as after a reboot.")
     claims = [Claim(name, "s", figure.rounds, 1, 0.3, False) for name, figure in found.items()
               if not name.endswith(f"{spaced(FEW)} stored")]
     return Result(list(found.values()), claims, session.notes)

@@ -37,9 +37,10 @@ def a_parked_reader_is_woken_at_once(session: Session) -> Result:
         runs = {name: lambda peer=peer: woken(peer, *scaled(peer)) for name, peer in running.items()}
         figures = interleaved(runs, session.settings.rounds, "ms (p99)")
     session.notes.append(
-        f"{crowd} readers are parked elsewhere, on names of their own; {wakings} wakings in a round. With a thread "
-        f"for each reader it is {min(crowd, 1000)} readers and {min(wakings, 20)} wakings. From before the send is "
-        "written until the whole answer of the reader is read, one after the other, in one process.")
+        f"{crowd} other readers are parked, each on its own name. A round has {wakings} wakings, one after the other, "
+        f"in one process. A server with a thread for each reader gets {min(crowd, 1000)} readers and "
+        f"{min(wakings, 20)} wakings. The time runs from just before the send is written until the reader's whole "
+        "answer is read.")
     claims = []
     for figure in ours(session, figures):
         claims.append(Claim(f"{figure.contender}, p50", "ms", figure.beside["p50 ms"], 1, None, False))
@@ -90,9 +91,9 @@ def a_parked_reader_takes_little_memory(session: Session) -> Result:
         runs[peer.name] = lambda peer=peer: fresh(type(peer))
     figures = interleaved(runs, session.settings.rounds, "KB")
     session.notes.append(
-        f"Growth of the server (PSS of all its processes) from {before} parked readers to {crowd} more, each on a name "
-        f"of its own, in a new process for each round; with a thread each, {min(crowd, 2000)} more. What the kernel "
-        "keeps for a socket is not in it.")
+        f"The growth of the server (PSS of all its processes) between {before} parked readers and {crowd} more, each "
+        f"on its own name; {min(crowd, 2000)} more for a server with a thread for each reader. Each round has a new "
+        "process. The memory of the kernel for sockets is not counted.")
     claims = [Claim(figure.contender, "KB", figure.rounds, 3, 2, False) for figure in ours(session, figures)]
     return Result(list(figures.values()), claims, session.notes)
 
@@ -104,9 +105,10 @@ def a_broadcast_reaches_ten_thousand_parked_readers_fast(session: Session) -> Re
         runs = {name: lambda peer=peer: broadcast(peer, crowd) for name, peer in running.items()}
         figures = interleaved(runs, session.settings.rounds, "ms")
     session.notes.append(
-        f"{crowd} readers; from before the send is written until the last answer has reached the kernel (its own "
-        "timestamp of the packet). Nobody reads before all are there, so the readers take nothing from the server. "
-        "At agent-bus each has a name of its own and the message is for `all`; elsewhere all wait on one channel.")
+        f"{crowd} readers. The time runs from just before the send is written until the last answer has reached the "
+        "kernel (by the kernel's timestamp of the packet). No reader reads before all answers are there, so the "
+        "readers take no CPU from the server. With agent-bus, each reader has its own name and the message is for "
+        "`all`; with the others, all readers wait on one channel.")
     claims = []
     if NchanPeer.name in figures:
         for figure in ours(session, figures):
@@ -138,7 +140,7 @@ def ten_thousand_parked_readers_cost_no_cpu(session: Session) -> Result:
                 figures[name].rounds.append((machine.running_seconds(peer.pids()) - before[name]) * share)
         for readers in crowds:
             readers.check()
-    session.notes.append(f"{crowd} readers parked at each, all at the same time; windows of {span} s in which nothing "
-                         "is sent and no hold ends.")
+    session.notes.append(f"All servers run at the same time, each with {crowd} parked readers. In the windows of "
+                         f"{span} s nothing is sent and no hold ends.")
     claims = [Claim(figure.contender, "% of a CPU", figure.rounds, 1, 0.1, False) for figure in ours(session, figures)]
     return Result(list(figures.values()), claims, session.notes)

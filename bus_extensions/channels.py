@@ -15,13 +15,13 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 
 def start(bus: Bus, options: argparse.Namespace) -> None:
-    bus.route("GET", "/channels", partial(channels, bus), "channels, each with its mailboxes and unread messages")
+    bus.route("GET", "/channels", partial(channels, bus), "how many mailboxes and unread messages each channel has")
 
 
 def channels(bus: Bus, request: Request) -> Answer:
-    """The mailboxes of /inbox, added up. `max` limits mailboxes, as counting what is unread may take a read for each.
+    """The mailboxes of /inbox, added up by channel. To count the unread messages of a mailbox may take a read.
 
-    So a channel may go on in the next answer.
+    So `max` limits mailboxes, and the rest of a channel may be in the next answer.
     """
 
     def shows(own: str, box: Mailbox) -> bool:

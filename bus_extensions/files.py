@@ -26,7 +26,7 @@ def options(parser: argparse.ArgumentParser) -> None:
         type=size,
         default="10g",
         metavar="SIZE",
-        help="room for files, all together; 0: keep none (%(default)s)",
+        help="room for all files together; 0: store no files (%(default)s)",
     )
 
 
@@ -42,7 +42,7 @@ class Blobs:
     """
 
     PIECE = 65536  # bytes that are read at once
-    PART_SECONDS = 7 * 86400.0  # a part waits for the rest: a sender that was cut off before a weekend is back by then
+    PART_SECONDS = 7 * 86400.0  # a part waits so long for its rest: a sender cut off on a Friday has another week
 
     def __init__(self, bus: Bus, quota: int) -> None:
         self.bus = bus
@@ -51,17 +51,17 @@ class Blobs:
         self.quota = 0 if database == ":memory:" else quota  # bytes
         self.arriving: set[str] = set()
         self.used = sum(map(size_of, self.folder.glob("*")))  # bytes
-        bus.route("PUT", "/blob/", self.put, "store a file under its sha256", sink=self.upload)
-        bus.route("GET", "/blob/", self.get, "a file by its sha256")
+        bus.route("PUT", "/blob/", self.put, "store a file; ID is its sha256", sink=self.upload)
+        bus.route("GET", "/blob/", self.get, "get a file; ID is its sha256")
         bus.on_tidy.append(lambda: bus.loop.in_thread(self.forget, self.forgotten))
-        bus.metrics.append(lambda: [("files_bytes", "gauge", "kept by hash", [("", self.used)])])
+        bus.metrics.append(lambda: [("files_bytes", "gauge", "bytes of all stored files", [("", self.used)])])
 
     def place(self, request: Request) -> pathlib.Path:
-        """The file that a request is about, whether it is there or not."""
+        """The path of the file that a request is about. The file may be missing."""
         if not self.quota:
             raise Refused(501, "this bus keeps no files")
         if not re.fullmatch("[0-9a-f]{64}", request.parsed.rest):
-            raise Refused(400, "the path of a file is /blob/ and its sha256, as 64 hex digits")
+            raise Refused(400, "the path of a file must be /blob/ and its sha256 in 64 hex digits")
         return self.folder / request.parsed.rest
 
     def upload(self, request: Request) -> Upload:
@@ -87,9 +87,9 @@ class Blobs:
         return None
 
     def stored(self, connection: Connection, upload: Upload, status: Any) -> None:
-        """A file was checked and made durable, or was not: an exception."""
+        """The end of finish(): `status` is its result, or the exception that it raised."""
         upload.busy = False
-        if status in (200, 422):  # after an error its part is still there
+        if status in (200, 422):  # after an error the part stays
             self.used -= upload.at
         if status == 422:
             answer = refusal(Refused(422, "the bytes that arrived do not have this sha256; nothing was stored"))
@@ -124,13 +124,14 @@ class Blobs:
         return Answer(status, b"", "application/octet-stream", span, file=rest)
 
     def forget(self) -> int:
-        """In a thread: remove files that nobody sent or asked for during --keep, and parts that nobody went on with.
+        """In a thread: remove old files, and parts whose upload nobody continued. Returns the bytes that were removed.
 
-        A part takes room, and nobody can have it: it goes also where all else stays. Returns the bytes that went.
+        A file is old if nobody sent or requested it during --keep. A part takes room and nobody can read it, so it is
+        removed after PART_SECONDS even if everything else is kept for ever.
         """
         now, keep, gone = time.time(), self.bus.retention.keep, 0
         for file in self.folder.glob("*"):
-            with contextlib.suppress(OSError):  # a folder, a link to nothing: somebody else's, and no reason to end
+            with contextlib.suppress(OSError):  # somebody else put a folder or a broken link here: go on
                 status = file.stat()
                 patience = min(keep or math.inf, self.PART_SECONDS if file.suffix == ".part" else math.inf)
                 if status.st_mtime < now - patience and file.stem not in self.arriving:
@@ -144,7 +145,7 @@ class Blobs:
 
 
 def size_of(file: pathlib.Path) -> int:
-    """Bytes; 0 if there is no such file, or not any more."""
+    """The size of a file in bytes; 0 if there is no such file."""
     try:
         return file.stat().st_size if file.is_file() else 0
     except OSError:
@@ -172,14 +173,14 @@ class Upload:
         try:
             blobs.folder.mkdir(mode=0o700, exist_ok=True)
             there = size_of(self.part)
-            self.stream = self.part.open("ab" if start else "wb", buffering=0)  # what was written is on the disk
+            self.stream = self.part.open("ab" if start else "wb", buffering=0)  # no buffer of ours
         except OSError as error:
             raise Refused(507, f"the bus cannot store the file: {error.strerror}") from None
         blobs.arriving.add(file.name)
         blobs.used -= there - start
 
     def write(self, data: bytes) -> int:
-        if self.blobs.used + len(data) > self.blobs.quota:  # others arrived meanwhile
+        if self.blobs.used + len(data) > self.blobs.quota:  # other files took the room meanwhile
             return 0
         done = 0
         with contextlib.suppress(OSError):
@@ -196,7 +197,7 @@ class Upload:
             raise Refused(507, "the bus has no room for the rest of this file", *self.offset())
 
     def far_enough(self) -> bool:
-        """Has it moved by as much as it must in BODY_SECONDS?"""
+        """See Sink: is the upload as fast as BODY_RATE?"""
         moved = self.at - self.marked >= BODY_SECONDS * BODY_RATE
         self.marked = self.at if moved else self.marked
         return moved

@@ -18,11 +18,11 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 def start(bus: Bus, options: argparse.Namespace) -> None:
     bus.metrics.insert(0, lambda: totals(bus))
-    bus.route("GET", "/metrics", lambda request: metrics(bus, request), "figures for Prometheus")
+    bus.route("GET", "/metrics", lambda request: metrics(bus, request), "metrics for Prometheus")
 
 
 def metrics(bus: Bus, request: Request) -> Answer:
-    """In the text format of Prometheus; with more than 1000 names, ?after= and the header Bus-Next go on."""
+    """Text for Prometheus. If there are more than 1000 names, the header Bus-Next has the next request's `after`."""
     request.grant.check_operator()
     found, more = page(bus, request, lambda own, box: own != EVERYONE)
     headers = (("Bus-Next", json.loads(f"{{{more[2:]}}}")["next"]),) if more else ()

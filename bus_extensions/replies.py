@@ -1,4 +1,4 @@
-"""Questions: ask and wait for the answer, conversations, taking a message back (PROTOCOL.md section 13).
+"""Questions: ask and wait for the answer, conversations, taking a message back (PROTOCOL.md section 12).
 
 It also adds `wait_fetched` to GET /message/ID: the answer waits until somebody has fetched the message.
 """
@@ -66,9 +66,9 @@ class Question(NamedTuple):
 
     tick: int
     sender: str
-    asked: str  # whom
+    asked: str  # the name that the question went to
     gate: Gate
-    receipt: str  # what the sender is told of it in any case
+    receipt: str  # members of JSON: the answer to the send itself
     grant: Grant
     hold: float  # s
     channel: str
@@ -92,7 +92,7 @@ class Question(NamedTuple):
         return (self.sender,)
 
     def wants(self, message: Message) -> bool:
-        """An answer counts only from one who may read the mailbox that the question went to: an id is no secret."""
+        """A reply counts only if its sender may read the mailbox of the question, because an id is no secret."""
         may_answer = message.sender != self.sender and self.gate.may_read(message.sender, self.asked)
         return may_answer and self.grant.reads(message.to)
 
@@ -100,7 +100,7 @@ class Question(NamedTuple):
         return message.tick == reply
 
 
-FETCHES = "fetches of"  # with a channel, then a name: senders wait here until that mailbox is fetched
+FETCHES = "fetches of"  # with a channel, then a name: senders wait here until somebody reads that mailbox
 
 
 class Watch(NamedTuple):
@@ -165,10 +165,10 @@ class Replies:
 
     def __init__(self, bus: Bus) -> None:
         self.bus = bus
-        bus.route("POST", "/ask", self.ask, "a send that is answered with the answer; wait=50 waits for it")
-        bus.route("GET", "/thread/", self.thread, "a conversation: a message, and the answers to it")
-        bus.route("POST", "/recall", self.recall, "its sender takes a message back that nobody has fetched")
-        bus.route("GET", "/message/", self.message, "one message, and how far it came; wait_fetched=25 waits")
+        bus.route("POST", "/ask", self.ask, "send a message and get its reply; wait=50 waits for one")
+        bus.route("GET", "/thread/", self.thread, "a conversation: its first message and all replies")
+        bus.route("POST", "/recall", self.recall, "take back a message of yours that nobody has fetched")
+        bus.route("GET", "/message/", self.message, "one message and its state; wait_fetched=25 waits for a fetch")
         bus.waits[Question] = Waits(self.answered, self.unanswered)
         bus.waits[Watch] = Waits(self.watched, self.unwatched)
         bus.on_delivered.append(self.tell_watchers)
@@ -176,7 +176,7 @@ class Replies:
     # Questions
 
     def ask(self, request: Request) -> None:
-        """A send that is answered when its answer is there. Asked again with the same key, it waits again."""
+        """A send that is answered when its reply arrives. If it is asked again with the same key, it waits again."""
         drafts, several = self.bus.sending.drafts(request)
         if several or len(drafts[0].to) > 1 or EVERYONE in drafts[0].to:
             raise Refused(400, "a question must be one message to one name, not to all")
@@ -188,7 +188,7 @@ class Replies:
     def asked(
         self, grant: Grant, hold: float, warning: str, connection: Connection, put: Put, stored: list[Stored]
     ) -> Answer | None:
-        """The answer to a question, if it is there already; else its sender is parked."""
+        """The question is stored: answer with its reply if there is one already, else park its sender."""
         bus, one = self.bus, put.drafts[0]
         tick, duplicate = stored[0].ticks[0], stored[0].duplicate
         said = entry(bus, one, stored[0]) + (f', "warning": {quote(warning)}' if warning else "")
@@ -205,7 +205,7 @@ class Replies:
         return None
 
     def answered(self, connection: Connection, question: Question, messages: list[Message]) -> Answer:
-        """An answer that is the next message of its mailbox is fetched with that: who only asks would fill it."""
+        """A reply that is its mailbox's oldest unfetched message becomes fetched; else an asker's mailbox fills up."""
         bus, reply = self.bus, messages[0]
         answer = ok(bus, f'{question.receipt}, "reply": {reply.render()}')
         mark = bus.mailboxes.box(question.channel, question.sender).fetched
@@ -218,12 +218,12 @@ class Replies:
     # Conversations
 
     def replies_to(self, parent: int) -> list[Message]:
-        """The answers to a message that are not expired or recalled, oldest first; none that is not announced."""
+        """The announced replies to a message, oldest first, without the expired and the recalled ones."""
         thread = self.messages_of(self.bus.view.lineage(parent)[0])
         return [each for each in thread if each.answers == parent and not self.bus.view.is_expired(each)]
 
     def messages_of(self, root: int, after: int = 0) -> Iterator[Message]:
-        """A message and all that were sent in answer to it, or to those, above a tick, oldest first."""
+        """A message, the replies to it, and the replies to those, oldest first; only ticks above `after`."""
         view = self.bus.view
         first = view.message(root) if root > after else None
         if first:
@@ -233,7 +233,7 @@ class Replies:
             yield from filter(None, map(view.checked, rows))
 
     def thread(self, request: Request) -> Answer:
-        """A conversation: what began it, and the answers, and the answers to them."""
+        """A conversation: its first message, the replies, and the replies to those."""
         self.bus.storms.read(request.owner())
         wanted, query = tick_of(request.parsed.rest), request.query()
         after, limit = tick_of(query.one("after") or "0"), int(query.number("max", 1000, 1, MAX_MESSAGES))
@@ -256,16 +256,16 @@ class Replies:
     # Taking back
 
     def recall(self, request: Request) -> Answer | None:
-        """Its sender takes a message back, if nobody has fetched it, nor is just being sent it.
+        """The sender takes a message back, if nobody has fetched it and it is not being sent to a reader.
 
-        While that is on its way the message is withheld from readers, so what is refused stays readable.
+        The message is withheld from readers until the recall succeeds or fails; if it fails, they can read the message.
         """
         bus = self.bus
         bus.check_open()
         message = one_of(bus, request, request.members().id())
         if request.grant.name not in ("", message.sender):
             raise Refused(403, "only the sender of a message can recall it")
-        if message.expires == RECALLED:  # a retry, whatever was fetched since
+        if message.expires == RECALLED:  # a retry; it succeeds, whatever was fetched since
             return ok(bus, '"ok": true')
         deliveries = [each.delivering for each in bus.door.connections if each.delivering]
         on_its_way = any(reader.covers(upto, message) for reader, upto in deliveries)
@@ -287,7 +287,7 @@ class Replies:
     # Waiting until a message was fetched
 
     def message(self, request: Request) -> Answer | None:
-        """One message and how far it came; asking moves nothing. With `wait_fetched` the answer waits until it came."""
+        """One message and its state; asking moves no mark. With `wait_fetched` the answer waits until it is fetched."""
         bus = self.bus
         found = one_of(bus, request)
         hold = request.query().number("wait_fetched", 0, 0, HOLD_MAX)
@@ -297,7 +297,7 @@ class Replies:
         return None
 
     def tell_watchers(self, reader: Parked, tick: int) -> None:
-        """Those who wait until a message of these mailboxes is fetched are told so at the end of this turn."""
+        """A reader fetched these mailboxes up to a tick: at the end of this turn, answer those who wait for that."""
         mailboxes = self.bus.mailboxes
         for own in reader.present():
             for connection in mailboxes.waiting.get((f"{FETCHES} {reader.channel}", own), ()):

@@ -21,7 +21,7 @@ def options(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="refuse messages that do not fit DIR/TYPE.json (JSON Schema; needs agent-bus[schemas])",
     )
-    parser.add_argument("--strict", action="store_true", help="with --schemas: refuse a type that has none")
+    parser.add_argument("--strict", action="store_true", help="with --schemas: refuse a type without a schema")
 
 
 def start(bus: Bus, options: argparse.Namespace) -> None:
@@ -53,7 +53,7 @@ class Schemas:
             raise Unusable(f"there is no TYPE.json in {folder}")
 
     def check(self, message: Any) -> None:
-        """422, with the member that does not fit, if a message is not what its type says."""
+        """422, with the member that does not fit, if a message does not fit the schema of its type."""
         of = message.get("type") if isinstance(message, dict) else None
         schema = self.types.get(of) if isinstance(of, str) else None
         if not schema:

@@ -1,4 +1,4 @@
-"""Queues: a message is handed to one worker at a time (PROTOCOL.md section 12).
+"""Queues: a message is handed to one worker at a time (PROTOCOL.md section 13).
 
 A queue is a mailbox whose messages are claimed. A row of the table `work` is a message that was handed out at least
 once. `due` is the time from which another worker can get the message. It is on the steady clock, so that a step of the
@@ -50,11 +50,11 @@ from bus_server import (
 )
 
 LEASE = 60.0  # s a worker has for a message when it does not say
-LEASE_MAX = 43200.0  # s; a worker that dies keeps its message from the others for so long
+LEASE_MAX = 43200.0  # s; for so long no other worker gets the message of a worker that died
 CLAIM_MAX = 100  # messages in one claim; it ends at ANSWER_BYTES too
-DEAD = ".dead"  # a queue's name and this: where its messages go that failed too often
+DEAD = ".dead"  # a queue's name and this: the mailbox of the messages that failed too often
 
-TABLES = [""]  # version 1 is what the core's schema 3 made
+TABLES = [""]  # version 1: the core's schema 3 made it
 NOUN = "jobs"
 
 
@@ -64,7 +64,7 @@ def options(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=5,
         metavar="N",
-        help="a message that N workers of a queue failed at goes to NAME.dead (%(default)s)",
+        help="after N failed attempts a message of the queue NAME goes to NAME.dead (%(default)s)",
     )
 
 
@@ -110,7 +110,7 @@ class Job(NamedTuple):
 
     message: Message
     attempt: int  # 1 for the first
-    lease: str  # with this its worker may settle it
+    lease: str  # the secret with which its worker settles it
     until: int  # wall clock, us
 
 
@@ -118,8 +118,8 @@ class Claimed(NamedTuple):
     """The result of a Claim."""
 
     jobs: list[Job]
-    due: int | None  # us until the next message may come back; None: none is out
-    looked: int  # the highest tick there was
+    due: int | None  # us until the next message may come back; None: no worker has one
+    looked: int  # the highest tick at the time of the claim
 
 
 class Claim(Operation):
@@ -133,9 +133,9 @@ class Claim(Operation):
     ) -> None:
         self.channel, self.queue, self.limit = channel, queue, limit
         self.lease_us = lease_us  # how long the worker has for them
-        self.lease = lease  # of the first job, 64 random bits; the others follow it
+        self.lease = lease  # of the first job, 64 random bits; the next job has the next number
         self.called = called  # the worker
-        self.attempts = attempts  # after so many a message is dead
+        self.attempts = attempts  # after so many failed attempts a message is dead
 
     def apply(self, state: State, now: Now) -> Claimed:
         """Up to `limit` messages, and no more than one above ANSWER_BYTES."""
@@ -143,7 +143,7 @@ class Claim(Operation):
         state.insert()
         came_back = "UPDATE work SET due = ? WHERE mailbox = ? AND due >= ''"  # a text lies above every number
         if state.writing.execute(came_back, (now.steady, mailbox)).rowcount:
-            state.damaged(f"when work of {self.queue} comes back")
+            state.damaged(f"the end of a lease in the queue {self.queue}")
         found: list[tuple[Message, int]] = []
         room = ANSWER_BYTES
         for again in self.came_back(state, mailbox, now):
@@ -162,12 +162,12 @@ class Claim(Operation):
             "INSERT OR REPLACE INTO work VALUES (?, ?, ?, ?, ?, ?, NULL)",
             [(job.message.tick, mailbox, job.attempt, due, job.lease, self.called) for job in jobs],
         )
-        undone = "mailbox = ? AND due IS NOT NULL"  # in these words, so that the index `undone` has the first of them
+        undone = "mailbox = ? AND due IS NOT NULL"  # in these words, so that SQLite uses the index `undone`
         [first] = state.writing.execute(f"SELECT min(due) FROM work WHERE {undone}", (mailbox,)).fetchone()
         return Claimed(jobs, None if first is None else first - now.steady, state.last)
 
     def came_back(self, state: State, mailbox: int, now: Now) -> Iterator[tuple[Message, int]]:
-        """What was given back or whose lease ran out, with the number of the next attempt."""
+        """The messages that were given back, or whose lease ran out; each with the number of its next attempt."""
         rows = state.writing.execute(
             "SELECT tick, attempt, reason FROM work WHERE mailbox = ? AND due <= ? ORDER BY due, tick LIMIT ?",
             (mailbox, now.steady, self.limit),
@@ -183,9 +183,9 @@ class Claim(Operation):
                 yield message, attempt + 1
 
     def untaken(self, state: State, mailbox: int, limit: int, room: int, now: Now) -> list[tuple[Message, int]]:
-        """What no worker has had yet, `limit` messages or `room` bytes; the expired and the damaged are passed over."""
+        """Messages that no worker has had, up to `limit` or `room` (bytes), without the expired and damaged ones."""
         [stored] = state.writing.execute("SELECT taken FROM mailboxes WHERE id = ?", (mailbox,)).fetchone()
-        taken = 1 if stored == 0 else stored  # below every message, and not 0: from now on what comes is work
+        taken = 1 if stored == 0 else stored  # not 0: from now on, every message in this mailbox is work
         if not isinstance(taken, int):
             state.damaged(f"how far the queue in mailbox {mailbox} was handed out")
             highest = "SELECT ifnull(max(tick), 1) FROM work WHERE mailbox = ?"
@@ -221,7 +221,7 @@ class Settle(Operation):
     def __init__(self, verb: str, tick: int, lease: str, delay_us: int, reason: str, attempts: int) -> None:
         self.verb = verb  # ack, nack, extend or return
         self.tick, self.lease, self.reason = tick, lease, reason
-        self.delay_us = delay_us  # until it can be had again
+        self.delay_us = delay_us  # until another worker can get it
         self.attempts = attempts
 
     def apply(self, state: State, now: Now) -> Key:
@@ -279,8 +279,8 @@ def is_expired(message: Message, now: Now) -> bool:
 
 
 def bury(state: State, message: Message, attempt: int, reason: str | None, now: Now) -> None:
-    """Move a message to the dead letters of its queue, with what happened to it."""
-    reason = reason if isinstance(reason, str) else "its worker was not heard of"
+    """Move a message to the dead letters of its queue, with the reason."""
+    reason = reason if isinstance(reason, str) else "its lease ran out"
     why = {"dead_of": f"{message.tick:x}", "attempts": attempt, "reason": reason}
     members = {**json.loads(f"{{{message.text}}}"), **why}
     letter = Draft(message.channel, (message.to + DEAD,), message.sender, encode(members)[1:-1], None, None, None)
@@ -295,14 +295,14 @@ class Work:
     def __init__(self, bus: Bus, attempts: int) -> None:
         self.bus, self.attempts = bus, attempts
         self.burying = False
-        bus.route("POST", "/claim", self.claim, "a worker takes messages of a queue; wait=25 waits for one")
-        bus.route("POST", "/ack", self.settle, "with the lease: the message is done")
-        bus.route("POST", "/nack", self.settle, "another worker may try it")
-        bus.route("POST", "/extend", self.settle, "the worker needs more time")
+        bus.route("POST", "/claim", self.claim, "take messages from a queue; wait=25 waits for one")
+        bus.route("POST", "/ack", self.settle, "tell the bus that a claimed message is done")
+        bus.route("POST", "/nack", self.settle, "give a claimed message back to the queue")
+        bus.route("POST", "/extend", self.settle, "ask for more time for a claimed message")
         bus.waits[Worker] = Waits(self.found, self.over)
         bus.states.append(self.state_of)
         bus.on_lost.append(self.lost)
-        bus.on_tidy.append(self.bury)  # a lease from before the start has no timer
+        bus.on_tidy.append(self.bury)  # a lease from before the start of the bus has no timer
         bus.metrics.append(self.undone)
 
     # Endpoints
@@ -329,7 +329,7 @@ class Work:
         self.bus.do(operation, connection, lambda peer, claim, result: self.claimed(peer, worker, claim, result))
 
     def settle(self, request: Request) -> None:
-        """A worker acknowledges its message, gives it back, or asks for more time. The holder of the lease may."""
+        """A worker acknowledges its message, gives it back, or asks for more time. The lease is the permission."""
         self.bus.check_open()
         members = request.members()
         delay = members.number("delay", 0, 0, LEASE_MAX)
@@ -341,19 +341,19 @@ class Work:
         )
         self.bus.do(operation, request.peer, self.settled)
 
-    # What follows
+    # After an operation
 
     def claimed(self, connection: Connection, worker: Worker, claim: Claim, result: Claimed) -> Answer | None:
-        """Handed out is fetched. A message that is out for the last time is buried when its lease runs out."""
+        """Answer a claim, or park its worker. A message on its last attempt is buried when its lease runs out."""
         bus = self.bus
-        if result.jobs and connection.phase is LINGER:  # the worker has gone: others may have them at once
+        if result.jobs and connection.phase is LINGER:  # the worker has gone: others can get them at once
             self.give_back(result.jobs)
         elif result.jobs:
             self.look_again((worker.channel, worker.queue), worker.lease)
             if max(job.attempt for job in result.jobs) >= self.attempts:
                 self.bury_after(worker.lease)
         elif worker.hold > 0 and connection.phase is BUSY and not connection.ended | bus.draining:
-            if bus.mailboxes.box(worker.channel, worker.queue).newest > result.looked:  # since it looked
+            if bus.mailboxes.box(worker.channel, worker.queue).newest > result.looked:  # one arrived since the claim
                 self.ask(connection, worker)
             else:
                 bus.park(connection, worker, math.inf if result.due is None else result.due / 1000000)
@@ -379,7 +379,7 @@ class Work:
         return ok(self.bus, '"ok": true')
 
     def look_again(self, queue: Key, delay: float) -> None:
-        """Those who wait for work ask again when this may be had, if they do not sooner."""
+        """In `delay` seconds the queue may have a job: the workers that wait there ask again then, or earlier."""
         mailboxes, due = self.bus.mailboxes, self.bus.door.deadlines.clock() + delay
         for connection in mailboxes.waiting.get(queue, ()):
             if connection.due > due and isinstance(mailboxes.parked[connection], Worker):
@@ -391,7 +391,7 @@ class Work:
     def bury(self) -> None:
         if not self.burying:
             self.bus.do(Bury(self.attempts), None, self.buried, self.not_buried)
-            self.burying = True  # noted when it is on its way, and not before
+            self.burying = True  # only now: if the line above raises, it is tried again
 
     def buried(self, connection: None, operation: Bury, result: None) -> None:
         self.burying = False
@@ -411,10 +411,10 @@ class Work:
         self.found(connection, worker, [])  # a lease or a delay has run out
         return None
 
-    # What others ask
+    # For other parts of the bus
 
     def state_of(self, message: Message) -> tuple[str, str] | None:
-        """How far a message came that was handed out."""
+        """The state of a message that was handed out."""
         row = self.bus.view.database.execute(
             "SELECT attempt, due, lease, worker FROM work WHERE tick = ?", (message.tick,)
         ).fetchone()
@@ -422,7 +422,7 @@ class Work:
             return None
         attempt, due, lease, worker = row
         if not (isinstance(attempt, int) and all(map(is_name, str(worker).split("/")))):
-            self.bus.view.damaged(f"who has {message.tick:x}")
+            self.bus.view.damaged(f"the worker of {message.tick:x}")
             return None
         state = "fetched" if due else "acknowledged" if lease else "dead"
         return state, f', "attempt": {attempt}, "by": "{worker}"'
@@ -453,7 +453,7 @@ def worker_of(query: Query, grant: Grant) -> Worker:
 
 
 class Handed(NamedTuple):
-    """The reader in `delivers` of an answer with jobs. The worker has them once the answer was written out whole."""
+    """The reader in `delivers` of an answer with jobs. Once the answer was written out whole, the worker has them."""
 
     worker: Worker
     jobs: list[Job]
@@ -492,7 +492,7 @@ class Handed(NamedTuple):
 
 
 def handed(bus: Bus, worker: Worker, jobs: list[Job]) -> Answer:
-    """The answer to a claim. Handed out is fetched, when it was written out whole."""
+    """The answer to a claim. The jobs count as fetched once it was written out whole."""
     messages = ", ".join(
         f'{job.message.render()[:-1]}, "attempt": {job.attempt}, "lease": "{job.lease}", '
         f'"lease_until": {seconds(job.until)}}}'

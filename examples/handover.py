@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
 """A sensitive file changes hands by its path and its hash: it never passes through the bus, nor through a context.
 
-    AGENT_NAME=spark python3 examples/handover.py offer /srv/shared/key.pem dell     # waits for what dell says
+    AGENT_NAME=spark python3 examples/handover.py offer /srv/shared/key.pem dell     # waits for dell's answer
     AGENT_NAME=dell python3 examples/handover.py accept ~/key.pem                      # the next file that is offered
 
-What it shows: both see the same directory, and the bus only has `path`, `size` and `sha256` as fields of a message. Who
-accepts opens the path once, takes nothing that is no plain file, that others can read, or that has another hash, and
-says so; who offers asks (bus_send.ask), so it knows how that ended. Where the two have no directory in common,
-tools/bus_file.py brings the bytes over.
+What it shows: both agents see the same directory, and the bus only has `path`, `size` and `sha256` as fields of a
+message. `accept` opens the path once. It refuses a file that is not plain, that others can read, or that has another
+hash, and says so. `offer` asks (bus_send.ask), so it learns the outcome. If the two agents have no directory in common,
+tools/bus_file.py transfers the bytes.
 """
 import argparse
 import contextlib
@@ -34,7 +34,7 @@ def offer(path, to):
 
 
 def accept(target):
-    """Take what is offered in the mail that waits, or that comes next. 0 if that was taken."""
+    """Take the file that a waiting message, or the next one, offers. Returns 0 if it was taken."""
     code = 1
     for message in bus_recv.receive(os.environ["AGENT_NAME"], once=True, timeout=PATIENCE):
         if message.get("type") == "handover":
@@ -50,11 +50,11 @@ def accept(target):
 
 
 def take(message, target):
-    """Copy what is offered. It is judged by what was read, so that nobody can exchange it in between."""
+    """Copy the offered file. The bytes that were read are checked, so nobody can exchange the file in between."""
     with open(os.open(message["path"], os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode) or status.st_mode & 0o077:
-            raise ValueError("it is no plain file with mode 600")
+            raise ValueError("it is not a plain file with mode 600")
         content = file.read(LARGEST)
     if len(content) != message["size"] or hashlib.sha256(content).hexdigest() != message["sha256"]:
         raise ValueError("its hash is not the one that was offered")

@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""Walk the way to an agent-bus and say which hop fails, and what to try next.
+"""Check each hop on the way to an agent-bus; say which one fails, and what to try.
 
     AGENT_BUS_URL=https://bus.example AGENT_NAME=spark python3 tools/bus_doctor.py
 
-One line for each hop: `ok`, `warn` (it works, but), or `FAIL`, which ends the walk; under the last two, what to do.
-It uses the clients' environment and the clients' own code, so what it finds is what they meet.
+It prints one line for each hop: `ok`, `warn` (it works, with a problem), or `FAIL`. The line below a `warn` or `FAIL`
+says what to do. The first `FAIL` ends the check. The environment and the code are those of the clients, so a client
+has the same faults.
 
-Nothing is stored, no mail is read and no cursor moves: the send is one that the bus must refuse, and the polls are of a
-channel of our own (`doctor`), where nobody sends. The token is never shown. Exit code: 0 all is well, or there are
-only warnings; 1 a hop failed; 2 usage.
+Nothing is stored, no mail is read and no cursor moves: the bus must refuse the test send, and the test polls use the
+channel `doctor`, where nobody sends. The token is never shown. Exit code: 0 no hop failed; 1 a hop failed; 2 usage.
 """
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ except ModuleNotFoundError as missing:
           file=sys.stderr)  # fmt: skip
     sys.exit(2)
 
-PATIENCE = 10.0  # s for a hop; what needs longer is as good as broken
-SKEW_SECONDS = 120.0  # clients of the first contract start at their own clock; the bus refuses what is 300 s ahead
-PAGE_BYTES = 1 << 16  # of what may be a page, and not the bus's, to find its title
-BODY_BYTES = 1 << 16  # every bus takes so much, so everything before it must
+PATIENCE = 10.0  # s for a hop; a slower hop counts as broken
+SKEW_SECONDS = 120.0  # clients of the first contract start at their own clock; the bus refuses a cursor 300 s ahead
+PAGE_BYTES = 1 << 16  # read of an answer; it may be a web page, whose title we want
+BODY_BYTES = 1 << 16  # every bus accepts this much, so everything on the way to it must too
 CHANNEL = "doctor"
 TOKEN = re.compile(r"abt_[0-9a-f]{8}_[A-Za-z0-9_-]{43}")
-Finding = Union[str, tuple[str, str]]  # what is there; with an advice it is a warning
+Finding = Union[str, tuple[str, str]]  # what was found; with an advice it is a warning
 
 
 class Fault(Exception):
-    """Here the way ends: what was found, and what to do."""
+    """A hop failed: what was found, and what to do."""
 
     def __init__(self, found: str, advice: str) -> None:
         super().__init__(found)
@@ -54,12 +54,12 @@ class Fault(Exception):
 
 
 class Way:
-    """The way from here to one bus. Each hop says what it found, or raises; what it learnt is for those behind it."""
+    """The way from here to one bus. A hop returns what it found, or raises; it sets attributes for later hops."""
 
     host: str  # with `port`, the first machine we talk to: that of the bus, or a proxy
     port: int
-    direct: bool  # it is that of the bus
-    health: dict[str, Any]  # what the bus says of itself
+    direct: bool  # that machine is the bus, not a proxy
+    health: dict[str, Any]  # the answer of the bus to /healthz
 
     def __init__(self, url: str, name: str, hold: float) -> None:
         self.url, self.name, self.hold = url, name, hold
@@ -75,7 +75,7 @@ class Way:
         if not self.target:
             raise Fault(f"{self.url} names no host", "write it like http://host:8080")
         self.direct = not bus_recv.proxy_for(self.scheme, self.target, parts.port or self.port)
-        return self.url if os.environ.get("AGENT_BUS_URL") else f"{self.url}, as AGENT_BUS_URL is not set"
+        return self.url if os.environ.get("AGENT_BUS_URL") else f"{self.url}, because AGENT_BUS_URL is not set"
 
     def proxy(self) -> Finding:
         variable = next((name for name in os.environ if name.lower() == f"{self.scheme}_proxy"), None)
@@ -84,27 +84,27 @@ class Way:
         if not self.direct:
             return f"{variable} leads through {self.host} port {self.port}"
         if bus_recv.is_here(self.target):
-            return f"{variable} is set, and not used towards this machine itself"
-        return f"{variable} is set, and no_proxy excepts {self.target}"
+            return f"{variable} is set, and not used: the bus is on this machine"
+        return f"{variable} is set, and not used: {self.target} is in no_proxy"
 
     def dns(self) -> Finding:
         try:
             found = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
         except OSError as error:
-            advice = "is it spelled right? In a VPN or tailnet: is that up here, and does it serve names?"
+            advice = "is the name spelled right? If it is a name in a VPN or tailnet, is that up on this machine?"
             raise Fault(f"no address for {self.host}: {error.strerror}", advice) from None
         addresses = ", ".join(dict.fromkeys(str(address[0]) for *_, address in found))
-        return f"{self.host} is {addresses}" if addresses != self.host else "an address, no name"
+        return f"{self.host} is {addresses}" if addresses != self.host else "not needed: the URL has an address"
 
     def tcp(self) -> Finding:
         where, began = f"{self.host} port {self.port}", time.monotonic()
         try:
             bus_recv.dial((self.host, self.port), PATIENCE).close()
         except ConnectionRefusedError:
-            advice = "is the server, or the tunnel, running? Without --host the bus listens on its own 127.0.0.1 only"
+            advice = "is the server or the tunnel running? Without --host the bus listens on its own 127.0.0.1 only"
             raise Fault(f"{where} refuses: nothing listens there", advice) from None
         except socket.timeout:
-            advice = "a firewall drops it, the host is down, or the address is another's: try ping, look at the VPN"
+            advice = "is a firewall in between, is the host down, is the address right? Try ping, and check the VPN"
             raise Fault(f"{where} does not answer within {PATIENCE:.0f} s", advice) from None
         except OSError as error:
             raise Fault(f"{where}: {worded(error)}", "is the network, the VPN or the tunnel up?") from None
@@ -114,85 +114,86 @@ class Way:
         if self.scheme == "http" and (bus_recv.is_here(self.target) or os.environ.get("AGENT_BUS_PLAIN_HTTP")):
             return "none: plain http"
         if self.scheme == "http":
-            return "none: plain http across a network", "use https, or in a tunnel or a VPN AGENT_BUS_PLAIN_HTTP=1"
+            return "none: plain http across a network", "use https; in a tunnel or a VPN set AGENT_BUS_PLAIN_HTTP=1"
         connection, *_ = bus_recv.connect(self.url, PATIENCE)
         with contextlib.closing(connection):
             try:
                 connection.connect()
             except ssl.SSLCertVerificationError as error:
-                advice = CERTIFICATE.get(error.verify_code, "ask its operator for a better one")
-                raise Fault(f"the certificate is not good: {error.verify_message}", advice) from None
+                advice = CERTIFICATE.get(error.verify_code, "ask the operator of the bus for a valid certificate")
+                raise Fault(f"the certificate is not valid: {error.verify_message}", advice) from None
             except OSError as error:
                 self.check_scheme()
                 raise Fault(f"no TLS: {worded(error)}", "is that the right port? Is a proxy in between?") from None
-            return "the certificate is good"
+            return "the certificate is valid"
 
     def answer(self) -> Finding:
-        """Does anything answer there, and is it the bus, or something in its place?"""
+        """Does anything answer there? Is it the bus, or something in its place?"""
         try:
             response, page = self.fetch("/healthz")
         except (OSError, ValueError, http.client.HTTPException) as error:
             self.check_scheme()
-            advice = "is that the right port? Does a log at the other end say more?"
+            advice = "is that the right port? Does the log of the bus or of a proxy say more?"
             raise Fault(f"no answer: {worded(error)}", advice) from None
         self.health, self.skew, status = said(page), time.time() - bus_recv.clock_of(response), response.status
         if status == 200 and self.health:
             return "200, and JSON"
-        if status == 400:  # some say it in plain http that their port is for https
+        if status == 400:  # some servers answer plain http on an https port with this
             self.check_scheme()
         if 300 <= status < 400:
             place = response.headers.get("Location", "").partition("/healthz")[0]
-            raise Fault(f"{status}: it sends us on to {place}", f"the clients follow nobody: set AGENT_BUS_URL={place}")
+            advice = f"the clients follow no redirect: set AGENT_BUS_URL={place}"
+            raise Fault(f"{status}: a redirect to {place}", advice)
         if isinstance(self.health.get("error"), str):
             raise Fault(f"{status}: {self.health['error']}", REFUSALS.get(status, BETWEEN))
         advice = PAGES.get(status, NO_BUS if status >= 500 else STRANGER)
-        raise Fault(f"{status} and {title(page)}, by {response.headers.get('Server', 'nobody knows what')}", advice)
+        raise Fault(f"{status} and {title(page)}, from {response.headers.get('Server', 'an unknown server')}", advice)
 
     def bus(self) -> Finding:
         if self.health.get("ok") is not True or not bus_recv.DECIMAL.fullmatch(str(self.health.get("now"))):
-            raise Fault("what answers is not an agent-bus", "is that the right host and port?")
+            raise Fault("this server is not an agent-bus", "is that the right host and port?")
         if "bus" not in self.health:
-            return "it speaks the first contract only", "ids, receipts and tokens need another server"
+            return "it speaks the first contract only", "for ids, receipts and tokens, use a newer server"
         return f"an agent-bus, {self.health['bus']}"
 
     def clock(self) -> Finding:
         if abs(self.skew) < SKEW_SECONDS:
-            return f"ours is within {abs(self.skew) + 1:.0f} s of theirs"  # the Date has whole seconds
-        found = f"ours is {abs(self.skew):.0f} s {'ahead of' if self.skew > 0 else 'behind'} theirs"
-        return found, "set it (NTP): clients of the first contract start at their own clock, certificates go by it"
+            return f"ours is within {abs(self.skew) + 1:.0f} s of the bus's clock"  # the Date has whole seconds
+        found = f"ours is {abs(self.skew):.0f} s {'ahead of' if self.skew > 0 else 'behind'} the bus's clock"
+        return found, "set it (NTP): old clients begin to read at their own clock, and certificates depend on it"
 
     def token(self) -> Finding:
-        """Is one asked for, is one set, do they fit?"""
+        """Does the bus need a token, and is a valid one set?"""
         try:
             header = bus_recv.credentials(self.url)
         except ValueError as error:
             raise Fault(str(error), MEND) from None
         response, page = self.fetch("/inbox")
         if response.status == 200:
-            return "the bus asks for none" + (", and the one that is set has no effect" if header else "")
+            return "the bus needs none" + (", and the one that is set has no effect" if header else "")
         if response.status != 401 or "error" not in said(page):
             raise Fault(f"{response.status}: {said(page).get('error') or title(page)}", BETWEEN)
         text = header.get("Authorization", "").partition(" ")[2]
         if not text:
-            advice = "where the bus runs: bus_server.py invite NAME; here: set AGENT_BUS_TOKEN to what that prints"
-            raise Fault("the bus wants one, and none is set", advice)
+            advice = "where the bus runs: bus_server.py invite NAME; here: set AGENT_BUS_TOKEN to the token it prints"
+            raise Fault("the bus needs one, and none is set", advice)
         if not TOKEN.fullmatch(text):
-            advice = "a token is abt_, 8 hex digits, _ and 43 more, 56 in all: paste it whole, without quotes"
-            raise Fault(f"what is set has not the shape of one ({len(text)} characters)", advice)
+            advice = "a token is abt_, 8 hex digits, _ and 43 characters, 56 in all: paste all of it, without quotes"
+            raise Fault(f"the text that is set is not a token ({len(text)} characters)", advice)
         try:
             bus_recv.ask(self.url, "/inbox", PATIENCE)
         except bus_recv.Refused:
-            advice = "where the bus runs, bus_server.py tokens lists those it knows, and invite makes one"
+            advice = "where the bus runs, bus_server.py tokens lists its tokens, and invite makes one"
             raise Fault(f"the bus does not know {text[:12]}: it was revoked, or is another bus's", advice) from None
-        return f"{text[:12]} is good"
+        return f"{text[:12]} is valid"
 
     def send(self) -> Finding:
-        """A POST of a size that every bus takes, for nobody: the bus must refuse it, so nothing is stored."""
+        """POST a message of a size that every bus accepts. It has no receiver, so the bus must refuse it."""
         if not self.name:
-            return "left out: AGENT_NAME is not set", "set it to the name that the others send to"
+            return "skipped: AGENT_NAME is not set", "set it to the name that the others send to"
         if not bus_recv.NAME.fullmatch(self.name):
-            advice = "1 to 64 of A-Z a-z 0-9 . _ : @ - and first a letter or digit"
-            raise Fault(f"AGENT_NAME is {self.name!r}, which is no name", advice)
+            advice = "a name is 1 to 64 of A-Z a-z 0-9 . _ : @ - with a letter or digit first"
+            raise Fault(f"AGENT_NAME is {self.name!r}, which is not a name", advice)
         message = {"from": self.name, "to": "", "msg": "x" * BODY_BYTES, "channel": CHANNEL}
         try:
             bus_send.post(self.url, message, PATIENCE)
@@ -200,34 +201,34 @@ class Way:
             if refused.status == 400 and not str(refused).startswith("from"):
                 return f"as {self.name}: {BODY_BYTES >> 10} KiB arrive"
             raise Fault(f"{refused.status}: {refused}", POSTS.get(refused.status, BETWEEN)) from None
-        raise Fault("what has no receiver was stored", "this server does not keep to PROTOCOL.md")
+        raise Fault("a message without a receiver was stored", "this server breaks PROTOCOL.md: use another one")
 
     def recv(self) -> Finding:
-        """May we read our mail? Asked on a channel where there is none."""
+        """May we read our mail? The poll is for a channel without mail."""
         if not self.name:
-            return "left out"
+            return "skipped"
         try:
             self.poll(0)
         except bus_recv.Refused as refused:
             self.hold = 0
-            return f"{refused.status}: {refused}", "a token made with --send-only is meant so"
+            return f"{refused.status}: {refused}", "if the token was made with --send-only, this is right"
         return f"as {self.name}: allowed"
 
     def long_poll(self) -> Finding:
-        """Is a request left alone while there is nothing to say?"""
+        """Does a request without an answer stay open for as long as the bus may hold it?"""
         if not self.name or not self.hold:
-            return "left out"
+            return "skipped"
         began = time.monotonic()
         try:
             self.poll(self.hold)
         except bus_recv.Unreachable as fault:
             held = time.monotonic() - began
-            advice = f"let what is on the way wait 75 s (docs/deploy.md); until then poll with wait={held * 0.8:.0f}"
+            advice = f"set the timeout of each proxy to 75 s (docs/deploy.md); until then, wait={held * 0.8:.0f} works"
             raise Fault(f"cut after {held:.1f} s: {fault}", advice) from None
         held = time.monotonic() - began
         if held < self.hold - 1:
-            return f"answered after {held:.1f} s of {self.hold:g}", "this bus holds no longer, or it is being stopped"
-        return f"left alone for {held:.0f} s"
+            return f"answered after {held:.1f} s of {self.hold:g}", "this bus holds a poll no longer, or is stopping"
+        return f"open for {held:.0f} s"
 
     def poll(self, hold: float) -> None:
         query = {"to": self.name, "channel": CHANNEL, "since": self.health["now"], "wait": f"{hold:g}",
@@ -235,7 +236,7 @@ class Way:
         bus_recv.ask(self.url, f"/recv?{urlencode(query)}", hold + PATIENCE)
 
     def fetch(self, path: str) -> tuple[http.client.HTTPResponse, bytes]:
-        """What is said to someone without a token, whoever says it: bus_recv.ask knows the bus's own answers only."""
+        """The answer to a request without a token, from the bus or not; bus_recv.ask takes only the bus's."""
         connection, prefix, headers = bus_recv.connect(self.url, PATIENCE)
         with contextlib.closing(connection):
             connection.connect()
@@ -248,10 +249,10 @@ class Way:
         return response, page
 
     def check_scheme(self) -> None:
-        """Fault if it is http that is spoken where the URL says https, or the reverse."""
+        """Fault, if the port speaks http and the URL says https, or the reverse."""
         if self.direct and (self.speaks_http() if self.scheme == "https" else self.speaks_tls()):
             other = {"https": "http", "http": "https"}[self.scheme]
-            raise Fault(f"{other} is spoken there", f"set AGENT_BUS_URL={other}{self.url[len(self.scheme):]}")
+            raise Fault(f"that port speaks {other}", f"set AGENT_BUS_URL={other}{self.url[len(self.scheme):]}")
 
     def speaks_http(self) -> bool:
         with contextlib.suppress(OSError), bus_recv.dial((self.host, self.port), PATIENCE) as sock:
@@ -261,7 +262,7 @@ class Way:
 
     def speaks_tls(self) -> bool:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # nothing is said, so anyone may hear it
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # we send nothing, so anyone may be there
         try:
             with bus_recv.dial((self.host, self.port), PATIENCE) as sock, context.wrap_socket(sock):
                 return True
@@ -271,26 +272,26 @@ class Way:
 
 # What to do
 
-MEND = "mend that: the clients end with this line too"
-BETWEEN = "something on the way treats this request otherwise than the ones before: look into its log"
-LOGIN = "exempt the bus from that login (its tokens are one), or go round it with a tunnel"
-NO_BUS = "there: does the bus run, and is that where the proxy leads? Here: is it the proxy of http_proxy that says so?"
-STRANGER = "another web server, a login page or a firewall? A firewall may let another AGENT_BUS_UA pass"
-PAGES = {401: LOGIN, 407: LOGIN}  # the status of a page in the bus's place
-REFUSALS = {  # that of the bus's own answer to /healthz
+MEND = "correct that: the clients end with the same line"
+BETWEEN = "something on the way treats this request differently from the earlier ones: look into its log"
+LOGIN = "exempt the bus from that login (the bus has tokens), or avoid it with a tunnel"
+NO_BUS = "is the bus running, and does the proxy in front of it lead there? Or is this an error of the http_proxy here?"
+STRANGER = "is that another web server, a login page or a firewall? A firewall may let another AGENT_BUS_UA pass"
+PAGES = {401: LOGIN, 407: LOGIN}  # by the status of another server's page
+REFUSALS = {  # by the status of the bus's own answer to /healthz
     403: "start the bus with --allow-host and that name, or make a token for each agent",
-    404: "AGENT_BUS_URL ends where /healthz begins",
+    404: "AGENT_BUS_URL must end before the path of an endpoint, as in http://host:8080",
 }
 POSTS = {
     400: "set AGENT_NAME to another name",
     403: "set AGENT_NAME to the name of the token",
     413: "start the bus with a larger --max-body",
 }
-SIGNED = "set AGENT_BUS_CA to the certificate of the authority that signed it: its operator has that file"
-NAMED = "use the name that is in it, or have it made for this one"
+SIGNED = "set AGENT_BUS_CA to the certificate of the authority that signed it: the operator of the bus has that file"
+NAMED = "use a name that is in the certificate, or get a certificate with this name"
 CERTIFICATE = {  # X509_V_ERR_* of OpenSSL
-    9: "set the clock of this machine: by it, the certificate is from the future",
-    10: "have it renewed (and look at the clock of this machine)",
+    9: "set the clock of this machine: the certificate is not valid before a later time",
+    10: "renew the certificate (and check the clock of this machine)",
     18: SIGNED, 19: SIGNED, 20: SIGNED, 21: SIGNED,
     62: NAMED, 64: NAMED,
 }  # fmt: skip
@@ -303,7 +304,7 @@ FAULTS = (bus_recv.Refused, bus_recv.Unreachable, bus_send.Unreachable, OSError,
 
 
 def said(page: bytes) -> dict[str, Any]:
-    """The JSON object that this is, or an empty one."""
+    """The JSON object in this page; an empty one if there is none."""
     try:
         value = json.loads(page, parse_float=str)
     except (ValueError, RecursionError):
@@ -328,7 +329,7 @@ def printable(text: str) -> str:
 
 
 def examine(way: Way) -> bool:
-    """Print a line for each hop, and what to do under those that are not as they should be. True if none failed."""
+    """Print a line for each hop, and below a fault or a warning what to do. True if no hop failed."""
     for hop, look in HOPS.items():
         verdict, advice = "ok", ""
         try:
@@ -337,7 +338,7 @@ def examine(way: Way) -> bool:
                 verdict, (found, advice) = "warn", found
         except Fault as fault:
             verdict, found, advice = "FAIL", str(fault), fault.advice
-        except FAULTS as error:  # where the hops before went well
+        except FAULTS as error:  # although the hops before it went well
             verdict, found, advice = "FAIL", worded(error), BETWEEN
         print(printable(f"{verdict:5} {hop:6} {found}"), flush=True)
         if advice:
@@ -348,11 +349,11 @@ def examine(way: Way) -> bool:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Walk the way to an agent-bus: which hop fails, what to do.")
-    parser.add_argument("--hold", type=float, default=25.0, metavar="S", help="of the long-poll, 0 to 60 (25)")
+    parser = argparse.ArgumentParser(description="Find the hop that fails on the way to an agent-bus.")
+    parser.add_argument("--hold", type=float, default=25.0, metavar="S", help="length of the test poll, 0 to 60 s (25)")
     options = parser.parse_args(argv)
     if not 0 <= options.hold <= 60:
-        parser.error("--hold is 0 to 60 seconds")
+        parser.error("--hold must be 0 to 60 seconds")
     url = os.environ.get("AGENT_BUS_URL") or bus_recv.DEFAULT_URL
     try:
         return 0 if examine(Way(url, os.environ.get("AGENT_NAME", ""), options.hold)) else 1

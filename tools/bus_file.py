@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
-"""Leave a file on an agent-bus for somebody, and get one: by the sha256 of what is in it, in as many tries as it takes.
+"""Store a file on an agent-bus and announce it, or get a file. A file's name on the bus is its sha256.
 
     AGENT_BUS_URL=http://10.0.0.5:8080 AGENT_NAME=spark python3 tools/bus_file.py put weights.bin --to dell
     python3 tools/bus_file.py get 9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08 -o weights.bin
 
-`put` sends what the bus does not have of the file, and then one message: `file weights.bin 1234 bytes sha256 9f86...`.
-`get` is the other half. Both go on where they were cut, use little memory, and show a bar if stderr is a terminal. What
-was got is named PATH only when its hash is right; until then it is PATH.HASH.part, and the next `get` goes on with it.
+`put` sends the bytes that the bus does not have yet, then one message: `file weights.bin 1234 bytes sha256 9f86...`.
+`get` downloads a file. Both resume after an interruption, use little memory, and show a bar if stderr is a terminal. A
+download is named PATH.HASH.part until it is complete and its hash is right; the next `get` continues that part.
 
-It has the environment of bus_send.py. Exit code: 0 done, 1 refused by the bus, or the file is not what its hash says,
-2 usage or a file that cannot be read or written, 75 out of reach: the same call goes on where this one ended.
+It has the environment of bus_send.py. Exit code: 0 done, 1 refused by the bus, or the content does not have its hash,
+2 usage, or a file that cannot be read or written, 75 the bus is not reachable: run the same command again to resume.
 """
 from __future__ import annotations
 
@@ -38,18 +38,18 @@ except ModuleNotFoundError as missing:
 
 PIECE = 1 << 18  # bytes in memory at a time
 STALL_SECONDS = 60.0  # without a byte; at the end of an upload the bus reads the whole file once more
-RATE = 8192  # bytes per second; what is slower is cut, and goes on from there
-PATIENCE = 60.0  # s without getting any further
+RATE = 8192  # bytes per second; a slower transfer is cut off, and resumed
+PATIENCE = 60.0  # s without progress, then we give up
 BAR = 30  # characters
-NOTHING = hashlib.sha256().hexdigest()  # what an empty file is called
+NOTHING = hashlib.sha256().hexdigest()  # the hash of an empty file
 
 
 class Damaged(Exception):
-    """What arrived is not what its hash says."""
+    """The content does not have its hash."""
 
 
 class Progress:
-    """A line on the terminal, about ten times a second; nothing if stderr is none."""
+    """A line on the terminal, about ten times a second; nothing if stderr is not a terminal."""
 
     def __init__(self, name: str, total: int = 0) -> None:
         self.name, self.total, self.drawn = bus_recv.visible(name), total, 0.0
@@ -69,13 +69,13 @@ class Progress:
 
 
 class Patience:
-    """Endures faults, until there was no progress for so many seconds."""
+    """Endures faults until there has been no progress for `seconds`."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds, self.furthest = seconds, -1
 
     def endure(self, fault: bus_send.Unreachable, at: int) -> None:
-        """Wait for the next attempt, or raise the fault. `at` is how many bytes are through."""
+        """Wait for the next attempt, or raise the fault. `at`: how many bytes were transferred so far."""
         now = time.monotonic()
         if at > self.furthest:
             self.furthest, self.end, self.pause = at, now + self.seconds, bus_send.FIRST_PAUSE
@@ -87,7 +87,7 @@ class Patience:
 
 
 def put(path: str, url: str, seconds: float) -> tuple[str, int]:
-    """Have the file on the bus; its sha256 and size. `seconds` without getting further are endured.
+    """Store the file on the bus; returns its sha256 and size. It gives up after `seconds` without progress.
 
     Raises bus_send.Refused, bus_send.Unreachable; Damaged, if the file changed meanwhile; OSError for the file.
     """
@@ -116,12 +116,12 @@ def held(url: str, digest: str, size: int) -> int | None:
         offset = response.headers.get("Upload-Offset", "")
         if response.status == 404 and offset.isdecimal():
             return int(offset) if int(offset) < size else 0
-    with answered(url, "GET", digest) as response:  # a refusal of this has words
+    with answered(url, "GET", digest) as response:  # the error of a refused GET has a sentence
         raise refusal(response)
 
 
 def upload(url: str, digest: str, file: IO[bytes], at: int, size: int, progress: Progress) -> bool:
-    """Send what is missing. False if the bus has thrown it away, because the whole is not what its hash says."""
+    """Send the missing bytes. False if the bus dropped the file, because its content does not have its hash."""
 
     def rest() -> Iterator[bytes]:
         file.seek(at)
@@ -144,9 +144,9 @@ def upload(url: str, digest: str, file: IO[bytes], at: int, size: int, progress:
 
 
 def get(digest: str, path: str, url: str, seconds: float) -> None:
-    """Have the file at `path`. `seconds` without getting further are endured.
+    """Download the file to `path`. It gives up after `seconds` without progress.
 
-    Raises bus_send.Refused, bus_send.Unreachable; Damaged, if it is not what its hash says; OSError for the file.
+    Raises bus_send.Refused, bus_send.Unreachable; Damaged, if the content does not have its hash; OSError for the file.
     """
     part = f"{path}.{digest[:16]}.part"
     patience, progress = Patience(seconds), Progress(os.path.basename(path))
@@ -166,8 +166,8 @@ def get(digest: str, path: str, url: str, seconds: float) -> None:
                     continue
                 if found.hexdigest() != digest:
                     file.truncate(0)
-                    if not at:  # else the part that was here may be to blame
-                        raise Damaged(f"what the bus has is not {digest}")
+                    if not at:  # else the part that was here before may be wrong
+                        raise Damaged(f"the file from the bus does not have the sha256 {digest}")
             os.fsync(file.fileno())
         finally:
             progress.end()
@@ -177,7 +177,7 @@ def get(digest: str, path: str, url: str, seconds: float) -> None:
 
 
 def download(url: str, digest: str, at: int, progress: Progress) -> Iterator[bytes]:
-    """The bytes from there on. None if there are not so many."""
+    """The bytes of the file from `at` on. None if the file is shorter."""
     with answered(url, "GET", digest, {"Range": f"bytes={at}-"} if at else {}) as response:
         if response.status == 416:
             return
@@ -185,7 +185,7 @@ def download(url: str, digest: str, at: int, progress: Progress) -> Iterator[byt
             raise refusal(response)
         known = 0 if response.status == 200 else at  # some proxies know no ranges
         if not response.headers.get("Content-Range", f"bytes {known}-").startswith(f"bytes {known}-"):
-            raise bus_send.Unreachable("this is not the part that was asked for")
+            raise bus_send.Unreachable("the answer has another part of the file than the one requested")
         progress.total = known + (response.length or 0)
         while piece := response.read(PIECE):
             yield piece[at - known :]
@@ -198,7 +198,7 @@ def download(url: str, digest: str, at: int, progress: Progress) -> Iterator[byt
 def answered(
     url: str, method: str, digest: str, headers: dict[str, str] | None = None, body: Iterable[bytes] = (), size: int = 0
 ) -> Iterator[http.client.HTTPResponse]:
-    """What is answered to one request. bus_send.Unreachable for all that goes wrong, also while it is read."""
+    """The answer to one request. Every fault, also while the answer is read, is bus_send.Unreachable."""
     connection, prefix, usual = bus_send.connect(url, bus_send.GRACE_SECONDS)
     headers = {**usual, **bus_send.credentials(url), **(headers or {})}
     try:
@@ -210,7 +210,7 @@ def answered(
             for name, value in headers.items():
                 connection.putheader(name, value)
             connection.endheaders()
-            with contextlib.suppress(ConnectionError):  # it may have answered before it has all
+            with contextlib.suppress(ConnectionError):  # the bus may answer before it has the whole body
                 for piece in body:
                     connection.send(piece)
             response = connection.getresponse()
@@ -223,7 +223,7 @@ def answered(
 
 
 def refusal(response: http.client.HTTPResponse) -> Exception:
-    """What an answer means that is none of the good ones."""
+    """The exception for an answer that is not a success."""
     body = response.read(bus_send.ANSWER_BYTES)
     error = said(body).get("error")
     if response.status == 501 and error:
@@ -231,16 +231,16 @@ def refusal(response: http.client.HTTPResponse) -> Exception:
     try:
         bus_send.judged(response, body)
     except bus_send.Refused as refused:
-        if refused.status != 409:  # another upload of the same file, or one of ours that the bus still believes in
+        if refused.status != 409:  # 409: another upload of this file, or our earlier one, is not over yet
             return refused
         return bus_send.Unreachable(str(refused))
     except bus_send.Unreachable as fault:
         return fault
-    return bus_send.Unreachable("no file of a bus")
+    return bus_send.Unreachable("the answer is not a file of a bus")
 
 
 def said(body: bytes) -> dict[str, Any]:
-    """The JSON object that this is, or an empty one."""
+    """The JSON object in this body; an empty one if there is none."""
     with contextlib.suppress(ValueError, RecursionError):
         value = json.loads(body)
         return value if isinstance(value, dict) else {}
@@ -248,7 +248,7 @@ def said(body: bytes) -> dict[str, Any]:
 
 
 def hashed(file: IO[bytes]) -> hashlib._Hash:
-    """The sha256 so far; after this the file stands at its end."""
+    """The sha256 of the file. Reads it to its end."""
     digest = hashlib.sha256()
     file.seek(0)
     while piece := file.read(PIECE):
@@ -257,26 +257,26 @@ def hashed(file: IO[bytes]) -> hashlib._Hash:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Leave a file on an agent-bus for somebody, or get one.")
+    parser = argparse.ArgumentParser(description="Store a file on an agent-bus and announce it, or get a file.")
     commands = parser.add_subparsers(dest="command", required=True)
-    putting = commands.add_parser("put", help="upload a file, and tell somebody its hash")
+    putting = commands.add_parser("put", help="upload a file, and send its hash to somebody")
     putting.add_argument("path", metavar="PATH")
-    putting.add_argument("--to", metavar="NAME", required=True, type=bus_send.receivers, help="whom to tell")
-    putting.add_argument("--subject", help="what it is about, in one line")
-    putting.add_argument("--from", dest="sender", metavar="NAME", help="default: $AGENT_NAME")
-    putting.add_argument("--channel", help="default: $AGENT_BUS_CHANNEL, or 'default'")
+    putting.add_argument("--to", metavar="NAME", required=True, type=bus_send.receivers, help="who gets the hash")
+    putting.add_argument("--subject", help="subject of the message, in one line")
+    putting.add_argument("--from", dest="sender", metavar="NAME", help="the sender ($AGENT_NAME)")
+    putting.add_argument("--channel", help="the channel ($AGENT_BUS_CHANNEL, or 'default')")
     getting = commands.add_parser("get", help="download a file")
     getting.add_argument("digest", metavar="SHA256")
-    getting.add_argument("-o", dest="path", metavar="PATH", help="where to; default: the hash")
+    getting.add_argument("-o", dest="path", metavar="PATH", help="file to write; default: the hash")
     for command in (putting, getting):
         command.add_argument("--timeout", type=float, default=PATIENCE, metavar="S",
-                             help="give up after S seconds without getting further (60)")  # fmt: skip
+                             help="give up after S seconds without progress (60)")  # fmt: skip
     options = parser.parse_args(argv)
     try:
         if options.command == "put":
             return leave(options)
         if not re.fullmatch("[0-9a-f]{64}", options.digest):
-            raise ValueError(f"a sha256 has 64 of 0-9 a-f, and this is {options.digest!r}")
+            raise ValueError(f"{options.digest!r} is not a sha256: give 64 hex digits (0-9 a-f)")
         url = os.environ.get("AGENT_BUS_URL") or bus_send.DEFAULT_URL
         get(options.digest, options.path or options.digest, url, options.timeout)
     except (ValueError, OSError, Damaged, bus_send.Refused, bus_send.Unreachable) as error:
@@ -289,7 +289,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def leave(options: argparse.Namespace) -> int:
-    """Upload, then tell: who is told can get it."""
+    """Upload the file, then announce it, so that its receiver can get it at once."""
     url, _ = bus_send.compose(options.to, "", None, options.sender, options.channel, None, {})
     digest, size = put(options.path, url, options.timeout)
     name = os.path.basename(options.path)

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Show the messages of everybody on an agent-bus, as they pass. Nobody notices, and nobody's mail is consumed.
+"""Show the messages of everybody on an agent-bus, as they pass. No reader notices it, and no mail is marked as read.
 
-    AGENT_BUS_URL=http://10.0.0.5:8080 python3 tools/bus_log.py --since 1h     # the last hour, then what comes
-    python3 tools/bus_log.py --to dell,nano --from spark --no-follow           # what there is, and end
+    AGENT_BUS_URL=http://10.0.0.5:8080 python3 tools/bus_log.py --since 1h     # the last hour, then new messages
+    python3 tools/bus_log.py --to dell,nano --from spark --no-follow           # what exists now, and end
     python3 tools/bus_log.py --json | jq .subject
 
 The parts of this file, in order: Observer (reads the log, keeps its place in memory), the two outputs (blocks, JSON),
@@ -74,7 +74,7 @@ class Observer(bus_recv.Reader):
         return bus_recv.ask(self.url, f"/log?block=true&wait={hold:.3f}&{urlencode(query)}", seconds)
 
     def pages(self) -> Iterator[dict[str, Any]]:
-        """What there is by now. One fault ends it, so that half of the log never looks like all of it."""
+        """The messages that exist now. One fault ends this, so that half of the log never looks like all of it."""
         more = True
         while more:
             answer = self.poll(0, bus_recv.GRACE_SECONDS)
@@ -84,7 +84,7 @@ class Observer(bus_recv.Reader):
 
 
 def show_blocks(observer: Observer, answers: Iterator[dict[str, Any]]) -> None:
-    """Whole and at once, for people and pipes."""
+    """Print each message whole and at once, for people and pipes."""
     for answer in answers:
         blocks = (bus_recv.block(message, "", observer.bus_time, whole=True) for message in answer["messages"])
         bus_recv.emit("".join(blocks))
@@ -104,12 +104,12 @@ def complain(line: str) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Show the messages of everybody on an agent-bus, as they pass.")
     add = parser.add_argument
-    add("--since", metavar="X", default="0", help="90s, 5m, 1h, 3d ago, s since 1970, or now; default: all there is")
+    add("--since", metavar="X", default="0", help="begin 90s, 5m, 1h, 3d ago, at s since 1970, or now (0: all)")
     add("--to", metavar="NAME", help="only messages for NAME; several as a,b,c")
     add("--from", dest="sender", metavar="NAME", help="only messages from NAME")
-    add("--channel", metavar="C", help="only messages on the channel C; default: on every channel")
+    add("--channel", metavar="C", help="only messages on the channel C (every channel)")
     add("--json", action="store_true", help="print each message as a line of JSON")
-    add("--no-follow", action="store_true", help="print what there is, and end")
+    add("--no-follow", action="store_true", help="print the messages that exist now, and end")
     add("--timeout", type=float, metavar="S", help="end after S seconds")
     for ignored in ("--log", "--once"):  # `bus_recv.py --log` took these, and runs us with its own arguments
         add(ignored, action="store_true", help=argparse.SUPPRESS)

@@ -1,19 +1,19 @@
 #!/usr/bin/env python3
-"""Send one message to an agent-bus, now or when the bus is there: the text on stdin, the receiver on the command line.
+"""Send one message to an agent-bus, now or when the bus is reachable: text on stdin, receiver on the command line.
 
     echo "T1 is done" | AGENT_BUS_URL=http://10.0.0.5:8080 AGENT_NAME=spark python3 tools/bus_outbox.py dell
-    python3 tools/bus_outbox.py --flush        # send what waits: when a network comes up, or now and then
-    python3 tools/bus_outbox.py --list         # what waits, and what was refused, for every bus and sender
+    python3 tools/bus_outbox.py --flush        # send the waiting messages: when a network comes up, or now and then
+    python3 tools/bus_outbox.py --list         # the messages that wait or were refused, for every bus and sender
 
-The message is put on disk, behind those that wait. Then all are sent in their order by bus_send.send, each under the
-key that is stored with it; the first that gets no answer ends this, and is the first one of the next call. So whatever
-is killed or lost on the way, the bus has each message once. What it refuses for good goes to the folder `dead` beside
-the others, with the reason; to try it again, move it back.
+The message is written to disk, after the messages that wait already. Then all are sent in order with bus_send.send,
+each with the key that is stored beside it. The first message that gets no answer ends this; the next call begins with
+it. So the bus gets each message once, even if we are killed or an answer is lost. If the bus refuses a message for
+good, its file goes to the subfolder `dead`, with the reason; to try it again, move it back.
 
-It has the environment of bus_send.py. An outbox belongs to one URL and one sender, and is a folder in
-AGENT_BUS_STATE_DIR, with a file for each message: its name is a number that grows, its content arguments of send().
-Exit code: 0 sent or stored, which stderr tells; 1 refused by the bus; 2 usage, or no place for the file; 75 only with
---flush: something still waits.
+It has the environment of bus_send.py. An outbox belongs to one URL and one sender. It is a folder in
+AGENT_BUS_STATE_DIR with a file for each message: the name is a growing number, the content the arguments of send().
+Exit code: 0 sent or stored, and stderr says which; 1 refused by the bus; 2 usage, or the file cannot be written; 75
+only with --flush: messages still wait.
 """
 from __future__ import annotations
 
@@ -40,18 +40,18 @@ except ModuleNotFoundError as missing:
 
 PATIENCE = 5.0  # s to get the first message to the bus; the caller has other work to do
 NUMBER = re.compile(r"([0-9]{20})\.json")  # ns since 1970, or one more than the last
-# What is wrong with us (our token, our name, the URL) and not with a message: they wait until that is mended.
+# The fault is ours (our token, our name, the URL), not the message's: the messages wait until it is corrected.
 OURS = {401, 403, 404, 405}
 SHOWN = ("bus", "sender", "to", "channel", "type", "subject", "reason")
 Outcome = Union[dict[str, Any], bus_send.Refused]  # the bus's answer, or its refusal for good
 
 
 class Outbox:
-    """What one sender has for one bus, in order. It is shared by any number of processes.
+    """The waiting messages of one sender for one bus, in order. Any number of processes may share it.
 
-    A number is given under one lock, which is held for a moment, and messages are sent under another, so that a message
-    can be stored while others are on their way. Whoever has sent all looks once more without the lock: nobody needs to
-    wait for it who has just stored something.
+    A message gets its number under one lock, which is held for a moment, and is sent under another lock. So a message
+    can be stored while others are sent. The process that sent all messages releases the second lock and looks once
+    more: a process that has just stored a message need not wait for that lock.
     """
 
     def __init__(self, url: str, sender: str | None) -> None:
@@ -70,7 +70,7 @@ class Outbox:
         return numbered(self.path)
 
     def put(self, message: dict[str, Any]) -> str:
-        """Store arguments of send(); its name. When this returns, the message survives a power cut."""
+        """Store the arguments of send(); returns the name of the file. From then on it survives a power cut."""
         with locked(os.path.join(self.path, "~order")):
             last = max([*self.waiting(), *numbered(self.dead)], default="0")
             name = f"{max(time.time_ns(), int(last.partition('.')[0]) + 1):020d}.json"
@@ -78,10 +78,10 @@ class Outbox:
         return name
 
     def flush(self, patience: float) -> Iterator[tuple[str, dict[str, Any], Outcome]]:
-        """Send what waits: each one's name, what it was, and what became of it.
+        """Send the waiting messages. Yields for each: the name of its file, the message, its outcome.
 
-        `patience` is send()'s, for each message. Raises bus_send.Unreachable, or Refused if it is not the message that
-        is refused; then the others wait. It is over at once if another process does not finish within that time.
+        `patience` is that of send(), for each message. Raises bus_send.Unreachable, or Refused if the fault is ours,
+        see OURS; then the messages wait. If another process is sending for longer than `patience`, it ends at once.
         """
         while self.waiting():
             with locked(os.path.join(self.path, "~delivery"), patience) as held:
@@ -114,7 +114,7 @@ class Outbox:
 
 @contextlib.contextmanager
 def locked(path: str, patience: float = float("inf")) -> Iterator[bool]:
-    """With the lock, or, after `patience` seconds, without it. It ends with its process."""
+    """True with the lock; False if another process still has it after `patience` seconds. It ends with its process."""
     end = time.monotonic() + patience
     with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+", encoding="ascii") as file:
         while not (held := bus_recv.try_lock(file, path)) and time.monotonic() < end:
@@ -123,7 +123,7 @@ def locked(path: str, patience: float = float("inf")) -> Iterator[bool]:
 
 
 def store(directory: str, name: str, value: dict[str, Any]) -> None:
-    """Durably, and whole or not at all."""
+    """Write a file durably, and whole or not at all."""
     new = os.path.join(directory, "~new")
     with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="ascii") as file:
         json.dump(value, file)
@@ -134,7 +134,7 @@ def store(directory: str, name: str, value: dict[str, Any]) -> None:
 
 
 def sync(directory: str) -> None:
-    """The names in a directory are durable. Windows has no such call, and needs none."""
+    """Make the names in a directory durable. Windows has no such call, and needs none."""
     if os.name == "posix":
         descriptor = os.open(directory, os.O_RDONLY)
         try:
@@ -148,11 +148,11 @@ def numbered(directory: str) -> list[str]:
 
 
 def read(path: str) -> dict[str, Any]:
-    """The message in the file, without the reason for which it was refused before. ValueError if there is none."""
+    """The message in the file, without the reason of an earlier refusal. ValueError if there is none."""
     with open(path, encoding="ascii") as file:
         message = json.load(file)
     if not isinstance(message, dict):
-        raise ValueError("it is no object")
+        raise ValueError("it is not an object")
     return {field: value for field, value in message.items() if field != "reason"}
 
 
@@ -162,7 +162,7 @@ def listed() -> Iterator[str]:
     for path in sorted(top.glob("*/*/**/*.json")):
         try:
             message = json.loads(path.read_bytes())
-        except (ValueError, OSError):  # it may just have been sent
+        except (ValueError, OSError):  # it may have been sent just now
             continue
         when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(int(path.stem) / 1e9))
         known = {"bus": unquote(path.relative_to(top).parts[0]), **message}
@@ -171,7 +171,7 @@ def listed() -> Iterator[str]:
 
 
 def check(url: str, message: dict[str, Any]) -> None:
-    """ValueError for what is wrong whether the bus is there or not."""
+    """ValueError for a mistake that can be seen without the bus."""
     bus_send.connect(url, PATIENCE)
     bus_send.credentials(url)
     to = message.get("to", [])
@@ -181,7 +181,7 @@ def check(url: str, message: dict[str, Any]) -> None:
 
 
 def deliver(outbox: Outbox, message: dict[str, Any] | None, patience: float) -> int:
-    """Store the message, if there is one, and send all that waits. The exit code."""
+    """Store the message, if there is one, and send all waiting messages. Returns the exit code."""
     mine = outbox.put(message) if message else None
     code, reason = 0, "another process is sending"
     try:
@@ -211,10 +211,10 @@ def complain(line: str, code: int = 0) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = bus_send.command_line("Send stdin, as it is, as one message to an agent-bus, now or when it is there.")
+    parser = bus_send.command_line("Send the text on stdin to an agent-bus: now, or when the bus is reachable.")
     parser.add_argument("--timeout", type=float, default=PATIENCE, metavar="S", help="try for S seconds (5)")
-    parser.add_argument("--flush", action="store_true", help="only send what waits")
-    parser.add_argument("--list", action="store_true", help="only show what waits or was refused, for all buses")
+    parser.add_argument("--flush", action="store_true", help="only send the waiting messages")
+    parser.add_argument("--list", action="store_true", help="only list waiting and refused messages, for all buses")
     given = vars(parser.parse_args(argv))
     to, patience, flush, show = map(given.pop, ("to", "timeout", "flush", "list"))
     if bool(to) + flush + show != 1:

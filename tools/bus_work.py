@@ -11,7 +11,7 @@ The parts of this file, in order: Worker (takes jobs, runs the command, tells th
 bus_recv.Reader asks the bus and endures an outage, bus_recv.running runs a command; so this program needs bus_recv.py
 beside it or one folder up. PROTOCOL.md (queues) says what a lease and a dead letter are.
 
-It has the environment of bus_recv.py, and AGENT_NAME, by which the bus calls this worker. It writes no file.
+It has the environment of bus_recv.py, and AGENT_NAME, the name of this worker in receipts. It writes no file.
 Exit code: 0 done or stopped by SIGTERM, 1 refused by the bus, 2 usage, 3 no job came, 75 out of reach, 130 Ctrl-C.
 """
 
@@ -112,7 +112,7 @@ class Worker(bus_recv.Reader):
             self.settle("nack", job, reason=reason, delay=bus_recv.pause_after(attempt))
 
     def settle(self, verb: str, job: dict[str, Any], **members: Any) -> None:
-        """Tell the bus, however long it takes: if the bus does not hear it, another worker does the job again."""
+        """Tell the bus, however long that takes: if the bus does not learn it, another worker repeats the job."""
         while True:
             try:
                 return self.tell(verb, job, **members)
@@ -151,8 +151,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--exec", metavar="CMD", required=True, help="run CMD for each job: JSON on stdin, MSG_FROM ... as variables")
     add("--lease", type=float, default=60.0, metavar="S", help="a worker that is gone for S seconds loses its job (60)")
     add("--once", action="store_true", help="end after one job")
-    add("--timeout", type=float, metavar="S", help="take no job after S seconds (with --once: 25)")
-    add("--channel", metavar="C", help="default: $AGENT_BUS_CHANNEL, or 'default'")
+    add("--timeout", type=float, metavar="S", help="take no new job after S seconds (with --once: 25)")
+    add("--channel", metavar="C", help="the channel ($AGENT_BUS_CHANNEL, or 'default')")
     for ignored in ("--claim", "--json"):  # `bus_recv.py --claim` took these, and runs us with its own arguments
         add(ignored, action="store_true", help=argparse.SUPPRESS)
     for ignored in ("--since", "--tries"):

@@ -1,17 +1,18 @@
 #!/usr/bin/env python3
-"""The bus for an agent's MCP client: five tools on stdio and, with --channel, each new message pushed to the agent.
+"""The bus for an agent's MCP client: five tools on stdio. With --channel it also pushes each new message to the agent.
 
     claude mcp add bus -e AGENT_BUS_URL=http://10.0.0.5:8080 -e AGENT_NAME=spark -- python3 /path/to/bus_mcp.py
 
 Read it in the order a request travels: main, Server (a line, its method, the one place that writes), Tool, the tools
 and their table, Inbox (the bus), shown (a message as text); then Channel, which goes the other way.
 
-Looking takes nothing. Mail is unread until `bus_ack` moves the cursor, and that is the file which bus_recv.py and the
-hooks use too. A push has no receipt, so it does not move the cursor: what was pushed in vain is still in bus_inbox,
-and is pushed again by the next run. What another agent wrote reaches the model as one line of JSON without `<`.
+Looking takes nothing. Mail is unread until `bus_ack` moves the cursor, which is in the file that bus_recv.py and the
+hooks use too. A push has no receipt, so it does not move the cursor: a message that was pushed in vain stays in
+bus_inbox, and the next run pushes it again. The text of another agent reaches the model as a line of JSON without `<`.
 
-Threads: the main one reads stdin and answers what needs no bus; each tool call has its own, so one that waits holds up
-nobody; the channel has one. Standard library only; the environment is that of bus_send.py and bus_recv.py.
+Threads: the main thread reads stdin and answers the requests that need no bus. Each tool call has a thread, so a call
+that waits delays no other. The channel has a thread. Standard library only; it reads the environment of bus_send.py
+and bus_recv.py.
 """
 from __future__ import annotations
 
@@ -38,13 +39,13 @@ import bus_send
 VERSION = "0.2.0"  # bus_server's, whose import would take longer than the whole start
 PROTOCOLS = ("2025-11-25", "2025-06-18", "2025-03-26", "2024-11-05")  # spoken here; the first is offered to all others
 HOLD = 25.0  # s that a call may wait, under the 30 s after which common proxies cut a quiet request
-PATIENCE = 10.0  # s in which a send is tried again; after that the agent may, under the same key
-LAST_CALLS = 2.0  # s that calls in hand have after the end of stdin: a send is finished, a wait is not
+PATIENCE = 10.0  # s in which a send is tried again; later the agent may try, with the same key
+LAST_CALLS = 2.0  # s that running calls have after the end of stdin: enough for a send, not for a wait
 ROOM = 10000  # characters of a message as it is shown; a longer one is read in parts
 ANSWER = 20000  # characters of an answer with several: Claude Code takes 25,000 tokens, which may be as few characters
 AHEAD = 20  # messages that are pushed before the first of them is acknowledged: a storm must not fill the context
 FIELD = 100  # characters of any other field, where a message is cut
-NAMED = ("from", "to", "reply_to", "subject", "type", "priority")  # fields of a message that a push has as attributes
+NAMED = ("from", "to", "reply_to", "subject", "type", "priority")  # members that become attributes of a push
 PAUSE, LONGEST_PAUSE = 1.0, 16.0  # s between looks at a bus that answers at once, because there is unread mail
 
 WORDS = (
@@ -64,7 +65,7 @@ class Wrong(Exception):
 
 
 class Server:
-    """For one client, from its first line to the end of stdin. All threads may `write`; the rest is the main one's."""
+    """Serves one client, from its first line to the end of stdin. All threads may write(); the rest is the main's."""
 
     def __init__(self, out: BinaryIO, channel: bool) -> None:
         self.out, self.writing = out, threading.Lock()
@@ -72,7 +73,7 @@ class Server:
         self.calls: list[threading.Thread] = []
 
     def take(self, line: bytes) -> None:
-        """Only a request is answered: no notification, and no answer, since we never ask."""
+        """Answer a request. A notification gets no answer, and nor does an answer, as we never ask."""
         number = None
         try:
             message = parse(line)
@@ -159,7 +160,7 @@ def parse(line: bytes) -> dict[str, Any]:
 
 
 def finite(text: str) -> float:
-    """JSON has no other numbers: an id of that kind could not be sent back."""
+    """Refuse infinite numbers: they are not JSON, so such an id could not be sent back."""
     value = float(text)
     if not math.isfinite(value):
         raise ValueError
@@ -167,7 +168,7 @@ def finite(text: str) -> float:
 
 
 class Tool(NamedTuple):
-    """What a model is told of a tool, and the function that does it."""
+    """The description of a tool for the model, and its function."""
 
     function: Callable[..., str]
     description: str
@@ -191,7 +192,7 @@ class Tool(NamedTuple):
         return {"content": [{"type": "text", "text": harmless(text)}], "isError": failed}
 
     def checked(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        """What was given, null aside, if it is as the schema says: the model reads the sentence and mends it."""
+        """The arguments without nulls, if they fit the schema. The model reads the error and corrects its call."""
         given = {field: value for field, value in arguments.items() if value is not None}
         for field, value in given.items():
             if field not in self.properties:
@@ -212,7 +213,7 @@ def send(to: str, msg: str, **fields: Any) -> str:
     answer = bus_send.send(to.split(",") if "," in to else to, msg, sender=me(), patience=PATIENCE, **fields)
     truth = "stored"
     with contextlib.suppress(KeyError, TypeError):  # a bus of the old contract says nothing about its receivers
-        truth = bus_send.queued(answer, to) or "stored, and whom it is for is listening"
+        truth = bus_send.queued(answer, to) or "stored, and the receiver is listening"
     return f"{truth}; id {answer.get('id')}"
 
 
@@ -244,7 +245,7 @@ def ack(id: str) -> str:
     elif not box.has_read(id):
         raise ValueError(f"{id} is not the id of an unread message for {box.names[0]}: take it from bus_inbox")
     mail, more = box.look(0)  # presents the cursor: now the bus knows, too
-    return f"{id} is read, and what came before it; {len(mail)}{' or more' if more else ''} unread"
+    return f"{id} is read, and all earlier messages; {len(mail)}{' or more' if more else ''} unread"
 
 
 def agents() -> str:
@@ -269,15 +270,15 @@ TEXT = {"type": "string"}
 TOOLS = {
     "bus_send": Tool(
         send,
-        f"Send a message to another agent. Tells whether it is there to read it; it is stored in any case. {WORDS}",
+        f"Send a message to another agent. The result says if that agent listens; it is stored anyway. {WORDS}",
         {
             "to": {**TEXT, "description": "a name, several as dell,gb10, or all"},
             "msg": {**TEXT, "description": "the message; no files: send a path and a hash"},
-            "subject": {**TEXT, "description": "what it is about, in one line"},
+            "subject": {**TEXT, "description": "the subject, in one line"},
             "reply_to": {**TEXT, "description": "the id of the message that this one answers"},
-            "type": {**TEXT, "description": "task, result, question ... as the agents agree among themselves"},
+            "type": {**TEXT, "description": "a word that the agents agree on: task, result, question ..."},
             "priority": {**TEXT, "description": "low, normal or high"},
-            "ttl": {"type": "number", "description": "not worth delivering after so many seconds"},
+            "ttl": {"type": "number", "description": "do not deliver the message after this many seconds"},
             "key": {**TEXT, "description": "only to repeat a send that failed: the key that its error names"},
         },
         ("to", "msg"),
@@ -299,7 +300,7 @@ TOOLS = {
         ("id",),
         reads_only=False,
     ),
-    "bus_agents": Tool(agents, "Who is on the bus, and is listening or when it was, with how much unread mail.", {}),
+    "bus_agents": Tool(agents, "Who is on the bus: listening or last seen when, and with how much unread mail.", {}),
     "bus_whoami": Tool(whoami, "Your own name and channel, which bus it is, and how much unread mail you have.", {}),
 }
 
@@ -310,9 +311,9 @@ def me() -> str:
 
 
 class SharedCursor(bus_recv.Cursor):
-    """The cursor's file for one who only looks: other readers of the name may be at work. It never goes back."""
+    """The cursor's file without its lock, because other readers of the name may run. The cursor never goes back."""
 
-    moving = threading.Lock()  # of any cursor, by any of our threads
+    moving = threading.Lock()  # held while one of our threads moves a cursor
 
     def only_one(self, name: str) -> Any:
         os.makedirs(os.path.dirname(self.path), 0o700, exist_ok=True)
@@ -325,7 +326,7 @@ class SharedCursor(bus_recv.Cursor):
 
 
 class Inbox(bus_recv.Reader):
-    """This agent's mail, above the cursor that everything which reads for its name has in common."""
+    """This agent's mail above its cursor. All readers of its name share that cursor."""
 
     def __init__(self) -> None:
         super().__init__([me()], None, None, None, HOLD)
@@ -339,30 +340,30 @@ class Inbox(bus_recv.Reader):
         return answer
 
     def look(self, hold: float) -> tuple[list[dict[str, Any]], bool]:
-        """What is unread now, or comes first within `hold` seconds; and whether there is more."""
+        """The unread messages or, without any, the first that arrive within `hold` seconds; and: are there more?"""
         while True:
             if self.bus:
                 self.cursor.load()
             answer = self.poll(hold, hold + bus_recv.GRACE_SECONDS)
             if not answer["messages"]:
                 self.cursor.move(str(answer["now"]))
-            if answer["messages"] or not answer.get("more"):  # else so much was looked at that was for others
+            if answer["messages"] or not answer.get("more"):  # else this page had only messages for others
                 mail = filter(is_mail, answer["messages"])
                 return [{**message, "age": self.age(message)} for message in mail], bool(answer.get("more"))
 
     def age(self, message: dict[str, Any]) -> str:
-        """By the clock of the bus. Mail that waited for three days reads differently."""
+        """The age of a message, by the clock of the bus: old mail has another meaning."""
         return bus_recv.span(self.bus_time - float(message["ts"])) or "under 1m"
 
     def has_read(self, id: str) -> bool:
-        """By the cursor as it is now. An id is its message's ts, as microseconds in hex."""
+        """Is the message below the cursor as it is now? An id is the ts of its message, in microseconds and hex."""
         self.cursor.load()
         at = self.cursor.at
         return at != "last" and bool(re.fullmatch("[0-9a-f]{1,16}", id)) and int(id, 16) <= Decimal(at) * 1000000
 
 
 def is_mail(message: Any) -> bool:
-    """A strange bus may get a message wrong in any way; without its place it can be neither told apart nor read."""
+    """Is this a message, with a ts? A strange bus may send anything; without a ts it can be neither named nor read."""
     return isinstance(message, dict) and bool(bus_recv.DECIMAL.fullmatch(str(message.get("ts"))))
 
 
@@ -371,7 +372,7 @@ def label(message: dict[str, Any]) -> str:
 
 
 def shown(message: dict[str, Any], offset: int = 0, room: int = ROOM) -> str:
-    """A message as a line of JSON. Of a long one: what is usually known of it, a part of its body, how to read on."""
+    """A message as a line of JSON. Of a long one: its usual fields, a part of its body, and how to read the rest."""
     text = quoted(message)
     if not offset and len(text) <= room:
         return text
@@ -386,10 +387,10 @@ def shown(message: dict[str, Any], offset: int = 0, room: int = ROOM) -> str:
 
 
 class Channel(threading.Thread):
-    """Pushes each message once. How far it has pushed is its own mark; the cursor is the agent's.
+    """Pushes each message once. It remembers how far it has pushed; the cursor is the agent's.
 
-    While there is unread mail the bus answers at once, so it looks less and less often, until something comes or is
-    acknowledged. It is at most AHEAD messages ahead of the agent.
+    While there is unread mail, the bus answers at once. So the channel polls less and less often, until a message
+    arrives or is acknowledged. It pushes at most AHEAD unread messages.
     """
 
     again = threading.Event()  # set by bus_ack: look at once
@@ -398,7 +399,7 @@ class Channel(threading.Thread):
         super().__init__(daemon=True)
         self.server = server
         self.pushed: dict[str | None, Decimal] = {}  # by bus: the ts up to which all was pushed
-        self.told = ""  # the last word that was not a message
+        self.told = ""  # the last push that was not a message
 
     def run(self) -> None:
         try:
@@ -423,14 +424,14 @@ class Channel(threading.Thread):
                 self.push(shown(message), attributes(message))
                 self.pushed[box.bus] = Decimal(message["ts"])
             if fresh and len(mail) >= AHEAD:
-                self.tell(f"{AHEAD} are unread; what follows is pushed after bus_ack of {label(mail[AHEAD - 1])}")
+                self.tell(f"{AHEAD} are unread; later messages are pushed after bus_ack of {label(mail[AHEAD - 1])}")
             pause = PAUSE if fresh or not mail else min(2 * pause, LONGEST_PAUSE)
             if self.again.wait(max(began + pause - time.monotonic(), 0)):
                 self.again.clear()
                 pause = PAUSE
 
     def tell(self, line: str) -> None:
-        if line != self.told:  # a gap is told with every look, until the cursor is past it
+        if line != self.told:  # each poll reports a gap until the cursor is past it
             self.push(harmless(f"-- agent-bus: {line}"), {})
         self.told = line
 
@@ -451,7 +452,7 @@ def complain(line: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Tools for an agent-bus: an MCP server on stdin and stdout.")
-    parser.add_argument("--channel", action="store_true", help="also push new messages: a channel of Claude Code")
+    parser.add_argument("--channel", action="store_true", help="also push new messages, as a channel of Claude Code")
     options = parser.parse_args()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: os._exit(0))
@@ -460,7 +461,7 @@ def main() -> None:
     for line in sys.stdin.buffer:
         server.take(line)
     server.end()
-    os._exit(0)  # the usual exit is fatal when a thread that goes down with us holds stdout
+    os._exit(0)  # sys.exit would be fatal if a thread that ends with us holds stdout
 
 
 if __name__ == "__main__":

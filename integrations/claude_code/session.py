@@ -1,4 +1,4 @@
-"""What the hook and the MCP server share: the name of their session, and how a message may enter its context."""
+"""The code that the hook and the MCP server share: the name of a session, and how a message may enter its context."""
 from __future__ import annotations
 
 import glob
@@ -18,31 +18,31 @@ import bus_recv  # noqa: E402
 ASK_SECONDS = 0.5  # for the bus to say who listens; a prompt waits for it
 RECENT_SECONDS = 60.0  # a poll is held for 25 s, and its reader counts as listening for 10 s more; the rest is reserve
 READER = shlex.quote(os.path.join(ROOT, "bus_recv.py"))  # for a command line
-RESERVED = ("all", "system", "operator", "user", "root", "claude")  # no bus takes them for a sender
-UNSEEN = re.compile(f"{bus_recv.HIDDEN.pattern}|<")  # and no tag, of whatever kind, in what another agent wrote
+RESERVED = ("all", "system", "operator", "user", "root", "claude")  # a bus refuses these as senders
+UNSEEN = re.compile(f"{bus_recv.HIDDEN.pattern}|<")  # `<`: no tag of any kind in the text of another agent
 
 
 class Nameless(Exception):
-    """There is no AGENT_NAME, and no name in the directory."""
+    """AGENT_NAME is not set, and the directory gives no name."""
 
 
 def quoted(value: Any) -> str:
-    """JSON in one line, and harmless. A number with a fraction, a ts above all, is given as the bus wrote it."""
+    """JSON in one harmless line. A number with a fraction, such as a ts, stays as the bus wrote it."""
     return harmless(json.dumps(value, ensure_ascii=False, default=str))
 
 
 def harmless(text: str) -> str:
-    r"""The text with all that cannot be seen, and each `<`, written out as in JSON: \u001b, \u202e, \u003c."""
+    r"""The text with each invisible character and each `<` written out as in JSON: \u001b, \u202e, \u003c."""
     return UNSEEN.sub(lambda found: "\\u003c" if found[0] == "<" else json.dumps(found[0])[1:-1], text)
 
 
 def name_of(process: int | None, directory: str | None) -> str:
     """AGENT_NAME, else the name of the directory, with -2, -3 ... while another session has that, here or elsewhere.
 
-    A session is the program that runs it: `process`, or None where nobody says which that is; then AGENT_NAME has to
-    keep two sessions apart. It keeps its name while it lives; who does not know the project's directory gets the name
-    that was given already. Of other machines' sessions only those that listen are known, and AGENT_NAME is taken at
-    its word. Raises Nameless; ValueError if AGENT_NAME is no name, or another session's.
+    `process` is the program that runs the session; if it is not known, None: then only AGENT_NAME keeps two sessions
+    apart. A session keeps its name while it lives; without a directory it gets the name that it has already. Of
+    sessions on other machines, only those that listen are known, and AGENT_NAME is not compared with them. Raises
+    Nameless; ValueError if AGENT_NAME is not a name, or is another session's.
     """
     wanted = wishes(directory)
     if process is None or os.name != "posix":  # elsewhere it takes more to know whether a process lives
@@ -51,21 +51,21 @@ def name_of(process: int | None, directory: str | None) -> str:
 
 
 def wishes(directory: str | None) -> list[str]:
-    """The names that a session may have, the best first: the one of AGENT_NAME, or many."""
+    """The names that a session may have, the best first: only AGENT_NAME, or many."""
     given = os.environ.get("AGENT_NAME")
     if given:
         if not bus_recv.NAME.fullmatch(given):
-            raise ValueError(f"AGENT_NAME is {given!r}, and that is no name")
+            raise ValueError(f"AGENT_NAME is {given!r}, which is not a name")
         return [given]
     folder = os.path.basename((directory or os.getcwd()).rstrip("/\\"))
     base = re.sub(r"[^A-Za-z0-9._:@-]+", "-", folder).strip("-._:@")[:60]
     if not base:
-        raise Nameless(f"{folder!r} makes no name: set AGENT_NAME")
+        raise Nameless(f"the folder name {folder!r} cannot be a name on the bus: set AGENT_NAME")
     return [name for name in (base, *(f"{base}-{n}" for n in range(2, 100))) if name.lower() not in RESERVED]
 
 
 def claim(wanted: Sequence[str], process: int, any_of_mine: bool) -> str:
-    """The first of `wanted` that is ours or nobody's; from now on it is ours. Each bus and channel has its own list."""
+    """The first of `wanted` that is ours or free; now it is ours. Each bus and channel has a list of its own."""
     import fcntl
 
     url = os.environ.get("AGENT_BUS_URL") or bus_recv.DEFAULT_URL
@@ -95,9 +95,10 @@ def claim(wanted: Sequence[str], process: int, any_of_mine: bool) -> str:
 
 
 def heard_elsewhere(url: str, channel: str, names: Sequence[str]) -> set[str]:
-    """Those of the names under which another machine listens, if the bus says so at once.
+    """The names under which another machine listens, if the bus answers at once.
 
-    It cannot say where, as behind a tunnel all addresses are one. But who listens here writes a file before each poll.
+    The bus cannot say which machine, as behind a tunnel all addresses are one. But each reader here writes a file
+    before each poll.
     """
     try:
         agents = bus_recv.ask(url, "/agents", ASK_SECONDS)[0]["agents"]
@@ -108,7 +109,7 @@ def heard_elsewhere(url: str, channel: str, names: Sequence[str]) -> set[str]:
 
 
 def was_here(channel: str, name: str) -> bool:
-    """Whether a reader of this machine may be the one whom the bus still counts as listening."""
+    """May the reader that the bus still counts as listening be one of this machine?"""
     cursors = os.path.join(glob.escape(bus_recv.state_directory()), "cursors", "*")  # of any bus
     files = glob.glob(os.path.join(cursors, *map(bus_recv.file_name, (channel, name))))
     return any(time.time() - os.path.getmtime(path) < RECENT_SECONDS for path in files)
@@ -119,6 +120,6 @@ def is_alive(process: int) -> bool:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except OSError:  # it is there, and somebody else's
+    except OSError:  # it exists, and is another user's
         pass
     return True

@@ -62,7 +62,7 @@ def test_without_an_answer_it_ends_with_3_and_says_what_will_be():
         code, out, err = ask(server, "--timeout", "0.05")
     assert (code, out) == (3, "") and len(server.asked) < 4
     assert err == ("queued: nobody has listened as dell yet, 1 unread\n"
-                   "bus_send: no answer to 652a7c1b2f3e1 yet: when there is one, it comes as mail\n")  # fmt: skip
+                   "bus_send: no answer to 652a7c1b2f3e1 yet: it will arrive as mail\n")  # fmt: skip
 
 
 def test_a_bus_that_does_not_hold_is_not_run_down(monkeypatch):

@@ -326,7 +326,7 @@ def test_a_restored_bus_is_another_one_and_its_readers_miss_nothing_that_it_hold
         old = poll(since="now")
         bus.stop()
         code, said = documented("restore", tmp_path)
-        assert code == 0 and "what was there before is in bus.db." in said
+        assert code == 0 and "the database that was there before is now bus.db." in said
         bus.start()
         told = poll(since=old["now"], bus=old["bus"], block="true")
         assert told["bus"] != old["bus"] and told["messages"] == []
@@ -395,7 +395,7 @@ def test_a_copy_never_overwrites_and_a_running_bus_is_not_restored(tmp_path):
     (tmp_path / "bus-copy.db").write_text("something else")
     with Server(tmp_path / "bus.db") as bus:
         bus_send.send("dell", "hi", url=bus.url, sender="spark")
-        assert documented("backup", tmp_path) == (2, "bus_server: bus-copy.db is there already: choose another name\n")
+        assert documented("backup", tmp_path) == (2, "bus_server: bus-copy.db exists already: choose another name\n")
         (tmp_path / "bus-copy.db").unlink()
         assert documented("backup", tmp_path)[0] == 0
         code, said = documented("restore", tmp_path)

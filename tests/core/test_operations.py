@@ -36,7 +36,7 @@ def test_prune_removes_what_was_fetched_and_says_what_stays(bus):
         send(bus, "eve", str(number))
     bus.get("/recv?to=bob")
     dry = "prune", "--older", "0", "--dry-run", "--db", bus.db
-    wait_until(lambda: "6 messages are so old; 3 that nobody has fetched or done stay" in run(*dry)[1])
+    wait_until(lambda: "6 messages are older than that; 3 of them are unfetched or not done, and stay" in run(*dry)[1])
     assert len(mail(bus, "bob")) == 3, "a dry run removes nothing"
     code, out, _ = run("prune", "--older", "0", "--db", bus.db)
     assert code == 0 and out.endswith("3 removed\n") and (mail(bus, "bob"), len(mail(bus, "eve"))) == ([], 3)
@@ -48,7 +48,7 @@ def test_prune_needs_no_server_and_spares_the_young(bus):
     for number in range(1200):
         send(bus, "bob", str(number))
     bus.stop()
-    assert run("prune", "--older", "1h", "--db", bus.db)[1] == "0 messages are so old\n"
+    assert run("prune", "--older", "1h", "--db", bus.db)[1] == "0 messages are older than that\n"
     assert run("prune", "--older", "0", "--pending", "--db", bus.db)[1].endswith("1200 removed\n")
     bus.start()
     assert mail(bus, "bob") == []
@@ -147,7 +147,7 @@ def test_ctrl_c_ends_a_prune_without_a_traceback(bus):
 def test_times_longer_than_there_has_been_time_are_all_of_it(tmp_path):
     with Server(tmp_path / "bus.db", "--keep", "999999999d") as bus:
         send(bus)
-        assert run("prune", "--older", "999999999d", "--db", bus.db)[:2] == (0, "0 messages are so old\n")
+        assert run("prune", "--older", "999999999d", "--db", bus.db)[:2] == (0, "0 messages are older than that\n")
         assert mail(bus, "bob") == ["x"] and bus.stop() == 0
 
 

@@ -235,7 +235,7 @@ def test_a_bad_certificate_leaves_the_old_one_in_place_after_a_sighup(renewing, 
         options = ["-in", str(renewing.key), "-out", str(renewing.key), "-aes256", "-passout", "pass:secret"]
         subprocess.run(["openssl", "ec", *options], check=True, capture_output=True)
     renewing.process.send_signal(signal.SIGHUP)
-    assert "going on with the old one" in wait_until(renewing.log.read_text)
+    assert "keeping the old one" in wait_until(renewing.log.read_text)
     assert shown(renewing) == before
 
 

@@ -134,7 +134,7 @@ def test_bus_server_py_alone_in_an_empty_folder_is_a_bus(folder):
         assert status == 404 and answer["error"].startswith("bus_recv.py is not beside bus_server.py on this host")
         assert "/claim" not in ask(bus, "GET", "/")[1]
         assert bus.process.stdout.readline().startswith(b"messages are in ")
-        said = b"extensions: none, as bus_extensions/ is not beside bus_server.py\n"
+        said = b"extensions: none, because bus_extensions/ is not beside bus_server.py\n"
         assert bus.process.stdout.readline() == said
         assert bus.stop() == 0
     assert {file.name for file in folder.iterdir()} == {"bus_server.py"}

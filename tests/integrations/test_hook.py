@@ -463,7 +463,7 @@ def test_what_the_bus_refuses_is_said_at_the_start_and_not_again():
     with Scripted(answer({"error": "no token: ask for an <invitation>"}, status=401)) as server:
         assert "gets no mail from the agent-bus: no token: ask for an \\u003cinvitation>" in text(server.url, START)
         assert text(server.url, STOP) == text(server.url, PROMPT) == ""
-    assert "AGENT_NAME is 'no name', and that is no name" in text(refusing(), START, AGENT_NAME="no name")
+    assert "AGENT_NAME is 'no name', which is not a name" in text(refusing(), START, AGENT_NAME="no name")
 
 
 # ── A session that sleeps ────────────────────────────────────────────────────────────────────────────────────────────

@@ -629,7 +629,7 @@ def test_a_storm_is_pushed_no_further_than_the_agent_reads(start):
     wait_until(lambda: len(client.pushes) == 21)
     *_, last, word = client.pushes
     assert json.loads(last["content"])["msg"] == "19" and word["meta"] == {}
-    assert f"what follows is pushed after bus_ack of {last['meta']['msg_id']}" in word["content"]
+    assert f"later messages are pushed after bus_ack of {last['meta']['msg_id']}" in word["content"]
     client.tool("bus_ack", id=last["meta"]["msg_id"])
     wait_until(lambda: len(client.pushes) == 26)
     assert json.loads(client.pushes[-1]["content"])["msg"] == "24"
