@@ -315,7 +315,7 @@ def finish(field):
     herald.hang_up()
     with contextlib.suppress(AssertionError):  # what has not come is lost
         wait_until(lambda: all(agent.got and agent.got[-1].msg == f"all: {LAST}" for agent in field.readers))
-        wait_until(lambda: not undone(field))
+        wait_until(lambda: not undone(field), LEASE + 2 * HOLD)
     field.over.set()
     for agent in [*field.readers, *field.others]:
         agent.thread.result(2 * PATIENCE)

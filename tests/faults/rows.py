@@ -115,8 +115,8 @@ ROWS = [
         soak.soak, 100000, needs=(linux,)),
     Row("siege",
         "an hour of everything at once: disk, lock, clock, kills, descriptors, memory, hostile connections",
-        "0 lost; it ends by our kills alone; each request is answered; p99 of a send at most 5x its quiet value "
-        "(and twice an injected delay), of receives and /healthz under 50 ms; memory of the half without kills +5 % at most",
+        "0 lost; it ends by our kills alone; each request is answered; p99 of a send at most 5x its quiet value (and "
+        "twice an injected delay), of receives and /healthz under 50 ms; memory in the half without kills +5 % at most",
         everything.siege, 3600, Control("acknowledges before it commits", everything.early),
         needs=(linux, disk.mounts, program("mkfs.ext4"), program("gcc"))),
     Row("fuzzing", "1 million raw requests, schema-driven requests, 10 min coverage-guided",
