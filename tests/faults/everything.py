@@ -218,7 +218,6 @@ def siege(directory, seconds, slack=1.0, fault="none", faults=None):
             finally:
                 field.over.set()
             found = it.found + judged(field) + unless(bus.stop() == 0, "it did not end in order")
-            print(bus.log.read_text()[-3000:])
         found += broken(bus.db)
     figures, late = times(it, quiet, slack)
     growth = grown(it.memory, seconds)
@@ -287,7 +286,7 @@ def times(it, quiet, slack):
                 inside.append(max(exchange.took - 2 * sum(met), 0))
             else:
                 outside.append(exchange.took)
-        shown = {name: p99(each) if len(each) > 1 else 0.0 for name, each in
+    shown = {name: p99(each) if len(each) > 1 else 0.0 for name, each in
              {"quiet": base, "under siege": outside, "above twice the delay": inside, **reads}.items()}  # fmt: skip
     limit = SLOWER * shown["quiet"] * slack
     found = [f"p99 of {name} {shown[name] * 1e3:.0f} ms, more than {limit * 1e3:.0f}"

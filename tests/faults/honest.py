@@ -1,7 +1,7 @@
 """The honest agents of a bus under siege: what each of them does, what it was told, and whether that was kept.
 
 An agent is a thread with a token and one connection. It notes each exchange, and asks again what a fault left open. A
-message is known by its sender and by its receiver with the text, so that the copies of a list differ.
+message is known by its sender, and by its receiver with the text, so that the copies of a list differ.
 """
 import contextlib
 import functools
@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
 from typing import NamedTuple
 
 from tests.faults.crash import broken
@@ -23,6 +24,7 @@ from tests.kit.peers import TIMED_OUT, Closed, Peer, closed
 from tests.kit.processes import PATIENCE, wait_until
 
 HOLD = 2  # s that a poll, a claim or a question is held
+LARGE, RARE = 30000, 1 / 40  # characters of some messages, and how many of all are so large
 LEASE = 8  # s; a job whose answer went with a kill is free again after so long
 OLDER = 30  # s that prune leaves: nobody's answer is on its way for so long
 READERS = ["bob", "carol", "dave", "asker", "oracle", "drawer", "prober"]
@@ -122,8 +124,13 @@ class Agent:
         answer = reply and json.loads(reply.body, parse_float=str)
         for name in [to] if isinstance(to, str) else to:
             stored = answer and int(answer["ids"][name] if "ids" in answer else answer["id"], 16)
-            self.sent.append((name, Sent(self.name, f"{name}: {msg}", stored)))
+            self.sent.append((name, Sent(self.name, known(name, msg), stored)))
         return answer
+
+
+def known(to, msg):
+    """What a message is called here: a long text by its beginning and its checksum."""
+    return f"{to}: {msg}" if len(msg) < 100 else f"{to}: {msg[:30]} {zlib.crc32(msg.encode())}"
 
 
 # What they do
@@ -131,7 +138,8 @@ class Agent:
 
 def write(agent, pace=0.1):
     for number in agent.counted():
-        agent.send(agent.chance.choice(TARGETS), f"message {number}")
+        more = "." * LARGE if agent.chance.random() < RARE else ""
+        agent.send(agent.chance.choice(TARGETS), f"message {number}{more}")
         agent.rest(pace)
 
 
@@ -155,7 +163,7 @@ def read(agent, path=None, kind="hold", hold=HOLD, rest=0.0, then=None):
 
 
 def keep(agent, message, began):
-    each = Delivered(message["from"], f"{message['to']}: {message['msg']}", tick(message["ts"]))
+    each = Delivered(message["from"], known(message["to"], message["msg"]), tick(message["ts"]))
     agent.got.append(each)
     agent.polled[each[:2]] = began
 
