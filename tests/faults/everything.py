@@ -191,8 +191,10 @@ def hostile(kind):
     def fault(siege):
         arguments = [kind, str(siege.bus.port), siege.field.tokens["mallory"]]
         with subprocess.Popen([sys.executable, "-m", "tests.kit.strangers", *arguments], cwd=ROOT) as process:
-            yield None
-            process.kill()
+            try:
+                yield None
+            finally:
+                process.kill()
 
     return fault
 
@@ -221,8 +223,7 @@ def siege(directory, seconds, slack=1.0, fault="none", faults=None):
         found += broken(bus.db)
     figures, late = times(it, quiet, slack)
     growth = grown(it.memory, seconds)
-    counts = Counter(window.fault for window in it.windows)
-    injected = ", ".join(f"{fault} {count}" for fault, count in counts.items())
+    injected = listed(Counter(window.fault for window in it.windows))
     return Result(f"seed {seed}; {tally(field)}; {figures}; {growth.figures}; faults: {injected}",
                   found + unanswered(it) + late + growth.violations)
 
@@ -253,10 +254,15 @@ def endure(it, seconds, faults):
 def tally(field):
     sent = [each for _, each in field.sent()]
     known = sum(each.tick is not None for each in sent)
-    statuses = Counter(exchange.status for exchange in field.exchanges())
     delivered = sum(len(reader.got) for reader in field.readers)
-    return (f"{known:,} acknowledged, {len(sent) - known:,} unknown or recalled, {delivered:,} delivered; answers "
-            + " ".join(f"{status}:{count:,}" for status, count in statuses.most_common()))
+    statuses = Counter(exchange.status for exchange in field.exchanges())
+    done = Counter(exchange.kind for exchange in field.exchanges() if exchange.status in (200, 201))
+    return (f"{known:,} acknowledged, {len(sent) - known:,} unknown or recalled, {delivered:,} delivered; "
+            f"done: {listed(done)}; answers: {listed(statuses)}")
+
+
+def listed(counts):
+    return ", ".join(f"{what} {count:,}" for what, count in counts.most_common())
 
 
 def unanswered(it):
