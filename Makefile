@@ -6,7 +6,8 @@
 # make bench   how fast, beside its peers: docs/performance.md; ROWS="sixteen batches" for some rows, BENCH=--quick to look
 #              (Debian: installs the peers; about half an hour, on a machine that does nothing else)
 # make fuzz    a million raw requests, requests made of the schema, ten minutes guided by coverage; about 20 minutes
-# make faults  every fault in full, as root for all of them; writes docs/reliability.md
+# make faults  every fault in full, as root for all of them, in about two hours; writes docs/reliability.md
+# make siege   its longest row alone, an hour of everything at once; SECONDS=60 for a look, SEED=n for the same again
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python -m
@@ -19,7 +20,7 @@ TOGETHER = -n $(AT_ONCE) --dist loadfile --no-loadscope-reorder
 LONG = deploy operations damage conformance
 PEERS = wrk redis-server redis-tools mosquitto nginx libnginx-mod-nchan
 
-.PHONY: quick test lint check bench profile fuzz faults clean
+.PHONY: quick test lint check bench profile fuzz faults siege clean
 
 quick: $(VENV)/test
 	$(RUN) pytest -n $(AT_ONCE) --dist worksteal -m 'not slow' $(LONG:%=--ignore=tests/core/test_%.py) test_bus.py tests/core
@@ -46,6 +47,9 @@ fuzz: $(FUZZ)/ready
 
 faults: $(VENV)/dev $(FUZZ)/ready
 	$(RUN) tests.faults
+
+siege: $(VENV)/dev
+	$(RUN) tests.faults siege$(SECONDS:%=\=%)
 
 $(VENV)/test:
 	$(PYTHON) -m venv $(VENV)

@@ -16,6 +16,7 @@ from urllib.parse import urlencode
 import pytest
 
 from tests.faults import faulty
+from tests.faults.clock import make_wrong
 from tests.kit.hostile import REFUSED, REFUSED_QUERIES
 from tests.kit.model import ALL, Draft, Model, tick
 from tests.kit.processes import PATIENCE, Server, wait_until
@@ -82,9 +83,7 @@ class SteppedBus:
 
     def step(self, error):
         self.error = error
-        fresh = self.file.with_suffix(".new")
-        fresh.write_text(str(error))
-        fresh.replace(self.file)
+        make_wrong(self.file, error)
 
     def clock(self):
         return int((time.time() + self.error) * 1e6)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from tests import fuzz
-from tests.faults import Result, clock, crash, disk, faulty, linux, network, program, siege, soak, unless
+from tests.faults import Result, clock, crash, disk, everything, faulty, linux, network, program, siege, soak, unless
 from tests.kit.processes import ROOT
 
 
@@ -113,6 +113,12 @@ ROWS = [
     Row("soak", "100,000 messages, 300 a second (an hour of it on demand: soak=1000000)",
         "0 lost; memory and descriptors flat",
         soak.soak, 100000, needs=(linux,)),
+    Row("siege",
+        "an hour of everything at once: disk, lock, clock, kills, descriptors, memory, hostile connections",
+        "0 lost; it ends by our kills alone; each request is answered; p99 of a send at most 5x its quiet value (and "
+        "twice an injected delay), of receives and /healthz under 50 ms; memory in the half without kills +5 % at most",
+        everything.siege, 3600, Control("acknowledges before it commits", everything.early),
+        needs=(linux, disk.mounts, program("mkfs.ext4"), program("gcc"))),
     Row("fuzzing", "1 million raw requests, schema-driven requests, 10 min coverage-guided",
         "0 answers of 5xx, memory +20 MB at most",
         functools.partial(suite, ["tests.fuzz"]), 1, needs=(fuzz.missing,)),

@@ -12,6 +12,7 @@ from bus_server import BODY_RATE, BODY_SECONDS, HEAD_SECONDS, STRANGERS
 from tests.core.test_parked import cpu_seconds, descriptors, footprint
 from tests.faults import Result, faulty, unless
 from tests.kit.authority import Authority
+from tests.kit.peers import closed
 from tests.kit.processes import PATIENCE, Server, wait_until
 
 ROUNDS, MORE_ROUNDS = 6, 30  # measurements; more if those are bad: whoever else uses this machine made them worse
@@ -54,20 +55,6 @@ def besiege(bus, count, sent):
             bus.get("/healthz")  # no faster than it accepts: its backlog is not what is tested
             peers = [each for each in peers if not closed(each)]
     return peers
-
-
-def closed(peer):
-    """The bus has hung up on it, with an answer or without. Then so have we."""
-    peer.settimeout(0)
-    try:
-        while peer.recv(65536):
-            pass
-    except BlockingIOError:
-        return False
-    except OSError:
-        pass
-    peer.close()
-    return True
 
 
 def p99(connection, count=300):

@@ -101,6 +101,20 @@ class Peer:
         self.close()
 
 
+def closed(peer):
+    """The bus has hung up on it, with an answer or without. Then so have we."""
+    peer.settimeout(0)
+    try:
+        while peer.recv(65536):
+            pass
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    peer.close()
+    return True
+
+
 def ask(bus, method, path, body=b"", token=None, patience=PATIENCE, source=None, **fields):
     """One exchange on a connection of its own."""
     with Peer(bus, token, patience, source=source) as peer:
