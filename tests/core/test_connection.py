@@ -35,6 +35,7 @@ from bus_server import (
     draft,
 )
 from tests.kit import hostile, inside
+from tests.kit.clock import Clock
 from tests.kit.hostile import ALICE, GET, HOST, SMUGGLED, WAITING, a_send, head
 from tests.kit.processes import PATIENCE, Server, wait_until
 
@@ -312,13 +313,6 @@ class Peer:
     @property
     def closing(self):
         return self.aborted or self.broken
-
-
-class Clock:
-    now = 1000.0
-
-    def __call__(self):
-        return self.now
 
 
 @contextlib.contextmanager

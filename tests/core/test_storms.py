@@ -8,15 +8,8 @@ import pytest
 
 import bus_server
 from bus_server import Refused, Storms, draft, ways
+from tests.kit.clock import Clock
 from tests.kit.processes import PATIENCE, Server, wait_until
-
-
-class Clock:
-    def __init__(self):
-        self.now = 1000.0
-
-    def __call__(self):
-        return self.now
 
 
 @pytest.fixture

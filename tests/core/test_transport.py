@@ -15,8 +15,9 @@ import pytest
 
 import bus_server
 from bus_server import Listener, tls_context
-from tests.core.test_connection import LAST, LATE, Clock, a_bus, answers, come_true, heard, statuses
+from tests.core.test_connection import LAST, LATE, a_bus, answers, come_true, heard, statuses
 from tests.kit.authority import Authority
+from tests.kit.clock import Clock
 from tests.kit.hostile import GET, HOST, WAITING, a_send, head
 from tests.kit.processes import PATIENCE, Server, wait_until
 
