@@ -1,7 +1,9 @@
 import collections
+import shutil
 
 import pytest
 
+from tests.kit.authority import Authority
 from tests.kit.processes import Server
 
 
@@ -10,6 +12,13 @@ def bus(tmp_path):
     """A running bus with an empty database of its own."""
     with Server(tmp_path / "bus.db") as server:
         yield server
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory):
+    if not shutil.which("openssl"):
+        pytest.skip("openssl makes the certificates")
+    return Authority(tmp_path_factory.mktemp("authority"))
 
 
 def pytest_collection_modifyitems(items):

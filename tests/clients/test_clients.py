@@ -19,7 +19,7 @@ import bus_recv
 import bus_send
 from tests.kit import bad_servers
 from tests.kit.bad_servers import DATE, FAULTS, HTML, NOON, Scripted, answer, mail, message, page, silence, stored
-from tests.kit.processes import PATIENCE, ROOT, Server, free_port, wait_until
+from tests.kit.processes import PATIENCE, ROOT, Server, free_port, no_settings, wait_until
 
 
 class Clock:
@@ -43,9 +43,7 @@ class Clock:
 @pytest.fixture(autouse=True)
 def home(tmp_path, monkeypatch):
     """No setting of whoever runs the tests, and a state directory of each test's own."""
-    for variable in os.environ:
-        if variable.startswith("AGENT_") or variable.lower().endswith("_proxy"):
-            monkeypatch.delenv(variable)
+    no_settings(monkeypatch)
     monkeypatch.setenv("AGENT_BUS_STATE_DIR", str(tmp_path / "state"))
     return tmp_path / "state"
 

@@ -15,7 +15,7 @@ import pytest
 
 from bus_server import CLIENTS
 from tests.core.test_openapi import API, described, operations, resolved
-from tests.core.test_operations import run
+from tests.kit.peers import run
 from tests.kit.processes import PATIENCE, ROOT, Server, wait_until
 
 SENDERS_OWN = set(API["components"]["schemas"]["Draft"]["properties"])  # a message has those that its sender gave it

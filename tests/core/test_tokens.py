@@ -8,7 +8,8 @@ import sys
 
 import pytest
 
-from tests.core.test_identity import ask, command, invite
+from tests.core.test_identity import ask, command
+from tests.kit.peers import invite
 from tests.kit.processes import PATIENCE, ROOT, Server, wait_until
 
 

@@ -20,7 +20,7 @@ import bus_send
 from tests.clients.test_clients import refusing
 from tests.kit.bad_servers import FAULTS, HUGE, Scripted, answer, mail, message
 from tests.kit.monitor import units
-from tests.kit.processes import PATIENCE, ROOT, in_time, wait_until
+from tests.kit.processes import PATIENCE, ROOT, in_time, no_settings, wait_until
 
 HOOK = str(ROOT / "integrations" / "claude_code" / "bus_hook.py")
 BOUND_SECONDS = 2  # for a hook that a prompt waits for
@@ -42,9 +42,7 @@ EVENTS = {
 @pytest.fixture(autouse=True)
 def project(tmp_path, monkeypatch):
     """A folder `project` that we are in, a state directory, and no setting of whoever runs the tests."""
-    for variable in os.environ:
-        if variable.startswith(("AGENT_", "CLAUDE")) or variable.lower().endswith("_proxy"):
-            monkeypatch.delenv(variable)
+    no_settings(monkeypatch, "CLAUDE")
     monkeypatch.setenv("AGENT_BUS_STATE_DIR", str(tmp_path / "state"))
     (tmp_path / "project").mkdir()
     monkeypatch.chdir(tmp_path / "project")

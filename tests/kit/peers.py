@@ -127,14 +127,26 @@ def fill(bus, to, count, msg="x", sender="ann", token=None, at_once=200):
             assert peer.send("POST", "/send", some).answer().status == 200
 
 
+def log_of(bus, name):
+    """The texts of all messages to a name that the bus still has."""
+    return [each["msg"] for each in json.loads(bus.get(f"/log?to={name}&max=1000"))["messages"]]
+
+
+def run(*arguments):
+    """(exit code, stdout, stderr) of bus_server.py, which is expected to end."""
+    done = subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=PATIENCE)
+    return done.returncode, done.stdout, done.stderr
+
+
 def command(bus, *arguments, code=0):
     """Run a command beside the bus; returns what it printed."""
-    done = subprocess.run([*COMMAND, *arguments, "--db", bus.db], capture_output=True, text=True, timeout=PATIENCE)
-    assert done.returncode == code, done
-    return done.stdout + done.stderr
+    done = run(*arguments, "--db", bus.db)
+    assert done[0] == code, done
+    return done[1] + done[2]
 
 
 def invite(bus, *arguments):
+    """The token that the command `invite` prints, as an operator runs it beside the bus."""
     return re.search(r"abt_[0-9a-f]{8}_[\w-]{43}", command(bus, "invite", *arguments))[0]
 
 

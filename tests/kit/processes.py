@@ -44,6 +44,21 @@ def free_port():
                 return port
 
 
+def no_settings(monkeypatch, *prefixes):
+    """Take away what whoever runs the tests has set for the clients, and variables with these prefixes."""
+    for variable in list(os.environ):
+        if variable.startswith(("AGENT_", *prefixes)) or variable.lower().endswith("_proxy"):
+            monkeypatch.delenv(variable)
+
+
+def run_checks(url, **env):
+    """test_bus.py as people run it: what subprocess.run returns."""
+    theirs = {name: value for name, value in os.environ.items() if not name.startswith(("AGENT_", "BUS_"))}
+    command = [sys.executable, str(ROOT / "test_bus.py")]
+    env = {**theirs, "BUS_URL": url, **env}
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=90)
+
+
 class Server:
     """One bus_server.py process. `kill` and `start` keep the port and the database, as a crash and a restart do."""
 
