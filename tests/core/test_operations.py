@@ -46,6 +46,32 @@ def test_prune_needs_no_server_and_spares_the_young(bus):
     assert log_of(bus, "bob") == []
 
 
+@pytest.mark.parametrize("running", [True, False])
+def test_prune_keeps_a_broadcast_until_each_reader_of_its_channel_has_acknowledged_it(bus, running):
+    def prune():
+        """What stays, after a restart that writes all marks."""
+        bus.stop()
+        if running:
+            bus.start()
+        code, out, _ = run("prune", "--older", "0", "--db", bus.db)
+        assert code == 0, out
+        if not running:
+            bus.start()
+        return log_of(bus, "all")
+
+    for query in ("to=bob", "to=eve", "to=carl&channel=lab"):
+        bus.get(f"/recv?{query}&since=0&wait=0.01")  # parked: so that it is a reader for longer than ten minutes
+    send(bus, "all", "hear me")
+    assert prune() == ["hear me"], "nobody has it"
+    now = json.loads(bus.get("/recv?to=bob&since=last"), parse_float=str)["now"]
+    bus.get("/recv?to=eve&since=last")
+    assert prune() == ["hear me"], "both have fetched it"
+    bus.get(f"/recv?to=bob&since={now}")
+    assert prune() == ["hear me"], "bob has acknowledged it, and eve has not"
+    bus.get(f"/recv?to=eve&since={now}")
+    assert prune() == [], "carl reads another channel"
+
+
 def test_prune_of_no_database_is_one_clear_line(tmp_path):
     code, out, err = run("prune", "--db", tmp_path / "none.db")
     assert code == 2 and not out and err.startswith("bus_server: cannot read the database") and err.count("\n") == 1
