@@ -20,6 +20,7 @@ import time
 import pytest
 
 from tests.faults import linux, skipped_without
+from tests.kit import inside
 from tests.kit.peers import Peer, Slowest, alive, ask, fill, post, stored
 from tests.kit.processes import PATIENCE, ROOT, Server, wait_until
 
@@ -49,29 +50,21 @@ def laden(tmp_path_factory):
                 assert peer.send("POST", "/send", {"from": "ann", "to": some, "msg": "x"}).answer().status == 200
             for own in names[:300]:
                 assert peer.send("GET", f"/recv?to={own}&since=now").answer().status == 200
+        assert ask(bus, "PUT", inside.FILE_PATH, inside.FILE).status == 201
         bus.root = root
         yield bus
 
 
-QUERIES = {
-    "recv": "/recv?to=bob&since=0&max=1000",
-    "recv-of-16": "/recv?max=1000&since=0&to=" + ",".join(["bob", "carl", *(f"name-{n}" for n in range(14))]),
-    "recv-as-text": "/recv?to=bob&since=0&max=1000",
-    "log-that-matches-nothing": "/log?since=0&from=nobody&max=1000",
-    "log": "/log?since=0&max=1000",
-    "thread": "/thread/ROOT",
-    "agents": "/agents",
-    "inbox": "/inbox",
-    "metrics": "/metrics",
-    "message": "/message/ROOT",
-    "help": "/",
-    "client": "/bus_recv.py",
-}
+QUERIES = {path.partition("?")[0]: path for path in inside.looks()}
+QUERIES["recv-of-16"] = "/recv?max=1000&since=0&to=" + ",".join(["bob", "carl", *(f"name-{n}" for n in range(14))])
+QUERIES["recv-as-text"] = QUERIES["/recv"]
+QUERIES["log-that-matches-nothing"] = "/log?since=0&from=nobody&max=1000"
 
 
 @pytest.mark.parametrize("which", QUERIES)
 def test_many_at_once_on_one_connection_do_not_hold_up_others(laden, which):
     path = QUERIES[which].replace("ROOT", laden.root)
+    assert ask(laden, "GET", path).status == 200, "tests/kit/inside.py says how an endpoint is asked"
     fields = {"Accept": "text/plain"} if "text" in which else {}
     source = f"127.0.0.{10 + list(QUERIES).index(which)}"  # with a rate of its own
     for _ in range(3):  # the best counts: whoever else uses this machine made the others worse
