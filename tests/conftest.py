@@ -23,6 +23,14 @@ def authority(tmp_path_factory):
     return Authority(tmp_path_factory.mktemp("authority"))
 
 
+@pytest.fixture
+def interruptible():
+    """Ctrl-C works in our children, also where we were started with `&`: a shell lets such a job ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 HANGS = 240  # s; no test takes so long, nor what it sets up or takes down
 
 

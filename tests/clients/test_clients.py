@@ -513,14 +513,6 @@ def test_a_full_disk_under_stdout_is_an_error_and_the_block_is_not_received(home
         assert process.returncode == 2 and err.count(b"\n") == 1 and cursors(home) == {"b1/default/dell": "last"}
 
 
-@pytest.fixture
-def interruptible():
-    """Ctrl-C works in our children, also where we were started with `&`: a shell lets such a job ignore it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
 def test_a_signal_ends_a_waiting_reader_quietly(number, code, interruptible):
     with Scripted(silence) as server:

@@ -287,7 +287,7 @@ def test_another_programs_lock_is_503_while_it_lasts_and_then_over(tmp_path):
                     statuses.append(reply.status)
                     if reply.status == 503:
                         assert int(reply.fields["retry-after"]) >= 1, "it says when to come again"
-                    time.sleep(0.05)
+                    time.sleep(0.05)  # a sender that tries twenty times a second
             holder.communicate("\n", timeout=PATIENCE)
             assert statuses and set(statuses) == {503}
             assert not reads.failure and reads.count > 100 and reads.worst < 1

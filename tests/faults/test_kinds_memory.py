@@ -13,7 +13,6 @@
 import contextlib
 import os
 import sqlite3
-import time
 
 import pytest
 
@@ -309,7 +308,7 @@ def test_a_read_of_a_new_name_leaves_no_row_and_is_gone_after_ten_minutes(tmp_pa
         listed = {each["name"] for each in ask(bus, "GET", "/agents").json["agents"]}
         assert "looked-1" in listed, "it is known for ten minutes"
         moved.go(660)
-        time.sleep(0.3)
+        moved.looks(1)
 
         def forgotten():
             listed = {each["name"] for each in ask(bus, "GET", "/agents").json["agents"]}
@@ -328,7 +327,7 @@ def test_a_row_without_mail_and_without_a_poll_for_as_long_as_mail_is_kept_goes(
         wait_until(lambda: {("default", "held"), ("default", "written-to")} <= set(rows(bus)), 5)
         for step in range(1, 9):  # no step is a jump of more than an hour
             moved.go(step * 1200)
-            time.sleep(0.25)
+            moved.looks(1)
         ask(bus, "GET", "/recv?to=lively&since=0&wait=0.1")
         wait_until(lambda: ("default", "held") not in rows(bus), 5)
         assert ("default", "written-to") in rows(bus), "its reader, who comes one day, must be told of a gap"

@@ -2,17 +2,19 @@
 import contextlib
 import hashlib
 import json
+import os
 import pathlib
 import re
 import resource
 import secrets
 import socket
+import sqlite3
 import subprocess
 import threading
 import time
 from typing import NamedTuple
 
-from tests.kit.processes import COMMAND, PATIENCE
+from tests.kit.processes import COMMAND, PATIENCE, wait_until
 
 TIMED_OUT = (TimeoutError, socket.timeout)  # noqa: UP041  (two classes before Python 3.10)
 
@@ -150,12 +152,6 @@ def invite(bus, *arguments):
     return re.search(r"abt_[0-9a-f]{8}_[\w-]{43}", command(bus, "invite", *arguments))[0]
 
 
-def revoke(bus, name):
-    """Returns when the server has seen it: it looks ten times a second."""
-    set_revoked(bus, name)
-    time.sleep(0.25)
-
-
 def mint(path, **grants):
     """The tokens of some names, written as `invite` does, before the bus starts; options as those of invite."""
     tokens, rows = {}, []
@@ -180,6 +176,28 @@ def set_revoked(bus, name, when=1):
     fresh = file.with_suffix(".fresh")
     fresh.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     fresh.replace(file)
+
+
+def marks_are_written(bus):
+    """Wait until the marks of all who have read so far are on the disk: those of `herald`, who reads last, are."""
+    herald = f"herald-{secrets.token_hex(4)}"
+    one = stored(bus, herald)
+    assert ask(bus, "GET", f"/recv?to={herald}&since={int(one, 16) / 1e6:.6f}").status == 200
+
+    def written():
+        with contextlib.closing(sqlite3.connect(f"file:{bus.db}?mode=ro", uri=True)) as database:
+            return database.execute("SELECT 1 FROM mailboxes WHERE name = ? AND read > 0", (herald,)).fetchall()
+
+    wait_until(written)
+
+
+def sockets(bus):
+    """How many the server has open."""
+    links = []
+    for file in pathlib.Path(f"/proc/{bus.process.pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # closed since
+            links.append(os.readlink(file))
+    return sum(link.startswith("socket:") for link in links)
 
 
 def resident(bus):
@@ -209,7 +227,7 @@ class Slowest:
                     began = time.monotonic()
                     peer.send("GET", self.path).answer()
                     self.worst, self.count = max(self.worst, time.monotonic() - began), self.count + 1
-                    time.sleep(0.002)
+                    time.sleep(0.002)  # one that asks all the while, and takes no CPU from those who are watched
         except (OSError, Closed) as error:
             self.failure = error
 

@@ -18,15 +18,21 @@ COMMAND = [sys.executable, "-c", SERVER]  # for `python3 bus_server.py`
 PATIENCE = 20  # s; a fact that has not come true by then will not: slower than any machine we know
 
 
-def wait_until(fact, patience=PATIENCE):
-    """The first true value of `fact()`; AssertionError after `patience` seconds without one."""
+def comes_true(fact, patience):
+    """The first true value of `fact()`; the last one after `patience` seconds without one."""
     deadline = time.monotonic() + patience
     while True:
         value = fact()
-        if value:
+        if value or time.monotonic() >= deadline:
             return value
-        assert time.monotonic() < deadline, f"waited {patience} s for a fact that never came true"
         time.sleep(0.01)
+
+
+def wait_until(fact, patience=PATIENCE):
+    """The first true value of `fact()`; AssertionError after `patience` seconds without one."""
+    value = comes_true(fact, patience)
+    assert value, f"waited {patience} s for a fact that never came true"
+    return value
 
 
 def in_time(seconds):
