@@ -31,7 +31,7 @@ def interruptible():
     signal.signal(signal.SIGINT, before)
 
 
-HANGS = 240  # s; no test takes so long, nor what it sets up or takes down
+HANGS = 480  # s; no test takes so long even on a busy machine, nor what it sets up or takes down
 
 
 @contextlib.contextmanager

@@ -31,7 +31,7 @@ from tests.kit.peers import TIMED_OUT, Closed, Peer, alive, mint, post, set_revo
 from tests.kit.processes import ROOT, Server, comes_true, free_port, wait_until
 
 pytestmark = skipped_without(linux)
-PATIENCE = 3  # s for an answer; no step holds a request for so long
+PATIENCE = 8  # s for an answer; what is parked for longer must be answered by something else
 HASTY = "bus_server.TIDY_SECONDS = bus_server.MARKS_SECONDS = 0.05; bus_server.DRAIN_SECONDS = 3"
 ERRORS = ("RuntimeError", "RecursionError", "EMFILE")
 ENOUGH = 6  # failures that are told before a test gives up
