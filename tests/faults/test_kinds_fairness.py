@@ -22,7 +22,7 @@ import pytest
 from tests.faults import linux, skipped_without
 from tests.kit import inside
 from tests.kit.peers import Peer, Slowest, alive, ask, fill, post, stored
-from tests.kit.processes import PATIENCE, ROOT, Server, wait_until
+from tests.kit.processes import PATIENCE, ROOT, Server, in_time, wait_until
 
 pytestmark = skipped_without(linux)
 AT_MOST = 0.25  # s that another client may wait
@@ -68,14 +68,14 @@ def test_many_at_once_on_one_connection_do_not_hold_up_others(laden, which):
     fields = {"Accept": "text/plain"} if "text" in which else {}
     source = f"127.0.0.{10 + list(QUERIES).index(which)}"  # with a rate of its own
     for _ in range(3):  # the best counts: whoever else uses this machine made the others worse
-        worst, count = held_up(laden, path, fields, source)
-        if worst < AT_MOST:
+        worst, work, count = held_up(laden, path, fields, source)
+        if worst < in_time(AT_MOST) and work < AT_MOST:
             return
-    pytest.fail(f"{worst * 1e3:.0f} ms, while {count} were answered")
+    pytest.fail(f"{worst * 1e3:.0f} ms, of which the bus computed {work * 1e3:.0f}, while {count} were answered")
 
 
 def held_up(bus, path, fields, source):
-    """(s that another client waited at most, how many of the 200 were answered meanwhile)."""
+    """(s that another client waited at most, s that the bus computed meanwhile, how many of the 200 were answered)."""
     with Peer(bus, source=source) as peer, Slowest(bus) as other:
         wait_until(lambda: other.count > 5)
         sender = threading.Thread(target=send_all, args=(peer, peer.request("GET", path, **fields) * 200), daemon=True)
@@ -85,7 +85,7 @@ def held_up(bus, path, fields, source):
             peer.answer()
             count += 1
     assert not other.failure and other.count > 5
-    return other.worst, count
+    return other.worst, other.work, count
 
 
 GREEDY = """
@@ -103,8 +103,8 @@ def test_a_bus_that_serves_all_of_one_connection_in_one_turn_is_found_out(tmp_pa
     program = [str(ROOT / "tests/kit/raising_server.py")]
     with Server(tmp_path / "bus.db", program=program, env={"PATCH": GREEDY, "FAULT_PORT": "0"}) as bus:
         fill(bus, "bob", 1500, "x" * 600)
-        worst, _ = held_up(bus, QUERIES["log-that-matches-nothing"], {}, "127.0.0.9")
-        assert worst > AT_MOST
+        _, work, _ = held_up(bus, QUERIES["log-that-matches-nothing"], {}, "127.0.0.9")
+        assert work > AT_MOST
 
 
 def send_all(peer, data):
