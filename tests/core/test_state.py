@@ -27,6 +27,7 @@ from bus_server import (
     draft,
 )
 from tests.kit.clock import Clock
+from tests.kit.inside import said
 
 
 def message(to, msg="x", sender="alice", key=None, **members):
@@ -57,12 +58,6 @@ def remove(before, above=0):
 
 def texts(store, *names, **query):
     return [found.text.split('"msg": ')[1].strip('"') for found in store.view.after(poll(*names, **query), 1 << 62)[0]]
-
-
-def said(capfd):
-    """What was written to stderr."""
-    bus_server.REPORT.flush(20)
-    return capfd.readouterr().err
 
 
 class StoreContract:

@@ -1,7 +1,7 @@
 """A bus inside the test: with its extensions and without a socket, so that a test takes its turns and says its time."""
 import hashlib
 
-from bus_server import CLIENTS, State, command_line, make_bus, start_extensions
+from bus_server import CLIENTS, REPORT, State, command_line, make_bus, start_extensions
 
 FILE = b"in a file " * 10_000
 FILE_PATH = f"/blob/{hashlib.sha256(FILE).hexdigest()}"
@@ -32,3 +32,9 @@ def looks():
     close(bus)
     others = sorted(CLIENTS)[1:]
     return [path + ASKED.get(path, "") for method, path in bus.routes if method == "GET" and path not in others]
+
+
+def said(capfd):
+    """What a bus in this process has written to stderr, which a thread of its own does."""
+    REPORT.flush(20)
+    return capfd.readouterr().err
