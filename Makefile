@@ -15,7 +15,9 @@ FUZZ = $(HOME)/.cache/agent-bus-fuzz
 FUZZ_PYTHON ?= $(PYTHON)  # atheris has wheels for 3.9 to 3.13, Linux on x86-64
 AT_ONCE ?= 3  # tests
 # A file's tests stay together: some share a server, or ten thousand readers. The order is that of tests/conftest.py.
-TOGETHER = -n $(AT_ONCE) --dist loadfile --no-loadscope-reorder
+TOGETHER = -n $(AT_ONCE) --dist loadfile --no-loadscope-reorder $(DEAD_WORKER)
+# A worker that dies ends the run and names its test. Else xdist begins the same test anew, eight times, and then waits.
+DEAD_WORKER = --max-worker-restart 0
 # The core's own files whose tests start a command, a proxy or another server each.
 LONG = deploy operations damage conformance
 PEERS = wrk redis-server redis-tools mosquitto nginx libnginx-mod-nchan
@@ -23,7 +25,7 @@ PEERS = wrk redis-server redis-tools mosquitto nginx libnginx-mod-nchan
 .PHONY: quick test lint check bench profile fuzz faults siege clean
 
 quick: $(VENV)/test
-	$(RUN) pytest -n $(AT_ONCE) --dist worksteal -m 'not slow' $(LONG:%=--ignore=tests/core/test_%.py) test_bus.py tests/core
+	$(RUN) pytest -n $(AT_ONCE) --dist worksteal $(DEAD_WORKER) -m 'not slow' $(LONG:%=--ignore=tests/core/test_%.py) test_bus.py tests/core
 
 test: $(VENV)/test
 	$(RUN) pytest $(TOGETHER)

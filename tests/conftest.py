@@ -1,7 +1,11 @@
 import collections
+import contextlib
+import shutil
+import signal
 
 import pytest
 
+from tests.kit.authority import Authority
 from tests.kit.processes import Server
 
 
@@ -10,6 +14,61 @@ def bus(tmp_path):
     """A running bus with an empty database of its own."""
     with Server(tmp_path / "bus.db") as server:
         yield server
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory):
+    if not shutil.which("openssl"):
+        pytest.skip("openssl makes the certificates")
+    return Authority(tmp_path_factory.mktemp("authority"))
+
+
+@pytest.fixture
+def interruptible():
+    """Ctrl-C works in our children, also where we were started with `&`: a shell lets such a job ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+HANGS = 480  # s; no test takes so long even on a busy machine, nor what it sets up or takes down
+
+
+@contextlib.contextmanager
+def told_if_it_hangs():
+    """A step of a test that hangs fails, with the place where it hangs, and the next test is run.
+
+    The signal reaches whatever this thread waits for, and no `except Exception` catches a failure of pytest.
+    """
+
+    def fail(_signal, _frame):
+        pytest.fail(f"hangs: not over after {HANGS} s")
+
+    before = signal.signal(signal.SIGALRM, fail)
+    signal.setitimer(signal.ITIMER_REAL, HANGS, 30)  # and again, should what ends the test hang as well
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@pytest.hookimpl(hookwrapper=True, tryfirst=True)
+def pytest_runtest_setup():
+    with told_if_it_hangs():
+        yield
+
+
+@pytest.hookimpl(hookwrapper=True, tryfirst=True)
+def pytest_runtest_call():
+    with told_if_it_hangs():
+        yield
+
+
+@pytest.hookimpl(hookwrapper=True, tryfirst=True)
+def pytest_runtest_teardown():
+    with told_if_it_hangs():
+        yield
 
 
 def pytest_collection_modifyitems(items):

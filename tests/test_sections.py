@@ -1,19 +1,18 @@
 """test_bus.py skips the sections of the extensions that a bus lacks, names them, and checks all the others."""
 
 import json
-import os
 import pathlib
 import re
 import socket
 import socketserver
-import subprocess
-import sys
 import threading
 
 import pytest
 
 import test_bus
 from test_bus import CHANNELS, EXTENSIONS, FILES, METRICS, QUESTIONS, QUEUES
+from tests.kit.processes import run_checks
+from tests.kit.serving import Serving
 
 CHECKS = [check for name, check in vars(test_bus).items() if name.startswith("test_")]
 ROUTES = {
@@ -27,7 +26,7 @@ MISSING = "{route} needs bus_extensions/{file}, which is not beside bus_server.p
 OFF = "{route} is off: this bus was started --without page,{name}"
 
 
-class Lacking(socketserver.ThreadingTCPServer):
+class Lacking(Serving, socketserver.ThreadingTCPServer):
     """It stands before a bus and answers 404 where an extension would; everything else passes as it is."""
 
     daemon_threads, allow_reuse_address, request_queue_size = True, True, 128
@@ -45,14 +44,6 @@ class Lacking(socketserver.ThreadingTCPServer):
                     names = {"route": route, "file": extension.file, "name": extension.file[:-3]}
                     return json.dumps({"error": self.error.format(**names)}) if self.error else "Not Found"
         return None
-
-    def __enter__(self):
-        threading.Thread(target=self.serve_forever, args=[0.02], daemon=True).start()
-        return self
-
-    def __exit__(self, *_):
-        self.shutdown()
-        self.server_close()
 
 
 class Passing(socketserver.BaseRequestHandler):
@@ -79,11 +70,8 @@ class Passing(socketserver.BaseRequestHandler):
 
 
 def run(url):
-    """(exit code, lines) of test_bus.py as people run it."""
-    theirs = {name: value for name, value in os.environ.items() if not name.startswith(("AGENT_", "BUS_"))}
-    command = [sys.executable, test_bus.__file__]
-    env = {**theirs, "BUS_URL": url, "BUS_OURS": "1"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=90)
+    """(exit code, lines) of test_bus.py."""
+    done = run_checks(url, BUS_OURS="1")
     return done.returncode, done.stdout.splitlines()
 
 

@@ -10,7 +10,7 @@ import pytest
 
 import bus_recv
 import bus_send
-from tests.clients.test_clients import Clock, home, interruptible, program, refusing, run  # noqa: F401
+from tests.clients.test_clients import Clock, home, program, refusing, run  # noqa: F401
 from tests.kit.bad_servers import FAULTS, NOON, Scripted, answer, page, silence, stored
 from tests.kit.processes import PATIENCE, wait_until
 
@@ -122,7 +122,7 @@ def test_a_question_is_copied_once(monkeypatch, tmp_path):
     assert [json.loads(line)["msg"] for line in (tmp_path / "sent").read_text().splitlines()] == ["well?"]
 
 
-def test_ctrl_c_ends_a_question_quietly(interruptible):  # noqa: F811
+def test_ctrl_c_ends_a_question_quietly(interruptible):
     with Scripted(silence) as server:
         process = program("bus_send.py", "dell", "--ask", "--from", "spark", stdin=b"?",
                           env={"AGENT_BUS_URL": server.url})  # fmt: skip

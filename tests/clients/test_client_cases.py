@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import select
 import socket
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import bus_send
 import bus_server
 from tests.clients.test_clients import cursors, home, reader, recv, run, send  # noqa: F401
 from tests.kit.bad_servers import HTML, NOON, Scripted, answer, mail, message, page, stored
-from tests.kit.processes import PATIENCE, ROOT
+from tests.kit.processes import PATIENCE, ROOT, wait_until
 
 FUTURE = NOON + 10**7
 LATE = message(1).replace(str(NOON), str(FUTURE))
@@ -113,7 +114,7 @@ def two_addresses(monkeypatch):
         knocking[-1].setblocking(False)
         with contextlib.suppress(BlockingIOError):
             knocking[-1].connect(hole.getsockname())
-    time.sleep(0.05)
+    wait_until(lambda: select.select([], knocking, [], 0)[1])  # with one of them it is full
 
     def make(url):
         live = ("127.0.0.1", int(url.rpartition(":")[2]))

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from tests.clients.test_clients import home, interruptible, program  # noqa: F401
+from tests.clients.test_clients import home, program  # noqa: F401
 from tests.kit.bad_servers import NOON, Scripted, answer, mail, message
 from tests.kit.processes import PATIENCE, ROOT, wait_until
 
@@ -125,7 +125,7 @@ def test_every_program_runs_isolated_from_wherever_it_lies(tool, place):
     ([signal.SIGTERM, signal.SIGTERM], 0, 60, "/nack"), ([signal.SIGINT], 130, 60, "/nack"),
     ([signal.SIGTERM], 0, 1, "/ack"),  # the first one lets the command end
 ])  # fmt: skip
-def test_signals_reach_a_worker_that_bus_recv_runs(signals, code, seconds, told, tmp_path, interruptible):  # noqa: F811
+def test_signals_reach_a_worker_that_bus_recv_runs(signals, code, seconds, told, tmp_path, interruptible):
     with Scripted(mail(JOB), DONE) as server:
         command = f"touch {tmp_path}/begun; exec sleep {seconds}"
         env = {"AGENT_BUS_URL": server.url}

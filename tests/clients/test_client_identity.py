@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +10,7 @@ import pytest
 
 import bus_recv
 import bus_send
+from tests.kit.peers import invite
 from tests.kit.processes import PATIENCE, ROOT, Server, wait_until
 
 TOKEN = "abt_00000000_" + "s" * 43
@@ -91,11 +91,6 @@ def run(program, *arguments, stdin="", **env):
     )
     assert "Traceback" not in done.stderr and TOKEN not in done.stderr + done.stdout, done.stderr
     return done
-
-
-def invite(bus, name):
-    printed = run("bus_server.py", "invite", name, "--db", bus.db).stdout
-    return re.search(r"abt_[0-9a-f]{8}_[\w-]{43}", printed)[0]
 
 
 def test_two_agents_talk_with_tokens_alone(tmp_path):

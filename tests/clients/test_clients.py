@@ -19,7 +19,7 @@ import bus_recv
 import bus_send
 from tests.kit import bad_servers
 from tests.kit.bad_servers import DATE, FAULTS, HTML, NOON, Scripted, answer, mail, message, page, silence, stored
-from tests.kit.processes import PATIENCE, ROOT, Server, free_port, wait_until
+from tests.kit.processes import PATIENCE, ROOT, Server, free_port, no_settings, wait_until
 
 
 class Clock:
@@ -43,9 +43,7 @@ class Clock:
 @pytest.fixture(autouse=True)
 def home(tmp_path, monkeypatch):
     """No setting of whoever runs the tests, and a state directory of each test's own."""
-    for variable in os.environ:
-        if variable.startswith("AGENT_") or variable.lower().endswith("_proxy"):
-            monkeypatch.delenv(variable)
+    no_settings(monkeypatch)
     monkeypatch.setenv("AGENT_BUS_STATE_DIR", str(tmp_path / "state"))
     return tmp_path / "state"
 
@@ -513,14 +511,6 @@ def test_a_full_disk_under_stdout_is_an_error_and_the_block_is_not_received(home
         process = program("bus_recv.py", "dell", env={"AGENT_BUS_URL": server.url}, stdout=full)
         _, err = process.communicate(timeout=PATIENCE)
         assert process.returncode == 2 and err.count(b"\n") == 1 and cursors(home) == {"b1/default/dell": "last"}
-
-
-@pytest.fixture
-def interruptible():
-    """Ctrl-C works in our children, also where we were started with `&`: a shell lets such a job ignore it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 0), (signal.SIGINT, 130)])

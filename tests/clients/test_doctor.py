@@ -5,7 +5,6 @@ import functools
 import json
 import os
 import re
-import shutil
 import socket
 import subprocess
 import sys
@@ -15,9 +14,9 @@ import pytest
 
 import bus_send
 from tests.kit import bad_servers
-from tests.kit.authority import Authority
 from tests.kit.bad_servers import FAULTS, HTML, Scripted, answer, mail, page
-from tests.kit.processes import COMMAND, PATIENCE, ROOT, Server, free_port, wait_until
+from tests.kit.peers import invite
+from tests.kit.processes import PATIENCE, ROOT, Server, free_port, no_settings, wait_until
 from tools import bus_doctor
 
 HOPS = ["url", "proxy", "dns", "tcp", "tls", "http", "bus", "clock", "token", "send", "recv", "hold"]
@@ -28,9 +27,7 @@ NO_RECEIVER = answer({"error": "to is required"}, status=400)
 @pytest.fixture
 def examine(monkeypatch, capsys):
     """examine(url, **environment) -> ({hop: (verdict, what was found, what to do)}, exit code)."""
-    for variable in list(os.environ):
-        if variable.startswith(("AGENT_", "http_", "https_", "HTTP_", "HTTPS_", "no_", "NO_")):
-            monkeypatch.delenv(variable)
+    no_settings(monkeypatch)
     monkeypatch.setattr(bus_doctor, "PATIENCE", 5.0)
 
     def examine(url, *options, **environment):
@@ -80,12 +77,6 @@ def resolve(monkeypatch):
         return real("127.0.0.1" if host.endswith(".example") else host, *rest, **more)
 
     monkeypatch.setattr(socket, "getaddrinfo", resolve)
-
-
-def invite(bus, *arguments):
-    command = [*COMMAND, "invite", *arguments, "--db", bus.db]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=PATIENCE).stdout
-    return re.search(r"abt_[0-9a-f]{8}_[\w-]{43}", printed)[0]
 
 
 # ── All is well ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -186,13 +177,6 @@ def test_a_host_that_is_out_of_reach(fails, monkeypatch, error, found, advice):
 
     monkeypatch.setattr(socket, "create_connection", create_connection)
     fails("tcp", found, advice, "http://127.0.0.1:8080")
-
-
-@pytest.fixture(scope="module")
-def authority(tmp_path_factory):
-    if not shutil.which("openssl"):
-        pytest.skip("openssl makes the certificates")
-    return Authority(tmp_path_factory.mktemp("authority"))
 
 
 @contextlib.contextmanager

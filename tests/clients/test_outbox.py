@@ -15,7 +15,7 @@ import pytest
 import bus_send
 from tests.faults.history import observed
 from tests.kit.bad_servers import Scripted, answer, page, stored
-from tests.kit.processes import PATIENCE, ROOT, free_port, wait_until
+from tests.kit.processes import PATIENCE, ROOT, free_port, no_settings, wait_until
 from tools import bus_outbox
 
 SENDS = int(os.environ.get("OUTBOX", 25))  # 1000 for the full figure
@@ -24,9 +24,7 @@ SENDS = int(os.environ.get("OUTBOX", 25))  # 1000 for the full figure
 @pytest.fixture(autouse=True)
 def home(tmp_path, monkeypatch):
     """We are spark, with a state directory of our own and no other setting of whoever runs the tests."""
-    for variable in os.environ:
-        if variable.startswith("AGENT_") or variable.lower().endswith("_proxy"):
-            monkeypatch.delenv(variable)
+    no_settings(monkeypatch)
     monkeypatch.setenv("AGENT_BUS_STATE_DIR", str(tmp_path / "state"))
     monkeypatch.setenv("AGENT_NAME", "spark")
     return tmp_path / "state"

@@ -11,7 +11,7 @@ import pytest
 
 import bus_recv
 import bus_send
-from tests.clients.test_clients import Clock, home, interruptible, program, refusing, run  # noqa: F401
+from tests.clients.test_clients import Clock, home, program, refusing, run  # noqa: F401
 from tests.kit.bad_servers import FAULTS, NOON, Scripted, answer, mail, message, page
 from tests.kit.processes import PATIENCE, Server, wait_until
 from tools import bus_work
@@ -168,7 +168,7 @@ def test_a_worker_that_is_stopped_ends_its_job_first(tmp_path):
 
 
 @pytest.mark.parametrize("signals, code", [([signal.SIGTERM, signal.SIGTERM], 0), ([signal.SIGINT], 130)])
-def test_a_worker_that_must_end_now_gives_its_job_back(signals, code, tmp_path, interruptible):  # noqa: F811
+def test_a_worker_that_must_end_now_gives_its_job_back(signals, code, tmp_path, interruptible):
     with Scripted(mail(job(1)), DONE) as server:
         process = worker(server.url, f"echo $$ > {tmp_path}/pid; sleep 60", "--lease", "1")
         wait_until(lambda: lines(tmp_path / "pid"))
@@ -183,7 +183,7 @@ def test_a_worker_that_must_end_now_gives_its_job_back(signals, code, tmp_path, 
     wait_until(lambda: not runs(int((tmp_path / "pid").read_text())))
 
 
-def test_a_command_that_is_just_being_started_is_killed_too(monkeypatch, interruptible):  # noqa: F811
+def test_a_command_that_is_just_being_started_is_killed_too(monkeypatch, interruptible):
     started = []
 
     class Interrupted(subprocess.Popen):

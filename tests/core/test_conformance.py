@@ -1,18 +1,15 @@
 """test_bus.py finds the faults of other servers: each in a bus that has no other, and none in one that has none."""
 
-import os
 import re
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 import test_bus
-from tests.core.test_identity import invite
 from tests.faults.network import live_reading
 from tests.kit.naive_server import FAULTS, Naive
-from tests.kit.processes import PATIENCE, ROOT, Server
+from tests.kit.peers import invite
+from tests.kit.processes import PATIENCE, Server, run_checks
 
 CHECKS = {check.__doc__.split()[0]: check for name, check in vars(test_bus).items() if name.startswith("test_")}
 FOUND_BY = {
@@ -35,10 +32,8 @@ FOUND_BY = {
 
 
 def run(url):
-    """(exit code, the numbers of the checks that failed, what was printed) of test_bus.py as people run it."""
-    theirs = {name: value for name, value in os.environ.items() if not name.startswith(("AGENT_", "BUS_"))}
-    command = [sys.executable, str(ROOT / "test_bus.py")]
-    done = subprocess.run(command, env={**theirs, "BUS_URL": url}, capture_output=True, text=True, timeout=60)
+    """(exit code, the numbers of the checks that failed, what was printed) of test_bus.py."""
+    done = run_checks(url)
     return done.returncode, re.findall(r"^([\d.]+) .*: FAILED$", done.stdout, re.MULTILINE), done.stdout
 
 

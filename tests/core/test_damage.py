@@ -9,9 +9,8 @@ import sqlite3
 
 import pytest
 
-from tests.core.test_identity import invite
-from tests.core.test_operations import run
 from tests.extensions.test_work import ask, claim, mail, prune, send, settle
+from tests.kit.peers import invite, run
 from tests.kit.processes import Server, wait_until
 
 NO_NAME = "x'ff22'"  # bytes, and among them a quote

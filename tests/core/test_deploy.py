@@ -24,9 +24,9 @@ import bus_recv
 import bus_send
 from tests.faults.history import Conversation, observed
 from tests.kit import hostile, new_client, old_client
-from tests.kit.authority import Authority
 from tests.kit.hostile import GET, HOST, head
-from tests.kit.processes import COMMAND, PATIENCE, ROOT, Server, free_port, wait_until
+from tests.kit.peers import invite
+from tests.kit.processes import PATIENCE, ROOT, Server, free_port, wait_until
 
 LAST = head(GET, HOST, "Connection: close")
 
@@ -140,13 +140,6 @@ ours = pytest.mark.parametrize("kind, config", [
 ])  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def authority(tmp_path_factory):
-    if not shutil.which("openssl"):
-        pytest.skip("openssl makes the certificates")
-    return Authority(tmp_path_factory.mktemp("authority"))
-
-
 @pytest.fixture
 def front(tmp_path, authority, monkeypatch):
     """front(bus, kind, config): a proxy at bus.example that the clients trust, and that is ended with the test."""
@@ -174,12 +167,6 @@ def closed(tmp_path):
             tokens = pool.map(lambda name: invite(bus, name, *wanted[name]), wanted)
             bus.tokens = dict(zip(wanted, tokens))
         yield bus
-
-
-def invite(bus, *arguments):
-    command = [*COMMAND, "invite", *arguments, "--db", bus.db]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=PATIENCE).stdout
-    return re.search(r"abt_[0-9a-f]{8}_[\w-]{43}", printed)[0]
 
 
 def ask(front, method, path, token="", body=None, **options):

@@ -5,7 +5,6 @@ import http.client
 import itertools
 import json
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from tests.kit.peers import invite
 from tests.kit.processes import COMMAND, PATIENCE, ROOT, Server, wait_until
 
 NAMES = ["alice", "bob", "carl", "dora", "eve"]
@@ -30,10 +30,6 @@ def command(bus, *arguments):
     )
     assert done.returncode in (0, 1) and not done.stderr, done.stderr
     return done.stdout
-
-
-def invite(bus, *arguments):
-    return re.search(r"abt_[0-9a-f]{8}_[\w-]{43}", command(bus, "invite", *arguments))[0]
 
 
 def ask(bus, method, path, body=None, token=None, **headers):

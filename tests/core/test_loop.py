@@ -12,6 +12,7 @@ from bus_server import Loop, Put, State
 from tests.core.test_connection import Peer, a_bus, come_true, statuses, told
 from tests.core.test_connection import while_the_disk_is_busy as meanwhile
 from tests.kit.hostile import GET, HOST, WAITING, a_send, head
+from tests.kit.inside import said
 from tests.kit.processes import PATIENCE
 
 
@@ -101,7 +102,7 @@ def test_a_failing_disk_is_told_also_when_it_took_its_time(monkeypatch, capfd):
         sender = Peer(bus)
         sender.says(a_send("alice"))
         assert told(sender)[0] == 503 and bus.broken
-    assert "it is broken" in capfd.readouterr().err
+    assert "it is broken" in said(capfd)
 
 
 def test_a_signal_is_heard_while_the_main_thread_waits_for_the_disk(loop):

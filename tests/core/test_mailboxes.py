@@ -6,14 +6,7 @@ import sys
 import pytest
 
 from bus_server import EVERYONE, GRACE, Deadlines, Mailboxes, Message, Poll
-
-
-class Clock:
-    def __init__(self):
-        self.now = 1000.0
-
-    def __call__(self):
-        return self.now
+from tests.kit.clock import Clock
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """Every answer has the members that docs/openapi.json lists for it, and no others.
 
-`ask_for_everything` asks for each status of each operation. A new endpoint, status or member needs a line there, and a
-test names what has none.
+`ask_for_everything` and the functions behind it ask for each status of each operation. A new endpoint, status or member
+needs a line there, and a test names what has none.
 """
 import contextlib
 import hashlib
@@ -15,7 +15,7 @@ import pytest
 
 from bus_server import CLIENTS
 from tests.core.test_openapi import API, described, operations, resolved
-from tests.core.test_operations import run
+from tests.kit.peers import run
 from tests.kit.processes import PATIENCE, ROOT, Server, wait_until
 
 SENDERS_OWN = set(API["components"]["schemas"]["Draft"]["properties"])  # a message has those that its sender gave it
@@ -119,26 +119,47 @@ class Compared:
 
 
 def ask_for_everything(compared):
-    ask, send = compared.ask, compared.send
+    ask = compared.ask
     for path in ("/healthz", "/metrics", "/", *sorted(CLIENTS)):
         ask("GET", path)
         ask("GET", path, Host="evil.example")
+    first = ask_for_sends(compared)
+    question = ask_for_questions(compared)
+    ask_for_reads(compared, first, question)
+    ask_for_turns(compared)
+    ask_for_recalls(compared, first)
+    ask_for_work(compared)
+    ask_for_files(ask)
+    assert run("prune", "--older", "0", "--pending", "--db", compared.bus.db)[0] == 0
+    assert ask("GET", f"/recv?to=dell&since={int(first, 16) / 1e6 - 1:.6f}")["gap"]
 
+
+def ask_for_sends(compared):
+    """The id of the first."""
+    send = compared.send
     every = {"subject": "s", "type": "t", "priority": "high", "content_type": "text/plain", "ttl": 60, "key": "k"}
     first = send("dell", **every)["id"]
     send("dell", **every)
     send("dell", **{**every, "msg": "another text of the same key"})
     send(["dell", "nano"], reply_to=first)
     send("all")
-    ask("POST", "/send", [{"from": "ann", "to": to, "msg": "x"} for to in (["dell", "nano"], "eve")])
+    compared.ask("POST", "/send", [{"from": "ann", "to": to, "msg": "x"} for to in (["dell", "nano"], "eve")])
     send("not a name")
+    return first
 
-    question = compared.answered_question()
+
+def ask_for_questions(compared):
+    """The id of one that was answered."""
+    ask, question = compared.ask, compared.answered_question()
     ask("POST", "/ask", {"from": "ann", "to": "dora", "msg": "another text", "key": "question"})
     for to in ("dell", ["dell", "nano"]):
         ask("POST", "/ask?wait=0", {"from": "ann", "to": to, "msg": "?"})
     ask("POST", "/ask", {})
+    return question
 
+
+def ask_for_reads(compared, first, question):
+    ask = compared.ask
     for where in ("/recv?to=dell", "/log?x=y"):
         now = ask("GET", where)["now"]
         ask("GET", where, Accept="text/plain")
@@ -152,8 +173,11 @@ def ask_for_everything(compared):
         for ident in (first, question, "1", "x"):
             ask("GET", f"{path}/{ident}")
         ask("GET", f"{path}/{first}", Host="evil.example")
-
     ask("GET", f"/thread/{question}?max=1")
+
+
+def ask_for_turns(compared):
+    ask, send = compared.ask, compared.send
     for _ in range(TURNS // 8 + 1):  # each is two turns, and a quarter of all is warned of
         send("flo")
         send("ann", **{"from": "flo"})
@@ -161,13 +185,18 @@ def ask_for_everything(compared):
     send("ann", **{"from": "flo"})
     ask("POST", "/ask?wait=0", {"from": "ann", "to": "flo", "msg": "?"})
 
-    recalled = send("nano")["id"]
-    for ident in (recalled, recalled, first, "1", ""):
-        ask("POST", "/recall", {"id": ident})
-    ask("GET", f"/message/{recalled}")
 
+def ask_for_recalls(compared, first):
+    recalled = compared.send("nano")["id"]
+    for ident in (recalled, recalled, first, "1", ""):
+        compared.ask("POST", "/recall", {"id": ident})
+    compared.ask("GET", f"/message/{recalled}")
+
+
+def ask_for_work(compared):
+    ask = compared.ask
     for way, more in (("ack", {}), ("nack", {"delay": 0, "reason": "no"}), ("extend", {"seconds": 60})):
-        jobs = [send("builds")["id"], compared.claim()]
+        jobs = [compared.send("builds")["id"], compared.claim()]
         ask("GET", f"/message/{jobs[0]}")
         ask("POST", f"/{way}", {**jobs[1], **more})
         ask("GET", f"/message/{jobs[0]}")
@@ -178,6 +207,8 @@ def ask_for_everything(compared):
     ask("POST", "/claim", {"to": "builds", "wait": 0})
     ask("POST", "/claim", {})
 
+
+def ask_for_files(ask):
     half = len(FILE) // 2
     ask("GET", f"/blob/{SHA}")
     for begin, end in ((0, half), (0, half), (half, len(FILE))):
@@ -190,9 +221,6 @@ def ask_for_everything(compared):
     ask("GET", f"/blob/{SHA}", Range="bytes=3-")
     ask("GET", f"/blob/{SHA}", Range=f"bytes={len(FILE)}-")
     ask("GET", "/blob/x")
-
-    assert run("prune", "--older", "0", "--pending", "--db", compared.bus.db)[0] == 0
-    assert ask("GET", f"/recv?to=dell&since={int(first, 16) / 1e6 - 1:.6f}")["gap"]
 
 
 @pytest.fixture(scope="module")

@@ -11,12 +11,8 @@ import pytest
 
 import bus_server
 from tests.kit import inside
-from tests.kit.processes import COMMAND, PATIENCE, ROOT, Server, wait_until
-
-
-def run(*arguments):
-    done = subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=PATIENCE)
-    return done.returncode, done.stdout, done.stderr
+from tests.kit.peers import log_of, run
+from tests.kit.processes import PATIENCE, ROOT, Server, wait_until
 
 
 def send(bus, to="bob", msg="x", **members):
@@ -26,10 +22,6 @@ def send(bus, to="bob", msg="x", **members):
     return answer.status, json.loads(answer.read())
 
 
-def mail(bus, name):
-    return [each["msg"] for each in json.loads(bus.get(f"/log?to={name}&max=1000"))["messages"]]
-
-
 def test_prune_removes_what_was_fetched_and_says_what_stays(bus):
     for number in range(3):
         send(bus, "bob", str(number))
@@ -37,11 +29,11 @@ def test_prune_removes_what_was_fetched_and_says_what_stays(bus):
     bus.get("/recv?to=bob")
     dry = "prune", "--older", "0", "--dry-run", "--db", bus.db
     wait_until(lambda: "6 messages are older than that; 3 of them are unfetched or not done, and stay" in run(*dry)[1])
-    assert len(mail(bus, "bob")) == 3, "a dry run removes nothing"
+    assert len(log_of(bus, "bob")) == 3, "a dry run removes nothing"
     code, out, _ = run("prune", "--older", "0", "--db", bus.db)
-    assert code == 0 and out.endswith("3 removed\n") and (mail(bus, "bob"), len(mail(bus, "eve"))) == ([], 3)
+    assert code == 0 and out.endswith("3 removed\n") and (log_of(bus, "bob"), len(log_of(bus, "eve"))) == ([], 3)
     code, out, _ = run("prune", "--older", "0", "--pending", "--db", bus.db)
-    assert code == 0 and out.endswith("3 removed\n") and mail(bus, "eve") == []
+    assert code == 0 and out.endswith("3 removed\n") and log_of(bus, "eve") == []
 
 
 def test_prune_needs_no_server_and_spares_the_young(bus):
@@ -51,7 +43,33 @@ def test_prune_needs_no_server_and_spares_the_young(bus):
     assert run("prune", "--older", "1h", "--db", bus.db)[1] == "0 messages are older than that\n"
     assert run("prune", "--older", "0", "--pending", "--db", bus.db)[1].endswith("1200 removed\n")
     bus.start()
-    assert mail(bus, "bob") == []
+    assert log_of(bus, "bob") == []
+
+
+@pytest.mark.parametrize("running", [True, False])
+def test_prune_keeps_a_broadcast_until_each_reader_of_its_channel_has_acknowledged_it(bus, running):
+    def prune():
+        """What stays, after a restart that writes all marks."""
+        bus.stop()
+        if running:
+            bus.start()
+        code, out, _ = run("prune", "--older", "0", "--db", bus.db)
+        assert code == 0, out
+        if not running:
+            bus.start()
+        return log_of(bus, "all")
+
+    for query in ("to=bob", "to=eve", "to=carl&channel=lab"):
+        bus.get(f"/recv?{query}&since=0&wait=0.01")  # parked: so that it is a reader for longer than ten minutes
+    send(bus, "all", "hear me")
+    assert prune() == ["hear me"], "nobody has it"
+    now = json.loads(bus.get("/recv?to=bob&since=last"), parse_float=str)["now"]
+    bus.get("/recv?to=eve&since=last")
+    assert prune() == ["hear me"], "both have fetched it"
+    bus.get(f"/recv?to=bob&since={now}")
+    assert prune() == ["hear me"], "bob has acknowledged it, and eve has not"
+    bus.get(f"/recv?to=eve&since={now}")
+    assert prune() == [], "carl reads another channel"
 
 
 def test_prune_of_no_database_is_one_clear_line(tmp_path):
@@ -66,7 +84,7 @@ def test_an_order_that_makes_no_sense_harms_nobody(bus, garbage):
     json.loads(bus.get("/recv?to=bob&wait=0.3"))  # the sweep that ends this poll then looks for orders
     assert send(bus)[0] == 200 and bus.process.poll() is None
     code, out, _ = run("prune", "--older", "0", "--pending", "--db", bus.db)
-    assert code == 0 and out.endswith("1 removed\n") and mail(bus, "bob") == []
+    assert code == 0 and out.endswith("1 removed\n") and log_of(bus, "bob") == []
 
 
 def test_prune_ends_though_the_server_ends_before_it(bus):
@@ -91,14 +109,14 @@ def test_prune_beside_a_server_of_another_version_is_refused_in_words_at_once(bu
     assert code == 2 and err.count("\n") == 1
     assert f"the bus at {bus.url} is version {version.strip() or 'before'}" in err
     assert f"this is {bus_server.VERSION}" in err and "removed" not in out
-    assert not pathlib.Path(f"{bus.db}.prune").exists() and mail(bus, "bob") == ["x"]
+    assert not pathlib.Path(f"{bus.db}.prune").exists() and log_of(bus, "bob") == ["x"]
 
 
 def test_a_server_says_its_version_so_that_prune_beside_it_works(bus):
     send(bus)
     assert pathlib.Path(f"{bus.db}.lock").read_text() == f"{bus.url}\n{bus_server.VERSION}\n"
     code, out, err = run("prune", "--older", "0", "--pending", "--db", bus.db)
-    assert (code, err) == (0, "") and out.endswith("1 removed\n") and mail(bus, "bob") == []
+    assert (code, err) == (0, "") and out.endswith("1 removed\n") and log_of(bus, "bob") == []
 
 
 def test_retention_and_prune_remove_side_by_side_and_none_of_them_is_lost(tmp_path):
@@ -134,21 +152,24 @@ def test_retention_and_prune_remove_side_by_side_and_none_of_them_is_lost(tmp_pa
     inside.close(bus)
 
 
-def test_ctrl_c_ends_a_prune_without_a_traceback(bus):
+def test_ctrl_c_ends_a_prune_without_a_traceback(bus, interruptible):
     send(bus)
     bus.process.send_signal(signal.SIGSTOP)
     command = [sys.executable, str(ROOT / "bus_server.py"), "prune", "--older", "0", "--pending", "--db", bus.db]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as pruning:
         wait_until(pathlib.Path(f"{bus.db}.prune").exists)
         pruning.send_signal(signal.SIGINT)
-        assert pruning.communicate(timeout=PATIENCE)[1] == "" and pruning.returncode == 130
+        try:
+            assert pruning.communicate(timeout=PATIENCE)[1] == "" and pruning.returncode == 130
+        finally:
+            pruning.kill()  # else it is waited for without an end, as its bus stands
 
 
 def test_times_longer_than_there_has_been_time_are_all_of_it(tmp_path):
     with Server(tmp_path / "bus.db", "--keep", "999999999d") as bus:
         send(bus)
         assert run("prune", "--older", "999999999d", "--db", bus.db)[:2] == (0, "0 messages are older than that\n")
-        assert mail(bus, "bob") == ["x"] and bus.stop() == 0
+        assert log_of(bus, "bob") == ["x"] and bus.stop() == 0
 
 
 def values(bus):

@@ -26,6 +26,8 @@ from bus_server import (
     Unusable,
     draft,
 )
+from tests.kit.clock import Clock
+from tests.kit.inside import said
 
 
 def message(to, msg="x", sender="alice", key=None, **members):
@@ -56,20 +58,6 @@ def remove(before, above=0):
 
 def texts(store, *names, **query):
     return [found.text.split('"msg": ')[1].strip('"') for found in store.view.after(poll(*names, **query), 1 << 62)[0]]
-
-
-def said(capfd):
-    """What was written to stderr."""
-    bus_server.REPORT.flush(20)
-    return capfd.readouterr().err
-
-
-class Clock:
-    def __init__(self, now=1_000_000_000_000):
-        self.now = now
-
-    def __call__(self):
-        return self.now
 
 
 class StoreContract:
@@ -271,7 +259,7 @@ class StoreContract:
 class TestSqlite(StoreContract):
     @pytest.fixture
     def clock(self):
-        return Clock()
+        return Clock(1_000_000_000_000)
 
     @pytest.fixture
     def reopen(self, store, clock, tmp_path):

@@ -15,8 +15,8 @@ import pytest
 
 import bus_server
 from bus_server import Listener, tls_context
-from tests.core.test_connection import LAST, LATE, Clock, a_bus, answers, come_true, heard, statuses
-from tests.kit.authority import Authority
+from tests.core.test_connection import LAST, LATE, a_bus, answers, come_true, heard, statuses
+from tests.kit.clock import Clock
 from tests.kit.hostile import GET, HOST, WAITING, a_send, head
 from tests.kit.processes import PATIENCE, Server, wait_until
 
@@ -33,11 +33,6 @@ def post(to, message, *fields):
 
 def recv(to, *fields, query=""):
     return head(f"GET /recv?to={to}{query} HTTP/1.1", HOST, *fields)
-
-
-@pytest.fixture(scope="module")
-def authority(tmp_path_factory):
-    return Authority(tmp_path_factory.mktemp("authority"))
 
 
 def trusting(authority=None):

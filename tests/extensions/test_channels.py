@@ -4,7 +4,8 @@ import urllib.parse
 
 import pytest
 
-from tests.core.test_identity import ask, invite, may_read
+from tests.core.test_identity import ask, may_read
+from tests.kit.peers import invite
 from tests.kit.processes import Server, wait_until
 
 GRANTS = {

@@ -7,12 +7,8 @@ import sys
 
 import pytest
 
-from tests.kit.processes import COMMAND, PATIENCE, ROOT, Server
-
-
-def run(*arguments):
-    done = subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=PATIENCE)
-    return done.returncode, done.stdout, done.stderr
+from tests.kit.peers import log_of, run
+from tests.kit.processes import PATIENCE, ROOT, Server
 
 
 def post(bus, path, value):
@@ -28,10 +24,6 @@ def message(**members):
 
 def send(bus, **members):
     return post(bus, "/send", message(**members))
-
-
-def mail(bus, name):
-    return [each["msg"] for each in json.loads(bus.get(f"/log?to={name}&max=1000"))["messages"]]
 
 
 WITH_PACKAGES = [str(ROOT / "bus_server.py")]
@@ -53,7 +45,7 @@ def test_a_message_that_does_not_fit_its_type_is_refused_with_the_member_named(s
         status, answer = send(bus, type="build.done", build=0)
         assert status == 422 and answer["error"].startswith("build does not fit the type build.done: 0 is less")
         assert send(bus, type="build.done")[0] == 422
-        assert mail(bus, "bob") == ["x"] * 3
+        assert log_of(bus, "bob") == ["x"] * 3
 
 
 def test_a_strict_bus_refuses_types_it_does_not_know(schemas, tmp_path):
@@ -80,7 +72,7 @@ def test_one_message_that_does_not_fit_refuses_its_whole_array_and_a_question_is
     with Server(tmp_path / "bus.db", "--schemas", schemas, program=WITH_PACKAGES) as bus:
         status, answer = post(bus, "/send", [good, bad])
         assert status == 422 and answer["error"].startswith("build does not fit the type build.done: ")
-        assert post(bus, "/ask?wait=0", bad)[0] == 422 and mail(bus, "bob") == []
+        assert post(bus, "/ask?wait=0", bad)[0] == 422 and log_of(bus, "bob") == []
         assert post(bus, "/send", [good, good])[0] == post(bus, "/ask?wait=0", good)[0] == 200
         # the text of a body as it is has a type from the query, and is checked too
         assert post(bus, "/send?from=alice&to=bob&type=build.done", "as it is")[0] == 422

@@ -12,23 +12,12 @@ from bus_server import BODY_RATE, BODY_SECONDS, HEAD_SECONDS, STRANGERS
 from tests.core.test_parked import cpu_seconds, descriptors, footprint
 from tests.faults import Result, faulty, unless
 from tests.kit.authority import Authority
-from tests.kit.peers import closed
+from tests.kit.peers import closed, many_files
 from tests.kit.processes import PATIENCE, Server, wait_until
 
 ROUNDS, MORE_ROUNDS = 6, 30  # measurements; more if those are bad: whoever else uses this machine made them worse
 FLOOR = 0.0005  # s; a p99 below it is taken for it, as the scheduler of a machine adds so much
 SPARE = 2000  # descriptors for all that is no slow body: the bus keeps 256 strangers, and we ask now and then
-
-
-@contextlib.contextmanager
-def many_descriptors():
-    """As many as this process may have."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def ten_thousand_descriptors():
@@ -96,7 +85,7 @@ def hasty(patience):
 
 def slow_peers(directory, size, patience=HEAD_SECONDS):
     """`size` connections with half a head or none, then as many with half a body behind a first request."""
-    with many_descriptors(), Server(directory / "bus.db", **hasty(patience)) as bus:
+    with many_files(), Server(directory / "bus.db", **hasty(patience)) as bus:
         peer = http.client.HTTPConnection("127.0.0.1", bus.port, timeout=PATIENCE)
         before = footprint(bus.process)
         heads = [b"", b"GET /healthz HTTP/1.1\r\nHost: localho"]
@@ -131,7 +120,7 @@ def silent_handshakes(directory, size, patience=HEAD_SECONDS):
     authority = Authority(directory)
     ours = authority.sign("IP:127.0.0.1")
     tls = ["--tls-cert", ours.file, "--tls-key", ours.key]
-    with many_descriptors(), Server(directory / "bus.db", *tls, **hasty(patience)) as bus:
+    with many_files(), Server(directory / "bus.db", *tls, **hasty(patience)) as bus:
         trust = ssl.create_default_context(cafile=authority.file)
         peer = http.client.HTTPSConnection("127.0.0.1", bus.port, timeout=PATIENCE, context=trust)
         silent = []

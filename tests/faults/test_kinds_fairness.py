@@ -20,8 +20,9 @@ import time
 import pytest
 
 from tests.faults import linux, skipped_without
+from tests.kit import inside
 from tests.kit.peers import Peer, Slowest, alive, ask, fill, post, stored
-from tests.kit.processes import PATIENCE, ROOT, Server, wait_until
+from tests.kit.processes import PATIENCE, ROOT, Server, in_time, wait_until
 
 pytestmark = skipped_without(linux)
 AT_MOST = 0.25  # s that another client may wait
@@ -49,40 +50,32 @@ def laden(tmp_path_factory):
                 assert peer.send("POST", "/send", {"from": "ann", "to": some, "msg": "x"}).answer().status == 200
             for own in names[:300]:
                 assert peer.send("GET", f"/recv?to={own}&since=now").answer().status == 200
+        assert ask(bus, "PUT", inside.FILE_PATH, inside.FILE).status == 201
         bus.root = root
         yield bus
 
 
-QUERIES = {
-    "recv": "/recv?to=bob&since=0&max=1000",
-    "recv-of-16": "/recv?max=1000&since=0&to=" + ",".join(["bob", "carl", *(f"name-{n}" for n in range(14))]),
-    "recv-as-text": "/recv?to=bob&since=0&max=1000",
-    "log-that-matches-nothing": "/log?since=0&from=nobody&max=1000",
-    "log": "/log?since=0&max=1000",
-    "thread": "/thread/ROOT",
-    "agents": "/agents",
-    "inbox": "/inbox",
-    "metrics": "/metrics",
-    "message": "/message/ROOT",
-    "help": "/",
-    "client": "/bus_recv.py",
-}
+QUERIES = {path.partition("?")[0]: path for path in inside.looks()}
+QUERIES["recv-of-16"] = "/recv?max=1000&since=0&to=" + ",".join(["bob", "carl", *(f"name-{n}" for n in range(14))])
+QUERIES["recv-as-text"] = QUERIES["/recv"]
+QUERIES["log-that-matches-nothing"] = "/log?since=0&from=nobody&max=1000"
 
 
 @pytest.mark.parametrize("which", QUERIES)
 def test_many_at_once_on_one_connection_do_not_hold_up_others(laden, which):
     path = QUERIES[which].replace("ROOT", laden.root)
+    assert ask(laden, "GET", path).status == 200, "tests/kit/inside.py says how an endpoint is asked"
     fields = {"Accept": "text/plain"} if "text" in which else {}
     source = f"127.0.0.{10 + list(QUERIES).index(which)}"  # with a rate of its own
     for _ in range(3):  # the best counts: whoever else uses this machine made the others worse
-        worst, count = held_up(laden, path, fields, source)
-        if worst < AT_MOST:
+        worst, work, count = held_up(laden, path, fields, source)
+        if worst < in_time(AT_MOST) and work < AT_MOST:
             return
-    pytest.fail(f"{worst * 1e3:.0f} ms, while {count} were answered")
+    pytest.fail(f"{worst * 1e3:.0f} ms, of which the bus computed {work * 1e3:.0f}, while {count} were answered")
 
 
 def held_up(bus, path, fields, source):
-    """(s that another client waited at most, how many of the 200 were answered meanwhile)."""
+    """(s that another client waited at most, s that the bus computed meanwhile, how many of the 200 were answered)."""
     with Peer(bus, source=source) as peer, Slowest(bus) as other:
         wait_until(lambda: other.count > 5)
         sender = threading.Thread(target=send_all, args=(peer, peer.request("GET", path, **fields) * 200), daemon=True)
@@ -92,7 +85,7 @@ def held_up(bus, path, fields, source):
             peer.answer()
             count += 1
     assert not other.failure and other.count > 5
-    return other.worst, count
+    return other.worst, other.work, count
 
 
 GREEDY = """
@@ -110,8 +103,8 @@ def test_a_bus_that_serves_all_of_one_connection_in_one_turn_is_found_out(tmp_pa
     program = [str(ROOT / "tests/kit/raising_server.py")]
     with Server(tmp_path / "bus.db", program=program, env={"PATCH": GREEDY, "FAULT_PORT": "0"}) as bus:
         fill(bus, "bob", 1500, "x" * 600)
-        worst, _ = held_up(bus, QUERIES["log-that-matches-nothing"], {}, "127.0.0.9")
-        assert worst > AT_MOST
+        _, work, _ = held_up(bus, QUERIES["log-that-matches-nothing"], {}, "127.0.0.9")
+        assert work > AT_MOST
 
 
 def send_all(peer, data):
@@ -294,7 +287,7 @@ def test_another_programs_lock_is_503_while_it_lasts_and_then_over(tmp_path):
                     statuses.append(reply.status)
                     if reply.status == 503:
                         assert int(reply.fields["retry-after"]) >= 1, "it says when to come again"
-                    time.sleep(0.05)
+                    time.sleep(0.05)  # a sender that tries twenty times a second
             holder.communicate("\n", timeout=PATIENCE)
             assert statuses and set(statuses) == {503}
             assert not reads.failure and reads.count > 100 and reads.worst < 1

@@ -27,11 +27,11 @@ import pytest
 
 from tests.faults import linux, skipped_without
 from tests.kit import peers as kit
-from tests.kit.peers import TIMED_OUT, Closed, Peer, alive, mint, post, set_revoked, stored
-from tests.kit.processes import ROOT, Server, free_port, wait_until
+from tests.kit.peers import TIMED_OUT, Closed, Peer, alive, mint, post, set_revoked, sockets, stored
+from tests.kit.processes import ROOT, Server, comes_true, free_port, wait_until
 
 pytestmark = skipped_without(linux)
-PATIENCE = 3  # s for an answer; no step holds a request for so long
+PATIENCE = 8  # s for an answer; what is parked for longer must be answered by something else
 HASTY = "bus_server.TIDY_SECONDS = bus_server.MARKS_SECONDS = 0.05; bus_server.DRAIN_SECONDS = 3"
 ERRORS = ("RuntimeError", "RecursionError", "EMFILE")
 ENOUGH = 6  # failures that are told before a test gives up
@@ -85,7 +85,7 @@ def periodic(bus, seconds=0.4):
     before, found = {}, None
     for _ in range(3):
         ask(bus, "GET", "/recv?to=reader&since=0")
-        time.sleep(seconds)
+        time.sleep(seconds)  # nothing is asked meanwhile: what is called now comes by itself
         after = bus.told()["calls"]
         found = {name for name in found or after if after[name] > before.get(name, 0)}
         before = after
@@ -94,16 +94,16 @@ def periodic(bus, seconds=0.4):
 
 def goes_on(bus, names):
     """Everything that is periodic is called again; what is not, within a second, or nothing."""
-    before = bus.told()["calls"]
-    deadline = time.monotonic() + 1.5
-    while time.monotonic() < deadline:
+    before, stuck = bus.told()["calls"], []
+
+    def all_came():
         stored(bus, "reader")  # what was there is older than --keep by now
         ask(bus, "GET", "/recv?to=reader&since=0")
         now = bus.told()["calls"]
-        stuck = sorted(name for name in names if now.get(name, 0) <= before.get(name, 0))
-        if not stuck:
-            return []
-        time.sleep(0.02)
+        stuck[:] = sorted(name for name in names if now.get(name, 0) <= before.get(name, 0))
+        return not stuck
+
+    comes_true(all_came, 1.5)
     return stuck
 
 
@@ -330,8 +330,9 @@ def test_only_the_connection_pays_on_which_it_was_raised(tmp_path, half):
         steps = STEPS[half::2]
         for step in steps:
             before = set(bus.places()) if step is not one_list else set()
+            open_now = sockets(bus)
             right[step] = step(bus)
-            time.sleep(0.02)  # until its sockets are closed
+            wait_until(lambda open_now=open_now: sockets(bus) <= open_now)
             for each in bus.places():
                 if each not in before and each[0] not in ("Bus.tidy",) and each[1] not in UNKNOWN:
                     reached.setdefault(each, step)
@@ -450,7 +451,7 @@ def test_without_descriptors_an_exception_does_not_close_the_door(tmp_path, plac
         resource.prlimit(bus.process.pid, resource.RLIMIT_NOFILE, (open_now, open_now + 100))
         with contextlib.suppress(OSError):
             Peer(bus, patience=0.3).send("GET", "/healthz").outcome()
-        time.sleep(0.2)
+        time.sleep(0.2)  # the door is closed meanwhile: nothing can be asked, not even whether it is
         resource.prlimit(bus.process.pid, resource.RLIMIT_NOFILE, (open_now + 100, open_now + 100))
         assert bus.process.poll() is None
         wait_until(lambda: alive(bus), 5)

@@ -7,7 +7,8 @@ import pytest
 
 from bus_server import STRANGERS
 from tests.faults import linux, program, skipped_without
-from tests.faults.siege import ROUNDS, many_descriptors, no_descriptors, reach, silent_handshakes, slow_peers
+from tests.faults.siege import ROUNDS, no_descriptors, reach, silent_handshakes, slow_peers
+from tests.kit.peers import many_files
 from tests.kit.processes import PATIENCE, ROOT, Server
 
 pytestmark = skipped_without(linux)
@@ -30,7 +31,7 @@ def test_without_descriptors_the_bus_rests_and_comes_back(tmp_path):
 
 def test_a_burst_of_honest_clients_is_served_whole(bus):
     """More at once than strangers are kept: nobody who has sent a request is dropped for it."""
-    with many_descriptors():
+    with many_files():
         peers = []
         for _ in range(4 * STRANGERS):
             peer = reach(bus)

@@ -482,6 +482,39 @@ def test_a_bus_of_the_old_contract_will_do(start):
         assert [asked.query["since"] for asked in bus.polls] == ["0", "0", f"{NOON}.000002"]
 
 
+def test_a_bus_of_a_later_version_may_say_more(start):
+    """Members that nobody knows yet, in the answer and in messages, and a text that is not a string."""
+    later = [message(1, "good", shape={"a": [1]}, content_type="text/later"), message(2, {"parts": ["x"]})]
+    with Scripted(mail(*later, hints=[{"x": None}], cursor=5)) as bus:
+        first, second = start(url=bus.url).mail()
+    assert (first["msg"], first["content_type"]) == ("good", "text/later")
+    assert "parts" in json.dumps(second["msg"])
+    agent = {"name": "dell", "channel": "default", "online": True, "last_seen": NOON, "unread": 1, "mood": {"x": 1}}
+    with Scripted(answer({"agents": [agent], "now": NOON, "weather": "fine"})) as bus:
+        assert "dell" in start(url=bus.url).tool("bus_agents")
+
+
+@pytest.mark.parametrize("broken", ["a file", "a folder in place of the cursor"])
+def test_a_state_directory_that_is_of_no_use_is_told_in_one_line(client, start, tmp_path, broken):
+    place, one = tmp_path / "broken", post("hello")
+    if broken == "a file":
+        place.write_text("")
+    else:
+        fresh = start(AGENT_BUS_STATE_DIR=str(place))
+        assert "is read" in fresh.tool("bus_ack", id=one)
+        fresh.kill()
+        one = post("hello again")
+        for file in [path for path in place.glob("cursors/*/*/*") if "~" not in path.name]:
+            file.unlink()
+            file.mkdir()
+            (file / "something").touch()
+    ours = start(AGENT_BUS_STATE_DIR=str(place))
+    told = ours.failure("bus_ack", id=one)
+    assert str(place) in told and "\n" not in told.strip(), told
+    assert ours.ask("ping")["result"] == {} and "Traceback" not in ours.end()
+    assert [each["msg"] for each in client.mail()][-1].startswith("hello"), "nothing was lost by it"
+
+
 def test_what_is_no_message_is_passed_over(start):
     with Scripted(mail("7", '"hi"', '{"ts": "soon"}', '{"ts": 5}', message(1, "good"))) as bus:
         assert [m.get("msg") for m in start(url=bus.url).mail()] == [None, "good"]

@@ -1,5 +1,13 @@
 """A bus inside the test: with its extensions and without a socket, so that a test takes its turns and says its time."""
-from bus_server import State, command_line, make_bus, start_extensions
+import hashlib
+
+from bus_server import CLIENTS, REPORT, State, command_line, make_bus, start_extensions
+
+FILE = b"in a file " * 10_000
+FILE_PATH = f"/blob/{hashlib.sha256(FILE).hexdigest()}"
+# What is behind the path of an endpoint when a test asks for the largest answer; ROOT is the id of a message.
+ASKED = {"/recv": "?to=bob&since=0&max=1000", "/log": "?since=0&max=1000", "/message/": "ROOT", "/thread/": "ROOT",
+         "/blob/": FILE_PATH[6:]}  # fmt: skip
 
 
 def make(path, *options):
@@ -13,3 +21,20 @@ def make(path, *options):
 def close(bus):
     bus.loop.close()
     bus.state.close()
+
+
+def looks():
+    """A request for each GET endpoint of the core and the extensions, so that none is forgotten; one client is enough.
+
+    The bus that is asked must have FILE and a message ROOT: then each answers 200.
+    """
+    bus = make(":memory:")
+    close(bus)
+    others = sorted(CLIENTS)[1:]
+    return [path + ASKED.get(path, "") for method, path in bus.routes if method == "GET" and path not in others]
+
+
+def said(capfd):
+    """What a bus in this process has written to stderr, which a thread of its own does."""
+    REPORT.flush(20)
+    return capfd.readouterr().err

@@ -49,6 +49,7 @@ class Mark:
         self.read = None  # the highest cursor presented; None before the first
         self.fetched = 0
         self.firm = False  # it had a message or a cursor; a name that was only looked at may be forgotten
+        self.polled_at = 0  # the last poll, by the clock of the bus
 
     def certain(self):
         """Does the bus know for sure that this name was polled?"""
@@ -125,6 +126,7 @@ class Model:
             marks[channel, names[0]].reader = names[0] != ALL
             for name in {*names, ALL}:
                 marks[channel, name].polled = True
+                marks[channel, name].polled_at = self.clock()
 
     def fetch(self, names, channel, upto, cursors):
         """An answer to one of these cursors, with messages up to this tick, arrived.
@@ -208,6 +210,11 @@ class Model:
             self.kept.remove(each)
             self.removed[each.place] = each.tick
             self.first_sends.pop((each.draft.sender, each.draft.channel, each.draft.key), None)
+        having_mail = {each.place for each in self.kept}
+        for marks in (self.least, self.saved):
+            for place, mark in list(marks.items()):
+                if place[1] != ALL and place not in having_mail and mark.polled_at < self.clock() - self.keep:
+                    marks[place] = Mark()  # the bus forgets it (section 11), soon
 
     def stop(self):
         """An orderly end writes the marks."""

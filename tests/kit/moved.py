@@ -1,7 +1,7 @@
 """A bus whose time passes as fast as a test wants."""
 import os
 
-from tests.kit.processes import ROOT, Server
+from tests.kit.processes import ROOT, Server, wait_until
 
 STEP = """
 real, real_ns, wall = time.monotonic, time.monotonic_ns, time.time_ns
@@ -16,6 +16,12 @@ if os.environ["STEADY"] == "moves":
 time.time_ns = lambda: wall() + int(ahead() * 1e9)
 time.time = lambda: time.time_ns() / 1e9
 bus_server.TIDY_SECONDS = 0.2
+tidy = bus_server.Bus.tidy
+def counted(bus):
+    tidy(bus)
+    with open(os.environ["TIDIED"], "ab") as file:
+        file.write(b".")
+bus_server.Bus.tidy = counted
 """
 
 
@@ -26,9 +32,10 @@ class Moved:
     """
 
     def __init__(self, place, *options, wall_alone=False):
-        self.file = place / "ahead"
+        self.file, self.tidied = place / "ahead", place / "tidied"
+        self.tidied.touch()
         program = [str(ROOT / "tests/kit/raising_server.py")]
-        env = {"PATCH": "import time\n" + STEP, "FAULT_PORT": "0", "AHEAD": str(self.file)}
+        env = {"PATCH": "import time\n" + STEP, "FAULT_PORT": "0", "AHEAD": str(self.file), "TIDIED": str(self.tidied)}
         env["STEADY"] = "stays" if wall_alone else "moves"
         self.bus = Server(place / "bus.db", *options, program=program, env=env)
 
@@ -36,3 +43,8 @@ class Moved:
         fresh = self.file.with_suffix(".new")
         fresh.write_text(str(seconds))
         os.replace(fresh, self.file)
+
+    def looks(self, times):
+        """Wait until it has looked so often from now on; the look that is being taken does not count."""
+        enough = self.tidied.stat().st_size + 1 + times
+        wait_until(lambda: self.tidied.stat().st_size >= enough)

@@ -18,6 +18,7 @@ from urllib.parse import parse_qsl, urlsplit
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent.parent))
 from bus_server import Refused, name, parse_json  # noqa: E402
+from tests.kit.serving import Serving  # noqa: E402
 
 HOLD = 25  # s
 LOOK = 0.01  # s that a parked reader sleeps; in the field up to a second
@@ -32,7 +33,7 @@ FAULTS = frozenset({
 })  # fmt: skip
 
 
-class Naive(http.server.ThreadingHTTPServer):
+class Naive(Serving, http.server.ThreadingHTTPServer):
     """It serves from when it is entered until it is left. The mail is in lists, in memory."""
 
     daemon_threads, request_queue_size = True, 128
@@ -83,14 +84,6 @@ class Naive(http.server.ThreadingHTTPServer):
             time.sleep(BUSY)
             now = time.time()
         return found, now
-
-    def __enter__(self):
-        threading.Thread(target=self.serve_forever, args=[0.02], daemon=True).start()
-        return self
-
-    def __exit__(self, *_):
-        self.shutdown()
-        self.server_close()
 
 
 class Request(http.server.BaseHTTPRequestHandler):

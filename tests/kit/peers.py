@@ -2,17 +2,19 @@
 import contextlib
 import hashlib
 import json
+import os
 import pathlib
 import re
 import resource
 import secrets
 import socket
+import sqlite3
 import subprocess
 import threading
 import time
 from typing import NamedTuple
 
-from tests.kit.processes import COMMAND, PATIENCE
+from tests.kit.processes import COMMAND, PATIENCE, wait_until
 
 TIMED_OUT = (TimeoutError, socket.timeout)  # noqa: UP041  (two classes before Python 3.10)
 
@@ -141,21 +143,27 @@ def fill(bus, to, count, msg="x", sender="ann", token=None, at_once=200):
             assert peer.send("POST", "/send", some).answer().status == 200
 
 
+def log_of(bus, name):
+    """The texts of all messages to a name that the bus still has."""
+    return [each["msg"] for each in json.loads(bus.get(f"/log?to={name}&max=1000"))["messages"]]
+
+
+def run(*arguments):
+    """(exit code, stdout, stderr) of bus_server.py, which is expected to end."""
+    done = subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=PATIENCE)
+    return done.returncode, done.stdout, done.stderr
+
+
 def command(bus, *arguments, code=0):
     """Run a command beside the bus; returns what it printed."""
-    done = subprocess.run([*COMMAND, *arguments, "--db", bus.db], capture_output=True, text=True, timeout=PATIENCE)
-    assert done.returncode == code, done
-    return done.stdout + done.stderr
+    done = run(*arguments, "--db", bus.db)
+    assert done[0] == code, done
+    return done[1] + done[2]
 
 
 def invite(bus, *arguments):
+    """The token that the command `invite` prints, as an operator runs it beside the bus."""
     return re.search(r"abt_[0-9a-f]{8}_[\w-]{43}", command(bus, "invite", *arguments))[0]
-
-
-def revoke(bus, name):
-    """Returns when the server has seen it: it looks ten times a second."""
-    set_revoked(bus, name)
-    time.sleep(0.25)
 
 
 def mint(path, **grants):
@@ -184,6 +192,28 @@ def set_revoked(bus, name, when=1):
     fresh.replace(file)
 
 
+def marks_are_written(bus):
+    """Wait until the marks of all who have read so far are on the disk: those of `herald`, who reads last, are."""
+    herald = f"herald-{secrets.token_hex(4)}"
+    one = stored(bus, herald)
+    assert ask(bus, "GET", f"/recv?to={herald}&since={int(one, 16) / 1e6:.6f}").status == 200
+
+    def written():
+        with contextlib.closing(sqlite3.connect(f"file:{bus.db}?mode=ro", uri=True)) as database:
+            return database.execute("SELECT 1 FROM mailboxes WHERE name = ? AND read > 0", (herald,)).fetchall()
+
+    wait_until(written)
+
+
+def sockets(bus):
+    """How many the server has open."""
+    links = []
+    for file in pathlib.Path(f"/proc/{bus.process.pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # closed since
+            links.append(os.readlink(file))
+    return sum(link.startswith("socket:") for link in links)
+
+
 def resident(bus):
     """Bytes of memory that the server has now."""
     status = pathlib.Path(f"/proc/{bus.process.pid}/status").read_text()
@@ -195,12 +225,20 @@ def alive(bus):
     return bus.process.poll() is None and ask(bus, "GET", "/healthz", patience=5).status == 200
 
 
+def cpu(bus):
+    """Seconds that the server has computed, in its first thread: the loop."""
+    return int(pathlib.Path(f"/proc/{bus.process.pid}/schedstat").read_text().split()[0]) / 1e9
+
+
 class Slowest:
-    """Another client asks for /healthz all the while; `worst` is the longest that an answer took, in s."""
+    """Another client asks for /healthz all the while; `worst` is the longest that an answer took, in s.
+
+    `work` is the most that the bus computed meanwhile, in s of CPU: whoever else uses the machine does not change it.
+    """
 
     def __init__(self, bus, path="/healthz"):
         self.bus, self.path = bus, path
-        self.worst, self.count, self.over = 0.0, 0, threading.Event()
+        self.worst, self.work, self.count, self.over = 0.0, 0.0, 0, threading.Event()
         self.failure = None
         self.thread = threading.Thread(target=self.run, daemon=True)
 
@@ -208,10 +246,11 @@ class Slowest:
         try:
             with Peer(self.bus) as peer:
                 while not self.over.is_set():
-                    began = time.monotonic()
+                    began, computed = time.monotonic(), cpu(self.bus)
                     peer.send("GET", self.path).answer()
                     self.worst, self.count = max(self.worst, time.monotonic() - began), self.count + 1
-                    time.sleep(0.002)
+                    self.work = max(self.work, cpu(self.bus) - computed)
+                    time.sleep(0.002)  # one that asks all the while, and takes no CPU from those who are watched
         except (OSError, Closed) as error:
             self.failure = error
 

@@ -18,15 +18,21 @@ COMMAND = [sys.executable, "-c", SERVER]  # for `python3 bus_server.py`
 PATIENCE = 20  # s; a fact that has not come true by then will not: slower than any machine we know
 
 
-def wait_until(fact, patience=PATIENCE):
-    """The first true value of `fact()`; AssertionError after `patience` seconds without one."""
+def comes_true(fact, patience):
+    """The first true value of `fact()`; the last one after `patience` seconds without one."""
     deadline = time.monotonic() + patience
     while True:
         value = fact()
-        if value:
+        if value or time.monotonic() >= deadline:
             return value
-        assert time.monotonic() < deadline, f"waited {patience} s for a fact that never came true"
         time.sleep(0.01)
+
+
+def wait_until(fact, patience=PATIENCE):
+    """The first true value of `fact()`; AssertionError after `patience` seconds without one."""
+    value = comes_true(fact, patience)
+    assert value, f"waited {patience} s for a fact that never came true"
+    return value
 
 
 def in_time(seconds):
@@ -42,6 +48,21 @@ def free_port():
             with contextlib.suppress(OSError):
                 probe.bind(("127.0.0.1", port))
                 return port
+
+
+def no_settings(monkeypatch, *prefixes):
+    """Take away what whoever runs the tests has set for the clients, and variables with these prefixes."""
+    for variable in list(os.environ):
+        if variable.startswith(("AGENT_", *prefixes)) or variable.lower().endswith("_proxy"):
+            monkeypatch.delenv(variable)
+
+
+def run_checks(url, **env):
+    """test_bus.py as people run it: what subprocess.run returns."""
+    theirs = {name: value for name, value in os.environ.items() if not name.startswith(("AGENT_", "BUS_"))}
+    command = [sys.executable, str(ROOT / "test_bus.py")]
+    env = {**theirs, "BUS_URL": url, **env}
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=90)
 
 
 class Server:

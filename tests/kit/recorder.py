@@ -38,6 +38,8 @@ import time
 import types
 import uuid
 
+from tests.kit.serving import Serving
+
 PATIENCE = 30  # s for the server to start, for a connection to end
 SETTLED = 0.1  # s in which a server reads a request that has reached it, and parks it
 SHOWN = 2000  # characters of a line; of a longer one the first ones and a hash
@@ -52,7 +54,7 @@ class Conversation:
         self.ended = threading.Event()
 
 
-class Proxy(socketserver.ThreadingTCPServer):
+class Proxy(Serving, socketserver.ThreadingTCPServer):
     """It passes every byte on, at once and unchanged, and keeps a copy. `take` hands out what was said since."""
 
     daemon_threads, request_queue_size = True, 128
@@ -88,14 +90,6 @@ class Proxy(socketserver.ThreadingTCPServer):
         if not self.muted:
             self.conversations.append(conversation)
         threading.Thread(target=Passing, args=[request, conversation, self], daemon=True).start()
-
-    def __enter__(self):
-        threading.Thread(target=self.serve_forever, args=[0.02], daemon=True).start()
-        return self
-
-    def __exit__(self, *_):
-        self.shutdown()
-        self.server_close()
 
 
 class Passing:

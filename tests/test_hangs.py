@@ -1,0 +1,66 @@
+"""A test that hangs is told as a failure of that test, whatever it waits for, and the others are run."""
+import subprocess
+import sys
+
+from tests.kit.processes import PATIENCE, ROOT
+
+HANGING = """
+import contextlib
+import socket
+import subprocess
+import threading
+import time
+
+import pytest
+
+from tests import conftest
+
+conftest.HANGS = 0.3
+
+
+def recv():
+    ours, _theirs = socket.socketpair()
+    ours.recv(1)
+
+
+def swallow():
+    while True:
+        with contextlib.suppress(Exception):
+            time.sleep(60)
+
+
+WAITS = [lambda: time.sleep(60), threading.Event().wait, threading.Thread(target=time.sleep, args=[9], daemon=True),
+         recv, swallow, lambda: subprocess.run(["sleep", "60"])]
+
+
+@pytest.mark.parametrize("number", range(len(WAITS)))
+def test_hangs(number):
+    if number == 2:
+        WAITS[2].start()
+        WAITS[2].join()
+    WAITS[number]()
+
+
+@pytest.fixture
+def late():
+    yield
+    time.sleep(60)
+
+
+def test_whose_end_hangs(late):
+    pass
+
+
+def test_behind_them():
+    pass
+"""
+
+
+def test_a_test_that_hangs_fails_and_those_behind_it_are_run(tmp_path):
+    file = tmp_path / "test_hanging.py"
+    file.write_text(HANGING)
+    options = ["-c", "/dev/null", "--rootdir", str(tmp_path), "-p", "no:cacheprovider", "-p", "tests.conftest"]
+    command = [sys.executable, "-m", "pytest", "--tb=line", *options, str(file)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=2 * PATIENCE)
+    assert "6 failed, 2 passed, 1 error" in done.stdout, done.stdout
+    assert done.stdout.count("hangs: not over after 0.3 s") >= 7
