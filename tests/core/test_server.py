@@ -289,6 +289,34 @@ def test_a_disk_with_little_room_takes_no_message_and_still_removes_them(tmp_pat
     desk.close()
 
 
+def test_marks_that_a_full_disk_did_not_take_are_saved_later_with_what_is_newer(tmp_path, monkeypatch):
+    desk = Desk(tmp_path / "bus.db")
+    bus = desk.bus
+    assert [desk.send(1), desk.send(1)] == [200, 200]
+    poll = Poll("b", ("b", "all"), "default", None, 0, 10, 0, False)
+    first, second = [message.tick for message in bus.view.after(poll, bus.last)[0]]
+
+    def full(operations, now):
+        raise sqlite3.OperationalError("database or disk is full")
+
+    def saved():
+        bus.save_marks()
+        desk.turn()
+        [[read]] = bus.state.writing.execute("SELECT read FROM mailboxes WHERE name = 'b'")
+        return read, bus.view.receipt(bus.view.message(first), bus_server.ACKNOWLEDGED) is not None
+
+    bus.gate.tokens.used["abt_1"] = 7
+    bus.mailboxes.owned(poll)
+    bus.mailboxes.presented(poll._replace(since=first))
+    with monkeypatch.context() as patched:
+        patched.setattr(bus.state, "apply", full)
+        assert saved() == (None, False) and bus.saving
+    bus.mailboxes.presented(poll._replace(since=second))
+    assert saved() == (second, True)
+    assert bus.state.ask("SELECT used FROM uses WHERE token = 'abt_1'") == (7,)
+    desk.close()
+
+
 def test_after_retention_and_a_full_disk_a_sender_is_told_how_much_is_unread(tmp_path):
     """What counts the messages of a mailbox is read back from a file in which none of them is left."""
     desk = Desk(tmp_path / "bus.db")
