@@ -2022,12 +2022,14 @@ class Storms:
             why = f"{owner} used over {self.NAMES_BURST} new names, and more than 10 a minute since: wait {wait} s"
             raise too_much(f"{why}, or use a name that the bus knows", wait)
 
+    def spend(self, sender: str, messages: int) -> None:
+        wait = self.sends.wait(sender, messages)
+        if wait:
+            raise too_much(f"{sender} sends faster than {self.sends.rate:g} messages a second: wait {wait} s", wait)
+
     def check(self, drafts: Sequence[Draft], each: Iterable[Way], new: int, owner: str) -> str:
         """429 for a storm; else a warning for the sender, or an empty text. `new` of the receivers are new names."""
         now, sender = self.clock(), drafts[0].sender
-        wait = self.sends.wait(sender, len(drafts))
-        if wait:
-            raise too_much(f"{sender} sends faster than {self.sends.rate:g} messages a second: wait {wait} s", wait)
         if sender not in self.senders:
             new += 1
         if new:
@@ -3637,12 +3639,13 @@ class Sending:
     def check(self, request: Request, drafts: list[Draft]) -> str:
         """Refused, if these messages cannot be stored together and now; else a warning, or an empty text.
 
-        A refused send changes nothing.
+        A refused send changes nothing. Cheap checks come first.
         """
         bus, boxes, each = self.bus, self.mailboxes.boxes, ways(drafts)
         if len(each) != 1:
             check_number(drafts, len(each))
             each = list(dict.fromkeys(each))  # check once what is the same for many messages
+        bus.storms.spend(drafts[0].sender, len(drafts))
         new = 0
         for channel, sender, to in each:
             box = boxes.get((channel, to))

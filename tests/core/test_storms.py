@@ -28,6 +28,7 @@ def message(sender, to, depth=0, **members):
 
 
 def check(storms, *drafts):
+    storms.spend(drafts[0].sender, len(drafts))
     return storms.check(drafts, ways(drafts), 0, "here")
 
 
