@@ -1607,7 +1607,7 @@ class Plain:
     def peer(self) -> str:
         """The address of the other end."""
         try:
-            return str((self.sock.getpeername() or ("?",))[0])
+            return sys.intern(str((self.sock.getpeername() or ("?",))[0]))  # many connections come from one host
         except OSError:  # it has gone again
             return "?"
 
