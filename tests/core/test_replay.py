@@ -27,7 +27,21 @@ from unittest import mock
 import pytest
 
 import bus_server
-from bus_server import OPERATIONS, Forget, Mark, Marks, Now, Operation, Put, Raise, Receipt, Refused, Remove, State
+from bus_server import (
+    OPERATIONS,
+    Forget,
+    ForgetKeys,
+    Mark,
+    Marks,
+    Now,
+    Operation,
+    Put,
+    Raise,
+    Receipt,
+    Refused,
+    Remove,
+    State,
+)
 from tests.kit.processes import ROOT
 
 EXTENSIONS = bus_server.load_extensions(())
@@ -137,6 +151,9 @@ class World:
     def forget(self):
         return Forget([list(self.place("erin", "erin", "frank", "frank")) for _ in range(self.random.choice((1, 3)))])
 
+    def forget_keys(self):
+        return ForgetKeys(self.tick() + 1, self.random.choice((1, 3, 40)))
+
     def claim(self):
         channel, queue = self.random.choice(CHANNELS), self.random.choice(QUEUES)
         pick, lease = self.random.choice, self.random.getrandbits(64)
@@ -158,7 +175,8 @@ class World:
     def broken(self):
         return Broken(self.random.choice((True, False)), self.tick())
 
-    KINDS = (put,) * 8 + (claim,) * 4 + (settle,) * 4 + (marks, remove, raise_) * 2 + (forget, bury, recall, broken)
+    RARE = (forget, forget_keys, bury, recall, broken)
+    KINDS = (put,) * 8 + (claim,) * 4 + (settle,) * 4 + (marks, remove, raise_) * 2 + RARE
 
     def list(self):
         operations = [self.random.choice(self.KINDS)(self) for _ in range(self.random.choice((1, 1, 2, 5, 9)))]
