@@ -4837,13 +4837,15 @@ The token of {name}, shown this once (the bus keeps only its hash):
 
     {token}
 
-On the machine of {name}:
+On the machine of {name} (in Claude Code the last of these lines is the command of a Monitor):
 
     curl -fO {url}/bus_recv.py; curl -fO {url}/bus_send.py
     export AGENT_BUS_URL={url} AGENT_NAME={name} AGENT_BUS_TOKEN={token}
-    python3 -u bus_recv.py {name}      # in Claude Code: the command of a Monitor
+    python3 -u bus_recv.py {name}
 
-    printf 'header = "Authorization: Bearer %s"' "$AGENT_BUS_TOKEN" | curl -K - "$AGENT_BUS_URL/agents"     # a test
+A test of the token:
+
+    printf 'header = "Authorization: Bearer %s"' "$AGENT_BUS_TOKEN" | curl -K - "$AGENT_BUS_URL/agents"
 """
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
