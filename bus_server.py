@@ -2282,16 +2282,14 @@ class Put(Operation):
         self.room = room  # the disk has room for new messages
 
     def apply(self, state: State, now: Now) -> list[Stored]:
-        earlier = [stored_earlier(one, state.known) if one.key else None for one in self.drafts]
-        if not self.room and None in earlier:
+        result: list[Any] = [stored_earlier(one, state.known) if one.key else None for one in self.drafts]
+        if not self.room and None in result:
             raise no_room()
-        result = []
-        for one, stored in zip(self.drafts, earlier):
-            if stored is None:
-                stored = made(Stored, (state.place(one, now.wall), False))
+        for number, one in enumerate(self.drafts):
+            if result[number] is None:
+                stored = result[number] = made(Stored, (state.place(one, now.wall), False))
                 if one.key:
                     state.remember(one, one.key, stored)
-            result.append(stored)
         return result
 
     @classmethod
@@ -3306,9 +3304,9 @@ class Figures:
         self.commit_seconds = self.slowest_commit = 0.0
         self.refused: Counter[int] = Counter()  # by status
 
-    def committed(self, sends: int, messages: int, seconds: float) -> None:
+    def committed(self, sends: int, applied: Applied, seconds: float) -> None:
         self.sends += sends
-        self.messages += messages
+        self.messages += len(applied.visible)
         self.commits += 1
         self.commit_seconds += seconds
         self.slowest_commit = max(self.slowest_commit, seconds)
@@ -3331,7 +3329,7 @@ class Step(NamedTuple):
     undone: Undone | None
 
 
-by_rank = attrgetter("operation.rank")
+operation_in, by_rank = attrgetter("operation"), attrgetter("operation.rank")
 
 
 class Ledger:
@@ -3371,10 +3369,10 @@ class Ledger:
             outcome = self.apply([step.operation for step in steps])
         except Exception as error:
             outcome = error
-        self.out = []
+        seconds, self.out = time.monotonic() - began, []
         if self.next:  # came while the deputy served
             self.loop.soon(self.commit)
-        if not self.loop.attempt(self.bus.announce, steps, outcome, time.monotonic() - began):
+        if not self.loop.attempt(self.bus.announce, steps, outcome, seconds):
             for connection in [step.connection for step in steps]:
                 if connection and connection.phase is BUSY:
                     connection.guard(connection.fail)
@@ -3546,7 +3544,7 @@ class Bus:
             self.settle((step, refused) for step in steps)
             return
         self.last = outcome.last
-        self.figures.committed([type(step.operation) for step in steps].count(Put), len(outcome.visible), seconds)
+        self.figures.committed([*map(type, map(operation_in, steps))].count(Put), outcome, seconds)
         if not self.loop.attempt(self.mailboxes.add, outcome.visible):
             for each in outcome.visible:
                 self.loop.attempt(self.mailboxes.add, [each])
@@ -3679,7 +3677,8 @@ class Sending:
 
     def drafts(self, request: Request) -> tuple[list[Draft], bool]:
         """The messages in a request, each of them valid, and whether it was an array of them."""
-        self.bus.check_open()
+        if self.bus.draining:
+            raise shutting_down()
         if not request.body:
             raise Refused(400, "the body is empty: send JSON, or any text with ?from=NAME&to=NAME")
         query = request.query()
