@@ -2029,7 +2029,7 @@ class Storms:
 
     def check(self, drafts: Sequence[Draft], each: Iterable[Way], new: int, owner: str) -> str:
         """429 for a storm; else a warning for the sender, or an empty text. `new` of the receivers are new names."""
-        now, sender = self.clock(), drafts[0].sender
+        now, sender, warning = self.clock(), drafts[0].sender, ""
         if sender not in self.senders:
             new += 1
         if new:
@@ -2039,7 +2039,6 @@ class Storms:
             if one.depth > self.DEPTH:
                 why = f"this is reply {one.depth} in one chain, and only {self.DEPTH} are allowed: stop answering"
                 raise too_much(f"{why}; for a new subject, send without reply_to", 600)
-        warning = ""
         for channel, sender, to in each:
             if to != EVERYONE:
                 warning = self.turn(channel, sender, to, now) or warning
@@ -4017,7 +4016,8 @@ def boolean(value: bool) -> str:
 
 
 def ok(bus: Bus, members: str) -> Answer:
-    return Answer(200, f"{{{members}{ending(bus.last, bus.state.bus)}".encode())
+    body = f"{{{members}{ending(bus.last, bus.state.bus)}".encode()
+    return made(Answer, (200, body, "application/json", (), None, None))
 
 
 @lru_cache(1)  # all answers of one announcement have the same: 0.1 us, not 0.7
