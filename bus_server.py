@@ -2131,14 +2131,13 @@ MIGRATIONS = [  # a database with user_version n has the first n of them; only e
     CREATE TRIGGER work_removed AFTER DELETE ON messages BEGIN DELETE FROM work WHERE tick = old.tick; END;
     INSERT INTO extensions VALUES ('work', 1, 'jobs');
     """,
-    # The keys of sends, kept for --keep whatever else is removed. Those that were stored before are in messages.key.
+    # The keys of messages that were removed before they were as old as --keep.
     """
     CREATE TABLE keys(
-        key TEXT NOT NULL, sender TEXT NOT NULL, channel TEXT NOT NULL, tick INTEGER NOT NULL,
-        receipt TEXT NOT NULL,               -- JSON: each receiver and the tick of its copy
-        hash TEXT NOT NULL,                  -- hash_of() the text
-        sum INTEGER NOT NULL, PRIMARY KEY(key, sender, channel)) WITHOUT ROWID;
-    CREATE INDEX aging ON keys(tick);
+        tick INTEGER PRIMARY KEY, key TEXT NOT NULL, sender TEXT NOT NULL, channel TEXT NOT NULL, name TEXT NOT NULL,
+        hash TEXT NOT NULL,                  -- hash_of() its text
+        sum INTEGER NOT NULL);
+    CREATE INDEX retries_of_removed ON keys(key, sender);
     DROP VIEW readable;
     CREATE VIEW readable AS SELECT datetime(tick / 1000000, 'unixepoch') AS time, printf('%x', tick) AS id,
         sender AS "from", name AS "to", channel, json_extract('{' || text || '}', '$.subject') AS subject,
@@ -2156,10 +2155,8 @@ MAILBOX = "(SELECT id FROM mailboxes WHERE channel = ? AND name = ?)"
 # /var/tmp, 1,250 writes for 1,600 messages in arrays. We undo the whole transaction anyway: 23 % more messages a
 # second.
 INSERT_ROWS = 90  # in one statement; SQLite before 3.32 takes 999 values
-WHOLE_ROW = "(?, ?, ?, ?, NULL, ?, ?, ?, ?, ?, ?)"
-PLAIN_ROW = (
-    "(?, ?, ?, ?, NULL, NULL, 0, ?, ?, NULL, NULL)"  # without ttl and reply_to, as most: 5,000 instructions less
-)
+WHOLE_ROW = "(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+PLAIN_ROW = "(?, ?, ?, ?, ?, NULL, 0, ?, ?, NULL, NULL)"  # without ttl and reply_to, as most: 5,000 instructions less
 # In messages JOIN mailboxes: nobody has fetched this message or, for one to `all`, a reader has not acknowledged it.
 UNFETCHED = """CASE name WHEN 'all' THEN EXISTS (SELECT 1 FROM mailboxes AS reader
     WHERE reader.channel = mailboxes.channel AND own AND tick > CAST(ifnull(read, 0) AS INTEGER)) ELSE
@@ -2171,12 +2168,14 @@ NEWEST_N = (
 ROW = "tick, channel, name, sender, text, n, expires, answers, sum"
 SELECT = f"SELECT {ROW} FROM mailboxes JOIN messages ON mailbox = id"
 ITS_KEYS = (
-    "(SELECT json_extract(value, '$[0]') AS its_key, json_extract(value, '$[1]') AS its_sender FROM json_each(?1))"
+    "(SELECT json_extract(value, '$[0]') AS its_key, json_extract(value, '$[1]') AS its_sender FROM json_each(?))"
 )
-KEYS = f"""SELECT key, sender, channel, tick, receipt, hash, sum FROM {ITS_KEYS}
-    CROSS JOIN keys ON key = its_key AND sender = its_sender"""
 EARLIER = f"""SELECT {ROW}, key FROM {ITS_KEYS}
-    CROSS JOIN messages ON key = its_key AND sender = its_sender JOIN mailboxes ON mailbox = id ORDER BY tick"""
+    CROSS JOIN messages ON key = its_key AND sender = its_sender JOIN mailboxes ON mailbox = id"""
+EARLIER_REMOVED = f"""SELECT tick, key, sender, channel, name, hash, sum FROM {ITS_KEYS}
+    CROSS JOIN keys ON key = its_key AND sender = its_sender"""
+KEYED = f"""SELECT {ROW}, key FROM messages JOIN mailboxes ON mailbox = id
+    WHERE tick >= ? AND tick <= ? AND key IS NOT NULL"""
 
 
 def kept_for(extension: str) -> str:
@@ -2198,14 +2197,14 @@ def checksum(message: Message) -> int:
     return zlib.crc32(f"({tick}, '{channel}', '{to}', {text!r}, {n}, {expires})".encode())
 
 
-def in_order(text: str) -> str:
-    """The text of a Message with its members sorted: some encoders change their order, and it has no meaning."""
-    return json.dumps(json.loads(f"{{{text}}}"), sort_keys=True)
+ONLY_MSG = re.compile(r'"from": "[^"]*", "channel": "[^"]*", "msg": "[^"\\]*(?:\\.[^"\\]*)*"')
+sort = json.JSONEncoder(sort_keys=True).encode
 
 
 def hash_of(text: str) -> str:
-    """16 bytes in hex; the same for each order of the members."""
-    return hashlib.sha256(in_order(text).encode()).hexdigest()[:32]
+    """16 bytes in hex, the same for each order of the members: some encoders change it, and it has no meaning."""
+    in_order = text if ONLY_MSG.fullmatch(text) else sort(json.loads(f"{{{text}}}"))
+    return hashlib.sha256(in_order.encode()).hexdigest()[:32]
 
 
 def no_room() -> Refused:
@@ -2288,7 +2287,7 @@ class Put(Operation):
             if result[number] is None:
                 stored = result[number] = made(Stored, (state.place(one, now.wall), False))
                 if one.key:
-                    state.remember(one, one.key, stored)
+                    state.known[one.sender, one.channel, one.key] = one.to, one.text, "", stored
         return result
 
     @classmethod
@@ -2297,8 +2296,8 @@ class Put(Operation):
         return cls(drafts, fields["room"])
 
 
-# What was sent earlier, by sender, channel and key: the receivers, the hash of the text, and what the sender was told.
-Known = dict[tuple[str, str, str], tuple[tuple[str, ...], str, Stored]]
+# What was sent earlier, by sender, channel and key: the receivers, the text or its hash, and what the sender was told.
+Known = dict[tuple[str, str, str], tuple[tuple[str, ...], str, str, Stored]]
 
 
 def stored_earlier(one: Draft, known: Known) -> Stored | None:
@@ -2306,8 +2305,8 @@ def stored_earlier(one: Draft, known: Known) -> Stored | None:
     first = known.get((one.sender, one.channel, str(one.key)))
     if first is None:
         return None
-    to, text, stored = first
-    if to != one.to or text != hash_of(one.text):
+    to, text, its_hash, stored = first
+    if to != one.to or (text != one.text and (its_hash or hash_of(text)) != hash_of(one.text)):
         raise Refused(409, f"the key {one.key} was used for another message: a new message needs a new key")
     return stored._replace(duplicate=True)
 
@@ -2355,19 +2354,26 @@ class Marks(Operation):
 class Remove(Operation):
     """Remove the `slice` oldest messages between two ticks. The result is the highest tick removed, or None."""
 
-    __slots__ = ("above", "before", "fetched_only", "kept_for", "slice")
+    __slots__ = ("above", "before", "fetched_only", "keys_from", "kept_for", "slice")
     kind, rank = "remove", 5
 
     def __init__(
-        self, above: int, before: int, fetched_only: bool, kept_for: list[str], slice: int = REMOVE_SLICE
+        self,
+        above: int,
+        before: int,
+        fetched_only: bool,
+        kept_for: list[str],
+        keys_from: int,
+        slice: int = REMOVE_SLICE,
     ) -> None:
         self.above, self.before = above, before
         self.fetched_only = fetched_only  # messages that nobody has fetched stay
         self.kept_for = kept_for  # extensions; the messages in their views stay
+        self.keys_from = keys_from  # from this tick on the keys of messages are kept
         self.slice = slice  # messages
 
     def next(self, reached: int) -> Remove:
-        return Remove(reached, self.before, self.fetched_only, self.kept_for, self.slice)
+        return Remove(reached, self.before, self.fetched_only, self.kept_for, self.keys_from, self.slice)
 
     def apply(self, state: State, now: Now) -> int | None:
         known = state.extensions()
@@ -2380,6 +2386,7 @@ class Remove(Operation):
         ).fetchall()
         if not rows:
             return None
+        state.keep_keys({row[0] for row in rows if row[0] >= self.keys_from})
         gone = {(channel, own): (tick, n if isinstance(n, int) else 0) for tick, channel, own, n in rows}
         state.writing.executemany(  # first, for readers of :memory:, who see the messages go
             "UPDATE mailboxes SET removed = ?, gone = max(CAST(gone AS INTEGER), ?) WHERE channel = ? AND name = ?",
@@ -2420,7 +2427,7 @@ class Forget(Operation):
 
 
 class ForgetKeys(Operation):
-    """Forget the `slice` oldest keys whose messages are older than a tick. The result is how many they were."""
+    """Forget the `slice` oldest keys of removed messages that are older than a tick. The result is how many."""
 
     __slots__ = ("before", "slice")
     kind, rank = "forget keys", 4
@@ -2429,9 +2436,9 @@ class ForgetKeys(Operation):
         self.before, self.slice = before, slice
 
     def apply(self, state: State, now: Now) -> int:
-        oldest = "SELECT key, sender, channel FROM keys WHERE tick < ? ORDER BY tick, key, sender, channel LIMIT ?"
+        oldest = "SELECT tick FROM keys WHERE tick < ? ORDER BY tick LIMIT ?"
         keys = state.writing.execute(oldest, (self.before, self.slice)).fetchall()
-        state.writing.executemany("DELETE FROM keys WHERE key = ? AND sender = ? AND channel = ?", keys)
+        state.writing.executemany("DELETE FROM keys WHERE tick = ?", keys)
         return len(keys)
 
 
@@ -2568,7 +2575,6 @@ class State(Rows):
         """Begin with an empty list."""
         self.new_mailboxes: list[tuple[Any, ...]] = []  # rows to be inserted
         self.new_messages: dict[str, list[Any]] = {PLAIN_ROW: [], WHOLE_ROW: []}  # values, one row after the other
-        self.new_keys: list[tuple[Any, ...]] = []  # rows
         self.visible: list[Message] = []
         self.removed: dict[Key, int] = {}
         self.known: Known = {}
@@ -2641,7 +2647,7 @@ class State(Rows):
 
         A lone send takes 27,000 instructions less, of 297,000 (callgrind).
         """
-        if self.new_mailboxes or self.new_keys or self.ahead or len(self.visible) > INSERT_ROWS:
+        if self.new_mailboxes or self.ahead or len(self.visible) > INSERT_ROWS:
             return False
         plain, whole = self.new_messages.values()
         return bool(plain) != bool(whole)
@@ -2654,32 +2660,44 @@ class State(Rows):
         if not keys:
             return found
         asked = (encode([*keys]),)
-        for *row, key in self.writing.execute(EARLIER, asked).fetchall():
-            message = self.checked(row)
-            if message:
-                _, channel, to, sender, text, *_ = message
-                names, _, stored = found.get((sender, channel, key), ((), "", Stored([], True)))
-                stored.ticks.append(message.tick)
-                found[sender, channel, key] = (*names, to), hash_of(text), stored
-        for *row, sum_of in self.writing.execute(KEYS, asked).fetchall():
-            key, sender, channel, tick, receipt, text = row
-            if zlib.crc32(repr(row).encode()) == sum_of:
-                names, ticks = zip(*json.loads(receipt))
-                found[sender, channel, key] = names, text, Stored([*ticks], True)
+        copies = [  # tick, sender, channel, key, receiver, text, its hash
+            (each.tick, each.sender, each.channel, key, each.to, each.text, "")
+            for each, key in self.keyed(EARLIER, asked)
+        ]
+        for *row, check in self.writing.execute(EARLIER_REMOVED, asked).fetchall():
+            tick, key, sender, channel, to, its_hash = row
+            if zlib.crc32(repr(row).encode()) == check:
+                copies.append((tick, sender, channel, key, to, "", its_hash))
             else:
                 self.damaged(f"the key {key} of {sender}")
+        for tick, sender, channel, key, to, text, its_hash in sorted(copies):
+            names, _, _, stored = found.get((sender, channel, key), ((), "", "", Stored([], True)))
+            stored.ticks.append(tick)
+            found[sender, channel, key] = (*names, to), text, its_hash, stored
         return found
 
-    def remember(self, one: Draft, key: str, stored: Stored) -> None:
-        """The key of a message that was placed, for a retry."""
-        text = hash_of(one.text)
-        self.known[one.sender, one.channel, key] = one.to, text, stored
-        row = [key, one.sender, one.channel, stored.ticks[-1], encode([*zip(one.to, stored.ticks)]), text]
-        self.new_keys.append((*row, zlib.crc32(repr(row).encode())))
+    def keyed(self, statement: str, values: tuple[Any, ...]) -> Iterator[tuple[Message, str]]:
+        """Messages and their keys."""
+        for *row, key in self.writing.execute(statement, values).fetchall():
+            message = self.checked(row)
+            if message:
+                yield message, key
+
+    def keep_keys(self, ticks: set[int]) -> None:
+        """These messages are about to be removed: a retry must still get the first answer."""
+        rows = [
+            [each.tick, key, each.sender, each.channel, each.to, hash_of(each.text)]
+            for each, key in (self.keyed(KEYED, (min(ticks), max(ticks))) if ticks else ())
+            if each.tick in ticks
+        ]
+        self.writing.executemany(
+            "INSERT OR REPLACE INTO keys VALUES (?, ?, ?, ?, ?, ?, ?)",
+            [(*row, zlib.crc32(repr(row).encode())) for row in rows],
+        )
 
     def place(self, one: Draft, wall: int) -> list[int]:
         """Make a Message and a row for each receiver of a draft; returns their ticks."""
-        channel, receivers, sender, text, _, ttl, answers, thread, depth = one
+        channel, receivers, sender, text, key, ttl, answers, thread, depth = one
         expires = None if ttl is None else wall + ttl
         plain, whole = self.new_messages.values()
         ticks = []
@@ -2691,9 +2709,9 @@ class State(Rows):
             message = made(Message, (tick, channel, to, sender, text, n, expires, answers))
             self.visible.append(message)
             if answers is expires is None:
-                plain += tick, mailbox, n, sender, checksum(message), text
+                plain += tick, mailbox, n, sender, key, checksum(message), text
             else:
-                whole += tick, mailbox, n, sender, expires, depth, checksum(message), text, answers, thread
+                whole += tick, mailbox, n, sender, key, expires, depth, checksum(message), text, answers, thread
             ticks.append(tick)
         return ticks
 
@@ -2711,9 +2729,6 @@ class State(Rows):
         if self.new_mailboxes:
             self.writing.executemany("INSERT INTO mailboxes(id, channel, name) VALUES (?, ?, ?)", self.new_mailboxes)
             self.new_mailboxes = []
-        if self.new_keys:
-            self.writing.executemany("INSERT OR REPLACE INTO keys VALUES (?, ?, ?, ?, ?, ?, ?)", self.new_keys)
-            self.new_keys = []
         for row, values in self.new_messages.items():
             width = row.count("?")
             while values:
@@ -3855,7 +3870,7 @@ class Retention:
             self.bus.do(forget, None, self.forgot_keys, lambda _: self.aged(False))
         else:
             absent = [each for each in self.bus.view.extensions() if self.bus.extensions.get(each) != LOADED]
-            self.remove(Remove(0, forget.before, False, absent), self.aged)
+            self.remove(Remove(0, forget.before, False, absent, forget.before), self.aged)
 
     def aged(self, whole: bool) -> None:
         self.aging = False
@@ -3877,7 +3892,8 @@ class Retention:
         if not self.request:
             request = prune_request(self.bus.state.path)
             if request:
-                self.remove(pruning(self.bus.view, *request), self.pruned)
+                keys_from = self.bus.view.clock() - int(self.keep * 1000000) if self.keep else 0
+                self.remove(pruning(self.bus.view, *request, keys_from), self.pruned)
                 self.request = request
 
     def pruned(self, whole: bool) -> None:
@@ -3888,9 +3904,9 @@ class Retention:
         self.request = None
 
 
-def pruning(rows: Rows, before: int, fetched_only: bool) -> Remove:
+def pruning(rows: Rows, before: int, fetched_only: bool, keys_from: int) -> Remove:
     """The operation for a request of the command prune."""
-    return Remove(0, before, fetched_only, list(rows.extensions()) if fetched_only else [])
+    return Remove(0, before, fetched_only, list(rows.extensions()) if fetched_only else [], keys_from)
 
 
 def prune_file(database: str) -> pathlib.Path:
@@ -4668,7 +4684,7 @@ def other_version(path: str) -> Unusable:
 def remove_alone(path: str, before: int, fetched_only: bool) -> None:
     """Remove the messages in this process, because no server runs."""
     with contextlib.closing(State(path)) as state:
-        removal = pruning(state, before, fetched_only)
+        removal = pruning(state, before, fetched_only, 0)
         clock = Clock(wall_clock, state.last)
         while True:
             [reached] = state.apply([removal], clock.now()).results

@@ -146,7 +146,8 @@ class World:
     def remove(self):
         pick = self.random.choice
         kept_for = pick(([], ["work"], ["work", "nowhere"]))
-        return Remove(pick((0, self.tick())), self.tick() + 1, pick((True, False)), kept_for, pick((1, 3, 40)))
+        above, keys_from = pick((0, self.tick())), pick((0, self.tick()))
+        return Remove(above, self.tick() + 1, pick((True, False)), kept_for, keys_from, pick((1, 3, 40)))
 
     def forget(self):
         return Forget([list(self.place("erin", "erin", "frank", "frank")) for _ in range(self.random.choice((1, 3)))])

@@ -53,8 +53,8 @@ def commit(store, *drafts, also=()):
     return applied._replace(results=[results[id(operation)] for operation in [*puts, *also]])
 
 
-def remove(before, above=0):
-    return Remove(above, before, False, [])
+def remove(before, above=0, keys_from=0):
+    return Remove(above, before, False, [], keys_from)
 
 
 def texts(store, *names, **query):
@@ -183,16 +183,28 @@ class StoreContract:
 
     def test_a_key_is_forgotten_when_it_is_older_than_keep_and_not_before(self, store):
         old, new = [commit(store, message("bob", key=key)).last for key in ("old", "new")]
+        commit(store, also=[remove(new + 1)])
         assert commit(store, also=[ForgetKeys(old), ForgetKeys(new, 1), ForgetKeys(new)]).results == [0, 1, 0]
         assert not commit(store, message("bob", key="old")).results[0][0].duplicate
         assert commit(store, message("bob", key="new")).results[0][0].duplicate
 
+    def test_what_is_as_old_as_keep_leaves_no_key(self, store):
+        old, new = [commit(store, message("bob", key=key)).last for key in ("old", "new")]
+        commit(store, also=[remove(new + 1, keys_from=new)])
+        assert store.writing.execute("SELECT key FROM keys").fetchall() == [("new",)]
+
     def test_a_damaged_key_is_told_and_its_retry_is_stored_anew(self, store, capfd):
-        commit(store, message("bob", key="k"))
-        store.writing.execute("UPDATE keys SET receipt = replace(receipt, 'bob', 'cob')")
+        first = commit(store, message("bob", key="k")).last
+        commit(store, also=[remove(first + 1)])
+        store.writing.execute("UPDATE keys SET name = 'cob'")
         assert not commit(store, message("bob", key="k")).results[0][0].duplicate
         assert "the key k of alice is damaged" in said(capfd)
         assert commit(store, message("bob", key="k")).results[0][0].duplicate
+
+    def test_a_damaged_message_with_a_key_can_be_removed(self, store):
+        last = commit(store, message("bob", key="k"), message("bob", key="l")).last
+        store.writing.execute("UPDATE messages SET text = 'no JSON' WHERE key = 'k'")
+        assert commit(store, also=[remove(last + 1)]).results == [last]
 
     def test_a_list_that_fails_leaves_nothing_and_the_next_one_works(self, store, full_disk):
         commit(store, message("bob", "before"))
