@@ -2569,6 +2569,7 @@ class State(Rows):
         rows = self.writing.execute(f"SELECT channel, name, id, {NEWEST_N} FROM mailboxes").fetchall()
         self.counts = {(channel, own): (number, n) for channel, own, number, n in rows}
         self.mailboxes_made = max((number for _, _, number, _ in rows), default=0)
+        self.keeps_keys = bool(self.ask("SELECT 1 FROM keys LIMIT 1"))
         self.forget_list()
 
     def forget_list(self) -> None:
@@ -2664,7 +2665,7 @@ class State(Rows):
             (each.tick, each.sender, each.channel, key, each.to, each.text, "")
             for each, key in self.keyed(EARLIER, asked)
         ]
-        for *row, check in self.writing.execute(EARLIER_REMOVED, asked).fetchall():
+        for *row, check in self.writing.execute(EARLIER_REMOVED, asked).fetchall() if self.keeps_keys else ():
             tick, key, sender, channel, to, its_hash = row
             if zlib.crc32(repr(row).encode()) == check:
                 copies.append((tick, sender, channel, key, to, "", its_hash))
@@ -2690,6 +2691,7 @@ class State(Rows):
             for each, key in (self.keyed(KEYED, (min(ticks), max(ticks))) if ticks else ())
             if each.tick in ticks
         ]
+        self.keeps_keys = self.keeps_keys or bool(rows)
         self.writing.executemany(
             "INSERT OR REPLACE INTO keys VALUES (?, ?, ?, ?, ?, ?, ?)",
             [(*row, zlib.crc32(repr(row).encode())) for row in rows],
