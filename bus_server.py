@@ -1055,9 +1055,9 @@ class Request(BaseHTTPRequestHandler):
 
     @property
     def requestline(self) -> str:  # type: ignore[override]
-        """For the log of requests, which must not show a token."""
+        """For the log of requests, which must not show a token, and no control character of a malformed line."""
         line = self.head.partition(b"\r\n")[0].decode("latin-1")
-        return f"{line.partition(' ')[0]} (a token in a URL)" if "abt_" in line else line or "-"
+        return ascii(f"{line.partition(' ')[0]} (a token in a URL)" if "abt_" in line else line or "-")[1:-1]
 
     def parse_request(self) -> bool:
         """Check the head and take it apart; Refused where the method of http.server would return False."""

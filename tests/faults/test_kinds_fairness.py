@@ -8,6 +8,9 @@
 | a_slow_disk_for_files | others wait 617 ms |
 | verbose_and_a_stderr_that_nobody_reads | the bus stands, or hangs up once its stderr is closed |
 | another_programs_lock | 503 without Retry-After, and the bus ends |
+| replies_that_do_not_count (2026-11-29) | each of them is read: 20 us of a turn, and its text in memory |
+| strangers_push_out_no_upload (2026-11-29) | the upload is hung up on |
+| verbose_writes_no_control_characters (2026-11-29) | ESC and a line break, as a stranger sent them |
 """
 import contextlib
 import hashlib
@@ -257,6 +260,17 @@ def test_verbose_and_a_stderr_that_nobody_reads(tmp_path, how):
             wait_until(told, 5)
             assert heard.count(b"/healthz") < 5200
         assert bus.stop() == 0
+
+
+def test_verbose_writes_no_control_characters(tmp_path):
+    """Of a head that is no HTTP, as it was sent to the terminal of who runs the bus."""
+    with Server(tmp_path / "bus.db", "--verbose") as bus, Peer(bus) as peer:
+        peer.sock.sendall(b"GET /\x1b]0;title\x07\xc2\x9b\n10.0.0.1 forged HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert peer.outcome() == 400
+        assert alive(bus)
+        wait_until(lambda: "/healthz" in bus.log.read_text())
+        lines = bus.log.read_bytes().splitlines()
+        assert len(lines) == 2 and b"forged" in lines[0] and all(line.decode().isprintable() for line in lines)
 
 
 # Another program has the database
