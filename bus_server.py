@@ -1331,13 +1331,14 @@ class Outgoing:
         if self.phase is LINGER:
             file.close()
             return
+        piece = b"" if isinstance(piece, Exception) else piece
         self.closing = self.closing or not piece  # the file was cut short: the next answer must not look like the rest
         try:
             self.door.app.check_token(self.token or "")
-            self.transport.write(b"" if isinstance(piece, Exception) else piece)
+            self.transport.write(piece)
         except Refused:
             self.transport.abort()
-        if not file.length or self.transport.closing or isinstance(piece, Exception):
+        if not file.length or self.transport.closing or not piece:
             file.close()
             self.file = None
         if not self.transport.closing and not self.transport.unsent:
@@ -1499,15 +1500,18 @@ class Connection(Outgoing):
     def poured(self, sink: Sink, written: Any) -> None:
         """The sink wrote a piece of the body, or failed: `written` is then an exception."""
         sink.busy = False
+        gone = self.request is None or self.request.sink is not sink  # it was answered, or the connection broke
+        if gone:
+            sink.close()
         try:
             sink.wrote(written)
-            if self.request is None or self.request.sink is not sink:  # it was answered, or has gone
-                sink.close()
+            if gone:
                 return
             self.door.app.check_token(self.token or "")
         except Refused as refused:
-            self.closing = True
-            self.answer(refusal(refused))
+            if not gone:
+                self.closing = True
+                self.answer(refusal(refused))
             return
         if sink.far_enough():
             self.wait(BODY, BODY_SECONDS)
