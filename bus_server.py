@@ -4111,11 +4111,12 @@ def told(bus: Bus, message: Message, grant: Grant = OPEN) -> Answer:
 
 
 def readable(bus: Bus, message: Message, grant: Grant) -> str:
-    """A message that is asked for by its id. If it was recalled or has expired, its text is left out.
+    """A message that is asked for by its id. If it is being recalled, was recalled or has expired: without its text.
 
     A receiver that reads a message this way has fetched it. No mark moves, as older messages may still be unread.
     """
-    if message.expires == RECALLED or bus.view.is_expired(message):
+    withheld = any(each.tick == message.tick for each in bus.withheld.values())
+    if withheld or message.expires == RECALLED or bus.view.is_expired(message):
         return message.without_text()
     if grant.name and grant.name != message.sender and message.to in (grant.name, *grant.also):
         receipt = Receipt(message.channel, message.to, ALONE, message.tick, grant.name, bus.view.clock())

@@ -207,7 +207,7 @@ class Replies:
     def answered(self, connection: Connection, question: Question, messages: list[Message]) -> Answer:
         """A reply that is its mailbox's oldest unfetched message becomes fetched; else an asker's mailbox fills up."""
         bus, reply = self.bus, messages[0]
-        answer = ok(bus, f'{question.receipt}, "reply": {reply.render()}')
+        answer = ok(bus, f'{question.receipt}, "reply": {readable(bus, reply, question.grant)}')
         mark = bus.mailboxes.box(question.channel, question.sender).fetched
         following = bus.view.oldest(question.channel, question.sender, mark)
         return answer._replace(delivers=(question, reply.tick)) if reply.tick == following else answer
