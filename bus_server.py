@@ -3073,8 +3073,9 @@ class Mailboxes:
         self.changed.add((str(poll.channel), str(poll.me)))
         own.firm = own.firm or poll.since > 0
         if own.read is None or own.read < poll.since:
+            if own.newest > (own.read or 0):
+                self.note(poll, str(poll.me), ACKNOWLEDGED, poll.since)
             own.read = poll.since
-            self.note(poll, str(poll.me), ACKNOWLEDGED, poll.since)
         self.fetched(poll, str(poll.me), own, poll.since)
 
     def delivered(self, reader: Parked, tick: int) -> None:
@@ -3096,8 +3097,9 @@ class Mailboxes:
     def fetched(self, reader: Parked, own: str, box: Mailbox, tick: int) -> None:
         box.reached = max(box.reached, tick)
         if tick > box.fetched:
+            if box.newest > box.fetched:  # else the receipt is for no message, and nothing would ever remove it
+                self.note(reader, own, FETCHED, tick)
             box.fetched = tick
-            self.note(reader, own, FETCHED, tick)
         box.base = box.pending = box.by_sender = None
 
     def came(self, message: Message) -> int:

@@ -9,6 +9,8 @@
 | names_have_a_budget | 4,000 of 4,000 are made, in each of seven ways |
 | a_read_of_a_new_name_leaves_no_row | a row for each |
 | a_row_without_mail_and_without_a_poll | it stays |
+| bodies_that_do_not_arrive (2026-11-29) | 50 MiB of a stranger; all of 700 bodies are kept |
+| a_reader_without_mail_leaves_no_receipts (2026-11-29) | two for each second in which it polls |
 """
 import contextlib
 import os
@@ -19,7 +21,7 @@ import pytest
 from tests.faults import linux, skipped_without
 from tests.kit import inside
 from tests.kit.moved import Moved
-from tests.kit.peers import Peer, alive, ask, many_files, mint, post, resident, stored
+from tests.kit.peers import Peer, alive, ask, many_files, marks_are_written, mint, post, resident, stored
 from tests.kit.processes import ROOT, Server, wait_until
 
 pytestmark = skipped_without(linux)
@@ -333,3 +335,19 @@ def test_a_row_without_mail_and_without_a_poll_for_as_long_as_mail_is_kept_goes(
         assert ("default", "written-to") in rows(bus), "its reader, who comes one day, must be told of a gap"
         wait_until(lambda: ("default", "lively") in rows(bus), 5)
         assert post(bus, "held").json["receiver"] == {**post(bus, "never-seen").json["receiver"]}
+
+
+def test_a_reader_without_mail_leaves_no_receipts(tmp_path):
+    """Each message elsewhere moves its cursor. Receipts are removed with messages, so these would stay for ever."""
+    with Server(tmp_path / "bus.db") as bus:
+        for _ in range(3):
+            one = stored(bus, "carl")
+            assert ask(bus, "GET", f"/recv?to=idle&since={int(one, 16) / 1e6:.6f}").status == 200
+            marks_are_written(bus)
+        with contextlib.closing(sqlite3.connect(f"file:{bus.db}?mode=ro", uri=True)) as database:
+            found = database.execute("SELECT kind FROM receipts JOIN mailboxes ON mailbox = id WHERE name = 'idle'")
+            assert found.fetchall() == []
+        one = stored(bus, "idle")
+        assert ask(bus, "GET", f"/recv?to=idle&since={int(one, 16) / 1e6:.6f}").status == 200
+        told = ask(bus, "GET", f"/message/{one}").json
+        assert (told["state"], told["by"]) == ("acknowledged", "idle")
