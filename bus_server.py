@@ -1167,6 +1167,7 @@ class Door:
 
     UNSENT, UNSENT_EACH = 64 << 20, 16 << 20  # bytes of answers that peers have not read: in all, and for one owner
     SMALL = 4096  # bytes; an answer up to this size is always written
+    BODIES = 128 << 20  # bytes of large bodies that have not arrived whole; beyond it the oldest goes first
 
     def __init__(self, app: App, loop: Loop) -> None:
         self.app, self.loop = app, loop
@@ -1174,6 +1175,7 @@ class Door:
         self.connections: set[Connection] = set()
         self.strangers: dict[Connection, None] = {}  # those that have not finished a first request, oldest first
         self.unsent: Counter[str] = Counter()  # bytes, by owner; that of "" is all
+        self.bodies: dict[Connection, int] = {}  # bytes of the body that each waits for, oldest first
 
     def enter(self, connection: Connection) -> None:
         self.connections.add(connection)
@@ -1186,7 +1188,16 @@ class Door:
     def leave(self, connection: Connection) -> None:
         self.connections.discard(connection)
         self.strangers.pop(connection, None)
+        self.bodies.pop(connection, None)
         self.deadlines.forget(connection)
+
+    def expect(self, connection: Connection, length: int) -> None:
+        """A large body begins to arrive. If there are too many, those that stay away longest go first."""
+        self.bodies[connection] = length
+        while sum(self.bodies.values()) > self.BODIES:
+            oldest = next(iter(self.bodies))
+            del self.bodies[oldest]
+            oldest.transport.abort()
 
     def owe(self, connection: Outgoing, size: int) -> None:
         """Note that this many bytes of the answer are unsent now."""
@@ -1444,6 +1455,7 @@ class Connection(Outgoing):
         self.phase, self.due = BUSY, math.inf  # a commit has no deadline
         self.closing = request.parsed.closes
         self.door.strangers.pop(self, None)
+        self.door.bodies.pop(self, None)
         self.answer(request.answer())
 
     def take(self) -> Request | None:
@@ -1464,6 +1476,8 @@ class Connection(Outgoing):
                 raise Refused(400, f"the body ended after {len(self.buffer)} of {length} bytes; nothing was stored")
             if self.phase is not BODY:
                 self.wait(BODY, BODY_SECONDS + length / BODY_RATE)
+                if length > HEAD_BYTES:  # any connection may have as much in its buffer
+                    self.door.expect(self, length)
             return None
         request.body, self.buffer = bytes(self.buffer[:length]), self.buffer[length:]
         return request
@@ -1474,6 +1488,8 @@ class Connection(Outgoing):
         request.parse_request()
         self.door.app.admit(request)
         self.token = request.grant.token
+        if self.token or request.sink:  # its body may take minutes, and strangers must not push it out
+            self.door.strangers.pop(self, None)
         if request.parsed.expects and len(self.buffer) < request.parsed.length:
             self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
@@ -1931,10 +1947,10 @@ class Gate:
         except Refused:
             return False
 
-    def may_read(self, own: str, mailbox: str) -> bool:
-        """Does this name have a token that may read the mailbox? On a bus without tokens everybody may."""
-        known = [grant for _, grant in self.tokens.grants.values() if grant.name == own]
-        return not self.tokens.closed or any(grant.reads(mailbox) for grant in known)
+    def readers(self, mailbox: str) -> set[str] | None:
+        """The names that have a token that may read the mailbox. None on a bus without tokens: everybody may."""
+        known = {grant.name for _, grant in self.tokens.grants.values() if grant.reads(mailbox)}
+        return known if self.tokens.closed else None
 
     def admit(self, head: Head) -> Grant:
         if head.foreign:
@@ -3407,6 +3423,8 @@ class Bus:
             request.sink = request.endpoint.sink(request)
         elif head.length > self.max_body:
             raise Refused(413, f"the body has {head.length} bytes and the limit is {self.max_body}; nothing was stored")
+        elif head.length > HEAD_BYTES and not request.endpoint:
+            self.answer(request)  # refuses it; nobody would read the body
 
     def answer(self, request: Request) -> Answer | None:
         method, route = request.command, request.endpoint

@@ -24,11 +24,54 @@ import pytest
 
 from tests.faults import linux, skipped_without
 from tests.kit import inside
-from tests.kit.peers import Peer, Slowest, alive, ask, fill, post, stored
+from tests.kit.peers import Peer, Slowest, alive, ask, fill, mint, post, stored
 from tests.kit.processes import PATIENCE, ROOT, Server, in_time, wait_until
 
 pytestmark = skipped_without(linux)
 AT_MOST = 0.25  # s that another client may wait
+
+
+# What others sent, and who connects
+
+
+FORGED_IS_READ = """
+checked = bus_server.View.checked
+def strict(view, row):
+    assert '"msg": "no"' not in row[4]
+    return checked(view, row)
+bus_server.View.checked = strict
+"""
+
+
+def test_replies_that_do_not_count_cost_an_asker_nothing(tmp_path):
+    """Anybody may have sent thousands of replies: SQLite passes over them."""
+    tokens = mint(tmp_path / "bus.db", ann=[], bob=[], eve=[])
+    program = [str(ROOT / "tests/kit/raising_server.py")]
+    env = {"PATCH": FORGED_IS_READ, "FAULT_PORT": "0"}
+    with Server(tmp_path / "bus.db", program=program, env=env) as bus:
+        question = {"to": "bob", "msg": "T1?", "key": "k"}
+        one = ask(bus, "POST", "/ask?wait=0", question, tokens["ann"]).json["id"]
+        for name in ("ann", "eve"):  # itself, and one that may not answer
+            forged = {"to": [f"n{number}" for number in range(60)], "msg": "no", "reply_to": one}
+            assert ask(bus, "POST", "/send", [forged] * 8, tokens[name]).status == 200
+        assert ask(bus, "POST", "/ask?wait=0", question, tokens["ann"]).json["reply"] is None
+        assert ask(bus, "GET", f"/thread/{one}", token=tokens["bob"]).json["messages"][0]["id"] == one
+        stored(bus, "ann", "yes", token=tokens["bob"], sender="bob", reply_to=one)
+        assert ask(bus, "POST", "/ask?wait=0", question, tokens["ann"]).json["reply"]["msg"] == "yes"
+
+
+def test_strangers_push_out_no_upload(tmp_path):
+    """Its connection has not finished a request, but its token was seen."""
+    [ann] = mint(tmp_path / "bus.db", ann=[]).values()
+    with Server(tmp_path / "bus.db") as bus, Peer(bus, ann) as peer, contextlib.ExitStack() as stack:
+        request = peer.request("PUT", inside.FILE_PATH, inside.FILE)
+        peer.sock.sendall(request[:50_000])
+        wait_until(lambda: ask(bus, "GET", inside.FILE_PATH, token=ann).fields["upload-offset"] != "0")
+        for _ in range(300):
+            stack.enter_context(Peer(bus))
+        assert alive(bus)
+        peer.sock.sendall(request[50_000:])
+        assert peer.outcome() == 201
 
 
 # One connection, many requests

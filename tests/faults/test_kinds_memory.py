@@ -175,6 +175,45 @@ def test_what_nobody_reads_has_a_budget(crowded, path):
     assert alive(crowded)
 
 
+# Bodies that do not arrive
+
+
+def stalled(bus, stack, count, path, token=None, source=None):
+    """Connections whose body of 256 KiB lacks its last bytes."""
+    peers = [stack.enter_context(Peer(bus, token, patience=5, source=source)) for _ in range(count)]
+    for peer in peers:
+        with contextlib.suppress(OSError):  # it was refused before the body came
+            peer.sock.sendall(peer.request("POST", path, b"x" * 262_144)[:-100])
+    return peers
+
+
+@pytest.mark.parametrize("path", ["/", "/healthz", "/bus_recv.py", "/agents", "/nowhere"])
+def test_bodies_that_do_not_arrive_are_not_kept_for_who_may_not_send_them(tmp_path, path):
+    """Without a token, on a closed bus."""
+    mint(tmp_path / "bus.db", ann=[])
+    with Server(tmp_path / "bus.db") as bus, contextlib.ExitStack() as stack:
+        before = resident(bus)
+        peers = stalled(bus, stack, 200, path)
+        assert {peer.outcome() for peer in peers} <= {401, 404, 405, 0}
+        grown = resident(bus) - before
+        assert grown < 8 * MIB, f"{grown / MIB:.0f} MiB more"
+        assert alive(bus)
+
+
+def test_bodies_that_do_not_arrive_have_a_budget_and_the_oldest_goes_first(tmp_path):
+    [ann, bob] = mint(tmp_path / "bus.db", ann=[], bob=[]).values()
+    with raising(tmp_path, "bus_server.Door.BODIES = 8 << 20") as bus, contextlib.ExitStack() as stack:
+        before = resident(bus)
+        peers = stalled(bus, stack, 100, "/send", ann)
+        grown = resident(bus) - before
+        assert grown < 16 * MIB, f"{grown / MIB:.0f} MiB more"
+        assert peers[0].outcome() == 0, "it is hung up on"
+        with Peer(bus, bob) as other:
+            assert other.send("POST", "/send", {"to": "ann", "msg": "y" * 200_000}).answer().status == 200
+        peers[-1].sock.sendall(b"x" * 100)
+        assert peers[-1].outcome() == 400, "it was read to its end, and is no JSON"
+
+
 # Refusals
 
 
