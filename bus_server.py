@@ -1346,7 +1346,10 @@ class Outgoing:
         self.closing = self.closing or not piece  # the file was cut short: the next answer must not look like the rest
         try:
             self.door.app.check_token(self.token or "")
+            if self.door.is_full(self, len(piece)):
+                raise unread_answers()
             self.transport.write(piece)
+            self.door.owe(self, len(self.transport.unsent))
         except Refused:
             self.transport.abort()
         if not file.length or self.transport.closing or not piece:

@@ -596,6 +596,27 @@ def test_a_file_that_cannot_be_read_to_its_end_ends_the_connection(tmp_path, mon
         peer.leaves()
 
 
+def test_the_pieces_of_a_file_that_nobody_reads_count_as_unread_answers(tmp_path, monkeypatch):
+    with a_bus(time.monotonic, str(tmp_path / "bus.db")) as bus:
+        first, second = Peer(bus), Peer(bus)
+        first.says(head(f"PUT {inside.FILE_PATH} HTTP/1.1", HOST, f"Content-Length: {len(inside.FILE)}"), inside.FILE)
+        come_true(lambda: statuses(first.heard) == [201])
+        get = head(f"GET {inside.FILE_PATH} HTTP/1.1", HOST)
+        monkeypatch.setattr(bus.door, "UNSENT_EACH", 100_000, raising=False)
+        monkeypatch.setattr(bus_server, "ANSWER_BYTES", 4096)  # that a GET must have room for when it comes
+        for peer in (first, second):
+            peer.heard = b""
+            peer.says(get)
+            come_true(lambda peer=peer: peer.heard.startswith(b"HTTP/1.1 200"))
+            peer.reads = False
+            come_true(lambda peer=peer: peer.unread or peer.aborted)
+        assert not first.aborted and bus.door.unsent[""] == len(first.unread) == 65536
+        assert second.aborted
+        first.leaves()
+        second.leaves()
+        assert not bus.door.unsent
+
+
 def test_an_upload_that_broke_while_its_piece_could_not_be_written_can_begin_again(tmp_path, monkeypatch):
     upload = head(f"PUT {inside.FILE_PATH} HTTP/1.1", HOST, f"Content-Length: {len(inside.FILE)}")
     with a_bus(time.monotonic, str(tmp_path / "bus.db")) as bus:
