@@ -2986,7 +2986,8 @@ class Mailbox:
     """One name on one channel, and how far its messages were read. Values are ticks unless a comment says otherwise."""
 
     __slots__ = (
-        "address base by_sender fetched firm listening n newest own pending perishable reached read removed seen until"
+        "above address base by_sender fetched firm listening n newest own pending perishable reached read removed seen "
+        "until"
     ).split()
     own: bool
     read: int | None
@@ -3002,6 +3003,7 @@ class Mailbox:
     def __init__(self, *stored: Any) -> None:
         values = stored or self.NEW
         self.own, self.read, self.fetched, self.seen, self.removed, self.n, self.newest, self.perishable = values
+        self.above = (0, 0)  # above a hole: between these ticks messages were delivered
         self.reached = self.fetched  # highest tick delivered, above holes too; later messages fill the mailbox
         self.firm = bool(stored)  # it has a row on disk, or should get one; else it was only looked at
         self.base: int | None = None  # how many messages lie up to the mark; None: to be counted
@@ -3110,6 +3112,8 @@ class Mailboxes:
                 continue
             since = reader.since if isinstance(reader, Poll) and own != reader.me else 0
             if since > box.fetched and self.hole(str(reader.channel), own, box.fetched, since):
+                low, high = box.above
+                box.above = min(low or since, since), max(high, tick)
                 continue
             self.fetched(reader, own, box, tick)
 
@@ -3125,6 +3129,11 @@ class Mailboxes:
         """Highest tick that a reader has of the message's mailbox or, for a message to `all`, that any reader has."""
         box = self.box(message.channel, message.to)
         return box.reached if message.to == EVERYONE else max(box.fetched, box.read or 0)
+
+    def has_passed(self, message: Message) -> bool:
+        """May a reader have this message, above a hole or below the marks?"""
+        low, high = self.box(message.channel, message.to).above
+        return low < message.tick <= high or message.tick <= self.came(message)
 
     def note(self, reader: Parked, own: str, kind: int, tick: int) -> None:
         receipt = Receipt(str(reader.channel), own, kind, tick, reader.who, self.wall())
@@ -3924,9 +3933,9 @@ def check_number(drafts: list[Draft], copies: int) -> None:
 def recv(bus: Bus, request: Request) -> Answer | None:
     poll = recv_poll(request)
     request.grant.check(poll.names)
+    bus.storms.read(str(poll.me))
     if request.query().one("bus") not in (None, bus.state.bus):  # a cursor from another bus: say so, and mark nothing
         return delivery(bus, poll._replace(since=bus.last), [])
-    bus.storms.read(str(poll.me))
     bus.storms.name(request.owner(), bus.mailboxes.new(str(poll.channel), poll.names))
     bus.mailboxes.polled(poll, request.peer.address, bus.view.clock())
     bus.mailboxes.owned(poll)

@@ -281,11 +281,7 @@ class Replies:
             return ok(bus, '"ok": true')
         deliveries = [each.delivering for each in bus.door.connections if each.delivering]
         on_its_way = any(reader.covers(upto, message) for reader, upto in deliveries)
-        if (
-            on_its_way
-            or read_alone(bus, message)
-            or message.tick <= bus.mailboxes.came(message)
-        ):
+        if on_its_way or read_alone(bus, message) or bus.mailboxes.has_passed(message):
             raise Refused(409, "it is too late to recall this message: it was fetched")
         step = bus.do(Recall(message.tick), request.peer, partial(self.recalled, message))
         bus.withheld[step] = message

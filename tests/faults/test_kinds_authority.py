@@ -11,6 +11,7 @@
 | a_text_that_is_gone_is_gone_at_every_door | it is in /message, for its sender, receiver and operator |
 | who_reads_a_message_at_another_door_has_fetched_it | it stays queued, and can be recalled |
 | what_is_being_recalled_is_shown_at_no_other_door (2026-11-29) | its text, and the recall is 200 |
+| what_a_reader_of_a_group_has_above_an_older_message (2026-11-29) | 200 |
 | a_reply_that_its_asker_has_is_not_taken_back (2026-11-29) | 200 |
 | what_a_group_got_before_a_reader_came_is_not_fetched | unread 0 |
 | everyone_is_nobodys_own_mailbox | (1, cursor, cursor) |
@@ -312,6 +313,16 @@ def test_what_is_being_recalled_is_shown_at_no_other_door(closed, door):
         assert SECRET not in closed.ask("bob", "GET", door.replace("ID", one)).body.decode()
         other.execute("ROLLBACK")
         assert sender.answer().status == 200 and state(closed, one) == "recalled"
+
+
+def test_what_a_reader_of_a_group_has_above_an_older_message_is_not_taken_back(closed):
+    """It stays unfetched by the marks, but its text is out. What nobody has, the older one too, can be taken back."""
+    ids = [closed.ask("ann", "POST", "/send", {"to": "helpers", "msg": text}).json["id"] for text in ("older", SECRET)]
+    since = f"{int(ids[0], 16) / 1e6:.6f}"
+    assert SECRET in closed.ask("dora", "GET", f"/recv?to=dora,helpers&since={since}").body.decode()
+    ids.append(closed.ask("ann", "POST", "/send", {"to": "helpers", "msg": "newer"}).json["id"])
+    assert [state(closed, one) for one in ids] == ["queued"] * 3
+    assert [closed.ask("ann", "POST", "/recall", {"id": one}).status for one in ids] == [200, 409, 200]
 
 
 def test_a_reply_that_its_asker_has_is_not_taken_back(closed):

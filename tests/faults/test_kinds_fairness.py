@@ -184,6 +184,13 @@ def test_a_mailbox_is_not_counted_anew_before_the_rate_was_looked_at(tmp_path):
 # A rate for readers
 
 
+def test_a_poll_with_the_id_of_another_bus_is_a_read(tmp_path):
+    with Server(tmp_path / "bus.db", "--rate", "50") as bus, Peer(bus) as peer:
+        some = peer.request("GET", "/recv?to=bob&since=0&bus=another")
+        peer.sock.sendall(some * 4000)
+        assert 429 in {peer.answer().status for _ in range(4000)}
+
+
 def test_reads_have_a_rate(tmp_path):
     """200 a second, 2,000 at once; for each address on an open bus."""
     with Server(tmp_path / "bus.db", "--rate", "50") as bus, Peer(bus) as peer:
