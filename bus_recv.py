@@ -606,10 +606,16 @@ def span(seconds: float) -> str:
 
 def dump(value: Any) -> str:
     """JSON in ASCII, as json.dumps writes it, with the fractions as the bus wrote them."""
+    with contextlib.suppress(RecursionError):
+        return dumped(value)
+    return '"nested too deep"'  # by another server: a bus allows 32 levels
+
+
+def dumped(value: Any) -> str:
     if isinstance(value, dict):
-        return f"{{{', '.join(f'{json.dumps(key)}: {dump(value[key])}' for key in value)}}}"
+        return f"{{{', '.join(f'{json.dumps(key)}: {dumped(value[key])}' for key in value)}}}"
     if isinstance(value, list):
-        return f"[{', '.join(map(dump, value))}]"
+        return f"[{', '.join(map(dumped, value))}]"
     return str(value) if isinstance(value, Decimal) else json.dumps(value)
 
 
@@ -655,15 +661,16 @@ def unread_output() -> int:
 
 def run_command(command: str, tries: int, reader: Reader, message: dict[str, Any]) -> None:
     """Run the command for one message. If all the tries fail, append the message to a file."""
+    number = message.get("id") if isinstance(message, dict) else "what is not a message"
     for attempt in range(1, tries + 1):
         with running(command, message, attempt) as process:
             if process.wait() == 0:
                 return
-        reader.warn(f"command ended with {process.returncode} for {message.get('id')}, attempt {attempt} of {tries}")
+        reader.warn(f"command ended with {process.returncode} for {number}, attempt {attempt} of {tries}")
         reader.clock.sleep(pause_after(attempt) if attempt < tries else 0)
     with reader.cursor.opened("~dead", os.O_WRONLY | os.O_APPEND, "w") as file:
         file.write(f"{dump(message)}\n")
-    reader.warn(f"{message.get('id')} is given up, and appended to {reader.cursor.path}~dead")
+    reader.warn(f"{number} is given up, and appended to {reader.cursor.path}~dead")
 
 
 @contextlib.contextmanager
@@ -672,7 +679,9 @@ def running(command: str, message: dict[str, Any], attempt: int) -> Iterator[Any
     import subprocess  # slow to import, these two
     import tempfile
 
-    fields = {f"MSG_{name.upper()}": str(message.get(name, ""))[:1000] for name in HEAD if name != "age"}
+    known = message if isinstance(message, dict) else {}
+    texts = {name: str(known.get(name, ""))[:1000].replace("\0", "?") for name in HEAD if name != "age"}
+    fields = {f"MSG_{name.upper()}": text.encode("utf-8", "replace").decode() for name, text in texts.items()}
     environment = {**os.environ, **fields, "AGENT_BUS_ATTEMPT": str(attempt)}
     with tempfile.TemporaryFile() as file, contextlib.ExitStack() as stack:  # a file: a pipe needs us to fill it
         came: list[int] = []

@@ -1055,9 +1055,9 @@ class Request(BaseHTTPRequestHandler):
 
     @property
     def requestline(self) -> str:  # type: ignore[override]
-        """For the log of requests, which must not show a token."""
+        """For the log of requests, which must not show a token, and no control character of a malformed line."""
         line = self.head.partition(b"\r\n")[0].decode("latin-1")
-        return f"{line.partition(' ')[0]} (a token in a URL)" if "abt_" in line else line or "-"
+        return ascii(f"{line.partition(' ')[0]} (a token in a URL)" if "abt_" in line else line or "-")[1:-1]
 
     def parse_request(self) -> bool:
         """Check the head and take it apart; Refused where the method of http.server would return False."""
@@ -1167,6 +1167,7 @@ class Door:
 
     UNSENT, UNSENT_EACH = 64 << 20, 16 << 20  # bytes of answers that peers have not read: in all, and for one owner
     SMALL = 4096  # bytes; an answer up to this size is always written
+    BODIES = 128 << 20  # bytes of large bodies that have not arrived whole; beyond it the oldest goes first
 
     def __init__(self, app: App, loop: Loop) -> None:
         self.app, self.loop = app, loop
@@ -1174,6 +1175,7 @@ class Door:
         self.connections: set[Connection] = set()
         self.strangers: dict[Connection, None] = {}  # those that have not finished a first request, oldest first
         self.unsent: Counter[str] = Counter()  # bytes, by owner; that of "" is all
+        self.bodies: dict[Connection, int] = {}  # bytes of the body that each waits for, oldest first
 
     def enter(self, connection: Connection) -> None:
         self.connections.add(connection)
@@ -1186,7 +1188,16 @@ class Door:
     def leave(self, connection: Connection) -> None:
         self.connections.discard(connection)
         self.strangers.pop(connection, None)
+        self.bodies.pop(connection, None)
         self.deadlines.forget(connection)
+
+    def expect(self, connection: Connection, length: int) -> None:
+        """A large body begins to arrive. If there are too many, those that stay away longest go first."""
+        self.bodies[connection] = length
+        while sum(self.bodies.values()) > self.BODIES:
+            oldest = next(iter(self.bodies))
+            del self.bodies[oldest]
+            oldest.transport.abort()
 
     def owe(self, connection: Outgoing, size: int) -> None:
         """Note that this many bytes of the answer are unsent now."""
@@ -1331,13 +1342,17 @@ class Outgoing:
         if self.phase is LINGER:
             file.close()
             return
+        piece = b"" if isinstance(piece, Exception) else piece
         self.closing = self.closing or not piece  # the file was cut short: the next answer must not look like the rest
         try:
             self.door.app.check_token(self.token or "")
-            self.transport.write(b"" if isinstance(piece, Exception) else piece)
+            if self.door.is_full(self, len(piece)):
+                raise unread_answers()
+            self.transport.write(piece)
+            self.door.owe(self, len(self.transport.unsent))
         except Refused:
             self.transport.abort()
-        if not file.length or self.transport.closing or isinstance(piece, Exception):
+        if not file.length or self.transport.closing or not piece:
             file.close()
             self.file = None
         if not self.transport.closing and not self.transport.unsent:
@@ -1443,6 +1458,7 @@ class Connection(Outgoing):
         self.phase, self.due = BUSY, math.inf  # a commit has no deadline
         self.closing = request.parsed.closes
         self.door.strangers.pop(self, None)
+        self.door.bodies.pop(self, None)
         self.answer(request.answer())
 
     def take(self) -> Request | None:
@@ -1463,6 +1479,8 @@ class Connection(Outgoing):
                 raise Refused(400, f"the body ended after {len(self.buffer)} of {length} bytes; nothing was stored")
             if self.phase is not BODY:
                 self.wait(BODY, BODY_SECONDS + length / BODY_RATE)
+                if length > HEAD_BYTES:  # any connection may have as much in its buffer
+                    self.door.expect(self, length)
             return None
         request.body, self.buffer = bytes(self.buffer[:length]), self.buffer[length:]
         return request
@@ -1473,6 +1491,8 @@ class Connection(Outgoing):
         request.parse_request()
         self.door.app.admit(request)
         self.token = request.grant.token
+        if self.token or request.sink:  # its body may take minutes, and strangers must not push it out
+            self.door.strangers.pop(self, None)
         if request.parsed.expects and len(self.buffer) < request.parsed.length:
             self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
@@ -1499,15 +1519,18 @@ class Connection(Outgoing):
     def poured(self, sink: Sink, written: Any) -> None:
         """The sink wrote a piece of the body, or failed: `written` is then an exception."""
         sink.busy = False
+        gone = self.request is None or self.request.sink is not sink  # it was answered, or the connection broke
+        if gone:
+            sink.close()
         try:
             sink.wrote(written)
-            if self.request is None or self.request.sink is not sink:  # it was answered, or has gone
-                sink.close()
+            if gone:
                 return
             self.door.app.check_token(self.token or "")
         except Refused as refused:
-            self.closing = True
-            self.answer(refusal(refused))
+            if not gone:
+                self.closing = True
+                self.answer(refusal(refused))
             return
         if sink.far_enough():
             self.wait(BODY, BODY_SECONDS)
@@ -1927,10 +1950,10 @@ class Gate:
         except Refused:
             return False
 
-    def may_read(self, own: str, mailbox: str) -> bool:
-        """Does this name have a token that may read the mailbox? On a bus without tokens everybody may."""
-        known = [grant for _, grant in self.tokens.grants.values() if grant.name == own]
-        return not self.tokens.closed or any(grant.reads(mailbox) for grant in known)
+    def readers(self, mailbox: str) -> set[str] | None:
+        """The names that have a token that may read the mailbox. None on a bus without tokens: everybody may."""
+        known = {grant.name for _, grant in self.tokens.grants.values() if grant.reads(mailbox)}
+        return known if self.tokens.closed else None
 
     def admit(self, head: Head) -> Grant:
         if head.foreign:
@@ -3044,7 +3067,8 @@ class Mailbox:
     """One name on one channel, and how far its messages were read. Values are ticks unless a comment says otherwise."""
 
     __slots__ = (
-        "address base by_sender fetched firm listening n newest own pending perishable reached read removed seen until"
+        "above address base by_sender fetched firm listening n newest own pending perishable reached read removed seen "
+        "until"
     ).split()
     own: bool
     read: int | None
@@ -3060,6 +3084,7 @@ class Mailbox:
     def __init__(self, *stored: Any) -> None:
         values = stored or self.NEW
         self.own, self.read, self.fetched, self.seen, self.removed, self.n, self.newest, self.perishable = values
+        self.above = (0, 0)  # above a hole: between these ticks messages were delivered
         self.reached = self.fetched  # highest tick delivered, above holes too; later messages fill the mailbox
         self.firm = bool(stored)  # it has a row on disk, or should get one; else it was only looked at
         self.base: int | None = None  # how many messages lie up to the mark; None: to be counted
@@ -3150,8 +3175,9 @@ class Mailboxes:
         self.changed.add((str(poll.channel), str(poll.me)))
         own.firm = own.firm or poll.since > 0
         if own.read is None or own.read < poll.since:
+            if own.newest > (own.read or 0):
+                self.note(poll, str(poll.me), ACKNOWLEDGED, poll.since)
             own.read = poll.since
-            self.note(poll, str(poll.me), ACKNOWLEDGED, poll.since)
         self.fetched(poll, str(poll.me), own, poll.since)
 
     def delivered(self, reader: Parked, tick: int) -> None:
@@ -3167,20 +3193,28 @@ class Mailboxes:
                 continue
             since = reader.since if isinstance(reader, Poll) and own != reader.me else 0
             if since > box.fetched and self.hole(str(reader.channel), own, box.fetched, since):
+                low, high = box.above
+                box.above = min(low or since, since), max(high, tick)
                 continue
             self.fetched(reader, own, box, tick)
 
     def fetched(self, reader: Parked, own: str, box: Mailbox, tick: int) -> None:
         box.reached = max(box.reached, tick)
         if tick > box.fetched:
+            if box.newest > box.fetched:  # else the receipt is for no message, and nothing would ever remove it
+                self.note(reader, own, FETCHED, tick)
             box.fetched = tick
-            self.note(reader, own, FETCHED, tick)
         box.base = box.pending = box.by_sender = None
 
     def came(self, message: Message) -> int:
         """Highest tick that a reader has of the message's mailbox or, for a message to `all`, that any reader has."""
         box = self.box(message.channel, message.to)
         return box.reached if message.to == EVERYONE else max(box.fetched, box.read or 0)
+
+    def has_passed(self, message: Message) -> bool:
+        """May a reader have this message, above a hole or below the marks?"""
+        low, high = self.box(message.channel, message.to).above
+        return low < message.tick <= high or message.tick <= self.came(message)
 
     def note(self, reader: Parked, own: str, kind: int, tick: int) -> None:
         receipt = Receipt(str(reader.channel), own, kind, tick, reader.who, self.wall())
@@ -3482,6 +3516,8 @@ class Bus:
             request.sink = request.endpoint.sink(request)
         elif head.length > self.max_body:
             raise Refused(413, f"the body has {head.length} bytes and the limit is {self.max_body}; nothing was stored")
+        elif head.length > HEAD_BYTES and not request.endpoint:
+            self.answer(request)  # refuses it; nobody would read the body
 
     def answer(self, request: Request) -> Answer | None:
         method, route = request.command, request.endpoint
@@ -3987,9 +4023,9 @@ def check_number(drafts: list[Draft], copies: int) -> None:
 def recv(bus: Bus, request: Request) -> Answer | None:
     poll = recv_poll(request)
     request.grant.check(poll.names)
+    bus.storms.read(str(poll.me))
     if request.query().one("bus") not in (None, bus.state.bus):  # a cursor from another bus: say so, and mark nothing
         return delivery(bus, poll._replace(since=bus.last), [])
-    bus.storms.read(str(poll.me))
     bus.storms.name(request.owner(), bus.mailboxes.new(str(poll.channel), poll.names))
     bus.mailboxes.polled(poll, request.peer.address, bus.view.clock())
     bus.mailboxes.owned(poll)
@@ -4198,11 +4234,12 @@ def told(bus: Bus, message: Message, grant: Grant = OPEN) -> Answer:
 
 
 def readable(bus: Bus, message: Message, grant: Grant) -> str:
-    """A message that is asked for by its id. If it was recalled or has expired, its text is left out.
+    """A message that is asked for by its id. If it is being recalled, was recalled or has expired: without its text.
 
     A receiver that reads a message this way has fetched it. No mark moves, as older messages may still be unread.
     """
-    if message.expires == RECALLED or bus.view.is_expired(message):
+    withheld = any(each.tick == message.tick for each in bus.withheld.values())
+    if withheld or message.expires == RECALLED or bus.view.is_expired(message):
         return message.without_text()
     if grant.name and grant.name != message.sender and message.to in (grant.name, *grant.also):
         receipt = Receipt(message.channel, message.to, ALONE, message.tick, grant.name, bus.view.clock())

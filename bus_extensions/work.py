@@ -295,6 +295,7 @@ class Work:
     def __init__(self, bus: Bus, attempts: int) -> None:
         self.bus, self.attempts = bus, attempts
         self.burying = False
+        self.ends: set[int] = set()  # monotonic clock, s: when leases end, and bury() is planned
         bus.route("POST", "/claim", self.claim, "take messages from a queue; wait=25 waits for one")
         bus.route("POST", "/ack", self.settle, "tell the bus that a claimed message is done")
         bus.route("POST", "/nack", self.settle, "give a claimed message back to the queue")
@@ -386,9 +387,16 @@ class Work:
                 connection.wait(PARKED, delay)
 
     def bury_after(self, lease: float) -> None:
-        self.bus.loop.later(lease + Deadlines.SLOT, self.bury)
+        """One timer for all leases that end in the same second: one for each request would stay for up to 12 hours."""
+        now = time.monotonic()
+        end = math.ceil(now + lease + Deadlines.SLOT)
+        if end not in self.ends:
+            self.ends.add(end)
+            self.bus.loop.later(end - now, self.bury)
 
     def bury(self) -> None:
+        now = time.monotonic()
+        self.ends = {end for end in self.ends if end > now}
         if not self.burying:
             self.bus.do(Bury(self.attempts), None, self.buried, self.not_buried)
             self.burying = True  # only now: if the line above raises, it is tried again

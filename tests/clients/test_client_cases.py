@@ -27,6 +27,22 @@ TOKEN = "abt_00000000_" + "s" * 43
 sys.path += [str(ROOT / "integrations" / "claude_code"), str(ROOT / "tools")]
 
 
+# ── What no bus sends ────────────────────────────────────────────────────────────────────────────────────────────────
+
+DEEP = "[" * 900 + "]" * 900
+
+
+@pytest.mark.parametrize("options", [(), ("--json",), ("--exec", "cat")], ids=["blocks", "json", "exec"])
+@pytest.mark.parametrize("bad", [DEEP, message(1).replace('"msg"', f'"x": {DEEP}, "msg"'),
+                                 message(1).replace('"from": "spark"', '"from": "\\u0000\\ud800"')],
+                         ids=["no message", "a member", "from"])  # fmt: skip
+def test_a_message_that_no_bus_lets_in_does_not_end_a_reader(bad, options, home):  # noqa: F811
+    with Scripted(mail(message(1), bad, message(2))) as server:
+        code, out, err = recv(server, "--once", *options)
+    assert code == 0 and "Traceback" not in err, err
+    assert '"id": "2"' in out or "id=2" in out
+
+
 # ── An answer from the future ────────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -578,6 +578,63 @@ def test_a_file_must_move_by_80_kib_every_10_seconds(tmp_path):
         peer.leaves()
 
 
+def test_a_file_that_cannot_be_read_to_its_end_ends_the_connection(tmp_path, monkeypatch):
+    """Else the next answer would look like the rest of the file."""
+    def torn(stream):
+        raise OSError(5, "Input/output error")
+
+    with a_bus(time.monotonic, str(tmp_path / "bus.db")) as bus:
+        peer = Peer(bus)
+        peer.says(head(f"PUT {inside.FILE_PATH} HTTP/1.1", HOST, f"Content-Length: {len(inside.FILE)}"), inside.FILE)
+        come_true(lambda: statuses(peer.heard) == [201])
+        monkeypatch.setattr(sys.modules["bus_extensions.files"].Download, "read", torn)
+        peer.heard = b""
+        peer.says(head(f"GET {inside.FILE_PATH} HTTP/1.1", HOST) + head(GET, HOST))
+        come_true(lambda: peer.over)
+        settle(bus)
+        assert peer.heard.count(b"HTTP/1.1 ") == 1
+        peer.leaves()
+
+
+def test_the_pieces_of_a_file_that_nobody_reads_count_as_unread_answers(tmp_path, monkeypatch):
+    with a_bus(time.monotonic, str(tmp_path / "bus.db")) as bus:
+        first, second = Peer(bus), Peer(bus)
+        first.says(head(f"PUT {inside.FILE_PATH} HTTP/1.1", HOST, f"Content-Length: {len(inside.FILE)}"), inside.FILE)
+        come_true(lambda: statuses(first.heard) == [201])
+        get = head(f"GET {inside.FILE_PATH} HTTP/1.1", HOST)
+        monkeypatch.setattr(bus.door, "UNSENT_EACH", 100_000, raising=False)
+        monkeypatch.setattr(bus_server, "ANSWER_BYTES", 4096)  # that a GET must have room for when it comes
+        for peer in (first, second):
+            peer.heard = b""
+            peer.says(get)
+            come_true(lambda peer=peer: peer.heard.startswith(b"HTTP/1.1 200"))
+            peer.reads = False
+            come_true(lambda peer=peer: peer.unread or peer.aborted)
+        assert not first.aborted and bus.door.unsent[""] == len(first.unread) == 65536
+        assert second.aborted
+        first.leaves()
+        second.leaves()
+        assert not bus.door.unsent
+
+
+def test_an_upload_that_broke_while_its_piece_could_not_be_written_can_begin_again(tmp_path, monkeypatch):
+    upload = head(f"PUT {inside.FILE_PATH} HTTP/1.1", HOST, f"Content-Length: {len(inside.FILE)}")
+    with a_bus(time.monotonic, str(tmp_path / "bus.db")) as bus:
+        first, second = Peer(bus), Peer(bus)
+        with monkeypatch.context() as full:
+            full.setattr(sys.modules["bus_extensions.files"].Upload, "write", lambda sink, data: 0)
+            first.says(upload + b"a piece")
+            sink = first.connection.request.sink
+            assert sink.busy
+            first.leaves()
+            come_true(lambda: not sink.busy)
+        assert sink.stream.closed
+        second.says(upload, inside.FILE)
+        come_true(lambda: second.heard)
+        assert statuses(second.heard) == [201]
+        second.leaves()
+
+
 def test_a_defect_is_500_in_words_and_its_log_says_why(monkeypatch, capfd):
     with a_bus() as bus:
         peer = Peer(bus)

@@ -268,6 +268,21 @@ def test_a_message_whose_last_worker_died_is_buried_though_nobody_asks_for_work(
     wait_until(lambda: mail(bus, "builds.dead") == ["poison"])
 
 
+def test_many_extensions_of_a_lease_set_few_timers():
+    """Each was one, for as long as the lease: up to 12 hours."""
+    with a_bus() as inside:
+        peer = Peer(inside)
+        peer.says(posted("/send", **{"from": "alice", "to": "builds", "msg": "x"}))
+        told(peer)
+        peer.says(posted("/claim", to="builds"))
+        [job] = told(peer)[1]["messages"]
+        before = len(inside.loop.timers)
+        for _ in range(50):
+            peer.says(posted("/extend", id=job["id"], lease=job["lease"], seconds=43200))
+            assert told(peer)[0] == 200
+        assert len(inside.loop.timers) < before + 10
+
+
 def test_leases_outlive_a_crash_of_the_bus(bus):
     send(bus)
     (job,) = claim(bus)

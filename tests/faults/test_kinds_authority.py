@@ -10,6 +10,9 @@
 | an_answer_counts_only_from_who_may_read_the_question | the forged one is handed out |
 | a_text_that_is_gone_is_gone_at_every_door | it is in /message, for its sender, receiver and operator |
 | who_reads_a_message_at_another_door_has_fetched_it | it stays queued, and can be recalled |
+| what_is_being_recalled_is_shown_at_no_other_door (2026-11-29) | its text, and the recall is 200 |
+| what_a_reader_of_a_group_has_above_an_older_message (2026-11-29) | 200 |
+| a_reply_that_its_asker_has_is_not_taken_back (2026-11-29) | 200 |
 | what_a_group_got_before_a_reader_came_is_not_fetched | unread 0 |
 | everyone_is_nobodys_own_mailbox | (1, cursor, cursor) |
 | receipts_of_work_name_the_token | the worker says `ann`, and the receipt is hers |
@@ -297,6 +300,40 @@ def test_who_reads_a_message_at_another_door_has_fetched_it(closed, door):
     assert SECRET in closed.ask("bob", "GET", door.replace("ID", one)).body.decode()
     assert state(closed, one) == "fetched"
     assert closed.ask("ann", "POST", "/recall", {"id": one}).status == 409
+
+
+@pytest.mark.parametrize("door", ["/message/ID", "/message/ID?wait_fetched=1", "/thread/ID"])
+def test_what_is_being_recalled_is_shown_at_no_other_door(closed, door):
+    """Another program has locked the database for a second, so the recall takes as long."""
+    one = closed.ask("ann", "POST", "/send", {"to": "bob", "msg": SECRET}).json["id"]
+    with closed.peer("ann") as sender, contextlib.closing(sqlite3.connect(closed.bus.db)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        sender.send("POST", "/recall", {"id": one})
+        wait_until(lambda: not closed.ask("bob", "GET", "/recv?to=bob&since=0").json["messages"])
+        assert SECRET not in closed.ask("bob", "GET", door.replace("ID", one)).body.decode()
+        other.execute("ROLLBACK")
+        assert sender.answer().status == 200 and state(closed, one) == "recalled"
+
+
+def test_what_a_reader_of_a_group_has_above_an_older_message_is_not_taken_back(closed):
+    """It stays unfetched by the marks, but its text is out. What nobody has, the older one too, can be taken back."""
+    ids = [closed.ask("ann", "POST", "/send", {"to": "helpers", "msg": text}).json["id"] for text in ("older", SECRET)]
+    since = f"{int(ids[0], 16) / 1e6:.6f}"
+    assert SECRET in closed.ask("dora", "GET", f"/recv?to=dora,helpers&since={since}").body.decode()
+    ids.append(closed.ask("ann", "POST", "/send", {"to": "helpers", "msg": "newer"}).json["id"])
+    assert [state(closed, one) for one in ids] == ["queued"] * 3
+    assert [closed.ask("ann", "POST", "/recall", {"id": one}).status for one in ids] == [200, 409, 200]
+
+
+def test_a_reply_that_its_asker_has_is_not_taken_back(closed):
+    """An older message of the asker is unread, so no mark moves."""
+    closed.ask("carl", "POST", "/send", {"to": "bob", "msg": "older"})
+    question = {"to": "ann", "msg": "T1?", "key": "k"}
+    asked = closed.ask("bob", "POST", "/ask?wait=0", question).json["id"]
+    one = closed.ask("ann", "POST", "/send", {"to": "bob", "msg": SECRET, "reply_to": asked}).json["id"]
+    assert closed.ask("bob", "POST", "/ask?wait=0", question).json["reply"]["msg"] == SECRET
+    assert closed.ask("ann", "POST", "/recall", {"id": one}).status == 409
+    assert closed.ask("bob", "GET", "/inbox").json["recipients"]["default"]["bob"] == 2
 
 
 def test_a_sender_that_reads_its_own_message_may_take_it_back(closed):

@@ -8,6 +8,9 @@
 | a_slow_disk_for_files | others wait 617 ms |
 | verbose_and_a_stderr_that_nobody_reads | the bus stands, or hangs up once its stderr is closed |
 | another_programs_lock | 503 without Retry-After, and the bus ends |
+| replies_that_do_not_count (2026-11-29) | each of them is read: 20 us of a turn, and its text in memory |
+| strangers_push_out_no_upload (2026-11-29) | the upload is hung up on |
+| verbose_writes_no_control_characters (2026-11-29) | ESC and a line break, as a stranger sent them |
 """
 import contextlib
 import hashlib
@@ -21,11 +24,54 @@ import pytest
 
 from tests.faults import linux, skipped_without
 from tests.kit import inside
-from tests.kit.peers import Peer, Slowest, alive, ask, fill, post, stored
+from tests.kit.peers import Peer, Slowest, alive, ask, fill, mint, post, stored
 from tests.kit.processes import PATIENCE, ROOT, Server, in_time, wait_until
 
 pytestmark = skipped_without(linux)
 AT_MOST = 0.25  # s that another client may wait
+
+
+# What others sent, and who connects
+
+
+FORGED_IS_READ = """
+checked = bus_server.View.checked
+def strict(view, row):
+    assert '"msg": "no"' not in row[4]
+    return checked(view, row)
+bus_server.View.checked = strict
+"""
+
+
+def test_replies_that_do_not_count_cost_an_asker_nothing(tmp_path):
+    """Anybody may have sent thousands of replies: SQLite passes over them."""
+    tokens = mint(tmp_path / "bus.db", ann=[], bob=[], eve=[])
+    program = [str(ROOT / "tests/kit/raising_server.py")]
+    env = {"PATCH": FORGED_IS_READ, "FAULT_PORT": "0"}
+    with Server(tmp_path / "bus.db", program=program, env=env) as bus:
+        question = {"to": "bob", "msg": "T1?", "key": "k"}
+        one = ask(bus, "POST", "/ask?wait=0", question, tokens["ann"]).json["id"]
+        for name in ("ann", "eve"):  # itself, and one that may not answer
+            forged = {"to": [f"n{number}" for number in range(60)], "msg": "no", "reply_to": one}
+            assert ask(bus, "POST", "/send", [forged] * 8, tokens[name]).status == 200
+        assert ask(bus, "POST", "/ask?wait=0", question, tokens["ann"]).json["reply"] is None
+        assert ask(bus, "GET", f"/thread/{one}", token=tokens["bob"]).json["messages"][0]["id"] == one
+        stored(bus, "ann", "yes", token=tokens["bob"], sender="bob", reply_to=one)
+        assert ask(bus, "POST", "/ask?wait=0", question, tokens["ann"]).json["reply"]["msg"] == "yes"
+
+
+def test_strangers_push_out_no_upload(tmp_path):
+    """Its connection has not finished a request, but its token was seen."""
+    [ann] = mint(tmp_path / "bus.db", ann=[]).values()
+    with Server(tmp_path / "bus.db") as bus, Peer(bus, ann) as peer, contextlib.ExitStack() as stack:
+        request = peer.request("PUT", inside.FILE_PATH, inside.FILE)
+        peer.sock.sendall(request[:50_000])
+        wait_until(lambda: ask(bus, "GET", inside.FILE_PATH, token=ann).fields["upload-offset"] != "0")
+        for _ in range(300):
+            stack.enter_context(Peer(bus))
+        assert alive(bus)
+        peer.sock.sendall(request[50_000:])
+        assert peer.outcome() == 201
 
 
 # One connection, many requests
@@ -136,6 +182,13 @@ def test_a_mailbox_is_not_counted_anew_before_the_rate_was_looked_at(tmp_path):
 
 
 # A rate for readers
+
+
+def test_a_poll_with_the_id_of_another_bus_is_a_read(tmp_path):
+    with Server(tmp_path / "bus.db", "--rate", "50") as bus, Peer(bus) as peer:
+        some = peer.request("GET", "/recv?to=bob&since=0&bus=another")
+        peer.sock.sendall(some * 4000)
+        assert 429 in {peer.answer().status for _ in range(4000)}
 
 
 def test_reads_have_a_rate(tmp_path):
@@ -257,6 +310,17 @@ def test_verbose_and_a_stderr_that_nobody_reads(tmp_path, how):
             wait_until(told, 5)
             assert heard.count(b"/healthz") < 5200
         assert bus.stop() == 0
+
+
+def test_verbose_writes_no_control_characters(tmp_path):
+    """Of a head that is no HTTP, as it was sent to the terminal of who runs the bus."""
+    with Server(tmp_path / "bus.db", "--verbose") as bus, Peer(bus) as peer:
+        peer.sock.sendall(b"GET /\x1b]0;title\x07\xc2\x9b\n10.0.0.1 forged HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert peer.outcome() == 400
+        assert alive(bus)
+        wait_until(lambda: "/healthz" in bus.log.read_text())
+        lines = bus.log.read_bytes().splitlines()
+        assert len(lines) == 2 and b"forged" in lines[0] and all(line.decode().isprintable() for line in lines)
 
 
 # Another program has the database

@@ -9,6 +9,8 @@
 | names_have_a_budget | 4,000 of 4,000 are made, in each of seven ways |
 | a_read_of_a_new_name_leaves_no_row | a row for each |
 | a_row_without_mail_and_without_a_poll | it stays |
+| bodies_that_do_not_arrive (2026-11-29) | 50 MiB of a stranger; all of 700 bodies are kept |
+| a_reader_without_mail_leaves_no_receipts (2026-11-29) | two for each second in which it polls |
 """
 import contextlib
 import os
@@ -19,7 +21,7 @@ import pytest
 from tests.faults import linux, skipped_without
 from tests.kit import inside
 from tests.kit.moved import Moved
-from tests.kit.peers import Peer, alive, ask, many_files, mint, post, resident, stored
+from tests.kit.peers import Peer, alive, ask, many_files, marks_are_written, mint, post, resident, stored
 from tests.kit.processes import ROOT, Server, wait_until
 
 pytestmark = skipped_without(linux)
@@ -171,6 +173,45 @@ def test_what_nobody_reads_has_a_budget(crowded, path):
         size = len(ask_plain(crowded, path.replace("ROOT", crowded.root)).body)
         assert heads & {b"HTTP/1.1 503", b"HTTP/1.1 429"} or 200 * size < 64 * MIB, (heads, size)
     assert alive(crowded)
+
+
+# Bodies that do not arrive
+
+
+def stalled(bus, stack, count, path, token=None, source=None):
+    """Connections whose body of 256 KiB lacks its last bytes."""
+    peers = [stack.enter_context(Peer(bus, token, patience=5, source=source)) for _ in range(count)]
+    for peer in peers:
+        with contextlib.suppress(OSError):  # it was refused before the body came
+            peer.sock.sendall(peer.request("POST", path, b"x" * 262_144)[:-100])
+    return peers
+
+
+@pytest.mark.parametrize("path", ["/", "/healthz", "/bus_recv.py", "/agents", "/nowhere"])
+def test_bodies_that_do_not_arrive_are_not_kept_for_who_may_not_send_them(tmp_path, path):
+    """Without a token, on a closed bus."""
+    mint(tmp_path / "bus.db", ann=[])
+    with Server(tmp_path / "bus.db") as bus, contextlib.ExitStack() as stack:
+        before = resident(bus)
+        peers = stalled(bus, stack, 200, path)
+        assert {peer.outcome() for peer in peers} <= {401, 404, 405, 0}
+        grown = resident(bus) - before
+        assert grown < 8 * MIB, f"{grown / MIB:.0f} MiB more"
+        assert alive(bus)
+
+
+def test_bodies_that_do_not_arrive_have_a_budget_and_the_oldest_goes_first(tmp_path):
+    [ann, bob] = mint(tmp_path / "bus.db", ann=[], bob=[]).values()
+    with raising(tmp_path, "bus_server.Door.BODIES = 8 << 20") as bus, contextlib.ExitStack() as stack:
+        before = resident(bus)
+        peers = stalled(bus, stack, 100, "/send", ann)
+        grown = resident(bus) - before
+        assert grown < 16 * MIB, f"{grown / MIB:.0f} MiB more"
+        assert peers[0].outcome() == 0, "it is hung up on"
+        with Peer(bus, bob) as other:
+            assert other.send("POST", "/send", {"to": "ann", "msg": "y" * 200_000}).answer().status == 200
+        peers[-1].sock.sendall(b"x" * 100)
+        assert peers[-1].outcome() == 400, "it was read to its end, and is no JSON"
 
 
 # Refusals
@@ -333,3 +374,19 @@ def test_a_row_without_mail_and_without_a_poll_for_as_long_as_mail_is_kept_goes(
         assert ("default", "written-to") in rows(bus), "its reader, who comes one day, must be told of a gap"
         wait_until(lambda: ("default", "lively") in rows(bus), 5)
         assert post(bus, "held").json["receiver"] == {**post(bus, "never-seen").json["receiver"]}
+
+
+def test_a_reader_without_mail_leaves_no_receipts(tmp_path):
+    """Each message elsewhere moves its cursor. Receipts are removed with messages, so these would stay for ever."""
+    with Server(tmp_path / "bus.db") as bus:
+        for _ in range(3):
+            one = stored(bus, "carl")
+            assert ask(bus, "GET", f"/recv?to=idle&since={int(one, 16) / 1e6:.6f}").status == 200
+            marks_are_written(bus)
+        with contextlib.closing(sqlite3.connect(f"file:{bus.db}?mode=ro", uri=True)) as database:
+            found = database.execute("SELECT kind FROM receipts JOIN mailboxes ON mailbox = id WHERE name = 'idle'")
+            assert found.fetchall() == []
+        one = stored(bus, "idle")
+        assert ask(bus, "GET", f"/recv?to=idle&since={int(one, 16) / 1e6:.6f}").status == 200
+        told = ask(bus, "GET", f"/message/{one}").json
+        assert (told["state"], told["by"]) == ("acknowledged", "idle")
