@@ -102,9 +102,10 @@ summary() {
 # Makes a cursor, bus and since, of the message on stdin. If stdin is not a message, since is empty.
 take_place() {
   local id
-  { read -r bus; read -r id; read -r since; } < <(jq -r '.bus, .id // "", .ts' 2>/dev/null)
+  { read -r bus; read -r id; read -r since; } < <(jq -r "$LINE"'.bus, (.id // "" | line), .ts' 2>/dev/null)
   # Bash arithmetic would run code in a text, so check first that the id is hexadecimal. Without a bus id it is no tick.
-  if [ -n "$bus" ] && [[ $id =~ ^[0-9a-f]{1,13}$ ]]; then
+  # Nor is it one if it is not the ts: only that was compared with our clock.
+  if [ -n "$bus" ] && [[ $id =~ ^[0-9a-f]{1,13}$ ]] && [ $((16#$id / 1000000)) = "${since%.*}" ]; then
     since=$(printf '%d.%06d' $((16#$id / 1000000)) $((16#$id % 1000000)))
   fi
 }

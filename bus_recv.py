@@ -191,6 +191,7 @@ class Reader:
         answer, self.bus_time = self.request(hold, seconds)
         if not isinstance(answer.get("messages"), list) or not DECIMAL.fullmatch(str(answer.get("now"))):
             raise Unreachable()
+        answer["more"] = bool(answer.get("more")) and str(answer["now"]) != self.cursor.at  # else it is asked for ever
         if str(answer.get("bus", OLD_CONTRACT)) != self.bus:
             self.take_up(answer)
             raise Unreachable("another bus answers now")
@@ -216,8 +217,8 @@ class Reader:
             limit = max(limit, seconds_of(health.get("now")) + AHEAD_SECONDS)
         if latest > limit:
             kept = [message for message in answer["messages"] if seconds_of(message) <= limit]
-            end = next((message["ts"] for message in reversed(kept) if seconds_of(message)), self.cursor.at)
-            answer.update(messages=kept, now=end, more=False)
+            ends = [message["ts"] for message in kept if isinstance(message, dict) and seconds_of(message)]
+            answer.update(messages=kept, now=[self.cursor.at, *ends][-1], more=False)
             if not self.doubted:
                 self.warn(f"{self.url}: its time is far ahead of ours: the cursor stays. Is a clock wrong?")
         self.doubted = latest > limit
@@ -239,8 +240,8 @@ class Reader:
 
 def seconds_of(place: Any) -> float:
     """The place of a message or a cursor, in s since 1970; 0 if it has none."""
-    place = str(place.get("ts") if isinstance(place, dict) else place)
-    return float(place) if DECIMAL.fullmatch(place) else 0.0
+    place = place.get("ts") if isinstance(place, dict) else place
+    return float(place) if not isinstance(place, (dict, list)) and DECIMAL.fullmatch(str(place)) else 0.0
 
 
 def check_name(name: str) -> None:
@@ -300,7 +301,7 @@ class Cursor:
 
     def pass_over(self, message: Any) -> None:
         """Save that this message was received."""
-        if isinstance(message, dict) and DECIMAL.fullmatch(str(message.get("ts"))):
+        if isinstance(message, dict) and seconds_of(message):
             self.move(str(message["ts"]))
 
 
@@ -383,12 +384,13 @@ def exchange(url: str, path: str, body: bytes | None, seconds: float) -> tuple[h
             sock.settimeout(seconds)
             with hung_up_after(seconds, sock):
                 connection.request("POST" if body else "GET", prefix + path, body, headers)
-                response = connection.getresponse()
-            with hung_up_after(min(seconds, GRACE_SECONDS) + (response.length or 0) / DOWNLOAD_RATE, sock):
-                content = response.read(min(response.length or ANSWER_BYTES, ANSWER_BYTES))
-            if response.length:
-                raise http.client.IncompleteRead(content, response.length)
-            return response, content
+                head = connection.getresponse()
+            # A length may be a lie, which must not allow a drip for years.
+            with hung_up_after(min(seconds, GRACE_SECONDS) + min(head.length or 0, ANSWER_BYTES) / DOWNLOAD_RATE, sock):
+                content = head.read(min(head.length or ANSWER_BYTES, ANSWER_BYTES))
+            if head.length:
+                raise http.client.IncompleteRead(content, head.length)
+            return head, content
     except (OSError, ValueError, http.client.HTTPException) as error:  # ValueError: a chunk of negative size
         raise Unreachable(getattr(error, "strerror", None) or str(error) or type(error).__name__) from error
 
@@ -514,9 +516,9 @@ def judged(response: http.client.HTTPResponse, body: bytes, fraction: Any = floa
     `fraction` converts the text of a number with a fraction.
     """
     answer: dict[str, Any] = {}
-    with contextlib.suppress(ValueError, RecursionError, TypeError):  # TypeError: JSON, but not an object
+    with contextlib.suppress(ValueError, RecursionError, TypeError, ArithmeticError):  # TypeError: not an object
         answer = dict(**json.loads(body.decode(), parse_float=fraction, parse_constant=str))
-    if response.status == 200 and answer:
+    if response.status == 200 and answer and re.fullmatch("[!-~]{1,64}", str(answer.get("bus", "none"))):
         return answer
     error = answer.get("error")
     if 400 <= response.status < 500 and response.status not in (408, 425, 429) and isinstance(error, str):
@@ -604,19 +606,13 @@ def span(seconds: float) -> str:
     return next((f"{seconds // size:.0f}{unit}" for unit, size in sizes if seconds >= size), "")
 
 
-def dump(value: Any) -> str:
-    """JSON in ASCII, as json.dumps writes it, with the fractions as the bus wrote them."""
-    with contextlib.suppress(RecursionError):
-        return dumped(value)
-    return '"nested too deep"'  # by another server: a bus allows 32 levels
-
-
-def dumped(value: Any) -> str:
-    if isinstance(value, dict):
-        return f"{{{', '.join(f'{json.dumps(key)}: {dumped(value[key])}' for key in value)}}}"
-    if isinstance(value, list):
-        return f"[{', '.join(map(dumped, value))}]"
-    return str(value) if isinstance(value, Decimal) else json.dumps(value)
+def dump(value: Any, depth: int = 99) -> str:
+    """JSON in ASCII, as json.dumps writes it, with the fractions as the bus wrote them; null for what is too deep."""
+    if isinstance(value, dict) and depth:
+        return f"{{{', '.join(f'{json.dumps(key)}: {dump(value[key], depth - 1)}' for key in value)}}}"
+    if isinstance(value, list) and depth:
+        return f"[{', '.join(dump(one, depth - 1) for one in value)}]"
+    return str(value) if isinstance(value, Decimal) else json.dumps(value if depth else None)
 
 
 # The outputs. Each moves the cursor as soon as a message is out, and not before.
@@ -680,8 +676,9 @@ def running(command: str, message: dict[str, Any], attempt: int) -> Iterator[Any
     import tempfile
 
     known = message if isinstance(message, dict) else {}
-    texts = {name: str(known.get(name, ""))[:1000].replace("\0", "?") for name in HEAD if name != "age"}
-    fields = {f"MSG_{name.upper()}": text.encode("utf-8", "replace").decode() for name, text in texts.items()}
+    fields = {f"MSG_{name.upper()}": str(known.get(name, ""))[:1000] for name in HEAD if name != "age"}
+    # UTF-8 in every locale: one character that the locale does not have must not end the reader.
+    fields = {name: os.fsdecode(text.replace("\0", "").encode(errors="replace")) for name, text in fields.items()}
     environment = {**os.environ, **fields, "AGENT_BUS_ATTEMPT": str(attempt)}
     with tempfile.TemporaryFile() as file, contextlib.ExitStack() as stack:  # a file: a pipe needs us to fill it
         came: list[int] = []
@@ -756,9 +753,8 @@ def read(options: argparse.Namespace) -> int:
         answer, now = ask(reader.url, f"/message/{quote(options.read, safe='')}", GRACE_SECONDS)
         emit(block(answer["message"], "", now, whole=True))
         return 0
-    reader.warn = complain
     # A program that reads our JSON, or the output of the command, must get nothing else on stdout.
-    reader.announce = complain if options.json or options.exec else announce
+    reader.warn, reader.announce = complain, complain if options.json or options.exec else announce
     timeout = HOLD_SECONDS if options.once and options.timeout is None else options.timeout
     if options.exec or options.json:
         for message in reader.messages(options.once, timeout):

@@ -240,12 +240,13 @@ def exchange(url: str, path: str, body: bytes | None, seconds: float) -> tuple[h
             sock.settimeout(seconds)
             with hung_up_after(seconds, sock):
                 connection.request("POST" if body else "GET", prefix + path, body, headers)
-                response = connection.getresponse()
-            with hung_up_after(min(seconds, GRACE_SECONDS) + (response.length or 0) / DOWNLOAD_RATE, sock):
-                content = response.read(min(response.length or ANSWER_BYTES, ANSWER_BYTES))
-            if response.length:
-                raise http.client.IncompleteRead(content, response.length)
-            return response, content
+                head = connection.getresponse()
+            # A length may be a lie, which must not allow a drip for years.
+            with hung_up_after(min(seconds, GRACE_SECONDS) + min(head.length or 0, ANSWER_BYTES) / DOWNLOAD_RATE, sock):
+                content = head.read(min(head.length or ANSWER_BYTES, ANSWER_BYTES))
+            if head.length:
+                raise http.client.IncompleteRead(content, head.length)
+            return head, content
     except (OSError, ValueError, http.client.HTTPException) as error:  # ValueError: a chunk of negative size
         raise Unreachable(getattr(error, "strerror", None) or str(error) or type(error).__name__) from error
 
@@ -371,9 +372,9 @@ def judged(response: http.client.HTTPResponse, body: bytes, fraction: Any = floa
     `fraction` converts the text of a number with a fraction.
     """
     answer: dict[str, Any] = {}
-    with contextlib.suppress(ValueError, RecursionError, TypeError):  # TypeError: JSON, but not an object
+    with contextlib.suppress(ValueError, RecursionError, TypeError, ArithmeticError):  # TypeError: not an object
         answer = dict(**json.loads(body.decode(), parse_float=fraction, parse_constant=str))
-    if response.status == 200 and answer:
+    if response.status == 200 and answer and re.fullmatch("[!-~]{1,64}", str(answer.get("bus", "none"))):
         return answer
     error = answer.get("error")
     if 400 <= response.status < 500 and response.status not in (408, 425, 429) and isinstance(error, str):

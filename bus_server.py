@@ -2163,13 +2163,14 @@ MIGRATIONS = [  # a database with user_version n has the first n of them; only e
     CREATE INDEX retries_of_removed ON keys(key, sender);
     DROP VIEW readable;
     CREATE VIEW readable AS SELECT datetime(tick / 1000000, 'unixepoch') AS time, printf('%x', tick) AS id,
-        sender AS "from", name AS "to", channel, json_extract('{' || text || '}', '$.subject') AS subject,
-        json_extract('{' || text || '}', '$.type') AS type, printf('%x', ifnull(thread, tick)) AS thread,
+        sender AS "from", name AS "to", channel, json_extract(json, '$.subject') AS subject,
+        json_extract(json, '$.type') AS type, printf('%x', ifnull(thread, tick)) AS thread,
         CASE WHEN expires = 0 THEN 'recalled' WHEN name = 'all' THEN 'sent'
             WHEN own AND tick <= read THEN 'acknowledged' WHEN tick <= max(fetched, ifnull(read, 0)) THEN 'fetched'
             WHEN expires <= 1000000 * strftime('%s', 'now') THEN 'expired' ELSE 'queued' END AS state,
-        CASE WHEN expires = 0 THEN NULL ELSE json_extract('{' || text || '}', '$.msg') END AS msg
-        FROM messages JOIN mailboxes ON mailbox = id;
+        CASE WHEN expires = 0 THEN NULL ELSE ifnull(json_extract(json, '$.msg'), text) END AS msg  -- text: damaged
+        FROM (SELECT *, CASE WHEN json_valid('{' || text || '}') THEN '{' || text || '}' END AS json FROM messages)
+        JOIN mailboxes ON mailbox = id;
     """,
 ]
 MAILBOX = "(SELECT id FROM mailboxes WHERE channel = ? AND name = ?)"
@@ -3423,9 +3424,11 @@ class Ledger:
         if self.next:  # came while the deputy served
             self.loop.soon(self.commit)
         if not self.loop.attempt(self.bus.announce, steps, outcome, seconds):
-            for connection in [step.connection for step in steps]:
-                if connection and connection.phase is BUSY:
-                    connection.guard(connection.fail)
+            for step in steps:
+                if not step.connection:
+                    self.loop.attempt(self.bus.not_concluded, (step, None))
+                elif step.connection.phase is BUSY:
+                    step.connection.guard(step.connection.fail)
 
     def apply(self, operations: list[Operation]) -> Applied:
         if not self.state.view.has_room():

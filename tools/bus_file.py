@@ -214,7 +214,7 @@ def answered(
                 for piece in body:
                     connection.send(piece)
             response = connection.getresponse()
-        with bus_send.hung_up_after(STALL_SECONDS + (response.length or 0) / RATE, sock):
+        with bus_send.hung_up_after(STALL_SECONDS + min(response.length or 0, 1 << 45) / RATE, sock):
             yield response
     except (OSError, ValueError, http.client.HTTPException) as error:  # ValueError: a chunk of negative size
         raise bus_send.Unreachable(getattr(error, "strerror", None) or str(error) or type(error).__name__) from error

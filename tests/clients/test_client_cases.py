@@ -17,7 +17,7 @@ import bus_recv
 import bus_send
 import bus_server
 from tests.clients.test_clients import cursors, home, reader, recv, run, send  # noqa: F401
-from tests.kit.bad_servers import HTML, NOON, Scripted, answer, mail, message, page, stored
+from tests.kit.bad_servers import HTML, NOON, Scripted, answer, drip, mail, message, page, stored
 from tests.kit.processes import PATIENCE, ROOT, wait_until
 
 FUTURE = NOON + 10**7
@@ -81,6 +81,58 @@ def test_an_observer_stays_where_it_is(home):  # noqa: F811
         code, _, err = run("tools/bus_log.py", "--timeout", "3", env={"AGENT_BUS_URL": server.url})
     asked = [one.query["since"] for one in server.asked if one.target.startswith("/log")]
     assert asked[:3] == ["0", f"{NOON}.5", f"{NOON}.5"] and "far ahead" in err
+
+
+# ── What no bus would say ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def raw(messages, bus='"b1"'):
+    return page(200, f'{{"messages": [{messages}], "now": {NOON}.7, "bus": {bus}}}')
+
+
+STRANGE = {
+    "a number that no Decimal holds": raw('{"ts": 1e99999999999999999999}'),
+    "lists nested as deep as the parser goes": raw(message(1)[:-1] + f', "x": {"[" * 600}{"]" * 600}}}'),
+    "a text before a message from the future": mail('"5"', LATE),
+    "an id of a bus that is too long for a file": raw(message(1), f'"{"b" * 300}"'),
+    "an id of a bus that is half a character": raw(message(1), '"\\ud800"'),
+}
+
+
+@pytest.mark.parametrize("strange", STRANGE)
+def test_an_answer_that_no_bus_would_give_ends_no_reader(strange, home):  # noqa: F811
+    with Scripted(STRANGE[strange], mail(message(3))) as server:
+        for got in reader(server.url).messages():
+            assert bus_recv.block(got, "dell", NOON) and json.loads(bus_recv.dump(got))
+            if isinstance(got, dict) and got.get("id") == "3":
+                break
+    assert "b1/default/dell" in cursors(home)
+
+
+def test_a_bus_that_promises_more_and_gives_nothing_is_not_asked_without_a_pause(home):  # noqa: F811
+    with Scripted(mail(more=True)) as server:
+        one = reader(server.url)
+        assert len([*zip(range(6), one.answers(False, 60))]) == 6 and len(one.clock.slept) >= 4
+
+
+@pytest.mark.parametrize("client", [bus_recv, bus_send])
+def test_a_length_that_is_a_lie_gives_a_drip_no_more_time(client, monkeypatch):
+    for name, value in (("GRACE_SECONDS", 0.2), ("ANSWER_BYTES", 1 << 20), ("DOWNLOAD_RATE", 1 << 20)):
+        monkeypatch.setattr(client, name, value)
+    began = time.monotonic()
+    with Scripted(drip(page(200, "", length=10**30))) as server, pytest.raises(client.Unreachable):
+        client.exchange(server.url, "/recv", None, 0.2)
+    assert time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize("subject", ["\u65e5\u672c", "a\0b", "\ud800"], ids=["kanji", "NUL", "half a character"])
+def test_a_subject_that_the_locale_does_not_have_is_no_end_of_a_command(subject, home):  # noqa: F811
+    place = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}  # stands for a locale such as ISO-8859-1
+    with Scripted(mail(message(1, subject=subject))) as server:
+        command = [sys.executable, "-S", ROOT / "bus_recv.py", "dell", "--once", "--exec", 'printf %s "$MSG_SUBJECT"']
+        done = subprocess.run(command, env={**os.environ, **place, "AGENT_BUS_URL": server.url}, capture_output=True,
+                              timeout=PATIENCE)  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (0, subject.replace("\0", "").encode(errors="replace"), b"")
 
 
 # ── What cannot be seen ──────────────────────────────────────────────────────────────────────────────────────────────

@@ -114,6 +114,15 @@ def test_an_answer_from_the_future_moves_no_cursor_and_is_named(scripted, listen
     assert "far ahead" in listener.said()[0] and "works again" in listener.said()[1]
 
 
+@pytest.mark.parametrize("number", ["f" * 13, "0\n9999999999", f"{TICK + 9:x}\n9999999999"])
+def test_an_id_that_does_not_fit_its_ts_moves_no_cursor_into_the_future(scripted, listen, number):  # noqa: F811
+    server = scripted(mail(message(TICK, id=number)), NO_MAIL, mail(message(TICK + 2)), NO_MAIL)
+    listener = listen(server.url).start()
+    assert abs(float(server.polled(2)[1]["since"]) - TICK / 1e6) < 1
+    listener.wait_for_line(2)
+    listener.stop()
+
+
 def test_if_healthz_of_the_same_bus_has_the_same_time_it_is_our_clock_that_is_wrong(scripted, listen):  # noqa: F811
     late = message(FUTURE)
     health = answer({"ok": True, "now": FUTURE / 1e6, "bus": "bus-1"})

@@ -199,3 +199,17 @@ def test_the_metrics_tell_what_happened(bus):
     assert found['agent_bus_unread{channel="default",name="bob"}'] == 2
     assert found['agent_bus_oldest_unread_seconds{channel="default",name="eve"}'] > 0
     assert 0 < found["agent_bus_commit_seconds_max"] <= found["agent_bus_commit_seconds_total"]
+
+
+def test_retention_goes_on_after_a_list_that_could_not_be_announced(tmp_path, monkeypatch):
+    """Nobody waits for the answer to its operations, so no connection that fails ends them."""
+    bus = inside.make(tmp_path / "bus.db")
+    bus.retention.keep = 1
+    pathlib.Path(f"{bus.state.path}.prune").write_text(json.dumps({"before": 1, "fetched_only": False}))
+    with monkeypatch.context() as patch:
+        patch.setattr(bus.figures, "committed", None)
+        bus.retention.age()
+        bus.retention.look_for_request()
+        bus.loop.take_turn()
+    assert not bus.retention.aging and bus.retention.request is None
+    inside.close(bus)

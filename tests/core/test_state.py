@@ -193,6 +193,13 @@ class StoreContract:
         commit(store, also=[remove(new + 1, keys_from=new)])
         assert store.writing.execute("SELECT key FROM keys").fetchall() == [("new",)]
 
+    def test_a_key_whose_name_is_damaged_is_forgotten_too(self, store):
+        """Else ForgetKeys would find it again and again."""
+        last = commit(store, message("bob", key="k")).last
+        commit(store, also=[remove(last + 1)])
+        store.writing.execute("UPDATE keys SET key = CAST(x'ff6b' AS TEXT)")
+        assert commit(store, also=[ForgetKeys(last + 1, 1), ForgetKeys(last + 1, 1)]).results == [1, 0]
+
     def test_a_damaged_key_is_told_and_its_retry_is_stored_anew(self, store, capfd):
         first = commit(store, message("bob", key="k")).last
         commit(store, also=[remove(first + 1)])
@@ -445,6 +452,15 @@ class TestSqlite(StoreContract):
             (f"{reply:x}", "alice", "bob", "default", None, None, f"{parent:x}", "fetched", "hello"),
             (f"{recalled:x}", "alice", "carl", "default", None, None, f"{recalled:x}", "recalled", None),
         ]
+        beside.close()
+
+    def test_people_can_read_what_is_beside_a_damaged_message(self, store, tmp_path):
+        for text in ("one", "two", "three"):
+            commit(store, message("bob", text))
+        store.writing.execute("UPDATE messages SET text = replace(text, '\"two', 'two')")
+        beside = sqlite3.connect(f"file:{tmp_path}/bus.db?mode=ro", uri=True)
+        found = [msg for [msg] in beside.execute("SELECT msg FROM readable ORDER BY id").fetchall()]
+        assert found[::2] == ["one", "three"] and 'two"' in found[1]
         beside.close()
 
     def test_memory_is_a_database_too(self):
