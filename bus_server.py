@@ -1819,26 +1819,31 @@ class Tokens:
         self.closed = False
         self.grants: dict[str, tuple[str, Grant]] = {}
         self.used: dict[str, int] = {}  # token: s since 1970; since they were last saved
+        # A descriptor that is given up to read the file: peers may have used up all others.
+        self.spare = open(os.devnull)  # noqa: SIM115
         self.stamp = self.told = self.look()
         self.changed = False  # and the connections were not looked at since
         self.load()
 
     def rows(self) -> list[Row]:
         try:
+            self.spare.close()
             with open(self.path, encoding="ascii") as file:
                 return [json.loads(line) for line in file]
         except FileNotFoundError:
             return []
         except (OSError, ValueError) as error:
             raise Unusable(f"cannot read the tokens in {self.path}: {error}") from None
+        finally:
+            with contextlib.suppress(OSError):  # another thread has taken it: for the next look one must be free
+                self.spare = open(os.devnull)  # noqa: SIM115
 
     def look(self) -> tuple[int, ...]:
         """Numbers that change when the file is replaced, or when its owner or permissions change."""
-        try:
+        with contextlib.suppress(OSError):
             status = os.stat(self.path)
-        except OSError:
-            return ()
-        return status.st_ino, status.st_ctime_ns, status.st_size
+            return status.st_ino, status.st_ctime_ns, status.st_size
+        return ()
 
     def refresh(self) -> bool:
         """Read the file again if it has changed; returns whether it had. An unreadable file does not open the bus."""
@@ -1859,10 +1864,9 @@ class Tokens:
     def load(self) -> None:
         rows = self.rows()
         self.closed = self.closed or bool(rows)
-        fields = Grant._fields
         try:
             self.grants = {
-                row["id"]: (row["hash"], Grant(row["id"], *(row[field] for field in fields[1:])))
+                row["id"]: (row["hash"], Grant(row["id"], *(row[field] for field in Grant._fields[1:])))
                 for row in rows
                 if not row["revoked"]
             }
@@ -2007,9 +2011,7 @@ class Storms:
         for pair, (_, turns) in list(self.turns.items()):
             if not turns or turns[-1] < now - self.WITHIN:
                 del self.turns[pair]
-        for sender, heard in list(self.senders.items()):
-            if heard < now - self.SENDER_SECONDS:
-                del self.senders[sender]
+        self.senders = {each: heard for each, heard in self.senders.items() if heard >= now - self.SENDER_SECONDS}
 
     def read(self, reader: str) -> None:
         wait = self.reads.wait(reader, 1)
@@ -4191,9 +4193,7 @@ def shown(text: str) -> str:
 
 def label(value: Any) -> str:
     text = value if isinstance(value, str) else encode(value)
-    if re.fullmatch(r"[A-Za-z0-9._:@/-]{1,64}", text):
-        return text
-    return shown(json.dumps(text, ensure_ascii=False))
+    return text if re.fullmatch(r"[A-Za-z0-9._:@/-]{1,64}", text) else shown(json.dumps(text, ensure_ascii=False))
 
 
 def block(message: dict[str, Any], me: str | None, now: int) -> str:
