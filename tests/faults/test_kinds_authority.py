@@ -29,7 +29,7 @@ import time
 import pytest
 
 from tests.faults import linux, skipped_without
-from tests.kit.peers import Peer, ask, command, marks_are_written, mint, set_revoked, stored
+from tests.kit.peers import Peer, ask, command, fill, marks_are_written, mint, set_revoked, stored
 from tests.kit.processes import ROOT, Server, in_time, wait_until
 
 SECRET = "the-text-itself"
@@ -191,15 +191,25 @@ def test_revoked_while_a_file_is_read(closed):
     data = os.urandom(16 << 20)
     path = f"/blob/{hashlib.sha256(data).hexdigest()}"
     assert closed.ask("ann", "PUT", path, data).status == 201
+    assert got_until_revoked(closed, path) < len(data), "the whole file came"
+
+
+def test_revoked_while_its_answer_is_not_read(closed):
+    fill(closed.bus, "bob", 12, "x" * 100_000, token=closed.of["ann"], at_once=2)
+    assert got_until_revoked(closed, "/recv?to=bob&since=0&max=1000") < 1 << 20, "the whole answer came"
+
+
+def got_until_revoked(closed, path):
+    """How many bytes of an answer come to one that reads on when its token was revoked."""
     with closed.peer("bob", room=4096) as peer:
         peer.send("GET", path)
         assert peer.sock.recv(1000).startswith(b"HTTP/1.1 200 ")
         closed.revoke("bob")
         got = 1000
         with contextlib.suppress(OSError):
-            while data_now := peer.sock.recv(1 << 20):
-                got += len(data_now)
-        assert got < len(data), "the whole file came"
+            while data := peer.sock.recv(1 << 20):
+                got += len(data)
+        return got
 
 
 WAITING = ["/recv?to=bob&since=SINCE&wait=20", "/claim", "/ask?wait=20", "/message/ID?wait_fetched=20"]
@@ -221,7 +231,7 @@ def test_revoked_while_it_is_parked(closed, path):
 
 
 def test_revoking_closes_the_connections_of_a_token(closed):
-    """One that waits for its next request, one whose answer is not read; and no other."""
+    """One that waits for its next request, and no other."""
     with closed.peer("bob") as idle, closed.peer("ann") as other:
         assert idle.send("GET", "/recv?to=bob&since=0").answer().status == 200
         assert other.send("GET", "/recv?to=ann&since=0").answer().status == 200
