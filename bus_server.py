@@ -1975,10 +1975,8 @@ class Budget:
 
     def forget(self) -> None:
         """Drop the owners whose budget is full again."""
-        now = self.clock()
-        for owner, (left, then) in list(self.left.items()):
-            if left + (now - then) * self.rate >= self.burst:
-                del self.left[owner]
+        now, rate = self.clock(), self.rate
+        self.left = {own: (left, at) for own, (left, at) in self.left.items() if left + (now - at) * rate < self.burst}
 
 
 class Storms:
@@ -2885,23 +2883,28 @@ def prepare(database: sqlite3.Connection, path: str, journal: str) -> None:
 def commits_in_wal(path: str) -> list[int]:
     """The numbers of the frames in a write-ahead log that say that they end a transaction; the first frame is 1.
 
-    The format is SQLite's (fileformat2.html, section 4). A frame belongs to the log if it has the salts of its head.
+    The format is SQLite's (fileformat2.html, section 4). A frame belongs to the log if it, or one behind it, has the
+    salts of its head.
     """
     commits: list[int] = []
+    last = 0  # the last frame with these salts; what is behind it, an older log has left
     with contextlib.suppress(OSError), open(path, "rb") as wal:
         head = wal.read(32)
         size, salts = int.from_bytes(head[8:12], "big"), head[16:24]
         first = wal.read(24)
         if wal_checksum(head[:24]) != head[24:]:  # the head itself is damaged
             salts = first[8:16]
+            size = max(wal.read(1 << 17).find(salts) - 8, 0)  # of a page, which is at most 64 KiB
         for number in count(1):
             wal.seek(32 + (number - 1) * (24 + size))
             frame = wal.read(24)
             if len(frame) < 24:
                 break
-            if frame[8:16] == salts and frame[4:8] != b"\0\0\0\0":
+            if frame[8:16] == salts:
+                last = number
+            if frame[4:8] != b"\0\0\0\0":
                 commits.append(number)
-    return commits
+    return [number for number in commits if number <= last]
 
 
 def wal_checksum(data: bytes) -> bytes:
@@ -3179,9 +3182,7 @@ class Mailboxes:
 
     def newest(self, poll: Poll) -> int:
         """The newest tick there could be for this poll, without asking the disk."""
-        if poll.me is None:
-            return self.highest
-        return max(self.box(str(poll.channel), own).newest for own in poll.names)
+        return self.highest if poll.me is None else max(self.box(str(poll.channel), own).newest for own in poll.names)
 
     def park(self, connection: Connection, parked: Parked) -> None:
         self.parked[connection] = parked
@@ -3901,8 +3902,8 @@ def recv(bus: Bus, request: Request) -> Answer | None:
     request.grant.check(poll.names)
     if request.query().one("bus") not in (None, bus.state.bus):  # a cursor from another bus: say so, and mark nothing
         return delivery(bus, poll._replace(since=bus.last), [])
-    bus.storms.read(str(poll.me))
     bus.storms.name(request.owner(), bus.mailboxes.new(str(poll.channel), poll.names))
+    bus.storms.read(str(poll.me))
     bus.mailboxes.polled(poll, request.peer.address, bus.view.clock())
     bus.mailboxes.owned(poll)
     bus.save_marks_soon()

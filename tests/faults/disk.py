@@ -367,7 +367,7 @@ def read_damaged(bus, right, further=lambda url: []):
 
 
 def flipped_log(directory, flips, fault="none"):
-    """kill -9 leaves 60 transactions in the log; one bit of all but the last of them changes, and the bus starts."""
+    """kill -9 leaves 60 transactions in the log; one bit of it changes, but not of the last one, and the bus starts."""
     original, outcomes, found = directory / "original.db", Counter(), []
     with Server(original) as bus:
         cursors = dict.fromkeys(READERS, 0.0)
@@ -378,9 +378,10 @@ def flipped_log(directory, flips, fault="none"):
         right = {message["id"]: message for _, message in everything(bus.url)}
         bus.kill()
     files = {suffix: pathlib.Path(f"{original}{suffix}").read_bytes() for suffix in ("", "-wal")}
-    end = last_transaction(files["-wal"])
-    for _ in range(flips):
-        place, bit = random.randrange(end), random.randrange(8)
+    heads, end = heads_of(files["-wal"])
+    places = itertools.cycle([range(end), heads, range(32)])  # anywhere, the head of a frame, that of the log
+    for _, some in zip(range(flips), places):
+        place, bit = random.choice(some), random.randrange(8)
         for file in directory.glob("bus.db*"):
             file.unlink()
         for suffix, content in files.items():
@@ -395,11 +396,15 @@ def flipped_log(directory, flips, fault="none"):
     return Result(", ".join(f"{count} {outcome}" for outcome, count in outcomes.most_common()), found)
 
 
-def last_transaction(log):
-    """Where the last transaction of a log begins: behind the last frame but one that says that it ends one."""
+def heads_of(log):
+    """Where the bytes of the heads of all frames but those of the last transaction are; and where that one begins.
+
+    It begins behind the last frame but one that says that it ends a transaction.
+    """
     size = int.from_bytes(log[8:12], "big") + 24
-    ends = [at + size for at in range(32, len(log) - size + 1, size) if log[at + 4 : at + 8] != b"\0\0\0\0"]
-    return ends[-2]
+    frames = range(32, len(log) - size + 1, size)
+    end = [at + size for at in frames if log[at + 4 : at + 8] != b"\0\0\0\0"][-2]
+    return [at + each for at in frames if at < end for each in range(24)], end
 
 
 def untold(url, cursors, right):

@@ -52,7 +52,7 @@ def test_a_flipped_bit_never_becomes_a_wrong_message(tmp_path):
 
 
 def test_a_flipped_bit_in_the_log_is_never_silent(tmp_path):
-    assert flipped_log(tmp_path, 8).violations == []
+    assert flipped_log(tmp_path, 9).violations == []
 
 
 def test_a_bus_that_takes_what_is_left_of_its_log_for_all_is_found_out(tmp_path):
