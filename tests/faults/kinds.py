@@ -85,10 +85,12 @@ KINDS = [
           f"{AUTHORITY}::test_what_a_revoked_token_had_begun_ends_while_descriptors_are_used_up"),
          "`Gate.holds()` is always true (the first three); `Bus.entitled()` lets all pass (the second); `Door.evict()` "
          "does nothing (the third); `Tokens.rows()` without its spare descriptor (the last)"),
-    Kind("a right is looked at in one moment: files and quiet connections",
-         "an upload and a download stop where they are, and a connection that waits for its next request is closed",
+    Kind("a right is looked at in one moment: files, answers, quiet connections",
+         "an upload, a download and an answer that nobody reads stop where they are, and a connection that waits for "
+         "its next request is closed",
          (f"{AUTHORITY}::test_revoked_while_a_file_comes_in_pieces",
           f"{AUTHORITY}::test_revoked_while_a_file_is_read",
+          f"{AUTHORITY}::test_revoked_while_its_answer_is_not_read",
           f"{AUTHORITY}::test_revoking_closes_the_connections_of_a_token"),
          "`Gate.holds()` is always true"),
     Kind("an id is taken for a secret",
