@@ -63,7 +63,7 @@ def send(
 ) -> dict[str, Any]:
     """Store `msg` for `to`; returns the bus's answer (`id`, `ts`, `duplicate`, `receiver`: see PROTOCOL.md).
 
-    `url`, `sender` and `channel` default to the environment's, `key` to a random one. `fields` (subject, reply_to,
+    `url`, `sender` and `channel` default to the environment's, `key` to a new one. `fields` (subject, reply_to,
     type, ttl in seconds ...) go with the message; None leaves one out. The first attempt is always made, and the last
     starts within `patience` seconds. Raises Refused, Unreachable; ValueError for a missing sender or a wrong URL.
     """
@@ -148,6 +148,11 @@ def persist(attempt: Any, patience: float, url: str, again: str = "run the same 
         time.sleep(pause)
 
 
+def new_key() -> str:
+    """It begins with the time, so that a bus appends it to its keys; a random one costs it a page of the disk."""
+    return f"{int(time.time() * 1000000):014x}{os.urandom(9).hex()}"
+
+
 def compose(to: Any, msg: str, url: Any, sender: Any, channel: Any, key: Any, more: Any) -> tuple[str, dict[str, Any]]:
     """The URL of the bus, and the message, as the arguments and the environment have them. ValueError: see send()."""
     url = url or os.environ.get("AGENT_BUS_URL") or DEFAULT_URL
@@ -155,7 +160,7 @@ def compose(to: Any, msg: str, url: Any, sender: Any, channel: Any, key: Any, mo
     if not sender and not credentials(url):  # a token names its sender
         raise ValueError("the sender is missing: give --from NAME or set AGENT_NAME")
     channel = channel or os.environ.get("AGENT_BUS_CHANNEL") or "default"
-    message = {"from": sender, "to": to, "channel": channel, "msg": msg, "key": key or os.urandom(16).hex(), **more}
+    message = {"from": sender, "to": to, "channel": channel, "msg": msg, "key": key or new_key(), **more}
     return url, {field: value for field, value in message.items() if value is not None}
 
 
@@ -433,7 +438,7 @@ def command_line(purpose: str) -> argparse.ArgumentParser:
     parser.add_argument("--type", help="a word that your agents agree on: task, result, question ...")
     parser.add_argument("--priority", help="low, normal or high")
     parser.add_argument("--ttl", type=float, metavar="S", help="do not deliver the message after S seconds")
-    parser.add_argument("--key", help="the bus stores one message per sender and key; default: a random one")
+    parser.add_argument("--key", help="the bus stores one message per sender and key; default: a new one")
     parser.add_argument("--channel", help="the channel ($AGENT_BUS_CHANNEL, or 'default')")
     return parser
 

@@ -143,7 +143,7 @@ def test_retention_and_prune_remove_side_by_side_and_none_of_them_is_lost(tmp_pa
     bus.retention.look_for_request()
     while bus.loop.actions:
         bus.loop.take_turn()
-    assert len(ours[0]) == len(ours[1]) == 2, "they went on one after the other"
+    assert [len(each) for each in ours[:2]] == [1, 2], "they went on one after the other"  # --keep forgets keys first
     assert {before for list_ in ours for before in list_} >= {request["before"]} and len(set(sum(ours, []))) == 2
     [(left, oldest)] = bus.state.view.database.execute("SELECT count(*), min(tick) FROM messages").fetchall()
     assert left == 1200 and oldest == wall - 1000 * 1000000

@@ -27,7 +27,21 @@ from unittest import mock
 import pytest
 
 import bus_server
-from bus_server import OPERATIONS, Forget, Mark, Marks, Now, Operation, Put, Raise, Receipt, Refused, Remove, State
+from bus_server import (
+    OPERATIONS,
+    Forget,
+    ForgetKeys,
+    Mark,
+    Marks,
+    Now,
+    Operation,
+    Put,
+    Raise,
+    Receipt,
+    Refused,
+    Remove,
+    State,
+)
 from tests.kit.processes import ROOT
 
 EXTENSIONS = bus_server.load_extensions(())
@@ -132,10 +146,14 @@ class World:
     def remove(self):
         pick = self.random.choice
         kept_for = pick(([], ["work"], ["work", "nowhere"]))
-        return Remove(pick((0, self.tick())), self.tick() + 1, pick((True, False)), kept_for, pick((1, 3, 40)))
+        above, keys_from = pick((0, self.tick())), pick((0, self.tick()))
+        return Remove(above, self.tick() + 1, pick((True, False)), kept_for, keys_from, pick((1, 3, 40)))
 
     def forget(self):
         return Forget([list(self.place("erin", "erin", "frank", "frank")) for _ in range(self.random.choice((1, 3)))])
+
+    def forget_keys(self):
+        return ForgetKeys(self.tick() + 1, self.random.choice((1, 3, 40)))
 
     def claim(self):
         channel, queue = self.random.choice(CHANNELS), self.random.choice(QUEUES)
@@ -158,7 +176,8 @@ class World:
     def broken(self):
         return Broken(self.random.choice((True, False)), self.tick())
 
-    KINDS = (put,) * 8 + (claim,) * 4 + (settle,) * 4 + (marks, remove, raise_) * 2 + (forget, bury, recall, broken)
+    RARE = (forget, forget_keys, bury, recall, broken)
+    KINDS = (put,) * 8 + (claim,) * 4 + (settle,) * 4 + (marks, remove, raise_) * 2 + RARE
 
     def list(self):
         operations = [self.random.choice(self.KINDS)(self) for _ in range(self.random.choice((1, 1, 2, 5, 9)))]

@@ -250,7 +250,7 @@ class Desk:
         return self.statuses[-1]
 
     def remove(self, before):
-        self.bus.do(Remove(0, before, False, []), None, nothing_follows)
+        self.bus.do(Remove(0, before, False, [], 0), None, nothing_follows)
         self.turn()
 
     def close(self):
@@ -377,7 +377,7 @@ def test_what_follows_a_step_that_nobody_waits_for_may_fail_and_its_flag_is_take
     """Else retention would wait for ever for the end of a removal that has ended."""
     desk = Desk(tmp_path / "bus.db")
     undone = []
-    desk.bus.do(Remove(0, 1, False, []), None, lambda *_: 1 / 0, undone.append)
+    desk.bus.do(Remove(0, 1, False, [], 0), None, lambda *_: 1 / 0, undone.append)
     desk.turn()
     assert [type(each) for each in undone] == [Remove] and not desk.bus.broken
     desk.close()

@@ -14,6 +14,7 @@ from bus_server import (
     MIGRATIONS,
     NOW,
     REMOVE_SLICE,
+    ForgetKeys,
     Mark,
     Marks,
     Now,
@@ -52,8 +53,8 @@ def commit(store, *drafts, also=()):
     return applied._replace(results=[results[id(operation)] for operation in [*puts, *also]])
 
 
-def remove(before, above=0):
-    return Remove(above, before, False, [])
+def remove(before, above=0, keys_from=0):
+    return Remove(above, before, False, [], keys_from)
 
 
 def texts(store, *names, **query):
@@ -171,6 +172,39 @@ class StoreContract:
         [[stored]] = commit(store, message(["bob", "eve"], key="k")).results
         assert len(stored.ticks) == 2
         assert commit(store, message(["bob", "eve"], key="k")).results[0][0].ticks == stored.ticks
+
+    @pytest.mark.parametrize("gone", ["one copy", "all copies"])
+    def test_a_retry_after_its_messages_were_removed_has_the_first_answer(self, store, gone):
+        [[stored]] = commit(store, message(["bob", "eve"], key="k")).results
+        commit(store, also=[remove(stored.ticks[0 if gone == "one copy" else 1] + 1)])
+        [[again]] = commit(store, message(["bob", "eve"], key="k")).results
+        assert again.duplicate and again.ticks == stored.ticks
+        assert commit(store, message("bob", "other", key="k")).results[0].status == 409
+
+    def test_a_key_is_forgotten_when_it_is_older_than_keep_and_not_before(self, store):
+        old, new = [commit(store, message("bob", key=key)).last for key in ("old", "new")]
+        commit(store, also=[remove(new + 1)])
+        assert commit(store, also=[ForgetKeys(old), ForgetKeys(new, 1), ForgetKeys(new)]).results == [0, 1, 0]
+        assert not commit(store, message("bob", key="old")).results[0][0].duplicate
+        assert commit(store, message("bob", key="new")).results[0][0].duplicate
+
+    def test_what_is_as_old_as_keep_leaves_no_key(self, store):
+        old, new = [commit(store, message("bob", key=key)).last for key in ("old", "new")]
+        commit(store, also=[remove(new + 1, keys_from=new)])
+        assert store.writing.execute("SELECT key FROM keys").fetchall() == [("new",)]
+
+    def test_a_damaged_key_is_told_and_its_retry_is_stored_anew(self, store, capfd):
+        first = commit(store, message("bob", key="k")).last
+        commit(store, also=[remove(first + 1)])
+        store.writing.execute("UPDATE keys SET name = 'cob'")
+        assert not commit(store, message("bob", key="k")).results[0][0].duplicate
+        assert "the key k of alice is damaged" in said(capfd)
+        assert commit(store, message("bob", key="k")).results[0][0].duplicate
+
+    def test_a_damaged_message_with_a_key_can_be_removed(self, store):
+        last = commit(store, message("bob", key="k"), message("bob", key="l")).last
+        store.writing.execute("UPDATE messages SET text = 'no JSON' WHERE key = 'k'")
+        assert commit(store, also=[remove(last + 1)]).results == [last]
 
     def test_a_list_that_fails_leaves_nothing_and_the_next_one_works(self, store, full_disk):
         commit(store, message("bob", "before"))
@@ -397,9 +431,20 @@ class TestSqlite(StoreContract):
         again.close()
 
     def test_people_can_read_it_beside_the_bus(self, store, tmp_path):
-        commit(store, message("bob", 'say "hi"'))
+        parent = commit(store, message("bob", 'say "hi"', subject="greeting", type="odd")).last
+        reply, recalled = [
+            commit(store, one).last
+            for one in (message("bob", "hello")._replace(answers=parent, thread=parent, depth=1), message("carl", "no"))
+        ]
+        commit(store, also=[Marks([Mark("default", "bob", True, parent, reply, 0)], [], {})])
+        store.writing.execute("UPDATE messages SET expires = 0 WHERE tick = ?", (recalled,))
         beside = sqlite3.connect(f"file:{tmp_path}/bus.db?mode=ro", uri=True)
-        assert beside.execute('SELECT sender, "to", msg FROM readable').fetchall() == [("alice", "bob", 'say "hi"')]
+        columns = 'id, "from", "to", channel, subject, type, thread, state, msg'
+        assert beside.execute(f"SELECT {columns} FROM readable").fetchall() == [
+            (f"{parent:x}", "alice", "bob", "default", "greeting", "odd", f"{parent:x}", "acknowledged", 'say "hi"'),
+            (f"{reply:x}", "alice", "bob", "default", None, None, f"{parent:x}", "fetched", "hello"),
+            (f"{recalled:x}", "alice", "carl", "default", None, None, f"{recalled:x}", "recalled", None),
+        ]
         beside.close()
 
     def test_memory_is_a_database_too(self):
