@@ -147,6 +147,13 @@ KINDS = [
          (f"{STORAGE}::test_a_restore_that_was_killed_is_no_empty_bus",
           f"{STORAGE}::test_a_start_beside_half_a_restore_refuses"),
          "`check_names()` looks for no `.restoring` (the first); for no `.new` without a database (the second)"),
+    Kind("a retry is not known any more",
+         "the key of a message that was removed is kept for `--keep`, with what its sender was told and a hash",
+         ("core/test_state.py::test_a_retry_after_its_messages_were_removed_has_the_first_answer",
+          "core/test_state.py::test_a_key_is_forgotten_when_it_is_older_than_keep_and_not_before",
+          "core/test_state.py::test_what_is_as_old_as_keep_leaves_no_key"),
+         "`State.keep_keys()` keeps none (the first two); `ForgetKeys` takes all (the second); `Remove` keeps each, "
+         "however old (the last)"),
     Kind("an innocent sender pays",
          "in a mailbox that is three quarters full a sender that has a quarter of it is refused, the others are not",
          (f"{RULES}::test_a_sender_that_fills_a_mailbox_does_not_make_others_pay",
