@@ -1842,26 +1842,31 @@ class Tokens:
         self.closed = False
         self.grants: dict[str, tuple[str, Grant]] = {}
         self.used: dict[str, int] = {}  # token: s since 1970; since they were last saved
+        # A descriptor that is given up to read the file: peers may have used up all others.
+        self.spare = open(os.devnull)  # noqa: SIM115
         self.stamp = self.told = self.look()
         self.changed = False  # and the connections were not looked at since
         self.load()
 
     def rows(self) -> list[Row]:
         try:
+            self.spare.close()
             with open(self.path, encoding="ascii") as file:
                 return [json.loads(line) for line in file]
         except FileNotFoundError:
             return []
         except (OSError, ValueError) as error:
             raise Unusable(f"cannot read the tokens in {self.path}: {error}") from None
+        finally:
+            with contextlib.suppress(OSError):  # another thread has taken it: for the next look one must be free
+                self.spare = open(os.devnull)  # noqa: SIM115
 
     def look(self) -> tuple[int, ...]:
         """Numbers that change when the file is replaced, or when its owner or permissions change."""
-        try:
+        with contextlib.suppress(OSError):
             status = os.stat(self.path)
-        except OSError:
-            return ()
-        return status.st_ino, status.st_ctime_ns, status.st_size
+            return status.st_ino, status.st_ctime_ns, status.st_size
+        return ()
 
     def refresh(self) -> bool:
         """Read the file again if it has changed; returns whether it had. An unreadable file does not open the bus."""
@@ -1882,10 +1887,9 @@ class Tokens:
     def load(self) -> None:
         rows = self.rows()
         self.closed = self.closed or bool(rows)
-        fields = Grant._fields
         try:
             self.grants = {
-                row["id"]: (row["hash"], Grant(row["id"], *(row[field] for field in fields[1:])))
+                row["id"]: (row["hash"], Grant(row["id"], *(row[field] for field in Grant._fields[1:])))
                 for row in rows
                 if not row["revoked"]
             }
@@ -1994,10 +1998,8 @@ class Budget:
 
     def forget(self) -> None:
         """Drop the owners whose budget is full again."""
-        now = self.clock()
-        for owner, (left, then) in list(self.left.items()):
-            if left + (now - then) * self.rate >= self.burst:
-                del self.left[owner]
+        now, rate = self.clock(), self.rate
+        self.left = {own: (left, at) for own, (left, at) in self.left.items() if left + (now - at) * rate < self.burst}
 
 
 class Storms:
@@ -2030,9 +2032,7 @@ class Storms:
         for pair, (_, turns) in list(self.turns.items()):
             if not turns or turns[-1] < now - self.WITHIN:
                 del self.turns[pair]
-        for sender, heard in list(self.senders.items()):
-            if heard < now - self.SENDER_SECONDS:
-                del self.senders[sender]
+        self.senders = {each: heard for each, heard in self.senders.items() if heard >= now - self.SENDER_SECONDS}
 
     def read(self, reader: str) -> None:
         wait = self.reads.wait(reader, 1)
@@ -2988,23 +2988,28 @@ def prepare(database: sqlite3.Connection, path: str, journal: str) -> None:
 def commits_in_wal(path: str) -> list[int]:
     """The numbers of the frames in a write-ahead log that say that they end a transaction; the first frame is 1.
 
-    The format is SQLite's (fileformat2.html, section 4). A frame belongs to the log if it has the salts of its head.
+    The format is SQLite's (fileformat2.html, section 4). A frame belongs to the log if it, or one behind it, has the
+    salts of its head.
     """
     commits: list[int] = []
+    last = 0  # the last frame with these salts; what is behind it, an older log has left
     with contextlib.suppress(OSError), open(path, "rb") as wal:
         head = wal.read(32)
         size, salts = int.from_bytes(head[8:12], "big"), head[16:24]
         first = wal.read(24)
         if wal_checksum(head[:24]) != head[24:]:  # the head itself is damaged
             salts = first[8:16]
+            size = max(wal.read(1 << 17).find(salts) - 8, 0)  # of a page, which is at most 64 KiB
         for number in count(1):
             wal.seek(32 + (number - 1) * (24 + size))
             frame = wal.read(24)
             if len(frame) < 24:
                 break
-            if frame[8:16] == salts and frame[4:8] != b"\0\0\0\0":
+            if frame[8:16] == salts:
+                last = number
+            if frame[4:8] != b"\0\0\0\0":
                 commits.append(number)
-    return commits
+    return [number for number in commits if number <= last]
 
 
 def wal_checksum(data: bytes) -> bytes:
@@ -3293,9 +3298,7 @@ class Mailboxes:
 
     def newest(self, poll: Poll) -> int:
         """The newest tick there could be for this poll, without asking the disk."""
-        if poll.me is None:
-            return self.highest
-        return max(self.box(str(poll.channel), own).newest for own in poll.names)
+        return self.highest if poll.me is None else max(self.box(str(poll.channel), own).newest for own in poll.names)
 
     def park(self, connection: Connection, parked: Parked) -> None:
         self.parked[connection] = parked
@@ -4030,6 +4033,7 @@ def recv(bus: Bus, request: Request) -> Answer | None:
     if request.query().one("bus") not in (None, bus.state.bus):  # a cursor from another bus: say so, and mark nothing
         return delivery(bus, poll._replace(since=bus.last), [])
     bus.storms.name(request.owner(), bus.mailboxes.new(str(poll.channel), poll.names))
+    bus.storms.read(str(poll.me))
     bus.mailboxes.polled(poll, request.peer.address, bus.view.clock())
     bus.mailboxes.owned(poll)
     bus.save_marks_soon()
@@ -4322,9 +4326,7 @@ def shown(text: str) -> str:
 
 def label(value: Any) -> str:
     text = value if isinstance(value, str) else encode(value)
-    if re.fullmatch(r"[A-Za-z0-9._:@/-]{1,64}", text):
-        return text
-    return shown(json.dumps(text, ensure_ascii=False))
+    return text if re.fullmatch(r"[A-Za-z0-9._:@/-]{1,64}", text) else shown(json.dumps(text, ensure_ascii=False))
 
 
 def block(message: dict[str, Any], me: str | None, now: int) -> str:

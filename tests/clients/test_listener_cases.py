@@ -2,11 +2,13 @@
 import json
 import os
 import pathlib
+import random
 import shutil
 import socket
 import subprocess
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -22,7 +24,9 @@ from tests.clients.test_listener import (  # noqa: F401
     scripted,
     send,
 )
-from tests.kit.processes import PATIENCE, wait_until
+from tests.kit import naive_server, old_client
+from tests.kit.naive_server import Naive
+from tests.kit.processes import PATIENCE, Server, wait_until
 
 FUTURE = TICK + 10**13  # four months later
 TOKEN = "abt_00000000_" + "s" * 43
@@ -53,6 +57,55 @@ def test_after_a_rotation_each_message_is_once_in_a_new_file(bus, listen, move, 
     send(bus.url, "five")
     wait_until(lambda: listener.messages())
     listener.has_logged("five")
+
+
+class Dropping(Naive):
+    """A server of the first contract that hangs up on what it cannot parse, and whose `now` is no cursor."""
+
+    def __init__(self):
+        super().__init__({"wait is not known", "now is the wall clock"})
+
+    def finish_request(self, sock, address):
+        HangsUp(sock, address, self)
+
+
+class HangsUp(naive_server.Request):
+    def do_GET(self):
+        if "since=last" not in self.path:
+            super().do_GET()
+
+
+ROTATIONS = int(os.environ.get("ROTATIONS", "5"))  # with 20 messages to each
+
+
+@pytest.mark.slow("twenty messages for each of some rotations, a process for each; ROTATIONS=30 for more")
+@pytest.mark.parametrize("server", ["ours", "of the first contract"])
+def test_messages_that_arrive_during_rotations_are_stored_once_each(listen, tmp_path, server):  # noqa: F811
+    with Server(tmp_path / "bus.db") if server == "ours" else Dropping() as bus, ThreadPoolExecutor(1) as sender:
+        listener = listen(bus.url, BLOCK="1").start()
+        wait_until(lambda: listener.file("jsonl").exists())
+        chance = random.Random(7)
+        for rotation in range(ROTATIONS):
+            sending = sender.submit(send_some, bus.url, range(20 * rotation, 20 * rotation + 20))
+            time.sleep(chance.random() / 4)  # not before or after it, but while they arrive
+            for path in (listener.file("log"), listener.file("jsonl")):
+                wait_until(path.exists)
+                path.rename(f"{path}.{rotation:03}")
+            sending.result()
+
+        def found():
+            files = sorted(listener.file("jsonl").parent.glob("spark.jsonl.[0-9]*")) + [listener.file("jsonl")]
+            return [json.loads(line)["msg"] for file in files if file.exists() for line in file.open()]
+
+        wait_until(lambda: len(found()) >= 20 * ROTATIONS)
+        time.sleep(0.4)  # time for copies
+        assert found() == [str(number) for number in range(20 * ROTATIONS)]
+
+
+def send_some(url, numbers):
+    for number in numbers:
+        assert old_client.send(url, "dell", "spark", str(number))
+        time.sleep(0.005)
 
 
 def test_a_LOG_that_was_moved_alone_is_made_anew_from_FULL(bus, listen):  # noqa: F811

@@ -3,6 +3,7 @@
     python -m tests.faults                   every row in full; writes docs/reliability.md (make faults)
     python -m tests.faults kill-server       one row again
     python -m tests.faults soak=1000000      a row of another size, on the terminal only
+    python -m tests.faults kinds             the second table of the report, from kinds.py; it runs nothing
 
 A row (rows.py) is a function of an empty directory and a size: cycles, seconds, sends. It drives real processes through
 one fault under a load whose history is kept (history.py), and comes to a Result. Many have a control: the same with a

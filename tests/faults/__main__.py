@@ -17,6 +17,7 @@ from collections import Counter
 from typing import NamedTuple
 
 from tests.faults import Result, reason_to_skip
+from tests.faults.kinds import table_of_kinds
 from tests.faults.rows import ROWS
 from tests.kit.processes import ROOT
 
@@ -31,7 +32,7 @@ PREFACE = """\
 [tests/faults/history.py](../tests/faults/history.py), compares everything that was sent, answered and delivered, and
 finds what was *lost*, *duplicated*, *reordered* and so on. A control is a server or client with a deliberate
 mistake: the checker must find that mistake, or the row fails. A skipped row has not passed. Two runs in a row *agree*
-if both passed.
+if both passed. Below is a second table: the kinds of fault and the tests of `make test` that show each.
 """
 TABLE = ["| fault | bar | result | control and its result | seconds | when | the run before |",
          "|---|---|---|---|---|---|---|"]  # fmt: skip
@@ -46,6 +47,10 @@ class Outcome(NamedTuple):
 
 
 def main(arguments):
+    if arguments == ["kinds"]:
+        first, _, _ = REPORT.read_text().partition("## Kinds of fault")
+        REPORT.write_text(first.rstrip("\n") + "\n\n" + table_of_kinds())
+        return 0
     wanted = dict((*argument.split("=", 1), None)[:2] for argument in arguments)
     unknown = wanted.keys() - {row.name for row in ROWS}
     if unknown:
@@ -121,7 +126,8 @@ def report(kept):
     ]
     facts = [f"- {name}: {value}" for name, value in machine()]
     facts.append(f"- two runs in a row agree in {agree} of {len(rows)} rows")
-    return "\n".join([PREFACE, *facts, "", *TABLE, *(line.replace("\n", " ") for line in lines), ""])
+    first = [PREFACE, *facts, "", *TABLE, *(line.replace("\n", " ") for line in lines), ""]
+    return "\n".join([*first, table_of_kinds()])
 
 
 def before(earlier=None):

@@ -343,7 +343,7 @@ def everything(url):
             yield from ((query, message) for message in answer["messages"])
 
 
-def read_damaged(bus, right):
+def read_damaged(bus, right, further=lambda url: []):
     """What became of a damaged database, in words, and what of it was wrong."""
     if not starts(bus):
         said = bus.log.read_text()
@@ -357,6 +357,63 @@ def read_damaged(bus, right):
         wrong = [f"a wrong payload: {message}" for message in found if message != right.get(message["id"])]
         said = bus.log.read_text()
         silent = unless(said or not missing, f"nothing was said, and of the messages there were missing {missing}")
-        return "skipped and reported" if missing else "reported and mended" if said else "harmless", wrong + silent
+        wrong += [*silent, *further(bus.url)]
+        return "skipped and reported" if missing else "reported and mended" if said else "harmless", wrong
     finally:
         bus.kill()
+
+
+# A flipped bit in the log that SQLite writes ahead
+
+
+def flipped_log(directory, flips, fault="none"):
+    """kill -9 leaves 60 transactions in the log; one bit of it changes, but not of the last one, and the bus starts."""
+    original, outcomes, found = directory / "original.db", Counter(), []
+    with Server(original) as bus:
+        cursors = dict.fromkeys(READERS, 0.0)
+        for number in range(60):
+            new_client.send(bus.url, "ann", READERS[number % 3], f"{number} {'y' * 4 ** (number % 6)}")
+            if number == 20:  # each reader has seven
+                cursors = {name: get(bus.url, f"/recv?to={name}&since=0")["now"] for name in READERS}
+        right = {message["id"]: message for _, message in everything(bus.url)}
+        bus.kill()
+    files = {suffix: pathlib.Path(f"{original}{suffix}").read_bytes() for suffix in ("", "-wal")}
+    heads, end = heads_of(files["-wal"])
+    places = itertools.cycle([range(end), heads, range(32)])  # anywhere, the head of a frame, that of the log
+    for _, some in zip(range(flips), places):
+        place, bit = random.choice(some), random.randrange(8)
+        for file in directory.glob("bus.db*"):
+            file.unlink()
+        for suffix, content in files.items():
+            changed = bytearray(content)
+            if suffix:
+                changed[place] ^= 1 << bit
+            pathlib.Path(f"{directory / 'bus.db'}{suffix}").write_bytes(changed)
+        bus = Server(directory / "bus.db", **faulty(fault))
+        outcome, wrong = read_damaged(bus, right, lambda url: untold(url, cursors, right))
+        outcomes[outcome] += 1
+        found += [f"{each}: bit {bit} of byte {place} of {end}" for each in wrong]
+    return Result(", ".join(f"{count} {outcome}" for outcome, count in outcomes.most_common()), found)
+
+
+def heads_of(log):
+    """Where the bytes of the heads of all frames but those of the last transaction are; and where that one begins.
+
+    It begins behind the last frame but one that says that it ends a transaction.
+    """
+    size = int.from_bytes(log[8:12], "big") + 24
+    frames = range(32, len(log) - size + 1, size)
+    end = [at + size for at in frames if log[at + 4 : at + 8] != b"\0\0\0\0"][-2]
+    return [at + each for at in frames if at < end for each in range(24)], end
+
+
+def untold(url, cursors, right):
+    """Readers that lack messages and hear of no gap; and whether what is sent now comes behind all that there was."""
+    for name, cursor in cursors.items():
+        answer = get(url, f"/recv?to={name}&since={cursor}")
+        there = {message["id"] for message in answer["messages"]}
+        due = {one for one, message in right.items() if message["to"] == name and int(one, 16) / 1e6 > float(cursor)}
+        if due - there and "gap" not in answer:
+            yield f"{name} lacks {len(due - there)} messages and hears of no gap"
+    if float(new_client.send(url, "ann", "late", "afterwards")) <= max(int(one, 16) for one in right) / 1e6:
+        yield "a message has the place of one that is gone"

@@ -123,6 +123,11 @@ def silent():
     bus_server.Mailboxes.gap = lambda mailboxes, poll: None
 
 
+def blind():
+    """It takes what SQLite could read of its log for all that there was."""
+    bus_server.State.damaged_wal = lambda state, commits: False
+
+
 def hasty():
     """No fault: it has less patience with slow heads and bodies, so that a test of their deadlines is over sooner."""
     bus_server.HEAD_SECONDS = bus_server.BODY_SECONDS = float(os.environ["PATIENCE"])
@@ -166,6 +171,7 @@ FAULTS = {
     "inline": inline,
     "raw clock": raw_clock,
     "silent": silent,
+    "blind": blind,
 }
 
 if "CLOCK_ERROR" in os.environ:

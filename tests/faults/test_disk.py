@@ -1,7 +1,16 @@
 import pytest
 
 from tests.faults import linux, program, skipped_without
-from tests.faults.disk import disk_full, failing_fsync, flipped_bits, mounts, not_flushed, power_cut, slow_fsync
+from tests.faults.disk import (
+    disk_full,
+    failing_fsync,
+    flipped_bits,
+    flipped_log,
+    mounts,
+    not_flushed,
+    power_cut,
+    slow_fsync,
+)
 
 power = skipped_without(linux, mounts, program("mkfs.ext4"))
 shim = skipped_without(linux, program("gcc"))
@@ -40,3 +49,11 @@ def test_a_full_disk_refuses_sends_and_nothing_else_until_there_is_room(tmp_path
 
 def test_a_flipped_bit_never_becomes_a_wrong_message(tmp_path):
     assert flipped_bits(tmp_path, 6).violations == []
+
+
+def test_a_flipped_bit_in_the_log_is_never_silent(tmp_path):
+    assert flipped_log(tmp_path, 9).violations == []
+
+
+def test_a_bus_that_takes_what_is_left_of_its_log_for_all_is_found_out(tmp_path):
+    assert any("hears of no gap" in violation for violation in flipped_log(tmp_path, 6, "blind").violations)

@@ -1,10 +1,15 @@
-"""The command judges: what missed its bar, what was not found out and what broke off fails; skipped is not passed."""
+"""The command judges: what missed its bar, what was not found out and what broke off fails; skipped is not passed.
+
+And the second table of the report: each kind of fault has tests that there are, and a control.
+"""
+import ast
 import json
 import types
 
 import pytest
 
 from tests.faults import Result, __main__
+from tests.faults.kinds import KINDS, table_of_kinds
 from tests.faults.rows import Control, Row
 
 
@@ -74,7 +79,7 @@ def test_the_run_before_stands_beside_the_last_and_both_must_have_passed_to_agre
     for row in runs:
         report.run(**row)
     assert f"two runs in a row agree in {agree} of 1 rows" in report.text()
-    last = report.text().splitlines()[-1]
+    [last] = [line for line in report.text().splitlines() if line.startswith("| fate |")]
     assert cell in last[last.index("load"):], "behind when the last one was"
 
 
@@ -94,3 +99,37 @@ def test_a_row_of_another_size_is_not_reported_and_an_unknown_name_is_an_error(t
     assert __main__.main(["fate=3"]) == 0 and "3 times" in capsys.readouterr().out
     assert __main__.main(["luck"]) == 2 and "there are fate" in capsys.readouterr().out
     assert not (tmp_path / "report.md").exists()
+
+
+# Kinds of fault
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.kind)
+def test_each_kind_of_fault_has_tests_and_a_control(kind):
+    assert kind.holds and kind.control and 1 <= len(kind.tests) <= 4
+    for test in kind.tests:
+        file, _, name = test.partition("::")
+        tree = ast.parse((__main__.ROOT / "tests" / file).read_text())
+        assert name in {each.name for each in ast.walk(tree) if isinstance(each, ast.FunctionDef)}, test
+
+
+def test_each_test_of_the_kinds_is_named_once():
+    named = [test for kind in KINDS for test in kind.tests]
+    assert len(named) == len(set(named)) and len({kind.kind for kind in KINDS}) == len(KINDS)
+
+
+def test_the_report_ends_with_the_table_of_kinds():
+    assert __main__.REPORT.read_text().endswith(table_of_kinds()), "python -m tests.faults kinds writes it anew"
+
+
+def test_a_row_that_is_run_alone_keeps_the_table_of_kinds(report):
+    report.run(run=good)
+    assert report.text().count(table_of_kinds()) == 1 and report.text().endswith(table_of_kinds())
+
+
+def test_the_table_of_kinds_is_written_alone_and_the_rows_stay(report, monkeypatch):
+    report.run(run=good)
+    before = report.text()
+    monkeypatch.setattr(__main__, "table_of_kinds", lambda: "## Kinds of fault\n\nanother one\n")
+    assert __main__.main(["kinds"]) == 0
+    assert report.text() == before.replace(table_of_kinds(), "## Kinds of fault\n\nanother one\n")

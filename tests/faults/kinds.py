@@ -1,0 +1,239 @@
+"""The kinds of fault: for each what holds, the tests that show it, and the change that makes them red.
+
+The report (python -m tests.faults) has this as its second table. A test's file is in tests/. A new kind is a new row:
+plant its control, see each of its tests red, and put the code back.
+"""
+from typing import NamedTuple
+
+PLANTED = "2026-11-29"  # when each control was last planted by hand
+
+
+class Kind(NamedTuple):
+    kind: str
+    holds: str
+    tests: tuple  # one to four
+    control: str  # changes to the code; after each, the tests that it turns red, if there are several
+
+
+GUARDS, FAIR, MEMORY = "faults/test_kinds_guards.py", "faults/test_kinds_fairness.py", "faults/test_kinds_memory.py"
+AUTHORITY, RULES = "faults/test_kinds_authority.py", "faults/test_kinds_rules.py"
+STORAGE, PYTHON, BASH = "faults/test_kinds_storage.py", "clients/test_client_cases.py", "clients/test_listener_cases.py"
+
+KINDS = [
+    Kind("one exception ends the bus, or leaves others without an answer",
+         "whatever raises in a timer, a commit, an answer or a shutdown costs one connection a 500 and the log a line",
+         (f"{GUARDS}::test_housekeeping_goes_on_after_an_exception_at_any_place_of_it",
+          f"{GUARDS}::test_only_the_connection_pays_on_which_it_was_raised",
+          f"{GUARDS}::test_revoking_reaches_all_others",
+          f"{GUARDS}::test_a_drain_answers_all_others"),
+         "`Loop.attempt()` without its `except` (the first three); `Loop.each()` without it (the second and the last)"),
+    Kind("the door stays closed after descriptors ran out, or one operation fails its whole list",
+         "the listener opens again whatever raised meanwhile; an operation that raises is 500 for its own sender",
+         (f"{GUARDS}::test_without_descriptors_an_exception_does_not_close_the_door",
+          f"{GUARDS}::test_an_operation_that_raises_is_500_for_it_alone"),
+         "`Listener.ready()` drops idle connections before it plans to open again (the first); `State.apply_one()` "
+         "catches nothing but `Refused` (the second)"),
+    Kind("an answer is given from inside another one",
+         "what is pipelined behind an answer is taken in the next turn, so no depth is reached",
+         (f"{GUARDS}::test_answers_are_not_given_from_inside_each_other",
+          f"{GUARDS}::test_a_bus_that_answers_from_inside_an_answer_is_found_out"),
+         "`Outgoing.answer()` calls `advance()` at once; the second test is this control as code"),
+    Kind("one connection takes a turn for itself",
+         "one request of a connection in a turn, in slices if it is long; refusals that cost little come first; reads "
+         "have a rate",
+         (f"{FAIR}::test_many_at_once_on_one_connection_do_not_hold_up_others",
+          f"{FAIR}::test_a_bus_that_serves_all_of_one_connection_in_one_turn_is_found_out",
+          f"{FAIR}::test_a_mailbox_is_not_counted_anew_before_the_rate_was_looked_at",
+          f"{FAIR}::test_reads_have_a_rate"),
+         "`data_received()` goes on while there is a request (the first; the second is this control as code); the rate "
+         "is looked at after the mailboxes (the third); `Storms.read()` never waits (the last)"),
+    Kind("memory is counted in messages",
+         "an answer ends at about 1 MiB and says that there is more; unread answers have a budget of bytes; a refused "
+         "send makes nothing",
+         (f"{MEMORY}::test_every_answer_ends_at_about_a_mebibyte",
+          f"{MEMORY}::test_what_nobody_reads_has_a_budget",
+          f"{MEMORY}::test_refused_sends_make_nothing"),
+         "`ANSWER_BYTES` is 1 GiB (the first); `Door.is_full()` is always false (the second); `Sending.check()` makes "
+         "the mailboxes that it looks at (the third)"),
+    Kind("what was named once stays for ever",
+         "each token or address has a budget of new names, 429 beyond it; a name that was only looked at has no row "
+         "and is gone after ten minutes; a row without mail and poll goes after `--keep`",
+         (f"{MEMORY}::test_names_have_a_budget",
+          f"{MEMORY}::test_whatever_one_token_names_its_bus_stays_small_and_tells_in_pages_at_once",
+          f"{MEMORY}::test_a_read_of_a_new_name_leaves_no_row_and_is_gone_after_ten_minutes",
+          f"{MEMORY}::test_a_row_without_mail_and_without_a_poll_for_as_long_as_mail_is_kept_goes"),
+         "`Storms.name()` never waits (the first two); `Mailbox.firm` is true from the start (the third); "
+         "`Retention.forget_names()` does nothing (the last)"),
+    Kind("a file is looked at, then used",
+         "beside a thread that makes and removes the same files each request is answered, none with 500",
+         (f"{STORAGE}::test_files_beside_somebody_who_makes_and_removes_them",),
+         "`size_of()` without its `try`; or the `open()` of a download without it"),
+    Kind("a change counts as seen before it is done",
+         "a token that was revoked while its file could not be read is tried again at each look, and refused",
+         (f"{AUTHORITY}::test_revoked_while_descriptors_are_used_up",),
+         "`Tokens.refresh()` notes the stamp before it reads the file"),
+    Kind("two users share one slot",
+         "retention and `prune` go on side by side; operations that come meanwhile wait in a list",
+         ("core/test_operations.py::test_retention_and_prune_remove_side_by_side_and_none_of_them_is_lost",),
+         "`Ledger.add()` keeps only the newest step; or `Retention` has one variable for both removals"),
+    Kind("a right is looked at in one moment and used in another",
+         "0.2 s after a token was revoked nothing of it is stored or delivered: half a body, what waits for a commit, "
+         "a poll, a file; also while descriptors are used up",
+         (f"{AUTHORITY}::test_revoked_between_head_and_body",
+          f"{AUTHORITY}::test_revoked_while_it_waits_for_the_commit_of_another",
+          f"{AUTHORITY}::test_revoked_while_it_is_parked",
+          f"{AUTHORITY}::test_what_a_revoked_token_had_begun_ends_while_descriptors_are_used_up"),
+         "`Gate.holds()` is always true (the first three); `Bus.entitled()` lets all pass (the second); `Door.evict()` "
+         "does nothing (the third); `Tokens.rows()` without its spare descriptor (the last)"),
+    Kind("a right is looked at in one moment: files, answers, quiet connections",
+         "an upload, a download and an answer that nobody reads stop where they are, and a connection that waits for "
+         "its next request is closed",
+         (f"{AUTHORITY}::test_revoked_while_a_file_comes_in_pieces",
+          f"{AUTHORITY}::test_revoked_while_a_file_is_read",
+          f"{AUTHORITY}::test_revoked_while_its_answer_is_not_read",
+          f"{AUTHORITY}::test_revoking_closes_the_connections_of_a_token"),
+         "`Gate.holds()` is always true"),
+    Kind("an id is taken for a secret",
+         "an answer counts if its sender may read the mailbox that was asked; a stranger learns from `/healthz` "
+         "neither the newest id nor the bus",
+         (f"{AUTHORITY}::test_an_answer_counts_only_from_who_may_read_the_question",
+          f"{AUTHORITY}::test_a_forged_answer_is_none_when_the_question_is_asked_again",
+          f"{AUTHORITY}::test_healthz_of_a_closed_bus_tells_strangers_nothing"),
+         "`Question.wants()` asks nobody who may read (the first two); `Gate.knows()` is always true (the last)"),
+    Kind("a text has a second way out",
+         "a recalled or expired text is told at no endpoint; who reads a message by its id has fetched it",
+         (f"{AUTHORITY}::test_a_text_that_is_gone_is_gone_at_every_door",
+          f"{AUTHORITY}::test_who_reads_a_message_at_another_door_has_fetched_it"),
+         "`readable()` tells each text (the first); it leaves no receipt (the second)"),
+    Kind("one mark stands for several mailboxes",
+         "a mark moves by what was delivered of that mailbox; `all` has no mark; a receipt of work names the token",
+         (f"{AUTHORITY}::test_what_a_group_got_before_a_reader_came_is_not_fetched",
+          f"{AUTHORITY}::test_everyone_is_nobodys_own_mailbox",
+          f"{AUTHORITY}::test_receipts_of_work_name_the_token_and_then_the_worker"),
+         "`Mailboxes.presented()` moves the marks of all names, or `delivered()` looks for no hole (the first); no "
+         "exception for `all` (the second); a worker is called what it says (the last)"),
+    Kind("a number near zero is taken for none",
+         "a ttl below a millisecond is 400, and one of a millisecond is kept",
+         (f"{RULES}::test_a_ttl_below_a_millisecond_is_400", f"{RULES}::test_a_ttl_of_a_millisecond_is_one"),
+         "`lifetime()` asks `if not ttl` (the first); `State.place()` takes 1,000 us for none (the second)"),
+    Kind("a slow disk stands in the loop",
+         "files are read, written and hashed in threads: others wait less than 0.1 s",
+         (f"{FAIR}::test_a_slow_disk_for_files_holds_up_nobody_else",),
+         "`Loop.in_thread()` does the work at once"),
+    Kind("a line of the log blocks or raises",
+         "one thread writes the lines; what has no room is dropped and counted",
+         (f"{FAIR}::test_verbose_and_a_stderr_that_nobody_reads",),
+         "`say` prints to stderr itself"),
+    Kind("another program's lock ends the bus",
+         "503 with Retry-After while it lasts; reads go on, and the next send is stored",
+         (f"{FAIR}::test_another_programs_lock_is_503_while_it_lasts_and_then_over",),
+         "`Bus.failed()` takes a locked database for a broken one"),
+    Kind("a lock is on a name, not on the file",
+         "a link to the database, or to its folder, is the same database; one with several hard links is refused",
+         (f"{STORAGE}::test_a_name_of_the_same_database_is_in_use",
+          f"{STORAGE}::test_a_database_with_several_names_is_refused"),
+         "`lock_file()` without `realpath()` (the first); `check_names()` counts no links (the second)"),
+    Kind("a loss is silent: the log",
+         "a changed bit with a transaction behind it is told at start and to each reader; half a transaction at the "
+         "end is not",
+         (f"{STORAGE}::test_a_broken_frame_with_others_behind_it_is_damage_and_is_told",
+          f"{STORAGE}::test_what_was_torn_at_the_end_is_no_damage",
+          "faults/test_disk.py::test_a_flipped_bit_in_the_log_is_never_silent",
+          "faults/test_disk.py::test_a_bus_that_takes_what_is_left_of_its_log_for_all_is_found_out"),
+         "`State.damaged_wal()` is always false (the first and third; the last is this control as code); it is true "
+         "for every log (the second)"),
+    Kind("a loss is silent: a restore that was cut off",
+         "a start beside half a restore refuses and says how to go on",
+         (f"{STORAGE}::test_a_restore_that_was_killed_is_no_empty_bus",
+          f"{STORAGE}::test_a_start_beside_half_a_restore_refuses"),
+         "`check_names()` looks for no `.restoring` (the first); for no `.new` without a database (the second)"),
+    Kind("a retry is not known any more",
+         "the key of a message that was removed is kept for `--keep`, with what its sender was told and a hash",
+         ("core/test_state.py::test_a_retry_after_its_messages_were_removed_has_the_first_answer",
+          "core/test_state.py::test_a_key_is_forgotten_when_it_is_older_than_keep_and_not_before",
+          "core/test_state.py::test_what_is_as_old_as_keep_leaves_no_key"),
+         "`State.keep_keys()` keeps none (the first two); `ForgetKeys` takes all (the second); `Remove` keeps each, "
+         "however old (the last)"),
+    Kind("an innocent sender pays",
+         "in a mailbox that is three quarters full a sender that has a quarter of it is refused, the others are not",
+         (f"{RULES}::test_a_sender_that_fills_a_mailbox_does_not_make_others_pay",
+          f"{RULES}::test_a_mailbox_that_many_fill_a_little_takes_all_of_it"),
+         "`Sending.check_room()` refuses nobody before the mailbox is full (the first), or everybody (both)"),
+    Kind("an attempt that was none is counted",
+         "an answer that its worker did not get whole costs no attempt; one that it got does",
+         (f"{RULES}::test_an_attempt_that_was_none_does_not_count",
+          f"{RULES}::test_an_attempt_counts_when_it_was_handed_out_whole"),
+         "`Work.lost()` gives nothing back (the first); a claim counts nothing (the second)"),
+    Kind("a clock jumps",
+         "nothing is removed until a clock that jumped by over an hour was seen again an hour later",
+         (f"{STORAGE}::test_a_clock_that_jumps_removes_nothing",
+          f"{STORAGE}::test_a_clock_that_was_right_after_all_is_believed_after_an_hour"),
+         "`clock_is_trusted()` is always true (both); a clock that jumped is never trusted again (the second)"),
+    Kind("two agents answer each other without end",
+         "a warning from 30 turns in ten minutes on, 429 from 120 on; `--turns` sets it, and 0 turns it off",
+         (f"{RULES}::test_two_that_answer_each_other_are_warned_and_then_stopped",
+          f"{RULES}::test_a_question_is_warned_of_too",
+          f"{RULES}::test_turns_0_turns_both_off"),
+         "`Storms.turn()` counts nothing (the first two); it takes 0 for a number of turns (the last)"),
+    Kind("clients: a strange answer moves the cursor",
+         "a time more than five minutes ahead moves no cursor, and is said once",
+         (f"{PYTHON}::test_an_answer_from_the_future_moves_no_cursor_and_is_said_once",
+          f"{BASH}::test_an_answer_from_the_future_moves_no_cursor_and_is_named"),
+         "`check_times()` takes each time (the first); `verdict` in bus_listener.sh knows no `ahead` (the second)"),
+    Kind("clients: what cannot be seen is printed",
+         "variation selectors, fillers, blanks and annotations are written out, or are a blank in LOG",
+         (f"{PYTHON}::test_what_must_be_hidden_is_and_letters_are_not",
+          f"{PYTHON}::test_the_bus_the_clients_and_the_integrations_hide_the_same",
+          f"{BASH}::test_what_cannot_be_seen_is_a_blank_in_LOG"),
+         "`HIDDEN` of bus_recv.py without U+2800 (the first two); `LINE` of bus_listener.sh without it (the last)"),
+    Kind("clients: a dead address comes first",
+         "the next address is tried after 250 ms",
+         (f"{PYTHON}::test_a_dead_address_costs_a_quarter_of_a_second",
+          f"{PYTHON}::test_an_address_that_refuses_is_passed_at_once_and_a_slow_one_gets_more_time"),
+         "`dial()` waits for each address as long as it may"),
+    Kind("clients: a login in a URL is lost or shown",
+         "that of a proxy is sent; one in the bus's URL is refused and not shown",
+         (f"{PYTHON}::test_a_login_of_the_proxy_is_sent_with_every_request",
+          f"{PYTHON}::test_a_login_of_the_proxy_opens_the_tunnel",
+          f"{PYTHON}::test_a_login_in_the_url_is_refused_in_words_and_not_shown"),
+         "`login_of()` finds none (the first two); `parts_of()` accepts `@` (the last)"),
+    Kind("clients: a token file is read differently",
+         "a byte order mark and empty lines around a token do not matter, in Python and in bash",
+         (f"{PYTHON}::test_a_token_with_a_byte_order_mark_or_empty_lines_is_read",
+          f"{BASH}::test_a_token_with_a_byte_order_mark_or_empty_lines_is_read"),
+         "the mark is not stripped: in `credentials()` (the first), in `strip` of bus_listener.sh (the second)"),
+    Kind("bus_listener.sh: an old server, rotated files",
+         "a server of the first contract is read from 0, also if it hangs up on `last`; each message is stored once "
+         "while files are renamed or removed",
+         (f"{BASH}::test_a_server_that_drops_the_connection_on_last_is_read_from_0",
+          "clients/test_listener.py::test_a_server_of_the_old_contract_is_read_from_0_and_its_clock_is_no_cursor",
+          f"{BASH}::test_after_a_rotation_each_message_is_once_in_a_new_file",
+          f"{BASH}::test_messages_that_arrive_during_rotations_are_stored_once_each"),
+         "`digest` does not fall back to 0 after curl's 52 and 56 (the first), or after 400 (the second); `reopen` "
+         "never does (the third); `receive` takes each FULL for its own (the last)"),
+    Kind("bus_listener.sh: no HOME, no flock, no locks",
+         "it writes to the user's home, locks with perl, and says where locks do not work",
+         (f"{BASH}::test_without_HOME_it_writes_where_the_python_clients_do",
+          "clients/test_listener.py::test_without_flock_as_on_macOS_perl_takes_the_lock",
+          f"{BASH}::test_where_locks_do_not_work_it_says_so"),
+         "the home is `$HOME` alone (the first); no perl (the second); each failed lock is another listener's (the "
+         "last)"),
+]  # fmt: skip
+
+PREFACE = f"""\
+## Kinds of fault
+
+An attack, and the use of many machines, showed these kinds. The files of the tests are in [tests](../tests). A control
+is a change to the code, or a test that has this change in itself: each was planted by hand on {PLANTED}, and its tests
+were red.
+
+| kind | what holds | tests | control |
+|---|---|---|---|
+"""
+
+
+def table_of_kinds():
+    """The second part of the report."""
+    rows = [f"| {kind} | {holds} | {', '.join(f'`{test}`' for test in tests)} | {control} |\n"
+            for kind, holds, tests, control in KINDS]  # fmt: skip
+    return PREFACE + "".join(rows)
