@@ -602,8 +602,7 @@ def word(value: Any) -> str:
 
 def span(seconds: float) -> str:
     """As 5m, 6h or 3d; nothing under a minute."""
-    sizes = (("d", 86400), ("h", 3600), ("m", 60))
-    return next((f"{seconds // size:.0f}{unit}" for unit, size in sizes if seconds >= size), "")
+    return next((f"{seconds // s:.0f}{unit}" for s, unit in ((86400, "d"), (3600, "h"), (60, "m")) if seconds >= s), "")
 
 
 def dump(value: Any, depth: int = 99) -> str:
@@ -657,37 +656,36 @@ def unread_output() -> int:
 
 def run_command(command: str, tries: int, reader: Reader, message: dict[str, Any]) -> None:
     """Run the command for one message. If all the tries fail, append the message to a file."""
-    number = message.get("id") if isinstance(message, dict) else "what is not a message"
+    known = message if isinstance(message, dict) else {"id": "what is not a message"}
     for attempt in range(1, tries + 1):
-        with running(command, message, attempt) as process:
+        with running(command, dump(message), known, attempt) as process:
             if process.wait() == 0:
                 return
-        reader.warn(f"command ended with {process.returncode} for {number}, attempt {attempt} of {tries}")
+        reader.warn(f"command ended with {process.returncode} for {known.get('id')}, attempt {attempt} of {tries}")
         reader.clock.sleep(pause_after(attempt) if attempt < tries else 0)
     with reader.cursor.opened("~dead", os.O_WRONLY | os.O_APPEND, "w") as file:
         file.write(f"{dump(message)}\n")
-    reader.warn(f"{number} is given up, and appended to {reader.cursor.path}~dead")
+    reader.warn(f"{known.get('id')} is given up, and appended to {reader.cursor.path}~dead")
 
 
 @contextlib.contextmanager
-def running(command: str, message: dict[str, Any], attempt: int) -> Iterator[Any]:
+def running(command: str, text: str, known: dict[str, Any], attempt: int) -> Iterator[Any]:
     """The process of a command, killed at the end. JSON is on its stdin, MSG_FROM, MSG_ID ... in its environment."""
     import subprocess  # slow to import, these two
     import tempfile
 
-    known = message if isinstance(message, dict) else {}
     fields = {f"MSG_{name.upper()}": str(known.get(name, ""))[:1000] for name in HEAD if name != "age"}
     # UTF-8 in every locale: one character that the locale does not have must not end the reader.
-    fields = {name: os.fsdecode(text.replace("\0", "").encode(errors="replace")) for name, text in fields.items()}
-    environment = {**os.environ, **fields, "AGENT_BUS_ATTEMPT": str(attempt)}
+    fields = {name: os.fsdecode(its.replace("\0", "").encode(errors="replace")) for name, its in fields.items()}
+    fields = {**os.environ, **fields, "AGENT_BUS_ATTEMPT": str(attempt)}
     with tempfile.TemporaryFile() as file, contextlib.ExitStack() as stack:  # a file: a pipe needs us to fill it
         came: list[int] = []
-        file.write(dump(message).encode())
+        file.write(text.encode())
         file.seek(0)
         with contextlib.ExitStack() as started:  # a signal that comes meanwhile waits until we know whom to kill
             for number in filter(lambda one: callable(signal.getsignal(one)), (signal.SIGINT, signal.SIGTERM)):
                 started.callback(signal.signal, number, signal.signal(number, lambda one, _: came.append(one)))
-            process = subprocess.Popen(command, shell=True, stdin=file, env=environment, start_new_session=True)
+            process = subprocess.Popen(command, shell=True, stdin=file, env=fields, start_new_session=True)
             stack.callback(kill, process)
         for one in came:
             signal.raise_signal(one)

@@ -98,7 +98,7 @@ class Worker(bus_recv.Reader):
         """Run the command for one job, and tell the bus how that ended."""
         attempt = int(job["attempt"])
         try:
-            with bus_recv.running(self.command, job, attempt) as process:
+            with bus_recv.running(self.command, bus_recv.dump(job), job, attempt) as process:
                 code = self.attend(process, job)
         except BaseException:  # the worker has to end now
             with contextlib.suppress(bus_recv.Refused, bus_recv.Unreachable):

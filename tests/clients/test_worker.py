@@ -193,7 +193,7 @@ def test_a_command_that_is_just_being_started_is_killed_too(monkeypatch, interru
             signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(subprocess, "Popen", Interrupted)
-    with pytest.raises(KeyboardInterrupt), bus_recv.running("sleep 60", {"msg": "x"}, 1):
+    with pytest.raises(KeyboardInterrupt), bus_recv.running("sleep 60", "{}", {}, 1):
         pass
     assert started[0].returncode == -signal.SIGKILL
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
