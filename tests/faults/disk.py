@@ -356,7 +356,7 @@ def read_damaged(bus, right, further=lambda url: []):
             found, missing = [], f"all ({error})"
         wrong = [f"a wrong payload: {message}" for message in found if message != right.get(message["id"])]
         said = bus.log.read_text()
-        silent = unless(said or not missing, f"nothing was said, and of the messages there were missing {missing}")
+        silent = unless(said or not missing, f"lost: {missing} messages, and nothing was said")
         wrong += [*silent, *further(bus.url)]
         return "skipped and reported" if missing else "reported and mended" if said else "harmless", wrong
     finally:
@@ -414,6 +414,6 @@ def untold(url, cursors, right):
         there = {message["id"] for message in answer["messages"]}
         due = {one for one, message in right.items() if message["to"] == name and int(one, 16) / 1e6 > float(cursor)}
         if due - there and "gap" not in answer:
-            yield f"{name} lacks {len(due - there)} messages and hears of no gap"
+            yield f"gap not announced: {name} lacks {len(due - there)} messages"
     if float(new_client.send(url, "ann", "late", "afterwards")) <= max(int(one, 16) for one in right) / 1e6:
         yield "a message has the place of one that is gone"
