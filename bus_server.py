@@ -2143,10 +2143,10 @@ MIGRATIONS = [  # a database with user_version n has the first n of them; only e
     CREATE VIEW readable AS SELECT datetime(tick / 1000000, 'unixepoch') AS time, printf('%x', tick) AS id,
         sender AS "from", name AS "to", channel, json_extract(json, '$.subject') AS subject,
         json_extract(json, '$.type') AS type, printf('%x', ifnull(thread, tick)) AS thread,
-        CASE WHEN expires = 0 THEN 'recalled' WHEN name = 'all' THEN 'sent'
+        CASE WHEN expires = 1 THEN 'recalled' WHEN name = 'all' THEN 'sent'
             WHEN own AND tick <= read THEN 'acknowledged' WHEN tick <= max(fetched, ifnull(read, 0)) THEN 'fetched'
             WHEN expires <= 1000000 * strftime('%s', 'now') THEN 'expired' ELSE 'queued' END AS state,
-        CASE WHEN expires = 0 THEN NULL ELSE ifnull(json_extract(json, '$.msg'), text) END AS msg  -- text: damaged
+        CASE WHEN expires = 1 THEN NULL ELSE ifnull(json_extract(json, '$.msg'), text) END AS msg  -- text: damaged
         FROM (SELECT *, CASE WHEN json_valid('{' || text || '}') THEN '{' || text || '}' END AS json FROM messages)
         JOIN mailboxes ON mailbox = id;
     """,
