@@ -2147,8 +2147,8 @@ MIGRATIONS = [  # a database with user_version n has the first n of them; only e
             WHEN own AND tick <= read THEN 'acknowledged' WHEN tick <= max(fetched, ifnull(read, 0)) THEN 'fetched'
             WHEN expires <= 1000000 * strftime('%s', 'now') THEN 'expired' ELSE 'queued' END AS state,
         CASE WHEN expires = 1 THEN NULL ELSE ifnull(json_extract(json, '$.msg'), text) END AS msg  -- text: damaged
-        FROM (SELECT *, CASE WHEN json_valid('{' || text || '}') THEN '{' || text || '}' END AS json FROM messages)
-        JOIN mailboxes ON mailbox = id;
+        FROM (SELECT *, CASE WHEN expires IS NOT 1 AND json_valid('{' || text || '}') THEN '{' || text || '}' END
+        AS json FROM messages) JOIN mailboxes ON mailbox = id;
     """,
 ]
 MAILBOX = "(SELECT id FROM mailboxes WHERE channel = ? AND name = ?)"

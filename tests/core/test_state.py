@@ -429,7 +429,10 @@ class TestSqlite(StoreContract):
         parent = commit(store, message("bob", 'say "hi"', subject="greeting", type="odd")).last
         reply, recalled = [
             commit(store, one).last
-            for one in (message("bob", "hello")._replace(answers=parent, thread=parent, depth=1), message("carl", "no"))
+            for one in (
+                message("bob", "hello")._replace(answers=parent, thread=parent, depth=1),
+                message("carl", "no", subject="never mind"),
+            )
         ]
         commit(store, also=[Marks([Mark("default", "bob", True, parent, reply, 0)], [], {})])
         commit(store, also=[Recall(recalled)])
