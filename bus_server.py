@@ -4077,14 +4077,14 @@ def truth(bus: Bus, one: Draft) -> str:
 
 def receivers(bus: Bus, one: Draft) -> dict[str, int]:
     """How many of several receivers listen. `all` is everyone who ever listened, except the sender."""
-    boxes, names = bus.mailboxes.boxes, one.to
+    box, names = partial(bus.mailboxes.box, one.channel), one.to  # a retry may name a mailbox that was forgotten
     if EVERYONE in names:
-        listed = [own for (channel, own), box in boxes.items() if channel == one.channel and box.own]
+        listed = [own for (channel, own), its in bus.mailboxes.boxes.items() if channel == one.channel and its.own]
         names = tuple(own for own in listed if own != one.sender)
-    online = sum(bus.mailboxes.online(boxes[one.channel, own]) for own in names)
+    online = sum(bus.mailboxes.online(box(own)) for own in names)
     known = {"online": online, "offline": len(names) - online}
     if EVERYONE not in one.to:
-        known["unread"] = sum(unread(bus, one.channel, own, boxes[one.channel, own]) for own in names)
+        known["unread"] = sum(unread(bus, one.channel, own, box(own)) for own in names)
     return known
 
 
