@@ -146,7 +146,7 @@ verdict() {
   jq -rs --arg since "$since" "$LINE"'. as [$body, $status]
     | if ($body | type) != "object" then empty
       elif $status == 200 and ($body.now | type) == "number" and ($body.messages | type) == "array"
-          and all($body.messages[]; type == "object" and (.ts | type) == "number") then
+          and all($body.messages[]; type == "object" and (.ts | type) == "number" and .ts >= 1) then
         ([$body.messages[].ts, ($body | select(.messages == [] and .bus).now)] | max) as $latest
         | (if $latest > ([now, ($since | tonumber? // 0)] | max) + 300 then "ahead" else "mail" end),
         ($body.bus // "" | line), ($body.messages | length),

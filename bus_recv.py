@@ -529,7 +529,7 @@ def judged(response: http.client.HTTPResponse, body: bytes, fraction: Any = floa
 
 def pause_after(failures: int) -> float:
     """Seconds to wait after this many failures in a row. They double up to a minute."""
-    return min(FIRST_PAUSE * 2.0 ** min(failures - 1, 10), LONGEST_PAUSE)
+    return min(FIRST_PAUSE * 2.0 ** min(max(failures - 1, 0), 10), LONGEST_PAUSE)
 
 
 def visible(text: str) -> str:
@@ -707,7 +707,7 @@ def announce(line: str) -> None:
 
 
 def complain(line: str, program: str = "bus_recv") -> None:
-    print(f"{program}:", visible(line.replace("\n", " ")), file=sys.stderr)
+    sys.stderr and sys.stderr.write(f"{program}: {visible(line.replace(chr(10), ' '))}\n")  # None: `2>&-`
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -749,7 +749,7 @@ def read(options: argparse.Namespace) -> int:
     reader = Reader(options.names or ["nobody"], None, options.channel, options.since, HOLD_SECONDS)
     if options.read:  # this needs no cursor and moves none
         answer, now = ask(reader.url, f"/message/{quote(options.read, safe='')}", GRACE_SECONDS)
-        emit(block(answer["message"], "", now, whole=True))
+        emit(block(answer.get("message"), "", now, whole=True))
         return 0
     # A program that reads our JSON, or the output of the command, must get nothing else on stdout.
     reader.warn, reader.announce = complain, complain if options.json or options.exec else announce

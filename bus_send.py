@@ -385,7 +385,7 @@ def judged(response: http.client.HTTPResponse, body: bytes, fraction: Any = floa
 
 def pause_after(failures: int) -> float:
     """Seconds to wait after this many failures in a row. They double up to a minute."""
-    return min(FIRST_PAUSE * 2.0 ** min(failures - 1, 10), LONGEST_PAUSE)
+    return min(FIRST_PAUSE * 2.0 ** min(max(failures - 1, 0), 10), LONGEST_PAUSE)
 
 
 def visible(text: str) -> str:
@@ -501,14 +501,15 @@ def report(answer: dict[str, Any], to: str | list[str]) -> None:
 
 
 def tell(answer: dict[str, Any], to: str | list[str]) -> None:
-    with contextlib.suppress(KeyError, TypeError):  # a bus of the old contract says nothing about its receivers
+    with contextlib.suppress(KeyError, TypeError, ArithmeticError):  # a bus of the old contract says nothing of them
         if truth := queued(answer, to):
-            print(visible(truth), file=sys.stderr)
+            complain(truth, 0, "")
 
 
-def complain(sentence: str, code: int) -> int:
+def complain(sentence: str, code: int, program: str = "bus_send: ") -> int:
     """One line on stderr, whatever the bus may have put into it."""
-    print("bus_send:", visible("".join(c if c.isprintable() else " " for c in sentence)), file=sys.stderr)
+    if sys.stderr:  # None: `2>&-`
+        print(program + visible("".join(c if c.isprintable() else " " for c in sentence)), file=sys.stderr)
     return code
 
 

@@ -2165,12 +2165,12 @@ MIGRATIONS = [  # a database with user_version n has the first n of them; only e
     CREATE VIEW readable AS SELECT datetime(tick / 1000000, 'unixepoch') AS time, printf('%x', tick) AS id,
         sender AS "from", name AS "to", channel, json_extract(json, '$.subject') AS subject,
         json_extract(json, '$.type') AS type, printf('%x', ifnull(thread, tick)) AS thread,
-        CASE WHEN expires = 0 THEN 'recalled' WHEN name = 'all' THEN 'sent'
+        CASE WHEN expires = 1 THEN 'recalled' WHEN name = 'all' THEN 'sent'
             WHEN own AND tick <= read THEN 'acknowledged' WHEN tick <= max(fetched, ifnull(read, 0)) THEN 'fetched'
             WHEN expires <= 1000000 * strftime('%s', 'now') THEN 'expired' ELSE 'queued' END AS state,
-        CASE WHEN expires = 0 THEN NULL ELSE ifnull(json_extract(json, '$.msg'), text) END AS msg  -- text: damaged
-        FROM (SELECT *, CASE WHEN json_valid('{' || text || '}') THEN '{' || text || '}' END AS json FROM messages)
-        JOIN mailboxes ON mailbox = id;
+        CASE WHEN expires = 1 THEN NULL ELSE ifnull(json_extract(json, '$.msg'), text) END AS msg  -- text: damaged
+        FROM (SELECT *, CASE WHEN expires IS NOT 1 AND json_valid('{' || text || '}') THEN '{' || text || '}' END
+        AS json FROM messages) JOIN mailboxes ON mailbox = id;
     """,
 ]
 MAILBOX = "(SELECT id FROM mailboxes WHERE channel = ? AND name = ?)"
@@ -4136,14 +4136,14 @@ def truth(bus: Bus, one: Draft) -> str:
 
 def receivers(bus: Bus, one: Draft) -> dict[str, int]:
     """How many of several receivers listen. `all` is everyone who ever listened, except the sender."""
-    boxes, names = bus.mailboxes.boxes, one.to
+    box, names = partial(bus.mailboxes.box, one.channel), one.to  # a retry may name a mailbox that was forgotten
     if EVERYONE in names:
-        listed = [own for (channel, own), box in boxes.items() if channel == one.channel and box.own]
+        listed = [own for (channel, own), its in bus.mailboxes.boxes.items() if channel == one.channel and its.own]
         names = tuple(own for own in listed if own != one.sender)
-    online = sum(bus.mailboxes.online(boxes[one.channel, own]) for own in names)
+    online = sum(bus.mailboxes.online(box(own)) for own in names)
     known = {"online": online, "offline": len(names) - online}
     if EVERYONE not in one.to:
-        known["unread"] = sum(unread(bus, one.channel, own, boxes[one.channel, own]) for own in names)
+        known["unread"] = sum(unread(bus, one.channel, own, box(own)) for own in names)
     return known
 
 

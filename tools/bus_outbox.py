@@ -206,7 +206,7 @@ def deliver(outbox: Outbox, message: dict[str, Any] | None, patience: float) -> 
 
 def complain(line: str, code: int = 0) -> int:
     """One line on stderr."""
-    print("bus_outbox:", bus_recv.visible(line.replace("\n", " ")), file=sys.stderr)
+    bus_recv.complain(line, "bus_outbox")
     return code
 
 

@@ -135,6 +135,33 @@ def test_a_subject_that_the_locale_does_not_have_is_no_end_of_a_command(subject,
     assert (done.returncode, done.stdout, done.stderr) == (0, subject.replace("\0", "").encode(errors="replace"), b"")
 
 
+@pytest.mark.parametrize("receiver", [
+    {"online": False, "last_seen": 10**400}, {"online": 10**400, "offline": 0.5}, {"online": False, "unread": "5\nlie"},
+])  # fmt: skip
+def test_what_is_said_of_a_receiver_makes_no_stored_message_a_refused_one(receiver, home):  # noqa: F811
+    with Scripted(stored(receiver=receiver)) as server:
+        code, out, err = send(server)
+        assert code == 0 and json.loads(out)["ok"] and err.count("\n") <= 1
+
+
+def test_an_answer_without_the_message_is_shown_as_it_is(home):  # noqa: F811
+    with Scripted(answer({"x": 1})) as server:
+        code, out, _ = run("bus_recv.py", "--read", "1", env={"AGENT_BUS_URL": server.url})
+        assert (code, out) == (0, "-- agent-bus: not a message: null\n")
+
+
+@pytest.mark.parametrize("line", ["bus_recv.py dell --json --timeout 0", "bus_send.py dell --from me --timeout 0"])
+def test_without_a_stderr_nothing_else_comes_on_stdout(line, home):  # noqa: F811
+    with Scripted(page(503, HTML)) as server:
+        done = subprocess.run(f'echo hi | "{sys.executable}" -I -S "{ROOT}"/{line} 2>&-', shell=True, timeout=PATIENCE,
+                              env={**os.environ, "AGENT_BUS_URL": server.url}, capture_output=True)  # fmt: skip
+        assert (done.returncode, done.stdout) == (75, b"")
+
+
+def test_an_attempt_that_no_float_holds_ends_no_worker():
+    assert bus_recv.pause_after(-(10**400)) == bus_recv.FIRST_PAUSE
+
+
 # ── What cannot be seen ──────────────────────────────────────────────────────────────────────────────────────────────
 
 

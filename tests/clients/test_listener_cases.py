@@ -176,6 +176,15 @@ def test_an_id_that_does_not_fit_its_ts_moves_no_cursor_into_the_future(scripted
     listener.stop()
 
 
+@pytest.mark.parametrize("ts", [-5, 1e-7])
+def test_a_ts_that_is_no_cursor_is_not_taken_from_any_server(scripted, listen, ts):  # noqa: F811
+    """A bus would refuse it, now and after each restart."""
+    server = scripted(mail(message(TICK)), mail(message(TICK + 1, ts=ts)), mail(message(TICK + 2)), NO_MAIL)
+    listener = listen(server.url).start()
+    listener.wait_for_line(2)
+    assert [one["ts"] for one in listener.messages()] == [TICK / 1e6, (TICK + 2) / 1e6]
+
+
 def test_if_healthz_of_the_same_bus_has_the_same_time_it_is_our_clock_that_is_wrong(scripted, listen):  # noqa: F811
     late = message(FUTURE)
     health = answer({"ok": True, "now": FUTURE / 1e6, "bus": "bus-1"})

@@ -213,3 +213,19 @@ def test_retention_goes_on_after_a_list_that_could_not_be_announced(tmp_path, mo
         bus.loop.take_turn()
     assert not bus.retention.aging and bus.retention.request is None
     inside.close(bus)
+
+
+def test_a_retry_to_a_list_whose_mailboxes_were_forgotten_has_the_first_answer(tmp_path):
+    """The key outlives them, for example for the hour in which a clock that jumped is not trusted."""
+    bus, now = inside.make(tmp_path / "bus.db"), bus_server.Now(bus_server.wall_clock(), 0)
+    drafts = [bus_server.draft({"from": "alice", "to": ["bob", "eve"], "msg": "x", "key": "k"}, None)]
+    [first] = bus.state.apply([bus_server.Put(drafts)], now).results
+    gone = [bus_server.Remove(0, 1 << 60, False, []), bus_server.Forget([["default", "bob"], ["default", "eve"]])]
+    for each in gone:
+        bus.state.apply([each], now)
+    put = bus_server.Put(drafts)
+    [again] = bus.state.apply([put], now).results
+    answer = json.loads(bus.sending.answer("", False, None, put, again).body)
+    assert answer["duplicate"] and answer["id"] == f"{first[0].ticks[-1]:x}"
+    assert answer["receiver"] == {"online": 0, "offline": 2, "unread": 0}
+    inside.close(bus)

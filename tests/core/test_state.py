@@ -8,6 +8,7 @@ import sqlite3
 import pytest
 
 import bus_server
+from bus_extensions.replies import Recall
 from bus_extensions.work import Claim
 from bus_server import (
     EVERYONE,
@@ -441,10 +442,13 @@ class TestSqlite(StoreContract):
         parent = commit(store, message("bob", 'say "hi"', subject="greeting", type="odd")).last
         reply, recalled = [
             commit(store, one).last
-            for one in (message("bob", "hello")._replace(answers=parent, thread=parent, depth=1), message("carl", "no"))
+            for one in (
+                message("bob", "hello")._replace(answers=parent, thread=parent, depth=1),
+                message("carl", "no", subject="never mind"),
+            )
         ]
         commit(store, also=[Marks([Mark("default", "bob", True, parent, reply, 0)], [], {})])
-        store.writing.execute("UPDATE messages SET expires = 0 WHERE tick = ?", (recalled,))
+        commit(store, also=[Recall(recalled)])
         beside = sqlite3.connect(f"file:{tmp_path}/bus.db?mode=ro", uri=True)
         columns = 'id, "from", "to", channel, subject, type, thread, state, msg'
         assert beside.execute(f"SELECT {columns} FROM readable").fetchall() == [
