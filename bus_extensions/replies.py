@@ -311,7 +311,7 @@ class Replies:
             for connection in mailboxes.waiting.get((f"{FETCHES} {reader.channel}", own), ()):
                 watch = mailboxes.parked[connection]
                 if isinstance(watch, Watch) and watch.message.tick <= tick:
-                    self.bus.loop.soon(partial(self.tell, connection, watch))
+                    connection.soon(partial(self.tell, connection, watch))
 
     def tell(self, connection: Connection, watch: Watch) -> None:
         if self.bus.mailboxes.parked.get(connection) is watch:

@@ -220,7 +220,7 @@ def test_a_retry_to_a_list_whose_mailboxes_were_forgotten_has_the_first_answer(t
     bus, now = inside.make(tmp_path / "bus.db"), bus_server.Now(bus_server.wall_clock(), 0)
     drafts = [bus_server.draft({"from": "alice", "to": ["bob", "eve"], "msg": "x", "key": "k"}, None)]
     [first] = bus.state.apply([bus_server.Put(drafts)], now).results
-    gone = [bus_server.Remove(0, 1 << 60, False, []), bus_server.Forget([["default", "bob"], ["default", "eve"]])]
+    gone = [bus_server.Remove(0, 1 << 60, False, [], 0), bus_server.Forget([["default", "bob"], ["default", "eve"]])]
     for each in gone:
         bus.state.apply([each], now)
     put = bus_server.Put(drafts)

@@ -341,8 +341,9 @@ def test_names_have_a_budget(tmp_path, way):
         method, path, body = way(0)
         known = ask(bus, method, path, body or b"")
         assert known.status == 200 or "faster" in known.json["error"], "what is known already goes on"
-        other = ask(bus, *[each or b"" for each in way(NAMES + 1)], source="127.0.0.77")
-        assert other.status == 200, "another address has its own budget"
+        # It has a budget of its own. That of bob, as a reader, may be used up for a moment.
+        other = [each or b"" for each in way(NAMES + 1)]
+        wait_until(lambda: ask(bus, *other, source="127.0.0.77").status == 200, 3)
 
 
 def test_on_a_closed_bus_each_token_has_its_own_budget_of_names(tmp_path):
