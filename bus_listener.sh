@@ -113,12 +113,16 @@ take_place() {
 # After this, both files end with a whole line, the cursor is that of FULL's last message, and LOG has a line for each
 # line of FULL. While FULL is empty, as after a rotation, the cursor stays as it is.
 resume() {
-  local logged
+  local logged its_place="$since $bus"
   if [ -s "$FULL" ]; then cut_torn_line "$FULL"; fi
   cut_torn_line "$LOG"
   if [ -s "$FULL" ]; then
     take_place < <(tail -n 1 "$FULL")
-    [ -n "$since" ] || die 2 "the last line of $FULL is not a message: move that file away"
+    [ -n "$since" ] || [ ! -e "$FULL" ] || die 2 "the last line of $FULL is not a message: move that file away"
+  fi
+  if [ ! -e "$FULL" ]; then  # it was renamed just now
+    [ -n "$since" ] || read -r since bus <<<"$its_place"
+    return 0
   fi
   logged=$(grep -vc '^#' "$LOG")
   if [ "$logged" -gt "$(wc -l <"$FULL")" ]; then : >"$LOG"; logged=0; fi  # FULL was moved away, or lost to a power cut
@@ -178,13 +182,14 @@ receive() {
   fi
   bus=$its_bus
   [ -z "$gap" ] || remark "$gap"
-  if [ "$count" -gt 0 ] || [ -n "$fault" ]; then  # after a fault too: a full disk may have left LOG short
+  if [ "$count" -gt 0 ] || [ -n "$fault" ]; then
     lines >&9
     local wrote=$?
-    if [ "$FULL" -ef /dev/fd/9 ] || [ "$count" -eq 0 ]; then resume && return $wrote; return 1; fi
-    lines | summary >&8  # FULL was renamed or removed while we wrote: it has these messages, and they come only once
-    take_place < <(lines | tail -n 1)
-    return $wrote
+    # Not from FULL, which may be renamed or removed at any moment: it has these messages, and they come only once.
+    if [ "$wrote" -eq 0 ] && [ "$count" -gt 0 ]; then take_place < <(lines | tail -n 1); fi
+    if [ "$wrote" -eq 0 ] && [ -z "$fault" ]; then lines | summary >&8; return; fi
+    resume && return $wrote  # a full disk may have left FULL or LOG short
+    return 1
   elif [ -n "$bus" ] && [[ $(<"$ANSWER") =~ $NOW ]]; then  # without a bus id `now` may be a clock that runs ahead
     since=${BASH_REMATCH[1]}  # only in memory: a restart asks again from the last message, which is harmless
   fi

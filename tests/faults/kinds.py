@@ -210,7 +210,7 @@ KINDS = [
           f"{BASH}::test_after_a_rotation_each_message_is_once_in_a_new_file",
           f"{BASH}::test_messages_that_arrive_during_rotations_are_stored_once_each"),
          "`digest` does not fall back to 0 after curl's 52 and 56 (the first), or after 400 (the second); `reopen` "
-         "never does (the third); `receive` takes each FULL for its own (the last)"),
+         "never does (the third); `receive` takes its place from FULL, which may be another one by now (the last)"),
     Kind("bus_listener.sh: no HOME, no flock, no locks",
          "it writes to the user's home, locks with perl, and says where locks do not work",
          (f"{BASH}::test_without_HOME_it_writes_where_the_python_clients_do",

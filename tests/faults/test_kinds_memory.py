@@ -308,17 +308,17 @@ NAMES = int(os.environ.get("NEW_NAMES", "4000"))
 # a budget of 1,000, and NEW_NAMES=100000 tries as many as the attack did.
 
 
-def try_names(bus, way, count=NAMES, token=None, source=None, at_once=50):
+def try_names(bus, way, count=NAMES, token=None, source=None, at_once=50, connections=1):
     """The statuses of requests that each name something new."""
     found = []
-    with Peer(bus, token, source=source) as peer:
+    with contextlib.ExitStack() as stack:
+        peers = [stack.enter_context(Peer(bus, token, source=source)) for _ in range(connections)]
         for start in range(0, count, at_once):
-            requests = []
-            for number in range(start, min(start + at_once, count)):
-                method, path, body = way(number)
-                requests.append(peer.request(method, path, body or b""))
-            peer.sock.sendall(b"".join(requests))
-            found += [peer.answer().status for _ in requests]
+            numbers = range(start, min(start + at_once, count))
+            for place, peer in enumerate(peers):
+                some = [way(number) for number in numbers[place::connections]]
+                peer.sock.sendall(b"".join([peer.request(method, path, body or b"") for method, path, body in some]))
+            found += [peer.answer().status for place, peer in enumerate(peers) for _ in numbers[place::connections]]
             if found[-at_once:] == [429] * at_once and len(found) > 1200 and "NEW_NAMES" not in os.environ:
                 break
     return found
@@ -376,7 +376,7 @@ def test_whatever_one_token_names_its_bus_stays_small_and_tells_in_pages_at_once
                 assert peer.send("POST", "/send", some).answer().status == 200
         before, made, took = resident(bus), [], {}
         for way in OF_ONE_TOKEN:
-            done = try_names(bus, way, COUNT, tokens["ann"]).count(200)
+            done = try_names(bus, way, COUNT, tokens["ann"], connections=10).count(200)
             made.append(f"{done:,} {way.__name__} ({(resident(bus) - before) / MIB:.1f} MiB)")
         for number in range(COUNT):
             made_up, source = f"abt_{number:08x}_{'s' * 43}", f"127.0.1.{number % 250 + 1}"
