@@ -2538,6 +2538,7 @@ class State(Rows):
             reading = connect()
             for each in (self.writing, reading):  # text that is not UTF-8 is a damaged row, not an error
                 each.text_factory = lambda text: text.decode("utf-8", "replace")
+                each.execute("PRAGMA temp_store=MEMORY")  # no statement opens a file: descriptors may be used up
             # Dirty reads exist in :memory: only, and are harmless: a turn never reads above `last`, the announced tick.
             reading.executescript("PRAGMA query_only=ON; PRAGMA read_uncommitted=ON; PRAGMA wal_autocheckpoint=0")
             self.view = View(path, reading, clock)
@@ -3652,6 +3653,9 @@ class Bus:
         if isinstance(error, sqlite3.OperationalError):
             if "full" in str(error):
                 return no_room()
+            if "unable to open" in str(error):  # a file for temporary data: a commit opens none
+                why = "the bus has no file descriptor left: nothing was stored, try again"
+                return Refused(503, why, ("Retry-After", "2"))
             if "locked" in str(error):
                 why = "another program has locked the database of the bus: nothing was stored, try again"
                 return Refused(503, why, ("Retry-After", "2"))

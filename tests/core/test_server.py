@@ -289,6 +289,21 @@ def test_a_disk_with_little_room_takes_no_message_and_still_removes_them(tmp_pat
     desk.close()
 
 
+def test_a_list_for_which_no_file_could_be_opened_is_503_and_the_bus_goes_on(tmp_path, monkeypatch):
+    """Seen in an hour of siege: the descriptors were used up, and SQLite wanted a file for temporary data."""
+    desk = Desk(tmp_path / "bus.db")
+
+    def used_up(operations, now):
+        raise sqlite3.OperationalError("unable to open database file")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(desk.bus.state, "apply", used_up)
+        assert desk.send(1) == 503 and not desk.bus.broken
+    assert desk.send(1) == 200
+    assert desk.bus.state.ask("PRAGMA temp_store") == (2,), "2 is memory"
+    desk.close()
+
+
 def test_marks_that_a_full_disk_did_not_take_are_saved_later_with_what_is_newer(tmp_path, monkeypatch):
     desk = Desk(tmp_path / "bus.db")
     bus = desk.bus
