@@ -2053,15 +2053,15 @@ class Storms:
     def check(self, drafts: Sequence[Draft], each: Iterable[Way], new: int, owner: str) -> str:
         """429 for a storm; else a warning for the sender, or an empty text. `new` of the receivers are new names."""
         now, sender, warning = self.clock(), drafts[0].sender, ""
+        for one in drafts:
+            if one.depth > self.DEPTH:
+                why = f"this is reply {one.depth} in one chain, and only {self.DEPTH} are allowed: stop answering"
+                raise too_much(f"{why}; for a new subject, send without reply_to", 600)
         if sender not in self.senders:
             new += 1
         if new:
             self.name(owner, new)
         self.senders[sender] = now
-        for one in drafts:
-            if one.depth > self.DEPTH:
-                why = f"this is reply {one.depth} in one chain, and only {self.DEPTH} are allowed: stop answering"
-                raise too_much(f"{why}; for a new subject, send without reply_to", 600)
         for channel, sender, to in each:
             if to != EVERYONE:
                 warning = self.turn(channel, sender, to, now) or warning
@@ -2271,7 +2271,7 @@ class Operation:
 
     __slots__: tuple[str, ...] = ()
     kind: ClassVar[str]  # its word in the log
-    rank: ClassVar[int] = 2  # the order in one list: 0 Raise, 1 Put, 2 those of extensions, 3 Marks, 5 Remove
+    rank: ClassVar[int] = 2  # the order in one list: 0 Raise, 1 Put, 2 those of extensions, 3 Marks, 4 Forget, 5 Remove
 
     def apply(self, state: State, now: Now) -> Any:
         raise NotImplementedError
@@ -3653,7 +3653,7 @@ class Bus:
         if isinstance(error, sqlite3.OperationalError):
             if "full" in str(error):
                 return no_room()
-            if "unable to open" in str(error):  # a file for temporary data: a commit opens none
+            if "unable to open" in str(error):  # a file for temporary data, before any commit
                 why = "the bus has no file descriptor left: nothing was stored, try again"
                 return Refused(503, why, ("Retry-After", "2"))
             if "locked" in str(error):
@@ -3767,7 +3767,7 @@ class Sending:
     def check(self, request: Request, drafts: list[Draft]) -> str:
         """Refused, if these messages cannot be stored together and now; else a warning, or an empty text.
 
-        A refused send changes nothing. Cheap checks come first.
+        A refused send stores nothing. Cheap checks come first.
         """
         bus, boxes, each = self.bus, self.mailboxes.boxes, ways(drafts)
         if len(each) != 1:

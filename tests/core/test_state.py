@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import resource
 import shutil
 import sqlite3
 
@@ -12,6 +13,7 @@ from bus_extensions.replies import Recall
 from bus_extensions.work import Claim
 from bus_server import (
     EVERYONE,
+    FETCHED,
     MIGRATIONS,
     NOW,
     REMOVE_SLICE,
@@ -22,6 +24,7 @@ from bus_server import (
     Poll,
     Put,
     Raise,
+    Receipt,
     Refused,
     Remove,
     State,
@@ -200,6 +203,20 @@ class StoreContract:
         commit(store, also=[remove(last + 1)])
         store.writing.execute("UPDATE keys SET key = CAST(x'ff6b' AS TEXT)")
         assert commit(store, also=[ForgetKeys(last + 1, 1), ForgetKeys(last + 1, 1)]).results == [1, 0]
+
+    def test_no_operation_needs_a_file_descriptor(self, store):
+        """To be able to take back a change of many pages, SQLite opened a file. With no descriptor left the bus ended."""
+        names = [f"agent-{number}" for number in range(2000)]
+        last = commit(store, *[message(name, "x" * 100) for name in names]).last
+        receipts = [Receipt("default", name, FETCHED, last, "bob", 0) for name in names]
+        marks = Marks([Mark("default", name, True, 1, last, 1) for name in names], receipts, {})
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+        try:
+            results = [commit(store, also=[each]).results for each in (marks, remove(last + 1))]
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        assert results[0] == [None] and results[1] != [None]
 
     def test_a_damaged_key_is_told_and_its_retry_is_stored_anew(self, store, capfd):
         first = commit(store, message("bob", key="k")).last

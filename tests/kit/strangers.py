@@ -48,6 +48,13 @@ def slow_bodies(bus, token):
     drip(bus, GET % b"healthz" + b"POST /send HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9000\r\n\r\n{", b" ")
 
 
+def keep_newest(peers):
+    """Close all but a crowd."""
+    for each in peers[:-CROWD]:
+        each.close()
+    del peers[:-CROWD]
+
+
 def half_open(bus, token):
     """They say nothing at all, or have closed their side, or break off in the middle."""
     peers = []
@@ -61,9 +68,7 @@ def half_open(bus, token):
             peer.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             peer.close()
         peers.append(peer)
-        for each in peers[:-CROWD]:
-            each.close()
-        del peers[:-CROWD]
+        keep_newest(peers)
         time.sleep(0.002)
 
 
@@ -75,9 +80,7 @@ def unread_answers(bus, token):
         with contextlib.suppress(OSError):
             peer.sock.sendall(GET % b"bus_recv.py" * 200)
         peers.append(peer)
-        for each in peers[:-CROWD]:
-            each.close()
-        del peers[:-CROWD]
+        keep_newest(peers)
         time.sleep(0.05)
 
 
