@@ -205,7 +205,7 @@ class StoreContract:
         assert commit(store, also=[ForgetKeys(last + 1, 1), ForgetKeys(last + 1, 1)]).results == [1, 0]
 
     def test_no_operation_needs_a_file_descriptor(self, store):
-        """To be able to take back a change of many pages, SQLite opened a file. With no descriptor left the bus ended."""
+        """To take back a change of many pages, SQLite would open a file. With no descriptor left the bus ended."""
         names = [f"agent-{number}" for number in range(2000)]
         last = commit(store, *[message(name, "x" * 100) for name in names]).last
         receipts = [Receipt("default", name, FETCHED, last, "bob", 0) for name in names]
