@@ -2098,7 +2098,8 @@ class Storms:
 # the bus reports it on stderr and goes on without it, so that no row can end the bus.
 
 MAILBOX_MESSAGES, MAILBOX_BYTES = 10000, 64 << 20  # unfetched, for one name; beyond it senders get 429
-MUCH_MESSAGES, MUCH_BYTES = MAILBOX_MESSAGES * 3 // 4, MAILBOX_BYTES * 3 // 4  # from here on, no sender gets more than a quarter
+# From here on, no sender gets more than a quarter of them.
+MUCH_MESSAGES, MUCH_BYTES = MAILBOX_MESSAGES * 3 // 4, MAILBOX_BYTES * 3 // 4
 REMOVE_SLICE = 500  # messages removed in one transaction: a few ms that a send may have to wait
 RESERVE_BYTES = 16 << 20  # of the disk are kept free: to remove messages and to write marks, the WAL needs room
 CHECKED_BYTES = 64 << 20  # a database up to this size is checked whole at start; every message has its checksum anyway
