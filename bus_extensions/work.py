@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from bus_server import (
+    ALIVE,
     ANSWER_BYTES,
     BUSY,
     EVERYONE,
@@ -25,7 +26,7 @@ from bus_server import (
     HOLD_MAX,
     LINGER,
     PARKED,
-    SELECT,
+    PLACED_ROW,
     Answer,
     Bus,
     Connection,
@@ -190,10 +191,8 @@ class Claim(Operation):
             state.damaged(f"how far the queue in mailbox {mailbox} was handed out")
             highest = "SELECT ifnull(max(tick), 1) FROM work WHERE mailbox = ?"
             [taken] = state.writing.execute(highest, (mailbox,)).fetchone()
-        rows = state.writing.execute(
-            f"{SELECT} WHERE mailbox = ? AND tick > ? AND (expires IS NULL OR expires > ?) ORDER BY tick",
-            (mailbox, taken, now.wall),
-        )
+        queue = self.channel, self.queue
+        rows = state.index.mail(state.writing, PLACED_ROW, queue, taken, only=ALIVE, values=(now.wall,))
         found: list[tuple[Message, int]] = []
         with contextlib.closing(rows):
             for row in rows:

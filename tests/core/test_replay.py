@@ -41,6 +41,7 @@ from bus_server import (
     Refused,
     Remove,
     State,
+    index_is_whole,
 )
 from tests.kit.processes import ROOT
 
@@ -219,6 +220,8 @@ class Connection:
 class Place:
     """A file, and how a list is applied to it: as it is."""
 
+    messages_in_a_run = 3
+
     def __init__(self, path):
         self.path = str(path)
         self.open()
@@ -229,7 +232,9 @@ class Place:
             if module.TABLES is not None:
                 self.state.add_tables(name, module.NOUN, module.TABLES)
         self.state.writing.execute("PRAGMA synchronous=OFF")  # nobody pulls the plug here
-        self.state.writing = self.state.database = Connection(self.state.writing)
+        self.state.writing = self.state.database = self.state.index.writing = Connection(self.state.writing)
+        index = self.state.index
+        index.FLUSH_MESSAGES, index.RUNS_MERGED, index.SLICE = self.messages_in_a_run, 2, 2
 
     def clock(self):
         return BEGIN
@@ -238,16 +243,20 @@ class Place:
         return self.state.apply(operations, now)
 
     def rows(self):
-        """All that is in all tables, but the id of the bus, which is random."""
+        """All that is in all tables, but the id of the bus, which is random, and the index by mailbox."""
+        assert index_is_whole(self.state.writing), "a place is missing or too many"
         ask = self.state.writing.database.execute
         tables = [name for (name,) in ask("SELECT name FROM sqlite_master WHERE type = 'table' ORDER BY name")]
-        found = {table: sorted(map(repr, ask(f"SELECT * FROM {table}"))) for table in tables if table != "bus"}
+        facts = [table for table in tables if table not in ("bus", "places", "runs")]
+        found = {table: sorted(map(repr, ask(f"SELECT * FROM {table}"))) for table in facts}
         found["bus"] = ask("SELECT last FROM bus").fetchall()
         return found
 
 
 class OtherPlace(Place):
     """A file on another machine."""
+
+    messages_in_a_run = 5
 
     def open(self):
         super().open()
@@ -515,7 +524,7 @@ def a_random_lease(patch):
 
 def a_count_from_the_newest_message(patch):
     """How many messages a mailbox ever had: after a restart, retention has emptied it."""
-    patch.setattr(bus_server, "NEWEST_N", bus_server.NEWEST_N.replace("CAST(gone AS INTEGER)", "0"))
+    patch.setattr(bus_server, "NEWEST", bus_server.NEWEST.replace("gone, newest", "0 AS gone, newest"))
 
 
 def a_slot_that_is_not_read(patch):

@@ -4,7 +4,8 @@
     python tests/databases/make.py /tmp/old/bus_server.py tests/databases/v4.sql
 
 Before a migration is added, make a dump with the last version that does not have it, and never change it afterwards.
-v1.sql was made by the server of commit 78be319, v2.sql by that of 324aee9, v3.sql by that of 0fb41c7.
+v1.sql was made by the server of commit 78be319, v2.sql by that of 324aee9, v3.sql by that of 0fb41c7, v4.sql by
+that of 6fce0dd.
 tests/core/test_old_databases.py starts the server of today on each.
 
 The traffic is real, only the clock of the server is not: it begins at BEGIN, long ago, so that every lease in the dump

@@ -1,0 +1,188 @@
+"""The index by mailbox, in runs, gives the same answers as a plain index: before, during and after each flush and merge.
+
+    INDEX_LISTS=10000 python -m pytest tests/core/test_index.py    the same with more lists of operations
+"""
+
+import contextlib
+import os
+import random
+import shutil
+import sqlite3
+
+import pytest
+
+from bus_extensions.replies import Recall
+from bus_extensions.work import Claim
+from bus_server import MAILBOX, Forget, Index, Now, Put, Refused, Remove, State, draft, index_is_whole, load_extensions
+
+LISTS = int(os.environ.get("INDEX_LISTS", "600"))
+BEGIN = 1795000000 * 1000000  # us
+NAMES = ("ann", "bob", "cleo", "all", "rare")
+WEIGHTS = (40, 40, 10, 10, 1)
+WORK = load_extensions(())["work"]
+IN_ORDER = f"SELECT tick, sender FROM messages WHERE mailbox = {MAILBOX} AND tick > ? AND tick <= ? ORDER BY tick"
+
+
+class World:
+    """A State with small runs, and random lists of operations for it."""
+
+    def __init__(self, path, seed):
+        self.path, self.random, self.now = path, random.Random(seed), BEGIN
+        self.flush, self.merged = self.random.choice((1, 3, 7)), self.random.choice((2, 3))
+        self.slice, self.per_message = self.random.choice((1, 2, 5)), self.random.choice((3, 8))
+        self.open()
+
+    def open(self):
+        self.state = State(str(self.path), lambda: self.now)
+        self.state.add_tables("work", WORK.NOUN, WORK.TABLES)
+        self.state.writing.execute("PRAGMA synchronous=OFF")  # nobody pulls the plug here
+        index = self.state.index
+        index.FLUSH_MESSAGES, index.RUNS_MERGED = self.flush, self.merged
+        index.SLICE, index.PLACES_PER_MESSAGE = self.slice, self.per_message
+
+    def killed(self):
+        """What a kill -9 leaves: the file and its log as they are on the disk."""
+        other = self.path.with_name(f"{self.random.random()}.db")
+        for suffix in ("", "-wal"):
+            with contextlib.suppress(FileNotFoundError):
+                shutil.copy(f"{self.path}{suffix}", f"{other}{suffix}")
+        self.state.close()
+        self.path = other
+        self.open()
+
+    def tick(self):
+        """Any, the newest, or one at the edge of a run."""
+        edges = [upto for (upto,) in self.state.writing.execute("SELECT upto FROM runs WHERE upto > 0").fetchall()]
+        return self.random.choice((BEGIN, self.now, self.state.last, self.random.randint(BEGIN, self.now), *edges))
+
+    def put(self):
+        to = self.random.choices(NAMES, WEIGHTS, k=self.random.choice((1, 1, 1, 3, 30)))
+        ttl = self.random.choice(({}, {}, {"ttl": 0.001}, {"ttl": 60}))
+        return Put([draft({"from": "dora", "to": each, "msg": "x", **ttl}, None) for each in to])
+
+    def list(self):
+        operations = [self.put() for _ in range(self.random.choice((0, 1, 1, 2)))]
+        also = self.random.random()
+        name = self.random.choice(NAMES)
+        if also < 0.15:
+            operations.append(Remove(0, self.tick() + 1, self.random.random() < 0.5, [], 0, self.random.choice((2, 50))))
+        elif also < 0.3:
+            operations.append(Claim("default", name, 2, 1000, self.random.getrandbits(64), "worker", 5))
+        elif also < 0.4:
+            operations.insert(len(operations), Recall(self.tick()))
+        elif also < 0.45:
+            operations.append(Forget([["default", name]]))
+        return sorted(operations, key=lambda operation: operation.rank)
+
+    def apply(self):
+        self.now += self.random.choice((1, 1000, 100000))
+        operations = self.list()
+        fails = self.random.random() < 0.1
+        if fails:
+            self.state.writing.set_authorizer(lambda action, *_: sqlite3.SQLITE_DENY if action == 22 else 0)  # COMMIT
+        try:
+            self.state.apply(operations, Now(self.now, self.now))
+        except sqlite3.DatabaseError:
+            assert fails
+        finally:
+            if fails:
+                self.state.writing.set_authorizer(None)
+
+
+def ticks_of(rows):
+    with contextlib.closing(rows):
+        return list(rows)
+
+
+def check(world):
+    """Every way to look into the index, on both connections, against the rows themselves."""
+    state, between = world.state, sorted((world.tick(), world.tick()))
+    for name in NAMES:
+        for database in (state.writing, state.view.database):
+            for above, upto in ((0, world.now), between):
+                expected = database.execute(IN_ORDER, ("default", name, above, upto)).fetchall()
+                mail = (database, "places.tick, sender", ("default", name), above, upto)
+                assert ticks_of(state.index.mail(*mail)) == expected, (name, above, upto)
+                assert ticks_of(state.index.mail(*mail, backwards=True)) == expected[::-1], (name, above, upto)
+                alive = [row for row in expected if row[0] % 3]
+                assert ticks_of(state.index.mail(*mail, only="places.tick % ?", values=(3,))) == alive
+    assert index_is_whole(state.writing)
+    for key, (number, n, newest) in state.newest(state.index).items():
+        last = "SELECT ifnull(max(tick), 0) FROM messages WHERE mailbox = ?"
+        assert [newest] == list(state.ask(last, number)) and state.counts[key] == (number, n)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_every_read_gives_what_a_plain_index_gives(tmp_path, seed):
+    """Over 5 s: 100 lists for each seed, with some 100 reads after each."""
+    world = World(tmp_path / "bus.db", seed)
+    levels = set()
+    for _ in range(LISTS // 6):
+        world.apply()
+        check(world)
+        levels |= {level for (level,) in world.state.writing.execute("SELECT level FROM runs WHERE upto > 0").fetchall()}
+        if world.random.random() < 0.05:
+            world.killed()
+            check(world)
+    assert len(levels) > 2, "no run was merged twice"
+    world.state.close()
+
+
+@pytest.mark.parametrize("messages", [1, 2, 89, 90, 91, 700])
+def test_the_part_in_memory_is_bounded_however_large_a_list_is(tmp_path, messages):
+    world = World(tmp_path / "bus.db", 0)
+    index = world.state.index
+    index.FLUSH_MESSAGES, index.RUNS_MERGED, index.SLICE = 50, 3, 20
+    index.PLACES_PER_MESSAGE = Index.PLACES_PER_MESSAGE
+    for _ in range(3000 // messages):
+        world.now += 1
+        to = [draft({"from": "dora", "to": world.random.choice(NAMES), "msg": "x"}, None) for _ in range(messages)]
+        world.state.apply([Put(to)], Now(world.now, world.now))
+        assert sum(map(len, index.tail.ticks.values())) == index.size < index.FLUSH_MESSAGES
+        runs = dict(world.state.writing.execute("SELECT level, count(*) FROM runs WHERE upto > 0 GROUP BY level"))
+        assert all(count < 3 * index.RUNS_MERGED for count in runs.values()), runs
+    world.state.close()
+
+
+def test_a_list_that_stores_no_message_writes_nothing_into_the_index(tmp_path):
+    """A full disk must take the removal of messages."""
+    world = World(tmp_path / "bus.db", 0)
+    world.state.index.FLUSH_MESSAGES = 100
+    for _ in range(9):
+        world.now += 1
+        world.state.apply([Put([draft({"from": "dora", "to": "bob", "msg": "x"}, None)])], Now(world.now, world.now))
+    world.state.index.FLUSH_MESSAGES = 1
+    world.state.apply([Remove(0, BEGIN + 1, False, [], 0)], Now(world.now, world.now))
+    assert world.state.ask("SELECT count(*) FROM places") == (0,)
+    world.state.close()
+
+
+@pytest.mark.parametrize("change", ["DELETE FROM places WHERE tick % 2", "UPDATE places SET mailbox = 2 WHERE tick % 2"])
+def test_at_start_a_place_that_is_missing_or_wrong_is_told_and_the_index_made_anew(tmp_path, capfd, change):
+    world = World(tmp_path / "bus.db", 0)
+    for _ in range(30):
+        world.now += 1
+        world.state.apply([Put([draft({"from": "dora", "to": "bob", "msg": "x"}, None)])], Now(world.now, world.now))
+    world.state.writing.execute(change)
+    assert not index_is_whole(world.state.writing)
+    world.state.close()
+    world.open()
+    assert "index by mailbox" in capfd.readouterr().err
+    check(world)
+    world.state.close()
+
+
+def test_an_operation_that_is_refused_leaves_no_place_behind(tmp_path):
+    """Its messages are taken back with a savepoint; those of the others in the list stay."""
+    world = World(tmp_path / "bus.db", 0)
+
+    class Refusing(Remove):
+        def apply(self, state, now):
+            state.place(draft({"from": "dora", "to": "bob", "msg": "never"}, None), now.wall)
+            raise Refused(409, "as it should be")
+
+    put = Put([draft({"from": "dora", "to": "bob", "msg": "x"}, None)])
+    world.state.apply([put, Refusing(0, 1, False, [], 0)], Now(world.now, world.now))
+    world.now += 10
+    check(world)
+    world.state.close()
