@@ -2190,6 +2190,11 @@ MIGRATIONS = [  # a database with user_version n has the first n of them; only e
         upto INTEGER NOT NULL UNIQUE);       -- the highest tick it covers; below 0: it is no part of the index
     {ALL_IN_ONE_RUN}
     DROP INDEX in_order;
+    CREATE VIEW states AS SELECT channel, name, own AS "is a reader's own",
+        datetime(nullif(seen, 0) / 1000000, 'unixepoch') AS "last poll",
+        datetime(nullif(read, 0) / 1000000, 'unixepoch') AS "acknowledged up to",
+        datetime(nullif(fetched, 0) / 1000000, 'unixepoch') AS "fetched up to",
+        datetime(nullif(removed, 0) / 1000000, 'unixepoch') AS "removed up to" FROM mailboxes;
     """,
 ]
 MAILBOX = "(SELECT id FROM mailboxes WHERE channel = ? AND name = ?)"
@@ -2456,8 +2461,8 @@ class Remove(Operation):
             "UPDATE mailboxes SET removed = ?, gone = max(CAST(gone AS INTEGER), ?) WHERE channel = ? AND name = ?",
             [(*numbers, *key) for key, numbers in gone.items()],
         )
+        state.index.remove((tick, mailbox) for tick, _, _, _, mailbox in rows)  # first, for the same readers
         state.writing.executemany("DELETE FROM messages WHERE tick = ?", [row[:1] for row in rows])
-        state.index.remove((tick, mailbox) for tick, _, _, _, mailbox in rows)
         removed = {key: tick for key, (tick, _) in gone.items()}
         state.writing.executemany(
             f"DELETE FROM receipts WHERE mailbox = {MAILBOX} AND kind IN (0, 1, 2) AND tick < ?",
@@ -2540,7 +2545,7 @@ class Index:
     FLUSH_MESSAGES = 4000  # some 4 ms of a commit
     RUNS_MERGED = 10  # 10,000,000 messages are in at most 4 * 9 runs
     SLICE = 2000  # places to copy or to delete at once, some 2 ms
-    PLACES_PER_MESSAGE = 8  # copied or deleted for each new message; with 4 levels each place is, 4 times
+    PLACES_PER_MESSAGE = 8  # copied or deleted with each new message; in its life a place is, up to 4 times each
 
     def __init__(self, writing: sqlite3.Connection, merges: bool) -> None:
         self.writing = writing

@@ -18,6 +18,7 @@ import http.client
 import json
 import os
 import re
+import shlex
 import socket
 import ssl
 import sys
@@ -230,6 +231,17 @@ class Way:
             return f"answered after {held:.1f} s of {self.hold:g}", "this bus holds a poll no longer, or is stopping"
         return f"open for {held:.0f} s"
 
+    def database(self) -> Finding:
+        """Where is the database of this bus, for people with sqlite3? The lock file beside it has the bus's URL."""
+        if not (self.direct and bus_recv.is_here(self.target)):
+            return "on the machine of the bus, which printed its path when it started"
+        state = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
+        path = os.path.join(state, "agent-bus", "bus.db")
+        with contextlib.suppress(OSError, ValueError), open(f"{path}.lock") as lock:
+            if urlsplit(lock.readline().strip()).port == self.port:
+                return f"{path}; to look inside: sqlite3 {shlex.quote(path)} 'select * from readable'"
+        return "not at the usual place; the bus printed its path when it started"
+
     def poll(self, hold: float) -> None:
         query = {"to": self.name, "channel": CHANNEL, "since": self.health["now"], "wait": f"{hold:g}",
                  "block": "true" if hold else "false"}  # fmt: skip
@@ -299,6 +311,7 @@ CERTIFICATE = {  # X509_V_ERR_* of OpenSSL
 HOPS: dict[str, Callable[[Way], Finding]] = {
     "url": Way.spelling, "proxy": Way.proxy, "dns": Way.dns, "tcp": Way.tcp, "tls": Way.tls, "http": Way.answer,
     "bus": Way.bus, "clock": Way.clock, "token": Way.token, "send": Way.send, "recv": Way.recv, "hold": Way.long_poll,
+    "file": Way.database,
 }  # fmt: skip
 FAULTS = (bus_recv.Refused, bus_recv.Unreachable, bus_send.Unreachable, OSError, ValueError, http.client.HTTPException)
 

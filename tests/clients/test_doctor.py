@@ -5,7 +5,9 @@ import functools
 import json
 import os
 import re
+import shlex
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
@@ -19,7 +21,7 @@ from tests.kit.peers import invite
 from tests.kit.processes import PATIENCE, ROOT, Server, free_port, no_settings, wait_until
 from tools import bus_doctor
 
-HOPS = ["url", "proxy", "dns", "tcp", "tls", "http", "bus", "clock", "token", "send", "recv", "hold"]
+HOPS = ["url", "proxy", "dns", "tcp", "tls", "http", "bus", "clock", "token", "send", "recv", "hold", "file"]
 NOBODYS = "abt_00000000_" + "s" * 43
 NO_RECEIVER = answer({"error": "to is required"}, status=400)
 
@@ -366,3 +368,15 @@ def test_a_long_poll_that_is_cut(fails, then):
 def test_a_long_poll_that_is_answered_early_is_a_warning(examine):
     with Scripted(answer({}), NO_RECEIVER, mail()) as bus:
         assert examine(bus.url, "--hold", "5")[0]["hold"][0] == "warn"
+
+
+def test_the_path_of_the_database_is_told_if_the_bus_is_the_one_at_the_usual_place(examine, tmp_path):
+    place = tmp_path / "it's" / "agent-bus"
+    place.mkdir(parents=True)
+    with Server(place / "bus.db") as server:
+        told = examine(server.url, XDG_STATE_HOME=str(place.parent))[0]["file"][1]
+        path, command = told.split("; to look inside: ")
+        assert shlex.split(command) == ["sqlite3", path, "select * from readable"] and path == server.db
+        with contextlib.closing(sqlite3.connect(path)) as database:
+            assert database.execute(shlex.split(command)[2]).fetchall() == []
+        assert "not at the usual place" in examine(server.url, XDG_STATE_HOME=str(tmp_path))[0]["file"][1]

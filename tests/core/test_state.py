@@ -483,6 +483,17 @@ class TestSqlite(StoreContract):
         ]
         beside.close()
 
+    def test_people_can_see_how_far_each_name_has_read(self, store, tmp_path):
+        commit(store, message("bob"), message("team"))
+        minute = 1_795_000_020_000_000
+        commit(store, also=[Marks([Mark("default", "bob", True, minute, minute + 60_000_000, 0)], [], {})])
+        beside = sqlite3.connect(f"file:{tmp_path}/bus.db?mode=ro", uri=True)
+        assert beside.execute("SELECT * FROM states").fetchall() == [
+            ("default", "bob", 1, None, "2026-11-18 11:07:00", "2026-11-18 11:08:00", None),
+            ("default", "team", 0, None, None, None, None),
+        ]
+        beside.close()
+
     def test_people_can_read_what_is_beside_a_damaged_message(self, store, tmp_path):
         for text in ("one", "two", "three"):
             commit(store, message("bob", text))
