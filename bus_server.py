@@ -3373,6 +3373,9 @@ class Mailboxes:
         self.lost = 0  # up to this tick messages may be lost by damage
         self.forgotten = 0  # highest tick removed from a forgotten mailbox; observers get a gap up to it
         self.boxes = {(row[0], row[1]): Mailbox(*row[2:]) for row in stored}
+        self.ordered = sorted(self.boxes)
+        self.unordered: list[tuple[str, str]] = []  # those that came since the last sort
+        self.removed = max((box.removed for box in self.boxes.values()), default=0)  # no message above was removed
         self.highest = max((box.newest for box in self.boxes.values()), default=0)
         self.changed: set[tuple[str, str]] = set()  # mailboxes whose marks are newer than on disk
         self.receipts: dict[tuple[str, str, int | str], Receipt] = {}  # newer than on disk
@@ -3383,7 +3386,24 @@ class Mailboxes:
         box = self.boxes.get((channel, own))
         if box is None:
             box = self.boxes[channel, own] = Mailbox()
+            self.unordered.append((channel, own))
         return box
+
+    def keys(self, after: tuple[str, str]) -> Iterator[tuple[str, str]]:
+        """The mailboxes behind one, in the order of channel and name."""
+        if self.unordered:
+            self.ordered += self.unordered
+            self.ordered.sort()  # a list that is nearly in order takes a tenth of the time
+            self.unordered = []
+        return islice(self.ordered, bisect_right(self.ordered, after), None)
+
+    def drop(self, keys: Iterable[tuple[str, str]]) -> None:
+        for key in keys:
+            box = self.boxes.pop(key, None)
+            self.forgotten = max(self.forgotten, box.removed if box else 0)
+        self.ordered = [key for key in (*self.ordered, *self.unordered) if key in self.boxes]
+        self.ordered.sort()
+        self.unordered = []
 
     def new(self, channel: str, names: Iterable[str]) -> int:
         """How many of these names have no mailbox yet. `all` comes with its channel."""
@@ -3487,6 +3507,8 @@ class Mailboxes:
 
     def gap(self, poll: Poll) -> tuple[int, int] | None:
         """From the cursor to the last message that retention removed, if that is ahead of the cursor."""
+        if poll.since >= max(self.removed, self.lost, self.forgotten):
+            return None  # without a look at each of many mailboxes
         if poll.me is None:
             boxes = [
                 box
@@ -3503,6 +3525,7 @@ class Mailboxes:
         for key, tick in removed.items():
             if key in self.boxes:  # else its name on the disk is damaged
                 self.boxes[key].removed = tick
+                self.removed = max(self.removed, tick)
                 self.boxes[key].base = self.boxes[key].pending = self.boxes[key].by_sender = None
 
     def take_marks(self) -> list[Mark]:
@@ -3519,15 +3542,17 @@ class Mailboxes:
 
     def idle(self, wall: int, keep: int) -> list[list[str]]:
         """Drop the names that were only looked at; returns those with a row, without mail, not polled for `keep` us."""
-        gone = []
-        for key, box in list(self.boxes.items()):
+        looked_at, gone = [], []
+        for key, box in self.boxes.items():
             quiet = wall - box.seen
             if key in self.waiting or box.newest > box.removed:
                 continue
             if not box.firm and quiet > self.LOOKED_SECONDS * 1000000:
-                del self.boxes[key]
+                looked_at.append(key)
             elif box.firm and keep and quiet > keep and box.mark() >= box.removed:  # else its reader is told of a gap
                 gone.append([*key])
+        if looked_at:
+            self.drop(looked_at)
         return gone
 
     # Messages and parked connections
@@ -4180,9 +4205,7 @@ class Retention:
             self.bus.do(Forget(idle), None, self.forgotten)
 
     def forgotten(self, connection: None, forget: Forget, names: list[list[str]]) -> None:
-        for channel, own in names:
-            box = self.bus.mailboxes.boxes.pop((channel, own), None)
-            self.bus.mailboxes.forgotten = max(self.bus.mailboxes.forgotten, box.removed if box else 0)
+        self.bus.mailboxes.drop((channel, own) for channel, own in names)
 
     def look_for_request(self) -> None:
         """The command prune leaves a file beside the database that says what to remove."""
@@ -4405,6 +4428,8 @@ def unread(bus: Bus, channel: str, own: str, box: Mailbox) -> int:
     mark = box.mark()
     if mark >= box.newest:
         return 0
+    if box.base is None and not mark and not box.removed:
+        box.base = 0  # without a look at the disk for each of many mailboxes
     if box.base is None:
         counted = bus.view.count_up_to(channel, own, mark)
         box.base = box.n if counted is None else counted
@@ -4423,14 +4448,15 @@ def page(bus: Bus, request: Request, shows: Callable[[str, Mailbox], bool]) -> t
     query = request.query()
     limit, (channel, _, own) = int(query.number("max", 1000, 1, 1000)), (query.one("after") or "").partition("/")
     wanted, names = query.name("channel", None), query.names("name")
+    boxes = bus.mailboxes.boxes
     keys = (
         key
-        for key, box in bus.mailboxes.boxes.items()
-        if key > (channel, own) and wanted in (None, key[0]) and (not names or key[1] in names) and shows(key[1], box)
+        for key in bus.mailboxes.keys((channel, own))
+        if wanted in (None, key[0]) and (not names or key[1] in names) and shows(key[1], boxes[key])
     )
-    some = heapq.nsmallest(limit + 1, keys)
+    some = list(islice(keys, limit + 1))
     more = f', "more": true, "next": {encode("/".join(some[limit - 1]))}' if len(some) > limit else ""
-    return [(*key, bus.mailboxes.boxes[key]) for key in some[:limit]], more
+    return [(*key, boxes[key]) for key in some[:limit]], more
 
 
 def inbox(bus: Bus, request: Request) -> Answer:
