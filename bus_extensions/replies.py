@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from functools import partial
+from itertools import chain
 from typing import Any, NamedTuple
 
 from bus_server import (
+    ALIVE,
     ANSWER_BYTES,
     BUSY,
     EVERYONE,
@@ -195,9 +197,7 @@ class Replies:
         tick, duplicate = stored[0].ticks[0], stored[0].duplicate
         said = entry(bus, one, stored[0]) + (f', "warning": {quote(warning)}' if warning else "")
         question = Question(tick, one.sender, one.to[0], bus.gate, said, grant, hold, one.channel)
-        there = self.replies_to(question) if duplicate else iter(())
-        withheld = [each.tick for each in bus.withheld.values()]
-        reply = next((each for each in there if question.wants(each) and each.tick not in withheld), None)
+        reply = self.reply_to(question) if duplicate else None
         if reply:
             return self.answered(connection, question, [reply])
         if not hold or bus.draining or connection.ended or connection.phase is not BUSY:
@@ -219,27 +219,33 @@ class Replies:
 
     # Conversations
 
-    def replies_to(self, question: Question) -> Iterator[Message]:
-        """The announced replies to a question, oldest first, without the expired and the recalled ones.
+    def reply_to(self, question: Question) -> Message | None:
+        """The oldest announced reply to a question that counts, and is neither expired nor recalled.
 
-        Anybody may have sent thousands that do not count. SQLite passes over them; here each would take 20 us.
+        Anybody may have sent thousands that do not count: SQLite passes over them in the index `replies`.
         """
         view, names = self.bus.view, question.gate.readers(question.asked)
-        known = "(? OR sender IN (SELECT value FROM json_each(?)))"
-        only = f"sender != ? AND {known} AND ifnull(expires > ?, 1) AND answers = ?"  # `answers` lies behind the text
-        values = question.sender, names is None, encode(list(names or ())), view.clock(), question.tick
-        return self.messages_of(view.lineage(question.tick)[0], question.tick, only, *values)
+        which, values = "sender != ?", (question.sender,)
+        if names is not None:
+            which, values = "sender IN (SELECT value FROM json_each(?))", (encode(list(names - {question.sender})),)
+        where = f"WHERE answers = ? AND {which} AND tick <= ? AND {ALIVE} ORDER BY tick"
+        withheld = [each.tick for each in self.bus.withheld.values()]
+        found = self.found(f"{SELECT} {where}", question.tick, *values, self.bus.last, view.clock())
+        with contextlib.closing(found) as replies:
+            return next((each for each in replies if question.wants(each) and each.tick not in withheld), None)
 
-    def messages_of(self, root: int, after: int, only: str, *values: Any) -> Iterator[Message]:
-        """A message, the replies to it, and the replies to those, oldest first; only ticks above `after`."""
+    def found(self, statement: str, *values: Any) -> Generator[Message, None, None]:
         view = self.bus.view
-        first = view.message(root) if root > after else None
-        if first:
-            yield first
-        where = f"WHERE thread = ? AND tick > ? AND tick <= ? AND {only} ORDER BY tick"
-        rows = view.database.execute(f"{SELECT} {where}", (root, after, self.bus.last, *values))
-        with contextlib.closing(rows):
+        with contextlib.closing(view.database.execute(statement, values)) as rows:
             yield from filter(None, map(view.checked, rows))
+
+    LOOKED = 10000  # replies of a thread that one page looks at, some 10 ms; others than the asker's may be between his
+
+    def last_of_page(self, root: int, after: int) -> int:
+        """The highest tick that a page of a thread looks at."""
+        replies = "FROM messages WHERE thread = ? AND tick > ? ORDER BY tick LIMIT 1 OFFSET ?"
+        [tick] = self.bus.view.ask(f"SELECT tick {replies}", root, after, self.LOOKED - 1) or [self.bus.last]
+        return min(int(tick), self.bus.last)
 
     def thread(self, request: Request) -> Answer:
         """A conversation: its first message, the replies, and the replies to those."""
@@ -251,18 +257,23 @@ class Replies:
         root, grant = self.bus.view.lineage(wanted or 0)[0], request.grant
         mine = [] if grant.send_only else [grant.name, EVERYONE, *grant.also]  # SQLite passes over others' mail
         only = "(? OR sender = ? OR name IN (SELECT value FROM json_each(?)))"
-        thread = self.messages_of(root, after, only, grant.operator, grant.name, encode(mine))
+        where = f"WHERE thread = ? AND tick > ? AND tick <= ? AND {only} ORDER BY tick"
+        upto = self.last_of_page(root, after)
+        values = root, after, upto, grant.operator, grant.name, encode(mine)
+        first = self.bus.view.message(root) if root > after else None
         seen: list[str] = []
-        more, size, last = "", 0, 0
-        for each in thread:
-            if grant.may_see(each):
+        size, last = 0, 0
+        next_after = upto if upto < self.bus.last else 0
+        with contextlib.closing(self.found(f"{SELECT} {where}", *values)) as replies:
+            for each in filter(grant.may_see, chain([first] if first else [], replies)):
                 if len(seen) == limit or size > ANSWER_BYTES:
-                    more = f', "more": true, "next": "{last:x}"'
+                    next_after = last
                     break
                 seen.append(readable(self.bus, each, grant))
                 size, last = size + len(seen[-1]), each.tick
-        if not seen and not after:
+        if not seen and not after and not next_after:
             raise no_message()
+        more = f', "more": true, "next": "{next_after:x}"' if next_after else ""
         return ok(self.bus, f'"messages": [{", ".join(seen)}]{more}')
 
     # Taking back

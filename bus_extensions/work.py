@@ -192,7 +192,7 @@ class Claim(Operation):
             highest = "SELECT ifnull(max(tick), 1) FROM work WHERE mailbox = ?"
             [taken] = state.writing.execute(highest, (mailbox,)).fetchone()
         queue = self.channel, self.queue
-        rows = state.index.mail(state.writing, PLACED_ROW, queue, taken, only=ALIVE, values=(now.wall,))
+        rows = state.mail(PLACED_ROW, queue, taken, only=ALIVE, values=(now.wall,))
         found: list[tuple[Message, int]] = []
         with contextlib.closing(rows):
             for row in rows:

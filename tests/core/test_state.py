@@ -53,6 +53,7 @@ def commit(store, *drafts, also=()):
     puts = [Put(each if isinstance(each, list) else [each], room) for each in drafts]
     operations = sorted([*puts, *also], key=lambda operation: operation.rank)
     applied = store.apply(operations, Now(wall, wall))
+    store.view.tail = store.tail
     results = dict(zip(map(id, operations), applied.results))
     return applied._replace(results=[results[id(operation)] for operation in [*puts, *also]])
 
