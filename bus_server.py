@@ -70,7 +70,7 @@ from functools import lru_cache, partial
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
 from itertools import count, islice
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 from types import ModuleType
 from typing import IO, Any, ClassVar, NamedTuple, NoReturn, Protocol, TypeVar, Union
 from urllib.parse import parse_qsl
@@ -87,6 +87,7 @@ HOLD_MAX = 60.0  # s; a poll that asks for more is answered after this time, and
 AHEAD = 300 * 1000000  # us; a cursor from a host with a fast clock may be this far ahead of the bus's clock
 NAMES_PER_SEND = 64
 MAX_MESSAGES = 1000  # in one answer
+PLAIN_BYTES = 1 << 17  # of messages in an answer as text, whose invisible characters take more time
 ANSWER_BYTES = 1 << 20  # of messages in an answer that has more than one; it bounds memory and the time of a turn
 DEPTH = 32  # levels of JSON; at about 1000 Python's parser raises an error that is not a ValueError
 TTL_MIN = 0.001  # s; a shorter one could round to 0
@@ -1163,20 +1164,45 @@ class Deadlines:
                     self._file(connection, self._slot(connection))
 
 
+class Shares:
+    """Bytes that the bus holds for its peers: limited in all, and for each owner."""
+
+    def __init__(self, most: float, most_each: float) -> None:
+        self.most, self.most_each = most, most_each
+        self.held: Counter[str] = Counter()  # by owner
+        self.all = 0
+
+    def add(self, owner: str, size: int) -> None:
+        self.all += size
+        self.held[owner] += size
+        if not self.held[owner]:
+            del self.held[owner]
+
+    def is_full(self, owner: str, size: int) -> bool:
+        """Would so many bytes more exceed a limit?"""
+        return self.all + size > self.most or self.held[owner] + size > self.most_each
+
+    def greatest(self) -> str:
+        """The owner that has most."""
+        return max(self.held, key=self.held.__getitem__)
+
+
 class Door:
     """All open connections, and the state that they share. Used by the loop only."""
 
     UNSENT, UNSENT_EACH = 64 << 20, 16 << 20  # bytes of answers that peers have not read: in all, and for one owner
     SMALL = 4096  # bytes; an answer up to this size is always written
-    BODIES = 128 << 20  # bytes of large bodies that have not arrived whole; beyond it the oldest goes first
+    BODIES = 128 << 20  # bytes of large bodies that have not arrived whole
+    CROWD = 32  # connections of who has most that are closed at once, if no descriptor is left
 
     def __init__(self, app: App, loop: Loop) -> None:
         self.app, self.loop = app, loop
         self.deadlines = Deadlines(time.monotonic)
         self.connections: set[Connection] = set()
         self.strangers: dict[Connection, None] = {}  # those that have not finished a first request, oldest first
-        self.unsent: Counter[str] = Counter()  # bytes, by owner; that of "" is all
-        self.bodies: dict[Connection, int] = {}  # bytes of the body that each waits for, oldest first
+        self.unsent = Shares(self.UNSENT, self.UNSENT_EACH)
+        self.bodies: dict[Connection, tuple[str, int]] = {}  # owner, and bytes that each waits for; oldest first
+        self.arriving = Shares(self.BODIES, math.inf)  # the same bytes
 
     def enter(self, connection: Connection) -> None:
         self.connections.add(connection)
@@ -1189,40 +1215,52 @@ class Door:
     def leave(self, connection: Connection) -> None:
         self.connections.discard(connection)
         self.strangers.pop(connection, None)
-        self.bodies.pop(connection, None)
+        self.arrived(connection)
         self.deadlines.forget(connection)
 
     def expect(self, connection: Connection, length: int) -> None:
-        """A large body begins to arrive. If there are too many, those that stay away longest go first."""
-        self.bodies[connection] = length
-        while sum(self.bodies.values()) > self.BODIES:
-            oldest = next(iter(self.bodies))
-            del self.bodies[oldest]
-            oldest.transport.abort()
+        """A large body begins to arrive. If there are too many, the oldest of the owner that has most is given up."""
+        owner = connection.owner()
+        self.bodies[connection] = owner, length
+        self.arriving.add(owner, length)
+        while self.arriving.is_full(owner, 0):
+            most = self.arriving.greatest()
+            oldest = next(each for each, (its, _) in self.bodies.items() if its == most)
+            self.arrived(oldest)
+            oldest.wait(BODY, 0)
+
+    def arrived(self, connection: Connection) -> None:
+        """No body is waited for on this connection any more."""
+        if connection in self.bodies:
+            owner, length = self.bodies.pop(connection)
+            self.arriving.add(owner, -length)
 
     def owe(self, connection: Outgoing, size: int) -> None:
         """Note that this many bytes of the answer are unsent now."""
-        for owner in ("", connection.owner()):
-            self.unsent[owner] += size - connection.unsent
-            if not self.unsent[owner]:
-                del self.unsent[owner]
+        self.unsent.add(connection.owner(), size - connection.unsent)
         connection.unsent = size
 
     def is_full(self, connection: Outgoing, size: int) -> bool:
         """Would an answer of this size exceed a limit for unread answers?"""
-        if size <= self.SMALL or not self.unsent:
-            return False
-        return self.unsent[connection.owner()] + size > self.UNSENT_EACH or self.unsent[""] + size > self.UNSENT
+        return size > self.SMALL and bool(self.unsent.all) and self.unsent.is_full(connection.owner(), size)
 
     def sweep(self) -> None:
         self.loop.each(Connection.late, Connection.fail, self.deadlines.late())
 
     def drop_idle(self) -> None:
-        """File descriptors have run out: close the idle connections, except those made within the last second."""
+        """File descriptors have run out: close the idle connections, except those made within the last second.
+
+        If there are none, some go that wait for a message, of the owner that has most of those.
+        """
         fresh = self.deadlines.clock() + HEAD_SECONDS - 1
-        for connection in list(self.connections):
-            if connection.phase is IDLE and not (connection in self.strangers and connection.due > fresh):
-                connection.transport.abort()
+        everybody = list(self.connections)
+        idle = [each for each in everybody if each.phase is IDLE and not (each in self.strangers and each.due > fresh)]
+        if not idle:
+            parked = [each for each in everybody if each.phase is PARKED]
+            [most, _] = max(Counter(map(Connection.owner, parked)).items(), key=itemgetter(1), default=("", 0))
+            idle = [each for each in parked if each.owner() == most][: self.CROWD]
+        for connection in idle:
+            connection.transport.abort()
 
     def drain(self) -> None:
         self.loop.each(Connection.drain, Connection.fail, list(self.connections))
@@ -1459,7 +1497,7 @@ class Connection(Outgoing):
         self.phase, self.due = BUSY, math.inf  # a commit has no deadline
         self.closing = request.parsed.closes
         self.door.strangers.pop(self, None)
-        self.door.bodies.pop(self, None)
+        self.door.arrived(self)
         self.answer(request.answer())
 
     def take(self) -> Request | None:
@@ -1842,6 +1880,7 @@ class Tokens:
         self.path = f"{database}.tokens"
         self.closed = False
         self.grants: dict[str, tuple[str, Grant]] = {}
+        self.named: dict[str, list[Grant]] = {}  # the same by name
         self.used: dict[str, int] = {}  # token: s since 1970; since they were last saved
         # A descriptor that is given up to read the file: peers may have used up all others.
         self.spare = open(os.devnull)  # noqa: SIM115
@@ -1896,6 +1935,9 @@ class Tokens:
             }
         except (KeyError, TypeError):
             raise Unusable(f"cannot read the tokens in {self.path}: a line in it is not a token") from None
+        self.named = {}
+        for _, grant in self.grants.values():
+            self.named.setdefault(grant.name, []).append(grant)
 
     def change(self, change: Callable[[list[Row]], list[Row]]) -> None:
         """Write the file anew, one command at a time."""
@@ -1960,6 +2002,10 @@ class Gate:
         known = {grant.name for _, grant in self.tokens.grants.values() if grant.reads(mailbox)}
         return known if self.tokens.closed else None
 
+    def may_read(self, name: str, mailbox: str) -> bool:
+        """Has this name a token that may read the mailbox?"""
+        return not self.tokens.closed or any(grant.reads(mailbox) for grant in self.tokens.named.get(name, ()))
+
     def admit(self, head: Head) -> Grant:
         if head.foreign:
             raise Refused(403, "pages of other sites may not use this bus")
@@ -1983,7 +2029,7 @@ class Budget:
 
     def __init__(self, clock: Callable[[], float], rate: float, burst: float) -> None:
         self.clock, self.rate, self.burst = clock, rate, burst
-        self.left: dict[str, tuple[float, float]] = {}  # what each owner has left, at which time
+        self.left: dict[str, tuple[float, float]] = {}  # what each owner has left, at which time; last used last
 
     def wait(self, owner: str, amount: float) -> int:
         """Spend `amount` and return 0; or return the seconds until that is possible. A full budget may go below 0."""
@@ -1994,13 +2040,18 @@ class Budget:
         left = min(self.burst, left + (now - before) * self.rate)
         if amount > left and left < self.burst:
             return math.ceil((min(amount, self.burst) - left) / self.rate)
+        self.left.pop(owner, None)
         self.left[owner] = left - amount, now
         return 0
 
     def forget(self) -> None:
-        """Drop the owners whose budget is full again."""
-        now, rate = self.clock(), self.rate
-        self.left = {own: (left, at) for own, (left, at) in self.left.items() if left + (now - at) * rate < self.burst}
+        """Drop the owners whose budget is full again, up to the first whose is not."""
+        now = self.clock()
+        while self.left:
+            owner, (left, at) = next(iter(self.left.items()))
+            if left + (now - at) * self.rate < self.burst:
+                return
+            del self.left[owner]
 
 
 class Storms:
@@ -2015,6 +2066,7 @@ class Storms:
     SENDER_SECONDS = 86400.0  # s that a sender is known
     DEPTH = 32  # replies to replies; people change the subject earlier
     WITHIN = 600.0  # s in which changes of direction between two names are counted
+    PAIRS = 50000  # of names whose turns are known at most, some 300 bytes each; beyond it the oldest are forgotten
 
     def __init__(self, clock: Callable[[], float], rate: float, turns: int = 120) -> None:
         self.clock = clock
@@ -2022,18 +2074,19 @@ class Storms:
         self.sends = Budget(clock, rate, self.BURST)
         self.reads = Budget(clock, self.READS if rate else 0, self.READS_BURST)
         self.names = Budget(clock, self.NAMES if rate else 0, self.NAMES_BURST)
-        self.turns: dict[tuple[str, str, str], tuple[str, deque[float]]] = {}  # pair: who sent last, times of its turns
-        self.senders: dict[str, float] = {}  # when each sent last; one that is not listed is a new name
+        # By pair: who sent last, when, and the times of the changes of direction; the pair that sent last is the last.
+        self.turns: dict[tuple[str, str, str], tuple[str, float, list[float]]] = {}
+        self.senders: dict[str, float] = {}  # when each sent last, in that order; one that is not listed is a new name
 
     def forget(self) -> None:
         """Drop the entries that limit nobody any more; called now and then."""
         for budget in (self.sends, self.reads, self.names):
             budget.forget()
         now = self.clock()
-        for pair, (_, turns) in list(self.turns.items()):
-            if not turns or turns[-1] < now - self.WITHIN:
-                del self.turns[pair]
-        self.senders = {each: heard for each, heard in self.senders.items() if heard >= now - self.SENDER_SECONDS}
+        while self.turns and next(iter(self.turns.values()))[1] < now - self.WITHIN:
+            del self.turns[next(iter(self.turns))]
+        while self.senders and next(iter(self.senders.values())) < now - self.SENDER_SECONDS:
+            del self.senders[next(iter(self.senders))]
 
     def read(self, reader: str) -> None:
         wait = self.reads.wait(reader, 1)
@@ -2062,6 +2115,7 @@ class Storms:
             new += 1
         if new:
             self.name(owner, new)
+        self.senders.pop(sender, None)
         self.senders[sender] = now
         for channel, sender, to in each:
             if to != EVERYONE:
@@ -2070,18 +2124,21 @@ class Storms:
 
     def turn(self, channel: str, sender: str, to: str, now: float) -> str:
         pair = (channel, sender, to) if sender < to else (channel, to, sender)
-        last, turns = self.turns.get(pair) or ("", deque())
-        if not self.most_turns or (last == sender and not turns):
+        if not self.most_turns:
             return ""
+        last, _, turns = self.turns.get(pair) or ("", now, [])
         while turns and turns[0] < now - self.WITHIN:
-            turns.popleft()
+            del turns[0]
         if last not in ("", sender):
             if len(turns) >= self.most_turns:
                 wait = math.ceil(turns[0] + self.WITHIN - now)
                 often = f"{self.most_turns} times in {self.WITHIN / 60:g} minutes"
                 raise too_much(f"{sender} and {to} have answered each other {often}: stop, or wait {wait} s", wait)
             turns.append(now)
-        self.turns[pair] = sender, turns
+        self.turns.pop(pair, None)
+        self.turns[pair] = sender, now, turns
+        if len(self.turns) > self.PAIRS:
+            del self.turns[next(iter(self.turns))]
         if len(turns) < max(self.most_turns // 4, 1):
             return ""
         often = f"{len(turns)} times in {self.WITHIN / 60:g} minutes"
@@ -2109,6 +2166,16 @@ BUSY_SECONDS = 2.0  # to wait for a lock of another program, before senders get 
 SOUND = 1 << 53  # a tick or a count above it is damage: as us it is the year 2255
 OPERATION_FORMAT = 1  # of the bytes of an operation
 
+INDEX_TABLES = """
+    CREATE TABLE places(
+        run INTEGER NOT NULL, mailbox INTEGER NOT NULL, tick INTEGER NOT NULL, PRIMARY KEY(run, mailbox, tick)
+        ) WITHOUT ROWID;
+    CREATE TABLE runs(
+        run INTEGER PRIMARY KEY,
+        level INTEGER,                       -- runs of one level are merged; NULL: its places are being deleted
+        upto INTEGER NOT NULL UNIQUE,        -- the highest tick it covers; below 0: it is no part of the index
+        checksum INTEGER NOT NULL);
+"""
 MIGRATIONS = [  # a database with user_version n has the first n of them; only ever add at the end
     """
     CREATE TABLE bus(id TEXT NOT NULL, last INTEGER NOT NULL);
@@ -2176,15 +2243,8 @@ MIGRATIONS = [  # a database with user_version n has the first n of them; only e
         AS json FROM messages) JOIN mailboxes ON mailbox = id;
     """,
     # The index by mailbox is written in runs: see Index and build_index(), which is called after this step.
-    """
-    CREATE TABLE places(
-        run INTEGER NOT NULL, mailbox INTEGER NOT NULL, tick INTEGER NOT NULL, PRIMARY KEY(run, mailbox, tick)
-        ) WITHOUT ROWID;
-    CREATE TABLE runs(
-        run INTEGER PRIMARY KEY,
-        level INTEGER,                       -- runs of one level are merged; NULL: its places are being deleted
-        upto INTEGER NOT NULL UNIQUE,        -- the highest tick it covers; below 0: it is no part of the index
-        checksum INTEGER NOT NULL);
+    f"""
+    {INDEX_TABLES}
     CREATE INDEX replies ON messages(answers, tick, sender) WHERE answers IS NOT NULL;
     CREATE VIEW states AS SELECT channel, name, own AS "is a reader's own",
         datetime(nullif(seen, 0) / 1000000, 'unixepoch') AS "last poll",
@@ -2229,13 +2289,12 @@ IN_PLACES, IN_MESSAGES = (
     f"SELECT count(*), ifnull(sum(tick % 1000003 * 1009 + mailbox % 1000003), 0) FROM {them}"
     for them in ("runs JOIN places USING (run) WHERE upto > 0", "messages WHERE tick <= (SELECT max(upto) FROM runs)")
 )
-ITS_KEYS = (
-    "(SELECT json_extract(value, '$[0]') AS its_key, json_extract(value, '$[1]') AS its_sender FROM json_each(?))"
-)
-EARLIER = f"""SELECT {ROW}, key FROM {ITS_KEYS}
-    CROSS JOIN messages ON key = its_key AND sender = its_sender JOIN mailboxes ON mailbox = id"""
+ITS_KEYS = """(SELECT json_extract(value, '$[0]') AS its_key, json_extract(value, '$[1]') AS its_sender,
+    json_extract(value, '$[2]') AS its_channel FROM json_each(?))"""
+EARLIER = f"""SELECT {ROW}, key FROM {ITS_KEYS} CROSS JOIN messages ON key = its_key AND sender = its_sender
+    CROSS JOIN mailboxes ON mailbox = id AND channel = its_channel"""
 EARLIER_REMOVED = f"""SELECT tick, key, sender, channel, name, hash, sum FROM {ITS_KEYS}
-    CROSS JOIN keys ON key = its_key AND sender = its_sender"""
+    CROSS JOIN keys ON key = its_key AND sender = its_sender AND channel = its_channel"""
 KEYED = f"""SELECT {ROW}, key FROM messages JOIN mailboxes ON mailbox = id
     WHERE tick >= ? AND tick <= ? AND key IS NOT NULL"""
 
@@ -2455,7 +2514,8 @@ class Remove(Operation):
         state.keep_keys({row[0] for row in rows if row[0] >= self.keys_from})
         gone = {(channel, own): (tick, n if isinstance(n, int) else 0) for tick, channel, own, n, _ in rows}
         state.writing.executemany(  # first, for readers of :memory:, who see the messages go
-            "UPDATE mailboxes SET removed = ?, gone = max(CAST(gone AS INTEGER), ?) WHERE channel = ? AND name = ?",
+            "UPDATE mailboxes SET removed = max(CAST(removed AS INTEGER), ?), gone = max(CAST(gone AS INTEGER), ?) "
+            "WHERE channel = ? AND name = ?",
             [(*numbers, *key) for key, numbers in gone.items()],
         )
         state.index.remove((tick, mailbox) for tick, _, _, _, mailbox in rows)  # first, for the same readers
@@ -2917,7 +2977,7 @@ class State(Rows):
         """The earlier sends that had the same keys as those in this list."""
         found: Known = {}
         puts = (operation.drafts for operation in operations if type(operation) is Put)
-        keys = {(one.key, one.sender) for drafts in puts for one in drafts if one.key}
+        keys = {(one.key, one.sender, one.channel) for drafts in puts for one in drafts if one.key}
         if not keys:
             return found
         asked = (encode([*keys]),)
@@ -3034,11 +3094,12 @@ class View(Rows):
     def after(self, poll: Poll, upto: int) -> tuple[list[Message], int | None]:
         """The messages that a poll wants above its cursor and up to `upto`, oldest first.
 
-        The read stops at the poll's limit, at ANSWER_BYTES, and after MAX_MESSAGES that the poll does not want. Then
+        The read stops at the poll's limit, at ANSWER_BYTES, and after MAX_MESSAGES. Then
         the second value is the tick it got to; it is None when nothing is left.
         """
         found: list[Message] = []
         size = reached = 0
+        room = PLAIN_BYTES if poll.plain else ANSWER_BYTES
         with contextlib.ExitStack() as opened:
             if poll.me is None:
                 rows = self.database.execute(f"{SELECT} WHERE tick > ? AND tick <= ? ORDER BY tick", (poll.since, upto))
@@ -3048,13 +3109,13 @@ class View(Rows):
                 parts = [opened.enter_context(contextlib.closing(rows)) for rows in each]
             # Ordered parts are merged as they are read: a reader far behind costs no more than the rows it takes.
             for looked, row in enumerate(heapq.merge(*parts)):
-                if len(found) == poll.limit or size > ANSWER_BYTES or looked == MAX_MESSAGES:
+                if len(found) == poll.limit or size > room or looked == MAX_MESSAGES:
                     return found, reached
                 message = self.checked(row)
                 reached = row[0]
+                size += len(row[4] or "")  # of its text, which was read also if nobody wants it
                 if message and poll.wants(message) and not self.is_expired(message):
                     found.append(message)
-                    size += len(message.text)
         return found, None
 
     def removed_up_to(self, poll: Poll) -> dict[tuple[str, str], int]:
@@ -3088,22 +3149,12 @@ class View(Rows):
         row = below or self.first("n - 1", (channel, own), tick, only=SOUND_N)
         return int(row[0]) if row else None
 
-    def count_between(self, channel: str, own: str, tick: int, last: int) -> tuple[int, int]:
-        """How many messages of a mailbox lie above `tick` and up to `last`, and their bytes."""
-        counts = self.count_by_sender(channel, own, tick, last).values()
-        return sum(messages for messages, _ in counts), sum(size for _, size in counts)
+    def sizes(self, channel: str, own: str, above: int, upto: int) -> Iterator[tuple[str, int]]:
+        """The sender and the bytes of each message of a mailbox between two ticks, of the first COUNTED."""
+        with contextlib.closing(self.mail("sender, length(text)", (channel, own), above, upto)) as rows:
+            yield from islice(rows, self.COUNTED)
 
-    def count_by_sender(self, channel: str, own: str, tick: int, last: int) -> dict[str, tuple[int, int]]:
-        """The same, by sender. Counts no further than MAILBOX_MESSAGES.
-
-        Messages above `last` have not been announced yet.
-        """
-        counts: dict[str, tuple[int, int]] = {}
-        with contextlib.closing(self.mail("sender, length(text)", (channel, own), tick, last)) as rows:
-            for sender, size in islice(rows, MAILBOX_MESSAGES):
-                messages, total = counts.get(sender, (0, 0))
-                counts[sender] = messages + 1, total + size
-        return counts
+    COUNTED = 3 * MAILBOX_MESSAGES  # a mailbox can get more than MAILBOX_MESSAGES, as one send may have thousands
 
     def hole(self, channel: str, own: str, above: int, upto: int) -> bool:
         """Does a mailbox have a message between these ticks that can still be delivered?"""
@@ -3115,9 +3166,10 @@ class View(Rows):
         where = f"the place of {tick:x} in its thread"
         return (self.number(row[0], tick, where), self.number(row[1], 0, where)) if row else (tick, 0)
 
-    def count_expired(self, channel: str, own: str, above: int) -> int:
-        expired = f"mailbox = {MAILBOX} AND expires <= ? AND tick > ?"
-        row = self.ask(f"SELECT count(*) FROM messages WHERE {expired}", channel, own, self.clock(), above)
+    def count_expired(self, channel: str, own: str, above: int, since: int, now: int) -> int:
+        """How many messages of a mailbox above a tick expired after `since` and up to `now` (wall clock, us)."""
+        expired = f"mailbox = {MAILBOX} AND expires > ? AND expires <= ? AND tick > ?"
+        row = self.ask(f"SELECT count(*) FROM messages WHERE {expired}", channel, own, since, now, above)
         return int(row[0])
 
     def mailboxes(self, last: int) -> list[tuple[Any, ...]]:
@@ -3197,15 +3249,7 @@ def prepare(database: sqlite3.Connection, path: str, journal: str) -> None:
         raise Unusable(f"the database {path} cannot be written durably here: is this a network file system?")
     small = bool(version) and journal == "wal" and os.path.getsize(path) <= CHECKED_BYTES
     if small:
-        report = ask("PRAGMA integrity_check(1)")
-        if report != "ok":
-            say(f"bus_server: the database {path} is damaged ({report}); rebuilding its indexes")
-            database.execute("REINDEX")
-            if version >= INDEX_IN_RUNS:
-                build_index(database)
-            report = ask("PRAGMA integrity_check(1)")
-        if report != "ok":
-            raise Unusable(f"the database {path} is damaged ({report}): restore a backup, or move it away")
+        mend(database, path, version)
     database.execute("BEGIN IMMEDIATE")
     migrate(database, MIGRATIONS[version:])
     if not version:
@@ -3220,6 +3264,32 @@ def prepare(database: sqlite3.Connection, path: str, journal: str) -> None:
     # A WAL found here may have a part that an fsync failed to write. The system has that part in memory, marked as
     # written; a power cut would remove it and everything after it. Folding the WAL into the database writes it again.
     database.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+
+
+def mend(database: sqlite3.Connection, path: str, version: int) -> None:
+    """If the file is damaged, make its indexes anew. Unusable if that does not help."""
+
+    def check() -> str:
+        return str(database.execute("PRAGMA integrity_check(1)").fetchone()[0])
+
+    report = check()
+    if report == "ok":
+        return
+    say(f"bus_server: the database {path} is damaged ({report}); rebuilding its indexes")
+    with contextlib.suppress(sqlite3.DatabaseError):
+        if version >= INDEX_IN_RUNS:  # a table whose pages are damaged can be forgotten, and not be dropped
+            database.execute("BEGIN IMMEDIATE")
+            database.execute("PRAGMA writable_schema=ON")
+            database.execute("DELETE FROM sqlite_master WHERE tbl_name IN ('places', 'runs')")
+            database.execute("PRAGMA writable_schema=RESET")
+            migrate(database, [INDEX_TABLES])
+            build_index(database)
+            database.execute("COMMIT")
+        database.execute("REINDEX")
+        database.execute("VACUUM")  # frees the pages of what was forgotten
+        report = check()
+    if report != "ok":
+        raise Unusable(f"the database {path} is damaged ({report}): restore a backup, or move it away")
 
 
 def index_is_whole(database: sqlite3.Connection) -> bool:
@@ -3336,11 +3406,27 @@ class Parked(Protocol):
     def wants(self, message: Message) -> bool: ...
 
 
+class Unfetched:
+    """The messages of a mailbox above a tick, counted by sender."""
+
+    __slots__ = ("above", "by_sender", "messages", "size")
+
+    def __init__(self, above: int) -> None:
+        self.above, self.messages, self.size = above, 0, 0  # size: bytes
+        self.by_sender: dict[str, tuple[int, int]] = {}
+
+    def add(self, sender: str, messages: int, size: int) -> None:
+        self.messages += messages
+        self.size += size
+        before, size_before = self.by_sender.get(sender, (0, 0))
+        self.by_sender[sender] = before + messages, size_before + size
+
+
 class Mailbox:
     """One name on one channel, and how far its messages were read. Values are ticks unless a comment says otherwise."""
 
     __slots__ = (
-        "above address base by_sender fetched firm listening n newest own pending perishable reached read removed seen "
+        "above address base expired fetched firm listening n newest own pending perishable reached read removed seen "
         "until"
     ).split()
     own: bool
@@ -3361,8 +3447,8 @@ class Mailbox:
         self.reached = self.fetched  # highest tick delivered, above holes too; later messages fill the mailbox
         self.firm = bool(stored)  # it has a row on disk, or should get one; else it was only looked at
         self.base: int | None = None  # how many messages lie up to the mark; None: to be counted
-        self.pending: tuple[int, int] | None = None  # messages above `reached`, and bytes; None: to be counted
-        self.by_sender: dict[str, tuple[int, int]] | None = None  # those of each sender; None: to be counted
+        self.expired: tuple[int, int, int] | None = None  # above which mark, up to when (wall clock, us), how many
+        self.pending: Unfetched | None = None  # None: to be counted
         self.address = ""  # of the reader that polled last
         self.listening = 0  # wall clock, us: since when without a break
         self.until = 0.0  # monotonic clock, s: when it stops to count as listening
@@ -3418,9 +3504,8 @@ class Mailboxes:
         for key in keys:
             box = self.boxes.pop(key, None)
             self.forgotten = max(self.forgotten, box.removed if box else 0)
-        self.ordered = [key for key in (*self.ordered, *self.unordered) if key in self.boxes]
-        self.ordered.sort()
-        self.unordered = []
+        self.ordered = [key for key in self.ordered if key in self.boxes]
+        self.unordered = [key for key in self.unordered if key in self.boxes]
 
     def new(self, channel: str, names: Iterable[str]) -> int:
         """How many of these names have no mailbox yet. `all` comes with its channel."""
@@ -3481,7 +3566,6 @@ class Mailboxes:
         """
         for own, box in zip(reader.present(), self.of(reader)):
             box.reached = max(box.reached, tick)
-            box.pending = box.by_sender = None
             if own == EVERYONE:  # it is nobody's own mailbox, and has no marks
                 continue
             since = reader.since if isinstance(reader, Poll) and own != reader.me else 0
@@ -3497,7 +3581,7 @@ class Mailboxes:
             if box.newest > box.fetched:  # else the receipt is for no message, and nothing would ever remove it
                 self.note(reader, own, FETCHED, tick)
             box.fetched = tick
-        box.base = box.pending = box.by_sender = None
+        box.base = None
 
     def came(self, message: Message) -> int:
         """Highest tick that a reader has of the message's mailbox or, for a message to `all`, that any reader has."""
@@ -3540,10 +3624,12 @@ class Mailboxes:
 
     def note_removed(self, removed: dict[Any, int]) -> None:
         for key, tick in removed.items():
-            if key in self.boxes:  # else its name on the disk is damaged
-                self.boxes[key].removed = tick
+            box = self.boxes.get(key)
+            if box:  # else its name on the disk is damaged
+                box.removed, box.base, box.expired = max(box.removed, tick), None, None
                 self.removed = max(self.removed, tick)
-                self.boxes[key].base = self.boxes[key].pending = self.boxes[key].by_sender = None
+                if box.pending and box.pending.above < tick:
+                    box.pending = None
 
     def take_marks(self) -> list[Mark]:
         """The marks that changed since the last call."""
@@ -3557,10 +3643,11 @@ class Mailboxes:
 
     LOOKED_SECONDS = 600.0  # s that a name stays in memory if it was only looked at
 
-    def idle(self, wall: int, keep: int) -> list[list[str]]:
+    def idle(self, keys: Iterable[tuple[str, str]], wall: int, keep: int) -> list[list[str]]:
         """Drop the names that were only looked at; returns those with a row, without mail, not polled for `keep` us."""
         looked_at, gone = [], []
-        for key, box in self.boxes.items():
+        for key in keys:
+            box = self.boxes[key]
             quiet = wall - box.seen
             if key in self.waiting or box.newest > box.removed:
                 continue
@@ -3580,11 +3667,10 @@ class Mailboxes:
             box.newest, box.n, box.firm = tick, n, True
             if expires is not None:
                 box.perishable = True
-            if box.pending is not None:
-                box.pending = box.pending[0] + 1, box.pending[1] + len(text)
-            if box.by_sender is not None:
-                messages, size = box.by_sender.get(sender, (0, 0))
-                box.by_sender[sender] = messages + 1, size + len(text)
+                if box.expired and expires <= box.expired[1]:  # the clock stepped back
+                    box.expired = None
+            if box.pending:
+                box.pending.add(sender, 1, len(text))
         if visible:
             self.highest = visible[-1].tick
 
@@ -3675,6 +3761,11 @@ class Step(NamedTuple):
     undone: Undone | None
 
 
+def size_of(drafts: list[Draft]) -> int:
+    """Bytes of the messages that these drafts become."""
+    return sum([len(one.text) * len(one.to) for one in drafts])
+
+
 operation_in, by_rank = attrgetter("operation"), attrgetter("operation.rank")
 
 
@@ -3685,15 +3776,32 @@ class Ledger:
     a list is being applied, every new operation waits in the next list.
     """
 
+    WAITING, WAITING_EACH = 64 << 20, 16 << 20  # bytes of large sends that wait for their commit: in all, for one owner
+    LARGE = 4096  # bytes
+
     def __init__(self, bus: Bus) -> None:
         self.bus, self.loop, self.state = bus, bus.loop, bus.state
         self.next: list[Step] = []
         self.out: list[Step] = []  # the list that is being applied
+        self.waiting = Shares(self.WAITING, self.WAITING_EACH)
 
     def add(self, step: Step) -> None:
+        self.count(step, 1)
         self.next.append(step)
         if len(self.next) == 1 and not self.out:
             self.loop.soon(self.commit)  # when all sockets of this turn were read: they share a transaction
+
+    def count(self, step: Step, sign: int) -> None:
+        size = size_of(step.operation.drafts) if type(step.operation) is Put else 0
+        if size > self.LARGE and step.connection:
+            self.waiting.add(step.connection.owner(), sign * size)
+
+    def check_room(self, owner: str, drafts: list[Draft]) -> None:
+        """503 if too much of this owner, or of all, waits for the disk."""
+        size = size_of(drafts)
+        if size > self.LARGE and self.waiting.is_full(owner, size):
+            why = "too many bytes wait for the disk of the bus: nothing was stored, try again"
+            raise Refused(503, why, ("Retry-After", "2"))
 
     def idle(self) -> bool:
         return not self.next and not self.out
@@ -3704,7 +3812,8 @@ class Ledger:
 
     def commit(self) -> None:
         number = len(self.next)
-        steps = sorted(self.bus.entitled(self.next[:number]), key=by_rank)
+        taken = self.next[:number]
+        steps = sorted(self.bus.entitled(taken), key=by_rank)
         del self.next[:number]
         self.out = steps
         if not steps:
@@ -3716,6 +3825,8 @@ class Ledger:
         except Exception as error:
             outcome = error
         seconds, self.out = time.monotonic() - began, []
+        for step in taken:
+            self.count(step, -1)
         self.state.view.tail = self.state.tail  # and only now: nothing that a turn reads is changed aside
         if self.next:  # came while the deputy served
             self.loop.soon(self.commit)
@@ -3784,7 +3895,7 @@ class Bus:
         self.figures = Figures()
         self.sending, self.receiving, self.retention = Sending(self), Receiving(self), Retention(self, keep)
         self.withheld: dict[Step, Message] = {}  # messages that no cursor may pass until the step is announced
-        self.truths: dict[Any, str] = {}  # truth() of the receivers in this announcement
+        self.truths: dict[Any, Any] = {}  # truth() of the receivers, and everybody(), in this announcement
         self.draining = self.broken = False
         self.saving = False  # save_marks() is planned
         # The seams: what the core and the extensions register.
@@ -4066,6 +4177,7 @@ class Sending:
             check_number(drafts, len(each))
             each = list(dict.fromkeys(each))  # check once what is the same for many messages
         bus.storms.spend(drafts[0].sender, len(drafts))
+        bus.ledger.check_room(request.owner(), drafts)
         new = 0
         for channel, sender, to in each:
             box = boxes.get((channel, to))
@@ -4077,20 +4189,28 @@ class Sending:
 
     def check_room(self, box: Mailbox, channel: str, sender: str, to: str) -> None:
         """429 if a mailbox is full of unfetched messages, or nearly full with over a quarter from this sender."""
-        view = self.bus.view
-        if box.pending is None:
-            box.pending = view.count_between(channel, to, box.reached, box.newest)
-        messages, size = box.pending
+        pending = self.unfetched(box, channel, to)
+        messages, size = pending.messages, pending.size
         if messages >= MAILBOX_MESSAGES or size >= MAILBOX_BYTES:
             raise too_much(f"the mailbox of {to} is full: wait until readers fetch some of its {messages} messages", 60)
         if messages < MUCH_MESSAGES and size < MUCH_BYTES:
             return
-        if box.by_sender is None:
-            box.by_sender = view.count_by_sender(channel, to, box.reached, box.newest)
-        own_messages, own_size = box.by_sender.get(sender, (0, 0))
+        own_messages, own_size = pending.by_sender.get(sender, (0, 0))
         if own_messages > MAILBOX_MESSAGES // 4 or own_size > MAILBOX_BYTES // 4:
             own = f"{own_messages} of its {messages} unfetched messages are from {sender}"
             raise too_much(f"the mailbox of {to} is nearly full, and {own}: wait until they are fetched", 60)
+
+    def unfetched(self, box: Mailbox, channel: str, to: str) -> Unfetched:
+        """Counted once for a mailbox; from then on, what was fetched since the last count is taken off."""
+        if not box.pending:
+            box.pending = Unfetched(box.reached)
+            for sender, size in self.bus.view.sizes(channel, to, box.reached, box.newest):
+                box.pending.add(sender, 1, size)
+        elif box.pending.above < box.reached:
+            for sender, size in self.bus.view.sizes(channel, to, box.pending.above, box.reached):
+                box.pending.add(sender, -1, -size)
+            box.pending.above = box.reached
+        return box.pending
 
     def answer(self, warning: str, several: bool, connection: Connection, put: Put, stored: list[Stored]) -> Answer:
         if several:
@@ -4215,12 +4335,18 @@ class Retention:
     def aged(self, whole: bool) -> None:
         self.aging = False
 
-    def forget_names(self) -> None:
+    NAMES = 2000  # names looked at in one turn, some 2 ms
+
+    def forget_names(self, after: tuple[str, str] = ("", "")) -> None:
         """Forget the names that were only looked at, and the rows of names without mail that nobody polls."""
-        wall = self.bus.view.clock()
-        idle = self.bus.mailboxes.idle(wall, int(self.keep * 1000000))
+        names = list(islice(self.bus.mailboxes.keys(after), self.NAMES))
+        idle = self.bus.mailboxes.idle(names, self.bus.view.clock(), int(self.keep * 1000000))
         if idle:
             self.bus.do(Forget(idle), None, self.forgotten)
+        if names:
+            self.bus.loop.later(self.NEXT_SECONDS, partial(self.forget_names, names[-1]))
+
+    NEXT_SECONDS = 0.02  # s until the next names are looked at
 
     def forgotten(self, connection: None, forget: Forget, names: list[list[str]]) -> None:
         self.bus.mailboxes.drop((channel, own) for channel, own in names)
@@ -4430,14 +4556,27 @@ def truth(bus: Bus, one: Draft) -> str:
 
 def receivers(bus: Bus, one: Draft) -> dict[str, int]:
     """How many of several receivers listen. `all` is everyone who ever listened, except the sender."""
-    box, names = partial(bus.mailboxes.box, one.channel), one.to  # a retry may name a mailbox that was forgotten
-    if EVERYONE in names:
-        listed = [own for (channel, own), its in bus.mailboxes.boxes.items() if channel == one.channel and its.own]
-        names = tuple(own for own in listed if own != one.sender)
-    online = sum(bus.mailboxes.online(box(own)) for own in names)
-    known = {"online": online, "offline": len(names) - online}
-    if EVERYONE not in one.to:
-        known["unread"] = sum(unread(bus, one.channel, own, box(own)) for own in names)
+    mailboxes, sender = bus.mailboxes, bus.mailboxes.boxes.get((one.channel, one.sender))
+    if EVERYONE in one.to:
+        readers, online = everybody(bus, one.channel)
+        if sender and sender.own:
+            readers, online = readers - 1, online - mailboxes.online(sender)
+        return {"online": online, "offline": readers - online}
+    boxes = [(own, mailboxes.box(one.channel, own)) for own in one.to]  # a retry may name one that was forgotten
+    online = sum(mailboxes.online(box) for _, box in boxes)
+    counts = bus.truths.setdefault("unread", {})  # one request may name a mailbox in many lists
+    for own, box in boxes:
+        if box not in counts:
+            counts[box] = unread(bus, one.channel, own, box)
+    return {"online": online, "offline": len(boxes) - online, "unread": sum(counts[box] for _, box in boxes)}
+
+
+def everybody(bus: Bus, channel: str) -> tuple[int, int]:
+    """How many read on a channel, and how many of them listen: counted once for all sends of an announcement."""
+    known = bus.truths.get(channel)
+    if not known:
+        boxes = [box for (its, _), box in bus.mailboxes.boxes.items() if its == channel and box.own]
+        known = bus.truths[channel] = len(boxes), sum(map(bus.mailboxes.online, boxes))
     return known
 
 
@@ -4451,7 +4590,16 @@ def unread(bus: Bus, channel: str, own: str, box: Mailbox) -> int:
     if box.base is None:
         counted = bus.view.count_up_to(channel, own, mark)
         box.base = box.n if counted is None else counted
-    return box.n - box.base - (bus.view.count_expired(channel, own, mark) if box.perishable else 0)
+    return box.n - box.base - (expired(bus, channel, own, box) if box.perishable else 0)
+
+
+def expired(bus: Bus, channel: str, own: str, box: Mailbox) -> int:
+    """How many of the unread messages are expired. Only those are counted that expired since the last count."""
+    now, mark, known = bus.view.clock(), box.mark(), box.expired
+    since, before = known[1:] if known and known[0] == mark and known[1] <= now else (0, 0)
+    if since < now:
+        box.expired = mark, now, before + bus.view.count_expired(channel, own, mark, since, now)
+    return box.expired[2] if box.expired else 0
 
 
 Listed = tuple[str, str, Mailbox]  # channel, name, mailbox
@@ -4611,7 +4759,7 @@ HEADLINE = ("from", "id", "to", "channel", "reply_to", "age", "priority", "type"
 HIDDEN = re.compile(  # as in bus_recv.py
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u2028-\u202e"
     r"\u2060-\u206f\u2800\u3164\ud800-\udfff\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb"
-    r"\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
+    r"\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]+"
 )
 
 
@@ -4637,8 +4785,8 @@ def block(message: dict[str, Any], me: str | None, now: int) -> str:
         if says.get(member) not in (None, goes_without_saying.get(member))
     ]
     text = shown(message["msg"])
-    lines = (text[:-1] if text.endswith("\n") else text).split("\n")
-    return "\n".join([f"{iso(tick)} {' '.join(head)}", *(f"| {line}" for line in lines), "---\n"])
+    lines = (text[:-1] if text.endswith("\n") else text).replace("\n", "\n| ")
+    return f"{iso(tick)} {' '.join(head)}\n| {lines}\n---\n"
 
 
 def span(age: int) -> str:

@@ -42,6 +42,7 @@ class Blobs:
     """
 
     PIECE = 65536  # bytes that are read at once
+    BLOCK = 4096  # bytes that even an empty file takes from the disk: so many files as fit are the most
     PART_SECONDS = 7 * 86400.0  # a part waits so long for its rest: a sender cut off on a Friday has another week
 
     def __init__(self, bus: Bus, quota: int) -> None:
@@ -50,7 +51,8 @@ class Blobs:
         self.folder = pathlib.Path(f"{database}.blobs")
         self.quota = 0 if database == ":memory:" else quota  # bytes
         self.arriving: set[str] = set()
-        self.used = sum(map(size_of, self.folder.glob("*")))  # bytes
+        sizes = [size_of(file) for file in self.folder.glob("*")]
+        self.used, self.files = sum(sizes), len(sizes)  # bytes; files and parts
         bus.route("PUT", "/blob/", self.put, "store a file; ID is its sha256", sink=self.upload)
         bus.route("GET", "/blob/", self.get, "get a file; ID is its sha256")
         bus.on_tidy.append(lambda: bus.loop.in_thread(self.forget, self.forgotten))
@@ -66,13 +68,15 @@ class Blobs:
 
     def upload(self, request: Request) -> Upload:
         file, length = self.place(request), request.parsed.length
+        self.bus.storms.spend(request.owner(), 1)  # as a message
         there = size_of(file.with_suffix(".part"))
         start, total = content_range(request.fields.get("content-range"), length)
         if file.name in self.arriving or start not in (0, there):
             raise Refused(409, "continue at Upload-Offset, one upload at a time", ("Upload-Offset", str(there)))
         if total > self.quota:
             raise Refused(413, f"the file has {total} bytes, and the limit for all is {self.quota}; nothing was stored")
-        if self.used + total - there > self.quota:
+        too_many = not there and self.files >= max(self.quota // self.BLOCK, 100)
+        if too_many or self.used + total - there > self.quota:
             raise Refused(507, "the bus has no room for this file now: files that nobody uses are removed after --keep")
         return Upload(self, file, start, length, total)
 
@@ -91,6 +95,7 @@ class Blobs:
         upload.busy = False
         if status in (200, 422):  # after an error the part stays
             self.used -= upload.at
+            self.files -= 1
         if status == 422:
             answer = refusal(Refused(422, "the bytes that arrived do not have this sha256; nothing was stored"))
         elif isinstance(status, Exception):
@@ -123,25 +128,26 @@ class Blobs:
         status, rest = (206 if wanted else 200), Download(stream, size - start)
         return Answer(status, b"", "application/octet-stream", span, file=rest)
 
-    def forget(self) -> int:
-        """In a thread: remove old files, and parts whose upload nobody continued. Returns the bytes that were removed.
+    def forget(self) -> list[int]:
+        """In a thread: remove old files, and parts whose upload nobody continued. Returns the bytes of each removed.
 
         A file is old if nobody sent or requested it during --keep. A part takes room and nobody can read it, so it is
         removed after PART_SECONDS even if everything else is kept for ever.
         """
-        now, keep, gone = time.time(), self.bus.retention.keep, 0
+        now, keep, gone = time.time(), self.bus.retention.keep, list[int]()
         for file in self.folder.glob("*"):
             with contextlib.suppress(OSError):  # somebody else put a folder or a broken link here: go on
                 status = file.stat()
                 patience = min(keep or math.inf, self.PART_SECONDS if file.suffix == ".part" else math.inf)
                 if status.st_mtime < now - patience and file.stem not in self.arriving:
                     file.unlink()
-                    gone += status.st_size
+                    gone.append(status.st_size)
         return gone
 
     def forgotten(self, gone: Any) -> None:
-        if isinstance(gone, int):
-            self.used -= gone
+        if isinstance(gone, list):
+            self.used -= sum(gone)
+            self.files -= len(gone)
 
 
 def size_of(file: pathlib.Path) -> int:
@@ -172,12 +178,13 @@ class Upload:
         self.busy = False
         try:
             blobs.folder.mkdir(mode=0o700, exist_ok=True)
-            there = size_of(self.part)
+            there, is_new = size_of(self.part), not self.part.exists()
             self.stream = self.part.open("ab" if start else "wb", buffering=0)  # no buffer of ours
         except OSError as error:
             raise Refused(507, f"the bus cannot store the file: {error.strerror}") from None
         blobs.arriving.add(file.name)
         blobs.used -= there - start
+        blobs.files += is_new
 
     def write(self, data: bytes) -> int:
         if self.blobs.used + len(data) > self.blobs.quota:  # other files took the room meanwhile

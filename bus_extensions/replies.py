@@ -20,6 +20,8 @@ from bus_server import (
     HOLD,
     HOLD_MAX,
     MAX_MESSAGES,
+    PARKED,
+    PARKED_PER_NAME,
     RECALLED,
     REPLIES,
     SELECT,
@@ -48,6 +50,7 @@ from bus_server import (
     quote,
     read_alone,
     readable,
+    refusal,
     state_of,
     tick_of,
     told,
@@ -96,9 +99,8 @@ class Question(NamedTuple):
 
     def wants(self, message: Message) -> bool:
         """A reply counts only if its sender may read the mailbox of the question, because an id is no secret."""
-        readers = self.gate.readers(self.asked)
-        may_answer = message.sender != self.sender and (readers is None or message.sender in readers)
-        return may_answer and self.grant.reads(message.to)
+        may_count = message.sender != self.sender and self.grant.reads(message.to)
+        return may_count and self.gate.may_read(message.sender, self.asked)
 
     def covers(self, reply: int, message: Message) -> bool:
         return message.tick == reply
@@ -110,7 +112,7 @@ FETCHES = "fetches of"  # with a channel, then a name: senders wait here until s
 class Watch(NamedTuple):
     """A sender that waits until somebody has fetched its message."""
 
-    message: Message
+    message: Message  # without its text, which may be large
     token: str
     hold: float  # s
 
@@ -204,6 +206,8 @@ class Replies:
             return self.unanswered(connection, question)
         bus.mailboxes.polled(question, connection.address, bus.view.clock())
         bus.park(connection, question)
+        for other in list(bus.mailboxes.waiting[REPLIES, tick])[:-PARKED_PER_NAME]:
+            other.wait(PARKED, 0)  # as with polls, the newest still live
         return None
 
     def answered(self, connection: Connection, question: Question, messages: list[Message]) -> Answer:
@@ -270,7 +274,7 @@ class Replies:
                     next_after = last
                     break
                 seen.append(readable(self.bus, each, grant))
-                size, last = size + len(seen[-1]), each.tick
+                size, last = size + len(each.text), each.tick  # an expired text is not shown, and was read too
         if not seen and not after and not next_after:
             raise no_message()
         more = f', "more": true, "next": "{next_after:x}"' if next_after else ""
@@ -300,7 +304,7 @@ class Replies:
 
     def recalled(self, message: Message, connection: Connection, recall: Recall, result: None) -> Answer:
         box = self.bus.mailboxes.box(message.channel, message.to)
-        box.perishable, box.pending, box.by_sender = True, None, None
+        box.perishable, box.expired = True, None
         return ok(self.bus, '"ok": true')
 
     # Waiting until a message was fetched
@@ -312,7 +316,7 @@ class Replies:
         hold = request.query().number("wait_fetched", 0, 0, HOLD_MAX)
         if not hold or bus.draining or state_of(bus, found)[0] != "queued":
             return told(bus, found, request.grant)
-        bus.park(request.peer, Watch(found, request.grant.token, hold))
+        bus.park(request.peer, Watch(found._replace(text=""), request.grant.token, hold))
         return None
 
     def tell_watchers(self, reader: Parked, tick: int) -> None:
@@ -333,4 +337,5 @@ class Replies:
         return self.unwatched(connection, watch)
 
     def unwatched(self, connection: Connection, watch: Watch) -> Answer:
-        return told(self.bus, self.bus.view.message(watch.message.tick) or watch.message)  # it may have been recalled
+        message = self.bus.view.message(watch.message.tick)  # it may have been recalled or removed
+        return told(self.bus, message) if message else refusal(no_message())

@@ -602,7 +602,7 @@ def test_the_pieces_of_a_file_that_nobody_reads_count_as_unread_answers(tmp_path
         first.says(head(f"PUT {inside.FILE_PATH} HTTP/1.1", HOST, f"Content-Length: {len(inside.FILE)}"), inside.FILE)
         come_true(lambda: statuses(first.heard) == [201])
         get = head(f"GET {inside.FILE_PATH} HTTP/1.1", HOST)
-        monkeypatch.setattr(bus.door, "UNSENT_EACH", 100_000, raising=False)
+        monkeypatch.setattr(bus.door.unsent, "most_each", 100_000)
         monkeypatch.setattr(bus_server, "ANSWER_BYTES", 4096)  # that a GET must have room for when it comes
         for peer in (first, second):
             peer.heard = b""
@@ -610,11 +610,11 @@ def test_the_pieces_of_a_file_that_nobody_reads_count_as_unread_answers(tmp_path
             come_true(lambda peer=peer: peer.heard.startswith(b"HTTP/1.1 200"))
             peer.reads = False
             come_true(lambda peer=peer: peer.unread or peer.aborted)
-        assert not first.aborted and bus.door.unsent[""] == len(first.unread) == 65536
+        assert not first.aborted and bus.door.unsent.all == len(first.unread) == 65536
         assert second.aborted
         first.leaves()
         second.leaves()
-        assert not bus.door.unsent
+        assert not bus.door.unsent.held and not bus.door.unsent.all
 
 
 def test_an_upload_that_broke_while_its_piece_could_not_be_written_can_begin_again(tmp_path, monkeypatch):
@@ -638,7 +638,7 @@ def test_an_upload_that_broke_while_its_piece_could_not_be_written_can_begin_aga
 def test_a_defect_is_500_in_words_and_its_log_says_why(monkeypatch, capfd):
     with a_bus() as bus:
         peer = Peer(bus)
-        monkeypatch.setattr(bus.mailboxes, "boxes", None)
+        monkeypatch.setattr(bus.mailboxes, "ordered", None)
         peer.says(head("GET /inbox HTTP/1.1", HOST) + SMUGGLED)
         (answer,) = answers(peer.heard)
         assert answer.status == 500 and answer.json()["error"] and answer.fields["connection"] == "close"

@@ -130,9 +130,9 @@ def test_who_joins_a_group_later_has_not_fetched_its_older_mail(mailboxes):
 def test_a_name_that_was_only_looked_at_is_forgotten_and_not_written(mailboxes):
     polled(mailboxes, poll("bob"), "", 5)
     assert mailboxes.take_marks() == [], "there is a row for a name that was only looked at"
-    mailboxes.idle(5 + 500_000_000, 0)
+    mailboxes.idle(list(mailboxes.boxes), 5 + 500_000_000, 0)
     assert ("default", "bob") in mailboxes.boxes
-    mailboxes.idle(5 + 601_000_000, 0)
+    mailboxes.idle(list(mailboxes.boxes), 5 + 601_000_000, 0)
     assert ("default", "bob") not in mailboxes.boxes
 
 
@@ -142,7 +142,7 @@ def test_a_row_without_mail_and_without_a_poll_goes_unless_its_reader_must_be_to
         mailboxes.presented(poll(name, since=30))
         mailboxes.add([message(20, name)])
         mailboxes.box("default", name).removed = max(removed, 20)
-    assert mailboxes.idle(1000, 500) == [["default", "idle"]]
+    assert mailboxes.idle(list(mailboxes.boxes), 1000, 500) == [["default", "idle"]]
 
 
 def test_another_reader_of_a_name_does_not_move_its_cursor(mailboxes):

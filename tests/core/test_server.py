@@ -236,6 +236,9 @@ class Desk:
     def statuses(self):
         return [answer.status for answer in self.answers]
 
+    def owner(self):
+        return "desk"
+
     def post(self, size):
         put = Put([draft({"from": "a", "to": "b", "msg": "x" * size}, None)])
         self.bus.do(put, self, lambda *told: self.bus.sending.answer("", False, *told))
