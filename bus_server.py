@@ -637,7 +637,11 @@ class Loop:
             error = future.exception()
             self.tell(lambda: then(future.result() if error is None else error))
 
-        self.threads.submit(work).add_done_callback(done)
+        try:
+            self.threads.submit(work).add_done_callback(done)
+        except RuntimeError as error:  # the system gives us no thread
+            failure = error
+            self.tell(lambda: then(failure))
 
     def ring(self) -> None:
         with contextlib.suppress(BlockingIOError):  # the pipe is full of unread bytes, so the loop wakes anyway
@@ -893,6 +897,8 @@ STRAY_PERCENT = re.compile("%(?![0-9A-Fa-f]{2})")
 class Query:
     """The query string. A field that the bus reads is refused if it is given twice or has a wrong form."""
 
+    NAMES = 64  # in one field
+
     def __init__(self, text: str) -> None:
         self.fields: dict[str, list[str]] = {}
         try:
@@ -923,6 +929,8 @@ class Query:
     def names(self, field: str) -> tuple[str, ...]:
         """Names given as a=x&a=y or as a=x,y."""
         parts = [part for value in self.fields.get(field, []) for part in value.split(",")]
+        if len(parts) > self.NAMES:
+            raise Refused(400, f"{field} has {len(parts)} names, and {self.NAMES} are the most: ask several times")
         return tuple(dict.fromkeys(name(part, field) for part in parts))
 
     def name(self, field: str, default: str | None) -> str | None:
@@ -2088,10 +2096,11 @@ class Storms:
         while self.senders and next(iter(self.senders.values())) < now - self.SENDER_SECONDS:
             del self.senders[next(iter(self.senders))]
 
-    def read(self, reader: str) -> None:
-        wait = self.reads.wait(reader, 1)
+    def read(self, owner: str, reader: str = "") -> None:
+        """A request of one reader: several of them may be on one machine, and several owners may read one name."""
+        wait = self.reads.wait(f"{owner}/{reader}", 1)
         if wait:
-            raise too_much(f"{reader} reads faster than {self.READS} times a second: wait {wait} s", wait)
+            raise too_much(f"{reader or owner} reads faster than {self.READS} times a second: wait {wait} s", wait)
 
     def name(self, owner: str, names: int) -> None:
         wait = self.names.wait(owner, names) if names else 0
@@ -2245,6 +2254,7 @@ MIGRATIONS = [  # a database with user_version n has the first n of them; only e
     # The index by mailbox is written in runs: see Index and build_index(), which is called after this step.
     f"""
     {INDEX_TABLES}
+    ALTER TABLE bus ADD COLUMN forgotten INTEGER NOT NULL DEFAULT 0;  -- highest tick removed from a forgotten mailbox
     CREATE INDEX replies ON messages(answers, tick, sender) WHERE answers IS NOT NULL;
     CREATE VIEW states AS SELECT channel, name, own AS "is a reader's own",
         datetime(nullif(seen, 0) / 1000000, 'unixepoch') AS "last poll",
@@ -2262,10 +2272,12 @@ MAILBOX = "(SELECT id FROM mailboxes WHERE channel = ? AND name = ?)"
 INSERT_ROWS = 90  # in one statement; SQLite before 3.32 takes 999 values
 WHOLE_ROW = "(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 PLAIN_ROW = "(?, ?, ?, ?, ?, NULL, 0, ?, ?, NULL, NULL)"  # without ttl and reply_to, as most: 5,000 instructions less
-# In messages JOIN mailboxes: nobody has fetched this message or, for one to `all`, a reader has not acknowledged it.
-UNFETCHED = """CASE name WHEN 'all' THEN EXISTS (SELECT 1 FROM mailboxes AS reader
-    WHERE reader.channel = mailboxes.channel AND own AND tick > CAST(ifnull(read, 0) AS INTEGER)) ELSE
+# In messages JOIN mailboxes LEFT JOIN SLOWEST: nobody has fetched this message or, for one to `all`, a reader has not
+# acknowledged it.
+UNFETCHED = """CASE name WHEN 'all' THEN ifnull(tick > slowest, 0) ELSE
     tick > max(CAST(fetched AS INTEGER), CAST(ifnull(read, 0) AS INTEGER)) END"""
+SLOWEST = """(SELECT channel AS its_channel, min(CAST(ifnull(read, 0) AS INTEGER)) AS slowest FROM mailboxes WHERE own
+    GROUP BY channel) ON its_channel = channel"""  # the readers of each channel, once for a statement
 ROW = "tick, channel, name, sender, text, n, expires, answers, sum"
 SELECT = f"SELECT {ROW} FROM mailboxes JOIN messages ON mailbox = id"
 # Messages by their places: those in runs, and a list of ticks in JSON.
@@ -2503,14 +2515,23 @@ class Remove(Operation):
         known = state.extensions()
         spared = [kept_for(each) for each in sorted(self.kept_for) if each in known]
         spared += [UNFETCHED] if self.fetched_only else []
+        joined = f"LEFT JOIN {SLOWEST}" if self.fetched_only else ""
         looked = state.writing.execute(
-            f"SELECT tick, channel, name, n, mailbox, {' OR '.join(spared or '0')} FROM mailboxes "
-            "JOIN messages ON mailbox = id WHERE tick > ? AND tick < ? ORDER BY tick LIMIT ?",
+            f"SELECT tick, channel, name, n, mailbox, {' OR '.join(spared or '0')} FROM mailboxes JOIN messages "
+            f"ON mailbox = id {joined} WHERE tick > ? AND tick < ? ORDER BY tick LIMIT ?",
             (self.above, self.before, self.slice * LOOKED_PER_REMOVED),
-        ).fetchall()
-        if not looked:
+        )
+        rows: list[Any] = []
+        reached = None
+        with contextlib.closing(looked):
+            for *row, is_spared in looked:
+                reached = row[0]
+                if not is_spared:
+                    rows.append(row)
+                if len(rows) == self.slice:
+                    break
+        if reached is None:
             return None
-        rows = [row[:5] for row in looked if not row[5]][: self.slice]
         state.keep_keys({row[0] for row in rows if row[0] >= self.keys_from})
         gone = {(channel, own): (tick, n if isinstance(n, int) else 0) for tick, channel, own, n, _ in rows}
         state.writing.executemany(  # first, for readers of :memory:, who see the messages go
@@ -2527,7 +2548,7 @@ class Remove(Operation):
         )
         state.removed.update(removed)
         state.ahead = True  # the newest message may go, and `last` must not
-        return int((rows if len(rows) == self.slice else looked)[-1][0])
+        return int(reached)
 
 
 class Forget(Operation):
@@ -2544,6 +2565,9 @@ class Forget(Operation):
         for channel, own in self.names:
             number, _ = state.counts.get((channel, own), (0, 0))
             if not state.first("1", (channel, own), 0):
+                its_mark = "SELECT CAST(removed AS INTEGER) FROM mailboxes WHERE id = ?"
+                highest = f"UPDATE bus SET forgotten = max(CAST(forgotten AS INTEGER), ifnull(({its_mark}), 0))"
+                state.writing.execute(highest, (number,))
                 state.writing.execute("DELETE FROM mailboxes WHERE id = ?", (number,))
                 state.writing.execute("DELETE FROM receipts WHERE mailbox = ?", (number,))
                 state.counts.pop((channel, own), None)
@@ -2833,6 +2857,7 @@ class State(Rows):
             self.index = Index(self.writing, merges=not memory)
             self.view = View(path, reading, clock, self.index.tail)
             self.reload()
+            self.announced = self.last  # of the last list that was applied
         except (sqlite3.Error, UnicodeDecodeError) as error:  # the latter: SQLite's error has unreadable text
             raise Unusable(f"cannot use the database {path}: {error}") from None
 
@@ -2878,8 +2903,9 @@ class State(Rows):
         self.bus: str
         self.last: int
         newest = "(SELECT ifnull(max(tick), 0) FROM messages)"
-        self.bus, last, lost, newest = self.ask(f"SELECT id, last, lost, {newest} FROM bus")
+        self.bus, last, lost, forgotten, newest = self.ask(f"SELECT id, last, lost, forgotten, {newest} FROM bus")
         self.lost = self.number(lost, 0, "how far messages are lost")
+        self.forgotten = self.number(forgotten, 0, "how far forgotten mailboxes had mail")
         self.last = max(self.number(last, 0, "the newest tick"), newest)
         self.index.reload()
         self.tail = self.index.tail
@@ -2887,6 +2913,7 @@ class State(Rows):
         self.mailboxes_made = max((number for number, _ in self.counts.values()), default=0)
         self.keeps_keys = bool(self.ask("SELECT 1 FROM keys LIMIT 1"))
         self.forget_list()
+        self.stale = False  # what is in memory is what the file has
 
     def forget_list(self) -> None:
         """Begin with an empty list."""
@@ -2901,6 +2928,11 @@ class State(Rows):
 
     def apply(self, operations: Sequence[Operation], now: Now) -> Applied:
         """Apply a list of operations in one transaction. sqlite3.Error, OSError or MemoryError if the list failed."""
+        if self.stale:  # there was no memory to reload
+            announced = self.announced
+            self.reload()
+            if self.last != announced:
+                raise sqlite3.DatabaseError("a list that failed for want of memory was stored")
         try:
             self.known = self.sent_with_keys(operations)
             results = [self.apply_one(operation, now) for operation in operations]
@@ -2914,6 +2946,7 @@ class State(Rows):
                 self.index.write(len(self.visible), self.last)
                 self.insert()
         except BaseException:
+            self.stale = True
             with contextlib.suppress(sqlite3.Error):
                 self.writing.execute("ROLLBACK")
             self.reload()
@@ -2921,6 +2954,7 @@ class State(Rows):
         self.index.committed()
         self.tail = self.index.tail
         applied = Applied(results, self.visible, self.removed, self.last)
+        self.announced = self.last
         self.forget_list()
         return applied
 
@@ -3474,7 +3508,7 @@ class Mailboxes:
         self.clock, self.wall = clock, wall
         self.hole = hole  # does a mailbox have a message above one tick, up to another?
         self.lost = 0  # up to this tick messages may be lost by damage
-        self.forgotten = 0  # highest tick removed from a forgotten mailbox; observers get a gap up to it
+        self.forgotten = 0  # highest tick removed from a forgotten mailbox, which has no mark of its own any more
         self.boxes = {(row[0], row[1]): Mailbox(*row[2:]) for row in stored}
         self.ordered = sorted(self.boxes)
         self.unordered: list[tuple[str, str]] = []  # those that came since the last sort
@@ -3619,7 +3653,10 @@ class Mailboxes:
         else:
             boxes = [self.box(str(poll.channel), own) for own in poll.names]
         removed = max((box.removed for box in boxes), default=0)
-        removed = max(removed, self.lost, self.forgotten if poll.me is None else 0)
+        # A group without a row may be a forgotten one. Its reader is told once: then its cursor is higher.
+        groups = [box for own, box in zip(poll.names[1:], boxes[1:]) if own != EVERYONE]
+        forgotten = poll.me is None or (poll.since > 0 and not all(box.firm for box in groups))
+        removed = max(removed, self.lost, self.forgotten if forgotten else 0)
         return (poll.since, removed) if removed > poll.since else None
 
     def note_removed(self, removed: dict[Any, int]) -> None:
@@ -3877,7 +3914,7 @@ class Bus:
     - The request of an operation is answered after the commit, never before.
     - `now` is never above a message that its reader did not get: reads stop at `last`, the highest announced tick.
     - If it is unknown whether a list was stored, its senders get 503 and the bus ends. If it certainly was not stored
-      (the disk is full, or another program has locked the file), its senders get an error and the bus goes on.
+      (the disk or the memory is full, or another program has locked the file), they get an error and the bus goes on.
     - A token is checked again when the list with its operation is about to be applied: see entitled().
     """
 
@@ -3891,7 +3928,7 @@ class Bus:
         self.ledger = Ledger(self)
         stored = state.view.mailboxes(state.last)
         self.mailboxes = Mailboxes(time.monotonic, stored, state.view.clock, state.view.hole)
-        self.mailboxes.lost = state.lost
+        self.mailboxes.lost, self.mailboxes.forgotten = state.lost, state.forgotten
         self.figures = Figures()
         self.sending, self.receiving, self.retention = Sending(self), Receiving(self), Retention(self, keep)
         self.withheld: dict[Step, Message] = {}  # messages that no cursor may pass until the step is announced
@@ -4053,6 +4090,9 @@ class Bus:
 
     def failed(self, error: Exception) -> Refused:
         """The error for the senders of a list that could not be applied."""
+        if isinstance(error, MemoryError) and (self.state.stale or self.state.last == self.last):
+            # The file has nothing new, or the next list finds out whether it has.
+            return Refused(503, "the bus has no memory left: nothing was stored, try again", ("Retry-After", "2"))
         if isinstance(error, sqlite3.OperationalError):
             if "full" in str(error):
                 return no_room()
@@ -4071,6 +4111,8 @@ class Bus:
     def park(self, connection: Connection, parked: Parked, patience: float = math.inf) -> None:
         """Let it wait until something arrives for it, its hold is over, or `patience` (s) has passed."""
         self.mailboxes.park(connection, parked)
+        if not self.verbose:
+            connection.request = None  # what waits is small: its record says it all
         connection.wait(PARKED, min(parked.hold, patience))
         if not self.gate.holds(parked.token):
             connection.soon(connection.check_token)  # the token was revoked during a commit
@@ -4259,8 +4301,6 @@ class Receiving:
         if request.peer.ended:  # the reader went away during the commit of its cursor
             self.mailboxes.left(poll)
             return delivery(self.bus, poll, [])
-        if not self.bus.verbose:
-            request.peer.request = None  # a parked reader is small: its poll says it all
         self.bus.park(request.peer, poll._replace(token=request.grant.token))
         for connection in self.mailboxes.crowd(poll)[:-PARKED_PER_NAME]:
             connection.wait(PARKED, 0)  # the newest still live; not answered in here, as each may poll again
@@ -4449,11 +4489,10 @@ def check_number(drafts: list[Draft], copies: int) -> None:
 def recv(bus: Bus, request: Request) -> Answer | None:
     poll = recv_poll(request)
     request.grant.check(poll.names)
-    bus.storms.read(str(poll.me))
+    bus.storms.read(request.owner(), str(poll.me))
     if request.query().one("bus") not in (None, bus.state.bus):  # a cursor from another bus: say so, and mark nothing
         return delivery(bus, poll._replace(since=bus.last), [])
     bus.storms.name(request.owner(), bus.mailboxes.new(str(poll.channel), poll.names))
-    bus.storms.read(str(poll.me))
     bus.mailboxes.polled(poll, request.peer.address, bus.view.clock())
     bus.mailboxes.owned(poll)
     bus.save_marks_soon()
@@ -5145,7 +5184,7 @@ def count_old(path: str, before: int) -> tuple[int, int]:
             rows = Rows(path, database)
             pending = " OR ".join([UNFETCHED, *map(kept_for, rows.extensions())])
             counted = f"SELECT count(*), count(*) FILTER (WHERE {pending}) FROM messages JOIN mailboxes ON mailbox = id"
-            old, unread = rows.ask(f"{counted} WHERE tick < ?", before)
+            old, unread = rows.ask(f"{counted} LEFT JOIN {SLOWEST} WHERE tick < ?", before)
             return old, unread
     except sqlite3.Error as error:
         if "no such table: extensions" in str(error):
