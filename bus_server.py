@@ -2052,6 +2052,11 @@ class Budget:
         self.left[owner] = left - amount, now
         return 0
 
+    def take(self, owner: str, amount: float) -> None:
+        """Spend `amount`, which was not known before; the budget may go below 0."""
+        left, before = self.left.pop(owner, (self.burst, self.clock()))
+        self.left[owner] = left - amount, before
+
     def forget(self) -> None:
         """Drop the owners whose budget is full again, up to the first whose is not."""
         now = self.clock()
@@ -2070,6 +2075,8 @@ class Storms:
 
     BURST = 1000  # messages a sender may send at once, before `rate` (messages per second) holds it back
     READS, READS_BURST = 200, 2000  # requests of one reader: a second, at once
+    WORK, WORK_BURST = 8 << 20, 128 << 20  # bytes of large answers to one owner: a second (8 % of the loop), at once
+    PARSING = 4  # a byte of a request takes up to so many times as long as a byte of an answer
     NAMES, NAMES_BURST = 10 / 60, 1000  # names that one owner uses for the first time: a second, at once
     SENDER_SECONDS = 86400.0  # s that a sender is known
     DEPTH = 32  # replies to replies; people change the subject earlier
@@ -2082,13 +2089,14 @@ class Storms:
         self.sends = Budget(clock, rate, self.BURST)
         self.reads = Budget(clock, self.READS if rate else 0, self.READS_BURST)
         self.names = Budget(clock, self.NAMES if rate else 0, self.NAMES_BURST)
+        self.work = Budget(clock, self.WORK if rate else 0, self.WORK_BURST)
         # By pair: who sent last, when, and the times of the changes of direction; the pair that sent last is the last.
         self.turns: dict[tuple[str, str, str], tuple[str, float, list[float]]] = {}
         self.senders: dict[str, float] = {}  # when each sent last, in that order; one that is not listed is a new name
 
     def forget(self) -> None:
         """Drop the entries that limit nobody any more; called now and then."""
-        for budget in (self.sends, self.reads, self.names):
+        for budget in (self.sends, self.reads, self.names, self.work):
             budget.forget()
         now = self.clock()
         while self.turns and next(iter(self.turns.values()))[1] < now - self.WITHIN:
@@ -2101,6 +2109,12 @@ class Storms:
         wait = self.reads.wait(f"{owner}/{reader}", 1)
         if wait:
             raise too_much(f"{reader or owner} reads faster than {self.READS} times a second: wait {wait} s", wait)
+
+    def check_work(self, owner: str, size: int) -> None:
+        """Before a request is parsed: may this owner give the bus work? `size` is that of its body in bytes."""
+        wait = self.work.wait(owner, size * self.PARSING)
+        if wait:
+            raise too_much(f"{owner} sends and gets more bytes than the bus has time for: wait {wait} s", wait)
 
     def name(self, owner: str, names: int) -> None:
         wait = self.names.wait(owner, names) if names else 0
@@ -3828,6 +3842,10 @@ class Ledger:
         if len(self.next) == 1 and not self.out:
             self.loop.soon(self.commit)  # when all sockets of this turn were read: they share a transaction
 
+    def count_out(self, steps: list[Step]) -> None:
+        for step in steps:
+            self.count(step, -1)
+
     def count(self, step: Step, sign: int) -> None:
         size = size_of(step.operation.drafts) if type(step.operation) is Put else 0
         if size > self.LARGE and step.connection:
@@ -3854,6 +3872,7 @@ class Ledger:
         del self.next[:number]
         self.out = steps
         if not steps:
+            self.count_out(taken)
             return
         began = time.monotonic()
         outcome: Applied | Exception
@@ -3862,8 +3881,7 @@ class Ledger:
         except Exception as error:
             outcome = error
         seconds, self.out = time.monotonic() - began, []
-        for step in taken:
-            self.count(step, -1)
+        self.count_out(taken)
         self.state.view.tail = self.state.tail  # and only now: nothing that a turn reads is changed aside
         if self.next:  # came while the deputy served
             self.loop.soon(self.commit)
@@ -3973,7 +3991,12 @@ class Bus:
         if not route:
             allowed = self.allowed(request)
             raise Refused(405, f"{request.route} takes {' or '.join(allowed)}", ("Allow", ", ".join(allowed)))
-        return Answer(200, b"") if method == "HEAD" and route.takes else route.call(request)
+        if len(request.body) > HEAD_BYTES or self.storms.work.left:
+            self.storms.check_work(request.owner(), len(request.body))
+        answer = Answer(200, b"") if method == "HEAD" and route.takes else route.call(request)
+        if answer and len(answer.body) > HEAD_BYTES and self.storms.work.rate:
+            self.storms.work.take(request.owner(), len(answer.body))
+        return answer
 
     def allowed(self, request: Request) -> list[str]:
         methods = [method for method, route in self.routes if route == request.route]
@@ -4379,6 +4402,8 @@ class Retention:
 
     def forget_names(self, after: tuple[str, str] = ("", "")) -> None:
         """Forget the names that were only looked at, and the rows of names without mail that nobody polls."""
+        if not self.clock_is_trusted():
+            return
         names = list(islice(self.bus.mailboxes.keys(after), self.NAMES))
         idle = self.bus.mailboxes.idle(names, self.bus.view.clock(), int(self.keep * 1000000))
         if idle:
