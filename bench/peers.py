@@ -163,9 +163,9 @@ class AgentBus(HttpPeer):
         return self.requests([self.wire.send("dell")], connections, seconds)
 
     def requests(
-        self, requests: Sequence[bytes], connections: int, seconds: float, names: Sequence[str] = listeners
+        self, requests: Sequence[bytes], connections: int, seconds: float, names: Sequence[str] = ("dell",)
     ) -> load.Count:
-        """Any sends, to names that have a reader."""
+        """Any sends, to names that have a reader: without one, and above 10,000 messages each, they are refused."""
         with load.Reader(self.port, self.wire, names):
             return load.wrk(self.port, requests, connections, seconds)
 

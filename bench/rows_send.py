@@ -87,7 +87,8 @@ def batches_of_a_hundred_are_cheap(session: Session) -> Result:
         def run(peer: peers.Peer, seconds: float) -> Run:
             if isinstance(peer, AgentBus):
                 request = peer.wire.post("/send", batch(peer.listeners, size))
-                return session.observed(peer, lambda: peer.requests([request], connections, seconds), size)
+                return session.observed(
+                    peer, lambda: peer.requests([request], connections, seconds, peer.listeners), size)
             assert isinstance(peer, RedisPeer)
             return session.observed(peer, lambda: peer.batches(connections, seconds, size))
 
