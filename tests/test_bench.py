@@ -2,12 +2,13 @@
 import contextlib
 import json
 import os
+import pathlib
 import sys
 import xml.etree.ElementTree
 
 import pytest
 
-from bench import crowd, report, staged_server, stored, wires
+from bench import crowd, machine, report, staged_server, stored, wires
 from bench.figures import Claim, Figure, Result, Run, interleaved, quantile
 from bench.load import Count, Line, Reader
 from bench.peers import AgentBus, Peer
@@ -80,6 +81,27 @@ def test_a_server_that_acknowledges_more_than_it_stores_is_caught(session, tmp_p
     assert session.observed(peer, lambda: Count(9, 1, 0)).value == 9
     with pytest.raises(wires.Refused, match="acknowledged 10 messages and has 9"):
         session.observed(peer, lambda: Count(10, 1, 0))
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc/self/io").exists(), reason="this kernel does not count what is written")
+def test_the_bytes_that_a_server_writes_to_disk_are_counted(session, tmp_path):
+    if machine.filesystem(tmp_path) == "tmpfs":
+        pytest.skip("a tmpfs is no disk")
+    size = 100 * machine.PAGE
+
+    def writes():
+        (tmp_path / "file").write_bytes(bytes(size))
+        return Count(9, 1, 0)
+
+    found = session.observed(Forgetful(tmp_path), writes).beside["bytes/message"]
+    assert size / 9 <= found < 2 * size / 9
+
+
+def test_a_server_that_does_not_show_what_it_writes_has_no_such_figure(session, tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "written_bytes", lambda pids: None)
+    assert "bytes/message" not in session.observed(Forgetful(tmp_path), lambda: Count(9, 1, 0)).beside
+    monkeypatch.undo()
+    assert machine.written_bytes([0]) is None  # no process has this number
 
 
 def test_who_is_absent_is_skipped_by_name(session):
