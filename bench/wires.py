@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import struct
+from collections.abc import Iterable
 
 
 class Refused(Exception):
@@ -25,6 +26,11 @@ def message(to: str, sender: str = "spark") -> bytes:
     body = json.dumps(fields)[: SIZE - 2] + '"}'
     assert len(body) == SIZE == len(json.dumps(json.loads(body))), body
     return body.encode()
+
+
+def batch(to: Iterable[str]) -> bytes:
+    """An array: a message for each of these names."""
+    return b"[" + b", ".join(map(message, to)) + b"]"
 
 
 class Wire:
