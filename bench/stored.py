@@ -8,7 +8,7 @@ import pathlib
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from bench import machine, wires
@@ -41,15 +41,32 @@ class Stored(NamedTuple):
         return self.names[number % len(self.names)]
 
 
-def database(kept: pathlib.Path, folder: pathlib.Path, messages: int, names: Sequence[str]) -> Stored:
+def no_key(tick: int) -> None:
+    return None
+
+
+def timed_key(tick: int) -> str:
+    """The idempotency key that bus_send.py would have made at that time."""
+    return f"{tick:014x}{os.urandom(9).hex()}"
+
+
+def random_key(tick: int) -> str:
+    return os.urandom(16).hex()
+
+
+def database(
+    kept: pathlib.Path, folder: pathlib.Path, messages: int, names: Sequence[str],
+    key: Callable[[int], str | None] = no_key,
+) -> Stored:
     """A database in `folder`, copied from one that is made once and stays in `kept`: ten million take minutes.
 
+    `key` makes the idempotency key of the message that has a tick.
     All of it is on the disk when this returns, so that writing it out does not disturb what is measured then.
     """
-    kind = hashlib.sha256(repr((bus_server.MIGRATIONS, messages, list(names))).encode()).hexdigest()[:12]
-    original = kept / f"agent-bus-bench-{messages}-{kind}.db"
+    kind = repr((bus_server.MIGRATIONS, messages, list(names), key.__name__))
+    original = kept / f"agent-bus-bench-{messages}-{hashlib.sha256(kind.encode()).hexdigest()[:12]}.db"
     if not original.exists() or original.stat().st_mtime < time.time() - WEEK:
-        make(original, messages, names)
+        make(original, messages, names, key)
     copy = folder / "stored.db"
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(original, copy)
@@ -60,7 +77,7 @@ def database(kept: pathlib.Path, folder: pathlib.Path, messages: int, names: Seq
     return Stored(copy, messages, names, first)
 
 
-def make(path: pathlib.Path, messages: int, names: Sequence[str]) -> None:
+def make(path: pathlib.Path, messages: int, names: Sequence[str], key: Callable[[int], str | None]) -> None:
     """Everybody has read everything: a mailbox that is full refuses more."""
     unfinished = path.with_suffix(".unfinished")
     for leftover in path.parent.glob(f"{unfinished.name}*"):
@@ -71,8 +88,8 @@ def make(path: pathlib.Path, messages: int, names: Sequence[str]) -> None:
     drafts = [bus_server.draft(json.loads(wires.message(name)), None) for name in names]
     for start in range(0, messages, AT_ONCE):
         numbers = range(start, min(start + AT_ONCE, messages))
-        put = bus_server.Put([drafts[number % len(drafts)] for number in numbers])
-        state.apply([put], bus_server.Now(now, now))
+        put = [drafts[number % len(drafts)]._replace(key=key(now + number - start)) for number in numbers]
+        state.apply([bus_server.Put(put)], bus_server.Now(now, now))
         now += AT_ONCE * STEP
     marks = [bus_server.Mark("default", name, True, state.last, state.last, now) for name in names]
     state.apply([bus_server.Marks(marks, [], {})], bus_server.Now(now, now))

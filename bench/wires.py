@@ -19,13 +19,18 @@ class Refused(Exception):
 SIZE = 84  # bytes of a message, as JSON
 
 
-def message(to: str, sender: str = "spark") -> bytes:
-    """The message that everybody sends, padded to the same size whatever the names are."""
+# wrk.lua puts another idempotency key in place of each, as long as they are: one that begins with the time, as that of
+# bus_send.py does, and a random one.
+TIMED_KEY, RANDOM_KEY = "a-key-that-begins-with-the-time.", "a-random-key...................."
+
+
+def message(to: str, sender: str = "spark", key: str = "") -> bytes:
+    """The message that everybody sends, padded to the same size whatever the names are. A key is not part of it."""
     fields = {"from": sender, "to": to, "msg": ""}
     fields["msg"] = "T1 done, 4/4 are honeypots; T2 next.".ljust(SIZE - len(json.dumps(fields)), ".")
     body = json.dumps(fields)[: SIZE - 2] + '"}'
     assert len(body) == SIZE == len(json.dumps(json.loads(body))), body
-    return body.encode()
+    return (body[:-1] + f', "key": "{key}"}}' if key else body).encode()
 
 
 def batch(to: Iterable[str]) -> bytes:

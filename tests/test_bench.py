@@ -1,16 +1,22 @@
 """The bench is not easily fooled: same bytes, whole answers, what is stored is counted, who is absent is named."""
 import contextlib
+import http.server
+import itertools
 import json
 import os
 import pathlib
+import shutil
 import sys
+import threading
+import time
 import xml.etree.ElementTree
 
 import pytest
 
+import bus_send
 from bench import crowd, machine, report, staged_server, stored, wires
 from bench.figures import Claim, Figure, Result, Run, interleaved, quantile
-from bench.load import Count, Line, Reader
+from bench.load import Count, Line, Reader, wrk
 from bench.peers import AgentBus, Peer
 from bench.session import Row, Session, Settings
 from bus_server import State
@@ -32,6 +38,47 @@ def test_everybody_sends_the_same_84_bytes_of_json(to):
     assert len(body) == 84 and json.loads(body)["to"] == to
     everyone = (wires.Http(1), wires.Nchan(1), wires.Redis(), wires.Nats(), wires.Mqtt())
     assert all(body in wire.send(to) for wire in everyone)
+
+
+@contextlib.contextmanager
+def listening():
+    """A server that keeps the body of each request: its port, and the bodies."""
+    bodies = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self):
+            bodies.append(self.rfile.read(int(self.headers["Content-Length"])))
+            self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+
+        def log_message(self, *_):
+            """Quiet."""
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server.server_port, bodies
+        server.shutdown()
+
+
+@pytest.mark.skipif(not shutil.which("wrk"), reason="wrk is not installed")
+def test_wrk_sends_its_requests_in_turn_with_another_key_each_time():
+    """A request of a wrong length would make the next one unreadable."""
+    wire, start = wires.Http(1), time.time()
+    turn = {"plain": "", "timed": wires.TIMED_KEY, "random": wires.RANDOM_KEY}
+    requests = [wire.post("/send", wires.message(to, key=key)) for to, key in turn.items()]
+    with listening() as (port, bodies):
+        wrk(port, requests, 1, 1)
+    messages = [json.loads(body) for body in bodies]
+    keys = {name: [each.pop("key", "") for each in messages if each["to"] == name] for name in turn}
+    first = list(turn).index(messages[0]["to"])
+    in_turn = itertools.islice(itertools.cycle(turn), first, None)
+    assert all(each == json.loads(wires.message(to)) for each, to in zip(messages, in_turn))
+    assert set(keys["plain"]) == {""}
+    made = keys["timed"] + keys["random"]
+    assert len(made) == len(set(made)) and {*map(len, made)} == {len(bus_send.new_key())}
+    assert keys["timed"] == sorted(keys["timed"]) and keys["random"] != sorted(keys["random"])
+    assert all(start - 1 < int(key[:14], 16) / 1000000 < time.time() for key in keys["timed"])
 
 
 @pytest.mark.parametrize(
@@ -154,6 +201,14 @@ def test_a_made_database_is_one_of_the_bus_and_its_ticks_are_known(tmp_path):
         receivers = [state.message(here.tick(number)).to for number in some]  # None if a checksum were wrong
     assert [here.tick(number) for number in range(count)] == ticks
     assert receivers == [here.name(number) for number in some]
+
+
+def test_a_made_database_may_have_a_key_for_each_message(tmp_path):
+    here = stored.database(tmp_path, tmp_path / "copy", 5, ["dell"], stored.timed_key)
+    with contextlib.closing(State(str(here.path))) as state:
+        keys = [row[0] for row in state.view.database.execute("SELECT key FROM messages ORDER BY tick")]
+    assert [int(key[:14], 16) for key in keys] == [here.tick(number) for number in range(5)]
+    assert {*map(len, keys)} == {len(bus_send.new_key())} == {len(stored.random_key(0))}
 
 
 def test_only_what_stands_between_the_marks_is_written(tmp_path, monkeypatch):
