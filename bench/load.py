@@ -69,13 +69,18 @@ def wrk(port: int, requests: Sequence[bytes], connections: int, seconds: float) 
     return Count(found["answers"], found["seconds"], cpu, {"p50": found["p50"], "p99": found["p99"]})
 
 
-def redis_benchmark(port: int, connections: int, seconds: float, pipeline: int) -> Count:
-    """XADD of the message. It counts requests and not seconds, so a short run says how many make `seconds`."""
+def redis_benchmark(
+    port: int, connections: int, seconds: float, pipeline: int, stream: str = "dell", streams: int = 1
+) -> Count:
+    """XADD of the message, to a random one of `streams` if `stream` has the placeholder that redis-benchmark fills.
+
+    It counts requests and not seconds, so a short run says how many make `seconds`.
+    """
 
     def run(requests: int) -> Count:
         printed, _, cpu = timed([
             "redis-benchmark", "-p", str(port), "-c", str(connections), "-n", str(requests), "-P", str(pipeline),
-            "--csv", "XADD", "dell", "*", "m", message("dell").decode()])
+            "-r", str(streams), "--csv", "XADD", stream, "*", "m", message("dell").decode()])
         last = printed.splitlines()[-1]  # the command, its quotes as they are, then seven numbers
         rate, _, _, half, _, most, _ = map(float, re.findall(r'"([0-9.]+)"', last)[-7:])
         return Count(requests, requests / rate, cpu, {"p50": half, "p99": most})

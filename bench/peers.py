@@ -24,6 +24,7 @@ from bench import load, machine, wires
 
 HERE = pathlib.Path(__file__).resolve().parent
 PATIENCE = 60  # s for a server to start or to stop; ten million messages included
+AT_ONCE = 1000  # messages in a request that is not measured; one has at most 256 KiB
 DESCRIPTORS = 19000  # connections we ask a server to allow; some systems give a process 20000 descriptors
 
 
@@ -169,6 +170,11 @@ class AgentBus(HttpPeer):
         with load.Reader(self.port, self.wire, names):
             return load.wrk(self.port, requests, connections, seconds)
 
+    def deliver(self, to: Sequence[str]) -> None:
+        """A message to each of these names, before what is measured."""
+        for start in range(0, len(to), AT_ONCE):
+            self.ask(self.wire.post("/send", wires.batch(to[start : start + AT_ONCE])))
+
     def cursor(self) -> str:
         return str(self.wire.cursor(self.ask(self.wire.get("/recv?to=bench&since=now"))))
 
@@ -210,6 +216,30 @@ class TokenBus(AgentBus):
         token = next(word for word in invitation.split() if word.startswith("abt_"))
         self.wire = wires.Http(self.port, token)
         super().start()
+
+
+class ManyNames(AgentBus):
+    """The same with sends to many names in turn, `what` they are called; `key` is a placeholder that wires has.
+
+    Each name gets a message at the start, so that no name is made in what is measured.
+    """
+
+    def __init__(
+        self, folder: pathlib.Path, python: str = sys.executable, db: pathlib.Path | None = None, *,
+        names: Sequence[str], what: str, key: str = "",
+    ) -> None:
+        super().__init__(folder, python, db)
+        self.name += f", {what}"
+        self.names = names
+        self.each = [self.wire.post("/send", wires.message(name, key=key)) for name in names]
+
+    def start(self) -> None:
+        super().start()
+        self.deliver(self.names)
+
+    def sends(self, connections: int, seconds: float) -> load.Count:
+        """Where 10,000 names or more share the messages, none of them is full after a few minutes without a reader."""
+        return self.requests(self.each, connections, seconds, self.names if len(self.names) < 10_000 else ())
 
 
 class ThreadedBus(HttpPeer):
@@ -320,6 +350,7 @@ class RedisPeer(Peer):
 
     name, program = "Redis Streams", "redis-server"
     durable = "fsync"
+    stream, streams = "dell", ["dell"]  # as redis-benchmark is told, and all that come of it
 
     def __init__(self, folder: pathlib.Path) -> None:
         super().__init__(folder)
@@ -339,7 +370,7 @@ class RedisPeer(Peer):
                 "--maxclients", str(DESCRIPTORS)]
 
     def sends(self, connections: int, seconds: float) -> load.Count:
-        return load.redis_benchmark(self.port, connections, seconds, 1)
+        return load.redis_benchmark(self.port, connections, seconds, 1, self.stream, len(self.streams))
 
     def batches(self, connections: int, seconds: float, size: int) -> load.Count:
         """The nearest there is to many messages in one request: `size` commands written before any answer is read."""
@@ -349,10 +380,18 @@ class RedisPeer(Peer):
         return "$"
 
     def mark(self) -> int:
-        return int(self.ask(self.wire.command("XLEN", "dell"))[1:])
+        with load.Line(self.wire, self.port) as line:
+            return sum(int(line.exchange(self.wire.command("XLEN", stream))[1:]) for stream in self.streams)
 
     def stored(self, mark: int) -> int | None:
         return self.mark() - mark
+
+
+class ManyStreams(RedisPeer):
+    """The same with as many streams as a bus has names: each message goes to a random one of them."""
+
+    name = "Redis, 400 streams"
+    stream, streams = "dell-__rand_int__", [f"dell-{number:012}" for number in range(400)]
 
 
 class NatsPeer(Peer):

@@ -9,7 +9,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 from bench import machine, wires
 
@@ -21,6 +21,7 @@ STEP = 100000  # us between two messages: ten million of them are the last eleve
 
 
 WEEK = 7 * 86400  # s; an older database is made anew, before retention reaches it
+MakeKey = Callable[[int], Optional[str]]  # the idempotency key of the message that has a tick
 
 
 class Stored(NamedTuple):
@@ -46,7 +47,7 @@ def no_key(tick: int) -> None:
 
 
 def timed_key(tick: int) -> str:
-    """The idempotency key that bus_send.py would have made at that time."""
+    """As bus_send.py would have made it at that time."""
     return f"{tick:014x}{os.urandom(9).hex()}"
 
 
@@ -55,12 +56,10 @@ def random_key(tick: int) -> str:
 
 
 def database(
-    kept: pathlib.Path, folder: pathlib.Path, messages: int, names: Sequence[str],
-    key: Callable[[int], str | None] = no_key,
+    kept: pathlib.Path, folder: pathlib.Path, messages: int, names: Sequence[str], key: MakeKey = no_key
 ) -> Stored:
     """A database in `folder`, copied from one that is made once and stays in `kept`: ten million take minutes.
 
-    `key` makes the idempotency key of the message that has a tick.
     All of it is on the disk when this returns, so that writing it out does not disturb what is measured then.
     """
     kind = repr((bus_server.MIGRATIONS, messages, list(names), key.__name__))
@@ -77,7 +76,7 @@ def database(
     return Stored(copy, messages, names, first)
 
 
-def make(path: pathlib.Path, messages: int, names: Sequence[str], key: Callable[[int], str | None]) -> None:
+def make(path: pathlib.Path, messages: int, names: Sequence[str], key: MakeKey) -> None:
     """Everybody has read everything: a mailbox that is full refuses more."""
     unfinished = path.with_suffix(".unfinished")
     for leftover in path.parent.glob(f"{unfinished.name}*"):
