@@ -10,6 +10,7 @@ import functools
 import json
 import os
 import pathlib
+import re
 import select
 import shutil
 import socket
@@ -242,6 +243,16 @@ class ManyNames(AgentBus):
         return self.requests(self.each, connections, seconds, self.names if len(self.names) < 10_000 else ())
 
 
+class QueueBus(AgentBus):
+    """The same with workers: what it has stored since a mark is that jobs are done."""
+
+    def mark(self) -> int:
+        return int(self.query("SELECT count(*) FROM work WHERE due IS NULL"))
+
+    def stored(self, mark: int) -> int | None:
+        return self.mark() - mark
+
+
 class ThreadedBus(HttpPeer):
     """What is widely copied. It speaks HTTP/1.0 as http.server does by default: a connection for each request."""
 
@@ -435,7 +446,7 @@ class NatsPeer(Peer):
         self.ask(self.wire.publish("$JS.API.STREAM.CREATE.BUS", json.dumps(stream).encode(), 1))
 
     def sends(self, connections: int, seconds: float) -> load.Count:
-        return load.closed_loop(self.port, self.wire, "dell", connections, seconds)
+        return load.sends(self.port, self.wire, "dell", connections, seconds)
 
     def mark(self) -> int:
         """How many messages are stored. Right after a load it may answer with an error first."""
@@ -470,7 +481,41 @@ class MosquittoPeer(Peer):
         return ["mosquitto", "-c", str(config)]
 
     def sends(self, connections: int, seconds: float) -> load.Count:
-        return load.closed_loop(self.port, self.wire, "dell", connections, seconds)
+        return load.sends(self.port, self.wire, "dell", connections, seconds)
+
+
+class BeanstalkdPeer(Peer):
+    """A work queue. With `-f 0` a put and a delete are fsynced before they are answered; a reserve is not written."""
+
+    name, program = "beanstalkd", "beanstalkd"
+    durable = "fsync"
+
+    def __init__(self, folder: pathlib.Path) -> None:
+        super().__init__(folder)
+        self.wire = wires.Beanstalk()
+
+    @classmethod
+    def version(cls) -> str:
+        return output("beanstalkd", "-v")
+
+    def command(self) -> list[str]:
+        return ["beanstalkd", "-l", "127.0.0.1", "-p", str(self.port), "-b", str(self.folder), "-f", "0"]
+
+    def deliver(self, to: Sequence[str]) -> None:
+        """A job for each of these names, before what is measured."""
+        with load.Line(self.wire, self.port) as line:
+            for start in range(0, len(to), AT_ONCE):
+                some = to[start : start + AT_ONCE]
+                line.ask(b"".join(map(self.wire.send, some)))
+                for _ in some:
+                    line.answer()
+
+    def mark(self) -> int:
+        """How many jobs were deleted: a worker deletes the job that it has done."""
+        return int(re.search(rb"\ncmd-delete: (\d+)", self.ask(self.wire.stats()))[1])
+
+    def stored(self, mark: int) -> int | None:
+        return self.mark() - mark
 
 
 class NchanPeer(HttpPeer):
@@ -536,7 +581,7 @@ def sqlite_version(python: str) -> str:
 def versions(pythons: list[str]) -> dict[str, str]:
     """Of all that is measured and of what measures it, or why it is not there."""
     found = {f"Python {python_version(python)}": f"SQLite {sqlite_version(python)}" for python in pythons}
-    for kind in (StarletteBus, RedisPeer, NatsPeer, NchanPeer, MosquittoPeer):
+    for kind in (StarletteBus, RedisPeer, NatsPeer, NchanPeer, MosquittoPeer, BeanstalkdPeer):
         found[kind.name] = f"absent: {kind.missing()}" if kind.missing() else kind.version()
     found["wrk"] = output("wrk", "-v").split(" [")[0] if shutil.which("wrk") else "absent"
     return found

@@ -16,8 +16,8 @@ import pytest
 import bus_send
 from bench import crowd, machine, report, staged_server, stored, wires
 from bench.figures import Claim, Figure, Result, Run, interleaved, quantile
-from bench.load import Count, Line, Reader, wrk
-from bench.peers import AgentBus, Peer
+from bench.load import Count, Line, Reader, works, wrk
+from bench.peers import AgentBus, ManyNames, Peer, QueueBus
 from bench.session import Row, Session, Settings
 from bus_server import State
 from tests.kit.processes import wait_until
@@ -36,7 +36,7 @@ def session(tmp_path):
 def test_everybody_sends_the_same_84_bytes_of_json(to):
     body = wires.message(to)
     assert len(body) == 84 and json.loads(body)["to"] == to
-    everyone = (wires.Http(1), wires.Nchan(1), wires.Redis(), wires.Nats(), wires.Mqtt())
+    everyone = (wires.Http(1), wires.Nchan(1), wires.Redis(), wires.Nats(), wires.Mqtt(), wires.Beanstalk())
     assert all(body in wire.send(to) for wire in everyone)
 
 
@@ -90,6 +90,9 @@ def test_wrk_sends_its_requests_in_turn_with_another_key_each_time():
         (wires.Redis(), b":12\r\n"),
         (wires.Nats(), MSG),
         (wires.Mqtt(), b"\x40\x02\x00\x01"),
+        (wires.Beanstalk(), b"INSERTED 1\r\n"),
+        (wires.Beanstalk(), b"RESERVED 1 4\r\n\r\n\r\n\r\n"),
+        (wires.Beanstalk(), b"DELETED\r\n"),
     ],
 )
 def test_an_answer_counts_once_it_is_whole(wire, answer):
@@ -104,11 +107,40 @@ def test_an_answer_counts_once_it_is_whole(wire, answer):
         (wires.Redis(), b"-OOM command not allowed\r\n"),
         (wires.Nats(), b'MSG _INBOX.1 1 12\r\n{"error":{}}\r\n'),
         (wires.Mqtt(), b"\x20\x02\x00\x05"),
+        (wires.Beanstalk(), b"TIMED_OUT\r\n"),
+        (wires.Beanstalk(), b"NOT_FOUND\r\n"),
     ],
 )
 def test_a_refusal_is_no_answer(wire, answer):
     with pytest.raises(wires.Refused):
         wire.end(answer)
+
+
+@pytest.mark.parametrize(
+    "wire, job, its",
+    [
+        (wires.Http(1), b'{"messages": [{"ts": 1.5, "id": "6a", "msg": "hi", "attempt": 1, "lease": "9c"}]}',
+         b'{"id": "6a", "lease": "9c"}'),
+        (wires.Beanstalk(), b"RESERVED 12 2\r\nhi\r\n", b"delete 12\r\n"),
+    ],
+)
+def test_a_worker_acknowledges_the_job_that_it_got(wire, job, its):
+    assert wire.acknowledge(job).endswith(its)
+
+
+def test_an_empty_queue_makes_the_row_of_claims_void():
+    with pytest.raises(wires.Refused):
+        wires.Http(1).acknowledge(b'{"messages": [], "now": 1.5}')
+
+
+def test_workers_do_all_the_jobs_of_a_queue_once(session, tmp_path):
+    bus = QueueBus(tmp_path)
+    with session.running([bus]):
+        bus.deliver(["jobs"] * 6)
+        found = session.observed(bus, lambda: works(bus.port, bus.wire, "jobs", 2, 3))
+        assert found.value > 0 and bus.stored(0) == 6
+        with pytest.raises(wires.Refused, match="no job"):
+            works(bus.port, bus.wire, "jobs", 1, 1)
 
 
 class Forgetful(Peer):
@@ -296,3 +328,16 @@ def test_names_that_are_read_along_do_not_fill(bus):
         for name in names:
             line.exchange(wire.send(name))
         wait_until(lambda: json.loads(bus.get("/inbox"))["recipients"]["default"] == dict.fromkeys(names, 0))
+
+
+@pytest.mark.skipif(not shutil.which("wrk"), reason="wrk is not installed")
+def test_many_names_get_their_messages_in_turn(session, tmp_path):
+    to = [f"name-{number}" for number in range(40)]
+    bus = ManyNames(tmp_path, names=to, what="40 names", key=wires.TIMED_KEY)
+    with session.running([bus]):
+        assert bus.stored(0) == len(to)  # each name is there before what is measured
+        bus.sends(4, 1)
+        counts = "SELECT max(n) - min(n) FROM (SELECT count(*) AS n FROM messages GROUP BY mailbox)"
+        assert bus.query(counts) <= 4 and bus.query("SELECT count(*) FROM mailboxes") == len(to)
+        keyed = bus.query("SELECT count(DISTINCT key) FROM messages")
+        assert keyed == bus.stored(0) - len(to) > 0
