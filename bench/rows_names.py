@@ -51,7 +51,8 @@ def the_cost_of_a_send_does_not_grow_with_names(session: Session) -> Result:
         buses.append(holding(session, python, STORED, names(MANY), stored.no_key, what=full))
     found = side_by_side(session, buses)
     session.notes.append(f"{CONNECTIONS} connections send to the names in turn. Each figure has its own bus. Each "
-                         "name has a message before the first round, so that no name is made in a round.")
+                         "name has two messages before the first round, so that no name is made in a round. "
+                         f"Up to {ManyNames.READ} names of a bus have a reader.")
     claims = []
     for own in session.buses():
         few, some, very_many, stored_many = (
