@@ -74,7 +74,8 @@ def own_seconds() -> float:
 def written_bytes(pids: Iterable[int]) -> int | None:
     """How much they wrote to disks, in whole pages; a page counts each time that it has to be written out again.
 
-    None if a process does not show it, because it belongs to another user or has ended. A file on a tmpfs counts 0.
+    What the file system writes for itself is not in it, and a file on a tmpfs counts 0. None if a process does not show
+    it, because it belongs to another user or has ended.
     """
     total = 0
     for pid in pids:
