@@ -2195,7 +2195,7 @@ INDEX_TABLES = """
         ) WITHOUT ROWID;
     CREATE TABLE runs(
         run INTEGER PRIMARY KEY,
-        level INTEGER,                       -- runs of one level are merged; NULL: its places are being deleted
+        level INTEGER NOT NULL,              -- runs of one level are merged; below 0: its places are being deleted
         upto INTEGER NOT NULL UNIQUE,        -- the highest tick it covers; below 0: it is no part of the index
         checksum INTEGER NOT NULL);
 """
@@ -2300,7 +2300,7 @@ PLACED = f"""FROM runs CROSS JOIN places ON places.run = runs.run
     %s JOIN mailboxes ON id = messages.mailbox
     WHERE runs.upto > ? AND places.mailbox = {MAILBOX} AND places.tick > ? AND places.tick <= ?"""
 LISTED = """FROM (SELECT value AS tick FROM json_each(?)) AS places CROSS JOIN messages ON messages.tick = places.tick
-    JOIN mailboxes ON id = messages.mailbox WHERE channel = ? AND name = ?"""
+    JOIN mailboxes ON id = messages.mailbox WHERE 1"""
 PLACED_ROW = f"places.{ROW}"
 TICKS_LISTED = 256
 ALIVE = "(expires IS NULL OR expires > ?)"
@@ -2621,6 +2621,17 @@ class Tail(NamedTuple):
     ticks: defaultdict[Key, list[int]]  # mailbox: its messages above that tick, in order
 
 
+MERGED = -1  # the level of a run whose places are copied, and are being deleted
+
+
+class Run(NamedTuple):
+    """A row of the table `runs`."""
+
+    run: int
+    level: int
+    upto: int
+
+
 class Index:
     """Where the messages of each mailbox are: an index as of a log-structured merge tree. State writes it, aside.
 
@@ -2703,14 +2714,14 @@ class Index:
     def merge(self, places: int) -> None:
         """Copy or delete so many places, or as many as there are to copy or to delete."""
         while places > 0 and self.behind:
-            in_use = "upto > 0 AND typeof(level) = 'integer'"  # a damaged level is mended at the next start
-            full = f"SELECT level FROM runs WHERE {in_use} GROUP BY level HAVING count(*) >= ? ORDER BY level"
-            level = self.ask(full, self.RUNS_MERGED)
-            merged = self.ask("SELECT run FROM runs WHERE level IS NULL")
-            if level:  # the lowest first: its runs are small, and soon there are many
-                places -= self.copy(level[0], places)
+            runs = sound_runs(self.writing) or []  # what is damaged is mended at the next start
+            levels = Counter(run.level for run in runs if run.upto > 0)
+            full = [level for level, count in levels.items() if count >= self.RUNS_MERGED]
+            merged = [run for run in runs if run.level == MERGED]
+            if full:  # the lowest first: its runs are small, and soon there are many
+                places -= self.copy(runs, min(full), places)
             elif merged:
-                places -= self.delete(merged[0], places)
+                places -= self.delete(merged[0].run, places)
             else:
                 self.behind = False
 
@@ -2721,29 +2732,28 @@ class Index:
             self.writing.execute("DELETE FROM runs WHERE run = ?", (run,))
         return deleted
 
-    def copy(self, level: int, places: int) -> int:
+    def copy(self, runs: list[Run], level: int, places: int) -> int:
         """Go on to copy the oldest runs of a level into one run; when it is complete, it takes their place."""
-        oldest = "SELECT run, upto FROM runs WHERE level = ? AND upto > 0 ORDER BY upto LIMIT ?"
-        parts = self.writing.execute(oldest, (level, self.RUNS_MERGED)).fetchall()
-        found = self.ask("SELECT run FROM runs WHERE level = ? AND upto < 0", level + 1)
-        into = found[0] if found else self.new_run(level + 1)
+        parts = [run for run in runs if run.level == level and run.upto > 0][: self.RUNS_MERGED]
+        begun = [run.run for run in runs if run.level == level + 1 and run.upto < 0]
+        into = begun[0] if begun else self.new_run(level + 1)
         newest = "SELECT mailbox, tick FROM places WHERE run = ? ORDER BY mailbox DESC, tick DESC LIMIT 1"
         last = self.ask(newest, into) or (0, 0)
         part = "SELECT ?, mailbox, tick FROM places WHERE run = ? AND (mailbox, tick) > (?, ?)"
         union = " UNION ALL ".join([part] * len(parts))  # of ordered parts: it is merged as it is read
-        values = [value for run, _ in parts for value in (into, run, *last)]
+        values = [value for each in parts for value in (into, each.run, *last)]
         insert = f"INSERT INTO places {union} ORDER BY mailbox, tick LIMIT ?"
         copied = self.writing.execute(insert, (*values, places)).rowcount
         if copied < places:
-            for run, _ in parts:
-                write_run(self.writing, run, None, -run)
-            write_run(self.writing, into, level + 1, parts[-1][1])
+            for each in parts:
+                write_run(self.writing, each.run, MERGED, -each.run)
+            write_run(self.writing, into, level + 1, parts[-1].upto)
         return copied
 
     def remove(self, places: Iterable[tuple[int, int]]) -> None:
         """The messages with these ticks and mailboxes are removed: from their run, and from a copy of it."""
         its_run = "SELECT run FROM (SELECT run FROM runs WHERE upto >= ? ORDER BY upto LIMIT 1)"
-        runs = f"({its_run} UNION ALL SELECT run FROM runs WHERE upto < 0 AND level IS NOT NULL)"
+        runs = f"({its_run} UNION ALL SELECT run FROM runs WHERE upto < 0 AND level > 0)"
         self.writing.executemany(
             f"DELETE FROM places WHERE run IN {runs} AND mailbox = ? AND tick = ?",
             [(tick, mailbox, tick) for tick, mailbox in places if tick <= self.tail.above],
@@ -2810,7 +2820,7 @@ class Rows:
         ticks = ticks[bisect_right(ticks, above) : bisect_right(ticks, upto)]
         for start in range(0, len(ticks), TICKS_LISTED):  # json_each has them in the order of the list
             some = ticks[start : start + TICKS_LISTED]
-            parts.append((f"{LISTED} AND {only}", (encode(some[::-1] if backwards else some), *mailbox)))
+            parts.append((f"{LISTED} AND {only}", (encode(some[::-1] if backwards else some),)))
         for source, its in reversed(parts) if backwards else parts:
             with contextlib.closing(self.database.execute(f"SELECT {columns} {source}", (*its, *values))) as rows:
                 yield from rows
@@ -3304,7 +3314,7 @@ def prepare(database: sqlite3.Connection, path: str, journal: str) -> None:
         database.execute("INSERT INTO bus(id, last) VALUES (?, 0)", (secrets.token_hex(8),))
     if version < INDEX_IN_RUNS:
         build_index(database)
-    elif not runs_are_sound(database) or (small and not index_is_whole(database)):
+    elif sound_runs(database) is None or (small and not index_is_whole(database)):
         say(f"bus_server: the index by mailbox of {path} is damaged; making it anew")
         build_index(database)
     database.execute(f"PRAGMA user_version={len(MIGRATIONS)}")
@@ -3345,18 +3355,20 @@ def index_is_whole(database: sqlite3.Connection) -> bool:
     return bool(database.execute(IN_PLACES).fetchone() == database.execute(IN_MESSAGES).fetchone())
 
 
-def runs_are_sound(database: sqlite3.Connection) -> bool:
-    rows = database.execute("SELECT run, level, upto, checksum FROM runs").fetchall()
-    return all(check == run_checksum(*run) for *run, check in rows)
+def sound_runs(database: sqlite3.Connection) -> list[Run] | None:
+    """The runs in the order of ticks; None if one of them is damaged."""
+    rows = database.execute("SELECT run, level, upto, checksum FROM runs ORDER BY upto").fetchall()
+    runs = [Run(*row[:3]) for row in rows]
+    return runs if [row[3] for row in rows] == list(map(run_checksum, runs)) else None
 
 
-def run_checksum(*run: int | None) -> int:
-    return zlib.crc32(repr(run).encode())
+def run_checksum(run: Run) -> int:
+    return zlib.crc32(repr(tuple(run)).encode())
 
 
-def write_run(database: sqlite3.Connection, run: int, level: int | None, upto: int) -> None:
-    values = run, level, upto
-    database.execute("INSERT OR REPLACE INTO runs VALUES (?, ?, ?, ?)", (*values, run_checksum(*values)))
+def write_run(database: sqlite3.Connection, number: int, level: int, upto: int) -> None:
+    run = Run(number, level, upto)
+    database.execute("INSERT OR REPLACE INTO runs VALUES (?, ?, ?, ?)", (*run, run_checksum(run)))
 
 
 def build_index(database: sqlite3.Connection) -> None:
