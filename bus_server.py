@@ -528,6 +528,12 @@ class Watched(Protocol):
         """ready() raised an exception."""
 
 
+def say_exception() -> None:
+    """Report the exception that is being handled, if there is memory for that."""
+    with contextlib.suppress(MemoryError):
+        say(traceback.format_exc())
+
+
 class Loop:
     """Runs the turns and the timers, and slow work in aside() and in_thread().
 
@@ -572,7 +578,7 @@ class Loop:
         try:
             action(*arguments)
         except Exception:
-            say(traceback.format_exc())
+            say_exception()
             return False
         return True
 
@@ -598,7 +604,7 @@ class Loop:
             try:
                 action(item)
             except Exception:
-                say(traceback.format_exc())
+                say_exception()
                 self.attempt(failed, item)
 
     def insist(self, action: Callable[[], None]) -> None:
@@ -661,9 +667,16 @@ class Loop:
     def run(self, over: Callable[[], bool]) -> None:
         """Take turns until over() is true."""
         while not over():
-            self.take_turn()
+            self.patiently(self.take_turn)
             if self.failure:
                 raise self.failure
+
+    def patiently(self, turn: Callable[[], None]) -> None:
+        """Without memory, a turn is begun again a little later: its sockets are still ready."""
+        try:
+            turn()
+        except MemoryError:
+            time.sleep(self.PATIENCE)
 
     def take_turn(self) -> None:
         """Serve the sockets that are ready, run the timers that are due, then the actions that these two queued."""
@@ -707,7 +720,7 @@ class Loop:
             if away and self.away is away and self.lock.acquire(blocking=False):
                 try:
                     while self.away is away:
-                        self.take_turn()
+                        self.patiently(self.take_turn)
                 except Exception as error:
                     self.failure = error
                 finally:
@@ -1059,6 +1072,7 @@ class Request(BaseHTTPRequestHandler):
         self.peer, self.head, self.body = peer, head, b""
         self.sink: Sink | None = None
         self.command = "-"
+        self.reader = ""  # the name it reads; several readers of one owner have limits of their own
 
     def address_string(self) -> str:
         return self.peer.address
@@ -1187,8 +1201,9 @@ class Shares:
             del self.held[owner]
 
     def is_full(self, owner: str, size: int) -> bool:
-        """Would so many bytes more exceed a limit?"""
-        return self.all + size > self.most or self.held[owner] + size > self.most_each
+        """Would so many bytes more exceed a limit? Something alone never does."""
+        each = self.held[owner]
+        return bool(self.all and self.all + size > self.most) or bool(each and each + size > self.most_each)
 
     def greatest(self) -> str:
         """The owner that has most."""
@@ -1210,7 +1225,7 @@ class Door:
         self.strangers: dict[Connection, None] = {}  # those that have not finished a first request, oldest first
         self.unsent = Shares(self.UNSENT, self.UNSENT_EACH)
         self.bodies: dict[Connection, tuple[str, int]] = {}  # owner, and bytes that each waits for; oldest first
-        self.arriving = Shares(self.BODIES, math.inf)  # the same bytes
+        self.arriving = Shares(math.inf, math.inf)  # the same bytes
 
     def enter(self, connection: Connection) -> None:
         self.connections.add(connection)
@@ -1231,7 +1246,7 @@ class Door:
         owner = connection.owner()
         self.bodies[connection] = owner, length
         self.arriving.add(owner, length)
-        while self.arriving.is_full(owner, 0):
+        while self.arriving.all > self.BODIES:
             most = self.arriving.greatest()
             oldest = next(each for each, (its, _) in self.bodies.items() if its == most)
             self.arrived(oldest)
@@ -1250,7 +1265,7 @@ class Door:
 
     def is_full(self, connection: Outgoing, size: int) -> bool:
         """Would an answer of this size exceed a limit for unread answers?"""
-        return size > self.SMALL and bool(self.unsent.all) and self.unsent.is_full(connection.owner(), size)
+        return size > self.SMALL and self.unsent.is_full(connection.owner(), size)
 
     def sweep(self) -> None:
         self.loop.each(Connection.late, Connection.fail, self.deadlines.late())
@@ -2110,12 +2125,19 @@ class Storms:
         wait = self.reads.wait(f"{owner}/{reader}", 1)
         if wait:
             raise too_much(f"{reader or owner} reads faster than {self.READS} times a second: wait {wait} s", wait)
+        self.check_work(owner, reader, 0)
 
-    def check_work(self, owner: str, size: int) -> None:
-        """Before a request is parsed: may this owner give the bus work? `size` is that of its body in bytes."""
-        wait = self.work.wait(owner, size * self.PARSING)
+    def check_work(self, owner: str, reader: str, size: int) -> None:
+        """Before a read, or before a large body of `size` bytes is parsed: had this one too much already?"""
+        wait = self.work.wait(f"{owner}/{reader}", size * self.PARSING)
         if wait:
-            raise too_much(f"{owner} sends and gets more bytes than the bus has time for: wait {wait} s", wait)
+            who = reader or owner
+            raise too_much(f"{who} sends and gets more bytes than the bus has time for: wait {wait} s", wait)
+
+    def worked(self, owner: str, reader: str, size: int) -> None:
+        """An answer of `size` bytes was made."""
+        if self.work.rate:
+            self.work.take(f"{owner}/{reader}", size)
 
     def name(self, owner: str, names: int) -> None:
         wait = self.names.wait(owner, names) if names else 0
@@ -2320,14 +2342,15 @@ IN_PLACES, IN_MESSAGES = (
     f"SELECT count(*), ifnull(sum(tick % 1000003 * 1009 + mailbox % 1000003), 0) FROM {them}"
     for them in ("runs JOIN places USING (run) WHERE upto > 0", "messages WHERE tick <= (SELECT max(upto) FROM runs)")
 )
-ITS_KEYS = """(SELECT json_extract(value, '$[0]') AS its_key, json_extract(value, '$[1]') AS its_sender,
-    json_extract(value, '$[2]') AS its_channel FROM json_each(?))"""
-EARLIER = f"""SELECT {ROW}, key FROM {ITS_KEYS} CROSS JOIN messages ON key = its_key AND sender = its_sender
+ITS_KEYS = """(SELECT json_extract(value, '$[0]') AS its_sender, json_extract(value, '$[1]') AS its_channel,
+    json_extract(value, '$[2]') AS its_key FROM json_each(?))"""
+EARLIER = f"""SELECT tick, sender, channel, key, name FROM {ITS_KEYS}
+    CROSS JOIN messages ON key = its_key AND sender = its_sender
     CROSS JOIN mailboxes ON mailbox = id AND channel = its_channel"""
 EARLIER_REMOVED = f"""SELECT tick, key, sender, channel, name, hash, sum FROM {ITS_KEYS}
     CROSS JOIN keys ON key = its_key AND sender = its_sender AND channel = its_channel"""
 KEYED = f"""SELECT {ROW}, key FROM messages JOIN mailboxes ON mailbox = id
-    WHERE tick >= ? AND tick <= ? AND key IS NOT NULL"""
+    WHERE tick IN (SELECT value FROM json_each(?)) AND key IS NOT NULL"""
 
 
 def kept_for(extension: str) -> str:
@@ -2399,6 +2422,7 @@ class Operation:
 
     __slots__: tuple[str, ...] = ()
     kind: ClassVar[str]  # its word in the log
+    is_large: ClassVar[bool] = False  # its result may take a mebibyte
     rank: ClassVar[int] = 2  # the order in one list: 0 Raise, 1 Put, 2 those of extensions, 3 Marks, 4 Forget, 5 Remove
 
     def apply(self, state: State, now: Now) -> Any:
@@ -2536,22 +2560,23 @@ class Remove(Operation):
         spared += [UNFETCHED] if self.fetched_only else []
         joined = f"LEFT JOIN {SLOWEST}" if self.fetched_only else ""
         looked = state.writing.execute(
-            f"SELECT tick, channel, name, n, mailbox, {' OR '.join(spared or '0')} FROM mailboxes JOIN messages "
-            f"ON mailbox = id {joined} WHERE tick > ? AND tick < ? ORDER BY tick LIMIT ?",
+            f"SELECT tick, channel, name, n, mailbox, length(text), {' OR '.join(spared or '0')} "
+            f"FROM mailboxes JOIN messages ON mailbox = id {joined} WHERE tick > ? AND tick < ? ORDER BY tick LIMIT ?",
             (self.above, self.before, self.slice * LOOKED_PER_REMOVED),
         )
         rows: list[Any] = []
-        reached = None
+        reached, size = None, 0
         with contextlib.closing(looked):
-            for *row, is_spared in looked:
+            for *row, length, is_spared in looked:
                 reached = row[0]
                 if not is_spared:
                     rows.append(row)
-                if len(rows) == self.slice:
+                    size += length or 0
+                if len(rows) == self.slice or size > ANSWER_BYTES:
                     break
         if reached is None:
             return None
-        state.keep_keys({row[0] for row in rows if row[0] >= self.keys_from})
+        state.keep_keys([row[0] for row in rows if row[0] >= self.keys_from])
         gone = {(channel, own): (tick, n if isinstance(n, int) else 0) for tick, channel, own, n, _ in rows}
         state.writing.executemany(  # first, for readers of :memory:, who see the messages go
             "UPDATE mailboxes SET removed = max(CAST(removed AS INTEGER), ?), gone = max(CAST(gone AS INTEGER), ?) "
@@ -2957,7 +2982,9 @@ class State(Rows):
 
     def apply(self, operations: Sequence[Operation], now: Now) -> Applied:
         """Apply a list of operations in one transaction. sqlite3.Error, OSError or MemoryError if the list failed."""
-        if self.stale:  # there was no memory to reload
+        if self.stale:  # there was no memory to roll back, or to reload
+            if self.writing.in_transaction:
+                self.writing.execute("ROLLBACK")
             announced = self.announced
             self.reload()
             if self.last != announced:
@@ -3040,40 +3067,44 @@ class State(Rows):
         """The earlier sends that had the same keys as those in this list."""
         found: Known = {}
         puts = (operation.drafts for operation in operations if type(operation) is Put)
-        keys = {(one.key, one.sender, one.channel) for drafts in puts for one in drafts if one.key}
-        if not keys:
+        drafts = {(one.sender, one.channel, one.key): one for drafts in puts for one in drafts if one.key}
+        if not drafts:
             return found
-        asked = (encode([*keys]),)
-        copies = [  # tick, sender, channel, key, receiver, text, its hash
-            (each.tick, each.sender, each.channel, key, each.to, each.text, "")
-            for each, key in self.keyed(EARLIER, asked)
-        ]
+        asked = (encode([*drafts]),)
+        copies = [(*row, "") for row in self.writing.execute(EARLIER, asked).fetchall()]
         for *row, check in self.writing.execute(EARLIER_REMOVED, asked).fetchall() if self.keeps_keys else ():
             tick, key, sender, channel, to, its_hash = row
             if zlib.crc32(repr(row).encode()) == check:
-                copies.append((tick, sender, channel, key, to, "", its_hash))
+                copies.append((tick, sender, channel, key, to, its_hash))
             else:
                 self.damaged(f"the key {key} of {sender}")
-        for tick, sender, channel, key, to, text, its_hash in sorted(copies):
-            names, _, _, stored = found.get((sender, channel, key), ((), "", "", Stored([], True)))
-            stored.ticks.append(tick)
-            found[sender, channel, key] = (*names, to), text, its_hash, stored
+        for tick, sender, channel, key, to, its_hash in sorted(copies):
+            its = sender, channel, key
+            known = found.get(its) or self.first_copy(tick, its_hash, drafts[its].text)
+            if known:
+                known[3].ticks.append(tick)
+                found[its] = (*known[0], to), *known[1:]
         return found
 
-    def keyed(self, statement: str, values: tuple[Any, ...]) -> Iterator[tuple[Message, str]]:
-        """Messages and their keys."""
-        for *row, key in self.writing.execute(statement, values).fetchall():
-            message = self.checked(row)
-            if message:
-                yield message, key
+    def first_copy(self, tick: int, its_hash: str, text: str) -> Any:
+        """What is Known of the first copy of a message, to compare it with `text`; None if the message is damaged.
 
-    def keep_keys(self, ticks: set[int]) -> None:
+        A large text is read only if it may be the same. Members in another order have the same length.
+        """
+        if not its_hash and self.ask("SELECT length(text) FROM messages WHERE tick = ?", tick)[0] != len(text):
+            its_hash = "of another text"
+        message = None if its_hash else self.message(tick)
+        if message and message.text != text:
+            its_hash = hash_of(message.text)
+        return ((), "" if its_hash else text, its_hash, Stored([], True)) if its_hash or message else None
+
+    def keep_keys(self, ticks: list[int]) -> None:
         """These messages are about to be removed: a retry must still get the first answer."""
-        rows = [
-            [each.tick, key, each.sender, each.channel, each.to, hash_of(each.text)]
-            for each, key in (self.keyed(KEYED, (min(ticks), max(ticks))) if ticks else ())
-            if each.tick in ticks
-        ]
+        rows = []
+        for *row, key in self.writing.execute(KEYED, (encode(ticks),)):
+            each = self.checked(row)
+            if each:
+                rows.append([each.tick, key, each.sender, each.channel, each.to, hash_of(each.text)])
         self.keeps_keys = self.keeps_keys or bool(rows)
         self.writing.executemany(
             "INSERT OR REPLACE INTO keys VALUES (?, ?, ?, ?, ?, ?, ?)",
@@ -3229,11 +3260,11 @@ class View(Rows):
         where = f"the place of {tick:x} in its thread"
         return (self.number(row[0], tick, where), self.number(row[1], 0, where)) if row else (tick, 0)
 
-    def count_expired(self, channel: str, own: str, above: int, since: int, now: int) -> int:
+    def count_expired(self, channel: str, own: str, above: int, since: int, now: int, most: int) -> int:
         """How many messages of a mailbox above a tick expired after `since` and up to `now` (wall clock, us)."""
-        expired = f"mailbox = {MAILBOX} AND expires > ? AND expires <= ? AND tick > ?"
-        row = self.ask(f"SELECT count(*) FROM messages WHERE {expired}", channel, own, since, now, above)
-        return int(row[0])
+        expired = f"mailbox = {MAILBOX} AND expires > ? AND expires <= ? AND tick > ? LIMIT ?"
+        counted = f"SELECT count(*) FROM (SELECT 1 FROM messages WHERE {expired})"
+        return int(self.ask(counted, channel, own, since, now, above, most)[0])
 
     def mailboxes(self, last: int) -> list[tuple[Any, ...]]:
         """A row for each mailbox: channel, name, own, read, fetched, seen, removed, n, newest, perishable."""
@@ -3673,7 +3704,12 @@ class Mailboxes:
             return poll._replace(since=box.removed - 1)  # one below, so that the gap is reported
         return poll._replace(since=last if first is None else first - 1)
 
-    def gap(self, poll: Poll) -> tuple[int, int] | None:
+    def perhaps_forgotten(self, poll: Poll) -> bool:
+        """Has the reader a cursor, and reads a name without a row? Then the name may have been forgotten."""
+        names = [own for own in poll.names if own != EVERYONE]
+        return poll.since > 0 and not all(self.box(str(poll.channel), own).firm for own in names)
+
+    def gap(self, poll: Poll, perhaps_forgotten: bool = False) -> tuple[int, int] | None:
         """From the cursor to the last message that retention removed, if that is ahead of the cursor."""
         if poll.since >= max(self.removed, self.lost, self.forgotten):
             return None  # without a look at each of many mailboxes
@@ -3686,10 +3722,7 @@ class Mailboxes:
         else:
             boxes = [self.box(str(poll.channel), own) for own in poll.names]
         removed = max((box.removed for box in boxes), default=0)
-        # A group without a row may be a forgotten one. Its reader is told once: then its cursor is higher.
-        groups = [box for own, box in zip(poll.names[1:], boxes[1:]) if own != EVERYONE]
-        forgotten = poll.me is None or (poll.since > 0 and not all(box.firm for box in groups))
-        removed = max(removed, self.lost, self.forgotten if forgotten else 0)
+        removed = max(removed, self.lost, self.forgotten if poll.me is None or perhaps_forgotten else 0)
         return (poll.since, removed) if removed > poll.since else None
 
     def note_removed(self, removed: dict[Any, int]) -> None:
@@ -3723,7 +3756,8 @@ class Mailboxes:
                 continue
             if not box.firm and quiet > self.LOOKED_SECONDS * 1000000:
                 looked_at.append(key)
-            elif box.firm and keep and quiet > keep and box.mark() >= box.removed:  # else its reader is told of a gap
+            elif box.firm and keep and min(quiet, wall - box.removed - keep) > keep and box.mark() >= box.removed:
+                # else its reader, or one that reads it along, is told of a gap
                 gone.append([*key])
         if looked_at:
             self.drop(looked_at)
@@ -3793,6 +3827,7 @@ class Mailboxes:
 
 NAMES_PER_READER = 16
 COPIES_PER_SEND = 5000  # messages times names in one request: 40 ms of one transaction
+COUNTED_EXPIRED = 20000  # expired messages counted at once, to tell how many are unread: some 3 ms
 TIDY_SECONDS = 60.0  # between two searches for messages and names that are too old
 MARKS_SECONDS = 1.0  # s a mark may be newer in memory than on disk; after a crash `since=last` repeats that much
 DRAIN_SECONDS = 10.0  # for accepted sends to be committed and answered after SIGTERM
@@ -3884,11 +3919,20 @@ class Ledger:
         """Does the list that is being applied remove messages?"""
         return bool(self.out) and type(self.out[-1].operation) is Remove
 
+    LARGE_RESULTS = 16  # in one list: they are in memory together, and are answered in one turn
+
+    def next_list(self) -> list[Step]:
+        large = 0
+        for number, step in enumerate(self.next, 1):
+            large += step.operation.is_large
+            if large == self.LARGE_RESULTS:
+                return self.next[:number]
+        return self.next[:]
+
     def commit(self) -> None:
-        number = len(self.next)
-        taken = self.next[:number]
+        taken = self.next_list()
         steps = sorted(self.bus.entitled(taken), key=by_rank)
-        del self.next[:number]
+        del self.next[: len(taken)]
         self.out = steps
         if not steps:
             self.count_out(taken)
@@ -3969,12 +4013,17 @@ class Bus:
         self.figures = Figures()
         self.sending, self.receiving, self.retention = Sending(self), Receiving(self), Retention(self, keep)
         self.withheld: dict[Step, Message] = {}  # messages that no cursor may pass until the step is announced
-        self.truths: dict[Any, Any] = {}  # truth() of the receivers, and everybody(), in this announcement
+        # The same for all sends of one announcement: truth() of receivers, everybody() on a channel, unread().
+        self.truths: dict[tuple[str, tuple[str, ...], str], str] = {}
+        self.readers: dict[str, tuple[int, int]] = {}
+        self.unread: dict[Mailbox, int] = {}
+        self.countable = 0  # expired messages that may still be counted in this announcement, or for this list of names
         self.draining = self.broken = False
         self.saving = False  # save_marks() is planned
+        self.sure = True  # each message was told to Mailboxes and its readers; if not, each poll looks at the disk
         # The seams: what the core and the extensions register.
         self.routes: dict[tuple[str, str], Route] = {}
-        self.waits: dict[type, Waits] = {Poll: Waits(self.receiving.poll_answer, self.receiving.poll_answer)}
+        self.waits: dict[type, Waits] = {Poll: Waits(self.receiving.poll_answer, self.receiving.poll_over)}
         self.checks: list[Callable[[Any], None]] = []  # Refused if a message may not be sent
         self.states: list[Callable[[Message], tuple[str, str] | None]] = []  # how far a message came
         self.on_delivered: list[Callable[[Parked, int], None]] = []
@@ -4010,12 +4059,9 @@ class Bus:
         if not route:
             allowed = self.allowed(request)
             raise Refused(405, f"{request.route} takes {' or '.join(allowed)}", ("Allow", ", ".join(allowed)))
-        if len(request.body) > HEAD_BYTES or self.storms.work.left:
-            self.storms.check_work(request.owner(), len(request.body))
-        answer = Answer(200, b"") if method == "HEAD" and route.takes else route.call(request)
-        if answer and len(answer.body) > HEAD_BYTES and self.storms.work.rate:
-            self.storms.work.take(request.owner(), len(answer.body))
-        return answer
+        if len(request.body) > HEAD_BYTES:
+            self.storms.check_work(request.owner(), "", len(request.body))
+        return Answer(200, b"") if method == "HEAD" and route.takes else route.call(request)
 
     def allowed(self, request: Request) -> list[str]:
         methods = [method for method, route in self.routes if route == request.route]
@@ -4053,6 +4099,9 @@ class Bus:
     def answered(self, connection: Connection, answer: Answer) -> None:
         if answer.status >= 400:
             self.figures.refused[answer.status] += 1
+        if len(answer.body) > HEAD_BYTES:
+            reader = connection.request.reader if connection.request else ""  # without one: it was parked
+            self.storms.worked(connection.owner(), reader, len(answer.body))
         if self.verbose:
             (connection.request or Request(connection, b"")).log_request(answer.status, len(answer.body))
 
@@ -4084,16 +4133,17 @@ class Bus:
             refused = self.failed(outcome)
             self.settle((step, refused) for step in steps)
             return
+        sure, self.sure = self.sure, False
         self.last = outcome.last
         self.figures.committed([*map(type, map(operation_in, steps))].count(Put), outcome, seconds)
-        if not self.loop.attempt(self.mailboxes.add, outcome.visible):
+        added = self.loop.attempt(self.mailboxes.add, outcome.visible)
+        if not added:
             for each in outcome.visible:
                 self.loop.attempt(self.mailboxes.add, [each])
-        if outcome.removed:
-            self.loop.attempt(self.mailboxes.note_removed, outcome.removed)
-        self.truths = {}
-        if self.mailboxes.parked:
-            self.loop.attempt(self.wake, outcome.visible)
+        noted = not outcome.removed or self.loop.attempt(self.mailboxes.note_removed, outcome.removed)
+        self.truths, self.readers, self.unread, self.countable = {}, {}, {}, COUNTED_EXPIRED
+        woken = not self.mailboxes.parked or self.loop.attempt(self.wake, outcome.visible)
+        self.sure = sure and added and noted and woken
         self.settle(zip(steps, outcome.results))
 
     def wake(self, visible: list[Message]) -> None:
@@ -4332,13 +4382,14 @@ class Receiving:
         return None
 
     def read_or_park(self, request: Request, poll: Poll) -> Answer | None:
+        perhaps_forgotten = self.mailboxes.forgotten > poll.since and self.mailboxes.perhaps_forgotten(poll)
         self.mailboxes.presented(poll)
         found: list[Message] = []
         reached = None
-        if self.mailboxes.newest(poll) > poll.since:
+        if self.mailboxes.newest(poll) > poll.since or not self.bus.sure:
             found, reached = self.read(poll)
         self.note_removed(poll)
-        gap = self.mailboxes.gap(poll)
+        gap = self.mailboxes.gap(poll, perhaps_forgotten)
         if found or reached or gap or not poll.hold or self.bus.draining:
             return delivery(self.bus, poll, found, reached, gap)
         if request.peer.ended:  # the reader went away during the commit of its cursor
@@ -4362,6 +4413,11 @@ class Receiving:
         """A message that the current commit removes must already count as a gap for readers that look now."""
         if self.bus.ledger.removes():
             self.mailboxes.note_removed(self.view.removed_up_to(poll))
+
+    def poll_over(self, connection: Connection, poll: Poll) -> Answer:
+        """Its hold is over. If it may not have been woken by a message, it gets that message now."""
+        found, reached = ([], None) if self.bus.sure else self.read(poll)
+        return delivery(self.bus, poll, found, reached)
 
     def poll_answer(self, connection: Connection, poll: Poll, messages: Sequence[Message] = ()) -> Answer:
         reached = messages[poll.limit - 1].tick if len(messages) > poll.limit else None
@@ -4534,7 +4590,8 @@ def check_number(drafts: list[Draft], copies: int) -> None:
 def recv(bus: Bus, request: Request) -> Answer | None:
     poll = recv_poll(request)
     request.grant.check(poll.names)
-    bus.storms.read(request.owner(), str(poll.me))
+    request.reader = str(poll.me)
+    bus.storms.read(request.owner(), request.reader)
     if request.query().one("bus") not in (None, bus.state.bus):  # a cursor from another bus: say so, and mark nothing
         return delivery(bus, poll._replace(since=bus.last), [])
     bus.storms.name(request.owner(), bus.mailboxes.new(str(poll.channel), poll.names))
@@ -4648,19 +4705,18 @@ def receivers(bus: Bus, one: Draft) -> dict[str, int]:
         return {"online": online, "offline": readers - online}
     boxes = [(own, mailboxes.box(one.channel, own)) for own in one.to]  # a retry may name one that was forgotten
     online = sum(mailboxes.online(box) for _, box in boxes)
-    counts = bus.truths.setdefault("unread", {})  # one request may name a mailbox in many lists
     for own, box in boxes:
-        if box not in counts:
-            counts[box] = unread(bus, one.channel, own, box)
-    return {"online": online, "offline": len(boxes) - online, "unread": sum(counts[box] for _, box in boxes)}
+        if box not in bus.unread:  # one request may name a mailbox in many lists
+            bus.unread[box] = unread(bus, one.channel, own, box)
+    return {"online": online, "offline": len(boxes) - online, "unread": sum(bus.unread[box] for _, box in boxes)}
 
 
 def everybody(bus: Bus, channel: str) -> tuple[int, int]:
     """How many read on a channel, and how many of them listen: counted once for all sends of an announcement."""
-    known = bus.truths.get(channel)
+    known = bus.readers.get(channel)
     if not known:
         boxes = [box for (its, _), box in bus.mailboxes.boxes.items() if its == channel and box.own]
-        known = bus.truths[channel] = len(boxes), sum(map(bus.mailboxes.online, boxes))
+        known = bus.readers[channel] = len(boxes), sum(map(bus.mailboxes.online, boxes))
     return known
 
 
@@ -4681,9 +4737,11 @@ def expired(bus: Bus, channel: str, own: str, box: Mailbox) -> int:
     """How many of the unread messages are expired. Only those are counted that expired since the last count."""
     now, mark, known = bus.view.clock(), box.mark(), box.expired
     since, before = known[1:] if known and known[0] == mark and known[1] <= now else (0, 0)
-    if since < now:
-        box.expired = mark, now, before + bus.view.count_expired(channel, own, mark, since, now)
-    return box.expired[2] if box.expired else 0
+    counted = bus.view.count_expired(channel, own, mark, since, now, bus.countable) if since < now else 0
+    bus.countable -= counted
+    if bus.countable > 0:  # else there may be more: they count as unread
+        box.expired = mark, max(now, since), before + counted
+    return before + counted
 
 
 Listed = tuple[str, str, Mailbox]  # channel, name, mailbox
@@ -4695,6 +4753,7 @@ def page(bus: Bus, request: Request, shows: Callable[[str, Mailbox], bool]) -> t
     The query has max, after=CHANNEL/NAME, name and channel; `shows` says whether a mailbox belongs into the list.
     """
     bus.storms.read(request.owner())
+    bus.countable = COUNTED_EXPIRED
     query = request.query()
     limit, (channel, _, own) = int(query.number("max", 1000, 1, 1000)), (query.one("after") or "").partition("/")
     wanted, names = query.name("channel", None), query.names("name")
@@ -4850,7 +4909,12 @@ HIDDEN = re.compile(  # as in bus_recv.py
 def shown(text: str) -> str:
     """Text with its control characters and its invisible characters escaped; CRLF and CR become newlines."""
     text = text.replace("\r\n", "\n").replace("\r", "\n")
-    return HIDDEN.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+    return HIDDEN.sub(lambda match: escaped(match[0]), text)
+
+
+@lru_cache(4096)  # a text may have a hundred thousand of them
+def escaped(hidden: str) -> str:
+    return hidden.encode("unicode_escape").decode()
 
 
 def label(value: Any) -> str:

@@ -24,6 +24,7 @@ from bus_server import (
     PARKED_PER_NAME,
     RECALLED,
     REPLIES,
+    ROW,
     SELECT,
     Answer,
     Bus,
@@ -113,8 +114,12 @@ class Watch(NamedTuple):
     """A sender that waits until somebody has fetched its message."""
 
     message: Message  # without its text, which may be large
-    token: str
+    grant: Grant
     hold: float  # s
+
+    @property
+    def token(self) -> str:
+        return self.grant.token
 
     @property
     def exclusive(self) -> bool:
@@ -227,15 +232,19 @@ class Replies:
     def reply_to(self, question: Question) -> Message | None:
         """The oldest announced reply to a question that counts, and is neither expired nor recalled.
 
-        Anybody may have sent thousands that do not count: SQLite passes over them in the index `replies`.
+        Anybody may have sent thousands that do not count: SQLite passes over the first LOOKED in the index `replies`.
         """
         view, names = self.bus.view, question.gate.readers(question.asked)
-        which, values = "sender != ?", (question.sender,)
+        which, values = "who != ?", (question.sender,)
         if names is not None:
-            which, values = "sender IN (SELECT value FROM json_each(?))", (encode(list(names - {question.sender})),)
-        where = f"WHERE answers = ? AND {which} AND tick <= ? AND {ALIVE} ORDER BY tick"
+            which, values = "who IN (SELECT value FROM json_each(?))", (encode(list(names - {question.sender})),)
+        some = "SELECT tick AS its, sender AS who FROM messages WHERE answers = ? AND tick <= ? ORDER BY tick LIMIT ?"
+        where = f"WHERE {which} AND {ALIVE} ORDER BY tick"
         withheld = [each.tick for each in self.bus.withheld.values()]
-        found = self.found(f"{SELECT} {where}", question.tick, *values, self.bus.last, view.clock())
+        joined = f"({some}) CROSS JOIN messages ON tick = its JOIN mailboxes ON mailbox = id"
+        found = self.found(
+            f"SELECT {ROW} FROM {joined} {where}", question.tick, self.bus.last, self.LOOKED, *values, view.clock()
+        )
         with contextlib.closing(found) as replies:
             return next((each for each in replies if question.wants(each) and each.tick not in withheld), None)
 
@@ -244,7 +253,7 @@ class Replies:
         with contextlib.closing(view.database.execute(statement, values)) as rows:
             yield from filter(None, map(view.checked, rows))
 
-    LOOKED = 10000  # replies of a thread that one page looks at, some 10 ms; others than the asker's may be between his
+    LOOKED = 3000  # replies that are looked at for one answer, some 10 ms; most of them may not be for who asks
 
     def last_of_page(self, root: int, after: int) -> int:
         """The highest tick that a page of a thread looks at."""
@@ -317,7 +326,7 @@ class Replies:
         hold = request.query().number("wait_fetched", 0, 0, HOLD_MAX)
         if not hold or bus.draining or state_of(bus, found)[0] != "queued":
             return told(bus, found, request.grant)
-        bus.park(request.peer, Watch(found._replace(text=""), request.grant.token, hold))
+        bus.park(request.peer, Watch(found._replace(text=""), request.grant, hold))
         return None
 
     def tell_watchers(self, reader: Parked, tick: int) -> None:
@@ -339,4 +348,4 @@ class Replies:
 
     def unwatched(self, connection: Connection, watch: Watch) -> Answer:
         message = self.bus.view.message(watch.message.tick)  # it may have been recalled or removed
-        return told(self.bus, message) if message else refusal(no_message())
+        return told(self.bus, message, watch.grant) if message else refusal(no_message())

@@ -18,13 +18,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from bus_server import (
-    ALIVE,
     ANSWER_BYTES,
     BUSY,
     EVERYONE,
     HOLD,
     HOLD_MAX,
     LINGER,
+    MAX_MESSAGES,
     PARKED,
     PLACED_ROW,
     Answer,
@@ -127,7 +127,7 @@ class Claim(Operation):
     """Hand out messages of a queue: first messages that came back, then new messages."""
 
     __slots__ = ("attempts", "called", "channel", "lease", "lease_us", "limit", "queue")
-    kind = "claim"
+    kind, is_large = "claim", True
 
     def __init__(
         self, channel: str, queue: str, limit: int, lease_us: int, lease: int, called: str, attempts: int
@@ -146,14 +146,15 @@ class Claim(Operation):
         if state.writing.execute(came_back, (now.steady, mailbox)).rowcount:
             state.damaged(f"the end of a lease in the queue {self.queue}")
         found: list[tuple[Message, int]] = []
-        room = ANSWER_BYTES
+        room, looked = ANSWER_BYTES, state.last
         for again in self.came_back(state, mailbox, now):
             found.append(again)
             room -= len(again[0].text)
             if room < 0 or len(found) == self.limit:
                 break
         else:
-            found += self.untaken(state, mailbox, self.limit - len(found), room, now)
+            new, looked = self.untaken(state, mailbox, self.limit - len(found), room, now)
+            found += new
         due = now.steady + self.lease_us
         jobs = [
             Job(message, attempt, f"{(self.lease + n) % (1 << 64):016x}", now.wall + self.lease_us)
@@ -165,7 +166,7 @@ class Claim(Operation):
         )
         undone = "mailbox = ? AND due IS NOT NULL"  # in these words, so that SQLite uses the index `undone`
         [first] = state.writing.execute(f"SELECT min(due) FROM work WHERE {undone}", (mailbox,)).fetchone()
-        return Claimed(jobs, None if first is None else first - now.steady, state.last)
+        return Claimed(jobs, None if first is None else first - now.steady, looked)
 
     def came_back(self, state: State, mailbox: int, now: Now) -> Iterator[tuple[Message, int]]:
         """The messages that were given back, or whose lease ran out; each with the number of its next attempt."""
@@ -183,8 +184,13 @@ class Claim(Operation):
             else:
                 yield message, attempt + 1
 
-    def untaken(self, state: State, mailbox: int, limit: int, room: int, now: Now) -> list[tuple[Message, int]]:
-        """Messages that no worker has had, up to `limit` or `room` (bytes), without the expired and damaged ones."""
+    def untaken(
+        self, state: State, mailbox: int, limit: int, room: int, now: Now
+    ) -> tuple[list[tuple[Message, int]], int]:
+        """Messages that no worker has had, up to `limit` or `room` (bytes), without the expired and damaged ones.
+
+        And up to which tick it looked: after MAX_MESSAGES it stops.
+        """
         [stored] = state.writing.execute("SELECT taken FROM mailboxes WHERE id = ?", (mailbox,)).fetchone()
         taken = 1 if stored == 0 else stored  # not 0: from now on, every message in this mailbox is work
         if not isinstance(taken, int):
@@ -192,20 +198,22 @@ class Claim(Operation):
             highest = "SELECT ifnull(max(tick), 1) FROM work WHERE mailbox = ?"
             [taken] = state.writing.execute(highest, (mailbox,)).fetchone()
         queue = self.channel, self.queue
-        rows = state.mail(PLACED_ROW, queue, taken, only=ALIVE, values=(now.wall,))
+        rows = state.mail(PLACED_ROW, queue, taken)
         found: list[tuple[Message, int]] = []
+        reached = state.last
         with contextlib.closing(rows):
-            for row in rows:
+            for looked, row in enumerate(rows, 1):
                 taken = row[0]
                 message = state.checked(row)
-                if message:
+                room -= len(row[4] or "")
+                if message and not is_expired(message, now):
                     found.append((message, 1))
-                    room -= len(message.text)
-                if room < 0 or len(found) == limit:
+                if room < 0 or len(found) == limit or looked == MAX_MESSAGES:
+                    reached = taken
                     break
         if taken != stored:
             state.writing.execute("UPDATE mailboxes SET taken = ? WHERE id = ?", (taken, mailbox))
-        return found
+        return found, reached
 
 
 class Settle(Operation):
@@ -245,7 +253,7 @@ class Settle(Operation):
 
 
 class Bury(Operation):
-    """Move each message that is due and failed too often to the dead letters."""
+    """Move messages that are due and failed too often to the dead letters, a slice. The result: are there more?"""
 
     __slots__ = ("attempts",)
     kind = "bury"
@@ -253,7 +261,9 @@ class Bury(Operation):
     def __init__(self, attempts: int) -> None:
         self.attempts = attempts
 
-    def apply(self, state: State, now: Now) -> None:
+    SLICE = 200  # messages, or somewhat more than ANSWER_BYTES of them
+
+    def apply(self, state: State, now: Now) -> bool:
         queue = "(SELECT mailbox FROM messages WHERE messages.tick = work.tick)"
         if state.writing.execute(
             f"UPDATE OR IGNORE work SET mailbox = {queue} WHERE mailbox >= '' AND due IS NOT NULL"
@@ -264,10 +274,16 @@ class Bury(Operation):
             "ORDER BY due, tick",
             (now.steady, self.attempts),
         ).fetchall()
+        buried = size = 0
         for tick, attempt, reason in rows:
             message = state.message(tick)
             if message and not message.to.endswith(DEAD):
                 bury(state, message, attempt, reason, now)
+                buried += 1
+                size += len(message.text)
+            if buried == self.SLICE or size > ANSWER_BYTES:
+                return True
+        return False
 
 
 OPERATIONS = (Claim, Settle, Bury)
@@ -312,6 +328,7 @@ class Work:
         worker = worker_of(request.members(), request.grant)
         request.grant.check([worker.queue])
         self.bus.storms.read(request.owner(), worker.called)
+        self.bus.storms.check_work(request.owner(), "", 0)
         self.bus.storms.name(request.owner(), self.bus.mailboxes.new(worker.channel, [worker.queue]))
         self.bus.mailboxes.polled(worker, request.peer.address, self.bus.view.clock())
         self.ask(request.peer, worker)
@@ -400,8 +417,10 @@ class Work:
             self.bus.do(Bury(self.attempts), None, self.buried, self.not_buried)
             self.burying = True  # only now: if the line above raises, it is tried again
 
-    def buried(self, connection: None, operation: Bury, result: None) -> None:
+    def buried(self, connection: None, operation: Bury, more: bool) -> None:
         self.burying = False
+        if more and not self.bus.draining:
+            self.bury()
 
     def not_buried(self, operation: Bury) -> None:
         self.burying = False
