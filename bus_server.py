@@ -69,7 +69,7 @@ from email.utils import formatdate
 from functools import lru_cache, partial
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
-from itertools import count, islice
+from itertools import accumulate, count, islice
 from operator import attrgetter, itemgetter
 from types import ModuleType
 from typing import IO, Any, ClassVar, NamedTuple, NoReturn, Protocol, TypeVar, Union
@@ -246,6 +246,11 @@ class Poll(NamedTuple):
             and (self.sender is None or message.sender == self.sender)
             and not (message.to == EVERYONE and message.sender == self.me)
         )
+
+    @property
+    def room(self) -> int:
+        """Bytes of messages after which an answer ends."""
+        return PLAIN_BYTES if self.plain else ANSWER_BYTES
 
     def covers(self, upto: int, message: Message) -> bool:
         """Is the message in an answer to this poll that ends at the tick `upto`?"""
@@ -3099,7 +3104,6 @@ class View(Rows):
         """
         found: list[Message] = []
         size = reached = 0
-        room = PLAIN_BYTES if poll.plain else ANSWER_BYTES
         with contextlib.ExitStack() as opened:
             if poll.me is None:
                 rows = self.database.execute(f"{SELECT} WHERE tick > ? AND tick <= ? ORDER BY tick", (poll.since, upto))
@@ -3109,7 +3113,7 @@ class View(Rows):
                 parts = [opened.enter_context(contextlib.closing(rows)) for rows in each]
             # Ordered parts are merged as they are read: a reader far behind costs no more than the rows it takes.
             for looked, row in enumerate(heapq.merge(*parts)):
-                if len(found) == poll.limit or size > room or looked == MAX_MESSAGES:
+                if len(found) == poll.limit or size > poll.room or looked == MAX_MESSAGES:
                     return found, reached
                 message = self.checked(row)
                 reached = row[0]
@@ -3704,15 +3708,20 @@ class Mailboxes:
     def wake(self, visible: list[Message]) -> dict[Connection, list[Message]]:
         """The parked connections that these messages are for, each with its messages, in order."""
         woken: dict[Connection, list[Message]] = {}
+        here: dict[Key, tuple[list[Connection], Iterator[Connection]]] = {}  # those who get all, and one for each
         for message in visible if self.waiting else ():
             for key in ((message.channel, message.to), EVERYTHING, (REPLIES, message.answers or 0)):
-                taken = False
-                for connection in self.waiting.get(key, ()):
-                    parked = self.parked[connection]
-                    exclusive = parked.exclusive
-                    if parked.wants(message) and not (exclusive and (taken or connection in woken)):
-                        woken.setdefault(connection, []).append(message)
-                        taken = taken or exclusive
+                if key not in self.waiting:
+                    continue
+                if key not in here:
+                    waiting = self.waiting[key]
+                    alone = [connection for connection in waiting if self.parked[connection].exclusive]
+                    here[key] = [each for each in waiting if not self.parked[each].exclusive], iter(alone)
+                readers, workers = here[key]
+                wanted = [each for each in readers if self.parked[each].wants(message)]
+                wanted += islice((each for each in workers if self.parked[each].wants(message)), 1)
+                for connection in wanted:
+                    woken.setdefault(connection, []).append(message)
         return woken
 
 
@@ -3798,7 +3807,7 @@ class Ledger:
 
     def check_room(self, owner: str, drafts: list[Draft]) -> None:
         """503 if too much of this owner, or of all, waits for the disk."""
-        size = size_of(drafts)
+        size = min(size_of(drafts), self.WAITING_EACH)  # a larger one passes if nothing of its owner waits
         if size > self.LARGE and self.waiting.is_full(owner, size):
             why = "too many bytes wait for the disk of the bus: nothing was stored, try again"
             raise Refused(503, why, ("Retry-After", "2"))
@@ -3981,6 +3990,8 @@ class Bus:
 
     def do(self, operation: Operation, connection: Connection | None, then: Then, undone: Undone | None = None) -> Step:
         """Apply an operation with the next list; see Step for what follows."""
+        if connection and connection.request:
+            connection.request.body = b""  # what waits is small
         step = made(Step, (operation, connection, then, undone))
         self.ledger.add(step)
         return step
@@ -4070,6 +4081,8 @@ class Bus:
 
     def park(self, connection: Connection, parked: Parked, patience: float = math.inf) -> None:
         """Let it wait until something arrives for it, its hold is over, or `patience` (s) has passed."""
+        if connection.request and connection.request.command != "HEAD" and not self.verbose:
+            connection.request = None  # what waits is small: `parked` says it all
         self.mailboxes.park(connection, parked)
         connection.wait(PARKED, min(parked.hold, patience))
         if not self.gate.holds(parked.token):
@@ -4206,7 +4219,7 @@ class Sending:
             box.pending = Unfetched(box.reached)
             for sender, size in self.bus.view.sizes(channel, to, box.reached, box.newest):
                 box.pending.add(sender, 1, size)
-        elif box.pending.above < box.reached:
+        elif box.pending.above < box.reached and not self.bus.ledger.removes():  # else some may be gone already
             for sender, size in self.bus.view.sizes(channel, to, box.pending.above, box.reached):
                 box.pending.add(sender, -1, -size)
             box.pending.above = box.reached
@@ -4259,8 +4272,6 @@ class Receiving:
         if request.peer.ended:  # the reader went away during the commit of its cursor
             self.mailboxes.left(poll)
             return delivery(self.bus, poll, [])
-        if not self.bus.verbose:
-            request.peer.request = None  # a parked reader is small: its poll says it all
         self.bus.park(request.peer, poll._replace(token=request.grant.token))
         for connection in self.mailboxes.crowd(poll)[:-PARKED_PER_NAME]:
             connection.wait(PARKED, 0)  # the newest still live; not answered in here, as each may poll again
@@ -4281,8 +4292,11 @@ class Receiving:
             self.mailboxes.note_removed(self.view.removed_up_to(poll))
 
     def poll_answer(self, connection: Connection, poll: Poll, messages: Sequence[Message] = ()) -> Answer:
-        reached = messages[poll.limit - 1].tick if len(messages) > poll.limit else None
-        return delivery(self.bus, poll, messages[: poll.limit], reached)
+        """What a commit brought, as far as one answer goes: many senders may have filled it, or one with many names."""
+        sizes = accumulate(len(message.text) for message in messages)
+        count = min(poll.limit, 1 + sum(size <= poll.room for size in sizes))
+        reached = messages[count - 1].tick if count < len(messages) else None
+        return delivery(self.bus, poll, messages[:count], reached)
 
 
 class Retention:
@@ -4572,12 +4586,13 @@ def receivers(bus: Bus, one: Draft) -> dict[str, int]:
 
 
 def everybody(bus: Bus, channel: str) -> tuple[int, int]:
-    """How many read on a channel, and how many of them listen: counted once for all sends of an announcement."""
-    known = bus.truths.get(channel)
-    if not known:
-        boxes = [box for (its, _), box in bus.mailboxes.boxes.items() if its == channel and box.own]
-        known = bus.truths[channel] = len(boxes), sum(map(bus.mailboxes.online, boxes))
-    return known
+    """How many read on a channel, and how many of them listen: counted once for all channels of an announcement."""
+    if "readers" not in bus.truths:
+        boxes = [(its, box) for (its, _), box in bus.mailboxes.boxes.items() if box.own]
+        online = Counter(its for its, box in boxes if bus.mailboxes.online(box))
+        bus.truths["readers"] = Counter(its for its, _ in boxes), online
+    readers, online = bus.truths["readers"]
+    return readers[channel], online[channel]
 
 
 def unread(bus: Bus, channel: str, own: str, box: Mailbox) -> int:

@@ -228,14 +228,15 @@ class Replies:
 
         Anybody may have sent thousands that do not count: SQLite passes over them in the index `replies`.
         """
-        view, names = self.bus.view, question.gate.readers(question.asked)
-        which, values = "sender != ?", (question.sender,)
+        view, names, grant = self.bus.view, question.gate.readers(question.asked), question.grant
+        which, whose = "sender != ?", question.sender
         if names is not None:
-            which, values = "sender IN (SELECT value FROM json_each(?))", (encode(list(names - {question.sender})),)
-        where = f"WHERE answers = ? AND {which} AND tick <= ? AND {ALIVE} ORDER BY tick"
+            which, whose = "sender IN (SELECT value FROM json_each(?))", encode(list(names - {question.sender}))
+        where = f"answers = ? AND {which} AND (? OR name IN (SELECT value FROM json_each(?))) AND tick <= ? AND {ALIVE}"
+        its = encode([grant.name, EVERYONE, *grant.also])
+        values = question.tick, whose, grant.operator, its, self.bus.last, view.clock()
         withheld = [each.tick for each in self.bus.withheld.values()]
-        found = self.found(f"{SELECT} {where}", question.tick, *values, self.bus.last, view.clock())
-        with contextlib.closing(found) as replies:
+        with contextlib.closing(self.found(f"{SELECT} WHERE {where} ORDER BY tick", *values)) as replies:
             return next((each for each in replies if question.wants(each) and each.tick not in withheld), None)
 
     def found(self, statement: str, *values: Any) -> Generator[Message, None, None]:
