@@ -70,7 +70,7 @@ from functools import lru_cache, partial
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
 from itertools import accumulate, count, islice
-from operator import attrgetter, itemgetter
+from operator import attrgetter
 from types import ModuleType
 from typing import IO, Any, ClassVar, NamedTuple, NoReturn, Protocol, TypeVar, Union
 from urllib.parse import parse_qsl
@@ -1255,15 +1255,15 @@ class Door:
     def drop_idle(self) -> None:
         """File descriptors have run out: close the idle connections, except those made within the last second.
 
-        If there are none, some go that wait for a message, of the owner that has most of those.
+        If there are none, some go of the owner that has most: first those that wait for a message, which lose nothing.
         """
         fresh = self.deadlines.clock() + HEAD_SECONDS - 1
-        everybody = list(self.connections)
-        idle = [each for each in everybody if each.phase is IDLE and not (each in self.strangers and each.due > fresh)]
+        everybody = [each for each in self.connections if not (each in self.strangers and each.due > fresh)]
+        idle = [each for each in everybody if each.phase is IDLE]
         if not idle:
-            parked = [each for each in everybody if each.phase is PARKED]
-            [most, _] = max(Counter(map(Connection.owner, parked)).items(), key=itemgetter(1), default=("", 0))
-            idle = [each for each in parked if each.owner() == most][: self.CROWD]
+            [(most, _)] = Counter(map(Connection.owner, self.connections)).most_common(1) or [("", 0)]
+            crowd = [each for each in everybody if each.phase is not BUSY and each.owner() == most]
+            idle = sorted(crowd, key=lambda each: each.phase is not PARKED)[: self.CROWD]
         for connection in idle:
             connection.transport.abort()
 
