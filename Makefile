@@ -20,7 +20,7 @@ TOGETHER = -n $(AT_ONCE) --dist loadfile --no-loadscope-reorder $(DEAD_WORKER)
 DEAD_WORKER = --max-worker-restart 0
 # The core's own files whose tests start a command, a proxy or another server each.
 LONG = deploy operations damage conformance
-PEERS = wrk redis-server redis-tools mosquitto nginx libnginx-mod-nchan
+PEERS = wrk redis-server redis-tools mosquitto nginx libnginx-mod-nchan beanstalkd
 
 .PHONY: quick test lint check bench profile fuzz faults siege clean
 

@@ -642,7 +642,11 @@ class Loop:
             error = future.exception()
             self.tell(lambda: then(future.result() if error is None else error))
 
-        self.threads.submit(work).add_done_callback(done)
+        try:
+            self.threads.submit(work).add_done_callback(done)
+        except RuntimeError as error:  # the system gives us no thread
+            failure = error
+            self.tell(lambda: then(failure))
 
     def ring(self) -> None:
         with contextlib.suppress(BlockingIOError):  # the pipe is full of unread bytes, so the loop wakes anyway
@@ -898,6 +902,8 @@ STRAY_PERCENT = re.compile("%(?![0-9A-Fa-f]{2})")
 class Query:
     """The query string. A field that the bus reads is refused if it is given twice or has a wrong form."""
 
+    NAMES = 64  # in one field
+
     def __init__(self, text: str) -> None:
         self.fields: dict[str, list[str]] = {}
         try:
@@ -928,6 +934,8 @@ class Query:
     def names(self, field: str) -> tuple[str, ...]:
         """Names given as a=x&a=y or as a=x,y."""
         parts = [part for value in self.fields.get(field, []) for part in value.split(",")]
+        if len(parts) > self.NAMES:
+            raise Refused(400, f"{field} has {len(parts)} names, and {self.NAMES} are the most: ask several times")
         return tuple(dict.fromkeys(name(part, field) for part in parts))
 
     def name(self, field: str, default: str | None) -> str | None:
@@ -2049,6 +2057,11 @@ class Budget:
         self.left[owner] = left - amount, now
         return 0
 
+    def take(self, owner: str, amount: float) -> None:
+        """Spend `amount`, which was not known before; the budget may go below 0."""
+        left, before = self.left.pop(owner, (self.burst, self.clock()))
+        self.left[owner] = left - amount, before
+
     def forget(self) -> None:
         """Drop the owners whose budget is full again, up to the first whose is not."""
         now = self.clock()
@@ -2067,6 +2080,8 @@ class Storms:
 
     BURST = 1000  # messages a sender may send at once, before `rate` (messages per second) holds it back
     READS, READS_BURST = 200, 2000  # requests of one reader: a second, at once
+    WORK, WORK_BURST = 8 << 20, 128 << 20  # bytes of large answers to one owner: a second (8 % of the loop), at once
+    PARSING = 4  # a byte of a request takes up to so many times as long as a byte of an answer
     NAMES, NAMES_BURST = 10 / 60, 1000  # names that one owner uses for the first time: a second, at once
     SENDER_SECONDS = 86400.0  # s that a sender is known
     DEPTH = 32  # replies to replies; people change the subject earlier
@@ -2079,13 +2094,14 @@ class Storms:
         self.sends = Budget(clock, rate, self.BURST)
         self.reads = Budget(clock, self.READS if rate else 0, self.READS_BURST)
         self.names = Budget(clock, self.NAMES if rate else 0, self.NAMES_BURST)
+        self.work = Budget(clock, self.WORK if rate else 0, self.WORK_BURST)
         # By pair: who sent last, when, and the times of the changes of direction; the pair that sent last is the last.
         self.turns: dict[tuple[str, str, str], tuple[str, float, list[float]]] = {}
         self.senders: dict[str, float] = {}  # when each sent last, in that order; one that is not listed is a new name
 
     def forget(self) -> None:
         """Drop the entries that limit nobody any more; called now and then."""
-        for budget in (self.sends, self.reads, self.names):
+        for budget in (self.sends, self.reads, self.names, self.work):
             budget.forget()
         now = self.clock()
         while self.turns and next(iter(self.turns.values()))[1] < now - self.WITHIN:
@@ -2093,10 +2109,17 @@ class Storms:
         while self.senders and next(iter(self.senders.values())) < now - self.SENDER_SECONDS:
             del self.senders[next(iter(self.senders))]
 
-    def read(self, reader: str) -> None:
-        wait = self.reads.wait(reader, 1)
+    def read(self, owner: str, reader: str = "") -> None:
+        """A request of one reader: several of them may be on one machine, and several owners may read one name."""
+        wait = self.reads.wait(f"{owner}/{reader}", 1)
         if wait:
-            raise too_much(f"{reader} reads faster than {self.READS} times a second: wait {wait} s", wait)
+            raise too_much(f"{reader or owner} reads faster than {self.READS} times a second: wait {wait} s", wait)
+
+    def check_work(self, owner: str, size: int) -> None:
+        """Before a request is parsed: may this owner give the bus work? `size` is that of its body in bytes."""
+        wait = self.work.wait(owner, size * self.PARSING)
+        if wait:
+            raise too_much(f"{owner} sends and gets more bytes than the bus has time for: wait {wait} s", wait)
 
     def name(self, owner: str, names: int) -> None:
         wait = self.names.wait(owner, names) if names else 0
@@ -2177,7 +2200,7 @@ INDEX_TABLES = """
         ) WITHOUT ROWID;
     CREATE TABLE runs(
         run INTEGER PRIMARY KEY,
-        level INTEGER,                       -- runs of one level are merged; NULL: its places are being deleted
+        level INTEGER NOT NULL,              -- runs of one level are merged; below 0: its places are being deleted
         upto INTEGER NOT NULL UNIQUE,        -- the highest tick it covers; below 0: it is no part of the index
         checksum INTEGER NOT NULL);
 """
@@ -2250,6 +2273,7 @@ MIGRATIONS = [  # a database with user_version n has the first n of them; only e
     # The index by mailbox is written in runs: see Index and build_index(), which is called after this step.
     f"""
     {INDEX_TABLES}
+    ALTER TABLE bus ADD COLUMN forgotten INTEGER NOT NULL DEFAULT 0;  -- highest tick removed from a forgotten mailbox
     CREATE INDEX replies ON messages(answers, tick, sender) WHERE answers IS NOT NULL;
     CREATE VIEW states AS SELECT channel, name, own AS "is a reader's own",
         datetime(nullif(seen, 0) / 1000000, 'unixepoch') AS "last poll",
@@ -2267,10 +2291,12 @@ MAILBOX = "(SELECT id FROM mailboxes WHERE channel = ? AND name = ?)"
 INSERT_ROWS = 90  # in one statement; SQLite before 3.32 takes 999 values
 WHOLE_ROW = "(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 PLAIN_ROW = "(?, ?, ?, ?, ?, NULL, 0, ?, ?, NULL, NULL)"  # without ttl and reply_to, as most: 5,000 instructions less
-# In messages JOIN mailboxes: nobody has fetched this message or, for one to `all`, a reader has not acknowledged it.
-UNFETCHED = """CASE name WHEN 'all' THEN EXISTS (SELECT 1 FROM mailboxes AS reader
-    WHERE reader.channel = mailboxes.channel AND own AND tick > CAST(ifnull(read, 0) AS INTEGER)) ELSE
+# In messages JOIN mailboxes LEFT JOIN SLOWEST: nobody has fetched this message or, for one to `all`, a reader has not
+# acknowledged it.
+UNFETCHED = """CASE name WHEN 'all' THEN ifnull(tick > slowest, 0) ELSE
     tick > max(CAST(fetched AS INTEGER), CAST(ifnull(read, 0) AS INTEGER)) END"""
+SLOWEST = """(SELECT channel AS its_channel, min(CAST(ifnull(read, 0) AS INTEGER)) AS slowest FROM mailboxes WHERE own
+    GROUP BY channel) ON its_channel = channel"""  # the readers of each channel, once for a statement
 ROW = "tick, channel, name, sender, text, n, expires, answers, sum"
 SELECT = f"SELECT {ROW} FROM mailboxes JOIN messages ON mailbox = id"
 # Messages by their places: those in runs, and a list of ticks in JSON.
@@ -2279,7 +2305,7 @@ PLACED = f"""FROM runs CROSS JOIN places ON places.run = runs.run
     %s JOIN mailboxes ON id = messages.mailbox
     WHERE runs.upto > ? AND places.mailbox = {MAILBOX} AND places.tick > ? AND places.tick <= ?"""
 LISTED = """FROM (SELECT value AS tick FROM json_each(?)) AS places CROSS JOIN messages ON messages.tick = places.tick
-    JOIN mailboxes ON id = messages.mailbox WHERE channel = ? AND name = ?"""
+    JOIN mailboxes ON id = messages.mailbox WHERE 1"""
 PLACED_ROW = f"places.{ROW}"
 TICKS_LISTED = 256
 ALIVE = "(expires IS NULL OR expires > ?)"
@@ -2508,14 +2534,23 @@ class Remove(Operation):
         known = state.extensions()
         spared = [kept_for(each) for each in sorted(self.kept_for) if each in known]
         spared += [UNFETCHED] if self.fetched_only else []
+        joined = f"LEFT JOIN {SLOWEST}" if self.fetched_only else ""
         looked = state.writing.execute(
-            f"SELECT tick, channel, name, n, mailbox, {' OR '.join(spared or '0')} FROM mailboxes "
-            "JOIN messages ON mailbox = id WHERE tick > ? AND tick < ? ORDER BY tick LIMIT ?",
+            f"SELECT tick, channel, name, n, mailbox, {' OR '.join(spared or '0')} FROM mailboxes JOIN messages "
+            f"ON mailbox = id {joined} WHERE tick > ? AND tick < ? ORDER BY tick LIMIT ?",
             (self.above, self.before, self.slice * LOOKED_PER_REMOVED),
-        ).fetchall()
-        if not looked:
+        )
+        rows: list[Any] = []
+        reached = None
+        with contextlib.closing(looked):
+            for *row, is_spared in looked:
+                reached = row[0]
+                if not is_spared:
+                    rows.append(row)
+                if len(rows) == self.slice:
+                    break
+        if reached is None:
             return None
-        rows = [row[:5] for row in looked if not row[5]][: self.slice]
         state.keep_keys({row[0] for row in rows if row[0] >= self.keys_from})
         gone = {(channel, own): (tick, n if isinstance(n, int) else 0) for tick, channel, own, n, _ in rows}
         state.writing.executemany(  # first, for readers of :memory:, who see the messages go
@@ -2532,7 +2567,7 @@ class Remove(Operation):
         )
         state.removed.update(removed)
         state.ahead = True  # the newest message may go, and `last` must not
-        return int((rows if len(rows) == self.slice else looked)[-1][0])
+        return int(reached)
 
 
 class Forget(Operation):
@@ -2549,6 +2584,9 @@ class Forget(Operation):
         for channel, own in self.names:
             number, _ = state.counts.get((channel, own), (0, 0))
             if not state.first("1", (channel, own), 0):
+                its_mark = "SELECT CAST(removed AS INTEGER) FROM mailboxes WHERE id = ?"
+                highest = f"UPDATE bus SET forgotten = max(CAST(forgotten AS INTEGER), ifnull(({its_mark}), 0))"
+                state.writing.execute(highest, (number,))
                 state.writing.execute("DELETE FROM mailboxes WHERE id = ?", (number,))
                 state.writing.execute("DELETE FROM receipts WHERE mailbox = ?", (number,))
                 state.counts.pop((channel, own), None)
@@ -2586,6 +2624,17 @@ class Tail(NamedTuple):
 
     above: int  # a tick; every message up to it is in a run
     ticks: defaultdict[Key, list[int]]  # mailbox: its messages above that tick, in order
+
+
+MERGED = -1  # the level of a run whose places are copied, and are being deleted
+
+
+class Run(NamedTuple):
+    """A row of the table `runs`."""
+
+    run: int
+    level: int
+    upto: int
 
 
 class Index:
@@ -2670,14 +2719,14 @@ class Index:
     def merge(self, places: int) -> None:
         """Copy or delete so many places, or as many as there are to copy or to delete."""
         while places > 0 and self.behind:
-            in_use = "upto > 0 AND typeof(level) = 'integer'"  # a damaged level is mended at the next start
-            full = f"SELECT level FROM runs WHERE {in_use} GROUP BY level HAVING count(*) >= ? ORDER BY level"
-            level = self.ask(full, self.RUNS_MERGED)
-            merged = self.ask("SELECT run FROM runs WHERE level IS NULL")
-            if level:  # the lowest first: its runs are small, and soon there are many
-                places -= self.copy(level[0], places)
+            runs = sound_runs(self.writing) or []  # what is damaged is mended at the next start
+            levels = Counter(run.level for run in runs if run.upto > 0)
+            full = [level for level, count in levels.items() if count >= self.RUNS_MERGED]
+            merged = [run for run in runs if run.level == MERGED]
+            if full:  # the lowest first: its runs are small, and soon there are many
+                places -= self.copy(runs, min(full), places)
             elif merged:
-                places -= self.delete(merged[0], places)
+                places -= self.delete(merged[0].run, places)
             else:
                 self.behind = False
 
@@ -2688,29 +2737,28 @@ class Index:
             self.writing.execute("DELETE FROM runs WHERE run = ?", (run,))
         return deleted
 
-    def copy(self, level: int, places: int) -> int:
+    def copy(self, runs: list[Run], level: int, places: int) -> int:
         """Go on to copy the oldest runs of a level into one run; when it is complete, it takes their place."""
-        oldest = "SELECT run, upto FROM runs WHERE level = ? AND upto > 0 ORDER BY upto LIMIT ?"
-        parts = self.writing.execute(oldest, (level, self.RUNS_MERGED)).fetchall()
-        found = self.ask("SELECT run FROM runs WHERE level = ? AND upto < 0", level + 1)
-        into = found[0] if found else self.new_run(level + 1)
+        parts = [run for run in runs if run.level == level and run.upto > 0][: self.RUNS_MERGED]
+        begun = [run.run for run in runs if run.level == level + 1 and run.upto < 0]
+        into = begun[0] if begun else self.new_run(level + 1)
         newest = "SELECT mailbox, tick FROM places WHERE run = ? ORDER BY mailbox DESC, tick DESC LIMIT 1"
         last = self.ask(newest, into) or (0, 0)
         part = "SELECT ?, mailbox, tick FROM places WHERE run = ? AND (mailbox, tick) > (?, ?)"
         union = " UNION ALL ".join([part] * len(parts))  # of ordered parts: it is merged as it is read
-        values = [value for run, _ in parts for value in (into, run, *last)]
+        values = [value for each in parts for value in (into, each.run, *last)]
         insert = f"INSERT INTO places {union} ORDER BY mailbox, tick LIMIT ?"
         copied = self.writing.execute(insert, (*values, places)).rowcount
         if copied < places:
-            for run, _ in parts:
-                write_run(self.writing, run, None, -run)
-            write_run(self.writing, into, level + 1, parts[-1][1])
+            for each in parts:
+                write_run(self.writing, each.run, MERGED, -each.run)
+            write_run(self.writing, into, level + 1, parts[-1].upto)
         return copied
 
     def remove(self, places: Iterable[tuple[int, int]]) -> None:
         """The messages with these ticks and mailboxes are removed: from their run, and from a copy of it."""
         its_run = "SELECT run FROM (SELECT run FROM runs WHERE upto >= ? ORDER BY upto LIMIT 1)"
-        runs = f"({its_run} UNION ALL SELECT run FROM runs WHERE upto < 0 AND level IS NOT NULL)"
+        runs = f"({its_run} UNION ALL SELECT run FROM runs WHERE upto < 0 AND level > 0)"
         self.writing.executemany(
             f"DELETE FROM places WHERE run IN {runs} AND mailbox = ? AND tick = ?",
             [(tick, mailbox, tick) for tick, mailbox in places if tick <= self.tail.above],
@@ -2777,7 +2825,7 @@ class Rows:
         ticks = ticks[bisect_right(ticks, above) : bisect_right(ticks, upto)]
         for start in range(0, len(ticks), TICKS_LISTED):  # json_each has them in the order of the list
             some = ticks[start : start + TICKS_LISTED]
-            parts.append((f"{LISTED} AND {only}", (encode(some[::-1] if backwards else some), *mailbox)))
+            parts.append((f"{LISTED} AND {only}", (encode(some[::-1] if backwards else some),)))
         for source, its in reversed(parts) if backwards else parts:
             with contextlib.closing(self.database.execute(f"SELECT {columns} {source}", (*its, *values))) as rows:
                 yield from rows
@@ -2838,6 +2886,7 @@ class State(Rows):
             self.index = Index(self.writing, merges=not memory)
             self.view = View(path, reading, clock, self.index.tail)
             self.reload()
+            self.announced = self.last  # of the last list that was applied
         except (sqlite3.Error, UnicodeDecodeError) as error:  # the latter: SQLite's error has unreadable text
             raise Unusable(f"cannot use the database {path}: {error}") from None
 
@@ -2883,8 +2932,9 @@ class State(Rows):
         self.bus: str
         self.last: int
         newest = "(SELECT ifnull(max(tick), 0) FROM messages)"
-        self.bus, last, lost, newest = self.ask(f"SELECT id, last, lost, {newest} FROM bus")
+        self.bus, last, lost, forgotten, newest = self.ask(f"SELECT id, last, lost, forgotten, {newest} FROM bus")
         self.lost = self.number(lost, 0, "how far messages are lost")
+        self.forgotten = self.number(forgotten, 0, "how far forgotten mailboxes had mail")
         self.last = max(self.number(last, 0, "the newest tick"), newest)
         self.index.reload()
         self.tail = self.index.tail
@@ -2892,6 +2942,7 @@ class State(Rows):
         self.mailboxes_made = max((number for number, _ in self.counts.values()), default=0)
         self.keeps_keys = bool(self.ask("SELECT 1 FROM keys LIMIT 1"))
         self.forget_list()
+        self.stale = False  # what is in memory is what the file has
 
     def forget_list(self) -> None:
         """Begin with an empty list."""
@@ -2906,6 +2957,11 @@ class State(Rows):
 
     def apply(self, operations: Sequence[Operation], now: Now) -> Applied:
         """Apply a list of operations in one transaction. sqlite3.Error, OSError or MemoryError if the list failed."""
+        if self.stale:  # there was no memory to reload
+            announced = self.announced
+            self.reload()
+            if self.last != announced:
+                raise sqlite3.DatabaseError("a list that failed for want of memory was stored")
         try:
             self.known = self.sent_with_keys(operations)
             results = [self.apply_one(operation, now) for operation in operations]
@@ -2919,6 +2975,7 @@ class State(Rows):
                 self.index.write(len(self.visible), self.last)
                 self.insert()
         except BaseException:
+            self.stale = True
             with contextlib.suppress(sqlite3.Error):
                 self.writing.execute("ROLLBACK")
             self.reload()
@@ -2926,6 +2983,7 @@ class State(Rows):
         self.index.committed()
         self.tail = self.index.tail
         applied = Applied(results, self.visible, self.removed, self.last)
+        self.announced = self.last
         self.forget_list()
         return applied
 
@@ -3260,7 +3318,7 @@ def prepare(database: sqlite3.Connection, path: str, journal: str) -> None:
         database.execute("INSERT INTO bus(id, last) VALUES (?, 0)", (secrets.token_hex(8),))
     if version < INDEX_IN_RUNS:
         build_index(database)
-    elif not runs_are_sound(database) or (small and not index_is_whole(database)):
+    elif sound_runs(database) is None or (small and not index_is_whole(database)):
         say(f"bus_server: the index by mailbox of {path} is damaged; making it anew")
         build_index(database)
     database.execute(f"PRAGMA user_version={len(MIGRATIONS)}")
@@ -3301,18 +3359,20 @@ def index_is_whole(database: sqlite3.Connection) -> bool:
     return bool(database.execute(IN_PLACES).fetchone() == database.execute(IN_MESSAGES).fetchone())
 
 
-def runs_are_sound(database: sqlite3.Connection) -> bool:
-    rows = database.execute("SELECT run, level, upto, checksum FROM runs").fetchall()
-    return all(check == run_checksum(*run) for *run, check in rows)
+def sound_runs(database: sqlite3.Connection) -> list[Run] | None:
+    """The runs in the order of ticks; None if one of them is damaged."""
+    rows = database.execute("SELECT run, level, upto, checksum FROM runs ORDER BY upto").fetchall()
+    runs = [Run(*row[:3]) for row in rows]
+    return runs if [row[3] for row in rows] == list(map(run_checksum, runs)) else None
 
 
-def run_checksum(*run: int | None) -> int:
-    return zlib.crc32(repr(run).encode())
+def run_checksum(run: Run) -> int:
+    return zlib.crc32(repr(tuple(run)).encode())
 
 
-def write_run(database: sqlite3.Connection, run: int, level: int | None, upto: int) -> None:
-    values = run, level, upto
-    database.execute("INSERT OR REPLACE INTO runs VALUES (?, ?, ?, ?)", (*values, run_checksum(*values)))
+def write_run(database: sqlite3.Connection, number: int, level: int, upto: int) -> None:
+    run = Run(number, level, upto)
+    database.execute("INSERT OR REPLACE INTO runs VALUES (?, ?, ?, ?)", (*run, run_checksum(run)))
 
 
 def build_index(database: sqlite3.Connection) -> None:
@@ -3478,7 +3538,7 @@ class Mailboxes:
         self.clock, self.wall = clock, wall
         self.hole = hole  # does a mailbox have a message above one tick, up to another?
         self.lost = 0  # up to this tick messages may be lost by damage
-        self.forgotten = 0  # highest tick removed from a forgotten mailbox; observers get a gap up to it
+        self.forgotten = 0  # highest tick removed from a forgotten mailbox, which has no mark of its own any more
         self.boxes = {(row[0], row[1]): Mailbox(*row[2:]) for row in stored}
         self.ordered = sorted(self.boxes)
         self.unordered: list[tuple[str, str]] = []  # those that came since the last sort
@@ -3623,7 +3683,10 @@ class Mailboxes:
         else:
             boxes = [self.box(str(poll.channel), own) for own in poll.names]
         removed = max((box.removed for box in boxes), default=0)
-        removed = max(removed, self.lost, self.forgotten if poll.me is None else 0)
+        # A group without a row may be a forgotten one. Its reader is told once: then its cursor is higher.
+        groups = [box for own, box in zip(poll.names[1:], boxes[1:]) if own != EVERYONE]
+        forgotten = poll.me is None or (poll.since > 0 and not all(box.firm for box in groups))
+        removed = max(removed, self.lost, self.forgotten if forgotten else 0)
         return (poll.since, removed) if removed > poll.since else None
 
     def note_removed(self, removed: dict[Any, int]) -> None:
@@ -3800,6 +3863,10 @@ class Ledger:
         if len(self.next) == 1 and not self.out:
             self.loop.soon(self.commit)  # when all sockets of this turn were read: they share a transaction
 
+    def count_out(self, steps: list[Step]) -> None:
+        for step in steps:
+            self.count(step, -1)
+
     def count(self, step: Step, sign: int) -> None:
         size = size_of(step.operation.drafts) if type(step.operation) is Put else 0
         if size > self.LARGE and step.connection:
@@ -3826,6 +3893,7 @@ class Ledger:
         del self.next[:number]
         self.out = steps
         if not steps:
+            self.count_out(taken)
             return
         began = time.monotonic()
         outcome: Applied | Exception
@@ -3834,8 +3902,7 @@ class Ledger:
         except Exception as error:
             outcome = error
         seconds, self.out = time.monotonic() - began, []
-        for step in taken:
-            self.count(step, -1)
+        self.count_out(taken)
         self.state.view.tail = self.state.tail  # and only now: nothing that a turn reads is changed aside
         if self.next:  # came while the deputy served
             self.loop.soon(self.commit)
@@ -3886,7 +3953,7 @@ class Bus:
     - The request of an operation is answered after the commit, never before.
     - `now` is never above a message that its reader did not get: reads stop at `last`, the highest announced tick.
     - If it is unknown whether a list was stored, its senders get 503 and the bus ends. If it certainly was not stored
-      (the disk is full, or another program has locked the file), its senders get an error and the bus goes on.
+      (the disk or the memory is full, or another program has locked the file), they get an error and the bus goes on.
     - A token is checked again when the list with its operation is about to be applied: see entitled().
     """
 
@@ -3900,7 +3967,7 @@ class Bus:
         self.ledger = Ledger(self)
         stored = state.view.mailboxes(state.last)
         self.mailboxes = Mailboxes(time.monotonic, stored, state.view.clock, state.view.hole)
-        self.mailboxes.lost = state.lost
+        self.mailboxes.lost, self.mailboxes.forgotten = state.lost, state.forgotten
         self.figures = Figures()
         self.sending, self.receiving, self.retention = Sending(self), Receiving(self), Retention(self, keep)
         self.withheld: dict[Step, Message] = {}  # messages that no cursor may pass until the step is announced
@@ -3945,7 +4012,12 @@ class Bus:
         if not route:
             allowed = self.allowed(request)
             raise Refused(405, f"{request.route} takes {' or '.join(allowed)}", ("Allow", ", ".join(allowed)))
-        return Answer(200, b"") if method == "HEAD" and route.takes else route.call(request)
+        if len(request.body) > HEAD_BYTES or self.storms.work.left:
+            self.storms.check_work(request.owner(), len(request.body))
+        answer = Answer(200, b"") if method == "HEAD" and route.takes else route.call(request)
+        if answer and len(answer.body) > HEAD_BYTES and self.storms.work.rate:
+            self.storms.work.take(request.owner(), len(answer.body))
+        return answer
 
     def allowed(self, request: Request) -> list[str]:
         methods = [method for method, route in self.routes if route == request.route]
@@ -4064,6 +4136,9 @@ class Bus:
 
     def failed(self, error: Exception) -> Refused:
         """The error for the senders of a list that could not be applied."""
+        if isinstance(error, MemoryError) and (self.state.stale or self.state.last == self.last):
+            # The file has nothing new, or the next list finds out whether it has.
+            return Refused(503, "the bus has no memory left: nothing was stored, try again", ("Retry-After", "2"))
         if isinstance(error, sqlite3.OperationalError):
             if "full" in str(error):
                 return no_room()
@@ -4082,7 +4157,7 @@ class Bus:
     def park(self, connection: Connection, parked: Parked, patience: float = math.inf) -> None:
         """Let it wait until something arrives for it, its hold is over, or `patience` (s) has passed."""
         if connection.request and connection.request.command != "HEAD" and not self.verbose:
-            connection.request = None  # what waits is small: `parked` says it all
+            connection.request = None  # what waits is small: its record says it all
         self.mailboxes.park(connection, parked)
         connection.wait(PARKED, min(parked.hold, patience))
         if not self.gate.holds(parked.token):
@@ -4353,6 +4428,8 @@ class Retention:
 
     def forget_names(self, after: tuple[str, str] = ("", "")) -> None:
         """Forget the names that were only looked at, and the rows of names without mail that nobody polls."""
+        if not self.clock_is_trusted():
+            return
         names = list(islice(self.bus.mailboxes.keys(after), self.NAMES))
         idle = self.bus.mailboxes.idle(names, self.bus.view.clock(), int(self.keep * 1000000))
         if idle:
@@ -4463,11 +4540,10 @@ def check_number(drafts: list[Draft], copies: int) -> None:
 def recv(bus: Bus, request: Request) -> Answer | None:
     poll = recv_poll(request)
     request.grant.check(poll.names)
-    bus.storms.read(str(poll.me))
+    bus.storms.read(request.owner(), str(poll.me))
     if request.query().one("bus") not in (None, bus.state.bus):  # a cursor from another bus: say so, and mark nothing
         return delivery(bus, poll._replace(since=bus.last), [])
     bus.storms.name(request.owner(), bus.mailboxes.new(str(poll.channel), poll.names))
-    bus.storms.read(str(poll.me))
     bus.mailboxes.polled(poll, request.peer.address, bus.view.clock())
     bus.mailboxes.owned(poll)
     bus.save_marks_soon()
@@ -5160,7 +5236,7 @@ def count_old(path: str, before: int) -> tuple[int, int]:
             rows = Rows(path, database)
             pending = " OR ".join([UNFETCHED, *map(kept_for, rows.extensions())])
             counted = f"SELECT count(*), count(*) FILTER (WHERE {pending}) FROM messages JOIN mailboxes ON mailbox = id"
-            old, unread = rows.ask(f"{counted} WHERE tick < ?", before)
+            old, unread = rows.ask(f"{counted} LEFT JOIN {SLOWEST} WHERE tick < ?", before)
             return old, unread
     except sqlite3.Error as error:
         if "no such table: extensions" in str(error):

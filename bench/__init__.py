@@ -16,5 +16,6 @@
 
 What keeps it honest: all contenders of a row run in one session, in rounds that take turns; each sends the same 84
 bytes on as many connections; what a server has stored is compared with what it acknowledged; the flushes of the disk
-are counted; a generator that was busy all the time is named as the limit; and what others took of the CPUs is told.
+and the bytes that are written to it are counted; a generator that was busy all the time is named as the limit; and what
+others took of the CPUs is told.
 """

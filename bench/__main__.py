@@ -15,8 +15,8 @@ import traceback
 from bench import machine, peers, report
 from bench.session import ROWS, Session, Settings
 
-for module in ("rows_send", "rows_wait", "rows_stored", "rows_programs"):  # in the order of the document
-    importlib.import_module(f"bench.{module}")
+for module in ("send", "names", "queue", "wait", "stored", "programs"):  # in the order of the document
+    importlib.import_module(f"bench.rows_{module}")
 
 
 def main() -> int:

@@ -17,7 +17,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, NamedTuple
 
 from bench.wires import Refused, message
@@ -69,13 +69,18 @@ def wrk(port: int, requests: Sequence[bytes], connections: int, seconds: float) 
     return Count(found["answers"], found["seconds"], cpu, {"p50": found["p50"], "p99": found["p99"]})
 
 
-def redis_benchmark(port: int, connections: int, seconds: float, pipeline: int) -> Count:
-    """XADD of the message. It counts requests and not seconds, so a short run says how many make `seconds`."""
+def redis_benchmark(
+    port: int, connections: int, seconds: float, pipeline: int, stream: str = "dell", streams: int = 1
+) -> Count:
+    """XADD of the message, to a random one of `streams` if `stream` has the placeholder that redis-benchmark fills.
+
+    It counts requests and not seconds, so a short run says how many make `seconds`.
+    """
 
     def run(requests: int) -> Count:
         printed, _, cpu = timed([
             "redis-benchmark", "-p", str(port), "-c", str(connections), "-n", str(requests), "-P", str(pipeline),
-            "--csv", "XADD", "dell", "*", "m", message("dell").decode()])
+            "-r", str(streams), "--csv", "XADD", stream, "*", "m", message("dell").decode()])
         last = printed.splitlines()[-1]  # the command, its quotes as they are, then seven numbers
         rate, _, _, half, _, most, _ = map(float, re.findall(r'"([0-9.]+)"', last)[-7:])
         return Count(requests, requests / rate, cpu, {"p50": half, "p99": most})
@@ -128,14 +133,44 @@ class Line:
         self.peer.close()
 
 
-def closed_loop(port: int, wire: Any, to: str, connections: int, seconds: float) -> Count:
-    """Sends from a process of our own, one at a time on each connection."""
+Talk = Generator[bytes, bytes, None]  # what one connection asks: it yields requests, and gets the answer of each
+
+
+def sending(wire: Any, number: int, to: str) -> Talk:
+    request = wire.send(to, number)
+    while True:
+        yield request
+
+
+def working(wire: Any, number: int, queue: str, jobs: int) -> Talk:
+    """A worker does so many jobs: it claims one and acknowledges it, then the next."""
+    claim = wire.claim(queue)
+    for _ in range(jobs):
+        job = yield claim
+        yield wire.acknowledge(job)
+
+
+def sends(port: int, wire: Any, to: str, connections: int, seconds: float) -> Count:
+    """Sends, each after the one before was answered, on so many connections."""
+    return closed_loop(port, wire, connections, seconds, sending, to)
+
+
+def works(port: int, wire: Any, queue: str, workers: int, jobs: int) -> Count:
+    """So many jobs by each worker, on a connection of its own. A job is two answers."""
+    found = closed_loop(port, wire, workers, PATIENCE, working, queue, jobs)
+    return found._replace(answers=found.answers // 2)
+
+
+def closed_loop(
+    port: int, wire: Any, connections: int, seconds: float, talk: Callable[..., Talk], *arguments: Any
+) -> Count:
+    """A talk on each connection, from a process of our own, until the talks or the seconds are over."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(loop, (port, wire, to, connections, seconds))
+        return pool.apply(loop, (port, wire, connections, seconds, talk, *arguments))
 
 
-def loop(port: int, wire: Any, to: str, connections: int, seconds: float) -> Count:
-    peers: dict[int, tuple[socket.socket, bytes]] = {}
+def loop(port: int, wire: Any, connections: int, seconds: float, talk: Callable[..., Talk], *arguments: Any) -> Count:
+    peers: dict[int, tuple[socket.socket, Talk]] = {}
     ready = select.epoll()
     with contextlib.ExitStack() as stack:
         for number in range(connections):
@@ -146,24 +181,27 @@ def loop(port: int, wire: Any, to: str, connections: int, seconds: float) -> Cou
                 data = b""
                 while not wire.end(data):
                     data += peer.recv(CHUNK)
-            peers[peer.fileno()] = peer, wire.send(to, number)
+            peers[peer.fileno()] = peer, talk(wire, number, *arguments)
             ready.register(peer, select.EPOLLIN)
         answers, parts = 0, dict.fromkeys(peers, b"")
         start, cpu = time.perf_counter(), time.process_time()
-        for peer, request in peers.values():
-            peer.sendall(request)
-        while time.perf_counter() < start + seconds:
+        for peer, its in peers.values():
+            peer.sendall(next(its))
+        while parts and time.perf_counter() < start + seconds:
             for descriptor, _ in ready.poll(1):
-                peer, request = peers[descriptor]
+                peer, its = peers[descriptor]
                 data = peer.recv(CHUNK)
                 if not data:
                     raise Refused("hung up")
                 data = parts[descriptor] + data
                 end = wire.end(data)
+                parts[descriptor] = data[end:]
                 if end:
                     answers += 1
-                    peer.sendall(request)
-                parts[descriptor] = data[end:]
+                    try:
+                        peer.sendall(its.send(data[:end]))
+                    except StopIteration:
+                        del parts[descriptor]
         taken = time.perf_counter() - start
         return Count(answers, taken, (time.process_time() - cpu) / taken)
 
@@ -176,7 +214,7 @@ class Reader:
     is measured.
     """
 
-    PERIOD = 0.025  # s; 16 names may get 7,500 messages each in 16 of them: 300,000 a second
+    PERIOD = 0.025  # s; N names are each read once in N periods, after at most 7,500 messages: 300,000 a second in all
 
     def __init__(self, port: int, wire: Any, names: Sequence[str]) -> None:
         self.port, self.wire, self.names = port, wire, names

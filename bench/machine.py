@@ -71,6 +71,22 @@ def own_seconds() -> float:
     return sum(os.times()[:4])
 
 
+def written_bytes(pids: Iterable[int]) -> int | None:
+    """How much they wrote to disks, in whole pages; a page counts each time that it has to be written out again.
+
+    What the file system writes for itself is not in it, and a file on a tmpfs counts 0. None if a process does not show
+    it, because it belongs to another user or has ended.
+    """
+    total = 0
+    for pid in pids:
+        try:
+            counters = pathlib.Path(f"/proc/{pid}/io").read_text()
+        except OSError:
+            return None
+        total += int(re.search(r"^write_bytes: (\d+)", counters, re.M)[1])
+    return total
+
+
 def memory(pids: Iterable[int]) -> int:
     """Bytes of memory, what is shared counted once."""
     total = 0

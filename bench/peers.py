@@ -10,6 +10,7 @@ import functools
 import json
 import os
 import pathlib
+import re
 import select
 import shutil
 import socket
@@ -24,6 +25,7 @@ from bench import load, machine, wires
 
 HERE = pathlib.Path(__file__).resolve().parent
 PATIENCE = 60  # s for a server to start or to stop; ten million messages included
+AT_ONCE = 1000  # messages in a request that is not measured; one has at most 256 KiB
 DESCRIPTORS = 19000  # connections we ask a server to allow; some systems give a process 20000 descriptors
 
 
@@ -163,11 +165,16 @@ class AgentBus(HttpPeer):
         return self.requests([self.wire.send("dell")], connections, seconds)
 
     def requests(
-        self, requests: Sequence[bytes], connections: int, seconds: float, names: Sequence[str] = listeners
+        self, requests: Sequence[bytes], connections: int, seconds: float, names: Sequence[str] = ("dell",)
     ) -> load.Count:
-        """Any sends, to names that have a reader."""
+        """Any sends, to names that have a reader: without one, and above 10,000 messages each, they are refused."""
         with load.Reader(self.port, self.wire, names):
             return load.wrk(self.port, requests, connections, seconds)
+
+    def deliver(self, to: Sequence[str]) -> None:
+        """A message to each of these names, before what is measured."""
+        for start in range(0, len(to), AT_ONCE):
+            self.ask(self.wire.post("/send", wires.batch(to[start : start + AT_ONCE])))
 
     def cursor(self) -> str:
         return str(self.wire.cursor(self.ask(self.wire.get("/recv?to=bench&since=now"))))
@@ -210,6 +217,43 @@ class TokenBus(AgentBus):
         token = next(word for word in invitation.split() if word.startswith("abt_"))
         self.wire = wires.Http(self.port, token)
         super().start()
+
+
+class ManyNames(AgentBus):
+    """The same with sends to many names in turn. `what` tells it from the others; `key` is a placeholder of wires.
+
+    Before it is measured each name gets a message, for which the bus makes the name, and a second one, at which it
+    counts what nobody has fetched: once, whatever follows.
+    """
+
+    READ = 400  # names that have a reader; where there are more, none is full after some minutes without one
+
+    def __init__(
+        self, folder: pathlib.Path, python: str = sys.executable, db: pathlib.Path | None = None, *,
+        names: Sequence[str], what: str, key: str = "",
+    ) -> None:
+        super().__init__(folder, python, db)
+        self.name += f", {what}"
+        self.names = names
+        self.each = [self.wire.post("/send", wires.message(name, key=key)) for name in names]
+
+    def start(self) -> None:
+        super().start()
+        for _ in range(2):
+            self.deliver(self.names)
+
+    def sends(self, connections: int, seconds: float) -> load.Count:
+        return self.requests(self.each, connections, seconds, self.names[: self.READ])
+
+
+class QueueBus(AgentBus):
+    """The same with workers: what it has stored since a mark is that jobs are done."""
+
+    def mark(self) -> int:
+        return int(self.query("SELECT count(*) FROM work WHERE due IS NULL"))
+
+    def stored(self, mark: int) -> int | None:
+        return self.mark() - mark
 
 
 class ThreadedBus(HttpPeer):
@@ -320,6 +364,7 @@ class RedisPeer(Peer):
 
     name, program = "Redis Streams", "redis-server"
     durable = "fsync"
+    stream, streams = "dell", ["dell"]  # as redis-benchmark is told, and all that come of it
 
     def __init__(self, folder: pathlib.Path) -> None:
         super().__init__(folder)
@@ -339,7 +384,7 @@ class RedisPeer(Peer):
                 "--maxclients", str(DESCRIPTORS)]
 
     def sends(self, connections: int, seconds: float) -> load.Count:
-        return load.redis_benchmark(self.port, connections, seconds, 1)
+        return load.redis_benchmark(self.port, connections, seconds, 1, self.stream, len(self.streams))
 
     def batches(self, connections: int, seconds: float, size: int) -> load.Count:
         """The nearest there is to many messages in one request: `size` commands written before any answer is read."""
@@ -349,10 +394,18 @@ class RedisPeer(Peer):
         return "$"
 
     def mark(self) -> int:
-        return int(self.ask(self.wire.command("XLEN", "dell"))[1:])
+        with load.Line(self.wire, self.port) as line:
+            return sum(int(line.exchange(self.wire.command("XLEN", stream))[1:]) for stream in self.streams)
 
     def stored(self, mark: int) -> int | None:
         return self.mark() - mark
+
+
+class ManyStreams(RedisPeer):
+    """The same with as many streams as a bus has names: each message goes to a random one of them."""
+
+    name = "Redis, 400 streams"
+    stream, streams = "dell-__rand_int__", [f"dell-{number:012}" for number in range(400)]
 
 
 class NatsPeer(Peer):
@@ -396,7 +449,7 @@ class NatsPeer(Peer):
         self.ask(self.wire.publish("$JS.API.STREAM.CREATE.BUS", json.dumps(stream).encode(), 1))
 
     def sends(self, connections: int, seconds: float) -> load.Count:
-        return load.closed_loop(self.port, self.wire, "dell", connections, seconds)
+        return load.sends(self.port, self.wire, "dell", connections, seconds)
 
     def mark(self) -> int:
         """How many messages are stored. Right after a load it may answer with an error first."""
@@ -431,7 +484,41 @@ class MosquittoPeer(Peer):
         return ["mosquitto", "-c", str(config)]
 
     def sends(self, connections: int, seconds: float) -> load.Count:
-        return load.closed_loop(self.port, self.wire, "dell", connections, seconds)
+        return load.sends(self.port, self.wire, "dell", connections, seconds)
+
+
+class BeanstalkdPeer(Peer):
+    """A work queue. With `-f 0` a put and a delete are fsynced before they are answered; a reserve is not written."""
+
+    name, program = "beanstalkd", "beanstalkd"
+    durable = "fsync"
+
+    def __init__(self, folder: pathlib.Path) -> None:
+        super().__init__(folder)
+        self.wire = wires.Beanstalk()
+
+    @classmethod
+    def version(cls) -> str:
+        return output("beanstalkd", "-v")
+
+    def command(self) -> list[str]:
+        return ["beanstalkd", "-l", "127.0.0.1", "-p", str(self.port), "-b", str(self.folder), "-f", "0"]
+
+    def deliver(self, to: Sequence[str]) -> None:
+        """A job for each of these names, before what is measured."""
+        with load.Line(self.wire, self.port) as line:
+            for start in range(0, len(to), AT_ONCE):
+                some = to[start : start + AT_ONCE]
+                line.ask(b"".join(map(self.wire.send, some)))
+                for _ in some:
+                    line.answer()
+
+    def mark(self) -> int:
+        """How many jobs were deleted: a worker deletes the job that it has done."""
+        return int(re.search(rb"\ncmd-delete: (\d+)", self.ask(self.wire.stats()))[1])
+
+    def stored(self, mark: int) -> int | None:
+        return self.mark() - mark
 
 
 class NchanPeer(HttpPeer):
@@ -497,7 +584,7 @@ def sqlite_version(python: str) -> str:
 def versions(pythons: list[str]) -> dict[str, str]:
     """Of all that is measured and of what measures it, or why it is not there."""
     found = {f"Python {python_version(python)}": f"SQLite {sqlite_version(python)}" for python in pythons}
-    for kind in (StarletteBus, RedisPeer, NatsPeer, NchanPeer, MosquittoPeer):
+    for kind in (StarletteBus, RedisPeer, NatsPeer, NchanPeer, MosquittoPeer, BeanstalkdPeer):
         found[kind.name] = f"absent: {kind.missing()}" if kind.missing() else kind.version()
     found["wrk"] = output("wrk", "-v").split(" [")[0] if shutil.which("wrk") else "absent"
     return found

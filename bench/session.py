@@ -87,15 +87,18 @@ class Session:
         """Messages per second, of `each` in an answer, and what it took. What was acknowledged must be there."""
         disk = machine.device(self.settings.folder)
         mark, pids = peer.mark(), peer.pids()
-        cpu, flushed, start = machine.cpu_seconds(pids), machine.flushes(disk), time.perf_counter()
+        written, flushed = machine.written_bytes(pids), machine.flushes(disk)
+        cpu, start = machine.cpu_seconds(pids), time.perf_counter()
         found = generate()
         span = time.perf_counter() - start
         beside = {"server CPU": (machine.cpu_seconds(pids) - cpu) / span, "generator CPU": found.cpu}
+        written_now, flushed_now = machine.written_bytes(pids), machine.flushes(disk)
         stored, acknowledged = peer.stored(mark), found.answers * each
         if stored is not None and stored < acknowledged:
             raise load.Refused(f"{peer.name} acknowledged {acknowledged} messages and has {stored}")
-        if flushed is not None:
-            beside["flushes/message"] = ((machine.flushes(disk) or 0) - flushed) / (stored or acknowledged)
+        for what, before, now in (("flushes", flushed, flushed_now), ("bytes", written, written_now)):
+            if before is not None and now is not None:
+                beside[f"{what}/message"] = (now - before) / (stored or acknowledged)
         beside.update({f"{name} ms": value for name, value in found.latencies.items()})
         return Run(found.rate * each, beside)
 

@@ -8,8 +8,8 @@ import pathlib
 import shutil
 import sys
 import time
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Optional
 
 from bench import machine, wires
 
@@ -21,6 +21,7 @@ STEP = 100000  # us between two messages: ten million of them are the last eleve
 
 
 WEEK = 7 * 86400  # s; an older database is made anew, before retention reaches it
+MakeKey = Callable[[int], Optional[str]]  # the idempotency key of the message that has a tick
 
 
 class Stored(NamedTuple):
@@ -41,18 +42,36 @@ class Stored(NamedTuple):
         return self.names[number % len(self.names)]
 
 
-def database(kept: pathlib.Path, folder: pathlib.Path, messages: int, names: Sequence[str]) -> Stored:
+def no_key(tick: int) -> None:
+    return None
+
+
+def timed_key(tick: int) -> str:
+    """As bus_send.py would have made it at that time."""
+    return f"{tick:014x}{os.urandom(9).hex()}"
+
+
+def random_key(tick: int) -> str:
+    return os.urandom(16).hex()
+
+
+def database(
+    kept: pathlib.Path, folder: pathlib.Path, messages: int, names: Sequence[str], key: MakeKey = no_key
+) -> Stored:
     """A database in `folder`, copied from one that is made once and stays in `kept`: ten million take minutes.
 
-    All of it is on the disk when this returns, so that writing it out does not disturb what is measured then.
+    All of it is on the disk when this returns, so that writing it out does not disturb what is measured then. It is
+    copied by the page: of a file that came in large pieces, Linux keeps large pieces in memory, and counts all of a
+    piece as written when a page of it is.
     """
-    kind = hashlib.sha256(repr((bus_server.MIGRATIONS, messages, list(names))).encode()).hexdigest()[:12]
-    original = kept / f"agent-bus-bench-{messages}-{kind}.db"
+    kind = repr((bus_server.MIGRATIONS, messages, list(names), key.__name__))
+    original = kept / f"agent-bus-bench-{messages}-{hashlib.sha256(kind.encode()).hexdigest()[:12]}.db"
     if not original.exists() or original.stat().st_mtime < time.time() - WEEK:
-        make(original, messages, names)
+        make(original, messages, names, key)
     copy = folder / "stored.db"
     folder.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(original, copy)
+    with original.open("rb") as source, copy.open("wb", buffering=0) as target:
+        shutil.copyfileobj(source, target, machine.PAGE)
     os.sync()
     state = bus_server.State(str(copy))
     first = int(state.view.database.execute("SELECT min(tick) FROM messages").fetchone()[0])
@@ -60,7 +79,7 @@ def database(kept: pathlib.Path, folder: pathlib.Path, messages: int, names: Seq
     return Stored(copy, messages, names, first)
 
 
-def make(path: pathlib.Path, messages: int, names: Sequence[str]) -> None:
+def make(path: pathlib.Path, messages: int, names: Sequence[str], key: MakeKey) -> None:
     """Everybody has read everything: a mailbox that is full refuses more."""
     unfinished = path.with_suffix(".unfinished")
     for leftover in path.parent.glob(f"{unfinished.name}*"):
@@ -71,8 +90,8 @@ def make(path: pathlib.Path, messages: int, names: Sequence[str]) -> None:
     drafts = [bus_server.draft(json.loads(wires.message(name)), None) for name in names]
     for start in range(0, messages, AT_ONCE):
         numbers = range(start, min(start + AT_ONCE, messages))
-        put = bus_server.Put([drafts[number % len(drafts)] for number in numbers])
-        state.apply([put], bus_server.Now(now, now))
+        put = [drafts[number % len(drafts)]._replace(key=key(now + number - start)) for number in numbers]
+        state.apply([bus_server.Put(put)], bus_server.Now(now, now))
         now += AT_ONCE * STEP
     marks = [bus_server.Mark("default", name, True, state.last, state.last, now) for name in names]
     state.apply([bus_server.Marks(marks, [], {})], bus_server.Now(now, now))

@@ -1,14 +1,16 @@
 """What each server speaks, as bytes, for the clients of our own in `load` and `crowd`.
 
-A wire has no state. `hello` is what a connection sends first, a request each; `send` and `wait` are the two requests
-that are measured; `end` says where the first whole answer in a buffer ends, 0 when it is not whole, and raises Refused
-for one that says no; `cursor` is where the next wait begins. `keeps` says whether a connection outlives an answer.
+A wire has no state. `hello` is what a connection sends first, a request each; `send`, `wait`, and `claim` with
+`acknowledge` are the requests that are measured; `end` says where the first whole answer in a buffer ends, 0 when it is
+not whole, and raises Refused for one that says no; `cursor` is where the next wait begins; `acknowledge` settles the
+job in the answer to a claim. `keeps` says whether a connection outlives an answer.
 """
 from __future__ import annotations
 
 import json
 import re
 import struct
+from collections.abc import Iterable
 
 
 class Refused(Exception):
@@ -18,13 +20,23 @@ class Refused(Exception):
 SIZE = 84  # bytes of a message, as JSON
 
 
-def message(to: str, sender: str = "spark") -> bytes:
-    """The message that everybody sends, padded to the same size whatever the names are."""
+# wrk.lua puts another idempotency key in place of each, as long as they are: one that begins with the time, as that of
+# bus_send.py does, and a random one.
+TIMED_KEY, RANDOM_KEY = "a-key-that-begins-with-the-time.", "a-random-key...................."
+
+
+def message(to: str, sender: str = "spark", key: str = "") -> bytes:
+    """The message that everybody sends, padded to the same size whatever the names are. A key is not part of it."""
     fields = {"from": sender, "to": to, "msg": ""}
     fields["msg"] = "T1 done, 4/4 are honeypots; T2 next.".ljust(SIZE - len(json.dumps(fields)), ".")
     body = json.dumps(fields)[: SIZE - 2] + '"}'
     assert len(body) == SIZE == len(json.dumps(json.loads(body))), body
-    return body.encode()
+    return (body[:-1] + f', "key": "{key}"}}' if key else body).encode()
+
+
+def batch(to: Iterable[str]) -> bytes:
+    """An array: a message for each of these names."""
+    return b"[" + b", ".join(map(message, to)) + b"]"
 
 
 class Wire:
@@ -52,6 +64,15 @@ class Http(Wire):
 
     def wait(self, name: str, cursor: str) -> bytes:
         return self.get(f"/recv?to={name}&since={cursor}&block=true&wait=60")
+
+    def claim(self, queue: str) -> bytes:
+        return self.post("/claim", json.dumps({"to": queue, "wait": 0}).encode())
+
+    def acknowledge(self, answer: bytes) -> bytes:
+        job = re.search(rb'"id": "(\w+)".*"lease": "(\w+)"', answer)
+        if not job:
+            raise Refused(f"no job: {answer.decode(errors='replace')}")
+        return self.post("/ack", b'{"id": "%s", "lease": "%s"}' % job.groups())
 
     def end(self, data: bytes | bytearray) -> int:
         head = data.find(b"\r\n\r\n")
@@ -171,3 +192,31 @@ class Mqtt(Wire):
         if data[0] not in (0x20, 0x40) or (data[0] == 0x20 and data[3]):
             raise Refused(repr(bytes(data)))
         return 4
+
+
+class Beanstalk(Wire):
+    """beanstalkd, whose queue is its default tube whatever name is given."""
+
+    def send(self, to: str, number: int = 0) -> bytes:
+        body = message(to)
+        return b"put 0 0 60 %d\r\n%s\r\n" % (len(body), body)
+
+    def claim(self, queue: str) -> bytes:
+        return b"reserve-with-timeout 0\r\n"
+
+    def acknowledge(self, answer: bytes) -> bytes:
+        return b"delete %s\r\n" % answer.split()[1]
+
+    def stats(self) -> bytes:
+        return b"stats\r\n"
+
+    def end(self, data: bytes | bytearray) -> int:
+        line = data.find(b"\r\n")
+        if line < 0:
+            return 0
+        words, end = bytes(data[:line]).split(), line + 2
+        if words[0] not in (b"INSERTED", b"RESERVED", b"DELETED", b"OK"):
+            raise Refused(bytes(data).decode(errors="replace"))
+        if words[0] in (b"RESERVED", b"OK"):
+            end += int(words[-1]) + 2
+        return end if len(data) >= end else 0

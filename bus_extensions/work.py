@@ -311,7 +311,7 @@ class Work:
         self.bus.check_open()
         worker = worker_of(request.members(), request.grant)
         request.grant.check([worker.queue])
-        self.bus.storms.read(f"{request.owner()}/{worker.called}")
+        self.bus.storms.read(request.owner(), worker.called)
         self.bus.storms.name(request.owner(), self.bus.mailboxes.new(worker.channel, [worker.queue]))
         self.bus.mailboxes.polled(worker, request.peer.address, self.bus.view.clock())
         self.ask(request.peer, worker)

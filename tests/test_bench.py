@@ -1,16 +1,23 @@
 """The bench is not easily fooled: same bytes, whole answers, what is stored is counted, who is absent is named."""
 import contextlib
+import http.server
+import itertools
 import json
 import os
+import pathlib
+import shutil
 import sys
+import threading
+import time
 import xml.etree.ElementTree
 
 import pytest
 
-from bench import crowd, report, staged_server, stored, wires
+import bus_send
+from bench import crowd, machine, report, staged_server, stored, wires
 from bench.figures import Claim, Figure, Result, Run, interleaved, quantile
-from bench.load import Count, Line, Reader
-from bench.peers import AgentBus, Peer
+from bench.load import Count, Line, Reader, works, wrk
+from bench.peers import AgentBus, ManyNames, Peer, QueueBus
 from bench.session import Row, Session, Settings
 from bus_server import State
 from tests.kit.processes import wait_until
@@ -29,8 +36,49 @@ def session(tmp_path):
 def test_everybody_sends_the_same_84_bytes_of_json(to):
     body = wires.message(to)
     assert len(body) == 84 and json.loads(body)["to"] == to
-    everyone = (wires.Http(1), wires.Nchan(1), wires.Redis(), wires.Nats(), wires.Mqtt())
+    everyone = (wires.Http(1), wires.Nchan(1), wires.Redis(), wires.Nats(), wires.Mqtt(), wires.Beanstalk())
     assert all(body in wire.send(to) for wire in everyone)
+
+
+@contextlib.contextmanager
+def listening():
+    """A server that keeps the body of each request: its port, and the bodies."""
+    bodies = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self):
+            bodies.append(self.rfile.read(int(self.headers["Content-Length"])))
+            self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+
+        def log_message(self, *_):
+            """Quiet."""
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server.server_port, bodies
+        server.shutdown()
+
+
+@pytest.mark.skipif(not shutil.which("wrk"), reason="wrk is not installed")
+def test_wrk_sends_its_requests_in_turn_with_another_key_each_time():
+    """A request of a wrong length would make the next one unreadable."""
+    wire, start = wires.Http(1), time.time()
+    turn = {"plain": "", "timed": wires.TIMED_KEY, "random": wires.RANDOM_KEY}
+    requests = [wire.post("/send", wires.message(to, key=key)) for to, key in turn.items()]
+    with listening() as (port, bodies):
+        wrk(port, requests, 1, 1)
+    messages = [json.loads(body) for body in bodies]
+    keys = {name: [each.pop("key", "") for each in messages if each["to"] == name] for name in turn}
+    first = list(turn).index(messages[0]["to"])
+    in_turn = itertools.islice(itertools.cycle(turn), first, None)
+    assert all(each == json.loads(wires.message(to)) for each, to in zip(messages, in_turn))
+    assert set(keys["plain"]) == {""}
+    made = keys["timed"] + keys["random"]
+    assert len(made) == len(set(made)) and {*map(len, made)} == {len(bus_send.new_key())}
+    assert keys["timed"] == sorted(keys["timed"]) and keys["random"] != sorted(keys["random"])
+    assert all(start - 1 < int(key[:14], 16) / 1000000 < time.time() for key in keys["timed"])
 
 
 @pytest.mark.parametrize(
@@ -42,6 +90,9 @@ def test_everybody_sends_the_same_84_bytes_of_json(to):
         (wires.Redis(), b":12\r\n"),
         (wires.Nats(), MSG),
         (wires.Mqtt(), b"\x40\x02\x00\x01"),
+        (wires.Beanstalk(), b"INSERTED 1\r\n"),
+        (wires.Beanstalk(), b"RESERVED 1 4\r\n\r\n\r\n\r\n"),
+        (wires.Beanstalk(), b"DELETED\r\n"),
     ],
 )
 def test_an_answer_counts_once_it_is_whole(wire, answer):
@@ -56,11 +107,40 @@ def test_an_answer_counts_once_it_is_whole(wire, answer):
         (wires.Redis(), b"-OOM command not allowed\r\n"),
         (wires.Nats(), b'MSG _INBOX.1 1 12\r\n{"error":{}}\r\n'),
         (wires.Mqtt(), b"\x20\x02\x00\x05"),
+        (wires.Beanstalk(), b"TIMED_OUT\r\n"),
+        (wires.Beanstalk(), b"NOT_FOUND\r\n"),
     ],
 )
 def test_a_refusal_is_no_answer(wire, answer):
     with pytest.raises(wires.Refused):
         wire.end(answer)
+
+
+@pytest.mark.parametrize(
+    "wire, job, its",
+    [
+        (wires.Http(1), b'{"messages": [{"ts": 1.5, "id": "6a", "msg": "hi", "attempt": 1, "lease": "9c"}]}',
+         b'{"id": "6a", "lease": "9c"}'),
+        (wires.Beanstalk(), b"RESERVED 12 2\r\nhi\r\n", b"delete 12\r\n"),
+    ],
+)
+def test_a_worker_acknowledges_the_job_that_it_got(wire, job, its):
+    assert wire.acknowledge(job).endswith(its)
+
+
+def test_an_empty_queue_makes_the_row_of_claims_void():
+    with pytest.raises(wires.Refused):
+        wires.Http(1).acknowledge(b'{"messages": [], "now": 1.5}')
+
+
+def test_workers_do_all_the_jobs_of_a_queue_once(session, tmp_path):
+    bus = QueueBus(tmp_path)
+    with session.running([bus]):
+        bus.deliver(["jobs"] * 6)
+        found = session.observed(bus, lambda: works(bus.port, bus.wire, "jobs", 2, 3))
+        assert found.value > 0 and bus.stored(0) == 6
+        with pytest.raises(wires.Refused, match="no job"):
+            works(bus.port, bus.wire, "jobs", 1, 1)
 
 
 class Forgetful(Peer):
@@ -80,6 +160,27 @@ def test_a_server_that_acknowledges_more_than_it_stores_is_caught(session, tmp_p
     assert session.observed(peer, lambda: Count(9, 1, 0)).value == 9
     with pytest.raises(wires.Refused, match="acknowledged 10 messages and has 9"):
         session.observed(peer, lambda: Count(10, 1, 0))
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc/self/io").exists(), reason="this kernel does not count what is written")
+def test_the_bytes_that_a_server_writes_to_disk_are_counted(session, tmp_path):
+    if machine.filesystem(tmp_path) == "tmpfs":
+        pytest.skip("a tmpfs is no disk")
+    size = 100 * machine.PAGE
+
+    def writes():
+        (tmp_path / "file").write_bytes(bytes(size))
+        return Count(9, 1, 0)
+
+    found = session.observed(Forgetful(tmp_path), writes).beside["bytes/message"]
+    assert size / 9 <= found < 2 * size / 9
+
+
+def test_a_server_that_does_not_show_what_it_writes_has_no_such_figure(session, tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "written_bytes", lambda pids: None)
+    assert "bytes/message" not in session.observed(Forgetful(tmp_path), lambda: Count(9, 1, 0)).beside
+    monkeypatch.undo()
+    assert machine.written_bytes([0]) is None  # no process has this number
 
 
 def test_who_is_absent_is_skipped_by_name(session):
@@ -132,6 +233,14 @@ def test_a_made_database_is_one_of_the_bus_and_its_ticks_are_known(tmp_path):
         receivers = [state.message(here.tick(number)).to for number in some]  # None if a checksum were wrong
     assert [here.tick(number) for number in range(count)] == ticks
     assert receivers == [here.name(number) for number in some]
+
+
+def test_a_made_database_may_have_a_key_for_each_message(tmp_path):
+    here = stored.database(tmp_path, tmp_path / "copy", 5, ["dell"], stored.timed_key)
+    with contextlib.closing(State(str(here.path))) as state:
+        keys = [row[0] for row in state.view.database.execute("SELECT key FROM messages ORDER BY tick")]
+    assert [int(key[:14], 16) for key in keys] == [here.tick(number) for number in range(5)]
+    assert {*map(len, keys)} == {len(bus_send.new_key())} == {len(stored.random_key(0))}
 
 
 def test_only_what_stands_between_the_marks_is_written(tmp_path, monkeypatch):
@@ -219,3 +328,16 @@ def test_names_that_are_read_along_do_not_fill(bus):
         for name in names:
             line.exchange(wire.send(name))
         wait_until(lambda: json.loads(bus.get("/inbox"))["recipients"]["default"] == dict.fromkeys(names, 0))
+
+
+@pytest.mark.skipif(not shutil.which("wrk"), reason="wrk is not installed")
+def test_many_names_get_their_messages_in_turn(session, tmp_path):
+    to = [f"name-{number}" for number in range(40)]
+    bus = ManyNames(tmp_path, names=to, what="40 names", key=wires.TIMED_KEY)
+    with session.running([bus]):
+        assert bus.stored(0) == 2 * len(to)  # each name is there before what is measured
+        bus.sends(4, 1)
+        counts = "SELECT max(n) - min(n) FROM (SELECT count(*) AS n FROM messages GROUP BY mailbox)"
+        assert bus.query(counts) <= 4 and bus.query("SELECT count(*) FROM mailboxes") == len(to)
+        keyed = bus.query("SELECT count(DISTINCT key) FROM messages")
+        assert keyed == bus.stored(0) - 2 * len(to) > 0

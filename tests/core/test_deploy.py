@@ -144,7 +144,7 @@ ours = pytest.mark.parametrize("kind, config", [
 def front(tmp_path, authority, monkeypatch):
     """front(bus, kind, config): a proxy at bus.example that the clients trust, and that is ended with the test."""
     real = socket.getaddrinfo
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *where: real(*["127.0.0.1", *where[1:]]))
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *where, **how: real("127.0.0.1", *where, **how))
     monkeypatch.setenv("AGENT_BUS_STATE_DIR", str(tmp_path / "state"))
     monkeypatch.setenv("AGENT_BUS_CA", authority.file)
     monkeypatch.setenv("SSL_CERT_FILE", authority.file)  # for clients that do not know the other

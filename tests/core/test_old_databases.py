@@ -9,6 +9,8 @@ import json
 import pathlib
 import re
 import sqlite3
+import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -16,12 +18,13 @@ import urllib.request
 import pytest
 
 import bus_server
-from tests.kit.processes import Server, wait_until
+from tests.kit.processes import ROOT, Server, wait_until
 
 DUMPS = sorted((pathlib.Path(__file__).resolve().parent.parent / "databases").glob("v*.sql"))
 RECALLED = 1  # in messages.expires
 FETCHED, ACKNOWLEDGED = 0, 1  # in receipts.kind
 ATTEMPTS = 5
+MANY = 100_000
 
 
 class Old:
@@ -297,3 +300,27 @@ def test_what_is_new_comes_after_all_that_was(old, bus, tmp_path):
         assert file.execute("PRAGMA integrity_check").fetchone() == ("ok",)
     bus.start()
     assert [message["msg"] for message in recv(bus, {"name": "never-read", "channel": "default"})[0]] == before
+
+
+@pytest.mark.parametrize("dump", DUMPS, ids=lambda dump: dump.stem)
+def test_a_migration_that_is_killed_costs_nothing_but_time(dump, tmp_path):
+    """It has a hundred thousand messages, so that there is something to do when the kill comes."""
+    path = tmp_path / "bus.db"
+    old = Old(dump, path)
+    box = old.messages[-1]["mailbox"]
+    with contextlib.closing(sqlite3.connect(path)) as file, file:
+        numbers = f"WITH RECURSIVE numbers(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM numbers WHERE n < {MANY})"
+        columns = "tick, mailbox, n, sender, depth, sum, text"
+        values = f"{old.messages[-1]['tick']} + n, {box}, n, 'many', 0, 0, ''"
+        file.execute(f"INSERT INTO messages({columns}) {numbers} SELECT {values} FROM numbers")
+    command = [sys.executable, "-c", f"import bus_server; print('opens', flush=True); bus_server.State({str(path)!r})"]
+    for patience in (0.01, 0.1, 0.2, 0.4):
+        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as opening:
+            assert opening.stdout.readline() == b"opens\n"
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                opening.wait(patience)
+            opening.kill()
+    state = bus_server.State(str(path))
+    assert bus_server.index_is_whole(state.writing) and bus_server.sound_runs(state.writing)
+    assert state.ask("SELECT count(*) FROM places") == (MANY + len(old.messages),)
+    state.close()

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from unittest import mock
 
 import pytest
 
@@ -331,6 +332,31 @@ def test_marks_that_a_full_disk_did_not_take_are_saved_later_with_what_is_newer(
     bus.mailboxes.presented(poll._replace(since=second))
     assert saved() == (second, True)
     assert bus.state.ask("SELECT used FROM uses WHERE token = 'abt_1'") == (7,)
+    desk.close()
+
+
+@pytest.mark.parametrize("reloads", [True, False], ids=["", "and none to reload"])
+def test_without_memory_nothing_is_stored_and_it_goes_on(tmp_path, monkeypatch, reloads):
+    """What fails is a statement of the list, and perhaps also what State reads afterwards."""
+    desk = Desk(tmp_path / "bus.db")
+    assert desk.send(10) == 200
+    state, fails = desk.bus.state, MemoryError()
+    with monkeypatch.context() as patch:
+        patch.setattr(state, "insert", mock.Mock(side_effect=fails))
+        if not reloads:
+            patch.setattr(state, "reload", mock.Mock(side_effect=fails))
+        assert desk.send(20) == 503 and not desk.bus.broken
+    assert desk.send(30) == 200 and not state.stale
+    poll = Poll("b", ("b",), "default", None, 0, 10, 0, False)
+    assert len(desk.bus.view.after(poll, desk.bus.last)[0]) == 2, "what was refused is there"
+    desk.close()
+
+
+def test_if_a_list_that_failed_for_want_of_memory_was_stored_all_the_same_the_bus_ends(tmp_path, monkeypatch):
+    """Else its messages would lie there, and nobody would be told of them."""
+    desk = Desk(tmp_path / "bus.db")
+    monkeypatch.setattr(desk.bus.state.index, "committed", mock.Mock(side_effect=MemoryError()))
+    assert desk.send(10) == 503 and desk.bus.broken
     desk.close()
 
 

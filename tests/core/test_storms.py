@@ -107,6 +107,37 @@ def test_readers_and_new_names_have_a_rate_each(storms, clock):
     storms.read("bob")
 
 
+def test_who_gave_the_bus_too_much_work_is_refused_before_its_next_request_is_parsed(storms, clock):
+    """What an answer took is known only afterwards."""
+    storms.check_work("10.0.0.1", 0)
+    storms.work.take("10.0.0.1", Storms.WORK_BURST + Storms.WORK)
+    for size in (0, 100):
+        with pytest.raises(Refused):
+            storms.check_work("10.0.0.1", size)
+    storms.check_work("10.0.0.2", 100)
+    clock.now += 1.1
+    storms.check_work("10.0.0.1", 0)
+    clock.now += 30
+    storms.check_work("10.0.0.1", Storms.WORK_BURST // Storms.PARSING)
+    with pytest.raises(Refused):
+        storms.check_work("10.0.0.1", 1 << 20)
+
+
+def test_two_owners_that_read_one_name_have_a_rate_each(storms):
+    for _ in range(Storms.READS_BURST):
+        storms.read("mallory", "all")
+    with pytest.raises(Refused):
+        storms.read("mallory", "all")
+    storms.read("ann", "all")
+
+
+def test_the_pairs_whose_turns_are_known_have_a_limit_and_the_oldest_go(storms, monkeypatch):
+    monkeypatch.setattr(Storms, "PAIRS", 3)
+    for name in ("bob", "carl", "bob", "dora", "bob", "eve"):
+        check(storms, message("alice", name))
+    assert [pair[2] for pair in storms.turns] == ["dora", "bob", "eve"]
+
+
 def test_speaking_without_being_answered_is_no_loop(clock):
     storms = Storms(clock, rate=0)
     for _ in range(10 * storms.most_turns):
