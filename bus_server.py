@@ -2086,6 +2086,7 @@ class Storms:
     SENDER_SECONDS = 86400.0  # s that a sender is known
     DEPTH = 32  # replies to replies; people change the subject earlier
     WITHIN = 600.0  # s in which changes of direction between two names are counted
+    NOTED = 60.0  # s after which it is noted again that a sender or a pair still speaks
     PAIRS = 50000  # of names whose turns are known at most, some 300 bytes each; beyond it the oldest are forgotten
 
     def __init__(self, clock: Callable[[], float], rate: float, turns: int = 120) -> None:
@@ -2139,12 +2140,14 @@ class Storms:
             if one.depth > self.DEPTH:
                 why = f"this is reply {one.depth} in one chain, and only {self.DEPTH} are allowed: stop answering"
                 raise too_much(f"{why}; for a new subject, send without reply_to", 600)
-        if sender not in self.senders:
+        heard = self.senders.get(sender)
+        if heard is None:
             new += 1
         if new:
             self.name(owner, new)
-        self.senders.pop(sender, None)
-        self.senders[sender] = now
+        if heard is None or heard < now - self.NOTED:
+            self.senders.pop(sender, None)
+            self.senders[sender] = now
         for channel, sender, to in each:
             if to != EVERYONE:
                 warning = self.turn(channel, sender, to, now) or warning
@@ -2154,7 +2157,9 @@ class Storms:
         pair = (channel, sender, to) if sender < to else (channel, to, sender)
         if not self.most_turns:
             return ""
-        last, _, turns = self.turns.get(pair) or ("", now, [])
+        last, noted, turns = self.turns.get(pair) or ("", now, [])
+        if last == sender and not turns and noted > now - self.NOTED:
+            return ""
         while turns and turns[0] < now - self.WITHIN:
             del turns[0]
         if last not in ("", sender):
@@ -3471,19 +3476,21 @@ class Parked(Protocol):
 
 
 class Unfetched:
-    """The messages of a mailbox above a tick, counted by sender."""
+    """The messages of a mailbox above a tick, counted."""
 
-    __slots__ = ("above", "by_sender", "messages", "size")
+    __slots__ = ("above", "by_sender", "counts_senders", "messages", "size")
 
-    def __init__(self, above: int) -> None:
+    def __init__(self, above: int, by_sender: bool) -> None:
         self.above, self.messages, self.size = above, 0, 0  # size: bytes
-        self.by_sender: dict[str, tuple[int, int]] = {}
+        self.counts_senders = by_sender
+        self.by_sender: dict[str, tuple[int, int]] = {}  # the same of each sender
 
     def add(self, sender: str, messages: int, size: int) -> None:
         self.messages += messages
         self.size += size
-        before, size_before = self.by_sender.get(sender, (0, 0))
-        self.by_sender[sender] = before + messages, size_before + size
+        if self.counts_senders:
+            before, size_before = self.by_sender.get(sender, (0, 0))
+            self.by_sender[sender] = before + messages, size_before + size
 
 
 class Mailbox:
@@ -3833,11 +3840,6 @@ class Step(NamedTuple):
     undone: Undone | None
 
 
-def size_of(drafts: list[Draft]) -> int:
-    """Bytes of the messages that these drafts become."""
-    return sum([len(one.text) * len(one.to) for one in drafts])
-
-
 operation_in, by_rank = attrgetter("operation"), attrgetter("operation.rank")
 
 
@@ -3856,28 +3858,31 @@ class Ledger:
         self.next: list[Step] = []
         self.out: list[Step] = []  # the list that is being applied
         self.waiting = Shares(self.WAITING, self.WAITING_EACH)
+        self.large: dict[int, tuple[str, int]] = {}  # by the id of an operation: its owner, and its bytes in `waiting`
 
     def add(self, step: Step) -> None:
-        self.count(step, 1)
         self.next.append(step)
         if len(self.next) == 1 and not self.out:
             self.loop.soon(self.commit)  # when all sockets of this turn were read: they share a transaction
 
+    def put(self, drafts: list[Draft], owner: str) -> Put:
+        """The operation that stores these drafts; 503 if too much of this owner, or of all, waits for the disk."""
+        operation = Put(drafts)
+        size = sum([len(one.text) * len(one.to) for one in drafts])
+        if size > self.LARGE:
+            if self.waiting.is_full(owner, min(size, self.WAITING_EACH)):  # a larger one passes if no other waits
+                why = "too many bytes wait for the disk of the bus: nothing was stored, try again"
+                raise Refused(503, why, ("Retry-After", "2"))
+            self.waiting.add(owner, size)
+            self.large[id(operation)] = owner, size
+        return operation
+
     def count_out(self, steps: list[Step]) -> None:
-        for step in steps:
-            self.count(step, -1)
-
-    def count(self, step: Step, sign: int) -> None:
-        size = size_of(step.operation.drafts) if type(step.operation) is Put else 0
-        if size > self.LARGE and step.connection:
-            self.waiting.add(step.connection.owner(), sign * size)
-
-    def check_room(self, owner: str, drafts: list[Draft]) -> None:
-        """503 if too much of this owner, or of all, waits for the disk."""
-        size = min(size_of(drafts), self.WAITING_EACH)  # a larger one passes if nothing of its owner waits
-        if size > self.LARGE and self.waiting.is_full(owner, size):
-            why = "too many bytes wait for the disk of the bus: nothing was stored, try again"
-            raise Refused(503, why, ("Retry-After", "2"))
+        """These wait no longer."""
+        for step in steps if self.large else ():
+            owner, size = self.large.pop(id(step.operation), ("", 0))
+            if size:
+                self.waiting.add(owner, -size)
 
     def idle(self) -> bool:
         return not self.next and not self.out
@@ -3893,7 +3898,7 @@ class Ledger:
         del self.next[:number]
         self.out = steps
         if not steps:
-            self.count_out(taken)
+            self.loop.attempt(self.count_out, taken)
             return
         began = time.monotonic()
         outcome: Applied | Exception
@@ -3902,7 +3907,7 @@ class Ledger:
         except Exception as error:
             outcome = error
         seconds, self.out = time.monotonic() - began, []
-        self.count_out(taken)
+        self.loop.attempt(self.count_out, taken)
         self.state.view.tail = self.state.tail  # and only now: nothing that a turn reads is changed aside
         if self.next:  # came while the deputy served
             self.loop.soon(self.commit)
@@ -4265,7 +4270,6 @@ class Sending:
             check_number(drafts, len(each))
             each = list(dict.fromkeys(each))  # check once what is the same for many messages
         bus.storms.spend(drafts[0].sender, len(drafts))
-        bus.ledger.check_room(request.owner(), drafts)
         new = 0
         for channel, sender, to in each:
             box = boxes.get((channel, to))
@@ -4283,22 +4287,24 @@ class Sending:
             raise too_much(f"the mailbox of {to} is full: wait until readers fetch some of its {messages} messages", 60)
         if messages < MUCH_MESSAGES and size < MUCH_BYTES:
             return
-        own_messages, own_size = pending.by_sender.get(sender, (0, 0))
+        by_sender = self.unfetched(box, channel, to, by_sender=True).by_sender
+        own_messages, own_size = by_sender.get(sender, (0, 0))
         if own_messages > MAILBOX_MESSAGES // 4 or own_size > MAILBOX_BYTES // 4:
             own = f"{own_messages} of its {messages} unfetched messages are from {sender}"
             raise too_much(f"the mailbox of {to} is nearly full, and {own}: wait until they are fetched", 60)
 
-    def unfetched(self, box: Mailbox, channel: str, to: str) -> Unfetched:
+    def unfetched(self, box: Mailbox, channel: str, to: str, by_sender: bool = False) -> Unfetched:
         """Counted once for a mailbox; from then on, what was fetched since the last count is taken off."""
-        if not box.pending:
-            box.pending = Unfetched(box.reached)
+        pending = box.pending
+        if not pending or (by_sender and not pending.counts_senders):
+            pending = box.pending = Unfetched(box.reached, by_sender)
             for sender, size in self.bus.view.sizes(channel, to, box.reached, box.newest):
-                box.pending.add(sender, 1, size)
-        elif box.pending.above < box.reached and not self.bus.ledger.removes():  # else some may be gone already
-            for sender, size in self.bus.view.sizes(channel, to, box.pending.above, box.reached):
-                box.pending.add(sender, -1, -size)
-            box.pending.above = box.reached
-        return box.pending
+                pending.add(sender, 1, size)
+        elif pending.above < box.reached and not self.bus.ledger.removes():  # else some may be gone already
+            for sender, size in self.bus.view.sizes(channel, to, pending.above, box.reached):
+                pending.add(sender, -1, -size)
+            pending.above = box.reached
+        return pending
 
     def answer(self, warning: str, several: bool, connection: Connection, put: Put, stored: list[Stored]) -> Answer:
         if several:
@@ -4518,7 +4524,7 @@ def core_routes(bus: Bus) -> None:
 def send(bus: Bus, request: Request) -> None:
     drafts, several = bus.sending.drafts(request)
     warning = bus.sending.check(request, drafts)
-    bus.do(Put(drafts), request.peer, partial(bus.sending.answer, warning, several))
+    bus.do(bus.ledger.put(drafts, request.owner()), request.peer, partial(bus.sending.answer, warning, several))
 
 
 def verbatim(body: bytes, query: Query) -> dict[str, Any]:

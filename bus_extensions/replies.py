@@ -189,7 +189,8 @@ class Replies:
         request.grant.check([drafts[0].sender])
         hold = request.query().number("wait", HOLD, 0, HOLD_MAX)
         warning = self.bus.sending.check(request, drafts)
-        self.bus.do(Put(drafts), request.peer, partial(self.asked, request.grant, hold, warning))
+        put = self.bus.ledger.put(drafts, request.owner())
+        self.bus.do(put, request.peer, partial(self.asked, request.grant, hold, warning))
 
     def asked(
         self, grant: Grant, hold: float, warning: str, connection: Connection, put: Put, stored: list[Stored]

@@ -131,10 +131,11 @@ def test_two_owners_that_read_one_name_have_a_rate_each(storms):
     storms.read("ann", "all")
 
 
-def test_the_pairs_whose_turns_are_known_have_a_limit_and_the_oldest_go(storms, monkeypatch):
+def test_the_pairs_whose_turns_are_known_have_a_limit_and_the_oldest_go(storms, clock, monkeypatch):
     monkeypatch.setattr(Storms, "PAIRS", 3)
     for name in ("bob", "carl", "bob", "dora", "bob", "eve"):
         check(storms, message("alice", name))
+        clock.now += Storms.NOTED
     assert [pair[2] for pair in storms.turns] == ["dora", "bob", "eve"]
 
 
