@@ -69,8 +69,8 @@ from email.utils import formatdate
 from functools import lru_cache, partial
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
-from itertools import count, islice
-from operator import attrgetter, itemgetter
+from itertools import accumulate, count, islice
+from operator import attrgetter
 from types import ModuleType
 from typing import IO, Any, ClassVar, NamedTuple, NoReturn, Protocol, TypeVar, Union
 from urllib.parse import parse_qsl
@@ -246,6 +246,11 @@ class Poll(NamedTuple):
             and (self.sender is None or message.sender == self.sender)
             and not (message.to == EVERYONE and message.sender == self.me)
         )
+
+    @property
+    def room(self) -> int:
+        """Bytes of messages after which an answer ends."""
+        return PLAIN_BYTES if self.plain else ANSWER_BYTES
 
     def covers(self, upto: int, message: Message) -> bool:
         """Is the message in an answer to this poll that ends at the tick `upto`?"""
@@ -1225,7 +1230,7 @@ class Door:
         self.strangers: dict[Connection, None] = {}  # those that have not finished a first request, oldest first
         self.unsent = Shares(self.UNSENT, self.UNSENT_EACH)
         self.bodies: dict[Connection, tuple[str, int]] = {}  # owner, and bytes that each waits for; oldest first
-        self.arriving = Shares(math.inf, math.inf)  # the same bytes
+        self.arriving = Shares(self.BODIES, math.inf)  # the same bytes
 
     def enter(self, connection: Connection) -> None:
         self.connections.add(connection)
@@ -1246,7 +1251,7 @@ class Door:
         owner = connection.owner()
         self.bodies[connection] = owner, length
         self.arriving.add(owner, length)
-        while self.arriving.all > self.BODIES:
+        while self.arriving.all > self.arriving.most:
             most = self.arriving.greatest()
             oldest = next(each for each, (its, _) in self.bodies.items() if its == most)
             self.arrived(oldest)
@@ -1273,15 +1278,15 @@ class Door:
     def drop_idle(self) -> None:
         """File descriptors have run out: close the idle connections, except those made within the last second.
 
-        If there are none, some go that wait for a message, of the owner that has most of those.
+        If there are none, some go of the owner that has most: first those that wait for a message, which lose nothing.
         """
         fresh = self.deadlines.clock() + HEAD_SECONDS - 1
-        everybody = list(self.connections)
-        idle = [each for each in everybody if each.phase is IDLE and not (each in self.strangers and each.due > fresh)]
+        everybody = [each for each in self.connections if not (each in self.strangers and each.due > fresh)]
+        idle = [each for each in everybody if each.phase is IDLE]
         if not idle:
-            parked = [each for each in everybody if each.phase is PARKED]
-            [most, _] = max(Counter(map(Connection.owner, parked)).items(), key=itemgetter(1), default=("", 0))
-            idle = [each for each in parked if each.owner() == most][: self.CROWD]
+            [(most, _)] = Counter(map(Connection.owner, self.connections)).most_common(1) or [("", 0)]
+            crowd = [each for each in everybody if each.phase is not BUSY and each.owner() == most]
+            idle = sorted(crowd, key=lambda each: each.phase is not PARKED)[: self.CROWD]
         for connection in idle:
             connection.transport.abort()
 
@@ -3193,7 +3198,6 @@ class View(Rows):
         """
         found: list[Message] = []
         size = reached = 0
-        room = PLAIN_BYTES if poll.plain else ANSWER_BYTES
         with contextlib.ExitStack() as opened:
             if poll.me is None:
                 rows = self.database.execute(f"{SELECT} WHERE tick > ? AND tick <= ? ORDER BY tick", (poll.since, upto))
@@ -3203,7 +3207,7 @@ class View(Rows):
                 parts = [opened.enter_context(contextlib.closing(rows)) for rows in each]
             # Ordered parts are merged as they are read: a reader far behind costs no more than the rows it takes.
             for looked, row in enumerate(heapq.merge(*parts)):
-                if len(found) == poll.limit or size > room or looked == MAX_MESSAGES:
+                if len(found) == poll.limit or size > poll.room or looked == MAX_MESSAGES:
                     return found, reached
                 message = self.checked(row)
                 reached = row[0]
@@ -3808,15 +3812,20 @@ class Mailboxes:
     def wake(self, visible: list[Message]) -> dict[Connection, list[Message]]:
         """The parked connections that these messages are for, each with its messages, in order."""
         woken: dict[Connection, list[Message]] = {}
+        here: dict[Key, tuple[list[Connection], Iterator[Connection]]] = {}  # those who get all, and one for each
         for message in visible if self.waiting else ():
             for key in ((message.channel, message.to), EVERYTHING, (REPLIES, message.answers or 0)):
-                taken = False
-                for connection in self.waiting.get(key, ()):
-                    parked = self.parked[connection]
-                    exclusive = parked.exclusive
-                    if parked.wants(message) and not (exclusive and (taken or connection in woken)):
-                        woken.setdefault(connection, []).append(message)
-                        taken = taken or exclusive
+                if key not in self.waiting:
+                    continue
+                if key not in here:
+                    waiting = self.waiting[key]
+                    alone = [connection for connection in waiting if self.parked[connection].exclusive]
+                    here[key] = [each for each in waiting if not self.parked[each].exclusive], iter(alone)
+                readers, workers = here[key]
+                wanted = [each for each in readers if self.parked[each].wants(message)]
+                wanted += islice((each for each in workers if self.parked[each].wants(message)), 1)
+                for connection in wanted:
+                    woken.setdefault(connection, []).append(message)
         return woken
 
 
@@ -3884,9 +3893,7 @@ class Ledger:
         self.next: list[Step] = []
         self.out: list[Step] = []  # the list that is being applied
         self.waiting = Shares(self.WAITING, self.WAITING_EACH)
-        self.large: dict[
-            int, tuple[str, int]
-        ] = {}  # by the id of an operation: whose it is, and its bytes in `waiting`
+        self.large: dict[int, tuple[str, int]] = {}  # by the id of an operation: its owner, and its bytes in `waiting`
 
     def add(self, step: Step) -> None:
         self.next.append(step)
@@ -3898,7 +3905,7 @@ class Ledger:
         operation = Put(drafts)
         size = sum([len(one.text) * len(one.to) for one in drafts])
         if size > self.LARGE:
-            if self.waiting.is_full(owner, size):
+            if self.waiting.is_full(owner, min(size, self.WAITING_EACH)):  # a larger one passes if no other waits
                 why = "too many bytes wait for the disk of the bus: nothing was stored, try again"
                 raise Refused(503, why, ("Retry-After", "2"))
             self.waiting.add(owner, size)
@@ -3935,7 +3942,9 @@ class Ledger:
         del self.next[: len(taken)]
         self.out = steps
         if not steps:
-            self.count_out(taken)
+            self.loop.attempt(self.count_out, taken)
+            if self.next:
+                self.loop.soon(self.commit)
             return
         began = time.monotonic()
         outcome: Applied | Exception
@@ -3944,7 +3953,7 @@ class Ledger:
         except Exception as error:
             outcome = error
         seconds, self.out = time.monotonic() - began, []
-        self.count_out(taken)
+        self.loop.attempt(self.count_out, taken)
         self.state.view.tail = self.state.tail  # and only now: nothing that a turn reads is changed aside
         if self.next:  # came while the deputy served
             self.loop.soon(self.commit)
@@ -4109,6 +4118,8 @@ class Bus:
 
     def do(self, operation: Operation, connection: Connection | None, then: Then, undone: Undone | None = None) -> Step:
         """Apply an operation with the next list; see Step for what follows."""
+        if connection and connection.request:
+            connection.request.body = b""  # what waits is small
         step = made(Step, (operation, connection, then, undone))
         self.ledger.add(step)
         return step
@@ -4202,9 +4213,9 @@ class Bus:
 
     def park(self, connection: Connection, parked: Parked, patience: float = math.inf) -> None:
         """Let it wait until something arrives for it, its hold is over, or `patience` (s) has passed."""
-        self.mailboxes.park(connection, parked)
-        if not self.verbose:
+        if connection.request and connection.request.command != "HEAD" and not self.verbose:
             connection.request = None  # what waits is small: its record says it all
+        self.mailboxes.park(connection, parked)
         connection.wait(PARKED, min(parked.hold, patience))
         if not self.gate.holds(parked.token):
             connection.soon(connection.check_token)  # the token was revoked during a commit
@@ -4341,7 +4352,7 @@ class Sending:
             pending = box.pending = Unfetched(box.reached, by_sender)
             for sender, size in self.bus.view.sizes(channel, to, box.reached, box.newest):
                 pending.add(sender, 1, size)
-        elif pending.above < box.reached:
+        elif pending.above < box.reached and not self.bus.ledger.removes():  # else some may be gone already
             for sender, size in self.bus.view.sizes(channel, to, pending.above, box.reached):
                 pending.add(sender, -1, -size)
             pending.above = box.reached
@@ -4420,8 +4431,11 @@ class Receiving:
         return delivery(self.bus, poll, found, reached)
 
     def poll_answer(self, connection: Connection, poll: Poll, messages: Sequence[Message] = ()) -> Answer:
-        reached = messages[poll.limit - 1].tick if len(messages) > poll.limit else None
-        return delivery(self.bus, poll, messages[: poll.limit], reached)
+        """What a commit brought, as far as one answer goes: many senders may have filled it, or one with many names."""
+        sizes = accumulate(len(message.text) for message in messages)
+        count = min(poll.limit, 1 + sum(size <= poll.room for size in sizes))
+        reached = messages[count - 1].tick if count < len(messages) else None
+        return delivery(self.bus, poll, messages[:count], reached)
 
 
 class Retention:
@@ -4713,11 +4727,11 @@ def receivers(bus: Bus, one: Draft) -> dict[str, int]:
 
 def everybody(bus: Bus, channel: str) -> tuple[int, int]:
     """How many read on a channel, and how many of them listen: counted once for all sends of an announcement."""
-    known = bus.readers.get(channel)
-    if not known:
-        boxes = [box for (its, _), box in bus.mailboxes.boxes.items() if its == channel and box.own]
-        known = bus.readers[channel] = len(boxes), sum(map(bus.mailboxes.online, boxes))
-    return known
+    if not bus.readers:
+        boxes = [(its, box) for (its, _), box in bus.mailboxes.boxes.items() if box.own]
+        online = Counter(its for its, box in boxes if bus.mailboxes.online(box))
+        bus.readers = {its: (number, online[its]) for its, number in Counter(its for its, _ in boxes).items()}
+    return bus.readers.get(channel, (0, 0))
 
 
 def unread(bus: Bus, channel: str, own: str, box: Mailbox) -> int:

@@ -234,18 +234,17 @@ class Replies:
 
         Anybody may have sent thousands that do not count: SQLite passes over the first LOOKED in the index `replies`.
         """
-        view, names = self.bus.view, question.gate.readers(question.asked)
-        which, values = "who != ?", (question.sender,)
+        view, names, grant = self.bus.view, question.gate.readers(question.asked), question.grant
+        which, whose = "who != ?", question.sender
         if names is not None:
-            which, values = "who IN (SELECT value FROM json_each(?))", (encode(list(names - {question.sender})),)
+            which, whose = "who IN (SELECT value FROM json_each(?))", encode(list(names - {question.sender}))
         some = "SELECT tick AS its, sender AS who FROM messages WHERE answers = ? AND tick <= ? ORDER BY tick LIMIT ?"
-        where = f"WHERE {which} AND {ALIVE} ORDER BY tick"
-        withheld = [each.tick for each in self.bus.withheld.values()]
         joined = f"({some}) CROSS JOIN messages ON tick = its JOIN mailboxes ON mailbox = id"
-        found = self.found(
-            f"SELECT {ROW} FROM {joined} {where}", question.tick, self.bus.last, self.LOOKED, *values, view.clock()
-        )
-        with contextlib.closing(found) as replies:
+        where = f"{which} AND (? OR name IN (SELECT value FROM json_each(?))) AND {ALIVE} ORDER BY tick"
+        mine = encode([grant.name, EVERYONE, *grant.also])
+        values = question.tick, self.bus.last, self.LOOKED, whose, grant.operator, mine, view.clock()
+        withheld = [each.tick for each in self.bus.withheld.values()]
+        with contextlib.closing(self.found(f"SELECT {ROW} FROM {joined} WHERE {where}", *values)) as replies:
             return next((each for each in replies if question.wants(each) and each.tick not in withheld), None)
 
     def found(self, statement: str, *values: Any) -> Generator[Message, None, None]:

@@ -180,6 +180,17 @@ def test_a_reader_behind_retention_is_told_of_the_gap(mailboxes):
     assert mailboxes.gap(never), "mail of a name that never read was removed in silence"
 
 
+def test_the_mark_of_what_was_removed_only_goes_up(mailboxes):
+    """A job that is done late is removed after younger ones: who has it must be told of those all the same."""
+    polled(mailboxes, poll("bob"), "", 5)
+    mailboxes.add([message(50, "bob"), message(60, "bob")])
+    for tick in (60, 50):
+        mailboxes.note_removed({("default", "bob"): tick})
+        assert mailboxes.gap(poll("bob", since=50)) == (50, 60)
+    mailboxes.presented(poll("bob", since=60))
+    assert mailboxes.idle(list(mailboxes.boxes), 1061, 500) == [["default", "bob"]], "it is never forgotten"
+
+
 def test_marks_that_changed_are_given_out_once(mailboxes):
     polled(mailboxes, poll("bob"), "", 5)
     mailboxes.presented(poll("bob", since=10))

@@ -225,7 +225,7 @@ class Desk:
         self.bus = inside.make(path)
         self.answers = []
 
-    phase, token = None, ""
+    phase, request, token = None, None, ""
 
     def answer(self, answer):
         self.answers.append(answer)

@@ -292,6 +292,14 @@ class StoreContract:
         rows = {row[:2]: row[6] for row in again.view.mailboxes(again.last)}
         assert rows == {("default", "bob"): old[-2].tick, ("default", "eve"): old[-1].tick}
 
+    def test_what_is_removed_later_though_it_is_older_sets_no_mark_back(self, store, reopen):
+        older, newer = [commit(store, message("bob")).last for _ in range(2)]
+        commit(store, also=[remove(newer + 1, above=older)])
+        commit(store, also=[remove(newer + 1)])
+        again = reopen()
+        [row] = again.view.mailboxes(again.last)
+        assert row[6] == newer, "a reader that has the older one is told of no gap"
+
     def test_removing_everything_does_not_set_the_tick_back(self, store, clock, reopen):
         last = commit(store, message("bob")).last
         commit(store, also=[remove(clock.now + 1)])

@@ -17,6 +17,7 @@ class Kind(NamedTuple):
 
 GUARDS, FAIR, MEMORY = "faults/test_kinds_guards.py", "faults/test_kinds_fairness.py", "faults/test_kinds_memory.py"
 AUTHORITY, RULES = "faults/test_kinds_authority.py", "faults/test_kinds_rules.py"
+BOUNDS, SHARES = "faults/test_kinds_bounds.py", "faults/test_kinds_shares.py"
 STORAGE, PYTHON, BASH = "faults/test_kinds_storage.py", "clients/test_client_cases.py", "clients/test_listener_cases.py"
 
 KINDS = [
@@ -175,6 +176,87 @@ KINDS = [
           f"{RULES}::test_a_question_is_warned_of_too",
           f"{RULES}::test_turns_0_turns_both_off"),
          "`Storms.turn()` counts nothing (the first two); it takes 0 for a number of turns (the last)"),
+    Kind("what is not wanted costs nothing",
+         "an answer ends at about 1 MiB of messages that were looked at, wanted or not, and as text at 128 KiB, also "
+         "one that a commit wakes",
+         (f"{BOUNDS}::test_what_is_not_wanted_counts_for_its_bytes",
+          f"{BOUNDS}::test_an_answer_as_text_ends_at_128_kib_and_says_that_there_is_more",
+          f"{BOUNDS}::test_what_wakes_a_reader_ends_at_the_same_bytes",
+          f"{BOUNDS}::test_what_cannot_be_seen_is_hidden_in_runs"),
+         "`View.after()` or `Replies.thread()` counts only what it shows (the first); `Poll.room` is `ANSWER_BYTES` "
+         "for text too (the second and third); `Receiving.poll_answer()` takes all (the third); `HIDDEN` matches one "
+         "character (the last)"),
+    Kind("what is known is counted anew: a mailbox that fills",
+         "what was fetched is taken off the count, and the count is the true one, also beside a removal",
+         (f"{BOUNDS}::test_what_was_fetched_is_taken_off_the_count_of_a_mailbox_and_not_counted_anew",
+          f"{BOUNDS}::test_that_count_is_the_true_one_whatever_happens_to_the_mailbox",
+          f"{BOUNDS}::test_that_count_is_the_true_one_while_what_was_fetched_is_being_removed"),
+         "`Sending.unfetched()` counts anew after each fetch (the first); `note_removed()` leaves the count (the other "
+         "two); it is taken off during a removal too (the last)"),
+    Kind("what is known is counted anew: expired messages",
+         "only those are counted that expired since the last count, once for all lists of names in a request",
+         (f"{BOUNDS}::test_the_expired_are_counted_once_for_many_lists_and_not_again",
+          f"{BOUNDS}::test_unread_is_what_a_count_of_all_messages_says_whatever_happens_to_them"),
+         "`expired()` begins at 0 each time (the first); it goes on from its count after a recall, after a removal, or "
+         "when the clock stepped back (the second)"),
+    Kind("all names are looked at, and again for each of many",
+         "once for all broadcasts of a list; a list looks at what it shows; housekeeping goes in slices",
+         (f"{BOUNDS}::test_all_names_are_walked_once_for_all_broadcasts_of_a_list",
+          f"{BOUNDS}::test_a_list_looks_at_no_more_names_than_it_shows",
+          f"{BOUNDS}::test_names_are_forgotten_in_slices"),
+         "`everybody()` counts for each channel (the first); `page()` makes a list of all names (the second); "
+         "`Retention.NAMES` is above their number (the last)"),
+    Kind("a key is looked up where it cannot be",
+         "a retry reads the messages that have its key, sender and channel",
+         (f"{BOUNDS}::test_a_retry_reads_what_has_its_channel",),
+         "`EARLIER` without the channel"),
+    Kind("each message is offered to all who wait",
+         "a reply that cannot count asks no token; 8 wait for the reply to one question; a worker that is taken is not "
+         "asked again",
+         (f"{BOUNDS}::test_replies_that_do_not_count_ask_no_token_for_its_rights",
+          f"{BOUNDS}::test_one_question_has_eight_who_wait_for_its_reply",
+          f"{BOUNDS}::test_a_message_is_offered_to_one_worker_of_many"),
+         "`Question.wants()` asks `Gate.readers()` first (the first); `Replies.asked()` sends nobody away (the "
+         "second); `Mailboxes.wake()` asks all at a place (the last)"),
+    Kind("a mark goes down",
+         "a job that is removed after younger ones takes no gap away from who is behind them",
+         ("core/test_mailboxes.py::test_the_mark_of_what_was_removed_only_goes_up",
+          "core/test_state.py::test_what_is_removed_later_though_it_is_older_sets_no_mark_back",
+          f"{BOUNDS}::test_a_job_that_is_removed_after_younger_ones_takes_no_gap_away"),
+         "`Mailboxes.note_removed()` without `max()` (the first and last); `Remove` without it (the second)"),
+    Kind("one owner takes the share of all",
+         "who has most loses first: its oldest body gets 408, its connections are closed when descriptors run out",
+         (f"{SHARES}::test_an_owner_that_has_most_gives_up_its_own_bodies",
+          f"{SHARES}::test_descriptors_are_taken_from_who_has_most"),
+         "`Door.expect()` gives up the oldest of all (the first); `Door.drop_idle()` closes what is idle alone, or "
+         "looks at who has most of what is parked (the second)"),
+    Kind("what waits is as large as its request",
+         "a connection that is parked or waits for a commit holds neither the body, nor the head, nor a text",
+         (f"{SHARES}::test_what_is_parked_holds_no_body_and_no_text",
+          f"{SHARES}::test_what_is_parked_holds_no_head",
+          f"{SHARES}::test_a_head_that_waits_is_answered_without_a_body",
+          f"{SHARES}::test_what_waits_for_a_commit_holds_no_body"),
+         "a `Watch` has the text (the first); `Bus.park()` keeps the request (the second), or takes it from a HEAD too "
+         "(the third); `Bus.do()` keeps the body (the first and last)"),
+    Kind("what waits for the disk is not counted",
+         "503 beyond 16 MiB of one owner and 64 MiB of all; it is counted until the commit, whatever becomes of it",
+         (f"{SHARES}::test_what_waits_for_the_disk_has_a_budget_for_each_owner_and_for_all",
+          f"{SHARES}::test_what_failed_or_was_refused_waits_no_longer",
+          f"{SHARES}::test_a_send_larger_than_a_share_is_stored_if_nothing_of_its_owner_waits"),
+         "`Sending.check()` does not ask `Ledger.check_room()` (the first and last); `Ledger.commit()` takes nothing "
+         "off (the first two); a send above the share is refused (the last)"),
+    Kind("what is small is counted by its bytes alone: files",
+         "a PUT has the rate of a message, and at most as many files fit as there are blocks",
+         (f"{SHARES}::test_files_have_a_rate_as_messages_have",
+          f"{SHARES}::test_as_many_files_fit_as_the_room_has_blocks",
+          f"{SHARES}::test_a_small_room_has_a_hundred_files"),
+         "`Blobs.upload()` spends nothing (the first); it does not look at their number (the other two)"),
+    Kind("what is small is counted by its bytes alone: pairs of names",
+         "50,000 pairs are known, some 300 bytes each; those that go on stay, and are found last",
+         (f"{SHARES}::test_pairs_of_names_have_a_budget_of_memory",
+          f"{SHARES}::test_what_was_used_last_is_forgotten_last"),
+         "`Storms.turn()` without `PAIRS`, or with a deque for each (the first); it leaves a pair where it was (the "
+         "second)"),
     Kind("clients: a strange answer moves the cursor",
          "a time more than five minutes ahead moves no cursor, and is said once",
          (f"{PYTHON}::test_an_answer_from_the_future_moves_no_cursor_and_is_said_once",

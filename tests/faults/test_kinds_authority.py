@@ -258,10 +258,18 @@ def test_revoked_while_descriptors_are_used_up(closed):
     assert closed.ask("ann", "GET", "/recv?to=ann&since=0").status == 200
 
 
+@pytest.fixture
+def crowded(tmp_path):
+    """One that closes nothing of who has most connections."""
+    env = {"PATCH": "bus_server.Door.CROWD = 0", "FAULT_PORT": "0"}
+    with bus_with_tokens(tmp_path, program=[str(ROOT / "tests/kit/raising_server.py")], env=env) as tokens:
+        yield tokens
+
+
 @skipped_without(linux)
-def test_what_a_revoked_token_had_begun_ends_while_descriptors_are_used_up(closed):
+def test_what_a_revoked_token_had_begun_ends_while_descriptors_are_used_up(crowded):
     """By connections of another token, which is about to send on each of them: nobody can come in, none is left."""
-    bus, descriptors = closed.bus, pathlib.Path(f"/proc/{closed.bus.process.pid}/fd")
+    closed, bus, descriptors = crowded, crowded.bus, pathlib.Path(f"/proc/{crowded.bus.process.pid}/fd")
     since = closed.ask("bob", "GET", "/recv?to=bob&since=now").json["now"]
     resource.prlimit(bus.process.pid, resource.RLIMIT_NOFILE, (64, 64))
     with contextlib.ExitStack() as stack:

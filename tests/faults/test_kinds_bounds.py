@@ -1,0 +1,512 @@
+"""One turn reads, counts and wakes no more than it answers: in this process, counted in rows, bytes and calls.
+
+Found by an attack on 2026-11-29; each test was red on the code that it attacked, or on the first mend of it.
+
+| test | what it counted before |
+|---|---|
+| what_is_not_wanted_counts_for_its_bytes | all 3 MB in one read, in each of nine ways |
+| an_answer_as_text_ends_at_128_kib, what_wakes_a_reader | 800 KB; 2.4 MB at once, as JSON too |
+| what_cannot_be_seen_is_hidden_in_runs | one call for each character |
+| what_was_fetched_is_taken_off_the_count | 400 rows for each send after a fetch |
+| all_names_are_walked_once | once for each draft, or for each channel |
+| a_list_looks_at_no_more_names | all of them |
+| names_are_forgotten_in_slices | all in one turn |
+| the_expired_are_counted_once | 16 mailboxes for each of 40 lists |
+| a_retry_reads_what_has_its_channel | the messages of 50 channels |
+| replies_that_do_not_count_ask_no_token | the rights of 200 tokens, for each reply and each who waits |
+| one_question_has_eight_who_wait | 12 |
+| a_message_is_offered_to_one_worker | to each that waits |
+"""
+import contextlib
+import json
+import random
+import threading
+import time
+from collections import Counter
+
+import pytest
+
+import bus_server
+from bus_server import ANSWER_BYTES, EVERYONE, PARKED_PER_NAME, PLAIN_BYTES, Gate, Grant, Remove, wall_clock
+from tests.core.test_connection import Peer, a_bus, answers, come_true
+from tests.kit.clock import Clock
+from tests.kit.hostile import HOST, head
+from tests.kit.peers import mint
+from tests.kit.processes import PATIENCE
+
+LARGE = 250_000  # bytes of a message
+ABOUT = ANSWER_BYTES + LARGE + 1000  # the last message may be as large as one may be
+
+
+class Guest(Peer):
+    """A peer with an address or a token of its own, whose requests are answered one by one."""
+
+    def __init__(self, bus, token=None, address="127.0.0.1"):
+        self.token, self.address = token, address
+        super().__init__(bus)
+
+    def peer(self):
+        return self.address
+
+    def begins(self, method, path, body=b"", *fields):
+        body = body if isinstance(body, bytes) else json.dumps(body).encode()
+        fields = [*fields, f"Content-Length: {len(body)}"] if body or method != "GET" else fields
+        fields = [*fields, f"Authorization: Bearer {self.token}"] if self.token else fields
+        self.says(head(f"{method} {path} HTTP/1.1", HOST, *fields, body=body))
+        return self
+
+    def answer(self):
+        come_true(lambda: self.heard)
+        [answer] = answers(self.heard)
+        self.heard = b""
+        return answer
+
+    def asks(self, *request):
+        answer = self.begins(*request).answer()
+        assert answer.status == 200, answer
+        return answer
+
+    def sends(self, to, msg="x", **members):
+        return self.asks("POST", "/send", {"from": "eve", "to": to, "msg": msg, **members}).json()
+
+
+@pytest.fixture
+def bus(tmp_path):
+    with a_bus(time.monotonic, tmp_path / "bus.db") as bus:
+        yield bus
+
+
+@contextlib.contextmanager
+def counted(of, name, weigh):
+    """What `weigh` says of each call of a method of one object: it gets the arguments and the result."""
+    found, really = [], getattr(of, name)
+
+    def call(*arguments):
+        result = really(*arguments)
+        found.append(weigh(arguments, result))
+        return result
+
+    setattr(of, name, call)
+    yield found
+    delattr(of, name)
+
+
+@contextlib.contextmanager
+def rows_of(of, name):
+    """What a generator of one object yields, whoever iterates it."""
+    found, really = [], getattr(of, name)
+
+    def call(*arguments):
+        for row in really(*arguments):
+            found.append(row)
+            yield row
+
+    setattr(of, name, call)
+    yield found
+    delattr(of, name)
+
+
+def bytes_read(rows):
+    """The bytes of the texts that are looked at."""
+    return counted(rows, "checked", lambda arguments, _: len(arguments[0][4] or ""))
+
+
+def passed(bus):
+    """Every ttl of a millisecond is over."""
+    end = wall_clock() + 2000
+    come_true(lambda: bus.view.clock() > end)
+
+
+# What a read looks at
+
+UNWANTED = {  # who gets a dozen large messages, and what is asked; ROOT is the message that they answer
+    "expired": ("bob", "/recv?to=bob&since=0"),
+    "expired, of a group": ("team", "/recv?to=bob,team&since=0"),
+    "recalled": ("bob", "/recv?to=bob&since=0"),
+    "own broadcasts": (EVERYONE, "/recv?to=eve&since=0"),
+    "another sender": ("bob", "/log?from=nobody&since=0"),
+    "another name": ("bob", "/log?to=nobody&since=0"),
+    "another channel": ("bob", "/log?channel=nowhere&since=0"),
+    "expired, of a thread": ("bob", "/thread/ROOT"),
+    "recalled, of a thread": ("bob", "/thread/ROOT"),
+}
+
+
+@pytest.mark.parametrize("way", UNWANTED)
+def test_what_is_not_wanted_counts_for_its_bytes(bus, way):
+    """The answer ends, says so, and its reader comes to what it wants all the same. One more is read to know of it."""
+    to, path = UNWANTED[way]
+    eve, reader = Guest(bus), Guest(bus)
+    root = eve.sends("dora")["id"]
+    members = {"ttl": 0.001} if "expired" in way else {}
+    for _ in range(12):
+        one = eve.sends(to, "x" * LARGE, reply_to=root, **members)["id"]
+        if "recalled" in way:
+            eve.asks("POST", "/recall", {"id": one})
+    passed(bus)
+    pages, path = [], path.replace("ROOT", root)
+    while not pages or pages[-1]["more"]:
+        with bytes_read(bus.view) as sizes:
+            go_on = pages[-1].get("next", pages[-1]["now"]) if pages else None
+            following = path.replace("since=0", f"since={go_on}") if "since" in path else f"{path}?after={go_on}"
+            page = reader.asks("GET", following if pages else path).json()
+        assert sum(sizes) < ABOUT + LARGE, f"{sum(sizes):,} bytes were read in one turn"
+        pages.append({"more": False, **page})
+        assert len(pages) < 9
+    assert len(pages) > 2
+    assert all("msg" not in each for page in pages for each in page["messages"] if each["id"] != root)
+    wanted = eve.sends("nobody" if "/log" in path else to, "short", reply_to=root, channel="default")["id"]
+    if way not in ("own broadcasts", "another sender", "another channel") and "thread" not in way:
+        now = f"since={pages[-1]['now']:.6f}"
+        [found] = reader.asks("GET", path.replace("since=0", now)).json()["messages"]
+        assert found["id"] == wanted
+
+
+TEXT = "Accept: text/plain"
+
+
+def all_of(reader, first, path, fields, limit):
+    """The lengths of the answers, each below the limit, from the first one on until nothing is left."""
+    sizes, answer = [], first
+    while True:
+        sizes.append(len(answer.body))
+        assert sizes[-1] < limit, f"{sizes[-1]:,} bytes in one answer"
+        members = {} if fields else answer.json()
+        more = answer.fields.get("bus-more") == "true" or members.get("more")
+        if not more:
+            return sizes
+        now = answer.fields.get("bus-now") or f"{members['now']:.6f}"
+        answer = reader.asks("GET", f"{path}&since={now}", b"", *fields)
+
+
+@pytest.mark.parametrize("path", ["/recv?to=bob", "/log?to=bob"])
+def test_an_answer_as_text_ends_at_128_kib_and_says_that_there_is_more(bus, path):
+    eve, reader = Guest(bus), Guest(bus)
+    for _ in range(20):
+        eve.sends("bob", "\u2800" * 7000)  # 42,000 bytes, as the bus has them
+    first = reader.asks("GET", f"{path}&since=0", b"", TEXT)
+    sizes = all_of(reader, first, path, [TEXT], PLAIN_BYTES + 50_000)
+    assert 5 <= len(sizes) <= 7, sizes
+
+
+@pytest.mark.parametrize("fields", [[], [TEXT]], ids=["json", "text"])
+@pytest.mark.parametrize("path", ["/recv?to=bob,n1,n2,n3,n4,n5,n6,n7,n8,n9", "/log?channel=default"])
+def test_what_wakes_a_reader_ends_at_the_same_bytes(bus, path, fields):
+    """One request, to ten names that one reader reads, is 2.4 MB."""
+    eve, reader = Guest(bus), Guest(bus)
+    since = f"{eve.sends('zoe')['ts']:.6f}"
+    names = ["bob", *(f"n{number}" for number in range(1, 10))]
+    reader.begins("GET", f"{path}&since={since}&wait=60&max=1000", b"", *fields)
+    eve.asks("POST", "/send", [{"from": "eve", "to": names, "msg": "x" * 12_000}] * 20)
+    limit = PLAIN_BYTES + 13_000 if fields else ABOUT
+    sizes = all_of(reader, reader.answer(), f"{path}&max=1000", fields, limit + 10_000)
+    assert sum(sizes) > 200 * 12_000, "some were passed over"
+
+
+def test_what_cannot_be_seen_is_hidden_in_runs():
+    """A function is called for each run and not for each character."""
+    calls = []
+    text = bus_server.HIDDEN.sub(lambda match: calls.append(1) or "", f"a{chr(1) * 5000}b{chr(0x2800) * 5000}")
+    assert text == "ab" and len(calls) == 2
+    assert bus_server.shown("\x01\u2800" * 50) == bus_server.shown("\x01\u2800") * 50
+
+
+# What is counted once
+
+
+def room_is_checked(bus, by_sender):
+    """The messages that nobody has fetched, as a send finds them and as they are counted anew; also by sender."""
+    box = bus.mailboxes.box("default", "bob")
+    kept = bus.sending.unfetched(box, "default", "bob", by_sender)
+    anew = Counter(sender for sender, _ in bus.view.sizes("default", "bob", box.reached, box.newest))
+    counts = {sender: count for sender, (count, _) in kept.by_sender.items() if count}
+    return (kept.messages, counts), (sum(anew.values()), anew if kept.counts_senders else {})
+
+
+def test_what_was_fetched_is_taken_off_the_count_of_a_mailbox_and_not_counted_anew(bus):
+    eve, bob = Guest(bus), Guest(bus)
+    eve.asks("POST", "/send", [{"from": "eve", "to": "bob", "msg": "x"}] * 400)
+    eve.sends("bob")
+    now = 0
+    with rows_of(bus.view, "sizes") as rows:
+        for _ in range(20):
+            now = bob.asks("GET", f"/recv?to=bob&since={now}&max=1").json()["now"]
+            eve.sends("bob")
+    assert len(rows) == 20, f"{len(rows)} rows for 20 that were fetched"
+
+
+def removed(bus, before, kept_for=()):
+    """What retention does: the messages below a tick are removed, and it was announced."""
+    done = []
+    bus.do(Remove(0, before, False, [*kept_for], 0), None, lambda *_: done.append(1))
+    come_true(lambda: done)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_that_count_is_the_true_one_whatever_happens_to_the_mailbox(bus, seed):
+    chance, guest, ticks = random.Random(seed), Guest(bus), []
+
+    def send():
+        for _ in range(chance.randrange(4)):
+            members = chance.choice([{}, {"ttl": 0.001}])
+            sender = chance.choice(["eve", "ann"])
+            body = {"from": sender, "to": chance.choice(["bob", ["bob", "carl"]]), "msg": "x", **members}
+            ticks.append(int(guest.asks("POST", "/send", body).json()["id"], 16))
+
+    def fetch():
+        own = chance.choice(["bob", "dora,bob"])
+        since = chance.choice([0, *ticks]) / 1e6
+        guest.asks("GET", f"/recv?to={own}&since={since:.6f}&max={chance.choice([1, 2, 9])}")
+
+    def recall():
+        guest.begins("POST", "/recall", {"id": f"{chance.choice(ticks):x}"}).answer()
+
+    def remove():
+        removed(bus, before=chance.choice(ticks))
+
+    send()
+    for _ in range(80):
+        chance.choice([send, send, fetch, fetch, recall, remove] if ticks else [send])()
+        kept, anew = room_is_checked(bus, by_sender=bool(seed % 2))
+        assert kept == anew
+
+
+def before_it_is_announced(bus, action):
+    """The next list of operations was applied, and this is done before anybody is told."""
+    apply, done = bus.state.apply, threading.Event()
+
+    def applied(operations, now):
+        bus.state.apply = apply
+        result = apply(operations, now)
+        bus.loop.tell(lambda: (action(), done.set()))
+        assert done.wait(PATIENCE)
+        return result
+
+    bus.state.apply = applied
+
+
+@pytest.mark.parametrize("by_sender", [False, True])
+def test_that_count_is_the_true_one_while_what_was_fetched_is_being_removed(bus, by_sender):
+    """A turn between the removal and its announcement finds fewer messages than were fetched."""
+    guest = Guest(bus)
+    ticks = [int(guest.sends("bob")["id"], 16) for _ in range(9)]
+    room_is_checked(bus, by_sender)
+    guest.asks("GET", "/recv?to=bob&since=0&max=5")
+    before_it_is_announced(bus, lambda: room_is_checked(bus, by_sender))
+    removed(bus, before=ticks[3])
+    kept, anew = room_is_checked(bus, by_sender)
+    assert kept == anew and kept[0] == 4
+
+
+NAMES = [f"n{number}" for number in range(16)]
+
+
+def test_the_expired_are_counted_once_for_many_lists_and_not_again(bus):
+    guest = Guest(bus)
+    guest.asks("POST", "/send", [{"from": "eve", "to": NAMES, "msg": "x", "ttl": 30}] * 20)
+    bus.view.clock = lambda: wall_clock() + 40 * 1000000
+    lists = [NAMES[number % 16 :] + NAMES[: number % 16] for number in range(40)]
+    drafts = [{"from": f"s{number // 16}", "to": some, "msg": "x"} for number, some in enumerate(lists)]
+    with counted(bus.view, "count_expired", lambda _, count: count) as counts:
+        results = guest.asks("POST", "/send", drafts).json()["results"]
+        assert {each["receiver"]["unread"] for each in results} == {16 * 40}
+        assert len(counts) <= 16 and sum(counts) == 16 * 20, f"{sum(counts):,} were counted in {len(counts)} mailboxes"
+        counts.clear()
+        guest.asks("POST", "/send", drafts)
+        for path in ("/inbox", "/agents", "/channels", "/metrics"):
+            guest.asks("GET", path)
+    assert sum(counts) == 0, "they were counted again"
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_unread_is_what_a_count_of_all_messages_says_whatever_happens_to_them(bus, seed):
+    """Also when the clock steps back, and what was expired can be read again."""
+    chance, guest, ticks = random.Random(seed), Guest(bus), []
+    clock = Clock(0)  # s ahead
+    bus.view.clock = lambda: wall_clock() + clock() * 1000000
+
+    def send():
+        members = {"ttl": chance.choice([0.001, 30, 60, 90])} if chance.random() < 0.7 else {}
+        ticks.append(int(guest.sends(chance.choice(["bob", ["bob", "carl"]]), **members)["id"], 16))
+
+    def read():
+        since = chance.choice([0, *ticks]) / 1e6
+        guest.asks("GET", f"/recv?to=bob&since={since:.6f}&max={chance.choice([1, 2, 9])}")
+
+    def recall():
+        guest.begins("POST", "/recall", {"id": f"{chance.choice(ticks):x}"}).answer()
+
+    send()
+    for _ in range(80):
+        what = chance.choice([send, send, send, read, recall, "remove", "the clock"])
+        if what == "the clock":
+            clock.now = chance.choice([0, 40, 70, 100])
+        elif what == "remove":
+            removed(bus, before=chance.choice(ticks))
+        else:
+            what()
+        running, now = bus.view.clock, bus.view.clock()
+        bus.view.clock = lambda now=now: now  # between these two counts no ttl ends
+        box = bus.mailboxes.box("default", "bob")
+        alive = "SELECT count(*) FROM messages JOIN mailboxes ON mailbox = id WHERE name = 'bob' AND tick > ?"
+        [count] = bus.view.ask(f"{alive} AND ifnull(expires > ?, 1)", box.mark(), now)
+        assert bus_server.unread(bus, "default", "bob", box) == count
+        bus.view.clock = running
+
+
+class Walked(dict):
+    """Mailboxes; counts how many were looked at one after the other."""
+
+    looked = 0
+
+    def items(self):
+        for each in super().items():
+            self.looked += 1
+            yield each
+
+
+def listened(bus, names, channels=("default",)):
+    guest = Guest(bus)
+    for channel in channels:
+        for own in names:
+            guest.asks("GET", f"/recv?to={own}&since=now&channel={channel}")
+    bus.mailboxes.boxes = Walked(bus.mailboxes.boxes)
+    return guest
+
+
+OTHERS = [f"other-{number}" for number in range(300)]
+CHANNELS = ["default", "unread", "all", *(f"c{number}" for number in range(27))]
+BROADCASTS = {
+    "one to all": [{"from": "ann", "to": "all"}],
+    "to all from many": [{"from": f"s{number}", "to": "all"} for number in range(30)],
+    "to lists with all": [{"from": "ann", "to": ["all", own]} for own in NAMES],
+    "on many channels": [{"from": "ann", "to": "all", "channel": each} for each in CHANNELS],
+    "on many channels, and lists": [
+        {"from": "ann", "to": to, "channel": each} for each in CHANNELS for to in ("all", ["n1", "n2"])
+    ],
+}
+
+
+@pytest.mark.parametrize("which", BROADCASTS)
+def test_all_names_are_walked_once_for_all_broadcasts_of_a_list(bus, which):
+    """And each sender is told how many listen beside itself. `unread` and `all` are channels as others are."""
+    guest = listened(bus, [*OTHERS, "ann"])
+    drafts = [{**each, "msg": "x"} for each in BROADCASTS[which]]
+    results = guest.asks("POST", "/send", drafts).json()["results"]
+    looked, boxes = bus.mailboxes.boxes.looked, len(bus.mailboxes.boxes)
+    assert looked <= boxes, f"{looked} of {boxes}"
+    for one, result in zip(drafts, results):
+        if "all" not in one["to"]:
+            assert result["receiver"]["offline"] == 2 and result["receiver"]["unread"] >= 2
+        else:
+            others = 0 if one.get("channel", "default") != "default" else 300 + (one["from"] != "ann")
+            assert result["receiver"] == {"online": others, "offline": 0}
+
+
+@pytest.mark.parametrize("path", ["/inbox", "/agents", "/channels", "/metrics"])
+def test_a_list_looks_at_no_more_names_than_it_shows(bus, path):
+    guest = listened(bus, OTHERS)
+    with rows_of(bus.mailboxes, "keys") as keys:
+        guest.asks("GET", f"{path}?max=1")
+        guest.asks("GET", f"{path}?max=1&after=default/other-250")
+    assert len(keys) + bus.mailboxes.boxes.looked < 10, f"{len(keys)} names"
+
+
+def test_names_are_forgotten_in_slices(bus, monkeypatch):
+    """Each slice in a turn of its own; all are looked at."""
+    listened(bus, OTHERS)
+    boxes = len(bus.mailboxes.boxes)
+    bus.view.clock = lambda: wall_clock() + 700 * 1000000
+    monkeypatch.setattr(bus.retention, "NAMES", 50)
+    with counted(bus.mailboxes, "idle", lambda arguments, _: len(arguments[0])) as slices:
+        bus.retention.forget_names()
+        assert len(slices) == 1
+        come_true(lambda: not bus.mailboxes.boxes)
+    assert max(slices) == 50 and sum(slices) == boxes
+    assert not [*bus.mailboxes.keys(("", ""))]
+
+
+def test_a_retry_reads_what_has_its_channel(bus):
+    """The same key on 50 channels: aside, where all commits wait for it."""
+    guest = Guest(bus)
+    drafts = [{"from": "eve", "to": "bob", "msg": "x" * 50, "channel": f"c{each}", "key": "k"} for each in range(50)]
+    first = [guest.asks("POST", "/send", each).json() for each in drafts]
+    for _ in range(2):  # the second time from what is kept of messages that were removed
+        with bytes_read(bus.state) as sizes:
+            again = guest.asks("POST", "/send", drafts[7]).json()
+        assert again["duplicate"] and again["id"] == first[7]["id"]
+        assert len(sizes) <= 1, f"{len(sizes)} messages were read"
+        removed(bus, before=int(first[-1]["id"], 16) + 1)
+    assert guest.asks("POST", "/send", {**drafts[7], "channel": "new"}).json()["duplicate"] is False
+
+
+def test_a_job_that_is_removed_after_younger_ones_takes_no_gap_away(bus):
+    """Who is behind both is told of both, before and after the second removal."""
+    guest = Guest(bus)
+    older, newer = [guest.sends("queue")["ts"] for _ in range(2)]
+    jobs = guest.asks("POST", "/claim", {"to": "queue", "max": 2, "wait": 0}).json()["messages"]
+    for job in reversed(jobs):
+        guest.asks("POST", "/ack", {"id": job["id"], "lease": job["lease"]})
+        removed(bus, before=1 << 52, kept_for=["work"])
+        answer = guest.asks("GET", f"/recv?to=queue&since={older:.6f}").json()
+        assert answer["messages"] == [] and answer["gap"] == {"from": older, "to": newer}
+
+
+# Who is woken
+
+
+@pytest.fixture
+def crowded(tmp_path):
+    """A closed bus with 200 tokens beside those of ann and bob, whose tokens it has."""
+    path = tmp_path / "bus.db"
+    tokens = mint(path, ann=[], bob=[], **{f"agent{number}": [] for number in range(200)})
+    with a_bus(time.monotonic, path) as bus:
+        bus.tokens = tokens
+        yield bus
+
+
+def asked(bus, count):
+    """So many connections of ann that wait for the reply to one question; and its id."""
+    guests = [Guest(bus, bus.tokens["ann"]) for _ in range(count)]
+    question = {"to": "bob", "msg": "T1?", "key": "k"}
+    for guest in guests:
+        guest.begins("POST", "/ask?wait=60", question)
+    come_true(lambda: bus.ledger.idle() and not bus.loop.actions)
+    come_true(lambda: bus.sweep() or len(bus.mailboxes.parked) <= PARKED_PER_NAME)
+    return guests, Guest(bus, bus.tokens["ann"]).asks("POST", "/send", question).json()["id"]
+
+
+def test_replies_that_do_not_count_ask_no_token_for_its_rights(crowded, monkeypatch):
+    """Own ones, and those of others: then only the tokens of their sender are asked."""
+    _, one = asked(crowded, 4)
+    reads, every = [], []
+    monkeypatch.setattr(Grant, "reads", lambda grant, own, really=Grant.reads: reads.append(1) or really(grant, own))
+    monkeypatch.setattr(Gate, "readers", lambda gate, own, really=Gate.readers: every.append(1) or really(gate, own))
+    for name in ("ann", "agent7"):
+        some = [{"to": f"agent{number}", "msg": "no", "reply_to": one} for number in range(50)]
+        some += [{"to": "ann", "msg": "no", "reply_to": one}] * 50
+        Guest(crowded, crowded.tokens[name]).asks("POST", "/send", some)
+    assert not every and len(reads) <= 1000, f"{len(reads)} rights were looked at"
+    assert len(crowded.mailboxes.parked) == 4, "none of them is an answer"
+
+
+def test_one_question_has_eight_who_wait_for_its_reply(crowded):
+    """Who waits longest is told that there is none, and the others get it."""
+    guests, one = asked(crowded, PARKED_PER_NAME + 4)
+    assert [guest.answer().json()["reply"] for guest in guests[:4]] == [None] * 4
+    Guest(crowded, crowded.tokens["bob"]).asks("POST", "/send", {"to": "ann", "msg": "yes", "reply_to": one})
+    assert [guest.answer().json()["reply"]["msg"] for guest in guests[4:]] == ["yes"] * PARKED_PER_NAME
+
+
+def test_a_message_is_offered_to_one_worker_of_many(bus, monkeypatch):
+    """30 wait, and a list of 30 messages wakes each: 30 are offered, not 900."""
+    workers = [Guest(bus).begins("POST", "/claim", {"to": "queue", "wait": 60, "worker": f"w{n}"}) for n in range(30)]
+    reader = Guest(bus).begins("GET", f"/recv?to=queue&since={Guest(bus).sends('zoe')['ts']:.6f}&wait=60")
+    come_true(lambda: len(bus.mailboxes.parked) == 31)
+    offered = []
+    kind = type(next(iter(bus.mailboxes.parked.values())))
+    monkeypatch.setattr(kind, "wants", lambda worker, message: offered.append(1) or True)
+    Guest(bus).asks("POST", "/send", [{"from": "eve", "to": "queue", "msg": "x"}] * 30)
+    claimed = [len(worker.answer().json()["messages"]) for worker in workers]
+    assert claimed == [1] * 30 and len(reader.answer().json()["messages"]) == 30
+    assert len(offered) <= 60, f"{len(offered)} offers"

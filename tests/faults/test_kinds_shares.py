@@ -1,0 +1,379 @@
+"""What one owner holds is a share of what there is, and counted: bodies, descriptors, bytes for the disk, files.
+
+Found by an attack on 2026-11-29; each test was red on the code that it attacked, or on the first mend of it.
+
+| test | seen red |
+|---|---|
+| an_owner_that_has_most_gives_up_its_own_bodies | the oldest of all goes, which is the innocent's |
+| descriptors_are_taken_from_who_has_most | the innocent is not let in; its reader is hung up on by the first mend |
+| pairs_of_names_have_a_budget | over 1 KB for each of 30,000 |
+| what_is_parked_holds_no_body_and_no_text | 250 KB for each; /claim and /ask until the second mend |
+| what_waits_for_the_disk_has_a_budget | all 30 are taken |
+| a_send_larger_than_a_share | 503 for ever, since the first mend |
+| what_waits_for_a_commit_holds_no_body | 250 KB for each, until the second mend |
+| files_have_a_rate, as_many_files_as_blocks | all are stored |
+"""
+import contextlib
+import gc
+import hashlib
+import json
+import pathlib
+import resource
+import sqlite3
+import time
+import tracemalloc
+
+import pytest
+
+from bus_server import Deadlines, Refused, Storms
+from tests.core.test_connection import LATE, a_bus, come_true, statuses
+from tests.faults import linux, skipped_without
+from tests.faults.test_kinds_bounds import LARGE, Guest
+from tests.kit.clock import Clock
+from tests.kit.hostile import HOST, head
+from tests.kit.peers import Peer, ask, mint, stored
+from tests.kit.processes import Server, wait_until
+
+KINDS_OF_BUS = ["open", "closed"]
+
+
+def owners(bus_path, kind, *names):
+    """What makes a Guest another owner: a token on a closed bus, an address on an open one."""
+    if kind == "closed":
+        return [{"token": token} for token in mint(bus_path, **{own: [] for own in names}).values()]
+    return [{"address": f"127.0.0.{number}"} for number, _ in enumerate(names, 2)]
+
+
+def names_itself(kind, own):
+    return {"from": own} if kind == "open" else {}
+
+
+@pytest.fixture(params=KINDS_OF_BUS)
+def two(tmp_path, request):
+    """A bus, and what makes a guest of it mal or ann."""
+    path = tmp_path / "bus.db"
+    mal, ann = owners(path, request.param, "mal", "ann")
+    with a_bus(time.monotonic, path) as bus:
+        bus.kind = request.param
+        yield bus, mal, ann
+
+
+# Bodies that do not arrive
+
+
+def announces(guest, size=200_000):
+    """A request whose body has yet to come."""
+    fields = [f"Authorization: Bearer {guest.token}"] if guest.token else []
+    guest.says(head("POST /send?from=ann&to=bob HTTP/1.1" if not guest.token else "POST /send?to=bob HTTP/1.1",
+                    HOST, f"Content-Length: {size}", *fields))  # fmt: skip
+    return guest
+
+
+def test_an_owner_that_has_most_gives_up_its_own_bodies(two):
+    """The oldest of them, which is told so; the one that is older and slow is stored."""
+    bus, mal, ann = two
+    bus.door.deadlines = Deadlines(clock := Clock())
+    bus.door.arriving.most = 1_000_000
+    innocent = announces(Guest(bus, **ann))
+    crowd = [announces(Guest(bus, **mal)) for _ in range(20)]
+    clock.now += LATE
+    bus.sweep()
+    assert [statuses(guest.heard) for guest in crowd] == [[408]] * 16 + [[]] * 4
+    assert bus.door.arriving.all == 5 * 200_000 == sum(bus.door.arriving.held.values())
+    innocent.says(b"x" * 200_000)
+    assert innocent.answer().status == 200
+    for guest in crowd:
+        guest.leaves()
+    assert not bus.door.arriving.all and not bus.door.arriving.held and not bus.door.bodies
+
+
+# Descriptors
+
+WAITING = {  # what waits for long; ID is a message that nobody fetches
+    "watch": ("GET", "/message/ID?wait_fetched=60", b""),
+    "claim": ("POST", "/claim", {"to": "mal", "wait": 60}),
+    "recv": ("GET", "/recv?to=mal&since=last&wait=60", b""),
+    "ask": ("POST", "/ask?wait=60", {"to": "bob", "msg": "x"}),
+    "half a body": ("POST", "/send", {"to": "bob", "msg": "x" * 16_000}),
+}
+
+
+@skipped_without(linux)
+@pytest.mark.parametrize("which", WAITING)
+def test_descriptors_are_taken_from_who_has_most(tmp_path, which):
+    """One token waits on as many connections as the bus may have; another one gets in, and is not hung up on."""
+    mal, ann = mint(tmp_path / "bus.db", mal=[], ann=[]).values()
+    with Server(tmp_path / "bus.db") as bus, contextlib.ExitStack() as stack:
+        one = stored(bus, "bob", token=mal, sender="mal")
+        waits = stack.enter_context(Peer(bus, ann)).send("GET", "/recv?to=ann&since=last&wait=60")
+        wait_until(lambda: {"name": "ann", "online": True}.items() <= agent_of(bus, ann, "ann").items())
+        most = len(descriptors(bus)) + 60
+        resource.prlimit(bus.process.pid, resource.RLIMIT_NOFILE, (most, most))
+        method, path, body = WAITING[which]
+        for _ in range(most + 20):
+            peer = stack.enter_context(Peer(bus, mal, patience=5))
+            request = peer.request(method, path.replace("ID", one), body)
+            peer.sock.sendall(request[:-10] if which == "half a body" else request)
+        reply = ask(bus, "POST", "/send", {"to": "ann", "msg": "hello"}, token=ann, patience=5)
+        assert reply.status == 200
+        assert [each["msg"] for each in waits.answer().json["messages"]] == ["hello"]
+        assert bus.process.poll() is None
+
+
+def descriptors(bus):
+    return list(pathlib.Path(f"/proc/{bus.process.pid}/fd").iterdir())
+
+
+def agent_of(bus, token, own):
+    return next((each for each in ask(bus, "GET", "/agents", token=token).json["agents"] if each["name"] == own), {})
+
+
+# Pairs of names
+
+
+def test_pairs_of_names_have_a_budget_of_memory():
+    """100 senders to 300 names: the oldest pairs are forgotten, and those that go on are still stopped."""
+    storms = Storms(clock := Clock(), rate=0)
+    storms.PAIRS = 5000
+    tracemalloc.start()
+    try:
+        for sender in range(100):
+            for to in range(300):
+                storms.turn("default", f"s{sender}", f"r{to}", clock())
+            storms.turn("default", "ann" if sender % 2 else "bob", "bob" if sender % 2 else "ann", clock())
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(storms.turns) == 5000
+    assert held < 5000 * 700, f"{held / 5000:.0f} bytes for each pair"
+    with pytest.raises(Refused, match="answered each other"):
+        for turn in range(storms.most_turns):
+            storms.turn("default", *(("ann", "bob") if turn % 2 else ("bob", "ann")), clock())
+
+
+def test_what_was_used_last_is_forgotten_last():
+    """So each look at what is old ends at the first that is not."""
+    storms = Storms(clock := Clock(), rate=50)
+    for own in ("ann", "bob"):
+        storms.turn("default", own, "carl", clock())
+        storms.senders[own] = clock()
+        storms.sends.wait(own, 500)
+    clock.now += Storms.WITHIN - 1
+    storms.turn("default", "ann", "carl", clock())
+    storms.sends.wait("ann", 500)
+    clock.now += 2
+    storms.forget()
+    assert [*storms.turns] == [("default", "ann", "carl")] and [*storms.sends.left] == ["ann"]
+    assert [*storms.senders] == ["ann", "bob"], "they are known for a day"
+
+
+# Memory of what is parked, or waits for its commit
+
+HOLDING = {  # requests that wait, each with as large a body as may be; ID is a large message that nobody fetches
+    "watch": ("GET", "/message/ID?wait_fetched=60", b""),
+    "recv": ("GET", "/recv?to=mal&since=last&wait=60", b""),
+    "log": ("GET", "/log?since=NOW&wait=60", b""),
+    "claim": ("POST", "/claim", {"to": "mal", "wait": 60, "ignored": "x" * LARGE}),
+    "ask": ("POST", "/ask?wait=60", {"from": "eve", "to": "bob", "msg": "x" * LARGE}),
+}
+
+
+@contextlib.contextmanager
+def grown():
+    """Bytes of Python objects that are there afterwards and were not before."""
+    gc.collect()
+    tracemalloc.start()
+    result = []
+    try:
+        yield result
+        gc.collect()
+        result.append(tracemalloc.get_traced_memory()[0])
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("options", [(), ("--verbose",)], ids=["quiet", "verbose"])
+@pytest.mark.parametrize("which", HOLDING)
+def test_what_is_parked_holds_no_body_and_no_text(tmp_path, capfd, which, options):
+    with a_bus(time.monotonic, tmp_path / "bus.db", *options) as bus:
+        stored = Guest(bus).sends("bob", "x" * LARGE)
+        method, path, body = HOLDING[which]
+        path = path.replace("ID", stored["id"]).replace("NOW", f"{stored['ts']:.6f}")
+        with grown() as size:
+            guests = [Guest(bus).begins(method, path, body) for _ in range(8)]
+            come_true(lambda: len(bus.mailboxes.parked) == 8)
+        assert size[0] < LARGE, f"{size[0] / 8:,.0f} bytes for each"
+        assert not any(guest.heard for guest in guests)
+
+
+@pytest.mark.parametrize("which", HOLDING)
+def test_what_is_parked_holds_no_head(tmp_path, which):
+    """It may have 16 KiB."""
+    method, path, _ = HOLDING[which]
+    with a_bus(time.monotonic, tmp_path / "bus.db") as bus:
+        stored = Guest(bus).sends("bob")
+        path = path.replace("ID", stored["id"]).replace("NOW", f"{stored['ts']:.6f}")
+        body = {"from": "eve", "to": "mal", "wait": 60, "msg": "x"} if method == "POST" else b""
+        with grown() as size:
+            guests = [Guest(bus).begins(method, path, body, f"A: {'b' * 15_000}") for _ in range(30)]
+            come_true(lambda: len(bus.mailboxes.parked) == len(bus.door.connections) - 1)
+        assert size[0] < 30 * 9_000, f"{size[0] / 30:,.0f} bytes for each"
+        assert not any(guest.heard for guest in guests[-8:])
+
+
+def test_a_head_that_waits_is_answered_without_a_body(tmp_path):
+    """Else the next answer on its connection would begin with it."""
+    with a_bus(time.monotonic, tmp_path / "bus.db") as bus:
+        one, guest = Guest(bus).sends("bob")["id"], Guest(bus)
+        guest.says(head(f"HEAD /message/{one}?wait_fetched=60 HTTP/1.1", HOST))
+        come_true(lambda: bus.mailboxes.parked)
+        Guest(bus).asks("GET", "/recv?to=bob&since=0")
+        come_true(lambda: guest.heard)
+        assert guest.heard.startswith(b"HTTP/1.1 200 ") and guest.heard.endswith(b"\r\n\r\n")
+
+
+# What waits for the disk
+
+
+def sends(bus, owner, own, size, path="/send", **members):
+    body = {"from": own, "to": "bob", "msg": "x" * size, **members}
+    return Guest(bus, **owner).begins("POST", path, body)
+
+
+@pytest.mark.parametrize("path", ["/send", "/ask?wait=0"])
+def test_what_waits_for_the_disk_has_a_budget_for_each_owner_and_for_all(two, path):
+    """Until the turn ends nothing is committed: so all of these wait. What is refused is not stored."""
+    bus, mal, ann = two
+    bus.ledger.waiting.most_each, bus.ledger.waiting.most = 10 * LARGE + 5000, 12 * LARGE
+    crowd = [sends(bus, mal, "mal", LARGE, path) for _ in range(30)]
+    small = sends(bus, mal, "mal", 100, path)
+    innocent = [sends(bus, ann, "ann", LARGE, path) for _ in range(3)]
+    assert [statuses(guest.heard) for guest in crowd] == [[]] * 10 + [[503]] * 20
+    assert [statuses(guest.heard) for guest in innocent] == [[], [503], [503]], "the limit for all"
+    refused = crowd[-1].answer()
+    assert int(refused.fields["retry-after"]) >= 1 and "nothing was stored" in refused.json()["error"]
+    assert [each.answer().status for each in [*crowd[:10], small, innocent[0]]] == [200] * 12
+    assert bus.mailboxes.boxes["default", "bob"].n == 12
+    assert not bus.ledger.waiting.all and not bus.ledger.waiting.held
+    assert sends(bus, mal, "mal", LARGE, path).answer().status == 200
+
+
+class Locked:
+    """Every list fails, as while another program has locked the database."""
+
+    def __init__(self, bus):
+        self.bus, self.apply = bus, bus.state.apply
+
+    def __enter__(self):
+        def locked(operations, now):
+            raise sqlite3.OperationalError("database is locked")
+
+        self.bus.state.apply = locked
+
+    def __exit__(self, *_):
+        self.bus.state.apply = self.apply
+
+
+def test_what_failed_or_was_refused_waits_no_longer(two):
+    bus, mal, _ = two
+    with Locked(bus):
+        assert sends(bus, mal, "mal", LARGE).answer().status == 503
+    assert not bus.ledger.waiting.all
+    assert sends(bus, mal, "mal", LARGE, key="k").answer().status == 200
+    assert sends(bus, mal, "mal", LARGE + 1, key="k").answer().status == 409
+    gone = sends(bus, mal, "mal", LARGE)
+    gone.leaves()
+    come_true(bus.ledger.idle)
+    assert not bus.ledger.waiting.all and not bus.ledger.waiting.held
+
+
+def test_a_send_larger_than_a_share_is_stored_if_nothing_of_its_owner_waits(two):
+    """64 names times 262,144 bytes are more than 16 MiB, where text is escaped."""
+    bus, mal, ann = two
+    names = [f"n{number}" for number in range(64)]
+    text = "\u00e9" * 100_000  # 200 KB on the way, 600 KB as it is stored
+    first, second, other = [
+        Guest(bus, **owner).begins("POST", f"/send?to={','.join(names)}&from={own}", text.encode())
+        for owner, own in ((mal, "mal"), (mal, "mal"), (ann, "ann"))
+    ]
+    assert statuses(first.heard) == [] and statuses(second.heard) == [503] and statuses(other.heard) == []
+    assert first.answer().status == other.answer().status == 200
+    assert not bus.ledger.waiting.all
+
+
+@pytest.mark.parametrize("path", ["/claim", "/ack", "/nack", "/extend", "/recall", "/send"])
+def test_what_waits_for_a_commit_holds_no_body(tmp_path, path):
+    """No budget counts these, but for sends."""
+    with a_bus(time.monotonic, tmp_path / "bus.db") as bus:
+        one = Guest(bus).sends("bob")["id"]
+        body = {"id": one, "lease": "0" * 16, "from": "eve", "to": "bob", "msg": "x", "wait": 0}
+        body = body if path == "/send" else {**body, "ignored": "x" * LARGE}
+        padding = b" " * LARGE if path == "/send" else b""
+        with grown() as size:
+            guests = [Guest(bus).begins("POST", path, padding + json.dumps(body).encode()) for _ in range(8)]
+            assert not any(guest.heard for guest in guests), "they wait"
+        assert size[0] < 2 * LARGE, f"{size[0] / 8:,.0f} bytes for each"
+        assert {guest.answer().status for guest in guests} <= {200, 409}
+
+
+
+# Files
+
+
+def put(guest, data, fields=()):
+    name = hashlib.sha256(data).hexdigest()
+    return guest.begins("PUT", f"/blob/{name}", data, *fields).answer()
+
+
+def part(guest, number):
+    """The first byte of a file of two, whose rest never comes."""
+    return guest.begins("PUT", f"/blob/{number:064x}", b"x", "Content-Range: bytes 0-0/2").answer()
+
+
+def test_files_have_a_rate_as_messages_have(two, monkeypatch):
+    """Whole or in parts, and for each owner; beyond it nothing is written."""
+    bus, mal, ann = two
+    monkeypatch.setattr(Storms, "BURST", 5)
+    bus.storms = Storms(Clock(), rate=50)
+    guest = Guest(bus, **mal)
+    replies = [part(guest, number) for number in range(3)] + [put(guest, b"whole" * number) for number in (1, 2)]
+    assert [reply.status for reply in replies] == [202] * 3 + [201] * 2
+    for refused in (part(Guest(bus, **mal), 9), put(Guest(bus, **mal), b"another")):
+        assert refused.status == 429 and int(refused.fields["retry-after"]) >= 1
+    assert put(Guest(bus, **ann), b"her own").status == 201
+    assert len(list(pathlib.Path(f"{bus.state.path}.blobs").iterdir())) == 6
+
+
+def blobs_of(bus):
+    return bus.routes["PUT", "/blob/"].call.__self__
+
+
+def test_as_many_files_fit_as_the_room_has_blocks(tmp_path, monkeypatch):
+    """A file of one byte takes a block of the disk. What is there already goes on, and what is removed makes room."""
+    with a_bus(time.monotonic, tmp_path / "bus.db", "--files", "1m") as bus:
+        blobs, guest = blobs_of(bus), Guest(bus)
+        most = (1 << 20) // 4096
+        for number in range(most - 1):
+            assert part(guest, number).status == 202
+        assert put(guest, b"a whole one").status == 201
+        assert part(Guest(bus), most + 1).status == put(Guest(bus), b"another").status == 507
+        folder = pathlib.Path(f"{bus.state.path}.blobs")
+        assert blobs.files == most == len(list(folder.iterdir())) and blobs.used == most - 1 + 11
+        wrong = Guest(bus).begins("PUT", f"/blob/{0:064x}", b"y", "Content-Range: bytes 1-1/2").answer()
+        assert wrong.status == 422, "its rest came, and it goes"
+        again = hashlib.sha256(b"a whole one").hexdigest()
+        assert Guest(bus).begins("PUT", f"/blob/{again}", b"a whole one").answer().status == 200
+        assert put(Guest(bus), b"another").status == 201
+        assert blobs.files == most == len(list(folder.iterdir()))
+        later = time.time() + 8 * 86400
+        monkeypatch.setattr(time, "time", lambda: later)
+        blobs.forgotten(blobs.forget())
+        assert blobs.files == 2 == len(list(folder.iterdir())), "parts are removed after a week"
+    with a_bus(time.monotonic, tmp_path / "bus.db", "--files", "1m") as bus:
+        assert blobs_of(bus).files == 2, "they are counted at start"
+
+
+def test_a_small_room_has_a_hundred_files(tmp_path):
+    with a_bus(time.monotonic, tmp_path / "bus.db", "--files", "1k") as bus:
+        guest = Guest(bus)
+        assert [part(guest, number).status for number in range(101)] == [202] * 100 + [507]
