@@ -243,7 +243,7 @@ KINDS = [
          (f"{SHARES}::test_what_waits_for_the_disk_has_a_budget_for_each_owner_and_for_all",
           f"{SHARES}::test_what_failed_or_was_refused_waits_no_longer",
           f"{SHARES}::test_a_send_larger_than_a_share_is_stored_if_nothing_of_its_owner_waits"),
-         "`Sending.check()` does not ask `Ledger.check_room()` (the first and last); `Ledger.commit()` takes nothing "
+         "`Ledger.put()` refuses nothing (the first and last); `Ledger.commit()` takes nothing "
          "off (the first two); a send above the share is refused (the last)"),
     Kind("what is small is counted by its bytes alone: files",
          "a PUT has the rate of a message, and at most as many files fit as there are blocks",
