@@ -533,6 +533,9 @@ class Watched(Protocol):
         """ready() raised an exception."""
 
 
+NOBODY_WAITS: set[int] = set()  # never changed
+
+
 def say_exception() -> None:
     """Report the exception that is being handled, if there is memory for that."""
     with contextlib.suppress(MemoryError):
@@ -554,7 +557,7 @@ class Loop:
 
     PATIENCE = 0.005  # s; the deputy takes over after one to two times this
     RETRY = 1.0  # s until a timer or an action that raised is called again
-    BUDGET = 0.01  # s for the actions at the end of a turn; the rest is called in the next turn
+    BUDGET = 0.01  # s for the sockets of a turn, and for the actions at its end; the rest comes in the next turn
     FILE_THREADS = 4  # threads for in_thread()
 
     def __init__(self) -> None:
@@ -563,6 +566,7 @@ class Loop:
         self.timers: list[tuple[float, int, Callable[[], None]]] = []  # when, on the monotonic clock; a number; what
         self.numbers = count()  # timers that are due at the same time run in the order they were set
         self.told: deque[Callable[[], None]] = deque()  # actions from other threads
+        self.unserved = NOBODY_WAITS  # sockets that were ready when the time of the last turn was over
         self.signals: dict[int, Callable[[], None]] = {}
         self.sock, self.bell = socket.socketpair()
         self.events = 0
@@ -691,7 +695,11 @@ class Loop:
         elif self.timers:
             patience = self.timers[0][0] - time.monotonic()
         events = self.selector.select(patience)
-        self.each(lambda ready: ready[0].data.ready(ready[1]), lambda ready: ready[0].data.failed(), events)
+        if self.unserved:  # those for which the last turn had no time come first
+            events.sort(key=lambda ready: ready[0].fd not in self.unserved)
+        self.each(
+            lambda ready: ready[0].data.ready(ready[1]), lambda ready: ready[0].data.failed(), self.timely(events)
+        )
         now = time.monotonic()
         while self.timers and self.timers[0][0] <= now:
             self.insist(heapq.heappop(self.timers)[2])
@@ -700,6 +708,16 @@ class Loop:
                 self.insist(self.actions.popleft())
             if time.monotonic() > now + self.BUDGET:
                 break
+
+    def timely(self, events: list[Any]) -> Iterator[Any]:
+        """The events, until the time for the sockets of a turn is over; the next turn begins with the others."""
+        over = time.monotonic() + self.BUDGET
+        for number, event in enumerate(events):
+            if number and time.monotonic() > over:
+                self.unserved = {key.fd for key, _ in events[number:]}
+                return
+            yield event
+        self.unserved = NOBODY_WAITS
 
     def aside(self, work: Callable[[], None]) -> None:
         """Call `work`, which may take long, and release the turn meanwhile. Only an action of soon() may call this."""
@@ -1830,8 +1848,8 @@ class Listener:
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
                 return
             except OSError:  # out of descriptors, or of memory for them
+                self.door.loop.later(self.RETRY, self.open)  # first: if this raises, it stays open
                 self.door.loop.watch(self, 0)
-                self.door.loop.later(self.RETRY, self.open)
                 self.door.drop_idle()
                 return
             if not self.door.loop.attempt(self.welcome, guest):
@@ -3006,10 +3024,12 @@ class State(Rows):
             else:
                 self.index.write(len(self.visible), self.last)
                 self.insert()
-        except BaseException:
+        except BaseException as error:
             self.stale = True
             with contextlib.suppress(sqlite3.Error):
                 self.writing.execute("ROLLBACK")
+            if "malformed" in str(error):  # perhaps the index: then the next start makes it anew
+                self.writing.execute("UPDATE runs SET checksum = -1")
             self.reload()
             raise
         self.index.committed()
@@ -3356,7 +3376,7 @@ def prepare(database: sqlite3.Connection, path: str, journal: str) -> None:
         build_index(database)
     elif sound_runs(database) is None or (small and not index_is_whole(database)):
         say(f"bus_server: the index by mailbox of {path} is damaged; making it anew")
-        build_index(database)
+        renew_index(database)
     database.execute(f"PRAGMA user_version={len(MIGRATIONS)}")
     database.execute("COMMIT")
     # A WAL found here may have a part that an fsync failed to write. The system has that part in memory, marked as
@@ -3375,19 +3395,24 @@ def mend(database: sqlite3.Connection, path: str, version: int) -> None:
         return
     say(f"bus_server: the database {path} is damaged ({report}); rebuilding its indexes")
     with contextlib.suppress(sqlite3.DatabaseError):
-        if version >= INDEX_IN_RUNS:  # a table whose pages are damaged can be forgotten, and not be dropped
+        if version >= INDEX_IN_RUNS:
             database.execute("BEGIN IMMEDIATE")
-            database.execute("PRAGMA writable_schema=ON")
-            database.execute("DELETE FROM sqlite_master WHERE tbl_name IN ('places', 'runs')")
-            database.execute("PRAGMA writable_schema=RESET")
-            migrate(database, [INDEX_TABLES])
-            build_index(database)
+            renew_index(database)
             database.execute("COMMIT")
         database.execute("REINDEX")
         database.execute("VACUUM")  # frees the pages of what was forgotten
         report = check()
     if report != "ok":
         raise Unusable(f"the database {path} is damaged ({report}): restore a backup, or move it away")
+
+
+def renew_index(database: sqlite3.Connection) -> None:
+    """In a transaction. A table whose pages are damaged cannot be dropped; it can be forgotten."""
+    database.execute("PRAGMA writable_schema=ON")
+    database.execute("DELETE FROM sqlite_master WHERE tbl_name IN ('places', 'runs')")
+    database.execute("PRAGMA writable_schema=RESET")
+    migrate(database, [INDEX_TABLES])
+    build_index(database)
 
 
 def index_is_whole(database: sqlite3.Connection) -> bool:
@@ -3413,8 +3438,6 @@ def write_run(database: sqlite3.Connection, number: int, level: int, upto: int) 
 
 def build_index(database: sqlite3.Connection) -> None:
     """Make one run of all messages. A database of an older version had the index `in_order`, whose order is right."""
-    database.execute("DELETE FROM runs")
-    database.execute("DELETE FROM places")
     database.execute("INSERT INTO places SELECT 1, mailbox, tick FROM messages ORDER BY mailbox, tick")
     [upto] = database.execute("SELECT max(tick) FROM messages").fetchone()
     if upto:
@@ -3610,8 +3633,9 @@ class Mailboxes:
         self.unordered = [key for key in self.unordered if key in self.boxes]
 
     def new(self, channel: str, names: Iterable[str]) -> int:
-        """How many of these names have no mailbox yet. `all` comes with its channel."""
-        return sum((channel, own) not in self.boxes for own in names if own != EVERYONE)
+        """How many of these names have no mailbox yet. Beside another name, `all` comes with its channel."""
+        names = list(names)
+        return sum((channel, own) not in self.boxes for own in names if own != EVERYONE or len(names) == 1)
 
     def of(self, reader: Parked) -> Iterator[Mailbox]:
         """The mailboxes a reader listens to, its own first; their marks are about to change."""
@@ -3756,7 +3780,7 @@ class Mailboxes:
         for key in keys:
             box = self.boxes[key]
             quiet = wall - box.seen
-            if key in self.waiting or box.newest > box.removed:
+            if key in self.waiting or box.newest > box.removed or self.online(box):
                 continue
             if not box.firm and quiet > self.LOOKED_SECONDS * 1000000:
                 looked_at.append(key)
@@ -3892,13 +3916,19 @@ class Ledger:
         self.bus, self.loop, self.state = bus, bus.loop, bus.state
         self.next: list[Step] = []
         self.out: list[Step] = []  # the list that is being applied
+        self.planned = False  # commit() is called at the end of this turn
         self.waiting = Shares(self.WAITING, self.WAITING_EACH)
         self.large: dict[int, tuple[str, int]] = {}  # by the id of an operation: its owner, and its bytes in `waiting`
 
     def add(self, step: Step) -> None:
         self.next.append(step)
-        if len(self.next) == 1 and not self.out:
-            self.loop.soon(self.commit)  # when all sockets of this turn were read: they share a transaction
+        self.plan()
+
+    def plan(self) -> None:
+        """Commit when all sockets of this turn were read: they share a transaction."""
+        if self.next and not self.planned and not self.out:
+            self.loop.soon(self.commit)
+            self.planned = True  # only now: if the line above raises, the next step plans
 
     def put(self, drafts: list[Draft], owner: str) -> Put:
         """The operation that stores these drafts; 503 if too much of this owner, or of all, waits for the disk."""
@@ -3937,14 +3967,14 @@ class Ledger:
         return self.next[:]
 
     def commit(self) -> None:
+        self.planned = False
         taken = self.next_list()
         steps = sorted(self.bus.entitled(taken), key=by_rank)
         del self.next[: len(taken)]
         self.out = steps
         if not steps:
             self.loop.attempt(self.count_out, taken)
-            if self.next:
-                self.loop.soon(self.commit)
+            self.plan()
             return
         began = time.monotonic()
         outcome: Applied | Exception
@@ -3955,8 +3985,7 @@ class Ledger:
         seconds, self.out = time.monotonic() - began, []
         self.loop.attempt(self.count_out, taken)
         self.state.view.tail = self.state.tail  # and only now: nothing that a turn reads is changed aside
-        if self.next:  # came while the deputy served
-            self.loop.soon(self.commit)
+        self.loop.attempt(self.plan)  # what came while the deputy served
         if not self.loop.attempt(self.bus.announce, steps, outcome, seconds):
             for step in steps:
                 if not step.connection:
@@ -4829,6 +4858,8 @@ def one_of(bus: Bus, request: Request, tick: int | None = None) -> Message:
     found = None if tick is None or tick > bus.last else bus.view.message(tick)  # above it, it is not announced yet
     if not found or not request.grant.may_see(found):
         raise no_message()
+    if len(found.text) > HEAD_BYTES:
+        bus.storms.worked(request.owner(), "", len(found.text))
     return found
 
 

@@ -103,7 +103,7 @@ class Outbox:
                 raise bus_send.Refused(410, f"it waited for {age:.0f} s, longer than its ttl")
             long = os.path.getsize(path) / bus_send.UPLOAD_RATE
             outcome: Outcome = bus_send.send(url=self.url, patience=patience + long, **message)
-        except (TypeError, ValueError) as error:  # somebody has edited it
+        except TypeError as error:  # somebody has edited it
             os.replace(path, dead)
             return {}, bus_send.Refused(400, f"the file holds no message: {error}")
         except bus_send.Refused as refused:

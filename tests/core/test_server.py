@@ -424,3 +424,35 @@ def test_what_follows_a_step_that_nobody_waits_for_may_fail_and_its_flag_is_take
     desk.turn()
     assert [type(each) for each in undone] == [Remove] and not desk.bus.broken
     desk.close()
+
+
+@pytest.mark.parametrize("place", ["soon", "count_out", "announce"])
+def test_after_one_failure_on_the_way_to_a_commit_the_next_send_is_stored(tmp_path, monkeypatch, place):
+    """Without memory any line may fail. Seen: no commit was planned any more, and each send hung without an answer."""
+    desk = Desk(tmp_path / "bus.db")
+    owner = {"soon": desk.bus.loop, "count_out": desk.bus.ledger, "announce": desk.bus}[place]
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, place, mock.Mock(side_effect=MemoryError()))
+        with contextlib.suppress(MemoryError):
+            desk.post(10)
+            desk.bus.loop.take_turn()
+    desk.failed = desk.fail = lambda: None
+    assert desk.send(20) == 200
+    poll = Poll("b", ("b",), "default", None, 0, 10, 0, False)
+    assert len(desk.bus.view.after(poll, desk.bus.last)[0]) == 2, "what was handed in first is stored too"
+    desk.close()
+
+
+def test_a_message_that_nobody_could_be_told_of_is_found_by_each_poll(tmp_path, monkeypatch):
+    """Mailboxes did not hear of it, and no parked reader was woken: at the end of its hold a poll looks at the disk."""
+    desk = Desk(tmp_path / "bus.db")
+    poll = Poll("b", ("b",), "default", None, 0, 10, 0, False)
+    with monkeypatch.context() as patch:
+        for method in ("add", "wake"):
+            patch.setattr(desk.bus.mailboxes, method, mock.Mock(side_effect=MemoryError()))
+        patch.setattr(desk.bus.mailboxes, "parked", {None: poll})
+        desk.post(10)
+        desk.bus.loop.take_turn()
+    assert not desk.bus.sure
+    assert desk.bus.last > 0 and b"xxxxxxxxxx" in desk.bus.receiving.poll_over(None, poll).body
+    desk.close()
