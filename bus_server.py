@@ -4533,7 +4533,11 @@ class Retention:
     NEXT_SECONDS = 0.02  # s until the next names are looked at
 
     def forgotten(self, connection: None, forget: Forget, names: list[list[str]]) -> None:
-        self.bus.mailboxes.drop((channel, own) for channel, own in names)
+        mailboxes = self.bus.mailboxes
+        gone = [(channel, own) for channel, own in names]
+        polled = [key for key in gone if key in mailboxes.boxes and mailboxes.online(mailboxes.boxes[key])]
+        mailboxes.changed.update(polled)  # meanwhile: their rows are made anew
+        mailboxes.drop(key for key in gone if key not in polled)
 
     def look_for_request(self) -> None:
         """The command prune leaves a file beside the database that says what to remove."""

@@ -417,6 +417,7 @@ def test_names_are_forgotten_in_slices(bus, monkeypatch):
     listened(bus, OTHERS)
     boxes = len(bus.mailboxes.boxes)
     bus.view.clock = lambda: wall_clock() + 700 * 1000000
+    bus.mailboxes.clock = lambda: time.monotonic() + 700
     monkeypatch.setattr(bus.retention, "NAMES", 50)
     with counted(bus.mailboxes, "idle", lambda arguments, _: len(arguments[0])) as slices:
         bus.retention.forget_names()
