@@ -3543,8 +3543,9 @@ class Unfetched:
         self.messages += messages
         self.size += size
         if self.counts_senders:
-            before, size_before = self.by_sender.get(sender, (0, 0))
-            self.by_sender[sender] = before + messages, size_before + size
+            before, size_before = self.by_sender.pop(sender, (0, 0))
+            if before + messages:
+                self.by_sender[sender] = before + messages, size_before + size
 
 
 class Mailbox:

@@ -68,7 +68,7 @@ class Blobs:
 
     def upload(self, request: Request) -> Upload:
         file, length = self.place(request), request.parsed.length
-        self.bus.storms.spend(request.owner(), 1)  # as a message
+        self.bus.storms.spend(f"{request.owner()}/files", 1)  # as a message; no sender has this name
         there = size_of(file.with_suffix(".part"))
         start, total = content_range(request.fields.get("content-range"), length)
         if file.name in self.arriving or start not in (0, there):

@@ -250,20 +250,25 @@ def ack(id: str) -> str:
 
 def agents() -> str:
     box = Inbox()
-    known = [agent for agent in box.ask("/agents")["agents"] if agent["channel"] == box.channel]
+    answer = box.ask(f"/agents?channel={box.channel}")
+    known = [agent for agent in answer["agents"] if agent["channel"] == box.channel]  # an older bus has no filter
     known.sort(key=lambda agent: (agent["online"], agent["last_seen"] or 0), reverse=True)
     lines = []
     for agent in known:
         ago = box.age({"ts": agent["last_seen"] or 0})
         unread = f", {agent['unread']} unread" if "unread" in agent else ""
         lines.append(f"{agent['name']}: {'listening' if agent['online'] else f'last seen {ago} ago'}{unread}")
+    if answer.get("more"):
+        lines.insert(0, f"(the first {len(lines)} names only; there are more)")
     return "\n".join(lines)[:ANSWER] or f"nobody has listened on channel {box.channel} yet"
 
 
 def whoami() -> str:
     box = Inbox()
-    unread = box.ask("/inbox")["recipients"].get(box.channel, {}).get(box.names[0], 0)
-    return f"{box.names[0]}, on channel {box.channel} of the bus at {box.url}; {unread} unread addressed to this name"
+    name = box.names[0]
+    recipients = box.ask(f"/inbox?channel={box.channel}&name={name}")["recipients"]
+    unread = recipients.get(box.channel, {}).get(name, 0)
+    return f"{name}, on channel {box.channel} of the bus at {box.url}; {unread} unread addressed to this name"
 
 
 TEXT = {"type": "string"}

@@ -101,7 +101,7 @@ def heard_elsewhere(url: str, channel: str, names: Sequence[str]) -> set[str]:
     before each poll.
     """
     try:
-        agents = bus_recv.ask(url, "/agents", ASK_SECONDS)[0]["agents"]
+        agents = bus_recv.ask(url, f"/agents?channel={channel}&online=true", ASK_SECONDS)[0]["agents"]
         heard = {agent["name"] for agent in agents if agent["online"] and agent["channel"] == channel}
     except (bus_recv.Refused, bus_recv.Unreachable, LookupError, TypeError):  # or a bus of the old contract
         return set()
