@@ -2779,9 +2779,11 @@ class Index:
                 self.behind = False
 
     def delete(self, run: int, places: int) -> int:
-        some = "(run, mailbox, tick) IN (SELECT run, mailbox, tick FROM places WHERE run = ? LIMIT ?)"
-        deleted = self.writing.execute(f"DELETE FROM places WHERE {some}", (run, places)).rowcount
-        if deleted < places:
+        ordered = "SELECT mailbox, tick FROM places WHERE run = ? ORDER BY mailbox, tick"
+        last = self.ask(f"{ordered} LIMIT 1 OFFSET ?", run, places - 1)
+        some = "DELETE FROM places WHERE run = ? AND (mailbox, tick) <= (?, ?)"
+        deleted = self.writing.execute(some, (run, *(last or (SOUND, SOUND)))).rowcount
+        if not last:
             self.writing.execute("DELETE FROM runs WHERE run = ?", (run,))
         return deleted
 
