@@ -2701,9 +2701,9 @@ class Index:
       was announced last: what is flushed meanwhile is still in it, and Rows.mail() passes over it in the file.
     """
 
-    FLUSH_MESSAGES = 4000  # some 4 ms of a commit
+    FLUSH_MESSAGES = 4000  # some 2 ms of a commit
     RUNS_MERGED = 10  # 10,000,000 messages are in at most 4 * 9 runs
-    SLICE = 2000  # places to copy or to delete at once, some 2 ms
+    SLICE = 2000  # places to copy or to delete at once, 1 ms
     PLACES_PER_MESSAGE = 8  # copied or deleted with each new message; in its life a place is, up to 4 times each
 
     def __init__(self, writing: sqlite3.Connection, merges: bool) -> None:
