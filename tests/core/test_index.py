@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 import sqlite3
+from unittest import mock
 
 import pytest
 
@@ -241,4 +242,32 @@ def test_after_a_failed_commit_turns_read_with_the_tail_they_had_until_it_is_ann
     world.state.writing.set_authorizer(None)
     assert world.state.tail is not before and world.state.view.tail is before
     assert len(ticks_of(world.state.view.mail("1", ("default", "bob"), 0))) == 1
+    world.state.close()
+
+
+def test_after_an_error_of_a_damaged_page_the_next_start_makes_the_index_anew(tmp_path, capfd, monkeypatch):
+    """In a large database, where no start looks at each page."""
+    monkeypatch.setattr(bus_server, "CHECKED_BYTES", 0)
+    world = World(tmp_path / "bus.db", 0)
+    put = Put([draft({"from": "dora", "to": "bob", "msg": "x"}, None)] * 30)
+    world.state.apply([put], Now(BEGIN, BEGIN))
+    with monkeypatch.context() as patch:
+        malformed = mock.Mock(side_effect=sqlite3.DatabaseError("database disk image is malformed"))
+        patch.setattr(world.state.index, "write", malformed)
+        with pytest.raises(sqlite3.DatabaseError):
+            world.state.apply([put], Now(BEGIN, BEGIN))
+    world.state.close()
+    world.open()
+    assert "index by mailbox" in said(capfd) and len(ticks_of(world.state.mail("1", ("default", "bob"), 0))) == 30
+    world.state.close()
+
+
+def test_dead_letters_are_buried_in_slices(tmp_path, monkeypatch):
+    monkeypatch.setattr(WORK.Bury, "SLICE", 2)
+    world = World(tmp_path / "bus.db", 0)
+    jobs = Put([draft({"from": "dora", "to": "bob", "msg": "x"}, None)] * 5)
+    world.state.apply([jobs, Claim("default", "bob", 9, 1000, 7, "worker", 1)], Now(BEGIN, BEGIN))
+    later = Now(BEGIN + 10**6, BEGIN + 10**6)
+    assert [world.state.apply([WORK.Bury(1)], later).results for _ in range(3)] == [[True], [True], [False]]
+    assert len(ticks_of(world.state.mail("1", ("default", "bob.dead"), 0))) == 5
     world.state.close()

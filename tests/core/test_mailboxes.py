@@ -148,6 +148,13 @@ def test_a_row_without_mail_and_without_a_poll_goes_unless_its_reader_must_be_to
     assert mailboxes.idle(list(mailboxes.boxes), 1021, 500) == [["default", "idle"]]
 
 
+def test_all_counts_as_a_new_name_unless_another_name_brings_it(mailboxes):
+    """Else polls of `all` on ever new channels would make mailboxes without a limit."""
+    assert mailboxes.new("lab", ["all"]) == mailboxes.new("lab", ["bob", "all"]) == 1
+    mailboxes.box("lab", "all")
+    assert mailboxes.new("lab", ["all"]) == 0
+
+
 def test_another_reader_of_a_name_does_not_move_its_cursor(mailboxes):
     polled(mailboxes, poll("bob"), "", 5)
     mailboxes.presented(poll("bob", since=10))
