@@ -3971,11 +3971,10 @@ class Ledger:
         return self.next[:]
 
     def commit(self) -> None:
-        self.planned = False
         taken = self.next_list()
         steps = sorted(self.bus.entitled(taken), key=by_rank)
         del self.next[: len(taken)]
-        self.out = steps
+        self.out, self.planned = steps, False  # only now: what comes before could add a step, and plan
         if not steps:
             self.loop.attempt(self.count_out, taken)
             self.plan()

@@ -456,3 +456,25 @@ def test_a_message_that_nobody_could_be_told_of_is_found_by_each_poll(tmp_path, 
     assert not desk.bus.sure
     assert desk.bus.last > 0 and b"xxxxxxxxxx" in desk.bus.receiving.poll_over(None, poll).body
     desk.close()
+
+
+def test_a_step_that_is_added_while_a_list_is_made_waits_for_that_list(tmp_path, monkeypatch):
+    """Else the deputy would begin a second list while the first one is being applied."""
+    desk = Desk(tmp_path / "bus.db")
+    ledger, planned = desk.bus.ledger, []
+    real = desk.bus.entitled
+
+    def adds_one(steps):
+        if not planned:
+            desk.post(20)
+            planned.append(len(desk.bus.loop.actions))
+        return real(steps)
+
+    monkeypatch.setattr(desk.bus, "entitled", adds_one)
+    desk.post(10)
+    before = len(desk.bus.loop.actions)
+    ledger.commit()
+    assert planned == [before], "a second commit was planned"
+    desk.turn()
+    assert desk.statuses == [200, 200]
+    desk.close()
