@@ -74,26 +74,20 @@ class Busy(Exception):
 
 
 def receive(
-    names: str | Sequence[str],
-    *,
-    url: str | None = None,
-    channel: str | None = None,
-    since: str | None = None,
-    wait: float = HOLD_SECONDS,
-    once: bool = False,
-    timeout: float | None = None,
-) -> Iterator[dict[str, Any]]:
+    names: str | Sequence[str], *, once: bool = False, timeout: float | None = None, **given: Any
+) -> Iterator[Any]:
     """Yields the messages for `names` as they arrive, as dicts (PROTOCOL.md, a message).
 
     The first name is the reader's own. A message counts as received when the next one is asked for: then its cursor is
-    saved. `url` and `channel` default to the environment's or the configuration file's. `since` is `now`, `last`, a
-    decimal, how long ago (`1h`) or the id of a message, and overrules the saved cursor. A poll is held for `wait`
-    seconds, 1 to 60. The messages end after `timeout` seconds; with `once`, after all that waited, or else after the
-    first to arrive; otherwise never. A number with a fraction is a Decimal, so that no `ts` is ever rounded.
+    saved. The messages end after `timeout` seconds; with `once`, after all that waited, or else after the first to
+    arrive; otherwise never. `given` may have `url` and `channel`, which default to the environment's or the
+    configuration file's; `since`, which overrules the saved cursor (`now`, `last`, a decimal, `1h` for an hour ago, or
+    the id of a message); and `wait`, for how long a poll is held (25 s, at most 60). A number with a fraction is a
+    Decimal, so that no `ts` is ever rounded.
     Raises Refused; Unreachable, if time runs out while the bus is out of reach; Busy, if another process reads as this
     name; ValueError for a wrong name, URL or `since`; OSError if the cursor cannot be saved.
     """
-    return Reader([names] if isinstance(names, str) else names, url, channel, since, wait).messages(once, timeout)
+    return Reader([names] if isinstance(names, str) else names, **given).messages(once, timeout)
 
 
 def ask(url: str, path: str, seconds: float, order: dict[str, Any] | None = None) -> tuple[dict[str, Any], float]:
@@ -117,7 +111,7 @@ class Reader:
     the module time, or its replacement in a test.
     """
 
-    def __init__(self, names: Sequence[str], url: str | None, channel: str | None, since: str | None, wait: float):
+    def __init__(self, names: Any, url: Any = None, channel: Any = None, since: Any = None, wait: float = HOLD_SECONDS):
         given = settings(url)
         self.url, self.channel = given["AGENT_BUS_URL"], channel or given.get("AGENT_BUS_CHANNEL", "default")
         if not 1 <= len(names) <= 16:
@@ -813,9 +807,7 @@ def main(argv: list[str] | None = None) -> int:
     cli.add_argument("--json", action="store_true", help="print each message as a line of JSON")
     cli.add_argument("--once", action="store_true", help="end after the waiting messages, or after the first new one")
     cli.add_argument("--timeout", type=duration, metavar="S", help="end after S seconds (with --once: 25)")
-    cli.add_argument(
-        "--since", metavar="X", help="begin at X: 1h (ago), an id, now, last (the saved cursor), or a time"
-    )
+    cli.add_argument("--since", metavar="X", help="begin at X: 1h (ago), an id, now, last (the saved cursor), a time")
     cli.add_argument("--channel", metavar="C", help="the channel ($AGENT_BUS_CHANNEL, or 'default')")
     cli.add_argument("--exec", metavar="CMD", help="run CMD for each message: JSON on stdin, MSG_FROM ... as variables")
     cli.add_argument("--tries", type=int, default=5, metavar="N", help="put a message into a file after N failures (5)")
@@ -850,7 +842,7 @@ def read(options: argparse.Namespace) -> int:
     names = options.names or [settings().get("AGENT_NAME") or (options.read and "nobody")]
     if names == [None]:
         raise ValueError("the name is missing: give NAME, or set AGENT_NAME")
-    reader = Reader(names, None, options.channel, options.since, HOLD_SECONDS)
+    reader = Reader(names, channel=options.channel, since=options.since)
     if options.read:  # this needs no cursor and moves none
         answer, now = ask(reader.url, f"/message/{quote(options.read, safe='')}", GRACE_SECONDS)
         emit(block(answer.get("message"), "", now, whole=True))
