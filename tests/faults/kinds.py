@@ -176,7 +176,7 @@ KINDS = [
           f"{RULES}::test_a_question_is_warned_of_too",
           f"{RULES}::test_turns_0_turns_both_off"),
          "`Storms.turn()` counts nothing (the first two); it takes 0 for a number of turns (the last)"),
-    Kind("what is not wanted costs nothing",
+    Kind("messages that a reader does not want are not counted",
          "an answer ends at about 1 MiB of messages that were looked at, wanted or not, and as text at 128 KiB, also "
          "one that a commit wakes",
          (f"{BOUNDS}::test_what_is_not_wanted_counts_for_its_bytes",
@@ -305,9 +305,9 @@ KINDS = [
 PREFACE = f"""\
 ## Kinds of fault
 
-An attack, and the use of many machines, showed these kinds. The files of the tests are in [tests](../tests). A control
-is a change to the code, or a test that has this change in itself: each was planted by hand on {PLANTED}, and its tests
-were red.
+We found these kinds by attacking the bus, and by running it on many machines. The files of the tests are in
+[tests](../tests). A control is a deliberate mistake. Each was put into the code by hand on {PLANTED}, or is a part of
+its test, and the tests named beside it failed, as they must.
 
 | kind | what holds | tests | control |
 |---|---|---|---|
