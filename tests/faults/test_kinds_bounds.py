@@ -16,10 +16,18 @@ Found by an attack on 2026-11-29; each test was red on the code that it attacked
 | replies_that_do_not_count_ask_no_token | the rights of 200 tokens, for each reply and each who waits |
 | one_question_has_eight_who_wait | 12 |
 | a_message_is_offered_to_one_worker | to each that waits |
+| a_question_that_is_asked_again | all 400 replies |
+| a_page_of_a_thread | all of it; or 404 for the first page |
+| a_claim_passes_over_expired_jobs | all of them, 3 MB |
+| slices_of_dead_letters | 2 of 5, and no more |
+| sixteen_claims | 40 in one list |
+| who_gave_the_bus_too_much_work, a_large_answer, a_large_message | 200 each time |
+| a_list_of_names_in_a_query | any number |
 """
 import contextlib
 import json
 import random
+import sys
 import threading
 import time
 from collections import Counter
@@ -104,6 +112,20 @@ def rows_of(of, name):
     setattr(of, name, call)
     yield found
     delattr(of, name)
+
+
+@contextlib.contextmanager
+def steps_of(database):
+    """One for each hundred steps that SQLite takes on this connection."""
+    found = []
+    database.set_progress_handler(lambda: found.append(1), 100)
+    yield found
+    database.set_progress_handler(None, 100)
+
+
+def part_of(bus, path, method="POST"):
+    """The extension that has this endpoint."""
+    return bus.routes[method, path].call.__self__
 
 
 def bytes_read(rows):
@@ -511,3 +533,121 @@ def test_a_message_is_offered_to_one_worker_of_many(bus, monkeypatch):
     claimed = [len(worker.answer().json()["messages"]) for worker in workers]
     assert claimed == [1] * 30 and len(reader.answer().json()["messages"]) == 30
     assert len(offered) <= 60, f"{len(offered)} offers"
+
+
+# What an extension looks at
+
+
+@pytest.mark.parametrize(("who", "to"), [("ann", "bob"), ("bob", "agent1"), ("agent1", "ann")])
+def test_a_question_that_is_asked_again_looks_at_few_of_the_replies_that_do_not_count(crowded, who, to):
+    """Own ones, ones that the asker may not read, and ones from who may not read the question: 400 of each."""
+    part_of(crowded, "/ask").LOOKED = 20
+    question = {"to": "bob", "msg": "T1?", "key": "k"}
+    asker = Guest(crowded, crowded.tokens["ann"])
+    one = asker.asks("POST", "/ask?wait=0", question).json()["id"]
+    reply = {"to": to, "msg": "no", "reply_to": one}
+    Guest(crowded, crowded.tokens[who]).asks("POST", "/send", [reply] * 400)
+    with steps_of(crowded.view.database) as steps, bytes_read(crowded.view) as texts:
+        assert asker.asks("POST", "/ask?wait=0", question).json()["reply"] is None
+    assert len(steps) < 30 and len(texts) <= 1, f"{len(steps)}00 steps, {len(texts)} texts"
+
+
+def test_a_page_of_a_thread_looks_at_few_of_the_replies_that_are_for_others(crowded):
+    """A page without a message says how to go on, and is no 404: the last one has what is for the reader."""
+    part_of(crowded, "/thread/", "GET").LOOKED = 20
+    bob, ann = (Guest(crowded, crowded.tokens[own]) for own in ("bob", "ann"))
+    root = bob.asks("POST", "/send", {"to": "agent1", "msg": "x"}).json()["id"]
+    bob.asks("POST", "/send", [{"to": "agent1", "msg": "x", "reply_to": root}] * 90)
+    bob.asks("POST", "/send", {"to": "ann", "msg": "hers", "reply_to": root})
+    pages, path = [], f"/thread/{root}"
+    while not pages or pages[-1].get("more"):
+        pages.append(ann.asks("GET", path if not pages else f"{path}?after={pages[-1]['next']}").json())
+    assert [len(page["messages"]) for page in pages] == [0] * 4 + [1]
+    assert pages[-1]["messages"][0]["msg"] == "hers"
+
+
+EXPIRED_JOBS = {"many": (40, "x"), "large": (12, "x" * LARGE)}
+
+
+@pytest.mark.parametrize("which", EXPIRED_JOBS)
+def test_a_claim_passes_over_expired_jobs_in_slices_and_comes_to_the_one_behind_them(bus, monkeypatch, which):
+    """A slice ends by messages and by bytes: it is read aside, where all commits wait for it."""
+    count, text = EXPIRED_JOBS[which]
+    monkeypatch.setattr(sys.modules["bus_extensions.work"], "MAX_MESSAGES", 10)
+    guest = Guest(bus)
+    for _ in range(count):
+        guest.sends("queue", text, ttl=0.001)
+    passed(bus)
+    guest.sends("queue", "alive")
+    with bytes_read(bus.state) as sizes, counted(bus.state, "apply", lambda *_: (len(sizes), sum(sizes))) as slices:
+        [job] = guest.asks("POST", "/claim", {"to": "queue", "wait": 60}).json()["messages"]
+    assert job["msg"] == "alive"
+    messages, size = (max(now - before for before, now in zip((0, *each), each)) for each in zip(*slices))
+    assert messages <= 10 and size < ABOUT, f"{messages} messages, {size:,} bytes in one slice"
+
+
+def test_slices_of_dead_letters_follow_each_other_until_none_is_left(tmp_path, monkeypatch):
+    with a_bus(time.monotonic, tmp_path / "bus.db", "--max-attempts", "1") as bus:
+        monkeypatch.setattr(sys.modules["bus_extensions.work"].Bury, "SLICE", 2)
+        guest = Guest(bus)
+        guest.asks("POST", "/send", [{"from": "eve", "to": "queue", "msg": "x"}] * 5)
+        guest.asks("POST", "/claim", {"to": "queue", "max": 5, "wait": 0})
+        bus.state.writing.execute("UPDATE work SET due = 0")  # their leases are over
+        part_of(bus, "/claim").bury()
+        come_true(lambda: bus.ledger.idle() and not bus.loop.actions)
+        assert bus.mailboxes.box("default", "queue.dead").n == 5
+
+
+def test_sixteen_claims_are_in_one_list_and_the_others_follow(bus):
+    """Their results are in memory together; 40 of them could be 40 MiB."""
+    with counted(bus.state, "apply", lambda arguments, _: sum(each.is_large for each in arguments[0])) as lists:
+        workers = [Guest(bus).begins("POST", "/claim", {"to": "queue", "wait": 0}) for _ in range(40)]
+        assert [worker.answer().status for worker in workers] == [200] * 40
+    assert [count for count in lists if count] == [16, 16, 8]
+
+
+# What takes much work
+
+
+def busy(bus, monkeypatch, burst):
+    """From now on the work of each owner is counted, with so many bytes at once and no time that passes."""
+    monkeypatch.setattr(bus_server.Storms, "WORK_BURST", burst)
+    bus.storms = bus_server.Storms(Clock(), rate=50)
+
+
+def status_of(bus, *request):
+    return Guest(bus).begins(*request).answer().status
+
+
+def test_who_gave_the_bus_too_much_work_waits_with_large_bodies_lists_and_claims(bus, monkeypatch):
+    """A small send and a reader with a budget of its own go on."""
+    busy(bus, monkeypatch, 100_000)
+    bus.storms.worked("127.0.0.1", "", 200_000)
+    for small in (("POST", "/send", {"from": "eve", "to": "bob", "msg": "x"}), ("GET", "/recv?to=bob&since=0")):
+        assert status_of(bus, *small) == 200
+    for large in (
+        ("POST", "/send", {"from": "eve", "to": "bob", "msg": "x" * 20_000}),
+        ("GET", "/inbox"),
+        ("POST", "/claim", {"to": "queue", "wait": 0}),
+    ):
+        assert status_of(bus, *large) == 429, large[:2]
+
+
+def test_a_large_answer_is_charged_to_its_reader_and_not_to_others_of_its_owner(bus, monkeypatch):
+    Guest(bus).asks("POST", "/send", [{"from": "eve", "to": "bob", "msg": "x" * 30_000}] * 5)
+    busy(bus, monkeypatch, 100_000)
+    assert [status_of(bus, "GET", f"/recv?to={own}&since=0") for own in ("bob", "bob", "carl")] == [200, 429, 200]
+
+
+def test_a_large_message_that_is_asked_for_by_its_id_is_charged_also_if_its_text_is_not_shown(bus, monkeypatch):
+    one = Guest(bus).sends("bob", "x" * LARGE, ttl=0.001)["id"]
+    passed(bus)
+    busy(bus, monkeypatch, 2 * LARGE - 1)
+    assert [status_of(bus, "GET", f"/message/{one}") for _ in range(3)] == [200, 200, 429]
+
+
+def test_a_list_of_names_in_a_query_has_a_limit(bus):
+    """Each mailbox is compared with each of them."""
+    names = ",".join(f"n{number}" for number in range(64))
+    assert status_of(bus, "GET", f"/inbox?name={names}") == 200
+    assert status_of(bus, "GET", f"/inbox?name={names},another") == 400
