@@ -533,7 +533,7 @@ class Watched(Protocol):
         """ready() raised an exception."""
 
 
-NOBODY_WAITS: set[int] = set()  # never changed
+NOBODY_WAITS: dict[int, int] = {}  # never changed
 
 
 def say_exception() -> None:
@@ -566,7 +566,7 @@ class Loop:
         self.timers: list[tuple[float, int, Callable[[], None]]] = []  # when, on the monotonic clock; a number; what
         self.numbers = count()  # timers that are due at the same time run in the order they were set
         self.told: deque[Callable[[], None]] = deque()  # actions from other threads
-        self.unserved = NOBODY_WAITS  # sockets that were ready when the time of the last turn was over
+        self.unserved = NOBODY_WAITS  # sockets for which the last turn had no time: the place of each in the next one
         self.signals: dict[int, Callable[[], None]] = {}
         self.sock, self.bell = socket.socketpair()
         self.events = 0
@@ -695,8 +695,8 @@ class Loop:
         elif self.timers:
             patience = self.timers[0][0] - time.monotonic()
         events = self.selector.select(patience)
-        if self.unserved:  # those for which the last turn had no time come first
-            events.sort(key=lambda ready: ready[0].fd not in self.unserved)
+        if self.unserved:  # in their order: the system always has the same one
+            events.sort(key=lambda ready: self.unserved.get(ready[0].fd, sys.maxsize))
         self.each(
             lambda ready: ready[0].data.ready(ready[1]), lambda ready: ready[0].data.failed(), self.timely(events)
         )
@@ -714,7 +714,7 @@ class Loop:
         over = time.monotonic() + self.BUDGET
         for number, event in enumerate(events):
             if number and time.monotonic() > over:
-                self.unserved = {key.fd for key, _ in events[number:]}
+                self.unserved = {key.fd: place for place, (key, _) in enumerate(events[number:])}
                 return
             yield event
         self.unserved = NOBODY_WAITS

@@ -161,3 +161,20 @@ def test_what_was_put_off_behind_a_commit_does_not_wait_for_the_disk(loop):
     loop.soon(done.set)
     loop.take_turn()
     assert who == [True]
+
+
+def test_sockets_for_which_a_turn_has_no_time_come_first_in_the_next_one(loop, monkeypatch):
+    """Five that are always ready, and time for one in each turn: no order of the system lets one wait for ever."""
+    monkeypatch.setattr(Loop, "BUDGET", -1)  # s
+    served, callers = [], []
+
+    def serve(number):
+        served.append(number)
+        callers[number].other.send(b"x")
+
+    callers += [Caller(loop, lambda number=number: serve(number)) for number in range(5)]
+    for _ in range(5):
+        loop.take_turn()
+    assert sorted(served) == [0, 1, 2, 3, 4]
+    for caller in callers:
+        caller.close()
