@@ -64,7 +64,7 @@ import zlib
 from bisect import bisect_right
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from email.utils import formatdate
 from functools import lru_cache, partial
 from http import HTTPStatus
@@ -647,16 +647,22 @@ class Loop:
 
     def in_thread(self, work: Callable[[], Any], then: Callable[[Any], None]) -> None:
         """Call `work`, which may wait for a file, in a thread, then `then` in a turn, with its result or exception."""
+        begun = threading.Lock()  # by a thread, or given up
 
-        def done(future: Future[Any]) -> None:
-            error = future.exception()
-            self.tell(lambda: then(future.result() if error is None else error))
+        def run() -> None:
+            if begun.acquire(blocking=False):
+                try:
+                    result = work()
+                except Exception as error:
+                    result = error
+                self.tell(lambda: then(result))
 
         try:
-            self.threads.submit(work).add_done_callback(done)
-        except RuntimeError as error:  # the system gives us no thread
+            self.threads.submit(run)
+        except RuntimeError as error:  # the system gives us no thread; but the work is in the queue of the pool
             failure = error
-            self.tell(lambda: then(failure))
+            if begun.acquire(blocking=False):
+                self.tell(lambda: then(failure))
 
     def ring(self) -> None:
         with contextlib.suppress(BlockingIOError):  # the pipe is full of unread bytes, so the loop wakes anyway

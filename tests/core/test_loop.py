@@ -4,6 +4,7 @@ import selectors
 import signal
 import socket
 import threading
+from unittest import mock
 
 import pytest
 
@@ -178,3 +179,17 @@ def test_sockets_for_which_a_turn_has_no_time_come_first_in_the_next_one(loop, m
     assert sorted(served) == [0, 1, 2, 3, 4]
     for caller in callers:
         caller.close()
+
+
+def test_work_for_which_the_system_has_no_thread_has_failed_and_is_not_done_later(loop, monkeypatch):
+    """An upload that was told that it failed must not be stored once there are threads again."""
+    told, done = [], []
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", mock.Mock(side_effect=RuntimeError("can't start new thread")))
+        loop.in_thread(lambda: done.append("first"), told.append)
+        loop.run(lambda: told)
+    assert "can't start new thread" in str(told)
+    for name in ("second", "third"):
+        loop.in_thread(lambda name=name: done.append(name) or name, told.append)
+    loop.run(lambda: len(told) == 3)
+    assert sorted(told[1:]) == sorted(done) == ["second", "third"]
