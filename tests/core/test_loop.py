@@ -181,6 +181,29 @@ def test_sockets_for_which_a_turn_has_no_time_come_first_in_the_next_one(loop, m
         caller.close()
 
 
+@pytest.mark.parametrize("who", ["MainThread", "deputy"])
+def test_a_turn_for_which_there_is_no_memory_is_begun_again(loop, monkeypatch, who):
+    """In an hour of siege it ended the bus."""
+    select, failures, over = loop.selector.select, [MemoryError()], threading.Event()
+
+    def fails_once(patience):
+        if failures and threading.current_thread().name == who:
+            raise failures.pop()
+        return select(patience)
+
+    monkeypatch.setattr(loop.selector, "select", fails_once)
+    loop.soon(lambda: loop.aside(lambda: over.wait(PATIENCE / 10)))
+    loop.later(0.02, over.set)
+    loop.run(lambda: over.is_set() and not failures)
+
+
+def test_without_memory_to_report_an_exception_the_others_are_served_all_the_same(loop, monkeypatch):
+    monkeypatch.setattr(bus_server, "say", mock.Mock(side_effect=MemoryError()))
+    failed = []
+    loop.each(lambda item: 1 / 0, failed.append, [1, 2, 3])
+    assert failed == [1, 2, 3] and not loop.attempt(lambda: 1 / 0)
+
+
 def test_work_for_which_the_system_has_no_thread_has_failed_and_is_not_done_later(loop, monkeypatch):
     """An upload that was told that it failed must not be stored once there are threads again."""
     told, done = [], []

@@ -454,7 +454,24 @@ def test_a_message_that_nobody_could_be_told_of_is_found_by_each_poll(tmp_path, 
         desk.post(10)
         desk.bus.loop.take_turn()
     assert not desk.bus.sure
-    assert desk.bus.last > 0 and b"xxxxxxxxxx" in desk.bus.receiving.poll_over(None, poll).body
+    assert desk.bus.last > 0 and b"xxxxxxxxxx" in desk.bus.waits[Poll].over(None, poll).body
+    desk.close()
+
+
+@pytest.mark.parametrize("fails", ["add", "note_removed", "wake"])
+def test_after_any_part_of_an_announcement_failed_each_poll_looks_at_the_disk(tmp_path, monkeypatch, fails):
+    """From then on: what comes later is told to everybody, and what was missed is not."""
+    desk = Desk(tmp_path / "bus.db")
+    desk.send(10)
+    poll = Poll("b", ("b",), "default", None, desk.bus.last, 10, 0, False)
+    with monkeypatch.context() as patch:
+        patch.setattr(desk.bus.mailboxes, fails, mock.Mock(side_effect=MemoryError()))
+        patch.setattr(desk.bus.mailboxes, "parked", {None: poll})
+        desk.remove(desk.bus.last + 1)
+        desk.send(20)
+    assert not desk.bus.sure
+    assert b"xxxxxxxxxx" in desk.bus.receiving.read_or_park(None, poll).body
+    assert desk.send(30) == 200 and not desk.bus.sure
     desk.close()
 
 

@@ -344,6 +344,15 @@ def test_files_have_a_rate_as_messages_have(two, monkeypatch):
     assert len(list(pathlib.Path(f"{bus.state.path}.blobs").iterdir())) == 6
 
 
+def test_a_sender_whose_name_is_an_address_does_not_pay_for_the_files_from_there(tmp_path, monkeypatch):
+    """A name may look like one; messages and files have a rate each."""
+    monkeypatch.setattr(Storms, "BURST", 5)
+    with a_bus(time.monotonic, tmp_path / "bus.db") as bus:
+        bus.storms = Storms(Clock(), rate=50)
+        assert [part(Guest(bus), number).status for number in range(6)] == [202] * 5 + [429]
+        assert sends(bus, {}, "127.0.0.1", 1).answer().status == 200
+
+
 def blobs_of(bus):
     return bus.routes["PUT", "/blob/"].call.__self__
 
