@@ -2098,8 +2098,9 @@ class Budget:
 
     def take(self, owner: str, amount: float) -> None:
         """Spend `amount`, which was not known before; the budget may go below 0."""
-        left, before = self.left.pop(owner, (self.burst, self.clock()))
-        self.left[owner] = left - amount, before
+        now = self.clock()
+        left, before = self.left.pop(owner, (self.burst, now))
+        self.left[owner] = min(self.burst, left + (now - before) * self.rate) - amount, now
 
     def forget(self) -> None:
         """Drop the owners whose budget is full again, up to the first whose is not."""
