@@ -130,6 +130,17 @@ def test_the_time_before_much_work_is_no_credit_for_it(storms, clock):
         storms.read("10.0.0.1", "bob")
 
 
+def test_who_speaks_all_day_is_no_new_name_the_day_after(storms, clock, monkeypatch):
+    """A new name is taken from the budget of its address."""
+    new = []
+    monkeypatch.setattr(storms, "name", lambda owner, names: new.append(names))
+    for _ in range(30):
+        check(storms, message("alice", "bob"))
+        storms.forget()
+        clock.now += 3600
+    assert sum(new) == 1
+
+
 def test_two_owners_that_read_one_name_have_a_rate_each(storms):
     for _ in range(Storms.READS_BURST):
         storms.read("mallory", "all")

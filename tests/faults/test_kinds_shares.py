@@ -25,7 +25,7 @@ import tracemalloc
 
 import pytest
 
-from bus_server import Deadlines, Refused, Storms
+from bus_server import Deadlines, Refused, Shares, Storms
 from tests.core.test_connection import LATE, a_bus, come_true, statuses
 from tests.faults import linux, skipped_without
 from tests.faults.test_kinds_bounds import LARGE, Guest
@@ -56,6 +56,16 @@ def two(tmp_path, request):
     with a_bus(time.monotonic, path) as bus:
         bus.kind = request.param
         yield bus, mal, ann
+
+
+def test_something_alone_exceeds_no_limit():
+    """However large it is: else it would be refused for ever."""
+    shares = Shares(10, 5)
+    assert not shares.is_full("ann", 20)
+    shares.add("ann", 3)
+    assert not shares.is_full("bob", 7) and shares.is_full("ann", 3) and shares.is_full("bob", 8)
+    shares.add("ann", -3)
+    assert not shares.is_full("ann", 20) and not shares.held
 
 
 # Bodies that do not arrive
