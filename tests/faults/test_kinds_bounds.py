@@ -35,7 +35,7 @@ from collections import Counter
 import pytest
 
 import bus_server
-from bus_server import ANSWER_BYTES, EVERYONE, PARKED_PER_NAME, PLAIN_BYTES, Gate, Grant, Remove, wall_clock
+from bus_server import ANSWER_BYTES, EVERYONE, PARKED_PER_NAME, PLAIN_BYTES, Forget, Gate, Grant, Remove, wall_clock
 from tests.core.test_connection import Peer, a_bus, answers, come_true
 from tests.kit.clock import Clock
 from tests.kit.hostile import HOST, head
@@ -376,6 +376,63 @@ def test_unread_is_what_a_count_of_all_messages_says_whatever_happens_to_them(bu
         bus.view.clock = running
 
 
+def unread_of(bus, own):
+    return Guest(bus).asks("GET", f"/inbox?name={own}").json()["recipients"]["default"][own]
+
+
+def test_a_list_counts_so_many_expired_and_the_next_one_counts_on(bus, monkeypatch):
+    """What was not counted is told as unread, and not remembered."""
+    guest = Guest(bus)
+    guest.asks("POST", "/send", [{"from": "eve", "to": "bob", "msg": "x", "ttl": 30}] * 50)
+    bus.view.clock = lambda: wall_clock() + 40 * 1000000
+    monkeypatch.setattr(bus_server, "COUNTED_EXPIRED", 20)
+    with counted(bus.view, "count_expired", lambda _, count: count) as counts:
+        assert unread_of(bus, "bob") == 30
+    assert sum(counts) == 20
+    monkeypatch.setattr(bus_server, "COUNTED_EXPIRED", 1000)
+    assert unread_of(bus, "bob") == 0
+
+
+def test_the_first_list_after_a_start_counts_what_is_expired(tmp_path):
+    """Before any commit was announced."""
+    with a_bus(time.monotonic, tmp_path / "bus.db") as bus:
+        Guest(bus).sends("bob", ttl=0.001)
+        passed(bus)
+    with a_bus(time.monotonic, tmp_path / "bus.db") as bus:
+        assert unread_of(bus, "bob") == 0
+
+
+def test_what_is_unread_of_names_that_never_read_needs_no_look_at_the_disk(bus):
+    with counted(bus.view, "count_up_to", lambda arguments, _: arguments[1]) as looks:
+        for _ in range(3):
+            receiver = Guest(bus).sends(NAMES)["receiver"]
+    assert receiver["unread"] == 3 * len(NAMES) and not looks
+
+
+def test_the_senders_of_a_mailbox_are_counted_when_it_is_nearly_full_and_only_those_that_are_left(bus):
+    """Each may have a name of its own, and there may be a hundred thousand mailboxes."""
+    guest, box = Guest(bus), bus.mailboxes.box("default", "bob")
+    guest.asks("POST", "/send", [{"from": f"s{number}", "to": "bob", "msg": "x"} for number in range(40)])
+    guest.sends("bob")
+    assert box.pending.messages == 41 and not box.pending.by_sender
+    bus.sending.unfetched(box, "default", "bob", by_sender=True)
+    guest.asks("GET", "/recv?to=bob&since=0&max=40")
+    assert list(bus.sending.unfetched(box, "default", "bob", by_sender=True).by_sender) == ["eve"]
+
+
+def test_a_mailbox_with_more_than_may_be_in_it_is_counted_whole(bus):
+    """Three lists of 5,000 came in at once. Else what is fetched would be taken off a count that has not all of it."""
+    guests = [Guest(bus) for _ in range(3)]
+    for guest in guests:
+        guest.begins("POST", "/send", [{"from": "eve", "to": "bob", "msg": "x"}] * 5000)
+    assert [guest.answer().status for guest in guests] == [200] * 3
+    box = bus.mailboxes.box("default", "bob")
+    box.pending = None  # as after a start
+    assert bus.sending.unfetched(box, "default", "bob").messages == 15_000
+    guests[0].asks("GET", "/recv?to=bob&since=0&max=1000")
+    assert bus.sending.unfetched(box, "default", "bob").messages == 14_000
+
+
 class Walked(dict):
     """Mailboxes; counts how many were looked at one after the other."""
 
@@ -463,6 +520,17 @@ def test_a_retry_reads_what_has_its_channel(bus):
     assert guest.asks("POST", "/send", {**drafts[7], "channel": "new"}).json()["duplicate"] is False
 
 
+def test_a_retry_with_another_text_is_refused_without_a_look_at_the_first_one(bus):
+    """It may be large; of a text as long as this one, somebody may have written the members in another order."""
+    guest = Guest(bus)
+    guest.sends("bob", "x" * LARGE, key="k")
+    for text, looks in (("y", 0), ("y" * LARGE, 1)):
+        with bytes_read(bus.state) as sizes:
+            body = {"from": "eve", "to": "bob", "msg": text, "key": "k"}
+            assert guest.begins("POST", "/send", body).answer().status == 409
+        assert len(sizes) == looks
+
+
 def test_a_job_that_is_removed_after_younger_ones_takes_no_gap_away(bus):
     """Who is behind both is told of both, before and after the second removal."""
     guest = Guest(bus)
@@ -473,6 +541,61 @@ def test_a_job_that_is_removed_after_younger_ones_takes_no_gap_away(bus):
         removed(bus, before=1 << 52, kept_for=["work"])
         answer = guest.asks("GET", f"/recv?to=queue&since={older:.6f}").json()
         assert answer["messages"] == [] and answer["gap"] == {"from": older, "to": newer}
+
+
+def forgotten(bus, own):
+    """What housekeeping does with a name that has no mail and that nobody polls."""
+    bus.do(Forget([["default", own]]), None, bus.retention.forgotten)
+    come_true(bus.ledger.idle)
+
+
+def test_who_reads_a_name_along_that_was_forgotten_is_told_of_a_gap_also_after_a_restart(tmp_path):
+    """The mark of what was removed has gone with its row."""
+    path = tmp_path / "bus.db"
+    with a_bus(time.monotonic, path) as bus:
+        guest = Guest(bus)
+        behind = guest.sends("bob")["ts"]
+        lost = guest.sends("team")["ts"]
+        guest.asks("GET", f"/recv?to=bob&since={behind:.6f}")
+        removed(bus, before=1 << 52)
+        forgotten(bus, "team")
+        [gap] = [guest.asks("GET", f"/recv?to=bob,team&since={behind:.6f}").json().get("gap")]
+        assert gap == {"from": behind, "to": lost}
+    with a_bus(time.monotonic, path) as bus:
+        guest = Guest(bus)
+        assert guest.asks("GET", f"/recv?to=bob,team&since={behind:.6f}").json().get("gap") == gap
+        assert "gap" not in guest.asks("GET", f"/recv?to=bob&since={behind:.6f}").json(), "its own row is there"
+
+
+@pytest.mark.parametrize("when", ["in the same list", "while that is applied"])
+def test_a_name_that_is_polled_while_it_is_being_forgotten_stays_and_has_a_row_again(bus, when):
+    guest = Guest(bus)
+    cursor = f"{guest.sends('bob')['ts']:.6f}"
+    guest.asks("GET", f"/recv?to=bob&since={cursor}")
+    removed(bus, before=1 << 52)
+    bus.mailboxes.clock = lambda: time.monotonic() + 3600
+    if when == "in the same list":
+        guest.asks("GET", f"/recv?to=bob&since={cursor}")
+        bus.save_marks()
+    else:
+        before_it_is_announced(bus, lambda: guest.begins("GET", f"/recv?to=bob&since={cursor}"))
+    forgotten(bus, "bob")
+    assert ("default", "bob") in bus.mailboxes.boxes
+    bus.save_marks()
+    come_true(bus.ledger.idle)
+    rows = bus.view.database.execute("SELECT name, read FROM mailboxes").fetchall()
+    assert ("bob", round(float(cursor) * 1e6)) in rows
+
+
+def test_no_name_is_forgotten_while_the_clock_is_not_trusted(bus):
+    """It jumped by two hours: an hour later it is believed."""
+    Guest(bus).asks("GET", "/recv?to=bob&since=0")
+    bus.mailboxes.clock = lambda: time.monotonic() + 3600
+    bus.retention.forget_names()
+    for hours, is_there in ((2, True), (2.9, True), (3.1, False)):
+        bus.view.clock = lambda hours=hours: wall_clock() + int(hours * 3600 * 1000000)
+        bus.retention.forget_names()
+        assert (("default", "bob") in bus.mailboxes.boxes) == is_there, hours
 
 
 # Who is woken
