@@ -17,7 +17,7 @@ from unittest import mock
 import pytest
 
 import bus_server
-from bus_server import Poll, Put, Remove, draft, nothing_follows
+from bus_server import Poll, Put, Raise, Remove, draft, nothing_follows
 from tests.kit import inside
 from tests.kit.processes import PATIENCE, ROOT, Server, free_port, wait_until
 
@@ -357,6 +357,36 @@ def test_if_a_list_that_failed_for_want_of_memory_was_stored_all_the_same_the_bu
     desk = Desk(tmp_path / "bus.db")
     monkeypatch.setattr(desk.bus.state.index, "committed", mock.Mock(side_effect=MemoryError()))
     assert desk.send(10) == 503 and desk.bus.broken
+    desk.close()
+
+
+class NoMemoryToRollBack:
+    """The connection of State, which fails at its first ROLLBACK."""
+
+    def __init__(self, real):
+        self.real, self.failures = real, [MemoryError()]
+
+    def __getattr__(self, name):
+        return getattr(self.real, name)
+
+    def execute(self, statement, *values):
+        if statement == "ROLLBACK" and self.failures:
+            raise self.failures.pop()
+        return self.real.execute(statement, *values)
+
+
+def test_what_could_not_be_rolled_back_for_want_of_memory_is_rolled_back_before_the_next_list(tmp_path, monkeypatch):
+    """Else that list could not begin its transaction, or would commit what was refused."""
+    desk = Desk(tmp_path / "bus.db")
+    state = desk.bus.state
+    with monkeypatch.context() as patch:
+        patch.setattr(state, "writing", NoMemoryToRollBack(state.writing))
+        patch.setattr(state.index, "write", mock.Mock(side_effect=MemoryError()))
+        desk.bus.do(Raise(desk.bus.last + 1000), None, nothing_follows)
+        assert desk.send(10) == 503 and state.stale and state.writing.in_transaction and not desk.bus.broken
+    assert desk.send(20) == 200 and not state.stale
+    poll = Poll("b", ("b",), "default", None, 0, 10, 0, False)
+    assert [each.text.count("x") for each in desk.bus.view.after(poll, desk.bus.last)[0]] == [20]
     desk.close()
 
 
