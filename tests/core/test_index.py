@@ -300,6 +300,46 @@ def test_after_an_error_of_a_damaged_page_the_next_start_makes_the_index_anew(tm
     world.state.close()
 
 
+def test_a_damaged_page_that_also_takes_no_mark_fails_its_list_alone(tmp_path, monkeypatch):
+    """The mark for the next start is made in a table that may be damaged as well."""
+    state = World(tmp_path / "bus.db", 0).state
+    put = Put([draft({"from": "dora", "to": "bob", "msg": "x"}, None)])
+    with monkeypatch.context() as patch:
+        malformed = mock.Mock(side_effect=sqlite3.DatabaseError("database disk image is malformed"))
+        patch.setattr(state.index, "write", malformed)
+        state.writing.set_authorizer(lambda action, *_: sqlite3.SQLITE_DENY if action == sqlite3.SQLITE_UPDATE else 0)
+        with pytest.raises(sqlite3.DatabaseError, match="malformed"):
+            state.apply([put], Now(BEGIN, BEGIN))
+    assert not state.stale
+    state.writing.set_authorizer(None)
+    assert len(state.apply([put], Now(BEGIN, BEGIN)).visible) == 1
+    state.close()
+
+
+@pytest.mark.parametrize("checked_bytes", [0, 1 << 30], ids=["large", "small"])
+def test_an_index_whose_pages_no_statement_can_read_is_made_anew_at_start(tmp_path, capfd, monkeypatch, checked_bytes):
+    """Its tables cannot be dropped. A small database is checked whole; in a large one an error had left its mark."""
+    world = World(tmp_path / "bus.db", 0)
+    world.state.index.FLUSH_MESSAGES = 3
+    for _ in range(30):
+        world.now += 1
+        put = Put([draft({"from": "dora", "to": "bob", "msg": "x"}, None)])
+        world.state.apply([put], Now(world.now, world.now))
+    [page] = world.state.ask("SELECT rootpage FROM sqlite_master WHERE name = 'places'")
+    [size] = world.state.ask("PRAGMA page_size")
+    if not checked_bytes:
+        world.state.writing.execute("UPDATE runs SET checksum = -1")
+    world.state.close()
+    with world.path.open("r+b") as file:
+        file.seek((page - 1) * size)
+        file.write(b"\xff" * size)
+    monkeypatch.setattr(bus_server, "CHECKED_BYTES", checked_bytes)
+    world.open()
+    assert ("rebuilding its indexes" if checked_bytes else "index by mailbox") in said(capfd)
+    check(world)
+    world.state.close()
+
+
 @pytest.mark.parametrize("owner, limit, value", [(WORK.Bury, "SLICE", 2), (WORK, "ANSWER_BYTES", 60)])
 def test_dead_letters_are_buried_in_slices(tmp_path, monkeypatch, owner, limit, value):
     """A slice ends by its number and by its bytes: two messages here have more than 60."""

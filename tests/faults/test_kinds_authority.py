@@ -294,6 +294,21 @@ def test_what_a_revoked_token_had_begun_ends_while_descriptors_are_used_up(crowd
     assert [(each["to"], state(closed, each["id"])) for each in closed.log()] == [("bob", "queued")]
 
 
+def test_a_list_of_which_nothing_may_be_done_any_more_holds_up_nobody_and_is_counted_no_longer(tmp_path):
+    """A large send and sixteen claims fill it; what is behind them comes with the next one."""
+    tokens = mint(tmp_path / "bus.db", mal=[], ann=[])
+    with a_bus(path=tmp_path / "bus.db") as bus:
+        refused = [Guest(bus, tokens["mal"]) for _ in range(17)]
+        refused[0].begins("POST", "/send", {"to": "ann", "msg": "x" * 100_000})
+        for guest in refused[1:]:
+            guest.begins("POST", "/claim", {"to": "mal", "wait": 0})
+        ann = Guest(bus, tokens["ann"]).begins("POST", "/send", {"to": "mal", "msg": "x"})
+        set_revoked(types.SimpleNamespace(db=bus.state.path), "mal")
+        assert ann.answer().status == 200
+        assert [guest.answer().status for guest in refused] == [401] * 17
+        assert not bus.ledger.waiting.all and not bus.ledger.large
+
+
 # Ids are no secrets
 
 

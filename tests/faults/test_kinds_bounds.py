@@ -756,6 +756,16 @@ def test_who_gave_the_bus_too_much_work_waits_with_large_bodies_lists_and_claims
         assert status_of(bus, *large) == 429, large[:2]
 
 
+def test_a_poll_is_one_read_of_its_owner_and_its_name(bus, monkeypatch):
+    """Several agents are on one machine, and several machines may read one name."""
+    monkeypatch.setattr(bus_server.Storms, "READS_BURST", 3)
+    bus.storms = bus_server.Storms(Clock(), rate=50)
+    one, other = Guest(bus), Guest(bus, address="127.0.0.2")
+    polls = [*[(one, "bob")] * 4, (one, "carl"), (other, "bob")]
+    statuses = [guest.begins("GET", f"/recv?to={own}&since=0").answer().status for guest, own in polls]
+    assert statuses == [200, 200, 200, 429, 200, 200]
+
+
 def test_a_large_answer_is_charged_to_its_reader_and_not_to_others_of_its_owner(bus, monkeypatch):
     Guest(bus).asks("POST", "/send", [{"from": "eve", "to": "bob", "msg": "x" * 30_000}] * 5)
     busy(bus, monkeypatch, 100_000)
