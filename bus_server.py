@@ -64,7 +64,7 @@ import zlib
 from bisect import bisect_right
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from email.utils import formatdate
 from functools import lru_cache, partial
 from http import HTTPStatus
@@ -536,7 +536,7 @@ class Watched(Protocol):
         """ready() raised an exception."""
 
 
-NOBODY_WAITS: set[int] = set()  # never changed
+NOBODY_WAITS: dict[int, int] = {}  # never changed
 
 
 def say_exception() -> None:
@@ -569,7 +569,7 @@ class Loop:
         self.timers: list[tuple[float, int, Callable[[], None]]] = []  # when, on the monotonic clock; a number; what
         self.numbers = count()  # timers that are due at the same time run in the order they were set
         self.told: deque[Callable[[], None]] = deque()  # actions from other threads
-        self.unserved = NOBODY_WAITS  # sockets that were ready when the time of the last turn was over
+        self.unserved = NOBODY_WAITS  # sockets for which the last turn had no time: the place of each in the next one
         self.signals: dict[int, Callable[[], None]] = {}
         self.sock, self.bell = socket.socketpair()
         self.events = 0
@@ -650,16 +650,22 @@ class Loop:
 
     def in_thread(self, work: Callable[[], Any], then: Callable[[Any], None]) -> None:
         """Call `work`, which may wait for a file, in a thread, then `then` in a turn, with its result or exception."""
+        begun = threading.Lock()  # by a thread, or given up
 
-        def done(future: Future[Any]) -> None:
-            error = future.exception()
-            self.tell(lambda: then(future.result() if error is None else error))
+        def run() -> None:
+            if begun.acquire(blocking=False):
+                try:
+                    result = work()
+                except Exception as error:
+                    result = error
+                self.tell(lambda: then(result))
 
         try:
-            self.threads.submit(work).add_done_callback(done)
-        except RuntimeError as error:  # the system gives us no thread
+            self.threads.submit(run)
+        except RuntimeError as error:  # the system gives us no thread; but the work is in the queue of the pool
             failure = error
-            self.tell(lambda: then(failure))
+            if begun.acquire(blocking=False):
+                self.tell(lambda: then(failure))
 
     def ring(self) -> None:
         with contextlib.suppress(BlockingIOError):  # the pipe is full of unread bytes, so the loop wakes anyway
@@ -698,8 +704,8 @@ class Loop:
         elif self.timers:
             patience = self.timers[0][0] - time.monotonic()
         events = self.selector.select(patience)
-        if self.unserved:  # those for which the last turn had no time come first
-            events.sort(key=lambda ready: ready[0].fd not in self.unserved)
+        if self.unserved:  # in their order: the system always has the same one
+            events.sort(key=lambda ready: self.unserved.get(ready[0].fd, sys.maxsize))
         self.each(
             lambda ready: ready[0].data.ready(ready[1]), lambda ready: ready[0].data.failed(), self.timely(events)
         )
@@ -717,7 +723,7 @@ class Loop:
         over = time.monotonic() + self.BUDGET
         for number, event in enumerate(events):
             if number and time.monotonic() > over:
-                self.unserved = {key.fd for key, _ in events[number:]}
+                self.unserved = {key.fd: place for place, (key, _) in enumerate(events[number:])}
                 return
             yield event
         self.unserved = NOBODY_WAITS
@@ -2095,8 +2101,9 @@ class Budget:
 
     def take(self, owner: str, amount: float) -> None:
         """Spend `amount`, which was not known before; the budget may go below 0."""
-        left, before = self.left.pop(owner, (self.burst, self.clock()))
-        self.left[owner] = left - amount, before
+        now = self.clock()
+        left, before = self.left.pop(owner, (self.burst, now))
+        self.left[owner] = min(self.burst, left + (now - before) * self.rate) - amount, now
 
     def forget(self) -> None:
         """Drop the owners whose budget is full again, up to the first whose is not."""

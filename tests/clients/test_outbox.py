@@ -151,6 +151,21 @@ def test_a_damaged_file_is_put_aside_as_it_is(home):
     assert code == 1 and "holds no message" in err and dead.read_bytes() == b"\0\0"
 
 
+@pytest.mark.parametrize("edited", ['{"msg": "hi"}', '{"to": "dell", "msg": "hi", "ttl": "soon"}', "[1]", "5"])
+def test_a_file_that_somebody_edited_is_put_aside_and_holds_up_nobody(home, edited):
+    with Scripted(stored()) as server:
+        run("dell", url=nowhere(), msg="hi")
+        (path,) = files(home)
+        path.parent.rename(outbox_of(home, server.url))
+        (path,) = files(home)
+        path.write_text(edited)
+        path.with_name("9" * 20 + ".json").write_text('{"to": "dell", "msg": "behind it", "sender": "spark"}')
+        code, _, err = run("--flush", url=server.url)
+    assert code == 1 and "Traceback" not in err and not files(home)
+    (dead,) = files(home, "dead")
+    assert json.loads(server.asked[-1].body)["msg"] == "behind it"
+
+
 def test_a_message_is_on_disk_before_it_is_tried(monkeypatch, home):
     """The file, then its name, then the directory, then the network."""
     done = []
