@@ -4142,10 +4142,12 @@ class Bus:
             raise Refused(405, f"{request.route} takes {' or '.join(allowed)}", ("Allow", ", ".join(allowed)))
         if method == "HEAD" and route.takes:
             return Answer(200, b"")
-        if len(request.body) <= HEAD_BYTES:
-            return route.call(request)
-        with self.storms.parsing(request.owner(), len(request.body)):
-            return route.call(request)
+        if len(request.body) > HEAD_BYTES:
+            with self.storms.parsing(request.owner(), len(request.body)):
+                answer: Answer | None = route.call(request)
+        else:
+            answer = route.call(request)
+        return answer
 
     def allowed(self, request: Request) -> list[str]:
         methods = [method for method, route in self.routes if route == request.route]
