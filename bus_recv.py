@@ -274,14 +274,8 @@ class Cursor:
         return file
 
     def opened(self, suffix: str, flags: int, mode: str) -> IO[str]:
-        """One of the files of this cursor, which only this user can read. OSError says what to do."""
-        path = self.path + suffix
-        try:
-            os.makedirs(state_directory(), 0o700, exist_ok=True)
-            os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
-            return open(os.open(path, flags | os.O_CREAT, 0o600), mode, encoding="ascii")
-        except OSError as error:
-            raise OSError(f"cannot write {path}: {error.strerror}; set AGENT_BUS_STATE_DIR to another place") from error
+        """One of the files of this cursor; see private_file()."""
+        return private_file(self.path + suffix, flags, mode)
 
     def load(self) -> None:
         """Read the cursor from the file. If the file has none, the cursor stays as it is."""
@@ -303,6 +297,28 @@ class Cursor:
         """Save that this message was received."""
         if isinstance(message, dict) and seconds_of(message):
             self.move(str(message["ts"]))
+
+
+def private_file(path: str, flags: int, mode: str) -> IO[str]:
+    """A file in the state directory, made if need be, that only this user can read. OSError says what to do."""
+    private_folder(os.path.dirname(path))
+    try:
+        return open(os.open(path, flags | os.O_CREAT, 0o600), mode, encoding="ascii", errors="replace")
+    except OSError as error:
+        raise no_place(path, error) from error
+
+
+def private_folder(path: str) -> None:
+    """Make a folder in the state directory, which only this user can read. OSError says what to do."""
+    try:
+        os.makedirs(state_directory(), 0o700, exist_ok=True)
+        os.makedirs(path, 0o700, exist_ok=True)
+    except OSError as error:
+        raise no_place(path, error) from error
+
+
+def no_place(path: str, error: OSError) -> OSError:
+    return OSError(f"cannot write {path}: {error.strerror}; set AGENT_BUS_STATE_DIR to another place")
 
 
 def try_lock(file: IO[Any], path: str) -> bool:
@@ -683,13 +699,23 @@ def running(command: str, text: str, known: dict[str, Any], attempt: int) -> Ite
         file.write(text.encode())
         file.seek(0)
         with contextlib.ExitStack() as started:  # a signal that comes meanwhile waits until we know whom to kill
-            for number in filter(lambda one: callable(signal.getsignal(one)), (signal.SIGINT, signal.SIGTERM)):
+            for number in filter(lambda one: callable(signal.getsignal(one)), (signal.SIGINT, *ENDS)):
                 started.callback(signal.signal, number, signal.signal(number, lambda one, _: came.append(one)))
             process = subprocess.Popen(command, shell=True, stdin=file, env=fields, start_new_session=True)
             stack.callback(kill, process)
         for one in came:
             signal.raise_signal(one)
         yield process
+
+
+ENDS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows has no SIGHUP
+
+
+def end_on_signals() -> None:
+    """From now on these signals end this program, and its command is killed. nohup has SIGHUP ignored: it stays so."""
+    for number in ENDS:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, lambda *_: sys.exit(0))
 
 
 def kill(process: Any) -> None:
@@ -726,7 +752,7 @@ def main(argv: list[str] | None = None) -> int:
     options, unknown = cli.parse_known_args(argv)
     if not options.tool and (unknown or bool(options.names) == bool(options.read)):
         cli.error(f"unknown: {' '.join(unknown)}" if unknown else "give at least one NAME, or --read ID")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    end_on_signals()
     try:
         return run_tool(options.tool, argv) if options.tool else read(options)
     except (KeyboardInterrupt, Refused, Unreachable, Busy, ValueError, OSError) as error:

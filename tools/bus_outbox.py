@@ -59,8 +59,7 @@ class Outbox:
         self.path = os.path.join(self.state, "outbox", *map(bus_recv.file_name, (url, sender or "-")))
         self.dead = os.path.join(self.path, "dead")
         if not os.path.isdir(self.dead):
-            os.makedirs(self.state, 0o700, exist_ok=True)
-            os.makedirs(self.dead, 0o700, exist_ok=True)
+            bus_recv.private_folder(self.dead)
             place = self.dead
             while place != os.path.dirname(self.state):
                 place = os.path.dirname(place)
