@@ -159,7 +159,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         add(ignored, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     timeout = bus_recv.HOLD_SECONDS if options.once and options.timeout is None else options.timeout
-    bus_recv.end_on_signals()
+    for number in bus_recv.ENDS:
+        signal.signal(number, lambda *_: sys.exit(0))
     try:
         worker = Worker(options.names, options.channel, options.exec, options.lease)
         signal.signal(signal.SIGTERM, worker.stop)
