@@ -12,6 +12,7 @@ Found by an attack on 2026-11-29; each test was red on the code that it attacked
 | a_send_larger_than_a_share | 503 for ever, since the first mend |
 | what_waits_for_a_commit_holds_no_body | 250 KB for each, until the second mend |
 | files_have_a_rate, as_many_files_as_blocks | all are stored |
+| in_a_room_for_files, uploads_at_once, tiny_files | all are stored: one token fills the room |
 """
 import contextlib
 import gc
@@ -364,6 +365,58 @@ def test_a_sender_whose_name_is_an_address_does_not_pay_for_the_files_from_there
 
 def blobs_of(bus):
     return bus.routes["PUT", "/blob/"].call.__self__
+
+
+@pytest.fixture
+def small(tmp_path):
+    """As `two`, with tokens, and with a room of 1 MiB for files."""
+    path = tmp_path / "bus.db"
+    mal, ann = owners(path, "closed", "mal", "ann")
+    with a_bus(time.monotonic, path, "--files", "1m") as bus:
+        yield bus, mal, ann
+
+
+def test_in_a_room_for_files_that_is_nearly_full_no_token_has_over_a_quarter(small, monkeypatch):
+    """A file counts for the token that sent it first, and what is removed or refused no longer counts."""
+    bus, mal, ann = small
+    blobs = blobs_of(bus)
+    of_mal, of_ann = ([bytes([letter]) * (100 << 10) for letter in letters] for letters in (b"abcdefghij", b"xyz"))
+    statuses = [put(Guest(bus, **mal), data).status for data in of_mal]
+    assert statuses == [201] * 7 + [507] * 3, "three quarters of the room, and no more"
+    assert b"nearly full" in put(Guest(bus, **mal), of_mal[7]).body
+    assert [put(Guest(bus, **ann), data).status for data in of_ann] == [201, 201, 507]
+    assert part(Guest(bus, **mal), 1).status == 507
+    assert put(Guest(bus, **ann), of_mal[0]).status == 507, "nor may it send again what is there"
+    bus.retention.keep, later = 1000, time.time() + 2000
+    monkeypatch.setattr(time, "time", lambda: later)
+    blobs.forgotten(blobs.forget())
+    assert blobs.used == blobs.files == 0 and not blobs.shares.held and not blobs.owners
+    wrong = Guest(bus, **mal).begins("PUT", f"/blob/{0:064x}", b"not that").answer()
+    assert wrong.status == 422 and not blobs.shares.held and not blobs.owners
+    assert [put(Guest(bus, **ann), b"the same").status for _ in range(2)] == [201, 200]
+    assert blobs.shares.all == len(b"the same") + blobs.BLOCK
+
+
+def test_uploads_at_once_get_no_more_of_a_nearly_full_room_than_one_after_the_other(small):
+    bus, mal, ann = small
+    files = [bytes([letter]) * (250 << 10) for letter in b"abcd"]
+    guests = [Guest(bus, **mal) for _ in files]
+    for guest, data in zip(guests, files):
+        path, fields = f"/blob/{hashlib.sha256(data).hexdigest()}", (HOST, f"Authorization: Bearer {guest.token}")
+        guest.says(head(f"PUT {path} HTTP/1.1", *fields, f"Content-Length: {len(data)}"))
+    come_true(lambda: len(blobs_of(bus).arriving) == len(files))
+    answered = []
+    for guest, data in zip(guests, files):
+        guest.says(data)
+        answered.append(guest.answer().status)
+    assert answered == [201] * 3 + [507]
+
+
+def test_tiny_files_count_as_the_blocks_they_take(small):
+    bus, mal, ann = small
+    statuses = [put(Guest(bus, **mal), b"%d" % number).status for number in range(256)]
+    assert statuses.index(507) == 192, "three quarters of the blocks"
+    assert put(Guest(bus, **ann), b"her own").status == 201
 
 
 def test_as_many_files_fit_as_the_room_has_blocks(tmp_path, monkeypatch):
