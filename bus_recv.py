@@ -477,24 +477,15 @@ def exchange(url: str, path: str, body: bytes | None, seconds: float) -> tuple[h
         raise Unreachable(said + through) from error
 
 
-class Local(http.client.HTTPConnection):
-    """HTTP over a Unix socket, whose path is in `place`."""
-
-    place = ""
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(self.timeout)
-        self.sock.connect(self.place)
-
-
 def connect(url: str, seconds: float) -> tuple[http.client.HTTPConnection, str, dict[str, str]]:
     """A connection towards `url`, not open yet; the text before the path in a request line; the usual headers."""
     parts, given = parts_of(url), settings(url)
     headers = {"User-Agent": given.get("AGENT_BUS_UA", "Mozilla/5.0")}  # firewalls drop what looks like a script
     if parts.scheme == "unix":
-        local = Local("localhost", timeout=seconds)
-        local.place = parts.path
+        local: Any = http.client.HTTPConnection("localhost")
+        local.sock = socket.socket(socket.AF_UNIX)
+        local.sock.settimeout(seconds)
+        local.connect = lambda: local.sock.connect(parts.path)
         return local, "", headers
     secure = parts.scheme == "https"
     host, port = parts.hostname or "", parts.port or (443 if secure else 80)

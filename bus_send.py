@@ -56,7 +56,11 @@ if sys.version_info < (3, 9) and (needs := "bus_send.py needs Python 3.9 or late
 USUAL = {"subject", "reply_to", "type", "priority", "ttl", "content_type"}  # members of a message, arguments of send()
 ADVICE = "Is bus_server.py running there? bus_doctor.py tells which hop fails."
 # Faults that time does not heal, and what does.
-LASTING = {"gaierror": "Is the host's name right?", "SSLCertVerificationError": "Set AGENT_BUS_CA to its certificate."}
+LASTING = {
+    "gaierror": "Is the host's name right?",
+    "SSLCertVerificationError": "Set AGENT_BUS_CA to its certificate.",
+    "SSLError": "Does this port speak https?",
+}
 UPLOAD_RATE = 8192  # bytes per second of a message, the slowest that the bus accepts
 HOLD_SECONDS = 25.0  # the bus may hold a question; common proxies cut a quiet request after 30 s
 
@@ -318,24 +322,15 @@ def exchange(url: str, path: str, body: bytes | None, seconds: float) -> tuple[h
         raise Unreachable(said + through) from error
 
 
-class Local(http.client.HTTPConnection):
-    """HTTP over a Unix socket, whose path is in `place`."""
-
-    place = ""
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(self.timeout)
-        self.sock.connect(self.place)
-
-
 def connect(url: str, seconds: float) -> tuple[http.client.HTTPConnection, str, dict[str, str]]:
     """A connection towards `url`, not open yet; the text before the path in a request line; the usual headers."""
     parts, given = parts_of(url), settings(url)
     headers = {"User-Agent": given.get("AGENT_BUS_UA", "Mozilla/5.0")}  # firewalls drop what looks like a script
     if parts.scheme == "unix":
-        local = Local("localhost", timeout=seconds)
-        local.place = parts.path
+        local: Any = http.client.HTTPConnection("localhost")
+        local.sock = socket.socket(socket.AF_UNIX)
+        local.sock.settimeout(seconds)
+        local.connect = lambda: local.sock.connect(parts.path)
         return local, "", headers
     secure = parts.scheme == "https"
     host, port = parts.hostname or "", parts.port or (443 if secure else 80)

@@ -195,14 +195,17 @@ def test_an_unknown_host_is_not_tried_again(number, attempts, monkeypatch):
     assert len(asked) >= attempts and (attempts > 1 or len(asked) == 1)
 
 
-def test_a_certificate_that_is_not_trusted_is_not_tried_again(authority, monkeypatch, tmp_path):
+def test_tls_that_fails_is_not_tried_again(authority, bus, monkeypatch, tmp_path):
     certificate = authority.sign("IP:127.0.0.1")
-    with Server(tmp_path / "bus.db", "--tls-cert", certificate.file, "--tls-key", certificate.key) as bus:
+    plain, tls = bus, ("--tls-cert", certificate.file, "--tls-key", certificate.key)
+    with Server(tmp_path / "tls.db", *tls) as bus:
         url = bus.url.replace("http:", "https:")
         clock = Clock()
         monkeypatch.setattr(bus_send, "time", clock)
         with pytest.raises(bus_send.Unreachable, match=r"certificate.*Set AGENT_BUS_CA"):
             bus_send.send("dell", "hi", url=url, sender="spark")
+        with pytest.raises(bus_send.Unreachable, match="Does this port speak https"):
+            bus_send.send("dell", "hi", url=plain.url.replace("http:", "https:"), sender="spark")
         assert clock.slept == []
 
 
