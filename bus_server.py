@@ -4067,6 +4067,7 @@ class Bus:
         self.waits: dict[type, Waits] = {Poll: Waits(self.receiving.poll_answer, self.receiving.poll_over)}
         self.checks: list[Callable[[Any], None]] = []  # Refused if a message may not be sent
         self.states: list[Callable[[Message], tuple[str, str] | None]] = []  # how far a message came
+        self.unknown: list[Callable[[Draft], str]] = []  # further JSON about a receiver that is not known
         self.on_delivered: list[Callable[[Parked, int], None]] = []
         self.on_lost: list[Callable[[Any, int], None]] = []  # an answer with `delivers` did not arrive whole
         self.on_tidy: list[Callable[[], None]] = []
@@ -4735,14 +4736,22 @@ def entry(bus: Bus, one: Draft, stored: Stored) -> str:
 
 
 def truth(bus: Bus, one: Draft) -> str:
-    """`receiver` in the answer to a send: who of the receivers listens, and how many messages they have not read."""
+    """`receiver` in the answer to a send: who of the receivers listens, and how many messages they have not read.
+
+    A name is known if it ever polled, or if it has a token.
+    """
     to = one.to[0]
     if len(one.to) > 1 or to == EVERYONE:
         return encode(receivers(bus, one))
     box = bus.mailboxes.box(one.channel, to)
     seen = seconds(box.seen) if box.seen else "null"
     count = unread(bus, one.channel, to, box)
-    return f'{{"online": {boolean(bus.mailboxes.online(box))}, "last_seen": {seen}, "unread": {count}}}'
+    known = box.seen > 0 or to in bus.gate.tokens.named
+    more = "" if known else "".join([about(one) for about in bus.unknown])
+    return (
+        f'{{"online": {boolean(bus.mailboxes.online(box))}, "last_seen": {seen}, "unread": {count}, '
+        f'"known": {boolean(known)}{more}}}'
+    )
 
 
 def receivers(bus: Bus, one: Draft) -> dict[str, int]:

@@ -68,6 +68,7 @@ SECTIONS = {
     14: "Files",
     15: "Metrics",
     17: "Channels",
+    18: "People",
 }
 EXTENSIONS = {  # by the number of the section that it keeps
     12: Extension("questions", "replies.py", "POST", "/ask"),
@@ -75,8 +76,9 @@ EXTENSIONS = {  # by the number of the section that it keeps
     14: Extension("files", "files.py", "GET", "/blob/not-a-hash"),
     15: Extension("metrics", "metrics.py", "GET", "/metrics"),
     17: Extension("channels", "channels.py", "GET", "/channels"),
+    18: Extension("people", "people.py", "GET", "/whoami"),
 }
-QUESTIONS, QUEUES, FILES, METRICS, CHANNELS = EXTENSIONS.values()
+QUESTIONS, QUEUES, FILES, METRICS, CHANNELS, PEOPLE = EXTENSIONS.values()
 
 
 class Bus:
@@ -870,12 +872,12 @@ def test_a_key_that_came_twice_at_once_is_stored_once(bus):
 
 @ours
 def test_the_sender_is_told_the_truth_about_the_receiver(bus):
-    """8.7 the answer to a send says whether the receiver is online, when it last polled, and how much is unread"""
+    """8.7 the answer to a send says whether the receiver is known and online, its last poll, and how much is unread"""
     to = fresh()
-    assert bus.send(to)["receiver"] == {"online": False, "last_seen": None, "unread": 1}
+    assert bus.send(to)["receiver"] == {"online": False, "last_seen": None, "unread": 1, "known": False}
     waiting = parked(bus, to, since=bus.recv(to, since="0")["now"])
     there = bus.send(to)["receiver"]
-    assert there["online"] is True and there["last_seen"] and there["unread"] == 1
+    assert there["online"] is there["known"] is True and there["last_seen"] and there["unread"] == 1
     assert len(waiting.result(PATIENCE)["messages"]) == 1
     assert bus.send([to, fresh()])["receiver"] == {"online": 1, "offline": 1, "unread": 3}
     channel = fresh("channel")
@@ -1199,7 +1201,7 @@ def test_an_observer_sees_all_and_moves_nothing(bus):
     assert log(f"to={to}") == log(f"from={bus.me}&to={to}") == log(f"to={to}&channel=default") == ["seen"]
     assert log(f"to={to}&channel=lab") == log(f"from={fresh()}") == []
     assert log(f"to={to},{other}") == log(f"to={to}&to={other}") == ["seen", "seen too"]
-    assert bus.send(to)["receiver"] == {"online": False, "last_seen": None, "unread": 2}
+    assert bus.send(to)["receiver"] == {"online": False, "last_seen": None, "unread": 2, "known": False}
 
 
 @ours
@@ -1699,6 +1701,31 @@ def test_the_channels_of_many_names_come_in_pages(bus):
     assert "more" not in answers[-1] and "next" not in answers[-1]
     for wrong in ("max=many", "name=a%20b", "channel=a%20b"):
         assert bus.json("GET", f"/channels?{wrong}")[0] == 400, wrong
+
+
+# ── 18. People ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@ours
+def test_whose_token_it_is(bus):
+    """18.1 GET /whoami has the name, the rights and the address of whoever asks"""
+    found = bus.get("/whoami")
+    assert found["open"] is not bool(bus.token) and found["name"] == (bus.me if bus.token else None)
+    assert found["operator"] is True and found["send_only"] is False and isinstance(found["reads"], list)
+    assert found["address"] and found["version"]
+
+
+@ours
+def test_a_name_that_nobody_knows_has_similar_names(bus):
+    """18.2 the answer to a send to a name that is not known has similar names of its channel that are known"""
+    channel, known = fresh("channel"), fresh("Lead")
+    for name in (known, fresh()):
+        bus.recv(name, channel=channel)
+    swapped = known.replace("Lead", "Laed")
+    for name in (swapped, known.lower(), known + "s"):
+        assert bus.send(name, channel=channel)["receiver"]["similar"] == [known], name
+    assert "similar" not in bus.send(fresh("Laed"), channel=channel)["receiver"]
+    assert "similar" not in bus.send(known, channel=channel)["receiver"]
 
 
 # ── Running ──────────────────────────────────────────────────────────────────────────────────────────────────────────
