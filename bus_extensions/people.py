@@ -1,4 +1,4 @@
-"""Who is there: whose a token is, and similar names for a name that nobody knows (PROTOCOL.md section 18)."""
+"""Who is there, whose a token is, and similar names for a name that nobody knows (PROTOCOL.md section 18)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,29 @@ from collections.abc import Iterator
 from functools import partial
 from itertools import islice
 
-from bus_server import EVERYONE, VERSION, Answer, Budget, Bus, Draft, Request, encode, ok
+from bus_server import (
+    ALIVE,
+    EVERYONE,
+    GRACE,
+    HOLD,
+    VERSION,
+    Answer,
+    Budget,
+    Bus,
+    Draft,
+    Grant,
+    Mailbox,
+    Message,
+    Poll,
+    Request,
+    agent,
+    boolean,
+    encode,
+    is_name,
+    ok,
+    page,
+    seconds,
+)
 
 TABLES, NOUN, OPERATIONS = None, "", ()
 
@@ -21,6 +43,7 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 def start(bus: Bus, options: argparse.Namespace) -> None:
     Similar(bus)
+    People(bus)
     bus.route("GET", "/whoami", partial(whoami, bus), "whose token this is, and what it allows")
 
 
@@ -37,6 +60,85 @@ def whoami(bus: Bus, request: Request) -> Answer:
         "version": VERSION,
     }
     return ok(bus, encode(rights)[1:-1])
+
+
+class People:
+    """Adds names that sent and never polled to /agents, and more members of each name. Owned by the loop.
+
+    When a name sent last is in memory only, in its Mailbox: a start takes it from the newest messages.
+    """
+
+    NEWEST = 20000  # messages that a start looks at, some 20 ms
+    READERS = 16  # of one name that are told apart
+
+    def __init__(self, bus: Bus) -> None:
+        self.bus = bus
+        self.readers: dict[tuple[str, str], dict[str, float]] = {}  # of a name: until when each listens (monotonic, s)
+        bus.route("GET", "/agents", self.agents, "who listens, who sent, and when each name was last seen")
+        bus.about.append(self.members)
+        bus.on_announced.append(self.announced)
+        bus.on_polled.append(self.polled)
+        bus.on_tidy.append(self.forget)
+        self.load()
+
+    def load(self) -> None:
+        newest = (
+            "(SELECT mailbox, sender, tick FROM messages ORDER BY tick DESC LIMIT ?) JOIN mailboxes ON mailbox = id"
+        )
+        rows = f"SELECT channel, sender, max(tick) FROM {newest} GROUP BY channel, sender"
+        for channel, sender, tick in self.bus.view.database.execute(rows, (self.NEWEST,)).fetchall():
+            if is_name(channel) and is_name(sender):  # else it is damaged
+                self.bus.mailboxes.box(channel, sender).sent = tick
+
+    def announced(self, visible: list[Message]) -> None:
+        for message in visible:
+            self.bus.mailboxes.box(message.channel, message.sender).sent = message.tick
+
+    def polled(self, request: Request, poll: Poll) -> None:
+        """A poll says which program it comes from: two programs that read one name take each other's mail."""
+        reader = request.query().name("reader", None)
+        if reader:
+            key = str(poll.channel), str(poll.me)
+            readers = self.readers.setdefault(key, {})
+            readers.pop(reader, None)
+            readers[reader] = self.bus.mailboxes.clock() + (poll.hold or HOLD) + GRACE
+            if len(readers) > self.READERS:
+                del readers[next(iter(readers))]
+
+    def forget(self) -> None:
+        now = self.bus.mailboxes.clock()
+        self.readers = {key: each for key, each in self.readers.items() if max(each.values()) > now}
+
+    def agents(self, request: Request) -> Answer:
+        bus, online = self.bus, request.query().flag("online")
+        now = bus.mailboxes.clock()
+
+        def shows(own: str, box: Mailbox) -> bool:
+            if online is not None and online != (now < box.until):
+                return False  # first, because there may be a hundred thousand names
+            return own != EVERYONE and (box.seen > 0 or box.sent > 0)
+
+        found, more = page(bus, request, shows)
+        rows = [agent(bus, request.grant, *each) for each in found]
+        return ok(bus, f'"agents": [{", ".join(rows)}]{more}')
+
+    def members(self, grant: Grant, channel: str, own: str, box: Mailbox) -> str:
+        text = f', "listens": {boolean(box.seen > 0)}, "sent": {seconds(box.sent) if box.sent else "null"}'
+        if grant.reads(own):
+            now, oldest = self.bus.mailboxes.clock(), self.oldest(channel, own, box)
+            readers = sum(until > now for until in self.readers.get((channel, own), {}).values())
+            text += f', "oldest": {seconds(oldest) if oldest else "null"}, "readers": {readers}'
+        return text
+
+    def oldest(self, channel: str, own: str, box: Mailbox) -> int | None:
+        """The tick of the oldest unread message."""
+        view, mark = self.bus.view, box.mark()
+        if mark >= box.newest:
+            return None
+        if not box.perishable:
+            return view.oldest(channel, own, mark)
+        row = view.first("places.tick", (channel, own), mark, only=ALIVE, values=(view.clock(),))
+        return row[0] if row else None
 
 
 class Similar:

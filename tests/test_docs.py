@@ -22,6 +22,8 @@ MEASURED = {
     "lease_until",
     "reply_to",
     "last_seen",
+    "sent",
+    "oldest",
     "since",
     "cursor",
     "dell",

@@ -206,6 +206,7 @@ def ask_for_work(compared):
         if way == "nack":
             ask("POST", "/ack", compared.claim())
     ask("POST", "/claim", {"to": "builds", "wait": 0})
+    ask("GET", "/agents")  # with a queue
     ask("POST", "/claim", {})
 
 

@@ -1,11 +1,14 @@
 """Who is there: PROTOCOL.md section 18, as far as one token and one outside look cannot show it."""
 
+import contextlib
+import json
 import random
+import sqlite3
 import time
 
 import pytest
 
-from bus_server import draft, truth
+from bus_server import GRACE, OPEN, Mailboxes, Poll, Query, draft, truth
 from tests.core.test_identity import ask
 from tests.kit import inside
 from tests.kit.peers import invite
@@ -143,3 +146,104 @@ def test_of_many_unknown_names_at_once_only_some_are_looked_for(many):
 def test_a_known_name_costs_no_look(many, monkeypatch):
     monkeypatch.setattr(finder(many), "to", None)
     assert '"known": true' in truth(many, to("agent-00001"))
+
+
+# Who is there
+
+
+def listed(bus, query="", token=None):
+    return {each["name"]: each for each in ask(bus, "GET", f"/agents?{query}", token=token)[1]["agents"]}
+
+
+def test_a_name_that_only_sent_is_listed_and_what_it_has_is_shown_to_who_may_read_it(closed):
+    for sender in ("sensor", "alice"):
+        message = {"to": "carl", "channel": "lab", "msg": "x"}
+        assert ask(closed, "POST", "/send", message, closed.tokens[sender])[0] == 200
+    for who, reads in {"admin": {"alice", "sensor"}, "boss": {"alice"}, "alice": {"alice"}, "sensor": set()}.items():
+        found = listed(closed, "channel=lab", closed.tokens[who])
+        assert set(found) == {"sensor", "alice"}, who
+        assert all({"unread", "oldest", "readers"} <= found[name].keys() for name in reads), who
+        assert not any({"unread", "oldest", "readers"} & found[name].keys() for name in found.keys() - reads), who
+    assert listed(closed, "channel=lab&online=true", closed.tokens["admin"]) == {}
+
+
+def test_who_sent_is_known_after_a_restart_and_while_its_mail_is_kept(bus):
+    sent = ask(bus, "POST", "/send", {"from": "timer", "to": "bob", "msg": "x"})[1]
+    before = listed(bus)
+    assert before["timer"]["sent"] == sent["ts"] and before["timer"]["listens"] is False
+    assert bus.stop() == 0
+    bus.start()
+    assert listed(bus) == before
+    assert ask(bus, "GET", "/inbox")[1]["recipients"] == {"default": {"bob": 1}}
+
+
+@pytest.mark.parametrize("keep, days, stays", [(30, 29, True), (30, 31, False), (0, 1000, True)])
+def test_a_name_that_only_sent_is_forgotten_when_its_mail_is(keep, days, stays):
+    day, now = 86400 * 1000000, [0]
+    mailboxes = Mailboxes(lambda: now[0] / 1e6, wall=lambda: now[0])
+    mailboxes.box("default", "timer").sent = 1
+    mailboxes.box("default", "looked-at")
+    now[0] = days * day
+    mailboxes.idle(list(mailboxes.boxes), now[0], keep * day)
+    assert list(mailboxes.boxes) == ([("default", "timer")] if stays else [])
+
+
+def test_a_damaged_sender_is_passed_over_at_the_start(bus):
+    for sender in ("timer", "clock"):
+        ask(bus, "POST", "/send", {"from": sender, "to": "bob", "msg": "x"})
+    assert bus.stop() == 0
+    with contextlib.closing(sqlite3.connect(bus.db)) as database:
+        database.execute("UPDATE messages SET sender = 'not a name' WHERE sender = 'timer'")
+        database.commit()
+    bus.start()
+    assert set(listed(bus)) == {"clock"}
+
+
+def test_readers_are_counted_while_they_listen_and_no_more_than_16():
+    bus = inside.make(":memory:")
+    [here] = [each.__self__ for each in bus.on_polled]
+    now, poll = [0.0], Poll("bob", ("bob",), "default", None, 0, 1, 5.0, False)
+    bus.mailboxes.clock = lambda: now[0]
+
+    class Polls:
+        def __init__(self, reader):
+            self.query = lambda: Query(f"reader={reader}")
+
+    def readers():
+        box = bus.mailboxes.box("default", "bob")
+        return json.loads(f'{{"name": "bob"{here.members(OPEN, "default", "bob", box)}}}')["readers"]
+
+    for number in range(40):
+        here.polled(Polls(f"r{number}"), poll)
+    assert readers() == here.READERS
+    now[0] = 5.0 + GRACE
+    here.polled(Polls("late"), poll)
+    assert readers() == 1 and here.readers
+    now[0] += 5.0 + GRACE
+    here.forget()
+    assert readers() == 0 and not here.readers
+    inside.close(bus)
+
+
+class Asks:
+    """A request for a page of names."""
+
+    def __init__(self, query):
+        self.query, self.grant, self.owner = lambda: Query(query), OPEN, lambda: "x"
+
+
+@pytest.mark.parametrize("query", ["", "after=default/agent-050000", "online=true", "online=false"])
+def test_a_page_of_agents_takes_under_50_ms_of_the_loop(many, query):
+    """Each of 100,000 names has an unread message."""
+    for (channel, own), box in many.mailboxes.boxes.items():
+        box.newest = box.n = 7
+        many.state.tail.ticks[channel, own].append(7)
+    call = many.routes["GET", "/agents"].call
+
+    def took():
+        start = time.thread_time()
+        answer = json.loads(call(Asks(query)).body)
+        assert len(answer["agents"]) == (0 if query == "online=true" else 1000)
+        return time.thread_time() - start
+
+    assert min(took() for _ in range(3)) < in_time(0.05)
