@@ -96,7 +96,7 @@ DIGITS = 4300  # of an integer in JSON, the limit of newer Pythons; parsing time
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@-]{0,63}")
 KEY = re.compile(r"[!-~]{1,128}")
-RESERVED = {"all", "system", "operator", "user", "root", "claude"}  # an agent with such a name could fool another agent
+RESERVED = {"all", "system", "operator", "user"}  # an agent with such a name could fool another agent
 EVERYONE = "all"
 RECALLED = 1  # the value of `expires` in a message that its sender took back
 
@@ -382,10 +382,16 @@ def addresses(sender: Any, to: Any, channel: Any) -> tuple[str, tuple[str, ...],
     if not 1 <= len(receivers) <= NAMES_PER_SEND:
         raise Refused(400, f"to must be a name or a list of 1 to {NAMES_PER_SEND} names")
     if name(sender, "from").lower() in RESERVED:
-        raise Refused(400, f"from must not be {sender}: this name is reserved")
-    name(channel, "channel")
+        raise Refused(400, f"from must not be {reserved(sender)}")
+    channel = "default" if channel in (None, "") else name(channel, "channel")
     start = f'"from": "{sender}", "channel": "{channel}", "msg": '
     return channel, tuple(dict.fromkeys(name(one, "to") for one in receivers)), start
+
+
+def reserved(own: str) -> str:
+    """Why a name is reserved, and another one, which is free unless somebody guessed it."""
+    why = "this name is reserved, because it could be taken for a person or for the bus"
+    return f"{own}: {why}; use {own.lower()}-{secrets.token_hex(2)} or another name"
 
 
 def lifetime(ttl: Any) -> int | None:
@@ -973,7 +979,7 @@ class Query:
 
     def name(self, field: str, default: str | None) -> str | None:
         value = self.one(field)
-        return default if value is None else name(value, field)
+        return default if value is None or field + value == "channel" else name(value, field)
 
     def number(self, field: str, default: float, low: float, high: float) -> float:
         value = self.one(field)
@@ -985,9 +991,11 @@ class Query:
 
     def flag(self, field: str) -> bool | None:
         value = self.one(field)
-        if value not in (None, "true", "false", "1", "0"):
+        if value is None:
+            return None
+        if value.lower() not in ("true", "false", "1", "0"):
             raise Refused(400, f"{field} must be true or false")
-        return None if value is None else value in ("true", "1")
+        return value.lower() in ("true", "1")
 
     def id(self) -> int:
         tick = tick_of(self.one("id"))
@@ -4713,9 +4721,9 @@ def poll_of(request: Request, me: str | None, names: tuple[str, ...], channel: s
     """A poll with these filters, and with `since`, `max`, `wait` and `block` of the query."""
     query = request.query()
     wait, limit = query.number("wait", HOLD, 0, HOLD_MAX), int(query.number("max", 100, 1, MAX_MESSAGES))
-    since, block = query.one("since"), query.flag("block")
+    since, block = cursor(query.one("since") or "0"), query.flag("block")
     hold = wait if block or (block is None and query.one("wait") is not None) else 0
-    return Poll(me, names, channel, sender, cursor("0" if since is None else since), limit, hold, request.plain())
+    return Poll(me, names, channel, sender, since, limit, hold, request.plain())
 
 
 def boolean(value: bool) -> str:
@@ -5316,7 +5324,7 @@ def invite(arguments: Sequence[str]) -> None:
         except Refused as refused:
             parser.error(refused.sentence)
     if options.name.lower() in RESERVED:
-        parser.error(f"{options.name} is reserved: choose another name")
+        parser.error(reserved(options.name))
     if options.send_only and (also or options.operator):
         parser.error("--send-only excludes --also and --operator")
     token, secret = f"abt_{secrets.token_hex(4)}", secrets.token_urlsafe(32)
