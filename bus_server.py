@@ -36,6 +36,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import enum
+import errno
 import fcntl
 import hashlib
 import heapq
@@ -1726,7 +1727,8 @@ class Plain:
     def peer(self) -> str:
         """The address of the other end."""
         try:
-            return sys.intern(str((self.sock.getpeername() or ("?",))[0]))  # many connections come from one host
+            address = str((self.sock.getpeername() or ("?",))[0])
+            return sys.intern(address[7:] if address.startswith("::ffff:") else address)  # many come from one host
         except OSError:  # it has gone again
             return "?"
 
@@ -3369,7 +3371,8 @@ def locked(path: str) -> IO[str]:
         lock = open_beside(lock_file(path))
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise InUse(f"the database {path} is in use by another bus_server") from None
+        by = lock.readline().strip() or "another bus_server"  # State.sign() wrote it
+        raise InUse(f"the database {path} is in use by {by}: stop that bus, or give another --db") from None
     except OSError as error:
         raise Unusable(f"cannot use the database {path}: {error.strerror}") from None
     return lock
@@ -5231,10 +5234,26 @@ def listen(host: str, port: int) -> socket.socket:
     """A listening socket, or Unusable. The backlog is what may arrive in one turn of a busy loop."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        return socket.create_server(address[:2], family=family, backlog=4096)
+        both = address[0] == "::" and socket.has_dualstack_ipv6()
+        return socket.create_server(address[:2], family=family, backlog=4096, dualstack_ipv6=both)
     except OSError as error:
         why = str(error.strerror).partition(" (while")[0]  # Python goes on to say where
-        raise Unusable(f"cannot listen on {host} port {port}: {why}") from None
+        advice = "--host must be an address of this machine, without a port"
+        if error.errno == errno.EADDRINUSE:
+            has_it = "an agent-bus" if is_bus(host, port) else "another program"
+            advice = f"{has_it} has this port; choose another --port, and give clients that URL in AGENT_BUS_URL"
+        elif error.errno == errno.EACCES:
+            advice = "choose a --port above 1023"
+        raise Unusable(f"cannot listen on {host} port {port}: {why}: {advice}") from None
+
+
+def is_bus(host: str, port: int) -> bool:
+    """Does a bus answer there?"""
+    with contextlib.suppress(OSError), socket.create_connection((host, port), 1.0) as peer:
+        peer.sendall(b"GET /healthz HTTP/1.0\r\nHost: localhost\r\n\r\n")
+        peer.settimeout(1.0)
+        return b'{"ok": true, "now": ' in peer.recv(4096)
+    return False
 
 
 def tls_context(certificate: str | None, key: str | None) -> ssl.SSLContext | None:
@@ -5280,6 +5299,8 @@ def run_server(options: argparse.Namespace, state: State) -> int:
     print(f"listening on {url}", flush=True)
     print(f"messages are in {state.path}", flush=True)
     print(extensions, flush=True)
+    if sock.family == socket.AF_INET6 and host == "::" and sock.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY):
+        print("WARNING: this machine lets [::] take IPv6 only: start with --host 0.0.0.0 for IPv4", file=sys.stderr)
     if not is_loopback(options.host) and not bus.gate.tokens.closed:
         print(f"WARNING: anyone who can reach {host}:{port} can read and send every message", file=sys.stderr)
     bus.tidy()
