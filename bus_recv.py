@@ -656,7 +656,7 @@ def unread_output() -> int:
 
 def run_command(command: str, tries: int, reader: Reader, message: dict[str, Any]) -> None:
     """Run the command for one message. If all the tries fail, append the message to a file."""
-    known = message if isinstance(message, dict) else {"id": "what is not a message"}
+    known = message if isinstance(message, dict) else {"id": "an answer that is no message"}
     for attempt in range(1, tries + 1):
         with running(command, dump(message), known, attempt) as process:
             if process.wait() == 0:
@@ -665,7 +665,7 @@ def run_command(command: str, tries: int, reader: Reader, message: dict[str, Any
         reader.clock.sleep(pause_after(attempt) if attempt < tries else 0)
     with reader.cursor.opened("~dead", os.O_WRONLY | os.O_APPEND, "w") as file:
         file.write(f"{dump(message)}\n")
-    reader.warn(f"{known.get('id')} is given up, and appended to {reader.cursor.path}~dead")
+    reader.warn(f"the command failed {tries} times for {known.get('id')}: it is in {reader.cursor.path}~dead now")
 
 
 @contextlib.contextmanager
