@@ -36,6 +36,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import enum
+import errno
 import fcntl
 import hashlib
 import heapq
@@ -99,7 +100,7 @@ DIGITS = 4300  # of an integer in JSON, the limit of newer Pythons; parsing time
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@-]{0,63}")
 KEY = re.compile(r"[!-~]{1,128}")
-RESERVED = {"all", "system", "operator", "user", "root", "claude"}  # an agent with such a name could fool another agent
+RESERVED = {"all", "system", "operator", "user"}  # an agent with such a name could fool another agent
 EVERYONE = "all"
 RECALLED = 1  # the value of `expires` in a message that its sender took back
 
@@ -227,6 +228,7 @@ class Poll(NamedTuple):
     hold: float  # s
     plain: bool  # the reader wants text, not JSON
     token: str = ""  # the id of the token that let the reader in
+    sees: Grant | None = None  # an observer gets only what this token may see; None: everything
 
     @property
     def exclusive(self) -> bool:
@@ -248,6 +250,7 @@ class Poll(NamedTuple):
             and (not self.names or message.to in self.names)
             and (self.sender is None or message.sender == self.sender)
             and not (message.to == EVERYONE and message.sender == self.me)
+            and (self.sees is None or self.sees.may_see(message))
         )
 
     @property
@@ -383,10 +386,16 @@ def addresses(sender: Any, to: Any, channel: Any) -> tuple[str, tuple[str, ...],
     if not 1 <= len(receivers) <= NAMES_PER_SEND:
         raise Refused(400, f"to must be a name or a list of 1 to {NAMES_PER_SEND} names")
     if name(sender, "from").lower() in RESERVED:
-        raise Refused(400, f"from must not be {sender}: this name is reserved")
-    name(channel, "channel")
+        raise Refused(400, f"from must not be {reserved(sender)}")
+    channel = "default" if channel in (None, "") else name(channel, "channel")
     start = f'"from": "{sender}", "channel": "{channel}", "msg": '
     return channel, tuple(dict.fromkeys(name(one, "to") for one in receivers)), start
+
+
+def reserved(own: str) -> str:
+    """Why a name is reserved, and another one, which is free unless somebody guessed it."""
+    why = "this name is reserved, because it could be taken for a person or for the bus"
+    return f"{own}: {why}; use {own.lower()}-{secrets.token_hex(2)} or another name"
 
 
 def lifetime(ttl: Any) -> int | None:
@@ -980,7 +989,7 @@ class Query:
 
     def name(self, field: str, default: str | None) -> str | None:
         value = self.one(field)
-        return default if value is None else name(value, field)
+        return default if value is None or field + value == "channel" else name(value, field)
 
     def number(self, field: str, default: float, low: float, high: float) -> float:
         value = self.one(field)
@@ -992,9 +1001,10 @@ class Query:
 
     def flag(self, field: str) -> bool | None:
         value = self.one(field)
-        if value not in (None, "true", "false", "1", "0"):
+        word = value and value.lower()
+        if word not in (None, "true", "false", "1", "0"):
             raise Refused(400, f"{field} must be true or false")
-        return None if value is None else value in ("true", "1")
+        return None if word is None else word in ("true", "1")
 
     def id(self) -> int:
         tick = tick_of(self.one("id"))
@@ -1010,6 +1020,7 @@ class Query:
 
 
 NO_QUERY = Query("")
+known_query = lru_cache(8)(Query)  # one request asks for it several times
 
 
 # ── Connection ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -1149,7 +1160,7 @@ class Request(BaseHTTPRequestHandler):
         say(f"{self.address_string()} [{self.log_date_time_string()}] {format % arguments}")
 
     def query(self) -> Query:
-        return Query(self.parsed.query) if self.parsed.query else NO_QUERY
+        return known_query(self.parsed.query) if self.parsed.query else NO_QUERY
 
     def members(self) -> Query:
         """The members of a small request: those of its JSON body, or those of its query."""
@@ -1724,7 +1735,9 @@ class Plain:
     def peer(self) -> str:
         """The address of the other end."""
         try:
-            return sys.intern(str((self.sock.getpeername() or ("?",))[0]))  # many connections come from one host
+            name = self.sock.getpeername()
+            address = str(name[0]) if isinstance(name, tuple) else "local"  # a Unix socket
+            return sys.intern(address[7:] if address.startswith("::ffff:") else address)  # many come from one host
         except OSError:  # it has gone again
             return "?"
 
@@ -1870,8 +1883,8 @@ class Listener:
     def welcome(self, guest: socket.socket) -> None:
         with contextlib.suppress(OSError):  # the peer may have gone already; reading will tell
             guest.setblocking(False)
-            guest.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             guest.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, self.SEND_BYTES)  # else unread bytes hide there
+            guest.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # last: a Unix socket has no such option
         if self.tls:
             try:
                 guest = self.tls.wrap_socket(guest, server_side=True, do_handshake_on_connect=False)
@@ -3234,10 +3247,10 @@ class View(Rows):
         or not. Then the second value is the tick it got to; it is None when nothing is left.
         """
         found: list[Message] = []
-        size = reached = 0
+        size, reached, end = 0, 0, upto
         with contextlib.ExitStack() as opened:
             if poll.me is None:
-                rows = self.database.execute(f"{SELECT} WHERE tick > ? AND tick <= ? ORDER BY tick", (poll.since, upto))
+                rows, end = self.log(poll, upto)
                 parts: list[Any] = [opened.enter_context(contextlib.closing(rows))]
             else:
                 each = (self.mail(PLACED_ROW, (str(poll.channel), own), poll.since, upto) for own in poll.names)
@@ -3251,7 +3264,19 @@ class View(Rows):
                 size += len(row[4] or "")  # of its text, which was read also if nobody wants it
                 if message and poll.wants(message) and not self.is_expired(message):
                     found.append(message)
-        return found, None
+        return found, end if end < upto else None
+
+    LOOKED = 5000  # messages that are looked at for one answer to an observer; its token may not see most of them
+
+    def log(self, poll: Poll, upto: int) -> tuple[sqlite3.Cursor, int]:
+        """The rows for an observer, and up to which tick. SQLite passes over those that its token may not see."""
+        sees, some = poll.sees or OPEN, "SELECT tick FROM messages WHERE tick > ? ORDER BY tick LIMIT 1 OFFSET ?"
+        [end] = self.ask(some, poll.since, self.LOOKED - 1) or [upto]
+        names = encode([] if sees.send_only else [sees.name, EVERYONE, *sees.also])
+        only = "tick > ? AND tick <= ? AND (? OR sender = ? OR name IN (SELECT value FROM json_each(?)))"
+        rows = f"SELECT {ROW} FROM messages CROSS JOIN mailboxes ON mailbox = id WHERE {only} ORDER BY tick"
+        values = poll.since, min(end, upto), sees.operator, sees.name, names
+        return self.database.execute(rows, values), min(end, upto)
 
     def removed_up_to(self, poll: Poll) -> dict[tuple[str, str], int]:
         """How far retention has come in each mailbox that the poll looks at."""
@@ -3375,7 +3400,8 @@ def locked(path: str) -> IO[str]:
         lock = open_beside(lock_file(path))
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise InUse(f"the database {path} is in use by another bus_server") from None
+        by = lock.readline().strip() or "another bus_server"  # State.sign() wrote it
+        raise InUse(f"the database {path} is in use by {by}: stop that bus, or give another --db") from None
     except OSError as error:
         raise Unusable(f"cannot use the database {path}: {error.strerror}") from None
     return lock
@@ -3593,7 +3619,7 @@ class Mailbox:
 
     __slots__ = (
         "above address base expired expired_to fetched firm listening n newest own pending perishable reached read "
-        "removed seen until"
+        "removed seen sent until"
     ).split()
     own: bool
     read: int | None
@@ -3616,6 +3642,7 @@ class Mailbox:
         self.expired: tuple[int, int, int] | None = None  # above which mark, up to when (wall clock, us), how many
         self.expired_to = 0  # from `fetched` up to this tick all messages are expired
         self.pending: Unfetched | None = None  # None: to be counted
+        self.sent = 0  # of the last message that this name sent, if an extension notes it
         self.address = ""  # of the reader that polled last
         self.listening = 0  # wall clock, us: since when without a break
         self.until = 0.0  # monotonic clock, s: when it stops to count as listening
@@ -3826,10 +3853,10 @@ class Mailboxes:
         looked_at, gone = [], []
         for key in keys:
             box = self.boxes[key]
-            quiet = wall - box.seen
+            quiet = wall - max(box.seen, box.sent)
             if key in self.waiting or box.newest > box.removed or self.online(box):
                 continue
-            if not box.firm and quiet > self.LOOKED_SECONDS * 1000000:
+            if not box.firm and quiet > ((keep or math.inf) if box.sent else self.LOOKED_SECONDS * 1000000):
                 looked_at.append(key)
             elif box.firm and keep and min(quiet, wall - box.removed - keep) > keep and box.mark() >= box.removed:
                 # until then a reader of the name may still have to be told of a gap
@@ -4110,10 +4137,15 @@ class Bus:
         self.waits: dict[type, Waits] = {Poll: Waits(self.receiving.poll_answer, self.receiving.poll_over)}
         self.checks: list[Callable[[Any], None]] = []  # Refused if a message may not be sent
         self.states: list[Callable[[Message], tuple[str, str] | None]] = []  # how far a message came
+        self.about: list[Callable[[Grant, str, str, Mailbox], str]] = []  # further JSON about a name in /agents
+        self.unknown: list[Callable[[Draft], str]] = []  # further JSON about a receiver that is not known
+        self.on_polled: list[Callable[[Request, Poll], None]] = []
+        self.on_announced: list[Callable[[list[Message]], object]] = []
         self.on_delivered: list[Callable[[Parked, int], None]] = []
         self.on_lost: list[Callable[[Any, int], None]] = []  # an answer with `delivers` did not arrive whole
         self.on_tidy: list[Callable[[], None]] = []
         self.metrics: list[Callable[[], Iterable[Metric]]] = []
+        self.listeners: list[tuple[str, Listener]] = []  # each with its URL
         self.extensions: dict[str, str] = dict.fromkeys(ELSEWHERE, "")  # why each is not loaded; "": it is not there
         core_routes(self)
 
@@ -4232,6 +4264,8 @@ class Bus:
         if not added:
             for each in outcome.visible:
                 self.loop.attempt(self.mailboxes.add, [each])
+        for tell in self.on_announced:
+            self.loop.attempt(tell, outcome.visible)
         noted = not outcome.removed or self.loop.attempt(self.mailboxes.note_removed, outcome.removed)
         self.truths, self.readers, self.unread, self.countable = {}, {}, {}, COUNTED_EXPIRED
         woken = not self.mailboxes.parked or self.loop.attempt(self.wake, outcome.visible)
@@ -4497,6 +4531,14 @@ class Receiving:
             connection.wait(PARKED, 0)  # the newest still live; not answered in here, as each may poll again
         return None
 
+    def peek(self, poll: Poll) -> Answer:
+        """The answer to a poll that takes nothing: no cursor is presented, and nothing becomes fetched."""
+        poll = poll._replace(since=self.bus.last if poll.since == NOW else min(poll.since, self.bus.last))
+        found, reached = self.read(poll)
+        self.note_removed(poll)
+        gap = self.mailboxes.gap(poll, self.mailboxes.perhaps_forgotten(poll))
+        return delivery(self.bus, poll, found, reached, gap)._replace(delivers=None)
+
     def read(self, poll: Poll) -> tuple[list[Message], int | None]:
         """The messages for a poll, up to a withheld one: no reader gets that message, and no cursor passes it."""
         withheld = [each.tick for each in self.bus.withheld.values() if poll.covers(self.bus.last, each)]
@@ -4701,14 +4743,20 @@ def recv(bus: Bus, request: Request) -> Answer | None:
     if request.query().one("bus") not in (None, bus.state.bus):  # a cursor from another bus: say so, and mark nothing
         return delivery(bus, poll._replace(since=bus.last), [])
     bus.storms.name(request.owner(), bus.mailboxes.new(str(poll.channel), poll.names))
-    bus.mailboxes.polled(poll, request.peer.address, bus.view.clock())
-    bus.mailboxes.owned(poll)
-    bus.save_marks_soon()
-    if poll.since == LAST:
+    peek, resumes = request.query().flag("peek"), poll.since == LAST
+    if not peek:
+        bus.mailboxes.polled(poll, request.peer.address, bus.view.clock())
+        bus.mailboxes.owned(poll)
+        bus.save_marks_soon()
+        for tell in bus.on_polled:
+            tell(request, poll)
+    if resumes:
         first = bus.view.oldest(str(poll.channel), str(poll.me), 0)
         bus.receiving.note_removed(poll)
-        return bus.receiving.read_or_park(request, bus.mailboxes.resume(poll, first, bus.last))
-    return bus.receiving.look(request, poll)
+        poll = bus.mailboxes.resume(poll, first, bus.last)
+    if peek:
+        return bus.receiving.peek(poll)
+    return bus.receiving.read_or_park(request, poll) if resumes else bus.receiving.look(request, poll)
 
 
 def recv_poll(request: Request) -> Poll:
@@ -4721,22 +4769,21 @@ def recv_poll(request: Request) -> Poll:
 
 
 def log(bus: Bus, request: Request) -> Answer | None:
-    request.grant.check_operator()
     bus.storms.read(request.owner())
     query = request.query()
     poll = poll_of(request, None, query.names("to"), query.name("channel", None), query.name("from", None))
     if poll.since == LAST:
         raise Refused(400, "the bus keeps no cursor for an observer: since must be seconds or 'now'")
-    return bus.receiving.look(request, poll)
+    return bus.receiving.look(request, poll if request.grant.operator else poll._replace(sees=request.grant))
 
 
 def poll_of(request: Request, me: str | None, names: tuple[str, ...], channel: str | None, sender: str | None) -> Poll:
     """A poll with these filters, and with `since`, `max`, `wait` and `block` of the query."""
     query = request.query()
     wait, limit = query.number("wait", HOLD, 0, HOLD_MAX), int(query.number("max", 100, 1, MAX_MESSAGES))
-    since, block = query.one("since"), query.flag("block")
+    since, block = cursor(query.one("since") or "0"), query.flag("block")
     hold = wait if block or (block is None and query.one("wait") is not None) else 0
-    return Poll(me, names, channel, sender, cursor("0" if since is None else since), limit, hold, request.plain())
+    return Poll(me, names, channel, sender, since, limit, hold, request.plain())
 
 
 def boolean(value: bool) -> str:
@@ -4791,14 +4838,19 @@ def entry(bus: Bus, one: Draft, stored: Stored) -> str:
 
 
 def truth(bus: Bus, one: Draft) -> str:
-    """`receiver` in the answer to a send: who of the receivers listens, and how many messages they have not read."""
+    """`receiver` in the answer to a send: who of the receivers listens, and how many messages they have not read.
+
+    A name is known if it ever polled, or if it has a token.
+    """
     to = one.to[0]
     if len(one.to) > 1 or to == EVERYONE:
         return encode(receivers(bus, one))
     box = bus.mailboxes.box(one.channel, to)
     seen = seconds(box.seen) if box.seen else "null"
     count = unread(bus, one.channel, to, box)
-    return f'{{"online": {boolean(bus.mailboxes.online(box))}, "last_seen": {seen}, "unread": {count}}}'
+    online, known = bus.mailboxes.online(box), box.seen > 0 or to in bus.gate.tokens.named
+    more = "" if known else "".join([about(one) for about in bus.unknown])
+    return f'{{"online": {boolean(online)}, "last_seen": {seen}, "unread": {count}, "known": {boolean(known)}{more}}}'
 
 
 def receivers(bus: Bus, one: Draft) -> dict[str, int]:
@@ -4897,16 +4949,17 @@ def agents(bus: Bus, request: Request) -> Answer:
 
 
 def agent(bus: Bus, grant: Grant, channel: str, own: str, box: Mailbox) -> str:
+    since, seen = (seconds(box.listening), seconds(box.seen)) if box.seen else ("null", "null")
     text = (
         f'{{"name": "{own}", "channel": "{channel}", "online": {boolean(bus.mailboxes.online(box))}, '
-        f'"since": {seconds(box.listening)}, "last_seen": {seconds(box.seen)}'
+        f'"since": {since}, "last_seen": {seen}'
     )
     if grant.reads(own):
         text += (
             f', "address": {encode(box.address)}, "unread": {unread(bus, channel, own, box)}, '
             f'"cursor": {seconds(box.mark())}'
         )
-    return f"{text}}}"
+    return f"{text}{''.join([about(grant, channel, own, box) for about in bus.about])}}}"
 
 
 def message(bus: Bus, request: Request) -> Answer:
@@ -5106,8 +5159,8 @@ def default_path() -> str:
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of the core."""
     add = parser.add_argument
-    add("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
-    add("--port", type=int, default=8080, help="port to listen on; 0: any free one (%(default)s)")
+    add("--host", help="address to listen on (127.0.0.1)")
+    add("--port", type=int, help="port to listen on; 0: any free one (8080)")
     add("--db", default=default_path(), metavar="PATH", help="database, or :memory: (%(default)s)")
     add("--keep", type=duration, default="30d", help="remove messages older than this, like 12h; 0: keep all (30d)")
     add("--max-body", type=int, default=262144, metavar="BYTES", help="largest body of a request (%(default)s)")
@@ -5142,7 +5195,7 @@ def command_line(arguments: Sequence[str]) -> argparse.Namespace:
     check_extensions(parser, arguments, without, extensions)
     options = parser.parse_args(arguments)
     for wrong, sentence in (
-        (not 0 <= options.port <= 65535, "--port must be 0 to 65535"),
+        (not 0 <= (options.port or 0) <= 65535, "--port must be 0 to 65535"),
         (options.rate < 0 or options.turns < 0, "--rate and --turns must not be negative"),
         (options.tls_key and not options.tls_cert, "--tls-key needs --tls-cert"),
         (not 1024 <= options.max_body <= 9999999, "--max-body must be 1024 to 9999999"),
@@ -5150,6 +5203,8 @@ def command_line(arguments: Sequence[str]) -> argparse.Namespace:
         if wrong:
             parser.error(sentence)
     options.extensions, options.without = extensions, without
+    options.tcp = options.host is not None or options.port is not None  # else only if nothing else listens
+    options.host, options.port = options.host or "127.0.0.1", 8080 if options.port is None else options.port
     return options
 
 
@@ -5241,10 +5296,24 @@ def listen(host: str, port: int) -> socket.socket:
     """A listening socket, or Unusable. The backlog is what may arrive in one turn of a busy loop."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        return socket.create_server(address[:2], family=family, backlog=4096)
+        both = address[0] == "::" and socket.has_dualstack_ipv6()
+        return socket.create_server(address[:2], family=family, backlog=4096, dualstack_ipv6=both)
     except OSError as error:
         why = str(error.strerror).partition(" (while")[0]  # Python goes on to say where
-        raise Unusable(f"cannot listen on {host} port {port}: {why}") from None
+        advice = "--host must be an address of this machine, without a port"
+        if error.errno in (errno.EADDRINUSE, errno.EACCES):
+            has_it = "an agent-bus" if is_bus(host, port) else "another program, or the system,"
+            advice = f"{has_it} has this port; choose another --port, and give clients that URL in AGENT_BUS_URL"
+        raise Unusable(f"cannot listen on {host} port {port}: {why}: {advice}") from None
+
+
+def is_bus(host: str, port: int) -> bool:
+    """Does a bus answer there?"""
+    with contextlib.suppress(OSError), socket.create_connection((host, port), 1.0) as peer:
+        peer.sendall(b"GET /healthz HTTP/1.0\r\nHost: localhost\r\n\r\n")
+        peer.settimeout(1.0)
+        return b'{"ok": true, "now": ' in peer.recv(4096)
+    return False
 
 
 def tls_context(certificate: str | None, key: str | None) -> ssl.SSLContext | None:
@@ -5273,30 +5342,39 @@ def make_bus(options: argparse.Namespace, state: State) -> Bus:
     return Bus(state, gate, storms, max_body=options.max_body, keep=options.keep, verbose=options.verbose)
 
 
+def tcp_listener(bus: Bus, options: argparse.Namespace, tls: ssl.SSLContext | None) -> tuple[str, Listener]:
+    sock = listen(options.host, options.port)
+    host, port = sock.getsockname()[:2]
+    if host == "::" and sock.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY):
+        print("WARNING: this machine lets [::] take IPv6 only: start with --host 0.0.0.0 for IPv4", file=sys.stderr)
+    if not is_loopback(options.host) and not bus.gate.tokens.closed:
+        print(f"WARNING: anyone who can reach {host}:{port} can read and send every message", file=sys.stderr)
+    url = f"{'https' if tls else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
+    return url, Listener(bus.door, sock, tls)
+
+
 def run_server(options: argparse.Namespace, state: State) -> int:
     """Run until SIGTERM or SIGINT, or until the disk fails. Returns the exit code."""
     tls = tls_context(options.tls_cert, options.tls_key)
     bus = make_bus(options, state)
     extensions = start_extensions(bus, options)
-    sock = listen(options.host, options.port)
-    host, port = sock.getsockname()[:2]
-    url = f"{'https' if tls else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
-    state.sign(url)
-    listener = Listener(bus.door, sock, tls)
+    if options.tcp or not bus.listeners:
+        bus.listeners.insert(0, tcp_listener(bus, options, tls))
+    state.sign(bus.listeners[0][0])
     for number in (signal.SIGTERM, signal.SIGINT):
         bus.loop.on_signal(number, bus.drain)
     if tls:
-        bus.loop.on_signal(signal.SIGHUP, lambda: reload(listener, options))
-    print(f"listening on {url}", flush=True)
+        bus.loop.on_signal(signal.SIGHUP, lambda: reload(bus.listeners[0][1], options))
+    for url, _ in bus.listeners:
+        print(f"listening on {url}", flush=True)
     print(f"messages are in {state.path}", flush=True)
     print(extensions, flush=True)
-    if not is_loopback(options.host) and not bus.gate.tokens.closed:
-        print(f"WARNING: anyone who can reach {host}:{port} can read and send every message", file=sys.stderr)
     bus.tidy()
     bus.loop.every(TIDY_SECONDS, bus.tidy)
     bus.loop.every(Deadlines.SLOT, bus.sweep)
     bus.loop.run(lambda: bus.draining or bus.broken)
-    listener.close()
+    for _, listener in bus.listeners:
+        listener.close()
     bus.end()
     return 1 if bus.broken else 0
 
@@ -5334,7 +5412,7 @@ def invite(arguments: Sequence[str]) -> None:
         except Refused as refused:
             parser.error(refused.sentence)
     if options.name.lower() in RESERVED:
-        parser.error(f"{options.name} is reserved: choose another name")
+        parser.error(reserved(options.name))
     if options.send_only and (also or options.operator):
         parser.error("--send-only excludes --also and --operator")
     token, secret = f"abt_{secrets.token_hex(4)}", secrets.token_urlsafe(32)
