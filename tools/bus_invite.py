@@ -35,7 +35,8 @@ PINNED = """j=$({curl} {url}/bus_join.py) && python3 -Ic "$j" {url} {name} {pin}
 OPEN = """j=$({curl} {url}/bus_join.py) && python3 -Ic "$j" {url} {name}"""
 CHECKED = """j=$({curl} {url}/bus_join.py) && {plain}python3 -Ic '{check}' {own} "$j" {url} {name} {pin}"""
 CHECK = (
-    "import hashlib as l,sys;a=sys.argv;h=a.pop(1);j=a.pop(1);exec(j) if l.sha256(j.encode()).hexdigest()==h "
+    "import hashlib as l,sys;a=sys.argv;h=a.pop(1);j=a.pop(1);exec(j) "
+    'if l.sha256(j.encode(errors="replace")).hexdigest()==h '
     'else sys.exit("this is not the bus_join.py of the invitation: ask for a new one; nothing was run")'
 )
 

@@ -34,12 +34,16 @@ import re
 import shlex
 import ssl
 import subprocess
+import tempfile
 from collections.abc import Sequence
-from typing import Any, Optional
+from typing import Any
 from urllib.parse import urlsplit
 
 FILES = ("bus_recv.py", "bus_send.py", "bus_doctor.py", "bus_join.py")
-LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # a profile: it becomes the name of a file
+PROFILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # it becomes the name of a file
+# What a configuration is about. Only the line's own arguments say it here, so that no other bus gets in.
+OURS = ["AGENT_BUS_URL", "AGENT_BUS_TOKEN", "AGENT_BUS_TOKEN_FILE", "AGENT_BUS_CA", "AGENT_BUS_PROFILE",
+        "AGENT_BUS_PLAIN_HTTP", "AGENT_NAME"]  # fmt: skip
 TOKEN = re.compile(r"abt_[0-9a-f]{8}_[A-Za-z0-9_-]{43}")
 
 
@@ -139,9 +143,9 @@ def settings(path: str) -> dict[str, str]:
         return {}
 
 
-def choose(place: str, url: str, name: str) -> str:
+def choose(place: str, url: str, name: str, profile: str) -> str:
     """The profile to write. Ask, before the configuration of another bus or name is replaced."""
-    profile, host = "default", re.sub("[^A-Za-z0-9._-]", "-", urlsplit(url).hostname or "").strip("-.") or "bus"
+    host = re.sub("[^A-Za-z0-9._-]", "-", urlsplit(url).hostname or "").strip("-.") or "bus"
     while True:
         known = settings(os.path.join(place, f"{profile}.env"))
         who = known.get("AGENT_NAME"), known.get("AGENT_BUS_URL")
@@ -154,7 +158,7 @@ def choose(place: str, url: str, name: str) -> str:
         answer = sys.stdin.readline().strip() or host
         if answer == profile:
             return profile
-        profile = answer if LABEL.fullmatch(answer) else profile
+        profile = answer if PROFILE.fullmatch(answer) else profile
 
 
 def ask_token(name: str, known: str) -> str:
@@ -167,10 +171,10 @@ def ask_token(name: str, known: str) -> str:
     return token
 
 
-def keep_certificate(url: str, pin: str, path: str) -> None:
+def keep_certificate(url: str, pin: str, authority: str, path: str) -> None:
     """Write what the clients are to trust, if the bus has the pinned key: its certificate, and no other one.
 
-    If an authority signed it, Python before 3.13 needs the certificate of that authority, in the file AGENT_BUS_CA.
+    If an authority signed it, Python before 3.13 needs the certificate of that authority, from the file `authority`.
     """
     import bus_recv
 
@@ -180,25 +184,22 @@ def keep_certificate(url: str, pin: str, path: str) -> None:
         raise Fault(f"cannot get the certificate of {url} ({error}): is the bus running?") from None
     if pin_of(certificate) != pin:
         raise other_key(url)
-    authority = os.environ.get("AGENT_BUS_CA")
+    trusted = ssl.DER_cert_to_PEM_cert(certificate).encode()
     if authority:
         with open(authority, "rb") as file:
-            write(path, file.read())
-    else:
-        write(path, ssl.DER_cert_to_PEM_cert(certificate).encode())
+            trusted = file.read()
+    write(path, trusted)
 
 
-def check(settings: dict[str, str]) -> None:
-    """Is the token good, and does each hop work? With these settings, and no others."""
+def check(mine: dict[str, str]) -> None:
+    """Is the token good, and does each hop work? With these settings."""
     import bus_doctor
 
     import bus_recv
 
-    for variable in [each for each in os.environ if each.startswith("AGENT_")]:
-        del os.environ[variable]
-    os.environ.update(settings)
+    os.environ.update(mine)
     try:
-        bus_recv.ask(settings["AGENT_BUS_URL"], "/inbox", 10.0)
+        bus_recv.ask(mine["AGENT_BUS_URL"], "/inbox", 10.0)
     except bus_recv.Refused as refused:
         if refused.status == 401:
             raise Fault(f"the bus does not take this token, so nothing was configured: {refused}") from None
@@ -208,56 +209,57 @@ def check(settings: dict[str, str]) -> None:
         raise Fault("the last line above says what to do; nothing was configured")
 
 
-def join(url: str, name: str, pin: str, profile: Optional[str]) -> None:
+def join(url: str, name: str, pin: str, profile: str) -> None:
+    given = {variable: os.environ.pop(variable) for variable in OURS if variable in os.environ}
     place = fetch(url, pin)
     sys.path.insert(0, place)
     sys.dont_write_bytecode = True
     there = folder("XDG_CONFIG_HOME", ".config")
-    profile = profile or choose(there, url, name)
-    file, authority = (os.path.join(there, f"{profile}.{kind}") for kind in ("env", "pem"))
+    profile = profile or choose(there, url, name, given.get("AGENT_BUS_PROFILE") or "default")
+    file, trusted = (os.path.join(there, f"{profile}.{kind}") for kind in ("env", "pem"))
     known = settings(file)
     mine = {"AGENT_BUS_URL": url, "AGENT_NAME": name}
-    if pin.startswith("sha256//"):
-        keep_certificate(url, pin, f"{authority}.joining")
-        mine["AGENT_BUS_CA"] = f"{authority}.joining"
-    if os.environ.get("AGENT_BUS_PLAIN_HTTP"):
-        mine["AGENT_BUS_PLAIN_HTTP"] = "1"
-    same = (known.get("AGENT_BUS_URL"), known.get("AGENT_NAME")) == (url, name)
-    mine["AGENT_BUS_TOKEN"] = ask_token(name, known.get("AGENT_BUS_TOKEN", "") if same else "")
-    others = {each: os.environ[each] for each in mine if each in os.environ and each != "AGENT_BUS_PLAIN_HTTP"}
-    check(mine)
-    if "AGENT_BUS_CA" in mine:
-        os.replace(mine["AGENT_BUS_CA"], authority)
-        mine["AGENT_BUS_CA"] = authority
+    with tempfile.TemporaryDirectory(dir=there) as aside:
+        if pin.startswith("sha256//"):
+            mine["AGENT_BUS_CA"] = os.path.join(aside, "bus.pem")
+            keep_certificate(url, pin, given.get("AGENT_BUS_CA", ""), mine["AGENT_BUS_CA"])
+        if given.get("AGENT_BUS_PLAIN_HTTP"):
+            mine["AGENT_BUS_PLAIN_HTTP"] = "1"
+        same = (known.get("AGENT_BUS_URL"), known.get("AGENT_NAME")) == (url, name)
+        mine["AGENT_BUS_TOKEN"] = ask_token(name, known.get("AGENT_BUS_TOKEN", "") if same else "")
+        check(mine)
+        if "AGENT_BUS_CA" in mine:
+            os.replace(mine["AGENT_BUS_CA"], trusted)
+            mine["AGENT_BUS_CA"] = trusted
     write(file, "".join(f"{key}={value}\n" for key, value in mine.items()).encode())
     print(f"you are {name} on {url}")
-    show_next(place, file, profile, name, others)
+    show_next(place, file, profile, name, sorted({*given} - {"AGENT_BUS_PLAIN_HTTP", "AGENT_BUS_CA"}))
 
 
-def show_next(place: str, file: str, profile: str, name: str, others: dict[str, str]) -> None:
+def show_next(place: str, file: str, profile: str, name: str, others: Sequence[str]) -> None:
     """Where everything is, and the first commands."""
     which = "" if profile == "default" else f"AGENT_BUS_PROFILE={profile} "
     print(f"The configuration is {file}. To receive, and to send:")
     print(f"    {which}python3 {shlex.quote(place)}/bus_recv.py {name}")
     print(f"    echo hello | {which}python3 {shlex.quote(place)}/bus_send.py NAME")
     if others:
-        print(f"In this shell {' and '.join(sorted(others))} is set, which wins over that file: unset it first")
+        print(f"This shell sets {', '.join(others)}, which wins over that file: unset it first")
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
+def main(argv: "Sequence[str] | None" = None) -> int:
     parser = argparse.ArgumentParser(prog="bus_join.py", description="Connect this machine to an agent-bus as NAME.")
     parser.add_argument("url", metavar="URL", help="of the bus, like https://bus.lan:8080")
     parser.add_argument("name", metavar="NAME", help="the name that the token is for")
     parser.add_argument("pin", metavar="PIN", nargs="?", default="", help="from the line that `invite` printed")
-    parser.add_argument("--profile", metavar="P", help="write P.env, and replace it if it is there (default)")
+    parser.add_argument("--profile", default="", metavar="P", help="write P.env, even if it is there (default)")
     options = parser.parse_args(argv)
     if not re.fullmatch(r"https?://[^\s?#@]+", options.url):
         parser.error(f"{options.url} is not the URL of a bus: write it like https://bus.lan:8080")
-    if options.profile and not LABEL.fullmatch(options.profile):
+    if options.profile and not PROFILE.fullmatch(options.profile):
         parser.error("a profile is 1 to 64 of A-Z a-z 0-9 . _ - with a letter or digit first")
     try:
         join(options.url.rstrip("/"), options.name, options.pin, options.profile)
-    except (Fault, OSError) as error:
+    except (Fault, OSError, ValueError) as error:  # ValueError: a configuration that was there is malformed
         print(f"bus_join: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -55,13 +55,13 @@ def invited(bus, name, *options):
     return line and line[1], TOKEN.search(text)[0], text
 
 
-def join(bus, name, token, home, *options, pin=None):
+def join(bus, name, token, home, *options, pin=None, program=sys.executable, **more):
     """bus_join.py as the line runs it, without a terminal; (exit code, stdout, stderr)."""
     line, _, _ = invited(bus, name) if pin is None else (pin, "", "")
     arguments = [bus.url, name, line.split()[-1], *options]
-    program = (ROOT / "tools" / "bus_join.py").read_text()
-    env = {"HOME": str(home), "PATH": os.environ["PATH"]}
-    done = subprocess.run([sys.executable, "-Ic", program, *arguments], env=env, input=f"{token}\n", text=True,
+    text = (ROOT / "tools" / "bus_join.py").read_text()
+    env = {"HOME": str(home), "PATH": os.environ["PATH"], **more}
+    done = subprocess.run([program, "-Ic", text, *arguments], env=env, input=f"{token}\n", text=True,
                           capture_output=True, timeout=PATIENCE)  # fmt: skip
     assert "Traceback" not in done.stderr and (not token or token not in done.stdout + done.stderr)
     return done.returncode, done.stdout, done.stderr
@@ -232,7 +232,7 @@ def test_a_certificate_with_another_key_is_not_kept(bus, tmp_path, authority):
     with Between(0, authority.sign("IP:127.0.0.1")) as between:
         url = f"https://127.0.0.1:{between.server_port}"
         with pytest.raises(bus_join.Fault, match="does not have the key"):
-            bus_join.keep_certificate(url, invited(bus, "dell")[0].split()[-1], str(tmp_path / "kept.pem"))
+            bus_join.keep_certificate(url, invited(bus, "dell")[0].split()[-1], "", str(tmp_path / "kept.pem"))
     assert not (tmp_path / "kept.pem").exists() and between.heard == []
 
 
@@ -264,17 +264,33 @@ def test_a_machine_without_python_is_told_so(bus, tmp_path):
     assert "python3: command not found" in screen and not (tmp_path / "home" / ".local").exists()
 
 
-OLD = pathlib.Path.home() / ".pyenv" / "versions"
+def python(version):
+    path = pathlib.Path.home() / ".pyenv" / "versions" / version / "bin" / "python3"
+    if not path.exists():
+        pytest.skip(f"Python {version} is not installed")
+    return path
+
+
+@pytest.mark.parametrize("kind", ["self_signed", "sign"])
+@pytest.mark.parametrize("version", ["3.9.18", "3.13.0"])
+def test_every_python_from_3_9_on_can_join(version, kind, tmp_path, authority):
+    """From 3.13 on a certificate is enough, also if an authority signed it; before, that of the authority is needed."""
+    program = python(version)
+    with secure(Server(tmp_path / "bus.db", *tls(getattr(authority, kind)("IP:127.0.0.1")))) as bus:
+        line, token, _ = invited(bus, "dell")
+        more = {"AGENT_BUS_CA": authority.file} if (version, kind) == ("3.9.18", "sign") else {}
+        assert join(bus, "dell", token, tmp_path / "home", pin=line, program=program, **more)[0] == 0
+        if more:
+            code, out, _ = join(bus, "nano", token, tmp_path / "other", pin=line, program=program)
+            assert code == 1 and "FAIL  tls" in out and "AGENT_BUS_CA" in out
 
 
 @pytest.mark.parametrize("version", ["3.6.15", "3.8.18"])
 @pytest.mark.parametrize("kind", ["bus", "plain"])
 def test_an_old_python_is_told_so(kind, version, tmp_path, authority):
-    if not (OLD / version).exists():
-        pytest.skip(f"Python {version} is not installed")
     certified = tls(authority.self_signed("IP:127.0.0.1")) if kind == "bus" else []
     with Server(tmp_path / "bus.db", *certified) as bus:
-        path = machine(tmp_path / "bin", "curl", python=OLD / version / "bin" / "python3")
+        path = machine(tmp_path / "bin", "curl", python=python(version))
         screen = pasted(invited(bus, "dell")[0], tmp_path, path=path)
     assert f"bus_join: this needs Python 3.9 or later, and python3 is {version}" in screen
     assert "Traceback" not in screen
@@ -297,7 +313,7 @@ def test_a_bus_that_is_not_there_is_one_sentence(bus, tmp_path):
 def test_a_wrong_token_is_one_sentence_and_configures_nothing(given, says, bus, tmp_path):
     code, out, err = join(bus, "dell", given, tmp_path / "home")
     assert (code, out, err.count("\n")) == (1, "", 1) and says in err
-    assert configuration(tmp_path / "home") is None
+    assert list((tmp_path / "home" / CONFIG).iterdir()) == []
 
 
 def test_an_expired_token_is_one_sentence(bus, tmp_path):
@@ -396,4 +412,4 @@ def test_what_the_shell_has_set_is_named(bus, tmp_path):
         terminal.type(line)
         terminal.wait_for("token of dell: ")
         terminal.type(token)
-        terminal.wait_for("AGENT_BUS_URL is set, which wins over that file")
+        terminal.wait_for("This shell sets AGENT_BUS_URL, which wins over that file")
