@@ -70,7 +70,10 @@ def tell(line: str) -> None:
 
 def settings_url() -> str:
     """The bus that the clients of this user talk to."""
-    return os.environ.get("AGENT_BUS_URL") or bus_recv.DEFAULT_URL
+    try:
+        return bus_recv.settings()["AGENT_BUS_URL"]
+    except ValueError:  # the configuration is malformed, which is not our matter
+        return bus_recv.DEFAULT_URL
 
 
 def said(url: str, path: str) -> dict[str, Any]:

@@ -134,20 +134,24 @@ def other_key(url: str) -> Fault:
     )
 
 
-def settings(path: str) -> dict[str, str]:
-    """The lines NAME=VALUE of a configuration; none if there is no such file."""
-    try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            return dict(line.strip().split("=", 1) for line in file if "=" in line)
-    except FileNotFoundError:
+def configured(place: str, profile: str) -> dict[str, str]:
+    """The configuration of a profile; empty if there is none."""
+    import bus_recv
+
+    if not os.path.exists(os.path.join(place, f"{profile}.env")):
         return {}
+    os.environ["AGENT_BUS_PROFILE"] = profile
+    try:
+        return bus_recv.configuration()[1]
+    finally:
+        del os.environ["AGENT_BUS_PROFILE"]
 
 
 def choose(place: str, url: str, name: str, profile: str) -> str:
     """The profile to write. Ask, before the configuration of another bus or name is replaced."""
     host = re.sub("[^A-Za-z0-9._-]", "-", urlsplit(url).hostname or "").strip("-.") or "bus"
     while True:
-        known = settings(os.path.join(place, f"{profile}.env"))
+        known = configured(place, profile)
         who = known.get("AGENT_NAME"), known.get("AGENT_BUS_URL")
         if not known or who == (name, url):
             return profile
@@ -217,7 +221,7 @@ def join(url: str, name: str, pin: str, profile: str) -> None:
     there = folder("XDG_CONFIG_HOME", ".config")
     profile = profile or choose(there, url, name, given.get("AGENT_BUS_PROFILE") or "default")
     file, trusted = (os.path.join(there, f"{profile}.{kind}") for kind in ("env", "pem"))
-    known = settings(file)
+    known = configured(there, profile)
     mine = {"AGENT_BUS_URL": url, "AGENT_NAME": name}
     with tempfile.TemporaryDirectory(dir=there) as aside:
         if pin.startswith("sha256//"):

@@ -146,7 +146,8 @@ def test_one_line_and_one_token_connect_another_host(shell, kind, hosts, tmp_pat
         assert {file.name for file in written} == expected, "and nothing else"
         assert {file.stat().st_mode & 0o777 for file in written} == {0o600}
         send = inside(there, sys.executable, "-I", str(home / CLIENTS / "bus_send.py"), "op")
-        done = subprocess.run(send, env=mine, input="T1 done", text=True, capture_output=True, timeout=PATIENCE)
+        env = {"HOME": str(home)}
+        done = subprocess.run(send, env=env, input="T1 done", text=True, capture_output=True, timeout=PATIENCE)
         assert json.loads(done.stdout)["ok"], done.stderr
 
 
