@@ -95,7 +95,7 @@ def invitation(name: str, token: str, here: str, url: str) -> str:
     url = (url or reachable(here)).rstrip("/")
     line, remark = line_for(name, here, url)
     texts = [TOKEN.format(name=name, token=token), RUN.format(name=name, line=line) if line else "", remark]
-    return "\n".join(filter(None, texts))
+    return "\n".join(filter(None, texts)).rstrip()
 
 
 def reachable(here: str) -> str:
@@ -200,7 +200,7 @@ The token of {name}, shown this once (the bus keeps only its hash):
     {token}
 """
 RUN = """\
-On the machine of {name}, paste this line into bash or zsh. It asks for the token. It needs curl and Python 3.9.
+On the machine of {name}, with curl and Python 3.9 or later, paste this line into bash or zsh. It asks for the token.
 
     {line}
 """

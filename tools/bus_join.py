@@ -27,8 +27,10 @@ if sys.version_info < (3, 9):  # noqa: UP036
 
 import argparse
 import base64
+import contextlib
 import getpass
 import hashlib
+import io
 import os
 import re
 import shlex
@@ -155,11 +157,12 @@ def choose(place: str, url: str, name: str, profile: str) -> str:
         who = known.get("AGENT_NAME"), known.get("AGENT_BUS_URL")
         if not known or who == (name, url):
             return profile
+        other = name if who[1] == url and PROFILE.fullmatch(name) else host
         taken = f"{profile}.env is the configuration of {who[0]} on {who[1]}"
         if not sys.stdin.isatty():
-            raise Fault(f"{taken}: give --profile {host} to keep both, or --profile {profile} to replace it")
-        print(f"{taken}.\nName a profile to keep both, or write {profile} to replace it [{host}]: ", end="", flush=True)
-        answer = sys.stdin.readline().strip() or host
+            raise Fault(f"{taken}: give --profile {other} to keep both, or --profile {profile} to replace it")
+        print(f"{taken}.\nName a profile to keep both, or {profile} to replace it [{other}]: ", end="", flush=True)
+        answer = sys.stdin.readline().strip() or other
         if answer == profile:
             return profile
         profile = answer if PROFILE.fullmatch(answer) else profile
@@ -196,7 +199,7 @@ def keep_certificate(url: str, pin: str, authority: str, path: str) -> None:
 
 
 def check(mine: dict[str, str]) -> None:
-    """Is the token good, and does each hop work? With these settings."""
+    """Is the token good, and does each hop work, with these settings? Prints what the doctor finds wrong."""
     import bus_doctor
 
     import bus_recv
@@ -209,7 +212,12 @@ def check(mine: dict[str, str]) -> None:
             raise Fault(f"the bus does not take this token, so nothing was configured: {refused}") from None
     except (bus_recv.Unreachable, ValueError):
         pass  # the doctor says which hop it is
-    if bus_doctor.main(["--hold", "0"]):  # its long poll would take 25 s
+    with contextlib.redirect_stdout(io.StringIO()) as told:
+        code = bus_doctor.main(["--hold", "0"])  # its long poll would take 25 s
+    for line in told.getvalue().splitlines():
+        if not line.startswith("ok"):
+            print(line, flush=True)
+    if code:
         raise Fault("the last line above says what to do; nothing was configured")
 
 
