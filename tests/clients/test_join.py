@@ -345,6 +345,8 @@ def test_the_same_line_again_updates(bus, tmp_path):
     line, token, _ = invited(bus, "dell")
     assert join(bus, "dell", token, home, pin=line)[0] == 0
     (home / CLIENTS / "bus_recv.py").write_text("an old one")
+    with (home / CONFIG / "default.env").open("a") as file:
+        file.write("AGENT_BUS_CHANNEL=builds\n")
     before, (_, new, _) = configuration(home), invited(bus, "dell")
     assert join(bus, "dell", new, home, pin=line)[0] == 0
     assert configuration(home) == {**before, "AGENT_BUS_TOKEN": new}
