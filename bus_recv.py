@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Receive messages from an agent-bus: each as a block of text, or as a line of JSON.
 
-    AGENT_BUS_URL=http://10.0.0.5:8080 python3 bus_recv.py spark     # until it is killed: for an agent's Monitor
+    AGENT_BUS_URL=http://10.0.0.5:8080 python3 bus_recv.py spark     # until it is killed; for an agent's Monitor, too
     python3 bus_recv.py spark reviewers --once                       # all waiting messages, or else the first to arrive
     python3 bus_recv.py --read 660ba678a1b40                         # one message, whole
     python3 bus_recv.py spark --exec ./on_mail.sh                    # run a command for each message
@@ -14,14 +14,19 @@ The parts of this file, in order: receive() and ask() for programs; Reader (poll
 (how far a name has read, on disk); the marked part, which bus_send.py has too and which speaks HTTP (proxies, tokens,
 faults); block (a message as text); show_blocks and run_command (the outputs); main.
 
+Messages are whole on a terminal, in a file and in a pipe. A Monitor of Claude Code cuts and drops what exceeds its
+limits; its end of our output is a socket (seen with 2.1.329), so for a socket, or with --monitor, they are paced and
+wrapped.
+
 A message is shown at least once. Its cursor is saved after the message was written out, so a reader that is killed
 shows its last message again and never loses one; the id tells the repeat. Only a 200 with the bus's own JSON moves the
 cursor, and only the bus's own 4xx ends the program. Anything else (silence, half an answer, a redirect, a proxy's page)
 is an outage.
 
-Standard library only, Python 3.9 and later. It reads the environment (AGENT_BUS_URL, AGENT_BUS_CHANNEL, AGENT_BUS_TOKEN
-or AGENT_BUS_TOKEN_FILE, AGENT_BUS_CA, AGENT_BUS_UA, AGENT_BUS_STATE_DIR; http_proxy, https_proxy, no_proxy), talks to
-that URL, follows no redirect, and writes one small file per bus, channel and name.
+Standard library only, Python 3.9 and later. It reads the environment (AGENT_BUS_URL, AGENT_NAME, AGENT_BUS_CHANNEL,
+AGENT_BUS_TOKEN or AGENT_BUS_TOKEN_FILE, AGENT_BUS_CA, AGENT_BUS_UA, AGENT_BUS_STATE_DIR; http_proxy, https_proxy,
+no_proxy) and below it the file ~/.config/agent-bus/default.env, or PROFILE.env (--bus, AGENT_BUS_PROFILE). It talks to
+that URL (http, https, or unix:/path), follows no redirect, and writes one small file per bus, channel and name.
 Exit code: 0 done, 1 refused by the bus, 2 usage or no place for the file, 3 nothing arrived, 75 out of reach.
 """
 
@@ -74,26 +79,20 @@ class Busy(Exception):
 
 
 def receive(
-    names: str | Sequence[str],
-    *,
-    url: str | None = None,
-    channel: str | None = None,
-    since: str | None = None,
-    wait: float = HOLD_SECONDS,
-    once: bool = False,
-    timeout: float | None = None,
-) -> Iterator[dict[str, Any]]:
+    names: str | Sequence[str], *, once: bool = False, timeout: float | None = None, **given: Any
+) -> Iterator[Any]:
     """Yields the messages for `names` as they arrive, as dicts (PROTOCOL.md, a message).
 
     The first name is the reader's own. A message counts as received when the next one is asked for: then its cursor is
-    saved. `url` and `channel` default to the environment's or the configuration file's. `since` is `now`, `last`, a
-    decimal, how long ago (`1h`) or the id of a message, and overrules the saved cursor. A poll is held for `wait`
-    seconds, 1 to 60. The messages end after `timeout` seconds; with `once`, after all that waited, or else after the
-    first to arrive; otherwise never. A number with a fraction is a Decimal, so that no `ts` is ever rounded.
+    saved. The messages end after `timeout` seconds; with `once`, after all that waited, or else after the first to
+    arrive; otherwise never. `given` may have `url` and `channel`, which default to the environment's or the
+    configuration file's; `since`, which overrules the saved cursor (`now`, `last`, a decimal, `1h` for an hour ago, or
+    the id of a message); and `wait`, for how long a poll is held (25 s, at most 60). A number with a fraction is a
+    Decimal, so that no `ts` is ever rounded.
     Raises Refused; Unreachable, if time runs out while the bus is out of reach; Busy, if another process reads as this
     name; ValueError for a wrong name, URL or `since`; OSError if the cursor cannot be saved.
     """
-    return Reader([names] if isinstance(names, str) else names, url, channel, since, wait).messages(once, timeout)
+    return Reader([names] if isinstance(names, str) else names, **given).messages(once, timeout)
 
 
 def ask(url: str, path: str, seconds: float, order: dict[str, Any] | None = None) -> tuple[dict[str, Any], float]:
@@ -117,7 +116,7 @@ class Reader:
     the module time, or its replacement in a test.
     """
 
-    def __init__(self, names: Sequence[str], url: str | None, channel: str | None, since: str | None, wait: float):
+    def __init__(self, names: Any, url: Any = None, channel: Any = None, since: Any = None, wait: float = HOLD_SECONDS):
         given = settings(url)
         self.url, self.channel = given["AGENT_BUS_URL"], channel or given.get("AGENT_BUS_CHANNEL", "default")
         if not 1 <= len(names) <= 16:
@@ -751,7 +750,7 @@ def unread_output() -> int:
 
 def run_command(command: str, tries: int, reader: Reader, message: dict[str, Any]) -> None:
     """Run the command for one message. If all the tries fail, append the message to a file."""
-    known = message if isinstance(message, dict) else {"id": "what is not a message"}
+    known = message if isinstance(message, dict) else {"id": "an answer that is no message"}
     for attempt in range(1, tries + 1):
         with running(command, dump(message), known, attempt) as process:
             if process.wait() == 0:
@@ -760,7 +759,7 @@ def run_command(command: str, tries: int, reader: Reader, message: dict[str, Any
         reader.clock.sleep(pause_after(attempt) if attempt < tries else 0)
     with reader.cursor.opened("~dead", os.O_WRONLY | os.O_APPEND, "w") as file:
         file.write(f"{dump(message)}\n")
-    reader.warn(f"{known.get('id')} is given up, and appended to {reader.cursor.path}~dead")
+    reader.warn(f"the command failed {tries} times for {known.get('id')}: it is in {reader.cursor.path}~dead now")
 
 
 @contextlib.contextmanager
@@ -813,9 +812,7 @@ def main(argv: list[str] | None = None) -> int:
     cli.add_argument("--json", action="store_true", help="print each message as a line of JSON")
     cli.add_argument("--once", action="store_true", help="end after the waiting messages, or after the first new one")
     cli.add_argument("--timeout", type=duration, metavar="S", help="end after S seconds (with --once: 25)")
-    cli.add_argument(
-        "--since", metavar="X", help="begin at X: 1h (ago), an id, now, last (the saved cursor), or a time"
-    )
+    cli.add_argument("--since", metavar="X", help="begin at X: 1h (ago), an id, now, last (the saved cursor), a time")
     cli.add_argument("--channel", metavar="C", help="the channel ($AGENT_BUS_CHANNEL, or 'default')")
     cli.add_argument("--exec", metavar="CMD", help="run CMD for each message: JSON on stdin, MSG_FROM ... as variables")
     cli.add_argument("--tries", type=int, default=5, metavar="N", help="put a message into a file after N failures (5)")
@@ -850,7 +847,7 @@ def read(options: argparse.Namespace) -> int:
     names = options.names or [settings().get("AGENT_NAME") or (options.read and "nobody")]
     if names == [None]:
         raise ValueError("the name is missing: give NAME, or set AGENT_NAME")
-    reader = Reader(names, None, options.channel, options.since, HOLD_SECONDS)
+    reader = Reader(names, channel=options.channel, since=options.since)
     if options.read:  # this needs no cursor and moves none
         answer, now = ask(reader.url, f"/message/{quote(options.read, safe='')}", GRACE_SECONDS)
         emit(block(answer.get("message"), "", now, whole=True))

@@ -23,7 +23,7 @@ Standard library only, and curl. Exit code: 0 connected, 1 refused or not reacha
 import sys
 
 if sys.version_info < (3, 9):  # noqa: UP036
-    sys.exit(f"bus_join: this needs Python 3.9 or later, and python3 is {sys.version.split()[0]}: install a newer one")
+    sys.exit(f"bus_join.py needs Python 3.9 or later, and python3 is {sys.version.split()[0]}: install a newer one")
 
 import argparse
 import base64

@@ -291,7 +291,7 @@ def test_an_old_python_is_told_so(kind, version, tmp_path, authority):
     with Server(tmp_path / "bus.db", *certified) as bus:
         path = machine(tmp_path / "bin", "curl", python=python(version))
         screen = pasted(invited(bus, "dell")[0], tmp_path, path=path)
-    assert f"bus_join: this needs Python 3.9 or later, and python3 is {version}" in screen
+    assert f"bus_join.py needs Python 3.9 or later, and python3 is {version}" in screen
     assert "Traceback" not in screen
 
 
