@@ -16,7 +16,7 @@ import time
 import pytest
 
 from tests.kit.peers import command, set_expires
-from tests.kit.processes import PATIENCE, ROOT, Server
+from tests.kit.processes import PATIENCE, ROOT, Server, wait_until
 from tests.kit.terminal import PROMPT, Terminal, Watch, machine
 from tools import bus_join
 
@@ -236,6 +236,20 @@ def test_a_certificate_with_another_key_is_not_kept(bus, tmp_path, authority):
         with pytest.raises(bus_join.Fault, match="does not have the key"):
             bus_join.keep_certificate(url, invited(bus, "dell")[0].split()[-1], "", str(tmp_path / "kept.pem"))
     assert not (tmp_path / "kept.pem").exists() and between.heard == []
+
+
+def test_somebody_who_comes_in_between_later_gets_no_token(bus, tmp_path, authority):
+    line, token, _ = invited(bus, "dell")
+    home, program = tmp_path / "home", (ROOT / "tools" / "bus_join.py").read_text()
+    command = [sys.executable, "-Ic", program, bus.url, "dell", line.split()[-1]]
+    env = {"HOME": str(home), "PATH": os.environ["PATH"]}
+    process = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    wait_until(lambda: list((home / CONFIG).glob("*/bus.pem")))  # it waits for the token
+    bus.stop()
+    with Between(bus.port, authority.self_signed("IP:127.0.0.1")) as between:
+        out, err = process.communicate(token.encode(), timeout=PATIENCE)
+        assert process.returncode == 1 and b"FAIL  tls" in out and b"nothing was configured" in err
+        assert between.heard == [] and list((home / CONFIG).iterdir()) == []
 
 
 @pytest.fixture
