@@ -275,30 +275,19 @@ class Cursor:
 
     def __init__(self, bus: str, channel: str, name: str, warn: Callable[[str], None]) -> None:
         self.path = os.path.join(state_directory(), "cursors", *map(file_name, (bus, channel, name)))
-        self.lock = self.only_one(name)
-        self.at, self.warn = "last", warn
+        self.lock, self.at, self.warn = self.only_one(name), "last", warn
         self.load()
         self.move(self.at)  # if the file cannot be written, fail before a message is asked for
 
     def only_one(self, name: str) -> IO[str]:
         """A file, locked until it is closed or this process ends: two readers would each see half of the mail."""
-        file, end = self.opened("~lock", os.O_RDWR, "r+"), time.monotonic() + LOCK_SECONDS
+        file, end = private_file(f"{self.path}~lock", os.O_RDWR, "r+"), time.monotonic() + LOCK_SECONDS
         while not try_lock(file, self.path):
             if time.monotonic() >= end:
                 raise Busy(f"{name} is already read by process {file.read(20).strip()}: end that one first")
             time.sleep(0.05)
         print(f"{os.getpid():<20}", file=file, flush=True)  # blanks replace the digits of an earlier, longer number
         return file
-
-    def opened(self, suffix: str, flags: int, mode: str) -> IO[str]:
-        """One of the files of this cursor, which only this user can read. OSError says what to do."""
-        path = self.path + suffix
-        try:
-            os.makedirs(state_directory(), 0o700, exist_ok=True)
-            os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
-            return open(os.open(path, flags | os.O_CREAT, 0o600), mode, encoding="ascii")
-        except OSError as error:
-            raise OSError(f"cannot write {path}: {error.strerror}; set AGENT_BUS_STATE_DIR to another place") from error
 
     def load(self) -> None:
         """Read the cursor from the file. If the file has none, the cursor stays as it is."""
@@ -311,15 +300,25 @@ class Cursor:
 
     def move(self, since: str) -> None:
         """Save that everything up to `since` was received."""
-        self.at, new = since, f"~{os.getpid()}"
-        with self.opened(new, os.O_WRONLY | os.O_TRUNC, "w") as file:
+        self.at, new = since, f"{self.path}~{os.getpid()}"
+        with private_file(new, os.O_WRONLY | os.O_TRUNC, "w") as file:
             file.write(f"{since}\n")
-        os.replace(self.path + new, self.path)
+        os.replace(new, self.path)
 
     def pass_over(self, message: Any) -> None:
         """Save that this message was received."""
         if isinstance(message, dict) and seconds_of(message):
             self.move(str(message["ts"]))
+
+
+def private_file(path: str, flags: int, mode: str) -> IO[str]:
+    """A file in the state directory, made if need be, that only this user can read. OSError says what to do."""
+    try:
+        os.makedirs(state_directory(), 0o700, exist_ok=True)
+        os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
+        return open(os.open(path, flags | os.O_CREAT, 0o600), mode, encoding="ascii", errors="replace")
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error.strerror}; set AGENT_BUS_STATE_DIR to another place") from error
 
 
 def try_lock(file: IO[Any], path: str) -> bool:
@@ -708,6 +707,10 @@ def dump(value: Any, depth: int = 99) -> str:
     return str(value) if isinstance(value, Decimal) else json.dumps(value if depth else None)
 
 
+# Signals that end a program and its command. What is ignored stays so, as SIGHUP under nohup; Windows has no SIGHUP.
+ENDS = [it for it in (signal.SIGTERM, getattr(signal, "SIGHUP", 0)) if it and signal.getsignal(it) != signal.SIG_IGN]
+
+
 # The outputs. Each moves the cursor as soon as a message is out, and not before.
 
 
@@ -757,7 +760,7 @@ def run_command(command: str, tries: int, reader: Reader, message: dict[str, Any
                 return
         reader.warn(f"command ended with {process.returncode} for {known.get('id')}, attempt {attempt} of {tries}")
         reader.clock.sleep(pause_after(attempt) if attempt < tries else 0)
-    with reader.cursor.opened("~dead", os.O_WRONLY | os.O_APPEND, "w") as file:
+    with private_file(f"{reader.cursor.path}~dead", os.O_WRONLY | os.O_APPEND, "w") as file:
         file.write(f"{dump(message)}\n")
     reader.warn(f"the command failed {tries} times for {known.get('id')}: it is in {reader.cursor.path}~dead now")
 
@@ -777,7 +780,7 @@ def running(command: str, text: str, known: dict[str, Any], attempt: int) -> Ite
         file.write(text.encode())
         file.seek(0)
         with contextlib.ExitStack() as started:  # a signal that comes meanwhile waits until we know whom to kill
-            for number in filter(lambda one: callable(signal.getsignal(one)), (signal.SIGINT, signal.SIGTERM)):
+            for number in filter(lambda one: callable(signal.getsignal(one)), (signal.SIGINT, *ENDS)):
                 started.callback(signal.signal, number, signal.signal(number, lambda one, _: came.append(one)))
             process = subprocess.Popen(command, shell=True, stdin=file, env=fields, start_new_session=True)
             stack.callback(kill, process)
@@ -824,7 +827,8 @@ def main(argv: list[str] | None = None) -> int:
     options, unknown = cli.parse_known_args(argv)
     if not options.tool and (unknown or (options.names and options.read)):
         cli.error(f"unknown: {' '.join(unknown)}" if unknown else "give NAME, or --read ID")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    for number in ENDS:
+        signal.signal(number, lambda *_: sys.exit(0))
     try:
         return run_tool(options.tool, argv) if options.tool else read(options)
     except (KeyboardInterrupt, Refused, Unreachable, Busy, ValueError, OSError) as error:

@@ -19,7 +19,7 @@ import bus_recv
 import bus_send
 from tests.kit import bad_servers
 from tests.kit.bad_servers import DATE, FAULTS, HTML, NOON, Scripted, answer, mail, message, page, silence, stored
-from tests.kit.processes import PATIENCE, ROOT, Server, free_port, no_settings, wait_until
+from tests.kit.processes import PATIENCE, ROOT, Server, free_port, no_settings, runs, wait_until
 
 
 class Clock:
@@ -521,13 +521,40 @@ def test_a_full_disk_under_stdout_is_an_error_and_the_block_is_not_received(home
         assert cursors(home) == {"b1/default/dell": "last"}
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+SIGNALS = [(signal.SIGTERM, 0), (signal.SIGINT, 130), (signal.SIGHUP, 0)]  # and the exit code
+HELD = "echo $$ > {0}/pid; until [ -e {0}/enough ]; do sleep 0.02; done"  # a command that runs until it is let go
+
+
+@pytest.mark.parametrize("number, code", SIGNALS)
 def test_a_signal_ends_a_waiting_reader_quietly(number, code, interruptible):
     with Scripted(silence) as server:
         process = program("bus_recv.py", "dell", env={"AGENT_BUS_URL": server.url})
         wait_until(lambda: server.polls)
         process.send_signal(number)
         assert process.communicate(timeout=PATIENCE) == (b"", greeting(server).encode()) and process.returncode == code
+
+
+@pytest.mark.parametrize("number, code", SIGNALS)
+def test_a_signal_ends_a_reader_together_with_its_command(number, code, tmp_path, interruptible):
+    with Scripted(mail(message(1))) as server:
+        process = program("bus_recv.py", "dell", "--exec", HELD.format(tmp_path), env={"AGENT_BUS_URL": server.url})
+        pid = int(wait_until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text()))
+        process.send_signal(number)
+        assert process.communicate(timeout=PATIENCE) == (b"", b"") and process.returncode == code
+        wait_until(lambda: not runs(pid))
+
+
+def test_a_reader_under_nohup_and_its_command_outlive_a_hangup(tmp_path):
+    def ignore():
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    with Scripted(mail(message(1))) as server:
+        arguments, env = ("dell", "--once", "--exec", HELD.format(tmp_path)), {"AGENT_BUS_URL": server.url}
+        process = program("bus_recv.py", *arguments, env=env, preexec_fn=ignore)
+        wait_until((tmp_path / "pid").exists)
+        process.send_signal(signal.SIGHUP)
+        (tmp_path / "enough").touch()
+        assert process.communicate(timeout=PATIENCE) == (b"", b"") and process.returncode == 0
 
 
 def test_ctrl_c_ends_a_waiting_send_quietly(interruptible):
