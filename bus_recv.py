@@ -58,6 +58,7 @@ if sys.version_info < (3, 9) and (needs := "bus_recv.py needs Python 3.9 or late
 
 HOLD_SECONDS = 25.0  # the bus may hold a poll; common proxies cut a quiet request after 30 s
 LOUD_SECONDS = 60.0  # after so much outage the user is told: silence must not look like health
+GREET_SECONDS = 0.3  # after a bus was found; a refused poll is answered sooner
 LOCK_SECONDS = 3.0  # to wait until the reader that this one replaces has ended
 
 # A Monitor of Claude Code cuts or drops what exceeds its limits; these are a little lower. In UTF-16 units: a line has
@@ -130,7 +131,8 @@ class Reader:
         self.failures, self.announced, self.came, self.doubted = 0, False, False, False
         self.open_cursor = Cursor  # or a subclass
         self.announce: Callable[[str], None] = lambda line: None
-        self.warn = self.greet = self.announce  # greet: called when a bus was found
+        self.warn = self.announce
+        self.greet: Callable[[], Any] = bool  # called when a bus was found
         self.clock: Any = time
 
     def messages(self, once: bool = False, timeout: float | None = None) -> Iterator[dict[str, Any]]:
@@ -192,7 +194,7 @@ class Reader:
             if health.get("ok") is not True:
                 raise Unreachable()
             self.take_up(health)
-            self.greet(f"listening as {', '.join(self.names)} on {self.url}")
+            self.greet()
         answer, self.bus_time = self.request(hold, seconds)
         if not isinstance(answer.get("messages"), list) or not DECIMAL.fullmatch(str(answer.get("now"))):
             raise Unreachable()
@@ -596,6 +598,7 @@ def hung_up_after(seconds: float, sock: socket.socket) -> contextlib.ExitStack:
 
     stack = contextlib.ExitStack()
     timer = threading.Timer(seconds * 1.1, hang_up)  # a little after the socket's own timeout, whose error says more
+    timer.daemon = True  # a signal may come before the next two lines; then nothing would cancel it
     timer.start()
     stack.callback(timer.cancel)
     return stack
@@ -615,7 +618,8 @@ def judged(response: http.client.HTTPResponse, body: bytes, fraction: Any = floa
     if 400 <= response.status < 500 and response.status not in (408, 425, 429) and isinstance(error, str):
         raise Refused(response.status, error)
     wait = response.headers.get("Retry-After", "")
-    said = error or ("a web page, not a bus" if body.lstrip().startswith(b"<") else "not from a bus")
+    is_page = response.status < 500 and body.lstrip().startswith(b"<")  # from 500 on it is a proxy, before a bus
+    said = error or ("a web page, not a bus" if is_page else "not from a bus")
     through = getattr(response, "through", "")  # of exchange()
     raise Unreachable(f"{response.status}: {said}{through}", float(wait) if wait.isdecimal() else 0.0)
 
@@ -858,7 +862,9 @@ def read(options: argparse.Namespace) -> int:
         return 0
     # A program that reads our JSON, or the output of the command, must get nothing else on stdout.
     reader.warn, reader.announce = complain, complain if options.json or options.exec else announce
-    reader.greet = reader.greet if options.once else complain
+    greeting = threading.Timer(GREET_SECONDS, complain, [f"listening as {', '.join(reader.names)} on {reader.url}"])
+    greeting.daemon = True  # a refusal ends this process before it
+    reader.greet = bool if options.once else greeting.start
     timeout = HOLD_SECONDS if options.once and options.timeout is None else options.timeout
     if options.monitor or not (options.exec or options.json) and sys.stdout and stat.S_ISSOCK(os.fstat(1).st_mode):
         show_blocks(reader, reader.answers(options.once, timeout), 0 if options.once else SETTLE_SECONDS)

@@ -95,9 +95,8 @@ def ask(to: str, msg: str, *, timeout: float = 300.0, warn: Any = None, **given:
         if not answer:
             keep_copy(url, message, found)
         answer, now = found, time.monotonic()
-        if (
-            now >= end or isinstance(answer.get("reply"), dict) or "bus" not in answer
-        ):  # that would store it again
+        # A bus of the first contract, whose answer has no `bus`, would store the question again.
+        if now >= end or isinstance(answer.get("reply"), dict) or "bus" not in answer:
             return answer
         time.sleep(min(max(began + 1 - now, 0), end - now))  # in case the bus does not hold a question
 
@@ -163,7 +162,7 @@ def compose(to: Any, msg: str, *, fields: Any = None, **given: Any) -> tuple[str
     if not sender and not credentials(own["AGENT_BUS_URL"]):  # a token names its sender
         raise ValueError("the sender is missing: give --from NAME or set AGENT_NAME")
     message = {"from": sender, "to": to, "channel": channel, "msg": msg, "key": key or new_key()}
-    members = {**(fields or {}), **message, **given}.items()
+    members = {**message, **given, **(fields or {}), **message}.items()  # the order of the first, the value of the last
     return own["AGENT_BUS_URL"], {field: value for field, value in members if value is not None}
 
 
@@ -440,6 +439,7 @@ def hung_up_after(seconds: float, sock: socket.socket) -> contextlib.ExitStack:
 
     stack = contextlib.ExitStack()
     timer = threading.Timer(seconds * 1.1, hang_up)  # a little after the socket's own timeout, whose error says more
+    timer.daemon = True  # a signal may come before the next two lines; then nothing would cancel it
     timer.start()
     stack.callback(timer.cancel)
     return stack
@@ -459,7 +459,8 @@ def judged(response: http.client.HTTPResponse, body: bytes, fraction: Any = floa
     if 400 <= response.status < 500 and response.status not in (408, 425, 429) and isinstance(error, str):
         raise Refused(response.status, error)
     wait = response.headers.get("Retry-After", "")
-    said = error or ("a web page, not a bus" if body.lstrip().startswith(b"<") else "not from a bus")
+    is_page = response.status < 500 and body.lstrip().startswith(b"<")  # from 500 on it is a proxy, before a bus
+    said = error or ("a web page, not a bus" if is_page else "not from a bus")
     through = getattr(response, "through", "")  # of exchange()
     raise Unreachable(f"{response.status}: {said}{through}", float(wait) if wait.isdecimal() else 0.0)
 

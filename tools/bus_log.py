@@ -53,6 +53,8 @@ class Observer(bus_recv.Reader):
     """
 
     def __init__(self, filters: dict[str, str | None], since: str) -> None:
+        if since == "last":
+            raise ValueError("since is 'last': an observer has no place of its own; give now, 1h or an id")
         super().__init__(["nobody"], None, None, since, bus_recv.HOLD_SECONDS)
         for names in filter(None, filters.values()):
             for name in names.split(","):
@@ -63,6 +65,7 @@ class Observer(bus_recv.Reader):
     def take_up(self, answer: dict[str, Any]) -> None:
         self.bus = str(answer.get("bus", bus_recv.OLD_CONTRACT))
         if self.bus == bus_recv.OLD_CONTRACT:
+            bus_recv.ask(self.url, "/inbox", bus_recv.GRACE_SECONDS)  # a closed bus that does not know us refuses this
             raise bus_recv.Refused(404, f"{self.url} is a bus of the first contract, which has no log: use bus_recv.py")
         self.cursor = self.places.setdefault(self.bus, Place(bus_recv.moment(self.begin, self.bus_time)))
 

@@ -77,7 +77,8 @@ class Worker(bus_recv.Reader):
 
     def take_up(self, answer: dict[str, Any]) -> None:
         self.bus, self.cursor = str(answer.get("bus", bus_recv.OLD_CONTRACT)), NoCursor()
-        if self.bus == bus_recv.OLD_CONTRACT:
+        if self.bus == bus_recv.OLD_CONTRACT:  # it would store a claim as a message
+            bus_recv.ask(self.url, "/inbox", bus_recv.GRACE_SECONDS)  # a closed bus that does not know us refuses this
             raise bus_recv.Refused(404, f"{self.url} is a bus of the first contract, which has no queues")
 
     def request(self, hold: float, seconds: float) -> tuple[dict[str, Any], float]:

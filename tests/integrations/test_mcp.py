@@ -578,7 +578,7 @@ def test_a_hostile_message_arrives_intact_and_harmless(start, body):
 def test_a_long_message_is_cut_and_can_be_read_to_its_end(start, unit):
     body = (unit * 18000)[:18000] + "."
     client = start("--channel").shake_hands()
-    number = post(body, extra=["x" * 20000])
+    number = post(body, fields={"extra": ["x" * 20000]})
     push = wait_until(lambda: client.pushes)[0]["content"]
     assert len(push) < 15000 and harmless(push) and number in push.split("\n")[1]
     read = ""
