@@ -3,11 +3,14 @@
 
     AGENT_BUS_URL=http://10.0.0.5:8080 python3 tools/bus_log.py --since 1h     # the last hour, then new messages
     python3 tools/bus_log.py --to dell,nano --from spark --no-follow           # what exists now, and end
+    python3 tools/bus_log.py --last 20 --short                                 # one line for each message
     python3 tools/bus_log.py --json | jq .subject
 
-The parts of this file, in order: Observer (reads the log, keeps its place in memory), the two outputs (blocks, JSON),
-main. bus_recv.Reader asks the bus and endures an outage, bus_recv.block makes the text of a message; so this program
-needs bus_recv.py beside it or one folder up.
+On a terminal each sender has a colour, unless NO_COLOR is set, and a short line ends where the terminal does.
+
+The parts of this file, in order: Observer (reads the log, keeps its place in memory), a message as people see it, the
+outputs, main. bus_recv.Reader asks the bus and endures an outage, bus_recv.block makes the text of a message; so this
+program needs bus_recv.py beside it or one folder up.
 
 It has the environment of bus_recv.py without AGENT_BUS_CHANNEL, and writes no file.
 Exit code: 0 done, 1 refused by the bus, 2 usage, 75 out of reach, 130 Ctrl-C.
@@ -16,11 +19,17 @@ Exit code: 0 done, 1 refused by the bus, 2 usage, 75 out of reach, 130 Ctrl-C.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
+import shutil
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+import time
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 from typing import Any
 from urllib.parse import urlencode
 
@@ -34,6 +43,8 @@ except ModuleNotFoundError as missing:
     sys.exit(2)
 
 AGO, SECONDS = re.compile("([0-9]{1,9})([smhd])"), {"s": 1, "m": 60, "h": 3600, "d": 86400}
+ID = re.compile("[0-9a-f]{13}")  # us since 1970, in hex
+TEN_YEARS = 315576000.0  # s; a number of digits only is an id if its time is not further away, else it is milliseconds
 
 
 class Place(bus_recv.Cursor):
@@ -49,13 +60,16 @@ class Place(bus_recv.Cursor):
 class Observer(bus_recv.Reader):
     """Reads everybody's messages and consumes none. The bus counts it as nobody, and its place is in memory.
 
-    `filters` are those of GET /log. `since` is a decimal, `now`, or how long ago: 90s, 5m, 1h or 3d.
+    `filters` are those of GET /log. `since` is a decimal, `now`, how long ago (90s, 5m, 1h or 3d), or the id of the
+    first message.
     """
 
     def __init__(self, filters: dict[str, str | None], since: str) -> None:
         super().__init__(["nobody"], None, None, None, bus_recv.HOLD_SECONDS)
+        since = before(since) or since
         if since != "now" and not bus_recv.DECIMAL.fullmatch(since) and not AGO.fullmatch(since):
-            raise ValueError(f"since is {since!r}: give 'now', 90s, 5m, 1h, 3d, or seconds like 1795203596.123456")
+            ways = "'now', 90s, 5m, 1h, 3d, the id of a message, or seconds like 1795203596.123456"
+            raise ValueError(f"since is {since!r}: give {ways}")
         for names in filter(None, filters.values()):
             for name in names.split(","):
                 bus_recv.check_name(name)
@@ -82,15 +96,73 @@ class Observer(bus_recv.Reader):
             self.cursor.move(str(answer["now"]))
             more = bool(answer.get("more"))
 
+    def last(self, number: int) -> dict[str, Any]:
+        """An answer with the newest messages, at most `number`. The place is behind them; `since` must be `now`.
 
-def show_blocks(observer: Observer, answers: Iterator[dict[str, Any]]) -> None:
-    """Print each message whole and at once, for people and pipes."""
+        A log is read forwards only. So look at its last second, then at eight times as much, until there are enough.
+        """
+        end, back = float(self.poll(0, bus_recv.GRACE_SECONDS)["now"]), 1
+        while True:
+            kept, start = deque[Any](maxlen=number), max(end - back, 0)
+            self.cursor.move(f"{start:.6f}")
+            for answer in self.pages():
+                kept.extend(answer["messages"])
+            if len(kept) == number or not start:
+                return {**answer, "messages": list(kept)}
+            back *= 8
+
+
+def before(id: str) -> str:
+    """The place just before the message with this id, in s since 1970; an empty text if this is not an id."""
+    if not ID.fullmatch(id) or (id.isdecimal() and abs(int(id, 16) / 1e6 - time.time()) > TEN_YEARS):
+        return ""
+    seconds, fraction = divmod(int(id, 16) - 1, 1000000)
+    return f"{seconds}.{fraction:06d}"
+
+
+# A message as people see it
+
+
+def painted(text: str, name: Any) -> str:
+    """The text in the colour of this name, if our output is a terminal whose user wants colours (no-color.org)."""
+    if not is_terminal() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
+        return text
+    return f"\x1b[{31 + zlib.crc32(str(name).encode(errors='replace')) % 6}m{text}\x1b[0m"
+
+
+def is_terminal() -> bool:
+    return bool(sys.stdout and sys.stdout.isatty())
+
+
+def whole(message: Any, now: float, reader: str = "") -> str:
+    """All of the message as a block; see bus_recv.block()."""
+    head, _, rest = bus_recv.block(message, reader, now, whole=True).partition("\n")
+    return f"{painted(head, message.get('from') if isinstance(message, dict) else '')}\n{rest}"
+
+
+def short(message: Any, now: float) -> str:
+    """The message in one line: when, its id, from whom to whom, the subject, and the text as far as it fits."""
+    with contextlib.suppress(Exception):  # whatever is wrong with a message, the next one must be shown
+        when = time.strftime("%m-%d %H:%M:%SZ", time.gmtime(float(message["ts"])))
+        head = f"{when} {bus_recv.word(message.get('id', '-'))}"
+        names = f"{bus_recv.word(message['from'])} > {bus_recv.word(message.get('to', '-'))}:"
+        subject = f"[{message['subject']}] " if message.get("subject") else ""
+        text = bus_recv.visible(" ".join(f"{subject}{message['msg']}".split()))
+        if is_terminal():
+            text = text[: max(shutil.get_terminal_size().columns - len(f"{head} {names} "), 0)]
+        return f"{head} {painted(names, message['from'])} {text}\n"
+    return bus_recv.block(None, "", now)  # it says that this is not a message
+
+
+# The outputs. Each prints a message at once.
+
+
+def show(observer: Observer, answers: Iterable[dict[str, Any]], text: Callable[[Any, float], str]) -> None:
     for answer in answers:
-        blocks = (bus_recv.block(message, "", observer.bus_time, whole=True) for message in answer["messages"])
-        bus_recv.emit("".join(blocks))
+        bus_recv.emit("".join(text(message, observer.bus_time) for message in answer["messages"]))
 
 
-def show_json(observer: Observer, answers: Iterator[dict[str, Any]]) -> None:
+def show_json(observer: Observer, answers: Iterable[dict[str, Any]]) -> None:
     for answer in answers:
         for message in answer["messages"]:
             bus_recv.emit(f"{bus_recv.dump(message)}\n")
@@ -104,10 +176,14 @@ def complain(line: str) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Show the messages of everybody on an agent-bus, as they pass.")
     add = parser.add_argument
-    add("--since", metavar="X", default="0", help="begin 90s, 5m, 1h, 3d ago, at s since 1970, or now (0: all)")
+    since = "begin 90s, 5m, 1h, 3d ago, at the message with this id, at s since 1970, or now (0: all)"
+    begin = parser.add_mutually_exclusive_group()
+    begin.add_argument("--since", metavar="X", default="0", help=since)
+    begin.add_argument("--last", type=int, metavar="N", help="begin with the last N messages")
     add("--to", metavar="NAME", help="only messages for NAME; several as a,b,c")
     add("--from", dest="sender", metavar="NAME", help="only messages from NAME")
     add("--channel", metavar="C", help="only messages on the channel C (every channel)")
+    add("--short", action="store_true", help="print each message in one line")
     add("--json", action="store_true", help="print each message as a line of JSON")
     add("--no-follow", action="store_true", help="print the messages that exist now, and end")
     add("--timeout", type=float, metavar="S", help="end after S seconds")
@@ -119,10 +195,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
         filters = {"to": options.to, "from": options.sender, "channel": options.channel}
-        observer = Observer(filters, options.since)
+        observer = Observer(filters, options.since if options.last is None else "now")
         observer.warn = observer.announce = complain
-        answers = observer.pages() if options.no_follow else observer.answers(False, options.timeout)
-        (show_json if options.json else show_blocks)(observer, answers)
+        first = [] if options.last is None else [observer.last(options.last)]
+        rest = observer.pages() if options.no_follow else observer.answers(False, options.timeout)
+        if options.json:
+            show_json(observer, chain(first, rest))
+        else:
+            show(observer, chain(first, rest), short if options.short else whole)
     except BrokenPipeError:  # nobody reads us any more
         return 0
     except KeyboardInterrupt:
