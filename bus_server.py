@@ -121,6 +121,13 @@ class InUse(Unusable):
     """Another process uses the database."""
 
 
+def called(command: str) -> str:
+    """How the user of this host runs a command of the bus: it is installed, or lies in a folder."""
+    if os.path.basename(sys.argv[0]).startswith("agent-bus"):
+        return f"agent-bus {command}"
+    return f"python3 bus_server.py {command}".removesuffix(" serve")
+
+
 def wall_clock() -> int:
     """Microseconds since 1970. This clock may step back; the ticks that State makes of it do not."""
     return time.time_ns() // 1000
@@ -2017,7 +2024,7 @@ def presented(authorization: str) -> tuple[str, str]:
 
 
 def unauthorized() -> Refused:
-    advice = "set AGENT_BUS_TOKEN to a token made with: python3 bus_server.py invite NAME"
+    advice = f"set AGENT_BUS_TOKEN to a token made with: {called('invite')} NAME"
     return Refused(401, f"this bus needs a valid token: {advice}", ("WWW-Authenticate", "Bearer"))
 
 
@@ -3332,7 +3339,7 @@ def check_names(path: str) -> None:
     if os.path.exists(path) and os.stat(path).st_nlink > 1:
         raise Unusable(f"{path} has several names (hard links), each with its own log: remove all names but one")
     if os.path.exists(restoring(path)) or (os.path.exists(f"{path}.new") and not os.path.exists(path)):
-        raise Unusable(f"a restore of {path} was cut off: run it again (python3 bus_server.py restore COPY)")
+        raise Unusable(f"a restore of {path} was cut off: run it again ({called('restore')} COPY)")
 
 
 def restoring(path: str) -> str:
@@ -4944,7 +4951,7 @@ def show_help(bus: Bus, request: Request) -> Answer:
 def show_client(request: Request) -> Answer:
     """A client or a tool, so that a new host needs only the URL. Each file has a route."""
     file, here = request.route[1:], pathlib.Path(__file__).parent
-    for folder in (here, here / "tools", here / "agent_bus_tools"):
+    for folder in (here, here / "tools", here / "agent_bus_tools", pathlib.Path(sys.prefix, "bin")):  # or installed
         with contextlib.suppress(OSError):
             return Answer(200, (folder / file).read_bytes(), "text/plain; charset=utf-8")
     raise Refused(404, f"{file} is not beside bus_server.py on this host: copy it from the same version")
@@ -5069,9 +5076,9 @@ def command_line(arguments: Sequence[str]) -> argparse.Namespace:
     without = [each for each in ",".join(first.parse_known_args(arguments)[0].without).split(",") if each]
     extensions = load_extensions(without)
     parser = argparse.ArgumentParser(
-        prog="bus_server.py",
+        prog=called("serve"),
         description="A message bus for coding agents over HTTP.",
-        epilog="Commands: bus_server.py invite NAME, revoke NAME, tokens, prune, backup COPY, also while the bus runs; "
+        epilog=f"Commands: {called('invite')} NAME, revoke NAME, tokens, prune, backup COPY, also while the bus runs; "
         "restore COPY, only while it is stopped. Each has --help.",
     )
     add_options(parser)
@@ -5203,7 +5210,7 @@ def make_bus(options: argparse.Namespace, state: State) -> Bus:
     if not (is_loopback(options.host) or tokens.closed or options.open):
         raise Unusable(
             f"everyone who can reach {options.host} could use this bus: make a token first "
-            "(python3 bus_server.py invite NAME), or give --open if something else guards the bus"
+            f"({called('invite')} NAME), or give --open if something else guards the bus"
         )
     check_kept(state, options.extensions, options.without)
     gate = Gate(tokens, [options.host, *options.allow_host])
@@ -5251,7 +5258,7 @@ def reload(listener: Listener, options: argparse.Namespace) -> None:
 
 
 def command(function: str, description: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=f"bus_server.py {function}", description=description)
+    parser = argparse.ArgumentParser(prog=called(function), description=description)
     parser.add_argument("--db", default=default_path(), metavar="PATH", help="database of the bus (%(default)s)")
     return parser
 
@@ -5487,7 +5494,7 @@ def missing_tokens(copy: str, path: str) -> list[Row]:
     if last_used(copy) and not rows:
         raise Unusable(
             f"the bus in {copy} had tokens, and would be open without them: put {copy}.tokens beside {copy}, "
-            f"or make a token first (python3 bus_server.py invite NAME --db {path})"
+            f"or make a token first ({called('invite')} NAME --db {path})"
         )
     return rows
 
