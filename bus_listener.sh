@@ -13,7 +13,8 @@
 # again. jq 1.6 rounds numbers to 17 digits, also in FULL, so the cursor is text, or whole microseconds in bash.
 #
 # AGENT_BUS_TOKEN, or AGENT_BUS_TOKEN_FILE (mode 600), is passed to curl in a file, never on a command line.
-# AGENT_BUS_CA names the certificates to trust.
+# AGENT_BUS_CA names the certificates to trust. These variables may also be in ~/.config/agent-bus/default.env, or in
+# PROFILE.env for AGENT_BUS_PROFILE; the URL may be unix:/path/of/socket.
 set -u
 umask 077
 LC_ALL=C  # [a-z] is 26 letters
@@ -140,7 +141,7 @@ remark() {
 poll() {
   rm -f "$ANSWER"
   patiently "${CURL[@]}" --data-urlencode "to=$AGENT_NAME" --data-urlencode "channel=$channel" -d "since=$since" \
-    ${bus:+--data-urlencode "bus=$bus"} -d max=50 -d "block=$block" -d "wait=$hold" "${url%/}/recv" >"$ANSWER"
+    ${bus:+--data-urlencode "bus=$bus"} -d max=50 -d "block=$block" -d "wait=$hold" "$base/recv" >"$ANSWER"
 }
 
 # Prints ANSWER as facts, one per line: "mail", the bus id, the number of messages, a gap; or "refused" and the reason;
@@ -164,12 +165,45 @@ verdict() {
 # wrong, or the clock of the bus was wrong for a while.
 is_confirmed() {
   [ "$doubts" -ge 2 ] && [ -n "$its_bus" ] &&
-    "${CURL[@]}" --max-time 10 "${url%/}/healthz" 6>&- 7>&- 8>&- 9>&- | jq -es --slurpfile answer "$ANSWER" '
+    "${CURL[@]}" --max-time 10 "$base/healthz" 6>&- 7>&- 8>&- 9>&- | jq -es --slurpfile answer "$ANSWER" '
       .[0].ok == true and .[0].bus == $answer[0].bus
       and .[0].now > ([$answer[0].now, $answer[0].messages[].ts] | max) - 300' >/dev/null 2>&1
 }
 
 NOW='"now": ?([0-9]{1,10}(\.[0-9]{1,6})?)[,}]'  # its exact text
+
+# End, unless only its owner can read this file.
+private() {
+  [ -r "$1" ] || die 2 "$1 cannot be read"
+  # shellcheck disable=SC2012 # only the mode is read; stat(1) has other options on each system
+  case $(ls -dlL "$1") in ????------*) ;; *) die 2 "other users can read $1: chmod 600 $1" ;; esac
+}
+
+# Takes the variables AGENT_... of the configuration file, as `settings` of bus_recv.py does: the environment is above
+# it, and nothing is taken if AGENT_BUS_URL in the environment is another bus than that of the file.
+configure() {
+  local line variable number=0 profile=${AGENT_BUS_PROFILE:-default} file_AGENT_BUS_URL='' file
+  local pair='^[[:space:]]*([#;].*|([A-Za-z_][A-Za-z0-9_]*)=([^[:space:]'\''"\][^\]*)?)?$'
+  [[ $profile =~ ^[A-Za-z0-9][A-Za-z0-9._-]*$ ]] || die 2 "AGENT_BUS_PROFILE must be the name of a file, without .env"
+  file=${XDG_CONFIG_HOME:-${HOME:-~}/.config}/agent-bus/$profile.env
+  if [ "$profile" = default ] && [ ! -e "$file" ]; then return; fi
+  private "$file"
+  [ -O "$file" ] || die 2 "$file belongs to another user: make a file of your own"
+  while IFS= read -r line || [ -n "$line" ]; do
+    number=$((number + 1))
+    [ $number -gt 1 ] || line=${line#$'\xef\xbb\xbf'}
+    line=${line%"${line##*[![:space:]]}"}
+    [[ $line =~ $pair ]] || die 2 "line $number of $file: write KEY=VALUE, without quotes, \\ or export"
+    [[ ${BASH_REMATCH[2]:-} != AGENT_* ]] || local "file_${BASH_REMATCH[2]}=${BASH_REMATCH[3]:-}"
+  done <"$file"
+  line=${file_AGENT_BUS_URL:-http://127.0.0.1:8080}
+  if [ -n "${AGENT_BUS_URL:-}" ] && [ "${AGENT_BUS_URL%/}" != "${line%/}" ]; then return; fi
+  [ -z "${AGENT_BUS_TOKEN_FILE:-}" ] || unset file_AGENT_BUS_TOKEN
+  for variable in $(compgen -v file_AGENT_); do
+    line=${variable#file_}
+    [ -n "${!line:-}" ] || printf -v "$line" %s "${!variable}"
+  done
+}
 
 lines() { jq -acs --arg bus "$bus" '.[0].messages[] + {bus: $bus}' "$ANSWER"; }  # replaces a `bus` that the sender gave
 
@@ -230,10 +264,11 @@ fault() {
 no_tool=''
 command -v flock >/dev/null || command -v perl >/dev/null || no_tool=', and install flock or perl'
 for tool in curl jq; do command -v $tool >/dev/null || die 2 "$tool is not installed"; done
+configure
 url=${AGENT_BUS_URL:-http://127.0.0.1:8080} channel=${AGENT_BUS_CHANNEL:-default}
 grammar='^[A-Za-z0-9][A-Za-z0-9._:@-]{0,63}$'
-[[ $url =~ ^https?://. ]] || die 2 "AGENT_BUS_URL must start with http:// or https://"
-[[ $url != *@* ]] || die 2 "the URL of the bus has a login (user@): remove it; a bus takes the token in AGENT_BUS_TOKEN"
+[[ $url =~ ^(https?://|unix:/). ]] || die 2 "AGENT_BUS_URL must start with http://, https:// or unix:/"
+[[ $url != *@* || $url == unix:* ]] || die 2 "the URL of the bus has a login (user@): remove it; a bus takes the token in AGENT_BUS_TOKEN"
 [[ ${AGENT_NAME:-} =~ $grammar ]] || die 2 "AGENT_NAME must be a name: up to 64 letters, digits and ._:@-"
 [[ $channel =~ $grammar ]] || die 2 "AGENT_BUS_CHANNEL must be a name: up to 64 letters, digits and ._:@-"
 block=false rest=${INTERVAL:-30} hold=25  # s; common proxies cut a request that is quiet for 30
@@ -245,6 +280,8 @@ CURL=(curl -q -g -G -s --proto '=http,https' -A "${AGENT_BUS_UA:-Mozilla/5.0}" -
   --connect-timeout 10 --speed-limit 1 --speed-time 40 --max-time 300 --max-filesize 67108864
   --noproxy "localhost,127.0.0.1,::1,${no_proxy:-${NO_PROXY:-}}")
 
+base=${url%/}
+if [[ $url == unix:* ]]; then base=http://localhost CURL+=(--unix-socket "${url#unix:}"); fi
 [ -z "${AGENT_BUS_CA:-}" ] || CURL+=(--cacert "$AGENT_BUS_CA")
 strip() {
   token=${token#$'\xef\xbb\xbf'}
@@ -254,14 +291,12 @@ strip() {
 token=${AGENT_BUS_TOKEN:-}
 strip  # strip a byte order mark, blanks and empty lines
 if [ -z "$token" ] && [ -n "${AGENT_BUS_TOKEN_FILE:-}" ]; then
-  [ -r "$AGENT_BUS_TOKEN_FILE" ] || die 2 "cannot read the token in $AGENT_BUS_TOKEN_FILE"
-  # shellcheck disable=SC2012 # only the mode is read; stat(1) has other options on each system
-  case $(ls -dlL "$AGENT_BUS_TOKEN_FILE") in ????------*) ;; *) die 2 "chmod 600 $AGENT_BUS_TOKEN_FILE first" ;; esac
+  private "$AGENT_BUS_TOKEN_FILE"
   { token=$(<"$AGENT_BUS_TOKEN_FILE"); } 2>/dev/null
   strip
 fi
 [[ $token =~ ^[!-~]*$ ]] || die 2 "the token has blanks or other characters that no token has: copy it again"
-here='^(https://|http://(localhost|127(\.[0-9]+){3}|\[::1\])([:/]|$))'
+here='^(https://|unix:|http://(localhost|127(\.[0-9]+){3}|\[::1\])([:/]|$))'
 if [ -n "$token" ] && ! [[ $url =~ $here || ${AGENT_BUS_PLAIN_HTTP:-} ]]; then
   die 2 "the token would cross the network in the clear: use https; in a tunnel or VPN set AGENT_BUS_PLAIN_HTTP=1"
 fi

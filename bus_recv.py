@@ -112,8 +112,8 @@ class Reader:
     """
 
     def __init__(self, names: Sequence[str], url: str | None, channel: str | None, since: str | None, wait: float):
-        self.url = url or os.environ.get("AGENT_BUS_URL") or DEFAULT_URL
-        self.channel = channel or os.environ.get("AGENT_BUS_CHANNEL") or "default"
+        given = settings(url)
+        self.url, self.channel = given["AGENT_BUS_URL"], channel or given.get("AGENT_BUS_CHANNEL", "default")
         if not 1 <= len(names) <= 16:
             raise ValueError(f"{len(names)} names are given: give 1 to 16")
         for name in (*names, self.channel):
@@ -331,7 +331,7 @@ def no_locks(path: str, error: OSError) -> OSError:
 
 def state_directory() -> str:
     base = os.environ.get("XDG_STATE_HOME") or os.path.join("~", ".local", "state")
-    return os.path.abspath(os.path.expanduser(os.environ.get("AGENT_BUS_STATE_DIR") or os.path.join(base, "agent-bus")))
+    return os.path.abspath(os.path.expanduser(settings().get("AGENT_BUS_STATE_DIR") or os.path.join(base, "agent-bus")))
 
 
 def file_name(text: str) -> str:
@@ -352,6 +352,9 @@ HIDDEN = re.compile(  # controls, and what Unicode lets a program leave out: bid
     r"\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]+"
 )
 
+# A line of a configuration file, as far as systemd's EnvironmentFile and docker's --env-file read it alike.
+CONFIGURED = re.compile(r"\s*(?:[#;].*|([A-Za-z_][A-Za-z0-9_]*)=([^\s'\"\\][^\\]*?)?)?\s*")
+
 
 class Refused(Exception):
     """The bus refused the request and would refuse it again. `status` is HTTP's; the text says what to do."""
@@ -367,6 +370,77 @@ class Unreachable(Exception):
     def __init__(self, sentence: str = "the answer is not from a bus", retry_after: float = 0.0) -> None:
         super().__init__(sentence)
         self.retry_after = retry_after  # s; the wait that the answer asked for
+
+
+class Profile(argparse.Action):
+    """The option --bus: from here on the configuration is that of another bus, for the commands that we run, too."""
+
+    def __call__(self, parser: argparse.ArgumentParser, _space: Any, name: Any, _option: Any = None) -> None:
+        if os.environ.get("AGENT_BUS_URL"):
+            parser.error(f"--bus {name} and AGENT_BUS_URL name two buses: unset AGENT_BUS_URL, or leave out --bus")
+        os.environ["AGENT_BUS_PROFILE"] = name
+
+
+def choose_bus(parser: argparse.ArgumentParser) -> None:
+    says = "the bus of PROFILE.env in ~/.config/agent-bus ($AGENT_BUS_PROFILE, or 'default')"
+    parser.add_argument("--bus", action=Profile, default=argparse.SUPPRESS, metavar="PROFILE", help=says)
+
+
+def settings(url: str | None = None) -> dict[str, str]:
+    """The variables AGENT_... that are not empty: those of the environment, above those of the configuration file.
+
+    A token, a certificate or a name belongs to the bus of its file. So nothing is taken from the file if `url`, or
+    AGENT_BUS_URL in the environment, is another bus. AGENT_BUS_URL is always in the result.
+    """
+    own = {name: value for name, value in os.environ.items() if name.startswith("AGENT_") and value}
+    _, file = configuration()
+    wanted, its = url or own.get("AGENT_BUS_URL"), file.get("AGENT_BUS_URL") or DEFAULT_URL
+    if wanted and wanted.rstrip("/") != its.rstrip("/"):
+        file = {}
+    if "AGENT_BUS_TOKEN_FILE" in own:  # else the token in the file would come before it
+        file.pop("AGENT_BUS_TOKEN", None)
+    return {**file, **own, "AGENT_BUS_URL": wanted or its}
+
+
+def configuration() -> tuple[str, dict[str, str]]:
+    """The path of the configuration file, and its variables; none without a file. ValueError says what is wrong."""
+    profile = os.environ.get("AGENT_BUS_PROFILE") or "default"
+    folder = os.environ.get("XDG_CONFIG_HOME") or os.path.join("~", ".config")
+    path = os.path.join(os.path.expanduser(folder), "agent-bus", f"{profile}.env")
+    if not re.fullmatch("[A-Za-z0-9][A-Za-z0-9._-]*", profile):
+        raise ValueError(f"{profile!r} is not a profile: name a file in {os.path.dirname(path)}, without its .env")
+    if profile == "default" and not os.path.exists(path):
+        return path, {}
+    text = private(path)
+    if os.name == "posix" and os.stat(path).st_uid != os.geteuid():
+        raise ValueError(f"{path} belongs to another user: make a file of your own")
+    lines = [CONFIGURED.fullmatch(line) for line in text.split("\n")]
+    if None in lines:
+        raise ValueError(f"line {lines.index(None) + 1} of {path}: write KEY=VALUE, without quotes, \\ or export")
+    return path, {line[1]: line[2] for line in lines if line and line[2]}
+
+
+def private(path: str) -> str:
+    """The text of a file that only its owner can read. ValueError if it cannot be read, or others could read it."""
+    try:
+        with open(path, encoding="utf-8-sig", errors="replace") as file:  # editors put a BOM before it
+            mode, text = os.fstat(file.fileno()).st_mode, file.read(1 << 16)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    if os.name == "posix" and mode & 0o077:
+        raise ValueError(f"other users can read {path}: chmod 600 {path}")
+    return text
+
+
+class Local(http.client.HTTPConnection):
+    """HTTP over the Unix socket at `path`."""
+
+    path: str
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self.path)
 
 
 def exchange(url: str, path: str, body: bytes | None, seconds: float) -> tuple[http.client.HTTPResponse, bytes]:
@@ -397,28 +471,32 @@ def exchange(url: str, path: str, body: bytes | None, seconds: float) -> tuple[h
 
 def connect(url: str, seconds: float) -> tuple[http.client.HTTPConnection, str, dict[str, str]]:
     """A connection towards `url`, not open yet; the text before the path in a request line; the usual headers."""
-    parts = parts_of(url)
+    parts, given = parts_of(url), settings(url)
+    headers = {"User-Agent": given.get("AGENT_BUS_UA", "Mozilla/5.0")}  # firewalls drop what looks like a script
+    if parts.scheme == "unix":
+        local = Local("localhost", timeout=seconds)
+        local.path = parts.path
+        return local, "", headers
     secure = parts.scheme == "https"
     host, port = parts.hostname or "", parts.port or (443 if secure else 80)
     proxy = proxy_for(parts.scheme, host, port)
     via = urlsplit(proxy if "://" in proxy else f"//{proxy}") if proxy else parts
-    trust = {"context": authorities()} if secure else {}
+    trust = {"context": authorities(given.get("AGENT_BUS_CA"))} if secure else {}
     kind: Any = http.client.HTTPSConnection if secure else http.client.HTTPConnection
     connection = kind(via.hostname or "", (via.port or 80) if proxy else port, timeout=seconds, **trust)
     connection._create_connection = dial  # in place of socket.create_connection
     if proxy and secure:
         connection.set_tunnel(host, port, login_of(via))
-    # Firewalls drop what looks like a script.
-    headers = {"User-Agent": os.environ.get("AGENT_BUS_UA") or "Mozilla/5.0", **({} if secure else login_of(via))}
+    headers.update({} if secure else login_of(via))
     return connection, url.rstrip("/") if proxy and not secure else parts.path.rstrip("/"), headers
 
 
 def parts_of(url: str) -> SplitResult:
     """The parts of a bus's URL. ValueError if it is not a URL, or has a login, which error messages would show."""
-    if "@" in url:
+    if "@" in url and not url.startswith("unix:"):
         raise ValueError("the URL of the bus has a login (user@): remove it; a bus takes the token in AGENT_BUS_TOKEN")
-    if not re.fullmatch(r"https?://[^\s?#]+", url):
-        raise ValueError(f"{url!r} is not the URL of a bus: write it like http://host:8080")
+    if not re.fullmatch(r"https?://[^\s?#]+|unix:/[^?#]+", url):
+        raise ValueError(f"{url!r} is not the URL of a bus: write it like http://host:8080 or unix:/path/of/socket")
     return urlsplit(url)
 
 
@@ -450,12 +528,12 @@ def dial(address: tuple[str, int], seconds: float, _source: Any = None) -> socke
     raise fault
 
 
-def authorities() -> Any:
+def authorities(file: str | None) -> Any:
     """The certificates that TLS trusts: the system's, or those in the file that AGENT_BUS_CA names."""
     import ssl  # http.client has imported it, if this Python has it
 
     try:
-        return ssl.create_default_context(cafile=os.environ.get("AGENT_BUS_CA") or None)
+        return ssl.create_default_context(cafile=file)
     except OSError as error:
         raise ValueError(f"AGENT_BUS_CA must name a file of certificates: {error.strerror or error}") from None
 
@@ -465,20 +543,16 @@ def credentials(url: str) -> dict[str, str]:
 
     ValueError if other users could read that file, or others on the network could read the token.
     """
-    token, path = os.environ.get("AGENT_BUS_TOKEN", "").strip("\ufeff \t\r\n"), os.environ.get("AGENT_BUS_TOKEN_FILE")
+    given = settings(url)
+    token, path = given.get("AGENT_BUS_TOKEN", "").strip("\ufeff \t\r\n"), given.get("AGENT_BUS_TOKEN_FILE")
     if path and not token:
-        try:
-            with open(path, encoding="utf-8-sig", errors="replace") as file:  # editors put a BOM before it
-                mode, token = os.fstat(file.fileno()).st_mode, file.read(4096).strip()
-        except OSError as error:
-            raise ValueError(f"the token in {path} cannot be read: {error.strerror}") from None
-        if os.name == "posix" and mode & 0o077:
-            raise ValueError(f"other users can read the token in {path}: chmod 600 {path}")
+        token = private(path).strip()
     if not token:
         return {}
     if not re.fullmatch("[!-~]+", token):
         raise ValueError("the token has blanks or other characters that no token has: copy it again")
-    if not (url.startswith("https:") or is_here(parts_of(url).hostname) or os.environ.get("AGENT_BUS_PLAIN_HTTP")):
+    safe = url.startswith(("https:", "unix:")) or is_here(parts_of(url).hostname)
+    if not safe and "AGENT_BUS_PLAIN_HTTP" not in given:
         raise ValueError(f"the token would cross to {url} in the clear: use https, or in a VPN AGENT_BUS_PLAIN_HTTP=1")
     return {"Authorization": f"Bearer {token}"}
 
@@ -721,6 +795,7 @@ def main(argv: list[str] | None = None) -> int:
     cli.add_argument("--exec", metavar="CMD", help="run CMD for each message: JSON on stdin, MSG_FROM ... as variables")
     cli.add_argument("--tries", type=int, default=5, metavar="N", help="put a message into a file after N failures (5)")
     cli.add_argument("--read", metavar="ID", help="print the whole message with this id, and end")
+    choose_bus(cli)
     cli.add_argument("--claim", dest="tool", action="store_const", const="bus_work", help="run bus_work.py")
     cli.add_argument("--log", dest="tool", action="store_const", const="bus_log", help="run bus_log.py")
     options, unknown = cli.parse_known_args(argv)

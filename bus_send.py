@@ -69,7 +69,7 @@ def send(
     """
     url, message = compose(to, msg, url, sender, channel, key, fields)
     found = persist(lambda left: post(url, message, min(left, GRACE_SECONDS)), patience, url, f"--key {message['key']}")
-    keep_copy(message, found)
+    keep_copy(url, message, found)
     return found
 
 
@@ -100,7 +100,7 @@ def ask(
                 return answer
             raise
         if not answer:
-            keep_copy(message, found)
+            keep_copy(url, message, found)
         answer, now = found, time.monotonic()
         if now >= end or isinstance(answer.get("reply"), dict):
             return answer
@@ -123,7 +123,7 @@ def post_held(url: str, message: dict[str, Any], end: float, holds: list[float])
 
 def sender_of(number: str, channel: str | None, patience: float) -> tuple[str, str]:
     """Who sent the message with this id, and on which channel, unless one is given. Raises as send() does."""
-    url = os.environ.get("AGENT_BUS_URL") or DEFAULT_URL
+    url = settings()["AGENT_BUS_URL"]
     path = f"/message/{quote(number, safe='')}"
     answer = persist(lambda left: judged(*exchange(url, path, None, min(left, GRACE_SECONDS))), patience, url)
     with contextlib.suppress(KeyError, TypeError):
@@ -154,23 +154,24 @@ def new_key() -> str:
 
 
 def compose(to: Any, msg: str, url: Any, sender: Any, channel: Any, key: Any, more: Any) -> tuple[str, dict[str, Any]]:
-    """The URL of the bus, and the message, as the arguments and the environment have them. ValueError: see send()."""
-    url = url or os.environ.get("AGENT_BUS_URL") or DEFAULT_URL
-    sender = sender or os.environ.get("AGENT_NAME") or None
+    """The URL of the bus, and the message, from the arguments, the environment and the file. ValueError: see send()."""
+    given = settings(url)
+    url, sender = given["AGENT_BUS_URL"], sender or given.get("AGENT_NAME")
     if not sender and not credentials(url):  # a token names its sender
         raise ValueError("the sender is missing: give --from NAME or set AGENT_NAME")
-    channel = channel or os.environ.get("AGENT_BUS_CHANNEL") or "default"
+    channel = channel or given.get("AGENT_BUS_CHANNEL", "default")
     message = {"from": sender, "to": to, "channel": channel, "msg": msg, "key": key or new_key(), **more}
     return url, {field: value for field, value in message.items() if value is not None}
 
 
-def keep_copy(message: dict[str, Any], answer: dict[str, Any]) -> None:
+def keep_copy(url: str, message: dict[str, Any], answer: dict[str, Any]) -> None:
     """Append what is stored to the file that AGENT_BUS_OUTBOX names: a line for each receiver, as that one gets it."""
-    path = os.environ.get("AGENT_BUS_OUTBOX")
-    if not path:
-        return
-    path = os.path.expanduser(path.replace("{name}", message.get("from", "-").replace("/", "_")))
+    path = ""
     try:
+        path = settings(url).get("AGENT_BUS_OUTBOX", "")
+        if not path:
+            return
+        path = os.path.expanduser(path.replace("{name}", message.get("from", "-").replace("/", "_")))
         with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "wb") as file:
             file.write("".join(copies(message, answer)).encode())  # one write, so that two senders do not mix
     except Exception as error:  # it is stored, whatever goes wrong here
@@ -208,6 +209,9 @@ HIDDEN = re.compile(  # controls, and what Unicode lets a program leave out: bid
     r"\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]+"
 )
 
+# A line of a configuration file, as far as systemd's EnvironmentFile and docker's --env-file read it alike.
+CONFIGURED = re.compile(r"\s*(?:[#;].*|([A-Za-z_][A-Za-z0-9_]*)=([^\s'\"\\][^\\]*?)?)?\s*")
+
 
 class Refused(Exception):
     """The bus refused the request and would refuse it again. `status` is HTTP's; the text says what to do."""
@@ -223,6 +227,77 @@ class Unreachable(Exception):
     def __init__(self, sentence: str = "the answer is not from a bus", retry_after: float = 0.0) -> None:
         super().__init__(sentence)
         self.retry_after = retry_after  # s; the wait that the answer asked for
+
+
+class Profile(argparse.Action):
+    """The option --bus: from here on the configuration is that of another bus, for the commands that we run, too."""
+
+    def __call__(self, parser: argparse.ArgumentParser, _space: Any, name: Any, _option: Any = None) -> None:
+        if os.environ.get("AGENT_BUS_URL"):
+            parser.error(f"--bus {name} and AGENT_BUS_URL name two buses: unset AGENT_BUS_URL, or leave out --bus")
+        os.environ["AGENT_BUS_PROFILE"] = name
+
+
+def choose_bus(parser: argparse.ArgumentParser) -> None:
+    says = "the bus of PROFILE.env in ~/.config/agent-bus ($AGENT_BUS_PROFILE, or 'default')"
+    parser.add_argument("--bus", action=Profile, default=argparse.SUPPRESS, metavar="PROFILE", help=says)
+
+
+def settings(url: str | None = None) -> dict[str, str]:
+    """The variables AGENT_... that are not empty: those of the environment, above those of the configuration file.
+
+    A token, a certificate or a name belongs to the bus of its file. So nothing is taken from the file if `url`, or
+    AGENT_BUS_URL in the environment, is another bus. AGENT_BUS_URL is always in the result.
+    """
+    own = {name: value for name, value in os.environ.items() if name.startswith("AGENT_") and value}
+    _, file = configuration()
+    wanted, its = url or own.get("AGENT_BUS_URL"), file.get("AGENT_BUS_URL") or DEFAULT_URL
+    if wanted and wanted.rstrip("/") != its.rstrip("/"):
+        file = {}
+    if "AGENT_BUS_TOKEN_FILE" in own:  # else the token in the file would come before it
+        file.pop("AGENT_BUS_TOKEN", None)
+    return {**file, **own, "AGENT_BUS_URL": wanted or its}
+
+
+def configuration() -> tuple[str, dict[str, str]]:
+    """The path of the configuration file, and its variables; none without a file. ValueError says what is wrong."""
+    profile = os.environ.get("AGENT_BUS_PROFILE") or "default"
+    folder = os.environ.get("XDG_CONFIG_HOME") or os.path.join("~", ".config")
+    path = os.path.join(os.path.expanduser(folder), "agent-bus", f"{profile}.env")
+    if not re.fullmatch("[A-Za-z0-9][A-Za-z0-9._-]*", profile):
+        raise ValueError(f"{profile!r} is not a profile: name a file in {os.path.dirname(path)}, without its .env")
+    if profile == "default" and not os.path.exists(path):
+        return path, {}
+    text = private(path)
+    if os.name == "posix" and os.stat(path).st_uid != os.geteuid():
+        raise ValueError(f"{path} belongs to another user: make a file of your own")
+    lines = [CONFIGURED.fullmatch(line) for line in text.split("\n")]
+    if None in lines:
+        raise ValueError(f"line {lines.index(None) + 1} of {path}: write KEY=VALUE, without quotes, \\ or export")
+    return path, {line[1]: line[2] for line in lines if line and line[2]}
+
+
+def private(path: str) -> str:
+    """The text of a file that only its owner can read. ValueError if it cannot be read, or others could read it."""
+    try:
+        with open(path, encoding="utf-8-sig", errors="replace") as file:  # editors put a BOM before it
+            mode, text = os.fstat(file.fileno()).st_mode, file.read(1 << 16)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    if os.name == "posix" and mode & 0o077:
+        raise ValueError(f"other users can read {path}: chmod 600 {path}")
+    return text
+
+
+class Local(http.client.HTTPConnection):
+    """HTTP over the Unix socket at `path`."""
+
+    path: str
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self.path)
 
 
 def exchange(url: str, path: str, body: bytes | None, seconds: float) -> tuple[http.client.HTTPResponse, bytes]:
@@ -253,28 +328,32 @@ def exchange(url: str, path: str, body: bytes | None, seconds: float) -> tuple[h
 
 def connect(url: str, seconds: float) -> tuple[http.client.HTTPConnection, str, dict[str, str]]:
     """A connection towards `url`, not open yet; the text before the path in a request line; the usual headers."""
-    parts = parts_of(url)
+    parts, given = parts_of(url), settings(url)
+    headers = {"User-Agent": given.get("AGENT_BUS_UA", "Mozilla/5.0")}  # firewalls drop what looks like a script
+    if parts.scheme == "unix":
+        local = Local("localhost", timeout=seconds)
+        local.path = parts.path
+        return local, "", headers
     secure = parts.scheme == "https"
     host, port = parts.hostname or "", parts.port or (443 if secure else 80)
     proxy = proxy_for(parts.scheme, host, port)
     via = urlsplit(proxy if "://" in proxy else f"//{proxy}") if proxy else parts
-    trust = {"context": authorities()} if secure else {}
+    trust = {"context": authorities(given.get("AGENT_BUS_CA"))} if secure else {}
     kind: Any = http.client.HTTPSConnection if secure else http.client.HTTPConnection
     connection = kind(via.hostname or "", (via.port or 80) if proxy else port, timeout=seconds, **trust)
     connection._create_connection = dial  # in place of socket.create_connection
     if proxy and secure:
         connection.set_tunnel(host, port, login_of(via))
-    # Firewalls drop what looks like a script.
-    headers = {"User-Agent": os.environ.get("AGENT_BUS_UA") or "Mozilla/5.0", **({} if secure else login_of(via))}
+    headers.update({} if secure else login_of(via))
     return connection, url.rstrip("/") if proxy and not secure else parts.path.rstrip("/"), headers
 
 
 def parts_of(url: str) -> SplitResult:
     """The parts of a bus's URL. ValueError if it is not a URL, or has a login, which error messages would show."""
-    if "@" in url:
+    if "@" in url and not url.startswith("unix:"):
         raise ValueError("the URL of the bus has a login (user@): remove it; a bus takes the token in AGENT_BUS_TOKEN")
-    if not re.fullmatch(r"https?://[^\s?#]+", url):
-        raise ValueError(f"{url!r} is not the URL of a bus: write it like http://host:8080")
+    if not re.fullmatch(r"https?://[^\s?#]+|unix:/[^?#]+", url):
+        raise ValueError(f"{url!r} is not the URL of a bus: write it like http://host:8080 or unix:/path/of/socket")
     return urlsplit(url)
 
 
@@ -306,12 +385,12 @@ def dial(address: tuple[str, int], seconds: float, _source: Any = None) -> socke
     raise fault
 
 
-def authorities() -> Any:
+def authorities(file: str | None) -> Any:
     """The certificates that TLS trusts: the system's, or those in the file that AGENT_BUS_CA names."""
     import ssl  # http.client has imported it, if this Python has it
 
     try:
-        return ssl.create_default_context(cafile=os.environ.get("AGENT_BUS_CA") or None)
+        return ssl.create_default_context(cafile=file)
     except OSError as error:
         raise ValueError(f"AGENT_BUS_CA must name a file of certificates: {error.strerror or error}") from None
 
@@ -321,20 +400,16 @@ def credentials(url: str) -> dict[str, str]:
 
     ValueError if other users could read that file, or others on the network could read the token.
     """
-    token, path = os.environ.get("AGENT_BUS_TOKEN", "").strip("\ufeff \t\r\n"), os.environ.get("AGENT_BUS_TOKEN_FILE")
+    given = settings(url)
+    token, path = given.get("AGENT_BUS_TOKEN", "").strip("\ufeff \t\r\n"), given.get("AGENT_BUS_TOKEN_FILE")
     if path and not token:
-        try:
-            with open(path, encoding="utf-8-sig", errors="replace") as file:  # editors put a BOM before it
-                mode, token = os.fstat(file.fileno()).st_mode, file.read(4096).strip()
-        except OSError as error:
-            raise ValueError(f"the token in {path} cannot be read: {error.strerror}") from None
-        if os.name == "posix" and mode & 0o077:
-            raise ValueError(f"other users can read the token in {path}: chmod 600 {path}")
+        token = private(path).strip()
     if not token:
         return {}
     if not re.fullmatch("[!-~]+", token):
         raise ValueError("the token has blanks or other characters that no token has: copy it again")
-    if not (url.startswith("https:") or is_here(parts_of(url).hostname) or os.environ.get("AGENT_BUS_PLAIN_HTTP")):
+    safe = url.startswith(("https:", "unix:")) or is_here(parts_of(url).hostname)
+    if not safe and "AGENT_BUS_PLAIN_HTTP" not in given:
         raise ValueError(f"the token would cross to {url} in the clear: use https, or in a VPN AGENT_BUS_PLAIN_HTTP=1")
     return {"Authorization": f"Bearer {token}"}
 
@@ -441,6 +516,7 @@ def command_line(purpose: str) -> argparse.ArgumentParser:
     parser.add_argument("--ttl", type=float, metavar="S", help="do not deliver the message after S seconds")
     parser.add_argument("--key", help="the bus stores one message per sender and key; default: a new one")
     parser.add_argument("--channel", help="the channel ($AGENT_BUS_CHANNEL, or 'default')")
+    choose_bus(parser)
     return parser
 
 

@@ -1,5 +1,6 @@
 import collections
 import contextlib
+import os
 import shutil
 import signal
 
@@ -7,6 +8,8 @@ import pytest
 
 from tests.kit.authority import Authority
 from tests.kit.processes import Server
+
+os.environ["XDG_CONFIG_HOME"] = os.devnull  # no configuration of whoever runs the tests
 
 
 @pytest.fixture

@@ -62,23 +62,30 @@ class Way:
     direct: bool  # that machine is the bus, not a proxy
     health: dict[str, Any]  # the answer of the bus to /healthz
 
-    def __init__(self, url: str, name: str, hold: float) -> None:
-        self.url, self.name, self.hold = url, name, hold
+    url: str  # of the bus
+    name: str  # AGENT_NAME, or an empty text
+
+    def __init__(self, hold: float) -> None:
+        self.hold = hold
 
     def spelling(self) -> Finding:
         try:
+            given = bus_recv.settings()
+            self.url, self.name = given["AGENT_BUS_URL"], given.get("AGENT_NAME", "")
             connection, *_ = bus_recv.connect(self.url, PATIENCE)
         except ValueError as error:
             raise Fault(str(error), MEND) from None
         parts = urlsplit(self.url)
         self.scheme, self.target = parts.scheme, parts.hostname or ""
         self.host, self.port = connection.host, connection.port
-        if not self.target:
+        if not self.target and self.scheme != "unix":
             raise Fault(f"{self.url} names no host", "write it like http://host:8080")
-        self.direct = not bus_recv.proxy_for(self.scheme, self.target, parts.port or self.port)
-        return self.url if os.environ.get("AGENT_BUS_URL") else f"{self.url}, because AGENT_BUS_URL is not set"
+        self.direct = self.scheme == "unix" or not bus_recv.proxy_for(self.scheme, self.target, parts.port or self.port)
+        return f"{self.url}, {origin(self.url)}"
 
     def proxy(self) -> Finding:
+        if self.scheme == "unix":
+            return "none: a Unix socket is on this machine"
         variable = next((name for name in os.environ if name.lower() == f"{self.scheme}_proxy"), None)
         if not variable:
             return "none"
@@ -89,6 +96,8 @@ class Way:
         return f"{variable} is set, and not used: {self.target} is in no_proxy"
 
     def dns(self) -> Finding:
+        if self.scheme == "unix":
+            return "not needed: a Unix socket"
         try:
             found = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
         except OSError as error:
@@ -98,9 +107,15 @@ class Way:
         return f"{self.host} is {addresses}" if addresses != self.host else "not needed: the URL has an address"
 
     def tcp(self) -> Finding:
-        where, began = f"{self.host} port {self.port}", time.monotonic()
+        where, began = f"{self.host} port {self.port}" if self.target else urlsplit(self.url).path, time.monotonic()
         try:
-            bus_recv.dial((self.host, self.port), PATIENCE).close()
+            with contextlib.closing(bus_recv.connect(self.url, PATIENCE)[0]) as connection:
+                local = self.scheme == "unix"
+                connection.connect() if local else bus_recv.dial((self.host, self.port), PATIENCE).close()
+        except FileNotFoundError:
+            raise Fault(f"there is no {where}", "is the server running with --listen unix: and this path?") from None
+        except PermissionError:
+            raise Fault(f"{where} is not open to this user", "the socket is for the user who runs the bus") from None
         except ConnectionRefusedError:
             advice = "is the server or the tunnel running? Without --host the bus listens on its own 127.0.0.1 only"
             raise Fault(f"{where} refuses: nothing listens there", advice) from None
@@ -112,7 +127,10 @@ class Way:
         return f"{where} accepts, after {(time.monotonic() - began) * 1000:.0f} ms"
 
     def tls(self) -> Finding:
-        if self.scheme == "http" and (bus_recv.is_here(self.target) or os.environ.get("AGENT_BUS_PLAIN_HTTP")):
+        if self.scheme == "unix":
+            return "none: a Unix socket"
+        plain = "AGENT_BUS_PLAIN_HTTP" in bus_recv.settings(self.url)
+        if self.scheme == "http" and (bus_recv.is_here(self.target) or plain):
             return "none: plain http"
         if self.scheme == "http":
             return "none: plain http across a network", "use https; in a tunnel or a VPN set AGENT_BUS_PLAIN_HTTP=1"
@@ -262,7 +280,8 @@ class Way:
 
     def check_scheme(self) -> None:
         """Fault, if the port speaks http and the URL says https, or the reverse."""
-        if self.direct and (self.speaks_http() if self.scheme == "https" else self.speaks_tls()):
+        speaks = {"https": self.speaks_http, "http": self.speaks_tls}.get(self.scheme)
+        if self.direct and speaks and speaks():
             other = {"https": "http", "http": "https"}[self.scheme]
             raise Fault(f"that port speaks {other}", f"set AGENT_BUS_URL={other}{self.url[len(self.scheme):]}")
 
@@ -316,6 +335,19 @@ HOPS: dict[str, Callable[[Way], Finding]] = {
 FAULTS = (bus_recv.Refused, bus_recv.Unreachable, bus_send.Unreachable, OSError, ValueError, http.client.HTTPException)
 
 
+def origin(url: str) -> str:
+    """Where the URL of the bus comes from, and whether the configuration file is used."""
+    path, file = bus_recv.configuration()
+    its = file.get("AGENT_BUS_URL") or bus_recv.DEFAULT_URL
+    given, there = os.environ.get("AGENT_BUS_URL"), os.path.exists(path)
+    source = "from AGENT_BUS_URL in the environment" if given else f"from {path}"
+    if not there:
+        return source if given else f"because AGENT_BUS_URL is not set, and there is no {path}"
+    if url.rstrip("/") != its.rstrip("/"):
+        return f"{source}; nothing is taken from {path}, which is for {its}"
+    return source
+
+
 def said(page: bytes) -> dict[str, Any]:
     """The JSON object in this page; an empty one if there is none."""
     try:
@@ -364,12 +396,12 @@ def examine(way: Way) -> bool:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Find the hop that fails on the way to an agent-bus.")
     parser.add_argument("--hold", type=float, default=25.0, metavar="S", help="length of the test poll, 0 to 60 s (25)")
+    bus_recv.choose_bus(parser)
     options = parser.parse_args(argv)
     if not 0 <= options.hold <= 60:
         parser.error("--hold must be 0 to 60 seconds")
-    url = os.environ.get("AGENT_BUS_URL") or bus_recv.DEFAULT_URL
     try:
-        return 0 if examine(Way(url, os.environ.get("AGENT_NAME", ""), options.hold)) else 1
+        return 0 if examine(Way(options.hold)) else 1
     except KeyboardInterrupt:
         return 130
 

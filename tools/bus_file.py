@@ -269,6 +269,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     getting.add_argument("digest", metavar="SHA256")
     getting.add_argument("-o", dest="path", metavar="PATH", help="file to write; default: the hash")
     for command in (putting, getting):
+        bus_send.choose_bus(command)
         command.add_argument("--timeout", type=float, default=PATIENCE, metavar="S",
                              help="give up after S seconds without progress (60)")  # fmt: skip
     options = parser.parse_args(argv)
@@ -277,7 +278,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return leave(options)
         if not re.fullmatch("[0-9a-f]{64}", options.digest):
             raise ValueError(f"{options.digest!r} is not a sha256: give 64 hex digits (0-9 a-f)")
-        url = os.environ.get("AGENT_BUS_URL") or bus_send.DEFAULT_URL
+        url = bus_send.settings()["AGENT_BUS_URL"]
         get(options.digest, options.path or options.digest, url, options.timeout)
     except (ValueError, OSError, Damaged, bus_send.Refused, bus_send.Unreachable) as error:
         said = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)

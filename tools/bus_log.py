@@ -185,6 +185,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--channel", metavar="C", help="only messages on the channel C (every channel)")
     add("--short", action="store_true", help="print each message in one line")
     add("--json", action="store_true", help="print each message as a line of JSON")
+    bus_recv.choose_bus(parser)
     add("--no-follow", action="store_true", help="print the messages that exist now, and end")
     add("--timeout", type=float, metavar="S", help="end after S seconds")
     for ignored in ("--log", "--once"):  # `bus_recv.py --log` took these, and runs us with its own arguments

@@ -62,8 +62,8 @@ class Worker(bus_recv.Reader):
         super().__init__(names, None, channel, None, bus_recv.HOLD_SECONDS)
         self.command, self.lease = command, lease  # lease: s
         self.order = {"to": names[0], "channel": self.channel, "lease": lease}  # the body of a claim
-        if os.environ.get("AGENT_NAME"):
-            self.order["worker"] = os.environ["AGENT_NAME"]
+        if name := bus_recv.settings().get("AGENT_NAME"):
+            self.order["worker"] = name
         self.at_work = self.ending = False
 
     def stop(self, *_: Any) -> None:
@@ -153,6 +153,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--once", action="store_true", help="end after one job")
     add("--timeout", type=float, metavar="S", help="take no new job after S seconds (with --once: 25)")
     add("--channel", metavar="C", help="the channel ($AGENT_BUS_CHANNEL, or 'default')")
+    bus_recv.choose_bus(parser)
     for ignored in ("--claim", "--json"):  # `bus_recv.py --claim` took these, and runs us with its own arguments
         add(ignored, action="store_true", help=argparse.SUPPRESS)
     for ignored in ("--since", "--tries"):

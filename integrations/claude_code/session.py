@@ -48,12 +48,12 @@ def name_of(process: int | None, directory: str | None) -> str:
     wanted = wishes(directory)
     if process is None or os.name != "posix":  # elsewhere it takes more to know whether a process lives
         return wanted[0]
-    return claim(wanted, process, any_of_mine=not (directory or os.environ.get("AGENT_NAME")))
+    return claim(wanted, process, any_of_mine=not (directory or bus_recv.settings().get("AGENT_NAME")))
 
 
 def wishes(directory: str | None) -> list[str]:
     """The names that a session may have, the best first: only AGENT_NAME, or many."""
-    given = os.environ.get("AGENT_NAME")
+    given = bus_recv.settings().get("AGENT_NAME")
     if given:
         if not bus_recv.NAME.fullmatch(given):
             raise ValueError(f"AGENT_NAME is {given!r}, which is not a name")
@@ -69,9 +69,9 @@ def claim(wanted: Sequence[str], process: int, any_of_mine: bool) -> str:
     """The first of `wanted` that is ours or free; now it is ours. Each bus and channel has a list of its own."""
     import fcntl
 
-    url = os.environ.get("AGENT_BUS_URL") or bus_recv.DEFAULT_URL
+    given = bus_recv.settings()
+    url, channel = given["AGENT_BUS_URL"], given.get("AGENT_BUS_CHANNEL", "default")
     bus_recv.parts_of(url)  # ValueError if it has a login, which is not for the name of a file
-    channel = os.environ.get("AGENT_BUS_CHANNEL") or "default"
     path = os.path.join(bus_recv.state_directory(), "names", *map(bus_recv.file_name, (url, channel)))
     os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
     with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+", encoding="ascii", errors="replace") as file:

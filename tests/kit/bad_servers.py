@@ -164,17 +164,22 @@ class Scripted:
     """Answers the n-th request with the n-th of `script`: bytes, or a function of the socket. The last one repeats.
 
     `/healthz` is not part of the script: it says that the bus is `bus` (None: a bus of the old contract), or `health`.
-    `asked` has all that was asked, `polls` what was asked of /recv.
+    `asked` has all that was asked, `polls` what was asked of /recv. With `path`, it listens on that Unix socket.
     """
 
-    def __init__(self, *script, bus="b1", health=None):
+    def __init__(self, *script, bus="b1", health=None, path=None):
         self.script = list(script)
         self.health = health
         if health is None:
             self.health = answer({"ok": True, "now": NOON + 0.25, **({"bus": bus} if bus else {})})
         self.asked = []
-        self.listener = socket.create_server(("127.0.0.1", 0), backlog=64)
-        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
+        if path:
+            self.listener = socket.socket(socket.AF_UNIX)
+            self.listener.bind(str(path))
+            self.listener.listen(64)
+        else:
+            self.listener = socket.create_server(("127.0.0.1", 0), backlog=64)
+        self.url = f"unix:{path}" if path else f"http://127.0.0.1:{self.listener.getsockname()[1]}"
         threading.Thread(target=self._serve, daemon=True).start()
 
     @property
