@@ -153,7 +153,8 @@ class Reader:
                 # A bus of the old contract holds a poll as long as it likes.
                 if self.came or (self.bus and not self.failures and now - began >= allowed):
                     return
-                raise Unreachable(f"{self.url} is out of reach ({fault}); tools/bus_doctor.py says where") from fault
+                doctor = called("tools/bus_doctor.py", "doctor")
+                raise Unreachable(f"{self.url} is out of reach ({fault}); {doctor} says where") from fault
             self.came = self.came or bool(answer["messages"])
             yield answer
             self.cursor.move(str(answer["now"]))
@@ -579,6 +580,7 @@ def hung_up_after(seconds: float, sock: socket.socket) -> contextlib.ExitStack:
 
     stack = contextlib.ExitStack()
     timer = threading.Timer(seconds * 1.1, hang_up)  # a little after the socket's own timeout, whose error says more
+    timer.daemon = True  # a signal may end us before `cancel` is sure
     timer.start()
     stack.callback(timer.cancel)
     return stack
@@ -604,6 +606,11 @@ def judged(response: http.client.HTTPResponse, body: bytes, fraction: Any = floa
 def pause_after(failures: int) -> float:
     """Seconds to wait after this many failures in a row. They double up to a minute."""
     return min(FIRST_PAUSE * 2.0 ** min(max(failures - 1, 0), 10), LONGEST_PAUSE)
+
+
+def called(file: str, command: str) -> str:
+    """How the user runs another of our programs: it is installed, or is this file."""
+    return f"agent-bus {command}" if "agent-bus" in os.path.basename(sys.argv[0]) else f"python3 {file}"
 
 
 def visible(text: str) -> str:
@@ -656,7 +663,8 @@ def cut(lines: Sequence[str], number: str) -> list[str]:
     parts = [("|+" if part else "") + piece for line in lines for part, piece in enumerate(pieces(line, width))]
     kept = [part for part in parts if (room := room - units(part) - 1) >= 0]
     rest = sum(len(part) - 1 for part in parts[len(kept) :])  # without the prefix of two, with the end of a line
-    return [*kept, f"|~ {rest} more characters: python3 bus_recv.py --read {word(number)}"] if rest else kept
+    again = f"{called('bus_recv.py', 'recv')} --read {word(number)}"
+    return [*kept, f"|~ {rest} more characters: {again}"] if rest else kept
 
 
 def units(text: str) -> int:
@@ -796,8 +804,8 @@ def main(argv: list[str] | None = None) -> int:
     cli.add_argument("--tries", type=int, default=5, metavar="N", help="put a message into a file after N failures (5)")
     cli.add_argument("--read", metavar="ID", help="print the whole message with this id, and end")
     choose_bus(cli)
-    cli.add_argument("--claim", dest="tool", action="store_const", const="bus_work", help="run bus_work.py")
-    cli.add_argument("--log", dest="tool", action="store_const", const="bus_log", help="run bus_log.py")
+    cli.add_argument("--claim", dest="tool", action="store_const", const="bus_work", help="do jobs: another program")
+    cli.add_argument("--log", dest="tool", action="store_const", const="bus_log", help="show all mail: another program")
     options, unknown = cli.parse_known_args(argv)
     if not options.tool and (unknown or bool(options.names) == bool(options.read)):
         cli.error(f"unknown: {' '.join(unknown)}" if unknown else "give at least one NAME, or --read ID")

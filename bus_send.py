@@ -144,7 +144,8 @@ def persist(attempt: Any, patience: float, url: str, again: str = "run the same 
             failures += 1
             pause = max(pause_after(failures) * random.uniform(0.5, 1), fault.retry_after)
             if time.monotonic() + pause >= end:
-                raise Unreachable(f"no bus at {url} ({fault}): see tools/bus_doctor.py; try again: {again}") from fault
+                doctor = called("tools/bus_doctor.py", "doctor")
+                raise Unreachable(f"no bus at {url} ({fault}): see {doctor}; try again: {again}") from fault
         time.sleep(pause)
 
 
@@ -436,6 +437,7 @@ def hung_up_after(seconds: float, sock: socket.socket) -> contextlib.ExitStack:
 
     stack = contextlib.ExitStack()
     timer = threading.Timer(seconds * 1.1, hang_up)  # a little after the socket's own timeout, whose error says more
+    timer.daemon = True  # a signal may end us before `cancel` is sure
     timer.start()
     stack.callback(timer.cancel)
     return stack
@@ -461,6 +463,11 @@ def judged(response: http.client.HTTPResponse, body: bytes, fraction: Any = floa
 def pause_after(failures: int) -> float:
     """Seconds to wait after this many failures in a row. They double up to a minute."""
     return min(FIRST_PAUSE * 2.0 ** min(max(failures - 1, 0), 10), LONGEST_PAUSE)
+
+
+def called(file: str, command: str) -> str:
+    """How the user runs another of our programs: it is installed, or is this file."""
+    return f"agent-bus {command}" if "agent-bus" in os.path.basename(sys.argv[0]) else f"python3 {file}"
 
 
 def visible(text: str) -> str:

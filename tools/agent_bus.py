@@ -11,6 +11,7 @@ Exit code: that of the program; 2 for a command that does not exist.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import importlib
 import io
@@ -81,9 +82,14 @@ Environment
   AGENT_BUS_TOKEN      the token, or AGENT_BUS_TOKEN_FILE: a file with it
   AGENT_BUS_CA         the certificates that TLS trusts, if not the system's
   AGENT_BUS_CHANNEL    the channel (default)
+  AGENT_BUS_PROFILE    the configuration file to use (default)
   AGENT_BUS_STATE_DIR  how far each name has read (~/.local/state/agent-bus)
   NO_COLOR             no colours
-An option of a command comes before the environment.
+
+Where a setting comes from, the first that has it: an option of the command; the
+environment; the file PROFILE.env in ~/.config/agent-bus, of lines like
+AGENT_BUS_URL=http://host:8080, which only you may read (chmod 600). `--bus
+PROFILE` chooses the file. It is used only for the bus that it names.
 """
 
 
@@ -231,6 +237,13 @@ def known(name: str) -> str:
 
 
 def dispatch(arguments: list[str]) -> int:
+    if arguments and re.match("--bus($|=)", arguments[0]):
+        import bus_recv
+
+        parser, number = argparse.ArgumentParser(prog=called(), add_help=False), 1 + (arguments[0] == "--bus")
+        bus_recv.choose_bus(parser)
+        parser.parse_args(arguments[:number])
+        arguments = arguments[number:]
     name, *rest = arguments or ["help"]
     return run(known({"-h": "help", "--help": "help", "--version": "version"}.get(name, name)), rest)
 

@@ -136,11 +136,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     for command in (looking, marking):
         command.add_argument("name", metavar="NAME", nargs="?", help="whose mail ($AGENT_NAME)")
         command.add_argument("--channel", metavar="C", help="the channel ($AGENT_BUS_CHANNEL, or 'default')")
+        bus_recv.choose_bus(command)
     options = parser.parse_args(argv)
-    name = options.name or os.environ.get("AGENT_NAME")
-    if not name:
-        parser.error("whose mail? Give NAME or set AGENT_NAME")
     try:
+        name = options.name or bus_recv.settings().get("AGENT_NAME")
+        if not name:
+            parser.error("whose mail? Give NAME or set AGENT_NAME")
         box = Inbox(name, options.channel, peeks=options.command == "look")
         box.warn = box.announce = complain
         if options.command == "look":

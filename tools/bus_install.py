@@ -37,8 +37,7 @@ import bus_recv  # noqa: E402
 
 SERVER = "bus"  # the name of our MCP server in Claude Code
 MARK = "Written by `agent-bus install service`; `agent-bus uninstall service` removes it."
-TAKEN_ALONG = ("AGENT_BUS_URL", "AGENT_BUS_CA", "AGENT_BUS_TOKEN_FILE", "AGENT_BUS_CHANNEL", "AGENT_BUS_PLAIN_HTTP",
-               "AGENT_BUS_STATE_DIR")  # fmt: skip
+TAKEN_ALONG = [f"AGENT_BUS_{name}" for name in "PROFILE URL CA TOKEN_FILE CHANNEL PLAIN_HTTP STATE_DIR".split()]
 
 
 class InTheWay(Exception):
@@ -294,6 +293,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for word, purpose in (("install", "add it"), ("uninstall", "take it away again")):
         command = commands.add_parser(word, help=purpose)
         command.add_argument("agent", metavar="{claude,service}", help="Claude Code, or the bus itself, at login")
+        bus_recv.choose_bus(command)
         if word == "install":
             command.add_argument("options", nargs=argparse.REMAINDER, metavar="...", help="service: options of the bus")
     options = parser.parse_args(argv)

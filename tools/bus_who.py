@@ -125,9 +125,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--channel", metavar="C", help="only names on the channel C (every channel)")
     parser.add_argument("--json", action="store_true", help="print what the bus tells of each name, as JSON")
     parser.add_argument("--watch", action="store_true", help=f"show it again every {EVERY_SECONDS:.0f} s, until Ctrl-C")
+    bus_recv.choose_bus(parser)
     options = parser.parse_args(argv)
-    url = os.environ.get("AGENT_BUS_URL") or bus_recv.DEFAULT_URL
     try:
+        url = bus_recv.settings()["AGENT_BUS_URL"]
         while True:
             try:
                 show(*agents(url, options.channel, options.online), options.json, options.watch)

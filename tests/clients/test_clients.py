@@ -5,6 +5,7 @@ import os
 import random
 import re
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -126,6 +127,13 @@ def test_a_send_to_a_closed_port_is_unreachable_and_names_its_key(hurry):
                          env={"AGENT_BUS_URL": refusing()})  # fmt: skip
     assert code == 75 and out == "" and err.count("\n") == 1
     assert "refused" in err and re.search(r"--key [0-9a-f]{32}$", err)
+
+
+def test_what_watches_an_exchange_never_holds_up_the_end_of_the_program():
+    """SIGTERM may come when the watch has begun and nobody could cancel it yet."""
+    here, there = socket.socketpair()
+    with here, there, bus_send.hung_up_after(60, here):
+        assert [thread for thread in threading.enumerate() if not thread.daemon] == [threading.main_thread()]
 
 
 def test_every_send_makes_its_own_key_and_a_given_key_is_kept():
