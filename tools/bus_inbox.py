@@ -121,8 +121,8 @@ def show(box: Inbox, as_json: bool) -> int:
     if not mail:
         complain(f"nothing is unread for {box.names[0]}")
         return 3
-    number = f"{len(mail)}{' or more' if more else ''}"
-    complain(f"{number} unread for {box.names[0]}, oldest first: `ack {label(mail[-1])}` marks these as read")
+    number, ack = f"{len(mail)}{' or more' if more else ''}", bus_recv.called("tools/agent_bus.py ack", "ack")
+    complain(f"{number} unread for {box.names[0]}, oldest first; to mark these as read: {ack} {label(mail[-1])}")
     return 0
 
 

@@ -70,6 +70,15 @@ def replace(path: str, content: bytes) -> None:
     os.replace(f"{path}.new", path)
 
 
+def remove_empty(folder: str) -> None:
+    """Remove a folder and those above it, as long as they are empty and below HOME."""
+    home = os.path.join(os.path.expanduser("~"), "")
+    with contextlib.suppress(OSError):
+        while folder.startswith(home):
+            os.rmdir(folder)
+            folder = os.path.dirname(folder)
+
+
 def content_of(path: str) -> bytes | None:
     with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
         return file.read()
@@ -149,7 +158,7 @@ def remove_from_claude() -> None:
         replace(path, kept["before"].encode())
     with contextlib.suppress(OSError):
         os.remove(before_file())
-        os.removedirs(os.path.dirname(before_file()))
+        remove_empty(os.path.dirname(before_file()))
 
 
 def written(settings: dict[str, Any]) -> bytes:
@@ -202,8 +211,7 @@ def uninstall_service() -> None:
     steps = STEPS[sys.platform == "darwin"]["uninstall"]
     manage(steps[0])
     os.remove(path)
-    with contextlib.suppress(OSError):
-        os.removedirs(os.path.dirname(path))
+    remove_empty(os.path.dirname(path))
     for step in steps[1:]:
         manage(step)
     tell(f"{path} is removed, and the bus that it started is stopped; the messages stay")

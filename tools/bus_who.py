@@ -102,7 +102,8 @@ def table(found: Sequence[Agent], now: float, columns: int | None) -> Iterator[s
         widths[0] = max(min(widths[0], columns - sum(widths[1:]) - 2 * len(widths[1:])), 4)
     for first, *others in zip(*filled):
         first = first if len(first) <= widths[0] else f"{first[: widths[0] - 1]}…"
-        yield "  ".join([first.ljust(widths[0]), *(text.rjust(width) for text, width in zip(others, widths[1:]))])
+        sides = [str.ljust, *([str.rjust] * len(others))]  # SEEN is a word, what follows are figures
+        yield "  ".join(side(text, width) for side, text, width in zip([str.ljust, *sides], [first, *others], widths))
 
 
 def show(found: Sequence[Agent], now: float, as_json: bool, clear: bool) -> None:

@@ -254,7 +254,8 @@ def test_the_inbox_shows_unread_mail_and_takes_none(agent):
     one, two = mails(agent.url, "one", "two")
     for _ in range(2):
         code, out, err = agent("inbox")
-        assert code == 0 and re.findall(r"^\| (.*)", out, re.MULTILINE) == ["one", "two"] and f"`ack {two}`" in err
+        assert code == 0 and re.findall(r"^\| (.*)", out, re.MULTILINE) == ["one", "two"]
+        assert "2 unread for bob" in err and err.endswith(f" ack {two}\n")
     assert [json.loads(line)["id"] for line in agent("inbox", "--json")[1].splitlines()] == [one, two]
     assert re.findall(r"^\| (.*)", agent("recv", "bob", "--once")[1], re.MULTILINE) == ["one", "two"]
     code, out, err = agent("inbox")
@@ -415,11 +416,12 @@ def test_another_shell_gets_the_ones_that_are_known():
 def house(tmp_path, monkeypatch):
     """An empty HOME, and a systemctl that writes down what it was asked."""
     place = tmp_path / "house"
-    (place / "bin").mkdir(parents=True)
+    place.mkdir()
+    (tmp_path / "bin").mkdir()
     for manager in ("systemctl", "launchctl"):
-        (place / "bin" / manager).write_text(f'#!/bin/sh\necho {manager} "$@" >> {tmp_path / "asked"}\n')
-        (place / "bin" / manager).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{place / 'bin'}:{os.environ['PATH']}")
+        (place.parent / "bin" / manager).write_text(f'#!/bin/sh\necho {manager} "$@" >> {tmp_path / "asked"}\n')
+        (place.parent / "bin" / manager).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     monkeypatch.setenv("HOME", str(place))
     for variable in ("XDG_CONFIG_HOME", "XDG_STATE_HOME", "CLAUDE_CONFIG_DIR"):
         monkeypatch.delenv(variable, raising=False)
@@ -432,6 +434,7 @@ def asked(house):
 
 
 def tree(folder):
+    assert folder.exists()
     return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
 
 
@@ -570,7 +573,7 @@ def test_a_unit_of_somebody_else_stays(house):
 
 
 def test_without_systemd_the_user_gets_the_line_to_run(house):
-    (house / "bin" / "systemctl").write_text("#!/bin/sh\necho 'Failed to connect to bus' >&2\nexit 1\n")
+    (house.parent / "bin" / "systemctl").write_text("#!/bin/sh\necho 'Failed to connect to bus' >&2\nexit 1\n")
     line = "run it yourself: systemctl --user enable --now agent-bus (Failed to connect to bus)"
     assert line in install("install", "service")
 
