@@ -298,8 +298,9 @@ def complain(line: str) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Connect an agent program to the bus, or start the bus at login.")
     commands = parser.add_subparsers(dest="command", required=True)
+    own = parser.prog if " " in parser.prog else None  # `agent-bus install` is a whole name
     for word, purpose in (("install", "add it"), ("uninstall", "take it away again")):
-        command = commands.add_parser(word, help=purpose)
+        command = commands.add_parser(word, prog=own, help=purpose)
         command.add_argument("agent", metavar="{claude,service}", help="Claude Code, or the bus itself, at login")
         bus_recv.choose_bus(command)
         if word == "install":

@@ -75,7 +75,7 @@ def test_every_command_reaches_its_program(name, capsys, monkeypatch, umask):
     monkeypatch.setattr(sys, "argv", ["agent-bus"])
     with pytest.raises(SystemExit) as end:
         agent_bus.main([name, "--help"])
-    assert end.value.code == 0 and capsys.readouterr().out.startswith(f"usage: agent-bus {name} ")
+    assert end.value.code == 0 and capsys.readouterr().out.startswith(f"usage: agent-bus {name} [-h]")
 
 
 @pytest.mark.parametrize("arguments", [[], ["help"], ["--help"], ["-h"]])
