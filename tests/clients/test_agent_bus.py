@@ -141,6 +141,14 @@ def test_ctrl_c_ends_it_quietly(arguments, bus, interruptible):
     assert (process.communicate(timeout=PATIENCE)[1], process.returncode) == (b"", 130)
 
 
+def test_ctrl_c_while_a_program_is_loaded_ends_it_quietly(monkeypatch, capsys):
+    def interrupted(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(agent_bus.OWN, "version", interrupted)
+    assert agent_bus.main(["version"]) == 130 and capsys.readouterr() == ("", "")
+
+
 def test_serve_is_the_bus(tmp_path):
     process = program(SCRIPT, "serve", "--port", "0", "--db", str(tmp_path / "bus.db"))
     try:
@@ -538,6 +546,7 @@ def test_install_service_starts_the_bus_and_uninstall_leaves_every_byte_as_it_wa
         done = subprocess.run(["systemd-analyze", "--user", "verify", str(unit)], capture_output=True, text=True)
         assert "agent-bus.service" not in done.stderr, done.stderr
     (line,) = re.findall("^ExecStart=(.*)$", unit.read_text(), re.MULTILINE)
+    assert "a $$strange%% " in line  # as systemd wants them
     command = shlex.split(line.replace("%%", "%").replace("$$", "$"))
     assert command[2:] == ["serve", "--port", "0", "--db", str(database)]
     process = subprocess.Popen(command, cwd="/", stdout=subprocess.PIPE)
