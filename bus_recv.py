@@ -38,6 +38,7 @@ import random
 import re
 import signal
 import socket
+import stat
 import sys
 import threading
 import time
@@ -45,6 +46,10 @@ from collections.abc import Callable, Iterator, Sequence
 from decimal import Decimal
 from typing import IO, Any
 from urllib.parse import SplitResult, quote, unquote, urlencode, urlsplit
+
+# Python 3.8 says this sentence; older ones show the line, as a SyntaxError, because they do not know `:=`.
+if sys.version_info < (3, 9) and (needs := "bus_recv.py needs Python 3.9 or later"):  # noqa: UP036
+    sys.exit(needs)
 
 HOLD_SECONDS = 25.0  # the bus may hold a poll; common proxies cut a quiet request after 30 s
 LOUD_SECONDS = 60.0  # after so much outage the user is told: silence must not look like health
@@ -58,6 +63,7 @@ SETTLE_SECONDS = 0.3  # until a block counts as seen: a Monitor drops a block th
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@-]{0,63}")
 DECIMAL = re.compile(r"[0-9]{1,10}(\.[0-9]{1,9})?")  # s since 1970: the form of a cursor
+TEN_YEARS = 10 * 365.25 * 86400  # s; an id of digits alone is one if its time is so near, else it may be milliseconds
 AHEAD_SECONDS = 300.0  # that an answer may be ahead of our clock and our cursor; a bus takes as much from a cursor
 OLD_CONTRACT = "-"  # stands for the id of a bus that gives none; such a bus knows no words for `since` either
 HEAD = ("from", "id", "to", "channel", "reply_to", "age", "priority", "type", "subject")
@@ -68,26 +74,20 @@ class Busy(Exception):
 
 
 def receive(
-    names: str | Sequence[str],
-    *,
-    url: str | None = None,
-    channel: str | None = None,
-    since: str | None = None,
-    wait: float = HOLD_SECONDS,
-    once: bool = False,
-    timeout: float | None = None,
-) -> Iterator[dict[str, Any]]:
+    names: str | Sequence[str], *, once: bool = False, timeout: float | None = None, **given: Any
+) -> Iterator[Any]:
     """Yields the messages for `names` as they arrive, as dicts (PROTOCOL.md, a message).
 
     The first name is the reader's own. A message counts as received when the next one is asked for: then its cursor is
-    saved. `url` and `channel` default to the environment's. `since` is a decimal, `now` or `last`, and overrules the
-    saved cursor. A poll is held for `wait` seconds, 1 to 60. The messages end after `timeout` seconds; with `once`,
-    after all that waited, or else after the first to arrive; otherwise never. A number with a fraction is a Decimal, so
-    that no `ts` is ever rounded.
+    saved. The messages end after `timeout` seconds; with `once`, after all that waited, or else after the first to
+    arrive; otherwise never. `given` may have `url` and `channel`, which default to the environment's or the
+    configuration file's; `since`, which overrules the saved cursor (`now`, `last`, a decimal, `1h` for an hour ago, or
+    the id of a message); and `wait`, for how long a poll is held (25 s, at most 60). A number with a fraction is a
+    Decimal, so that no `ts` is ever rounded.
     Raises Refused; Unreachable, if time runs out while the bus is out of reach; Busy, if another process reads as this
     name; ValueError for a wrong name, URL or `since`; OSError if the cursor cannot be saved.
     """
-    return Reader([names] if isinstance(names, str) else names, url, channel, since, wait).messages(once, timeout)
+    return Reader([names] if isinstance(names, str) else names, **given).messages(once, timeout)
 
 
 def ask(url: str, path: str, seconds: float, order: dict[str, Any] | None = None) -> tuple[dict[str, Any], float]:
@@ -111,22 +111,21 @@ class Reader:
     the module time, or its replacement in a test.
     """
 
-    def __init__(self, names: Sequence[str], url: str | None, channel: str | None, since: str | None, wait: float):
+    def __init__(self, names: Any, url: Any = None, channel: Any = None, since: Any = None, wait: float = HOLD_SECONDS):
         given = settings(url)
         self.url, self.channel = given["AGENT_BUS_URL"], channel or given.get("AGENT_BUS_CHANNEL", "default")
         if not 1 <= len(names) <= 16:
             raise ValueError(f"{len(names)} names are given: give 1 to 16")
         for name in (*names, self.channel):
             check_name(name)
-        if since not in (None, "now", "last") and not DECIMAL.fullmatch(str(since)):
-            raise ValueError(f"since is {since!r}: give 'now', 'last' or seconds like 1795203596.123456")
+        since is None or moment(str(since), time.time())
         self.names, self.since, self.wait, self.hold = names, since, wait, wait  # hold: s, of the next poll
         self.bus: str | None = None  # the id of the bus that answered last
         # failures: in this outage; announced: was it announced?; came: any mail yet?; doubted: see check_times
         self.failures, self.announced, self.came, self.doubted = 0, False, False, False
         self.open_cursor = Cursor  # or a subclass
         self.announce: Callable[[str], None] = lambda line: None
-        self.warn = self.announce
+        self.warn = self.greet = self.announce  # greet: called when a bus was found
         self.clock: Any = time
 
     def messages(self, once: bool = False, timeout: float | None = None) -> Iterator[dict[str, Any]]:
@@ -189,6 +188,7 @@ class Reader:
             if health.get("ok") is not True:
                 raise Unreachable()
             self.take_up(health)
+            self.greet(f"listening as {', '.join(self.names)} on {self.url}")
         answer, self.bus_time = self.request(hold, seconds)
         if not isinstance(answer.get("messages"), list) or not DECIMAL.fullmatch(str(answer.get("now"))):
             raise Unreachable()
@@ -233,10 +233,22 @@ class Reader:
         """Go on with our cursor on the bus that answers. `since`, if the caller gave it, is for the first bus only."""
         self.bus = str(answer.get("bus", OLD_CONTRACT))
         self.cursor = self.open_cursor(self.bus, self.channel, self.names[0], self.warn)
-        self.cursor.at, self.since = self.since or self.cursor.at, None
+        self.cursor.at, self.since = moment(str(self.since or self.cursor.at), self.bus_time), None
         if self.bus == OLD_CONTRACT:
             now = min(str(answer.get("now")), f"{self.clock.time() + AHEAD_SECONDS:.6f}", key=seconds_of)
             self.cursor.at = {"last": "0", "now": now}.get(self.cursor.at, self.cursor.at)
+
+
+def moment(since: str, now: float) -> str:
+    """The cursor for now, last, a cursor, how long ago, or an id: from that message on. `now`: the bus's clock."""
+    number = int(since, 16) - 1 if re.fullmatch("[0-9a-f]{13}", since) else 0
+    if number and not (since.isdecimal() and abs(number / 1e6 - now) > TEN_YEARS):
+        return f"{number // 1000000}.{number % 1000000:06d}"
+    if since in ("now", "last") or DECIMAL.fullmatch(since):
+        return since
+    with contextlib.suppress(argparse.ArgumentTypeError):
+        return f"{max(now - duration(since), 0):.6f}"
+    raise ValueError(f"since is {since!r}: give now, last, 1h, the id of a message, or seconds like 1795203596.123456")
 
 
 def seconds_of(place: Any) -> float:
@@ -342,6 +354,7 @@ def file_name(text: str) -> str:
 
 # -- shared by bus_recv.py and bus_send.py: begin (a test keeps the two copies equal) --
 
+VERSION = "0.2.0"
 DEFAULT_URL = "http://127.0.0.1:8080"
 GRACE_SECONDS = 10.0  # to connect; and for an answer to begin, beyond the time for which the bus may hold the request
 DOWNLOAD_RATE = 8192  # bytes per second; a slower answer is cut off
@@ -352,9 +365,8 @@ HIDDEN = re.compile(  # controls, and what Unicode lets a program leave out: bid
     r"\u2060-\u206f\u2800\u3164\ud800-\udfff\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb"
     r"\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]+"
 )
-
 # A line of a configuration file, as far as systemd's EnvironmentFile and docker's --env-file read it alike.
-CONFIGURED = re.compile(r"\s*(?:[#;].*|([A-Za-z_][A-Za-z0-9_]*)=([^\s'\"\\][^\\]*?)?)?\s*")
+LINE = re.compile(r"\s*(?:[#;].*|([A-Za-z_][A-Za-z0-9_]*)=([^\s'\"\\][^\\]*?)?)?\s*")
 
 
 class Refused(Exception):
@@ -373,20 +385,6 @@ class Unreachable(Exception):
         self.retry_after = retry_after  # s; the wait that the answer asked for
 
 
-class Profile(argparse.Action):
-    """The option --bus: from here on the configuration is that of another bus, for the commands that we run, too."""
-
-    def __call__(self, parser: argparse.ArgumentParser, _space: Any, name: Any, _option: Any = None) -> None:
-        if os.environ.get("AGENT_BUS_URL"):
-            parser.error(f"--bus {name} and AGENT_BUS_URL name two buses: unset AGENT_BUS_URL, or leave out --bus")
-        os.environ["AGENT_BUS_PROFILE"] = name
-
-
-def choose_bus(parser: argparse.ArgumentParser) -> None:
-    says = "the bus of PROFILE.env in ~/.config/agent-bus ($AGENT_BUS_PROFILE, or 'default')"
-    parser.add_argument("--bus", action=Profile, default=argparse.SUPPRESS, metavar="PROFILE", help=says)
-
-
 def settings(url: str | None = None) -> dict[str, str]:
     """The variables AGENT_... that are not empty: those of the environment, above those of the configuration file.
 
@@ -394,8 +392,8 @@ def settings(url: str | None = None) -> dict[str, str]:
     AGENT_BUS_URL in the environment, is another bus. AGENT_BUS_URL is always in the result.
     """
     own = {name: value for name, value in os.environ.items() if name.startswith("AGENT_") and value}
-    _, file = configuration()
-    wanted, its = url or own.get("AGENT_BUS_URL"), file.get("AGENT_BUS_URL") or DEFAULT_URL
+    file, wanted = configuration()[1], url or own.get("AGENT_BUS_URL")
+    its = file.get("AGENT_BUS_URL") or DEFAULT_URL
     if wanted and wanted.rstrip("/") != its.rstrip("/"):
         file = {}
     if "AGENT_BUS_TOKEN_FILE" in own:  # else the token in the file would come before it
@@ -405,43 +403,43 @@ def settings(url: str | None = None) -> dict[str, str]:
 
 def configuration() -> tuple[str, dict[str, str]]:
     """The path of the configuration file, and its variables; none without a file. ValueError says what is wrong."""
-    profile = os.environ.get("AGENT_BUS_PROFILE") or "default"
-    folder = os.environ.get("XDG_CONFIG_HOME") or os.path.join("~", ".config")
-    path = os.path.join(os.path.expanduser(folder), "agent-bus", f"{profile}.env")
-    if not re.fullmatch("[A-Za-z0-9][A-Za-z0-9._-]*", profile):
-        raise ValueError(f"{profile!r} is not a profile: name a file in {os.path.dirname(path)}, without its .env")
-    if profile == "default" and not os.path.exists(path):
+    chosen = os.environ.get("AGENT_BUS_PROFILE")
+    folder = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser(os.path.join("~", ".config"))
+    path = os.path.join(folder, "agent-bus", f"{chosen or 'default'}.env")
+    if not chosen and not os.path.exists(path):
         return path, {}
-    text = private(path)
-    if os.name == "posix" and os.stat(path).st_uid != os.geteuid():
-        raise ValueError(f"{path} belongs to another user: make a file of your own")
-    lines = [CONFIGURED.fullmatch(line) for line in text.split("\n")]
+    lines = [LINE.fullmatch(line) for line in private(path).split("\n")]
     if None in lines:
         raise ValueError(f"line {lines.index(None) + 1} of {path}: write KEY=VALUE, without quotes, \\ or export")
     return path, {line[1]: line[2] for line in lines if line and line[2]}
 
 
 def private(path: str) -> str:
-    """The text of a file that only its owner can read. ValueError if it cannot be read, or others could read it."""
+    """The text of a file that is ours, and that nobody else can read. Else ValueError says what to do."""
     try:
         with open(path, encoding="utf-8-sig", errors="replace") as file:  # editors put a BOM before it
-            mode, text = os.fstat(file.fileno()).st_mode, file.read(1 << 16)
+            state, text = os.fstat(file.fileno()), file.read(1 << 16)
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
-    if os.name == "posix" and mode & 0o077:
-        raise ValueError(f"other users can read {path}: chmod 600 {path}")
+    if os.name == "posix" and (state.st_mode & 0o077 or state.st_uid != os.geteuid()):
+        raise ValueError(f"{path} must be yours and for you alone: chmod 600 {path}, or make it anew")
     return text
 
 
-class Local(http.client.HTTPConnection):
-    """HTTP over the Unix socket at `path`."""
+def profile(name: str) -> str:
+    """The value of --bus. From here on, and in commands that we run, the configuration is that of another bus."""
+    if os.environ.get("AGENT_BUS_URL"):
+        raise argparse.ArgumentTypeError(f"{name} and AGENT_BUS_URL are two buses: unset AGENT_BUS_URL")
+    os.environ["AGENT_BUS_PROFILE"] = name
+    return name
 
-    path: str
 
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(self.timeout)
-        self.sock.connect(self.path)
+def duration(text: str) -> float:
+    """Seconds: `90`, `90s`, `5m`, `1h` or `3d`."""
+    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)([smhd]?)", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a time like 90s, 5m, 1h or 3d")
+    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
 
 
 def exchange(url: str, path: str, body: bytes | None, seconds: float) -> tuple[http.client.HTTPResponse, bytes]:
@@ -451,6 +449,8 @@ def exchange(url: str, path: str, body: bytes | None, seconds: float) -> tuple[h
     Raises Unreachable for every fault of the network; ValueError for a wrong URL, token or certificate file.
     """
     connection, prefix, headers = connect(url, min(seconds, GRACE_SECONDS))
+    proxied = "://" in prefix or getattr(connection, "_tunnel_host", None)
+    through = f", through the proxy {connection.host}:{connection.port}" if proxied else ""
     headers.update(credentials(url), **({"Content-Type": "application/json"} if body else {}))
     try:
         with contextlib.closing(connection):
@@ -459,15 +459,28 @@ def exchange(url: str, path: str, body: bytes | None, seconds: float) -> tuple[h
             sock.settimeout(seconds)
             with hung_up_after(seconds, sock):
                 connection.request("POST" if body else "GET", prefix + path, body, headers)
-                head = connection.getresponse()
+                head: Any = connection.getresponse()
             # A length may be a lie, which must not allow a drip for years.
             with hung_up_after(min(seconds, GRACE_SECONDS) + min(head.length or 0, ANSWER_BYTES) / DOWNLOAD_RATE, sock):
                 content = head.read(min(head.length or ANSWER_BYTES, ANSWER_BYTES))
             if head.length:
                 raise http.client.IncompleteRead(content, head.length)
+            head.through = through
             return head, content
     except (OSError, ValueError, http.client.HTTPException) as error:  # ValueError: a chunk of negative size
-        raise Unreachable(getattr(error, "strerror", None) or str(error) or type(error).__name__) from error
+        said = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise Unreachable(said + through) from error
+
+
+class Local(http.client.HTTPConnection):
+    """HTTP over a Unix socket, whose path is in `place`."""
+
+    place = ""
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self.place)
 
 
 def connect(url: str, seconds: float) -> tuple[http.client.HTTPConnection, str, dict[str, str]]:
@@ -476,7 +489,7 @@ def connect(url: str, seconds: float) -> tuple[http.client.HTTPConnection, str, 
     headers = {"User-Agent": given.get("AGENT_BUS_UA", "Mozilla/5.0")}  # firewalls drop what looks like a script
     if parts.scheme == "unix":
         local = Local("localhost", timeout=seconds)
-        local.path = parts.path
+        local.place = parts.path
         return local, "", headers
     secure = parts.scheme == "https"
     host, port = parts.hostname or "", parts.port or (443 if secure else 80)
@@ -600,7 +613,9 @@ def judged(response: http.client.HTTPResponse, body: bytes, fraction: Any = floa
     if 400 <= response.status < 500 and response.status not in (408, 425, 429) and isinstance(error, str):
         raise Refused(response.status, error)
     wait = response.headers.get("Retry-After", "")
-    raise Unreachable(f"{response.status}: {error or 'not from a bus'}", float(wait) if wait.isdecimal() else 0.0)
+    said = error or ("a web page, not a bus" if body.lstrip().startswith(b"<") else "not from a bus")
+    through = getattr(response, "through", "")  # of exchange()
+    raise Unreachable(f"{response.status}: {said}{through}", float(wait) if wait.isdecimal() else 0.0)
 
 
 def pause_after(failures: int) -> float:
@@ -608,9 +623,9 @@ def pause_after(failures: int) -> float:
     return min(FIRST_PAUSE * 2.0 ** min(max(failures - 1, 0), 10), LONGEST_PAUSE)
 
 
-def called(file: str, command: str) -> str:
-    """How the user runs another of our programs: it is installed, or is this file."""
-    return f"agent-bus {command}" if "agent-bus" in os.path.basename(sys.argv[0]) else f"python3 {file}"
+def called(program: str, command: str) -> str:
+    """The name of one of our programs, as this user has it: if they are installed, it is a command of agent-bus."""
+    return f"agent-bus {command}" if "agent-bus" in os.path.basename(sys.argv[0]) else program
 
 
 def visible(text: str) -> str:
@@ -663,7 +678,7 @@ def cut(lines: Sequence[str], number: str) -> list[str]:
     parts = [("|+" if part else "") + piece for line in lines for part, piece in enumerate(pieces(line, width))]
     kept = [part for part in parts if (room := room - units(part) - 1) >= 0]
     rest = sum(len(part) - 1 for part in parts[len(kept) :])  # without the prefix of two, with the end of a line
-    again = f"{called('bus_recv.py', 'recv')} --read {word(number)}"
+    again = f"{called('python3 bus_recv.py', 'recv')} --read {word(number)}"
     return [*kept, f"|~ {rest} more characters: {again}"] if rest else kept
 
 
@@ -794,21 +809,24 @@ def complain(line: str, program: str = "bus_recv") -> None:
 
 def main(argv: list[str] | None = None) -> int:
     cli = argparse.ArgumentParser(description="Show the messages for NAME on an agent-bus, as they arrive.")
-    cli.add_argument("names", nargs="*", metavar="NAME", help="the reader's own name, then others whose mail it reads")
+    names = "the reader's own name ($AGENT_NAME), then others whose mail it reads"
+    cli.add_argument("names", nargs="*", metavar="NAME", help=names)
+    cli.add_argument("--monitor", action="store_true", help="pace and wrap messages for a Monitor, as for a socket")
     cli.add_argument("--json", action="store_true", help="print each message as a line of JSON")
     cli.add_argument("--once", action="store_true", help="end after the waiting messages, or after the first new one")
-    cli.add_argument("--timeout", type=float, metavar="S", help="end after S seconds (with --once: 25)")
-    cli.add_argument("--since", metavar="X", help="begin at X: s since 1970, now, or last (the saved cursor)")
+    cli.add_argument("--timeout", type=duration, metavar="S", help="end after S seconds (with --once: 25)")
+    cli.add_argument("--since", metavar="X", help="begin at X: 1h (ago), an id, now, last (the saved cursor), a time")
     cli.add_argument("--channel", metavar="C", help="the channel ($AGENT_BUS_CHANNEL, or 'default')")
     cli.add_argument("--exec", metavar="CMD", help="run CMD for each message: JSON on stdin, MSG_FROM ... as variables")
     cli.add_argument("--tries", type=int, default=5, metavar="N", help="put a message into a file after N failures (5)")
     cli.add_argument("--read", metavar="ID", help="print the whole message with this id, and end")
-    choose_bus(cli)
+    cli.add_argument("--bus", type=profile, metavar="PROFILE", help="the bus in ~/.config/agent-bus/PROFILE.env")
+    cli.add_argument("--version", action="version", version=f"%(prog)s {VERSION}")
     cli.add_argument("--claim", dest="tool", action="store_const", const="bus_work", help="do jobs: another program")
     cli.add_argument("--log", dest="tool", action="store_const", const="bus_log", help="show all mail: another program")
     options, unknown = cli.parse_known_args(argv)
-    if not options.tool and (unknown or bool(options.names) == bool(options.read)):
-        cli.error(f"unknown: {' '.join(unknown)}" if unknown else "give at least one NAME, or --read ID")
+    if not options.tool and (unknown or (options.names and options.read)):
+        cli.error(f"unknown: {' '.join(unknown)}" if unknown else "give NAME, or --read ID")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
         return run_tool(options.tool, argv) if options.tool else read(options)
@@ -829,19 +847,27 @@ def run_tool(name: str, argv: list[str] | None) -> int:
 
 
 def read(options: argparse.Namespace) -> int:
-    reader = Reader(options.names or ["nobody"], None, options.channel, options.since, HOLD_SECONDS)
+    names = options.names or [settings().get("AGENT_NAME") or (options.read and "nobody")]
+    if names == [None]:
+        raise ValueError("the name is missing: give NAME, or set AGENT_NAME")
+    reader = Reader(names, channel=options.channel, since=options.since)
     if options.read:  # this needs no cursor and moves none
         answer, now = ask(reader.url, f"/message/{quote(options.read, safe='')}", GRACE_SECONDS)
         emit(block(answer.get("message"), "", now, whole=True))
         return 0
     # A program that reads our JSON, or the output of the command, must get nothing else on stdout.
     reader.warn, reader.announce = complain, complain if options.json or options.exec else announce
+    reader.greet = reader.greet if options.once else complain
     timeout = HOLD_SECONDS if options.once and options.timeout is None else options.timeout
-    if options.exec or options.json:
-        for message in reader.messages(options.once, timeout):
-            run_command(options.exec, options.tries, reader, message) if options.exec else emit(f"{dump(message)}\n")
-    else:
+    if options.monitor or not (options.exec or options.json) and sys.stdout and stat.S_ISSOCK(os.fstat(1).st_mode):
         show_blocks(reader, reader.answers(options.once, timeout), 0 if options.once else SETTLE_SECONDS)
+        return 0 if reader.came else 3
+    for message in reader.messages(options.once, timeout):
+        if options.exec:
+            run_command(options.exec, options.tries, reader, message)
+        else:
+            whole = block(message, reader.names[0], reader.bus_time, whole=True)
+            emit(f"{dump(message)}\n" if options.json else whole)
     return 0 if reader.came else 3
 
 

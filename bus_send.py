@@ -46,55 +46,44 @@ if TYPE_CHECKING:
     from typing import Any
     from urllib.parse import SplitResult
 
+# Python 3.8 says this sentence; older ones show the line, as a SyntaxError, because they do not know `:=`.
+if sys.version_info < (3, 9) and (needs := "bus_send.py needs Python 3.9 or later"):  # noqa: UP036
+    sys.exit(needs)
+
+USUAL = {"subject", "reply_to", "type", "priority", "ttl", "content_type"}  # members of a message, arguments of send()
+# Faults that time does not heal, and what does.
+LASTING = {"gaierror": "Is the host's name right?", "SSLCertVerificationError": "Set AGENT_BUS_CA to its certificate."}
 UPLOAD_RATE = 8192  # bytes per second of a message, the slowest that the bus accepts
 HOLD_SECONDS = 25.0  # the bus may hold a question; common proxies cut a quiet request after 30 s
 
 
-def send(
-    to: str | list[str],
-    msg: str,
-    *,
-    url: str | None = None,
-    sender: str | None = None,
-    channel: str | None = None,
-    patience: float = 30.0,
-    key: str | None = None,
-    **fields: Any,
-) -> dict[str, Any]:
+def send(to: str | list[str], msg: str, *, patience: float = 30.0, warn: Any = None, **given: Any) -> dict[str, Any]:
     """Store `msg` for `to`; returns the bus's answer (`id`, `ts`, `duplicate`, `receiver`: see PROTOCOL.md).
 
-    `url`, `sender` and `channel` default to the environment's, `key` to a new one. `fields` (subject, reply_to,
-    type, ttl in seconds ...) go with the message; None leaves one out. The first attempt is always made, and the last
-    starts within `patience` seconds. Raises Refused, Unreachable; ValueError for a missing sender or a wrong URL.
+    `given` may have `url`, `sender` and `channel`, which default to the environment's or the configuration file's;
+    `key`, by default a new one; the members of a message that have a meaning (`subject`, `reply_to`, `type`,
+    `priority`, `ttl` in seconds, `content_type`); and `fields`, a dict of further members. None leaves one out.
+    The first attempt is always made, and the last starts within `patience` seconds; before the second, `warn` is called
+    with a sentence. Raises Refused, Unreachable; ValueError for a missing sender or a wrong URL.
     """
-    url, message = compose(to, msg, url, sender, channel, key, fields)
-    found = persist(lambda left: post(url, message, min(left, GRACE_SECONDS)), patience, url, f"--key {message['key']}")
+    url, message = compose(to, msg, **given)
+    found = persist(lambda left: post(url, message, min(left, GRACE_SECONDS)), patience, url, message["key"], warn)
     keep_copy(url, message, found)
     return found
 
 
-def ask(
-    to: str,
-    msg: str,
-    *,
-    url: str | None = None,
-    sender: str | None = None,
-    channel: str | None = None,
-    timeout: float = 300.0,
-    key: str | None = None,
-    **fields: Any,
-) -> dict[str, Any]:
+def ask(to: str, msg: str, *, timeout: float = 300.0, warn: Any = None, **given: Any) -> dict[str, Any]:
     """send() to one name, and wait for the reply: `reply` in the result is a message, or None after `timeout` seconds.
 
     The same question is asked again and again, each time for as long as a request may be held. An answer is found
-    whenever it came, and is in the sender's mailbox too.
+    whenever it came, and is in the sender's mailbox too. `given` are further arguments of send().
     """
-    url, message = compose(to, msg, url, sender, channel, key, fields)
+    url, message = compose(to, msg, **given)
     end, holds, answer = time.monotonic() + timeout, [HOLD_SECONDS], dict[str, object]()
     while True:
         began = time.monotonic()
         try:
-            found = persist(lambda _: post_held(url, message, end, holds), end - began, url, f"--key {message['key']}")
+            found = persist(lambda _: post_held(url, message, end, holds), end - began, url, message["key"], warn)
         except Unreachable:
             if answer:  # the question is stored, but has no reply
                 return answer
@@ -102,7 +91,9 @@ def ask(
         if not answer:
             keep_copy(url, message, found)
         answer, now = found, time.monotonic()
-        if now >= end or isinstance(answer.get("reply"), dict):
+        if (
+            now >= end or isinstance(answer.get("reply"), dict) or "bus" not in answer
+        ):  # that would store it again
             return answer
         time.sleep(min(max(began + 1 - now, 0), end - now))  # in case the bus does not hold a question
 
@@ -131,10 +122,10 @@ def sender_of(number: str, channel: str | None, patience: float) -> tuple[str, s
     raise Unreachable(f"{url} does not say who sent {number}: give the receiver's name")
 
 
-def persist(attempt: Any, patience: float, url: str, again: str = "run the same command") -> dict[str, Any]:
+def persist(attempt: Any, patience: float, url: str, key: str = "", warn: Any = None) -> dict[str, Any]:
     """Call `attempt(seconds left)` until it returns. The first call is always made, the last one starts in time.
 
-    If no call gets an answer, Unreachable says how to try again: `again`.
+    A fault that time does not heal ends it at once. Unreachable says what to do, and names the key for another send.
     """
     end, failures = time.monotonic() + patience, 0
     while True:
@@ -142,10 +133,16 @@ def persist(attempt: Any, patience: float, url: str, again: str = "run the same 
             return dict(attempt(max(end - time.monotonic(), 1)))  # s; an attempt needs some time
         except Unreachable as fault:
             failures += 1
+            server, doctor = called("bus_server.py", "serve"), called("bus_doctor.py", "doctor")
+            advice = f"Is {server} running there? {doctor} tells which hop fails."
+            kind = type(fault.__cause__).__name__
+            lasting = kind in LASTING and getattr(fault.__cause__, "errno", 0) != socket.EAI_AGAIN
             pause = max(pause_after(failures) * random.uniform(0.5, 1), fault.retry_after)
-            if time.monotonic() + pause >= end:
-                doctor = called("tools/bus_doctor.py", "doctor")
-                raise Unreachable(f"no bus at {url} ({fault}): see {doctor}; try again: {again}") from fault
+            if lasting or time.monotonic() + pause >= end:
+                again = f" To send it again: --key {key}" if key else ""
+                raise Unreachable(f"no bus at {url} ({fault}). {LASTING.get(kind, advice)}{again}") from fault
+            if warn and failures == 1:
+                warn(f"no bus at {url} ({fault}); still trying, up to {patience:.0f} s. {advice}")
         time.sleep(pause)
 
 
@@ -154,15 +151,18 @@ def new_key() -> str:
     return f"{int(time.time() * 1000000):014x}{os.urandom(9).hex()}"
 
 
-def compose(to: Any, msg: str, url: Any, sender: Any, channel: Any, key: Any, more: Any) -> tuple[str, dict[str, Any]]:
-    """The URL of the bus, and the message, from the arguments, the environment and the file. ValueError: see send()."""
-    given = settings(url)
-    url, sender = given["AGENT_BUS_URL"], sender or given.get("AGENT_NAME")
-    if not sender and not credentials(url):  # a token names its sender
+def compose(to: Any, msg: str, *, fields: Any = None, **given: Any) -> tuple[str, dict[str, Any]]:
+    """The URL of the bus, and the message, from the arguments of send(), the environment and the file."""
+    own = settings(given.pop("url", None))
+    sender, channel, key = (given.pop(name, None) for name in ("sender", "channel", "key"))
+    if strange := given.keys() - USUAL:
+        raise TypeError(f"send() has no argument {min(strange)!r}: further members of a message go into fields=")
+    sender, channel = sender or own.get("AGENT_NAME"), channel or own.get("AGENT_BUS_CHANNEL", "default")
+    if not sender and not credentials(own["AGENT_BUS_URL"]):  # a token names its sender
         raise ValueError("the sender is missing: give --from NAME or set AGENT_NAME")
-    channel = channel or given.get("AGENT_BUS_CHANNEL", "default")
-    message = {"from": sender, "to": to, "channel": channel, "msg": msg, "key": key or new_key(), **more}
-    return url, {field: value for field, value in message.items() if value is not None}
+    message = {"from": sender, "to": to, "channel": channel, "msg": msg, "key": key or new_key()}
+    members = {**(fields or {}), **message, **given}.items()
+    return own["AGENT_BUS_URL"], {field: value for field, value in members if value is not None}
 
 
 def keep_copy(url: str, message: dict[str, Any], answer: dict[str, Any]) -> None:
@@ -199,6 +199,7 @@ def post(url: str, message: dict[str, Any], seconds: float, path: str = "/send")
 
 # -- shared by bus_recv.py and bus_send.py: begin (a test keeps the two copies equal) --
 
+VERSION = "0.2.0"
 DEFAULT_URL = "http://127.0.0.1:8080"
 GRACE_SECONDS = 10.0  # to connect; and for an answer to begin, beyond the time for which the bus may hold the request
 DOWNLOAD_RATE = 8192  # bytes per second; a slower answer is cut off
@@ -209,9 +210,8 @@ HIDDEN = re.compile(  # controls, and what Unicode lets a program leave out: bid
     r"\u2060-\u206f\u2800\u3164\ud800-\udfff\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb"
     r"\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]+"
 )
-
 # A line of a configuration file, as far as systemd's EnvironmentFile and docker's --env-file read it alike.
-CONFIGURED = re.compile(r"\s*(?:[#;].*|([A-Za-z_][A-Za-z0-9_]*)=([^\s'\"\\][^\\]*?)?)?\s*")
+LINE = re.compile(r"\s*(?:[#;].*|([A-Za-z_][A-Za-z0-9_]*)=([^\s'\"\\][^\\]*?)?)?\s*")
 
 
 class Refused(Exception):
@@ -230,20 +230,6 @@ class Unreachable(Exception):
         self.retry_after = retry_after  # s; the wait that the answer asked for
 
 
-class Profile(argparse.Action):
-    """The option --bus: from here on the configuration is that of another bus, for the commands that we run, too."""
-
-    def __call__(self, parser: argparse.ArgumentParser, _space: Any, name: Any, _option: Any = None) -> None:
-        if os.environ.get("AGENT_BUS_URL"):
-            parser.error(f"--bus {name} and AGENT_BUS_URL name two buses: unset AGENT_BUS_URL, or leave out --bus")
-        os.environ["AGENT_BUS_PROFILE"] = name
-
-
-def choose_bus(parser: argparse.ArgumentParser) -> None:
-    says = "the bus of PROFILE.env in ~/.config/agent-bus ($AGENT_BUS_PROFILE, or 'default')"
-    parser.add_argument("--bus", action=Profile, default=argparse.SUPPRESS, metavar="PROFILE", help=says)
-
-
 def settings(url: str | None = None) -> dict[str, str]:
     """The variables AGENT_... that are not empty: those of the environment, above those of the configuration file.
 
@@ -251,8 +237,8 @@ def settings(url: str | None = None) -> dict[str, str]:
     AGENT_BUS_URL in the environment, is another bus. AGENT_BUS_URL is always in the result.
     """
     own = {name: value for name, value in os.environ.items() if name.startswith("AGENT_") and value}
-    _, file = configuration()
-    wanted, its = url or own.get("AGENT_BUS_URL"), file.get("AGENT_BUS_URL") or DEFAULT_URL
+    file, wanted = configuration()[1], url or own.get("AGENT_BUS_URL")
+    its = file.get("AGENT_BUS_URL") or DEFAULT_URL
     if wanted and wanted.rstrip("/") != its.rstrip("/"):
         file = {}
     if "AGENT_BUS_TOKEN_FILE" in own:  # else the token in the file would come before it
@@ -262,43 +248,43 @@ def settings(url: str | None = None) -> dict[str, str]:
 
 def configuration() -> tuple[str, dict[str, str]]:
     """The path of the configuration file, and its variables; none without a file. ValueError says what is wrong."""
-    profile = os.environ.get("AGENT_BUS_PROFILE") or "default"
-    folder = os.environ.get("XDG_CONFIG_HOME") or os.path.join("~", ".config")
-    path = os.path.join(os.path.expanduser(folder), "agent-bus", f"{profile}.env")
-    if not re.fullmatch("[A-Za-z0-9][A-Za-z0-9._-]*", profile):
-        raise ValueError(f"{profile!r} is not a profile: name a file in {os.path.dirname(path)}, without its .env")
-    if profile == "default" and not os.path.exists(path):
+    chosen = os.environ.get("AGENT_BUS_PROFILE")
+    folder = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser(os.path.join("~", ".config"))
+    path = os.path.join(folder, "agent-bus", f"{chosen or 'default'}.env")
+    if not chosen and not os.path.exists(path):
         return path, {}
-    text = private(path)
-    if os.name == "posix" and os.stat(path).st_uid != os.geteuid():
-        raise ValueError(f"{path} belongs to another user: make a file of your own")
-    lines = [CONFIGURED.fullmatch(line) for line in text.split("\n")]
+    lines = [LINE.fullmatch(line) for line in private(path).split("\n")]
     if None in lines:
         raise ValueError(f"line {lines.index(None) + 1} of {path}: write KEY=VALUE, without quotes, \\ or export")
     return path, {line[1]: line[2] for line in lines if line and line[2]}
 
 
 def private(path: str) -> str:
-    """The text of a file that only its owner can read. ValueError if it cannot be read, or others could read it."""
+    """The text of a file that is ours, and that nobody else can read. Else ValueError says what to do."""
     try:
         with open(path, encoding="utf-8-sig", errors="replace") as file:  # editors put a BOM before it
-            mode, text = os.fstat(file.fileno()).st_mode, file.read(1 << 16)
+            state, text = os.fstat(file.fileno()), file.read(1 << 16)
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
-    if os.name == "posix" and mode & 0o077:
-        raise ValueError(f"other users can read {path}: chmod 600 {path}")
+    if os.name == "posix" and (state.st_mode & 0o077 or state.st_uid != os.geteuid()):
+        raise ValueError(f"{path} must be yours and for you alone: chmod 600 {path}, or make it anew")
     return text
 
 
-class Local(http.client.HTTPConnection):
-    """HTTP over the Unix socket at `path`."""
+def profile(name: str) -> str:
+    """The value of --bus. From here on, and in commands that we run, the configuration is that of another bus."""
+    if os.environ.get("AGENT_BUS_URL"):
+        raise argparse.ArgumentTypeError(f"{name} and AGENT_BUS_URL are two buses: unset AGENT_BUS_URL")
+    os.environ["AGENT_BUS_PROFILE"] = name
+    return name
 
-    path: str
 
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(self.timeout)
-        self.sock.connect(self.path)
+def duration(text: str) -> float:
+    """Seconds: `90`, `90s`, `5m`, `1h` or `3d`."""
+    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)([smhd]?)", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a time like 90s, 5m, 1h or 3d")
+    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
 
 
 def exchange(url: str, path: str, body: bytes | None, seconds: float) -> tuple[http.client.HTTPResponse, bytes]:
@@ -308,6 +294,8 @@ def exchange(url: str, path: str, body: bytes | None, seconds: float) -> tuple[h
     Raises Unreachable for every fault of the network; ValueError for a wrong URL, token or certificate file.
     """
     connection, prefix, headers = connect(url, min(seconds, GRACE_SECONDS))
+    proxied = "://" in prefix or getattr(connection, "_tunnel_host", None)
+    through = f", through the proxy {connection.host}:{connection.port}" if proxied else ""
     headers.update(credentials(url), **({"Content-Type": "application/json"} if body else {}))
     try:
         with contextlib.closing(connection):
@@ -316,15 +304,28 @@ def exchange(url: str, path: str, body: bytes | None, seconds: float) -> tuple[h
             sock.settimeout(seconds)
             with hung_up_after(seconds, sock):
                 connection.request("POST" if body else "GET", prefix + path, body, headers)
-                head = connection.getresponse()
+                head: Any = connection.getresponse()
             # A length may be a lie, which must not allow a drip for years.
             with hung_up_after(min(seconds, GRACE_SECONDS) + min(head.length or 0, ANSWER_BYTES) / DOWNLOAD_RATE, sock):
                 content = head.read(min(head.length or ANSWER_BYTES, ANSWER_BYTES))
             if head.length:
                 raise http.client.IncompleteRead(content, head.length)
+            head.through = through
             return head, content
     except (OSError, ValueError, http.client.HTTPException) as error:  # ValueError: a chunk of negative size
-        raise Unreachable(getattr(error, "strerror", None) or str(error) or type(error).__name__) from error
+        said = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise Unreachable(said + through) from error
+
+
+class Local(http.client.HTTPConnection):
+    """HTTP over a Unix socket, whose path is in `place`."""
+
+    place = ""
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self.place)
 
 
 def connect(url: str, seconds: float) -> tuple[http.client.HTTPConnection, str, dict[str, str]]:
@@ -333,7 +334,7 @@ def connect(url: str, seconds: float) -> tuple[http.client.HTTPConnection, str, 
     headers = {"User-Agent": given.get("AGENT_BUS_UA", "Mozilla/5.0")}  # firewalls drop what looks like a script
     if parts.scheme == "unix":
         local = Local("localhost", timeout=seconds)
-        local.path = parts.path
+        local.place = parts.path
         return local, "", headers
     secure = parts.scheme == "https"
     host, port = parts.hostname or "", parts.port or (443 if secure else 80)
@@ -457,7 +458,9 @@ def judged(response: http.client.HTTPResponse, body: bytes, fraction: Any = floa
     if 400 <= response.status < 500 and response.status not in (408, 425, 429) and isinstance(error, str):
         raise Refused(response.status, error)
     wait = response.headers.get("Retry-After", "")
-    raise Unreachable(f"{response.status}: {error or 'not from a bus'}", float(wait) if wait.isdecimal() else 0.0)
+    said = error or ("a web page, not a bus" if body.lstrip().startswith(b"<") else "not from a bus")
+    through = getattr(response, "through", "")  # of exchange()
+    raise Unreachable(f"{response.status}: {said}{through}", float(wait) if wait.isdecimal() else 0.0)
 
 
 def pause_after(failures: int) -> float:
@@ -465,9 +468,9 @@ def pause_after(failures: int) -> float:
     return min(FIRST_PAUSE * 2.0 ** min(max(failures - 1, 0), 10), LONGEST_PAUSE)
 
 
-def called(file: str, command: str) -> str:
-    """How the user runs another of our programs: it is installed, or is this file."""
-    return f"agent-bus {command}" if "agent-bus" in os.path.basename(sys.argv[0]) else f"python3 {file}"
+def called(program: str, command: str) -> str:
+    """The name of one of our programs, as this user has it: if they are installed, it is a command of agent-bus."""
+    return f"agent-bus {command}" if "agent-bus" in os.path.basename(sys.argv[0]) else program
 
 
 def visible(text: str) -> str:
@@ -492,18 +495,27 @@ def emit(text: str) -> None:
 # The command line
 
 
-def queued(answer: dict[str, Any], to: str | list[str]) -> str:
-    """A sentence about a stored message, if not all its receivers listen; else an empty text."""
-    receiver = answer["receiver"]
-    online = receiver["online"]
-    unread = f", {receiver['unread']} unread" if "unread" in receiver else ""
-    if isinstance(online, bool):
+def told(answer: dict[str, Any], to: str | list[str]) -> str:
+    """A sentence about a stored message. It begins with `queued` if not all its receivers listen."""
+    names = to if isinstance(to, str) else ",".join(to)
+    with contextlib.suppress(KeyError, TypeError, ArithmeticError):  # a bus of the first contract says nothing of them
+        receiver = answer["receiver"]
+        online, unread = receiver["online"], f", {receiver['unread']} unread" if "unread" in receiver else ""
+        if not isinstance(online, bool):
+            everyone = online + receiver["offline"]
+            who = f"{online} of {everyone} are listening" if online else "nobody is listening"
+            return f"sent to {names}, all listening" if 0 < online == everyone else f"queued: {who}{unread}"
+        if online:
+            return f"sent to {names}, who is listening"
+        if receiver.get("known") is False:
+            similar = " or ".join(map(str, receiver.get("similar") or ()))
+            return f"queued: nobody has ever listened as {names}{similar and f'; did you mean {similar}?'}"
         seen = receiver["last_seen"]
-        who = f"{to} was last seen {span(answer['ts'] - seen)} ago" if seen else f"nobody has listened as {to} yet"
-        return "" if online else f"queued: {who}{unread}"
-    everyone = online + receiver["offline"]
-    who = f"{online} of {everyone} are listening" if online else "nobody is listening"
-    return "" if online and online == everyone else f"queued: {who}{unread}"
+        who = (
+            f"{names} was last seen {span(answer['ts'] - seen)} ago" if seen else f"nobody has listened as {names} yet"
+        )
+        return f"queued: {who}{unread}"
+    return f"sent to {names}"
 
 
 def span(seconds: float) -> str:
@@ -512,52 +524,72 @@ def span(seconds: float) -> str:
 
 
 def command_line(purpose: str) -> argparse.ArgumentParser:
-    """A parser for the members of a message. Its results, except `to`, are arguments of send()."""
+    """A parser for a message; message_of() takes its results."""
     parser = argparse.ArgumentParser(description=purpose)
-    parser.add_argument("to", metavar="TO", nargs="?", type=receivers, help="a name, names as a,b,c, or all")
-    parser.add_argument("--from", dest="sender", metavar="NAME", help="the sender ($AGENT_NAME)")
-    parser.add_argument("--subject", help="subject of the message, in one line")
-    parser.add_argument("--reply-to", metavar="ID", help="the id of the message that this one answers")
-    parser.add_argument("--type", help="a word that your agents agree on: task, result, question ...")
-    parser.add_argument("--priority", help="low, normal or high")
-    parser.add_argument("--ttl", type=float, metavar="S", help="do not deliver the message after S seconds")
-    parser.add_argument("--key", help="the bus stores one message per sender and key; default: a new one")
-    parser.add_argument("--channel", help="the channel ($AGENT_BUS_CHANNEL, or 'default')")
-    choose_bus(parser)
+    add = parser.add_argument
+    add("to", metavar="TO", nargs="?", type=receivers, help="a name, names as a,b,c, or all")
+    add("text", metavar="TEXT", nargs="*", help="the message; without it, the text on stdin")
+    add("--from", dest="sender", metavar="NAME", help="the sender ($AGENT_NAME)")
+    add("--subject", help="subject of the message, in one line")
+    add("--reply-to", metavar="ID", help="the id of the message that this one answers")
+    add("--type", help="a word that your agents agree on: task, result, question ...")
+    add("--priority", help="low, normal or high")
+    add("--ttl", type=duration, metavar="TIME", help="do not deliver the message after TIME: 90s, 5m, 1h, 3d")
+    add("--field", dest="fields", action="append", type=pair, default=[], metavar="K=V", help="a further member")
+    add("--content-type", metavar="TYPE", help="what TEXT is: text/markdown, application/json ...")
+    add("--json-body", dest="content_type", action="store_const", const="application/json", help="TEXT is JSON")
+    add("--key", help="the bus stores one message per sender and key; default: a new one")
+    add("--channel", help="the channel ($AGENT_BUS_CHANNEL, or 'default')")
+    add("--bus", type=profile, metavar="PROFILE", help="the bus in ~/.config/agent-bus/PROFILE.env (default.env)")
+    add("--json", action="store_true", help="print the bus's answer as JSON, also on a terminal")
+    add("--version", action="version", version=f"%(prog)s {VERSION}")
     return parser
+
+
+def pair(text: str) -> tuple[str, str]:
+    name, value = text.split("=", 1)
+    return name, value
 
 
 def receivers(text: str) -> str | list[str]:
     return text.split(",") if "," in text else text
 
 
-def read_message() -> str:
-    """The text on stdin. ValueError if it cannot be a message."""
+def message_of(given: dict[str, Any]) -> str:
+    """The message, from the command line or stdin; `given` becomes arguments of send(). ValueError if it is none."""
+    given["fields"] = dict(given["fields"])
+    msg = " ".join(given.pop("text"))
+    if not msg and sys.stdin and sys.stdin.isatty():
+        complain("type the message, end with Ctrl-D", 0)
     try:
-        msg = sys.stdin.buffer.read().decode() if sys.stdin else ""
+        msg = msg or (sys.stdin.buffer.read().decode() if sys.stdin else "")
+        given["content_type"] == "application/json" and json.loads(msg)
     except UnicodeDecodeError as error:
         raise ValueError(f"the message on stdin is not UTF-8 at byte {error.start}") from None
+    except ValueError as error:
+        raise ValueError(f"the message is not JSON: {error}") from None
     if not msg.strip():
-        raise ValueError("the message on stdin is empty")
+        raise ValueError("the message is empty: give TEXT, or a text on stdin")
     return msg
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = command_line("Send the text on stdin as one message to an agent-bus.")
+    parser = command_line("Send a message to an agent-bus: TEXT, or else the text on stdin.")
     parser.add_argument("--ask", action="store_true", help="wait for the reply, and print it")
-    parser.add_argument("--timeout", type=float, metavar="S", help="keep trying for S seconds (30; with --ask: 300)")
-    options = vars(parser.parse_args(argv))
-    to, question, seconds = options.pop("to"), options.pop("ask"), options.pop("timeout")
+    parser.add_argument("--timeout", type=duration, metavar="S", help="keep trying for S seconds (30; with --ask: 300)")
+    given = vars(parser.parse_intermixed_args(argv))
+    to, question, seconds, as_json, _ = map(given.pop, ("to", "ask", "timeout", "json", "bus"))
     seconds = seconds if seconds is not None else 300.0 if question else 30.0
-    if not to and not options["reply_to"]:
+    if not to and not given["reply_to"]:
         parser.error("the receiver is missing: give TO, or --reply-to ID")
     try:
-        msg = read_message()
+        msg = message_of(given)
         if not to:
-            to, options["channel"] = sender_of(options["reply_to"], options["channel"], seconds)
+            to, given["channel"] = sender_of(given["reply_to"], given["channel"], seconds)
+        given["warn"] = lambda sentence: complain(sentence, 0)
         if question:
-            return show_reply(ask(to, msg, timeout=seconds, **options), to)
-        report(send(to, msg, patience=seconds, **options), to)
+            return show_reply(ask(to, msg, timeout=seconds, **given), to)
+        report(send(to, msg, patience=seconds, **given), to, as_json)
     except (KeyboardInterrupt, ValueError, Refused, Unreachable) as error:
         code = {KeyboardInterrupt: 130, Refused: 1, Unreachable: 75}.get(type(error), 2)
         return code if code == 130 else complain(str(error), code)
@@ -568,7 +600,7 @@ def show_reply(answer: dict[str, Any], to: str) -> int:
     r"""The text of the reply on stdout, with invisible characters written out (\x1b); its sender on stderr."""
     reply = answer.get("reply")
     if not isinstance(reply, dict) or not isinstance(reply.get("msg"), str):
-        tell(answer, to)
+        told(answer, to).startswith("queued") and complain(told(answer, to), 0, "")
         return complain(f"no answer to {answer.get('id')} yet: it will arrive as mail", 3)
     complain(f"{reply.get('id')} from {reply.get('from')}", 0)
     with contextlib.suppress(OSError):  # if nobody reads our output, the question is stored and answered all the same
@@ -576,17 +608,14 @@ def show_reply(answer: dict[str, Any], to: str) -> int:
     return 0
 
 
-def report(answer: dict[str, Any], to: str | list[str]) -> None:
-    """The bus's answer to a send, as one line of JSON."""
+def report(answer: dict[str, Any], to: str | list[str], as_json: bool = False) -> None:
+    """What became of a send: one sentence for a person, one line of JSON for a program."""
+    sentence = told(answer, to)
+    person = bool(sys.stdout) and sys.stdout.isatty() and not as_json
     with contextlib.suppress(OSError):  # if nobody reads our output, the message is stored all the same
-        emit(json.dumps(answer) + "\n")
-    tell(answer, to)
-
-
-def tell(answer: dict[str, Any], to: str | list[str]) -> None:
-    with contextlib.suppress(KeyError, TypeError, ArithmeticError):  # a bus of the old contract says nothing of them
-        if truth := queued(answer, to):
-            complain(truth, 0, "")
+        emit(f"{visible(sentence)}\n" if person else json.dumps(answer) + "\n")
+    if not person and sentence.startswith("queued"):
+        complain(sentence, 0, "")
 
 
 def complain(sentence: str, code: int, program: str = "bus_send: ") -> int:

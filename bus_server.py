@@ -76,6 +76,9 @@ from typing import IO, Any, ClassVar, NamedTuple, NoReturn, Protocol, TypeVar, U
 from urllib.parse import parse_qsl
 
 VERSION = "0.2.0"
+# Python 3.8 says this sentence; older ones show the line, as a SyntaxError, because they do not know `:=`.
+if sys.version_info < (3, 9) and (needs := "bus_server.py needs Python 3.9 or later"):  # noqa: UP036
+    sys.exit(needs)
 
 # ── Words ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 # The data of requests and messages, as Python values. Text from outside is parsed here, once; the layers below handle

@@ -241,7 +241,7 @@ def dispatch(arguments: list[str]) -> int:
         import bus_recv
 
         parser, number = argparse.ArgumentParser(prog=called(), add_help=False), 1 + (arguments[0] == "--bus")
-        bus_recv.choose_bus(parser)
+        parser.add_argument("--bus", type=bus_recv.profile, metavar="PROFILE")
         parser.parse_args(arguments[:number])
         arguments = arguments[number:]
     name, *rest = arguments or ["help"]

@@ -26,6 +26,9 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import IO, Any
 
+# Python 3.8 says this sentence; older ones show the line, as a SyntaxError, because they do not know `:=`.
+if sys.version_info < (3, 9) and (needs := "bus_file.py needs Python 3.9 or later"):  # noqa: UP036
+    sys.exit(needs)
 HERE = os.path.dirname(os.path.realpath(__file__))
 sys.path += [HERE, os.path.dirname(HERE)]  # the clients lie beside this file or one folder up, or are installed
 try:
@@ -269,8 +272,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     getting.add_argument("digest", metavar="SHA256")
     getting.add_argument("-o", dest="path", metavar="PATH", help="file to write; default: the hash")
     for command in (putting, getting):
-        bus_send.choose_bus(command)
-        command.add_argument("--timeout", type=float, default=PATIENCE, metavar="S",
+        command.add_argument("--bus", type=bus_send.profile, metavar="PROFILE",
+                             help="the bus in ~/.config/agent-bus/PROFILE.env")  # fmt: skip
+        command.add_argument("--timeout", type=bus_recv.duration, default=PATIENCE, metavar="S",
                              help="give up after S seconds without progress (60)")  # fmt: skip
     options = parser.parse_args(argv)
     try:
@@ -291,12 +295,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def leave(options: argparse.Namespace) -> int:
     """Upload the file, then announce it, so that its receiver can get it at once."""
-    url, _ = bus_send.compose(options.to, "", None, options.sender, options.channel, None, {})
+    url, _ = bus_send.compose(options.to, "", sender=options.sender, channel=options.channel)
     digest, size = put(options.path, url, options.timeout)
     name = os.path.basename(options.path)
-    said = {"type": "file", "name": name, "size": size, "sha256": digest, "subject": options.subject}
+    said = {"name": name, "size": size, "sha256": digest}
     msg = f"file {bus_recv.word(name)} {size} bytes sha256 {digest}"
-    bus_send.report(bus_send.send(options.to, msg, sender=options.sender, channel=options.channel, **said), options.to)
+    given = {"sender": options.sender, "channel": options.channel, "type": "file", "subject": options.subject}
+    bus_send.report(bus_send.send(options.to, msg, fields=said, **given), options.to)
     return 0
 
 

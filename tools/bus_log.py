@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import re
 import shutil
 import signal
 import sys
@@ -33,6 +32,9 @@ from itertools import chain
 from typing import Any
 from urllib.parse import urlencode
 
+# Python 3.8 says this sentence; older ones show the line, as a SyntaxError, because they do not know `:=`.
+if sys.version_info < (3, 9) and (needs := "bus_log.py needs Python 3.9 or later"):  # noqa: UP036
+    sys.exit(needs)
 HERE = os.path.dirname(os.path.realpath(__file__))
 sys.path += [HERE, os.path.dirname(HERE)]  # the clients lie beside this file or one folder up, or are installed
 try:
@@ -41,10 +43,6 @@ except ModuleNotFoundError as missing:
     print(f"bus_log: {missing.name}.py is missing in {HERE}: run curl -fO $AGENT_BUS_URL/{missing.name}.py there",
           file=sys.stderr)  # fmt: skip
     sys.exit(2)
-
-AGO, SECONDS = re.compile("([0-9]{1,9})([smhd])"), {"s": 1, "m": 60, "h": 3600, "d": 86400}
-ID = re.compile("[0-9a-f]{13}")  # us since 1970, in hex
-TEN_YEARS = 315576000.0  # s; a number of digits only is an id if its time is not further away, else it is milliseconds
 
 
 class Place(bus_recv.Cursor):
@@ -60,16 +58,11 @@ class Place(bus_recv.Cursor):
 class Observer(bus_recv.Reader):
     """Reads everybody's messages and consumes none. The bus counts it as nobody, and its place is in memory.
 
-    `filters` are those of GET /log. `since` is a decimal, `now`, how long ago (90s, 5m, 1h or 3d), or the id of the
-    first message.
+    `filters` are those of GET /log. `since` is that of bus_recv.receive().
     """
 
     def __init__(self, filters: dict[str, str | None], since: str) -> None:
-        super().__init__(["nobody"], None, None, None, bus_recv.HOLD_SECONDS)
-        since = before(since) or since
-        if since != "now" and not bus_recv.DECIMAL.fullmatch(since) and not AGO.fullmatch(since):
-            ways = "'now', 90s, 5m, 1h, 3d, the id of a message, or seconds like 1795203596.123456"
-            raise ValueError(f"since is {since!r}: give {ways}")
+        super().__init__(["nobody"], None, None, since, bus_recv.HOLD_SECONDS)
         for names in filter(None, filters.values()):
             for name in names.split(","):
                 bus_recv.check_name(name)
@@ -78,9 +71,9 @@ class Observer(bus_recv.Reader):
 
     def take_up(self, answer: dict[str, Any]) -> None:
         self.bus = str(answer.get("bus", bus_recv.OLD_CONTRACT))
-        ago = AGO.fullmatch(self.begin)
-        begin = f"{max(self.bus_time - int(ago[1]) * SECONDS[ago[2]], 0):.6f}" if ago else self.begin
-        self.cursor = self.places.setdefault(self.bus, Place(begin))
+        if self.bus == bus_recv.OLD_CONTRACT:
+            raise bus_recv.Refused(404, f"{self.url} is a bus of the first contract, which has no log: use bus_recv.py")
+        self.cursor = self.places.setdefault(self.bus, Place(bus_recv.moment(self.begin, self.bus_time)))
 
     def request(self, hold: float, seconds: float) -> tuple[dict[str, Any], float]:
         """One poll; see bus_recv.ask()."""
@@ -110,14 +103,6 @@ class Observer(bus_recv.Reader):
             if len(kept) == number or not start:
                 return {**answer, "messages": list(kept)}
             back *= 8
-
-
-def before(id: str) -> str:
-    """The place just before the message with this id, in s since 1970; an empty text if this is not an id."""
-    if not ID.fullmatch(id) or (id.isdecimal() and abs(int(id, 16) / 1e6 - time.time()) > TEN_YEARS):
-        return ""
-    seconds, fraction = divmod(int(id, 16) - 1, 1000000)
-    return f"{seconds}.{fraction:06d}"
 
 
 # A message as people see it
@@ -176,8 +161,8 @@ def complain(line: str) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Show the messages of everybody on an agent-bus, as they pass.")
     add = parser.add_argument
-    since = "begin 90s, 5m, 1h, 3d ago, at the message with this id, at s since 1970, or now (0: all)"
     begin = parser.add_mutually_exclusive_group()
+    since = "begin at X: 1h (ago), an id, now, or s since 1970 (0: all)"
     begin.add_argument("--since", metavar="X", default="0", help=since)
     begin.add_argument("--last", type=int, metavar="N", help="begin with the last N messages")
     add("--to", metavar="NAME", help="only messages for NAME; several as a,b,c")
@@ -185,9 +170,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--channel", metavar="C", help="only messages on the channel C (every channel)")
     add("--short", action="store_true", help="print each message in one line")
     add("--json", action="store_true", help="print each message as a line of JSON")
-    bus_recv.choose_bus(parser)
+    add("--bus", type=bus_recv.profile, metavar="PROFILE", help="the bus in ~/.config/agent-bus/PROFILE.env")
     add("--no-follow", action="store_true", help="print the messages that exist now, and end")
-    add("--timeout", type=float, metavar="S", help="end after S seconds")
+    add("--timeout", type=bus_recv.duration, metavar="S", help="end after S seconds")
     for ignored in ("--log", "--once"):  # `bus_recv.py --log` took these, and runs us with its own arguments
         add(ignored, action="store_true", help=argparse.SUPPRESS)
     for ignored in ("--exec", "--tries", "--lease"):

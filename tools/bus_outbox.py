@@ -28,6 +28,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Union
 from urllib.parse import unquote
 
+# Python 3.8 says this sentence; older ones show the line, as a SyntaxError, because they do not know `:=`.
+if sys.version_info < (3, 9) and (needs := "bus_outbox.py needs Python 3.9 or later"):  # noqa: UP036
+    sys.exit(needs)
 HERE = os.path.dirname(os.path.realpath(__file__))
 sys.path += [HERE, os.path.dirname(HERE)]  # the clients lie beside this file or one folder up, or are installed
 try:
@@ -39,6 +42,7 @@ except ModuleNotFoundError as missing:
     sys.exit(2)
 
 PATIENCE = 5.0  # s to get the first message to the bus; the caller has other work to do
+ARGUMENTS = {"to", "msg", "sender", "channel", "key"}  # of send(), in a file; the rest are members of the message
 NUMBER = re.compile(r"([0-9]{20})\.json")  # ns since 1970, or one more than the last
 # The fault is ours (our token, our name, the URL), not the message's: the messages wait until it is corrected.
 OURS = {401, 403, 404, 405}
@@ -102,7 +106,9 @@ class Outbox:
             if ttl and age >= ttl:
                 raise bus_send.Refused(410, f"it waited for {age:.0f} s, longer than its ttl")
             long = os.path.getsize(path) / bus_send.UPLOAD_RATE
-            outcome: Outcome = bus_send.send(url=self.url, patience=patience + long, **message)
+            own = {name: message[name] for name in message.keys() & ARGUMENTS}
+            fields = {name: message[name] for name in message.keys() - ARGUMENTS}
+            outcome: Outcome = bus_send.send(url=self.url, patience=patience + long, fields=fields, **own)
         except TypeError as error:  # somebody has edited it
             os.replace(path, dead)
             return {}, bus_send.Refused(400, f"the file holds no message: {error}")
@@ -183,7 +189,7 @@ def check(url: str, message: dict[str, Any]) -> None:
             bus_recv.check_name(name)
 
 
-def deliver(outbox: Outbox, message: dict[str, Any] | None, patience: float) -> int:
+def deliver(outbox: Outbox, message: dict[str, Any] | None, patience: float, as_json: bool) -> int:
     """Store the message, if there is one, and send all waiting messages. Returns the exit code."""
     mine = outbox.put(message) if message else None
     code, reason = 0, "another process is sending"
@@ -193,7 +199,7 @@ def deliver(outbox: Outbox, message: dict[str, Any] | None, patience: float) -> 
                 complain(f"refused, and moved to {os.path.join(outbox.dead, name)}: {outcome}")
                 code = code if mine else 1
             elif name == mine:
-                bus_send.report(outcome, sent["to"])
+                bus_send.report(outcome, sent["to"], as_json)
     except bus_send.Refused as refused:
         code, reason = 1, str(refused)
     except bus_send.Unreachable as fault:
@@ -215,23 +221,23 @@ def complain(line: str, code: int = 0) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = bus_send.command_line("Send the text on stdin to an agent-bus: now, or when the bus is reachable.")
-    parser.add_argument("--timeout", type=float, default=PATIENCE, metavar="S", help="try for S seconds (5)")
+    add = parser.add_argument
+    add("--timeout", type=bus_send.duration, default=PATIENCE, metavar="S", help="try for S seconds (5)")
     parser.add_argument("--flush", action="store_true", help="only send the waiting messages")
     parser.add_argument("--list", action="store_true", help="only list waiting and refused messages, for all buses")
-    given = vars(parser.parse_args(argv))
-    to, patience, flush, show = map(given.pop, ("to", "timeout", "flush", "list"))
+    given = vars(parser.parse_intermixed_args(argv))
+    to, patience, flush, show, as_json, _ = map(given.pop, ("to", "timeout", "flush", "list", "json", "bus"))
     if bool(to) + flush + show != 1:
         parser.error("give TO, or --flush, or --list")
     try:
         if show:
             bus_recv.emit("".join(f"{line}\n" for line in listed()))
             return 0
-        msg = "" if flush else bus_send.read_message()
-        sender, channel, key = map(given.pop, ("sender", "channel", "key"))
-        url, message = bus_send.compose(to, msg, None, sender, channel, key, given)
+        msg = bus_send.message_of(given) if to else ""
+        url, message = bus_send.compose(to, msg, **(given if to else {"sender": given["sender"]}))
         message["sender"] = sender = message.pop("from", None)
         check(url, message)
-        return deliver(Outbox(url, sender), None if flush else message, patience)
+        return deliver(Outbox(url, sender), None if flush else message, patience, as_json)
     except (ValueError, OSError) as error:
         return complain(str(error), 2)
     except KeyboardInterrupt:

@@ -28,6 +28,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import subprocess
 
+# Python 3.8 says this sentence; older ones show the line, as a SyntaxError, because they do not know `:=`.
+if sys.version_info < (3, 9) and (needs := "bus_work.py needs Python 3.9 or later"):  # noqa: UP036
+    sys.exit(needs)
 HERE = os.path.dirname(os.path.realpath(__file__))
 sys.path += [HERE, os.path.dirname(HERE)]  # the clients lie beside this file or one folder up, or are installed
 try:
@@ -74,6 +77,8 @@ class Worker(bus_recv.Reader):
 
     def take_up(self, answer: dict[str, Any]) -> None:
         self.bus, self.cursor = str(answer.get("bus", bus_recv.OLD_CONTRACT)), NoCursor()
+        if self.bus == bus_recv.OLD_CONTRACT:
+            raise bus_recv.Refused(404, f"{self.url} is a bus of the first contract, which has no queues")
 
     def request(self, hold: float, seconds: float) -> tuple[dict[str, Any], float]:
         """Claim one job; see bus_recv.ask()."""
@@ -149,11 +154,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("names", nargs="+", metavar="NAME", help="the queue")
     add("--exec", metavar="CMD", required=True, help="run CMD for each job: JSON on stdin, MSG_FROM ... as variables")
-    add("--lease", type=float, default=60.0, metavar="S", help="a worker that is gone for S seconds loses its job (60)")
+    add("--lease", type=bus_recv.duration, default=60.0, metavar="S", help="who is gone for so long loses its job (60)")
     add("--once", action="store_true", help="end after one job")
-    add("--timeout", type=float, metavar="S", help="take no new job after S seconds (with --once: 25)")
+    add("--timeout", type=bus_recv.duration, metavar="S", help="take no new job after S seconds (with --once: 25)")
     add("--channel", metavar="C", help="the channel ($AGENT_BUS_CHANNEL, or 'default')")
-    bus_recv.choose_bus(parser)
+    add("--bus", type=bus_recv.profile, metavar="PROFILE", help="the bus in ~/.config/agent-bus/PROFILE.env")
     for ignored in ("--claim", "--json"):  # `bus_recv.py --claim` took these, and runs us with its own arguments
         add(ignored, action="store_true", help=argparse.SUPPRESS)
     for ignored in ("--since", "--tries"):

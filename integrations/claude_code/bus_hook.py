@@ -21,7 +21,7 @@ each name (the lock), and none under -p, where Claude Code would wait for it. It
 Standard library only. It reads the environment of bus_recv.py, AGENT_NAME, and the variables of Claude Code about the
 session: CLAUDE_PID, CLAUDE_PROJECT_DIR, CLAUDE_CODE_SESSION_ATTENDED.
 """
-from __future__ import annotations
+from __future__ import annotations  # needs Python 3.9 or later
 
 import argparse
 import contextlib

@@ -14,7 +14,7 @@ Threads: the main thread reads stdin and answers the requests that need no bus. 
 that waits delays no other. The channel has a thread. Standard library only; it reads the environment of bus_send.py
 and bus_recv.py.
 """
-from __future__ import annotations
+from __future__ import annotations  # needs Python 3.9 or later
 
 import argparse
 import contextlib
@@ -38,7 +38,6 @@ import bus_recv  # noqa: E402
 import bus_send  # noqa: E402
 from bus_inbox import label  # noqa: E402
 
-VERSION = "0.2.0"  # bus_server's, whose import would take longer than the whole start
 PROTOCOLS = ("2025-11-25", "2025-06-18", "2025-03-26", "2024-11-05")  # spoken here; the first is offered to all others
 HOLD = 25.0  # s that a call may wait, under the 30 s after which common proxies cut a quiet request
 PATIENCE = 10.0  # s in which a send is tried again; later the agent may try, with the same key
@@ -103,7 +102,7 @@ class Server:
         return {
             "protocolVersion": version if version in PROTOCOLS else PROTOCOLS[0],
             "capabilities": {"tools": {}, **experimental},
-            "serverInfo": {"name": "agent-bus", "version": VERSION},
+            "serverInfo": {"name": "agent-bus", "version": bus_send.VERSION},
             "instructions": f"{WORDS} {UNREAD} {PUSHED if self.channel else ''}".rstrip(),
         }
 
@@ -212,11 +211,9 @@ KINDS: dict[str, Any] = {"string": str, "number": (int, float), "integer": int}
 
 
 def send(to: str, msg: str, **fields: Any) -> str:
-    answer = bus_send.send(to.split(",") if "," in to else to, msg, sender=me(), patience=PATIENCE, **fields)
-    truth = "stored"
-    with contextlib.suppress(KeyError, TypeError, ArithmeticError):  # a bus of the old contract says nothing of them
-        truth = bus_send.queued(answer, to) or "stored, and the receiver is listening"
-    return f"{truth}; id {answer.get('id')}"
+    names = bus_send.receivers(to)
+    answer = bus_send.send(names, msg, sender=me(), patience=PATIENCE, **fields)
+    return f"{bus_send.told(answer, names)}; id {answer.get('id')}"
 
 
 def inbox(wait: float = 0, id: str | None = None, offset: int = 0) -> str:

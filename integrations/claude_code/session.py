@@ -1,5 +1,5 @@
 """The code that the hook and the MCP server share: the name of a session, and how a message may enter its context."""
-from __future__ import annotations
+from __future__ import annotations  # needs Python 3.9 or later
 
 import glob
 import json

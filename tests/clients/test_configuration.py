@@ -164,7 +164,7 @@ def test_a_file_of_another_user_is_refused(configure):
     path = configure("AGENT_NAME=spark\n")
     os.chown(path, 4711, -1)
     code, _, err = run("bus_send.py", "dell", stdin=b"hi")
-    assert code == 2 and "belongs to another user" in err
+    assert code == 2 and "must be yours" in err
 
 
 def test_a_profile_is_chosen_by_the_environment_or_on_the_command_line(configure, tmp_path):
@@ -179,8 +179,6 @@ def test_a_profile_is_chosen_by_the_environment_or_on_the_command_line(configure
         assert code == 2 and "unset AGENT_BUS_URL" in err and not default.asked
     code, _, err = run("bus_send.py", "dell", "--bus", "nowhere", stdin=b"hi")
     assert code == 2 and err.endswith("nowhere.env cannot be read: No such file or directory\n")
-    code, _, err = run("bus_send.py", "dell", "--bus", "../work", stdin=b"hi")
-    assert code == 2 and "not a profile" in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize("program", [one for one in PROGRAMS if one != "hook"])

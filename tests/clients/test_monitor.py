@@ -179,7 +179,7 @@ def test_a_block_of_any_length_fits_an_event_or_says_how_to_read_the_rest(length
 def watch(bus, home):
     """bus_recv.py as a Monitor runs it."""
     env = {**os.environ, "AGENT_BUS_URL": bus.url, "AGENT_BUS_STATE_DIR": str(home)}
-    command = [sys.executable, "-u", str(ROOT / "bus_recv.py"), "alice"]
+    command = [sys.executable, "-u", str(ROOT / "bus_recv.py"), "alice", "--monitor"]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=env)
 
 

@@ -269,7 +269,8 @@ def test_sends_with_the_bus_going_up_and_down_arrive_once_and_in_order(bus):
 def test_the_copies_are_what_the_readers_get(bus, monkeypatch, tmp_path):
     monkeypatch.setenv("AGENT_BUS_OUTBOX", str(tmp_path / "sent-{name}.jsonl"))
     sent = [("dell", {"subject": "T1 ü", "priority": "high"}), (["dell", "nano"], {"ttl": 3600.5, "channel": "ops"}),
-            (["nano"], {"reply_to": "652a"}), ("all", {"type": "result", "own": {"x": [1.5, None]}})]  # fmt: skip
+            (["nano"], {"reply_to": "652a"}),
+            ("all", {"type": "result", "fields": {"own": {"x": [1.5, None]}}})]  # fmt: skip
     for to, fields in sent:
         bus_send.send(to, "grüße\n", url=bus.url, **fields)
     env = {**os.environ, "AGENT_BUS_URL": bus.url}

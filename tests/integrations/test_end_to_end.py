@@ -158,6 +158,10 @@ class Session:
     def readers(self):
         return self.running(ROOT / "bus_recv.py")
 
+    def output_of_readers(self):
+        """What the stdout of each reader is: `socket`, `pipe`, or a path. bus_recv.py paces and wraps for a socket."""
+        return {os.readlink(f"/proc/{pid}/fd/1").partition(":")[0] for pid in wait_until(self.readers)}
+
     def end(self):
         """As its user would end it; returns what does not end by itself."""
         if self.process.poll() is None:
@@ -214,8 +218,9 @@ def test_a_message_becomes_a_notification_and_its_answer_reaches_the_peer(bus, p
         return [words("waiting")]
 
     took = []
-    with ScriptedModel(script) as model, Session(tmp_path, bus, model, "--allowedTools", "Monitor", "Bash"):
+    with ScriptedModel(script) as model, Session(tmp_path, bus, model, "--allowedTools", "Monitor", "Bash") as session:
         wait_until(lambda: "Monitor started" in model.heard())
+        assert session.output_of_readers() == {"socket"}
         mail = bus_recv.receive("peer", url=bus.url, timeout=PATIENCE)
         for number in range(5):
             began = time.monotonic()
@@ -506,7 +511,7 @@ def test_the_plugins_own_monitor_tells_a_session_on_a_terminal_once_its_skill_is
     # Not auto mode, a terminal's default: there a model judges each call, and ours judges nothing.
     allowed = "--permission-mode", "default", "--allowedTools", "Skill", "Bash"
     with ScriptedModel(script) as model, Terminal(tmp_path, bus, model, *PLUGIN, *allowed) as session:
-        wait_until(session.readers)
+        assert session.output_of_readers() == {"socket"}
         mail, took = bus_recv.receive("peer", url=bus.url, timeout=PATIENCE), []
         for number in range(3):
             began = time.monotonic()

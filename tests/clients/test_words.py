@@ -1,0 +1,337 @@
+"""What the clients take on the command line, and what they say to a person, to a program, and when it goes wrong."""
+import json
+import os
+import pathlib
+import pty
+import re
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+import bus_recv
+import bus_send
+from tests.clients.test_clients import Clock, home, program, reader, recv, refusing, run, send  # noqa: F401
+from tests.kit.bad_servers import HTML, NOON, Scripted, mail, message, page, stored
+from tests.kit.naive_server import Naive
+from tests.kit.processes import PATIENCE, ROOT, Server, in_time
+
+VERSIONS = pathlib.Path("~/.pyenv/versions").expanduser()
+PROGRAMS = ["bus_server.py", "bus_send.py", "bus_recv.py", *(f"tools/bus_{tool}.py" for tool in
+            ("doctor", "file", "log", "outbox", "work"))]  # fmt: skip
+TICK = 0x652A7C1B2F3E1
+
+
+def on_a_terminal(script, *arguments, typed=b"", until=b"\n", **env):
+    """The program as a person runs it: what its terminal shows until that text comes, or until the program ends."""
+    ours, its = pty.openpty()
+    env = {**os.environ, **env}
+    command = [sys.executable, str(ROOT / script), *arguments]
+    process = subprocess.Popen(command, stdin=its, stdout=its, stderr=its, env=env)
+    os.close(its)
+    os.write(ours, typed)
+    shown = b""
+    try:
+        while until not in shown and select.select([ours], [], [], PATIENCE)[0]:
+            shown += os.read(ours, 65536)
+    except OSError:  # it has ended
+        pass
+    process.kill()
+    process.wait(PATIENCE)
+    os.close(ours)
+    return shown.decode().replace("\r\n", "\n")
+
+
+# ── What is sent ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("arguments, msg", [
+    (["hello there"], "hello there"), (["hello", "there"], "hello there"), (["--subject", "s", "hello"], "hello"),
+    (["--", "--no", "option"], "--no option"),
+])  # fmt: skip
+def test_the_text_is_taken_from_the_command_line(arguments, msg):
+    """Case 20."""
+    with Scripted(stored()) as server:
+        assert send(server, *arguments, stdin=b"not this")[0] == 0
+        assert server.asked[0].json["msg"] == msg and server.asked[0].json["to"] == "dell"
+
+
+def test_without_a_text_a_terminal_says_how_to_end_it(home):  # noqa: F811
+    """Case 21."""
+    with Scripted(stored()) as server:
+        env = {"AGENT_BUS_URL": server.url, "AGENT_NAME": "spark"}
+        shown = on_a_terminal("bus_send.py", "dell", typed=b"hi\n\x04", until=b"sent to", **env)
+        assert "bus_send: type the message, end with Ctrl-D\n" in shown and server.asked[0].json["msg"] == "hi\n"
+        code, _, err = send(server)
+        assert code == 0 and "Ctrl-D" not in err
+
+
+def test_fields_types_and_times():
+    with Scripted(stored()) as server:
+        given = ["--field", "build=17", "--field", "x=a=b", "--content-type", "text/markdown", "--ttl", "5m", "hi"]
+        assert send(server, *given)[0] == 0 and send(server, "--json-body", '{"topic": 1}')[0] == 0
+        first, second = (asked.json for asked in server.asked)
+        assert (first["build"], first["x"], first["content_type"], first["ttl"]) == ("17", "a=b", "text/markdown", 300)
+        assert second["content_type"] == "application/json" and second["msg"] == '{"topic": 1}'
+        code, _, err = send(server, "--json-body", "{topic}")
+        assert code == 2 and "is not JSON" in err and len(server.asked) == 2
+        assert send(server, "--field", "build", "hi")[0] == 2 and send(server, "--ttl", "soon", "hi")[0] == 2
+
+
+def test_a_field_cannot_take_the_place_of_a_member():
+    with Scripted(stored()) as server:
+        bus_send.send("dell", "hi", url=server.url, sender="spark", fields={"to": "boss", "from": "boss", "msg": "x"})
+        assert [server.asked[0].json[each] for each in ("to", "from", "msg")] == ["dell", "spark", "hi"]
+
+
+@pytest.mark.parametrize("call", [bus_send.send, bus_send.ask])
+def test_an_argument_that_send_does_not_know_is_no_member_of_the_message(call):
+    """Case 32."""
+    strange = {"patience": 1} if call == bus_send.ask else {"timeout": 1}
+    with Scripted(stored()) as server:
+        with pytest.raises(TypeError, match=r"has no argument .*fields="):
+            call("x", "hi", url=server.url, sender="me", **strange)
+        assert not server.asked
+        bus_send.send("x", "hi", url=server.url, sender="me", fields={"timeout": 1}, subject="s", type=None)
+        sent = server.asked[0].json
+        assert sent["timeout"] == 1 and sent["subject"] == "s" and "type" not in sent
+
+
+@pytest.mark.parametrize("text, seconds", [("0", 0), ("90", 90), ("0.5", 0.5), ("90s", 90), ("5m", 300), ("1.5h", 5400),
+                                           ("30d", 2592000)])  # fmt: skip
+def test_a_time_is_written_alike_everywhere(text, seconds):
+    """Case 39."""
+    assert bus_send.duration(text) == bus_recv.duration(text) == seconds
+
+
+@pytest.mark.parametrize("option", [
+    ["bus_send.py", "dell", "hi", "--ttl"], ["bus_send.py", "dell", "hi", "--timeout"],
+    ["bus_recv.py", "x", "--timeout"], ["bus_recv.py", "x", "--since"], ["tools/bus_log.py", "--since"],
+    ["tools/bus_work.py", "q", "--exec", "true", "--lease"],
+    ["tools/bus_outbox.py", "dell", "hi", "--ttl"], ["bus_server.py", "--keep"],
+])  # fmt: skip
+def test_what_is_no_time_is_refused_everywhere(option):
+    for wrong in ("5x", "m", "-1", "1e3", "5 m"):
+        code, _, err = run(*option, wrong, env={"AGENT_BUS_URL": refusing(), "AGENT_NAME": "me"})
+        assert code == 2 and err, wrong
+
+
+# ── What is said of a send ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("to, receiver, sentence", [
+    ("bob", {"online": True, "last_seen": NOON, "unread": 1, "known": True}, "sent to bob, who is listening"),
+    ("Laed", {"online": False, "last_seen": None, "unread": 1, "known": False, "similar": ["Lead"]},
+     "queued: nobody has ever listened as Laed; did you mean Lead?"),
+    ("Laed", {"online": False, "last_seen": None, "unread": 1, "known": False, "similar": ["Lead", "lead"]},
+     "queued: nobody has ever listened as Laed; did you mean Lead or lead?"),
+    ("x", {"online": False, "last_seen": None, "unread": 1, "known": False, "similar": []},
+     "queued: nobody has ever listened as x"),
+    ("x", {"online": False, "last_seen": None, "unread": 1, "known": True},
+     "queued: nobody has listened as x yet, 1 unread"),
+    ("bob", {"online": False, "last_seen": NOON - 6 * 3600, "unread": 7},
+     "queued: bob was last seen 6 h ago, 7 unread"),
+    (["a", "b"], {"online": 2, "offline": 0}, "sent to a,b, all listening"),
+    ("all", {"online": 1, "offline": 1, "unread": 7}, "queued: 1 of 2 are listening, 7 unread"),
+    ("bob", "a bus of the first contract", "sent to bob"),
+])  # fmt: skip
+def test_a_person_is_told_in_one_sentence(to, receiver, sentence):
+    assert bus_send.told({"ts": NOON, "receiver": receiver}, to) == sentence
+
+
+def test_a_terminal_gets_a_sentence_and_a_program_gets_json(home):  # noqa: F811
+    said = {"online": False, "last_seen": None, "unread": 1, "known": False, "similar": ["\x1b[2JLead"]}
+    with Scripted(stored(receiver=said)) as server:
+        env = {"AGENT_BUS_URL": server.url, "AGENT_NAME": "spark"}
+        sentence = "queued: nobody has ever listened as Laed; did you mean \\x1b[2JLead?\n"
+        assert on_a_terminal("bus_send.py", "Laed", "hi", **env) == sentence
+        assert json.loads(on_a_terminal("bus_send.py", "Laed", "hi", "--json", **env).split("\n")[0])["ok"] is True
+        code, out, err = run("bus_send.py", "Laed", "hi", env=env)
+        assert (code, json.loads(out)["receiver"]) == (0, said) and err.startswith("queued: nobody has ever listened")
+
+
+def test_the_first_failure_is_said_at_once_and_the_last_line_says_what_to_try(home):  # noqa: F811
+    """Case 22."""
+    url = refusing()
+    env = {"AGENT_BUS_URL": url, "AGENT_NAME": "spark"}
+    process = program("bus_send.py", "dell", "hi", stdin=None, env=env)
+    began = time.monotonic()
+    first = process.stderr.readline().decode()
+    assert time.monotonic() - began < in_time(0.5)
+    assert first.startswith(f"bus_send: no bus at {url} (Connection refused); still trying, up to 30 s. Is bus_server")
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=PATIENCE)
+    code, _, err = run("bus_send.py", "dell", "hi", "--timeout", "1.2", env=env)
+    *_, last = err.splitlines()
+    assert code == 75 and err.count("still trying") == 1 and "bus_doctor.py" in last
+    assert re.search("To send it again: --key [0-9a-f]{32}$", last)
+
+
+def test_a_program_is_told_of_the_first_failure_if_it_wants(monkeypatch):
+    monkeypatch.setattr(bus_send, "time", Clock())
+    said = []
+    with Scripted(b"", b"", stored()) as server:
+        bus_send.send("dell", "hi", url=server.url, sender="spark", warn=said.append)
+    assert len(said) == 1 and "still trying" in said[0]
+
+
+@pytest.mark.parametrize("number, attempts", [(socket.EAI_NONAME, 1), (socket.EAI_AGAIN, 3)])
+def test_an_unknown_host_is_not_tried_again(number, attempts, monkeypatch):
+    asked = []
+
+    def resolve(*_, **__):
+        asked.append(1)
+        raise socket.gaierror(number, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    monkeypatch.setattr(bus_send, "time", Clock())
+    with pytest.raises(bus_send.Unreachable, match=r"no bus at .*not known\)\. Is the host's name right\? To send"):
+        bus_send.send("dell", "hi", url="http://bus.example", sender="spark", patience=4)
+    assert len(asked) >= attempts and (attempts > 1 or len(asked) == 1)
+
+
+def test_a_certificate_that_is_not_trusted_is_not_tried_again(authority, monkeypatch, tmp_path):
+    certificate = authority.sign("IP:127.0.0.1")
+    with Server(tmp_path / "bus.db", "--tls-cert", certificate.file, "--tls-key", certificate.key) as bus:
+        url = bus.url.replace("http:", "https:")
+        clock = Clock()
+        monkeypatch.setattr(bus_send, "time", clock)
+        with pytest.raises(bus_send.Unreachable, match=r"certificate.*Set AGENT_BUS_CA"):
+            bus_send.send("dell", "hi", url=url, sender="spark")
+        assert clock.slept == []
+
+
+@pytest.mark.parametrize("client", [bus_send, bus_recv])
+def test_a_page_and_a_proxy_are_named(client, monkeypatch):
+    with Scripted(page(502, HTML)) as proxy:
+        with pytest.raises(client.Unreachable, match="^502: a web page, not a bus$"):
+            client.judged(*client.exchange(proxy.url, "/recv", None, 5))
+        monkeypatch.setenv("http_proxy", proxy.url.replace("//", "//me:secret@"))
+        where = re.escape(proxy.url.partition("//")[2])
+        with pytest.raises(client.Unreachable, match=f"^502: a web page, not a bus, through the proxy {where}$"):
+            client.judged(*client.exchange("http://bus.example", "/recv", None, 5))
+    monkeypatch.setenv("https_proxy", refusing())
+    with pytest.raises(client.Unreachable, match="^Connection refused, through the proxy 127.0.0.1:"):
+        client.exchange("https://bus.example", "/recv", None, 5)
+
+
+# ── A bus of the first contract ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_what_a_bus_of_the_first_contract_cannot_do_is_said(home):  # noqa: F811
+    """Case 36."""
+    with Naive() as bus:
+        env = {"AGENT_BUS_URL": bus.url, "AGENT_NAME": "spark"}
+        for command, lack in ((["log.py"], "no log"), (["work.py", "q", "--exec", "x"], "no queues")):
+            code, _, err = run(f"tools/bus_{command[0]}", *command[1:], env=env)
+            assert code == 1 and f"a bus of the first contract, which has {lack}" in err and err.count("\n") == 1
+        code, out, _ = run("tools/bus_doctor.py", env=env)
+        assert code == 0 and "a bus of the first contract: it can send, receive and list" in out
+        assert "bus_recv.py and bus_listener.sh work with it" in out
+        assert not any(bus.mailboxes.values()), "the doctor stored a message"
+        code, _, err = run("bus_send.py", "dell", "well?", "--ask", "--timeout", "2", env=env)
+        assert code == 3 and len(bus.mailboxes["default", "dell"]) == 1, "a question was stored more than once"
+
+
+# ── What is read ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_reader_without_a_name_takes_agent_name(home):  # noqa: F811
+    """Case 30."""
+    with Scripted(mail(message(1))) as server:
+        assert run("bus_recv.py", "--once", env={"AGENT_BUS_URL": server.url, "AGENT_NAME": "bob"})[0] == 0
+        assert server.polls[0].query["to"] == ["bob"]
+        code, _, err = run("bus_recv.py", "--once", env={"AGENT_BUS_URL": server.url})
+        assert code == 2 and err == "bus_recv: the name is missing: give NAME, or set AGENT_NAME\n"
+
+
+def test_a_reader_says_when_it_is_connected(home):  # noqa: F811
+    with Scripted(mail(message(1))) as server:
+        process = program("bus_recv.py", "dell", "reviewers", env={"AGENT_BUS_URL": server.url})
+        assert process.stderr.readline().decode() == f"bus_recv: listening as dell, reviewers on {server.url}\n"
+        process.kill()
+        process.communicate()
+        assert recv(server, "--once")[2] == ""
+
+
+LONG = "word " * 4000
+
+
+@pytest.mark.parametrize("output", ["a pipe", "a file", "a terminal", "a socket", "--monitor", "--json"])
+def test_a_message_is_whole_unless_a_monitor_reads_it(output, home, tmp_path):  # noqa: F811
+    """Case 27."""
+    with Scripted(mail(message(1, LONG))) as server:
+        env = {"AGENT_BUS_URL": server.url}
+        options = [output] if output.startswith("--") else []
+        command = [sys.executable, str(ROOT / "bus_recv.py"), "dell", "--once", *options]
+        if output == "a terminal":
+            shown = on_a_terminal("bus_recv.py", "dell", "--once", until=b"---", **env)
+        else:
+            ours, its = socket.socketpair()
+            with ours, its, (tmp_path / "log").open("w+b") as file:
+                out = {"a file": file, "a socket": its}.get(output, subprocess.PIPE)
+                done = subprocess.run(command, env={**os.environ, **env}, stdout=out, timeout=PATIENCE)
+                file.seek(0)
+                shown = {"a file": file.read, "a socket": lambda: ours.recv(1 << 20)}.get(output, lambda: done.stdout)()
+            shown = shown.decode()
+    paced = output in ("a socket", "--monitor")
+    assert (LONG in shown) is not paced and ("more characters: python3 bus_recv.py --read 1" in shown) is paced
+    assert paced is (max(map(len, shown.split("\n"))) <= bus_recv.LINE_UNITS)
+
+
+@pytest.mark.parametrize("since, cursor", [
+    ("1h", f"{NOON - 3600}.000000"), ("90s", f"{NOON - 90}.000000"), ("now", "now"), ("last", "last"), ("0", "0"),
+    ("652a7c1b2f3e1", f"{(TICK - 1) // 10**6}.{(TICK - 1) % 10**6:06d}"), ("1795203596.5", "1795203596.5"),
+])  # fmt: skip
+def test_a_reader_begins_where_it_is_told(since, cursor, home):  # noqa: F811
+    """Case 35, and case 39."""
+    headers = ["Date: Fri, 20 Nov 2026 19:39:56 GMT"]
+    health = page(200, json.dumps({"ok": True, "now": NOON, "bus": "b1"}), *headers)
+    with Scripted(mail(message(1)), health=health) as server:
+        next(reader(server.url, since=since).messages())
+        assert server.polls[0].query["since"] == cursor
+        assert run("tools/bus_log.py", "--no-follow", "--since", since, env={"AGENT_BUS_URL": server.url})[0] == 0
+        assert server.asked[-1].query["since"] == cursor
+
+
+def test_an_id_of_digits_alone_is_one_if_its_time_is_near():
+    tick = int("6615909133323", 16)
+    assert bus_recv.moment("6615909133323", tick / 1e6) == f"{(tick - 1) // 10**6}.{(tick - 1) % 10**6:06d}"
+    for milliseconds in ("1795203596123", "1000000000000"):
+        with pytest.raises(ValueError, match="give now, last, 1h"):
+            bus_recv.moment(milliseconds, NOON)
+
+
+def test_from_a_message_on_means_with_it(bus, home):  # noqa: F811
+    _, number, _ = (bus_send.send("dell", text, url=bus.url, sender="spark")["id"] for text in ("one", "two", "three"))
+    out = run("bus_recv.py", "dell", "--once", "--json", "--since", number, env={"AGENT_BUS_URL": bus.url})[1]
+    assert [json.loads(line)["msg"] for line in out.splitlines()] == ["two", "three"]
+    out = run("tools/bus_log.py", "--no-follow", "--json", "--since", number, env={"AGENT_BUS_URL": bus.url})[1]
+    assert [json.loads(line)["msg"] for line in out.splitlines()] == ["two", "three"]
+
+
+# ── The programs themselves ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_clients_say_their_version():
+    import bus_server
+
+    assert bus_send.VERSION == bus_server.VERSION
+    for client in ("bus_send.py", "bus_recv.py"):
+        assert run(client, "--version") == (0, f"{client} {bus_server.VERSION}\n", "")
+
+
+@pytest.mark.parametrize("path", PROGRAMS)
+@pytest.mark.parametrize("version", ["2.7", "3.6", "3.7", "3.8"])
+def test_an_older_python_is_told_what_it_needs(version, path, tmp_path):
+    """Case 40. Before 3.8 it is a SyntaxError that shows the sentence."""
+    pythons = sorted(VERSIONS.glob(f"{version}.*/bin/python"))
+    if not pythons:
+        pytest.skip(f"there is no Python {version} in {VERSIONS}")
+    done = subprocess.run([pythons[0], "-B", ROOT / path, "--help"], capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 1 and f"{pathlib.Path(path).name} needs Python 3.9 or later" in done.stderr
+    assert version != "3.8" or done.stderr.count("\n") == 1
