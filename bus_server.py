@@ -234,6 +234,7 @@ class Poll(NamedTuple):
     hold: float  # s
     plain: bool  # the reader wants text, not JSON
     token: str = ""  # the id of the token that let the reader in
+    sees: Grant | None = None  # an observer gets only what this token may see; None: everything
 
     @property
     def exclusive(self) -> bool:
@@ -255,6 +256,7 @@ class Poll(NamedTuple):
             and (not self.names or message.to in self.names)
             and (self.sender is None or message.sender == self.sender)
             and not (message.to == EVERYONE and message.sender == self.me)
+            and (self.sees is None or self.sees.may_see(message))
         )
 
     @property
@@ -1011,6 +1013,7 @@ class Query:
 
 
 NO_QUERY = Query("")
+known_query = lru_cache(64)(Query)  # one request asks for it several times
 
 
 # ── Connection ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -1150,7 +1153,7 @@ class Request(BaseHTTPRequestHandler):
         say(f"{self.address_string()} [{self.log_date_time_string()}] {format % arguments}")
 
     def query(self) -> Query:
-        return Query(self.parsed.query) if self.parsed.query else NO_QUERY
+        return known_query(self.parsed.query) if self.parsed.query else NO_QUERY
 
     def members(self) -> Query:
         """The members of a small request: those of its JSON body, or those of its query."""
@@ -3230,10 +3233,10 @@ class View(Rows):
         or not. Then the second value is the tick it got to; it is None when nothing is left.
         """
         found: list[Message] = []
-        size = reached = 0
+        size, reached, end = 0, 0, upto
         with contextlib.ExitStack() as opened:
             if poll.me is None:
-                rows = self.database.execute(f"{SELECT} WHERE tick > ? AND tick <= ? ORDER BY tick", (poll.since, upto))
+                rows, end = self.log(poll, upto)
                 parts: list[Any] = [opened.enter_context(contextlib.closing(rows))]
             else:
                 each = (self.mail(PLACED_ROW, (str(poll.channel), own), poll.since, upto) for own in poll.names)
@@ -3247,7 +3250,19 @@ class View(Rows):
                 size += len(row[4] or "")  # of its text, which was read also if nobody wants it
                 if message and poll.wants(message) and not self.is_expired(message):
                     found.append(message)
-        return found, None
+        return found, end if end < upto else None
+
+    LOOKED = 5000  # messages that are looked at for one answer to an observer; its token may not see most of them
+
+    def log(self, poll: Poll, upto: int) -> tuple[sqlite3.Cursor, int]:
+        """The rows for an observer, and up to which tick. SQLite passes over those that its token may not see."""
+        sees, some = poll.sees or OPEN, "SELECT tick FROM messages WHERE tick > ? ORDER BY tick LIMIT 1 OFFSET ?"
+        [end] = self.ask(some, poll.since, self.LOOKED - 1) or [upto]
+        names = encode([] if sees.send_only else [sees.name, EVERYONE, *sees.also])
+        only = "tick > ? AND tick <= ? AND (? OR sender = ? OR name IN (SELECT value FROM json_each(?)))"
+        rows = f"SELECT {ROW} FROM messages CROSS JOIN mailboxes ON mailbox = id WHERE {only} ORDER BY tick"
+        values = poll.since, min(end, upto), sees.operator, sees.name, names
+        return self.database.execute(rows, values), min(end, upto)
 
     def removed_up_to(self, poll: Poll) -> dict[tuple[str, str], int]:
         """How far retention has come in each mailbox that the poll looks at."""
@@ -3566,7 +3581,7 @@ class Mailbox:
 
     __slots__ = (
         "above address base expired fetched firm listening n newest own pending perishable reached read removed seen "
-        "until"
+        "sent until"
     ).split()
     own: bool
     read: int | None
@@ -3588,6 +3603,7 @@ class Mailbox:
         self.base: int | None = None  # how many messages lie up to the mark; None: to be counted
         self.expired: tuple[int, int, int] | None = None  # above which mark, up to when (wall clock, us), how many
         self.pending: Unfetched | None = None  # None: to be counted
+        self.sent = 0  # of the last message that this name sent, if an extension notes it
         self.address = ""  # of the reader that polled last
         self.listening = 0  # wall clock, us: since when without a break
         self.until = 0.0  # monotonic clock, s: when it stops to count as listening
@@ -3793,10 +3809,10 @@ class Mailboxes:
         looked_at, gone = [], []
         for key in keys:
             box = self.boxes[key]
-            quiet = wall - box.seen
+            quiet = wall - max(box.seen, box.sent)
             if key in self.waiting or box.newest > box.removed or self.online(box):
                 continue
-            if not box.firm and quiet > self.LOOKED_SECONDS * 1000000:
+            if not box.firm and quiet > ((keep or math.inf) if box.sent else self.LOOKED_SECONDS * 1000000):
                 looked_at.append(key)
             elif box.firm and keep and min(quiet, wall - box.removed - keep) > keep and box.mark() >= box.removed:
                 # else its reader, or one that reads it along, is told of a gap
@@ -4077,6 +4093,10 @@ class Bus:
         self.waits: dict[type, Waits] = {Poll: Waits(self.receiving.poll_answer, self.receiving.poll_over)}
         self.checks: list[Callable[[Any], None]] = []  # Refused if a message may not be sent
         self.states: list[Callable[[Message], tuple[str, str] | None]] = []  # how far a message came
+        self.about: list[Callable[[Grant, str, str, Mailbox], str]] = []  # further JSON about a name in /agents
+        self.unknown: list[Callable[[Draft], str]] = []  # further JSON about a receiver that is not known
+        self.on_polled: list[Callable[[Request, Poll], None]] = []
+        self.on_announced: list[Callable[[list[Message]], object]] = []
         self.on_delivered: list[Callable[[Parked, int], None]] = []
         self.on_lost: list[Callable[[Any, int], None]] = []  # an answer with `delivers` did not arrive whole
         self.on_tidy: list[Callable[[], None]] = []
@@ -4193,6 +4213,8 @@ class Bus:
         if not added:
             for each in outcome.visible:
                 self.loop.attempt(self.mailboxes.add, [each])
+        for tell in self.on_announced:
+            self.loop.attempt(tell, outcome.visible)
         noted = not outcome.removed or self.loop.attempt(self.mailboxes.note_removed, outcome.removed)
         self.truths, self.readers, self.unread, self.countable = {}, {}, {}, COUNTED_EXPIRED
         woken = not self.mailboxes.parked or self.loop.attempt(self.wake, outcome.visible)
@@ -4453,6 +4475,14 @@ class Receiving:
             connection.wait(PARKED, 0)  # the newest still live; not answered in here, as each may poll again
         return None
 
+    def peek(self, poll: Poll) -> Answer:
+        """The answer to a poll that takes nothing: no cursor is presented, and nothing becomes fetched."""
+        poll = poll._replace(since=self.bus.last if poll.since == NOW else min(poll.since, self.bus.last))
+        found, reached = self.read(poll)
+        self.note_removed(poll)
+        gap = self.mailboxes.gap(poll, self.mailboxes.perhaps_forgotten(poll))
+        return delivery(self.bus, poll, found, reached, gap)._replace(delivers=None)
+
     def read(self, poll: Poll) -> tuple[list[Message], int | None]:
         """The messages for a poll, up to a withheld one: no reader gets that message, and no cursor passes it."""
         withheld = [each.tick for each in self.bus.withheld.values() if poll.covers(self.bus.last, each)]
@@ -4655,14 +4685,20 @@ def recv(bus: Bus, request: Request) -> Answer | None:
     if request.query().one("bus") not in (None, bus.state.bus):  # a cursor from another bus: say so, and mark nothing
         return delivery(bus, poll._replace(since=bus.last), [])
     bus.storms.name(request.owner(), bus.mailboxes.new(str(poll.channel), poll.names))
-    bus.mailboxes.polled(poll, request.peer.address, bus.view.clock())
-    bus.mailboxes.owned(poll)
-    bus.save_marks_soon()
-    if poll.since == LAST:
+    peek, resumes = request.query().flag("peek"), poll.since == LAST
+    if not peek:
+        bus.mailboxes.polled(poll, request.peer.address, bus.view.clock())
+        bus.mailboxes.owned(poll)
+        bus.save_marks_soon()
+        for tell in bus.on_polled:
+            tell(request, poll)
+    if resumes:
         first = bus.view.oldest(str(poll.channel), str(poll.me), 0)
         bus.receiving.note_removed(poll)
-        return bus.receiving.read_or_park(request, bus.mailboxes.resume(poll, first, bus.last))
-    return bus.receiving.look(request, poll)
+        poll = bus.mailboxes.resume(poll, first, bus.last)
+    if peek:
+        return bus.receiving.peek(poll)
+    return bus.receiving.read_or_park(request, poll) if resumes else bus.receiving.look(request, poll)
 
 
 def recv_poll(request: Request) -> Poll:
@@ -4675,13 +4711,12 @@ def recv_poll(request: Request) -> Poll:
 
 
 def log(bus: Bus, request: Request) -> Answer | None:
-    request.grant.check_operator()
     bus.storms.read(request.owner())
     query = request.query()
     poll = poll_of(request, None, query.names("to"), query.name("channel", None), query.name("from", None))
     if poll.since == LAST:
         raise Refused(400, "the bus keeps no cursor for an observer: since must be seconds or 'now'")
-    return bus.receiving.look(request, poll)
+    return bus.receiving.look(request, poll if request.grant.operator else poll._replace(sees=request.grant))
 
 
 def poll_of(request: Request, me: str | None, names: tuple[str, ...], channel: str | None, sender: str | None) -> Poll:
@@ -4745,14 +4780,22 @@ def entry(bus: Bus, one: Draft, stored: Stored) -> str:
 
 
 def truth(bus: Bus, one: Draft) -> str:
-    """`receiver` in the answer to a send: who of the receivers listens, and how many messages they have not read."""
+    """`receiver` in the answer to a send: who of the receivers listens, and how many messages they have not read.
+
+    A name is known if it ever polled, or if it has a token.
+    """
     to = one.to[0]
     if len(one.to) > 1 or to == EVERYONE:
         return encode(receivers(bus, one))
     box = bus.mailboxes.box(one.channel, to)
     seen = seconds(box.seen) if box.seen else "null"
     count = unread(bus, one.channel, to, box)
-    return f'{{"online": {boolean(bus.mailboxes.online(box))}, "last_seen": {seen}, "unread": {count}}}'
+    known = box.seen > 0 or to in bus.gate.tokens.named
+    more = "" if known else "".join([about(one) for about in bus.unknown])
+    return (
+        f'{{"online": {boolean(bus.mailboxes.online(box))}, "last_seen": {seen}, "unread": {count}, '
+        f'"known": {boolean(known)}{more}}}'
+    )
 
 
 def receivers(bus: Bus, one: Draft) -> dict[str, int]:
@@ -4851,16 +4894,17 @@ def agents(bus: Bus, request: Request) -> Answer:
 
 
 def agent(bus: Bus, grant: Grant, channel: str, own: str, box: Mailbox) -> str:
+    since, seen = (seconds(box.listening), seconds(box.seen)) if box.seen else ("null", "null")
     text = (
         f'{{"name": "{own}", "channel": "{channel}", "online": {boolean(bus.mailboxes.online(box))}, '
-        f'"since": {seconds(box.listening)}, "last_seen": {seconds(box.seen)}'
+        f'"since": {since}, "last_seen": {seen}'
     )
     if grant.reads(own):
         text += (
             f', "address": {encode(box.address)}, "unread": {unread(bus, channel, own, box)}, '
             f'"cursor": {seconds(box.mark())}'
         )
-    return f"{text}}}"
+    return f"{text}{''.join([about(grant, channel, own, box) for about in bus.about])}}}"
 
 
 def message(bus: Bus, request: Request) -> Answer:

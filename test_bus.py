@@ -68,6 +68,7 @@ SECTIONS = {
     14: "Files",
     15: "Metrics",
     17: "Channels",
+    18: "People",
 }
 EXTENSIONS = {  # by the number of the section that it keeps
     12: Extension("questions", "replies.py", "POST", "/ask"),
@@ -75,8 +76,9 @@ EXTENSIONS = {  # by the number of the section that it keeps
     14: Extension("files", "files.py", "GET", "/blob/not-a-hash"),
     15: Extension("metrics", "metrics.py", "GET", "/metrics"),
     17: Extension("channels", "channels.py", "GET", "/channels"),
+    18: Extension("people", "people.py", "GET", "/whoami"),
 }
-QUESTIONS, QUEUES, FILES, METRICS, CHANNELS = EXTENSIONS.values()
+QUESTIONS, QUEUES, FILES, METRICS, CHANNELS, PEOPLE = EXTENSIONS.values()
 
 
 class Bus:
@@ -870,12 +872,12 @@ def test_a_key_that_came_twice_at_once_is_stored_once(bus):
 
 @ours
 def test_the_sender_is_told_the_truth_about_the_receiver(bus):
-    """8.7 the answer to a send says whether the receiver is online, when it last polled, and how much is unread"""
+    """8.7 the answer to a send says whether the receiver is known and online, its last poll, and how much is unread"""
     to = fresh()
-    assert bus.send(to)["receiver"] == {"online": False, "last_seen": None, "unread": 1}
+    assert bus.send(to)["receiver"] == {"online": False, "last_seen": None, "unread": 1, "known": False}
     waiting = parked(bus, to, since=bus.recv(to, since="0")["now"])
     there = bus.send(to)["receiver"]
-    assert there["online"] is True and there["last_seen"] and there["unread"] == 1
+    assert there["online"] is there["known"] is True and there["last_seen"] and there["unread"] == 1
     assert len(waiting.result(PATIENCE)["messages"]) == 1
     assert bus.send([to, fresh()])["receiver"] == {"online": 1, "offline": 1, "unread": 3}
     channel = fresh("channel")
@@ -1182,6 +1184,20 @@ def test_all_has_no_cursor(bus):
     assert bus.texts("all", since="last", channel=channel) == ["hear me"]
 
 
+@ours
+def test_a_peek_takes_nothing(bus):
+    """9.27 peek=true answers at once, presents no cursor, makes nothing fetched and leaves no presence"""
+    to = fresh()
+    sent = [bus.send(to, text) for text in ("one", "two")]
+    for since, expected in (("0", ["one", "two"]), ("last", ["one", "two"]), (sent[0]["ts"], ["two"]), ("now", [])):
+        seconds, answer = took(bus.recv, to, since=since, peek="true", block="true")
+        assert [each["msg"] for each in answer["messages"]] == expected and seconds < QUICK, since
+    assert bus.state(sent[0]["id"]) == "queued"
+    assert bus.send(to)["receiver"] == {"online": False, "last_seen": None, "unread": 3, "known": False}
+    bus.recv(to, since=sent[0]["ts"], peek="false")
+    assert [bus.state(each["id"]) for each in sent] == ["acknowledged", "fetched"]
+
+
 # ── 10. GET /log ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -1199,7 +1215,7 @@ def test_an_observer_sees_all_and_moves_nothing(bus):
     assert log(f"to={to}") == log(f"from={bus.me}&to={to}") == log(f"to={to}&channel=default") == ["seen"]
     assert log(f"to={to}&channel=lab") == log(f"from={fresh()}") == []
     assert log(f"to={to},{other}") == log(f"to={to}&to={other}") == ["seen", "seen too"]
-    assert bus.send(to)["receiver"] == {"online": False, "last_seen": None, "unread": 2}
+    assert bus.send(to)["receiver"] == {"online": False, "last_seen": None, "unread": 2, "known": False}
 
 
 @ours
@@ -1248,7 +1264,8 @@ def test_agents_are_those_who_ever_listened(bus):
     bus.send([to, other], channel=channel)
 
     def known():
-        return bus.get(f"/agents?channel={channel}")["agents"]
+        found = bus.get(f"/agents?channel={channel}")["agents"]
+        return [each for each in found if each.get("listens", True)]  # section 18 adds senders
 
     assert known() == []
     sent = bus.recv(to, channel=channel)["messages"][0]
@@ -1299,7 +1316,9 @@ def test_lists_end_early_and_say_how_to_go_on(bus):
     for name in names[:2]:
         bus.recv(name, channel=channel)
     answers = [*pages(bus, f"/agents?channel={channel}&max=1")]
-    assert [[one["name"] for one in answer["agents"]] for answer in answers] == [names[:1], names[1:2]]
+    assert all(len(answer["agents"]) <= 1 for answer in answers)  # section 18 adds senders
+    listen = [one["name"] for answer in answers for one in answer["agents"] if one.get("listens", True)]
+    assert listen == names[:2]
     answers = [*pages(bus, f"/inbox?channel={channel}&max=2")]
     assert [sorted(answer["recipients"][channel]) for answer in answers] == [names[:2], names[2:]]
     assert "more" not in answers[-1] and "next" not in answers[-1]
@@ -1307,7 +1326,8 @@ def test_lists_end_early_and_say_how_to_go_on(bus):
     assert listed == bus.get(f"/inbox?name={names[0]}&name={names[2]}")["recipients"]
     assert listed == {channel: {names[0]: 1, names[2]: 1}}
     online = {word: bus.get(f"/agents?channel={channel}&online={word}")["agents"] for word in ("true", "false")}
-    assert ([one["name"] for one in online["true"]], online["false"]) == (names[:2], [])
+    assert [one["name"] for one in online["true"]] == names[:2]
+    assert not [one for one in online["false"] if one.get("listens", True)]
     for wrong in ("max=many", "online=maybe", "name=a%20b", "channel=a%20b"):
         assert bus.json("GET", f"/agents?{wrong}")[0] == 400, wrong
 
@@ -1556,6 +1576,25 @@ def test_a_claim_ends_at_about_1_mib(bus):
     assert 5 <= len(first) <= 7 and len({job["id"] for job in first + rest}) == 8
 
 
+@ours
+def test_a_queue_says_how_it_is_worked_on(bus):
+    """13.9 /agents has the work of a queue: jobs in hand, dead letters, and workers"""
+    queue = fresh("queue")
+    for _ in range(2):
+        bus.send(queue)
+    job, _ = claim(bus, queue, max=2, worker="w1")
+    assert agent(bus, queue)["work"] == {"in_hand": 2, "dead": 0, "workers": 1}
+    settle(bus, "ack", job)
+    assert agent(bus, queue)["work"] == {"in_hand": 1, "dead": 0, "workers": 1}
+    waiting = in_background(claim, bus, queue, wait=PATIENCE, worker="w2")
+    soon(lambda: agent(bus, queue)["work"]["workers"] == 2)
+    bus.send(queue)
+    assert len(waiting.result(PATIENCE)) == 1 and agent(bus, queue)["work"]["in_hand"] == 2
+    reader = fresh()
+    bus.recv(reader)
+    assert "work" not in agent(bus, reader)
+
+
 # ── 14. /blob/<sha256> ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -1699,6 +1738,70 @@ def test_the_channels_of_many_names_come_in_pages(bus):
     assert "more" not in answers[-1] and "next" not in answers[-1]
     for wrong in ("max=many", "name=a%20b", "channel=a%20b"):
         assert bus.json("GET", f"/channels?{wrong}")[0] == 400, wrong
+
+
+# ── 18. People ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@ours
+def test_whose_token_it_is(bus):
+    """18.1 GET /whoami has the name, the rights and the address of whoever asks"""
+    found = bus.get("/whoami")
+    assert found["open"] is not bool(bus.token) and found["name"] == (bus.me if bus.token else None)
+    assert found["operator"] is True and found["send_only"] is False and isinstance(found["reads"], list)
+    assert found["address"] and found["version"]
+
+
+@ours
+def test_a_name_that_nobody_knows_has_similar_names(bus):
+    """18.2 the answer to a send to a name that is not known has similar names of its channel that are known"""
+    channel, known = fresh("channel"), fresh("Lead")
+    for name in (known, fresh()):
+        bus.recv(name, channel=channel)
+    swapped = known.replace("Lead", "Laed")
+    for name in (swapped, known.lower(), known + "s"):
+        assert bus.send(name, channel=channel)["receiver"]["similar"] == [known], name
+    assert "similar" not in bus.send(fresh("Laed"), channel=channel)["receiver"]
+    assert "similar" not in bus.send(known, channel=channel)["receiver"]
+
+
+@ours
+def test_a_name_that_only_sends_is_listed(bus):
+    """18.3 /agents lists a name that sent something and never polled"""
+    channel = fresh("channel")
+    sent = bus.send(fresh(), channel=channel)
+    [found] = bus.get(f"/agents?channel={channel}")["agents"]
+    assert (found["name"], found["sent"], found["listens"], found["online"]) == (bus.me, sent["ts"], False, False)
+    assert found["since"] is found["last_seen"] is None
+
+
+@ours
+def test_a_name_says_what_it_sent_and_what_it_has_not_read(bus):
+    """18.4 /agents has listens, the last message that a name sent, and its oldest unread message"""
+    to = fresh()
+    first, second = bus.send(to, "first"), bus.send(to, "second")
+    bus.recv(to)
+    found = agent(bus, to)
+    assert (found["listens"], found["oldest"], found["sent"]) == (True, first["ts"], None)
+    bus.recv(to, since=first["ts"])
+    assert agent(bus, to)["oldest"] == second["ts"]
+    bus.recv(to, since=second["ts"])
+    assert agent(bus, to)["oldest"] is None and agent(bus, bus.me)["sent"] == second["ts"]
+    expired = bus.send(to, ttl=0.01)
+    soon(lambda: bus.state(expired["id"]) == "expired")
+    assert agent(bus, to)["oldest"] is None
+
+
+@ours
+def test_two_programs_that_read_one_name_are_seen(bus):
+    """18.5 /agents has the number of readers: the different values of reader= in the polls of a name"""
+    to = fresh()
+    bus.recv(to)
+    assert agent(bus, to)["readers"] == 0
+    for reader, expected in (("one", 1), ("one", 1), ("two", 2)):
+        bus.recv(to, reader=reader)
+        assert agent(bus, to)["readers"] == expected
+    assert bus.status_of_poll(to=to, reader="a b") == 400
 
 
 # ── Running ──────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -24,6 +24,7 @@ from bus_server import (
     HOLD,
     HOLD_MAX,
     LINGER,
+    MAILBOX,
     MAX_MESSAGES,
     PARKED,
     PLACED_ROW,
@@ -34,6 +35,7 @@ from bus_server import (
     Draft,
     Grant,
     Key,
+    Mailbox,
     Message,
     Metric,
     Now,
@@ -48,6 +50,7 @@ from bus_server import (
     name,
     ok,
     seconds,
+    unread,
 )
 
 LEASE = 60.0  # s a worker has for a message when it does not say
@@ -310,6 +313,7 @@ class Work:
     def __init__(self, bus: Bus, attempts: int) -> None:
         self.bus, self.attempts = bus, attempts
         self.burying = False
+        self.queues = set(self.known_queues())
         self.ends: set[int] = set()  # monotonic clock, s: when leases end, and bury() is planned
         bus.route("POST", "/claim", self.claim, "take messages from a queue; wait=25 waits for one")
         bus.route("POST", "/ack", self.settle, "tell the bus that a claimed message is done")
@@ -317,7 +321,9 @@ class Work:
         bus.route("POST", "/extend", self.settle, "ask for more time for a claimed message")
         bus.waits[Worker] = Waits(self.found, self.over)
         bus.states.append(self.state_of)
+        bus.about.append(self.of_queue)
         bus.on_lost.append(self.lost)
+        bus.on_tidy.append(lambda: self.queues.intersection_update(bus.mailboxes.boxes))
         bus.on_tidy.append(self.bury)  # a lease from before the start of the bus has no timer
         bus.metrics.append(self.undone)
 
@@ -331,6 +337,7 @@ class Work:
         self.bus.storms.check_work(request.owner(), "", 0)
         self.bus.storms.name(request.owner(), self.bus.mailboxes.new(worker.channel, [worker.queue]))
         self.bus.mailboxes.polled(worker, request.peer.address, self.bus.view.clock())
+        self.queues.add((worker.channel, worker.queue))
         self.ask(request.peer, worker)
 
     def ask(self, connection: Connection, worker: Worker) -> None:
@@ -452,6 +459,27 @@ class Work:
             return None
         state = "fetched" if due else "acknowledged" if lease else "dead"
         return state, f', "attempt": {attempt}, "by": "{worker}"'
+
+    def known_queues(self) -> Iterator[tuple[str, str]]:
+        """The mailboxes that workers had messages of."""
+        rows = self.bus.view.database.execute("SELECT channel, name FROM mailboxes WHERE taken > 0").fetchall()
+        return ((channel, own) for channel, own in rows if is_name(channel) and is_name(own))
+
+    def of_queue(self, grant: Grant, channel: str, queue: str, box: Mailbox) -> str:
+        """The member `work` of a queue in /agents. A page counts at most as many jobs as the bus allows it."""
+        bus, key = self.bus, (channel, queue)
+        if key not in self.queues or not grant.reads(queue):
+            return ""
+        had = f"SELECT worker FROM work WHERE mailbox = {MAILBOX} AND due > ? AND lease IS NOT NULL LIMIT ?"
+        values = *key, bus.clock.now().steady, max(bus.countable, 0)
+        holders = [worker for [worker] in bus.view.database.execute(had, values).fetchall()]
+        bus.countable -= len(holders)
+        parked = [bus.mailboxes.parked[each] for each in bus.mailboxes.waiting.get(key, ())]
+        waiting = [each.called for each in parked if isinstance(each, Worker)]
+        letters = bus.mailboxes.boxes.get((channel, queue + DEAD))
+        dead = unread(bus, channel, queue + DEAD, letters) if letters else 0
+        workers = len(waiting) + len(set(holders) - set(waiting))
+        return f', "work": {{"in_hand": {len(holders)}, "dead": {dead}, "workers": {workers}}}'
 
     def undone(self) -> list[Metric]:
         rows = self.bus.view.database.execute(

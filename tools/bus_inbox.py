@@ -137,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for command in (looking, marking):
         command.add_argument("name", metavar="NAME", nargs="?", help="whose mail ($AGENT_NAME)")
         command.add_argument("--channel", metavar="C", help="the channel ($AGENT_BUS_CHANNEL, or 'default')")
-        command.add_argument("--bus", type=bus_recv.profile, metavar="PROFILE", help="the bus in ~/.config/agent-bus/PROFILE.env")
+        command.add_argument("--bus", type=bus_recv.profile, metavar="PROFILE", help="the bus of PROFILE.env")
     options = parser.parse_args(argv)
     try:
         name = options.name or bus_recv.settings().get("AGENT_NAME")

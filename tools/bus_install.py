@@ -302,7 +302,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for word, purpose in (("install", "add it"), ("uninstall", "take it away again")):
         command = commands.add_parser(word, prog=own, help=purpose)
         command.add_argument("agent", metavar="{claude,service}", help="Claude Code, or the bus itself, at login")
-        command.add_argument("--bus", type=bus_recv.profile, metavar="PROFILE", help="the bus in ~/.config/agent-bus/PROFILE.env")
+        command.add_argument("--bus", type=bus_recv.profile, metavar="PROFILE", help="the bus of PROFILE.env")
         if word == "install":
             command.add_argument("options", nargs=argparse.REMAINDER, metavar="...", help="service: options of the bus")
     options = parser.parse_args(argv)

@@ -126,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--channel", metavar="C", help="only names on the channel C (every channel)")
     parser.add_argument("--json", action="store_true", help="print what the bus tells of each name, as JSON")
     parser.add_argument("--watch", action="store_true", help=f"show it again every {EVERY_SECONDS:.0f} s, until Ctrl-C")
-    parser.add_argument("--bus", type=bus_recv.profile, metavar="PROFILE", help="the bus in ~/.config/agent-bus/PROFILE.env")
+    parser.add_argument("--bus", type=bus_recv.profile, metavar="PROFILE", help="the bus of PROFILE.env")
     options = parser.parse_args(argv)
     try:
         url = bus_recv.settings()["AGENT_BUS_URL"]

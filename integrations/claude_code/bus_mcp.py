@@ -249,9 +249,10 @@ def agents() -> str:
     known.sort(key=lambda agent: (agent["online"], agent["last_seen"] or 0), reverse=True)
     lines = []
     for agent in known:
-        ago = box.age({"ts": agent["last_seen"] or 0})
+        seen = agent["last_seen"]  # None: it only sends
+        ago = f"last seen {box.age({'ts': seen})} ago" if seen else "has never listened"
         unread = f", {agent['unread']} unread" if "unread" in agent else ""
-        lines.append(f"{agent['name']}: {'listening' if agent['online'] else f'last seen {ago} ago'}{unread}")
+        lines.append(f"{agent['name']}: {'listening' if agent['online'] else ago}{unread}")
     if answer.get("more"):
         lines.insert(0, f"(the first {len(lines)} names only; there are more)")
     return "\n".join(lines)[:ANSWER] or f"nobody has listened on channel {box.channel} yet"

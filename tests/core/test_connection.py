@@ -99,7 +99,7 @@ def server(running):
 
 
 def listeners(server):
-    return {agent["name"] for agent in json.loads(server.get("/agents"))["agents"]}
+    return {agent["name"] for agent in json.loads(server.get("/agents"))["agents"] if agent["listens"]}
 
 
 def signed(server, sender):

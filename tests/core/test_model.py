@@ -384,7 +384,7 @@ class BusAgainstModel(RuleBasedStateMachine):
         agents = {(each["channel"], each["name"]): each for each in self.bus.get("/agents")["agents"]}
         for place, mark in self.model.most.items():
             told = agents.get((self.channel(place[0]), place[1]))
-            if told is None:
+            if told is None or not told["listens"]:
                 assert place[1] == ALL or not self.model.least[place].certain()
                 continue
             low, high = self.model.unread(place)

@@ -120,7 +120,7 @@ class Compared:
 
 def ask_for_everything(compared):
     ask = compared.ask
-    for path in ("/healthz", "/metrics", "/", *sorted(CLIENTS)):
+    for path in ("/healthz", "/metrics", "/whoami", "/", *sorted(CLIENTS)):
         ask("GET", path)
         ask("GET", path, Host="evil.example")
     first = ask_for_sends(compared)
@@ -174,6 +174,7 @@ def ask_for_reads(compared, first, question):
             ask("GET", f"{path}/{ident}")
         ask("GET", f"{path}/{first}", Host="evil.example")
     ask("GET", f"/thread/{question}?max=1")
+    compared.send("delll")  # like one that has polled
 
 
 def ask_for_turns(compared):
@@ -205,6 +206,7 @@ def ask_for_work(compared):
         if way == "nack":
             ask("POST", "/ack", compared.claim())
     ask("POST", "/claim", {"to": "builds", "wait": 0})
+    ask("GET", "/agents")  # with a queue
     ask("POST", "/claim", {})
 
 

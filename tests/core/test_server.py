@@ -129,7 +129,7 @@ def test_marks_survive_a_restart(bus):
     bus.start()
     [message] = recv(bus, "to=bob&since=last")["messages"]
     assert message["id"] == later["id"]
-    [agent] = json.loads(bus.get("/agents"))["agents"]
+    [agent] = json.loads(bus.get("/agents?name=bob"))["agents"]
     assert agent["name"] == "bob" and agent["last_seen"] > 0
 
 

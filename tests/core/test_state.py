@@ -14,10 +14,12 @@ from bus_extensions.work import Claim
 from bus_server import (
     EVERYONE,
     FETCHED,
+    MAX_MESSAGES,
     MIGRATIONS,
     NOW,
     REMOVE_SLICE,
     ForgetKeys,
+    Grant,
     Mark,
     Marks,
     Now,
@@ -98,6 +100,20 @@ class StoreContract:
         found, reached = store.view.after(poll("bob", limit=2), ticks[-1])
         assert len(found) == 2 and reached == ticks[1]
         assert store.view.after(poll("bob", limit=5), ticks[-1])[1] is None, "all was read, and more was promised"
+
+    def test_a_page_of_a_tokens_log_ends_after_5000_messages(self, store):
+        """However few of them the token may see, and whatever the others are; an operator's ends as it did."""
+        commit(store, message("bob", "first"))
+        for _ in range(3):
+            commit(store, *[message("carl", sender="dora") for _ in range(3000)])
+        last = commit(store, message("carl", "last", sender="bob")).last
+        token = Grant("abt_1", "bob", (), False, False)
+        pages, since = [], 0
+        while since is not None:
+            found, since = store.view.after(poll(since=since, observer=True)._replace(channel=None, sees=token), last)
+            pages.append([each.text.split('"msg": ')[1] for each in found])
+        assert pages == [['"first"'], ['"last"']]
+        assert len(store.view.after(poll(observer=True), last)[0]) == MAX_MESSAGES
 
     def test_several_names_come_in_one_order(self, store):
         commit(

@@ -16,6 +16,7 @@ import pytest
 
 import bus_server
 from tests.core.test_connection import Peer, a_bus, posted, told
+from tests.kit.peers import marks_are_written
 from tests.kit.processes import PATIENCE, ROOT, Server, in_time, wait_until
 
 QUESTIONS = int(os.environ.get("QUESTIONS", "100"))
@@ -257,6 +258,44 @@ def test_dead_letters_are_those_that_failed_so_often_and_say_why(impatient):
     assert (letter["msg"], letter["from"], letter["dead_of"]) == ("bad", "alice", bad)
     assert (letter["attempts"], letter["reason"]) == (2, "it does not compile")
     assert (state(bus, bad), state(bus, good)) == ("dead", "acknowledged")
+
+
+def test_agents_says_how_a_queue_is_worked_on_also_after_a_restart(impatient):
+    bus = impatient
+
+    def work(name="builds"):
+        agents = ask(bus, "GET", f"/agents?name={name}")[1]["agents"]
+        return agents[0].get("work") if agents else None
+
+    for _ in range(3):
+        send(bus)
+    assert work() is None, "nobody has claimed anything"
+    jobs = claim(bus, max=2, worker="w1") + claim(bus, worker="w2")
+    assert work() == {"in_hand": 3, "dead": 0, "workers": 2}
+    assert settle(bus, "nack", jobs[0]) == 200 and work() == {"in_hand": 2, "dead": 0, "workers": 2}
+    (again,) = claim(bus, worker="w3")
+    assert settle(bus, "nack", again) == 200 and work() == {"in_hand": 2, "dead": 1, "workers": 2}
+    assert settle(bus, "ack", jobs[1]) == 200
+    marks_are_written(bus)
+    bus.kill()
+    bus.start()
+    assert work() == {"in_hand": 1, "dead": 1, "workers": 1} and work("builds.dead") is None
+    (letter,) = claim(bus, to="builds.dead")
+    assert work() == {"in_hand": 1, "dead": 0, "workers": 1}
+    assert work("builds.dead") == {"in_hand": 1, "dead": 0, "workers": 1} and settle(bus, "ack", letter) == 200
+
+
+def test_a_lease_that_is_over_is_in_nobodys_hand(bus):
+    send(bus)
+    claim(bus, lease=1)
+    [there] = ask(bus, "GET", "/agents?name=builds")[1]["agents"]
+    assert there["work"]["in_hand"] == 1
+
+    def over():
+        [now] = ask(bus, "GET", "/agents?name=builds")[1]["agents"]
+        return now["work"] == {"in_hand": 0, "dead": 0, "workers": 0}
+
+    wait_until(over)
 
 
 def test_a_message_whose_last_worker_died_is_buried_though_nobody_asks_for_work(impatient):

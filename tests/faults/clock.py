@@ -46,7 +46,7 @@ class SteppedServer(Server):
     def polled(self, name):
         """When this name polled last, by the clock of the bus; 0 for never."""
         agents = json.loads(self.get("/agents"))["agents"]
-        return max((agent["last_seen"] for agent in agents if agent["name"] == name), default=0)
+        return max((agent["last_seen"] or 0 for agent in agents if agent["name"] == name), default=0)
 
 
 def clock_steps(directory, sends, trouble=TROUBLE, skew=0.0, fault="none", patience=PATIENCE):

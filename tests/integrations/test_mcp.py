@@ -450,7 +450,8 @@ def test_the_agents_are_listed_with_who_listens_first(client, bus):
     post("hi", to="bob", sender="carol")
     client.mail()
     lines = client.tool("bus_agents").split("\n")
-    assert sorted(lines) == ["alice: listening, 0 unread", "bob: listening, 1 unread"]
+    assert lines[2] == "carol: has never listened, 0 unread"
+    assert sorted(lines[:2]) == ["alice: listening, 0 unread", "bob: listening, 1 unread"]
 
 
 def test_who_am_i_tells_name_channel_bus_and_unread_mail(bus, start):

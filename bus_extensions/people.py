@@ -1,0 +1,229 @@
+"""Who is there, whose a token is, and similar names for a name that nobody knows (PROTOCOL.md section 18)."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from bisect import bisect_left
+from collections.abc import Iterator
+from functools import partial
+from itertools import islice
+
+from bus_server import (
+    ALIVE,
+    EVERYONE,
+    GRACE,
+    HOLD,
+    VERSION,
+    Answer,
+    Budget,
+    Bus,
+    Draft,
+    Grant,
+    Mailbox,
+    Message,
+    Poll,
+    Request,
+    agent,
+    boolean,
+    encode,
+    is_name,
+    ok,
+    page,
+    seconds,
+)
+
+TABLES, NOUN, OPERATIONS = None, "", ()
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    """It has none."""
+
+
+def start(bus: Bus, options: argparse.Namespace) -> None:
+    Similar(bus)
+    People(bus)
+    bus.route("GET", "/whoami", partial(whoami, bus), "whose token this is, and what it allows")
+
+
+def whoami(bus: Bus, request: Request) -> Answer:
+    bus.storms.read(request.owner())
+    grant = request.grant
+    rights = {
+        "name": grant.name or None,
+        "operator": grant.operator,
+        "send_only": grant.send_only,
+        "reads": [grant.name, *grant.also] if grant.name and not grant.send_only else [],
+        "open": not bus.gate.tokens.closed,
+        "address": request.peer.address,
+        "version": VERSION,
+    }
+    return ok(bus, encode(rights)[1:-1])
+
+
+class People:
+    """Adds names that sent and never polled to /agents, and more members of each name. Owned by the loop.
+
+    When a name sent last is in memory only, in its Mailbox: a start takes it from the newest messages.
+    """
+
+    NEWEST = 20000  # messages that a start looks at, some 20 ms
+    READERS = 16  # of one name that are told apart
+
+    def __init__(self, bus: Bus) -> None:
+        self.bus = bus
+        self.readers: dict[tuple[str, str], dict[str, float]] = {}  # of a name: until when each listens (monotonic, s)
+        bus.route("GET", "/agents", self.agents, "who listens, who sent, and when each name was last seen")
+        bus.about.append(self.members)
+        bus.on_announced.append(self.announced)
+        bus.on_polled.append(self.polled)
+        bus.on_tidy.append(self.forget)
+        self.load()
+
+    def load(self) -> None:
+        newest = (
+            "(SELECT mailbox, sender, tick FROM messages ORDER BY tick DESC LIMIT ?) JOIN mailboxes ON mailbox = id"
+        )
+        rows = f"SELECT channel, sender, max(tick) FROM {newest} GROUP BY channel, sender"
+        for channel, sender, tick in self.bus.view.database.execute(rows, (self.NEWEST,)).fetchall():
+            if is_name(channel) and is_name(sender):  # else it is damaged
+                self.bus.mailboxes.box(channel, sender).sent = tick
+
+    def announced(self, visible: list[Message]) -> None:
+        for message in visible:
+            self.bus.mailboxes.box(message.channel, message.sender).sent = message.tick
+
+    def polled(self, request: Request, poll: Poll) -> None:
+        """A poll says which program it comes from: two programs that read one name take each other's mail."""
+        reader = request.query().name("reader", None)
+        if reader:
+            key = str(poll.channel), str(poll.me)
+            readers = self.readers.setdefault(key, {})
+            readers.pop(reader, None)
+            readers[reader] = self.bus.mailboxes.clock() + (poll.hold or HOLD) + GRACE
+            if len(readers) > self.READERS:
+                del readers[next(iter(readers))]
+
+    def forget(self) -> None:
+        now = self.bus.mailboxes.clock()
+        self.readers = {key: each for key, each in self.readers.items() if max(each.values()) > now}
+
+    def agents(self, request: Request) -> Answer:
+        bus, online = self.bus, request.query().flag("online")
+        now = bus.mailboxes.clock()
+
+        def shows(own: str, box: Mailbox) -> bool:
+            if online is not None and online != (now < box.until):
+                return False  # first, because there may be a hundred thousand names
+            return own != EVERYONE and (box.seen > 0 or box.sent > 0)
+
+        found, more = page(bus, request, shows)
+        rows = [agent(bus, request.grant, *each) for each in found]
+        return ok(bus, f'"agents": [{", ".join(rows)}]{more}')
+
+    def members(self, grant: Grant, channel: str, own: str, box: Mailbox) -> str:
+        text = f', "listens": {boolean(box.seen > 0)}, "sent": {seconds(box.sent) if box.sent else "null"}'
+        if grant.reads(own):
+            now, oldest = self.bus.mailboxes.clock(), self.oldest(channel, own, box)
+            readers = sum(until > now for until in self.readers.get((channel, own), {}).values())
+            text += f', "oldest": {seconds(oldest) if oldest else "null"}, "readers": {readers}'
+        return text
+
+    def oldest(self, channel: str, own: str, box: Mailbox) -> int | None:
+        """The tick of the oldest unread message."""
+        view, mark = self.bus.view, box.mark()
+        if mark >= box.newest:
+            return None
+        if not box.perishable:
+            return view.oldest(channel, own, mark)
+        row = view.first("places.tick", (channel, own), mark, only=ALIVE, values=(view.clock(),))
+        return row[0] if row else None
+
+
+class Similar:
+    """Finds the names that a sender may have meant. Used by the loop only.
+
+    It looks at a bounded number of names, however many there are: names that differ from the wanted one by one letter
+    and need one look-up each, then names that are near to it in the order of names. On a bus with few names it finds
+    every similar name; with many, most that differ by one letter, and some that differ by two.
+    """
+
+    SHOWN = 3
+    LETTERS = 2  # a name that differs by more is another name
+    LOOKED_UP, NEAR, COMPARED = 300, 40, 25  # names; 0.5 ms for the worst of them
+    SHARE, BURST = 0.05, 0.02  # s of CPU that looks may take: in each second, at once
+
+    def __init__(self, bus: Bus) -> None:
+        self.bus = bus
+        self.looks = Budget(time.monotonic, self.SHARE, self.BURST)
+        bus.unknown.append(self.member)
+
+    def member(self, one: Draft) -> str:
+        """A member of the answer to a sender that may see names; a token that may only send must not learn any."""
+        grants = self.bus.gate.tokens.named.get(one.sender, ())
+        if any(grant.send_only for grant in grants) or self.looks.wait("", 0):
+            return ""
+        start = time.thread_time()
+        found = self.to(one.channel, one.to[0])
+        self.looks.take("", time.thread_time() - start)
+        return f', "similar": {encode(found)}' if found else ""
+
+    def to(self, channel: str, unknown: str) -> list[str]:
+        """The known names on a channel that are most like this one, the nearest first."""
+        own, letters = unknown.lower(), set(unknown.lower())
+        found = {each: 1 for each in islice(spelled(unknown), self.LOOKED_UP) if self.is_known(channel, each)}
+        alike = (
+            each
+            for each in dict.fromkeys(self.near(channel, unknown) if len(found) < self.SHOWN else ())
+            if abs(len(each) - len(own)) <= self.LETTERS
+            and len(letters.symmetric_difference(each.lower())) <= 2 * self.LETTERS
+        )
+        for each in islice(alike, self.COMPARED):
+            if differ(own, each.lower(), self.LETTERS) and self.is_known(channel, each):
+                found.setdefault(each, 1 if differ(own, each.lower(), 1) else 2)
+        found.pop(EVERYONE, None)
+        return sorted(found, key=lambda each: (each.lower() != own, found[each], each))[: self.SHOWN]
+
+    def is_known(self, channel: str, own: str) -> bool:
+        box = self.bus.mailboxes.boxes.get((channel, own))
+        return bool(box and box.seen) or own in self.bus.gate.tokens.named
+
+    def near(self, channel: str, unknown: str) -> Iterator[str]:
+        """Names that are beside this one in the order of names, in each case; then new names, and those with tokens."""
+        ordered, new = self.bus.mailboxes.ordered, self.bus.mailboxes.unordered
+        for each in (unknown, unknown.lower(), unknown.capitalize(), unknown.upper()):
+            place = bisect_left(ordered, (channel, each))
+            for at in sorted(range(max(place - self.NEAR, 0), place + self.NEAR), key=lambda at: abs(at - place)):
+                if at < len(ordered) and ordered[at][0] == channel:
+                    yield ordered[at][1]
+        yield from (own for its, own in islice(reversed(new), self.NEAR) if its == channel)
+        yield from islice(self.bus.gate.tokens.named, self.NEAR)
+
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789-_."
+
+
+def spelled(text: str) -> Iterator[str]:
+    """The text in other cases, and with one letter more, less or changed, or with two neighbours swapped."""
+    yield from (text.lower(), text.upper(), text.capitalize(), text.swapcase())
+    for at in range(len(text)):
+        yield text[:at] + text[at + 1 :]
+        yield text[:at] + text[at + 1 : at + 2] + text[at] + text[at + 2 :]
+    for at in range(len(text)):
+        for letter in LETTERS:
+            yield text[:at] + letter + text[at:]
+            yield text[:at] + letter + text[at + 1 :]
+
+
+def differ(one: str, other: str, letters: int) -> bool:
+    """Do the texts differ by at most so many letters that were changed, added or left out?"""
+    same = len(os.path.commonprefix([one, other]))
+    one, other = one[same:], other[same:]
+    if not one or not other or not letters:
+        return len(one) + len(other) <= letters
+    return abs(len(one) - len(other)) <= letters and (
+        differ(one[1:], other[1:], letters - 1)
+        or differ(one[1:], other, letters - 1)
+        or differ(one, other[1:], letters - 1)
+    )

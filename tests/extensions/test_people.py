@@ -1,0 +1,249 @@
+"""Who is there: PROTOCOL.md section 18, as far as one token and one outside look cannot show it."""
+
+import contextlib
+import json
+import random
+import sqlite3
+import time
+
+import pytest
+
+from bus_server import GRACE, OPEN, Mailboxes, Poll, Query, draft, truth
+from tests.core.test_identity import ask
+from tests.kit import inside
+from tests.kit.peers import invite
+from tests.kit.processes import Server, in_time, wait_until
+
+GRANTS = {
+    "alice": [],
+    "Lead2": [],
+    "boss": ["--also", "alice,carl"],
+    "sensor": ["--send-only"],
+    "admin": ["--operator"],
+}
+NAMES = 100_000
+
+
+@pytest.fixture(scope="module")
+def closed(tmp_path_factory):
+    with Server(tmp_path_factory.mktemp("closed") / "bus.db") as bus:
+        bus.tokens = {name: invite(bus, name, *options) for name, options in GRANTS.items()}
+        wait_until(lambda: ask(bus, "GET", "/agents")[0] == 401)
+        yield bus
+
+
+@pytest.fixture
+def many():
+    """A bus with so many names that have polled."""
+    bus = inside.make(":memory:")
+    for number in range(NAMES):
+        bus.mailboxes.box("default", f"agent-{number:05}").seen = 1
+    list(bus.mailboxes.keys(("", "")))
+    yield bus
+    inside.close(bus)
+
+
+def finder(bus):
+    [member] = bus.unknown
+    return member.__self__
+
+
+def receiver(bus, sender, to):
+    status, answer = ask(bus, "POST", "/send", {"to": to, "msg": "x"}, bus.tokens[sender])
+    assert status == 200
+    return answer["receiver"]
+
+
+# Whose token it is
+
+
+@pytest.mark.parametrize("name, reads", [
+    ("alice", ["alice"]), ("boss", ["boss", "alice", "carl"]), ("sensor", []), ("admin", ["admin"]),
+])  # fmt: skip
+def test_whoami_tells_the_rights_of_a_token(closed, name, reads):
+    status, found = ask(closed, "GET", "/whoami", token=closed.tokens[name])
+    rights = {"name": name, "operator": name == "admin", "send_only": name == "sensor", "reads": reads, "open": False}
+    assert status == 200 and {member: found[member] for member in rights} == rights
+    assert ask(closed, "GET", "/whoami")[0] == 401
+
+
+# Similar names
+
+
+def test_a_name_with_a_token_is_known_before_it_polls(closed):
+    assert receiver(closed, "alice", "Lead2")["known"] is True
+    told = receiver(closed, "alice", "Laed2")
+    assert told["known"] is False and told["similar"] == ["Lead2"]
+
+
+def test_a_sender_that_may_only_send_learns_no_names(closed):
+    assert receiver(closed, "sensor", "Laed2") == {"online": False, "last_seen": None, "unread": 2, "known": False}
+
+
+@pytest.mark.parametrize("wrong, meant", [
+    ("Laed2", "Lead2"), ("lead2", "Lead2"), ("LEAD2", "Lead2"), ("Lead", "Lead2"), ("Lead25", "Lead2"),
+    ("ead2", "Lead2"), ("Lxxd2", "Lead2"), ("architcet", "architect"), ("rchitec", "architect"),
+    ("build_gb10", "build@gb10"),
+])  # fmt: skip
+def test_names_within_two_letters_or_of_another_case_are_similar(wrong, meant):
+    bus = inside.make(":memory:")
+    for name in ("Lead2", "architect", "build@gb10", "somebody-else"):
+        bus.mailboxes.box("default", name).seen = 1
+    bus.mailboxes.box("default", f"{wrong}x")  # nobody has polled it
+    bus.mailboxes.box("other", f"{wrong}y").seen = 1
+    assert finder(bus).to("default", wrong) == [meant]
+    assert finder(bus).to("default", f"xyz{wrong}") == []
+    inside.close(bus)
+
+
+def test_at_most_three_names_are_similar_and_the_nearest_come_first():
+    bus = inside.make(":memory:")
+    for name in ("worker-21", "worker-22", "worker-1", "Worker-2", "worker"):
+        bus.mailboxes.box("default", name).seen = 1
+    assert finder(bus).to("default", "worker-2") == ["Worker-2", "worker-1", "worker-21"]
+    inside.close(bus)
+
+
+@pytest.mark.parametrize("wrong, meant", [
+    ("agnet-00017", "agent-00017"), ("gent-00017", "agent-00017"), ("AGENT-00017", "agent-00017"),
+    ("agent-00017x", "agent-00017"), ("agent-99999x", "agent-99999"),
+])  # fmt: skip
+def test_among_many_names_one_wrong_letter_finds_the_name(many, wrong, meant):
+    assert meant in finder(many).to("default", wrong)
+
+
+@pytest.mark.parametrize("alike", ["agents", "digits", "long"])
+def test_the_look_for_a_similar_name_takes_under_a_millisecond_of_the_loop(many, alike):
+    """With many names, whatever they are like: it looks at a bounded number of them."""
+    rng = random.Random(17)
+    letters, length = {"agents": ("", 0), "digits": ("0123456789", 12), "long": ("ab", 64)}[alike]
+    made = ["".join(rng.choices(letters, k=length)) for _ in range(NAMES)] if letters else []
+    for name in made:
+        many.mailboxes.box("default", name).seen = 1
+    list(many.mailboxes.keys(("", "")))
+    unknown = "".join(rng.choices(letters, k=length)) if letters else "agnet-00017"
+
+    def took():
+        start = time.thread_time()
+        finder(many).to("default", unknown)
+        return time.thread_time() - start
+
+    assert min(took() for _ in range(20)) < in_time(0.001)
+
+
+def to(name):
+    return draft({"from": "ann", "to": name, "msg": "x"}, None)
+
+
+def test_of_many_unknown_names_at_once_only_some_are_looked_for(many):
+    """An array may have thousands, and all of them are answered in one turn."""
+    start = time.thread_time()
+    told = [finder(many).member(to(f"agnet-{number:05}")) for number in range(2000)]
+    taken = time.thread_time() - start
+    assert told[0] and not told[-1] and taken < in_time(0.2)
+
+
+def test_a_known_name_costs_no_look(many, monkeypatch):
+    monkeypatch.setattr(finder(many), "to", None)
+    assert '"known": true' in truth(many, to("agent-00001"))
+
+
+# Who is there
+
+
+def listed(bus, query="", token=None):
+    return {each["name"]: each for each in ask(bus, "GET", f"/agents?{query}", token=token)[1]["agents"]}
+
+
+def test_a_name_that_only_sent_is_listed_and_what_it_has_is_shown_to_who_may_read_it(closed):
+    for sender in ("sensor", "alice"):
+        message = {"to": "carl", "channel": "lab", "msg": "x"}
+        assert ask(closed, "POST", "/send", message, closed.tokens[sender])[0] == 200
+    for who, reads in {"admin": {"alice", "sensor"}, "boss": {"alice"}, "alice": {"alice"}, "sensor": set()}.items():
+        found = listed(closed, "channel=lab", closed.tokens[who])
+        assert set(found) == {"sensor", "alice"}, who
+        assert all({"unread", "oldest", "readers"} <= found[name].keys() for name in reads), who
+        assert not any({"unread", "oldest", "readers"} & found[name].keys() for name in found.keys() - reads), who
+    assert listed(closed, "channel=lab&online=true", closed.tokens["admin"]) == {}
+
+
+def test_who_sent_is_known_after_a_restart_and_while_its_mail_is_kept(bus):
+    sent = ask(bus, "POST", "/send", {"from": "timer", "to": "bob", "msg": "x"})[1]
+    before = listed(bus)
+    assert before["timer"]["sent"] == sent["ts"] and before["timer"]["listens"] is False
+    assert bus.stop() == 0
+    bus.start()
+    assert listed(bus) == before
+    assert ask(bus, "GET", "/inbox")[1]["recipients"] == {"default": {"bob": 1}}
+
+
+@pytest.mark.parametrize("keep, days, stays", [(30, 29, True), (30, 31, False), (0, 1000, True)])
+def test_a_name_that_only_sent_is_forgotten_when_its_mail_is(keep, days, stays):
+    day, now = 86400 * 1000000, [0]
+    mailboxes = Mailboxes(lambda: now[0] / 1e6, wall=lambda: now[0])
+    mailboxes.box("default", "timer").sent = 1
+    mailboxes.box("default", "looked-at")
+    now[0] = days * day
+    mailboxes.idle(list(mailboxes.boxes), now[0], keep * day)
+    assert list(mailboxes.boxes) == ([("default", "timer")] if stays else [])
+
+
+def test_a_damaged_sender_is_passed_over_at_the_start(bus):
+    for sender in ("timer", "clock"):
+        ask(bus, "POST", "/send", {"from": sender, "to": "bob", "msg": "x"})
+    assert bus.stop() == 0
+    with contextlib.closing(sqlite3.connect(bus.db)) as database:
+        database.execute("UPDATE messages SET sender = 'not a name' WHERE sender = 'timer'")
+        database.commit()
+    bus.start()
+    assert set(listed(bus)) == {"clock"}
+
+
+def test_readers_are_counted_while_they_listen_and_no_more_than_16():
+    bus = inside.make(":memory:")
+    [here] = [each.__self__ for each in bus.on_polled]
+    now, poll = [0.0], Poll("bob", ("bob",), "default", None, 0, 1, 5.0, False)
+    bus.mailboxes.clock = lambda: now[0]
+
+    class Polls:
+        def __init__(self, reader):
+            self.query = lambda: Query(f"reader={reader}")
+
+    def readers():
+        box = bus.mailboxes.box("default", "bob")
+        return json.loads(f'{{"name": "bob"{here.members(OPEN, "default", "bob", box)}}}')["readers"]
+
+    for number in range(40):
+        here.polled(Polls(f"r{number}"), poll)
+    assert readers() == here.READERS
+    now[0] = 5.0 + GRACE
+    here.polled(Polls("late"), poll)
+    assert readers() == 1 and here.readers
+    now[0] += 5.0 + GRACE
+    here.forget()
+    assert readers() == 0 and not here.readers
+    inside.close(bus)
+
+
+class Asks:
+    """A request for a page of names."""
+
+    def __init__(self, query):
+        self.query, self.grant, self.owner = lambda: Query(query), OPEN, lambda: "x"
+
+
+@pytest.mark.parametrize("query", ["", "after=default/agent-050000", "online=true", "online=false"])
+def test_a_page_of_agents_takes_under_50_ms_of_the_loop(many, query):
+    """Each of 100,000 names has an unread message."""
+    for (channel, own), box in many.mailboxes.boxes.items():
+        box.newest = box.n = 7
+        many.state.tail.ticks[channel, own].append(7)
+    call = many.routes["GET", "/agents"].call
+
+    def took():
+        start = time.thread_time()
+        answer = json.loads(call(Asks(query)).body)
+        assert len(answer["agents"]) == (0 if query == "online=true" else 1000)
+        return time.thread_time() - start
+
+    assert min(took() for _ in range(3)) < in_time(0.05)
