@@ -1894,7 +1894,7 @@ class Listener:
 
 NOBODY = "0" * 64  # a hash that no secret has, compared when the id is unknown: both refusals take equally long
 BEARER = re.compile(r"[Bb]earer (abt_[0-9a-f]{8})_([A-Za-z0-9_-]{43})")
-TOOLS = "bus_work.py bus_log.py bus_doctor.py bus_file.py bus_outbox.py"
+TOOLS = "bus_work.py bus_log.py bus_doctor.py bus_file.py bus_outbox.py bus_join.py"
 CLIENTS = [f"/{file}" for file in f"bus_recv.py bus_send.py bus_listener.sh {TOOLS}".split()]
 PUBLIC = {"/", "/healthz", *CLIENTS}  # open to all, also on a bus with tokens: a new host needs them to begin
 
@@ -1932,13 +1932,15 @@ class Tokens:
     """The tokens of a bus. DATABASE.tokens has a line of JSON for each, with the sha256 of its secret and its rights.
 
     The commands replace the file; the server reads it again when it has changed. A token is `abt_`, 8 hex digits of id,
-    and 256 random bits. Revoked tokens stay in the file, so a bus that once had a token is never open again.
+    and 256 random bits. Revoked and expired tokens stay in the file: a bus that once had a token is never open again.
     """
 
     def __init__(self, database: str) -> None:
         self.path = f"{database}.tokens"
         self.closed = False
         self.grants: dict[str, tuple[str, Grant]] = {}
+        self.expired: dict[str, tuple[str, int]] = {}  # token: its hash, and when it expired
+        self.until = math.inf  # when the next token expires; s since 1970, as all times here
         self.named: dict[str, list[Grant]] = {}  # the same by name
         self.used: dict[str, int] = {}  # token: s since 1970; since they were last saved
         # A descriptor that is given up to read the file: peers may have used up all others.
@@ -1968,9 +1970,12 @@ class Tokens:
         return ()
 
     def refresh(self) -> bool:
-        """Read the file again if it has changed; returns whether it had. An unreadable file does not open the bus."""
+        """Read the file again if it has changed, or if a token has expired; returns whether that was so.
+
+        An unreadable file does not open the bus.
+        """
         stamp = self.look()
-        if stamp == self.stamp:
+        if stamp == self.stamp and time.time() < self.until:
             return False
         try:
             self.load()
@@ -1984,16 +1989,20 @@ class Tokens:
         return True
 
     def load(self) -> None:
-        rows = self.rows()
+        rows, now = self.rows(), time.time()
         self.closed = self.closed or bool(rows)
         try:
+            rows = [row for row in rows if not row["revoked"]]
+            ends = {row["id"]: row.get("expires") or math.inf for row in rows}
+            self.expired = {row["id"]: (row["hash"], row["expires"]) for row in rows if ends[row["id"]] <= now}
             self.grants = {
                 row["id"]: (row["hash"], Grant(row["id"], *(row[field] for field in Grant._fields[1:])))
                 for row in rows
-                if not row["revoked"]
+                if row["id"] not in self.expired
             }
         except (KeyError, TypeError):
             raise Unusable(f"cannot read the tokens in {self.path}: a line in it is not a token") from None
+        self.until = min((ends[token] for token in self.grants), default=math.inf)
         self.named = {}
         for _, grant in self.grants.values():
             self.named.setdefault(grant.name, []).append(grant)
@@ -2018,7 +2027,8 @@ class Tokens:
             return grant
         if self.refresh():  # it may have been made a moment ago
             return self.grant(authorization)
-        raise unauthorized()
+        known, expired = self.expired.get(token, (NOBODY, 0))
+        raise unauthorized(expired if hmac.compare_digest(digest, known) else 0)
 
 
 @lru_cache(1024)  # each client shows the same each time: 0.1 us, not 2
@@ -2029,9 +2039,11 @@ def presented(authorization: str) -> tuple[str, str]:
     return token, hashlib.sha256(secret.encode()).hexdigest()
 
 
-def unauthorized() -> Refused:
+def unauthorized(expired: int = 0) -> Refused:
+    """401; `expired` is when the token of this request expired, if it did."""
+    why = f"this token expired at {iso(expired * 1000000)}" if expired else "this bus needs a valid token"
     advice = f"set AGENT_BUS_TOKEN to a token made with: {called('invite')} NAME"
-    return Refused(401, f"this bus needs a valid token: {advice}", ("WWW-Authenticate", "Bearer"))
+    return Refused(401, f"{why}: {advice}", ("WWW-Authenticate", "Bearer"))
 
 
 class Gate:
@@ -2048,6 +2060,10 @@ class Gate:
     def holds(self, token: str) -> bool:
         """May this token be used? On a bus without tokens every request may, and its token is empty."""
         return not self.tokens.closed or token in self.tokens.grants
+
+    def unauthorized(self, token: str) -> Refused:
+        """The refusal of a token that was good when its request came."""
+        return unauthorized(self.tokens.expired.get(token, (NOBODY, 0))[1])
 
     def knows(self, head: Head) -> bool:
         """Does the request have a valid token, or has the bus no tokens?"""
@@ -4165,7 +4181,7 @@ class Bus:
 
     def check_token(self, token: str) -> None:
         if not self.gate.holds(token):
-            raise unauthorized()
+            raise self.gate.unauthorized(token)
 
     def answered(self, connection: Connection, answer: Answer) -> None:
         if answer.status >= 400:
@@ -4194,7 +4210,7 @@ class Bus:
         revoked = [step for step in steps if step.connection and not self.gate.holds(step.connection.token or "")]
         for step in revoked:
             self.withheld.pop(step, None)
-        self.settle((step, unauthorized()) for step in revoked)
+        self.settle((step, self.gate.unauthorized(step.connection.token or "")) for step in revoked if step.connection)
         return [step for step in steps if step not in revoked] if revoked else steps
 
     def announce(self, steps: list[Step], outcome: Applied | Exception, seconds: float) -> None:
@@ -4997,11 +5013,18 @@ def show_help(bus: Bus, request: Request) -> Answer:
 
 def show_client(request: Request) -> Answer:
     """A client or a tool, so that a new host needs only the URL. Each file has a route."""
-    file, here = request.route[1:], pathlib.Path(__file__).parent
-    for folder in (here, here / "tools", here / "agent_bus_tools", pathlib.Path(sys.prefix, "bin")):  # or installed
-        with contextlib.suppress(OSError):
-            return Answer(200, (folder / file).read_bytes(), "text/plain; charset=utf-8")
-    raise Refused(404, f"{file} is not beside bus_server.py on this host: copy it from the same version")
+    file = request.route[1:]
+    try:
+        return Answer(200, beside(file).read_bytes(), "text/plain; charset=utf-8")
+    except OSError:
+        raise Refused(404, f"{file} is not beside bus_server.py on this host: copy it from the same version") from None
+
+
+def beside(file: str) -> pathlib.Path:
+    """Where a program of ours is: beside this file, in a clone, or installed."""
+    here = pathlib.Path(__file__).resolve().parent
+    folders = here, here / "tools", here / "agent_bus_tools", pathlib.Path(sys.prefix, "bin")
+    return next((folder / file for folder in folders if (folder / file).exists()), here / file)
 
 
 HEADLINE = ("from", "id", "to", "channel", "reply_to", "age", "priority", "type", "subject")
@@ -5311,43 +5334,77 @@ def command(function: str, description: str) -> argparse.ArgumentParser:
 
 
 def invite(arguments: Sequence[str]) -> None:
-    """Make a token, and print once what to paste on the other machine."""
+    """Make a token, and print once what to run on the other machine. The words are in tools/bus_invite.py."""
     parser = command("invite", "Make a token for NAME and print it. It is shown only once.")
     parser.add_argument("name", metavar="NAME")
     parser.add_argument("--also", default="", metavar="NAME,...", help="other names whose mail the token may read")
     parser.add_argument("--send-only", action="store_true", help="the token may send, but not read")
     parser.add_argument("--operator", action="store_true", help="the token may read everything: /log and every mailbox")
-    parser.add_argument("--url", help="URL of the bus for the other machine (default: that of the running server)")
+    parser.add_argument("--expires", type=duration, default="0", metavar="TIME", help="as 90d or 12h; 0: never (0)")
+    parser.add_argument("--label", default="", metavar="TEXT", help="tells the tokens of NAME apart: `revoke --label`")
+    parser.add_argument("--url", default="", help="URL of the bus for the other machine (that of the running server)")
+    parser.add_argument("--yes", action="store_true", help="do not ask")
     options = parser.parse_args(arguments)
-    also = [each for each in options.also.split(",") if each]
-    for each in [options.name, *also]:
+    options.also = [each for each in options.also.split(",") if each]
+    check_invitation(parser, options)
+    file, words, here = Tokens(options.db), invitations(), running(options.db)
+    if words and not words.agreed(options.name, options.db, here, file.closed, options.yes):
+        raise Unusable("no token was made")
+    token, secret = f"abt_{secrets.token_hex(4)}", secrets.token_urlsafe(32)
+    digest, now = hashlib.sha256(secret.encode()).hexdigest(), int(time.time())
+    row = {"id": token, "hash": digest, "name": options.name, "also": options.also, "made": now, "revoked": None}
+    row.update(send_only=options.send_only, operator=options.operator, label=options.label)
+    row.update(expires=now + int(options.expires) if options.expires else None)
+    file.change(lambda rows: [*rows, row])
+    print(words.invitation(options.name, f"{token}_{secret}", here, options.url) if words else f"{token}_{secret}")
+
+
+def check_invitation(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    for each in [options.name, *options.also]:
         try:
             name(each, "NAME")
         except Refused as refused:
             parser.error(refused.sentence)
-    if options.name.lower() in RESERVED:
-        parser.error(f"{options.name} is reserved: choose another name")
-    if options.send_only and (also or options.operator):
-        parser.error("--send-only excludes --also and --operator")
-    token, secret = f"abt_{secrets.token_hex(4)}", secrets.token_urlsafe(32)
-    digest, now = hashlib.sha256(secret.encode()).hexdigest(), int(time.time())
-    row = {"id": token, "hash": digest, "name": options.name, "also": also, "made": now, "revoked": None}
-    row.update(send_only=options.send_only, operator=options.operator)
-    Tokens(options.db).change(lambda rows: [*rows, row])
-    url = (options.url or signature(options.db)[0]).rstrip("/")
-    print(INVITATION.format(name=options.name, token=f"{token}_{secret}", url=url))
+    not_a_url = options.url and not re.fullmatch(r"https?://[^\s?#@]+", options.url)
+    for wrong, sentence in (
+        (options.name.lower() in RESERVED, f"{options.name} is reserved: choose another name"),
+        (options.send_only and (options.also or options.operator), "--send-only excludes --also and --operator"),
+        (not_a_url, f"--url {options.url} is not the URL of a bus: write it like https://bus.lan:8080"),
+    ):
+        if wrong:
+            parser.error(sentence)
+
+
+def invitations() -> Any:
+    """tools/bus_invite.py, or None if it is not there."""
+    sys.path.append(str(beside("bus_invite.py").parent))
+    try:
+        return importlib.import_module("bus_invite")
+    except ModuleNotFoundError:
+        return None
+
+
+def running(path: str) -> str:
+    """The URL of the server that uses this database; empty if none does."""
+    with contextlib.suppress(InUse):
+        if os.path.exists(lock_file(path)):
+            locked(path).close()
+        return ""
+    return signature(path)[0]
 
 
 def revoke(arguments: Sequence[str]) -> int:
-    """Take back every token of a name. The running server sees it within a tenth of a second."""
-    parser = command("revoke", "Revoke every token of NAME.")
+    """Take back the tokens of a name, all or those with one label. The server sees it within a tenth of a second."""
+    parser = command("revoke", "Revoke the tokens of NAME.")
     parser.add_argument("name", metavar="NAME")
+    parser.add_argument("--label", metavar="TEXT", help="only those with this label")
     options = parser.parse_args(arguments)
     revoked: list[str] = []
 
     def change(rows: list[Row]) -> list[Row]:
         for row in rows:
-            if row["name"] == options.name and not row["revoked"]:
+            wanted = options.label in (None, row.get("label", ""))
+            if row["name"] == options.name and wanted and not row["revoked"]:
                 row["revoked"] = int(time.time())
                 revoked.append(row["id"])
         return rows
@@ -5355,7 +5412,8 @@ def revoke(arguments: Sequence[str]) -> int:
     file = Tokens(options.db)
     if file.rows():  # else there may be no bus: do not make a file
         file.change(change)
-    print(f"revoked the tokens of {options.name}: {' '.join(revoked)}" if revoked else f"{options.name} has no token")
+    which = f"{options.name} {options.label or ''}".strip()
+    print(f"revoked the tokens of {which}: {' '.join(revoked)}" if revoked else f"{which} has no token")
     return 0 if revoked else 1
 
 
@@ -5364,12 +5422,13 @@ def tokens(arguments: Sequence[str]) -> None:
     parser = command("tokens", "List the tokens of a bus.")
     options = parser.parse_args(arguments)
     used = last_used(options.db)
-    print(f"{'id':13} {'name':20} {'made':10} {'last used':10} grants")
+    print(f"{'id':13} {'name':20} {'made':10} {'last used':10} {'expires':10} grants")
     for row in Tokens(options.db).rows():
         grants = ["send"] if row["send_only"] else ["send", "read", *(f"read:{each}" for each in row["also"])]
         grants += ["operator"] if row["operator"] else []
         state = f"revoked {day(row['revoked'])}" if row["revoked"] else " ".join(grants)
-        print(f"{row['id']:13} {row['name']:20} {day(row['made'])} {day(used.get(row['id'])):10} {state}")
+        days = " ".join(f"{day(at):10}" for at in (row["made"], used.get(row["id"]), row.get("expires")))
+        print(f"{row['id']:13} {row['name']:20} {days} {state}" + (f" ({row['label']})" if row.get("label") else ""))
 
 
 def prune(arguments: Sequence[str]) -> None:
@@ -5476,13 +5535,12 @@ def read_only(path: str) -> sqlite3.Connection:
 
 
 def signature(path: str) -> tuple[str, str]:
-    """(URL, version) of the running server, from its lock file. If it listens on every address: this host's name."""
+    """(URL, version) of the running server, from its lock file."""
     try:
         lines = pathlib.Path(lock_file(path)).read_text().splitlines()
     except OSError:
         lines = []
-    url, version = (*lines, "", "")[:2]
-    return re.sub(r"//(0\.0\.0\.0|\[::\]):", f"//{socket.gethostname()}:", url) or "http://HOST:8080", version
+    return (*lines, "", "")[0], (*lines, "", "")[1]
 
 
 def backup(arguments: Sequence[str]) -> None:
@@ -5589,22 +5647,6 @@ def copy_database(source: str, target: str, bus: str | None = None) -> int:
         raise Unusable(f"cannot copy the database {source} to {target}: {error}") from None
     return messages
 
-
-INVITATION = """\
-The token of {name}, shown this once (the bus keeps only its hash):
-
-    {token}
-
-On the machine of {name} (in Claude Code the last of these lines is the command of a Monitor):
-
-    curl -fO {url}/bus_recv.py; curl -fO {url}/bus_send.py
-    export AGENT_BUS_URL={url} AGENT_NAME={name} AGENT_BUS_TOKEN={token}
-    python3 -u bus_recv.py {name}
-
-A test of the token:
-
-    printf 'header = "Authorization: Bearer %s"' "$AGENT_BUS_TOKEN" | curl -K - "$AGENT_BUS_URL/agents"
-"""
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
     function.__name__: function for function in (invite, revoke, tokens, prune, backup, restore)

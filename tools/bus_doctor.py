@@ -204,9 +204,10 @@ class Way:
             raise Fault(f"the text that is set is not a token ({len(text)} characters)", advice)
         try:
             bus_recv.ask(self.url, "/inbox", PATIENCE)
-        except bus_recv.Refused:
+        except bus_recv.Refused as refused:
             advice = "where the bus runs, bus_server.py tokens lists its tokens, and invite makes one"
-            raise Fault(f"the bus does not know {text[:12]}: it was revoked, or is another bus's", advice) from None
+            why = "it was revoked, or is another bus's" if "expired" not in str(refused) else "it has expired"
+            raise Fault(f"the bus does not know {text[:12]}: {why}", advice) from None
         return f"{text[:12]} is valid"
 
     def send(self) -> Finding:

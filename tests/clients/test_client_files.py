@@ -55,7 +55,7 @@ def code(text):
     return "\n".join(line for number, line in enumerate(text.split("\n"), 1) if number not in prose)
 
 
-@pytest.mark.parametrize("path", [*LIMITS, *(f"tools/{tool}.py" for tool in TOOLS)])
+@pytest.mark.parametrize("path", [*LIMITS, *(f"tools/{tool}.py" for tool in (*TOOLS, "bus_join", "bus_invite"))])
 def test_no_function_is_longer_than_40_lines_and_no_class_than_300(path):
     for node in ast.walk(ast.parse((ROOT / path).read_text())):
         limit = {ast.FunctionDef: 40, ast.ClassDef: 300}.get(type(node))
@@ -74,7 +74,7 @@ def place(request, tmp_path):
     tools.mkdir(parents=True)
     for client in LIMITS:
         shutil.copy(ROOT / client, tmp_path / "bin")
-    for tool in TOOLS:
+    for tool in (*TOOLS, "bus_join"):
         shutil.copy(ROOT / "tools" / f"{tool}.py", tools)
     return tools
 
@@ -115,7 +115,7 @@ def test_a_program_that_was_fetched_alone_says_what_it_needs(tool, tmp_path):
     assert err == f"{tool}: bus_recv.py is missing in {tmp_path}: run curl -fO $AGENT_BUS_URL/bus_recv.py there\n"
 
 
-@pytest.mark.parametrize("tool", TOOLS)
+@pytest.mark.parametrize("tool", [*TOOLS, "bus_join"])
 def test_every_program_runs_isolated_from_wherever_it_lies(tool, place):
     code, out, err = isolated(place / f"{tool}.py", "--help")
     assert code == 0 and "usage:" in out and err == ""

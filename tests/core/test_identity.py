@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tests.kit.peers import invite
+from tests.kit.peers import invite, set_expires
 from tests.kit.processes import COMMAND, PATIENCE, ROOT, Server, wait_until
 
 NAMES = ["alice", "bob", "carl", "dora", "eve"]
@@ -299,8 +299,8 @@ def test_the_list_says_who_has_what_and_when_it_was_used(tmp_path):
         assert bus.stop() == 0
         lines = command(bus, "tokens").splitlines()
         today = time.strftime("%Y-%m-%d", time.gmtime())
-        assert lines[1].split() == [token[:12], "alice", today, today, "send", "read", "read:team"]
-        assert lines[2].split()[1:] == ["sensor", today, "never", "send"]
+        assert lines[1].split() == [token[:12], "alice", today, today, "never", "send", "read", "read:team"]
+        assert lines[2].split()[1:] == ["sensor", today, "never", "never", "send"]
 
 
 @pytest.mark.parametrize(
@@ -311,6 +311,9 @@ def test_the_list_says_who_has_what_and_when_it_was_used(tmp_path):
         ["invite", "ALL"],
         ["invite", "x", "--also", "a b"],
         ["invite", "x", "--send-only", "--operator"],
+        ["invite", "x", "--url", "bus.lan:8080"],
+        ["invite", "x", "--url", "https://me:secret@bus.lan"],
+        ["invite", "x", "--expires", "soon"],
         ["revoke"],
     ],
 )
@@ -325,17 +328,43 @@ def test_a_bad_command_is_refused_in_words(arguments, tmp_path):
     assert not (tmp_path / "bus.db.tokens").exists()
 
 
-def test_an_invitation_says_what_to_paste(tmp_path):
-    with Server(tmp_path / "bus.db") as bus:
-        text = command(bus, "invite", "dell")
-        for line in (
-            f"curl -fO {bus.url}/bus_recv.py",
-            f"export AGENT_BUS_URL={bus.url} AGENT_NAME=dell AGENT_BUS_TOKEN=abt_",
-            "python3 -u bus_recv.py dell",
-            "curl -K -",
-        ):
-            assert line in text
-        assert "https://bus.example" in command(bus, "invite", "nano", "--url", "https://bus.example")
+def test_a_label_tells_tokens_of_a_name_apart_and_revokes_one(bus):
+    laptop, tower = (invite(bus, "dell", "--label", label) for label in ("laptop", "the tower"))
+    unlabelled = invite(bus, "dell")
+    lines = command(bus, "tokens").splitlines()
+    assert [line.partition(" (")[2] for line in lines[1:]] == ["laptop)", "the tower)", ""]
+    said = command(bus, "revoke", "dell", "--label", "the tower")
+    assert said == f"revoked the tokens of dell the tower: {tower[:12]}\n"
+    wait_until(lambda: ask(bus, "GET", "/recv?to=dell", token=tower)[0] == 401)
+    assert [ask(bus, "GET", "/recv?to=dell", token=each)[0] for each in (laptop, unlabelled)] == [200, 200]
+    assert "dell desk has no token" in command(bus, "revoke", "dell", "--label", "desk")
+
+
+def test_a_token_with_an_end_is_good_until_then_and_listed_with_it(bus):
+    token = invite(bus, "dell", "--expires", "90d")
+    assert ask(bus, "GET", "/recv?to=dell", token=token)[0] == 200
+    ends = time.strftime("%Y-%m-%d", time.gmtime(time.time() + 90 * 86400))
+    assert command(bus, "tokens").splitlines()[1].split()[4] == ends
+
+
+def test_an_expired_token_is_refused_in_words_that_only_its_owner_gets(bus):
+    token = invite(bus, "dell", "--expires", "1d")
+    set_expires(bus, "dell", 1795203596)
+    wait_until(lambda: ask(bus, "GET", "/recv?to=dell", token=token)[0] == 401)
+    error = ask(bus, "GET", "/recv?to=dell", token=token)[1]["error"]
+    assert error.startswith("this token expired at 2026-11-20T19:39:56Z: set AGENT_BUS_TOKEN")
+    status, answer = ask(bus, "GET", "/recv?to=dell", token=token[:-1] + ("x" if token[-1] != "x" else "y"))
+    assert status == 401 and answer["error"].startswith("this bus needs a valid token")
+
+
+def test_a_token_that_expires_while_it_is_parked_ends_its_poll_in_words(bus):
+    """Nothing writes the file at that moment."""
+    token, answers = invite(bus, "dell", "--expires", "2s"), []
+    reader = threading.Thread(target=lambda: answers.append(ask(bus, "GET", "/recv?to=dell&block=true", token=token)))
+    reader.start()
+    reader.join(PATIENCE)
+    assert answers[0][0] == 401 and "this token expired at 20" in answers[0][1]["error"]
+    assert ask(bus, "POST", "/send", {"to": "bob", "msg": "late"}, token=token)[0] == 401
 
 
 def test_the_world_is_not_let_in_without_identity(tmp_path):

@@ -2,13 +2,12 @@
 import json
 import os
 import pathlib
-import socket
 import subprocess
 import sys
 
 import pytest
 
-from tests.core.test_identity import ask, command
+from tests.core.test_identity import ask
 from tests.kit.peers import invite
 from tests.kit.processes import PATIENCE, ROOT, Server, wait_until
 
@@ -54,14 +53,6 @@ def test_what_root_invites_belongs_to_whom_the_bus_belongs_to(tmp_path):
     assert set(made) == {"bus.db.tokens", "bus.db.tokens.lock"}
     for status in made.values():
         assert (status.st_uid, status.st_gid, status.st_mode & 0o777) == (65534, 65533, 0o600)
-
-
-@pytest.mark.parametrize("listening", ["http://0.0.0.0:8080", "http://[::]:8080"])
-def test_an_invitation_names_a_host_that_others_can_reach(tmp_path, listening):
-    (tmp_path / "bus.db.lock").write_text(listening)
-    bus = Server(tmp_path / "bus.db")
-    assert f"AGENT_BUS_URL=http://{socket.gethostname()}:8080 " in command(bus, "invite", "spark")
-    assert "AGENT_BUS_URL=https://bus.example " in command(bus, "invite", "spark", "--url", "https://bus.example/")
 
 
 def test_a_link_is_not_written_through(tmp_path):

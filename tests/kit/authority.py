@@ -33,5 +33,13 @@ class Authority:
                       "-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial", "-days", str(days))  # fmt: skip
         return Certificate(str(self.place / f"{name}.pem"), str(self.place / f"{name}.key"))
 
+    def self_signed(self, subject):
+        """A certificate that nobody else signed, as docs/deploy.md makes it."""
+        name = f"self-{re.sub('[^a-z0-9]', '-', subject.lower())}"
+        self._openssl("req", "-x509", *KEY, "-keyout", f"{name}.key", "-out", f"{name}.pem", "-subj", "/CN=bus",
+                      "-addext", f"subjectAltName={subject}",
+                      "-addext", "keyUsage=critical,digitalSignature,keyCertSign")  # fmt: skip
+        return Certificate(str(self.place / f"{name}.pem"), str(self.place / f"{name}.key"))
+
     def _openssl(self, *arguments):
         subprocess.run(["openssl", *arguments], check=True, capture_output=True, cwd=self.place, timeout=20)

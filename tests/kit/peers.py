@@ -182,11 +182,20 @@ def mint(path, **grants):
 
 def set_revoked(bus, name, when=1):
     """What `revoke` writes, or with None takes it back; without its process, and without its wait for the server."""
+    set_in_tokens(bus, name, revoked=when)
+
+
+def set_expires(bus, name, when):
+    """As if the tokens of this name had been made to expire then."""
+    set_in_tokens(bus, name, expires=when)
+
+
+def set_in_tokens(bus, name, **members):
     file = pathlib.Path(f"{bus.db}.tokens")
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     for row in rows:
         if row["name"] == name:
-            row["revoked"] = when
+            row.update(members)
     fresh = file.with_suffix(".fresh")
     fresh.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     fresh.replace(file)

@@ -1,0 +1,198 @@
+"""What `invite` says before it makes a token, what it asks, and which line it prints for which bus."""
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from tests.clients.test_join import TOKEN, invited, secure, tls
+from tests.core.test_identity import ask
+from tests.kit.peers import command
+from tests.kit.processes import PATIENCE, ROOT, Server, no_settings, wait_until
+from tests.kit.terminal import Terminal, machine
+from tools import bus_invite, bus_join
+
+
+@pytest.fixture(autouse=True)
+def no_bus_elsewhere(monkeypatch):
+    no_settings(monkeypatch)
+    monkeypatch.setenv("AGENT_BUS_URL", "http://127.0.0.1:9")
+
+
+# ── Which bus, and what becomes of it ────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_first_token_is_said_to_close_the_bus_and_how_to_open_it_again(tmp_path):
+    with Server(tmp_path / "bus.db") as bus:
+        _, _, said = invited(bus, "dell")
+        assert f"A token of dell for the bus at {bus.url}, whose database is {bus.db}\n" in said
+        assert "It is the first token, and closes the bus" in said
+        assert f"To open it again: stop it, delete {bus.db}.tokens, and start it." in said
+        assert ask(bus, "GET", "/agents")[0] == 401
+        said = invited(bus, "nano")[2]
+        assert f"A token of nano for the bus at {bus.url}" in said and "first token" not in said
+        bus.stop()
+        os.remove(f"{bus.db}.tokens")
+        bus.start()
+        assert ask(bus, "GET", "/agents")[0] == 200
+
+
+@pytest.mark.parametrize("kind", ["plain", "tls"])
+def test_the_names_that_listen_are_said_to_have_no_token(kind, tmp_path, authority):
+    with Server(tmp_path / "bus.db", *(tls(authority.self_signed("IP:127.0.0.1")) if kind == "tls" else [])) as bus:
+        names = ["alice", "bob", "dell"]
+        bus = bus if kind == "plain" else secure(bus)
+        polls = [(bus.url, f"/recv?to={name}&block=true&wait=2") for name in names]
+        readers = [threading.Thread(target=bus_invite.said, args=poll) for poll in polls]
+        for reader in readers:
+            reader.start()
+        wait_until(lambda: len(bus_invite.said(bus.url, "/agents?online=true")["agents"]) == 3)
+        assert "These names listen now, and have no token: alice, bob\n" in invited(bus, "dell")[2]
+        assert "listen now" not in invited(bus, "nano")[2]
+        for reader in readers:
+            reader.join(PATIENCE)
+
+
+def test_a_bus_with_another_database_is_named_before_the_wrong_one_is_closed(tmp_path, monkeypatch):
+    with Server(tmp_path / "theirs.db") as bus:
+        monkeypatch.setenv("AGENT_BUS_URL", bus.url)
+        said = command(Server(tmp_path / "bus.db"), "invite", "zz")
+        assert f"(it does not run), whose database is {tmp_path}/bus.db" in said
+        assert f"The bus at {bus.url} has another database: it printed the path when it started. Give that path" in said
+        assert "No bus runs with this database, so there is no line to run" in said and "curl" not in said
+        assert ask(bus, "GET", "/agents")[0] == 200
+        assert "another database" not in command(bus, "invite", "zz")
+
+
+def test_a_relative_path_is_said_whole(tmp_path):
+    line = [sys.executable, str(ROOT / "bus_server.py"), "invite", "dell", "--db", "bus.db"]
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE)
+    assert f"whose database is {tmp_path}/bus.db" in done.stderr and f"delete {tmp_path}/bus.db.tokens" in done.stderr
+    assert TOKEN.search(done.stdout)
+
+
+@pytest.mark.parametrize("answer", ["", "n", "y"])
+def test_on_a_terminal_it_asks_before_it_closes_a_bus(answer, tmp_path):
+    with Server(tmp_path / "bus.db") as bus, Terminal("bash", tmp_path / "home", machine(tmp_path / "bin")) as terminal:
+        line = f"python3 {ROOT}/bus_server.py invite dell --db {bus.db}"
+        terminal.type(line)
+        assert f"for the bus at {bus.url}" in terminal.wait_for("Make the token? [y/N] ")
+        said = terminal.run(answer)
+        assert bool(TOKEN.search(said)) == (answer == "y") == os.path.exists(f"{bus.db}.tokens")
+        assert ("bus_server: no token was made" in said) == (answer != "y")
+        assert TOKEN.search(terminal.run(f"{line}{'' if answer == 'y' else ' --yes'}")), "not asked: closed, or --yes"
+
+
+def test_on_a_terminal_it_asks_if_no_bus_runs_with_the_database(tmp_path):
+    command(Server(tmp_path / "bus.db"), "invite", "op")
+    with Terminal("bash", tmp_path / "home", machine(tmp_path / "bin")) as terminal:
+        terminal.type(f"python3 {ROOT}/bus_server.py invite dell --db {tmp_path}/bus.db")
+        terminal.wait_for("Make the token? [y/N] ")
+
+
+def test_bus_server_alone_makes_a_token_too(tmp_path):
+    shutil.copy(ROOT / "bus_server.py", tmp_path)
+    line = [sys.executable, "-I", str(tmp_path / "bus_server.py"), "invite", "dell", "--db", str(tmp_path / "bus.db")]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=PATIENCE)
+    assert TOKEN.search(done.stdout) and done.returncode == 0, done.stderr
+
+
+# ── The line ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_url_without_a_scheme_is_refused(tmp_path):
+    said = command(Server(tmp_path / "bus.db"), "invite", "x", "--url", "bus.lan:8080", code=2)
+    assert "--url bus.lan:8080 is not the URL of a bus: write it like https://bus.lan:8080" in said
+    assert not os.path.exists(tmp_path / "bus.db.tokens")
+
+
+def test_a_bus_on_this_machine_only_is_said_to_be_one_and_how_another_machine_reaches_it(tmp_path):
+    with Server(tmp_path / "bus.db") as bus:
+        line, _, said = invited(bus, "dell")
+        assert f"{bus.url} works on the machine of the bus only" in said
+        assert f"    ssh -N -L {bus.port}:127.0.0.1:{bus.port} HOST\n" in said and "--host and --tls-cert" in said
+        assert f"$(curl -gfsS {bus.url}/bus_join.py)" in line and "AGENT_BUS_PLAIN_HTTP" not in line
+
+
+def test_plain_http_to_another_host_is_said_to_be_for_networks_that_encrypt(tmp_path):
+    line, _, said = invited(Server(tmp_path / "bus.db"), "dell", "--url", "http://10.8.0.1:8080/")
+    assert "http://10.8.0.1:8080 is not encrypted" in said and "only where the network itself" in said
+    assert " && AGENT_BUS_PLAIN_HTTP=1 python3 -Ic " in line and " http://10.8.0.1:8080 dell " in line
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::"])
+def test_a_bus_that_listens_on_every_address_is_named_by_its_host(host, tmp_path):
+    with Server(tmp_path / "bus.db", "--host", host, "--open") as bus:
+        assert f" http://{socket.gethostname()}:{bus.port} dell " in invited(bus, "dell")[0]
+
+
+def test_with_a_certificate_it_is_named_by_a_name_that_is_in_it(tmp_path, authority):
+    certificate = authority.self_signed("DNS:bus.lan,DNS:bus.example")
+    with secure(Server(tmp_path / "bus.db", "--host", "0.0.0.0", "--open", *tls(certificate))) as bus:
+        line, _, said = invited(bus, "dell")
+        assert f" https://bus.lan:{bus.port} dell sha256//" in line
+        assert "refuse" not in said and "AGENT_BUS_CA" not in said
+
+
+def test_a_name_that_is_not_in_the_certificate_is_said_to_be_none(tmp_path, authority):
+    with secure(Server(tmp_path / "bus.db", *tls(authority.sign("DNS:bus.lan,IP:127.0.0.1")))) as bus:
+        said = invited(bus, "dell", "--url", f"https://localhost:{bus.port}")[2]
+        assert f"The clients will refuse the certificate of https://localhost:{bus.port}: " in said
+        assert "It is for: bus.lan, 127.0.0.1. Give --url with one of these names" in said
+        said = invited(bus, "dell")[2]
+        assert "refuse" not in said and "export AGENT_BUS_CA=FILE" in said, "it was signed by an authority"
+
+
+def test_a_certificate_that_everyone_trusts_is_not_pinned(tmp_path, authority, monkeypatch):
+    monkeypatch.setenv("SSL_CERT_FILE", authority.file)
+    with secure(Server(tmp_path / "bus.db", *tls(authority.sign("IP:127.0.0.1")))) as bus:
+        line, _, said = invited(bus, "dell")
+        assert line == f'j=$(curl -gfsS {bus.url}/bus_join.py) && python3 -Ic "$j" {bus.url} dell'
+        assert "cannot be checked" not in said
+
+
+def test_a_proxy_whose_certificate_nobody_knows_is_not_pinned_and_said_to_be_unchecked(tmp_path, authority):
+    """Only the bus itself, on this machine, is believed what its key is: somebody may be before the proxy."""
+    with Server(tmp_path / "bus.db") as bus, Server(tmp_path / "2.db", *tls(authority.sign("IP:127.0.0.1"))) as proxy:
+        url = f"https://127.0.0.1:{proxy.port}"
+        line, _, said = invited(bus, "dell", "--url", url)
+        assert line.startswith(f"j=$(curl -gfsS {url}/bus_join.py)") and "sha256//" not in said
+        assert f"The certificate at {url} cannot be checked from here (" in said
+
+
+def test_an_ipv6_address_survives_the_shell_and_curl(tmp_path):
+    with Server(tmp_path / "bus.db", "--host", "::1") as bus:
+        line, _, _ = invited(bus, "dell")
+        assert f"'http://[::1]:{bus.port}'/bus_join.py" in line
+        run = line.replace('python3 -Ic', 'echo').replace('"$j"', '"${j:0:22}"')
+        for shell in filter(shutil.which, ("bash", "zsh")):
+            done = subprocess.run([shell, "-c", run], capture_output=True, text=True, timeout=PATIENCE)
+            assert "#!/usr/bin/env python3" in done.stdout and f"http://[::1]:{bus.port} dell" in done.stdout
+
+
+@pytest.mark.parametrize("kind", ["self_signed", "sign", "rsa", "version 1"])
+def test_a_pin_is_what_openssl_says(kind, authority, tmp_path):
+    file = str(tmp_path / "cert.pem")
+    if kind in ("self_signed", "sign"):
+        file = getattr(authority, kind)("DNS:bus.lan").file
+    else:
+        more = ["-newkey", "rsa:2048"] if kind == "rsa" else ["-newkey", "ed25519", "-x509v1"]
+        more += ["-nodes", "-subj", "/CN=a longer name", "-keyout", str(tmp_path / "key"), "-out", file]
+        made = subprocess.run(["openssl", "req", "-x509", *more], capture_output=True)
+        if made.returncode and kind == "version 1":
+            pytest.skip("this openssl makes none")
+    with open(file) as text:
+        certificate = bus_invite.ssl.PEM_cert_to_DER_cert(text.read())
+    line = f"openssl x509 -in {file} -pubkey -noout | openssl pkey -pubin -outform der"
+    line += " | openssl dgst -sha256 -binary | base64"
+    said = subprocess.run(line, shell=True, capture_output=True, text=True, check=True).stdout.strip()
+    assert bus_join.pin_of(certificate) == f"sha256//{said}"
+
+
+def test_what_goes_through_a_shell_and_a_command_line_is_ascii_and_not_too_long():
+    text = (ROOT / "tools" / "bus_join.py").read_bytes()
+    assert text.isascii() and len(text) < 1 << 15 and b"\0" not in text
+    assert text.endswith(b'\n\nif __name__ == "__main__":\n    sys.exit(main())\n'), "a part of it does nothing"

@@ -1,0 +1,416 @@
+"""From `invite` to a configured machine: one line and one token, and nothing from anybody in between."""
+import contextlib
+import http.server
+import importlib.util
+import json
+import os
+import pathlib
+import re
+import shutil
+import ssl
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from tests.kit.peers import command, set_expires
+from tests.kit.processes import PATIENCE, ROOT, Server
+from tests.kit.terminal import PROMPT, Terminal, Watch, machine
+from tools import bus_join
+
+pytestmark = pytest.mark.skipif(not shutil.which("curl"), reason="curl is not installed")
+TOKEN = re.compile(r"abt_[0-9a-f]{8}_[\w-]{43}")
+CLIENTS = pathlib.Path(".local/share/agent-bus")
+CONFIG = pathlib.Path(".config/agent-bus")
+NOBODYS = "abt_00000000_" + "s" * 43
+
+
+def shells(*rows):
+    """Each row begins with a shell."""
+    return [pytest.param(*row, marks=pytest.mark.skipif(not shutil.which(row[0]), reason=row[0])) for row in rows]
+
+
+def tls(certificate):
+    return ["--tls-cert", certificate.file, "--tls-key", certificate.key]
+
+
+def secure(bus):
+    bus.url = bus.url.replace("http:", "https:")
+    return bus
+
+
+@pytest.fixture
+def bus(tmp_path, authority):
+    """With a certificate that it signed itself."""
+    with secure(Server(tmp_path / "bus.db", *tls(authority.self_signed("IP:127.0.0.1")))) as bus:
+        yield bus
+
+
+def invited(bus, name, *options):
+    """(the line, the token, all that was said)"""
+    text = command(bus, "invite", name, *options)
+    line = re.search(r"^    (j=\$.*)$", text, re.M)
+    return line and line[1], TOKEN.search(text)[0], text
+
+
+def join(bus, name, token, home, *options, pin=None, program=sys.executable, **more):
+    """bus_join.py as the line runs it, without a terminal; (exit code, stdout, stderr)."""
+    line, _, _ = invited(bus, name) if pin is None else (pin, "", "")
+    arguments = [bus.url, name, line.split()[-1], *options]
+    text = (ROOT / "tools" / "bus_join.py").read_text()
+    env = {"HOME": str(home), "PATH": os.environ["PATH"], **more}
+    done = subprocess.run([program, "-Ic", text, *arguments], env=env, input=f"{token}\n", text=True,
+                          capture_output=True, timeout=PATIENCE)  # fmt: skip
+    assert "Traceback" not in done.stderr and (not token or token not in done.stdout + done.stderr)
+    return done.returncode, done.stdout, done.stderr
+
+
+def configuration(home, profile="default"):
+    with contextlib.suppress(FileNotFoundError):
+        return dict(line.split("=", 1) for line in (home / CONFIG / f"{profile}.env").read_text().splitlines())
+
+
+# ── Two hosts ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def hosts(tmp_path):
+    """Two hosts of examples/two_hosts.py, with a wire between them."""
+    if sys.platform != "linux" or os.geteuid() or not shutil.which("ip"):
+        pytest.skip("two hosts need Linux, root and ip")
+    spec = importlib.util.spec_from_file_location("two_hosts", ROOT / "examples" / "two_hosts.py")
+    two_hosts = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(two_hosts)
+    number = os.urandom(2).hex()
+    cable, made = (f"bus{number}a", f"bus{number}b"), []
+    if two_hosts.ip("link", "add", cable[0], "type", "veth", "peer", "name", cable[1], check=False):
+        pytest.skip("this kernel gives us no virtual cable")
+    try:
+        for address, end in zip(two_hosts.ADDRESSES, cable):
+            made.append(two_hosts.Host(f"bus-{number}-{end[-1]}", address, tmp_path))
+            made[-1].plug(end)
+        yield made
+    finally:
+        for host in made:
+            two_hosts.ip("netns", "del", host.name, check=False)
+        two_hosts.ip("link", "del", cable[0], check=False)
+
+
+class Elsewhere(Server):
+    """A bus on another host."""
+
+    def __init__(self, host, db, *options):
+        super().__init__(db, "--host", host.address, "--verbose", *options)
+        self.command = inside(host, *self.command)
+
+
+def inside(host, *command):
+    return ["ip", "netns", "exec", host.name, *command]
+
+
+@pytest.mark.parametrize("shell, kind", shells(
+    ["bash", "self_signed"], ["zsh", "self_signed"], ["zsh", "sign"], ["bash", "plain"], ["zsh", "plain"]
+))  # fmt: skip
+def test_one_line_and_one_token_connect_another_host(shell, kind, hosts, tmp_path, authority):
+    here, there = hosts
+    certified = [] if kind == "plain" else tls(getattr(authority, kind)(f"IP:{here.address}"))
+    command(Server(tmp_path / "bus.db"), "invite", "op")  # a bus for other hosts starts with a token only
+    with Elsewhere(here, tmp_path / "bus.db", *certified) as bus:
+        began = time.monotonic()
+        invite = inside(here, sys.executable, str(ROOT / "bus_server.py"), "invite", "dell", "--db", bus.db)
+        said = subprocess.run(invite, capture_output=True, text=True, check=True, timeout=PATIENCE).stdout
+        line, token = re.search(r"^    (j=.*)$", said, re.M)[1], TOKEN.search(said)[0]
+        path = machine(tmp_path / "bin", "curl")
+        prefix = inside(there)
+        prefix[0] = shutil.which("ip")
+        env = {"AGENT_BUS_CA": authority.file} if kind == "sign" else {}
+        with Watch(token) as watch, Terminal(shell, tmp_path / "home", path, prefix, **env) as terminal:
+            terminal.type(line)
+            terminal.wait_for("token of dell: ")
+            terminal.type(token)
+            url = f"http{'s' if certified else ''}://{here.address}:{bus.port}"
+            screen = terminal.wait_for(f"you are dell on {url}", "bus_join: ")
+            assert "bus_join: " not in screen
+            took = time.monotonic() - began
+            history = terminal.leave()
+            looks = watch.looks
+        assert took < 10 and looks > 3 and watch.seen == []
+        assert "bus_join.py" in history and token not in history + screen and token not in bus.log.read_text()
+        home = tmp_path / "home"
+        mine = configuration(home)
+        assert (mine["AGENT_BUS_URL"], mine["AGENT_NAME"], mine["AGENT_BUS_TOKEN"]) == (url, "dell", token)
+        written = [file for file in [*(home / ".config").rglob("*"), *(home / ".local").rglob("*")] if file.is_file()]
+        expected = {"default.env", *bus_join.FILES} | ({"default.pem"} if certified else set())
+        assert {file.name for file in written} == expected, "and nothing else"
+        assert {file.stat().st_mode & 0o777 for file in written} == {0o600}
+        send = inside(there, sys.executable, "-I", str(home / CLIENTS / "bus_send.py"), "op")
+        env = {"HOME": str(home)}
+        done = subprocess.run(send, env=env, input="T1 done", text=True, capture_output=True, timeout=PATIENCE)
+        assert json.loads(done.stdout)["ok"], done.stderr
+
+
+# ── Somebody in between ──────────────────────────────────────────────────────────────────────────────────────────────
+
+EVIL = "import pathlib; pathlib.Path('ran').touch()"
+
+
+class Between(http.server.ThreadingHTTPServer):
+    """A server in place of the bus, which has other files for those who ask. `heard` is all that it was sent."""
+
+    def __init__(self, port, certificate=None, **files):
+        super().__init__(("127.0.0.1", port), Answers)
+        self.files, self.heard = files, []
+        if certificate:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(certificate.file, certificate.key)
+            self.socket = context.wrap_socket(self.socket, server_side=True, do_handshake_on_connect=False)
+
+    def handle_error(self, *_):
+        """The client hangs up when it sees the key."""
+
+    def __enter__(self):
+        threading.Thread(target=self.serve_forever, args=[0.01]).start()
+        return self
+
+    def __exit__(self, *_):
+        self.shutdown()
+        self.server_close()
+
+
+class Answers(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.server.heard.append(f"{self.path} {self.headers}")
+        name = self.path[1:].partition(".")[0]
+        body = self.server.files.get(name) or (ROOT / "tools" / f"{name}.py").read_bytes()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+def pasted(line, tmp_path, shell="bash", path=None):
+    """What a terminal shows until the next prompt, or until a token is asked for."""
+    with Terminal(shell, tmp_path / "home", path or machine(tmp_path / "bin", "curl")) as terminal:
+        terminal.type(line)
+        return terminal.wait_for(PROMPT, "token of ")
+
+
+@pytest.mark.parametrize("shell", [row.values[0] for row in shells(["bash"], ["zsh"])])
+def test_nothing_of_a_server_with_another_key_is_run_and_nothing_is_asked(shell, bus, tmp_path, authority):
+    line, token, _ = invited(bus, "dell")
+    bus.stop()
+    other = authority.sign("IP:127.0.0.1")
+    with Between(bus.port, other, bus_join=EVIL.encode()) as between:
+        screen = pasted(line, tmp_path, shell)
+        assert "does not match pinned public key" in screen and "token of" not in screen
+        assert between.heard == [] and not (tmp_path / "home" / "ran").exists()
+        assert not (tmp_path / "home" / ".local").exists() and not (tmp_path / "home" / ".config").exists()
+
+
+def test_the_control_without_the_pin_it_would_have_run(bus, tmp_path, authority):
+    line, _, _ = invited(bus, "dell")
+    bus.stop()
+    with Between(bus.port, authority.sign("IP:127.0.0.1"), bus_join=EVIL.encode()):
+        pasted(re.sub(r"--pinnedpubkey \S+", "", line), tmp_path)
+        assert (tmp_path / "home" / "ran").exists()
+
+
+def test_a_key_that_changes_after_the_first_file_is_one_sentence(bus, tmp_path, authority):
+    line, token, _ = invited(bus, "dell")
+    bus.stop()
+    with Between(bus.port, authority.sign("IP:127.0.0.1")) as between:
+        code, out, err = join(bus, "dell", token, tmp_path / "home", pin=line)
+    assert (code, out, err.count("\n")) == (1, "", 1) and "does not have the key of the invitation" in err
+    assert between.heard == [] and not (tmp_path / "home").exists()
+
+
+def test_a_certificate_with_another_key_is_not_kept(bus, tmp_path, authority):
+    with Between(0, authority.sign("IP:127.0.0.1")) as between:
+        url = f"https://127.0.0.1:{between.server_port}"
+        with pytest.raises(bus_join.Fault, match="does not have the key"):
+            bus_join.keep_certificate(url, invited(bus, "dell")[0].split()[-1], "", str(tmp_path / "kept.pem"))
+    assert not (tmp_path / "kept.pem").exists() and between.heard == []
+
+
+@pytest.fixture
+def plain(tmp_path):
+    with Server(tmp_path / "bus.db") as bus:
+        yield bus
+
+
+@pytest.mark.parametrize("file", bus_join.FILES)
+def test_over_plain_http_each_file_must_be_the_one_of_the_invitation(file, plain, tmp_path):
+    line, _, _ = invited(plain, "dell")
+    plain.stop()
+    evil = {file.partition(".")[0]: EVIL.encode(), **{
+        name: (ROOT / f"{name}.py").read_bytes() for name in ("bus_recv", "bus_send") if f"{name}.py" != file
+    }}  # fmt: skip
+    with Between(plain.port, **evil) as between:
+        screen = pasted(line, tmp_path)
+        assert "of the invitation: ask for a new one" in screen and "nothing was run" in screen
+        assert "Authorization" not in "".join(between.heard) and not (tmp_path / "home" / "ran").exists()
+        assert not (tmp_path / "home" / CLIENTS / file).exists()
+
+
+# ── What the machine lacks ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_machine_without_python_is_told_so(bus, tmp_path):
+    screen = pasted(invited(bus, "dell")[0], tmp_path, path=machine(tmp_path / "bin", "curl", python=None))
+    assert "python3: command not found" in screen and not (tmp_path / "home" / ".local").exists()
+
+
+def python(version):
+    path = pathlib.Path.home() / ".pyenv" / "versions" / version / "bin" / "python3"
+    if not path.exists():
+        pytest.skip(f"Python {version} is not installed")
+    return path
+
+
+@pytest.mark.parametrize("kind", ["self_signed", "sign"])
+@pytest.mark.parametrize("version", ["3.9.18", "3.13.0"])
+def test_every_python_from_3_9_on_can_join(version, kind, tmp_path, authority):
+    """From 3.13 on a certificate is enough, also if an authority signed it; before, that of the authority is needed."""
+    program = python(version)
+    with secure(Server(tmp_path / "bus.db", *tls(getattr(authority, kind)("IP:127.0.0.1")))) as bus:
+        line, token, _ = invited(bus, "dell")
+        more = {"AGENT_BUS_CA": authority.file} if (version, kind) == ("3.9.18", "sign") else {}
+        assert join(bus, "dell", token, tmp_path / "home", pin=line, program=program, **more)[0] == 0
+        if more:
+            code, out, _ = join(bus, "nano", token, tmp_path / "other", pin=line, program=program)
+            assert code == 1 and "FAIL  tls" in out and "AGENT_BUS_CA" in out
+
+
+@pytest.mark.parametrize("version", ["3.6.15", "3.8.18"])
+@pytest.mark.parametrize("kind", ["bus", "plain"])
+def test_an_old_python_is_told_so(kind, version, tmp_path, authority):
+    certified = tls(authority.self_signed("IP:127.0.0.1")) if kind == "bus" else []
+    with Server(tmp_path / "bus.db", *certified) as bus:
+        path = machine(tmp_path / "bin", "curl", python=python(version))
+        screen = pasted(invited(bus, "dell")[0], tmp_path, path=path)
+    assert f"bus_join: this needs Python 3.9 or later, and python3 is {version}" in screen
+    assert "Traceback" not in screen
+
+
+def test_a_bus_that_is_not_there_is_one_sentence(bus, tmp_path):
+    line, token, _ = invited(bus, "dell")
+    bus.stop()
+    code, _, err = join(bus, "dell", token, tmp_path / "home", pin=line)
+    assert code == 1 and err.count("\n") == 1 and "is the bus running" in err
+
+
+# ── The token ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("given, says", [
+    (NOBODYS, "does not take this token, so nothing was configured: this bus needs a valid token"),
+    ("hunter2 or so", "that is not a token"),
+])  # fmt: skip
+def test_a_wrong_token_is_one_sentence_and_configures_nothing(given, says, bus, tmp_path):
+    code, out, err = join(bus, "dell", given, tmp_path / "home")
+    assert (code, out, err.count("\n")) == (1, "", 1) and says in err
+    assert list((tmp_path / "home" / CONFIG).iterdir()) == []
+
+
+def test_an_expired_token_is_one_sentence(bus, tmp_path):
+    _, token, _ = invited(bus, "dell", "--expires", "90d")
+    set_expires(bus, "dell", int(time.time()) - 60)
+    pin = invited(bus, "nano")[0]
+    code, out, err = join(bus, "dell", token, tmp_path / "home", pin=pin)
+    assert (code, out, err.count("\n")) == (1, "", 1) and "this token expired at 20" in err
+
+
+def test_a_token_of_another_name_is_a_fault_that_the_doctor_finds(bus, tmp_path):
+    code, out, err = join(bus, "dell", invited(bus, "nano")[1], tmp_path / "home")
+    assert code == 1 and "sends as nano" in out and "nothing was configured" in err
+    assert configuration(tmp_path / "home") is None
+
+
+# ── Again, and other buses ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_same_line_again_updates(bus, tmp_path):
+    home = tmp_path / "home"
+    line, token, _ = invited(bus, "dell")
+    assert join(bus, "dell", token, home, pin=line)[0] == 0
+    (home / CLIENTS / "bus_recv.py").write_text("an old one")
+    before, (_, new, _) = configuration(home), invited(bus, "dell")
+    assert join(bus, "dell", new, home, pin=line)[0] == 0
+    assert configuration(home) == {**before, "AGENT_BUS_TOKEN": new}
+    assert (home / CLIENTS / "bus_recv.py").read_bytes() == (ROOT / "bus_recv.py").read_bytes()
+
+
+def test_without_a_token_the_one_that_is_set_is_kept(bus, tmp_path):
+    line, token, _ = invited(bus, "dell")
+    assert join(bus, "dell", token, tmp_path / "home", pin=line)[0] == 0
+    before = configuration(tmp_path / "home")
+    assert join(bus, "dell", "", tmp_path / "home", pin=line)[0] == 0
+    assert configuration(tmp_path / "home") == before
+    code, _, err = join(bus, "nano", "", tmp_path / "home", "--profile", "default", pin=line)
+    assert code == 1 and "that is not a token" in err, "it is not the token of another name"
+
+
+def test_a_token_that_is_refused_leaves_what_was_there(bus, tmp_path):
+    line, token, _ = invited(bus, "dell")
+    assert join(bus, "dell", token, tmp_path / "home", pin=line)[0] == 0
+    before = {file: file.read_bytes() for file in (tmp_path / "home" / CONFIG).iterdir()}
+    assert join(bus, "dell", NOBODYS, tmp_path / "home", pin=line)[0] == 1
+    assert {file: file.read_bytes() for file in before} == before
+
+
+OTHER = "AGENT_BUS_URL=https://other.lan:8080\nAGENT_NAME=nano\nAGENT_BUS_TOKEN=theirs\n"
+
+
+def other_bus(home):
+    (home / CONFIG).mkdir(parents=True)
+    (home / CONFIG / "default.env").write_text(OTHER)
+    (home / CONFIG / "default.env").chmod(0o600)
+
+
+def test_the_configuration_of_another_bus_is_not_replaced(bus, tmp_path):
+    home = tmp_path / "home"
+    other_bus(home)
+    line, token, _ = invited(bus, "dell")
+    code, out, err = join(bus, "dell", token, home, pin=line)
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert "default.env is the configuration of nano on https://other.lan:8080: give --profile 127.0.0.1" in err
+    assert (home / CONFIG / "default.env").read_text() == OTHER
+    code, out, _ = join(bus, "dell", token, home, "--profile", "work", pin=line)
+    assert code == 0 and "AGENT_BUS_PROFILE=work python3" in out
+    assert (home / CONFIG / "default.env").read_text() == OTHER
+    assert configuration(home, "work")["AGENT_BUS_CA"] == str(home / CONFIG / "work.pem")
+
+
+@pytest.mark.parametrize("answer, profile", [
+    ("", "127.0.0.1"), ("work", "work"), ("../evil", "127.0.0.1"), ("default", "default")
+])  # fmt: skip
+def test_on_a_terminal_it_proposes_a_profile(answer, profile, bus, tmp_path):
+    home = tmp_path / "home"
+    other_bus(home)
+    line, token, _ = invited(bus, "dell")
+    with Terminal("bash", home, machine(tmp_path / "bin", "curl")) as terminal:
+        terminal.type(line)
+        assert "nano on https://other.lan:8080" in terminal.wait_for("[127.0.0.1]: ")
+        terminal.type(answer)
+        if answer == "../evil":
+            terminal.wait_for("[127.0.0.1]: ")
+            terminal.type("")
+        terminal.wait_for("token of dell: ")
+        terminal.type(token)
+        terminal.wait_for(f"you are dell on {bus.url}")
+    assert configuration(home, profile)["AGENT_BUS_TOKEN"] == token
+    assert ((home / CONFIG / "default.env").read_text() == OTHER) == (profile != "default")
+
+
+def test_what_the_shell_has_set_is_named(bus, tmp_path):
+    with Terminal("bash", tmp_path / "home", machine(tmp_path / "bin", "curl"), AGENT_BUS_URL="http://b") as terminal:
+        line, token, _ = invited(bus, "dell")
+        terminal.type(line)
+        terminal.wait_for("token of dell: ")
+        terminal.type(token)
+        terminal.wait_for("This shell sets AGENT_BUS_URL, which wins over that file")

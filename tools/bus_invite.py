@@ -1,0 +1,232 @@
+"""The words of `bus_server.py invite`: what the command will change, and the line for the other machine.
+
+bus_server.py makes the token and imports this file for agreed() and invitation(). The line downloads bus_join.py, and
+runs it only if it is the one that this bus has: see PINNED, OPEN and CHECKED below.
+"""
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import http.client
+import os
+import re
+import shlex
+import socket
+import ssl
+import sys
+from typing import Any
+from urllib.parse import urlsplit
+
+HERE = os.path.dirname(os.path.realpath(__file__))
+sys.path += [HERE, os.path.dirname(HERE)]  # as in bus_doctor.py
+import bus_join  # noqa: E402
+
+import bus_recv  # noqa: E402
+
+PATIENCE = 3.0  # s for each question to a bus
+PARTIAL_CHAIN: Any = 0x80000  # of OpenSSL: a trusted certificate need not be one that signed itself
+# The line, in three kinds. bus_join.py is an argument, so that no file of another user can take its place, and that
+# stdin stays the terminal. `$(...) &&` runs nothing if curl fails, and -I imports nothing from the current folder.
+#
+# PINNED: the bus has a certificate of its own. curl sends nothing to a server that has another key.
+# OPEN: the certificate is valid for everyone; curl and bus_join.py check it as usual.
+# CHECKED: plain http. The line has the SHA-256 of bus_join.py.
+PINNED = """j=$({curl} {url}/bus_join.py) && python3 -Ic "$j" {url} {name} {pin}"""
+OPEN = """j=$({curl} {url}/bus_join.py) && python3 -Ic "$j" {url} {name}"""
+CHECKED = """j=$({curl} {url}/bus_join.py) && {plain}python3 -Ic '{check}' {own} "$j" {url} {name} {pin}"""
+CHECK = (
+    "import hashlib as l,sys;a=sys.argv;h=a.pop(1);j=a.pop(1);exec(j) "
+    'if l.sha256(j.encode(errors="replace")).hexdigest()==h '
+    'else sys.exit("this is not the bus_join.py of the invitation: ask for a new one; nothing was run")'
+)
+
+
+def agreed(name: str, database: str, here: str, closed: bool, yes: bool) -> bool:
+    """Say what the command changes. On a terminal, ask if it closes the bus, or if no bus uses the database.
+
+    `here` is the URL at which the bus listens; empty if it does not run.
+    """
+    database = os.path.abspath(database)
+    tell(f"A token of {name} for the bus at {here or '(it does not run)'}, whose database is {database}")
+    other = settings_url()
+    if not here and said(other, "/healthz"):
+        tell(f"The bus at {other} has another database: it printed the path when it started. Give that path with --db.")
+    if not closed:
+        tell("It is the first token, and closes the bus: from then on every agent needs one.")
+        agents = said(here, "/agents?online=true").get("agents", []) if here else []
+        names = sorted({str(agent["name"]) for agent in agents} - {name})
+        if names:
+            tell(f"These names listen now, and have no token: {', '.join(names)}")
+        tell(f"To open it again: stop it, delete {database}.tokens, and start it.")
+    if yes or (closed and here) or not sys.stdin.isatty():
+        return True
+    print("Make the token? [y/N] ", end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
+def tell(line: str) -> None:
+    print(bus_recv.visible(line), file=sys.stderr, flush=True)
+
+
+def settings_url() -> str:
+    """The bus that the clients of this user talk to."""
+    try:
+        return bus_recv.settings()["AGENT_BUS_URL"]
+    except ValueError:  # the configuration is malformed, which is not our matter
+        return bus_recv.DEFAULT_URL
+
+
+def said(url: str, path: str) -> dict[str, Any]:
+    """What a bus on this machine answers to a stranger, for a hint; an empty dict if it does not answer."""
+    try:
+        connection, prefix, headers = bus_recv.connect(url, PATIENCE)
+        if url.startswith("https:"):
+            connection._context = bus_join.anyone()  # type: ignore[attr-defined]
+        with contextlib.closing(connection):
+            connection.request("GET", prefix + path, headers=headers)
+            response = connection.getresponse()
+            return bus_recv.judged(response, response.read(bus_recv.ANSWER_BYTES))
+    except (OSError, ValueError, http.client.HTTPException, bus_recv.Refused, bus_recv.Unreachable):
+        return {}
+
+
+def invitation(name: str, token: str, here: str, url: str) -> str:
+    """What to run on the other machine, and what to paste there. `url` is the bus as that machine sees it, if given."""
+    url = (url or reachable(here)).rstrip("/")
+    line, remark = line_for(name, here, url)
+    texts = [TOKEN.format(name=name, token=token), RUN.format(name=name, line=line) if line else "", remark]
+    return "\n".join(filter(None, texts))
+
+
+def reachable(here: str) -> str:
+    """The URL of the running bus for others. For every address it has a name of the certificate, or of the host."""
+    if not re.search(r"//(0\.0\.0\.0|\[::\]):", here):
+        return here
+    host = socket.gethostname()
+    names = names_of(here) if here.startswith("https:") else []
+    host = host if host in names or not names else names[0]
+    return re.sub("//.*:", f"//{f'[{host}]' if ':' in host else host}:", here)
+
+
+def line_for(name: str, here: str, url: str) -> tuple[str, str]:
+    """The line for the other machine, and what the operator must know; empty texts if there is no such thing."""
+    values = {"url": shlex.quote(url), "name": name, "check": CHECK, "plain": ""}
+    parts, remark = urlsplit(url), ""
+    if bus_recv.is_here(parts.hostname):
+        remark = HERE_ONLY.format(url=url, port=parts.port or {"http": 80}.get(parts.scheme, 443))
+    if parts.scheme == "https":
+        pin, fault = pin_for(url, here)
+        line = (PINNED if pin else OPEN).format(curl=shlex.join(bus_join.curl(pin)), pin=pin, **values)
+        return line, "\n".join(filter(None, (fault, remark)))
+    if parts.scheme != "http":
+        return "", f"The bus listens at {url}, which no other machine reaches: see docs/deploy.md.\n" if url else NO_BUS
+    if not remark:
+        values["plain"], remark = "AGENT_BUS_PLAIN_HTTP=1 ", PLAIN.format(url=url)
+    try:
+        texts = [read(file) for file in bus_join.FILES]
+    except OSError as error:
+        return "", f"There is no line to run: {error.filename} is missing. Copy it from the same version.\n"
+    own = hashlib.sha256(texts[bus_join.FILES.index("bus_join.py")].rstrip(b"\n")).hexdigest()  # as $(...) has it
+    pin = hashlib.sha256(b"".join(texts)).hexdigest()
+    return CHECKED.format(curl=shlex.join(bus_join.curl("")), own=own, pin=pin, **values), remark
+
+
+def read(file: str) -> bytes:
+    """A file as the bus serves it."""
+    places = [os.path.join(folder, file) for folder in (HERE, os.path.dirname(HERE))]
+    with open(next(filter(os.path.exists, places), places[0]), "rb") as opened:
+        return opened.read()
+
+
+# TLS
+
+
+def pin_for(url: str, here: str) -> tuple[str, str]:
+    """The pin of the bus at this https URL, empty if its certificate is valid for everyone; and what is wrong with it.
+
+    A pin is taken from the bus itself, on this machine, where nobody is in between.
+    """
+    why: object = "it is not that of this bus"
+    try:
+        bus_join.certificate_of(bus_recv.connect(url, PATIENCE)[0], ssl.create_default_context())
+        return "", ""
+    except (OSError, ValueError) as error:
+        why = getattr(error, "verify_message", None) or getattr(error, "strerror", None) or error
+    if not here.startswith("https:"):
+        return "", UNCHECKED.format(url=url, why=why)
+    try:
+        certificate, _ = handshake(here, bus_join.anyone())
+        pin, context = bus_join.pin_of(certificate), trusting(certificate)
+        handshake(here, context, urlsplit(url).hostname)
+        context.verify_flags &= ~PARTIAL_CHAIN
+        handshake(here, context, urlsplit(url).hostname)
+        return pin, ""
+    except ssl.SSLCertVerificationError as error:
+        if not context.verify_flags & PARTIAL_CHAIN:
+            return pin, AUTHORITY.format(url=url)
+        return pin, UNFIT.format(url=url, why=error.verify_message, names=", ".join(names_of(here)))
+    except OSError as error:
+        return "", UNCHECKED.format(url=url, why=error)
+
+
+def handshake(here: str, context: ssl.SSLContext, host: str | None = None) -> tuple[bytes, Any]:
+    """The certificate of the bus on this machine: DER, and as a dict if the context verified it, for `host`."""
+    parts = urlsplit(here)
+    plain = bus_recv.dial((parts.hostname or "", parts.port or 443), PATIENCE)
+    with contextlib.closing(plain), context.wrap_socket(plain, server_hostname=host or parts.hostname) as tls:
+        return tls.getpeercert(True) or b"", tls.getpeercert()
+
+
+def trusting(certificate: bytes) -> ssl.SSLContext:
+    """Trusts this certificate (DER) alone, whoever signed it."""
+    context = ssl.create_default_context(cadata=certificate)
+    context.verify_flags |= PARTIAL_CHAIN
+    return context
+
+
+def names_of(here: str) -> list[str]:
+    """The host names and addresses in the certificate of the bus on this machine."""
+    try:
+        context = trusting(handshake(here, bus_join.anyone())[0])
+        context.check_hostname = False
+        return [value for _, value in handshake(here, context)[1].get("subjectAltName", ())]
+    except OSError:
+        return []
+
+
+TOKEN = """\
+The token of {name}, shown this once (the bus keeps only its hash):
+
+    {token}
+"""
+RUN = """\
+On the machine of {name}, paste this line into bash or zsh. It asks for the token. It needs curl and Python 3.9.
+
+    {line}
+"""
+HERE_ONLY = """\
+{url} works on the machine of the bus only. On another machine, leave this command running (HOST is the machine of the
+bus); the line then works there too:
+
+    ssh -N -L {port}:127.0.0.1:{port} HOST
+
+Or let the bus listen for others, with --host and --tls-cert (docs/deploy.md), and invite again.
+"""
+PLAIN = """\
+{url} is not encrypted: whoever is on the way reads the token and the mail. Use this line only where the network itself
+encrypts (VPN, tailnet); elsewhere, give the bus a certificate with --tls-cert (docs/deploy.md), and invite again.
+"""
+NO_BUS = """\
+No bus runs with this database, so there is no line to run: start the bus and make another token, or give --url.
+"""
+UNCHECKED = """\
+The certificate at {url} cannot be checked from here ({why}). The line works if that certificate is valid for everyone.
+"""
+AUTHORITY = """\
+The certificate of {url} was signed by an authority that other machines may not know, and Python before 3.13 needs the
+certificate of that authority. Copy its file to the other machine, and run `export AGENT_BUS_CA=FILE` before the line.
+"""
+UNFIT = """\
+The clients will refuse the certificate of {url}: {why}. It is for: {names}. Give --url with one of these names, or make
+a certificate as in docs/deploy.md.
+"""
