@@ -37,6 +37,7 @@ import bus_recv  # noqa: E402
 
 SERVER = "bus"  # the name of our MCP server in Claude Code
 MARK = "Written by `agent-bus install service`; `agent-bus uninstall service` removes it."
+PATHS = ("AGENT_BUS_CA", "AGENT_BUS_TOKEN_FILE", "AGENT_BUS_STATE_DIR")
 TAKEN_ALONG = [f"AGENT_BUS_{name}" for name in "PROFILE URL CA TOKEN_FILE CHANNEL PLAIN_HTTP STATE_DIR".split()]
 
 
@@ -167,7 +168,9 @@ def written(settings: dict[str, Any]) -> bytes:
 
 
 def taken_along() -> dict[str, str]:
-    return {name: os.environ[name] for name in TAKEN_ALONG if os.environ.get(name)}
+    """These settings of now, for a program that runs in any folder."""
+    given = {name: os.environ[name] for name in TAKEN_ALONG if os.environ.get(name)}
+    return {name: os.path.abspath(value) if name in PATHS else value for name, value in given.items()}
 
 
 def plugin_folder() -> str | None:

@@ -251,7 +251,8 @@ def show_next(place: str, file: str, profile: str, name: str, others: Sequence[s
 
 
 def main(argv: "Sequence[str] | None" = None) -> int:
-    parser = argparse.ArgumentParser(prog="bus_join.py", description="Connect this machine to an agent-bus as NAME.")
+    own = None if "agent-bus" in os.path.basename(sys.argv[0]) else "bus_join.py"  # the line runs us as `python3 -c`
+    parser = argparse.ArgumentParser(prog=own, description="Connect this machine to an agent-bus as NAME.")
     parser.add_argument("url", metavar="URL", help="of the bus, like https://bus.lan:8080")
     parser.add_argument("name", metavar="NAME", help="the name that the token is for")
     parser.add_argument("pin", metavar="PIN", nargs="?", default="", help="from the line that `invite` printed")

@@ -72,7 +72,8 @@ class Observer(bus_recv.Reader):
     def take_up(self, answer: dict[str, Any]) -> None:
         self.bus = str(answer.get("bus", bus_recv.OLD_CONTRACT))
         if self.bus == bus_recv.OLD_CONTRACT:
-            raise bus_recv.Refused(404, f"{self.url} is a bus of the first contract, which has no log: use bus_recv.py")
+            recv = bus_recv.called("bus_recv.py", "recv")
+            raise bus_recv.Refused(404, f"{self.url} is a bus of the first contract, which has no log: use {recv}")
         self.cursor = self.places.setdefault(self.bus, Place(bus_recv.moment(self.begin, self.bus_time)))
 
     def request(self, hold: float, seconds: float) -> tuple[dict[str, Any], float]:

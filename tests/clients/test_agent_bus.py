@@ -138,7 +138,8 @@ def test_ctrl_c_ends_it_quietly(arguments, bus, interruptible):
     process = program(SCRIPT, *arguments, env={"AGENT_BUS_URL": bus.url})
     assert process.stdout.readline()
     process.send_signal(signal.SIGINT)
-    assert (process.communicate(timeout=PATIENCE)[1], process.returncode) == (b"", 130)
+    err = process.communicate(timeout=PATIENCE)[1]
+    assert err in (b"", f"bus_recv: listening as bob on {bus.url}\n".encode()) and process.returncode == 130
 
 
 def test_ctrl_c_while_a_program_is_loaded_ends_it_quietly(monkeypatch, capsys):
@@ -161,12 +162,12 @@ def test_serve_is_the_bus(tmp_path):
 
 
 def test_a_message_and_its_answer(agent):
-    asking = program(SCRIPT, "ask", "bob", stdin=b"ready?", env={"AGENT_BUS_URL": agent.url, "AGENT_NAME": "spark"})
+    asking = program(SCRIPT, "ask", "bob", "ready?", env={"AGENT_BUS_URL": agent.url, "AGENT_NAME": "spark"})
     code, out, _ = agent("recv", "bob", "--once")
     number = re.search(r"id=([0-9a-f]+)", out)[1]
     assert code == 0 and "| ready?" in out
-    assert agent("send", "--reply-to", number, stdin=b"yes")[0] == 0
-    assert asking.communicate(timeout=PATIENCE)[0] == b"yes\n"
+    assert agent("send", "spark", "yes", "indeed", "--reply-to", number)[0] == 0
+    assert asking.communicate(timeout=PATIENCE)[0] == b"yes indeed\n"
 
 
 # ── Who ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -183,10 +184,13 @@ def test_who_shows_each_name_once_and_who_listens_first(agent):
     code, out, err = agent("who")
     assert (code, err) == (0, "")
     head, *rows, last = out.splitlines()
-    assert head.split()[:3] == ["NAME", "SEEN", "UNREAD"] and last == "2 of 2 listen"
-    assert {tuple(row.split())[:3] for row in rows} == {("bob", "listening", "2"), ("ops/ann", "listening", "0")}
+    assert head.split() == ["NAME", "SEEN", "UNREAD", "OLDEST"] and last == "2 of 3 listen"
+    seen = [("bob", "listening", "2", "<1m"), ("ops/ann", "listening", "0"), ("spark", "never", "0")]  # spark only sent
+    assert sorted(tuple(row.split()) for row in rows) == seen and rows[2].startswith("spark ")
     assert [each["name"] for each in json.loads(agent("who", "--json", "--channel", "ops")[1])] == ["ann"]
     assert "2 of 2" in agent("who", "--online")[1]
+    urllib.request.urlopen(f"{agent.url}/claim", b'{"to": "bob", "worker": "w"}').close()
+    assert re.search("^bob +listening +2 +<1m +1 +0$", agent("who")[1], re.MULTILINE)
 
 
 def agents(*rows, **more):
@@ -264,6 +268,8 @@ def test_the_inbox_shows_unread_mail_and_takes_none(agent):
         code, out, err = agent("inbox")
         assert code == 0 and re.findall(r"^\| (.*)", out, re.MULTILINE) == ["one", "two"]
         assert "2 unread for bob" in err and err.endswith(f" ack {two}\n")
+    assert [json.loads(agent.bus.get(f"/message/{id}"))["state"] for id in (one, two)] == ["queued"] * 2
+    assert not [each for each in json.loads(agent.bus.get("/agents"))["agents"] if each["online"]]
     assert [json.loads(line)["id"] for line in agent("inbox", "--json")[1].splitlines()] == [one, two]
     assert re.findall(r"^\| (.*)", agent("recv", "bob", "--once")[1], re.MULTILINE) == ["one", "two"]
     code, out, err = agent("inbox")
@@ -505,6 +511,32 @@ def shook_hands(entry, folder, env):
     done = subprocess.run([entry["command"], *entry["args"]], cwd=folder, env={**env, **entry["env"]}, text=True,
                           input=f"{line}\n", capture_output=True, timeout=PATIENCE)  # fmt: skip
     return json.loads(done.stdout)["result"]["serverInfo"]["name"]
+
+
+def test_a_file_is_found_from_every_folder(house, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert "work.env" in install("install", "claude", code=2, AGENT_BUS_PROFILE="work")
+    (house / ".config" / "agent-bus").mkdir(parents=True)
+    (house / ".config" / "agent-bus" / "work.env").touch(0o600)
+    install("install", "claude", AGENT_BUS_CA="bus.pem", AGENT_BUS_PROFILE="work")
+    entry = json.loads((house / ".claude.json").read_text())["mcpServers"]["bus"]
+    assert entry["env"]["AGENT_BUS_CA"] == str(tmp_path / "bus.pem") and entry["env"]["AGENT_BUS_PROFILE"] == "work"
+
+
+def test_the_bus_of_a_profile(bus, tmp_path):
+    (tmp_path / "agent-bus").mkdir()
+    (tmp_path / "agent-bus" / "work.env").write_text(f"AGENT_BUS_URL={bus.url}\nAGENT_NAME=bob\n")
+    (tmp_path / "agent-bus" / "work.env").chmod(0o600)
+    env = {"XDG_CONFIG_HOME": str(tmp_path)}
+    mails(bus.url, "one")
+    for line in ("--bus work inbox", "--bus=work inbox", "inbox --bus work"):
+        assert "| one" in run(SCRIPT, *line.split(), env=env)[1]
+    for line in ("--bus work who", "who --bus work", "--bus work log --no-follow"):
+        assert "spark" in run(SCRIPT, *line.split(), env=env)[1]
+    assert run(SCRIPT, "--bus", "home", "who", env=env)[0] == 2
+    code, out, err = run(SCRIPT, "--bus", "work", "who", env={**env, "AGENT_BUS_URL": "http://127.0.0.1:9"})
+    assert (code, out) == (2, "") and "AGENT_BUS_URL" in err
+    assert run(SCRIPT, "--bus", env=env)[0] == 2
 
 
 def test_a_token_is_never_written_for_claude(house):

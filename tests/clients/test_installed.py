@@ -83,7 +83,8 @@ def bus(installed, tmp_path_factory):
     yield re.fullmatch("listening on (.*)\n", process.stdout.readline())[1]
     process.send_signal(signal.SIGTERM)
     assert process.wait(PATIENCE) == 0
-    assert "extensions: channels, files, metrics, replies, schemas, work" in process.stdout.read()
+    extensions = ", ".join(sorted(path.stem for path in ROOT.glob("bus_extensions/[a-z]*.py")))
+    assert f"extensions: {extensions}\n" in process.stdout.read()
     process.stdout.close()
 
 
@@ -121,6 +122,12 @@ def test_the_extensions_and_the_tools_work(bus, run, house):
 def test_the_bus_hands_out_the_clients(file, bus):
     with urllib.request.urlopen(f"{bus}/{file}") as answer:
         assert answer.read().startswith(b"#!")
+
+
+def test_an_invitation_to_join_and_the_token_of_it(run):
+    said = run("agent-bus", "invite", "dell", "--url", "http://127.0.0.1:9")
+    assert "bus_join.py" in said and re.search("abt_[0-9a-f]{8}_", said)
+    assert " dell " in run("agent-bus", "tokens") and "revoked the tokens of dell" in run("agent-bus", "revoke", "dell")
 
 
 def test_messages_name_the_commands_that_this_user_has(run, house):
