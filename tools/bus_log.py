@@ -58,11 +58,13 @@ class Place(bus_recv.Cursor):
 class Observer(bus_recv.Reader):
     """Reads everybody's messages and consumes none. The bus counts it as nobody, and its place is in memory.
 
-    `filters` are those of GET /log. `since` is that of bus_recv.receive().
+    `filters` are those of GET /log. `since` is that of bus_recv.receive(), but not `last`: nobody's cursor is read.
     """
 
     def __init__(self, filters: dict[str, str | None], since: str) -> None:
         super().__init__(["nobody"], None, None, since, bus_recv.HOLD_SECONDS)
+        if since == "last":
+            raise ValueError("since is 'last': give now, 1h, the id of a message, or seconds like 1795203596.123456")
         for names in filter(None, filters.values()):
             for name in names.split(","):
                 bus_recv.check_name(name)
