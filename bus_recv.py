@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Receive messages from an agent-bus: each as a block of text, or as a line of JSON.
 
-    AGENT_BUS_URL=http://10.0.0.5:8080 python3 bus_recv.py spark     # until it is killed: for an agent's Monitor
+    AGENT_BUS_URL=http://10.0.0.5:8080 python3 bus_recv.py spark     # until it is killed; for an agent's Monitor, too
     python3 bus_recv.py spark reviewers --once                       # all waiting messages, or else the first to arrive
     python3 bus_recv.py --read 660ba678a1b40                         # one message, whole
     python3 bus_recv.py spark --exec ./on_mail.sh                    # run a command for each message
@@ -14,14 +14,19 @@ The parts of this file, in order: receive() and ask() for programs; Reader (poll
 (how far a name has read, on disk); the marked part, which bus_send.py has too and which speaks HTTP (proxies, tokens,
 faults); block (a message as text); show_blocks and run_command (the outputs); main.
 
+Messages are whole on a terminal, in a file and in a pipe. A Monitor of Claude Code cuts and drops what exceeds its
+limits; its end of our output is a socket (seen with 2.1.329), so for a socket, or with --monitor, they are paced and
+wrapped.
+
 A message is shown at least once. Its cursor is saved after the message was written out, so a reader that is killed
 shows its last message again and never loses one; the id tells the repeat. Only a 200 with the bus's own JSON moves the
 cursor, and only the bus's own 4xx ends the program. Anything else (silence, half an answer, a redirect, a proxy's page)
 is an outage.
 
-Standard library only, Python 3.9 and later. It reads the environment (AGENT_BUS_URL, AGENT_BUS_CHANNEL, AGENT_BUS_TOKEN
-or AGENT_BUS_TOKEN_FILE, AGENT_BUS_CA, AGENT_BUS_UA, AGENT_BUS_STATE_DIR; http_proxy, https_proxy, no_proxy), talks to
-that URL, follows no redirect, and writes one small file per bus, channel and name.
+Standard library only, Python 3.9 and later. It reads the environment (AGENT_BUS_URL, AGENT_NAME, AGENT_BUS_CHANNEL,
+AGENT_BUS_TOKEN or AGENT_BUS_TOKEN_FILE, AGENT_BUS_CA, AGENT_BUS_UA, AGENT_BUS_STATE_DIR; http_proxy, https_proxy,
+no_proxy) and below it the file ~/.config/agent-bus/default.env, or PROFILE.env (--bus, AGENT_BUS_PROFILE). It talks to
+that URL (http, https, or unix:/path), follows no redirect, and writes one small file per bus, channel and name.
 Exit code: 0 done, 1 refused by the bus, 2 usage or no place for the file, 3 nothing arrived, 75 out of reach.
 """
 
@@ -753,7 +758,7 @@ def unread_output() -> int:
 
 def run_command(command: str, tries: int, reader: Reader, message: dict[str, Any]) -> None:
     """Run the command for one message. If all the tries fail, append the message to a file."""
-    known = message if isinstance(message, dict) else {"id": "what is not a message"}
+    known = message if isinstance(message, dict) else {"id": "an answer that is no message"}
     for attempt in range(1, tries + 1):
         with running(command, dump(message), known, attempt) as process:
             if process.wait() == 0:
@@ -762,7 +767,7 @@ def run_command(command: str, tries: int, reader: Reader, message: dict[str, Any
         reader.clock.sleep(pause_after(attempt) if attempt < tries else 0)
     with reader.cursor.opened("~dead", os.O_WRONLY | os.O_APPEND, "w") as file:
         file.write(f"{dump(message)}\n")
-    reader.warn(f"{known.get('id')} is given up, and appended to {reader.cursor.path}~dead")
+    reader.warn(f"the command failed {tries} times for {known.get('id')}: it is in {reader.cursor.path}~dead now")
 
 
 @contextlib.contextmanager

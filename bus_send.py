@@ -1,13 +1,15 @@
 #!/usr/bin/env python3
-"""Send one message to an agent-bus: the text on stdin, the receiver on the command line.
+"""Send one message to an agent-bus.
 
-    echo "T1 is done" | AGENT_BUS_URL=http://10.0.0.5:8080 AGENT_NAME=spark python3 bus_send.py dell --subject T1
-    echo "Is T1 done?" | python3 bus_send.py dell --ask          # waits for the answer, and prints it
+    AGENT_BUS_URL=http://10.0.0.5:8080 AGENT_NAME=spark python3 bus_send.py dell "T1 is done" --subject T1
+    python3 bus_send.py dell,gb10 < report.md                   # without a text, stdin is sent
+    python3 bus_send.py dell "Is T1 done?" --ask                # waits for the answer, and prints it
     echo "It is." | python3 bus_send.py --reply-to 660ba678a1b40       # to the sender of that message
 
 or in a program: `bus_send.send("dell", "T1 is done", sender="spark")`, `bus_send.ask("dell", "Is T1 done?")["reply"]`.
-The receiver is a name, several names as `dell,gb10`, or `all`. It prints the bus's answer, one line of JSON, or the
-reply to a question; on stderr it says when a receiver is not listening.
+The receiver is a name, several names as `dell,gb10`, or `all`. On a terminal it says in a sentence what became of the
+message. Else, or with --json, it prints the bus's answer, one line of JSON, and says on stderr if a receiver is not
+listening.
 
 The parts of this file, in order: send() and ask() for programs; persist (when to try again); compose, keep_copy, post
 (one message); the marked part, which bus_recv.py has too and which speaks HTTP (proxies, tokens, faults); the command
@@ -17,10 +19,11 @@ Only a 200 with the bus's own JSON means that the message is on its disk, and on
 be. After anything else (silence, half an answer, a redirect, a proxy's page) nobody knows. So the same message is sent
 again under the same key, and the bus stores a key once.
 
-Standard library only, Python 3.9 and later. It reads stdin and the environment (AGENT_BUS_URL, AGENT_NAME,
+Standard library only, Python 3.9 and later. It reads stdin, the environment (AGENT_BUS_URL, AGENT_NAME,
 AGENT_BUS_CHANNEL, AGENT_BUS_TOKEN or AGENT_BUS_TOKEN_FILE, AGENT_BUS_CA, AGENT_BUS_UA; http_proxy, https_proxy,
-no_proxy), talks to that URL, follows it nowhere else, and writes one file, if AGENT_BUS_OUTBOX names one: a copy of
-each message that the bus stored, as its reader gets it; `{name}` in that path is the sender.
+no_proxy) and below it the file ~/.config/agent-bus/default.env, or PROFILE.env (--bus, AGENT_BUS_PROFILE). It talks to
+that URL (http, https, or unix:/path), follows it nowhere else, and writes one file, if AGENT_BUS_OUTBOX names one: a
+copy of each message that the bus stored, as its reader gets it; `{name}` in that path is the sender.
 Exit code: 0 stored, 1 refused by the bus, 2 usage, 3 stored but not answered in time, 75 not known to be stored (try
 again with the key it names).
 """

@@ -64,7 +64,7 @@ import zlib
 from bisect import bisect_right
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from email.utils import formatdate
 from functools import lru_cache, partial
 from http import HTTPStatus
@@ -545,7 +545,7 @@ class Watched(Protocol):
         """ready() raised an exception."""
 
 
-NOBODY_WAITS: set[int] = set()  # never changed
+NOBODY_WAITS: dict[int, int] = {}  # never changed
 
 
 def say_exception() -> None:
@@ -578,7 +578,7 @@ class Loop:
         self.timers: list[tuple[float, int, Callable[[], None]]] = []  # when, on the monotonic clock; a number; what
         self.numbers = count()  # timers that are due at the same time run in the order they were set
         self.told: deque[Callable[[], None]] = deque()  # actions from other threads
-        self.unserved = NOBODY_WAITS  # sockets that were ready when the time of the last turn was over
+        self.unserved = NOBODY_WAITS  # sockets for which the last turn had no time: the place of each in the next one
         self.signals: dict[int, Callable[[], None]] = {}
         self.sock, self.bell = socket.socketpair()
         self.events = 0
@@ -659,16 +659,22 @@ class Loop:
 
     def in_thread(self, work: Callable[[], Any], then: Callable[[Any], None]) -> None:
         """Call `work`, which may wait for a file, in a thread, then `then` in a turn, with its result or exception."""
+        begun = threading.Lock()  # by a thread, or given up
 
-        def done(future: Future[Any]) -> None:
-            error = future.exception()
-            self.tell(lambda: then(future.result() if error is None else error))
+        def run() -> None:
+            if begun.acquire(blocking=False):
+                try:
+                    result = work()
+                except Exception as error:
+                    result = error
+                self.tell(lambda: then(result))
 
         try:
-            self.threads.submit(work).add_done_callback(done)
-        except RuntimeError as error:  # the system gives us no thread
+            self.threads.submit(run)
+        except RuntimeError as error:  # the system gives us no thread; but the work is in the queue of the pool
             failure = error
-            self.tell(lambda: then(failure))
+            if begun.acquire(blocking=False):
+                self.tell(lambda: then(failure))
 
     def ring(self) -> None:
         with contextlib.suppress(BlockingIOError):  # the pipe is full of unread bytes, so the loop wakes anyway
@@ -707,8 +713,8 @@ class Loop:
         elif self.timers:
             patience = self.timers[0][0] - time.monotonic()
         events = self.selector.select(patience)
-        if self.unserved:  # those for which the last turn had no time come first
-            events.sort(key=lambda ready: ready[0].fd not in self.unserved)
+        if self.unserved:  # in their order: the system always has the same one
+            events.sort(key=lambda ready: self.unserved.get(ready[0].fd, sys.maxsize))
         self.each(
             lambda ready: ready[0].data.ready(ready[1]), lambda ready: ready[0].data.failed(), self.timely(events)
         )
@@ -726,7 +732,7 @@ class Loop:
         over = time.monotonic() + self.BUDGET
         for number, event in enumerate(events):
             if number and time.monotonic() > over:
-                self.unserved = {key.fd for key, _ in events[number:]}
+                self.unserved = {key.fd: place for place, (key, _) in enumerate(events[number:])}
                 return
             yield event
         self.unserved = NOBODY_WAITS
@@ -1309,7 +1315,7 @@ class Door:
     def drop_idle(self) -> None:
         """File descriptors have run out: close the idle connections, except those made within the last second.
 
-        If there are none, some go of the owner that has most: first those that wait for a message, which lose nothing.
+        If none is idle, the owner with the most connections loses some: first those that wait for a message.
         """
         fresh = self.deadlines.clock() + HEAD_SECONDS - 1
         everybody = [each for each in self.connections if not (each in self.strangers and each.due > fresh)]
@@ -1959,7 +1965,7 @@ class Tokens:
         except (OSError, ValueError) as error:
             raise Unusable(f"cannot read the tokens in {self.path}: {error}") from None
         finally:
-            with contextlib.suppress(OSError):  # another thread has taken it: for the next look one must be free
+            with contextlib.suppress(OSError):  # another thread has taken the descriptor; the next look needs one
                 self.spare = open(os.devnull)  # noqa: SIM115
 
     def look(self) -> tuple[int, ...]:
@@ -2121,8 +2127,9 @@ class Budget:
 
     def take(self, owner: str, amount: float) -> None:
         """Spend `amount`, which was not known before; the budget may go below 0."""
-        left, before = self.left.pop(owner, (self.burst, self.clock()))
-        self.left[owner] = left - amount, before
+        now = self.clock()
+        left, before = self.left.pop(owner, (self.burst, now))
+        self.left[owner] = min(self.burst, left + (now - before) * self.rate) - amount, now
 
     def forget(self) -> None:
         """Drop the owners whose budget is full again, up to the first whose is not."""
@@ -2141,15 +2148,15 @@ class Storms:
     """
 
     BURST = 1000  # messages a sender may send at once, before `rate` (messages per second) holds it back
-    READS, READS_BURST = 200, 2000  # requests of one reader: a second, at once
-    WORK, WORK_BURST = 8 << 20, 128 << 20  # bytes of large answers to one owner: a second (7 % of the loop), at once
+    READS, READS_BURST = 200, 2000  # requests of one reader: per second, and in one burst
+    WORK, WORK_BURST = 8 << 20, 128 << 20  # bytes of large answers to one reader: the same
     PARSING = 4  # a byte of a request takes up to so many times as long as a byte of an answer
-    NAMES, NAMES_BURST = 10 / 60, 1000  # names that one owner uses for the first time: a second, at once
+    NAMES, NAMES_BURST = 10 / 60, 1000  # names that one owner uses for the first time: the same
     SENDER_SECONDS = 86400.0  # s that a sender is known
     DEPTH = 32  # replies to replies; people change the subject earlier
     WITHIN = 600.0  # s in which changes of direction between two names are counted
     NOTED = 60.0  # s after which it is noted again that a sender or a pair still speaks
-    PAIRS = 50000  # of names whose turns are known at most, some 300 bytes each; beyond it the oldest are forgotten
+    PAIRS = 50000  # of names whose turns are counted, some 300 bytes each; of more, the quietest is forgotten
 
     def __init__(self, clock: Callable[[], float], rate: float, turns: int = 120) -> None:
         self.clock = clock
@@ -2180,7 +2187,7 @@ class Storms:
         self.check_work(owner, reader, 0)
 
     def check_work(self, owner: str, reader: str, size: int) -> None:
-        """Before a read, or before a large body of `size` bytes is parsed: had this one too much already?"""
+        """429 if large bodies and answers of this reader took too much time. It is called before they take more."""
         wait = self.work.wait(f"{owner}/{reader}", size * self.PARSING)
         if wait:
             who = reader or owner
@@ -2389,7 +2396,7 @@ NEWEST = """SELECT channel, name, id, gone, newest, n FROM (SELECT *,
     (SELECT places.tick FROM runs CROSS JOIN places ON places.run = runs.run
         WHERE runs.upto > 0 AND places.mailbox = mailboxes.id ORDER BY upto DESC, places.tick DESC LIMIT 1) AS newest
     FROM mailboxes) LEFT JOIN messages ON tick = newest"""
-# A number that differs if one place differs: of the places in runs, and of the messages that should have them.
+# Two sums that are equal if the index is whole: of the places in runs, and of the messages that belong there.
 IN_PLACES, IN_MESSAGES = (
     f"SELECT count(*), ifnull(sum(tick % 1000003 * 1009 + mailbox % 1000003), 0) FROM {them}"
     for them in ("runs JOIN places USING (run) WHERE upto > 0", "messages WHERE tick <= (SELECT max(upto) FROM runs)")
@@ -2473,7 +2480,7 @@ class Operation:
     """
 
     __slots__: tuple[str, ...] = ()
-    kind: ClassVar[str]  # its word in the log
+    kind: ClassVar[str]  # its word in to_line()
     is_large: ClassVar[bool] = False  # its result may take a mebibyte
     rank: ClassVar[int] = 2  # the order in one list: 0 Raise, 1 Put, 2 those of extensions, 3 Marks, 4 Forget, 5 Remove
 
@@ -2719,21 +2726,21 @@ class Index:
 
     A commit appends to `messages`, and to nothing that is spread over the file. So its cost does not depend on how many
     mailboxes there are. The index is written later: the newest FLUSH_MESSAGES are in memory, in the *tail*; then they
-    are *flushed*, all at once, as a *run*. A run is a part of the table `places`, sorted by mailbox, whose key begins
-    with the number of the run: also runs are appended to the file. Each RUNS_MERGED runs of one level are *merged* into
-    one of the next, a slice with each commit, so that a mailbox with few messages is looked for in few runs.
+    are *flushed*, all at once, as a *run*. A run is a part of the table `places`, sorted by mailbox. The key of that
+    table begins with the number of the run, so a new run is appended to the file too. RUNS_MERGED runs of one level are
+    *merged* into one of the next, a slice with each commit, so that a mailbox with few messages is in few runs.
 
     Invariants:
     - Each message up to `tail.above` has one place in the runs in use, and each of their places has a message.
     - The runs in use follow each other in the order of ticks, and those of a higher level come first.
-    - The tail is replaced after the commit of its run, and never while it is filled. A turn reads with the tail that
-      was announced last: what is flushed meanwhile is still in it, and Rows.mail() passes over it in the file.
+    - The tail is replaced only when its run is committed. A turn reads with the tail of the last announcement. If a
+      newer run is in the file already, its messages are in that tail too, and Rows.mail() ignores that run.
     """
 
     FLUSH_MESSAGES = 4000  # some 2 ms of a commit
     RUNS_MERGED = 10  # 10,000,000 messages are in at most 4 * 9 runs
     SLICE = 2000  # places to copy or to delete at once, 1 ms
-    PLACES_PER_MESSAGE = 8  # copied or deleted with each new message; in its life a place is, up to 4 times each
+    PLACES_PER_MESSAGE = 8  # to copy or delete for each new message: each is copied up to 4 times
 
     def __init__(self, writing: sqlite3.Connection, merges: bool) -> None:
         self.writing = writing
@@ -2896,7 +2903,7 @@ class Rows:
         order = "DESC" if backwards else "ASC"
         parts: list[tuple[str, Sequence[Any]]] = []
         if above < self.tail.above:
-            # A place whose message is not there is damage. Who asks for whole rows gets one, for checked().
+            # A place without its message is damage. A read of whole rows returns NULLs for it, and checked() tells.
             join = "LEFT" if columns == PLACED_ROW else "CROSS"
             source = f"{PLACED % (join, join)} AND {only} ORDER BY runs.upto {order}, places.tick {order}"
             parts.append((source, (above, *mailbox, above, min(upto, self.tail.above))))
@@ -3451,7 +3458,7 @@ def mend(database: sqlite3.Connection, path: str, version: int) -> None:
 
 
 def renew_index(database: sqlite3.Connection) -> None:
-    """In a transaction. A table whose pages are damaged cannot be dropped; it can be forgotten."""
+    """Make the index anew, in the transaction of the caller. DROP would fail on damaged pages."""
     database.execute("PRAGMA writable_schema=ON")
     database.execute("DELETE FROM sqlite_master WHERE tbl_name IN ('places', 'runs')")
     database.execute("PRAGMA writable_schema=RESET")
@@ -3679,7 +3686,7 @@ class Mailboxes:
         self.unordered = [key for key in self.unordered if key in self.boxes]
 
     def new(self, channel: str, names: Iterable[str]) -> int:
-        """How many of these names have no mailbox yet. Beside another name, `all` comes with its channel."""
+        """How many of these names have no mailbox yet. `all` counts only alone: each poll has it."""
         names = list(names)
         return sum((channel, own) not in self.boxes for own in names if own != EVERYONE or len(names) == 1)
 
@@ -3831,7 +3838,7 @@ class Mailboxes:
             if not box.firm and quiet > ((keep or math.inf) if box.sent else self.LOOKED_SECONDS * 1000000):
                 looked_at.append(key)
             elif box.firm and keep and min(quiet, wall - box.removed - keep) > keep and box.mark() >= box.removed:
-                # else its reader, or one that reads it along, is told of a gap
+                # until then a reader of the name may still have to be told of a gap
                 gone.append([*key])
         if looked_at:
             self.drop(looked_at)
@@ -4029,7 +4036,7 @@ class Ledger:
             outcome = error
         seconds, self.out = time.monotonic() - began, []
         self.loop.attempt(self.count_out, taken)
-        self.state.view.tail = self.state.tail  # and only now: nothing that a turn reads is changed aside
+        self.state.view.tail = self.state.tail  # only now: until then a turn needs the older one
         self.loop.attempt(self.plan)  # what came while the deputy served
         if not self.loop.attempt(self.bus.announce, steps, outcome, seconds):
             for step in steps:
@@ -4514,12 +4521,12 @@ class Receiving:
             self.mailboxes.note_removed(self.view.removed_up_to(poll))
 
     def poll_over(self, connection: Connection, poll: Poll) -> Answer:
-        """Its hold is over. If it may not have been woken by a message, it gets that message now."""
+        """Its hold is over. If it was perhaps not woken by a message (see `sure`), it gets that message now."""
         found, reached = ([], None) if self.bus.sure else self.read(poll)
         return delivery(self.bus, poll, found, reached)
 
     def poll_answer(self, connection: Connection, poll: Poll, messages: Sequence[Message] = ()) -> Answer:
-        """What a commit brought, as far as one answer goes: many senders may have filled it, or one with many names."""
+        """The messages of a commit that woke this poll, up to the limits of one answer."""
         sizes = accumulate(len(message.text) for message in messages)
         count = min(poll.limit, 1 + sum(size <= poll.room for size in sizes))
         reached = messages[count - 1].tick if count < len(messages) else None
@@ -4688,7 +4695,7 @@ def verbatim(body: bytes, query: Query) -> dict[str, Any]:
 def check_number(drafts: list[Draft], copies: int) -> None:
     keys = [(one.sender, one.channel, one.key) for one in drafts if one.key]
     if not drafts or len(set(keys)) < len(keys):
-        raise Refused(400, "an array needs a message, and no key twice (a key in a header counts for each message)")
+        raise Refused(400, "an array needs a message, and each key only once (Idempotency-Key is for each message)")
     if copies > COPIES_PER_SEND:
         raise Refused(400, f"one request stores at most {COPIES_PER_SEND} messages: send several requests")
 
@@ -5442,7 +5449,7 @@ def prune(arguments: Sequence[str]) -> None:
     old, pending = count_old(options.db, before)
     going = old if options.pending else old - pending
     stay = f"; {pending} of them are unfetched or not done, and stay: --pending removes them too" if old > going else ""
-    print(f"{old} messages are older than that{stay}")
+    print(f"{old} messages are from before {iso(before)}{stay}")
     if going and not options.dry_run:
         try:
             remove_alone(options.db, before, not options.pending)

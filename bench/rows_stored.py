@@ -72,7 +72,8 @@ def sends_do_not_slow_down_with_ten_million_stored(session: Session) -> Result:
         return {bus.name: lambda seconds: session.observed(
             bus, lambda: bus.requests(requests, 16, seconds, here.names))}
 
-    session.notes.append(f"16 connections send to {NAMES} names in turn. The messages stay, so the few become more.")
+    session.notes.append(f"16 connections send to {NAMES} names in turn. The small database "
+                         "grows meanwhile.")
     return grown(session, runs, "messages/s")
 
 

@@ -42,7 +42,7 @@ class Blobs:
     """
 
     PIECE = 65536  # bytes that are read at once
-    BLOCK = 4096  # bytes that even an empty file takes from the disk: so many files as fit are the most
+    BLOCK = 4096  # bytes that a small file takes from the disk, so `quota` / BLOCK is the most files (at least 100)
     PART_SECONDS = 7 * 86400.0  # a part waits so long for its rest: a sender cut off on a Friday has another week
 
     def __init__(self, bus: Bus, quota: int) -> None:

@@ -43,9 +43,9 @@ def totals(bus: Bus) -> Iterable[Metric]:
         ("delivered_total", "counter", "messages put into answers", [("", figures.delivered)]),
         ("refused_total", "counter", "answers of 400 and above, by status", refused),
         ("commits_total", "counter", "transactions", [("", figures.commits)]),
-        ("commit_seconds_total", "counter", "time they took", [("", figures.commit_seconds)]),
-        ("commit_seconds_max", "gauge", "the slowest", [("", figures.slowest_commit)]),
-        ("connections", "gauge", "open", [("", len(bus.door.connections))]),
+        ("commit_seconds_total", "counter", "time that all transactions took", [("", figures.commit_seconds)]),
+        ("commit_seconds_max", "gauge", "time of the slowest transaction", [("", figures.slowest_commit)]),
+        ("connections", "gauge", "open connections", [("", len(bus.door.connections))]),
         ("parked", "gauge", "connections that wait for a message", [("", len(bus.mailboxes.parked))]),
     ]
 
@@ -60,5 +60,5 @@ def by_name(bus: Bus, found: Iterable[tuple[str, str, Mailbox]]) -> Iterable[Met
         ages.append((labels, max(now - oldest, 0) / 1000000 if oldest else 0.0))
     return [
         ("unread", "gauge", "messages for a name above its cursor", waiting),
-        ("oldest_unread_seconds", "gauge", "the age of the oldest of them", ages),
+        ("oldest_unread_seconds", "gauge", "age of the oldest unread message of a name", ages),
     ]

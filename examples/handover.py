@@ -28,7 +28,7 @@ LARGEST = 1 << 20  # bytes; this is for keys, not for archives
 def offer(path, to):
     content = pathlib.Path(path).read_bytes()
     about = {"path": os.path.abspath(path), "size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    reply = bus_send.ask(to, f"a file for you: {path}", type="handover", timeout=PATIENCE, **about)["reply"]
+    reply = bus_send.ask(to, f"a file for you: {path}", type="handover", timeout=PATIENCE, fields=about)["reply"]
     print(reply["msg"] if reply else "nobody took it")
     return 0 if reply and reply.get("accepted") is True else 1
 
@@ -44,7 +44,7 @@ def accept(target):
             except (OSError, ValueError) as error:
                 said, code = f"not taken: {error}", 1
             key = f"handover-{message['id']}"
-            bus_send.send(message["from"], said, reply_to=message["id"], key=key, accepted=code == 0)
+            bus_send.send(message["from"], said, reply_to=message["id"], key=key, fields={"accepted": code == 0})
             print(said)
     return code
 

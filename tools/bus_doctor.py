@@ -256,7 +256,7 @@ class Way:
             raise Fault(f"cut after {held:.1f} s: {fault}", advice) from None
         held = time.monotonic() - began
         if held < self.hold - 1:
-            return f"answered after {held:.1f} s of {self.hold:g}", "this bus holds a poll no longer, or is stopping"
+            return f"answered after {held:.1f} s of {self.hold:g}", "no poll is held so long, or the bus is stopping"
         return f"open for {held:.0f} s"
 
     def database(self) -> Finding:

@@ -206,7 +206,7 @@ def deliver(outbox: Outbox, message: dict[str, Any] | None, patience: float, as_
         code, reason = 0 if mine else 75, f"{outbox.url}: {fault.__cause__ or fault}"
     waiting = outbox.waiting()
     if mine in waiting:
-        complain(f"stored; {len(waiting)} wait until the next call, or --flush ({reason})")
+        complain(f"not sent yet, but kept on this disk; {len(waiting)} wait for the next call, or --flush ({reason})")
     elif waiting and not mine:
         complain(f"{len(waiting)} still wait ({reason})")
         code = code or 75

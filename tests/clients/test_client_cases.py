@@ -195,6 +195,16 @@ def test_nothing_hidden_reaches_a_terminal_through_an_error():
         assert "\\u3164" in out and not any(map(bus_recv.HIDDEN.search, out.split("\n")))
 
 
+def test_a_session_asks_who_listens_on_its_own_channel():
+    """A bus may have more names than one page, and most of them may be elsewhere or asleep."""
+    import session
+
+    agents = [{"name": "ann", "channel": "swarm", "online": True}, {"name": "bob", "channel": "swarm", "online": False}]
+    with Scripted(answer({"ok": True, "agents": agents})) as server:
+        assert session.heard_elsewhere(server.url, "swarm", ["ann", "bob", "carl"]) == {"ann"}
+        assert server.asked[-1].query == {"channel": "swarm", "online": "true"}
+
+
 # ── A dead address first ─────────────────────────────────────────────────────────────────────────────────────────────
 
 

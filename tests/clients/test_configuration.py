@@ -3,6 +3,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 import bus_recv
 import bus_send
 from tests.clients.test_clients import home, run  # noqa: F401
-from tests.kit.bad_servers import NOON, Scripted, answer, mail, message, page, stored
+from tests.kit.bad_servers import NOON, Scripted, answer, mail, message, stored
 from tests.kit.processes import PATIENCE, ROOT, wait_until
 
 TOKEN = "abt_00000000_" + "s" * 43
@@ -216,12 +217,12 @@ def ended(listener):
 @LISTENER
 def test_the_listener_reads_the_same_file(configure, tmp_path):
     with Scripted(mail(message(1))) as server:
-        text = whole(server, AGENT_NAME="x").replace("\n", "\r\n")
+        text = whole(server, AGENT_NAME="x", AGENT_BUS_CHANNEL="ops", AGENT_BUS_UA="x/1").replace("\n", "\r\n")
         configure(f"\ufeff# ours\r\n\n{text}AGENT_NAME=spark", "work")
-        listener, log = listen(tmp_path, AGENT_BUS_PROFILE="work")
-        wait_until(lambda: (log / "spark.jsonl").exists() and (log / "spark.jsonl").read_text())
+        listener, log = listen(tmp_path, AGENT_BUS_PROFILE="work", AGENT_BUS_CHANNEL="lab", AGENT_BUS_UA="")
+        wait_until(lambda: (log / "spark%2Flab.jsonl").exists() and (log / "spark%2Flab.jsonl").read_text())
         ended(listener)
-        assert tokens(server) == {f"Bearer {TOKEN}"}
+        assert tokens(server) == {f"Bearer {TOKEN}"} and server.polls[0].headers["user-agent"] == "x/1"
 
 
 @LISTENER
@@ -271,7 +272,7 @@ def test_the_doctor_says_what_is_wrong_with_a_unix_socket(home, tmp_path):  # no
     env = {"AGENT_BUS_URL": f"unix:{tmp_path}/none", "AGENT_NAME": "spark"}
     code, out, _ = run("tools/bus_doctor.py", env=env)
     assert code == 1 and f"FAIL  tcp    there is no {tmp_path}/none" in out and "--listen unix:" in out
-    with Scripted(page(200, "x"), path=tmp_path / "none") as server:
-        server.listener.close()
+    with socket.socket(socket.AF_UNIX) as nobody:
+        nobody.bind(str(tmp_path / "none"))  # and nobody listens there
         code, out, _ = run("tools/bus_doctor.py", env=env)
         assert code == 1 and "FAIL  tcp" in out and "refuses" in out

@@ -76,7 +76,7 @@ def test_a_message_is_sent_at_once_when_the_bus_is_there(bus, home):
 def test_what_the_bus_cannot_take_now_waits_and_is_sent_with_the_same_key(fault, home):
     with Scripted(fault, stored()) as server:
         code, out, err = run("dell", url=server.url, msg="hi")
-        assert (code, out) == (0, "") and err.startswith("bus_outbox: stored; 1 wait") and err.count("\n") == 1
+        assert (code, out) == (0, "") and "not sent yet, but kept on this disk; 1 wait" in err and err.count("\n") == 1
         assert len(files(home)) == 1
         assert run("--flush", url=server.url) == (0, "", "")
         first, second = server.asked
@@ -125,7 +125,7 @@ def test_ones_own_refused_message_is_told_with_1(home):
 def test_a_refusal_of_us_is_told_and_costs_no_message(status, home):
     with Scripted(answer({"error": "no"}, status=status)) as server:
         code, _, err = run("dell", url=server.url, msg="hi")
-        assert code == 1 and "stored; 1 wait" in err and "(no)" in err
+        assert code == 1 and "kept on this disk; 1 wait" in err and "(no)" in err
         assert run("--flush", url=server.url)[0] == 1
     assert len(files(home)) == 1 and not files(home, "dead")
 
@@ -149,6 +149,21 @@ def test_a_damaged_file_is_put_aside_as_it_is(home):
     code, _, err = run("--flush", url=url)
     (dead,) = files(home, "dead")
     assert code == 1 and "holds no message" in err and dead.read_bytes() == b"\0\0"
+
+
+@pytest.mark.parametrize("edited", ['{"msg": "hi"}', '{"to": "dell", "msg": "hi", "ttl": "soon"}', "[1]", "5"])
+def test_a_file_that_somebody_edited_is_put_aside_and_holds_up_nobody(home, edited):
+    with Scripted(stored()) as server:
+        run("dell", url=nowhere(), msg="hi")
+        (path,) = files(home)
+        path.parent.rename(outbox_of(home, server.url))
+        (path,) = files(home)
+        path.write_text(edited)
+        path.with_name("9" * 20 + ".json").write_text('{"to": "dell", "msg": "behind it", "sender": "spark"}')
+        code, _, err = run("--flush", url=server.url)
+    assert code == 1 and "Traceback" not in err and not files(home)
+    (dead,) = files(home, "dead")
+    assert json.loads(server.asked[-1].body)["msg"] == "behind it"
 
 
 def test_a_message_is_on_disk_before_it_is_tried(monkeypatch, home):

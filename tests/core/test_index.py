@@ -197,6 +197,44 @@ def test_at_start_what_is_damaged_in_the_index_is_told_and_it_is_made_anew(
     world.state.close()
 
 
+def test_a_damaged_list_of_runs_is_merged_no_further_and_mended_at_the_next_start(tmp_path, capfd):
+    """What is damaged could be anything: a merge would spread it. Until then each send is stored."""
+    world = World(tmp_path / "bus.db", 0)
+    index = world.state.index
+    index.FLUSH_MESSAGES, index.RUNS_MERGED, index.SLICE = 3, 3, 1
+
+    def send(messages):
+        for _ in range(messages):
+            world.now += 1
+            put = Put([draft({"from": "dora", "to": "bob", "msg": "x"}, None)])
+            world.state.apply([put], Now(world.now, world.now))
+
+    def levels():
+        return {level for [level] in world.state.writing.execute("SELECT level FROM runs WHERE upto > 0").fetchall()}
+
+    send(8)
+    world.state.writing.execute("UPDATE runs SET checksum = 7 WHERE run = 1")
+    send(30)
+    assert levels() == {0}
+    world.state.close()
+    world.open()
+    assert "index by mailbox" in said(capfd) and levels() == {3}
+    check(world)
+    world.state.close()
+
+
+def test_a_damaged_message_without_a_mailbox_is_told_by_its_id_alone(tmp_path, capfd):
+    """Its place is there, and its row is not."""
+    world = World(tmp_path / "bus.db", 0)
+    world.state.index.FLUSH_MESSAGES = 1
+    world.state.apply([Put([draft({"from": "dora", "to": "bob", "msg": "x"}, None)])], Now(BEGIN, BEGIN))
+    world.state.writing.execute("DELETE FROM messages")
+    [row] = ticks_of(world.state.mail(bus_server.PLACED_ROW, ("default", "bob"), 0))
+    assert world.state.checked(row) is None
+    assert f"message {BEGIN:x} is damaged" in said(capfd)
+    world.state.close()
+
+
 def test_an_operation_that_is_refused_leaves_no_place_behind(tmp_path):
     """Its messages are taken back with a savepoint; those of the others in the list stay."""
     world = World(tmp_path / "bus.db", 0)
@@ -262,11 +300,55 @@ def test_after_an_error_of_a_damaged_page_the_next_start_makes_the_index_anew(tm
     world.state.close()
 
 
-def test_dead_letters_are_buried_in_slices(tmp_path, monkeypatch):
-    monkeypatch.setattr(WORK.Bury, "SLICE", 2)
+def test_a_damaged_page_that_also_takes_no_mark_fails_its_list_alone(tmp_path, monkeypatch):
+    """The mark for the next start is made in a table that may be damaged as well."""
+    state = World(tmp_path / "bus.db", 0).state
+    put = Put([draft({"from": "dora", "to": "bob", "msg": "x"}, None)])
+    with monkeypatch.context() as patch:
+        malformed = mock.Mock(side_effect=sqlite3.DatabaseError("database disk image is malformed"))
+        patch.setattr(state.index, "write", malformed)
+        state.writing.set_authorizer(lambda action, *_: sqlite3.SQLITE_DENY if action == sqlite3.SQLITE_UPDATE else 0)
+        with pytest.raises(sqlite3.DatabaseError, match="malformed"):
+            state.apply([put], Now(BEGIN, BEGIN))
+    assert not state.stale
+    state.writing.set_authorizer(None)
+    assert len(state.apply([put], Now(BEGIN, BEGIN)).visible) == 1
+    state.close()
+
+
+@pytest.mark.parametrize("checked_bytes", [0, 1 << 30], ids=["large", "small"])
+def test_an_index_whose_pages_no_statement_can_read_is_made_anew_at_start(tmp_path, capfd, monkeypatch, checked_bytes):
+    """Its tables cannot be dropped. A small database is checked whole; in a large one an error had left its mark."""
+    world = World(tmp_path / "bus.db", 0)
+    world.state.index.FLUSH_MESSAGES = 3
+    for _ in range(30):
+        world.now += 1
+        put = Put([draft({"from": "dora", "to": "bob", "msg": "x"}, None)])
+        world.state.apply([put], Now(world.now, world.now))
+    [page] = world.state.ask("SELECT rootpage FROM sqlite_master WHERE name = 'places'")
+    [[size], [pages]] = map(world.state.ask, ("PRAGMA page_size", "PRAGMA page_count"))
+    if not checked_bytes:
+        world.state.writing.execute("UPDATE runs SET checksum = -1")
+    world.state.close()
+    with world.path.open("r+b") as file:
+        file.seek((page - 1) * size)
+        file.write(b"\xff" * size)
+    monkeypatch.setattr(bus_server, "CHECKED_BYTES", checked_bytes)
+    world.open()
+    assert ("rebuilding its indexes" if checked_bytes else "index by mailbox") in said(capfd)
+    check(world)
+    if checked_bytes:
+        assert world.state.ask("PRAGMA page_count")[0] <= pages, "what was forgotten is still in the file"
+    world.state.close()
+
+
+@pytest.mark.parametrize("owner, limit, value", [(WORK.Bury, "SLICE", 2), (WORK, "ANSWER_BYTES", 60)])
+def test_dead_letters_are_buried_in_slices(tmp_path, monkeypatch, owner, limit, value):
+    """A slice ends by its number and by its bytes: two messages here have more than 60."""
     world = World(tmp_path / "bus.db", 0)
     jobs = Put([draft({"from": "dora", "to": "bob", "msg": "x"}, None)] * 5)
     world.state.apply([jobs, Claim("default", "bob", 9, 1000, 7, "worker", 1)], Now(BEGIN, BEGIN))
+    monkeypatch.setattr(owner, limit, value)
     later = Now(BEGIN + 10**6, BEGIN + 10**6)
     assert [world.state.apply([WORK.Bury(1)], later).results for _ in range(3)] == [[True], [True], [False]]
     assert len(ticks_of(world.state.mail("1", ("default", "bob.dead"), 0))) == 5

@@ -4,6 +4,7 @@ import selectors
 import signal
 import socket
 import threading
+from unittest import mock
 
 import pytest
 
@@ -161,3 +162,57 @@ def test_what_was_put_off_behind_a_commit_does_not_wait_for_the_disk(loop):
     loop.soon(done.set)
     loop.take_turn()
     assert who == [True]
+
+
+def test_sockets_for_which_a_turn_has_no_time_come_first_in_the_next_one(loop, monkeypatch):
+    """Five that are always ready, and time for one in each turn: no order of the system lets one wait for ever."""
+    monkeypatch.setattr(Loop, "BUDGET", -1)  # s
+    served, callers = [], []
+
+    def serve(number):
+        served.append(number)
+        callers[number].other.send(b"x")
+
+    callers += [Caller(loop, lambda number=number: serve(number)) for number in range(5)]
+    for _ in range(5):
+        loop.take_turn()
+    assert sorted(served) == [0, 1, 2, 3, 4]
+    for caller in callers:
+        caller.close()
+
+
+@pytest.mark.parametrize("who", ["MainThread", "deputy"])
+def test_a_turn_for_which_there_is_no_memory_is_begun_again(loop, monkeypatch, who):
+    """In an hour of siege it ended the bus."""
+    select, failures, over = loop.selector.select, [MemoryError()], threading.Event()
+
+    def fails_once(patience):
+        if failures and threading.current_thread().name == who:
+            raise failures.pop()
+        return select(patience)
+
+    monkeypatch.setattr(loop.selector, "select", fails_once)
+    loop.soon(lambda: loop.aside(lambda: over.wait(PATIENCE / 10)))
+    loop.later(0.02, over.set)
+    loop.run(lambda: over.is_set() and not failures)
+
+
+def test_without_memory_to_report_an_exception_the_others_are_served_all_the_same(loop, monkeypatch):
+    monkeypatch.setattr(bus_server, "say", mock.Mock(side_effect=MemoryError()))
+    failed = []
+    loop.each(lambda item: 1 / 0, failed.append, [1, 2, 3])
+    assert failed == [1, 2, 3] and not loop.attempt(lambda: 1 / 0)
+
+
+def test_work_for_which_the_system_has_no_thread_has_failed_and_is_not_done_later(loop, monkeypatch):
+    """An upload that was told that it failed must not be stored once there are threads again."""
+    told, done = [], []
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", mock.Mock(side_effect=RuntimeError("can't start new thread")))
+        loop.in_thread(lambda: done.append("first"), told.append)
+        loop.run(lambda: told)
+    assert "can't start new thread" in str(told)
+    for name in ("second", "third"):
+        loop.in_thread(lambda name=name: done.append(name) or name, told.append)
+    loop.run(lambda: len(told) == 3)
+    assert sorted(told[1:]) == sorted(done) == ["second", "third"]

@@ -148,6 +148,22 @@ def test_a_row_without_mail_and_without_a_poll_goes_unless_its_reader_must_be_to
     assert mailboxes.idle(list(mailboxes.boxes), 1021, 500) == [["default", "idle"]]
 
 
+def test_a_name_that_listens_is_not_forgotten_however_long_ago_the_clock_says_its_poll_was(mailboxes):
+    """The wall clock may jump, and presence goes by the other one."""
+    for name, since in (("idle", 30), ("looked-at", 0)):
+        polled(mailboxes, poll(name), "", 5)
+        mailboxes.presented(poll(name, since=since))
+    there = list(mailboxes.boxes)
+    assert mailboxes.idle(there, 1 << 50, 500) == [] and list(mailboxes.boxes) == there
+
+
+def test_a_reader_above_all_that_was_removed_is_told_so_without_a_look_at_each_mailbox(mailboxes):
+    mailboxes.add([message(50, "bob")])
+    mailboxes.note_removed({("default", "bob"): 50})
+    mailboxes.boxes = None  # so no look
+    assert mailboxes.gap(poll(observer=True, since=50)) is None and mailboxes.gap(poll("bob", since=50)) is None
+
+
 def test_all_counts_as_a_new_name_unless_another_name_brings_it(mailboxes):
     """Else polls of `all` on ever new channels would make mailboxes without a limit."""
     assert mailboxes.new("lab", ["all"]) == mailboxes.new("lab", ["bob", "all"]) == 1

@@ -17,7 +17,7 @@ from unittest import mock
 import pytest
 
 import bus_server
-from bus_server import Poll, Put, Remove, draft, nothing_follows
+from bus_server import Poll, Put, Raise, Remove, draft, nothing_follows
 from tests.kit import inside
 from tests.kit.processes import PATIENCE, ROOT, Server, free_port, wait_until
 
@@ -360,6 +360,36 @@ def test_if_a_list_that_failed_for_want_of_memory_was_stored_all_the_same_the_bu
     desk.close()
 
 
+class NoMemoryToRollBack:
+    """The connection of State, which fails at its first ROLLBACK."""
+
+    def __init__(self, real):
+        self.real, self.failures = real, [MemoryError()]
+
+    def __getattr__(self, name):
+        return getattr(self.real, name)
+
+    def execute(self, statement, *values):
+        if statement == "ROLLBACK" and self.failures:
+            raise self.failures.pop()
+        return self.real.execute(statement, *values)
+
+
+def test_what_could_not_be_rolled_back_for_want_of_memory_is_rolled_back_before_the_next_list(tmp_path, monkeypatch):
+    """Else that list could not begin its transaction, or would commit what was refused."""
+    desk = Desk(tmp_path / "bus.db")
+    state = desk.bus.state
+    with monkeypatch.context() as patch:
+        patch.setattr(state, "writing", NoMemoryToRollBack(state.writing))
+        patch.setattr(state.index, "write", mock.Mock(side_effect=MemoryError()))
+        desk.bus.do(Raise(desk.bus.last + 1000), None, nothing_follows)
+        assert desk.send(10) == 503 and state.stale and state.writing.in_transaction and not desk.bus.broken
+    assert desk.send(20) == 200 and not state.stale
+    poll = Poll("b", ("b",), "default", None, 0, 10, 0, False)
+    assert [each.text.count("x") for each in desk.bus.view.after(poll, desk.bus.last)[0]] == [20]
+    desk.close()
+
+
 def test_after_retention_and_a_full_disk_a_sender_is_told_how_much_is_unread(tmp_path):
     """What counts the messages of a mailbox is read back from a file in which none of them is left."""
     desk = Desk(tmp_path / "bus.db")
@@ -454,7 +484,24 @@ def test_a_message_that_nobody_could_be_told_of_is_found_by_each_poll(tmp_path, 
         desk.post(10)
         desk.bus.loop.take_turn()
     assert not desk.bus.sure
-    assert desk.bus.last > 0 and b"xxxxxxxxxx" in desk.bus.receiving.poll_over(None, poll).body
+    assert desk.bus.last > 0 and b"xxxxxxxxxx" in desk.bus.waits[Poll].over(None, poll).body
+    desk.close()
+
+
+@pytest.mark.parametrize("fails", ["add", "note_removed", "wake"])
+def test_after_any_part_of_an_announcement_failed_each_poll_looks_at_the_disk(tmp_path, monkeypatch, fails):
+    """From then on: what comes later is told to everybody, and what was missed is not."""
+    desk = Desk(tmp_path / "bus.db")
+    desk.send(10)
+    poll = Poll("b", ("b",), "default", None, desk.bus.last, 10, 0, False)
+    with monkeypatch.context() as patch:
+        patch.setattr(desk.bus.mailboxes, fails, mock.Mock(side_effect=MemoryError()))
+        patch.setattr(desk.bus.mailboxes, "parked", {None: poll})
+        desk.remove(desk.bus.last + 1)
+        desk.send(20)
+    assert not desk.bus.sure
+    assert b"xxxxxxxxxx" in desk.bus.receiving.read_or_park(None, poll).body
+    assert desk.send(30) == 200 and not desk.bus.sure
     desk.close()
 
 

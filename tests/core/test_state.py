@@ -18,6 +18,7 @@ from bus_server import (
     MIGRATIONS,
     NOW,
     REMOVE_SLICE,
+    Forget,
     ForgetKeys,
     Grant,
     Mark,
@@ -153,6 +154,51 @@ class StoreContract:
         assert [one.duplicate, other.duplicate] == [False, True]
         [[again]] = commit(reopen(), message("bob", "x", key="k")).results
         assert again.duplicate and again.ticks == one.ticks == other.ticks and len(first.visible) == 1
+
+    def test_a_removal_looks_at_ten_messages_for_each_that_it_may_remove_and_says_how_far_it_came(self, store):
+        """The others are spared: nobody has fetched them. What comes behind it in the same list waits meanwhile."""
+        ticks = [each.tick for each in commit(store, [message("bob") for _ in range(45)]).visible]
+        reached, slices = 0, []
+        while reached is not None:
+            [reached] = commit(store, also=[Remove(reached, ticks[-1] + 1, True, [], 0, 2)]).results
+            slices.append(reached)
+        assert slices == [ticks[19], ticks[39], ticks[44], None]
+        assert len(texts(store, "bob")) == 45
+
+    def test_a_slice_of_a_removal_ends_by_bytes_too(self, store):
+        ticks = [commit(store, message("bob", "x" * 250_000)).last for _ in range(9)]
+        assert commit(store, also=[remove(ticks[-1] + 1)]).results == [ticks[4]]
+
+    def test_whether_a_broadcast_was_read_is_asked_once_for_all_readers(self, store):
+        """And not of 400 readers for each of 300 messages."""
+        last = commit(store, [message(EVERYONE) for _ in range(300)]).last
+        names = [f"agent-{number}" for number in range(400)]
+        behind = [Mark("default", name, True, last if name != "agent-399" else 0, 0, 1) for name in names]
+        commit(store, also=[Marks(behind, [], {})])
+        steps = []
+        store.writing.set_progress_handler(lambda: steps.append(1), 1000)
+        assert commit(store, also=[Remove(0, last + 1, True, [], 0)]).results == [last]
+        store.writing.set_progress_handler(None, 1000)
+        assert len(texts(store, "agent-399")) == 300, "one has not read them"
+        assert len(steps) < 100, f"{len(steps)},000 steps"
+
+    def test_what_is_kept_of_keys_is_read_from_what_is_removed_and_not_from_what_is_spared(self, store, monkeypatch):
+        ticks = []
+        for number in range(40):
+            ticks.append(commit(store, message("bob" if number % 20 else "eve", key=f"k{number}")).last)
+        commit(store, also=[Marks([Mark("default", "eve", True, ticks[-1], ticks[-1], 1)], [], {})])
+        read = []
+        monkeypatch.setattr(store, "checked", lambda row: read.append(row[0]) or type(store).checked(store, row))
+        commit(store, also=[Remove(0, ticks[-1] + 1, True, [], 0)])
+        assert read == [ticks[0], ticks[20]]
+
+    def test_how_far_forgotten_mailboxes_had_mail_is_durable(self, store, reopen):
+        """Their own marks are gone, and a reader that is behind must be told of a gap."""
+        for name in ("bob", "eve"):
+            last = commit(store, message(name)).last
+            commit(store, also=[remove(last + 1)])
+        assert commit(store, also=[Forget([["default", "eve"], ["default", "bob"]])]).results[0]
+        assert reopen().forgotten == last
 
     def test_a_key_that_many_senders_use_is_looked_up_for_one(self, store):
         commit(store, *[message("bob", sender=f"agent-{n}", key="1") for n in range(2000)])

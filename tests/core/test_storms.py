@@ -121,6 +121,26 @@ def test_who_gave_the_bus_too_much_work_is_refused_before_its_next_request_is_pa
         storms.check_work("10.0.0.1", "", 1 << 20)
 
 
+def test_the_time_before_much_work_is_no_credit_for_it(storms, clock):
+    """A reader that waited for an hour pays for what it gets as any other."""
+    storms.read("10.0.0.1", "bob")
+    clock.now += 3600
+    storms.worked("10.0.0.1", "bob", Storms.WORK_BURST + Storms.WORK)
+    with pytest.raises(Refused):
+        storms.read("10.0.0.1", "bob")
+
+
+def test_who_speaks_all_day_is_no_new_name_the_day_after(storms, clock, monkeypatch):
+    """A new name is taken from the budget of its address."""
+    new = []
+    monkeypatch.setattr(storms, "name", lambda owner, names: new.append(names))
+    for _ in range(30):
+        check(storms, message("alice", "bob"))
+        storms.forget()
+        clock.now += 3600
+    assert sum(new) == 1
+
+
 def test_two_owners_that_read_one_name_have_a_rate_each(storms):
     for _ in range(Storms.READS_BURST):
         storms.read("mallory", "all")

@@ -176,7 +176,7 @@ KINDS = [
           f"{RULES}::test_a_question_is_warned_of_too",
           f"{RULES}::test_turns_0_turns_both_off"),
          "`Storms.turn()` counts nothing (the first two); it takes 0 for a number of turns (the last)"),
-    Kind("what is not wanted costs nothing",
+    Kind("messages that a reader does not want are not counted",
          "an answer ends at about 1 MiB of messages that were looked at, wanted or not, and as text at 128 KiB, also "
          "one that a commit wakes",
          (f"{BOUNDS}::test_what_is_not_wanted_counts_for_its_bytes",
@@ -249,14 +249,100 @@ KINDS = [
          "a PUT has the rate of a message, and at most as many files fit as there are blocks",
          (f"{SHARES}::test_files_have_a_rate_as_messages_have",
           f"{SHARES}::test_as_many_files_fit_as_the_room_has_blocks",
-          f"{SHARES}::test_a_small_room_has_a_hundred_files"),
-         "`Blobs.upload()` spends nothing (the first); it does not look at their number (the other two)"),
+          f"{SHARES}::test_a_small_room_has_a_hundred_files",
+          f"{SHARES}::test_a_sender_whose_name_is_an_address_does_not_pay_for_the_files_from_there"),
+         "`Blobs.upload()` spends nothing (the first); it does not look at their number (the second and third); it "
+         "spends what a sender of that name has (the last)"),
     Kind("what is small is counted by its bytes alone: pairs of names",
          "50,000 pairs are known, some 300 bytes each; those that go on stay, and are found last",
          (f"{SHARES}::test_pairs_of_names_have_a_budget_of_memory",
           f"{SHARES}::test_what_was_used_last_is_forgotten_last"),
          "`Storms.turn()` without `PAIRS`, or with a deque for each (the first); it leaves a pair where it was (the "
          "second)"),
+    Kind("what is for others is looked at without an end",
+         "a question that is asked again, a page of a thread and a claim look at a bounded number and say how to go "
+         "on; sixteen claims are in one list",
+         (f"{BOUNDS}::test_a_question_that_is_asked_again_looks_at_few_of_the_replies_that_do_not_count",
+          f"{BOUNDS}::test_a_page_of_a_thread_looks_at_few_of_the_replies_that_are_for_others",
+          f"{BOUNDS}::test_a_claim_passes_over_expired_jobs_in_slices_and_comes_to_the_one_behind_them",
+          f"{BOUNDS}::test_sixteen_claims_are_in_one_list_and_the_others_follow"),
+         "`Replies.reply_to()` without `LOOKED`, or for any mailbox (the first); a page ends at `Bus.last`, or is 404 "
+         "without a message (the second); `Claim.untaken()` without `MAX_MESSAGES`, or counts the bytes of what it "
+         "found alone (the third); `Claim.is_large` is false (the last)"),
+    Kind("a slice is as large as what lies there",
+         "a removal and dead letters end by number and by bytes, and the next slice follows",
+         ("core/test_state.py::test_a_removal_looks_at_ten_messages_for_each_that_it_may_remove_and_says_how_far_it_came",
+          "core/test_state.py::test_a_slice_of_a_removal_ends_by_bytes_too",
+          "core/test_index.py::test_dead_letters_are_buried_in_slices",
+          f"{BOUNDS}::test_slices_of_dead_letters_follow_each_other_until_none_is_left"),
+         "`Remove` without `LOOKED_PER_REMOVED` (the first), or by number alone (the second); `Bury` by number alone "
+         "(the third); `Work.buried()` ends there (the last)"),
+    Kind("one statement asks for each row what is the same for all",
+         "the readers of a broadcast once; a key by its length; a name that never read, and the expired, from memory",
+         ("core/test_state.py::test_whether_a_broadcast_was_read_is_asked_once_for_all_readers",
+          f"{BOUNDS}::test_a_retry_with_another_text_is_refused_without_a_look_at_the_first_one",
+          f"{BOUNDS}::test_what_is_unread_of_names_that_never_read_needs_no_look_at_the_disk",
+          f"{BOUNDS}::test_a_list_counts_so_many_expired_and_the_next_one_counts_on"),
+         "`UNFETCHED` with a subquery over the readers (the first); `first_copy()` reads each text (the second); "
+         "`unread()` counts up to 0 on the disk (the third); `count_expired()` has no limit, or its part is kept (the "
+         "last)"),
+    Kind("large requests and answers cost no more than small ones",
+         "an owner and its reader have a budget of bytes, charged when an answer is made, at that time",
+         (f"{BOUNDS}::test_who_gave_the_bus_too_much_work_waits_with_large_bodies_lists_and_claims",
+          f"{BOUNDS}::test_a_large_answer_is_charged_to_its_reader_and_not_to_others_of_its_owner",
+          f"{BOUNDS}::test_a_large_message_that_is_asked_for_by_its_id_is_charged_also_if_its_text_is_not_shown",
+          "core/test_storms.py::test_the_time_before_much_work_is_no_credit_for_it"),
+         "`Bus.answer()` or `Work.claim()` looks at no budget (the first); `Bus.answered()` charges nothing, or the "
+         "owner alone (the second); `one_of()` charges nothing (the third); `Budget.take()` keeps the time (the last)"),
+    Kind("a turn has no memory, no thread or no time",
+         "it is begun again; what has no thread has failed for good; of many sockets each has its turn",
+         ("core/test_loop.py::test_a_turn_for_which_there_is_no_memory_is_begun_again",
+          "core/test_loop.py::test_without_memory_to_report_an_exception_the_others_are_served_all_the_same",
+          "core/test_loop.py::test_work_for_which_the_system_has_no_thread_has_failed_and_is_not_done_later",
+          "core/test_loop.py::test_sockets_for_which_a_turn_has_no_time_come_first_in_the_next_one"),
+         "`Loop.patiently()` catches nothing (the first); `say_exception()` raises (the second); `in_thread()` catches "
+         "no RuntimeError, or leaves the work in the pool (the third); `take_turn()` without `timely()`, or without "
+         "its order (the last)"),
+    Kind("memory fails between a commit and its announcement",
+         "what was not rolled back is; what nobody could be told of is found by each poll",
+         ("core/test_server.py::test_what_could_not_be_rolled_back_for_want_of_memory_is_rolled_back_before_the_next_list",
+          "core/test_server.py::test_after_one_failure_on_the_way_to_a_commit_the_next_send_is_stored",
+          "core/test_server.py::test_a_message_that_nobody_could_be_told_of_is_found_by_each_poll",
+          "core/test_server.py::test_after_any_part_of_an_announcement_failed_each_poll_looks_at_the_disk"),
+         "`State.apply()` rolls nothing back first (the first); `Ledger.plan()` notes before it plans (the second); "
+         "the end of a hold does not look (the third); `Bus.sure` misses a part, or comes back (the last)"),
+    Kind("a name is forgotten, and its gap or its reader with it",
+         "who reads it along is told of a gap, also after a restart; who polls meanwhile stays",
+         (f"{BOUNDS}::test_who_reads_a_name_along_that_was_forgotten_is_told_of_a_gap_also_after_a_restart",
+          f"{BOUNDS}::test_a_name_that_is_polled_while_it_is_being_forgotten_stays_and_has_a_row_again",
+          f"{BOUNDS}::test_no_name_is_forgotten_while_the_clock_is_not_trusted",
+          "core/test_mailboxes.py::test_a_name_that_listens_is_not_forgotten_however_long_ago_the_clock_says_its_poll_was"),
+         "`Mailboxes.gap()` for observers alone, or `forgotten` is not loaded (the first); `Retention.forgotten()` "
+         "drops all, or writes no row (the second); `forget_names()` trusts each clock (the third); `idle()` does not "
+         "ask who listens (the last)"),
+    Kind("a damaged index stays, or spreads",
+         "it is merged no further, and made anew at the next start, though its pages cannot be read",
+         ("core/test_index.py::test_a_damaged_list_of_runs_is_merged_no_further_and_mended_at_the_next_start",
+          "core/test_index.py::test_an_index_whose_pages_no_statement_can_read_is_made_anew_at_start",
+          "core/test_index.py::test_after_an_error_of_a_damaged_page_the_next_start_makes_the_index_anew",
+          "core/test_index.py::test_a_damaged_page_that_also_takes_no_mark_fails_its_list_alone"),
+         "`Index.merge()` takes any runs (the first); `renew_index()` drops the tables, or `mend()` does without it or "
+         "without VACUUM (the second); no mark after an error (the third); the mark may raise (the last)"),
+    Kind("who waits is judged by what was",
+         "who waits for a fetch is shown the message by its own right, or that it is gone; a list of which nothing is "
+         "left holds up nobody",
+         (f"{AUTHORITY}::test_who_waits_for_a_fetch_and_is_shown_the_message_has_fetched_it",
+          f"{AUTHORITY}::test_who_waits_for_the_fetch_of_what_is_removed_is_told_that_it_is_gone",
+          f"{AUTHORITY}::test_who_may_answer_is_asked_of_the_tokens_as_they_are_now",
+          f"{AUTHORITY}::test_a_list_of_which_nothing_may_be_done_any_more_holds_up_nobody_and_is_counted_no_longer"),
+         "`Replies.unwatched()` tells with any right (the first), or tells what it had (the second); `Tokens.named` "
+         "keeps what it had (the third); `Ledger.commit()` plans nothing or counts nothing out after such a list (the "
+         "last)"),
+    Kind("clients: a bus has more names than a page",
+         "the tools and the hooks ask for their own channel and name, and say that there are more",
+         ("integrations/test_mcp.py::test_on_a_bus_with_more_names_than_a_page_it_asks_for_its_own_channel_and_name",
+          f"{PYTHON}::test_a_session_asks_who_listens_on_its_own_channel"),
+         "`agents()` or `whoami()` asks for all (the first); `heard_elsewhere()` does (the second)"),
     Kind("clients: a strange answer moves the cursor",
          "a time more than five minutes ahead moves no cursor, and is said once",
          (f"{PYTHON}::test_an_answer_from_the_future_moves_no_cursor_and_is_said_once",
@@ -305,9 +391,9 @@ KINDS = [
 PREFACE = f"""\
 ## Kinds of fault
 
-An attack, and the use of many machines, showed these kinds. The files of the tests are in [tests](../tests). A control
-is a change to the code, or a test that has this change in itself: each was planted by hand on {PLANTED}, and its tests
-were red.
+We found these kinds by attacking the bus, and by running it on many machines. The files of the tests are in
+[tests](../tests). A control is a deliberate mistake. Each was put into the code by hand on {PLANTED}, or is a part of
+its test, and the tests named beside it failed, as they must.
 
 | kind | what holds | tests | control |
 |---|---|---|---|

@@ -28,10 +28,14 @@ import pathlib
 import resource
 import sqlite3
 import time
+import types
 
 import pytest
 
+from tests.core.test_connection import a_bus, come_true
 from tests.faults import linux, skipped_without
+from tests.faults.test_kinds_bounds import Guest, removed
+from tests.kit.clock import Clock
 from tests.kit.peers import Peer, ask, command, fill, marks_are_written, mint, set_revoked, stored
 from tests.kit.processes import ROOT, Server, in_time, wait_until
 
@@ -290,6 +294,21 @@ def test_what_a_revoked_token_had_begun_ends_while_descriptors_are_used_up(crowd
     assert [(each["to"], state(closed, each["id"])) for each in closed.log()] == [("bob", "queued")]
 
 
+def test_a_list_of_which_nothing_may_be_done_any_more_holds_up_nobody_and_is_counted_no_longer(tmp_path):
+    """A large send and sixteen claims fill it; what is behind them comes with the next one."""
+    tokens = mint(tmp_path / "bus.db", mal=[], ann=[])
+    with a_bus(path=tmp_path / "bus.db") as bus:
+        refused = [Guest(bus, tokens["mal"]) for _ in range(17)]
+        refused[0].begins("POST", "/send", {"to": "ann", "msg": "x" * 100_000})
+        for guest in refused[1:]:
+            guest.begins("POST", "/claim", {"to": "mal", "wait": 0})
+        ann = Guest(bus, tokens["ann"]).begins("POST", "/send", {"to": "mal", "msg": "x"})
+        set_revoked(types.SimpleNamespace(db=bus.state.path), "mal")
+        assert ann.answer().status == 200
+        assert [guest.answer().status for guest in refused] == [401] * 17
+        assert not bus.ledger.waiting.all and not bus.ledger.large
+
+
 # Ids are no secrets
 
 
@@ -337,6 +356,17 @@ def test_whoever_may_read_the_mailbox_of_a_question_may_answer_it(closed, who):
     peer, question = asked(closed, "helpers")
     assert closed.ask(who, "POST", "/send", {"to": "ann", "msg": "true", "reply_to": question}).status == 200
     assert peer.answer().json["reply"]["msg"] == "true"
+
+
+def test_who_may_answer_is_asked_of_the_tokens_as_they_are_now(tmp_path):
+    """Those of a name are looked up by that name; one that was revoked is not there any more."""
+    path = tmp_path / "bus.db"
+    mint(path, ann=[], bob=[])
+    with a_bus(path=path) as bus:
+        assert bus.gate.may_read("bob", "bob") and not bus.gate.may_read("ann", "bob")
+        set_revoked(types.SimpleNamespace(db=path), "bob")
+        bus.gate.tokens.refresh()
+        assert not bus.gate.may_read("bob", "bob") and bus.gate.may_read("ann", "ann")
 
 
 # A second door
@@ -421,6 +451,37 @@ def test_a_sender_that_reads_its_own_message_may_take_it_back(closed):
     one = closed.ask("ann", "POST", "/send", {"to": "bob", "msg": SECRET}).json["id"]
     assert closed.ask("ann", "GET", f"/message/{one}").status == 200
     assert closed.ask("ann", "POST", "/recall", {"id": one}).status == 200
+
+
+@pytest.fixture
+def waiting(tmp_path):
+    """A message of ann to bob, for whose fetch one of them waits until `later` is called; then that one's answer."""
+    tokens, clock = mint(tmp_path / "bus.db", ann=[], bob=[]), Clock()
+    with a_bus(clock, tmp_path / "bus.db") as bus:
+        guests = {own: Guest(bus, token) for own, token in tokens.items()}
+        one = guests["ann"].asks("POST", "/send", {"to": "bob", "msg": SECRET}).json()["id"]
+
+        def answer(name, later=lambda: None):
+            guest = Guest(bus, tokens[name]).begins("GET", f"/message/{one}?wait_fetched=60")
+            come_true(lambda: bus.mailboxes.parked)
+            later()
+            clock.now += 61
+            bus.sweep()
+            return guest.answer()
+
+        yield bus, guests, one, answer
+
+
+def test_who_waits_for_a_fetch_and_is_shown_the_message_has_fetched_it(waiting):
+    """Shown at the end of its hold, with the right of who waits: its receiver has it, and it is not taken back."""
+    bus, guests, one, answer = waiting
+    assert answer("bob").json()["message"]["msg"] == SECRET
+    assert guests["ann"].begins("POST", "/recall", {"id": one}).answer().status == 409
+
+
+def test_who_waits_for_the_fetch_of_what_is_removed_is_told_that_it_is_gone(waiting):
+    bus, _, one, answer = waiting
+    assert answer("ann", later=lambda: removed(bus, before=int(one, 16) + 1)).status == 404
 
 
 # Marks

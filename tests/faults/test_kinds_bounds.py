@@ -16,10 +16,18 @@ Found by an attack on 2026-11-29; each test was red on the code that it attacked
 | replies_that_do_not_count_ask_no_token | the rights of 200 tokens, for each reply and each who waits |
 | one_question_has_eight_who_wait | 12 |
 | a_message_is_offered_to_one_worker | to each that waits |
+| a_question_that_is_asked_again | all 400 replies |
+| a_page_of_a_thread | all of it; or 404 for the first page |
+| a_claim_passes_over_expired_jobs | all of them, 3 MB |
+| slices_of_dead_letters | 2 of 5, and no more |
+| sixteen_claims | 40 in one list |
+| who_gave_the_bus_too_much_work, a_large_answer, a_large_message | 200 each time |
+| a_list_of_names_in_a_query | any number |
 """
 import contextlib
 import json
 import random
+import sys
 import threading
 import time
 from collections import Counter
@@ -27,7 +35,7 @@ from collections import Counter
 import pytest
 
 import bus_server
-from bus_server import ANSWER_BYTES, EVERYONE, PARKED_PER_NAME, PLAIN_BYTES, Gate, Grant, Remove, wall_clock
+from bus_server import ANSWER_BYTES, EVERYONE, PARKED_PER_NAME, PLAIN_BYTES, Forget, Gate, Grant, Remove, wall_clock
 from tests.core.test_connection import Peer, a_bus, answers, come_true
 from tests.kit.clock import Clock
 from tests.kit.hostile import HOST, head
@@ -104,6 +112,20 @@ def rows_of(of, name):
     setattr(of, name, call)
     yield found
     delattr(of, name)
+
+
+@contextlib.contextmanager
+def steps_of(database):
+    """One for each hundred steps that SQLite takes on this connection."""
+    found = []
+    database.set_progress_handler(lambda: found.append(1), 100)
+    yield found
+    database.set_progress_handler(None, 100)
+
+
+def part_of(bus, path, method="POST"):
+    """The extension that has this endpoint."""
+    return bus.routes[method, path].call.__self__
 
 
 def bytes_read(rows):
@@ -354,6 +376,63 @@ def test_unread_is_what_a_count_of_all_messages_says_whatever_happens_to_them(bu
         bus.view.clock = running
 
 
+def unread_of(bus, own):
+    return Guest(bus).asks("GET", f"/inbox?name={own}").json()["recipients"]["default"][own]
+
+
+def test_a_list_counts_so_many_expired_and_the_next_one_counts_on(bus, monkeypatch):
+    """What was not counted is told as unread, and not remembered."""
+    guest = Guest(bus)
+    guest.asks("POST", "/send", [{"from": "eve", "to": "bob", "msg": "x", "ttl": 30}] * 50)
+    bus.view.clock = lambda: wall_clock() + 40 * 1000000
+    monkeypatch.setattr(bus_server, "COUNTED_EXPIRED", 20)
+    with counted(bus.view, "count_expired", lambda _, count: count) as counts:
+        assert unread_of(bus, "bob") == 30
+    assert sum(counts) == 20
+    monkeypatch.setattr(bus_server, "COUNTED_EXPIRED", 1000)
+    assert unread_of(bus, "bob") == 0
+
+
+def test_the_first_list_after_a_start_counts_what_is_expired(tmp_path):
+    """Before any commit was announced."""
+    with a_bus(time.monotonic, tmp_path / "bus.db") as bus:
+        Guest(bus).sends("bob", ttl=0.001)
+        passed(bus)
+    with a_bus(time.monotonic, tmp_path / "bus.db") as bus:
+        assert unread_of(bus, "bob") == 0
+
+
+def test_what_is_unread_of_names_that_never_read_needs_no_look_at_the_disk(bus):
+    with counted(bus.view, "count_up_to", lambda arguments, _: arguments[1]) as looks:
+        for _ in range(3):
+            receiver = Guest(bus).sends(NAMES)["receiver"]
+    assert receiver["unread"] == 3 * len(NAMES) and not looks
+
+
+def test_the_senders_of_a_mailbox_are_counted_when_it_is_nearly_full_and_only_those_that_are_left(bus):
+    """Each may have a name of its own, and there may be a hundred thousand mailboxes."""
+    guest, box = Guest(bus), bus.mailboxes.box("default", "bob")
+    guest.asks("POST", "/send", [{"from": f"s{number}", "to": "bob", "msg": "x"} for number in range(40)])
+    guest.sends("bob")
+    assert box.pending.messages == 41 and not box.pending.by_sender
+    bus.sending.unfetched(box, "default", "bob", by_sender=True)
+    guest.asks("GET", "/recv?to=bob&since=0&max=40")
+    assert list(bus.sending.unfetched(box, "default", "bob", by_sender=True).by_sender) == ["eve"]
+
+
+def test_a_mailbox_with_more_than_may_be_in_it_is_counted_whole(bus):
+    """Three lists of 5,000 came in at once. Else what is fetched would be taken off a count that has not all of it."""
+    guests = [Guest(bus) for _ in range(3)]
+    for guest in guests:
+        guest.begins("POST", "/send", [{"from": "eve", "to": "bob", "msg": "x"}] * 5000)
+    assert [guest.answer().status for guest in guests] == [200] * 3
+    box = bus.mailboxes.box("default", "bob")
+    box.pending = None  # as after a start
+    assert bus.sending.unfetched(box, "default", "bob").messages == 15_000
+    guests[0].asks("GET", "/recv?to=bob&since=0&max=1000")
+    assert bus.sending.unfetched(box, "default", "bob").messages == 14_000
+
+
 class Walked(dict):
     """Mailboxes; counts how many were looked at one after the other."""
 
@@ -441,6 +520,17 @@ def test_a_retry_reads_what_has_its_channel(bus):
     assert guest.asks("POST", "/send", {**drafts[7], "channel": "new"}).json()["duplicate"] is False
 
 
+def test_a_retry_with_another_text_is_refused_without_a_look_at_the_first_one(bus):
+    """It may be large; of a text as long as this one, somebody may have written the members in another order."""
+    guest = Guest(bus)
+    guest.sends("bob", "x" * LARGE, key="k")
+    for text, looks in (("y", 0), ("y" * LARGE, 1)):
+        with bytes_read(bus.state) as sizes:
+            body = {"from": "eve", "to": "bob", "msg": text, "key": "k"}
+            assert guest.begins("POST", "/send", body).answer().status == 409
+        assert len(sizes) == looks
+
+
 def test_a_job_that_is_removed_after_younger_ones_takes_no_gap_away(bus):
     """Who is behind both is told of both, before and after the second removal."""
     guest = Guest(bus)
@@ -451,6 +541,61 @@ def test_a_job_that_is_removed_after_younger_ones_takes_no_gap_away(bus):
         removed(bus, before=1 << 52, kept_for=["work"])
         answer = guest.asks("GET", f"/recv?to=queue&since={older:.6f}").json()
         assert answer["messages"] == [] and answer["gap"] == {"from": older, "to": newer}
+
+
+def forgotten(bus, own):
+    """What housekeeping does with a name that has no mail and that nobody polls."""
+    bus.do(Forget([["default", own]]), None, bus.retention.forgotten)
+    come_true(bus.ledger.idle)
+
+
+def test_who_reads_a_name_along_that_was_forgotten_is_told_of_a_gap_also_after_a_restart(tmp_path):
+    """The mark of what was removed has gone with its row."""
+    path = tmp_path / "bus.db"
+    with a_bus(time.monotonic, path) as bus:
+        guest = Guest(bus)
+        behind = guest.sends("bob")["ts"]
+        lost = guest.sends("team")["ts"]
+        guest.asks("GET", f"/recv?to=bob&since={behind:.6f}")
+        removed(bus, before=1 << 52)
+        forgotten(bus, "team")
+        [gap] = [guest.asks("GET", f"/recv?to=bob,team&since={behind:.6f}").json().get("gap")]
+        assert gap == {"from": behind, "to": lost}
+    with a_bus(time.monotonic, path) as bus:
+        guest = Guest(bus)
+        assert guest.asks("GET", f"/recv?to=bob,team&since={behind:.6f}").json().get("gap") == gap
+        assert "gap" not in guest.asks("GET", f"/recv?to=bob&since={behind:.6f}").json(), "its own row is there"
+
+
+@pytest.mark.parametrize("when", ["in the same list", "while that is applied"])
+def test_a_name_that_is_polled_while_it_is_being_forgotten_stays_and_has_a_row_again(bus, when):
+    guest = Guest(bus)
+    cursor = f"{guest.sends('bob')['ts']:.6f}"
+    guest.asks("GET", f"/recv?to=bob&since={cursor}")
+    removed(bus, before=1 << 52)
+    bus.mailboxes.clock = lambda: time.monotonic() + 3600
+    if when == "in the same list":
+        guest.asks("GET", f"/recv?to=bob&since={cursor}")
+        bus.save_marks()
+    else:
+        before_it_is_announced(bus, lambda: guest.begins("GET", f"/recv?to=bob&since={cursor}"))
+    forgotten(bus, "bob")
+    assert ("default", "bob") in bus.mailboxes.boxes
+    bus.save_marks()
+    come_true(bus.ledger.idle)
+    rows = bus.view.database.execute("SELECT name, read FROM mailboxes").fetchall()
+    assert ("bob", round(float(cursor) * 1e6)) in rows
+
+
+def test_no_name_is_forgotten_while_the_clock_is_not_trusted(bus):
+    """It jumped by two hours: an hour later it is believed."""
+    Guest(bus).asks("GET", "/recv?to=bob&since=0")
+    bus.mailboxes.clock = lambda: time.monotonic() + 3600
+    bus.retention.forget_names()
+    for hours, is_there in ((2, True), (2.9, True), (3.1, False)):
+        bus.view.clock = lambda hours=hours: wall_clock() + int(hours * 3600 * 1000000)
+        bus.retention.forget_names()
+        assert (("default", "bob") in bus.mailboxes.boxes) == is_there, hours
 
 
 # Who is woken
@@ -511,3 +656,131 @@ def test_a_message_is_offered_to_one_worker_of_many(bus, monkeypatch):
     claimed = [len(worker.answer().json()["messages"]) for worker in workers]
     assert claimed == [1] * 30 and len(reader.answer().json()["messages"]) == 30
     assert len(offered) <= 60, f"{len(offered)} offers"
+
+
+# What an extension looks at
+
+
+@pytest.mark.parametrize(("who", "to"), [("ann", "bob"), ("bob", "agent1"), ("agent1", "ann")])
+def test_a_question_that_is_asked_again_looks_at_few_of_the_replies_that_do_not_count(crowded, who, to):
+    """Own ones, ones that the asker may not read, and ones from who may not read the question: 400 of each."""
+    part_of(crowded, "/ask").LOOKED = 20
+    question = {"to": "bob", "msg": "T1?", "key": "k"}
+    asker = Guest(crowded, crowded.tokens["ann"])
+    one = asker.asks("POST", "/ask?wait=0", question).json()["id"]
+    reply = {"to": to, "msg": "no", "reply_to": one}
+    Guest(crowded, crowded.tokens[who]).asks("POST", "/send", [reply] * 400)
+    with steps_of(crowded.view.database) as steps, bytes_read(crowded.view) as texts:
+        assert asker.asks("POST", "/ask?wait=0", question).json()["reply"] is None
+    assert len(steps) < 30 and len(texts) <= 1, f"{len(steps)}00 steps, {len(texts)} texts"
+
+
+def test_a_page_of_a_thread_looks_at_few_of_the_replies_that_are_for_others(crowded):
+    """A page without a message says how to go on, and is no 404: the last one has what is for the reader."""
+    part_of(crowded, "/thread/", "GET").LOOKED = 20
+    bob, ann = (Guest(crowded, crowded.tokens[own]) for own in ("bob", "ann"))
+    root = bob.asks("POST", "/send", {"to": "agent1", "msg": "x"}).json()["id"]
+    bob.asks("POST", "/send", [{"to": "agent1", "msg": "x", "reply_to": root}] * 90)
+    bob.asks("POST", "/send", {"to": "ann", "msg": "hers", "reply_to": root})
+    pages, path = [], f"/thread/{root}"
+    while not pages or pages[-1].get("more"):
+        pages.append(ann.asks("GET", path if not pages else f"{path}?after={pages[-1]['next']}").json())
+    assert [len(page["messages"]) for page in pages] == [0] * 4 + [1]
+    assert pages[-1]["messages"][0]["msg"] == "hers"
+
+
+EXPIRED_JOBS = {"many": (40, "x"), "large": (12, "x" * LARGE)}
+
+
+@pytest.mark.parametrize("which", EXPIRED_JOBS)
+def test_a_claim_passes_over_expired_jobs_in_slices_and_comes_to_the_one_behind_them(bus, monkeypatch, which):
+    """A slice ends by messages and by bytes: it is read aside, where all commits wait for it."""
+    count, text = EXPIRED_JOBS[which]
+    monkeypatch.setattr(sys.modules["bus_extensions.work"], "MAX_MESSAGES", 10)
+    guest = Guest(bus)
+    for _ in range(count):
+        guest.sends("queue", text, ttl=0.001)
+    passed(bus)
+    guest.sends("queue", "alive")
+    with bytes_read(bus.state) as sizes, counted(bus.state, "apply", lambda *_: (len(sizes), sum(sizes))) as slices:
+        [job] = guest.asks("POST", "/claim", {"to": "queue", "wait": 60}).json()["messages"]
+    assert job["msg"] == "alive"
+    messages, size = (max(now - before for before, now in zip((0, *each), each)) for each in zip(*slices))
+    assert messages <= 10 and size < ABOUT, f"{messages} messages, {size:,} bytes in one slice"
+
+
+def test_slices_of_dead_letters_follow_each_other_until_none_is_left(tmp_path, monkeypatch):
+    with a_bus(time.monotonic, tmp_path / "bus.db", "--max-attempts", "1") as bus:
+        monkeypatch.setattr(sys.modules["bus_extensions.work"].Bury, "SLICE", 2)
+        guest = Guest(bus)
+        guest.asks("POST", "/send", [{"from": "eve", "to": "queue", "msg": "x"}] * 5)
+        guest.asks("POST", "/claim", {"to": "queue", "max": 5, "wait": 0})
+        bus.state.writing.execute("UPDATE work SET due = 0")  # their leases are over
+        part_of(bus, "/claim").bury()
+        come_true(lambda: bus.ledger.idle() and not bus.loop.actions)
+        assert bus.mailboxes.box("default", "queue.dead").n == 5
+
+
+def test_sixteen_claims_are_in_one_list_and_the_others_follow(bus):
+    """Their results are in memory together; 40 of them could be 40 MiB."""
+    with counted(bus.state, "apply", lambda arguments, _: sum(each.is_large for each in arguments[0])) as lists:
+        workers = [Guest(bus).begins("POST", "/claim", {"to": "queue", "wait": 0}) for _ in range(40)]
+        assert [worker.answer().status for worker in workers] == [200] * 40
+    assert [count for count in lists if count] == [16, 16, 8]
+
+
+# What takes much work
+
+
+def busy(bus, monkeypatch, burst):
+    """From now on the work of each owner is counted, with so many bytes at once and no time that passes."""
+    monkeypatch.setattr(bus_server.Storms, "WORK_BURST", burst)
+    bus.storms = bus_server.Storms(Clock(), rate=50)
+
+
+def status_of(bus, *request):
+    return Guest(bus).begins(*request).answer().status
+
+
+def test_who_gave_the_bus_too_much_work_waits_with_large_bodies_lists_and_claims(bus, monkeypatch):
+    """A small send and a reader with a budget of its own go on."""
+    busy(bus, monkeypatch, 100_000)
+    bus.storms.worked("127.0.0.1", "", 200_000)
+    for small in (("POST", "/send", {"from": "eve", "to": "bob", "msg": "x"}), ("GET", "/recv?to=bob&since=0")):
+        assert status_of(bus, *small) == 200
+    for large in (
+        ("POST", "/send", {"from": "eve", "to": "bob", "msg": "x" * 20_000}),
+        ("GET", "/inbox"),
+        ("POST", "/claim", {"to": "queue", "wait": 0}),
+    ):
+        assert status_of(bus, *large) == 429, large[:2]
+
+
+def test_a_poll_is_one_read_of_its_owner_and_its_name(bus, monkeypatch):
+    """Several agents are on one machine, and several machines may read one name."""
+    monkeypatch.setattr(bus_server.Storms, "READS_BURST", 3)
+    bus.storms = bus_server.Storms(Clock(), rate=50)
+    one, other = Guest(bus), Guest(bus, address="127.0.0.2")
+    polls = [*[(one, "bob")] * 4, (one, "carl"), (other, "bob")]
+    statuses = [guest.begins("GET", f"/recv?to={own}&since=0").answer().status for guest, own in polls]
+    assert statuses == [200, 200, 200, 429, 200, 200]
+
+
+def test_a_large_answer_is_charged_to_its_reader_and_not_to_others_of_its_owner(bus, monkeypatch):
+    Guest(bus).asks("POST", "/send", [{"from": "eve", "to": "bob", "msg": "x" * 30_000}] * 5)
+    busy(bus, monkeypatch, 100_000)
+    assert [status_of(bus, "GET", f"/recv?to={own}&since=0") for own in ("bob", "bob", "carl")] == [200, 429, 200]
+
+
+def test_a_large_message_that_is_asked_for_by_its_id_is_charged_also_if_its_text_is_not_shown(bus, monkeypatch):
+    one = Guest(bus).sends("bob", "x" * LARGE, ttl=0.001)["id"]
+    passed(bus)
+    busy(bus, monkeypatch, 2 * LARGE - 1)
+    assert [status_of(bus, "GET", f"/message/{one}") for _ in range(3)] == [200, 200, 429]
+
+
+def test_a_list_of_names_in_a_query_has_a_limit(bus):
+    """Each mailbox is compared with each of them."""
+    names = ",".join(f"n{number}" for number in range(64))
+    assert status_of(bus, "GET", f"/inbox?name={names}") == 200
+    assert status_of(bus, "GET", f"/inbox?name={names},another") == 400

@@ -25,7 +25,7 @@ import tracemalloc
 
 import pytest
 
-from bus_server import Deadlines, Refused, Storms
+from bus_server import Deadlines, Refused, Shares, Storms
 from tests.core.test_connection import LATE, a_bus, come_true, statuses
 from tests.faults import linux, skipped_without
 from tests.faults.test_kinds_bounds import LARGE, Guest
@@ -56,6 +56,16 @@ def two(tmp_path, request):
     with a_bus(time.monotonic, path) as bus:
         bus.kind = request.param
         yield bus, mal, ann
+
+
+def test_something_alone_exceeds_no_limit():
+    """However large it is: else it would be refused for ever."""
+    shares = Shares(10, 5)
+    assert not shares.is_full("ann", 20)
+    shares.add("ann", 3)
+    assert not shares.is_full("bob", 7) and shares.is_full("ann", 3) and shares.is_full("bob", 8)
+    shares.add("ann", -3)
+    assert not shares.is_full("ann", 20) and not shares.held
 
 
 # Bodies that do not arrive
@@ -342,6 +352,15 @@ def test_files_have_a_rate_as_messages_have(two, monkeypatch):
         assert refused.status == 429 and int(refused.fields["retry-after"]) >= 1
     assert put(Guest(bus, **ann), b"her own").status == 201
     assert len(list(pathlib.Path(f"{bus.state.path}.blobs").iterdir())) == 6
+
+
+def test_a_sender_whose_name_is_an_address_does_not_pay_for_the_files_from_there(tmp_path, monkeypatch):
+    """A name may look like one; messages and files have a rate each."""
+    monkeypatch.setattr(Storms, "BURST", 5)
+    with a_bus(time.monotonic, tmp_path / "bus.db") as bus:
+        bus.storms = Storms(Clock(), rate=50)
+        assert [part(Guest(bus), number).status for number in range(6)] == [202] * 5 + [429]
+        assert sends(bus, {}, "127.0.0.1", 1).answer().status == 200
 
 
 def blobs_of(bus):

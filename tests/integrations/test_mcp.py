@@ -461,6 +461,18 @@ def test_who_am_i_tells_name_channel_bus_and_unread_mail(bus, start):
     assert text.startswith(f"alice, on channel swarm of the bus at {bus.url}; 1 unread")
 
 
+def test_on_a_bus_with_more_names_than_a_page_it_asks_for_its_own_channel_and_name(start):
+    """Those come in pages, in the order of channel and name; that there are more is told."""
+    agents = [{"name": "bob", "channel": "swarm", "online": True, "last_seen": NOON}]
+    with Scripted(answer({"ok": True, "now": NOON, "agents": agents, "more": True, "next": "swarm/bob"})) as server:
+        text = start(url=server.url, AGENT_BUS_CHANNEL="swarm").tool("bus_agents")
+        assert server.asked[-1].query == {"channel": "swarm"}
+    assert text.splitlines() == ["(the first 1 names only; there are more)", "bob: listening"]
+    with Scripted(answer({"ok": True, "now": NOON, "recipients": {"swarm": {"alice": 7}}})) as server:
+        assert "; 7 unread" in start(url=server.url, AGENT_BUS_CHANNEL="swarm").tool("bus_whoami")
+        assert server.asked[-1].query == {"channel": "swarm", "name": "alice"}
+
+
 def test_a_token_lets_it_in_and_is_told_nobody(tmp_path, start):
     with Server(tmp_path / "closed.db") as closed:
         invite = [sys.executable, str(ROOT / "bus_server.py"), "invite", "alice", "--db", closed.db]
