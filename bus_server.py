@@ -992,11 +992,10 @@ class Query:
 
     def flag(self, field: str) -> bool | None:
         value = self.one(field)
-        if value is None:
-            return None
-        if value.lower() not in ("true", "false", "1", "0"):
+        word = value and value.lower()
+        if word not in (None, "true", "false", "1", "0"):
             raise Refused(400, f"{field} must be true or false")
-        return value.lower() in ("true", "1")
+        return None if word is None else word in ("true", "1")
 
     def id(self) -> int:
         tick = tick_of(self.one("id"))
@@ -1727,7 +1726,8 @@ class Plain:
     def peer(self) -> str:
         """The address of the other end."""
         try:
-            address = str((self.sock.getpeername() or ("?",))[0])
+            name = self.sock.getpeername()
+            address = str(name[0]) if isinstance(name, tuple) else "local"  # a Unix socket
             return sys.intern(address[7:] if address.startswith("::ffff:") else address)  # many come from one host
         except OSError:  # it has gone again
             return "?"
@@ -1874,8 +1874,8 @@ class Listener:
     def welcome(self, guest: socket.socket) -> None:
         with contextlib.suppress(OSError):  # the peer may have gone already; reading will tell
             guest.setblocking(False)
-            guest.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             guest.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, self.SEND_BYTES)  # else unread bytes hide there
+            guest.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # last: a Unix socket has no such option
         if self.tls:
             try:
                 guest = self.tls.wrap_socket(guest, server_side=True, do_handshake_on_connect=False)
@@ -4102,6 +4102,7 @@ class Bus:
         self.on_lost: list[Callable[[Any, int], None]] = []  # an answer with `delivers` did not arrive whole
         self.on_tidy: list[Callable[[], None]] = []
         self.metrics: list[Callable[[], Iterable[Metric]]] = []
+        self.listeners: list[tuple[str, Listener]] = []  # each with its URL
         self.extensions: dict[str, str] = dict.fromkeys(ELSEWHERE, "")  # why each is not loaded; "": it is not there
         core_routes(self)
 
@@ -4791,12 +4792,9 @@ def truth(bus: Bus, one: Draft) -> str:
     box = bus.mailboxes.box(one.channel, to)
     seen = seconds(box.seen) if box.seen else "null"
     count = unread(bus, one.channel, to, box)
-    known = box.seen > 0 or to in bus.gate.tokens.named
+    online, known = bus.mailboxes.online(box), box.seen > 0 or to in bus.gate.tokens.named
     more = "" if known else "".join([about(one) for about in bus.unknown])
-    return (
-        f'{{"online": {boolean(bus.mailboxes.online(box))}, "last_seen": {seen}, "unread": {count}, '
-        f'"known": {boolean(known)}{more}}}'
-    )
+    return f'{{"online": {boolean(online)}, "last_seen": {seen}, "unread": {count}, "known": {boolean(known)}{more}}}'
 
 
 def receivers(bus: Bus, one: Draft) -> dict[str, int]:
@@ -5099,8 +5097,8 @@ def default_path() -> str:
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of the core."""
     add = parser.add_argument
-    add("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
-    add("--port", type=int, default=8080, help="port to listen on; 0: any free one (%(default)s)")
+    add("--host", help="address to listen on (127.0.0.1)")
+    add("--port", type=int, help="port to listen on; 0: any free one (8080)")
     add("--db", default=default_path(), metavar="PATH", help="database, or :memory: (%(default)s)")
     add("--keep", type=duration, default="30d", help="remove messages older than this, like 12h; 0: keep all (30d)")
     add("--max-body", type=int, default=262144, metavar="BYTES", help="largest body of a request (%(default)s)")
@@ -5135,7 +5133,7 @@ def command_line(arguments: Sequence[str]) -> argparse.Namespace:
     check_extensions(parser, arguments, without, extensions)
     options = parser.parse_args(arguments)
     for wrong, sentence in (
-        (not 0 <= options.port <= 65535, "--port must be 0 to 65535"),
+        (not 0 <= (options.port or 0) <= 65535, "--port must be 0 to 65535"),
         (options.rate < 0 or options.turns < 0, "--rate and --turns must not be negative"),
         (options.tls_key and not options.tls_cert, "--tls-key needs --tls-cert"),
         (not 1024 <= options.max_body <= 9999999, "--max-body must be 1024 to 9999999"),
@@ -5143,6 +5141,8 @@ def command_line(arguments: Sequence[str]) -> argparse.Namespace:
         if wrong:
             parser.error(sentence)
     options.extensions, options.without = extensions, without
+    options.tcp = options.host is not None or options.port is not None  # else only if nothing else listens
+    options.host, options.port = options.host or "127.0.0.1", 8080 if options.port is None else options.port
     return options
 
 
@@ -5239,11 +5239,9 @@ def listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         why = str(error.strerror).partition(" (while")[0]  # Python goes on to say where
         advice = "--host must be an address of this machine, without a port"
-        if error.errno == errno.EADDRINUSE:
-            has_it = "an agent-bus" if is_bus(host, port) else "another program"
+        if error.errno in (errno.EADDRINUSE, errno.EACCES):
+            has_it = "an agent-bus" if is_bus(host, port) else "another program, or the system,"
             advice = f"{has_it} has this port; choose another --port, and give clients that URL in AGENT_BUS_URL"
-        elif error.errno == errno.EACCES:
-            advice = "choose a --port above 1023"
         raise Unusable(f"cannot listen on {host} port {port}: {why}: {advice}") from None
 
 
@@ -5282,32 +5280,39 @@ def make_bus(options: argparse.Namespace, state: State) -> Bus:
     return Bus(state, gate, storms, max_body=options.max_body, keep=options.keep, verbose=options.verbose)
 
 
+def tcp_listener(bus: Bus, options: argparse.Namespace, tls: ssl.SSLContext | None) -> tuple[str, Listener]:
+    sock = listen(options.host, options.port)
+    host, port = sock.getsockname()[:2]
+    if host == "::" and sock.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY):
+        print("WARNING: this machine lets [::] take IPv6 only: start with --host 0.0.0.0 for IPv4", file=sys.stderr)
+    if not is_loopback(options.host) and not bus.gate.tokens.closed:
+        print(f"WARNING: anyone who can reach {host}:{port} can read and send every message", file=sys.stderr)
+    url = f"{'https' if tls else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
+    return url, Listener(bus.door, sock, tls)
+
+
 def run_server(options: argparse.Namespace, state: State) -> int:
     """Run until SIGTERM or SIGINT, or until the disk fails. Returns the exit code."""
     tls = tls_context(options.tls_cert, options.tls_key)
     bus = make_bus(options, state)
     extensions = start_extensions(bus, options)
-    sock = listen(options.host, options.port)
-    host, port = sock.getsockname()[:2]
-    url = f"{'https' if tls else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
-    state.sign(url)
-    listener = Listener(bus.door, sock, tls)
+    if options.tcp or not bus.listeners:
+        bus.listeners.insert(0, tcp_listener(bus, options, tls))
+    state.sign(bus.listeners[0][0])
     for number in (signal.SIGTERM, signal.SIGINT):
         bus.loop.on_signal(number, bus.drain)
     if tls:
-        bus.loop.on_signal(signal.SIGHUP, lambda: reload(listener, options))
-    print(f"listening on {url}", flush=True)
+        bus.loop.on_signal(signal.SIGHUP, lambda: reload(bus.listeners[0][1], options))
+    for url, _ in bus.listeners:
+        print(f"listening on {url}", flush=True)
     print(f"messages are in {state.path}", flush=True)
     print(extensions, flush=True)
-    if sock.family == socket.AF_INET6 and host == "::" and sock.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY):
-        print("WARNING: this machine lets [::] take IPv6 only: start with --host 0.0.0.0 for IPv4", file=sys.stderr)
-    if not is_loopback(options.host) and not bus.gate.tokens.closed:
-        print(f"WARNING: anyone who can reach {host}:{port} can read and send every message", file=sys.stderr)
     bus.tidy()
     bus.loop.every(TIDY_SECONDS, bus.tidy)
     bus.loop.every(Deadlines.SLOT, bus.sweep)
     bus.loop.run(lambda: bus.draining or bus.broken)
-    listener.close()
+    for _, listener in bus.listeners:
+        listener.close()
     bus.end()
     return 1 if bus.broken else 0
 
