@@ -36,6 +36,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import enum
+import errno
 import fcntl
 import hashlib
 import heapq
@@ -99,7 +100,7 @@ DIGITS = 4300  # of an integer in JSON, the limit of newer Pythons; parsing time
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@-]{0,63}")
 KEY = re.compile(r"[!-~]{1,128}")
-RESERVED = {"all", "system", "operator", "user", "root", "claude"}  # an agent with such a name could fool another agent
+RESERVED = {"all", "system", "operator", "user"}  # an agent with such a name could fool another agent
 EVERYONE = "all"
 RECALLED = 1  # the value of `expires` in a message that its sender took back
 
@@ -392,10 +393,16 @@ def addresses(sender: Any, to: Any, channel: Any) -> tuple[str, tuple[str, ...],
     if not 1 <= len(receivers) <= NAMES_PER_SEND:
         raise Refused(400, f"to must be a name or a list of 1 to {NAMES_PER_SEND} names")
     if name(sender, "from").lower() in RESERVED:
-        raise Refused(400, f"from must not be {sender}: this name is reserved")
-    name(channel, "channel")
+        raise Refused(400, f"from must not be {reserved(sender)}")
+    channel = "default" if channel in (None, "") else name(channel, "channel")
     start = f'"from": "{sender}", "channel": "{channel}", "msg": '
     return channel, tuple(dict.fromkeys(name(one, "to") for one in receivers)), start
+
+
+def reserved(own: str) -> str:
+    """Why a name is reserved, and another one, which is free unless somebody guessed it."""
+    why = "this name is reserved, because it could be taken for a person or for the bus"
+    return f"{own}: {why}; use {own.lower()}-{secrets.token_hex(2)} or another name"
 
 
 def lifetime(ttl: Any) -> int | None:
@@ -989,7 +996,7 @@ class Query:
 
     def name(self, field: str, default: str | None) -> str | None:
         value = self.one(field)
-        return default if value is None else name(value, field)
+        return default if value is None or field + value == "channel" else name(value, field)
 
     def number(self, field: str, default: float, low: float, high: float) -> float:
         value = self.one(field)
@@ -1001,9 +1008,10 @@ class Query:
 
     def flag(self, field: str) -> bool | None:
         value = self.one(field)
-        if value not in (None, "true", "false", "1", "0"):
+        word = value and value.lower()
+        if word not in (None, "true", "false", "1", "0"):
             raise Refused(400, f"{field} must be true or false")
-        return None if value is None else value in ("true", "1")
+        return None if word is None else word in ("true", "1")
 
     def id(self) -> int:
         tick = tick_of(self.one("id"))
@@ -1734,7 +1742,9 @@ class Plain:
     def peer(self) -> str:
         """The address of the other end."""
         try:
-            return sys.intern(str((self.sock.getpeername() or ("?",))[0]))  # many connections come from one host
+            name = self.sock.getpeername()
+            address = str(name[0]) if isinstance(name, tuple) else "local"  # a Unix socket
+            return sys.intern(address[7:] if address.startswith("::ffff:") else address)  # many come from one host
         except OSError:  # it has gone again
             return "?"
 
@@ -1880,8 +1890,8 @@ class Listener:
     def welcome(self, guest: socket.socket) -> None:
         with contextlib.suppress(OSError):  # the peer may have gone already; reading will tell
             guest.setblocking(False)
-            guest.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             guest.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, self.SEND_BYTES)  # else unread bytes hide there
+            guest.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # last: a Unix socket has no such option
         if self.tls:
             try:
                 guest = self.tls.wrap_socket(guest, server_side=True, do_handshake_on_connect=False)
@@ -3394,7 +3404,8 @@ def locked(path: str) -> IO[str]:
         lock = open_beside(lock_file(path))
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise InUse(f"the database {path} is in use by another bus_server") from None
+        by = lock.readline().strip() or "another bus_server"  # State.sign() wrote it
+        raise InUse(f"the database {path} is in use by {by}: stop that bus, or give another --db") from None
     except OSError as error:
         raise Unusable(f"cannot use the database {path}: {error.strerror}") from None
     return lock
@@ -4124,6 +4135,7 @@ class Bus:
         self.on_lost: list[Callable[[Any, int], None]] = []  # an answer with `delivers` did not arrive whole
         self.on_tidy: list[Callable[[], None]] = []
         self.metrics: list[Callable[[], Iterable[Metric]]] = []
+        self.listeners: list[tuple[str, Listener]] = []  # each with its URL
         self.extensions: dict[str, str] = dict.fromkeys(ELSEWHERE, "")  # why each is not loaded; "": it is not there
         core_routes(self)
 
@@ -4746,9 +4758,9 @@ def poll_of(request: Request, me: str | None, names: tuple[str, ...], channel: s
     """A poll with these filters, and with `since`, `max`, `wait` and `block` of the query."""
     query = request.query()
     wait, limit = query.number("wait", HOLD, 0, HOLD_MAX), int(query.number("max", 100, 1, MAX_MESSAGES))
-    since, block = query.one("since"), query.flag("block")
+    since, block = cursor(query.one("since") or "0"), query.flag("block")
     hold = wait if block or (block is None and query.one("wait") is not None) else 0
-    return Poll(me, names, channel, sender, cursor("0" if since is None else since), limit, hold, request.plain())
+    return Poll(me, names, channel, sender, since, limit, hold, request.plain())
 
 
 def boolean(value: bool) -> str:
@@ -4813,12 +4825,9 @@ def truth(bus: Bus, one: Draft) -> str:
     box = bus.mailboxes.box(one.channel, to)
     seen = seconds(box.seen) if box.seen else "null"
     count = unread(bus, one.channel, to, box)
-    known = box.seen > 0 or to in bus.gate.tokens.named
+    online, known = bus.mailboxes.online(box), box.seen > 0 or to in bus.gate.tokens.named
     more = "" if known else "".join([about(one) for about in bus.unknown])
-    return (
-        f'{{"online": {boolean(bus.mailboxes.online(box))}, "last_seen": {seen}, "unread": {count}, '
-        f'"known": {boolean(known)}{more}}}'
-    )
+    return f'{{"online": {boolean(online)}, "last_seen": {seen}, "unread": {count}, "known": {boolean(known)}{more}}}'
 
 
 def receivers(bus: Bus, one: Draft) -> dict[str, int]:
@@ -5128,8 +5137,8 @@ def default_path() -> str:
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of the core."""
     add = parser.add_argument
-    add("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
-    add("--port", type=int, default=8080, help="port to listen on; 0: any free one (%(default)s)")
+    add("--host", help="address to listen on (127.0.0.1)")
+    add("--port", type=int, help="port to listen on; 0: any free one (8080)")
     add("--db", default=default_path(), metavar="PATH", help="database, or :memory: (%(default)s)")
     add("--keep", type=duration, default="30d", help="remove messages older than this, like 12h; 0: keep all (30d)")
     add("--max-body", type=int, default=262144, metavar="BYTES", help="largest body of a request (%(default)s)")
@@ -5164,7 +5173,7 @@ def command_line(arguments: Sequence[str]) -> argparse.Namespace:
     check_extensions(parser, arguments, without, extensions)
     options = parser.parse_args(arguments)
     for wrong, sentence in (
-        (not 0 <= options.port <= 65535, "--port must be 0 to 65535"),
+        (not 0 <= (options.port or 0) <= 65535, "--port must be 0 to 65535"),
         (options.rate < 0 or options.turns < 0, "--rate and --turns must not be negative"),
         (options.tls_key and not options.tls_cert, "--tls-key needs --tls-cert"),
         (not 1024 <= options.max_body <= 9999999, "--max-body must be 1024 to 9999999"),
@@ -5172,6 +5181,8 @@ def command_line(arguments: Sequence[str]) -> argparse.Namespace:
         if wrong:
             parser.error(sentence)
     options.extensions, options.without = extensions, without
+    options.tcp = options.host is not None or options.port is not None  # else only if nothing else listens
+    options.host, options.port = options.host or "127.0.0.1", 8080 if options.port is None else options.port
     return options
 
 
@@ -5263,10 +5274,24 @@ def listen(host: str, port: int) -> socket.socket:
     """A listening socket, or Unusable. The backlog is what may arrive in one turn of a busy loop."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        return socket.create_server(address[:2], family=family, backlog=4096)
+        both = address[0] == "::" and socket.has_dualstack_ipv6()
+        return socket.create_server(address[:2], family=family, backlog=4096, dualstack_ipv6=both)
     except OSError as error:
         why = str(error.strerror).partition(" (while")[0]  # Python goes on to say where
-        raise Unusable(f"cannot listen on {host} port {port}: {why}") from None
+        advice = "--host must be an address of this machine, without a port"
+        if error.errno in (errno.EADDRINUSE, errno.EACCES):
+            has_it = "an agent-bus" if is_bus(host, port) else "another program, or the system,"
+            advice = f"{has_it} has this port; choose another --port, and give clients that URL in AGENT_BUS_URL"
+        raise Unusable(f"cannot listen on {host} port {port}: {why}: {advice}") from None
+
+
+def is_bus(host: str, port: int) -> bool:
+    """Does a bus answer there?"""
+    with contextlib.suppress(OSError), socket.create_connection((host, port), 1.0) as peer:
+        peer.sendall(b"GET /healthz HTTP/1.0\r\nHost: localhost\r\n\r\n")
+        peer.settimeout(1.0)
+        return b'{"ok": true, "now": ' in peer.recv(4096)
+    return False
 
 
 def tls_context(certificate: str | None, key: str | None) -> ssl.SSLContext | None:
@@ -5295,30 +5320,39 @@ def make_bus(options: argparse.Namespace, state: State) -> Bus:
     return Bus(state, gate, storms, max_body=options.max_body, keep=options.keep, verbose=options.verbose)
 
 
+def tcp_listener(bus: Bus, options: argparse.Namespace, tls: ssl.SSLContext | None) -> tuple[str, Listener]:
+    sock = listen(options.host, options.port)
+    host, port = sock.getsockname()[:2]
+    if host == "::" and sock.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY):
+        print("WARNING: this machine lets [::] take IPv6 only: start with --host 0.0.0.0 for IPv4", file=sys.stderr)
+    if not is_loopback(options.host) and not bus.gate.tokens.closed:
+        print(f"WARNING: anyone who can reach {host}:{port} can read and send every message", file=sys.stderr)
+    url = f"{'https' if tls else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
+    return url, Listener(bus.door, sock, tls)
+
+
 def run_server(options: argparse.Namespace, state: State) -> int:
     """Run until SIGTERM or SIGINT, or until the disk fails. Returns the exit code."""
     tls = tls_context(options.tls_cert, options.tls_key)
     bus = make_bus(options, state)
     extensions = start_extensions(bus, options)
-    sock = listen(options.host, options.port)
-    host, port = sock.getsockname()[:2]
-    url = f"{'https' if tls else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
-    state.sign(url)
-    listener = Listener(bus.door, sock, tls)
+    if options.tcp or not bus.listeners:
+        bus.listeners.insert(0, tcp_listener(bus, options, tls))
+    state.sign(bus.listeners[0][0])
     for number in (signal.SIGTERM, signal.SIGINT):
         bus.loop.on_signal(number, bus.drain)
     if tls:
-        bus.loop.on_signal(signal.SIGHUP, lambda: reload(listener, options))
-    print(f"listening on {url}", flush=True)
+        bus.loop.on_signal(signal.SIGHUP, lambda: reload(bus.listeners[0][1], options))
+    for url, _ in bus.listeners:
+        print(f"listening on {url}", flush=True)
     print(f"messages are in {state.path}", flush=True)
     print(extensions, flush=True)
-    if not is_loopback(options.host) and not bus.gate.tokens.closed:
-        print(f"WARNING: anyone who can reach {host}:{port} can read and send every message", file=sys.stderr)
     bus.tidy()
     bus.loop.every(TIDY_SECONDS, bus.tidy)
     bus.loop.every(Deadlines.SLOT, bus.sweep)
     bus.loop.run(lambda: bus.draining or bus.broken)
-    listener.close()
+    for _, listener in bus.listeners:
+        listener.close()
     bus.end()
     return 1 if bus.broken else 0
 
@@ -5374,7 +5408,7 @@ def check_invitation(parser: argparse.ArgumentParser, options: argparse.Namespac
             parser.error(refused.sentence)
     not_a_url = options.url and not re.fullmatch(r"https?://[^\s?#@]+", options.url)
     for wrong, sentence in (
-        (options.name.lower() in RESERVED, f"{options.name} is reserved: choose another name"),
+        (options.name.lower() in RESERVED, reserved(options.name)),
         (options.send_only and (options.also or options.operator), "--send-only excludes --also and --operator"),
         (not_a_url, f"--url {options.url} is not the URL of a bus: write it like https://bus.lan:8080"),
     ):

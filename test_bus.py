@@ -372,14 +372,14 @@ def test_names_are_1_to_64_characters_and_not_all_of_them(bus):
     assert bus.texts("SPARK", channel=channel) == []
     for name in (".spark", "two words", "z\u00fcrich", "", "a" * 65, "spark\n", "-a", "a/b", None, 7):
         assert bus.refused(bus.message(to=name)) == 400, name
-        assert bus.refused(bus.message(channel=name)) == 400, name
+        assert not name or bus.refused(bus.message(channel=name)) == 400, name
         assert bus.status_of_poll(to=name) == 400 or isinstance(name, (int, type(None))), name
 
 
 @open_only
 def test_senders_have_names_and_none_that_is_reserved(bus):
     """2.2 an invalid name is refused as a sender (400), and so is a reserved name in any case"""
-    for sender in ("all", "system", "operator", "user", "root", "claude", "Claude", "SYSTEM", ".spark", "a" * 65, ""):
+    for sender in ("all", "system", "operator", "user", "User", "SYSTEM", ".spark", "a" * 65, ""):
         assert bus.refused(bus.message(**{"from": sender})) == 400, sender
 
 
@@ -499,6 +499,35 @@ def test_unknown_members_of_a_query_are_ignored(bus):
     assert bus.get(f"/inbox?name={to}&{unknown}")["recipients"] == {"default": {to: 1}}
     assert [one["name"] for one in bus.get(f"/agents?name={to}&{unknown}")["agents"]] == [to]
     assert bus.state(sent["id"], f"?{unknown}") == "fetched" and bus.get(f"/healthz?{unknown}")["ok"] is True
+
+
+@ours
+@open_only
+def test_a_reserved_name_is_refused_with_another_one(bus):
+    """2.17 the error for a reserved sender has the reason and a name that is free; root and claude may send"""
+
+    def answer(sender):
+        return bus.json("POST", "/send", json.dumps(bus.message(**{"from": sender})))
+
+    for sender in ("all", "System", "operator", "USER"):
+        status, refused = answer(sender)
+        another = re.search(r"reserved, because .* use ([\w-]+) or", refused["error"])[1]
+        assert status == 400 and another.startswith(f"{sender.lower()}-") and answer(another)[0] == 200
+    assert [answer(sender)[0] for sender in ("root", "claude")] == [200, 200]
+
+
+@ours
+def test_what_the_first_contract_took_is_taken(bus):
+    """2.18 block=True, an empty since and an empty or null channel are those of the first contract"""
+    to = fresh()
+    for channel in ("", None):
+        assert bus.post("/send", **bus.message(to=to, channel=channel))["channel"] == "default"
+    assert bus.json("POST", f"/send?from={bus.me}&to={to}&channel=", "hello")[1]["channel"] == "default"
+    last = bus.recv(to, since="", channel="", block="TRUE")
+    assert len(last["messages"]) == 3
+    for word, least in (("True", 0.299), ("False", 0)):
+        seconds, answer = took(bus.recv, to, since=last["now"], block=word, wait="0.3")
+        assert answer["messages"] == [] and seconds >= least, word
 
 
 # ── 3. A message and its life ────────────────────────────────────────────────────────────────────────────────────────
@@ -981,7 +1010,7 @@ def test_a_reader_that_polls_on_with_now_misses_nothing_and_sees_nothing_twice(b
 @ours
 def test_a_malformed_cursor_is_refused(bus):
     """9.7 since is decimal seconds or a word; anything else gets 400, and milliseconds are named in the error"""
-    for since in ("nan", "inf", "1e9", "1_000", "-1", "\u0663", "", "1.", ".5", "+1", "0x10", "1 ", "Now"):
+    for since in ("nan", "inf", "1e9", "1_000", "-1", "\u0663", "1.", ".5", "+1", "0x10", "1 ", "Now"):
         assert bus.status_of_poll(to="x", since=since) == 400, since
     status, answer = bus.json("GET", f"/recv?to=x&since={time.time() * 1000:.0f}")
     assert status == 400 and "milliseconds" in answer["error"]

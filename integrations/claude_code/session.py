@@ -19,7 +19,7 @@ import bus_recv  # noqa: E402
 ASK_SECONDS = 0.5  # for the bus to say who listens; a prompt waits for it
 RECENT_SECONDS = 60.0  # a poll is held for 25 s, and its reader counts as listening for 10 s more; the rest is reserve
 READER = shlex.quote(os.path.join(ROOT, "bus_recv.py"))  # for a command line
-RESERVED = ("all", "system", "operator", "user", "root", "claude")  # a bus refuses these as senders
+RESERVED = ("all", "system", "operator", "user", "root", "claude")  # as senders; root and claude only of an older bus
 UNSEEN = re.compile(f"{bus_recv.HIDDEN.pattern}|<")  # `<`: no tag of any kind in the text of another agent
 
 

@@ -322,7 +322,7 @@ def test_a_token_that_nobody_asked_for(bus, examine):
 def test_a_name_that_is_missing_or_none_or_not_that_of_the_token(tmp_path, bus, examine, fails):
     assert examine(bus.url, AGENT_NAME="")[0]["send"][0] == "warn"
     fails("send", "not a name", "1 to 64", bus.url, AGENT_NAME="two words")
-    fails("send", "reserved", "another name", bus.url, AGENT_NAME="root")
+    fails("send", "reserved", "another name", bus.url, AGENT_NAME="user")
     with Server(tmp_path / "closed.db") as closed:
         fails("send", "sends as dell", "AGENT_NAME", closed.url, AGENT_BUS_TOKEN=invite(closed, "dell"))
         found, code = examine(closed.url, AGENT_BUS_TOKEN=invite(closed, "sensor", "--send-only"), AGENT_NAME="sensor")

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
@@ -19,7 +20,7 @@ import pytest
 import bus_server
 from bus_server import Poll, Put, Raise, Remove, draft, nothing_follows
 from tests.kit import inside
-from tests.kit.processes import PATIENCE, ROOT, Server, free_port, wait_until
+from tests.kit.processes import PATIENCE, ROOT, SERVER, Server, free_port, wait_until
 
 
 def refused(*options, **env):
@@ -43,11 +44,62 @@ def recv(bus, query):
 
 
 def test_a_busy_port_is_one_clear_line(bus, tmp_path):
-    assert f"port {bus.port}: Address already in use\n" in refused("--port", bus.port, "--db", tmp_path / "other.db")
+    said = refused("--port", bus.port, "--db", tmp_path / "other.db")
+    assert f"port {bus.port}: Address already in use: an agent-bus has this port; choose another --port" in said
+    assert "AGENT_BUS_URL" in said
 
 
-def test_a_second_server_on_the_same_database_is_one_clear_line(bus):
-    assert "in use by another bus_server" in refused("--port", 0, "--db", bus.db)
+@pytest.mark.parametrize("answer", [b"HTTP/1.0 200 OK\r\n\r\nhello", b"\x15\x03\x01\x00\x02\x02\x16", b""])
+def test_a_port_of_another_program_is_said_to_be_one(tmp_path, answer):
+    """Also if it is silent, or speaks TLS."""
+    with socket.create_server(("127.0.0.1", 0)) as other, ThreadPoolExecutor() as pool:
+
+        def serve():
+            peer, _ = other.accept()
+            with peer:
+                peer.sendall(answer)
+                peer.recv(4096)
+
+        serving = pool.submit(serve)
+        said = refused("--port", other.getsockname()[1], "--db", tmp_path / "bus.db")
+        serving.result(PATIENCE)
+    assert "another program, or the system, has this port; choose another --port" in said
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "not a host"])
+def test_a_host_that_is_not_this_machine_is_said_to_be_none(tmp_path, host):
+    said = refused("--open", "--host", host, "--port", 0, "--db", tmp_path / "bus.db")
+    assert "--host must be an address of this machine, without a port" in said
+
+
+def test_a_second_server_on_the_same_database_is_told_the_first_one_and_the_option(bus):
+    said = refused("--port", 0, "--db", bus.db)
+    assert f"in use by {bus.url}: stop that bus, or give another --db\n" in said
+
+
+def has_ipv6():
+    with contextlib.suppress(OSError), socket.create_server(("::1", 0), family=socket.AF_INET6):
+        return socket.has_dualstack_ipv6()
+    return False
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6")
+def test_a_bus_on_every_ipv6_address_answers_ipv4_too(tmp_path):
+    with Server(tmp_path / "bus.db", "--host", "::", "--open") as bus:
+        for host, own in (("127.0.0.1", "four"), ("[::1]", "six")):
+            with urllib.request.urlopen(f"http://{host}:{bus.port}/recv?to={own}", timeout=PATIENCE) as answer:
+                assert json.load(answer)["messages"] == []
+        found = {each["name"]: each["address"] for each in json.loads(bus.get("/agents"))["agents"]}
+        assert found == {"four": "127.0.0.1", "six": "::1"}
+        assert "IPv6 only" not in bus.log.read_text()
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6")
+def test_a_bus_that_cannot_answer_ipv4_too_says_so(tmp_path):
+    cannot = f"import socket; socket.has_dualstack_ipv6 = lambda: False; {SERVER}"
+    with Server(tmp_path / "bus.db", "--host", "::", "--open", program=("-S", "-c", cannot)) as bus:
+        assert bus.stop() == 0
+        assert "IPv6 only: start with --host 0.0.0.0" in bus.log.read_text()
 
 
 def test_an_unusable_database_is_one_clear_line(tmp_path):

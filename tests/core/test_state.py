@@ -586,7 +586,7 @@ class TestSqlite(StoreContract):
 
 def test_a_second_server_is_refused(tmp_path):
     store = State(str(tmp_path / "bus.db"))
-    with pytest.raises(Unusable, match="in use by another bus_server"):
+    with pytest.raises(Unusable, match="in use by another bus_server: stop that bus, or give another --db"):
         State(str(tmp_path / "bus.db"))
     store.close()
 
