@@ -5467,7 +5467,8 @@ def tokens(arguments: Sequence[str]) -> None:
     for row in Tokens(options.db).rows():
         grants = ["send"] if row["send_only"] else ["send", "read", *(f"read:{each}" for each in row["also"])]
         grants += ["operator"] if row["operator"] else []
-        state = f"revoked {day(row['revoked'])}" if row["revoked"] else " ".join(grants)
+        over = "expired" if (row.get("expires") or math.inf) <= time.time() else ""
+        state = f"revoked {day(row['revoked'])}" if row["revoked"] else over or " ".join(grants)
         days = " ".join(f"{day(at):10}" for at in (row["made"], used.get(row["id"]), row.get("expires")))
         print(f"{row['id']:13} {row['name']:20} {days} {state}" + (f" ({row['label']})" if row.get("label") else ""))
 

@@ -56,7 +56,8 @@ def agreed(name: str, database: str, here: str, closed: bool, yes: bool) -> bool
         agents = said(here, "/agents?online=true").get("agents", []) if here else []
         names = sorted({str(agent["name"]) for agent in agents} - {name})
         if names:
-            tell(f"These names listen now, and have no token: {', '.join(names)}")
+            more = f" and {len(names) - 20} more" if len(names) > 20 else ""
+            tell(f"These names listen now, and have no token: {', '.join(names[:20])}{more}")
         tell(f"To open it again: stop it, delete {database}.tokens, and start it.")
     if yes or (closed and here) or not sys.stdin.isatty():
         return True
@@ -95,7 +96,7 @@ def invitation(name: str, token: str, here: str, url: str) -> str:
     url = (url or reachable(here)).rstrip("/")
     line, remark = line_for(name, here, url)
     texts = [TOKEN.format(name=name, token=token), RUN.format(name=name, line=line) if line else "", remark]
-    return "\n".join(filter(None, texts))
+    return "\n".join(filter(None, texts)).rstrip()
 
 
 def reachable(here: str) -> str:
@@ -146,12 +147,11 @@ def pin_for(url: str, here: str) -> tuple[str, str]:
 
     A pin is taken from the bus itself, on this machine, where nobody is in between.
     """
-    why: object = "it is not that of this bus"
     try:
         bus_join.certificate_of(bus_recv.connect(url, PATIENCE)[0], ssl.create_default_context())
         return "", ""
     except (OSError, ValueError) as error:
-        why = getattr(error, "verify_message", None) or getattr(error, "strerror", None) or error
+        why = getattr(error, "verify_message", "") or getattr(error, "strerror", "") or str(error)
     if not here.startswith("https:"):
         return "", UNCHECKED.format(url=url, why=why)
     try:
@@ -200,7 +200,7 @@ The token of {name}, shown this once (the bus keeps only its hash):
     {token}
 """
 RUN = """\
-On the machine of {name}, paste this line into bash or zsh. It asks for the token. It needs curl and Python 3.9.
+On the machine of {name}, with curl and Python 3.9 or later, paste this line into bash or zsh. It asks for the token.
 
     {line}
 """

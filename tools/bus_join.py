@@ -27,8 +27,10 @@ if sys.version_info < (3, 9):  # noqa: UP036
 
 import argparse
 import base64
+import contextlib
 import getpass
 import hashlib
+import io
 import os
 import re
 import shlex
@@ -135,16 +137,20 @@ def other_key(url: str) -> Fault:
 
 
 def configured(place: str, profile: str) -> dict[str, str]:
-    """The configuration of a profile; empty if there is none."""
+    """The configuration of a profile, with its bus; empty if there is none."""
     import bus_recv
 
     if not os.path.exists(os.path.join(place, f"{profile}.env")):
         return {}
     os.environ["AGENT_BUS_PROFILE"] = profile
     try:
-        return bus_recv.configuration()[1]
+        return {"AGENT_BUS_URL": bus_recv.DEFAULT_URL, **bus_recv.configuration()[1]}
     finally:
         del os.environ["AGENT_BUS_PROFILE"]
+
+
+def is_of(known: dict[str, str], url: str, name: str) -> bool:
+    return (known.get("AGENT_BUS_URL"), known.get("AGENT_NAME")) == (url, name)
 
 
 def choose(place: str, url: str, name: str, profile: str) -> str:
@@ -152,14 +158,15 @@ def choose(place: str, url: str, name: str, profile: str) -> str:
     host = re.sub("[^A-Za-z0-9._-]", "-", urlsplit(url).hostname or "").strip("-.") or "bus"
     while True:
         known = configured(place, profile)
-        who = known.get("AGENT_NAME"), known.get("AGENT_BUS_URL")
-        if not known or who == (name, url):
+        if not known or is_of(known, url, name):
             return profile
-        taken = f"{profile}.env is the configuration of {who[0]} on {who[1]}"
+        other = name if known["AGENT_BUS_URL"] == url and PROFILE.fullmatch(name) else host
+        who = known.get("AGENT_NAME", "any name")
+        taken = f"{profile}.env is the configuration of {who} on {known['AGENT_BUS_URL']}"
         if not sys.stdin.isatty():
-            raise Fault(f"{taken}: give --profile {host} to keep both, or --profile {profile} to replace it")
-        print(f"{taken}.\nName a profile to keep both, or write {profile} to replace it [{host}]: ", end="", flush=True)
-        answer = sys.stdin.readline().strip() or host
+            raise Fault(f"{taken}: give --profile {other} to keep both, or --profile {profile} to replace it")
+        print(f"{taken}.\nName a profile to keep both, or {profile} to replace it [{other}]: ", end="", flush=True)
+        answer = sys.stdin.readline().strip() or other
         if answer == profile:
             return profile
         profile = answer if PROFILE.fullmatch(answer) else profile
@@ -196,7 +203,7 @@ def keep_certificate(url: str, pin: str, authority: str, path: str) -> None:
 
 
 def check(mine: dict[str, str]) -> None:
-    """Is the token good, and does each hop work? With these settings."""
+    """Is the token good, and does each hop work, with these settings? Prints what the doctor finds wrong."""
     import bus_doctor
 
     import bus_recv
@@ -209,7 +216,12 @@ def check(mine: dict[str, str]) -> None:
             raise Fault(f"the bus does not take this token, so nothing was configured: {refused}") from None
     except (bus_recv.Unreachable, ValueError):
         pass  # the doctor says which hop it is
-    if bus_doctor.main(["--hold", "0"]):  # its long poll would take 25 s
+    with contextlib.redirect_stdout(io.StringIO()) as told:
+        code = bus_doctor.main(["--hold", "0"])  # its long poll would take 25 s
+    for line in told.getvalue().splitlines():
+        if not line.startswith("ok"):
+            print(line, flush=True)
+    if code:
         raise Fault("the last line above says what to do; nothing was configured")
 
 
@@ -222,21 +234,24 @@ def join(url: str, name: str, pin: str, profile: str) -> None:
     profile = profile or choose(there, url, name, given.get("AGENT_BUS_PROFILE") or "default")
     file, trusted = (os.path.join(there, f"{profile}.{kind}") for kind in ("env", "pem"))
     known = configured(there, profile)
-    mine = {"AGENT_BUS_URL": url, "AGENT_NAME": name}
+    known = known if is_of(known, url, name) else {}
+    mine = {key: value for key, value in known.items() if key not in OURS}
+    mine.update(AGENT_BUS_URL=url, AGENT_NAME=name)
     with tempfile.TemporaryDirectory(dir=there) as aside:
         if pin.startswith("sha256//"):
             mine["AGENT_BUS_CA"] = os.path.join(aside, "bus.pem")
             keep_certificate(url, pin, given.get("AGENT_BUS_CA", ""), mine["AGENT_BUS_CA"])
-        if given.get("AGENT_BUS_PLAIN_HTTP"):
+        if given.get("AGENT_BUS_PLAIN_HTTP") and url.startswith("http:"):
             mine["AGENT_BUS_PLAIN_HTTP"] = "1"
-        same = (known.get("AGENT_BUS_URL"), known.get("AGENT_NAME")) == (url, name)
-        mine["AGENT_BUS_TOKEN"] = ask_token(name, known.get("AGENT_BUS_TOKEN", "") if same else "")
+        mine["AGENT_BUS_TOKEN"] = ask_token(name, known.get("AGENT_BUS_TOKEN", ""))
         check(mine)
         if "AGENT_BUS_CA" in mine:
             os.replace(mine["AGENT_BUS_CA"], trusted)
             mine["AGENT_BUS_CA"] = trusted
     write(file, "".join(f"{key}={value}\n" for key, value in mine.items()).encode())
     print(f"you are {name} on {url}")
+    if given.get("AGENT_BUS_PROFILE") == profile:
+        del given["AGENT_BUS_PROFILE"]
     show_next(place, file, profile, name, sorted({*given} - {"AGENT_BUS_PLAIN_HTTP", "AGENT_BUS_CA"}))
 
 

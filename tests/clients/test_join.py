@@ -331,6 +331,12 @@ def test_a_token_of_another_name_is_a_fault_that_the_doctor_finds(bus, tmp_path)
     assert configuration(tmp_path / "home") is None
 
 
+def test_what_the_doctor_finds_is_shown_if_it_is_a_fault_or_a_warning(bus, tmp_path):
+    line, token, _ = invited(bus, "sensor", "--send-only")
+    code, out, _ = join(bus, "sensor", token, tmp_path / "home", pin=line)
+    assert code == 0 and out.startswith("warn  recv") and "\nok" not in out and f"you are sensor on {bus.url}\n" in out
+
+
 # ── Again, and other buses ───────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -339,6 +345,8 @@ def test_the_same_line_again_updates(bus, tmp_path):
     line, token, _ = invited(bus, "dell")
     assert join(bus, "dell", token, home, pin=line)[0] == 0
     (home / CLIENTS / "bus_recv.py").write_text("an old one")
+    with (home / CONFIG / "default.env").open("a") as file:
+        file.write("AGENT_BUS_CHANNEL=builds\n")
     before, (_, new, _) = configuration(home), invited(bus, "dell")
     assert join(bus, "dell", new, home, pin=line)[0] == 0
     assert configuration(home) == {**before, "AGENT_BUS_TOKEN": new}
@@ -382,6 +390,8 @@ def test_the_configuration_of_another_bus_is_not_replaced(bus, tmp_path):
     assert (home / CONFIG / "default.env").read_text() == OTHER
     code, out, _ = join(bus, "dell", token, home, "--profile", "work", pin=line)
     assert code == 0 and "AGENT_BUS_PROFILE=work python3" in out
+    code, _, err = join(bus, "nano", token, home, pin=line, AGENT_BUS_PROFILE="work")
+    assert code == 1 and "work.env is the configuration of dell" in err and "--profile nano to keep both" in err
     assert (home / CONFIG / "default.env").read_text() == OTHER
     assert configuration(home, "work")["AGENT_BUS_CA"] == str(home / CONFIG / "work.pem")
 

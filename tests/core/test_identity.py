@@ -351,6 +351,7 @@ def test_an_expired_token_is_refused_in_words_that_only_its_owner_gets(bus):
     token = invite(bus, "dell", "--expires", "1d")
     set_expires(bus, "dell", 1795203596)
     wait_until(lambda: ask(bus, "GET", "/recv?to=dell", token=token)[0] == 401)
+    assert command(bus, "tokens").splitlines()[1].split()[4:] == ["2026-11-20", "expired"]
     error = ask(bus, "GET", "/recv?to=dell", token=token)[1]["error"]
     assert error.startswith("this token expired at 2026-11-20T19:39:56Z: set AGENT_BUS_TOKEN")
     status, answer = ask(bus, "GET", "/recv?to=dell", token=token[:-1] + ("x" if token[-1] != "x" else "y"))
