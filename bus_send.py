@@ -136,14 +136,14 @@ def persist(attempt: Any, patience: float, url: str, key: str = "", warn: Any = 
             return dict(attempt(max(end - time.monotonic(), 1)))  # s; an attempt needs some time
         except Unreachable as fault:
             failures += 1
-            server, doctor = called("bus_server.py", "serve"), called("bus_doctor.py", "doctor")
-            advice = f"Is {server} running there? {doctor} tells which hop fails."
             kind = type(fault.__cause__).__name__
+            server, doctor = called("bus_server.py", "serve"), called("bus_doctor.py", "doctor")
+            advice = LASTING.get(kind) or f"Is {server} running there? {doctor} tells which hop fails."
             lasting = kind in LASTING and getattr(fault.__cause__, "errno", 0) != socket.EAI_AGAIN
             pause = max(pause_after(failures) * random.uniform(0.5, 1), fault.retry_after)
             if lasting or time.monotonic() + pause >= end:
                 again = f" To send it again: --key {key}" if key else ""
-                raise Unreachable(f"no bus at {url} ({fault}). {LASTING.get(kind, advice)}{again}") from fault
+                raise Unreachable(f"no bus at {url} ({fault}). {advice}{again}") from fault
             if warn and failures == 1:
                 warn(f"no bus at {url} ({fault}); still trying, up to {patience:.0f} s. {advice}")
         time.sleep(pause)
