@@ -294,8 +294,9 @@ def test_a_reader_begins_where_it_is_told(since, cursor, home):  # noqa: F811
     with Scripted(mail(message(1)), health=health) as server:
         next(reader(server.url, since=since).messages())
         assert server.polls[0].query["since"] == cursor
-        assert run("tools/bus_log.py", "--no-follow", "--since", since, env={"AGENT_BUS_URL": server.url})[0] == 0
-        assert server.asked[-1].query["since"] == cursor
+        if since != "last":  # a log has no cursor
+            assert run("tools/bus_log.py", "--no-follow", "--since", since, env={"AGENT_BUS_URL": server.url})[0] == 0
+            assert server.asked[-1].query["since"] == cursor
 
 
 def test_an_id_of_digits_alone_is_one_if_its_time_is_near():
