@@ -4,7 +4,7 @@
     AGENT_BUS_URL=http://10.0.0.5:8080 python3 tools/bus_inbox.py look bob
     python3 tools/bus_inbox.py ack 660ba678a1b40 bob          # that message, and every one before it
 
-A look moves no cursor, marks no message as fetched, and is nobody's presence. A bus before 0.3 does not know such a
+A look moves no cursor, marks no message as fetched, and is nobody's presence. An older bus does not know such a
 look (PROTOCOL.md, `peek`): there, the messages that were shown count as fetched.
 
 The parts of this file, in order: SharedCursor and Inbox, which the MCP server uses too; main. bus_recv.Reader asks the
