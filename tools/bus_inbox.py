@@ -121,7 +121,7 @@ def show(box: Inbox, as_json: bool) -> int:
     if not mail:
         complain(f"nothing is unread for {box.names[0]}")
         return 3
-    number, ack = f"{len(mail)}{' or more' if more else ''}", bus_recv.called("tools/agent_bus.py ack", "ack")
+    number, ack = f"{len(mail)}{' or more' if more else ''}", bus_recv.called("python3 tools/agent_bus.py ack", "ack")
     complain(f"{number} unread for {box.names[0]}, oldest first; to mark these as read: {ack} {label(mail[-1])}")
     return 0
 

@@ -278,7 +278,7 @@ def manage(step: Sequence[str]) -> None:
         done = subprocess.run(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
         )
-        why = done.stderr.strip().split("\n")[0] if done.returncode else ""
+        why = done.stderr.strip().split("\n")[-1] if done.returncode else ""
     except OSError as error:
         why = f"{command[0]}: {error.strerror}"
     if why:

@@ -614,7 +614,7 @@ def test_a_unit_of_somebody_else_stays(house):
 
 
 def test_without_systemd_the_user_gets_the_line_to_run(house):
-    (house.parent / "bin" / "systemctl").write_text("#!/bin/sh\necho 'Failed to connect to bus' >&2\nexit 1\n")
+    (house.parent / "bin" / "systemctl").write_text("#!/bin/sh\necho 'Created symlink' >&2\necho 'Failed to connect to bus' >&2\nexit 1\n")
     line = "run it yourself: systemctl --user enable --now agent-bus (Failed to connect to bus)"
     assert line in install("install", "service")
 
