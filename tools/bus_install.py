@@ -28,7 +28,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 HERE = os.path.dirname(os.path.realpath(__file__))
@@ -112,7 +112,7 @@ def is_ours(entry: Any) -> bool:
     return bool(re.search(r"agent-bus-mcp|bus_mcp\.py", json.dumps(entry)))
 
 
-def install_claude(options: Sequence[str]) -> None:
+def install_claude(options: Sequence[str]) -> int:
     path = claude_file()
     if SERVER in settings_in(content_of(path)).get("mcpServers", {}):
         remove_from_claude()  # ours, of an earlier install, or InTheWay
@@ -132,6 +132,7 @@ def install_claude(options: Sequence[str]) -> None:
         complain(
             "the token in AGENT_BUS_TOKEN is not written there: put it into a file that AGENT_BUS_TOKEN_FILE names"
         )
+    return 0
 
 
 def uninstall_claude() -> None:
@@ -191,7 +192,7 @@ def service_file() -> str:
     return os.path.join(config, "systemd", "user", "agent-bus.service")
 
 
-def install_service(options: Sequence[str]) -> None:
+def install_service(options: Sequence[str]) -> int:
     import bus_server
 
     bus_server.command_line(options)  # it ends here, with its own words, if one of them is wrong
@@ -200,10 +201,11 @@ def install_service(options: Sequence[str]) -> None:
     state = os.environ.get("XDG_STATE_HOME", "")  # where the database is
     replace(path, (launchd if sys.platform == "darwin" else systemd)(command, state))
     tell(f"the bus starts when you log in: {path}")
-    for step in STEPS[sys.platform == "darwin"]["install"]:
-        manage(step)
+    if sum(not manage(step) for step in STEPS[sys.platform == "darwin"]["install"]):  # each, for the user sees its line
+        return 1
     if sys.platform != "darwin":
         tell("its state: systemctl --user status agent-bus; to keep it when you log out: loginctl enable-linger")
+    return 0
 
 
 def uninstall_service() -> None:
@@ -271,8 +273,8 @@ STEPS: dict[bool, dict[str, list[list[str]]]] = {  # by: is this macOS?
 }
 
 
-def manage(step: Sequence[str]) -> None:
-    """Tell the manager of services; if it does not take it, tell the user the line."""
+def manage(step: Sequence[str]) -> bool:
+    """Tell the manager of services; if it does not take it, tell the user the line. Did it work?"""
     command = [service_file() if word == "FILE" else word for word in step]
     try:
         done = subprocess.run(
@@ -283,11 +285,15 @@ def manage(step: Sequence[str]) -> None:
         why = f"{command[0]}: {error.strerror}"
     if why:
         complain(f"this did not work, run it yourself: {shlex.join(command)} ({why})")
+    return not why
 
 
 # The program
 
-AGENTS = {"claude": (install_claude, uninstall_claude), "service": (install_service, uninstall_service)}
+AGENTS: dict[str, tuple[Callable[[Sequence[str]], int], Callable[[], None]]] = {
+    "claude": (install_claude, uninstall_claude),
+    "service": (install_service, uninstall_service),
+}
 
 
 def tell(line: str) -> None:
@@ -317,10 +323,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(options.options)}")
     install, uninstall = AGENTS[options.agent]
     try:
-        if options.command == "uninstall":
-            uninstall()
-        else:
-            install(options.options)
+        if options.command == "install":
+            return install(options.options)
+        uninstall()
     except InTheWay as error:
         complain(str(error))
         return 1

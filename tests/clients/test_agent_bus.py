@@ -614,9 +614,13 @@ def test_a_unit_of_somebody_else_stays(house):
 
 
 def test_without_systemd_the_user_gets_the_line_to_run(house):
-    (house.parent / "bin" / "systemctl").write_text("#!/bin/sh\necho 'Created symlink' >&2\necho 'Failed to connect to bus' >&2\nexit 1\n")
+    said = "echo 'Created symlink' >&2\necho 'Failed to connect to bus' >&2\nexit 1\n"
+    (house.parent / "bin" / "systemctl").write_text(f"#!/bin/sh\n{said}")
     line = "run it yourself: systemctl --user enable --now agent-bus (Failed to connect to bus)"
-    assert line in install("install", "service")
+    assert line in install("install", "service", code=1)
+    was = tree(house)
+    install("uninstall", "service")
+    assert was and not tree(house)
 
 
 def test_on_macos_launchd_gets_the_file(house, monkeypatch, capsys):
