@@ -124,19 +124,18 @@ def line_for(name: str, here: str, url: str) -> tuple[str, str]:
     if not remark:
         values["plain"], remark = "AGENT_BUS_PLAIN_HTTP=1 ", PLAIN.format(url=url)
     try:
-        texts = [read(file) for file in bus_join.FILES]
+        pin = bus_join.digest([beside(file) for file in bus_join.FILES])
     except OSError as error:
         return "", f"There is no line to run: {error.filename} is missing. Copy it from the same version.\n"
-    own = hashlib.sha256(texts[bus_join.FILES.index("bus_join.py")].rstrip(b"\n")).hexdigest()  # as $(...) has it
-    pin = hashlib.sha256(b"".join(texts)).hexdigest()
+    with open(beside("bus_join.py"), "rb") as file:
+        own = hashlib.sha256(file.read().rstrip(b"\n")).hexdigest()  # as $(...) has it
     return CHECKED.format(curl=shlex.join(bus_join.curl("")), own=own, pin=pin, **values), remark
 
 
-def read(file: str) -> bytes:
-    """A file as the bus serves it."""
+def beside(file: str) -> str:
+    """Where the bus has a file that it serves."""
     places = [os.path.join(folder, file) for folder in (HERE, os.path.dirname(HERE))]
-    with open(next(filter(os.path.exists, places), places[0]), "rb") as opened:
-        return opened.read()
+    return next(filter(os.path.exists, places), places[0])
 
 
 # TLS

@@ -23,7 +23,7 @@ Standard library only, and curl. Exit code: 0 connected, 1 refused or not reacha
 import sys
 
 if sys.version_info < (3, 9):  # noqa: UP036
-    sys.exit(f"bus_join: this needs Python 3.9 or later, and python3 is {sys.version.split()[0]}: install a newer one")
+    sys.exit(f"bus_join.py needs Python 3.9 or later, and python3 is {sys.version.split()[0]}: install a newer one")
 
 import argparse
 import base64
@@ -41,7 +41,7 @@ from collections.abc import Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
-FILES = ("bus_recv.py", "bus_send.py", "bus_doctor.py", "bus_join.py")
+FILES = tuple(f"bus_{name}.py" for name in "recv send doctor join work log file outbox".split())
 PROFILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # it becomes the name of a file
 # What a configuration is about. Only the line's own arguments say it here, so that no other bus gets in.
 OURS = ["AGENT_BUS_URL", "AGENT_BUS_TOKEN", "AGENT_BUS_TOKEN_FILE", "AGENT_BUS_CA", "AGENT_BUS_PROFILE",
@@ -112,21 +112,31 @@ def write(path: str, data: bytes) -> None:
 
 def fetch(url: str, pin: str) -> str:
     """Download FILES from the bus that has this pin; returns their folder. The token was not asked for yet."""
-    texts = []
-    for file in FILES:
-        done = subprocess.run([*curl(pin), "--max-time", "60", f"{url}/{file}"], capture_output=True)
+    place = folder("XDG_DATA_HOME", ".local", "share")
+    with tempfile.TemporaryDirectory(dir=place) as aside:
+        paths = [os.path.join(aside, file) for file in FILES]
+        wanted = [word for file, path in zip(FILES, paths) for word in ("-o", path, f"{url}/{file}")]
+        done = subprocess.run([*curl(pin), "--fail-early", "--max-time", "60", *wanted], stderr=subprocess.PIPE)
         if done.returncode == 90:  # CURLE_SSL_PINNEDPUBKEYNOTMATCH
             raise other_key(url)
         if done.returncode:
             said = done.stderr.decode(errors="replace").strip()
-            raise Fault(f"cannot fetch {file} from {url} ({said}): is the bus running, and the tunnel or VPN up?")
-        texts.append(done.stdout)
-    if url.startswith("http:") and pin != hashlib.sha256(b"".join(texts)).hexdigest():
-        raise Fault(f"the programs at {url} are not those of the invitation: ask for a new one; nothing was run")
-    place = folder("XDG_DATA_HOME", ".local", "share")
-    for file, text in zip(FILES, texts):
-        write(os.path.join(place, file), text)
+            raise Fault(f"cannot fetch the clients from {url} ({said}): is the bus running, and the tunnel or VPN up?")
+        if url.startswith("http:") and pin != digest(paths):
+            raise Fault(f"the programs at {url} are not those of the invitation: ask for a new one; nothing was run")
+        for file, path in zip(FILES, paths):
+            os.chmod(path, 0o600)
+            os.replace(path, os.path.join(place, file))
     return place
+
+
+def digest(paths: Sequence[str]) -> str:
+    """The SHA-256 of these files, one after the other."""
+    whole = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            whole.update(file.read())
+    return whole.hexdigest()
 
 
 def other_key(url: str) -> Fault:

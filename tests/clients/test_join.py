@@ -16,7 +16,7 @@ import time
 import pytest
 
 from tests.kit.peers import command, set_expires
-from tests.kit.processes import PATIENCE, ROOT, Server
+from tests.kit.processes import PATIENCE, ROOT, Server, wait_until
 from tests.kit.terminal import PROMPT, Terminal, Watch, machine
 from tools import bus_join
 
@@ -183,7 +183,8 @@ class Answers(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.server.heard.append(f"{self.path} {self.headers}")
         name = self.path[1:].partition(".")[0]
-        body = self.server.files.get(name) or (ROOT / "tools" / f"{name}.py").read_bytes()
+        ours = next(file for file in (ROOT / f"{name}.py", ROOT / "tools" / f"{name}.py") if file.exists())
+        body = self.server.files.get(name) or ours.read_bytes()
         self.send_response(200)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
@@ -226,7 +227,7 @@ def test_a_key_that_changes_after_the_first_file_is_one_sentence(bus, tmp_path, 
     with Between(bus.port, authority.sign("IP:127.0.0.1")) as between:
         code, out, err = join(bus, "dell", token, tmp_path / "home", pin=line)
     assert (code, out, err.count("\n")) == (1, "", 1) and "does not have the key of the invitation" in err
-    assert between.heard == [] and not (tmp_path / "home").exists()
+    assert between.heard == [] and list((tmp_path / "home" / CLIENTS).iterdir()) == []
 
 
 def test_a_certificate_with_another_key_is_not_kept(bus, tmp_path, authority):
@@ -237,20 +238,31 @@ def test_a_certificate_with_another_key_is_not_kept(bus, tmp_path, authority):
     assert not (tmp_path / "kept.pem").exists() and between.heard == []
 
 
+def test_somebody_who_comes_in_between_later_gets_no_token(bus, tmp_path, authority):
+    line, token, _ = invited(bus, "dell")
+    home, program = tmp_path / "home", (ROOT / "tools" / "bus_join.py").read_text()
+    command = [sys.executable, "-Ic", program, bus.url, "dell", line.split()[-1]]
+    env = {"HOME": str(home), "PATH": os.environ["PATH"]}
+    process = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    wait_until(lambda: list((home / CONFIG).glob("*/bus.pem")))  # it waits for the token
+    bus.stop()
+    with Between(bus.port, authority.self_signed("IP:127.0.0.1")) as between:
+        out, err = process.communicate(token.encode(), timeout=PATIENCE)
+        assert process.returncode == 1 and b"FAIL  tls" in out and b"nothing was configured" in err
+        assert between.heard == [] and list((home / CONFIG).iterdir()) == []
+
+
 @pytest.fixture
 def plain(tmp_path):
     with Server(tmp_path / "bus.db") as bus:
         yield bus
 
 
-@pytest.mark.parametrize("file", bus_join.FILES)
+@pytest.mark.parametrize("file", ["bus_join.py", bus_join.FILES[0], bus_join.FILES[-1]])
 def test_over_plain_http_each_file_must_be_the_one_of_the_invitation(file, plain, tmp_path):
     line, _, _ = invited(plain, "dell")
     plain.stop()
-    evil = {file.partition(".")[0]: EVIL.encode(), **{
-        name: (ROOT / f"{name}.py").read_bytes() for name in ("bus_recv", "bus_send") if f"{name}.py" != file
-    }}  # fmt: skip
-    with Between(plain.port, **evil) as between:
+    with Between(plain.port, **{file.partition(".")[0]: EVIL.encode()}) as between:
         screen = pasted(line, tmp_path)
         assert "of the invitation: ask for a new one" in screen and "nothing was run" in screen
         assert "Authorization" not in "".join(between.heard) and not (tmp_path / "home" / "ran").exists()
@@ -293,7 +305,7 @@ def test_an_old_python_is_told_so(kind, version, tmp_path, authority):
     with Server(tmp_path / "bus.db", *certified) as bus:
         path = machine(tmp_path / "bin", "curl", python=python(version))
         screen = pasted(invited(bus, "dell")[0], tmp_path, path=path)
-    assert f"bus_join: this needs Python 3.9 or later, and python3 is {version}" in screen
+    assert f"bus_join.py needs Python 3.9 or later, and python3 is {version}" in screen
     assert "Traceback" not in screen
 
 

@@ -22,7 +22,7 @@ from tests.kit.processes import PATIENCE, ROOT, Server, in_time
 
 VERSIONS = pathlib.Path("~/.pyenv/versions").expanduser()
 PROGRAMS = ["bus_server.py", "bus_send.py", "bus_recv.py", *(f"tools/bus_{tool}.py" for tool in
-            ("doctor", "file", "log", "outbox", "work"))]  # fmt: skip
+            ("doctor", "file", "join", "log", "outbox", "work"))]  # fmt: skip
 TICK = 0x652A7C1B2F3E1
 
 

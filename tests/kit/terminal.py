@@ -87,7 +87,7 @@ class Watch:
         self.thread = threading.Thread(target=self._look)
 
     def _look(self):
-        while not self.over.is_set():
+        while not self.over.wait(0.02):  # s; the others need the processor, too
             for process in pathlib.Path("/proc").glob("[0-9]*"):
                 for file in ("cmdline", "environ"):
                     with contextlib.suppress(OSError):
