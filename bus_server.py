@@ -1910,8 +1910,8 @@ class Listener:
 
 NOBODY = "0" * 64  # a hash that no secret has, compared when the id is unknown: both refusals take equally long
 BEARER = re.compile(r"[Bb]earer (abt_[0-9a-f]{8})_([A-Za-z0-9_-]{43})")
-TOOLS = "bus_work.py bus_log.py bus_doctor.py bus_file.py bus_outbox.py bus_join.py"
-CLIENTS = [f"/{file}" for file in f"bus_recv.py bus_send.py bus_listener.sh {TOOLS}".split()]
+TOOLS = "work log doctor file outbox join who inbox".split()
+CLIENTS = ["/bus_recv.py", "/bus_send.py", "/bus_listener.sh", "/agent_bus.py", *(f"/bus_{tool}.py" for tool in TOOLS)]
 PUBLIC = {"/", "/healthz", *CLIENTS}  # open to all, also on a bus with tokens: a new host needs them to begin
 
 

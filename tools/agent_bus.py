@@ -20,7 +20,11 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+# Python 3.8 says this sentence; older ones show the line, as a SyntaxError, because they do not know `:=`.
+if sys.version_info < (3, 9) and (needs := "agent_bus.py needs Python 3.9 or later"):  # noqa: UP036
+    sys.exit(needs)
 
 HERE = os.path.dirname(os.path.realpath(__file__))
 # The programs lie beside this file or one folder up, or are installed.
@@ -105,8 +109,17 @@ def run(name: str, arguments: Sequence[str]) -> int:
     command = COMMANDS[name]
     if not command.program:
         return OWN[name](arguments)
+    program = load(command.program)
     sys.argv = [f"{sys.argv[0]} {name}", *arguments]
-    return int(importlib.import_module(command.program).main([*command.first, *arguments]) or 0)
+    return int(program.main([*command.first, *arguments]) or 0)
+
+
+def load(program: str) -> Any:
+    """The module of a program. A machine that has joined a bus has only the clients."""
+    try:
+        return importlib.import_module(program)
+    except ModuleNotFoundError as error:
+        raise Missing(f"this needs {error.name}.py, which is not in {HERE}: copy it from the same version") from None
 
 
 def show_help(arguments: Sequence[str]) -> int:
@@ -125,9 +138,7 @@ def show_help(arguments: Sequence[str]) -> int:
 
 
 def version(arguments: Sequence[str]) -> int:
-    import bus_server
-
-    print(f"agent-bus {bus_server.VERSION} in {HERE}, Python {sys.version.split()[0]}")
+    print(f"agent-bus {load('bus_send').VERSION} in {HERE}, Python {sys.version.split()[0]}")
     return 0
 
 
@@ -156,9 +167,10 @@ def words(name: str) -> list[str]:
 
 
 def help_of(program: str, first: Sequence[str]) -> str:
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(SystemExit):
-        importlib.import_module(program).main([*first, "--help"])
+    """What its program says; an empty text without the program."""
+    out, ends = io.StringIO(), contextlib.suppress(SystemExit, Missing)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()), ends:
+        load(program).main([*first, "--help"])
     return out.getvalue()
 
 
@@ -224,6 +236,10 @@ fish, in ~/.config/fish/config.fish: agent-bus completion fish | source
 
 class Unknown(Exception):
     """The user has named a command or a shell that does not exist; the text says which exist."""
+
+
+class Missing(Unknown):
+    """The program of a command is not on this machine."""
 
 
 def known(name: str) -> str:

@@ -24,6 +24,10 @@ from decimal import Decimal
 from typing import Any
 from urllib.parse import urlencode
 
+# Python 3.8 says this sentence; older ones show the line, as a SyntaxError, because they do not know `:=`.
+if sys.version_info < (3, 9) and (needs := "bus_inbox.py needs Python 3.9 or later"):  # noqa: UP036
+    sys.exit(needs)
+
 HERE = os.path.dirname(os.path.realpath(__file__))
 sys.path += [HERE, os.path.dirname(HERE)]  # the clients lie beside this file or one folder up, or are installed
 try:

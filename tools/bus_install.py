@@ -31,6 +31,10 @@ import sysconfig
 from collections.abc import Callable, Sequence
 from typing import Any
 
+# Python 3.8 says this sentence; older ones show the line, as a SyntaxError, because they do not know `:=`.
+if sys.version_info < (3, 9) and (needs := "bus_install.py needs Python 3.9 or later"):  # noqa: UP036
+    sys.exit(needs)
+
 HERE = os.path.dirname(os.path.realpath(__file__))
 sys.path += [HERE, os.path.dirname(HERE)]  # the clients lie beside this file or one folder up, or are installed
 import bus_recv  # noqa: E402

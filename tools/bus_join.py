@@ -41,7 +41,8 @@ from collections.abc import Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
-FILES = tuple(f"bus_{name}.py" for name in "recv send doctor join work log file outbox".split())
+NAMES = "recv send doctor join work log file outbox who inbox"
+FILES = (*(f"bus_{name}.py" for name in NAMES.split()), "agent_bus.py")
 PROFILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # it becomes the name of a file
 # What a configuration is about. Only the line's own arguments say it here, so that no other bus gets in.
 OURS = ["AGENT_BUS_URL", "AGENT_BUS_TOKEN", "AGENT_BUS_TOKEN_FILE", "AGENT_BUS_CA", "AGENT_BUS_PROFILE",

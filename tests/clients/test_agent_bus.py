@@ -19,7 +19,7 @@ import bus_send
 from tests.clients.test_clients import home, program, refusing, run  # noqa: F401
 from tests.kit.bad_servers import DATE, NOON, Scripted, answer, mail, message, page
 from tests.kit.processes import PATIENCE, ROOT, in_time
-from tools import agent_bus, bus_install, bus_who
+from tools import agent_bus, bus_install, bus_join, bus_who
 
 SCRIPT = "tools/agent_bus.py"
 HOSTILE = "\x1b[31mred\x1b]0;title\x07 \x9b1m\u202eevil\u200b\r over"
@@ -148,6 +148,26 @@ def test_ctrl_c_while_a_program_is_loaded_ends_it_quietly(monkeypatch, capsys):
 
     monkeypatch.setitem(agent_bus.OWN, "version", interrupted)
     assert agent_bus.main(["version"]) == 130 and capsys.readouterr() == ("", "")
+
+
+def test_on_a_machine_that_has_joined_it_has_the_commands_of_the_clients(bus, tmp_path):
+    place = tmp_path / "joined"
+    place.mkdir()
+    for file in bus_join.FILES:
+        (place / file).write_bytes(bus.get(f"/{file}"))
+    mails(bus.url, "one")
+
+    def command(*arguments):
+        env = {**os.environ, "AGENT_BUS_URL": bus.url, "AGENT_NAME": "bob"}
+        line = [sys.executable, "-I", "-S", str(place / "agent_bus.py"), *arguments]
+        done = subprocess.run(line, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=PATIENCE)
+        return done.returncode, done.stdout, done.stderr
+
+    assert "| one" in command("inbox")[1] and "spark" in command("who")[1]
+    assert "spark > bob: one" in command("log", "--short", "--no-follow")[1]
+    assert str(place) in command("version")[1] and "--subject" in command("completion", "bash")[1]
+    code, out, err = command("invite", "dell")
+    assert (code, out, err.count("\n")) == (2, "", 1) and f"needs bus_server.py, which is not in {place}" in err
 
 
 def test_serve_is_the_bus(tmp_path):
