@@ -84,9 +84,15 @@ reopen() {
 # A signal ends the wait at once. The command may outlive a kill -9 by a whole poll, so it does not get the locks.
 patiently() { "$@" 6>&- 7>&- 8>&- 9>&- & wait $!; }
 
+# Of LOG, FULL or ANSWER. Nothing if the file was renamed or removed just now.
+last_line() { tail -n 1 "$1" 2>/dev/null; }
+
 cut_torn_line() {
-  [ "$(tail -n 1 "$1" | wc -l)" -eq 1 ] ||
-    dd if=/dev/null of="$1" bs=1 seek=$(($(wc -c <"$1") - $(tail -n 1 "$1" | wc -c))) 2>/dev/null
+  local torn size
+  if [ -s "$1" ] && [ "$(last_line "$1" | wc -l)" -ne 1 ]; then
+    torn=$(last_line "$1" | wc -c)
+    size=$({ wc -c <"$1"; } 2>/dev/null) && dd if=/dev/null of="$1" bs=1 seek=$((size - torn)) 2>/dev/null
+  fi
 }
 
 # `line` makes one line of any text: it replaces tabs, newlines, control, bidi and invisible characters by blanks: those
@@ -114,26 +120,28 @@ take_place() {
 # After this, both files end with a whole line, the cursor is that of FULL's last message, and LOG has a line for each
 # line of FULL. While FULL is empty, as after a rotation, the cursor stays as it is.
 resume() {
-  local logged its_place="$since $bus"
-  if [ -s "$FULL" ]; then cut_torn_line "$FULL"; fi
+  local logged stored its_place="$since $bus"
+  cut_torn_line "$FULL"
   cut_torn_line "$LOG"
   if [ -s "$FULL" ]; then
-    take_place < <(tail -n 1 "$FULL")
+    take_place < <(last_line "$FULL")
     [ -n "$since" ] || [ ! -e "$FULL" ] || die 2 "the last line of $FULL is not a message: move that file away"
   fi
   if [ ! -e "$FULL" ]; then  # it was renamed just now
     [ -n "$since" ] || read -r since bus <<<"$its_place"
     return 0
   fi
-  logged=$(grep -vc '^#' "$LOG")
-  if [ "$logged" -gt "$(wc -l <"$FULL")" ]; then : >"$LOG"; logged=0; fi  # FULL was moved away, or lost to a power cut
-  tail -n +$((logged + 1)) "$FULL" | summary >&8
+  logged=$(grep -vc '^#' "$LOG" 2>/dev/null)
+  [ -n "$logged" ] || return 0  # it was renamed just now, too
+  stored=$({ wc -l <"$FULL"; } 2>/dev/null)
+  if [ "$logged" -gt "${stored:-$logged}" ]; then : >"$LOG"; logged=0; fi  # FULL was moved away, or lost to a power cut
+  tail -n +$((logged + 1)) "$FULL" 2>/dev/null | summary >&8
 }
 
 # Write a remark to LOG, once, even if a restarted listener has the same remark.
 remark() {
   say "$1"
-  [ "$(tail -n 1 "$LOG")" = "# $1" ] || printf '# %s\n' "$1" >&8
+  [ "$(last_line "$LOG")" = "# $1" ] || printf '# %s\n' "$1" >&8
 }
 
 # Writes ANSWER: the body, then the status on a line of its own. It is a new file each time, because a curl that
@@ -232,7 +240,7 @@ receive() {
 # Writes ANSWER to FULL and LOG. Prints two lines: news and the values for the next poll, then a sentence. It runs in a
 # subshell, because bash 5.2 loses a signal that arrives while it reads a "$(", and the loop must not lose one.
 digest() (
-  news=fault sentence="no answer from $url (curl $1)" status=$(tail -n 1 "$ANSWER")
+  news=fault sentence="no answer from $url (curl $1)" status=$(last_line "$ANSWER")
   { read -r verdict; read -r its_bus; read -r count; read -r gap; } < <(verdict)
   case $1,$status,$since,$verdict in
     0,*,mail | 0,*,ahead)
@@ -307,7 +315,8 @@ if [[ $dir == \~/* ]]; then
   [[ $home == /* ]] || die 2 "there is no home directory: set AGENT_BUS_STATE_DIR"
   dir=$home/${dir#??}
 fi
-{ mkdir -p "$dir" && chmod 700 "$dir"; } 2>/dev/null || die 2 "cannot write to $dir"
+{ mkdir -p "$dir" && chmod 700 "$dir"; } 2>/dev/null ||
+  die 2 "cannot write to $dir: set AGENT_BUS_STATE_DIR"
 name=$AGENT_NAME
 [ "$channel" = default ] || name+=/$channel
 name=$dir/$(encode "$name")

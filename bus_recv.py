@@ -58,6 +58,7 @@ if sys.version_info < (3, 9) and (needs := "bus_recv.py needs Python 3.9 or late
 
 HOLD_SECONDS = 25.0  # the bus may hold a poll; common proxies cut a quiet request after 30 s
 LOUD_SECONDS = 60.0  # after so much outage the user is told: silence must not look like health
+GREET_SECONDS = 0.3  # after a bus was found; a refused poll is answered sooner
 LOCK_SECONDS = 3.0  # to wait until the reader that this one replaces has ended
 
 # A Monitor of Claude Code cuts or drops what exceeds its limits; these are a little lower. In UTF-16 units: a line has
@@ -130,7 +131,8 @@ class Reader:
         self.failures, self.announced, self.came, self.doubted = 0, False, False, False
         self.open_cursor = Cursor  # or a subclass
         self.announce: Callable[[str], None] = lambda line: None
-        self.warn = self.greet = self.announce  # greet: called when a bus was found
+        self.warn = self.announce
+        self.greet: Callable[[], Any] = bool  # called when a bus was found
         self.clock: Any = time
 
     def messages(self, once: bool = False, timeout: float | None = None) -> Iterator[dict[str, Any]]:
@@ -193,7 +195,7 @@ class Reader:
             if health.get("ok") is not True:
                 raise Unreachable()
             self.take_up(health)
-            self.greet(f"listening as {', '.join(self.names)} on {self.url}")
+            self.greet()
         answer, self.bus_time = self.request(hold, seconds)
         if not isinstance(answer.get("messages"), list) or not DECIMAL.fullmatch(str(answer.get("now"))):
             raise Unreachable()
@@ -276,30 +278,19 @@ class Cursor:
 
     def __init__(self, bus: str, channel: str, name: str, warn: Callable[[str], None]) -> None:
         self.path = os.path.join(state_directory(), "cursors", *map(file_name, (bus, channel, name)))
-        self.lock = self.only_one(name)
-        self.at, self.warn = "last", warn
+        self.lock, self.at, self.warn = self.only_one(name), "last", warn
         self.load()
         self.move(self.at)  # if the file cannot be written, fail before a message is asked for
 
     def only_one(self, name: str) -> IO[str]:
         """A file, locked until it is closed or this process ends: two readers would each see half of the mail."""
-        file, end = self.opened("~lock", os.O_RDWR, "r+"), time.monotonic() + LOCK_SECONDS
+        file, end = private_file(f"{self.path}~lock", os.O_RDWR, "r+"), time.monotonic() + LOCK_SECONDS
         while not try_lock(file, self.path):
             if time.monotonic() >= end:
                 raise Busy(f"{name} is already read by process {file.read(20).strip()}: end that one first")
             time.sleep(0.05)
         print(f"{os.getpid():<20}", file=file, flush=True)  # blanks replace the digits of an earlier, longer number
         return file
-
-    def opened(self, suffix: str, flags: int, mode: str) -> IO[str]:
-        """One of the files of this cursor, which only this user can read. OSError says what to do."""
-        path = self.path + suffix
-        try:
-            os.makedirs(state_directory(), 0o700, exist_ok=True)
-            os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
-            return open(os.open(path, flags | os.O_CREAT, 0o600), mode, encoding="ascii")
-        except OSError as error:
-            raise OSError(f"cannot write {path}: {error.strerror}; set AGENT_BUS_STATE_DIR to another place") from error
 
     def load(self) -> None:
         """Read the cursor from the file. If the file has none, the cursor stays as it is."""
@@ -312,15 +303,25 @@ class Cursor:
 
     def move(self, since: str) -> None:
         """Save that everything up to `since` was received."""
-        self.at, new = since, f"~{os.getpid()}"
-        with self.opened(new, os.O_WRONLY | os.O_TRUNC, "w") as file:
+        self.at, new = since, f"{self.path}~{os.getpid()}"
+        with private_file(new, os.O_WRONLY | os.O_TRUNC, "w") as file:
             file.write(f"{since}\n")
-        os.replace(self.path + new, self.path)
+        os.replace(new, self.path)
 
     def pass_over(self, message: Any) -> None:
         """Save that this message was received."""
         if isinstance(message, dict) and seconds_of(message):
             self.move(str(message["ts"]))
+
+
+def private_file(path: str, flags: int, mode: str) -> IO[str]:
+    """A file in the state directory, made if need be, that only this user can read. OSError says what to do."""
+    try:
+        os.makedirs(state_directory(), 0o700, exist_ok=True)
+        os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
+        return open(os.open(path, flags | os.O_CREAT, 0o600), mode, encoding="ascii", errors="replace")
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error.strerror}; set AGENT_BUS_STATE_DIR to another place") from error
 
 
 def try_lock(file: IO[Any], path: str) -> bool:
@@ -477,24 +478,15 @@ def exchange(url: str, path: str, body: bytes | None, seconds: float) -> tuple[h
         raise Unreachable(said + through) from error
 
 
-class Local(http.client.HTTPConnection):
-    """HTTP over a Unix socket, whose path is in `place`."""
-
-    place = ""
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(self.timeout)
-        self.sock.connect(self.place)
-
-
 def connect(url: str, seconds: float) -> tuple[http.client.HTTPConnection, str, dict[str, str]]:
     """A connection towards `url`, not open yet; the text before the path in a request line; the usual headers."""
     parts, given = parts_of(url), settings(url)
     headers = {"User-Agent": given.get("AGENT_BUS_UA", "Mozilla/5.0")}  # firewalls drop what looks like a script
     if parts.scheme == "unix":
-        local = Local("localhost", timeout=seconds)
-        local.place = parts.path
+        local: Any = http.client.HTTPConnection("localhost")
+        local.sock = socket.socket(socket.AF_UNIX)
+        local.sock.settimeout(seconds)
+        local.connect = lambda: local.sock.connect(parts.path)
         return local, "", headers
     secure = parts.scheme == "https"
     host, port = parts.hostname or "", parts.port or (443 if secure else 80)
@@ -598,7 +590,7 @@ def hung_up_after(seconds: float, sock: socket.socket) -> contextlib.ExitStack:
 
     stack = contextlib.ExitStack()
     timer = threading.Timer(seconds * 1.1, hang_up)  # a little after the socket's own timeout, whose error says more
-    timer.daemon = True  # a signal may end us before `cancel` is sure
+    timer.daemon = True  # a signal may come before the next two lines; then nothing would cancel it
     timer.start()
     stack.callback(timer.cancel)
     return stack
@@ -618,7 +610,8 @@ def judged(response: http.client.HTTPResponse, body: bytes, fraction: Any = floa
     if 400 <= response.status < 500 and response.status not in (408, 425, 429) and isinstance(error, str):
         raise Refused(response.status, error)
     wait = response.headers.get("Retry-After", "")
-    said = error or ("a web page, not a bus" if body.lstrip().startswith(b"<") else "not from a bus")
+    is_page = response.status < 500 and body.lstrip().startswith(b"<")  # from 500 on it is a proxy, before a bus
+    said = error or ("a web page, not a bus" if is_page else "not from a bus")
     through = getattr(response, "through", "")  # of exchange()
     raise Unreachable(f"{response.status}: {said}{through}", float(wait) if wait.isdecimal() else 0.0)
 
@@ -716,6 +709,10 @@ def dump(value: Any, depth: int = 99) -> str:
     return str(value) if isinstance(value, Decimal) else json.dumps(value if depth else None)
 
 
+# Signals that end a program and its command. What is ignored stays so, as SIGHUP under nohup; Windows has no SIGHUP.
+ENDS = [it for it in (signal.SIGTERM, getattr(signal, "SIGHUP", 0)) if it and signal.getsignal(it) != signal.SIG_IGN]
+
+
 # The outputs. Each moves the cursor as soon as a message is out, and not before.
 
 
@@ -765,7 +762,7 @@ def run_command(command: str, tries: int, reader: Reader, message: dict[str, Any
                 return
         reader.warn(f"command ended with {process.returncode} for {known.get('id')}, attempt {attempt} of {tries}")
         reader.clock.sleep(pause_after(attempt) if attempt < tries else 0)
-    with reader.cursor.opened("~dead", os.O_WRONLY | os.O_APPEND, "w") as file:
+    with private_file(f"{reader.cursor.path}~dead", os.O_WRONLY | os.O_APPEND, "w") as file:
         file.write(f"{dump(message)}\n")
     reader.warn(f"the command failed {tries} times for {known.get('id')}: it is in {reader.cursor.path}~dead now")
 
@@ -785,7 +782,7 @@ def running(command: str, text: str, known: dict[str, Any], attempt: int) -> Ite
         file.write(text.encode())
         file.seek(0)
         with contextlib.ExitStack() as started:  # a signal that comes meanwhile waits until we know whom to kill
-            for number in filter(lambda one: callable(signal.getsignal(one)), (signal.SIGINT, signal.SIGTERM)):
+            for number in filter(lambda one: callable(signal.getsignal(one)), (signal.SIGINT, *ENDS)):
                 started.callback(signal.signal, number, signal.signal(number, lambda one, _: came.append(one)))
             process = subprocess.Popen(command, shell=True, stdin=file, env=fields, start_new_session=True)
             stack.callback(kill, process)
@@ -832,7 +829,8 @@ def main(argv: list[str] | None = None) -> int:
     options, unknown = cli.parse_known_args(argv)
     if not options.tool and (unknown or (options.names and options.read)):
         cli.error(f"unknown: {' '.join(unknown)}" if unknown else "give NAME, or --read ID")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    for number in ENDS:
+        signal.signal(number, lambda *_: sys.exit(0))
     try:
         return run_tool(options.tool, argv) if options.tool else read(options)
     except (KeyboardInterrupt, Refused, Unreachable, Busy, ValueError, OSError) as error:
@@ -862,7 +860,9 @@ def read(options: argparse.Namespace) -> int:
         return 0
     # A program that reads our JSON, or the output of the command, must get nothing else on stdout.
     reader.warn, reader.announce = complain, complain if options.json or options.exec else announce
-    reader.greet = reader.greet if options.once else complain
+    greeting = threading.Timer(GREET_SECONDS, complain, [f"listening as {', '.join(reader.names)} on {reader.url}"])
+    greeting.daemon = True  # a refusal ends this process before it
+    reader.greet = bool if options.once else greeting.start
     timeout = HOLD_SECONDS if options.once and options.timeout is None else options.timeout
     if options.monitor or not (options.exec or options.json) and sys.stdout and stat.S_ISSOCK(os.fstat(1).st_mode):
         show_blocks(reader, reader.answers(options.once, timeout), 0 if options.once else SETTLE_SECONDS)

@@ -55,7 +55,11 @@ if sys.version_info < (3, 9) and (needs := "bus_send.py needs Python 3.9 or late
 
 USUAL = {"subject", "reply_to", "type", "priority", "ttl", "content_type"}  # members of a message, arguments of send()
 # Faults that time does not heal, and what does.
-LASTING = {"gaierror": "Is the host's name right?", "SSLCertVerificationError": "Set AGENT_BUS_CA to its certificate."}
+LASTING = {
+    "gaierror": "Is the host's name right?",
+    "SSLCertVerificationError": "Set AGENT_BUS_CA to its certificate.",
+    "SSLError": "Does this port speak https?",
+}
 UPLOAD_RATE = 8192  # bytes per second of a message, the slowest that the bus accepts
 HOLD_SECONDS = 25.0  # the bus may hold a question; common proxies cut a quiet request after 30 s
 
@@ -94,9 +98,8 @@ def ask(to: str, msg: str, *, timeout: float = 300.0, warn: Any = None, **given:
         if not answer:
             keep_copy(url, message, found)
         answer, now = found, time.monotonic()
-        if (
-            now >= end or isinstance(answer.get("reply"), dict) or "bus" not in answer
-        ):  # that would store it again
+        # A bus of the first contract, whose answer has no `bus`, would store the question again.
+        if now >= end or isinstance(answer.get("reply"), dict) or "bus" not in answer:
             return answer
         time.sleep(min(max(began + 1 - now, 0), end - now))  # in case the bus does not hold a question
 
@@ -164,7 +167,7 @@ def compose(to: Any, msg: str, *, fields: Any = None, **given: Any) -> tuple[str
     if not sender and not credentials(own["AGENT_BUS_URL"]):  # a token names its sender
         raise ValueError("the sender is missing: give --from NAME or set AGENT_NAME")
     message = {"from": sender, "to": to, "channel": channel, "msg": msg, "key": key or new_key()}
-    members = {**(fields or {}), **message, **given}.items()
+    members = {**message, **given, **(fields or {}), **message}.items()  # the order of the first, the value of the last
     return own["AGENT_BUS_URL"], {field: value for field, value in members if value is not None}
 
 
@@ -320,24 +323,15 @@ def exchange(url: str, path: str, body: bytes | None, seconds: float) -> tuple[h
         raise Unreachable(said + through) from error
 
 
-class Local(http.client.HTTPConnection):
-    """HTTP over a Unix socket, whose path is in `place`."""
-
-    place = ""
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(self.timeout)
-        self.sock.connect(self.place)
-
-
 def connect(url: str, seconds: float) -> tuple[http.client.HTTPConnection, str, dict[str, str]]:
     """A connection towards `url`, not open yet; the text before the path in a request line; the usual headers."""
     parts, given = parts_of(url), settings(url)
     headers = {"User-Agent": given.get("AGENT_BUS_UA", "Mozilla/5.0")}  # firewalls drop what looks like a script
     if parts.scheme == "unix":
-        local = Local("localhost", timeout=seconds)
-        local.place = parts.path
+        local: Any = http.client.HTTPConnection("localhost")
+        local.sock = socket.socket(socket.AF_UNIX)
+        local.sock.settimeout(seconds)
+        local.connect = lambda: local.sock.connect(parts.path)
         return local, "", headers
     secure = parts.scheme == "https"
     host, port = parts.hostname or "", parts.port or (443 if secure else 80)
@@ -441,7 +435,7 @@ def hung_up_after(seconds: float, sock: socket.socket) -> contextlib.ExitStack:
 
     stack = contextlib.ExitStack()
     timer = threading.Timer(seconds * 1.1, hang_up)  # a little after the socket's own timeout, whose error says more
-    timer.daemon = True  # a signal may end us before `cancel` is sure
+    timer.daemon = True  # a signal may come before the next two lines; then nothing would cancel it
     timer.start()
     stack.callback(timer.cancel)
     return stack
@@ -461,7 +455,8 @@ def judged(response: http.client.HTTPResponse, body: bytes, fraction: Any = floa
     if 400 <= response.status < 500 and response.status not in (408, 425, 429) and isinstance(error, str):
         raise Refused(response.status, error)
     wait = response.headers.get("Retry-After", "")
-    said = error or ("a web page, not a bus" if body.lstrip().startswith(b"<") else "not from a bus")
+    is_page = response.status < 500 and body.lstrip().startswith(b"<")  # from 500 on it is a proxy, before a bus
+    said = error or ("a web page, not a bus" if is_page else "not from a bus")
     through = getattr(response, "through", "")  # of exchange()
     raise Unreachable(f"{response.status}: {said}{through}", float(wait) if wait.isdecimal() else 0.0)
 

@@ -63,7 +63,7 @@ import time
 import traceback
 import zlib
 from bisect import bisect_right
-from collections import Counter, defaultdict, deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from email.utils import formatdate
@@ -2036,7 +2036,7 @@ class Tokens:
 
     def grant(self, authorization: str) -> Grant:
         """What this Authorization header allows, or 401."""
-        token, digest = presented(authorization)
+        token, digest = presented(authorization[:99])  # longer ones are no token, and the cache stays small
         known, grant = self.grants.get(token, (NOBODY, OPEN))
         if hmac.compare_digest(digest, known):
             self.used[token] = int(time.time())
@@ -2115,12 +2115,25 @@ def ip_address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | Non
         return None
 
 
+def note(entries: OrderedDict[Any, Any], key: Any, value: Any, most: int) -> None:
+    """Make an entry the newest; of more than `most`, the oldest is dropped.
+
+    With a dict this would take longer each time: it walks over all the entries that were deleted before its first one.
+    """
+    entries[key] = value
+    entries.move_to_end(key)
+    if len(entries) > most:
+        entries.popitem(last=False)
+
+
 class Budget:
     """A limit for each owner: `burst` at once, and `rate` a second (0: no limit). The clock is passed in."""
 
+    OWNERS = 20000  # some 300 bytes each; of more, the quietest is forgotten, and its budget is full
+
     def __init__(self, clock: Callable[[], float], rate: float, burst: float) -> None:
         self.clock, self.rate, self.burst = clock, rate, burst
-        self.left: dict[str, tuple[float, float]] = {}  # what each owner has left, at which time; last used last
+        self.left: OrderedDict[str, tuple[float, float]] = OrderedDict()  # what each owner has left, at which time
 
     def wait(self, owner: str, amount: float) -> int:
         """Spend `amount` and return 0; or return the seconds until that is possible. A full budget may go below 0."""
@@ -2131,24 +2144,14 @@ class Budget:
         left = min(self.burst, left + (now - before) * self.rate)
         if amount > left and left < self.burst:
             return math.ceil((min(amount, self.burst) - left) / self.rate)
-        self.left.pop(owner, None)
-        self.left[owner] = left - amount, now
+        note(self.left, owner, (left - amount, now), self.OWNERS)
         return 0
 
     def take(self, owner: str, amount: float) -> None:
         """Spend `amount`, which was not known before; the budget may go below 0."""
         now = self.clock()
-        left, before = self.left.pop(owner, (self.burst, now))
-        self.left[owner] = min(self.burst, left + (now - before) * self.rate) - amount, now
-
-    def forget(self) -> None:
-        """Drop the owners whose budget is full again, up to the first whose is not."""
-        now = self.clock()
-        while self.left:
-            owner, (left, at) = next(iter(self.left.items()))
-            if left + (now - at) * self.rate < self.burst:
-                return
-            del self.left[owner]
+        left, before = self.left.get(owner, (self.burst, now))
+        note(self.left, owner, (min(self.burst, left + (now - before) * self.rate) - amount, now), self.OWNERS)
 
 
 class Storms:
@@ -2160,13 +2163,13 @@ class Storms:
     BURST = 1000  # messages a sender may send at once, before `rate` (messages per second) holds it back
     READS, READS_BURST = 200, 2000  # requests of one reader: per second, and in one burst
     WORK, WORK_BURST = 8 << 20, 128 << 20  # bytes of large answers to one reader: the same
+    WORK_SHARE = 0.07  # of the time of the loop that WORK takes
     PARSING = 4  # a byte of a request takes up to so many times as long as a byte of an answer
     NAMES, NAMES_BURST = 10 / 60, 1000  # names that one owner uses for the first time: the same
-    SENDER_SECONDS = 86400.0  # s that a sender is known
     DEPTH = 32  # replies to replies; people change the subject earlier
     WITHIN = 600.0  # s in which changes of direction between two names are counted
     NOTED = 60.0  # s after which it is noted again that a sender or a pair still speaks
-    PAIRS = 50000  # of names whose turns are counted, some 300 bytes each; of more, the quietest is forgotten
+    SENDERS, PAIRS = 100000, 50000  # that are known at most, some 300 bytes each; the quietest is forgotten
 
     def __init__(self, clock: Callable[[], float], rate: float, turns: int = 120) -> None:
         self.clock = clock
@@ -2175,19 +2178,9 @@ class Storms:
         self.reads = Budget(clock, self.READS if rate else 0, self.READS_BURST)
         self.names = Budget(clock, self.NAMES if rate else 0, self.NAMES_BURST)
         self.work = Budget(clock, self.WORK if rate else 0, self.WORK_BURST)
-        # By pair: who sent last, when, and the times of the changes of direction; the pair that sent last is the last.
-        self.turns: dict[tuple[str, str, str], tuple[str, float, list[float]]] = {}
-        self.senders: dict[str, float] = {}  # when each sent last, in that order; one that is not listed is a new name
-
-    def forget(self) -> None:
-        """Drop the entries that limit nobody any more; called now and then."""
-        for budget in (self.sends, self.reads, self.names, self.work):
-            budget.forget()
-        now = self.clock()
-        while self.turns and next(iter(self.turns.values()))[1] < now - self.WITHIN:
-            del self.turns[next(iter(self.turns))]
-        while self.senders and next(iter(self.senders.values())) < now - self.SENDER_SECONDS:
-            del self.senders[next(iter(self.senders))]
+        # By pair: who sent last, when, and the times of the changes of direction.
+        self.turns: OrderedDict[tuple[str, str, str], tuple[str, float, list[float]]] = OrderedDict()
+        self.senders: OrderedDict[str, float] = OrderedDict()  # when each sent last; one that is not listed is new
 
     def read(self, owner: str, reader: str = "") -> None:
         """A request of one reader: several of them may be on one machine, and several owners may read one name."""
@@ -2203,10 +2196,24 @@ class Storms:
             who = reader or owner
             raise too_much(f"{who} sends and gets more bytes than the bus has time for: wait {wait} s", wait)
 
-    def worked(self, owner: str, reader: str, size: int) -> None:
+    def worked(self, owner: str, reader: str, size: float) -> None:
         """An answer of `size` bytes was made."""
         if self.work.rate:
             self.work.take(f"{owner}/{reader}", size)
+
+    @contextlib.contextmanager
+    def parsing(self, owner: str, size: int) -> Iterator[None]:
+        """429, or the owner pays for a large body: for its bytes and, if it takes longer than those do, for its time.
+
+        JSON of many small parts takes up to ten times as long as other JSON.
+        """
+        self.check_work(owner, "", size)
+        began = time.thread_time()
+        try:
+            yield
+        finally:
+            took = (time.thread_time() - began) / self.WORK_SHARE * self.WORK
+            self.worked(owner, "", max(took - size * self.PARSING, 0))
 
     def name(self, owner: str, names: int) -> None:
         wait = self.names.wait(owner, names) if names else 0
@@ -2232,8 +2239,7 @@ class Storms:
         if new:
             self.name(owner, new)
         if heard is None or heard < now - self.NOTED:
-            self.senders.pop(sender, None)
-            self.senders[sender] = now
+            note(self.senders, sender, now, self.SENDERS)
         for channel, sender, to in each:
             if to != EVERYONE:
                 warning = self.turn(channel, sender, to, now) or warning
@@ -2254,10 +2260,7 @@ class Storms:
                 often = f"{self.most_turns} times in {self.WITHIN / 60:g} minutes"
                 raise too_much(f"{sender} and {to} have answered each other {often}: stop, or wait {wait} s", wait)
             turns.append(now)
-        self.turns.pop(pair, None)
-        self.turns[pair] = sender, now, turns
-        if len(self.turns) > self.PAIRS:
-            del self.turns[next(iter(self.turns))]
+        note(self.turns, pair, (sender, now, turns), self.PAIRS)
         if len(turns) < max(self.most_turns // 4, 1):
             return ""
         often = f"{len(turns)} times in {self.WITHIN / 60:g} minutes"
@@ -2275,6 +2278,7 @@ class Storms:
 # the bus reports it on stderr and goes on without it, so that no row can end the bus.
 
 MAILBOX_MESSAGES, MAILBOX_BYTES = 10000, 64 << 20  # unfetched, for one name; beyond it senders get 429
+RECOUNT_SECONDS = 60  # s after which a mailbox that seems to be nearly full is counted again: 10 ms
 # From here on, no sender gets more than a quarter of them.
 MUCH_MESSAGES, MUCH_BYTES = MAILBOX_MESSAGES * 3 // 4, MAILBOX_BYTES * 3 // 4
 REMOVE_SLICE = 500  # messages removed in one transaction: a few ms that a send may have to wait
@@ -2383,9 +2387,9 @@ INSERT_ROWS = 90  # in one statement; SQLite before 3.32 takes 999 values
 WHOLE_ROW = "(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 PLAIN_ROW = "(?, ?, ?, ?, ?, NULL, 0, ?, ?, NULL, NULL)"  # without ttl and reply_to, as most: 5,000 instructions less
 # In messages JOIN mailboxes LEFT JOIN SLOWEST: nobody has fetched this message or, for one to `all`, a reader has not
-# acknowledged it.
-UNFETCHED = """CASE name WHEN 'all' THEN ifnull(tick > slowest, 0) ELSE
-    tick > max(CAST(fetched AS INTEGER), CAST(ifnull(read, 0) AS INTEGER)) END"""
+# acknowledged it; and it is not expired at %d (wall clock, us).
+UNFETCHED = """(CASE name WHEN 'all' THEN ifnull(tick > slowest, 0) ELSE
+    tick > max(CAST(fetched AS INTEGER), CAST(ifnull(read, 0) AS INTEGER)) END AND ifnull(expires > %d, 1))"""
 SLOWEST = """(SELECT channel AS its_channel, min(CAST(ifnull(read, 0) AS INTEGER)) AS slowest FROM mailboxes WHERE own
     GROUP BY channel) ON its_channel = channel"""  # the readers of each channel, once for a statement
 ROW = "tick, channel, name, sender, text, n, expires, answers, sum"
@@ -2626,7 +2630,7 @@ class Remove(Operation):
     def apply(self, state: State, now: Now) -> int | None:
         known = state.extensions()
         spared = [kept_for(each) for each in sorted(self.kept_for) if each in known]
-        spared += [UNFETCHED] if self.fetched_only else []
+        spared += [UNFETCHED % now.wall] if self.fetched_only else []
         joined = f"LEFT JOIN {SLOWEST}" if self.fetched_only else ""
         looked = state.writing.execute(
             f"SELECT tick, channel, name, n, mailbox, length(text), {' OR '.join(spared or '0')} "
@@ -3328,16 +3332,31 @@ class View(Rows):
         row = below or self.first("n - 1", (channel, own), tick, only=SOUND_N)
         return int(row[0]) if row else None
 
-    def sizes(self, channel: str, own: str, above: int, upto: int) -> Iterator[tuple[str, int]]:
-        """The sender and the bytes of each message of a mailbox between two ticks, of the first COUNTED."""
-        with contextlib.closing(self.mail("sender, length(text)", (channel, own), above, upto)) as rows:
-            yield from islice(rows, self.COUNTED)
+    def sizes(self, channel: str, own: str, above: int, upto: int, at: int) -> Iterator[tuple[str, int]]:
+        """The sender and the bytes of each message of a mailbox between two ticks, if it had not expired.
+
+        It looks at the first COUNTED.
+        """
+        alive = f"sender, length(text), {ALIVE.replace('?', str(at))}"
+        with contextlib.closing(self.mail(alive, (channel, own), above, upto)) as rows:
+            yield from ((sender, size) for sender, size, counts in islice(rows, self.COUNTED) if counts)
 
     COUNTED = 3 * MAILBOX_MESSAGES  # a mailbox can get more than MAILBOX_MESSAGES, as one send may have thousands
 
-    def hole(self, channel: str, own: str, above: int, upto: int) -> bool:
-        """Does a mailbox have a message between these ticks that can still be delivered?"""
-        return bool(self.first("1", (channel, own), above, upto, only=ALIVE, values=(self.clock(),)))
+    def hole(self, channel: str, own: str, above: int, upto: int) -> tuple[bool, int]:
+        """Does a mailbox have a message between these ticks that can still be delivered? Up to which has none expired?
+
+        After LOOKED_FOR_HOLE expired messages it is taken to have one, and the next look goes on there.
+        """
+        now, expired_to = self.clock(), above
+        with contextlib.closing(self.mail("messages.tick, expires", (channel, own), above, upto)) as rows:
+            for looked, (tick, expires) in enumerate(rows):
+                if expires is None or expires > now or looked == self.LOOKED_FOR_HOLE:
+                    return True, expired_to
+                expired_to = tick
+        return False, expired_to
+
+    LOOKED_FOR_HOLE = 1000  # messages: 1 ms
 
     def lineage(self, tick: int) -> tuple[int, int]:
         """The tick that began the chain of replies of a message, and its depth; a removed message begins a new one."""
@@ -3592,14 +3611,22 @@ class Parked(Protocol):
 
 
 class Unfetched:
-    """The messages of a mailbox above a tick, counted."""
+    """The messages of a mailbox above a tick, counted; without those that had expired by then."""
 
-    __slots__ = ("above", "by_sender", "counts_senders", "messages", "size")
+    __slots__ = ("above", "at", "by_sender", "counts_senders", "messages", "size")
 
-    def __init__(self, above: int, by_sender: bool) -> None:
+    def __init__(self, above: int, by_sender: bool, at: int) -> None:
         self.above, self.messages, self.size = above, 0, 0  # size: bytes
+        self.at = at  # wall clock, us
         self.counts_senders = by_sender
         self.by_sender: dict[str, tuple[int, int]] = {}  # the same of each sender
+
+    def recalled(self, message: Message) -> None:
+        if message.tick > self.above and (message.expires is None or message.expires > self.at):
+            self.add(message.sender, -1, -len(message.text))
+
+    def is_much(self) -> bool:
+        return self.messages >= MUCH_MESSAGES or self.size >= MUCH_BYTES
 
     def add(self, sender: str, messages: int, size: int) -> None:
         self.messages += messages
@@ -3614,8 +3641,8 @@ class Mailbox:
     """One name on one channel, and how far its messages were read. Values are ticks unless a comment says otherwise."""
 
     __slots__ = (
-        "above address base expired fetched firm listening n newest own pending perishable reached read removed seen "
-        "sent until"
+        "above address base expired expired_to fetched firm listening n newest own pending perishable reached read "
+        "removed seen sent until"
     ).split()
     own: bool
     read: int | None
@@ -3636,6 +3663,7 @@ class Mailbox:
         self.firm = bool(stored)  # it has a row on disk, or should get one; else it was only looked at
         self.base: int | None = None  # how many messages lie up to the mark; None: to be counted
         self.expired: tuple[int, int, int] | None = None  # above which mark, up to when (wall clock, us), how many
+        self.expired_to = 0  # from `fetched` up to this tick all messages are expired
         self.pending: Unfetched | None = None  # None: to be counted
         self.sent = 0  # of the last message that this name sent, if an extension notes it
         self.address = ""  # of the reader that polled last
@@ -3658,10 +3686,10 @@ class Mailboxes:
         clock: Callable[[], float],
         stored: Iterable[Sequence[Any]] = (),
         wall: Callable[[], int] = wall_clock,
-        hole: Callable[[str, str, int, int], bool] = lambda channel, own, above, upto: False,
+        hole: Callable[[str, str, int, int], tuple[bool, int]] = lambda channel, own, above, upto: (False, above),
     ) -> None:
         self.clock, self.wall = clock, wall
-        self.hole = hole  # does a mailbox have a message above one tick, up to another?
+        self.hole = hole  # View.hole
         self.lost = 0  # up to this tick messages may be lost by damage
         self.forgotten = 0  # highest tick removed from a forgotten mailbox, which has no mark of its own any more
         self.boxes = {(row[0], row[1]): Mailbox(*row[2:]) for row in stored}
@@ -3759,11 +3787,16 @@ class Mailboxes:
             if own == EVERYONE:  # it is nobody's own mailbox, and has no marks
                 continue
             since = reader.since if isinstance(reader, Poll) and own != reader.me else 0
-            if since > box.fetched and self.hole(str(reader.channel), own, box.fetched, since):
+            if since > box.fetched and self.has_hole(str(reader.channel), own, box, since):
                 low, high = box.above
                 box.above = min(low or since, since), max(high, tick)
                 continue
             self.fetched(reader, own, box, tick)
+
+    def has_hole(self, channel: str, own: str, box: Mailbox, since: int) -> bool:
+        """Is there a message above the mark, up to `since`, that can still be delivered?"""
+        found, box.expired_to = self.hole(channel, own, max(box.fetched, box.expired_to), since)
+        return found
 
     def fetched(self, reader: Parked, own: str, box: Mailbox, tick: int) -> None:
         box.reached = max(box.reached, tick)
@@ -4165,9 +4198,14 @@ class Bus:
         if not route:
             allowed = self.allowed(request)
             raise Refused(405, f"{request.route} takes {' or '.join(allowed)}", ("Allow", ", ".join(allowed)))
+        if method == "HEAD" and route.takes:
+            return Answer(200, b"")
         if len(request.body) > HEAD_BYTES:
-            self.storms.check_work(request.owner(), "", len(request.body))
-        return Answer(200, b"") if method == "HEAD" and route.takes else route.call(request)
+            with self.storms.parsing(request.owner(), len(request.body)):
+                answer: Answer | None = route.call(request)
+        else:
+            answer = route.call(request)
+        return answer
 
     def allowed(self, request: Request) -> list[str]:
         methods = [method for method, route in self.routes if route == request.route]
@@ -4207,7 +4245,8 @@ class Bus:
             self.figures.refused[answer.status] += 1
         if len(answer.body) > HEAD_BYTES:
             reader = connection.request.reader if connection.request else ""  # without one: it was parked
-            self.storms.worked(connection.owner(), reader, len(answer.body))
+            times = self.storms.PARSING if answer.kind.startswith("text/") else 1  # hidden characters are escaped
+            self.storms.worked(connection.owner(), reader, len(answer.body) * times)
         if self.verbose:
             (connection.request or Request(connection, b"")).log_request(answer.status, len(answer.body))
 
@@ -4354,7 +4393,7 @@ class Bus:
             self.gate.tokens.changed = False
 
     def tidy(self) -> None:
-        for tidy in (self.storms.forget, self.retention.forget_names, self.retention.age, *self.on_tidy):
+        for tidy in (self.retention.forget_names, self.retention.age, *self.on_tidy):
             self.loop.attempt(tidy)
         if self.gate.tokens.used:
             self.save_marks_soon()
@@ -4433,10 +4472,15 @@ class Sending:
     def check_room(self, box: Mailbox, channel: str, sender: str, to: str) -> None:
         """429 if a mailbox is full of unfetched messages, or nearly full with over a quarter from this sender."""
         pending = self.unfetched(box, channel, to)
+        if not pending.is_much():
+            return
+        if pending.at < self.view.clock() - RECOUNT_SECONDS * 1000000:  # since then some may have expired
+            box.pending = None
+            pending = self.unfetched(box, channel, to, pending.counts_senders)
         messages, size = pending.messages, pending.size
         if messages >= MAILBOX_MESSAGES or size >= MAILBOX_BYTES:
             raise too_much(f"the mailbox of {to} is full: wait until readers fetch some of its {messages} messages", 60)
-        if messages < MUCH_MESSAGES and size < MUCH_BYTES:
+        if not pending.is_much():
             return
         by_sender = self.unfetched(box, channel, to, by_sender=True).by_sender
         own_messages, own_size = by_sender.get(sender, (0, 0))
@@ -4448,11 +4492,11 @@ class Sending:
         """Counted once for a mailbox; from then on, what was fetched since the last count is taken off."""
         pending = box.pending
         if not pending or (by_sender and not pending.counts_senders):
-            pending = box.pending = Unfetched(box.reached, by_sender)
-            for sender, size in self.bus.view.sizes(channel, to, box.reached, box.newest):
+            pending = box.pending = Unfetched(box.reached, by_sender, self.view.clock())
+            for sender, size in self.view.sizes(channel, to, box.reached, box.newest, pending.at):
                 pending.add(sender, 1, size)
         elif pending.above < box.reached and not self.bus.ledger.removes():  # else some may be gone already
-            for sender, size in self.bus.view.sizes(channel, to, pending.above, box.reached):
+            for sender, size in self.view.sizes(channel, to, pending.above, box.reached, pending.at):
                 pending.add(sender, -1, -size)
             pending.above = box.reached
         return pending
@@ -4570,9 +4614,11 @@ class Retention:
 
     def clock_is_trusted(self) -> bool:
         """A clock that is wrong for a minute must not remove all mail."""
-        wall = self.bus.view.clock() / 1000000
+        wall, jump = self.bus.view.clock() / 1000000, self.JUMP
+        if self.looked is None:  # the bus has just started; nobody may have sent for some hours
+            self.looked, jump = self.bus.last / 1000000 or wall, self.JUMP * 24
         before, self.looked = self.looked, wall
-        if before is not None and abs(wall - before) > self.JUMP:
+        if abs(wall - before) > jump:
             self.trusted = wall + self.JUMP
             say(f"bus_server: the clock jumped by {wall - before:.0f} s: nothing is removed for an hour")
         return wall >= self.trusted
@@ -5054,12 +5100,18 @@ HIDDEN = re.compile(  # as in bus_recv.py
 def shown(text: str) -> str:
     """Text with its control characters and its invisible characters escaped; CRLF and CR become newlines."""
     text = text.replace("\r\n", "\n").replace("\r", "\n")
-    return HIDDEN.sub(lambda match: escaped(match[0]), text)
+    return HIDDEN.sub(lambda match: match[0].translate(ESCAPES), text)
 
 
-@lru_cache(4096)  # a text may have a hundred thousand of them
-def escaped(hidden: str) -> str:
-    return hidden.encode("unicode_escape").decode()
+class Escapes(dict):  # type: ignore[type-arg] # dict[int, str] is no base class in Python 3.8
+    """How each hidden character is shown, for str.translate(). There are some 4,000 of them, so it stays small."""
+
+    def __missing__(self, code: int) -> str:
+        shown = self[code] = chr(code).encode("unicode_escape").decode()
+        return shown
+
+
+ESCAPES = Escapes()
 
 
 def label(value: Any) -> str:
@@ -5498,7 +5550,7 @@ def count_old(path: str, before: int) -> tuple[int, int]:
     try:
         with contextlib.closing(read_only(path)) as database:
             rows = Rows(path, database)
-            pending = " OR ".join([UNFETCHED, *map(kept_for, rows.extensions())])
+            pending = " OR ".join([UNFETCHED % wall_clock(), *map(kept_for, rows.extensions())])
             counted = f"SELECT count(*), count(*) FILTER (WHERE {pending}) FROM messages JOIN mailboxes ON mailbox = id"
             old, unread = rows.ask(f"{counted} LEFT JOIN {SLOWEST} WHERE tick < ?", before)
             return old, unread

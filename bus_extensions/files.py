@@ -15,7 +15,7 @@ import re
 import time
 from typing import IO, Any
 
-from bus_server import BODY_RATE, BODY_SECONDS, Answer, Bus, Connection, Refused, Request, refusal, size
+from bus_server import BODY_RATE, BODY_SECONDS, Answer, Bus, Connection, Refused, Request, Shares, refusal, size
 
 TABLES, NOUN, OPERATIONS = None, "", ()
 
@@ -53,6 +53,8 @@ class Blobs:
         self.arriving: set[str] = set()
         sizes = [size_of(file) for file in self.folder.glob("*")]
         self.used, self.files = sum(sizes), len(sizes)  # bytes; files and parts
+        self.shares = Shares(self.quota, self.quota / 4)  # by token: bytes, and a block for each file and part
+        self.owners: dict[str, str] = {}  # the token that sent a file or a part first, since the bus started
         bus.route("PUT", "/blob/", self.put, "store a file; ID is its sha256", sink=self.upload)
         bus.route("GET", "/blob/", self.get, "get a file; ID is its sha256")
         bus.on_tidy.append(lambda: bus.loop.in_thread(self.forget, self.forgotten))
@@ -75,10 +77,36 @@ class Blobs:
             raise Refused(409, "continue at Upload-Offset, one upload at a time", ("Upload-Offset", str(there)))
         if total > self.quota:
             raise Refused(413, f"the file has {total} bytes, and the limit for all is {self.quota}; nothing was stored")
-        too_many = not there and self.files >= max(self.quota // self.BLOCK, 100)
-        if too_many or self.used + total - there > self.quota:
-            raise Refused(507, "the bus has no room for this file now: files that nobody uses are removed after --keep")
-        return Upload(self, file, start, length, total)
+        full = self.full(request.grant.token, total - there, 0 if there else 1)
+        if full:
+            raise Refused(507, f"{full}: files that nobody uses are removed after --keep")
+        return Upload(self, file, start, length, total, request.grant.token)
+
+    def full(self, token: str, size: int, files: int = 0) -> str:
+        """Why a token may not store so many bytes and files more; empty if it may.
+
+        Only in a room that is three quarters full does its share count: a quarter of the room. Without tokens everyone
+        is one owner.
+        """
+        used, most = self.used + size, max(self.quota // self.BLOCK, 100)
+        if used > self.quota or self.files + files > most:
+            return "the bus has no room for this file now"
+        nearly = used > self.quota * 3 / 4 or self.files + files > most * 3 / 4
+        if token and nearly and self.shares.held[token] + size + files * self.BLOCK > self.shares.most_each:
+            return "the room for files is nearly full, and over a quarter of it would be of this token"
+        return ""
+
+    def count(self, file: pathlib.Path, size: int, files: int = 0) -> None:
+        """Count so many bytes and files more, or less."""
+        self.used += size
+        self.files += files
+        token = self.owners.get(file.name)
+        if token:
+            self.shares.add(token, size + files * self.BLOCK)
+
+    def removed(self, file: pathlib.Path, size: int) -> None:
+        self.count(file, -size, -1)
+        self.owners.pop(file.name, None)
 
     def put(self, request: Request) -> Answer | None:
         """The body of a PUT has arrived; if that was the end of the file, it is checked in a thread."""
@@ -94,8 +122,9 @@ class Blobs:
         """The end of finish(): `status` is its result, or the exception that it raised."""
         upload.busy = False
         if status in (200, 422):  # after an error the part stays
-            self.used -= upload.at
-            self.files -= 1
+            self.removed(upload.part, upload.at)
+        elif status == 201 and upload.part.name in self.owners:
+            self.owners[upload.file.name] = self.owners.pop(upload.part.name)
         if status == 422:
             answer = refusal(Refused(422, "the bytes that arrived do not have this sha256; nothing was stored"))
         elif isinstance(status, Exception):
@@ -128,26 +157,26 @@ class Blobs:
         status, rest = (206 if wanted else 200), Download(stream, size - start)
         return Answer(status, b"", "application/octet-stream", span, file=rest)
 
-    def forget(self) -> list[int]:
-        """In a thread: remove old files, and parts whose upload nobody continued. Returns the bytes of each removed.
+    def forget(self) -> list[tuple[pathlib.Path, int]]:
+        """In a thread: remove old files, and parts whose upload nobody continued. Returns each, and its bytes.
 
         A file is old if nobody sent or requested it during --keep. A part takes room and nobody can read it, so it is
         removed after PART_SECONDS even if everything else is kept for ever.
         """
-        now, keep, gone = time.time(), self.bus.retention.keep, list[int]()
+        now, keep, gone = time.time(), self.bus.retention.keep, list[tuple[pathlib.Path, int]]()
         for file in self.folder.glob("*"):
             with contextlib.suppress(OSError):  # somebody else put a folder or a broken link here: go on
                 status = file.stat()
                 patience = min(keep or math.inf, self.PART_SECONDS if file.suffix == ".part" else math.inf)
                 if status.st_mtime < now - patience and file.stem not in self.arriving:
                     file.unlink()
-                    gone.append(status.st_size)
+                    gone.append((file, status.st_size))
         return gone
 
     def forgotten(self, gone: Any) -> None:
         if isinstance(gone, list):
-            self.used -= sum(gone)
-            self.files -= len(gone)
+            for file, size in gone:
+                self.removed(file, size)
 
 
 def size_of(file: pathlib.Path) -> int:
@@ -171,8 +200,8 @@ def content_range(field: str | None, length: int) -> tuple[int, int]:
 class Upload:
     """The Sink of a file that is arriving. If the connection breaks, the bytes that arrived are kept."""
 
-    def __init__(self, blobs: Blobs, file: pathlib.Path, start: int, length: int, total: int) -> None:
-        self.blobs, self.file, self.part = blobs, file, file.with_suffix(".part")
+    def __init__(self, blobs: Blobs, file: pathlib.Path, start: int, length: int, total: int, token: str) -> None:
+        self.blobs, self.file, self.part, self.token = blobs, file, file.with_suffix(".part"), token
         self.at = self.marked = start
         self.missing, self.total = length, total
         self.busy = False
@@ -183,11 +212,12 @@ class Upload:
         except OSError as error:
             raise Refused(507, f"the bus cannot store the file: {error.strerror}") from None
         blobs.arriving.add(file.name)
-        blobs.used -= there - start
-        blobs.files += is_new
+        if is_new and token:
+            blobs.owners[self.part.name] = token
+        blobs.count(self.part, start - there, int(is_new))
 
     def write(self, data: bytes) -> int:
-        if self.blobs.used + len(data) > self.blobs.quota:  # other files took the room meanwhile
+        if self.blobs.full(self.token, len(data)):  # other files took the room meanwhile
             return 0
         done = 0
         with contextlib.suppress(OSError):
@@ -199,7 +229,7 @@ class Upload:
         length = written if isinstance(written, int) else 0
         self.at += length
         self.missing -= length
-        self.blobs.used += length
+        self.blobs.count(self.part, length)
         if not length:
             raise Refused(507, "the bus has no room for the rest of this file", *self.offset())
 

@@ -144,7 +144,7 @@ class Watch(NamedTuple):
 
 
 class Recall(Operation):
-    """Take a message back for its sender: from now on it counts as expired.
+    """Take a message back for its sender: from now on it counts as expired. The result: was it not taken back before?
 
     The row of the message stays, so that a retry of its send is not stored again.
     """
@@ -155,7 +155,7 @@ class Recall(Operation):
     def __init__(self, tick: int) -> None:
         self.tick = tick
 
-    def apply(self, state: State, now: Now) -> None:
+    def apply(self, state: State, now: Now) -> bool:
         # The table `work` is part of every database, with or without work.py.
         if state.writing.execute("SELECT 1 FROM work WHERE tick = ?", (self.tick,)).fetchone():
             raise Refused(409, "it is too late to recall this message: a worker has it")
@@ -166,6 +166,7 @@ class Recall(Operation):
         state.writing.execute(
             "UPDATE messages SET expires = ?, sum = ? WHERE tick = ?", (RECALLED, checksum(gone), gone.tick)
         )
+        return message.expires != RECALLED
 
 
 OPERATIONS = (Recall,)
@@ -311,9 +312,11 @@ class Replies:
         bus.withheld[step] = message
         return None
 
-    def recalled(self, message: Message, connection: Connection, recall: Recall, result: None) -> Answer:
+    def recalled(self, message: Message, connection: Connection, recall: Recall, is_new: bool) -> Answer:
         box = self.bus.mailboxes.box(message.channel, message.to)
         box.perishable, box.expired = True, None
+        if is_new and box.pending:
+            box.pending.recalled(message)
         return ok(self.bus, '"ok": true')
 
     # Waiting until a message was fetched

@@ -28,10 +28,11 @@ def authority(tmp_path_factory):
 
 @pytest.fixture
 def interruptible():
-    """Ctrl-C works in our children, also where we were started with `&`: a shell lets such a job ignore it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    """Ctrl-C and a hangup work in our children, also where we were started with `&` or nohup, which ignore them."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler), signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
-    signal.signal(signal.SIGINT, before)
+    for number, handler in zip((signal.SIGINT, signal.SIGHUP), before):
+        signal.signal(number, handler)
 
 
 HANGS = 480  # s; no test takes so long even on a busy machine, nor what it sets up or takes down

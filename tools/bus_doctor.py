@@ -64,7 +64,7 @@ class Way:
     port: int
     direct: bool  # that machine is the bus, not a proxy
     health: dict[str, Any]  # the answer of the bus to /healthz
-    old: bool  # the bus speaks the first contract only
+    first: bool  # it is a bus of the first contract
 
     url: str  # of the bus
     name: str  # AGENT_NAME, or an empty text
@@ -175,10 +175,12 @@ class Way:
     def bus(self) -> Finding:
         if self.health.get("ok") is not True or not bus_recv.DECIMAL.fullmatch(str(self.health.get("now"))):
             raise Fault("this server is not an agent-bus", "is that the right host and port?")
-        self.old = "bus" not in self.health and self.fetch("/inbox")[0].status != 401
-        if self.old:
+        self.first = "bus" not in self.health and self.fetch("/inbox")[0].status != 401
+        if self.first:
             return "a bus of the first contract: it can send, receive and list (/send, /recv, /inbox)", FIRST
-        return f"an agent-bus, {self.health.get('bus', 'with tokens')}"  # which tells strangers no id
+        if "bus" not in self.health:
+            return "an agent-bus, which is closed: it tells more to those who have a token"
+        return f"an agent-bus, {self.health['bus']}"
 
     def clock(self) -> Finding:
         if abs(self.skew) < SKEW_SECONDS:
@@ -218,7 +220,7 @@ class Way:
         """POST a message of a size that every bus accepts. It has no receiver, so the bus must refuse it."""
         if not self.name:
             return "skipped: AGENT_NAME is not set", "set it to the name that the others send to"
-        if self.old:
+        if self.first:
             return "skipped: a bus of the first contract would store the test message"
         if not bus_recv.NAME.fullmatch(self.name):
             advice = "a name is 1 to 64 of A-Z a-z 0-9 . _ : @ - with a letter or digit first"
@@ -247,7 +249,7 @@ class Way:
         """Does a request without an answer stay open for as long as the bus may hold it?"""
         if not self.name or not self.hold:
             return "skipped"
-        if self.old:
+        if self.first:
             return "skipped: a bus of the first contract holds a poll for as long as it likes"
         began = time.monotonic()
         try:

@@ -62,9 +62,9 @@ class Observer(bus_recv.Reader):
     """
 
     def __init__(self, filters: dict[str, str | None], since: str) -> None:
-        super().__init__(["nobody"], None, None, since, bus_recv.HOLD_SECONDS)
         if since == "last":
-            raise ValueError("since is 'last': give now, 1h, the id of a message, or seconds like 1795203596.123456")
+            raise ValueError("since is 'last': an observer has no place of its own; give now, 1h or an id")
+        super().__init__(["nobody"], None, None, since, bus_recv.HOLD_SECONDS)
         for names in filter(None, filters.values()):
             for name in names.split(","):
                 bus_recv.check_name(name)
@@ -74,6 +74,7 @@ class Observer(bus_recv.Reader):
     def take_up(self, answer: dict[str, Any]) -> None:
         self.bus = str(answer.get("bus", bus_recv.OLD_CONTRACT))
         if self.bus == bus_recv.OLD_CONTRACT:
+            bus_recv.ask(self.url, "/inbox", bus_recv.GRACE_SECONDS)  # a closed bus that does not know us refuses this
             recv = bus_recv.called("bus_recv.py", "recv")
             raise bus_recv.Refused(404, f"{self.url} is a bus of the first contract, which has no log: use {recv}")
         self.cursor = self.places.setdefault(self.bus, Place(bus_recv.moment(self.begin, self.bus_time)))

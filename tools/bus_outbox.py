@@ -63,7 +63,7 @@ class Outbox:
         self.path = os.path.join(self.state, "outbox", *map(bus_recv.file_name, (url, sender or "-")))
         self.dead = os.path.join(self.path, "dead")
         if not os.path.isdir(self.dead):
-            os.makedirs(self.state, 0o700, exist_ok=True)
+            bus_recv.private_file(os.path.join(self.path, "~order"), os.O_RDWR, "r+").close()
             os.makedirs(self.dead, 0o700, exist_ok=True)
             place = self.dead
             while place != os.path.dirname(self.state):

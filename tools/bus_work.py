@@ -56,7 +56,7 @@ class Worker(bus_recv.Reader):
 
     A job is ours while its lease lasts. While the command runs, the lease is extended. If the bus says that the lease
     is lost, another worker may have the job, so the command is killed. The first SIGTERM lets the command end; a second
-    one, or Ctrl-C, kills it and gives the job back.
+    one, SIGHUP, or Ctrl-C, kills it and gives the job back.
     """
 
     def __init__(self, names: Sequence[str], channel: str | None, command: str, lease: float) -> None:
@@ -77,7 +77,8 @@ class Worker(bus_recv.Reader):
 
     def take_up(self, answer: dict[str, Any]) -> None:
         self.bus, self.cursor = str(answer.get("bus", bus_recv.OLD_CONTRACT)), NoCursor()
-        if self.bus == bus_recv.OLD_CONTRACT:
+        if self.bus == bus_recv.OLD_CONTRACT:  # it would store a claim as a message
+            bus_recv.ask(self.url, "/inbox", bus_recv.GRACE_SECONDS)  # a closed bus that does not know us refuses this
             raise bus_recv.Refused(404, f"{self.url} is a bus of the first contract, which has no queues")
 
     def request(self, hold: float, seconds: float) -> tuple[dict[str, Any], float]:
@@ -165,7 +166,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         add(ignored, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     timeout = bus_recv.HOLD_SECONDS if options.once and options.timeout is None else options.timeout
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    for number in bus_recv.ENDS:
+        signal.signal(number, lambda *_: sys.exit(0))
     try:
         worker = Worker(options.names, options.channel, options.exec, options.lease)
         signal.signal(signal.SIGTERM, worker.stop)

@@ -118,8 +118,7 @@ class Turn:
                 self.length = int(file.read(9))
 
     def prolong(self) -> None:
-        os.makedirs(os.path.dirname(self.path), 0o700, exist_ok=True)
-        with open(os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="ascii") as file:
+        with bus_recv.private_file(self.path, os.O_WRONLY | os.O_TRUNC, "w") as file:
             file.write(f"{self.length + 1}\n")
 
     def end(self) -> None:

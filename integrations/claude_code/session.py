@@ -43,7 +43,7 @@ def name_of(process: int | None, directory: str | None) -> str:
     `process` is the program that runs the session; if it is not known, None: then only AGENT_NAME keeps two sessions
     apart. A session keeps its name while it lives; without a directory it gets the name that it has already. Of
     sessions on other machines, only those that listen are known, and AGENT_NAME is not compared with them. Raises
-    Nameless; ValueError if AGENT_NAME is not a name, or is another session's.
+    Nameless; ValueError if AGENT_NAME is not a name, or is another session's; OSError without a place for the list.
     """
     wanted = wishes(directory)
     if process is None or os.name != "posix":  # elsewhere it takes more to know whether a process lives
@@ -73,8 +73,7 @@ def claim(wanted: Sequence[str], process: int, any_of_mine: bool) -> str:
     url, channel = given["AGENT_BUS_URL"], given.get("AGENT_BUS_CHANNEL", "default")
     bus_recv.parts_of(url)  # ValueError if it has a login, which is not for the name of a file
     path = os.path.join(bus_recv.state_directory(), "names", *map(bus_recv.file_name, (url, channel)))
-    os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
-    with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+", encoding="ascii", errors="replace") as file:
+    with bus_recv.private_file(path, os.O_RDWR, "r+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError as error:

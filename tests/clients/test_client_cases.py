@@ -8,6 +8,7 @@ import select
 import socket
 import subprocess
 import sys
+import threading
 import time
 import unicodedata
 
@@ -380,3 +381,12 @@ def test_a_lock_of_another_process_is_no_fault(home, tmp_path):  # noqa: F811
     with open(tmp_path / "lock", "w+") as ours, open(tmp_path / "lock", "w+") as theirs:
         fcntl.flock(ours, fcntl.LOCK_EX)
         assert bus_recv.try_lock(theirs, str(tmp_path / "lock")) is False
+
+
+@pytest.mark.parametrize("client", [bus_send, bus_recv])
+def test_a_deadline_that_nobody_cancels_keeps_no_process_alive(client):
+    """A signal may come when the timer runs, and before anything would cancel it: then a reader ended 38 s late."""
+    ours, its = socket.socketpair()
+    with ours, its, client.hung_up_after(60, ours):
+        timers = [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)]
+        assert timers and all(timer.daemon for timer in timers)

@@ -554,6 +554,12 @@ def test_a_wrong_configuration_is_one_sentence_and_exit_2(listen, env):
     assert len(listener.said()) == 1 and listener.said()[0].startswith("bus_listener: ")
 
 
+def test_without_a_place_for_its_files_it_says_what_to_set(listen):
+    listener = listen("http://127.0.0.1:1", AGENT_BUS_STATE_DIR="/dev/null").start()
+    assert listener.process.wait(PATIENCE) == 2
+    assert listener.said() == ["bus_listener: cannot write to /dev/null/listener: set AGENT_BUS_STATE_DIR"]
+
+
 def path_with(tmp_path, tools):
     """A PATH where only these tools are."""
     directory = tmp_path / "bin"

@@ -108,6 +108,31 @@ def send_some(url, numbers):
         time.sleep(0.005)
 
 
+MOVED = ["tail jsonl", "tail log", "grep log", "grep jsonl"]  # when each program is about to run, the file goes
+
+
+@pytest.mark.parametrize("moved", MOVED)
+def test_a_rotation_in_the_middle_of_its_start_is_quiet_and_loses_nothing(bus, listen, tmp_path, moved):  # noqa: F811
+    """The file is moved away, once, when its start is about to run the program."""
+    program, suffix = moved.split()
+    send(bus.url, "one")
+    listener = listen(bus.url)
+    listener.start().has_logged("one")
+    listener.stop()
+    script, file = tmp_path / "bin" / program, listener.file(suffix)
+    script.parent.mkdir()
+    script.write_text(f"#!/bin/sh\n[ -e {file}.1 ] || mv {file} {file}.1\nexec {shutil.which(program)} \"$@\"\n")
+    script.chmod(0o755)
+    listener.env["PATH"] = f"{script.parent}:{os.environ['PATH']}"
+    send(bus.url, "two")
+    listener.start()
+    wait_until(lambda: "two" in [message["msg"] for message in listener.messages()])
+    listener.has_logged(*[message["msg"] for message in listener.messages()])
+    assert listener.said() == []
+    if suffix == "log":
+        assert [line.split("\t")[-1] for line in pathlib.Path(f"{file}.1").read_text().splitlines()] == ["one"]
+
+
 def test_a_LOG_that_was_moved_alone_is_made_anew_from_FULL(bus, listen):  # noqa: F811
     listener = listen(bus.url)
     send(bus.url, "one")

@@ -63,6 +63,14 @@ def texts(bus):
     return [message.msg for message in observed(bus.url)]
 
 
+def test_without_a_place_for_the_messages_it_says_what_to_set(home, monkeypatch):
+    home.touch()
+    monkeypatch.setenv("AGENT_BUS_STATE_DIR", str(home / "state"))
+    code, out, err = run("dell", url=nowhere(), msg="hi")
+    assert (code, out, err.count("\n")) == (2, "", 1) and f"bus_outbox: cannot write {home}/state/outbox/" in err
+    assert err.endswith(": Not a directory; set AGENT_BUS_STATE_DIR to another place\n")
+
+
 def test_a_message_is_sent_at_once_when_the_bus_is_there(bus, home):
     code, out, err = run("dell", "--subject", "T1", url=bus.url, msg="hi")
     assert code == 0 and json.loads(out)["ok"] and err == "queued: nobody has listened as dell yet, 1 unread\n"

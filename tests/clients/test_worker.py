@@ -13,7 +13,7 @@ import bus_recv
 import bus_send
 from tests.clients.test_clients import Clock, home, program, refusing, run  # noqa: F401
 from tests.kit.bad_servers import FAULTS, NOON, Scripted, answer, mail, message, page
-from tests.kit.processes import PATIENCE, Server, wait_until
+from tests.kit.processes import PATIENCE, Server, runs, wait_until
 from tools import bus_work
 
 JOBS = int(os.environ.get("JOBS", 12))  # 50 for the full figure
@@ -101,14 +101,6 @@ def test_a_job_whose_lease_is_lost_is_given_up_and_its_command_killed_with_all_i
     wait_until(lambda: not runs(int((tmp_path / "child").read_text())))
 
 
-def runs(pid):
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
 def test_an_outage_while_the_command_runs_costs_no_job(tmp_path):
     """An extension and an acknowledgement get lost; what counts is that the last one is heard."""
     with Scripted(mail(job(1)), page(502, "<html>"), b"", DONE) as server:
@@ -167,7 +159,9 @@ def test_a_worker_that_is_stopped_ends_its_job_first(tmp_path):
         assert ended(process) == "" and len(orders(server, "/ack")) == len(orders(server, "/claim")) == 1
 
 
-@pytest.mark.parametrize("signals, code", [([signal.SIGTERM, signal.SIGTERM], 0), ([signal.SIGINT], 130)])
+@pytest.mark.parametrize("signals, code", [
+    ([signal.SIGTERM, signal.SIGTERM], 0), ([signal.SIGINT], 130), ([signal.SIGHUP], 0),
+])  # fmt: skip
 def test_a_worker_that_must_end_now_gives_its_job_back(signals, code, tmp_path, interruptible):
     with Scripted(mail(job(1)), DONE) as server:
         process = worker(server.url, f"echo $$ > {tmp_path}/pid; sleep 60", "--lease", "1")

@@ -117,7 +117,7 @@ def test_the_first_name_is_the_readers_own(mailboxes):
 
 
 def test_who_joins_a_group_later_has_not_fetched_its_older_mail(mailboxes):
-    mailboxes.hole = lambda channel, own, above, upto: own == "team" and above < 50 <= upto
+    mailboxes.hole = lambda channel, own, above, upto: (own == "team" and above < 50 <= upto, above)
     mailboxes.add([message(50, "team"), message(90, "team")])
     polled(mailboxes, poll("bob", "team"), "", 5)
     mailboxes.presented(poll("bob", "team", since=70))

@@ -8,7 +8,7 @@ import time
 import pytest
 
 import bus_server
-from bus_server import Refused, Storms, draft, ways
+from bus_server import Budget, Refused, Storms, draft, ways
 from tests.kit.clock import Clock
 from tests.kit.processes import PATIENCE, Server, wait_until
 
@@ -136,7 +136,6 @@ def test_who_speaks_all_day_is_no_new_name_the_day_after(storms, clock, monkeypa
     monkeypatch.setattr(storms, "name", lambda owner, names: new.append(names))
     for _ in range(30):
         check(storms, message("alice", "bob"))
-        storms.forget()
         clock.now += 3600
     assert sum(new) == 1
 
@@ -165,14 +164,16 @@ def test_speaking_without_being_answered_is_no_loop(clock):
         check(storms, message("bob", "all"))
 
 
-def test_what_says_nothing_any_more_is_forgotten(storms, clock):
-    check(storms, message("alice", "bob"))
-    check(storms, message("bob", "alice"))
-    storms.forget()
-    assert storms.turns and storms.sends.left
-    clock.now += Storms.WITHIN + 1
-    storms.forget()
-    assert not storms.turns and not storms.sends.left
+def test_whoever_is_known_is_among_a_number_and_the_quietest_are_forgotten(storms, clock, monkeypatch):
+    monkeypatch.setattr(Storms, "SENDERS", 3)
+    monkeypatch.setattr(Storms, "PAIRS", 3)
+    monkeypatch.setattr(Budget, "OWNERS", 3)
+    for name in ("ann", "bob", "carl", "ann", "dora", "eve"):
+        check(storms, message(name, "zoe"))
+        storms.read(name)
+        clock.now += Storms.NOTED + 1
+    assert [*storms.senders] == [*storms.sends.left] == ["ann", "dora", "eve"]
+    assert [*storms.reads.left] == ["ann/", "dora/", "eve/"] and len(storms.turns) == 3
 
 
 class Peer:

@@ -168,8 +168,10 @@ KINDS = [
     Kind("a clock jumps",
          "nothing is removed until a clock that jumped by over an hour was seen again an hour later",
          (f"{STORAGE}::test_a_clock_that_jumps_removes_nothing",
-          f"{STORAGE}::test_a_clock_that_was_right_after_all_is_believed_after_an_hour"),
-         "`clock_is_trusted()` is always true (both); a clock that jumped is never trusted again (the second)"),
+          f"{STORAGE}::test_a_clock_that_was_right_after_all_is_believed_after_an_hour",
+          f"{STORAGE}::test_a_start_with_a_clock_that_is_wrong_removes_nothing"),
+         "`clock_is_trusted()` is always true (all); a clock that jumped is never trusted again (the second); the "
+         "first look compares with nothing (the last)"),
     Kind("two agents answer each other without end",
          "a warning from 30 turns in ten minutes on, 429 from 120 on; `--turns` sets it, and 0 turns it off",
          (f"{RULES}::test_two_that_answer_each_other_are_warned_and_then_stopped",
@@ -254,11 +256,30 @@ KINDS = [
          "`Blobs.upload()` spends nothing (the first); it does not look at their number (the second and third); it "
          "spends what a sender of that name has (the last)"),
     Kind("what is small is counted by its bytes alone: pairs of names",
-         "50,000 pairs are known, some 300 bytes each; those that go on stay, and are found last",
+         "50,000 pairs are known, some 300 bytes each, 100,000 senders and the budgets of 20,000 owners; the quietest "
+         "are forgotten",
          (f"{SHARES}::test_pairs_of_names_have_a_budget_of_memory",
-          f"{SHARES}::test_what_was_used_last_is_forgotten_last"),
-         "`Storms.turn()` without `PAIRS`, or with a deque for each (the first); it leaves a pair where it was (the "
-         "second)"),
+          f"{SHARES}::test_to_forget_the_oldest_costs_the_same_however_many_were_forgotten_before",
+          "core/test_storms.py::test_whoever_is_known_is_among_a_number_and_the_quietest_are_forgotten"),
+         "`Storms.turn()` without `PAIRS`, or with a deque for each (the first); `note()` on a dict, or without its "
+         "limit (the last two)"),
+    Kind("a cache keeps what others wrote",
+         "each cache of the server has keys of few bytes",
+         ("faults/test_kinds_memory.py::test_every_cache_has_keys_of_few_bytes",
+          "faults/test_kinds_memory.py::test_escaping_keeps_a_few_characters_and_not_the_texts"),
+         "a cache that is not in the list (the first); whole runs of hidden characters as keys (the last)"),
+    Kind("work is counted in bytes, and costs more",
+         "a large body pays for its CPU time, and an answer as text for four times its bytes",
+         (f"{BOUNDS}::test_a_body_pays_for_the_time_that_it_takes_if_that_is_more_than_its_bytes_say",
+          f"{BOUNDS}::test_an_answer_as_text_pays_more_because_hidden_characters_are_escaped"),
+         "`Storms.parsing()` without its last line (the first); `answered()` without `PARSING` (the last)"),
+    Kind("what expired counts as mail",
+         "it takes no room in a mailbox, and a reader of a group looks at it once",
+         (f"{BOUNDS}::test_what_can_no_longer_be_delivered_takes_no_room_in_a_mailbox",
+          f"{BOUNDS}::test_a_full_mailbox_is_counted_again_once_a_minute",
+          f"{BOUNDS}::test_expired_mail_of_a_group_is_looked_at_once"),
+         "`View.sizes()` counts all (the first); `check_room()` counts again each time (the second); `has_hole()` "
+         "begins at the mark (the last)"),
     Kind("what is for others is looked at without an end",
          "a question that is asked again, a page of a thread and a claim look at a bounded number and say how to go "
          "on; sixteen claims are in one list",

@@ -240,7 +240,7 @@ def room_is_checked(bus, by_sender):
     """The messages that nobody has fetched, as a send finds them and as they are counted anew; also by sender."""
     box = bus.mailboxes.box("default", "bob")
     kept = bus.sending.unfetched(box, "default", "bob", by_sender)
-    anew = Counter(sender for sender, _ in bus.view.sizes("default", "bob", box.reached, box.newest))
+    anew = Counter(sender for sender, _ in bus.view.sizes("default", "bob", box.reached, box.newest, kept.at))
     counts = {sender: count for sender, (count, _) in kept.by_sender.items() if count}
     return (kept.messages, counts), (sum(anew.values()), anew if kept.counts_senders else {})
 
@@ -288,7 +288,7 @@ def test_that_count_is_the_true_one_whatever_happens_to_the_mailbox(bus, seed):
 
     send()
     for _ in range(80):
-        chance.choice([send, send, fetch, fetch, recall, remove] if ticks else [send])()
+        chance.choice([send, send, fetch, fetch, recall, recall, remove] if ticks else [send])()
         kept, anew = room_is_checked(bus, by_sender=bool(seed % 2))
         assert kept == anew
 
@@ -318,6 +318,52 @@ def test_that_count_is_the_true_one_while_what_was_fetched_is_being_removed(bus,
     removed(bus, before=ticks[3])
     kept, anew = room_is_checked(bus, by_sender)
     assert kept == anew and kept[0] == 4
+
+
+@pytest.mark.parametrize("way", ["expired", "recalled"])
+def test_what_can_no_longer_be_delivered_takes_no_room_in_a_mailbox(bus, monkeypatch, way):
+    """A worker never sends a cursor: nobody but the senders could free a queue whose jobs had a ttl."""
+    monkeypatch.setattr(bus_server, "MAILBOX_MESSAGES", 8)
+    monkeypatch.setattr(bus_server, "MUCH_MESSAGES", 6)
+    guest, late = Guest(bus), bus_server.RECOUNT_SECONDS + 40
+    ids = [guest.sends("queue", **{"from": f"s{number}"}, ttl=30)["id"] for number in range(8)]
+    message = {"from": "s9", "to": "queue", "msg": "x"}
+    assert guest.begins("POST", "/send", message).answer().status == 429
+    if way == "recalled":
+        for one in ids[:2]:
+            guest.asks("POST", "/recall", {"id": one})
+    else:
+        bus.view.clock = lambda: wall_clock() + late * 1000000
+    assert guest.begins("POST", "/send", message).answer().status == 200
+
+
+def test_a_full_mailbox_is_counted_again_once_a_minute(bus, monkeypatch):
+    monkeypatch.setattr(bus_server, "MUCH_MESSAGES", 6)
+    guest = Guest(bus)
+    with rows_of(bus.view, "sizes") as rows:
+        for _ in range(20):
+            guest.sends("bob")
+        before = len(rows)
+        bus.view.clock = lambda: wall_clock() + 2 * bus_server.RECOUNT_SECONDS * 1000000
+        for _ in range(20):
+            guest.sends("bob")
+    assert before == 7 and len(rows) == 27, "once by sender, when it is nearly full, and once a minute later"
+
+
+def test_expired_mail_of_a_group_is_looked_at_once(bus, monkeypatch):
+    """A reader that joins a group asks with each answer whether older mail of the group was delivered."""
+    monkeypatch.setattr(bus_server.View, "LOOKED_FOR_HOLE", 10)
+    guest = Guest(bus)
+    guest.asks("POST", "/send", [{"from": "eve", "to": "team", "msg": "x", "ttl": 0.001}] * 35)
+    passed(bus)
+    since = guest.sends("me")["ts"]
+    looks = []
+    with counted(bus.mailboxes, "hole", lambda arguments, result: looks.append((arguments[2], result))):
+        for _ in range(6):
+            guest.sends("team")
+            since = guest.asks("GET", f"/recv?to=me,team&since={since:.6f}").json()["now"]
+    begun = [above for above, _ in looks]
+    assert len(set(begun[:5])) == 5 and begun[4] == begun[5], "each look goes on where the last one ended"
 
 
 NAMES = [f"n{number}" for number in range(16)]
@@ -754,6 +800,23 @@ def test_who_gave_the_bus_too_much_work_waits_with_large_bodies_lists_and_claims
         ("POST", "/claim", {"to": "queue", "wait": 0}),
     ):
         assert status_of(bus, *large) == 429, large[:2]
+
+
+def test_a_body_pays_for_the_time_that_it_takes_if_that_is_more_than_its_bytes_say(bus, monkeypatch):
+    """JSON of 100,000 small parts takes as long as megabytes of text; here every look at the clock takes 0.1 s."""
+    busy(bus, monkeypatch, bus_server.Storms.WORK)
+    begun = iter(range(1000))
+    monkeypatch.setattr(bus_server.time, "thread_time", lambda: next(begun) / 10)
+    body = {"from": "eve", "to": "bob", "msg": "x" * 20_000}
+    assert [status_of(bus, "POST", "/send", body) for _ in range(2)] == [200, 429]
+    assert status_of(bus, "POST", "/send", {**body, "msg": "x"}) == 200, "a small one pays nothing"
+
+
+def test_an_answer_as_text_pays_more_because_hidden_characters_are_escaped(bus, monkeypatch):
+    Guest(bus).sends("bob", "x" * 30_000)
+    busy(bus, monkeypatch, 100_000)
+    text = "GET", "/recv?to=bob&since=0", b"", "Accept: text/plain"
+    assert [status_of(bus, *text) for _ in range(2)] == [200, 429]
 
 
 def test_a_poll_is_one_read_of_its_owner_and_its_name(bus, monkeypatch):

@@ -15,11 +15,14 @@
 """
 import contextlib
 import os
+import random
+import re
 import sqlite3
 import time
 
 import pytest
 
+import bus_server
 from tests.faults import linux, skipped_without
 from tests.kit import inside
 from tests.kit.moved import Moved
@@ -218,6 +221,33 @@ def test_bodies_that_do_not_arrive_have_a_budget_and_the_oldest_goes_first(tmp_p
 
 
 # Refusals
+
+
+CACHES = {  # each lru_cache of the server, and what bounds the bytes of its keys
+    "addresses": "names of 64 characters",
+    "head_of": "our own headers",
+    "known_head": "heads of 1 KiB",
+    "presented": "99 characters of the header",
+    "ip_address": "256 heads of 16 KiB",
+    "insert_statement": "numbers",
+    "ending": "one key",
+}  # fmt: skip
+
+
+def test_every_cache_has_keys_of_few_bytes():
+    """A cache of 4,096 texts as long as a message took gigabytes."""
+    files = [ROOT / "bus_server.py", *(ROOT / "bus_extensions").glob("*.py")]
+    sources = [file.read_text() for file in files]
+    found = re.findall(r"^@lru_cache.*\n+def (\w+)|^(\w+) = lru_cache\(", "\n".join(sources), re.M)
+    assert sum(source.count("lru_cache(") for source in sources) == len(found)
+    assert {one or other for one, other in found} == set(CACHES), "say here what bounds the keys of the new cache"
+
+
+def test_escaping_keeps_a_few_characters_and_not_the_texts():
+    runs = ["".join(random.sample([chr(0xE0000 + code) for code in range(4096)], 1000)) for _ in range(20)]
+    for run in runs:
+        assert bus_server.shown(f"a{run}b\r\nc") == f"a{run.encode('unicode_escape').decode()}b\nc"
+    assert len(bus_server.ESCAPES) < 4400 and max(map(len, bus_server.ESCAPES.values())) == 10
 
 
 def test_refused_sends_make_nothing(tmp_path):

@@ -12,12 +12,14 @@ Found by an attack on 2026-11-29; each test was red on the code that it attacked
 | a_send_larger_than_a_share | 503 for ever, since the first mend |
 | what_waits_for_a_commit_holds_no_body | 250 KB for each, until the second mend |
 | files_have_a_rate, as_many_files_as_blocks | all are stored |
+| in_a_room_for_files, uploads_at_once, tiny_files | all are stored: one token fills the room |
 """
 import contextlib
 import gc
 import hashlib
 import json
 import pathlib
+import re
 import resource
 import sqlite3
 import time
@@ -25,14 +27,14 @@ import tracemalloc
 
 import pytest
 
-from bus_server import Deadlines, Refused, Shares, Storms
+from bus_server import Budget, Deadlines, Refused, Shares, Storms
 from tests.core.test_connection import LATE, a_bus, come_true, statuses
 from tests.faults import linux, skipped_without
 from tests.faults.test_kinds_bounds import LARGE, Guest
 from tests.kit.clock import Clock
 from tests.kit.hostile import HOST, head
 from tests.kit.peers import Peer, ask, mint, stored
-from tests.kit.processes import Server, wait_until
+from tests.kit.processes import ROOT, Server, wait_until
 
 KINDS_OF_BUS = ["open", "closed"]
 
@@ -161,20 +163,18 @@ def test_pairs_of_names_have_a_budget_of_memory():
             storms.turn("default", *(("ann", "bob") if turn % 2 else ("bob", "ann")), clock())
 
 
-def test_what_was_used_last_is_forgotten_last():
-    """So each look at what is old ends at the first that is not."""
-    storms = Storms(clock := Clock(), rate=50)
-    for own in ("ann", "bob"):
-        storms.turn("default", own, "carl", clock())
-        storms.senders[own] = clock()
-        storms.sends.wait(own, 500)
-    clock.now += Storms.WITHIN - 1
-    storms.turn("default", "ann", "carl", clock())
-    storms.sends.wait("ann", 500)
-    clock.now += 2
-    storms.forget()
-    assert [*storms.turns] == [("default", "ann", "carl")] and [*storms.sends.left] == ["ann"]
-    assert [*storms.senders] == ["ann", "bob"], "they are known for a day"
+def test_to_forget_the_oldest_costs_the_same_however_many_were_forgotten_before():
+    """Of a dict `next(iter())` walks over all that were deleted before its first entry: 10 s of silence were seen.
+
+    So no code takes the first entry of a dict to delete it; and a name that is refused takes the place of another one.
+    """
+    taken = re.compile(r"del (\S+)\[next\(iter\(\1|next\(iter\((\S+)\.items\(\)\)\)")
+    for source in [ROOT / "bus_server.py", *(ROOT / "bus_extensions").glob("*.py")]:
+        assert not taken.search(source.read_text()), source
+    budget = Budget(Clock(), rate=1, burst=1)
+    for number in range(10 * budget.OWNERS):
+        budget.wait(f"name {number}", 1)
+    assert len(budget.left) == budget.OWNERS and next(iter(budget.left)) == f"name {9 * budget.OWNERS}"
 
 
 # Memory of what is parked, or waits for its commit
@@ -365,6 +365,58 @@ def test_a_sender_whose_name_is_an_address_does_not_pay_for_the_files_from_there
 
 def blobs_of(bus):
     return bus.routes["PUT", "/blob/"].call.__self__
+
+
+@pytest.fixture
+def small(tmp_path):
+    """As `two`, with tokens, and with a room of 1 MiB for files."""
+    path = tmp_path / "bus.db"
+    mal, ann = owners(path, "closed", "mal", "ann")
+    with a_bus(time.monotonic, path, "--files", "1m") as bus:
+        yield bus, mal, ann
+
+
+def test_in_a_room_for_files_that_is_nearly_full_no_token_has_over_a_quarter(small, monkeypatch):
+    """A file counts for the token that sent it first, and what is removed or refused no longer counts."""
+    bus, mal, ann = small
+    blobs = blobs_of(bus)
+    of_mal, of_ann = ([bytes([letter]) * (100 << 10) for letter in letters] for letters in (b"abcdefghij", b"xyz"))
+    statuses = [put(Guest(bus, **mal), data).status for data in of_mal]
+    assert statuses == [201] * 7 + [507] * 3, "three quarters of the room, and no more"
+    assert b"nearly full" in put(Guest(bus, **mal), of_mal[7]).body
+    assert [put(Guest(bus, **ann), data).status for data in of_ann] == [201, 201, 507]
+    assert part(Guest(bus, **mal), 1).status == 507
+    assert put(Guest(bus, **ann), of_mal[0]).status == 507, "nor may it send again what is there"
+    bus.retention.keep, later = 1000, time.time() + 2000
+    monkeypatch.setattr(time, "time", lambda: later)
+    blobs.forgotten(blobs.forget())
+    assert blobs.used == blobs.files == 0 and not blobs.shares.held and not blobs.owners
+    wrong = Guest(bus, **mal).begins("PUT", f"/blob/{0:064x}", b"not that").answer()
+    assert wrong.status == 422 and not blobs.shares.held and not blobs.owners
+    assert [put(Guest(bus, **ann), b"the same").status for _ in range(2)] == [201, 200]
+    assert blobs.shares.all == len(b"the same") + blobs.BLOCK
+
+
+def test_uploads_at_once_get_no_more_of_a_nearly_full_room_than_one_after_the_other(small):
+    bus, mal, ann = small
+    files = [bytes([letter]) * (250 << 10) for letter in b"abcd"]
+    guests = [Guest(bus, **mal) for _ in files]
+    for guest, data in zip(guests, files):
+        path, fields = f"/blob/{hashlib.sha256(data).hexdigest()}", (HOST, f"Authorization: Bearer {guest.token}")
+        guest.says(head(f"PUT {path} HTTP/1.1", *fields, f"Content-Length: {len(data)}"))
+    come_true(lambda: len(blobs_of(bus).arriving) == len(files))
+    answered = []
+    for guest, data in zip(guests, files):
+        guest.says(data)
+        answered.append(guest.answer().status)
+    assert answered == [201] * 3 + [507]
+
+
+def test_tiny_files_count_as_the_blocks_they_take(small):
+    bus, mal, ann = small
+    statuses = [put(Guest(bus, **mal), b"%d" % number).status for number in range(256)]
+    assert statuses.index(507) == 192, "three quarters of the blocks"
+    assert put(Guest(bus, **ann), b"her own").status == 201
 
 
 def test_as_many_files_fit_as_the_room_has_blocks(tmp_path, monkeypatch):

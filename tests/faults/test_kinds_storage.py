@@ -337,6 +337,21 @@ def test_a_clock_that_jumps_removes_nothing(tmp_path, days):
         assert len(answer["messages"]) == 5 and "gap" not in answer
 
 
+def test_a_start_with_a_clock_that_is_wrong_removes_nothing(tmp_path):
+    """The newest message says which time it was."""
+    moved = Moved(tmp_path, "--keep", "30d")
+    with moved.bus as bus:
+        stored(bus, "bob", "message")
+    moved.go(31 * 86400)
+    with moved.bus as bus:
+        moved.looks(5)
+        assert kept(bus) == ["message"]
+        moved.go(31 * 86400 + 1900)
+        moved.looks(2)
+        moved.go(31 * 86400 + 3700)
+        wait_until(lambda: kept(bus) == [], 5)
+
+
 def test_a_clock_that_was_right_after_all_is_believed_after_an_hour(tmp_path):
     """Seen twice, an hour apart: then what is too old goes, as always."""
     moved = Moved(tmp_path, "--keep", "30d")

@@ -257,6 +257,16 @@ def test_without_a_bus_a_network_or_a_name_there_is_silence(bus):
         assert drain(bus.url, {**event, "cwd": "/"}, AGENT_NAME="") is None
 
 
+def test_without_a_place_for_its_files_a_session_is_told_what_to_set(bus, tmp_path):
+    (tmp_path / "file").touch()
+    with a_session() as env:
+        env["AGENT_BUS_STATE_DIR"] = str(tmp_path / "file/state")
+        name = run("--name", AGENT_BUS_URL=bus.url, AGENT_NAME="dell", **env)
+        for told in (text(bus.url, START, **env), name.err.rstrip("\n")):
+            assert told.endswith(": Not a directory; set AGENT_BUS_STATE_DIR to another place") and "Errno" not in told
+    assert (name.code, name.out) == (1, "")
+
+
 @pytest.mark.parametrize("stdin", ["", "{", "[]", "null", "{}", '{"hook_event_name": 7}', "\\xff"])
 def test_whatever_is_on_stdin_the_turn_goes_on(bus, stdin):
     process = started("--format", "claude", AGENT_BUS_URL=bus.url, AGENT_NAME="dell")

@@ -48,12 +48,17 @@ class Mark:
         self.polled = False
         self.read = None  # the highest cursor presented; None before the first
         self.fetched = 0
+        self.above = (0, 0)  # above a hole: what lies between these was fetched as well
         self.firm = False  # it had a message or a cursor; a name that was only looked at may be forgotten
         self.polled_at = 0  # the last poll, by the clock of the bus
 
     def certain(self):
         """Does the bus know for sure that this name was polled?"""
         return self.polled and self.firm
+
+    def has_passed(self, message):
+        low, high = self.above
+        return message.tick <= self.fetched or low < message.tick <= high
 
     def seen(self):
         """What lies above is unread: for a group, what nobody fetched (section 9)."""
@@ -140,6 +145,9 @@ class Model:
                            and not self.is_expired(each) for each in self.kept)
                 if name in (names[0], ALL) or not hole:
                     mark.fetched = max(mark.fetched, upto)
+                else:
+                    low, high = mark.above
+                    mark.above = min(low or since, since), max(high, upto)
 
     def resumed(self, names, channel):
         """The cursors that `since=last` may stand for; after a kill an earlier one than the highest."""
@@ -197,7 +205,7 @@ class Model:
         """The statuses there may be: it is too late once it was fetched, unless it was recalled before."""
         if message.expires == RECALLED:
             return {200}
-        return {409 if message.tick <= marks[message.place].fetched else 200 for marks in (self.most, self.least)}
+        return {409 if marks[message.place].has_passed(message) else 200 for marks in (self.most, self.least)}
 
     def recalled(self, message):
         self.kept[self.kept.index(message)] = message._replace(expires=RECALLED)
@@ -217,7 +225,10 @@ class Model:
                     marks[place] = Mark()  # the bus forgets it (section 11), soon
 
     def stop(self):
-        """An orderly end writes the marks."""
+        """An orderly end writes the marks, but not of a name that was only looked at."""
+        for place, mark in list(self.least.items()):
+            if not mark.firm:
+                self.least[place] = Mark()
         self.saved = copy.deepcopy(self.least)
         self.forget()
 
@@ -226,8 +237,9 @@ class Model:
         self.forget()
 
     def forget(self):
-        """How far messages to everyone came is not written."""
+        """How far messages to everyone came, and what was fetched above holes, is not written."""
         for marks in (self.most, self.least, self.saved):
-            for channel, name in list(marks):
+            for (_, name), mark in marks.items():
+                mark.above = (0, 0)
                 if name == ALL:
-                    marks[channel, name].fetched = 0
+                    mark.fetched = 0

@@ -65,6 +65,14 @@ def run_checks(url, **env):
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=90)
 
 
+def runs(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
 class Server:
     """One bus_server.py process. `kill` and `start` keep the port and the database, as a crash and a restart do."""
 
