@@ -153,21 +153,30 @@ class Similar:
     LETTERS = 2  # a name that differs by more is another name
     LOOKED_UP, NEAR, COMPARED = 300, 40, 25  # names; 0.5 ms for the worst of them
     SHARE, BURST = 0.05, 0.02  # s of CPU that looks may take: in each second, at once
+    FRESH = 0.1  # s; so long the last look is good for further sends to the same name
 
     def __init__(self, bus: Bus) -> None:
         self.bus = bus
         self.looks = Budget(time.monotonic, self.SHARE, self.BURST)
+        self.last: tuple[str, str, float, str] = "", "", 0.0, ""  # channel, name, until when it is good, the member
         bus.unknown.append(self.member)
 
     def member(self, one: Draft) -> str:
         """A member of the answer to a sender that may see names; a token that may only send must not learn any."""
         grants = self.bus.gate.tokens.named.get(one.sender, ())
-        if any(grant.send_only for grant in grants) or self.looks.wait("", 0):
+        if any(grant.send_only for grant in grants):
+            return ""
+        channel, own, good, member = self.last
+        if (channel, own) == (one.channel, one.to[0]) and time.monotonic() < good:
+            return member
+        if self.looks.wait("", 0):
             return ""
         start = time.thread_time()
         found = self.to(one.channel, one.to[0])
         self.looks.take("", time.thread_time() - start)
-        return f', "similar": {encode(found)}' if found else ""
+        member = f', "similar": {encode(found)}' if found else ""
+        self.last = one.channel, one.to[0], time.monotonic() + self.FRESH, member
+        return member
 
     def to(self, channel: str, unknown: str) -> list[str]:
         """The known names on a channel that are most like this one, the nearest first."""

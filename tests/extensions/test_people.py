@@ -143,6 +143,15 @@ def test_of_many_unknown_names_at_once_only_some_are_looked_for(many):
     assert told[0] and not told[-1] and taken < in_time(0.2)
 
 
+def test_many_sends_to_one_unknown_name_are_one_look(many, monkeypatch):
+    looks, now = [], [0.0]
+    monkeypatch.setattr(finder(many), "to", lambda channel, own: looks.append(own) or ["x"])
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    assert {finder(many).member(to("agent-x")) for _ in range(100)} == {', "similar": ["x"]'} and len(looks) == 1
+    now[0] += finder(many).FRESH
+    assert finder(many).member(to("agent-x")) and len(looks) == 2
+
+
 def test_a_known_name_costs_no_look(many, monkeypatch):
     monkeypatch.setattr(finder(many), "to", None)
     assert '"known": true' in truth(many, to("agent-00001"))
