@@ -179,11 +179,9 @@ def test_a_pin_is_what_openssl_says(kind, authority, tmp_path):
     if kind in ("self_signed", "sign"):
         file = getattr(authority, kind)("DNS:bus.lan").file
     else:
-        more = ["-newkey", "rsa:2048"] if kind == "rsa" else ["-newkey", "ed25519", "-x509v1"]
-        more += ["-nodes", "-subj", "/CN=a longer name", "-keyout", str(tmp_path / "key"), "-out", file]
-        made = subprocess.run(["openssl", "req", "-x509", *more], capture_output=True)
-        if made.returncode and kind == "version 1":
-            pytest.skip("this openssl makes none")
+        made = "openssl req -newkey rsa:2048 -nodes -subj '/CN=a longer name' -keyout key -out "
+        made += "cert.pem -x509" if kind == "rsa" else "csr && openssl x509 -req -in csr -signkey key -out cert.pem"
+        subprocess.run(made, shell=True, cwd=tmp_path, capture_output=True, check=True, timeout=PATIENCE)
     with open(file) as text:
         certificate = bus_invite.ssl.PEM_cert_to_DER_cert(text.read())
     line = f"openssl x509 -in {file} -pubkey -noout | openssl pkey -pubin -outform der"
