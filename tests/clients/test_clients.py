@@ -669,7 +669,7 @@ def test_a_message_that_cannot_be_shown_is_shown_as_json_and_wedges_nothing(stra
 
 def test_the_clients_and_the_bus_agree(bus):
     code, out, err = send(bus, "--subject", "T1 done", "--ttl", "60", stdin=b"zwei\n---\n\x1b[31m Zeilen\r\n\n")
-    assert code == 0 and json.loads(out)["ok"] and err == "queued: nobody has listened as dell yet, 1 unread\n"
+    assert code == 0 and json.loads(out)["ok"] and err == "queued: nobody has ever listened as dell\n"
     first, again = (json.loads(send(bus, "--key", "k")[1]) for _ in range(2))
     assert first["id"] == again["id"] and (first["duplicate"], again["duplicate"]) == (False, True)
     assert send(bus, "--key", "k", stdin=b"another message")[0] == 1
