@@ -860,10 +860,10 @@ def read(options: argparse.Namespace) -> int:
         return 0
     # A program that reads our JSON, or the output of the command, must get nothing else on stdout.
     reader.warn, reader.announce = complain, complain if options.json or options.exec else announce
+    timeout = HOLD_SECONDS if options.once and options.timeout is None else options.timeout
     greeting = threading.Timer(GREET_SECONDS, complain, [f"listening as {', '.join(reader.names)} on {reader.url}"])
     greeting.daemon = True  # a refusal ends this process before it
-    reader.greet = bool if options.once else greeting.start
-    timeout = HOLD_SECONDS if options.once and options.timeout is None else options.timeout
+    reader.greet = bool if options.once or timeout == 0 else greeting.start
     if options.monitor or not (options.exec or options.json) and sys.stdout and stat.S_ISSOCK(os.fstat(1).st_mode):
         show_blocks(reader, reader.answers(options.once, timeout), 0 if options.once else SETTLE_SECONDS)
         return 0 if reader.came else 3
