@@ -1027,7 +1027,7 @@ class Query:
 
 
 NO_QUERY = Query("")
-known_query = lru_cache(64)(Query)  # one request asks for it several times
+known_query = lru_cache(8)(Query)  # one request asks for it several times
 
 
 # ── Connection ───────────────────────────────────────────────────────────────────────────────────────────────────────

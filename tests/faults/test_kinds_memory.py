@@ -227,6 +227,7 @@ CACHES = {  # each lru_cache of the server, and what bounds the bytes of its key
     "addresses": "names of 64 characters",
     "head_of": "our own headers",
     "known_head": "heads of 1 KiB",
+    "known_query": "8 queries of 8 KiB",
     "presented": "99 characters of the header",
     "ip_address": "256 heads of 16 KiB",
     "insert_statement": "numbers",
