@@ -159,7 +159,8 @@ class Reader:
                 # A bus of the old contract holds a poll as long as it likes.
                 if self.came or (self.bus and not self.failures and now - began >= allowed):
                     return
-                raise Unreachable(f"{self.url} is out of reach ({fault}); tools/bus_doctor.py says where") from fault
+                doctor = called("tools/bus_doctor.py", "doctor")
+                raise Unreachable(f"{self.url} is out of reach ({fault}); {doctor} says where") from fault
             self.came = self.came or bool(answer["messages"])
             yield answer
             self.cursor.move(str(answer["now"]))
@@ -620,6 +621,11 @@ def pause_after(failures: int) -> float:
     return min(FIRST_PAUSE * 2.0 ** min(max(failures - 1, 0), 10), LONGEST_PAUSE)
 
 
+def called(program: str, command: str) -> str:
+    """The name of one of our programs, as this user has it: if they are installed, it is a command of agent-bus."""
+    return f"agent-bus {command}" if "agent-bus" in os.path.basename(sys.argv[0]) else program
+
+
 def visible(text: str) -> str:
     r"""The text with each invisible character written out, as in \x1b, \u202e, \U000e0041."""
     return HIDDEN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
@@ -670,7 +676,8 @@ def cut(lines: Sequence[str], number: str) -> list[str]:
     parts = [("|+" if part else "") + piece for line in lines for part, piece in enumerate(pieces(line, width))]
     kept = [part for part in parts if (room := room - units(part) - 1) >= 0]
     rest = sum(len(part) - 1 for part in parts[len(kept) :])  # without the prefix of two, with the end of a line
-    return [*kept, f"|~ {rest} more characters: python3 bus_recv.py --read {word(number)}"] if rest else kept
+    again = f"{called('python3 bus_recv.py', 'recv')} --read {word(number)}"
+    return [*kept, f"|~ {rest} more characters: {again}"] if rest else kept
 
 
 def units(text: str) -> int:
@@ -817,8 +824,8 @@ def main(argv: list[str] | None = None) -> int:
     cli.add_argument("--read", metavar="ID", help="print the whole message with this id, and end")
     cli.add_argument("--bus", type=profile, metavar="PROFILE", help="the bus in ~/.config/agent-bus/PROFILE.env")
     cli.add_argument("--version", action="version", version=f"%(prog)s {VERSION}")
-    cli.add_argument("--claim", dest="tool", action="store_const", const="bus_work", help="run bus_work.py")
-    cli.add_argument("--log", dest="tool", action="store_const", const="bus_log", help="run bus_log.py")
+    cli.add_argument("--claim", dest="tool", action="store_const", const="bus_work", help="do jobs: another program")
+    cli.add_argument("--log", dest="tool", action="store_const", const="bus_log", help="show all mail: another program")
     options, unknown = cli.parse_known_args(argv)
     if not options.tool and (unknown or (options.names and options.read)):
         cli.error(f"unknown: {' '.join(unknown)}" if unknown else "give NAME, or --read ID")

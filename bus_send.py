@@ -54,7 +54,6 @@ if sys.version_info < (3, 9) and (needs := "bus_send.py needs Python 3.9 or late
     sys.exit(needs)
 
 USUAL = {"subject", "reply_to", "type", "priority", "ttl", "content_type"}  # members of a message, arguments of send()
-ADVICE = "Is bus_server.py running there? bus_doctor.py tells which hop fails."
 # Faults that time does not heal, and what does.
 LASTING = {
     "gaierror": "Is the host's name right?",
@@ -141,13 +140,15 @@ def persist(attempt: Any, patience: float, url: str, key: str = "", warn: Any = 
         except Unreachable as fault:
             failures += 1
             kind = type(fault.__cause__).__name__
+            server, doctor = called("bus_server.py", "serve"), called("bus_doctor.py", "doctor")
+            advice = LASTING.get(kind) or f"Is {server} running there? {doctor} tells which hop fails."
             lasting = kind in LASTING and getattr(fault.__cause__, "errno", 0) != socket.EAI_AGAIN
             pause = max(pause_after(failures) * random.uniform(0.5, 1), fault.retry_after)
             if lasting or time.monotonic() + pause >= end:
                 again = f" To send it again: --key {key}" if key else ""
-                raise Unreachable(f"no bus at {url} ({fault}). {LASTING.get(kind, ADVICE)}{again}") from fault
+                raise Unreachable(f"no bus at {url} ({fault}). {advice}{again}") from fault
             if warn and failures == 1:
-                warn(f"no bus at {url} ({fault}); still trying, up to {patience:.0f} s. {ADVICE}")
+                warn(f"no bus at {url} ({fault}); still trying, up to {patience:.0f} s. {advice}")
         time.sleep(pause)
 
 
@@ -463,6 +464,11 @@ def judged(response: http.client.HTTPResponse, body: bytes, fraction: Any = floa
 def pause_after(failures: int) -> float:
     """Seconds to wait after this many failures in a row. They double up to a minute."""
     return min(FIRST_PAUSE * 2.0 ** min(max(failures - 1, 0), 10), LONGEST_PAUSE)
+
+
+def called(program: str, command: str) -> str:
+    """The name of one of our programs, as this user has it: if they are installed, it is a command of agent-bus."""
+    return f"agent-bus {command}" if "agent-bus" in os.path.basename(sys.argv[0]) else program
 
 
 def visible(text: str) -> str:

@@ -125,6 +125,13 @@ class InUse(Unusable):
     """Another process uses the database."""
 
 
+def called(command: str) -> str:
+    """How the user of this host runs a command of the bus: it is installed, or lies in a folder."""
+    if os.path.basename(sys.argv[0]).startswith("agent-bus"):
+        return f"agent-bus {command}"
+    return f"python3 bus_server.py {command}".removesuffix(" serve")
+
+
 def wall_clock() -> int:
     """Microseconds since 1970. This clock may step back; the ticks that State makes of it do not."""
     return time.time_ns() // 1000
@@ -1903,8 +1910,8 @@ class Listener:
 
 NOBODY = "0" * 64  # a hash that no secret has, compared when the id is unknown: both refusals take equally long
 BEARER = re.compile(r"[Bb]earer (abt_[0-9a-f]{8})_([A-Za-z0-9_-]{43})")
-TOOLS = "bus_work.py bus_log.py bus_doctor.py bus_file.py bus_outbox.py bus_join.py"
-CLIENTS = [f"/{file}" for file in f"bus_recv.py bus_send.py bus_listener.sh {TOOLS}".split()]
+TOOLS = "work log doctor file outbox join who inbox".split()
+CLIENTS = ["/bus_recv.py", "/bus_send.py", "/bus_listener.sh", "/agent_bus.py", *(f"/bus_{tool}.py" for tool in TOOLS)]
 PUBLIC = {"/", "/healthz", *CLIENTS}  # open to all, also on a bus with tokens: a new host needs them to begin
 
 
@@ -2051,7 +2058,7 @@ def presented(authorization: str) -> tuple[str, str]:
 def unauthorized(expired: int = 0) -> Refused:
     """401; `expired` is when the token of this request expired, if it did."""
     why = f"this token expired at {iso(expired * 1000000)}" if expired else "this bus needs a valid token"
-    advice = "set AGENT_BUS_TOKEN to a token made with: python3 bus_server.py invite NAME"
+    advice = f"set AGENT_BUS_TOKEN to a token made with: {called('invite')} NAME"
     return Refused(401, f"{why}: {advice}", ("WWW-Authenticate", "Bearer"))
 
 
@@ -3402,7 +3409,7 @@ def check_names(path: str) -> None:
     if os.path.exists(path) and os.stat(path).st_nlink > 1:
         raise Unusable(f"{path} has several names (hard links), each with its own log: remove all names but one")
     if os.path.exists(restoring(path)) or (os.path.exists(f"{path}.new") and not os.path.exists(path)):
-        raise Unusable(f"a restore of {path} was cut off: run it again (python3 bus_server.py restore COPY)")
+        raise Unusable(f"a restore of {path} was cut off: run it again ({called('restore')} COPY)")
 
 
 def restoring(path: str) -> str:
@@ -5078,8 +5085,8 @@ def show_client(request: Request) -> Answer:
 def beside(file: str) -> pathlib.Path:
     """Where a program of ours is: beside this file, in a clone, or installed."""
     here = pathlib.Path(__file__).resolve().parent
-    places = [folder / file for folder in (here, here / "tools", here / "agent_bus_tools")]
-    return next((place for place in places if place.exists()), places[0])
+    folders = here, here / "tools", here / "agent_bus_tools", pathlib.Path(sys.prefix, "bin")
+    return next((folder / file for folder in folders if (folder / file).exists()), here / file)
 
 
 HEADLINE = ("from", "id", "to", "channel", "reply_to", "age", "priority", "type", "subject")
@@ -5207,9 +5214,9 @@ def command_line(arguments: Sequence[str]) -> argparse.Namespace:
     without = [each for each in ",".join(first.parse_known_args(arguments)[0].without).split(",") if each]
     extensions = load_extensions(without)
     parser = argparse.ArgumentParser(
-        prog="bus_server.py",
+        prog=called("serve"),
         description="A message bus for coding agents over HTTP.",
-        epilog="Commands: bus_server.py invite NAME, revoke NAME, tokens, prune, backup COPY, also while the bus runs; "
+        epilog=f"Commands: {called('invite')} NAME, revoke NAME, tokens, prune, backup COPY, also while the bus runs; "
         "restore COPY, only while it is stopped. Each has --help.",
     )
     add_options(parser)
@@ -5357,7 +5364,7 @@ def make_bus(options: argparse.Namespace, state: State) -> Bus:
     if not (is_loopback(options.host) or tokens.closed or options.open):
         raise Unusable(
             f"everyone who can reach {options.host} could use this bus: make a token first "
-            "(python3 bus_server.py invite NAME), or give --open if something else guards the bus"
+            f"({called('invite')} NAME), or give --open if something else guards the bus"
         )
     check_kept(state, options.extensions, options.without)
     gate = Gate(tokens, [options.host, *options.allow_host])
@@ -5414,7 +5421,7 @@ def reload(listener: Listener, options: argparse.Namespace) -> None:
 
 
 def command(function: str, description: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=f"bus_server.py {function}", description=description)
+    parser = argparse.ArgumentParser(prog=called(function), description=description)
     parser.add_argument("--db", default=default_path(), metavar="PATH", help="database of the bus (%(default)s)")
     return parser
 
@@ -5686,7 +5693,7 @@ def missing_tokens(copy: str, path: str) -> list[Row]:
     if last_used(copy) and not rows:
         raise Unusable(
             f"the bus in {copy} had tokens, and would be open without them: put {copy}.tokens beside {copy}, "
-            f"or make a token first (python3 bus_server.py invite NAME --db {path})"
+            f"or make a token first ({called('invite')} NAME --db {path})"
         )
     return rows
 

@@ -201,7 +201,8 @@ class Way:
             raise Fault(f"{response.status}: {said(page).get('error') or title(page)}", BETWEEN)
         text = header.get("Authorization", "").partition(" ")[2]
         if not text:
-            advice = "where the bus runs: bus_server.py invite NAME; here: set AGENT_BUS_TOKEN to the token it prints"
+            invite = bus_recv.called("bus_server.py invite", "invite")
+            advice = f"where the bus runs: {invite} NAME; here: set AGENT_BUS_TOKEN to the token it prints"
             raise Fault("the bus needs one, and none is set", advice)
         if not TOKEN.fullmatch(text):
             advice = "a token is abt_, 8 hex digits, _ and 43 characters, 56 in all: paste all of it, without quotes"
@@ -209,7 +210,8 @@ class Way:
         try:
             bus_recv.ask(self.url, "/inbox", PATIENCE)
         except bus_recv.Refused as refused:
-            advice = "where the bus runs, bus_server.py tokens lists its tokens, and invite makes one"
+            tokens = bus_recv.called("bus_server.py tokens", "tokens")
+            advice = f"where the bus runs, {tokens} lists its tokens, and invite makes one"
             why = "it was revoked, or is another bus's" if "expired" not in str(refused) else "it has expired"
             raise Fault(f"the bus does not know {text[:12]}: {why}", advice) from None
         return f"{text[:12]} is valid"

@@ -41,7 +41,8 @@ from collections.abc import Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
-FILES = tuple(f"bus_{name}.py" for name in "recv send doctor join work log file outbox".split())
+NAMES = "recv send doctor join work log file outbox who inbox"
+FILES = (*(f"bus_{name}.py" for name in NAMES.split()), "agent_bus.py")
 PROFILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # it becomes the name of a file
 # What a configuration is about. Only the line's own arguments say it here, so that no other bus gets in.
 OURS = ["AGENT_BUS_URL", "AGENT_BUS_TOKEN", "AGENT_BUS_TOKEN_FILE", "AGENT_BUS_CA", "AGENT_BUS_PROFILE",
@@ -276,7 +277,8 @@ def show_next(place: str, file: str, profile: str, name: str, others: Sequence[s
 
 
 def main(argv: "Sequence[str] | None" = None) -> int:
-    parser = argparse.ArgumentParser(prog="bus_join.py", description="Connect this machine to an agent-bus as NAME.")
+    own = None if "agent-bus" in os.path.basename(sys.argv[0]) else "bus_join.py"  # the line runs us as `python3 -c`
+    parser = argparse.ArgumentParser(prog=own, description="Connect this machine to an agent-bus as NAME.")
     parser.add_argument("url", metavar="URL", help="of the bus, like https://bus.lan:8080")
     parser.add_argument("name", metavar="NAME", help="the name that the token is for")
     parser.add_argument("pin", metavar="PIN", nargs="?", default="", help="from the line that `invite` printed")

@@ -3,11 +3,14 @@
 
     AGENT_BUS_URL=http://10.0.0.5:8080 python3 tools/bus_log.py --since 1h     # the last hour, then new messages
     python3 tools/bus_log.py --to dell,nano --from spark --no-follow           # what exists now, and end
+    python3 tools/bus_log.py --last 20 --short                                 # one line for each message
     python3 tools/bus_log.py --json | jq .subject
 
-The parts of this file, in order: Observer (reads the log, keeps its place in memory), the two outputs (blocks, JSON),
-main. bus_recv.Reader asks the bus and endures an outage, bus_recv.block makes the text of a message; so this program
-needs bus_recv.py beside it or one folder up.
+On a terminal each sender has a colour, unless NO_COLOR is set, and a short line ends where the terminal does.
+
+The parts of this file, in order: Observer (reads the log, keeps its place in memory), a message as people see it, the
+outputs, main. bus_recv.Reader asks the bus and endures an outage, bus_recv.block makes the text of a message; so this
+program needs bus_recv.py beside it or one folder up.
 
 It has the environment of bus_recv.py without AGENT_BUS_CHANNEL, and writes no file.
 Exit code: 0 done, 1 refused by the bus, 2 usage, 75 out of reach, 130 Ctrl-C.
@@ -16,10 +19,16 @@ Exit code: 0 done, 1 refused by the bus, 2 usage, 75 out of reach, 130 Ctrl-C.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import shutil
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+import time
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 from typing import Any
 from urllib.parse import urlencode
 
@@ -49,7 +58,7 @@ class Place(bus_recv.Cursor):
 class Observer(bus_recv.Reader):
     """Reads everybody's messages and consumes none. The bus counts it as nobody, and its place is in memory.
 
-    `filters` are those of GET /log. `since` is that of bus_recv.receive().
+    `filters` are those of GET /log. `since` is that of bus_recv.receive(), but not `last`: nobody's cursor is read.
     """
 
     def __init__(self, filters: dict[str, str | None], since: str) -> None:
@@ -66,7 +75,8 @@ class Observer(bus_recv.Reader):
         self.bus = str(answer.get("bus", bus_recv.OLD_CONTRACT))
         if self.bus == bus_recv.OLD_CONTRACT:
             bus_recv.ask(self.url, "/inbox", bus_recv.GRACE_SECONDS)  # a closed bus that does not know us refuses this
-            raise bus_recv.Refused(404, f"{self.url} is a bus of the first contract, which has no log: use bus_recv.py")
+            recv = bus_recv.called("bus_recv.py", "recv")
+            raise bus_recv.Refused(404, f"{self.url} is a bus of the first contract, which has no log: use {recv}")
         self.cursor = self.places.setdefault(self.bus, Place(bus_recv.moment(self.begin, self.bus_time)))
 
     def request(self, hold: float, seconds: float) -> tuple[dict[str, Any], float]:
@@ -83,15 +93,65 @@ class Observer(bus_recv.Reader):
             self.cursor.move(str(answer["now"]))
             more = bool(answer.get("more"))
 
+    def last(self, number: int) -> dict[str, Any]:
+        """An answer with the newest messages, at most `number`. The place is behind them; `since` must be `now`.
 
-def show_blocks(observer: Observer, answers: Iterator[dict[str, Any]]) -> None:
-    """Print each message whole and at once, for people and pipes."""
+        A log is read forwards only. So look at its last second, then at eight times as much, until there are enough.
+        """
+        end, back = float(self.poll(0, bus_recv.GRACE_SECONDS)["now"]), 1
+        while True:
+            kept, start = deque[Any](maxlen=number), max(end - back, 0)
+            self.cursor.move(f"{start:.6f}")
+            for answer in self.pages():
+                kept.extend(answer["messages"])
+            if len(kept) == number or not start:
+                return {**answer, "messages": list(kept)}
+            back *= 8
+
+
+# A message as people see it
+
+
+def painted(text: str, name: Any) -> str:
+    """The text in the colour of this name, if our output is a terminal whose user wants colours (no-color.org)."""
+    if not is_terminal() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
+        return text
+    return f"\x1b[{31 + zlib.crc32(str(name).encode(errors='replace')) % 6}m{text}\x1b[0m"
+
+
+def is_terminal() -> bool:
+    return bool(sys.stdout and sys.stdout.isatty())
+
+
+def whole(message: Any, now: float, reader: str = "") -> str:
+    """All of the message as a block; see bus_recv.block()."""
+    head, _, rest = bus_recv.block(message, reader, now, whole=True).partition("\n")
+    return f"{painted(head, message.get('from') if isinstance(message, dict) else '')}\n{rest}"
+
+
+def short(message: Any, now: float) -> str:
+    """The message in one line: when, its id, from whom to whom, the subject, and the text as far as it fits."""
+    with contextlib.suppress(Exception):  # whatever is wrong with a message, the next one must be shown
+        when = time.strftime("%m-%d %H:%M:%SZ", time.gmtime(float(message["ts"])))
+        head = f"{when} {bus_recv.word(message.get('id', '-'))}"
+        names = f"{bus_recv.word(message['from'])} > {bus_recv.word(message.get('to', '-'))}:"
+        subject = f"[{message['subject']}] " if message.get("subject") else ""
+        text = bus_recv.visible(" ".join(f"{subject}{message['msg']}".split()))
+        if is_terminal():
+            text = text[: max(shutil.get_terminal_size().columns - len(f"{head} {names} "), 0)]
+        return f"{head} {painted(names, message['from'])} {text}\n"
+    return bus_recv.block(None, "", now)  # it says that this is not a message
+
+
+# The outputs. Each prints a message at once.
+
+
+def show(observer: Observer, answers: Iterable[dict[str, Any]], text: Callable[[Any, float], str]) -> None:
     for answer in answers:
-        blocks = (bus_recv.block(message, "", observer.bus_time, whole=True) for message in answer["messages"])
-        bus_recv.emit("".join(blocks))
+        bus_recv.emit("".join(text(message, observer.bus_time) for message in answer["messages"]))
 
 
-def show_json(observer: Observer, answers: Iterator[dict[str, Any]]) -> None:
+def show_json(observer: Observer, answers: Iterable[dict[str, Any]]) -> None:
     for answer in answers:
         for message in answer["messages"]:
             bus_recv.emit(f"{bus_recv.dump(message)}\n")
@@ -105,10 +165,14 @@ def complain(line: str) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Show the messages of everybody on an agent-bus, as they pass.")
     add = parser.add_argument
-    add("--since", metavar="X", default="0", help="begin at X: 1h (ago), an id, now, or s since 1970 (0: all)")
+    begin = parser.add_mutually_exclusive_group()
+    since = "begin at X: 1h (ago), an id, now, or s since 1970 (0: all)"
+    begin.add_argument("--since", metavar="X", default="0", help=since)
+    begin.add_argument("--last", type=int, metavar="N", help="begin with the last N messages")
     add("--to", metavar="NAME", help="only messages for NAME; several as a,b,c")
     add("--from", dest="sender", metavar="NAME", help="only messages from NAME")
     add("--channel", metavar="C", help="only messages on the channel C (every channel)")
+    add("--short", action="store_true", help="print each message in one line")
     add("--json", action="store_true", help="print each message as a line of JSON")
     add("--bus", type=bus_recv.profile, metavar="PROFILE", help="the bus in ~/.config/agent-bus/PROFILE.env")
     add("--no-follow", action="store_true", help="print the messages that exist now, and end")
@@ -121,10 +185,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
         filters = {"to": options.to, "from": options.sender, "channel": options.channel}
-        observer = Observer(filters, options.since)
+        observer = Observer(filters, options.since if options.last is None else "now")
         observer.warn = observer.announce = complain
-        answers = observer.pages() if options.no_follow else observer.answers(False, options.timeout)
-        (show_json if options.json else show_blocks)(observer, answers)
+        first = [] if options.last is None else [observer.last(options.last)]
+        rest = observer.pages() if options.no_follow else observer.answers(False, options.timeout)
+        if options.json:
+            show_json(observer, chain(first, rest))
+        else:
+            show(observer, chain(first, rest), short if options.short else whole)
     except BrokenPipeError:  # nobody reads us any more
         return 0
     except KeyboardInterrupt:

@@ -21,7 +21,6 @@ import contextlib
 import json
 import math
 import os
-import re
 import signal
 import sys
 import threading
@@ -31,10 +30,13 @@ from decimal import Decimal
 from typing import Any, BinaryIO, NamedTuple
 from urllib.parse import quote
 
-from session import Nameless, harmless, name_of, quoted  # which also makes the next two importable
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # not there yet, if another program imports us
+from session import Nameless, harmless, name_of, quoted  # noqa: E402, I001  which makes the next three importable
 
-import bus_recv
-import bus_send
+import bus_inbox  # noqa: E402
+import bus_recv  # noqa: E402
+import bus_send  # noqa: E402
+from bus_inbox import label  # noqa: E402
 
 PROTOCOLS = ("2025-11-25", "2025-06-18", "2025-03-26", "2024-11-05")  # spoken here; the first is offered to all others
 HOLD = 25.0  # s that a call may wait, under the 30 s after which common proxies cut a quiet request
@@ -234,13 +236,8 @@ def inbox(wait: float = 0, id: str | None = None, offset: int = 0) -> str:
 
 def ack(id: str) -> str:
     box = Inbox()
-    mail, _ = box.look(0)
-    ts = {label(message): str(message["ts"]) for message in mail}.get(id)
-    if ts:
-        box.cursor.move(ts)
-        Channel.again.set()
-    elif not box.has_read(id):
-        raise ValueError(f"{id} is not the id of an unread message for {box.names[0]}: take it from bus_inbox")
+    box.acknowledge(id)
+    Channel.again.set()
     mail, more = box.look(0)  # presents the cursor: now the bus knows, too
     return f"{id} is read, and all earlier messages; {len(mail)}{' or more' if more else ''} unread"
 
@@ -313,27 +310,11 @@ def me() -> str:
     return name_of(os.getppid(), os.environ.get("CLAUDE_PROJECT_DIR"))
 
 
-class SharedCursor(bus_recv.Cursor):
-    """The cursor's file without its lock, because other readers of the name may run. The cursor never goes back."""
-
-    moving = threading.Lock()  # held while one of our threads moves a cursor
-
-    def only_one(self, name: str) -> Any:
-        os.makedirs(os.path.dirname(self.path), 0o700, exist_ok=True)
-
-    def move(self, since: str) -> None:
-        with self.moving:
-            self.load()
-            if since != "last" and (self.at == "last" or Decimal(self.at) < Decimal(since)):
-                super().move(since)
-
-
-class Inbox(bus_recv.Reader):
-    """This agent's mail above its cursor. All readers of its name share that cursor."""
+class Inbox(bus_inbox.Inbox):
+    """The mail of the session whose client started us."""
 
     def __init__(self) -> None:
-        super().__init__([me()], None, None, None, HOLD)
-        self.open_cursor = SharedCursor
+        super().__init__(me())
         self.notes: list[str] = []
         self.announce = lambda line: self.notes.append(f"-- agent-bus: {line}")
         self.warn = complain
@@ -341,37 +322,6 @@ class Inbox(bus_recv.Reader):
     def ask(self, path: str) -> dict[str, Any]:
         answer, self.bus_time = bus_recv.ask(self.url, path, bus_recv.GRACE_SECONDS)
         return answer
-
-    def look(self, hold: float) -> tuple[list[dict[str, Any]], bool]:
-        """The unread messages or, without any, the first that arrive within `hold` seconds; and: are there more?"""
-        while True:
-            if self.bus:
-                self.cursor.load()
-            answer = self.poll(hold, hold + bus_recv.GRACE_SECONDS)
-            if not answer["messages"]:
-                self.cursor.move(str(answer["now"]))
-            if answer["messages"] or not answer.get("more"):  # else this page had only messages for others
-                mail = filter(is_mail, answer["messages"])
-                return [{**message, "age": self.age(message)} for message in mail], bool(answer.get("more"))
-
-    def age(self, message: dict[str, Any]) -> str:
-        """The age of a message, by the clock of the bus: old mail has another meaning."""
-        return bus_recv.span(self.bus_time - float(message["ts"])) or "under 1m"
-
-    def has_read(self, id: str) -> bool:
-        """Is the message below the cursor as it is now? An id is the ts of its message, in microseconds and hex."""
-        self.cursor.load()
-        at = self.cursor.at
-        return at != "last" and bool(re.fullmatch("[0-9a-f]{1,16}", id)) and int(id, 16) <= Decimal(at) * 1000000
-
-
-def is_mail(message: Any) -> bool:
-    """Is this a message, with a ts? A strange bus may send anything; without a ts it can be neither named nor read."""
-    return isinstance(message, dict) and bool(bus_recv.DECIMAL.fullmatch(str(message.get("ts"))))
-
-
-def label(message: dict[str, Any]) -> str:
-    return str(message.get("id", message["ts"]))  # a bus of the old contract gives no id
 
 
 def shown(message: dict[str, Any], offset: int = 0, room: int = ROOM) -> str:

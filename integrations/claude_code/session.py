@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from typing import Any
 
 ROOT = os.path.abspath(os.path.join(__file__, "..", "..", ".."))
-sys.path.insert(0, ROOT)
+TOOLS = next(filter(os.path.isdir, (os.path.join(ROOT, folder) for folder in ("agent_bus_tools", "tools"))), ROOT)
+sys.path[:0] = [ROOT, TOOLS]  # in a clone or a plugin, or installed
 import bus_recv  # noqa: E402
 
 ASK_SECONDS = 0.5  # for the bus to say who listens; a prompt waits for it

@@ -14,8 +14,9 @@ from tests.clients.test_clients import home, program  # noqa: F401
 from tests.kit.bad_servers import NOON, Scripted, answer, mail, message
 from tests.kit.processes import PATIENCE, ROOT, wait_until
 
-LIMITS = {"bus_recv.py": 573, "bus_send.py": 416}  # lines of code
-TOOLS = ["bus_work", "bus_log", "bus_doctor", "bus_file", "bus_outbox"]
+LIMITS = {"bus_recv.py": 577, "bus_send.py": 420}  # lines of code
+TOOLS = ["bus_work", "bus_log", "bus_doctor", "bus_file", "bus_outbox", "bus_who", "bus_inbox"]
+OTHERS = ["bus_join", "bus_invite", "agent_bus", "bus_install"]
 BLOCK = re.compile(r"^# -- shared by [^\n]*: begin [^\n]*\n(.*?)^# -- shared by [^\n]*: end --$", re.M | re.S)
 JOB = message(1, attempt=1, lease=f"{1:032x}", lease_until=NOON + 60)
 DONE = answer({"ok": True, "now": NOON, "bus": "b1"})
@@ -55,7 +56,7 @@ def code(text):
     return "\n".join(line for number, line in enumerate(text.split("\n"), 1) if number not in prose)
 
 
-@pytest.mark.parametrize("path", [*LIMITS, *(f"tools/{tool}.py" for tool in (*TOOLS, "bus_join", "bus_invite"))])
+@pytest.mark.parametrize("path", [*LIMITS, *(f"tools/{tool}.py" for tool in (*TOOLS, *OTHERS))])
 def test_no_function_is_longer_than_40_lines_and_no_class_than_300(path):
     for node in ast.walk(ast.parse((ROOT / path).read_text())):
         limit = {ast.FunctionDef: 40, ast.ClassDef: 300}.get(type(node))

@@ -5,6 +5,7 @@ import os
 import random
 import re
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -126,6 +127,13 @@ def test_a_send_to_a_closed_port_is_unreachable_and_names_its_key(hurry):
                          env={"AGENT_BUS_URL": refusing()})  # fmt: skip
     assert code == 75 and out == "" and err.count("\n") == 1
     assert "refused" in err and re.search(r"--key [0-9a-f]{32}$", err)
+
+
+def test_what_watches_an_exchange_never_holds_up_the_end_of_the_program():
+    """SIGTERM may come when the watch has begun and nobody could cancel it yet."""
+    here, there = socket.socketpair()
+    with here, there, bus_send.hung_up_after(60, here):
+        assert [thread for thread in threading.enumerate() if not thread.daemon] == [threading.main_thread()]
 
 
 def test_every_send_makes_its_own_key_and_a_given_key_is_kept():
@@ -661,7 +669,7 @@ def test_a_message_that_cannot_be_shown_is_shown_as_json_and_wedges_nothing(stra
 
 def test_the_clients_and_the_bus_agree(bus):
     code, out, err = send(bus, "--subject", "T1 done", "--ttl", "60", stdin=b"zwei\n---\n\x1b[31m Zeilen\r\n\n")
-    assert code == 0 and json.loads(out)["ok"] and err == "queued: nobody has listened as dell yet, 1 unread\n"
+    assert code == 0 and json.loads(out)["ok"] and err == "queued: nobody has ever listened as dell\n"
     first, again = (json.loads(send(bus, "--key", "k")[1]) for _ in range(2))
     assert first["id"] == again["id"] and (first["duplicate"], again["duplicate"]) == (False, True)
     assert send(bus, "--key", "k", stdin=b"another message")[0] == 1

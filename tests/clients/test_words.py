@@ -22,8 +22,8 @@ from tests.kit.peers import invite
 from tests.kit.processes import PATIENCE, ROOT, Server, in_time
 
 VERSIONS = pathlib.Path("~/.pyenv/versions").expanduser()
-PROGRAMS = ["bus_server.py", "bus_send.py", "bus_recv.py", *(f"tools/bus_{tool}.py" for tool in
-            ("doctor", "file", "join", "log", "outbox", "work"))]  # fmt: skip
+PROGRAMS = ["bus_server.py", "bus_send.py", "bus_recv.py", "tools/agent_bus.py", *(f"tools/bus_{tool}.py" for tool in
+            ("doctor", "file", "inbox", "install", "join", "log", "outbox", "who", "work"))]  # fmt: skip
 TICK = 0x652A7C1B2F3E1
 
 

@@ -5,6 +5,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 
 import pytest
 
@@ -139,3 +140,16 @@ def test_the_lines_of_readme_install_it_and_add_the_tools(claude):
     assert "Successfully installed plugin: agent-bus@agent-bus" in claude(*shlex.split(install)[1:])
     claude(*shlex.split(add.replace("$PWD", str(ROOT)))[1:])
     assert re.search("^bus: .* ✔ Connected$", claude("mcp", "list"), re.MULTILINE)
+
+
+@needs_claude
+def test_install_connects_claude_in_a_folder_of_another_project(claude, tmp_path):
+    home, project = tmp_path / "home", tmp_path / "project"
+    project.mkdir()
+    env = {"PATH": os.environ["PATH"], "HOME": str(home)}
+    command = [sys.executable, str(ROOT / "tools" / "agent_bus.py")]
+    subprocess.run([*command, "install", "claude"], cwd=project, env=env, capture_output=True, check=True)
+    assert re.search("^bus: .* ✔ Connected$", claude("mcp", "list", folder=project), re.MULTILINE)
+    before = json.loads((home / ".claude.json").read_text())  # as Claude Code has written it
+    subprocess.run([*command, "uninstall", "claude"], cwd=project, env=env, capture_output=True, check=True)
+    assert before.pop("mcpServers").keys() == {"bus"} and json.loads((home / ".claude.json").read_text()) == before

@@ -1,0 +1,287 @@
+#!/usr/bin/env python3
+"""One command for all programs of agent-bus: `agent-bus send bob hello`, or `python3 tools/agent_bus.py` in a clone.
+
+It does nothing itself. COMMANDS says which program each command is, and with which first arguments; that program's
+main() gets the rest, in this process. The help and the completion of shells are made from the same table. To add a
+command, add a row.
+
+The parts of this file, in order: the table; run (hand on to a program); help; completion; main.
+Exit code: that of the program; 2 for a command that does not exist.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import io
+import os
+import re
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+# Python 3.8 says this sentence; older ones show the line, as a SyntaxError, because they do not know `:=`.
+if sys.version_info < (3, 9) and (needs := "agent_bus.py needs Python 3.9 or later"):  # noqa: UP036
+    sys.exit(needs)
+
+HERE = os.path.dirname(os.path.realpath(__file__))
+# The programs lie beside this file or one folder up, or are installed.
+sys.path += [folder for folder in (HERE, os.path.dirname(HERE)) if folder not in sys.path]
+
+
+class Command(NamedTuple):
+    """A row of the help, and the program behind it."""
+
+    purpose: str
+    example: str  # what follows `agent-bus`
+    program: str = ""  # the module whose main() is called; without one, OWN has the function
+    first: tuple[str, ...] = ()  # arguments of that program, before those of the user
+
+
+GROUPS: dict[str, dict[str, Command]] = {
+    "Messages": {
+        "send": Command("send a message", "send bob 'T1 is done'", "bus_send"),
+        "ask": Command("send a question, print the reply", "ask bob 'Is T1 done?'", "bus_send", ("--ask",)),
+        "recv": Command("print messages as they arrive", "recv bob", "bus_recv"),
+        "inbox": Command("look at unread mail, take none of it", "inbox bob", "bus_inbox", ("look",)),
+        "ack": Command("mark mail as read, up to this id", "ack 660ba678a1b40 bob", "bus_inbox", ("ack",)),
+    },
+    "Look": {
+        "who": Command("who listens, and how much mail waits", "who --watch", "bus_who"),
+        "log": Command("everybody's messages, as they pass", "log --last 20 --short", "bus_log"),
+        "doctor": Command("find what fails on the way to the bus", "doctor", "bus_doctor"),
+    },
+    "Jobs and files": {
+        "work": Command("do the jobs of a queue", "work builds --exec ./build", "bus_work"),
+        "file": Command("send a file, or get one", "file put a.tgz --to bob", "bus_file"),
+        "outbox": Command("send when the bus is reachable again", "outbox bob < report.md", "bus_outbox"),
+    },
+    "Agents and machines": {
+        "install": Command("connect Claude Code; start at login", "install claude", "bus_install", ("install",)),
+        "uninstall": Command("take away what install has added", "uninstall claude", "bus_install", ("uninstall",)),
+        "invite": Command("make a token for an agent", "invite dell", "bus_server", ("invite",)),
+        "join": Command("connect this machine to a bus", "join http://host:8080 dell", "bus_join"),
+        "tokens": Command("list the tokens", "tokens", "bus_server", ("tokens",)),
+        "revoke": Command("revoke the tokens of an agent", "revoke dell", "bus_server", ("revoke",)),
+    },
+    "The bus": {
+        "serve": Command("run the bus", "serve --port 8080", "bus_server"),
+        "prune": Command("remove old messages", "prune --older 7d", "bus_server", ("prune",)),
+        "backup": Command("copy the bus, also while it runs", "backup monday.db", "bus_server", ("backup",)),
+        "restore": Command("replace a stopped bus by a copy", "restore monday.db", "bus_server", ("restore",)),
+    },
+    "This command": {
+        "help": Command("this text, or that of a command", "help send"),
+        "completion": Command("a script that completes in your shell", "completion zsh"),
+        "version": Command("the version, and where it is", "version"),
+    },
+}
+COMMANDS = {name: command for group in GROUPS.values() for name, command in group.items()}
+
+CONFIGURATION = """\
+Environment
+  AGENT_BUS_URL        the bus (http://127.0.0.1:8080)
+  AGENT_NAME           your own name: the sender, and whose mail is read
+  AGENT_BUS_TOKEN      the token, or AGENT_BUS_TOKEN_FILE: a file with it
+  AGENT_BUS_CA         the certificates that TLS trusts, if not the system's
+  AGENT_BUS_CHANNEL    the channel (default)
+  AGENT_BUS_PROFILE    the configuration file to use (default)
+  AGENT_BUS_STATE_DIR  how far each name has read (~/.local/state/agent-bus)
+  NO_COLOR             no colours
+
+Where a setting comes from, the first that has it: an option of the command; the
+environment; the file PROFILE.env in ~/.config/agent-bus, of lines like
+AGENT_BUS_URL=http://host:8080, which only you may read (chmod 600). `--bus
+PROFILE` chooses the file. It is used only for the bus that it names.
+"""
+
+
+def called() -> str:
+    """How the user calls this program."""
+    me = sys.argv[0]
+    return f"python3 {shlex.quote(me)}" if me.endswith(".py") else os.path.basename(me)
+
+
+def run(name: str, arguments: Sequence[str]) -> int:
+    """Run a command in this process. Its program takes its own name, for its help and its errors, from sys.argv."""
+    command = COMMANDS[name]
+    if not command.program:
+        return OWN[name](arguments)
+    program = load(command.program)
+    sys.argv = [f"{sys.argv[0]} {name}", *arguments]
+    return int(program.main([*command.first, *arguments]) or 0)
+
+
+def load(program: str) -> Any:
+    """The module of a program. A machine that has joined a bus has only the clients."""
+    try:
+        return importlib.import_module(program)
+    except ModuleNotFoundError as error:
+        raise Missing(f"this needs {error.name}.py, which is not in {HERE}: copy it from the same version") from None
+
+
+def show_help(arguments: Sequence[str]) -> int:
+    """The help of one command is that of its program."""
+    if arguments:
+        name = known(arguments[0])
+        if COMMANDS[name].program:
+            return run(name, ["--help"])
+        print(f"usage: {called()} {COMMANDS[name].example}\n\n{COMMANDS[name].purpose}\n{ABOUT.get(name, '')}", end="")
+        return 0
+    print(f"usage: {called()} COMMAND ...\nThe options of a command: {called()} help COMMAND\n\n{'':51}for example")
+    for title, commands in GROUPS.items():
+        print(title, *(f"  {name:10} {row.purpose:37} {row.example}" for name, row in commands.items()), "", sep="\n")
+    print(CONFIGURATION, end="")
+    return 0
+
+
+def version(arguments: Sequence[str]) -> int:
+    print(f"agent-bus {load('bus_send').VERSION} in {HERE}, Python {sys.version.split()[0]}")
+    return 0
+
+
+# Completion
+
+
+def completion(arguments: Sequence[str]) -> int:
+    """Print a script for a shell. It has the commands, and the options that their programs have today."""
+    shell = arguments[0] if arguments else ""
+    if shell not in SHELLS:
+        raise Unknown(f"completion is for {', '.join(SHELLS)}: `{called()} completion bash`")
+    print(SHELLS[shell]({name: words(name) for name in COMMANDS}), end="")
+    return 0
+
+
+def words(name: str) -> list[str]:
+    """What may follow a command: its options and, if it has them, its own commands. The help of its program says so."""
+    command = COMMANDS[name]
+    if not command.program:
+        return {"help": list(COMMANDS), "completion": list(SHELLS)}.get(name, [])
+    text = help_of(command.program, command.first)
+    choices = re.findall(r"^  \{([a-z,]+)\}", text, re.MULTILINE)
+    further = [word for choice in choices for word in choice.split(",")]
+    text += "".join(help_of(command.program, (*command.first, word)) for word in further)
+    return further + sorted(set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", text)) - set(command.first))
+
+
+def help_of(program: str, first: Sequence[str]) -> str:
+    """What its program says; an empty text without the program."""
+    out, ends = io.StringIO(), contextlib.suppress(SystemExit, Missing)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()), ends:
+        load(program).main([*first, "--help"])
+    return out.getvalue()
+
+
+def bash(known: dict[str, list[str]]) -> str:
+    cases = "\n".join(
+        f"        {name}) words={shlex.quote(' '.join(found))} ;;" for name, found in known.items() if found
+    )
+    return f"""\
+_agent_bus() {{
+    local words={shlex.quote(" ".join(known))}
+    [ "$COMP_CWORD" -gt 1 ] && case ${{COMP_WORDS[1]}} in
+{cases}
+        *) words= ;;
+    esac
+    COMPREPLY=($(compgen -W "$words" -- "${{COMP_WORDS[COMP_CWORD]}}"))
+}}
+complete -o default -F _agent_bus agent-bus
+"""
+
+
+def zsh(known: dict[str, list[str]]) -> str:
+    cases = "\n".join(f"        {name}) compadd -- {shlex.join(found)} ;;" for name, found in known.items() if found)
+    commands = "\n".join(f"        {shlex.quote(f'{name}:{COMMANDS[name].purpose}')}" for name in known)
+    return f"""\
+#compdef agent-bus
+_agent_bus() {{
+    local -a commands=(
+{commands}
+    )
+    if (( CURRENT == 2 )); then
+        _describe command commands
+        return
+    fi
+    case $words[2] in
+{cases}
+    esac
+    _files
+}}
+compdef _agent_bus agent-bus
+"""
+
+
+def fish(known: dict[str, list[str]]) -> str:
+    lines = []
+    for name, found in known.items():
+        lines.append(f"-n __fish_use_subcommand -f -a {name} -d {shlex.quote(COMMANDS[name].purpose)}")
+        for word in found:
+            kind = f"-l {word[2:]}" if word.startswith("--") else f"-a {word}"
+            lines.append(f"-n '__fish_seen_subcommand_from {name}' {kind}")
+    return "".join(f"complete -c agent-bus {line}\n" for line in lines)
+
+
+SHELLS: dict[str, Callable[[dict[str, list[str]]], str]] = {"bash": bash, "zsh": zsh, "fish": fish}
+OWN: dict[str, Callable[[Sequence[str]], int]] = {"help": show_help, "completion": completion, "version": version}
+ABOUT = {
+    "completion": """
+bash, in ~/.bashrc:                  eval "$(agent-bus completion bash)"
+zsh, in ~/.zshrc, after compinit:    eval "$(agent-bus completion zsh)"
+fish, in ~/.config/fish/config.fish: agent-bus completion fish | source
+"""
+}
+
+
+class Unknown(Exception):
+    """The user has named a command or a shell that does not exist; the text says which exist."""
+
+
+class Missing(Unknown):
+    """The program of a command is not on this machine."""
+
+
+def known(name: str) -> str:
+    """The name of a command. Unknown says which one may be meant."""
+    if name in COMMANDS:
+        return name
+    import difflib  # only for a typo
+
+    similar = difflib.get_close_matches(name, COMMANDS, 3)
+    meant = f"did you mean {' or '.join(similar)}?" if similar else f"`{called()} help` lists them"
+    raise Unknown(f"there is no command {name!r}: {meant}")
+
+
+def dispatch(arguments: list[str]) -> int:
+    if arguments and re.match("--bus($|=)", arguments[0]):
+        import bus_recv
+
+        parser, number = argparse.ArgumentParser(prog=called(), add_help=False), 1 + (arguments[0] == "--bus")
+        parser.add_argument("--bus", type=bus_recv.profile, metavar="PROFILE")
+        parser.parse_args(arguments[:number])
+        arguments = arguments[number:]
+    name, *rest = arguments or ["help"]
+    return run(known({"-h": "help", "--help": "help", "--version": "version"}.get(name, name)), rest)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    try:
+        try:
+            return dispatch(list(sys.argv[1:] if argv is None else argv))
+        finally:
+            if sys.stdout:  # None: `>&-`
+                sys.stdout.flush()
+    except Unknown as unknown:
+        if sys.stderr:
+            print(f"{called()}: {unknown}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # nobody reads us any more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else the interpreter would try again at exit, and complain
+        return 0
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,168 @@
+#!/usr/bin/env python3
+"""Look at the unread mail of a name on an agent-bus, and take none of it; or mark it as read.
+
+    AGENT_BUS_URL=http://10.0.0.5:8080 python3 tools/bus_inbox.py look bob
+    python3 tools/bus_inbox.py ack 660ba678a1b40 bob          # that message, and every one before it
+
+A look moves no cursor, marks no message as fetched, and is nobody's presence. An older bus does not know such a
+look (PROTOCOL.md, `peek`): there, the messages that were shown count as fetched.
+
+The parts of this file, in order: SharedCursor and Inbox, which the MCP server uses too; main. bus_recv.Reader asks the
+bus, so this program needs bus_recv.py beside it or one folder up. It has the environment of bus_recv.py, and
+AGENT_NAME. Exit code: 0 done, 1 refused by the bus, 2 usage, 3 no mail, 75 out of reach, 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+import threading
+from collections.abc import Sequence
+from decimal import Decimal
+from typing import Any
+from urllib.parse import urlencode
+
+# Python 3.8 says this sentence; older ones show the line, as a SyntaxError, because they do not know `:=`.
+if sys.version_info < (3, 9) and (needs := "bus_inbox.py needs Python 3.9 or later"):  # noqa: UP036
+    sys.exit(needs)
+
+HERE = os.path.dirname(os.path.realpath(__file__))
+sys.path += [HERE, os.path.dirname(HERE)]  # the clients lie beside this file or one folder up, or are installed
+try:
+    import bus_recv
+except ModuleNotFoundError as missing:
+    print(f"bus_inbox: {missing.name}.py is missing in {HERE}: run curl -fO $AGENT_BUS_URL/{missing.name}.py there",
+          file=sys.stderr)  # fmt: skip
+    sys.exit(2)
+
+
+class SharedCursor(bus_recv.Cursor):
+    """The cursor's file without its lock, because other readers of the name may run. The cursor never goes back."""
+
+    moving = threading.Lock()  # held while one of our threads moves a cursor
+
+    def only_one(self, name: str) -> Any:
+        os.makedirs(os.path.dirname(self.path), 0o700, exist_ok=True)
+
+    def move(self, since: str) -> None:
+        with self.moving:
+            self.load()
+            if since != "last" and (self.at == "last" or Decimal(self.at) < Decimal(since)):
+                super().move(since)
+
+
+class Inbox(bus_recv.Reader):
+    """The mail of a name above its cursor. All readers of the name share that cursor.
+
+    A poll that peeks tells the bus nothing of us: neither that the name listens, nor its cursor.
+    """
+
+    def __init__(self, name: str, channel: str | None = None, peeks: bool = False) -> None:
+        super().__init__([name], None, channel, None, bus_recv.HOLD_SECONDS)
+        self.open_cursor, self.peeks = SharedCursor, peeks
+
+    def request(self, hold: float, seconds: float) -> tuple[dict[str, Any], float]:
+        """One poll; see bus_recv.ask()."""
+        if not self.peeks:
+            return super().request(hold, seconds)
+        query = {"to": self.names[0], "channel": self.channel, "since": self.cursor.at, "bus": self.bus}
+        return bus_recv.ask(self.url, f"/recv?peek=true&{urlencode(query)}", seconds)
+
+    def look(self, hold: float) -> tuple[list[dict[str, Any]], bool]:
+        """The unread messages or, without any, the first that arrive within `hold` seconds; and: are there more?"""
+        while True:
+            if self.bus:
+                self.cursor.load()
+            answer = self.poll(hold, hold + bus_recv.GRACE_SECONDS)
+            if not answer["messages"]:
+                self.cursor.move(str(answer["now"]))
+            if answer["messages"] or not answer.get("more"):  # else this page had only messages for others
+                mail = filter(is_mail, answer["messages"])
+                return [{**message, "age": self.age(message)} for message in mail], bool(answer.get("more"))
+
+    def acknowledge(self, id: str) -> None:
+        """Mark this message, and every one before it, as read. ValueError if it is not unread."""
+        ts = {label(message): str(message["ts"]) for message in self.look(0)[0]}.get(id)
+        if ts:
+            self.cursor.move(ts)
+        elif not self.has_read(id):
+            raise ValueError(f"{id} is not the id of an unread message for {self.names[0]}: take it from the inbox")
+
+    def age(self, message: dict[str, Any]) -> str:
+        """The age of a message, by the clock of the bus: old mail has another meaning."""
+        return bus_recv.span(self.bus_time - float(message["ts"])) or "under 1m"
+
+    def has_read(self, id: str) -> bool:
+        """Is the message below the cursor as it is now? An id is the ts of its message, in microseconds and hex."""
+        self.cursor.load()
+        at = self.cursor.at
+        return at != "last" and bool(re.fullmatch("[0-9a-f]{1,16}", id)) and int(id, 16) <= Decimal(at) * 1000000
+
+
+def is_mail(message: Any) -> bool:
+    """Is this a message, with a ts? A strange bus may send anything; without a ts it can be neither named nor read."""
+    return isinstance(message, dict) and bool(bus_recv.DECIMAL.fullmatch(str(message.get("ts"))))
+
+
+def label(message: dict[str, Any]) -> str:
+    return str(message.get("id", message["ts"]))  # a bus of the old contract gives no id
+
+
+def complain(line: str) -> None:
+    bus_recv.complain(line, "bus_inbox")
+
+
+def show(box: Inbox, as_json: bool) -> int:
+    """Print the unread mail, and on stderr how to go on. The exit code."""
+    import bus_log  # it knows how a message looks on a terminal
+
+    mail, more = box.look(0)
+    for message in mail:
+        text = bus_log.whole(message, box.bus_time, box.names[0])
+        bus_recv.emit(f"{bus_recv.dump(message)}\n" if as_json else text)
+    if not mail:
+        complain(f"nothing is unread for {box.names[0]}")
+        return 3
+    number, ack = f"{len(mail)}{' or more' if more else ''}", bus_recv.called("python3 tools/agent_bus.py ack", "ack")
+    complain(f"{number} unread for {box.names[0]}, oldest first; to mark these as read: {ack} {label(mail[-1])}")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Look at unread mail and take none of it, or mark it as read.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    own = parser.prog if " " in parser.prog else None  # `agent-bus inbox` and `agent-bus ack` are whole names
+    looking = commands.add_parser("look", prog=own, help="print the unread messages of NAME, oldest first")
+    looking.add_argument("--json", action="store_true", help="print each message as a line of JSON")
+    marking = commands.add_parser("ack", prog=own, help="mark a message, and every one before it, as read")
+    marking.add_argument("id", metavar="ID", help="the id of the last message that is done with")
+    for command in (looking, marking):
+        command.add_argument("name", metavar="NAME", nargs="?", help="whose mail ($AGENT_NAME)")
+        command.add_argument("--channel", metavar="C", help="the channel ($AGENT_BUS_CHANNEL, or 'default')")
+        command.add_argument("--bus", type=bus_recv.profile, metavar="PROFILE", help="the bus of PROFILE.env")
+    options = parser.parse_args(argv)
+    try:
+        name = options.name or bus_recv.settings().get("AGENT_NAME")
+        if not name:
+            parser.error("whose mail? Give NAME or set AGENT_NAME")
+        box = Inbox(name, options.channel, peeks=options.command == "look")
+        box.warn = box.announce = complain
+        if options.command == "look":
+            return show(box, options.json)
+        box.acknowledge(options.id)
+        left, more = box.look(0)  # presents the cursor: now the bus knows, too
+        complain(f"{options.id} is read, and all earlier messages; {len(left)}{' or more' if more else ''} unread")
+    except BrokenPipeError:  # nobody reads us any more
+        return 0
+    except KeyboardInterrupt:
+        return 130
+    except (bus_recv.Refused, bus_recv.Unreachable, ValueError, OSError) as error:
+        complain(str(error))
+        return {bus_recv.Refused: 1, bus_recv.Unreachable: 75}.get(type(error), 2)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

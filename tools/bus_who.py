@@ -1,0 +1,157 @@
+#!/usr/bin/env python3
+"""Show who is on an agent-bus: who listens, how much mail waits, and for how long.
+
+    AGENT_BUS_URL=http://10.0.0.5:8080 python3 tools/bus_who.py
+    python3 tools/bus_who.py --watch          # again every 2 s, until Ctrl-C
+    python3 tools/bus_who.py --json | jq '.[] | select(.unread > 0) | .name'
+
+A name on another channel than `default` is shown as CHANNEL/NAME. `-` stands for what the bus does not tell: an older
+bus, or a token that may not read that mail. On a terminal a long name is cut, so that each agent has one line.
+
+bus_recv.ask asks the bus; so this program needs bus_recv.py beside it or one folder up. It has the environment of
+bus_recv.py, and writes no file. Exit code: 0 done, 1 refused by the bus, 2 usage, 75 out of reach, 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+from urllib.parse import urlencode
+
+# Python 3.8 says this sentence; older ones show the line, as a SyntaxError, because they do not know `:=`.
+if sys.version_info < (3, 9) and (needs := "bus_who.py needs Python 3.9 or later"):  # noqa: UP036
+    sys.exit(needs)
+
+HERE = os.path.dirname(os.path.realpath(__file__))
+sys.path += [HERE, os.path.dirname(HERE)]  # the clients lie beside this file or one folder up, or are installed
+try:
+    import bus_recv
+except ModuleNotFoundError as missing:
+    print(f"bus_who: {missing.name}.py is missing in {HERE}: run curl -fO $AGENT_BUS_URL/{missing.name}.py there",
+          file=sys.stderr)  # fmt: skip
+    sys.exit(2)
+
+Agent = dict[str, Any]
+EVERY_SECONDS = 2.0  # --watch looks again
+CLEAR = "\x1b[H\x1b[2J"  # a terminal
+
+
+def agents(url: str, channel: str | None, online: bool) -> tuple[list[Agent], float]:
+    """Everybody on the bus, and its clock (s since 1970). Raises as bus_recv.ask() does."""
+    query = {**({"channel": channel} if channel else {}), **({"online": "true"} if online else {})}
+    found: list[Agent] = []
+    while True:
+        answer, now = bus_recv.ask(url, f"/agents?{urlencode(query)}", bus_recv.GRACE_SECONDS)
+        page = answer.get("agents")
+        if not isinstance(page, list) or not all(isinstance(agent, dict) for agent in page):
+            raise bus_recv.Unreachable()
+        found += page
+        if not answer.get("more") or answer.get("next") in (None, query.get("after")):  # else it is asked for ever
+            return sorted(found, key=lambda agent: (not agent.get("online"), -number(agent.get("last_seen")))), now
+        query["after"] = answer["next"]
+
+
+def number(value: Any) -> float:
+    return float(value) if bus_recv.DECIMAL.fullmatch(str(value)) else 0.0
+
+
+# The table
+
+
+def name(agent: Agent, now: float) -> str:
+    channel = "" if agent.get("channel") == "default" else f"{bus_recv.word(agent.get('channel'))}/"
+    return f"{channel}{bus_recv.word(agent.get('name'))}"
+
+
+def state(agent: Agent, now: float) -> str:
+    if agent.get("online"):
+        return "listening"
+    return ago(agent.get("last_seen"), now) if number(agent.get("last_seen")) else "never"
+
+
+def ago(place: Any, now: float) -> str:
+    return bus_recv.span(now - number(place)) or "<1m" if number(place) else ""
+
+
+def count(value: Any) -> str:
+    return "-" if value is None else bus_recv.word(value)
+
+
+def work(agent: Agent, member: str) -> str:
+    figures = agent.get("work")
+    return count(figures.get(member)) if isinstance(figures, dict) else ""
+
+
+COLUMNS: dict[str, Callable[[Agent, float], str]] = {
+    "NAME": name,
+    "SEEN": state,
+    "UNREAD": lambda agent, now: count(agent.get("unread")),
+    "OLDEST": lambda agent, now: ago(agent.get("oldest"), now),
+    "IN HAND": lambda agent, now: work(agent, "in_hand"),
+    "DEAD": lambda agent, now: work(agent, "dead"),
+}
+
+
+def table(found: Sequence[Agent], now: float, columns: int | None) -> Iterator[str]:
+    """The lines of a table, at most `columns` wide if that is given. A column in which nothing stands is left out."""
+    rows = [list(COLUMNS), *([cell(agent, now) for cell in COLUMNS.values()] for agent in found)]
+    filled = [column for column in zip(*rows) if any(column[1:]) or column[0] in ("NAME", "SEEN", "UNREAD")]
+    widths = [max(map(len, column)) for column in filled]
+    if columns:
+        widths[0] = max(min(widths[0], columns - sum(widths[1:]) - 2 * len(widths[1:])), 4)
+    for first, *others in zip(*filled):
+        first = first if len(first) <= widths[0] else f"{first[: widths[0] - 1]}…"
+        sides = [str.ljust, *([str.rjust] * len(others))]  # SEEN is a word, what follows are figures
+        yield "  ".join(side(text, width) for side, text, width in zip([str.ljust, *sides], [first, *others], widths))
+
+
+def show(found: Sequence[Agent], now: float, as_json: bool, clear: bool) -> None:
+    on_terminal, size = bool(sys.stdout and sys.stdout.isatty()), shutil.get_terminal_size()
+    lines = list(table(found, now, size.columns if on_terminal else None))
+    if clear and on_terminal:  # what does not fit would push the beginning off the screen
+        lines = [f"{CLEAR}{lines[0]}", *lines[1 : size.lines - 2]]
+    listening = sum(bool(agent.get("online")) for agent in found)
+    lines.append(f"{listening} of {len(found)} listen" if found else "nobody has listened on this bus yet")
+    bus_recv.emit((bus_recv.dump(list(found)) if as_json else "\n".join(lines)) + "\n")
+
+
+def complain(line: str) -> None:
+    bus_recv.complain(line, "bus_who")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Show who is on an agent-bus, who listens, and how much mail waits.")
+    parser.add_argument("--online", action="store_true", help="only names that listen now")
+    parser.add_argument("--channel", metavar="C", help="only names on the channel C (every channel)")
+    parser.add_argument("--json", action="store_true", help="print what the bus tells of each name, as JSON")
+    parser.add_argument("--watch", action="store_true", help=f"show it again every {EVERY_SECONDS:.0f} s, until Ctrl-C")
+    parser.add_argument("--bus", type=bus_recv.profile, metavar="PROFILE", help="the bus of PROFILE.env")
+    options = parser.parse_args(argv)
+    try:
+        url = bus_recv.settings()["AGENT_BUS_URL"]
+        while True:
+            try:
+                show(*agents(url, options.channel, options.online), options.json, options.watch)
+            except bus_recv.Unreachable as fault:
+                if not options.watch:
+                    raise bus_recv.Unreachable(f"no bus at {url} ({fault})") from fault
+                complain(f"no bus at {url} ({fault}); trying again")
+            if not options.watch:
+                return 0
+            time.sleep(EVERY_SECONDS)
+    except BrokenPipeError:  # nobody reads us any more
+        return 0
+    except KeyboardInterrupt:
+        return 130
+    except (bus_recv.Refused, bus_recv.Unreachable, ValueError) as error:
+        complain(str(error))
+        return {bus_recv.Refused: 1, bus_recv.Unreachable: 75}.get(type(error), 2)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
