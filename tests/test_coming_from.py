@@ -75,7 +75,7 @@ def test_every_command_of_the_page_runs(page, bus, shell):
         if "agent-bus serve" in line:
             serve(line, shell, bus)
             continue
-        for name in re.findall(r"(?:recv|work) (\w+)|to=(\w+)&since", line):
+        for name in re.findall(r"(?:recv|work|inbox) (\w+)|to=(\w+)&since", line):
             work = {"from": "spark", "to": name[0] or name[1], "msg": "one more"}
             assert Peer(bus).send("POST", "/send", work).answer().status == 200
         process = shell(line)
