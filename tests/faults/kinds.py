@@ -18,6 +18,7 @@ class Kind(NamedTuple):
 GUARDS, FAIR, MEMORY = "faults/test_kinds_guards.py", "faults/test_kinds_fairness.py", "faults/test_kinds_memory.py"
 AUTHORITY, RULES = "faults/test_kinds_authority.py", "faults/test_kinds_rules.py"
 BOUNDS, SHARES = "faults/test_kinds_bounds.py", "faults/test_kinds_shares.py"
+EXTENSIONS = "faults/test_kinds_extensions.py"
 STORAGE, PYTHON, BASH = "faults/test_kinds_storage.py", "clients/test_client_cases.py", "clients/test_listener_cases.py"
 
 KINDS = [
@@ -364,6 +365,10 @@ KINDS = [
          ("integrations/test_mcp.py::test_on_a_bus_with_more_names_than_a_page_it_asks_for_its_own_channel_and_name",
           f"{PYTHON}::test_a_session_asks_who_listens_on_its_own_channel"),
          "`agents()` or `whoami()` asks for all (the first); `heard_elsewhere()` does (the second)"),
+    Kind("what was written in part counts as written",
+         "a piece of a file of which not all was written is 507 at once; the part has no hole, and goes on from there",
+         (f"{EXTENSIONS}::test_a_piece_that_was_written_in_part_ends_an_upload",),
+         "`Upload.wrote()` refuses a piece of which nothing was written, and no other"),
     Kind("clients: a strange answer moves the cursor",
          "a time more than five minutes ahead moves no cursor, and is said once",
          (f"{PYTHON}::test_an_answer_from_the_future_moves_no_cursor_and_is_said_once",

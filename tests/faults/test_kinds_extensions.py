@@ -1,0 +1,69 @@
+"""Queues, questions and files: each bound, each right and each promise holds at their doors too.
+
+Found by an attack on 2026-11-29; each test was red on the code that it attacked.
+
+| test | what was seen before |
+|---|---|
+| a_piece_that_was_written_in_part_ends_an_upload | 408 after 10 s, and the next request is in the file |
+"""
+import errno
+import pathlib
+import time
+
+import pytest
+
+from tests.core.test_connection import Peer, a_bus, answers, come_true, stored
+from tests.kit import inside
+from tests.kit.hostile import ALICE, HOST, head
+
+
+@pytest.fixture
+def bus(tmp_path):
+    with a_bus(time.monotonic, str(tmp_path / "bus.db")) as bus:
+        yield bus
+
+
+# Files
+
+
+class FullOnce:
+    """A file on a disk that has room for so many bytes: one write is cut short, and then others have made room."""
+
+    def __init__(self, file, room):
+        self.file, self.room = file, room
+
+    def write(self, data):
+        if self.room == 0:
+            self.room = -1
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written = self.file.write(data[: self.room] if self.room > 0 else data)
+        self.room -= written if self.room > 0 else 0
+        return written
+
+    def close(self):
+        self.file.close()
+
+
+@pytest.mark.parametrize("room", [50_000, len(inside.FILE) - 10])
+def test_a_piece_that_was_written_in_part_ends_an_upload(bus, room):
+    """It is 507, not a part with a hole, or one that waits for more: then the next request would be the rest of it."""
+    upload = head(f"PUT {inside.FILE_PATH} HTTP/1.1", HOST, f"Content-Length: {len(inside.FILE)}")
+    peer = Peer(bus)
+    peer.says(upload)
+    sink = peer.connection.request.sink
+    sink.stream = FullOnce(sink.stream, room)
+    for start in range(0, len(inside.FILE), 16384):
+        peer.says(inside.FILE[start : start + 16384])
+    peer.says(ALICE)
+    come_true(lambda: peer.heard)
+    [refused] = answers(peer.heard)
+    assert refused.status == 507 and refused.fields["upload-offset"] == str(room)
+    assert stored(bus) == 0, "what follows a broken body is no request"
+    part = pathlib.Path(f"{bus.state.path}.blobs{inside.FILE_PATH[5:]}.part")
+    assert part.read_bytes() == inside.FILE[:room]
+    again = Peer(bus)
+    span = f"Content-Range: bytes {room}-{len(inside.FILE) - 1}/{len(inside.FILE)}"
+    again.says(head(f"PUT {inside.FILE_PATH} HTTP/1.1", HOST, f"Content-Length: {len(inside.FILE) - room}", span))
+    again.says(inside.FILE[room:])
+    come_true(lambda: again.heard)
+    assert [answer.status for answer in answers(again.heard)] == [201]
