@@ -517,15 +517,23 @@ class Handed(NamedTuple):
         return any(job.message.tick == message.tick for job in self.jobs)
 
 
+OF_A_JOB = {"attempt", "lease", "lease_until"}  # a sender's own members with these names are left out of an answer
+
+
+def render(job: Job) -> str:
+    message = job.message
+    if any(f'"{member}"' in message.text for member in OF_A_JOB):
+        members = json.loads(f"{{{message.text}}}")
+        others = {member: value for member, value in members.items() if member not in OF_A_JOB}
+        message = message._replace(text=encode(others)[1:-1])
+    lease = f'"lease": "{job.lease}", "lease_until": {seconds(job.until)}'
+    return f'{message.render()[:-1]}, "attempt": {job.attempt}, {lease}}}'
+
+
 def handed(bus: Bus, worker: Worker, jobs: list[Job]) -> Answer:
     """The answer to a claim. The jobs count as fetched once it was written out whole."""
-    messages = ", ".join(
-        f'{job.message.render()[:-1]}, "attempt": {job.attempt}, "lease": "{job.lease}", '
-        f'"lease_until": {seconds(job.until)}}}'
-        for job in jobs
-    )
     bus.figures.delivered += len(jobs)
-    answer = ok(bus, f'"messages": [{messages}]')
+    answer = ok(bus, f'"messages": [{", ".join(map(render, jobs))}]')
     if not jobs:
         return answer
     return answer._replace(delivers=(Handed(worker, jobs), max(job.message.tick for job in jobs)))

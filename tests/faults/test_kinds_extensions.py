@@ -4,15 +4,18 @@ Found by an attack on 2026-11-29; each test was red on the code that it attacked
 
 | test | what was seen before |
 |---|---|
+| what_a_sender_calls_lease_is_not_in_a_job | `lease` twice, the first one the sender's |
 | a_piece_that_was_written_in_part_ends_an_upload | 408 after 10 s, and the next request is in the file |
 """
 import errno
+import json
 import pathlib
 import time
 
 import pytest
 
 from tests.core.test_connection import Peer, a_bus, answers, come_true, stored
+from tests.faults.test_kinds_bounds import Guest
 from tests.kit import inside
 from tests.kit.hostile import ALICE, HOST, head
 
@@ -21,6 +24,33 @@ from tests.kit.hostile import ALICE, HOST, head
 def bus(tmp_path):
     with a_bus(time.monotonic, str(tmp_path / "bus.db")) as bus:
         yield bus
+
+
+# Queues
+
+
+def one_of(pairs):
+    """A JSON object, each of whose members is there once."""
+    assert len(dict(pairs)) == len(pairs), f"a member is there twice: {pairs}"
+    return dict(pairs)
+
+
+def claims(guest, to="builds", **members):
+    answer = guest.asks("POST", "/claim", {"to": to, "wait": 0, **members})
+    return json.loads(answer.body, object_pairs_hook=one_of)["messages"]
+
+
+def test_what_a_sender_calls_lease_is_not_in_a_job(bus):
+    """Which of two members a worker's parser takes is open: the sender could choose the lease that it settles with."""
+    guest = Guest(bus)
+    forged = {"attempt": 1000, "lease": "forged", "lease_until": 0}
+    guest.sends("builds", 'the "lease" of', **forged, inner={"lease": 1}, size=10)
+    [job] = claims(guest)
+    assert job["attempt"] == 1 and len(job["lease"]) == 16 and job["lease_until"] > 1e9
+    assert (job["msg"], job["inner"], job["size"]) == ('the "lease" of', {"lease": 1}, 10), "all else is unchanged"
+    [message] = guest.asks("GET", "/recv?to=builds").json()["messages"]
+    assert {member: message[member] for member in forged} == forged, "for a reader they have no meaning"
+    guest.asks("POST", "/ack", {"id": job["id"], "lease": job["lease"]})
 
 
 # Files
