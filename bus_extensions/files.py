@@ -135,6 +135,7 @@ class Blobs:
         connection.answer(answer)
 
     def get(self, request: Request) -> Answer:
+        self.bus.storms.read(request.owner())
         if request.grant.send_only:
             raise Refused(403, "this token may only send, not read")
         file = self.place(request)

@@ -348,6 +348,7 @@ class Work:
     def settle(self, request: Request) -> None:
         """A worker acknowledges its message, gives it back, or asks for more time. The lease is the permission."""
         self.bus.check_open()
+        self.bus.storms.read(request.owner())
         members = request.members()
         delay = members.number("delay", 0, 0, LEASE_MAX)
         lease = members.number("seconds", LEASE, 1, LEASE_MAX)

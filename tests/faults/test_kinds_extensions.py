@@ -4,6 +4,7 @@ Found by an attack on 2026-11-29; each test was red on the code that it attacked
 
 | test | what was seen before |
 |---|---|
+| whatever_is_asked_has_a_rate | /ack, /nack, /extend and GET /blob have none |
 | what_a_sender_calls_lease_is_not_in_a_job | `lease` twice, the first one the sender's |
 | a_piece_that_was_written_in_part_ends_an_upload | 408 after 10 s, and the next request is in the file |
 """
@@ -14,6 +15,7 @@ import time
 
 import pytest
 
+from bus_server import PUBLIC
 from tests.core.test_connection import Peer, a_bus, answers, come_true, stored
 from tests.faults.test_kinds_bounds import Guest
 from tests.kit import inside
@@ -24,6 +26,27 @@ from tests.kit.hostile import ALICE, HOST, head
 def bus(tmp_path):
     with a_bus(time.monotonic, str(tmp_path / "bus.db")) as bus:
         yield bus
+
+
+# Rates
+
+# A body that each path with POST would accept, if it were not for its rate.
+SENT = {"/send": {"from": "eve", "to": "bob", "msg": "x"}, "/ask": {"from": "eve", "to": "bob", "msg": "x"},
+        "/recall": {"id": "1"}, "/claim": {"to": "builds", "wait": 0},
+        **{path: {"id": "1", "lease": "x"} for path in ("/ack", "/nack", "/extend")}}  # fmt: skip
+
+
+def test_whatever_is_asked_has_a_rate(bus):
+    """Each endpoint but the public ones: with a budget that is used up, the answer is 429, and no step is planned."""
+    for budget in (bus.storms.sends, bus.storms.reads):
+        budget.wait = lambda owner, amount: 7
+    for method, path in bus.routes:
+        if path in PUBLIC:
+            continue
+        asked = inside.ASKED.get(path, "").replace("ROOT", "1")
+        guest = Guest(bus).begins(method, path + asked, SENT[path] if method == "POST" else b"")
+        assert guest.answer().status == 429, path
+    assert bus.ledger.idle()
 
 
 # Queues
