@@ -294,11 +294,18 @@ def is_expired(message: Message, now: Now) -> bool:
 
 
 def bury(state: State, message: Message, attempt: int, reason: str | None, now: Now) -> None:
-    """Move a message to the dead letters of its queue, with the reason."""
+    """Move a message to the dead letters of its queue, with the reason and what is left of its ttl.
+
+    A message that has expired is done instead.
+    """
+    if is_expired(message, now):
+        state.writing.execute("DELETE FROM work WHERE tick = ?", (message.tick,))
+        return
+    left = None if message.expires is None else message.expires - now.wall
     reason = reason if isinstance(reason, str) else "its lease ran out"
     why = {"dead_of": f"{message.tick:x}", "attempts": attempt, "reason": reason}
     members = {**json.loads(f"{{{message.text}}}"), **why}
-    letter = Draft(message.channel, (message.to + DEAD,), message.sender, encode(members)[1:-1], None, None, None)
+    letter = Draft(message.channel, (message.to + DEAD,), message.sender, encode(members)[1:-1], None, left, None)
     state.place(letter, now.wall)
     state.insert()
     state.writing.execute("UPDATE work SET due = NULL, lease = NULL WHERE tick = ?", (message.tick,))

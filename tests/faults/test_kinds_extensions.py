@@ -5,17 +5,19 @@ Found by an attack on 2026-11-29; each test was red on the code that it attacked
 | test | what was seen before |
 |---|---|
 | whatever_is_asked_has_a_rate | /ack, /nack, /extend and GET /blob have none |
+| a_dead_letter_lives_no_longer | it has no end |
 | what_a_sender_calls_lease_is_not_in_a_job | `lease` twice, the first one the sender's |
 | a_piece_that_was_written_in_part_ends_an_upload | 408 after 10 s, and the next request is in the file |
 """
 import errno
 import json
 import pathlib
+import sys
 import time
 
 import pytest
 
-from bus_server import PUBLIC
+from bus_server import PUBLIC, Now
 from tests.core.test_connection import Peer, a_bus, answers, come_true, stored
 from tests.faults.test_kinds_bounds import Guest
 from tests.kit import inside
@@ -74,6 +76,49 @@ def test_what_a_sender_calls_lease_is_not_in_a_job(bus):
     [message] = guest.asks("GET", "/recv?to=builds").json()["messages"]
     assert {member: message[member] for member in forged} == forged, "for a reader they have no meaning"
     guest.asks("POST", "/ack", {"id": job["id"], "lease": job["lease"]})
+
+
+def later(bus, seconds):
+    """From now on both clocks of the bus are ahead by so much."""
+    now, wall = bus.clock.now, bus.view.clock
+    ahead = int(seconds * 1e6)
+    bus.clock.now = lambda: Now(*(each + ahead for each in now()))
+    bus.view.clock = lambda: wall() + ahead
+
+
+def letters(guest, to="builds.dead"):
+    return [message["msg"] for message in guest.asks("GET", f"/recv?to={to}&max=1000").json()["messages"]]
+
+
+def fail(bus, guest, how):
+    """The one job in the queue fails for the last time, 40 s after it was handed out."""
+    [job] = claims(guest, lease=30)
+    later(bus, 40)
+    if how == "nack":
+        return guest.asks("POST", "/nack", {"id": job["id"], "lease": job["lease"]})
+    if how == "claim":
+        return claims(guest)
+    bus.do(sys.modules["bus_extensions.work"].Bury(1), None, lambda *_: None)
+    return come_true(bus.ledger.idle)
+
+
+@pytest.mark.parametrize("how", ["nack", "claim", "bury"])
+def test_a_dead_letter_lives_no_longer_than_its_message(tmp_path, how):
+    with a_bus(time.monotonic, str(tmp_path / "bus.db"), "--max-attempts", "1") as bus:
+        guest = Guest(bus)
+        number = guest.sends("builds", "a secret", ttl=35)["id"]
+        fail(bus, guest, how)
+        assert letters(guest) == [], "it expired before it failed"
+        assert guest.asks("GET", f"/message/{number}").json()["state"] != "dead"
+        number = guest.sends("builds", "another", ttl=60)["id"]
+        fail(bus, guest, how)
+        assert letters(guest) == ["another"]
+        assert guest.asks("GET", f"/message/{number}").json()["state"] == "dead"
+        later(bus, 21)
+        assert letters(guest) == [], "60 s in all, also as a dead letter"
+        guest.sends("builds", "for good")
+        fail(bus, guest, how)
+        assert letters(guest) == ["for good"]
 
 
 # Files
