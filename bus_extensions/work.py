@@ -338,6 +338,8 @@ class Work:
         self.bus.storms.check_work(request.owner(), "", 0)
         self.bus.storms.name(request.owner(), self.bus.mailboxes.new(worker.channel, [worker.queue]))
         self.bus.mailboxes.polled(worker, request.peer.address, self.bus.view.clock())
+        # Its row says that whatever comes from now on is work; it goes when nobody asks for as long as mail is kept.
+        self.bus.mailboxes.box(worker.channel, worker.queue).firm = True
         self.ask(request.peer, worker)
 
     def ask(self, connection: Connection, worker: Worker) -> None:

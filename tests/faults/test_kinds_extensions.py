@@ -5,6 +5,7 @@ Found by an attack on 2026-11-29; each test was red on the code that it attacked
 | test | what was seen before |
 |---|---|
 | whatever_is_asked_has_a_rate | /ack, /nack, /extend and GET /blob have none |
+| a_row_that_a_claim_made_goes | the row stays while the bus runs, and only memory forgets the name |
 | a_dead_letter_lives_no_longer | it has no end |
 | what_a_sender_calls_lease_is_not_in_a_job | `lease` twice, the first one the sender's |
 | a_piece_that_was_written_in_part_ends_an_upload | 408 after 10 s, and the next request is in the file |
@@ -76,6 +77,27 @@ def test_what_a_sender_calls_lease_is_not_in_a_job(bus):
     [message] = guest.asks("GET", "/recv?to=builds").json()["messages"]
     assert {member: message[member] for member in forged} == forged, "for a reader they have no meaning"
     guest.asks("POST", "/ack", {"id": job["id"], "lease": job["lease"]})
+
+
+def rows(bus, table):
+    return bus.view.ask(f"SELECT count(*) FROM {table}")[0]
+
+
+def test_a_row_that_a_claim_made_goes_when_nobody_asks_any_more(bus):
+    """Each part of the bus knows the queue for as long as the others do: memory, the writer and the table."""
+    guest, keep = Guest(bus), 3600
+    bus.retention.keep = keep
+    bus.retention.clock_is_trusted = lambda: True
+    for number in range(50):
+        assert claims(guest, to=f"q{number}") == []
+    guest.sends("builds", "a job")
+    for box in bus.mailboxes.boxes.values():
+        box.until = 0.0  # its hold was over long ago
+    for seconds, known in ((bus.mailboxes.LOOKED_SECONDS + 1, 51), (2 * keep, 1)):
+        later(bus, seconds)
+        bus.retention.forget_names()
+        come_true(bus.ledger.idle)
+        assert len(bus.mailboxes.boxes) == len(bus.state.counts) == rows(bus, "mailboxes") == known
 
 
 def later(bus, seconds):
