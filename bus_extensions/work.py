@@ -27,6 +27,7 @@ from bus_server import (
     MAX_MESSAGES,
     PARKED,
     PLACED_ROW,
+    SOUND,
     Answer,
     Bus,
     Connection,
@@ -253,37 +254,43 @@ class Settle(Operation):
 
 
 class Bury(Operation):
-    """Move messages that are due and failed too often to the dead letters, a slice. The result: are there more?"""
+    """Move messages that are due and failed too often to the dead letters, a slice.
 
-    __slots__ = ("attempts",)
+    The result is the [mailbox, due, tick] above which to go on; None: no job is left.
+    """
+
+    __slots__ = ("above", "attempts")
     kind = "bury"
 
-    def __init__(self, attempts: int) -> None:
-        self.attempts = attempts
+    def __init__(self, attempts: int, above: Sequence[int] = (0, 0, 0)) -> None:
+        self.attempts, self.above = attempts, above
 
-    SLICE = 200  # messages, or somewhat more than ANSWER_BYTES of them
+    LOOKED = 1000  # jobs, most of which may stay: those that are not due, or are dead letters themselves
+    SLICE = 200  # messages that are moved, or somewhat more than ANSWER_BYTES of them
 
-    def apply(self, state: State, now: Now) -> bool:
+    def apply(self, state: State, now: Now) -> list[int] | None:
         queue = "(SELECT mailbox FROM messages WHERE messages.tick = work.tick)"
         if state.writing.execute(
             f"UPDATE OR IGNORE work SET mailbox = {queue} WHERE mailbox >= '' AND due IS NOT NULL"
         ).rowcount:
             state.damaged("the queue of a job")
         rows = state.writing.execute(
-            "SELECT tick, attempt, reason FROM work WHERE due <= ? AND typeof(attempt) = 'integer' AND attempt >= ? "
-            "ORDER BY due, tick",
-            (now.steady, self.attempts),
+            "SELECT mailbox, due, tick, attempt, reason, due <= ? AND typeof(attempt) = 'integer' AND attempt >= ? "
+            "AND substr(name, ?) != ? FROM work CROSS JOIN mailboxes ON mailbox = id "
+            "WHERE due IS NOT NULL AND due < ? AND (mailbox, due, tick) > (?, ?, ?) "
+            "ORDER BY mailbox, due, tick LIMIT ?",
+            (now.steady, self.attempts, -len(DEAD), DEAD, 2 * SOUND, *self.above, self.LOOKED),
         ).fetchall()
         buried = size = 0
-        for tick, attempt, reason in rows:
-            message = state.message(tick)
-            if message and not message.to.endswith(DEAD):
+        for mailbox, due, tick, attempt, reason, has_failed in rows:
+            message = state.message(tick) if has_failed else None
+            if message:
                 bury(state, message, attempt, reason, now)
                 buried += 1
                 size += len(message.text)
             if buried == self.SLICE or size > ANSWER_BYTES:
-                return True
-        return False
+                return [mailbox, due, tick]
+        return [mailbox, due, tick] if len(rows) == self.LOOKED else None
 
 
 OPERATIONS = (Claim, Settle, Bury)
@@ -377,7 +384,7 @@ class Work:
             self.give_back(result.jobs)
         elif result.jobs:
             self.look_again((worker.channel, worker.queue), worker.lease)
-            if max(job.attempt for job in result.jobs) >= self.attempts:
+            if max(job.attempt for job in result.jobs) >= self.attempts and not worker.queue.endswith(DEAD):
                 self.bury_after(worker.lease)
         elif worker.hold > 0 and connection.phase is BUSY and not connection.ended | bus.draining:
             if bus.mailboxes.box(worker.channel, worker.queue).newest > result.looked:  # one arrived since the claim
@@ -420,17 +427,17 @@ class Work:
             self.ends.add(end)
             self.bus.loop.later(end - now, self.bury)
 
-    def bury(self) -> None:
+    def bury(self, above: Sequence[int] = (0, 0, 0)) -> None:
         now = time.monotonic()
         self.ends = {end for end in self.ends if end > now}
         if not self.burying:
-            self.bus.do(Bury(self.attempts), None, self.buried, self.not_buried)
+            self.bus.do(Bury(self.attempts, above), None, self.buried, self.not_buried)
             self.burying = True  # only now: if the line above raises, it is tried again
 
-    def buried(self, connection: None, operation: Bury, more: bool) -> None:
+    def buried(self, connection: None, operation: Bury, reached: list[int] | None) -> None:
         self.burying = False
-        if more and not self.bus.draining:
-            self.bury()
+        if reached and not self.bus.draining:
+            self.bury(reached)
 
     def not_buried(self, operation: Bury) -> None:
         self.burying = False

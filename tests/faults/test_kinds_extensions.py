@@ -5,6 +5,7 @@ Found by an attack on 2026-11-29; each test was red on the code that it attacked
 | test | what was seen before |
 |---|---|
 | whatever_is_asked_has_a_rate | /ack, /nack, /extend and GET /blob have none |
+| jobs_that_stay_are_looked_at_in_slices | the message of each is read, all in one operation |
 | a_row_that_a_claim_made_goes | the row stays while the bus runs, and only memory forgets the name |
 | a_dead_letter_lives_no_longer | it has no end |
 | what_a_sender_calls_lease_is_not_in_a_job | `lease` twice, the first one the sender's |
@@ -20,7 +21,7 @@ import pytest
 
 from bus_server import PUBLIC, Now
 from tests.core.test_connection import Peer, a_bus, answers, come_true, stored
-from tests.faults.test_kinds_bounds import Guest
+from tests.faults.test_kinds_bounds import Guest, counted
 from tests.kit import inside
 from tests.kit.hostile import ALICE, HOST, head
 
@@ -141,6 +142,31 @@ def test_a_dead_letter_lives_no_longer_than_its_message(tmp_path, how):
         guest.sends("builds", "for good")
         fail(bus, guest, how)
         assert letters(guest) == ["for good"]
+
+
+def test_jobs_that_stay_are_looked_at_in_slices_and_not_read(tmp_path, monkeypatch):
+    """Whoever has claims of dead letters run out, or of what failed less often, gets no long look at each of them."""
+    with a_bus(time.monotonic, str(tmp_path / "bus.db"), "--max-attempts", "2") as bus:
+        guest = Guest(bus)
+        for queue, number in (("a.dead", 120), ("b", 120), ("z", 30)):  # in the order of their mailboxes
+            guest.asks("POST", "/send", [{"from": "eve", "to": queue, "msg": f"{each}"} for each in range(number)])
+            for _ in range(1 if queue == "b" else 2):
+                assert sum(len(claims(guest, to=queue, max=100, lease=1)) for _ in range(2)) == number
+                later(bus, 2)
+        bury, slices = sys.modules["bus_extensions.work"].Bury, []
+
+        def note(operation, state, now, really=bury.apply):
+            slices.append(really(operation, state, now))
+            return slices[-1]
+
+        monkeypatch.setattr(bury, "LOOKED", 50, raising=False)
+        monkeypatch.setattr(bury, "apply", note)
+        with counted(bus.state, "message", lambda arguments, _: arguments[0]) as read:
+            bus.tidy()
+            come_true(lambda: slices and not slices[-1])
+        assert len(read) == 30, "a job that stays is not read"
+        assert len(slices) == 270 // 50 + 1
+        assert sorted(letters(guest, "z.dead"), key=int) == [str(each) for each in range(30)]
 
 
 # Files
