@@ -1068,8 +1068,8 @@ class Sink(Protocol):
     def write(self, data: bytes) -> int:
         """In a thread: write a piece; returns how many bytes of it were written."""
 
-    def wrote(self, written: Any) -> None:
-        """In a turn: the result of write(), or its exception. Refused if not all was written."""
+    def wrote(self, written: Any, size: int) -> None:
+        """In a turn: the result of write() for `size` bytes, or its exception. Refused if not all was written."""
 
     def far_enough(self) -> bool:
         """Have BODY_SECONDS * BODY_RATE bytes arrived since the last call that returned True?"""
@@ -1615,7 +1615,7 @@ class Connection(Outgoing):
             self.buffer = self.buffer[len(part) :]
             sink.busy = True
             self.transport.pause_reading()
-            self.door.loop.in_thread(partial(sink.write, part), lambda written: self.poured(sink, written))
+            self.door.loop.in_thread(partial(sink.write, part), lambda written: self.poured(sink, written, len(part)))
         elif not sink.missing:
             return True
         elif self.ended and not sink.busy:
@@ -1628,14 +1628,14 @@ class Connection(Outgoing):
         """Is a thread writing a piece of the body?"""
         return bool(self.request and self.request.sink and self.request.sink.busy)
 
-    def poured(self, sink: Sink, written: Any) -> None:
-        """The sink wrote a piece of the body, or failed: `written` is then an exception."""
+    def poured(self, sink: Sink, written: Any, size: int) -> None:
+        """The sink wrote a piece of `size` bytes, perhaps in part, or failed: `written` is then an exception."""
         sink.busy = False
         gone = self.request is None or self.request.sink is not sink  # it was answered, or the connection broke
         if gone:
             sink.close()
         try:
-            sink.wrote(written)
+            sink.wrote(written, size)
             if gone:
                 return
             self.door.app.check_token(self.token or "")

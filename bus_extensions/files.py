@@ -135,6 +135,7 @@ class Blobs:
         connection.answer(answer)
 
     def get(self, request: Request) -> Answer:
+        self.bus.storms.read(request.owner())
         if request.grant.send_only:
             raise Refused(403, "this token may only send, not read")
         file = self.place(request)
@@ -225,12 +226,12 @@ class Upload:
                 done += self.stream.write(data[done:])
         return done
 
-    def wrote(self, written: Any) -> None:
+    def wrote(self, written: Any, size: int) -> None:
         length = written if isinstance(written, int) else 0
         self.at += length
         self.missing -= length
         self.blobs.count(self.part, length)
-        if not length:
+        if length < size:
             raise Refused(507, "the bus has no room for the rest of this file", *self.offset())
 
     def far_enough(self) -> bool:

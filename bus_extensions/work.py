@@ -28,6 +28,7 @@ from bus_server import (
     MAX_MESSAGES,
     PARKED,
     PLACED_ROW,
+    SOUND,
     Answer,
     Bus,
     Connection,
@@ -256,37 +257,43 @@ class Settle(Operation):
 
 
 class Bury(Operation):
-    """Move messages that are due and failed too often to the dead letters, a slice. The result: are there more?"""
+    """Move messages that are due and failed too often to the dead letters, a slice.
 
-    __slots__ = ("attempts",)
+    The result is the [mailbox, due, tick] above which to go on; None: no job is left.
+    """
+
+    __slots__ = ("above", "attempts")
     kind = "bury"
 
-    def __init__(self, attempts: int) -> None:
-        self.attempts = attempts
+    def __init__(self, attempts: int, above: Sequence[int] = (0, 0, 0)) -> None:
+        self.attempts, self.above = attempts, above
 
-    SLICE = 200  # messages, or somewhat more than ANSWER_BYTES of them
+    LOOKED = 1000  # jobs, most of which may stay: those that are not due, or are dead letters themselves
+    SLICE = 200  # messages that are moved, or somewhat more than ANSWER_BYTES of them
 
-    def apply(self, state: State, now: Now) -> bool:
+    def apply(self, state: State, now: Now) -> list[int] | None:
         queue = "(SELECT mailbox FROM messages WHERE messages.tick = work.tick)"
         if state.writing.execute(
             f"UPDATE OR IGNORE work SET mailbox = {queue} WHERE mailbox >= '' AND due IS NOT NULL"
         ).rowcount:
             state.damaged("the queue of a job")
         rows = state.writing.execute(
-            "SELECT tick, attempt, reason FROM work WHERE due <= ? AND typeof(attempt) = 'integer' AND attempt >= ? "
-            "ORDER BY due, tick",
-            (now.steady, self.attempts),
+            "SELECT mailbox, due, tick, attempt, reason, due <= ? AND typeof(attempt) = 'integer' AND attempt >= ? "
+            "AND substr(name, ?) != ? FROM work CROSS JOIN mailboxes ON mailbox = id "
+            "WHERE due IS NOT NULL AND due < ? AND (mailbox, due, tick) > (?, ?, ?) "
+            "ORDER BY mailbox, due, tick LIMIT ?",
+            (now.steady, self.attempts, -len(DEAD), DEAD, 2 * SOUND, *self.above, self.LOOKED),
         ).fetchall()
         buried = size = 0
-        for tick, attempt, reason in rows:
-            message = state.message(tick)
-            if message and not message.to.endswith(DEAD):
+        for mailbox, due, tick, attempt, reason, has_failed in rows:
+            message = state.message(tick) if has_failed else None
+            if message:
                 bury(state, message, attempt, reason, now)
                 buried += 1
                 size += len(message.text)
             if buried == self.SLICE or size > ANSWER_BYTES:
-                return True
-        return False
+                return [mailbox, due, tick]
+        return [mailbox, due, tick] if len(rows) == self.LOOKED else None
 
 
 OPERATIONS = (Claim, Settle, Bury)
@@ -297,11 +304,18 @@ def is_expired(message: Message, now: Now) -> bool:
 
 
 def bury(state: State, message: Message, attempt: int, reason: str | None, now: Now) -> None:
-    """Move a message to the dead letters of its queue, with the reason."""
+    """Move a message to the dead letters of its queue, with the reason and what is left of its ttl.
+
+    A message that has expired is done instead.
+    """
+    if is_expired(message, now):
+        state.writing.execute("DELETE FROM work WHERE tick = ?", (message.tick,))
+        return
+    left = None if message.expires is None else message.expires - now.wall
     reason = reason if isinstance(reason, str) else "its lease ran out"
     why = {"dead_of": f"{message.tick:x}", "attempts": attempt, "reason": reason}
     members = {**json.loads(f"{{{message.text}}}"), **why}
-    letter = Draft(message.channel, (message.to + DEAD,), message.sender, encode(members)[1:-1], None, None, None)
+    letter = Draft(message.channel, (message.to + DEAD,), message.sender, encode(members)[1:-1], None, left, None)
     state.place(letter, now.wall)
     state.insert()
     state.writing.execute("UPDATE work SET due = NULL, lease = NULL WHERE tick = ?", (message.tick,))
@@ -338,6 +352,8 @@ class Work:
         self.bus.storms.name(request.owner(), self.bus.mailboxes.new(worker.channel, [worker.queue]))
         self.bus.mailboxes.polled(worker, request.peer.address, self.bus.view.clock())
         self.queues.add((worker.channel, worker.queue))
+        # Its row says that whatever comes from now on is work; it goes when nobody asks for as long as mail is kept.
+        self.bus.mailboxes.box(worker.channel, worker.queue).firm = True
         self.ask(request.peer, worker)
 
     def ask(self, connection: Connection, worker: Worker) -> None:
@@ -355,6 +371,7 @@ class Work:
     def settle(self, request: Request) -> None:
         """A worker acknowledges its message, gives it back, or asks for more time. The lease is the permission."""
         self.bus.check_open()
+        self.bus.storms.read(request.owner())
         members = request.members()
         delay = members.number("delay", 0, 0, LEASE_MAX)
         lease = members.number("seconds", LEASE, 1, LEASE_MAX)
@@ -374,7 +391,7 @@ class Work:
             self.give_back(result.jobs)
         elif result.jobs:
             self.look_again((worker.channel, worker.queue), worker.lease)
-            if max(job.attempt for job in result.jobs) >= self.attempts:
+            if max(job.attempt for job in result.jobs) >= self.attempts and not worker.queue.endswith(DEAD):
                 self.bury_after(worker.lease)
         elif worker.hold > 0 and connection.phase is BUSY and not connection.ended | bus.draining:
             if bus.mailboxes.box(worker.channel, worker.queue).newest > result.looked:  # one arrived since the claim
@@ -417,17 +434,17 @@ class Work:
             self.ends.add(end)
             self.bus.loop.later(end - now, self.bury)
 
-    def bury(self) -> None:
+    def bury(self, above: Sequence[int] = (0, 0, 0)) -> None:
         now = time.monotonic()
         self.ends = {end for end in self.ends if end > now}
         if not self.burying:
-            self.bus.do(Bury(self.attempts), None, self.buried, self.not_buried)
+            self.bus.do(Bury(self.attempts, above), None, self.buried, self.not_buried)
             self.burying = True  # only now: if the line above raises, it is tried again
 
-    def buried(self, connection: None, operation: Bury, more: bool) -> None:
+    def buried(self, connection: None, operation: Bury, reached: list[int] | None) -> None:
         self.burying = False
-        if more and not self.bus.draining:
-            self.bury()
+        if reached and not self.bus.draining:
+            self.bury(reached)
 
     def not_buried(self, operation: Bury) -> None:
         self.burying = False
@@ -545,15 +562,23 @@ class Handed(NamedTuple):
         return any(job.message.tick == message.tick for job in self.jobs)
 
 
+OF_A_JOB = {"attempt", "lease", "lease_until"}  # a sender's own members with these names are left out of an answer
+
+
+def render(job: Job) -> str:
+    message = job.message
+    if any(f'"{member}"' in message.text for member in OF_A_JOB):
+        members = json.loads(f"{{{message.text}}}")
+        others = {member: value for member, value in members.items() if member not in OF_A_JOB}
+        message = message._replace(text=encode(others)[1:-1])
+    lease = f'"lease": "{job.lease}", "lease_until": {seconds(job.until)}'
+    return f'{message.render()[:-1]}, "attempt": {job.attempt}, {lease}}}'
+
+
 def handed(bus: Bus, worker: Worker, jobs: list[Job]) -> Answer:
     """The answer to a claim. The jobs count as fetched once it was written out whole."""
-    messages = ", ".join(
-        f'{job.message.render()[:-1]}, "attempt": {job.attempt}, "lease": "{job.lease}", '
-        f'"lease_until": {seconds(job.until)}}}'
-        for job in jobs
-    )
     bus.figures.delivered += len(jobs)
-    answer = ok(bus, f'"messages": [{messages}]')
+    answer = ok(bus, f'"messages": [{", ".join(map(render, jobs))}]')
     if not jobs:
         return answer
     return answer._replace(delivers=(Handed(worker, jobs), max(job.message.tick for job in jobs)))

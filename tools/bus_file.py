@@ -112,8 +112,10 @@ def put(path: str, url: str, seconds: float) -> tuple[str, int]:
 
 
 def held(url: str, digest: str, size: int) -> int | None:
-    """How many bytes of the file the bus has; None if it has all."""
+    """How many bytes of the file the bus has, or 0 if this token may not ask; None if it has all."""
     with answered(url, "HEAD", digest) as response:
+        if response.status == 403:  # a token made with --send-only: it may put
+            return 0
         if response.status == 200 and response.headers.get("Content-Length") == str(size):
             return None
         offset = response.headers.get("Upload-Offset", "")

@@ -15,7 +15,9 @@ import pytest
 import bus_recv
 import bus_send
 from tests.clients.test_clients import home, refusing  # noqa: F401
+from tests.kit import peers
 from tests.kit.bad_servers import FAULTS, Scripted, page
+from tests.kit.peers import mint
 from tests.kit.processes import PATIENCE, ROOT, Server, wait_until
 from tools import bus_file
 
@@ -115,6 +117,22 @@ def test_what_the_bus_has_is_not_sent_again(bus, tmp_path):
         first = way.passed
         bus_file.put(str(tmp_path / "source"), way.url, 0)
     assert first > 1 << 20 and way.passed - first < 2000
+
+
+def test_a_token_that_may_only_send_leaves_files_too(tmp_path, monkeypatch):
+    """It may not ask what the bus has of the file; so it sends all of it, also a second time."""
+    of = mint(tmp_path / "bus.db", spark=["--send-only"], dell=[])
+    with Server(tmp_path / "bus.db") as bus:
+        digest = made(tmp_path / "file", 300_000)
+        monkeypatch.setenv("AGENT_BUS_TOKEN", of["spark"])
+        for _ in range(2):
+            code, _, err = run("put", tmp_path / "file", "--to", "dell", url=bus.url)
+            assert code == 0, err
+        assert (tmp_path / "bus.db.blobs" / digest).read_bytes() == (tmp_path / "file").read_bytes()
+        told = peers.ask(bus, "GET", "/recv?to=dell", token=of["dell"]).json["messages"]
+        assert [message["sha256"] for message in told] == [digest] * 2
+        code, _, err = run("get", digest, "-o", tmp_path / "got", url=bus.url)
+        assert code == 1 and "may only send" in err, "what it left it cannot get"
 
 
 def test_what_was_cut_goes_on_from_there_both_ways(bus, tmp_path, monkeypatch):

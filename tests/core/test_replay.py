@@ -169,7 +169,8 @@ class World:
         return work.Settle(verb, tick, lease, delay, pick(("why", "no disk")), pick((1, 2, 5)))
 
     def bury(self):
-        return work.Bury(self.random.choice((1, 2)))
+        above = self.random.choice(([0, 0, 0], [self.random.randrange(6), self.wall, self.tick()]))
+        return work.Bury(self.random.choice((1, 2)), above)
 
     def recall(self):
         return replies.Recall(self.tick())

@@ -18,6 +18,7 @@ class Kind(NamedTuple):
 GUARDS, FAIR, MEMORY = "faults/test_kinds_guards.py", "faults/test_kinds_fairness.py", "faults/test_kinds_memory.py"
 AUTHORITY, RULES = "faults/test_kinds_authority.py", "faults/test_kinds_rules.py"
 BOUNDS, SHARES = "faults/test_kinds_bounds.py", "faults/test_kinds_shares.py"
+EXTENSIONS = "faults/test_kinds_extensions.py"
 STORAGE, PYTHON, BASH = "faults/test_kinds_storage.py", "clients/test_client_cases.py", "clients/test_listener_cases.py"
 
 KINDS = [
@@ -364,6 +365,34 @@ KINDS = [
          ("integrations/test_mcp.py::test_on_a_bus_with_more_names_than_a_page_it_asks_for_its_own_channel_and_name",
           f"{PYTHON}::test_a_session_asks_who_listens_on_its_own_channel"),
          "`agents()` or `whoami()` asks for all (the first); `heard_elsewhere()` does (the second)"),
+    Kind("what was written in part counts as written",
+         "a piece of a file of which not all was written is 507 at once; the part has no hole, and goes on from there",
+         (f"{EXTENSIONS}::test_a_piece_that_was_written_in_part_ends_an_upload",),
+         "`Upload.wrote()` refuses a piece of which nothing was written, and no other"),
+    Kind("a tool asks more than its token allows",
+         "`bus_file.py put` stores and announces a file with a token that may only send",
+         ("clients/test_bus_file.py::test_a_token_that_may_only_send_leaves_files_too",),
+         "`held()` takes the 403 of its HEAD for the end"),
+    Kind("a sender's member stands beside the bus's own",
+         "a job has each member once; `attempt`, `lease` and `lease_until` are those of the bus",
+         (f"{EXTENSIONS}::test_what_a_sender_calls_lease_is_not_in_a_job",),
+         "`render()` of work.py leaves nothing out"),
+    Kind("an endpoint has no rate",
+         "each endpoint but the public ones is 429 when the budget of its owner is used up; no step is planned for it",
+         (f"{EXTENSIONS}::test_whatever_is_asked_has_a_rate",),
+         "`Work.settle()` or `Blobs.get()` does not call `Storms.read()`"),
+    Kind("a copy outlives its message",
+         "a dead letter has what is left of the ttl of its message; a job that has expired becomes none",
+         (f"{EXTENSIONS}::test_a_dead_letter_lives_no_longer_than_its_message",),
+         "`bury()` places a Draft without a ttl; or it does not ask `is_expired()` (`nack` and `bury`)"),
+    Kind("what was named once stays for ever: queues",
+         "the row that a claim made goes when nobody asks for the time of `--keep`; until then memory knows it too",
+         (f"{EXTENSIONS}::test_a_row_that_a_claim_made_goes_when_nobody_asks_any_more",),
+         "`Work.claim()` does not make the mailbox firm"),
+    Kind("housekeeping looks at all, again and again: jobs",
+         "a slice looks at 1,000 jobs and goes on behind them; only what is moved to the dead letters is read",
+         (f"{EXTENSIONS}::test_jobs_that_stay_are_looked_at_in_slices_and_not_read",),
+         "`Bury.apply()` reads the message of each job, or `LOOKED` is above their number"),
     Kind("clients: a strange answer moves the cursor",
          "a time more than five minutes ahead moves no cursor, and is said once",
          (f"{PYTHON}::test_an_answer_from_the_future_moves_no_cursor_and_is_said_once",

@@ -1,0 +1,215 @@
+"""Queues, questions and files: each bound, each right and each promise holds at their doors too.
+
+Found by an attack on 2026-11-29; each test was red on the code that it attacked.
+
+| test | what was seen before |
+|---|---|
+| whatever_is_asked_has_a_rate | /ack, /nack, /extend and GET /blob have none |
+| jobs_that_stay_are_looked_at_in_slices | the message of each is read, all in one operation |
+| a_row_that_a_claim_made_goes | the row stays while the bus runs, and only memory forgets the name |
+| a_dead_letter_lives_no_longer | it has no end |
+| what_a_sender_calls_lease_is_not_in_a_job | `lease` twice, the first one the sender's |
+| a_piece_that_was_written_in_part_ends_an_upload | 408 after 10 s, and the next request is in the file |
+"""
+import errno
+import json
+import pathlib
+import sys
+import time
+
+import pytest
+
+from bus_server import PUBLIC, Now
+from tests.core.test_connection import Peer, a_bus, answers, come_true, stored
+from tests.faults.test_kinds_bounds import Guest, counted
+from tests.kit import inside
+from tests.kit.hostile import ALICE, HOST, head
+
+
+@pytest.fixture
+def bus(tmp_path):
+    with a_bus(time.monotonic, str(tmp_path / "bus.db")) as bus:
+        yield bus
+
+
+# Rates
+
+# A body that each path with POST would accept, if it were not for its rate.
+SENT = {"/send": {"from": "eve", "to": "bob", "msg": "x"}, "/ask": {"from": "eve", "to": "bob", "msg": "x"},
+        "/recall": {"id": "1"}, "/claim": {"to": "builds", "wait": 0},
+        **{path: {"id": "1", "lease": "x"} for path in ("/ack", "/nack", "/extend")}}  # fmt: skip
+
+
+def test_whatever_is_asked_has_a_rate(bus):
+    """Each endpoint but the public ones: with a budget that is used up, the answer is 429, and no step is planned."""
+    for budget in (bus.storms.sends, bus.storms.reads):
+        budget.wait = lambda owner, amount: 7
+    for method, path in bus.routes:
+        if path in PUBLIC:
+            continue
+        asked = inside.ASKED.get(path, "").replace("ROOT", "1")
+        guest = Guest(bus).begins(method, path + asked, SENT[path] if method == "POST" else b"")
+        assert guest.answer().status == 429, path
+    assert bus.ledger.idle()
+
+
+# Queues
+
+
+def one_of(pairs):
+    """A JSON object, each of whose members is there once."""
+    assert len(dict(pairs)) == len(pairs), f"a member is there twice: {pairs}"
+    return dict(pairs)
+
+
+def claims(guest, to="builds", **members):
+    answer = guest.asks("POST", "/claim", {"to": to, "wait": 0, **members})
+    return json.loads(answer.body, object_pairs_hook=one_of)["messages"]
+
+
+def test_what_a_sender_calls_lease_is_not_in_a_job(bus):
+    """Which of two members a worker's parser takes is open: the sender could choose the lease that it settles with."""
+    guest = Guest(bus)
+    forged = {"attempt": 1000, "lease": "forged", "lease_until": 0}
+    guest.sends("builds", 'the "lease" of', **forged, inner={"lease": 1}, size=10)
+    [job] = claims(guest)
+    assert job["attempt"] == 1 and len(job["lease"]) == 16 and job["lease_until"] > 1e9
+    assert (job["msg"], job["inner"], job["size"]) == ('the "lease" of', {"lease": 1}, 10), "all else is unchanged"
+    [message] = guest.asks("GET", "/recv?to=builds").json()["messages"]
+    assert {member: message[member] for member in forged} == forged, "for a reader they have no meaning"
+    guest.asks("POST", "/ack", {"id": job["id"], "lease": job["lease"]})
+
+
+def rows(bus, table):
+    return bus.view.ask(f"SELECT count(*) FROM {table}")[0]
+
+
+def test_a_row_that_a_claim_made_goes_when_nobody_asks_any_more(bus):
+    """Each part of the bus knows the queue for as long as the others do: memory, the writer and the table."""
+    guest, keep = Guest(bus), 3600
+    bus.retention.keep = keep
+    bus.retention.clock_is_trusted = lambda: True
+    for number in range(50):
+        assert claims(guest, to=f"q{number}") == []
+    guest.sends("builds", "a job")
+    for box in bus.mailboxes.boxes.values():
+        box.until = 0.0  # its hold was over long ago
+    for seconds, known in ((bus.mailboxes.LOOKED_SECONDS + 1, 51), (2 * keep, 1)):
+        later(bus, seconds)
+        bus.retention.forget_names()
+        come_true(bus.ledger.idle)
+        assert len(bus.mailboxes.boxes) == len(bus.state.counts) == rows(bus, "mailboxes") == known
+
+
+def later(bus, seconds):
+    """From now on both clocks of the bus are ahead by so much."""
+    now, wall = bus.clock.now, bus.view.clock
+    ahead = int(seconds * 1e6)
+    bus.clock.now = lambda: Now(*(each + ahead for each in now()))
+    bus.view.clock = lambda: wall() + ahead
+
+
+def letters(guest, to="builds.dead"):
+    return [message["msg"] for message in guest.asks("GET", f"/recv?to={to}&max=1000").json()["messages"]]
+
+
+def fail(bus, guest, how):
+    """The one job in the queue fails for the last time, 40 s after it was handed out."""
+    [job] = claims(guest, lease=30)
+    later(bus, 40)
+    if how == "nack":
+        return guest.asks("POST", "/nack", {"id": job["id"], "lease": job["lease"]})
+    if how == "claim":
+        return claims(guest)
+    bus.do(sys.modules["bus_extensions.work"].Bury(1), None, lambda *_: None)
+    return come_true(bus.ledger.idle)
+
+
+@pytest.mark.parametrize("how", ["nack", "claim", "bury"])
+def test_a_dead_letter_lives_no_longer_than_its_message(tmp_path, how):
+    with a_bus(time.monotonic, str(tmp_path / "bus.db"), "--max-attempts", "1") as bus:
+        guest = Guest(bus)
+        number = guest.sends("builds", "a secret", ttl=35)["id"]
+        fail(bus, guest, how)
+        assert letters(guest) == [], "it expired before it failed"
+        assert guest.asks("GET", f"/message/{number}").json()["state"] != "dead"
+        number = guest.sends("builds", "another", ttl=60)["id"]
+        fail(bus, guest, how)
+        assert letters(guest) == ["another"]
+        assert guest.asks("GET", f"/message/{number}").json()["state"] == "dead"
+        later(bus, 21)
+        assert letters(guest) == [], "60 s in all, also as a dead letter"
+        guest.sends("builds", "for good")
+        fail(bus, guest, how)
+        assert letters(guest) == ["for good"]
+
+
+def test_jobs_that_stay_are_looked_at_in_slices_and_not_read(tmp_path, monkeypatch):
+    """Whoever has claims of dead letters run out, or of what failed less often, gets no long look at each of them."""
+    with a_bus(time.monotonic, str(tmp_path / "bus.db"), "--max-attempts", "2") as bus:
+        guest = Guest(bus)
+        for queue, number in (("a.dead", 120), ("b", 120), ("z", 30)):  # in the order of their mailboxes
+            guest.asks("POST", "/send", [{"from": "eve", "to": queue, "msg": f"{each}"} for each in range(number)])
+            for _ in range(1 if queue == "b" else 2):
+                assert sum(len(claims(guest, to=queue, max=100, lease=1)) for _ in range(2)) == number
+                later(bus, 2)
+        bury, slices = sys.modules["bus_extensions.work"].Bury, []
+
+        def note(operation, state, now, really=bury.apply):
+            slices.append(really(operation, state, now))
+            return slices[-1]
+
+        monkeypatch.setattr(bury, "LOOKED", 50, raising=False)
+        monkeypatch.setattr(bury, "apply", note)
+        with counted(bus.state, "message", lambda arguments, _: arguments[0]) as read:
+            bus.tidy()
+            come_true(lambda: slices and not slices[-1])
+        assert len(read) == 30, "a job that stays is not read"
+        assert len(slices) == 270 // 50 + 1
+        assert sorted(letters(guest, "z.dead"), key=int) == [str(each) for each in range(30)]
+
+
+# Files
+
+
+class FullOnce:
+    """A file on a disk that has room for so many bytes: one write is cut short, and then others have made room."""
+
+    def __init__(self, file, room):
+        self.file, self.room = file, room
+
+    def write(self, data):
+        if self.room == 0:
+            self.room = -1
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written = self.file.write(data[: self.room] if self.room > 0 else data)
+        self.room -= written if self.room > 0 else 0
+        return written
+
+    def close(self):
+        self.file.close()
+
+
+@pytest.mark.parametrize("room", [50_000, len(inside.FILE) - 10])
+def test_a_piece_that_was_written_in_part_ends_an_upload(bus, room):
+    """It is 507, not a part with a hole, or one that waits for more: then the next request would be the rest of it."""
+    upload = head(f"PUT {inside.FILE_PATH} HTTP/1.1", HOST, f"Content-Length: {len(inside.FILE)}")
+    peer = Peer(bus)
+    peer.says(upload)
+    sink = peer.connection.request.sink
+    sink.stream = FullOnce(sink.stream, room)
+    for start in range(0, len(inside.FILE), 16384):
+        peer.says(inside.FILE[start : start + 16384])
+    peer.says(ALICE)
+    come_true(lambda: peer.heard)
+    [refused] = answers(peer.heard)
+    assert refused.status == 507 and refused.fields["upload-offset"] == str(room)
+    assert stored(bus) == 0, "what follows a broken body is no request"
+    part = pathlib.Path(f"{bus.state.path}.blobs{inside.FILE_PATH[5:]}.part")
+    assert part.read_bytes() == inside.FILE[:room]
+    again = Peer(bus)
+    span = f"Content-Range: bytes {room}-{len(inside.FILE) - 1}/{len(inside.FILE)}"
+    again.says(head(f"PUT {inside.FILE_PATH} HTTP/1.1", HOST, f"Content-Length: {len(inside.FILE) - room}", span))
+    again.says(inside.FILE[room:])
+    come_true(lambda: again.heard)
+    assert [answer.status for answer in answers(again.heard)] == [201]
