@@ -4709,6 +4709,9 @@ ELSEWHERE = {  # extension: the endpoints and options that it brings
     "files": ("/blob/", "--files"),
     "metrics": ("/metrics",),
     "schemas": ("--schemas", "--strict"),
+    "channels": ("/channels",),
+    "people": ("/whoami",),
+    "sockets": ("--listen",),
 }
 
 
