@@ -6,6 +6,7 @@ import argparse
 import os
 import time
 from bisect import bisect_left
+from collections import OrderedDict
 from collections.abc import Iterator
 from functools import partial
 from itertools import islice
@@ -29,6 +30,7 @@ from bus_server import (
     boolean,
     encode,
     is_name,
+    note,
     ok,
     page,
     seconds,
@@ -73,7 +75,8 @@ class People:
 
     def __init__(self, bus: Bus) -> None:
         self.bus = bus
-        self.readers: dict[tuple[str, str], dict[str, float]] = {}  # of a name: until when each listens (monotonic, s)
+        # Of a name: until when each program listens; on the monotonic clock, s.
+        self.readers: dict[tuple[str, str], OrderedDict[str, float]] = {}
         bus.route("GET", "/agents", self.agents, "who listens, who sent, and when each name was last seen")
         bus.about.append(self.members)
         bus.on_announced.append(self.announced)
@@ -99,11 +102,8 @@ class People:
         reader = request.query().name("reader", None)
         if reader:
             key = str(poll.channel), str(poll.me)
-            readers = self.readers.setdefault(key, {})
-            readers.pop(reader, None)
-            readers[reader] = self.bus.mailboxes.clock() + (poll.hold or HOLD) + GRACE
-            if len(readers) > self.READERS:
-                del readers[next(iter(readers))]
+            until = self.bus.mailboxes.clock() + (poll.hold or HOLD) + GRACE
+            note(self.readers.setdefault(key, OrderedDict()), reader, until, self.READERS)
 
     def forget(self) -> None:
         now = self.bus.mailboxes.clock()

@@ -164,7 +164,7 @@ def test_the_first_failure_is_said_at_once_and_the_last_line_says_what_to_try(ho
     first = process.stderr.readline().decode()
     assert time.monotonic() - began < in_time(0.5)
     assert first.startswith(f"bus_send: no bus at {url} (Connection refused); still trying, up to 30 s. Is bus_server")
-    process.send_signal(signal.SIGINT)
+    process.kill()
     process.communicate(timeout=PATIENCE)
     code, _, err = run("bus_send.py", "dell", "hi", "--timeout", "1.2", env=env)
     *_, last = err.splitlines()

@@ -112,7 +112,7 @@ def test_housekeeping_goes_on_after_an_exception_at_any_place_of_it(tmp_path):
     with Raising(tmp_path, HASTY, "--keep", "1s") as bus:
         stored(bus, "reader")
         names = periodic(bus)
-        assert {"root Bus.tidy", "root Bus.sweep", "Remove.apply", "Tokens.refresh", "Storms.forget"} <= names
+        assert {"root Bus.tidy", "root Bus.sweep", "Remove.apply", "Tokens.refresh", "Retention.age"} <= names
         roots = {name[5:] for name in names if name.startswith("root ")} - {"Ledger.commit", "Plain.end"}
         housekeeping = [each for each in bus.places() if each[0] in roots and not each[1].startswith("Plain.")]
         assert len(housekeeping) > 15, housekeeping
