@@ -552,9 +552,6 @@ class Watched(Protocol):
         """ready() raised an exception."""
 
 
-NOBODY_WAITS: dict[int, int] = {}  # never changed
-
-
 def say_exception() -> None:
     """Report the exception that is being handled, if there is memory for that."""
     with contextlib.suppress(MemoryError):
@@ -585,7 +582,7 @@ class Loop:
         self.timers: list[tuple[float, int, Callable[[], None]]] = []  # when, on the monotonic clock; a number; what
         self.numbers = count()  # timers that are due at the same time run in the order they were set
         self.told: deque[Callable[[], None]] = deque()  # actions from other threads
-        self.unserved = NOBODY_WAITS  # sockets for which the last turn had no time: the place of each in the next one
+        self.unserved: dict[int, int] = {}  # sockets for which the last turn had no time: the place of each in the next
         self.signals: dict[int, Callable[[], None]] = {}
         self.sock, self.bell = socket.socketpair()
         self.events = 0
@@ -722,9 +719,9 @@ class Loop:
         events = self.selector.select(patience)
         if self.unserved:  # in their order: the system always has the same one
             events.sort(key=lambda ready: self.unserved.get(ready[0].fd, sys.maxsize))
-        self.each(
-            lambda ready: ready[0].data.ready(ready[1]), lambda ready: ready[0].data.failed(), self.timely(events)
-        )
+        rest = iter(events)
+        self.each(lambda ready: ready[0].data.ready(ready[1]), lambda ready: ready[0].data.failed(), self.timely(rest))
+        self.unserved = {key.fd: place for place, (key, _) in enumerate(rest)}
         now = time.monotonic()
         while self.timers and self.timers[0][0] <= now:
             self.insist(heapq.heappop(self.timers)[2])
@@ -734,15 +731,13 @@ class Loop:
             if time.monotonic() > now + self.BUDGET:
                 break
 
-    def timely(self, events: list[Any]) -> Iterator[Any]:
-        """The events, until the time for the sockets of a turn is over; the next turn begins with the others."""
+    def timely(self, items: Iterator[T]) -> Iterator[T]:
+        """The items, until BUDGET is over. The rest stays in `items`."""
         over = time.monotonic() + self.BUDGET
-        for number, event in enumerate(events):
-            if number and time.monotonic() > over:
-                self.unserved = {key.fd: place for place, (key, _) in enumerate(events[number:])}
+        for item in items:
+            yield item
+            if time.monotonic() > over:
                 return
-            yield event
-        self.unserved = NOBODY_WAITS
 
     def aside(self, work: Callable[[], None]) -> None:
         """Call `work`, which may take long, and release the turn meanwhile. Only an action of soon() may call this."""
@@ -1224,16 +1219,21 @@ class Deadlines:
         self.slots[slot].add(connection)
         connection.slot = slot
 
+    def overdue(self) -> bool:
+        return bool(self.order) and self.order[0] * self.SLOT <= self.clock()
+
     def late(self) -> Iterator[Connection]:
-        """Every connection whose deadline has passed, once."""
-        now = self.clock()
-        while self.order and self.order[0] * self.SLOT <= now:
-            for connection in self.slots.pop(heapq.heappop(self.order)):
+        """Every connection whose deadline has passed, once. Who takes only some of them finds the others next time."""
+        while self.overdue():
+            slot = self.slots[self.order[0]]
+            while slot:
+                connection = slot.pop()
                 connection.slot = sys.maxsize
-                if connection.due <= now:
+                if connection.due <= self.clock():
                     yield connection
                 elif connection.due < math.inf:
                     self._file(connection, self._slot(connection))
+            del self.slots[heapq.heappop(self.order)]
 
 
 class Shares:
@@ -1318,7 +1318,10 @@ class Door:
         return size > self.SMALL and self.unsent.is_full(connection.owner(), size)
 
     def sweep(self) -> None:
-        self.loop.each(Connection.late, Connection.fail, self.deadlines.late())
+        """Serve those whose deadline has passed. Thousands may have the same one: the rest comes in the next turn."""
+        self.loop.each(Connection.late, Connection.fail, self.loop.timely(self.deadlines.late()))
+        if self.deadlines.overdue() and self.sweep not in self.loop.actions:
+            self.loop.soon(self.sweep)
 
     def drop_idle(self) -> None:
         """File descriptors have run out: close the idle connections, except those made within the last second.

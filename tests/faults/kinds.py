@@ -214,13 +214,19 @@ KINDS = [
          (f"{BOUNDS}::test_a_retry_reads_what_has_its_channel",),
          "`EARLIER` without the channel"),
     Kind("each message is offered to all who wait",
-         "a reply that cannot count asks no token; 8 wait for the reply to one question; a worker that is taken is not "
-         "asked again",
+         "a reply that cannot count asks no token; 8 wait for the reply to one question, or for the fetch of one "
+         "message; a worker that is taken is not asked again",
          (f"{BOUNDS}::test_replies_that_do_not_count_ask_no_token_for_its_rights",
           f"{BOUNDS}::test_one_question_has_eight_who_wait_for_its_reply",
+          f"{BOUNDS}::test_one_message_has_eight_who_wait_for_its_fetch",
           f"{BOUNDS}::test_a_message_is_offered_to_one_worker_of_many"),
-         "`Question.wants()` asks `Gate.readers()` first (the first); `Replies.asked()` sends nobody away (the "
-         "second); `Mailboxes.wake()` asks all at a place (the last)"),
+         "`Question.wants()` asks `Gate.readers()` first (the first); `Replies.park()` sends nobody away (the "
+         "second and third); `Mailboxes.wake()` asks all at a place (the last)"),
+    Kind("all who are late at once are answered in one turn",
+         "answers to those whose time is over have the time of a turn; the others follow in the next ones",
+         (f"{BOUNDS}::test_what_is_late_together_is_answered_over_many_turns",
+          f"{BOUNDS}::test_those_that_are_left_are_one_action_however_often_it_is_time_to_look"),
+         "`Door.sweep()` without `timely()` (both); it plans one more each time (the last)"),
     Kind("a mark goes down",
          "a job that is removed after younger ones takes no gap away from who is behind them",
          ("core/test_mailboxes.py::test_the_mark_of_what_was_removed_only_goes_up",

@@ -23,6 +23,9 @@ Found by an attack on 2026-11-29; each test was red on the code that it attacked
 | sixteen_claims | 40 in one list |
 | who_gave_the_bus_too_much_work, a_large_answer, a_large_message | 200 each time |
 | a_list_of_names_in_a_query | any number |
+| one_message_has_eight_who_wait_for_its_fetch | 12 |
+| what_is_late_together | all 20 in one turn |
+| those_that_are_left | a second list of them is begun for each tenth of a second |
 """
 import contextlib
 import json
@@ -36,7 +39,7 @@ import pytest
 
 import bus_server
 from bus_server import ANSWER_BYTES, EVERYONE, PARKED_PER_NAME, PLAIN_BYTES, Forget, Gate, Grant, Remove, wall_clock
-from tests.core.test_connection import Peer, a_bus, answers, come_true
+from tests.core.test_connection import LATE, Peer, a_bus, answers, come_true
 from tests.kit.clock import Clock
 from tests.kit.hostile import HOST, head
 from tests.kit.peers import mint
@@ -690,6 +693,18 @@ def test_one_question_has_eight_who_wait_for_its_reply(crowded):
     assert [guest.answer().json()["reply"]["msg"] for guest in guests[4:]] == ["yes"] * PARKED_PER_NAME
 
 
+def test_one_message_has_eight_who_wait_for_its_fetch(bus):
+    """Who waits longest is told that nobody has it yet. Those who wait for another message are not counted."""
+    one, other = [Guest(bus).sends("bob")["id"] for _ in range(2)]
+    guests = [Guest(bus).begins("GET", f"/message/{one}?wait_fetched=60") for _ in range(PARKED_PER_NAME + 4)]
+    guests.append(Guest(bus).begins("GET", f"/message/{other}?wait_fetched=60"))
+    come_true(lambda: bus.sweep() or len(bus.mailboxes.parked) <= PARKED_PER_NAME + 1)
+    assert [guest.answer().json()["state"] for guest in guests[:4]] == ["queued"] * 4
+    Guest(bus).asks("GET", "/recv?to=bob&since=0")
+    assert [guest.answer().json()["state"] for guest in guests[4:]] == ["fetched"] * (PARKED_PER_NAME + 1)
+    assert not bus.mailboxes.parked and not bus.mailboxes.waiting
+
+
 def test_a_message_is_offered_to_one_worker_of_many(bus, monkeypatch):
     """30 wait, and a list of 30 messages wakes each: 30 are offered, not 900."""
     workers = [Guest(bus).begins("POST", "/claim", {"to": "queue", "wait": 60, "worker": f"w{n}"}) for n in range(30)]
@@ -847,3 +862,35 @@ def test_a_list_of_names_in_a_query_has_a_limit(bus):
     names = ",".join(f"n{number}" for number in range(64))
     assert status_of(bus, "GET", f"/inbox?name={names}") == 200
     assert status_of(bus, "GET", f"/inbox?name={names},another") == 400
+# Who is late
+
+
+@pytest.fixture
+def late():
+    """A bus with 20 readers whose holds are over, and no time for more than one of them in a turn."""
+    with a_bus(clock := Clock()) as bus:
+        bus.readers = [Guest(bus).begins("GET", f"/recv?to=n{number}&wait=10") for number in range(20)]
+        bus.loop.BUDGET = 0
+        clock.now += 10 + LATE
+        yield bus
+
+
+def answered(bus):
+    return sum(bool(reader.heard) for reader in bus.readers)
+
+
+def test_what_is_late_together_is_answered_over_many_turns(late):
+    late.sweep()
+    assert answered(late) == 1
+    served = []
+    while late.mailboxes.parked:
+        before = answered(late)
+        late.loop.take_turn()
+        served.append(answered(late) - before)
+    assert max(served) == 1 and answered(late) == 20
+
+
+def test_those_that_are_left_are_one_action_however_often_it_is_time_to_look(late):
+    for _ in range(5):
+        late.sweep()
+    assert list(late.loop.actions).count(late.door.sweep) == 1
