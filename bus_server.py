@@ -1364,7 +1364,7 @@ class Outgoing:
         self.phase, self.slot, self.due = IDLE, sys.maxsize, math.inf
         self.closing = self.ended = False  # we want to close after the answer; the peer sends no more
         self.request = self.delivering = self.file = None
-        self.token: str | None = None  # the id of the token that the last request had; None: nobody asked for one yet
+        self.token: str | None = None  # the id of the last token that a request had; "": none had one; None: no request
         self.unsent = 0  # bytes of the answer
         self.queued = False  # advance() comes in the next turn
 
@@ -1605,7 +1605,7 @@ class Connection(Outgoing):
         self.buffer = self.buffer[end:]
         request.parse_request()
         self.door.app.admit(request)
-        self.token = request.grant.token
+        self.token = request.grant.token or self.token or ""  # GET /healthz has none, and the connection stays its
         if self.token or request.sink:  # its body may take minutes, and strangers must not push it out
             self.door.strangers.pop(self, None)
         if request.parsed.expects and len(self.buffer) < request.parsed.length:
@@ -1685,7 +1685,7 @@ class Connection(Outgoing):
     def check_token(self) -> None:
         """End this connection if its token was revoked. In BUSY, Bus.entitled() and Bus.park() check it instead."""
         waits = self.phase in (BODY, PARKED)
-        if self.token is None or not (waits or (self.token and self.phase in (IDLE, WRITING))):
+        if self.token is None or not (waits or (self.token and self.phase in (IDLE, HEAD, WRITING))):
             return
         try:
             self.door.app.check_token(self.token)

@@ -89,12 +89,12 @@ KINDS = [
          "does nothing (the third); `Tokens.rows()` without its spare descriptor (the last)"),
     Kind("a right is looked at in one moment: files, answers, quiet connections",
          "an upload, a download and an answer that nobody reads stop where they are, and a connection that waits for "
-         "its next request is closed",
+         "its next request, or for the rest of it, is closed, whatever it asked for last",
          (f"{AUTHORITY}::test_revoked_while_a_file_comes_in_pieces",
           f"{AUTHORITY}::test_revoked_while_a_file_is_read",
           f"{AUTHORITY}::test_revoked_while_its_answer_is_not_read",
           f"{AUTHORITY}::test_revoking_closes_the_connections_of_a_token"),
-         "`Gate.holds()` is always true"),
+         "`Gate.holds()` is always true; `Connection.token` is that of the last request alone (the last)"),
     Kind("an id is taken for a secret",
          "an answer counts if its sender may read the mailbox that was asked; a stranger learns from `/healthz` "
          "neither the newest id nor the bus",
