@@ -299,6 +299,10 @@ class Receipt(NamedTuple):
     reader: str
     at: int  # wall clock, us
 
+    def slot(self) -> tuple[str, str, int | str]:
+        """Where it waits to be saved: one place for each mark, and one for each message that was read alone."""
+        return self.channel, self.name, f"{self.tick:x}" if self.kind == ALONE else self.kind
+
 
 class Grant(NamedTuple):
     """The rights of one token. OPEN is the grant of every request on a bus without tokens."""
@@ -2598,7 +2602,7 @@ class Marks(Operation):
             [(*mark[2:], *mark[:2]) for mark in self.marks],
         )
         state.writing.executemany(
-            f"INSERT OR REPLACE INTO receipts VALUES ({MAILBOX}, ?, ?, ?, ?)",
+            f"INSERT OR IGNORE INTO receipts VALUES ({MAILBOX}, ?, ?, ?, ?)",  # the first reading of a message counts
             [receipt for receipt in self.receipts if receipt.tick],
         )
 
@@ -3821,7 +3825,7 @@ class Mailboxes:
 
     def note(self, reader: Parked, own: str, kind: int, tick: int) -> None:
         receipt = Receipt(str(reader.channel), own, kind, tick, reader.who, self.wall())
-        self.receipts[receipt[:3]] = receipt
+        self.receipts[receipt.slot()] = receipt
 
     def resume(self, poll: Poll, first: int | None, last: int) -> Poll:
         """A poll with `since=last` starts at its name's cursor or, without one, at the `first` tick of its mailbox."""
@@ -3862,15 +3866,18 @@ class Mailboxes:
                 if box.pending and box.pending.above < tick:
                     box.pending = None
 
+    SLICE = 500  # marks, and receipts, in one transaction: 6 ms
+
     def take_marks(self) -> list[Mark]:
-        """The marks that changed since the last call."""
-        changed, self.changed = self.changed, set()
+        """A slice of the marks that changed since they were taken."""
+        changed = [self.changed.pop() for _ in range(min(len(self.changed), self.SLICE))]
         boxes = [(key, self.boxes[key]) for key in changed if key in self.boxes and self.boxes[key].firm]
         return [Mark(*key, box.own, box.read, box.fetched, box.seen) for key, box in boxes]
 
     def take_receipts(self) -> list[Receipt]:
-        receipts, self.receipts = self.receipts, {}
-        return [each for each in receipts.values() if each[:2] in self.boxes and self.boxes[each[:2]].firm]
+        """A slice of the receipts, the oldest."""
+        receipts = [self.receipts.pop(key) for key in list(islice(self.receipts, self.SLICE))]
+        return [each for each in receipts if each[:2] in self.boxes and self.boxes[each[:2]].firm]
 
     LOOKED_SECONDS = 600.0  # s that a name stays in memory if it was only looked at
 
@@ -4156,7 +4163,7 @@ class Bus:
         self.unread: dict[Mailbox, int] = {}
         self.countable = 0  # expired messages that may still be counted in this announcement, or for this list of names
         self.draining = self.broken = False
-        self.saving = False  # save_marks() is planned
+        self.saving = False  # save_marks() is planned, or follows a commit
         self.sure = True  # each message was told to Mailboxes and its readers; if not, each poll looks at the disk
         # The seams: what the core and the extensions register.
         self.routes: dict[tuple[str, str], Route] = {}
@@ -4373,15 +4380,17 @@ class Bus:
             self.saving = True
 
     def save_marks(self) -> None:
-        self.saving = False
+        """Save a slice of them. If that is not all, the next one follows its commit."""
+        self.saving = max(len(self.mailboxes.changed), len(self.mailboxes.receipts)) > self.mailboxes.SLICE
         used, self.gate.tokens.used = self.gate.tokens.used, {}
         marks = Marks(self.mailboxes.take_marks(), self.mailboxes.take_receipts(), used)
-        self.do(marks, None, nothing_follows, self.not_saved)
+        self.do(marks, None, (lambda *_: self.save_marks()) if self.saving else nothing_follows, self.not_saved)
 
     def not_saved(self, marks: Marks) -> None:
         """The disk was full or locked: they are saved a second later, with what is newer."""
+        self.saving = False
         self.mailboxes.changed.update(mark[:2] for mark in marks.marks)
-        self.mailboxes.receipts = {**{each[:3]: each for each in marks.receipts}, **self.mailboxes.receipts}
+        self.mailboxes.receipts = {**{each.slot(): each for each in marks.receipts}, **self.mailboxes.receipts}
         self.gate.tokens.used = {**marks.used, **self.gate.tokens.used}
         self.save_marks_soon()
 
@@ -5026,9 +5035,10 @@ def readable(bus: Bus, message: Message, grant: Grant) -> str:
     withheld = any(each.tick == message.tick for each in bus.withheld.values())
     if withheld or message.expires == RECALLED or bus.view.is_expired(message):
         return message.without_text()
-    if grant.name and grant.name != message.sender and message.to in (grant.name, *grant.also):
+    is_receiver = grant.name and grant.name != message.sender and message.to in (grant.name, *grant.also)
+    if is_receiver and message.tick > bus.mailboxes.came(message):  # else the mark says so already
         receipt = Receipt(message.channel, message.to, ALONE, message.tick, grant.name, bus.view.clock())
-        bus.mailboxes.receipts[message.channel, message.to, f"{message.tick:x}"] = receipt
+        bus.mailboxes.receipts.setdefault(receipt.slot(), receipt)
         bus.save_marks_soon()
     return message.render()
 
