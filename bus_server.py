@@ -1264,12 +1264,39 @@ class Shares:
         return max(self.held, key=self.held.__getitem__)
 
 
+class Held(Shares):
+    """Bytes of requests that have not arrived whole, or that wait behind another one, by connection.
+
+    Beyond the limit the owner that has most gives up its oldest connection.
+    """
+
+    def __init__(self, most: int) -> None:
+        super().__init__(most, math.inf)
+        self.of: OrderedDict[Connection, tuple[str, int]] = OrderedDict()  # owner, and bytes; oldest first
+
+    def hold(self, connection: Any, size: int) -> None:
+        """From now on there are so many bytes for this connection."""
+        if not size and connection not in self.of:
+            return
+        owner, before = self.of.get(connection) or (connection.owner(), 0)
+        self.add(owner, size - before)
+        self.of[connection] = owner, size
+        if not size:
+            del self.of[connection]
+        while self.all > self.most:
+            most = self.greatest()
+            oldest = next(each for each, (its, _) in self.of.items() if its == most)
+            self.hold(oldest, 0)
+            oldest.soon(oldest.give_up)
+
+
 class Door:
     """All open connections, and the state that they share. Used by the loop only."""
 
     UNSENT, UNSENT_EACH = 64 << 20, 16 << 20  # bytes of answers that peers have not read: in all, and for one owner
     SMALL = 4096  # bytes; an answer up to this size is always written
     BODIES = 128 << 20  # bytes of large bodies that have not arrived whole
+    EARLY = 16 << 20  # bytes of all else that was read before its time: parts of heads and bodies, pipelined requests
     CROWD = 32  # connections of who has most that are closed at once, if no descriptor is left
 
     def __init__(self, app: App, loop: Loop) -> None:
@@ -1278,8 +1305,7 @@ class Door:
         self.connections: set[Connection] = set()
         self.strangers: dict[Connection, None] = {}  # those that have not finished a first request, oldest first
         self.unsent = Shares(self.UNSENT, self.UNSENT_EACH)
-        self.bodies: dict[Connection, tuple[str, int]] = {}  # owner, and bytes that each waits for; oldest first
-        self.arriving = Shares(self.BODIES, math.inf)  # the same bytes
+        self.arriving, self.early = Held(self.BODIES), Held(self.EARLY)
 
     def enter(self, connection: Connection) -> None:
         self.connections.add(connection)
@@ -1292,25 +1318,9 @@ class Door:
     def leave(self, connection: Connection) -> None:
         self.connections.discard(connection)
         self.strangers.pop(connection, None)
-        self.arrived(connection)
+        self.arriving.hold(connection, 0)
+        self.early.hold(connection, 0)
         self.deadlines.forget(connection)
-
-    def expect(self, connection: Connection, length: int) -> None:
-        """A large body begins to arrive. If there are too many, the oldest of the owner that has most is given up."""
-        owner = connection.owner()
-        self.bodies[connection] = owner, length
-        self.arriving.add(owner, length)
-        while self.arriving.all > self.arriving.most:
-            most = self.arriving.greatest()
-            oldest = next(each for each, (its, _) in self.bodies.items() if its == most)
-            self.arrived(oldest)
-            oldest.wait(BODY, 0)
-
-    def arrived(self, connection: Connection) -> None:
-        """No body is waited for on this connection any more."""
-        if connection in self.bodies:
-            owner, length = self.bodies.pop(connection)
-            self.arriving.add(owner, -length)
 
     def owe(self, connection: Outgoing, size: int) -> None:
         """Note that this many bytes of the answer are unsent now."""
@@ -1402,6 +1412,11 @@ class Outgoing:
         """Take the next request."""
         raise NotImplementedError
 
+    def count(self) -> None:
+        """Count what is in the buffer, except the part of a large body, which is counted whole."""
+        if self.buffer or self in self.door.early.of:
+            self.door.early.hold(self, 0 if self in self.door.arriving.of else len(self.buffer))
+
     def answer(self, answer: Answer | None) -> None:
         """Answer the current request. A request that is pipelined behind it waits for the next turn."""
         if answer and self.phase is not LINGER:  # None: it is answered later; LINGER: the peer has gone meanwhile
@@ -1492,6 +1507,7 @@ class Outgoing:
     def hang_up(self) -> None:
         """Close without losing the answer: say that we are done, then read on until the peer has closed too."""
         self.buffer = b""
+        self.count()
         self.wait(LINGER, LINGER_SECONDS)
         self.transport.write_eof()
         if self.ended:
@@ -1545,6 +1561,8 @@ class Connection(Outgoing):
             self.buffer += data
         if self.phase in READING and not self.queued:
             self.advance()
+        else:
+            self.count()
         if self.phase is not BODY and len(self.buffer) > HEAD_BYTES:  # the peer pipelines faster than it is answered
             self.transport.pause_reading()
 
@@ -1570,6 +1588,8 @@ class Connection(Outgoing):
             self.closing = True
             self.write(refusal(refused))
             return
+        finally:
+            self.count()
         if request is None:
             if not self.pouring():
                 self.transport.resume_reading()
@@ -1577,7 +1597,6 @@ class Connection(Outgoing):
         self.phase, self.due = BUSY, math.inf  # a commit has no deadline
         self.closing = request.parsed.closes
         self.door.strangers.pop(self, None)
-        self.door.arrived(self)
         self.answer(request.answer())
 
     def take(self) -> Request | None:
@@ -1599,8 +1618,9 @@ class Connection(Outgoing):
             if self.phase is not BODY:
                 self.wait(BODY, BODY_SECONDS + length / BODY_RATE)
                 if length > HEAD_BYTES:  # any connection may have as much in its buffer
-                    self.door.expect(self, length)
+                    self.door.arriving.hold(self, length)
             return None
+        self.door.arriving.hold(self, 0)
         request.body, self.buffer = bytes(self.buffer[:length]), self.buffer[length:]
         return request
 
@@ -1668,6 +1688,13 @@ class Connection(Outgoing):
             self.wait(HEAD, HEAD_SECONDS)
 
     # Ends
+
+    def give_up(self) -> None:
+        """Too many bytes of requests wait, and its owner has most: drop these, and close when this one is answered."""
+        self.closing, self.buffer = True, b""
+        if self.phase in READING:
+            why = "too many requests of yours have begun: finish one before you begin the next"
+            self.stop_waiting(Refused(408, why))
 
     def release(self) -> None:
         self.answer(self.door.app.over(self))
@@ -4361,7 +4388,7 @@ class Bus:
 
     def park(self, connection: Connection, parked: Parked, patience: float = math.inf) -> None:
         """Let it wait until something arrives for it, its hold is over, or `patience` (s) has passed."""
-        if connection.request and connection.request.command != "HEAD" and not self.verbose:
+        if not self.verbose:
             connection.request = None  # what waits is small: its record says it all
         self.mailboxes.park(connection, parked)
         connection.wait(PARKED, min(parked.hold, patience))

@@ -332,7 +332,7 @@ class Replies:
         bus = self.bus
         found = one_of(bus, request)
         hold = request.query().number("wait_fetched", 0, 0, HOLD_MAX)
-        if not hold or bus.draining or state_of(bus, found)[0] != "queued":
+        if not hold or request.command == "HEAD" or bus.draining or state_of(bus, found)[0] != "queued":
             return told(bus, found, request.grant)
         self.park(request.peer, Watch(found._replace(text=""), request.grant, hold))
         return None

@@ -245,16 +245,23 @@ KINDS = [
          "who has most loses first: its oldest body gets 408, its connections are closed when descriptors run out",
          (f"{SHARES}::test_an_owner_that_has_most_gives_up_its_own_bodies",
           f"{SHARES}::test_descriptors_are_taken_from_who_has_most"),
-         "`Door.expect()` gives up the oldest of all (the first); `Door.drop_idle()` closes what is idle alone, or "
+         "`Held.hold()` gives up the oldest of all (the first); `Door.drop_idle()` closes what is idle alone, or "
          "looks at who has most of what is parked (the second)"),
+    Kind("what was read before its time is not counted",
+         "16 MiB of heads, small bodies and pipelined requests, whatever their connections wait for: beyond it who has "
+         "most gives up its oldest",
+         (f"{SHARES}::test_an_owner_that_has_most_gives_up_what_it_began",
+          f"{SHARES}::test_what_is_pipelined_behind_a_commit_is_given_up_too",
+          "core/test_connection.py::test_however_the_bytes_are_cut_the_answers_are_the_same"),
+         "`Outgoing.count()` does nothing (the first two); `Outgoing.hang_up()` does not call it (the last)"),
     Kind("what waits is as large as its request",
          "a connection that is parked or waits for a commit holds neither the body, nor the head, nor a text",
          (f"{SHARES}::test_what_is_parked_holds_no_body_and_no_text",
           f"{SHARES}::test_what_is_parked_holds_no_head",
-          f"{SHARES}::test_a_head_that_waits_is_answered_without_a_body",
+          f"{SHARES}::test_a_head_does_not_wait",
           f"{SHARES}::test_what_waits_for_a_commit_holds_no_body"),
-         "a `Watch` has the text (the first); `Bus.park()` keeps the request (the second), or takes it from a HEAD too "
-         "(the third); `Bus.do()` keeps the body (the first and last)"),
+         "a `Watch` has the text (the first); `Bus.park()` keeps the request (the second); `Replies.message()` lets a "
+         "HEAD wait (the third); `Bus.do()` keeps the body (the first and last)"),
     Kind("what waits for the disk is not counted",
          "503 beyond 16 MiB of one owner and 64 MiB of all; it is counted until the commit, whatever becomes of it",
          (f"{SHARES}::test_what_waits_for_the_disk_has_a_budget_for_each_owner_and_for_all",
