@@ -299,6 +299,10 @@ class Receipt(NamedTuple):
     reader: str
     at: int  # wall clock, us
 
+    def slot(self) -> tuple[str, str, int | str]:
+        """Where it waits to be saved: one place for each mark, and one for each message that was read alone."""
+        return self.channel, self.name, f"{self.tick:x}" if self.kind == ALONE else self.kind
+
 
 class Grant(NamedTuple):
     """The rights of one token. OPEN is the grant of every request on a bus without tokens."""
@@ -552,9 +556,6 @@ class Watched(Protocol):
         """ready() raised an exception."""
 
 
-NOBODY_WAITS: dict[int, int] = {}  # never changed
-
-
 def say_exception() -> None:
     """Report the exception that is being handled, if there is memory for that."""
     with contextlib.suppress(MemoryError):
@@ -585,7 +586,7 @@ class Loop:
         self.timers: list[tuple[float, int, Callable[[], None]]] = []  # when, on the monotonic clock; a number; what
         self.numbers = count()  # timers that are due at the same time run in the order they were set
         self.told: deque[Callable[[], None]] = deque()  # actions from other threads
-        self.unserved = NOBODY_WAITS  # sockets for which the last turn had no time: the place of each in the next one
+        self.unserved: dict[int, int] = {}  # sockets for which the last turn had no time: the place of each in the next
         self.signals: dict[int, Callable[[], None]] = {}
         self.sock, self.bell = socket.socketpair()
         self.events = 0
@@ -722,9 +723,9 @@ class Loop:
         events = self.selector.select(patience)
         if self.unserved:  # in their order: the system always has the same one
             events.sort(key=lambda ready: self.unserved.get(ready[0].fd, sys.maxsize))
-        self.each(
-            lambda ready: ready[0].data.ready(ready[1]), lambda ready: ready[0].data.failed(), self.timely(events)
-        )
+        rest = iter(events)
+        self.each(lambda ready: ready[0].data.ready(ready[1]), lambda ready: ready[0].data.failed(), self.timely(rest))
+        self.unserved = {key.fd: place for place, (key, _) in enumerate(rest)}
         now = time.monotonic()
         while self.timers and self.timers[0][0] <= now:
             self.insist(heapq.heappop(self.timers)[2])
@@ -734,15 +735,13 @@ class Loop:
             if time.monotonic() > now + self.BUDGET:
                 break
 
-    def timely(self, events: list[Any]) -> Iterator[Any]:
-        """The events, until the time for the sockets of a turn is over; the next turn begins with the others."""
+    def timely(self, items: Iterator[T]) -> Iterator[T]:
+        """The items, until BUDGET is over. The rest stays in `items`."""
         over = time.monotonic() + self.BUDGET
-        for number, event in enumerate(events):
-            if number and time.monotonic() > over:
-                self.unserved = {key.fd: place for place, (key, _) in enumerate(events[number:])}
+        for item in items:
+            yield item
+            if time.monotonic() > over:
                 return
-            yield event
-        self.unserved = NOBODY_WAITS
 
     def aside(self, work: Callable[[], None]) -> None:
         """Call `work`, which may take long, and release the turn meanwhile. Only an action of soon() may call this."""
@@ -1224,16 +1223,21 @@ class Deadlines:
         self.slots[slot].add(connection)
         connection.slot = slot
 
+    def overdue(self) -> bool:
+        return bool(self.order) and self.order[0] * self.SLOT <= self.clock()
+
     def late(self) -> Iterator[Connection]:
-        """Every connection whose deadline has passed, once."""
-        now = self.clock()
-        while self.order and self.order[0] * self.SLOT <= now:
-            for connection in self.slots.pop(heapq.heappop(self.order)):
+        """Every connection whose deadline has passed, once. Who takes only some of them finds the others next time."""
+        while self.overdue():
+            slot = self.slots[self.order[0]]
+            while slot:
+                connection = slot.pop()
                 connection.slot = sys.maxsize
-                if connection.due <= now:
+                if connection.due <= self.clock():
                     yield connection
                 elif connection.due < math.inf:
                     self._file(connection, self._slot(connection))
+            del self.slots[heapq.heappop(self.order)]
 
 
 class Shares:
@@ -1260,12 +1264,39 @@ class Shares:
         return max(self.held, key=self.held.__getitem__)
 
 
+class Held(Shares):
+    """Bytes of requests that have not arrived whole, or that wait behind another one, by connection.
+
+    Beyond the limit the owner that has most gives up its oldest connection.
+    """
+
+    def __init__(self, most: int) -> None:
+        super().__init__(most, math.inf)
+        self.of: OrderedDict[Connection, tuple[str, int]] = OrderedDict()  # owner, and bytes; oldest first
+
+    def hold(self, connection: Any, size: int) -> None:
+        """From now on there are so many bytes for this connection."""
+        if not size and connection not in self.of:
+            return
+        owner, before = self.of.get(connection) or (connection.owner(), 0)
+        self.add(owner, size - before)
+        self.of[connection] = owner, size
+        if not size:
+            del self.of[connection]
+        while self.all > self.most:
+            most = self.greatest()
+            oldest = next(each for each, (its, _) in self.of.items() if its == most)
+            self.hold(oldest, 0)
+            oldest.soon(oldest.give_up)
+
+
 class Door:
     """All open connections, and the state that they share. Used by the loop only."""
 
     UNSENT, UNSENT_EACH = 64 << 20, 16 << 20  # bytes of answers that peers have not read: in all, and for one owner
     SMALL = 4096  # bytes; an answer up to this size is always written
     BODIES = 128 << 20  # bytes of large bodies that have not arrived whole
+    EARLY = 16 << 20  # bytes of all else that was read before its time: parts of heads and bodies, pipelined requests
     CROWD = 32  # connections of who has most that are closed at once, if no descriptor is left
 
     def __init__(self, app: App, loop: Loop) -> None:
@@ -1274,8 +1305,7 @@ class Door:
         self.connections: set[Connection] = set()
         self.strangers: dict[Connection, None] = {}  # those that have not finished a first request, oldest first
         self.unsent = Shares(self.UNSENT, self.UNSENT_EACH)
-        self.bodies: dict[Connection, tuple[str, int]] = {}  # owner, and bytes that each waits for; oldest first
-        self.arriving = Shares(self.BODIES, math.inf)  # the same bytes
+        self.arriving, self.early = Held(self.BODIES), Held(self.EARLY)
 
     def enter(self, connection: Connection) -> None:
         self.connections.add(connection)
@@ -1288,25 +1318,9 @@ class Door:
     def leave(self, connection: Connection) -> None:
         self.connections.discard(connection)
         self.strangers.pop(connection, None)
-        self.arrived(connection)
+        self.arriving.hold(connection, 0)
+        self.early.hold(connection, 0)
         self.deadlines.forget(connection)
-
-    def expect(self, connection: Connection, length: int) -> None:
-        """A large body begins to arrive. If there are too many, the oldest of the owner that has most is given up."""
-        owner = connection.owner()
-        self.bodies[connection] = owner, length
-        self.arriving.add(owner, length)
-        while self.arriving.all > self.arriving.most:
-            most = self.arriving.greatest()
-            oldest = next(each for each, (its, _) in self.bodies.items() if its == most)
-            self.arrived(oldest)
-            oldest.wait(BODY, 0)
-
-    def arrived(self, connection: Connection) -> None:
-        """No body is waited for on this connection any more."""
-        if connection in self.bodies:
-            owner, length = self.bodies.pop(connection)
-            self.arriving.add(owner, -length)
 
     def owe(self, connection: Outgoing, size: int) -> None:
         """Note that this many bytes of the answer are unsent now."""
@@ -1318,7 +1332,10 @@ class Door:
         return size > self.SMALL and self.unsent.is_full(connection.owner(), size)
 
     def sweep(self) -> None:
-        self.loop.each(Connection.late, Connection.fail, self.deadlines.late())
+        """Serve those whose deadline has passed. Thousands may have the same one: the rest comes in the next turn."""
+        self.loop.each(Connection.late, Connection.fail, self.loop.timely(self.deadlines.late()))
+        if self.deadlines.overdue() and self.sweep not in self.loop.actions:
+            self.loop.soon(self.sweep)
 
     def drop_idle(self) -> None:
         """File descriptors have run out: close the idle connections, except those made within the last second.
@@ -1361,7 +1378,7 @@ class Outgoing:
         self.phase, self.slot, self.due = IDLE, sys.maxsize, math.inf
         self.closing = self.ended = False  # we want to close after the answer; the peer sends no more
         self.request = self.delivering = self.file = None
-        self.token: str | None = None  # the id of the token that the last request had; None: nobody asked for one yet
+        self.token: str | None = None  # the id of the last token that a request had; "": none had one; None: no request
         self.unsent = 0  # bytes of the answer
         self.queued = False  # advance() comes in the next turn
 
@@ -1394,6 +1411,11 @@ class Outgoing:
     def advance(self) -> None:
         """Take the next request."""
         raise NotImplementedError
+
+    def count(self) -> None:
+        """Count what is in the buffer, except the part of a large body, which is counted whole."""
+        if self.buffer or self in self.door.early.of:
+            self.door.early.hold(self, 0 if self in self.door.arriving.of else len(self.buffer))
 
     def answer(self, answer: Answer | None) -> None:
         """Answer the current request. A request that is pipelined behind it waits for the next turn."""
@@ -1485,6 +1507,7 @@ class Outgoing:
     def hang_up(self) -> None:
         """Close without losing the answer: say that we are done, then read on until the peer has closed too."""
         self.buffer = b""
+        self.count()
         self.wait(LINGER, LINGER_SECONDS)
         self.transport.write_eof()
         if self.ended:
@@ -1538,6 +1561,8 @@ class Connection(Outgoing):
             self.buffer += data
         if self.phase in READING and not self.queued:
             self.advance()
+        else:
+            self.count()
         if self.phase is not BODY and len(self.buffer) > HEAD_BYTES:  # the peer pipelines faster than it is answered
             self.transport.pause_reading()
 
@@ -1563,6 +1588,8 @@ class Connection(Outgoing):
             self.closing = True
             self.write(refusal(refused))
             return
+        finally:
+            self.count()
         if request is None:
             if not self.pouring():
                 self.transport.resume_reading()
@@ -1570,7 +1597,6 @@ class Connection(Outgoing):
         self.phase, self.due = BUSY, math.inf  # a commit has no deadline
         self.closing = request.parsed.closes
         self.door.strangers.pop(self, None)
-        self.door.arrived(self)
         self.answer(request.answer())
 
     def take(self) -> Request | None:
@@ -1592,8 +1618,9 @@ class Connection(Outgoing):
             if self.phase is not BODY:
                 self.wait(BODY, BODY_SECONDS + length / BODY_RATE)
                 if length > HEAD_BYTES:  # any connection may have as much in its buffer
-                    self.door.expect(self, length)
+                    self.door.arriving.hold(self, length)
             return None
+        self.door.arriving.hold(self, 0)
         request.body, self.buffer = bytes(self.buffer[:length]), self.buffer[length:]
         return request
 
@@ -1602,7 +1629,7 @@ class Connection(Outgoing):
         self.buffer = self.buffer[end:]
         request.parse_request()
         self.door.app.admit(request)
-        self.token = request.grant.token
+        self.token = request.grant.token or self.token or ""  # GET /healthz has none, and the connection stays its
         if self.token or request.sink:  # its body may take minutes, and strangers must not push it out
             self.door.strangers.pop(self, None)
         if request.parsed.expects and len(self.buffer) < request.parsed.length:
@@ -1662,6 +1689,13 @@ class Connection(Outgoing):
 
     # Ends
 
+    def give_up(self) -> None:
+        """Too many bytes of requests wait, and its owner has most: drop these, and close when this one is answered."""
+        self.closing, self.buffer = True, b""
+        if self.phase in READING:
+            why = "too many requests of yours have begun: finish one before you begin the next"
+            self.stop_waiting(Refused(408, why))
+
     def release(self) -> None:
         self.answer(self.door.app.over(self))
 
@@ -1682,7 +1716,7 @@ class Connection(Outgoing):
     def check_token(self) -> None:
         """End this connection if its token was revoked. In BUSY, Bus.entitled() and Bus.park() check it instead."""
         waits = self.phase in (BODY, PARKED)
-        if self.token is None or not (waits or (self.token and self.phase in (IDLE, WRITING))):
+        if self.token is None or not (waits or (self.token and self.phase in (IDLE, HEAD, WRITING))):
             return
         try:
             self.door.app.check_token(self.token)
@@ -2595,7 +2629,7 @@ class Marks(Operation):
             [(*mark[2:], *mark[:2]) for mark in self.marks],
         )
         state.writing.executemany(
-            f"INSERT OR REPLACE INTO receipts VALUES ({MAILBOX}, ?, ?, ?, ?)",
+            f"INSERT OR IGNORE INTO receipts VALUES ({MAILBOX}, ?, ?, ?, ?)",  # the first reading of a message counts
             [receipt for receipt in self.receipts if receipt.tick],
         )
 
@@ -3818,7 +3852,7 @@ class Mailboxes:
 
     def note(self, reader: Parked, own: str, kind: int, tick: int) -> None:
         receipt = Receipt(str(reader.channel), own, kind, tick, reader.who, self.wall())
-        self.receipts[receipt[:3]] = receipt
+        self.receipts[receipt.slot()] = receipt
 
     def resume(self, poll: Poll, first: int | None, last: int) -> Poll:
         """A poll with `since=last` starts at its name's cursor or, without one, at the `first` tick of its mailbox."""
@@ -3859,15 +3893,18 @@ class Mailboxes:
                 if box.pending and box.pending.above < tick:
                     box.pending = None
 
+    SLICE = 500  # marks, and receipts, in one transaction: 6 ms
+
     def take_marks(self) -> list[Mark]:
-        """The marks that changed since the last call."""
-        changed, self.changed = self.changed, set()
+        """A slice of the marks that changed since they were taken."""
+        changed = [self.changed.pop() for _ in range(min(len(self.changed), self.SLICE))]
         boxes = [(key, self.boxes[key]) for key in changed if key in self.boxes and self.boxes[key].firm]
         return [Mark(*key, box.own, box.read, box.fetched, box.seen) for key, box in boxes]
 
     def take_receipts(self) -> list[Receipt]:
-        receipts, self.receipts = self.receipts, {}
-        return [each for each in receipts.values() if each[:2] in self.boxes and self.boxes[each[:2]].firm]
+        """A slice of the receipts, the oldest."""
+        receipts = [self.receipts.pop(key) for key in list(islice(self.receipts, self.SLICE))]
+        return [each for each in receipts if each[:2] in self.boxes and self.boxes[each[:2]].firm]
 
     LOOKED_SECONDS = 600.0  # s that a name stays in memory if it was only looked at
 
@@ -4153,7 +4190,7 @@ class Bus:
         self.unread: dict[Mailbox, int] = {}
         self.countable = 0  # expired messages that may still be counted in this announcement, or for this list of names
         self.draining = self.broken = False
-        self.saving = False  # save_marks() is planned
+        self.saving = False  # save_marks() is planned, or follows a commit
         self.sure = True  # each message was told to Mailboxes and its readers; if not, each poll looks at the disk
         # The seams: what the core and the extensions register.
         self.routes: dict[tuple[str, str], Route] = {}
@@ -4351,7 +4388,7 @@ class Bus:
 
     def park(self, connection: Connection, parked: Parked, patience: float = math.inf) -> None:
         """Let it wait until something arrives for it, its hold is over, or `patience` (s) has passed."""
-        if connection.request and connection.request.command != "HEAD" and not self.verbose:
+        if not self.verbose:
             connection.request = None  # what waits is small: its record says it all
         self.mailboxes.park(connection, parked)
         connection.wait(PARKED, min(parked.hold, patience))
@@ -4370,15 +4407,17 @@ class Bus:
             self.saving = True
 
     def save_marks(self) -> None:
-        self.saving = False
+        """Save a slice of them. If that is not all, the next one follows its commit."""
+        self.saving = max(len(self.mailboxes.changed), len(self.mailboxes.receipts)) > self.mailboxes.SLICE
         used, self.gate.tokens.used = self.gate.tokens.used, {}
         marks = Marks(self.mailboxes.take_marks(), self.mailboxes.take_receipts(), used)
-        self.do(marks, None, nothing_follows, self.not_saved)
+        self.do(marks, None, (lambda *_: self.save_marks()) if self.saving else nothing_follows, self.not_saved)
 
     def not_saved(self, marks: Marks) -> None:
         """The disk was full or locked: they are saved a second later, with what is newer."""
+        self.saving = False
         self.mailboxes.changed.update(mark[:2] for mark in marks.marks)
-        self.mailboxes.receipts = {**{each[:3]: each for each in marks.receipts}, **self.mailboxes.receipts}
+        self.mailboxes.receipts = {**{each.slot(): each for each in marks.receipts}, **self.mailboxes.receipts}
         self.gate.tokens.used = {**marks.used, **self.gate.tokens.used}
         self.save_marks_soon()
 
@@ -5023,9 +5062,10 @@ def readable(bus: Bus, message: Message, grant: Grant) -> str:
     withheld = any(each.tick == message.tick for each in bus.withheld.values())
     if withheld or message.expires == RECALLED or bus.view.is_expired(message):
         return message.without_text()
-    if grant.name and grant.name != message.sender and message.to in (grant.name, *grant.also):
+    is_receiver = grant.name and grant.name != message.sender and message.to in (grant.name, *grant.also)
+    if is_receiver and message.tick > bus.mailboxes.came(message):  # else the mark says so already
         receipt = Receipt(message.channel, message.to, ALONE, message.tick, grant.name, bus.view.clock())
-        bus.mailboxes.receipts[message.channel, message.to, f"{message.tick:x}"] = receipt
+        bus.mailboxes.receipts.setdefault(receipt.slot(), receipt)
         bus.save_marks_soon()
     return message.render()
 

@@ -107,7 +107,8 @@ class Question(NamedTuple):
         return message.tick == reply
 
 
-FETCHES = "fetches of"  # with a channel, then a name: senders wait here until somebody reads that mailbox
+# With a channel, then a name: senders wait here until somebody reads that mailbox. Alone, then a tick: for one message.
+FETCHES = "fetches of"
 
 
 class Watch(NamedTuple):
@@ -134,7 +135,7 @@ class Watch(NamedTuple):
         return self.message.sender
 
     def places(self) -> Sequence[Key]:
-        return [(f"{FETCHES} {self.message.channel}", self.message.to)]
+        return [(FETCHES, self.message.tick), (f"{FETCHES} {self.message.channel}", self.message.to)]
 
     def present(self) -> Sequence[str]:
         return ()
@@ -212,10 +213,15 @@ class Replies:
         if not hold or bus.draining or connection.ended or connection.phase is not BUSY:
             return self.unanswered(connection, question)
         bus.mailboxes.polled(question, connection.address, bus.view.clock())
-        bus.park(connection, question)
-        for other in list(bus.mailboxes.waiting[REPLIES, tick])[:-PARKED_PER_NAME]:
-            other.wait(PARKED, 0)  # as with polls, the newest still live
+        self.park(connection, question)
         return None
+
+    def park(self, connection: Connection, parked: Question | Watch) -> None:
+        """As with polls, the newest that wait for the same are still live; the one before those is answered."""
+        self.bus.park(connection, parked)
+        same = self.bus.mailboxes.waiting[parked.places()[0]]
+        for other in list(same)[-PARKED_PER_NAME - 1 : -PARKED_PER_NAME]:
+            other.wait(PARKED, 0)
 
     def answered(self, connection: Connection, question: Question, messages: list[Message]) -> Answer:
         """A reply that is its mailbox's oldest unfetched message becomes fetched; else an asker's mailbox fills up."""
@@ -326,9 +332,9 @@ class Replies:
         bus = self.bus
         found = one_of(bus, request)
         hold = request.query().number("wait_fetched", 0, 0, HOLD_MAX)
-        if not hold or bus.draining or state_of(bus, found)[0] != "queued":
+        if not hold or request.command == "HEAD" or bus.draining or state_of(bus, found)[0] != "queued":
             return told(bus, found, request.grant)
-        bus.park(request.peer, Watch(found._replace(text=""), request.grant, hold))
+        self.park(request.peer, Watch(found._replace(text=""), request.grant, hold))
         return None
 
     def tell_watchers(self, reader: Parked, tick: int) -> None:

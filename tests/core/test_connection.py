@@ -399,6 +399,7 @@ def test_however_the_bytes_are_cut_the_answers_are_the_same(case):
             come_true(lambda peer=peer: peer.over)
             assert statuses(peer.heard) == right, f"cut at {len(pieces[0])}"
             assert stored(bus) == messages * number, f"cut at {len(pieces[0])}"
+            assert bus.door.early.all == bus.door.arriving.all == 0, f"cut at {len(pieces[0])}"
             peer.leaves()
         assert not bus.door.connections
 

@@ -89,12 +89,12 @@ KINDS = [
          "does nothing (the third); `Tokens.rows()` without its spare descriptor (the last)"),
     Kind("a right is looked at in one moment: files, answers, quiet connections",
          "an upload, a download and an answer that nobody reads stop where they are, and a connection that waits for "
-         "its next request is closed",
+         "its next request, or for the rest of it, is closed, whatever it asked for last",
          (f"{AUTHORITY}::test_revoked_while_a_file_comes_in_pieces",
           f"{AUTHORITY}::test_revoked_while_a_file_is_read",
           f"{AUTHORITY}::test_revoked_while_its_answer_is_not_read",
           f"{AUTHORITY}::test_revoking_closes_the_connections_of_a_token"),
-         "`Gate.holds()` is always true"),
+         "`Gate.holds()` is always true; `Connection.token` is that of the last request alone (the last)"),
     Kind("an id is taken for a secret",
          "an answer counts if its sender may read the mailbox that was asked; a stranger learns from `/healthz` "
          "neither the newest id nor the bus",
@@ -214,13 +214,27 @@ KINDS = [
          (f"{BOUNDS}::test_a_retry_reads_what_has_its_channel",),
          "`EARLIER` without the channel"),
     Kind("each message is offered to all who wait",
-         "a reply that cannot count asks no token; 8 wait for the reply to one question; a worker that is taken is not "
-         "asked again",
+         "a reply that cannot count asks no token; 8 wait for the reply to one question, or for the fetch of one "
+         "message; a worker that is taken is not asked again",
          (f"{BOUNDS}::test_replies_that_do_not_count_ask_no_token_for_its_rights",
           f"{BOUNDS}::test_one_question_has_eight_who_wait_for_its_reply",
+          f"{BOUNDS}::test_one_message_has_eight_who_wait_for_its_fetch",
           f"{BOUNDS}::test_a_message_is_offered_to_one_worker_of_many"),
-         "`Question.wants()` asks `Gate.readers()` first (the first); `Replies.asked()` sends nobody away (the "
-         "second); `Mailboxes.wake()` asks all at a place (the last)"),
+         "`Question.wants()` asks `Gate.readers()` first (the first); `Replies.park()` sends nobody away (the "
+         "second and third); `Mailboxes.wake()` asks all at a place (the last)"),
+    Kind("all who are late at once are answered in one turn",
+         "answers to those whose time is over have the time of a turn; the others follow in the next ones",
+         (f"{BOUNDS}::test_what_is_late_together_is_answered_over_many_turns",
+          f"{BOUNDS}::test_those_that_are_left_are_one_action_however_often_it_is_time_to_look"),
+         "`Door.sweep()` without `timely()` (both); it plans one more each time (the last)"),
+    Kind("what was read is written in one piece, and again",
+         "marks and receipts are saved in slices; what a mark says, or a receipt, is not noted again",
+         (f"{BOUNDS}::test_what_is_known_to_be_fetched_is_not_noted_again",
+          f"{BOUNDS}::test_marks_and_receipts_are_saved_in_slices",
+          f"{BOUNDS}::test_what_a_full_disk_did_not_take_of_the_receipts_is_saved_later",
+          f"{BOUNDS}::test_who_reads_again_leaves_the_first_time"),
+         "`readable()` asks no mark (the first); `Mailboxes.SLICE` is above their number (the second); all receipts "
+         "of messages that were read alone have one `slot()` (the third); `Marks` replaces receipts (the last)"),
     Kind("a mark goes down",
          "a job that is removed after younger ones takes no gap away from who is behind them",
          ("core/test_mailboxes.py::test_the_mark_of_what_was_removed_only_goes_up",
@@ -231,16 +245,23 @@ KINDS = [
          "who has most loses first: its oldest body gets 408, its connections are closed when descriptors run out",
          (f"{SHARES}::test_an_owner_that_has_most_gives_up_its_own_bodies",
           f"{SHARES}::test_descriptors_are_taken_from_who_has_most"),
-         "`Door.expect()` gives up the oldest of all (the first); `Door.drop_idle()` closes what is idle alone, or "
+         "`Held.hold()` gives up the oldest of all (the first); `Door.drop_idle()` closes what is idle alone, or "
          "looks at who has most of what is parked (the second)"),
+    Kind("what was read before its time is not counted",
+         "16 MiB of heads, small bodies and pipelined requests, whatever their connections wait for: beyond it who has "
+         "most gives up its oldest",
+         (f"{SHARES}::test_an_owner_that_has_most_gives_up_what_it_began",
+          f"{SHARES}::test_what_is_pipelined_behind_a_commit_is_given_up_too",
+          "core/test_connection.py::test_however_the_bytes_are_cut_the_answers_are_the_same"),
+         "`Outgoing.count()` does nothing (the first two); `Outgoing.hang_up()` does not call it (the last)"),
     Kind("what waits is as large as its request",
          "a connection that is parked or waits for a commit holds neither the body, nor the head, nor a text",
          (f"{SHARES}::test_what_is_parked_holds_no_body_and_no_text",
           f"{SHARES}::test_what_is_parked_holds_no_head",
-          f"{SHARES}::test_a_head_that_waits_is_answered_without_a_body",
+          f"{SHARES}::test_a_head_does_not_wait",
           f"{SHARES}::test_what_waits_for_a_commit_holds_no_body"),
-         "a `Watch` has the text (the first); `Bus.park()` keeps the request (the second), or takes it from a HEAD too "
-         "(the third); `Bus.do()` keeps the body (the first and last)"),
+         "a `Watch` has the text (the first); `Bus.park()` keeps the request (the second); `Replies.message()` lets a "
+         "HEAD wait (the third); `Bus.do()` keeps the body (the first and last)"),
     Kind("what waits for the disk is not counted",
          "503 beyond 16 MiB of one owner and 64 MiB of all; it is counted until the commit, whatever becomes of it",
          (f"{SHARES}::test_what_waits_for_the_disk_has_a_budget_for_each_owner_and_for_all",

@@ -5,7 +5,7 @@
 | revoked_between_head_and_body | 200, stored or done, for all seven verbs |
 | revoked_while_it_waits_for_the_commit_of_another | green; since 2026-11-29 (its control was green in all others) |
 | revoked_while_a_file_* | both come whole; while it is parked it was 401 before |
-| revoking_closes_the_connections_of_a_token | it stays open |
+| revoking_closes_the_connections_of_a_token | it stays open; since 2026-11-29 after a public request too |
 | revoked_while_descriptors_are_used_up | it is never applied |
 | what_a_revoked_token_had_begun_ends_while_* | stored, until 2026-11-29: it was applied once a descriptor was free |
 | healthz_of_a_closed_bus_tells_strangers_nothing | the newest tick, and the id of the bus |
@@ -237,10 +237,17 @@ def test_revoked_while_it_is_parked(closed, path):
     assert state(closed, sent) == "queued"
 
 
-def test_revoking_closes_the_connections_of_a_token(closed):
-    """One that waits for its next request, and no other."""
+PUBLIC = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n"
+BEFORE = {"its request": b"", "a public request": PUBLIC + b"\r\n", "half a head": PUBLIC}
+
+
+@pytest.mark.parametrize("before", BEFORE)
+def test_revoking_closes_the_connections_of_a_token(closed, before):
+    """One that waits for its next request, whatever it asked for before, and no other."""
     with closed.peer("bob") as idle, closed.peer("ann") as other:
         assert idle.send("GET", "/recv?to=bob&since=0").answer().status == 200
+        idle.sock.sendall(BEFORE[before])
+        assert before != "a public request" or idle.answer().status == 200
         assert other.send("GET", "/recv?to=ann&since=0").answer().status == 200
         closed.revoke("bob")
         idle.sock.settimeout(2)

@@ -23,10 +23,18 @@ Found by an attack on 2026-11-29; each test was red on the code that it attacked
 | sixteen_claims | 40 in one list |
 | who_gave_the_bus_too_much_work, a_large_answer, a_large_message | 200 each time |
 | a_list_of_names_in_a_query | any number |
+| one_message_has_eight_who_wait_for_its_fetch | 12 |
+| what_is_late_together | all 20 in one turn |
+| those_that_are_left | a second list of them is begun for each tenth of a second |
+| what_is_known_to_be_fetched_is_not_noted_again | a receipt for each of 40 messages at each look |
+| marks_and_receipts_are_saved_in_slices | all 200 in one operation |
+| what_a_full_disk_did_not_take | 1 of 41 receipts is left |
+| who_reads_again_leaves_the_first_time | the time of the last one |
 """
 import contextlib
 import json
 import random
+import sqlite3
 import sys
 import threading
 import time
@@ -35,8 +43,19 @@ from collections import Counter
 import pytest
 
 import bus_server
-from bus_server import ANSWER_BYTES, EVERYONE, PARKED_PER_NAME, PLAIN_BYTES, Forget, Gate, Grant, Remove, wall_clock
-from tests.core.test_connection import Peer, a_bus, answers, come_true
+from bus_server import (
+    ANSWER_BYTES,
+    EVERYONE,
+    PARKED_PER_NAME,
+    PLAIN_BYTES,
+    Forget,
+    Gate,
+    Grant,
+    Marks,
+    Remove,
+    wall_clock,
+)
+from tests.core.test_connection import LATE, Peer, a_bus, answers, come_true
 from tests.kit.clock import Clock
 from tests.kit.hostile import HOST, head
 from tests.kit.peers import mint
@@ -690,6 +709,18 @@ def test_one_question_has_eight_who_wait_for_its_reply(crowded):
     assert [guest.answer().json()["reply"]["msg"] for guest in guests[4:]] == ["yes"] * PARKED_PER_NAME
 
 
+def test_one_message_has_eight_who_wait_for_its_fetch(bus):
+    """Who waits longest is told that nobody has it yet. Those who wait for another message are not counted."""
+    one, other = [Guest(bus).sends("bob")["id"] for _ in range(2)]
+    guests = [Guest(bus).begins("GET", f"/message/{one}?wait_fetched=60") for _ in range(PARKED_PER_NAME + 4)]
+    guests.append(Guest(bus).begins("GET", f"/message/{other}?wait_fetched=60"))
+    come_true(lambda: bus.sweep() or len(bus.mailboxes.parked) <= PARKED_PER_NAME + 1)
+    assert [guest.answer().json()["state"] for guest in guests[:4]] == ["queued"] * 4
+    Guest(bus).asks("GET", "/recv?to=bob&since=0")
+    assert [guest.answer().json()["state"] for guest in guests[4:]] == ["fetched"] * (PARKED_PER_NAME + 1)
+    assert not bus.mailboxes.parked and not bus.mailboxes.waiting
+
+
 def test_a_message_is_offered_to_one_worker_of_many(bus, monkeypatch):
     """30 wait, and a list of 30 messages wakes each: 30 are offered, not 900."""
     workers = [Guest(bus).begins("POST", "/claim", {"to": "queue", "wait": 60, "worker": f"w{n}"}) for n in range(30)]
@@ -847,3 +878,116 @@ def test_a_list_of_names_in_a_query_has_a_limit(bus):
     names = ",".join(f"n{number}" for number in range(64))
     assert status_of(bus, "GET", f"/inbox?name={names}") == 200
     assert status_of(bus, "GET", f"/inbox?name={names},another") == 400
+# Who is late
+
+
+@pytest.fixture
+def late():
+    """A bus with 20 readers whose holds are over, and no time for more than one of them in a turn."""
+    with a_bus(clock := Clock()) as bus:
+        bus.readers = [Guest(bus).begins("GET", f"/recv?to=n{number}&wait=10") for number in range(20)]
+        bus.loop.BUDGET = 0
+        clock.now += 10 + LATE
+        yield bus
+
+
+def answered(bus):
+    return sum(bool(reader.heard) for reader in bus.readers)
+
+
+def test_what_is_late_together_is_answered_over_many_turns(late):
+    late.sweep()
+    assert answered(late) == 1
+    served = []
+    while late.mailboxes.parked:
+        before = answered(late)
+        late.loop.take_turn()
+        served.append(answered(late) - before)
+    assert max(served) == 1 and answered(late) == 20
+
+
+def test_those_that_are_left_are_one_action_however_often_it_is_time_to_look(late):
+    for _ in range(5):
+        late.sweep()
+    assert list(late.loop.actions).count(late.door.sweep) == 1
+
+
+# What was read
+
+
+@pytest.fixture
+def read(tmp_path):
+    """A closed bus with a conversation of 41 messages to bob, and bob. Its root is in `root`."""
+    path = tmp_path / "bus.db"
+    tokens = mint(path, ann=[], bob=[])
+    with a_bus(time.monotonic, path) as bus:
+        ann = Guest(bus, tokens["ann"])
+        bus.root = ann.asks("POST", "/send", {"to": "bob", "msg": "x"}).json()["id"]
+        ann.asks("POST", "/send", [{"to": "bob", "msg": "x", "reply_to": bus.root}] * 40)
+        yield bus, Guest(bus, tokens["bob"])
+
+
+def receipts(bus):
+    """How many each operation that saves marks has; all are saved when this returns."""
+    sizes, apply = [], bus.state.apply
+
+    def look(operations, now):
+        sizes.extend(len(each.receipts) for each in operations if isinstance(each, Marks))
+        return apply(operations, now)
+
+    bus.state.apply = look
+    bus.save_marks()
+    come_true(lambda: bus.ledger.idle() and not bus.saving)
+    bus.state.apply = apply
+    return sizes
+
+
+def test_what_is_known_to_be_fetched_is_not_noted_again(read):
+    bus, bob = read
+    assert len(bob.asks("GET", "/recv?to=bob&since=0").json()["messages"]) == 41
+    assert len(receipts(bus)) == 1
+    for path in (f"/thread/{bus.root}", f"/message/{bus.root}"):
+        bob.asks("GET", path)
+        assert not bus.mailboxes.receipts
+
+
+def test_marks_and_receipts_are_saved_in_slices(read):
+    """Also when the bus ends. What somebody sends meanwhile comes between two of them."""
+    bus, bob = read
+    bus.mailboxes.SLICE = 9
+    bob.asks("GET", f"/thread/{bus.root}")
+    assert receipts(bus) == [9, 9, 9, 9, 5]
+    assert bus.state.writing.execute("SELECT count(*) FROM receipts").fetchone() == (41,)
+    bus.mailboxes.changed.update(("default", f"n{number}") for number in range(200))
+    for number in range(200):
+        bus.mailboxes.box("default", f"n{number}").firm = True
+    bus.end()
+    assert bus.state.writing.execute("SELECT count(*) FROM mailboxes WHERE name GLOB 'n*'").fetchone() == (200,)
+
+
+def test_what_a_full_disk_did_not_take_of_the_receipts_is_saved_later(read, monkeypatch):
+    bus, bob = read
+    bus.mailboxes.SLICE = 9
+    bob.asks("GET", f"/thread/{bus.root}")
+
+    def full(operations, now):
+        raise sqlite3.OperationalError("database or disk is full")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(bus.state, "apply", full)
+        patched.setattr(bus_server, "MARKS_SECONDS", 0.01)
+        bus.save_marks()
+        come_true(lambda: len(bus.mailboxes.receipts) == 41)
+        assert bus.saving, "it is tried again"
+    come_true(lambda: bus.ledger.idle() and not bus.saving)
+    assert bus.state.writing.execute("SELECT count(*) FROM receipts").fetchone() == (41,)
+
+
+def test_who_reads_again_leaves_the_first_time(read):
+    bus, bob = read
+    told = []
+    for _ in range(2):
+        bob.asks("GET", f"/thread/{bus.root}")
+        receipts(bus)
+        told.append(bob.asks("GET", f"/message/{bus.root}").json()["at"])
+    assert told[0] == told[1]

@@ -7,6 +7,9 @@ Found by an attack on 2026-11-29; each test was red on the code that it attacked
 | an_owner_that_has_most_gives_up_its_own_bodies | the oldest of all goes, which is the innocent's |
 | descriptors_are_taken_from_who_has_most | the innocent is not let in; its reader is hung up on by the first mend |
 | pairs_of_names_have_a_budget | over 1 KB for each of 30,000 |
+| an_owner_that_has_most_gives_up_what_it_began | 240 KB of heads stay, and any number of them |
+| what_is_pipelined_behind_a_commit | the same |
+| a_head_does_not_wait | it is parked, with its head |
 | what_is_parked_holds_no_body_and_no_text | 250 KB for each; /claim and /ask until the second mend |
 | what_waits_for_the_disk_has_a_budget | all 30 are taken |
 | a_send_larger_than_a_share | 503 for ever, since the first mend |
@@ -27,8 +30,8 @@ import tracemalloc
 
 import pytest
 
-from bus_server import Budget, Deadlines, Refused, Shares, Storms
-from tests.core.test_connection import LATE, a_bus, come_true, statuses
+from bus_server import Budget, Refused, Shares, Storms
+from tests.core.test_connection import a_bus, come_true, settle, statuses, while_the_disk_is_busy
 from tests.faults import linux, skipped_without
 from tests.faults.test_kinds_bounds import LARGE, Guest
 from tests.kit.clock import Clock
@@ -84,19 +87,81 @@ def announces(guest, size=200_000):
 def test_an_owner_that_has_most_gives_up_its_own_bodies(two):
     """The oldest of them, which is told so; the one that is older and slow is stored."""
     bus, mal, ann = two
-    bus.door.deadlines = Deadlines(clock := Clock())
     bus.door.arriving.most = 1_000_000
     innocent = announces(Guest(bus, **ann))
     crowd = [announces(Guest(bus, **mal)) for _ in range(20)]
-    clock.now += LATE
-    bus.sweep()
+    settle(bus)
     assert [statuses(guest.heard) for guest in crowd] == [[408]] * 16 + [[]] * 4
     assert bus.door.arriving.all == 5 * 200_000 == sum(bus.door.arriving.held.values())
     innocent.says(b"x" * 200_000)
     assert innocent.answer().status == 200
     for guest in crowd:
         guest.leaves()
-    assert not bus.door.arriving.all and not bus.door.arriving.held and not bus.door.bodies
+    assert not bus.door.arriving.all and not bus.door.arriving.held and not bus.door.arriving.of
+
+
+# Heads that do not arrive, and what is pipelined
+
+SEND = "POST", "/send", {"from": "mal", "to": "bob", "msg": "x"}
+EARLY = {  # what comes before 12 KB of a head, and what its connection has heard once it is given up
+    "nothing": ((), [408]),
+    "an answer": (("GET", "/recv?to=mal&since=now"), [200, 408]),
+    "a commit": (SEND, [200]),
+    "a wait": (("POST", "/claim", {"to": "mal", "wait": 60}), []),
+}
+HALF = head("GET /healthz HTTP/1.1", HOST, "A: " + "a" * 12_000)[:-2]
+
+
+def held(bus):
+    """The bytes in all buffers, which are counted right."""
+    assert sum(len(each.buffer) for each in bus.door.connections) == bus.door.early.all
+    return bus.door.early.all
+
+
+@pytest.mark.parametrize("which", EARLY)
+def test_an_owner_that_has_most_gives_up_what_it_began(two, which):
+    """What has been read before its time is counted, whatever it waits for; the innocent's is older, and answered."""
+    bus, mal, ann = two
+    before, heard = EARLY[which]
+    bus.door.early.most = 100_000
+    innocent = Guest(bus, **ann)
+    innocent.asks("GET", "/recv?to=ann&since=now")
+    innocent.says(HALF)
+    crowd = [Guest(bus, **mal) for _ in range(20)]
+    for guest in crowd if before else ():
+        guest.begins(*before)
+    come_true(lambda: which != "a wait" or len(bus.mailboxes.parked) == 20)
+    for guest in crowd:
+        guest.says(HALF)
+    come_true(lambda: bus.ledger.idle() and not bus.loop.actions)
+    assert 90_000 < held(bus) <= 100_000
+    assert [guest.connection.closing for guest in crowd] == [True] * 13 + [False] * 7
+    assert [statuses(guest.heard) for guest in crowd[:13]] == [heard] * 13
+    innocent.says(b"\r\n")
+    assert innocent.answer().status == 200
+    bus.drain()
+    come_true(lambda: all(guest.over for guest in crowd))
+    for guest in crowd:
+        guest.leaves()
+    assert not bus.door.early.all and not bus.door.early.held and not bus.door.early.of
+
+
+def test_what_is_pipelined_behind_a_commit_is_given_up_too(two):
+    """The request itself is stored and answered, and then its connection is closed."""
+    bus, mal, _ = two
+    bus.door.early.most = 100_000
+    crowd = [Guest(bus, **mal).begins(*SEND) for _ in range(20)]
+    during = []
+
+    def more():
+        for guest in crowd:
+            guest.says(HALF)
+        bus.loop.later(0, lambda: during.append(held(bus)))
+
+    while_the_disk_is_busy(bus, more)
+    come_true(lambda: during and bus.ledger.idle() and not bus.loop.actions)
+    assert 90_000 < during[0] <= 100_000
+    assert [(statuses(guest.heard), guest.over) for guest in crowd] == [([200], True)] * 12 + [([200], False)] * 8
 
 
 # Descriptors
@@ -231,14 +296,13 @@ def test_what_is_parked_holds_no_head(tmp_path, which):
         assert not any(guest.heard for guest in guests[-8:])
 
 
-def test_a_head_that_waits_is_answered_without_a_body(tmp_path):
-    """Else the next answer on its connection would begin with it."""
+def test_a_head_does_not_wait(tmp_path):
+    """While it waited it held its head, of up to 16 KiB, to be known as one that is answered without a body."""
     with a_bus(time.monotonic, tmp_path / "bus.db") as bus:
         one, guest = Guest(bus).sends("bob")["id"], Guest(bus)
         guest.says(head(f"HEAD /message/{one}?wait_fetched=60 HTTP/1.1", HOST))
-        come_true(lambda: bus.mailboxes.parked)
-        Guest(bus).asks("GET", "/recv?to=bob&since=0")
         come_true(lambda: guest.heard)
+        assert not bus.mailboxes.parked
         assert guest.heard.startswith(b"HTTP/1.1 200 ") and guest.heard.endswith(b"\r\n\r\n")
 
 
