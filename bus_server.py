@@ -3699,6 +3699,7 @@ class Mailboxes:
         self.highest = max((box.newest for box in self.boxes.values()), default=0)
         self.changed: set[tuple[str, str]] = set()  # mailboxes whose marks are newer than on disk
         self.receipts: dict[tuple[str, str, int | str], Receipt] = {}  # newer than on disk
+        self.on_fetched: list[Callable[[str, str, int, int], None]] = []  # see note()
         self.parked: dict[Connection, Parked] = {}
         self.waiting: dict[Key, dict[Connection, None]] = {}
 
@@ -3772,7 +3773,7 @@ class Mailboxes:
         own.firm = own.firm or poll.since > 0
         if own.read is None or own.read < poll.since:
             if own.newest > (own.read or 0):
-                self.note(poll, str(poll.me), ACKNOWLEDGED, poll.since)
+                self.note(str(poll.channel), str(poll.me), ACKNOWLEDGED, poll.since, poll.who)
             own.read = poll.since
         self.fetched(poll, str(poll.me), own, poll.since)
 
@@ -3785,6 +3786,7 @@ class Mailboxes:
         for own, box in zip(reader.present(), self.of(reader)):
             box.reached = max(box.reached, tick)
             if own == EVERYONE:  # it is nobody's own mailbox, and has no marks
+                self.note(str(reader.channel), own, FETCHED, tick, reader.who)
                 continue
             since = reader.since if isinstance(reader, Poll) and own != reader.me else 0
             if since > box.fetched and self.has_hole(str(reader.channel), own, box, since):
@@ -3802,7 +3804,7 @@ class Mailboxes:
         box.reached = max(box.reached, tick)
         if tick > box.fetched:
             if box.newest > box.fetched:  # else the receipt is for no message, and nothing would ever remove it
-                self.note(reader, own, FETCHED, tick)
+                self.note(str(reader.channel), own, FETCHED, tick, reader.who)
             box.fetched = tick
         box.base = None
 
@@ -3816,9 +3818,13 @@ class Mailboxes:
         low, high = self.box(message.channel, message.to).above
         return low < message.tick <= high or message.tick <= self.came(message)
 
-    def note(self, reader: Parked, own: str, kind: int, tick: int) -> None:
-        receipt = Receipt(str(reader.channel), own, kind, tick, reader.who, self.wall())
-        self.receipts[receipt[:3]] = receipt
+    def note(self, channel: str, own: str, kind: int, tick: int, reader: str) -> None:
+        """Mail was fetched: keep a receipt, and tell between which ticks. Each way to fetch a message ends here."""
+        if own != EVERYONE:
+            receipt = Receipt(channel, own, kind, tick, reader, self.wall())
+            self.receipts[channel, own, f"{tick:x}" if kind == ALONE else kind] = receipt
+        for tell in self.on_fetched:
+            tell(channel, own, tick - 1 if kind == ALONE else 0, tick)
 
     def resume(self, poll: Poll, first: int | None, last: int) -> Poll:
         """A poll with `since=last` starts at its name's cursor or, without one, at the `first` tick of its mailbox."""
@@ -4164,7 +4170,6 @@ class Bus:
         self.unknown: list[Callable[[Draft], str]] = []  # further JSON about a receiver that is not known
         self.on_polled: list[Callable[[Request, Poll], None]] = []
         self.on_announced: list[Callable[[list[Message]], object]] = []
-        self.on_delivered: list[Callable[[Parked, int], None]] = []
         self.on_lost: list[Callable[[Any, int], None]] = []  # an answer with `delivers` did not arrive whole
         self.on_tidy: list[Callable[[], None]] = []
         self.metrics: list[Callable[[], Iterable[Metric]]] = []
@@ -4228,8 +4233,6 @@ class Bus:
 
     def delivered(self, reader: Parked, tick: int) -> None:
         self.mailboxes.delivered(reader, tick)
-        for tell in self.on_delivered:
-            tell(reader, tick)
         self.save_marks_soon()
 
     def lost(self, reader: Any, tick: int) -> None:
@@ -5024,8 +5027,7 @@ def readable(bus: Bus, message: Message, grant: Grant) -> str:
     if withheld or message.expires == RECALLED or bus.view.is_expired(message):
         return message.without_text()
     if grant.name and grant.name != message.sender and message.to in (grant.name, *grant.also):
-        receipt = Receipt(message.channel, message.to, ALONE, message.tick, grant.name, bus.view.clock())
-        bus.mailboxes.receipts[message.channel, message.to, f"{message.tick:x}"] = receipt
+        bus.mailboxes.note(message.channel, message.to, ALONE, message.tick, grant.name)
         bus.save_marks_soon()
     return message.render()
 

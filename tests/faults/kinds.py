@@ -393,6 +393,12 @@ KINDS = [
          "a slice looks at 1,000 jobs and goes on behind them; only what is moved to the dead letters is read",
          (f"{EXTENSIONS}::test_jobs_that_stay_are_looked_at_in_slices_and_not_read",),
          "`Bury.apply()` reads the message of each job, or `LOOKED` is above their number"),
+    Kind("one of many ways is not told",
+         "who waits for a fetch is answered whichever way the message was fetched, and only for that message",
+         (f"{EXTENSIONS}::test_who_waits_for_a_fetch_hears_of_it_whichever_way_it_was_fetched",
+          f"{EXTENSIONS}::test_who_waits_for_a_broadcast_hears_of_its_first_fetch"),
+         "`Mailboxes.note()` tells nobody (both); or it tells of all up to a message that was read by its id (the "
+         "first)"),
     Kind("clients: a strange answer moves the cursor",
          "a time more than five minutes ahead moves no cursor, and is said once",
          (f"{PYTHON}::test_an_answer_from_the_future_moves_no_cursor_and_is_said_once",

@@ -9,6 +9,7 @@ Found by an attack on 2026-11-29; each test was red on the code that it attacked
 | a_row_that_a_claim_made_goes | the row stays while the bus runs, and only memory forgets the name |
 | a_dead_letter_lives_no_longer | it has no end |
 | what_a_sender_calls_lease_is_not_in_a_job | `lease` twice, the first one the sender's |
+| who_waits_for_a_fetch_hears_of_it | nothing, if it was read by its id or passed by a cursor |
 | a_piece_that_was_written_in_part_ends_an_upload | 408 after 10 s, and the next request is in the file |
 """
 import errno
@@ -24,6 +25,7 @@ from tests.core.test_connection import Peer, a_bus, answers, come_true, stored
 from tests.faults.test_kinds_bounds import Guest, counted
 from tests.kit import inside
 from tests.kit.hostile import ALICE, HOST, head
+from tests.kit.peers import mint
 
 
 @pytest.fixture
@@ -167,6 +169,42 @@ def test_jobs_that_stay_are_looked_at_in_slices_and_not_read(tmp_path, monkeypat
         assert len(read) == 30, "a job that stays is not read"
         assert len(slices) == 270 // 50 + 1
         assert sorted(letters(guest, "z.dead"), key=int) == [str(each) for each in range(30)]
+
+
+# Questions
+
+
+WAYS = {  # how dell fetches the first of two messages, or both
+    "an answer": ("GET", "/recv?to=dell&since=0", 2),
+    "a cursor behind them": ("GET", "/recv?to=dell&since={behind}", 2),
+    "a claim": ("POST", "/claim?to=dell&wait=0", 1),
+    "its id": ("GET", "/message/{id}", 1),
+    "its thread": ("GET", "/thread/{id}", 1),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_who_waits_for_a_fetch_hears_of_it_whichever_way_it_was_fetched(tmp_path, way):
+    of = mint(tmp_path / "bus.db", spark=[], dell=[])
+    with a_bus(time.monotonic, str(tmp_path / "bus.db")) as bus:
+        spark, dell = Guest(bus, of["spark"]), Guest(bus, of["dell"])
+        sent = [spark.asks("POST", "/send", {"to": "dell", "msg": "x"}).json() for _ in range(2)]
+        waiting = [Guest(bus, of["spark"]).begins("GET", f"/message/{each['id']}?wait_fetched=50") for each in sent]
+        come_true(lambda: len(bus.mailboxes.parked) == 2)
+        method, path, fetched = WAYS[way]
+        dell.asks(method, path.format(id=sent[0]["id"], behind=f"{sent[1]['ts']:.6f}"))
+        for guest in waiting[:fetched]:
+            assert guest.answer().json()["state"] in ("fetched", "acknowledged")
+        assert len(bus.mailboxes.parked) == 2 - fetched, "the other one was not fetched"
+
+
+def test_who_waits_for_a_broadcast_hears_of_its_first_fetch(bus):
+    spark, dell = Guest(bus), Guest(bus)
+    number = spark.sends("all")["id"]
+    spark.begins("GET", f"/message/{number}?wait_fetched=50")
+    come_true(lambda: bus.mailboxes.parked)
+    dell.asks("GET", "/recv?to=dell&since=0")
+    assert spark.answer().json()["state"] == "fetched"
 
 
 # Files
