@@ -92,6 +92,7 @@ AHEAD = 300 * 1000000  # us; a cursor from a host with a fast clock may be this 
 NAMES_PER_SEND = 64
 MAX_MESSAGES = 1000  # in one answer
 PLAIN_BYTES = 1 << 17  # of messages in an answer as text, whose invisible characters take more time
+MESSAGE_BYTES = 14 << 20  # of one message in an answer; with ANSWER_BYTES it is all that the clients read of a bus
 ANSWER_BYTES = 1 << 20  # of messages in an answer that has more than one; it bounds memory and the time of a turn
 DEPTH = 32  # levels of JSON; at about 1000 Python's parser raises an error that is not a ValueError
 TTL_MIN = 0.001  # s; a shorter one could round to 0
@@ -4447,6 +4448,9 @@ class Sending:
         drafts = []
         for message in messages:
             one = draft(message, key)
+            if len(one.text) > MESSAGE_BYTES:
+                why = f"an answer with this message would have {len(one.text)} bytes, and the limit is {MESSAGE_BYTES}"
+                raise Refused(413, f"{why}; nothing was stored")
             if one.answers is not None:  # it has a place in a chain of replies
                 thread, depth = self.view.lineage(one.answers)
                 one = one._replace(thread=thread, depth=depth + 1)

@@ -399,6 +399,10 @@ KINDS = [
           f"{EXTENSIONS}::test_who_waits_for_a_broadcast_hears_of_its_first_fetch"),
          "`Mailboxes.note()` tells nobody (both); or it tells of all up to a message that was read by its id (the "
          "first)"),
+    Kind("clients: an answer is bounded by its bytes alone",
+         "a client reads 16 MiB, of which a parser makes 0.5 GB at most; a message that would not fit gets 413",
+         (f"{EXTENSIONS}::test_no_answer_is_longer_than_what_a_client_reads",),
+         "`ANSWER_BYTES` of the clients is 64 MiB; or `Sending.drafts()` accepts each length"),
     Kind("clients: a strange answer moves the cursor",
          "a time more than five minutes ahead moves no cursor, and is said once",
          (f"{PYTHON}::test_an_answer_from_the_future_moves_no_cursor_and_is_said_once",

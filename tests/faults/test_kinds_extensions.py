@@ -10,6 +10,7 @@ Found by an attack on 2026-11-29; each test was red on the code that it attacked
 | a_dead_letter_lives_no_longer | it has no end |
 | what_a_sender_calls_lease_is_not_in_a_job | `lease` twice, the first one the sender's |
 | who_waits_for_a_fetch_hears_of_it | nothing, if it was read by its id or passed by a cursor |
+| no_answer_is_longer_than_what_a_client_reads | 64 MiB are read, of which a parser makes 1.8 GB |
 | a_piece_that_was_written_in_part_ends_an_upload | 408 after 10 s, and the next request is in the file |
 """
 import errno
@@ -20,7 +21,9 @@ import time
 
 import pytest
 
-from bus_server import PUBLIC, Now
+import bus_recv
+import bus_send
+from bus_server import ANSWER_BYTES, MESSAGE_BYTES, PUBLIC, Now
 from tests.core.test_connection import Peer, a_bus, answers, come_true, stored
 from tests.faults.test_kinds_bounds import Guest, counted
 from tests.kit import inside
@@ -205,6 +208,24 @@ def test_who_waits_for_a_broadcast_hears_of_its_first_fetch(bus):
     come_true(lambda: bus.mailboxes.parked)
     dell.asks("GET", "/recv?to=dell&since=0")
     assert spark.answer().json()["state"] == "fetched"
+
+
+# What a client reads
+
+
+def test_no_answer_is_longer_than_what_a_client_reads(tmp_path):
+    """A parser makes 30 times as much of an answer: so 16 MiB are read, and not 64. No message is too long for that."""
+    assert bus_recv.ANSWER_BYTES == bus_send.ANSWER_BYTES <= 16 << 20
+    with a_bus(time.monotonic, str(tmp_path / "bus.db"), "--max-body", "9999999") as bus:
+        guest, path = Guest(bus), "/send?from=eve&to=bob"
+        for _ in range(16):
+            guest.sends("bob", "x" * 65_400)  # a little less than 1 MiB: an answer has one more
+        longest = MESSAGE_BYTES // 6 - 20  # of each character \\u0001 is made
+        assert guest.begins("POST", path, b"\x01" * (longest + 30)).answer().status == 413
+        guest.asks("POST", path, b"\x01" * longest)
+        answer = guest.asks("GET", "/recv?to=bob&since=0&max=1000")
+        assert MESSAGE_BYTES + ANSWER_BYTES - 5000 < len(answer.body) < bus_recv.ANSWER_BYTES
+        assert len(answer.json()["messages"]) == 17
 
 
 # Files
