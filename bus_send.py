@@ -209,7 +209,7 @@ VERSION = "0.2.0"
 DEFAULT_URL = "http://127.0.0.1:8080"
 GRACE_SECONDS = 10.0  # to connect; and for an answer to begin, beyond the time for which the bus may hold the request
 DOWNLOAD_RATE = 8192  # bytes per second; a slower answer is cut off
-ANSWER_BYTES = 64 << 20  # read at most; the bus ends an answer at 1 MiB, and a single message has at most a few
+ANSWER_BYTES = 16 << 20  # read at most, as a parser may make 30 times as much of it; no answer of a bus is longer
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # s before the next attempt
 HIDDEN = re.compile(  # controls, and what Unicode lets a program leave out: bidi, zero width, fillers, variations, tags
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u2028-\u202e"

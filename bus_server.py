@@ -92,6 +92,7 @@ AHEAD = 300 * 1000000  # us; a cursor from a host with a fast clock may be this 
 NAMES_PER_SEND = 64
 MAX_MESSAGES = 1000  # in one answer
 PLAIN_BYTES = 1 << 17  # of messages in an answer as text, whose invisible characters take more time
+MESSAGE_BYTES = 14 << 20  # of one message in an answer; with ANSWER_BYTES it is all that the clients read of a bus
 ANSWER_BYTES = 1 << 20  # of messages in an answer that has more than one; it bounds memory and the time of a turn
 DEPTH = 32  # levels of JSON; at about 1000 Python's parser raises an error that is not a ValueError
 TTL_MIN = 0.001  # s; a shorter one could round to 0
@@ -3733,6 +3734,7 @@ class Mailboxes:
         self.highest = max((box.newest for box in self.boxes.values()), default=0)
         self.changed: set[tuple[str, str]] = set()  # mailboxes whose marks are newer than on disk
         self.receipts: dict[tuple[str, str, int | str], Receipt] = {}  # newer than on disk
+        self.on_fetched: list[Callable[[str, str, int, int], None]] = []  # see note()
         self.parked: dict[Connection, Parked] = {}
         self.waiting: dict[Key, dict[Connection, None]] = {}
 
@@ -3806,7 +3808,7 @@ class Mailboxes:
         own.firm = own.firm or poll.since > 0
         if own.read is None or own.read < poll.since:
             if own.newest > (own.read or 0):
-                self.note(poll, str(poll.me), ACKNOWLEDGED, poll.since)
+                self.note(str(poll.channel), str(poll.me), ACKNOWLEDGED, poll.since, poll.who)
             own.read = poll.since
         self.fetched(poll, str(poll.me), own, poll.since)
 
@@ -3819,6 +3821,7 @@ class Mailboxes:
         for own, box in zip(reader.present(), self.of(reader)):
             box.reached = max(box.reached, tick)
             if own == EVERYONE:  # it is nobody's own mailbox, and has no marks
+                self.note(str(reader.channel), own, FETCHED, tick, reader.who)
                 continue
             since = reader.since if isinstance(reader, Poll) and own != reader.me else 0
             if since > box.fetched and self.has_hole(str(reader.channel), own, box, since):
@@ -3836,7 +3839,7 @@ class Mailboxes:
         box.reached = max(box.reached, tick)
         if tick > box.fetched:
             if box.newest > box.fetched:  # else the receipt is for no message, and nothing would ever remove it
-                self.note(reader, own, FETCHED, tick)
+                self.note(str(reader.channel), own, FETCHED, tick, reader.who)
             box.fetched = tick
         box.base = None
 
@@ -3850,9 +3853,13 @@ class Mailboxes:
         low, high = self.box(message.channel, message.to).above
         return low < message.tick <= high or message.tick <= self.came(message)
 
-    def note(self, reader: Parked, own: str, kind: int, tick: int) -> None:
-        receipt = Receipt(str(reader.channel), own, kind, tick, reader.who, self.wall())
-        self.receipts[receipt.slot()] = receipt
+    def note(self, channel: str, own: str, kind: int, tick: int, reader: str) -> None:
+        """Mail was fetched: keep a receipt, and tell between which ticks. Each way to fetch a message ends here."""
+        receipt = Receipt(channel, own, kind, tick, reader, self.wall())
+        if own != EVERYONE and not (kind == ALONE and receipt.slot() in self.receipts):  # the first reading counts
+            self.receipts[receipt.slot()] = receipt
+        for tell in self.on_fetched:
+            tell(channel, own, tick - 1 if kind == ALONE else 0, tick)
 
     def resume(self, poll: Poll, first: int | None, last: int) -> Poll:
         """A poll with `since=last` starts at its name's cursor or, without one, at the `first` tick of its mailbox."""
@@ -4201,7 +4208,6 @@ class Bus:
         self.unknown: list[Callable[[Draft], str]] = []  # further JSON about a receiver that is not known
         self.on_polled: list[Callable[[Request, Poll], None]] = []
         self.on_announced: list[Callable[[list[Message]], object]] = []
-        self.on_delivered: list[Callable[[Parked, int], None]] = []
         self.on_lost: list[Callable[[Any, int], None]] = []  # an answer with `delivers` did not arrive whole
         self.on_tidy: list[Callable[[], None]] = []
         self.metrics: list[Callable[[], Iterable[Metric]]] = []
@@ -4265,8 +4271,6 @@ class Bus:
 
     def delivered(self, reader: Parked, tick: int) -> None:
         self.mailboxes.delivered(reader, tick)
-        for tell in self.on_delivered:
-            tell(reader, tick)
         self.save_marks_soon()
 
     def lost(self, reader: Any, tick: int) -> None:
@@ -4483,6 +4487,9 @@ class Sending:
         drafts = []
         for message in messages:
             one = draft(message, key)
+            if len(one.text) > MESSAGE_BYTES:
+                why = f"an answer with this message would have {len(one.text)} bytes, and the limit is {MESSAGE_BYTES}"
+                raise Refused(413, f"{why}; nothing was stored")
             if one.answers is not None:  # it has a place in a chain of replies
                 thread, depth = self.view.lineage(one.answers)
                 one = one._replace(thread=thread, depth=depth + 1)
@@ -5064,8 +5071,7 @@ def readable(bus: Bus, message: Message, grant: Grant) -> str:
         return message.without_text()
     is_receiver = grant.name and grant.name != message.sender and message.to in (grant.name, *grant.also)
     if is_receiver and message.tick > bus.mailboxes.came(message):  # else the mark says so already
-        receipt = Receipt(message.channel, message.to, ALONE, message.tick, grant.name, bus.view.clock())
-        bus.mailboxes.receipts.setdefault(receipt.slot(), receipt)
+        bus.mailboxes.note(message.channel, message.to, ALONE, message.tick, grant.name)
         bus.save_marks_soon()
     return message.render()
 

@@ -35,7 +35,6 @@ from bus_server import (
     Message,
     Now,
     Operation,
-    Parked,
     Put,
     Refused,
     Request,
@@ -184,7 +183,7 @@ class Replies:
         bus.route("GET", "/message/", self.message, "one message and its state; wait_fetched=25 waits for a fetch")
         bus.waits[Question] = Waits(self.answered, self.unanswered)
         bus.waits[Watch] = Waits(self.watched, self.unwatched)
-        bus.on_delivered.append(self.tell_watchers)
+        bus.mailboxes.on_fetched.append(self.tell_watchers)
 
     # Questions
 
@@ -337,14 +336,13 @@ class Replies:
         self.park(request.peer, Watch(found._replace(text=""), request.grant, hold))
         return None
 
-    def tell_watchers(self, reader: Parked, tick: int) -> None:
-        """A reader fetched these mailboxes up to a tick: at the end of this turn, answer those who wait for that."""
+    def tell_watchers(self, channel: str, own: str, above: int, upto: int) -> None:
+        """Messages between two ticks were fetched: at the end of this turn, answer those who wait for that."""
         mailboxes = self.bus.mailboxes
-        for own in reader.present():
-            for connection in mailboxes.waiting.get((f"{FETCHES} {reader.channel}", own), ()):
-                watch = mailboxes.parked[connection]
-                if isinstance(watch, Watch) and watch.message.tick <= tick:
-                    connection.soon(partial(self.tell, connection, watch))
+        for connection in mailboxes.waiting.get((f"{FETCHES} {channel}", own), ()):
+            watch = mailboxes.parked[connection]
+            if isinstance(watch, Watch) and above < watch.message.tick <= upto:
+                connection.soon(partial(self.tell, connection, watch))
 
     def tell(self, connection: Connection, watch: Watch) -> None:
         if self.bus.mailboxes.parked.get(connection) is watch:

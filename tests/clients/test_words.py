@@ -5,7 +5,6 @@ import pathlib
 import pty
 import re
 import select
-import signal
 import socket
 import subprocess
 import sys

@@ -9,6 +9,8 @@ Found by an attack on 2026-11-29; each test was red on the code that it attacked
 | a_row_that_a_claim_made_goes | the row stays while the bus runs, and only memory forgets the name |
 | a_dead_letter_lives_no_longer | it has no end |
 | what_a_sender_calls_lease_is_not_in_a_job | `lease` twice, the first one the sender's |
+| who_waits_for_a_fetch_hears_of_it | nothing, if it was read by its id or passed by a cursor |
+| no_answer_is_longer_than_what_a_client_reads | 64 MiB are read, of which a parser makes 1.8 GB |
 | a_piece_that_was_written_in_part_ends_an_upload | 408 after 10 s, and the next request is in the file |
 """
 import errno
@@ -19,11 +21,14 @@ import time
 
 import pytest
 
-from bus_server import PUBLIC, Now
+import bus_recv
+import bus_send
+from bus_server import ANSWER_BYTES, MESSAGE_BYTES, PUBLIC, Now
 from tests.core.test_connection import Peer, a_bus, answers, come_true, stored
 from tests.faults.test_kinds_bounds import Guest, counted
 from tests.kit import inside
 from tests.kit.hostile import ALICE, HOST, head
+from tests.kit.peers import mint
 
 
 @pytest.fixture
@@ -80,10 +85,6 @@ def test_what_a_sender_calls_lease_is_not_in_a_job(bus):
     guest.asks("POST", "/ack", {"id": job["id"], "lease": job["lease"]})
 
 
-def rows(bus, table):
-    return bus.view.ask(f"SELECT count(*) FROM {table}")[0]
-
-
 def test_a_row_that_a_claim_made_goes_when_nobody_asks_any_more(bus):
     """Each part of the bus knows the queue for as long as the others do: memory, the writer and the table."""
     guest, keep = Guest(bus), 3600
@@ -98,8 +99,9 @@ def test_a_row_that_a_claim_made_goes_when_nobody_asks_any_more(bus):
         later(bus, seconds)
         bus.retention.forget_names()
         come_true(bus.ledger.idle)
-        firm = sum(box.firm for box in bus.mailboxes.boxes.values())  # the others have only sent, or were looked at
-        assert firm == len(bus.state.counts) == rows(bus, "mailboxes") == known
+        table = bus.view.database.execute("SELECT channel, name FROM mailboxes").fetchall()
+        for who_knows in (bus.mailboxes.boxes, bus.state.counts, table):
+            assert len({own for _, own in who_knows} - {"eve"}) == known  # she is no queue
 
 
 def later(bus, seconds):
@@ -168,6 +170,60 @@ def test_jobs_that_stay_are_looked_at_in_slices_and_not_read(tmp_path, monkeypat
         assert len(read) == 30, "a job that stays is not read"
         assert len(slices) == 270 // 50 + 1
         assert sorted(letters(guest, "z.dead"), key=int) == [str(each) for each in range(30)]
+
+
+# Questions
+
+
+WAYS = {  # how dell fetches the first of two messages, or both
+    "an answer": ("GET", "/recv?to=dell&since=0", 2),
+    "a cursor behind them": ("GET", "/recv?to=dell&since={behind}", 2),
+    "a claim": ("POST", "/claim?to=dell&wait=0", 1),
+    "its id": ("GET", "/message/{id}", 1),
+    "its thread": ("GET", "/thread/{id}", 1),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_who_waits_for_a_fetch_hears_of_it_whichever_way_it_was_fetched(tmp_path, way):
+    of = mint(tmp_path / "bus.db", spark=[], dell=[])
+    with a_bus(time.monotonic, str(tmp_path / "bus.db")) as bus:
+        spark, dell = Guest(bus, of["spark"]), Guest(bus, of["dell"])
+        sent = [spark.asks("POST", "/send", {"to": "dell", "msg": "x"}).json() for _ in range(2)]
+        waiting = [Guest(bus, of["spark"]).begins("GET", f"/message/{each['id']}?wait_fetched=50") for each in sent]
+        come_true(lambda: len(bus.mailboxes.parked) == 2)
+        method, path, fetched = WAYS[way]
+        dell.asks(method, path.format(id=sent[0]["id"], behind=f"{sent[1]['ts']:.6f}"))
+        for guest in waiting[:fetched]:
+            assert guest.answer().json()["state"] in ("fetched", "acknowledged")
+        assert len(bus.mailboxes.parked) == 2 - fetched, "the other one was not fetched"
+
+
+def test_who_waits_for_a_broadcast_hears_of_its_first_fetch(bus):
+    spark, dell = Guest(bus), Guest(bus)
+    number = spark.sends("all")["id"]
+    spark.begins("GET", f"/message/{number}?wait_fetched=50")
+    come_true(lambda: bus.mailboxes.parked)
+    dell.asks("GET", "/recv?to=dell&since=0")
+    assert spark.answer().json()["state"] == "fetched"
+
+
+# What a client reads
+
+
+def test_no_answer_is_longer_than_what_a_client_reads(tmp_path):
+    """A parser makes 30 times as much of an answer: so 16 MiB are read, and not 64. No message is too long for that."""
+    assert bus_recv.ANSWER_BYTES == bus_send.ANSWER_BYTES <= 16 << 20
+    with a_bus(time.monotonic, str(tmp_path / "bus.db"), "--max-body", "9999999") as bus:
+        guest, path = Guest(bus), "/send?from=eve&to=bob"
+        for _ in range(16):
+            guest.sends("bob", "x" * 65_400)  # a little less than 1 MiB: an answer has one more
+        longest = MESSAGE_BYTES // 6 - 20  # of each character \\u0001 is made
+        assert guest.begins("POST", path, b"\x01" * (longest + 30)).answer().status == 413
+        guest.asks("POST", path, b"\x01" * longest)
+        answer = guest.asks("GET", "/recv?to=bob&since=0&max=1000")
+        assert MESSAGE_BYTES + ANSWER_BYTES - 5000 < len(answer.body) < bus_recv.ANSWER_BYTES
+        assert len(answer.json()["messages"]) == 17
 
 
 # Files
