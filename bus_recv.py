@@ -97,15 +97,15 @@ def receive(
 
 
 def ask(url: str, path: str, seconds: float, order: dict[str, Any] | None = None) -> tuple[dict[str, Any], float]:
-    """GET `path`, or POST `order`: the bus's JSON, and its clock (s since 1970). Raises as exchange() and judged()."""
-    response, content = exchange(url, path, None if order is None else json.dumps(order).encode(), seconds)
-    return judged(response, content, Decimal), clock_of(response)
+    """GET `path`, or POST `order`: the bus's JSON, and its clock (s since 1970). Raises as exchange()."""
+    answer, headers = exchange(url, path, None if order is None else json.dumps(order).encode(), seconds, Decimal)
+    return answer, clock_of(headers)
 
 
-def clock_of(response: http.client.HTTPResponse) -> float:
+def clock_of(headers: http.client.HTTPMessage) -> float:
     """The clock of the bus, so that ages are right where ours is wrong; our clock if the answer does not tell."""
     with contextlib.suppress(ValueError, TypeError, OverflowError):
-        return email.utils.parsedate_to_datetime(response.headers.get("Date", "")).timestamp()
+        return email.utils.parsedate_to_datetime(headers.get("Date", "")).timestamp()
     return time.time()
 
 
@@ -363,7 +363,7 @@ def file_name(text: str) -> str:
 VERSION = "0.2.0"
 DEFAULT_URL = "http://127.0.0.1:8080"
 GRACE_SECONDS = 10.0  # to connect; and for an answer to begin, beyond the time for which the bus may hold the request
-DOWNLOAD_RATE = 8192  # bytes per second; a slower answer is cut off
+SLOWEST_RATE = 8192  # bytes per second; the bus cuts off a slower request, and we cut off a slower answer
 ANSWER_BYTES = 64 << 20  # read at most; the bus ends an answer at 1 MiB, and a single message has at most a few
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # s before the next attempt
 HIDDEN = re.compile(  # controls, and what Unicode lets a program leave out: bidi, zero width, fillers, variations, tags
@@ -448,11 +448,11 @@ def duration(text: str) -> float:
     return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
 
 
-def exchange(url: str, path: str, body: bytes | None, seconds: float) -> tuple[http.client.HTTPResponse, bytes]:
-    """One request: a POST if there is a body, else a GET. Returns the head of the answer, and the whole answer.
+def exchange(url: str, path: str, body: bytes | None, seconds: float, fraction: Any = float) -> Any:
+    """One request: a POST if there is a body, else a GET. Returns the bus's JSON, and the headers of the answer.
 
-    The head must arrive within `seconds`. The rest gets more time, by its length and DOWNLOAD_RATE.
-    Raises Unreachable for every fault of the network; ValueError for a wrong URL, token or certificate file.
+    The head must arrive within `seconds`. The rest gets more time, by its length and SLOWEST_RATE.
+    Raises as judged(); Unreachable for a fault of the network; ValueError for a wrong URL, token or certificate file.
     """
     connection, prefix, headers = connect(url, min(seconds, GRACE_SECONDS))
     proxied = "://" in prefix or getattr(connection, "_tunnel_host", None)
@@ -467,12 +467,11 @@ def exchange(url: str, path: str, body: bytes | None, seconds: float) -> tuple[h
                 connection.request("POST" if body else "GET", prefix + path, body, headers)
                 head: Any = connection.getresponse()
             # A length may be a lie, which must not allow a drip for years.
-            with hung_up_after(min(seconds, GRACE_SECONDS) + min(head.length or 0, ANSWER_BYTES) / DOWNLOAD_RATE, sock):
+            with hung_up_after(min(seconds, GRACE_SECONDS) + min(head.length or 0, ANSWER_BYTES) / SLOWEST_RATE, sock):
                 content = head.read(min(head.length or ANSWER_BYTES, ANSWER_BYTES))
             if head.length:
                 raise http.client.IncompleteRead(content, head.length)
-            head.through = through
-            return head, content
+            return judged(head, content, fraction, through), head.headers
     except (OSError, ValueError, http.client.HTTPException) as error:  # ValueError: a chunk of negative size
         said = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise Unreachable(said + through) from error
@@ -513,10 +512,9 @@ def parts_of(url: str) -> SplitResult:
 
 def login_of(proxy: SplitResult) -> dict[str, str]:
     """The Proxy-Authorization header, if the URL of the proxy has a login."""
-    if proxy.username is None:
-        return {}
-    login = f"{unquote(proxy.username)}:{unquote(proxy.password or '')}"
-    return {"Proxy-Authorization": f"Basic {base64.b64encode(login.encode()).decode()}"}
+    login = f"{unquote(proxy.username or '')}:{unquote(proxy.password or '')}"
+    header = f"Basic {base64.b64encode(login.encode()).decode()}"
+    return {"Proxy-Authorization": header} if proxy.username else {}
 
 
 def dial(address: tuple[str, int], seconds: float, _source: Any = None) -> socket.socket:
@@ -555,9 +553,8 @@ def credentials(url: str) -> dict[str, str]:
     ValueError if other users could read that file, or others on the network could read the token.
     """
     given = settings(url)
-    token, path = given.get("AGENT_BUS_TOKEN", "").strip("\ufeff \t\r\n"), given.get("AGENT_BUS_TOKEN_FILE")
-    if path and not token:
-        token = private(path).strip()
+    path = given.get("AGENT_BUS_TOKEN_FILE")
+    token = (given.get("AGENT_BUS_TOKEN") or (private(path) if path else "")).strip("\ufeff \t\r\n")
     if not token:
         return {}
     if not re.fullmatch("[!-~]+", token):
@@ -596,10 +593,10 @@ def hung_up_after(seconds: float, sock: socket.socket) -> contextlib.ExitStack:
     return stack
 
 
-def judged(response: http.client.HTTPResponse, body: bytes, fraction: Any = float) -> dict[str, Any]:
+def judged(response: http.client.HTTPResponse, body: bytes, fraction: Any = float, through: str = "") -> dict[str, Any]:
     """The JSON object of a 200. Raises Refused for the bus's own 4xx, Unreachable for anything else.
 
-    `fraction` converts the text of a number with a fraction.
+    `fraction` converts the text of a number with a fraction; `through` names the proxy on the way, for the error.
     """
     answer: dict[str, Any] = {}
     with contextlib.suppress(ValueError, RecursionError, TypeError, ArithmeticError):  # TypeError: not an object
@@ -612,7 +609,6 @@ def judged(response: http.client.HTTPResponse, body: bytes, fraction: Any = floa
     wait = response.headers.get("Retry-After", "")
     is_page = response.status < 500 and body.lstrip().startswith(b"<")  # from 500 on it is a proxy, before a bus
     said = error or ("a web page, not a bus" if is_page else "not from a bus")
-    through = getattr(response, "through", "")  # of exchange()
     raise Unreachable(f"{response.status}: {said}{through}", float(wait) if wait.isdecimal() else 0.0)
 
 

@@ -53,10 +53,10 @@ def home(tmp_path, monkeypatch):
 def hurry(monkeypatch):
     """Real deadlines, but short ones."""
     monkeypatch.setattr(bus_send, "GRACE_SECONDS", 0.2)
-    monkeypatch.setattr(bus_send, "DOWNLOAD_RATE", 1 << 20)
+    monkeypatch.setattr(bus_send, "SLOWEST_RATE", 1 << 20)
     monkeypatch.setattr(bus_send, "FIRST_PAUSE", 0.001)
     monkeypatch.setattr(bus_recv, "GRACE_SECONDS", 0.1)
-    monkeypatch.setattr(bus_recv, "DOWNLOAD_RATE", 1 << 20)
+    monkeypatch.setattr(bus_recv, "SLOWEST_RATE", 1 << 20)
 
 
 def program(script, *arguments, stdin=b"", env=None, **options):
