@@ -340,12 +340,9 @@ def try_lock(file: IO[Any], path: str) -> bool:
     except (BlockingIOError, PermissionError):  # the latter on Windows
         return False
     except OSError as error:
-        raise no_locks(path, error) from error
+        place = os.path.dirname(path)
+        raise OSError(f"locks do not work in {place}: set AGENT_BUS_STATE_DIR ({error.strerror})") from error
     return True
-
-
-def no_locks(path: str, error: OSError) -> OSError:
-    return OSError(f"locks do not work in {os.path.dirname(path)}: set AGENT_BUS_STATE_DIR ({error.strerror})")
 
 
 def state_directory() -> str:
@@ -631,12 +628,10 @@ def emit(text: str) -> None:
     """Write to stdout, in UTF-8 whatever the locale. When this returns, the text is out."""
     if sys.stdout is None:  # `>&-`
         raise BrokenPipeError
-    try:
-        sys.stdout.buffer.write(text.encode())
-        sys.stdout.buffer.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else the interpreter would try again at exit, and complain
-        raise
+    raw = getattr(sys.stdout.buffer, "raw", sys.stdout.buffer)  # no buffer, whose rest Python would write at exit
+    rest = text.encode()
+    while rest:
+        rest = rest[raw.write(rest) or 0 :]
 
 
 # -- shared by bus_recv.py and bus_send.py: end --
@@ -807,8 +802,7 @@ def complain(line: str, program: str = "bus_recv") -> None:
 
 def main(argv: list[str] | None = None) -> int:
     cli = argparse.ArgumentParser(description="Show the messages for NAME on an agent-bus, as they arrive.")
-    names = "the reader's own name ($AGENT_NAME), then others whose mail it reads"
-    cli.add_argument("names", nargs="*", metavar="NAME", help=names)
+    cli.add_argument("names", nargs="*", metavar="NAME", help="its own name ($AGENT_NAME), then others that it reads")
     cli.add_argument("--monitor", action="store_true", help="pace and wrap messages for a Monitor, as for a socket")
     cli.add_argument("--json", action="store_true", help="print each message as a line of JSON")
     cli.add_argument("--once", action="store_true", help="end after the waiting messages, or after the first new one")

@@ -468,12 +468,10 @@ def emit(text: str) -> None:
     """Write to stdout, in UTF-8 whatever the locale. When this returns, the text is out."""
     if sys.stdout is None:  # `>&-`
         raise BrokenPipeError
-    try:
-        sys.stdout.buffer.write(text.encode())
-        sys.stdout.buffer.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else the interpreter would try again at exit, and complain
-        raise
+    raw = getattr(sys.stdout.buffer, "raw", sys.stdout.buffer)  # no buffer, whose rest Python would write at exit
+    rest = text.encode()
+    while rest:
+        rest = rest[raw.write(rest) or 0 :]
 
 
 # -- shared by bus_recv.py and bus_send.py: end --
@@ -548,10 +546,9 @@ def message_of(given: dict[str, Any]) -> str:
     try:
         msg = msg or (sys.stdin.buffer.read().decode() if sys.stdin else "")
         given["content_type"] == "application/json" and json.loads(msg)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"the message on stdin is not UTF-8 at byte {error.start}") from None
     except ValueError as error:
-        raise ValueError(f"the message is not JSON: {error}") from None
+        fault = f"UTF-8 at byte {error.start}" if isinstance(error, UnicodeDecodeError) else f"JSON: {error}"
+        raise ValueError(f"the message is not {fault}") from None
     if not msg.strip():
         raise ValueError("the message is empty: give TEXT, or a text on stdin")
     return msg
