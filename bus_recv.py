@@ -628,7 +628,7 @@ def emit(text: str) -> None:
     raw = getattr(sys.stdout.buffer, "raw", sys.stdout.buffer)  # no buffer, whose rest Python would write at exit
     rest = text.encode()
     while rest:
-        rest = rest[raw.write(rest) or 0 :]
+        rest = rest[raw.write(rest) or 0 :]  # None: it does not block, and takes nothing now
 
 
 # -- shared by bus_recv.py and bus_send.py: end --

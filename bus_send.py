@@ -167,12 +167,10 @@ def keep_copy(url: str, message: dict[str, Any], answer: dict[str, Any]) -> None
     """Append what is stored to the file that AGENT_BUS_OUTBOX names: a line for each receiver, as that one gets it."""
     path = ""
     try:
-        path = settings(url).get("AGENT_BUS_OUTBOX", "")
-        if not path:
-            return
-        path = os.path.expanduser(path.replace("{name}", message.get("from", "-").replace("/", "_")))
-        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "wb") as file:
-            file.write("".join(copies(message, answer)).encode())  # one write, so that two senders do not mix
+        if path := settings(url).get("AGENT_BUS_OUTBOX", ""):
+            path = os.path.expanduser(path.replace("{name}", message.get("from", "-").replace("/", "_")))
+            with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "wb") as file:
+                file.write("".join(copies(message, answer)).encode())  # one write, so that two senders do not mix
     except Exception as error:  # it is stored, whatever goes wrong here
         complain(f"stored, but no copy is in {path}: {getattr(error, 'strerror', None) or error}", 0)
 
@@ -470,7 +468,7 @@ def emit(text: str) -> None:
     raw = getattr(sys.stdout.buffer, "raw", sys.stdout.buffer)  # no buffer, whose rest Python would write at exit
     rest = text.encode()
     while rest:
-        rest = rest[raw.write(rest) or 0 :]
+        rest = rest[raw.write(rest) or 0 :]  # None: it does not block, and takes nothing now
 
 
 # -- shared by bus_recv.py and bus_send.py: end --
