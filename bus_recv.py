@@ -79,9 +79,7 @@ class Busy(Exception):
     """Another process reads as this name, with this state directory; the text says which."""
 
 
-def receive(
-    names: str | Sequence[str], *, once: bool = False, timeout: float | None = None, **given: Any
-) -> Iterator[Any]:
+def receive(names: str | Sequence[str], *, once: bool = False, timeout: Any = None, **given: Any) -> Iterator[Any]:
     """Yields the messages for `names` as they arrive, as dicts (PROTOCOL.md, a message).
 
     The first name is the reader's own. A message counts as received when the next one is asked for: then its cursor is
@@ -97,15 +95,15 @@ def receive(
 
 
 def ask(url: str, path: str, seconds: float, order: dict[str, Any] | None = None) -> tuple[dict[str, Any], float]:
-    """GET `path`, or POST `order`: the bus's JSON, and its clock (s since 1970). Raises as exchange() and judged()."""
-    response, content = exchange(url, path, None if order is None else json.dumps(order).encode(), seconds)
-    return judged(response, content, Decimal), clock_of(response)
+    """GET `path`, or POST `order`: the bus's JSON, and its clock (s since 1970). Raises as exchange()."""
+    answer, headers = exchange(url, path, None if order is None else json.dumps(order).encode(), seconds, Decimal)
+    return answer, clock_of(headers)
 
 
-def clock_of(response: http.client.HTTPResponse) -> float:
+def clock_of(headers: http.client.HTTPMessage) -> float:
     """The clock of the bus, so that ages are right where ours is wrong; our clock if the answer does not tell."""
     with contextlib.suppress(ValueError, TypeError, OverflowError):
-        return email.utils.parsedate_to_datetime(response.headers.get("Date", "")).timestamp()
+        return email.utils.parsedate_to_datetime(headers.get("Date", "")).timestamp()
     return time.time()
 
 
@@ -340,12 +338,9 @@ def try_lock(file: IO[Any], path: str) -> bool:
     except (BlockingIOError, PermissionError):  # the latter on Windows
         return False
     except OSError as error:
-        raise no_locks(path, error) from error
+        place = os.path.dirname(path)
+        raise OSError(f"locks do not work in {place}: set AGENT_BUS_STATE_DIR ({error.strerror})") from error
     return True
-
-
-def no_locks(path: str, error: OSError) -> OSError:
-    return OSError(f"locks do not work in {os.path.dirname(path)}: set AGENT_BUS_STATE_DIR ({error.strerror})")
 
 
 def state_directory() -> str:
@@ -363,7 +358,7 @@ def file_name(text: str) -> str:
 VERSION = "0.2.0"
 DEFAULT_URL = "http://127.0.0.1:8080"
 GRACE_SECONDS = 10.0  # to connect; and for an answer to begin, beyond the time for which the bus may hold the request
-DOWNLOAD_RATE = 8192  # bytes per second; a slower answer is cut off
+SLOWEST_RATE = 8192  # bytes per second; the bus cuts off a slower request, and we cut off a slower answer
 ANSWER_BYTES = 16 << 20  # read at most, as a parser may make 30 times as much of it; no answer of a bus is longer
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # s before the next attempt
 HIDDEN = re.compile(  # controls, and what Unicode lets a program leave out: bidi, zero width, fillers, variations, tags
@@ -412,9 +407,8 @@ def configuration() -> tuple[str, dict[str, str]]:
     chosen = os.environ.get("AGENT_BUS_PROFILE")
     folder = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser(os.path.join("~", ".config"))
     path = os.path.join(folder, "agent-bus", f"{chosen or 'default'}.env")
-    if not chosen and not os.path.exists(path):
-        return path, {}
-    lines = [LINE.fullmatch(line) for line in private(path).split("\n")]
+    text = private(path) if chosen or os.path.exists(path) else ""
+    lines = [LINE.fullmatch(line) for line in text.split("\n")]
     if None in lines:
         raise ValueError(f"line {lines.index(None) + 1} of {path}: write KEY=VALUE, without quotes, \\ or export")
     return path, {line[1]: line[2] for line in lines if line and line[2]}
@@ -448,11 +442,11 @@ def duration(text: str) -> float:
     return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
 
 
-def exchange(url: str, path: str, body: bytes | None, seconds: float) -> tuple[http.client.HTTPResponse, bytes]:
-    """One request: a POST if there is a body, else a GET. Returns the head of the answer, and the whole answer.
+def exchange(url: str, path: str, body: bytes | None, seconds: float, fraction: Any = float) -> Any:
+    """One request: a POST if there is a body, else a GET. Returns the bus's JSON, and the headers of the answer.
 
-    The head must arrive within `seconds`. The rest gets more time, by its length and DOWNLOAD_RATE.
-    Raises Unreachable for every fault of the network; ValueError for a wrong URL, token or certificate file.
+    The head must arrive within `seconds`. The rest gets more time, by its length and SLOWEST_RATE.
+    Raises as judged(); Unreachable for a fault of the network; ValueError for a wrong URL, token or certificate file.
     """
     connection, prefix, headers = connect(url, min(seconds, GRACE_SECONDS))
     proxied = "://" in prefix or getattr(connection, "_tunnel_host", None)
@@ -467,12 +461,11 @@ def exchange(url: str, path: str, body: bytes | None, seconds: float) -> tuple[h
                 connection.request("POST" if body else "GET", prefix + path, body, headers)
                 head: Any = connection.getresponse()
             # A length may be a lie, which must not allow a drip for years.
-            with hung_up_after(min(seconds, GRACE_SECONDS) + min(head.length or 0, ANSWER_BYTES) / DOWNLOAD_RATE, sock):
+            with hung_up_after(min(seconds, GRACE_SECONDS) + min(head.length or 0, ANSWER_BYTES) / SLOWEST_RATE, sock):
                 content = head.read(min(head.length or ANSWER_BYTES, ANSWER_BYTES))
             if head.length:
                 raise http.client.IncompleteRead(content, head.length)
-            head.through = through
-            return head, content
+            return judged(head, content, fraction, through), head.headers
     except (OSError, ValueError, http.client.HTTPException) as error:  # ValueError: a chunk of negative size
         said = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise Unreachable(said + through) from error
@@ -513,10 +506,9 @@ def parts_of(url: str) -> SplitResult:
 
 def login_of(proxy: SplitResult) -> dict[str, str]:
     """The Proxy-Authorization header, if the URL of the proxy has a login."""
-    if proxy.username is None:
-        return {}
-    login = f"{unquote(proxy.username)}:{unquote(proxy.password or '')}"
-    return {"Proxy-Authorization": f"Basic {base64.b64encode(login.encode()).decode()}"}
+    login = f"{unquote(proxy.username or '')}:{unquote(proxy.password or '')}"
+    header = f"Basic {base64.b64encode(login.encode()).decode()}"
+    return {"Proxy-Authorization": header} if proxy.username else {}
 
 
 def dial(address: tuple[str, int], seconds: float, _source: Any = None) -> socket.socket:
@@ -555,9 +547,8 @@ def credentials(url: str) -> dict[str, str]:
     ValueError if other users could read that file, or others on the network could read the token.
     """
     given = settings(url)
-    token, path = given.get("AGENT_BUS_TOKEN", "").strip("\ufeff \t\r\n"), given.get("AGENT_BUS_TOKEN_FILE")
-    if path and not token:
-        token = private(path).strip()
+    path = given.get("AGENT_BUS_TOKEN_FILE")
+    token = (given.get("AGENT_BUS_TOKEN") or (private(path) if path else "")).strip("\ufeff \t\r\n")
     if not token:
         return {}
     if not re.fullmatch("[!-~]+", token):
@@ -596,10 +587,10 @@ def hung_up_after(seconds: float, sock: socket.socket) -> contextlib.ExitStack:
     return stack
 
 
-def judged(response: http.client.HTTPResponse, body: bytes, fraction: Any = float) -> dict[str, Any]:
+def judged(response: http.client.HTTPResponse, body: bytes, fraction: Any = float, through: str = "") -> dict[str, Any]:
     """The JSON object of a 200. Raises Refused for the bus's own 4xx, Unreachable for anything else.
 
-    `fraction` converts the text of a number with a fraction.
+    `fraction` converts the text of a number with a fraction; `through` names the proxy on the way, for the error.
     """
     answer: dict[str, Any] = {}
     with contextlib.suppress(ValueError, RecursionError, TypeError, ArithmeticError):  # TypeError: not an object
@@ -612,7 +603,6 @@ def judged(response: http.client.HTTPResponse, body: bytes, fraction: Any = floa
     wait = response.headers.get("Retry-After", "")
     is_page = response.status < 500 and body.lstrip().startswith(b"<")  # from 500 on it is a proxy, before a bus
     said = error or ("a web page, not a bus" if is_page else "not from a bus")
-    through = getattr(response, "through", "")  # of exchange()
     raise Unreachable(f"{response.status}: {said}{through}", float(wait) if wait.isdecimal() else 0.0)
 
 
@@ -635,12 +625,10 @@ def emit(text: str) -> None:
     """Write to stdout, in UTF-8 whatever the locale. When this returns, the text is out."""
     if sys.stdout is None:  # `>&-`
         raise BrokenPipeError
-    try:
-        sys.stdout.buffer.write(text.encode())
-        sys.stdout.buffer.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else the interpreter would try again at exit, and complain
-        raise
+    raw = getattr(sys.stdout.buffer, "raw", sys.stdout.buffer)  # no buffer, whose rest Python would write at exit
+    rest = text.encode()
+    while rest:
+        rest = rest[raw.write(rest) or 0 :]  # None: it does not block, and takes nothing now
 
 
 # -- shared by bus_recv.py and bus_send.py: end --
@@ -811,8 +799,7 @@ def complain(line: str, program: str = "bus_recv") -> None:
 
 def main(argv: list[str] | None = None) -> int:
     cli = argparse.ArgumentParser(description="Show the messages for NAME on an agent-bus, as they arrive.")
-    names = "the reader's own name ($AGENT_NAME), then others whose mail it reads"
-    cli.add_argument("names", nargs="*", metavar="NAME", help=names)
+    cli.add_argument("names", nargs="*", metavar="NAME", help="its own name ($AGENT_NAME), then others that it reads")
     cli.add_argument("--monitor", action="store_true", help="pace and wrap messages for a Monitor, as for a socket")
     cli.add_argument("--json", action="store_true", help="print each message as a line of JSON")
     cli.add_argument("--once", action="store_true", help="end after the waiting messages, or after the first new one")

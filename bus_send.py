@@ -42,12 +42,11 @@ import socket
 import sys
 import threading
 import time
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import SplitResult, quote, unquote, urlsplit
 
 TYPE_CHECKING = False  # as in typing, whose import would take a tenth of the time of a send
 if TYPE_CHECKING:
     from typing import Any
-    from urllib.parse import SplitResult
 
 # Python 3.8 says this sentence; older ones show the line, as a SyntaxError, because they do not know `:=`.
 if sys.version_info < (3, 9) and (needs := "bus_send.py needs Python 3.9 or later"):  # noqa: UP036
@@ -60,7 +59,6 @@ LASTING = {
     "SSLCertVerificationError": "Set AGENT_BUS_CA to its certificate.",
     "SSLError": "Does this port speak https?",
 }
-UPLOAD_RATE = 8192  # bytes per second of a message, the slowest that the bus accepts
 HOLD_SECONDS = 25.0  # the bus may hold a question; common proxies cut a quiet request after 30 s
 
 
@@ -86,22 +84,16 @@ def ask(to: str, msg: str, *, timeout: float = 300.0, warn: Any = None, **given:
     whenever it came, and is in the sender's mailbox too. `given` are further arguments of send().
     """
     url, message = compose(to, msg, **given)
-    end, holds, answer = time.monotonic() + timeout, [HOLD_SECONDS], dict[str, object]()
-    while True:
-        began = time.monotonic()
-        try:
-            found = persist(lambda _: post_held(url, message, end, holds), end - began, url, message["key"], warn)
-        except Unreachable:
-            if answer:  # the question is stored, but has no reply
-                return answer
-            raise
-        if not answer:
-            keep_copy(url, message, found)
-        answer, now = found, time.monotonic()
+    end, holds, began = time.monotonic() + timeout, [HOLD_SECONDS], time.monotonic()
+    answer = persist(lambda _: post_held(url, message, end, holds), timeout, url, message["key"], warn)
+    keep_copy(url, message, answer)
+    with contextlib.suppress(Unreachable):  # the question is stored, so it has no reply yet
         # A bus of the first contract, whose answer has no `bus`, would store the question again.
-        if now >= end or isinstance(answer.get("reply"), dict) or "bus" not in answer:
-            return answer
-        time.sleep(min(max(began + 1 - now, 0), end - now))  # in case the bus does not hold a question
+        while "bus" in answer and not isinstance(answer.get("reply"), dict) and time.monotonic() < end:
+            time.sleep(max(min(began + 1, end) - time.monotonic(), 0))  # in case the bus does not hold a question
+            began = time.monotonic()
+            answer = persist(lambda _: post_held(url, message, end, holds), end - began, url, message["key"], warn)
+    return answer
 
 
 def post_held(url: str, message: dict[str, Any], end: float, holds: list[float]) -> dict[str, Any]:
@@ -122,7 +114,7 @@ def sender_of(number: str, channel: str | None, patience: float) -> tuple[str, s
     """Who sent the message with this id, and on which channel, unless one is given. Raises as send() does."""
     url = settings()["AGENT_BUS_URL"]
     path = f"/message/{quote(number, safe='')}"
-    answer = persist(lambda left: judged(*exchange(url, path, None, min(left, GRACE_SECONDS))), patience, url)
+    answer = persist(lambda left: exchange(url, path, None, min(left, GRACE_SECONDS))[0], patience, url)
     with contextlib.suppress(KeyError, TypeError):
         return answer["message"]["from"], channel or answer["message"]["channel"]
     raise Unreachable(f"{url} does not say who sent {number}: give the receiver's name")
@@ -175,12 +167,10 @@ def keep_copy(url: str, message: dict[str, Any], answer: dict[str, Any]) -> None
     """Append what is stored to the file that AGENT_BUS_OUTBOX names: a line for each receiver, as that one gets it."""
     path = ""
     try:
-        path = settings(url).get("AGENT_BUS_OUTBOX", "")
-        if not path:
-            return
-        path = os.path.expanduser(path.replace("{name}", message.get("from", "-").replace("/", "_")))
-        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "wb") as file:
-            file.write("".join(copies(message, answer)).encode())  # one write, so that two senders do not mix
+        if path := settings(url).get("AGENT_BUS_OUTBOX", ""):
+            path = os.path.expanduser(path.replace("{name}", message.get("from", "-").replace("/", "_")))
+            with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "wb") as file:
+                file.write("".join(copies(message, answer)).encode())  # one write, so that two senders do not mix
     except Exception as error:  # it is stored, whatever goes wrong here
         complain(f"stored, but no copy is in {path}: {getattr(error, 'strerror', None) or error}", 0)
 
@@ -197,9 +187,9 @@ def copies(message: dict[str, Any], answer: dict[str, Any]) -> Any:
 def post(url: str, message: dict[str, Any], seconds: float, path: str = "/send") -> dict[str, Any]:
     """One attempt: the bus's answer about the message that it stored. Raises Refused, Unreachable."""
     body = json.dumps(message).encode()
-    answer = judged(*exchange(url, path, body, seconds + len(body) / UPLOAD_RATE))
+    answer, _ = exchange(url, path, body, seconds + len(body) / SLOWEST_RATE)
     if answer.get("ok") is True and isinstance(answer.get("ts"), (int, float)):
-        return answer
+        return dict(answer)
     raise Unreachable()
 
 
@@ -208,7 +198,7 @@ def post(url: str, message: dict[str, Any], seconds: float, path: str = "/send")
 VERSION = "0.2.0"
 DEFAULT_URL = "http://127.0.0.1:8080"
 GRACE_SECONDS = 10.0  # to connect; and for an answer to begin, beyond the time for which the bus may hold the request
-DOWNLOAD_RATE = 8192  # bytes per second; a slower answer is cut off
+SLOWEST_RATE = 8192  # bytes per second; the bus cuts off a slower request, and we cut off a slower answer
 ANSWER_BYTES = 16 << 20  # read at most, as a parser may make 30 times as much of it; no answer of a bus is longer
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # s before the next attempt
 HIDDEN = re.compile(  # controls, and what Unicode lets a program leave out: bidi, zero width, fillers, variations, tags
@@ -257,9 +247,8 @@ def configuration() -> tuple[str, dict[str, str]]:
     chosen = os.environ.get("AGENT_BUS_PROFILE")
     folder = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser(os.path.join("~", ".config"))
     path = os.path.join(folder, "agent-bus", f"{chosen or 'default'}.env")
-    if not chosen and not os.path.exists(path):
-        return path, {}
-    lines = [LINE.fullmatch(line) for line in private(path).split("\n")]
+    text = private(path) if chosen or os.path.exists(path) else ""
+    lines = [LINE.fullmatch(line) for line in text.split("\n")]
     if None in lines:
         raise ValueError(f"line {lines.index(None) + 1} of {path}: write KEY=VALUE, without quotes, \\ or export")
     return path, {line[1]: line[2] for line in lines if line and line[2]}
@@ -293,11 +282,11 @@ def duration(text: str) -> float:
     return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
 
 
-def exchange(url: str, path: str, body: bytes | None, seconds: float) -> tuple[http.client.HTTPResponse, bytes]:
-    """One request: a POST if there is a body, else a GET. Returns the head of the answer, and the whole answer.
+def exchange(url: str, path: str, body: bytes | None, seconds: float, fraction: Any = float) -> Any:
+    """One request: a POST if there is a body, else a GET. Returns the bus's JSON, and the headers of the answer.
 
-    The head must arrive within `seconds`. The rest gets more time, by its length and DOWNLOAD_RATE.
-    Raises Unreachable for every fault of the network; ValueError for a wrong URL, token or certificate file.
+    The head must arrive within `seconds`. The rest gets more time, by its length and SLOWEST_RATE.
+    Raises as judged(); Unreachable for a fault of the network; ValueError for a wrong URL, token or certificate file.
     """
     connection, prefix, headers = connect(url, min(seconds, GRACE_SECONDS))
     proxied = "://" in prefix or getattr(connection, "_tunnel_host", None)
@@ -312,12 +301,11 @@ def exchange(url: str, path: str, body: bytes | None, seconds: float) -> tuple[h
                 connection.request("POST" if body else "GET", prefix + path, body, headers)
                 head: Any = connection.getresponse()
             # A length may be a lie, which must not allow a drip for years.
-            with hung_up_after(min(seconds, GRACE_SECONDS) + min(head.length or 0, ANSWER_BYTES) / DOWNLOAD_RATE, sock):
+            with hung_up_after(min(seconds, GRACE_SECONDS) + min(head.length or 0, ANSWER_BYTES) / SLOWEST_RATE, sock):
                 content = head.read(min(head.length or ANSWER_BYTES, ANSWER_BYTES))
             if head.length:
                 raise http.client.IncompleteRead(content, head.length)
-            head.through = through
-            return head, content
+            return judged(head, content, fraction, through), head.headers
     except (OSError, ValueError, http.client.HTTPException) as error:  # ValueError: a chunk of negative size
         said = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise Unreachable(said + through) from error
@@ -358,10 +346,9 @@ def parts_of(url: str) -> SplitResult:
 
 def login_of(proxy: SplitResult) -> dict[str, str]:
     """The Proxy-Authorization header, if the URL of the proxy has a login."""
-    if proxy.username is None:
-        return {}
-    login = f"{unquote(proxy.username)}:{unquote(proxy.password or '')}"
-    return {"Proxy-Authorization": f"Basic {base64.b64encode(login.encode()).decode()}"}
+    login = f"{unquote(proxy.username or '')}:{unquote(proxy.password or '')}"
+    header = f"Basic {base64.b64encode(login.encode()).decode()}"
+    return {"Proxy-Authorization": header} if proxy.username else {}
 
 
 def dial(address: tuple[str, int], seconds: float, _source: Any = None) -> socket.socket:
@@ -400,9 +387,8 @@ def credentials(url: str) -> dict[str, str]:
     ValueError if other users could read that file, or others on the network could read the token.
     """
     given = settings(url)
-    token, path = given.get("AGENT_BUS_TOKEN", "").strip("\ufeff \t\r\n"), given.get("AGENT_BUS_TOKEN_FILE")
-    if path and not token:
-        token = private(path).strip()
+    path = given.get("AGENT_BUS_TOKEN_FILE")
+    token = (given.get("AGENT_BUS_TOKEN") or (private(path) if path else "")).strip("\ufeff \t\r\n")
     if not token:
         return {}
     if not re.fullmatch("[!-~]+", token):
@@ -441,10 +427,10 @@ def hung_up_after(seconds: float, sock: socket.socket) -> contextlib.ExitStack:
     return stack
 
 
-def judged(response: http.client.HTTPResponse, body: bytes, fraction: Any = float) -> dict[str, Any]:
+def judged(response: http.client.HTTPResponse, body: bytes, fraction: Any = float, through: str = "") -> dict[str, Any]:
     """The JSON object of a 200. Raises Refused for the bus's own 4xx, Unreachable for anything else.
 
-    `fraction` converts the text of a number with a fraction.
+    `fraction` converts the text of a number with a fraction; `through` names the proxy on the way, for the error.
     """
     answer: dict[str, Any] = {}
     with contextlib.suppress(ValueError, RecursionError, TypeError, ArithmeticError):  # TypeError: not an object
@@ -457,7 +443,6 @@ def judged(response: http.client.HTTPResponse, body: bytes, fraction: Any = floa
     wait = response.headers.get("Retry-After", "")
     is_page = response.status < 500 and body.lstrip().startswith(b"<")  # from 500 on it is a proxy, before a bus
     said = error or ("a web page, not a bus" if is_page else "not from a bus")
-    through = getattr(response, "through", "")  # of exchange()
     raise Unreachable(f"{response.status}: {said}{through}", float(wait) if wait.isdecimal() else 0.0)
 
 
@@ -480,12 +465,10 @@ def emit(text: str) -> None:
     """Write to stdout, in UTF-8 whatever the locale. When this returns, the text is out."""
     if sys.stdout is None:  # `>&-`
         raise BrokenPipeError
-    try:
-        sys.stdout.buffer.write(text.encode())
-        sys.stdout.buffer.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else the interpreter would try again at exit, and complain
-        raise
+    raw = getattr(sys.stdout.buffer, "raw", sys.stdout.buffer)  # no buffer, whose rest Python would write at exit
+    rest = text.encode()
+    while rest:
+        rest = rest[raw.write(rest) or 0 :]  # None: it does not block, and takes nothing now
 
 
 # -- shared by bus_recv.py and bus_send.py: end --
@@ -499,7 +482,7 @@ def told(answer: dict[str, Any], to: str | list[str]) -> str:
     with contextlib.suppress(KeyError, TypeError, ArithmeticError):  # a bus of the first contract says nothing of them
         receiver = answer["receiver"]
         online, unread = receiver["online"], f", {receiver['unread']} unread" if "unread" in receiver else ""
-        if not isinstance(online, bool):
+        if not isinstance(online, bool):  # of several receivers it is a number
             everyone = online + receiver["offline"]
             who = f"{online} of {everyone} are listening" if online else "nobody is listening"
             return f"sent to {names}, all listening" if 0 < online == everyone else f"queued: {who}{unread}"
@@ -508,11 +491,9 @@ def told(answer: dict[str, Any], to: str | list[str]) -> str:
         if receiver.get("known") is False:
             similar = " or ".join(map(str, receiver.get("similar") or ()))
             return f"queued: nobody has ever listened as {names}{similar and f'; did you mean {similar}?'}"
-        seen = receiver["last_seen"]
-        who = (
-            f"{names} was last seen {span(answer['ts'] - seen)} ago" if seen else f"nobody has listened as {names} yet"
-        )
-        return f"queued: {who}{unread}"
+        if not receiver["last_seen"]:
+            return f"queued: nobody has listened as {names} yet{unread}"
+        return f"queued: {names} was last seen {span(answer['ts'] - receiver['last_seen'])} ago{unread}"
     return f"sent to {names}"
 
 
@@ -562,10 +543,9 @@ def message_of(given: dict[str, Any]) -> str:
     try:
         msg = msg or (sys.stdin.buffer.read().decode() if sys.stdin else "")
         given["content_type"] == "application/json" and json.loads(msg)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"the message on stdin is not UTF-8 at byte {error.start}") from None
     except ValueError as error:
-        raise ValueError(f"the message is not JSON: {error}") from None
+        fault = f"UTF-8 at byte {error.start}" if isinstance(error, UnicodeDecodeError) else f"JSON: {error}"
+        raise ValueError(f"the message is not {fault}") from None
     if not msg.strip():
         raise ValueError("the message is empty: give TEXT, or a text on stdin")
     return msg

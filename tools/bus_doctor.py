@@ -158,7 +158,7 @@ class Way:
             self.check_scheme()
             advice = "is that the right port? Does the log of the bus or of a proxy say more?"
             raise Fault(f"no answer: {worded(error)}", advice) from None
-        self.health, self.skew, status = said(page), time.time() - bus_recv.clock_of(response), response.status
+        self.health, self.skew, status = said(page), time.time() - bus_recv.clock_of(response.headers), response.status
         if status == 200 and self.health:
             return "200, and JSON"
         if status == 400:  # some servers answer plain http on an https port with this

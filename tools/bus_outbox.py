@@ -105,7 +105,7 @@ class Outbox:
             age, ttl = time.time() - int(name.partition(".")[0]) / 1e9, message.get("ttl")
             if ttl and age >= ttl:
                 raise bus_send.Refused(410, f"it waited for {age:.0f} s, longer than its ttl")
-            long = os.path.getsize(path) / bus_send.UPLOAD_RATE
+            long = os.path.getsize(path) / bus_send.SLOWEST_RATE
             own = {name: message[name] for name in message.keys() & ARGUMENTS}
             fields = {name: message[name] for name in message.keys() - ARGUMENTS}
             outcome: Outcome = bus_send.send(url=self.url, patience=patience + long, fields=fields, **own)

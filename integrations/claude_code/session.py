@@ -67,17 +67,13 @@ def wishes(directory: str | None) -> list[str]:
 
 def claim(wanted: Sequence[str], process: int, any_of_mine: bool) -> str:
     """The first of `wanted` that is ours or free; now it is ours. Each bus and channel has a list of its own."""
-    import fcntl
-
     given = bus_recv.settings()
     url, channel = given["AGENT_BUS_URL"], given.get("AGENT_BUS_CHANNEL", "default")
     bus_recv.parts_of(url)  # ValueError if it has a login, which is not for the name of a file
     path = os.path.join(bus_recv.state_directory(), "names", *map(bus_recv.file_name, (url, channel)))
     with bus_recv.private_file(path, os.O_RDWR, "r+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError as error:
-            raise bus_recv.no_locks(path, error) from error
+        while not bus_recv.try_lock(file, path):  # another session is choosing its name
+            time.sleep(0.05)
         lines = re.findall(r"^(\S+) ([0-9]{1,9})$", file.read(), re.MULTILINE)
         taken = {name: int(owner) for name, owner in lines if is_alive(int(owner))}
         mine = [name for name, owner in taken.items() if owner == process and (any_of_mine or name in wanted)]

@@ -77,7 +77,7 @@ def test_a_bus_that_does_not_hold_is_not_run_down(monkeypatch):
                                    "a body that drips", "JSON of something else", "silence"])  # fmt: skip
 def test_a_question_through_a_fault_is_asked_again_with_the_same_key(fault, monkeypatch):
     monkeypatch.setattr(bus_send, "GRACE_SECONDS", 0.1)
-    monkeypatch.setattr(bus_send, "DOWNLOAD_RATE", 1 << 20)
+    monkeypatch.setattr(bus_send, "SLOWEST_RATE", 1 << 20)
     monkeypatch.setattr(bus_send, "HOLD_SECONDS", 0.1)
     monkeypatch.setattr(bus_send, "FIRST_PAUSE", 0.001)
     with Scripted(FAULTS[fault], FAULTS[fault], stored(reply=REPLY)) as server:

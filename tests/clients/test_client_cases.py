@@ -118,7 +118,7 @@ def test_a_bus_that_promises_more_and_gives_nothing_is_not_asked_without_a_pause
 
 @pytest.mark.parametrize("client", [bus_recv, bus_send])
 def test_a_length_that_is_a_lie_gives_a_drip_no_more_time(client, monkeypatch):
-    for name, value in (("GRACE_SECONDS", 0.2), ("ANSWER_BYTES", 1 << 20), ("DOWNLOAD_RATE", 1 << 20)):
+    for name, value in (("GRACE_SECONDS", 0.2), ("ANSWER_BYTES", 1 << 20), ("SLOWEST_RATE", 1 << 20)):
         monkeypatch.setattr(client, name, value)
     began = time.monotonic()
     with Scripted(drip(page(200, "", length=10**30))) as server, pytest.raises(client.Unreachable):

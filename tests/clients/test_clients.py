@@ -53,10 +53,10 @@ def home(tmp_path, monkeypatch):
 def hurry(monkeypatch):
     """Real deadlines, but short ones."""
     monkeypatch.setattr(bus_send, "GRACE_SECONDS", 0.2)
-    monkeypatch.setattr(bus_send, "DOWNLOAD_RATE", 1 << 20)
+    monkeypatch.setattr(bus_send, "SLOWEST_RATE", 1 << 20)
     monkeypatch.setattr(bus_send, "FIRST_PAUSE", 0.001)
     monkeypatch.setattr(bus_recv, "GRACE_SECONDS", 0.1)
-    monkeypatch.setattr(bus_recv, "DOWNLOAD_RATE", 1 << 20)
+    monkeypatch.setattr(bus_recv, "SLOWEST_RATE", 1 << 20)
 
 
 def program(script, *arguments, stdin=b"", env=None, **options):
@@ -511,6 +511,21 @@ def test_a_closed_stdout_ends_quietly_and_the_lost_block_is_not_received(home):
         environment = {**os.environ, "AGENT_BUS_URL": server.url}
         done = subprocess.run(["sh", "-c", closed], env=environment, stderr=subprocess.PIPE, timeout=PATIENCE)
         assert (done.returncode, done.stderr) == (0, b"") and cursors(home) == {"b1/default/dell": "last"}
+
+
+@pytest.mark.parametrize("buffered", [[], ["-u"]], ids=["buffered", "-u"])
+@pytest.mark.parametrize("blocking", [True, False])
+def test_all_of_a_large_block_is_out(buffered, blocking, home):
+    """A write may take a part of it, or nothing. With -u, as in many containers, sys.stdout has no buffer."""
+    with Scripted(mail(message(1, "x" * 300000))) as server:
+        read, write = os.pipe()
+        os.set_blocking(write, blocking)
+        command = [sys.executable, *buffered, str(ROOT / "bus_recv.py"), "dell", "--once"]
+        process = subprocess.Popen(command, env={**os.environ, "AGENT_BUS_URL": server.url}, stdout=write)
+        os.close(write)
+        with open(read) as pipe:
+            assert pipe.read().endswith(f"| {'x' * 300000}\n---\n")
+        assert process.wait(PATIENCE) == 0
 
 
 def test_a_full_disk_under_stdout_is_an_error_and_the_block_is_not_received(home):

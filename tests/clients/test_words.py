@@ -212,11 +212,11 @@ def test_tls_that_fails_is_not_tried_again(authority, bus, monkeypatch, tmp_path
 def test_a_page_and_a_proxy_are_named(client, monkeypatch):
     with Scripted(page(200, HTML), page(502, HTML)) as proxy:
         with pytest.raises(client.Unreachable, match="^200: a web page, not a bus$"):
-            client.judged(*client.exchange(proxy.url, "/recv", None, 5))
+            client.exchange(proxy.url, "/recv", None, 5)
         monkeypatch.setenv("http_proxy", proxy.url.replace("//", "//me:secret@"))
         where = re.escape(proxy.url.partition("//")[2])
         with pytest.raises(client.Unreachable, match=f"^502: not from a bus, through the proxy {where}$"):
-            client.judged(*client.exchange("http://bus.example", "/recv", None, 5))
+            client.exchange("http://bus.example", "/recv", None, 5)
     monkeypatch.setenv("https_proxy", refusing())
     with pytest.raises(client.Unreachable, match="^Connection refused, through the proxy 127.0.0.1:"):
         client.exchange("https://bus.example", "/recv", None, 5)

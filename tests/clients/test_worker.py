@@ -118,7 +118,7 @@ def test_an_acknowledgement_that_comes_too_late_is_told():
 @pytest.mark.parametrize("fault", ["silence", "502 from a proxy", "a body that drips"])
 def test_a_claim_through_a_fault_is_made_again(fault, monkeypatch):
     monkeypatch.setattr(bus_recv, "GRACE_SECONDS", 0.5)
-    monkeypatch.setattr(bus_recv, "DOWNLOAD_RATE", 1 << 20)
+    monkeypatch.setattr(bus_recv, "SLOWEST_RATE", 1 << 20)
     strange = mail('{"msg": "a job without a lease"}')
     with Scripted(FAULTS[fault], strange, mail(job(1)), DONE) as server:
         made = bus_work.Worker(["builds"], None, "true", 60)
