@@ -1991,7 +1991,7 @@ class Tokens:
         self.closed = False
         self.grants: dict[str, tuple[str, Grant]] = {}
         self.expired: dict[str, tuple[str, int]] = {}  # token: its hash, and when it expired
-        self.until = math.inf  # when the next token expires; s since 1970, as all times here
+        self.since, self.until = -math.inf, math.inf  # between these times no token expires; s since 1970, as all here
         self.named: dict[str, list[Grant]] = {}  # the same by name
         self.used: dict[str, int] = {}  # token: s since 1970; since they were last saved
         # A descriptor that is given up to read the file: peers may have used up all others.
@@ -2026,7 +2026,7 @@ class Tokens:
         An unreadable file does not open the bus.
         """
         stamp = self.look()
-        if stamp == self.stamp and time.time() < self.until:
+        if stamp == self.stamp and self.since <= time.time() < self.until:
             return False
         try:
             self.load()
@@ -2053,6 +2053,7 @@ class Tokens:
             }
         except (KeyError, TypeError):
             raise Unusable(f"cannot read the tokens in {self.path}: a line in it is not a token") from None
+        self.since = max((end for _, end in self.expired.values()), default=-math.inf)  # the clock may step back
         self.until = min((ends[token] for token in self.grants), default=math.inf)
         self.named = {}
         for _, grant in self.grants.values():

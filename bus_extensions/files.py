@@ -54,7 +54,7 @@ class Blobs:
         sizes = [size_of(file) for file in self.folder.glob("*")]
         self.used, self.files = sum(sizes), len(sizes)  # bytes; files and parts
         self.shares = Shares(self.quota, self.quota / 4)  # by token: bytes, and a block for each file and part
-        self.owners: dict[str, str] = {}  # the token that sent a file or a part first, since the bus started
+        self.owners: dict[str, str] = {}  # the token that sent a file first, or a part last, since the bus started
         bus.route("PUT", "/blob/", self.put, "store a file; ID is its sha256", sink=self.upload)
         bus.route("GET", "/blob/", self.get, "get a file; ID is its sha256")
         bus.on_tidy.append(lambda: bus.loop.in_thread(self.forget, self.forgotten))
@@ -103,6 +103,13 @@ class Blobs:
         token = self.owners.get(file.name)
         if token:
             self.shares.add(token, size + files * self.BLOCK)
+
+    def own(self, part: pathlib.Path, token: str, size: int, files: int) -> None:
+        """From now on a part is of the token that goes on with it, whoever began it."""
+        self.count(part, -size, -files)
+        if token:
+            self.owners[part.name] = token
+        self.count(part, size, files)
 
     def removed(self, file: pathlib.Path, size: int) -> None:
         self.count(file, -size, -1)
@@ -213,8 +220,7 @@ class Upload:
         except OSError as error:
             raise Refused(507, f"the bus cannot store the file: {error.strerror}") from None
         blobs.arriving.add(file.name)
-        if is_new and token:
-            blobs.owners[self.part.name] = token
+        blobs.own(self.part, token, there, 0 if is_new else 1)
         blobs.count(self.part, start - there, int(is_new))
 
     def write(self, data: bytes) -> int:

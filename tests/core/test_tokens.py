@@ -4,9 +4,11 @@ import os
 import pathlib
 import subprocess
 import sys
+import time
 
 import pytest
 
+import bus_server
 from tests.core.test_identity import ask
 from tests.kit.peers import invite
 from tests.kit.processes import PATIENCE, ROOT, Server, wait_until
@@ -22,6 +24,16 @@ def test_tokens_that_cannot_be_read_shut_the_bus_and_stop_nothing_else(bus):
     token = invite(bus, "spark")
     assert ask(bus, "GET", "/recv?to=spark&wait=0.3", token=token)[1]["messages"] == []
     assert bus.log.read_text().count("cannot read the tokens") == 1
+
+
+def test_a_clock_that_was_ahead_for_a_moment_ends_no_token(tmp_path, monkeypatch):
+    bus_server.invite(["spark", "--db", str(tmp_path / "bus.db"), "--expires", "90d", "--yes"])
+    tokens, real = bus_server.Tokens(str(tmp_path / "bus.db")), time.time
+    assert len(tokens.grants) == 1
+    for ahead, good in ((91 * 86400, 0), (0, 1), (91 * 86400, 0)):
+        monkeypatch.setattr(time, "time", lambda: real() + ahead)  # noqa: B023
+        tokens.refresh()
+        assert len(tokens.grants) == good
 
 
 def test_a_known_token_is_good_while_the_file_is_damaged(bus):

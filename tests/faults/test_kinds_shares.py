@@ -440,6 +440,23 @@ def small(tmp_path):
         yield bus, mal, ann
 
 
+def test_a_part_counts_for_who_goes_on_with_it(small):
+    """Else the one who began it pays for what another one sends."""
+    bus, mal, ann = small
+    data = bytes(5000)
+    path = f"/blob/{hashlib.sha256(data).hexdigest()}"
+
+    def sends(who, start, end):
+        field = f"Content-Range: bytes {start}-{end - 1}/{len(data)}"
+        return Guest(bus, **who).begins("PUT", path, data[start:end], field).answer().status
+
+    held = blobs_of(bus).shares.held
+    assert sends(ann, 0, 10) == 202 and [*held.values()] == [10 + 4096]
+    assert sends(mal, 10, 4000) == 202 and [*held.values()] == [4000 + 4096]
+    assert sends(mal, 4000, 5000) == 201 and [*held.values()] == [5000 + 4096] and len(held) == 1
+    assert mal["token"].startswith([*held][0])
+
+
 def test_in_a_room_for_files_that_is_nearly_full_no_token_has_over_a_quarter(small, monkeypatch):
     """A file counts for the token that sent it first, and what is removed or refused no longer counts."""
     bus, mal, ann = small
