@@ -170,9 +170,10 @@ KINDS = [
          "nothing is removed until a clock that jumped by over an hour was seen again an hour later",
          (f"{STORAGE}::test_a_clock_that_jumps_removes_nothing",
           f"{STORAGE}::test_a_clock_that_was_right_after_all_is_believed_after_an_hour",
-          f"{STORAGE}::test_a_start_with_a_clock_that_is_wrong_removes_nothing"),
+          f"{STORAGE}::test_a_start_with_a_clock_that_is_wrong_removes_nothing",
+          "core/test_tokens.py::test_a_clock_that_was_ahead_for_a_moment_ends_no_token"),
          "`clock_is_trusted()` is always true (all); a clock that jumped is never trusted again (the second); the "
-         "first look compares with nothing (the last)"),
+         "first look compares with nothing (the third); `Tokens.refresh()` looks at `until` alone (the last)"),
     Kind("two agents answer each other without end",
          "a warning from 30 turns in ten minutes on, 429 from 120 on; `--turns` sets it, and 0 turns it off",
          (f"{RULES}::test_two_that_answer_each_other_are_warned_and_then_stopped",
@@ -277,6 +278,11 @@ KINDS = [
           f"{SHARES}::test_a_sender_whose_name_is_an_address_does_not_pay_for_the_files_from_there"),
          "`Blobs.upload()` spends nothing (the first); it does not look at their number (the second and third); it "
          "spends what a sender of that name has (the last)"),
+    Kind("an innocent is made to pay: files",
+         "in a room that is three quarters full a token has at most a quarter; a part counts for who goes on with it",
+         (f"{SHARES}::test_in_a_room_for_files_that_is_nearly_full_no_token_has_over_a_quarter",
+          f"{SHARES}::test_a_part_counts_for_who_goes_on_with_it"),
+         "`Blobs.full()` looks at the room alone (the first); `own()` only for a new part (the last)"),
     Kind("what is small is counted by its bytes alone: pairs of names",
          "50,000 pairs are known, some 300 bytes each, 100,000 senders and the budgets of 20,000 owners; the quietest "
          "are forgotten",
