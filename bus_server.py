@@ -2080,7 +2080,7 @@ class Tokens:
         if self.refresh():  # it may have been made a moment ago
             return self.grant(authorization)
         known, expired = self.expired.get(token, (NOBODY, 0))
-        raise unauthorized(expired if hmac.compare_digest(digest, known) else 0)
+        raise unauthorized(expired if hmac.compare_digest(digest, known) else 0, bool(authorization))
 
 
 @lru_cache(1024)  # each client shows the same each time: 0.1 us, not 2
@@ -2091,9 +2091,12 @@ def presented(authorization: str) -> tuple[str, str]:
     return token, hashlib.sha256(secret.encode()).hexdigest()
 
 
-def unauthorized(expired: int = 0) -> Refused:
-    """401; `expired` is when the token of this request expired, if it did."""
-    why = f"this token expired at {iso(expired * 1000000)}" if expired else "this bus needs a valid token"
+def unauthorized(expired: int, shown: bool) -> Refused:
+    """401. `expired`: when the token of this request expired; 0 if it did not. `shown`: it had a token at all."""
+    why = (
+        "this bus does not accept this token, which is wrong, cut off or revoked" if shown else "this bus needs a token"
+    )
+    why = f"this token expired at {iso(expired * 1000000)}" if expired else why
     advice = f"set AGENT_BUS_TOKEN to a token made with: {called('invite')} NAME"
     return Refused(401, f"{why}: {advice}", ("WWW-Authenticate", "Bearer"))
 
@@ -2115,7 +2118,7 @@ class Gate:
 
     def unauthorized(self, token: str) -> Refused:
         """The refusal of a token that was good when its request came."""
-        return unauthorized(self.tokens.expired.get(token, (NOBODY, 0))[1])
+        return unauthorized(self.tokens.expired.get(token, (NOBODY, 0))[1], bool(token))
 
     def knows(self, head: Head) -> bool:
         """Does the request have a valid token, or has the bus no tokens?"""

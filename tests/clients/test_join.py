@@ -320,7 +320,7 @@ def test_a_bus_that_is_not_there_is_one_sentence(bus, tmp_path):
 
 
 @pytest.mark.parametrize("given, says", [
-    (NOBODYS, "does not take this token, so nothing was configured: this bus needs a valid token"),
+    (NOBODYS, "does not take this token, so nothing was configured: this bus does not accept this token"),
     ("hunter2 or so", "that is not a token"),
 ])  # fmt: skip
 def test_a_wrong_token_is_one_sentence_and_configures_nothing(given, says, bus, tmp_path):
