@@ -268,8 +268,8 @@ def private(path: str) -> str:
 
 def profile(name: str) -> str:
     """The value of --bus. From here on, and in commands that we run, the configuration is that of another bus."""
-    if os.environ.get("AGENT_BUS_URL"):
-        raise argparse.ArgumentTypeError(f"{name} and AGENT_BUS_URL are two buses: unset AGENT_BUS_URL")
+    if own := [f"AGENT_BUS_{of}" for of in ("URL", "TOKEN", "TOKEN_FILE", "CA") if os.environ.get(f"AGENT_BUS_{of}")]:
+        raise argparse.ArgumentTypeError(f"{name} is a bus of its own, and these are of another: unset {' '.join(own)}")
     os.environ["AGENT_BUS_PROFILE"] = name
     return name
 
