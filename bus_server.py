@@ -1947,7 +1947,7 @@ NOBODY = "0" * 64  # a hash that no secret has, compared when the id is unknown:
 BEARER = re.compile(r"[Bb]earer (abt_[0-9a-f]{8})_([A-Za-z0-9_-]{43})")
 TOOLS = "work log doctor file outbox join who inbox".split()
 CLIENTS = ["/bus_recv.py", "/bus_send.py", "/bus_listener.sh", "/agent_bus.py", *(f"/bus_{tool}.py" for tool in TOOLS)]
-PUBLIC = {"/", "/healthz", *CLIENTS}  # open to all, also on a bus with tokens: a new host needs them to begin
+PUBLIC = {"/", "/healthz", "/certificate", *CLIENTS}  # open to all, because a new host begins with these
 
 
 def give_to_folder(file: int | str, path: str) -> None:
@@ -5135,6 +5135,12 @@ def show_client(request: Request) -> Answer:
         raise Refused(404, f"{file} is not beside bus_server.py on this host: copy it from the same version") from None
 
 
+def show_certificate(file: str, request: Request) -> Answer:
+    """The certificate of this bus, which is the first one in its file. The private key may be there too."""
+    found = re.search(rb"-----BEGIN CERTIFICATE-----[^-]+-----END CERTIFICATE-----", pathlib.Path(file).read_bytes())
+    return Answer(200, found[0] + b"\n" if found else b"", "application/x-pem-file")
+
+
 def beside(file: str) -> pathlib.Path:
     """Where a program of ours is: beside this file, in a clone, or installed."""
     here = pathlib.Path(__file__).resolve().parent
@@ -5448,6 +5454,7 @@ def run_server(options: argparse.Namespace, state: State) -> int:
         bus.loop.on_signal(number, bus.drain)
     if tls:
         bus.loop.on_signal(signal.SIGHUP, lambda: reload(bus.listeners[0][1], options))
+        bus.route("GET", "/certificate", partial(show_certificate, options.tls_cert), "this bus's certificate (PEM)")
     for url, _ in bus.listeners:
         print(f"listening on {url}", flush=True)
     print(f"messages are in {state.path}", flush=True)
@@ -5511,11 +5518,12 @@ def check_invitation(parser: argparse.ArgumentParser, options: argparse.Namespac
             name(each, "NAME")
         except Refused as refused:
             parser.error(refused.sentence)
-    not_a_url = options.url and not re.fullmatch(r"https?://[^\s?#@]+", options.url)
+    url = re.fullmatch(r"https?://[^\s?#@]+", options.url) and options.url.isprintable()
     for wrong, sentence in (
         (options.name.lower() in RESERVED, reserved(options.name)),
         (options.send_only and (options.also or options.operator), "--send-only excludes --also and --operator"),
-        (not_a_url, f"--url {options.url} is not the URL of a bus: write it like https://bus.lan:8080"),
+        (options.url and not url, f"--url {options.url!a} is not the URL of a bus: write it like https://bus.lan:8080"),
+        (not options.label.isprintable(), "--label must not have control characters"),
     ):
         if wrong:
             parser.error(sentence)
@@ -5574,8 +5582,9 @@ def tokens(arguments: Sequence[str]) -> None:
         grants += ["operator"] if row["operator"] else []
         over = "expired" if (row.get("expires") or math.inf) <= time.time() else ""
         state = f"revoked {day(row['revoked'])}" if row["revoked"] else over or " ".join(grants)
+        state += f" ({shown(row['label'])})" if row.get("label") else ""
         days = " ".join(f"{day(at):10}" for at in (row["made"], used.get(row["id"]), row.get("expires")))
-        print(f"{row['id']:13} {row['name']:20} {days} {state}" + (f" ({row['label']})" if row.get("label") else ""))
+        print(f"{row['id']:13} {row['name']:20} {days} {state}")
 
 
 def prune(arguments: Sequence[str]) -> None:

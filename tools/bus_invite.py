@@ -5,6 +5,7 @@ runs it only if it is the one that this bus has: see PINNED, OPEN and CHECKED be
 """
 from __future__ import annotations
 
+import base64
 import contextlib
 import hashlib
 import http.client
@@ -24,6 +25,7 @@ import bus_join  # noqa: E402
 import bus_recv  # noqa: E402
 
 PATIENCE = 3.0  # s for each question to a bus
+SERIAL_NUMBER, ALGORITHM, ISSUER, VALIDITY, SUBJECT = 0x02, 0x30, 0x30, 0x30, 0x30  # tags before the key
 PARTIAL_CHAIN: Any = 0x80000  # of OpenSSL: a trusted certificate need not be one that signed itself
 # The line, in three kinds. bus_join.py is an argument, so that no file of another user can take its place, and that
 # stdin stays the terminal. `$(...) &&` runs nothing if curl fails, and -I imports nothing from the current folder.
@@ -82,7 +84,7 @@ def said(url: str, path: str) -> dict[str, Any]:
     try:
         connection, prefix, headers = bus_recv.connect(url, PATIENCE)
         if url.startswith("https:"):
-            connection._context = bus_join.anyone()  # type: ignore[attr-defined]
+            connection._context = anyone()  # type: ignore[attr-defined]
         with contextlib.closing(connection):
             connection.request("GET", prefix + path, headers=headers)
             response = connection.getresponse()
@@ -147,15 +149,18 @@ def pin_for(url: str, here: str) -> tuple[str, str]:
     A pin is taken from the bus itself, on this machine, where nobody is in between.
     """
     try:
-        bus_join.certificate_of(bus_recv.connect(url, PATIENCE)[0], ssl.create_default_context())
+        connection: Any = bus_recv.connect(url, PATIENCE)[0]
+        connection._context = ssl.create_default_context()
+        with contextlib.closing(connection):
+            connection.connect()
         return "", ""
     except (OSError, ValueError) as error:
         why = getattr(error, "verify_message", "") or getattr(error, "strerror", "") or str(error)
     if not here.startswith("https:"):
         return "", UNCHECKED.format(url=url, why=why)
     try:
-        certificate, _ = handshake(here, bus_join.anyone())
-        pin, context = bus_join.pin_of(certificate), trusting(certificate)
+        certificate, _ = handshake(here, anyone())
+        pin, context = pin_of(certificate), trusting(certificate)
         handshake(here, context, urlsplit(url).hostname)
         context.verify_flags &= ~PARTIAL_CHAIN
         handshake(here, context, urlsplit(url).hostname)
@@ -164,8 +169,42 @@ def pin_for(url: str, here: str) -> tuple[str, str]:
         if not context.verify_flags & PARTIAL_CHAIN:
             return pin, AUTHORITY.format(url=url)
         return pin, UNFIT.format(url=url, why=error.verify_message, names=", ".join(names_of(here)))
-    except OSError as error:
+    except (OSError, ValueError) as error:
         return "", UNCHECKED.format(url=url, why=error)
+
+
+def pin_of(certificate: bytes) -> str:
+    """The public key of a certificate of our own bus, as --pinnedpubkey of curl takes it. ValueError if it is not DER.
+
+    The parser is strict, so that it finds the key that OpenSSL finds. Nothing of a stranger comes here.
+    """
+    at, whole = element(certificate, 0, len(certificate), 0x30)
+    at, end = element(certificate, at, whole, 0x30)
+    if certificate[at : at + 1] == b"\xa0":  # the version, which may be absent
+        at = element(certificate, at, end, 0xA0)[1]
+    for tag in SERIAL_NUMBER, ALGORITHM, ISSUER, VALIDITY, SUBJECT:
+        at = element(certificate, at, end, tag)[1]
+    key = certificate[at : element(certificate, at, end, 0x30)[1]]
+    return f"sha256//{base64.b64encode(hashlib.sha256(key).digest()).decode()}"
+
+
+def element(der: bytes, at: int, limit: int, tag: int) -> tuple[int, int]:
+    """Where the content of the element with this tag begins, and where it ends. ValueError if this is not DER."""
+    head = der[at : min(at + 6, limit)]
+    size = max(head[1] - 0x80, 0) if len(head) > 1 else 0  # how many bytes the length has, beyond the first
+    length = int.from_bytes(head[2 : 2 + size] if size else head[1:2], "big")
+    begin = at + 2 + size
+    least = 0x80 if size == 1 else 1 << 8 * (size - 1) if size else 0
+    if head[:1] != bytes([tag]) or head[1:2] == b"\x80" or size > 4 or length < least or begin + length > limit:
+        raise ValueError(f"its certificate is not DER at byte {at}")
+    return begin, begin + length
+
+
+def anyone() -> ssl.SSLContext:
+    """Accepts every certificate: for a bus on this machine."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    return context
 
 
 def handshake(here: str, context: ssl.SSLContext, host: str | None = None) -> tuple[bytes, Any]:
@@ -186,7 +225,7 @@ def trusting(certificate: bytes) -> ssl.SSLContext:
 def names_of(here: str) -> list[str]:
     """The host names and addresses in the certificate of the bus on this machine."""
     try:
-        context = trusting(handshake(here, bus_join.anyone())[0])
+        context = trusting(handshake(here, anyone())[0])
         context.check_hostname = False
         return [value for _, value in handshake(here, context)[1].get("subjectAltName", ())]
     except OSError:

@@ -1,19 +1,21 @@
 """What `invite` says before it makes a token, what it asks, and which line it prints for which bus."""
 import os
+import pathlib
 import shutil
 import socket
+import ssl
 import subprocess
 import sys
 import threading
 
 import pytest
 
-from tests.clients.test_join import TOKEN, invited, secure, tls
+from tests.clients.test_join import TOKEN, invited, secure, tls, two_keys
 from tests.core.test_identity import ask
 from tests.kit.peers import command
 from tests.kit.processes import PATIENCE, ROOT, Server, no_settings, wait_until
 from tests.kit.terminal import Terminal, machine
-from tools import bus_invite, bus_join
+from tools import bus_invite
 
 
 @pytest.fixture(autouse=True)
@@ -105,7 +107,7 @@ def test_bus_server_alone_makes_a_token_too(tmp_path):
 
 def test_a_url_without_a_scheme_is_refused(tmp_path):
     said = command(Server(tmp_path / "bus.db"), "invite", "x", "--url", "bus.lan:8080", code=2)
-    assert "--url bus.lan:8080 is not the URL of a bus: write it like https://bus.lan:8080" in said
+    assert "--url 'bus.lan:8080' is not the URL of a bus: write it like https://bus.lan:8080" in said
     assert not os.path.exists(tmp_path / "bus.db.tokens")
 
 
@@ -187,7 +189,46 @@ def test_a_pin_is_what_openssl_says(kind, authority, tmp_path):
     line = f"openssl x509 -in {file} -pubkey -noout | openssl pkey -pubin -outform der"
     line += " | openssl dgst -sha256 -binary | base64"
     said = subprocess.run(line, shell=True, capture_output=True, text=True, check=True).stdout.strip()
-    assert bus_join.pin_of(certificate) == f"sha256//{said}"
+    assert bus_invite.pin_of(certificate) == f"sha256//{said}"
+
+
+def test_a_certificate_that_is_not_der_has_no_pin(authority, tmp_path):
+    """Else the pin could be that of another key than OpenSSL uses."""
+    certificate = authority.self_signed("DNS:bus.lan")
+    mine = ssl.PEM_cert_to_DER_cert(pathlib.Path(certificate.file).read_text())
+    evil = ssl.PEM_cert_to_DER_cert(pathlib.Path(two_keys(certificate, tmp_path).file).read_text())
+    assert mine[:2] == b"\x30\x82" and mine[4:6] == b"\x30\x82" and mine[8:13] == b"\xa0\x03\x02\x01\x02"
+    for wrong in (
+        evil,
+        b"",
+        mine[:1],
+        mine[:5],
+        mine[:-1],  # it goes beyond the end
+        b"\x31" + mine[1:],  # another tag
+        b"\x3f\x10" + mine[1:],  # a tag of two bytes
+        b"\x30\x80" + mine[4:] + b"\0\0",  # no length
+        b"\x30\x83\0" + mine[2:],  # a length that could be shorter
+        mine[:8] + b"\xa0\x81" + mine[9:],
+        mine[:13] + b"\x04" + mine[14:],  # the serial number is no number
+        b"\x30\x85\x01" + mine[2:],
+        b"\x30\x02\x30\x00",  # there is nothing in it
+    ):
+        with pytest.raises(ValueError, match="not DER"):
+            bus_invite.pin_of(wrong)
+
+
+@pytest.mark.parametrize("option, says", [("--url", "is not the URL of a bus"), ("--label", "control characters")])
+def test_what_a_terminal_would_obey_is_refused(option, says, tmp_path):
+    said = command(Server(tmp_path / "bus.db"), "invite", "x", option, "http://a/\x1b[2J", code=2)
+    assert says in said and "\x1b" not in said and not os.path.exists(tmp_path / "bus.db.tokens")
+
+
+def test_a_label_that_was_written_otherwise_is_shown_escaped(tmp_path):
+    bus = Server(tmp_path / "bus.db")
+    command(bus, "invite", "dell", "--label", "laptop")
+    file = tmp_path / "bus.db.tokens"
+    file.write_text(file.read_text().replace("laptop", r"lap\u001b[2Jtop"))
+    assert r"(lap\x1b[2Jtop)" in command(bus, "tokens")
 
 
 def test_what_goes_through_a_shell_and_a_command_line_is_ascii_and_not_too_long():

