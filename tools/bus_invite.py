@@ -52,7 +52,7 @@ def agreed(name: str, database: str, here: str, closed: bool, yes: bool) -> bool
     tell(f"A token of {name} for the bus at {here or '(it does not run)'}, whose database is {database}")
     other = settings_url()
     if not here and said(other, "/healthz"):
-        tell(f"The bus at {other} has another database: it printed the path when it started. Give that path with --db.")
+        tell(f"Note: another bus runs at {other}, with another database. If you meant it, give its --db.")
     if not closed:
         tell("It is the first token, and closes the bus: from then on every agent needs one.")
         agents = said(here, "/agents?online=true").get("agents", []) if here else []
@@ -60,7 +60,7 @@ def agreed(name: str, database: str, here: str, closed: bool, yes: bool) -> bool
         if names:
             more = f" and {len(names) - 20} more" if len(names) > 20 else ""
             tell(f"These names listen now, and have no token: {', '.join(names[:20])}{more}")
-        tell(f"To open it again: stop it, delete {database}.tokens, and start it.")
+        tell(f"To undo this later: stop the bus, delete {database}.tokens, and start the bus.")
     if yes or (closed and here) or not sys.stdin.isatty():
         return True
     print("Make the token? [y/N] ", end="", file=sys.stderr, flush=True)
@@ -121,6 +121,8 @@ def line_for(name: str, here: str, url: str) -> tuple[str, str]:
         pin, fault = pin_for(url, here)
         line = (PINNED if pin else OPEN).format(curl=shlex.join(bus_join.curl(pin)), pin=pin, **values)
         return line, "\n".join(filter(None, (fault, remark)))
+    if parts.scheme == "http" and here.startswith("https:"):
+        return "", f"The bus speaks https, so there is no line to run for {url}: give --url https://...\n"
     if parts.scheme != "http":
         return "", f"The bus listens at {url}, which no other machine reaches: see docs/deploy.md.\n" if url else NO_BUS
     if not remark:

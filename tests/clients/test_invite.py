@@ -32,7 +32,7 @@ def test_the_first_token_is_said_to_close_the_bus_and_how_to_open_it_again(tmp_p
         _, _, said = invited(bus, "dell")
         assert f"A token of dell for the bus at {bus.url}, whose database is {bus.db}\n" in said
         assert "It is the first token, and closes the bus" in said
-        assert f"To open it again: stop it, delete {bus.db}.tokens, and start it." in said
+        assert f"To undo this later: stop the bus, delete {bus.db}.tokens, and start the bus." in said
         assert ask(bus, "GET", "/agents")[0] == 401
         said = invited(bus, "nano")[2]
         assert f"A token of nano for the bus at {bus.url}" in said and "first token" not in said
@@ -63,7 +63,7 @@ def test_a_bus_with_another_database_is_named_before_the_wrong_one_is_closed(tmp
         monkeypatch.setenv("AGENT_BUS_URL", bus.url)
         said = command(Server(tmp_path / "bus.db"), "invite", "zz")
         assert f"(it does not run), whose database is {tmp_path}/bus.db" in said
-        assert f"The bus at {bus.url} has another database: it printed the path when it started. Give that path" in said
+        assert f"another bus runs at {bus.url}, with another database. If you meant it" in said
         assert "No bus runs with this database, so there is no line to run" in said and "curl" not in said
         assert ask(bus, "GET", "/agents")[0] == 200
         assert "another database" not in command(bus, "invite", "zz")
@@ -137,6 +137,12 @@ def test_with_a_certificate_it_is_named_by_a_name_that_is_in_it(tmp_path, author
         line, _, said = invited(bus, "dell")
         assert f" https://bus.lan:{bus.port} dell sha256//" in line
         assert "refuse" not in said and "AGENT_BUS_CA" not in said
+
+
+def test_plain_http_to_a_bus_that_speaks_https_gives_no_line(tmp_path, authority):
+    with secure(Server(tmp_path / "bus.db", *tls(authority.sign("DNS:bus.lan,IP:127.0.0.1")))) as bus:
+        out = "".join(map(str, invited(bus, "dell", "--url", f"http://localhost:{bus.port}")))
+        assert "The bus speaks https, so there is no line to run" in out and "bus_join.py" not in out
 
 
 def test_a_name_that_is_not_in_the_certificate_is_said_to_be_none(tmp_path, authority):
