@@ -237,6 +237,7 @@ class Poll(NamedTuple):
     plain: bool  # the reader wants text, not JSON
     token: str = ""  # the id of the token that let the reader in
     sees: Grant | None = None  # an observer gets only what this token may see; None: everything
+    owner: str = ""  # of an observer: whose limits it counts for
 
     @property
     def exclusive(self) -> bool:
@@ -247,7 +248,8 @@ class Poll(NamedTuple):
         return str(self.me)
 
     def places(self) -> Sequence[Key]:
-        return [EVERYTHING] if self.me is None else [(str(self.channel), own) for own in self.names]
+        mailboxes: list[Key] = [(str(self.channel), own) for own in self.names]
+        return [(OBSERVERS, self.owner), EVERYTHING] if self.me is None else mailboxes
 
     def present(self) -> Sequence[str]:
         return () if self.me is None else self.names
@@ -273,6 +275,7 @@ class Poll(NamedTuple):
 
 Key = tuple[str, Union[str, int]]  # a place to wait at: channel and name of a mailbox, or a pair that no mailbox has:
 EVERYTHING: Key = ("", "")  # observers wait here
+OBSERVERS = "observers of"  # with the owner of a token or address: its observers wait here
 REPLIES = "replies to"  # with the tick of a message: senders wait here for a reply to it
 
 
@@ -3862,7 +3865,7 @@ class Mailboxes:
         receipt = Receipt(channel, own, kind, tick, reader, self.wall())
         if own != EVERYONE and not (kind == ALONE and receipt.slot() in self.receipts):  # the first reading counts
             self.receipts[receipt.slot()] = receipt
-        for tell in self.on_fetched:
+        for tell in self.on_fetched if kind != ACKNOWLEDGED else ():  # what is acknowledged becomes fetched as well
             tell(channel, own, tick - 1 if kind == ALONE else 0, tick)
 
     def resume(self, poll: Poll, first: int | None, last: int) -> Poll:
@@ -3971,19 +3974,19 @@ class Mailboxes:
         return parked
 
     def crowd(self, poll: Poll) -> list[Connection]:
-        """If too many connections wait at the poll's own name: the polls whose own name it is too, oldest first."""
-        parked = self.waiting.get((str(poll.channel), str(poll.me)), {})
+        """If too many wait at the poll's own name: the polls whose own name it is too, or its owner's observers."""
+        parked = self.waiting.get(poll.places()[0], {})
         if len(parked) <= PARKED_PER_NAME:
             return []
         polls = [(connection, self.parked[connection]) for connection in parked]
         return [connection for connection, other in polls if isinstance(other, Poll) and other.me == poll.me]
 
     def wake(self, visible: list[Message]) -> dict[Connection, list[Message]]:
-        """The parked connections that these messages are for, each with its messages, in order."""
+        """The parked connections that these messages are for, but no observers; each with its messages, in order."""
         woken: dict[Connection, list[Message]] = {}
         here: dict[Key, tuple[list[Connection], Iterator[Connection]]] = {}  # those who get all, and one for each
         for message in visible if self.waiting else ():
-            for key in ((message.channel, message.to), EVERYTHING, (REPLIES, message.answers or 0)):
+            for key in ((message.channel, message.to), (REPLIES, message.answers or 0)):
                 if key not in self.waiting:
                     continue
                 if key not in here:
@@ -4343,6 +4346,8 @@ class Bus:
     def wake(self, visible: list[Message]) -> None:
         alive = [each for each in visible if each.expires is None or not self.view.is_expired(each)]
         self.loop.each(self.found, lambda found: found[0].fail(), self.mailboxes.wake(alive).items())
+        for connection in self.mailboxes.waiting.get(EVERYTHING, ()) if visible else ():
+            connection.soon(partial(self.receiving.observe, connection, visible))
 
     def found(self, found: tuple[Connection, list[Message]]) -> None:
         connection, messages = found
@@ -4626,9 +4631,23 @@ class Receiving:
         if self.bus.ledger.removes():
             self.mailboxes.note_removed(self.view.removed_up_to(poll))
 
+    def observe(self, connection: Connection, visible: list[Message]) -> None:
+        """An observer that may want one of these messages reads the log as if it polled now; else its cursor moves.
+
+        There may be many observers and messages. So this is an action for each observer.
+        """
+        poll = self.mailboxes.parked.get(connection)
+        if isinstance(poll, Poll) and poll.me is None:  # else it was answered meanwhile
+            found, reached = self.read(poll) if any(map(poll.wants, visible)) else ([], None)
+            if found or reached:
+                self.mailboxes.unpark(connection)
+                connection.answer(delivery(self.bus, poll, found, reached))
+            elif self.bus.sure:
+                self.mailboxes.parked[connection] = poll._replace(since=max(poll.since, visible[-1].tick))
+
     def poll_over(self, connection: Connection, poll: Poll) -> Answer:
-        """Its hold is over. If it was perhaps not woken by a message (see `sure`), it gets that message now."""
-        found, reached = ([], None) if self.bus.sure else self.read(poll)
+        """Its hold is over. It gets now what has not woken it: see `sure`; an observer's turn may be still to come."""
+        found, reached = ([], None) if self.bus.sure and poll.me else self.read(poll)
         return delivery(self.bus, poll, found, reached)
 
     def poll_answer(self, connection: Connection, poll: Poll, messages: Sequence[Message] = ()) -> Answer:
@@ -4850,7 +4869,8 @@ def log(bus: Bus, request: Request) -> Answer | None:
     poll = poll_of(request, None, query.names("to"), query.name("channel", None), query.name("from", None))
     if poll.since == LAST:
         raise Refused(400, "the bus keeps no cursor for an observer: since must be seconds or 'now'")
-    return bus.receiving.look(request, poll if request.grant.operator else poll._replace(sees=request.grant))
+    sees = None if request.grant.operator else request.grant
+    return bus.receiving.look(request, poll._replace(sees=sees, owner=request.owner()))
 
 
 def poll_of(request: Request, me: str | None, names: tuple[str, ...], channel: str | None, sender: str | None) -> Poll:

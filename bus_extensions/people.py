@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import time
 from bisect import bisect_left
@@ -71,12 +72,16 @@ class People:
     """
 
     NEWEST = 20000  # messages that a start looks at, some 20 ms
+    LOOKED = 5000  # messages that one answer looks at to find the oldest unread of all its names, some 5 ms
     READERS = 16  # of one name that are told apart
 
     def __init__(self, bus: Bus) -> None:
         self.bus = bus
         # Of a name: until when each program listens; on the monotonic clock, s.
         self.readers: dict[tuple[str, str], OrderedDict[str, float]] = {}
+        # Of a mailbox: a mark, and up to which tick all messages above that mark have expired.
+        self.expired: dict[tuple[str, str], tuple[int, int]] = {}
+        self.left = self.LOOKED  # messages that the current answer may still look at
         bus.route("GET", "/agents", self.agents, "who listens, who sent, and when each name was last seen")
         bus.about.append(self.members)
         bus.on_announced.append(self.announced)
@@ -108,6 +113,7 @@ class People:
     def forget(self) -> None:
         now = self.bus.mailboxes.clock()
         self.readers = {key: each for key, each in self.readers.items() if max(each.values()) > now}
+        self.expired = {key: each for key, each in self.expired.items() if key in self.bus.mailboxes.boxes}
 
     def agents(self, request: Request) -> Answer:
         bus, online = self.bus, request.query().flag("online")
@@ -119,6 +125,7 @@ class People:
             return own != EVERYONE and (box.seen > 0 or box.sent > 0)
 
         found, more = page(bus, request, shows)
+        self.left = self.LOOKED
         rows = [agent(bus, request.grant, *each) for each in found]
         return ok(bus, f'"agents": [{", ".join(rows)}]{more}')
 
@@ -131,14 +138,29 @@ class People:
         return text
 
     def oldest(self, channel: str, own: str, box: Mailbox) -> int | None:
-        """The tick of the oldest unread message."""
-        view, mark = self.bus.view, box.mark()
+        """The tick of the oldest unread message.
+
+        When an answer has looked at LOOKED messages, the oldest that it has not looked at counts as unread, expired or
+        not. The next answer goes on there.
+        """
+        view, mark, key = self.bus.view, box.mark(), (channel, own)
         if mark >= box.newest:
             return None
         if not box.perishable:
             return view.oldest(channel, own, mark)
-        row = view.first("places.tick", (channel, own), mark, only=ALIVE, values=(view.clock(),))
-        return row[0] if row else None
+        since, upto = self.expired.get(key, (mark, mark))
+        above = max(mark, upto) if since <= mark else mark  # a group's mark is lost when the name gets an owner
+        alive = f"places.tick, {ALIVE.replace('?', str(view.clock()))}"
+        oldest = None
+        with contextlib.closing(view.mail(alive, key, above, box.newest)) as rows:
+            for tick, is_alive in rows:
+                self.left -= 1
+                if is_alive or self.left < 0:
+                    oldest = tick
+                    break
+                above = tick
+        self.expired[key] = mark, above
+        return oldest
 
 
 class Similar:

@@ -337,9 +337,13 @@ class Replies:
         return None
 
     def tell_watchers(self, channel: str, own: str, above: int, upto: int) -> None:
-        """Messages between two ticks were fetched: at the end of this turn, answer those who wait for that."""
+        """Messages between two ticks were fetched: at the end of this turn, answer those who wait for that.
+
+        A request may fetch a thousand messages one by one, so a single one is looked up by its tick.
+        """
         mailboxes = self.bus.mailboxes
-        for connection in mailboxes.waiting.get((f"{FETCHES} {channel}", own), ()):
+        key: Key = (FETCHES, upto) if upto == above + 1 else (f"{FETCHES} {channel}", own)
+        for connection in mailboxes.waiting.get(key, ()):
             watch = mailboxes.parked[connection]
             if isinstance(watch, Watch) and above < watch.message.tick <= upto:
                 connection.soon(partial(self.tell, connection, watch))

@@ -66,11 +66,6 @@ def test_a_reader_is_not_woken_by_its_own_broadcast_or_another_channel(mailboxes
     assert list(mailboxes.parked) == ["bob's"]
 
 
-def test_an_observer_is_woken_by_everything(mailboxes):
-    mailboxes.park("watcher", poll(observer=True, channel=None))
-    assert claimed(mailboxes, message(1, "bob"), message(2, "eve", channel="lab")) == {"watcher": [1, 2]}
-
-
 def test_an_unparked_reader_leaves_nothing_behind(mailboxes):
     mailboxes.park("bob's", poll("bob", "team"))
     mailboxes.unpark("bob's")

@@ -18,7 +18,7 @@ class Kind(NamedTuple):
 GUARDS, FAIR, MEMORY = "faults/test_kinds_guards.py", "faults/test_kinds_fairness.py", "faults/test_kinds_memory.py"
 AUTHORITY, RULES = "faults/test_kinds_authority.py", "faults/test_kinds_rules.py"
 BOUNDS, SHARES = "faults/test_kinds_bounds.py", "faults/test_kinds_shares.py"
-EXTENSIONS = "faults/test_kinds_extensions.py"
+EXTENSIONS, WAITING = "faults/test_kinds_extensions.py", "faults/test_kinds_parked.py"
 STORAGE, PYTHON, BASH = "faults/test_kinds_storage.py", "clients/test_client_cases.py", "clients/test_listener_cases.py"
 
 KINDS = [
@@ -426,6 +426,23 @@ KINDS = [
           f"{EXTENSIONS}::test_who_waits_for_a_broadcast_hears_of_its_first_fetch"),
          "`Mailboxes.note()` tells nobody (both); or it tells of all up to a message that was read by its id (the "
          "first)"),
+    Kind("all who wait are asked about each message: observers",
+         "an owner has eight observers; each looks at the new messages in a turn of its own, and once; it misses none",
+         (f"{WAITING}::test_an_owner_has_eight_observers",
+          f"{WAITING}::test_each_observer_looks_at_new_messages_in_a_turn_of_its_own",
+          f"{WAITING}::test_an_observer_is_woken_by_all_that_it_may_read",
+          f"{WAITING}::test_an_observer_whose_time_is_over_before_its_turn_gets_what_came"),
+         "`Poll.places()` has no OBSERVERS (the first); `Bus.wake()` calls `observe()` at once, or it moves no cursor "
+         "(the second); it does not call it (the third); `poll_over()` reads nothing while `sure` (the last)"),
+    Kind("all who wait are asked about each message: fetches",
+         "a message that is read alone finds its own watchers; a mark walks those of its mailbox once",
+         (f"{WAITING}::test_messages_that_are_read_one_by_one_find_their_own_watchers",),
+         "`tell_watchers()` always walks the mailbox; or `Mailboxes.note()` tells of ACKNOWLEDGED too"),
+    Kind("what is expired is looked at again and again: lists of names",
+         "`/agents` looks at 5,000 messages for `oldest`, and the next answer goes on behind the expired ones",
+         (f"{WAITING}::test_a_list_of_names_looks_at_so_many_expired_messages",
+          f"{WAITING}::test_what_had_expired_above_the_mark_of_a_group_says_nothing_of_its_new_owner"),
+         "`People.LOOKED` has no effect, or `expired` is not kept (the first); it is used for each mark (the last)"),
     Kind("clients: an answer is bounded by its bytes alone",
          "a client reads 16 MiB, of which a parser makes 0.5 GB at most; a message that would not fit gets 413",
          (f"{EXTENSIONS}::test_no_answer_is_longer_than_what_a_client_reads",),
