@@ -127,11 +127,10 @@ class Reader:
         self.bus: str | None = None  # the id of the bus that answered last
         # failures: in this outage; announced: was it announced?; came: any mail yet?; doubted: see check_times
         self.failures, self.announced, self.came, self.doubted = 0, False, False, False
-        self.open_cursor = Cursor  # or a subclass
         self.announce: Callable[[str], None] = lambda line: None
         self.warn = self.announce
         self.greet: Callable[[], Any] = bool  # called when a bus was found
-        self.clock: Any = time
+        self.open_cursor, self.clock = Cursor, time  # or a subclass; or the clock of a test
 
     def messages(self, once: bool = False, timeout: float | None = None) -> Iterator[dict[str, Any]]:
         """See receive(). If a strange bus sends something that is not a dict, it is given as it is."""
@@ -151,14 +150,13 @@ class Reader:
                 answer = self.poll(min(self.hold, left), allowed)
             except Unreachable as fault:
                 now = self.clock.monotonic()
-                if now < end:
+                if now < end and (self.bus or type(fault.__cause__).__name__ != "SSLError"):  # https, where http is
                     self.endure(fault, now - began, end - now)
                     continue
                 # A bus of the old contract holds a poll as long as it likes.
                 if self.came or (self.bus and not self.failures and now - began >= allowed):
                     return
-                doctor = called("tools/bus_doctor.py", "doctor")
-                raise Unreachable(f"{self.url} is out of reach ({fault}); {doctor} says where") from fault
+                raise Unreachable(no_bus(self.url, fault)) from fault
             self.came = self.came or bool(answer["messages"])
             yield answer
             self.cursor.move(str(answer["now"]))
@@ -204,6 +202,7 @@ class Reader:
         self.check_times(answer)
         if self.announced:
             self.announce(f"{self.url} is back, after {span(self.clock.monotonic() - self.failing_since)}")
+        self.failures and not self.announced and self.warn(f"{self.url}: connected again")
         self.failures, self.announced = 0, False
         # Longer holds again, but slowly: each step too far costs a poll.
         self.hold = self.hold if answer["messages"] else min(self.hold * 1.1, self.wait)
@@ -225,8 +224,7 @@ class Reader:
             kept = [message for message in answer["messages"] if seconds_of(message) <= limit]
             ends = [message["ts"] for message in kept if isinstance(message, dict) and seconds_of(message)]
             answer.update(messages=kept, now=[self.cursor.at, *ends][-1], more=False)
-            if not self.doubted:
-                self.warn(f"{self.url}: its time is far ahead of ours: the cursor stays. Is a clock wrong?")
+            self.doubted or self.warn(f"{self.url}: its time is far ahead of ours: the cursor stays. Is a clock wrong?")
         self.doubted = latest > limit
 
     def request(self, hold: float, seconds: float) -> tuple[dict[str, Any], float]:
@@ -285,7 +283,7 @@ class Cursor:
         file, end = private_file(f"{self.path}~lock", os.O_RDWR, "r+"), time.monotonic() + LOCK_SECONDS
         while not try_lock(file, self.path):
             if time.monotonic() >= end:
-                raise Busy(f"{name} is already read by process {file.read(20).strip()}: end that one first")
+                raise Busy(f"process {file.read(20).strip()} reads as {name}: end it or set a new AGENT_BUS_STATE_DIR")
             time.sleep(0.05)
         print(f"{os.getpid():<20}", file=file, flush=True)  # blanks replace the digits of an earlier, longer number
         return file
@@ -366,6 +364,12 @@ HIDDEN = re.compile(  # controls, and what Unicode lets a program leave out: bid
     r"\u2060-\u206f\u2800\u3164\ud800-\udfff\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb"
     r"\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]+"
 )
+# Faults that time does not heal, and what does.
+LASTING = {
+    "gaierror": "Is the host's name right?",
+    "SSLCertVerificationError": "Set AGENT_BUS_CA to its certificate.",
+    "SSLError": "Does this port speak https?",
+}
 # A line of a configuration file, as far as systemd's EnvironmentFile and docker's --env-file read it alike.
 LINE = re.compile(r"\s*(?:[#;].*|([A-Za-z_][A-Za-z0-9_]*)=([^\s'\"\\][^\\]*?)?)?\s*")
 
@@ -467,8 +471,7 @@ def exchange(url: str, path: str, body: bytes | None, seconds: float, fraction: 
                 raise http.client.IncompleteRead(content, head.length)
             return judged(head, content, fraction, through), head.headers
     except (OSError, ValueError, http.client.HTTPException) as error:  # ValueError: a chunk of negative size
-        said = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise Unreachable(said + through) from error
+        raise Unreachable((getattr(error, "strerror", None) or str(error) or type(error).__name__) + through) from error
 
 
 def connect(url: str, seconds: float) -> tuple[http.client.HTTPConnection, str, dict[str, str]]:
@@ -489,8 +492,7 @@ def connect(url: str, seconds: float) -> tuple[http.client.HTTPConnection, str, 
     kind: Any = http.client.HTTPSConnection if secure else http.client.HTTPConnection
     connection = kind(via.hostname or "", (via.port or 80) if proxy else port, timeout=seconds, **trust)
     connection._create_connection = dial  # in place of socket.create_connection
-    if proxy and secure:
-        connection.set_tunnel(host, port, login_of(via))
+    proxy and secure and connection.set_tunnel(host, port, login_of(via))
     headers.update({} if secure else login_of(via))
     return connection, url.rstrip("/") if proxy and not secure else parts.path.rstrip("/"), headers
 
@@ -507,8 +509,7 @@ def parts_of(url: str) -> SplitResult:
 def login_of(proxy: SplitResult) -> dict[str, str]:
     """The Proxy-Authorization header, if the URL of the proxy has a login."""
     login = f"{unquote(proxy.username or '')}:{unquote(proxy.password or '')}"
-    header = f"Basic {base64.b64encode(login.encode()).decode()}"
-    return {"Proxy-Authorization": header} if proxy.username else {}
+    return {"Proxy-Authorization": f"Basic {base64.b64encode(login.encode()).decode()}"} if proxy.username else {}
 
 
 def dial(address: tuple[str, int], seconds: float, _source: Any = None) -> socket.socket:
@@ -601,14 +602,20 @@ def judged(response: http.client.HTTPResponse, body: bytes, fraction: Any = floa
     if 400 <= response.status < 500 and response.status not in (408, 425, 429) and isinstance(error, str):
         raise Refused(response.status, error)
     wait = response.headers.get("Retry-After", "")
-    is_page = response.status < 500 and body.lstrip().startswith(b"<")  # from 500 on it is a proxy, before a bus
-    said = error or ("a web page, not a bus" if is_page else "not from a bus")
-    raise Unreachable(f"{response.status}: {said}{through}", float(wait) if wait.isdecimal() else 0.0)
+    page = "a web page, not a bus" if response.status < 500 and body.lstrip()[:1] == b"<" else "not from a bus"
+    raise Unreachable(f"{response.status}: {error or page}{through}", float(wait) if wait.isdecimal() else 0.0)
 
 
 def pause_after(failures: int) -> float:
     """Seconds to wait after this many failures in a row. They double up to a minute."""
     return min(FIRST_PAUSE * 2.0 ** min(max(failures - 1, 0), 10), LONGEST_PAUSE)
+
+
+def no_bus(url: str, fault: Unreachable, then: str = "") -> str:
+    """The sentence about a fault: which bus, why, and what to try."""
+    server, doctor = called("bus_server.py", "serve"), called("bus_doctor.py", "doctor")
+    advice = f"Is {server} running there? {doctor} tells which hop fails."
+    return f"no bus at {url} ({fault}){then}. {LASTING.get(type(fault.__cause__).__name__, advice)}"
 
 
 def called(program: str, command: str) -> str:
@@ -837,8 +844,8 @@ def run_tool(name: str, argv: list[str] | None) -> int:
 
 
 def read(options: argparse.Namespace) -> int:
-    names = options.names or [settings().get("AGENT_NAME") or (options.read and "nobody")]
-    if names == [None]:
+    names = ",".join(options.names or [settings().get("AGENT_NAME") or (options.read and "nobody") or ""]).split(",")
+    if names == [""]:
         raise ValueError("the name is missing: give NAME, or set AGENT_NAME")
     reader = Reader(names, channel=options.channel, since=options.since)
     if options.read:  # this needs no cursor and moves none
@@ -855,11 +862,8 @@ def read(options: argparse.Namespace) -> int:
         show_blocks(reader, reader.answers(options.once, timeout), 0 if options.once else SETTLE_SECONDS)
         return 0 if reader.came else 3
     for message in reader.messages(options.once, timeout):
-        if options.exec:
-            run_command(options.exec, options.tries, reader, message)
-        else:
-            whole = block(message, reader.names[0], reader.bus_time, whole=True)
-            emit(f"{dump(message)}\n" if options.json else whole)
+        text = f"{dump(message)}\n" if options.json else block(message, names[0], reader.bus_time, whole=True)
+        run_command(options.exec, options.tries, reader, message) if options.exec else emit(text)
     return 0 if reader.came else 3
 
 

@@ -53,12 +53,6 @@ if sys.version_info < (3, 9) and (needs := "bus_send.py needs Python 3.9 or late
     sys.exit(needs)
 
 USUAL = {"subject", "reply_to", "type", "priority", "ttl", "content_type"}  # members of a message, arguments of send()
-# Faults that time does not heal, and what does.
-LASTING = {
-    "gaierror": "Is the host's name right?",
-    "SSLCertVerificationError": "Set AGENT_BUS_CA to its certificate.",
-    "SSLError": "Does this port speak https?",
-}
 HOLD_SECONDS = 25.0  # the bus may hold a question; common proxies cut a quiet request after 30 s
 
 
@@ -131,16 +125,14 @@ def persist(attempt: Any, patience: float, url: str, key: str = "", warn: Any = 
             return dict(attempt(max(end - time.monotonic(), 1)))  # s; an attempt needs some time
         except Unreachable as fault:
             failures += 1
-            kind = type(fault.__cause__).__name__
-            server, doctor = called("bus_server.py", "serve"), called("bus_doctor.py", "doctor")
-            advice = LASTING.get(kind) or f"Is {server} running there? {doctor} tells which hop fails."
-            lasting = kind in LASTING and getattr(fault.__cause__, "errno", 0) != socket.EAI_AGAIN
+            cause = fault.__cause__
+            lasting = type(cause).__name__ in LASTING and getattr(cause, "errno", 0) != socket.EAI_AGAIN
             pause = max(pause_after(failures) * random.uniform(0.5, 1), fault.retry_after)
             if lasting or time.monotonic() + pause >= end:
                 again = f" To send it again: --key {key}" if key else ""
-                raise Unreachable(f"no bus at {url} ({fault}). {advice}{again}") from fault
+                raise Unreachable(no_bus(url, fault) + again) from fault
             if warn and failures == 1:
-                warn(f"no bus at {url} ({fault}); still trying, up to {patience:.0f} s. {advice}")
+                warn(no_bus(url, fault, f"; still trying, up to {patience:.0f} s"))
         time.sleep(pause)
 
 
@@ -206,6 +198,12 @@ HIDDEN = re.compile(  # controls, and what Unicode lets a program leave out: bid
     r"\u2060-\u206f\u2800\u3164\ud800-\udfff\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb"
     r"\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]+"
 )
+# Faults that time does not heal, and what does.
+LASTING = {
+    "gaierror": "Is the host's name right?",
+    "SSLCertVerificationError": "Set AGENT_BUS_CA to its certificate.",
+    "SSLError": "Does this port speak https?",
+}
 # A line of a configuration file, as far as systemd's EnvironmentFile and docker's --env-file read it alike.
 LINE = re.compile(r"\s*(?:[#;].*|([A-Za-z_][A-Za-z0-9_]*)=([^\s'\"\\][^\\]*?)?)?\s*")
 
@@ -307,8 +305,7 @@ def exchange(url: str, path: str, body: bytes | None, seconds: float, fraction: 
                 raise http.client.IncompleteRead(content, head.length)
             return judged(head, content, fraction, through), head.headers
     except (OSError, ValueError, http.client.HTTPException) as error:  # ValueError: a chunk of negative size
-        said = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise Unreachable(said + through) from error
+        raise Unreachable((getattr(error, "strerror", None) or str(error) or type(error).__name__) + through) from error
 
 
 def connect(url: str, seconds: float) -> tuple[http.client.HTTPConnection, str, dict[str, str]]:
@@ -329,8 +326,7 @@ def connect(url: str, seconds: float) -> tuple[http.client.HTTPConnection, str, 
     kind: Any = http.client.HTTPSConnection if secure else http.client.HTTPConnection
     connection = kind(via.hostname or "", (via.port or 80) if proxy else port, timeout=seconds, **trust)
     connection._create_connection = dial  # in place of socket.create_connection
-    if proxy and secure:
-        connection.set_tunnel(host, port, login_of(via))
+    proxy and secure and connection.set_tunnel(host, port, login_of(via))
     headers.update({} if secure else login_of(via))
     return connection, url.rstrip("/") if proxy and not secure else parts.path.rstrip("/"), headers
 
@@ -347,8 +343,7 @@ def parts_of(url: str) -> SplitResult:
 def login_of(proxy: SplitResult) -> dict[str, str]:
     """The Proxy-Authorization header, if the URL of the proxy has a login."""
     login = f"{unquote(proxy.username or '')}:{unquote(proxy.password or '')}"
-    header = f"Basic {base64.b64encode(login.encode()).decode()}"
-    return {"Proxy-Authorization": header} if proxy.username else {}
+    return {"Proxy-Authorization": f"Basic {base64.b64encode(login.encode()).decode()}"} if proxy.username else {}
 
 
 def dial(address: tuple[str, int], seconds: float, _source: Any = None) -> socket.socket:
@@ -441,14 +436,20 @@ def judged(response: http.client.HTTPResponse, body: bytes, fraction: Any = floa
     if 400 <= response.status < 500 and response.status not in (408, 425, 429) and isinstance(error, str):
         raise Refused(response.status, error)
     wait = response.headers.get("Retry-After", "")
-    is_page = response.status < 500 and body.lstrip().startswith(b"<")  # from 500 on it is a proxy, before a bus
-    said = error or ("a web page, not a bus" if is_page else "not from a bus")
-    raise Unreachable(f"{response.status}: {said}{through}", float(wait) if wait.isdecimal() else 0.0)
+    page = "a web page, not a bus" if response.status < 500 and body.lstrip()[:1] == b"<" else "not from a bus"
+    raise Unreachable(f"{response.status}: {error or page}{through}", float(wait) if wait.isdecimal() else 0.0)
 
 
 def pause_after(failures: int) -> float:
     """Seconds to wait after this many failures in a row. They double up to a minute."""
     return min(FIRST_PAUSE * 2.0 ** min(max(failures - 1, 0), 10), LONGEST_PAUSE)
+
+
+def no_bus(url: str, fault: Unreachable, then: str = "") -> str:
+    """The sentence about a fault: which bus, why, and what to try."""
+    server, doctor = called("bus_server.py", "serve"), called("bus_doctor.py", "doctor")
+    advice = f"Is {server} running there? {doctor} tells which hop fails."
+    return f"no bus at {url} ({fault}){then}. {LASTING.get(type(fault.__cause__).__name__, advice)}"
 
 
 def called(program: str, command: str) -> str:

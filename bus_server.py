@@ -5829,12 +5829,22 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
 }
 
 
+def run_command(name: str, *arguments: str) -> int:
+    try:
+        code = COMMANDS[name](arguments) or 0
+        print(end="", flush=True)
+        return code
+    except BrokenPipeError:  # nobody reads us any more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python would try again at exit, and complain
+        return 0
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     os.umask(0o077)  # the database and what lies beside it are for this user alone
     try:
         if arguments and arguments[0] in COMMANDS:
-            return COMMANDS[arguments[0]](arguments[1:]) or 0
+            return run_command(*arguments)
         options = command_line(arguments)
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         with contextlib.suppress(ValueError, OSError):  # a parked reader is a descriptor

@@ -1878,7 +1878,10 @@ def print_skipped(bus, others):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 if "pytest" in sys.modules:
     import pytest

@@ -419,6 +419,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0 if examine(Way(options.hold)) else 1
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # nobody reads us any more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python would try again at exit, and complain
+        return 0
 
 
 if __name__ == "__main__":

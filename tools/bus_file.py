@@ -72,10 +72,10 @@ class Progress:
 
 
 class Patience:
-    """Endures faults until there has been no progress for `seconds`."""
+    """Endures faults until there has been no progress for `seconds`. The first fault is told on stderr."""
 
-    def __init__(self, seconds: float) -> None:
-        self.seconds, self.furthest = seconds, -1
+    def __init__(self, url: str, seconds: float) -> None:
+        self.url, self.seconds, self.furthest, self.told = url, seconds, -1, False
 
     def endure(self, fault: bus_send.Unreachable, at: int) -> None:
         """Wait for the next attempt, or raise the fault. `at`: how many bytes were transferred so far."""
@@ -84,7 +84,10 @@ class Patience:
             self.furthest, self.end, self.pause = at, now + self.seconds, bus_send.FIRST_PAUSE
         rest = max(self.pause * random.uniform(0.5, 1), fault.retry_after)
         if now + rest >= self.end:
-            raise fault
+            raise bus_send.Unreachable(bus_send.no_bus(self.url, fault)) from fault
+        if not self.told:
+            complain(bus_send.no_bus(self.url, fault, f"; still trying, up to {self.seconds:.0f} s"))
+            self.told = True
         time.sleep(rest)
         self.pause = min(2 * self.pause, bus_send.LONGEST_PAUSE)
 
@@ -96,7 +99,7 @@ def put(path: str, url: str, seconds: float) -> tuple[str, int]:
     """
     with open(path, "rb") as file:
         digest, size = hashed(file).hexdigest(), file.tell()
-        patience, progress, at = Patience(seconds), Progress(os.path.basename(path), size), 0
+        patience, progress, at = Patience(url, seconds), Progress(os.path.basename(path), size), 0
         try:
             while True:
                 try:
@@ -154,7 +157,7 @@ def get(digest: str, path: str, url: str, seconds: float) -> None:
     Raises bus_send.Refused, bus_send.Unreachable; Damaged, if the content does not have its hash; OSError for the file.
     """
     part = f"{path}.{digest[:16]}.part"
-    patience, progress = Patience(seconds), Progress(os.path.basename(path))
+    patience, progress = Patience(url, seconds), Progress(os.path.basename(path))
     with open(os.open(part, os.O_RDWR | os.O_CREAT, 0o600), "r+b") as file:
         if not bus_recv.try_lock(file, part):
             raise OSError(f"another process writes to {part}")
@@ -261,6 +264,10 @@ def hashed(file: IO[bytes]) -> hashlib._Hash:
     return digest
 
 
+def complain(line: str) -> None:
+    bus_recv.complain(line, "bus_file")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Store a file on an agent-bus and announce it, or get a file.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -288,7 +295,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         get(options.digest, options.path or options.digest, url, options.timeout)
     except (ValueError, OSError, Damaged, bus_send.Refused, bus_send.Unreachable) as error:
         said = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
-        print("bus_file:", bus_recv.visible(said.replace("\n", " ")), file=sys.stderr)
+        complain(said)
         return {bus_send.Refused: 1, Damaged: 1, bus_send.Unreachable: 75}.get(type(error), 2)
     except KeyboardInterrupt:
         return 130

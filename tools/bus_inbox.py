@@ -158,9 +158,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except KeyboardInterrupt:
         return 130
-    except (bus_recv.Refused, bus_recv.Unreachable, ValueError, OSError) as error:
+    except bus_recv.Unreachable as fault:
+        complain(bus_recv.no_bus(box.url, fault))
+        return 75
+    except (bus_recv.Refused, ValueError, OSError) as error:
         complain(str(error))
-        return {bus_recv.Refused: 1, bus_recv.Unreachable: 75}.get(type(error), 2)
+        return 1 if isinstance(error, bus_recv.Refused) else 2
     return 0
 
 

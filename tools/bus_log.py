@@ -84,11 +84,18 @@ class Observer(bus_recv.Reader):
         query = {**self.filters, "since": self.cursor.at, "bus": self.bus}
         return bus_recv.ask(self.url, f"/log?block=true&wait={hold:.3f}&{urlencode(query)}", seconds)
 
+    def once(self) -> dict[str, Any]:
+        """An answer, without a wait. One fault ends this: the sentence says what to try."""
+        try:
+            return self.poll(0, bus_recv.GRACE_SECONDS)
+        except bus_recv.Unreachable as fault:
+            raise bus_recv.Unreachable(bus_recv.no_bus(self.url, fault)) from fault
+
     def pages(self) -> Iterator[dict[str, Any]]:
         """The messages that exist now. One fault ends this, so that half of the log never looks like all of it."""
         more = True
         while more:
-            answer = self.poll(0, bus_recv.GRACE_SECONDS)
+            answer = self.once()
             yield answer
             self.cursor.move(str(answer["now"]))
             more = bool(answer.get("more"))
@@ -98,7 +105,7 @@ class Observer(bus_recv.Reader):
 
         A log is read forwards only. So look at its last second, then at eight times as much, until there are enough.
         """
-        end, back = float(self.poll(0, bus_recv.GRACE_SECONDS)["now"]), 1
+        end, back = float(self.once()["now"]), 1
         while True:
             kept, start = deque[Any](maxlen=number), max(end - back, 0)
             self.cursor.move(f"{start:.6f}")

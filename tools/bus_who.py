@@ -139,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 show(*agents(url, options.channel, options.online), options.json, options.watch)
             except bus_recv.Unreachable as fault:
                 if not options.watch:
-                    raise bus_recv.Unreachable(f"no bus at {url} ({fault})") from fault
+                    raise bus_recv.Unreachable(bus_recv.no_bus(url, fault)) from fault
                 complain(f"no bus at {url} ({fault}); trying again")
             if not options.watch:
                 return 0

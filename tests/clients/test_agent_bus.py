@@ -131,6 +131,26 @@ def test_a_closed_pipe_ends_it_quietly(line, bus, tmp_path):
     assert (process.communicate(timeout=PATIENCE)[1], process.returncode) == (b"", 0)
 
 
+@pytest.mark.parametrize("line", ["bus_server.py invite x --yes", "bus_server.py tokens", "tools/bus_doctor.py"])
+def test_a_closed_pipe_ends_a_program_quietly(line, tmp_path):
+    reading, writing = os.pipe()
+    os.close(reading)
+    script, *arguments = line.split()
+    db = ["--db", str(tmp_path / "bus.db")] if arguments else []
+    process = program(script, *arguments, *db, stdout=writing)
+    os.close(writing)
+    err = process.communicate(timeout=PATIENCE)[1]
+    assert b"Traceback" not in err and b"Broken" not in err and process.returncode == 0
+
+
+def test_ctrl_c_ends_the_checks_quietly(interruptible):
+    process = program("test_bus.py", start_new_session=True)
+    assert process.stdout.readline().startswith(b"checking http")
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the bus of the checks gets it, too
+    err = process.communicate(timeout=PATIENCE)[1]
+    assert (err, process.returncode) == (b"", 130)
+
+
 @pytest.mark.parametrize("arguments", [["who", "--watch"], ["log"], ["recv", "bob"]])
 def test_ctrl_c_ends_it_quietly(arguments, bus, interruptible):
     mails(bus.url, "one")

@@ -206,6 +206,22 @@ def test_tls_that_fails_is_not_tried_again(authority, bus, monkeypatch, tmp_path
         with pytest.raises(bus_send.Unreachable, match="Does this port speak https"):
             bus_send.send("dell", "hi", url=plain.url.replace("http:", "https:"), sender="spark")
         assert clock.slept == []
+        code, _, err = run("bus_recv.py", "dell", env={"AGENT_BUS_URL": plain.url.replace("http:", "https:")})
+        assert code == 75 and err.startswith("bus_recv: no bus at https:") and err.endswith("speak https?\n")
+
+
+@pytest.mark.parametrize("call", [
+    "bus_recv.py dell --timeout 0", "bus_log.py --no-follow", "bus_log.py --last 2", "bus_inbox.py look dell",
+    "bus_inbox.py ack 660ba678a1b40 dell", "bus_who.py",
+])  # fmt: skip
+def test_every_look_without_a_bus_says_what_to_try(call, home):  # noqa: F811
+    script, *arguments = call.split()
+    url = refusing()
+    path = script if script == "bus_recv.py" else f"tools/{script}"
+    code, out, err = run(path, *arguments, env={"AGENT_BUS_URL": url})
+    assert (code, out) == (75, "")
+    assert err == (f"{script[:-3]}: no bus at {url} (Connection refused). Is bus_server.py running there? "
+                   "bus_doctor.py tells which hop fails.\n")  # fmt: skip
 
 
 @pytest.mark.parametrize("client", [bus_send, bus_recv])
@@ -264,6 +280,12 @@ def test_a_reader_without_a_name_takes_agent_name(home):  # noqa: F811
         assert server.polls[0].query["to"] == ["bob"]
         code, _, err = run("bus_recv.py", "--once", env={"AGENT_BUS_URL": server.url})
         assert code == 2 and err == "bus_recv: the name is missing: give NAME, or set AGENT_NAME\n"
+
+
+def test_a_reader_takes_commas_as_a_sender_does(home):  # noqa: F811
+    with Scripted(mail(message(1))) as server:
+        assert run("bus_recv.py", "bob,nano", "crew", "--once", env={"AGENT_BUS_URL": server.url})[0] == 0
+        assert server.polls[0].query["to"] == ["bob", "nano", "crew"]
 
 
 def test_a_reader_says_when_it_is_connected(home):  # noqa: F811
