@@ -526,9 +526,10 @@ def command_line(purpose: str) -> argparse.ArgumentParser:
     return parser
 
 
-def pair(text: str) -> tuple[str, str]:
-    name, value = text.split("=", 1)
-    return name, value
+def pair(text: str) -> list[str]:
+    if "=" not in text:
+        raise argparse.ArgumentTypeError(f"{text!r} has no value: write it as K=V")
+    return text.split("=", 1)
 
 
 def receivers(text: str) -> str | list[str]:
@@ -538,11 +539,11 @@ def receivers(text: str) -> str | list[str]:
 def message_of(given: dict[str, Any]) -> str:
     """The message, from the command line or stdin; `given` becomes arguments of send(). ValueError if it is none."""
     given["fields"] = dict(given["fields"])
-    msg = " ".join(given.pop("text"))
-    if not msg and sys.stdin and sys.stdin.isatty():
+    words = given.pop("text")
+    if not words and sys.stdin and sys.stdin.isatty():
         complain("type the message, end with Ctrl-D", 0)
     try:
-        msg = msg or (sys.stdin.buffer.read().decode() if sys.stdin else "")
+        msg = " ".join(words) if words or not sys.stdin else sys.stdin.buffer.read().decode()
         given["content_type"] == "application/json" and json.loads(msg)
     except ValueError as error:
         fault = f"UTF-8 at byte {error.start}" if isinstance(error, UnicodeDecodeError) else f"JSON: {error}"
@@ -562,6 +563,7 @@ def main(argv: list[str] | None = None) -> int:
     if not to and not given["reply_to"]:
         parser.error("the receiver is missing: give TO, or --reply-to ID")
     try:
+        compose("", "", sender=given["sender"])  # before somebody types a text: is a sender known?
         msg = message_of(given)
         if not to:
             to, given["channel"] = sender_of(given["reply_to"], given["channel"], seconds)

@@ -83,12 +83,23 @@ class Inbox(bus_recv.Reader):
                 return [{**message, "age": self.age(message)} for message in mail], bool(answer.get("more"))
 
     def acknowledge(self, id: str) -> None:
-        """Mark this message, and every one before it, as read. ValueError if it is not unread."""
+        """Mark this message, and every one before it, as read. ValueError if it is neither unread nor read."""
         ts = {label(message): str(message["ts"]) for message in self.look(0)[0]}.get(id)
         if ts:
             self.cursor.move(ts)
         elif not self.has_read(id):
             raise ValueError(f"{id} is not the id of an unread message for {self.names[0]}: take it from the inbox")
+        else:
+            self.check_exists(id)
+
+    def check_exists(self, id: str) -> None:
+        """ValueError if the bus has no such message, or has it no more."""
+        try:
+            bus_recv.ask(self.url, f"/message/{id}", bus_recv.GRACE_SECONDS)
+        except bus_recv.Refused as refused:
+            if refused.status != 404:
+                raise
+            raise ValueError(f"there is no message {id} on this bus: take the id from the inbox") from None
 
     def age(self, message: dict[str, Any]) -> str:
         """The age of a message, by the clock of the bus: old mail has another meaning."""
@@ -111,7 +122,8 @@ def label(message: dict[str, Any]) -> str:
 
 
 def complain(line: str) -> None:
-    bus_recv.complain(line, "bus_inbox")
+    me = os.path.basename(sys.argv[0])
+    bus_recv.complain(line, me if " " in me else "bus_inbox")  # `agent-bus ack` is a whole name
 
 
 def show(box: Inbox, as_json: bool) -> int:
@@ -146,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         name = options.name or bus_recv.settings().get("AGENT_NAME")
         if not name:
-            parser.error("whose mail? Give NAME or set AGENT_NAME")
+            {"look": looking, "ack": marking}[options.command].error("whose mail? Give NAME or set AGENT_NAME")
         box = Inbox(name, options.channel, peeks=options.command == "look")
         box.warn = box.announce = complain
         if options.command == "look":

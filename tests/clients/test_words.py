@@ -68,6 +68,15 @@ def test_without_a_text_a_terminal_says_how_to_end_it(home):  # noqa: F811
         assert "bus_send: type the message, end with Ctrl-D\n" in shown and server.asked[0].json["msg"] == "hi\n"
         code, _, err = send(server)
         assert code == 0 and "Ctrl-D" not in err
+        shown = on_a_terminal("bus_send.py", "dell", until=b"AGENT_NAME", AGENT_BUS_URL=server.url, AGENT_NAME="")
+        assert shown.startswith("bus_send: the sender is missing"), "before a text is typed"
+
+
+def test_an_empty_text_is_not_an_absent_one():
+    with Scripted(stored()) as server:
+        code, out, err = send(server, "", stdin=b"not this")
+        assert (code, out) == (2, "") and err == "bus_send: the message is empty: give TEXT, or a text on stdin\n"
+        assert server.asked == []
 
 
 def test_fields_types_and_times():
@@ -79,7 +88,8 @@ def test_fields_types_and_times():
         assert second["content_type"] == "application/json" and second["msg"] == '{"topic": 1}'
         code, _, err = send(server, "--json-body", "{topic}")
         assert code == 2 and "is not JSON" in err and len(server.asked) == 2
-        assert send(server, "--field", "build", "hi")[0] == 2 and send(server, "--ttl", "soon", "hi")[0] == 2
+        assert "'build' has no value: write it as K=V" in send(server, "--field", "build", "hi")[2]
+        assert send(server, "--ttl", "soon", "hi")[0] == 2
 
 
 def test_a_field_cannot_take_the_place_of_a_member():
