@@ -71,16 +71,18 @@ def send(to: str | list[str], msg: str, *, patience: float = 30.0, warn: Any = N
     return found
 
 
-def ask(to: str, msg: str, *, timeout: float = 300.0, warn: Any = None, **given: Any) -> dict[str, Any]:
+def ask(to: str, msg: str, *, timeout: float = 300, warn: Any = None, tell: Any = None, **given: Any) -> dict[str, Any]:
     """send() to one name, and wait for the reply: `reply` in the result is a message, or None after `timeout` seconds.
 
     The same question is asked again and again, each time for as long as a request may be held. An answer is found
-    whenever it came, and is in the sender's mailbox too. `given` are further arguments of send().
+    whenever it came, and is in the sender's mailbox too. `tell` is called with the bus's answer as soon as the question
+    is stored, if it has no reply then. `given` are further arguments of send().
     """
     url, message = compose(to, msg, **given)
-    end, holds, began = time.monotonic() + timeout, [HOLD_SECONDS], time.monotonic()
-    answer = persist(lambda _: post_held(url, message, end, holds), timeout, url, message["key"], warn)
+    end, holds, began = time.monotonic() + timeout, [HOLD_SECONDS], 0.0 if tell else time.monotonic()
+    answer = persist(lambda _: post_held(url, message, 0.0 if tell else end, holds), timeout, url, message["key"], warn)
     keep_copy(url, message, answer)
+    tell and "bus" in answer and not answer.get("reply") and tell(answer)
     with contextlib.suppress(Unreachable):  # the question is stored, so it has no reply yet
         # A bus of the first contract, whose answer has no `bus`, would store the question again.
         while "bus" in answer and not isinstance(answer.get("reply"), dict) and time.monotonic() < end:
@@ -131,8 +133,7 @@ def persist(attempt: Any, patience: float, url: str, key: str = "", warn: Any = 
             if lasting or time.monotonic() + pause >= end:
                 again = f" To send it again: --key {key}" if key else ""
                 raise Unreachable(no_bus(url, fault) + again) from fault
-            if warn and failures == 1:
-                warn(no_bus(url, fault, f"; still trying, up to {patience:.0f} s"))
+            warn and failures == 1 and warn(no_bus(url, fault, f"; still trying, up to {patience:.0f} s"))
         time.sleep(pause)
 
 
@@ -540,8 +541,7 @@ def message_of(given: dict[str, Any]) -> str:
     """The message, from the command line or stdin; `given` becomes arguments of send(). ValueError if it is none."""
     given["fields"] = dict(given["fields"])
     words = given.pop("text")
-    if not words and sys.stdin and sys.stdin.isatty():
-        complain("type the message, end with Ctrl-D", 0)
+    not words and sys.stdin and sys.stdin.isatty() and complain("type the message, end with Ctrl-D", 0)
     try:
         msg = " ".join(words) if words or not sys.stdin else sys.stdin.buffer.read().decode()
         given["content_type"] == "application/json" and json.loads(msg)
@@ -560,8 +560,7 @@ def main(argv: list[str] | None = None) -> int:
     given = vars(parser.parse_intermixed_args(argv))
     to, question, seconds, as_json, _ = map(given.pop, ("to", "ask", "timeout", "json", "bus"))
     seconds = seconds if seconds is not None else 300.0 if question else 30.0
-    if not to and not given["reply_to"]:
-        parser.error("the receiver is missing: give TO, or --reply-to ID")
+    to or given["reply_to"] or parser.error("the receiver is missing: give TO, or --reply-to ID")
     try:
         compose("", "", sender=given["sender"])  # before somebody types a text: is a sender known?
         msg = message_of(given)
@@ -569,6 +568,8 @@ def main(argv: list[str] | None = None) -> int:
             to, given["channel"] = sender_of(given["reply_to"], given["channel"], seconds)
         given["warn"] = lambda sentence: complain(sentence, 0)
         if question:
+            person = sys.stderr and sys.stderr.isatty()
+            given["tell"] = (lambda answer: show_reply(answer, to, seconds)) if person else None
             return show_reply(ask(to, msg, timeout=seconds, **given), to)
         report(send(to, msg, patience=seconds, **given), to, as_json)
     except (KeyboardInterrupt, ValueError, Refused, Unreachable) as error:
@@ -577,12 +578,16 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def show_reply(answer: dict[str, Any], to: str) -> int:
-    r"""The text of the reply on stdout, with invisible characters written out (\x1b); its sender on stderr."""
+def show_reply(answer: dict[str, Any], to: str, waits: float = 0.0) -> int:
+    r"""The text of the reply on stdout, with invisible characters written out (\x1b); its sender on stderr.
+
+    Without a reply, it says what became of the question, and that it `waits` (s) or has waited.
+    """
     reply = answer.get("reply")
     if not isinstance(reply, dict) or not isinstance(reply.get("msg"), str):
         told(answer, to).startswith("queued") and complain(told(answer, to), 0, "")
-        return complain(f"no answer to {answer.get('id')} yet: it will arrive as mail", 3)
+        later = f"no answer to {answer.get('id')} yet: it will arrive as mail"
+        return complain(f"waiting up to {waits:.0f} s for a reply" if waits else later, 0 if waits else 3)
     complain(f"{reply.get('id')} from {reply.get('from')}", 0)
     with contextlib.suppress(OSError):  # if nobody reads our output, the question is stored and answered all the same
         emit(visible(re.sub("\r\n?", "\n", reply["msg"]).removesuffix("\n")) + "\n")
@@ -595,8 +600,7 @@ def report(answer: dict[str, Any], to: str | list[str], as_json: bool = False) -
     person = bool(sys.stdout) and sys.stdout.isatty() and not as_json
     with contextlib.suppress(OSError):  # if nobody reads our output, the message is stored all the same
         emit(f"{visible(sentence)}\n" if person else json.dumps(answer) + "\n")
-    if not person and sentence.startswith("queued"):
-        complain(sentence, 0, "")
+    person or (sentence.startswith("queued") and complain(sentence, 0, ""))
 
 
 def complain(sentence: str, code: int, program: str = "bus_send: ") -> int:

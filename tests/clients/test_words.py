@@ -72,6 +72,18 @@ def test_without_a_text_a_terminal_says_how_to_end_it(home):  # noqa: F811
         assert shown.startswith("bus_send: the sender is missing"), "before a text is typed"
 
 
+def test_a_person_who_asks_is_told_at_once_who_listens(home):  # noqa: F811
+    said = {"online": False, "last_seen": None, "known": False, "similar": ["bob"], "unread": 1}
+    reply = {"id": "652a7c1b2f3e2", "from": "bub", "msg": "yes"}
+    with Scripted(stored(receiver=said, reply=None), stored(receiver=said, reply=reply)) as server:
+        env = {"AGENT_BUS_URL": server.url, "AGENT_NAME": "spark"}
+        shown = on_a_terminal("bus_send.py", "bub", "well?", "--ask", until=b"yes", **env)
+        assert shown.startswith("queued: nobody has ever listened as bub; did you mean bob?\n"
+                                "bus_send: waiting up to 300 s for a reply\n")  # fmt: skip
+        assert [asked.query["wait"] for asked in server.asked] == ["0.000", "25.000"]
+        assert len({asked.body for asked in server.asked}) == 1
+
+
 def test_an_empty_text_is_not_an_absent_one():
     with Scripted(stored()) as server:
         code, out, err = send(server, "", stdin=b"not this")
