@@ -158,9 +158,17 @@ class Session:
     def readers(self):
         return self.running(ROOT / "bus_recv.py")
 
-    def output_of_readers(self):
-        """What the stdout of each reader is: `socket`, `pipe`, or a path. bus_recv.py paces and wraps for a socket."""
-        return {os.readlink(f"/proc/{pid}/fd/1").partition(":")[0] for pid in wait_until(self.readers)}
+    def readers_write_to(self, kind):
+        """Is the stdout of each reader a `socket`, or a `pipe`? bus_recv.py paces and wraps for a socket.
+
+        A shell that is about to become a reader has another one for a moment.
+        """
+
+        def found():
+            with contextlib.suppress(OSError):  # one has just ended
+                return {os.readlink(f"/proc/{pid}/fd/1").partition(":")[0] for pid in self.readers()} == {kind}
+
+        return wait_until(found)
 
     def end(self):
         """As its user would end it; returns what does not end by itself."""
@@ -220,7 +228,7 @@ def test_a_message_becomes_a_notification_and_its_answer_reaches_the_peer(bus, p
     took = []
     with ScriptedModel(script) as model, Session(tmp_path, bus, model, "--allowedTools", "Monitor", "Bash") as session:
         wait_until(lambda: "Monitor started" in model.heard())
-        assert session.output_of_readers() == {"socket"}
+        assert session.readers_write_to("socket")
         mail = bus_recv.receive("peer", url=bus.url, timeout=PATIENCE)
         for number in range(5):
             began = time.monotonic()
@@ -511,7 +519,7 @@ def test_the_plugins_own_monitor_tells_a_session_on_a_terminal_once_its_skill_is
     # Not auto mode, a terminal's default: there a model judges each call, and ours judges nothing.
     allowed = "--permission-mode", "default", "--allowedTools", "Skill", "Bash"
     with ScriptedModel(script) as model, Terminal(tmp_path, bus, model, *PLUGIN, *allowed) as session:
-        assert session.output_of_readers() == {"socket"}
+        assert session.readers_write_to("socket")
         mail, took = bus_recv.receive("peer", url=bus.url, timeout=PATIENCE), []
         for number in range(3):
             began = time.monotonic()
