@@ -999,7 +999,7 @@ class Query:
 
     def name(self, field: str, default: str | None) -> str | None:
         value = self.one(field)
-        return default if value is None or field + value == "channel" else name(value, field)
+        return default if value is None or (not value and field == "channel") else name(value, field)
 
     def number(self, field: str, default: float, low: float, high: float) -> float:
         value = self.one(field)
@@ -2157,7 +2157,7 @@ def ip_address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | Non
         return None
 
 
-def note(entries: OrderedDict[Any, Any], key: Any, value: Any, most: int) -> None:
+def put_newest(entries: OrderedDict[Any, Any], key: Any, value: Any, most: int) -> None:
     """Make an entry the newest; of more than `most`, the oldest is dropped.
 
     With a dict this would take longer each time: it walks over all the entries that were deleted before its first one.
@@ -2186,14 +2186,14 @@ class Budget:
         left = min(self.burst, left + (now - before) * self.rate)
         if amount > left and left < self.burst:
             return math.ceil((min(amount, self.burst) - left) / self.rate)
-        note(self.left, owner, (left - amount, now), self.OWNERS)
+        put_newest(self.left, owner, (left - amount, now), self.OWNERS)
         return 0
 
     def take(self, owner: str, amount: float) -> None:
         """Spend `amount`, which was not known before; the budget may go below 0."""
         now = self.clock()
         left, before = self.left.get(owner, (self.burst, now))
-        note(self.left, owner, (min(self.burst, left + (now - before) * self.rate) - amount, now), self.OWNERS)
+        put_newest(self.left, owner, (min(self.burst, left + (now - before) * self.rate) - amount, now), self.OWNERS)
 
 
 class Storms:
@@ -2281,7 +2281,7 @@ class Storms:
         if new:
             self.name(owner, new)
         if heard is None or heard < now - self.NOTED:
-            note(self.senders, sender, now, self.SENDERS)
+            put_newest(self.senders, sender, now, self.SENDERS)
         for channel, sender, to in each:
             if to != EVERYONE:
                 warning = self.turn(channel, sender, to, now) or warning
@@ -2302,7 +2302,7 @@ class Storms:
                 often = f"{self.most_turns} times in {self.WITHIN / 60:g} minutes"
                 raise too_much(f"{sender} and {to} have answered each other {often}: stop, or wait {wait} s", wait)
             turns.append(now)
-        note(self.turns, pair, (sender, now, turns), self.PAIRS)
+        put_newest(self.turns, pair, (sender, now, turns), self.PAIRS)
         if len(turns) < max(self.most_turns // 4, 1):
             return ""
         often = f"{len(turns)} times in {self.WITHIN / 60:g} minutes"
@@ -3386,7 +3386,7 @@ class View(Rows):
     COUNTED = 3 * MAILBOX_MESSAGES  # a mailbox can get more than MAILBOX_MESSAGES, as one send may have thousands
 
     def hole(self, channel: str, own: str, above: int, upto: int) -> tuple[bool, int]:
-        """Does a mailbox have a message between these ticks that can still be delivered? Up to which has none expired?
+        """Has a mailbox a message between these ticks that can still be delivered? And up to which are all expired?
 
         After LOOKED_FOR_HOLE expired messages it is taken to have one, and the next look goes on there.
         """

@@ -31,9 +31,9 @@ from bus_server import (
     boolean,
     encode,
     is_name,
-    note,
     ok,
     page,
+    put_newest,
     seconds,
 )
 
@@ -108,7 +108,7 @@ class People:
         if reader:
             key = str(poll.channel), str(poll.me)
             until = self.bus.mailboxes.clock() + (poll.hold or HOLD) + GRACE
-            note(self.readers.setdefault(key, OrderedDict()), reader, until, self.READERS)
+            put_newest(self.readers.setdefault(key, OrderedDict()), reader, until, self.READERS)
 
     def forget(self) -> None:
         now = self.bus.mailboxes.clock()

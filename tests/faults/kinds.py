@@ -289,8 +289,8 @@ KINDS = [
          (f"{SHARES}::test_pairs_of_names_have_a_budget_of_memory",
           f"{SHARES}::test_to_forget_the_oldest_costs_the_same_however_many_were_forgotten_before",
           "core/test_storms.py::test_whoever_is_known_is_among_a_number_and_the_quietest_are_forgotten"),
-         "`Storms.turn()` without `PAIRS`, or with a deque for each (the first); `note()` on a dict, or without its "
-         "limit (the last two)"),
+         "`Storms.turn()` without `PAIRS`, or with a deque for each (the first); `put_newest()` on a dict, or without "
+         "its limit (the last two)"),
     Kind("a cache keeps what others wrote",
          "each cache of the server has keys of few bytes",
          ("faults/test_kinds_memory.py::test_every_cache_has_keys_of_few_bytes",
