@@ -4522,6 +4522,8 @@ class Sending:
                 new += 1
             elif box.reached < box.newest:
                 self.check_room(box, channel, sender, to)
+            else:
+                box.pending = None  # all is fetched: the next count has fewer messages than this one would take off
         return bus.storms.check(drafts, each, new, request.owner())
 
     def check_room(self, box: Mailbox, channel: str, sender: str, to: str) -> None:
@@ -4544,7 +4546,7 @@ class Sending:
             raise too_much(f"the mailbox of {to} is nearly full, and {own}: wait until they are fetched", 60)
 
     def unfetched(self, box: Mailbox, channel: str, to: str, by_sender: bool = False) -> Unfetched:
-        """Counted once for a mailbox; from then on, what was fetched since the last count is taken off."""
+        """Counted once, until all is fetched; meanwhile, what was fetched since the last count is taken off."""
         pending = box.pending
         if not pending or (by_sender and not pending.counts_senders):
             pending = box.pending = Unfetched(box.reached, by_sender, self.view.clock())

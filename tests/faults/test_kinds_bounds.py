@@ -485,6 +485,18 @@ def test_the_senders_of_a_mailbox_are_counted_when_it_is_nearly_full_and_only_th
     assert list(bus.sending.unfetched(box, "default", "bob", by_sender=True).by_sender) == ["eve"]
 
 
+def test_a_mailbox_that_was_read_to_its_end_is_not_counted_down(bus):
+    """With 400 readers that had each fetched everything, the next send to each took 150 ms."""
+    guest = Guest(bus)
+    guest.asks("POST", "/send", [{"from": "eve", "to": "bob", "msg": "x"}] * 50)
+    guest.sends("bob")
+    guest.asks("GET", "/recv?to=bob&since=0")
+    with rows_of(bus.view, "sizes") as rows:
+        for _ in range(3):
+            guest.sends("bob")
+    assert bus.mailboxes.box("default", "bob").pending.messages == 3 and len(rows) == 1
+
+
 def test_a_mailbox_with_more_than_may_be_in_it_is_counted_whole(bus):
     """Three lists of 5,000 came in at once. Else what is fetched would be taken off a count that has not all of it."""
     guests = [Guest(bus) for _ in range(3)]
