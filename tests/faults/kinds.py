@@ -306,8 +306,8 @@ KINDS = [
          (f"{BOUNDS}::test_what_can_no_longer_be_delivered_takes_no_room_in_a_mailbox",
           f"{BOUNDS}::test_a_full_mailbox_is_counted_again_once_a_minute",
           f"{BOUNDS}::test_expired_mail_of_a_group_is_looked_at_once"),
-         "`View.sizes()` counts all (the first); `check_room()` counts again each time (the second); `has_hole()` "
-         "begins at the mark (the last)"),
+         "`View.sizes()` counts all (the first); `check_room()` counts again each time (the second); "
+         "`Mailbox.oldest()` begins at the mark (the last)"),
     Kind("what is for others is looked at without an end",
          "a question that is asked again, a page of a thread and a claim look at a bounded number and say how to go "
          "on; sixteen claims are in one list",
