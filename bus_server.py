@@ -71,7 +71,7 @@ from functools import lru_cache, partial
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
 from itertools import accumulate, count, islice
-from operator import attrgetter
+from operator import attrgetter, length_hint
 from types import ModuleType
 from typing import IO, Any, ClassVar, NamedTuple, NoReturn, Protocol, TypeVar, Union
 from urllib.parse import parse_qsl
@@ -640,6 +640,12 @@ class Loop:
                 say_exception()
                 self.attempt(failed, item)
 
+    def gradually(self, action: Callable[[T], object], failed: Callable[[T], object], items: Iterator[T]) -> None:
+        """each() with those for which this turn has time, and with the others in the next turns. `items`: of a list."""
+        self.each(action, failed, self.timely(items))
+        if length_hint(items):
+            self.soon(partial(self.gradually, action, failed, items))
+
     def insist(self, action: Callable[[], None]) -> None:
         """Call `action`; after an exception call it again in RETRY seconds, because somebody may wait for it."""
         if not self.attempt(action):
@@ -953,6 +959,7 @@ def without_port(host: str) -> str:
 
 
 known_head = lru_cache(1024)(Head)  # the requests of one client have the same head: 0.2 us instead of 5
+NO_HEAD = Head(b"GET / HTTP/1.0\r\n\r\n")
 
 
 STRAY_PERCENT = re.compile("%(?![0-9A-Fa-f]{2})")
@@ -1181,6 +1188,11 @@ class Request(BaseHTTPRequestHandler):
             raise Refused(400, "the body must be a JSON object")
         return Query.of_members(value)
 
+    def shrink(self) -> None:
+        """It waits for a commit: keep what its answer and the log need, and no headers and no body."""
+        self.body, self.path, self.fields, self.parsed = b"", "", {}, NO_HEAD
+        self.head = self.head[:1024].partition(b"\r\n")[0]
+
     def owner(self) -> str:
         """Whose limits this request counts for: those of a token, or of an address."""
         return self.grant.token or self.peer.address
@@ -1357,11 +1369,11 @@ class Door:
             connection.transport.abort()
 
     def drain(self) -> None:
-        self.loop.each(Connection.drain, Connection.fail, list(self.connections))
+        self.loop.gradually(Connection.drain, Connection.fail, iter([*self.connections]))
 
     def evict(self) -> None:
-        """Close the connections whose tokens were revoked."""
-        self.loop.each(Connection.check_token, Connection.fail, list(self.connections))
+        """Close the connections whose tokens were revoked. Before that, no such one is told of a message."""
+        self.loop.gradually(Connection.check_token, Connection.fail, iter([*self.connections]))
 
 
 class Outgoing:
@@ -1390,12 +1402,12 @@ class Outgoing:
         """Whose limit its unread answers count for: that of a token, or of an address."""
         return self.token or self.address
 
-    def guard(self, action: Callable[[], None]) -> None:
+    def guard(self, action: Callable[[], object]) -> None:
         """Call `action`; an exception ends this connection."""
         if not self.door.loop.attempt(action):
             self.door.loop.attempt(self.fail)
 
-    def soon(self, action: Callable[[], None]) -> None:
+    def soon(self, action: Callable[[], object]) -> None:
         self.door.loop.soon(partial(self.guard, action))
 
     def fail(self) -> None:
@@ -1717,11 +1729,11 @@ class Connection(Outgoing):
             self.closing = True
             self.write(refusal(refused))
 
-    def check_token(self) -> None:
+    def check_token(self) -> bool:
         """End this connection if its token was revoked. In BUSY, Bus.entitled() and Bus.park() check it instead."""
         waits = self.phase in (BODY, PARKED)
         if self.token is None or not (waits or (self.token and self.phase in (IDLE, HEAD, WRITING))):
-            return
+            return False
         try:
             self.door.app.check_token(self.token)
         except Refused as refused:
@@ -1734,6 +1746,8 @@ class Connection(Outgoing):
                 self.transport.abort()
             else:
                 self.write(refusal(refused))
+            return True
+        return False
 
     def late(self) -> None:
         """The deadline of this phase has passed."""
@@ -2731,7 +2745,7 @@ class Forget(Operation):
                 state.writing.execute("DELETE FROM receipts WHERE mailbox = ?", (number,))
                 state.counts.pop((channel, own), None)
                 gone.append([channel, own])
-        state.mailboxes_made = max((number for number, _ in state.counts.values()), default=0)  # as reload() would
+        [state.mailboxes_made] = state.ask("SELECT ifnull(max(id), 0) FROM mailboxes")  # as reload() would
         return gone
 
 
@@ -3276,6 +3290,9 @@ class State(Rows):
                 del values[: len(some)]
 
 
+Look = tuple[Union[int, None], int, int]  # the tick that was found, up to which tick all are expired, how many rows
+
+
 class View(Rows):
     """The reads of the turns, on a connection that can only read.
 
@@ -3336,7 +3353,7 @@ class View(Rows):
     def log(self, poll: Poll, upto: int) -> tuple[sqlite3.Cursor, int]:
         """The rows for an observer, and up to which tick. SQLite passes over those that its token may not see."""
         sees, some = poll.sees or OPEN, "SELECT tick FROM messages WHERE tick > ? ORDER BY tick LIMIT 1 OFFSET ?"
-        [end] = self.ask(some, poll.since, self.LOOKED - 1) or [upto]
+        [end] = (None if sees.operator else self.ask(some, poll.since, self.LOOKED - 1)) or [upto]
         names = encode([] if sees.send_only else [sees.name, EVERYONE, *sees.also])
         only = "tick > ? AND tick <= ? AND (? OR sender = ? OR name IN (SELECT value FROM json_each(?)))"
         rows = f"SELECT {ROW} FROM messages CROSS JOIN mailboxes ON mailbox = id WHERE {only} ORDER BY tick"
@@ -3385,20 +3402,18 @@ class View(Rows):
 
     COUNTED = 3 * MAILBOX_MESSAGES  # a mailbox can get more than MAILBOX_MESSAGES, as one send may have thousands
 
-    def hole(self, channel: str, own: str, above: int, upto: int) -> tuple[bool, int]:
-        """Has a mailbox a message between these ticks that can still be delivered? And up to which are all expired?
+    def look(self, channel: str, own: str, upto: int, most: int, above: int) -> Look:
+        """The oldest message of a mailbox between two ticks that is not expired. It passes over `most`, and no more.
 
-        After LOOKED_FOR_HOLE expired messages it is taken to have one, and the next look goes on there.
+        Then the next one counts as not expired.
         """
-        now, expired_to = self.clock(), above
+        now, reached, looked = self.clock(), above, 0
         with contextlib.closing(self.mail("messages.tick, expires", (channel, own), above, upto)) as rows:
-            for looked, (tick, expires) in enumerate(rows):
-                if expires is None or expires > now or looked == self.LOOKED_FOR_HOLE:
-                    return True, expired_to
-                expired_to = tick
-        return False, expired_to
-
-    LOOKED_FOR_HOLE = 1000  # messages: 1 ms
+            for looked, (tick, expires) in enumerate(rows, 1):
+                if expires is None or expires > now or looked > most:
+                    return tick, reached, looked
+                reached = tick
+        return None, reached, looked
 
     def lineage(self, tick: int) -> tuple[int, int]:
         """The tick that began the chain of replies of a message, and its depth; a removed message begins a new one."""
@@ -3411,6 +3426,14 @@ class View(Rows):
         expired = f"mailbox = {MAILBOX} AND expires > ? AND expires <= ? AND tick > ? LIMIT ?"
         counted = f"SELECT count(*) FROM (SELECT 1 FROM messages WHERE {expired})"
         return int(self.ask(counted, channel, own, since, now, above, most)[0])
+
+    def count_gone(self, channel: str, own: str, above: int, upto: int, at: int) -> int | None:
+        """How many messages of a mailbox between two ticks had expired at `at` (us). None: it has over COUNTED_READ."""
+        with contextlib.closing(self.mail("expires", (channel, own), above, upto)) as rows:
+            ends = [end for [end] in islice(rows, self.COUNTED_READ + 1)] if above < upto else []
+        return sum(end is not None and end <= at for end in ends) if len(ends) <= self.COUNTED_READ else None
+
+    COUNTED_READ = 1000  # messages: 2 ms
 
     def mailboxes(self, last: int) -> list[tuple[Any, ...]]:
         """A row for each mailbox: channel, name, own, read, fetched, seen, removed, n, newest, perishable."""
@@ -3683,7 +3706,7 @@ class Mailbox:
     """One name on one channel, and how far its messages were read. Values are ticks unless a comment says otherwise."""
 
     __slots__ = (
-        "above address base expired expired_to fetched firm listening n newest own pending perishable reached read "
+        "above address base expired fetched firm gone listening n newest own pending perishable reached read "
         "removed seen sent until"
     ).split()
     own: bool
@@ -3703,9 +3726,9 @@ class Mailbox:
         self.above = (0, 0)  # above a hole: between these ticks messages were delivered
         self.reached = self.fetched  # highest tick delivered, above holes too; later messages fill the mailbox
         self.firm = bool(stored)  # it has a row on disk, or should get one; else it was only looked at
-        self.base: int | None = None  # how many messages lie up to the mark; None: to be counted
+        self.base: tuple[int, int] | None = None  # a mark, and how many messages lie up to it; None: to be counted
         self.expired: tuple[int, int, int] | None = None  # above which mark, up to when (wall clock, us), how many
-        self.expired_to = 0  # from `fetched` up to this tick all messages are expired
+        self.gone = (0, 0)  # above the one tick, up to the other, all messages are expired
         self.pending: Unfetched | None = None  # None: to be counted
         self.sent = 0  # of the last message that this name sent, if an extension notes it
         self.address = ""  # of the reader that polled last
@@ -3715,6 +3738,28 @@ class Mailbox:
     def mark(self) -> int:
         """Messages above this tick are unread: the owner's cursor or, if it is only read as a group, `fetched`."""
         return (self.read or 0) if self.own else self.fetched
+
+    def oldest(self, mark: int, look: Callable[[int], Look]) -> tuple[int | None, int]:
+        """The oldest message above a mark that is not expired, and how many were looked at. `look`: View.look().
+
+        It begins where the last look has ended.
+        """
+        low, high = self.gone
+        found, reached, looked = look(max(mark, high) if low <= mark else mark)
+        if low <= mark <= high or mark <= low <= reached:
+            self.gone = min(low, mark), max(high, reached)
+        elif reached > mark:
+            self.gone = mark, reached
+        return found, looked
+
+    def recalled(self, message: Message) -> None:
+        """Its sender took this message back: what was counted stays true."""
+        self.perishable = True
+        mark, at, known = self.expired or (message.tick, 0, 0)
+        if message.tick > mark and (message.expires is None or message.expires > at):
+            self.expired = mark, at, known + 1
+        if self.pending:
+            self.pending.recalled(message)
 
 
 class Mailboxes:
@@ -3728,15 +3773,16 @@ class Mailboxes:
         clock: Callable[[], float],
         stored: Iterable[Sequence[Any]] = (),
         wall: Callable[[], int] = wall_clock,
-        hole: Callable[[str, str, int, int], tuple[bool, int]] = lambda channel, own, above, upto: (False, above),
+        look: Callable[[str, str, int, int, int], Look] = lambda channel, own, upto, most, above: (None, above, 0),
     ) -> None:
         self.clock, self.wall = clock, wall
-        self.hole = hole  # View.hole
+        self.look = look  # View.look
         self.lost = 0  # up to this tick messages may be lost by damage
         self.forgotten = 0  # highest tick removed from a forgotten mailbox, which has no mark of its own any more
         self.boxes = {(row[0], row[1]): Mailbox(*row[2:]) for row in stored}
         self.ordered = sorted(self.boxes)
         self.unordered: list[tuple[str, str]] = []  # those that came since the last sort
+        self.dropped: set[tuple[str, str]] = set()  # those in the two lists that have gone
         self.removed = max((box.removed for box in self.boxes.values()), default=0)  # no message above was removed
         self.highest = max((box.newest for box in self.boxes.values()), default=0)
         self.changed: set[tuple[str, str]] = set()  # mailboxes whose marks are newer than on disk
@@ -3744,12 +3790,16 @@ class Mailboxes:
         self.on_fetched: list[Callable[[str, str, int, int], None]] = []  # see note()
         self.parked: dict[Connection, Parked] = {}
         self.waiting: dict[Key, dict[Connection, None]] = {}
+        # Polls for whose mailboxes messages came, before they are told: these messages, a list for each mailbox.
+        self.behind: OrderedDict[Connection, list[list[Message]]] = OrderedDict()
 
     def box(self, channel: str, own: str) -> Mailbox:
         box = self.boxes.get((channel, own))
         if box is None:
             box = self.boxes[channel, own] = Mailbox()
-            self.unordered.append((channel, own))
+            if (channel, own) not in self.dropped:
+                self.unordered.append((channel, own))
+            self.dropped.discard((channel, own))
         return box
 
     def keys(self, after: tuple[str, str]) -> Iterator[tuple[str, str]]:
@@ -3758,14 +3808,19 @@ class Mailboxes:
             self.ordered += self.unordered
             self.ordered.sort()  # a list that is nearly in order takes a twentieth of the time
             self.unordered = []
-        return islice(self.ordered, bisect_right(self.ordered, after), None)
+        behind = islice(self.ordered, bisect_right(self.ordered, after), None)
+        return (key for key in behind if key not in self.dropped)
 
     def drop(self, keys: Iterable[tuple[str, str]]) -> None:
         for key in keys:
             box = self.boxes.pop(key, None)
-            self.forgotten = max(self.forgotten, box.removed if box else 0)
-        self.ordered = [key for key in self.ordered if key in self.boxes]
-        self.unordered = [key for key in self.unordered if key in self.boxes]
+            if box:
+                self.forgotten = max(self.forgotten, box.removed)
+                self.dropped.add(key)
+        if len(self.dropped) > len(self.boxes) // 4:  # not each time, because there may be a hundred thousand
+            self.ordered = [key for key in self.ordered if key in self.boxes]
+            self.unordered = [key for key in self.unordered if key in self.boxes]
+            self.dropped = set()
 
     def new(self, channel: str, names: Iterable[str]) -> int:
         """How many of these names have no mailbox yet. `all` counts only alone: each poll has it."""
@@ -3793,7 +3848,7 @@ class Mailboxes:
         """The first name of a poll is the reader's own. Until now it may have been a group, which has another mark."""
         own = self.box(str(poll.channel), poll.names[0])
         if not own.own and poll.me != EVERYONE:  # `all` is nobody's own
-            own.own, own.base = True, None
+            own.own = True
 
     def left(self, parked: Parked) -> None:
         """A parked reader hung up. Its names count as listening for GRACE only, unless another reader waits there."""
@@ -3831,16 +3886,14 @@ class Mailboxes:
                 self.note(str(reader.channel), own, FETCHED, tick, reader.who)
                 continue
             since = reader.since if isinstance(reader, Poll) and own != reader.me else 0
-            if since > box.fetched and self.has_hole(str(reader.channel), own, box, since):
+            look = partial(self.look, str(reader.channel), own, since, self.LOOKED_FOR_HOLE)
+            if since > box.fetched and box.oldest(box.fetched, look)[0]:
                 low, high = box.above
                 box.above = min(low or since, since), max(high, tick)
                 continue
             self.fetched(reader, own, box, tick)
 
-    def has_hole(self, channel: str, own: str, box: Mailbox, since: int) -> bool:
-        """Is there a message above the mark, up to `since`, that can still be delivered?"""
-        found, box.expired_to = self.hole(channel, own, max(box.fetched, box.expired_to), since)
-        return found
+    LOOKED_FOR_HOLE = 1000  # messages: 1 ms
 
     def fetched(self, reader: Parked, own: str, box: Mailbox, tick: int) -> None:
         box.reached = max(box.reached, tick)
@@ -3848,7 +3901,8 @@ class Mailboxes:
             if box.newest > box.fetched:  # else the receipt is for no message, and nothing would ever remove it
                 self.note(str(reader.channel), own, FETCHED, tick, reader.who)
             box.fetched = tick
-        box.base = None
+        if box.mark() >= box.newest:  # then it need not be counted
+            box.base = box.mark(), box.n
 
     def came(self, message: Message) -> int:
         """Highest tick that a reader has of the message's mailbox or, for a message to `all`, that any reader has."""
@@ -3858,7 +3912,9 @@ class Mailboxes:
     def has_passed(self, message: Message) -> bool:
         """May a reader have this message, above a hole or below the marks?"""
         low, high = self.box(message.channel, message.to).above
-        return low < message.tick <= high or message.tick <= self.came(message)
+        on_their_way = {id(messages): messages for came in self.behind.values() for messages in came}.values()
+        passed = low < message.tick <= high or message.tick <= self.came(message)
+        return passed or any(message in messages for messages in on_their_way)
 
     def note(self, channel: str, own: str, kind: int, tick: int, reader: str) -> None:
         """Mail was fetched: keep a receipt, and tell between which ticks. Each way to fetch a message ends here."""
@@ -3967,6 +4023,7 @@ class Mailboxes:
 
     def unpark(self, connection: Connection) -> Parked:
         parked = self.parked.pop(connection)
+        self.behind.pop(connection, None)
         for key in parked.places():
             del self.waiting[key][connection]
             if not self.waiting[key]:
@@ -3982,22 +4039,26 @@ class Mailboxes:
         return [connection for connection, other in polls if isinstance(other, Poll) and other.me == poll.me]
 
     def wake(self, visible: list[Message]) -> dict[Connection, list[Message]]:
-        """The parked connections that these messages are for, but no observers; each with its messages, in order."""
+        """The parked connections that these messages are for, each with its messages in order: but no observers.
+
+        Polls are no part of the result: from now on they are `behind`.
+        """
         woken: dict[Connection, list[Message]] = {}
-        here: dict[Key, tuple[list[Connection], Iterator[Connection]]] = {}  # those who get all, and one for each
+        came: dict[Key, list[Message]] = {}
         for message in visible if self.waiting else ():
             for key in ((message.channel, message.to), (REPLIES, message.answers or 0)):
-                if key not in self.waiting:
+                if key in self.waiting:
+                    came.setdefault(key, []).append(message)
+        for place, messages in came.items():
+            left = iter(messages)
+            for connection in self.waiting[place]:
+                parked = self.parked[connection]
+                if isinstance(parked, Poll):
+                    self.behind.setdefault(connection, []).append(messages)
                     continue
-                if key not in here:
-                    waiting = self.waiting[key]
-                    alone = [connection for connection in waiting if self.parked[connection].exclusive]
-                    here[key] = [each for each in waiting if not self.parked[each].exclusive], iter(alone)
-                readers, workers = here[key]
-                wanted = [each for each in readers if self.parked[each].wants(message)]
-                wanted += islice((each for each in workers if self.parked[each].wants(message)), 1)
-                for connection in wanted:
-                    woken.setdefault(connection, []).append(message)
+                wanted = (message for message in (left if parked.exclusive else messages) if parked.wants(message))
+                its = [*islice(wanted, 1 if parked.exclusive else None)]
+                woken.update({connection: its} if its else {})
         return woken
 
 
@@ -4009,6 +4070,7 @@ class Mailboxes:
 NAMES_PER_READER = 16
 COPIES_PER_SEND = 5000  # messages times names in one request: 40 ms of one transaction
 COUNTED_EXPIRED = 20000  # expired messages counted at once, to tell how many are unread: 2 ms
+RECOUNTS = 100  # names whose mark has moved that are counted anew at once, with a look at the disk for each: 10 ms
 TIDY_SECONDS = 60.0  # between two searches for messages and names that are too old
 MARKS_SECONDS = 1.0  # s a mark may be newer in memory than on disk; after a crash `since=last` repeats that much
 DRAIN_SECONDS = 10.0  # for accepted sends to be committed and answered after SIGTERM
@@ -4193,7 +4255,7 @@ class Bus:
         self.clock = Clock(state.view.clock, state.last)
         self.ledger = Ledger(self)
         stored = state.view.mailboxes(state.last)
-        self.mailboxes = Mailboxes(time.monotonic, stored, state.view.clock, state.view.hole)
+        self.mailboxes = Mailboxes(time.monotonic, stored, state.view.clock, state.view.look)
         self.mailboxes.lost, self.mailboxes.forgotten = state.lost, state.forgotten
         self.figures = Figures()
         self.sending, self.receiving, self.retention = Sending(self), Receiving(self), Retention(self, keep)
@@ -4202,14 +4264,15 @@ class Bus:
         self.truths: dict[tuple[str, tuple[str, ...], str], str] = {}
         self.readers: dict[str, tuple[int, int]] = {}
         self.unread: dict[Mailbox, int] = {}
-        self.countable = 0  # expired messages that may still be counted in this announcement, or for this list of names
+        # In this announcement, or for this list of names: expired messages and marks that may still be counted.
+        self.countable = self.recounts = 0
         self.draining = self.broken = False
         self.saving = False  # save_marks() is planned, or follows a commit
         self.sure = True  # each message was told to Mailboxes and its readers; if not, each poll looks at the disk
         # The seams: what the core and the extensions register.
         self.routes: dict[tuple[str, str], Route] = {}
         self.waits: dict[type, Waits] = {Poll: Waits(self.receiving.poll_answer, self.receiving.poll_over)}
-        self.checks: list[Callable[[Any], None]] = []  # Refused if a message may not be sent
+        self.checks: list[Callable[[list[Any]], None]] = []  # Refused if one of these messages may not be sent
         self.states: list[Callable[[Message], tuple[str, str] | None]] = []  # how far a message came
         self.about: list[Callable[[Grant, str, str, Mailbox], str]] = []  # further JSON about a name in /agents
         self.unknown: list[Callable[[Draft], str]] = []  # further JSON about a receiver that is not known
@@ -4267,6 +4330,8 @@ class Bus:
         raise Refused(404, f"there is nothing at {request.path.partition('?')[0]}: GET / lists the endpoints")
 
     def over(self, connection: Connection) -> Answer | None:
+        if connection.check_token():
+            return None
         parked = self.mailboxes.unpark(connection)
         if connection.ended:
             self.mailboxes.left(parked)
@@ -4303,7 +4368,7 @@ class Bus:
     def do(self, operation: Operation, connection: Connection | None, then: Then, undone: Undone | None = None) -> Step:
         """Apply an operation with the next list; see Step for what follows."""
         if connection and connection.request:
-            connection.request.body = b""  # what waits is small
+            connection.request.shrink()
         step = made(Step, (operation, connection, then, undone))
         self.ledger.add(step)
         return step
@@ -4338,7 +4403,8 @@ class Bus:
         for tell in self.on_announced:
             self.loop.attempt(tell, outcome.visible)
         noted = not outcome.removed or self.loop.attempt(self.mailboxes.note_removed, outcome.removed)
-        self.truths, self.readers, self.unread, self.countable = {}, {}, {}, COUNTED_EXPIRED
+        self.truths, self.readers, self.unread = {}, {}, {}
+        self.countable, self.recounts = COUNTED_EXPIRED, RECOUNTS
         woken = not self.mailboxes.parked or self.loop.attempt(self.wake, outcome.visible)
         self.sure = sure and added and noted and woken
         self.settle(zip(steps, outcome.results))
@@ -4346,13 +4412,15 @@ class Bus:
     def wake(self, visible: list[Message]) -> None:
         alive = [each for each in visible if each.expires is None or not self.view.is_expired(each)]
         self.loop.each(self.found, lambda found: found[0].fail(), self.mailboxes.wake(alive).items())
+        self.receiving.catch_up()
         for connection in self.mailboxes.waiting.get(EVERYTHING, ()) if visible else ():
             connection.soon(partial(self.receiving.observe, connection, visible))
 
     def found(self, found: tuple[Connection, list[Message]]) -> None:
         connection, messages = found
-        parked = self.mailboxes.unpark(connection)
-        connection.answer(self.waits[type(parked)].found(connection, parked, messages))
+        if messages and not connection.check_token():
+            parked = self.mailboxes.unpark(connection)
+            connection.answer(self.waits[type(parked)].found(connection, parked, messages))
 
     def settle(self, results: Iterable[tuple[Step, Any]]) -> None:
         """Answer each step. If one raises an exception, the others must be answered all the same."""
@@ -4486,12 +4554,11 @@ class Sending:
             raise Refused(400, "the body is a form: send the text itself with curl --data-binary")
         value = verbatim(request.body, query) if "to" in query.fields else parse_json(request.body)
         several = isinstance(value, list)
-        messages = value if several else [value]
+        messages: list[Any] = value if isinstance(value, list) else [value]
         if request.grant.name:
             messages = [request.grant.sign(message) for message in messages]
         for check in self.bus.checks:
-            for message in messages:
-                check(message)
+            check(messages)
         key = request.fields.get("idempotency-key")
         drafts = []
         for message in messages:
@@ -4595,10 +4662,7 @@ class Receiving:
     def read_or_park(self, request: Request, poll: Poll) -> Answer | None:
         perhaps_forgotten = self.mailboxes.forgotten > poll.since and self.mailboxes.perhaps_forgotten(poll)
         self.mailboxes.presented(poll)
-        found: list[Message] = []
-        reached = None
-        if self.mailboxes.newest(poll) > poll.since or not self.bus.sure:
-            found, reached = self.read(poll)
+        found, reached = self.read_new(poll)
         self.note_removed(poll)
         gap = self.mailboxes.gap(poll, perhaps_forgotten)
         if found or reached or gap or not poll.hold or self.bus.draining:
@@ -4628,10 +4692,27 @@ class Receiving:
             reached = found[-1].tick if found else upto
         return found, reached
 
+    def read_new(self, poll: Poll) -> tuple[list[Message], int | None]:
+        """The same, without a look at the disk if there can be none."""
+        return self.read(poll) if self.mailboxes.newest(poll) > poll.since or not self.bus.sure else ([], None)
+
     def note_removed(self, poll: Poll) -> None:
         """A message that the current commit removes must already count as a gap for readers that look now."""
         if self.bus.ledger.removes():
             self.mailboxes.note_removed(self.view.removed_up_to(poll))
+
+    def catch_up(self) -> None:
+        """Answer the polls that are behind. There may be many, and many messages: the rest comes in the next turn."""
+        self.bus.loop.each(self.bus.found, lambda found: found[0].fail(), self.bus.loop.timely(self.fresh()))
+        if self.mailboxes.behind and self.catch_up not in self.bus.loop.actions:
+            self.bus.loop.soon(self.catch_up)
+
+    def fresh(self) -> Iterator[tuple[Connection, list[Message]]]:
+        """Each poll that is behind, with the messages that it wants. Who takes only some finds the others next time."""
+        while self.mailboxes.behind:
+            connection, came = self.mailboxes.behind.popitem(last=False)
+            poll = self.mailboxes.parked[connection]
+            yield connection, [message for message in sorted(sum(came, [])) if poll.wants(message)]
 
     def observe(self, connection: Connection, visible: list[Message]) -> None:
         """An observer that may want one of these messages reads the log as if it polled now; else its cursor moves.
@@ -4639,7 +4720,7 @@ class Receiving:
         There may be many observers and messages. So this is an action for each observer.
         """
         poll = self.mailboxes.parked.get(connection)
-        if isinstance(poll, Poll) and poll.me is None:  # else it was answered meanwhile
+        if isinstance(poll, Poll) and poll.me is None and not connection.check_token():  # else it was answered
             found, reached = self.read(poll) if any(map(poll.wants, visible)) else ([], None)
             if found or reached:
                 self.mailboxes.unpark(connection)
@@ -4648,9 +4729,8 @@ class Receiving:
                 self.mailboxes.parked[connection] = poll._replace(since=max(poll.since, visible[-1].tick))
 
     def poll_over(self, connection: Connection, poll: Poll) -> Answer:
-        """Its hold is over. It gets now what has not woken it: see `sure`; an observer's turn may be still to come."""
-        found, reached = ([], None) if self.bus.sure and poll.me else self.read(poll)
-        return delivery(self.bus, poll, found, reached)
+        """Its hold is over. It gets now what has not woken it: see `sure`; or its turn is still to come."""
+        return delivery(self.bus, poll, *self.read_new(poll))
 
     def poll_answer(self, connection: Connection, poll: Poll, messages: Sequence[Message] = ()) -> Answer:
         """The messages of a commit that woke this poll, up to the limits of one answer."""
@@ -4712,7 +4792,7 @@ class Retention:
     def aged(self, whole: bool) -> None:
         self.aging = False
 
-    NAMES = 2000  # names looked at in one turn, 0.2 ms
+    NAMES = 200  # names looked at in one turn, and forgotten in one transaction: a few ms that a send may have to wait
 
     def forget_names(self, after: tuple[str, str] = ("", "")) -> None:
         """Forget the names that were only looked at, and the rows of names without mail that nobody polls."""
@@ -4720,12 +4800,18 @@ class Retention:
             return
         names = list(islice(self.bus.mailboxes.keys(after), self.NAMES))
         idle = self.bus.mailboxes.idle(names, self.bus.view.clock(), int(self.keep * 1000000))
-        if idle:
-            self.bus.do(Forget(idle), None, self.forgotten)
-        if names:
+
+        def go_on(*forgotten: Any) -> None:
+            if forgotten:
+                self.forgotten(*forgotten)
             self.bus.loop.later(self.NEXT_SECONDS, partial(self.forget_names, names[-1]))
 
-    NEXT_SECONDS = 0.02  # s until the next names are looked at
+        if idle:
+            self.bus.do(Forget(idle), None, go_on)
+        elif names:
+            go_on()
+
+    NEXT_SECONDS = 0.002  # s until the next names are looked at
 
     def forgotten(self, connection: None, forget: Forget, names: list[list[str]]) -> None:
         mailboxes = self.bus.mailboxes
@@ -4977,22 +5063,32 @@ def everybody(bus: Bus, channel: str) -> tuple[int, int]:
 
 
 def unread(bus: Bus, channel: str, own: str, box: Mailbox) -> int:
-    """Messages addressed to the name above its mark, less the expired. Broadcasts are not counted."""
+    """Messages addressed to the name above its mark, less the expired. Broadcasts are not counted.
+
+    Beyond RECOUNTS it is what lies above an older mark, or all.
+    """
     mark = box.mark()
     if mark >= box.newest:
         return 0
-    if box.base is None and not mark and not box.removed:
-        box.base = 0  # without a look at the disk for each of many mailboxes
-    if box.base is None:
+    if is_uncounted(box) and bus.recounts:
+        bus.recounts -= 1
         counted = bus.view.count_up_to(channel, own, mark)
-        box.base = box.n if counted is None else counted
-    return box.n - box.base - (expired(bus, channel, own, box) if box.perishable else 0)
+        box.base = mark, box.n if counted is None else counted
+    known, base = box.base or (0, 0)
+    return box.n - (base if known <= mark else 0) - (expired(bus, channel, own, box) if box.perishable else 0)
+
+
+def is_uncounted(box: Mailbox) -> bool:
+    """Does it take a look at the disk to tell how many messages lie up to the mark?"""
+    mark = box.mark()
+    return mark < box.newest and (box.base[0] != mark if box.base else mark + box.removed > 0)
 
 
 def expired(bus: Bus, channel: str, own: str, box: Mailbox) -> int:
-    """How many of the unread messages are expired. Only those are counted that expired since the last count."""
+    """How many of the unread messages are expired. It looks at those that expired or were read since the last count."""
     now, mark, known = bus.view.clock(), box.mark(), box.expired
-    since, before = known[1:] if known and known[0] == mark and known[1] <= now else (0, 0)
+    gone = bus.view.count_gone(channel, own, known[0], mark, known[1]) if known and known[0] <= mark else None
+    since, before = (known[1], known[2] - gone) if known and gone is not None and known[1] <= now else (0, 0)
     counted = bus.view.count_expired(channel, own, mark, since, now, bus.countable) if since < now else 0
     bus.countable -= counted
     if bus.countable > 0:  # else there may be more: they count as unread
@@ -5006,10 +5102,11 @@ Listed = tuple[str, str, Mailbox]  # channel, name, mailbox
 def page(bus: Bus, request: Request, shows: Callable[[str, Mailbox], bool]) -> tuple[list[Listed], str]:
     """Some mailboxes in the order of channel and name, and the members that say how to go on.
 
-    The query has max, after=CHANNEL/NAME, name and channel; `shows` says whether a mailbox belongs into the list.
+    The query has max, after=CHANNEL/NAME, name and channel; `shows` says whether a mailbox belongs into the list. It
+    ends before more than RECOUNTS mailboxes would have to be counted anew.
     """
     bus.storms.read(request.owner())
-    bus.countable = COUNTED_EXPIRED
+    bus.countable, bus.recounts = COUNTED_EXPIRED, RECOUNTS
     query = request.query()
     limit, (channel, _, own) = int(query.number("max", 1000, 1, 1000)), (query.one("after") or "").partition("/")
     wanted, names = query.name("channel", None), query.names("name")
@@ -5019,9 +5116,15 @@ def page(bus: Bus, request: Request, shows: Callable[[str, Mailbox], bool]) -> t
         for key in bus.mailboxes.keys((channel, own))
         if wanted in (None, key[0]) and (not names or key[1] in names) and shows(key[1], boxes[key])
     )
-    some = list(islice(keys, limit + 1))
-    more = f', "more": true, "next": {encode("/".join(some[limit - 1]))}' if len(some) > limit else ""
-    return [(*key, boxes[key]) for key in some[:limit]], more
+    some: list[Listed] = []
+    uncounted, more = 0, ""
+    for key in keys:
+        uncounted += is_uncounted(boxes[key])
+        if len(some) == limit or uncounted > RECOUNTS:
+            more = f', "more": true, "next": {encode("/".join(some[-1][:2]))}'
+            break
+        some.append((*key, boxes[key]))
+    return some, more
 
 
 def inbox(bus: Bus, request: Request) -> Answer:

@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from bus_extensions.schemas import Schemas
+from bus_server import Refused
 from tests.kit.peers import log_of, run
 from tests.kit.processes import PATIENCE, ROOT, Server
 
@@ -82,6 +84,18 @@ def test_the_errors_of_a_schema_are_short_though_the_message_is_long(schemas, tm
     with Server(tmp_path / "bus.db", "--schemas", schemas, program=WITH_PACKAGES) as bus:
         status, answer = send(bus, type="build.done", build="x" * 10000)
         assert status == 422 and len(answer["error"]) < 300
+
+
+def test_a_request_that_would_take_long_to_check_is_refused_in_words(schemas):
+    """The messages of a request count together, and those without a schema do not. What is refused was not checked."""
+    checks = Schemas(str(schemas), strict=False)
+    large = message(type="build.done", build=1, list=[{"a": [1, 2]}] * 100)
+    checks.check([large] * 4 + [message(list=[1] * 10_000)])
+    checks.types["build.done"] = None.__class__  # it would raise
+    for messages in ([large] * 5, [message(type="build.done", list=[[[1] * 700]] * 3)]):
+        with pytest.raises(Refused) as refused:
+            checks.check(messages)
+        assert refused.value.status == 413 and "2000 JSON values" in refused.value.sentence
 
 
 def test_strict_goes_with_schemas(tmp_path):

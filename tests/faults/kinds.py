@@ -19,6 +19,7 @@ GUARDS, FAIR, MEMORY = "faults/test_kinds_guards.py", "faults/test_kinds_fairnes
 AUTHORITY, RULES = "faults/test_kinds_authority.py", "faults/test_kinds_rules.py"
 BOUNDS, SHARES = "faults/test_kinds_bounds.py", "faults/test_kinds_shares.py"
 EXTENSIONS, WAITING = "faults/test_kinds_extensions.py", "faults/test_kinds_parked.py"
+TURNS = "faults/test_kinds_turns.py"
 STORAGE, PYTHON, BASH = "faults/test_kinds_storage.py", "clients/test_client_cases.py", "clients/test_listener_cases.py"
 
 KINDS = [
@@ -306,8 +307,8 @@ KINDS = [
          (f"{BOUNDS}::test_what_can_no_longer_be_delivered_takes_no_room_in_a_mailbox",
           f"{BOUNDS}::test_a_full_mailbox_is_counted_again_once_a_minute",
           f"{BOUNDS}::test_expired_mail_of_a_group_is_looked_at_once"),
-         "`View.sizes()` counts all (the first); `check_room()` counts again each time (the second); `has_hole()` "
-         "begins at the mark (the last)"),
+         "`View.sizes()` counts all (the first); `check_room()` counts again each time (the second); "
+         "`Mailbox.oldest()` begins at the mark (the last)"),
     Kind("what is for others is looked at without an end",
          "a question that is asked again, a page of a thread and a claim look at a bounded number and say how to go "
          "on; sixteen claims are in one list",
@@ -442,7 +443,47 @@ KINDS = [
          "`/agents` looks at 5,000 messages for `oldest`, and the next answer goes on behind the expired ones",
          (f"{WAITING}::test_a_list_of_names_looks_at_so_many_expired_messages",
           f"{WAITING}::test_what_had_expired_above_the_mark_of_a_group_says_nothing_of_its_new_owner"),
-         "`People.LOOKED` has no effect, or `expired` is not kept (the first); it is used for each mark (the last)"),
+         "`People.LOOKED` has no effect, or `Mailbox.gone` is not kept (the first); it is used for each mark (the last)"),
+    Kind("marks that moved are all counted anew at once",
+         "a list of names ends with `more` after 100; a send tells of the others what lies above an older mark",
+         (f"{TURNS}::test_a_list_counts_so_many_moved_marks_and_the_next_page_goes_on",
+          f"{TURNS}::test_a_send_counts_so_many_moved_marks_and_the_others_count_as_unread",
+          f"{TURNS}::test_who_has_read_all_is_counted_from_memory"),
+         "`page()` does not ask `is_uncounted()` (the first); `unread()` does not ask `recounts` (the second); "
+         "`Mailboxes.fetched()` notes no count (the last)"),
+    Kind("what is behind a mark is passed again and again: expired messages",
+         "what was read or recalled is taken off the count, and passed once",
+         (f"{TURNS}::test_what_was_read_and_expired_is_passed_once",),
+         "`View.count_gone()` is None; or `Mailbox.recalled()` forgets the count"),
+    Kind("all connections are closed in one turn",
+         "revoking and a drain go in turns; a revoked token is told of no message meanwhile",
+         (f"{TURNS}::test_revoked_connections_are_closed_in_turns_and_are_told_nothing_meanwhile",
+          f"{TURNS}::test_a_poll_whose_token_was_revoked_ends_so_also_when_its_hold_is_over",
+          f"{TURNS}::test_a_drain_goes_in_turns_and_answers_all"),
+         "`Loop.gradually()` without `timely()` (the first and last); `Bus.found()` (the first) or `Bus.over()` (the "
+         "second) does not call `check_token()`"),
+    Kind("all names are walked to forget some",
+         "200 names in a transaction, the next ones after its commit; the list of names is made anew when a quarter of "
+         "it has gone",
+         (f"{TURNS}::test_names_are_forgotten_one_slice_after_the_other",
+          f"{TURNS}::test_to_forget_some_names_walks_the_others_seldom"),
+         "`forget_names()` calls `go_on()` also beside a commit (the first); `Mailboxes.drop()` always makes the list "
+         "anew, or `box()` lists a name twice (the last)"),
+    Kind("all who wait are asked about each message: readers",
+         "a turn matches and answers polls for 10 ms, the rest follow; what they are about to get is not recalled",
+         (f"{TURNS}::test_readers_are_told_of_many_messages_in_turns_and_miss_none",
+          f"{TURNS}::test_what_a_reader_is_about_to_be_told_is_not_recalled",
+          f"{TURNS}::test_a_reader_whose_hold_ends_before_its_turn_gets_what_came"),
+         "`Receiving.catch_up()` without `timely()` (the first); `has_passed()` does not look at `behind` (the second); "
+         "`poll_over()` reads nothing (the last)"),
+    Kind("what only some need is looked up for all",
+         "an operator's log needs no end of a page; a request that waits for a commit keeps no headers; what takes "
+         "long to check against a schema is 413",
+         (f"{TURNS}::test_an_operator_looks_at_what_it_gets",
+          f"{TURNS}::test_what_waits_for_a_commit_has_no_headers",
+          "extensions/test_schemas.py::test_a_request_that_would_take_long_to_check_is_refused_in_words"),
+         "`View.log()` always asks (the first); `Bus.do()` does not call `shrink()` (the second); `Schemas.check()` "
+         "counts no values (the last)"),
     Kind("clients: an answer is bounded by its bytes alone",
          "a client reads 16 MiB, of which a parser makes 0.5 GB at most; a message that would not fit gets 413",
          (f"{EXTENSIONS}::test_no_answer_is_longer_than_what_a_client_reads",),

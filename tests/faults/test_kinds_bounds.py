@@ -371,13 +371,13 @@ def test_a_full_mailbox_is_counted_again_once_a_minute(bus, monkeypatch):
 
 def test_expired_mail_of_a_group_is_looked_at_once(bus, monkeypatch):
     """A reader that joins a group asks with each answer whether older mail of the group was delivered."""
-    monkeypatch.setattr(bus_server.View, "LOOKED_FOR_HOLE", 10)
+    monkeypatch.setattr(bus.mailboxes, "LOOKED_FOR_HOLE", 10)
     guest = Guest(bus)
     guest.asks("POST", "/send", [{"from": "eve", "to": "team", "msg": "x", "ttl": 0.001}] * 35)
     passed(bus)
     since = guest.sends("me")["ts"]
     looks = []
-    with counted(bus.mailboxes, "hole", lambda arguments, result: looks.append((arguments[2], result))):
+    with counted(bus.mailboxes, "look", lambda arguments, result: looks.append((arguments[-1], result))):
         for _ in range(6):
             guest.sends("team")
             since = guest.asks("GET", f"/recv?to=me,team&since={since:.6f}").json()["now"]
