@@ -34,7 +34,8 @@ import pytest
 
 from tests.core.test_connection import a_bus, come_true
 from tests.faults import linux, skipped_without
-from tests.faults.test_kinds_bounds import Guest, removed
+from tests.faults.test_kinds_bounds import Guest
+from tests.faults.test_kinds_counts import removed
 from tests.kit.clock import Clock
 from tests.kit.peers import Peer, ask, command, fill, marks_are_written, mint, set_revoked, stored
 from tests.kit.processes import ROOT, Server, in_time, wait_until
