@@ -10,11 +10,11 @@ import secrets
 import socket
 import sqlite3
 import subprocess
-import threading
 import time
 from typing import NamedTuple
 
 from tests.kit.processes import COMMAND, PATIENCE, wait_until
+from tests.kit.serving import Beside
 
 TIMED_OUT = (TimeoutError, socket.timeout)  # noqa: UP041  (two classes before Python 3.10)
 
@@ -239,17 +239,16 @@ def cpu(bus):
     return int(pathlib.Path(f"/proc/{bus.process.pid}/schedstat").read_text().split()[0]) / 1e9
 
 
-class Slowest:
+class Slowest(Beside):
     """Another client asks for /healthz all the while; `worst` is the longest that an answer took, in s.
 
     `work` is the most that the bus computed meanwhile, in s of CPU: whoever else uses the machine does not change it.
     """
 
     def __init__(self, bus, path="/healthz"):
+        super().__init__()
         self.bus, self.path = bus, path
-        self.worst, self.work, self.count, self.over = 0.0, 0.0, 0, threading.Event()
-        self.failure = None
-        self.thread = threading.Thread(target=self.run, daemon=True)
+        self.worst, self.work, self.count, self.failure = 0.0, 0.0, 0, None
 
     def run(self):
         try:
@@ -262,14 +261,6 @@ class Slowest:
                     time.sleep(0.002)  # one that asks all the while, and takes no CPU from those who are watched
         except (OSError, Closed) as error:
             self.failure = error
-
-    def __enter__(self):
-        self.thread.start()
-        return self
-
-    def __exit__(self, *_):
-        self.over.set()
-        self.thread.join(PATIENCE)
 
 
 @contextlib.contextmanager
