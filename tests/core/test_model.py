@@ -490,7 +490,7 @@ class BusAgainstModel(RuleBasedStateMachine):
         with socket.create_connection(("127.0.0.1", self.bus.server.port), timeout=PATIENCE) as peer:
             head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
             peer.sendall(head.encode() + body)
-            time.sleep(delay)
+            time.sleep(delay)  # s; the kill comes before the commit, during it or after it
             self.bus.start_again(Server.kill)
         self.model.kill()
         self.begin_anew()

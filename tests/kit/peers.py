@@ -148,6 +148,12 @@ def log_of(bus, name):
     return [each["msg"] for each in json.loads(bus.get(f"/log?to={name}&max=1000"))["messages"]]
 
 
+def metric(bus, name, token=None):
+    """A number of /metrics that has no labels."""
+    lines = ask(bus, "GET", "/metrics", token=token).body.decode().splitlines()
+    return float(next(line.split()[1] for line in lines if line.startswith(f"agent_bus_{name} ")))
+
+
 def run(*arguments):
     """(exit code, stdout, stderr) of bus_server.py, which is expected to end."""
     done = subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=PATIENCE)
