@@ -521,6 +521,7 @@ def test_the_bus_does_what_the_model_says(tmp_path):
     assert "Traceback" not in converse(tmp_path, SETTINGS)
 
 
+@pytest.mark.slow("random conversations until one shows it: the control of the test above")
 def test_a_bus_whose_ticks_are_the_clock_as_it_is_differs_from_the_model(tmp_path):
     with pytest.raises((AssertionError, hypothesis.errors.Flaky)):
         converse(tmp_path, settings(SETTINGS, phases=FOUND), fault="tidy,raw clock")
