@@ -6,13 +6,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
 from tests.clients.test_clients import home, program  # noqa: F401
 from tests.kit.bad_servers import NOON, Scripted, answer, mail, message
-from tests.kit.processes import PATIENCE, ROOT, wait_until
+from tests.kit.processes import PATIENCE, ROOT, has_taken_its_signals, wait_until
 
 LIMITS = {"bus_recv.py": 566, "bus_send.py": 399}  # lines of code
 TOOLS = ["bus_work", "bus_log", "bus_doctor", "bus_file", "bus_outbox", "bus_who", "bus_inbox"]
@@ -132,9 +131,9 @@ def test_signals_reach_a_worker_that_bus_recv_runs(signals, code, seconds, told,
         env = {"AGENT_BUS_URL": server.url}
         process = program("bus_recv.py", "builds", "--claim", "--exec", command, env=env)
         wait_until((tmp_path / "begun").exists)
-        for number in signals:
+        for number in signals:  # two signals that come together may be one
+            wait_until(lambda: has_taken_its_signals(process.pid))
             process.send_signal(number)
-            time.sleep(0.1)  # two signals that come together may be one
         assert process.wait(PATIENCE) == code
         wait_until(lambda: [asked for asked in server.asked if asked.target == told])
         process.communicate()

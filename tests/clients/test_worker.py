@@ -13,7 +13,7 @@ import bus_recv
 import bus_send
 from tests.clients.test_clients import Clock, home, program, refusing, run  # noqa: F401
 from tests.kit.bad_servers import FAULTS, NOON, Scripted, answer, mail, message, page
-from tests.kit.processes import PATIENCE, Server, runs, wait_until
+from tests.kit.processes import PATIENCE, Server, has_taken_its_signals, runs, wait_until
 from tools import bus_work
 
 JOBS = int(os.environ.get("JOBS", 12))  # 50 for the full figure
@@ -164,14 +164,11 @@ def test_a_worker_that_is_stopped_ends_its_job_first(tmp_path):
 ])  # fmt: skip
 def test_a_worker_that_must_end_now_gives_its_job_back(signals, code, tmp_path, interruptible):
     with Scripted(mail(job(1)), DONE) as server:
-        process = worker(server.url, f"echo $$ > {tmp_path}/pid; sleep 60", "--lease", "1")
+        process = worker(server.url, f"echo $$ > {tmp_path}/pid; sleep 60")
         wait_until(lambda: lines(tmp_path / "pid"))
-        first, *second = signals
-        process.send_signal(first)
-        for each in second:  # two signals that come together may be one: the worker goes on after the first
-            extended = len(orders(server, "/extend"))
-            wait_until(lambda: len(orders(server, "/extend")) > extended + 1)  # noqa: B023
-            process.send_signal(each)
+        for number in signals:  # two signals that come together may be one
+            wait_until(lambda: has_taken_its_signals(process.pid))
+            process.send_signal(number)
         ended(process, code)
         assert [order["reason"] for order in orders(server, "/nack")] == ["the worker was stopped"]
     wait_until(lambda: not runs(int((tmp_path / "pid").read_text())))

@@ -17,7 +17,8 @@ class Kind(NamedTuple):
 
 GUARDS, FAIR, MEMORY = "faults/test_kinds_guards.py", "faults/test_kinds_fairness.py", "faults/test_kinds_memory.py"
 AUTHORITY, RULES = "faults/test_kinds_authority.py", "faults/test_kinds_rules.py"
-BOUNDS, SHARES = "faults/test_kinds_bounds.py", "faults/test_kinds_shares.py"
+BOUNDS, COUNTS = "faults/test_kinds_bounds.py", "faults/test_kinds_counts.py"
+SHARES = "faults/test_kinds_shares.py"
 EXTENSIONS, WAITING = "faults/test_kinds_extensions.py", "faults/test_kinds_parked.py"
 TURNS = "faults/test_kinds_turns.py"
 STORAGE, PYTHON, BASH = "faults/test_kinds_storage.py", "clients/test_client_cases.py", "clients/test_listener_cases.py"
@@ -193,27 +194,27 @@ KINDS = [
          "character (the last)"),
     Kind("what is known is counted anew: a mailbox that fills",
          "what was fetched is taken off the count, and the count is the true one, also beside a removal",
-         (f"{BOUNDS}::test_what_was_fetched_is_taken_off_the_count_of_a_mailbox_and_not_counted_anew",
-          f"{BOUNDS}::test_that_count_is_the_true_one_whatever_happens_to_the_mailbox",
-          f"{BOUNDS}::test_that_count_is_the_true_one_while_what_was_fetched_is_being_removed"),
+         (f"{COUNTS}::test_what_was_fetched_is_taken_off_the_count_of_a_mailbox_and_not_counted_anew",
+          f"{COUNTS}::test_that_count_is_the_true_one_whatever_happens_to_the_mailbox",
+          f"{COUNTS}::test_that_count_is_the_true_one_while_what_was_fetched_is_being_removed"),
          "`Sending.unfetched()` counts anew after each fetch (the first); `note_removed()` leaves the count (the other "
          "two); it is taken off during a removal too (the last)"),
     Kind("what is known is counted anew: expired messages",
          "only those are counted that expired since the last count, once for all lists of names in a request",
-         (f"{BOUNDS}::test_the_expired_are_counted_once_for_many_lists_and_not_again",
-          f"{BOUNDS}::test_unread_is_what_a_count_of_all_messages_says_whatever_happens_to_them"),
+         (f"{COUNTS}::test_the_expired_are_counted_once_for_many_lists_and_not_again",
+          f"{COUNTS}::test_unread_is_what_a_count_of_all_messages_says_whatever_happens_to_them"),
          "`expired()` begins at 0 each time (the first); it goes on from its count after a recall, after a removal, or "
          "when the clock stepped back (the second)"),
     Kind("all names are looked at, and again for each of many",
          "once for all broadcasts of a list; a list looks at what it shows; housekeeping goes in slices",
-         (f"{BOUNDS}::test_all_names_are_walked_once_for_all_broadcasts_of_a_list",
-          f"{BOUNDS}::test_a_list_looks_at_no_more_names_than_it_shows",
-          f"{BOUNDS}::test_names_are_forgotten_in_slices"),
+         (f"{COUNTS}::test_all_names_are_walked_once_for_all_broadcasts_of_a_list",
+          f"{COUNTS}::test_a_list_looks_at_no_more_names_than_it_shows",
+          f"{COUNTS}::test_names_are_forgotten_in_slices"),
          "`everybody()` counts for each channel (the first); `page()` makes a list of all names (the second); "
          "`Retention.NAMES` is above their number (the last)"),
     Kind("a key is looked up where it cannot be",
          "a retry reads the messages that have its key, sender and channel",
-         (f"{BOUNDS}::test_a_retry_reads_what_has_its_channel",),
+         (f"{COUNTS}::test_a_retry_reads_what_has_its_channel",),
          "`EARLIER` without the channel"),
     Kind("each message is offered to all who wait",
          "a reply that cannot count asks no token; 8 wait for the reply to one question, or for the fetch of one "
@@ -241,7 +242,7 @@ KINDS = [
          "a job that is removed after younger ones takes no gap away from who is behind them",
          ("core/test_mailboxes.py::test_the_mark_of_what_was_removed_only_goes_up",
           "core/test_state.py::test_what_is_removed_later_though_it_is_older_sets_no_mark_back",
-          f"{BOUNDS}::test_a_job_that_is_removed_after_younger_ones_takes_no_gap_away"),
+          f"{COUNTS}::test_a_job_that_is_removed_after_younger_ones_takes_no_gap_away"),
          "`Mailboxes.note_removed()` without `max()` (the first and last); `Remove` without it (the second)"),
     Kind("one owner takes the share of all",
          "who has most loses first: its oldest body gets 408, its connections are closed when descriptors run out",
@@ -304,9 +305,9 @@ KINDS = [
          "`Storms.parsing()` without its last line (the first); `answered()` without `PARSING` (the last)"),
     Kind("what expired counts as mail",
          "it takes no room in a mailbox, and a reader of a group looks at it once",
-         (f"{BOUNDS}::test_what_can_no_longer_be_delivered_takes_no_room_in_a_mailbox",
-          f"{BOUNDS}::test_a_full_mailbox_is_counted_again_once_a_minute",
-          f"{BOUNDS}::test_expired_mail_of_a_group_is_looked_at_once"),
+         (f"{COUNTS}::test_what_can_no_longer_be_delivered_takes_no_room_in_a_mailbox",
+          f"{COUNTS}::test_a_full_mailbox_is_counted_again_once_a_minute",
+          f"{COUNTS}::test_expired_mail_of_a_group_is_looked_at_once"),
          "`View.sizes()` counts all (the first); `check_room()` counts again each time (the second); "
          "`Mailbox.oldest()` begins at the mark (the last)"),
     Kind("what is for others is looked at without an end",
@@ -330,9 +331,9 @@ KINDS = [
     Kind("one statement asks for each row what is the same for all",
          "the readers of a broadcast once; a key by its length; a name that never read, and the expired, from memory",
          ("core/test_state.py::test_whether_a_broadcast_was_read_is_asked_once_for_all_readers",
-          f"{BOUNDS}::test_a_retry_with_another_text_is_refused_without_a_look_at_the_first_one",
-          f"{BOUNDS}::test_what_is_unread_of_names_that_never_read_needs_no_look_at_the_disk",
-          f"{BOUNDS}::test_a_list_counts_so_many_expired_and_the_next_one_counts_on"),
+          f"{COUNTS}::test_a_retry_with_another_text_is_refused_without_a_look_at_the_first_one",
+          f"{COUNTS}::test_what_is_unread_of_names_that_never_read_needs_no_look_at_the_disk",
+          f"{COUNTS}::test_a_list_counts_so_many_expired_and_the_next_one_counts_on"),
          "`UNFETCHED` with a subquery over the readers (the first); `first_copy()` reads each text (the second); "
          "`unread()` counts up to 0 on the disk (the third); `count_expired()` has no limit, or its part is kept (the "
          "last)"),
@@ -363,9 +364,9 @@ KINDS = [
          "the end of a hold does not look (the third); `Bus.sure` misses a part, or comes back (the last)"),
     Kind("a name is forgotten, and its gap or its reader with it",
          "who reads it along is told of a gap, also after a restart; who polls meanwhile stays",
-         (f"{BOUNDS}::test_who_reads_a_name_along_that_was_forgotten_is_told_of_a_gap_also_after_a_restart",
-          f"{BOUNDS}::test_a_name_that_is_polled_while_it_is_being_forgotten_stays_and_has_a_row_again",
-          f"{BOUNDS}::test_no_name_is_forgotten_while_the_clock_is_not_trusted",
+         (f"{COUNTS}::test_who_reads_a_name_along_that_was_forgotten_is_told_of_a_gap_also_after_a_restart",
+          f"{COUNTS}::test_a_name_that_is_polled_while_it_is_being_forgotten_stays_and_has_a_row_again",
+          f"{COUNTS}::test_no_name_is_forgotten_while_the_clock_is_not_trusted",
           "core/test_mailboxes.py::test_a_name_that_listens_is_not_forgotten_however_long_ago_the_clock_says_its_poll_was"),
          "`Mailboxes.gap()` for observers alone, or `forgotten` is not loaded (the first); `Retention.forgotten()` "
          "drops all, or writes no row (the second); `forget_names()` trusts each clock (the third); `idle()` does not "
