@@ -54,6 +54,7 @@ if sys.version_info < (3, 9) and (needs := "bus_send.py needs Python 3.9 or late
 
 USUAL = {"subject", "reply_to", "type", "priority", "ttl", "content_type"}  # members of a message, arguments of send()
 HOLD_SECONDS = 25.0  # the bus may hold a question; common proxies cut a quiet request after 30 s
+LASTING = ("gaierror", "SSLCertVerificationError", "SSLError")  # faults that time does not heal
 
 
 def send(to: str | list[str], msg: str, *, patience: float = 30.0, warn: Any = None, **given: Any) -> dict[str, Any]:
@@ -199,12 +200,6 @@ HIDDEN = re.compile(  # controls, and what Unicode lets a program leave out: bid
     r"\u2060-\u206f\u2800\u3164\ud800-\udfff\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb"
     r"\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]+"
 )
-# Faults that time does not heal, and what does.
-LASTING = {
-    "gaierror": "Is the host's name right?",
-    "SSLCertVerificationError": "Set AGENT_BUS_CA to its certificate.",
-    "SSLError": "Does this port speak https?",
-}
 # A line of a configuration file, as far as systemd's EnvironmentFile and docker's --env-file read it alike.
 LINE = re.compile(r"\s*(?:[#;].*|([A-Za-z_][A-Za-z0-9_]*)=([^\s'\"\\][^\\]*?)?)?\s*")
 
@@ -449,8 +444,7 @@ def pause_after(failures: int) -> float:
 def no_bus(url: str, fault: Unreachable, then: str = "") -> str:
     """The sentence about a fault: which bus, why, and what to try."""
     server, doctor = called("bus_server.py", "serve"), called("bus_doctor.py", "doctor")
-    advice = f"Is {server} running there? {doctor} tells which hop fails."
-    return f"no bus at {url} ({fault}){then}. {LASTING.get(type(fault.__cause__).__name__, advice)}"
+    return f"no bus at {url} ({fault}){then}. Is {server} running there? {doctor} tells which hop fails."
 
 
 def called(program: str, command: str) -> str:
