@@ -460,7 +460,7 @@ def exchange(url: str, path: str, body: bytes | None, seconds: float, fraction: 
                 head: Any = connection.getresponse()
             # A length may be a lie, which must not allow a drip for years.
             with hung_up_after(min(seconds, GRACE_SECONDS) + min(head.length or 0, ANSWER_BYTES) / SLOWEST_RATE, sock):
-                content = head.read(min(head.length or ANSWER_BYTES, ANSWER_BYTES))
+                content = head.read(ANSWER_BYTES)
             if head.length:
                 raise http.client.IncompleteRead(content, head.length)
             return judged(head, content, fraction, through), head.headers
@@ -514,15 +514,13 @@ def dial(address: tuple[str, int], seconds: float, _source: Any = None) -> socke
     end, fault = time.monotonic() + seconds, OSError("it has no address")
     places: list[Any] = [place[:2] for *_, place in socket.getaddrinfo(*address, type=socket.SOCK_STREAM)]
     for limit in (0.25, 1.0, 3.0, seconds) if len(places) > 1 else (seconds,):
-        for place in [*places]:
+        for place in places:
             try:
                 sock = socket.create_connection(place, max(min(limit, end - time.monotonic()), 0.001))
                 sock.settimeout(seconds)
                 return sock
-            except OSError as error:
+            except OSError as error:  # it was slow, or refused at once
                 fault = error
-                if not isinstance(error, socket.timeout):  # the host refused at once
-                    places.remove(place)
     raise fault
 
 
