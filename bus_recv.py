@@ -619,6 +619,11 @@ def visible(text: str) -> str:
     return HIDDEN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
+def complain(line: str, program: str = os.path.basename(__file__).partition(".")[0]) -> Any:
+    """One line on stderr, if that is open. An empty `program` is left out; `line` may be whatever the bus has said."""
+    return sys.stderr and sys.stderr.write(": ".join(filter(None, [program, visible(line.replace("\n", " "))])) + "\n")
+
+
 def emit(text: str) -> None:
     """Write to stdout, in UTF-8 whatever the locale. When this returns, the text is out."""
     if sys.stdout is None:  # `>&-`
@@ -789,10 +794,6 @@ def kill(process: Any) -> None:
 
 def announce(line: str) -> None:
     emit(pieces(visible(f"-- agent-bus: {line}".replace("\n", " ")), LINE_UNITS)[0] + "\n")
-
-
-def complain(line: str, program: str = "bus_recv") -> None:
-    sys.stderr and sys.stderr.write(f"{program}: {visible(line.replace(chr(10), ' '))}\n")  # None: `2>&-`
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -166,7 +166,7 @@ def keep_copy(url: str, message: dict[str, Any], answer: dict[str, Any]) -> None
             with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "wb") as file:
                 file.write("".join(copies(message, answer)).encode())  # one write, so that two senders do not mix
     except Exception as error:  # it is stored, whatever goes wrong here
-        complain(f"stored, but no copy is in {path}: {getattr(error, 'strerror', None) or error}", 0)
+        complain(f"stored, but no copy is in {path}: {getattr(error, 'strerror', None) or error}")
 
 
 def copies(message: dict[str, Any], answer: dict[str, Any]) -> Any:
@@ -455,6 +455,11 @@ def visible(text: str) -> str:
     return HIDDEN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
+def complain(line: str, program: str = os.path.basename(__file__).partition(".")[0]) -> Any:
+    """One line on stderr, if that is open. An empty `program` is left out; `line` may be whatever the bus has said."""
+    return sys.stderr and sys.stderr.write(": ".join(filter(None, [program, visible(line.replace("\n", " "))])) + "\n")
+
+
 def emit(text: str) -> None:
     """Write to stdout, in UTF-8 whatever the locale. When this returns, the text is out."""
     if sys.stdout is None:  # `>&-`
@@ -533,7 +538,7 @@ def message_of(given: dict[str, Any]) -> str:
     """The message, from the command line or stdin; `given` becomes arguments of send(). ValueError if it is none."""
     given["fields"] = dict(given["fields"])
     words = given.pop("text")
-    not words and sys.stdin and sys.stdin.isatty() and complain("type the message, end with Ctrl-D", 0)
+    not words and sys.stdin and sys.stdin.isatty() and complain("type the message, end with Ctrl-D")
     try:
         msg = " ".join(words) if words or not sys.stdin else sys.stdin.buffer.read().decode()
         given["content_type"] == "application/json" and json.loads(msg)
@@ -558,15 +563,15 @@ def main(argv: list[str] | None = None) -> int:
         msg = message_of(given)
         if not to:
             to, given["channel"] = sender_of(given["reply_to"], given["channel"], seconds)
-        given["warn"] = lambda sentence: complain(sentence, 0)
+        given["warn"] = complain
         if question:
             person = sys.stderr and sys.stderr.isatty()
             given["tell"] = (lambda answer: show_reply(answer, to, seconds)) if person else None
             return show_reply(ask(to, msg, timeout=seconds, **given), to)
         report(send(to, msg, patience=seconds, **given), to, as_json)
     except (KeyboardInterrupt, ValueError, Refused, Unreachable) as error:
-        code = {KeyboardInterrupt: 130, Refused: 1, Unreachable: 75}.get(type(error), 2)
-        return code if code == 130 else complain(str(error), code)
+        isinstance(error, KeyboardInterrupt) or complain(str(error))
+        return {KeyboardInterrupt: 130, Refused: 1, Unreachable: 75}.get(type(error), 2)
     return 0
 
 
@@ -577,10 +582,11 @@ def show_reply(answer: dict[str, Any], to: str, waits: float = 0.0) -> int:
     """
     reply = answer.get("reply")
     if not isinstance(reply, dict) or not isinstance(reply.get("msg"), str):
-        told(answer, to).startswith("queued") and complain(told(answer, to), 0, "")
+        told(answer, to).startswith("queued") and complain(told(answer, to), "")
         later = f"no answer to {answer.get('id')} yet: it will arrive as mail"
-        return complain(f"waiting up to {waits:.0f} s for a reply" if waits else later, 0 if waits else 3)
-    complain(f"{reply.get('id')} from {reply.get('from')}", 0)
+        complain(f"waiting up to {waits:.0f} s for a reply" if waits else later)
+        return 3
+    complain(f"{reply.get('id')} from {reply.get('from')}")
     with contextlib.suppress(OSError):  # if nobody reads our output, the question is stored and answered all the same
         emit(visible(re.sub("\r\n?", "\n", reply["msg"]).removesuffix("\n")) + "\n")
     return 0
@@ -592,14 +598,7 @@ def report(answer: dict[str, Any], to: str | list[str], as_json: bool = False) -
     person = bool(sys.stdout) and sys.stdout.isatty() and not as_json
     with contextlib.suppress(OSError):  # if nobody reads our output, the message is stored all the same
         emit(f"{visible(sentence)}\n" if person else json.dumps(answer) + "\n")
-    person or (sentence.startswith("queued") and complain(sentence, 0, ""))
-
-
-def complain(sentence: str, code: int, program: str = "bus_send: ") -> int:
-    """One line on stderr, whatever the bus may have put into it."""
-    if sys.stderr:  # None: `2>&-`
-        print(program + visible("".join(c if c.isprintable() else " " for c in sentence)), file=sys.stderr)
-    return code
+    person or (sentence.startswith("queued") and complain(sentence, ""))
 
 
 if __name__ == "__main__":
