@@ -125,8 +125,8 @@ class Reader:
         since is None or moment(str(since), time.time())
         self.names, self.since, self.wait, self.hold = names, since, wait, wait  # hold: s, of the next poll
         self.bus: str | None = None  # the id of the bus that answered last
-        # failures: in this outage; announced: was it announced?; came: any mail yet?; doubted: see check_times
-        self.failures, self.announced, self.came, self.doubted = 0, False, False, False
+        # failures: in this outage; announced: was it announced?; came: any mail yet?
+        self.failures, self.announced, self.came = 0, False, False
         self.announce: Callable[[str], None] = lambda line: None
         self.warn = self.announce
         self.greet: Callable[[], Any] = bool  # called when a bus was found
@@ -211,21 +211,16 @@ class Reader:
         return answer
 
     def check_times(self, answer: dict[str, Any]) -> None:
-        """Leave out the times in this answer that would move the cursor into the future, past later messages.
+        """Take no answer that would move the cursor into the future, past later messages. That is a fault.
 
         Another program may have answered at this address, or a bus of the first contract whose clock is wrong. If our
         own clock is wrong, the /healthz of the same bus confirms the times.
         """
-        latest = max(map(seconds_of, (answer["now"], *answer["messages"])))
-        limit = max(self.clock.time(), seconds_of(self.cursor.at)) + AHEAD_SECONDS
-        if latest > limit and (health := ask(self.url, "/healthz", GRACE_SECONDS)[0]).get("bus") == self.bus:
-            limit = max(limit, seconds_of(health.get("now")) + AHEAD_SECONDS)
-        if latest > limit:
-            kept = [message for message in answer["messages"] if seconds_of(message) <= limit]
-            ends = [message["ts"] for message in kept if isinstance(message, dict) and seconds_of(message)]
-            answer.update(messages=kept, now=[self.cursor.at, *ends][-1], more=False)
-            self.doubted or self.warn(f"{self.url}: its time is far ahead of ours: the cursor stays. Is a clock wrong?")
-        self.doubted = latest > limit
+        latest = max(map(seconds_of, (answer["now"], *answer["messages"]))) - AHEAD_SECONDS
+        if latest > max(self.clock.time(), seconds_of(self.cursor.at)):
+            health, _ = ask(self.url, "/healthz", GRACE_SECONDS)
+            if health.get("bus") != self.bus or latest > seconds_of(health.get("now")):
+                raise Unreachable("its time is far ahead of ours, so the cursor stays; is a clock wrong?")
 
     def request(self, hold: float, seconds: float) -> tuple[dict[str, Any], float]:
         """One poll; see ask()."""
