@@ -269,17 +269,22 @@ class Cursor:
 
     def __init__(self, bus: str, channel: str, name: str, warn: Callable[[str], None]) -> None:
         self.path = os.path.join(state_directory(), "cursors", *map(file_name, (bus, channel, name)))
-        self.lock, self.at, self.warn = self.only_one(name), "last", warn
+        self.at, self.warn = "last", warn
+        self.lock = self.only_one(name)
         self.load()
         self.move(self.at)  # if the file cannot be written, fail before a message is asked for
 
     def only_one(self, name: str) -> IO[str]:
         """A file, locked until it is closed or this process ends: two readers would each see half of the mail."""
-        file, end = private_file(f"{self.path}~lock", os.O_RDWR, "r+"), time.monotonic() + LOCK_SECONDS
+        file, end, said = private_file(f"{self.path}~lock", os.O_RDWR, "r+"), time.monotonic() + LOCK_SECONDS, ""
         while not try_lock(file, self.path):
+            other = said or f"process {file.read(20).strip()} reads as {name}"
             if time.monotonic() >= end:
-                raise Busy(f"process {file.read(20).strip()} reads as {name}: end it or set a new AGENT_BUS_STATE_DIR")
+                raise Busy(f"{other}: end it or set a new AGENT_BUS_STATE_DIR")
+            said or self.warn(f"{other}; waiting up to {LOCK_SECONDS:.0f} s for its end")
+            said = other
             time.sleep(0.05)
+        file.seek(0)
         print(f"{os.getpid():<20}", file=file, flush=True)  # blanks replace the digits of an earlier, longer number
         return file
 
