@@ -21,7 +21,8 @@ wrapped.
 A message is shown at least once. Its cursor is saved after the message was written out, so a reader that is killed
 shows its last message again and never loses one; the id tells the repeat. Only a 200 with the bus's own JSON moves the
 cursor, and only the bus's own 4xx ends the program. Anything else (silence, half an answer, a redirect, a proxy's page)
-is an outage.
+is an outage. --read acknowledges nothing: the message stays unread. On a bus with tokens its sender sees that it was
+fetched. --since moves the cursor past what waits before it, and says how much that is.
 
 Standard library only, Python 3.9 and later. It reads the environment (AGENT_BUS_URL, AGENT_NAME, AGENT_BUS_CHANNEL,
 AGENT_BUS_TOKEN or AGENT_BUS_TOKEN_FILE, AGENT_BUS_CA, AGENT_BUS_UA, AGENT_BUS_STATE_DIR; http_proxy, https_proxy,
@@ -224,17 +225,32 @@ class Reader:
 
     def request(self, hold: float, seconds: float) -> tuple[dict[str, Any], float]:
         """One poll; see ask()."""
-        query = {"to": self.names, "channel": self.channel, "since": self.cursor.at, "bus": self.bus}
-        return ask(self.url, f"/recv?block=true&wait={hold:.3f}&{urlencode(query, doseq=True)}", seconds)
+        return ask(self.url, f"/recv?block=true&wait={hold:.3f}&{self.query()}", seconds)
+
+    def query(self) -> str:
+        place = {"to": self.names, "channel": self.channel, "since": self.cursor.at, "bus": self.bus}
+        return urlencode(place, doseq=True)
 
     def take_up(self, answer: dict[str, Any]) -> None:
         """Go on with our cursor on the bus that answers. `since`, if the caller gave it, is for the first bus only."""
         self.bus = str(answer.get("bus", OLD_CONTRACT))
         self.cursor = self.open_cursor(self.bus, self.channel, self.names[0], self.warn)
-        self.cursor.at, self.since = moment(str(self.since or self.cursor.at), self.bus_time), None
+        since = moment(str(self.since or self.cursor.at), self.bus_time)
+        if self.bus != OLD_CONTRACT and (since == "now" or seconds_of(since) > seconds_of(self.cursor.at)):
+            self.tell_passed(since)
+        self.cursor.at, self.since = since, None
         if self.bus == OLD_CONTRACT:
             now = min(str(answer.get("now")), f"{self.clock.time() + AHEAD_SECONDS:.6f}", key=seconds_of)
             self.cursor.at = {"last": "0", "now": now}.get(self.cursor.at, self.cursor.at)
+
+    def tell_passed(self, since: str) -> None:
+        """Warn of the mail between the saved cursor and `since`: we do not get it. A look (peek) takes none of it."""
+        end = float("inf") if since == "now" else seconds_of(since)
+        with contextlib.suppress(Refused, Unreachable, LookupError, TypeError):  # it is only a warning
+            answer, _ = ask(self.url, f"/recv?peek=true&{self.query()}", GRACE_SECONDS)
+            passed = [one for one in answer["messages"] if 0 < seconds_of(one) <= end]
+            number = f"{len(passed)}{' or more' if answer.get('more') else ''}"
+            passed and self.warn(f"{number} waiting are passed over; to read them: --since {passed[0]['id']}")
 
 
 def moment(since: str, now: float) -> str:
@@ -807,7 +823,7 @@ def main(argv: list[str] | None = None) -> int:
     cli.add_argument("--channel", metavar="C", help="the channel ($AGENT_BUS_CHANNEL, or 'default')")
     cli.add_argument("--exec", metavar="CMD", help="run CMD for each message: JSON on stdin, MSG_FROM ... as variables")
     cli.add_argument("--tries", type=int, default=5, metavar="N", help="put a message into a file after N failures (5)")
-    cli.add_argument("--read", metavar="ID", help="print the whole message with this id, and end")
+    cli.add_argument("--read", metavar="ID", help="print this message whole, and end: it stays unread")
     cli.add_argument("--bus", type=profile, metavar="PROFILE", help="the bus in ~/.config/agent-bus/PROFILE.env")
     cli.add_argument("--version", action="version", version=f"%(prog)s {VERSION}")
     cli.add_argument("--claim", dest="tool", action="store_const", const="bus_work", help="do jobs: another program")

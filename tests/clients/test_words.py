@@ -356,7 +356,7 @@ def test_a_reader_begins_where_it_is_told(since, cursor, home):  # noqa: F811
     health = page(200, json.dumps({"ok": True, "now": NOON, "bus": "b1"}), *headers)
     with Scripted(mail(message(1)), health=health) as server:
         next(reader(server.url, since=since).messages())
-        assert server.polls[0].query["since"] == cursor
+        assert server.polls[-1].query["since"] == cursor
         code, *_ = run("tools/bus_log.py", "--no-follow", "--since", since, env={"AGENT_BUS_URL": server.url})
         assert (code, server.asked[-1].query["since"]) == (0, cursor) or since == "last"
 
@@ -377,6 +377,21 @@ def test_from_a_message_on_means_with_it(bus, home):  # noqa: F811
     assert [json.loads(line)["msg"] for line in out.splitlines()] == ["two", "three"]
 
 
+@pytest.mark.parametrize("since, told", [
+    ("now", "3 waiting are passed over; to read them: --since {0}"), ("{1}", "1 waiting are passed over"),
+    ("{0}", ""), ("0", ""), ("last", ""), ("1h", ""),
+])  # fmt: skip
+def test_what_since_passes_over_is_told(since, told, bus, home):  # noqa: F811
+    ids = [bus_send.send("dell", text, url=bus.url, sender="spark")["id"] for text in ("one", "two", "three")]
+    given = ("--once", "--json", "--timeout", "0")
+    code, out, err = recv(bus, *given, "--since", since.format(*ids))
+    assert told.format(*ids) in err and bool(told) is ("passed over" in err)
+    if since == "now":
+        assert (code, out) == (3, "") and recv(bus, *given)[0] == 3
+        _, out, err = recv(bus, *given, "--since", re.search(r"--since (\w+)", err)[1])
+        assert [json.loads(line)["msg"] for line in out.splitlines()] == ["one", "two", "three"] and err == ""
+
+
 # ── The programs themselves ──────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -386,6 +401,10 @@ def test_the_clients_say_their_version():
     assert bus_send.VERSION == bus_server.VERSION
     for client in ("bus_send.py", "bus_recv.py"):
         assert run(client, "--version") == (0, f"{client} {bus_server.VERSION}\n", "")
+
+
+def test_the_help_says_what_reading_by_id_acknowledges():
+    assert "it stays unread" in " ".join(run("bus_recv.py", "--help")[1].split())
 
 
 @pytest.mark.parametrize("path", PROGRAMS)
