@@ -407,13 +407,13 @@ def settings(url: str | None = None) -> dict[str, str]:
     AGENT_BUS_URL in the environment, is another bus. AGENT_BUS_URL is always in the result.
     """
     own = {name: value for name, value in os.environ.items() if name.startswith("AGENT_") and value}
-    file, wanted = configuration()[1], url or own.get("AGENT_BUS_URL")
-    its = file.get("AGENT_BUS_URL") or DEFAULT_URL
-    if wanted and wanted.rstrip("/") != its.rstrip("/"):
+    file = {"AGENT_BUS_URL": DEFAULT_URL, **configuration()[1]}
+    wanted = url or own.get("AGENT_BUS_URL", file["AGENT_BUS_URL"])
+    if wanted.rstrip("/") != file["AGENT_BUS_URL"].rstrip("/"):
         file = {}
     if "AGENT_BUS_TOKEN_FILE" in own:  # else the token in the file would come before it
         file.pop("AGENT_BUS_TOKEN", None)
-    return {**file, **own, "AGENT_BUS_URL": wanted or its}
+    return {**file, **own, "AGENT_BUS_URL": wanted}
 
 
 def configuration() -> tuple[str, dict[str, str]]:
@@ -630,6 +630,11 @@ def called(program: str, command: str) -> str:
     return f"agent-bus {command}" if "agent-bus" in os.path.basename(sys.argv[0]) else program
 
 
+def span(seconds: float) -> str:
+    """As 5m, 6h or 3d; nothing under a minute."""
+    return next((f"{seconds // s:.0f}{unit}" for s, unit in ((86400, "d"), (3600, "h"), (60, "m")) if seconds >= s), "")
+
+
 def visible(text: str) -> str:
     r"""The text with each invisible character written out, as in \x1b, \u202e, \U000e0041."""
     return HIDDEN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
@@ -700,11 +705,6 @@ def pieces(line: str, width: int) -> list[str]:
 def word(value: Any) -> str:
     text = value if isinstance(value, str) else dump(value)
     return text if re.fullmatch("[A-Za-z0-9._:@/-]{1,64}", text) else visible(json.dumps(text, ensure_ascii=False))
-
-
-def span(seconds: float) -> str:
-    """As 5m, 6h or 3d; nothing under a minute."""
-    return next((f"{seconds // s:.0f}{unit}" for s, unit in ((86400, "d"), (3600, "h"), (60, "m")) if seconds >= s), "")
 
 
 def dump(value: Any, depth: int = 99) -> str:

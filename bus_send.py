@@ -153,8 +153,8 @@ def compose(to: Any, msg: str, *, fields: Any = None, **given: Any) -> tuple[str
     if not sender and not credentials(own["AGENT_BUS_URL"]):  # a token names its sender
         raise ValueError("the sender is missing: give --from NAME or set AGENT_NAME")
     message = {"from": sender, "to": to, "channel": channel, "msg": msg, "key": key or new_key()}
-    members = {**message, **given, **(fields or {}), **message}.items()  # the order of the first, the value of the last
-    return own["AGENT_BUS_URL"], {field: value for field, value in members if value is not None}
+    members = {**message, **given, **dict(fields or ()), **message}  # the order of the first, the value of the last
+    return own["AGENT_BUS_URL"], {field: value for field, value in members.items() if value is not None}
 
 
 def keep_copy(url: str, message: dict[str, Any], answer: dict[str, Any]) -> None:
@@ -227,13 +227,13 @@ def settings(url: str | None = None) -> dict[str, str]:
     AGENT_BUS_URL in the environment, is another bus. AGENT_BUS_URL is always in the result.
     """
     own = {name: value for name, value in os.environ.items() if name.startswith("AGENT_") and value}
-    file, wanted = configuration()[1], url or own.get("AGENT_BUS_URL")
-    its = file.get("AGENT_BUS_URL") or DEFAULT_URL
-    if wanted and wanted.rstrip("/") != its.rstrip("/"):
+    file = {"AGENT_BUS_URL": DEFAULT_URL, **configuration()[1]}
+    wanted = url or own.get("AGENT_BUS_URL", file["AGENT_BUS_URL"])
+    if wanted.rstrip("/") != file["AGENT_BUS_URL"].rstrip("/"):
         file = {}
     if "AGENT_BUS_TOKEN_FILE" in own:  # else the token in the file would come before it
         file.pop("AGENT_BUS_TOKEN", None)
-    return {**file, **own, "AGENT_BUS_URL": wanted or its}
+    return {**file, **own, "AGENT_BUS_URL": wanted}
 
 
 def configuration() -> tuple[str, dict[str, str]]:
@@ -450,6 +450,11 @@ def called(program: str, command: str) -> str:
     return f"agent-bus {command}" if "agent-bus" in os.path.basename(sys.argv[0]) else program
 
 
+def span(seconds: float) -> str:
+    """As 5m, 6h or 3d; nothing under a minute."""
+    return next((f"{seconds // s:.0f}{unit}" for s, unit in ((86400, "d"), (3600, "h"), (60, "m")) if seconds >= s), "")
+
+
 def visible(text: str) -> str:
     r"""The text with each invisible character written out, as in \x1b, \u202e, \U000e0041."""
     return HIDDEN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
@@ -480,25 +485,18 @@ def told(answer: dict[str, Any], to: str | list[str]) -> str:
     names = to if isinstance(to, str) else ",".join(to)
     with contextlib.suppress(KeyError, TypeError, ArithmeticError):  # a bus of the first contract says nothing of them
         receiver = answer["receiver"]
-        online, unread = receiver["online"], f", {receiver['unread']} unread" if "unread" in receiver else ""
-        if not isinstance(online, bool):  # of several receivers it is a number
-            everyone = online + receiver["offline"]
-            who = f"{online} of {everyone} are listening" if online else "nobody is listening"
-            return f"sent to {names}, all listening" if 0 < online == everyone else f"queued: {who}{unread}"
-        if online:
-            return f"sent to {names}, who is listening"
-        if receiver.get("known") is False:
-            similar = " or ".join(map(str, receiver.get("similar") or ()))
-            return f"queued: nobody has ever listened as {names}{similar and f'; did you mean {similar}?'}"
-        if not receiver["last_seen"]:
-            return f"queued: nobody has listened as {names} yet{unread}"
-        return f"queued: {names} was last seen {span(answer['ts'] - receiver['last_seen'])} ago{unread}"
+        online, seen = receiver["online"], receiver.get("last_seen")
+        everyone = online + receiver.get("offline", not online)  # of one receiver, `online` is true or false
+        if 0 < online == everyone:
+            return f"sent to {names}, {'all' if 'offline' in receiver else 'who is'} listening"
+        who = f"{names} was last seen {span(answer['ts'] - seen) or 'under 1m'} ago" if seen else ""
+        if "offline" in receiver:
+            who = f"{online} of {everyone} are listening"
+        unread = f", {receiver['unread']} unread" if "unread" in receiver else ""
+        similar = " or ".join(map(str, receiver.get("similar") or ()))
+        meant = f"; did you mean {similar}?" if similar else ""
+        return f"queued: {who or f'nobody has ever listened as {names}'}{unread}{meant}"
     return f"sent to {names}"
-
-
-def span(seconds: float) -> str:
-    sizes = (("d", 86400), ("h", 3600), ("min", 60))
-    return next((f"{seconds // one:.0f} {unit}" for unit, one in sizes if seconds >= one), f"{max(seconds, 0):.0f} s")
 
 
 def command_line(purpose: str) -> argparse.ArgumentParser:
@@ -536,7 +534,6 @@ def receivers(text: str) -> str | list[str]:
 
 def message_of(given: dict[str, Any]) -> str:
     """The message, from the command line or stdin; `given` becomes arguments of send(). ValueError if it is none."""
-    given["fields"] = dict(given["fields"])
     words = given.pop("text")
     not words and sys.stdin and sys.stdin.isatty() and complain("type the message, end with Ctrl-D")
     try:
@@ -563,12 +560,10 @@ def main(argv: list[str] | None = None) -> int:
         msg = message_of(given)
         if not to:
             to, given["channel"] = sender_of(given["reply_to"], given["channel"], seconds)
-        given["warn"] = complain
         if question:
-            person = sys.stderr and sys.stderr.isatty()
-            given["tell"] = (lambda answer: show_reply(answer, to, seconds)) if person else None
-            return show_reply(ask(to, msg, timeout=seconds, **given), to)
-        report(send(to, msg, patience=seconds, **given), to, as_json)
+            tell = (lambda answer: show_reply(answer, to, seconds)) if sys.stderr and sys.stderr.isatty() else None
+            return show_reply(ask(to, msg, timeout=seconds, warn=complain, tell=tell, **given), to)
+        report(send(to, msg, patience=seconds, warn=complain, **given), to, as_json)
     except (KeyboardInterrupt, ValueError, Refused, Unreachable) as error:
         isinstance(error, KeyboardInterrupt) or complain(str(error))
         return {KeyboardInterrupt: 130, Refused: 1, Unreachable: 75}.get(type(error), 2)

@@ -225,13 +225,13 @@ def test_a_send_without_a_sender_or_a_url_is_a_wrong_configuration():
 
 @pytest.mark.parametrize("receiver, truth", [
     ({"online": True, "last_seen": NOON, "unread": 7}, ""),
-    ({"online": False, "last_seen": NOON - 6 * 3600, "unread": 7}, "queued: dell was last seen 6 h ago, 7 unread\n"),
-    ({"online": False, "last_seen": NOON - 59, "unread": 1}, "queued: dell was last seen 60 s ago, 1 unread\n"),
-    ({"online": False, "last_seen": None, "unread": 7}, "queued: nobody has listened as dell yet, 7 unread\n"),
+    ({"online": False, "last_seen": NOON - 6 * 3600, "unread": 7}, "queued: dell was last seen 6h ago, 7 unread\n"),
+    ({"online": False, "last_seen": NOON - 59, "unread": 1}, "queued: dell was last seen under 1m ago, 1 unread\n"),
+    ({"online": False, "last_seen": None, "unread": 7}, "queued: nobody has ever listened as dell, 7 unread\n"),
     ({"online": 5, "offline": 0, "unread": 7}, ""),
     ({"online": 2, "offline": 3, "unread": 7}, "queued: 2 of 5 are listening, 7 unread\n"),
     ({"online": 2, "offline": 3}, "queued: 2 of 5 are listening\n"),
-    ({"online": 0, "offline": 0}, "queued: nobody is listening\n"),
+    ({"online": 0, "offline": 0}, "queued: 0 of 0 are listening\n"),
     ("a strange bus", ""),
     ({"online": False, "last_seen": "yesterday"}, ""),
 ])  # fmt: skip
@@ -687,7 +687,7 @@ def test_a_message_that_cannot_be_shown_is_shown_as_json_and_wedges_nothing(stra
 
 def test_the_clients_and_the_bus_agree(bus):
     code, out, err = send(bus, "--subject", "T1 done", "--ttl", "60", stdin=b"zwei\n---\n\x1b[31m Zeilen\r\n\n")
-    assert code == 0 and json.loads(out)["ok"] and err == "queued: nobody has ever listened as dell\n"
+    assert code == 0 and json.loads(out)["ok"] and err == "queued: nobody has ever listened as dell, 1 unread\n"
     first, again = (json.loads(send(bus, "--key", "k")[1]) for _ in range(2))
     assert first["id"] == again["id"] and (first["duplicate"], again["duplicate"]) == (False, True)
     assert send(bus, "--key", "k", stdin=b"another message")[0] == 1

@@ -78,7 +78,7 @@ def test_a_person_who_asks_is_told_at_once_who_listens(home):  # noqa: F811
     with Scripted(stored(receiver=said, reply=None), stored(receiver=said, reply=reply)) as server:
         env = {"AGENT_BUS_URL": server.url, "AGENT_NAME": "spark"}
         shown = on_a_terminal("bus_send.py", "bub", "well?", "--ask", until=b"yes", **env)
-        assert shown.startswith("queued: nobody has ever listened as bub; did you mean bob?\n"
+        assert shown.startswith("queued: nobody has ever listened as bub, 1 unread; did you mean bob?\n"
                                 "bus_send: waiting up to 300 s for a reply\n")  # fmt: skip
         assert [asked.query["wait"] for asked in server.asked] == ["0.000", "25.000"]
         assert len({asked.body for asked in server.asked}) == 1
@@ -148,15 +148,15 @@ def test_what_is_no_time_is_refused_everywhere(option):
 @pytest.mark.parametrize("to, receiver, sentence", [
     ("bob", {"online": True, "last_seen": NOON, "unread": 1, "known": True}, "sent to bob, who is listening"),
     ("Laed", {"online": False, "last_seen": None, "unread": 1, "known": False, "similar": ["Lead"]},
-     "queued: nobody has ever listened as Laed; did you mean Lead?"),
+     "queued: nobody has ever listened as Laed, 1 unread; did you mean Lead?"),
     ("Laed", {"online": False, "last_seen": None, "unread": 1, "known": False, "similar": ["Lead", "lead"]},
-     "queued: nobody has ever listened as Laed; did you mean Lead or lead?"),
+     "queued: nobody has ever listened as Laed, 1 unread; did you mean Lead or lead?"),
     ("x", {"online": False, "last_seen": None, "unread": 1, "known": False, "similar": []},
-     "queued: nobody has ever listened as x"),
+     "queued: nobody has ever listened as x, 1 unread"),
     ("x", {"online": False, "last_seen": None, "unread": 1, "known": True},
-     "queued: nobody has listened as x yet, 1 unread"),
+     "queued: nobody has ever listened as x, 1 unread"),
     ("bob", {"online": False, "last_seen": NOON - 6 * 3600, "unread": 7},
-     "queued: bob was last seen 6 h ago, 7 unread"),
+     "queued: bob was last seen 6h ago, 7 unread"),
     (["a", "b"], {"online": 2, "offline": 0}, "sent to a,b, all listening"),
     ("all", {"online": 1, "offline": 1, "unread": 7}, "queued: 1 of 2 are listening, 7 unread"),
     ("bob", "a bus of the first contract", "sent to bob"),
@@ -169,7 +169,7 @@ def test_a_terminal_gets_a_sentence_and_a_program_gets_json(home):  # noqa: F811
     said = {"online": False, "last_seen": None, "unread": 1, "known": False, "similar": ["\x1b[2JLead"]}
     with Scripted(stored(receiver=said)) as server:
         env = {"AGENT_BUS_URL": server.url, "AGENT_NAME": "spark"}
-        sentence = "queued: nobody has ever listened as Laed; did you mean \\x1b[2JLead?\n"
+        sentence = "queued: nobody has ever listened as Laed, 1 unread; did you mean \\x1b[2JLead?\n"
         assert on_a_terminal("bus_send.py", "Laed", "hi", **env) == sentence
         assert json.loads(on_a_terminal("bus_send.py", "Laed", "hi", "--json", **env).split("\n")[0])["ok"] is True
         code, out, err = run("bus_send.py", "Laed", "hi", env=env)
