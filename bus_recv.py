@@ -235,13 +235,13 @@ class Reader:
         """Go on with our cursor on the bus that answers. `since`, if the caller gave it, is for the first bus only."""
         self.bus = str(answer.get("bus", OLD_CONTRACT))
         self.cursor = self.open_cursor(self.bus, self.channel, self.names[0], self.warn)
-        since = moment(str(self.since or self.cursor.at), self.bus_time)
-        if self.bus != OLD_CONTRACT and (since == "now" or seconds_of(since) > seconds_of(self.cursor.at)):
-            self.tell_passed(since)
-        self.cursor.at, self.since = since, None
+        since, self.since = moment(str(self.since or self.cursor.at), self.bus_time), None
         if self.bus == OLD_CONTRACT:
             now = min(str(answer.get("now")), f"{self.clock.time() + AHEAD_SECONDS:.6f}", key=seconds_of)
-            self.cursor.at = {"last": "0", "now": now}.get(self.cursor.at, self.cursor.at)
+            since = {"last": "0", "now": now}.get(since, since)
+        elif since == "now" or seconds_of(since) > seconds_of(self.cursor.at):
+            self.tell_passed(since)
+        self.cursor.at = since
 
     def tell_passed(self, since: str) -> None:
         """Warn of the mail between the saved cursor and `since`: we do not get it. A look (peek) takes none of it."""
@@ -352,8 +352,8 @@ def try_lock(file: IO[Any], path: str) -> bool:
     except (BlockingIOError, PermissionError):  # the latter on Windows
         return False
     except OSError as error:
-        place = os.path.dirname(path)
-        raise OSError(f"locks do not work in {place}: set AGENT_BUS_STATE_DIR ({error.strerror})") from error
+        said = f"locks do not work in {os.path.dirname(path)}: set AGENT_BUS_STATE_DIR ({error.strerror})"
+        raise OSError(said) from error
     return True
 
 
@@ -834,7 +834,7 @@ def main(argv: list[str] | None = None) -> int:
     for number in ENDS:
         signal.signal(number, lambda *_: sys.exit(0))
     try:
-        return run_tool(options.tool, argv) if options.tool else read(options)
+        return run_tool(options.tool, argv) if options.tool else show(options.read) if options.read else listen(options)
     except (KeyboardInterrupt, Refused, Unreachable, Busy, ValueError, OSError) as error:
         if not isinstance(error, (KeyboardInterrupt, BrokenPipeError)):  # the latter: nobody reads us any more
             complain(str(error))
@@ -851,15 +851,19 @@ def run_tool(name: str, argv: list[str] | None) -> int:
     raise ValueError(f"{name}.py is missing in {here}: run curl -fO $AGENT_BUS_URL/{name}.py there")
 
 
-def read(options: argparse.Namespace) -> int:
-    names = ",".join(options.names or [settings().get("AGENT_NAME") or (options.read and "nobody") or ""]).split(",")
+def show(number: str) -> int:
+    """Print the message with this id. This needs no cursor, and moves none."""
+    answer, now = ask(settings()["AGENT_BUS_URL"], f"/message/{quote(number, safe='')}", GRACE_SECONDS)
+    emit(block(answer.get("message"), "", now, whole=True))
+    return 0
+
+
+def listen(options: argparse.Namespace) -> int:
+    """Show the messages for these names, or run the command for each. The exit code."""
+    names = ",".join(options.names or [settings().get("AGENT_NAME", "")]).split(",")
     if names == [""]:
         raise ValueError("the name is missing: give NAME, or set AGENT_NAME")
     reader = Reader(names, channel=options.channel, since=options.since)
-    if options.read:  # this needs no cursor and moves none
-        answer, now = ask(reader.url, f"/message/{quote(options.read, safe='')}", GRACE_SECONDS)
-        emit(block(answer.get("message"), "", now, whole=True))
-        return 0
     # A program that reads our JSON, or the output of the command, must get nothing else on stdout.
     reader.warn, reader.announce = complain, complain if options.json or options.exec else announce
     timeout = HOLD_SECONDS if options.once and options.timeout is None else options.timeout

@@ -49,7 +49,7 @@ def test_a_message_that_no_bus_lets_in_does_not_end_a_reader(bad, options, home)
 
 @pytest.mark.parametrize("bus", ["b1", None], ids=["a bus", "the first contract"])
 @pytest.mark.parametrize("bad", [[], [LATE], [message(2), LATE]], ids=["now", "a message", "the last message"])
-def test_an_answer_from_the_future_is_a_fault_that_moves_no_cursor_and_is_said_once(bad, bus, home):  # noqa: F811
+def test_an_answer_from_the_future_moves_no_cursor_and_is_said_once(bad, bus, home):  # noqa: F811
     late = mail(*bad, now=f"{FUTURE}.5", bus=bus, more=True)
     with Scripted(mail(message(1), bus=bus), late, late, mail(message(3), bus=bus), bus=bus) as server:
         one = reader(server.url)
