@@ -60,7 +60,7 @@ if sys.version_info < (3, 9) and (needs := "bus_recv.py needs Python 3.9 or late
 HOLD_SECONDS = 25.0  # the bus may hold a poll; common proxies cut a quiet request after 30 s
 LOUD_SECONDS = 60.0  # after so much outage the user is told: silence must not look like health
 GREET_SECONDS = 0.3  # after a bus was found; a refused poll is answered sooner
-LOCK_SECONDS = 3.0  # to wait until the reader that this one replaces has ended
+TELL_SECONDS, LOCK_SECONDS = 0.2, 3.0  # until we say that another reads as this name; and that we wait for its end
 
 # A Monitor of Claude Code cuts or drops what exceeds its limits; these are a little lower. In UTF-16 units: a line has
 # 500, and what comes within 0.2 s is one event of 3000; 10 events at once, then one every 2 s.
@@ -292,13 +292,15 @@ class Cursor:
 
     def only_one(self, name: str) -> IO[str]:
         """A file, locked until it is closed or this process ends: two readers would each see half of the mail."""
-        file, end, said = private_file(f"{self.path}~lock", os.O_RDWR, "r+"), time.monotonic() + LOCK_SECONDS, ""
+        file, other, began = private_file(f"{self.path}~lock", os.O_RDWR, "r+"), "", time.monotonic()
+        tell = began + TELL_SECONDS
         while not try_lock(file, self.path):
-            other = said or f"process {file.read(20).strip()} reads as {name}"
-            if time.monotonic() >= end:
+            other = other or f"process {file.read(20).strip()} reads as {name}"
+            if time.monotonic() - began >= LOCK_SECONDS:
                 raise Busy(f"{other}: end it or set a new AGENT_BUS_STATE_DIR")
-            said or self.warn(f"{other}; waiting up to {LOCK_SECONDS:.0f} s for its end")
-            said = other
+            if time.monotonic() >= tell:
+                self.warn(f"{other}; waiting up to {LOCK_SECONDS:.0f} s for its end")
+                tell = float("inf")
             time.sleep(0.05)
         file.seek(0)
         print(f"{os.getpid():<20}", file=file, flush=True)  # blanks replace the digits of an earlier, longer number
