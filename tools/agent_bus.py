@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib
+import importlib.util
 import io
 import os
 import re
@@ -122,6 +122,12 @@ def load(program: str) -> Any:
         raise Missing(f"this needs {error.name}.py, which is not in {HERE}: copy it from the same version") from None
 
 
+def is_here(name: str) -> bool:
+    """Whether the program of a command is on this machine."""
+    program = COMMANDS[name].program
+    return not program or importlib.util.find_spec(program) is not None
+
+
 def show_help(arguments: Sequence[str]) -> int:
     """The help of one command is that of its program."""
     if arguments:
@@ -132,7 +138,9 @@ def show_help(arguments: Sequence[str]) -> int:
         return 0
     print(f"usage: {called()} COMMAND ...\nThe options of a command: {called()} help COMMAND\n\n{'':51}for example")
     for title, commands in GROUPS.items():
-        print(title, *(f"  {name:10} {row.purpose:37} {row.example}" for name, row in commands.items()), "", sep="\n")
+        lines = [f"  {name:10} {row.purpose:37} {row.example}" for name, row in commands.items() if is_here(name)]
+        if lines:
+            print(title, *lines, "", sep="\n")
     print(CONFIGURATION, end="")
     return 0
 
@@ -150,7 +158,7 @@ def completion(arguments: Sequence[str]) -> int:
     shell = arguments[0] if arguments else ""
     if shell not in SHELLS:
         raise Unknown(f"completion is for {', '.join(SHELLS)}: `{called()} completion bash`")
-    print(SHELLS[shell]({name: words(name) for name in COMMANDS}), end="")
+    print(SHELLS[shell]({name: words(name) for name in COMMANDS if is_here(name)}), end="")
     return 0
 
 
@@ -158,7 +166,7 @@ def words(name: str) -> list[str]:
     """What may follow a command: its options and, if it has them, its own commands. The help of its program says so."""
     command = COMMANDS[name]
     if not command.program:
-        return {"help": list(COMMANDS), "completion": list(SHELLS)}.get(name, [])
+        return {"help": [*filter(is_here, COMMANDS)], "completion": [*SHELLS]}.get(name, [])
     text = help_of(command.program, command.first)
     choices = re.findall(r"^  \{([a-z,]+)\}", text, re.MULTILINE)
     further = [word for choice in choices for word in choice.split(",")]

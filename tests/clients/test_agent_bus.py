@@ -186,6 +186,11 @@ def test_on_a_machine_that_has_joined_it_has_the_commands_of_the_clients(bus, tm
     assert "| one" in command("inbox")[1] and "spark" in command("who")[1]
     assert "spark > bob: one" in command("log", "--short", "--no-follow")[1]
     assert str(place) in command("version")[1] and "--subject" in command("completion", "bash")[1]
+    rows = agent_bus.COMMANDS.items()
+    there = {name for name, row in rows if not row.program or f"{row.program}.py" in bus_join.FILES}
+    listed = re.findall(r"^  ([a-z]+) ", command("help")[1], re.MULTILINE)
+    assert set(listed) == there and "invite" not in listed and "\nThe bus\n" not in command("help")[1]
+    assert not {"invite", "serve"} & set(re.findall(r"\w+", command("completion", "bash")[1]))
     code, out, err = command("invite", "dell")
     assert (code, out, err.count("\n")) == (2, "", 1) and f"needs bus_server.py, which is not in {place}" in err
 
