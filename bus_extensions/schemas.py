@@ -53,13 +53,25 @@ class Schemas:
             raise Unusable(f"there is no TYPE.json in {folder}")
 
     def check(self, message: Any) -> None:
-        """422, with the member that does not fit, if a message does not fit the schema of its type."""
+        """422, with the member that does not fit, if a message does not fit the schema of its type.
+
+        If its content_type is application/json, the JSON in `msg` must fit, and not the message.
+        """
         of = message.get("type") if isinstance(message, dict) else None
         schema = self.types.get(of) if isinstance(of, str) else None
         if not schema:
             if self.strict:
                 raise Refused(422, f"type must be one of: {', '.join(self.types)}")
             return
-        for error in schema.iter_errors(message):
-            where = ".".join(map(str, error.absolute_path)) or "the message"
+        is_json = str(message.get("content_type")).partition(";")[0].strip().lower() == "application/json"
+        for error in schema.iter_errors(body(message) if is_json else message):
+            where = ".".join([*(["msg"] if is_json else []), *map(str, error.absolute_path)]) or "the message"
             raise Refused(422, f"{where} does not fit the type {of}: {error.message[:200]}")
+
+
+def body(message: dict[str, Any]) -> Any:
+    """The JSON in the text of a message, or 422."""
+    try:
+        return json.loads(message["msg"])
+    except (KeyError, TypeError, ValueError, RecursionError):
+        raise Refused(422, "msg is not JSON: correct it, or send it without content_type application/json") from None
