@@ -410,7 +410,8 @@ def examine(way: Way) -> bool:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Find the hop that fails on the way to an agent-bus.")
-    parser.add_argument("--hold", type=float, default=25.0, metavar="S", help="length of the test poll, 0 to 60 s (25)")
+    hold = "length of the test poll, 0 to 60 s (25)"
+    parser.add_argument("--hold", type=bus_recv.duration, default=25.0, metavar="S", help=hold)
     parser.add_argument("--bus", type=bus_recv.profile, metavar="PROFILE", help="the bus in PROFILE.env")
     options = parser.parse_args(argv)
     if not 0 <= options.hold <= 60:
