@@ -5806,6 +5806,8 @@ def restore(arguments: Sequence[str]) -> None:
     parser = command("restore", "Replace the bus by COPY. Stop the bus first.")
     parser.add_argument("copy", metavar="COPY", help="a copy made by backup; its tokens are used if the bus has none")
     options = parser.parse_args(arguments)
+    if not os.path.exists(options.copy):
+        raise Unusable(f"there is no file {options.copy}: give the COPY that backup has made")
     with locked(options.db):
         marker = pathlib.Path(restoring(options.db))  # of a restore that was cut off
         old = marker.read_text() if marker.exists() else f"{options.db}.{wall_clock()}"

@@ -65,7 +65,7 @@ GROUPS: dict[str, dict[str, Command]] = {
         "install": Command("connect Claude Code; start at login", "install claude", "bus_install", ("install",)),
         "uninstall": Command("take away what install has added", "uninstall claude", "bus_install", ("uninstall",)),
         "invite": Command("make a token for an agent", "invite dell", "bus_server", ("invite",)),
-        "join": Command("connect this machine to a bus", "join http://host:8080 dell", "bus_join"),
+        "join": Command("connect this machine to a bus", "join https://host:8080 dell", "bus_join"),
         "tokens": Command("list the tokens", "tokens", "bus_server", ("tokens",)),
         "revoke": Command("revoke the tokens of an agent", "revoke dell", "bus_server", ("revoke",)),
     },

@@ -251,6 +251,8 @@ class Way:
             return "skipped"
         if self.first:
             return "skipped: a bus of the first contract holds a poll for as long as it likes"
+        if sys.stderr and sys.stderr.isatty():
+            print(f"      (a long poll takes {self.hold:g} s; --hold 0 leaves it out)", file=sys.stderr)
         began = time.monotonic()
         try:
             self.poll(self.hold)

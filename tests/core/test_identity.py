@@ -340,6 +340,12 @@ def test_a_mistyped_name_gets_the_one_that_may_be_meant(verb, bus):
     assert dell[:12] in listed and nano[:12] not in listed and listed.count("\n") == 2
 
 
+def test_a_copy_that_does_not_exist_is_said_to_be_none_and_nothing_is_made(tmp_path):
+    code, out, err = run("restore", tmp_path / "cpoy.db", "--db", tmp_path / "new" / "bus.db")
+    said = f"bus_server: there is no file {tmp_path}/cpoy.db: give the COPY that backup has made\n"
+    assert (code, out, err) == (2, "", said) and not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("arguments", [["tokens"], ["revoke", "x"], ["prune"], ["backup", "COPY"]])
 def test_a_mistyped_database_is_said_to_be_none_and_nothing_is_made(arguments, tmp_path):
     arguments = [str(tmp_path / each) if each == "COPY" else each for each in arguments]
