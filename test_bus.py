@@ -965,12 +965,12 @@ def test_a_form_is_refused(bus):
 @ours
 def test_the_unknown_names_of_a_list_are_told(bus):
     """8.11 the answer to a send to a list names each name of it that never polled and has no token"""
-    polled, unknown, other = fresh(), fresh(), fresh()
-    bus.recv(polled)
-    told = bus.send([unknown, polled, other])["receiver"]
+    polled, unknown, other, channel = fresh(), fresh(), fresh(), fresh("channel")
+    bus.recv(polled, channel=channel)
+    told = bus.send([unknown, polled, other], channel=channel)["receiver"]
     assert sorted(told["unknown"]) == sorted([unknown, other]) and told["offline"] + told["online"] == 3
     assert all(isinstance(each, dict) for each in told["unknown"].values())
-    assert "unknown" not in bus.send([polled, "all"])["receiver"]
+    assert "unknown" not in bus.send([polled, "all"], channel=channel)["receiver"]
 
 
 # ── 9. GET /recv ─────────────────────────────────────────────────────────────────────────────────────────────────────
