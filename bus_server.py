@@ -2007,6 +2007,7 @@ class Tokens:
         self.path = f"{database}.tokens"
         self.closed = False
         self.grants: dict[str, tuple[str, Grant]] = {}
+        self.ends: dict[str, float] = {}  # token: when it expires
         self.expired: dict[str, tuple[str, int]] = {}  # token: its hash, and when it expired
         self.since, self.until = -math.inf, math.inf  # between these times no token expires; s since 1970, as all here
         self.named: dict[str, list[Grant]] = {}  # the same by name
@@ -2061,7 +2062,7 @@ class Tokens:
         self.closed = self.closed or bool(rows)
         try:
             rows = [row for row in rows if not row["revoked"]]
-            ends = {row["id"]: row.get("expires") or math.inf for row in rows}
+            self.ends = ends = {row["id"]: row.get("expires") or math.inf for row in rows}
             self.expired = {row["id"]: (row["hash"], row["expires"]) for row in rows if ends[row["id"]] <= now}
             self.grants = {
                 row["id"]: (row["hash"], Grant(row["id"], *(row[field] for field in Grant._fields[1:])))
@@ -5022,19 +5023,28 @@ def entry(bus: Bus, one: Draft, stored: Stored) -> str:
 
 
 def truth(bus: Bus, one: Draft) -> str:
-    """`receiver` in the answer to a send: who of the receivers listens, and how many messages they have not read.
-
-    A name is known if it ever polled, or if it has a token.
-    """
+    """`receiver` in the answer to a send: who of the receivers listens, and how many messages they have not read."""
     to = one.to[0]
     if len(one.to) > 1 or to == EVERYONE:
-        return encode(receivers(bus, one))
+        counts, strangers = encode(receivers(bus, one)), [own for own in one.to if not known(bus, one, own)]
+        unknown = ", ".join(f'"{own}": {{{similar(bus, one, own)[2:]}}}' for own in strangers)
+        return f'{counts[:-1]}, "unknown": {{{unknown}}}}}' if unknown else counts
     box = bus.mailboxes.box(one.channel, to)
     seen = seconds(box.seen) if box.seen else "null"
     count = unread(bus, one.channel, to, box)
-    online, known = bus.mailboxes.online(box), box.seen > 0 or to in bus.gate.tokens.named
-    more = "" if known else "".join([about(one) for about in bus.unknown])
-    return f'{{"online": {boolean(online)}, "last_seen": {seen}, "unread": {count}, "known": {boolean(known)}{more}}}'
+    online, is_known = bus.mailboxes.online(box), known(bus, one, to)
+    more = f'"known": {boolean(is_known)}{"" if is_known else similar(bus, one, to)}'
+    return f'{{"online": {boolean(online)}, "last_seen": {seen}, "unread": {count}, {more}}}'
+
+
+def known(bus: Bus, one: Draft, own: str) -> bool:
+    """Has this receiver ever polled, or a token?"""
+    return own == EVERYONE or bus.mailboxes.box(one.channel, own).seen > 0 or own in bus.gate.tokens.named
+
+
+def similar(bus: Bus, one: Draft, own: str) -> str:
+    """What extensions say of a receiver that is not known: further members, as JSON."""
+    return "".join([about(one._replace(to=(own,))) for about in bus.unknown])
 
 
 def receivers(bus: Bus, one: Draft) -> dict[str, int]:
@@ -5350,11 +5360,14 @@ Bash, curl and jq: curl -fO {url}/bus_listener.sh; AGENT_NAME=bob bash bus_liste
 
 
 def duration(text: str) -> float:
-    """'30d', '12h', '90m', '45s' in seconds; '0' is for ever."""
-    match = re.fullmatch(r"([0-9]{1,9})([smhd]?)", text)
+    """'30d', '12h', '90m', '45s' in seconds; '0' is for ever.
+
+    A number alone is refused: clients take it for seconds, but who writes `--keep 30` means days.
+    """
+    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)([smhd]?)", text)
     if not match or not (match[2] or match[1] == "0"):
         raise argparse.ArgumentTypeError(f"{text!r} is not a time like 30d, 12h, 90m, 45s, or 0 for ever")
-    return int(match[1]) * {"": 0, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
+    return float(match[1]) * {"": 0, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
 
 
 def size(text: str) -> int:
@@ -5370,12 +5383,18 @@ def default_path() -> str:
     return os.path.join(state, "agent-bus", "bus.db")
 
 
+def no_folder(path: str) -> str:
+    if os.path.isdir(path) or path.endswith("/"):
+        raise argparse.ArgumentTypeError(f"{path} is a folder: give a file in it, like {os.path.join(path, 'bus.db')}")
+    return path
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of the core."""
     add = parser.add_argument
     add("--host", help="address to listen on (127.0.0.1)")
     add("--port", type=int, help="port to listen on; 0: any free one (8080)")
-    add("--db", default=default_path(), metavar="PATH", help="database, or :memory: (%(default)s)")
+    add("--db", type=no_folder, default=default_path(), metavar="PATH", help="database, or :memory: (%(default)s)")
     add("--keep", type=duration, default="30d", help="remove messages older than this, like 12h; 0: keep all (30d)")
     add("--max-body", type=int, default=262144, metavar="BYTES", help="largest body of a request (%(default)s)")
     add("--rate", type=float, default=50, metavar="N", help="most messages per sender and second; 0: any (%(default)s)")
@@ -5539,8 +5558,25 @@ def tls_context(certificate: str | None, key: str | None) -> ssl.SSLContext | No
     try:
         context.load_cert_chain(certificate, key, password="")  # else OpenSSL asks for it on the terminal, and waits
     except (OSError, ssl.SSLError) as error:
-        raise Unusable(f"cannot use the certificate {certificate}: {error.strerror or error}") from None
+        raise Unusable(unfit(certificate, key or certificate, error)) from None
     return context
+
+
+def unfit(certificate: str, key: str, error: OSError) -> str:
+    """Why OpenSSL does not take a certificate and its key. Its own words name neither the file nor the reason."""
+    for path in (certificate, key):
+        try:
+            with open(path, "rb") as pem:
+                whole = pem.read()
+        except OSError as unreadable:
+            return f"cannot read {path}: {unreadable.strerror}"
+    if getattr(error, "reason", "") == "KEY_VALUES_MISMATCH":
+        return f"the key in {key} is not the key of the certificate in {certificate}: give the --tls-key made with it"
+    if b"PRIVATE KEY-----" not in whole:
+        return f"there is no private key (PEM) in {key}: give its file as --tls-key"
+    if b"ENCRYPTED" in whole:
+        return f"the key in {key} has a password, and the bus cannot ask for it: decrypt it with openssl pkey"
+    return f"there is no certificate (PEM) in {certificate}, or it is damaged: {error.strerror or error}"
 
 
 def make_bus(options: argparse.Namespace, state: State) -> Bus:
@@ -5607,8 +5643,25 @@ def reload(listener: Listener, options: argparse.Namespace) -> None:
 
 def command(function: str, description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=called(function), description=description)
-    parser.add_argument("--db", default=default_path(), metavar="PATH", help="database of the bus (%(default)s)")
+    whose = "database of the bus (%(default)s)"
+    parser.add_argument("--db", type=no_folder, default=default_path(), metavar="PATH", help=whose)
     return parser
+
+
+def existing(path: str) -> str:
+    """The database of a bus. Unusable if there is none: a mistyped --db makes no file, and is not an empty bus."""
+    if not os.path.exists(path) and not os.path.exists(f"{path}.tokens"):
+        raise Unusable(f"there is no bus with the database {path}: give --db PATH, as the bus prints it at its start")
+    return path
+
+
+def meant(wrong: str, right: Iterable[str]) -> str:
+    """`: did you mean x?` for a word that is not among the right ones, if some are similar."""
+    import difflib  # only for a typo
+
+    cases = {each.lower(): each for each in right}
+    similar = [cases[each] for each in difflib.get_close_matches(wrong.lower(), cases)]
+    return f": did you mean {' or '.join(similar)}?" if similar else ""
 
 
 def invite(arguments: Sequence[str]) -> None:
@@ -5625,6 +5678,9 @@ def invite(arguments: Sequence[str]) -> None:
     options = parser.parse_args(arguments)
     options.also = [each for each in options.also.split(",") if each]
     check_invitation(parser, options)
+    folder = os.path.dirname(os.path.abspath(options.db))
+    if options.db != default_path() and not os.path.isdir(folder):
+        raise Unusable(f"there is no folder {folder}: correct --db, or make that folder first")
     file, words, here = Tokens(options.db), invitations(), running(options.db)
     if words and not words.agreed(options.name, options.db, here, file.closed, options.yes):
         raise Unusable("no token was made")
@@ -5688,21 +5744,31 @@ def revoke(arguments: Sequence[str]) -> int:
                 revoked.append(row["id"])
         return rows
 
-    file = Tokens(options.db)
-    if file.rows():  # else there may be no bus: do not make a file
+    file = Tokens(existing(options.db))
+    rows = [row for row in file.rows() if not row["revoked"]]
+    if rows:  # else do not make a file, which would close the bus
         file.change(change)
     which = f"{options.name} {options.label or ''}".strip()
-    print(f"revoked the tokens of {which}: {' '.join(revoked)}" if revoked else f"{which} has no token")
-    return 0 if revoked else 1
+    if revoked:
+        print(f"revoked the tokens of {which}: {' '.join(revoked)}")
+        return 0
+    labels = [row.get("label", "") for row in rows if row["name"] == options.name]
+    similar = meant(options.label or "", labels) if labels else meant(options.name, {row["name"] for row in rows})
+    print(f"{which} has no token{similar}", file=sys.stderr)
+    return 1
 
 
-def tokens(arguments: Sequence[str]) -> None:
+def tokens(arguments: Sequence[str]) -> int:
     """List the tokens and their names. The bus does not know the secrets."""
     parser = command("tokens", "List the tokens of a bus.")
+    parser.add_argument("name", metavar="NAME", nargs="?", help="only those of NAME")
     options = parser.parse_args(arguments)
-    used = last_used(options.db)
+    used, rows = last_used(existing(options.db)), Tokens(options.db).rows()
+    if options.name and options.name not in [row["name"] for row in rows]:
+        print(f"{options.name} has no token{meant(options.name, {row['name'] for row in rows})}", file=sys.stderr)
+        return 1
     print(f"{'id':13} {'name':20} {'made':10} {'last used':10} {'expires':10} grants")
-    for row in Tokens(options.db).rows():
+    for row in (row for row in rows if options.name in (None, row["name"])):
         grants = ["send"] if row["send_only"] else ["send", "read", *(f"read:{each}" for each in row["also"])]
         grants += ["operator"] if row["operator"] else []
         over = "expired" if (row.get("expires") or math.inf) <= time.time() else ""
@@ -5710,6 +5776,7 @@ def tokens(arguments: Sequence[str]) -> None:
         state += f" ({shown(row['label'])})" if row.get("label") else ""
         days = " ".join(f"{day(at):10}" for at in (row["made"], used.get(row["id"]), row.get("expires")))
         print(f"{row['id']:13} {row['name']:20} {days} {state}")
+    return 0
 
 
 def prune(arguments: Sequence[str]) -> None:
@@ -5720,7 +5787,7 @@ def prune(arguments: Sequence[str]) -> None:
     parser.add_argument("--dry-run", action="store_true", help="only print how many there are")
     options = parser.parse_args(arguments)
     before = max(wall_clock() - int(options.older * 1000000), 0)
-    old, pending = count_old(options.db, before)
+    old, pending = count_old(existing(options.db), before)
     going = old if options.pending else old - pending
     stay = f"; {pending} of them are unfetched or not done, and stay: --pending removes them too" if old > going else ""
     print(f"{old} messages are from before {iso(before)}{stay}")
@@ -5831,7 +5898,7 @@ def backup(arguments: Sequence[str]) -> None:
     options = parser.parse_args(arguments)
     if os.path.exists(options.copy):
         raise Unusable(f"{options.copy} exists already: choose another name")
-    rows = Tokens(options.db).rows()
+    rows = Tokens(existing(options.db)).rows()
     messages, files = copy_bus(options.db, options.copy, rows)
     print(f"{options.copy}: {messages} messages, {files} files, {len(rows)} tokens")
 
@@ -5844,6 +5911,8 @@ def restore(arguments: Sequence[str]) -> None:
     parser = command("restore", "Replace the bus by COPY. Stop the bus first.")
     parser.add_argument("copy", metavar="COPY", help="a copy made by backup; its tokens are used if the bus has none")
     options = parser.parse_args(arguments)
+    if not os.path.exists(options.copy):
+        raise Unusable(f"there is no file {options.copy}: give the COPY that backup has made")
     with locked(options.db):
         marker = pathlib.Path(restoring(options.db))  # of a restore that was cut off
         old = marker.read_text() if marker.exists() else f"{options.db}.{wall_clock()}"
@@ -5950,6 +6019,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if arguments and arguments[0] in COMMANDS:
             return run_command(*arguments)
+        if arguments and not arguments[0].startswith("-"):
+            similar = meant(arguments[0], COMMANDS) or f": there are {', '.join(COMMANDS)}; without one, the bus runs"
+            raise Unusable(f"there is no command {arguments[0]!r}{similar}")
         options = command_line(arguments)
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         with contextlib.suppress(ValueError, OSError):  # a parked reader is a descriptor

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import time
 from bisect import bisect_left
@@ -56,6 +57,7 @@ def whoami(bus: Bus, request: Request) -> Answer:
         "operator": grant.operator,
         "send_only": grant.send_only,
         "reads": [grant.name, *grant.also] if grant.name and not grant.send_only else [],
+        "expires": int(ends) if (ends := bus.gate.tokens.ends.get(grant.token, math.inf)) < math.inf else None,
         "open": not bus.gate.tokens.closed,
         "address": request.peer.address,
         "version": VERSION,

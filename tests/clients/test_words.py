@@ -1,4 +1,5 @@
 """What the clients take on the command line, and what they say to a person, to a program, and when it goes wrong."""
+import argparse
 import json
 import os
 import pathlib
@@ -14,6 +15,7 @@ import pytest
 
 import bus_recv
 import bus_send
+import bus_server
 from tests.clients.test_clients import Clock, home, program, reader, recv, refusing, run, send  # noqa: F401
 from tests.kit.bad_servers import HTML, NOON, Scripted, answer, mail, message, page, stored
 from tests.kit.naive_server import Naive
@@ -21,8 +23,12 @@ from tests.kit.peers import invite
 from tests.kit.processes import PATIENCE, ROOT, Server, in_time
 
 VERSIONS = pathlib.Path("~/.pyenv/versions").expanduser()
-PROGRAMS = ["bus_server.py", "bus_send.py", "bus_recv.py", "tools/agent_bus.py", *(f"tools/bus_{tool}.py" for tool in
-            ("doctor", "file", "inbox", "install", "join", "log", "outbox", "who", "work"))]  # fmt: skip
+PROGRAMS = [
+    "bus_server.py", "bus_send.py", "bus_recv.py", "test_bus.py", "tools/agent_bus.py",
+    *(f"tools/bus_{tool}.py" for tool in "doctor file inbox install join log outbox who work".split()),
+    *(f"examples/{name}.py" for name in ("handover", "incident", "two_hosts", "work_queue")),
+    "integrations/claude_code/bus_hook.py", "integrations/claude_code/bus_mcp.py",
+]  # fmt: skip
 TICK = 0x652A7C1B2F3E1
 
 
@@ -128,13 +134,21 @@ def test_an_argument_that_send_does_not_know_is_no_member_of_the_message(call):
 def test_a_time_is_written_alike_everywhere(text, seconds):
     """Case 39."""
     assert bus_send.duration(text) == bus_recv.duration(text) == seconds
+    if text == "0" or text[-1].isalpha():
+        assert bus_server.duration(text) == seconds
+    else:  # `--keep 30` with 30 s would remove all mail of somebody who means days
+        with pytest.raises(argparse.ArgumentTypeError, match="not a time like 30d"):
+            bus_server.duration(text)
 
 
 @pytest.mark.parametrize("option", [
     ["bus_send.py", "dell", "hi", "--ttl"], ["bus_send.py", "dell", "hi", "--timeout"],
     ["bus_recv.py", "x", "--timeout"], ["bus_recv.py", "x", "--since"], ["tools/bus_log.py", "--since"],
     ["tools/bus_work.py", "q", "--exec", "true", "--lease"],
-    ["tools/bus_outbox.py", "dell", "hi", "--ttl"], ["bus_server.py", "--keep"],
+    ["tools/bus_outbox.py", "dell", "hi", "--ttl"], ["tools/bus_outbox.py", "dell", "hi", "--timeout"],
+    ["tools/bus_work.py", "q", "--exec", "true", "--timeout"], ["tools/bus_log.py", "--timeout"],
+    ["tools/bus_file.py", "get", "0" * 64, "--timeout"], ["tools/bus_doctor.py", "--hold"],
+    ["bus_server.py", "--keep"], ["bus_server.py", "prune", "--older"], ["bus_server.py", "invite", "x", "--expires"],
 ])  # fmt: skip
 def test_what_is_no_time_is_refused_everywhere(option):
     for wrong in ("5x", "m", "-1", "1e3", "5 m"):
@@ -267,7 +281,7 @@ def test_what_a_bus_of_the_first_contract_cannot_do_is_said(home):  # noqa: F811
     """Case 36."""
     with Naive() as bus:
         env = {"AGENT_BUS_URL": bus.url, "AGENT_NAME": "spark"}
-        for command, lack in ((["log.py"], "no log"), (["work.py", "q", "--exec", "x"], "no queues")):
+        for command, lack in ((["log.py"], "no log"), (["work.py", "q", "--exec", "true"], "no queues")):
             code, _, err = run(f"tools/bus_{command[0]}", *command[1:], env=env)
             assert code == 1 and f"a bus of the first contract, which has {lack}" in err and err.count("\n") == 1
         code, out, _ = run("tools/bus_doctor.py", env=env)
@@ -283,7 +297,7 @@ def test_a_closed_bus_is_no_bus_of_the_first_contract(home, tmp_path):  # noqa: 
     with Server(tmp_path / "bus.db") as bus:
         token = invite(bus, "dell")
         env = {"AGENT_BUS_URL": bus.url, "AGENT_NAME": "dell"}
-        for command in (["bus_recv.py", "dell"], ["tools/bus_log.py"], ["tools/bus_work.py", "q", "--exec", "x"]):
+        for command in (["bus_recv.py", "dell"], ["tools/bus_log.py"], ["tools/bus_work.py", "q", "--exec", "true"]):
             code, _, err = run(*command, env=env)
             assert code == 1 and "token" in err and "first contract" not in err
         code, out, _ = run("tools/bus_doctor.py", env=env)
@@ -395,9 +409,24 @@ def test_what_since_passes_over_is_told(since, told, bus, home):  # noqa: F811
 # ── The programs themselves ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_the_clients_say_their_version():
-    import bus_server
+def test_the_first_names_that_people_try_may_send(bus, home):  # noqa: F811
+    """Case 31. They were reserved, without a reason."""
+    for name in ("claude", "root"):
+        code, out, err = run("bus_send.py", "bob", "hi", env={"AGENT_BUS_URL": bus.url, "AGENT_NAME": name})
+        assert code == 0 and json.loads(out)["ok"], err
+    code, _, err = run("bus_send.py", "bob", "hi", env={"AGENT_BUS_URL": bus.url, "AGENT_NAME": "user"})
+    assert code == 1 and "this name is reserved, because" in err and "use user-" in err, "with a reason and a free name"
 
+
+def test_a_mistyped_receiver_gets_the_name_that_listens(bus, home):  # noqa: F811
+    """Case 34."""
+    env = {"AGENT_BUS_URL": bus.url, "AGENT_NAME": "spark"}
+    assert run("bus_recv.py", "Lead2", "--timeout", "0", env=env)[0] == 3
+    shown = on_a_terminal("bus_send.py", "Laed2", "hi", **env)
+    assert shown == "queued: nobody has ever listened as Laed2; did you mean Lead2?\n"
+
+
+def test_the_clients_say_their_version():
     assert bus_send.VERSION == bus_server.VERSION
     for client in ("bus_send.py", "bus_recv.py"):
         assert run(client, "--version") == (0, f"{client} {bus_server.VERSION}\n", "")

@@ -50,6 +50,25 @@ def test_a_message_that_does_not_fit_its_type_is_refused_with_the_member_named(s
         assert log_of(bus, "bob") == ["x"] * 3
 
 
+def test_a_json_body_is_checked_and_not_the_message_around_it(schemas, tmp_path):
+    """A schema like {"required": ["topic"]} would else refuse every message whose topic is in its body."""
+    (schemas / "note.json").write_text('{"required": ["topic"], "properties": {"topic": {"type": "string"}}}')
+    with Server(tmp_path / "bus.db", "--schemas", schemas, program=WITH_PACKAGES) as bus:
+        given = {"type": "note", "content_type": "application/json"}
+        assert send(bus, **given, msg='{"topic": "x"}')[0] == 200
+        assert send(bus, type="note", content_type="Application/JSON; charset=utf-8", msg='{"topic": "x"}')[0] == 200
+        for text, error in (
+            ('{"subject": "x"}', "msg does not fit the type note: 'topic' is a required property"),
+            ('{"topic": 7}', "msg.topic does not fit the type note: 7 is not of type 'string'"),
+            ("{topic}", "msg is not JSON: correct it, or send it without content_type application/json"),
+            ("[" * 100000, "msg is not JSON: correct it, or send it without content_type application/json"),
+        ):
+            status, answer = send(bus, **given, topic="x", msg=text)
+            assert (status, answer["error"]) == (422, error), text
+        assert send(bus, type="note", topic="x", msg="{topic}")[0] == 200  # without it, the message is checked
+        assert send(bus, content_type="application/json", msg="{topic}")[0] == 200  # without a type, nothing is
+
+
 def test_a_strict_bus_refuses_types_it_does_not_know(schemas, tmp_path):
     with Server(tmp_path / "bus.db", "--schemas", schemas, "--strict", program=WITH_PACKAGES) as bus:
         assert [send(bus, type="build.done", build=7)[0], send(bus, type="unknown")[0], send(bus)[0]] == [200, 422, 422]
