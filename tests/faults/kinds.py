@@ -443,7 +443,8 @@ KINDS = [
          "`/agents` looks at 5,000 messages for `oldest`, and the next answer goes on behind the expired ones",
          (f"{WAITING}::test_a_list_of_names_looks_at_so_many_expired_messages",
           f"{WAITING}::test_what_had_expired_above_the_mark_of_a_group_says_nothing_of_its_new_owner"),
-         "`People.LOOKED` has no effect, or `Mailbox.gone` is not kept (the first); it is used for each mark (the last)"),
+         "`People.LOOKED` has no effect, or `Mailbox.gone` is not kept (the first); it is used for each mark (the "
+         "last)"),
     Kind("marks that moved are all counted anew at once",
          "a list of names ends with `more` after 100; a send tells of the others what lies above an older mark",
          (f"{TURNS}::test_a_list_counts_so_many_moved_marks_and_the_next_page_goes_on",
@@ -474,8 +475,8 @@ KINDS = [
          (f"{TURNS}::test_readers_are_told_of_many_messages_in_turns_and_miss_none",
           f"{TURNS}::test_what_a_reader_is_about_to_be_told_is_not_recalled",
           f"{TURNS}::test_a_reader_whose_hold_ends_before_its_turn_gets_what_came"),
-         "`Receiving.catch_up()` without `timely()` (the first); `has_passed()` does not look at `behind` (the second); "
-         "`poll_over()` reads nothing (the last)"),
+         "`Receiving.catch_up()` without `timely()` (the first); `has_passed()` does not look at `behind` (the "
+         "second); `poll_over()` reads nothing (the last)"),
     Kind("what only some need is looked up for all",
          "an operator's log needs no end of a page; a request that waits for a commit keeps no headers; what takes "
          "long to check against a schema is 413",
