@@ -22,7 +22,8 @@ import pytest
 import bus_server
 from bus_server import PARKED, Forget, Poll
 from tests.core.test_connection import a_bus, come_true
-from tests.faults.test_kinds_bounds import NAMES, Guest, counted, listened, steps_of
+from tests.faults.test_kinds_bounds import Guest, counted, steps_of
+from tests.faults.test_kinds_counts import NAMES, listened
 from tests.kit.peers import mint
 
 
