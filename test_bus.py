@@ -1854,7 +1854,7 @@ def test_a_name_says_what_it_sent_and_what_it_has_not_read(bus):
     bus.recv(to, since=first["ts"])
     assert agent(bus, to)["oldest"] == second["ts"]
     bus.recv(to, since=second["ts"])
-    assert agent(bus, to)["oldest"] is None and agent(bus, bus.me)["sent"] == second["ts"]
+    assert agent(bus, to)["oldest"] is None and agent(bus, bus.me)["sent"] >= second["ts"]
     expired = bus.send(to, ttl=0.01)
     soon(lambda: bus.state(expired["id"]) == "expired")
     assert agent(bus, to)["oldest"] is None
