@@ -288,10 +288,10 @@ def wait() -> int:
     def who() -> session.Self:
         return session.this_session(process, project_of(event))
 
-    with notice.alone(who().name) as ours:
+    with notice.alone(who().name, "wait") as ours:
         if not ours:
             return 0
-    for me, counts in notice.arrivals(who, complain, lambda: bool(session.birth(process))):
+    for me, counts in notice.arrivals(who, complain, "wait", lambda: bool(session.birth(process))):
         if say_news(event, me, counts):
             return 2
     return 0

@@ -161,18 +161,18 @@ def is_watched(name: str) -> bool:
 
 
 @contextlib.contextmanager
-def alone(name: str) -> Iterator[bool]:
-    """Be the one that waits for mail for this name; or False, while another program of this machine does."""
-    path = f"{wake_path(name)}~lock"
+def alone(name: str, kind: str) -> Iterator[bool]:
+    """Be the one that waits for mail for this name in this way; or False, while another program of this machine is."""
+    path = f"{wake_path(name)}~{kind}"
     with bus_recv.private_file(path, os.O_RDWR, "r+") as file:
         os.utime(path)  # see session.was_here
         yield bus_recv.try_lock(file, path)
 
 
 def arrivals(
-    who: Callable[[], Self], warn: Callable[[str], None], is_needed: Callable[[], bool] = lambda: True
+    who: Callable[[], Self], warn: Callable[[str], None], kind: str, is_needed: Callable[[], bool] = lambda: True
 ) -> Iterator[tuple[Self, Counts]]:
-    """Yields whenever more mail waits for a session than before; it takes nothing.
+    """Yields whenever more mail waits for a session than before; it takes nothing. `kind`: see alone().
 
     `who` is asked before each look, because a session may be renamed; `is_needed` may end it. While nothing is unread
     it holds a poll, so the name counts as listening; the message that ends it is fetched, and not read. Else it looks
@@ -182,7 +182,7 @@ def arrivals(
     while is_needed():
         try:
             me = who()
-            with alone(me.name) as ours:
+            with alone(me.name, kind) as ours:
                 if ours:
                     counts = count(me, bus_recv.GRACE_SECONDS)
                     if not counts.reader and (counts.newest > known[1] or counts.unread > known[0]):
@@ -219,7 +219,7 @@ class Waker(threading.Thread):
         self.who, self.warn = who, warn
 
     def run(self) -> None:
-        for me, counts in arrivals(self.who, self.warn):
+        for me, counts in arrivals(self.who, self.warn, "lock"):
             for name in me.names:  # the session watches the file of the name that it had when it started
                 with open(wake_file(name), "a", encoding="ascii") as file:
                     file.write(f"{counts.unread} unread for {me.name}\n")

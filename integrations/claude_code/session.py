@@ -362,7 +362,7 @@ def heard_elsewhere(url: str, channel: str, names: Sequence[str]) -> set[str]:
 def was_here(channel: str, name: str) -> bool:
     """May the reader that the bus still counts as listening be one of this machine?"""
     files = glob.glob(os.path.join(cursors(), *map(bus_recv.file_name, (channel, name))))
-    files += glob.glob(f"{glob.escape(wake_path(name))}~lock")
+    files += glob.glob(f"{glob.escape(wake_path(name))}~*")
     return any(time.time() - os.path.getmtime(path) < RECENT_SECONDS for path in files)
 
 

@@ -611,7 +611,7 @@ def test_what_the_bus_refuses_is_said_at_the_start_and_not_again():
 
 
 def has_watch():
-    return notice.is_watched("dell")
+    return notice.is_locked(f"{session.wake_path('dell')}~wait")
 
 
 def waiter(bus, event=STOP, **env):
