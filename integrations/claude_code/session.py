@@ -206,9 +206,9 @@ class Register:
         if who.asked and loose and not self.names[loose]["asked"]:  # one part of this session had no AGENT_NAME
             self.move(loose, name)
         else:
-            self.forward(name, ())
-            ids = self.names.get(name, EMPTY)["ids"]
-            self.names[name] = {**EMPTY, "process": who.born, "ids": ids, "title": who.title, "seen": self.now}
+            self.names[name] = {**EMPTY, "process": who.born, "title": who.title, "seen": self.now}
+            self.take(name)
+            self.forward(name)
         missed = before or wanted[0]
         why = f"because {missed} is another session" if name != missed else ""
         if not who.asked and not why and not from_words(who.title or folder_of(who.directory))[1]:
@@ -269,15 +269,22 @@ class Register:
         if new == mine:
             return
         line = self.names.pop(mine)
-        line["old"] = {**line["old"], mine: self.now + DAY}
-        line["old"].pop(new, None)
-        self.names[new] = {**line, "why": ""}
+        self.names[new] = {**line, "old": {**line["old"], mine: self.now + DAY}, "why": ""}
+        self.take(new)
         for bus, at in self.begins(mine, new).items():
             place = map(bus_recv.file_name, (bus, self.channel, new))
             path = os.path.join(bus_recv.state_directory(), "cursors", *place)
             with bus_recv.private_file(path, os.O_WRONLY | os.O_TRUNC, "w") as file:
                 file.write(f"{at}\n")
-        self.forward(new, tuple(self.also(new)))
+        self.forward(new)
+
+    def take(self, name: str) -> None:
+        """From now on, this name is the old one of no other session that has ended and may be resumed."""
+        for each, line in self.names.items():
+            if name in line["old"]:
+                line["old"] = {old: until for old, until in line["old"].items() if old != name}
+                if each != name:
+                    self.forward(each)
 
     def begins(self, mine: str, new: str) -> dict[str, str]:
         """By bus: the cursor from which both names are read, below the oldest message that waits for either.
@@ -301,13 +308,14 @@ class Register:
     def digest(self, name: str) -> dict[str, Any]:
         return bus_recv.ask(self.url, f"/digest?to={name}&channel={self.channel}", ASK_SECONDS)[0]
 
-    def forward(self, name: str, also: tuple[str, ...]) -> None:
-        """Tell the readers of these names which names they read from now on, and until when."""
-        old = self.names[name]["old"] if also else {}
-        text = "".join(f"{each} {old.get(each, self.now + KEPT_SECONDS):.0f}\n" for each in (name, *also))
-        for each in (name, *old):
+    def forward(self, name: str) -> None:
+        """Tell the readers of this name, and of its old ones, which names they read from now on, and until when."""
+        old = self.names[name]["old"]
+        names = {name: self.now + KEPT_SECONDS, **{each: old[each] for each in self.also(name)}}
+        text = "".join(f"{each} {until:.0f}\n" for each, until in names.items())
+        for each in names:
             path = f"{self.path}~{bus_recv.file_name(each)}"
-            if old:
+            if len(names) > 1:
                 with bus_recv.private_file(path, os.O_WRONLY | os.O_TRUNC, "w") as file:
                     file.write(text)
             elif os.path.exists(path):
