@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from session import ASK_SECONDS, Nameless, Self, bus_recv, own_cursor, wake_path, was_here
+from session import ASK_SECONDS, Nameless, Self, bus_recv, get, own_cursor, wake_path, was_here
 
 NAMED = 5  # senders in a notice
 AWAITED = 50  # ids of the last questions of a name
@@ -51,11 +51,11 @@ def count(me: Self, seconds: float) -> Counts:
     since = f"&since={own_cursor('*', channel, me.name)}" if me.also else ""  # the bus has no cursor for both
     try:
         path = f"/digest?to={','.join(me.names)}&channel={channel}{since}"
-        answer = bus_recv.ask(url, path, seconds)[0]
+        answer = get(url, path, seconds)
     except bus_recv.Refused as refused:
         if refused.status != 404:
             raise
-        answer = bus_recv.ask(url, f"/inbox?name={me.name}&channel={channel}", seconds)[0]
+        answer = get(url, f"/inbox?name={me.name}&channel={channel}", seconds)
     try:
         return counted(me.name, channel, answer)
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError):
@@ -115,7 +115,7 @@ def read_elsewhere(me: Self) -> str:
     given = bus_recv.settings()
     url, channel = given["AGENT_BUS_URL"], given.get("AGENT_BUS_CHANNEL", "default")
     try:
-        agents = bus_recv.ask(url, f"/agents?channel={channel}&name={me.name}", ASK_SECONDS)[0]["agents"]
+        agents = get(url, f"/agents?channel={channel}&name={me.name}", ASK_SECONDS)["agents"]
         its = next((each for each in agents if (each["name"], each["channel"]) == (me.name, channel)), {})
         if its.get("online") and (its.get("readers", 0) > 1 or not was_here(channel, me.name)):
             return (
@@ -207,7 +207,7 @@ def hold(me: Self) -> None:
     given, began = bus_recv.settings(), time.monotonic()
     channel = given.get("AGENT_BUS_CHANNEL", "default")
     path = f"/recv?to={me.name}&channel={channel}&since=last&max=1&block=true&wait={HOLD_SECONDS}"
-    bus_recv.ask(given["AGENT_BUS_URL"], path, HOLD_SECONDS + bus_recv.GRACE_SECONDS)
+    get(given["AGENT_BUS_URL"], path, HOLD_SECONDS + bus_recv.GRACE_SECONDS)
     time.sleep(max(began + SOON - time.monotonic(), 0))  # in case the bus does not hold a poll
 
 

@@ -306,7 +306,7 @@ class Register:
             return {bus: own_cursor(bus, self.channel, mine) for bus in buses}
 
     def digest(self, name: str) -> dict[str, Any]:
-        return bus_recv.ask(self.url, f"/digest?to={name}&channel={self.channel}", ASK_SECONDS)[0]
+        return get(self.url, f"/digest?to={name}&channel={self.channel}", ASK_SECONDS)
 
     def forward(self, name: str) -> None:
         """Tell the readers of this name, and of its old ones, which names they read from now on, and until when."""
@@ -360,11 +360,17 @@ def heard_elsewhere(url: str, channel: str, names: Sequence[str]) -> set[str]:
     before each poll.
     """
     try:
-        agents = bus_recv.ask(url, f"/agents?channel={channel}&online=true", ASK_SECONDS)[0]["agents"]
+        agents = get(url, f"/agents?channel={channel}&online=true", ASK_SECONDS)["agents"]
         heard = {agent["name"] for agent in agents if agent["online"] and agent["channel"] == channel}
     except (bus_recv.Refused, bus_recv.Unreachable, LookupError, TypeError):  # or a bus of the old contract
         return set()
     return {name for name in heard.intersection(names) if not was_here(channel, name)}
+
+
+def get(url: str, path: str, seconds: float) -> dict[str, Any]:
+    """GET `path`: the bus's JSON, as from bus_recv.ask(), which knows the time of the bus too: that takes imports."""
+    answer: dict[str, Any] = bus_recv.exchange(url, path, None, seconds, Decimal)[0]
+    return answer
 
 
 def was_here(channel: str, name: str) -> bool:

@@ -4,6 +4,7 @@ The register is used here as the programs use it, but with processes that are ma
 `NAMES_SECONDS=120 python -m pytest tests/integrations/test_names.py -k random` is the long run of the last test.
 """
 import collections
+import json
 import os
 import pathlib
 import random
@@ -267,6 +268,32 @@ def test_a_rename_goes_on_where_the_old_name_was(bus, lives, monkeypatch):
     assert notice.count(me, 5).unread == 1
 
 
+def test_a_reader_that_runs_follows_its_session_to_a_new_name(bus, lives, monkeypatch):
+    monkeypatch.setenv("AGENT_BUS_URL", bus.url)
+    lives.begin(1)
+    name(1, "a")
+    command = [sys.executable, "-c", "import bus_recv; bus_recv.FOLLOW_SECONDS = 0.2; bus_recv.main()", "api", "team"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    reader = subprocess.Popen([*command, "--json"], env=env, stdout=-1, stderr=-1, text=True)
+
+    def comes(to):
+        id = bus_send.send(to, f"for {to}", sender="spark")["id"]
+        return json.loads(reader.stdout.readline())["id"] == id
+
+    try:
+        assert comes("api")
+        session.rename(1, "boss")
+        assert comes("boss") and comes("api") and comes("team")
+        session.rename(1, "chief")
+        assert comes("chief") and comes("boss") and comes("api")
+        assert session.this_session(1, "/x/api", "a").names == ["chief", "boss", "api"]
+        assert notice.count(session.this_session(1, "/x/api", "a"), 5).reader, "the hooks know that it reads"
+    finally:
+        reader.terminate()
+        _, said = reader.communicate(timeout=PATIENCE)
+    assert "reading as boss, api, team from now on" in said
+
+
 def test_a_folder_in_any_script_gives_a_name_that_is_the_same_each_time():
     for folder in ("проект", "项目", "プロジェクト", "مشروع", "🙂", "-", "é", "api-проект", "🙂api"):
         its = [each for each, _ in zip(session.wishes(f"/x/{folder}"), range(2))] if folder not in "-🙂" else ["x"]
@@ -422,7 +449,7 @@ def test_at_random_no_two_sessions_ever_have_one_name_and_no_mail_goes_astray(li
     def nobody(*_, **__):
         raise bus_recv.Unreachable
 
-    monkeypatch.setattr(bus_recv, "ask", nobody)
+    monkeypatch.setattr(bus_recv, "exchange", nobody)
     seed, end, steps = random.randrange(10**6), time.monotonic() + SECONDS, collections.Counter()
     print("seed", seed)  # pytest shows it with a failure
     folder = Folder(random.Random(seed), lives)
