@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """A hook for coding agents: says how much mail waits, when a session or a turn starts or ends, and between its steps.
 
-    bus_hook.py --format claude|codex|gemini|qwen|copilot|cursor   # an event on stdin; one JSON object, or nothing
-    bus_hook.py --wake                                # for FileChanged hooks of Claude Code with asyncRewake, see below
-    bus_hook.py --wait                                # for an asyncRewake hook without the MCP server, see below
-    bus_hook.py --name                                # the name of this session, for the command line of a Monitor
+    bus_hook.py --format claude|codex|gemini|qwen|copilot|cursor      an event on stdin; one JSON object, or nothing
+    bus_hook.py --wake      for the hook FileChanged of Claude Code, with asyncRewake: see below
+    bus_hook.py --wait      for the hook Stop with asyncRewake, without the MCP server: see below
+    bus_hook.py --name      the name of this session, for the command line of a Monitor
 
 Read it in the order of a look: main, in_time, Look (one event), DRESSES (how each program takes a text), Memory (what a
 session was told), and notice.py (what the bus says); then wake and wait.
@@ -41,6 +41,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+# Python 3.8 says this sentence; older ones show the line, as a SyntaxError, because they do not know `:=`.
+if sys.version_info < (3, 9) and (needs := "bus_hook.py needs Python 3.9 or later"):  # noqa: UP036
+    sys.exit(needs)
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # python3 -I does not
 import notice  # noqa: E402
 import session  # noqa: E402
