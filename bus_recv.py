@@ -33,11 +33,7 @@ Exit code: 0 done, 1 refused by the bus, 2 usage or no place for the file, 3 not
 
 from __future__ import annotations
 
-import argparse
-import base64
 import contextlib
-import email.utils
-import http.client
 import json
 import os
 import random
@@ -50,8 +46,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from decimal import Decimal
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 from urllib.parse import SplitResult, quote, unquote, urlencode, urlsplit
+
+if TYPE_CHECKING:
+    import http.client
 
 # Python 3.8 says this sentence; older ones show the line, as a SyntaxError, because they do not know `:=`.
 if sys.version_info < (3, 9) and (needs := "bus_recv.py needs Python 3.9 or later"):  # noqa: UP036
@@ -60,6 +59,7 @@ if sys.version_info < (3, 9) and (needs := "bus_recv.py needs Python 3.9 or late
 HOLD_SECONDS = 25.0  # the bus may hold a poll; common proxies cut a quiet request after 30 s
 LOUD_SECONDS = 60.0  # after so much outage the user is told: silence must not look like health
 GREET_SECONDS = 0.3  # after a bus was found; a refused poll is answered sooner
+FOLLOW_SECONDS = 10.0  # of a poll for a session, which may be renamed
 TELL_SECONDS, LOCK_SECONDS = 0.2, 3.0  # until we say that another reads as this name; and that we wait for its end
 
 # A Monitor of Claude Code cuts or drops what exceeds its limits; these are a little lower. In UTF-16 units: a line has
@@ -103,6 +103,8 @@ def ask(url: str, path: str, seconds: float, order: dict[str, Any] | None = None
 
 def clock_of(headers: http.client.HTTPMessage) -> float:
     """The clock of the bus, so that ages are right where ours is wrong; our clock if the answer does not tell."""
+    import email.utils
+
     with contextlib.suppress(ValueError, TypeError, OverflowError):
         return email.utils.parsedate_to_datetime(headers.get("Date", "")).timestamp()
     return time.time()
@@ -253,6 +255,28 @@ class Reader:
             passed and self.warn(f"{number} waiting are passed over; to read them: --since {passed[0]['id']}")
 
 
+class SessionReader(Reader):
+    """Reads on with the new name when the session that it reads for is renamed, and for a day with the old one too.
+
+    An integration writes these names into a file, each with the time (s since 1970) until which it is read.
+    """
+
+    def request(self, hold: float, seconds: float) -> tuple[dict[str, Any], float]:
+        """One poll; see ask(). On a machine with sessions it is short, so that a new name is soon heard."""
+        sessions = os.path.join(state_directory(), "names", file_name(self.url), file_name(self.channel))
+        own, lines = self.names[0], ""
+        with contextlib.suppress(OSError), open(f"{sessions}~{file_name(own)}", encoding="ascii") as file:
+            lines = file.read()
+        until = dict(re.findall(r"^(\S+) ([0-9]+)$", lines, re.MULTILINE))
+        if names := [name for name in until if int(until[name]) > self.clock.time()]:
+            self.names = [*names, *(name for name in self.names if name not in until)]
+        if self.names[0] != own:
+            self.cursor.lock.close()
+            self.cursor = self.open_cursor(str(self.bus), self.channel, self.names[0], self.warn)
+            self.warn(f"reading as {', '.join(self.names)} from now on")
+        return super().request(min(hold, FOLLOW_SECONDS) if os.path.exists(sessions) else hold, seconds)
+
+
 def moment(since: str, now: float) -> str:
     """The cursor for now, last, a cursor, how long ago, or an id: from that message on. `now`: the bus's clock."""
     number = int(since, 16) - 1 if re.fullmatch("[0-9a-f]{13}", since) else 0
@@ -260,6 +284,8 @@ def moment(since: str, now: float) -> str:
         return f"{number // 1000000}.{number % 1000000:06d}"
     if since in ("now", "last") or DECIMAL.fullmatch(since):
         return since
+    import argparse
+
     with contextlib.suppress(argparse.ArgumentTypeError):
         return f"{max(now - duration(since), 0):.6f}"
     raise ValueError(f"since is {since!r}: give now, last, 1h, the id of a message, or seconds like 1795203596.123456")
@@ -444,6 +470,8 @@ def private(path: str) -> str:
 
 def profile(name: str) -> str:
     """The value of --bus. From here on, and in commands that we run, the configuration is that of another bus."""
+    import argparse  # slow to import, as http.client is
+
     if own := [f"AGENT_BUS_{of}" for of in ("URL", "TOKEN", "TOKEN_FILE", "CA") if os.environ.get(f"AGENT_BUS_{of}")]:
         raise argparse.ArgumentTypeError(f"{name} is a bus of its own, and these are of another: unset {' '.join(own)}")
     os.environ["AGENT_BUS_PROFILE"] = name
@@ -452,6 +480,8 @@ def profile(name: str) -> str:
 
 def duration(text: str) -> float:
     """Seconds: `90`, `90s`, `5m`, `1h` or `3d`."""
+    import argparse
+
     match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)([smhd]?)", text)
     if not match:
         raise argparse.ArgumentTypeError(f"{text!r} is not a time like 90s, 5m, 1h or 3d")
@@ -464,6 +494,8 @@ def exchange(url: str, path: str, body: bytes | None, seconds: float, fraction: 
     The head must arrive within `seconds`. The rest gets more time, by its length and SLOWEST_RATE.
     Raises as judged(); Unreachable for a fault of the network; ValueError for a wrong URL, token or certificate file.
     """
+    import http.client  # slow to import: a hook, which a turn waits for, does without it
+
     connection, prefix, headers = connect(url, min(seconds, GRACE_SECONDS))
     proxied = "://" in prefix or getattr(connection, "_tunnel_host", None)
     through = f", through the proxy {connection.host}:{connection.port}" if proxied else ""
@@ -488,6 +520,8 @@ def exchange(url: str, path: str, body: bytes | None, seconds: float, fraction: 
 
 def connect(url: str, seconds: float) -> tuple[http.client.HTTPConnection, str, dict[str, str]]:
     """A connection towards `url`, not open yet; the text before the path in a request line; the usual headers."""
+    import http.client
+
     parts, given = parts_of(url), settings(url)
     headers = {"User-Agent": given.get("AGENT_BUS_UA", "Mozilla/5.0")}  # firewalls drop what looks like a script
     if parts.scheme == "unix":
@@ -520,6 +554,8 @@ def parts_of(url: str) -> SplitResult:
 
 def login_of(proxy: SplitResult) -> dict[str, str]:
     """The Proxy-Authorization header, if the URL of the proxy has a login."""
+    import base64
+
     login = f"{unquote(proxy.username or '')}:{unquote(proxy.password or '')}"
     return {"Proxy-Authorization": f"Basic {base64.b64encode(login.encode()).decode()}"} if proxy.username else {}
 
@@ -815,6 +851,8 @@ def announce(line: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    import argparse
+
     cli = argparse.ArgumentParser(description="Show the messages for NAME on an agent-bus, as they arrive.")
     cli.add_argument("names", nargs="*", metavar="NAME", help="its own name ($AGENT_NAME), then others that it reads")
     cli.add_argument("--monitor", action="store_true", help="pace and wrap messages for a Monitor, as for a socket")
@@ -860,12 +898,25 @@ def show(number: str) -> int:
     return 0
 
 
-def listen(options: argparse.Namespace) -> int:
+def end_with_output() -> None:
+    """End this process as soon as nobody reads our output: an orphan would take the mail of the next reader."""
+    import select
+
+    if hasattr(select, "poll"):  # not on Windows
+        output = select.poll()
+        output.register(1, 0)  # tells a hangup and an error, and nothing else
+        output.poll()
+        os._exit(0)
+
+
+def listen(options: Any) -> int:
     """Show the messages for these names, or run the command for each. The exit code."""
     names = ",".join(options.names or [settings().get("AGENT_NAME", "")]).split(",")
     if names == [""]:
         raise ValueError("the name is missing: give NAME, or set AGENT_NAME")
-    reader = Reader(names, channel=options.channel, since=options.since)
+    reader = SessionReader(names, channel=options.channel, since=options.since)
+    if sys.stdout and not options.exec:  # whose command may write elsewhere
+        threading.Thread(target=end_with_output, daemon=True).start()
     # A program that reads our JSON, or the output of the command, must get nothing else on stdout.
     reader.warn, reader.announce = complain, complain if options.json or options.exec else announce
     timeout = HOLD_SECONDS if options.once and options.timeout is None else options.timeout

@@ -31,7 +31,6 @@ again with the key it names).
 from __future__ import annotations
 
 import argparse
-import base64
 import contextlib
 import http.client
 import json
@@ -262,6 +261,8 @@ def private(path: str) -> str:
 
 def profile(name: str) -> str:
     """The value of --bus. From here on, and in commands that we run, the configuration is that of another bus."""
+    import argparse  # slow to import, as http.client is
+
     if own := [f"AGENT_BUS_{of}" for of in ("URL", "TOKEN", "TOKEN_FILE", "CA") if os.environ.get(f"AGENT_BUS_{of}")]:
         raise argparse.ArgumentTypeError(f"{name} is a bus of its own, and these are of another: unset {' '.join(own)}")
     os.environ["AGENT_BUS_PROFILE"] = name
@@ -270,6 +271,8 @@ def profile(name: str) -> str:
 
 def duration(text: str) -> float:
     """Seconds: `90`, `90s`, `5m`, `1h` or `3d`."""
+    import argparse
+
     match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)([smhd]?)", text)
     if not match:
         raise argparse.ArgumentTypeError(f"{text!r} is not a time like 90s, 5m, 1h or 3d")
@@ -282,6 +285,8 @@ def exchange(url: str, path: str, body: bytes | None, seconds: float, fraction: 
     The head must arrive within `seconds`. The rest gets more time, by its length and SLOWEST_RATE.
     Raises as judged(); Unreachable for a fault of the network; ValueError for a wrong URL, token or certificate file.
     """
+    import http.client  # slow to import: a hook, which a turn waits for, does without it
+
     connection, prefix, headers = connect(url, min(seconds, GRACE_SECONDS))
     proxied = "://" in prefix or getattr(connection, "_tunnel_host", None)
     through = f", through the proxy {connection.host}:{connection.port}" if proxied else ""
@@ -306,6 +311,8 @@ def exchange(url: str, path: str, body: bytes | None, seconds: float, fraction: 
 
 def connect(url: str, seconds: float) -> tuple[http.client.HTTPConnection, str, dict[str, str]]:
     """A connection towards `url`, not open yet; the text before the path in a request line; the usual headers."""
+    import http.client
+
     parts, given = parts_of(url), settings(url)
     headers = {"User-Agent": given.get("AGENT_BUS_UA", "Mozilla/5.0")}  # firewalls drop what looks like a script
     if parts.scheme == "unix":
@@ -338,6 +345,8 @@ def parts_of(url: str) -> SplitResult:
 
 def login_of(proxy: SplitResult) -> dict[str, str]:
     """The Proxy-Authorization header, if the URL of the proxy has a login."""
+    import base64
+
     login = f"{unquote(proxy.username or '')}:{unquote(proxy.password or '')}"
     return {"Proxy-Authorization": f"Basic {base64.b64encode(login.encode()).decode()}"} if proxy.username else {}
 

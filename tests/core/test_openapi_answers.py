@@ -175,6 +175,8 @@ def ask_for_reads(compared, first, question):
             ask("GET", f"{path}/{ident}")
         ask("GET", f"{path}/{first}", Host="evil.example")
     ask("GET", f"/thread/{question}?max=1")
+    for query in ("to=dell&since=0", "to=nobody", ""):
+        ask("GET", f"/digest?{query}")
     compared.send("delll")  # like one that has polled
 
 
