@@ -1835,6 +1835,31 @@ def test_two_programs_that_read_one_name_are_seen(bus):
     assert bus.status_of_poll(to=to, reader="a b") == 400
 
 
+@ours
+def test_an_agent_says_what_it_is_doing(bus):
+    """18.6 POST /status is shown in /agents, until it is replaced, empty or over; it is not presence"""
+    channel = fresh("channel")
+
+    def say(**members):
+        assert bus.post("/status", **{"from": bus.me, "channel": channel, **members})["ok"] is True
+        return agent(bus, bus.me, channel)
+
+    said = {"text": "T2 \u2028", "state": "waiting", "cwd": "/work", "branch": "main"}
+    before = decimal.Decimal(bus.send(fresh())["now"])
+    found = say(**said)
+    assert decimal.Decimal(found["status"].pop("at")) >= before
+    assert (found["status"], found["online"], found["listens"]) == (said, False, False)
+    assert say(state="idle")["status"].keys() == {"state", "at"}
+    assert say(text="x" * 500)["status"]["text"] == "x" * 500
+    assert "status" not in say()
+    say(text="brief", ttl=1)
+    soon(lambda: "status" not in agent(bus, bus.me, channel))
+    for wrong in ({"text": "x" * 501}, {"state": "asleep"}, {"cwd": 7}, {"ttl": "x"}, {"channel": "a b"}):
+        assert bus.refused({"from": bus.me, "text": "x", **wrong}, "/status") == 400, wrong
+    for wrong in ({"from": "all", "text": "x"}, {"from": ["x"], "text": "x"}, [], "x"):
+        assert bus.refused(json.dumps(wrong), "/status") in (400, 403), wrong
+
+
 # ── 20. Digest ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 

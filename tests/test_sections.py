@@ -21,7 +21,7 @@ ROUTES = {
     FILES: ("/blob/",),
     METRICS: ("/metrics",),
     CHANNELS: ("/channels",),
-    PEOPLE: ("/whoami",),
+    PEOPLE: ("/whoami", "/status"),
     DIGEST: ("/digest",),
 }
 MISSING = "{route} needs bus_extensions/{file}, which is not beside bus_server.py: copy it from the same version"

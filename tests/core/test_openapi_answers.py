@@ -165,6 +165,8 @@ def ask_for_reads(compared, first, question):
         ask("GET", where, Accept="text/plain")
         ask("GET", f"{where}&since={now}")
         ask("GET", f"{where}&max=x")
+    ask("POST", "/status", {"from": "ann", "text": "x", "state": "busy", "cwd": "/", "branch": "main"})
+    ask("POST", "/status", {"from": "ann", "state": "asleep"})
     for path in ("/inbox", "/agents", "/channels"):
         ask("GET", path)
         ask("GET", f"{path}?max=1")
