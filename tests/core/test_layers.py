@@ -12,7 +12,7 @@ import pytest
 
 from tests.kit.processes import ROOT
 
-LIMIT = 4203  # lines of code in bus_server.py; it grows only for what belongs into the core. The design says 2,400
+LIMIT = 4209  # lines of code in bus_server.py; it grows only for what belongs into the core. The design says 2,400
 CLASS_LINES, CLASS_METHODS, FUNCTION_LINES = 300, 30, 40
 # What is larger, and how large it may be until it was cut; only ever take one away.
 LARGER = {"Connection": (330, 27)}
