@@ -959,6 +959,23 @@ def test_an_endpoint_that_waits_in_another_one_ends_as_any_that_waits(end):
         assert stored(bus) == (1 if end == "leaves" else 2)
 
 
+def test_an_endpoint_that_was_woken_and_waits_for_a_commit_is_no_longer_parked():
+    """The peer closes its side during that commit, and hears its answer."""
+    with a_bus() as bus:
+        peer, other = Peer(bus), Peer(bus)
+        peer.says(asking(bus, *STEPS))
+        come_true(lambda: bus.mailboxes.parked)
+        bus.on_announced.append(lambda visible: bus.on_announced.pop() and while_the_disk_is_busy(bus, leave))
+
+        def leave():
+            peer.says(b"")
+
+        other.says(a_send("alice", to="carl"))
+        come_true(lambda: peer.heard)
+        [several] = answers(peer.heard)
+        assert not bus.broken and several.status == 200 and len(several.json()) == len(STEPS)
+
+
 def test_no_head_takes_long_to_refuse():
     """16,000 blanks and a wrong byte kept a backtracking pattern busy for two seconds, in which nobody was served."""
     blanks = " " * 16000

@@ -9,9 +9,12 @@ import threading
 
 import pytest
 
+from bus_server import draft, nothing_follows
 from test_bus import request
+from tests.core.test_connection import Peer, a_bus, come_true
 from tests.core.test_identity import ask
 from tests.kit import inside
+from tests.kit.hostile import HOST, head
 from tests.kit.peers import invite
 from tests.kit.processes import COMMAND, PATIENCE, Server, wait_until
 
@@ -137,6 +140,20 @@ def test_a_revoked_token_ends_a_tool_that_waits(closed):
     assert said[0][0] == 401 and gone.status("bus_whoami")[0] == 401
 
 
+def test_a_tool_that_is_woken_after_its_token_was_revoked_shows_nothing():
+    """The bus looks at its tokens ten times a second: a message may come in between."""
+    with a_bus() as bus:
+        peer = Peer(bus)
+        body = json.dumps(request("tools/call", name="bus_inbox", arguments={"wait": 20})).encode()
+        about = f"Content-Length: {len(body)}", "X-Agent-Name: carl"
+        peer.says(head("POST /mcp HTTP/1.1", HOST, *about, body=body))
+        assert bus.mailboxes.parked
+        bus.gate.tokens.closed = True  # so the bus without tokens has one now, and this peer has none
+        bus.do(bus.ledger.put([draft({"from": "ann", "to": "carl", "msg": "x"}, None)], ""), None, nothing_follows)
+        come_true(lambda: peer.heard)
+        assert peer.heard.startswith(b"HTTP/1.1 401 ") and b"ann" not in peer.heard
+
+
 @pytest.mark.parametrize("header", [{"Origin": "http://evil.example"}, {"Host": "evil.example"}])
 def test_a_page_of_another_site_calls_no_tool(bus, header):
     body = request("tools/call", name="bus_send", arguments={"to": "bob", "msg": "x"})
@@ -153,6 +170,8 @@ def test_sessions_are_bounded_and_the_oldest_is_forgotten(monkeypatch):
     module = type(mcp).post.__globals__
     monkeypatch.setitem(module, "SESSIONS_EACH", 5)
     monkeypatch.setitem(module, "SESSIONS", 12)
+    mine = [mcp.sessions.begin("w", None) for _ in range(9)]
+    assert list(mcp.sessions.of.pop("w")) == mine[-5:]
     begun = {owner: [mcp.sessions.begin(owner, None) for _ in range(9)] for owner in ("x", "y", "z")}
     left = {owner: list(mine) for owner, mine in mcp.sessions.of.items()}
     assert sum(map(len, left.values())) == 12 and max(map(len, left.values())) <= 5
