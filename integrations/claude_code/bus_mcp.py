@@ -31,12 +31,13 @@ from typing import Any, BinaryIO, NamedTuple
 from urllib.parse import quote
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # not there yet, if another program imports us
-from session import Nameless, harmless, name_of, quoted  # noqa: E402, I001  which makes the next three importable
+from session import Nameless, Self, harmless, its_process, quoted, this_session  # noqa: E402, I001  makes these importable:
 
 import bus_inbox  # noqa: E402
 import bus_recv  # noqa: E402
 import bus_send  # noqa: E402
 from bus_inbox import label  # noqa: E402
+from notice import Waker  # noqa: E402
 
 PROTOCOLS = ("2025-11-25", "2025-06-18", "2025-03-26", "2024-11-05")  # spoken here; the first is offered to all others
 HOLD = 25.0  # s that a call may wait, under the 30 s after which common proxies cut a quiet request
@@ -71,6 +72,9 @@ class Server:
     def __init__(self, out: BinaryIO, channel: bool) -> None:
         self.out, self.writing = out, threading.Lock()
         self.channel = Channel(self) if channel else None
+        self.waiting: threading.Thread | None = self.channel
+        if not channel and os.environ.get("CLAUDE_CODE_SESSION_ID"):
+            self.waiting = Waker(myself, complain)  # for the FileChanged hook
         self.calls: list[threading.Thread] = []
 
     def take(self, line: bytes) -> None:
@@ -93,8 +97,8 @@ class Server:
             self.write(id=number, error={"code": wrong.code, "message": str(wrong)})
 
     def note(self, method: str) -> None:
-        if method == "notifications/initialized" and self.channel and not self.channel.ident:
-            self.channel.start()
+        if method == "notifications/initialized" and self.waiting and not self.waiting.ident:
+            self.waiting.start()
 
     def initialize(self, number: Any, params: dict[str, Any]) -> dict[str, Any]:
         version = params.get("protocolVersion")
@@ -305,16 +309,22 @@ TOOLS = {
 }
 
 
+def myself() -> Self:
+    """The session whose client started us."""
+    return this_session(its_process("mcp"), os.environ.get("CLAUDE_PROJECT_DIR"))
+
+
 def me() -> str:
-    """The name of the session whose client started us."""
-    return name_of(os.getppid(), os.environ.get("CLAUDE_PROJECT_DIR"))
+    return myself().name
 
 
 class Inbox(bus_inbox.Inbox):
     """The mail of the session whose client started us."""
 
     def __init__(self) -> None:
-        super().__init__(me())
+        own = myself()
+        super().__init__(own.name)
+        self.names = own.names  # after a rename, the old name too
         self.notes: list[str] = []
         self.announce = lambda line: self.notes.append(f"-- agent-bus: {line}")
         self.warn = complain

@@ -34,7 +34,8 @@ class Client:
 
     def __init__(self, url, *options, name="alice", **env):
         ours = {"AGENT_BUS_URL": url, "AGENT_NAME": name, **env}
-        clean = {k: v for k, v in os.environ.items() if not k.startswith("AGENT_") and not k.lower().endswith("_proxy")}
+        theirs = {k: v for k, v in os.environ.items() if not k.startswith(("AGENT_", "CLAUDE_"))}
+        clean = {k: v for k, v in theirs.items() if not k.lower().endswith("_proxy")}
         self.lines, self.answers, self.pushes = [], {}, []
         self.process = subprocess.Popen(
             [sys.executable, str(SCRIPT), *options],
