@@ -259,15 +259,23 @@ class Session:
         for name in self.names:
             yield from self.poll(name, ts_of(tick), max=1)
 
+    def find(self, id: str) -> Generator[Ask, Answer, dict[str, Any]]:
+        """The message with this id, if it is mail for this session. Failed if there is none."""
+        message: dict[str, Any] = (yield Ask(f"/message/{quote(id, safe='')}"))["message"]
+        if message["to"] not in (*self.names, "all"):
+            raise Failed(404, f"{id} is a message for {message['to']}")
+        return message
+
     def digest(self, since: str = "last") -> Generator[Ask, Answer, Answer | None]:
         """Counts of what is unread; None on a bus that has none."""
         query = {"to": ",".join(self.names), "channel": self.channel, "since": since}
         try:
-            return (yield Ask(f"/digest?{urlencode(query)}"))
+            answer = yield Ask(f"/digest?{urlencode(query)}")
         except Failed as failed:
             if failed.status != 404:
                 raise
             return None
+        return answer if isinstance(answer.get("unread"), int) else None
 
     def send(self, order: dict[str, Any], wait: float | None = None) -> Generator[Ask, Answer, Answer]:
         """Store a message; with `wait`, as a question."""
@@ -411,11 +419,10 @@ def acknowledge(me: Session, /, id: str) -> Steps:
     tick, none = tick_of(id), f"{id} is not the id of an unread message for {me.me()}: take it from bus_inbox"
     if not 0 <= tick <= me.shown:
         try:
-            message = (yield Ask(f"/message/{quote(id, safe='')}"))["message"]
+            message = yield from me.find(id)
         except Failed as failed:
             raise Failed(0, none) if failed.status in (400, 404) else failed from None
-        if message["to"] not in (*me.names, "all"):
-            raise Failed(0, none)
+        tick = tick_of_ts(message["ts"])
         if id in me.early or message.get("priority") == "high":
             older = yield from older_than(me, tick)
             if older:
