@@ -44,7 +44,7 @@ from bus_inbox import label  # noqa: E402
 
 # By its path: the folder also has a file mcp.py, and a program that imports us may want a package of that name.
 FOLDERS = [os.path.join(session.ROOT, folder) for folder in ("bus_extensions", "agent_bus_extensions")]
-FILE = next(filter(os.path.exists, [os.path.join(folder, "_mcp_tools.py") for folder in FOLDERS]))
+FILE = os.path.join(next(filter(os.path.isdir, FOLDERS), FOLDERS[0]), "_mcp_tools.py")
 spec: Any = importlib.util.spec_from_file_location("_mcp_tools", FILE)
 tools = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(tools)
@@ -141,7 +141,10 @@ class Mine(tools.Session):
     def place(self) -> Inbox:
         """The same, with its cursor for the bus that answers."""
         if self.box.bus is None:
-            self.box.look(0)
+            health = self.box.ask("/healthz")
+            if health.get("ok") is not True:
+                raise bus_recv.Unreachable()
+            self.box.take_up(health)
         return self.box
 
     def call(self, tool: Any, arguments: dict[str, Any]) -> dict[str, Any]:
