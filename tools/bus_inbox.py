@@ -68,7 +68,7 @@ class Inbox(bus_recv.Reader):
         """One poll; see bus_recv.ask()."""
         if not self.peeks:
             return super().request(hold, seconds)
-        query = {"to": self.names[0], "channel": self.channel, "since": self.cursor.at, "bus": self.bus}
+        query = {"to": ",".join(self.names), "channel": self.channel, "since": self.cursor.at, "bus": self.bus}
         return bus_recv.ask(self.url, f"/recv?peek=true&{urlencode(query)}", seconds)
 
     def look(self, hold: float) -> tuple[list[dict[str, Any]], bool]:
