@@ -144,6 +144,7 @@ def grouped(**more: Any) -> Callable[[str], dict[str, Any]]:
     return lambda command: {"hooks": [{"type": "command", "command": command, **more}]}
 
 
+# Codex gives a server only the variables that its entry names.
 FORWARDED = [
     *(f"AGENT_BUS_{name}" for name in "URL TOKEN TOKEN_FILE CA CHANNEL PROFILE STATE_DIR".split()),
     "AGENT_NAME",
@@ -162,7 +163,10 @@ AGENTS = {
     "codex": Agent(
         "Codex",
         File("CODEX_HOME", "~/.codex", "config.toml", ("mcp_servers", SERVER)),
-        lambda command, variables: {**plain(command, variables), "env_vars": FORWARDED},
+        lambda command, variables: {
+            **plain(command, variables),
+            "env_vars": [name for name in FORWARDED if name not in variables],
+        },
         lambda url, headers: {"url": url, **codex_headers(headers)},
         "{}",
         File("CODEX_HOME", "~/.codex", "hooks.json", ("hooks",)),
