@@ -69,6 +69,7 @@ SECTIONS = {
     15: "Metrics",
     17: "Channels",
     18: "People",
+    20: "Digest",
 }
 EXTENSIONS = {  # by the number of the section that it keeps
     12: Extension("questions", "replies.py", "POST", "/ask"),
@@ -77,8 +78,9 @@ EXTENSIONS = {  # by the number of the section that it keeps
     15: Extension("metrics", "metrics.py", "GET", "/metrics"),
     17: Extension("channels", "channels.py", "GET", "/channels"),
     18: Extension("people", "people.py", "GET", "/whoami"),
+    20: Extension("digests", "digest.py", "GET", "/digest"),
 }
-QUESTIONS, QUEUES, FILES, METRICS, CHANNELS, PEOPLE = EXTENSIONS.values()
+QUESTIONS, QUEUES, FILES, METRICS, CHANNELS, PEOPLE, DIGEST = EXTENSIONS.values()
 
 
 class Bus:
@@ -1831,6 +1833,88 @@ def test_two_programs_that_read_one_name_are_seen(bus):
         bus.recv(to, reader=reader)
         assert agent(bus, to)["readers"] == expected
     assert bus.status_of_poll(to=to, reader="a b") == 400
+
+
+@ours
+def test_an_agent_says_what_it_is_doing(bus):
+    """18.6 POST /status is shown in /agents, until it is replaced, empty or over; it is not presence"""
+    channel = fresh("channel")
+
+    def say(**members):
+        assert bus.post("/status", **{"from": bus.me, "channel": channel, **members})["ok"] is True
+        return agent(bus, bus.me, channel)
+
+    said = {"text": "T2 \u2028", "state": "waiting", "cwd": "/work", "branch": "main"}
+    before = decimal.Decimal(bus.send(fresh())["now"])
+    found = say(**said)
+    assert decimal.Decimal(found["status"].pop("at")) >= before
+    assert (found["status"], found["online"], found["listens"]) == (said, False, False)
+    assert say(state="idle")["status"].keys() == {"state", "at"}
+    assert say(text="x" * 500)["status"]["text"] == "x" * 500
+    assert "status" not in say()
+    say(text="brief", ttl=1)
+    soon(lambda: "status" not in agent(bus, bus.me, channel))
+    for wrong in ({"text": "x" * 501}, {"state": "asleep"}, {"cwd": 7}, {"ttl": "x"}, {"channel": "a b"}):
+        assert bus.refused({"from": bus.me, "text": "x", **wrong}, "/status") == 400, wrong
+    for wrong in ({"from": "all", "text": "x"}, {"from": ["x"], "text": "x"}, [], "x"):
+        assert bus.refused(json.dumps(wrong), "/status") in (400, 403), wrong
+
+
+# ── 20. Digest ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def place(sent, sender):
+    """What a digest says of one message, by the answer to its send."""
+    return {"id": sent["id"], "ts": sent["ts"], "from": sender}
+
+
+@ours
+def test_a_digest_has_numbers_and_ids_and_takes_nothing(bus):
+    """20.1 GET /digest counts unread messages by sender, conversation and priority, tells no text, and takes nothing"""
+    to, secret = fresh(), "nobody may see this"
+    nothing = bus.get(f"/digest?to={to}")
+    assert (nothing["unread"], nothing["senders"], nothing["oldest"], nothing["more"]) == (0, {}, None, False)
+    assert not agent(bus, to)
+    first = bus.send(to, secret, subject=secret)
+    urgent = bus.send(to, f'"priority": "high" {secret}', priority="high")
+    last = bus.send(to, '"priority": "high"', reply_to=first["id"], type=secret, priority=None)
+    for _ in range(2):
+        found = bus.get(f"/digest?to={to}")
+        assert (found["unread"], found["urgent"], found["more"]) == (3, 1, False)
+        assert found["senders"] == {bus.me: {"unread": 3, "urgent": 1}}
+        assert found["priorities"] == {"high": 1, "normal": 2, "low": 0, "other": 0}
+        assert found["threads"] == [{"id": first["id"], "unread": 2}, {"id": urgent["id"], "unread": 1}]
+        assert (found["oldest"], found["newest"]) == (place(first, bus.me), place(last, bus.me))
+        assert found["first_urgent"] == [place(urgent, bus.me)]
+        assert secret not in json.dumps(found)
+    assert bus.state(first["id"]) == "queued" and unread(bus, to) == 3 and not agent(bus, to).get("online")
+    bus.recv(to, since=urgent["ts"])
+    found = bus.get(f"/digest?to={to}")
+    assert found["unread"] == 1 and found["oldest"] == found["newest"] == place(last, bus.me)
+    for wrong in ("", "to=a%20b", f"to={to}&since=x", f"to={to}&channel=a%20b"):
+        assert bus.json("GET", f"/digest?{wrong}")[0] == 400, wrong
+
+
+@ours
+def test_a_digest_counts_each_name_from_its_cursor_and_broadcasts_from_the_first(bus):
+    """20.2 a digest of several names counts each from its own cursor, and broadcasts from that of the first name"""
+    mine, group, channel = fresh(), fresh("group"), fresh("channel")
+    before = bus.send("all", channel=channel)
+    read = [bus.send(name, channel=channel) for name in (mine, group)]
+    bus.recv(mine, since=read[0]["ts"], channel=channel)
+    sent = [bus.send(name, channel=channel) for name in (group, "all", mine)]
+    gone = bus.send(mine, channel=channel, ttl=0.01)
+    soon(lambda: bus.state(gone["id"]) == "expired")
+
+    def counted(query):
+        return bus.get(f"/digest?to={query}&channel={channel}")["unread"]
+
+    assert [counted(query) for query in (mine, group, f"{mine},{group}")] == [2, 3, 4]
+    assert [counted(f"{mine},{group}&since={each['ts']}") for each in (before, *sent)] == [5, 2, 1, 0]
+    assert counted(f"{mine}&since=0") == 4 and counted(f"{mine}&since=now") == 0
+    assert counted(fresh()) == 0
+    bus.recv(bus.me, since=before["ts"], channel=channel)
+    assert counted(f"{bus.me}&since=0") == 0
 
 
 # ── Running ──────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -11,12 +11,15 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from functools import partial
 from itertools import islice
+from typing import Any, NamedTuple
 
 from bus_server import (
     ALIVE,
+    ANSWER_BYTES,
     EVERYONE,
     GRACE,
     HOLD,
+    RESERVED,
     VERSION,
     Answer,
     Budget,
@@ -26,15 +29,22 @@ from bus_server import (
     Mailbox,
     Message,
     Poll,
+    Query,
+    Refused,
     Request,
+    Shares,
     agent,
     boolean,
     encode,
     is_name,
+    name,
     ok,
     page,
+    parse_json,
     put_newest,
+    reserved,
     seconds,
+    too_much,
 )
 
 TABLES, NOUN, OPERATIONS = None, "", ()
@@ -46,7 +56,7 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 def start(bus: Bus, options: argparse.Namespace) -> None:
     Similar(bus)
-    People(bus)
+    People(bus, Statuses(bus))
     bus.route("GET", "/whoami", partial(whoami, bus), "whose token this is, and what it allows")
 
 
@@ -75,8 +85,8 @@ class People:
     LOOKED = 5000  # messages that one answer looks at to find the oldest unread of all its names, some 5 ms
     READERS = 16  # of one name that are told apart
 
-    def __init__(self, bus: Bus) -> None:
-        self.bus = bus
+    def __init__(self, bus: Bus, statuses: Statuses) -> None:
+        self.bus, self.statuses = bus, statuses
         # Of a name: until when each program listens; on the monotonic clock, s.
         self.readers: dict[tuple[str, str], OrderedDict[str, float]] = {}
         # Of a mailbox: a mark, and up to which tick all messages above that mark have expired.
@@ -122,11 +132,19 @@ class People:
         def shows(own: str, box: Mailbox) -> bool:
             if online is not None and online != (now < box.until):
                 return False  # first, because there may be a hundred thousand names
-            return own != EVERYONE and (box.seen > 0 or box.sent > 0)
+            return own != EVERYONE and (box.seen > 0 or box.sent > 0 or box in self.statuses.boxes)
 
         found, more = page(bus, request, shows)
         self.left = self.LOOKED
-        rows = [agent(bus, request.grant, *each) for each in found]
+        rows: list[str] = []
+        size = 0
+        for channel, own, box in found:
+            if size > ANSWER_BYTES:
+                before = "/".join(found[len(rows) - 1][:2])
+                more = f', "more": true, "next": {encode(before)}'
+                break
+            rows.append(agent(bus, request.grant, channel, own, box))
+            size += len(rows[-1])
         return ok(bus, f'"agents": [{", ".join(rows)}]{more}')
 
     def members(self, grant: Grant, channel: str, own: str, box: Mailbox) -> str:
@@ -135,7 +153,7 @@ class People:
             now, oldest = self.bus.mailboxes.clock(), self.oldest(channel, own, box)
             readers = sum(until > now for until in self.readers.get((channel, own), {}).values())
             text += f', "oldest": {seconds(oldest) if oldest else "null"}, "readers": {readers}'
-        return text
+        return text + ("" if grant.send_only else self.statuses.member(channel, own))
 
     def oldest(self, channel: str, own: str, box: Mailbox) -> int | None:
         """The tick of the oldest unread message.
@@ -161,6 +179,89 @@ class People:
                 above = tick
         self.expired[key] = mark, above
         return oldest
+
+
+class Status(NamedTuple):
+    """What an agent says of itself."""
+
+    said: str  # members of JSON
+    until: float  # monotonic clock, s
+    owner: str
+
+    def size(self) -> int:
+        return len(self.said) + 300  # bytes; about what its entries take beside the text
+
+
+class Statuses:
+    """What agents say of themselves, at POST /status. In memory only; a word is not presence. Owned by the loop."""
+
+    STATES = ("busy", "idle", "waiting")
+    CHARACTERS = 500  # of text, cwd and branch together
+    TTL, TTL_MAX = 3600.0, 86400.0  # s; a session that says nothing for an hour has probably ended
+    EACH, ALL = 1 << 20, 16 << 20  # bytes of one owner's statuses, and of all: 2000 and 30,000 usual ones
+
+    def __init__(self, bus: Bus) -> None:
+        self.bus = bus
+        self.known: dict[tuple[str, str], Status] = {}
+        self.boxes: set[Mailbox] = set()  # of the names in `known`: /agents lists them
+        self.held = Shares(self.ALL, self.EACH)
+        bus.route("POST", "/status", self.say, "say what an agent is doing; it is shown in /agents")
+        bus.on_tidy.append(self.forget)
+
+    def say(self, request: Request) -> Answer:
+        """Keep what an agent says, in place of what it said before. Without text, state, cwd and branch: forget it."""
+        bus, owner = self.bus, request.owner()
+        bus.storms.read(owner)
+        said = request.grant.sign(parse_json(request.body))
+        if not isinstance(said, dict):
+            raise Refused(400, "a status must be a JSON object with from and text, state, cwd or branch")
+        own, channel = name(said.get("from"), "from"), said.get("channel")
+        if own.lower() in RESERVED:
+            raise Refused(400, f"from must not be {reserved(own)}")
+        key = "default" if channel in (None, "") else name(channel, "channel"), own
+        words, before = self.words(said), self.known.get(key)
+        ttl = Query.of_members(said).number("ttl", self.TTL, 1, self.TTL_MAX)
+        bus.storms.name(owner, bus.mailboxes.new(key[0], [own]))
+        at = f'"at": {seconds(bus.view.clock())}'
+        status = Status(f"{encode(words)[1:-1]}, {at}", bus.mailboxes.clock() + ttl, owner)
+        if words and self.held.is_full(owner, status.size() - (before.size() if before else 0)):
+            raise too_much("too many agents have said what they do: let some say it for a shorter ttl", 60)
+        self.drop(key)
+        if words:
+            self.held.add(owner, status.size())
+            self.known[key] = status
+            self.boxes.add(bus.mailboxes.box(*key))
+        return ok(bus, '"ok": true')
+
+    def words(self, said: dict[str, Any]) -> dict[str, str]:
+        """The members of a status that are not empty."""
+        words = {member: said.get(member) or "" for member in ("text", "state", "cwd", "branch")}
+        if not all(isinstance(word, str) for word in words.values()):
+            raise Refused(400, "text, state, cwd and branch must be strings")
+        if words["state"] not in ("", *self.STATES):
+            raise Refused(400, f"state must be one of {', '.join(self.STATES)}")
+        if sum(map(len, words.values())) > self.CHARACTERS:
+            raise Refused(400, f"a status has at most {self.CHARACTERS} characters: say it shorter")
+        return {member: word for member, word in words.items() if word}
+
+    def drop(self, key: tuple[str, str]) -> None:
+        before, box = self.known.pop(key, None), self.bus.mailboxes.boxes.get(key)
+        if before:
+            self.held.add(before.owner, -before.size())
+        if box:
+            self.boxes.discard(box)
+
+    def member(self, channel: str, own: str) -> str:
+        status = self.known.get((channel, own))
+        over = not status or status.until <= self.bus.mailboxes.clock()
+        return "" if over or not status else f', "status": {{{status.said}}}'
+
+    def forget(self) -> None:
+        """Drop those that are over. The bus forgets a name that never polls or sends: it is made anew."""
+        now = self.bus.mailboxes.clock()
+        for key in [key for key, status in self.known.items() if status.until <= now]:
+            self.drop(key)
+        self.boxes = {self.bus.mailboxes.box(*key) for key in self.known}
 
 
 class Similar:

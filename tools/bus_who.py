@@ -87,6 +87,21 @@ def work(agent: Agent, member: str) -> str:
     return count(figures.get(member)) if isinstance(figures, dict) else ""
 
 
+def doing(agent: Agent, now: float) -> str:
+    """What an agent said of itself, and how long ago, at most DOING characters."""
+    status = agent.get("status")
+    if not isinstance(status, dict):
+        return ""
+    members = ("state", "text", "cwd", "branch")
+    said = {member: bus_recv.word(status[member]) for member in members if status.get(member)}
+    place = " ".join(said[member] for member in ("cwd", "branch") if member in said)
+    since = " ".join(filter(None, [said.get("state"), ago(status.get("at"), now)]))
+    text = ": ".join(filter(None, [since, said.get("text") or place]))
+    return text if len(text) <= DOING else f"{text[: DOING - 1]}…"
+
+
+DOING = 40  # characters
+
 COLUMNS: dict[str, Callable[[Agent, float], str]] = {
     "NAME": name,
     "SEEN": state,
@@ -94,7 +109,9 @@ COLUMNS: dict[str, Callable[[Agent, float], str]] = {
     "OLDEST": lambda agent, now: ago(agent.get("oldest"), now),
     "IN HAND": lambda agent, now: work(agent, "in_hand"),
     "DEAD": lambda agent, now: work(agent, "dead"),
+    "DOING": doing,
 }
+WORDS = ("NAME", "SEEN", "DOING")  # columns of words; the others have figures
 
 
 def table(found: Sequence[Agent], now: float, columns: int | None) -> Iterator[str]:
@@ -106,8 +123,9 @@ def table(found: Sequence[Agent], now: float, columns: int | None) -> Iterator[s
         widths[0] = max(min(widths[0], columns - sum(widths[1:]) - 2 * len(widths[1:])), 4)
     for first, *others in zip(*filled):
         first = first if len(first) <= widths[0] else f"{first[: widths[0] - 1]}…"
-        sides = [str.ljust, *([str.rjust] * len(others))]  # SEEN is a word, what follows are figures
-        yield "  ".join(side(text, width) for side, text, width in zip([str.ljust, *sides], [first, *others], widths))
+        texts = zip([column[0] for column in filled], [first, *others], widths)
+        cells = [(str.ljust if name in WORDS else str.rjust)(text, width) for name, text, width in texts]
+        yield "  ".join(cells).rstrip()
 
 
 def show(found: Sequence[Agent], now: float, as_json: bool, clear: bool) -> None:

@@ -260,6 +260,22 @@ def test_who_shows_what_waits_how_long_and_the_state_of_a_queue():
     ]
 
 
+def test_who_shows_what_an_agent_says_of_itself_in_a_column_of_its_own():
+    rows = (
+        {"name": "dell", "status": {"text": "tests", "state": "busy", "cwd": "/w", "at": NOON - 180}},
+        {"name": "nano", "status": {"cwd": "/work", "branch": "main", "at": NOON}},
+        {"name": "eve", "status": {"text": HOSTILE * 9, "at": "soon"}},
+        {"name": "ci", "status": "busy"},
+        {"name": "gb10"},
+    )
+    out, _ = who(agents(*rows))
+    lines = out.splitlines()
+    doing = [re.split("  +", row.strip())[3:] for row in lines[:3]]
+    assert doing == [["DOING"], ["busy 3m: tests"], ["<1m: /work main"]]
+    assert not RAW.search(out) and len(lines) == 7 and max(map(len, lines)) <= 80 and lines[3].endswith("…")
+    assert lines[4].endswith(" 0") and lines[5].endswith(" 0")
+
+
 def test_who_asks_for_every_page_and_shows_no_control_character():
     out, asked = who(agents({"name": "a"}, more=True, next="default/a"), agents({"name": HOSTILE, "channel": HOSTILE}))
     assert asked[1].query == {"after": "default/a"} and len(out.splitlines()) == 4 and not RAW.search(out)

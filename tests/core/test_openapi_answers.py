@@ -165,6 +165,8 @@ def ask_for_reads(compared, first, question):
         ask("GET", where, Accept="text/plain")
         ask("GET", f"{where}&since={now}")
         ask("GET", f"{where}&max=x")
+    ask("POST", "/status", {"from": "ann", "text": "x", "state": "busy", "cwd": "/", "branch": "main"})
+    ask("POST", "/status", {"from": "ann", "state": "asleep"})
     for path in ("/inbox", "/agents", "/channels"):
         ask("GET", path)
         ask("GET", f"{path}?max=1")
@@ -174,6 +176,8 @@ def ask_for_reads(compared, first, question):
             ask("GET", f"{path}/{ident}")
         ask("GET", f"{path}/{first}", Host="evil.example")
     ask("GET", f"/thread/{question}?max=1")
+    for query in ("to=dell&since=0", "to=nobody", ""):
+        ask("GET", f"/digest?{query}")
     compared.send("delll")  # like one that has polled
 
 

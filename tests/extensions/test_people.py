@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from bus_server import GRACE, OPEN, Mailboxes, Poll, Query, draft, truth
+from bus_server import GRACE, OPEN, Mailboxes, Poll, Query, Refused, draft, truth
 from tests.core.test_identity import ask
 from tests.kit import inside
 from tests.kit.peers import invite
@@ -232,6 +232,87 @@ def test_readers_are_counted_while_they_listen_and_no_more_than_16():
     here.forget()
     assert readers() == 0 and not here.readers
     inside.close(bus)
+
+
+# What an agent says of itself
+
+
+def say(bus, token=None, **members):
+    return ask(bus, "POST", "/status", members, token)[0]
+
+
+def test_a_token_says_only_what_its_own_name_does_and_all_that_read_see_it(closed):
+    assert say(closed, closed.tokens["alice"], text="tests", channel="said") == 200
+    assert say(closed, closed.tokens["alice"], **{"from": "boss", "text": "x"}) == 403
+    assert say(closed, text="x") == 401
+    for who in GRANTS:
+        found = listed(closed, "channel=said", closed.tokens[who])
+        assert found["alice"].get("status", {}).get("text") == (None if who == "sensor" else "tests"), who
+
+
+@pytest.fixture
+def statuses():
+    """Those of a bus inside the test, whose clock is [0.0]."""
+    bus = inside.make(":memory:")
+    people = bus.routes["GET", "/agents"].call.__self__
+    now = [0.0]
+    bus.mailboxes.clock = lambda: now[0]
+    yield people.statuses, now
+    inside.close(bus)
+
+
+class Says:
+    """A request that says a status."""
+
+    def __init__(self, own, owner="x", **members):
+        self.body = json.dumps({"from": own, **members}).encode()
+        self.grant, self.owner = OPEN, lambda: owner
+
+
+def test_the_statuses_of_an_owner_have_a_limit(statuses):
+    """A refused one leaves what was said before; what is over makes room."""
+    said, now = statuses
+    said.held.most_each = 10_000
+    long = {"text": "y" * 500, "ttl": 60}
+    with pytest.raises(Refused) as refused:
+        for number in range(100):
+            said.say(Says(f"a{number}", **long))
+    assert refused.value.status == 429 and 5 < len(said.known) == number
+    said.say(Says("a0", **long))
+    said.say(Says("b0", "another owner", **long))
+    said.say(Says("b0", "x"))
+    said.say(Says(f"a{number - 1}"))
+    said.say(Says(f"a{number}", **long))
+    now[0] = 61.0
+    said.forget()
+    assert not said.known and not said.boxes and not said.held.all
+
+
+def test_a_name_that_only_says_its_status_stays_listed_until_that_is_over(statuses):
+    said, now = statuses
+    boxes = said.bus.mailboxes
+    said.say(Says("quiet", state="idle", ttl=60))
+    boxes.drop([("default", "quiet")])
+    said.forget()
+    assert said.boxes == {boxes.boxes["default", "quiet"]}
+    assert json.loads(said.bus.routes["GET", "/agents"].call(Asks("")).body)["agents"][0]["status"]["state"] == "idle"
+    now[0] = 60.0
+    assert "status" not in json.loads(said.bus.routes["GET", "/agents"].call(Asks("")).body)["agents"][0]
+
+
+def test_a_page_of_agents_ends_at_about_a_mebibyte_of_what_they_say(statuses):
+    said, _ = statuses
+    said.held.most_each = said.held.most = 1 << 30
+    for number in range(1000):
+        said.say(Says(f"a{number:03}", text="\U0001f600" * 500))
+    call, found, query = said.bus.routes["GET", "/agents"].call, [], ""
+    while query is not None:
+        body = call(Asks(query)).body
+        assert len(body) < 1.1 * (1 << 20)
+        answer = json.loads(body)
+        found += [each["name"] for each in answer["agents"]]
+        query = f"after={answer['next']}" if answer.get("more") else None
+    assert found == [f"a{number:03}" for number in range(1000)]
 
 
 class Asks:

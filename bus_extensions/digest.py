@@ -1,0 +1,154 @@
+"""What is unread, in numbers and without any text, at GET /digest (PROTOCOL.md section 20)."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import heapq
+import time
+from collections import Counter
+from collections.abc import Generator
+from functools import partial
+from typing import Any, NamedTuple
+
+from bus_server import (
+    ALIVE,
+    EVERYONE,
+    LAST,
+    NOW,
+    Answer,
+    Bus,
+    Poll,
+    Request,
+    cursor,
+    encode,
+    is_name,
+    ok,
+    recv_poll,
+    seconds,
+)
+
+TABLES, NOUN, OPERATIONS = None, "", ()
+
+LOOKED = 2000  # messages that one answer looks at: 20 ms
+LOOKED_BYTES = 4 << 20  # of their text: 20 ms
+PARSED = 8  # a byte of a text that may have a priority takes as much time as so many of one that has none
+NAMED = 20  # senders, and threads, that are listed
+URGENT = 16  # ids of urgent messages that are listed
+PRIORITIES = ("high", "normal", "low")
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    """It has none."""
+
+
+def start(bus: Bus, options: argparse.Namespace) -> None:
+    bus.route("GET", "/digest", partial(digest, bus), "how much is unread for NAME, from whom and how urgent; no text")
+
+
+class Unread(NamedTuple):
+    """One message that is unread. `tick` is its place, `thread` the tick of the first message of its conversation."""
+
+    tick: int
+    sender: str
+    thread: int
+    priority: str
+
+    def named(self) -> str:
+        return f'{{"id": "{self.tick:x}", "ts": {seconds(self.tick)}, "from": "{self.sender}"}}'
+
+
+def digest(bus: Bus, request: Request) -> Answer:
+    """Counts of what /recv would give. It moves no cursor, makes nothing fetched, and is nobody's presence."""
+    poll = recv_poll(request)
+    request.grant.check(poll.names)
+    request.reader = str(poll.me)
+    bus.storms.read(request.owner(), request.reader)
+    since = cursor(request.query().one("since") or "last")
+    found, more = look(bus, request, poll, marks(bus, poll, bus.last if since == NOW else since))
+    senders = by_sender(found)
+    listed = sorted(senders, key=lambda name: (-senders[name]["urgent"], -senders[name]["unread"], name))[:NAMED]
+    tokens, urgent = bus.gate.tokens, [each for each in found if each.priority == "high"]
+    threads = Counter(each.thread for each in found).most_common(NAMED)
+    priorities = Counter(each.priority for each in found)
+    counts = {
+        "unread": len(found),
+        "urgent": len(urgent),
+        "senders": {name: senders[name] for name in listed},
+        "vouched": [name for name in listed if tokens.closed and name in tokens.named],
+        "priorities": {each: priorities[each] for each in (*PRIORITIES, "other")},
+        "threads": [{"id": f"{tick:x}", "unread": number} for tick, number in threads],
+    }
+    ends = found[0].named() if found else "null", found[-1].named() if found else "null"
+    first = ", ".join(each.named() for each in urgent[:URGENT])
+    members = f'"oldest": {ends[0]}, "newest": {ends[1]}, "first_urgent": [{first}], "more": {encode(more)}'
+    return ok(bus, f"{encode(counts)[1:-1]}, {members}")
+
+
+def by_sender(found: list[Unread]) -> dict[str, dict[str, int]]:
+    senders: dict[str, dict[str, int]] = {}
+    for each in found:
+        counts = senders.setdefault(each.sender, {"unread": 0, "urgent": 0})
+        counts["unread"] += 1
+        counts["urgent"] += each.priority == "high"
+    return senders
+
+
+def marks(bus: Bus, poll: Poll, since: int) -> dict[str, int]:
+    """Of each name that has a mailbox: the tick above which its messages are unread.
+
+    Broadcasts have no cursor of their own: the cursor of the first name stands for them.
+    """
+    channel, boxes = str(poll.channel), bus.mailboxes.boxes
+    known = {own: boxes[channel, own] for own in poll.names if (channel, own) in boxes}
+    if since != LAST:
+        return dict.fromkeys(known, since)
+    found = {own: box.mark() for own, box in known.items()}
+    first = known.get(str(poll.me))
+    if first is None:
+        found.pop(EVERYONE, None)
+    elif EVERYONE in found:
+        oldest = bus.view.oldest(channel, str(poll.me), 0)
+        unseen = max(bus.last if oldest is None else oldest - 1, first.removed)
+        found[EVERYONE] = unseen if first.read is None else first.read
+    return found
+
+
+def look(bus: Bus, request: Request, poll: Poll, above: dict[str, int]) -> tuple[list[Unread], bool]:
+    """The unread messages, oldest first; and: were there more than it looks at?"""
+    began = time.thread_time()
+    withheld = {each.tick for each in bus.withheld.values()}  # somebody is taking these back
+    found: list[Unread] = []
+    size, more = 0, False
+    with contextlib.closing(rows(bus, poll, above)) as unread:
+        for looked, (tick, sender, thread, to, is_alive, length, has_priority, given) in enumerate(unread):
+            if looked == LOOKED or size > LOOKED_BYTES:
+                more = True
+                break
+            size += length * (PARSED if has_priority else 1)
+            own_broadcast = to == EVERYONE and sender == poll.me
+            if is_alive and not own_broadcast and tick not in withheld and is_name(sender):  # else it is damaged
+                priority = "normal" if given is None else given if given in PRIORITIES else "other"
+                found.append(Unread(tick, sender, thread, priority))
+    took = (time.thread_time() - began) / bus.storms.WORK_SHARE * bus.storms.WORK  # as bytes of an answer
+    bus.storms.worked(request.owner(), request.reader, took)
+    return found, more
+
+
+def rows(bus: Bus, poll: Poll, above: dict[str, int]) -> Generator[tuple[Any, ...], None, None]:
+    """Of each message: tick, sender, thread, its mailbox, is it alive, bytes, may it have a priority, and which.
+
+    A quote inside of a text is written with a backslash, so these letters stand nowhere but at a member. The text of a
+    damaged message has no priority.
+    """
+    may_have_one = "instr(text, '\"priority\": ') > 0"
+    json = "'{' || text || '}'"
+    given = f"CASE WHEN {may_have_one} AND json_valid({json}) THEN json_extract({json}, '$.priority') END"
+    alive = ALIVE.replace("?", str(bus.view.clock()))
+    columns = f"places.tick, sender, ifnull(thread, places.tick), name, {alive}, length(text), {may_have_one}, {given}"
+    with contextlib.ExitStack() as opened:
+        parts = [
+            opened.enter_context(contextlib.closing(bus.view.mail(columns, (str(poll.channel), own), mark, bus.last)))
+            for own, mark in above.items()
+        ]
+        yield from heapq.merge(*parts)

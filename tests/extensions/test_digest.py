@@ -1,0 +1,130 @@
+"""GET /digest: PROTOCOL.md section 20, as far as one token and one outside look cannot show it."""
+
+import contextlib
+import json
+import sqlite3
+import time
+
+import pytest
+
+from bus_server import OPEN, Query, draft, nothing_follows
+from tests.core.test_identity import ask, may_read
+from tests.kit import inside
+from tests.kit.peers import invite
+from tests.kit.processes import Server, in_time, wait_until
+
+GRANTS = {"alice": [], "bob": [], "boss": ["--also", "bob,carl"], "sensor": ["--send-only"], "admin": ["--operator"]}
+
+
+@pytest.fixture(scope="module")
+def closed(tmp_path_factory):
+    """A bus on which a message was sent before it had tokens."""
+    with Server(tmp_path_factory.mktemp("closed") / "bus.db") as bus:
+        assert ask(bus, "POST", "/send", {"from": "stranger", "to": "bob", "msg": "x"})[0] == 200
+        bus.tokens = {name: invite(bus, name, *options) for name, options in GRANTS.items()}
+        wait_until(lambda: ask(bus, "GET", "/agents")[0] == 401)
+        for sender in ("alice", "sensor"):
+            assert ask(bus, "POST", "/send", {"to": "bob", "msg": "x"}, bus.tokens[sender])[0] == 200
+        yield bus
+
+
+@pytest.mark.parametrize("who", GRANTS)
+def test_a_digest_is_for_whoever_may_read_the_name(closed, who):
+    for name in GRANTS:
+        status, answer = ask(closed, "GET", f"/digest?to={name}", token=closed.tokens[who])
+        assert status == (200 if may_read(who, name) else 403), (who, name, answer)
+        assert ask(closed, "GET", f"/digest?to={name},bob", token=closed.tokens[who])[0] == (
+            200 if may_read(who, name) and may_read(who, "bob") else 403
+        )
+    assert ask(closed, "GET", "/digest?to=bob")[0] == 401
+
+
+def test_a_digest_vouches_for_names_that_hold_a_token(closed, bus):
+    found = ask(closed, "GET", "/digest?to=bob", token=closed.tokens["bob"])[1]
+    assert set(found["senders"]) == {"alice", "sensor", "stranger"} and found["vouched"] == ["alice", "sensor"]
+    assert ask(bus, "POST", "/send", {"from": "alice", "to": "bob", "msg": "x"})[0] == 200
+    assert ask(bus, "GET", "/digest?to=bob")[1]["vouched"] == []
+
+
+class Asks:
+    """A request for a digest."""
+
+    def __init__(self, query):
+        self.query, self.grant, self.owner = lambda: Query(query), OPEN, lambda: "x"
+
+    def plain(self):
+        return False
+
+
+def filled(messages):
+    """A bus inside the test that has stored these."""
+    bus = inside.make(":memory:")
+    drafts = [draft({"from": "ann", "to": "bob", "msg": "x", **each}, None) for each in messages]
+    bus.do(bus.ledger.put(drafts, "x"), None, nothing_follows)
+    bus.loop.run(bus.ledger.idle)
+    return bus
+
+
+def counted(bus, query="to=bob"):
+    return json.loads(bus.routes["GET", "/digest"].call(Asks(query)).body)
+
+
+def test_a_digest_looks_at_so_many_messages_and_bytes_and_says_that_there_are_more(monkeypatch):
+    bus = filled([{"msg": "y" * 1000}] * 8 + [{"msg": "y" * 1000, "priority": "high"}] * 8)
+    module = bus.routes["GET", "/digest"].call.func.__globals__
+    found = counted(bus)
+    assert (found["unread"], found["urgent"], found["more"]) == (16, 8, False)
+    for limit, value, number in (("LOOKED", 16, 16), ("LOOKED", 15, 15), ("LOOKED_BYTES", 17000, 10)):
+        with monkeypatch.context() as patch:
+            patch.setitem(module, limit, value)
+            found = counted(bus)
+            assert (found["unread"], found["more"]) == (number, number < 16)
+    inside.close(bus)
+
+
+def test_a_digest_is_small_whatever_is_unread():
+    """Each of 300 senders has a name of 64 letters and a conversation of its own."""
+    bus = filled({"from": f"{number:064}", "priority": "high" if number % 2 else "x" * 900} for number in range(300))
+    found = counted(bus)
+    assert len(json.dumps(found)) < 8000 and found["unread"] == 300 and found["priorities"]["other"] == 150
+    assert len(found["senders"]) == len(found["threads"]) == 20 and len(found["first_urgent"]) == 16
+    assert all(each["urgent"] for each in found["senders"].values())
+    inside.close(bus)
+
+
+LONG = {"msg": "y" * 60000}
+
+
+@pytest.mark.parametrize("each", [{}, {"priority": "high"}, LONG, {**LONG, "priority": "low"}])
+def test_a_digest_takes_under_50_ms_of_the_loop(each):
+    bus = filled([each] * 2001)
+
+    def took():
+        start = time.thread_time()
+        counted(bus)
+        return time.thread_time() - start
+
+    assert min(took() for _ in range(3)) < in_time(0.05)
+    inside.close(bus)
+
+
+def test_a_message_that_is_being_recalled_is_not_counted():
+    bus = filled([{}, {"priority": "high"}])
+    message = bus.view.message(bus.last)
+    bus.withheld["a step"] = message
+    assert (counted(bus)["unread"], counted(bus)["urgent"]) == (1, 0)
+    inside.close(bus)
+
+
+def test_damaged_rows_are_passed_over(bus):
+    for sender, priority in (("ann", "high"), ("eve", "high"), ("ann", "low")):
+        ask(bus, "POST", "/send", {"from": sender, "to": "bob", "msg": "x", "priority": priority})
+    assert bus.stop() == 0
+    with contextlib.closing(sqlite3.connect(bus.db)) as database:
+        database.execute("UPDATE messages SET sender = 'not a name' WHERE sender = 'eve'")
+        database.execute("UPDATE messages SET text = text || '}' WHERE text LIKE '%low%'")
+        database.commit()
+    bus.start()
+    status, found = ask(bus, "GET", "/digest?to=bob")
+    assert status == 200 and set(found["senders"]) == {"ann"} and found["unread"] == 2
+    assert found["priorities"] == {"high": 1, "normal": 1, "low": 0, "other": 0}
