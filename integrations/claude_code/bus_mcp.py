@@ -31,7 +31,7 @@ from typing import Any, BinaryIO, NamedTuple
 from urllib.parse import quote
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # not there yet, if another program imports us
-from session import Nameless, harmless, name_of, quoted  # noqa: E402, I001  which makes the next three importable
+from session import Nameless, harmless, its_process, quoted, this_session  # noqa: E402, I001  which makes the next three importable
 
 import bus_inbox  # noqa: E402
 import bus_recv  # noqa: E402
@@ -307,7 +307,7 @@ TOOLS = {
 
 def me() -> str:
     """The name of the session whose client started us."""
-    return name_of(os.getppid(), os.environ.get("CLAUDE_PROJECT_DIR"))
+    return this_session(its_process("mcp"), os.environ.get("CLAUDE_PROJECT_DIR")).name
 
 
 class Inbox(bus_inbox.Inbox):

@@ -1,6 +1,11 @@
-"""The code that the hook and the MCP server share: the name of a session, and how a message may enter its context."""
+"""The code that the hook and the MCP server share: the name of a session, and how a message may enter its context.
+
+Read it in this order: harmless (a text for a context), this_session and rename (what others call), Register (which
+session has which name), wishes (the names that a session may have), birth and its_process (which process runs it).
+"""
 from __future__ import annotations  # needs Python 3.9 or later
 
+import contextlib
 import glob
 import json
 import os
@@ -8,8 +13,9 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from decimal import Decimal
+from typing import Any, NamedTuple
 
 ROOT = os.path.abspath(os.path.join(__file__, "..", "..", ".."))
 TOOLS = next(filter(os.path.isdir, (os.path.join(ROOT, folder) for folder in ("agent_bus_tools", "tools"))), ROOT)
@@ -18,8 +24,12 @@ import bus_recv  # noqa: E402
 
 ASK_SECONDS = 0.5  # for the bus to say who listens; a prompt waits for it
 RECENT_SECONDS = 60.0  # a poll is held for 25 s, and its reader counts as listening for 10 s more; the rest is reserve
+DAY = 86400.0  # s: a renamed session reads its old name for so long, and a session that ended may be resumed
+KEPT_SECONDS = 30 * DAY  # after its last look a name is forgotten, with the ids of the sessions that had it
+IDS = 20  # of sessions that a name remembers; /clear, /branch and a fork give a session a new one
 READER = shlex.quote(os.path.join(ROOT, "bus_recv.py"))  # for a command line
 RESERVED = ("all", "system", "operator", "user", "root", "claude")  # as senders; root and claude only of an older bus
+SHELLS = ("sh", "bash", "dash", "zsh", "fish", "env", "uv", "uvx", "nice", "timeout")  # they start what runs a session
 UNSEEN = re.compile(f"{bus_recv.HIDDEN.pattern}|<")  # `<`: no tag of any kind in the text of another agent
 
 
@@ -37,63 +47,303 @@ def harmless(text: str) -> str:
     return UNSEEN.sub(lambda found: "\\u003c" if found[0] == "<" else json.dumps(found[0])[1:-1], text)
 
 
-def name_of(process: int | None, directory: str | None) -> str:
-    """AGENT_NAME, else the name of the directory, with -2, -3 ... while another session has that, here or elsewhere.
+class Self(NamedTuple):
+    """Who a session is.
 
-    `process` is the program that runs the session; if it is not known, None: then only AGENT_NAME keeps two sessions
-    apart. A session keeps its name while it lives; without a directory it gets the name that it has already. Of
-    sessions on other machines, only those that listen are known, and AGENT_NAME is not compared with them. Raises
+    `also`: older names that it reads too. `why`: why it has this name and no other, or "". `news`: a sentence about a
+    change of the name in this moment, or "".
+    """
+
+    name: str
+    also: tuple[str, ...] = ()
+    why: str = ""
+    news: str = ""
+
+    @property
+    def names(self) -> list[str]:
+        """The names for a poll, the session's own first."""
+        return [self.name, *self.also][:16]
+
+
+def this_session(
+    process: int | None,
+    directory: str | None = None,
+    session: str | None = None,
+    title: str | None = None,
+) -> Self:
+    """Who the session is that the program `process` runs; None if that is not known.
+
+    The name is AGENT_NAME, else the title of the session, else the name of the directory, with -2, -3 ... while another
+    session has that, here or elsewhere. A session keeps its name while its process lives, and gets it back when it is
+    resumed, unless another session has it by then. A hook gives `session` and `title`, the id and the title of now: a
+    title that has changed renames the session. Other programs leave them out, because the id in their environment stays
+    the old one after /clear, /branch and /resume.
+
+    Of sessions on other machines, only those that listen are known, and AGENT_NAME is not compared with them. Raises
     Nameless; ValueError if AGENT_NAME is not a name, or is another session's; OSError without a place for the list.
     """
-    wanted = wishes(directory)
-    if process is None or os.name != "posix":  # elsewhere it takes more to know whether a process lives
-        return wanted[0]
-    return claim(wanted, process, any_of_mine=not (directory or bus_recv.settings().get("AGENT_NAME")))
+    asked = bus_recv.settings().get("AGENT_NAME")
+    if asked and not bus_recv.NAME.fullmatch(asked):
+        raise ValueError(f"AGENT_NAME is {asked!r}, which is not a name")
+    born = birth(process) if process else ""
+    if not born:  # or on Windows, where it takes more to know whether a process lives
+        return Self(asked or next(wishes(directory)))
+    with Register() as register:
+        return register.find(Asking(born, asked, directory, session or os.environ.get("CLAUDE_CODE_SESSION_ID"),
+                                    title, bool(session)))  # fmt: skip
 
 
-def wishes(directory: str | None) -> list[str]:
-    """The names that a session may have, the best first: only AGENT_NAME, or many."""
-    given = bus_recv.settings().get("AGENT_NAME")
-    if given:
-        if not bus_recv.NAME.fullmatch(given):
-            raise ValueError(f"AGENT_NAME is {given!r}, which is not a name")
-        return [given]
-    folder = os.path.basename((directory or os.getcwd()).rstrip("/\\"))
-    base = re.sub(r"[^A-Za-z0-9._:@-]+", "-", folder).strip("-._:@")[:60]
-    if not base:
-        raise Nameless(f"the folder name {folder!r} cannot be a name on the bus: set AGENT_NAME")
-    return [name for name in (base, *(f"{base}-{n}" for n in range(2, 100))) if name.lower() not in RESERVED]
+def rename(process: int, new: str) -> str:
+    """Give the session that `process` runs a new name; returns its old one, which it reads for a day more.
+
+    Raises ValueError, if the name is not free, not a name, or fixed by a token.
+    """
+    asked = bus_recv.settings().get("AGENT_NAME")
+    with Register() as register:
+        mine = register.of(birth(process), asked)
+        if not mine:
+            raise ValueError("this session has no name on the bus yet: ask for its name first")
+        register.rename(mine, new)
+    return mine
 
 
-def claim(wanted: Sequence[str], process: int, any_of_mine: bool) -> str:
-    """The first of `wanted` that is ours or free; now it is ours. Each bus and channel has a list of its own."""
-    given = bus_recv.settings()
-    url, channel = given["AGENT_BUS_URL"], given.get("AGENT_BUS_CHANNEL", "default")
-    bus_recv.parts_of(url)  # ValueError if it has a login, which is not for the name of a file
-    path = os.path.join(bus_recv.state_directory(), "names", *map(bus_recv.file_name, (url, channel)))
-    with bus_recv.private_file(path, os.O_RDWR, "r+") as file:
-        while not bus_recv.try_lock(file, path):  # another session is choosing its name
-            time.sleep(0.05)
-        lines = re.findall(r"^(\S+) ([0-9]{1,9})$", file.read(), re.MULTILINE)
-        taken = {name: int(owner) for name, owner in lines if is_alive(int(owner))}
-        mine = [name for name, owner in taken.items() if owner == process and (any_of_mine or name in wanted)]
+class Asking(NamedTuple):
+    """Who asks for a name. `current`: is the id that of now, and not an old one of the environment?"""
+
+    born: str
+    asked: str | None
+    directory: str | None
+    session: str | None
+    title: str | None
+    current: bool
+
+
+EMPTY: dict[str, Any] = {"process": "", "ids": [], "seen": 0, "asked": None, "title": None, "old": {}, "why": ""}
+
+
+class Register:
+    """Which session has which name, on one bus and channel: a file, locked while it is used.
+
+    Each line is a name, a blank, and JSON: `process` (its birth; alive or not), `ids` (of the sessions whose name it
+    is), `seen` (time of the last look), `asked` (the AGENT_NAME that it was given), `title` (the last one seen), `old`
+    (names that the session had, and until when it reads them) and `why` (it has this name and no other). A line of an
+    older version has the number of the process in place of JSON.
+
+    Rules: a living process has one name, beside those that it was given by AGENT_NAME. No two living processes have
+    the same name. A session id is on one line.
+    """
+
+    def __init__(self) -> None:
+        given = bus_recv.settings()
+        self.url, self.channel = given["AGENT_BUS_URL"], given.get("AGENT_BUS_CHANNEL", "default")
+        bus_recv.parts_of(self.url)  # ValueError if it has a login, which is not for the name of a file
+        place = map(bus_recv.file_name, (self.url, self.channel))
+        self.path = os.path.join(bus_recv.state_directory(), "names", *place)
+
+    def __enter__(self) -> Register:
+        self.file = bus_recv.private_file(self.path, os.O_RDWR, "r+")
+        while not bus_recv.try_lock(self.file, self.path):  # another session is choosing its name
+            time.sleep(0.02)
+        self.text, self.now = self.file.read(), time.time()
+        self.names: dict[str, dict[str, Any]] = {}
+        for name, rest in re.findall(r"^(\S+) ([0-9]{1,9}|\{.*\})$", self.text, re.MULTILINE):
+            with contextlib.suppress(ValueError):  # somebody else wrote into the file
+                line = {**EMPTY, **({"process": rest, "seen": self.now} if rest.isdecimal() else json.loads(rest))}
+                if line["seen"] > self.now - KEPT_SECONDS or self.lives(line):
+                    self.names[name] = line
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        text = "".join(f"{name} {json.dumps(line)}\n" for name, line in self.names.items())
+        if text != self.text:
+            self.file.seek(0)
+            self.file.write(text)
+            self.file.truncate()
+        self.file.close()
+
+    def find(self, who: Asking) -> Self:
+        """The name of a session, given to it if it has none."""
+        news = ""
+        mine = self.of(who.born, who.asked)
+        by_id = next((name for name, line in self.names.items() if who.session in line["ids"]), "")
+        taken = self.taken(who.born)
+        if by_id not in ("", mine, *taken) and (who.current or not mine) and self.names[by_id]["asked"] == who.asked:
+            self.leave(mine)  # the session is resumed, perhaps in the process of another one
+            mine = by_id
+            self.names[mine].update(process=who.born, why="")
+        is_new = not mine
+        if not mine:
+            mine = self.choose(who, taken, by_id if by_id in taken else "")
+        elif who.title and who.title != self.names[mine]["title"]:
+            mine, news = self.retitle(mine, who.title)
+        line = self.names[mine]
+        line["title"] = who.title or line["title"]
+        if who.session and (who.current or is_new):
+            for other in self.names.values():
+                other["ids"] = [each for each in other["ids"] if each != who.session]
+            line["ids"] = [*line["ids"], who.session][-IDS:]
+        if line["seen"] < self.now - RECENT_SECONDS:  # not each time: a look need not write the file
+            line["seen"] = self.now
+        return Self(mine, tuple(self.also(mine)), line["why"], news)
+
+    def of(self, born: str, asked: str | None) -> str:
+        """The name of a process, or "". A part of a session without AGENT_NAME has the name of a part that has it."""
+        mine = {name: line["asked"] for name, line in self.names.items() if same(line["process"], born)}
+        for name in mine:
+            self.names[name]["process"] = born
+        return next((name for name in mine if mine[name] == asked), "" if asked else next(iter(mine), ""))
+
+    def choose(self, who: Asking, taken: set[str], before: str) -> str:
+        """A free name for a session that has none. `before` is the one that it had, if another session has it now."""
+        wanted = [who.asked] if who.asked else list(wishes(who.directory, who.title))
         free = [name for name in wanted if name not in taken]
-        elsewhere = heard_elsewhere(url, channel, free) if len(wanted) > 1 and not mine else ()
-        name = next((name for name in (*mine, *free) if name not in elsewhere), None)
-        if name is None:
-            owner = taken.get(wanted[0])
-            raise ValueError(f"{wanted[0]} is another session (process {owner}): this one needs its own AGENT_NAME")
-        taken[name] = process
-        file.seek(0)
-        file.write("".join(f"{name} {owner}\n" for name, owner in taken.items()))
-        file.truncate()
-    return name
+        elsewhere = heard_elsewhere(self.url, self.channel, free) if len(wanted) > 1 else ()
+        free = sorted((name for name in free if name not in elsewhere), key=lambda name: self.may_return(name, wanted))
+        if not free:
+            number = self.names.get(wanted[0], {}).get("process", "").partition(" ")[0]
+            raise ValueError(f"{wanted[0]} is another session (process {number}): this one needs its own AGENT_NAME")
+        name, loose = free[0], self.of(who.born, None)
+        if who.asked and loose and not self.names[loose]["asked"]:  # one part of this session had no AGENT_NAME
+            self.move(loose, name)
+        else:
+            self.forward(name, ())
+            ids = self.names.get(name, EMPTY)["ids"]
+            self.names[name] = {**EMPTY, "process": who.born, "ids": ids, "title": who.title, "seen": self.now}
+        missed = before or wanted[0]
+        why = f"because {missed} is another session" if name != missed else ""
+        if not who.asked and not why and not from_words(who.title or folder_of(who.directory))[1]:
+            why = "because a name has only letters from a to z; AGENT_NAME sets another one"
+        self.names[name].update(asked=who.asked, why=why)
+        return name
+
+    def may_return(self, name: str, wanted: Sequence[str]) -> bool:
+        """Had a session this name today that may be resumed? Then others take it last; but the first goes to anyone."""
+        line = self.names.get(name, EMPTY)
+        return name != wanted[0] and bool(line["ids"]) and line["seen"] > self.now - DAY
+
+    def lives(self, line: dict[str, Any]) -> bool:
+        """Does the session live? One that another PID namespace runs cannot be seen: it lives a day after its look."""
+        return is_alive(line["process"], line["seen"] > self.now - DAY)
+
+    def taken(self, born: str) -> set[str]:
+        """The names that other living processes have, or had within the last day and still read."""
+        others = [name for name, line in self.names.items() if not same(line["process"], born) and self.lives(line)]
+        return {each for name in others for each in (name, *self.also(name))}
+
+    def leave(self, name: str) -> None:
+        if name:
+            self.names[name].update(process="", seen=self.now)
+
+    def also(self, name: str) -> Iterator[str]:
+        """The names that this session had within a day, the last one first."""
+        old = self.names[name]["old"]
+        return (each for each in sorted(old, key=old.__getitem__, reverse=True) if old[each] > self.now)
+
+    def retitle(self, mine: str, title: str) -> tuple[str, str]:
+        """The name of a session whose user gave it this title, and what the session is told of that."""
+        new = from_words(title)[0]
+        try:
+            if new and new != mine:
+                self.rename(mine, new)
+                return new, f"This session is now {new} on the agent-bus. For a day it also gets the mail for {mine}."
+        except ValueError as error:
+            return mine, f"This session stays {mine} on the agent-bus, whatever its title is: {error}."
+        return mine, ""
+
+    def rename(self, mine: str, new: str) -> None:
+        bus_recv.check_name(new)
+        if bus_recv.credentials(self.url):
+            raise ValueError(
+                f"{mine} is the name in this session's token. On the machine of the bus, this makes a token for {new}: "
+                f"{bus_recv.called('python3 bus_server.py invite', 'invite')} {new}"
+            )
+        if new.lower() in RESERVED:
+            raise ValueError(f"{new} is reserved: choose another name")
+        born = self.names[mine]["process"]
+        if new in self.taken(born) or heard_elsewhere(self.url, self.channel, [new]):
+            raise ValueError(f"{new} is another session: choose another name")
+        self.move(mine, new)
+
+    def move(self, mine: str, new: str) -> None:
+        """Give a session another name. It goes on where it was: its readers follow, and nothing is lost."""
+        if new == mine:
+            return
+        line = self.names.pop(mine)
+        line["old"] = {**line["old"], mine: self.now + DAY}
+        line["old"].pop(new, None)
+        self.names[new] = {**line, "why": ""}
+        for bus, at in self.begins(mine, new).items():
+            place = map(bus_recv.file_name, (bus, self.channel, new))
+            path = os.path.join(bus_recv.state_directory(), "cursors", *place)
+            with bus_recv.private_file(path, os.O_WRONLY | os.O_TRUNC, "w") as file:
+                file.write(f"{at}\n")
+        self.forward(new, tuple(self.also(new)))
+
+    def begins(self, mine: str, new: str) -> dict[str, str]:
+        """By bus: the cursor from which both names are read, below the oldest message that waits for either.
+
+        If the bus does not say which that is, the cursor of the old name.
+        """
+        try:
+            answer = bus_recv.ask(self.url, f"/digest?to={mine},{new}&channel={self.channel}", ASK_SECONDS)[0]
+            oldest = answer["oldest"]
+            at = Decimal(str(oldest["ts"])) - Decimal("0.000001") if oldest else answer["now"]
+            return {str(answer["bus"]): str(at)}
+        except (bus_recv.Refused, bus_recv.Unreachable, LookupError, TypeError, ArithmeticError):
+            found = {}
+            for path in glob.glob(os.path.join(cursors(), *map(bus_recv.file_name, (self.channel, mine)))):
+                with open(path, encoding="ascii", errors="replace") as file:
+                    found[path.split(os.sep)[-3]] = file.read(64).strip() or "last"
+            return found
+
+    def forward(self, name: str, also: tuple[str, ...]) -> None:
+        """Tell the readers of these names which names they read from now on, and until when."""
+        old = self.names[name]["old"] if also else {}
+        text = "".join(f"{each} {old.get(each, self.now + KEPT_SECONDS):.0f}\n" for each in (name, *also))
+        for each in (name, *old):
+            path = f"{self.path}~{bus_recv.file_name(each)}"
+            if old:
+                with bus_recv.private_file(path, os.O_WRONLY | os.O_TRUNC, "w") as file:
+                    file.write(text)
+            elif os.path.exists(path):
+                os.remove(path)
+
+
+def wishes(directory: str | None, title: str | None = None) -> Iterator[str]:
+    """The names that a session without AGENT_NAME may have, the best first."""
+    base = from_words(title or "")[0] or from_words(folder_of(directory))[0]
+    if not base:
+        raise Nameless(f"the folder {directory or os.getcwd()!r} gives this session no name: set AGENT_NAME")
+    for name in (base, *(f"{base}-{n}" for n in range(2, 1000))):
+        if name.lower() not in RESERVED:
+            yield name
+
+
+def folder_of(directory: str | None) -> str:
+    return os.path.basename((directory or os.getcwd()).rstrip("/\\"))
+
+
+def from_words(text: str) -> tuple[str, bool]:
+    """A name made of a text in any script, and: is it the text, but for blanks and signs?
+
+    Accents are left out. A name may only have letters from a to z: if others are lost, a number stands for them, which
+    is the same for the same text.
+    """
+    import unicodedata  # slow to import
+
+    plain = "".join(each for each in unicodedata.normalize("NFKD", text) if not unicodedata.combining(each))
+    name = re.sub(r"[^A-Za-z0-9._:@-]+", "-", plain).strip("-._:@")[:60]
+    if plain.isascii() or not any(each.isalnum() and not each.isascii() for each in plain):
+        return name, True
+    import zlib
+
+    return f"{name[:54] or 'folder'}-{zlib.crc32(text.encode(errors='replace')) & 0xFFFFF:05x}", False
 
 
 def heard_elsewhere(url: str, channel: str, names: Sequence[str]) -> set[str]:
     """The names under which another machine listens, if the bus answers at once.
 
-    The bus cannot say which machine, as behind a tunnel all addresses are one. But each reader here writes a file
+    The bus cannot say which machine, as behind a tunnel all addresses are one. But each reader here touches a file
     before each poll.
     """
     try:
@@ -106,16 +356,112 @@ def heard_elsewhere(url: str, channel: str, names: Sequence[str]) -> set[str]:
 
 def was_here(channel: str, name: str) -> bool:
     """May the reader that the bus still counts as listening be one of this machine?"""
-    cursors = os.path.join(glob.escape(bus_recv.state_directory()), "cursors", "*")  # of any bus
-    files = glob.glob(os.path.join(cursors, *map(bus_recv.file_name, (channel, name))))
+    files = glob.glob(os.path.join(cursors(), *map(bus_recv.file_name, (channel, name))))
+    files += glob.glob(f"{glob.escape(wake_path(name))}~lock")
     return any(time.time() - os.path.getmtime(path) < RECENT_SECONDS for path in files)
 
 
-def is_alive(process: int) -> bool:
+def wake_path(name: str) -> str:
+    """The file that wakes an idle session of this name; see notice.py. Beside it is the lock of who writes it."""
+    return os.path.join(bus_recv.state_directory(), f"{bus_recv.file_name(name)}.wake")
+
+
+def cursors() -> str:
+    """The folders of the cursors of all buses, as a pattern."""
+    return os.path.join(glob.escape(bus_recv.state_directory()), "cursors", "*")
+
+
+# Processes. On Linux from /proc, elsewhere from ps.
+
+
+def birth(process: int) -> str:
+    """What no other process ever has: its number, start, boot and PID namespace; "" if it has ended, or on Windows."""
+    if os.name != "posix":
+        return ""
     try:
-        os.kill(process, 0)
-    except ProcessLookupError:
+        with open(f"/proc/{process}/stat", "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()
+        return "" if fields[0] in b"ZX" else f"{process} {int(fields[19])} {this_kernel()}"
+    except OSError:
+        started = "" if os.path.exists("/proc/self/stat") else ps(process, "stat", "lstart")
+    state, _, start = started.partition(" ")
+    return f"{process} {'-'.join(start.split())} {this_kernel()}" if start and state[0] != "Z" else ""
+
+
+def this_kernel() -> str:
+    """Where process numbers mean the same: a boot, and a PID namespace of it."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+            return f"{file.read(8)} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return "here"
+
+
+def is_alive(born: str, recent: bool) -> bool:
+    """Does a process live? One of another PID namespace cannot be seen: `recent` is the answer for it."""
+    number, _, rest = born.partition(" ")
+    if not number or not rest:  # nobody's; or of an older version, which knew only the number
+        return bool(number and birth(int(number)))
+    _, boot, *space = rest.split(" ")
+    here, *ours = this_kernel().split(" ")
+    if boot == here and space != ours:
+        return recent
+    return boot == here and birth(int(number)) == born
+
+
+def same(born: str, other: str) -> bool:
+    """Is it the same process? An older version knew only its number."""
+    return bool(born) and (born == other or born == other.partition(" ")[0])
+
+
+def its_process(program: str = "claude") -> int | None:
+    """The process that runs the session of this hook, Monitor or MCP server.
+
+    Claude Code tells its hooks and Monitors (CLAUDE_PID), and not its MCP servers. Others tell nobody. For these it is
+    the nearest process above us that is neither a shell nor was started for this same session.
+    """
+    told = os.environ.get("CLAUDE_PID", "")
+    if program == "claude" and told.isdecimal():
+        return int(told)
+    if program == "claude" or os.name != "posix":
+        return None
+    process = os.getppid()
+    for _ in range(8):
+        parent, name = parent_of(process)
+        if parent < 2 or not (name in SHELLS or was_given_our_session(process)):
+            break
+        process = parent
+    return process
+
+
+def parent_of(process: int) -> tuple[int, str]:
+    """The number of the process above, and the name of the program."""
+    try:
+        with open(f"/proc/{process}/stat", "rb") as file:
+            head, _, rest = file.read().rpartition(b")")
+        return int(rest.split()[1]), os.fsdecode(head.partition(b"(")[2])
+    except OSError:
+        parent, _, name = ps(process, "ppid", "comm").partition(" ")
+        return int(parent or 0), os.path.basename(name.strip()).lstrip("-")
+
+
+def was_given_our_session(process: int) -> bool:
+    """Only Linux tells. A wrapper around us has our session's id in its environment; what runs the session has not."""
+    ours = os.environ.get("CLAUDE_CODE_SESSION_ID")
+    try:
+        with open(f"/proc/{process}/environ", "rb") as file:
+            return bool(ours) and f"CLAUDE_CODE_SESSION_ID={ours}".encode() in file.read().split(b"\0")
+    except OSError:
         return False
-    except OSError:  # it exists, and is another user's
-        pass
-    return True
+
+
+def ps(process: int, *columns: str) -> str:
+    """What ps says of a process, in one line; "" if there is no such process, or no ps."""
+    import subprocess  # slow to import
+
+    command = ["ps", *(f"-o{column}=" for column in columns), "-p", str(process)]
+    env = {"LC_ALL": "C", "PATH": "/bin:/usr/bin"}
+    try:
+        return subprocess.run(command, env=env, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return ""

@@ -1,0 +1,236 @@
+"""How much mail waits for a session, as a notice without any text of a message; and how an idle session is woken by it.
+
+The hook and the MCP server share it. Read it in this order: Counts and count (one exchange with the bus), notice (the
+sentence), read_elsewhere; then the file that wakes a session, arrivals, and Waker, which the MCP server runs.
+"""
+from __future__ import annotations  # needs Python 3.9 or later
+
+import contextlib
+import glob
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from session import ASK_SECONDS, Nameless, Self, bus_recv, cursors, wake_path, was_here
+
+NAMED = 5  # senders in a notice
+AWAITED = 50  # ids of the last questions of a name
+SOON, LATER = 1.0, 8.0  # s between looks while there is unread mail, or another program reads it
+HOLD_SECONDS = 25.0  # of a poll; common proxies cut a quiet request after 30 s
+
+
+class Counts(NamedTuple):
+    """What is unread. `pressing`: urgent, or a reply that is awaited. `newest`: the time of the newest message, s.
+
+    `senders`: those that a token vouches for. `others`: are there more? `reader`: does a program of this machine read
+    this mail, and so tells it?
+    """
+
+    unread: int
+    urgent: int = 0
+    awaited: int = 0
+    newest: float = 0.0
+    senders: tuple[str, ...] = ()
+    others: bool = False
+    more: bool = False
+    reader: bool = False
+
+    @property
+    def pressing(self) -> int:
+        return self.urgent + self.awaited
+
+
+def count(me: Self, seconds: float) -> Counts:
+    """Ask the bus once. An older bus has no digest: then the number alone, and that takes a second exchange.
+
+    Raises as bus_recv.exchange().
+    """
+    given = bus_recv.settings()
+    url, channel = given["AGENT_BUS_URL"], given.get("AGENT_BUS_CHANNEL", "default")
+    since = f"&since={own_cursor('*', channel, me.name)}" if me.also else ""  # the bus has no cursor for both
+    try:
+        path = f"/digest?to={','.join(me.names)}&channel={channel}{since}"
+        answer = bus_recv.ask(url, path, seconds)[0]
+    except bus_recv.Refused as refused:
+        if refused.status != 404:
+            raise
+        answer = bus_recv.ask(url, f"/inbox?name={me.name}&channel={channel}", seconds)[0]
+    try:
+        return counted(me.name, channel, answer)
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError):
+        raise bus_recv.Unreachable() from None  # something else answers
+
+
+def counted(name: str, channel: str, answer: dict[str, Any]) -> Counts:
+    bus = str(answer.get("bus", bus_recv.OLD_CONTRACT))
+    reader = reader_runs(bus, channel, name)
+    if "recipients" in answer:
+        return Counts(int(answer["recipients"].get(channel, {}).get(name, 0)), reader=reader)
+    senders, vouched, newest = answer["senders"], answer["vouched"], answer["newest"]
+    if newest and bus_recv.seconds_of(own_cursor(bus, channel, name)) >= float(newest["ts"]):
+        return Counts(0, reader=reader)  # a reader that has ended has shown it, and the bus does not know yet
+    replies = sum(each["unread"] for each in answer["threads"] if each["id"] in awaited(name))
+    return Counts(
+        int(answer["unread"]),
+        int(answer["urgent"]),
+        int(replies),
+        float(newest["ts"]) if newest else 0.0,
+        tuple(each for each in vouched if bus_recv.NAME.fullmatch(each)),
+        len(senders) > len(vouched),
+        bool(answer["more"]),
+        reader,
+    )
+
+
+def own_cursor(bus: str, channel: str, name: str) -> str:
+    """The cursor that readers of this machine have saved for a name; `bus` may be `*`, for the one saved last."""
+    place = (bus if bus == "*" else bus_recv.file_name(bus), *map(bus_recv.file_name, (channel, name)))
+    files = glob.glob(os.path.join(os.path.dirname(cursors()), *place))
+    with contextlib.suppress(OSError, ValueError), open(max(files, key=os.path.getmtime), encoding="ascii") as file:
+        at = file.read(64).strip()
+        return at if bus_recv.DECIMAL.fullmatch(at) else "last"
+    return "last"
+
+
+def reader_runs(bus: str, channel: str, name: str) -> bool:
+    """Does a program on this machine, such as a Monitor, show the mail of this name?"""
+    place = map(bus_recv.file_name, (bus, channel, name))
+    return is_locked(os.path.join(bus_recv.state_directory(), "cursors", *place) + "~lock")
+
+
+def is_locked(path: str) -> bool:
+    with contextlib.suppress(FileNotFoundError), open(path, "r+", encoding="ascii") as file:
+        return not bus_recv.try_lock(file, path)
+    return False
+
+
+def notice(me: Self, counts: Counts, before: bool = False) -> str:
+    """One line, whatever waits. `before`: all of it is from before this session."""
+    senders = ", ".join(counts.senders[:NAMED])
+    others = " and others" if senders and (counts.others or len(counts.senders) > NAMED) else ""
+    details = [
+        f"{counts.unread} from before this session" if before else "",
+        f"{counts.urgent} urgent" if counts.urgent else "",
+        f"{counts.awaited} in reply to questions of this session" if counts.awaited else "",
+        f"from {senders}{others}" if senders else "",
+    ]
+    about = ", ".join(filter(None, details))
+    number = f"{counts.unread}{' or more' if counts.more else ''}"
+    return f"agent-bus: {number} unread for {me.name}{f' ({about})' if about else ''}. bus_inbox shows them."
+
+
+def read_elsewhere(me: Self) -> str:
+    """A sentence, if a program on another machine reads the mail of this name, too; "" if the bus does not tell."""
+    given = bus_recv.settings()
+    url, channel = given["AGENT_BUS_URL"], given.get("AGENT_BUS_CHANNEL", "default")
+    try:
+        agents = bus_recv.ask(url, f"/agents?channel={channel}&name={me.name}", ASK_SECONDS)[0]["agents"]
+        its = next((each for each in agents if (each["name"], each["channel"]) == (me.name, channel)), {})
+        if its.get("online") and (its.get("readers", 0) > 1 or not was_here(channel, me.name)):
+            return (
+                f"{me.name} is read on another machine, too ({its.get('address')}), so each of the two gets only a "
+                "part of the mail, or both get all: one of them needs another AGENT_NAME."
+            )
+    except (bus_recv.Refused, bus_recv.Unreachable, LookupError, TypeError, AttributeError):
+        pass
+    return ""
+
+
+def await_reply(name: str, id: str) -> None:
+    """Note that `name` has asked something with this message, so a reply may prolong a turn."""
+    with bus_recv.private_file(asked(name), os.O_RDWR, "r+") as file:
+        ids = [*file.read().split(), id][-AWAITED:]
+        file.seek(0)
+        file.write(" ".join(ids))
+        file.truncate()
+
+
+def awaited(name: str) -> list[str]:
+    with contextlib.suppress(OSError), open(asked(name), encoding="ascii", errors="replace") as file:
+        return file.read().split()
+    return []
+
+
+def asked(name: str) -> str:
+    return os.path.join(bus_recv.state_directory(), "asked", bus_recv.file_name(name))
+
+
+# An idle session of Claude Code is woken when a file changes that its SessionStart hook has named.
+
+
+def wake_file(name: str) -> str:
+    """The path of the file that wakes the sessions of this name. It is made if it is not there."""
+    bus_recv.private_file(wake_path(name), os.O_WRONLY | os.O_APPEND, "a").close()
+    return wake_path(name)
+
+
+def is_watched(name: str) -> bool:
+    """Does a program of this machine wait for mail for this name, to wake the session?"""
+    return is_locked(f"{wake_path(name)}~lock")
+
+
+@contextlib.contextmanager
+def alone(name: str) -> Iterator[bool]:
+    """Be the one that waits for mail for this name; or False, while another program of this machine does."""
+    path = f"{wake_path(name)}~lock"
+    with bus_recv.private_file(path, os.O_RDWR, "r+") as file:
+        os.utime(path)  # see session.was_here
+        yield bus_recv.try_lock(file, path)
+
+
+def arrivals(
+    who: Callable[[], Self], warn: Callable[[str], None], is_needed: Callable[[], bool] = lambda: True
+) -> Iterator[tuple[Self, Counts]]:
+    """Yields whenever more mail waits for a session than before; it takes nothing.
+
+    `who` is asked before each look, because a session may be renamed; `is_needed` may end it. While nothing is unread
+    it holds a poll, so the name counts as listening; the message that ends it is fetched, and not read. Else it looks
+    now and then. It is quiet while another program reads the mail.
+    """
+    known, pause, warned = (0, 0.0), SOON, ""
+    while is_needed():
+        try:
+            me = who()
+            with alone(me.name) as ours:
+                if ours:
+                    counts = count(me, bus_recv.GRACE_SECONDS)
+                    if not counts.reader and (counts.newest > known[1] or counts.unread > known[0]):
+                        pause = SOON
+                        yield me, counts
+                    known, warned = (counts.unread, max(counts.newest, known[1])), ""
+                    if counts.unread or counts.reader or me.also:  # a poll would fetch what its old names got
+                        time.sleep(pause)
+                        pause = min(2 * pause, LATER)
+                    else:
+                        hold(me)
+                    continue
+        except (bus_recv.Unreachable, bus_recv.Refused, Nameless, ValueError, OSError, LookupError) as fault:
+            if str(fault) != warned:
+                warned = str(fault)
+                warn(f"no mail can wake the session now: {fault}")
+        time.sleep(LATER)
+
+
+def hold(me: Self) -> None:
+    """Wait until the bus has a message for this name, or for HOLD_SECONDS; at least SOON."""
+    given, began = bus_recv.settings(), time.monotonic()
+    channel = given.get("AGENT_BUS_CHANNEL", "default")
+    path = f"/recv?to={me.name}&channel={channel}&since=last&max=1&block=true&wait={HOLD_SECONDS}"
+    bus_recv.ask(given["AGENT_BUS_URL"], path, HOLD_SECONDS + bus_recv.GRACE_SECONDS)
+    time.sleep(max(began + SOON - time.monotonic(), 0))  # in case the bus does not hold a poll
+
+
+class Waker(threading.Thread):
+    """Appends a line to the wake file of a session whenever more mail waits for it. For the MCP server."""
+
+    def __init__(self, who: Callable[[], Self], warn: Callable[[str], None]) -> None:
+        super().__init__(daemon=True)
+        self.who, self.warn = who, warn
+
+    def run(self) -> None:
+        for me, counts in arrivals(self.who, self.warn):
+            for name in me.names:  # the session watches the file of the name that it had when it started
+                with open(wake_file(name), "a", encoding="ascii") as file:
+                    file.write(f"{counts.unread} unread for {me.name}\n")
