@@ -1368,20 +1368,22 @@ class Outgoing:
     """The base of Connection: its state, and the writing of answers. Connection adds the reading of requests."""
 
     __slots__ = (
-        "address buffer closing delivering door due ended file phase queued request slot token transport unsent".split()
-    )
+        "address buffer closing delivering door due ended file phase queued request slot then token transport unsent"
+    ).split()
     address: str
     transport: Plain
     request: Request | None
     file: Stream | None  # the rest of the answer being written
     delivering: tuple[Any, int] | None  # `delivers` of that answer
+    # An endpoint that asks others for its request takes their answers with it, and returns its own or sets it again.
+    then: Callable[[Answer], Answer | None] | None
 
     def __init__(self, door: Door) -> None:
         self.door = door
         self.buffer: bytes | bytearray = b""
         self.phase, self.slot, self.due = IDLE, sys.maxsize, math.inf
         self.closing = self.ended = False  # we want to close after the answer; the peer sends no more
-        self.request = self.delivering = self.file = None
+        self.request = self.delivering = self.file = self.then = None
         self.token: str | None = None  # the id of the last token that a request had; "": none had one; None: no request
         self.unsent = 0  # bytes of the answer
         self.queued = False  # advance() comes in the next turn
@@ -1423,6 +1425,10 @@ class Outgoing:
 
     def answer(self, answer: Answer | None) -> None:
         """Answer the current request. A request that is pipelined behind it waits for the next turn."""
+        if answer and self.then and self.phase is not LINGER:
+            then, self.then = self.then, None
+            self.phase, self.due = BUSY, math.inf
+            answer = then(answer)
         if answer and self.phase is not LINGER:  # None: it is answered later; LINGER: the peer has gone meanwhile
             self.write(answer)
             if self.phase is IDLE and (self.buffer or self.ended) and not self.queued:
@@ -1442,7 +1448,7 @@ class Outgoing:
         self.phase = WRITING
         self.closing = self.closing or app.draining
         app.answered(self, answer)
-        request, self.request = self.request, None
+        request, self.request, self.then = self.request, None, None
         bare = request is not None and request.command == "HEAD"
         self.delivering, self.file = answer.delivers, answer.file
         if request and request.sink and not request.sink.busy:
@@ -1549,6 +1555,7 @@ class Connection(Outgoing):
         if self.file and not self.file.busy:
             self.file.close()
         request, self.request, self.buffer = self.request, None, b""  # else we and our transport hold each other
+        self.then = None
         if request and request.sink and not request.sink.busy:
             request.sink.close()
         if self.delivering:

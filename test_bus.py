@@ -70,6 +70,7 @@ SECTIONS = {
     17: "Channels",
     18: "People",
     20: "Digest",
+    21: "MCP over HTTP",
 }
 EXTENSIONS = {  # by the number of the section that it keeps
     12: Extension("questions", "replies.py", "POST", "/ask"),
@@ -79,8 +80,9 @@ EXTENSIONS = {  # by the number of the section that it keeps
     17: Extension("channels", "channels.py", "GET", "/channels"),
     18: Extension("people", "people.py", "GET", "/whoami"),
     20: Extension("digests", "digest.py", "GET", "/digest"),
+    21: Extension("tools by MCP", "mcp.py", "POST", "/mcp"),
 }
-QUESTIONS, QUEUES, FILES, METRICS, CHANNELS, PEOPLE, DIGEST = EXTENSIONS.values()
+QUESTIONS, QUEUES, FILES, METRICS, CHANNELS, PEOPLE, DIGEST, MCP = EXTENSIONS.values()
 
 
 class Bus:
@@ -1915,6 +1917,133 @@ def test_a_digest_counts_each_name_from_its_cursor_and_broadcasts_from_the_first
     assert counted(fresh()) == 0
     bus.recv(bus.me, since=before["ts"], channel=channel)
     assert counted(f"{bus.me}&since=0") == 0
+
+
+# ── 21. MCP over HTTP ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class McpClient:
+    """A client that calls the tools of a bus as one name. On a bus with tokens the token must be an operator's."""
+
+    def __init__(self, bus, name, session=True):
+        self.bus, self.headers = bus, {"X_Agent_Name": name}
+        if session:
+            _, headers, _ = bus.ask("POST", "/mcp", json.dumps(request("initialize")), **self.headers)
+            self.headers["Mcp_Session_Id"] = headers["Mcp-Session-Id"]
+
+    def ask(self, method, **params):
+        status, answer = self.bus.json("POST", "/mcp", json.dumps(request(method, **params)), **self.headers)
+        assert status == 200 and (answer["jsonrpc"], answer["id"]) == ("2.0", 7), (status, answer)
+        return answer
+
+    def tool(self, tool, failed=False, **arguments):
+        """The text of a tool that must succeed, or fail."""
+        result = self.ask("tools/call", name=tool, arguments=arguments)["result"]
+        [content] = result["content"]
+        assert content["type"] == "text" and result["isError"] is failed, result
+        return content["text"]
+
+    def mail(self, **arguments):
+        """The messages that bus_inbox shows."""
+        return [json.loads(line) for line in self.tool("bus_inbox", **arguments).split("\n") if line[:1] == "{"]
+
+
+def request(method, **params):
+    return {"jsonrpc": "2.0", "id": 7, "method": method, "params": params}
+
+
+@ours
+def test_the_bus_is_an_mcp_server(bus):
+    """21.1 POST /mcp takes one message of JSON-RPC and answers JSON; versions are echoed; GET is 405"""
+    for asked, given in (("2025-06-18", "2025-06-18"), ("2024-11-05", "2024-11-05"), ("2099-01-01", "2025-11-25")):
+        status, answer = bus.json("POST", "/mcp", json.dumps(request("initialize", protocolVersion=asked)))
+        assert status == 200 and answer["result"]["protocolVersion"] == given
+        assert "tools" in answer["result"]["capabilities"] and answer["result"]["serverInfo"]["name"]
+    assert bus.json("POST", "/mcp", json.dumps(request("ping")))[1]["result"] == {}
+    for members in ({"method": "notifications/initialized"}, {"id": 1, "result": {}}):
+        status, _, body = bus.ask("POST", "/mcp", json.dumps({"jsonrpc": "2.0", **members}))
+        assert (status, body) == (202, b"")
+    assert bus.json("GET", "/mcp")[0] == 405
+
+
+@ours
+def test_what_is_no_request_or_no_tool_is_an_error_with_its_number(bus):
+    """21.2 errors have the numbers of JSON-RPC, and the status 400 for what is no request; a tool fails with isError"""
+    for body, code in (("{", -32700), ("[]", -32600), (json.dumps([request("ping")]), -32600), ('{"id": 1}', -32600)):
+        status, answer = bus.json("POST", "/mcp", body)
+        assert (status, answer["error"]["code"]) == (400, code), body
+    client = McpClient(bus, fresh())
+    assert client.ask("server/discover")["error"]["code"] == -32601
+    for params in ({"name": "bus_nuke"}, {}, {"name": "bus_send", "arguments": []}):
+        assert client.ask("tools/call", **params)["error"]["code"] == -32602
+    assert "msg is required" in client.tool("bus_send", failed=True, to="bob")
+    assert "name" in client.tool("bus_send", failed=True, to="no name", msg="x")
+
+
+@ours
+def test_a_session_that_the_bus_does_not_know_begins_again(bus):
+    """21.5 the answer to initialize has an Mcp-Session-Id; another one gets 404; without one the tools work too"""
+    name = fresh()
+    client = McpClient(bus, name)
+    assert client.ask("tools/list")["result"]["tools"] and name in client.tool("bus_whoami")
+    assert name in McpClient(bus, name, session=False).tool("bus_whoami")
+    for method in ("tools/list", "tools/call", "ping"):
+        body = json.dumps(request(method, name="bus_whoami"))
+        assert bus.refused(body, "/mcp", Mcp_Session_Id=client.headers["Mcp_Session_Id"][::-1]) == 404
+
+
+@ours
+def test_the_tools_of_an_agent(bus):
+    """21.6 the tools of tools/list work, each with what it says that it takes; one that waits ends within 25 s"""
+    alice, bob = fresh("alice"), fresh("bob")
+    client, other = McpClient(bus, alice), McpClient(bus, bob)
+    tools = {tool["name"]: tool for tool in client.ask("tools/list")["result"]["tools"]}
+    known = "send inbox ack agents whoami ask reply thread claim done fail status rename hook"
+    assert list(tools) == [f"bus_{tool}" for tool in known.split()]
+    for tool in tools.values():
+        assert tool["description"] and set(tool["inputSchema"]["required"]) <= set(tool["inputSchema"]["properties"])
+        assert tool["_meta"] == {"anthropic/alwaysLoad": True}
+    sent = re.search(r"id ([0-9a-f]{13})", client.tool("bus_send", to=bob, msg="T1?", subject="T1"))[1]
+    [message] = other.mail()
+    assert (message["id"], message["msg"], message["subject"]) == (sent, "T1?", "T1")
+    assert bus.state(sent) == "fetched"
+    waiting = in_background(client.tool, "bus_inbox", wait=QUICK * 4)
+    soon(lambda: agent(bus, alice).get("online"))
+    other.tool("bus_send", to=alice, msg="here")
+    assert '"here"' in waiting.result(PATIENCE)
+    other.tool("bus_reply", id=sent, msg="yes")
+    assert [line[:1] for line in client.tool("bus_thread", id=sent).split("\n")][1:] == ["{", "{"]
+    assert "no reply yet" in client.tool("bus_ask", to=bob, msg="?", wait=0)
+    asking = in_background(client.tool, "bus_ask", to=bob, msg="T2?", wait=QUICK * 4)
+    soon(lambda: len(other.mail()) == 3)
+    other.tool("bus_reply", id=other.mail()[-1]["id"], msg="T2 done")
+    assert '"T2 done"' in asking.result(PATIENCE)
+    client.tool("bus_status", text="T3", state="busy")
+    assert agent(bus, bus.me if bus.token else alice)["status"]["text"] == "T3"
+    assert client.tool("bus_agents")
+
+
+@ours
+def test_mail_is_unread_until_a_call_says_that_it_is_done(bus):
+    """21.7 bus_inbox shows mail oldest first and takes nothing; bus_ack, and ack in bus_inbox, move the cursor"""
+    to = fresh()
+    client = McpClient(bus, to)
+    assert client.tool("bus_inbox").startswith("0 unread")
+    sent = [bus.send(to, f"{number}")["id"] for number in range(4)]
+    for _ in range(2):
+        assert [each["id"] for each in client.mail()] == sent
+    assert unread(bus, to) == 4 and [bus.state(each) for each in sent] == ["fetched"] * 4
+    assert "3 unread" in client.tool("bus_ack", id=sent[0]) and unread(bus, to) == 3
+    assert [each["id"] for each in client.mail(ack=sent[1])] == sent[2:] and bus.state(sent[1]) == "acknowledged"
+    assert "is read" in client.tool("bus_ack", id=sent[0]) and unread(bus, to) == 2
+    assert "not the id" in client.tool("bus_ack", failed=True, id=bus.send(fresh())["id"])
+    long = bus.send(to, "y" * 20000)["id"]
+    client.tool("bus_ack", id=sent[3])
+    text, found = client.tool("bus_inbox"), ""
+    assert len(text) < 9000 and long in text
+    while len(found) < 20000:
+        found += json.loads(client.tool("bus_inbox", id=long, offset=len(found)).split("\n")[0])["msg"]
+    assert found == "y" * 20000
 
 
 # ── Running ──────────────────────────────────────────────────────────────────────────────────────────────────────────

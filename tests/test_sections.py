@@ -10,7 +10,7 @@ import threading
 import pytest
 
 import test_bus
-from test_bus import CHANNELS, DIGEST, EXTENSIONS, FILES, METRICS, PEOPLE, QUESTIONS, QUEUES
+from test_bus import CHANNELS, DIGEST, EXTENSIONS, FILES, MCP, METRICS, PEOPLE, QUESTIONS, QUEUES
 from tests.kit.processes import run_checks
 from tests.kit.serving import Serving
 
@@ -23,6 +23,7 @@ ROUTES = {
     CHANNELS: ("/channels",),
     PEOPLE: ("/whoami", "/status"),
     DIGEST: ("/digest",),
+    MCP: ("/mcp",),
 }
 MISSING = "{route} needs bus_extensions/{file}, which is not beside bus_server.py: copy it from the same version"
 OFF = "{route} is off: this bus was started --without page,{name}"

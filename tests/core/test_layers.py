@@ -12,13 +12,16 @@ import pytest
 
 from tests.kit.processes import ROOT
 
-LIMIT = 4203  # lines of code in bus_server.py; it grows only for what belongs into the core. The design says 2,400
+LIMIT = 4209  # lines of code in bus_server.py; it grows only for what belongs into the core. The design says 2,400
 CLASS_LINES, CLASS_METHODS, FUNCTION_LINES = 300, 30, 40
 # What is larger, and how large it may be until it was cut; only ever take one away.
 LARGER = {"Connection": (330, 27)}
 NEEDS_NO_DOCSTRING = set()  # classes whose name says it all
 OTHERS = {"bus_server"}  # what an extension may import beside the standard library
-LAZILY = {"schemas.py": {"jsonschema"}}  # and where, if --schemas is given
+LAZILY = {  # and where: if --schemas is given; by the path of a file that belongs to the extension
+    "schemas.py": {"jsonschema"},
+    "mcp.py": {"_mcp_tools"},
+}
 
 SOURCE = (ROOT / "bus_server.py").read_text()
 TREE = ast.parse(SOURCE)

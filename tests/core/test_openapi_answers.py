@@ -167,6 +167,12 @@ def ask_for_reads(compared, first, question):
         ask("GET", f"{where}&max=x")
     ask("POST", "/status", {"from": "ann", "text": "x", "state": "busy", "cwd": "/", "branch": "main"})
     ask("POST", "/status", {"from": "ann", "state": "asleep"})
+    call = {"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": {"name": "bus_inbox"}}
+    for body in (call, {"jsonrpc": "2.0", "id": 1, "method": "x"}, {"jsonrpc": "2.0", "method": "x"}, []):
+        ask("POST", "/mcp", body, X_Agent_Name="dell")
+    ask("POST", "/mcp", call, X_Agent_Name="not a name")
+    ask("POST", "/mcp", call, Mcp_Session_Id="7")
+    ask("POST", "/mcp", call, Host="evil.example")
     for path in ("/inbox", "/agents", "/channels"):
         ask("GET", path)
         ask("GET", f"{path}?max=1")

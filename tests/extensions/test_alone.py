@@ -34,7 +34,8 @@ def copy(folder, extensions, card=("bus_server.py",)):
     shutil.rmtree(folder / "bus_extensions", ignore_errors=True)
     for name in extensions:
         (folder / "bus_extensions").mkdir(exist_ok=True)
-        shutil.copy(ROOT / "bus_extensions" / f"{name}.py", folder / "bus_extensions")
+        for file in (ROOT / "bus_extensions" / f"{name}.py", *(ROOT / "bus_extensions").glob(f"_{name}*.py")):
+            shutil.copy(file, folder / "bus_extensions")
     return folder
 
 
