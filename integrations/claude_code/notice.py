@@ -6,14 +6,13 @@ sentence), read_elsewhere; then the file that wakes a session, arrivals, and Wak
 from __future__ import annotations  # needs Python 3.9 or later
 
 import contextlib
-import glob
 import os
 import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from session import ASK_SECONDS, Nameless, Self, bus_recv, cursors, wake_path, was_here
+from session import ASK_SECONDS, Nameless, Self, bus_recv, own_cursor, wake_path, was_here
 
 NAMED = 5  # senders in a notice
 AWAITED = 50  # ids of the last questions of a name
@@ -82,16 +81,6 @@ def counted(name: str, channel: str, answer: dict[str, Any]) -> Counts:
         bool(answer["more"]),
         reader,
     )
-
-
-def own_cursor(bus: str, channel: str, name: str) -> str:
-    """The cursor that readers of this machine have saved for a name; `bus` may be `*`, for the one saved last."""
-    place = (bus if bus == "*" else bus_recv.file_name(bus), *map(bus_recv.file_name, (channel, name)))
-    files = glob.glob(os.path.join(os.path.dirname(cursors()), *place))
-    with contextlib.suppress(OSError, ValueError), open(max(files, key=os.path.getmtime), encoding="ascii") as file:
-        at = file.read(64).strip()
-        return at if bus_recv.DECIMAL.fullmatch(at) else "last"
-    return "last"
 
 
 def reader_runs(bus: str, channel: str, name: str) -> bool:

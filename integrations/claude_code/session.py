@@ -285,16 +285,21 @@ class Register:
         If the bus does not say which that is, the cursor of the old name.
         """
         try:
-            answer = bus_recv.ask(self.url, f"/digest?to={mine},{new}&channel={self.channel}", ASK_SECONDS)[0]
-            oldest = answer["oldest"]
-            at = Decimal(str(oldest["ts"])) - Decimal("0.000001") if oldest else answer["now"]
-            return {str(answer["bus"]): str(at)}
+            answer = self.digest(new)
+            bus = str(answer["bus"])
+            waiting = [below(answer["oldest"])] if answer["oldest"] else []
+            at = own_cursor(bus, self.channel, mine)
+            if at == "last":  # nobody read the old name here
+                its = self.digest(mine)
+                at = below(its["oldest"]) if its["oldest"] else str(its["now"])
+            return {bus: min([at, *waiting], key=Decimal)}
         except (bus_recv.Refused, bus_recv.Unreachable, LookupError, TypeError, ArithmeticError):
-            found = {}
-            for path in glob.glob(os.path.join(cursors(), *map(bus_recv.file_name, (self.channel, mine)))):
-                with open(path, encoding="ascii", errors="replace") as file:
-                    found[path.split(os.sep)[-3]] = file.read(64).strip() or "last"
-            return found
+            files = glob.glob(os.path.join(cursors(), *map(bus_recv.file_name, (self.channel, mine))))
+            buses = [path.split(os.sep)[-3] for path in files]
+            return {bus: own_cursor(bus, self.channel, mine) for bus in buses}
+
+    def digest(self, name: str) -> dict[str, Any]:
+        return bus_recv.ask(self.url, f"/digest?to={name}&channel={self.channel}", ASK_SECONDS)[0]
 
     def forward(self, name: str, also: tuple[str, ...]) -> None:
         """Tell the readers of these names which names they read from now on, and until when."""
@@ -364,6 +369,21 @@ def was_here(channel: str, name: str) -> bool:
 def wake_path(name: str) -> str:
     """The file that wakes an idle session of this name; see notice.py. Beside it is the lock of who writes it."""
     return os.path.join(bus_recv.state_directory(), f"{bus_recv.file_name(name)}.wake")
+
+
+def below(message: dict[str, Any]) -> str:
+    """The cursor of a reader that gets this message next."""
+    return str(Decimal(str(message["ts"])) - Decimal("0.000001"))
+
+
+def own_cursor(bus: str, channel: str, name: str) -> str:
+    """The cursor that readers of this machine have saved for a name; `bus` may be `*`, for the one saved last."""
+    place = (bus if bus == "*" else bus_recv.file_name(bus), *map(bus_recv.file_name, (channel, name)))
+    files = glob.glob(os.path.join(os.path.dirname(cursors()), *place))
+    with contextlib.suppress(OSError, ValueError), open(max(files, key=os.path.getmtime), encoding="ascii") as file:
+        at = file.read(64).strip()
+        return at if bus_recv.DECIMAL.fullmatch(at) else "last"
+    return "last"
 
 
 def cursors() -> str:

@@ -1,0 +1,399 @@
+"""session.py: which session has which name, whatever ends, comes back, is renamed or gets the number of another.
+
+The register is used here as the programs use it, but with processes that are made up: a life begins and ends at once.
+`NAMES_SECONDS=120 python -m pytest tests/integrations/test_names.py -k random` is the long run of the last test.
+"""
+import collections
+import os
+import pathlib
+import random
+import subprocess
+import sys
+import time
+
+import pytest
+
+import bus_recv
+import bus_send
+from tests.kit.processes import PATIENCE, ROOT, no_settings, runs, wait_until
+
+sys.path.insert(0, str(ROOT / "integrations" / "claude_code"))
+import notice  # noqa: E402
+import session  # noqa: E402
+
+NOWHERE = "http://127.0.0.1:9"  # nobody listens there
+SECONDS = float(os.environ.get("NAMES_SECONDS", "3"))
+SCRIPT = str(ROOT / "integrations" / "claude_code" / "bus_hook.py")
+
+
+@pytest.fixture(autouse=True)
+def project(tmp_path, monkeypatch):
+    no_settings(monkeypatch, "CLAUDE")
+    monkeypatch.setenv("AGENT_BUS_STATE_DIR", str(tmp_path / "state"))
+    monkeypatch.setenv("AGENT_BUS_URL", NOWHERE)
+
+
+class Lives:
+    """Processes that are made up, by number: the birth of each that lives."""
+
+    def __init__(self, monkeypatch):
+        self.born, self.space, self.count = {}, "pid:[1]", 0
+        monkeypatch.setattr(session, "birth", lambda number: self.born.get((self.space, number), ""))
+        monkeypatch.setattr(session, "this_kernel", lambda: f"boot {self.space}")
+
+    def begin(self, number):
+        self.count += 1
+        self.born[self.space, number] = f"{number} {self.count} boot {self.space}"
+
+    def end(self, number):
+        del self.born[self.space, number]
+
+
+@pytest.fixture
+def lives(monkeypatch):
+    return Lives(monkeypatch)
+
+
+def name(process, id=None, folder="/x/api", title=None):
+    return session.this_session(process, folder, id, title).name
+
+
+def register():
+    (path,) = pathlib.Path(os.environ["AGENT_BUS_STATE_DIR"]).glob("names/*/default")
+    return path
+
+
+def test_a_session_that_got_the_number_of_an_ended_process_is_another_one(lives):
+    """Case 41."""
+    lives.begin(1)
+    assert name(1, "a", "/x/web") == "web"
+    lives.end(1)
+    lives.begin(1)  # another program
+    lives.begin(2)
+    assert name(2, "b", "/x/web") == "web"
+
+
+def test_what_is_resumed_in_another_order_gets_its_own_name_back(lives):
+    """Case 42."""
+    for process, id in ((1, "a"), (2, "b")):
+        lives.begin(process)
+        name(process, id)
+    lives.end(1)
+    lives.end(2)
+    lives.begin(3)
+    assert name(3, "b") == "api-2"
+    lives.begin(4)
+    assert name(4, "a") == "api"
+
+
+def test_a_new_session_takes_no_name_that_a_session_of_today_may_come_back_to(lives):
+    for process, id in ((1, "a"), (2, "b")):
+        lives.begin(process)
+        name(process, id)
+    lives.end(2)
+    lives.begin(3)
+    assert name(3, "c") == "api-3"
+    lives.begin(4)
+    assert name(4, "b") == "api-2"
+
+
+def test_a_session_whose_name_was_taken_meanwhile_is_told(lives):
+    lives.begin(1)
+    name(1, "a")
+    lives.end(1)
+    lives.begin(2)
+    assert name(2, "c") == "api"
+    lives.begin(3)
+    assert session.this_session(3, "/x/api", "a")[:3] == ("api-2", (), "because api is another session")
+    lives.end(3)
+    lives.begin(4)
+    assert name(4, "a") == "api-2", "it is its name now"
+
+
+def test_clear_branch_and_fork_keep_the_name_and_its_ids(lives):
+    lives.begin(1)
+    assert [name(1, id) for id in ("a", "after clear", "after branch")] == ["api"] * 3
+    lives.begin(2)
+    assert name(2, "a fork") == "api-2"
+    lives.end(1)
+    lives.end(2)
+    lives.begin(3)
+    assert name(3, "a fork") == "api-2"
+    lives.begin(4)
+    assert name(4, "after clear") == "api"
+
+
+def test_the_old_id_of_the_environment_does_not_move_the_name(lives, monkeypatch):
+    """MCP servers and Monitors keep the id of the start, also when the session has become another one."""
+    lives.begin(1)
+    lives.begin(2)
+    assert (name(1, "a"), name(2, "b")) == ("api", "api-2")
+    lives.end(2)
+    assert name(1, "b") == "api-2", "/resume within a session: now it is the other one"
+    monkeypatch.setenv("CLAUDE_CODE_SESSION_ID", "a")
+    assert name(1) == "api-2"
+    lives.begin(3)
+    assert name(3, "a") == "api"
+    assert (name(1), name(1, "b")) == ("api-2", "api-2")
+
+
+def test_a_server_that_asks_before_any_hook_takes_the_id_of_its_environment(lives, monkeypatch):
+    lives.begin(1)
+    lives.begin(2)
+    assert (name(1, "a"), name(2, "b")) == ("api", "api-2")
+    lives.end(1)
+    lives.end(2)
+    lives.begin(3)
+    monkeypatch.setenv("CLAUDE_CODE_SESSION_ID", "b")
+    assert name(3) == "api-2"
+    monkeypatch.delenv("CLAUDE_CODE_SESSION_ID")
+    assert name(3, "b") == "api-2"
+
+
+def test_two_pid_namespaces_share_a_state_directory(lives):
+    lives.begin(7)
+    assert name(7, "a") == "api"
+    lives.space = "pid:[2]"  # its process 7 is another one, and ours cannot be seen from there
+    lives.begin(7)
+    assert name(7, "b") == "api-2"
+    lives.space = "pid:[1]"
+    assert name(7, "a") == "api"
+    with session.Register() as names:
+        names.names["api-2"]["seen"] -= 2 * session.DAY
+        assert names.taken("") == {"api"}, "who was not seen for a day has ended"
+
+
+def test_another_boot_is_over(lives):
+    lives.begin(7)
+    assert name(7, "a") == "api"
+    register().write_text(register().read_text().replace(" boot ", " earlier "))
+    lives.begin(8)
+    assert name(8, "b") == "api"
+
+
+def test_the_file_of_an_older_version_is_read(lives):
+    lives.begin(1)
+    lives.begin(2)
+    name(1, "a")
+    register().write_text("api 1\napi-2 2\napi-3 3\nodd {\n")
+    assert (name(1, "a"), name(2, "b")) == ("api", "api-2")
+    lives.begin(3)
+    lives.begin(4)
+    assert name(4, "c") == "api-4"
+
+
+def test_agent_name_belongs_to_one_living_session(lives, monkeypatch):
+    monkeypatch.setenv("AGENT_NAME", "dell")
+    lives.begin(1)
+    lives.begin(2)
+    assert name(1, "a") == "dell"
+    with pytest.raises(ValueError, match="dell is another session .process 1.: this one needs its own AGENT_NAME"):
+        name(2, "b")
+    lives.end(1)
+    assert name(2, "b") == "dell"
+
+
+def test_a_part_with_agent_name_and_one_without_are_one_session(lives, monkeypatch):
+    lives.begin(1)
+    assert name(1, "a") == "api"
+    monkeypatch.setenv("AGENT_NAME", "dell")
+    assert name(1) == "dell"
+    monkeypatch.delenv("AGENT_NAME")
+    assert session.this_session(1, "/x/api", "a")[:2] == ("dell", ("api",))
+
+
+def test_a_title_renames_and_a_new_process_keeps_it(lives, monkeypatch):
+    lives.begin(1)
+    assert name(1, "a") == "api"
+    assert session.this_session(1, "/x/api", "a", "the reviewer")[:2] == ("the-reviewer", ("api",))
+    lives.end(1)
+    lives.begin(2)
+    assert session.this_session(2, "/x/api", "a", "the reviewer")[:2] == ("the-reviewer", ("api",))
+    lives.begin(3)
+    assert name(3, "b", title="planner") == "planner", "a title from the start"
+    monkeypatch.setenv("AGENT_NAME", "dell")
+    lives.begin(4)
+    assert name(4, "c", title="planner") == "dell", "AGENT_NAME is stronger at the start"
+    assert name(4, "c", title="boss") == "boss"
+    assert name(4) == "boss"
+
+
+def test_the_old_name_is_read_for_a_day_and_free_then(lives):
+    lives.begin(1)
+    lives.begin(2)
+    name(1, "a")
+    assert session.rename(1, "lead") == "api"
+    assert session.rename(1, "boss") == "lead"
+    assert session.this_session(1, "/x/api", "a").names == ["boss", "lead", "api"]
+    assert name(2, "b") == "api-2"
+    with session.Register() as names:
+        names.names["boss"]["old"] = {"lead": time.time() - 1, "api": time.time() - 1}
+    assert session.this_session(1, "/x/api", "a").names == ["boss"]
+    lives.begin(3)
+    assert name(3, "c") == "api"
+
+
+@pytest.mark.parametrize("new", ["all", "Root", "no name", "", "api-2", "x" * 65])
+def test_a_name_that_is_not_free_or_no_name_is_refused(lives, new):
+    lives.begin(1)
+    lives.begin(2)
+    name(1, "a")
+    name(2, "b")
+    with pytest.raises(ValueError, match="reserved|is not a name|is another session"):
+        session.rename(1, new)
+    assert name(1) == "api"
+
+
+def test_a_rename_goes_on_where_the_old_name_was(bus, lives, monkeypatch):
+    """Nothing that waits for either name is passed over, and what was read does not come again."""
+    monkeypatch.setenv("AGENT_BUS_URL", bus.url)
+    lives.begin(1)
+    name(1, "a")
+
+    def send(to, text):
+        return bus_send.send(to, text, sender="spark")["id"]
+
+    send("api", "read before")
+    assert [each["msg"] for each in bus_recv.receive("api", once=True)] == ["read before"]
+    send("boss", "for the new name, from before")
+    send("api", "for the old name")
+    session.rename(1, "boss")
+    me = session.this_session(1, "/x/api", "a")
+    assert notice.count(me, 5).unread == 2
+    read = [each["msg"] for each in bus_recv.receive(me.names, once=True)]
+    assert read == ["for the new name, from before", "for the old name"]
+    assert notice.count(me, 5).unread == 0
+    send("api", "later")
+    assert notice.count(me, 5).unread == 1
+
+
+def test_a_folder_in_any_script_gives_a_name_that_is_the_same_each_time():
+    for folder in ("проект", "项目", "プロジェクト", "مشروع", "🙂", "-", "é", "api-проект", "🙂api"):
+        its = [each for each, _ in zip(session.wishes(f"/x/{folder}"), range(2))] if folder not in "-🙂" else ["x"]
+        assert all(map(bus_recv.NAME.fullmatch, its)), its
+        assert folder in "-🙂" or its[0] == next(session.wishes(f"/x/{folder}"))
+    assert next(session.wishes("/x/проект")) != next(session.wishes("/x/проекты"))
+    for folder in ("-", "🙂", ""):
+        with pytest.raises(session.Nameless, match="gives this session no name: set AGENT_NAME"):
+            next(session.wishes(f"/{folder}"))
+
+
+# ── Real processes ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_zombie_has_ended():
+    process = subprocess.Popen(["true"])
+    wait_until(lambda: not runs(process.pid))
+    assert session.birth(process.pid) == ""
+    process.wait()
+    assert session.birth(process.pid) == ""
+    assert session.birth(os.getpid()) == session.birth(os.getpid()) != ""
+
+
+def test_where_there_is_no_proc_ps_tells(monkeypatch):
+    real = open
+    monkeypatch.setattr("builtins.open", lambda path, *a, **k: real(str(path).replace("/proc/", "/gone/"), *a, **k))
+    monkeypatch.setattr(os.path, "exists", lambda path: False)
+    born = session.birth(os.getpid())
+    assert born.startswith(f"{os.getpid()} ") and born.endswith(" here") and session.is_alive(born, False)
+    assert session.parent_of(os.getpid())[0] == os.getppid()
+    assert session.birth(2**22 + 1) == ""
+
+
+PROGRAM = """
+import json, os, subprocess, sys
+hook = [sys.executable, sys.argv[1], "--name"]
+server = f"import sys; sys.path.insert(0, {os.path.dirname(sys.argv[1])!r}); import session as s; "
+server += "print(s.this_session(s.its_process('mcp'), '/x/api').name)"
+env = {name: value for name, value in os.environ.items() if name != "CLAUDE_PID"}
+for line in sys.stdin:
+    given = {**env, "CLAUDE_CODE_SESSION_ID": "a"} if "id" in line else env
+    if "hook" in line:
+        command, given = hook, {**given, "CLAUDE_PID": str(os.getpid()), "CLAUDE_PROJECT_DIR": "/x/api"}
+    elif "wrapped" in line:
+        command = ["sh", "-c", f"nice {sys.executable} -c \\"$0\\"; true", server]
+    elif "strange" in line:
+        wrapper = "import subprocess, sys; subprocess.call(sys.argv[1:])"
+        command = [sys.executable, "-c", wrapper, sys.executable, "-c", server]
+    else:
+        command = [sys.executable, "-c", server]
+    print(subprocess.run(command, env=given, capture_output=True, text=True, check=True).stdout, end="", flush=True)
+"""
+
+
+@pytest.mark.parametrize("order", [["hook", "plain", "wrapped", "id strange"], ["id strange", "wrapped", "hook"]])
+def test_a_server_behind_a_shell_has_the_name_of_the_hooks(order):
+    """Case 43. Without an id in the environment, only shells and the like are seen through."""
+    other = subprocess.Popen([sys.executable, "-c", PROGRAM, SCRIPT], stdin=-1, stdout=-1, text=True)
+    ours = subprocess.Popen([sys.executable, "-c", PROGRAM, SCRIPT], stdin=-1, stdout=-1, text=True)
+    try:
+        for process, expected in ((other, "api\n"), (ours, "api-2\n")):
+            for what in order:
+                process.stdin.write(f"{what}\n")
+                process.stdin.flush()
+                assert (what, process.stdout.readline()) == (what, expected)
+    finally:
+        for process in (other, ours):
+            process.communicate(timeout=PATIENCE)
+
+
+# ── At random ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_at_random_no_two_sessions_ever_have_one_name_and_no_mail_goes_astray(lives):
+    """100 sessions in one folder are started, resumed, cleared, renamed and killed.
+
+    The log is independent: it knows who held which name when, and judges each look by what it holds itself. Mail goes
+    to a name while a session has it; that session is the only one that may read it while it lives.
+    """
+    seed = random.randrange(10**6)
+    dice, end = random.Random(seed), time.monotonic() + SECONDS
+    conversations = {f"s{number}": None for number in range(100)}  # the id, and the process that runs it now
+    holds, numbers, steps = {}, list(range(1000, 1400)), collections.Counter()  # holds: the name of a process
+    sent = {}  # of a message that is unread: its name, and the process that it was sent to
+
+    def look(process, id, title=None):
+        me = session.this_session(process, "/x/api", id, title)
+        others = {held for each, held in holds.items() if each != process}
+        assert me.name not in others, f"{me.name} has two sessions; seed {seed}"
+        assert not others.intersection(me.also), f"{me.also} are read by two; seed {seed}"
+        holds[process] = me.name
+        for message, (to, receiver) in list(sent.items()):
+            if to in me.names:
+                del sent[message]
+                assert receiver == process or receiver not in holds, f"mail for {to} went astray; seed {seed}"
+        return me
+
+    while time.monotonic() < end:
+        id = dice.choice(list(conversations))
+        process = conversations[id]
+        what = dice.choice(["look", "look", "send", "clear", "rename", "title", "kill", "kill", "server"])
+        if process is None:
+            what, process = "start", dice.choice([each for each in numbers if each not in holds])
+            conversations[id] = process
+            lives.begin(process)
+            look(process, id)
+        elif what == "kill":
+            lives.end(process)
+            del holds[process]
+            conversations[id] = None
+        elif what == "clear":
+            conversations[f"{id}'"[-40:]] = conversations.pop(id)
+            look(process, f"{id}'"[-40:])
+        elif what == "send":
+            sent[sum(steps.values())] = holds[process], process
+        elif what == "rename":
+            try:
+                session.rename(process, f"n{dice.randrange(60)}")
+            except ValueError as error:
+                assert "another session" in str(error)
+            look(process, id)
+        elif what == "title":
+            look(process, id, f"t{dice.randrange(60)}")
+        else:
+            before = holds[process]
+            assert (look(process, None if what == "server" else id).name == before), f"two names; seed {seed}"
+        steps[what] += 1
+    assert set(steps) >= {"start", "look", "send", "clear", "rename", "title", "kill", "server"}
+    assert max(collections.Counter(holds.values()).values()) == 1
+    print(dict(steps), len(holds), "alive")
