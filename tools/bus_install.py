@@ -131,6 +131,7 @@ class Agent(NamedTuple):
     hooks: File | None = None
     hook: Callable[[str], dict[str, Any]] = lambda command: {"command": command}  # the entry of a command
     dress: str = ""  # the format of its hooks, for bus_hook.py
+    names_event: bool = True  # does it tell a hook which event it is?
     skeleton: tuple[tuple[bus_edit.Path, Any], ...] = ()  # what its file of hooks cannot be without
     allow: str = ""  # what the user still has to do
 
@@ -211,6 +212,7 @@ AGENTS = {
         File("COPILOT_HOME", "~/.copilot", "hooks/agent-bus.json", ("hooks",)),
         lambda command: {"type": "command", "bash": command, "timeoutSec": 10},
         "copilot",
+        names_event=False,
         skeleton=((("version",), 1),),
     ),
     "cursor": Agent(
@@ -324,10 +326,11 @@ def missing_above(path: str) -> list[str]:
 def write_all(files: dict[str, Change]) -> dict[str, Any]:
     """Write the files, and remove the folders that an install has made if nothing is in them; what to remember."""
     records = {path: change.write() for path, change in files.items()}
-    for change in files.values():
+    gone = [change for change in files.values() if change.shall is None]
+    made = {folder for change in gone for folder in change.record.get("made", [])}
+    for folder in sorted(made, key=len, reverse=True):
         with contextlib.suppress(OSError):  # one that is not empty is in use
-            for folder in change.record.get("made", []) if change.shall is None else ():
-                os.rmdir(folder)
+            os.rmdir(folder)
     return records
 
 
@@ -390,31 +393,32 @@ def variables(options: argparse.Namespace) -> dict[str, str]:
     return {**taken_along(), **{name: value for name, value in own.items() if value}}
 
 
-MCP_HOOK = {
-    "type": "mcp_tool",
-    "server": SERVER,
-    "tool": "bus_hook",
-    "input": {
-        "session": "${session_id}",
-        "agent": "${agent_id}",
-        "title": "${session_title}",
-        "active": "${stop_hook_active}",
-    },
-}
-
-
 def hooks_of(agent: Agent, options: argparse.Namespace) -> list[tuple[bus_edit.Path, Any]]:
     """Our hook at each event that bus_hook.py knows of this program. With --http only Claude Code can have one."""
     dresses = load_hook().DRESSES
-    if agent.dress not in dresses or (options.http and agent.dress != "claude"):
-        return []
+    if options.http:
+        events = MCP_EVENTS if agent.dress == "claude" else ()
+        return [(("hooks", event, bus_edit.ITEM), {"hooks": [mcp_hook(event)]}) for event in events]
     command = ours("agent-bus-hook", integrations(), "claude_code", "bus_hook.py")
     command[1:1] = ["-IS"] * (len(command) - 1)  # Python starts faster so
     settings = [f"{name}={shlex.quote(value)}" for name, value in variables(options).items()]
-    # A hook that ends with 2 would hold up the turn, and Python does when its file is gone.
-    line = " ".join([*settings, shlex.join([*command, "--format", agent.dress]), "|| true"])
-    entry = {"hooks": [MCP_HOOK]} if options.http else agent.hook(line)
-    return [(("hooks", event, bus_edit.ITEM), entry) for event in dresses[agent.dress]]
+    entries = []
+    for event in dresses.get(agent.dress, ()):
+        form = ["--format", agent.dress, *([] if agent.names_event else ["--event", event])]
+        # A hook that ends with 2 would hold up the turn, and Python does when its file is gone.
+        line = " ".join([*settings, shlex.join([*command, *form]), "|| true"])
+        entries.append((("hooks", event, bus_edit.ITEM), agent.hook(line)))
+    return entries
+
+
+MCP_EVENTS = ("UserPromptSubmit", "PostToolBatch", "Stop")  # when a session starts, the server is not connected yet
+
+
+def mcp_hook(event: str) -> dict[str, Any]:
+    """A hook of Claude Code that calls a tool of our server, so no program is needed."""
+    members = {"session": "session_id", "agent": "agent_id", "title": "session_title", "active": "stop_hook_active"}
+    given = {"event": event, **{name: f"${{{of}}}" for name, of in members.items()}}
+    return {"type": "mcp_tool", "server": SERVER, "tool": "bus_hook", "input": given}
 
 
 def load_hook() -> Any:
