@@ -48,19 +48,19 @@ def results():
         command = [sys.executable, "-m", "pytest", "-p", "no:xdist", f"--junitxml={report}"]
         files = [f"tests/integrations/test_{name}.py" for name in ("agents", "wake")]
         subprocess.run([*command, *files], cwd=ROOT, env={**os.environ, "AGENT_BUS_AGENTS": str(FOLDER)})
-        cases = xml.etree.ElementTree.parse(report).iter("testcase")
-        return {case.get("name"): {"skipped": "-", "failure": "no", "error": "no"}.get(kind(case), "yes") for case in cases}
+        return {case.get("name"): ended(case) for case in xml.etree.ElementTree.parse(report).iter("testcase")}
 
 
-def kind(case):
-    return next((child.tag for child in case if child.tag in ("skipped", "failure", "error")), None)
+def ended(case):
+    tags = {child.tag for child in case}
+    return "no" if tags & {"failure", "error"} else "-" if "skipped" in tags else "yes"
 
 
-def table(ended):
+def table(found):
     head = ["program", "version", *TESTS.values()]
     rows = [head, ["---"] * len(head)]
     for name in filter(version, PROGRAMS):
-        row = [ended.get(test.format(name), "-") for test in TESTS]
+        row = [found.get(test.format(name), "-") for test in TESTS]
         rows.append([bus_install.AGENTS[name].title, version(name), *row])
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 

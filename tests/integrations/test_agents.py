@@ -64,7 +64,7 @@ PROGRAMS = {
         "bus: .* Connected",
         "--approval-mode yolo -m gemini-2.5-pro -p go",
         {
-            ".gemini/settings.json": '{\n  // mine\n  "security": {"auth": {"selectedType": "gemini-api-key"}},\n}\n',
+            ".gemini/settings.json": '{\n  // mine\n  "security": {"auth": {"selectedType": "gemini-api-key"}}\n}\n',
             ".gemini/trustedFolders.json": '{"WORK": "TRUST_FOLDER"}',
         },
         {"GEMINI_API_KEY": "dummy", "GOOGLE_GEMINI_BASE_URL": "MODEL"},
@@ -171,7 +171,7 @@ class Used:
         self.called.append(True)
         if mine:
             return [tool_use(mine[0])]
-        return [tool_use("tool_call", name="mcp__bus__bus_whoami", arguments={})]
+        return [{**tool_use("tool_call"), "input": {"name": "mcp__bus__bus_whoami", "arguments": {}}}]
 
 
 @pytest.fixture(scope="module")
