@@ -131,6 +131,7 @@ class Agent(NamedTuple):
     hooks: File | None = None
     hook: Callable[[str], dict[str, Any]] = lambda command: {"command": command}  # the entry of a command
     dress: str = ""  # the format of its hooks, for bus_hook.py
+    wake: dict[str, dict[str, Any]] = {}  # by event: its hook that wakes an idle session, without its command
     names_event: bool = True  # does it tell a hook which event it is?
     skeleton: tuple[tuple[bus_edit.Path, Any], ...] = ()  # what its file of hooks cannot be without
     allow: str = ""  # what the user still has to do
@@ -160,6 +161,7 @@ AGENTS = {
         File("CLAUDE_CONFIG_DIR", "~/.claude", "settings.json", ("hooks",)),
         grouped(timeout=5),
         "claude",
+        wake={"FileChanged": {"asyncRewake": True, "timeout": 30}},
     ),
     "codex": Agent(
         "Codex",
@@ -242,7 +244,7 @@ def codex_headers(headers: dict[str, str]) -> dict[str, Any]:
 
 
 OUR_SERVER = re.compile(r"agent-bus-mcp|bus_mcp\.py|X-Agent-Name|AGENT_BUS_TOKEN")
-OUR_HOOK = re.compile(r'(agent-bus-hook|bus_hook\.py)\b.* --format |"tool": "bus_hook"')
+OUR_HOOK = re.compile(r'(agent-bus-hook|bus_hook\.py)\b.* --(format|wake)\b|"tool": "bus_hook"')
 
 
 def is_ours(path: bus_edit.Path, value: Any) -> bool:
@@ -341,7 +343,9 @@ def record_file(name: str) -> str:
 
 def changes(name: str) -> dict[str, Change]:
     """The files of an agent program, by path."""
-    agent, kept = AGENTS[name], json.loads(content_of(record_file(name)) or b"{}")
+    agent, kept = AGENTS[name], {}
+    with contextlib.suppress(ValueError):  # a damaged record is none
+        kept = dict(json.loads(content_of(record_file(name)) or b"{}"))
     files = [file for file in (agent.servers, agent.hooks) if file]
     return {path: Change(path, file.form(), kept.get(path, {})) for file in files for path in [file.path()]}
 
@@ -408,6 +412,11 @@ def hooks_of(agent: Agent, options: argparse.Namespace) -> list[tuple[bus_edit.P
         # A hook that ends with 2 would hold up the turn, and Python does when its file is gone.
         line = " ".join([*settings, shlex.join([*command, *form]), "|| true"])
         entries.append((("hooks", event, bus_edit.ITEM), agent.hook(line)))
+    for event, members in agent.wake.items():  # here 2 has a meaning
+        line = (
+            f"[ -f {shlex.quote(command[-1])} ] || exit 0; exec env {' '.join([*settings, shlex.join(command)])} --wake"
+        )
+        entries.append((("hooks", event, bus_edit.ITEM), grouped(**members)(line)))
     return entries
 
 

@@ -188,7 +188,8 @@ def test_the_hook_that_is_written_runs_at_each_event(name, install, house, bus, 
     install("install", name, "--url", bus.url, "--name", "alice")
     with open(bus_install.AGENTS[name].hooks.path()) as file:
         events = json.load(file)["hooks"]
-    assert set(events) == set(bus_install.load_hook().DRESSES[bus_install.AGENTS[name].dress])
+    agent = bus_install.AGENTS[name]
+    assert set(events) == {*bus_install.load_hook().DRESSES[agent.dress], *agent.wake}
     for event, groups in events.items():
         (command,) = (hook.get("command") or hook["bash"] for group in groups for hook in group.get("hooks", [group]))
         given = json.dumps({"hook_event_name": event, "session_id": "s", "cwd": "/"})

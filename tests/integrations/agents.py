@@ -26,7 +26,7 @@ TESTS = {
     "test_it_accepts_what_install_writes[{}]": "accepts it",
     "test_a_call_of_a_tool_comes_back[{}-stdio]": "tool call, stdio",
     "test_a_call_of_a_tool_comes_back[{}-http]": "tool call, HTTP",
-    "test_its_hook_brings_a_notice[{}]": "notice by hook",
+    "test_its_hook_brings_a_notice[{}-stdio]": "notice by hook",
     "test_uninstall_leaves_its_files_as_they_were[{}]": "uninstall",
 }
 

@@ -1,7 +1,8 @@
 """Real agent programs with what `agent-bus install` writes for them, and with a scripted model: offline.
 
-Each runs one turn in a HOME that is thrown away. The programs are those of the folder $AGENT_BUS_AGENTS, which
-`make agents` fills with the newest of each; without it only Claude Code is tried, the one that the other tests use.
+Each runs one turn in a HOME that is thrown away. The bus has tokens; the agent's is in its environment only. The
+programs are those of the folder $AGENT_BUS_AGENTS, which `make agents` fills with the newest of each. Without it only
+Claude Code is tried, the one that the other tests use.
 """
 
 import os
@@ -12,10 +13,10 @@ from typing import NamedTuple
 
 import pytest
 
-import bus_send
 from tests.clients.test_install import files_of
 from tests.integrations.test_end_to_end import CLAUDE
 from tests.kit.dialects import DIALECTS
+from tests.kit.peers import invite, post
 from tests.kit.processes import ROOT, Server
 from tests.kit.scripted_model import ScriptedModel, news, tool_use, tools_of, words
 from tools import bus_edit, bus_install
@@ -117,17 +118,20 @@ class Used:
             if way == "http" and b"/mcp" not in bus.get("/"):
                 pytest.skip("this bus has no /mcp")
             self.replaced = {"MODEL": model.url, "WORK": str(self.work)}
+            token, peers = invite(bus, "alice"), invite(bus, "peer")
             its = {variable: self.filled(value) for variable, value in self.program.environment.items()}
             own = {"HOME": str(self.home), "AGENT_BUS_STATE_DIR": str(place / "state"), "TERM": "xterm-256color"}
             alone = {"http_proxy": NOWHERE, "https_proxy": NOWHERE, "no_proxy": "127.0.0.1"}
-            self.env = {"PATH": os.environ["PATH"], **own, **alone, **its}
+            known = {"AGENT_BUS_URL": bus.url, "AGENT_NAME": "alice", "AGENT_BUS_TOKEN": token}
+            self.env = {"PATH": os.environ["PATH"], **own, **alone, **known, **its}
             for path, text in self.program.settings.items():
                 (self.home / path).parent.mkdir(parents=True, exist_ok=True)
                 (self.home / path).write_text(self.filled(text))
             self.before = self.files()
-            bus_send.send("alice", "the text of a message", sender="peer", url=bus.url)
-            self.install("install", name, "--url", bus.url, "--name", "alice", *(["--http"] if way == "http" else []))
+            post(bus, "alice", "the text of a message", "peer", peers)
+            self.install("install", name, *(["--http"] if way == "http" else []))
             self.installed = self.files()
+            assert token not in "".join(self.installed.values())
             self.listing = self.run(self.program.listing)
             self.said = self.run(self.program.turn)
             self.after = self.files()
@@ -206,9 +210,9 @@ def test_a_call_of_a_tool_comes_back(name, way, used):
 HOOKED = [name for name in PROGRAMS if bus_install.AGENTS[name].dress in bus_install.load_hook().DRESSES]
 
 
-@pytest.mark.parametrize("name", HOOKED)
-def test_its_hook_brings_a_notice(name, used):
-    assert re.search(r"alice on the agent-bus|unread for alice", used(name).heard[0]), used(name).said
+@pytest.mark.parametrize("name, way", [*((name, "stdio") for name in HOOKED), ("claude", "http")])
+def test_its_hook_brings_a_notice(name, way, used):
+    assert any("1 unread for alice" in told for told in used(name, way).heard), used(name, way).said
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
