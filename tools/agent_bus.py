@@ -62,7 +62,7 @@ GROUPS: dict[str, dict[str, Command]] = {
         "outbox": Command("send when the bus is reachable again", "outbox bob < report.md", "bus_outbox"),
     },
     "Agents and machines": {
-        "install": Command("connect Claude Code; start at login", "install claude", "bus_install", ("install",)),
+        "install": Command("connect an agent; start at login", "install claude", "bus_install", ("install",)),
         "uninstall": Command("take away what install has added", "uninstall claude", "bus_install", ("uninstall",)),
         "invite": Command("make a token for an agent", "invite dell", "bus_server", ("invite",)),
         "join": Command("connect this machine to a bus", "join https://host:8080 dell", "bus_join"),

@@ -2,24 +2,32 @@
 """Connect an agent program to the bus, or start the bus at login; and take that away again.
 
     python3 tools/bus_install.py install claude
+    python3 tools/bus_install.py install codex --dry-run
+    python3 tools/bus_install.py install gemini --http --url http://10.0.0.5:8080 --name alice
     python3 tools/bus_install.py install service --port 8080
     python3 tools/bus_install.py uninstall claude
 
-Each install says which file it writes, and uninstall leaves that file as it was. What it writes names this program's
-own files, so it works in every folder; after you move or remove this program, install again.
+An agent program gets the MCP server `bus` and, where it has hooks, the hook that tells of waiting mail. AGENTS is the
+table of them: which files, and what is written there. What else is in these files stays as it is, with its comments.
+What the files were before is kept in the state directory, so `uninstall` leaves every byte as it was; if somebody
+changed a file meanwhile, only our entries go. With --http the program needs a URL and a token only; then the server is
+POST /mcp of the bus, and nothing of ours runs on the machine.
 
-`claude` adds the MCP server `bus` to the user's ~/.claude.json: every session of Claude Code has the tools of the bus.
-`service` writes a unit for systemd's user manager, or on macOS an agent for launchd (which nobody has tried yet): the
-bus runs whenever this user is logged in. Both take the AGENT_BUS_... variables of now along, except secrets and names.
-The bus of a service has the options that follow the word.
-Exit code: 0 done, 1 refused (another's file or entry is in the way), 2 usage.
+What is written names this program's own files, so it works in every folder; after you move or remove this program,
+install again. No token is written: it is in AGENT_BUS_TOKEN, or in our configuration file.
+
+`service` writes a unit for systemd's user manager, or on macOS an agent for launchd (which nobody has tried yet).
+All take the AGENT_BUS_... variables of now along, except secrets and names. The bus of a service has the options that
+follow the word. Exit code: 0 done, 1 refused (another's file or entry is in the way), 2 usage.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import hashlib
+import importlib
 import json
 import os
 import plistlib
@@ -30,7 +38,7 @@ import subprocess
 import sys
 import sysconfig
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
 # Python 3.8 says this sentence; older ones show the line, as a SyntaxError, because they do not know `:=`.
 if sys.version_info < (3, 9) and (needs := "bus_install.py needs Python 3.9 or later"):  # noqa: UP036
@@ -38,9 +46,11 @@ if sys.version_info < (3, 9) and (needs := "bus_install.py needs Python 3.9 or l
 
 HERE = os.path.dirname(os.path.realpath(__file__))
 sys.path += [HERE, os.path.dirname(HERE)]  # the clients lie beside this file or one folder up, or are installed
+import bus_edit  # noqa: E402
+
 import bus_recv  # noqa: E402
 
-SERVER = "bus"  # the name of our MCP server in Claude Code
+SERVER = "bus"  # the name of our MCP server in each agent program
 MARK = "Written by `agent-bus install service`; `agent-bus uninstall service` removes it."
 PATHS = ("AGENT_BUS_CA", "AGENT_BUS_TOKEN_FILE", "AGENT_BUS_STATE_DIR")
 TAKEN_ALONG = [f"AGENT_BUS_{name}" for name in "PROFILE URL CA TOKEN_FILE CHANNEL PLAIN_HTTP STATE_DIR".split()]
@@ -91,86 +101,393 @@ def content_of(path: str) -> bytes | None:
     return None
 
 
-# Claude Code
+# The agent programs
 
 
-def claude_file() -> str:
-    return os.path.join(os.environ.get("CLAUDE_CONFIG_DIR") or os.path.expanduser("~"), ".claude.json")
+class File(NamedTuple):
+    """A configuration file of an agent program: `name` in the folder of `variable` or, without it, in `folder`."""
+
+    variable: str
+    folder: str
+    name: str
+    at: bus_edit.Path  # of what is ours
+
+    def path(self) -> str:
+        path = os.path.join(os.path.expanduser(os.environ.get(self.variable) or self.folder), self.name)
+        return next(filter(os.path.exists, (path, f"{path}c")), path)  # .jsonc, where there is one
+
+    def form(self) -> str:
+        return "toml" if self.name.endswith(".toml") else "json"
 
 
-def before_file() -> str:
-    """Where the content of Claude Code's file from before the install is kept, and the digest of that after it."""
-    return os.path.join(bus_recv.state_directory(), "installed", "claude.json")
+class Agent(NamedTuple):
+    """A row of AGENTS: what an agent program is called, where its settings are, and how it writes them."""
+
+    title: str
+    servers: File
+    local: Callable[[list[str], dict[str, str]], dict[str, Any]]  # the entry of a command and its variables
+    remote: Callable[[str, dict[str, str]], dict[str, Any]]  # the entry of a URL and its headers
+    variable: str  # how a header names the variable of the environment {}
+    hooks: File | None = None
+    hook: Callable[[str], dict[str, Any]] = lambda command: {"command": command}  # the entry of a command
+    dress: str = ""  # the format of its hooks, for bus_hook.py
+    wake: dict[str, dict[str, Any]] = {}  # by event: its hook that wakes an idle session, without its command
+    names_event: bool = True  # does it tell a hook which event it is?
+    skeleton: tuple[tuple[bus_edit.Path, Any], ...] = ()  # what its file of hooks cannot be without
+    allow: str = ""  # what the user still has to do
 
 
-def settings_in(content: bytes | None) -> dict[str, Any]:
-    try:
-        settings = json.loads(content or b"{}")
-        if isinstance(settings, dict) and isinstance(settings.get("mcpServers", {}), dict):
-            return settings
-    except ValueError:
-        pass
-    raise InTheWay(f"{claude_file()} is not a file of settings as Claude Code writes them: correct it first")
+def plain(command: list[str], variables: dict[str, str]) -> dict[str, Any]:
+    return {"command": command[0], "args": command[1:], "env": variables}
 
 
-def is_ours(entry: Any) -> bool:
-    return bool(re.search(r"agent-bus-mcp|bus_mcp\.py", json.dumps(entry)))
+def grouped(**more: Any) -> Callable[[str], dict[str, Any]]:
+    """A hook as Claude Code writes it."""
+    return lambda command: {"hooks": [{"type": "command", "command": command, **more}]}
 
 
-def install_claude(options: Sequence[str]) -> int:
-    path = claude_file()
-    if SERVER in settings_in(content_of(path)).get("mcpServers", {}):
-        remove_from_claude()  # ours, of an earlier install, or InTheWay
-    before = content_of(path)
-    settings = settings_in(before)
-    command, *arguments = ours("agent-bus-mcp", integrations(), "claude_code", "bus_mcp.py")
-    entry = {"type": "stdio", "command": command, "args": arguments, "env": taken_along()}
-    settings.setdefault("mcpServers", {})[SERVER] = entry
-    after = written(settings)
-    kept = {"before": before.decode() if before is not None else None, "after": hashlib.sha256(after).hexdigest()}
-    replace(before_file(), json.dumps(kept).encode())
-    replace(path, after)
-    tell(f"from its next start on, Claude Code has the tools of the bus in every folder: server {SERVER} in {path}")
-    if plugin := plugin_folder():
-        tell(f"to hear mail at once, use the plugin instead: claude --plugin-dir {shlex.quote(plugin)}")
-    if os.environ.get("AGENT_BUS_TOKEN"):
-        complain(
-            "the token in AGENT_BUS_TOKEN is not written there: put it into a file that AGENT_BUS_TOKEN_FILE names"
-        )
+# Codex gives a server only the variables that its entry names.
+FORWARDED = [
+    *(f"AGENT_BUS_{name}" for name in "URL TOKEN TOKEN_FILE CA CHANNEL PROFILE STATE_DIR".split()),
+    "AGENT_NAME",
+]
+AGENTS = {
+    "claude": Agent(
+        "Claude Code",
+        File("CLAUDE_CONFIG_DIR", "~", ".claude.json", ("mcpServers", SERVER)),
+        lambda command, variables: {"type": "stdio", **plain(command, variables)},
+        lambda url, headers: {"type": "http", "url": url, "headers": headers},
+        "${{{}}}",
+        File("CLAUDE_CONFIG_DIR", "~/.claude", "settings.json", ("hooks",)),
+        grouped(timeout=5),
+        "claude",
+        wake={"FileChanged": {"asyncRewake": True, "timeout": 30}},
+    ),
+    "codex": Agent(
+        "Codex",
+        File("CODEX_HOME", "~/.codex", "config.toml", ("mcp_servers", SERVER)),
+        lambda command, variables: {
+            **plain(command, variables),
+            "env_vars": [name for name in FORWARDED if name not in variables],
+        },
+        lambda url, headers: {"url": url, **codex_headers(headers)},
+        "{}",
+        File("CODEX_HOME", "~/.codex", "hooks.json", ("hooks",)),
+        grouped(timeout=5),
+        "codex",
+        allow="Codex runs a hook only after you have trusted it: type /hooks in a session",
+    ),
+    "gemini": Agent(
+        "Gemini CLI",
+        File("", "~/.gemini", "settings.json", ("mcpServers", SERVER)),
+        plain,
+        lambda url, headers: {"httpUrl": url, "headers": headers},
+        "${{{}}}",
+        File("", "~/.gemini", "settings.json", ("hooks",)),
+        grouped(timeout=5000),
+        "gemini",
+        allow="Gemini CLI starts no server in a folder that you have not trusted: type /permissions in a session",
+    ),
+    "qwen": Agent(
+        "Qwen Code",
+        File("", "~/.qwen", "settings.json", ("mcpServers", SERVER)),
+        plain,
+        lambda url, headers: {"httpUrl": url, "headers": headers},
+        "${{{}}}",
+        File("", "~/.qwen", "settings.json", ("hooks",)),
+        grouped(),
+        "qwen",
+    ),
+    "opencode": Agent(
+        "OpenCode",
+        File("XDG_CONFIG_HOME", "~/.config", "opencode/opencode.json", ("mcp", SERVER)),
+        lambda command, variables: {"type": "local", "command": command, "environment": variables, "enabled": True},
+        lambda url, headers: {"type": "remote", "url": url, "headers": headers, "enabled": True},
+        "{{env:{}}}",
+    ),
+    "copilot": Agent(
+        "Copilot CLI",
+        File("COPILOT_HOME", "~/.copilot", "mcp-config.json", ("mcpServers", SERVER)),
+        lambda command, variables: {"type": "local", **plain(command, variables), "tools": ["*"]},
+        lambda url, headers: {"type": "http", "url": url, "headers": headers, "tools": ["*"]},
+        "${{{}}}",
+        File("COPILOT_HOME", "~/.copilot", "hooks/agent-bus.json", ("hooks",)),
+        lambda command: {"type": "command", "bash": command, "timeoutSec": 10},
+        "copilot",
+        names_event=False,
+        skeleton=((("version",), 1),),
+    ),
+    "cursor": Agent(
+        "Cursor",
+        File("", "~/.cursor", "mcp.json", ("mcpServers", SERVER)),
+        plain,
+        lambda url, headers: {"url": url, "headers": headers},
+        "${{env:{}}}",
+        File("", "~/.cursor", "hooks.json", ("hooks",)),
+        dress="cursor",
+        skeleton=((("version",), 1),),
+    ),
+    "amp": Agent(
+        "Amp",
+        File("XDG_CONFIG_HOME", "~/.config", "amp/settings.json", ("amp.mcpServers", SERVER)),
+        plain,
+        lambda url, headers: {"url": url, "headers": headers},
+        "${{{}}}",
+    ),
+}
+
+
+def codex_headers(headers: dict[str, str]) -> dict[str, Any]:
+    """Codex has a key of its own for a token that is in the environment."""
+    bearer = headers.pop("Authorization", "").rpartition(" ")[2]
+    return {**({"bearer_token_env_var": bearer} if bearer else {}), **({"http_headers": headers} if headers else {})}
+
+
+OUR_SERVER = re.compile(r"agent-bus-mcp|bus_mcp\.py|X-Agent-Name|AGENT_BUS_TOKEN")
+OUR_HOOK = re.compile(r'(agent-bus-hook|bus_hook\.py)\b.* --(format|wake)\b|"tool": "bus_hook"')
+
+
+def is_ours(path: bus_edit.Path, value: Any) -> bool:
+    """Is this a server or a hook of ours? In TOML the value is the text of a table."""
+    if path in {agent.servers.at for agent in AGENTS.values()}:
+        return bool(OUR_SERVER.search(json.dumps(value)))
+    is_hook = path[:1] == ("hooks",) and isinstance(value, dict) and isinstance(path[-1], int) and "hooks" not in value
+    return is_hook and bool(OUR_HOOK.search(json.dumps(value)))
+
+
+class Change:
+    """What one file of an agent program is now, what it is without our entries, and what it shall become."""
+
+    def __init__(self, path: str, form: str, record: dict[str, Any]) -> None:
+        self.path, self.form, self.record = path, form, record
+        try:
+            content = content_of(path)
+            self.now = None if content is None else content.decode()
+            self.base = self.shall = self.without_ours()
+        except (bus_edit.Unreadable, UnicodeDecodeError) as error:
+            self.refuse(error)
+
+    def refuse(self, error: Exception) -> NoReturn:
+        why = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else error
+        raise InTheWay(f"{self.path} is left as it is, because {why}: correct it first") from None
+
+    def without_ours(self) -> str | None:
+        """None: without our entries there is no such file. Unreadable, if it is not what we know."""
+        before = self.record.get("before")
+        if self.now is None or ("before" in self.record and digest(self.now) == self.record["after"]):
+            return before if self.now is not None else None
+        left = bus_edit.without(self.form, self.now, is_ours, before)
+        emptied = left != self.now and "before" in self.record and is_bare(left) and is_bare(before or "")
+        return before if emptied else left
+
+    def add(self, entries: Sequence[tuple[bus_edit.Path, Any]]) -> None:
+        try:
+            there = bus_edit.paths(self.form, self.shall or "")
+            for path, _ in entries:
+                if path[-1] == SERVER and path in there:
+                    raise InTheWay(
+                        f"{self.path} has another server {SERVER}, which is not of agent-bus: rename it first"
+                    )
+            fresh = [(path, value) for path, value in entries if path not in there]
+            self.shall = bus_edit.edited(self.form, self.shall or "", fresh)
+        except bus_edit.Unreadable as error:
+            self.refuse(error)
+
+    def difference(self) -> str:
+        """For a person. Lines that stay are not shown: they may hold secrets."""
+        now, shall = ((text or "").splitlines() for text in (self.now, self.shall))
+        return "\n".join(difflib.unified_diff(now, shall, self.path, self.path, n=0, lineterm=""))
+
+    def write(self) -> dict[str, Any]:
+        """Write the file, or remove it; returns what is to be remembered."""
+        made = self.record.get("made") or missing_above(self.path)
+        if self.shall is None and self.now is not None:
+            os.remove(self.path)
+        elif self.shall is not None and self.shall != self.now:
+            replace(self.path, self.shall.encode())
+        return {"before": self.base, "made": made, "after": digest(self.shall or "")}
+
+
+def is_bare(text: str) -> bool:
+    """Is there nothing in this JSON but, maybe, the version that some programs ask for?"""
+    return not re.sub(r'"version"\s*:\s*1', "", text).strip(" \t\r\n{}")
+
+
+def digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def missing_above(path: str) -> list[str]:
+    """The folders that will be made for this file, the lowest first."""
+    missing = []
+    while not os.path.isdir(path := os.path.dirname(path)):
+        missing.append(path)
+    return missing
+
+
+def write_all(files: dict[str, Change]) -> dict[str, Any]:
+    """Write the files, and remove the folders that an install has made if nothing is in them; what to remember."""
+    records = {path: change.write() for path, change in files.items()}
+    gone = [change for change in files.values() if change.shall is None]
+    made = {folder for change in gone for folder in change.record.get("made", [])}
+    for folder in sorted(made, key=len, reverse=True):
+        with contextlib.suppress(OSError):  # one that is not empty is in use
+            os.rmdir(folder)
+    return records
+
+
+def record_file(name: str) -> str:
+    """Where the files of an agent program are kept as they were before the install, and the digests of those after."""
+    return os.path.join(bus_recv.state_directory(), "installed", f"{name}.json")
+
+
+def changes(name: str) -> dict[str, Change]:
+    """The files of an agent program, by path."""
+    agent, kept = AGENTS[name], {}
+    with contextlib.suppress(ValueError):  # a damaged record is none
+        kept = dict(json.loads(content_of(record_file(name)) or b"{}"))
+    files = [file for file in (agent.servers, agent.hooks) if file]
+    return {path: Change(path, file.form(), kept.get(path, {})) for file in files for path in [file.path()]}
+
+
+def install_agent(name: str, options: argparse.Namespace) -> int:
+    agent, files = AGENTS[name], changes(name)
+    entries = [(agent.servers, [(agent.servers.at, server(agent, options))])]
+    if agent.hooks and (hooks := hooks_of(agent, options)):
+        entries.append((agent.hooks, [*agent.skeleton, *hooks]))
+    for file, added in entries:
+        files[file.path()].add(added)
+    if options.dry_run:
+        return show(files)
+    already = " already" * all(change.now == change.shall for change in files.values())
+    ours_in = list(dict.fromkeys(file.path() for file, _ in entries))
+    records = write_all(files)
+    keep(name, {path: records[path] for path in ours_in})
+    tell(f"{agent.title} has the tools of the bus{already}, from its next start on: {' and '.join(ours_in)}")
+    for line in advice(name, options, hooked=len(entries) > 1):
+        tell(line)
     return 0
 
 
-def uninstall_claude() -> None:
-    if SERVER not in settings_in(content_of(claude_file())).get("mcpServers", {}):
-        raise InTheWay(f"there is no server {SERVER} in {claude_file()}: nothing is changed")
-    remove_from_claude()
-    tell(f"server {SERVER} is removed from {claude_file()}")
+def server(agent: Agent, options: argparse.Namespace) -> dict[str, Any]:
+    """The entry of our MCP server. ValueError, if the bus would not know who the agent is."""
+    if not options.http:
+        return agent.local(ours("agent-bus-mcp", integrations(), "claude_code", "bus_mcp.py"), variables(options))
+    given = bus_recv.settings(options.url)
+    name, headers = options.name or given.get("AGENT_NAME"), {}
+    if not given["AGENT_BUS_URL"].startswith(("http://", "https://")):
+        raise ValueError(f"--http is for a bus at http:// or https://, not {given['AGENT_BUS_URL']}: leave it out")
+    if token_of(options):
+        headers["Authorization"] = "Bearer " + agent.variable.format("AGENT_BUS_TOKEN")
+    if name:
+        headers["X-Agent-Name"] = name
+    if not headers:
+        raise ValueError("with --http the bus knows the agent by its token or its name: add --name NAME")
+    return agent.remote(f"{given['AGENT_BUS_URL'].rstrip('/')}/mcp", headers)
 
 
-def remove_from_claude() -> None:
-    """The file gets the content that it had, if nobody changed it since the install; else only our entry goes."""
-    path = claude_file()
-    content = content_of(path) or b""
-    settings = settings_in(content)
-    if not is_ours(settings["mcpServers"].pop(SERVER)):
-        raise InTheWay(f"server {SERVER} in {path} is not of agent-bus: claude mcp remove --scope user {SERVER}")
-    if not settings["mcpServers"]:
-        del settings["mcpServers"]
-    kept = json.loads(content_of(before_file()) or b"{}")
-    if hashlib.sha256(content).hexdigest() != kept.get("after"):
-        replace(path, written(settings))
-    elif kept["before"] is None:
-        os.remove(path)
-    else:
-        replace(path, kept["before"].encode())
+def token_of(options: argparse.Namespace) -> bool:
+    given = bus_recv.settings(options.url)
+    return bool(given.get("AGENT_BUS_TOKEN") or given.get("AGENT_BUS_TOKEN_FILE"))
+
+
+def variables(options: argparse.Namespace) -> dict[str, str]:
+    """Those of now, and what the options say."""
+    own = {"AGENT_BUS_URL": options.url, "AGENT_NAME": options.name}
+    return {**taken_along(), **{name: value for name, value in own.items() if value}}
+
+
+def hooks_of(agent: Agent, options: argparse.Namespace) -> list[tuple[bus_edit.Path, Any]]:
+    """Our hook at each event that bus_hook.py knows of this program. With --http only Claude Code can have one."""
+    dresses = load_hook().DRESSES
+    if options.http:
+        events = MCP_EVENTS if agent.dress == "claude" else ()
+        return [(("hooks", event, bus_edit.ITEM), {"hooks": [mcp_hook(event)]}) for event in events]
+    command = ours("agent-bus-hook", integrations(), "claude_code", "bus_hook.py")
+    command[1:1] = ["-IS"] * (len(command) - 1)  # Python starts faster so
+    settings = [f"{name}={shlex.quote(value)}" for name, value in variables(options).items()]
+    entries = []
+    for event in dresses.get(agent.dress, ()):
+        form = ["--format", agent.dress, *([] if agent.names_event else ["--event", event])]
+        # A hook that ends with 2 would hold up the turn, and Python does when its file is gone.
+        line = " ".join([*settings, shlex.join([*command, *form]), "|| true"])
+        entries.append((("hooks", event, bus_edit.ITEM), agent.hook(line)))
+    for event, members in agent.wake.items():  # here 2 has a meaning
+        line = (
+            f"[ -f {shlex.quote(command[-1])} ] || exit 0; exec env {' '.join([*settings, shlex.join(command)])} --wake"
+        )
+        entries.append((("hooks", event, bus_edit.ITEM), grouped(**members)(line)))
+    return entries
+
+
+MCP_EVENTS = ("UserPromptSubmit", "PostToolBatch", "Stop")  # when a session starts, the server is not connected yet
+
+
+def mcp_hook(event: str) -> dict[str, Any]:
+    """A hook of Claude Code that calls a tool of our server, so no program is needed."""
+    members = {"session": "session_id", "agent": "agent_id", "title": "session_title", "active": "stop_hook_active"}
+    given = {"event": event, **{name: f"${{{of}}}" for name, of in members.items()}}
+    return {"type": "mcp_tool", "server": SERVER, "tool": "bus_hook", "input": given}
+
+
+def load_hook() -> Any:
+    folder = os.path.join(integrations(), "claude_code")
+    if folder not in sys.path:
+        sys.path.append(folder)
+    return importlib.import_module("bus_hook")
+
+
+def advice(name: str, options: argparse.Namespace, hooked: bool) -> list[str]:
+    """What the user must know, or still has to do."""
+    agent, lines = AGENTS[name], []
+    if name == "claude" and (plugin := plugin_folder()):
+        lines.append(
+            f"to hear mail between turns too, use the plugin instead: claude --plugin-dir {shlex.quote(plugin)}"
+        )
+    if options.http and token_of(options):
+        file = bus_recv.configuration()[0]
+        lines.append(
+            f"{agent.title} takes the token from its environment; before you start it: set -a; . {shlex.quote(file)}"
+        )
+    elif not options.http and os.environ.get("AGENT_BUS_TOKEN"):
+        lines.append(
+            "AGENT_BUS_TOKEN is not written there: put the token into our configuration file, or AGENT_BUS_TOKEN_FILE"
+        )
+    if agent.allow:
+        lines.append(agent.allow)
+    if not hooked:
+        lines.append(f"{agent.title} has no hook of ours: it hears of mail when it calls bus_inbox")
+    return lines
+
+
+def uninstall_agent(name: str, options: argparse.Namespace) -> int:
+    files = changes(name)
+    mine = {path: change for path, change in files.items() if change.now != change.shall}
+    if not mine:
+        raise InTheWay(f"there is nothing of agent-bus in {' and '.join(files)}: nothing is changed")
+    if options.dry_run:
+        return show(mine)
+    write_all(mine)
+    keep(name, {})
+    tell(f"the entries of agent-bus are removed from {' and '.join(mine)}")
+    return 0
+
+
+def show(files: dict[str, Change]) -> int:
+    for change in files.values():
+        bus_recv.emit("".join(f"{bus_recv.visible(line)}\n" for line in change.difference().split("\n") if line))
+    return 0
+
+
+def keep(name: str, files: dict[str, Any]) -> None:
+    """Remember what the files were, or forget it."""
+    path = record_file(name)
+    if files:
+        replace(path, json.dumps(files).encode())
+        return
     with contextlib.suppress(OSError):
-        os.remove(before_file())
-        remove_empty(os.path.dirname(before_file()))
-
-
-def written(settings: dict[str, Any]) -> bytes:
-    """As Claude Code writes it."""
-    return json.dumps(settings, indent=2, ensure_ascii=False).encode()
+        os.remove(path)
+        remove_empty(os.path.dirname(path))
 
 
 def taken_along() -> dict[str, str]:
@@ -215,7 +532,7 @@ def install_service(options: Sequence[str]) -> int:
     return 0
 
 
-def uninstall_service() -> None:
+def uninstall_service() -> int:
     path = service_file()
     if content_of(path) is None:
         raise InTheWay(f"there is no {path}: nothing is changed")
@@ -227,6 +544,7 @@ def uninstall_service() -> None:
     for step in steps[1:]:
         manage(step)
     tell(f"removed {path}, and stopped the bus that it started; the messages stay where they are")
+    return 0
 
 
 def check_service() -> None:
@@ -311,11 +629,6 @@ def manage(step: Sequence[str]) -> bool:
 
 # The program
 
-AGENTS: dict[str, tuple[Callable[[Sequence[str]], int], Callable[[], None]]] = {
-    "claude": (install_claude, uninstall_claude),
-    "service": (install_service, uninstall_service),
-}
-
 
 def tell(line: str) -> None:
     bus_recv.emit(f"{bus_recv.visible(line)}\n")
@@ -325,35 +638,57 @@ def complain(line: str) -> None:
     bus_recv.complain(line, "bus_install")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def command_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Connect an agent program to the bus, or start the bus at login.")
     commands = parser.add_subparsers(dest="command", required=True)
     own = parser.prog if " " in parser.prog else None  # `agent-bus install` is a whole name
+    after = "What follows `install service` are the options of the bus."
     for word, purpose in (("install", "add it"), ("uninstall", "take it away again")):
-        command = commands.add_parser(word, prog=own, help=purpose)
-        command.add_argument("agent", metavar="{claude,service}", help="Claude Code, or the bus itself, at login")
+        installs = word == "install"
+        command = commands.add_parser(word, prog=own, help=purpose, allow_abbrev=False, epilog=after * installs)
+        choices = ",".join([*AGENTS, "service"])
+        command.add_argument("agent", metavar=f"{{{choices}}}", help="an agent program, or the bus itself, at login")
         command.add_argument("--bus", type=bus_recv.profile, metavar="PROFILE", help="the bus of PROFILE.env")
-        if word == "install":
-            command.add_argument("options", nargs=argparse.REMAINDER, metavar="...", help="service: options of the bus")
-    options = parser.parse_args(argv)
-    if options.agent not in AGENTS:
-        known = " and ".join(AGENTS)
-        complain(f"{options.agent!r} is not known, only {known}: another agent can run the MCP server, agent-bus-mcp")
-        return 2
-    if options.agent != "service" and getattr(options, "options", None):
-        parser.error(f"unrecognized arguments: {' '.join(options.options)}")
-    install, uninstall = AGENTS[options.agent]
+        command.add_argument("--dry-run", action="store_true", help="show what would change, and change nothing")
+        if installs:
+            command.add_argument(
+                "--http", action="store_true", help="by URL and token only: nothing of ours runs there"
+            )
+            command.add_argument("--url", help="the bus, if it is not that of the configuration")
+            command.add_argument("--name", help="the agent's name on the bus, in every folder")
+    return parser
+
+
+def run(options: argparse.Namespace, further: Sequence[str]) -> int:
+    installs = options.command == "install"
+    if options.agent == "service":
+        return install_service(further) if installs else uninstall_service()
+    if options.agent in AGENTS:
+        if installs and options.name:
+            bus_recv.check_name(options.name)
+        return install_agent(options.agent, options) if installs else uninstall_agent(options.agent, options)
+    known = ", ".join([*AGENTS, "service"])
+    complain(f"{options.agent!r} is not known, only {known}: another agent can run the MCP server, agent-bus-mcp")
+    return 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = command_line()
+    options, further = parser.parse_known_args(argv)
+    if further and (options.agent != "service" or options.command != "install"):
+        parser.error(f"unrecognized arguments: {' '.join(further)}")
+    if options.agent == "service" and [
+        given for given in ("dry_run", "http", "url", "name") if getattr(options, given, 0)
+    ]:
+        parser.error("--dry-run, --http, --url and --name are for an agent program")
     try:
-        if options.command == "install":
-            return install(options.options)
-        uninstall()
+        return run(options, further)
     except InTheWay as error:
         complain(str(error))
         return 1
     except (ValueError, OSError) as error:
         complain(f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error))
         return 2
-    return 0
 
 
 if __name__ == "__main__":

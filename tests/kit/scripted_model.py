@@ -72,6 +72,12 @@ def events(model, content):
     yield "message_stop", {}
 
 
+def stream(model, content):
+    return "".join(
+        f"event: {name}\ndata: {json.dumps({'type': name, **data})}\n\n" for name, data in events(model, content)
+    )
+
+
 class Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
@@ -83,15 +89,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def do_POST(self):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        if self.path.partition("?")[0] != "/v1/messages":
+        path = self.path.partition("?")[0]
+        dialect = next((of for end, of in self.server.model.dialects.items() if path.endswith(end)), None)
+        if not dialect:
             return self.answer(b"{}", "application/json")
-        request = json.loads(body)
+        request_of, stream_of = dialect
+        request = request_of(json.loads(body))
         content = self.server.model.next_blocks(request)
-        stream = "".join(
-            f"event: {name}\ndata: {json.dumps({'type': name, **data})}\n\n"
-            for name, data in events(request.get("model"), content)
-        )
-        return self.answer(stream.encode(), "text/event-stream")
+        return self.answer(stream_of(request.get("model"), content).encode(), "text/event-stream")
 
     def answer(self, body, kind):
         self.send_response(200)
@@ -113,9 +118,13 @@ class Listener(http.server.ThreadingHTTPServer):
 
 
 class ScriptedModel:
-    """`requests` has those of the conversation in order, `others` the rest; both belong to the server's threads."""
+    """`requests` has those of the conversation in order, `others` the rest; both belong to the server's threads.
 
-    def __init__(self, script):
+    `dialects`: other APIs that it speaks too, from tests/kit/dialects.py.
+    """
+
+    def __init__(self, script, dialects=()):
+        self.dialects = {"/v1/messages": (dict, stream), **dict(dialects)}
         self.script, self.requests, self.others, self.failures = script, [], [], []
         self.turn = threading.Lock()
         self.listener = Listener(("127.0.0.1", 0), Handler)

@@ -1,0 +1,282 @@
+"""`agent-bus install AGENT` and `uninstall`: what is written for each agent program, and that every other byte stays.
+
+The real programs read these files in tests/integrations/test_agents.py.
+"""
+
+import json
+import os
+import random
+import subprocess
+import sys
+
+import pytest
+
+from tests.clients.test_agent_bus import house, shook_hands, tree  # noqa: F401
+from tests.kit.processes import PATIENCE, ROOT, no_settings
+from tools import bus_edit, bus_install
+
+AGENTS = sorted(bus_install.AGENTS)
+JSON_FILES = {
+    "nothing": None,
+    "an empty text": "",
+    "an empty object": "{ }\n",
+    "comments": '// mine\n{\n  "a": 1, // one\n  /* two */ "b": [\n    2,\n  ],\n  // the end\n}\n',
+    "one line": '{"mcpServers": {"x": {"command": "y"}},   "mcp": {"z": 1.0}, "hooks": {"Stop": []}}',
+    "tabs": '{\n\t"hooks": {\n\t\t"Stop": [{"hooks": [{"command": "other"}]}]\n\t},\n\t"mcpServers": {}\n}',
+    "Windows": '{\r\n    "\u00e9": {\r\n        "x": "\\u00e9"\r\n    }\r\n}\r\n',
+}
+TOML_FILES = {
+    "nothing": None,
+    "an empty text": "",
+    "no end of line": '# mine\nmodel = "x"',
+    "servers": '[mcp_servers.x]\ncommand = "y" # why\n\n# the end\n',
+    "Windows": 'a = [\r\n  1,\r\n]\r\n',
+}
+LATER = {  # what somebody changes meanwhile, by format
+    "json": lambda text: bus_edit.edited("json", text, [(("later",), {"x": [1]}), (("hooks", "Stop", None), {"y": 2})]),
+    "toml": lambda text: f'# later\n{text}\n[projects."/x"]\ntrust_level = "trusted"\n',
+}
+
+
+def files_of(name):
+    """The paths and formats of an agent program's files, with HOME as it is."""
+    agent = bus_install.AGENTS[name]
+    return {file.path(): file.form() for file in (agent.servers, agent.hooks) if file}
+
+
+@pytest.fixture
+def install(house, tmp_path, monkeypatch, capsys):  # noqa: F811
+    """Runs `agent-bus install` or `uninstall` in this process; what it says."""
+    no_settings(monkeypatch)
+    monkeypatch.setattr(sys, "argv", [str(ROOT / "tools" / "agent_bus.py")])
+
+    def command(*arguments, code=0, **env):
+        with monkeypatch.context() as patch:
+            for name, value in {"AGENT_BUS_STATE_DIR": str(tmp_path / "state"), **env}.items():
+                patch.setenv(name, value)
+            try:
+                got = bus_install.main(arguments)
+            except SystemExit as ended:
+                got = ended.code
+        said = "".join(capsys.readouterr())
+        assert got == code, said
+        return said
+
+    return command
+
+
+@pytest.fixture
+def before(house):  # noqa: F811
+    """Writes what the files of an agent program are before the install."""
+
+    def write(name, kind):
+        for path, form in files_of(name).items():
+            text = (JSON_FILES if form == "json" else TOML_FILES).get(kind, "")
+            if text is not None:
+                os.makedirs(os.path.dirname(path), exist_ok=True)
+                with open(path, "w", newline="") as file:
+                    file.write(text)
+        return tree(house)
+
+    return write
+
+
+@pytest.mark.parametrize("name", AGENTS)
+@pytest.mark.parametrize("kind", sorted({*JSON_FILES, *TOML_FILES}))
+def test_uninstall_leaves_every_byte_as_it_was(name, kind, install, house, before):  # noqa: F811
+    was = before(name, kind)
+    shown = install("install", name, "--dry-run")
+    assert tree(house) == was and "+++ " in shown
+    install("install", name)
+    written = tree(house)
+    assert "already" in install("install", name) and tree(house) == written
+    assert written != was and all(os.path.exists(path) for path in files_of(name) if path in shown)
+    assert "--- " in install("uninstall", name, "--dry-run") and tree(house) == written
+    install("uninstall", name)
+    assert tree(house) == was
+    assert "nothing is changed" in install("uninstall", name, code=1)
+
+
+@pytest.mark.parametrize("name", AGENTS)
+@pytest.mark.parametrize("kind", sorted({*JSON_FILES, *TOML_FILES}))
+@pytest.mark.parametrize("remembers", [True, False])
+def test_if_somebody_changed_the_file_only_our_entries_go(name, kind, remembers, install, house, before, tmp_path):  # noqa: F811
+    """Also without what was remembered at the install."""
+    before(name, kind)
+    install("install", name)
+    for path, form in files_of(name).items():
+        if os.path.exists(path):
+            with open(path, newline="") as file:
+                text = file.read()
+            with open(path, "w", newline="") as file:
+                file.write(LATER[form](text))
+    install("uninstall", name, **({} if remembers else {"AGENT_BUS_STATE_DIR": str(tmp_path / "another")}))
+    for path, form in files_of(name).items():
+        if os.path.exists(path):
+            with open(path, newline="") as file:
+                left = file.read()
+            was = (JSON_FILES if form == "json" else TOML_FILES).get(kind, "")
+            assert "bus_" not in left and ("// mine" in left) == ("// mine" in (was or ""))
+            if form == "toml":
+                assert left.split() == LATER["toml"](was or "").split()
+            else:
+                expected, found = (bus_edit.parsed(text).value for text in (LATER["json"](was or "{}"), left))
+                found.pop("version", 0)  # the hooks of some programs need it, whoever writes the file
+                assert found == expected or (not remembers and full(found) == full(expected))
+
+
+def full(value):
+    """Without what is empty: when nothing is remembered, nobody knows whether we made it."""
+    if isinstance(value, dict):
+        return {key: full(inner) for key, inner in value.items() if inner not in ({}, [])}
+    return value
+
+
+@pytest.mark.parametrize("name", AGENTS)
+@pytest.mark.parametrize("text", ["{", '{"a" 1}', "[a\n", b"\xff"])
+def test_a_file_that_cannot_be_read_is_left_alone(name, text, install, house):  # noqa: F811
+    path = bus_install.AGENTS[name].servers.path()
+    if path.endswith(".toml") and sys.version_info < (3, 11) and text != b"\xff":
+        pytest.skip("this Python reads no TOML")
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, "wb") as file:
+        file.write(text if isinstance(text, bytes) else text.encode())
+    was = tree(house)
+    for command in ("install", "uninstall"):
+        said = install(command, name, code=1)
+        assert said.count("\n") == 1 and "correct it first" in said and path in said
+    assert tree(house) == was
+
+
+@pytest.mark.parametrize("name", AGENTS)
+def test_what_is_installed_again_with_other_options_is_replaced(name, install, house, before):  # noqa: F811
+    was = before(name, "comments")
+    install("install", name, "--name", "alice")
+    install("install", name, "--name", "bob", "--url", "http://127.0.0.1:9/")
+    text = b"".join(filter(None, tree(house).values()))
+    assert b"alice" not in text and b"bob" in text and b"http://127.0.0.1:9" in text
+    install("uninstall", name)
+    assert tree(house) == was
+
+
+@pytest.mark.parametrize("name", AGENTS)
+def test_the_entry_of_the_server_runs_in_every_folder(name, install, house, bus, tmp_path):  # noqa: F811
+    install("install", name, "--url", bus.url, "--name", "alice")
+    entry = entry_of(name)
+    if isinstance(entry["command"], list):  # as OpenCode wants it
+        entry = {"command": entry["command"][0], "args": entry["command"][1:], "env": entry["environment"]}
+    assert entry["env"]["AGENT_NAME"] == "alice" and entry["env"]["AGENT_BUS_URL"] == bus.url
+    (tmp_path / "project").mkdir()
+    assert shook_hands(entry, tmp_path / "project", {"HOME": str(house), "PATH": os.environ["PATH"]}) == "agent-bus"
+
+
+def entry_of(name):
+    servers = bus_install.AGENTS[name].servers
+    with open(servers.path()) as file:
+        text = file.read()
+    value = json.loads(text) if servers.form() == "json" else pytest.importorskip("tomllib").loads(text)
+    for key in servers.at:
+        value = value[key]
+    return value
+
+
+HOOKED = [name for name in AGENTS if bus_install.AGENTS[name].dress in bus_install.load_hook().DRESSES]
+
+
+@pytest.mark.parametrize("name", HOOKED)
+def test_the_hook_that_is_written_runs_at_each_event(name, install, house, bus, tmp_path):  # noqa: F811
+    install("install", name, "--url", bus.url, "--name", "alice")
+    with open(bus_install.AGENTS[name].hooks.path()) as file:
+        events = json.load(file)["hooks"]
+    agent = bus_install.AGENTS[name]
+    assert set(events) == {*bus_install.load_hook().DRESSES[agent.dress], *agent.wake}
+    for event, groups in events.items():
+        (command,) = (hook.get("command") or hook["bash"] for group in groups for hook in group.get("hooks", [group]))
+        given = json.dumps({"hook_event_name": event, "session_id": "s", "cwd": "/"})
+        env = {"HOME": str(house), "PATH": os.environ["PATH"], "AGENT_BUS_STATE_DIR": str(tmp_path / "state")}
+        done = subprocess.run(command, shell=True, input=given.encode(), env=env, capture_output=True, timeout=PATIENCE)
+        assert done.returncode == 0 and not done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("name", AGENTS)
+def test_by_http_only_a_url_a_name_and_the_name_of_a_variable_are_written(name, install, house):  # noqa: F811
+    was = tree(house)
+    env = {"AGENT_BUS_URL": "http://10.0.0.5:1/", "AGENT_BUS_TOKEN": "abt_1"}
+    said = install("install", name, "--http", "--name", "alice", **env)
+    entry = json.dumps(entry_of(name))
+    assert "http://10.0.0.5:1/mcp" in entry and "alice" in entry and "AGENT_BUS_TOKEN" in entry
+    assert "environment" in said and b"abt_1" not in b"".join(filter(None, tree(house).values()))
+    assert "python" not in entry
+    install("uninstall", name)
+    assert tree(house) == was
+
+
+def test_without_a_token_no_token_is_named_and_a_name_is_needed(install, house):  # noqa: F811
+    assert "--name" in install("install", "codex", "--http", code=2)
+    install("install", "codex", "--http", "--name", "alice")
+    assert "TOKEN" not in str(entry_of("codex"))
+    assert "--http is for" in install("install", "codex", "--http", "--url", "unix:/x", code=2)
+
+
+def test_what_codex_writes_after_our_table_stays(install, house):  # noqa: F811
+    """Codex writes the file itself, for example when a folder is trusted, and may put tables anywhere."""
+    install("install", "codex")
+    path = bus_install.AGENTS["codex"].servers.path()
+    about_ours, theirs = '\n[mcp_servers.bus.tools.bus_send]\nmode = "x"\n', '\n# mine\n[projects."/x"]\nlevel = "y"\n'
+    with open(path, "a") as file:
+        file.write(about_ours + theirs)
+    install("uninstall", "codex")
+    with open(path) as file:
+        assert file.read().strip() == theirs.strip()
+
+
+@pytest.mark.parametrize("name", HOOKED)
+def test_the_hooks_of_others_stay_also_in_one_group_with_ours(name, install, house):  # noqa: F811
+    install("install", name)
+    path = bus_install.AGENTS[name].hooks.path()
+    with open(path) as file:
+        settings = json.load(file)
+    for groups in settings["hooks"].values():
+        groups[0].get("hooks", groups).append({"type": "command", "command": "bus_hook.py --wait"})
+    with open(path, "w") as file:
+        json.dump(settings, file)
+    install("uninstall", name)
+    with open(path) as file:
+        left = json.load(file)["hooks"]
+    assert set(left) == set(settings["hooks"])
+    assert json.dumps(left).count("bus_hook.py --wait") == len(left) and "--format" not in json.dumps(left)
+
+
+def test_random_texts_come_back_after_an_edit():
+    """JSON of any shape, with comments, commas and white space anywhere."""
+    dice = random.Random(18)
+
+    def blank():
+        return dice.choice(["", "", " ", "\n", "\n  ", " // c }\n", "/* ] */", "\t"])
+
+    def text(depth):
+        kind = dice.randrange(5 if depth else 3)
+        if kind < 3:
+            return ["1", '"a\\"}//"', "null"][kind]
+        keys = [f'"k{dice.randrange(10**6)}"{blank()}:{blank()}' if kind == 3 else "" for _ in range(dice.randrange(4))]
+        inside = ",".join(f"{blank()}{key}{text(depth - 1)}{blank()}" for key in keys)
+        inside += blank() if not keys else "," + blank() if dice.random() < 0.3 else ""
+        return f"{'[{'[kind == 3]}{inside}{']}'[kind == 3]}"
+
+    tried = 0
+    while tried < 400:
+        before = f"{blank()}{text(4)}{blank()}"
+        if not isinstance(bus_edit.parsed(before).value, dict):
+            continue
+        tried += 1
+        after = bus_edit.edited("json", before, [(("bus", "x"), {"command": "y"}), (("hooks", "Stop", None), {"z": 1})])
+        value = bus_edit.parsed(after).value
+        assert value == {**bus_edit.parsed(before).value, "bus": {"x": {"command": "y"}}, "hooks": {"Stop": [{"z": 1}]}}
+        left = bus_edit.without("json", after, lambda path, of: path in (("bus", "x"), ("hooks", "Stop", 0)), before)
+        assert "".join(left.split()) == "".join(before.split()), (before, after, left)
+
+
+def test_options_of_an_agent_are_not_for_the_service(install):
+    for option in (["--dry-run"], ["--http"], ["--url", "x"], ["--name", "x"]):
+        assert "agent program" in install("install", "service", *option, code=2)
+    assert "unrecognized arguments: --port" in install("install", "claude", "--port", "1", code=2)
