@@ -4875,8 +4875,10 @@ ELSEWHERE = {  # extension: the endpoints and options that it brings
     "metrics": ("/metrics",),
     "schemas": ("--schemas", "--strict"),
     "channels": ("/channels",),
-    "people": ("/whoami",),
+    "people": ("/whoami", "/status"),
     "sockets": ("--listen",),
+    "digest": ("/digest",),
+    "mcp": ("/mcp",),
 }
 
 
