@@ -561,8 +561,15 @@ class Terminal(Session):
     def type(self, line):
         """As a user does, who sees the line before the return key takes it."""
         os.write(self.keyboard, line.encode())
-        wait_until(lambda: line.replace(" ", "") in CONTROLS.sub("", self.out.read_text(errors="replace")))
+        self.shows(line)
         os.write(self.keyboard, b"\r")
+
+    def is_idle(self):
+        """The title begins with a star then; while Claude works, with half a moon."""
+        return re.findall("\x1b\\]0;(.)", self.out.read_text(errors="replace"))[-1:] == ["✳"]
+
+    def shows(self, words):
+        wait_until(lambda: words.replace(" ", "") in CONTROLS.sub("", self.out.read_text(errors="replace")))
 
     def record(self, ours):
         with self.out.open("wb", buffering=0) as out, contextlib.suppress(OSError):  # EIO: nobody has it any more
@@ -651,18 +658,21 @@ def test_a_session_that_is_renamed_and_cleared_hears_as_its_new_name(bus, peer, 
     with ScriptedModel(script) as model, Terminal(tmp_path, bus, model, *PLUGIN, *allowed, **nameless) as session:
         assert session.readers_write_to("socket")
         assert introduced(model.requests[0]) == "work"
+        wait_until(lambda: len(model.requests) == 2 and session.is_idle())
         session.type("/rename boss")
+        session.shows("Session renamed to: boss")
         session.type("go on")
         wait_until(lambda: "This session is now boss on the agent-bus." in model.heard())
         for number, name in enumerate(("boss", "work")):
             peer(f"follow {number}", to=name)
             wait_until(lambda: any(f"follow {number}" in event for event in EVENT.findall(model.heard())))  # noqa: B023
         session.type("/clear")
+        wait_until(lambda: len(list((tmp_path / "state" / "turns").iterdir())) == 2)  # its SessionStart hook has run
         session.type("and now")
         wait_until(lambda: "This session is boss on the agent-bus" in model.heard())
         peer("after clear", to="boss")
         wait_until(lambda: any("after clear" in event for event in EVENT.findall(model.heard())))
-    assert "unread for" not in model.heard(), "the Monitor had it all"
+    assert not re.search("unread for (boss|work)", model.heard()), "the Monitor had it all"
 
 
 @needs_plugin
