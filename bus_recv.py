@@ -898,11 +898,12 @@ def show(number: str) -> int:
     return 0
 
 
-def end_with_output() -> None:
-    """End this process as soon as nobody reads our output: an orphan would take the mail of the next reader."""
+def settle_down(greeting: str, writes: bool) -> None:
+    """Greet; then end this process as soon as nobody reads what it writes: it would take the next reader's mail."""
     import select
 
-    if hasattr(select, "poll"):  # not on Windows
+    complain(greeting)
+    if writes and hasattr(select, "poll"):  # not on Windows
         output = select.poll()
         output.register(1, 0)  # tells a hangup and an error, and nothing else
         output.poll()
@@ -915,14 +916,13 @@ def listen(options: Any) -> int:
     if names == [""]:
         raise ValueError("the name is missing: give NAME, or set AGENT_NAME")
     reader = SessionReader(names, channel=options.channel, since=options.since)
-    if sys.stdout and not options.exec:  # whose command may write elsewhere
-        threading.Thread(target=end_with_output, daemon=True).start()
     # A program that reads our JSON, or the output of the command, must get nothing else on stdout.
     reader.warn, reader.announce = complain, complain if options.json or options.exec else announce
     timeout = HOLD_SECONDS if options.once and options.timeout is None else options.timeout
-    greeting = threading.Timer(GREET_SECONDS, complain, [f"listening as {', '.join(reader.names)} on {reader.url}"])
-    greeting.daemon = True  # a refusal ends this process before it
-    reader.greet = bool if options.once or timeout == 0 else greeting.start
+    greeting = f"listening as {', '.join(reader.names)} on {reader.url}"
+    settling = threading.Timer(GREET_SECONDS, settle_down, [greeting, bool(sys.stdout and not options.exec)])
+    settling.daemon = True  # a refusal ends this process before it
+    reader.greet = bool if options.once or timeout == 0 else settling.start
     if options.monitor or not (options.exec or options.json) and sys.stdout and stat.S_ISSOCK(os.fstat(1).st_mode):
         show_blocks(reader, reader.answers(options.once, timeout), 0 if options.once else SETTLE_SECONDS)
         return 0 if reader.came else 3

@@ -171,6 +171,7 @@ class Look:
         trouble = ""
         try:
             me = session.this_session(session.its_process(self.program), self.directory, self.id, self.title)
+            self.facts.append(me.news)
             counts = self.introduce(me) if self.starts else notice.count(me, ANSWER_SECONDS)
         except (Nameless, bus_recv.Refused, ValueError, OSError) as no:  # OSError: no place for a file, or no locks
             trouble = f"{DENIED}{no}"
@@ -179,7 +180,6 @@ class Look:
         if trouble:
             self.trouble(trouble)
             return
-        self.facts.append(me.news)
         told = self.notice(me, counts)
         prolonged = self.chain + 1 if self.ends and any(self.facts) else 0
         self.speak(**self.memory.note(counts, told), trouble="", rest=0.0, chain=prolonged)
@@ -210,10 +210,11 @@ class Look:
     def trouble(self, sentence: str) -> None:
         """Say it, if it was not said yet; but no turn is prolonged for it."""
         said = self.memory.its["trouble"]
-        if not self.ends and (self.starts or sentence != said):
-            self.facts, said = [sentence], sentence
-        else:
+        if self.ends:
             self.facts = []
+        elif self.starts or sentence != said:
+            self.facts.append(sentence)
+            said = sentence
         self.speak(trouble=said, rest=time.time() + REST_SECONDS)
 
     def speak(self, **its: Any) -> None:

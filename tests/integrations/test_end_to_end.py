@@ -43,6 +43,7 @@ ANSWER_SECONDS = 2  # from a peer's send to the peer's receipt of the answer
 DRAIN_SECONDS = 2  # that a prompt, or the end of a turn, may wait for a hook
 HEAD = re.compile(r"from=peer id=([0-9a-f]+)")
 EVENT = re.compile(r"<event>(.*?)</event>", re.DOTALL)
+CONTROLS = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]| ")  # of a terminal, and blanks, which it may draw in other ways
 BODY = re.compile(r"^\| (.*)$", re.MULTILINE)
 
 pytestmark = [
@@ -187,8 +188,8 @@ class Session:
         return []
 
     def __enter__(self):
-        self.home.mkdir()
-        self.work.mkdir()
+        self.home.mkdir(exist_ok=True)  # a session that is resumed is in the home of its first run
+        self.work.mkdir(exist_ok=True)
         with self.out.open("wb") as out:
             self.process = subprocess.Popen(
                 self.command, cwd=self.work, env=self.env, stdin=subprocess.DEVNULL, stdout=out, stderr=out
@@ -400,6 +401,38 @@ def test_sessions_of_one_folder_have_names_of_their_own_and_are_told(bus, peer, 
     assert "1 unread for work-2" in second.heard() and "for the second" not in first.heard()
 
 
+def test_sessions_that_are_resumed_in_another_order_have_their_own_names_again(bus, peer, tmp_path):
+    """Case 42, and nothing of the one's mail is told to the other."""
+
+    def run(folder, model, *options):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        nameless = {"AGENT_NAME": "", "AGENT_BUS_STATE_DIR": str(tmp_path / "state")}
+        return Session(tmp_path / folder, bus, model, *hooks("SessionStart"), *options, **nameless)
+
+    def waits(request):
+        assert both.wait(PATIENCE)
+        return [words("done")]
+
+    def id_of(session):
+        return json.loads(session.out.read_text().split("\n")[0])["session_id"]
+
+    both, ids = threading.Event(), []
+    with ScriptedModel(waits) as first, run("one", first) as one:
+        wait_until(lambda: first.requests)
+        with ScriptedModel(done) as second, run("two", second) as two:
+            assert two.process.wait(PATIENCE) == 0
+        both.set()
+        assert one.process.wait(PATIENCE) == 0
+    ids = [id_of(one), id_of(two)]
+    assert [introduced(model.requests[0]) for model in (first, second)] == ["work", "work-2"]
+    peer("for the first", to="work")
+    for folder, id, name, told in (("two", ids[1], "work-2", False), ("one", ids[0], "work", True)):
+        with ScriptedModel(done) as model, run(folder, model, "--resume", id) as again:
+            assert again.process.wait(PATIENCE) == 0
+        assert introduced(model.requests[0]) == name
+        assert ("1 unread for work." in model.heard()) == told
+
+
 @pytest.mark.parametrize("bus_is", ["dead", "slow", "huge"])
 def test_a_bus_that_is_dead_slow_or_huge_holds_up_a_turn_for_two_seconds_at_most(tmp_path, bus_is):
     behaviour = {"dead": b"", "slow": FAULTS["silence"], "huge": HUGE["far more than a hook takes"]}
@@ -521,8 +554,22 @@ class Terminal(Session):
             self.command, cwd=self.work, env=env, stdin=its, stdout=its, stderr=its, start_new_session=True
         )
         os.close(its)
+        self.keyboard = ours
         threading.Thread(target=self.record, args=(ours,), daemon=True).start()
         return self
+
+    def type(self, line):
+        """As a user does, who sees the line before the return key takes it."""
+        os.write(self.keyboard, line.encode())
+        self.shows(line)
+        os.write(self.keyboard, b"\r")
+
+    def is_idle(self):
+        """The title begins with a star then; while Claude works, with half a moon."""
+        return re.findall("\x1b\\]0;(.)", self.out.read_text(errors="replace"))[-1:] == ["✳"]
+
+    def shows(self, words):
+        wait_until(lambda: words.replace(" ", "") in CONTROLS.sub("", self.out.read_text(errors="replace")))
 
     def record(self, ours):
         with self.out.open("wb", buffering=0) as out, contextlib.suppress(OSError):  # EIO: nobody has it any more
@@ -597,6 +644,34 @@ def test_the_waiter_wakes_a_session_that_sleeps_on_a_terminal(bus, peer, tmp_pat
     settings = re.search(r'\{"hooks": .*\}\]\}\]\}\}', pathlib.Path(hook).read_text(), re.DOTALL)[0]
     settings = settings.replace("python3 /path/to/bus_hook.py", shlex.join([sys.executable, hook]))
     wakes(bus, peer, tmp_path, "--settings", settings, *tools(bus, tmp_path))
+
+
+@needs_plugin
+def test_a_session_that_is_renamed_and_cleared_hears_as_its_new_name(bus, peer, tmp_path):
+    """By the hooks, and by the Monitor that runs since before: it follows."""
+
+    def script(request):
+        return [SKILL] if len(model.requests) == 1 else [words("waiting")]
+
+    allowed = "--permission-mode", "default", "--allowedTools", "Skill"
+    nameless = {"AGENT_NAME": ""}
+    with ScriptedModel(script) as model, Terminal(tmp_path, bus, model, *PLUGIN, *allowed, **nameless) as session:
+        assert session.readers_write_to("socket")
+        wait_until(lambda: len(model.requests) == 2 and session.is_idle())
+        session.type("/rename boss")
+        session.shows("Session renamed to: boss")
+        session.type("go on")
+        wait_until(lambda: "This session is now boss on the agent-bus." in model.heard())
+        for number, name in enumerate(("boss", "work")):
+            peer(f"follow {number}", to=name)
+            wait_until(lambda: any(f"follow {number}" in event for event in EVENT.findall(model.heard())))  # noqa: B023
+        session.type("/clear")
+        wait_until(lambda: len(list((tmp_path / "state" / "turns").iterdir())) == 2)  # its SessionStart hook has run
+        session.type("and now")
+        wait_until(lambda: "This session is boss on the agent-bus" in model.heard())
+        peer("after clear", to="boss")
+        wait_until(lambda: any("after clear" in event for event in EVENT.findall(model.heard())))
+    assert not re.search("unread for (boss|work)", model.heard()), "the Monitor had it all"
 
 
 @needs_plugin

@@ -424,7 +424,7 @@ def test_while_a_reader_is_at_work_the_mail_is_its(bus):
         assert text(bus.url) == "" and text(bus.url, PROMPT) == ""
         reader.send_signal(signal.SIGCONT)
         assert json.loads(reader.stdout.readline())["id"] == number
-        wait_until(lambda: float(session.own_cursor("*", "default", "dell")) * 1e6 > int(number, 16) - 1)
+        wait_until(lambda: session.own_cursor("*", "default", "dell") == f"{int(number, 16) / 1e6:.6f}")
     assert text(bus.url, PROMPT) == "", "the reader has shown it"
     send(bus, "for nobody")
     assert "unread for dell" in text(bus.url, PROMPT)
