@@ -29,7 +29,7 @@ ROOM = 8000  # characters of messages in an answer; a longer message is read in 
 EARLY = 3  # urgent messages that are shown early, whole; anybody can write `priority: high`
 EARLY_ROOM = 1400  # characters of each of them
 HEAD_ROOM = 1200  # characters of the other fields of a message that is cut
-EARLY_KNOWN = 64  # ids of them that a session remembers
+KNOWN = 64  # ids that a session remembers: of messages that were shown early, and of its questions
 PAGE = 100  # messages that one look takes
 FIELD = 100  # characters of any other field, where a message is cut
 LEASE = 600.0  # s that an agent has for a job when it does not say
@@ -198,6 +198,7 @@ class Session:
         self.channel = channel
         self.shown = 0  # all unread mail up to this tick was shown in order
         self.early: dict[str, None] = {}  # ids of the last messages that were shown out of order
+        self.asked: dict[str, None] = {}  # ids of its last questions
         self.told: str | None = None  # id of the newest message of the last notice
         self.title = ""  # of the session, as the last hook gave it
         self.said: dict[str, str] = {}  # its status
@@ -366,9 +367,14 @@ def shown_early(
             continue
         lines.append(shown(me, {**aged(me, message), "early": True}, room=EARLY_ROOM))
         me.early[id] = None
-    for id in list(me.early)[:-EARLY_KNOWN]:
-        del me.early[id]
+    forget(me.early)
     return lines
+
+
+def forget(ids: dict[str, None]) -> None:
+    """All but the newest."""
+    for id in list(ids)[:-KNOWN]:
+        del ids[id]
 
 
 def shown_in_order(me: Session, message: dict[str, Any]) -> str:
@@ -488,6 +494,8 @@ def ask(me: Session, /, to: str, msg: str, wait: float = HOLD, key: str | None =
     key = key or new_key()
     answer = yield from me.send({"to": to, "msg": msg, **fields, "key": key}, min(max(wait, 0), HOLD))
     reply = answer.get("reply")
+    me.asked[str(answer.get("id"))] = None
+    forget(me.asked)
     if isinstance(reply, dict):
         return f"{shown(me, aged(me, reply))}\nThe reply is in your inbox, too. {WORDS}"
     again = f"no reply yet: it will be in bus_inbox, and bus_ask with the same text and key {key} waits again"
@@ -589,7 +597,7 @@ NAMED = 5  # senders in a notice
 
 
 def hook(me: Session, /, agent: str = "", event: str = "", title: str = "", **_: str) -> Steps:
-    """The JSON of a hook. A sub-agent is told nothing; a turn that ends goes on only for new urgent mail."""
+    """The JSON of a hook. A sub-agent is told nothing. A turn that ends goes on for urgent mail, and for replies."""
     if given(agent) or not re.fullmatch("[A-Za-z]{1,40}", event):
         return "{}"
     try:
@@ -617,12 +625,17 @@ def notice(me: Session, event: str) -> Steps:
     newest = counts["newest"]["id"] if counts and counts["newest"] else ""
     if not counts or not newest or (newest == me.told and event != "SessionStart"):
         return ""
-    if event == "Stop" and not counts["urgent"]:
+    awaited = sum(each["unread"] for each in counts["threads"] if each["id"] in me.asked)
+    if event == "Stop" and not counts["urgent"] and not awaited:
         return ""
     me.told = newest
     senders = ", ".join([name for name in counts["vouched"] if NAME.fullmatch(name)][:NAMED])
     others = " and others" if senders and len(counts["senders"]) > min(len(counts["vouched"]), NAMED) else ""
-    details = [f"{counts['urgent']} urgent" if counts["urgent"] else "", f"from {senders}{others}" if senders else ""]
+    details = [
+        f"{counts['urgent']} urgent" if counts["urgent"] else "",
+        f"{awaited} in reply to questions of this session" if awaited else "",
+        f"from {senders}{others}" if senders else "",
+    ]
     about = ", ".join(filter(None, details))
     number = f"{counts['unread']}{' or more' if counts['more'] else ''}"
     return f"agent-bus: {number} unread for {me.me()}{f' ({about})' if about else ''}. bus_inbox shows them."

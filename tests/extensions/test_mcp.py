@@ -321,6 +321,14 @@ def test_a_hook_speaks_when_newer_mail_has_come_and_at_the_end_of_a_turn_only_of
     assert client.hook("SessionStart") == ""
 
 
+def test_a_reply_to_a_question_of_the_session_is_told_at_the_end_of_a_turn(bus):
+    client, bob = Client(bus, "alice"), Client(bus, "bob")
+    client.tool("bus_ask", to="bob", msg="T1?", wait=0)
+    bob.tool("bus_reply", id=bob.mail()[0]["id"], msg="yes")
+    said = "agent-bus: 1 unread for alice (1 in reply to questions of this session). bus_inbox shows them."
+    assert client.hook("Stop") == said and client.hook("Stop") == "" and Client(bus, "alice").hook("Stop") == ""
+
+
 def test_hooks_say_what_the_session_does_beside_what_the_agent_says(bus):
     client = Client(bus, "alice")
 
