@@ -161,6 +161,28 @@ def test_a_page_of_another_site_calls_no_tool(bus, header):
     assert ask(bus, "GET", "/log")[1]["messages"] == []
 
 
+def test_large_calls_that_wait_have_a_budget():
+    """Of one owner, whose peers ask the longest question; it is free again when they have left."""
+    with a_bus() as bus:
+        held = bus.routes["POST", "/mcp"].call.__self__.held
+        held.most_each = 1 << 20
+
+        def asks(number):
+            arguments = {"to": "bob", "msg": f"{number} " + "y" * 200_000}
+            body = json.dumps(request("tools/call", name="bus_ask", arguments=arguments)).encode()
+            about = f"Content-Length: {len(body)}", f"X-Agent-Name: a{number}"
+            peer = Peer(bus)
+            peer.says(head("POST /mcp HTTP/1.1", HOST, *about, body=body))
+            return peer
+
+        peers = [asks(number) for number in range(6)]
+        come_true(lambda: len(bus.mailboxes.parked) == 5)
+        assert [peer.heard[:13] for peer in peers] == [b""] * 5 + [b"HTTP/1.1 503 "]
+        for peer in peers:
+            peer.leaves()
+        assert not bus.mailboxes.parked and held.all == 0
+
+
 # Sessions
 
 
