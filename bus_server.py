@@ -4786,7 +4786,7 @@ ELSEWHERE = {  # extension: the endpoints and options that it brings
     "metrics": ("/metrics",),
     "schemas": ("--schemas", "--strict"),
     "channels": ("/channels",),
-    "people": ("/whoami",),
+    "people": ("/whoami", "/status"),
     "sockets": ("--listen",),
 }
 
