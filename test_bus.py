@@ -1819,7 +1819,8 @@ def test_a_name_says_what_it_sent_and_what_it_has_not_read(bus):
     bus.recv(to, since=first["ts"])
     assert agent(bus, to)["oldest"] == second["ts"]
     bus.recv(to, since=second["ts"])
-    assert agent(bus, to)["oldest"] is None and agent(bus, bus.me)["sent"] == second["ts"]
+    assert agent(bus, to)["oldest"] is None
+    assert tick(agent(bus, bus.me)["sent"]) >= tick(second["ts"])  # another check may send under the same name
     expired = bus.send(to, ttl=0.01)
     soon(lambda: bus.state(expired["id"]) == "expired")
     assert agent(bus, to)["oldest"] is None
@@ -2011,10 +2012,11 @@ def test_the_tools_of_an_agent(bus):
     soon(lambda: agent(bus, alice).get("online"))
     other.tool("bus_send", to=alice, msg="here")
     assert '"here"' in waiting.result(PATIENCE)
-    other.tool("bus_reply", id=sent, msg="yes")
-    assert client.mail()[-1]["reply_to"] == sent
+    replied = re.search(r"id ([0-9a-f]{13})", other.tool("bus_reply", id=sent, msg="yes"))[1]
+    assert bus.get(f"/message/{replied}")["message"]["reply_to"] == sent
     if not bus.lacks(QUESTIONS):
         assert [line[:1] for line in client.tool("bus_thread", id=sent).split("\n")][1:] == ["{", "{"]
+    if not bus.lacks(QUESTIONS) and not bus.token:  # with one token, all that these two send has one sender
         assert "no reply yet" in client.tool("bus_ask", to=bob, msg="?", wait=0)
         asking = in_background(client.tool, "bus_ask", to=bob, msg="T2?", wait=QUICK * 4)
         soon(lambda: len(other.mail()) == 3)
