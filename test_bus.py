@@ -1858,7 +1858,8 @@ def test_a_name_says_what_it_sent_and_what_it_has_not_read(bus):
     bus.recv(to, since=first["ts"])
     assert agent(bus, to)["oldest"] == second["ts"]
     bus.recv(to, since=second["ts"])
-    assert agent(bus, to)["oldest"] is None and agent(bus, bus.me)["sent"] >= second["ts"]
+    assert agent(bus, to)["oldest"] is None
+    assert tick(agent(bus, bus.me)["sent"]) >= tick(second["ts"])  # another check may send under the same name
     expired = bus.send(to, ttl=0.01)
     soon(lambda: bus.state(expired["id"]) == "expired")
     assert agent(bus, to)["oldest"] is None
@@ -1895,9 +1896,9 @@ def test_an_agent_says_what_it_is_doing(bus):
         return agent(bus, bus.me, channel)
 
     said = {"text": "T2 \u2028", "state": "waiting", "cwd": "/work", "branch": "main"}
-    before = decimal.Decimal(bus.send(fresh())["now"])
+    before = decimal.Decimal(say(**said)["status"]["at"])
     found = say(**said)
-    assert decimal.Decimal(found["status"].pop("at")) >= before
+    assert decimal.Decimal(found["status"].pop("at")) >= before > 0
     assert (found["status"], found["online"], found["listens"]) == (said, False, False)
     assert say(state="idle")["status"].keys() == {"state", "at"}
     assert say(text="x" * 500)["status"]["text"] == "x" * 500
@@ -2059,16 +2060,20 @@ def test_the_tools_of_an_agent(bus):
     soon(lambda: agent(bus, alice).get("online"))
     other.tool("bus_send", to=alice, msg="here")
     assert '"here"' in waiting.result(PATIENCE)
-    other.tool("bus_reply", id=sent, msg="yes")
-    assert [line[:1] for line in client.tool("bus_thread", id=sent).split("\n")][1:] == ["{", "{"]
-    assert "no reply yet" in client.tool("bus_ask", to=bob, msg="?", wait=0)
-    asking = in_background(client.tool, "bus_ask", to=bob, msg="T2?", wait=QUICK * 4)
-    soon(lambda: len(other.mail()) == 3)
-    other.tool("bus_reply", id=other.mail()[-1]["id"], msg="T2 done")
-    assert '"T2 done"' in asking.result(PATIENCE)
-    client.tool("bus_status", text="T3", state="busy")
-    assert agent(bus, bus.me if bus.token else alice)["status"]["text"] == "T3"
-    assert client.tool("bus_agents")
+    replied = re.search(r"id ([0-9a-f]{13})", other.tool("bus_reply", id=sent, msg="yes"))[1]
+    assert bus.get(f"/message/{replied}")["message"]["reply_to"] == sent
+    if not bus.lacks(QUESTIONS):
+        assert [line[:1] for line in client.tool("bus_thread", id=sent).split("\n")][1:] == ["{", "{"]
+    if not bus.lacks(QUESTIONS) and not bus.token:  # with one token, all that these two send has one sender
+        assert "no reply yet" in client.tool("bus_ask", to=bob, msg="?", wait=0)
+        asking = in_background(client.tool, "bus_ask", to=bob, msg="T2?", wait=QUICK * 4)
+        soon(lambda: len(other.mail()) == 3)
+        other.tool("bus_reply", id=other.mail()[-1]["id"], msg="T2 done")
+        assert '"T2 done"' in asking.result(PATIENCE)
+    if not bus.lacks(PEOPLE):
+        client.tool("bus_status", text="T3", state="busy")
+        assert agent(bus, bus.me if bus.token else alice)["status"]["text"] == "T3"
+    assert alice in client.tool("bus_agents")
 
 
 @ours
@@ -2081,7 +2086,7 @@ def test_mail_is_unread_until_a_call_says_that_it_is_done(bus):
     for _ in range(2):
         assert [each["id"] for each in client.mail()] == sent
     assert unread(bus, to) == 4 and [bus.state(each) for each in sent] == ["fetched"] * 4
-    assert "3 unread" in client.tool("bus_ack", id=sent[0]) and unread(bus, to) == 3
+    assert f"{sent[0]} is read" in client.tool("bus_ack", id=sent[0]) and unread(bus, to) == 3
     assert [each["id"] for each in client.mail(ack=sent[1])] == sent[2:] and bus.state(sent[1]) == "acknowledged"
     assert "is read" in client.tool("bus_ack", id=sent[0]) and unread(bus, to) == 2
     assert "not the id" in client.tool("bus_ack", failed=True, id=bus.send(fresh())["id"])

@@ -29,8 +29,9 @@ ROOM = 8000  # characters of messages in an answer; a longer message is read in 
 EARLY = 3  # urgent messages that are shown early, whole; anybody can write `priority: high`
 EARLY_ROOM = 1400  # characters of each of them
 HEAD_ROOM = 1200  # characters of the other fields of a message that is cut
-EARLY_KNOWN = 64  # ids of them that a session remembers
+KNOWN = 64  # ids that a session remembers: of messages that were shown early, and of its questions
 PAGE = 100  # messages that one look takes
+ID_ROOM = 1000  # characters of an id, which is kept while a tool waits
 FIELD = 100  # characters of any other field, where a message is cut
 LEASE = 600.0  # s that an agent has for a job when it does not say
 SAID_SECONDS = 1200.0  # after which a hook says again what the session does; the bus forgets it after an hour
@@ -100,6 +101,8 @@ def check(message: Any) -> None:
     if not isinstance(message, dict):
         raise Wrong(-32600, "a message is an object; send several one by one")
     method, params = message.get("method"), message.get("params") or {}
+    if len(json.dumps(message.get("id"))) > ID_ROOM:
+        raise Wrong(-32600, f"an id has at most {ID_ROOM} characters")
     if message.get("jsonrpc") != "2.0" or not isinstance(method, str) or not isinstance(params, dict):
         raise Wrong(-32600, "a request has jsonrpc: 2.0, a method, and an object or nothing as params")
 
@@ -198,6 +201,7 @@ class Session:
         self.channel = channel
         self.shown = 0  # all unread mail up to this tick was shown in order
         self.early: dict[str, None] = {}  # ids of the last messages that were shown out of order
+        self.asked: dict[str, None] = {}  # ids of its last questions
         self.told: str | None = None  # id of the newest message of the last notice
         self.title = ""  # of the session, as the last hook gave it
         self.said: dict[str, str] = {}  # its status
@@ -325,31 +329,33 @@ def inbox(me: Session, /, wait: float = 0, id: str | None = None, offset: int = 
     if not page.messages and wait > 0:
         yield from me.wait(min(wait, HOLD))
         page = yield from me.look()
-    lines = [shown_in_order(me, each) for each in page.messages]
-    number, early = f"{len(lines)}{' or more' if page.more else ''}", list[str]()
-    count = fitting(lines, ROOM)
-    if page.more or count < len(lines):
+    lines = fitting((shown_in_order(me, each) for each in page.messages), ROOM)
+    number, early = f"{len(page.messages)}{' or more' if page.more else ''}", list[str]()
+    if page.more or len(lines) < len(page.messages):
         counts = yield from me.digest()
         number = f"{counts['unread']}{' or more' if counts['more'] else ''}" if counts else number
-        early = yield from shown_early(me, page, counts, {id_of(each) for each in page.messages[:count]})
-        count = fitting(lines, ROOM - sum(map(len, early)), 0 if early else 1)
-    run = page.messages[:count]
+        early = yield from shown_early(me, page, counts, {id_of(each) for each in page.messages[: len(lines)]})
+        lines = fitting(lines, ROOM - sum(map(len, early)), 0 if early else 1)
+    run = page.messages[: len(lines)]
     me.shown = tick_of_ts(run[-1]["ts"]) if run else me.shown
     yield from me.took(run)
-    head = f"{number} unread, oldest first, for {me.me()} on channel {me.channel}. {UNREAD if lines else ''}".rstrip()
+    head = f"{number} unread, oldest first, for {me.me()} on channel {me.channel}."
+    head += f" {UNREAD}" if run or early else ""
     head += f" {KEPT}" if early else ""
     rest = "(there are more: after bus_ack of the last id above, bus_inbox shows them)"
-    tail = [rest] if page.more or count < len(lines) else []
-    return "\n".join([*said, *page.notes, head, *early, *lines[:count], *tail])
+    tail = [rest] if page.more or len(run) < len(page.messages) else []
+    return "\n".join([*said, *page.notes, head, *early, *lines, *tail])
 
 
-def fitting(lines: Sequence[str], room: int, least: int = 1) -> int:
-    """How many of these lines fit, but at least so many: a message that is too long was cut before."""
-    for number, line in enumerate(lines):
+def fitting(lines: Iterable[str], room: int, least: int = 1) -> list[str]:
+    """Those lines that fit, but at least so many: a message that is too long was cut before. No line more is made."""
+    found: list[str] = []
+    for line in lines:
         room -= len(line) + 1
-        if number >= least and room < 0:
-            return number
-    return len(lines)
+        if len(found) >= least and room < 0:
+            break
+        found.append(line)
+    return found
 
 
 def shown_early(
@@ -366,9 +372,14 @@ def shown_early(
             continue
         lines.append(shown(me, {**aged(me, message), "early": True}, room=EARLY_ROOM))
         me.early[id] = None
-    for id in list(me.early)[:-EARLY_KNOWN]:
-        del me.early[id]
+    forget(me.early)
     return lines
+
+
+def forget(ids: dict[str, None]) -> None:
+    """All but the newest."""
+    for id in list(ids)[:-KNOWN]:
+        del ids[id]
 
 
 def shown_in_order(me: Session, message: dict[str, Any]) -> str:
@@ -488,6 +499,8 @@ def ask(me: Session, /, to: str, msg: str, wait: float = HOLD, key: str | None =
     key = key or new_key()
     answer = yield from me.send({"to": to, "msg": msg, **fields, "key": key}, min(max(wait, 0), HOLD))
     reply = answer.get("reply")
+    me.asked[str(answer.get("id"))] = None
+    forget(me.asked)
     if isinstance(reply, dict):
         return f"{shown(me, aged(me, reply))}\nThe reply is in your inbox, too. {WORDS}"
     again = f"no reply yet: it will be in bus_inbox, and bus_ask with the same text and key {key} waits again"
@@ -510,11 +523,10 @@ def reply(me: Session, /, id: str, msg: str, **fields: Any) -> Steps:
 def thread(me: Session, /, id: str, after: str | None = None) -> Steps:
     query = urlencode({"max": PAGE, **({"after": after} if after else {})})
     answer = yield Ask(f"/thread/{quote(id, safe='')}?{query}")
-    lines = [shown(me, aged(me, each)) for each in answer["messages"]]
-    count = fitting(lines, ROOM)
-    last = id_of(answer["messages"][count - 1]) if count < len(lines) else answer.get("next")
+    lines = fitting((shown(me, aged(me, each)) for each in answer["messages"]), ROOM)
+    last = id_of(answer["messages"][len(lines) - 1]) if len(lines) < len(answer["messages"]) else answer.get("next")
     rest = [f"(there are more: bus_thread with after {last})"] if last else []
-    return "\n".join([f"{count} messages of a conversation, oldest first. {WORDS}", *lines[:count], *rest])
+    return "\n".join([f"{len(lines)} messages of a conversation, oldest first. {WORDS}", *lines, *rest])
 
 
 def claim(me: Session, /, queue: str, wait: float = 0, lease: float = LEASE) -> Steps:
@@ -555,10 +567,9 @@ def agents(me: Session, /) -> Steps:
     answer = yield Ask(f"/agents?channel={me.channel}")
     known = [agent for agent in answer["agents"] if agent["channel"] == me.channel]  # an older bus has no filter
     known.sort(key=lambda agent: (agent["online"], float(agent["last_seen"] or 0)), reverse=True)
-    lines = [line_of(me, agent) for agent in known]
-    count = fitting(lines, ROOM)
-    if answer.get("more") or count < len(lines):
-        lines = [f"(the first {count} names only; there are more)", *lines[:count]]
+    lines = fitting((line_of(me, agent) for agent in known), ROOM)
+    if answer.get("more") or len(lines) < len(known):
+        lines.insert(0, f"(the first {len(lines)} names only; there are more)")
     return "\n".join(lines) or f"nobody has listened on channel {me.channel} yet"
 
 
@@ -589,7 +600,7 @@ NAMED = 5  # senders in a notice
 
 
 def hook(me: Session, /, agent: str = "", event: str = "", title: str = "", **_: str) -> Steps:
-    """The JSON of a hook. A sub-agent is told nothing; a turn that ends goes on only for new urgent mail."""
+    """The JSON of a hook. A sub-agent is told nothing. A turn that ends goes on for urgent mail, and for replies."""
     if given(agent) or not re.fullmatch("[A-Za-z]{1,40}", event):
         return "{}"
     try:
@@ -617,12 +628,17 @@ def notice(me: Session, event: str) -> Steps:
     newest = counts["newest"]["id"] if counts and counts["newest"] else ""
     if not counts or not newest or (newest == me.told and event != "SessionStart"):
         return ""
-    if event == "Stop" and not counts["urgent"]:
+    awaited = sum(each["unread"] for each in counts["threads"] if each["id"] in me.asked)
+    if event == "Stop" and not counts["urgent"] and not awaited:
         return ""
     me.told = newest
     senders = ", ".join([name for name in counts["vouched"] if NAME.fullmatch(name)][:NAMED])
     others = " and others" if senders and len(counts["senders"]) > min(len(counts["vouched"]), NAMED) else ""
-    details = [f"{counts['urgent']} urgent" if counts["urgent"] else "", f"from {senders}{others}" if senders else ""]
+    details = [
+        f"{counts['urgent']} urgent" if counts["urgent"] else "",
+        f"{awaited} in reply to questions of this session" if awaited else "",
+        f"from {senders}{others}" if senders else "",
+    ]
     about = ", ".join(filter(None, details))
     number = f"{counts['unread']}{' or more' if counts['more'] else ''}"
     return f"agent-bus: {number} unread for {me.me()}{f' ({about})' if about else ''}. bus_inbox shows them."

@@ -14,6 +14,7 @@ import secrets
 import sys
 import time
 import traceback
+import weakref
 from collections import OrderedDict
 from collections.abc import Generator
 from pathlib import Path
@@ -29,6 +30,7 @@ from bus_server import (
     Grant,
     Refused,
     Request,
+    Shares,
     encode,
     name,
     our_fault,
@@ -51,6 +53,7 @@ TABLES, NOUN, OPERATIONS = None, "", ()
 SESSIONS_EACH, SESSIONS = 500, 10000  # of one owner, and in all, some 1 KB each; the oldest is forgotten
 DAY = 86400.0  # s: a renamed session reads its old name for so long
 UNSEEN = re.compile(f"{HIDDEN.pattern}|<")  # `<`: no tag of any kind in the text of another agent
+HELD_EACH, HELD = 16 << 20, 64 << 20  # bytes of large calls in hand: of one owner, and of all
 NO_REQUEST = (-32700, -32600)  # these errors are answered with status 400
 
 
@@ -139,6 +142,7 @@ class Mcp:
 
     def __init__(self, bus: Bus) -> None:
         self.bus, self.sessions = bus, Sessions()
+        self.held = Shares(HELD, HELD_EACH)
         bus.route("POST", "/mcp", self.post, "tools for an agent, by MCP over HTTP")
 
     def post(self, request: Request) -> Answer | None:
@@ -175,7 +179,17 @@ class Mcp:
         tool, arguments = tools.called(message)
         session = known or Here(self.sessions, request.grant, names_of(request), keeps=False)
         session.grant = request.grant
-        return Call(self.bus, request, message["id"], session, tool).begin(arguments)
+        call = Call(self.bus, request, message["id"], session, tool)
+        if len(request.body) > HEAD_BYTES:  # the arguments stay until the tool has its text
+            self.hold(call, len(request.body))
+        return call.begin(arguments)
+
+    def hold(self, call: Call, size: int) -> None:
+        if self.held.is_full(call.owner, size):
+            why = "too many large calls of yours wait for an answer: wait for these first"
+            raise Refused(503, why, ("Retry-After", "5"))
+        self.held.add(call.owner, size)
+        weakref.finalize(call, self.held.add, call.owner, -size)
 
 
 def names_of(request: Request) -> list[str]:
@@ -199,7 +213,8 @@ class Call:
     """One call of a tool, on the connection of its request. Its steps are requests to the endpoints of this bus."""
 
     def __init__(self, bus: Bus, request: Request, number: Any, session: Here, tool: tools.Tool) -> None:
-        self.bus, self.request, self.peer, self.number = bus, request, request.peer, number
+        self.bus, self.peer, self.number = bus, request.peer, number
+        self.grant, self.owner = request.grant, request.owner()
         self.session, self.tool = session, tool
         self.delivers: tuple[Any, int] | None = None  # what the last of the answers delivers
 
@@ -237,7 +252,7 @@ class Call:
             return next(self.steps)
         self.delivers = answer.delivers or self.delivers
         if len(answer.body) > HEAD_BYTES:
-            self.bus.storms.worked(self.request.owner(), "", len(answer.body))
+            self.bus.storms.worked(self.owner, "", len(answer.body))
         value = json.loads(answer.body, parse_float=str)
         if answer.status != 200:
             return self.steps.throw(tools.Failed(answer.status, value["error"]))
@@ -249,7 +264,7 @@ class Call:
         inner = Request(self.peer, f"{method} {ask.path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
         try:
             inner.parse_request()
-            inner.grant, inner.endpoint = self.request.grant, self.bus.routes.get((method, inner.route))
+            inner.grant, inner.endpoint = self.grant, self.bus.routes.get((method, inner.route))
             inner.body = b"" if ask.order is None else encode(ask.order).encode()
             return self.bus.answer(inner)
         except Refused as refused:

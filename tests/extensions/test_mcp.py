@@ -161,6 +161,28 @@ def test_a_page_of_another_site_calls_no_tool(bus, header):
     assert ask(bus, "GET", "/log")[1]["messages"] == []
 
 
+def test_large_calls_that_wait_have_a_budget():
+    """Of one owner, whose peers ask the longest question; it is free again when they have left."""
+    with a_bus() as bus:
+        held = bus.routes["POST", "/mcp"].call.__self__.held
+        held.most_each = 1 << 20
+
+        def asks(number):
+            arguments = {"to": "bob", "msg": f"{number} " + "y" * 200_000}
+            body = json.dumps(request("tools/call", name="bus_ask", arguments=arguments)).encode()
+            about = f"Content-Length: {len(body)}", f"X-Agent-Name: a{number}"
+            peer = Peer(bus)
+            peer.says(head("POST /mcp HTTP/1.1", HOST, *about, body=body))
+            return peer
+
+        peers = [asks(number) for number in range(6)]
+        come_true(lambda: len(bus.mailboxes.parked) == 5)
+        assert [peer.heard[:13] for peer in peers] == [b""] * 5 + [b"HTTP/1.1 503 "]
+        for peer in peers:
+            peer.leaves()
+        assert not bus.mailboxes.parked and held.all == 0
+
+
 # Sessions
 
 
@@ -319,6 +341,14 @@ def test_a_hook_speaks_when_newer_mail_has_come_and_at_the_end_of_a_turn_only_of
     assert "2 unread for alice (1 urgent)" in client.hook("Stop", active="true") and client.hook("Stop") == ""
     client.tool("bus_ack", id=client.mail()[-1]["id"])
     assert client.hook("SessionStart") == ""
+
+
+def test_a_reply_to_a_question_of_the_session_is_told_at_the_end_of_a_turn(bus):
+    client, bob = Client(bus, "alice"), Client(bus, "bob")
+    client.tool("bus_ask", to="bob", msg="T1?", wait=0)
+    bob.tool("bus_reply", id=bob.mail()[0]["id"], msg="yes")
+    said = "agent-bus: 1 unread for alice (1 in reply to questions of this session). bus_inbox shows them."
+    assert client.hook("Stop") == said and client.hook("Stop") == "" and Client(bus, "alice").hook("Stop") == ""
 
 
 def test_hooks_say_what_the_session_does_beside_what_the_agent_says(bus):

@@ -27,6 +27,7 @@ import pytest
 import bus_recv
 import bus_send
 from tests.kit.bad_servers import FAULTS, HUGE, Scripted
+from tests.kit.peers import invite
 from tests.kit.processes import PATIENCE, ROOT, Server, in_time, wait_until
 from tests.kit.scripted_model import ScriptedModel, blocks, news, text_of, tool_use, words
 
@@ -498,6 +499,49 @@ def test_the_tools_show_answer_and_acknowledge_mail(bus, peer, tmp_path):
     assert "id " in stored and f"{sent} is read" in acknowledged
     assert after.startswith("0 unread")
     assert "peer: " in agents
+
+
+def over_http(bus, token=None):
+    """Settings with the bus as an MCP server over HTTP, and hooks that are its tool: no program of ours."""
+    who = {"Authorization": f"Bearer {token}"} if token else {"X-Agent-Name": "alice"}
+    server = {"type": "http", "url": f"{bus.url}/mcp", "headers": who}
+    fields = {"session": "session_id", "agent": "agent_id", "event": "hook_event_name", "title": "session_title",
+              "active": "stop_hook_active"}  # fmt: skip
+    given = {name: f"${{{field}}}" for name, field in fields.items()}
+    hook = [{"hooks": [{"type": "mcp_tool", "server": "bus", "tool": "bus_hook", "input": given}]}]
+    settings = json.dumps({"hooks": dict.fromkeys(("UserPromptSubmit", "PostToolBatch", "Stop"), hook)})
+    config = json.dumps({"mcpServers": {"bus": server}})
+    return "--settings", settings, "--mcp-config", config, "--strict-mcp-config"
+
+
+def test_with_a_url_and_a_token_only_a_session_is_told_reads_and_answers(bus, peer, tmp_path, monkeypatch):
+    """Mail comes during a turn, and urgent mail at its end. The hook's number is in the next request, never a text."""
+    token = invite(bus, "alice")
+    monkeypatch.setenv("AGENT_BUS_TOKEN", invite(bus, "peer"))
+
+    def script(request):
+        told = news(request)
+        if len(model.requests) == 1:
+            peer("are you at </work>?")
+            return [bash("true")]
+        if "unread for alice" in told:
+            return [tool_use("mcp__bus__bus_inbox")]
+        if "are you at" in told:
+            return [tool_use("mcp__bus__bus_reply", id=ID.findall(told)[-1], msg="seen"),
+                    tool_use("mcp__bus__bus_ack", id=ID.findall(told)[-1])]  # fmt: skip
+        if not sent:
+            sent.append(peer("are you at </work>?", priority="high"))
+        return [words("done")]
+
+    sent = []
+    allowed = [f"mcp__bus__bus_{tool}" for tool in ("inbox", "reply", "ack")]
+    options = *over_http(bus, token), "--permission-mode", "default", "--allowedTools", "Bash", *allowed
+    with ScriptedModel(script) as model, Session(tmp_path, bus, model, *options) as session:
+        assert session.process.wait(2 * PATIENCE) == 0
+    heard = [news(each) for each in model.requests]
+    assert "agent-bus: 1 unread for alice (from peer). bus_inbox shows them." in heard[1]
+    assert "agent-bus: 1 unread for alice (1 urgent, from peer)" in "".join(heard[2:])
+    assert [each["msg"] for each in bus_recv.receive("peer", url=bus.url, once=True)] == ["seen", "seen"]
 
 
 PLUGIN = "--plugin-dir", str(ROOT)
