@@ -146,6 +146,8 @@ def grouped(**more: Any) -> Callable[[str], dict[str, Any]]:
     return lambda command: {"hooks": [{"type": "command", "command": command, **more}]}
 
 
+# Gemini CLI keeps variables with such names from a server, unless its entry names them; empty ones are as good as none.
+KEPT_BACK = {"AGENT_BUS_TOKEN": "${AGENT_BUS_TOKEN:-}"}
 # Codex gives a server only the variables that its entry names.
 FORWARDED = [
     *(f"AGENT_BUS_{name}" for name in "URL TOKEN TOKEN_FILE CA CHANNEL PROFILE STATE_DIR".split()),
@@ -180,7 +182,7 @@ AGENTS = {
     "gemini": Agent(
         "Gemini CLI",
         File("", "~/.gemini", "settings.json", ("mcpServers", SERVER)),
-        plain,
+        lambda command, variables: plain(command, {**variables, **KEPT_BACK}),
         lambda url, headers: {"httpUrl": url, "headers": headers},
         "${{{}}}",
         File("", "~/.gemini", "settings.json", ("hooks",)),
