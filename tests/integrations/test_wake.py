@@ -204,7 +204,7 @@ needs_claude = pytest.mark.skipif(not binary("claude"), reason="no claude binary
 
 @needs_claude
 @pytest.mark.slow("two turns of Claude Code")
-def test_the_real_claude_code_is_woken_in_its_session(agent, bus, tmp_path, monkeypatch):
+def test_the_real_claude_is_woken_in_its_session(agent, bus, tmp_path, monkeypatch):
     with ScriptedModel(lambda request: [words("done")]) as model:
         session = Session(tmp_path, bus, model, "--permission-mode", "default")
         with session:
