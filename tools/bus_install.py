@@ -1,24 +1,26 @@
 #!/usr/bin/env python3
 """Connect an agent program to the bus, or start the bus at login; and take that away again.
 
-    python3 tools/bus_install.py install claude                 # tools and hooks, in every session of Claude Code
-    python3 tools/bus_install.py install codex --dry-run        # what would be written, and nothing is
+    python3 tools/bus_install.py install claude
+    python3 tools/bus_install.py install codex --dry-run
     python3 tools/bus_install.py install gemini --http --url http://10.0.0.5:8080 --name alice
-    python3 tools/bus_install.py install service --port 8080    # the bus runs whenever this user is logged in
+    python3 tools/bus_install.py install service --port 8080
     python3 tools/bus_install.py uninstall claude
 
 An agent program gets the MCP server `bus` and, where it has hooks, the hook that tells of waiting mail. AGENTS is the
 table of them: which files, and what is written there. What else is in these files stays as it is, with its comments.
 What the files were before is kept in the state directory, so `uninstall` leaves every byte as it was; if somebody
-changed a file meanwhile, only our entries go. With --http the program needs a URL and a token only; then the server is
-POST /mcp of the bus, and nothing of ours runs on the machine.
+changed a file meanwhile, only our entries go. --dry-run shows the difference and changes nothing. With --http the
+program needs a URL and a token only; then the server is POST /mcp of the bus, and nothing of ours runs on the
+machine.
 
 What is written names this program's own files, so it works in every folder; after you move or remove this program,
 install again. No token is written: it is in AGENT_BUS_TOKEN, or in our configuration file.
 
-`service` writes a unit for systemd's user manager, or on macOS an agent for launchd (which nobody has tried yet).
-All take the AGENT_BUS_... variables of now along, except secrets and names. The bus of a service has the options that
-follow the word. Exit code: 0 done, 1 refused (another's file or entry is in the way), 2 usage.
+`service` writes a unit for systemd's user manager, or on macOS an agent for launchd (which nobody has tried yet): the
+bus runs whenever this user is logged in. All take the AGENT_BUS_... variables of now along, except secrets and names.
+The bus of a service has the options that follow the word.
+Exit code: 0 done, 1 refused (another's file or entry is in the way), 2 usage.
 """
 
 from __future__ import annotations
@@ -524,11 +526,13 @@ def install_service(options: Sequence[str]) -> int:
     path, command = service_file(), [*ours("agent-bus", HERE, "agent_bus.py"), "serve", *options]
     state = os.environ.get("XDG_STATE_HOME", "")  # where the database is
     replace(path, (launchd if sys.platform == "darwin" else systemd)(command, state))
-    tell(f"the bus starts when you log in: {path}")
+    tell(f"wrote {path}: with it, the bus starts when you log in")
     if sum(not manage(step) for step in STEPS[sys.platform == "darwin"]["install"]):  # each, for the user sees its line
+        complain("the file is written, but the bus does not run yet")
         return 1
-    if sys.platform != "darwin":
-        tell("its state: systemctl --user status agent-bus; to keep it when you log out: loginctl enable-linger")
+    for line in AFTERWARDS[sys.platform == "darwin"]:
+        tell(line.replace("FILE", shlex.quote(path)))
+    tell(f"to take it away: {bus_recv.called('python3 tools/agent_bus.py uninstall', 'uninstall')} service")
     return 0
 
 
@@ -543,7 +547,7 @@ def uninstall_service() -> int:
     remove_empty(os.path.dirname(path))
     for step in steps[1:]:
         manage(step)
-    tell(f"{path} is removed, and the bus that it started is stopped; the messages stay")
+    tell(f"removed {path}, and stopped the bus that it started; the messages stay where they are")
     return 0
 
 
@@ -595,6 +599,20 @@ STEPS: dict[bool, dict[str, list[list[str]]]] = {  # by: is this macOS?
         ],
     },
     True: {"install": [["launchctl", "load", "-w", "FILE"]], "uninstall": [["launchctl", "unload", "-w", "FILE"]]},
+}
+
+
+AFTERWARDS = {  # what the user wants to know once it runs
+    False: [
+        "the bus runs now; its state: systemctl --user status agent-bus",
+        "its log: journalctl --user -u agent-bus -f",
+        "to stop it and start it: systemctl --user stop agent-bus, systemctl --user start agent-bus",
+        "to keep it when you log out: loginctl enable-linger",
+    ],
+    True: [
+        "the bus runs now; its state: launchctl list agent-bus",
+        "to stop it and start it: launchctl unload FILE, launchctl load FILE",
+    ],
 }
 
 
