@@ -207,8 +207,9 @@ needs_claude = pytest.mark.skipif(not binary("claude"), reason="no claude binary
 def test_the_real_claude_is_woken_in_its_session(agent, bus, tmp_path, monkeypatch):
     with ScriptedModel(lambda request: [words("done")]) as model:
         session = Session(tmp_path, bus, model, "--permission-mode", "default")
+        session.command[0] = binary("claude")
         with session:
-            assert session.process.wait(PATIENCE) == 0
+            assert session.process.wait(3 * PATIENCE) == 0
         number = re.search('"session_id":"([0-9a-f-]{36})"', session.out.read_text())[1]
         for name, value in session.env.items():
             monkeypatch.setenv(name, value)
