@@ -15,10 +15,10 @@ import pytest
 
 from tests.clients.test_install import files_of
 from tests.integrations.test_end_to_end import CLAUDE
-from tests.kit.dialects import DIALECTS
+from tests.kit.dialects import DIALECTS, tools_of
 from tests.kit.peers import invite, post
 from tests.kit.processes import ROOT, Server
-from tests.kit.scripted_model import ScriptedModel, news, tool_use, tools_of, words
+from tests.kit.scripted_model import ScriptedModel, news, tool_use, words
 from tools import bus_edit, bus_install
 
 FOLDER = os.environ.get("AGENT_BUS_AGENTS")
