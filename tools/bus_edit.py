@@ -151,6 +151,7 @@ def cut(text: str, path: Path) -> str:
         end = comma + 1
     if "\n" in text[begin : part.begin] and not re.match(r"[ \t]*\r?\n", text[end:]):
         begin = part.begin  # what stands before may be a comment up to the end of its line
+        end += len(text[end:]) - len(text[end:].lstrip(" \t"))
     head, tail = text[:begin], text[end:]
     if text[comma] != "," and number:
         comma = after_blank(text, place.parts[keys[number - 1]].end)

@@ -10,15 +10,17 @@
 An agent program gets the MCP server `bus` and, where it has hooks, the hook that tells of waiting mail. AGENTS is the
 table of them: which files, and what is written there. What else is in these files stays as it is, with its comments.
 What the files were before is kept in the state directory, so `uninstall` leaves every byte as it was; if somebody
-changed a file meanwhile, only our entries go. With --http the program needs a URL and a token only; then the server is
-POST /mcp of the bus, and nothing of ours runs on the machine.
+changed a file meanwhile, only our entries go. --dry-run shows the difference and changes nothing. With --http the
+program needs a URL and a token only; then the server is POST /mcp of the bus, and nothing of ours runs on the
+machine.
 
 What is written names this program's own files, so it works in every folder; after you move or remove this program,
 install again. No token is written: it is in AGENT_BUS_TOKEN, or in our configuration file.
 
-`service` writes a unit for systemd's user manager, or on macOS an agent for launchd (which nobody has tried yet).
-All take the AGENT_BUS_... variables of now along, except secrets and names. The bus of a service has the options that
-follow the word. Exit code: 0 done, 1 refused (another's file or entry is in the way), 2 usage.
+`service` writes a unit for systemd's user manager, or on macOS an agent for launchd (which nobody has tried yet): the
+bus runs whenever this user is logged in. All take the AGENT_BUS_... variables of now along, except secrets and names.
+The bus of a service has the options that follow the word.
+Exit code: 0 done, 1 refused (another's file or entry is in the way), 2 usage.
 """
 
 from __future__ import annotations
@@ -146,6 +148,8 @@ def grouped(**more: Any) -> Callable[[str], dict[str, Any]]:
     return lambda command: {"hooks": [{"type": "command", "command": command, **more}]}
 
 
+# Gemini CLI keeps variables with such names from a server, unless its entry names them; empty ones are as good as none.
+KEPT_BACK = {"AGENT_BUS_TOKEN": "${AGENT_BUS_TOKEN:-}"}
 # Codex gives a server only the variables that its entry names.
 FORWARDED = [
     *(f"AGENT_BUS_{name}" for name in "URL TOKEN TOKEN_FILE CA CHANNEL PROFILE STATE_DIR".split()),
@@ -180,7 +184,7 @@ AGENTS = {
     "gemini": Agent(
         "Gemini CLI",
         File("", "~/.gemini", "settings.json", ("mcpServers", SERVER)),
-        plain,
+        lambda command, variables: plain(command, {**variables, **KEPT_BACK}),
         lambda url, headers: {"httpUrl": url, "headers": headers},
         "${{{}}}",
         File("", "~/.gemini", "settings.json", ("hooks",)),

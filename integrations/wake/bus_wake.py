@@ -2,7 +2,8 @@
 """Wake an agent whose program is closed, or idle, when urgent mail waits for it: start a turn of its session.
 
     python3 integrations/wake/bus_wake.py alice claude SESSION_ID --folder ~/project
-    python3 integrations/wake/bus_wake.py alice codex THREAD_ID                          # also an idle terminal
+    python3 integrations/wake/bus_wake.py alice codex THREAD_ID                          # an open terminal
+    python3 integrations/wake/bus_wake.py alice codex-exec THREAD_ID --folder ~/project  # a closed one
     python3 integrations/wake/bus_wake.py alice opencode http://127.0.0.1:4096/SESSION_ID
 
 It runs until it is stopped. The policy: only messages with the priority `high` wake (--any: all), each once; never
@@ -62,7 +63,13 @@ def claude(session: str, text: str) -> None:
 
 
 def codex(session: str, text: str) -> None:
+    """An open terminal that is idle starts a turn; a closed one has the message when it is opened again."""
     run(["codex", "queue", "--thread", session, "--message", text], "")
+
+
+def codex_exec(session: str, text: str) -> None:
+    """A turn without a terminal, in a folder that Codex trusts or that is under git."""
+    run(["codex", "exec", "resume", session, "-"], text)
 
 
 def opencode(place: str, text: str) -> None:
@@ -80,7 +87,12 @@ def opencode(place: str, text: str) -> None:
         raise Failed(f"OpenCode at {server}: {error}") from None
 
 
-RECIPES: dict[str, Callable[[str, str], None]] = {"claude": claude, "codex": codex, "opencode": opencode}
+RECIPES: dict[str, Callable[[str, str], None]] = {
+    "claude": claude,
+    "codex": codex,
+    "codex-exec": codex_exec,
+    "opencode": opencode,
+}
 
 
 def run(command: list[str], text: str) -> None:

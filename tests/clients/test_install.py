@@ -247,6 +247,23 @@ def test_the_hooks_of_others_stay_also_in_one_group_with_ours(name, install, hou
     assert json.dumps(left).count("bus_hook.py --wait") == len(left) and "--format" not in json.dumps(left)
 
 
+@pytest.mark.parametrize(
+    "text, left",
+    [
+        ('{ // c\n "bus": 1, "d": 2}', '{ // c\n "d": 2}'),
+        ('{"a": 1, // c\n "bus": 1}', '{"a": 1 // c\n }'),
+        ('{"a": 1, // c\n "bus": 1\n}', '{"a": 1 // c\n}'),
+        ('{"bus": 1, "d": 2}', '{ "d": 2}'),
+        ('{"a": 1, "bus": 1 /* c */, "d": 2}', '{"a": 1, "d": 2}'),
+        ('{"a": [1], "bus": 1,}', '{"a": [1],}'),
+        ('{"bus": 1,}', "{}"),
+        ('{"bus": 1 // c\n}', "{ // c\n}"),
+    ],
+)
+def test_an_entry_that_somebody_has_moved_goes_alone(text, left):
+    assert bus_edit.without("json", text, lambda path, of: path == ("bus",), None) == left
+
+
 def test_random_texts_come_back_after_an_edit():
     """JSON of any shape, with comments, commas and white space anywhere."""
     dice = random.Random(18)

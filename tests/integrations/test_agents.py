@@ -15,15 +15,15 @@ import pytest
 
 from tests.clients.test_install import files_of
 from tests.integrations.test_end_to_end import CLAUDE
-from tests.kit.dialects import DIALECTS
+from tests.kit.dialects import DIALECTS, tools_of
 from tests.kit.peers import invite, post
 from tests.kit.processes import ROOT, Server
-from tests.kit.scripted_model import ScriptedModel, news, tool_use, tools_of, words
+from tests.kit.scripted_model import ScriptedModel, news, tool_use, words
 from tools import bus_edit, bus_install
 
 FOLDER = os.environ.get("AGENT_BUS_AGENTS")
 TURN_SECONDS = 120  # for one turn of one program; Gemini CLI takes 6 s where nothing else runs
-NOWHERE = "http://127.0.0.1:9"
+OFFLINE = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9", "no_proxy": "127.0.0.1"}
 
 pytestmark = pytest.mark.slow("each program is started three times")
 
@@ -121,9 +121,8 @@ class Used:
             token, peers = invite(bus, "alice"), invite(bus, "peer")
             its = {variable: self.filled(value) for variable, value in self.program.environment.items()}
             own = {"HOME": str(self.home), "AGENT_BUS_STATE_DIR": str(place / "state"), "TERM": "xterm-256color"}
-            alone = {"http_proxy": NOWHERE, "https_proxy": NOWHERE, "no_proxy": "127.0.0.1"}
             known = {"AGENT_BUS_URL": bus.url, "AGENT_NAME": "alice", "AGENT_BUS_TOKEN": token}
-            self.env = {"PATH": os.environ["PATH"], **own, **alone, **known, **its}
+            self.env = {"PATH": os.environ["PATH"], **own, **OFFLINE, **known, **its}
             for path, text in self.program.settings.items():
                 (self.home / path).parent.mkdir(parents=True, exist_ok=True)
                 (self.home / path).write_text(self.filled(text))

@@ -10,9 +10,10 @@ import pytest
 
 import bus_server
 from tests.integrations.test_end_to_end import CLAUDE
+from tests.kit.dialects import tools_of
 from tests.kit.peers import invite, post
 from tests.kit.processes import PATIENCE, ROOT
-from tests.kit.scripted_model import ScriptedModel, news, tool_use, tools_of, words
+from tests.kit.scripted_model import ScriptedModel, news, tool_use, words
 
 FOLDER = ROOT / "integrations" / "claude_code_http"
 PLUGIN = json.loads((FOLDER / ".claude-plugin" / "plugin.json").read_text())

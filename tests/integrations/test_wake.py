@@ -14,7 +14,7 @@ import pytest
 import bus_recv
 import bus_send
 from integrations.wake import bus_wake
-from tests.integrations.test_agents import PROGRAMS, binary
+from tests.integrations.test_agents import OFFLINE, PROGRAMS, binary
 from tests.integrations.test_end_to_end import Session
 from tests.kit.bad_servers import Scripted, answer
 from tests.kit.dialects import DIALECTS
@@ -174,9 +174,9 @@ def test_opencode_is_woken_by_a_prompt(agent, monkeypatch):
 def test_no_recipe_skips_a_permission(monkeypatch):
     ran = []
     monkeypatch.setattr(bus_wake, "run", lambda command, text: ran.append(" ".join([*command, text])))
-    for recipe in (bus_wake.claude, bus_wake.codex):
+    for recipe in (bus_wake.claude, bus_wake.codex, bus_wake.codex_exec):
         recipe("s", "text")
-    assert len(ran) == 2 and not re.search("danger|bypass|yolo|full-auto|accept|--sandbox|never", " ".join(ran))
+    assert len(ran) == 3 and not re.search("danger|bypass|yolo|full-auto|accept|--sandbox|never", " ".join(ran))
     assert bus_wake.main(["alice", "claude", "--once", "--", "--dangerously-skip-permissions"]) == 2
 
 
@@ -204,11 +204,12 @@ needs_claude = pytest.mark.skipif(not binary("claude"), reason="no claude binary
 
 @needs_claude
 @pytest.mark.slow("two turns of Claude Code")
-def test_the_real_claude_code_is_woken_in_its_session(agent, bus, tmp_path, monkeypatch):
+def test_the_real_claude_is_woken_in_its_session(agent, bus, tmp_path, monkeypatch):
     with ScriptedModel(lambda request: [words("done")]) as model:
         session = Session(tmp_path, bus, model, "--permission-mode", "default")
+        session.command[0] = binary("claude")
         with session:
-            assert session.process.wait(PATIENCE) == 0
+            assert session.process.wait(3 * PATIENCE) == 0
         number = re.search('"session_id":"([0-9a-f-]{36})"', session.out.read_text())[1]
         for name, value in session.env.items():
             monkeypatch.setenv(name, value)
@@ -222,6 +223,30 @@ def test_the_real_claude_code_is_woken_in_its_session(agent, bus, tmp_path, monk
     assert "the body" not in last
 
 
+@pytest.mark.skipif(not binary("codex"), reason="no codex: `make agents` installs it, and tries it")
+@pytest.mark.slow("three turns of Codex")
+def test_the_real_codex_is_woken_in_its_session(agent, tmp_path, monkeypatch):
+    """A closed one: at once by codex-exec; by codex when it is opened again."""
+    (tmp_path / "work").mkdir()
+    (tmp_path / "bin" / "codex").unlink()
+    (tmp_path / "bin" / "codex").symlink_to(binary("codex"))
+    subprocess.run(["git", "init", "-q", tmp_path / "work"], check=True)
+    with ScriptedModel(lambda request: [words("done")], DIALECTS) as model:
+        (tmp_path / "home" / ".codex").mkdir(parents=True)
+        settings = PROGRAMS["codex"].settings[".codex/config.toml"].replace("MODEL", model.url)
+        (tmp_path / "home" / ".codex" / "config.toml").write_text(settings)
+        monkeypatch.setenv("HOME", str(tmp_path / "home"))
+        begun = subprocess.run(["codex", "exec", "begin"], cwd=tmp_path / "work", stdin=subprocess.DEVNULL,
+                               capture_output=True, text=True, timeout=3 * PATIENCE)  # fmt: skip
+        thread = re.search("session id: (\\S+)", begun.stderr)[1]
+        for text, program in (("the body", "codex"), ("another body", "codex-exec")):
+            agent.send(text, priority="high")
+            assert "was woken" in agent.look("--folder", str(tmp_path / "work"), program=program, session=thread)
+        told = model.heard()
+    assert "begin" in told and "1 unread for alice (1 urgent)" in told and "2 unread for alice (2 urgent)" in told
+    assert "the body" not in told and "another body" not in told
+
+
 @pytest.mark.skipif(not binary("opencode"), reason="no opencode: `make agents` installs it, and tries it")
 @pytest.mark.slow("starts the server of OpenCode")
 def test_the_real_opencode_is_woken_in_its_session(agent, tmp_path):
@@ -230,15 +255,16 @@ def test_the_real_opencode_is_woken_in_its_session(agent, tmp_path):
         for path, text in program.settings.items():
             (tmp_path / "home" / path).parent.mkdir(parents=True)
             (tmp_path / "home" / path).write_text(text.replace("MODEL", model.url))
-        env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path / "home"), **program.environment}
+        env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path / "home"), **OFFLINE, **program.environment}
         command = [binary("opencode"), "serve", "--port", str(port)]
         with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as server:
             try:
                 wait_until(lambda: "listening" in server.stdout.readline(), 60)
                 made = bus_recv.exchange(f"http://127.0.0.1:{port}", "/session", b"{}", PATIENCE)[0]
                 agent.send("the body", priority="high")
-                agent.look(program="opencode", session=f"http://127.0.0.1:{port}/{made['id']}")
-                wait_until(lambda: "1 unread for alice (1 urgent)" in model.heard())
+                said = agent.look(program="opencode", session=f"http://127.0.0.1:{port}/{made['id']}")
+                assert "alice was woken" in said
+                wait_until(lambda: "1 unread for alice (1 urgent)" in model.heard(), 60)
             finally:
                 server.terminate()
     assert "the body" not in model.heard()

@@ -9,6 +9,11 @@ import json
 from tests.kit import scripted_model as kit
 
 
+def tools_of(request):
+    """The names of the tools that a model may call."""
+    return [tool["name"] for tool in request["tools"]]
+
+
 def of_anything(content):
     """Blocks of text, of the many ways to write one."""
     if isinstance(content, list):
