@@ -59,7 +59,8 @@ if sys.version_info < (3, 9) and (needs := "bus_recv.py needs Python 3.9 or late
 
 HOLD_SECONDS = 25.0  # the bus may hold a poll; common proxies cut a quiet request after 30 s
 LOUD_SECONDS = 60.0  # after so much outage the user is told: silence must not look like health
-GREET_SECONDS = 0.3  # after a bus was found; a refused poll is answered sooner
+# After a bus was found (a refused poll is answered sooner); and for the last request of a reader that ends.
+GREET_SECONDS, LEAVE_SECONDS = 0.3, 2.0
 TELL_SECONDS, LOCK_SECONDS = 0.2, 3.0  # until we say that another reads as this name; and that we wait for its end
 
 # A Monitor of Claude Code cuts or drops what exceeds its limits; these are a little lower. In UTF-16 units: a line has
@@ -233,8 +234,8 @@ class Reader:
 
     def take_up(self, answer: dict[str, Any]) -> None:
         """Go on with our cursor on the bus that answers. `since`, if the caller gave it, is for the first bus only."""
-        self.bus = str(answer.get("bus", OLD_CONTRACT))
-        self.cursor = self.open_cursor(self.bus, self.channel, self.names[0], self.warn)
+        bus = str(answer.get("bus", OLD_CONTRACT))
+        self.cursor, self.bus = self.open_cursor(bus, self.channel, self.names[0], self.warn), bus
         since, self.since = moment(str(self.since or self.cursor.at), self.bus_time), None
         if self.bus == OLD_CONTRACT:
             now = min(str(answer.get("now")), f"{self.clock.time() + AHEAD_SECONDS:.6f}", key=seconds_of)
@@ -242,6 +243,12 @@ class Reader:
         elif since == "now" or seconds_of(since) > seconds_of(self.cursor.at):
             self.tell_passed(since)
         self.cursor.at = since
+
+    def close(self) -> None:
+        """Tell the bus that this reader ends, and how far it has read. An older bus takes that for a look (peek)."""
+        if self.bus not in (None, OLD_CONTRACT) and not self.failures:
+            with contextlib.suppress(Refused, Unreachable, ValueError):  # the bus finds it out by itself, later
+                ask(self.url, f"/recv?peek=true&ack=true&leave=true&max=1&{self.query()}", LEAVE_SECONDS)
 
     def tell_passed(self, since: str) -> None:
         """Warn of the mail between the saved cursor and `since`: we do not get it. A look (peek) takes none of it."""
@@ -411,10 +418,8 @@ def settings(url: str | None = None) -> dict[str, str]:
     own = {name: value for name, value in os.environ.items() if name.startswith("AGENT_") and value}
     file = {"AGENT_BUS_URL": DEFAULT_URL, **configuration()[1]}
     wanted = url or own.get("AGENT_BUS_URL", file["AGENT_BUS_URL"])
-    if wanted.rstrip("/") != file["AGENT_BUS_URL"].rstrip("/"):
-        file = {}
-    if "AGENT_BUS_TOKEN_FILE" in own:  # else the token in the file would come before it
-        file.pop("AGENT_BUS_TOKEN", None)
+    file = file if wanted.rstrip("/") == file["AGENT_BUS_URL"].rstrip("/") else {}
+    "AGENT_BUS_TOKEN_FILE" in own and file.pop("AGENT_BUS_TOKEN", None)  # else the file's token would come before it
     return {**file, **own, "AGENT_BUS_URL": wanted}
 
 
@@ -838,8 +843,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return run_tool(options.tool, argv) if options.tool else show(options.read) if options.read else listen(options)
     except (KeyboardInterrupt, Refused, Unreachable, Busy, ValueError, OSError) as error:
-        if not isinstance(error, (KeyboardInterrupt, BrokenPipeError)):  # the latter: nobody reads us any more
-            complain(str(error))
+        # BrokenPipeError: nobody reads us any more.
+        isinstance(error, (KeyboardInterrupt, BrokenPipeError)) or complain(str(error))
         return {KeyboardInterrupt: 130, BrokenPipeError: 0, Refused: 1, Unreachable: 75}.get(type(error), 2)
 
 
@@ -872,12 +877,13 @@ def listen(options: argparse.Namespace) -> int:
     greeting = threading.Timer(GREET_SECONDS, complain, [f"listening as {', '.join(reader.names)} on {reader.url}"])
     greeting.daemon = True  # a refusal ends this process before it
     reader.greet = bool if options.once or timeout == 0 else greeting.start
-    if options.monitor or not (options.exec or options.json) and sys.stdout and stat.S_ISSOCK(os.fstat(1).st_mode):
-        show_blocks(reader, reader.answers(options.once, timeout), 0 if options.once else SETTLE_SECONDS)
-        return 0 if reader.came else 3
-    for message in reader.messages(options.once, timeout):
-        text = f"{dump(message)}\n" if options.json else block(message, names[0], reader.bus_time, whole=True)
-        run_command(options.exec, options.tries, reader, message) if options.exec else emit(text)
+    with contextlib.closing(reader):
+        if options.monitor or not (options.exec or options.json) and sys.stdout and stat.S_ISSOCK(os.fstat(1).st_mode):
+            show_blocks(reader, reader.answers(options.once, timeout), 0 if options.once else SETTLE_SECONDS)
+            return 0 if reader.came else 3
+        for message in reader.messages(options.once, timeout):
+            text = f"{dump(message)}\n" if options.json else block(message, names[0], reader.bus_time, whole=True)
+            run_command(options.exec, options.tries, reader, message) if options.exec else emit(text)
     return 0 if reader.came else 3
 
 

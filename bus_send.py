@@ -229,10 +229,8 @@ def settings(url: str | None = None) -> dict[str, str]:
     own = {name: value for name, value in os.environ.items() if name.startswith("AGENT_") and value}
     file = {"AGENT_BUS_URL": DEFAULT_URL, **configuration()[1]}
     wanted = url or own.get("AGENT_BUS_URL", file["AGENT_BUS_URL"])
-    if wanted.rstrip("/") != file["AGENT_BUS_URL"].rstrip("/"):
-        file = {}
-    if "AGENT_BUS_TOKEN_FILE" in own:  # else the token in the file would come before it
-        file.pop("AGENT_BUS_TOKEN", None)
+    file = file if wanted.rstrip("/") == file["AGENT_BUS_URL"].rstrip("/") else {}
+    "AGENT_BUS_TOKEN_FILE" in own and file.pop("AGENT_BUS_TOKEN", None)  # else the file's token would come before it
     return {**file, **own, "AGENT_BUS_URL": wanted}
 
 

@@ -3851,12 +3851,12 @@ class Mailboxes:
         if not own.own and poll.me != EVERYONE:  # `all` is nobody's own
             own.own = True
 
-    def left(self, parked: Parked) -> None:
-        """A parked reader hung up. Its names count as listening for GRACE only, unless another reader waits there."""
+    def left(self, parked: Parked, grace: float = GRACE) -> None:
+        """A reader hung up, or says that it leaves: its names listen for `grace` s only, unless another waits there."""
         for own in parked.present():
             if (str(parked.channel), own) not in self.waiting:
                 box = self.box(str(parked.channel), own)
-                box.until = min(box.until, self.clock() + GRACE)
+                box.until = min(box.until, self.clock() + grace)
 
     def online(self, box: Mailbox) -> bool:
         """From the start of its last poll until GRACE after its hold. Presence is derived, never declared."""
@@ -4676,9 +4676,14 @@ class Receiving:
             connection.wait(PARKED, 0)  # the newest still live; not answered in here, as each may poll again
         return None
 
-    def peek(self, poll: Poll) -> Answer:
-        """The answer to a poll that takes nothing: no cursor is presented, and nothing becomes fetched."""
+    def peek(self, poll: Poll, ack: bool) -> Answer:
+        """The answer to a poll that takes nothing: nothing becomes fetched. Its cursor is presented if `ack` is true."""
+        ack = ack and poll.since > 0
         poll = poll._replace(since=self.bus.last if poll.since == NOW else min(poll.since, self.bus.last))
+        if ack:
+            self.mailboxes.owned(poll)
+            self.mailboxes.presented(poll)
+            self.bus.save_marks_soon()
         found, reached = self.read(poll)
         self.note_removed(poll)
         gap = self.mailboxes.gap(poll, self.mailboxes.perhaps_forgotten(poll))
@@ -4927,8 +4932,9 @@ def recv(bus: Bus, request: Request) -> Answer | None:
     if request.query().one("bus") not in (None, bus.state.bus):  # a cursor from another bus: say so, and mark nothing
         return delivery(bus, poll._replace(since=bus.last), [])
     bus.storms.name(request.owner(), bus.mailboxes.new(str(poll.channel), poll.names))
-    peek, resumes = request.query().flag("peek"), poll.since == LAST
-    if not peek:
+    peek, ack, leave = map(request.query().flag, ("peek", "ack", "leave"))
+    resumes = poll.since == LAST
+    if not (peek or ack or leave):
         bus.mailboxes.polled(poll, request.peer.address, bus.view.clock())
         bus.mailboxes.owned(poll)
         bus.save_marks_soon()
@@ -4938,8 +4944,10 @@ def recv(bus: Bus, request: Request) -> Answer | None:
         first = bus.view.oldest(str(poll.channel), str(poll.me), 0)
         bus.receiving.note_removed(poll)
         poll = bus.mailboxes.resume(poll, first, bus.last)
-    if peek:
-        return bus.receiving.peek(poll)
+    if leave:
+        bus.mailboxes.left(poll, 0.0)
+    if peek or ack or leave:
+        return bus.receiving.peek(poll, bool(ack) and not resumes)
     return bus.receiving.read_or_park(request, poll) if resumes else bus.receiving.look(request, poll)
 
 

@@ -193,7 +193,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         worker = Worker(options.names, options.channel, options.exec, options.lease)
         signal.signal(signal.SIGTERM, worker.stop)
         worker.warn = worker.announce = complain
-        worker.work(worker.answers(options.once, timeout))
+        with contextlib.closing(worker):
+            worker.work(worker.answers(options.once, timeout))
     except KeyboardInterrupt:
         return 130
     except (bus_recv.Refused, bus_recv.Unreachable, ValueError, OSError) as error:

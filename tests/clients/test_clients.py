@@ -497,6 +497,26 @@ def test_once_takes_all_that_waits():
         assert [json.loads(line)["id"] for line in out.splitlines()] == ["1", "2", "3"]
 
 
+@pytest.mark.parametrize("arguments", [["--once"], ["--exec", "true", "--once"], ["--monitor", "--once"]])
+def test_a_reader_that_ends_says_goodbye_with_its_cursor(arguments, home):
+    with Scripted(mail(message(1))) as server:
+        assert recv(server, *arguments)[0] == 0
+        (goodbye,) = server.left
+        asked = {name: goodbye.query[name] for name in ("to", "since", "ack", "leave", "bus")}
+        since = cursors(home)["b1/default/dell"]
+        assert asked == {"to": ["dell"], "since": since, "ack": "true", "leave": "true", "bus": "b1"}
+
+
+def test_a_reader_that_has_ended_is_not_listening(bus):
+    """By itself, or by a signal while the bus holds its poll."""
+    for arguments in (["--once", "--timeout", "0"], []):
+        process = program("bus_recv.py", "fresh", *arguments, env={"AGENT_BUS_URL": bus.url})
+        arguments or wait_until(lambda: bus_send.send("fresh", "1", url=bus.url, sender="a")["receiver"]["online"])
+        arguments or process.terminate()
+        process.communicate(timeout=PATIENCE)
+        assert not bus_send.send("fresh", "2", url=bus.url, sender="a")["receiver"]["online"]
+
+
 def test_a_page_that_was_for_others_is_not_the_end():
     with Scripted(mail(more=True, now=f"{NOON}.1"), mail(message(1))) as server:
         assert recv(server, "--timeout", "0")[0] == 0
