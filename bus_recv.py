@@ -435,6 +435,14 @@ def configuration() -> tuple[str, dict[str, str]]:
     return path, {line[1]: line[2] for line in lines if line and line[2]}
 
 
+def unused_file() -> str:
+    """For an error about a setting that is missing: the configuration file is of another bus, so it was not used."""
+    path, file = configuration()
+    url = file.get("AGENT_BUS_URL", DEFAULT_URL)
+    differs = file and url.rstrip("/") != settings()["AGENT_BUS_URL"].rstrip("/")
+    return f"; {path} is for {url}, which is not AGENT_BUS_URL, so it was not used" if differs else ""
+
+
 def private(path: str) -> str:
     """The text of a file that is ours, and that nobody else can read. Else ValueError says what to do."""
     try:
@@ -649,6 +657,8 @@ def visible(text: str) -> str:
 
 def complain(line: str, program: str = os.path.basename(__file__).partition(".")[0]) -> Any:
     """One line on stderr, if that is open. An empty `program` is left out; `line` may be whatever the bus has said."""
+    whole = os.path.basename(sys.argv[0])  # `agent-bus who`: what the user has typed
+    program = whole if program and whole.startswith(("agent-bus ", "agent_bus.py ")) else program
     return sys.stderr and sys.stderr.write(": ".join(filter(None, [program, visible(line.replace("\n", " "))])) + "\n")
 
 
@@ -869,7 +879,7 @@ def listen(options: argparse.Namespace) -> int:
     """Show the messages for these names, or run the command for each. The exit code."""
     names = ",".join(options.names or [settings().get("AGENT_NAME", "")]).split(",")
     if names == [""]:
-        raise ValueError("the name is missing: give NAME, or set AGENT_NAME")
+        raise ValueError(f"the name is missing: give NAME, or set AGENT_NAME{unused_file()}")
     reader = Reader(names, channel=options.channel, since=options.since)
     # A program that reads our JSON, or the output of the command, must get nothing else on stdout.
     reader.warn, reader.announce = complain, complain if options.json or options.exec else announce

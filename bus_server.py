@@ -150,7 +150,9 @@ def iso(tick: int) -> str:
 def name(text: Any, what: str) -> str:
     """The text, if it is a name; else Refused, which says `what` must be one."""
     if not isinstance(text, str) or not NAME.fullmatch(text):
-        raise Refused(400, f"{what} must be a name: 1 to 64 of A-Z a-z 0-9 . _ : @ - with a letter or digit first")
+        given = f", not {text[:64]!a}" if isinstance(text, str) else ""
+        names = "1 to 64 of A-Z a-z 0-9 . _ : @ - with a letter or digit first"
+        raise Refused(400, f"{what} must be a name: {names}{given}")
     return text
 
 
@@ -2115,7 +2117,7 @@ def unauthorized(expired: int, shown: bool) -> Refused:
         "this bus does not accept this token, which is wrong, cut off or revoked" if shown else "this bus needs a token"
     )
     why = f"this token expired at {iso(expired * 1000000)}" if expired else why
-    advice = f"set AGENT_BUS_TOKEN to a token made with: {called('invite')} NAME"
+    advice = f"set AGENT_BUS_TOKEN to a token made with: {called('invite')} NAME; the line it prints writes default.env"
     return Refused(401, f"{why}: {advice}", ("WWW-Authenticate", "Bearer"))
 
 
@@ -4677,7 +4679,7 @@ class Receiving:
         return None
 
     def peek(self, poll: Poll, ack: bool) -> Answer:
-        """The answer to a poll that takes nothing: nothing becomes fetched. Its cursor is presented if `ack` is true."""
+        """The answer to a poll that takes nothing: nothing becomes fetched. If `ack`, its cursor is presented."""
         ack = ack and poll.since > 0
         poll = poll._replace(since=self.bus.last if poll.since == NOW else min(poll.since, self.bus.last))
         if ack:

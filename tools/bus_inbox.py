@@ -129,8 +129,7 @@ def label(message: dict[str, Any]) -> str:
 
 
 def complain(line: str) -> None:
-    me = os.path.basename(sys.argv[0])
-    bus_recv.complain(line, me if " " in me else "bus_inbox")  # `agent-bus ack` is a whole name
+    bus_recv.complain(line, "bus_inbox")
 
 
 def show(box: Inbox, as_json: bool) -> int:
@@ -167,7 +166,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         name = options.name or bus_recv.settings().get("AGENT_NAME")
         if not name:
-            {"look": looking, "ack": marking}[options.command].error("whose mail? Give NAME or set AGENT_NAME")
+            {"look": looking, "ack": marking}[options.command].error(
+                f"whose mail? Give NAME or set AGENT_NAME{bus_recv.unused_file()}"
+            )
         box = Inbox(name, options.channel, peeks=True)
         box.warn = box.announce = complain
         if options.command == "look":
