@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
 """Receive messages from an agent-bus: each as a block of text, or as a line of JSON.
 
-    AGENT_BUS_URL=http://10.0.0.5:8080 python3 bus_recv.py spark     # until it is killed; for an agent's Monitor, too
-    python3 bus_recv.py spark reviewers --once                       # all waiting messages, or else the first to arrive
-    python3 bus_recv.py --read 660ba678a1b40                         # one message, whole
-    python3 bus_recv.py spark --exec ./on_mail.sh                    # run a command for each message
-    for message in bus_recv.receive("spark"): ...                    # the same, in a program
+    AGENT_BUS_URL=http://10.0.0.5:8080 python3 bus_recv.py spark
+    python3 bus_recv.py spark reviewers --once
+    python3 bus_recv.py --read 660ba678a1b40
+    python3 bus_recv.py spark --exec ./on_mail.sh
 
+The first runs until it is killed, also in an agent's Monitor. --once shows all waiting messages, or else the first to
+arrive; --read one message, whole; --exec runs a command for each message. In a program: `bus_recv.receive("spark")`.
 Two other programs are run from here, if they lie beside this file: bus_work.py by --claim (take jobs from a queue) and
 bus_log.py by --log (show everybody's messages).
 
@@ -419,7 +420,8 @@ def settings(url: str | None = None) -> dict[str, str]:
     file = {"AGENT_BUS_URL": DEFAULT_URL, **configuration()[1]}
     wanted = url or own.get("AGENT_BUS_URL", file["AGENT_BUS_URL"])
     file = file if wanted.rstrip("/") == file["AGENT_BUS_URL"].rstrip("/") else {}
-    "AGENT_BUS_TOKEN_FILE" in own and file.pop("AGENT_BUS_TOKEN", None)  # else the file's token would come before it
+    if "AGENT_BUS_TOKEN_FILE" in own:  # else the token in the file would come before it
+        file.pop("AGENT_BUS_TOKEN", None)
     return {**file, **own, "AGENT_BUS_URL": wanted}
 
 
@@ -791,6 +793,15 @@ def run_command(command: str, tries: int, reader: Reader, message: dict[str, Any
     reader.warn(f"the command failed {tries} times for {known.get('id')}: it is in {reader.cursor.path}~dead now")
 
 
+def check_command(command: str) -> None:
+    """ValueError if the shell does not find the first word of a command, unless that is quoted or has a variable."""
+    word = re.match(r"\s*([\w./][\w./+@:-]*)(?=[\s;&|<>]|$)", command)
+    if not command.strip():
+        raise ValueError("--exec is empty: give a command; nothing was taken")
+    if word and os.name == "posix" and os.system(f"command -v {word[1]} >/dev/null 2>&1"):
+        raise ValueError(f"--exec: there is no command {word[1]} that can be run here; nothing was taken")
+
+
 @contextlib.contextmanager
 def running(command: str, text: str, known: dict[str, Any], attempt: int) -> Iterator[Any]:
     """The process of a command, killed at the end. JSON is on its stdin, MSG_FROM, MSG_ID ... in its environment."""
@@ -843,8 +854,8 @@ def main(argv: list[str] | None = None) -> int:
     cli.add_argument("--read", metavar="ID", help="print this message whole, and end: it stays unread")
     cli.add_argument("--bus", type=profile, metavar="PROFILE", help="the bus in ~/.config/agent-bus/PROFILE.env")
     cli.add_argument("--version", action="version", version=f"%(prog)s {VERSION}")
-    cli.add_argument("--claim", dest="tool", action="store_const", const="bus_work", help="do jobs: another program")
-    cli.add_argument("--log", dest="tool", action="store_const", const="bus_log", help="show all mail: another program")
+    cli.add_argument("--claim", dest="tool", action="store_const", const="bus_work", help="the same as bus_work.py")
+    cli.add_argument("--log", dest="tool", action="store_const", const="bus_log", help="the same as bus_log.py")
     options, unknown = cli.parse_known_args(argv)
     if not options.tool and (unknown or (options.names and options.read)):
         cli.error(f"unknown: {' '.join(unknown)}" if unknown else "give NAME, or --read ID")
@@ -880,6 +891,8 @@ def listen(options: argparse.Namespace) -> int:
     names = ",".join(options.names or [settings().get("AGENT_NAME", "")]).split(",")
     if names == [""]:
         raise ValueError(f"the name is missing: give NAME, or set AGENT_NAME{unused_file()}")
+    if options.exec is not None:
+        check_command(options.exec)
     reader = Reader(names, channel=options.channel, since=options.since)
     # A program that reads our JSON, or the output of the command, must get nothing else on stdout.
     reader.warn, reader.announce = complain, complain if options.json or options.exec else announce

@@ -3474,6 +3474,8 @@ def lock_file(path: str) -> str:
 
 def check_names(path: str) -> None:
     """Unusable, if this path is not the one whole name of a database."""
+    if os.path.isdir(path):
+        raise Unusable(f"{path} is a folder: give --db the path of a file")
     if os.path.exists(path) and os.stat(path).st_nlink > 1:
         raise Unusable(f"{path} has several names (hard links), each with its own log: remove all names but one")
     if os.path.exists(restoring(path)) or (os.path.exists(f"{path}.new") and not os.path.exists(path)):
@@ -5699,6 +5701,9 @@ def invite(arguments: Sequence[str]) -> None:
     row = {"id": token, "hash": digest, "name": options.name, "also": options.also, "made": now, "revoked": None}
     row.update(send_only=options.send_only, operator=options.operator, label=options.label)
     row.update(expires=now + int(options.expires) if options.expires else None)
+    for own in [own for own in file.rows() if own["name"] == options.name and not own["revoked"]]:
+        made = time.strftime("%Y-%m-%d", time.gmtime(own["made"]))
+        print(f"{options.name} has the token {own['id']} already, made {made}: this is one more", file=sys.stderr)
     file.change(lambda rows: [*rows, row])
     print(words.invitation(options.name, f"{token}_{secret}", here, options.url) if words else f"{token}_{secret}")
 
@@ -5908,6 +5913,8 @@ def backup(arguments: Sequence[str]) -> None:
     options = parser.parse_args(arguments)
     if os.path.exists(options.copy):
         raise Unusable(f"{options.copy} exists already: choose another name")
+    if not os.path.isdir(folder := os.path.dirname(os.path.abspath(options.copy))):
+        raise Unusable(f"there is no folder {folder}: make it first, or give another COPY")
     rows = Tokens(existing(options.db)).rows()
     messages, files = copy_bus(options.db, options.copy, rows)
     print(f"{options.copy}: {messages} messages, {files} files, {len(rows)} tokens")
@@ -6036,6 +6043,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         with contextlib.suppress(ValueError, OSError):  # a parked reader is a descriptor
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        if not os.path.isdir(folder := os.path.dirname(os.path.abspath(options.db))) and options.db != default_path():
+            print(f"there was no folder {folder}: it is made for the database", file=sys.stderr)
         with contextlib.closing(State(options.db)) as state:
             return run_server(options, state)
     except Unusable as error:

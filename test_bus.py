@@ -1865,12 +1865,14 @@ def test_a_name_that_nobody_knows_has_similar_names(bus):
 
 @ours
 def test_a_name_that_only_sends_is_listed(bus):
-    """18.3 /agents lists a name that sent something and never polled"""
-    channel = fresh("channel")
-    sent = bus.send(fresh(), channel=channel)
-    [found] = bus.get(f"/agents?channel={channel}")["agents"]
-    assert (found["name"], found["sent"], found["listens"], found["online"]) == (bus.me, sent["ts"], False, False)
-    assert found["since"] is found["last_seen"] is None
+    """18.3 /agents lists a name that never polled, if it sent something or has mail"""
+    channel, to = fresh("channel"), fresh()
+    sent = bus.send(to, channel=channel)
+    found = {each["name"]: each for each in bus.get(f"/agents?channel={channel}")["agents"]}
+    assert found.keys() == {bus.me, to} and found[to]["unread"] == 1 and found[to]["sent"] is None
+    assert found[bus.me]["sent"] == sent["ts"]
+    for each in found.values():
+        assert not each["listens"] and not each["online"] and each["since"] is each["last_seen"] is None
 
 
 @ours

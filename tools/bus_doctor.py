@@ -285,7 +285,7 @@ class Way:
 
     def poll(self, hold: float) -> None:
         query = {"to": self.name, "channel": CHANNEL, "since": self.health["now"], "wait": f"{hold:g}",
-                 "block": "true" if hold else "false"}  # fmt: skip
+                 "block": "true" if hold else "false", "peek": "false" if hold else "true"}  # fmt: skip
         bus_recv.ask(self.url, f"/recv?{urlencode(query)}", hold + PATIENCE)
 
     def fetch(self, path: str) -> tuple[http.client.HTTPResponse, bytes]:

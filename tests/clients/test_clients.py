@@ -184,7 +184,8 @@ def test_patience_ends_a_send(monkeypatch):
 
 def test_everything_said_about_a_message_reaches_the_bus():
     with Scripted(stored()) as server:
-        given = ["--subject", "T1 ü", "--reply-to", "652a7c1b2f3e1", "--type", "result", "--priority", "high", "--ttl", "60",
+        given = ["--subject", "T1 ü", "--reply-to", "652a7c1b2f3e1", "--type", "result", "--priority", "high",
+                 "--ttl", "60",
                  "--key", "k", "--channel", "ops", "--from", "gb10"]  # fmt: skip
         assert send(server, *given, stdin=b"zwei\n\tZeilen\r\n\n")[0] == 0
         assert server.asked[0].json == {
@@ -246,9 +247,9 @@ def test_the_sender_is_told_when_nobody_is_there(receiver, truth):
 def test_a_warning_of_the_bus_and_a_repeated_key_are_told(capfd):
     with Scripted(stored(warning="30 turns with dell", receiver={"online": True, "last_seen": NOON})) as server:
         assert send(server)[2] == "warning: 30 turns with dell\n"
-        assert run("bus_send.py", "dell", "hi", "--ask", "--timeout", "0",
-                   env={"AGENT_BUS_URL": server.url, "AGENT_NAME": "spark"})[2].startswith("warning: 30 turns")  # fmt: skip
-    bus_send.report({"ok": True, "ts": NOON, "duplicate": True, "receiver": {"online": False, "last_seen": None}}, "dell")
+        assert send(server, "hi", "--ask", "--timeout", "0")[2].startswith("warning: 30 turns")
+    nobody = {"online": False, "last_seen": None}
+    bus_send.report({"ok": True, "ts": NOON, "duplicate": True, "receiver": nobody}, "dell")
     assert capfd.readouterr().err == "queued: nobody has ever listened as dell (stored before, with the same key)\n"
 
 

@@ -136,7 +136,7 @@ def test_a_command_that_does_not_exist_is_said_before_a_job_is_taken(command, wo
     """Else it would make a dead letter of each job in the queue."""
     said = f"--exec: there is no command {word} that can be run here" if word else "--exec is empty: give a command"
     with Scripted(mail(job(1)), DONE) as server:
-        assert ended(worker(server.url, command), 2) == f"bus_work: {said}; no job was taken\n"
+        assert ended(worker(server.url, command), 2) == f"bus_work: {said}; nothing was taken\n"
         assert server.asked == []
 
 
