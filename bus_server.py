@@ -3474,8 +3474,6 @@ def lock_file(path: str) -> str:
 
 def check_names(path: str) -> None:
     """Unusable, if this path is not the one whole name of a database."""
-    if os.path.isdir(path):
-        raise Unusable(f"{path} is a folder: give --db the path of a file")
     if os.path.exists(path) and os.stat(path).st_nlink > 1:
         raise Unusable(f"{path} has several names (hard links), each with its own log: remove all names but one")
     if os.path.exists(restoring(path)) or (os.path.exists(f"{path}.new") and not os.path.exists(path)):

@@ -514,6 +514,17 @@ def test_bash_completes_commands_and_their_options(scripts):
     assert completed("agent-bus", "install", "c") == ["claude"] and completed("agent-bus", "completion", "z") == ["zsh"]
 
 
+def test_files_are_completed_only_for_commands_that_take_them(scripts):
+    def asks(command):
+        line = f"compopt() {{ echo \"$@\"; }}; COMP_WORDS=(agent-bus {command} x); COMP_CWORD=2; _agent_bus"
+        done = subprocess.run(["bash", "-c", f"{scripts['bash']}\n{line}"], capture_output=True, text=True)
+        return done.stdout
+
+    assert asks("file") == "-o default\n" and asks("send") == asks("who") == ""
+    assert "-o default -F" not in scripts["bash"]
+    assert "not __fish_seen_subcommand_from file " in scripts["fish"].splitlines()[0]
+
+
 def test_zsh_completes_commands_and_their_options(scripts):
     if not shutil.which("zsh"):
         pytest.skip("needs zsh")

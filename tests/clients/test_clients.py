@@ -549,6 +549,13 @@ def test_a_reader_that_has_ended_is_not_listening(bus):
         assert not bus_send.send("fresh", "2", url=bus.url, sender="a")["receiver"]["online"]
 
 
+@pytest.mark.parametrize("command", ["nosuchcmd", "", "nosuchcmd | cat"])
+def test_a_command_that_does_not_exist_is_said_before_a_message_is_taken(command):
+    with Scripted(mail(message(1))) as server:
+        code, out, err = recv(server, "--exec", command, "--once")
+        assert (code, out) == (2, "") and "nothing was taken" in err and server.asked == []
+
+
 def test_a_page_that_was_for_others_is_not_the_end():
     with Scripted(mail(more=True, now=f"{NOON}.1"), mail(message(1))) as server:
         assert recv(server, "--timeout", "0")[0] == 0

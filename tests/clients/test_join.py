@@ -465,7 +465,8 @@ def test_an_expired_token_is_one_sentence(bus, tmp_path):
 
 def test_a_token_of_another_name_is_said_to_be_one(bus, tmp_path):
     code, out, err = join(bus, "dell", invited(bus, "nano")[1], tmp_path / "home")
-    assert (code, out, err.count("\n")) == (1, "", 1) and "this token is for nano, and the line is for dell: paste" in err
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert "this token is for nano, and the line is for dell: paste" in err
     assert configuration(tmp_path / "home") is None
 
 
