@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # bus_listener.sh - writes the mail of one name to disk, unattended. Needs bash 3.2, curl and jq.
 #
-#   AGENT_BUS_URL=http://host:8080 AGENT_NAME=spark ./bus_listener.sh &      (INTERVAL=30 seconds, or BLOCK=1)
+#   AGENT_BUS_URL=http://host:8080 ./bus_listener.sh spark &      (INTERVAL=30 seconds, or BLOCK=1)
 #
 # FULL (NAME.jsonl) has a line of JSON for each message, with the id of its bus. LOG (NAME.log) has a line of TSV for
 # each line of FULL: ts, id, from, to, channel, subject or first words. A remark in LOG starts with "#". To rotate the
@@ -269,17 +269,19 @@ fault() {
   fault=$1 delay=$((delay < 30 ? delay * 2 : 60))
 }
 
-usage='usage: AGENT_BUS_URL=http://host:8080 AGENT_NAME=spark ./bus_listener.sh
+usage='usage: AGENT_BUS_URL=http://host:8080 ./bus_listener.sh [NAME]
 
-Writes the mail of one name to disk, unattended. It takes no arguments, only these variables:
+Writes the mail of NAME (or AGENT_NAME) to disk, unattended: to ~/.local/state/agent-bus/listener/NAME.jsonl and .log.
+It takes no options, only these variables:
   AGENT_BUS_URL, AGENT_NAME, AGENT_BUS_CHANNEL, AGENT_BUS_TOKEN or AGENT_BUS_TOKEN_FILE, AGENT_BUS_CA,
   AGENT_BUS_PLAIN_HTTP, AGENT_BUS_UA, AGENT_BUS_PROFILE  as README.md says
   BLOCK=1                     long polls, in place of one poll each INTERVAL seconds (30)
   AGENT_BUS_STATE_DIR         where the files are; or LOG, FULL, HEARTBEAT, PID_FILE: the path of each'
 case $#,${1:-} in
   0,) ;;
+  1,[!-]*) export AGENT_NAME=$1 ;;
   *,-h | *,--help) printf '%s\n' "$usage"; exit ;;
-  *) die 2 "$(printf %q "$1") is not understood: it takes no arguments, set AGENT_NAME and others; see --help" ;;
+  *) die 2 "$(printf %q "$1") is not understood: it takes one NAME and no options, only variables; see --help" ;;
 esac
 no_tool=''
 command -v flock >/dev/null || command -v perl >/dev/null || no_tool=', and install flock or perl'

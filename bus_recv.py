@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
 """Receive messages from an agent-bus: each as a block of text, or as a line of JSON.
 
-    AGENT_BUS_URL=http://10.0.0.5:8080 python3 bus_recv.py spark     # until it is killed; for an agent's Monitor, too
-    python3 bus_recv.py spark reviewers --once                       # all waiting messages, or else the first to arrive
-    python3 bus_recv.py --read 660ba678a1b40                         # one message, whole
-    python3 bus_recv.py spark --exec ./on_mail.sh                    # run a command for each message
-    for message in bus_recv.receive("spark"): ...                    # the same, in a program
+    AGENT_BUS_URL=http://10.0.0.5:8080 python3 bus_recv.py spark
+    python3 bus_recv.py spark reviewers --once
+    python3 bus_recv.py --read 660ba678a1b40
+    python3 bus_recv.py spark --exec ./on_mail.sh
 
+The first runs until it is killed, also in an agent's Monitor. --once shows all waiting messages, or else the first to
+arrive; --read one message, whole; --exec runs a command for each message. In a program: `bus_recv.receive("spark")`.
 Two other programs are run from here, if they lie beside this file: bus_work.py by --claim (take jobs from a queue) and
 bus_log.py by --log (show everybody's messages).
 
@@ -58,7 +59,8 @@ if sys.version_info < (3, 9) and (needs := "bus_recv.py needs Python 3.9 or late
 
 HOLD_SECONDS = 25.0  # the bus may hold a poll; common proxies cut a quiet request after 30 s
 LOUD_SECONDS = 60.0  # after so much outage the user is told: silence must not look like health
-GREET_SECONDS = 0.3  # after a bus was found; a refused poll is answered sooner
+# After a bus was found (a refused poll is answered sooner); and for the last request of a reader that ends.
+GREET_SECONDS, LEAVE_SECONDS = 0.3, 2.0
 FOLLOW_SECONDS = 10.0  # of a poll for a session, which may be renamed
 TELL_SECONDS, LOCK_SECONDS = 0.2, 3.0  # until we say that another reads as this name; and that we wait for its end
 
@@ -235,8 +237,8 @@ class Reader:
 
     def take_up(self, answer: dict[str, Any]) -> None:
         """Go on with our cursor on the bus that answers. `since`, if the caller gave it, is for the first bus only."""
-        self.bus = str(answer.get("bus", OLD_CONTRACT))
-        self.cursor = self.open_cursor(self.bus, self.channel, self.names[0], self.warn)
+        bus = str(answer.get("bus", OLD_CONTRACT))
+        self.cursor, self.bus = self.open_cursor(bus, self.channel, self.names[0], self.warn), bus
         since, self.since = moment(str(self.since or self.cursor.at), self.bus_time), None
         if self.bus == OLD_CONTRACT:
             now = min(str(answer.get("now")), f"{self.clock.time() + AHEAD_SECONDS:.6f}", key=seconds_of)
@@ -244,6 +246,12 @@ class Reader:
         elif since == "now" or seconds_of(since) > seconds_of(self.cursor.at):
             self.tell_passed(since)
         self.cursor.at = since
+
+    def close(self) -> None:
+        """Tell the bus that this reader ends, and how far it has read. An older bus takes that for a look (peek)."""
+        if self.bus not in (None, OLD_CONTRACT) and not self.failures:
+            with contextlib.suppress(Refused, Unreachable, ValueError):  # the bus finds it out by itself, later
+                ask(self.url, f"/recv?peek=true&ack=true&leave=true&max=1&{self.query()}", LEAVE_SECONDS)
 
     def tell_passed(self, since: str) -> None:
         """Warn of the mail between the saved cursor and `since`: we do not get it. A look (peek) takes none of it."""
@@ -437,8 +445,7 @@ def settings(url: str | None = None) -> dict[str, str]:
     own = {name: value for name, value in os.environ.items() if name.startswith("AGENT_") and value}
     file = {"AGENT_BUS_URL": DEFAULT_URL, **configuration()[1]}
     wanted = url or own.get("AGENT_BUS_URL", file["AGENT_BUS_URL"])
-    if wanted.rstrip("/") != file["AGENT_BUS_URL"].rstrip("/"):
-        file = {}
+    file = file if wanted.rstrip("/") == file["AGENT_BUS_URL"].rstrip("/") else {}
     if "AGENT_BUS_TOKEN_FILE" in own:  # else the token in the file would come before it
         file.pop("AGENT_BUS_TOKEN", None)
     return {**file, **own, "AGENT_BUS_URL": wanted}
@@ -454,6 +461,14 @@ def configuration() -> tuple[str, dict[str, str]]:
     if None in lines:
         raise ValueError(f"line {lines.index(None) + 1} of {path}: write KEY=VALUE, without quotes, \\ or export")
     return path, {line[1]: line[2] for line in lines if line and line[2]}
+
+
+def unused_file() -> str:
+    """For an error about a setting that is missing: the configuration file is of another bus, so it was not used."""
+    path, file = configuration()
+    url = file.get("AGENT_BUS_URL", DEFAULT_URL)
+    differs = file and url.rstrip("/") != settings()["AGENT_BUS_URL"].rstrip("/")
+    return f"; {path} is for {url}, which is not AGENT_BUS_URL, so it was not used" if differs else ""
 
 
 def private(path: str) -> str:
@@ -680,6 +695,8 @@ def visible(text: str) -> str:
 
 def complain(line: str, program: str = os.path.basename(__file__).partition(".")[0]) -> Any:
     """One line on stderr, if that is open. An empty `program` is left out; `line` may be whatever the bus has said."""
+    whole = os.path.basename(sys.argv[0])  # `agent-bus who`: what the user has typed
+    program = whole if program and whole.startswith(("agent-bus ", "agent_bus.py ")) else program
     return sys.stderr and sys.stderr.write(": ".join(filter(None, [program, visible(line.replace("\n", " "))])) + "\n")
 
 
@@ -812,6 +829,15 @@ def run_command(command: str, tries: int, reader: Reader, message: dict[str, Any
     reader.warn(f"the command failed {tries} times for {known.get('id')}: it is in {reader.cursor.path}~dead now")
 
 
+def check_command(command: str) -> None:
+    """ValueError if the shell does not find the first word of a command, unless that is quoted or has a variable."""
+    word = re.match(r"\s*([\w./][\w./+@:-]*)(?=[\s;&|<>]|$)", command)
+    if not command.strip():
+        raise ValueError("--exec is empty: give a command; nothing was taken")
+    if word and os.name == "posix" and os.system(f"command -v {word[1]} >/dev/null 2>&1"):
+        raise ValueError(f"--exec: there is no command {word[1]} that can be run here; nothing was taken")
+
+
 @contextlib.contextmanager
 def running(command: str, text: str, known: dict[str, Any], attempt: int) -> Iterator[Any]:
     """The process of a command, killed at the end. JSON is on its stdin, MSG_FROM, MSG_ID ... in its environment."""
@@ -866,8 +892,8 @@ def main(argv: list[str] | None = None) -> int:
     cli.add_argument("--read", metavar="ID", help="print this message whole, and end: it stays unread")
     cli.add_argument("--bus", type=profile, metavar="PROFILE", help="the bus in ~/.config/agent-bus/PROFILE.env")
     cli.add_argument("--version", action="version", version=f"%(prog)s {VERSION}")
-    cli.add_argument("--claim", dest="tool", action="store_const", const="bus_work", help="do jobs: another program")
-    cli.add_argument("--log", dest="tool", action="store_const", const="bus_log", help="show all mail: another program")
+    cli.add_argument("--claim", dest="tool", action="store_const", const="bus_work", help="the same as bus_work.py")
+    cli.add_argument("--log", dest="tool", action="store_const", const="bus_log", help="the same as bus_log.py")
     options, unknown = cli.parse_known_args(argv)
     if not options.tool and (unknown or (options.names and options.read)):
         cli.error(f"unknown: {' '.join(unknown)}" if unknown else "give NAME, or --read ID")
@@ -876,8 +902,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return run_tool(options.tool, argv) if options.tool else show(options.read) if options.read else listen(options)
     except (KeyboardInterrupt, Refused, Unreachable, Busy, ValueError, OSError) as error:
-        if not isinstance(error, (KeyboardInterrupt, BrokenPipeError)):  # the latter: nobody reads us any more
-            complain(str(error))
+        # BrokenPipeError: nobody reads us any more.
+        isinstance(error, (KeyboardInterrupt, BrokenPipeError)) or complain(str(error))
         return {KeyboardInterrupt: 130, BrokenPipeError: 0, Refused: 1, Unreachable: 75}.get(type(error), 2)
 
 
@@ -914,7 +940,9 @@ def listen(options: Any) -> int:
     """Show the messages for these names, or run the command for each. The exit code."""
     names = ",".join(options.names or [settings().get("AGENT_NAME", "")]).split(",")
     if names == [""]:
-        raise ValueError("the name is missing: give NAME, or set AGENT_NAME")
+        raise ValueError(f"the name is missing: give NAME, or set AGENT_NAME{unused_file()}")
+    if options.exec is not None:
+        check_command(options.exec)
     reader = SessionReader(names, channel=options.channel, since=options.since)
     # A program that reads our JSON, or the output of the command, must get nothing else on stdout.
     reader.warn, reader.announce = complain, complain if options.json or options.exec else announce
@@ -923,12 +951,13 @@ def listen(options: Any) -> int:
     settling = threading.Timer(GREET_SECONDS, settle_down, [greeting, bool(sys.stdout and not options.exec)])
     settling.daemon = True  # a refusal ends this process before it
     reader.greet = bool if options.once or timeout == 0 else settling.start
-    if options.monitor or not (options.exec or options.json) and sys.stdout and stat.S_ISSOCK(os.fstat(1).st_mode):
-        show_blocks(reader, reader.answers(options.once, timeout), 0 if options.once else SETTLE_SECONDS)
-        return 0 if reader.came else 3
-    for message in reader.messages(options.once, timeout):
-        text = f"{dump(message)}\n" if options.json else block(message, names[0], reader.bus_time, whole=True)
-        run_command(options.exec, options.tries, reader, message) if options.exec else emit(text)
+    with contextlib.closing(reader):
+        if options.monitor or not (options.exec or options.json) and sys.stdout and stat.S_ISSOCK(os.fstat(1).st_mode):
+            show_blocks(reader, reader.answers(options.once, timeout), 0 if options.once else SETTLE_SECONDS)
+            return 0 if reader.came else 3
+        for message in reader.messages(options.once, timeout):
+            text = f"{dump(message)}\n" if options.json else block(message, names[0], reader.bus_time, whole=True)
+            run_command(options.exec, options.tries, reader, message) if options.exec else emit(text)
     return 0 if reader.came else 3
 
 

@@ -2,11 +2,13 @@
 """Send one message to an agent-bus.
 
     AGENT_BUS_URL=http://10.0.0.5:8080 AGENT_NAME=spark python3 bus_send.py dell "T1 is done" --subject T1
-    python3 bus_send.py dell,gb10 < report.md                   # without a text, stdin is sent
-    python3 bus_send.py dell "Is T1 done?" --ask                # waits for the answer, and prints it
-    echo "It is." | python3 bus_send.py --reply-to 660ba678a1b40       # to the sender of that message
+    python3 bus_send.py dell,gb10 < report.md
+    python3 bus_send.py dell "Is T1 done?" --ask
+    python3 bus_send.py --reply-to 660ba678a1b40 "It is."
 
-or in a program: `bus_send.send("dell", "T1 is done", sender="spark")`, `bus_send.ask("dell", "Is T1 done?")["reply"]`.
+Without a text, stdin is sent. --ask waits for the answer, and prints it. Words behind `--reply-to ID` are the text, and
+go to the sender of that message, unless TO stands before it: `dell "It is." --reply-to ID`. Or
+in a program: `bus_send.send("dell", "T1 is done", sender="spark")`, `bus_send.ask("dell", "Is T1 done?")["reply"]`.
 The receiver is a name, several names as `dell,gb10`, or `all`. On a terminal it says in a sentence what became of the
 message. Else, or with --json, it prints the bus's answer, one line of JSON, and says on stderr if a receiver is not
 listening.
@@ -150,7 +152,7 @@ def compose(to: Any, msg: str, *, fields: Any = None, **given: Any) -> tuple[str
         raise TypeError(f"send() has no argument {min(strange)!r}: further members of a message go into fields=")
     sender, channel = sender or own.get("AGENT_NAME"), channel or own.get("AGENT_BUS_CHANNEL", "default")
     if not sender and not credentials(own["AGENT_BUS_URL"]):  # a token names its sender
-        raise ValueError("the sender is missing: give --from NAME or set AGENT_NAME")
+        raise ValueError(f"the sender is missing: give --from NAME or set AGENT_NAME{unused_file()}")
     message = {"from": sender, "to": to, "channel": channel, "msg": msg, "key": key or new_key()}
     members = {**message, **given, **dict(fields or ()), **message}  # the order of the first, the value of the last
     return own["AGENT_BUS_URL"], {field: value for field, value in members.items() if value is not None}
@@ -228,8 +230,7 @@ def settings(url: str | None = None) -> dict[str, str]:
     own = {name: value for name, value in os.environ.items() if name.startswith("AGENT_") and value}
     file = {"AGENT_BUS_URL": DEFAULT_URL, **configuration()[1]}
     wanted = url or own.get("AGENT_BUS_URL", file["AGENT_BUS_URL"])
-    if wanted.rstrip("/") != file["AGENT_BUS_URL"].rstrip("/"):
-        file = {}
+    file = file if wanted.rstrip("/") == file["AGENT_BUS_URL"].rstrip("/") else {}
     if "AGENT_BUS_TOKEN_FILE" in own:  # else the token in the file would come before it
         file.pop("AGENT_BUS_TOKEN", None)
     return {**file, **own, "AGENT_BUS_URL": wanted}
@@ -245,6 +246,14 @@ def configuration() -> tuple[str, dict[str, str]]:
     if None in lines:
         raise ValueError(f"line {lines.index(None) + 1} of {path}: write KEY=VALUE, without quotes, \\ or export")
     return path, {line[1]: line[2] for line in lines if line and line[2]}
+
+
+def unused_file() -> str:
+    """For an error about a setting that is missing: the configuration file is of another bus, so it was not used."""
+    path, file = configuration()
+    url = file.get("AGENT_BUS_URL", DEFAULT_URL)
+    differs = file and url.rstrip("/") != settings()["AGENT_BUS_URL"].rstrip("/")
+    return f"; {path} is for {url}, which is not AGENT_BUS_URL, so it was not used" if differs else ""
 
 
 def private(path: str) -> str:
@@ -471,6 +480,8 @@ def visible(text: str) -> str:
 
 def complain(line: str, program: str = os.path.basename(__file__).partition(".")[0]) -> Any:
     """One line on stderr, if that is open. An empty `program` is left out; `line` may be whatever the bus has said."""
+    whole = os.path.basename(sys.argv[0])  # `agent-bus who`: what the user has typed
+    program = whole if program and whole.startswith(("agent-bus ", "agent_bus.py ")) else program
     return sys.stderr and sys.stderr.write(": ".join(filter(None, [program, visible(line.replace("\n", " "))])) + "\n")
 
 
@@ -502,6 +513,7 @@ def told(answer: dict[str, Any], to: str | list[str]) -> str:
         if "offline" in receiver:
             who = f"{online} of {everyone} are listening"
         unread = f", {receiver['unread']} unread" if who and "unread" in receiver else ""
+        unread += f"; nobody has ever listened as {', '.join(receiver['unknown'])}" if receiver.get("unknown") else ""
         similar = " or ".join(map(str, receiver.get("similar") or ()))
         meant = f"; did you mean {similar}?" if similar else ""
         return f"queued: {who or f'nobody has ever listened as {names}'}{unread}{meant}"
@@ -516,9 +528,9 @@ def command_line(purpose: str) -> argparse.ArgumentParser:
     add("text", metavar="TEXT", nargs="*", help="the message; without it, the text on stdin")
     add("--from", dest="sender", metavar="NAME", help="the sender ($AGENT_NAME)")
     add("--subject", help="subject of the message, in one line")
-    add("--reply-to", metavar="ID", help="the id of the message that this one answers")
+    add("--reply-to", metavar="ID", help="the message that this one answers; the words behind it are TEXT")
     add("--type", help="a word that your agents agree on: task, result, question ...")
-    add("--priority", help="low, normal or high")
+    add("--priority", choices=("low", "normal", "high"), help="low, normal or high")
     add("--ttl", type=duration, metavar="TIME", help="do not deliver the message after TIME: 90s, 5m, 1h, 3d")
     add("--field", dest="fields", action="append", type=pair, default=[], metavar="K=V", help="a further member")
     add("--content-type", metavar="TYPE", help="what TEXT is: text/markdown, application/json ...")
@@ -564,6 +576,13 @@ def main(argv: list[str] | None = None) -> int:
     to, question, seconds, as_json, _ = map(given.pop, ("to", "ask", "timeout", "json", "bus"))
     seconds = seconds if seconds is not None else 300.0 if question else 30.0
     to or given["reply_to"] or parser.error("the receiver is missing: give TO, or --reply-to ID")
+    if given["reply_to"] and not re.fullmatch("[0-9a-f]{13}", given["reply_to"]):
+        parser.error(f"--reply-to {given['reply_to']!a} is not the id of a message: that is 13 of 0-9 a-f")
+    words = sys.argv[1:] if argv is None else argv
+    reply = next((at for at, word in enumerate(words) if word.startswith("--reply")), len(words))
+    first = ",".join([to] if isinstance(to, str) else to or ())
+    if first and first not in words[:reply]:  # it is not TO, which stands before --reply-to
+        to, given["text"] = None, [first, *given["text"]]
     try:
         compose("", "", sender=given["sender"])  # before somebody types a text: is a sender known?
         msg = message_of(given)
@@ -585,6 +604,7 @@ def show_reply(answer: dict[str, Any], to: str, waits: float = 0.0) -> int:
     Without a reply, it says what became of the question, and that it `waits` (s) or has waited.
     """
     reply = answer.get("reply")
+    waits or ("warning" in answer and complain(f"warning: {answer['warning']}", ""))
     if not isinstance(reply, dict) or not isinstance(reply.get("msg"), str):
         told(answer, to).startswith("queued") and complain(told(answer, to), "")
         later = f"no answer to {answer.get('id')} yet: it will arrive as mail"
@@ -598,11 +618,12 @@ def show_reply(answer: dict[str, Any], to: str, waits: float = 0.0) -> int:
 
 def report(answer: dict[str, Any], to: str | list[str], as_json: bool = False) -> None:
     """What became of a send: one sentence for a person, one line of JSON for a program."""
-    sentence = told(answer, to)
+    sentence = told(answer, to) + (" (stored before, with the same key)" if answer.get("duplicate") is True else "")
     person = bool(sys.stdout) and sys.stdout.isatty() and not as_json
     with contextlib.suppress(OSError):  # if nobody reads our output, the message is stored all the same
         emit(f"{visible(sentence)}\n" if person else json.dumps(answer) + "\n")
     person or (sentence.startswith("queued") and complain(sentence, ""))
+    "warning" in answer and complain(f"warning: {answer['warning']}", "")
 
 
 if __name__ == "__main__":

@@ -150,7 +150,9 @@ def iso(tick: int) -> str:
 def name(text: Any, what: str) -> str:
     """The text, if it is a name; else Refused, which says `what` must be one."""
     if not isinstance(text, str) or not NAME.fullmatch(text):
-        raise Refused(400, f"{what} must be a name: 1 to 64 of A-Z a-z 0-9 . _ : @ - with a letter or digit first")
+        given = f", not {text[:64]!a}" if isinstance(text, str) else ""
+        names = "1 to 64 of A-Z a-z 0-9 . _ : @ - with a letter or digit first"
+        raise Refused(400, f"{what} must be a name: {names}{given}")
     return text
 
 
@@ -2122,7 +2124,7 @@ def unauthorized(expired: int, shown: bool) -> Refused:
         "this bus does not accept this token, which is wrong, cut off or revoked" if shown else "this bus needs a token"
     )
     why = f"this token expired at {iso(expired * 1000000)}" if expired else why
-    advice = f"set AGENT_BUS_TOKEN to a token made with: {called('invite')} NAME"
+    advice = f"set AGENT_BUS_TOKEN to a token made with: {called('invite')} NAME; the line it prints writes default.env"
     return Refused(401, f"{why}: {advice}", ("WWW-Authenticate", "Bearer"))
 
 
@@ -3858,12 +3860,12 @@ class Mailboxes:
         if not own.own and poll.me != EVERYONE:  # `all` is nobody's own
             own.own = True
 
-    def left(self, parked: Parked) -> None:
-        """A parked reader hung up. Its names count as listening for GRACE only, unless another reader waits there."""
+    def left(self, parked: Parked, grace: float = GRACE) -> None:
+        """A reader hung up, or says that it leaves: its names listen for `grace` s only, unless another waits there."""
         for own in parked.present():
             if (str(parked.channel), own) not in self.waiting:
                 box = self.box(str(parked.channel), own)
-                box.until = min(box.until, self.clock() + GRACE)
+                box.until = min(box.until, self.clock() + grace)
 
     def online(self, box: Mailbox) -> bool:
         """From the start of its last poll until GRACE after its hold. Presence is derived, never declared."""
@@ -4683,9 +4685,14 @@ class Receiving:
             connection.wait(PARKED, 0)  # the newest still live; not answered in here, as each may poll again
         return None
 
-    def peek(self, poll: Poll) -> Answer:
-        """The answer to a poll that takes nothing: no cursor is presented, and nothing becomes fetched."""
+    def peek(self, poll: Poll, ack: bool) -> Answer:
+        """The answer to a poll that takes nothing: nothing becomes fetched. If `ack`, its cursor is presented."""
+        ack = ack and poll.since > 0
         poll = poll._replace(since=self.bus.last if poll.since == NOW else min(poll.since, self.bus.last))
+        if ack:
+            self.mailboxes.owned(poll)
+            self.mailboxes.presented(poll)
+            self.bus.save_marks_soon()
         found, reached = self.read(poll)
         self.note_removed(poll)
         gap = self.mailboxes.gap(poll, self.mailboxes.perhaps_forgotten(poll))
@@ -4936,8 +4943,9 @@ def recv(bus: Bus, request: Request) -> Answer | None:
     if request.query().one("bus") not in (None, bus.state.bus):  # a cursor from another bus: say so, and mark nothing
         return delivery(bus, poll._replace(since=bus.last), [])
     bus.storms.name(request.owner(), bus.mailboxes.new(str(poll.channel), poll.names))
-    peek, resumes = request.query().flag("peek"), poll.since == LAST
-    if not peek:
+    peek, ack, leave = map(request.query().flag, ("peek", "ack", "leave"))
+    resumes = poll.since == LAST
+    if not (peek or ack or leave):
         bus.mailboxes.polled(poll, request.peer.address, bus.view.clock())
         bus.mailboxes.owned(poll)
         bus.save_marks_soon()
@@ -4947,8 +4955,10 @@ def recv(bus: Bus, request: Request) -> Answer | None:
         first = bus.view.oldest(str(poll.channel), str(poll.me), 0)
         bus.receiving.note_removed(poll)
         poll = bus.mailboxes.resume(poll, first, bus.last)
-    if peek:
-        return bus.receiving.peek(poll)
+    if leave:
+        bus.mailboxes.left(poll, 0.0)
+    if peek or ack or leave:
+        return bus.receiving.peek(poll, bool(ack) and not resumes)
     return bus.receiving.read_or_park(request, poll) if resumes else bus.receiving.look(request, poll)
 
 
@@ -5698,6 +5708,9 @@ def invite(arguments: Sequence[str]) -> None:
     row = {"id": token, "hash": digest, "name": options.name, "also": options.also, "made": now, "revoked": None}
     row.update(send_only=options.send_only, operator=options.operator, label=options.label)
     row.update(expires=now + int(options.expires) if options.expires else None)
+    for own in [own for own in file.rows() if own["name"] == options.name and not own["revoked"]]:
+        made = time.strftime("%Y-%m-%d", time.gmtime(own["made"]))
+        print(f"{options.name} has the token {own['id']} already, made {made}: this is one more", file=sys.stderr)
     file.change(lambda rows: [*rows, row])
     print(words.invitation(options.name, f"{token}_{secret}", here, options.url) if words else f"{token}_{secret}")
 
@@ -5907,6 +5920,8 @@ def backup(arguments: Sequence[str]) -> None:
     options = parser.parse_args(arguments)
     if os.path.exists(options.copy):
         raise Unusable(f"{options.copy} exists already: choose another name")
+    if not os.path.isdir(folder := os.path.dirname(os.path.abspath(options.copy))):
+        raise Unusable(f"there is no folder {folder}: make it first, or give another COPY")
     rows = Tokens(existing(options.db)).rows()
     messages, files = copy_bus(options.db, options.copy, rows)
     print(f"{options.copy}: {messages} messages, {files} files, {len(rows)} tokens")
@@ -6035,6 +6050,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         with contextlib.suppress(ValueError, OSError):  # a parked reader is a descriptor
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        if not os.path.isdir(folder := os.path.dirname(os.path.abspath(options.db))) and options.db != default_path():
+            print(f"there was no folder {folder}: it is made for the database", file=sys.stderr)
         with contextlib.closing(State(options.db)) as state:
             return run_server(options, state)
     except Unusable as error:

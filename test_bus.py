@@ -1269,6 +1269,36 @@ def test_a_peek_takes_nothing(bus):
     assert [bus.state(each["id"]) for each in sent] == ["acknowledged", "fetched"]
 
 
+@ours
+def test_an_acknowledgement_is_not_presence(bus):
+    """9.28 ack=true presents since, takes nothing and leaves no presence; since=now and last acknowledge nothing"""
+    to = fresh()
+    sent = [bus.send(to, text) for text in ("one", "two", "three")]
+    for since in ("now", "last"):
+        bus.recv(to, since=since, ack="true")
+        assert bus.state(sent[0]["id"]) == "queued", since
+    seconds, answer = took(bus.recv, to, since=sent[1]["ts"], ack="true", block="true")
+    assert [each["msg"] for each in answer["messages"]] == ["three"] and seconds < QUICK
+    assert [bus.state(each["id"]) for each in sent] == ["acknowledged", "acknowledged", "queued"]
+    assert bus.send(to)["receiver"] == {"online": False, "last_seen": None, "unread": 2, "known": False}
+
+
+@ours
+def test_a_reader_that_leaves_is_not_listening(bus):
+    """9.29 leave=true ends the presence of a name, unless another poll of it waits; it takes nothing"""
+    to = fresh()
+    first = bus.send(to, "one")
+    bus.recv(to)
+    answer = bus.recv(to, since=first["ts"], ack="true", leave="true", block="true")
+    assert not answer["messages"] and bus.state(first["id"]) == "acknowledged"
+    told = bus.send(to, "two")
+    assert not told["receiver"]["online"] and told["receiver"]["last_seen"] and told["receiver"]["unread"] == 1
+    assert len(bus.recv(to, since=first["ts"], leave="true")["messages"]) == 1 and bus.state(told["id"]) == "queued"
+    waiting = parked(bus, to, since=told["ts"])
+    bus.recv(to, leave="true")
+    assert bus.send(to, "three")["receiver"]["online"] and waiting.result(PATIENCE)["messages"]
+
+
 # ── 10. GET /log ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -1839,12 +1869,14 @@ def test_a_name_that_nobody_knows_has_similar_names(bus):
 
 @ours
 def test_a_name_that_only_sends_is_listed(bus):
-    """18.3 /agents lists a name that sent something and never polled"""
-    channel = fresh("channel")
-    sent = bus.send(fresh(), channel=channel)
-    [found] = bus.get(f"/agents?channel={channel}")["agents"]
-    assert (found["name"], found["sent"], found["listens"], found["online"]) == (bus.me, sent["ts"], False, False)
-    assert found["since"] is found["last_seen"] is None
+    """18.3 /agents lists a name that never polled, if it sent something or has mail"""
+    channel, to = fresh("channel"), fresh()
+    sent = bus.send(to, channel=channel)
+    found = {each["name"]: each for each in bus.get(f"/agents?channel={channel}")["agents"]}
+    assert found.keys() == {bus.me, to} and found[to]["unread"] == 1 and found[to]["sent"] is None
+    assert found[bus.me]["sent"] == sent["ts"]
+    for each in found.values():
+        assert not each["listens"] and not each["online"] and each["since"] is each["last_seen"] is None
 
 
 @ours

@@ -76,7 +76,7 @@ def whoami(bus: Bus, request: Request) -> Answer:
 
 
 class People:
-    """Adds names that sent and never polled to /agents, and more members of each name. Owned by the loop.
+    """Adds names to /agents that never polled, but sent or have mail; and more members of each name. Owned by the loop.
 
     When a name sent last is in memory only, in its Mailbox: a start takes it from the newest messages.
     """
@@ -129,7 +129,8 @@ class People:
         def shows(own: str, box: Mailbox) -> bool:
             if online is not None and online != (now < box.until):
                 return False  # first, because there may be a hundred thousand names
-            return own != EVERYONE and (box.seen > 0 or box.sent > 0 or box in self.statuses.boxes)
+            has_mail = box.newest > 0 and request.grant.reads(own)
+            return own != EVERYONE and (box.seen > 0 or box.sent > 0 or has_mail or box in self.statuses.boxes)
 
         found, more = page(bus, request, shows)
         self.left = self.LOOKED

@@ -105,7 +105,9 @@ def main():
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except (bus_recv.Refused, bus_send.Refused, bus_send.Unreachable, ValueError, OSError) as error:
+    except (bus_recv.Refused, bus_recv.Unreachable, bus_send.Refused, bus_send.Unreachable) as error:
+        sys.exit(f"incident: {error}")
+    except (ValueError, OSError) as error:
         sys.exit(f"incident: {error}")
     except KeyboardInterrupt:
         sys.exit(130)

@@ -81,6 +81,7 @@ GROUPS: dict[str, dict[str, Command]] = {
         "version": Command("the version, and where it is", "version"),
     },
 }
+TAKE_FILES = ("file", "work", "recv", "serve", "backup", "restore", "prune")  # the shell completes files for these only
 COMMANDS = {name: command for group in GROUPS.values() for name, command in group.items()}
 
 CONFIGURATION = """\
@@ -215,8 +216,11 @@ _agent_bus() {{
         *) words= ;;
     esac
     COMPREPLY=($(compgen -W "$words" -- "${{COMP_WORDS[COMP_CWORD]}}"))
+    case ${{COMP_WORDS[1]}} in
+        {"|".join(TAKE_FILES)}) compopt -o default 2>/dev/null ;;
+    esac
 }}
-complete -o default -F _agent_bus agent-bus
+complete -F _agent_bus agent-bus
 """
 
 
@@ -236,14 +240,14 @@ _agent_bus() {{
     case $words[2] in
 {cases}
     esac
-    _files
+    [[ $words[2] == ({"|".join(TAKE_FILES)}) ]] && _files
 }}
 compdef _agent_bus agent-bus
 """
 
 
 def fish(known: dict[str, list[str]]) -> str:
-    lines = []
+    lines = [f"-n 'not __fish_seen_subcommand_from {' '.join(TAKE_FILES)}' -f"]
     for name, found in known.items():
         lines.append(f"-n __fish_use_subcommand -f -a {name} -d {shlex.quote(COMMANDS[name].purpose)}")
         for word in found:

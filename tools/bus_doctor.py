@@ -45,6 +45,10 @@ SKEW_SECONDS = 120.0  # clients of the first contract start at their own clock; 
 PAGE_BYTES = 1 << 16  # read of an answer; it may be a web page, whose title we want
 BODY_BYTES = 1 << 16  # every bus accepts this much, so everything on the way to it must too
 CHANNEL = "doctor"
+VARIABLES = set(
+    "AGENT_NAME AGENT_BUS_URL AGENT_BUS_CHANNEL AGENT_BUS_TOKEN AGENT_BUS_TOKEN_FILE AGENT_BUS_CA AGENT_BUS_PLAIN_HTTP "
+    "AGENT_BUS_UA AGENT_BUS_STATE_DIR AGENT_BUS_OUTBOX AGENT_BUS_PROFILE".split()
+)
 TOKEN = re.compile(r"abt_[0-9a-f]{8}_[A-Za-z0-9_-]{43}")
 Finding = Union[str, tuple[str, str]]  # what was found; with an advice it is a warning
 
@@ -85,6 +89,9 @@ class Way:
         if not self.target and self.scheme != "unix":
             raise Fault(f"{self.url} names no host", "write it like http://host:8080")
         self.direct = self.scheme == "unix" or not bus_recv.proxy_for(self.scheme, self.target, parts.port or self.port)
+        path, file = bus_recv.configuration()
+        if strange := sorted(name for name in file if name.startswith("AGENT") and name not in VARIABLES):
+            return f"{self.url}, {origin(self.url)}", f"{path} sets {', '.join(strange)}, which nothing reads: a typo?"
         return f"{self.url}, {origin(self.url)}"
 
     def proxy(self) -> Finding:
@@ -278,7 +285,7 @@ class Way:
 
     def poll(self, hold: float) -> None:
         query = {"to": self.name, "channel": CHANNEL, "since": self.health["now"], "wait": f"{hold:g}",
-                 "block": "true" if hold else "false"}  # fmt: skip
+                 "block": "true" if hold else "false", "peek": "false" if hold else "true"}  # fmt: skip
         bus_recv.ask(self.url, f"/recv?{urlencode(query)}", hold + PATIENCE)
 
     def fetch(self, path: str) -> tuple[http.client.HTTPResponse, bytes]:

@@ -45,7 +45,7 @@ class SharedCursor(bus_recv.Cursor):
     moving = threading.Lock()  # held while one of our threads moves a cursor
 
     def only_one(self, name: str) -> Any:
-        os.makedirs(os.path.dirname(self.path), 0o700, exist_ok=True)
+        """Nothing is locked; move() makes the folder."""
 
     def move(self, since: str) -> None:
         with self.moving:
@@ -57,19 +57,20 @@ class SharedCursor(bus_recv.Cursor):
 class Inbox(bus_recv.Reader):
     """The mail of a name above its cursor. All readers of the name share that cursor.
 
-    A poll that peeks tells the bus nothing of us: neither that the name listens, nor its cursor.
+    A poll that peeks tells the bus nothing of us: neither that the name listens, nor its cursor. With `acks`, it tells
+    the cursor alone.
     """
 
     def __init__(self, name: str, channel: str | None = None, peeks: bool = False) -> None:
         super().__init__([name], None, channel, None, bus_recv.HOLD_SECONDS)
-        self.open_cursor, self.peeks = SharedCursor, peeks
+        self.open_cursor, self.peeks, self.acks = SharedCursor, peeks, False
 
     def request(self, hold: float, seconds: float) -> tuple[dict[str, Any], float]:
         """One poll; see bus_recv.ask()."""
         if not self.peeks:
             return super().request(hold, seconds)
         query = {"to": ",".join(self.names), "channel": self.channel, "since": self.cursor.at, "bus": self.bus}
-        return bus_recv.ask(self.url, f"/recv?peek=true&{urlencode(query)}", seconds)
+        return bus_recv.ask(self.url, f"/recv?{'ack' if self.acks else 'peek'}=true&{urlencode(query)}", seconds)
 
     def look(self, hold: float) -> tuple[list[dict[str, Any]], bool]:
         """The unread messages or, without any, the first that arrive within `hold` seconds; and: are there more?"""
@@ -91,16 +92,21 @@ class Inbox(bus_recv.Reader):
         elif not self.has_read(id):
             raise ValueError(f"{id} is not the id of an unread message for {self.names[0]}: take it from the inbox")
         else:
-            self.check_exists(id)
+            self.check_is_ours(id)
 
-    def check_exists(self, id: str) -> None:
-        """ValueError if the bus has no such message, or has it no more."""
+    def check_is_ours(self, id: str) -> None:
+        """ValueError if the bus has no such message, or has it no more, or has it for somebody else."""
         try:
-            bus_recv.ask(self.url, f"/message/{id}", bus_recv.GRACE_SECONDS)
+            answer, _ = bus_recv.ask(self.url, f"/message/{id}", bus_recv.GRACE_SECONDS)
         except bus_recv.Refused as refused:
             if refused.status != 404:
                 raise
             raise ValueError(f"there is no message {id} on this bus: take the id from the inbox") from None
+        message = answer["message"] if isinstance(answer.get("message"), dict) else {}
+        to, channel = message.get("to", self.names[0]), message.get("channel", self.channel)
+        if to not in (*self.names, "all") or channel != self.channel:
+            whose = bus_recv.word(to) + ("" if channel == self.channel else f" on the channel {bus_recv.word(channel)}")
+            raise ValueError(f"{id} is mail for {whose}, not for {self.names[0]}: take the id from the inbox")
 
     def age(self, message: dict[str, Any]) -> str:
         """The age of a message, by the clock of the bus: old mail has another meaning."""
@@ -123,8 +129,7 @@ def label(message: dict[str, Any]) -> str:
 
 
 def complain(line: str) -> None:
-    me = os.path.basename(sys.argv[0])
-    bus_recv.complain(line, me if " " in me else "bus_inbox")  # `agent-bus ack` is a whole name
+    bus_recv.complain(line, "bus_inbox")
 
 
 def show(box: Inbox, as_json: bool) -> int:
@@ -139,7 +144,9 @@ def show(box: Inbox, as_json: bool) -> int:
         complain(f"nothing is unread for {box.names[0]}")
         return 3
     number, ack = f"{len(mail)}{' or more' if more else ''}", bus_recv.called("python3 tools/agent_bus.py ack", "ack")
-    complain(f"{number} unread for {box.names[0]}, oldest first; to mark these as read: {ack} {label(mail[-1])}")
+    on = "" if box.channel == bus_recv.settings().get("AGENT_BUS_CHANNEL", "default") else f" --channel {box.channel}"
+    whose = f"{label(mail[-1])} {box.names[0]}{on}"
+    complain(f"{number} unread for {box.names[0]}, oldest first; to mark these as read: {ack} {whose}")
     return 0
 
 
@@ -159,12 +166,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         name = options.name or bus_recv.settings().get("AGENT_NAME")
         if not name:
-            {"look": looking, "ack": marking}[options.command].error("whose mail? Give NAME or set AGENT_NAME")
-        box = Inbox(name, options.channel, peeks=options.command == "look")
+            {"look": looking, "ack": marking}[options.command].error(
+                f"whose mail? Give NAME or set AGENT_NAME{bus_recv.unused_file()}"
+            )
+        box = Inbox(name, options.channel, peeks=True)
         box.warn = box.announce = complain
         if options.command == "look":
             return show(box, options.json)
         box.acknowledge(options.id)
+        box.acks = True
         left, more = box.look(0)  # presents the cursor: now the bus knows, too
         complain(f"{options.id} is read, and all earlier messages; {len(left)}{' or more' if more else ''} unread")
     except BrokenPipeError:  # nobody reads us any more

@@ -49,7 +49,8 @@ def agreed(name: str, database: str, here: str, closed: bool, yes: bool) -> bool
     `here` is the URL at which the bus listens; empty if it does not run.
     """
     database = os.path.abspath(database)
-    tell(f"A token of {name} for the bus at {here or '(it does not run)'}, whose database is {database}")
+    where = f"at {here}" if here else "that does not run now"
+    tell(f"A token of {name} for the bus {where}, whose database is {database}")
     if not here and not os.path.exists(database):
         tell("There is no database yet: the bus makes it at its first start. If your bus has started, correct --db.")
     other = settings_url()
@@ -259,7 +260,8 @@ PLAIN = """\
 encrypts (VPN, tailnet); elsewhere, give the bus a certificate with --tls-cert (docs/deploy.md), and invite again.
 """
 NO_BUS = """\
-No bus runs with this database, so there is no line to run: start the bus and make another token, or give --url.
+The token is good as soon as the bus runs. On this machine, set AGENT_BUS_TOKEN to it. There is no line for another
+machine, because no bus runs with this database: start the bus and invite again, or invite with --url.
 """
 UNCHECKED = """\
 The certificate at {url} cannot be checked from here ({why}). The line works if that certificate is valid for everyone.

@@ -49,6 +49,7 @@ PROFILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # it becomes the name 
 OURS = ["AGENT_BUS_URL", "AGENT_BUS_TOKEN", "AGENT_BUS_TOKEN_FILE", "AGENT_BUS_CA", "AGENT_BUS_PROFILE",
         "AGENT_BUS_PLAIN_HTTP", "AGENT_NAME"]  # fmt: skip
 TOKEN = re.compile(r"abt_[0-9a-f]{8}_[A-Za-z0-9_-]{43}")
+TOKEN_LIKE = re.compile("abt_[0-9a-f]{8}")  # a part of one: it is never printed, and never the name of a file
 
 
 class Fault(Exception):
@@ -94,7 +95,9 @@ def fetch(url: str, pin: str, aside: str) -> None:
     if done.returncode == 90:  # CURLE_SSL_PINNEDPUBKEYNOTMATCH
         raise other_key(url)
     if done.returncode:
-        said = done.stderr.decode(errors="replace").strip()
+        said = " ".join(done.stderr.decode(errors="replace").split())
+        if done.returncode == 60 and not pin.startswith("sha256//"):  # CURLE_PEER_FAILED_VERIFICATION
+            raise Fault(f"the certificate of {url} is its own: run the line that `invite` printed, which has its pin")
         raise Fault(f"cannot fetch the clients from {url} ({said}): is the bus running, and the tunnel or VPN up?")
     if url.startswith("http:") and pin != digest(paths):
         raise Fault(f"the programs at {url} are not those of the invitation: ask for a new one; nothing was run")
@@ -149,6 +152,8 @@ def choose(place: str, url: str, name: str, profile: str) -> str:
         say(f"{taken}.")
         say(f"Name a profile to keep both, or {profile} to replace it [{other}]: ", end="")
         answer = sys.stdin.readline().strip() or other
+        if TOKEN_LIKE.search(answer):
+            raise Fault("that was a token, and the question is for the name of a profile: run the line again")
         if answer == profile:
             return profile
         profile = answer if PROFILE.fullmatch(answer) else profile
@@ -178,6 +183,11 @@ def check(mine: dict[str, str]) -> None:
             raise Fault(f"the bus does not take this token, so nothing was configured: {refused}") from None
     except (bus_recv.Unreachable, ValueError):
         pass  # the doctor says which hop it is
+    with contextlib.suppress(bus_recv.Refused, bus_recv.Unreachable, ValueError):  # Refused: an older bus
+        name = bus_recv.ask(mine["AGENT_BUS_URL"], "/whoami", 10.0)[0].get("name")
+        if name and name != mine["AGENT_NAME"]:
+            said = f"this token is for {name}, and the line is for {mine['AGENT_NAME']}"
+            raise Fault(f"{said}: paste the line as `invite` printed it; nothing was configured")
     with contextlib.redirect_stdout(io.StringIO()) as told:
         code = bus_doctor.main(["--hold", "0"])  # its long poll would take 25 s
     for line in told.getvalue().splitlines():
@@ -238,12 +248,14 @@ def main(argv: "Sequence[str] | None" = None) -> int:
     parser.add_argument("url", metavar="URL", help="of the bus, like https://bus.lan:8080")
     parser.add_argument("name", metavar="NAME", help="the name that the token is for")
     parser.add_argument("pin", metavar="PIN", nargs="?", default="", help="from the line that `invite` printed")
-    parser.add_argument("--profile", default="", metavar="P", help="write P.env, even if it is there (default)")
+    parser.add_argument("--profile", default="", metavar="P", help="write P.env, over an old one too (default)")
     options = parser.parse_args(argv)
     if not re.fullmatch(r"https?://[^\s?#@]+", options.url) or not options.url.isprintable():
         parser.error(f"{options.url!a} is not the URL of a bus: write it like https://bus.lan:8080")
     if not NAME.fullmatch(options.name):
         parser.error("a NAME is 1 to 64 of A-Z a-z 0-9 . _ : @ - with a letter or digit first")
+    if TOKEN_LIKE.search(f"{options.profile} {os.environ.get('AGENT_BUS_PROFILE')} {options.name}"):
+        parser.error("a token stands where a name or a profile belongs: the line asks for the token by itself")
     if not PROFILE.fullmatch(options.profile or os.environ.get("AGENT_BUS_PROFILE") or "default"):
         parser.error("a profile is 1 to 64 of A-Z a-z 0-9 . _ - with a letter or digit first")
     try:

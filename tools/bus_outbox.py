@@ -240,7 +240,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         url, message = bus_send.compose(to, msg, **(given if to else {"sender": given["sender"]}))
         message["sender"] = sender = message.pop("from", None)
         check(url, message)
-        return deliver(Outbox(url, sender), None if flush else message, patience, as_json)
+        outbox = Outbox(url, sender)
+        code = deliver(outbox, None if flush else message, patience, as_json)
+        others = sum(line.startswith("waiting") for line in listed()) - len(outbox.waiting())
+        flush and others > 0 and complain(f"{others} wait for another bus, or of another sender: --list shows them")
+        return code
     except (ValueError, OSError) as error:
         return complain(str(error), 2)
     except KeyboardInterrupt:

@@ -7,8 +7,8 @@
 
 `--watch` shows it again every 2 s, until Ctrl-C. SEEN is `listening`, or how long ago the name last listened, or `sent
 5m` if it has sent something since. A name on another channel than `default` is shown as CHANNEL/NAME. `-` stands for
-what the bus does not tell: an older bus, or a token that may not read that mail. On a terminal a long name is cut, so
-that each agent has one line.
+what the bus does not tell: an older bus, or a token that may not read that mail. UNREAD is without mail to `all`.
+On a terminal a long name is cut, so that each agent has one line.
 
 bus_recv.ask asks the bus; so this program needs bus_recv.py beside it or one folder up. It has the environment of
 bus_recv.py, and writes no file. Exit code: 0 done, 1 refused by the bus, 2 usage, 75 out of reach, 130 Ctrl-C.
@@ -142,7 +142,8 @@ def show(found: Sequence[Agent], now: float, as_json: bool, clear: bool) -> None
     if clear and on_terminal:  # what does not fit would push the beginning off the screen
         lines = [f"{CLEAR}{lines[0]}", *lines[1 : size.lines - 2]]
     listening = sum(bool(agent.get("online")) for agent in found)
-    lines.append(f"{listening} of {len(found)} listen" if found else "nobody has listened or sent on this bus yet")
+    legend = f"{listening} of {len(found)} listen; mail to all is not in UNREAD"
+    lines.append(legend if found else "nobody has listened or sent on this bus yet")
     bus_recv.emit((bus_recv.dump(list(found)) if as_json else "\n".join(lines)) + "\n")
 
 

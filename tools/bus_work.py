@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import re
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -149,23 +148,6 @@ class Worker(bus_recv.Reader):
         bus_recv.ask(self.url, f"/{verb}", bus_recv.GRACE_SECONDS, {"id": job["id"], "lease": job["lease"], **members})
 
 
-def check_command(command: str) -> None:
-    """ValueError if the shell does not find the command: with it, every job of the queue would become a dead letter.
-
-    Only a plain first word is looked for, as in `./build && ./test`; not one in quotes, or with a variable.
-    """
-    import subprocess
-
-    if not command.strip():
-        raise ValueError("--exec is empty: give a command; no job was taken")
-    word = re.match(r"\s*([\w./][\w./+@:-]*)(?=[\s;&|<>]|$)", command)
-    if word and os.name == "posix":
-        nowhere = subprocess.DEVNULL
-        found = subprocess.run(f"command -v {word[1]}", shell=True, stdin=nowhere, stdout=nowhere, stderr=nowhere)
-        if found.returncode:
-            raise ValueError(f"--exec: there is no command {word[1]} that can be run here; no job was taken")
-
-
 def complain(line: str) -> None:
     bus_recv.complain(line, "bus_work")
 
@@ -189,11 +171,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     for number in bus_recv.ENDS:
         signal.signal(number, lambda *_: sys.exit(0))
     try:
-        check_command(options.exec)
+        bus_recv.check_command(options.exec)
         worker = Worker(options.names, options.channel, options.exec, options.lease)
         signal.signal(signal.SIGTERM, worker.stop)
         worker.warn = worker.announce = complain
-        worker.work(worker.answers(options.once, timeout))
+        with contextlib.closing(worker):
+            worker.work(worker.answers(options.once, timeout))
     except KeyboardInterrupt:
         return 130
     except (bus_recv.Refused, bus_recv.Unreachable, ValueError, OSError) as error:

@@ -263,7 +263,8 @@ def test_who_shows_each_name_once_and_who_listens_first(agent):
     code, out, err = agent("who")
     assert (code, err) == (0, "")
     head, *rows, last = out.splitlines()
-    assert head.split() == ["NAME", "SEEN", "UNREAD", "OLDEST"] and last == "2 of 3 listen"
+    assert head.split() == ["NAME", "SEEN", "UNREAD", "OLDEST"]
+    assert last == "2 of 3 listen; mail to all is not in UNREAD"
     seen = [("bob", "listening", "2", "<1m"), ("ops/ann", "listening", "0"), ("spark", "sent", "<1m", "0")]
     assert sorted(tuple(row.split()) for row in rows) == seen and rows[2].startswith("spark ")
     assert [each["name"] for each in json.loads(agent("who", "--json", "--channel", "ops")[1])] == ["ann"]
@@ -338,7 +339,7 @@ def test_who_of_300_agents_takes_a_fifth_of_a_second_and_fits_a_terminal(bus):
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         took.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     lines = shown.splitlines()
-    assert len(lines) == 302 and lines[-1] == "300 of 300 listen" and max(map(len, lines)) <= 80
+    assert len(lines) == 302 and lines[-1].startswith("300 of 300 listen;") and max(map(len, lines)) <= 80
     assert f"long-channel/{'x' * 64} " in run(SCRIPT, "who", env=env)[1]  # in a pipe it is whole
     assert min(took) < in_time(0.2)
 
@@ -368,7 +369,7 @@ def test_the_inbox_shows_unread_mail_and_takes_none(agent):
     for _ in range(2):
         code, out, err = agent("inbox")
         assert code == 0 and re.findall(r"^\| (.*)", out, re.MULTILINE) == ["one", "two"]
-        assert "2 unread for bob" in err and err.endswith(f" ack {two}\n")
+        assert "2 unread for bob" in err and err.endswith(f" ack {two} bob\n")
     assert [json.loads(agent.bus.get(f"/message/{id}"))["state"] for id in (one, two)] == ["queued"] * 2
     assert not [each for each in json.loads(agent.bus.get("/agents"))["agents"] if each["online"]]
     assert [json.loads(line)["id"] for line in agent("inbox", "--json")[1].splitlines()] == [one, two]
@@ -389,6 +390,41 @@ def test_ack_marks_as_read_up_to_an_id_and_the_bus_knows(agent):
     assert code == 2 and err == (f"agent_bus.py ack: there is no message {int(one, 16) - 1:x} on this bus: "
                                  "take the id from the inbox\n")  # fmt: skip
     assert agent("ack", "fffffffffffff")[0] == 2 and agent("ack", "fffffffffffff")[2].count("\n") == 1
+
+
+def test_an_acknowledgement_is_nobodys_listening(agent):
+    """Refused or not: a send to the name still says that nobody ever listened as it."""
+    (one,) = mails(agent.url, "one", to="zed")
+    assert agent("ack", "123", "zed")[0] == 2 and agent("ack", one, "zed")[0] == 0
+    told = bus_send.send("zed", "two", url=agent.url, sender="spark")["receiver"]
+    assert not told["online"] and not told["known"] and told["last_seen"] is None and told["unread"] == 1
+    assert "listening" not in agent("who")[1]
+
+
+def test_the_mail_of_another_name_or_channel_cannot_be_acknowledged(agent):
+    (one,), (two,) = mails(agent.url, "one", to="zed"), mails(agent.url, "two", channel="lab")
+    code, _, err = agent("ack", one, "nobody9")
+    assert code == 2 and f"{one} is mail for zed, not for nobody9: take the id from the inbox" in err
+    agent("ack", "1", "bob")  # bob's cursor is at the end now
+    assert f"{two} is mail for bob on the channel lab, not for bob" in agent("ack", two)[2]
+    everybody = bus_send.send("all", "hear", url=agent.url, sender="spark")["id"]
+    assert agent("ack", everybody, "nobody9")[0] == 0
+
+
+def test_the_line_that_the_inbox_prints_marks_its_mail_as_read(agent):
+    mails(agent.url, "one", to="zed")
+    mails(agent.url, "two", to="zed", channel="lab")
+    for more in ([], ["--channel", "lab"]):
+        line = agent("inbox", "zed", *more)[2].strip().split("python3 tools/agent_bus.py ")[1]
+        assert agent(*line.split())[0] == 0 and agent("inbox", "zed", *more)[0] == 3
+
+
+def test_a_home_that_cannot_be_written_is_said_in_the_sentence_of_all_programs(agent, tmp_path):
+    (tmp_path / "file").touch()
+    (one,) = mails(agent.url, "one")
+    env = {"HOME": str(tmp_path / "file"), "XDG_STATE_HOME": "", "AGENT_BUS_STATE_DIR": ""}
+    code, _, err = agent("ack", one, **env)
+    assert code == 2 and "cannot write " in err and "set AGENT_BUS_STATE_DIR to another place" in err
 
 
 def test_the_inbox_needs_a_name(agent):
@@ -493,6 +529,17 @@ def test_bash_completes_commands_and_their_options(scripts):
     assert "--keep" in completed("agent-bus", "serve", "--") and "--to" in completed("agent-bus", "file", "put", "--")
     assert completed("agent-bus", "install", "cl") == ["claude"]
     assert completed("agent-bus", "completion", "z") == ["zsh"]
+
+
+def test_files_are_completed_only_for_commands_that_take_them(scripts):
+    def asks(command):
+        line = f"compopt() {{ echo \"$@\"; }}; COMP_WORDS=(agent-bus {command} x); COMP_CWORD=2; _agent_bus"
+        done = subprocess.run(["bash", "-c", f"{scripts['bash']}\n{line}"], capture_output=True, text=True)
+        return done.stdout
+
+    assert asks("file") == "-o default\n" and asks("send") == asks("who") == ""
+    assert "-o default -F" not in scripts["bash"]
+    assert "not __fish_seen_subcommand_from file " in scripts["fish"].splitlines()[0]
 
 
 def test_zsh_completes_commands_and_their_options(scripts):

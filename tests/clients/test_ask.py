@@ -147,13 +147,24 @@ def test_an_answer_finds_who_asked_and_where(bus):
     assert (mail["msg"], mail["reply_to"], mail["from"]) == ("It is. ü", question["id"], "dell")
 
 
+@pytest.mark.parametrize("text", [["ok"], ["yes", "I", "am"], ["yes I am"]])
+def test_words_behind_reply_to_are_the_text_and_a_name_before_it_is_the_receiver(text, bus):
+    """Also where stdin is not the text, as in a command of `recv --exec`."""
+    env = {"AGENT_BUS_URL": bus.url, "AGENT_NAME": "dell"}
+    number = bus_send.send("dell", "are you there?", url=bus.url, sender="spark")["id"]
+    assert run("bus_send.py", "--subject", "re", "--reply-to", number, *text, stdin=b"{}", env=env)[0] == 0
+    assert run("bus_send.py", "nano", *text, f"--reply-to={number}", env=env)[0] == 0
+    for name in ("spark", "nano"):
+        assert next(bus_recv.receive(name, url=bus.url, timeout=PATIENCE))["msg"] == " ".join(text)
+
+
 def test_an_answer_to_nothing_is_refused_and_one_to_nobody_is_wrong_usage(bus):
     env = {"AGENT_BUS_URL": bus.url, "AGENT_NAME": "dell"}
     assert run("bus_send.py", "--reply-to", "652a7c1b2f3e1", stdin=b"hi", env=env)[0] == 1
-    assert run("bus_send.py", "--reply-to", "../healthz", stdin=b"hi", env=env)[0] == 1
+    assert run("bus_send.py", "--reply-to", "../healthz", stdin=b"hi", env=env)[0] == 2
     assert run("bus_send.py", stdin=b"hi", env=env)[0] == 2
     with Scripted(answer({"message": "no"})) as server:
-        code, out, err = run("bus_send.py", "--reply-to", "1", "--timeout", "0", stdin=b"hi",
+        code, out, err = run("bus_send.py", "--reply-to", "652a7c1b2f3e1", "--timeout", "0", stdin=b"hi",
                              env={**env, "AGENT_BUS_URL": server.url})  # fmt: skip
         assert (code, out) == (75, "") and "who sent" in err and len(server.asked) == 1
 

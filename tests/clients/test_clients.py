@@ -184,11 +184,12 @@ def test_patience_ends_a_send(monkeypatch):
 
 def test_everything_said_about_a_message_reaches_the_bus():
     with Scripted(stored()) as server:
-        given = ["--subject", "T1 ü", "--reply-to", "652a", "--type", "result", "--priority", "high", "--ttl", "60",
+        given = ["--subject", "T1 ü", "--reply-to", "652a7c1b2f3e1", "--type", "result", "--priority", "high",
+                 "--ttl", "60",
                  "--key", "k", "--channel", "ops", "--from", "gb10"]  # fmt: skip
         assert send(server, *given, stdin=b"zwei\n\tZeilen\r\n\n")[0] == 0
         assert server.asked[0].json == {
-            "from": "gb10", "to": "dell", "msg": "zwei\n\tZeilen\r\n\n", "subject": "T1 ü", "reply_to": "652a",
+            "from": "gb10", "to": "dell", "msg": "zwei\n\tZeilen\r\n\n", "subject": "T1 ü", "reply_to": "652a7c1b2f3e1",
             "type": "result", "priority": "high", "ttl": 60, "key": "k", "channel": "ops",
         }  # fmt: skip
         assert (server.asked[0].method, server.asked[0].target) == ("POST", "/send")
@@ -231,6 +232,8 @@ def test_a_send_without_a_sender_or_a_url_is_a_wrong_configuration():
     ({"online": 5, "offline": 0, "unread": 7}, ""),
     ({"online": 2, "offline": 3, "unread": 7}, "queued: 2 of 5 are listening, 7 unread\n"),
     ({"online": 2, "offline": 3}, "queued: 2 of 5 are listening\n"),
+    ({"online": 1, "offline": 2, "unknown": {"a": {}, "b": {"similar": ["bb"]}}},
+     "queued: 1 of 3 are listening; nobody has ever listened as a, b\n"),
     ({"online": 0, "offline": 0}, "queued: 0 of 0 are listening\n"),
     ("a strange bus", ""),
     ({"online": False, "last_seen": "yesterday"}, ""),
@@ -239,6 +242,35 @@ def test_the_sender_is_told_when_nobody_is_there(receiver, truth):
     with Scripted(stored(receiver=receiver)) as server:
         code, out, err = send(server)
     assert code == 0 and json.loads(out)["receiver"] == receiver and out.count("\n") == 1 and err == truth
+
+
+def test_a_warning_of_the_bus_and_a_repeated_key_are_told(capfd):
+    with Scripted(stored(warning="30 turns with dell", receiver={"online": True, "last_seen": NOON})) as server:
+        assert send(server)[2] == "warning: 30 turns with dell\n"
+        assert send(server, "hi", "--ask", "--timeout", "0")[2].startswith("warning: 30 turns")
+    nobody = {"online": False, "last_seen": None}
+    bus_send.report({"ok": True, "ts": NOON, "duplicate": True, "receiver": nobody}, "dell")
+    assert capfd.readouterr().err == "queued: nobody has ever listened as dell (stored before, with the same key)\n"
+
+
+@pytest.mark.parametrize("given, says", [
+    (["--priority", "urgent"], "invalid choice: 'urgent'"), (["--reply-to", "deadbeef"], "not the id of a message"),
+])  # fmt: skip
+def test_a_value_that_means_nothing_is_refused(given, says):
+    with Scripted(stored()) as server:
+        code, _, err = send(server, *given)
+        assert code == 2 and says in err and not server.asked
+
+
+def test_the_file_of_another_bus_is_named_when_a_setting_is_missing(tmp_path):
+    (tmp_path / "agent-bus").mkdir()
+    file = tmp_path / "agent-bus" / "default.env"
+    file.touch(0o600)
+    file.write_text("AGENT_BUS_URL=http://other:1\nAGENT_NAME=dell\n")
+    env = {"XDG_CONFIG_HOME": str(tmp_path), "AGENT_BUS_URL": "http://127.0.0.1:9", "AGENT_NAME": ""}
+    for program_, *arguments in (["bus_send.py", "dell"], ["bus_recv.py"], ["tools/bus_inbox.py", "look"]):
+        code, _, err = run(program_, *arguments, stdin=b"hi", env=env)
+        assert code == 2 and f"AGENT_NAME; {file} is for http://other:1, which is not AGENT_BUS_URL" in err, err
 
 
 def test_a_stored_message_is_a_success_when_nobody_reads_the_answer():
@@ -495,6 +527,33 @@ def test_once_takes_all_that_waits():
                   mail(message(3)), mail(message(4))) as server:  # fmt: skip
         out = recv(server, "--once", "--json")[1]
         assert [json.loads(line)["id"] for line in out.splitlines()] == ["1", "2", "3"]
+
+
+@pytest.mark.parametrize("arguments", [["--once"], ["--exec", "true", "--once"], ["--monitor", "--once"]])
+def test_a_reader_that_ends_says_goodbye_with_its_cursor(arguments, home):
+    with Scripted(mail(message(1))) as server:
+        assert recv(server, *arguments)[0] == 0
+        (goodbye,) = server.left
+        asked = {name: goodbye.query[name] for name in ("to", "since", "ack", "leave", "bus")}
+        since = cursors(home)["b1/default/dell"]
+        assert asked == {"to": ["dell"], "since": since, "ack": "true", "leave": "true", "bus": "b1"}
+
+
+def test_a_reader_that_has_ended_is_not_listening(bus):
+    """By itself, or by a signal while the bus holds its poll."""
+    for arguments in (["--once", "--timeout", "0"], []):
+        process = program("bus_recv.py", "fresh", *arguments, env={"AGENT_BUS_URL": bus.url})
+        arguments or wait_until(lambda: bus_send.send("fresh", "1", url=bus.url, sender="a")["receiver"]["online"])
+        arguments or process.terminate()
+        process.communicate(timeout=PATIENCE)
+        assert not bus_send.send("fresh", "2", url=bus.url, sender="a")["receiver"]["online"]
+
+
+@pytest.mark.parametrize("command", ["nosuchcmd", "", "nosuchcmd | cat"])
+def test_a_command_that_does_not_exist_is_said_before_a_message_is_taken(command):
+    with Scripted(mail(message(1))) as server:
+        code, out, err = recv(server, "--exec", command, "--once")
+        assert (code, out) == (2, "") and "nothing was taken" in err and server.asked == []
 
 
 def test_a_page_that_was_for_others_is_not_the_end():

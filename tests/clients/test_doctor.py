@@ -380,3 +380,12 @@ def test_the_path_of_the_database_is_told_if_the_bus_is_the_one_at_the_usual_pla
         with contextlib.closing(sqlite3.connect(path)) as database:
             assert database.execute(shlex.split(command)[2]).fetchall() == []
         assert "not at the usual place" in examine(server.url, XDG_STATE_HOME=str(tmp_path))[0]["file"][1]
+
+
+def test_a_variable_in_the_file_that_nothing_reads_is_named(examine, bus, tmp_path):
+    (tmp_path / "agent-bus").mkdir()
+    file = tmp_path / "agent-bus" / "default.env"
+    file.touch(0o600)
+    file.write_text(f"AGENT_BUS_URL={bus.url}\nAGENT_BUS_TOKN=x\nEDITOR=vi\nAGENT_BUS_CHANNEL=ops\n")
+    verdict, _, advice = examine(bus.url, XDG_CONFIG_HOME=str(tmp_path))[0]["url"]
+    assert verdict == "warn" and advice == f"{file} sets AGENT_BUS_TOKN, which nothing reads: a typo?"

@@ -7,6 +7,7 @@ import ssl
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
@@ -62,9 +63,9 @@ def test_a_bus_with_another_database_is_named_before_the_wrong_one_is_closed(tmp
     with Server(tmp_path / "theirs.db") as bus:
         monkeypatch.setenv("AGENT_BUS_URL", bus.url)
         said = command(Server(tmp_path / "bus.db"), "invite", "zz")
-        assert f"(it does not run), whose database is {tmp_path}/bus.db" in said
+        assert f"for the bus that does not run now, whose database is {tmp_path}/bus.db" in said
         assert f"another bus runs at {bus.url}, with another database. If you meant it" in said
-        assert "No bus runs with this database, so there is no line to run" in said and "curl" not in said
+        assert "The token is good as soon as the bus runs" in said and "invite again" in said and "curl" not in said
         assert ask(bus, "GET", "/agents")[0] == 200
         assert "another database" not in command(bus, "invite", "zz")
 
@@ -110,6 +111,14 @@ def test_on_a_terminal_it_asks_if_no_bus_runs_with_the_database(tmp_path):
     with Terminal("bash", tmp_path / "home", machine(tmp_path / "bin")) as terminal:
         terminal.type(f"python3 {ROOT}/bus_server.py invite dell --db {tmp_path}/bus.db")
         terminal.wait_for("Make the token? [y/N] ")
+
+
+def test_a_second_invite_says_that_the_name_has_a_token_already(tmp_path):
+    bus, first = Server(tmp_path / "bus.db"), ""
+    for number in range(2):
+        said = command(bus, "invite", "dell")
+        assert (f"dell has the token {first} already, made {time.strftime('%Y-')}" in said) == bool(number)
+        first = TOKEN.search(said)[0][:12]
 
 
 def test_bus_server_alone_makes_a_token_too(tmp_path):

@@ -437,6 +437,11 @@ def test_a_bus_that_is_not_there_is_one_sentence(bus, tmp_path):
     assert code == 1 and err.count("\n") == 1 and "is the bus running" in err
 
 
+def test_a_bus_with_a_certificate_of_its_own_needs_the_pin_of_the_line(bus, tmp_path):
+    code, _, err = join(bus, "dell", NOBODYS, tmp_path / "home", pin="x ")
+    assert code == 1 and err.count("\n") == 1 and "run the line that `invite` printed" in err
+
+
 # ── The token ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -458,9 +463,10 @@ def test_an_expired_token_is_one_sentence(bus, tmp_path):
     assert (code, out, err.count("\n")) == (1, "", 1) and "this token expired at 20" in err
 
 
-def test_a_token_of_another_name_is_a_fault_that_the_doctor_finds(bus, tmp_path):
+def test_a_token_of_another_name_is_said_to_be_one(bus, tmp_path):
     code, out, err = join(bus, "dell", invited(bus, "nano")[1], tmp_path / "home")
-    assert code == 1 and "sends as nano" in out and "nothing was configured" in err
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert "this token is for nano, and the line is for dell: paste" in err
     assert configuration(tmp_path / "home") is None
 
 
@@ -549,6 +555,20 @@ def test_on_a_terminal_it_proposes_a_profile(answer, profile, bus, tmp_path):
         terminal.wait_for(f"you are dell on {bus.url}")
     assert configuration(home, profile)["AGENT_BUS_TOKEN"] == token
     assert ((home / CONFIG / "default.env").read_text() == OTHER) == (profile != "default")
+
+
+def test_a_token_is_never_the_name_of_a_profile(bus, tmp_path):
+    home = tmp_path / "home"
+    other_bus(home)
+    line, token, _ = invited(bus, "dell")
+    for options, env in ((["--profile", token], {}), ([], {"AGENT_BUS_PROFILE": token})):
+        code, _, err = join(bus, "dell", token, home, *options, pin=line, **env)
+        assert code == 2 and "a token stands where a name or a profile belongs" in err
+    with Terminal("bash", home, machine(tmp_path / "bin", "curl")) as terminal:
+        terminal.type(line)
+        terminal.wait_for("[127.0.0.1]: ")
+        assert "that was a token" in terminal.run(token)
+    assert [file.name for file in (home / CONFIG).iterdir()] == ["default.env"]
 
 
 def test_what_the_shell_has_set_is_named(bus, tmp_path):

@@ -554,13 +554,22 @@ def test_a_wrong_configuration_is_one_sentence_and_exit_2(listen, env):
     assert len(listener.said()) == 1 and listener.said()[0].startswith("bus_listener: ")
 
 
-@pytest.mark.parametrize("arguments", [["spark"], ["--url", "http://127.0.0.1:1"], [""], ["-x"], ["a\x1b[2J"]])
-def test_an_argument_is_refused_in_words_because_it_takes_none(arguments, tmp_path):
+@pytest.mark.parametrize("arguments", [["spark", "x"], ["--url", "http://127.0.0.1:1"], [""], ["-x"]])
+def test_what_is_not_one_name_is_refused_in_words(arguments, tmp_path):
     env = {"PATH": os.environ["PATH"], "AGENT_NAME": "spark", "HOME": str(tmp_path)}
     done = subprocess.run([SCRIPT, *arguments], env=env, capture_output=True, text=True, timeout=PATIENCE)
-    said = "is not understood: it takes no arguments, set AGENT_NAME and others; see --help\n"
+    said = "is not understood: it takes one NAME and no options, only variables; see --help\n"
     assert (done.returncode, done.stdout) == (2, "") and done.stderr.endswith(said)
     assert done.stderr.count("\n") == 1 and "\x1b" not in done.stderr and not list(tmp_path.iterdir())
+
+
+def test_it_takes_the_name_as_every_other_program_does(bus, tmp_path):
+    env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "AGENT_BUS_URL": bus.url, "AGENT_NAME": "other"}
+    with subprocess.Popen([SCRIPT, "lis"], env=env, stdout=subprocess.PIPE, text=True) as process:
+        line = process.stdout.readline()
+        process.terminate()
+    folder = tmp_path / ".local/state/agent-bus/listener"
+    assert line == f"writing the mail of lis to {folder}/lis.log and {folder}/lis.jsonl\n"
 
 
 @pytest.mark.parametrize("option", ["-h", "--help"])

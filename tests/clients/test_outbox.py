@@ -327,3 +327,9 @@ def test_only_what_is_stored_is_copied(monkeypatch, tmp_path):
         bus_send.send("dell", "unknown", url=nowhere(), patience=0)
     (line,) = (tmp_path / "sent").read_text().splitlines()
     assert json.loads(line)["msg"] == "after a fault" and "key" not in json.loads(line)
+
+
+def test_a_flush_says_that_mail_waits_for_another_bus():
+    assert run("dell", url=nowhere(), msg="hi")[0] == 0
+    code, _, err = run("--flush", url=nowhere())
+    assert code == 0 and "1 wait for another bus, or of another sender: --list shows them" in err

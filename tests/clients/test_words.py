@@ -423,7 +423,7 @@ def test_a_mistyped_receiver_gets_the_name_that_listens(bus, home):  # noqa: F81
     env = {"AGENT_BUS_URL": bus.url, "AGENT_NAME": "spark"}
     assert run("bus_recv.py", "Lead2", "--timeout", "0", env=env)[0] == 3
     shown = on_a_terminal("bus_send.py", "Laed2", "hi", **env)
-    assert shown == "queued: nobody has ever listened as Laed2; did you mean Lead2?\n"
+    assert shown == "queued: nobody has ever listened as Laed2, 1 unread; did you mean Lead2?\n"
 
 
 def test_the_clients_say_their_version():

@@ -98,6 +98,7 @@ def test_a_job_whose_lease_is_lost_is_given_up_and_its_command_killed_with_all_i
         command = f"(sleep 60; touch {tmp_path}/late) & echo $! > {tmp_path}/child; wait"
         assert "1 is given up" in ended(worker(server.url, command, "--once", "--lease", "1"), 1)
         assert [asked.target for asked in server.asked] == ["/healthz", "/claim", "/extend"]
+        assert [asked.query["to"] for asked in server.left] == [["builds"]], "it does not say that it leaves"
     wait_until(lambda: not runs(int((tmp_path / "child").read_text())))
 
 
@@ -135,7 +136,7 @@ def test_a_command_that_does_not_exist_is_said_before_a_job_is_taken(command, wo
     """Else it would make a dead letter of each job in the queue."""
     said = f"--exec: there is no command {word} that can be run here" if word else "--exec is empty: give a command"
     with Scripted(mail(job(1)), DONE) as server:
-        assert ended(worker(server.url, command), 2) == f"bus_work: {said}; no job was taken\n"
+        assert ended(worker(server.url, command), 2) == f"bus_work: {said}; nothing was taken\n"
         assert server.asked == []
 
 

@@ -233,3 +233,12 @@ def test_a_retry_to_a_list_whose_mailboxes_were_forgotten_has_the_first_answer(t
     assert answer["duplicate"] and answer["id"] == f"{first[0].ticks[-1]:x}"
     assert answer["receiver"] == {"online": 0, "offline": 2, "unread": 0, "unknown": {"bob": {}, "eve": {}}}
     inside.close(bus)
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path):
+    server = Server(tmp_path / "new" / "bus.db")
+    server.log = tmp_path / "stderr"
+    with server as bus:
+        code, _, err = run("backup", str(tmp_path / "nowhere" / "a.db"), "--db", bus.db)
+        assert code and f"there is no folder {tmp_path}/nowhere: make it first" in err
+    assert f"there was no folder {tmp_path}/new: it is made for the database" in server.log.read_text()

@@ -137,14 +137,23 @@ def test_its_repository_is_a_marketplace_from_which_it_is_installed(claude, tmp_
     assert "Skills (4)  agent-bus, bus-agents, bus-inbox, bus-send" in claude("plugin", "details", "agent-bus")
 
 
+def test_what_readme_runs_in_the_folder_of_another_project_has_the_path_of_this_one():
+    section = (ROOT / "README.md").read_text().split("Without the plugin, ")[1].split("\n## ")[0]
+    programs = re.findall(r"(?<=python3 )(?:-u )?(\S+\.py)", "".join(re.findall("```.*?```", section, re.DOTALL)))
+    assert programs == [f"~/agent-bus/{file}" for file in ("integrations/claude_code/bus_mcp.py", "bus_recv.py")]
+    assert all((ROOT / program.removeprefix("~/agent-bus/")).exists() for program in programs)
+
+
 @needs_claude
-def test_the_lines_of_readme_install_it_and_add_the_tools(claude):
+def test_the_lines_of_readme_install_it_and_add_the_tools(claude, tmp_path):
     readme = (ROOT / "README.md").read_text()
     (install,) = re.findall("`(claude plugin install .*?)`", readme)
     (add,) = re.findall("^claude mcp add .*", readme, re.MULTILINE)
     assert "Successfully installed plugin: agent-bus@agent-bus" in claude(*shlex.split(install)[1:])
-    claude(*shlex.split(add.replace("$PWD", str(ROOT)))[1:])
-    assert re.search("^bus: .* ✔ Connected$", claude("mcp", "list"), re.MULTILINE)
+    project = tmp_path / "project"
+    project.mkdir()
+    claude(*shlex.split(add.replace("~/agent-bus", str(ROOT)))[1:], folder=project)
+    assert re.search("^bus: .* ✔ Connected$", claude("mcp", "list", folder=project), re.MULTILINE)
 
 
 @needs_claude

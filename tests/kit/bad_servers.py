@@ -164,7 +164,8 @@ class Scripted:
     """Answers the n-th request with the n-th of `script`: bytes, or a function of the socket. The last one repeats.
 
     `/healthz` is not part of the script: it says that the bus is `bus` (None: a bus of the old contract), or `health`.
-    `asked` has all that was asked, `polls` what was asked of /recv. With `path`, it listens on that Unix socket.
+    `asked` has all that was asked, `polls` what was asked of /recv. `left` has the requests with which readers leave;
+    they are not in `asked`, nor in the script. With `path`, it listens on that Unix socket.
     """
 
     def __init__(self, *script, bus="b1", health=None, path=None):
@@ -172,7 +173,7 @@ class Scripted:
         self.health = health
         if health is None:
             self.health = answer({"ok": True, "now": NOON + 0.25, **({"bus": bus} if bus else {})})
-        self.asked = []
+        self.asked, self.left = [], []
         if path:
             self.listener = socket.socket(socket.AF_UNIX)
             self.listener.bind(str(path))
@@ -199,8 +200,10 @@ class Scripted:
             first, *lines = head.decode("latin-1").split("\r\n")
             headers = {key.lower(): value for key, _, value in (line.partition(": ") for line in lines)}
             body = self._read(sock, body, lambda data: len(data) >= int(headers.get("content-length", 0)))
-            self.asked.append(Asked(*first.split(" ")[:2], headers, body))
-            if self.asked[-1].target.endswith("/healthz"):
+            asked = Asked(*first.split(" ")[:2], headers, body)
+            leaves = "&leave=true&" in asked.target
+            (self.left if leaves else self.asked).append(asked)
+            if leaves or asked.target.endswith("/healthz"):
                 behave = self.health
             else:
                 behave = self.script.pop(0) if len(self.script) > 1 else self.script[0]
