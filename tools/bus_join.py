@@ -242,8 +242,7 @@ def show_next(place: str, file: str, profile: str, name: str, others: Sequence[s
 
 
 def main(argv: "Sequence[str] | None" = None) -> int:
-    ours = os.path.basename(sys.argv[0]).startswith(("agent-bus ", "agent_bus.py "))  # `agent-bus join` is a whole name
-    own = None if ours else "bus_join.py"  # the line runs us as `python3 -c`
+    own = "bus_join.py" if sys.argv[0] == "-c" else None  # the line of the invitation runs us as `python3 -c`
     parser = argparse.ArgumentParser(prog=own, description="Connect this machine to an agent-bus as NAME.")
     parser.add_argument("url", metavar="URL", help="of the bus, like https://bus.lan:8080")
     parser.add_argument("name", metavar="NAME", help="the name that the token is for")
