@@ -938,6 +938,11 @@ class Head:
         options = {option.strip().lower() for option in fields.get("connection", "").split(",")}
         self.closes = "close" in options or (self.version == "HTTP/1.0" and "keep-alive" not in options)
 
+    def opens_page(self) -> bool:
+        """Does a browser show the answer as a page of its own, as after a click on a link? No script sees it then."""
+        says = self.fields.get("sec-fetch-mode"), self.fields.get("sec-fetch-dest"), self.fields.get("origin")
+        return says == ("navigate", "document", None)
+
     def is_foreign(self) -> bool:
         """Did a page of another site send this, in a browser? Such a request has an Origin, or a Sec-Fetch-Site."""
         origin, host = self.fields.get("origin"), self.fields.get("host", "")
@@ -2114,6 +2119,8 @@ class Gate:
     def __init__(self, tokens: Tokens, hosts: Iterable[str]) -> None:
         self.tokens = tokens
         self.hosts = {"localhost", *(host.lower() for host in hosts)}
+        self.public = set(PUBLIC)
+        self.pages: set[str] = set()  # paths to which a link on another site may lead
 
     def holds(self, token: str) -> bool:
         """May this token be used? On a bus without tokens every request may, and its token is empty."""
@@ -2140,10 +2147,10 @@ class Gate:
         return not self.tokens.closed or any(grant.reads(mailbox) for grant in self.tokens.named.get(name, ()))
 
     def admit(self, head: Head) -> Grant:
-        if head.foreign:
+        if head.foreign and not (head.route in self.pages and head.opens_page()):
             raise Refused(403, "pages of other sites may not use this bus")
         if self.tokens.closed:
-            return OPEN if head.route in PUBLIC else self.tokens.grant(head.fields.get("authorization", ""))
+            return OPEN if head.route in self.public else self.tokens.grant(head.fields.get("authorization", ""))
         if head.host and head.host not in self.hosts and not ip_address(head.host.strip("[]")):
             raise Refused(403, f"this bus does not answer to {head.host}: start it with --allow-host, or with tokens")
         return OPEN
@@ -4232,7 +4239,11 @@ class Bus:
         head = request.parsed
         request.grant = self.gate.admit(head)
         request.endpoint = self.routes.get(("GET" if head.command == "HEAD" else head.command, head.route))
-        if head.command == "GET" and head.route not in PUBLIC and self.door.is_full(request.peer, ANSWER_BYTES):
+        if (
+            head.command == "GET"
+            and head.route not in self.gate.public
+            and self.door.is_full(request.peer, ANSWER_BYTES)
+        ):
             raise unread_answers()
         if request.endpoint and request.endpoint.sink:
             request.sink = request.endpoint.sink(request)

@@ -1,0 +1,278 @@
+// The frame: which view is shown, the panel of one message, the dialog to say something, the keys.
+
+import { ask, bus, forgetToken, names, send, speaks, start, takeToken, watch } from "./bus.js";
+import { badge, clock, day, fill, h, many, plain, prose, shown } from "./dom.js";
+import * as look from "./look.js";
+import * as views from "./views.js";
+
+const $ = id => document.getElementById(id);
+const VIEWS = [["", "Now", "◉"], ["messages", "Messages", "≡"], ["agents", "Agents", "⁂"], ["work", "Work", "▤"]];
+const SPOKEN = 8000; // ms between two sentences of the screen reader
+
+let view = null, shownPath = null, spokenAt = 0, opener = null;
+
+// The token of a link goes into this tab and out of the address before anything is asked.
+const given = /^#token=([!-~]{8,300})$/.exec(location.hash);
+if (given) {
+  takeToken(given[1]);
+  history.replaceState(null, "", `${location.pathname}#/`);
+}
+
+function spoken(text) {
+  if (Date.now() - spokenAt < SPOKEN) return;
+  spokenAt = Date.now();
+  $("spoken").textContent = text;
+}
+
+// Where the address leads: {parts, id}. What cannot be read leads to Now.
+function place() {
+  const [path, query = ""] = location.hash.replace(/^#\/?/, "").split("?");
+  try {
+    return { parts: path.split("/").filter(Boolean).map(decodeURIComponent), id: new URLSearchParams(query).get("id") };
+  } catch {
+    return { parts: [], id: null };
+  }
+}
+
+const isName = text => text !== undefined && /^[A-Za-z0-9._:@-]{1,64}$/.test(text);
+const isId = text => text !== null && /^[0-9a-f]{1,14}$/.test(text);
+
+const ROUTES = new Map([
+  ["", () => views.nowView(tools)],
+  ["messages", (one, other) => (isName(one) && isName(other) ? views.conversationView(tools, one, other) : views.messagesView(tools))],
+  ["agents", name => (isName(name) ? views.agentView(tools, name) : views.agentsView())],
+  ["work", () => views.workView(tools)],
+]);
+
+function go() {
+  if (bus.phase === "token") return login();
+  if (bus.phase === "start") return;
+  const { parts, id } = place(), [first = "", ...rest] = parts, path = parts.join("/");
+  if (path !== shownPath || !view) {
+    view?.leave?.();
+    view = (ROUTES.get(first) ?? ROUTES.get(""))(...rest);
+    shownPath = path;
+    fill($("main"), note(views.noteOfRights()), note(bus.notice), view.node);
+  }
+  isId(id) ? openMessage(id) : closePanel();
+  frame();
+}
+
+const note = text => text && h("p", { class: "note" }, text);
+
+// The bar above, or the tabs below, with what needs a look
+function frame() {
+  const { parts } = place(), troubled = look.inTrouble(look.agents()).length, failed = look.failedJobs();
+  const counts = { agents: troubled, work: failed };
+  fill($("views"), VIEWS.map(([path, title, sign]) => h("a", { href: `#/${path}`, "aria-current": (parts[0] ?? "") === path ? "page" : null },
+    h("span", { class: "sign", "aria-hidden": "true" }, sign), title, counts[path] ? h("span", { class: "alarm", "aria-label": `${counts[path]} need a look` }, counts[path]) : null)));
+  const live = bus.phase === "live";
+  $("live").textContent = live ? "● live" : bus.phase === "away" ? "○ out of reach" : "";
+  $("live").className = live ? "good" : "";
+  $("say").hidden = !live;
+  document.body.classList.toggle("away", bus.phase === "away");
+}
+
+function banner() {
+  const away = bus.phase === "away";
+  $("banner").hidden = !away;
+  if (!away) return;
+  const left = Math.max(0, Math.ceil((bus.away.until - Date.now()) / 1000));
+  fill($("banner"), `${bus.away.why || "The bus is out of reach."} What you see is what was last known. Next try in ${left} s. `, h("button", { type: "button", onclick: () => start() }, "Try now"));
+}
+setInterval(() => bus.phase === "away" && banner(), 1000);
+
+function login() {
+  const field = h("input", { type: "password", id: "token", autocomplete: "off", required: true });
+  const form = h("form", { class: "card login", onsubmit: event => { event.preventDefault(); takeToken(field.value.trim()); bus.phase = "start"; start(); } },
+    h("h1", {}, "This bus wants a token"), bus.refused && h("p", { class: "problem", role: "alert" }, bus.refused), h("label", { for: "token" }, "Token"), field,
+    h("p", { class: "dim" }, "It stays in this tab, and is forgotten when you close it."), location.protocol === "http:" && !["localhost", "127.0.0.1", "[::1]"].includes(location.hostname) && h("p", { class: "note" }, "This connection is not encrypted: others on the network can read the token."),
+    h("button", { class: "main" }, "Open"), h("p", { class: "dim" }, "On the machine of the bus, this makes one for a person who may read everything:"), h("code", { tabindex: 0 }, "agent-bus invite YOURNAME --operator"));
+  view?.leave?.();
+  view = null;
+  closePanel();
+  fill($("main"), form);
+  field.focus();
+  frame();
+}
+
+// One message, beside any view
+
+async function openMessage(id) {
+  const panel = $("panel");
+  if (panel.hidden) opener = document.activeElement;
+  const known = bus.messages.find(message => message.id === id);
+  panel.hidden = false;
+  document.body.classList.add("with-panel");
+  if (panel.dataset.id === id) return;
+  panel.dataset.id = id;
+  draw(known, "", [], known ? "" : "Looking…");
+  const [answer, thread] = await Promise.all([ask(`message/${id}`).catch(error => ({ error })), ask(`thread/${id}`).catch(() => ({ messages: [] }))]);
+  if (panel.dataset.id !== id) return;
+  draw(answer.message ?? known, answer.error ? "" : receipt(answer), thread.messages, answer.error?.message ?? "");
+  function draw(message, state, others, problem) {
+    const head = h("header", {}, h("h2", { tabindex: -1 }, "Message"), h("button", { type: "button", "aria-label": "Close", onclick: leavePanel }, "✕"));
+    fill(panel, head, problem && h("p", { class: "problem" }, problem), message && whole(message, state), others.length > 1 && thread_(others, id));
+    head.querySelector("h2").focus({ preventScroll: true });
+  }
+}
+
+function receipt({ state, by, at, message }) {
+  const when = at && at - message.ts > 2 ? ` after ${Math.round(at - message.ts)} s` : "";
+  const sentences = { acknowledged: `read by ${by ?? message.to}${when}`, fetched: `fetched by ${by ?? message.to}${when}`, queued: "nobody has fetched it", recalled: "taken back", expired: "expired: nobody fetched it in time", dead: "given up after all attempts", sent: "to everybody" };
+  return sentences[state] ?? state;
+}
+
+const HEAD = new Set(["ts", "id", "from", "to", "msg", "subject", "bus"]);
+
+function whole(message, state) {
+  const own = message.from === (bus.me.name || speaks()), back = message.from;
+  const members = Object.entries(message).filter(([name]) => !HEAD.has(name));
+  const status = h("span", { class: "state", role: "status" }, state);
+  return [
+    h("h3", {}, badge(message.from), " ", views.link(`agents/${message.from}`, message.from), " → ", views.link(`agents/${message.to}`, message.to)),
+    h("p", { class: "dim" }, `${day(message.ts)} ${clock(message.ts)} `, state && status),
+    message.subject && h("p", {}, h("b", {}, plain(shown(message.subject), 300))),
+    h("div", { class: "body", dir: "auto" }, prose(shown(message.msg))),
+    h("p", { class: "buttons" }, h("button", { class: "main", type: "button", onclick: () => say({ to: back, reply_to: message.id }) }, "Answer"), h("a", { class: "button", href: `#/messages/${message.from}/${message.to}` }, "Conversation"),
+      navigator.clipboard && h("button", { type: "button", onclick: () => navigator.clipboard.writeText(shown(message.msg)) }, "Copy"),
+      own && state === "nobody has fetched it" && h("button", { type: "button", onclick: () => recall(message, status) }, "Take back")),
+    h("dl", {}, [...members, ["id", message.id]].map(([name, value]) => [h("dt", {}, plain(name, 60)), h("dd", {}, plain(shown(value), 500))])),
+  ];
+}
+
+async function recall(message, status) {
+  try {
+    await ask("recall", { id: message.id, from: message.from });
+    status.textContent = "taken back";
+  } catch (error) {
+    status.textContent = error.message;
+  }
+}
+
+function thread_(messages, id) {
+  return [h("h3", {}, `Thread of ${messages.length}`), h("ol", { class: "thread" }, messages.map(message => h("li", {}, h("a", { href: `#/messages?id=${message.id}`, "aria-current": message.id === id ? "true" : null },
+    h("span", {}, badge(message.from), " ", h("b", {}, message.from), ` → ${message.to} `, h("time", {}, clock(message.ts))), h("span", { class: "line dim" }, plain(shown(message.msg ?? ""), 200))))))];
+}
+
+function closePanel() {
+  if ($("panel").hidden) return;
+  $("panel").hidden = true;
+  $("panel").dataset.id = "";
+  document.body.classList.remove("with-panel");
+  (opener?.isConnected ? opener : $("main")).focus({ preventScroll: true });
+}
+
+// The address without the message: its view stays as it is.
+function leavePanel() {
+  location.hash = `#/${place().parts.map(encodeURIComponent).join("/")}`;
+}
+
+// Say something
+
+function say({ to = "", reply_to = null } = {}) {
+  const dialog = $("dialog"), known = names();
+  const as = h("input", { id: "say-as", value: speaks(), required: true, pattern: "[A-Za-z0-9._:@\\-]{1,64}", readonly: Boolean(bus.me.name), autocomplete: "off" });
+  const receiver = h("input", { id: "say-to", value: to, required: true, list: "say-names", autocomplete: "off", oninput: warn });
+  const subject = h("input", { id: "say-subject", autocomplete: "off" });
+  const text = h("textarea", { id: "say-text", rows: 6, required: true });
+  const warning = h("p", { class: "note", role: "status", hidden: true }), result = h("p", { role: "status" });
+  const button = h("button", { class: "main" }, "Send");
+  const field = (label, input) => h("p", {}, h("label", { for: input.id }, label), input);
+  const form = h("form", { method: "dialog", onsubmit: submit }, h("h2", { id: "dialog-title" }, reply_to ? "Answer" : "Say something"),
+    field(bus.me.name ? "As (your token's name)" : "As", as), field("To", receiver), h("datalist", { id: "say-names" }, [...known, "all"].map(name => h("option", { value: name }))),
+    warning, field("Subject (may be empty)", subject), field("Text", text), result,
+    h("p", { class: "buttons" }, button, h("button", { type: "button", onclick: () => dialog.close() }, "Close")));
+  function warn() {
+    const name = receiver.value.trim();
+    const says = name === "all" ? `This reaches ${many(bus.agents.filter(agent => agent.listens && agent.channel === "default").length, "name")}.`
+      : name && !known.includes(name) ? `Nobody has ever listened as ${name}.` : "";
+    warning.hidden = !says;
+    warning.textContent = says;
+  }
+  async function submit(event) {
+    event.preventDefault();
+    button.disabled = true;
+    result.textContent = "Sending…";
+    if (!bus.me.name) sessionStorage.setItem("agent-bus name", as.value.trim());
+    const message = { from: as.value.trim(), to: receiver.value.trim(), msg: text.value };
+    if (subject.value) message.subject = subject.value;
+    if (reply_to) message.reply_to = reply_to;
+    try {
+      const answer = await send(message);
+      result.textContent = told(answer.receiver, message.to);
+      text.value = "";
+      button.disabled = false;
+    } catch (error) {
+      result.textContent = error.status ? error.message : "The bus is out of reach: nothing is known of this message. Send it again when it is back.";
+      button.disabled = false;
+    }
+  }
+  fill(dialog, form);
+  warn();
+  dialog.showModal();
+  (!as.value ? as : to ? text : receiver).focus();
+}
+
+// What became of a message, in words
+function told(receiver, to) {
+  if (!receiver) return "Stored.";
+  if (typeof receiver.online === "number") return `Stored. ${receiver.online} listen now, ${receiver.offline} will see it later.`;
+  if (receiver.online) return `Sent: ${to} is listening.`;
+  const similar = receiver.similar?.length ? ` Did you mean ${receiver.similar.join(" or ")}?` : "";
+  return receiver.known === false ? `Stored, but nobody has ever listened as ${to}.${similar}` : `Stored. ${to} does not listen now; ${many(receiver.unread, "message")} wait.`;
+}
+
+// Keys
+
+const KEYS_OFF = "agent-bus keys off";
+const keysOff = () => localStorage.getItem(KEYS_OFF) === "1";
+
+function help() {
+  const rows = [["1 2 3 4", "Now, Messages, Agents, Work"], ["/", "filter"], ["j k", "next and previous message"], ["Enter", "open it"], ["Esc", "close"], ["c", "say something"], ["p", "pause"], ["?", "this"]];
+  const off = h("input", { type: "checkbox", id: "keys-off", checked: keysOff(), onchange: () => localStorage.setItem(KEYS_OFF, off.checked ? "1" : "0") });
+  fill($("dialog"), h("h2", { id: "dialog-title" }, "Keys"), h("dl", { class: "keys" }, rows.map(([key, does]) => [h("dt", {}, h("kbd", {}, key)), h("dd", {}, does)])),
+    h("p", {}, off, " ", h("label", { for: "keys-off" }, "single keys do nothing")), h("p", { class: "buttons" }, bus.me.open ? null : h("button", { type: "button", onclick: () => { $("dialog").close(); forgetToken(""); } }, "Forget the token"), h("button", { type: "button", onclick: () => $("dialog").close() }, "Close")));
+  $("dialog").showModal();
+}
+
+document.addEventListener("keydown", event => {
+  if (event.key === "Escape" && !$("dialog").open && !$("panel").hidden) return leavePanel();
+  if (keysOff() || event.ctrlKey || event.metaKey || event.altKey || $("dialog").open || event.target.closest("input, textarea, select")) return;
+  const number = "1234".indexOf(event.key);
+  const actions = { "/": () => view?.focus?.(), j: () => view?.move?.(1), k: () => view?.move?.(-1), c: () => bus.phase === "live" && say(), p: () => view?.pause?.(), "?": help };
+  if (number >= 0) location.hash = `#/${VIEWS[number][0]}`;
+  else if (Object.hasOwn(actions, event.key)) actions[event.key]();
+  else return;
+  event.preventDefault();
+});
+
+const THEME = "agent-bus theme";
+const paint = () => (document.documentElement.dataset.theme = localStorage.getItem(THEME) || "");
+$("theme").addEventListener("click", () => {
+  const dark = localStorage.getItem(THEME) ? localStorage.getItem(THEME) === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
+  localStorage.setItem(THEME, dark ? "light" : "dark");
+  paint();
+});
+paint();
+$("keys").addEventListener("click", help);
+$("say").addEventListener("click", () => say());
+addEventListener("hashchange", () => go());
+
+const tools = { say, spoken };
+let framed = 0;
+watch(what => {
+  if (what === "phase") {
+    banner();
+    if (bus.phase === "live") shownPath = bus.notice ? null : shownPath;
+    return go();
+  }
+  if (bus.phase !== "live") return;
+  view?.update(what);
+  if (Date.now() - framed > 1000 || what === "agents") {
+    framed = Date.now();
+    frame();
+  }
+});
+frame();
+start();

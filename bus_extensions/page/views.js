@@ -1,0 +1,310 @@
+// The views: each is {node, update(what)}. They read `bus`, and change nothing but their own nodes.
+
+import { MOST, ask, bus, now, older, send, speaks } from "./bus.js";
+import { badge, clock, day, fill, h, many, plain, prose, shown } from "./dom.js";
+import { bars, ring, table } from "./draw.js";
+import { List } from "./list.js";
+import * as look from "./look.js";
+
+const phone = matchMedia("(max-width: 700px)");
+const high = () => (phone.matches ? 68 : 46);
+const words = error => error.message || "the bus is out of reach";
+
+export const link = (path, ...children) => h("a", { href: `#/${path}` }, children);
+const mark = kind => h("span", { class: `mark ${kind}`, "aria-hidden": "true" }, look.WORDS[kind]?.[1] ?? "✉");
+const card = (title, aside, ...children) => h("section", { class: "card" }, h("header", {}, h("h2", {}, title), h("p", { class: "dim" }, aside)), children);
+
+export const noteOfRights = () => {
+  if (bus.me.send_only) return "This token may only send: you see what you sent yourself.";
+  if (!bus.me.operator) return `You see who is there, and the mail of ${bus.me.reads.join(", ") || "nobody"}. An operator's token shows everything.`;
+  return "";
+};
+
+// Now
+
+export function nowView({ say }) {
+  const node = h("div", { class: "now" }), parts = {};
+  let drawn = 0, timer = 0;
+  const hovered = () => parts.ring?.matches(":hover, :focus-within");
+  function draw() {
+    drawn = Date.now();
+    const rows = look.agents(), me = speaks();
+    if (!bus.messages.length && !rows.length) return fill(node, empty(say));
+    const pairs = look.pairs(30).filter(pair => !look.isDead(pair.to)), troubled = new Set(look.inTrouble(rows).map(row => row.name));
+    if (!parts.trouble) {
+      for (const part of ["trouble", "agents", "minutes", "ring", "said"]) parts[part] = h("div", { class: part });
+      fill(node, h("h1", { class: "only-spoken" }, "Now"), parts.trouble,
+        h("div", { class: "two" }, parts.agents, h("div", {}, bus.me.operator && [parts.minutes, parts.ring])), parts.said);
+    }
+    fill(parts.trouble, troubleCards(look.troubles(rows, me)));
+    if (!parts.agents.contains(document.activeElement)) fill(parts.agents, agentsCard(rows));
+    if (bus.me.operator) {
+      fill(parts.minutes, minutesCard());
+      if (!hovered()) fill(parts.ring, pairs.length ? card("Who talks to whom", "30 minutes", ring(pairs, troubled), table(pairs)) : []);
+    }
+    if (!parts.said.contains(document.activeElement)) fill(parts.said, lastSaid());
+  }
+  function update(what) {
+    if (what === "older") return;
+    clearTimeout(timer);
+    timer = setTimeout(draw, Math.max(0, 1000 - (Date.now() - drawn))); // at most once a second
+  }
+  draw();
+  return { node, update, leave: () => clearTimeout(timer) };
+}
+
+function troubleCards(found) {
+  if (!found.length) return h("p", { class: "quiet" }, mark("listening"), " Nothing is stuck.");
+  return h("ul", { class: "cards" }, found.map(each => h("li", { class: `card trouble-card ${each.kind}` }, mark(each.kind),
+    h("div", {}, h("h2", {}, each.title), h("p", { class: "dim" }, each.words)), h("a", { href: each.to, "aria-label": `look: ${each.title}` }, "look"))));
+}
+
+const CELLS = 12; // names, from which on a field of cells comes first
+
+function agentsCard(rows) {
+  const counts = new Map();
+  for (const row of rows) counts.set(row.state.kind, (counts.get(row.state.kind) || 0) + 1);
+  const legend = [...counts].map(([kind, number]) => h("span", {}, mark(kind), ` ${number} ${look.WORDS[kind][0]}`));
+  const worst = rows.length > CELLS ? rows.slice(0, 8) : rows, said = look.minutesByName(15);
+  const cells = rows.length > CELLS && h("ul", { class: "cells" }, rows.slice(0, 600).map(row =>
+    h("li", {}, h("a", { href: `#/agents/${row.name}`, class: `cell ${row.state.kind}`, title: `${row.name}: ${row.state.words}`, "aria-label": `${row.name}: ${row.state.words}` }))));
+  const all = rows.length > CELLS && h("p", {}, link("agents", `all ${rows.length}`));
+  return card(many(rows.length, "agent"), legend, cells, h("ul", { class: "agent-rows" }, worst.map(row => h("li", {}, agentRow(row, said.get(row.name))))), all);
+}
+
+function agentRow(row, said) {
+  return h("a", { class: "agent-row", href: `#/agents/${row.name}` }, badge(row.name),
+    h("span", { class: "who" }, h("b", {}, row.name), h("span", { class: "dim line" }, mark(row.state.kind), " ", plain(row.state.words, 200))),
+    said && bars(said, { width: 75, height: 22, label: `${many(said.reduce((a, b) => a + b), "message")} in 15 minutes` }),
+    row.unread ? h("span", { class: "count" }, row.unread) : null);
+}
+
+function minutesCard() {
+  const values = look.minutes(30), oldest = bus.messages.at(-1)?.ts;
+  const since = bus.next != null && oldest && now() - oldest < 1800 ? `since ${clock(oldest)}: what was loaded` : "30 minutes";
+  return card("Messages per minute", since, bars(values, { width: 520, height: 60, axis: true, label: `Messages in each of the last 30 minutes, now last: ${values.join(", ")}` }),
+    h("p", { class: "dim scale" }, h("span", {}, "30 min ago"), h("span", {}, `most: ${Math.max(...values)} a minute`), h("span", {}, "now")));
+}
+
+function lastSaid() {
+  const six = look.rows(bus.messages.slice(0, 200), new Set()).slice(0, 6);
+  return six.length ? card("Last said", link("messages", "all messages"), h("div", { class: "plain-rows" }, six.map(row => h("div", { class: "row" }, messageRow(row))))) : [];
+}
+
+function empty(say) {
+  const url = location.href.replace(/(\/ui)?\/[^/]*$/, "");
+  const lines = [
+    ["Say something from a shell", `curl -s '${url}/send?from=me&to=bob' --data-binary 'hello'`],
+    ["Listen as bob", `curl -s '${url}/recv?to=bob&since=0&block=true'`],
+    ["Or get the client, which reconnects and remembers", `curl -sO ${url}/bus_recv.py; AGENT_BUS_URL=${url} python3 bus_recv.py bob`],
+  ];
+  const who = bus.me.open ? "This bus has no tokens: whoever reaches this address may read and write everything." : "This bus has tokens: each program needs one of its own.";
+  return card("Nothing was said yet", who, lines.map(([title, line]) => [h("h3", {}, title), command(line)]), h("p", {}, h("button", { class: "main", onclick: () => say() }, "Say something here")));
+}
+
+function command(line) {
+  const copy = navigator.clipboard && h("button", { type: "button", onclick: () => navigator.clipboard.writeText(line) }, "Copy");
+  return h("div", { class: "command" }, h("code", { tabindex: 0 }, line), copy);
+}
+
+// Messages
+
+export function messageRow(row, unfold) {
+  const { message } = row;
+  const who = [badge(message.from), h("b", {}, message.from), " → ", h("span", { class: "dim" }, plain(row.to.join(", "), 60))];
+  if (row.fold) {
+    return h("button", { type: "button", class: "message-row", onclick: () => unfold?.(row.fold) }, h("time", {}, clock(message.ts)), h("span", { class: "who" }, who),
+      h("span", { class: "line" }, `${row.number} messages in this minute - show`));
+  }
+  const subject = message.subject ? h("b", {}, plain(shown(message.subject), 80), " ") : null;
+  return h("a", { class: "message-row", href: `#/messages?id=${message.id}`, "data-id": message.id }, h("time", {}, clock(message.ts)), h("span", { class: "who" }, who),
+    h("span", { class: "line" }, message.priority === "high" && h("span", { class: "count" }, "high"), subject, plain(shown(message.msg), 300)));
+}
+
+export function messagesView({ spoken }) {
+  const unfolded = new Set();
+  let paused = false, frozen = null;
+  const filter = h("input", { type: "search", id: "filter", placeholder: "Filter: words, from:alice, to:bob, #channel", "aria-label": "Filter", oninput: () => live() });
+  const pause = h("button", { type: "button", "aria-pressed": "false", onclick: () => setPaused(!paused) }, "Pause");
+  const pill = h("button", { type: "button", class: "pill", hidden: true, onclick: () => { setPaused(false); list.node.scrollTop = 0; live(); } });
+  const foot = h("p", { class: "dim foot" });
+  const list = new List({ label: "Messages, the newest first", draw: row => messageRow(row, unfold), height: high, end: older });
+  list.node.addEventListener("scroll", () => (frozen && list.isAtTop && !paused ? live() : !frozen && !list.isAtTop && freeze()));
+  const node = h("div", { class: "messages" }, h("h1", { class: "only-spoken" }, "Messages"), h("div", { class: "tools" }, filter, pause), pill, list.node, foot);
+
+  function unfold(key) {
+    unfolded.add(key);
+    frozen ? draw(frozen) : live();
+  }
+  function freeze() {
+    frozen = bus.messages;
+  }
+  function setPaused(on) {
+    paused = on;
+    pause.setAttribute("aria-pressed", String(on));
+    pause.textContent = on ? "Go on" : "Pause";
+    on ? freeze() : list.isAtTop && live();
+  }
+  function live() {
+    frozen = paused ? frozen : null;
+    draw(frozen ?? bus.messages);
+  }
+  function draw(messages) {
+    const test = look.wanted(filter.value), some = filter.value ? messages.filter(test) : messages;
+    list.set(look.rows(some, unfolded).map(row => ({ ...row, mark: `${row.to}|${row.number ?? ""}` })));
+    count();
+    if (!some.length && filter.value) older();
+  }
+  function count() {
+    const fresh = frozen ? bus.messages.findIndex(message => message.id === frozen[0]?.id) : 0;
+    pill.hidden = fresh < 1;
+    pill.textContent = many(fresh, "new message");
+    if (fresh > 0) spoken(many(fresh, "new message"));
+    const far = bus.capped ? `; ${MOST.toLocaleString("en")} are kept here, search further back with agent-bus log` : bus.next != null ? "; older ones come as you scroll" : ", from the first on";
+    foot.textContent = (filter.value ? `${many(list.items.length, "row")} of ` : "") + `${many(bus.messages.length, "message")} loaded${far}`;
+  }
+  function update(what) {
+    if (what === "older" && frozen) frozen = [...frozen, ...bus.messages.slice(bus.messages.findIndex(message => message.id === frozen.at(-1)?.id) + 1)];
+    if (what === "older" || !frozen) draw(frozen ?? bus.messages);
+    else if (what === "messages") count();
+  }
+  function move(by) {
+    const all = [...list.node.querySelectorAll(".message-row")].sort((a, b) => a.getBoundingClientRect().top - b.getBoundingClientRect().top);
+    const at = all.indexOf(document.activeElement);
+    const next = at < 0 ? all.find(each => each.getBoundingClientRect().top >= list.node.getBoundingClientRect().top) : all[at + by];
+    next?.focus();
+  }
+  live();
+  return { node, update, move, focus: () => filter.focus(), pause: () => setPaused(!paused) };
+}
+
+// The conversation of two
+
+export function conversationView({ say }, one, other) {
+  const node = h("div", { class: "conversation" }), box = h("div", { class: "talk" });
+  let found = [], problem = "";
+  const near = message => (message.from === one && message.to === other) || (message.from === other && message.to === one);
+  const back = speaks() === one ? other : one;
+  fill(node, h("h1", {}, badge(one), " ", one, " and ", badge(other), " ", other),
+    h("p", {}, link("messages", "all messages"), " ", link(`agents/${one}`, `about ${one}`), " ", link(`agents/${other}`, `about ${other}`)),
+    box, h("p", {}, h("button", { class: "main", onclick: () => say({ to: back }) }, `Say something to ${back}`)));
+  ask(`log?before=now&with=${one},${other}&max=300`).then(answer => (found = answer.messages), error => (problem = words(error))).then(update);
+  function update(what) {
+    if (what === "agents") return;
+    const known = new Set(found.map(message => message.id));
+    found = [...bus.messages.filter(message => near(message) && !known.has(message.id)), ...found].sort((a, b) => b.ts - a.ts);
+    fill(box, problem && h("p", { class: "problem" }, problem), found.length ? [...found].reverse().map(message => bubble(message, message.from === other)) : h("p", { class: "dim" }, "Nothing yet."));
+  }
+  update();
+  return { node, update };
+}
+
+const LINES = 12;
+
+function bubble(message, right) {
+  const text = shown(message.msg), long = text.split("\n").length > LINES || text.length > 1500;
+  const body = h("div", { class: long ? "body clipped" : "body", dir: "auto" }, prose(text));
+  const all = long && h("button", { type: "button", onclick: () => { body.classList.remove("clipped"); all.remove(); } }, "show all");
+  return h("article", { class: right ? "bubble right" : "bubble" }, h("p", { class: "dim" }, h("b", {}, message.from), " ", h("a", { href: `#/messages?id=${message.id}` }, `${day(message.ts)} ${clock(message.ts)}`)),
+    message.subject && h("p", {}, h("b", {}, plain(shown(message.subject), 200))), body, all);
+}
+
+// Agents
+
+export function agentsView() {
+  const filter = h("input", { type: "search", id: "filter", placeholder: "Filter by name or state: dell, deaf, away", "aria-label": "Filter", oninput: () => update() });
+  const list = new List({ label: "Agents, those in trouble first", draw: row => agentRow(row, null), height: () => 60 });
+  const node = h("div", { class: "messages" }, h("h1", { class: "only-spoken" }, "Agents"), h("div", { class: "tools" }, filter), list.node);
+  function update(what) {
+    if (what === "messages" || what === "older") return;
+    const text = filter.value.trim().toLowerCase();
+    const rows = look.agents().filter(row => !text || `${row.name} ${row.state.kind} ${row.state.words}`.toLowerCase().includes(text));
+    list.set(rows.map(row => ({ ...row, key: `${row.channel} ${row.name}`, mark: `${row.state.kind} ${row.state.words} ${row.unread}` })));
+  }
+  update();
+  return { node, update, focus: () => filter.focus() };
+}
+
+export function agentView({ say }, name) {
+  const node = h("div", { class: "agent" });
+  function update(what) {
+    if (what === "older" || (what && node.contains(document.activeElement))) return;
+    const rows = look.agents().filter(row => row.name === name);
+    const talked = look.pairs(24 * 60).filter(pair => pair.from === name || pair.to === name).slice(0, 12);
+    fill(node, h("h1", {}, badge(name), " ", name), h("p", {}, h("button", { class: "main", onclick: () => say({ to: name }) }, `Say something to ${name}`)),
+      rows.length ? rows.map(row => card(row.channel === "default" ? "State" : `On channel ${row.channel}`, [mark(row.state.kind), " ", plain(row.state.words, 600)], details(row), help(row)))
+        : card("State", "", h("p", {}, `Nobody has listened as ${name} or sent as ${name}.`)),
+      talked.length ? card("Whom it talks with", "what was loaded", h("ul", {}, talked.map(pair => h("li", {}, link(`messages/${pair.from}/${pair.to}`, `${pair.from} → ${pair.to}`), ` ${many(pair.n, "message")}`)))) : null);
+  }
+  update();
+  return { node, update };
+}
+
+function details(row) {
+  const rows = [["unread", row.unread], ["address", row.address], ["programs that read it", row.readers > 1 && `${row.readers}: they take each other's mail`],
+    ["folder", row.status?.cwd], ["branch", row.status?.branch], ["last sent", row.sent && `${span0(row.sent)} ago`]];
+  return h("dl", {}, rows.filter(([, value]) => value).map(([title, value]) => [h("dt", {}, title), h("dd", {}, plain(shown(value), 300))]));
+}
+
+const span0 = ts => `${Math.max(0, Math.round((now() - ts) / 60))} min`;
+
+function help(row) {
+  if (row.state.kind !== "deaf") return null;
+  const url = location.href.replace(/\/ui\/.*$/, "");
+  return [h("h3", {}, "What may help"), h("p", {}, `Nobody listens as ${row.name}. On its machine, this reads its mail:`), command(`AGENT_BUS_URL=${url} python3 bus_recv.py ${row.name}`)];
+}
+
+// Work
+
+export function workView({ say }) {
+  const node = h("div", { class: "work" }), letters = new Map(), notes = new Map();
+  let asked = 0;
+  async function fetchLetters(queues) {
+    for (const queue of queues.filter(each => each.work.dead)) {
+      const answer = await ask(`log?before=now&to=${queue.name}.dead&channel=${queue.channel}&max=50`).catch(() => null);
+      if (answer) letters.set(`${queue.channel} ${queue.name}`, answer.messages);
+    }
+    draw();
+  }
+  async function again(letter) {
+    const { ts, id, dead_of, attempts, reason, attempt, lease, lease_until, bus: from, ...message } = letter;
+    try {
+      await send({ ...message, from: bus.me.name || speaks() || letter.from, to: letter.to.replace(/\.dead$/, "") });
+      notes.set(id, "Sent again. The failed copy stays until somebody takes it.");
+    } catch (error) {
+      notes.set(id, words(error));
+    }
+    draw();
+  }
+  function draw() {
+    const queues = look.agents().filter(row => row.work);
+    const failed = [...letters.values()].flat();
+    fill(node, h("h1", { class: "only-spoken" }, "Work"), queues.length ? h("ul", { class: "cards" }, queues.map(queueCard)) : h("p", { class: "quiet" }, "No queue has jobs. A worker makes one: agent-bus work NAME --exec COMMAND"),
+      failed.length ? card(many(failed.length, "failed job"), "given up after all attempts; they wait for you", failed.map(letter => h("article", { class: "letter" },
+        h("p", {}, badge(letter.from), " ", h("b", {}, letter.to.replace(/\.dead$/, "")), h("span", { class: "dim" }, ` from ${letter.from} · ${many(letter.attempts, "attempt")} · ${clock(letter.ts)}`)),
+        h("p", { class: "problem" }, plain(shown(letter.reason ?? "no reason was given"), 500)), h("p", {}, plain(shown(letter.msg), 500)),
+        h("p", {}, h("button", { type: "button", onclick: () => again(letter) }, "Send again"), " ", h("a", { href: `#/messages?id=${letter.id}` }, "details"), " ", h("span", { class: "dim", role: "status" }, notes.get(letter.id)))))) : null);
+  }
+  function update(what) {
+    if (what === "messages" || what === "older" || node.contains(document.activeElement)) return;
+    draw();
+    if (Date.now() - asked > 2500) {
+      asked = Date.now();
+      fetchLetters(look.agents().filter(row => row.work));
+    }
+  }
+  update();
+  return { node, update };
+}
+
+function queueCard(row) {
+  const { in_hand, dead, workers } = row.work, waiting = row.unread || 0;
+  const numbers = [["waiting", waiting], ["in hand", in_hand], ["failed", dead]];
+  const bar = h("div", { class: "bar-of-three", "aria-hidden": "true" }, numbers.map(([title, number]) => {
+    const part = h("span", { class: title.replace(" ", "-") });
+    part.style.flexGrow = number;
+    return number ? part : null;
+  }));
+  return h("li", { class: "card" }, h("header", {}, h("h2", {}, row.name), h("p", { class: "dim" }, mark(workers ? "listening" : "away"), ` ${workers ? many(workers, "worker") : "no worker"}`)), bar,
+    h("dl", { class: "numbers" }, numbers.map(([title, number]) => h("div", { class: title.replace(" ", "-") }, h("dt", {}, title), h("dd", {}, number)))));
+}
