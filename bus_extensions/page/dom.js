@@ -84,7 +84,7 @@ export function initials(name) {
 export function colour(name) {
   let sum = 7;
   for (const letter of name) sum = (sum * 31 + letter.charCodeAt(0)) >>> 0;
-  return `hsl(${(sum * 47) % 360} 48% 34%)`; // white letters on each of these have a contrast of 4.5 or more
+  return `hsl(${(sum * 47) % 360} 48% 28%)`; // white letters on each of these have a contrast of 5.2 or more
 }
 
 export const clock = ts => new Date(ts * 1000).toTimeString().slice(0, 8);

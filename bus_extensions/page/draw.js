@@ -56,8 +56,8 @@ function dot(name, { x, y }, troubled) {
   const circle = svg("circle", { cx: x, cy: y, r: 14, class: troubled ? "dot troubled" : "dot" });
   circle.style.fill = colour(name);
   const side = x > 300 ? ["start", 20, 4] : x < 220 ? ["end", -20, 4] : ["middle", 0, y < 190 ? -22 : 32];
-  return svg("a", { href: `#/agents/${name}`, "data-names": name, "aria-label": name }, circle,
-    svg("text", { x, y: y + 4, class: "letters", "text-anchor": "middle" }, initials(name)),
+  return svg("a", { href: `#/agents/${name}`, "data-names": name }, circle,
+    svg("text", { x, y: y + 4, class: "letters", "text-anchor": "middle", "aria-hidden": "true" }, initials(name)),
     svg("text", { x: x + side[1], y: y + side[2], class: "label", "text-anchor": side[0] }, plain(name, 16)));
 }
 

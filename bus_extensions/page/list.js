@@ -36,10 +36,14 @@ export class List {
       row ??= { mark: item.mark, node: h("div", { class: "row", role: "listitem" }, this.draw(item)) };
       if (row.at !== at || anew) row.node.style.transform = `translateY(${at * high}px)`;
       row.at = at;
-      if (!row.node.parentNode) this.space.append(row.node);
       kept.set(item.key, row);
     }
     for (const [key, row] of this.drawn) if (!kept.has(key)) row.node.remove();
+    let next = this.space.firstChild; // the nodes are in the order of the rows, for who hears them read
+    for (const { node } of kept.values()) {
+      if (node === next) next = next.nextSibling;
+      else this.space.insertBefore(node, next);
+    }
     this.drawn = kept;
     if (this.items.length - last < 40) this.end();
   }

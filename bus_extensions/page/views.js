@@ -91,8 +91,10 @@ function lastSaid() {
   return six.length ? card("Last said", link("messages", "all messages"), h("div", { class: "plain-rows" }, six.map(row => h("div", { class: "row" }, messageRow(row))))) : [];
 }
 
+const here = () => location.href.replace(/\/ui\/.*$/, ""); // the URL of the bus
+
 function empty(say) {
-  const url = location.href.replace(/(\/ui)?\/[^/]*$/, "");
+  const url = here();
   const lines = [
     ["Say something from a shell", `curl -s '${url}/send?from=me&to=bob' --data-binary 'hello'`],
     ["Listen as bob", `curl -s '${url}/recv?to=bob&since=0&block=true'`],
@@ -250,8 +252,7 @@ const span0 = ts => `${Math.max(0, Math.round((now() - ts) / 60))} min`;
 
 function help(row) {
   if (row.state.kind !== "deaf") return null;
-  const url = location.href.replace(/\/ui\/.*$/, "");
-  return [h("h3", {}, "What may help"), h("p", {}, `Nobody listens as ${row.name}. On its machine, this reads its mail:`), command(`AGENT_BUS_URL=${url} python3 bus_recv.py ${row.name}`)];
+  return [h("h3", {}, "What may help"), h("p", {}, `Nobody listens as ${row.name}. On its machine, this reads its mail:`), command(`AGENT_BUS_URL=${here()} python3 bus_recv.py ${row.name}`)];
 }
 
 // Work
