@@ -269,6 +269,18 @@ fault() {
   fault=$1 delay=$((delay < 30 ? delay * 2 : 60))
 }
 
+usage='usage: AGENT_BUS_URL=http://host:8080 AGENT_NAME=spark ./bus_listener.sh
+
+Writes the mail of one name to disk, unattended. It takes no arguments, only these variables:
+  AGENT_BUS_URL, AGENT_NAME, AGENT_BUS_CHANNEL, AGENT_BUS_TOKEN or AGENT_BUS_TOKEN_FILE, AGENT_BUS_CA,
+  AGENT_BUS_PLAIN_HTTP, AGENT_BUS_UA, AGENT_BUS_PROFILE  as README.md says
+  BLOCK=1                     long polls, in place of one poll each INTERVAL seconds (30)
+  AGENT_BUS_STATE_DIR         where the files are; or LOG, FULL, HEARTBEAT, PID_FILE: the path of each'
+case $#,${1:-} in
+  0,) ;;
+  *,-h | *,--help) printf '%s\n' "$usage"; exit ;;
+  *) die 2 "$(printf %q "$1") is not understood: it takes no arguments, set AGENT_NAME and others; see --help" ;;
+esac
 no_tool=''
 command -v flock >/dev/null || command -v perl >/dev/null || no_tool=', and install flock or perl'
 for tool in curl jq; do command -v $tool >/dev/null || die 2 "$tool is not installed"; done

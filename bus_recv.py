@@ -21,7 +21,8 @@ wrapped.
 A message is shown at least once. Its cursor is saved after the message was written out, so a reader that is killed
 shows its last message again and never loses one; the id tells the repeat. Only a 200 with the bus's own JSON moves the
 cursor, and only the bus's own 4xx ends the program. Anything else (silence, half an answer, a redirect, a proxy's page)
-is an outage.
+is an outage. --read acknowledges nothing: the message stays unread. On a bus with tokens its sender sees that it was
+fetched. --since moves the cursor past what waits before it, and says how much that is.
 
 Standard library only, Python 3.9 and later. It reads the environment (AGENT_BUS_URL, AGENT_NAME, AGENT_BUS_CHANNEL,
 AGENT_BUS_TOKEN or AGENT_BUS_TOKEN_FILE, AGENT_BUS_CA, AGENT_BUS_UA, AGENT_BUS_STATE_DIR; http_proxy, https_proxy,
@@ -59,7 +60,7 @@ if sys.version_info < (3, 9) and (needs := "bus_recv.py needs Python 3.9 or late
 HOLD_SECONDS = 25.0  # the bus may hold a poll; common proxies cut a quiet request after 30 s
 LOUD_SECONDS = 60.0  # after so much outage the user is told: silence must not look like health
 GREET_SECONDS = 0.3  # after a bus was found; a refused poll is answered sooner
-LOCK_SECONDS = 3.0  # to wait until the reader that this one replaces has ended
+TELL_SECONDS, LOCK_SECONDS = 0.2, 3.0  # until we say that another reads as this name; and that we wait for its end
 
 # A Monitor of Claude Code cuts or drops what exceeds its limits; these are a little lower. In UTF-16 units: a line has
 # 500, and what comes within 0.2 s is one event of 3000; 10 events at once, then one every 2 s.
@@ -125,8 +126,8 @@ class Reader:
         since is None or moment(str(since), time.time())
         self.names, self.since, self.wait, self.hold = names, since, wait, wait  # hold: s, of the next poll
         self.bus: str | None = None  # the id of the bus that answered last
-        # failures: in this outage; announced: was it announced?; came: any mail yet?; doubted: see check_times
-        self.failures, self.announced, self.came, self.doubted = 0, False, False, False
+        # failures: in this outage; announced: was it announced?; came: any mail yet?
+        self.failures, self.announced, self.came = 0, False, False
         self.announce: Callable[[str], None] = lambda line: None
         self.warn = self.announce
         self.greet: Callable[[], Any] = bool  # called when a bus was found
@@ -211,35 +212,45 @@ class Reader:
         return answer
 
     def check_times(self, answer: dict[str, Any]) -> None:
-        """Leave out the times in this answer that would move the cursor into the future, past later messages.
+        """Take no answer that would move the cursor into the future, past later messages. That is a fault.
 
         Another program may have answered at this address, or a bus of the first contract whose clock is wrong. If our
         own clock is wrong, the /healthz of the same bus confirms the times.
         """
-        latest = max(map(seconds_of, (answer["now"], *answer["messages"])))
-        limit = max(self.clock.time(), seconds_of(self.cursor.at)) + AHEAD_SECONDS
-        if latest > limit and (health := ask(self.url, "/healthz", GRACE_SECONDS)[0]).get("bus") == self.bus:
-            limit = max(limit, seconds_of(health.get("now")) + AHEAD_SECONDS)
-        if latest > limit:
-            kept = [message for message in answer["messages"] if seconds_of(message) <= limit]
-            ends = [message["ts"] for message in kept if isinstance(message, dict) and seconds_of(message)]
-            answer.update(messages=kept, now=[self.cursor.at, *ends][-1], more=False)
-            self.doubted or self.warn(f"{self.url}: its time is far ahead of ours: the cursor stays. Is a clock wrong?")
-        self.doubted = latest > limit
+        latest = max(map(seconds_of, (answer["now"], *answer["messages"]))) - AHEAD_SECONDS
+        if latest > max(self.clock.time(), seconds_of(self.cursor.at)):
+            health, _ = ask(self.url, "/healthz", GRACE_SECONDS)
+            if health.get("bus") != self.bus or latest > seconds_of(health.get("now")):
+                raise Unreachable("its time is far ahead of ours, so the cursor stays; is a clock wrong?")
 
     def request(self, hold: float, seconds: float) -> tuple[dict[str, Any], float]:
         """One poll; see ask()."""
-        query = {"to": self.names, "channel": self.channel, "since": self.cursor.at, "bus": self.bus}
-        return ask(self.url, f"/recv?block=true&wait={hold:.3f}&{urlencode(query, doseq=True)}", seconds)
+        return ask(self.url, f"/recv?block=true&wait={hold:.3f}&{self.query()}", seconds)
+
+    def query(self) -> str:
+        place = {"to": self.names, "channel": self.channel, "since": self.cursor.at, "bus": self.bus}
+        return urlencode(place, doseq=True)
 
     def take_up(self, answer: dict[str, Any]) -> None:
         """Go on with our cursor on the bus that answers. `since`, if the caller gave it, is for the first bus only."""
         self.bus = str(answer.get("bus", OLD_CONTRACT))
         self.cursor = self.open_cursor(self.bus, self.channel, self.names[0], self.warn)
-        self.cursor.at, self.since = moment(str(self.since or self.cursor.at), self.bus_time), None
+        since, self.since = moment(str(self.since or self.cursor.at), self.bus_time), None
         if self.bus == OLD_CONTRACT:
             now = min(str(answer.get("now")), f"{self.clock.time() + AHEAD_SECONDS:.6f}", key=seconds_of)
-            self.cursor.at = {"last": "0", "now": now}.get(self.cursor.at, self.cursor.at)
+            since = {"last": "0", "now": now}.get(since, since)
+        elif since == "now" or seconds_of(since) > seconds_of(self.cursor.at):
+            self.tell_passed(since)
+        self.cursor.at = since
+
+    def tell_passed(self, since: str) -> None:
+        """Warn of the mail between the saved cursor and `since`: we do not get it. A look (peek) takes none of it."""
+        end = float("inf") if since == "now" else seconds_of(since)
+        with contextlib.suppress(Refused, Unreachable, LookupError, TypeError):  # it is only a warning
+            answer, _ = ask(self.url, f"/recv?peek=true&{self.query()}", GRACE_SECONDS)
+            passed = [one for one in answer["messages"] if 0 < seconds_of(one) <= end]
+            number = f"{len(passed)}{' or more' if answer.get('more') else ''}"
+            passed and self.warn(f"{number} waiting are passed over; to read them: --since {passed[0]['id']}")
 
 
 def moment(since: str, now: float) -> str:
@@ -274,17 +285,24 @@ class Cursor:
 
     def __init__(self, bus: str, channel: str, name: str, warn: Callable[[str], None]) -> None:
         self.path = os.path.join(state_directory(), "cursors", *map(file_name, (bus, channel, name)))
-        self.lock, self.at, self.warn = self.only_one(name), "last", warn
+        self.at, self.warn = "last", warn
+        self.lock = self.only_one(name)
         self.load()
         self.move(self.at)  # if the file cannot be written, fail before a message is asked for
 
     def only_one(self, name: str) -> IO[str]:
         """A file, locked until it is closed or this process ends: two readers would each see half of the mail."""
-        file, end = private_file(f"{self.path}~lock", os.O_RDWR, "r+"), time.monotonic() + LOCK_SECONDS
+        file, other, began = private_file(f"{self.path}~lock", os.O_RDWR, "r+"), "", time.monotonic()
+        tell = began + TELL_SECONDS
         while not try_lock(file, self.path):
-            if time.monotonic() >= end:
-                raise Busy(f"process {file.read(20).strip()} reads as {name}: end it or set a new AGENT_BUS_STATE_DIR")
+            other = other or f"process {file.read(20).strip()} reads as {name}"
+            if time.monotonic() - began >= LOCK_SECONDS:
+                raise Busy(f"{other}: end it or set a new AGENT_BUS_STATE_DIR")
+            if time.monotonic() >= tell:
+                self.warn(f"{other}; waiting up to {LOCK_SECONDS:.0f} s for its end")
+                tell = float("inf")
             time.sleep(0.05)
+        file.seek(0)
         print(f"{os.getpid():<20}", file=file, flush=True)  # blanks replace the digits of an earlier, longer number
         return file
 
@@ -336,8 +354,8 @@ def try_lock(file: IO[Any], path: str) -> bool:
     except (BlockingIOError, PermissionError):  # the latter on Windows
         return False
     except OSError as error:
-        place = os.path.dirname(path)
-        raise OSError(f"locks do not work in {place}: set AGENT_BUS_STATE_DIR ({error.strerror})") from error
+        said = f"locks do not work in {os.path.dirname(path)}: set AGENT_BUS_STATE_DIR ({error.strerror})"
+        raise OSError(said) from error
     return True
 
 
@@ -364,12 +382,6 @@ HIDDEN = re.compile(  # controls, and what Unicode lets a program leave out: bid
     r"\u2060-\u206f\u2800\u3164\ud800-\udfff\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb"
     r"\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]+"
 )
-# Faults that time does not heal, and what does.
-LASTING = {
-    "gaierror": "Is the host's name right?",
-    "SSLCertVerificationError": "Set AGENT_BUS_CA to its certificate.",
-    "SSLError": "Does this port speak https?",
-}
 # A line of a configuration file, as far as systemd's EnvironmentFile and docker's --env-file read it alike.
 LINE = re.compile(r"\s*(?:[#;].*|([A-Za-z_][A-Za-z0-9_]*)=([^\s'\"\\][^\\]*?)?)?\s*")
 
@@ -397,13 +409,13 @@ def settings(url: str | None = None) -> dict[str, str]:
     AGENT_BUS_URL in the environment, is another bus. AGENT_BUS_URL is always in the result.
     """
     own = {name: value for name, value in os.environ.items() if name.startswith("AGENT_") and value}
-    file, wanted = configuration()[1], url or own.get("AGENT_BUS_URL")
-    its = file.get("AGENT_BUS_URL") or DEFAULT_URL
-    if wanted and wanted.rstrip("/") != its.rstrip("/"):
+    file = {"AGENT_BUS_URL": DEFAULT_URL, **configuration()[1]}
+    wanted = url or own.get("AGENT_BUS_URL", file["AGENT_BUS_URL"])
+    if wanted.rstrip("/") != file["AGENT_BUS_URL"].rstrip("/"):
         file = {}
     if "AGENT_BUS_TOKEN_FILE" in own:  # else the token in the file would come before it
         file.pop("AGENT_BUS_TOKEN", None)
-    return {**file, **own, "AGENT_BUS_URL": wanted or its}
+    return {**file, **own, "AGENT_BUS_URL": wanted}
 
 
 def configuration() -> tuple[str, dict[str, str]]:
@@ -466,7 +478,7 @@ def exchange(url: str, path: str, body: bytes | None, seconds: float, fraction: 
                 head: Any = connection.getresponse()
             # A length may be a lie, which must not allow a drip for years.
             with hung_up_after(min(seconds, GRACE_SECONDS) + min(head.length or 0, ANSWER_BYTES) / SLOWEST_RATE, sock):
-                content = head.read(min(head.length or ANSWER_BYTES, ANSWER_BYTES))
+                content = head.read(ANSWER_BYTES)
             if head.length:
                 raise http.client.IncompleteRead(content, head.length)
             return judged(head, content, fraction, through), head.headers
@@ -520,15 +532,13 @@ def dial(address: tuple[str, int], seconds: float, _source: Any = None) -> socke
     end, fault = time.monotonic() + seconds, OSError("it has no address")
     places: list[Any] = [place[:2] for *_, place in socket.getaddrinfo(*address, type=socket.SOCK_STREAM)]
     for limit in (0.25, 1.0, 3.0, seconds) if len(places) > 1 else (seconds,):
-        for place in [*places]:
+        for place in places:
             try:
                 sock = socket.create_connection(place, max(min(limit, end - time.monotonic()), 0.001))
                 sock.settimeout(seconds)
                 return sock
-            except OSError as error:
+            except OSError as error:  # it was slow, or refused at once
                 fault = error
-                if not isinstance(error, socket.timeout):  # the host refused at once
-                    places.remove(place)
     raise fault
 
 
@@ -614,8 +624,7 @@ def pause_after(failures: int) -> float:
 def no_bus(url: str, fault: Unreachable, then: str = "") -> str:
     """The sentence about a fault: which bus, why, and what to try."""
     server, doctor = called("bus_server.py", "serve"), called("bus_doctor.py", "doctor")
-    advice = f"Is {server} running there? {doctor} tells which hop fails."
-    return f"no bus at {url} ({fault}){then}. {LASTING.get(type(fault.__cause__).__name__, advice)}"
+    return f"no bus at {url} ({fault}){then}. Is {server} running there? {doctor} tells which hop fails."
 
 
 def called(program: str, command: str) -> str:
@@ -623,9 +632,19 @@ def called(program: str, command: str) -> str:
     return f"agent-bus {command}" if "agent-bus" in os.path.basename(sys.argv[0]) else program
 
 
+def span(seconds: float) -> str:
+    """As 5m, 6h or 3d; nothing under a minute."""
+    return next((f"{seconds // s:.0f}{unit}" for s, unit in ((86400, "d"), (3600, "h"), (60, "m")) if seconds >= s), "")
+
+
 def visible(text: str) -> str:
     r"""The text with each invisible character written out, as in \x1b, \u202e, \U000e0041."""
     return HIDDEN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def complain(line: str, program: str = os.path.basename(__file__).partition(".")[0]) -> Any:
+    """One line on stderr, if that is open. An empty `program` is left out; `line` may be whatever the bus has said."""
+    return sys.stderr and sys.stderr.write(": ".join(filter(None, [program, visible(line.replace("\n", " "))])) + "\n")
 
 
 def emit(text: str) -> None:
@@ -688,11 +707,6 @@ def pieces(line: str, width: int) -> list[str]:
 def word(value: Any) -> str:
     text = value if isinstance(value, str) else dump(value)
     return text if re.fullmatch("[A-Za-z0-9._:@/-]{1,64}", text) else visible(json.dumps(text, ensure_ascii=False))
-
-
-def span(seconds: float) -> str:
-    """As 5m, 6h or 3d; nothing under a minute."""
-    return next((f"{seconds // s:.0f}{unit}" for s, unit in ((86400, "d"), (3600, "h"), (60, "m")) if seconds >= s), "")
 
 
 def dump(value: Any, depth: int = 99) -> str:
@@ -800,10 +814,6 @@ def announce(line: str) -> None:
     emit(pieces(visible(f"-- agent-bus: {line}".replace("\n", " ")), LINE_UNITS)[0] + "\n")
 
 
-def complain(line: str, program: str = "bus_recv") -> None:
-    sys.stderr and sys.stderr.write(f"{program}: {visible(line.replace(chr(10), ' '))}\n")  # None: `2>&-`
-
-
 def main(argv: list[str] | None = None) -> int:
     cli = argparse.ArgumentParser(description="Show the messages for NAME on an agent-bus, as they arrive.")
     cli.add_argument("names", nargs="*", metavar="NAME", help="its own name ($AGENT_NAME), then others that it reads")
@@ -815,7 +825,7 @@ def main(argv: list[str] | None = None) -> int:
     cli.add_argument("--channel", metavar="C", help="the channel ($AGENT_BUS_CHANNEL, or 'default')")
     cli.add_argument("--exec", metavar="CMD", help="run CMD for each message: JSON on stdin, MSG_FROM ... as variables")
     cli.add_argument("--tries", type=int, default=5, metavar="N", help="put a message into a file after N failures (5)")
-    cli.add_argument("--read", metavar="ID", help="print the whole message with this id, and end")
+    cli.add_argument("--read", metavar="ID", help="print this message whole, and end: it stays unread")
     cli.add_argument("--bus", type=profile, metavar="PROFILE", help="the bus in ~/.config/agent-bus/PROFILE.env")
     cli.add_argument("--version", action="version", version=f"%(prog)s {VERSION}")
     cli.add_argument("--claim", dest="tool", action="store_const", const="bus_work", help="do jobs: another program")
@@ -826,7 +836,7 @@ def main(argv: list[str] | None = None) -> int:
     for number in ENDS:
         signal.signal(number, lambda *_: sys.exit(0))
     try:
-        return run_tool(options.tool, argv) if options.tool else read(options)
+        return run_tool(options.tool, argv) if options.tool else show(options.read) if options.read else listen(options)
     except (KeyboardInterrupt, Refused, Unreachable, Busy, ValueError, OSError) as error:
         if not isinstance(error, (KeyboardInterrupt, BrokenPipeError)):  # the latter: nobody reads us any more
             complain(str(error))
@@ -843,15 +853,19 @@ def run_tool(name: str, argv: list[str] | None) -> int:
     raise ValueError(f"{name}.py is missing in {here}: run curl -fO $AGENT_BUS_URL/{name}.py there")
 
 
-def read(options: argparse.Namespace) -> int:
-    names = ",".join(options.names or [settings().get("AGENT_NAME") or (options.read and "nobody") or ""]).split(",")
+def show(number: str) -> int:
+    """Print the message with this id. This needs no cursor, and moves none."""
+    answer, now = ask(settings()["AGENT_BUS_URL"], f"/message/{quote(number, safe='')}", GRACE_SECONDS)
+    emit(block(answer.get("message"), "", now, whole=True))
+    return 0
+
+
+def listen(options: argparse.Namespace) -> int:
+    """Show the messages for these names, or run the command for each. The exit code."""
+    names = ",".join(options.names or [settings().get("AGENT_NAME", "")]).split(",")
     if names == [""]:
         raise ValueError("the name is missing: give NAME, or set AGENT_NAME")
     reader = Reader(names, channel=options.channel, since=options.since)
-    if options.read:  # this needs no cursor and moves none
-        answer, now = ask(reader.url, f"/message/{quote(options.read, safe='')}", GRACE_SECONDS)
-        emit(block(answer.get("message"), "", now, whole=True))
-        return 0
     # A program that reads our JSON, or the output of the command, must get nothing else on stdout.
     reader.warn, reader.announce = complain, complain if options.json or options.exec else announce
     timeout = HOLD_SECONDS if options.once and options.timeout is None else options.timeout

@@ -54,6 +54,7 @@ if sys.version_info < (3, 9) and (needs := "bus_send.py needs Python 3.9 or late
 
 USUAL = {"subject", "reply_to", "type", "priority", "ttl", "content_type"}  # members of a message, arguments of send()
 HOLD_SECONDS = 25.0  # the bus may hold a question; common proxies cut a quiet request after 30 s
+LASTING = ("gaierror", "SSLCertVerificationError", "SSLError")  # faults that time does not heal
 
 
 def send(to: str | list[str], msg: str, *, patience: float = 30.0, warn: Any = None, **given: Any) -> dict[str, Any]:
@@ -152,8 +153,8 @@ def compose(to: Any, msg: str, *, fields: Any = None, **given: Any) -> tuple[str
     if not sender and not credentials(own["AGENT_BUS_URL"]):  # a token names its sender
         raise ValueError("the sender is missing: give --from NAME or set AGENT_NAME")
     message = {"from": sender, "to": to, "channel": channel, "msg": msg, "key": key or new_key()}
-    members = {**message, **given, **(fields or {}), **message}.items()  # the order of the first, the value of the last
-    return own["AGENT_BUS_URL"], {field: value for field, value in members if value is not None}
+    members = {**message, **given, **dict(fields or ()), **message}  # the order of the first, the value of the last
+    return own["AGENT_BUS_URL"], {field: value for field, value in members.items() if value is not None}
 
 
 def keep_copy(url: str, message: dict[str, Any], answer: dict[str, Any]) -> None:
@@ -165,7 +166,7 @@ def keep_copy(url: str, message: dict[str, Any], answer: dict[str, Any]) -> None
             with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "wb") as file:
                 file.write("".join(copies(message, answer)).encode())  # one write, so that two senders do not mix
     except Exception as error:  # it is stored, whatever goes wrong here
-        complain(f"stored, but no copy is in {path}: {getattr(error, 'strerror', None) or error}", 0)
+        complain(f"stored, but no copy is in {path}: {getattr(error, 'strerror', None) or error}")
 
 
 def copies(message: dict[str, Any], answer: dict[str, Any]) -> Any:
@@ -199,12 +200,6 @@ HIDDEN = re.compile(  # controls, and what Unicode lets a program leave out: bid
     r"\u2060-\u206f\u2800\u3164\ud800-\udfff\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb"
     r"\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]+"
 )
-# Faults that time does not heal, and what does.
-LASTING = {
-    "gaierror": "Is the host's name right?",
-    "SSLCertVerificationError": "Set AGENT_BUS_CA to its certificate.",
-    "SSLError": "Does this port speak https?",
-}
 # A line of a configuration file, as far as systemd's EnvironmentFile and docker's --env-file read it alike.
 LINE = re.compile(r"\s*(?:[#;].*|([A-Za-z_][A-Za-z0-9_]*)=([^\s'\"\\][^\\]*?)?)?\s*")
 
@@ -232,13 +227,13 @@ def settings(url: str | None = None) -> dict[str, str]:
     AGENT_BUS_URL in the environment, is another bus. AGENT_BUS_URL is always in the result.
     """
     own = {name: value for name, value in os.environ.items() if name.startswith("AGENT_") and value}
-    file, wanted = configuration()[1], url or own.get("AGENT_BUS_URL")
-    its = file.get("AGENT_BUS_URL") or DEFAULT_URL
-    if wanted and wanted.rstrip("/") != its.rstrip("/"):
+    file = {"AGENT_BUS_URL": DEFAULT_URL, **configuration()[1]}
+    wanted = url or own.get("AGENT_BUS_URL", file["AGENT_BUS_URL"])
+    if wanted.rstrip("/") != file["AGENT_BUS_URL"].rstrip("/"):
         file = {}
     if "AGENT_BUS_TOKEN_FILE" in own:  # else the token in the file would come before it
         file.pop("AGENT_BUS_TOKEN", None)
-    return {**file, **own, "AGENT_BUS_URL": wanted or its}
+    return {**file, **own, "AGENT_BUS_URL": wanted}
 
 
 def configuration() -> tuple[str, dict[str, str]]:
@@ -301,7 +296,7 @@ def exchange(url: str, path: str, body: bytes | None, seconds: float, fraction: 
                 head: Any = connection.getresponse()
             # A length may be a lie, which must not allow a drip for years.
             with hung_up_after(min(seconds, GRACE_SECONDS) + min(head.length or 0, ANSWER_BYTES) / SLOWEST_RATE, sock):
-                content = head.read(min(head.length or ANSWER_BYTES, ANSWER_BYTES))
+                content = head.read(ANSWER_BYTES)
             if head.length:
                 raise http.client.IncompleteRead(content, head.length)
             return judged(head, content, fraction, through), head.headers
@@ -355,15 +350,13 @@ def dial(address: tuple[str, int], seconds: float, _source: Any = None) -> socke
     end, fault = time.monotonic() + seconds, OSError("it has no address")
     places: list[Any] = [place[:2] for *_, place in socket.getaddrinfo(*address, type=socket.SOCK_STREAM)]
     for limit in (0.25, 1.0, 3.0, seconds) if len(places) > 1 else (seconds,):
-        for place in [*places]:
+        for place in places:
             try:
                 sock = socket.create_connection(place, max(min(limit, end - time.monotonic()), 0.001))
                 sock.settimeout(seconds)
                 return sock
-            except OSError as error:
+            except OSError as error:  # it was slow, or refused at once
                 fault = error
-                if not isinstance(error, socket.timeout):  # the host refused at once
-                    places.remove(place)
     raise fault
 
 
@@ -449,8 +442,7 @@ def pause_after(failures: int) -> float:
 def no_bus(url: str, fault: Unreachable, then: str = "") -> str:
     """The sentence about a fault: which bus, why, and what to try."""
     server, doctor = called("bus_server.py", "serve"), called("bus_doctor.py", "doctor")
-    advice = f"Is {server} running there? {doctor} tells which hop fails."
-    return f"no bus at {url} ({fault}){then}. {LASTING.get(type(fault.__cause__).__name__, advice)}"
+    return f"no bus at {url} ({fault}){then}. Is {server} running there? {doctor} tells which hop fails."
 
 
 def called(program: str, command: str) -> str:
@@ -458,9 +450,19 @@ def called(program: str, command: str) -> str:
     return f"agent-bus {command}" if "agent-bus" in os.path.basename(sys.argv[0]) else program
 
 
+def span(seconds: float) -> str:
+    """As 5m, 6h or 3d; nothing under a minute."""
+    return next((f"{seconds // s:.0f}{unit}" for s, unit in ((86400, "d"), (3600, "h"), (60, "m")) if seconds >= s), "")
+
+
 def visible(text: str) -> str:
     r"""The text with each invisible character written out, as in \x1b, \u202e, \U000e0041."""
     return HIDDEN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def complain(line: str, program: str = os.path.basename(__file__).partition(".")[0]) -> Any:
+    """One line on stderr, if that is open. An empty `program` is left out; `line` may be whatever the bus has said."""
+    return sys.stderr and sys.stderr.write(": ".join(filter(None, [program, visible(line.replace("\n", " "))])) + "\n")
 
 
 def emit(text: str) -> None:
@@ -483,25 +485,18 @@ def told(answer: dict[str, Any], to: str | list[str]) -> str:
     names = to if isinstance(to, str) else ",".join(to)
     with contextlib.suppress(KeyError, TypeError, ArithmeticError):  # a bus of the first contract says nothing of them
         receiver = answer["receiver"]
-        online, unread = receiver["online"], f", {receiver['unread']} unread" if "unread" in receiver else ""
-        if not isinstance(online, bool):  # of several receivers it is a number
-            everyone = online + receiver["offline"]
-            who = f"{online} of {everyone} are listening" if online else "nobody is listening"
-            return f"sent to {names}, all listening" if 0 < online == everyone else f"queued: {who}{unread}"
-        if online:
-            return f"sent to {names}, who is listening"
-        if receiver.get("known") is False:
-            similar = " or ".join(map(str, receiver.get("similar") or ()))
-            return f"queued: nobody has ever listened as {names}{similar and f'; did you mean {similar}?'}"
-        if not receiver["last_seen"]:
-            return f"queued: nobody has listened as {names} yet{unread}"
-        return f"queued: {names} was last seen {span(answer['ts'] - receiver['last_seen'])} ago{unread}"
+        online, seen = receiver["online"], receiver.get("last_seen")
+        everyone = online + receiver.get("offline", not online)  # of one receiver, `online` is true or false
+        if 0 < online == everyone:
+            return f"sent to {names}, {'all' if 'offline' in receiver else 'who is'} listening"
+        who = f"{names} was last seen {span(answer['ts'] - seen) or 'under 1m'} ago" if seen else ""
+        if "offline" in receiver:
+            who = f"{online} of {everyone} are listening"
+        unread = f", {receiver['unread']} unread" if "unread" in receiver else ""
+        similar = " or ".join(map(str, receiver.get("similar") or ()))
+        meant = f"; did you mean {similar}?" if similar else ""
+        return f"queued: {who or f'nobody has ever listened as {names}'}{unread}{meant}"
     return f"sent to {names}"
-
-
-def span(seconds: float) -> str:
-    sizes = (("d", 86400), ("h", 3600), ("min", 60))
-    return next((f"{seconds // one:.0f} {unit}" for unit, one in sizes if seconds >= one), f"{max(seconds, 0):.0f} s")
 
 
 def command_line(purpose: str) -> argparse.ArgumentParser:
@@ -539,9 +534,8 @@ def receivers(text: str) -> str | list[str]:
 
 def message_of(given: dict[str, Any]) -> str:
     """The message, from the command line or stdin; `given` becomes arguments of send(). ValueError if it is none."""
-    given["fields"] = dict(given["fields"])
     words = given.pop("text")
-    not words and sys.stdin and sys.stdin.isatty() and complain("type the message, end with Ctrl-D", 0)
+    not words and sys.stdin and sys.stdin.isatty() and complain("type the message, end with Ctrl-D")
     try:
         msg = " ".join(words) if words or not sys.stdin else sys.stdin.buffer.read().decode()
         given["content_type"] == "application/json" and json.loads(msg)
@@ -566,15 +560,13 @@ def main(argv: list[str] | None = None) -> int:
         msg = message_of(given)
         if not to:
             to, given["channel"] = sender_of(given["reply_to"], given["channel"], seconds)
-        given["warn"] = lambda sentence: complain(sentence, 0)
         if question:
-            person = sys.stderr and sys.stderr.isatty()
-            given["tell"] = (lambda answer: show_reply(answer, to, seconds)) if person else None
-            return show_reply(ask(to, msg, timeout=seconds, **given), to)
-        report(send(to, msg, patience=seconds, **given), to, as_json)
+            tell = (lambda answer: show_reply(answer, to, seconds)) if sys.stderr and sys.stderr.isatty() else None
+            return show_reply(ask(to, msg, timeout=seconds, warn=complain, tell=tell, **given), to)
+        report(send(to, msg, patience=seconds, warn=complain, **given), to, as_json)
     except (KeyboardInterrupt, ValueError, Refused, Unreachable) as error:
-        code = {KeyboardInterrupt: 130, Refused: 1, Unreachable: 75}.get(type(error), 2)
-        return code if code == 130 else complain(str(error), code)
+        isinstance(error, KeyboardInterrupt) or complain(str(error))
+        return {KeyboardInterrupt: 130, Refused: 1, Unreachable: 75}.get(type(error), 2)
     return 0
 
 
@@ -585,10 +577,11 @@ def show_reply(answer: dict[str, Any], to: str, waits: float = 0.0) -> int:
     """
     reply = answer.get("reply")
     if not isinstance(reply, dict) or not isinstance(reply.get("msg"), str):
-        told(answer, to).startswith("queued") and complain(told(answer, to), 0, "")
+        told(answer, to).startswith("queued") and complain(told(answer, to), "")
         later = f"no answer to {answer.get('id')} yet: it will arrive as mail"
-        return complain(f"waiting up to {waits:.0f} s for a reply" if waits else later, 0 if waits else 3)
-    complain(f"{reply.get('id')} from {reply.get('from')}", 0)
+        complain(f"waiting up to {waits:.0f} s for a reply" if waits else later)
+        return 3
+    complain(f"{reply.get('id')} from {reply.get('from')}")
     with contextlib.suppress(OSError):  # if nobody reads our output, the question is stored and answered all the same
         emit(visible(re.sub("\r\n?", "\n", reply["msg"]).removesuffix("\n")) + "\n")
     return 0
@@ -600,14 +593,7 @@ def report(answer: dict[str, Any], to: str | list[str], as_json: bool = False) -
     person = bool(sys.stdout) and sys.stdout.isatty() and not as_json
     with contextlib.suppress(OSError):  # if nobody reads our output, the message is stored all the same
         emit(f"{visible(sentence)}\n" if person else json.dumps(answer) + "\n")
-    person or (sentence.startswith("queued") and complain(sentence, 0, ""))
-
-
-def complain(sentence: str, code: int, program: str = "bus_send: ") -> int:
-    """One line on stderr, whatever the bus may have put into it."""
-    if sys.stderr:  # None: `2>&-`
-        print(program + visible("".join(c if c.isprintable() else " " for c in sentence)), file=sys.stderr)
-    return code
+    person or (sentence.startswith("queued") and complain(sentence, ""))
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ from functools import lru_cache, partial
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
 from itertools import accumulate, count, islice
-from operator import attrgetter
+from operator import attrgetter, length_hint
 from types import ModuleType
 from typing import IO, Any, ClassVar, NamedTuple, NoReturn, Protocol, TypeVar, Union
 from urllib.parse import parse_qsl
@@ -640,6 +640,12 @@ class Loop:
                 say_exception()
                 self.attempt(failed, item)
 
+    def gradually(self, action: Callable[[T], object], failed: Callable[[T], object], items: Iterator[T]) -> None:
+        """each() with those for which this turn has time, and with the others in the next turns. `items`: of a list."""
+        self.each(action, failed, self.timely(items))
+        if length_hint(items):
+            self.soon(partial(self.gradually, action, failed, items))
+
     def insist(self, action: Callable[[], None]) -> None:
         """Call `action`; after an exception call it again in RETRY seconds, because somebody may wait for it."""
         if not self.attempt(action):
@@ -958,6 +964,7 @@ def without_port(host: str) -> str:
 
 
 known_head = lru_cache(1024)(Head)  # the requests of one client have the same head: 0.2 us instead of 5
+NO_HEAD = Head(b"GET / HTTP/1.0\r\n\r\n")
 
 
 STRAY_PERCENT = re.compile("%(?![0-9A-Fa-f]{2})")
@@ -1186,6 +1193,11 @@ class Request(BaseHTTPRequestHandler):
             raise Refused(400, "the body must be a JSON object")
         return Query.of_members(value)
 
+    def shrink(self) -> None:
+        """It waits for a commit: keep what its answer and the log need, and no headers and no body."""
+        self.body, self.path, self.fields, self.parsed = b"", "", {}, NO_HEAD
+        self.head = self.head[:1024].partition(b"\r\n")[0]
+
     def owner(self) -> str:
         """Whose limits this request counts for: those of a token, or of an address."""
         return self.grant.token or self.peer.address
@@ -1362,11 +1374,11 @@ class Door:
             connection.transport.abort()
 
     def drain(self) -> None:
-        self.loop.each(Connection.drain, Connection.fail, list(self.connections))
+        self.loop.gradually(Connection.drain, Connection.fail, iter([*self.connections]))
 
     def evict(self) -> None:
-        """Close the connections whose tokens were revoked."""
-        self.loop.each(Connection.check_token, Connection.fail, list(self.connections))
+        """Close the connections whose tokens were revoked. Before that, no such one is told of a message."""
+        self.loop.gradually(Connection.check_token, Connection.fail, iter([*self.connections]))
 
 
 class Outgoing:
@@ -1395,12 +1407,12 @@ class Outgoing:
         """Whose limit its unread answers count for: that of a token, or of an address."""
         return self.token or self.address
 
-    def guard(self, action: Callable[[], None]) -> None:
+    def guard(self, action: Callable[[], object]) -> None:
         """Call `action`; an exception ends this connection."""
         if not self.door.loop.attempt(action):
             self.door.loop.attempt(self.fail)
 
-    def soon(self, action: Callable[[], None]) -> None:
+    def soon(self, action: Callable[[], object]) -> None:
         self.door.loop.soon(partial(self.guard, action))
 
     def fail(self) -> None:
@@ -1722,11 +1734,11 @@ class Connection(Outgoing):
             self.closing = True
             self.write(refusal(refused))
 
-    def check_token(self) -> None:
+    def check_token(self) -> bool:
         """End this connection if its token was revoked. In BUSY, Bus.entitled() and Bus.park() check it instead."""
         waits = self.phase in (BODY, PARKED)
         if self.token is None or not (waits or (self.token and self.phase in (IDLE, HEAD, WRITING))):
-            return
+            return False
         try:
             self.door.app.check_token(self.token)
         except Refused as refused:
@@ -1739,6 +1751,8 @@ class Connection(Outgoing):
                 self.transport.abort()
             else:
                 self.write(refusal(refused))
+            return True
+        return False
 
     def late(self) -> None:
         """The deadline of this phase has passed."""
@@ -1998,6 +2012,7 @@ class Tokens:
         self.path = f"{database}.tokens"
         self.closed = False
         self.grants: dict[str, tuple[str, Grant]] = {}
+        self.ends: dict[str, float] = {}  # token: when it expires
         self.expired: dict[str, tuple[str, int]] = {}  # token: its hash, and when it expired
         self.since, self.until = -math.inf, math.inf  # between these times no token expires; s since 1970, as all here
         self.named: dict[str, list[Grant]] = {}  # the same by name
@@ -2052,7 +2067,7 @@ class Tokens:
         self.closed = self.closed or bool(rows)
         try:
             rows = [row for row in rows if not row["revoked"]]
-            ends = {row["id"]: row.get("expires") or math.inf for row in rows}
+            self.ends = ends = {row["id"]: row.get("expires") or math.inf for row in rows}
             self.expired = {row["id"]: (row["hash"], row["expires"]) for row in rows if ends[row["id"]] <= now}
             self.grants = {
                 row["id"]: (row["hash"], Grant(row["id"], *(row[field] for field in Grant._fields[1:])))
@@ -2738,7 +2753,7 @@ class Forget(Operation):
                 state.writing.execute("DELETE FROM receipts WHERE mailbox = ?", (number,))
                 state.counts.pop((channel, own), None)
                 gone.append([channel, own])
-        state.mailboxes_made = max((number for number, _ in state.counts.values()), default=0)  # as reload() would
+        [state.mailboxes_made] = state.ask("SELECT ifnull(max(id), 0) FROM mailboxes")  # as reload() would
         return gone
 
 
@@ -3283,6 +3298,9 @@ class State(Rows):
                 del values[: len(some)]
 
 
+Look = tuple[Union[int, None], int, int]  # the tick that was found, up to which tick all are expired, how many rows
+
+
 class View(Rows):
     """The reads of the turns, on a connection that can only read.
 
@@ -3343,7 +3361,7 @@ class View(Rows):
     def log(self, poll: Poll, upto: int) -> tuple[sqlite3.Cursor, int]:
         """The rows for an observer, and up to which tick. SQLite passes over those that its token may not see."""
         sees, some = poll.sees or OPEN, "SELECT tick FROM messages WHERE tick > ? ORDER BY tick LIMIT 1 OFFSET ?"
-        [end] = self.ask(some, poll.since, self.LOOKED - 1) or [upto]
+        [end] = (None if sees.operator else self.ask(some, poll.since, self.LOOKED - 1)) or [upto]
         names = encode([] if sees.send_only else [sees.name, EVERYONE, *sees.also])
         only = "tick > ? AND tick <= ? AND (? OR sender = ? OR name IN (SELECT value FROM json_each(?)))"
         rows = f"SELECT {ROW} FROM messages CROSS JOIN mailboxes ON mailbox = id WHERE {only} ORDER BY tick"
@@ -3392,20 +3410,18 @@ class View(Rows):
 
     COUNTED = 3 * MAILBOX_MESSAGES  # a mailbox can get more than MAILBOX_MESSAGES, as one send may have thousands
 
-    def hole(self, channel: str, own: str, above: int, upto: int) -> tuple[bool, int]:
-        """Has a mailbox a message between these ticks that can still be delivered? And up to which are all expired?
+    def look(self, channel: str, own: str, upto: int, most: int, above: int) -> Look:
+        """The oldest message of a mailbox between two ticks that is not expired. It passes over `most`, and no more.
 
-        After LOOKED_FOR_HOLE expired messages it is taken to have one, and the next look goes on there.
+        Then the next one counts as not expired.
         """
-        now, expired_to = self.clock(), above
+        now, reached, looked = self.clock(), above, 0
         with contextlib.closing(self.mail("messages.tick, expires", (channel, own), above, upto)) as rows:
-            for looked, (tick, expires) in enumerate(rows):
-                if expires is None or expires > now or looked == self.LOOKED_FOR_HOLE:
-                    return True, expired_to
-                expired_to = tick
-        return False, expired_to
-
-    LOOKED_FOR_HOLE = 1000  # messages: 1 ms
+            for looked, (tick, expires) in enumerate(rows, 1):
+                if expires is None or expires > now or looked > most:
+                    return tick, reached, looked
+                reached = tick
+        return None, reached, looked
 
     def lineage(self, tick: int) -> tuple[int, int]:
         """The tick that began the chain of replies of a message, and its depth; a removed message begins a new one."""
@@ -3418,6 +3434,14 @@ class View(Rows):
         expired = f"mailbox = {MAILBOX} AND expires > ? AND expires <= ? AND tick > ? LIMIT ?"
         counted = f"SELECT count(*) FROM (SELECT 1 FROM messages WHERE {expired})"
         return int(self.ask(counted, channel, own, since, now, above, most)[0])
+
+    def count_gone(self, channel: str, own: str, above: int, upto: int, at: int) -> int | None:
+        """How many messages of a mailbox between two ticks had expired at `at` (us). None: it has over COUNTED_READ."""
+        with contextlib.closing(self.mail("expires", (channel, own), above, upto)) as rows:
+            ends = [end for [end] in islice(rows, self.COUNTED_READ + 1)] if above < upto else []
+        return sum(end is not None and end <= at for end in ends) if len(ends) <= self.COUNTED_READ else None
+
+    COUNTED_READ = 1000  # messages: 2 ms
 
     def mailboxes(self, last: int) -> list[tuple[Any, ...]]:
         """A row for each mailbox: channel, name, own, read, fetched, seen, removed, n, newest, perishable."""
@@ -3690,7 +3714,7 @@ class Mailbox:
     """One name on one channel, and how far its messages were read. Values are ticks unless a comment says otherwise."""
 
     __slots__ = (
-        "above address base expired expired_to fetched firm listening n newest own pending perishable reached read "
+        "above address base expired fetched firm gone listening n newest own pending perishable reached read "
         "removed seen sent until"
     ).split()
     own: bool
@@ -3710,9 +3734,9 @@ class Mailbox:
         self.above = (0, 0)  # above a hole: between these ticks messages were delivered
         self.reached = self.fetched  # highest tick delivered, above holes too; later messages fill the mailbox
         self.firm = bool(stored)  # it has a row on disk, or should get one; else it was only looked at
-        self.base: int | None = None  # how many messages lie up to the mark; None: to be counted
+        self.base: tuple[int, int] | None = None  # a mark, and how many messages lie up to it; None: to be counted
         self.expired: tuple[int, int, int] | None = None  # above which mark, up to when (wall clock, us), how many
-        self.expired_to = 0  # from `fetched` up to this tick all messages are expired
+        self.gone = (0, 0)  # above the one tick, up to the other, all messages are expired
         self.pending: Unfetched | None = None  # None: to be counted
         self.sent = 0  # of the last message that this name sent, if an extension notes it
         self.address = ""  # of the reader that polled last
@@ -3722,6 +3746,28 @@ class Mailbox:
     def mark(self) -> int:
         """Messages above this tick are unread: the owner's cursor or, if it is only read as a group, `fetched`."""
         return (self.read or 0) if self.own else self.fetched
+
+    def oldest(self, mark: int, look: Callable[[int], Look]) -> tuple[int | None, int]:
+        """The oldest message above a mark that is not expired, and how many were looked at. `look`: View.look().
+
+        It begins where the last look has ended.
+        """
+        low, high = self.gone
+        found, reached, looked = look(max(mark, high) if low <= mark else mark)
+        if low <= mark <= high or mark <= low <= reached:
+            self.gone = min(low, mark), max(high, reached)
+        elif reached > mark:
+            self.gone = mark, reached
+        return found, looked
+
+    def recalled(self, message: Message) -> None:
+        """Its sender took this message back: what was counted stays true."""
+        self.perishable = True
+        mark, at, known = self.expired or (message.tick, 0, 0)
+        if message.tick > mark and (message.expires is None or message.expires > at):
+            self.expired = mark, at, known + 1
+        if self.pending:
+            self.pending.recalled(message)
 
 
 class Mailboxes:
@@ -3735,15 +3781,16 @@ class Mailboxes:
         clock: Callable[[], float],
         stored: Iterable[Sequence[Any]] = (),
         wall: Callable[[], int] = wall_clock,
-        hole: Callable[[str, str, int, int], tuple[bool, int]] = lambda channel, own, above, upto: (False, above),
+        look: Callable[[str, str, int, int, int], Look] = lambda channel, own, upto, most, above: (None, above, 0),
     ) -> None:
         self.clock, self.wall = clock, wall
-        self.hole = hole  # View.hole
+        self.look = look  # View.look
         self.lost = 0  # up to this tick messages may be lost by damage
         self.forgotten = 0  # highest tick removed from a forgotten mailbox, which has no mark of its own any more
         self.boxes = {(row[0], row[1]): Mailbox(*row[2:]) for row in stored}
         self.ordered = sorted(self.boxes)
         self.unordered: list[tuple[str, str]] = []  # those that came since the last sort
+        self.dropped: set[tuple[str, str]] = set()  # those in the two lists that have gone
         self.removed = max((box.removed for box in self.boxes.values()), default=0)  # no message above was removed
         self.highest = max((box.newest for box in self.boxes.values()), default=0)
         self.changed: set[tuple[str, str]] = set()  # mailboxes whose marks are newer than on disk
@@ -3751,12 +3798,16 @@ class Mailboxes:
         self.on_fetched: list[Callable[[str, str, int, int], None]] = []  # see note()
         self.parked: dict[Connection, Parked] = {}
         self.waiting: dict[Key, dict[Connection, None]] = {}
+        # Polls for whose mailboxes messages came, before they are told: these messages, a list for each mailbox.
+        self.behind: OrderedDict[Connection, list[list[Message]]] = OrderedDict()
 
     def box(self, channel: str, own: str) -> Mailbox:
         box = self.boxes.get((channel, own))
         if box is None:
             box = self.boxes[channel, own] = Mailbox()
-            self.unordered.append((channel, own))
+            if (channel, own) not in self.dropped:
+                self.unordered.append((channel, own))
+            self.dropped.discard((channel, own))
         return box
 
     def keys(self, after: tuple[str, str]) -> Iterator[tuple[str, str]]:
@@ -3765,14 +3816,19 @@ class Mailboxes:
             self.ordered += self.unordered
             self.ordered.sort()  # a list that is nearly in order takes a twentieth of the time
             self.unordered = []
-        return islice(self.ordered, bisect_right(self.ordered, after), None)
+        behind = islice(self.ordered, bisect_right(self.ordered, after), None)
+        return (key for key in behind if key not in self.dropped)
 
     def drop(self, keys: Iterable[tuple[str, str]]) -> None:
         for key in keys:
             box = self.boxes.pop(key, None)
-            self.forgotten = max(self.forgotten, box.removed if box else 0)
-        self.ordered = [key for key in self.ordered if key in self.boxes]
-        self.unordered = [key for key in self.unordered if key in self.boxes]
+            if box:
+                self.forgotten = max(self.forgotten, box.removed)
+                self.dropped.add(key)
+        if len(self.dropped) > len(self.boxes) // 4:  # not each time, because there may be a hundred thousand
+            self.ordered = [key for key in self.ordered if key in self.boxes]
+            self.unordered = [key for key in self.unordered if key in self.boxes]
+            self.dropped = set()
 
     def new(self, channel: str, names: Iterable[str]) -> int:
         """How many of these names have no mailbox yet. `all` counts only alone: each poll has it."""
@@ -3800,7 +3856,7 @@ class Mailboxes:
         """The first name of a poll is the reader's own. Until now it may have been a group, which has another mark."""
         own = self.box(str(poll.channel), poll.names[0])
         if not own.own and poll.me != EVERYONE:  # `all` is nobody's own
-            own.own, own.base = True, None
+            own.own = True
 
     def left(self, parked: Parked) -> None:
         """A parked reader hung up. Its names count as listening for GRACE only, unless another reader waits there."""
@@ -3838,16 +3894,14 @@ class Mailboxes:
                 self.note(str(reader.channel), own, FETCHED, tick, reader.who)
                 continue
             since = reader.since if isinstance(reader, Poll) and own != reader.me else 0
-            if since > box.fetched and self.has_hole(str(reader.channel), own, box, since):
+            look = partial(self.look, str(reader.channel), own, since, self.LOOKED_FOR_HOLE)
+            if since > box.fetched and box.oldest(box.fetched, look)[0]:
                 low, high = box.above
                 box.above = min(low or since, since), max(high, tick)
                 continue
             self.fetched(reader, own, box, tick)
 
-    def has_hole(self, channel: str, own: str, box: Mailbox, since: int) -> bool:
-        """Is there a message above the mark, up to `since`, that can still be delivered?"""
-        found, box.expired_to = self.hole(channel, own, max(box.fetched, box.expired_to), since)
-        return found
+    LOOKED_FOR_HOLE = 1000  # messages: 1 ms
 
     def fetched(self, reader: Parked, own: str, box: Mailbox, tick: int) -> None:
         box.reached = max(box.reached, tick)
@@ -3855,7 +3909,8 @@ class Mailboxes:
             if box.newest > box.fetched:  # else the receipt is for no message, and nothing would ever remove it
                 self.note(str(reader.channel), own, FETCHED, tick, reader.who)
             box.fetched = tick
-        box.base = None
+        if box.mark() >= box.newest:  # then it need not be counted
+            box.base = box.mark(), box.n
 
     def came(self, message: Message) -> int:
         """Highest tick that a reader has of the message's mailbox or, for a message to `all`, that any reader has."""
@@ -3865,7 +3920,9 @@ class Mailboxes:
     def has_passed(self, message: Message) -> bool:
         """May a reader have this message, above a hole or below the marks?"""
         low, high = self.box(message.channel, message.to).above
-        return low < message.tick <= high or message.tick <= self.came(message)
+        on_their_way = {id(messages): messages for came in self.behind.values() for messages in came}.values()
+        passed = low < message.tick <= high or message.tick <= self.came(message)
+        return passed or any(message in messages for messages in on_their_way)
 
     def note(self, channel: str, own: str, kind: int, tick: int, reader: str) -> None:
         """Mail was fetched: keep a receipt, and tell between which ticks. Each way to fetch a message ends here."""
@@ -3974,6 +4031,7 @@ class Mailboxes:
 
     def unpark(self, connection: Connection) -> Parked:
         parked = self.parked.pop(connection)
+        self.behind.pop(connection, None)
         for key in parked.places():
             del self.waiting[key][connection]
             if not self.waiting[key]:
@@ -3989,22 +4047,26 @@ class Mailboxes:
         return [connection for connection, other in polls if isinstance(other, Poll) and other.me == poll.me]
 
     def wake(self, visible: list[Message]) -> dict[Connection, list[Message]]:
-        """The parked connections that these messages are for, but no observers; each with its messages, in order."""
+        """The parked connections that these messages are for, each with its messages in order: but no observers.
+
+        Polls are no part of the result: from now on they are `behind`.
+        """
         woken: dict[Connection, list[Message]] = {}
-        here: dict[Key, tuple[list[Connection], Iterator[Connection]]] = {}  # those who get all, and one for each
+        came: dict[Key, list[Message]] = {}
         for message in visible if self.waiting else ():
             for key in ((message.channel, message.to), (REPLIES, message.answers or 0)):
-                if key not in self.waiting:
+                if key in self.waiting:
+                    came.setdefault(key, []).append(message)
+        for place, messages in came.items():
+            left = iter(messages)
+            for connection in self.waiting[place]:
+                parked = self.parked[connection]
+                if isinstance(parked, Poll):
+                    self.behind.setdefault(connection, []).append(messages)
                     continue
-                if key not in here:
-                    waiting = self.waiting[key]
-                    alone = [connection for connection in waiting if self.parked[connection].exclusive]
-                    here[key] = [each for each in waiting if not self.parked[each].exclusive], iter(alone)
-                readers, workers = here[key]
-                wanted = [each for each in readers if self.parked[each].wants(message)]
-                wanted += islice((each for each in workers if self.parked[each].wants(message)), 1)
-                for connection in wanted:
-                    woken.setdefault(connection, []).append(message)
+                wanted = (message for message in (left if parked.exclusive else messages) if parked.wants(message))
+                its = [*islice(wanted, 1 if parked.exclusive else None)]
+                woken.update({connection: its} if its else {})
         return woken
 
 
@@ -4016,6 +4078,7 @@ class Mailboxes:
 NAMES_PER_READER = 16
 COPIES_PER_SEND = 5000  # messages times names in one request: 40 ms of one transaction
 COUNTED_EXPIRED = 20000  # expired messages counted at once, to tell how many are unread: 2 ms
+RECOUNTS = 100  # names whose mark has moved that are counted anew at once, with a look at the disk for each: 10 ms
 TIDY_SECONDS = 60.0  # between two searches for messages and names that are too old
 MARKS_SECONDS = 1.0  # s a mark may be newer in memory than on disk; after a crash `since=last` repeats that much
 DRAIN_SECONDS = 10.0  # for accepted sends to be committed and answered after SIGTERM
@@ -4200,7 +4263,7 @@ class Bus:
         self.clock = Clock(state.view.clock, state.last)
         self.ledger = Ledger(self)
         stored = state.view.mailboxes(state.last)
-        self.mailboxes = Mailboxes(time.monotonic, stored, state.view.clock, state.view.hole)
+        self.mailboxes = Mailboxes(time.monotonic, stored, state.view.clock, state.view.look)
         self.mailboxes.lost, self.mailboxes.forgotten = state.lost, state.forgotten
         self.figures = Figures()
         self.sending, self.receiving, self.retention = Sending(self), Receiving(self), Retention(self, keep)
@@ -4209,14 +4272,15 @@ class Bus:
         self.truths: dict[tuple[str, tuple[str, ...], str], str] = {}
         self.readers: dict[str, tuple[int, int]] = {}
         self.unread: dict[Mailbox, int] = {}
-        self.countable = 0  # expired messages that may still be counted in this announcement, or for this list of names
+        # In this announcement, or for this list of names: expired messages and marks that may still be counted.
+        self.countable = self.recounts = 0
         self.draining = self.broken = False
         self.saving = False  # save_marks() is planned, or follows a commit
         self.sure = True  # each message was told to Mailboxes and its readers; if not, each poll looks at the disk
         # The seams: what the core and the extensions register.
         self.routes: dict[tuple[str, str], Route] = {}
         self.waits: dict[type, Waits] = {Poll: Waits(self.receiving.poll_answer, self.receiving.poll_over)}
-        self.checks: list[Callable[[Any], None]] = []  # Refused if a message may not be sent
+        self.checks: list[Callable[[list[Any]], None]] = []  # Refused if one of these messages may not be sent
         self.states: list[Callable[[Message], tuple[str, str] | None]] = []  # how far a message came
         self.about: list[Callable[[Grant, str, str, Mailbox], str]] = []  # further JSON about a name in /agents
         self.unknown: list[Callable[[Draft], str]] = []  # further JSON about a receiver that is not known
@@ -4278,6 +4342,8 @@ class Bus:
         raise Refused(404, f"there is nothing at {request.path.partition('?')[0]}: GET / lists the endpoints")
 
     def over(self, connection: Connection) -> Answer | None:
+        if connection.check_token():
+            return None
         parked = self.mailboxes.unpark(connection)
         if connection.ended:
             self.mailboxes.left(parked)
@@ -4314,7 +4380,7 @@ class Bus:
     def do(self, operation: Operation, connection: Connection | None, then: Then, undone: Undone | None = None) -> Step:
         """Apply an operation with the next list; see Step for what follows."""
         if connection and connection.request:
-            connection.request.body = b""  # what waits is small
+            connection.request.shrink()
         step = made(Step, (operation, connection, then, undone))
         self.ledger.add(step)
         return step
@@ -4349,7 +4415,8 @@ class Bus:
         for tell in self.on_announced:
             self.loop.attempt(tell, outcome.visible)
         noted = not outcome.removed or self.loop.attempt(self.mailboxes.note_removed, outcome.removed)
-        self.truths, self.readers, self.unread, self.countable = {}, {}, {}, COUNTED_EXPIRED
+        self.truths, self.readers, self.unread = {}, {}, {}
+        self.countable, self.recounts = COUNTED_EXPIRED, RECOUNTS
         woken = not self.mailboxes.parked or self.loop.attempt(self.wake, outcome.visible)
         self.sure = sure and added and noted and woken
         self.settle(zip(steps, outcome.results))
@@ -4357,13 +4424,15 @@ class Bus:
     def wake(self, visible: list[Message]) -> None:
         alive = [each for each in visible if each.expires is None or not self.view.is_expired(each)]
         self.loop.each(self.found, lambda found: found[0].fail(), self.mailboxes.wake(alive).items())
+        self.receiving.catch_up()
         for connection in self.mailboxes.waiting.get(EVERYTHING, ()) if visible else ():
             connection.soon(partial(self.receiving.observe, connection, visible))
 
     def found(self, found: tuple[Connection, list[Message]]) -> None:
         connection, messages = found
-        parked = self.mailboxes.unpark(connection)
-        connection.answer(self.waits[type(parked)].found(connection, parked, messages))
+        if messages and not connection.check_token():
+            parked = self.mailboxes.unpark(connection)
+            connection.answer(self.waits[type(parked)].found(connection, parked, messages))
 
     def settle(self, results: Iterable[tuple[Step, Any]]) -> None:
         """Answer each step. If one raises an exception, the others must be answered all the same."""
@@ -4497,12 +4566,11 @@ class Sending:
             raise Refused(400, "the body is a form: send the text itself with curl --data-binary")
         value = verbatim(request.body, query) if "to" in query.fields else parse_json(request.body)
         several = isinstance(value, list)
-        messages = value if several else [value]
+        messages: list[Any] = value if isinstance(value, list) else [value]
         if request.grant.name:
             messages = [request.grant.sign(message) for message in messages]
         for check in self.bus.checks:
-            for message in messages:
-                check(message)
+            check(messages)
         key = request.fields.get("idempotency-key")
         drafts = []
         for message in messages:
@@ -4606,10 +4674,7 @@ class Receiving:
     def read_or_park(self, request: Request, poll: Poll) -> Answer | None:
         perhaps_forgotten = self.mailboxes.forgotten > poll.since and self.mailboxes.perhaps_forgotten(poll)
         self.mailboxes.presented(poll)
-        found: list[Message] = []
-        reached = None
-        if self.mailboxes.newest(poll) > poll.since or not self.bus.sure:
-            found, reached = self.read(poll)
+        found, reached = self.read_new(poll)
         self.note_removed(poll)
         gap = self.mailboxes.gap(poll, perhaps_forgotten)
         if found or reached or gap or not poll.hold or self.bus.draining:
@@ -4639,10 +4704,27 @@ class Receiving:
             reached = found[-1].tick if found else upto
         return found, reached
 
+    def read_new(self, poll: Poll) -> tuple[list[Message], int | None]:
+        """The same, without a look at the disk if there can be none."""
+        return self.read(poll) if self.mailboxes.newest(poll) > poll.since or not self.bus.sure else ([], None)
+
     def note_removed(self, poll: Poll) -> None:
         """A message that the current commit removes must already count as a gap for readers that look now."""
         if self.bus.ledger.removes():
             self.mailboxes.note_removed(self.view.removed_up_to(poll))
+
+    def catch_up(self) -> None:
+        """Answer the polls that are behind. There may be many, and many messages: the rest comes in the next turn."""
+        self.bus.loop.each(self.bus.found, lambda found: found[0].fail(), self.bus.loop.timely(self.fresh()))
+        if self.mailboxes.behind and self.catch_up not in self.bus.loop.actions:
+            self.bus.loop.soon(self.catch_up)
+
+    def fresh(self) -> Iterator[tuple[Connection, list[Message]]]:
+        """Each poll that is behind, with the messages that it wants. Who takes only some finds the others next time."""
+        while self.mailboxes.behind:
+            connection, came = self.mailboxes.behind.popitem(last=False)
+            poll = self.mailboxes.parked[connection]
+            yield connection, [message for message in sorted(sum(came, [])) if poll.wants(message)]
 
     def observe(self, connection: Connection, visible: list[Message]) -> None:
         """An observer that may want one of these messages reads the log as if it polled now; else its cursor moves.
@@ -4650,7 +4732,7 @@ class Receiving:
         There may be many observers and messages. So this is an action for each observer.
         """
         poll = self.mailboxes.parked.get(connection)
-        if isinstance(poll, Poll) and poll.me is None:  # else it was answered meanwhile
+        if isinstance(poll, Poll) and poll.me is None and not connection.check_token():  # else it was answered
             found, reached = self.read(poll) if any(map(poll.wants, visible)) else ([], None)
             if found or reached:
                 self.mailboxes.unpark(connection)
@@ -4659,9 +4741,8 @@ class Receiving:
                 self.mailboxes.parked[connection] = poll._replace(since=max(poll.since, visible[-1].tick))
 
     def poll_over(self, connection: Connection, poll: Poll) -> Answer:
-        """Its hold is over. It gets now what has not woken it: see `sure`; an observer's turn may be still to come."""
-        found, reached = ([], None) if self.bus.sure and poll.me else self.read(poll)
-        return delivery(self.bus, poll, found, reached)
+        """Its hold is over. It gets now what has not woken it: see `sure`; or its turn is still to come."""
+        return delivery(self.bus, poll, *self.read_new(poll))
 
     def poll_answer(self, connection: Connection, poll: Poll, messages: Sequence[Message] = ()) -> Answer:
         """The messages of a commit that woke this poll, up to the limits of one answer."""
@@ -4723,7 +4804,7 @@ class Retention:
     def aged(self, whole: bool) -> None:
         self.aging = False
 
-    NAMES = 2000  # names looked at in one turn, 0.2 ms
+    NAMES = 200  # names looked at in one turn, and forgotten in one transaction: a few ms that a send may have to wait
 
     def forget_names(self, after: tuple[str, str] = ("", "")) -> None:
         """Forget the names that were only looked at, and the rows of names without mail that nobody polls."""
@@ -4731,12 +4812,18 @@ class Retention:
             return
         names = list(islice(self.bus.mailboxes.keys(after), self.NAMES))
         idle = self.bus.mailboxes.idle(names, self.bus.view.clock(), int(self.keep * 1000000))
-        if idle:
-            self.bus.do(Forget(idle), None, self.forgotten)
-        if names:
+
+        def go_on(*forgotten: Any) -> None:
+            if forgotten:
+                self.forgotten(*forgotten)
             self.bus.loop.later(self.NEXT_SECONDS, partial(self.forget_names, names[-1]))
 
-    NEXT_SECONDS = 0.02  # s until the next names are looked at
+        if idle:
+            self.bus.do(Forget(idle), None, go_on)
+        elif names:
+            go_on()
+
+    NEXT_SECONDS = 0.002  # s until the next names are looked at
 
     def forgotten(self, connection: None, forget: Forget, names: list[list[str]]) -> None:
         mailboxes = self.bus.mailboxes
@@ -4947,19 +5034,28 @@ def entry(bus: Bus, one: Draft, stored: Stored) -> str:
 
 
 def truth(bus: Bus, one: Draft) -> str:
-    """`receiver` in the answer to a send: who of the receivers listens, and how many messages they have not read.
-
-    A name is known if it ever polled, or if it has a token.
-    """
+    """`receiver` in the answer to a send: who of the receivers listens, and how many messages they have not read."""
     to = one.to[0]
     if len(one.to) > 1 or to == EVERYONE:
-        return encode(receivers(bus, one))
+        counts, strangers = encode(receivers(bus, one)), [own for own in one.to if not known(bus, one, own)]
+        unknown = ", ".join(f'"{own}": {{{similar(bus, one, own)[2:]}}}' for own in strangers)
+        return f'{counts[:-1]}, "unknown": {{{unknown}}}}}' if unknown else counts
     box = bus.mailboxes.box(one.channel, to)
     seen = seconds(box.seen) if box.seen else "null"
     count = unread(bus, one.channel, to, box)
-    online, known = bus.mailboxes.online(box), box.seen > 0 or to in bus.gate.tokens.named
-    more = "" if known else "".join([about(one) for about in bus.unknown])
-    return f'{{"online": {boolean(online)}, "last_seen": {seen}, "unread": {count}, "known": {boolean(known)}{more}}}'
+    online, is_known = bus.mailboxes.online(box), known(bus, one, to)
+    more = f'"known": {boolean(is_known)}{"" if is_known else similar(bus, one, to)}'
+    return f'{{"online": {boolean(online)}, "last_seen": {seen}, "unread": {count}, {more}}}'
+
+
+def known(bus: Bus, one: Draft, own: str) -> bool:
+    """Has this receiver ever polled, or a token?"""
+    return own == EVERYONE or bus.mailboxes.box(one.channel, own).seen > 0 or own in bus.gate.tokens.named
+
+
+def similar(bus: Bus, one: Draft, own: str) -> str:
+    """What extensions say of a receiver that is not known: further members, as JSON."""
+    return "".join([about(one._replace(to=(own,))) for about in bus.unknown])
 
 
 def receivers(bus: Bus, one: Draft) -> dict[str, int]:
@@ -4988,22 +5084,32 @@ def everybody(bus: Bus, channel: str) -> tuple[int, int]:
 
 
 def unread(bus: Bus, channel: str, own: str, box: Mailbox) -> int:
-    """Messages addressed to the name above its mark, less the expired. Broadcasts are not counted."""
+    """Messages addressed to the name above its mark, less the expired. Broadcasts are not counted.
+
+    Beyond RECOUNTS it is what lies above an older mark, or all.
+    """
     mark = box.mark()
     if mark >= box.newest:
         return 0
-    if box.base is None and not mark and not box.removed:
-        box.base = 0  # without a look at the disk for each of many mailboxes
-    if box.base is None:
+    if is_uncounted(box) and bus.recounts:
+        bus.recounts -= 1
         counted = bus.view.count_up_to(channel, own, mark)
-        box.base = box.n if counted is None else counted
-    return box.n - box.base - (expired(bus, channel, own, box) if box.perishable else 0)
+        box.base = mark, box.n if counted is None else counted
+    known, base = box.base or (0, 0)
+    return box.n - (base if known <= mark else 0) - (expired(bus, channel, own, box) if box.perishable else 0)
+
+
+def is_uncounted(box: Mailbox) -> bool:
+    """Does it take a look at the disk to tell how many messages lie up to the mark?"""
+    mark = box.mark()
+    return mark < box.newest and (box.base[0] != mark if box.base else mark + box.removed > 0)
 
 
 def expired(bus: Bus, channel: str, own: str, box: Mailbox) -> int:
-    """How many of the unread messages are expired. Only those are counted that expired since the last count."""
+    """How many of the unread messages are expired. It looks at those that expired or were read since the last count."""
     now, mark, known = bus.view.clock(), box.mark(), box.expired
-    since, before = known[1:] if known and known[0] == mark and known[1] <= now else (0, 0)
+    gone = bus.view.count_gone(channel, own, known[0], mark, known[1]) if known and known[0] <= mark else None
+    since, before = (known[1], known[2] - gone) if known and gone is not None and known[1] <= now else (0, 0)
     counted = bus.view.count_expired(channel, own, mark, since, now, bus.countable) if since < now else 0
     bus.countable -= counted
     if bus.countable > 0:  # else there may be more: they count as unread
@@ -5017,10 +5123,11 @@ Listed = tuple[str, str, Mailbox]  # channel, name, mailbox
 def page(bus: Bus, request: Request, shows: Callable[[str, Mailbox], bool]) -> tuple[list[Listed], str]:
     """Some mailboxes in the order of channel and name, and the members that say how to go on.
 
-    The query has max, after=CHANNEL/NAME, name and channel; `shows` says whether a mailbox belongs into the list.
+    The query has max, after=CHANNEL/NAME, name and channel; `shows` says whether a mailbox belongs into the list. It
+    ends before more than RECOUNTS mailboxes would have to be counted anew.
     """
     bus.storms.read(request.owner())
-    bus.countable = COUNTED_EXPIRED
+    bus.countable, bus.recounts = COUNTED_EXPIRED, RECOUNTS
     query = request.query()
     limit, (channel, _, own) = int(query.number("max", 1000, 1, 1000)), (query.one("after") or "").partition("/")
     wanted, names = query.name("channel", None), query.names("name")
@@ -5030,9 +5137,15 @@ def page(bus: Bus, request: Request, shows: Callable[[str, Mailbox], bool]) -> t
         for key in bus.mailboxes.keys((channel, own))
         if wanted in (None, key[0]) and (not names or key[1] in names) and shows(key[1], boxes[key])
     )
-    some = list(islice(keys, limit + 1))
-    more = f', "more": true, "next": {encode("/".join(some[limit - 1]))}' if len(some) > limit else ""
-    return [(*key, boxes[key]) for key in some[:limit]], more
+    some: list[Listed] = []
+    uncounted, more = 0, ""
+    for key in keys:
+        uncounted += is_uncounted(boxes[key])
+        if len(some) == limit or uncounted > RECOUNTS:
+            more = f', "more": true, "next": {encode("/".join(some[-1][:2]))}'
+            break
+        some.append((*key, boxes[key]))
+    return some, more
 
 
 def inbox(bus: Bus, request: Request) -> Answer:
@@ -5258,11 +5371,14 @@ Bash, curl and jq: curl -fO {url}/bus_listener.sh; AGENT_NAME=bob bash bus_liste
 
 
 def duration(text: str) -> float:
-    """'30d', '12h', '90m', '45s' in seconds; '0' is for ever."""
-    match = re.fullmatch(r"([0-9]{1,9})([smhd]?)", text)
+    """'30d', '12h', '90m', '45s' in seconds; '0' is for ever.
+
+    A number alone is refused: clients take it for seconds, but who writes `--keep 30` means days.
+    """
+    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)([smhd]?)", text)
     if not match or not (match[2] or match[1] == "0"):
         raise argparse.ArgumentTypeError(f"{text!r} is not a time like 30d, 12h, 90m, 45s, or 0 for ever")
-    return int(match[1]) * {"": 0, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
+    return float(match[1]) * {"": 0, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
 
 
 def size(text: str) -> int:
@@ -5278,12 +5394,18 @@ def default_path() -> str:
     return os.path.join(state, "agent-bus", "bus.db")
 
 
+def no_folder(path: str) -> str:
+    if os.path.isdir(path) or path.endswith("/"):
+        raise argparse.ArgumentTypeError(f"{path} is a folder: give a file in it, like {os.path.join(path, 'bus.db')}")
+    return path
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of the core."""
     add = parser.add_argument
     add("--host", help="address to listen on (127.0.0.1)")
     add("--port", type=int, help="port to listen on; 0: any free one (8080)")
-    add("--db", default=default_path(), metavar="PATH", help="database, or :memory: (%(default)s)")
+    add("--db", type=no_folder, default=default_path(), metavar="PATH", help="database, or :memory: (%(default)s)")
     add("--keep", type=duration, default="30d", help="remove messages older than this, like 12h; 0: keep all (30d)")
     add("--max-body", type=int, default=262144, metavar="BYTES", help="largest body of a request (%(default)s)")
     add("--rate", type=float, default=50, metavar="N", help="most messages per sender and second; 0: any (%(default)s)")
@@ -5447,8 +5569,25 @@ def tls_context(certificate: str | None, key: str | None) -> ssl.SSLContext | No
     try:
         context.load_cert_chain(certificate, key, password="")  # else OpenSSL asks for it on the terminal, and waits
     except (OSError, ssl.SSLError) as error:
-        raise Unusable(f"cannot use the certificate {certificate}: {error.strerror or error}") from None
+        raise Unusable(unfit(certificate, key or certificate, error)) from None
     return context
+
+
+def unfit(certificate: str, key: str, error: OSError) -> str:
+    """Why OpenSSL does not take a certificate and its key. Its own words name neither the file nor the reason."""
+    for path in (certificate, key):
+        try:
+            with open(path, "rb") as pem:
+                whole = pem.read()
+        except OSError as unreadable:
+            return f"cannot read {path}: {unreadable.strerror}"
+    if getattr(error, "reason", "") == "KEY_VALUES_MISMATCH":
+        return f"the key in {key} is not the key of the certificate in {certificate}: give the --tls-key made with it"
+    if b"PRIVATE KEY-----" not in whole:
+        return f"there is no private key (PEM) in {key}: give its file as --tls-key"
+    if b"ENCRYPTED" in whole:
+        return f"the key in {key} has a password, and the bus cannot ask for it: decrypt it with openssl pkey"
+    return f"there is no certificate (PEM) in {certificate}, or it is damaged: {error.strerror or error}"
 
 
 def make_bus(options: argparse.Namespace, state: State) -> Bus:
@@ -5515,8 +5654,25 @@ def reload(listener: Listener, options: argparse.Namespace) -> None:
 
 def command(function: str, description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=called(function), description=description)
-    parser.add_argument("--db", default=default_path(), metavar="PATH", help="database of the bus (%(default)s)")
+    whose = "database of the bus (%(default)s)"
+    parser.add_argument("--db", type=no_folder, default=default_path(), metavar="PATH", help=whose)
     return parser
+
+
+def existing(path: str) -> str:
+    """The database of a bus. Unusable if there is none: a mistyped --db makes no file, and is not an empty bus."""
+    if not os.path.exists(path) and not os.path.exists(f"{path}.tokens"):
+        raise Unusable(f"there is no bus with the database {path}: give --db PATH, as the bus prints it at its start")
+    return path
+
+
+def meant(wrong: str, right: Iterable[str]) -> str:
+    """`: did you mean x?` for a word that is not among the right ones, if some are similar."""
+    import difflib  # only for a typo
+
+    cases = {each.lower(): each for each in right}
+    similar = [cases[each] for each in difflib.get_close_matches(wrong.lower(), cases)]
+    return f": did you mean {' or '.join(similar)}?" if similar else ""
 
 
 def invite(arguments: Sequence[str]) -> None:
@@ -5533,6 +5689,9 @@ def invite(arguments: Sequence[str]) -> None:
     options = parser.parse_args(arguments)
     options.also = [each for each in options.also.split(",") if each]
     check_invitation(parser, options)
+    folder = os.path.dirname(os.path.abspath(options.db))
+    if options.db != default_path() and not os.path.isdir(folder):
+        raise Unusable(f"there is no folder {folder}: correct --db, or make that folder first")
     file, words, here = Tokens(options.db), invitations(), running(options.db)
     if words and not words.agreed(options.name, options.db, here, file.closed, options.yes):
         raise Unusable("no token was made")
@@ -5596,21 +5755,31 @@ def revoke(arguments: Sequence[str]) -> int:
                 revoked.append(row["id"])
         return rows
 
-    file = Tokens(options.db)
-    if file.rows():  # else there may be no bus: do not make a file
+    file = Tokens(existing(options.db))
+    rows = [row for row in file.rows() if not row["revoked"]]
+    if rows:  # else do not make a file, which would close the bus
         file.change(change)
     which = f"{options.name} {options.label or ''}".strip()
-    print(f"revoked the tokens of {which}: {' '.join(revoked)}" if revoked else f"{which} has no token")
-    return 0 if revoked else 1
+    if revoked:
+        print(f"revoked the tokens of {which}: {' '.join(revoked)}")
+        return 0
+    labels = [row.get("label", "") for row in rows if row["name"] == options.name]
+    similar = meant(options.label or "", labels) if labels else meant(options.name, {row["name"] for row in rows})
+    print(f"{which} has no token{similar}", file=sys.stderr)
+    return 1
 
 
-def tokens(arguments: Sequence[str]) -> None:
+def tokens(arguments: Sequence[str]) -> int:
     """List the tokens and their names. The bus does not know the secrets."""
     parser = command("tokens", "List the tokens of a bus.")
+    parser.add_argument("name", metavar="NAME", nargs="?", help="only those of NAME")
     options = parser.parse_args(arguments)
-    used = last_used(options.db)
+    used, rows = last_used(existing(options.db)), Tokens(options.db).rows()
+    if options.name and options.name not in [row["name"] for row in rows]:
+        print(f"{options.name} has no token{meant(options.name, {row['name'] for row in rows})}", file=sys.stderr)
+        return 1
     print(f"{'id':13} {'name':20} {'made':10} {'last used':10} {'expires':10} grants")
-    for row in Tokens(options.db).rows():
+    for row in (row for row in rows if options.name in (None, row["name"])):
         grants = ["send"] if row["send_only"] else ["send", "read", *(f"read:{each}" for each in row["also"])]
         grants += ["operator"] if row["operator"] else []
         over = "expired" if (row.get("expires") or math.inf) <= time.time() else ""
@@ -5618,6 +5787,7 @@ def tokens(arguments: Sequence[str]) -> None:
         state += f" ({shown(row['label'])})" if row.get("label") else ""
         days = " ".join(f"{day(at):10}" for at in (row["made"], used.get(row["id"]), row.get("expires")))
         print(f"{row['id']:13} {row['name']:20} {days} {state}")
+    return 0
 
 
 def prune(arguments: Sequence[str]) -> None:
@@ -5628,7 +5798,7 @@ def prune(arguments: Sequence[str]) -> None:
     parser.add_argument("--dry-run", action="store_true", help="only print how many there are")
     options = parser.parse_args(arguments)
     before = max(wall_clock() - int(options.older * 1000000), 0)
-    old, pending = count_old(options.db, before)
+    old, pending = count_old(existing(options.db), before)
     going = old if options.pending else old - pending
     stay = f"; {pending} of them are unfetched or not done, and stay: --pending removes them too" if old > going else ""
     print(f"{old} messages are from before {iso(before)}{stay}")
@@ -5739,7 +5909,7 @@ def backup(arguments: Sequence[str]) -> None:
     options = parser.parse_args(arguments)
     if os.path.exists(options.copy):
         raise Unusable(f"{options.copy} exists already: choose another name")
-    rows = Tokens(options.db).rows()
+    rows = Tokens(existing(options.db)).rows()
     messages, files = copy_bus(options.db, options.copy, rows)
     print(f"{options.copy}: {messages} messages, {files} files, {len(rows)} tokens")
 
@@ -5752,6 +5922,8 @@ def restore(arguments: Sequence[str]) -> None:
     parser = command("restore", "Replace the bus by COPY. Stop the bus first.")
     parser.add_argument("copy", metavar="COPY", help="a copy made by backup; its tokens are used if the bus has none")
     options = parser.parse_args(arguments)
+    if not os.path.exists(options.copy):
+        raise Unusable(f"there is no file {options.copy}: give the COPY that backup has made")
     with locked(options.db):
         marker = pathlib.Path(restoring(options.db))  # of a restore that was cut off
         old = marker.read_text() if marker.exists() else f"{options.db}.{wall_clock()}"
@@ -5858,6 +6030,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if arguments and arguments[0] in COMMANDS:
             return run_command(*arguments)
+        if arguments and not arguments[0].startswith("-"):
+            similar = meant(arguments[0], COMMANDS) or f": there are {', '.join(COMMANDS)}; without one, the bus runs"
+            raise Unusable(f"there is no command {arguments[0]!r}{similar}")
         options = command_line(arguments)
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         with contextlib.suppress(ValueError, OSError):  # a parked reader is a descriptor

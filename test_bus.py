@@ -14,7 +14,8 @@ Some sections are kept by an extension, one file in bus_extensions/ (EXTENSIONS 
 why. If this program started the bus itself and the file of the extension is there, the section is not skipped.
 
 The program needs nothing installed. With pytest, `pytest test_bus.py` collects the same checks. Every check uses names
-of its own, so it does no harm to a bus that is in use. It exits with 0 and the last line ALL TESTS PASS, or with 1.
+of its own, so it does no harm to a bus that is in use. It takes no arguments. It exits with 0 and the last line
+ALL TESTS PASS, or with 1, or with 2 for an argument.
 """
 
 import collections
@@ -38,6 +39,10 @@ import traceback
 import typing
 import urllib.parse
 import uuid
+
+# Python 3.8 says this sentence; older ones show the line, as a SyntaxError, because they do not know `:=`.
+if sys.version_info < (3, 9) and (needs := "test_bus.py needs Python 3.9 or later"):  # noqa: UP036
+    sys.exit(needs)
 
 HERE = pathlib.Path(__file__).resolve().parent
 PATIENCE = 20  # s for a client program to finish; a program that takes longer hangs
@@ -222,7 +227,7 @@ class Bus:
 def running():
     """The bus named by BUS_URL, or one of our own on a free port with an empty database."""
     if os.environ.get("BUS_URL"):
-        yield Bus(os.environ["BUS_URL"], os.environ.get("AGENT_BUS_TOKEN", "").strip())
+        yield reached(os.environ["BUS_URL"], os.environ.get("AGENT_BUS_TOKEN", "").strip())
         return
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(HERE / "bus_server.py"), "--port", "0", "--db", os.path.join(folder, "bus.db")]
@@ -236,6 +241,26 @@ def running():
             code = server.wait(PATIENCE)
             server.stdout.close()
             assert code == 0, f"the server exited with {code} after SIGTERM"
+
+
+def reached(url, token):
+    """The bus at this URL; or one sentence and the end, if no check could pass there."""
+    parts = urllib.parse.urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        sys.exit(f"test_bus: BUS_URL must be like http://host:8080, and is {url!a}")
+    try:
+        socket.create_connection((parts.hostname, parts.port or {"http": 80}.get(parts.scheme, 443)), 10).close()
+    except (OSError, ValueError) as error:  # ValueError: the port is no number
+        sys.exit(f"test_bus: no bus at {url} ({getattr(error, 'strerror', None) or error}): does it run there?")
+    bus, whose = Bus(url), {}
+    bus.token = token
+    with contextlib.suppress(OSError, ValueError, http.client.HTTPException):  # the checks will tell
+        whose = bus.json("GET", "/whoami")[1]
+        whose = whose if isinstance(whose, dict) else {}
+        if bus.ask("GET", "/inbox")[0] == 401 or not whose.get("operator", True):
+            what = "this token is not one of an operator" if token else "the bus has tokens"
+            sys.exit(f"test_bus: {url}: {whose.get('error', what)}: set AGENT_BUS_TOKEN to the token of an operator")
+    return Bus(url, token)
 
 
 def ours(check):
@@ -908,7 +933,9 @@ def test_the_sender_is_told_the_truth_about_the_receiver(bus):
     there = bus.send(to)["receiver"]
     assert there["online"] is there["known"] is True and there["last_seen"] and there["unread"] == 1
     assert len(waiting.result(PATIENCE)["messages"]) == 1
-    assert bus.send([to, fresh()])["receiver"] == {"online": 1, "offline": 1, "unread": 3}
+    known = fresh()
+    bus.recv(known)
+    assert bus.send([to, known])["receiver"] == {"online": 2, "offline": 0, "unread": 3}
     channel = fresh("channel")
     bus.recv(to, channel=channel)
     assert bus.send("all", channel=channel)["receiver"] == {"online": 1, "offline": 0}
@@ -933,6 +960,17 @@ def test_a_form_is_refused(bus):
     for path in ("/send", f"/send?from={bus.me}&to={to}"):
         assert bus.refused(body, path, Content_Type="multipart/form-data; boundary=x") == 400
     assert bus.texts(to) == []
+
+
+@ours
+def test_the_unknown_names_of_a_list_are_told(bus):
+    """8.11 the answer to a send to a list names each name of it that never polled and has no token"""
+    polled, unknown, other, channel = fresh(), fresh(), fresh(), fresh("channel")
+    bus.recv(polled, channel=channel)
+    told = bus.send([unknown, polled, other], channel=channel)["receiver"]
+    assert sorted(told["unknown"]) == sorted([unknown, other]) and told["offline"] + told["online"] == 3
+    assert all(isinstance(each, dict) for each in told["unknown"].values())
+    assert "unknown" not in bus.send([polled, "all"], channel=channel)["receiver"]
 
 
 # ── 9. GET /recv ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -1774,10 +1812,11 @@ def test_the_channels_of_many_names_come_in_pages(bus):
 
 @ours
 def test_whose_token_it_is(bus):
-    """18.1 GET /whoami has the name, the rights and the address of whoever asks"""
+    """18.1 GET /whoami has the name, the rights, the address and the end of the token of whoever asks"""
     found = bus.get("/whoami")
     assert found["open"] is not bool(bus.token) and found["name"] == (bus.me if bus.token else None)
     assert found["operator"] is True and found["send_only"] is False and isinstance(found["reads"], list)
+    assert found["expires"] is None or found["expires"] > time.time()
     assert found["address"] and found["version"]
 
 
@@ -1815,7 +1854,7 @@ def test_a_name_says_what_it_sent_and_what_it_has_not_read(bus):
     bus.recv(to, since=first["ts"])
     assert agent(bus, to)["oldest"] == second["ts"]
     bus.recv(to, since=second["ts"])
-    assert agent(bus, to)["oldest"] is None and agent(bus, bus.me)["sent"] == second["ts"]
+    assert agent(bus, to)["oldest"] is None and agent(bus, bus.me)["sent"] >= second["ts"]
     expired = bus.send(to, ttl=0.01)
     soon(lambda: bus.state(expired["id"]) == "expired")
     assert agent(bus, to)["oldest"] is None
@@ -1833,10 +1872,25 @@ def test_two_programs_that_read_one_name_are_seen(bus):
     assert bus.status_of_poll(to=to, reader="a b") == 400
 
 
+@ours
+def test_a_name_of_a_list_that_nobody_knows_has_similar_names(bus):
+    """18.6 the answer to a send to a list has the similar names of each of its names that is not known"""
+    channel, known, unknown = fresh("channel"), fresh("Lead"), fresh()
+    bus.recv(known, channel=channel)
+    told = bus.send([known, known + "s", unknown], channel=channel)["receiver"]["unknown"]
+    assert told == {known + "s": {"similar": [known]}, unknown: {}}
+
+
 # ── Running ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def main():
+def main(arguments):
+    if {"-h", "--help"}.intersection(arguments):
+        print(__doc__, end="")
+        return 0
+    if arguments:
+        print(f"test_bus: unknown: {' '.join(arguments)}: it takes no arguments, set BUS_URL (--help)", file=sys.stderr)
+        return 2
     checks = [check for name, check in globals().items() if name.startswith("test_")]
     failed, others = 0, collections.Counter()  # others: how many are skipped for a reason that is no absent extension
     with running() as bus:
@@ -1879,7 +1933,7 @@ def print_skipped(bus, others):
 
 if __name__ == "__main__":
     try:
-        sys.exit(main())
+        sys.exit(main(sys.argv[1:]))
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
+import math
 import os
 import time
 from bisect import bisect_left
@@ -13,7 +13,6 @@ from functools import partial
 from itertools import islice
 
 from bus_server import (
-    ALIVE,
     EVERYONE,
     GRACE,
     HOLD,
@@ -58,6 +57,7 @@ def whoami(bus: Bus, request: Request) -> Answer:
         "operator": grant.operator,
         "send_only": grant.send_only,
         "reads": [grant.name, *grant.also] if grant.name and not grant.send_only else [],
+        "expires": int(ends) if (ends := bus.gate.tokens.ends.get(grant.token, math.inf)) < math.inf else None,
         "open": not bus.gate.tokens.closed,
         "address": request.peer.address,
         "version": VERSION,
@@ -79,8 +79,6 @@ class People:
         self.bus = bus
         # Of a name: until when each program listens; on the monotonic clock, s.
         self.readers: dict[tuple[str, str], OrderedDict[str, float]] = {}
-        # Of a mailbox: a mark, and up to which tick all messages above that mark have expired.
-        self.expired: dict[tuple[str, str], tuple[int, int]] = {}
         self.left = self.LOOKED  # messages that the current answer may still look at
         bus.route("GET", "/agents", self.agents, "who listens, who sent, and when each name was last seen")
         bus.about.append(self.members)
@@ -113,7 +111,6 @@ class People:
     def forget(self) -> None:
         now = self.bus.mailboxes.clock()
         self.readers = {key: each for key, each in self.readers.items() if max(each.values()) > now}
-        self.expired = {key: each for key, each in self.expired.items() if key in self.bus.mailboxes.boxes}
 
     def agents(self, request: Request) -> Answer:
         bus, online = self.bus, request.query().flag("online")
@@ -143,23 +140,13 @@ class People:
         When an answer has looked at LOOKED messages, the oldest that it has not looked at counts as unread, expired or
         not. The next answer goes on there.
         """
-        view, mark, key = self.bus.view, box.mark(), (channel, own)
+        mark = box.mark()
         if mark >= box.newest:
             return None
         if not box.perishable:
-            return view.oldest(channel, own, mark)
-        since, upto = self.expired.get(key, (mark, mark))
-        above = max(mark, upto) if since <= mark else mark  # a group's mark is lost when the name gets an owner
-        alive = f"places.tick, {ALIVE.replace('?', str(view.clock()))}"
-        oldest = None
-        with contextlib.closing(view.mail(alive, key, above, box.newest)) as rows:
-            for tick, is_alive in rows:
-                self.left -= 1
-                if is_alive or self.left < 0:
-                    oldest = tick
-                    break
-                above = tick
-        self.expired[key] = mark, above
+            return self.bus.view.oldest(channel, own, mark)
+        oldest, looked = box.oldest(mark, partial(self.bus.view.look, channel, own, box.newest, self.left))
+        self.left = max(self.left - looked, 0)
         return oldest
 
 

@@ -319,9 +319,8 @@ class Replies:
 
     def recalled(self, message: Message, connection: Connection, recall: Recall, is_new: bool) -> Answer:
         box = self.bus.mailboxes.box(message.channel, message.to)
-        box.perishable, box.expired = True, None
-        if is_new and box.pending:
-            box.pending.recalled(message)
+        if is_new:
+            box.recalled(message)
         return ok(self.bus, '"ok": true')
 
     # Waiting until a message was fetched

@@ -1,8 +1,10 @@
 #!/usr/bin/env python3
 """A sensitive file changes hands by its path and its hash: it never passes through the bus, nor through a context.
 
-    AGENT_NAME=spark python3 examples/handover.py offer /srv/shared/key.pem dell     # waits for dell's answer
-    AGENT_NAME=dell python3 examples/handover.py accept ~/key.pem                      # the next file that is offered
+    AGENT_NAME=spark python3 examples/handover.py offer /srv/shared/key.pem dell
+    AGENT_NAME=dell python3 examples/handover.py accept ~/key.pem
+
+`offer` waits for dell's answer; `accept` takes the next file that is offered.
 
 What it shows: both agents see the same directory, and the bus only has `path`, `size` and `sha256` as fields of a
 message. `accept` opens the path once. It refuses a file that is not plain, that others can read, or that has another
@@ -17,6 +19,9 @@ import pathlib
 import stat
 import sys
 
+# Python 3.8 says this sentence; older ones show the line, as a SyntaxError, because they do not know `:=`.
+if sys.version_info < (3, 9) and (needs := "handover.py needs Python 3.9 or later"):  # noqa: UP036
+    sys.exit(needs)
 sys.path.append(str(pathlib.Path(__file__).resolve().parent.parent))  # the clients, unless they are installed
 import bus_recv
 import bus_send
@@ -36,7 +41,7 @@ def offer(path, to):
 def accept(target):
     """Take the file that a waiting message, or the next one, offers. Returns 0 if it was taken."""
     code = 1
-    for message in bus_recv.receive(os.environ["AGENT_NAME"], once=True, timeout=PATIENCE):
+    for message in bus_recv.receive(bus_recv.settings()["AGENT_NAME"], once=True, timeout=PATIENCE):
         if message.get("type") == "handover":
             try:
                 take(message, target)
@@ -67,13 +72,26 @@ def take(message, target):
 def main():
     parser = argparse.ArgumentParser(description="Hand a sensitive file over by path and hash.")
     commands = parser.add_subparsers(dest="command", required=True)
-    offering = commands.add_parser("offer")
-    offering.add_argument("path")
-    offering.add_argument("to")
-    commands.add_parser("accept").add_argument("target")
+    offering = commands.add_parser("offer", help="offer a file, and wait until somebody has taken it")
+    offering.add_argument("path", help="the file; its mode must be 600")
+    offering.add_argument("to", help="the name of the agent that gets it")
+    accepting = commands.add_parser("accept", help="take the next file that is offered to $AGENT_NAME")
+    accepting.add_argument("target", help="where the copy goes")
     given = parser.parse_args()
+    if not bus_recv.settings().get("AGENT_NAME"):
+        parser.error("AGENT_NAME is missing: set it to your own name")
+    url = bus_recv.settings()["AGENT_BUS_URL"]
+    try:
+        bus_recv.ask(url, "/inbox", 5)  # a look: is a bus there, and may we use it?
+    except bus_recv.Unreachable as fault:
+        raise OSError(bus_recv.no_bus(url, fault)) from fault
     return offer(given.path, given.to) if given.command == "offer" else accept(given.target)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except (bus_recv.Refused, bus_send.Refused, bus_send.Unreachable, ValueError, OSError) as error:
+        sys.exit(f"handover: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -3,18 +3,22 @@
 
     AGENT_BUS_URL=http://127.0.0.1:8080 python3 examples/incident.py
 
-    watch ──alarm──► triage ──question──► logs, metrics ──answers──► triage ──finding──► scribe ──closed──► all of them
+    watch --alarm--> triage --question--> logs, metrics --answers--> triage --finding--> scribe --closed--> all of them
 
 What it shows: `reply_to` makes one thread of all that is said about the alarm (GET /thread/ID). Kill the bus at any
 moment and start it again: receive() keeps its place, and send() tries again. Each message has a key that is made from
 the message it answers, so an agent that sees a question twice, after a crash, still answers it once.
 """
+import argparse
 import os
 import pathlib
 import subprocess
 import sys
 import tempfile
 
+# Python 3.8 says this sentence; older ones show the line, as a SyntaxError, because they do not know `:=`.
+if sys.version_info < (3, 9) and (needs := "incident.py needs Python 3.9 or later"):  # noqa: UP036
+    sys.exit(needs)
 sys.path.append(str(pathlib.Path(__file__).resolve().parent.parent))  # the clients, unless they are installed
 import bus_recv
 import bus_send
@@ -70,7 +74,7 @@ def metrics():
 def scribe():
     for finding in heard("finding"):
         say(["watch", "triage", "logs", "metrics"], f"the cause is known: {finding['msg']}", "closed", finding)
-        print(f"all that was said: {os.environ['AGENT_BUS_URL']}/thread/{finding['id']}", flush=True)
+        print(f"all that was said: {bus_recv.settings()['AGENT_BUS_URL']}/thread/{finding['id']}", flush=True)
         return
 
 
@@ -79,8 +83,18 @@ AGENTS = {agent.__name__: agent for agent in (watch, triage, logs, metrics, scri
 
 def main():
     """Start the five, on a channel of their own, and wait for them."""
+    parser = argparse.ArgumentParser(description="Five agents handle an incident on the bus at $AGENT_BUS_URL.")
+    parser.add_argument("agent", nargs="?", choices=AGENTS, help="be only this one (all five)")
+    if agent := parser.parse_args().agent:
+        os.environ.setdefault("AGENT_NAME", agent)
+        return AGENTS[agent]()
+    url = bus_recv.settings()["AGENT_BUS_URL"]
+    try:
+        bus_recv.ask(url, "/inbox", 5)  # a look: is a bus there, and may we use it?
+    except bus_recv.Unreachable as fault:
+        raise OSError(bus_recv.no_bus(url, fault)) from fault
     with tempfile.TemporaryDirectory() as state:
-        given = {"AGENT_BUS_URL": bus_recv.DEFAULT_URL, **os.environ, "AGENT_BUS_STATE_DIR": state}
+        given = {**os.environ, "AGENT_BUS_STATE_DIR": state}
         given["AGENT_BUS_CHANNEL"] = f"incident-{os.urandom(4).hex()}"
         agents = []
         for name in AGENTS:
@@ -89,4 +103,9 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(AGENTS[sys.argv[1]]() if sys.argv[1:] else main())
+    try:
+        sys.exit(main())
+    except (bus_recv.Refused, bus_send.Refused, bus_send.Unreachable, ValueError, OSError) as error:
+        sys.exit(f"incident: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -9,6 +9,7 @@ The wire is ours, so plain http is allowed (AGENT_BUS_PLAIN_HTTP); on any other 
 
 It needs Linux, root and `ip` (iproute2), and ends with 77 where these are missing. It cleans up after itself.
 """
+import argparse
 import os
 import pathlib
 import re
@@ -17,6 +18,9 @@ import subprocess
 import sys
 import tempfile
 
+# Python 3.8 says this sentence; older ones show the line, as a SyntaxError, because they do not know `:=`.
+if sys.version_info < (3, 9) and (needs := "two_hosts.py needs Python 3.9 or later"):  # noqa: UP036
+    sys.exit(needs)
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 ADDRESSES = "192.0.2.1", "192.0.2.2"  # of a net that is for examples, and that nobody has
 
@@ -74,6 +78,7 @@ def talk(here, there, directory):
 
 
 def main():
+    argparse.ArgumentParser(description="Two agents on two hosts, which are network namespaces, talk.").parse_args()
     if sys.platform != "linux" or os.geteuid() or not shutil.which("ip"):
         print("two hosts need Linux, root and ip")
         return 77

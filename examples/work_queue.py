@@ -8,6 +8,7 @@ one for the length of a lease, which is extended while CMD runs. Who dies says n
 next one gets the job with a higher AGENT_BUS_ATTEMPT. So CMD may run twice for a job: its result has the id of the job
 for a key, and the bus stores it once.
 """
+import argparse
 import json
 import os
 import pathlib
@@ -16,6 +17,9 @@ import subprocess
 import sys
 import tempfile
 
+# Python 3.8 says this sentence; older ones show the line, as a SyntaxError, because they do not know `:=`.
+if sys.version_info < (3, 9) and (needs := "work_queue.py needs Python 3.9 or later"):  # noqa: UP036
+    sys.exit(needs)
 sys.path.append(str(pathlib.Path(__file__).resolve().parent.parent))  # the clients, unless they are installed
 import bus_recv
 import bus_send
@@ -43,6 +47,15 @@ def worker(queue, name):
 
 def main():
     """Hand out the jobs, and wait for as many results."""
+    parser = argparse.ArgumentParser(description="Two workers, one of which dies, do the jobs of a queue on a bus.")
+    parser.add_argument("do", nargs="?", choices=["do"], help="do one job, the JSON on stdin: a worker runs this")
+    if parser.parse_args().do:
+        return do(json.load(sys.stdin))
+    url = bus_recv.settings()["AGENT_BUS_URL"]
+    try:
+        bus_recv.ask(url, "/inbox", 5)  # a look: is a bus there, and may we use it?
+    except bus_recv.Unreachable as fault:
+        raise OSError(bus_recv.no_bus(url, fault)) from fault
     run = os.urandom(4).hex()
     boss, queue = f"boss-{run}", f"squares-{run}"
     with tempfile.TemporaryDirectory() as state:
@@ -66,4 +79,9 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(do(json.load(sys.stdin)) if sys.argv[1:] == ["do"] else main())
+    try:
+        sys.exit(main())
+    except (bus_recv.Refused, bus_send.Refused, bus_send.Unreachable, ValueError, OSError) as error:
+        sys.exit(f"work_queue: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

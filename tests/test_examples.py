@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from tests.clients.test_clients import home  # noqa: F401
+from tests.clients.test_clients import home, refusing  # noqa: F401
+from tests.kit.peers import Peer, invite
 from tests.kit.processes import PATIENCE, ROOT, wait_until
 
 SECRET = b"-----BEGIN PRIVATE KEY-----\n"
@@ -98,6 +99,38 @@ def test_two_hosts_talk():
     if code == 77:
         pytest.skip(out.strip())
     assert code == 0 and "from=spark" in out and out.endswith("| Is T1 done?\n---\nIt is, on the other host.\n")
+
+
+@pytest.mark.parametrize("name", ["incident", "work_queue", "handover", "two_hosts"])
+def test_an_example_says_how_it_is_used(name):
+    for option, code, words in (("--help", 0, "show this help"), ("--wrong", 2, f"{name}.py: error: ")):
+        command = [sys.executable, ROOT / "examples" / f"{name}.py", option]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+        assert done.returncode == code and words in done.stdout + done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("call", [("incident",), ("work_queue",), ("handover", "accept", "x")])
+def test_an_example_without_a_bus_is_one_sentence(call):
+    env = {**os.environ, "AGENT_BUS_URL": refusing(), "AGENT_NAME": "spark"}
+    command = [sys.executable, ROOT / "examples" / f"{call[0]}.py", *call[1:]]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 1 and done.stderr.startswith(f"{call[0]}: no bus at http://") and done.stdout == ""
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_closed_bus_refuses_an_example_in_words(bus):
+    invite(bus, "ops")
+    wait_until(lambda: Peer(bus).send("GET", "/inbox").answer().status == 401)
+    for name in ("incident", "work_queue"):
+        done = subprocess.run([sys.executable, ROOT / "examples" / f"{name}.py"], capture_output=True, text=True,
+                              timeout=PATIENCE, env={**os.environ, "AGENT_BUS_URL": bus.url})  # fmt: skip
+        assert done.returncode == 1 and "token" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_handover_asks_for_a_name():
+    done = subprocess.run([sys.executable, ROOT / "examples" / "handover.py", "accept", "x"], capture_output=True,
+                          text=True, timeout=PATIENCE)  # fmt: skip
+    assert done.returncode == 2 and "AGENT_NAME is missing" in done.stderr
 
 
 def test_every_example_is_tested_and_says_what_it_shows():

@@ -1,8 +1,11 @@
 """Every line of README's first two sections, pasted into bash and into zsh by a user with an empty home."""
+import ast
+import contextlib
 import os
 import re
 import shutil
 import signal
+import sqlite3
 import subprocess
 
 import pytest
@@ -78,6 +81,20 @@ def test_every_line_of_the_first_minute_does_what_readme_says(tmp_path, shell):
 
 
 @pytest.mark.parametrize("shell", SHELLS)
+def test_the_line_of_readme_looks_into_the_database_that_the_bus_has(tmp_path, shell):
+    """Case 29. sqlite3 makes a new, empty file of a path that does not exist."""
+    serve, _ = lines(README.split("\n## ")[0])
+    [(path, query)] = re.findall(r"`sqlite3 (\S+) '([^']+)'`", README)
+    with User(shell, tmp_path) as user:
+        user.leaves_running(serve)
+        user.sees(f"messages are in {tmp_path}{path.removeprefix('~')}\n")
+        assert user.pastes(lines(FIRST)[1])[0] == 0
+        code, out, _ = user.pastes(f"printf %s {path}")
+        with contextlib.closing(sqlite3.connect(f"file:{out}?mode=ro", uri=True)) as database:
+            assert code == 0 and len(database.execute(query).fetchall()) == 1
+
+
+@pytest.mark.parametrize("shell", SHELLS)
 def test_the_invitation_of_readme_is_one_line_and_a_token(tmp_path, shell):
     serve, _ = lines(README.split("\n## ")[0])
     invite, tunnel = lines(SECOND)
@@ -94,3 +111,13 @@ def test_the_invitation_of_readme_is_one_line_and_a_token(tmp_path, shell):
 def test_no_line_of_readme_has_a_comment():
     """An interactive zsh takes it for arguments."""
     assert not [line for line in lines(README) if "#" in line]
+
+
+def test_no_line_that_a_user_may_copy_has_a_comment():
+    """Nor has one in another document, or at the beginning of a program."""
+    documents = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
+    found = [(path.name, line) for path in documents for line in lines(path.read_text()) if re.search(r"\s#\s", line)]
+    for program in [*ROOT.glob("tools/*.py"), *ROOT.glob("examples/*.py")]:
+        text = ast.get_docstring(ast.parse(program.read_text())) or ""
+        found += [(program.name, line) for line in text.splitlines() if re.match(r"    .*\s#\s", line)]
+    assert not found

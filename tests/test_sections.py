@@ -11,6 +11,9 @@ import pytest
 
 import test_bus
 from test_bus import CHANNELS, EXTENSIONS, FILES, METRICS, PEOPLE, QUESTIONS, QUEUES
+from tests.clients.test_clients import refusing
+from tests.clients.test_clients import run as program
+from tests.kit.peers import invite
 from tests.kit.processes import run_checks
 from tests.kit.serving import Serving
 
@@ -141,6 +144,29 @@ def test_a_bus_that_has_the_file_has_no_excuse(bus, tmp_path, monkeypatch):
 def test_waiting_until_a_message_is_fetched_belongs_to_the_questions():
     [check] = [check for check in CHECKS if check.__doc__.startswith("11.5 ")]
     assert test_bus.extension_of(check) is QUESTIONS
+
+
+def test_an_argument_is_refused_and_the_help_says_how_to_name_a_server():
+    code, out, err = program("test_bus.py", "http://127.0.0.1:8080")
+    assert (code, out) == (2, "") and err.startswith("test_bus: unknown: http://127.0.0.1:8080: ") and "BUS_URL" in err
+    for option in ("-h", "--help"):
+        code, out, err = program("test_bus.py", option)
+        assert (code, err) == (0, "") and "BUS_URL=http://host:8080 python3 test_bus.py" in out
+
+
+def test_a_url_where_no_check_could_pass_is_one_sentence(bus):
+    url = refusing()
+    for given, says in ((url, f"test_bus: no bus at {url} (Connection refused): does it run there?"),
+                        ("127.0.0.1:80", "test_bus: BUS_URL must be like http://host:8080, and is '127"),
+                        ("http://127.0.0.1:x", "test_bus: no bus at http://127.0.0.1:x (")):  # fmt: skip
+        done = run_checks(given)
+        assert done.returncode == 1 and done.stderr.startswith(says) and done.stderr.count("\n") == 1
+    token = invite(bus, "dell")
+    for more in ({}, {"AGENT_BUS_TOKEN": token}, {"AGENT_BUS_TOKEN": "abt_1"}):
+        done = run_checks(bus.url, **more)
+        assert done.returncode == 1 and done.stderr.count("\n") == 1
+        assert done.stderr.startswith(f"test_bus: {bus.url}: ")
+        assert "set AGENT_BUS_TOKEN to the token of an operator" in done.stderr
 
 
 def test_every_check_is_in_a_section_with_a_title():

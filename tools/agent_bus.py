@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib
+import importlib.util
 import io
 import os
 import re
@@ -31,6 +31,9 @@ HERE = os.path.dirname(os.path.realpath(__file__))
 sys.path += [folder for folder in (HERE, os.path.dirname(HERE)) if folder not in sys.path]
 
 
+ASKS = "--ask"  # the option with which bus_send.py asks
+
+
 class Command(NamedTuple):
     """A row of the help, and the program behind it."""
 
@@ -43,7 +46,7 @@ class Command(NamedTuple):
 GROUPS: dict[str, dict[str, Command]] = {
     "Messages": {
         "send": Command("send a message", "send bob 'T1 is done'", "bus_send"),
-        "ask": Command("send a question, print the reply", "ask bob 'Is T1 done?'", "bus_send", ("--ask",)),
+        "ask": Command("send a question, print the reply", "ask bob 'Is T1 done?'", "bus_send", (ASKS,)),
         "recv": Command("print messages as they arrive", "recv bob", "bus_recv"),
         "inbox": Command("look at unread mail, take none of it", "inbox bob", "bus_inbox", ("look",)),
         "ack": Command("mark mail as read, up to this id", "ack 660ba678a1b40 bob", "bus_inbox", ("ack",)),
@@ -62,7 +65,7 @@ GROUPS: dict[str, dict[str, Command]] = {
         "install": Command("connect Claude Code; start at login", "install claude", "bus_install", ("install",)),
         "uninstall": Command("take away what install has added", "uninstall claude", "bus_install", ("uninstall",)),
         "invite": Command("make a token for an agent", "invite dell", "bus_server", ("invite",)),
-        "join": Command("connect this machine to a bus", "join http://host:8080 dell", "bus_join"),
+        "join": Command("connect this machine to a bus", "join https://host:8080 dell", "bus_join"),
         "tokens": Command("list the tokens", "tokens", "bus_server", ("tokens",)),
         "revoke": Command("revoke the tokens of an agent", "revoke dell", "bus_server", ("revoke",)),
     },
@@ -106,11 +109,18 @@ def called() -> str:
 
 def run(name: str, arguments: Sequence[str]) -> int:
     """Run a command in this process. Its program takes its own name, for its help and its errors, from sys.argv."""
-    command = COMMANDS[name]
+    command, wants_help = COMMANDS[name], {"-h", "--help"}.intersection(arguments)
     if not command.program:
+        if wants_help:
+            return show_help([name])
+        if len(arguments) > ARGUMENTS[name]:
+            raise Unknown(f"{name} does not take {shlex.quote(arguments[ARGUMENTS[name]])}: `{called()} help {name}`")
         return OWN[name](arguments)
-    program = load(command.program)
+    program, example = load(command.program), f"{called()} {command.example}"
     sys.argv = [f"{sys.argv[0]} {name}", *arguments]
+    if command.first == (ASKS,) and wants_help:
+        print(help_of_ask(command, example), end="")
+        return 0
     return int(program.main([*command.first, *arguments]) or 0)
 
 
@@ -120,6 +130,12 @@ def load(program: str) -> Any:
         return importlib.import_module(program)
     except ModuleNotFoundError as error:
         raise Missing(f"this needs {error.name}.py, which is not in {HERE}: copy it from the same version") from None
+
+
+def is_here(name: str) -> bool:
+    """Whether the program of a command is on this machine."""
+    program = COMMANDS[name].program
+    return not program or importlib.util.find_spec(program) is not None
 
 
 def show_help(arguments: Sequence[str]) -> int:
@@ -132,9 +148,22 @@ def show_help(arguments: Sequence[str]) -> int:
         return 0
     print(f"usage: {called()} COMMAND ...\nThe options of a command: {called()} help COMMAND\n\n{'':51}for example")
     for title, commands in GROUPS.items():
-        print(title, *(f"  {name:10} {row.purpose:37} {row.example}" for name, row in commands.items()), "", sep="\n")
+        lines = [f"  {name:10} {row.purpose:37} {row.example}" for name, row in commands.items() if is_here(name)]
+        if lines:
+            print(title, *lines, "", sep="\n")
     print(CONFIGURATION, end="")
     return 0
+
+
+def help_of_ask(command: Command, example: str) -> str:
+    """The help of `send`, which is the same program, with the purpose of `ask` and without what has no use there."""
+    usage, _, options = help_of(command.program, command.first).split("\n\n", 2)
+    options = re.sub(rf"^  (?:{ASKS}|--json) .*\n(?: {{10}}.*\n)*", "", options, flags=re.MULTILINE)
+    options = re.sub(r"\(\S+\s+with\s+--ask:\s+(\w+)\)", r"(\1)", options)
+    usage = re.sub(rf"\[(?:{ASKS}|--json)\] ?", "", usage)
+    usage = "\n".join(filter(None, map(str.rstrip, usage.split("\n"))))
+    purpose = "Send a question, wait for the reply, print its text. Exit code 3: no reply yet."
+    return f"{usage}\n\n{purpose}\nFor example: {example}\n\n{options}"
 
 
 def version(arguments: Sequence[str]) -> int:
@@ -150,7 +179,7 @@ def completion(arguments: Sequence[str]) -> int:
     shell = arguments[0] if arguments else ""
     if shell not in SHELLS:
         raise Unknown(f"completion is for {', '.join(SHELLS)}: `{called()} completion bash`")
-    print(SHELLS[shell]({name: words(name) for name in COMMANDS}), end="")
+    print(SHELLS[shell]({name: words(name) for name in COMMANDS if is_here(name)}), end="")
     return 0
 
 
@@ -158,7 +187,7 @@ def words(name: str) -> list[str]:
     """What may follow a command: its options and, if it has them, its own commands. The help of its program says so."""
     command = COMMANDS[name]
     if not command.program:
-        return {"help": list(COMMANDS), "completion": list(SHELLS)}.get(name, [])
+        return {"help": [*filter(is_here, COMMANDS)], "completion": [*SHELLS]}.get(name, [])
     text = help_of(command.program, command.first)
     choices = re.findall(r"^  \{([a-z,]+)\}", text, re.MULTILINE)
     further = [word for choice in choices for word in choice.split(",")]
@@ -224,6 +253,7 @@ def fish(known: dict[str, list[str]]) -> str:
 
 
 SHELLS: dict[str, Callable[[dict[str, list[str]]], str]] = {"bash": bash, "zsh": zsh, "fish": fish}
+ARGUMENTS = {"help": 1, "completion": 1, "version": 0}  # how many each of our own commands takes
 OWN: dict[str, Callable[[Sequence[str]], int]] = {"help": show_help, "completion": completion, "version": version}
 ABOUT = {
     "completion": """

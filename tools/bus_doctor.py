@@ -251,6 +251,8 @@ class Way:
             return "skipped"
         if self.first:
             return "skipped: a bus of the first contract holds a poll for as long as it likes"
+        if sys.stderr and sys.stderr.isatty():
+            print(f"      (a long poll takes {self.hold:g} s; --hold 0 leaves it out)", file=sys.stderr)
         began = time.monotonic()
         try:
             self.poll(self.hold)
@@ -410,7 +412,8 @@ def examine(way: Way) -> bool:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Find the hop that fails on the way to an agent-bus.")
-    parser.add_argument("--hold", type=float, default=25.0, metavar="S", help="length of the test poll, 0 to 60 s (25)")
+    hold = "length of the test poll, 0 to 60 s (25)"
+    parser.add_argument("--hold", type=bus_recv.duration, default=25.0, metavar="S", help=hold)
     parser.add_argument("--bus", type=bus_recv.profile, metavar="PROFILE", help="the bus in PROFILE.env")
     options = parser.parse_args(argv)
     if not 0 <= options.hold <= 60:

@@ -1,16 +1,17 @@
 #!/usr/bin/env python3
 """Connect an agent program to the bus, or start the bus at login; and take that away again.
 
-    python3 tools/bus_install.py install claude                 # the tools of the bus, in every session of Claude Code
-    python3 tools/bus_install.py install service --port 8080    # the bus runs whenever this user is logged in
+    python3 tools/bus_install.py install claude
+    python3 tools/bus_install.py install service --port 8080
     python3 tools/bus_install.py uninstall claude
 
 Each install says which file it writes, and uninstall leaves that file as it was. What it writes names this program's
 own files, so it works in every folder; after you move or remove this program, install again.
 
-`claude` adds the MCP server `bus` to the user's ~/.claude.json. `service` writes a unit for systemd's user manager, or
-on macOS an agent for launchd (which nobody has tried yet). Both take the AGENT_BUS_... variables of now along, except
-secrets and names. The bus of a service has the options that follow the word.
+`claude` adds the MCP server `bus` to the user's ~/.claude.json: every session of Claude Code has the tools of the bus.
+`service` writes a unit for systemd's user manager, or on macOS an agent for launchd (which nobody has tried yet): the
+bus runs whenever this user is logged in. Both take the AGENT_BUS_... variables of now along, except secrets and names.
+The bus of a service has the options that follow the word.
 Exit code: 0 done, 1 refused (another's file or entry is in the way), 2 usage.
 """
 
@@ -204,11 +205,13 @@ def install_service(options: Sequence[str]) -> int:
     path, command = service_file(), [*ours("agent-bus", HERE, "agent_bus.py"), "serve", *options]
     state = os.environ.get("XDG_STATE_HOME", "")  # where the database is
     replace(path, (launchd if sys.platform == "darwin" else systemd)(command, state))
-    tell(f"the bus starts when you log in: {path}")
+    tell(f"wrote {path}: with it, the bus starts when you log in")
     if sum(not manage(step) for step in STEPS[sys.platform == "darwin"]["install"]):  # each, for the user sees its line
+        complain("the file is written, but the bus does not run yet")
         return 1
-    if sys.platform != "darwin":
-        tell("its state: systemctl --user status agent-bus; to keep it when you log out: loginctl enable-linger")
+    for line in AFTERWARDS[sys.platform == "darwin"]:
+        tell(line.replace("FILE", shlex.quote(path)))
+    tell(f"to take it away: {bus_recv.called('python3 tools/agent_bus.py uninstall', 'uninstall')} service")
     return 0
 
 
@@ -223,7 +226,7 @@ def uninstall_service() -> None:
     remove_empty(os.path.dirname(path))
     for step in steps[1:]:
         manage(step)
-    tell(f"{path} is removed, and the bus that it started is stopped; the messages stay")
+    tell(f"removed {path}, and stopped the bus that it started; the messages stay where they are")
 
 
 def check_service() -> None:
@@ -274,6 +277,20 @@ STEPS: dict[bool, dict[str, list[list[str]]]] = {  # by: is this macOS?
         ],
     },
     True: {"install": [["launchctl", "load", "-w", "FILE"]], "uninstall": [["launchctl", "unload", "-w", "FILE"]]},
+}
+
+
+AFTERWARDS = {  # what the user wants to know once it runs
+    False: [
+        "the bus runs now; its state: systemctl --user status agent-bus",
+        "its log: journalctl --user -u agent-bus -f",
+        "to stop it and start it: systemctl --user stop agent-bus, systemctl --user start agent-bus",
+        "to keep it when you log out: loginctl enable-linger",
+    ],
+    True: [
+        "the bus runs now; its state: launchctl list agent-bus",
+        "to stop it and start it: launchctl unload FILE, launchctl load FILE",
+    ],
 }
 
 

@@ -50,6 +50,8 @@ def agreed(name: str, database: str, here: str, closed: bool, yes: bool) -> bool
     """
     database = os.path.abspath(database)
     tell(f"A token of {name} for the bus at {here or '(it does not run)'}, whose database is {database}")
+    if not here and not os.path.exists(database):
+        tell("There is no database yet: the bus makes it at its first start. If your bus has started, correct --db.")
     other = settings_url()
     if not here and said(other, "/healthz"):
         tell(f"Note: another bus runs at {other}, with another database. If you meant it, give its --db.")

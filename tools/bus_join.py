@@ -84,6 +84,8 @@ def write(path: str, data: bytes) -> None:
 
 def fetch(url: str, pin: str, aside: str) -> None:
     """Download FILES into a folder from the bus that has this pin, and the certificate if the pin is that of a key."""
+    if url.startswith("http:") and not pin:
+        raise Fault("over http:// use the line that `invite` printed: without its PIN the programs may be anyone's")
     paths = [os.path.join(aside, file) for file in FILES]
     wanted = [word for file, path in zip(FILES, paths) for word in ("-o", path, f"{url}/{file}")]
     if pin.startswith("sha256//"):
@@ -230,7 +232,8 @@ def show_next(place: str, file: str, profile: str, name: str, others: Sequence[s
 
 
 def main(argv: "Sequence[str] | None" = None) -> int:
-    own = None if "agent-bus" in os.path.basename(sys.argv[0]) else "bus_join.py"  # the line runs us as `python3 -c`
+    ours = os.path.basename(sys.argv[0]).startswith(("agent-bus ", "agent_bus.py "))  # `agent-bus join` is a whole name
+    own = None if ours else "bus_join.py"  # the line runs us as `python3 -c`
     parser = argparse.ArgumentParser(prog=own, description="Connect this machine to an agent-bus as NAME.")
     parser.add_argument("url", metavar="URL", help="of the bus, like https://bus.lan:8080")
     parser.add_argument("name", metavar="NAME", help="the name that the token is for")

@@ -1,12 +1,14 @@
 #!/usr/bin/env python3
 """Show the messages of everybody on an agent-bus, as they pass. No reader notices it, and no mail is marked as read.
 
-    AGENT_BUS_URL=http://10.0.0.5:8080 python3 tools/bus_log.py --since 1h     # the last hour, then new messages
-    python3 tools/bus_log.py --to dell,nano --from spark --no-follow           # what exists now, and end
-    python3 tools/bus_log.py --last 20 --short                                 # one line for each message
+    AGENT_BUS_URL=http://10.0.0.5:8080 python3 tools/bus_log.py --since 1h
+    python3 tools/bus_log.py --to dell,nano --from spark --no-follow
+    python3 tools/bus_log.py --last 20 --short
     python3 tools/bus_log.py --json | jq .subject
 
-On a terminal each sender has a colour, unless NO_COLOR is set, and a short line ends where the terminal does.
+It prints what `--since` or `--last` selects, then new messages; with `--no-follow` it ends there. `--short` prints one
+line for each message. On a terminal each sender has a colour, unless NO_COLOR is set, and a short line ends where the
+terminal does.
 
 The parts of this file, in order: Observer (reads the log, keeps its place in memory), a message as people see it, the
 outputs, main. bus_recv.Reader asks the bus and endures an outage, bus_recv.block makes the text of a message; so this

@@ -2,8 +2,11 @@
 """Send one message to an agent-bus, now or when the bus is reachable: text on stdin, receiver on the command line.
 
     echo "T1 is done" | AGENT_BUS_URL=http://10.0.0.5:8080 AGENT_NAME=spark python3 tools/bus_outbox.py dell
-    python3 tools/bus_outbox.py --flush        # send the waiting messages: when a network comes up, or now and then
-    python3 tools/bus_outbox.py --list         # the messages that wait or were refused, for every bus and sender
+    python3 tools/bus_outbox.py --flush
+    python3 tools/bus_outbox.py --list
+
+`--flush` sends the waiting messages: when a network comes up, or now and then. `--list` shows the messages that wait or
+were refused, for every bus and sender.
 
 The message is written to disk, after the messages that wait already. Then all are sent in order with bus_send.send,
 each with the key that is stored beside it. The first message that gets no answer ends this; the next call begins with

@@ -2,11 +2,13 @@
 """Show who is on an agent-bus: who listens, how much mail waits, and for how long.
 
     AGENT_BUS_URL=http://10.0.0.5:8080 python3 tools/bus_who.py
-    python3 tools/bus_who.py --watch          # again every 2 s, until Ctrl-C
+    python3 tools/bus_who.py --watch
     python3 tools/bus_who.py --json | jq '.[] | select(.unread > 0) | .name'
 
-A name on another channel than `default` is shown as CHANNEL/NAME. `-` stands for what the bus does not tell: an older
-bus, or a token that may not read that mail. On a terminal a long name is cut, so that each agent has one line.
+`--watch` shows it again every 2 s, until Ctrl-C. SEEN is `listening`, or how long ago the name last listened, or `sent
+5m` if it has sent something since. A name on another channel than `default` is shown as CHANNEL/NAME. `-` stands for
+what the bus does not tell: an older bus, or a token that may not read that mail. On a terminal a long name is cut, so
+that each agent has one line.
 
 bus_recv.ask asks the bus; so this program needs bus_recv.py beside it or one folder up. It has the environment of
 bus_recv.py, and writes no file. Exit code: 0 done, 1 refused by the bus, 2 usage, 75 out of reach, 130 Ctrl-C.
@@ -52,8 +54,13 @@ def agents(url: str, channel: str | None, online: bool) -> tuple[list[Agent], fl
             raise bus_recv.Unreachable()
         found += page
         if not answer.get("more") or answer.get("next") in (None, query.get("after")):  # else it is asked for ever
-            return sorted(found, key=lambda agent: (not agent.get("online"), -number(agent.get("last_seen")))), now
+            return sorted(found, key=lambda agent: (not agent.get("online"), -seen(agent))), now
         query["after"] = answer["next"]
+
+
+def seen(agent: Agent) -> float:
+    """When the name last listened or sent; s since 1970, 0 for never."""
+    return max(number(agent.get("last_seen")), number(agent.get("sent")))
 
 
 def number(value: Any) -> float:
@@ -71,7 +78,8 @@ def name(agent: Agent, now: float) -> str:
 def state(agent: Agent, now: float) -> str:
     if agent.get("online"):
         return "listening"
-    return ago(agent.get("last_seen"), now) if number(agent.get("last_seen")) else "never"
+    listened, sent = number(agent.get("last_seen")), number(agent.get("sent"))
+    return f"sent {ago(sent, now)}" if sent > listened else ago(listened, now) or "never"
 
 
 def ago(place: Any, now: float) -> str:
@@ -116,7 +124,7 @@ def show(found: Sequence[Agent], now: float, as_json: bool, clear: bool) -> None
     if clear and on_terminal:  # what does not fit would push the beginning off the screen
         lines = [f"{CLEAR}{lines[0]}", *lines[1 : size.lines - 2]]
     listening = sum(bool(agent.get("online")) for agent in found)
-    lines.append(f"{listening} of {len(found)} listen" if found else "nobody has listened on this bus yet")
+    lines.append(f"{listening} of {len(found)} listen" if found else "nobody has listened or sent on this bus yet")
     bus_recv.emit((bus_recv.dump(list(found)) if as_json else "\n".join(lines)) + "\n")
 
 

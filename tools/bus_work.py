@@ -12,7 +12,8 @@ bus_recv.Reader asks the bus and endures an outage, bus_recv.running runs a comm
 beside it or one folder up. PROTOCOL.md (queues) says what a lease and a dead letter are.
 
 It has the environment of bus_recv.py, and AGENT_NAME, the name of this worker in receipts. It writes no file.
-Exit code: 0 done or stopped by SIGTERM, 1 refused by the bus, 2 usage, 3 no job came, 75 out of reach, 130 Ctrl-C.
+Exit code: 0 done or stopped by SIGTERM, 1 refused by the bus, or the one job of --once failed, 2 usage, or there is no
+such command, 3 no job came, 75 out of reach, 130 Ctrl-C.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -67,7 +69,7 @@ class Worker(bus_recv.Reader):
         self.order = {"to": names[0], "channel": self.channel, "lease": lease}  # the body of a claim
         if name := bus_recv.settings().get("AGENT_NAME"):
             self.order["worker"] = name
-        self.at_work = self.ending = False
+        self.at_work = self.ending = self.failed = False  # failed: the last job
 
     def stop(self, *_: Any) -> None:
         """The handler of SIGTERM."""
@@ -110,6 +112,7 @@ class Worker(bus_recv.Reader):
             with contextlib.suppress(bus_recv.Refused, bus_recv.Unreachable):
                 self.tell("nack", job, reason="the worker was stopped")
             raise
+        self.failed = code != 0
         if code == 0:
             self.settle("ack", job)
         elif code is not None:
@@ -146,6 +149,23 @@ class Worker(bus_recv.Reader):
         bus_recv.ask(self.url, f"/{verb}", bus_recv.GRACE_SECONDS, {"id": job["id"], "lease": job["lease"], **members})
 
 
+def check_command(command: str) -> None:
+    """ValueError if the shell does not find the command: with it, every job of the queue would become a dead letter.
+
+    Only a plain first word is looked for, as in `./build && ./test`; not one in quotes, or with a variable.
+    """
+    import subprocess
+
+    if not command.strip():
+        raise ValueError("--exec is empty: give a command; no job was taken")
+    word = re.match(r"\s*([\w./][\w./+@:-]*)(?=[\s;&|<>]|$)", command)
+    if word and os.name == "posix":
+        nowhere = subprocess.DEVNULL
+        found = subprocess.run(f"command -v {word[1]}", shell=True, stdin=nowhere, stdout=nowhere, stderr=nowhere)
+        if found.returncode:
+            raise ValueError(f"--exec: there is no command {word[1]} that can be run here; no job was taken")
+
+
 def complain(line: str) -> None:
     bus_recv.complain(line, "bus_work")
 
@@ -169,6 +189,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for number in bus_recv.ENDS:
         signal.signal(number, lambda *_: sys.exit(0))
     try:
+        check_command(options.exec)
         worker = Worker(options.names, options.channel, options.exec, options.lease)
         signal.signal(signal.SIGTERM, worker.stop)
         worker.warn = worker.announce = complain
@@ -178,7 +199,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (bus_recv.Refused, bus_recv.Unreachable, ValueError, OSError) as error:
         complain(str(error))
         return {bus_recv.Refused: 1, bus_recv.Unreachable: 75}.get(type(error), 2)
-    return 0 if worker.came else 3
+    return 3 if not worker.came else int(options.once and worker.failed)
 
 
 if __name__ == "__main__":

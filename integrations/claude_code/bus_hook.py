@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """A hook for coding agents: prints the waiting mail when a session or a turn starts or ends.
 
-    bus_hook.py --format claude|codex|gemini|cursor   # an event on stdin; one JSON object, or nothing, on stdout
-    bus_hook.py --wait                                # for an asyncRewake hook of Claude Code, see below
-    bus_hook.py --name                                # the name of this session, for the command line of a Monitor
+    bus_hook.py --format claude|codex|gemini|cursor      an event on stdin; one JSON object, or nothing, on stdout
+    bus_hook.py --wait                                   for an asyncRewake hook of Claude Code, see below
+    bus_hook.py --name                                   the name of this session, for the command line of a Monitor
 
 Read it in the order mail travels: main, drain, DRESSES (how each program takes a text), Turn, Mail, fitting; then wait.
 
@@ -33,6 +33,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+# Python 3.8 says this sentence; older ones show the line, as a SyntaxError, because they do not know `:=`.
+if sys.version_info < (3, 9) and (needs := "bus_hook.py needs Python 3.9 or later"):  # noqa: UP036
+    sys.exit(needs)
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # python3 -I does not
 from session import READER, Nameless, bus_recv, harmless, is_alive, name_of, quoted, wishes  # noqa: E402
 

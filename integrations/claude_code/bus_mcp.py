@@ -30,6 +30,9 @@ from decimal import Decimal
 from typing import Any, BinaryIO, NamedTuple
 from urllib.parse import quote
 
+# Python 3.8 says this sentence; older ones show the line, as a SyntaxError, because they do not know `:=`.
+if sys.version_info < (3, 9) and (needs := "bus_mcp.py needs Python 3.9 or later"):  # noqa: UP036
+    sys.exit(needs)
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # not there yet, if another program imports us
 from session import Nameless, harmless, name_of, quoted  # noqa: E402, I001  which makes the next three importable
 

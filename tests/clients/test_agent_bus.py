@@ -73,9 +73,11 @@ def on_terminal(*arguments, columns=80, **env):
 @pytest.mark.parametrize("name", [name for name, command in agent_bus.COMMANDS.items() if command.program])
 def test_every_command_reaches_its_program(name, capsys, monkeypatch, umask):
     monkeypatch.setattr(sys, "argv", ["agent-bus"])
-    with pytest.raises(SystemExit) as end:
-        agent_bus.main([name, "--help"])
-    assert end.value.code == 0 and capsys.readouterr().out.startswith(f"usage: agent-bus {name} [-h]")
+    try:
+        code = agent_bus.main([name, "--help"])
+    except SystemExit as end:
+        code = end.code
+    assert code == 0 and capsys.readouterr().out.startswith(f"usage: agent-bus {name} [-h]")
 
 
 @pytest.mark.parametrize("arguments", [[], ["help"], ["--help"], ["-h"]])
@@ -94,10 +96,41 @@ def test_the_help_of_a_command_is_that_of_its_program():
     assert 'eval "$(agent-bus completion bash)"' in run(SCRIPT, "help", "completion")[1]
 
 
+@pytest.mark.parametrize("columns", [40, 60, 80, 100])
+def test_the_help_of_ask_is_for_a_question_and_not_that_of_send(columns):
+    env = {"COLUMNS": str(columns)}
+    code, out, err = run(SCRIPT, "help", "ask", env=env)
+    assert (code, err) == (0, "") and run(SCRIPT, "ask", "-h", env=env) == (0, out, "")
+    send = run(SCRIPT, "help", "send", env=env)[1]
+    assert "Send a question, wait for the reply, print its text. Exit code 3: no reply yet.\n" in out
+    assert re.search(r"^For example: .*agent_bus.py ask bob 'Is T1 done\?'$", out, re.MULTILINE)
+    options = [set(re.findall(r"^  (--[a-z-]+)", text, re.MULTILINE)) for text in (send, out)]
+    assert options[0] - options[1] == {"--ask", "--json"} and options[1] < options[0]
+    assert not re.search(r"--ask|\[--json\]", out) and max(map(len, out.splitlines())) <= max(columns, 80)
+    assert " ".join(out.split()).endswith("S seconds (300)")
+
+
+def test_join_without_the_pin_of_the_invitation_says_what_is_missing_and_fetches_nothing():
+    with Scripted(page(200, "not this")) as server:
+        code, out, err = run(SCRIPT, "join", server.url, "dell")
+        assert (code, out) == (1, "") and "use the line that `invite` printed" in err and err.count("\n") == 1
+        assert server.asked == []
+    assert run(SCRIPT, "join", "--help")[1].startswith("usage: agent_bus.py join ")
+
+
 @pytest.mark.parametrize("typo, meant", [("sned", "send"), ("recieve", "recv"), ("logs", "log"), ("instal", "install")])
 def test_a_typo_gets_the_command_that_may_be_meant(typo, meant):
     code, out, err = run(SCRIPT, typo)
     assert (code, out) == (2, "") and f"did you mean {meant}" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("name, given", [("version", ["x"]), ("completion", ["bash", "x"]), ("help", ["send", "x"]),
+                                         ("version", ["--wrong"])])  # fmt: skip
+def test_its_own_commands_refuse_what_they_do_not_take_and_have_a_help(name, given):
+    code, out, err = run(SCRIPT, name, *given)
+    assert (code, out) == (2, "") and f"{name} does not take {given[-1]}: `" in err and err.count("\n") == 1
+    code, out, err = run(SCRIPT, name, "--help")
+    assert (code, err) == (0, "") and out.startswith("usage: ") and agent_bus.COMMANDS[name].purpose in out
 
 
 def test_a_word_that_is_like_no_command_gets_the_list():
@@ -136,6 +169,7 @@ def test_a_closed_pipe_ends_a_program_quietly(line, tmp_path):
     reading, writing = os.pipe()
     os.close(reading)
     script, *arguments = line.split()
+    (tmp_path / "bus.db").touch()
     db = ["--db", str(tmp_path / "bus.db")] if arguments else []
     process = program(script, *arguments, *db, stdout=writing)
     os.close(writing)
@@ -186,6 +220,11 @@ def test_on_a_machine_that_has_joined_it_has_the_commands_of_the_clients(bus, tm
     assert "| one" in command("inbox")[1] and "spark" in command("who")[1]
     assert "spark > bob: one" in command("log", "--short", "--no-follow")[1]
     assert str(place) in command("version")[1] and "--subject" in command("completion", "bash")[1]
+    rows = agent_bus.COMMANDS.items()
+    there = {name for name, row in rows if not row.program or f"{row.program}.py" in bus_join.FILES}
+    listed = re.findall(r"^  ([a-z]+) ", command("help")[1], re.MULTILINE)
+    assert set(listed) == there and "invite" not in listed and "\nThe bus\n" not in command("help")[1]
+    assert not {"invite", "serve"} & set(re.findall(r"\w+", command("completion", "bash")[1]))
     code, out, err = command("invite", "dell")
     assert (code, out, err.count("\n")) == (2, "", 1) and f"needs bus_server.py, which is not in {place}" in err
 
@@ -225,7 +264,7 @@ def test_who_shows_each_name_once_and_who_listens_first(agent):
     assert (code, err) == (0, "")
     head, *rows, last = out.splitlines()
     assert head.split() == ["NAME", "SEEN", "UNREAD", "OLDEST"] and last == "2 of 3 listen"
-    seen = [("bob", "listening", "2", "<1m"), ("ops/ann", "listening", "0"), ("spark", "never", "0")]  # spark only sent
+    seen = [("bob", "listening", "2", "<1m"), ("ops/ann", "listening", "0"), ("spark", "sent", "<1m", "0")]
     assert sorted(tuple(row.split()) for row in rows) == seen and rows[2].startswith("spark ")
     assert [each["name"] for each in json.loads(agent("who", "--json", "--channel", "ops")[1])] == ["ann"]
     assert "2 of 2" in agent("who", "--online")[1]
@@ -250,12 +289,18 @@ def test_who_shows_what_waits_how_long_and_the_state_of_a_queue():
         {"name": "dell", "online": True, "unread": 3, "oldest": NOON - 600},
         {"name": "builds", "work": {"in_hand": 2, "dead": 4, "workers": 1}, "unread": 9, "oldest": NOON - 30},
         {"name": "ci", "last_seen": None, "unread": None},
+        {"name": "sensor", "last_seen": None, "sent": NOON - 300},
+        {"name": "rare", "last_seen": NOON - 86400, "sent": NOON - 10800},
+        {"name": "reader", "last_seen": NOON - 3600, "sent": NOON - 7200},
     )
     out, _ = who(agents(*rows))
     assert [re.split("  +", row.strip()) for row in out.splitlines()[:-1]] == [
         ["NAME", "SEEN", "UNREAD", "OLDEST", "IN HAND", "DEAD"],
         ["dell", "listening", "3", "10m"],
+        ["sensor", "sent 5m", "0"],
+        ["reader", "1h", "0"],
         ["builds", "2h", "9", "<1m", "2", "4"],
+        ["rare", "sent 3h", "0"],
         ["ci", "never", "-"],
     ]
 
@@ -633,6 +678,17 @@ def test_install_service_starts_the_bus_and_uninstall_leaves_every_byte_as_it_wa
     assert "nothing is changed" in install("uninstall", "service", code=1)
 
 
+def test_install_service_says_what_it_wrote_and_how_to_start_stop_and_watch_it(house):
+    unit = f"{house}/.config/systemd/user/agent-bus.service"
+    said = install("install", "service").splitlines()
+    assert said[0] == f"wrote {unit}: with it, the bus starts when you log in"
+    for command in ("status", "stop", "start"):
+        assert any(f"systemctl --user {command} agent-bus" in line for line in said[1:])
+    assert "its log: journalctl --user -u agent-bus -f" in said
+    assert said[-1] == "to take it away: python3 tools/agent_bus.py uninstall service"
+    assert install("uninstall", "service").startswith(f"removed {unit}, and stopped the bus")
+
+
 def test_a_service_has_the_database_of_now(house, tmp_path):
     install("install", "service", XDG_STATE_HOME=str(tmp_path / "elsewhere"))
     unit = (house / ".config" / "systemd" / "user" / "agent-bus.service").read_text()
@@ -658,7 +714,8 @@ def test_without_systemd_the_user_gets_the_line_to_run(house):
     said = "echo 'Created symlink' >&2\necho 'Failed to connect to bus' >&2\nexit 1\n"
     (house.parent / "bin" / "systemctl").write_text(f"#!/bin/sh\n{said}")
     line = "run it yourself: systemctl --user enable --now agent-bus (Failed to connect to bus)"
-    assert line in install("install", "service", code=1)
+    said = install("install", "service", code=1)
+    assert line in said and "the bus does not run yet" in said and "the bus runs now" not in said
     was = tree(house)
     install("uninstall", "service")
     assert was and not tree(house)

@@ -61,7 +61,7 @@ def test_without_an_answer_it_ends_with_3_and_says_what_will_be():
     with Scripted(stored(reply=None, receiver=NOT_YET)) as server:
         code, out, err = ask(server, "--timeout", "0.05")
     assert (code, out) == (3, "") and len(server.asked) < 4
-    assert err == ("queued: nobody has listened as dell yet, 1 unread\n"
+    assert err == ("queued: nobody has ever listened as dell, 1 unread\n"
                    "bus_send: no answer to 652a7c1b2f3e1 yet: it will arrive as mail\n")  # fmt: skip
 
 

@@ -53,16 +53,16 @@ def test_an_answer_from_the_future_moves_no_cursor_and_is_said_once(bad, bus, ho
     late = mail(*bad, now=f"{FUTURE}.5", bus=bus, more=True)
     with Scripted(mail(message(1), bus=bus), late, late, mail(message(3), bus=bus), bus=bus) as server:
         one = reader(server.url)
-        got = [message["id"] for message, _ in zip(one.messages(), range(4 if len(bad) == 2 else 2))]
-    assert got == (["1", "2", "2", "3"] if len(bad) == 2 else ["1", "3"])
+        assert [message["id"] for message, _ in zip(one.messages(), range(2))] == ["1", "3"]
     (place,) = cursors(home).values()
-    assert float(place) < NOON + 2 and len(one.warned) == 1 and "far ahead" in one.warned[0]
+    assert float(place) < NOON + 2 and "far ahead" in one.warned[0]
+    assert one.warned[1:] == [f"{server.url}: connected again"]
 
 
 def test_the_first_answer_of_a_run_moves_no_cursor_into_the_future_either(home):  # noqa: F811
     with Scripted(mail(now=f"{FUTURE}.5"), mail(now=f"{NOON}.5")) as server:
         code, _, err = recv(server, "--once", "--timeout", "0")
-        assert code == 3 and "far ahead" in err and cursors(home) == {"b1/default/dell": "last"}
+        assert code == 75 and "far ahead" in err and cursors(home) == {"b1/default/dell": "last"}
 
 
 def test_a_bus_of_the_first_contract_with_a_fast_clock_gives_no_start_in_the_future(home):  # noqa: F811
@@ -279,7 +279,7 @@ def test_an_address_that_refuses_is_passed_at_once_and_a_slow_one_gets_more_time
         with bus_recv.dial(("bus.example", port), 10) as sock:
             assert sock.gettimeout() == 10
     assert [(host[-1], timeout) for host, timeout in waits] == [
-        ("3", 0.25), ("4", 0.25), ("5", 0.25), ("4", 1.0), ("5", 1.0), ("4", 3.0)
+        ("3", 0.25), ("4", 0.25), ("5", 0.25), ("3", 1.0), ("4", 1.0), ("5", 1.0), ("3", 3.0), ("4", 3.0)
     ]  # fmt: skip
 
 

@@ -69,6 +69,23 @@ def test_a_bus_with_another_database_is_named_before_the_wrong_one_is_closed(tmp
         assert "another database" not in command(bus, "invite", "zz")
 
 
+@pytest.mark.parametrize("db", ["bsu.db", "nowhere/bus.db"])
+def test_a_database_that_does_not_exist_is_said_to_be_none_before_anything_is_made(db, tmp_path):
+    with Terminal("bash", tmp_path / "home", machine(tmp_path / "bin")) as terminal:
+        folder = tmp_path / "bus"
+        folder.mkdir()
+        terminal.type(f"python3 {ROOT}/bus_server.py invite dell --db {folder}/{db}")
+        if db == "bsu.db":
+            said = terminal.wait_for("Make the token? [y/N] ")
+            assert "There is no database yet: the bus makes it at its first start." in said
+            terminal.run("")
+        else:
+            terminal.wait_for(f"bus_server: there is no folder {folder}/nowhere: correct --db")
+        assert not list(folder.iterdir())
+    with Server(tmp_path / "bus.db") as bus:
+        assert "no database yet" not in command(bus, "invite", "dell")
+
+
 def test_a_relative_path_is_said_whole(tmp_path):
     line = [sys.executable, str(ROOT / "bus_server.py"), "invite", "dell", "--db", "bus.db"]
     done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE)

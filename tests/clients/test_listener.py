@@ -554,6 +554,25 @@ def test_a_wrong_configuration_is_one_sentence_and_exit_2(listen, env):
     assert len(listener.said()) == 1 and listener.said()[0].startswith("bus_listener: ")
 
 
+@pytest.mark.parametrize("arguments", [["spark"], ["--url", "http://127.0.0.1:1"], [""], ["-x"], ["a\x1b[2J"]])
+def test_an_argument_is_refused_in_words_because_it_takes_none(arguments, tmp_path):
+    env = {"PATH": os.environ["PATH"], "AGENT_NAME": "spark", "HOME": str(tmp_path)}
+    done = subprocess.run([SCRIPT, *arguments], env=env, capture_output=True, text=True, timeout=PATIENCE)
+    said = "is not understood: it takes no arguments, set AGENT_NAME and others; see --help\n"
+    assert (done.returncode, done.stdout) == (2, "") and done.stderr.endswith(said)
+    assert done.stderr.count("\n") == 1 and "\x1b" not in done.stderr and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("option", ["-h", "--help"])
+def test_its_help_names_its_variables(option, tmp_path):
+    env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
+    done = subprocess.run([SCRIPT, option], env=env, capture_output=True, text=True, timeout=PATIENCE)
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("usage: AGENT_BUS_URL=")
+    text = pathlib.Path(SCRIPT).read_text()
+    variables = set(re.findall(r"\$\{([A-Z_]+):-", text)) - {"HOME", "XDG_CONFIG_HOME", "XDG_STATE_HOME", "NO_PROXY"}
+    assert [name for name in variables if not re.search(rf"\b{name}\b", done.stdout)] == []
+
+
 def test_without_a_place_for_its_files_it_says_what_to_set(listen):
     listener = listen("http://127.0.0.1:1", AGENT_BUS_STATE_DIR="/dev/null").start()
     assert listener.process.wait(PATIENCE) == 2

@@ -30,6 +30,7 @@ from tests.kit.processes import PATIENCE, Server, wait_until
 
 FUTURE = TICK + 10**13  # four months later
 TOKEN = "abt_00000000_" + "s" * 43
+LAST = "the last one"  # a message whose arrival says that all before it have arrived, and how often
 
 
 # ── Rotation ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -47,8 +48,8 @@ def test_after_a_rotation_each_message_is_once_in_a_new_file(bus, listen, move, 
             move(listener.file(suffix))
         send(bus.url, body)
         wait_until(lambda: listener.messages())
-        time.sleep(0.4)  # time for copies
-        listener.has_logged(body)
+        send(bus.url, LAST)  # a copy of what came before it would come before it, or with it
+        listener.has_logged(body, LAST)
     wait_until(lambda: not json.loads(bus.get("/inbox"))["recipients"].get("default", {}).get("spark"))
     listener.stop()
     for suffix in suffixes:
@@ -85,12 +86,13 @@ def test_messages_that_arrive_during_rotations_are_stored_once_each(listen, tmp_
         listener = listen(bus.url, BLOCK="1").start()
         wait_until(lambda: listener.file("jsonl").exists())
         chance = random.Random(7)
-        for rotation in range(ROTATIONS):
-            sending = sender.submit(send_some, bus.url, range(20 * rotation, 20 * rotation + 20))
-            time.sleep(chance.random() / 4)  # not before or after it, but while they arrive
+        for first in range(0, 20 * ROTATIONS, 20):
+            sending = sender.submit(send_some, bus.url, range(first, first + 20))
+            amidst = first + chance.randrange(20)  # not before or after it, but while they arrive
+            wait_until(lambda: [each for each in listener.messages() if int(each["msg"]) >= amidst])  # noqa: B023
             for path in (listener.file("log"), listener.file("jsonl")):
                 wait_until(path.exists)
-                path.rename(f"{path}.{rotation:03}")
+                path.rename(f"{path}.{first:03}")
             sending.result()
 
         def found():
@@ -98,14 +100,15 @@ def test_messages_that_arrive_during_rotations_are_stored_once_each(listen, tmp_
             return [json.loads(line)["msg"] for file in files if file.exists() for line in file.open()]
 
         wait_until(lambda: len(found()) >= 20 * ROTATIONS)
-        time.sleep(0.4)  # time for copies
-        assert found() == [str(number) for number in range(20 * ROTATIONS)]
+        assert old_client.send(bus.url, "dell", "spark", LAST)
+        wait_until(lambda: LAST in found())
+        assert found() == [*map(str, range(20 * ROTATIONS)), LAST]
 
 
 def send_some(url, numbers):
     for number in numbers:
         assert old_client.send(url, "dell", "spark", str(number))
-        time.sleep(0.005)
+        time.sleep(0.005)  # the rate of the mail
 
 
 MOVED = ["tail jsonl", "tail log", "grep log", "grep jsonl"]  # when each program is about to run, the file goes

@@ -240,7 +240,7 @@ def test_a_watch_that_dies_again_and_again_loses_nothing(bus, tmp_path):
     assert len(runs) > 2
 
 
-def test_a_second_reader_is_told_who_holds_the_name(bus, tmp_path, monkeypatch):
+def test_a_second_reader_is_told_who_holds_the_name(bus, tmp_path):
     first = watch(bus, tmp_path)
     try:
         wait_until(lambda: b'"alice"' in bus.get("/agents"))
@@ -258,6 +258,23 @@ def test_a_second_reader_is_told_who_holds_the_name(bus, tmp_path, monkeypatch):
     assert (
         subprocess.run([*command, "--timeout", "0.1"], env=env, capture_output=True, timeout=PATIENCE).returncode == 3
     )
+
+
+def test_a_second_reader_is_told_at_once_and_takes_over_when_the_first_one_ends(bus, tmp_path):
+    first = watch(bus, tmp_path)
+    wait_until(lambda: b'"alice"' in bus.get("/agents"))
+    env = {**os.environ, "AGENT_BUS_URL": bus.url, "AGENT_BUS_STATE_DIR": str(tmp_path)}
+    lasting = "import sys, bus_recv; bus_recv.LOCK_SECONDS = 20; sys.exit(bus_recv.main())"
+    command, pipe = [sys.executable, "-c", lasting, "alice", "--json"], subprocess.PIPE
+    with subprocess.Popen(command, env=env, stdout=pipe, stderr=pipe, text=True, cwd=ROOT) as second:
+        told = second.stderr.readline()
+        first.kill()
+        first.wait(PATIENCE)
+        first.stdout.close()
+        bus_send.send("alice", "for the second", url=bus.url, sender="peer")
+        assert "for the second" in second.stdout.readline()
+        second.kill()
+    assert told == f"bus_recv: process {first.pid} reads as alice; waiting up to 20 s for its end\n"
 
 
 def test_one_message_is_read_whole_by_its_id(bus, tmp_path):

@@ -73,7 +73,7 @@ def test_without_a_place_for_the_messages_it_says_what_to_set(home, monkeypatch)
 
 def test_a_message_is_sent_at_once_when_the_bus_is_there(bus, home):
     code, out, err = run("dell", "--subject", "T1", url=bus.url, msg="hi")
-    assert code == 0 and json.loads(out)["ok"] and err == "queued: nobody has ever listened as dell\n"
+    assert code == 0 and json.loads(out)["ok"] and err == "queued: nobody has ever listened as dell, 1 unread\n"
     assert texts(bus) == ["hi"] and not files(home)
 
 

@@ -1,4 +1,5 @@
 """What the clients take on the command line, and what they say to a person, to a program, and when it goes wrong."""
+import argparse
 import json
 import os
 import pathlib
@@ -14,6 +15,7 @@ import pytest
 
 import bus_recv
 import bus_send
+import bus_server
 from tests.clients.test_clients import Clock, home, program, reader, recv, refusing, run, send  # noqa: F401
 from tests.kit.bad_servers import HTML, NOON, Scripted, answer, mail, message, page, stored
 from tests.kit.naive_server import Naive
@@ -21,8 +23,12 @@ from tests.kit.peers import invite
 from tests.kit.processes import PATIENCE, ROOT, Server, in_time
 
 VERSIONS = pathlib.Path("~/.pyenv/versions").expanduser()
-PROGRAMS = ["bus_server.py", "bus_send.py", "bus_recv.py", "tools/agent_bus.py", *(f"tools/bus_{tool}.py" for tool in
-            ("doctor", "file", "inbox", "install", "join", "log", "outbox", "who", "work"))]  # fmt: skip
+PROGRAMS = [
+    "bus_server.py", "bus_send.py", "bus_recv.py", "test_bus.py", "tools/agent_bus.py",
+    *(f"tools/bus_{tool}.py" for tool in "doctor file inbox install join log outbox who work".split()),
+    *(f"examples/{name}.py" for name in ("handover", "incident", "two_hosts", "work_queue")),
+    "integrations/claude_code/bus_hook.py", "integrations/claude_code/bus_mcp.py",
+]  # fmt: skip
 TICK = 0x652A7C1B2F3E1
 
 
@@ -78,7 +84,7 @@ def test_a_person_who_asks_is_told_at_once_who_listens(home):  # noqa: F811
     with Scripted(stored(receiver=said, reply=None), stored(receiver=said, reply=reply)) as server:
         env = {"AGENT_BUS_URL": server.url, "AGENT_NAME": "spark"}
         shown = on_a_terminal("bus_send.py", "bub", "well?", "--ask", until=b"yes", **env)
-        assert shown.startswith("queued: nobody has ever listened as bub; did you mean bob?\n"
+        assert shown.startswith("queued: nobody has ever listened as bub, 1 unread; did you mean bob?\n"
                                 "bus_send: waiting up to 300 s for a reply\n")  # fmt: skip
         assert [asked.query["wait"] for asked in server.asked] == ["0.000", "25.000"]
         assert len({asked.body for asked in server.asked}) == 1
@@ -128,13 +134,21 @@ def test_an_argument_that_send_does_not_know_is_no_member_of_the_message(call):
 def test_a_time_is_written_alike_everywhere(text, seconds):
     """Case 39."""
     assert bus_send.duration(text) == bus_recv.duration(text) == seconds
+    if text == "0" or text[-1].isalpha():
+        assert bus_server.duration(text) == seconds
+    else:  # `--keep 30` with 30 s would remove all mail of somebody who means days
+        with pytest.raises(argparse.ArgumentTypeError, match="not a time like 30d"):
+            bus_server.duration(text)
 
 
 @pytest.mark.parametrize("option", [
     ["bus_send.py", "dell", "hi", "--ttl"], ["bus_send.py", "dell", "hi", "--timeout"],
     ["bus_recv.py", "x", "--timeout"], ["bus_recv.py", "x", "--since"], ["tools/bus_log.py", "--since"],
     ["tools/bus_work.py", "q", "--exec", "true", "--lease"],
-    ["tools/bus_outbox.py", "dell", "hi", "--ttl"], ["bus_server.py", "--keep"],
+    ["tools/bus_outbox.py", "dell", "hi", "--ttl"], ["tools/bus_outbox.py", "dell", "hi", "--timeout"],
+    ["tools/bus_work.py", "q", "--exec", "true", "--timeout"], ["tools/bus_log.py", "--timeout"],
+    ["tools/bus_file.py", "get", "0" * 64, "--timeout"], ["tools/bus_doctor.py", "--hold"],
+    ["bus_server.py", "--keep"], ["bus_server.py", "prune", "--older"], ["bus_server.py", "invite", "x", "--expires"],
 ])  # fmt: skip
 def test_what_is_no_time_is_refused_everywhere(option):
     for wrong in ("5x", "m", "-1", "1e3", "5 m"):
@@ -148,15 +162,15 @@ def test_what_is_no_time_is_refused_everywhere(option):
 @pytest.mark.parametrize("to, receiver, sentence", [
     ("bob", {"online": True, "last_seen": NOON, "unread": 1, "known": True}, "sent to bob, who is listening"),
     ("Laed", {"online": False, "last_seen": None, "unread": 1, "known": False, "similar": ["Lead"]},
-     "queued: nobody has ever listened as Laed; did you mean Lead?"),
+     "queued: nobody has ever listened as Laed, 1 unread; did you mean Lead?"),
     ("Laed", {"online": False, "last_seen": None, "unread": 1, "known": False, "similar": ["Lead", "lead"]},
-     "queued: nobody has ever listened as Laed; did you mean Lead or lead?"),
+     "queued: nobody has ever listened as Laed, 1 unread; did you mean Lead or lead?"),
     ("x", {"online": False, "last_seen": None, "unread": 1, "known": False, "similar": []},
-     "queued: nobody has ever listened as x"),
+     "queued: nobody has ever listened as x, 1 unread"),
     ("x", {"online": False, "last_seen": None, "unread": 1, "known": True},
-     "queued: nobody has listened as x yet, 1 unread"),
+     "queued: nobody has ever listened as x, 1 unread"),
     ("bob", {"online": False, "last_seen": NOON - 6 * 3600, "unread": 7},
-     "queued: bob was last seen 6 h ago, 7 unread"),
+     "queued: bob was last seen 6h ago, 7 unread"),
     (["a", "b"], {"online": 2, "offline": 0}, "sent to a,b, all listening"),
     ("all", {"online": 1, "offline": 1, "unread": 7}, "queued: 1 of 2 are listening, 7 unread"),
     ("bob", "a bus of the first contract", "sent to bob"),
@@ -169,7 +183,7 @@ def test_a_terminal_gets_a_sentence_and_a_program_gets_json(home):  # noqa: F811
     said = {"online": False, "last_seen": None, "unread": 1, "known": False, "similar": ["\x1b[2JLead"]}
     with Scripted(stored(receiver=said)) as server:
         env = {"AGENT_BUS_URL": server.url, "AGENT_NAME": "spark"}
-        sentence = "queued: nobody has ever listened as Laed; did you mean \\x1b[2JLead?\n"
+        sentence = "queued: nobody has ever listened as Laed, 1 unread; did you mean \\x1b[2JLead?\n"
         assert on_a_terminal("bus_send.py", "Laed", "hi", **env) == sentence
         assert json.loads(on_a_terminal("bus_send.py", "Laed", "hi", "--json", **env).split("\n")[0])["ok"] is True
         code, out, err = run("bus_send.py", "Laed", "hi", env=env)
@@ -211,7 +225,7 @@ def test_an_unknown_host_is_not_tried_again(number, attempts, monkeypatch):
 
     monkeypatch.setattr(socket, "getaddrinfo", resolve)
     monkeypatch.setattr(bus_send, "time", Clock())
-    with pytest.raises(bus_send.Unreachable, match=r"no bus at .*not known\)\. Is the host's name right\? To send"):
+    with pytest.raises(bus_send.Unreachable, match=r"no bus at .*not known\)\. .*which hop fails\. To send"):
         bus_send.send("dell", "hi", url="http://bus.example", sender="spark", patience=4)
     assert len(asked) >= attempts and (attempts > 1 or len(asked) == 1)
 
@@ -223,13 +237,13 @@ def test_tls_that_fails_is_not_tried_again(authority, bus, monkeypatch, tmp_path
         url = bus.url.replace("http:", "https:")
         clock = Clock()
         monkeypatch.setattr(bus_send, "time", clock)
-        with pytest.raises(bus_send.Unreachable, match=r"certificate.*Set AGENT_BUS_CA"):
+        with pytest.raises(bus_send.Unreachable, match=r"certificate.*which hop fails"):
             bus_send.send("dell", "hi", url=url, sender="spark")
-        with pytest.raises(bus_send.Unreachable, match="Does this port speak https"):
+        with pytest.raises(bus_send.Unreachable, match="SSL.*which hop fails"):
             bus_send.send("dell", "hi", url=plain.url.replace("http:", "https:"), sender="spark")
         assert clock.slept == []
         code, _, err = run("bus_recv.py", "dell", env={"AGENT_BUS_URL": plain.url.replace("http:", "https:")})
-        assert code == 75 and err.startswith("bus_recv: no bus at https:") and err.endswith("speak https?\n")
+        assert code == 75 and err.startswith("bus_recv: no bus at https:") and err.endswith("which hop fails.\n")
 
 
 @pytest.mark.parametrize("call", [
@@ -267,7 +281,7 @@ def test_what_a_bus_of_the_first_contract_cannot_do_is_said(home):  # noqa: F811
     """Case 36."""
     with Naive() as bus:
         env = {"AGENT_BUS_URL": bus.url, "AGENT_NAME": "spark"}
-        for command, lack in ((["log.py"], "no log"), (["work.py", "q", "--exec", "x"], "no queues")):
+        for command, lack in ((["log.py"], "no log"), (["work.py", "q", "--exec", "true"], "no queues")):
             code, _, err = run(f"tools/bus_{command[0]}", *command[1:], env=env)
             assert code == 1 and f"a bus of the first contract, which has {lack}" in err and err.count("\n") == 1
         code, out, _ = run("tools/bus_doctor.py", env=env)
@@ -283,7 +297,7 @@ def test_a_closed_bus_is_no_bus_of_the_first_contract(home, tmp_path):  # noqa: 
     with Server(tmp_path / "bus.db") as bus:
         token = invite(bus, "dell")
         env = {"AGENT_BUS_URL": bus.url, "AGENT_NAME": "dell"}
-        for command in (["bus_recv.py", "dell"], ["tools/bus_log.py"], ["tools/bus_work.py", "q", "--exec", "x"]):
+        for command in (["bus_recv.py", "dell"], ["tools/bus_log.py"], ["tools/bus_work.py", "q", "--exec", "true"]):
             code, _, err = run(*command, env=env)
             assert code == 1 and "token" in err and "first contract" not in err
         code, out, _ = run("tools/bus_doctor.py", env=env)
@@ -356,7 +370,7 @@ def test_a_reader_begins_where_it_is_told(since, cursor, home):  # noqa: F811
     health = page(200, json.dumps({"ok": True, "now": NOON, "bus": "b1"}), *headers)
     with Scripted(mail(message(1)), health=health) as server:
         next(reader(server.url, since=since).messages())
-        assert server.polls[0].query["since"] == cursor
+        assert server.polls[-1].query["since"] == cursor
         code, *_ = run("tools/bus_log.py", "--no-follow", "--since", since, env={"AGENT_BUS_URL": server.url})
         assert (code, server.asked[-1].query["since"]) == (0, cursor) or since == "last"
 
@@ -377,15 +391,49 @@ def test_from_a_message_on_means_with_it(bus, home):  # noqa: F811
     assert [json.loads(line)["msg"] for line in out.splitlines()] == ["two", "three"]
 
 
+@pytest.mark.parametrize("since, told", [
+    ("now", "3 waiting are passed over; to read them: --since {0}"), ("{1}", "1 waiting are passed over"),
+    ("{0}", ""), ("0", ""), ("last", ""), ("1h", ""),
+])  # fmt: skip
+def test_what_since_passes_over_is_told(since, told, bus, home):  # noqa: F811
+    ids = [bus_send.send("dell", text, url=bus.url, sender="spark")["id"] for text in ("one", "two", "three")]
+    given = ("--once", "--json", "--timeout", "0")
+    code, out, err = recv(bus, *given, "--since", since.format(*ids))
+    assert told.format(*ids) in err and bool(told) is ("passed over" in err)
+    if since == "now":
+        assert (code, out) == (3, "") and recv(bus, *given)[0] == 3
+        _, out, err = recv(bus, *given, "--since", re.search(r"--since (\w+)", err)[1])
+        assert [json.loads(line)["msg"] for line in out.splitlines()] == ["one", "two", "three"] and err == ""
+
+
 # ── The programs themselves ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_the_clients_say_their_version():
-    import bus_server
+def test_the_first_names_that_people_try_may_send(bus, home):  # noqa: F811
+    """Case 31. They were reserved, without a reason."""
+    for name in ("claude", "root"):
+        code, out, err = run("bus_send.py", "bob", "hi", env={"AGENT_BUS_URL": bus.url, "AGENT_NAME": name})
+        assert code == 0 and json.loads(out)["ok"], err
+    code, _, err = run("bus_send.py", "bob", "hi", env={"AGENT_BUS_URL": bus.url, "AGENT_NAME": "user"})
+    assert code == 1 and "this name is reserved, because" in err and "use user-" in err, "with a reason and a free name"
 
+
+def test_a_mistyped_receiver_gets_the_name_that_listens(bus, home):  # noqa: F811
+    """Case 34."""
+    env = {"AGENT_BUS_URL": bus.url, "AGENT_NAME": "spark"}
+    assert run("bus_recv.py", "Lead2", "--timeout", "0", env=env)[0] == 3
+    shown = on_a_terminal("bus_send.py", "Laed2", "hi", **env)
+    assert shown == "queued: nobody has ever listened as Laed2; did you mean Lead2?\n"
+
+
+def test_the_clients_say_their_version():
     assert bus_send.VERSION == bus_server.VERSION
     for client in ("bus_send.py", "bus_recv.py"):
         assert run(client, "--version") == (0, f"{client} {bus_server.VERSION}\n", "")
+
+
+def test_the_help_says_what_reading_by_id_acknowledges():
+    assert "it stays unread" in " ".join(run("bus_recv.py", "--help")[1].split())
 
 
 @pytest.mark.parametrize("path", PROGRAMS)

@@ -13,7 +13,7 @@ import bus_recv
 import bus_send
 from tests.clients.test_clients import Clock, home, program, refusing, run  # noqa: F401
 from tests.kit.bad_servers import FAULTS, NOON, Scripted, answer, mail, message, page
-from tests.kit.processes import PATIENCE, Server, runs, wait_until
+from tests.kit.processes import PATIENCE, Server, has_taken_its_signals, runs, wait_until
 from tools import bus_work
 
 JOBS = int(os.environ.get("JOBS", 12))  # 50 for the full figure
@@ -71,7 +71,7 @@ def test_the_command_gets_the_job_and_its_end_is_told(tmp_path):
 @pytest.mark.parametrize("attempt, delay", [(1, 1), (4, 8), (30, 60), (5000, 60)])
 def test_what_fails_is_given_back_for_later_with_the_reason(attempt, delay):
     with Scripted(mail(job(1, attempt=attempt)), DONE) as server:
-        assert f"ended with 7 for 1, attempt {attempt}" in ended(worker(server.url, "exit 7", "--once"))
+        assert f"ended with 7 for 1, attempt {attempt}" in ended(worker(server.url, "exit 7", "--once"), 1)
     assert orders(server, "/nack") == [
         {"id": "1", "lease": f"{1:032x}", "reason": "the command ended with 7", "delay": delay}
     ]
@@ -96,7 +96,7 @@ def test_the_lease_is_extended_while_the_command_runs(tmp_path):
 def test_a_job_whose_lease_is_lost_is_given_up_and_its_command_killed_with_all_it_started(tmp_path):
     with Scripted(mail(job(1)), LOST) as server:
         command = f"(sleep 60; touch {tmp_path}/late) & echo $! > {tmp_path}/child; wait"
-        assert "1 is given up" in ended(worker(server.url, command, "--once", "--lease", "1"))
+        assert "1 is given up" in ended(worker(server.url, command, "--once", "--lease", "1"), 1)
         assert [asked.target for asked in server.asked] == ["/healthz", "/claim", "/extend"]
     wait_until(lambda: not runs(int((tmp_path / "child").read_text())))
 
@@ -125,6 +125,28 @@ def test_a_claim_through_a_fault_is_made_again(fault, monkeypatch):
         made.url, made.clock, made.wait, made.hold = server.url, Clock(), 0.1, 0.1
         made.work(made.answers(True, PATIENCE))
     assert len(orders(server, "/claim")) >= 3 and orders(server, "/ack")
+
+
+@pytest.mark.parametrize("command, word", [
+    ("nosuchcmd", "nosuchcmd"), ("./nosuchcmd a b", "./nosuchcmd"), ("  /nowhere/a; true", "/nowhere/a"),
+    ("nosuchcmd|cat", "nosuchcmd"), ("", None), (" ", None),
+])  # fmt: skip
+def test_a_command_that_does_not_exist_is_said_before_a_job_is_taken(command, word):
+    """Else it would make a dead letter of each job in the queue."""
+    said = f"--exec: there is no command {word} that can be run here" if word else "--exec is empty: give a command"
+    with Scripted(mail(job(1)), DONE) as server:
+        assert ended(worker(server.url, command), 2) == f"bus_work: {said}; no job was taken\n"
+        assert server.asked == []
+
+
+@pytest.mark.parametrize("command", [
+    "true", "exit 0", "cd / && true", "x=1; true", "X=1 true", "if true; then true; fi", "{ true; }", "(true)",
+    "! false", '"true"', "$SHELL -c true", ": nosuchcmd",
+])  # fmt: skip
+def test_every_line_that_a_shell_runs_is_a_command(command):
+    with Scripted(mail(job(1)), DONE) as server:
+        ended(worker(server.url, command, "--once", SHELL="/bin/sh"))
+        assert orders(server, "/ack")
 
 
 def test_exit_codes_of_a_worker():
@@ -164,14 +186,11 @@ def test_a_worker_that_is_stopped_ends_its_job_first(tmp_path):
 ])  # fmt: skip
 def test_a_worker_that_must_end_now_gives_its_job_back(signals, code, tmp_path, interruptible):
     with Scripted(mail(job(1)), DONE) as server:
-        process = worker(server.url, f"echo $$ > {tmp_path}/pid; sleep 60", "--lease", "1")
+        process = worker(server.url, f"echo $$ > {tmp_path}/pid; sleep 60")
         wait_until(lambda: lines(tmp_path / "pid"))
-        first, *second = signals
-        process.send_signal(first)
-        for each in second:  # two signals that come together may be one: the worker goes on after the first
-            extended = len(orders(server, "/extend"))
-            wait_until(lambda: len(orders(server, "/extend")) > extended + 1)  # noqa: B023
-            process.send_signal(each)
+        for number in signals:  # two signals that come together may be one
+            wait_until(lambda: has_taken_its_signals(process.pid))
+            process.send_signal(number)
         ended(process, code)
         assert [order["reason"] for order in orders(server, "/nack")] == ["the worker was stopped"]
     wait_until(lambda: not runs(int((tmp_path / "pid").read_text())))

@@ -19,7 +19,10 @@ import bus_send
 from tests.kit.processes import PATIENCE, Server, wait_until
 
 BROWSER = next(filter(None, map(shutil.which, ["chromium", "chromium-browser", "google-chrome"])), None)
-pytestmark = pytest.mark.skipif(not BROWSER, reason="chromium is not installed")
+pytestmark = [
+    pytest.mark.skipif(not BROWSER, reason="chromium is not installed"),
+    pytest.mark.slow("Chromium, which is started for each test"),
+]
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
          "--disable-background-networking", "--disable-component-update",
          "--host-resolver-rules=MAP evil.example 127.0.0.1, MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]  # fmt: skip

@@ -14,22 +14,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tests.kit.peers import invite, set_expires
+from tests.kit.peers import command, invite, run, set_expires
 from tests.kit.processes import COMMAND, PATIENCE, ROOT, Server, wait_until
 
 NAMES = ["alice", "bob", "carl", "dora", "eve"]
-
-
-def command(bus, *arguments):
-    """Run a command beside the bus, as an operator would; returns what it printed."""
-    done = subprocess.run(
-        [*COMMAND, *arguments, "--db", bus.db],
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-    )
-    assert done.returncode in (0, 1) and not done.stderr, done.stderr
-    return done.stdout
 
 
 def ask(bus, method, path, body=None, token=None, **headers):
@@ -285,7 +273,7 @@ def test_revoking_what_nobody_has_throws_nobody_out_of_an_open_bus(bus):
     reader = threading.Thread(target=lambda: answers.append(ask(bus, "GET", "/recv?to=alice&block=true&wait=2")))
     reader.start()
     wait_until(lambda: ask(bus, "GET", "/agents")[1]["agents"])
-    assert "has no token" in command(bus, "revoke", "typo")
+    assert command(bus, "revoke", "typo", code=1) == "typo has no token\n"
     reader.join(PATIENCE)
     assert answers[0][0] == 200 and answers[0][1]["messages"] == []
     assert not os.path.exists(f"{bus.db}.tokens") and not os.path.exists(f"{bus.db}.tokens.lock")
@@ -337,7 +325,33 @@ def test_a_label_tells_tokens_of_a_name_apart_and_revokes_one(bus):
     assert said == f"revoked the tokens of dell the tower: {tower[:12]}\n"
     wait_until(lambda: ask(bus, "GET", "/recv?to=dell", token=tower)[0] == 401)
     assert [ask(bus, "GET", "/recv?to=dell", token=each)[0] for each in (laptop, unlabelled)] == [200, 200]
-    assert "dell desk has no token" in command(bus, "revoke", "dell", "--label", "desk")
+    assert "dell desk has no token\n" in command(bus, "revoke", "dell", "--label", "desk", code=1)
+    said = command(bus, "revoke", "dell", "--label", "Lap-top", code=1)
+    assert said == "dell Lap-top has no token: did you mean laptop?\n"
+
+
+@pytest.mark.parametrize("verb", ["revoke", "tokens"])
+def test_a_mistyped_name_gets_the_one_that_may_be_meant(verb, bus):
+    dell, nano = invite(bus, "dell"), invite(bus, "Nano")
+    assert command(bus, verb, "dlel", code=1) == "dlel has no token: did you mean dell?\n"
+    assert command(bus, verb, "NANO", code=1) == "NANO has no token: did you mean Nano?\n"
+    assert command(bus, verb, "architect", code=1) == "architect has no token\n"
+    listed = command(bus, "tokens", "dell")
+    assert dell[:12] in listed and nano[:12] not in listed and listed.count("\n") == 2
+
+
+def test_a_copy_that_does_not_exist_is_said_to_be_none_and_nothing_is_made(tmp_path):
+    code, out, err = run("restore", tmp_path / "cpoy.db", "--db", tmp_path / "new" / "bus.db")
+    said = f"bus_server: there is no file {tmp_path}/cpoy.db: give the COPY that backup has made\n"
+    assert (code, out, err) == (2, "", said) and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("arguments", [["tokens"], ["revoke", "x"], ["prune"], ["backup", "COPY"]])
+def test_a_mistyped_database_is_said_to_be_none_and_nothing_is_made(arguments, tmp_path):
+    arguments = [str(tmp_path / each) if each == "COPY" else each for each in arguments]
+    code, out, err = run(*arguments, "--db", tmp_path / "bsu.db")
+    assert (code, out) == (2, "") and err.startswith(f"bus_server: there is no bus with the database {tmp_path}/bsu.db")
+    assert "give --db PATH" in err and err.count("\n") == 1 and not list(tmp_path.iterdir())
 
 
 def test_a_token_with_an_end_is_good_until_then_and_listed_with_it(bus):

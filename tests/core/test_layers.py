@@ -12,7 +12,7 @@ import pytest
 
 from tests.kit.processes import ROOT
 
-LIMIT = 4205  # lines of code in bus_server.py; it grows only for what belongs into the core. The design says 2,400
+LIMIT = 4328  # lines of code in bus_server.py; it grows only for what belongs into the core. The design says 2,400
 CLASS_LINES, CLASS_METHODS, FUNCTION_LINES = 300, 30, 40
 OTHERS = {"bus_server"}  # what an extension may import beside the standard library
 LAZILY = {"schemas.py": {"jsonschema"}}  # and where, if --schemas is given
@@ -80,6 +80,17 @@ def downward(source):
                 yield f"line {line}: {order[here][0]} uses {name}, which stands below, in {order[homes[name]][0]}"
 
 
+def outline():
+    """The lines of bus_server.py, without what its functions and classes contain: each name is in its layer still."""
+    lines = SOURCE.splitlines()
+    for each in TREE.body:
+        if isinstance(each, DEFINITIONS):
+            first = min([each.lineno, *(decorator.lineno for decorator in each.decorator_list)])
+            blank = [""] * (each.end_lineno - first)
+            lines[first - 1 : each.end_lineno] = [f"{each.name} = None", *blank]
+    return lines
+
+
 def test_a_layer_uses_only_the_layers_above_it():
     assert not list(downward(SOURCE)), "\n".join(downward(SOURCE))
 
@@ -104,7 +115,7 @@ def test_the_layers_are_those_of_the_map_in_the_docstring_and_in_its_order():
 )
 def test_one_use_of_a_layer_below_is_found(added, at, edge):
     """The control: the checker sees what it looks for."""
-    lines = SOURCE.splitlines()
+    lines = outline()
     [start] = [line for name, line in layers(SOURCE) if name == at]
     end = next((line for line in range(start + 1, len(lines)) if BANNER.fullmatch(lines[line])), len(lines))
     found = list(downward("\n".join([*lines[:end], added, *lines[end:]])))
@@ -114,7 +125,7 @@ def test_one_use_of_a_layer_below_is_found(added, at, edge):
 def test_a_name_of_its_own_is_no_use_of_a_layer_below():
     """Many functions have a parameter or a loop variable that is called like a function far below."""
     own = "def early(log, inbox=1):\n    for agents in log:\n        print(agents, inbox, [main for main in log])\n"
-    lines = SOURCE.splitlines()
+    lines = outline()
     [end] = [line for name, line in layers(SOURCE) if name == "Loop"]
     assert not list(downward("\n".join([*lines[: end - 1], own, *lines[end - 1 :]])))
 

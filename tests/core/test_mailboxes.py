@@ -44,6 +44,10 @@ def polled(mailboxes, poll, address, wall):
 
 def claimed(mailboxes, *visible):
     woken = mailboxes.wake(list(visible))
+    for connection, came in mailboxes.behind.items():
+        its = [each for each in sorted(sum(came, [])) if mailboxes.parked[connection].wants(each)]
+        woken.update({connection: its} if its else {})
+    mailboxes.behind.clear()
     for connection in woken:
         mailboxes.unpark(connection)
     return {connection: [each.tick for each in fresh] for connection, fresh in woken.items()}
@@ -112,7 +116,7 @@ def test_the_first_name_is_the_readers_own(mailboxes):
 
 
 def test_who_joins_a_group_later_has_not_fetched_its_older_mail(mailboxes):
-    mailboxes.hole = lambda channel, own, above, upto: (own == "team" and above < 50 <= upto, above)
+    mailboxes.look = lambda _, own, upto, most, above: (50 if own == "team" and above < 50 <= upto else None, above, 1)
     mailboxes.add([message(50, "team"), message(90, "team")])
     polled(mailboxes, poll("bob", "team"), "", 5)
     mailboxes.presented(poll("bob", "team", since=70))

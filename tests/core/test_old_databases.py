@@ -152,6 +152,9 @@ def undone(old, queue):
     return found
 
 
+each_of_many = pytest.mark.slow("a migration and a server for each test and schema; two tests remain in make quick")
+
+
 def test_there_is_a_dump_of_each_schema():
     """Before a migration is added, tests/databases/make.py dumps the schema as it is; one may be younger than that."""
     versions = [int(re.search(r"^PRAGMA user_version=(\d+);$", dump.read_text(), re.MULTILINE)[1]) for dump in DUMPS]
@@ -184,6 +187,7 @@ def test_every_message_is_delivered_as_it_was(old, bus):
         assert answer["bus"] == old.bus
 
 
+@each_of_many
 def test_every_message_is_as_far_as_it_was(old, bus):
     for message in old.messages:
         answer = get(bus, f"/message/{message['tick']:x}")
@@ -198,6 +202,7 @@ def test_every_message_is_as_far_as_it_was(old, bus):
         assert answer.get("attempt") == (job["attempt"] if job else None)
 
 
+@each_of_many
 def test_as_much_is_unread_as_was(old, bus):
     found = get(bus, "/inbox")["recipients"]
     for box in old.boxes.values():
@@ -208,6 +213,7 @@ def test_as_much_is_unread_as_was(old, bus):
         assert found[box["channel"]][box["name"]] == len(above), box
 
 
+@each_of_many
 def test_a_reader_goes_on_at_its_cursor(old, bus):
     for box in old.boxes.values():
         if box["read"] is not None:
@@ -217,12 +223,14 @@ def test_a_reader_goes_on_at_its_cursor(old, bus):
     assert all((box["channel"], box["name"]) in agents for box in old.boxes.values() if box["own"])
 
 
+@each_of_many
 def test_what_retention_has_removed_is_told(old, bus):
     for box in old.boxes.values():
         gap = recv(bus, box)[1].get("gap")
         assert gap == ({"from": 0.0, "to": seconds(box["removed"])} if box["removed"] else None), box
 
 
+@each_of_many
 def test_a_key_is_known(old, bus):
     sends = {}
     for message in old.messages:
@@ -238,6 +246,7 @@ def test_a_key_is_known(old, bus):
         assert ask(bus, "/send", {**again, "msg": "another"})[0] == 409
 
 
+@each_of_many
 def test_a_thread_is_whole_and_goes_on(old, bus):
     threads = {}
     for message in old.messages:
@@ -254,6 +263,7 @@ def test_a_thread_is_whole_and_goes_on(old, bus):
     assert len(get(bus, f"/thread/{late['id']}")["messages"]) == len(members) + 1
 
 
+@each_of_many
 def test_jobs_go_on_where_they_were(old, bus):
     for queue in ("queue", "failing", "last-try"):
         expected = undone(old, queue)
@@ -266,6 +276,7 @@ def test_jobs_go_on_where_they_were(old, bus):
     assert len(undone(old, "queue")) >= 5
 
 
+@each_of_many
 def test_a_lease_of_then_is_worth_nothing_when_another_has_the_job(old, bus):
     leased = [job for job in old.jobs.values() if job["due"] and job["lease"] and job["attempt"] < ATTEMPTS]
     assert len(leased) == 2 or old.version < 2
@@ -276,6 +287,7 @@ def test_a_lease_of_then_is_worth_nothing_when_another_has_the_job(old, bus):
         post(bus, "/ack", id=ident, lease=claimed[ident]["lease"])
 
 
+@each_of_many
 def test_dead_letters_are_there_and_what_failed_for_the_last_time_becomes_one(old, bus):
     assert len(old.failed()) == 2 or old.version < 2
     for job in old.failed():
@@ -302,6 +314,7 @@ def test_what_is_new_comes_after_all_that_was(old, bus, tmp_path):
     assert [message["msg"] for message in recv(bus, {"name": "never-read", "channel": "default"})[0]] == before
 
 
+@pytest.mark.slow("100,000 messages for each schema, and five processes that migrate them")
 @pytest.mark.parametrize("dump", DUMPS, ids=lambda dump: dump.stem)
 def test_a_migration_that_is_killed_costs_nothing_but_time(dump, tmp_path):
     """It has a hundred thousand messages, so that there is something to do when the kill comes."""

@@ -132,6 +132,7 @@ def ask_for_everything(compared):
     ask_for_files(ask)
     assert run("prune", "--older", "0", "--pending", "--db", compared.bus.db)[0] == 0
     assert ask("GET", f"/recv?to=dell&since={int(first, 16) / 1e6 - 1:.6f}")["gap"]
+    assert compared.send(["dell", "dell2"])["receiver"]["unknown"]["dell2"]["similar"] == ["dell"]
 
 
 def ask_for_sends(compared):

@@ -121,7 +121,7 @@ def idle_load(process):
     load = 1.0
     for _ in range(3):
         start = cpu_seconds(process)
-        time.sleep(IDLE_SECONDS)
+        time.sleep(IDLE_SECONDS)  # the span over which the load is measured
         load = min(load, (cpu_seconds(process) - start) / IDLE_SECONDS)
         if load < 0.01:
             break

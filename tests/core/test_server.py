@@ -20,6 +20,7 @@ import pytest
 import bus_server
 from bus_server import Poll, Put, Raise, Remove, draft, nothing_follows
 from tests.kit import inside
+from tests.kit.peers import run
 from tests.kit.processes import PATIENCE, ROOT, SERVER, Server, free_port, wait_until
 
 
@@ -111,6 +112,26 @@ def test_an_unusable_database_is_one_clear_line(tmp_path):
     newer.execute("PRAGMA user_version=99")
     newer.close()
     assert "newer bus_server" in refused("--port", 0, "--db", tmp_path / "newer.db")
+
+
+@pytest.mark.parametrize("command", [["--port", "0"], ["tokens"], ["invite", "x", "--yes"], ["revoke", "x"], ["prune"],
+                                     ["backup", "copy"], ["restore", "copy"]])  # fmt: skip
+def test_a_folder_is_no_database_and_the_error_has_a_path_that_is(command, tmp_path):
+    for folder in (tmp_path, f"{tmp_path / 'new'}/"):
+        code, _, err = run(*command, "--db", folder)
+        said = f"error: argument --db: {folder} is a folder: give a file in it, like {os.path.join(folder, 'bus.db')}\n"
+        assert code == 2 and err.endswith(said) and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("wrong, says", [
+    ("invte", ": did you mean invite?\n"), ("Tokens", ": did you mean tokens?\n"),
+    ("bakcup", ": did you mean backup?\n"),
+    ("start", "without one, the bus runs\n"),
+])  # fmt: skip
+def test_a_command_that_does_not_exist_gets_the_one_that_may_be_meant(wrong, says):
+    code, out, err = run(wrong, "dell")
+    assert (code, out) == (2, "") and err.startswith(f"bus_server: there is no command {wrong!r}: ")
+    assert err.endswith(says) and err.count("\n") == 1
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")

@@ -1,5 +1,6 @@
 """The way of bytes between a socket and its Connection. Whatever a plain connection does, one with TLS does as well."""
 import contextlib
+import itertools
 import json
 import pathlib
 import select
@@ -19,7 +20,7 @@ from bus_server import Listener, tls_context
 from tests.core.test_connection import LAST, LATE, a_bus, answers, come_true, heard, statuses
 from tests.kit.clock import Clock
 from tests.kit.hostile import GET, HOST, WAITING, a_send, head
-from tests.kit.peers import invite
+from tests.kit.peers import invite, run
 from tests.kit.processes import PATIENCE, Server, wait_until
 
 pytestmark = pytest.mark.skipif(not shutil.which("openssl"), reason="openssl makes the certificate")
@@ -250,6 +251,29 @@ def test_a_bad_certificate_leaves_the_old_one_in_place_after_a_sighup(renewing, 
     renewing.process.send_signal(signal.SIGHUP)
     assert "keeping the old one" in wait_until(renewing.log.read_text)
     assert shown(renewing) == before
+
+
+WRONG = ["no such certificate", "no such key", "another key", "no key", "no certificate", "encrypted"]
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_certificate_that_cannot_be_used_is_said_with_its_file_and_what_to_do(wrong, authority, tmp_path):
+    (one, key), other = authority.sign("IP:127.0.0.1"), authority.sign("IP:127.0.0.1", days=2).key
+    file = str(tmp_path / "file.pem")
+    if wrong == "encrypted":
+        options = ["-in", key, "-out", file, "-aes256", "-passout", "pass:secret"]
+        subprocess.run(["openssl", "ec", *options], check=True, capture_output=True)
+    options, says = {
+        "no such certificate": ((file, key), f"cannot read {file}: No such file or directory"),
+        "no such key": ((one, file), f"cannot read {file}: No such file or directory"),
+        "another key": ((one, other), f"the key in {other} is not the key of the certificate in {one}"),
+        "no key": ((one, None), f"there is no private key (PEM) in {one}: give its file as --tls-key"),
+        "no certificate": ((key, key), f"there is no certificate (PEM) in {key}"),
+        "encrypted": ((one, file), f"the key in {file} has a password, and the bus cannot ask for it"),
+    }[wrong]
+    given = [option for option in zip(("--tls-cert", "--tls-key"), options) if option[1]]
+    code, _, err = run("--port", 0, "--db", tmp_path / "bus.db", *itertools.chain(*given))
+    assert code == 2 and err.startswith(f"bus_server: {says}") and err.count("\n") == 1
 
 
 # ── In this process ──────────────────────────────────────────────────────────────────────────────────────────────────

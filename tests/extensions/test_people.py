@@ -67,7 +67,23 @@ def test_whoami_tells_the_rights_of_a_token(closed, name, reads):
     assert ask(closed, "GET", "/whoami")[0] == 401
 
 
+def test_whoami_tells_when_the_token_expires(bus):
+    before = int(time.time())
+    for options, least, most in ((["--expires", "90d"], 90 * 86400, 90 * 86400 + 60), ([], None, None)):
+        token = invite(bus, "dell", *options)
+        wait_until(lambda token=token: ask(bus, "GET", "/whoami", token=token)[0] == 200)
+        expires = ask(bus, "GET", "/whoami", token=token)[1]["expires"]
+        assert expires is None if least is None else least <= expires - before <= most
+
+
 # Similar names
+
+
+def test_a_list_names_its_unknown_names_and_a_sender_that_may_only_send_learns_no_others(closed):
+    told = receiver(closed, "alice", ["Laed2", "Lead2", "x"])
+    assert told["unknown"] == {"Laed2": {"similar": ["Lead2"]}, "x": {}}
+    assert receiver(closed, "sensor", ["Laed2", "Lead2"])["unknown"] == {"Laed2": {}}
+    assert "unknown" not in receiver(closed, "alice", ["Lead2", "boss"])
 
 
 def test_a_name_with_a_token_is_known_before_it_polls(closed):
@@ -77,7 +93,8 @@ def test_a_name_with_a_token_is_known_before_it_polls(closed):
 
 
 def test_a_sender_that_may_only_send_learns_no_names(closed):
-    assert receiver(closed, "sensor", "Laed2") == {"online": False, "last_seen": None, "unread": 2, "known": False}
+    told = receiver(closed, "sensor", "Laed2")
+    assert told["known"] is False and "similar" not in told
 
 
 @pytest.mark.parametrize("wrong, meant", [

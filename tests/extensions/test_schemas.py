@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from bus_extensions.schemas import Schemas
+from bus_server import Refused
 from tests.kit.peers import log_of, run
 from tests.kit.processes import PATIENCE, ROOT, Server
 
@@ -48,6 +50,25 @@ def test_a_message_that_does_not_fit_its_type_is_refused_with_the_member_named(s
         assert log_of(bus, "bob") == ["x"] * 3
 
 
+def test_a_json_body_is_checked_and_not_the_message_around_it(schemas, tmp_path):
+    """A schema like {"required": ["topic"]} would else refuse every message whose topic is in its body."""
+    (schemas / "note.json").write_text('{"required": ["topic"], "properties": {"topic": {"type": "string"}}}')
+    with Server(tmp_path / "bus.db", "--schemas", schemas, program=WITH_PACKAGES) as bus:
+        given = {"type": "note", "content_type": "application/json"}
+        assert send(bus, **given, msg='{"topic": "x"}')[0] == 200
+        assert send(bus, type="note", content_type="Application/JSON; charset=utf-8", msg='{"topic": "x"}')[0] == 200
+        for text, error in (
+            ('{"subject": "x"}', "msg does not fit the type note: 'topic' is a required property"),
+            ('{"topic": 7}', "msg.topic does not fit the type note: 7 is not of type 'string'"),
+            ("{topic}", "msg is not JSON: correct it, or send it without content_type application/json"),
+            ("[" * 100000, "msg is not JSON: correct it, or send it without content_type application/json"),
+        ):
+            status, answer = send(bus, **given, topic="x", msg=text)
+            assert (status, answer["error"]) == (422, error), text
+        assert send(bus, type="note", topic="x", msg="{topic}")[0] == 200  # without it, the message is checked
+        assert send(bus, content_type="application/json", msg="{topic}")[0] == 200  # without a type, nothing is
+
+
 def test_a_strict_bus_refuses_types_it_does_not_know(schemas, tmp_path):
     with Server(tmp_path / "bus.db", "--schemas", schemas, "--strict", program=WITH_PACKAGES) as bus:
         assert [send(bus, type="build.done", build=7)[0], send(bus, type="unknown")[0], send(bus)[0]] == [200, 422, 422]
@@ -82,6 +103,18 @@ def test_the_errors_of_a_schema_are_short_though_the_message_is_long(schemas, tm
     with Server(tmp_path / "bus.db", "--schemas", schemas, program=WITH_PACKAGES) as bus:
         status, answer = send(bus, type="build.done", build="x" * 10000)
         assert status == 422 and len(answer["error"]) < 300
+
+
+def test_a_request_that_would_take_long_to_check_is_refused_in_words(schemas):
+    """The messages of a request count together, and those without a schema do not. What is refused was not checked."""
+    checks = Schemas(str(schemas), strict=False)
+    large = message(type="build.done", build=1, list=[{"a": [1, 2]}] * 100)
+    checks.check([large] * 4 + [message(list=[1] * 10_000)])
+    checks.types["build.done"] = None.__class__  # it would raise
+    for messages in ([large] * 5, [message(type="build.done", list=[[[1] * 700]] * 3)]):
+        with pytest.raises(Refused) as refused:
+            checks.check(messages)
+        assert refused.value.status == 413 and "2000 JSON values" in refused.value.sentence
 
 
 def test_strict_goes_with_schemas(tmp_path):

@@ -16,7 +16,7 @@ import pytest
 
 import bus_server
 from tests.core.test_connection import Peer, a_bus, posted, told
-from tests.kit.peers import marks_are_written
+from tests.kit.peers import marks_are_written, metric
 from tests.kit.processes import PATIENCE, ROOT, Server, in_time, wait_until
 
 QUESTIONS = int(os.environ.get("QUESTIONS", "100"))
@@ -69,7 +69,7 @@ def listening(bus, name):
 
 
 def parked(bus):
-    return int(bus.get("/metrics").partition(b"\nagent_bus_parked ")[2].split()[0])
+    return metric(bus, "parked")
 
 
 @pytest.fixture

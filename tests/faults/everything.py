@@ -228,9 +228,9 @@ def siege(directory, seconds, slack=1.0, fault="none", faults=None):
                   found + unanswered(it) + late + growth.violations)
 
 
-def early(directory, seconds=30, slack=10.0):
+def early(directory, seconds=30):
     """The control: a bus that acknowledges before it commits, often killed. It counts that messages are lost."""
-    result = siege(directory, seconds, slack, "early", ["kill", "clock jump", "slow heads"])
+    result = siege(directory, seconds, 10.0, "early", ["kill", "clock jump", "slow heads"])
     return result._replace(violations=[each for each in result.violations if "lost: " in each])
 
 

@@ -17,8 +17,10 @@ class Kind(NamedTuple):
 
 GUARDS, FAIR, MEMORY = "faults/test_kinds_guards.py", "faults/test_kinds_fairness.py", "faults/test_kinds_memory.py"
 AUTHORITY, RULES = "faults/test_kinds_authority.py", "faults/test_kinds_rules.py"
-BOUNDS, SHARES = "faults/test_kinds_bounds.py", "faults/test_kinds_shares.py"
+BOUNDS, COUNTS = "faults/test_kinds_bounds.py", "faults/test_kinds_counts.py"
+SHARES = "faults/test_kinds_shares.py"
 EXTENSIONS, WAITING = "faults/test_kinds_extensions.py", "faults/test_kinds_parked.py"
+TURNS = "faults/test_kinds_turns.py"
 STORAGE, PYTHON, BASH = "faults/test_kinds_storage.py", "clients/test_client_cases.py", "clients/test_listener_cases.py"
 
 KINDS = [
@@ -192,27 +194,27 @@ KINDS = [
          "character (the last)"),
     Kind("what is known is counted anew: a mailbox that fills",
          "what was fetched is taken off the count, and the count is the true one, also beside a removal",
-         (f"{BOUNDS}::test_what_was_fetched_is_taken_off_the_count_of_a_mailbox_and_not_counted_anew",
-          f"{BOUNDS}::test_that_count_is_the_true_one_whatever_happens_to_the_mailbox",
-          f"{BOUNDS}::test_that_count_is_the_true_one_while_what_was_fetched_is_being_removed"),
+         (f"{COUNTS}::test_what_was_fetched_is_taken_off_the_count_of_a_mailbox_and_not_counted_anew",
+          f"{COUNTS}::test_that_count_is_the_true_one_whatever_happens_to_the_mailbox",
+          f"{COUNTS}::test_that_count_is_the_true_one_while_what_was_fetched_is_being_removed"),
          "`Sending.unfetched()` counts anew after each fetch (the first); `note_removed()` leaves the count (the other "
          "two); it is taken off during a removal too (the last)"),
     Kind("what is known is counted anew: expired messages",
          "only those are counted that expired since the last count, once for all lists of names in a request",
-         (f"{BOUNDS}::test_the_expired_are_counted_once_for_many_lists_and_not_again",
-          f"{BOUNDS}::test_unread_is_what_a_count_of_all_messages_says_whatever_happens_to_them"),
+         (f"{COUNTS}::test_the_expired_are_counted_once_for_many_lists_and_not_again",
+          f"{COUNTS}::test_unread_is_what_a_count_of_all_messages_says_whatever_happens_to_them"),
          "`expired()` begins at 0 each time (the first); it goes on from its count after a recall, after a removal, or "
          "when the clock stepped back (the second)"),
     Kind("all names are looked at, and again for each of many",
          "once for all broadcasts of a list; a list looks at what it shows; housekeeping goes in slices",
-         (f"{BOUNDS}::test_all_names_are_walked_once_for_all_broadcasts_of_a_list",
-          f"{BOUNDS}::test_a_list_looks_at_no_more_names_than_it_shows",
-          f"{BOUNDS}::test_names_are_forgotten_in_slices"),
+         (f"{COUNTS}::test_all_names_are_walked_once_for_all_broadcasts_of_a_list",
+          f"{COUNTS}::test_a_list_looks_at_no_more_names_than_it_shows",
+          f"{COUNTS}::test_names_are_forgotten_in_slices"),
          "`everybody()` counts for each channel (the first); `page()` makes a list of all names (the second); "
          "`Retention.NAMES` is above their number (the last)"),
     Kind("a key is looked up where it cannot be",
          "a retry reads the messages that have its key, sender and channel",
-         (f"{BOUNDS}::test_a_retry_reads_what_has_its_channel",),
+         (f"{COUNTS}::test_a_retry_reads_what_has_its_channel",),
          "`EARLIER` without the channel"),
     Kind("each message is offered to all who wait",
          "a reply that cannot count asks no token; 8 wait for the reply to one question, or for the fetch of one "
@@ -240,7 +242,7 @@ KINDS = [
          "a job that is removed after younger ones takes no gap away from who is behind them",
          ("core/test_mailboxes.py::test_the_mark_of_what_was_removed_only_goes_up",
           "core/test_state.py::test_what_is_removed_later_though_it_is_older_sets_no_mark_back",
-          f"{BOUNDS}::test_a_job_that_is_removed_after_younger_ones_takes_no_gap_away"),
+          f"{COUNTS}::test_a_job_that_is_removed_after_younger_ones_takes_no_gap_away"),
          "`Mailboxes.note_removed()` without `max()` (the first and last); `Remove` without it (the second)"),
     Kind("one owner takes the share of all",
          "who has most loses first: its oldest body gets 408, its connections are closed when descriptors run out",
@@ -303,11 +305,11 @@ KINDS = [
          "`Storms.parsing()` without its last line (the first); `answered()` without `PARSING` (the last)"),
     Kind("what expired counts as mail",
          "it takes no room in a mailbox, and a reader of a group looks at it once",
-         (f"{BOUNDS}::test_what_can_no_longer_be_delivered_takes_no_room_in_a_mailbox",
-          f"{BOUNDS}::test_a_full_mailbox_is_counted_again_once_a_minute",
-          f"{BOUNDS}::test_expired_mail_of_a_group_is_looked_at_once"),
-         "`View.sizes()` counts all (the first); `check_room()` counts again each time (the second); `has_hole()` "
-         "begins at the mark (the last)"),
+         (f"{COUNTS}::test_what_can_no_longer_be_delivered_takes_no_room_in_a_mailbox",
+          f"{COUNTS}::test_a_full_mailbox_is_counted_again_once_a_minute",
+          f"{COUNTS}::test_expired_mail_of_a_group_is_looked_at_once"),
+         "`View.sizes()` counts all (the first); `check_room()` counts again each time (the second); "
+         "`Mailbox.oldest()` begins at the mark (the last)"),
     Kind("what is for others is looked at without an end",
          "a question that is asked again, a page of a thread and a claim look at a bounded number and say how to go "
          "on; sixteen claims are in one list",
@@ -329,9 +331,9 @@ KINDS = [
     Kind("one statement asks for each row what is the same for all",
          "the readers of a broadcast once; a key by its length; a name that never read, and the expired, from memory",
          ("core/test_state.py::test_whether_a_broadcast_was_read_is_asked_once_for_all_readers",
-          f"{BOUNDS}::test_a_retry_with_another_text_is_refused_without_a_look_at_the_first_one",
-          f"{BOUNDS}::test_what_is_unread_of_names_that_never_read_needs_no_look_at_the_disk",
-          f"{BOUNDS}::test_a_list_counts_so_many_expired_and_the_next_one_counts_on"),
+          f"{COUNTS}::test_a_retry_with_another_text_is_refused_without_a_look_at_the_first_one",
+          f"{COUNTS}::test_what_is_unread_of_names_that_never_read_needs_no_look_at_the_disk",
+          f"{COUNTS}::test_a_list_counts_so_many_expired_and_the_next_one_counts_on"),
          "`UNFETCHED` with a subquery over the readers (the first); `first_copy()` reads each text (the second); "
          "`unread()` counts up to 0 on the disk (the third); `count_expired()` has no limit, or its part is kept (the "
          "last)"),
@@ -362,9 +364,9 @@ KINDS = [
          "the end of a hold does not look (the third); `Bus.sure` misses a part, or comes back (the last)"),
     Kind("a name is forgotten, and its gap or its reader with it",
          "who reads it along is told of a gap, also after a restart; who polls meanwhile stays",
-         (f"{BOUNDS}::test_who_reads_a_name_along_that_was_forgotten_is_told_of_a_gap_also_after_a_restart",
-          f"{BOUNDS}::test_a_name_that_is_polled_while_it_is_being_forgotten_stays_and_has_a_row_again",
-          f"{BOUNDS}::test_no_name_is_forgotten_while_the_clock_is_not_trusted",
+         (f"{COUNTS}::test_who_reads_a_name_along_that_was_forgotten_is_told_of_a_gap_also_after_a_restart",
+          f"{COUNTS}::test_a_name_that_is_polled_while_it_is_being_forgotten_stays_and_has_a_row_again",
+          f"{COUNTS}::test_no_name_is_forgotten_while_the_clock_is_not_trusted",
           "core/test_mailboxes.py::test_a_name_that_listens_is_not_forgotten_however_long_ago_the_clock_says_its_poll_was"),
          "`Mailboxes.gap()` for observers alone, or `forgotten` is not loaded (the first); `Retention.forgotten()` "
          "drops all, or writes no row (the second); `forget_names()` trusts each clock (the third); `idle()` does not "
@@ -442,7 +444,49 @@ KINDS = [
          "`/agents` looks at 5,000 messages for `oldest`, and the next answer goes on behind the expired ones",
          (f"{WAITING}::test_a_list_of_names_looks_at_so_many_expired_messages",
           f"{WAITING}::test_what_had_expired_above_the_mark_of_a_group_says_nothing_of_its_new_owner"),
-         "`People.LOOKED` has no effect, or `expired` is not kept (the first); it is used for each mark (the last)"),
+         "`People.LOOKED` has no effect, or `Mailbox.gone` is not kept (the first); "
+         "it is used for each mark (the last)"),
+    Kind("marks that moved are all counted anew at once",
+         "a list of names ends with `more` after 100; a send tells of the others what lies above an older mark",
+         (f"{TURNS}::test_a_list_counts_so_many_moved_marks_and_the_next_page_goes_on",
+          f"{TURNS}::test_a_send_counts_so_many_moved_marks_and_the_others_count_as_unread",
+          f"{TURNS}::test_who_has_read_all_is_counted_from_memory"),
+         "`page()` does not ask `is_uncounted()` (the first); `unread()` does not ask `recounts` (the second); "
+         "`Mailboxes.fetched()` notes no count (the last)"),
+    Kind("what is behind a mark is passed again and again: expired messages",
+         "what was read or recalled is taken off the count, and passed once",
+         (f"{TURNS}::test_what_was_read_and_expired_is_passed_once",),
+         "`View.count_gone()` is None; or `Mailbox.recalled()` forgets the count"),
+    Kind("all connections are closed in one turn",
+         "revoking and a drain go in turns; a revoked token is told of no message meanwhile",
+         (f"{TURNS}::test_revoked_connections_are_closed_in_turns_and_are_told_nothing_meanwhile",
+          f"{TURNS}::test_a_poll_whose_token_was_revoked_ends_so_also_when_its_hold_is_over",
+          f"{TURNS}::test_a_drain_goes_in_turns_and_answers_all"),
+         "`Loop.gradually()` without `timely()` (the first and last); `Bus.found()` (the first) or `Bus.over()` (the "
+         "second) does not call `check_token()`"),
+    Kind("all names are walked to forget some",
+         "200 names in a transaction, the next ones after its commit; the list of names is made anew when a quarter of "
+         "it has gone",
+         (f"{TURNS}::test_names_are_forgotten_one_slice_after_the_other",
+          f"{TURNS}::test_to_forget_some_names_walks_the_others_seldom"),
+         "`forget_names()` calls `go_on()` also beside a commit (the first); `Mailboxes.drop()` always makes the list "
+         "anew, or `box()` lists a name twice (the last)"),
+    Kind("all who wait are asked about each message: readers",
+         "a turn matches and answers polls for 10 ms, the rest follow; what they are about to get is not recalled",
+         (f"{TURNS}::test_readers_are_told_of_many_messages_in_turns_and_miss_none",
+          f"{TURNS}::test_what_a_reader_is_about_to_be_told_is_not_recalled",
+          f"{TURNS}::test_a_reader_whose_hold_ends_before_its_turn_gets_what_came"),
+         "`Receiving.catch_up()` without `timely()` (the first); "
+         "`has_passed()` does not look at `behind` (the second); "
+         "`poll_over()` reads nothing (the last)"),
+    Kind("what only some need is looked up for all",
+         "an operator's log needs no end of a page; a request that waits for a commit keeps no headers; what takes "
+         "long to check against a schema is 413",
+         (f"{TURNS}::test_an_operator_looks_at_what_it_gets",
+          f"{TURNS}::test_what_waits_for_a_commit_has_no_headers",
+          "extensions/test_schemas.py::test_a_request_that_would_take_long_to_check_is_refused_in_words"),
+         "`View.log()` always asks (the first); `Bus.do()` does not call `shrink()` (the second); `Schemas.check()` "
+         "counts no values (the last)"),
     Kind("clients: an answer is bounded by its bytes alone",
          "a client reads 16 MiB, of which a parser makes 0.5 GB at most; a message that would not fit gets 413",
          (f"{EXTENSIONS}::test_no_answer_is_longer_than_what_a_client_reads",),

@@ -34,10 +34,11 @@ import pytest
 
 from tests.core.test_connection import a_bus, come_true
 from tests.faults import linux, skipped_without
-from tests.faults.test_kinds_bounds import Guest, removed
+from tests.faults.test_kinds_bounds import Guest
+from tests.faults.test_kinds_counts import removed
 from tests.kit.clock import Clock
-from tests.kit.peers import Peer, ask, command, fill, marks_are_written, mint, set_revoked, stored
-from tests.kit.processes import ROOT, Server, in_time, wait_until
+from tests.kit.peers import Peer, ask, command, fill, marks_are_written, metric, mint, set_revoked, stored
+from tests.kit.processes import ROOT, Server, wait_until
 
 SECRET = "the-text-itself"
 GONE = (401, 0)  # refused, or hung up on
@@ -54,9 +55,17 @@ class Tokens:
         return ask(self.bus, method, path, body, self.of[name], **fields)
 
     def revoke(self, name):
-        """Returns when nothing of it may be stored or delivered any more, whatever it had begun. Nothing is asked."""
-        set_revoked(self.bus, name)
-        time.sleep(in_time(0.2))
+        """Returns when nothing of it may be stored or delivered any more, whatever it had begun.
+
+        That is when a reader with this token, which waits, is refused. Nothing is asked between that and the revoking:
+        the bus looks by itself.
+        """
+        before = metric(self.bus, "parked", self.of["boss"])
+        with self.peer(name) as witness:
+            witness.send("GET", f"/recv?to={name}&since=0&wait=20&channel=witness")
+            wait_until(lambda: metric(self.bus, "parked", self.of["boss"]) > before)
+            set_revoked(self.bus, name)
+            assert witness.outcome() in GONE
 
     def peer(self, name, **more):
         return Peer(self.bus, self.of[name], patience=PATIENCE, **more)
@@ -157,7 +166,7 @@ def held(state, operations, now):
     applied = apply(state, operations, now)
     while os.path.exists(os.environ["HELD"]):
         pathlib.Path(os.environ["HELD"] + ".in").touch()
-        time.sleep(0.01)
+        time.sleep(0.01)  # until the test has done what it does meanwhile
     return applied
 bus_server.State.apply = held
 """
@@ -229,9 +238,8 @@ def test_revoked_while_it_is_parked(closed, path):
     body = {"to": "queue", "wait": 20} if path == "/claim" else {"to": "ann", "msg": "?"} if "ask" in path else b""
     with closed.peer("bob") as peer:
         peer.send("POST" if body else "GET", path.replace("SINCE", str(since)).replace("ID", one), body)
-        parked = "agent_bus_parked 1\n"
-        wait_until(lambda: parked in closed.ask("boss", "GET", "/metrics").body.decode())
-        closed.revoke("bob")
+        wait_until(lambda: metric(closed.bus, "parked", closed.of["boss"]) == 1)
+        set_revoked(closed.bus, "bob")
         assert peer.outcome() in GONE
         sent = closed.ask("ann", "POST", "/send", {"to": "bob", "msg": SECRET}).json["id"]
     assert state(closed, sent) == "queued"
@@ -249,7 +257,7 @@ def test_revoking_closes_the_connections_of_a_token(closed, before):
         idle.sock.sendall(BEFORE[before])
         assert before != "a public request" or idle.answer().status == 200
         assert other.send("GET", "/recv?to=ann&since=0").answer().status == 200
-        closed.revoke("bob")
+        set_revoked(closed.bus, "bob")
         idle.sock.settimeout(2)
         assert idle.outcome() in GONE
         assert other.send("GET", "/recv?to=ann&since=0").answer().status == 200
@@ -292,10 +300,10 @@ def test_what_a_revoked_token_had_begun_ends_while_descriptors_are_used_up(crowd
         for peer in others:
             peer.sock.sendall(peer.request("POST", "/send", b"{}")[:-1])
         wait_until(lambda: len(list(descriptors.iterdir())) >= 63)
-        closed.revoke("bob")
+        set_revoked(bus, "bob")
+        assert parks.outcome() in GONE
         assert the_rest(sends, rest) in GONE
         assert the_rest(mails, mail) == 200
-        assert parks.outcome() in GONE
         assert len(list(descriptors.iterdir())) >= 62, "the test has not used them up"
     wait_until(lambda: len(list(descriptors.iterdir())) < 40)
     assert [(each["to"], state(closed, each["id"])) for each in closed.log()] == [("bob", "queued")]

@@ -17,7 +17,7 @@ import subprocess
 import pytest
 
 from tests.faults import program, skipped_without
-from tests.kit.peers import Peer, ask, mint, post, stored
+from tests.kit.peers import Peer, ask, metric, mint, post, stored
 from tests.kit.processes import PATIENCE, Server, wait_until
 
 # Loops
@@ -144,7 +144,7 @@ def test_an_attempt_that_was_none_does_not_count(tmp_path, waits):
             with Peer(bus, room=4096) as peer:
                 peer.send("POST", "/claim", {"to": "queue", "wait": 20, "lease": 1})
                 if waits and not number:
-                    wait_until(lambda: b"agent_bus_parked 1\n" in ask(bus, "GET", "/metrics").body)
+                    wait_until(lambda: metric(bus, "parked") == 1)
                     one = stored(bus, "queue", "x" * 8_000_000)
                 assert peer.sock.recv(100).startswith(b"HTTP/1.1 200 ")
                 break_off(peer)

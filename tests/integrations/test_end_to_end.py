@@ -302,7 +302,7 @@ def test_what_comes_at_the_deadline_is_told_by_the_next_watch(bus, peer, tmp_pat
         return [monitor(life)]
 
     def mail(then):
-        time.sleep(max(then - time.monotonic(), 0))
+        time.sleep(max(then - time.monotonic(), 0))  # the moment is the case
         sent.append(peer(f"just in time {len(sent)}")["id"])
 
     with ScriptedModel(script) as model, Session(tmp_path, bus, model, "--allowedTools", "Monitor"):

@@ -10,11 +10,11 @@ import secrets
 import socket
 import sqlite3
 import subprocess
-import threading
 import time
 from typing import NamedTuple
 
 from tests.kit.processes import COMMAND, PATIENCE, wait_until
+from tests.kit.serving import Beside
 
 TIMED_OUT = (TimeoutError, socket.timeout)  # noqa: UP041  (two classes before Python 3.10)
 
@@ -148,6 +148,12 @@ def log_of(bus, name):
     return [each["msg"] for each in json.loads(bus.get(f"/log?to={name}&max=1000"))["messages"]]
 
 
+def metric(bus, name, token=None):
+    """A number of /metrics that has no labels."""
+    lines = ask(bus, "GET", "/metrics", token=token).body.decode().splitlines()
+    return float(next(line.split()[1] for line in lines if line.startswith(f"agent_bus_{name} ")))
+
+
 def run(*arguments):
     """(exit code, stdout, stderr) of bus_server.py, which is expected to end."""
     done = subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=PATIENCE)
@@ -239,17 +245,16 @@ def cpu(bus):
     return int(pathlib.Path(f"/proc/{bus.process.pid}/schedstat").read_text().split()[0]) / 1e9
 
 
-class Slowest:
+class Slowest(Beside):
     """Another client asks for /healthz all the while; `worst` is the longest that an answer took, in s.
 
     `work` is the most that the bus computed meanwhile, in s of CPU: whoever else uses the machine does not change it.
     """
 
     def __init__(self, bus, path="/healthz"):
+        super().__init__()
         self.bus, self.path = bus, path
-        self.worst, self.work, self.count, self.over = 0.0, 0.0, 0, threading.Event()
-        self.failure = None
-        self.thread = threading.Thread(target=self.run, daemon=True)
+        self.worst, self.work, self.count, self.failure = 0.0, 0.0, 0, None
 
     def run(self):
         try:
@@ -262,14 +267,6 @@ class Slowest:
                     time.sleep(0.002)  # one that asks all the while, and takes no CPU from those who are watched
         except (OSError, Closed) as error:
             self.failure = error
-
-    def __enter__(self):
-        self.thread.start()
-        return self
-
-    def __exit__(self, *_):
-        self.over.set()
-        self.thread.join(PATIENCE)
 
 
 @contextlib.contextmanager

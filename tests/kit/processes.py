@@ -73,6 +73,16 @@ def runs(pid):
         return False
 
 
+def has_taken_its_signals(pid):
+    """The process has handled every signal that was sent to it, and waits for something else. It has one thread.
+
+    While a signal is pending, or its handler runs, the kernel does not call the process asleep.
+    """
+    with open(f"/proc/{pid}/status") as file:
+        status = {field: value.strip() for field, value in (line.split(":", 1) for line in file)}
+    return status["State"].startswith("S") and not int(status["SigPnd"], 16) | int(status["ShdPnd"], 16)
+
+
 class Server:
     """One bus_server.py process. `kill` and `start` keep the port and the database, as a crash and a restart do."""
 

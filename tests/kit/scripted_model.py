@@ -50,10 +50,6 @@ def news(request):
     return "\n".join(reversed(new))
 
 
-def tools_of(request):
-    return [tool.get("name") for tool in request.get("tools") or []]
-
-
 def events(model, content):
     """The server-sent events of one answer, as (name, data)."""
     usage = {"input_tokens": 1, "output_tokens": 1}

@@ -9,6 +9,7 @@ import sys
 import threading
 
 from tests.kit.processes import PATIENCE, wait_until
+from tests.kit.serving import Beside
 
 PROMPT = "ready> "
 RC = f"PS1='{PROMPT}'\nHISTFILE=~/.history\nHISTSIZE=100\nSAVEHIST=100\nHISTFILESIZE=100\n"
@@ -79,14 +80,14 @@ class Terminal:
         return (self.home / ".history").read_text()
 
 
-class Watch:
+class Watch(Beside):
     """Looks at the arguments and the environments of all processes, again and again, for a text."""
 
     def __init__(self, text):
-        self.text, self.seen, self.looks, self.over = text.encode(), [], 0, threading.Event()
-        self.thread = threading.Thread(target=self._look)
+        super().__init__()
+        self.text, self.seen, self.looks = text.encode(), [], 0
 
-    def _look(self):
+    def run(self):
         while not self.over.wait(0.02):  # s; the others need the processor, too
             for process in pathlib.Path("/proc").glob("[0-9]*"):
                 for file in ("cmdline", "environ"):
@@ -94,11 +95,3 @@ class Watch:
                         if self.text in (process / file).read_bytes():
                             self.seen.append((process / "cmdline").read_bytes())
             self.looks += 1
-
-    def __enter__(self):
-        self.thread.start()
-        return self
-
-    def __exit__(self, *_):
-        self.over.set()
-        self.thread.join(PATIENCE)
