@@ -4873,7 +4873,7 @@ def prune_request(database: str) -> tuple[int, bool] | None:
 
 LOADED = "loaded"
 ELSEWHERE = {  # extension: the endpoints and options that it brings
-    "work": ("/claim", "/ack", "/nack", "/extend", "--max-attempts"),
+    "work": ("/claim", "/ack", "/nack", "/extend", "/again", "--max-attempts"),
     "replies": ("/ask", "/recall", "/thread/"),
     "files": ("/blob/", "--files"),
     "metrics": ("/metrics",),
@@ -4881,6 +4881,8 @@ ELSEWHERE = {  # extension: the endpoints and options that it brings
     "channels": ("/channels",),
     "people": ("/whoami",),
     "sockets": ("--listen",),
+    "history": (),  # `before` of /log
+    "page": ("/ui/",),
 }
 
 
@@ -4966,6 +4968,8 @@ def recv_poll(request: Request) -> Poll:
 def log(bus: Bus, request: Request) -> Answer | None:
     bus.storms.read(request.owner())
     query = request.query()
+    if query.one("before") is not None:
+        raise Refused(404, missing("/log?before", "history", bus.extensions["history"]))
     poll = poll_of(request, None, query.names("to"), query.name("channel", None), query.name("from", None))
     if poll.since == LAST:
         raise Refused(400, "the bus keeps no cursor for an observer: since must be seconds or 'now'")
@@ -5682,7 +5686,9 @@ def invite(arguments: Sequence[str]) -> None:
     parser.add_argument("--also", default="", metavar="NAME,...", help="other names whose mail the token may read")
     parser.add_argument("--send-only", action="store_true", help="the token may send, but not read")
     parser.add_argument("--operator", action="store_true", help="the token may read everything: /log and every mailbox")
-    parser.add_argument("--expires", type=duration, default="0", metavar="TIME", help="as 90d or 12h; 0: never (0)")
+    expires = {"type": duration, "default": "0", "metavar": "TIME", "help": "as 90d or 12h; 0: never (0)"}
+    parser.add_argument("--expires", "--for", **expires)
+    parser.add_argument("--page", action="store_true", help="print a link to the page of the bus, for a person's browser")
     parser.add_argument("--label", default="", metavar="TEXT", help="tells the tokens of NAME apart: `revoke --label`")
     parser.add_argument("--url", default="", help="URL of the bus for the other machine (that of the running server)")
     parser.add_argument("--yes", action="store_true", help="do not ask")
@@ -5701,7 +5707,8 @@ def invite(arguments: Sequence[str]) -> None:
     row.update(send_only=options.send_only, operator=options.operator, label=options.label)
     row.update(expires=now + int(options.expires) if options.expires else None)
     file.change(lambda rows: [*rows, row])
-    print(words.invitation(options.name, f"{token}_{secret}", here, options.url) if words else f"{token}_{secret}")
+    print_it = words and (words.page_link if options.page else words.invitation)
+    print(print_it(options.name, f"{token}_{secret}", here, options.url) if print_it else f"{token}_{secret}")
 
 
 def check_invitation(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:

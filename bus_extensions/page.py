@@ -38,7 +38,7 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 
 def start(bus: Bus, options: argparse.Namespace) -> None:
-    files = {file.name: (file.read_bytes(), KINDS[file.suffix]) for file in FOLDER.iterdir() if file.suffix in KINDS}
+    files = {file.name: (file.read_bytes(), KINDS[file.suffix]) for file in FOLDER.glob("*") if file.suffix in KINDS}
     bus.gate.public.add("/ui/")
     bus.gate.pages |= {"/", "/ui/"}
     bus.route("GET", "/ui/", partial(show, files), "the page for people, in a browser")
@@ -56,5 +56,6 @@ def show(files: dict[str, tuple[bytes, str]], request: Request) -> Answer:
     """One of the files that were there at the start. They hold no data of the bus, so everybody may have them."""
     found = files.get(request.parsed.rest or "index.html")
     if not found:
-        raise Refused(404, "the page has no such file: open /ui/")
+        where = "open /ui/" if files else f"copy the folder {FOLDER} from the same version"
+        raise Refused(404, f"the page has no such file: {where}")
     return Answer(200, *found, HEADERS)

@@ -1,6 +1,6 @@
 // The frame: which view is shown, the panel of one message, the dialog to say something, the keys.
 
-import { ask, bus, forgetToken, names, send, speaks, start, takeToken, watch } from "./bus.js";
+import { ask, bus, callMe, forgetToken, names, send, speaks, start, takeToken, watch } from "./bus.js";
 import { badge, clock, day, fill, h, many, plain, prose, shown } from "./dom.js";
 import * as look from "./look.js";
 import * as views from "./views.js";
@@ -41,7 +41,8 @@ const ROUTES = new Map([
   ["", () => views.nowView(tools)],
   ["messages", (one, other) => (isName(one) && isName(other) ? views.conversationView(tools, one, other) : views.messagesView(tools))],
   ["agents", name => (isName(name) ? views.agentView(tools, name) : views.agentsView())],
-  ["work", () => views.workView(tools)],
+  ["work", () => views.workView()],
+  ["mail", () => views.mailView(tools)],
 ]);
 
 function go() {
@@ -52,12 +53,13 @@ function go() {
     view?.leave?.();
     view = (ROUTES.get(first) ?? ROUTES.get(""))(...rest);
     shownPath = path;
-    fill($("main"), note(views.noteOfRights()), note(bus.notice), view.node);
+    fill($("main"), note(views.noteOfRights()), note(!isSecureContext && PLAIN), note(bus.notice), view.node);
   }
   isId(id) ? openMessage(id) : closePanel();
   frame();
 }
 
+const PLAIN = "This connection is not encrypted: whoever is on the way can read everything, the token too.";
 const note = text => text && h("p", { class: "note" }, text);
 
 // The bar above, or the tabs below, with what needs a look
@@ -86,7 +88,7 @@ function login() {
   const field = h("input", { type: "password", id: "token", autocomplete: "off", required: true });
   const form = h("form", { class: "card login", onsubmit: event => { event.preventDefault(); takeToken(field.value.trim()); bus.phase = "start"; start(); } },
     h("h1", {}, "This bus wants a token"), bus.refused && h("p", { class: "problem", role: "alert" }, bus.refused), h("label", { for: "token" }, "Token"), field,
-    h("p", { class: "dim" }, "It stays in this tab, and is forgotten when you close it."), location.protocol === "http:" && !["localhost", "127.0.0.1", "[::1]"].includes(location.hostname) && h("p", { class: "note" }, "This connection is not encrypted: others on the network can read the token."),
+    h("p", { class: "dim" }, "It stays in this tab, and is forgotten when you close it."), note(!isSecureContext && PLAIN),
     h("button", { class: "main" }, "Open"), h("p", { class: "dim" }, "On the machine of the bus, this makes one for a person who may read everything:"), h("code", { tabindex: 0 }, "agent-bus invite YOURNAME --operator"));
   view?.leave?.();
   view = null;
@@ -194,7 +196,7 @@ function say({ to = "", reply_to = null } = {}) {
     event.preventDefault();
     button.disabled = true;
     result.textContent = "Sending…";
-    if (!bus.me.name) sessionStorage.setItem("agent-bus name", as.value.trim());
+    if (!bus.me.name) callMe(as.value.trim());
     const message = { from: as.value.trim(), to: receiver.value.trim(), msg: text.value };
     if (subject.value) message.subject = subject.value;
     if (reply_to) message.reply_to = reply_to;

@@ -5,7 +5,7 @@ const PAGE = 500, OLDER = 300; // messages of the first look, and of each look f
 const GAP = 250, HIDDEN_GAP = 2000; // ms between two answers of the log
 const LOOK = 3000, HIDDEN_LOOK = 30000; // ms between two looks at who is there
 const HOLD = 25, PATIENCE = 40000; // s that the bus may hold an answer; ms after which it counts as away
-const KEY = "agent-bus token", HIDE = "the tab is hidden";
+const KEY = "agent-bus token", NAME = "agent-bus name", MAIL = "agent-bus mail of", HIDE = "the tab is hidden";
 
 export const bus = {
   phase: "start", // start, live, away, token
@@ -18,6 +18,7 @@ export const bus = {
   notice: "", // what the person should know of this session: messages are gone, another database
   away: { until: 0, why: "" },
   refused: "", // why the token was refused
+  mail: [], // the person's own, the oldest first: what is unread, and what was read here
 };
 
 const listeners = new Set();
@@ -27,7 +28,8 @@ const tell = what => listeners.forEach(listener => listener(what));
 let token = sessionStorage.getItem(KEY) || "", id = null, since = null, session = 0, held = null;
 
 export const now = () => Date.now() / 1000 + bus.skew;
-export const speaks = () => bus.me.name || sessionStorage.getItem("agent-bus name") || "";
+export const speaks = () => bus.me.name || sessionStorage.getItem(NAME) || "";
+export const callMe = name => sessionStorage.setItem(NAME, name);
 export const names = () => [...new Set(bus.agents.map(agent => agent.name))].sort();
 
 export class Refused extends Error {
@@ -57,8 +59,9 @@ export function takeToken(given) {
 
 export function forgetToken(why) {
   sessionStorage.removeItem(KEY);
+  sessionStorage.removeItem(MAIL);
   token = "";
-  Object.assign(bus, { phase: "token", refused: why, messages: [], agents: [], next: null });
+  Object.assign(bus, { phase: "token", refused: why, messages: [], agents: [], mail: [], next: null });
   stop();
   tell("phase");
 }
@@ -80,7 +83,11 @@ export async function start() {
     const [log] = await Promise.all([ask(`log?before=now&max=${PAGE}`), look()]);
     if (mine !== session) return;
     const kept = bus.messages.filter(message => message.bus === log.bus);
-    if (id && id !== log.bus) bus.notice = "This is another bus, or its database was replaced: all is shown anew.";
+    if (id && id !== log.bus) {
+      bus.notice = "This is another bus, or its database was replaced: all is shown anew.";
+      Object.assign(bus, { mail: [] });
+      seen = null;
+    }
     const anew = !kept.length || kept[0].ts < (log.messages.at(-1)?.ts ?? 0);
     id = log.bus;
     bus.messages = anew ? [] : bus.messages;
@@ -141,7 +148,7 @@ async function followAgents(mine) {
     await pause(document.hidden ? HIDDEN_LOOK : LOOK);
     if (mine !== session) return;
     try {
-      await look();
+      await Promise.all([look(), fetchMail()]);
       tell("agents");
     } catch (error) {
       if (error.status === 401 && mine === session) failed(error, mine); // else the log's loop finds out
@@ -173,6 +180,35 @@ async function look() {
   }
   bus.agents = rows;
 }
+
+// The person's own mail. The page reads it only after the person asked for that: else it would take the mail of an
+// agent with the same token. The cursor it presents moves when the mail was on a screen (`sawMail`): what has only
+// arrived is fetched, and what was seen is acknowledged.
+let seen = null; // ts; null: begin where the reader of this name has ended
+
+export const readsMail = () => Boolean(speaks()) && sessionStorage.getItem(MAIL) === speaks();
+
+export async function readMail() {
+  sessionStorage.setItem(MAIL, speaks());
+  await fetchMail();
+  tell("agents");
+}
+
+async function fetchMail() {
+  if (!readsMail() || bus.me.send_only || !id) return;
+  const answer = await ask(`recv?to=${speaks()}&since=${seen ?? "last"}&bus=${id}&max=100&wait=0`);
+  const known = new Set(bus.mail.map(message => message.id));
+  bus.mail = [...bus.mail, ...answer.messages.filter(message => !known.has(message.id))].slice(-1000);
+  if (!answer.messages.length) seen = answer.now;
+}
+
+// The mail up to this message was before the person's eyes.
+export function sawMail(message) {
+  if (document.hidden || message.ts <= (seen ?? 0)) return;
+  seen = message.ts;
+}
+
+export const isNew = message => seen === null || message.ts > seen;
 
 // Messages, newest first, into the list, which is in the same order.
 function add(found, from) {

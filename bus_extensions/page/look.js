@@ -1,6 +1,6 @@
 // What follows from what the bus said: who is in trouble, which messages are one row, how much was said. No nodes here.
 
-import { bus, now } from "./bus.js";
+import { bus, now, speaks } from "./bus.js";
 import { many, span } from "./dom.js";
 
 const SLOW = 120; // s that mail may wait for somebody who listens
@@ -43,7 +43,8 @@ export function agents() {
   return rows.sort((a, b) => a.state.rank - b.state.rank || (a.name < b.name ? -1 : a.name > b.name ? 1 : 0));
 }
 
-export const inTrouble = rows => rows.filter(row => row.state.rank < 2);
+// The person's own mail is no trouble of an agent.
+export const inTrouble = rows => rows.filter(row => row.state.rank < 2 && row.name !== speaks());
 
 export const failedJobs = () => bus.agents.reduce((sum, agent) => sum + (agent.work?.dead || 0), 0);
 
@@ -51,13 +52,13 @@ export const failedJobs = () => bus.agents.reduce((sum, agent) => sum + (agent.w
 export function troubles(rows, me) {
   const found = [];
   const mine = rows.find(row => row.name === me && row.unread);
-  if (mine) found.push({ kind: "mail", title: `${many(mine.unread, "message")} for you`, words: "nobody has read them", to: `#/agents/${me}` });
+  if (mine) found.push({ kind: "mail", title: `${many(mine.unread, "message")} for you`, words: `sent to ${me}, and not read yet`, to: "#/mail" });
   for (const [pair, number] of storms()) {
     const [from, to] = pair.split(" ");
     found.push({ kind: "deaf", title: `${from} floods ${to}`, words: `${number} messages in ${STORM_SECONDS} s`, to: `#/messages/${from}/${to}` });
   }
   found.push(...some(rows.filter(row => row.state.kind === "deaf" && row.name !== me), "deaf", "does not hear", "do not hear"));
-  found.push(...some(rows.filter(row => row.state.kind === "slow"), "slow", "does not read", "do not read"));
+  found.push(...some(rows.filter(row => row.state.kind === "slow" && row.name !== me), "slow", "does not read", "do not read"));
   for (const row of rows) {
     if (row.work?.dead) {
       found.push({ kind: "deaf", title: `${many(row.work.dead, "job")} of ${row.name} failed`, words: "given up after all attempts", to: "#/work" });

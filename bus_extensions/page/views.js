@@ -1,7 +1,7 @@
 // The views: each is {node, update(what)}. They read `bus`, and change nothing but their own nodes.
 
-import { MOST, ask, bus, now, older, send, speaks } from "./bus.js";
-import { badge, clock, day, fill, h, many, plain, prose, shown } from "./dom.js";
+import { MOST, ask, bus, callMe, isNew, now, older, readMail, readsMail, sawMail, speaks } from "./bus.js";
+import { badge, clock, day, fill, h, many, plain, prose, shown, span } from "./dom.js";
 import { bars, ring, table } from "./draw.js";
 import { List } from "./list.js";
 import * as look from "./look.js";
@@ -211,6 +211,50 @@ function bubble(message, right) {
     message.subject && h("p", {}, h("b", {}, plain(shown(message.subject), 200))), body, all);
 }
 
+// The person's own mail
+
+export function mailView({ say }) {
+  const node = h("div", { class: "conversation" }), box = h("div", { class: "talk" }), watched = new Map();
+  // Half of a message on the screen, or half of the screen full of it, counts as seen.
+  const eyes = new IntersectionObserver(entries => entries.forEach(({ isIntersecting, target, intersectionRatio, intersectionRect }) => {
+    const looked = isIntersecting && (intersectionRatio >= 0.5 || intersectionRect.height > innerHeight / 2);
+    if (looked && watched.has(target)) sawMail(watched.get(target));
+  }), { threshold: [0, 0.1, 0.25, 0.5, 1] });
+  function update(what) {
+    if (what === "messages" || what === "older") return;
+    if (!readsMail()) return fill(node, readHere(update));
+    if (box.parentNode !== node) fill(node, h("h1", {}, "Mail for ", badge(speaks()), " ", speaks()), box);
+    const drawn = new Set([...watched.values()].map(message => message.id));
+    if (!bus.mail.length) fill(box, h("p", { class: "quiet" }, "Nothing waits for you."));
+    else if (!drawn.size) fill(box);
+    for (const message of bus.mail.filter(each => !drawn.has(each.id))) {
+      const answer = h("button", { type: "button", onclick: () => say({ to: message.from, reply_to: message.id }) }, "Answer");
+      const letter = bubble(message, false);
+      letter.append(h("p", { class: "buttons" }, answer));
+      letter.classList.toggle("new", isNew(message));
+      watched.set(letter, message);
+      box.append(letter);
+      eyes.observe(letter);
+    }
+  }
+  update();
+  return { node, update, leave: () => eyes.disconnect() };
+}
+
+function readHere(update) {
+  const name = h("input", { id: "mail-name", value: speaks(), required: true, pattern: "[A-Za-z0-9._:@\\-]{1,64}", readonly: Boolean(bus.me.name), autocomplete: "off" });
+  const form = h("form", { class: "card login", onsubmit: event => {
+    event.preventDefault();
+    if (!bus.me.name) callMe(name.value.trim());
+    readMail().then(update, error => fill(problem, words(error)));
+  } }, h("h1", {}, "Read my mail here"), h("label", { for: "mail-name" }, bus.me.name ? "Your token's name" : "Your name"), name,
+    h("p", { class: "dim" }, "While this tab is open you are listening, and what was on your screen is read. If a program reads the mail of this name, it does not get what you have read here."),
+    h("button", { class: "main" }, "Read my mail here"));
+  const problem = h("p", { class: "problem", role: "alert" });
+  form.append(problem);
+  return form;
+}
+
 // Agents
 
 export function agentsView() {
@@ -244,11 +288,9 @@ export function agentView({ say }, name) {
 
 function details(row) {
   const rows = [["unread", row.unread], ["address", row.address], ["programs that read it", row.readers > 1 && `${row.readers}: they take each other's mail`],
-    ["folder", row.status?.cwd], ["branch", row.status?.branch], ["last sent", row.sent && `${span0(row.sent)} ago`]];
+    ["folder", row.status?.cwd], ["branch", row.status?.branch], ["last sent", row.sent && `${span(now() - row.sent)} ago`]];
   return h("dl", {}, rows.filter(([, value]) => value).map(([title, value]) => [h("dt", {}, title), h("dd", {}, plain(shown(value), 300))]));
 }
-
-const span0 = ts => `${Math.max(0, Math.round((now() - ts) / 60))} min`;
 
 function help(row) {
   if (row.state.kind !== "deaf") return null;
@@ -257,46 +299,48 @@ function help(row) {
 
 // Work
 
-export function workView({ say }) {
-  const node = h("div", { class: "work" }), letters = new Map(), notes = new Map();
-  let asked = 0;
-  async function fetchLetters(queues) {
-    for (const queue of queues.filter(each => each.work.dead)) {
+export function workView() {
+  const node = h("div", { class: "work" }), result = h("p", { class: "dim", role: "status" });
+  let asked = 0, failed = [];
+  async function fetchLetters() {
+    const found = [];
+    for (const queue of look.agents().filter(row => row.work?.dead)) {
       const answer = await ask(`log?before=now&to=${queue.name}.dead&channel=${queue.channel}&max=50`).catch(() => null);
-      if (answer) letters.set(`${queue.channel} ${queue.name}`, answer.messages);
+      found.push(...(answer?.messages ?? []));
     }
+    failed = found;
     draw();
   }
   async function again(letter) {
-    const { ts, id, dead_of, attempts, reason, attempt, lease, lease_until, bus: from, ...message } = letter;
     try {
-      await send({ ...message, from: bus.me.name || speaks() || letter.from, to: letter.to.replace(/\.dead$/, "") });
-      notes.set(id, "Sent again. The failed copy stays until somebody takes it.");
+      await ask("again", { id: letter.id });
+      result.textContent = `Sent again: it waits for a worker of ${queueOf(letter)}.`;
     } catch (error) {
-      notes.set(id, words(error));
+      result.textContent = words(error);
     }
-    draw();
+    await fetchLetters();
   }
   function draw() {
     const queues = look.agents().filter(row => row.work);
-    const failed = [...letters.values()].flat();
     fill(node, h("h1", { class: "only-spoken" }, "Work"), queues.length ? h("ul", { class: "cards" }, queues.map(queueCard)) : h("p", { class: "quiet" }, "No queue has jobs. A worker makes one: agent-bus work NAME --exec COMMAND"),
       failed.length ? card(many(failed.length, "failed job"), "given up after all attempts; they wait for you", failed.map(letter => h("article", { class: "letter" },
-        h("p", {}, badge(letter.from), " ", h("b", {}, letter.to.replace(/\.dead$/, "")), h("span", { class: "dim" }, ` from ${letter.from} · ${many(letter.attempts, "attempt")} · ${clock(letter.ts)}`)),
+        h("p", {}, badge(letter.from), " ", h("b", {}, queueOf(letter)), h("span", { class: "dim" }, ` from ${letter.from} · ${many(letter.attempts, "attempt")} · ${clock(letter.ts)}`)),
         h("p", { class: "problem" }, plain(shown(letter.reason ?? "no reason was given"), 500)), h("p", {}, plain(shown(letter.msg), 500)),
-        h("p", {}, h("button", { type: "button", onclick: () => again(letter) }, "Send again"), " ", h("a", { href: `#/messages?id=${letter.id}` }, "details"), " ", h("span", { class: "dim", role: "status" }, notes.get(letter.id)))))) : null);
+        h("p", {}, h("button", { type: "button", onclick: () => again(letter) }, "Send again"), " ", h("a", { href: `#/messages?id=${letter.id}` }, "details"))))) : null, result);
   }
   function update(what) {
     if (what === "messages" || what === "older" || node.contains(document.activeElement)) return;
     draw();
     if (Date.now() - asked > 2500) {
       asked = Date.now();
-      fetchLetters(look.agents().filter(row => row.work));
+      fetchLetters();
     }
   }
   update();
   return { node, update };
 }
+
+const queueOf = letter => letter.to.replace(/\.dead$/, "");
 
 function queueCard(row) {
   const { in_hand, dead, workers } = row.work, waiting = row.unread || 0;

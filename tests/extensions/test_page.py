@@ -193,6 +193,7 @@ def test_an_address_that_leads_nowhere_is_no_error(busy, page, path):
 
 def test_a_thread_and_its_receipt_are_beside_a_message(busy, page):
     show(page, busy, "#/messages")
+    page.fill("#filter", "svc-report")
     page.locator(".message-row", has_text="svc-report").click()
     page.wait_for_selector(".thread")
     assert "Thread of 2" in page.inner_text("#panel") and "nobody has fetched it" in page.inner_text("#panel")
@@ -326,7 +327,8 @@ def test_a_failed_job_is_sent_again_and_reaches_a_worker(tmp_path, page):
         show(page, bus, "#/work")
         page.wait_for_selector("text=exit 137")
         page.click("text=Send again")
-        page.wait_for_selector("text=Sent again.")
+        page.wait_for_selector("text=Sent again: it waits for a worker of builds.")
+        page.wait_for_selector("text=exit 137", state="detached")
         job = ask(bus, "POST", "/claim", {"to": "builds", "worker": "w"})[1]["messages"][0]
         assert job["msg"] == "make bench" and "dead_of" not in job
 
