@@ -5686,9 +5686,9 @@ def invite(arguments: Sequence[str]) -> None:
     parser.add_argument("--also", default="", metavar="NAME,...", help="other names whose mail the token may read")
     parser.add_argument("--send-only", action="store_true", help="the token may send, but not read")
     parser.add_argument("--operator", action="store_true", help="the token may read everything: /log and every mailbox")
-    expires = {"type": duration, "default": "0", "metavar": "TIME", "help": "as 90d or 12h; 0: never (0)"}
-    parser.add_argument("--expires", "--for", **expires)
-    parser.add_argument("--page", action="store_true", help="print a link to the page of the bus, for a person's browser")
+    how = "as 90d or 12h; 0: never (0)"
+    parser.add_argument("--expires", "--for", type=duration, default="0", metavar="TIME", help=how)
+    parser.add_argument("--page", action="store_true", help="print a link to the page of the bus, for a browser")
     parser.add_argument("--label", default="", metavar="TEXT", help="tells the tokens of NAME apart: `revoke --label`")
     parser.add_argument("--url", default="", help="URL of the bus for the other machine (that of the running server)")
     parser.add_argument("--yes", action="store_true", help="do not ask")

@@ -99,7 +99,7 @@ def test_every_example_of_the_protocol_is_what_the_bus_says(bus):
                 assert translation.request(header) in real_head or name == "Bus-Id", (header, real_head)
 
 
-PROMISING = [*range(2, 4), *range(5, 16), 17, 18, 22, 23]  # 4 names tests; 16 and 19 are options; 24 is for authors of clients
+PROMISING = [*range(2, 4), *range(5, 16), 17, 18, 22, 23]  # 4: tests; 16, 19: options; 24: clients
 MARK = re.compile(r"\[(\d+\.\d+)\]")
 
 

@@ -1,10 +1,12 @@
 """The page for people, in a real Chromium: what it shows, what it must never do, and what it costs.
 
-It needs Debian's chromium and the package playwright (extra `page`). With axe-core in ~/.cache/agent-bus-page/node_modules
-the page is checked for people who cannot see it, or only little of it.
+It needs Debian's chromium and the package playwright (extra `page`). With axe-core in
+~/.cache/agent-bus-page/node_modules the page is checked for people who cannot see it, or only little of it.
+`python -m tests.extensions.page_pictures FOLDER` writes pictures of what these tests cannot judge.
 """
 
 import contextlib
+import http.client
 import http.server
 import json
 import os
@@ -17,10 +19,12 @@ import time
 
 import pytest
 
+from bench.stored import make as make_stored
+from bench.stored import no_key
 from bus_extensions import page as extension
 from tests.core.test_identity import ask
-from tests.kit.peers import command, invite
-from tests.kit.processes import PATIENCE, Server, wait_until
+from tests.kit.peers import Peer, command, invite, mint
+from tests.kit.processes import PATIENCE, ROOT, Server, in_time, wait_until
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs the extra `page`")
 CHROMIUM = next(filter(None, map(shutil.which, ["chromium", "chromium-browser", "google-chrome"])), None)
@@ -28,6 +32,7 @@ pytestmark = pytest.mark.skipif(not CHROMIUM, reason="chromium is not installed"
 AXE = pathlib.Path.home() / ".cache/agent-bus-page/node_modules/axe-core/axe.min.js"
 VIEWS = ("#/", "#/messages", "#/agents", "#/agents/dell", "#/work", "#/messages/planner/dell")
 MS = PATIENCE * 1000
+SECONDS = int(os.environ.get("SECONDS", "4"))  # how long messages come in the tests of a storm and of memory
 WATCH = """addEventListener("securitypolicyviolation", event => (window.violations ??= []).push(event.blockedURI));
 window.shift = 0;
 new PerformanceObserver(list => list.getEntries().forEach(each => window.shift += each.hadRecentInput ? 0 : each.value))
@@ -110,7 +115,8 @@ def fill(bus):
     job = ask(bus, "POST", "/claim", {"to": "builds", "worker": "w"})[1]["messages"][0]
     assert ask(bus, "POST", "/nack", {"id": job["id"], "lease": job["lease"], "reason": "exit 137"})[0] == 200
     for number, text in enumerate(HOSTILE):  # of two senders: 20 of one in a minute would be one row
-        send(bus, f"mallory-{number % 2}", "spark", text, subject=text[:40], **{"__proto__": text[:40], "constructor": {"a": [text[:40]]}})
+        odd = {"__proto__": text[:40], "constructor": {"a": [text[:40]]}}
+        send(bus, f"mallory-{number % 2}", "spark", text, subject=text[:40], **odd)
 
 
 def send(bus, sender, to, text, token=None, **members):
@@ -138,7 +144,7 @@ def test_a_browser_is_led_to_the_page_and_curl_to_the_help(busy, page):
 
 
 def test_each_file_has_the_policy_letter_for_letter(busy, page):
-    for file in ("", "app.js", "bus.js", "dom.js", "draw.js", "list.js", "look.js", "views.js", "style.css", "icon.svg"):
+    for file in ("", *(file.name for file in extension.FOLDER.iterdir())):
         answer = page.request.get(f"{busy.url}/ui/{file}")
         assert answer.ok and answer.headers["content-security-policy"] == extension.POLICY
         assert answer.headers["x-frame-options"] == "DENY" and answer.headers["x-content-type-options"] == "nosniff"
@@ -185,7 +191,10 @@ def test_one_word_of_6000_letters_does_not_widen_a_phone(busy, browser):
         assert page.evaluate("document.documentElement.scrollWidth") == 390
 
 
-@pytest.mark.parametrize("path", ["#/constructor", "#/__proto__", "#/%E0%A4%A", "#/<img src=x>", "#/messages/a b/c", "#/messages?id=zz"])
+@pytest.mark.parametrize(
+    "path",
+    ["#/constructor", "#/__proto__", "#/%E0%A4%A", "#/<img src=x>", "#/messages/a b/c", "#/messages?id=zz"],
+)
 def test_an_address_that_leads_nowhere_is_no_error(busy, page, path):
     show(page, busy, path)
     page.wait_for_selector("main > div")
@@ -269,9 +278,8 @@ def test_what_is_before_the_eyes_stays_while_others_come(bus, page):
     page.wait_for_function("() => document.querySelector('.list').scrollTop == 800")
     page.wait_for_selector("text=n40")
     where = page.get_by_text("n40", exact=True).bounding_box()
-    for number in range(30):
-        send(bus, f"b{number}", "bob", "new")
-    page.wait_for_selector("text=30 new messages")
+    ask(bus, "POST", "/send", [{"from": f"b{number}", "to": "bob", "msg": "new"} for number in range(100)])
+    page.wait_for_selector("text=100 new messages")
     assert page.get_by_text("n40", exact=True).bounding_box() == where
     page.click(".pill")
     page.wait_for_function("() => document.querySelector('.list').scrollTop == 0")
@@ -307,18 +315,52 @@ def test_a_person_says_something_and_is_told_the_truth(bus, page):
     assert (message["from"], message["to"], message["msg"]) == ("maria", "bob", "stop, please")
 
 
-def test_all_is_done_by_keyboard(busy, page):
-    show(page, busy, "#/messages")
+def test_all_is_done_by_keyboard(bus, page):
+    sent = send(bus, "ann", "maria", "which way?")
+    show(page, bus, "#/messages")
     page.wait_for_selector(".message-row")
-    page.keyboard.press("j")
     page.keyboard.press("j")
     page.keyboard.press("Enter")
     page.wait_for_selector("#panel .body")
+    until_focused(page, "Answer")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("dialog[open]")
+    page.keyboard.type("maria")
+    until_focused(page, "", "#say-text")
+    page.keyboard.type("left")
+    until_focused(page, "Send")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("dialog >> text=Stored")
+    page.keyboard.press("Escape")
+    page.wait_for_selector("dialog", state="hidden")
     page.keyboard.press("Escape")
     page.wait_for_selector("#panel", state="hidden")
+    answer = json.loads(bus.get("/log?from=maria"))["messages"][0]
+    assert (answer["to"], answer["msg"], answer["reply_to"]) == ("ann", "left", sent["id"])
+
+
+def until_focused(page, text, selector="*"):
+    """Press Tab until something with this text has the focus."""
+    for _ in range(40):
+        page.keyboard.press("Tab")
+        found = "([text, selector]) => document.activeElement.matches(selector) && document.activeElement.textContent"
+        if page.evaluate(found, [text, selector]) == text:
+            return
+    raise AssertionError(f"Tab does not lead to {text or selector}")
+
+
+def test_single_keys_are_text_in_a_field_and_can_be_switched_off(busy, page):
+    show(page, busy, "#/messages")
+    page.wait_for_selector(".message-row")
     page.keyboard.press("/")
     page.keyboard.type("c1?")
     assert page.input_value("#filter") == "c1?" and not page.locator("dialog[open]").count()
+    page.click("#keys")
+    page.check("#keys-off")
+    page.click("dialog button:has-text('Close')")
+    page.keyboard.press("1")
+    page.keyboard.press("c")
+    assert page.url.endswith("#/messages") and not page.locator("dialog[open]").count()
 
 
 def test_a_failed_job_is_sent_again_and_reaches_a_worker(tmp_path, page):
@@ -342,9 +384,13 @@ def test_a_server_that_ends_is_said_and_what_was_known_stays(tmp_path, page):
         page.wait_for_selector("#banner:has-text('out of reach')")
         assert "before" in texts(page)[0] and not page.locator("#say").is_visible()
         bus.start()
-        send(bus, "ann", "bob", "after")
-        page.wait_for_selector("text=after")
-        assert [text.split("\n")[-1] for text in texts(page)] == ["after", "before"]
+        began = time.monotonic()
+        for number in range(3):
+            send(bus, "ann", "bob", f"after {number}")
+        page.wait_for_selector("#live.good", timeout=35000)
+        page.wait_for_selector("text=after 2")
+        assert [text.split("\n")[-1] for text in texts(page)] == ["after 2", "after 1", "after 0", "before"]
+        assert time.monotonic() - began < in_time(35)
 
 
 def test_another_database_begins_anew_and_says_so(tmp_path, page):
@@ -427,7 +473,8 @@ class Stranger(http.server.BaseHTTPRequestHandler):
     """A page of another site."""
 
     def do_GET(self):
-        body = b"<!doctype html><a href=BUS/>to the bus</a><iframe src=BUS/ui/></iframe>".replace(b"BUS", self.server.bus)
+        body = b"<!doctype html><a href=BUS/>to the bus</a><iframe src=BUS/ui/></iframe>"
+        body = body.replace(b"BUS", self.server.bus)
         self.send_response(200)
         self.send_header("Content-Type", "text/html")
         self.end_headers()
@@ -468,21 +515,274 @@ def test_six_tabs_leave_room_to_send(bus, browser):
         wait_until(lambda: b"from the sixth" in bus.get("/log"))
 
 
+# For people who see little
+
+
+def opens_a_message(page):
+    page.keyboard.press("j")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#panel .body")
+
+
+def loses_the_bus(page):
+    page.route("**/log?*", lambda route: route.abort())
+    page.reload()
+    page.wait_for_selector("#banner:has-text('out of reach')")
+
+
+STATES = {  # name: (the bus, where, and what a person does there)
+    "now": ("busy", "#/", None),
+    "messages": ("busy", "#/messages", None),
+    "conversation": ("busy", "#/messages/planner/dell", None),
+    "one message": ("busy", "#/messages", opens_a_message),
+    "agents": ("busy", "#/agents", None),
+    "deaf agent": ("busy", "#/agents/archivist", None),
+    "work": ("busy", "#/work", None),
+    "mail": ("busy", "#/mail", None),
+    "say": ("busy", "#/", lambda page: page.keyboard.press("c")),
+    "keys": ("busy", "#/", lambda page: page.keyboard.press("?")),
+    "300 agents": ("crowd", "#/", None),
+    "empty": ("bus", "#/", None),
+    "token": ("closed", None, None),
+    "out of reach": ("busy", None, loses_the_bus),
+}
+
+
 @pytest.mark.skipif(not AXE.exists(), reason="axe-core is not installed in ~/.cache/agent-bus-page")
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [390, 1360])
-def test_people_who_see_little_can_use_it(busy, browser, scheme, width):
-    with opened(browser, color_scheme=scheme) as page:
+@pytest.mark.parametrize("state", STATES)
+def test_people_who_see_little_can_use_it(request, page, state):
+    name, where, act = STATES[state]
+    bus = request.getfixturevalue(name)
+    if where is None:
+        page.goto(f"{bus.url}/ui/")
+        page.wait_for_selector("main > *")
+    else:
+        show(page, bus, where)
+        page.wait_for_function("() => document.querySelector('main').innerText.length > 40")
+    if act:
+        page.wait_for_selector("main > *")
+        act(page)
+    page.evaluate(AXE.read_text())
+    for width in (390, 1360):
         page.set_viewport_size({"width": width, "height": 860})
-        for view in VIEWS:
-            show(page, busy, view)
-            page.wait_for_function("() => document.querySelector('main').innerText.length > 40")
-            assert violations(page) == [], view
-        page.click("#say")
-        assert violations(page) == []
+        for scheme in ("light", "dark"):
+            page.emulate_media(color_scheme=scheme)
+            assert violations(page) == [], (width, scheme)
+            assert page.evaluate("document.documentElement.scrollWidth") <= width, scheme
 
 
 def violations(page):
-    page.evaluate(AXE.read_text())
     found = page.evaluate("axe.run(document, {resultTypes: ['violations']})")["violations"]
     return [(each["id"], node["target"], node.get("failureSummary")) for each in found for node in each["nodes"]]
+
+
+# Much of it
+
+
+@pytest.fixture(scope="module")
+def crowd(tmp_path_factory):
+    """A bus that 300 agents have polled; six of them have mail."""
+    with Server(tmp_path_factory.mktemp("crowd") / "bus.db") as bus:
+        with Peer(bus) as peer:
+            for number in range(300):
+                assert peer.send("GET", f"/recv?to=agent-{number:03}&since=0").answer().status == 200
+        for number in range(6):
+            send(bus, f"agent-{number:03}", f"agent-{number + 20:03}", "are you there?")
+        yield bus
+
+
+def test_of_300_agents_all_are_there_and_nothing_moves(crowd, page):
+    show(page, crowd)
+    page.wait_for_selector(".cell")
+    assert page.locator(".cell").count() == 300
+    page.wait_for_function("() => document.querySelectorAll('.agent-row').length == 8")
+    assert page.evaluate("window.shift") < 0.02
+    page.goto(f"{crowd.url}/ui/#/agents")
+    page.wait_for_selector(".list .agent-row")
+    assert page.locator(".row").count() < 60
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    """A bus with 100,000 messages, which everybody has read."""
+    database = tmp_path_factory.mktemp("stored") / "bus.db"
+    make_stored(database, 100_000, [f"agent-{number}" for number in range(40)], no_key)
+    with Server(database) as bus:
+        yield bus
+
+
+def test_with_100000_stored_the_first_row_is_there_at_once_for_one_request(stored, page):
+    asked = []
+    page.on("request", lambda request: "/log" in request.url and asked.append(request.url))
+    began = time.monotonic()
+    page.goto(f"{stored.url}/ui/#/messages")
+    page.wait_for_selector(".message-row")
+    assert time.monotonic() - began < in_time(1.5)
+    assert len([url for url in asked if "before" in url]) == 1
+
+
+def heap(page):
+    """Bytes of JavaScript in use, without what is garbage."""
+    session = page.context.new_cdp_session(page)
+    session.send("HeapProfiler.collectGarbage")
+    return session.send("Runtime.getHeapUsage")["usedSize"]
+
+
+def test_10000_messages_are_few_nodes_and_memory_stays_flat(stored, page):
+    """SECONDS=300 for five minutes: pytest tests/extensions/test_page.py -k flat"""
+    show(page, stored, "#/messages")
+    page.wait_for_selector(".message-row")
+    page.evaluate("""async () => {
+        const list = document.querySelector(".list"), foot = document.querySelector(".foot");
+        while (!foot.textContent.includes("are kept here")) {
+            list.scrollTop = list.scrollHeight;
+            await new Promise(done => setTimeout(done, 20));
+        }
+        list.scrollTop = 0;
+    }""")
+    page.wait_for_function("() => document.querySelectorAll('.row').length <= 60")
+    before = heap(page)
+    flood(stored, 50, SECONDS)
+    page.wait_for_selector(f"text=number {50 * SECONDS - 1} of")
+    assert page.locator(".row").count() <= 60
+    assert heap(page) < 1.2 * before + (2 << 20)
+
+
+def flood(bus, rate, seconds):
+    """So many messages a second, of ten pairs, in ten requests a second."""
+    began = time.monotonic()
+    with Peer(bus) as peer:
+        for turn in range(10 * seconds):
+            numbers = range(turn * rate // 10, (turn + 1) * rate // 10)
+            some = [{"from": f"s{n % 10}", "to": f"r{n % 10}", "msg": f"number {n} of a flood"} for n in numbers]
+            assert peer.send("POST", "/send", some).answer().status == 200
+            for name in {each["to"] for each in some}:  # else its mailbox would be full
+                assert peer.send("GET", f"/recv?to={name}&since=now").answer().status == 200
+            time.sleep(max(0, began + (turn + 1) / 10 - time.monotonic()))
+
+
+def test_a_storm_of_300_a_second_is_few_requests_and_no_long_task(bus, page):
+    """SECONDS=10 for ten seconds"""
+    show(page, bus)
+    page.evaluate("""() => {
+        window.long = [0];
+        new PerformanceObserver(list => list.getEntries().forEach(each => window.long.push(each.duration)))
+            .observe({ type: "longtask" });
+    }""")
+    asked = []
+    page.on("request", lambda request: asked.append(request.url))
+    began = time.monotonic()
+    flood(bus, 300, SECONDS)
+    page.wait_for_selector("text=floods")
+    took = time.monotonic() - began
+    assert len(asked) <= 6 * took + 6, asked
+    assert max(page.evaluate("window.long")) <= in_time(200)
+
+
+# Behind a proxy
+
+
+class Under(http.server.BaseHTTPRequestHandler):
+    """A reverse proxy that has the bus under /team/bus/."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        if not self.path.startswith("/team/bus/"):
+            self.send_error(404)
+            return
+        behind = http.client.HTTPConnection("127.0.0.1", self.server.bus.port, timeout=60)
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        behind.request(self.command, self.path[len("/team/bus") :], body, dict(self.headers))
+        answer = behind.getresponse()
+        text = answer.read()
+        self.send_response(answer.status)
+        for name, value in answer.getheaders():
+            if name.lower() not in ("connection", "date", "server", "content-length"):
+                self.send_header(name, value)
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+    do_POST = do_GET
+
+    def log_message(self, *_):
+        pass
+
+
+def test_under_a_path_of_a_proxy_all_works(bus, page):
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Under) as proxy:
+        proxy.bus = bus
+        threading.Thread(target=proxy.serve_forever, daemon=True).start()
+        send(bus, "ann", "bob", "through the proxy")
+        page.goto(f"http://127.0.0.1:{proxy.server_port}/team/bus/")
+        page.wait_for_selector("#live.good")
+        assert page.url == f"http://127.0.0.1:{proxy.server_port}/team/bus/ui/"
+        page.keyboard.press("2")
+        page.wait_for_selector("text=through the proxy")
+        page.keyboard.press("c")
+        page.fill("#say-as", "maria")
+        page.fill("#say-to", "bob")
+        page.fill("#say-text", "and back")
+        page.click("dialog button.main")
+        page.wait_for_selector(".message-row:has-text('and back')")
+        page.goto("about:blank")
+        proxy.shutdown()
+
+
+# The person
+
+
+def test_own_mail_is_read_only_if_the_person_asks_for_it(tmp_path, page):
+    tokens = mint(tmp_path / "bus.db", maria=["--operator"], ann=[])
+    with Server(tmp_path / "bus.db") as bus:
+        sent = send(bus, "ann", "maria", "which way?", tokens["ann"])
+        show(page, bus, f"#token={tokens['maria']}")
+        page.wait_for_selector(".trouble-card:first-child:has-text('1 message for you')")
+        assert state(bus, sent, tokens["ann"]) == "queued"
+        page.click("text=look")
+        page.click("button.main:has-text('Read my mail here')")
+        page.wait_for_selector(".bubble:has-text('which way?')")
+        wait_until(lambda: state(bus, sent, tokens["ann"]) == "acknowledged")
+        page.goto(f"{bus.url}/ui/#/")
+        page.wait_for_selector("text=Nothing is stuck.")
+        later = send(bus, "ann", "maria", "and now?", tokens["ann"])
+        wait_until(lambda: state(bus, later, tokens["ann"]) == "fetched")  # it was on no screen
+        page.wait_for_selector("text=1 message for you")
+
+
+def state(bus, sent, token):
+    return ask(bus, "GET", f"/message/{sent['id']}", token=token)[1]["state"]
+
+
+def test_a_deaf_agent_is_no_trouble_any_more_when_it_has_polled(bus, page):
+    send(bus, "ann", "archivist", "store this")
+    show(page, bus)
+    page.wait_for_selector("text=archivist does not hear")
+    page.wait_for_selector("nav .alarm")
+    now = json.loads(bus.get("/recv?to=archivist&since=0"))["now"]
+    bus.get(f"/recv?to=archivist&since={now}")
+    began = time.monotonic()
+    page.wait_for_selector("text=Nothing is stuck.")
+    assert time.monotonic() - began < in_time(6) and not page.locator("nav .alarm").count()
+
+
+def test_a_connection_that_is_not_encrypted_is_said(tmp_path, page):
+    with Server(tmp_path / "bus.db", "--allow-host", "evil.example") as bus:
+        page.goto(f"http://evil.example:{bus.port}/ui/")
+        page.wait_for_selector("text=This connection is not encrypted")
+        page.goto(f"{bus.url}/ui/")
+        page.wait_for_selector("#live.good")
+        assert "not encrypted" not in page.inner_text("main")
+
+
+def test_a_link_for_a_person_is_printed_and_opens_the_page(closed, page):
+    printed = command(closed, "invite", "erik", "--operator", "--page", "--for", "12h", "--yes")
+    [link] = [line.strip() for line in printed.splitlines() if "/ui/#token=" in line]
+    page.goto(link)
+    page.wait_for_selector("#live.good")
+    page.wait_for_selector("text=for bob")
+    program = [sys.executable, ROOT / "tools/agent_bus.py", "open"]
+    env = {"PATH": "", "AGENT_BUS_URL": closed.url, "AGENT_BUS_TOKEN": closed.tokens["ann"]}
+    done = subprocess.run(program, env=env, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.stdout == f"{closed.url}/ui/#token={closed.tokens['ann']}\n", done
