@@ -3,10 +3,13 @@
 import { ask, bus, callMe, forgetToken, names, send, speaks, start, takeToken, watch } from "./bus.js";
 import { badge, clock, day, fill, h, many, plain, prose, shown } from "./dom.js";
 import * as look from "./look.js";
+import * as talk from "./talk.js";
 import * as views from "./views.js";
 
 const $ = id => document.getElementById(id);
-const VIEWS = [["", "Now", "◉"], ["messages", "Messages", "≡"], ["agents", "Agents", "⁂"], ["work", "Work", "▤"]];
+const VIEWS = [
+  ["", "Now", "◉"], ["messages", "Messages", "≡"], ["agents", "Agents", "⁂"], ["work", "Work", "▤"],
+];
 const SPOKEN = 8000; // ms between two sentences of the screen reader
 
 let view = null, shownPath = null, spokenAt = 0, opener = null;
@@ -39,10 +42,11 @@ const isId = text => text !== null && /^[0-9a-f]{1,14}$/.test(text);
 
 const ROUTES = new Map([
   ["", () => views.nowView(tools)],
-  ["messages", (one, other) => (isName(one) && isName(other) ? views.conversationView(tools, one, other) : views.messagesView(tools))],
+  ["messages", (one, other) => (isName(one) && isName(other) ? talk.conversationView(tools, one, other)
+    : views.messagesView(tools))],
   ["agents", name => (isName(name) ? views.agentView(tools, name) : views.agentsView())],
   ["work", () => views.workView()],
-  ["mail", () => views.mailView(tools)],
+  ["mail", () => talk.mailView(tools)],
 ]);
 
 function go() {
@@ -66,8 +70,10 @@ const note = text => text && h("p", { class: "note" }, text);
 function frame() {
   const { parts } = place(), troubled = look.inTrouble(look.agents()).length, failed = look.failedJobs();
   const counts = { agents: troubled, work: failed };
-  fill($("views"), VIEWS.map(([path, title, sign]) => h("a", { href: `#/${path}`, "aria-current": (parts[0] ?? "") === path ? "page" : null },
-    h("span", { class: "sign", "aria-hidden": "true" }, sign), title, counts[path] ? h("span", { class: "alarm", "aria-label": `${counts[path]} need a look` }, counts[path]) : null)));
+  fill($("views"), VIEWS.map(([path, title, sign]) => h("a", { href: `#/${path}`,
+    "aria-current": (parts[0] ?? "") === path ? "page" : null },
+    h("span", { class: "sign", "aria-hidden": "true" }, sign), title,
+      counts[path] ? h("span", { class: "alarm", "aria-label": `${counts[path]} need a look` }, counts[path]) : null)));
   const live = bus.phase === "live";
   $("live").textContent = live ? "● live" : bus.phase === "away" ? "○ out of reach" : "";
   $("live").className = live ? "good" : "";
@@ -80,18 +86,26 @@ function banner() {
   $("banner").hidden = !away;
   if (!away) return;
   const left = Math.max(0, Math.ceil((bus.away.until - Date.now()) / 1000));
-  fill($("banner"), `${bus.away.why || "The bus is out of reach."} What you see is what was last known. Next try in ${left} s. `, h("button", { type: "button", onclick: () => start() }, "Try now"));
+  fill($("banner"),
+    `${bus.away.why || "The bus is out of reach."} What you see is what was last known. Next try in ${left} s. `,
+    h("button", { type: "button", onclick: () => start() }, "Try now"));
 }
 setInterval(() => bus.phase === "away" && banner(), 1000);
 
 function login() {
   const field = h("input", { type: "password", id: "token", autocomplete: "off", required: true });
-  const form = h("form", { class: "card login", onsubmit: event => { event.preventDefault(); takeToken(field.value.trim()); bus.phase = "start"; start(); } },
-    h("h1", {}, "This bus wants a token"), bus.refused && h("p", { class: "problem", role: "alert" }, bus.refused), h("label", { for: "token" }, "Token"), field,
-    h("p", { class: "dim" }, "It stays in this tab, and is forgotten when you close it."), note(!isSecureContext && PLAIN),
-    h("button", { class: "main" }, "Open"), h("p", { class: "dim" }, "On the machine of the bus, this makes one for a person who may read everything:"), h("code", { tabindex: 0 }, "agent-bus invite YOURNAME --operator"));
+  const form = h("form", { class: "card login",
+    onsubmit: event => { event.preventDefault(); takeToken(field.value.trim()); bus.phase = "start"; start(); } },
+    h("h1", {}, "This bus wants a token"), bus.refused && h("p", { class: "problem", role: "alert" }, bus.refused),
+      h("label", { for: "token" }, "Token"), field,
+    h("p", { class: "dim" }, "It stays in this tab, and is forgotten when you close it."),
+      note(!isSecureContext && PLAIN),
+    h("button", { class: "main" }, "Open"), h("p", { class: "dim" },
+      "On the machine of the bus, this prints a link for a person who may read everything:"),
+      h("code", { tabindex: 0 }, "agent-bus invite YOURNAME --operator --page --for 12h"));
   view?.leave?.();
   view = null;
+  if ($("dialog").open) $("dialog").close();
   closePanel();
   fill($("main"), form);
   field.focus();
@@ -109,19 +123,24 @@ async function openMessage(id) {
   if (panel.dataset.id === id) return;
   panel.dataset.id = id;
   draw(known, "", [], known ? "" : "Looking…");
-  const [answer, thread] = await Promise.all([ask(`message/${id}`).catch(error => ({ error })), ask(`thread/${id}`).catch(() => ({ messages: [] }))]);
+  const [answer, thread] = await Promise.all([ask(`message/${id}`).catch(error => ({ error })),
+    ask(`thread/${id}`).catch(() => ({ messages: [] }))]);
   if (panel.dataset.id !== id) return;
   draw(answer.message ?? known, answer.error ? "" : receipt(answer), thread.messages, answer.error?.message ?? "");
   function draw(message, state, others, problem) {
-    const head = h("header", {}, h("h2", { tabindex: -1 }, "Message"), h("button", { type: "button", "aria-label": "Close", onclick: leavePanel }, "✕"));
-    fill(panel, head, problem && h("p", { class: "problem" }, problem), message && whole(message, state), others.length > 1 && thread_(others, id));
+    const head = h("header", {}, h("h2", { tabindex: -1 }, "Message"),
+      h("button", { type: "button", "aria-label": "Close", onclick: leavePanel }, "✕"));
+    fill(panel, head, problem && h("p", { class: "problem" }, problem), message && whole(message, state),
+      others.length > 1 && thread_(others, id));
     head.querySelector("h2").focus({ preventScroll: true });
   }
 }
 
 function receipt({ state, by, at, message }) {
   const when = at && at - message.ts > 2 ? ` after ${Math.round(at - message.ts)} s` : "";
-  const sentences = { acknowledged: `read by ${by ?? message.to}${when}`, fetched: `fetched by ${by ?? message.to}${when}`, queued: "nobody has fetched it", recalled: "taken back", expired: "expired: nobody fetched it in time", dead: "given up after all attempts", sent: "to everybody" };
+  const sentences = { acknowledged: `read by ${by ?? message.to}${when}`,
+    fetched: `fetched by ${by ?? message.to}${when}`, queued: "nobody has fetched it", recalled: "taken back",
+    expired: "expired: nobody fetched it in time", dead: "given up after all attempts", sent: "to everybody" };
   return sentences[state] ?? state;
 }
 
@@ -132,14 +151,20 @@ function whole(message, state) {
   const members = Object.entries(message).filter(([name]) => !HEAD.has(name));
   const status = h("span", { class: "state", role: "status" }, state);
   return [
-    h("h3", {}, badge(message.from), " ", views.link(`agents/${message.from}`, message.from), " → ", views.link(`agents/${message.to}`, message.to)),
+    h("h3", {}, badge(message.from), " ", views.link(`agents/${message.from}`, message.from), " → ",
+      views.link(`agents/${message.to}`, message.to)),
     h("p", { class: "dim" }, `${day(message.ts)} ${clock(message.ts)} `, state && status),
     message.subject && h("p", {}, h("b", {}, plain(shown(message.subject), 300))),
     h("div", { class: "body", dir: "auto" }, prose(shown(message.msg))),
-    h("p", { class: "buttons" }, h("button", { class: "main", type: "button", onclick: () => say({ to: back, reply_to: message.id }) }, "Answer"), h("a", { class: "button", href: `#/messages/${message.from}/${message.to}` }, "Conversation"),
-      navigator.clipboard && h("button", { type: "button", onclick: () => navigator.clipboard.writeText(shown(message.msg)) }, "Copy"),
-      own && state === "nobody has fetched it" && h("button", { type: "button", onclick: () => recall(message, status) }, "Take back")),
-    h("dl", {}, [...members, ["id", message.id]].map(([name, value]) => [h("dt", {}, plain(name, 60)), h("dd", {}, plain(shown(value), 500))])),
+    h("p", { class: "buttons" }, h("button", { class: "main", type: "button", onclick: () => say({ to: back,
+      reply_to: message.id }) }, "Answer"), h("a",
+      { class: "button", href: `#/messages/${message.from}/${message.to}` }, "Conversation"),
+      navigator.clipboard && h("button", { type: "button",
+        onclick: () => navigator.clipboard.writeText(shown(message.msg)) }, "Copy"),
+      own && state === "nobody has fetched it" && h("button",
+        { type: "button", onclick: () => recall(message, status) }, "Take back")),
+    h("dl", {}, [...members, ["id", message.id]].map(([name, value]) => [h("dt", {}, plain(name, 60)),
+      h("dd", {}, plain(shown(value), 500))])),
   ];
 }
 
@@ -153,8 +178,11 @@ async function recall(message, status) {
 }
 
 function thread_(messages, id) {
-  return [h("h3", {}, `Thread of ${messages.length}`), h("ol", { class: "thread" }, messages.map(message => h("li", {}, h("a", { href: `#/messages?id=${message.id}`, "aria-current": message.id === id ? "true" : null },
-    h("span", {}, badge(message.from), " ", h("b", {}, message.from), ` → ${message.to} `, h("time", {}, clock(message.ts))), h("span", { class: "line dim" }, plain(shown(message.msg ?? ""), 200))))))];
+  return [h("h3", {}, `Thread of ${messages.length}`),
+    h("ol", { class: "thread" }, messages.map(message => h("li", {}, h("a", { href: `#/messages?id=${message.id}`,
+    "aria-current": message.id === id ? "true" : null },
+    h("span", {}, badge(message.from), " ", h("b", {}, message.from), ` → ${message.to} `,
+      h("time", {}, clock(message.ts))), h("span", { class: "line dim" }, plain(shown(message.msg ?? ""), 200))))))];
 }
 
 function closePanel() {
@@ -172,22 +200,28 @@ function leavePanel() {
 
 // Say something
 
-function say({ to = "", reply_to = null } = {}) {
+function say({ to = "", reply_to = null, text: begun = "" } = {}) {
   const dialog = $("dialog"), known = names();
-  const as = h("input", { id: "say-as", value: speaks(), required: true, pattern: "[A-Za-z0-9._:@\\-]{1,64}", readonly: Boolean(bus.me.name), autocomplete: "off" });
-  const receiver = h("input", { id: "say-to", value: to, required: true, list: "say-names", autocomplete: "off", oninput: warn });
+  const as = h("input", { id: "say-as", value: speaks(), required: true, pattern: "[A-Za-z0-9._:@\\-]{1,64}",
+    readonly: Boolean(bus.me.name), autocomplete: "off" });
+  const receiver = h("input", { id: "say-to", value: to, required: true, list: "say-names", autocomplete: "off",
+    oninput: warn });
   const subject = h("input", { id: "say-subject", autocomplete: "off" });
   const text = h("textarea", { id: "say-text", rows: 6, required: true });
+  text.value = begun;
   const warning = h("p", { class: "note", role: "status", hidden: true }), result = h("p", { role: "status" });
   const button = h("button", { class: "main" }, "Send");
   const field = (label, input) => h("p", {}, h("label", { for: input.id }, label), input);
-  const form = h("form", { method: "dialog", onsubmit: submit }, h("h2", { id: "dialog-title" }, reply_to ? "Answer" : "Say something"),
-    field(bus.me.name ? "As (your token's name)" : "As", as), field("To", receiver), h("datalist", { id: "say-names" }, [...known, "all"].map(name => h("option", { value: name }))),
+  const form = h("form", { method: "dialog", onsubmit: submit },
+    h("h2", { id: "dialog-title" }, reply_to ? "Answer" : "Say something"),
+    field(bus.me.name ? "As (your token's name)" : "As", as), field("To", receiver),
+      h("datalist", { id: "say-names" }, [...known, "all"].map(name => h("option", { value: name }))),
     warning, field("Subject (may be empty)", subject), field("Text", text), result,
     h("p", { class: "buttons" }, button, h("button", { type: "button", onclick: () => dialog.close() }, "Close")));
   function warn() {
     const name = receiver.value.trim();
-    const says = name === "all" ? `This reaches ${many(bus.agents.filter(agent => agent.listens && agent.channel === "default").length, "name")}.`
+    const says = name === "all"
+      ? `This reaches ${many(bus.agents.filter(agent => agent.listens && agent.channel === "default").length, "name")}.`
       : name && !known.includes(name) ? `Nobody has ever listened as ${name}.` : "";
     warning.hidden = !says;
     warning.textContent = says;
@@ -202,11 +236,12 @@ function say({ to = "", reply_to = null } = {}) {
     if (reply_to) message.reply_to = reply_to;
     try {
       const answer = await send(message);
-      result.textContent = told(answer.receiver, message.to);
+      result.textContent = look.told(answer.receiver, message.to);
       text.value = "";
       button.disabled = false;
     } catch (error) {
-      result.textContent = error.status ? error.message : "The bus is out of reach: nothing is known of this message. Send it again when it is back.";
+      result.textContent = error.status ? error.message
+        : "The bus is out of reach: nothing is known of this message. Send it again when it is back.";
       button.disabled = false;
     }
   }
@@ -216,33 +251,32 @@ function say({ to = "", reply_to = null } = {}) {
   (!as.value ? as : to ? text : receiver).focus();
 }
 
-// What became of a message, in words
-function told(receiver, to) {
-  if (!receiver) return "Stored.";
-  if (typeof receiver.online === "number") return `Stored. ${receiver.online} listen now, ${receiver.offline} will see it later.`;
-  if (receiver.online) return `Sent: ${to} is listening.`;
-  const similar = receiver.similar?.length ? ` Did you mean ${receiver.similar.join(" or ")}?` : "";
-  return receiver.known === false ? `Stored, but nobody has ever listened as ${to}.${similar}` : `Stored. ${to} does not listen now; ${many(receiver.unread, "message")} wait.`;
-}
-
 // Keys
 
 const KEYS_OFF = "agent-bus keys off";
 const keysOff = () => localStorage.getItem(KEYS_OFF) === "1";
 
 function help() {
-  const rows = [["1 2 3 4", "Now, Messages, Agents, Work"], ["/", "filter"], ["j k", "next and previous message"], ["Enter", "open it"], ["Esc", "close"], ["c", "say something"], ["p", "pause"], ["?", "this"]];
-  const off = h("input", { type: "checkbox", id: "keys-off", checked: keysOff(), onchange: () => localStorage.setItem(KEYS_OFF, off.checked ? "1" : "0") });
-  fill($("dialog"), h("h2", { id: "dialog-title" }, "Keys"), h("dl", { class: "keys" }, rows.map(([key, does]) => [h("dt", {}, h("kbd", {}, key)), h("dd", {}, does)])),
-    h("p", {}, off, " ", h("label", { for: "keys-off" }, "single keys do nothing")), h("p", { class: "buttons" }, bus.me.open ? null : h("button", { type: "button", onclick: () => { $("dialog").close(); forgetToken(""); } }, "Forget the token"), h("button", { type: "button", onclick: () => $("dialog").close() }, "Close")));
+  const rows = [["1 2 3 4", "Now, Messages, Agents, Work"], ["/", "filter"], ["j k", "next and previous message"],
+    ["Enter", "open it"], ["Esc", "close"], ["c", "say something"], ["p", "pause"], ["?", "this"]];
+  const off = h("input", { type: "checkbox", id: "keys-off", checked: keysOff(),
+    onchange: () => localStorage.setItem(KEYS_OFF, off.checked ? "1" : "0") });
+  fill($("dialog"), h("h2", { id: "dialog-title" }, "Keys"),
+    h("dl", { class: "keys" }, rows.map(([key, does]) => [h("dt", {}, h("kbd", {}, key)), h("dd", {}, does)])),
+    h("p", {}, off, " ", h("label", { for: "keys-off" }, "single keys do nothing")),
+      h("p", { class: "buttons" }, bus.me.open ? null : h("button",
+      { type: "button", onclick: () => { $("dialog").close(); forgetToken(""); } }, "Forget the token"),
+      h("button", { type: "button", onclick: () => $("dialog").close() }, "Close")));
   $("dialog").showModal();
 }
 
 document.addEventListener("keydown", event => {
   if (event.key === "Escape" && !$("dialog").open && !$("panel").hidden) return leavePanel();
-  if (keysOff() || event.ctrlKey || event.metaKey || event.altKey || $("dialog").open || event.target.closest("input, textarea, select")) return;
+  if (keysOff() || event.ctrlKey || event.metaKey || event.altKey || $("dialog").open
+    || event.target.closest("input, textarea, select")) return;
   const number = "1234".indexOf(event.key);
-  const actions = { "/": () => view?.focus?.(), j: () => view?.move?.(1), k: () => view?.move?.(-1), c: () => bus.phase === "live" && say(), p: () => view?.pause?.(), "?": help };
+  const actions = { "/": () => view?.focus?.(), j: () => view?.move?.(1), k: () => view?.move?.(-1),
+    c: () => bus.phase === "live" && say(), p: () => view?.pause?.(), "?": help };
   if (number >= 0) location.hash = `#/${VIEWS[number][0]}`;
   else if (Object.hasOwn(actions, event.key)) actions[event.key]();
   else return;
@@ -252,7 +286,8 @@ document.addEventListener("keydown", event => {
 const THEME = "agent-bus theme";
 const paint = () => (document.documentElement.dataset.theme = localStorage.getItem(THEME) || "");
 $("theme").addEventListener("click", () => {
-  const dark = localStorage.getItem(THEME) ? localStorage.getItem(THEME) === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
+  const dark = localStorage.getItem(THEME) ? localStorage.getItem(THEME) === "dark"
+    : matchMedia("(prefers-color-scheme: dark)").matches;
   localStorage.setItem(THEME, dark ? "light" : "dark");
   paint();
 });

@@ -42,7 +42,8 @@ export class Refused extends Error {
 // One request. Throws Refused with the sentence of the bus, or TypeError if the bus is out of reach.
 export async function ask(path, body, signal) {
   const headers = token ? { Authorization: `Bearer ${token}` } : {};
-  const options = { headers, signal, credentials: "omit", redirect: "error", cache: "no-store", referrerPolicy: "no-referrer" };
+  const options = { headers, signal, credentials: "omit", redirect: "error", cache: "no-store",
+    referrerPolicy: "no-referrer" };
   if (body) Object.assign(options, { method: "POST", body: JSON.stringify(body) });
   const answer = await fetch(`../${path}`, options);
   const date = Date.parse(answer.headers.get("Date"));
@@ -175,7 +176,8 @@ async function look() {
   const known = new Set(rows.map(row => `${row.channel} ${row.name}`));
   for (const [channel, its] of inbox.flatMap(answer => Object.entries(answer.recipients))) {
     for (const [name, unread] of Object.entries(its)) {
-      if (unread && !known.has(`${channel} ${name}`)) rows.push({ name, channel, online: false, listens: false, unread });
+      if (unread && !known.has(`${channel} ${name}`)) rows.push({ name, channel, online: false, listens: false,
+        unread });
     }
   }
   bus.agents = rows;
@@ -247,7 +249,8 @@ export async function older() {
 
 // Send, and try again with the same key while it is not known whether the bus has it.
 export async function send(message) {
-  const key = Date.now().toString(16).padStart(12, "0") + [...crypto.getRandomValues(new Uint8Array(8))].map(n => n.toString(16).padStart(2, "0")).join("");
+  const key = Date.now().toString(16).padStart(12,
+    "0") + [...crypto.getRandomValues(new Uint8Array(8))].map(n => n.toString(16).padStart(2, "0")).join("");
   for (let tries = 0; ; tries += 1) {
     try {
       return await ask("send", { ...message, key });

@@ -26,9 +26,13 @@ export function fill(node, ...children) {
 }
 
 // What is invisible, or changes the order of what is beside it: controls, bidi, zero widths, tags, lone surrogates.
-const HIDDEN = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u00ad\u061c\u115f\u1160\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\u3164\ufeff\uffa0\ufff9-\ufffb]|[\ud800-\udfff](?![\udc00-\udfff])(?<![\ud800-\udbff][\udc00-\udfff])|[\u{e0000}-\u{e0fff}]/gu;
+const HIDDEN = new RegExp(
+  String.raw`[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u00ad\u061c\u115f\u1160\u180e\u200b\u200e\u200f\u2028-\u202e]` +
+    String.raw`|[\u2060-\u206f\u3164\ufeff\uffa0\ufff9-\ufffb\u{e0000}-\u{e0fff}]|[\u{d800}-\u{dfff}]`, "gu");
 // A joiner stays inside an emoji, and in scripts that need it; elsewhere it is hidden text.
-const JOINER = /(?<![\p{Extended_Pictographic}\p{Emoji_Modifier}\ufe0f\p{L}\p{M}])[\u200c\u200d]|[\u200c\u200d](?![\p{Extended_Pictographic}\p{L}])/gu;
+const JOINER = new RegExp(
+  String.raw`(?<![\p{Extended_Pictographic}\p{Emoji_Modifier}\ufe0f\p{L}\p{M}])[\u200c\u200d]` +
+    String.raw`|(?<=\p{Script=Latin})[\u200c\u200d]|[\u200c\u200d](?![\p{Extended_Pictographic}\p{L}])`, "gu");
 const STACK = /(\p{M}{4})\p{M}+/gu; // more marks on one letter than any script needs
 
 const escaped = found => `\\u{${found.codePointAt(0).toString(16)}}`;
@@ -84,7 +88,7 @@ export function initials(name) {
 export function colour(name) {
   let sum = 7;
   for (const letter of name) sum = (sum * 31 + letter.charCodeAt(0)) >>> 0;
-  return `hsl(${(sum * 47) % 360} 48% 28%)`; // white letters on each of these have a contrast of 5.2 or more
+  return `oklch(0.49 0.1 ${(sum * 47) % 360})`; // one lightness: white letters have a contrast above 5 on all
 }
 
 export const clock = ts => new Date(ts * 1000).toTimeString().slice(0, 8);

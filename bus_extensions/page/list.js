@@ -9,7 +9,8 @@ export class List {
   constructor({ label, draw, end = () => {}, height = () => 46 }) {
     Object.assign(this, { draw, end, height, items: [], drawn: new Map() });
     this.space = h("div", { class: "space", role: "list", "aria-label": label });
-    this.node = h("div", { class: "list", tabindex: 0, role: "group", "aria-label": label, onscroll: () => this.show() }, this.space);
+    this.node = h("div", { class: "list", tabindex: 0, role: "group", "aria-label": label,
+      onscroll: () => this.show() }, this.space);
     new ResizeObserver(() => this.show(true)).observe(this.node);
   }
 

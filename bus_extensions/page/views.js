@@ -1,23 +1,25 @@
 // The views: each is {node, update(what)}. They read `bus`, and change nothing but their own nodes.
 
-import { MOST, ask, bus, callMe, isNew, now, older, readMail, readsMail, sawMail, speaks } from "./bus.js";
-import { badge, clock, day, fill, h, many, plain, prose, shown, span } from "./dom.js";
+import { MOST, ask, bus, now, older, speaks } from "./bus.js";
+import { badge, clock, fill, h, many, plain, shown, span } from "./dom.js";
 import { bars, ring, table } from "./draw.js";
 import { List } from "./list.js";
 import * as look from "./look.js";
 
 const phone = matchMedia("(max-width: 700px)");
 const high = () => (phone.matches ? 68 : 46);
-const words = error => error.message || "the bus is out of reach";
+export const words = error => error.message || "the bus is out of reach";
 
 export const link = (path, ...children) => h("a", { href: `#/${path}` }, children);
-const mark = kind => h("span", { class: `mark ${kind}`, "aria-hidden": "true" }, look.WORDS[kind]?.[1] ?? "✉");
-const card = (title, aside, ...children) => h("section", { class: "card" }, h("header", {}, h("h2", {}, title), h("p", { class: "dim" }, aside)), children);
+const mark = kind => h("span", { class: `mark ${kind}`, "aria-hidden": "true" }, look.WORDS[kind]?.sign ?? "✉");
+const card = (title, aside, ...children) => h("section", { class: "card" },
+  h("header", {}, h("h2", {}, title), h("p", { class: "dim" }, aside)), children);
 
 export const noteOfRights = () => {
   if (bus.me.send_only) return "This token may only send: you see what you sent yourself.";
-  if (!bus.me.operator) return `You see who is there, and the mail of ${bus.me.reads.join(", ") || "nobody"}. An operator's token shows everything.`;
-  return "";
+  const reads = bus.me.reads.join(", ") || "nobody";
+  const says = `You see who is there, and the mail of ${reads}. An operator's token shows everything.`;
+  return bus.me.operator ? "" : says;
 };
 
 // Now
@@ -30,17 +32,20 @@ export function nowView({ say }) {
     drawn = Date.now();
     const rows = look.agents(), me = speaks();
     if (!bus.messages.length && !rows.length) return fill(node, empty(say));
-    const pairs = look.pairs(30).filter(pair => !look.isDead(pair.to)), troubled = new Set(look.inTrouble(rows).map(row => row.name));
+    const pairs = look.pairs(30).filter(pair => !look.isDead(pair.to)),
+      troubled = new Set(look.inTrouble(rows).map(row => row.name));
     if (!parts.trouble) {
       for (const part of ["trouble", "agents", "minutes", "ring", "said"]) parts[part] = h("div", { class: part });
       fill(node, h("h1", { class: "only-spoken" }, "Now"), parts.trouble,
-        h("div", { class: "two" }, parts.agents, h("div", {}, bus.me.operator && [parts.minutes, parts.ring])), parts.said);
+        h("div", { class: "two" }, parts.agents, h("div", {}, bus.me.operator && [parts.minutes, parts.ring])),
+          parts.said);
     }
     fill(parts.trouble, troubleCards(look.troubles(rows, me)));
     if (!parts.agents.contains(document.activeElement)) fill(parts.agents, agentsCard(rows));
     if (bus.me.operator) {
       fill(parts.minutes, minutesCard());
-      if (!hovered()) fill(parts.ring, pairs.length ? card("Who talks to whom", "30 minutes", ring(pairs, troubled), table(pairs)) : []);
+      if (!hovered()) fill(parts.ring, pairs.length ? card("Who talks to whom", "30 minutes", ring(pairs, troubled),
+        table(pairs)) : []);
     }
     if (!parts.said.contains(document.activeElement)) fill(parts.said, lastSaid());
   }
@@ -55,8 +60,10 @@ export function nowView({ say }) {
 
 function troubleCards(found) {
   if (!found.length) return h("p", { class: "quiet" }, mark("listening"), " Nothing is stuck.");
-  return h("ul", { class: "cards" }, found.map(each => h("li", { class: `card trouble-card ${each.kind}` }, mark(each.kind),
-    h("div", {}, h("h2", {}, each.title), h("p", { class: "dim" }, each.words)), h("a", { href: each.to, "aria-label": `look: ${each.title}` }, "look"))));
+  return h("ul", { class: "cards" }, found.map(each => h("li", { class: `card trouble-card ${each.kind}` },
+    mark(each.kind),
+    h("div", {}, h("h2", {}, each.title), h("p", { class: "dim" }, each.words)),
+      h("a", { href: each.to, "aria-label": `look: ${each.title}` }, "look"))));
 }
 
 const CELLS = 12; // names, from which on a field of cells comes first
@@ -64,31 +71,41 @@ const CELLS = 12; // names, from which on a field of cells comes first
 function agentsCard(rows) {
   const counts = new Map();
   for (const row of rows) counts.set(row.state.kind, (counts.get(row.state.kind) || 0) + 1);
-  const legend = [...counts].map(([kind, number]) => h("span", {}, mark(kind), ` ${number} ${look.WORDS[kind][0]}`));
+  const legend = [...counts].map(([kind, number]) => h("span", {}, mark(kind),
+    ` ${number} ${look.WORDS[kind][number === 1 ? "one" : "more"]}`));
   const worst = rows.length > CELLS ? rows.slice(0, 8) : rows, said = look.minutesByName(15);
   const cells = rows.length > CELLS && h("ul", { class: "cells" }, rows.slice(0, 600).map(row =>
-    h("li", {}, h("a", { href: `#/agents/${row.name}`, class: `cell ${row.state.kind}`, title: `${row.name}: ${row.state.words}`, "aria-label": `${row.name}: ${row.state.words}` }))));
+    h("li", {}, h("a", { href: `#/agents/${row.name}`, class: `cell ${row.state.kind}`,
+      title: `${row.name}: ${row.state.words}`, "aria-label": `${row.name}: ${row.state.words}` }))));
   const all = rows.length > CELLS && h("p", {}, link("agents", `all ${rows.length}`));
-  return card(many(rows.length, "agent"), legend, cells, h("ul", { class: "agent-rows" }, worst.map(row => h("li", {}, agentRow(row, said.get(row.name))))), all);
+  return card(many(rows.length, "agent"), legend, cells,
+    h("ul", { class: "agent-rows" }, worst.map(row => h("li", {}, agentRow(row, said.get(row.name))))), all);
 }
 
 function agentRow(row, said) {
   return h("a", { class: "agent-row", href: `#/agents/${row.name}` }, badge(row.name),
-    h("span", { class: "who" }, h("b", {}, row.name), h("span", { class: "dim line" }, mark(row.state.kind), " ", plain(row.state.words, 200))),
-    said && bars(said, { width: 75, height: 22, label: `${many(said.reduce((a, b) => a + b), "message")} in 15 minutes` }),
+    h("span", { class: "who" }, h("b", {}, row.name),
+      h("span", { class: "dim line" }, mark(row.state.kind), " ", plain(row.state.words, 200))),
+    said && bars(said, { width: 75, height: 22,
+      label: `${many(said.reduce((a, b) => a + b), "message")} in 15 minutes` }),
     row.unread ? h("span", { class: "count" }, row.unread) : null);
 }
 
 function minutesCard() {
   const values = look.minutes(30), oldest = bus.messages.at(-1)?.ts;
-  const since = bus.next != null && oldest && now() - oldest < 1800 ? `since ${clock(oldest)}: what was loaded` : "30 minutes";
-  return card("Messages per minute", since, bars(values, { width: 520, height: 60, axis: true, label: `Messages in each of the last 30 minutes, now last: ${values.join(", ")}` }),
-    h("p", { class: "dim scale" }, h("span", {}, "30 min ago"), h("span", {}, `most: ${Math.max(...values)} a minute`), h("span", {}, "now")));
+  const since = bus.next != null && oldest && now() - oldest < 1800 ? `since ${clock(oldest)}: what was loaded`
+    : "30 minutes";
+  return card("Messages per minute", since, bars(values,
+    { width: 520, height: 60, axis: true,
+    label: `Messages in each of the last 30 minutes, now last: ${values.join(", ")}` }),
+    h("p", { class: "dim scale" }, h("span", {}, "30 min ago"), h("span", {}, `most: ${Math.max(...values)} a minute`),
+      h("span", {}, "now")));
 }
 
 function lastSaid() {
   const six = look.rows(bus.messages.slice(0, 200), new Set()).slice(0, 6);
-  return six.length ? card("Last said", link("messages", "all messages"), h("div", { class: "plain-rows" }, six.map(row => h("div", { class: "row" }, messageRow(row))))) : [];
+  return six.length ? card("Last said", link("messages", "all messages"),
+    h("div", { class: "plain-rows" }, six.map(row => h("div", { class: "row" }, messageRow(row))))) : [];
 }
 
 const here = () => location.href.replace(/\/ui\/.*$/, ""); // the URL of the bus
@@ -98,14 +115,18 @@ function empty(say) {
   const lines = [
     ["Say something from a shell", `curl -s '${url}/send?from=me&to=bob' --data-binary 'hello'`],
     ["Listen as bob", `curl -s '${url}/recv?to=bob&since=0&block=true'`],
-    ["Or get the client, which reconnects and remembers", `curl -sO ${url}/bus_recv.py; AGENT_BUS_URL=${url} python3 bus_recv.py bob`],
+    ["Or get the client, which reconnects and remembers",
+      `curl -sO ${url}/bus_recv.py; AGENT_BUS_URL=${url} python3 bus_recv.py bob`],
   ];
-  const who = bus.me.open ? "This bus has no tokens: whoever reaches this address may read and write everything." : "This bus has tokens: each program needs one of its own.";
-  return card("Nothing was said yet", who, lines.map(([title, line]) => [h("h3", {}, title), command(line)]), h("p", {}, h("button", { class: "main", onclick: () => say() }, "Say something here")));
+  const who = bus.me.open ? "This bus has no tokens: whoever reaches this address may read and write everything."
+    : "This bus has tokens: each program needs one of its own.";
+  return card("Nothing was said yet", who, lines.map(([title, line]) => [h("h3", {}, title), command(line)]),
+    h("p", {}, h("button", { class: "main", onclick: () => say() }, "Say something here")));
 }
 
 function command(line) {
-  const copy = navigator.clipboard && h("button", { type: "button", onclick: () => navigator.clipboard.writeText(line) }, "Copy");
+  const copy = navigator.clipboard && h("button", { type: "button",
+    onclick: () => navigator.clipboard.writeText(line) }, "Copy");
   return h("div", { class: "command" }, h("code", { tabindex: 0 }, line), copy);
 }
 
@@ -113,26 +134,35 @@ function command(line) {
 
 export function messageRow(row, unfold) {
   const { message } = row;
-  const who = [badge(message.from), h("b", {}, message.from), " → ", h("span", { class: "dim" }, plain(row.to.join(", "), 60))];
+  const who = [badge(message.from), h("b", {}, message.from), " → ",
+    h("span", { class: "dim" }, plain(row.to.join(", "), 60))];
   if (row.fold) {
-    return h("button", { type: "button", class: "message-row", onclick: () => unfold?.(row.fold) }, h("time", {}, clock(message.ts)), h("span", { class: "who" }, who),
+    return h("button", { type: "button", class: "message-row", onclick: () => unfold?.(row.fold) },
+      h("time", {}, clock(message.ts)), h("span", { class: "who" }, who),
       h("span", { class: "line" }, `${row.number} messages in this minute - show`));
   }
   const subject = message.subject ? h("b", {}, plain(shown(message.subject), 80), " ") : null;
-  return h("a", { class: "message-row", href: `#/messages?id=${message.id}`, "data-id": message.id }, h("time", {}, clock(message.ts)), h("span", { class: "who" }, who),
-    h("span", { class: "line" }, message.priority === "high" && h("span", { class: "count" }, "high"), subject, plain(shown(message.msg), 300)));
+  return h("a", { class: "message-row", href: `#/messages?id=${message.id}`, "data-id": message.id },
+    h("time", {}, clock(message.ts)), h("span", { class: "who" }, who),
+    h("span", { class: "line" }, message.priority === "high" && h("span", { class: "count" }, "high"), subject,
+      plain(shown(message.msg), 300)));
 }
 
 export function messagesView({ spoken }) {
   const unfolded = new Set();
   let paused = false, frozen = null;
-  const filter = h("input", { type: "search", id: "filter", placeholder: "Filter: words, from:alice, to:bob, #channel", "aria-label": "Filter", oninput: () => live() });
+  const filter = h("input", { type: "search", id: "filter", placeholder: "Filter: words, from:alice, to:bob, #channel",
+    "aria-label": "Filter", oninput: () => live() });
   const pause = h("button", { type: "button", "aria-pressed": "false", onclick: () => setPaused(!paused) }, "Pause");
-  const pill = h("button", { type: "button", class: "pill", hidden: true, onclick: () => { setPaused(false); list.node.scrollTop = 0; live(); } });
+  const pill = h("button", { type: "button", class: "pill", hidden: true,
+    onclick: () => { setPaused(false); list.node.scrollTop = 0; live(); } });
   const foot = h("p", { class: "dim foot" });
-  const list = new List({ label: "Messages, the newest first", draw: row => messageRow(row, unfold), height: high, end: older });
-  list.node.addEventListener("scroll", () => (frozen && list.isAtTop && !paused ? live() : !frozen && !list.isAtTop && freeze()));
-  const node = h("div", { class: "messages" }, h("h1", { class: "only-spoken" }, "Messages"), h("div", { class: "tools" }, filter, pause), pill, list.node, foot);
+  const list = new List({ label: "Messages, the newest first", draw: row => messageRow(row, unfold), height: high,
+    end: older });
+  list.node.addEventListener("scroll", () => (frozen && list.isAtTop && !paused ? live() : !frozen && !list.isAtTop
+    && freeze()));
+  const node = h("div", { class: "messages" }, h("h1", { class: "only-spoken" }, "Messages"),
+    h("div", { class: "tools" }, filter, pause), pill, list.node, foot);
 
   function unfold(key) {
     unfolded.add(key);
@@ -162,110 +192,45 @@ export function messagesView({ spoken }) {
     pill.hidden = fresh < 1;
     pill.textContent = many(fresh, "new message");
     if (fresh > 0) spoken(many(fresh, "new message"));
-    const far = bus.capped ? `; ${MOST.toLocaleString("en")} are kept here, search further back with agent-bus log` : bus.next != null ? "; older ones come as you scroll" : ", from the first on";
-    foot.textContent = (filter.value ? `${many(list.items.length, "row")} of ` : "") + `${many(bus.messages.length, "message")} loaded${far}`;
+    const far = bus.capped ? `; ${MOST.toLocaleString("en")} are kept here, search further back with agent-bus log`
+      : bus.next != null ? "; older ones come as you scroll" : ", from the first on";
+    foot.textContent = (filter.value ? `${many(list.items.length, "row")} of `
+      : "") + `${many(bus.messages.length, "message")} loaded${far}`;
   }
   function update(what) {
-    if (what === "older" && frozen) frozen = [...frozen, ...bus.messages.slice(bus.messages.findIndex(message => message.id === frozen.at(-1)?.id) + 1)];
+    if (what === "older" && frozen) frozen = [...frozen,
+      ...bus.messages.slice(bus.messages.findIndex(message => message.id === frozen.at(-1)?.id) + 1)];
     if (what === "older" || !frozen) draw(frozen ?? bus.messages);
     else if (what === "messages") count();
   }
   function move(by) {
-    const all = [...list.node.querySelectorAll(".message-row")].sort((a, b) => a.getBoundingClientRect().top - b.getBoundingClientRect().top);
+    const all = [...list.node.querySelectorAll(".message-row")].sort((a,
+      b) => a.getBoundingClientRect().top - b.getBoundingClientRect().top);
     const at = all.indexOf(document.activeElement);
-    const next = at < 0 ? all.find(each => each.getBoundingClientRect().top >= list.node.getBoundingClientRect().top) : all[at + by];
+    const next = at < 0 ? all.find(each => each.getBoundingClientRect().top >= list.node.getBoundingClientRect().top)
+      : all[at + by];
     next?.focus();
   }
   live();
   return { node, update, move, focus: () => filter.focus(), pause: () => setPaused(!paused) };
 }
 
-// The conversation of two
-
-export function conversationView({ say }, one, other) {
-  const node = h("div", { class: "conversation" }), box = h("div", { class: "talk" });
-  let found = [], problem = "";
-  const near = message => (message.from === one && message.to === other) || (message.from === other && message.to === one);
-  const back = speaks() === one ? other : one;
-  fill(node, h("h1", {}, badge(one), " ", one, " and ", badge(other), " ", other),
-    h("p", {}, link("messages", "all messages"), " ", link(`agents/${one}`, `about ${one}`), " ", link(`agents/${other}`, `about ${other}`)),
-    box, h("p", {}, h("button", { class: "main", onclick: () => say({ to: back }) }, `Say something to ${back}`)));
-  ask(`log?before=now&with=${one},${other}&max=300`).then(answer => (found = answer.messages), error => (problem = words(error))).then(update);
-  function update(what) {
-    if (what === "agents") return;
-    const known = new Set(found.map(message => message.id));
-    found = [...bus.messages.filter(message => near(message) && !known.has(message.id)), ...found].sort((a, b) => b.ts - a.ts);
-    fill(box, problem && h("p", { class: "problem" }, problem), found.length ? [...found].reverse().map(message => bubble(message, message.from === other)) : h("p", { class: "dim" }, "Nothing yet."));
-  }
-  update();
-  return { node, update };
-}
-
-const LINES = 12;
-
-function bubble(message, right) {
-  const text = shown(message.msg), long = text.split("\n").length > LINES || text.length > 1500;
-  const body = h("div", { class: long ? "body clipped" : "body", dir: "auto" }, prose(text));
-  const all = long && h("button", { type: "button", onclick: () => { body.classList.remove("clipped"); all.remove(); } }, "show all");
-  return h("article", { class: right ? "bubble right" : "bubble" }, h("p", { class: "dim" }, h("b", {}, message.from), " ", h("a", { href: `#/messages?id=${message.id}` }, `${day(message.ts)} ${clock(message.ts)}`)),
-    message.subject && h("p", {}, h("b", {}, plain(shown(message.subject), 200))), body, all);
-}
-
-// The person's own mail
-
-export function mailView({ say }) {
-  const node = h("div", { class: "conversation" }), box = h("div", { class: "talk" }), watched = new Map();
-  // Half of a message on the screen, or half of the screen full of it, counts as seen.
-  const eyes = new IntersectionObserver(entries => entries.forEach(({ isIntersecting, target, intersectionRatio, intersectionRect }) => {
-    const looked = isIntersecting && (intersectionRatio >= 0.5 || intersectionRect.height > innerHeight / 2);
-    if (looked && watched.has(target)) sawMail(watched.get(target));
-  }), { threshold: [0, 0.1, 0.25, 0.5, 1] });
-  function update(what) {
-    if (what === "messages" || what === "older") return;
-    if (!readsMail()) return fill(node, readHere(update));
-    if (box.parentNode !== node) fill(node, h("h1", {}, "Mail for ", badge(speaks()), " ", speaks()), box);
-    const drawn = new Set([...watched.values()].map(message => message.id));
-    if (!bus.mail.length) fill(box, h("p", { class: "quiet" }, "Nothing waits for you."));
-    else if (!drawn.size) fill(box);
-    for (const message of bus.mail.filter(each => !drawn.has(each.id))) {
-      const answer = h("button", { type: "button", onclick: () => say({ to: message.from, reply_to: message.id }) }, "Answer");
-      const letter = bubble(message, false);
-      letter.append(h("p", { class: "buttons" }, answer));
-      letter.classList.toggle("new", isNew(message));
-      watched.set(letter, message);
-      box.append(letter);
-      eyes.observe(letter);
-    }
-  }
-  update();
-  return { node, update, leave: () => eyes.disconnect() };
-}
-
-function readHere(update) {
-  const name = h("input", { id: "mail-name", value: speaks(), required: true, pattern: "[A-Za-z0-9._:@\\-]{1,64}", readonly: Boolean(bus.me.name), autocomplete: "off" });
-  const form = h("form", { class: "card login", onsubmit: event => {
-    event.preventDefault();
-    if (!bus.me.name) callMe(name.value.trim());
-    readMail().then(update, error => fill(problem, words(error)));
-  } }, h("h1", {}, "Read my mail here"), h("label", { for: "mail-name" }, bus.me.name ? "Your token's name" : "Your name"), name,
-    h("p", { class: "dim" }, "While this tab is open you are listening, and what was on your screen is read. If a program reads the mail of this name, it does not get what you have read here."),
-    h("button", { class: "main" }, "Read my mail here"));
-  const problem = h("p", { class: "problem", role: "alert" });
-  form.append(problem);
-  return form;
-}
-
 // Agents
 
 export function agentsView() {
-  const filter = h("input", { type: "search", id: "filter", placeholder: "Filter by name or state: dell, deaf, away", "aria-label": "Filter", oninput: () => update() });
-  const list = new List({ label: "Agents, those in trouble first", draw: row => agentRow(row, null), height: () => 60 });
-  const node = h("div", { class: "messages" }, h("h1", { class: "only-spoken" }, "Agents"), h("div", { class: "tools" }, filter), list.node);
+  const filter = h("input", { type: "search", id: "filter", placeholder: "Filter by name or state: dell, deaf, away",
+    "aria-label": "Filter", oninput: () => update() });
+  const list = new List({ label: "Agents, those in trouble first", draw: row => agentRow(row, null),
+    height: () => 60 });
+  const node = h("div", { class: "messages" }, h("h1", { class: "only-spoken" }, "Agents"),
+    h("div", { class: "tools" }, filter), list.node);
   function update(what) {
     if (what === "messages" || what === "older") return;
     const text = filter.value.trim().toLowerCase();
-    const rows = look.agents().filter(row => !text || `${row.name} ${row.state.kind} ${row.state.words}`.toLowerCase().includes(text));
-    list.set(rows.map(row => ({ ...row, key: `${row.channel} ${row.name}`, mark: `${row.state.kind} ${row.state.words} ${row.unread}` })));
+    const rows = look.agents().filter(row => !text
+      || `${row.name} ${row.state.kind} ${row.state.words}`.toLowerCase().includes(text));
+    list.set(rows.map(row => ({ ...row, key: `${row.channel} ${row.name}`,
+      mark: `${row.state.kind} ${row.state.words} ${row.unread}` })));
   }
   update();
   return { node, update, focus: () => filter.focus() };
@@ -277,24 +242,34 @@ export function agentView({ say }, name) {
     if (what === "older" || (what && node.contains(document.activeElement))) return;
     const rows = look.agents().filter(row => row.name === name);
     const talked = look.pairs(24 * 60).filter(pair => pair.from === name || pair.to === name).slice(0, 12);
-    fill(node, h("h1", {}, badge(name), " ", name), h("p", {}, h("button", { class: "main", onclick: () => say({ to: name }) }, `Say something to ${name}`)),
-      rows.length ? rows.map(row => card(row.channel === "default" ? "State" : `On channel ${row.channel}`, [mark(row.state.kind), " ", plain(row.state.words, 600)], details(row), help(row)))
+    fill(node, h("h1", {}, badge(name), " ", name),
+      h("p", {}, h("button", { class: "main", onclick: () => say({ to: name }) }, `Say something to ${name}`)),
+      rows.length ? rows.map(row => card(row.channel === "default" ? "State" : `On channel ${row.channel}`,
+        [mark(row.state.kind), " ", plain(row.state.words, 600)], details(row), help(row)))
         : card("State", "", h("p", {}, `Nobody has listened as ${name} or sent as ${name}.`)),
-      talked.length ? card("Whom it talks with", "what was loaded", h("ul", {}, talked.map(pair => h("li", {}, link(`messages/${pair.from}/${pair.to}`, `${pair.from} → ${pair.to}`), ` ${many(pair.n, "message")}`)))) : null);
+      talked.length ? card("Whom it talks with", "what was loaded",
+        h("ul", {}, talked.map(pair => h("li", {},
+        link(`messages/${pair.from}/${pair.to}`, `${pair.from} → ${pair.to}`),
+        ` ${many(pair.n, "message")}`)))) : null);
   }
   update();
   return { node, update };
 }
 
 function details(row) {
-  const rows = [["unread", row.unread], ["address", row.address], ["programs that read it", row.readers > 1 && `${row.readers}: they take each other's mail`],
-    ["folder", row.status?.cwd], ["branch", row.status?.branch], ["last sent", row.sent && `${span(now() - row.sent)} ago`]];
-  return h("dl", {}, rows.filter(([, value]) => value).map(([title, value]) => [h("dt", {}, title), h("dd", {}, plain(shown(value), 300))]));
+  const rows = [["unread", row.unread], ["address", row.address],
+    ["programs that read it", row.readers > 1 && `${row.readers}: they take each other's mail`],
+    ["folder", row.status?.cwd], ["branch", row.status?.branch],
+      ["last sent", row.sent && `${span(now() - row.sent)} ago`]];
+  return h("dl", {}, rows.filter(([, value]) => value).map(([title, value]) => [h("dt", {}, title), h("dd", {},
+    plain(shown(value), 300))]));
 }
 
 function help(row) {
   if (row.state.kind !== "deaf") return null;
-  return [h("h3", {}, "What may help"), h("p", {}, `Nobody listens as ${row.name}. On its machine, this reads its mail:`), command(`AGENT_BUS_URL=${here()} python3 bus_recv.py ${row.name}`)];
+  return [h("h3", {}, "What may help"), h("p", {},
+    `Nobody listens as ${row.name}. On its machine, this reads its mail:`),
+    command(`AGENT_BUS_URL=${here()} python3 bus_recv.py ${row.name}`)];
 }
 
 // Work
@@ -304,8 +279,8 @@ export function workView() {
   let asked = 0, failed = [];
   async function fetchLetters() {
     const found = [];
-    for (const queue of look.agents().filter(row => row.work?.dead)) {
-      const answer = await ask(`log?before=now&to=${queue.name}.dead&channel=${queue.channel}&max=50`).catch(() => null);
+    for (const { name, channel } of look.agents().filter(row => row.work?.dead)) {
+      const answer = await ask(`log?before=now&to=${name}.dead&channel=${channel}&max=50`).catch(() => null);
       found.push(...(answer?.messages ?? []));
     }
     failed = found;
@@ -322,11 +297,18 @@ export function workView() {
   }
   function draw() {
     const queues = look.agents().filter(row => row.work);
-    fill(node, h("h1", { class: "only-spoken" }, "Work"), queues.length ? h("ul", { class: "cards" }, queues.map(queueCard)) : h("p", { class: "quiet" }, "No queue has jobs. A worker makes one: agent-bus work NAME --exec COMMAND"),
-      failed.length ? card(many(failed.length, "failed job"), "given up after all attempts; they wait for you", failed.map(letter => h("article", { class: "letter" },
-        h("p", {}, badge(letter.from), " ", h("b", {}, queueOf(letter)), h("span", { class: "dim" }, ` from ${letter.from} · ${many(letter.attempts, "attempt")} · ${clock(letter.ts)}`)),
-        h("p", { class: "problem" }, plain(shown(letter.reason ?? "no reason was given"), 500)), h("p", {}, plain(shown(letter.msg), 500)),
-        h("p", {}, h("button", { type: "button", onclick: () => again(letter) }, "Send again"), " ", h("a", { href: `#/messages?id=${letter.id}` }, "details"))))) : null, result);
+    fill(node, h("h1", { class: "only-spoken" }, "Work"),
+      queues.length ? h("ul", { class: "cards" }, queues.map(queueCard))
+      : h("p", { class: "quiet" }, "No queue has jobs. A worker makes one: agent-bus work NAME --exec COMMAND"),
+      failed.length ? card(many(failed.length, "failed job"), "given up after all attempts; they wait for you",
+        failed.map(letter => h("article", { class: "letter" },
+        h("p", {}, badge(letter.from), " ", h("b", {}, queueOf(letter)),
+          h("span", { class: "dim" },
+          ` from ${letter.from} · ${many(letter.attempts, "attempt")} · ${clock(letter.ts)}`)),
+        h("p", { class: "problem" }, plain(shown(letter.reason ?? "no reason was given"), 500)),
+          h("p", {}, plain(shown(letter.msg), 500)),
+        h("p", {}, h("button", { type: "button", onclick: () => again(letter) }, "Send again"), " ",
+          h("a", { href: `#/messages?id=${letter.id}` }, "details"))))) : null, result);
   }
   function update(what) {
     if (what === "messages" || what === "older" || node.contains(document.activeElement)) return;
@@ -350,6 +332,9 @@ function queueCard(row) {
     part.style.flexGrow = number;
     return number ? part : null;
   }));
-  return h("li", { class: "card" }, h("header", {}, h("h2", {}, row.name), h("p", { class: "dim" }, mark(workers ? "listening" : "away"), ` ${workers ? many(workers, "worker") : "no worker"}`)), bar,
-    h("dl", { class: "numbers" }, numbers.map(([title, number]) => h("div", { class: title.replace(" ", "-") }, h("dt", {}, title), h("dd", {}, number)))));
+  return h("li", { class: "card" }, h("header", {}, h("h2", {}, row.name),
+    h("p", { class: "dim" }, mark(workers ? "listening" : "away"),
+    ` ${workers ? many(workers, "worker") : "no worker"}`)), bar,
+    h("dl", { class: "numbers" }, numbers.map(([title, number]) => h("div", { class: title.replace(" ", "-") }, h("dt",
+      {}, title), h("dd", {}, number)))));
 }
