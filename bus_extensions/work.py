@@ -315,7 +315,7 @@ class Again(Operation):
     def apply(self, state: State, now: Now) -> int:
         letter = state.message(self.tick)
         work = state.writing.execute("SELECT due, lease FROM work WHERE tick = ?", (self.tick,)).fetchone()
-        if not letter or is_expired(letter, now) or (work and work[0] is None):
+        if not letter or not letter.to.endswith(DEAD) or is_expired(letter, now) or (work and work[0] is None):
             raise Refused(409, "this dead letter is gone: it was sent again, settled, or has expired")
         if work and work[1] is not None and work[0] > now.steady:
             raise Refused(409, "a worker has this dead letter: wait until its lease ends")

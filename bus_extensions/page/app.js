@@ -66,14 +66,24 @@ function go() {
 const PLAIN = "This connection is not encrypted: whoever is on the way can read everything, the token too.";
 const note = text => text && h("p", { class: "note" }, text);
 
+let tabs = ""; // what they show
 // The bar above, or the tabs below, with what needs a look
 function frame() {
   const { parts } = place(), troubled = look.inTrouble(look.agents()).length, failed = look.failedJobs();
   const counts = { agents: troubled, work: failed };
-  fill($("views"), VIEWS.map(([path, title, sign]) => h("a", { href: `#/${path}`,
-    "aria-current": (parts[0] ?? "") === path ? "page" : null },
-    h("span", { class: "sign", "aria-hidden": "true" }, sign), title,
-      counts[path] ? h("span", { class: "alarm", "aria-label": `${counts[path]} need a look` }, counts[path]) : null)));
+  const tab = ([path, title, sign]) => {
+    const current = (parts[0] ?? "") === path ? "page" : null, count = counts[path];
+    const alarm = count && h("span", { class: "alarm", "aria-label": `${count} need a look` }, count);
+    return h("a", { href: `#/${path}`, "aria-current": current },
+      h("span", { class: "sign", "aria-hidden": "true" }, sign), title, alarm || null);
+  };
+  const drawn = JSON.stringify([counts, parts[0]]);
+  if (drawn !== tabs) { // else a tab that has the focus would lose it each second
+    const focused = $("views").contains(document.activeElement) && document.activeElement.getAttribute("href");
+    fill($("views"), VIEWS.map(tab));
+    if (focused) $("views").querySelector(`[href="${focused}"]`)?.focus();
+    tabs = drawn;
+  }
   const live = bus.phase === "live";
   $("live").textContent = live ? "● live" : bus.phase === "away" ? "○ out of reach" : "";
   $("live").className = live ? "good" : "";
@@ -94,15 +104,19 @@ setInterval(() => bus.phase === "away" && banner(), 1000);
 
 function login() {
   const field = h("input", { type: "password", id: "token", autocomplete: "off", required: true });
-  const form = h("form", { class: "card login",
-    onsubmit: event => { event.preventDefault(); takeToken(field.value.trim()); bus.phase = "start"; start(); } },
+  function submit(event) {
+    event.preventDefault();
+    takeToken(field.value.trim());
+    bus.phase = "start";
+    start();
+  }
+  const dim = text => h("p", { class: "dim" }, text);
+  const form = h("form", { class: "card login", onsubmit: submit },
     h("h1", {}, "This bus wants a token"), bus.refused && h("p", { class: "problem", role: "alert" }, bus.refused),
-      h("label", { for: "token" }, "Token"), field,
-    h("p", { class: "dim" }, "It stays in this tab, and is forgotten when you close it."),
-      note(!isSecureContext && PLAIN),
-    h("button", { class: "main" }, "Open"), h("p", { class: "dim" },
-      "On the machine of the bus, this prints a link for a person who may read everything:"),
-      h("code", { tabindex: 0 }, "agent-bus invite YOURNAME --operator --page --for 12h"));
+    h("label", { for: "token" }, "Token"), field, dim("It stays in this tab, and is forgotten when you close it."),
+    note(!isSecureContext && PLAIN), h("button", { class: "main" }, "Open"),
+    dim("On the machine of the bus, this prints a link for a person who may read everything:"),
+    h("code", { tabindex: 0 }, "agent-bus invite YOURNAME --operator --page --for 12h"));
   view?.leave?.();
   view = null;
   if ($("dialog").open) $("dialog").close();
@@ -123,48 +137,49 @@ async function openMessage(id) {
   if (panel.dataset.id === id) return;
   panel.dataset.id = id;
   draw(known, "", [], known ? "" : "Looking…");
-  const [answer, thread] = await Promise.all([ask(`message/${id}`).catch(error => ({ error })),
-    ask(`thread/${id}`).catch(() => ({ messages: [] }))]);
+  const asked = ask(`message/${id}`).catch(error => ({ error }));
+  const thread = await ask(`thread/${id}`).catch(() => ({ messages: [] })), answer = await asked;
   if (panel.dataset.id !== id) return;
   draw(answer.message ?? known, answer.error ? "" : receipt(answer), thread.messages, answer.error?.message ?? "");
   function draw(message, state, others, problem) {
     const head = h("header", {}, h("h2", { tabindex: -1 }, "Message"),
       h("button", { type: "button", "aria-label": "Close", onclick: leavePanel }, "✕"));
     fill(panel, head, problem && h("p", { class: "problem" }, problem), message && whole(message, state),
-      others.length > 1 && thread_(others, id));
+      others.length > 1 && threadOf(others, id));
     head.querySelector("h2").focus({ preventScroll: true });
   }
 }
 
+const UNREAD = "nobody has fetched it";
+
 function receipt({ state, by, at, message }) {
   const when = at && at - message.ts > 2 ? ` after ${Math.round(at - message.ts)} s` : "";
-  const sentences = { acknowledged: `read by ${by ?? message.to}${when}`,
-    fetched: `fetched by ${by ?? message.to}${when}`, queued: "nobody has fetched it", recalled: "taken back",
-    expired: "expired: nobody fetched it in time", dead: "given up after all attempts", sent: "to everybody" };
+  const who = by ?? message.to;
+  const sentences = {
+    acknowledged: `read by ${who}${when}`, fetched: `fetched by ${who}${when}`, queued: UNREAD, recalled: "taken back",
+    expired: "expired: nobody fetched it in time", dead: "given up after all attempts", sent: "to everybody",
+  };
   return sentences[state] ?? state;
 }
 
 const HEAD = new Set(["ts", "id", "from", "to", "msg", "subject", "bus"]);
 
 function whole(message, state) {
-  const own = message.from === (bus.me.name || speaks()), back = message.from;
+  const { from, to, ts, id, subject, msg } = message;
+  const button = (title, onclick, kind) => h("button", { type: "button", class: kind, onclick }, title);
   const members = Object.entries(message).filter(([name]) => !HEAD.has(name));
   const status = h("span", { class: "state", role: "status" }, state);
   return [
-    h("h3", {}, badge(message.from), " ", views.link(`agents/${message.from}`, message.from), " → ",
-      views.link(`agents/${message.to}`, message.to)),
-    h("p", { class: "dim" }, `${day(message.ts)} ${clock(message.ts)} `, state && status),
-    message.subject && h("p", {}, h("b", {}, plain(shown(message.subject), 300))),
-    h("div", { class: "body", dir: "auto" }, prose(shown(message.msg))),
-    h("p", { class: "buttons" }, h("button", { class: "main", type: "button", onclick: () => say({ to: back,
-      reply_to: message.id }) }, "Answer"), h("a",
-      { class: "button", href: `#/messages/${message.from}/${message.to}` }, "Conversation"),
-      navigator.clipboard && h("button", { type: "button",
-        onclick: () => navigator.clipboard.writeText(shown(message.msg)) }, "Copy"),
-      own && state === "nobody has fetched it" && h("button",
-        { type: "button", onclick: () => recall(message, status) }, "Take back")),
-    h("dl", {}, [...members, ["id", message.id]].map(([name, value]) => [h("dt", {}, plain(name, 60)),
-      h("dd", {}, plain(shown(value), 500))])),
+    h("h3", {}, badge(from), " ", views.link(`agents/${from}`, from), " → ", views.link(`agents/${to}`, to)),
+    h("p", { class: "dim" }, `${day(ts)} ${clock(ts)} `, state && status),
+    subject && h("p", {}, h("b", {}, plain(shown(subject), 300))),
+    h("div", { class: "body", dir: "auto" }, prose(shown(msg))),
+    h("p", { class: "buttons" }, button("Answer", () => say({ to: from, reply_to: id }), "main"),
+      h("a", { class: "button", href: `#/messages/${from}/${to}` }, "Conversation"),
+      navigator.clipboard && button("Copy", () => navigator.clipboard.writeText(shown(msg))),
+      from === speaks() && state === UNREAD && button("Take back", () => recall(message, status))),
+    h("dl", {}, [...members, ["id", id]].map(([name, value]) =>
+      [h("dt", {}, plain(name, 60)), h("dd", {}, plain(shown(value), 500))])),
   ];
 }
 
@@ -177,12 +192,12 @@ async function recall(message, status) {
   }
 }
 
-function thread_(messages, id) {
-  return [h("h3", {}, `Thread of ${messages.length}`),
-    h("ol", { class: "thread" }, messages.map(message => h("li", {}, h("a", { href: `#/messages?id=${message.id}`,
-    "aria-current": message.id === id ? "true" : null },
-    h("span", {}, badge(message.from), " ", h("b", {}, message.from), ` → ${message.to} `,
-      h("time", {}, clock(message.ts))), h("span", { class: "line dim" }, plain(shown(message.msg ?? ""), 200))))))];
+function threadOf(messages, here) {
+  const one = ({ id, from, to, ts, msg = "" }) =>
+    h("li", {}, h("a", { href: `#/messages?id=${id}`, "aria-current": id === here ? "true" : null },
+      h("span", {}, badge(from), " ", h("b", {}, from), ` → ${to} `, h("time", {}, clock(ts))),
+      h("span", { class: "line dim" }, plain(shown(msg), 200))));
+  return [h("h3", {}, `Thread of ${messages.length}`), h("ol", { class: "thread" }, messages.map(one))];
 }
 
 function closePanel() {
@@ -199,6 +214,8 @@ function leavePanel() {
 }
 
 // Say something
+
+const LOST = "The bus is out of reach: nothing is known of this message. Send it again when it is back.";
 
 function say({ to = "", reply_to = null, text: begun = "" } = {}) {
   const dialog = $("dialog"), known = names();
@@ -220,9 +237,9 @@ function say({ to = "", reply_to = null, text: begun = "" } = {}) {
     h("p", { class: "buttons" }, button, h("button", { type: "button", onclick: () => dialog.close() }, "Close")));
   function warn() {
     const name = receiver.value.trim();
-    const says = name === "all"
-      ? `This reaches ${many(bus.agents.filter(agent => agent.listens && agent.channel === "default").length, "name")}.`
-      : name && !known.includes(name) ? `Nobody has ever listened as ${name}.` : "";
+    const all = bus.agents.filter(agent => agent.listens && agent.channel === "default").length;
+    const nobody = name && !known.includes(name) ? `Nobody has ever listened as ${name}.` : "";
+    const says = name === "all" ? `This reaches ${many(all, "name")}.` : nobody;
     warning.hidden = !says;
     warning.textContent = says;
   }
@@ -238,12 +255,10 @@ function say({ to = "", reply_to = null, text: begun = "" } = {}) {
       const answer = await send(message);
       result.textContent = look.told(answer.receiver, message.to);
       text.value = "";
-      button.disabled = false;
     } catch (error) {
-      result.textContent = error.status ? error.message
-        : "The bus is out of reach: nothing is known of this message. Send it again when it is back.";
-      button.disabled = false;
+      result.textContent = error.status ? error.message : LOST;
     }
+    button.disabled = false;
   }
   fill(dialog, form);
   warn();
@@ -261,12 +276,12 @@ function help() {
     ["Enter", "open it"], ["Esc", "close"], ["c", "say something"], ["p", "pause"], ["?", "this"]];
   const off = h("input", { type: "checkbox", id: "keys-off", checked: keysOff(),
     onchange: () => localStorage.setItem(KEYS_OFF, off.checked ? "1" : "0") });
+  const button = (title, onclick) => h("button", { type: "button", onclick }, title);
   fill($("dialog"), h("h2", { id: "dialog-title" }, "Keys"),
     h("dl", { class: "keys" }, rows.map(([key, does]) => [h("dt", {}, h("kbd", {}, key)), h("dd", {}, does)])),
     h("p", {}, off, " ", h("label", { for: "keys-off" }, "single keys do nothing")),
-      h("p", { class: "buttons" }, bus.me.open ? null : h("button",
-      { type: "button", onclick: () => { $("dialog").close(); forgetToken(""); } }, "Forget the token"),
-      h("button", { type: "button", onclick: () => $("dialog").close() }, "Close")));
+    h("p", { class: "buttons" }, !bus.me.open && button("Forget the token", () => forgetToken("")),
+      button("Close", () => $("dialog").close())));
   $("dialog").showModal();
 }
 
@@ -275,8 +290,10 @@ document.addEventListener("keydown", event => {
   if (keysOff() || event.ctrlKey || event.metaKey || event.altKey || $("dialog").open
     || event.target.closest("input, textarea, select")) return;
   const number = "1234".indexOf(event.key);
-  const actions = { "/": () => view?.focus?.(), j: () => view?.move?.(1), k: () => view?.move?.(-1),
-    c: () => bus.phase === "live" && say(), p: () => view?.pause?.(), "?": help };
+  const actions = {
+    "/": () => view?.focus?.(), j: () => view?.move?.(1), k: () => view?.move?.(-1), p: () => view?.pause?.(),
+    c: () => bus.phase === "live" && say(), "?": help,
+  };
   if (number >= 0) location.hash = `#/${VIEWS[number][0]}`;
   else if (Object.hasOwn(actions, event.key)) actions[event.key]();
   else return;

@@ -32,20 +32,20 @@ export function nowView({ say }) {
     drawn = Date.now();
     const rows = look.agents(), me = speaks();
     if (!bus.messages.length && !rows.length) return fill(node, empty(say));
-    const pairs = look.pairs(30).filter(pair => !look.isDead(pair.to)),
-      troubled = new Set(look.inTrouble(rows).map(row => row.name));
+    const pairs = look.pairs(30).filter(pair => !look.isDead(pair.to));
+    const troubled = new Set(look.inTrouble(rows).map(row => row.name));
     if (!parts.trouble) {
       for (const part of ["trouble", "agents", "minutes", "ring", "said"]) parts[part] = h("div", { class: part });
-      fill(node, h("h1", { class: "only-spoken" }, "Now"), parts.trouble,
-        h("div", { class: "two" }, parts.agents, h("div", {}, bus.me.operator && [parts.minutes, parts.ring])),
-          parts.said);
+      const pictures = h("div", {}, bus.me.operator && [parts.minutes, parts.ring]);
+      const two = h("div", { class: "two" }, parts.agents, pictures);
+      fill(node, h("h1", { class: "only-spoken" }, "Now"), parts.trouble, two, parts.said);
     }
-    fill(parts.trouble, troubleCards(look.troubles(rows, me)));
+    if (!parts.trouble.contains(document.activeElement)) fill(parts.trouble, troubleCards(look.troubles(rows, me)));
     if (!parts.agents.contains(document.activeElement)) fill(parts.agents, agentsCard(rows));
     if (bus.me.operator) {
       fill(parts.minutes, minutesCard());
-      if (!hovered()) fill(parts.ring, pairs.length ? card("Who talks to whom", "30 minutes", ring(pairs, troubled),
-        table(pairs)) : []);
+      const who = () => card("Who talks to whom", "30 minutes", ring(pairs, troubled), table(pairs));
+      if (!hovered()) fill(parts.ring, pairs.length ? who() : []);
     }
     if (!parts.said.contains(document.activeElement)) fill(parts.said, lastSaid());
   }
@@ -60,10 +60,10 @@ export function nowView({ say }) {
 
 function troubleCards(found) {
   if (!found.length) return h("p", { class: "quiet" }, mark("listening"), " Nothing is stuck.");
-  return h("ul", { class: "cards" }, found.map(each => h("li", { class: `card trouble-card ${each.kind}` },
-    mark(each.kind),
-    h("div", {}, h("h2", {}, each.title), h("p", { class: "dim" }, each.words)),
-      h("a", { href: each.to, "aria-label": `look: ${each.title}` }, "look"))));
+  const one = ({ kind, title, words: why, to }) => h("li", { class: `card trouble-card ${kind}` }, mark(kind),
+    h("div", {}, h("h2", {}, title), h("p", { class: "dim" }, why)),
+    h("a", { href: to, "aria-label": `look: ${title}` }, "look"));
+  return h("ul", { class: "cards" }, found.map(one));
 }
 
 const CELLS = 12; // names, from which on a field of cells comes first
@@ -74,20 +74,23 @@ function agentsCard(rows) {
   const legend = [...counts].map(([kind, number]) => h("span", {}, mark(kind),
     ` ${number} ${look.WORDS[kind][number === 1 ? "one" : "more"]}`));
   const worst = rows.length > CELLS ? rows.slice(0, 8) : rows, said = look.minutesByName(15);
-  const cells = rows.length > CELLS && h("ul", { class: "cells" }, rows.slice(0, 600).map(row =>
-    h("li", {}, h("a", { href: `#/agents/${row.name}`, class: `cell ${row.state.kind}`,
-      title: `${row.name}: ${row.state.words}`, "aria-label": `${row.name}: ${row.state.words}` }))));
+  const cell = ({ name, state }) => {
+    const title = `${name}: ${state.words}`;
+    return h("li", {}, h("a", { href: `#/agents/${name}`, class: `cell ${state.kind}`, title, "aria-label": title }));
+  };
+  const cells = rows.length > CELLS && h("ul", { class: "cells" }, rows.slice(0, 600).map(cell));
   const all = rows.length > CELLS && h("p", {}, link("agents", `all ${rows.length}`));
   return card(many(rows.length, "agent"), legend, cells,
     h("ul", { class: "agent-rows" }, worst.map(row => h("li", {}, agentRow(row, said.get(row.name))))), all);
 }
 
+const sum = numbers => numbers.reduce((a, b) => a + b, 0);
+
 function agentRow(row, said) {
   return h("a", { class: "agent-row", href: `#/agents/${row.name}` }, badge(row.name),
     h("span", { class: "who" }, h("b", {}, row.name),
       h("span", { class: "dim line" }, mark(row.state.kind), " ", plain(row.state.words, 200))),
-    said && bars(said, { width: 75, height: 22,
-      label: `${many(said.reduce((a, b) => a + b), "message")} in 15 minutes` }),
+    said && bars(said, { width: 75, height: 22, label: `${many(sum(said), "message")} in 15 minutes` }),
     row.unread ? h("span", { class: "count" }, row.unread) : null);
 }
 
@@ -95,17 +98,18 @@ function minutesCard() {
   const values = look.minutes(30), oldest = bus.messages.at(-1)?.ts;
   const since = bus.next != null && oldest && now() - oldest < 1800 ? `since ${clock(oldest)}: what was loaded`
     : "30 minutes";
-  return card("Messages per minute", since, bars(values,
-    { width: 520, height: 60, axis: true,
-    label: `Messages in each of the last 30 minutes, now last: ${values.join(", ")}` }),
+  const label = `Messages in each of the last 30 minutes, now last: ${values.join(", ")}`;
+  return card("Messages per minute", since, bars(values, { width: 520, height: 60, axis: true, label }),
     h("p", { class: "dim scale" }, h("span", {}, "30 min ago"), h("span", {}, `most: ${Math.max(...values)} a minute`),
       h("span", {}, "now")));
 }
 
+const toMessages = () => (location.hash = "#/messages");
+
 function lastSaid() {
   const six = look.rows(bus.messages.slice(0, 200), new Set()).slice(0, 6);
   return six.length ? card("Last said", link("messages", "all messages"),
-    h("div", { class: "plain-rows" }, six.map(row => h("div", { class: "row" }, messageRow(row))))) : [];
+    h("div", { class: "plain-rows" }, six.map(row => h("div", { class: "row" }, messageRow(row, toMessages))))) : [];
 }
 
 const here = () => location.href.replace(/\/ui\/.*$/, ""); // the URL of the bus
@@ -154,13 +158,19 @@ export function messagesView({ spoken }) {
   const filter = h("input", { type: "search", id: "filter", placeholder: "Filter: words, from:alice, to:bob, #channel",
     "aria-label": "Filter", oninput: () => live() });
   const pause = h("button", { type: "button", "aria-pressed": "false", onclick: () => setPaused(!paused) }, "Pause");
-  const pill = h("button", { type: "button", class: "pill", hidden: true,
-    onclick: () => { setPaused(false); list.node.scrollTop = 0; live(); } });
+  const toTop = () => {
+    setPaused(false);
+    list.node.scrollTop = 0;
+    live();
+  };
+  const pill = h("button", { type: "button", class: "pill", hidden: true, onclick: toTop });
   const foot = h("p", { class: "dim foot" });
   const list = new List({ label: "Messages, the newest first", draw: row => messageRow(row, unfold), height: high,
     end: older });
-  list.node.addEventListener("scroll", () => (frozen && list.isAtTop && !paused ? live() : !frozen && !list.isAtTop
-    && freeze()));
+  list.node.addEventListener("scroll", () => {
+    if (frozen && list.isAtTop && !paused) live();
+    else if (!frozen && !list.isAtTop) freeze();
+  });
   const node = h("div", { class: "messages" }, h("h1", { class: "only-spoken" }, "Messages"),
     h("div", { class: "tools" }, filter, pause), pill, list.node, foot);
 
@@ -194,21 +204,22 @@ export function messagesView({ spoken }) {
     if (fresh > 0) spoken(many(fresh, "new message"));
     const far = bus.capped ? `; ${MOST.toLocaleString("en")} are kept here, search further back with agent-bus log`
       : bus.next != null ? "; older ones come as you scroll" : ", from the first on";
-    foot.textContent = (filter.value ? `${many(list.items.length, "row")} of `
-      : "") + `${many(bus.messages.length, "message")} loaded${far}`;
+    const some = filter.value ? `${many(list.items.length, "row")} of ` : "";
+    foot.textContent = `${some}${many(bus.messages.length, "message")} loaded${far}`;
   }
   function update(what) {
-    if (what === "older" && frozen) frozen = [...frozen,
-      ...bus.messages.slice(bus.messages.findIndex(message => message.id === frozen.at(-1)?.id) + 1)];
+    if (what === "older" && frozen) {
+      const last = bus.messages.findIndex(message => message.id === frozen.at(-1)?.id);
+      frozen = [...frozen, ...bus.messages.slice(last + 1)];
+    }
     if (what === "older" || !frozen) draw(frozen ?? bus.messages);
     else if (what === "messages") count();
   }
   function move(by) {
-    const all = [...list.node.querySelectorAll(".message-row")].sort((a,
-      b) => a.getBoundingClientRect().top - b.getBoundingClientRect().top);
+    const top = each => each.getBoundingClientRect().top;
+    const all = [...list.node.querySelectorAll(".message-row")].sort((a, b) => top(a) - top(b));
     const at = all.indexOf(document.activeElement);
-    const next = at < 0 ? all.find(each => each.getBoundingClientRect().top >= list.node.getBoundingClientRect().top)
-      : all[at + by];
+    const next = at < 0 ? all.find(each => top(each) >= top(list.node)) : all[at + by];
     next?.focus();
   }
   live();
@@ -242,27 +253,30 @@ export function agentView({ say }, name) {
     if (what === "older" || (what && node.contains(document.activeElement))) return;
     const rows = look.agents().filter(row => row.name === name);
     const talked = look.pairs(24 * 60).filter(pair => pair.from === name || pair.to === name).slice(0, 12);
+    const stateCard = row => card(row.channel === "default" ? "State" : `On channel ${row.channel}`,
+      [mark(row.state.kind), " ", plain(row.state.words, 600)], details(row), help(row));
+    const nobody = () => card("State", "", h("p", {}, `Nobody has listened as ${name} or sent as ${name}.`));
+    const line = ({ from, to, n }) =>
+      h("li", {}, link(`messages/${from}/${to}`, `${from} → ${to}`), ` ${many(n, "message")}`);
     fill(node, h("h1", {}, badge(name), " ", name),
       h("p", {}, h("button", { class: "main", onclick: () => say({ to: name }) }, `Say something to ${name}`)),
-      rows.length ? rows.map(row => card(row.channel === "default" ? "State" : `On channel ${row.channel}`,
-        [mark(row.state.kind), " ", plain(row.state.words, 600)], details(row), help(row)))
-        : card("State", "", h("p", {}, `Nobody has listened as ${name} or sent as ${name}.`)),
-      talked.length ? card("Whom it talks with", "what was loaded",
-        h("ul", {}, talked.map(pair => h("li", {},
-        link(`messages/${pair.from}/${pair.to}`, `${pair.from} → ${pair.to}`),
-        ` ${many(pair.n, "message")}`)))) : null);
+      rows.length ? rows.map(stateCard) : nobody(),
+      talked.length ? card("Whom it talks with", "what was loaded", h("ul", {}, talked.map(line))) : null);
   }
   update();
   return { node, update };
 }
 
 function details(row) {
-  const rows = [["unread", row.unread], ["address", row.address],
+  const rows = [
+    ["unread", row.unread],
+    ["address", row.address],
     ["programs that read it", row.readers > 1 && `${row.readers}: they take each other's mail`],
-    ["folder", row.status?.cwd], ["branch", row.status?.branch],
-      ["last sent", row.sent && `${span(now() - row.sent)} ago`]];
-  return h("dl", {}, rows.filter(([, value]) => value).map(([title, value]) => [h("dt", {}, title), h("dd", {},
-    plain(shown(value), 300))]));
+    ["folder", row.status?.cwd],
+    ["branch", row.status?.branch],
+    ["last sent", row.sent && `${span(now() - row.sent)} ago`],
+  ].filter(([, value]) => value);
+  return h("dl", {}, rows.map(([title, value]) => [h("dt", {}, title), h("dd", {}, plain(shown(value), 300))]));
 }
 
 function help(row) {
@@ -298,17 +312,17 @@ export function workView() {
   function draw() {
     const queues = look.agents().filter(row => row.work);
     fill(node, h("h1", { class: "only-spoken" }, "Work"),
-      queues.length ? h("ul", { class: "cards" }, queues.map(queueCard))
-      : h("p", { class: "quiet" }, "No queue has jobs. A worker makes one: agent-bus work NAME --exec COMMAND"),
-      failed.length ? card(many(failed.length, "failed job"), "given up after all attempts; they wait for you",
-        failed.map(letter => h("article", { class: "letter" },
-        h("p", {}, badge(letter.from), " ", h("b", {}, queueOf(letter)),
-          h("span", { class: "dim" },
-          ` from ${letter.from} · ${many(letter.attempts, "attempt")} · ${clock(letter.ts)}`)),
-        h("p", { class: "problem" }, plain(shown(letter.reason ?? "no reason was given"), 500)),
-          h("p", {}, plain(shown(letter.msg), 500)),
-        h("p", {}, h("button", { type: "button", onclick: () => again(letter) }, "Send again"), " ",
-          h("a", { href: `#/messages?id=${letter.id}` }, "details"))))) : null, result);
+      queues.length ? h("ul", { class: "cards" }, queues.map(queueCard)) : h("p", { class: "quiet" }, NO_QUEUE),
+      failed.length ? card(many(failed.length, "failed job"), GIVEN_UP, failed.map(letterOf)) : null, result);
+  }
+  function letterOf(letter) {
+    const { from, attempts, ts, msg, id, reason = "no reason was given" } = letter;
+    return h("article", { class: "letter" },
+      h("p", {}, badge(from), " ", h("b", {}, queueOf(letter)),
+        h("span", { class: "dim" }, ` from ${from} · ${many(attempts, "attempt")} · ${clock(ts)}`)),
+      h("p", { class: "problem" }, plain(shown(reason), 500)), h("p", {}, plain(shown(msg), 500)),
+      h("p", {}, h("button", { type: "button", onclick: () => again(letter) }, "Send again"), " ",
+        h("a", { href: `#/messages?id=${id}` }, "details")));
   }
   function update(what) {
     if (what === "messages" || what === "older" || node.contains(document.activeElement)) return;
@@ -322,6 +336,8 @@ export function workView() {
   return { node, update };
 }
 
+const NO_QUEUE = "No queue has jobs. A worker makes one: agent-bus work NAME --exec COMMAND";
+const GIVEN_UP = "given up after all attempts; they wait for you";
 const queueOf = letter => letter.to.replace(/\.dead$/, "");
 
 function queueCard(row) {
@@ -332,9 +348,9 @@ function queueCard(row) {
     part.style.flexGrow = number;
     return number ? part : null;
   }));
-  return h("li", { class: "card" }, h("header", {}, h("h2", {}, row.name),
-    h("p", { class: "dim" }, mark(workers ? "listening" : "away"),
-    ` ${workers ? many(workers, "worker") : "no worker"}`)), bar,
-    h("dl", { class: "numbers" }, numbers.map(([title, number]) => h("div", { class: title.replace(" ", "-") }, h("dt",
-      {}, title), h("dd", {}, number)))));
+  const one = ([title, number]) =>
+    h("div", { class: title.replace(" ", "-") }, h("dt", {}, title), h("dd", {}, number));
+  const who = [mark(workers ? "listening" : "away"), ` ${workers ? many(workers, "worker") : "no worker"}`];
+  return h("li", { class: "card" }, h("header", {}, h("h2", {}, row.name), h("p", { class: "dim" }, who)), bar,
+    h("dl", { class: "numbers" }, numbers.map(one)));
 }

@@ -16,7 +16,7 @@ from tests.kit.processes import Server
 
 SIZES = {"desk": (1360, 860), "phone": (390, 844)}
 TALK = [
-    ("planner", "dell", "start T2", "T2 is yours: the retry queue. Say when the tests are green, and what you left out."),
+    ("planner", "dell", "start T2", "T2 is yours: the retry queue. Say when the tests are green."),
     ("dell", "planner", None, "42 tests pass, 1 skipped"),
     ("spark", "planner", "re: p95", "Port 8080 is taken on nano; I use 8081 until somebody frees it."),
     ("nano", "spark", None, "Which commit do you run?\n```\ngit log --oneline -1\n```"),
