@@ -126,7 +126,12 @@ function login() {
   frame();
 }
 
-// One message, beside any view
+// One message, beside any view; where there is no room for both, it is all of the page
+
+const narrow = matchMedia("(max-width: 1000px)");
+const setRole = () => $("panel").setAttribute("role", narrow.matches ? "main" : "complementary");
+narrow.addEventListener("change", setRole);
+setRole();
 
 async function openMessage(id) {
   const panel = $("panel");
@@ -142,11 +147,11 @@ async function openMessage(id) {
   if (panel.dataset.id !== id) return;
   draw(answer.message ?? known, answer.error ? "" : receipt(answer), thread.messages, answer.error?.message ?? "");
   function draw(message, state, others, problem) {
-    const head = h("header", {}, h("h2", { tabindex: -1 }, "Message"),
+    const head = h("header", {}, h("h1", { tabindex: -1 }, "Message"),
       h("button", { type: "button", "aria-label": "Close", onclick: leavePanel }, "✕"));
     fill(panel, head, problem && h("p", { class: "problem" }, problem), message && whole(message, state),
       others.length > 1 && threadOf(others, id));
-    head.querySelector("h2").focus({ preventScroll: true });
+    head.querySelector("h1").focus({ preventScroll: true });
   }
 }
 
@@ -319,7 +324,8 @@ watch(what => {
   if (what === "phase") {
     banner();
     if (bus.phase === "live") shownPath = bus.notice ? null : shownPath;
-    return go();
+    go();
+    return bus.phase === "live" && view?.update("messages");
   }
   if (bus.phase !== "live") return;
   view?.update(what);

@@ -31,7 +31,10 @@ export function nowView({ say }) {
   function draw() {
     drawn = Date.now();
     const rows = look.agents(), me = speaks();
-    if (!bus.messages.length && !rows.length) return fill(node, empty(say));
+    if (!bus.messages.length && !rows.length) {
+      const unknown = h("p", { class: "quiet" }, "Nothing is known yet: the bus has not answered.");
+      return fill(node, h("h1", { class: "only-spoken" }, "Now"), bus.phase === "live" ? empty(say) : unknown);
+    }
     const pairs = look.pairs(30).filter(pair => !look.isDead(pair.to));
     const troubled = new Set(look.inTrouble(rows).map(row => row.name));
     if (!parts.trouble) {
@@ -205,7 +208,8 @@ export function messagesView({ spoken }) {
     const far = bus.capped ? `; ${MOST.toLocaleString("en")} are kept here, search further back with agent-bus log`
       : bus.next != null ? "; older ones come as you scroll" : ", from the first on";
     const some = filter.value ? `${many(list.items.length, "row")} of ` : "";
-    foot.textContent = `${some}${many(bus.messages.length, "message")} loaded${far}`;
+    if (bus.phase !== "live" && !bus.messages.length) foot.textContent = "nothing is loaded yet";
+    else foot.textContent = `${some}${many(bus.messages.length, "message")} loaded${far}`;
   }
   function update(what) {
     if (what === "older" && frozen) {
