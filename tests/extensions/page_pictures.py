@@ -1,4 +1,4 @@
-"""Pictures of the page, for people to look at: python -m tests.extensions.page_pictures FOLDER
+"""Pictures of the page, for people to look at: python -m tests.extensions.page_pictures FOLDER [NAME...]
 
 Each view and state is shown on a desk and on a phone, light and dark, in about two minutes. What must hold of them is
 in test_page.py.
@@ -109,13 +109,15 @@ PICTURES = {
 }
 
 
-def main(folder):
+def main(folder, *names):
     target = pathlib.Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     with playwright.sync_playwright() as driver, tempfile.TemporaryDirectory() as databases:
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
         buses = {}
         for name, (kind, where, act) in PICTURES.items():
+            if names and name not in names:
+                continue
             bus, tokens = buses.get(kind) or buses.setdefault(kind, begun(kind, pathlib.Path(databases), len(buses)))
             with opened(browser) as page:
                 if where is None:
@@ -153,4 +155,4 @@ def begun(kind, folder, number):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])
