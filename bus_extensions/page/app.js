@@ -147,7 +147,7 @@ async function openMessage(id) {
   if (panel.dataset.id !== id) return;
   draw(answer.message ?? known, answer.error ? "" : receipt(answer), thread.messages, answer.error?.message ?? "");
   function draw(message, state, others, problem) {
-    const head = h("header", {}, h("h1", { tabindex: -1 }, "Message"),
+    const head = h("div", { class: "head" }, h("h1", { tabindex: -1 }, "Message"),
       h("button", { type: "button", "aria-label": "Close", onclick: leavePanel }, "✕"));
     fill(panel, head, problem && h("p", { class: "problem" }, problem), message && whole(message, state),
       others.length > 1 && threadOf(others, id));

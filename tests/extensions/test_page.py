@@ -527,7 +527,6 @@ def loses_the_bus(page):
     page.route("**/log?*", lambda route: route.abort())
     page.reload()
     page.wait_for_selector("#banner:has-text('out of reach')")
-    page.wait_for_selector("text=the bus has not answered")
 
 
 STATES = {  # name: (the bus, where, and what a person does there)
