@@ -175,7 +175,7 @@ function whole(message, state) {
   const members = Object.entries(message).filter(([name]) => !HEAD.has(name));
   const status = h("span", { class: "state", role: "status" }, state);
   return [
-    h("h3", {}, badge(from), " ", views.link(`agents/${from}`, from), " → ", views.link(`agents/${to}`, to)),
+    h("h2", {}, badge(from), " ", views.link(`agents/${from}`, from), " → ", views.link(`agents/${to}`, to)),
     h("p", { class: "dim" }, `${day(ts)} ${clock(ts)} `, state && status),
     subject && h("p", {}, h("b", {}, plain(shown(subject), 300))),
     h("div", { class: "body", dir: "auto" }, prose(shown(msg))),
@@ -202,7 +202,7 @@ function threadOf(messages, here) {
     h("li", {}, h("a", { href: `#/messages?id=${id}`, "aria-current": id === here ? "true" : null },
       h("span", {}, badge(from), " ", h("b", {}, from), ` → ${to} `, h("time", {}, clock(ts))),
       h("span", { class: "line dim" }, plain(shown(msg), 200))));
-  return [h("h3", {}, `Thread of ${messages.length}`), h("ol", { class: "thread" }, messages.map(one))];
+  return [h("h2", {}, `Thread of ${messages.length}`), h("ol", { class: "thread" }, messages.map(one))];
 }
 
 function closePanel() {
