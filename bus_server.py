@@ -946,6 +946,11 @@ class Head:
         options = {option.strip().lower() for option in fields.get("connection", "").split(",")}
         self.closes = "close" in options or (self.version == "HTTP/1.0" and "keep-alive" not in options)
 
+    def opens_page(self) -> bool:
+        """Does a browser show the answer as a page of its own, as after a click on a link? No script sees it then."""
+        says = self.fields.get("sec-fetch-mode"), self.fields.get("sec-fetch-dest"), self.fields.get("origin")
+        return says == ("navigate", "document", None)
+
     def is_foreign(self) -> bool:
         """Did a page of another site send this, in a browser? Such a request has an Origin, or a Sec-Fetch-Site."""
         origin, host = self.fields.get("origin"), self.fields.get("host", "")
@@ -2138,6 +2143,8 @@ class Gate:
     def __init__(self, tokens: Tokens, hosts: Iterable[str]) -> None:
         self.tokens = tokens
         self.hosts = {"localhost", *(host.lower() for host in hosts)}
+        self.public = set(PUBLIC)
+        self.pages: set[str] = set()  # paths to which a link on another site may lead
 
     def holds(self, token: str) -> bool:
         """May this token be used? On a bus without tokens every request may, and its token is empty."""
@@ -2164,10 +2171,10 @@ class Gate:
         return not self.tokens.closed or any(grant.reads(mailbox) for grant in self.tokens.named.get(name, ()))
 
     def admit(self, head: Head) -> Grant:
-        if head.foreign:
+        if head.foreign and not (head.route in self.pages and head.opens_page()):
             raise Refused(403, "pages of other sites may not use this bus")
         if self.tokens.closed:
-            return OPEN if head.route in PUBLIC else self.tokens.grant(head.fields.get("authorization", ""))
+            return OPEN if head.route in self.public else self.tokens.grant(head.fields.get("authorization", ""))
         if head.host and head.host not in self.hosts and not ip_address(head.host.strip("[]")):
             raise Refused(403, f"this bus does not answer to {head.host}: start it with --allow-host, or with tokens")
         return OPEN
@@ -4305,7 +4312,11 @@ class Bus:
         head = request.parsed
         request.grant = self.gate.admit(head)
         request.endpoint = self.routes.get(("GET" if head.command == "HEAD" else head.command, head.route))
-        if head.command == "GET" and head.route not in PUBLIC and self.door.is_full(request.peer, ANSWER_BYTES):
+        if (
+            head.command == "GET"
+            and head.route not in self.gate.public
+            and self.door.is_full(request.peer, ANSWER_BYTES)
+        ):
             raise unread_answers()
         if request.endpoint and request.endpoint.sink:
             request.sink = request.endpoint.sink(request)
@@ -4876,7 +4887,7 @@ def prune_request(database: str) -> tuple[int, bool] | None:
 
 LOADED = "loaded"
 ELSEWHERE = {  # extension: the endpoints and options that it brings
-    "work": ("/claim", "/ack", "/nack", "/extend", "--max-attempts"),
+    "work": ("/claim", "/ack", "/nack", "/extend", "/again", "--max-attempts"),
     "replies": ("/ask", "/recall", "/thread/"),
     "files": ("/blob/", "--files"),
     "metrics": ("/metrics",),
@@ -4886,6 +4897,8 @@ ELSEWHERE = {  # extension: the endpoints and options that it brings
     "sockets": ("--listen",),
     "digest": ("/digest",),
     "mcp": ("/mcp",),
+    "history": (),  # `before` of /log
+    "page": ("/ui/",),
 }
 
 
@@ -4974,6 +4987,8 @@ def recv_poll(request: Request) -> Poll:
 def log(bus: Bus, request: Request) -> Answer | None:
     bus.storms.read(request.owner())
     query = request.query()
+    if query.one("before") is not None:
+        raise Refused(404, missing("/log?before", "history", bus.extensions["history"]))
     poll = poll_of(request, None, query.names("to"), query.name("channel", None), query.name("from", None))
     if poll.since == LAST:
         raise Refused(400, "the bus keeps no cursor for an observer: since must be seconds or 'now'")
@@ -5690,7 +5705,9 @@ def invite(arguments: Sequence[str]) -> None:
     parser.add_argument("--also", default="", metavar="NAME,...", help="other names whose mail the token may read")
     parser.add_argument("--send-only", action="store_true", help="the token may send, but not read")
     parser.add_argument("--operator", action="store_true", help="the token may read everything: /log and every mailbox")
-    parser.add_argument("--expires", type=duration, default="0", metavar="TIME", help="as 90d or 12h; 0: never (0)")
+    how = "as 90d or 12h; 0: never (0)"
+    parser.add_argument("--expires", "--for", type=duration, default="0", metavar="TIME", help=how)
+    parser.add_argument("--page", action="store_true", help="print a link to the page of the bus, for a browser")
     parser.add_argument("--label", default="", metavar="TEXT", help="tells the tokens of NAME apart: `revoke --label`")
     parser.add_argument("--url", default="", help="URL of the bus for the other machine (that of the running server)")
     parser.add_argument("--yes", action="store_true", help="do not ask")
@@ -5712,7 +5729,8 @@ def invite(arguments: Sequence[str]) -> None:
         made = time.strftime("%Y-%m-%d", time.gmtime(own["made"]))
         print(f"{options.name} has the token {own['id']} already, made {made}: this is one more", file=sys.stderr)
     file.change(lambda rows: [*rows, row])
-    print(words.invitation(options.name, f"{token}_{secret}", here, options.url) if words else f"{token}_{secret}")
+    print_it = words and (words.page_link if options.page else words.invitation)
+    print(print_it(options.name, f"{token}_{secret}", here, options.url) if print_it else f"{token}_{secret}")
 
 
 def check_invitation(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:

@@ -76,6 +76,8 @@ SECTIONS = {
     18: "People",
     20: "Digest",
     21: "MCP over HTTP",
+    22: "History of the log",
+    23: "Page",
 }
 EXTENSIONS = {  # by the number of the section that it keeps
     12: Extension("questions", "replies.py", "POST", "/ask"),
@@ -86,8 +88,10 @@ EXTENSIONS = {  # by the number of the section that it keeps
     18: Extension("people", "people.py", "GET", "/whoami"),
     20: Extension("digests", "digest.py", "GET", "/digest"),
     21: Extension("tools by MCP", "mcp.py", "POST", "/mcp"),
+    22: Extension("history", "history.py", "GET", "/log?before=now"),
+    23: Extension("page", "page.py", "GET", "/ui/"),
 }
-QUESTIONS, QUEUES, FILES, METRICS, CHANNELS, PEOPLE, DIGEST, MCP = EXTENSIONS.values()
+QUESTIONS, QUEUES, FILES, METRICS, CHANNELS, PEOPLE, DIGEST, MCP, HISTORY, PAGE = EXTENSIONS.values()
 
 
 class Bus:
@@ -1706,6 +1710,23 @@ def file_of(size):
 
 
 @ours
+def test_a_dead_letter_can_be_put_back(bus):
+    """13.10 /again puts a dead letter back into its queue as a new job, once; other messages get 400"""
+    queue = fresh("queue")
+    sent = bus.send(queue, "bad", subject="S")
+    for _ in range(5):
+        settle(bus, "nack", claim(bus, queue)[0])
+    [letter] = bus.recv(f"{queue}.dead")["messages"]
+    again = bus.json("POST", "/again", json.dumps({"id": letter["id"]}))
+    assert again[0] == 200 and again[1]["id"] not in (letter["id"], sent["id"])
+    [job] = claim(bus, queue)
+    assert (job["id"], job["msg"], job["subject"], job["from"]) == (again[1]["id"], "bad", "S", bus.me)
+    assert job["attempt"] == 1 and not {"dead_of", "attempts", "reason"} & set(job)
+    assert claim(bus, f"{queue}.dead") == [] and bus.refused({"id": letter["id"]}, "/again") == 409
+    assert bus.refused({"id": sent["id"]}, "/again") == 400 and bus.refused({"id": "1"}, "/again") == 404
+
+
+@ours
 def test_a_file_is_called_by_its_hash(bus):
     """14.1 PUT of a whole file gets 201, and 200 the next time; HEAD has its length, and GET the same bytes"""
     path, data = file_of(160000)
@@ -2129,6 +2150,88 @@ def test_mail_is_unread_until_a_call_says_that_it_is_done(bus):
     while len(found) < 20000:
         found += json.loads(client.tool("bus_inbox", id=long, offset=len(found)).split("\n")[0])["msg"]
     assert found == "y" * 20000
+
+
+def back(bus, **query):
+    """The texts of all pages of the log backwards, and how many pages there were."""
+    found, pages, before = [], 0, "now"
+    while before is not None:
+        answer = bus.get(f"/log?{urllib.parse.urlencode({'before': before, **query})}")
+        found += [message["msg"] for message in answer["messages"]]
+        before, pages = answer["next"], pages + 1
+    return found, pages
+
+
+@ours
+def test_the_log_can_be_read_backwards(bus):
+    """22.1 /log?before=now has the newest messages first, and next leads to the older ones until it is null"""
+    channel, to = fresh("channel"), fresh()
+    sent = [bus.send(to, str(number), channel=channel) for number in range(7)]
+    answer = bus.get(f"/log?before=now&channel={channel}&max=3")
+    assert [message["msg"] for message in answer["messages"]] == ["6", "5", "4"]
+    assert tick(answer["next"]) <= tick(sent[4]["ts"])
+    assert back(bus, channel=channel, max=3)[0] == [str(number) for number in reversed(range(7))]
+    below = bus.get(f"/log?before={sent[2]['ts']}&channel={channel}")
+    assert [message["msg"] for message in below["messages"]] == ["1", "0"] and below["bus"] == answer["bus"]
+
+
+@ours
+def test_the_log_backwards_has_filters(bus):
+    """22.2 with before, /log also has the filters with=A,B (either way) and thread=ID beside to, from and channel"""
+    channel, to, third = fresh("channel"), fresh(), fresh()
+    first = bus.send(to, "to", channel=channel)
+    bus.send(third, "third", channel=channel)
+    bus.send(to, "again", channel=channel, reply_to=first["id"])
+    assert back(bus, channel=channel, **{"with": f"{to},{bus.me}"})[0] == ["again", "to"]
+    assert back(bus, channel=channel, to=third)[0] == ["third"]
+    assert back(bus, thread=first["id"], **{"from": bus.me})[0] == ["again", "to"]
+
+
+@ours
+def test_a_wrong_place_in_the_log_is_refused(bus):
+    """22.3 before=last, a before that is no time, a thread that is no id, and with= that is not two names get 400"""
+    for query in ("before=last", "before=soon", "before=now&thread=zz", "before=now&with=alice", "before=now&max=x"):
+        assert bus.json("GET", f"/log?{query}")[0] == 400, query
+
+
+@ours
+def test_the_log_backwards_ends_at_about_1_mib(bus):
+    """22.4 an answer ends at about 1 MiB, and next leads on"""
+    channel, to = fresh("channel"), fresh()
+    for _ in range(8):
+        bus.json("POST", f"/send?from={bus.me}&to={to}&channel={channel}", "x" * 200000)
+    found, pages = back(bus, channel=channel)
+    assert len(found) == 8 and pages > 1
+
+
+@ours
+def test_the_page_has_a_strict_policy(bus):
+    """23.1 /ui/ is the page; each of its files has a policy by which only scripts of this bus run; others are 404"""
+    status, headers, body = bus.ask("GET", "/ui/")
+    assert status == 200 and headers["Content-Type"].startswith("text/html") and b"<!doctype html>" in body
+    policy = headers["Content-Security-Policy"].split("; ")
+    assert {"default-src 'none'", "script-src 'self'", "frame-ancestors 'none'"} < set(policy)
+    assert not re.search("unsafe|http:|https:|data:", headers["Content-Security-Policy"])
+    assert headers["X-Content-Type-Options"] == "nosniff" and headers["X-Frame-Options"] == "DENY"
+    assert bus.ask("GET", "/ui/no-such-file")[0] == 404
+
+
+@ours
+def test_a_browser_is_led_to_the_page(bus):
+    """23.2 GET / with Accept: text/html leads to ui/, a relative path; without it, it is the help"""
+    status, headers, _ = bus.ask("GET", "/", Accept="text/html,*/*;q=0.8")
+    assert (status, headers["Location"]) == (302, "ui/")
+    assert bus.ask("GET", "/")[0] == 200
+
+
+@ours
+def test_a_link_on_another_site_may_lead_to_the_page(bus):
+    """23.3 a click on a link of another site opens / and /ui/; a frame, a script or a form of such a page gets 403"""
+    link = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "document"}
+    assert [bus.ask("GET", path, **link)[0] for path in ("/", "/ui/")] == [200, 200]
+    assert bus.ask("GET", "/log", **link)[0] == 403
+    for more in ({"Sec-Fetch-Dest": "iframe"}, {"Sec-Fetch-Mode": "cors"}, {"Origin": "http://evil.example"}):
+        assert bus.ask("GET", "/ui/", **{**link, **more})[0] == 403, more
 
 
 # ── Running ──────────────────────────────────────────────────────────────────────────────────────────────────────────

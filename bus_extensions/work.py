@@ -15,6 +15,7 @@ import math
 import secrets
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from bus_server import (
@@ -28,6 +29,7 @@ from bus_server import (
     MAX_MESSAGES,
     PARKED,
     PLACED_ROW,
+    RECALLED,
     SOUND,
     Answer,
     Bus,
@@ -46,10 +48,12 @@ from bus_server import (
     Request,
     State,
     Waits,
+    checksum,
     encode,
     is_name,
     name,
     ok,
+    one_of,
     seconds,
     unread,
 )
@@ -296,7 +300,41 @@ class Bury(Operation):
         return [mailbox, due, tick] if len(rows) == self.LOOKED else None
 
 
-OPERATIONS = (Claim, Settle, Bury)
+class Again(Operation):
+    """Put a dead letter back into its queue, as a new message without what bury() added, and take it out of NAME.dead.
+
+    The result is the tick of the new message. The dead letter counts as expired from then on.
+    """
+
+    __slots__ = ("tick",)
+    kind = "again"
+
+    def __init__(self, tick: int) -> None:
+        self.tick = tick
+
+    def apply(self, state: State, now: Now) -> int:
+        letter = state.message(self.tick)
+        work = state.writing.execute("SELECT due, lease FROM work WHERE tick = ?", (self.tick,)).fetchone()
+        if not letter or not letter.to.endswith(DEAD) or is_expired(letter, now) or (work and work[0] is None):
+            raise Refused(409, "this dead letter is gone: it was sent again, settled, or has expired")
+        if work and work[1] is not None and work[0] > now.steady:
+            raise Refused(409, "a worker has this dead letter: wait until its lease ends")
+        left = None if letter.expires is None else letter.expires - now.wall
+        members = json.loads(f"{{{letter.text}}}")
+        text = encode({member: value for member, value in members.items() if member not in OF_A_LETTER})[1:-1]
+        queue = letter.to[: -len(DEAD)]
+        [tick] = state.place(Draft(letter.channel, (queue,), letter.sender, text, None, left), now.wall)
+        state.insert()
+        gone = letter._replace(expires=RECALLED)
+        state.writing.execute(
+            "UPDATE messages SET expires = ?, sum = ? WHERE tick = ?", (RECALLED, checksum(gone), gone.tick)
+        )
+        state.writing.execute("UPDATE work SET due = NULL WHERE tick = ?", (gone.tick,))
+        return tick
+
+
+OPERATIONS = (Claim, Settle, Bury, Again)
+OF_A_LETTER = ("dead_of", "attempts", "reason")  # the members of a dead letter that its message does not have
 
 
 def is_expired(message: Message, now: Now) -> bool:
@@ -333,6 +371,7 @@ class Work:
         bus.route("POST", "/ack", self.settle, "tell the bus that a claimed message is done")
         bus.route("POST", "/nack", self.settle, "give a claimed message back to the queue")
         bus.route("POST", "/extend", self.settle, "ask for more time for a claimed message")
+        bus.route("POST", "/again", self.again, "put a dead letter back into its queue")
         bus.waits[Worker] = Waits(self.found, self.over)
         bus.states.append(self.state_of)
         bus.about.append(self.of_queue)
@@ -382,7 +421,23 @@ class Work:
         )
         self.bus.do(operation, request.peer, self.settled)
 
+    def again(self, request: Request) -> None:
+        """Whoever may read the dead letters of a queue may put one back. It needs no limit of its own.
+
+        There are only as many of them as jobs that have failed.
+        """
+        self.bus.check_open()
+        letter = one_of(self.bus, request, request.members().id())
+        request.grant.check([letter.to])
+        if not letter.to.endswith(DEAD) or '"dead_of"' not in letter.text:
+            raise Refused(400, f"this is no dead letter: those are in the mailbox NAME{DEAD} of a queue")
+        self.bus.do(Again(letter.tick), request.peer, partial(self.sent_again, letter))
+
     # After an operation
+
+    def sent_again(self, letter: Message, connection: Connection, again: Again, tick: int) -> Answer:
+        self.bus.mailboxes.box(letter.channel, letter.to).recalled(letter)
+        return ok(self.bus, f'"ok": true, "id": "{tick:x}", "ts": {seconds(tick)}')
 
     def claimed(self, connection: Connection, worker: Worker, claim: Claim, result: Claimed) -> Answer | None:
         """Answer a claim, or park its worker. A message on its last attempt is buried when its lease runs out."""

@@ -10,7 +10,19 @@ import threading
 import pytest
 
 import test_bus
-from test_bus import CHANNELS, DIGEST, EXTENSIONS, FILES, MCP, METRICS, PEOPLE, QUESTIONS, QUEUES
+from test_bus import (
+    CHANNELS,
+    DIGEST,
+    EXTENSIONS,
+    FILES,
+    HISTORY,
+    MCP,
+    METRICS,
+    PAGE,
+    PEOPLE,
+    QUESTIONS,
+    QUEUES,
+)
 from tests.clients.test_clients import refusing
 from tests.clients.test_clients import run as program
 from tests.kit.peers import invite
@@ -20,13 +32,15 @@ from tests.kit.serving import Serving
 CHECKS = [check for name, check in vars(test_bus).items() if name.startswith("test_")]
 ROUTES = {
     QUESTIONS: ("/ask", "/thread/", "/recall"),
-    QUEUES: ("/claim", "/ack", "/nack", "/extend"),
+    QUEUES: ("/claim", "/ack", "/nack", "/extend", "/again"),
     FILES: ("/blob/",),
     METRICS: ("/metrics",),
     CHANNELS: ("/channels",),
     PEOPLE: ("/whoami", "/status"),
     DIGEST: ("/digest",),
     MCP: ("/mcp",),
+    HISTORY: ("/log?before",),
+    PAGE: ("/ui/",),
 }
 MISSING = "{route} needs bus_extensions/{file}, which is not beside bus_server.py: copy it from the same version"
 OFF = "{route} is off: this bus was started --without page,{name}"

@@ -54,6 +54,7 @@ GROUPS: dict[str, dict[str, Command]] = {
     "Look": {
         "who": Command("who listens, and how much mail waits", "who --watch", "bus_who"),
         "log": Command("everybody's messages, as they pass", "log --last 20 --short", "bus_log"),
+        "open": Command("print a link to the page of the bus", "open"),
         "doctor": Command("find what fails on the way to the bus", "doctor", "bus_doctor"),
     },
     "Jobs and files": {
@@ -172,6 +173,20 @@ def version(arguments: Sequence[str]) -> int:
     return 0
 
 
+def open_page(arguments: Sequence[str]) -> int:
+    """Print the link to the page, with the token of this user: on the bus, only a browser needs it."""
+    client = load("bus_recv")
+    try:
+        found = client.settings()
+        url, header = found["AGENT_BUS_URL"].rstrip("/"), client.credentials(found["AGENT_BUS_URL"])
+    except (OSError, ValueError) as error:
+        raise Unknown(str(error)) from None
+    if not url.startswith("http"):
+        raise Unknown(f"{url} is a Unix socket, which a browser cannot open: give the bus a port as well")
+    print(f"{url}/ui/" + "".join(f"#token={value.split()[-1]}" for value in header.values()))
+    return 0
+
+
 # Completion
 
 
@@ -257,9 +272,18 @@ def fish(known: dict[str, list[str]]) -> str:
 
 
 SHELLS: dict[str, Callable[[dict[str, list[str]]], str]] = {"bash": bash, "zsh": zsh, "fish": fish}
-ARGUMENTS = {"help": 1, "completion": 1, "version": 0}  # how many each of our own commands takes
-OWN: dict[str, Callable[[Sequence[str]], int]] = {"help": show_help, "completion": completion, "version": version}
+ARGUMENTS = {"help": 1, "completion": 1, "version": 0, "open": 0}  # how many each of our own commands takes
+OWN: dict[str, Callable[[Sequence[str]], int]] = {
+    "help": show_help,
+    "completion": completion,
+    "version": version,
+    "open": open_page,
+}
 ABOUT = {
+    "open": """
+The link has your token, if you have one. An agent's token shows its own mail only. For a person who may see all:
+    agent-bus invite YOURNAME --operator --page --for 12h
+""",
     "completion": """
 bash, in ~/.bashrc:                  eval "$(agent-bus completion bash)"
 zsh, in ~/.zshrc, after compinit:    eval "$(agent-bus completion zsh)"

@@ -104,6 +104,20 @@ def invitation(name: str, token: str, here: str, url: str) -> str:
     return "\n".join(filter(None, texts)).rstrip()
 
 
+def page_link(name: str, token: str, here: str, url: str) -> str:
+    """A link for the browser of a person. The token is in the fragment, which a browser sends to nobody."""
+    url = (url or reachable(here)).rstrip("/")
+    if not url.startswith("http"):
+        return f"{TOKEN.format(name=name, token=token)}\n{NO_PAGE}".rstrip()
+    parts = urlsplit(url)
+    remark = ""
+    if bus_recv.is_here(parts.hostname):
+        remark = HERE_ONLY.format(url=url, port=parts.port or {"http": 80}.get(parts.scheme, 443))
+    elif parts.scheme == "http":
+        remark = PLAIN_PAGE.format(url=url)
+    return f"{PAGE.format(name=name, url=url, token=token)}\n{remark}".rstrip()
+
+
 def reachable(here: str) -> str:
     """The URL of the running bus for others. For every address it has a name of the certificate, or of the host."""
     if not re.search(r"//(0\.0\.0\.0|\[::\]):", here):
@@ -246,6 +260,18 @@ RUN = """\
 On the machine of {name}, with curl and Python 3.9 or later, paste this line into bash or zsh. It asks for the token.
 
     {line}
+"""
+PAGE = """\
+The page of the bus, for {name}, shown this once. Whoever has this link may do what the token may: send it as a secret.
+
+    {url}/ui/#token={token}
+"""
+NO_PAGE = """\
+No bus with this database listens on a port, so there is no link: start the bus and make another token, or give --url.
+"""
+PLAIN_PAGE = """\
+{url} is not encrypted: whoever is on the way reads the token and the mail. Use this link only where the network itself
+encrypts (VPN, tailnet); elsewhere, give the bus a certificate with --tls-cert (docs/deploy.md), and invite again.
 """
 HERE_ONLY = """\
 {url} works on the machine of the bus only. On another machine, leave this command running (HOST is the machine of the

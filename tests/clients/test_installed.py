@@ -115,6 +115,10 @@ def test_the_extensions_and_the_tools_work(bus, run, house):
     run("agent-bus", "file", "get", digest[0], "-o", str(house / "b.txt"), **env)
     assert (house / "b.txt").read_text() == "content"
     assert "FAIL" not in run("agent-bus", "doctor", "--hold", "0", **env)
+    assert run("agent-bus", "open", **env) == f"{bus}/ui/\n"
+    for file in (ROOT / "bus_extensions" / "page").iterdir():
+        with urllib.request.urlopen(f"{bus}/ui/{file.name}") as answer:
+            assert answer.read() == file.read_bytes()
     assert "do it" in run("agent-bus-log", "--no-follow", **env)
 
 

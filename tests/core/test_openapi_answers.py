@@ -174,6 +174,13 @@ def ask_for_reads(compared, first, question):
     ask("POST", "/mcp", call, X_Agent_Name="not a name")
     ask("POST", "/mcp", call, Mcp_Session_Id="7")
     ask("POST", "/mcp", call, Host="evil.example")
+    for query in ("before=now&max=1", "before=1", "before=last"):
+        ask("GET", f"/log?{query}")
+    for path in ("/ui/index.html", "/ui/app.js", "/ui/style.css", "/ui/icon.svg"):
+        ask("GET", path)
+    ask("GET", "/ui/none.js")
+    ask("GET", "/ui/app.js", Host="evil.example")
+    ask("GET", "/", Accept="text/html")
     for path in ("/inbox", "/agents", "/channels"):
         ask("GET", path)
         ask("GET", f"{path}?max=1")
@@ -216,6 +223,14 @@ def ask_for_work(compared):
         ask("POST", f"/{way}", {})
         if way == "nack":
             ask("POST", "/ack", compared.claim())
+    job = [compared.send("builds"), compared.claim()][1]
+    for _ in range(4):
+        ask("POST", "/nack", job)
+        job = compared.claim()
+    ask("POST", "/nack", job)
+    letter = json.loads(compared.bus.get("/log?to=builds.dead"))["messages"][-1]
+    for body in ({"id": letter["id"]}, {"id": letter["id"]}, {"id": "1"}, {}):
+        ask("POST", "/again", body)
     ask("POST", "/claim", {"to": "builds", "wait": 0})
     ask("GET", "/agents")  # with a queue
     ask("POST", "/claim", {})

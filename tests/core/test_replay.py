@@ -175,10 +175,13 @@ class World:
     def recall(self):
         return replies.Recall(self.tick())
 
+    def again(self):
+        return work.Again(self.tick())
+
     def broken(self):
         return Broken(self.random.choice((True, False)), self.tick())
 
-    RARE = (forget, forget_keys, bury, recall, broken)
+    RARE = (forget, forget_keys, bury, recall, again, broken)
     KINDS = (put,) * 8 + (claim,) * 4 + (settle,) * 4 + (marks, remove, raise_) * 2 + RARE
 
     def list(self):

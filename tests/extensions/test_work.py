@@ -16,7 +16,8 @@ import pytest
 
 import bus_server
 from tests.core.test_connection import Peer, a_bus, posted, told
-from tests.kit.peers import marks_are_written, metric
+from tests.kit import peers
+from tests.kit.peers import marks_are_written, metric, mint
 from tests.kit.processes import PATIENCE, ROOT, Server, in_time, wait_until
 
 QUESTIONS = int(os.environ.get("QUESTIONS", "100"))
@@ -546,3 +547,60 @@ def test_a_sender_can_wait_until_its_message_was_fetched(bus):
         assert waiting.result() == "fetched"
     assert state(bus, ident, wait_fetched=20) == "fetched"
     assert state(bus, send(bus, "eve"), wait_fetched=0.2) == "queued"
+
+
+# A dead letter that is put back
+
+
+def dead_letter(bus):
+    """The id of a dead letter of the queue builds."""
+    send(bus, msg="make bench")
+    [job] = post(bus, "/claim", to="builds", wait=0)["messages"]
+    post(bus, "/nack", id=job["id"], lease=job["lease"], reason="exit 137")
+    return wait_until(lambda: ask(bus, "GET", "/log?to=builds.dead")[1]["messages"])[0]["id"]
+
+
+def dead_letters(bus):
+    found = ask(bus, "GET", "/agents")[1]["agents"]
+    return next(each["work"]["dead"] for each in found if each["name"] == "builds")
+
+
+def test_a_dead_letter_that_was_put_back_is_gone_and_stays_gone(tmp_path):
+    with Server(tmp_path / "bus.db", "--max-attempts", "1") as bus:
+        letter = dead_letter(bus)
+        assert dead_letters(bus) == 1
+        job = post(bus, "/again", id=letter)
+        assert dead_letters(bus) == 0 and ask(bus, "POST", "/again", {"id": letter})[0] == 409
+        bus.kill()
+        bus.start()
+        assert post(bus, "/claim", to="builds.dead", wait=0)["messages"] == []
+        [again] = post(bus, "/claim", to="builds", wait=0)["messages"]
+        assert (again["id"], again["msg"], again["attempt"]) == (job["id"], "make bench", 1)
+        assert ask(bus, "POST", "/again", {"id": letter})[0] == 409
+
+
+def test_a_dead_letter_in_the_hands_of_a_worker_stays(tmp_path):
+    with Server(tmp_path / "bus.db", "--max-attempts", "1") as bus:
+        letter = dead_letter(bus)
+        [held] = post(bus, "/claim", to="builds.dead", wait=0)["messages"]
+        status, answer = ask(bus, "POST", "/again", {"id": letter})
+        assert status == 409 and "a worker has" in answer["error"]
+        post(bus, "/nack", id=letter, lease=held["lease"])
+        assert ask(bus, "POST", "/again", {"id": letter})[0] == 200
+        assert post(bus, "/claim", to="builds.dead", wait=0)["messages"] == []
+
+
+def test_who_may_not_read_the_dead_letters_may_not_put_one_back(tmp_path):
+    tokens = mint(tmp_path / "bus.db", boss=["--operator"], alice=[])
+    with Server(tmp_path / "bus.db", "--max-attempts", "1") as bus:
+        def said(token, path, **body):
+            reply = peers.ask(bus, "POST", path, body, tokens[token])
+            return reply.status, reply.json
+
+        said("alice", "/send", to="builds", msg="x")
+        [job] = said("boss", "/claim", to="builds", wait=0)[1]["messages"]
+        said("boss", "/nack", id=job["id"], lease=job["lease"])
+        reply = peers.ask(bus, "GET", "/log?to=builds.dead", token=tokens["boss"])
+        letter = reply.json["messages"][0]["id"]  # alice sent it, and so may see it
+        assert said("alice", "/again", id=letter)[0] == 403
+        assert said("boss", "/again", id=letter)[0] == 200

@@ -1,0 +1,108 @@
+// Nodes and text. Whatever an agent wrote becomes a text node: nothing here parses HTML, and nothing becomes a link.
+
+const SVG = "http://www.w3.org/2000/svg";
+
+// An element with properties and children. A child is a node, a text, an array of them, or nothing.
+export function h(tag, properties = {}, ...children) {
+  return filled(document.createElement(tag), properties, children);
+}
+
+export function svg(tag, attributes = {}, ...children) {
+  return filled(document.createElementNS(SVG, tag), attributes, children);
+}
+
+function filled(node, properties, children) {
+  for (const [name, value] of Object.entries(properties)) {
+    if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
+    else if (value === true) node.setAttribute(name, "");
+    else if (value !== false && value != null) node.setAttribute(name, value);
+  }
+  node.append(...children.flat(3).filter(child => child != null && child !== false));
+  return node;
+}
+
+export function fill(node, ...children) {
+  node.replaceChildren(...children.flat(3).filter(child => child != null && child !== false));
+}
+
+// What is invisible, or changes the order of what is beside it: controls, bidi, zero widths, tags, lone surrogates.
+const HIDDEN = new RegExp(
+  String.raw`[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u00ad\u061c\u115f\u1160\u180e\u200b\u200e\u200f\u2028-\u202e]` +
+    String.raw`|[\u2060-\u206f\u3164\ufeff\uffa0\ufff9-\ufffb\u{e0000}-\u{e0fff}]|[\u{d800}-\u{dfff}]`, "gu");
+// A joiner stays inside an emoji, and in scripts that need it; elsewhere it is hidden text.
+const JOINER = new RegExp(
+  String.raw`(?<![\p{Extended_Pictographic}\p{Emoji_Modifier}\ufe0f\p{L}\p{M}])[\u200c\u200d]` +
+    String.raw`|(?<=\p{Script=Latin})[\u200c\u200d]|[\u200c\u200d](?![\p{Extended_Pictographic}\p{L}])`, "gu");
+const STACK = /(\p{M}{4})\p{M}+/gu; // more marks on one letter than any script needs
+
+const escaped = found => `\\u{${found.codePointAt(0).toString(16)}}`;
+
+// The text with each hidden character written out, for one line.
+export function plain(text, most = 400) {
+  const line = cut(String(text), most).replace(/\s*\n\s*/g, " ⏎ ").replace(/\t/g, " ");
+  return line.replace(STACK, "$1…").replace(HIDDEN, escaped).replace(JOINER, escaped);
+}
+
+function cut(text, most) {
+  if (text.length <= most) return text;
+  const end = /[\ud800-\udbff]/.test(text[most - 1]) ? most - 1 : most;
+  return text.slice(0, end) + "…";
+}
+
+// The nodes of a text of any length: hidden characters are framed, and what stands between ``` is code.
+export function prose(text) {
+  return String(text).split(/^```[^\n]*\n?/m).map((part, number) => {
+    const nodes = framed(part.replace(STACK, "$1…"));
+    return number % 2 ? h("pre", { class: "code", tabindex: 0 }, nodes) : nodes;
+  });
+}
+
+function framed(text) {
+  const nodes = [];
+  let end = 0;
+  for (const found of [...text.matchAll(HIDDEN), ...text.matchAll(JOINER)].sort((a, b) => a.index - b.index)) {
+    if (found.index < end) continue;
+    nodes.push(text.slice(end, found.index), h("span", { class: "hidden-character" }, escaped(found[0])));
+    end = found.index + found[0].length;
+  }
+  return [...nodes, text.slice(end)];
+}
+
+// Whatever a member holds, as text.
+export const shown = value => (typeof value === "string" ? value : JSON.stringify(value, null, 1) ?? "");
+
+// A badge: a hue and two letters of the name, so that a name is known again at a glance.
+export function badge(name) {
+  const node = h("span", { class: "badge", "aria-hidden": "true" }, initials(name));
+  node.style.background = colour(name);
+  return node;
+}
+
+export function initials(name) {
+  const parts = name.split(/[-._:@]+/).filter(Boolean);
+  const digits = /(\d\d?)$/.exec(name);
+  if (digits) return digits[1].padStart(2, "0");
+  return (parts.length > 1 ? parts[0][0] + parts[1][0] : name.slice(0, 2)).toLowerCase();
+}
+
+export function colour(name) {
+  let sum = 7;
+  for (const letter of name) sum = (sum * 31 + letter.charCodeAt(0)) >>> 0;
+  return `oklch(0.49 0.1 ${(sum * 47) % 360})`; // one lightness: white letters have a contrast above 5 on all
+}
+
+export const clock = ts => new Date(ts * 1000).toTimeString().slice(0, 8);
+
+export function day(ts) {
+  return new Date(ts * 1000).toLocaleDateString("en-GB", { weekday: "short", day: "numeric", month: "short" });
+}
+
+// "4 s", "12 min", "3 h", "5 days"
+export function span(seconds) {
+  const s = Math.max(0, Math.round(seconds));
+  if (s < 60) return `${s} s`;
+  if (s < 5400) return `${Math.round(s / 60)} min`;
+  return s < 172800 ? `${Math.round(s / 3600)} h` : `${Math.round(s / 86400)} days`;
+}
+
+export const many = (number, one, more = one + "s") => `${number.toLocaleString("en")} ${number === 1 ? one : more}`;
