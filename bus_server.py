@@ -3736,7 +3736,7 @@ class Mailbox:
         self.firm = bool(stored)  # it has a row on disk, or should get one; else it was only looked at
         self.base: tuple[int, int] | None = None  # a mark, and how many messages lie up to it; None: to be counted
         self.expired: tuple[int, int, int] | None = None  # above which mark, up to when (wall clock, us), how many
-        self.gone = (0, 0)  # above the one tick, up to the other, all messages are expired
+        self.gone = (0, 0, 0)  # above the one tick, up to the other, all messages were expired then (wall clock, us)
         self.pending: Unfetched | None = None  # None: to be counted
         self.sent = 0  # of the last message that this name sent, if an extension notes it
         self.address = ""  # of the reader that polled last
@@ -3747,17 +3747,18 @@ class Mailbox:
         """Messages above this tick are unread: the owner's cursor or, if it is only read as a group, `fetched`."""
         return (self.read or 0) if self.own else self.fetched
 
-    def oldest(self, mark: int, look: Callable[[int], Look]) -> tuple[int | None, int]:
+    def oldest(self, mark: int, now: int, look: Callable[[int], Look]) -> tuple[int | None, int]:
         """The oldest message above a mark that is not expired, and how many were looked at. `look`: View.look().
 
-        It begins where the last look has ended.
+        It begins where the last look has ended, unless the clock stepped back since then. `now`: wall clock, us.
         """
-        low, high = self.gone
+        low, high = self.gone[:2] if self.gone[2] <= now else (0, 0)
         found, reached, looked = look(max(mark, high) if low <= mark else mark)
         if low <= mark <= high or mark <= low <= reached:
-            self.gone = min(low, mark), max(high, reached)
+            low, high = min(low, mark), max(high, reached)
         elif reached > mark:
-            self.gone = mark, reached
+            low, high = mark, reached
+        self.gone = low, high, now
         return found, looked
 
     def recalled(self, message: Message) -> None:
@@ -3895,7 +3896,7 @@ class Mailboxes:
                 continue
             since = reader.since if isinstance(reader, Poll) and own != reader.me else 0
             look = partial(self.look, str(reader.channel), own, since, self.LOOKED_FOR_HOLE)
-            if since > box.fetched and box.oldest(box.fetched, look)[0]:
+            if since > box.fetched and box.oldest(box.fetched, self.wall(), look)[0]:
                 low, high = box.above
                 box.above = min(low or since, since), max(high, tick)
                 continue

@@ -163,7 +163,8 @@ class People:
             return None
         if not box.perishable:
             return self.bus.view.oldest(channel, own, mark)
-        oldest, looked = box.oldest(mark, partial(self.bus.view.look, channel, own, box.newest, self.left))
+        look = partial(self.bus.view.look, channel, own, box.newest, self.left)
+        oldest, looked = box.oldest(mark, self.bus.view.clock(), look)
         self.left = max(self.left - looked, 0)
         return oldest
 

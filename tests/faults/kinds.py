@@ -446,6 +446,10 @@ KINDS = [
           f"{WAITING}::test_what_had_expired_above_the_mark_of_a_group_says_nothing_of_its_new_owner"),
          "`People.LOOKED` has no effect, or `Mailbox.gone` is not kept (the first); "
          "it is used for each mark (the last)"),
+    Kind("what had expired is remembered while the clock steps back",
+         "the next look begins at the mark again: a list of names and the mark of a group count it as mail",
+         (f"{WAITING}::test_what_had_expired_is_mail_again_when_the_clock_steps_back",),
+         "`Mailbox.oldest()` does not compare `gone` with the clock"),
     Kind("marks that moved are all counted anew at once",
          "a list of names ends with `more` after 100; a send tells of the others what lies above an older mark",
          (f"{TURNS}::test_a_list_counts_so_many_moved_marks_and_the_next_page_goes_on",
