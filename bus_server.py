@@ -62,7 +62,7 @@ import threading
 import time
 import traceback
 import zlib
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -70,7 +70,7 @@ from email.utils import formatdate
 from functools import lru_cache, partial
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
-from itertools import accumulate, count, islice
+from itertools import accumulate, count, islice, takewhile
 from operator import attrgetter, length_hint
 from types import ModuleType
 from typing import IO, Any, ClassVar, NamedTuple, NoReturn, Protocol, TypeVar, Union
@@ -3298,6 +3298,7 @@ class State(Rows):
                 del values[: len(some)]
 
 
+Expiry = tuple[int, int]  # when a message expires (wall clock, us) and its tick: messages are counted in this order
 Look = tuple[Union[int, None], int, int]  # the tick that was found, up to which tick all are expired, how many rows
 
 
@@ -3429,17 +3430,28 @@ class View(Rows):
         where = f"the place of {tick:x} in its thread"
         return (self.number(row[0], tick, where), self.number(row[1], 0, where)) if row else (tick, 0)
 
-    def count_expired(self, channel: str, own: str, above: int, since: int, now: int, most: int) -> int:
-        """How many messages of a mailbox above a tick expired after `since` and up to `now` (wall clock, us)."""
-        expired = f"mailbox = {MAILBOX} AND expires > ? AND expires <= ? AND tick > ? LIMIT ?"
-        counted = f"SELECT count(*) FROM (SELECT 1 FROM messages WHERE {expired})"
-        return int(self.ask(counted, channel, own, since, now, above, most)[0])
+    def count_expired(
+        self, channel: str, own: str, above: int, since: Expiry, now: int, most: int
+    ) -> tuple[int, Expiry, int]:
+        """How many messages of a mailbox above a tick expired after `since` and up to `now` (wall clock, us).
 
-    def count_gone(self, channel: str, own: str, above: int, upto: int, at: int) -> int | None:
-        """How many messages of a mailbox between two ticks had expired at `at` (us). None: it has over COUNTED_READ."""
-        with contextlib.closing(self.mail("expires", (channel, own), above, upto)) as rows:
-            ends = [end for [end] in islice(rows, self.COUNTED_READ + 1)] if above < upto else []
-        return sum(end is not None and end <= at for end in ends) if len(ends) <= self.COUNTED_READ else None
+        It looks at `most`, above the tick or not. Returns also up to where, and at how many it has looked.
+        """
+        some = f"mailbox = {MAILBOX} AND (expires, tick) > (?, ?) AND expires <= ? ORDER BY expires, tick LIMIT ?"
+        values = channel, own, *since, now, most
+        some = f"FROM (SELECT expires, tick FROM messages WHERE {some})"
+        looked, found = self.ask(f"SELECT count(*), ifnull(sum(tick > ?), 0) {some}", above, *values)
+        upto = self.ask(f"SELECT expires, tick {some} LIMIT 1 OFFSET ?", *values, looked - 1) if looked else since
+        return found, upto if looked == most else (now, SOUND), looked
+
+    def count_gone(self, channel: str, own: str, above: int, upto: int, counted: Expiry) -> tuple[int, int]:
+        """Of the messages of a mailbox between two ticks: how many had been counted as expired, and how many it has.
+
+        If the second number is above COUNTED_READ, there are more.
+        """
+        with contextlib.closing(self.mail("expires, messages.tick", (channel, own), above, upto)) as rows:
+            ends = [*islice(rows, self.COUNTED_READ + 1)]
+        return sum(end is not None and (end, tick) <= counted for end, tick in ends), len(ends)
 
     COUNTED_READ = 1000  # messages: 2 ms
 
@@ -3735,7 +3747,7 @@ class Mailbox:
         self.reached = self.fetched  # highest tick delivered, above holes too; later messages fill the mailbox
         self.firm = bool(stored)  # it has a row on disk, or should get one; else it was only looked at
         self.base: tuple[int, int] | None = None  # a mark, and how many messages lie up to it; None: to be counted
-        self.expired: tuple[int, int, int] | None = None  # above which mark, up to when (wall clock, us), how many
+        self.expired: tuple[int, Expiry, int] | None = None  # above which mark, counted up to where, how many
         self.gone = (0, 0, 0)  # above the one tick, up to the other, all messages were expired then (wall clock, us)
         self.pending: Unfetched | None = None  # None: to be counted
         self.sent = 0  # of the last message that this name sent, if an extension notes it
@@ -3764,9 +3776,10 @@ class Mailbox:
     def recalled(self, message: Message) -> None:
         """Its sender took this message back: what was counted stays true."""
         self.perishable = True
-        mark, at, known = self.expired or (message.tick, 0, 0)
-        if message.tick > mark and (message.expires is None or message.expires > at):
-            self.expired = mark, at, known + 1
+        mark, upto, known = self.expired or (message.tick, (0, 0), 0)
+        was_counted = message.expires is not None and (message.expires, message.tick) <= upto
+        if message.tick > mark and not was_counted and upto >= (RECALLED, message.tick):  # else it will be counted
+            self.expired = mark, upto, known + 1
         if self.pending:
             self.pending.recalled(message)
 
@@ -3811,14 +3824,33 @@ class Mailboxes:
             self.dropped.discard((channel, own))
         return box
 
-    def keys(self, after: tuple[str, str]) -> Iterator[tuple[str, str]]:
-        """The mailboxes behind one, in the order of channel and name."""
+    def keys(
+        self, after: tuple[str, str], channel: str | None = None, names: Sequence[str] = ()
+    ) -> Iterator[tuple[str, str]]:
+        """The mailboxes behind one, in the order of channel and name: all, or those of a channel, or of some names.
+
+        With names, it says where they would be: there may be no such mailbox.
+        """
         if self.unordered:
             self.ordered += self.unordered
             self.ordered.sort()  # a list that is nearly in order takes a twentieth of the time
             self.unordered = []
-        behind = islice(self.ordered, bisect_right(self.ordered, after), None)
-        return (key for key in behind if key not in self.dropped)
+        if names:
+            channels = self.channels(after[0]) if channel is None else [channel]
+            ordered = sorted({*names})
+            return (key for its in channels for own in ordered if (key := (its, own)) > after)
+        start = max(after, (channel or "", ""))
+        behind = islice(self.ordered, bisect_right(self.ordered, start), None)
+        some = behind if channel is None else takewhile(lambda key: key[0] == channel, behind)
+        return (key for key in some if key not in self.dropped)
+
+    def channels(self, first: str) -> Iterator[str]:
+        """The channels from one on, in order; without a look at each mailbox."""
+        place = bisect_left(self.ordered, (first,))
+        while place < len(self.ordered):
+            channel = self.ordered[place][0]
+            yield channel
+            place = bisect_left(self.ordered, (channel + "\0",), place)
 
     def drop(self, keys: Iterable[tuple[str, str]]) -> None:
         for key in keys:
@@ -4012,7 +4044,7 @@ class Mailboxes:
             box.newest, box.n, box.firm = tick, n, True
             if expires is not None:
                 box.perishable = True
-                if box.expired and expires <= box.expired[1]:  # the clock stepped back
+                if box.expired and (expires, tick) <= box.expired[1]:  # the clock stepped back
                     box.expired = None
             if box.pending:
                 box.pending.add(sender, 1, len(text))
@@ -4079,7 +4111,9 @@ class Mailboxes:
 NAMES_PER_READER = 16
 COPIES_PER_SEND = 5000  # messages times names in one request: 40 ms of one transaction
 COUNTED_EXPIRED = 20000  # expired messages counted at once, to tell how many are unread: 2 ms
-RECOUNTS = 100  # names whose mark has moved that are counted anew at once, with a look at the disk for each: 10 ms
+LOOKS = 250  # at the disk, for one list of names or the answers of one announcement: 10 to 20 ms
+ROWS_PER_LOOK = 50  # messages that take as long to read as one look
+LOOKS_EACH = 50  # that one name in a list may take; with fewer left, the list ends
 TIDY_SECONDS = 60.0  # between two searches for messages and names that are too old
 MARKS_SECONDS = 1.0  # s a mark may be newer in memory than on disk; after a crash `since=last` repeats that much
 DRAIN_SECONDS = 10.0  # for accepted sends to be committed and answered after SIGTERM
@@ -4273,8 +4307,8 @@ class Bus:
         self.truths: dict[tuple[str, tuple[str, ...], str], str] = {}
         self.readers: dict[str, tuple[int, int]] = {}
         self.unread: dict[Mailbox, int] = {}
-        # In this announcement, or for this list of names: expired messages and marks that may still be counted.
-        self.countable = self.recounts = 0
+        # In this announcement, or for this list of names: expired messages that may still be counted, and LOOKS left.
+        self.countable = self.looks = 0
         self.draining = self.broken = False
         self.saving = False  # save_marks() is planned, or follows a commit
         self.sure = True  # each message was told to Mailboxes and its readers; if not, each poll looks at the disk
@@ -4413,7 +4447,7 @@ class Bus:
             self.loop.attempt(tell, outcome.visible)
         noted = not outcome.removed or self.loop.attempt(self.mailboxes.note_removed, outcome.removed)
         self.truths, self.readers, self.unread = {}, {}, {}
-        self.countable, self.recounts = COUNTED_EXPIRED, RECOUNTS
+        self.countable, self.looks = COUNTED_EXPIRED, LOOKS
         woken = not self.mailboxes.parked or self.loop.attempt(self.wake, outcome.visible)
         self.sure = sure and added and noted and woken
         self.settle(zip(steps, outcome.results))
@@ -5085,66 +5119,82 @@ def everybody(bus: Bus, channel: str) -> tuple[int, int]:
 def unread(bus: Bus, channel: str, own: str, box: Mailbox) -> int:
     """Messages addressed to the name above its mark, less the expired. Broadcasts are not counted.
 
-    Beyond RECOUNTS it is what lies above an older mark, or all.
+    Beyond LOOKS it is what lies above an older mark, or all.
     """
-    mark = box.mark()
+    mark, looks = box.mark(), bus.looks > 0
     if mark >= box.newest:
         return 0
-    if is_uncounted(box) and bus.recounts:
-        bus.recounts -= 1
+    if looks and (box.base[0] != mark if box.base else mark + box.removed > 0):
+        bus.looks -= 1
         counted = bus.view.count_up_to(channel, own, mark)
         box.base = mark, box.n if counted is None else counted
     known, base = box.base or (0, 0)
-    return box.n - (base if known <= mark else 0) - (expired(bus, channel, own, box) if box.perishable else 0)
+    return box.n - (base if known <= mark else 0) - (expired(bus, channel, own, box, looks) if box.perishable else 0)
 
 
-def is_uncounted(box: Mailbox) -> bool:
-    """Does it take a look at the disk to tell how many messages lie up to the mark?"""
-    mark = box.mark()
-    return mark < box.newest and (box.base[0] != mark if box.base else mark + box.removed > 0)
+def expired(bus: Bus, channel: str, own: str, box: Mailbox, looks: bool) -> int:
+    """How many of the unread messages are expired. It looks at those that expired or were read since the last count.
 
-
-def expired(bus: Bus, channel: str, own: str, box: Mailbox) -> int:
-    """How many of the unread messages are expired. It looks at those that expired or were read since the last count."""
-    now, mark, known = bus.view.clock(), box.mark(), box.expired
-    gone = bus.view.count_gone(channel, own, known[0], mark, known[1]) if known and known[0] <= mark else None
-    since, before = (known[1], known[2] - gone) if known and gone is not None and known[1] <= now else (0, 0)
-    counted = bus.view.count_expired(channel, own, mark, since, now, bus.countable) if since < now else 0
-    bus.countable -= counted
-    if bus.countable > 0:  # else there may be more: they count as unread
-        box.expired = mark, max(now, since), before + counted
-    return before + counted
+    It counts `bus.countable`, and the next look goes on there; until then the others count as unread.
+    """
+    now, mark = bus.view.clock(), box.mark()
+    above, upto, count = box.expired or (mark, (0, 0), 0)
+    if above > mark or upto[0] > now:  # the name has an owner now, or the clock stepped back
+        above, upto, count = mark, (0, 0), 0
+    if not looks:
+        return count if above == mark else 0
+    if above < mark:
+        gone, looked = bus.view.count_gone(channel, own, above, mark, upto)
+        bus.looks -= 1 + looked // ROWS_PER_LOOK
+        upto, count = (upto, count - gone) if looked <= bus.view.COUNTED_READ else ((0, 0), 0)
+    if upto < (now, SOUND):
+        found, upto, looked = bus.view.count_expired(channel, own, mark, upto, now, bus.countable)
+        bus.looks -= 1
+        bus.countable -= looked
+        count += found
+    box.expired = mark, upto, count
+    return count
 
 
 Listed = tuple[str, str, Mailbox]  # channel, name, mailbox
 
 
-def page(bus: Bus, request: Request, shows: Callable[[str, Mailbox], bool]) -> tuple[list[Listed], str]:
-    """Some mailboxes in the order of channel and name, and the members that say how to go on.
+class Page:
+    """Some mailboxes in the order of channel and name; at its end, `more` has the members that say how to go on.
 
-    The query has max, after=CHANNEL/NAME, name and channel; `shows` says whether a mailbox belongs into the list. It
-    ends before more than RECOUNTS mailboxes would have to be counted anew.
+    The query has max, after=CHANNEL/NAME, name and channel; `shows` says whether a mailbox belongs into the list, and
+    `names` are all that can. It ends before the answer would take more than WALKED names or LOOKS.
     """
-    bus.storms.read(request.owner())
-    bus.countable, bus.recounts = COUNTED_EXPIRED, RECOUNTS
-    query = request.query()
-    limit, (channel, _, own) = int(query.number("max", 1000, 1, 1000)), (query.one("after") or "").partition("/")
-    wanted, names = query.name("channel", None), query.names("name")
-    boxes = bus.mailboxes.boxes
-    keys = (
-        key
-        for key in bus.mailboxes.keys((channel, own))
-        if wanted in (None, key[0]) and (not names or key[1] in names) and shows(key[1], boxes[key])
-    )
-    some: list[Listed] = []
-    uncounted, more = 0, ""
-    for key in keys:
-        uncounted += is_uncounted(boxes[key])
-        if len(some) == limit or uncounted > RECOUNTS:
-            more = f', "more": true, "next": {encode("/".join(some[-1][:2]))}'
-            break
-        some.append((*key, boxes[key]))
-    return some, more
+
+    WALKED = 10000  # names, whether they are listed or not: 10 ms
+
+    def __init__(self, bus: Bus, request: Request, shows: Callable[[str, Mailbox], bool], names: Sequence[str] = ()):
+        bus.storms.read(request.owner())
+        bus.countable, bus.looks = COUNTED_EXPIRED, LOOKS
+        self.bus, self.shows, self.more = bus, shows, ""
+        query = request.query()
+        self.limit = int(query.number("max", 1000, 1, 1000))
+        channel, _, own = (query.one("after") or "").partition("/")
+        self.after, self.channel = (channel, own), query.name("channel", None)
+        self.names = query.names("name") or names
+
+    def __iter__(self) -> Iterator[Listed]:
+        boxes, listed, last = self.bus.mailboxes.boxes, 0, self.after
+        for walked, key in enumerate(self.bus.mailboxes.keys(self.after, self.channel, self.names)):
+            box = boxes.get(key)
+            is_listed = box and self.shows(key[1], box)
+            if walked == self.WALKED or (is_listed and (listed == self.limit or self.bus.looks < LOOKS_EACH)):
+                self.more = f', "more": true, "next": {encode("/".join(last))}'
+                return
+            last = key
+            if box and is_listed:
+                listed += 1
+                yield (*key, box)
+
+
+def own_names(grant: Grant) -> Sequence[str]:
+    """The names that a token may read, if these are not all."""
+    return () if grant.operator else (grant.name, *grant.also)
 
 
 def inbox(bus: Bus, request: Request) -> Answer:
@@ -5152,10 +5202,10 @@ def inbox(bus: Bus, request: Request) -> Answer:
         return own != EVERYONE and (box.firm or box.seen > 0) and request.grant.reads(own)
 
     recipients: dict[str, dict[str, int]] = {}
-    found, more = page(bus, request, shows)
-    for channel, own, box in found:
+    page = Page(bus, request, shows, own_names(request.grant))
+    for channel, own, box in page:
         recipients.setdefault(channel, {})[own] = unread(bus, channel, own, box)
-    return ok(bus, f'"recipients": {encode(recipients)}{more}')
+    return ok(bus, f'"recipients": {encode(recipients)}{page.more}')
 
 
 def agents(bus: Bus, request: Request) -> Answer:
@@ -5164,9 +5214,9 @@ def agents(bus: Bus, request: Request) -> Answer:
     def shows(own: str, box: Mailbox) -> bool:
         return own != EVERYONE and box.seen > 0 and online in (None, bus.mailboxes.online(box))
 
-    found, more = page(bus, request, shows)
-    rows = [agent(bus, request.grant, *each) for each in found]
-    return ok(bus, f'"agents": [{", ".join(rows)}]{more}')
+    page = Page(bus, request, shows)
+    rows = [agent(bus, request.grant, *each) for each in page]
+    return ok(bus, f'"agents": [{", ".join(rows)}]{page.more}')
 
 
 def agent(bus: Bus, grant: Grant, channel: str, own: str, box: Mailbox) -> str:
