@@ -308,7 +308,7 @@ KINDS = [
          (f"{COUNTS}::test_what_can_no_longer_be_delivered_takes_no_room_in_a_mailbox",
           f"{COUNTS}::test_a_full_mailbox_is_counted_again_once_a_minute",
           f"{COUNTS}::test_expired_mail_of_a_group_is_looked_at_once"),
-         "`View.sizes()` counts all (the first); `check_room()` counts again each time (the second); "
+         "`Sending.count()` counts all (the first); `check_room()` counts again each time (the second); "
          "`Mailbox.oldest()` begins at the mark (the last)"),
     Kind("what is for others is looked at without an end",
          "a question that is asked again, a page of a thread and a claim look at a bounded number and say how to go "
@@ -450,14 +450,20 @@ KINDS = [
          (f"{WAITING}::test_what_had_expired_is_mail_again_when_the_clock_steps_back",),
          "`Mailbox.oldest()` does not compare `gone` with the clock"),
     Kind("a list of names takes a look at the disk for each, or several",
-         "a list ends with `more` after 200 looks, counted marks among them; a send tells of the others what lies above "
-         "an older mark",
+         "a list ends with `more` after 200 looks, counted marks among them; a send tells of the others what lies "
+         "above an older mark",
          (f"{TURNS}::test_a_list_counts_so_many_moved_marks_and_the_next_page_goes_on",
           f"{TURNS}::test_a_list_takes_so_many_looks_at_the_disk_and_the_next_page_goes_on",
           f"{TURNS}::test_a_send_counts_so_many_moved_marks_and_the_others_count_as_unread",
           f"{TURNS}::test_who_has_read_all_is_counted_from_memory"),
          "`Page` does not ask `looks` (the first two); `unread()` does not (the third); `Mailboxes.fetched()` notes no "
          "count (the last)"),
+    Kind("one send counts all mailboxes of its list, and one count ends before what counts",
+         "a send and an action count 10,000 messages; it is 503 until all are counted, and no mailbox gets more than "
+         "its limit, also behind many expired messages",
+         (f"{COUNTS}::test_a_send_to_many_full_mailboxes_counts_so_many_rows_in_a_turn",
+          f"{COUNTS}::test_a_mailbox_is_full_also_behind_any_number_of_expired_messages"),
+         "`Sending.check()` sets `rows` to a million (the first), or does not ask `is_counted` (both)"),
     Kind("a budget counts names, and a name has many rows",
          "a look that reads many rows counts as several looks; what is not counted yet counts as unread",
          (f"{TURNS}::test_what_was_read_is_passed_in_so_many_rows_and_the_next_answer_goes_on",),
@@ -467,8 +473,8 @@ KINDS = [
          (f"{COUNTS}::test_a_list_counts_so_many_expired_and_the_next_one_counts_on",),
          "`expired()` keeps no part of a count"),
     Kind("all names are walked to list a few",
-         "a list ends with `more` after 10,000 names, listed or not; names that are asked for, or that a token may read "
-         "alone, are looked up",
+         "a list ends with `more` after 10,000 names, listed or not; names that are asked for, or that a token may "
+         "read alone, are looked up",
          (f"{TURNS}::test_a_list_walks_so_many_names_and_the_next_page_goes_on",
           f"{TURNS}::test_who_reads_one_name_is_told_of_it_at_once_however_many_there_are"),
          "`Page` does not ask `WALKED` (the first); `own_names()` is empty (the last)"),
