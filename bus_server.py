@@ -4111,9 +4111,9 @@ class Mailboxes:
 NAMES_PER_READER = 16
 COPIES_PER_SEND = 5000  # messages times names in one request: 40 ms of one transaction
 COUNTED_EXPIRED = 20000  # expired messages counted at once, to tell how many are unread: 2 ms
-LOOKS = 250  # at the disk, for one list of names or the answers of one announcement: 10 to 20 ms
-ROWS_PER_LOOK = 50  # messages that take as long to read as one look
-LOOKS_EACH = 50  # that one name in a list may take; with fewer left, the list ends
+LOOKS = 260  # at the disk, for one list of names or the answers of one announcement: 10 to 20 ms
+ROWS_PER_LOOK = 20  # messages that take as long to read as one look
+LOOKS_EACH = 60  # that one name in a list may take; with fewer left, the list ends
 TIDY_SECONDS = 60.0  # between two searches for messages and names that are too old
 MARKS_SECONDS = 1.0  # s a mark may be newer in memory than on disk; after a crash `since=last` repeats that much
 DRAIN_SECONDS = 10.0  # for accepted sends to be committed and answered after SIGTERM
@@ -4674,17 +4674,17 @@ class Sending:
         pending = box.pending
         if not pending or pending.upto < box.reached or (by_sender and not pending.counts_senders):
             pending = box.pending = Unfetched(box.reached, by_sender, self.view.clock())
-        known = True
+        known = True  # else they are too many
         if pending.above < box.reached and not self.bus.ledger.removes():  # else some may be gone already
             pending.above = self.count(channel, to, pending, -1, pending.above, box.reached)
             known = pending.above == box.reached
         if pending.upto < box.newest:
             pending.upto = self.count(channel, to, pending, 1, pending.upto, box.newest)
-        if known and pending.upto >= box.newest:
-            return pending
-        self.uncounted[box] = channel, to
-        self.plan()
-        return None
+        is_counted = pending.upto >= box.newest
+        if not (known and is_counted):
+            self.uncounted[box] = channel, to
+            self.plan()
+        return pending if is_counted and (known or not pending.is_much()) else None
 
     def count(self, channel: str, to: str, pending: Unfetched, sign: int, above: int, upto: int) -> int:
         """Count the messages between two ticks as more or as less, and return how far it came."""
@@ -4701,7 +4701,7 @@ class Sending:
             self.bus.loop.soon(self.count_on)
 
     def count_on(self) -> None:
-        self.rows = self.COUNTED
+        self.rows = self.COUNTED // 10  # others wait for each action
         box, (channel, to) = self.uncounted.popitem()
         self.unfetched(box, channel, to, bool(box.pending and box.pending.counts_senders))
         self.plan()

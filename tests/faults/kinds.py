@@ -459,7 +459,7 @@ KINDS = [
          "`Page` does not ask `looks` (the first two); `unread()` does not (the third); `Mailboxes.fetched()` notes no "
          "count (the last)"),
     Kind("one send counts all mailboxes of its list, and one count ends before what counts",
-         "a send and an action count 10,000 messages; it is 503 until all are counted, and no mailbox gets more than "
+         "a send counts 10,000 messages, and actions go on; it is 503 until all are counted; no mailbox gets more than "
          "its limit, also behind many expired messages",
          (f"{COUNTS}::test_a_send_to_many_full_mailboxes_counts_so_many_rows_in_a_turn",
           f"{COUNTS}::test_a_mailbox_is_full_also_behind_any_number_of_expired_messages"),

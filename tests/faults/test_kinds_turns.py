@@ -121,7 +121,7 @@ def test_a_list_takes_so_many_looks_at_the_disk_and_the_next_page_goes_on(bus, m
 
 @pytest.mark.parametrize("way", ["a list", "a send"])
 def test_what_was_read_is_passed_in_so_many_rows_and_the_next_answer_goes_on(bus, monkeypatch, way):
-    monkeypatch.setattr(bus_server, "LOOKS", 8 if way == "a send" else bus_server.LOOKS_EACH + 8)
+    monkeypatch.setattr(bus_server, "LOOKS", 12 if way == "a send" else bus_server.LOOKS_EACH + 12)
     guest, names = Guest(bus), NAMES[:6]
     sent = guest.asks("POST", "/send", [{"from": "eve", "to": names, "msg": "x", "ttl": 30}] * 200).json()["results"]
     for _ in range(3):
