@@ -3823,33 +3823,14 @@ class Mailboxes:
             self.dropped.discard((channel, own))
         return box
 
-    def keys(
-        self, after: tuple[str, str], channel: str | None = None, names: Sequence[str] = ()
-    ) -> Iterator[tuple[str, str]]:
-        """The mailboxes behind one, in the order of channel and name: all, or those of a channel, or of some names.
-
-        With names, it says where they would be: there may be no such mailbox.
-        """
+    def keys(self, after: tuple[str, str]) -> Iterator[tuple[str, str]]:
+        """The mailboxes behind one, in the order of channel and name."""
         if self.unordered:
             self.ordered += self.unordered
             self.ordered.sort()  # a list that is nearly in order takes a twentieth of the time
             self.unordered = []
-        if names:
-            channels = self.channels(after[0]) if channel is None else [channel]
-            ordered = sorted({*names})
-            return (key for its in channels for own in ordered if (key := (its, own)) > after)
-        start = max(after, (channel or "", ""))
-        behind = islice(self.ordered, bisect_right(self.ordered, start), None)
-        some = behind if channel is None else takewhile(lambda key: key[0] == channel, behind)
-        return (key for key in some if key not in self.dropped)
-
-    def channels(self, first: str) -> Iterator[str]:
-        """The channels from one on, in order; without a look at each mailbox."""
-        place = bisect_left(self.ordered, (first,))
-        while place < len(self.ordered):
-            channel = self.ordered[place][0]
-            yield channel
-            place = bisect_left(self.ordered, (channel + "\0",), place)
+        behind = islice(self.ordered, bisect_right(self.ordered, after), None)
+        return (key for key in behind if key not in self.dropped)
 
     def drop(self, keys: Iterable[tuple[str, str]]) -> None:
         for key in keys:
@@ -5218,7 +5199,7 @@ class Page:
 
     def __iter__(self) -> Iterator[Listed]:
         boxes, listed, last = self.bus.mailboxes.boxes, 0, self.after
-        for walked, key in enumerate(self.bus.mailboxes.keys(self.after, self.channel, self.names)):
+        for walked, key in enumerate(self.keys()):
             box = boxes.get(key)
             is_listed = box and self.shows(key[1], box)
             if walked == self.WALKED or (is_listed and (listed == self.limit or self.bus.looks < LOOKS_EACH)):
@@ -5228,6 +5209,22 @@ class Page:
             if box and is_listed:
                 listed += 1
                 yield (*key, box)
+
+    def keys(self) -> Iterator[tuple[str, str]]:
+        """The mailboxes that the list may have. With names, where these would be: there may be no such mailbox."""
+        behind = self.bus.mailboxes.keys(max(self.after, (self.channel or "", "")))
+        if not self.names:
+            return takewhile(lambda key: self.channel in (None, key[0]), behind)
+        channels, names = [self.channel] if self.channel else self.channels(), sorted({*self.names})
+        return (key for channel in channels for own in names if (key := (channel, own)) > self.after)
+
+    def channels(self) -> Iterator[str]:
+        """The channels from that of `after` on, in order; without a look at each mailbox."""
+        ordered = self.bus.mailboxes.ordered
+        place = bisect_left(ordered, (self.after[0],))
+        while place < len(ordered):
+            yield ordered[place][0]
+            place = bisect_left(ordered, (ordered[place][0] + "\0",), place)
 
 
 def own_names(grant: Grant) -> Sequence[str]:

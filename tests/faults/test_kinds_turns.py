@@ -23,7 +23,7 @@ import pytest
 import bus_server
 from bus_server import PARKED, Forget, Page, Poll
 from tests.core.test_connection import a_bus, come_true
-from tests.faults.test_kinds_bounds import Guest, counted, rows_of, steps_of
+from tests.faults.test_kinds_bounds import Guest, counted, steps_of
 from tests.faults.test_kinds_counts import NAMES, listened
 from tests.kit.peers import mint
 
@@ -148,37 +148,42 @@ def test_what_was_read_is_passed_in_so_many_rows_and_the_next_answer_goes_on(bus
     assert len(unread) == len(names) and set(unread.values()) == {3 if way == "a list" else 9}
 
 
-def test_a_list_walks_so_many_names_and_the_next_page_goes_on(bus, monkeypatch):
+@pytest.fixture
+def walked(monkeypatch):
+    """The names that lists look at, of which they walk 6."""
     monkeypatch.setattr(Page, "WALKED", 6)
+    walked, keys = [], Page.keys
+    monkeypatch.setattr(Page, "keys", lambda page: (walked.append(key) or key for key in keys(page)))
+    return walked
+
+
+def test_a_list_walks_so_many_names_and_the_next_page_goes_on(bus, walked):
     guest = Guest(bus)
     for own in NAMES:
         guest.asks("GET", f"/recv?to={own}&since=now&channel={own[:2]}")
     guest.asks("GET", "/recv?to=zoe&since=now")
     for path, found in {"/agents?online=false": 0, "/agents?channel=zz": 0, "/agents?online=true": 17}.items():
         told = 0
-        with rows_of(bus.mailboxes, "keys") as walked:
-            for answer in pages_of(guest, path):
-                assert len(walked) <= 7, f"{len(walked)} names were walked for one answer"
-                walked.clear()
-                told += len(answer.json()["agents"])
+        walked.clear()
+        for answer in pages_of(guest, path):
+            assert len(walked) <= 7, f"{len(walked)} names were walked for one answer"
+            walked.clear()
+            told += len(answer.json()["agents"])
         assert told == found
-    with rows_of(bus.mailboxes, "keys") as walked:
-        assert len(guest.asks("GET", "/agents?channel=n1&name=n10").json()["agents"]) == 1
+    assert len(guest.asks("GET", "/agents?channel=n1&name=n10").json()["agents"]) == 1
     assert len(walked) == 1, "this name is looked up"
     pages = pages_of(guest, "/inbox?name=n3&name=n12")
     assert [channel for page in pages for channel in page.json()["recipients"]] == ["n1", "n3"]
 
 
-def test_who_reads_one_name_is_told_of_it_at_once_however_many_there_are(tmp_path, monkeypatch):
-    monkeypatch.setattr(Page, "WALKED", 6)
+def test_who_reads_one_name_is_told_of_it_at_once_however_many_there_are(tmp_path, walked):
     path = tmp_path / "bus.db"
     tokens = mint(path, ann=["--operator"], zoe=[])
     with a_bus(time.monotonic, path) as bus:
         Guest(bus, tokens["ann"]).asks("POST", "/send", {"to": [*NAMES, "zoe"], "msg": "x"})
-        with rows_of(bus.mailboxes, "keys") as walked:
-            for path in ("/inbox", "/channels"):
-                answer = Guest(bus, tokens["zoe"]).asks("GET", path).json()
-                assert "more" not in answer and '"default": {' in str(answer).replace("'", '"')
+        for path in ("/inbox", "/channels"):
+            answer = Guest(bus, tokens["zoe"]).asks("GET", path).json()
+            assert "more" not in answer and '"default": {' in str(answer).replace("'", '"')
     assert len(walked) == 2
 
 
