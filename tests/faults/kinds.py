@@ -481,7 +481,7 @@ KINDS = [
     Kind("what is behind a mark is passed again and again: expired messages",
          "what was read or recalled is taken off the count, and passed once",
          (f"{TURNS}::test_what_was_read_and_expired_is_passed_once",),
-         "`View.count_gone()` is None; or `Mailbox.recalled()` forgets the count"),
+         "`expired()` begins anew when the mark has moved; or `Mailbox.recalled()` forgets the count"),
     Kind("all connections are closed in one turn",
          "revoking and a drain go in turns; a revoked token is told of no message meanwhile",
          (f"{TURNS}::test_revoked_connections_are_closed_in_turns_and_are_told_nothing_meanwhile",
