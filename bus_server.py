@@ -62,7 +62,7 @@ import threading
 import time
 import traceback
 import zlib
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -70,7 +70,7 @@ from email.utils import formatdate
 from functools import lru_cache, partial
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
-from itertools import accumulate, count, islice
+from itertools import accumulate, count, islice, takewhile
 from operator import attrgetter, length_hint
 from types import ModuleType
 from typing import IO, Any, ClassVar, NamedTuple, NoReturn, Protocol, TypeVar, Union
@@ -3307,6 +3307,7 @@ class State(Rows):
                 del values[: len(some)]
 
 
+Expiry = tuple[int, int]  # when a message expires (wall clock, us) and its tick: messages are counted in this order
 Look = tuple[Union[int, None], int, int]  # the tick that was found, up to which tick all are expired, how many rows
 
 
@@ -3408,16 +3409,14 @@ class View(Rows):
         row = below or self.first("n - 1", (channel, own), tick, only=SOUND_N)
         return int(row[0]) if row else None
 
-    def sizes(self, channel: str, own: str, above: int, upto: int, at: int) -> Iterator[tuple[str, int]]:
-        """The sender and the bytes of each message of a mailbox between two ticks, if it had not expired.
+    def sizes(self, channel: str, own: str, above: int, upto: int, at: int) -> Generator[tuple[Any, ...], None, None]:
+        """Each message of a mailbox between two ticks: tick, sender, bytes, and whether it had not expired then.
 
-        It looks at the first COUNTED.
+        Exhaust or close it, as mail().
         """
-        alive = f"sender, length(text), {ALIVE.replace('?', str(at))}"
-        with contextlib.closing(self.mail(alive, (channel, own), above, upto)) as rows:
-            yield from ((sender, size) for sender, size, counts in islice(rows, self.COUNTED) if counts)
-
-    COUNTED = 3 * MAILBOX_MESSAGES  # a mailbox can get more than MAILBOX_MESSAGES, as one send may have thousands
+        return self.mail(
+            f"messages.tick, sender, length(text), {ALIVE.replace('?', str(at))}", (channel, own), above, upto
+        )
 
     def look(self, channel: str, own: str, upto: int, most: int, above: int) -> Look:
         """The oldest message of a mailbox between two ticks that is not expired. It passes over `most`, and no more.
@@ -3438,17 +3437,28 @@ class View(Rows):
         where = f"the place of {tick:x} in its thread"
         return (self.number(row[0], tick, where), self.number(row[1], 0, where)) if row else (tick, 0)
 
-    def count_expired(self, channel: str, own: str, above: int, since: int, now: int, most: int) -> int:
-        """How many messages of a mailbox above a tick expired after `since` and up to `now` (wall clock, us)."""
-        expired = f"mailbox = {MAILBOX} AND expires > ? AND expires <= ? AND tick > ? LIMIT ?"
-        counted = f"SELECT count(*) FROM (SELECT 1 FROM messages WHERE {expired})"
-        return int(self.ask(counted, channel, own, since, now, above, most)[0])
+    def count_expired(
+        self, channel: str, own: str, above: int, since: Expiry, now: int, most: int
+    ) -> tuple[int, Expiry, int]:
+        """How many messages of a mailbox above a tick expired after `since` and up to `now` (wall clock, us).
 
-    def count_gone(self, channel: str, own: str, above: int, upto: int, at: int) -> int | None:
-        """How many messages of a mailbox between two ticks had expired at `at` (us). None: it has over COUNTED_READ."""
-        with contextlib.closing(self.mail("expires", (channel, own), above, upto)) as rows:
-            ends = [end for [end] in islice(rows, self.COUNTED_READ + 1)] if above < upto else []
-        return sum(end is not None and end <= at for end in ends) if len(ends) <= self.COUNTED_READ else None
+        It looks at `most`, above the tick or not. Returns also up to where, and at how many it has looked.
+        """
+        some = f"mailbox = {MAILBOX} AND (expires, tick) > (?, ?) AND expires <= ? ORDER BY expires, tick LIMIT ?"
+        values = channel, own, *since, now, most
+        some = f"FROM (SELECT expires, tick FROM messages WHERE {some})"
+        looked, found = self.ask(f"SELECT count(*), ifnull(sum(tick > ?), 0) {some}", above, *values)
+        upto = self.ask(f"SELECT expires, tick {some} LIMIT 1 OFFSET ?", *values, looked - 1) if looked else since
+        return found, upto if looked == most else (now, SOUND), looked
+
+    def count_gone(self, channel: str, own: str, above: int, upto: int, counted: Expiry) -> tuple[int, int]:
+        """Of the messages of a mailbox between two ticks: how many had been counted as expired, and how many it has.
+
+        If the second number is above COUNTED_READ, there are more.
+        """
+        with contextlib.closing(self.mail("expires, messages.tick", (channel, own), above, upto)) as rows:
+            ends = [*islice(rows, self.COUNTED_READ + 1)]
+        return sum(end is not None and (end, tick) <= counted for end, tick in ends), len(ends)
 
     COUNTED_READ = 1000  # messages: 2 ms
 
@@ -3693,18 +3703,19 @@ class Parked(Protocol):
 
 
 class Unfetched:
-    """The messages of a mailbox above a tick, counted; without those that had expired by then."""
+    """The messages of a mailbox between two ticks, counted; without those that had expired by then."""
 
-    __slots__ = ("above", "at", "by_sender", "counts_senders", "messages", "size")
+    __slots__ = ("above", "at", "by_sender", "counts_senders", "messages", "size", "upto")
 
     def __init__(self, above: int, by_sender: bool, at: int) -> None:
-        self.above, self.messages, self.size = above, 0, 0  # size: bytes
+        self.above = self.upto = above
+        self.messages = self.size = 0  # size: bytes
         self.at = at  # wall clock, us
         self.counts_senders = by_sender
         self.by_sender: dict[str, tuple[int, int]] = {}  # the same of each sender
 
     def recalled(self, message: Message) -> None:
-        if message.tick > self.above and (message.expires is None or message.expires > self.at):
+        if self.above < message.tick <= self.upto and (message.expires is None or message.expires > self.at):
             self.add(message.sender, -1, -len(message.text))
 
     def is_much(self) -> bool:
@@ -3744,8 +3755,8 @@ class Mailbox:
         self.reached = self.fetched  # highest tick delivered, above holes too; later messages fill the mailbox
         self.firm = bool(stored)  # it has a row on disk, or should get one; else it was only looked at
         self.base: tuple[int, int] | None = None  # a mark, and how many messages lie up to it; None: to be counted
-        self.expired: tuple[int, int, int] | None = None  # above which mark, up to when (wall clock, us), how many
-        self.gone = (0, 0)  # above the one tick, up to the other, all messages are expired
+        self.expired: tuple[int, Expiry, int] | None = None  # above which mark, counted up to where, how many
+        self.gone = (0, 0, 0)  # above the one tick, up to the other, all messages were expired then (wall clock, us)
         self.pending: Unfetched | None = None  # None: to be counted
         self.sent = 0  # of the last message that this name sent, if an extension notes it
         self.address = ""  # of the reader that polled last
@@ -3756,25 +3767,27 @@ class Mailbox:
         """Messages above this tick are unread: the owner's cursor or, if it is only read as a group, `fetched`."""
         return (self.read or 0) if self.own else self.fetched
 
-    def oldest(self, mark: int, look: Callable[[int], Look]) -> tuple[int | None, int]:
+    def oldest(self, mark: int, now: int, look: Callable[[int], Look]) -> tuple[int | None, int]:
         """The oldest message above a mark that is not expired, and how many were looked at. `look`: View.look().
 
-        It begins where the last look has ended.
+        It begins where the last look has ended, unless the clock stepped back since then. `now`: wall clock, us.
         """
-        low, high = self.gone
+        low, high = self.gone[:2] if self.gone[2] <= now else (0, 0)
         found, reached, looked = look(max(mark, high) if low <= mark else mark)
         if low <= mark <= high or mark <= low <= reached:
-            self.gone = min(low, mark), max(high, reached)
+            low, high = min(low, mark), max(high, reached)
         elif reached > mark:
-            self.gone = mark, reached
+            low, high = mark, reached
+        self.gone = low, high, now
         return found, looked
 
     def recalled(self, message: Message) -> None:
         """Its sender took this message back: what was counted stays true."""
         self.perishable = True
-        mark, at, known = self.expired or (message.tick, 0, 0)
-        if message.tick > mark and (message.expires is None or message.expires > at):
-            self.expired = mark, at, known + 1
+        mark, upto, known = self.expired or (message.tick, (0, 0), 0)
+        was_counted = message.expires is not None and (message.expires, message.tick) <= upto
+        if message.tick > mark and not was_counted and upto >= (RECALLED, message.tick):  # else it will be counted
+            self.expired = mark, upto, known + 1
         if self.pending:
             self.pending.recalled(message)
 
@@ -3904,7 +3917,7 @@ class Mailboxes:
                 continue
             since = reader.since if isinstance(reader, Poll) and own != reader.me else 0
             look = partial(self.look, str(reader.channel), own, since, self.LOOKED_FOR_HOLE)
-            if since > box.fetched and box.oldest(box.fetched, look)[0]:
+            if since > box.fetched and box.oldest(box.fetched, self.wall(), look)[0]:
                 low, high = box.above
                 box.above = min(low or since, since), max(high, tick)
                 continue
@@ -4017,13 +4030,14 @@ class Mailboxes:
     def add(self, visible: list[Message]) -> None:
         for tick, channel, to, sender, text, n, expires, _ in visible:
             box = self.box(channel, to)
+            if box.pending and box.pending.upto >= box.newest:  # else it will be counted
+                box.pending.add(sender, 1, len(text))
+                box.pending.upto = tick
             box.newest, box.n, box.firm = tick, n, True
             if expires is not None:
                 box.perishable = True
-                if box.expired and expires <= box.expired[1]:  # the clock stepped back
+                if box.expired and (expires, tick) <= box.expired[1]:  # the clock stepped back
                     box.expired = None
-            if box.pending:
-                box.pending.add(sender, 1, len(text))
         if visible:
             self.highest = visible[-1].tick
 
@@ -4087,7 +4101,9 @@ class Mailboxes:
 NAMES_PER_READER = 16
 COPIES_PER_SEND = 5000  # messages times names in one request: 40 ms of one transaction
 COUNTED_EXPIRED = 20000  # expired messages counted at once, to tell how many are unread: 2 ms
-RECOUNTS = 100  # names whose mark has moved that are counted anew at once, with a look at the disk for each: 10 ms
+LOOKS = 260  # at the disk, for one list of names or the answers of one announcement: 10 to 20 ms
+ROWS_PER_LOOK = 20  # messages that take as long to read as one look
+LOOKS_EACH = 60  # that one name in a list may take; with fewer left, the list ends
 TIDY_SECONDS = 60.0  # between two searches for messages and names that are too old
 MARKS_SECONDS = 1.0  # s a mark may be newer in memory than on disk; after a crash `since=last` repeats that much
 DRAIN_SECONDS = 10.0  # for accepted sends to be committed and answered after SIGTERM
@@ -4281,8 +4297,8 @@ class Bus:
         self.truths: dict[tuple[str, tuple[str, ...], str], str] = {}
         self.readers: dict[str, tuple[int, int]] = {}
         self.unread: dict[Mailbox, int] = {}
-        # In this announcement, or for this list of names: expired messages and marks that may still be counted.
-        self.countable = self.recounts = 0
+        # In this announcement, or for this list of names: expired messages that may still be counted, and LOOKS left.
+        self.countable = self.looks = 0
         self.draining = self.broken = False
         self.saving = False  # save_marks() is planned, or follows a commit
         self.sure = True  # each message was told to Mailboxes and its readers; if not, each poll looks at the disk
@@ -4425,7 +4441,7 @@ class Bus:
             self.loop.attempt(tell, outcome.visible)
         noted = not outcome.removed or self.loop.attempt(self.mailboxes.note_removed, outcome.removed)
         self.truths, self.readers, self.unread = {}, {}, {}
-        self.countable, self.recounts = COUNTED_EXPIRED, RECOUNTS
+        self.countable, self.looks = COUNTED_EXPIRED, LOOKS
         woken = not self.mailboxes.parked or self.loop.attempt(self.wake, outcome.visible)
         self.sure = sure and added and noted and woken
         self.settle(zip(steps, outcome.results))
@@ -4563,6 +4579,10 @@ class Sending:
 
     def __init__(self, bus: Bus) -> None:
         self.bus, self.view, self.mailboxes, self.storms = bus, bus.view, bus.mailboxes, bus.storms
+        self.rows = self.COUNTED  # that this send, or action, may still look at
+        self.uncounted: dict[Mailbox, tuple[str, str]] = {}  # to be counted by actions
+
+    COUNTED = 10000  # messages that one send, or one action, looks at to count what nobody has fetched: 10 to 20 ms
 
     def drafts(self, request: Request) -> tuple[list[Draft], bool]:
         """The messages in a request, each of them valid, and whether it was an array of them."""
@@ -4603,48 +4623,82 @@ class Sending:
             check_number(drafts, len(each))
             each = list(dict.fromkeys(each))  # check once what is the same for many messages
         bus.storms.spend(drafts[0].sender, len(drafts))
-        new = 0
+        self.rows, new, is_counted = self.COUNTED, 0, True
         for channel, sender, to in each:
             box = boxes.get((channel, to))
             if not box:
                 new += 1
             elif box.reached < box.newest:
-                self.check_room(box, channel, sender, to)
+                is_counted = self.check_room(box, channel, sender, to) and is_counted
             else:
                 box.pending = None  # all is fetched: the next count has fewer messages than this one would take off
+        if not is_counted:
+            why = "the bus counts the messages that nobody has fetched: nothing was stored, try again"
+            raise Refused(503, why, ("Retry-After", "1"))
         return bus.storms.check(drafts, each, new, request.owner())
 
-    def check_room(self, box: Mailbox, channel: str, sender: str, to: str) -> None:
-        """429 if a mailbox is full of unfetched messages, or nearly full with over a quarter from this sender."""
+    def check_room(self, box: Mailbox, channel: str, sender: str, to: str) -> bool:
+        """Is it known whether a mailbox has room?
+
+        429 if it is full of unfetched messages, or nearly full with over a quarter from this sender.
+        """
         pending = self.unfetched(box, channel, to)
-        if not pending.is_much():
-            return
-        if pending.at < self.view.clock() - RECOUNT_SECONDS * 1000000:  # since then some may have expired
-            box.pending = None
+        if pending and pending.is_much() and pending.at < self.view.clock() - RECOUNT_SECONDS * 1000000:
+            box.pending = None  # since then some may have expired
             pending = self.unfetched(box, channel, to, pending.counts_senders)
+        if not pending:
+            return False
         messages, size = pending.messages, pending.size
         if messages >= MAILBOX_MESSAGES or size >= MAILBOX_BYTES:
             raise too_much(f"the mailbox of {to} is full: wait until readers fetch some of its {messages} messages", 60)
         if not pending.is_much():
-            return
-        by_sender = self.unfetched(box, channel, to, by_sender=True).by_sender
-        own_messages, own_size = by_sender.get(sender, (0, 0))
+            return True
+        pending = self.unfetched(box, channel, to, by_sender=True)
+        own_messages, own_size = pending.by_sender.get(sender, (0, 0)) if pending else (0, 0)
         if own_messages > MAILBOX_MESSAGES // 4 or own_size > MAILBOX_BYTES // 4:
             own = f"{own_messages} of its {messages} unfetched messages are from {sender}"
             raise too_much(f"the mailbox of {to} is nearly full, and {own}: wait until they are fetched", 60)
+        return pending is not None
 
-    def unfetched(self, box: Mailbox, channel: str, to: str, by_sender: bool = False) -> Unfetched:
-        """Counted once, until all is fetched; meanwhile, what was fetched since the last count is taken off."""
+    def unfetched(self, box: Mailbox, channel: str, to: str, by_sender: bool = False) -> Unfetched | None:
+        """Counted once, until all is fetched; meanwhile, what was fetched since the last count is taken off.
+
+        None if that is more than it may look at: actions go on.
+        """
         pending = box.pending
-        if not pending or (by_sender and not pending.counts_senders):
+        if not pending or pending.upto < box.reached or (by_sender and not pending.counts_senders):
             pending = box.pending = Unfetched(box.reached, by_sender, self.view.clock())
-            for sender, size in self.view.sizes(channel, to, box.reached, box.newest, pending.at):
-                pending.add(sender, 1, size)
-        elif pending.above < box.reached and not self.bus.ledger.removes():  # else some may be gone already
-            for sender, size in self.view.sizes(channel, to, pending.above, box.reached, pending.at):
-                pending.add(sender, -1, -size)
-            pending.above = box.reached
-        return pending
+        known = True  # else they are too many
+        if pending.above < box.reached and not self.bus.ledger.removes():  # else some may be gone already
+            pending.above = self.count(channel, to, pending, -1, pending.above, box.reached)
+            known = pending.above == box.reached
+        if pending.upto < box.newest:
+            pending.upto = self.count(channel, to, pending, 1, pending.upto, box.newest)
+        is_counted = pending.upto >= box.newest
+        if not (known and is_counted):
+            self.uncounted[box] = channel, to
+            self.plan()
+        return pending if is_counted and (known or not pending.is_much()) else None
+
+    def count(self, channel: str, to: str, pending: Unfetched, sign: int, above: int, upto: int) -> int:
+        """Count the messages between two ticks as more or as less, and return how far it came."""
+        with contextlib.closing(self.view.sizes(channel, to, above, upto, pending.at)) as rows:
+            for tick, sender, size, is_alive in islice(rows, self.rows):
+                self.rows -= 1
+                above = tick
+                if is_alive:
+                    pending.add(sender, sign, sign * size)
+        return upto if self.rows else above
+
+    def plan(self) -> None:
+        if self.uncounted and self.count_on not in self.bus.loop.actions:
+            self.bus.loop.soon(self.count_on)
+
+    def count_on(self) -> None:
+        self.rows = self.COUNTED // 10  # others wait for each action
+        box, (channel, to) = self.uncounted.popitem()
+        self.unfetched(box, channel, to, bool(box.pending and box.pending.counts_senders))
+        self.plan()
 
     def answer(self, warning: str, several: bool, connection: Connection, put: Put, stored: list[Stored]) -> Answer:
         if several:
@@ -5109,66 +5163,98 @@ def everybody(bus: Bus, channel: str) -> tuple[int, int]:
 def unread(bus: Bus, channel: str, own: str, box: Mailbox) -> int:
     """Messages addressed to the name above its mark, less the expired. Broadcasts are not counted.
 
-    Beyond RECOUNTS it is what lies above an older mark, or all.
+    Beyond LOOKS it is what lies above an older mark, or all.
     """
-    mark = box.mark()
+    mark, looks = box.mark(), bus.looks > 0
     if mark >= box.newest:
         return 0
-    if is_uncounted(box) and bus.recounts:
-        bus.recounts -= 1
+    if looks and (box.base[0] != mark if box.base else mark + box.removed > 0):
+        bus.looks -= 1
         counted = bus.view.count_up_to(channel, own, mark)
         box.base = mark, box.n if counted is None else counted
     known, base = box.base or (0, 0)
-    return box.n - (base if known <= mark else 0) - (expired(bus, channel, own, box) if box.perishable else 0)
+    return box.n - (base if known <= mark else 0) - (expired(bus, channel, own, box, looks) if box.perishable else 0)
 
 
-def is_uncounted(box: Mailbox) -> bool:
-    """Does it take a look at the disk to tell how many messages lie up to the mark?"""
-    mark = box.mark()
-    return mark < box.newest and (box.base[0] != mark if box.base else mark + box.removed > 0)
+def expired(bus: Bus, channel: str, own: str, box: Mailbox, looks: bool) -> int:
+    """How many of the unread messages are expired. It looks at those that expired or were read since the last count.
 
-
-def expired(bus: Bus, channel: str, own: str, box: Mailbox) -> int:
-    """How many of the unread messages are expired. It looks at those that expired or were read since the last count."""
-    now, mark, known = bus.view.clock(), box.mark(), box.expired
-    gone = bus.view.count_gone(channel, own, known[0], mark, known[1]) if known and known[0] <= mark else None
-    since, before = (known[1], known[2] - gone) if known and gone is not None and known[1] <= now else (0, 0)
-    counted = bus.view.count_expired(channel, own, mark, since, now, bus.countable) if since < now else 0
-    bus.countable -= counted
-    if bus.countable > 0:  # else there may be more: they count as unread
-        box.expired = mark, max(now, since), before + counted
-    return before + counted
+    It counts `bus.countable`, and the next look goes on there; until then the others count as unread.
+    """
+    now, mark = bus.view.clock(), box.mark()
+    above, upto, count = box.expired or (mark, (0, 0), 0)
+    if above > mark or upto[0] > now:  # the name has an owner now, or the clock stepped back
+        above, upto, count = mark, (0, 0), 0
+    if not looks:
+        return count if above == mark else 0
+    if above < mark:
+        gone, looked = bus.view.count_gone(channel, own, above, mark, upto)
+        bus.looks -= 1 + looked // ROWS_PER_LOOK
+        upto, count = (upto, count - gone) if looked <= bus.view.COUNTED_READ else ((0, 0), 0)
+    if upto < (now, SOUND):
+        found, upto, looked = bus.view.count_expired(channel, own, mark, upto, now, bus.countable)
+        bus.looks -= 1
+        bus.countable -= looked
+        count += found
+    box.expired = mark, upto, count
+    return count
 
 
 Listed = tuple[str, str, Mailbox]  # channel, name, mailbox
 
 
-def page(bus: Bus, request: Request, shows: Callable[[str, Mailbox], bool]) -> tuple[list[Listed], str]:
-    """Some mailboxes in the order of channel and name, and the members that say how to go on.
+class Page:
+    """Some mailboxes in the order of channel and name; at its end, `more` has the members that say how to go on.
 
-    The query has max, after=CHANNEL/NAME, name and channel; `shows` says whether a mailbox belongs into the list. It
-    ends before more than RECOUNTS mailboxes would have to be counted anew.
+    The query has max, after=CHANNEL/NAME, name and channel; `shows` says whether a mailbox belongs into the list, and
+    `names` are all that can. It ends before the answer would take more than WALKED names or LOOKS.
     """
-    bus.storms.read(request.owner())
-    bus.countable, bus.recounts = COUNTED_EXPIRED, RECOUNTS
-    query = request.query()
-    limit, (channel, _, own) = int(query.number("max", 1000, 1, 1000)), (query.one("after") or "").partition("/")
-    wanted, names = query.name("channel", None), query.names("name")
-    boxes = bus.mailboxes.boxes
-    keys = (
-        key
-        for key in bus.mailboxes.keys((channel, own))
-        if wanted in (None, key[0]) and (not names or key[1] in names) and shows(key[1], boxes[key])
-    )
-    some: list[Listed] = []
-    uncounted, more = 0, ""
-    for key in keys:
-        uncounted += is_uncounted(boxes[key])
-        if len(some) == limit or uncounted > RECOUNTS:
-            more = f', "more": true, "next": {encode("/".join(some[-1][:2]))}'
-            break
-        some.append((*key, boxes[key]))
-    return some, more
+
+    WALKED = 10000  # names, whether they are listed or not: 10 ms
+
+    def __init__(self, bus: Bus, request: Request, shows: Callable[[str, Mailbox], bool], names: Sequence[str] = ()):
+        bus.storms.read(request.owner())
+        bus.countable, bus.looks = COUNTED_EXPIRED, LOOKS
+        self.bus, self.shows, self.more = bus, shows, ""
+        query = request.query()
+        self.limit = int(query.number("max", 1000, 1, 1000))
+        channel, _, own = (query.one("after") or "").partition("/")
+        self.after, self.channel = (channel, own), query.name("channel", None)
+        self.names = query.names("name") or names
+
+    def __iter__(self) -> Iterator[Listed]:
+        boxes, listed, last = self.bus.mailboxes.boxes, 0, self.after
+        for walked, key in enumerate(self.keys()):
+            box = boxes.get(key)
+            is_listed = box and self.shows(key[1], box)
+            if walked == self.WALKED or (is_listed and (listed == self.limit or self.bus.looks < LOOKS_EACH)):
+                self.more = f', "more": true, "next": {encode("/".join(last))}'
+                return
+            last = key
+            if box and is_listed:
+                listed += 1
+                yield (*key, box)
+
+    def keys(self) -> Iterator[tuple[str, str]]:
+        """The mailboxes that the list may have. With names, where these would be: there may be no such mailbox."""
+        behind = self.bus.mailboxes.keys(max(self.after, (self.channel or "", "")))
+        if not self.names:
+            return takewhile(lambda key: self.channel in (None, key[0]), behind)
+        channels, names = [self.channel] if self.channel else self.channels(), sorted({*self.names})
+        return (key for channel in channels for own in names if (key := (channel, own)) > self.after)
+
+    def channels(self) -> Iterator[str]:
+        """The channels from that of `after` on, in order; without a look at each mailbox."""
+        ordered = self.bus.mailboxes.ordered
+        place = bisect_left(ordered, (self.after[0],))
+        while place < len(ordered):
+            yield ordered[place][0]
+            place = bisect_left(ordered, (ordered[place][0] + "\0",), place)
+
+
+def own_names(grant: Grant) -> Sequence[str]:
+    """The names that a token may read, if these are not all."""
+    return () if grant.operator else (grant.name, *grant.also)
 
 
 def inbox(bus: Bus, request: Request) -> Answer:
@@ -5176,10 +5262,10 @@ def inbox(bus: Bus, request: Request) -> Answer:
         return own != EVERYONE and (box.firm or box.seen > 0) and request.grant.reads(own)
 
     recipients: dict[str, dict[str, int]] = {}
-    found, more = page(bus, request, shows)
-    for channel, own, box in found:
+    page = Page(bus, request, shows, own_names(request.grant))
+    for channel, own, box in page:
         recipients.setdefault(channel, {})[own] = unread(bus, channel, own, box)
-    return ok(bus, f'"recipients": {encode(recipients)}{more}')
+    return ok(bus, f'"recipients": {encode(recipients)}{page.more}')
 
 
 def agents(bus: Bus, request: Request) -> Answer:
@@ -5188,9 +5274,9 @@ def agents(bus: Bus, request: Request) -> Answer:
     def shows(own: str, box: Mailbox) -> bool:
         return own != EVERYONE and box.seen > 0 and online in (None, bus.mailboxes.online(box))
 
-    found, more = page(bus, request, shows)
-    rows = [agent(bus, request.grant, *each) for each in found]
-    return ok(bus, f'"agents": [{", ".join(rows)}]{more}')
+    page = Page(bus, request, shows)
+    rows = [agent(bus, request.grant, *each) for each in page]
+    return ok(bus, f'"agents": [{", ".join(rows)}]{page.more}')
 
 
 def agent(bus: Bus, grant: Grant, channel: str, own: str, box: Mailbox) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from functools import partial
 
-from bus_server import EVERYONE, Answer, Bus, Mailbox, Request, encode, ok, page, unread
+from bus_server import EVERYONE, Answer, Bus, Mailbox, Page, Request, encode, ok, own_names, unread
 
 TABLES, NOUN, OPERATIONS = None, "", ()
 
@@ -27,10 +27,10 @@ def channels(bus: Bus, request: Request) -> Answer:
     def shows(own: str, box: Mailbox) -> bool:
         return own != EVERYONE and (box.firm or box.seen > 0) and request.grant.reads(own)
 
-    found, more = page(bus, request, shows)
+    page = Page(bus, request, shows, own_names(request.grant))
     sums: dict[str, dict[str, int]] = {}
-    for channel, own, box in found:
+    for channel, own, box in page:
         each = sums.setdefault(channel, {"mailboxes": 0, "unread": 0})
         each["mailboxes"] += 1
         each["unread"] += unread(bus, channel, own, box)
-    return ok(bus, f'"channels": {encode(sums)}{more}')
+    return ok(bus, f'"channels": {encode(sums)}{page.more}')

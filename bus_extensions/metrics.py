@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable
 from itertools import chain
 
-from bus_server import EVERYONE, Answer, Bus, Mailbox, Metric, Request, page, unread
+from bus_server import EVERYONE, Answer, Bus, Mailbox, Metric, Page, Request, unread
 
 TABLES, NOUN, OPERATIONS = None, "", ()
 
@@ -22,14 +22,15 @@ def start(bus: Bus, options: argparse.Namespace) -> None:
 
 
 def metrics(bus: Bus, request: Request) -> Answer:
-    """Text for Prometheus. If there are more than 1000 names, the header Bus-Next has the next request's `after`."""
+    """Text for Prometheus. If there are more names than in a page, the header Bus-Next has the next `after`."""
     request.grant.check_operator()
-    found, more = page(bus, request, lambda own, box: own != EVERYONE)
-    headers = (("Bus-Next", json.loads(f"{{{more[2:]}}}")["next"]),) if more else ()
+    page = Page(bus, request, lambda own, box: own != EVERYONE)
+    waiting = [*by_name(bus, page)]
+    headers = (("Bus-Next", json.loads(f"{{{page.more[2:]}}}")["next"]),) if page.more else ()
     text = "".join(
         f"# HELP agent_bus_{metric} {says}\n# TYPE agent_bus_{metric} {kind}\n"
         + "".join(f"agent_bus_{metric}{labels} {value:.16g}\n" for labels, value in values)
-        for metric, kind, says, values in [*chain(*(figures() for figures in bus.metrics)), *by_name(bus, found)]
+        for metric, kind, says, values in [*chain(*(figures() for figures in bus.metrics)), *waiting]
     )
     return Answer(200, text.encode(), "text/plain; version=0.0.4; charset=utf-8", headers)
 
@@ -56,6 +57,7 @@ def by_name(bus: Bus, found: Iterable[tuple[str, str, Mailbox]]) -> Iterable[Met
         labels = f'{{channel="{channel}",name="{own}"}}'
         number = unread(bus, channel, own, box)
         oldest = bus.view.oldest(channel, own, box.mark()) if number else None
+        bus.looks -= bool(number)
         waiting.append((labels, float(number)))
         ages.append((labels, max(now - oldest, 0) / 1000000 if oldest else 0.0))
     return [

@@ -27,6 +27,7 @@ from bus_server import (
     Grant,
     Mailbox,
     Message,
+    Page,
     Poll,
     Query,
     Refused,
@@ -38,7 +39,6 @@ from bus_server import (
     is_name,
     name,
     ok,
-    page,
     parse_json,
     put_newest,
     reserved,
@@ -132,18 +132,16 @@ class People:
             has_mail = box.newest > 0 and request.grant.reads(own)
             return own != EVERYONE and (box.seen > 0 or box.sent > 0 or has_mail or box in self.statuses.boxes)
 
-        found, more = page(bus, request, shows)
+        page = Page(bus, request, shows)
         self.left = self.LOOKED
         rows: list[str] = []
         size = 0
-        for channel, own, box in found:
-            if size > ANSWER_BYTES:
-                before = "/".join(found[len(rows) - 1][:2])
-                more = f', "more": true, "next": {encode(before)}'
-                break
+        for channel, own, box in page:
             rows.append(agent(bus, request.grant, channel, own, box))
             size += len(rows[-1])
-        return ok(bus, f'"agents": [{", ".join(rows)}]{more}')
+            if size > ANSWER_BYTES:
+                bus.looks = 0  # the page ends here
+        return ok(bus, f'"agents": [{", ".join(rows)}]{page.more}')
 
     def members(self, grant: Grant, channel: str, own: str, box: Mailbox) -> str:
         text = f', "listens": {boolean(box.seen > 0)}, "sent": {seconds(box.sent) if box.sent else "null"}'
@@ -162,9 +160,11 @@ class People:
         mark = box.mark()
         if mark >= box.newest:
             return None
+        self.bus.looks -= 1
         if not box.perishable:
             return self.bus.view.oldest(channel, own, mark)
-        oldest, looked = box.oldest(mark, partial(self.bus.view.look, channel, own, box.newest, self.left))
+        look = partial(self.bus.view.look, channel, own, box.newest, self.left)
+        oldest, looked = box.oldest(mark, self.bus.view.clock(), look)
         self.left = max(self.left - looked, 0)
         return oldest
 

@@ -546,6 +546,7 @@ class Work:
         values = *key, bus.clock.now().steady, max(bus.countable, 0)
         holders = [worker for [worker] in bus.view.database.execute(had, values).fetchall()]
         bus.countable -= len(holders)
+        bus.looks -= 1
         parked = [bus.mailboxes.parked[each] for each in bus.mailboxes.waiting.get(key, ())]
         waiting = [each.called for each in parked if isinstance(each, Worker)]
         letters = bus.mailboxes.boxes.get((channel, queue + DEAD))

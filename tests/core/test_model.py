@@ -188,7 +188,7 @@ class BusAgainstModel(RuleBasedStateMachine):
                        if mark.reader and mark.firm and place[0] == channel}
             possible = {place[1] for place, mark in self.model.most.items() if mark.reader and place[0] == channel}
             fewest, most = [len(each - {draft.sender}) for each in (certain, possible)]
-            assert fewest <= told["online"] + told["offline"] <= most and len(told) == 2
+            assert fewest <= told["online"] + told["offline"] <= most and {*told} - {"unknown"} == {"online", "offline"}
             return
         online = [self.is_online((channel, to)) for to in draft.to]
         unread = [self.model.unread((channel, to)) for to in draft.to]

@@ -381,9 +381,10 @@ class StoreContract:
         assert store.view.oldest("default", "bob", 0) == ticks[0]
         commit(store, message("bob", ttl=5), message("bob", ttl=500))
         clock.now += 6_000_000
-        assert store.view.count_expired("default", "bob", 0, 0, clock.now, 9) == 1
-        assert store.view.count_expired("default", "bob", 1 << 62, 0, clock.now, 9) == 0
-        assert store.view.count_expired("default", "bob", 0, clock.now - 1, clock.now, 9) == 0
+        all_of_them = (clock.now, bus_server.SOUND)
+        assert store.view.count_expired("default", "bob", 0, (0, 0), clock.now, 9) == (1, all_of_them, 1)
+        assert store.view.count_expired("default", "bob", 1 << 62, (0, 0), clock.now, 9) == (0, all_of_them, 1)
+        assert store.view.count_expired("default", "bob", 0, (clock.now - 1, 0), clock.now, 9) == (0, all_of_them, 0)
         assert len(texts(store, "bob")) == 11
 
 

@@ -308,7 +308,7 @@ KINDS = [
          (f"{COUNTS}::test_what_can_no_longer_be_delivered_takes_no_room_in_a_mailbox",
           f"{COUNTS}::test_a_full_mailbox_is_counted_again_once_a_minute",
           f"{COUNTS}::test_expired_mail_of_a_group_is_looked_at_once"),
-         "`View.sizes()` counts all (the first); `check_room()` counts again each time (the second); "
+         "`Sending.count()` counts all (the first); `check_room()` counts again each time (the second); "
          "`Mailbox.oldest()` begins at the mark (the last)"),
     Kind("what is for others is looked at without an end",
          "a question that is asked again, a page of a thread and a claim look at a bounded number and say how to go "
@@ -335,8 +335,7 @@ KINDS = [
           f"{COUNTS}::test_what_is_unread_of_names_that_never_read_needs_no_look_at_the_disk",
           f"{COUNTS}::test_a_list_counts_so_many_expired_and_the_next_one_counts_on"),
          "`UNFETCHED` with a subquery over the readers (the first); `first_copy()` reads each text (the second); "
-         "`unread()` counts up to 0 on the disk (the third); `count_expired()` has no limit, or its part is kept (the "
-         "last)"),
+         "`unread()` counts up to 0 on the disk (the third); `count_expired()` has no limit (the last)"),
     Kind("large requests and answers cost no more than small ones",
          "an owner and its reader have a budget of bytes, charged when an answer is made, at that time",
          (f"{BOUNDS}::test_who_gave_the_bus_too_much_work_waits_with_large_bodies_lists_and_claims",
@@ -446,17 +445,43 @@ KINDS = [
           f"{WAITING}::test_what_had_expired_above_the_mark_of_a_group_says_nothing_of_its_new_owner"),
          "`People.LOOKED` has no effect, or `Mailbox.gone` is not kept (the first); "
          "it is used for each mark (the last)"),
-    Kind("marks that moved are all counted anew at once",
-         "a list of names ends with `more` after 100; a send tells of the others what lies above an older mark",
+    Kind("what had expired is remembered while the clock steps back",
+         "the next look begins at the mark again: a list of names and the mark of a group count it as mail",
+         (f"{WAITING}::test_what_had_expired_is_mail_again_when_the_clock_steps_back",),
+         "`Mailbox.oldest()` does not compare `gone` with the clock"),
+    Kind("a list of names takes a look at the disk for each, or several",
+         "a list ends with `more` after 200 looks, counted marks among them; a send tells of the others what lies "
+         "above an older mark",
          (f"{TURNS}::test_a_list_counts_so_many_moved_marks_and_the_next_page_goes_on",
+          f"{TURNS}::test_a_list_takes_so_many_looks_at_the_disk_and_the_next_page_goes_on",
           f"{TURNS}::test_a_send_counts_so_many_moved_marks_and_the_others_count_as_unread",
           f"{TURNS}::test_who_has_read_all_is_counted_from_memory"),
-         "`page()` does not ask `is_uncounted()` (the first); `unread()` does not ask `recounts` (the second); "
-         "`Mailboxes.fetched()` notes no count (the last)"),
+         "`Page` does not ask `looks` (the first two); `unread()` does not (the third); `Mailboxes.fetched()` notes no "
+         "count (the last)"),
+    Kind("one send counts all mailboxes of its list, and one count ends before what counts",
+         "a send counts 10,000 messages, and actions go on; it is 503 until all are counted; no mailbox gets more than "
+         "its limit, also behind many expired messages",
+         (f"{COUNTS}::test_a_send_to_many_full_mailboxes_counts_so_many_rows_in_a_turn",
+          f"{COUNTS}::test_a_mailbox_is_full_also_behind_any_number_of_expired_messages"),
+         "`Sending.check()` sets `rows` to a million (the first), or does not ask `is_counted` (both)"),
+    Kind("a budget counts names, and a name has many rows",
+         "a look that reads many rows counts as several looks; what is not counted yet counts as unread",
+         (f"{TURNS}::test_what_was_read_is_passed_in_so_many_rows_and_the_next_answer_goes_on",),
+         "`expired()` without `ROWS_PER_LOOK`"),
+    Kind("a count that has an end begins at its beginning each time",
+         "the next look goes on behind the expired messages that were counted, until all are",
+         (f"{COUNTS}::test_a_list_counts_so_many_expired_and_the_next_one_counts_on",),
+         "`expired()` keeps no part of a count"),
+    Kind("all names are walked to list a few",
+         "a list ends with `more` after 10,000 names, listed or not; names that are asked for, or that a token may "
+         "read alone, are looked up",
+         (f"{TURNS}::test_a_list_walks_so_many_names_and_the_next_page_goes_on",
+          f"{TURNS}::test_who_reads_one_name_is_told_of_it_at_once_however_many_there_are"),
+         "`Page` does not ask `WALKED` (the first); `own_names()` is empty (the last)"),
     Kind("what is behind a mark is passed again and again: expired messages",
          "what was read or recalled is taken off the count, and passed once",
          (f"{TURNS}::test_what_was_read_and_expired_is_passed_once",),
-         "`View.count_gone()` is None; or `Mailbox.recalled()` forgets the count"),
+         "`expired()` begins anew when the mark has moved; or `Mailbox.recalled()` forgets the count"),
     Kind("all connections are closed in one turn",
          "revoking and a drain go in turns; a revoked token is told of no message meanwhile",
          (f"{TURNS}::test_revoked_connections_are_closed_in_turns_and_are_told_nothing_meanwhile",

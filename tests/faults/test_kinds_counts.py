@@ -40,7 +40,8 @@ def room_is_checked(bus, by_sender):
     """The messages that nobody has fetched, as a send finds them and as they are counted anew; also by sender."""
     box = bus.mailboxes.box("default", "bob")
     kept = bus.sending.unfetched(box, "default", "bob", by_sender)
-    anew = Counter(sender for sender, _ in bus.view.sizes("default", "bob", box.reached, box.newest, kept.at))
+    rows = bus.view.sizes("default", "bob", box.reached, box.newest, kept.at)
+    anew = Counter(sender for _, sender, _, is_alive in rows if is_alive)
     counts = {sender: count for sender, (count, _) in kept.by_sender.items() if count}
     return (kept.messages, counts), (sum(anew.values()), anew if kept.counts_senders else {})
 
@@ -175,7 +176,7 @@ def test_the_expired_are_counted_once_for_many_lists_and_not_again(bus):
     bus.view.clock = lambda: wall_clock() + 40 * 1000000
     lists = [NAMES[number % 16 :] + NAMES[: number % 16] for number in range(40)]
     drafts = [{"from": f"s{number // 16}", "to": some, "msg": "x"} for number, some in enumerate(lists)]
-    with counted(bus.view, "count_expired", lambda _, count: count) as counts:
+    with counted(bus.view, "count_expired", lambda _, count: count[0]) as counts:
         results = guest.asks("POST", "/send", drafts).json()["results"]
         assert {each["receiver"]["unread"] for each in results} == {16 * 40}
         assert len(counts) <= 16 and sum(counts) == 16 * 20, f"{sum(counts):,} were counted in {len(counts)} mailboxes"
@@ -227,15 +228,15 @@ def unread_of(bus, own):
 
 
 def test_a_list_counts_so_many_expired_and_the_next_one_counts_on(bus, monkeypatch):
-    """What was not counted is told as unread, and not remembered."""
+    """What was not counted is told as unread."""
     guest = Guest(bus)
     guest.asks("POST", "/send", [{"from": "eve", "to": "bob", "msg": "x", "ttl": 30}] * 50)
     bus.view.clock = lambda: wall_clock() + 40 * 1000000
     monkeypatch.setattr(bus_server, "COUNTED_EXPIRED", 20)
-    with counted(bus.view, "count_expired", lambda _, count: count) as counts:
+    with counted(bus.view, "count_expired", lambda _, count: count[0]) as counts:
         assert unread_of(bus, "bob") == 30
     assert sum(counts) == 20
-    monkeypatch.setattr(bus_server, "COUNTED_EXPIRED", 1000)
+    assert unread_of(bus, "bob") == 10
     assert unread_of(bus, "bob") == 0
 
 
@@ -278,6 +279,63 @@ def test_a_mailbox_that_was_read_to_its_end_is_not_counted_down(bus):
     assert bus.mailboxes.box("default", "bob").pending.messages == 3 and len(rows) == 1
 
 
+def rows_of_a_turn(bus, action):
+    """The most rows of mailboxes that one turn counts, in `action` and until nothing is left to be counted."""
+    with rows_of(bus.view, "sizes") as rows, counted(bus.loop, "take_turn", lambda *_: len(rows)) as turns:
+        result = action()
+        come_true(lambda: not bus.sending.uncounted)
+    return max(after - before for before, after in zip([0, *turns], [*turns, len(rows)])), result
+
+
+@pytest.mark.parametrize("after", ["a start", "a minute", "fetches"])
+def test_a_send_to_many_full_mailboxes_counts_so_many_rows_in_a_turn(bus, monkeypatch, after):
+    """And is refused until all are counted: no more is stored than a mailbox may have."""
+    for limit, value in {"MAILBOX_MESSAGES": 40, "MUCH_MESSAGES": 30}.items():
+        monkeypatch.setattr(bus_server, limit, value)
+    guest = Guest(bus)
+    for number in range(38):
+        guest.asks("POST", "/send", {"from": f"s{number}", "to": NAMES, "msg": "x"})
+    monkeypatch.setattr(bus.sending, "COUNTED", 50)
+    if after == "a start":
+        for own in NAMES:
+            bus.mailboxes.box("default", own).pending = None
+    elif after == "a minute":
+        bus.view.clock = lambda: wall_clock() + 2 * bus_server.RECOUNT_SECONDS * 1000000
+    else:
+        for own in NAMES:
+            guest.asks("GET", f"/recv?to={own}&since=0&max=9")
+    statuses = []
+    for number in range(40):
+        message = {"from": f"t{number}", "to": NAMES, "msg": "x"}
+        most, answer = rows_of_a_turn(bus, lambda message=message: guest.begins("POST", "/send", message).answer())
+        assert most <= 50 + 5, f"{most} rows in a turn: those of the send, and of one action"
+        statuses.append(answer.status)
+        if answer.status == 429:
+            break
+    assert statuses.count(200) == (11 if after == "fetches" else 2) and set(statuses[:3]) > {503}
+    assert answer.status == 429 and "is full" in answer.json()["error"]
+
+
+@pytest.mark.parametrize("alive_first", [0, 5])
+def test_a_mailbox_is_full_also_behind_any_number_of_expired_messages(bus, monkeypatch, alive_first):
+    monkeypatch.setattr(bus_server, "MAILBOX_MESSAGES", 8)
+    monkeypatch.setattr(bus_server, "MUCH_MESSAGES", 6)
+    monkeypatch.setattr(bus.sending, "COUNTED", 10)
+    guest = Guest(bus)
+    for number in range(alive_first):
+        guest.sends("bob", **{"from": f"s{number}"})
+    guest.asks("POST", "/send", [{"from": "eve", "to": "bob", "msg": "x", "ttl": 0.001}] * 35)
+    passed(bus)
+    statuses = []
+    for number in range(3):
+        bus.mailboxes.box("default", "bob").pending = None  # as after a start
+        for other in range(8):
+            message = {"from": f"r{number}{other}", "to": "bob", "msg": "x"}
+            statuses.append(guest.begins("POST", "/send", message).answer().status)
+            come_true(lambda: not bus.sending.uncounted)
+    assert statuses.count(200) == 8 - alive_first and set(statuses[-2:]) == {429}
+
+
 def test_a_mailbox_with_more_than_may_be_in_it_is_counted_whole(bus):
     """Three lists of 5,000 came in at once. Else what is fetched would be taken off a count that has not all of it."""
     guests = [Guest(bus) for _ in range(3)]
@@ -286,6 +344,7 @@ def test_a_mailbox_with_more_than_may_be_in_it_is_counted_whole(bus):
     assert [guest.answer().status for guest in guests] == [200] * 3
     box = bus.mailboxes.box("default", "bob")
     box.pending = None  # as after a start
+    bus.sending.rows = 20_000
     assert bus.sending.unfetched(box, "default", "bob").messages == 15_000
     guests[0].asks("GET", "/recv?to=bob&since=0&max=1000")
     assert bus.sending.unfetched(box, "default", "bob").messages == 14_000

@@ -161,3 +161,17 @@ def test_what_had_expired_above_the_mark_of_a_group_says_nothing_of_its_new_owne
     assert oldest(guest).get("team") is None
     guest.asks("GET", "/recv?to=team&since=0")
     assert oldest(guest)["team"] == living
+
+
+def test_what_had_expired_is_mail_again_when_the_clock_steps_back(bus):
+    """For a list of names, and for the mark of a group: it moves over no message that nobody got."""
+    guest = Guest(bus)
+    first = guest.sends("team", ttl=3600)["ts"]
+    guest.sends("team", ttl=3600)
+    guest.asks("GET", "/recv?to=me,team&since=now")
+    running = bus.view.clock
+    for ahead, found in ((0, first), (86400, None), (0, first)):
+        bus.view.clock = lambda ahead=ahead: running() + ahead * 1000000
+        assert oldest(guest)["team"] == found
+    guest.asks("GET", f"/recv?to=me,team&since={first:.6f}")
+    assert oldest(guest)["team"] == first
