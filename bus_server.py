@@ -5298,12 +5298,15 @@ HIDDEN = re.compile(  # as in bus_recv.py
     r"\u2060-\u206f\u2800\u3164\ud800-\udfff\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb"
     r"\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]+"
 )
+RUNS = re.compile(f"({HIDDEN.pattern})")
 
 
 def shown(text: str) -> str:
     """Text with its control characters and its invisible characters escaped; CRLF and CR become newlines."""
-    text = text.replace("\r\n", "\n").replace("\r", "\n")
-    return HIDDEN.sub(lambda match: match[0].translate(ESCAPES), text)
+    parts = RUNS.split(text.replace("\r\n", "\n").replace("\r", "\n"))
+    escaped = {run: run.translate(ESCAPES) for run in set(parts[1::2])}  # a call for each run would take 0.7 us
+    parts[1::2] = map(escaped.__getitem__, parts[1::2])
+    return "".join(parts)
 
 
 class Escapes(dict):  # type: ignore[type-arg] # dict[int, str] is no base class in Python 3.8

@@ -188,10 +188,11 @@ KINDS = [
          (f"{BOUNDS}::test_what_is_not_wanted_counts_for_its_bytes",
           f"{BOUNDS}::test_an_answer_as_text_ends_at_128_kib_and_says_that_there_is_more",
           f"{BOUNDS}::test_what_wakes_a_reader_ends_at_the_same_bytes",
-          f"{BOUNDS}::test_what_cannot_be_seen_is_hidden_in_runs"),
+          f"{BOUNDS}::test_what_cannot_be_seen_is_hidden_in_runs",
+          f"{BOUNDS}::test_no_python_code_runs_for_each_hidden_character"),
          "`View.after()` or `Replies.thread()` counts only what it shows (the first); `Poll.room` is `ANSWER_BYTES` "
          "for text too (the second and third); `Receiving.poll_answer()` takes all (the third); `HIDDEN` matches one "
-         "character (the last)"),
+         "character (the last but one); `shown()` with `HIDDEN.sub()` and a function (the last)"),
     Kind("what is known is counted anew: a mailbox that fills",
          "what was fetched is taken off the count, and the count is the true one, also beside a removal",
          (f"{COUNTS}::test_what_was_fetched_is_taken_off_the_count_of_a_mailbox_and_not_counted_anew",

@@ -223,6 +223,17 @@ def test_what_wakes_a_reader_ends_at_the_same_bytes(bus, path, fields):
     assert sum(sizes) > 200 * 12_000, "some were passed over"
 
 
+def test_no_python_code_runs_for_each_hidden_character():
+    """A text of 256 KiB, every second character hidden, took 0.1 s."""
+    calls = []
+    sys.setprofile(lambda frame, event, what: calls.append(event) if event == "call" else None)
+    try:
+        text = bus_server.shown("\x01a\u2800" * 5000)
+    finally:
+        sys.setprofile(None)
+    assert text == "\\x01a\\u2800" * 5000 and len(calls) < 20
+
+
 def test_what_cannot_be_seen_is_hidden_in_runs():
     """A function is called for each run and not for each character."""
     calls = []
