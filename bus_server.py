@@ -3782,8 +3782,10 @@ class Mailboxes:
         stored: Iterable[Sequence[Any]] = (),
         wall: Callable[[], int] = wall_clock,
         look: Callable[[str, str, int, int, int], Look] = lambda channel, own, upto, most, above: (None, above, 0),
+        holds: Callable[[str], bool] = lambda token: True,
     ) -> None:
         self.clock, self.wall = clock, wall
+        self.holds = holds  # Gate.holds
         self.look = look  # View.look
         self.lost = 0  # up to this tick messages may be lost by damage
         self.forgotten = 0  # highest tick removed from a forgotten mailbox, which has no mark of its own any more
@@ -4064,6 +4066,8 @@ class Mailboxes:
                 if isinstance(parked, Poll):
                     self.behind.setdefault(connection, []).append(messages)
                     continue
+                if parked.exclusive and not self.holds(parked.token):
+                    continue  # it is about to be closed, and the message is for the next one
                 wanted = (message for message in (left if parked.exclusive else messages) if parked.wants(message))
                 its = [*islice(wanted, 1 if parked.exclusive else None)]
                 woken.update({connection: its} if its else {})
@@ -4263,7 +4267,7 @@ class Bus:
         self.clock = Clock(state.view.clock, state.last)
         self.ledger = Ledger(self)
         stored = state.view.mailboxes(state.last)
-        self.mailboxes = Mailboxes(time.monotonic, stored, state.view.clock, state.view.look)
+        self.mailboxes = Mailboxes(time.monotonic, stored, state.view.clock, state.view.look, gate.holds)
         self.mailboxes.lost, self.mailboxes.forgotten = state.lost, state.forgotten
         self.figures = Figures()
         self.sending, self.receiving, self.retention = Sending(self), Receiving(self), Retention(self, keep)

@@ -86,9 +86,11 @@ KINDS = [
          (f"{AUTHORITY}::test_revoked_between_head_and_body",
           f"{AUTHORITY}::test_revoked_while_it_waits_for_the_commit_of_another",
           f"{AUTHORITY}::test_revoked_while_it_is_parked",
-          f"{AUTHORITY}::test_what_a_revoked_token_had_begun_ends_while_descriptors_are_used_up"),
+          f"{AUTHORITY}::test_what_a_revoked_token_had_begun_ends_while_descriptors_are_used_up",
+          f"{TURNS}::test_a_job_for_a_worker_whose_token_was_revoked_is_for_the_next_one"),
          "`Gate.holds()` is always true (the first three); `Bus.entitled()` lets all pass (the second); `Door.evict()` "
-         "does nothing (the third); `Tokens.rows()` without its spare descriptor (the last)"),
+         "does nothing (the third); `Tokens.rows()` without its spare descriptor (the fourth); `Mailboxes.wake()` asks "
+         "for no token, or `Work.ask()` tells nobody of its refusal (the last)"),
     Kind("a right is looked at in one moment: files, answers, quiet connections",
          "an upload, a download and an answer that nobody reads stop where they are, and a connection that waits for "
          "its next request, or for the rest of it, is closed, whatever it asked for last",
@@ -108,7 +110,7 @@ KINDS = [
          "a recalled or expired text is told at no endpoint; who reads a message by its id has fetched it",
          (f"{AUTHORITY}::test_a_text_that_is_gone_is_gone_at_every_door",
           f"{AUTHORITY}::test_who_reads_a_message_at_another_door_has_fetched_it"),
-         "`readable()` tells each text (the first); it leaves no receipt (the second)"),
+         "`readable()` tells each text (the first); it leaves no receipt, or none of a broadcast (the second)"),
     Kind("one mark stands for several mailboxes",
          "a mark moves by what was delivered of that mailbox; `all` has no mark; a receipt of work names the token",
          (f"{AUTHORITY}::test_what_a_group_got_before_a_reader_came_is_not_fetched",
