@@ -3929,7 +3929,8 @@ class Mailboxes:
     def note(self, channel: str, own: str, kind: int, tick: int, reader: str) -> None:
         """Mail was fetched: keep a receipt, and tell between which ticks. Each way to fetch a message ends here."""
         receipt = Receipt(channel, own, kind, tick, reader, self.wall())
-        if own != EVERYONE and not (kind == ALONE and receipt.slot() in self.receipts):  # the first reading counts
+        first = kind == ALONE and receipt.slot() not in self.receipts  # the first reading counts
+        if first or (own != EVERYONE and kind != ALONE):
             self.receipts[receipt.slot()] = receipt
         for tell in self.on_fetched if kind != ACKNOWLEDGED else ():  # what is acknowledged becomes fetched as well
             tell(channel, own, tick - 1 if kind == ALONE else 0, tick)
@@ -5221,7 +5222,8 @@ def readable(bus: Bus, message: Message, grant: Grant) -> str:
     withheld = any(each.tick == message.tick for each in bus.withheld.values())
     if withheld or message.expires == RECALLED or bus.view.is_expired(message):
         return message.without_text()
-    is_receiver = grant.name and grant.name != message.sender and message.to in (grant.name, *grant.also)
+    own = grant.name, *grant.also, *(() if grant.operator else (EVERYONE,))
+    is_receiver = grant.name not in ("", message.sender) and message.to in own
     if is_receiver and message.tick > bus.mailboxes.came(message):  # else the mark says so already
         bus.mailboxes.note(message.channel, message.to, ALONE, message.tick, grant.name)
         bus.save_marks_soon()
