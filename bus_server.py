@@ -4657,14 +4657,17 @@ class Receiving:
     def __init__(self, bus: Bus) -> None:
         self.bus, self.view, self.mailboxes = bus, bus.view, bus.mailboxes
 
+    def check(self, poll: Poll) -> None:
+        """400 if its cursor is far ahead; before anything of the poll is noted."""
+        if poll.since > max(self.bus.last, self.view.clock() + AHEAD):
+            raise Refused(400, f"since is over {AHEAD // 1000000} s ahead of this bus's clock: give seconds since 1970")
+
     def look(self, request: Request, poll: Poll) -> Answer | None:
         """The answer to a poll, now or later. If its cursor is ahead of `last`, first `last` is raised, durably."""
         if poll.since == NOW:
             return delivery(self.bus, poll._replace(since=self.bus.last), [])
         if poll.since <= self.bus.last:
             return self.read_or_park(request, poll)
-        if poll.since > self.view.clock() + AHEAD:
-            raise Refused(400, f"since is over {AHEAD // 1000000} s ahead of this bus's clock: give seconds since 1970")
 
         def raised(connection: Connection, operation: Raise, result: None) -> Answer | None:
             return None if connection.transport.closing else self.read_or_park(request, poll)
@@ -4943,11 +4946,12 @@ def recv(bus: Bus, request: Request) -> Answer | None:
     bus.storms.name(request.owner(), bus.mailboxes.new(str(poll.channel), poll.names))
     peek, resumes = request.query().flag("peek"), poll.since == LAST
     if not peek:
+        bus.receiving.check(poll)
+        for tell in bus.on_polled:  # first, as they may refuse it
+            tell(request, poll)
         bus.mailboxes.polled(poll, request.peer.address, bus.view.clock())
         bus.mailboxes.owned(poll)
         bus.save_marks_soon()
-        for tell in bus.on_polled:
-            tell(request, poll)
     if resumes:
         first = bus.view.oldest(str(poll.channel), str(poll.me), 0)
         bus.receiving.note_removed(poll)
@@ -4972,6 +4976,7 @@ def log(bus: Bus, request: Request) -> Answer | None:
     poll = poll_of(request, None, query.names("to"), query.name("channel", None), query.name("from", None))
     if poll.since == LAST:
         raise Refused(400, "the bus keeps no cursor for an observer: since must be seconds or 'now'")
+    bus.receiving.check(poll)
     sees = None if request.grant.operator else request.grant
     return bus.receiving.look(request, poll._replace(sees=sees, owner=request.owner()))
 

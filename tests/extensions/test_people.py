@@ -225,6 +225,14 @@ def test_a_damaged_sender_is_passed_over_at_the_start(bus):
     assert set(listed(bus)) == {"clock"}
 
 
+@pytest.mark.parametrize("query", ["reader=a%20b", "since=9999999999"])
+def test_a_poll_that_is_refused_is_no_presence(tmp_path, query):
+    with Server(tmp_path / "bus.db") as bus:
+        ask(bus, "POST", "/send", {"from": "ann", "to": "bob", "msg": "x"})
+        assert ask(bus, "GET", f"/recv?to=bob&{query}")[0] == 400
+        assert [each["name"] for each in ask(bus, "GET", "/agents")[1]["agents"]] == ["ann"]
+
+
 def test_readers_are_counted_while_they_listen_and_no_more_than_16():
     bus = inside.make(":memory:")
     [here] = [each.__self__ for each in bus.on_polled]
