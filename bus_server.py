@@ -2244,7 +2244,8 @@ class Storms:
         self.work = Budget(clock, self.WORK if rate else 0, self.WORK_BURST)
         # By pair: who sent last, when, and the times of the changes of direction.
         self.turns: OrderedDict[tuple[str, str, str], tuple[str, float, list[float]]] = OrderedDict()
-        self.senders: OrderedDict[str, float] = OrderedDict()  # when each sent last; one that is not listed is new
+        # When each name sent last on each channel. One that is not listed, and has no mailbox there, is new.
+        self.senders: OrderedDict[tuple[str, str], float] = OrderedDict()
 
     def read(self, owner: str, reader: str = "") -> None:
         """A request of one reader: several of them may be on one machine, and several owners may read one name."""
@@ -2290,21 +2291,17 @@ class Storms:
         if wait:
             raise too_much(f"{sender} sends faster than {self.sends.rate:g} messages a second: wait {wait} s", wait)
 
-    def check(self, drafts: Sequence[Draft], each: Iterable[Way], new: int, owner: str) -> str:
-        """429 for a storm; else a warning for the sender, or an empty text. `new` of the receivers are new names."""
-        now, sender, warning = self.clock(), drafts[0].sender, ""
+    def check(self, drafts: Sequence[Draft], each: Iterable[Way], new: Iterable[tuple[str, str]], owner: str) -> str:
+        """429 for a storm; else a warning for the sender, or an empty text. `new`: channels and names of no mailbox."""
+        now, warning = self.clock(), ""
         for one in drafts:
             if one.depth > self.DEPTH:
                 why = f"this is reply {one.depth} in one chain, and only {self.DEPTH} are allowed: stop answering"
                 raise too_much(f"{why}; for a new subject, send without reply_to", 600)
-        heard = self.senders.get(sender)
-        if heard is None:
-            new += 1
-        if new:
-            self.name(owner, new)
-        if heard is None or heard < now - self.NOTED:
-            put_newest(self.senders, sender, now, self.SENDERS)
+        self.name(owner, sum(key not in self.senders for key in new))
         for channel, sender, to in each:
+            if self.senders.get((channel, sender), -math.inf) < now - self.NOTED:
+                put_newest(self.senders, (channel, sender), now, self.SENDERS)
             if to != EVERYONE:
                 warning = self.turn(channel, sender, to, now) or warning
         return warning
@@ -4591,15 +4588,18 @@ class Sending:
         A refused send stores nothing. Cheap checks come first.
         """
         bus, boxes, each = self.bus, self.mailboxes.boxes, ways(drafts)
+        senders = {drafts[0].sender: 1}
         if len(each) != 1:
             check_number(drafts, len(each))
             each = list(dict.fromkeys(each))  # check once what is the same for many messages
-        bus.storms.spend(drafts[0].sender, len(drafts))
-        new = 0
+            senders = Counter(one.sender for one in drafts)
+        for sender, messages in senders.items():
+            bus.storms.spend(sender, messages)
+        new = {(channel, sender) for channel, sender, _ in each if (channel, sender) not in boxes}
         for channel, sender, to in each:
             box = boxes.get((channel, to))
             if not box:
-                new += 1
+                new.add((channel, to))
             elif box.reached < box.newest:
                 self.check_room(box, channel, sender, to)
             else:

@@ -65,9 +65,13 @@ KINDS = [
          (f"{MEMORY}::test_names_have_a_budget",
           f"{MEMORY}::test_whatever_one_token_names_its_bus_stays_small_and_tells_in_pages_at_once",
           f"{MEMORY}::test_a_read_of_a_new_name_leaves_no_row_and_is_gone_after_ten_minutes",
-          f"{MEMORY}::test_a_row_without_mail_and_without_a_poll_for_as_long_as_mail_is_kept_goes"),
+          f"{MEMORY}::test_a_row_without_mail_and_without_a_poll_for_as_long_as_mail_is_kept_goes",
+          f"{BOUNDS}::test_each_new_sender_and_each_new_receiver_is_one_new_name",
+          f"{BOUNDS}::test_each_sender_of_an_array_pays_for_its_own_messages",
+          "extensions/test_people.py::test_of_many_names_that_only_send_the_quietest_are_forgotten"),
          "`Storms.name()` never waits (the first two); `Mailbox.firm` is true from the start (the third); "
-         "`Retention.forget_names()` does nothing (the last)"),
+         "`Retention.forget_names()` does nothing (the fourth); `Sending.check()` looks at the first sender alone (the "
+         "next two); `People.sent()` forgets nobody (the last)"),
     Kind("a file is looked at, then used",
          "beside a thread that makes and removes the same files each request is answered, none with 500",
          (f"{STORAGE}::test_files_beside_somebody_who_makes_and_removes_them",),
