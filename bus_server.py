@@ -3779,10 +3779,9 @@ class Mailboxes:
         stored: Iterable[Sequence[Any]] = (),
         wall: Callable[[], int] = wall_clock,
         look: Callable[[str, str, int, int, int], Look] = lambda channel, own, upto, most, above: (None, above, 0),
-        holds: Callable[[str], bool] = lambda token: True,
     ) -> None:
         self.clock, self.wall = clock, wall
-        self.holds = holds  # Gate.holds
+        self.holds: Callable[[str], bool] = lambda token: True  # Gate.holds
         self.look = look  # View.look
         self.lost = 0  # up to this tick messages may be lost by damage
         self.forgotten = 0  # highest tick removed from a forgotten mailbox, which has no mark of its own any more
@@ -3926,8 +3925,7 @@ class Mailboxes:
     def note(self, channel: str, own: str, kind: int, tick: int, reader: str) -> None:
         """Mail was fetched: keep a receipt, and tell between which ticks. Each way to fetch a message ends here."""
         receipt = Receipt(channel, own, kind, tick, reader, self.wall())
-        first = kind == ALONE and receipt.slot() not in self.receipts  # the first reading counts
-        if first or (own != EVERYONE and kind != ALONE):
+        if not (receipt.slot() in self.receipts if kind == ALONE else own == EVERYONE):  # the first reading counts
             self.receipts[receipt.slot()] = receipt
         for tell in self.on_fetched if kind != ACKNOWLEDGED else ():  # what is acknowledged becomes fetched as well
             tell(channel, own, tick - 1 if kind == ALONE else 0, tick)
@@ -4064,10 +4062,9 @@ class Mailboxes:
                 if isinstance(parked, Poll):
                     self.behind.setdefault(connection, []).append(messages)
                     continue
-                if parked.exclusive and not self.holds(parked.token):
-                    continue  # it is about to be closed, and the message is for the next one
                 wanted = (message for message in (left if parked.exclusive else messages) if parked.wants(message))
-                its = [*islice(wanted, 1 if parked.exclusive else None)]
+                most = int(self.holds(parked.token)) if parked.exclusive else None  # 0: it is about to be closed
+                its = [*islice(wanted, most)]
                 woken.update({connection: its} if its else {})
         return woken
 
@@ -4265,8 +4262,9 @@ class Bus:
         self.clock = Clock(state.view.clock, state.last)
         self.ledger = Ledger(self)
         stored = state.view.mailboxes(state.last)
-        self.mailboxes = Mailboxes(time.monotonic, stored, state.view.clock, state.view.look, gate.holds)
+        self.mailboxes = Mailboxes(time.monotonic, stored, state.view.clock, state.view.look)
         self.mailboxes.lost, self.mailboxes.forgotten = state.lost, state.forgotten
+        self.mailboxes.holds = gate.holds
         self.figures = Figures()
         self.sending, self.receiving, self.retention = Sending(self), Receiving(self), Retention(self, keep)
         self.withheld: dict[Step, Message] = {}  # messages that no cursor may pass until the step is announced
