@@ -391,6 +391,14 @@ def test_ack_marks_as_read_up_to_an_id_and_the_bus_knows(agent):
     assert agent("ack", "fffffffffffff")[0] == 2 and agent("ack", "fffffffffffff")[2].count("\n") == 1
 
 
+def test_ack_takes_an_id_that_is_not_among_the_oldest_hundred(agent):
+    ids = mails(agent.url, *(str(number) for number in range(115)))
+    (other,) = mails(agent.url, "x", to="carl")
+    assert agent("ack", other)[0] == 2
+    code, _, err = agent("ack", ids[110])
+    assert code == 0 and "4 unread" in err
+
+
 def test_the_inbox_needs_a_name(agent):
     code, _, err = agent("inbox", AGENT_NAME="")
     assert code == 2 and "AGENT_NAME" in err and "{look" not in err and err.startswith("usage: agent_bus.py inbox [-h]")
