@@ -4586,11 +4586,10 @@ class Sending:
         A refused send stores nothing. Cheap checks come first.
         """
         bus, boxes, each = self.bus, self.mailboxes.boxes, ways(drafts)
-        senders = {drafts[0].sender: 1}
         if len(each) != 1:
             check_number(drafts, len(each))
             each = list(dict.fromkeys(each))  # check once what is the same for many messages
-            senders = Counter(one.sender for one in drafts)
+        senders = {drafts[0].sender: 1} if len(drafts) == 1 else Counter(one.sender for one in drafts)
         for sender, messages in senders.items():
             bus.storms.spend(sender, messages)
         new = {(channel, sender) for channel, sender, _ in each if (channel, sender) not in boxes}
