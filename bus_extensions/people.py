@@ -84,11 +84,13 @@ class People:
     NEWEST = 20000  # messages that a start looks at, some 20 ms
     LOOKED = 5000  # messages that one answer looks at to find the oldest unread of all its names, some 5 ms
     READERS = 16  # of one name that are told apart
+    SENDERS = 20000  # names that only send, some 600 bytes each; of more, the quietest is no longer listed
 
     def __init__(self, bus: Bus, statuses: Statuses) -> None:
         self.bus, self.statuses = bus, statuses
         # Of a name: until when each program listens; on the monotonic clock, s.
         self.readers: dict[tuple[str, str], OrderedDict[str, float]] = {}
+        self.senders: OrderedDict[tuple[str, str], Mailbox] = OrderedDict()  # without mail and without a poll
         self.left = self.LOOKED  # messages that the current answer may still look at
         bus.route("GET", "/agents", self.agents, "who listens, who sent, and when each name was last seen")
         bus.about.append(self.members)
@@ -101,14 +103,27 @@ class People:
         newest = (
             "(SELECT mailbox, sender, tick FROM messages ORDER BY tick DESC LIMIT ?) JOIN mailboxes ON mailbox = id"
         )
-        rows = f"SELECT channel, sender, max(tick) FROM {newest} GROUP BY channel, sender"
+        rows = f"SELECT channel, sender, max(tick) FROM {newest} GROUP BY channel, sender ORDER BY 3"
         for channel, sender, tick in self.bus.view.database.execute(rows, (self.NEWEST,)).fetchall():
             if is_name(channel) and is_name(sender):  # else it is damaged
-                self.bus.mailboxes.box(channel, sender).sent = tick
+                self.sent((channel, sender), tick)
 
     def announced(self, visible: list[Message]) -> None:
         for message in visible:
-            self.bus.mailboxes.box(message.channel, message.sender).sent = message.tick
+            self.sent((message.channel, message.sender), message.tick)
+
+    def sent(self, key: tuple[str, str], tick: int) -> None:
+        """Note it in the mailbox of a sender. If that is made for it alone, the bus forgets the quietest of those."""
+        box = self.bus.mailboxes.box(*key)
+        box.sent = tick
+        if box.firm:
+            return
+        self.senders[key] = box
+        self.senders.move_to_end(key)
+        if len(self.senders) > self.SENDERS:
+            _, quietest = self.senders.popitem(last=False)
+            if not quietest.firm:
+                quietest.sent = 0  # so it is dropped as a name that was only looked at
 
     def polled(self, request: Request, poll: Poll) -> None:
         """A poll says which program it comes from: two programs that read one name take each other's mail."""

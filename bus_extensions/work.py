@@ -405,7 +405,13 @@ class Work:
             worker.called,
             self.attempts,
         )
-        self.bus.do(operation, connection, lambda peer, claim, result: self.claimed(peer, worker, claim, result))
+        queue = worker.channel, worker.queue
+        self.bus.do(
+            operation,
+            connection,
+            lambda peer, claim, result: self.claimed(peer, worker, claim, result),
+            lambda claim: self.look_again(queue, 0),  # what has woken it is for another worker
+        )
 
     def settle(self, request: Request) -> None:
         """A worker acknowledges its message, gives it back, or asks for more time. The lease is the permission."""

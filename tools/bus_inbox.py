@@ -16,6 +16,7 @@ AGENT_NAME. Exit code: 0 done, 1 refused by the bus, 2 usage, 3 no mail, 75 out 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
 import sys
@@ -86,7 +87,8 @@ class Inbox(bus_recv.Reader):
 
     def acknowledge(self, id: str) -> None:
         """Mark this message, and every one before it, as read. ValueError if it is neither unread nor read."""
-        ts = {label(message): str(message["ts"]) for message in self.look(0)[0]}.get(id)
+        mail, more = self.look(0)
+        ts = {label(message): str(message["ts"]) for message in mail}.get(id) or (self.further(id) if more else None)
         if ts:
             self.cursor.move(ts)
         elif not self.has_read(id):
@@ -111,6 +113,16 @@ class Inbox(bus_recv.Reader):
     def age(self, message: dict[str, Any]) -> str:
         """The age of a message, by the clock of the bus: old mail has another meaning."""
         return bus_recv.span(self.bus_time - float(message["ts"])) or "under 1m"
+
+    def further(self, id: str) -> str | None:
+        """The ts of this message, if it is mail for us; a look shows the oldest 100 of the unread ones only."""
+        if not re.fullmatch("[0-9a-f]{1,16}", id):
+            return None
+        with contextlib.suppress(bus_recv.Refused):
+            message: Any = bus_recv.ask(self.url, f"/message/{id}", bus_recv.GRACE_SECONDS)[0].get("message")
+            if is_mail(message) and message.get("to") in (*self.names, "all"):
+                return str(message["ts"]) if message.get("channel", self.channel) == self.channel else None
+        return None
 
     def has_read(self, id: str) -> bool:
         """Is the message below the cursor as it is now? An id is the ts of its message, in microseconds and hex."""

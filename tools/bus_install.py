@@ -18,8 +18,9 @@ What is written names this program's own files, so it works in every folder; aft
 install again. No token is written: it is in AGENT_BUS_TOKEN, or in our configuration file.
 
 `service` writes a unit for systemd's user manager, or on macOS an agent for launchd (which nobody has tried yet): the
-bus runs whenever this user is logged in. All take the AGENT_BUS_... variables of now along, except secrets and names.
-The bus of a service has the options that follow the word.
+bus runs whenever this user is logged in. The entry of an agent program takes the AGENT_BUS_... variables of now along,
+except secrets and names. The bus of a service has the options that follow the word, with absolute paths, and
+XDG_STATE_HOME; it knows no other variable.
 Exit code: 0 done, 1 refused (another's file or entry is in the way), 2 usage.
 """
 
@@ -523,8 +524,9 @@ def install_service(options: Sequence[str]) -> int:
 
     bus_server.command_line(options)  # it ends here, with its own words, if one of them is wrong
     check_service()
-    path, command = service_file(), [*ours("agent-bus", HERE, "agent_bus.py"), "serve", *options]
+    path, command = service_file(), [*ours("agent-bus", HERE, "agent_bus.py"), "serve", *absolute(options)]
     state = os.environ.get("XDG_STATE_HOME", "")  # where the database is
+    state = state and os.path.abspath(state)
     replace(path, (launchd if sys.platform == "darwin" else systemd)(command, state))
     tell(f"wrote {path}: with it, the bus starts when you log in")
     if sum(not manage(step) for step in STEPS[sys.platform == "darwin"]["install"]):  # each, for the user sees its line
@@ -534,6 +536,22 @@ def install_service(options: Sequence[str]) -> int:
         tell(line.replace("FILE", shlex.quote(path)))
     tell(f"to take it away: {bus_recv.called('python3 tools/agent_bus.py uninstall', 'uninstall')} service")
     return 0
+
+
+OF_PATHS = ("--db", "--tls-cert", "--tls-key", "--schemas", "--listen")
+
+
+def absolute(options: Sequence[str]) -> list[str]:
+    """The options of a bus, with absolute paths: a service runs in another folder. An option may be shortened."""
+    words, option = [], ""
+    for word in options:
+        name, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+        option = name or option
+        if value and any(each.startswith(option) for each in OF_PATHS):
+            scheme = "unix:" if option.startswith("--l") else ""
+            value = scheme + os.path.abspath(value[len(scheme) :])
+        words.append(f"{name}{equals}{value}")
+    return words
 
 
 def uninstall_service() -> int:
@@ -559,7 +577,7 @@ def check_service() -> None:
 
 
 def systemd(command: Sequence[str], state: str) -> bytes:
-    variable = f"Environment={quoted(f'XDG_STATE_HOME={state}')}\n" if state else ""
+    variable = f"Environment={quoted(f'XDG_STATE_HOME={state}', '$')}\n" if state else ""
     return f"""\
 # {MARK}
 [Unit]
@@ -577,9 +595,9 @@ WantedBy=default.target
 """.encode()
 
 
-def quoted(argument: str) -> str:
-    """An argument as systemd reads it: $ and % have a meaning there, also in quotes."""
-    text = argument.replace("%", "%%").replace("$", "$$")
+def quoted(argument: str, dollar: str = "$$") -> str:
+    """An argument as systemd reads it: % has a meaning there, and $ in a command, also in quotes."""
+    text = argument.replace("%", "%%").replace("$", dollar)
     return text if re.fullmatch(r"[\w@%+=:,./$-]+", text) else '"' + re.sub(r'(["\\])', r"\\\1", text) + '"'
 
 

@@ -427,6 +427,14 @@ def test_a_home_that_cannot_be_written_is_said_in_the_sentence_of_all_programs(a
     assert code == 2 and "cannot write " in err and "set AGENT_BUS_STATE_DIR to another place" in err
 
 
+def test_ack_takes_an_id_that_is_not_among_the_oldest_hundred(agent):
+    ids = mails(agent.url, *(str(number) for number in range(115)))
+    (other,) = mails(agent.url, "x", to="carl")
+    assert agent("ack", other)[0] == 2
+    code, _, err = agent("ack", ids[110])
+    assert code == 0 and "4 unread" in err
+
+
 def test_the_inbox_needs_a_name(agent):
     code, _, err = agent("inbox", AGENT_NAME="")
     assert code == 2 and "AGENT_NAME" in err and "{look" not in err and err.startswith("usage: agent_bus.py inbox [-h]")
@@ -757,6 +765,18 @@ def test_a_service_has_the_database_of_now(house, tmp_path):
     install("install", "service", XDG_STATE_HOME=str(tmp_path / "elsewhere"))
     unit = (house / ".config" / "systemd" / "user" / "agent-bus.service").read_text()
     assert f"Environment=XDG_STATE_HOME={tmp_path}/elsewhere\n" in unit
+
+
+def test_a_service_runs_in_another_folder_so_its_paths_are_absolute(house):
+    given = "--db data/bus.db --tls-cert=cert.pem --tls-k key.pem --listen unix:run/bus --allow-host data/bus.db"
+    install("install", "service", *given.split(), XDG_STATE_HOME="state$HOME %h")
+    unit = (house / ".config" / "systemd" / "user" / "agent-bus.service").read_text()
+    here, (line,) = os.getcwd(), re.findall("^ExecStart=(.*)$", unit, re.MULTILINE)
+    of_tls = f"--tls-cert={here}/cert.pem --tls-k {here}/key.pem"
+    assert line.endswith(
+        f" serve --db {here}/data/bus.db {of_tls} --listen unix:{here}/run/bus --allow-host data/bus.db"
+    )
+    assert f'Environment="XDG_STATE_HOME={here}/state$HOME %%h"\n' in unit  # $ has no meaning there
 
 
 def test_a_service_with_a_wrong_option_is_not_written(house):

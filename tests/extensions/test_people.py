@@ -226,6 +226,32 @@ def test_a_damaged_sender_is_passed_over_at_the_start(bus):
     assert set(listed(bus)) == {"clock"}
 
 
+@pytest.mark.parametrize("query", ["reader=a%20b", "since=9999999999"])
+def test_a_poll_that_is_refused_is_no_presence(tmp_path, query):
+    with Server(tmp_path / "bus.db") as bus:
+        ask(bus, "POST", "/send", {"from": "ann", "to": "bob", "msg": "x"})
+        assert ask(bus, "GET", f"/recv?to=bob&{query}")[0] == 400
+        assert [each["name"] for each in ask(bus, "GET", "/agents")[1]["agents"]] == ["ann"]
+
+
+def test_of_many_names_that_only_send_the_quietest_are_forgotten(monkeypatch):
+    bus = inside.make(":memory:")
+    [here] = [each.__self__ for each in bus.on_polled]
+    monkeypatch.setattr(here, "SENDERS", 3)
+    bus.mailboxes.box("default", "reader").firm = True
+    for tick, sender in enumerate(["ann", "reader", "bob", "carl", "ann", "dora", "eve"], 1):
+        here.sent(("default", sender), tick)
+    assert {own: box.sent for (_, own), box in bus.mailboxes.boxes.items() if box.sent} == {
+        "reader": 2,
+        "ann": 5,
+        "dora": 6,
+        "eve": 7,
+    }
+    bus.mailboxes.idle(list(bus.mailboxes.boxes), bus.view.clock(), 0)
+    assert {own for _, own in bus.mailboxes.boxes} == {"reader", "ann", "dora", "eve"}
+    inside.close(bus)
+
+
 def test_readers_are_counted_while_they_listen_and_no_more_than_16():
     bus = inside.make(":memory:")
     [here] = [each.__self__ for each in bus.on_polled]

@@ -65,9 +65,13 @@ KINDS = [
          (f"{MEMORY}::test_names_have_a_budget",
           f"{MEMORY}::test_whatever_one_token_names_its_bus_stays_small_and_tells_in_pages_at_once",
           f"{MEMORY}::test_a_read_of_a_new_name_leaves_no_row_and_is_gone_after_ten_minutes",
-          f"{MEMORY}::test_a_row_without_mail_and_without_a_poll_for_as_long_as_mail_is_kept_goes"),
+          f"{MEMORY}::test_a_row_without_mail_and_without_a_poll_for_as_long_as_mail_is_kept_goes",
+          f"{BOUNDS}::test_each_new_sender_and_each_new_receiver_is_one_new_name",
+          f"{BOUNDS}::test_each_sender_of_an_array_pays_for_its_own_messages",
+          "extensions/test_people.py::test_of_many_names_that_only_send_the_quietest_are_forgotten"),
          "`Storms.name()` never waits (the first two); `Mailbox.firm` is true from the start (the third); "
-         "`Retention.forget_names()` does nothing (the last)"),
+         "`Retention.forget_names()` does nothing (the fourth); `Sending.check()` looks at the first sender alone (the "
+         "next two); `People.sent()` forgets nobody (the last)"),
     Kind("a file is looked at, then used",
          "beside a thread that makes and removes the same files each request is answered, none with 500",
          (f"{STORAGE}::test_files_beside_somebody_who_makes_and_removes_them",),
@@ -86,9 +90,11 @@ KINDS = [
          (f"{AUTHORITY}::test_revoked_between_head_and_body",
           f"{AUTHORITY}::test_revoked_while_it_waits_for_the_commit_of_another",
           f"{AUTHORITY}::test_revoked_while_it_is_parked",
-          f"{AUTHORITY}::test_what_a_revoked_token_had_begun_ends_while_descriptors_are_used_up"),
+          f"{AUTHORITY}::test_what_a_revoked_token_had_begun_ends_while_descriptors_are_used_up",
+          f"{TURNS}::test_a_job_for_a_worker_whose_token_was_revoked_is_for_the_next_one"),
          "`Gate.holds()` is always true (the first three); `Bus.entitled()` lets all pass (the second); `Door.evict()` "
-         "does nothing (the third); `Tokens.rows()` without its spare descriptor (the last)"),
+         "does nothing (the third); `Tokens.rows()` without its spare descriptor (the fourth); `Mailboxes.wake()` asks "
+         "for no token, or `Work.ask()` tells nobody of its refusal (the last)"),
     Kind("a right is looked at in one moment: files, answers, quiet connections",
          "an upload, a download and an answer that nobody reads stop where they are, and a connection that waits for "
          "its next request, or for the rest of it, is closed, whatever it asked for last",
@@ -108,7 +114,7 @@ KINDS = [
          "a recalled or expired text is told at no endpoint; who reads a message by its id has fetched it",
          (f"{AUTHORITY}::test_a_text_that_is_gone_is_gone_at_every_door",
           f"{AUTHORITY}::test_who_reads_a_message_at_another_door_has_fetched_it"),
-         "`readable()` tells each text (the first); it leaves no receipt (the second)"),
+         "`readable()` tells each text (the first); it leaves no receipt, or none of a broadcast (the second)"),
     Kind("one mark stands for several mailboxes",
          "a mark moves by what was delivered of that mailbox; `all` has no mark; a receipt of work names the token",
          (f"{AUTHORITY}::test_what_a_group_got_before_a_reader_came_is_not_fetched",
@@ -188,10 +194,11 @@ KINDS = [
          (f"{BOUNDS}::test_what_is_not_wanted_counts_for_its_bytes",
           f"{BOUNDS}::test_an_answer_as_text_ends_at_128_kib_and_says_that_there_is_more",
           f"{BOUNDS}::test_what_wakes_a_reader_ends_at_the_same_bytes",
-          f"{BOUNDS}::test_what_cannot_be_seen_is_hidden_in_runs"),
+          f"{BOUNDS}::test_what_cannot_be_seen_is_hidden_in_runs",
+          f"{BOUNDS}::test_no_python_code_runs_for_each_hidden_character"),
          "`View.after()` or `Replies.thread()` counts only what it shows (the first); `Poll.room` is `ANSWER_BYTES` "
          "for text too (the second and third); `Receiving.poll_answer()` takes all (the third); `HIDDEN` matches one "
-         "character (the last)"),
+         "character (the last but one); `shown()` with `HIDDEN.sub()` and a function (the last)"),
     Kind("what is known is counted anew: a mailbox that fills",
          "what was fetched is taken off the count, and the count is the true one, also beside a removal",
          (f"{COUNTS}::test_what_was_fetched_is_taken_off_the_count_of_a_mailbox_and_not_counted_anew",

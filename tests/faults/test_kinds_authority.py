@@ -418,9 +418,10 @@ def test_a_text_that_is_gone_is_gone_at_every_door(closed, gone, who):
             assert SECRET not in reply.body.decode(), door
 
 
+@pytest.mark.parametrize("to", ["bob", "all"])
 @pytest.mark.parametrize("door", ["/message/ID", "/thread/ID"])
-def test_who_reads_a_message_at_another_door_has_fetched_it(closed, door):
-    one = closed.ask("ann", "POST", "/send", {"to": "bob", "msg": SECRET}).json["id"]
+def test_who_reads_a_message_at_another_door_has_fetched_it(closed, door, to):
+    one = closed.ask("ann", "POST", "/send", {"to": to, "msg": SECRET}).json["id"]
     assert SECRET in closed.ask("ann", "GET", door.replace("ID", one)).body.decode()
     assert state(closed, one) == "queued", "its sender, and an operator, are not its receiver"
     assert SECRET in closed.ask("bob", "GET", door.replace("ID", one)).body.decode()

@@ -223,6 +223,17 @@ def test_what_wakes_a_reader_ends_at_the_same_bytes(bus, path, fields):
     assert sum(sizes) > 200 * 12_000, "some were passed over"
 
 
+def test_no_python_code_runs_for_each_hidden_character():
+    """A text of 256 KiB, every second character hidden, took 0.1 s."""
+    calls = []
+    sys.setprofile(lambda frame, event, what: calls.append(event) if event == "call" else None)
+    try:
+        text = bus_server.shown("\x01a\u2800" * 5000)
+    finally:
+        sys.setprofile(None)
+    assert text == "\\x01a\\u2800" * 5000 and len(calls) < 20
+
+
 def test_what_cannot_be_seen_is_hidden_in_runs():
     """A function is called for each run and not for each character."""
     calls = []
@@ -416,6 +427,29 @@ def test_an_answer_as_text_pays_more_because_hidden_characters_are_escaped(bus, 
     busy(bus, monkeypatch, 100_000)
     text = "GET", "/recv?to=bob&since=0", b"", "Accept: text/plain"
     assert [status_of(bus, *text) for _ in range(2)] == [200, 429]
+
+
+def names_paid(bus):
+    return bus_server.Storms.NAMES_BURST - bus.storms.names.left.get("127.0.0.1", (bus_server.Storms.NAMES_BURST, 0))[0]
+
+
+def test_each_sender_of_an_array_pays_for_its_own_messages(bus):
+    bus.storms = bus_server.Storms(Clock(), rate=50)
+    for first in ("ann", "carl"):
+        array = [{"from": first, "to": "bob", "msg": "x"}, *[{"from": "flood", "to": "bob", "msg": "x"}] * 600]
+        assert status_of(bus, "POST", "/send", array) == (200 if first == "ann" else 429)
+    assert [bus.storms.sends.left[name][0] for name in ("ann", "flood")] == [999, 400]
+
+
+def test_each_new_sender_and_each_new_receiver_is_one_new_name(bus):
+    """On each channel, for its first message there makes a mailbox for its sender; but not once for each way."""
+    bus.storms = bus_server.Storms(Clock(), rate=50)
+    array = [{"from": f"s{number}", "to": "bob", "msg": "x"} for number in range(10)]
+    paid = []
+    for messages in (array, array, [{**each, "channel": "other"} for each in array]):
+        assert status_of(bus, "POST", "/send", messages) == 200
+        paid.append(names_paid(bus))
+    assert paid == [11, 11, 22]
 
 
 def test_a_poll_is_one_read_of_its_owner_and_its_name(bus, monkeypatch):

@@ -274,6 +274,34 @@ def test_a_poll_whose_token_was_revoked_ends_so_also_when_its_hold_is_over(close
     assert guest.answer().status == 401
 
 
+@pytest.mark.parametrize("revoked", ["before it is woken", "when it asks"])
+def test_a_job_for_a_worker_whose_token_was_revoked_is_for_the_next_one(tmp_path, revoked):
+    tokens = mint(tmp_path / "bus.db", one=["--also", "queue"], other=["--also", "queue"], eve=[])
+    with a_bus(time.monotonic, tmp_path / "bus.db") as bus:
+        one, other, eve = (Guest(bus, token) for token in tokens.values())
+        bus.door.evict = lambda: None  # no turn comes for it
+        for parked, worker in enumerate((one, other), 1):
+            worker.begins("POST", "/claim", {"to": "queue", "wait": 60})
+            come_true(lambda parked=parked: len(bus.mailboxes.parked) == parked)
+        [kind] = {type(each) for each in bus.mailboxes.parked.values()}
+        found = bus.waits[kind].found
+
+        def revoke():
+            bus.gate.tokens.grants = {id: each for id, each in bus.gate.tokens.grants.items() if each[1].name != "one"}
+
+        def asks(*woken):
+            revoke()
+            return found(*woken)
+
+        if revoked == "when it asks":
+            bus.waits[kind] = bus.waits[kind]._replace(found=asks)
+        else:
+            revoke()
+        eve.sends("queue")
+        come_true(lambda: bus.sweep() or other.heard)
+        assert len(other.answer().json()["messages"]) == 1
+
+
 def test_a_drain_goes_in_turns_and_answers_all(closed):
     guests = parked(closed, closed.tokens)
     most = most_in_a_turn(closed, lambda: len(closed.mailboxes.parked), closed.drain)
