@@ -892,7 +892,7 @@ def main(argv: list[str] | None = None) -> int:
     cli.add_argument("--read", metavar="ID", help="print this message whole, and end: it stays unread")
     cli.add_argument("--bus", type=profile, metavar="PROFILE", help="the bus in ~/.config/agent-bus/PROFILE.env")
     cli.add_argument("--version", action="version", version=f"%(prog)s {VERSION}")
-    cli.add_argument("--claim", dest="tool", action="store_const", const="bus_work", help="be a worker of the queue NAME")
+    cli.add_argument("--claim", dest="tool", action="store_const", const="bus_work", help="do the jobs of a queue")
     cli.add_argument("--log", dest="tool", action="store_const", const="bus_log", help="show everybody's messages")
     options, unknown = cli.parse_known_args(argv)
     if not options.tool and (unknown or (options.names and options.read)):

@@ -3921,8 +3921,6 @@ class Mailboxes:
                 continue
             self.fetched(reader, own, box, tick)
 
-    LOOKED_FOR_HOLE = 1000  # messages: 1 ms
-
     def fetched(self, reader: Parked, own: str, box: Mailbox, tick: int) -> None:
         box.reached = max(box.reached, tick)
         if tick > box.fetched:
@@ -3991,6 +3989,7 @@ class Mailboxes:
                 if box.pending and box.pending.above < tick:
                     box.pending = None
 
+    LOOKED_FOR_HOLE = 1000  # messages: 1 ms
     SLICE = 500  # marks, and receipts, in one transaction: 6 ms
 
     def take_marks(self) -> list[Mark]:
@@ -4283,9 +4282,8 @@ class Bus:
         self.max_body, self.verbose = max_body, verbose
         self.last = state.last  # the highest tick that was announced
         self.loop = Loop()
-        self.door = Door(self, self.loop)
+        self.door, self.ledger = Door(self, self.loop), Ledger(self)
         self.clock = Clock(state.view.clock, state.last)
-        self.ledger = Ledger(self)
         stored = state.view.mailboxes(state.last)
         self.mailboxes = Mailboxes(time.monotonic, stored, state.view.clock, state.view.look)
         self.mailboxes.lost, self.mailboxes.forgotten = state.lost, state.forgotten
