@@ -361,7 +361,8 @@ def heard_elsewhere(url: str, channel: str, names: Sequence[str]) -> set[str]:
     before each poll.
     """
     try:
-        agents = get(url, f"/agents?channel={channel}&online=true", ASK_SECONDS)["agents"]
+        asked = ",".join(names[:64])  # more names are refused
+        agents = get(url, f"/agents?channel={channel}&online=true&name={asked}", ASK_SECONDS)["agents"]
         heard = {agent["name"] for agent in agents if agent["online"] and agent["channel"] == channel}
     except (bus_recv.Refused, bus_recv.Unreachable, LookupError, TypeError):  # or a bus of the old contract
         return set()
