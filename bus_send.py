@@ -512,7 +512,7 @@ def told(answer: dict[str, Any], to: str | list[str]) -> str:
         who = f"{names} was last seen {span(answer['ts'] - seen) or 'under 1m'} ago" if seen else ""
         if "offline" in receiver:
             who = f"{online} of {everyone} are listening"
-        unread = f", {receiver['unread']} unread" if who and "unread" in receiver else ""
+        unread = f", {receiver['unread']} unread" if "unread" in receiver else ""
         unread += f"; nobody has ever listened as {', '.join(receiver['unknown'])}" if receiver.get("unknown") else ""
         similar = " or ".join(map(str, receiver.get("similar") or ()))
         meant = f"; did you mean {similar}?" if similar else ""

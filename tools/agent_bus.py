@@ -219,6 +219,10 @@ def help_of(program: str, first: Sequence[str]) -> str:
     return out.getvalue()
 
 
+def take_files(known: dict[str, list[str]]) -> list[str]:
+    return [name for name in TAKE_FILES if name in known]
+
+
 def bash(known: dict[str, list[str]]) -> str:
     cases = "\n".join(
         f"        {name}) words={shlex.quote(' '.join(found))} ;;" for name, found in known.items() if found
@@ -232,7 +236,7 @@ _agent_bus() {{
     esac
     COMPREPLY=($(compgen -W "$words" -- "${{COMP_WORDS[COMP_CWORD]}}"))
     case ${{COMP_WORDS[1]}} in
-        {"|".join(TAKE_FILES)}) compopt -o default 2>/dev/null ;;
+        {"|".join(take_files(known))}) compopt -o default 2>/dev/null ;;
     esac
 }}
 complete -F _agent_bus agent-bus
@@ -255,14 +259,14 @@ _agent_bus() {{
     case $words[2] in
 {cases}
     esac
-    [[ $words[2] == ({"|".join(TAKE_FILES)}) ]] && _files
+    [[ $words[2] == ({"|".join(take_files(known))}) ]] && _files
 }}
 compdef _agent_bus agent-bus
 """
 
 
 def fish(known: dict[str, list[str]]) -> str:
-    lines = [f"-n 'not __fish_seen_subcommand_from {' '.join(TAKE_FILES)}' -f"]
+    lines = [f"-n 'not __fish_seen_subcommand_from {' '.join(take_files(known))}' -f"]
     for name, found in known.items():
         lines.append(f"-n __fish_use_subcommand -f -a {name} -d {shlex.quote(COMMANDS[name].purpose)}")
         for word in found:

@@ -1,8 +1,9 @@
 """Edit the configuration file of another program: put values in, take them out, and leave every other byte as it is.
 
-    text = edited("json", text, [(("mcpServers", "bus"), {"command": "x"})])   # JSON, also with comments
-    text = without("json", text, ours, before)                                 # takes out what ours() says is ours
+    text = edited("json", text, [(("mcpServers", "bus"), {"command": "x"})])
+    text = without("json", text, ours, before)
 
+The JSON may have comments. without() takes out what ours() says is ours.
 A path is a tuple of keys. `ITEM` at its end appends to an array. These functions, and paths(), raise Unreadable, with
 a reason, for a text that this file cannot read or whose members are of another kind; then nothing is to be written.
 

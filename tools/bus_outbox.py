@@ -177,6 +177,8 @@ def listed() -> Iterator[str]:
         except (ValueError, OSError):  # it may have been sent just now
             continue
         when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(int(path.stem) / 1e9))
+        if not isinstance(message, dict):  # somebody edited it
+            message = {}
         known = {"bus": unquote(path.relative_to(top).parts[0]), **message}
         words = [f"{field}={bus_recv.word(known[field])}" for field in SHOWN if known.get(field)]
         yield " ".join(["dead   " if path.parent.name == "dead" else "waiting", when, *words])

@@ -145,7 +145,14 @@ def test_the_look_for_a_similar_name_takes_under_a_millisecond_of_the_loop(many,
         finder(many).to("default", unknown)
         return time.thread_time() - start
 
-    assert min(took() for _ in range(20)) < in_time(0.001)
+    def millisecond():
+        """As long as the machine takes for what took one where this was measured: some have half of its speed."""
+        start, total = time.thread_time(), 0
+        for number in range(16_000):
+            total += number
+        return time.thread_time() - start
+
+    assert min(took() for _ in range(20)) < min(millisecond() for _ in range(20))
 
 
 def to(name):
@@ -187,7 +194,8 @@ def test_a_name_that_only_sent_is_listed_and_what_it_has_is_shown_to_who_may_rea
         assert ask(closed, "POST", "/send", message, closed.tokens[sender])[0] == 200
     for who, reads in {"admin": {"alice", "sensor"}, "boss": {"alice"}, "alice": {"alice"}, "sensor": set()}.items():
         found = listed(closed, "channel=lab", closed.tokens[who])
-        assert set(found) == {"sensor", "alice"} | ({"carl"} if who == "admin" else set()), "who may read its mail"
+        with_mail = {"carl"} if who in ("admin", "boss") else set()  # who may read its mail
+        assert set(found) == {"sensor", "alice"} | with_mail
         reads = reads | found.keys() & {"carl"}
         assert all({"unread", "oldest", "readers"} <= found[name].keys() for name in reads), who
         assert not any({"unread", "oldest", "readers"} & found[name].keys() for name in found.keys() - reads), who
@@ -223,7 +231,7 @@ def test_a_damaged_sender_is_passed_over_at_the_start(bus):
         database.execute("UPDATE messages SET sender = 'not a name' WHERE sender = 'timer'")
         database.commit()
     bus.start()
-    assert set(listed(bus)) == {"clock"}
+    assert set(listed(bus)) == {"clock", "bob"}
 
 
 @pytest.mark.parametrize("query", ["reader=a%20b", "since=9999999999"])
@@ -231,7 +239,7 @@ def test_a_poll_that_is_refused_is_no_presence(tmp_path, query):
     with Server(tmp_path / "bus.db") as bus:
         ask(bus, "POST", "/send", {"from": "ann", "to": "bob", "msg": "x"})
         assert ask(bus, "GET", f"/recv?to=bob&{query}")[0] == 400
-        assert [each["name"] for each in ask(bus, "GET", "/agents")[1]["agents"]] == ["ann"]
+        assert not listed(bus)["bob"]["listens"] and not listed(bus)["bob"]["online"]
 
 
 def test_of_many_names_that_only_send_the_quietest_are_forgotten(monkeypatch):
