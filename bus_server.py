@@ -6164,9 +6164,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         with contextlib.suppress(ValueError, OSError):  # a parked reader is a descriptor
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        if not os.path.isdir(folder := os.path.dirname(os.path.abspath(options.db))) and options.db != default_path():
-            print(f"there was no folder {folder}: it is made for the database", file=sys.stderr)
+        folder = os.path.dirname(os.path.abspath(options.db))
+        was_there = os.path.isdir(folder) or options.db == default_path()
         with contextlib.closing(State(options.db)) as state:
+            if not was_there:
+                print(f"there was no folder {folder}: it is made for the database", file=sys.stderr)
             return run_server(options, state)
     except Unusable as error:
         print(f"bus_server: {error}", file=sys.stderr)

@@ -65,13 +65,17 @@ KINDS = [
          (f"{MEMORY}::test_names_have_a_budget",
           f"{MEMORY}::test_whatever_one_token_names_its_bus_stays_small_and_tells_in_pages_at_once",
           f"{MEMORY}::test_a_read_of_a_new_name_leaves_no_row_and_is_gone_after_ten_minutes",
-          f"{MEMORY}::test_a_row_without_mail_and_without_a_poll_for_as_long_as_mail_is_kept_goes",
-          f"{BOUNDS}::test_each_new_sender_and_each_new_receiver_is_one_new_name",
+          f"{MEMORY}::test_a_row_without_mail_and_without_a_poll_for_as_long_as_mail_is_kept_goes"),
+         "`Storms.name()` never waits (the first two); `Mailbox.firm` is true from the start (the third); "
+         "`Retention.forget_names()` does nothing (the last)"),
+    Kind("what was named once stays for ever: the senders of an array",
+         "each sender of an array is a new name of its own and pays for its own messages; of the names that only "
+         "send, the quietest are forgotten",
+         (f"{BOUNDS}::test_each_new_sender_and_each_new_receiver_is_one_new_name",
           f"{BOUNDS}::test_each_sender_of_an_array_pays_for_its_own_messages",
           "extensions/test_people.py::test_of_many_names_that_only_send_the_quietest_are_forgotten"),
-         "`Storms.name()` never waits (the first two); `Mailbox.firm` is true from the start (the third); "
-         "`Retention.forget_names()` does nothing (the fourth); `Sending.check()` looks at the first sender alone (the "
-         "next two); `People.sent()` forgets nobody (the last)"),
+         "`Sending.check()` looks at the first sender alone (the first two); `People.sent()` forgets nobody (the "
+         "last)"),
     Kind("a file is looked at, then used",
          "beside a thread that makes and removes the same files each request is answered, none with 500",
          (f"{STORAGE}::test_files_beside_somebody_who_makes_and_removes_them",),
@@ -90,11 +94,13 @@ KINDS = [
          (f"{AUTHORITY}::test_revoked_between_head_and_body",
           f"{AUTHORITY}::test_revoked_while_it_waits_for_the_commit_of_another",
           f"{AUTHORITY}::test_revoked_while_it_is_parked",
-          f"{AUTHORITY}::test_what_a_revoked_token_had_begun_ends_while_descriptors_are_used_up",
-          f"{TURNS}::test_a_job_for_a_worker_whose_token_was_revoked_is_for_the_next_one"),
+          f"{AUTHORITY}::test_what_a_revoked_token_had_begun_ends_while_descriptors_are_used_up"),
          "`Gate.holds()` is always true (the first three); `Bus.entitled()` lets all pass (the second); `Door.evict()` "
-         "does nothing (the third); `Tokens.rows()` without its spare descriptor (the fourth); `Mailboxes.wake()` asks "
-         "for no token, or `Work.ask()` tells nobody of its refusal (the last)"),
+         "does nothing (the third); `Tokens.rows()` without its spare descriptor (the last)"),
+    Kind("what one is refused is lost for the others",
+         "a job that comes for a worker whose token was just revoked is for the next worker that waits",
+         (f"{TURNS}::test_a_job_for_a_worker_whose_token_was_revoked_is_for_the_next_one",),
+         "`Mailboxes.wake()` asks for no token, or `Work.ask()` tells nobody of its refusal"),
     Kind("a right is looked at in one moment: files, answers, quiet connections",
          "an upload, a download and an answer that nobody reads stop where they are, and a connection that waits for "
          "its next request, or for the rest of it, is closed, whatever it asked for last",
@@ -194,11 +200,14 @@ KINDS = [
          (f"{BOUNDS}::test_what_is_not_wanted_counts_for_its_bytes",
           f"{BOUNDS}::test_an_answer_as_text_ends_at_128_kib_and_says_that_there_is_more",
           f"{BOUNDS}::test_what_wakes_a_reader_ends_at_the_same_bytes",
-          f"{BOUNDS}::test_what_cannot_be_seen_is_hidden_in_runs",
-          f"{BOUNDS}::test_no_python_code_runs_for_each_hidden_character"),
+          f"{BOUNDS}::test_what_cannot_be_seen_is_hidden_in_runs"),
          "`View.after()` or `Replies.thread()` counts only what it shows (the first); `Poll.room` is `ANSWER_BYTES` "
          "for text too (the second and third); `Receiving.poll_answer()` takes all (the third); `HIDDEN` matches one "
-         "character (the last but one); `shown()` with `HIDDEN.sub()` and a function (the last)"),
+         "character (the last)"),
+    Kind("Python code runs for each character of a text",
+         "the hidden characters of a text for terminals are written out once for each different run of them",
+         (f"{BOUNDS}::test_no_python_code_runs_for_each_hidden_character",),
+         "`shown()` with `HIDDEN.sub()` and a function"),
     Kind("what is known is counted anew: a mailbox that fills",
          "what was fetched is taken off the count, and the count is the true one, also beside a removal",
          (f"{COUNTS}::test_what_was_fetched_is_taken_off_the_count_of_a_mailbox_and_not_counted_anew",
@@ -339,10 +348,9 @@ KINDS = [
          "the readers of a broadcast once; a key by its length; a name that never read, and the expired, from memory",
          ("core/test_state.py::test_whether_a_broadcast_was_read_is_asked_once_for_all_readers",
           f"{COUNTS}::test_a_retry_with_another_text_is_refused_without_a_look_at_the_first_one",
-          f"{COUNTS}::test_what_is_unread_of_names_that_never_read_needs_no_look_at_the_disk",
-          f"{COUNTS}::test_a_list_counts_so_many_expired_and_the_next_one_counts_on"),
+          f"{COUNTS}::test_what_is_unread_of_names_that_never_read_needs_no_look_at_the_disk"),
          "`UNFETCHED` with a subquery over the readers (the first); `first_copy()` reads each text (the second); "
-         "`unread()` counts up to 0 on the disk (the third); `count_expired()` has no limit (the last)"),
+         "`unread()` counts up to 0 on the disk (the last)"),
     Kind("large requests and answers cost no more than small ones",
          "an owner and its reader have a budget of bytes, charged when an answer is made, at that time",
          (f"{BOUNDS}::test_who_gave_the_bus_too_much_work_waits_with_large_bodies_lists_and_claims",

@@ -23,7 +23,7 @@ import pytest
 
 import bus_recv
 import bus_send
-from bus_server import ANSWER_BYTES, MESSAGE_BYTES, PUBLIC, Now
+from bus_server import ANSWER_BYTES, MESSAGE_BYTES, Now
 from tests.core.test_connection import Peer, a_bus, answers, come_true, stored
 from tests.faults.test_kinds_bounds import Guest, counted
 from tests.kit import inside
@@ -42,7 +42,7 @@ def bus(tmp_path):
 # A body that each path with POST would accept, if it were not for its rate.
 SENT = {"/send": {"from": "eve", "to": "bob", "msg": "x"}, "/ask": {"from": "eve", "to": "bob", "msg": "x"},
         "/status": {"from": "eve", "text": "x"}, "/mcp": {"jsonrpc": "2.0", "id": 1, "method": "ping"},
-        "/recall": {"id": "1"}, "/claim": {"to": "builds", "wait": 0},
+        "/recall": {"id": "1"}, "/again": {"id": "1"}, "/claim": {"to": "builds", "wait": 0},
         **{path: {"id": "1", "lease": "x"} for path in ("/ack", "/nack", "/extend")}}  # fmt: skip
 
 
@@ -51,7 +51,7 @@ def test_whatever_is_asked_has_a_rate(bus):
     for budget in (bus.storms.sends, bus.storms.reads):
         budget.wait = lambda owner, amount: 7
     for method, path in bus.routes:
-        if path in PUBLIC:
+        if path in bus.gate.public:
             continue
         asked = inside.ASKED.get(path, "").replace("ROOT", "1")
         guest = Guest(bus).begins(method, path + asked, SENT[path] if method == "POST" else b"")

@@ -172,7 +172,7 @@ def query(bus_server, data):
     if parsed:
         from bus_extensions import work  # not above: bus_server is to be imported first by main()
 
-        receiving = SimpleNamespace(look=lambda request, poll: poll)
+        receiving = SimpleNamespace(look=lambda request, poll: poll, check=lambda poll: None)
         bus = SimpleNamespace(receiving=receiving, storms=bus_server.Storms(time.monotonic, rate=0))
         request = SimpleNamespace(
             grant=bus_server.OPEN, query=lambda: parsed, plain=lambda: False, owner=lambda: "127.0.0.1")
