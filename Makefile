@@ -34,7 +34,7 @@ test: $(VENV)/test
 lint: $(VENV)/dev
 	$(RUN) ruff check .
 	$(RUN) mypy
-	shellcheck bus_listener.sh .ci/run
+	$(VENV)/bin/shellcheck bus_listener.sh .ci/run
 
 check: $(VENV)/dev lint
 	$(RUN) pytest $(TOGETHER) --durations 20
@@ -64,7 +64,6 @@ $(VENV)/test:
 
 $(VENV)/dev: pyproject.toml | $(VENV)/test
 	$(VENV)/bin/pip install -q -e '.[dev]'
-	command -v shellcheck >/dev/null || { apt-get update -q && apt-get install -qy shellcheck; }
 	touch $@
 
 # RUNLEVEL=1: the packages come without their services being started
