@@ -197,7 +197,8 @@ class Session:
     def __init__(self, names: Sequence[str], channel: str) -> None:
         self.names = list(names)  # its own, then older ones that it still reads; none: it has no name yet
         self.channel = channel
-        self.shown = 0  # all unread mail up to this tick was shown in order
+        self.shown = 0  # all unread mail up to this tick was shown in order,
+        self.shown_for: list[str] = []  # while it had these names: a new one may have older mail
         self.early: dict[str, None] = {}  # ids of the last messages that were shown out of order
         self.asked: dict[str, None] = {}  # ids of its last questions
         self.told: str | None = None  # id of the newest message of the last notice
@@ -210,7 +211,10 @@ class Session:
 
     def quoted(self, value: Any) -> str:
         """JSON in one harmless line."""
-        return self.harmless(json.dumps(value, ensure_ascii=False, default=str))
+        return self.harmless(in_json(value))
+
+    def has_shown(self, tick: int, names: Sequence[str]) -> None:
+        self.shown, self.shown_for = tick, list(names)
 
     def me(self) -> str:
         if not self.names:
@@ -257,9 +261,9 @@ class Session:
             yield from self.poll(name, **query)
 
     def present(self, tick: int) -> Generator[Ask, Answer, None]:
-        """All mail up to there is read."""
+        """All mail up to there is read. The next message, which the answer has, is not fetched by this."""
         for name in self.names:
-            yield from self.poll(name, ts_of(tick), max=1)
+            yield from self.poll(name, ts_of(tick), max=1, ack="true")
 
     def find(self, id: str) -> Generator[Ask, Answer, dict[str, Any]]:
         """The message with this id, if it is mail for this session. Failed if there is none."""
@@ -286,12 +290,16 @@ class Session:
 
     def say(self, said: dict[str, str]) -> Generator[Ask, Answer, None]:
         """Tell the bus what the session does; nothing is said any more without members."""
-        self.said, self.said_at = said, time.monotonic()
         yield Ask("/status", {**self.signed(), **said})
+        self.said, self.said_at = said, time.monotonic()  # only now: the bus refuses long ones
 
     def rename(self, name: str) -> Generator[Ask, Answer, str]:
         """Give the session another name; returns a sentence about it, or raises Failed."""
         raise NotImplementedError
+
+
+def in_json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, default=str)
 
 
 def tick_of_ts(ts: Any) -> int:
@@ -348,9 +356,11 @@ def aged(me: Session, message: dict[str, Any]) -> dict[str, Any]:
 
 def shown(me: Session, message: dict[str, Any], offset: int = 0, room: int = ROOM) -> str:
     """A message as a line of JSON. Of a long one: its usual fields, a part of its body, and how to read the rest."""
-    text = me.quoted(message)
-    if not offset and len(text) <= room:
-        return text
+    text = in_json(message)
+    if not offset and len(text) <= room:  # only then: to make a text harmless takes time, and does not shorten it
+        text = me.harmless(text)
+        if len(text) <= room:
+            return text
     body = str(message.get("msg"))
     part = cut(me, body[offset:], max(room - HEAD_ROOM, room // 2))
     end = offset + len(part)

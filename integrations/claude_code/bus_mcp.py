@@ -204,7 +204,7 @@ class Mine(tools.Session):
     def present(self, tick: int) -> Iterator[Any]:
         self.place.cursor.move(tools.ts_of(tick))
         Channel.again.set()
-        self.box.poll_on({"since": self.box.cursor.at, "max": 1})
+        self.box.poll_on({"since": self.box.cursor.at, "max": 1, "ack": "true"})  # which fetches nothing
         yield from ()
 
     def find(self, id: str) -> Iterator[Any]:
@@ -300,7 +300,7 @@ class Channel(threading.Thread):
             for message in fresh:
                 self.push(tools.shown(self.server.session, message), attributes(message))
                 self.pushed[box.bus] = Decimal(message["ts"])
-                self.server.session.shown = tools.tick_of_ts(message["ts"])
+                self.server.session.has_shown(tools.tick_of_ts(message["ts"]), box.names)
             if fresh and len(mail) >= AHEAD:
                 self.tell(f"{AHEAD} are unread; later messages are pushed after bus_ack of {label(mail[AHEAD - 1])}")
             pause = PAUSE if fresh or not mail else min(2 * pause, LONGEST_PAUSE)
