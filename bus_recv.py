@@ -76,7 +76,7 @@ DECIMAL = re.compile(r"[0-9]{1,10}(\.[0-9]{1,9})?")  # s since 1970: the form of
 TEN_YEARS = 10 * 365.25 * 86400  # s; an id of digits alone is one if its time is so near, else it may be milliseconds
 AHEAD_SECONDS = 300.0  # that an answer may be ahead of our clock and our cursor; a bus takes as much from a cursor
 OLD_CONTRACT = "-"  # stands for the id of a bus that gives none; such a bus knows no words for `since` either
-HEAD = ("from", "id", "to", "channel", "reply_to", "age", "priority", "type", "subject")
+HEAD = ("from", "relayed_from", "id", "to", "channel", "reply_to", "age", "priority", "type", "subject")
 
 
 class Busy(Exception):
