@@ -908,7 +908,7 @@ class Head:
             self.add_field(text_line)
         self.check_framing()
         self.host = without_port(self.fields.get("host", ""))
-        self.foreign = self.is_foreign()
+        self.foreign, self.silent = self.is_foreign(), self.is_silent()
         self.form = self.fields.get("content-type", "").lower().startswith("multipart/")
 
     def add_field(self, text: str) -> None:
@@ -957,7 +957,17 @@ class Head:
         own = origin in (None, f"http://{host}", f"https://{host}")
         return not own or self.fields.get("sec-fetch-site", "none") not in SAME_SITE
 
+    def is_silent(self) -> bool:
+        """Does a browser not say which page sent this?
 
+        To an http URL that is not of its own machine, it sends no Sec-Fetch-Site, and with an image no Origin. All call
+        themselves Mozilla, and a page of another site can neither change that nor add the header of our page.
+        """
+        browser = self.fields.get("user-agent", "").startswith("Mozilla/")
+        return browser and "sec-fetch-site" not in self.fields and "x-agent-page" not in self.fields
+
+
+TAKING = ("/recv", "/log")  # with GET
 SAME_SITE = ("same-origin", "none")  # values of Sec-Fetch-Site; none: a person typed the URL
 
 
@@ -2187,6 +2197,8 @@ class Gate:
             return OPEN if head.route in self.public else self.tokens.grant(head.fields.get("authorization", ""))
         if head.host and head.host not in self.hosts and not ip_address(head.host.strip("[]")):
             raise Refused(403, f"this bus does not answer to {head.host}: start it with --allow-host, or with tokens")
+        if head.silent and head.route in TAKING:
+            raise Refused(403, "a browser gets no messages here, if it hides which page asks: open /ui/, or use curl")
         return OPEN
 
 

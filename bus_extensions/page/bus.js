@@ -41,7 +41,7 @@ export class Refused extends Error {
 
 // One request. Throws Refused with the sentence of the bus, or TypeError if the bus is out of reach.
 export async function ask(path, body, signal) {
-  const headers = token ? { Authorization: `Bearer ${token}` } : {};
+  const headers = { "X-Agent-Page": "1", ...(token && { Authorization: `Bearer ${token}` }) }; // no page elsewhere can say so
   const options = { headers, signal, credentials: "omit", redirect: "error", cache: "no-store",
     referrerPolicy: "no-referrer" };
   if (body) Object.assign(options, { method: "POST", body: JSON.stringify(body) });
