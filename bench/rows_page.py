@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -21,7 +22,7 @@ CROWD = 300  # names that the page shows
 class Tab:
     """Asks for what an open page asks for, at the same moments (bus_extensions/page/bus.js)."""
 
-    GAP, LOOK = 0.25, 3.0  # s between two answers of the log; between two looks at who is there
+    GAP, BEHIND, LOOK = 0.25, 1.0, 3.0  # s: answers of the log; if it is behind; looks at who is there
     HOLD = 2  # s; the page holds for 25, but a round ends sooner
 
     def __init__(self, port: int, wire: Any) -> None:
@@ -31,9 +32,12 @@ class Tab:
 
     def log(self) -> None:
         with Line(self.wire, self.port) as line:
-            since = self.wire.cursor(line.exchange(self.wire.get("/log?since=now")))
-            while not self.over.wait(self.GAP):
-                answer = line.exchange(self.wire.get(f"/log?since={since}&max=1000&block=true&wait={self.HOLD}"))
+            since, behind = self.wire.cursor(line.exchange(self.wire.get("/log?since=now"))), False
+            while not self.over.wait(self.BEHIND if behind else self.GAP):
+                fresh = f"since={since}&max=1000&block=true&wait={self.HOLD}"
+                answer = line.exchange(self.wire.get(f"/log?{'before=now&max=500' if behind else fresh}"))
+                found = json.loads(answer.partition(b"\r\n\r\n")[2])
+                behind = (found["next"] or 0) > float(since) if behind else found["more"]
                 since = self.wire.cursor(answer)
 
     def look(self) -> None:

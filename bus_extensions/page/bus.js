@@ -3,7 +3,7 @@
 export const MOST = 10000; // messages in memory
 const PAGE = 500, OLDER = 300; // messages of the first look, and of each look further back
 const NAMES = 300; // of one answer: the bus takes some 2 ms for it
-const GAP = 250, HIDDEN_GAP = 2000; // ms between two answers of the log
+const GAP = 250, BEHIND = 1000, HIDDEN_GAP = 2000; // ms between two answers of the log
 const LOOK = 3000, HIDDEN_LOOK = 30000; // ms between two looks at who is there
 const SHARE = 30; // and at least so many times as long as the last look took: of very many names it takes a while
 const HOLD = 25, PATIENCE = 40000; // s that the bus may hold an answer; ms after which it counts as away
@@ -93,10 +93,9 @@ export async function start() {
       Object.assign(bus, { notice: "This is another bus, or its database was replaced: all is shown anew.", mail: [] });
       seen = null;
     }
-    const reaches = (bus.messages[0]?.ts ?? -1) >= (log.messages.at(-1)?.ts ?? 0); // else some between are not known
-    if (another || !reaches) Object.assign(bus, { messages: [], next: log.next, capped: false });
-    add(log);
-    [id, since] = [log.bus, log.now];
+    if (another) bus.messages = [];
+    newest(log);
+    id = log.bus;
     bus.phase = "live";
     bus.away.tries = 0;
     tell(another ? "another" : "phase");
@@ -119,22 +118,35 @@ function failed(error, mine) {
   setTimeout(() => again === session && start(), patience * 1000);
 }
 
+// The newest messages. Returns whether they reach to those that are known; if not, these are dropped, and come again as
+// the older ones.
+function newest(log) {
+  const reaches = log.next == null || (bus.messages[0]?.ts ?? 0) >= log.next;
+  if (!reaches) Object.assign(bus, { messages: [], next: log.next, capped: false });
+  add(log);
+  since = log.now;
+  return reaches;
+}
+
 async function followLog(mine) {
+  let behind = false; // more is said than can be followed: then the newest are enough, once a second
   while (mine === session) {
     const hidden = document.hidden, began = Date.now();
     held = new AbortController();
     const patience = setTimeout(() => held.abort(), PATIENCE);
     try {
-      const wait = hidden ? "wait=0" : `block=true&wait=${HOLD}`;
-      const answer = await ask(`log?since=${since}&max=1000&${wait}`, null, held.signal);
+      const fresh = `since=${since}&max=1000&${hidden ? "wait=0" : `block=true&wait=${HOLD}`}`;
+      const answer = await ask(`log?${behind ? `before=now&max=${PAGE}` : fresh}`, null, held.signal);
       if (mine !== session) return;
       if (answer.bus !== id) return start();
       if (answer.gap) bus.notice = "Some messages were removed before this page had seen them.";
-      since = answer.now;
-      if (answer.messages.length) {
+      if (behind) behind = !newest(answer);
+      else {
+        behind = answer.more && answer.messages.length >= PAGE;
+        since = answer.now;
         add(answer);
-        tell("messages");
       }
+      if (answer.messages.length) tell("messages");
     } catch (error) {
       if (mine === session && held.signal.reason === HIDE) continue;
       if (mine === session) failed(error, mine);
@@ -142,7 +154,7 @@ async function followLog(mine) {
     } finally {
       clearTimeout(patience);
     }
-    await pause(Math.max(0, (hidden ? HIDDEN_GAP : GAP) - (Date.now() - began)));
+    await pause(Math.max(0, (hidden ? HIDDEN_GAP : behind ? BEHIND : GAP) - (Date.now() - began)));
   }
 }
 

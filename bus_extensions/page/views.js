@@ -232,7 +232,8 @@ export function messagesView({ spoken }) {
     if (!some.length && filter.value) older();
   }
   function count() {
-    const fresh = frozen ? bus.messages.findIndex(message => message.id === frozen[0]?.id) : 0;
+    const at = frozen ? bus.messages.findIndex(message => message.id === frozen[0]?.id) : 0;
+    const fresh = at < 0 ? bus.messages.length : at; // so many at least
     pill.hidden = fresh < 1;
     pill.textContent = many(fresh, "new message");
     if (fresh > 0) spoken(many(fresh, "new message"));

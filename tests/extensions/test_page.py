@@ -36,6 +36,9 @@ WATCH = """addEventListener("securitypolicyviolation", event => (window.violatio
 window.shift = 0;
 new PerformanceObserver(list => list.getEntries().forEach(each => window.shift += each.hadRecentInput ? 0 : each.value))
   .observe({type: "layout-shift", buffered: true});"""
+# What a browser does with a tab that another one covers. Without a screen, all of them count as seen.
+COVERED = """Object.defineProperty(document, "hidden", { get: () => true });
+document.dispatchEvent(new Event("visibilitychange"));"""
 FAMILY = "\U0001f468\u200d\U0001f469\u200d\U0001f467"
 HOSTILE = [  # each is sent as text, as subject and in further members
     "<img src=x onerror='window.pwned=1'>",
@@ -333,6 +336,34 @@ def test_what_is_before_the_eyes_stays_while_others_come(bus, page):
     assert "new" in texts(page)[0]
 
 
+def test_of_more_than_can_be_followed_the_newest_are_shown_and_the_others_come_as_older_ones(bus, page):
+    show(page, bus, "#/messages")
+    page.evaluate(COVERED)  # so all of them come between two looks
+    for _ in range(3):
+        some = [{"from": f"s{number % 50}", "to": f"r{number % 60}", "msg": "x"} for number in range(1000)]
+        assert ask(bus, "POST", "/send", some)[0] == 200
+    page.wait_for_selector(".foot:has-text('older ones come as you scroll')")
+    send(bus, "ann", "bob", "the last one")
+    page.wait_for_selector("text=the last one")
+    to_the_end(page, "from the first on")
+    assert page.inner_text(".foot").startswith("3,001 messages loaded")
+
+
+def to_the_end(page, foot):
+    """Scroll down until the line below the list says this."""
+    page.evaluate(
+        """async says => {
+            const list = document.querySelector(".list"), foot = document.querySelector(".foot");
+            while (!foot.textContent.includes(says)) {
+                list.scrollTop = list.scrollHeight;
+                await new Promise(done => setTimeout(done, 20));
+            }
+            list.scrollTop = 0;
+        }""",
+        foot,
+    )
+
+
 def test_a_pause_holds_what_is_shown(bus, page):
     send(bus, "ann", "bob", "first")
     show(page, bus, "#/messages")
@@ -560,11 +591,6 @@ def test_a_name_of_a_stranger_for_the_address_of_an_open_bus_gets_nothing(busy, 
     assert answer.status == 403
 
 
-# What a browser does with a tab that another one covers. Without a screen, all of them count as seen.
-COVERED = """Object.defineProperty(document, "hidden", { get: () => true });
-document.dispatchEvent(new Event("visibilitychange"));"""
-
-
 def test_six_tabs_leave_room_to_send(bus, browser):
     """A browser has six connections to a bus for all its tabs, so a tab that nobody sees must not hold one."""
     with opened(browser) as tab:
@@ -703,14 +729,7 @@ def heap(page):
 def test_10000_messages_are_few_nodes_and_memory_stays_flat(stored, page):
     show(page, stored, "#/messages")
     page.wait_for_selector(".message-row")
-    page.evaluate("""async () => {
-        const list = document.querySelector(".list"), foot = document.querySelector(".foot");
-        while (!foot.textContent.includes("are kept here")) {
-            list.scrollTop = list.scrollHeight;
-            await new Promise(done => setTimeout(done, 20));
-        }
-        list.scrollTop = 0;
-    }""")
+    to_the_end(page, "are kept here")
     page.wait_for_function("() => document.querySelectorAll('.row').length <= 60")
     before = heap(page)
     flood(stored, 50, SECONDS)
