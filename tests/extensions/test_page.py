@@ -470,6 +470,7 @@ def test_a_server_that_ends_is_said_and_what_was_known_stays(tmp_path, page):
         page.wait_for_selector("#live.good", timeout=35000)
         page.wait_for_selector("text=after 2")
         assert [text.split("\n")[-1] for text in texts(page)] == ["after 2", "after 1", "after 0", "before"]
+        assert page.inner_text(".foot") == "4 messages loaded, from the first on"
         assert time.monotonic() - began < in_time(35)
 
 
