@@ -4986,7 +4986,7 @@ ELSEWHERE = {  # extension: the endpoints and options that it brings
     "digest": ("/digest",),
     "mcp": ("/mcp",),
     "history": (),  # `before` of /log
-    "page": ("/ui/",),
+    "page": ("/ui/", "/activity"),
 }
 
 

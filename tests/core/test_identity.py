@@ -147,7 +147,8 @@ def test_a_message_is_recalled_by_its_sender_only(closed):
 def test_figures_are_for_an_operator_and_files_for_who_may_read(closed):
     path = "/blob/" + "0" * 64
     for who, token in closed.tokens.items():
-        assert ask(closed, "GET", "/metrics", token=token)[0] == (200 if who == "admin" else 403)
+        for figures in ("/metrics", "/activity"):
+            assert ask(closed, "GET", figures, token=token)[0] == (200 if who == "admin" else 403)
         assert ask(closed, "GET", path, token=token)[0] == (403 if who == "sensor" else 404)
     assert [ask(closed, method, path)[0] for method in ("GET", "PUT")] == [401, 401]
 
