@@ -5850,13 +5850,17 @@ def invite(arguments: Sequence[str]) -> None:
     digest, now = hashlib.sha256(secret.encode()).hexdigest(), time.time()
     row = {"id": token, "hash": digest, "name": options.name, "also": options.also, "made": now, "revoked": None}
     row.update(send_only=options.send_only, operator=options.operator, label=options.label)
-    row.update(expires=int(now + options.expires) if options.expires else None)
+    lasts = options.expires or (PAGE_SECONDS if options.page else None)
+    row.update(expires=int(now + lasts) if lasts else None)
     for own in [own for own in file.rows() if own["name"] == options.name and not own["revoked"]]:
         made = time.strftime("%Y-%m-%d", time.gmtime(own["made"]))
         print(f"{options.name} has the token {own['id']} already, made {made}: this is one more", file=sys.stderr)
     file.change(lambda rows: [*rows, row])
     print_it = words and (words.page_link if options.page else words.invitation)
     print(print_it(options.name, f"{token}_{secret}", here, options.url) if print_it else f"{token}_{secret}")
+
+
+PAGE_SECONDS = 12 * 3600  # that the token of a link to the page is valid, if --for does not say: browsers keep links
 
 
 def check_invitation(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:

@@ -1,6 +1,6 @@
 // The frame: which view is shown, the panel of one message, the dialog to say something, the keys.
 
-import { ask, bus, forgetToken, names, send, speaks, start, takeToken, watch } from "./bus.js";
+import { ask, bus, forgetToken, isMine, names, send, speaks, start, takeToken, watch } from "./bus.js";
 import { badge, button, clock, copyButton, day, fill, h, many, plain, prose, shown } from "./dom.js";
 import * as look from "./look.js";
 import { forMessage, places, placeView } from "./place.js";
@@ -19,7 +19,8 @@ let view = null, shownPath = null, spokenAt = 0, opener = null;
 // The token of a link goes into this tab and out of the address before anything is asked.
 const given = /^#token=([!-~]{8,300})$/.exec(location.hash);
 if (given) {
-  takeToken(given[1]);
+  const another = "This link has another token than this tab. Use it, and speak and read as its name?";
+  if (isMine(given[1]) || confirm(another)) takeToken(given[1]);
   history.replaceState(null, "", `${location.pathname}#/`);
 }
 

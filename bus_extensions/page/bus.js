@@ -1,6 +1,6 @@
 // What the page knows of the bus: it asks, keeps the answers, and tells who wants to know. It draws nothing.
 
-export const MOST = 10000; // messages in memory
+export const MOST = 10000, LETTERS = 32e6; // messages in memory, and letters of them
 const PAGE = 500, OLDER = 300; // messages of the first look, and of each look further back
 const NAMES = 300; // of one answer: the bus takes some 2 ms for it
 const GAP = 250, BEHIND = 1000, HIDDEN_GAP = 2000; // ms between two answers of the log
@@ -57,6 +57,8 @@ export async function ask(path, body, signal) {
   if (answer.ok) return found;
   throw new Refused(answer.status, found.error || `the bus answered ${answer.status}`);
 }
+
+export const isMine = given => !token || token === given;
 
 export function takeToken(given) {
   token = given;
@@ -216,12 +218,18 @@ export function sawMail(message) {
 
 export const isNew = message => seen === null || message.ts > seen;
 
+const letters = new WeakMap(); // of each message: a text has up to 262,144
+
 // Messages of an answer into the list, which has the newest first.
 function add(answer) {
   const known = new Set(bus.messages.map(message => message.id));
   const fresh = answer.messages.filter(message => !known.has(message.id));
-  bus.messages = [...fresh, ...bus.messages].sort((one, other) => other.ts - one.ts).slice(0, MOST);
-  bus.capped = bus.capped || bus.messages.length === MOST;
+  for (const message of fresh) letters.set(message, JSON.stringify(message).length);
+  const all = [...fresh, ...bus.messages].sort((one, other) => other.ts - one.ts);
+  let sum = 0;
+  const end = all.findIndex((message, number) => number === MOST || (sum += letters.get(message)) > LETTERS);
+  bus.messages = end < 0 ? all : all.slice(0, end);
+  bus.capped = bus.capped || end >= 0;
 }
 
 let reaching = false;

@@ -106,7 +106,7 @@ function agentsCard(rows) {
     ` ${number} ${look.WORDS[kind][number === 1 ? "one" : "more"]}`));
   const worst = rows.length > CELLS ? rows.slice(0, 8) : rows, said = look.minutesByName(15);
   const cell = ({ name, state }) => {
-    const title = `${name}: ${state.words}`;
+    const title = plain(`${name}: ${state.words}`);
     return h("li", {}, h("a", { href: `#/agents/${name}`, class: `cell ${state.kind}`, title, "aria-label": title }));
   };
   const cells = rows.length > CELLS && h("ul", { class: "cells" }, rows.slice(0, 600).map(cell));
@@ -355,10 +355,11 @@ export function workView() {
       failed.length ? card(many(failed.length, "failed job"), GIVEN_UP, failed.map(letterOf)) : null, result);
   }
   function letterOf(letter) {
-    const { from, attempts, ts, msg, id, reason = "no reason was given" } = letter;
+    const { from, attempts, ts, msg, id, reason = "no reason was given" } = letter; // anybody may have written these
+    const tried = Number.isInteger(attempts) && `${many(attempts, "attempt")} · `;
     return h("article", { class: "letter" },
       h("p", {}, badge(from), " ", h("b", {}, queueOf(letter)),
-        h("span", { class: "dim" }, ` from ${from} · ${many(attempts, "attempt")} · ${clock(ts)}`)),
+        h("span", { class: "dim" }, ` from ${from} · `, tried, clock(ts))),
       h("p", { class: "problem" }, plain(shown(reason), 500)), h("p", {}, plain(shown(msg), 500)),
       h("p", {}, doing(AGAIN, letter, told, fetchLetters), " ",
         h("a", { href: `#/messages?id=${id}` }, "details")));
