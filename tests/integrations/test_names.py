@@ -292,6 +292,22 @@ def test_what_was_read_of_an_old_name_does_not_come_to_the_next_session_that_has
     assert read(session.this_session(3, "/x/api", "c")) == []
 
 
+def test_a_place_that_a_renamed_session_needs_is_not_that_of_the_next_session(bus, lives, monkeypatch):
+    """Older mail for its new name makes it begin there; what was read of that name before is read nevertheless."""
+    monkeypatch.setenv("AGENT_BUS_URL", bus.url)
+    lives.begin(1)
+    name(1, "a")
+    bus_send.send("boss", "older", sender="spark")
+    bus_send.send("api", "read", sender="spark")
+    assert read(session.this_session(1, "/x/api", "a")) == ["read"]
+    session.rename(1, "boss")
+    assert session.rename(1, "api") == "boss"
+    lives.end(1)
+    lives.begin(2)
+    me = session.this_session(2, "/x/api", "b")
+    assert (me.names, read(me)) == (["api"], [])
+
+
 def test_a_session_that_takes_its_old_name_again_gets_nothing_twice(bus, lives, monkeypatch):
     monkeypatch.setenv("AGENT_BUS_URL", bus.url)
     lives.begin(1)
