@@ -18,6 +18,7 @@ import select
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import psycopg
@@ -30,7 +31,8 @@ from . import READ_BYTES, Ledger, Unknown
 
 CONNECT = 3  # s
 WAKE = 1.0  # s until a listener looks whether it is to end, or connects again
-TABLE = """
+TABLE = b"""
+SELECT pg_advisory_xact_lock(7163022);  -- two fronts may start at once
 CREATE TABLE IF NOT EXISTS agent_bus_ledger(
     position bigint PRIMARY KEY,  -- 0: the row whose lock whoever appends has
     id text NOT NULL UNIQUE, at bigint NOT NULL, entry bytea NOT NULL);
@@ -47,6 +49,7 @@ BEGIN
     END IF;
 END $$ LANGUAGE plpgsql;
 """
+IS_THERE = b"SELECT to_regclass('agent_bus_ledger')::text"  # its user need not be one who may make tables
 APPEND = b"SELECT its, its_at FROM agent_bus_append($1, $2)"
 READ = f"""SELECT position, at, entry FROM (
     SELECT *, sum(octet_length(entry)) OVER (ORDER BY position) - octet_length(entry) AS before FROM (
@@ -60,10 +63,9 @@ def connect(url: str, single: bool) -> Ledger:
     """The ledger at a URL, with its table. Unusable, if it cannot be reached, or could lose what it acknowledged."""
     ledger = Postgres(url, single)
     try:
-        ledger.connected(time.monotonic() + 2 * CONNECT)
-        ledger.make_table()
+        ledger.make_table(time.monotonic() + 2 * CONNECT)
     except (Unknown, psycopg.Error) as error:
-        raise Unusable(f"cannot use the ledger: {str(error).strip()}") from None
+        raise Unusable(f"cannot use the ledger: {error}") from None
     return ledger
 
 
@@ -92,19 +94,23 @@ class Postgres:
         self.told = ""  # the last reason why a server was not taken
         self.closed = threading.Event()
 
-    def make_table(self) -> None:
-        assert self.connection
-        with self.connection.transaction():
-            self.connection.execute("SELECT pg_advisory_xact_lock(7163022)")  # two fronts may start at once
-            self.connection.execute(TABLE)
+    def make_table(self, deadline: float) -> None:
+        if self.ask(IS_THERE, [], deadline) == [[b""]]:
+            server = self.connected(deadline).pgconn
+            exchange(server, partial(server.send_query, TABLE), deadline)
 
     def connected(self, deadline: float) -> psycopg.Connection[Any]:
         """The connection, or a new one whose server is safe; else Unknown."""
         if self.connection:
             return self.connection
         connection = self.open()
-        [settings] = exchange(connection.pgconn, SETTINGS, [], deadline)
-        why = unsafe(self.single, *(setting.decode() for setting in settings))
+        why = "the server did not say its settings"
+        try:
+            [settings] = rows_of(connection.pgconn, SETTINGS, [], deadline)
+            why = unsafe(self.single, *(setting.decode() for setting in settings))
+        finally:
+            if why:
+                connection.close()
         if why and why != self.told:
             say(f"bus_server: the ledger cannot be used: {why}")
         self.told = why
@@ -128,7 +134,7 @@ class Postgres:
         """The rows of one statement, which is one transaction. Unknown if anything is not as it should be."""
         self.warnings = []
         try:
-            rows = exchange(self.connected(deadline).pgconn, statement, values, deadline)
+            rows = rows_of(self.connected(deadline).pgconn, statement, values, deadline)
             if self.warnings:
                 raise Unknown(self.warnings[0])
             return rows
@@ -167,13 +173,21 @@ class Postgres:
         self.drop()
 
 
-def exchange(server: pq.abc.PGconn, statement: bytes, values: list[bytes], deadline: float) -> list[list[bytes]]:
-    """Send a statement and wait for all of its answer, until the deadline and no longer. Its rows; all is binary.
+def rows_of(server: pq.abc.PGconn, statement: bytes, values: list[bytes], deadline: float) -> list[list[bytes]]:
+    """The rows of one statement; values and rows are binary."""
+    binary = pq.Format.BINARY
+    formats = [binary] * len(values)
+    send = partial(server.send_query_params, statement, values, param_formats=formats, result_format=binary)
+    [rows] = exchange(server, send, deadline)
+    return [[rows.get_value(row, column) or b"" for column in range(rows.nfields)] for row in range(rows.ntuples)]
+
+
+def exchange(server: pq.abc.PGconn, send: Callable[[], None], deadline: float) -> list[pq.abc.PGresult]:
+    """Send something and wait for all of its results, until the deadline and no longer.
 
     What psycopg has for this waits for ever for a server that is frozen, or cancels.
     """
-    binary = pq.Format.BINARY
-    server.send_query_params(statement, values, param_formats=[binary] * len(values), result_format=binary)
+    send()
     while server.flush():
         wait(server, deadline, select.POLLIN | select.POLLOUT)
         server.consume_input()
@@ -186,10 +200,12 @@ def exchange(server: pq.abc.PGconn, statement: bytes, values: list[bytes], deadl
         if result is None:
             break
         results.append(result)
-    if [each.status for each in results] != [pq.ExecStatus.TUPLES_OK]:
-        raise Unknown(results[-1].get_error_message() if results else "the server closed the connection")
-    [rows] = results
-    return [[rows.get_value(row, column) or b"" for column in range(rows.nfields)] for row in range(rows.ntuples)]
+    for each in results:
+        if each.status not in (pq.ExecStatus.TUPLES_OK, pq.ExecStatus.COMMAND_OK):
+            raise Unknown(each.get_error_message())
+    if not results:
+        raise Unknown("the server closed the connection")
+    return results
 
 
 def wait(server: pq.abc.PGconn, deadline: float, events: int) -> None:

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from ledgers import READ_BYTES, Unknown
+from tests.faults.history import background
 from tests.kit import postgres
 from tests.kit.ledger import Fake, Log
 from tests.kit.processes import PATIENCE, wait_until
@@ -203,6 +204,23 @@ class TestPostgres(Contract):
         finally:
             self.server.ask("DROP FUNCTION warns CASCADE")
         assert append(ledger, b"x", "once")[0] == 2
+
+    def test_a_commit_whose_wait_for_the_second_machine_is_canceled_is_unknown(self, ledger):
+        """PostgreSQL answers it with success, a warning, and a row that others see: it may be on one machine only."""
+        from ledgers.postgres import connect
+
+        self.server.stop()
+        self.server.start(synchronous_standby_names="a-machine-that-is-not-there")
+        waiting = connect(self.server.url, single=False)
+        sent = background(append, waiting, b"x", "once", 2 * PATIENCE)
+        waits = "SELECT pg_cancel_backend(pid) FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
+        wait_until(lambda: self.server.ask(waits))
+        with pytest.raises(Unknown, match="canceling wait for synchronous replication"):
+            sent.result(PATIENCE)
+        waiting.close()
+        self.server.stop()
+        self.server.start()
+        assert wait_until(lambda: self.tried(ledger, b"x", "once"))[0] == 1 and len(read(ledger)) == 1
 
     def test_a_server_that_crashed_is_used_again_and_has_all(self, ledger):
         told = [append(ledger, b"%d" % number) for number in range(3)]
