@@ -4,8 +4,9 @@ A tool is a generator. It yields each request to the bus as an Ask, gets the JSO
 it, and returns its text. So the same tool runs inside the bus, where nothing may wait, and in a program that asks over
 HTTP. Numbers with a fraction, such as ts, are texts or Decimals here, so that they stay as the bus wrote them.
 
-Read it in this order: the protocol (parse, checked, respond), Tool, Session (whose mail it is), the rules of the inbox
-(inbox, acknowledge), the other tools, the hook, and the table TOOLS. Standard library only, and no file of ours.
+This file has what tools have in common: the protocol (parse, check, respond), Tool, Session (whose mail it is), how a
+message is shown, and arguments. The tools are in the files _NAME_tools.py. Standard library only, and no other file of
+ours.
 
 What the inbox promises: mail stays unread until it is acknowledged, not until it was printed. Urgent messages are shown
 early, at most 3 of them. A message that was shown early acknowledges nothing: the cursor moves over a run of messages
@@ -14,27 +15,24 @@ that were shown in order, from the oldest on. The text of another agent reaches 
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import re
-import secrets
 import time
 from collections.abc import Callable, Generator, Iterable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote, urlencode
 
 PROTOCOLS = ("2025-11-25", "2025-06-18", "2025-03-26", "2024-11-05")  # spoken here; the first is offered to all others
 HOLD = 25.0  # s that a call may wait, under the 30 s after which common proxies cut a quiet request
 ROOM = 8000  # characters of messages in an answer; a longer message is read in parts
-EARLY = 3  # urgent messages that are shown early, whole; anybody can write `priority: high`
-EARLY_ROOM = 1400  # characters of each of them
 HEAD_ROOM = 1200  # characters of the other fields of a message that is cut
 KNOWN = 64  # ids that a session remembers: of messages that were shown early, and of its questions
 PAGE = 100  # messages that one look takes
 ID_ROOM = 1000  # characters of an id, which is kept while a tool waits
 FIELD = 100  # characters of any other field, where a message is cut
-LEASE = 600.0  # s that an agent has for a job when it does not say
-SAID_SECONDS = 1200.0  # after which a hook says again what the session does; the bus forgets it after an hour
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@-]{0,63}")
 HEAD = ("ts", "id", "from", "to", "subject", "type", "priority", "reply_to", "age", "early")  # of a message that is cut
 
@@ -286,6 +284,11 @@ class Session:
         path = "/send" if wait is None else f"/ask?wait={wait:.3f}"
         return (yield Ask(path, {**self.signed(), **order}))
 
+    def say(self, said: dict[str, str]) -> Generator[Ask, Answer, None]:
+        """Tell the bus what the session does; nothing is said any more without members."""
+        self.said, self.said_at = said, time.monotonic()
+        yield Ask("/status", {**self.signed(), **said})
+
     def rename(self, name: str) -> Generator[Ask, Answer, str]:
         """Give the session another name; returns a sentence about it, or raises Failed."""
         raise NotImplementedError
@@ -317,34 +320,7 @@ def span(seconds: float) -> str:
     return next((f"{seconds // size:.0f}{unit}" for size, unit in sizes if seconds >= size), "under 1m")
 
 
-# The inbox
-
-
-def inbox(me: Session, /, wait: float = 0, id: str | None = None, offset: int = 0, ack: str | None = None) -> Steps:
-    if id:
-        answer = yield Ask(f"/message/{quote(id, safe='')}")
-        return shown(me, answer["message"], max(offset, 0))
-    said = [(yield from acknowledge(me, ack))] if ack else []
-    page = yield from me.look()
-    if not page.messages and wait > 0:
-        yield from me.wait(min(wait, HOLD))
-        page = yield from me.look()
-    lines = fitting((shown_in_order(me, each) for each in page.messages), ROOM)
-    number, early = f"{len(page.messages)}{' or more' if page.more else ''}", list[str]()
-    if page.more or len(lines) < len(page.messages):
-        counts = yield from me.digest()
-        number = f"{counts['unread']}{' or more' if counts['more'] else ''}" if counts else number
-        early = yield from shown_early(me, page, counts, {id_of(each) for each in page.messages[: len(lines)]})
-        lines = fitting(lines, ROOM - sum(map(len, early)), 0 if early else 1)
-    run = page.messages[: len(lines)]
-    me.shown = tick_of_ts(run[-1]["ts"]) if run else me.shown
-    yield from me.took(run)
-    head = f"{number} unread, oldest first, for {me.me()} on channel {me.channel}."
-    head += f" {UNREAD}" if run or early else ""
-    head += f" {KEPT}" if early else ""
-    rest = "(there are more: after bus_ack of the last id above, bus_inbox shows them)"
-    tail = [rest] if page.more or len(run) < len(page.messages) else []
-    return "\n".join([*said, *page.notes, head, *early, *lines, *tail])
+# How a message is shown
 
 
 def fitting(lines: Iterable[str], room: int, least: int = 1) -> list[str]:
@@ -358,36 +334,10 @@ def fitting(lines: Iterable[str], room: int, least: int = 1) -> list[str]:
     return found
 
 
-def shown_early(
-    me: Session, page: Page, counts: Answer | None, in_order: set[str]
-) -> Generator[Ask, Answer, list[str]]:
-    """The oldest urgent messages that this session has not seen, and that are not `in_order` now."""
-    urgent = counts["first_urgent"] if counts else [each for each in page.messages if each.get("priority") == "high"]
-    ids = [id_of(each) for each in urgent]
-    lines = []
-    for id in [each for each in ids if each not in me.early and each not in in_order][:EARLY]:
-        try:
-            message = (yield Ask(f"/message/{quote(id, safe='')}"))["message"]
-        except Failed:  # it was removed or recalled meanwhile
-            continue
-        lines.append(shown(me, {**aged(me, message), "early": True}, room=EARLY_ROOM))
-        me.early[id] = None
-    forget(me.early)
-    return lines
-
-
 def forget(ids: dict[str, None]) -> None:
     """All but the newest."""
     for id in list(ids)[:-KNOWN]:
         del ids[id]
-
-
-def shown_in_order(me: Session, message: dict[str, Any]) -> str:
-    """A message in its place. Of one that was shown early, the head only."""
-    message = aged(me, message)
-    if id_of(message) in me.early:
-        return me.quoted({**brief(me, message), "msg": "(shown before)"})
-    return shown(me, message)
 
 
 def aged(me: Session, message: dict[str, Any]) -> dict[str, Any]:
@@ -422,248 +372,7 @@ def cut(me: Session, text: str, room: int) -> str:
     return part
 
 
-def acknowledge(me: Session, /, id: str) -> Steps:
-    """Move the cursor to a message. One that may have been shown before older ones moves nothing.
-
-    A session that was forgotten meanwhile no longer knows what it has shown: then no urgent message moves the cursor.
-    """
-    tick, none = tick_of(id), f"{id} is not the id of an unread message for {me.me()}: take it from bus_inbox"
-    if not 0 <= tick <= me.shown:
-        try:
-            message = yield from me.find(id)
-        except Failed as failed:
-            raise Failed(0, none) if failed.status in (400, 404) else failed from None
-        tick = tick_of_ts(message["ts"])
-        if id in me.early or message.get("priority") == "high":
-            older = yield from older_than(me, tick)
-            if older:
-                return f"noted; {older} older ones are still unread"
-    yield from me.present(tick)
-    counts = yield from me.digest()
-    left = f"{counts['unread']}{' or more' if counts['more'] else ''} unread" if counts else "bus_inbox shows the rest"
-    return f"{id} is read, and all earlier messages; {left}"
-
-
-def older_than(me: Session, tick: int) -> Steps:
-    """How many unread messages are older, in words; "" if none is."""
-    counts = yield from me.digest()
-    later = yield from me.digest(ts_of(tick - 1))
-    if counts and later:
-        number = counts["unread"] - later["unread"]
-        return f"{counts['unread']} or more" if counts["more"] else f"{number}" if number > 0 else ""
-    page = yield from me.look()
-    number = sum(tick_of_ts(each["ts"]) < tick for each in page.messages)
-    return f"{number}{' or more' if page.more else ''}" if number else ""
-
-
-# The other tools
-
-
-def send(me: Session, /, to: str, msg: str, **fields: Any) -> Steps:
-    answer = yield from me.send({"to": receivers(to), "msg": msg, **fields})
-    return stored(answer, to)
-
-
-def receivers(text: str) -> str | list[str]:
-    """`a,b` is a list: a send to it is stored whole or not at all."""
-    return text if "," not in text else text.split(",")
-
-
-def stored(answer: Answer, to: str) -> str:
-    """A sentence about a stored message: who of its receivers listens."""
-    warning = answer.get("warning")
-    return f"{told(answer, to)}; id {answer.get('id')}{f'; {warning}' if warning else ''}"
-
-
-def told(answer: Answer, to: str) -> str:
-    receiver = answer.get("receiver")
-    if not isinstance(receiver, dict) or "online" not in receiver:  # a bus of the first contract
-        return f"sent to {to}"
-    online, unread = receiver["online"], f", {receiver['unread']} unread" if "unread" in receiver else ""
-    if not isinstance(online, bool):  # of several receivers it is a number
-        everyone = online + receiver["offline"]
-        who = f"{online} of {everyone} are listening" if online else "nobody is listening"
-        return f"sent to {to}, all listening" if 0 < online == everyone else f"queued: {who}{unread}"
-    if online:
-        return f"sent to {to}, who is listening"
-    if receiver.get("known") is False:
-        similar = " or ".join(map(str, receiver.get("similar") or ()))
-        return f"queued: nobody has ever listened as {to}{similar and f'; did you mean {similar}?'}"
-    if not receiver["last_seen"]:
-        return f"queued: nobody has listened as {to} yet{unread}"
-    ago = (tick_of_ts(answer["ts"]) - tick_of_ts(receiver["last_seen"])) / 1000000
-    return f"queued: {to} was last seen {span(ago)} ago{unread}"
-
-
-def ask(me: Session, /, to: str, msg: str, wait: float = HOLD, key: str | None = None, **fields: Any) -> Steps:
-    key = key or new_key()
-    answer = yield from me.send({"to": to, "msg": msg, **fields, "key": key}, min(max(wait, 0), HOLD))
-    reply = answer.get("reply")
-    me.asked[str(answer.get("id"))] = None
-    forget(me.asked)
-    if isinstance(reply, dict):
-        return f"{shown(me, aged(me, reply))}\nThe reply is in your inbox, too. {WORDS}"
-    again = f"no reply yet: it will be in bus_inbox, and bus_ask with the same text and key {key} waits again"
-    return f"{stored(answer, to)}; {again}"
-
-
-def new_key() -> str:
-    """It begins with the time: the bus stores such keys one after the other."""
-    return f"{time.time_ns() // 1000:014x}{secrets.token_hex(9)}"
-
-
-def reply(me: Session, /, id: str, msg: str, **fields: Any) -> Steps:
-    message = (yield Ask(f"/message/{quote(id, safe='')}"))["message"]
-    own = message["from"] in me.names  # one adds to what one said oneself
-    to, channel = message["to"] if own else message["from"], message["channel"]
-    answer = yield from me.send({"to": to, "channel": channel, "msg": msg, "reply_to": id, **fields})
-    return stored(answer, to)
-
-
-def thread(me: Session, /, id: str, after: str | None = None) -> Steps:
-    query = urlencode({"max": PAGE, **({"after": after} if after else {})})
-    answer = yield Ask(f"/thread/{quote(id, safe='')}?{query}")
-    lines = fitting((shown(me, aged(me, each)) for each in answer["messages"]), ROOM)
-    last = id_of(answer["messages"][len(lines) - 1]) if len(lines) < len(answer["messages"]) else answer.get("next")
-    rest = [f"(there are more: bus_thread with after {last})"] if last else []
-    return "\n".join([f"{len(lines)} messages of a conversation, oldest first. {WORDS}", *lines, *rest])
-
-
-def claim(me: Session, /, queue: str, wait: float = 0, lease: float = LEASE) -> Steps:
-    order = {"to": queue, "channel": me.channel, "worker": me.me(), "lease": lease, "wait": min(max(wait, 0), HOLD)}
-    jobs = (yield Ask("/claim", order))["messages"]
-    if not jobs:
-        return f"no job in the queue {queue}"
-    [job] = jobs
-    id, secret, attempt = job["id"], job.pop("lease"), job.pop("attempt")
-    until = time.strftime("%H:%M:%SZ", time.gmtime(tick_of_ts(job.pop("lease_until")) / 1000000))
-    how = f"When it is done: bus_done with id {id} and lease {secret}. If not: bus_fail, with the reason."
-    return f"A job, attempt {attempt}, yours until {until}. {how} {WORDS}\n{shown(me, aged(me, job))}"
-
-
-def done(me: Session, /, id: str, lease: str) -> Steps:
-    yield Ask("/ack", {"id": id, "lease": lease})
-    return f"{id} is done"
-
-
-def fail(me: Session, /, id: str, lease: str, reason: str, delay: float = 0) -> Steps:
-    yield Ask("/nack", {"id": id, "lease": lease, "reason": reason, "delay": delay})
-    return f"{id} went back to its queue"
-
-
-def status(me: Session, /, **said: str) -> Steps:
-    me.said, me.said_at = said, time.monotonic()
-    yield Ask("/status", {**me.signed(), **said})
-    return "bus_agents shows it to others" if said else "it is no longer shown"
-
-
-def rename(me: Session, /, name: str) -> Steps:
-    if not NAME.fullmatch(name):
-        raise Failed(0, "a name is 1 to 64 of A-Z a-z 0-9 . _ : @ - with a letter or digit first")
-    return (yield from me.rename(name))
-
-
-def agents(me: Session, /) -> Steps:
-    answer = yield Ask(f"/agents?channel={me.channel}")
-    known = [agent for agent in answer["agents"] if agent["channel"] == me.channel]  # an older bus has no filter
-    known.sort(key=lambda agent: (agent["online"], float(agent["last_seen"] or 0)), reverse=True)
-    lines = fitting((line_of(me, agent) for agent in known), ROOM)
-    if answer.get("more") or len(lines) < len(known):
-        lines.insert(0, f"(the first {len(lines)} names only; there are more)")
-    return "\n".join(lines) or f"nobody has listened on channel {me.channel} yet"
-
-
-def line_of(me: Session, agent: dict[str, Any]) -> str:
-    seen = agent["last_seen"]  # None: it only sends
-    ago = f"last seen {span(me.clock() - float(seen))} ago" if seen else "has never listened"
-    unread = f", {agent['unread']} unread" if "unread" in agent else ""
-    said = agent.get("status")
-    about = f"; says {me.quoted({**said, 'at': span(me.clock() - float(said['at'])) + ' ago'})}" if said else ""
-    return f"{agent['name']}: {'listening' if agent['online'] else ago}{unread}{about}"
-
-
-def whoami(me: Session, /) -> Steps:
-    name = me.me()
-    recipients = (yield Ask(f"/inbox?channel={me.channel}&name={name}"))["recipients"]
-    unread = recipients.get(me.channel, {}).get(name, 0)
-    before = f"; it still reads {', '.join(me.names[1:])}" if me.names[1:] else ""
-    return f"{name}, on channel {me.channel} of {me.where}; {unread} unread addressed to this name{before}"
-
-
-# The hook: what it says is read as the word of the system, so it has numbers, and names that a token vouches for
-
-
-STARTS = ("SessionStart", "UserPromptSubmit")
-STATES = {"SessionStart": "idle", "Stop": "idle", "Notification": "waiting"}  # any other event: busy
-LASTING = (0, 401, 403)  # statuses of a refusal that time does not heal
-NAMED = 5  # senders in a notice
-
-
-def hook(me: Session, /, agent: str = "", event: str = "", title: str = "", **_: str) -> Steps:
-    """The JSON of a hook. A sub-agent is told nothing. A turn that ends goes on for urgent mail, and for replies."""
-    if given(agent) or not re.fullmatch("[A-Za-z]{1,40}", event):
-        return "{}"
-    try:
-        facts = [(yield from renamed(me, given(title)))] if event in STARTS else []
-        facts.append((yield from notice(me, event)))
-        yield from say_state(me, STATES.get(event, "busy"))
-    except Failed as failed:
-        facts = []
-        if event in STARTS and me.told is None and failed.status in LASTING:
-            facts, me.told = [f"This session gets no mail from the agent-bus: {failed}."], ""
-    text = " ".join(filter(None, facts))
-    output = {"hookEventName": event, "additionalContext": me.harmless(text)}
-    return json.dumps({"hookSpecificOutput": output} if text else {})
-
-
-def given(value: str) -> str:
-    """The value of a field of a hook; "" if there was none, so its ${...} was left as it was."""
-    return "" if value.startswith("${") else value
-
-
-def notice(me: Session, event: str) -> Steps:
-    """One line, whatever waits; "" if nothing has come since the last one."""
-    me.me()
-    counts = yield from me.digest()
-    newest = counts["newest"]["id"] if counts and counts["newest"] else ""
-    if not counts or not newest or (newest == me.told and event != "SessionStart"):
-        return ""
-    awaited = sum(each["unread"] for each in counts["threads"] if each["id"] in me.asked)
-    if event == "Stop" and not counts["urgent"] and not awaited:
-        return ""
-    me.told = newest
-    senders = ", ".join([name for name in counts["vouched"] if NAME.fullmatch(name)][:NAMED])
-    others = " and others" if senders and len(counts["senders"]) > min(len(counts["vouched"]), NAMED) else ""
-    details = [
-        f"{counts['urgent']} urgent" if counts["urgent"] else "",
-        f"{awaited} in reply to questions of this session" if awaited else "",
-        f"from {senders}{others}" if senders else "",
-    ]
-    about = ", ".join(filter(None, details))
-    number = f"{counts['unread']}{' or more' if counts['more'] else ''}"
-    return f"agent-bus: {number} unread for {me.me()}{f' ({about})' if about else ''}. bus_inbox shows them."
-
-
-def renamed(me: Session, title: str) -> Steps:
-    """The title that a user gives a session is its name on the bus, if it can be one."""
-    if title == me.title or not NAME.fullmatch(title):
-        return ""
-    me.title = title
-    if title in me.names[:1]:
-        return ""
-    try:
-        return (yield from me.rename(title))
-    except Failed as failed:
-        return f"{failed}."
-
-
-def say_state(me: Session, state: str) -> Generator[Ask, Answer, None]:
-    """Say what the session does, if that is news."""
-    if me.said.get("state") != state or time.monotonic() > me.said_at + SAID_SECONDS:
-        try:
-            yield from status(me, **{**me.said, "state": state})
-        except Failed:  # an older bus, or too many
-            return
+# The arguments that several tools have
 
 
 TEXT = {"type": "string"}
@@ -684,121 +393,19 @@ def fields(names: Iterable[str]) -> dict[str, dict[str, str]]:
     return {name: FIELDS[name] for name in names}
 
 
-TOOLS = {
-    "bus_send": Tool(
-        send,
-        f"Send a message to another agent. The result says if that agent listens; it is stored anyway. {WORDS}",
-        {"to": {**TEXT, "description": "a name, several as dell,gb10, or all"}, "msg": BODY, **FIELDS},
-        ("to", "msg"),
-        reads_only=False,
-    ),
-    "bus_inbox": Tool(
-        inbox,
-        f"Show unread messages, each as a line of JSON, without taking them. {UNREAD} {WORDS}",
-        {
-            "wait": {**SECONDS, "description": "if there are none, wait for one: seconds, at most 25"},
-            "id": {**TEXT, "description": "only this message, for one that was cut"},
-            "offset": {"type": "integer", "description": "with id: from this character of its body on"},
-            "ack": {**TEXT, "description": "first do bus_ack with this id"},
-        },
-    ),
-    "bus_ack": Tool(
-        acknowledge,
-        "Mark a message, and every one before it, as read. That is the receipt: send no message about it.",
-        {"id": {**TEXT, "description": "the id of the last message you have dealt with"}},
-        ("id",),
-        reads_only=False,
-    ),
-    "bus_agents": Tool(
-        agents,
-        "Who is on the bus: listening or last seen when, with how much unread mail, and what each says that it does.",
-        {},
-    ),
-    "bus_whoami": Tool(whoami, "Your own name and channel, which bus it is, and how much unread mail you have.", {}),
-    "bus_ask": Tool(
-        ask,
-        f"Send a question to one agent, and wait for its reply. {WORDS}",
-        {
-            "to": {**TEXT, "description": "a name"},
-            "msg": BODY,
-            "wait": {**SECONDS, "description": "seconds, at most 25 (25)"},
-            **fields(("subject", "type", "priority", "ttl")),
-            "key": {**TEXT, "description": "to wait again for the same question: the key that the first call named"},
-        },
-        ("to", "msg"),
-        reads_only=False,
-    ),
-    "bus_reply": Tool(
-        reply,
-        "Answer a message: the answer goes to its sender, and belongs to its conversation.",
-        {"id": ID, "msg": BODY, **fields(("subject", "type", "priority", "ttl", "key"))},
-        ("id", "msg"),
-        reads_only=False,
-    ),
-    "bus_thread": Tool(
-        thread,
-        "Show the conversation of a message: its first message and all replies.",
-        {"id": ID, "after": {**TEXT, "description": "only what follows this id, as the last answer named it"}},
-        ("id",),
-    ),
-    "bus_claim": Tool(
-        claim,
-        "Take a job from a queue. Nobody else gets it until its lease ends, or you call bus_done or bus_fail.",
-        {
-            "queue": {**TEXT, "description": "the name of the queue"},
-            "wait": {**SECONDS, "description": "if there is none, wait for one: seconds, at most 25"},
-            "lease": {**SECONDS, "description": "how long the job may take, in seconds (600)"},
-        },
-        ("queue",),
-        reads_only=False,
-    ),
-    "bus_done": Tool(
-        done,
-        "The job that bus_claim gave you is done.",
-        {"id": ID, "lease": {**TEXT, "description": "its lease"}},
-        ("id", "lease"),
-        reads_only=False,
-    ),
-    "bus_fail": Tool(
-        fail,
-        "Give the job that bus_claim gave you back to its queue, for another try.",
-        {
-            "id": ID,
-            "lease": {**TEXT, "description": "its lease"},
-            "reason": {**TEXT, "description": "why, in one sentence"},
-            "delay": {**SECONDS, "description": "seconds until somebody may try again (0)"},
-        },
-        ("id", "lease", "reason"),
-        reads_only=False,
-    ),
-    "bus_status": Tool(
-        status,
-        "Say what you are doing; bus_agents shows it to the others. Without arguments it is no longer shown.",
-        {
-            "text": {**TEXT, "description": "one sentence"},
-            "state": {**TEXT, "description": "busy, idle or waiting"},
-            "cwd": {**TEXT, "description": "the folder you work in"},
-            "branch": {**TEXT, "description": "the branch you work on"},
-        },
-        reads_only=False,
-    ),
-    "bus_rename": Tool(
-        rename,
-        "Give this session another name on the bus. It still reads what waits for the old one.",
-        {"name": {**TEXT, "description": "the new name"}},
-        ("name",),
-        reads_only=False,
-    ),
-    "bus_hook": Tool(
-        hook,
-        "Only for hooks: how many messages wait, as the JSON of a hook. Call bus_inbox instead.",
-        {
-            "session": {**TEXT, "description": "session_id of the hook"},
-            "agent": {**TEXT, "description": "agent_id"},
-            "event": {**TEXT, "description": "hook_event_name"},
-            "title": {**TEXT, "description": "session_title"},
-            "active": {**TEXT, "description": "stop_hook_active"},
-        },
-        reads_only=False,
-    ),
-}
+# The tools: each file _NAME_tools.py beside this one has a table TOOLS
+
+
+def found() -> dict[str, Tool]:
+    """All tools, by name. The files import this module as _mcp_tools; whoever loads it gives it this name."""
+    tools: dict[str, Tool] = {}
+    for file in sorted(Path(__file__).parent.glob("_*_tools.py")):
+        spec = importlib.util.spec_from_file_location(file.stem, file)
+        if file.stem != __name__ and spec and spec.loader:
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+            tools.update(module.TOOLS)
+    return tools
+
+
+TOOLS = found()

@@ -1,7 +1,8 @@
 """MCP over HTTP at POST /mcp: the tools of an agent that has a URL and a token, no more (PROTOCOL.md section 21).
 
-The tools are in _mcp_tools.py beside this file. Each is a generator of requests. Call answers them with the endpoints
-of this bus, on the connection of the client: where an endpoint waits for a commit or a message, the connection waits.
+The tools are in the files _NAME_tools.py beside this file. Each is a generator of requests. Call answers them with the
+endpoints of this bus, on the connection of the client: where an endpoint waits for a commit or a message, the
+connection waits.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from bus_server import (
 if TYPE_CHECKING:
     import _mcp_tools as tools
 else:  # by its path: a folder with a file mcp.py must not be on sys.path, where a package mcp may be wanted
-    spec = importlib.util.spec_from_file_location("bus_extensions._mcp_tools", Path(__file__).parent / "_mcp_tools.py")
+    spec = importlib.util.spec_from_file_location("_mcp_tools", Path(__file__).parent / "_mcp_tools.py")
     tools = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tools)
 

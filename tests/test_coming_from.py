@@ -91,6 +91,6 @@ def test_there_is_a_page_for_each_of_the_five_kinds():
 
 def test_the_tools_that_the_page_names_are_those_of_the_mcp_server():
     page = next(page for page in PAGES if page.stem == "mcp-mail").read_text()
-    server = (ROOT / "bus_extensions" / "_mcp_tools.py").read_text()
+    server = "".join(file.read_text() for file in (ROOT / "bus_extensions").glob("_*_tools.py"))
     named = set(re.findall(r"`(bus_\w+)`", page))
     assert len(named) == 5 and all(f'"{name}": Tool(' in server for name in named)

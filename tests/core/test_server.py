@@ -596,5 +596,5 @@ def test_a_step_that_is_added_while_a_list_is_made_waits_for_that_list(tmp_path,
     ledger.commit()
     assert planned == [before], "a second commit was planned"
     desk.turn()
-    assert desk.statuses == [200, 200]
+    assert desk.statuses == [200, 200], desk.answers
     desk.close()
