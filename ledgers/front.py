@@ -146,7 +146,7 @@ class Front(bus_server.Ledger):
         except Exception as error:
             self.stop(error)
             self.refuse(f"this front of the bus stops, and {UNKNOWN}")
-        self.mirror.time.heard(wall, just_now=True)
+        self.mirror.time.heard(wall, just_now=time.monotonic() - began < LOOK)  # else it may be of an earlier attempt
         self.bus.gate.until = began + CUT_OFF
         return applied
 
@@ -214,7 +214,8 @@ class Front(bus_server.Ledger):
         for mark in marks.marks:
             box = mailboxes.box(mark.channel, mark.name)
             box.firm, box.own = True, box.own or bool(mark.own)
-            box.read = max(box.read or 0, mark.read or 0) if (box.read, mark.read) != (None, None) else None
+            if mark.read is not None:
+                box.read = max(box.read or 0, mark.read)
             box.fetched, box.seen = max(box.fetched, mark.fetched), max(box.seen, mark.seen)
             box.reached = max(box.reached, box.fetched, box.read or 0)
             if box.mark() >= box.newest:

@@ -73,9 +73,12 @@ class Common:
     def __init__(self, bus: Bus) -> None:
         self.bus, self.tokens = bus, bus.gate.tokens
         self.stamp: tuple[int, ...] = ()  # of the file when the ledger had all of it
+        self.behind = False  # the file lacks what came from the ledger
 
     def look(self) -> None:
-        """Put what is new in the file into the ledger."""
+        """Put what is new in the file into the ledger, and the other way round if that failed before."""
+        if self.behind:
+            self.write()
         stamp = self.tokens.look()
         if stamp != self.stamp:
             try:
@@ -95,4 +98,9 @@ class Common:
 
     def came(self, grants: Grants, result: None) -> None:
         """Another front has made or revoked tokens."""
-        write(self.tokens, grants.rows)
+        self.behind = True
+        self.write()
+
+    def write(self) -> None:
+        write(self.tokens, list(stored(self.bus.view.database).values()))
+        self.behind = False
