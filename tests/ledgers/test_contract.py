@@ -210,7 +210,7 @@ class TestPostgres(Contract):
         from ledgers.postgres import connect
 
         self.server.stop()
-        self.server.start(synchronous_standby_names="a-machine-that-is-not-there")
+        self.server.start(synchronous_standby_names="nowhere")
         waiting = connect(self.server.url, single=False)
         sent = background(append, waiting, b"x", "once", 2 * PATIENCE)
         waits = "SELECT pg_cancel_backend(pid) FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
