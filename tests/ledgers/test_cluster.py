@@ -14,10 +14,12 @@ import pytest
 
 from tests.faults.history import Conversation, background, get, observed, tick, violations
 from tests.kit import new_client, old_client, postgres
+from tests.kit.in_turn import InTurn
 from tests.kit.processes import COMMAND, PATIENCE, ROOT, SERVER, Server, run_checks, wait_until
 
 pytestmark = pytest.mark.skipif(bool(postgres.reason_to_skip()), reason=str(postgres.reason_to_skip()))
 
+WEAKER = set()
 NOT_BUILT = {"12.5", "12.9", "14.1", "14.2", "14.3", "14.4", "14.5"}  # /recall and /blob/ answer 501
 
 
@@ -68,6 +70,14 @@ def test_one_front_keeps_the_contract_but_what_is_not_built(tmp_path, ledger):
     with front(tmp_path / "a.db", ledger) as bus:
         found, printed = failed(bus.url)
     assert set(found) == NOT_BUILT, printed
+
+
+@pytest.mark.slow("the whole of test_bus.py, and some of its checks wait until a front gives up")
+def test_two_fronts_in_turn_keep_the_contract_but_what_is_weaker(two):
+    """Each connection goes to the other front than the one before."""
+    with InTurn(*two) as balancer:
+        found, printed = failed(balancer.url)
+    assert set(found) - WEAKER == NOT_BUILT, printed
 
 
 def storm(buses, deaths, with_copies=False):
