@@ -24,13 +24,13 @@ KEYS = itertools.count()
 
 def waking(at, to):
     """(ms until a send is answered, ms until the reader at `to` has the message), medians of many single sends."""
-    answered, woken = [], []
-    messages = new_client.receive(to.url, "reader")
+    answered, woken, name = [], [], f"reader-{next(KEYS)}"
+    messages = new_client.receive(to.url, name)
     first = background(next, messages)
-    wait_until(lambda: "reader" in get(to.url, "/inbox")["recipients"].get("default", {}))
+    wait_until(lambda: name in get(to.url, "/inbox")["recipients"].get("default", {}))
     for number in range(ROUNDS):
         began = time.monotonic()
-        new_client.send(at.url, "sender", "reader", str(number))
+        new_client.send(at.url, "sender", name, f"{number} to {name}")
         answered.append(time.monotonic() - began)
         first.result(20)
         woken.append(time.monotonic() - began)
