@@ -50,24 +50,35 @@ def throughput(*buses):
     return ANSWERS / (time.monotonic() - began)
 
 
-def main(kills=30):
-    with contextlib.ExitStack() as stack:
-        folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        engine = stack.enter_context(postgres.Postgres())
-        alone = stack.enter_context(Server(folder / "alone.db"))
-        a, b = (stack.enter_context(front(folder / f"{name}.db", engine.url)) for name in "ab")
+@contextlib.contextmanager
+def two_fronts():
+    """A folder, and two fronts on a ledger of their own."""
+    with tempfile.TemporaryDirectory() as folder, postgres.Postgres() as engine:
+        folder = pathlib.Path(folder)
+        with front(folder / "a.db", engine.url) as a, front(folder / "b.db", engine.url) as b:
+            yield folder, a, b
+
+
+def speed():
+    with two_fronts() as (folder, a, b), Server(folder / "alone.db") as alone:
         for what, at, to in (("one server", alone, alone), ("one front", a, a), ("two fronts", a, b)):
             answered, woken = waking(at, to)
             print(f"{what}: a send is answered in {answered:.1f} ms, its reader has it in {woken:.1f} ms", flush=True)
         for what, buses in (("one server", [alone]), ("one front", [a]), ("two fronts", [a, b])):
             print(f"{what}: {throughput(*buses):,.0f} sends/s, {CROWD} senders at each", flush=True)
         copies(a, b)
-        print("the copies of both fronts are equal", flush=True)
-        for with_copies in (False, True):
-            print("with their copies:" if with_copies else "fronts only:", end=" ", flush=True)
-            found = storm([a, b], kills, with_copies)
-            print(*found, sep="\n")
-        copies(a, b)
+        print("the copies of both fronts are equal")
+
+
+def main(kills=30):
+    speed()
+    found = []
+    for with_copies in (False, True):
+        with two_fronts() as (_, a, b):
+            print("front and copy killed:" if with_copies else "front killed:", end=" ", flush=True)
+            found += storm([a, b], kills, with_copies)
+            copies(a, b)
+    print(*found, sep="\n")
     return 1 if found else 0
 
 

@@ -74,7 +74,7 @@ def test_one_front_keeps_the_contract_but_what_is_not_built(tmp_path, ledger):
 
 @pytest.mark.slow("the whole of test_bus.py, and some of its checks wait until a front gives up")
 def test_two_fronts_in_turn_keep_the_contract_but_what_is_weaker(two):
-    """Each connection goes to the other front than the one before."""
+    """Each connection goes to the other front than the one before, when that has the messages of both."""
     with InTurn(*two) as balancer:
         found, printed = failed(balancer.url)
     assert set(found) - WEAKER == NOT_BUILT, printed
