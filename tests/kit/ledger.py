@@ -95,6 +95,11 @@ def settle(*buses):
     """Take the turns of these fronts until none has anything to do."""
     for bus in buses:
         bus.ledger.look()
+    turns(*buses)
+
+
+def turns(*buses):
+    """The same, without a look at the ledger first."""
     while any(bus.loop.actions or bus.loop.told for bus in buses):
         for bus in buses:
             if bus.loop.actions or bus.loop.told:
