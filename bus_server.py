@@ -908,7 +908,7 @@ class Head:
             self.add_field(text_line)
         self.check_framing()
         self.host = without_port(self.fields.get("host", ""))
-        self.foreign = self.is_foreign()
+        self.foreign, self.silent = self.is_foreign(), self.is_silent()
         self.form = self.fields.get("content-type", "").lower().startswith("multipart/")
 
     def add_field(self, text: str) -> None:
@@ -957,7 +957,17 @@ class Head:
         own = origin in (None, f"http://{host}", f"https://{host}")
         return not own or self.fields.get("sec-fetch-site", "none") not in SAME_SITE
 
+    def is_silent(self) -> bool:
+        """Does a browser not say which page sent this?
 
+        To an http URL that is not of its own machine, it sends no Sec-Fetch-Site, and with an image no Origin. All call
+        themselves Mozilla, and a page of another site can neither change that nor add the header of our page.
+        """
+        browser = self.fields.get("user-agent", "").startswith("Mozilla/")
+        return browser and "sec-fetch-site" not in self.fields and "x-agent-page" not in self.fields
+
+
+TAKING = ("/recv", "/log")  # with GET
 SAME_SITE = ("same-origin", "none")  # values of Sec-Fetch-Site; none: a person typed the URL
 
 
@@ -1164,7 +1174,7 @@ class Request(BaseHTTPRequestHandler):
     def do_GET(self) -> Answer | None:
         return self.peer.door.app.answer(self)
 
-    do_HEAD = do_POST = do_PUT = do_OPTIONS = do_GET
+    do_HEAD = do_POST = do_PUT = do_DELETE = do_OPTIONS = do_GET
 
     def answer(self) -> Answer | None:
         """The answer; None if it comes later. An unexpected error is 500, and costs this connection only."""
@@ -1985,7 +1995,7 @@ class Listener:
 
 NOBODY = "0" * 64  # a hash that no secret has, compared when the id is unknown: both refusals take equally long
 BEARER = re.compile(r"[Bb]earer (abt_[0-9a-f]{8})_([A-Za-z0-9_-]{43})")
-TOOLS = "work log doctor file outbox join who inbox".split()
+TOOLS = "work log doctor file outbox relay join who inbox".split()
 CLIENTS = ["/bus_recv.py", "/bus_send.py", "/bus_listener.sh", "/agent_bus.py", *(f"/bus_{tool}.py" for tool in TOOLS)]
 PUBLIC = {"/", "/healthz", "/certificate", *CLIENTS}  # open to all, because a new host begins with these
 
@@ -2028,7 +2038,7 @@ class Tokens:
 
     def __init__(self, database: str) -> None:
         self.path = f"{database}.tokens"
-        self.closed = False
+        self.closed, self.first = False, math.inf  # and when the first token was made, s since 1970
         self.grants: dict[str, tuple[str, Grant]] = {}
         self.ends: dict[str, float] = {}  # token: when it expires
         self.expired: dict[str, tuple[str, int]] = {}  # token: its hash, and when it expired
@@ -2084,6 +2094,7 @@ class Tokens:
         rows, now = self.rows(), time.time()
         self.closed = self.closed or bool(rows)
         try:
+            self.first = min((row["made"] for row in rows), default=math.inf)
             rows = [row for row in rows if not row["revoked"]]
             self.ends = ends = {row["id"]: row.get("expires") or math.inf for row in rows}
             self.expired = {row["id"]: (row["hash"], row["expires"]) for row in rows if ends[row["id"]] <= now}
@@ -2190,6 +2201,8 @@ class Gate:
             return OPEN if head.route in self.public else self.tokens.grant(head.fields.get("authorization", ""))
         if head.host and head.host not in self.hosts and not ip_address(head.host.strip("[]")):
             raise Refused(403, f"this bus does not answer to {head.host}: start it with --allow-host, or with tokens")
+        if head.silent and head.route in TAKING:
+            raise Refused(403, "a browser gets no messages here, if it hides which page asks: open /ui/, or use curl")
         return OPEN
 
 
@@ -4991,7 +5004,7 @@ ELSEWHERE = {  # extension: the endpoints and options that it brings
     "digest": ("/digest",),
     "mcp": ("/mcp",),
     "history": (),  # `before` of /log
-    "page": ("/ui/",),
+    "page": ("/ui/", "/activity"),
 }
 
 
@@ -5445,7 +5458,7 @@ def beside(file: str) -> pathlib.Path:
     return next((folder / file for folder in folders if (folder / file).exists()), here / file)
 
 
-HEADLINE = ("from", "id", "to", "channel", "reply_to", "age", "priority", "type", "subject")
+HEADLINE = ("from", "relayed_from", "id", "to", "channel", "reply_to", "age", "priority", "type", "subject")
 HIDDEN = re.compile(  # as in bus_recv.py
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u2028-\u202e"
     r"\u2060-\u206f\u2800\u3164\ud800-\udfff\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb"
@@ -5876,16 +5889,20 @@ def invite(arguments: Sequence[str]) -> None:
     if words and not words.agreed(options.name, options.db, here, file.closed, options.yes):
         raise Unusable("no token was made")
     token, secret = f"abt_{secrets.token_hex(4)}", secrets.token_urlsafe(32)
-    digest, now = hashlib.sha256(secret.encode()).hexdigest(), int(time.time())
+    digest, now = hashlib.sha256(secret.encode()).hexdigest(), time.time()
     row = {"id": token, "hash": digest, "name": options.name, "also": options.also, "made": now, "revoked": None}
     row.update(send_only=options.send_only, operator=options.operator, label=options.label)
-    row.update(expires=now + int(options.expires) if options.expires else None)
+    lasts = options.expires or (PAGE_SECONDS if options.page else None)
+    row.update(expires=int(now + lasts) if lasts else None)
     for own in [own for own in file.rows() if own["name"] == options.name and not own["revoked"]]:
         made = time.strftime("%Y-%m-%d", time.gmtime(own["made"]))
         print(f"{options.name} has the token {own['id']} already, made {made}: this is one more", file=sys.stderr)
     file.change(lambda rows: [*rows, row])
     print_it = words and (words.page_link if options.page else words.invitation)
     print(print_it(options.name, f"{token}_{secret}", here, options.url) if print_it else f"{token}_{secret}")
+
+
+PAGE_SECONDS = 12 * 3600  # that the token of a link to the page is valid, if --for does not say: browsers keep links
 
 
 def check_invitation(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:

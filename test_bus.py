@@ -2027,8 +2027,8 @@ def test_a_digest_counts_each_name_from_its_cursor_and_broadcasts_from_the_first
 class McpClient:
     """A client that calls the tools of a bus as one name. On a bus with tokens the token must be an operator's."""
 
-    def __init__(self, bus, name, session=True):
-        self.bus, self.headers = bus, {"X_Agent_Name": name}
+    def __init__(self, bus, name, session=True, **headers):
+        self.bus, self.headers = bus, {"X_Agent_Name": name, **headers}
         if session:
             _, headers, _ = bus.ask("POST", "/mcp", json.dumps(request("initialize")), **self.headers)
             self.headers["Mcp_Session_Id"] = headers["Mcp-Session-Id"]
@@ -2152,6 +2152,35 @@ def test_mail_is_unread_until_a_call_says_that_it_is_done(bus):
     assert found == "y" * 20000
 
 
+@ours
+def test_an_agent_may_have_a_channel(bus):
+    """21.12 X-Agent-Channel names the channel of a session, or of a single call; else it is default"""
+    name, channel = fresh(), fresh("channel")
+    here, there = McpClient(bus, name), McpClient(bus, name, X_Agent_Channel=channel)
+    once = McpClient(bus, name, session=False, X_Agent_Channel=channel)
+    bus.send(name, "here")
+    sent = bus.send(name, "there", channel=channel)["id"]
+    assert [each["msg"] for each in here.mail()] == ["here"] and f"on channel {channel} " in there.tool("bus_whoami")
+    assert [each["msg"] for each in there.mail()] == [each["msg"] for each in once.mail()] == ["there"]
+    assert "not the id" in here.tool("bus_ack", failed=True, id=sent)
+    there.tool("bus_ack", id=sent)
+    assert there.mail() == [] and len(here.mail()) == 1
+    there.tool("bus_send", to=name, msg="again")
+    assert [each["msg"] for each in once.mail()] == ["again"]
+    assert bus.refused(request("initialize"), "/mcp", X_Agent_Channel="no name") == 400
+
+
+@ours
+def test_a_client_ends_its_session(bus):
+    """21.13 DELETE /mcp ends the session of its Mcp-Session-Id; 404 if there is none, 400 without that header"""
+    client = McpClient(bus, fresh())
+    ident = client.headers["Mcp_Session_Id"]
+    assert bus.json("DELETE", "/mcp", Mcp_Session_Id=ident)[0] == 200
+    assert bus.json("DELETE", "/mcp", Mcp_Session_Id=ident)[0] == 404
+    assert bus.refused(request("tools/list"), "/mcp", Mcp_Session_Id=ident) == 404
+    assert bus.json("DELETE", "/mcp")[0] == 400
+
+
 def back(bus, **query):
     """The texts of all pages of the log backwards, and how many pages there were."""
     found, pages, before = [], 0, "now"
@@ -2232,6 +2261,28 @@ def test_a_link_on_another_site_may_lead_to_the_page(bus):
     assert bus.ask("GET", "/log", **link)[0] == 403
     for more in ({"Sec-Fetch-Dest": "iframe"}, {"Sec-Fetch-Mode": "cors"}, {"Origin": "http://evil.example"}):
         assert bus.ask("GET", "/ui/", **{**link, **more})[0] == 403, more
+
+
+@ours
+def test_the_last_minutes_are_told_in_figures(bus):
+    """23.4 /activity has the last minutes, the oldest first, with what was stored and refused; the last still runs"""
+    before = bus.get("/activity")["minutes"]
+    assert 1 <= len(before) <= 60 and [each["ts"] for each in before] == sorted(each["ts"] for each in before)
+    bus.send(fresh(), "one")
+    assert bus.refused(bus.message(to="")) == 400
+    after = [each for each in bus.get("/activity")["minutes"] if each["ts"] >= before[-1]["ts"]]
+    assert sum(each["messages"] for each in after) > before[-1]["messages"]
+    assert sum(each["refused"] for each in after) > before[-1]["refused"]
+
+
+@ours
+def test_presence_is_told_by_minutes(bus):
+    """23.5 /activity?name= has a digit for each minute since the start, 1 if the name listened; else 0"""
+    here, gone = fresh(), fresh()
+    bus.recv(here)
+    found = bus.get(f"/activity?name={here},{gone}")
+    assert found["presence"][here][-1] == "1" and set(found["presence"][gone]) == {"0"}
+    assert len(found["presence"][here]) <= len(found["minutes"])
 
 
 # ── Running ──────────────────────────────────────────────────────────────────────────────────────────────────────────
