@@ -964,6 +964,10 @@ def test_own_mail_is_read_only_if_the_person_asks_for_it(tmp_path, page):
         later = send(bus, "ann", "maria", "and now?", tokens["ann"])
         wait_until(lambda: state(bus, later, tokens["ann"]) == "fetched")  # it was on no screen
         page.wait_for_selector("text=1 message for you")
+        for _ in range(2):
+            with page.expect_response("**/recv?*"):
+                pass
+        assert state(bus, later, tokens["ann"]) == "fetched"
 
 
 def state(bus, sent, token):
