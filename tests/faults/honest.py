@@ -159,7 +159,7 @@ def read(agent, path=None, kind="hold", hold=HOLD, rest=0.0, then=None):
                     if then:
                         then(agent, message)
             since = answer["now"]
-        agent.rest(rest if reply else 0.1)
+        agent.rest(float(reply.fields.get("retry-after", rest)) if reply else 0.1)
 
 
 def keep(agent, message, began):
