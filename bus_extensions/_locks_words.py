@@ -177,7 +177,5 @@ def in_the_way(bus: Bus, held: list[Held], now: Now) -> Answer:
         f'"until": {wall(each.until, now)}}}'
         for each in held[:NAMES]
     ]
-    first = held[0]
-    left = f"{(first.until - now.steady) / 1000000:.0f} s more"
-    why = f"{first.holder} holds {first.wanted} for {left}: do something else, or ask again with wait"
+    why = f"{held[0].holder} holds {held[0].wanted}: do something else, or ask again with wait"
     return ok(bus, f'"error": {encode(why)}, "held": [{", ".join(rows)}]')._replace(status=409)

@@ -121,7 +121,7 @@ class Locks:
         shown: list[str] = []
         for looked, row in enumerate(its.listed(database, now.steady, int(after), limit + 1, only, fences)):
             if looked == limit or size > ANSWER_BYTES:
-                more = f', "more": true, "next": {last}'
+                more = f', "more": true, "next": "{last}"'
                 break
             last = str(row.fence)
             if bus.gate.holds(row.token):
