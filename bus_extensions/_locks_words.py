@@ -24,6 +24,7 @@ from bus_server import (
     boolean,
     draft,
     encode,
+    iso,
     name,
     ok,
     parse_json,
@@ -177,5 +178,7 @@ def in_the_way(bus: Bus, held: list[Held], now: Now) -> Answer:
         f'"until": {wall(each.until, now)}}}'
         for each in held[:NAMES]
     ]
-    why = f"{held[0].holder} holds {held[0].wanted}: do something else, or ask again with wait"
+    first, others = held[0], f", and {len(held) - 1} more are in the way" if len(held) > 1 else ""
+    until = iso(now.wall + first.until - now.steady)
+    why = f"{first.holder} holds {first.wanted} until {until}{others}: do something else, or ask again with wait"
     return ok(bus, f'"error": {encode(why)}, "held": [{", ".join(rows)}]')._replace(status=409)
