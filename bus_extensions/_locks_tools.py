@@ -45,8 +45,8 @@ NAMES = {**TEXT, "description": "paths from the top of the repository, one in a 
 TOOLS = {
     "bus_lock": Tool(
         lock,
-        "Reserve files before you edit them: all of these names, or none. If others hold them, it says who and until "
-        "when. A reservation keeps nobody out: it is a promise among agents. Ask again with the same names for more time.",
+        "Reserve files before you edit them: all of these names, or none. If others hold one, it says who, and until "
+        "when. It keeps nobody out: it is a promise among agents. Ask again with the same names for more time.",
         {
             "names": NAMES,
             "why": {**TEXT, "description": "what you do, for the others, in at most 200 characters"},
