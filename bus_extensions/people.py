@@ -109,8 +109,8 @@ class People:
                 self.sent((channel, sender), tick)
 
     def announced(self, visible: list[Message]) -> None:
-        for message in visible:
-            self.sent((message.channel, message.sender), message.tick)
+        for key, tick in {(message.channel, message.sender): message.tick for message in visible}.items():
+            self.sent(key, tick)
 
     def sent(self, key: tuple[str, str], tick: int) -> None:
         """Note it in the mailbox of a sender. If that is made for it alone, the bus forgets the quietest of those."""
@@ -126,7 +126,7 @@ class People:
                 quietest.sent = 0  # so it is dropped as a name that was only looked at
 
     def polled(self, request: Request, poll: Poll) -> None:
-        """A poll says which program it comes from: two programs that read one name take each other's mail."""
+        """A poll says which program it comes from: of two that read one name, each may get only a part of the mail."""
         reader = request.query().name("reader", None)
         if reader:
             key = str(poll.channel), str(poll.me)
@@ -196,7 +196,7 @@ class Status(NamedTuple):
 
 
 class Statuses:
-    """What agents say of themselves, at POST /status. In memory only; a word is not presence. Owned by the loop."""
+    """What agents say of themselves, at POST /status. It does not count as listening. In memory, owned by the loop."""
 
     STATES = ("busy", "idle", "waiting")
     CHARACTERS = 500  # of text, cwd and branch together
