@@ -41,7 +41,7 @@ WANTED = "reservations wanted"  # with a fence: who waits for it waits here
 class Waiter(NamedTuple):
     """A request that waits for names that others hold."""
 
-    request: Request  # without its body
+    request: Request  # without a large body
     lock: Lock
     until: float  # monotonic clock, s
     fence: int  # of one reservation in its way
