@@ -146,8 +146,10 @@ class Locks:
         """Answer a request for names, or park it. If a token in its way was revoked, its reservations go first."""
         bus, now = self.bus, self.bus.clock.now()
         if isinstance(result, its.Taken):
-            if connection.phase is LINGER and result.is_new:  # who waited has gone: others can have it at once
+            has_gone = connection.phase is LINGER or (connection.ended and waiter.fence)  # it hung up while it waited
+            if has_gone and result.is_new:  # others can have it at once
                 bus.do(its.Unlock(lock.channel, lock.holder, result.fence, []), None, self.unlocked)
+                raise Refused(409, "you hung up while you waited: the names are free again")
             return ok(bus, f'"fence": {result.fence}, "until": {words.wall(result.until, now)}')
         revoked = [held.token for held in result if not bus.gate.holds(held.token)]
         if revoked:
@@ -160,7 +162,7 @@ class Locks:
         if waiter.hold <= 0 or is_full or connection.phase is not BUSY or connection.ended or bus.draining:
             return words.in_the_way(bus, result, now)
         bus.park(connection, waits, max(first.until - now.steady, 0) / 1000000)
-        if waiter.fence != first.fence:
+        if waiter.fence != first.fence and bus.gate.holds(waits.token):
             self.tell(waits, first, now)
         return None
 

@@ -358,6 +358,19 @@ def test_who_hung_up_while_it_waited_gets_nothing(bus):
     assert listed(bus) == []
 
 
+def test_who_hangs_up_as_the_names_become_free_keeps_none(tmp_path):
+    with a_bus(time.monotonic, tmp_path / "bus.db") as bus:
+        ann, bob = Guest(bus), Guest(bus)
+        fence = ann.asks("POST", "/lock", {"from": "ann", "names": ["a"]}).json()["fence"]
+        bob.begins("POST", "/lock", {"from": "bob", "names": ["a"], "wait": 20})
+        come_true(lambda: bus.mailboxes.parked)
+        ann.begins("POST", "/unlock", {"from": "ann", "fence": fence})
+        bob.says(b"")
+        assert ann.answer().json()["released"] == 1
+        come_true(lambda: not bus.mailboxes.parked and bus.ledger.idle())
+        assert ann.asks("GET", "/locks").json()["locks"] == []
+
+
 def test_a_ninth_request_of_one_name_is_answered_at_once(bus):
     reserved(bus, "ann", "a")
     with contextlib.ExitStack() as stack:
