@@ -14,7 +14,8 @@ from tests.kit.peers import mint
 from tests.kit.processes import PATIENCE, ROOT, Server, in_time, no_settings
 
 HOOKS = json.loads((ROOT / "integrations/claude_code/hooks.json").read_text())["hooks"]
-[{"matcher": MATCHER, "hooks": [HOOK]}] = HOOKS["PreToolUse"]
+[BEFORE_EDITS] = HOOKS["PreToolUse"]
+[HOOK] = BEFORE_EDITS["hooks"]
 
 
 @pytest.fixture(autouse=True)
@@ -103,4 +104,4 @@ def test_whatever_is_on_stdin_the_edit_goes_on(event):
 
 
 def test_it_runs_before_the_tools_that_write():
-    assert set(MATCHER.split("|")) == {"Edit", "MultiEdit", "Write", "NotebookEdit"}
+    assert set(BEFORE_EDITS["matcher"].split("|")) == {"Edit", "MultiEdit", "Write", "NotebookEdit"}
