@@ -156,14 +156,14 @@ def entry(row: Row, now: Now, waiting: str) -> str:
 
 
 def wish(lock: Lock, held: Held, now: Now) -> Draft:
-    """A message to a holder, from who wa Its key makes it one for each reservation and each name."""
+    """A message to a holder, from who waits. Its key makes it one for each reservation and each name."""
     message = {
         "from": lock.holder,
         "to": held.holder,
         "channel": lock.channel,
         "type": "lock-wanted",
         "subject": f"{lock.holder} waits for {held.wanted}",
-        "msg": f"You hold {held.name}, with fence {held.fence}. Release it when you are done: {lock.holder} wa",
+        "msg": f"You hold {held.name}, with fence {held.fence}. Release it when you are done: {lock.holder} waits.",
         "fence": held.fence,
         "ttl": max((held.until - now.steady) / 1000000, 1),
     }

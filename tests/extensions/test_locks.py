@@ -400,7 +400,8 @@ def test_a_holder_is_told_once_of_each_who_waits_and_the_message_ends_with_the_r
         (who, "lock-wanted", fence) for who in ("bob", "cleo")
     ]
     assert told[0]["subject"] == "bob waits for src/a" and 500 < told[0]["ttl"] <= 600
-    assert "You hold src/*" in told[0]["msg"] and "Release it" in told[0]["msg"]
+    words = f"You hold src/*, with fence {fence}. Release it when you are done: bob waits."
+    assert told[0]["msg"] == words
 
 
 def test_a_holder_whose_mailbox_is_full_costs_nobody_a_place(tmp_path):
