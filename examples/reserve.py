@@ -42,7 +42,7 @@ def reserved(name, files):
     """The fence with which these files are ours; inside, nobody else has them."""
     url = bus_recv.settings()["AGENT_BUS_URL"]
     order = {"from": name, "names": [f"example/{file}" for file in files], "ttl": 30, "why": "to add my name"}
-    fence = bus_lock.lock(url, order, PATIENCE)["fence"]
+    fence = bus_lock.lock(url, order, PATIENCE)[0]["fence"]
     try:
         yield fence
     finally:

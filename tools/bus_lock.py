@@ -41,14 +41,14 @@ except ModuleNotFoundError as missing:
 WAIT_SECONDS = 25.0  # of one request; common proxies cut a request that is quiet for 30 s
 
 
-def lock(url: str, order: dict[str, Any], wait: float) -> dict[str, Any]:
-    """The answer of the bus when the names are ours. Refused with 409 if others hold them after `wait` seconds."""
+def lock(url: str, order: dict[str, Any], wait: float) -> tuple[dict[str, Any], float]:
+    """The answer of the bus when the names are ours, and its clock. Refused, 409, if others hold them after `wait` s."""
     end = time.monotonic() + wait
     while True:
         left = max(end - time.monotonic(), 0)
         hold = min(left, WAIT_SECONDS)
         try:
-            return bus_recv.ask(url, "/lock", hold + bus_recv.GRACE_SECONDS, {**order, "wait": round(hold, 3)})[0]
+            return bus_recv.ask(url, "/lock", hold + bus_recv.GRACE_SECONDS, {**order, "wait": round(hold, 3)})
         except bus_recv.Refused as refused:
             if refused.status != 409 or left <= WAIT_SECONDS:
                 raise
@@ -134,9 +134,8 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         return unlock(url, order, options, parser)
     order.update({"names": options.names, "shared": options.shared, "why": options.why or ""})
     order.update({} if options.ttl is None else {"ttl": options.ttl})
-    answer = lock(url, order, options.wait)
-    until = bus_recv.word(answer.get("until"))
-    complain(f"{' '.join(map(bus_recv.word, options.names))}: yours for {still(until, time.time())}")
+    answer, now = lock(url, order, options.wait)
+    complain(f"{' '.join(map(bus_recv.word, options.names))}: yours for {still(answer.get('until'), now)}")
     bus_recv.emit(f"{bus_recv.word(answer.get('fence'))}\n")
     return 0
 

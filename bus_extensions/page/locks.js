@@ -13,7 +13,7 @@ export default {
   columns: {
     holder: row => row.holder,
     channel: row => row.channel,
-    names: row => row.names.join("  ") + (row.shared ? " (shared)" : ""),
+    names: row => row.names.join(" ") + (row.shared ? " (shared)" : ""),
     left,
     why: row => row.why,
     waits: row => row.waiting.join(", "),

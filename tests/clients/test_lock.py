@@ -29,9 +29,9 @@ def run(url, *arguments, name="dell", **env):
 
 def test_names_are_reserved_listed_and_released(bus):
     code, fence, said = run(bus.url, "lock", "src/a.py", "src/db/*", "--ttl", "10m", "--why", "T2")
-    assert code == 0 and fence.strip().isdigit() and "src/a.py src/db/*: yours for" in said
+    assert code == 0 and fence.strip().isdigit() and 'src/a.py "src/db/*": yours for 10m' in said
     code, out, _ = run(bus.url, "locks")
-    assert code == 0 and out.startswith("dell, ") and out.endswith(" more: src/a.py src/db/*: T2\n")
+    assert code == 0 and out.startswith("dell, ") and out.endswith(' more: src/a.py "src/db/*": T2\n')
     code, out, _ = run(bus.url, "locks", "src/db/x", "--json")
     assert code == 0 and json.loads(out)["fence"] == int(fence)
     assert run(bus.url, "locks", "src/b.py")[:2] == run(bus.url, "locks", "--holder", "nano")[:2] == (0, "")
