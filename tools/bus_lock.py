@@ -42,7 +42,7 @@ WAIT_SECONDS = 25.0  # of one request; common proxies cut a request that is quie
 
 
 def lock(url: str, order: dict[str, Any], wait: float) -> tuple[dict[str, Any], float]:
-    """The answer of the bus when the names are ours, and its clock. Refused, 409, if others hold them after `wait` s."""
+    """The answer of the bus when the names are ours, and its clock. Refused (409) if others hold them for `wait` s."""
     end = time.monotonic() + wait
     while True:
         left = max(end - time.monotonic(), 0)

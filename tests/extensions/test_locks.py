@@ -2,6 +2,7 @@
 import contextlib
 import json
 import random
+import re
 import sqlite3
 import threading
 import time
@@ -9,6 +10,7 @@ import time
 import pytest
 
 import bus_server
+import test_bus
 from bus_server import Now, Refused, State
 from tests.core.test_connection import a_bus, come_true
 from tests.faults.clock import DAY, HOUR, SteppedServer
@@ -430,6 +432,23 @@ def test_a_bus_with_this_file_does_nothing_more_for_a_send(tmp_path, monkeypatch
         registered["on_tidy"] -= 1
         assert {seam: len(getattr(bus, seam)) for seam in passed} == registered
         assert len(bus.mailboxes.on_fetched) == fetched
+
+
+def test_the_tools_of_an_agent_say_who_holds_what_and_until_when(bus):
+    ann, bob = (test_bus.McpClient(test_bus.Bus(bus.url), name) for name in ("ann", "bob"))
+    said = ann.tool("bus_lock", names="src/a.py\n  src/db/*\n", why="<b>T2</b>", ttl=60)
+    fence = int(re.fullmatch(r"yours until \d\d:\d\d:\d\dZ, fence (\d+)\. When you are done: bus_unlock\.", said)[1])
+    assert "ann holds src/db/x until " in bob.tool("bus_lock", failed=True, names="src/db/x", wait=0.1)
+    row = json.loads(bob.tool("bus_locks", path="src/db/x"))
+    assert (row["fence"], row["names"], row["holder"]) == (fence, ["src/a.py", "src/db/*"], "ann")
+    assert "<" not in bob.tool("bus_locks", holder="ann") and bob.tool("bus_locks", path="b") == "nobody has reserved that"
+    for wrong in ({}, {"names": "a", "fence": 1}):
+        assert "give names, or fence" in ann.tool("bus_unlock", failed=True, **wrong)
+    assert "only ann or an operator" in bob.tool("bus_unlock", failed=True, fence=fence)
+    assert ann.tool("bus_unlock", fence=fence) == "released: 2"
+    assert ann.tool("bus_unlock", names="src/a.py") == "nothing of it was yours any more"
+    assert bob.tool("bus_locks") == "nobody has reserved anything"
+    assert "without //" in ann.tool("bus_lock", failed=True, names="a//b")
 
 
 def test_a_list_is_of_a_page_and_passes_what_is_revoked(tmp_path):
