@@ -64,6 +64,7 @@ GROUPS: dict[str, dict[str, Command]] = {
         "unlock": Command("release what you have reserved", "unlock 'src/db/*'", "bus_lock", ("unlock",)),
         "locks": Command("who has reserved what", "locks src/a.py", "bus_lock", ("list",)),
         "outbox": Command("send when the bus is reachable again", "outbox bob < report.md", "bus_outbox"),
+        "relay": Command("pass mail on to another bus", "relay bob --to-bus work", "bus_relay"),
     },
     "Agents and machines": {
         "install": Command("connect an agent; start bus at login", "install claude", "bus_install", ("install",)),
