@@ -122,7 +122,7 @@ def share(one: Pattern, other: Pattern) -> bool:
     return bool(row & other.end)
 
 
-@lru_cache(4096)
+@lru_cache(256)  # some 3 KB each, and 60 KB if all characters differ
 def readings(name: str) -> tuple[Pattern, ...]:
     """What a name may mean. One with `[` is also that very path: there are files called app/[id]/page.tsx."""
     parts = [part if part == "**" else re.sub(r"\*+", "*", part) for part in name.lstrip("/").split("/")]
@@ -170,7 +170,7 @@ def overlap(one: str, other: str) -> bool:
     return may_overlap(one, other) and any(share(mine, its) for mine in readings(shorter) for its in readings(longer))
 
 
-@lru_cache(64)
+@lru_cache(32)
 def exact(path: str) -> Pattern:
     return Pattern([*path.lstrip("/")])
 

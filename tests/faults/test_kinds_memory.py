@@ -130,7 +130,7 @@ def items(answer):
     if "channels" in answer:
         return [channel for channel, sums in answer["channels"].items() for _ in range(sums["mailboxes"])]
     if "locks" in answer:
-        return [each["fence"] for each in answer["locks"]]
+        return [str(each["fence"]) for each in answer["locks"]]
     return [each["id"] for each in answer["messages"]]
 
 
@@ -243,6 +243,8 @@ CACHES = {  # each lru_cache of the server, and what bounds the bytes of its key
     "ip_address": "256 heads of 16 KiB",
     "insert_statement": "numbers",
     "ending": "one key",
+    "readings": "names of 255 characters",
+    "exact": "paths of 255 characters",
 }  # fmt: skip
 
 
