@@ -2028,7 +2028,7 @@ class Tokens:
 
     def __init__(self, database: str) -> None:
         self.path = f"{database}.tokens"
-        self.closed = False
+        self.closed, self.first = False, math.inf  # and when the first token was made, s since 1970
         self.grants: dict[str, tuple[str, Grant]] = {}
         self.ends: dict[str, float] = {}  # token: when it expires
         self.expired: dict[str, tuple[str, int]] = {}  # token: its hash, and when it expired
@@ -2084,6 +2084,7 @@ class Tokens:
         rows, now = self.rows(), time.time()
         self.closed = self.closed or bool(rows)
         try:
+            self.first = min((row["made"] for row in rows), default=math.inf)
             rows = [row for row in rows if not row["revoked"]]
             self.ends = ends = {row["id"]: row.get("expires") or math.inf for row in rows}
             self.expired = {row["id"]: (row["hash"], row["expires"]) for row in rows if ends[row["id"]] <= now}
@@ -5834,10 +5835,10 @@ def invite(arguments: Sequence[str]) -> None:
     if words and not words.agreed(options.name, options.db, here, file.closed, options.yes):
         raise Unusable("no token was made")
     token, secret = f"abt_{secrets.token_hex(4)}", secrets.token_urlsafe(32)
-    digest, now = hashlib.sha256(secret.encode()).hexdigest(), int(time.time())
+    digest, now = hashlib.sha256(secret.encode()).hexdigest(), time.time()
     row = {"id": token, "hash": digest, "name": options.name, "also": options.also, "made": now, "revoked": None}
     row.update(send_only=options.send_only, operator=options.operator, label=options.label)
-    row.update(expires=now + int(options.expires) if options.expires else None)
+    row.update(expires=int(now + options.expires) if options.expires else None)
     for own in [own for own in file.rows() if own["name"] == options.name and not own["revoked"]]:
         made = time.strftime("%Y-%m-%d", time.gmtime(own["made"]))
         print(f"{options.name} has the token {own['id']} already, made {made}: this is one more", file=sys.stderr)
