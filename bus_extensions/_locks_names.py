@@ -13,7 +13,9 @@ time is one step for each token, whatever the names are.
 from __future__ import annotations
 
 import re
-from functools import lru_cache
+from collections.abc import Iterable
+
+from bus_server import Refused
 
 OPTIONAL = ""
 WILD = re.compile(r"[*?\[]")
@@ -122,7 +124,6 @@ def share(one: Pattern, other: Pattern) -> bool:
     return bool(row & other.end)
 
 
-@lru_cache(256)  # some 3 KB each, and 60 KB if all characters differ
 def readings(name: str) -> tuple[Pattern, ...]:
     """What a name may mean. One with `[` is also that very path: there are files called app/[id]/page.tsx."""
     parts = [part if part == "**" else re.sub(r"\*+", "*", part) for part in name.lstrip("/").split("/")]
@@ -151,15 +152,30 @@ def is_wild(name: str) -> bool:
     return bool(WILD.search(name))
 
 
-def beginning(name: str) -> str:
-    """What stands before the first wildcard."""
-    return WILD.split(name, 1)[0]
+def ends(name: str) -> tuple[str, str]:
+    """What each path that the name stands for begins with, and what it ends with."""
+    first = WILD.search(name)
+    return (name[: first.start()], name[max(map(name.rfind, "*?]/")) + 1 :]) if first else (name, name)
 
 
 def may_overlap(one: str, other: str) -> bool:
-    """A quick look: do the parts before the first wildcards fit together?"""
-    start, its = beginning(one), beginning(other)
-    return (start.startswith(its) or its.startswith(start)) and (one[:1] == "/") == (other[:1] == "/")
+    """A quick look: do their ends fit together?"""
+    return fit(ends(one), ends(other)) and (one[:1] == "/") == (other[:1] == "/")
+
+
+def fit(one: tuple[str, str], other: tuple[str, str]) -> bool:
+    (first, last), (its_first, its_last) = one, other
+    starts = first.startswith(its_first) or its_first.startswith(first)
+    return starts and (last.endswith(its_last) or its_last.endswith(last))
+
+
+def cost(one: str, other: str) -> int:
+    """How long overlap() or covers() takes at most, in characters that are compared: about 1 us for each."""
+    shorter, longer = sorted((one, other), key=len)
+    classes, its = shorter.count("["), longer.count("[")
+    both, its_both = 1 + (classes > 0), 1 + (its > 0)  # its meanings
+    walked = len(shorter) * (1 + its) + classes * (10 + len(longer))
+    return walked * both * its_both + (len(shorter) * both + len(longer) * its_both) // 2
 
 
 def overlap(one: str, other: str) -> bool:
@@ -170,7 +186,6 @@ def overlap(one: str, other: str) -> bool:
     return may_overlap(one, other) and any(share(mine, its) for mine in readings(shorter) for its in readings(longer))
 
 
-@lru_cache(32)
 def exact(path: str) -> Pattern:
     return Pattern([*path.lstrip("/")])
 
@@ -180,3 +195,39 @@ def covers(name: str, path: str) -> bool:
     if name == path or not (is_wild(name) and may_overlap(name, path)):
         return name == path
     return any(share(exact(path), its) for its in readings(name))
+
+
+class Wanted:
+    """The names of one request, to be compared with names that others hold; and what that has cost."""
+
+    MOST = 16000  # characters that one request may compare, some 16 ms
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self.names = [(own, ends(own)) for own in names]  # in order
+        self.wild = [each for each in self.names if is_wild(each[0])]
+        self.plain = {own for own, _ in self.names if not is_wild(own)}
+        self.cost = 0
+
+    def spend(self, characters: int) -> None:
+        """It is called before they are compared."""
+        self.cost += characters
+        if self.cost > self.MOST:
+            raise Refused(413, "too many wildcards to compare: give fewer names, with more before their first * ? [")
+
+    def overlapping(self, own: str, its_wild: bool) -> str | None:
+        """The first of these names that has a path in common with this one, which `its_wild` says has wildcards."""
+        among, its_ends = (self.names if its_wild else self.wild), ends(own)
+        self.spend(1 + len(among) // 2)
+        for wanted, both in among:
+            if fit(both, its_ends) and (wanted == own or self.overlap(wanted, own)):
+                return wanted
+        return own if own in self.plain else None
+
+    def overlap(self, wanted: str, own: str) -> bool:
+        self.spend(cost(wanted, own))
+        return overlap(wanted, own)
+
+    def covered(self, own: str) -> bool:
+        """Does this name stand for one of these, which are paths?"""
+        self.spend(1 + sum(cost(path, own) for path, _ in self.names if may_overlap(path, own)))
+        return any(covers(own, path) for path, _ in self.names)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
 from sqlite3 import Connection as Database
 from typing import Any, NamedTuple
 
-from _locks_names import covers, is_wild, may_overlap, overlap
+from _locks_names import Wanted, is_wild
 
 from bus_server import Now, Operation, Refused, State, encode, too_much
 
@@ -59,19 +59,6 @@ class Taken(NamedTuple):
     is_new: bool  # else its holder had this reservation before
 
 
-class Row(NamedTuple):
-    """A reservation in a list."""
-
-    fence: int
-    channel: str
-    holder: str
-    shared: bool
-    until: int  # steady clock, us
-    why: str
-    token: str
-    names: list[str]
-
-
 def end_some(state: State, now: Now) -> None:
     """Remove what has ended. A time that is damaged, or comes from a clock that was ahead, becomes the longest ttl."""
     state.writing.execute("DELETE FROM locks WHERE until <= ?", (now.steady,))
@@ -79,7 +66,13 @@ def end_some(state: State, now: Now) -> None:
     state.writing.execute("UPDATE locks SET until = ? WHERE until > ?", (longest, longest))
 
 
-class Lock(Operation):
+class Comparing(Operation):
+    """An operation that compares names. What that cost is no part of its data: it is known after apply()."""
+
+    __slots__ = ("cost",)
+
+
+class Lock(Comparing):
     """Reserve names, all or none. The result is Taken, or a list of what is in the way.
 
     If the holder has the very same reservation, that one goes on with the same fence, so a retry makes no second one.
@@ -90,7 +83,6 @@ class Lock(Operation):
 
     EACH, EACH_WILD = 1024, 32  # names of one owner; those with a wildcard, which each request is compared with
     ALL, ALL_WILD = 8192, 256  # the same of all owners
-    COMPARED = 300000  # characters of names with wildcards that one request compares, some 100 ms
 
     def __init__(
         self, channel: str, holder: str, names: list[str], shared: bool, ttl_us: int, why: str, token: str, owner: str
@@ -98,6 +90,7 @@ class Lock(Operation):
         self.channel, self.holder, self.shared = channel, holder, shared
         self.names = names  # in order, each once
         self.ttl_us, self.why, self.token, self.owner = ttl_us, why, token, owner
+        self.cost = 0
 
     def apply(self, state: State, now: Now) -> Taken | list[Held]:
         end_some(state, now)
@@ -121,29 +114,29 @@ class Lock(Operation):
 
     def in_the_way(self, state: State) -> list[Held]:
         """The reservations of others that overlap a name, the oldest first. Shared ones do not exclude each other."""
-        wild, plain = [*filter(is_wild, self.names)], {own for own in self.names if not is_wild(own)}
-        found: dict[int, Held] = {}
-        left = self.COMPARED
-        for fence, stored, its_wild, holder, shared, until, why, token in self.candidates(state, bool(wild)):
-            own = str(stored)
-            for wanted in self.names if its_wild else [*wild, *plain.intersection([own])]:
-                if fence in found or not (wanted == own or may_overlap(wanted, own)):
-                    continue
-                left -= min(len(wanted), len(own))
-                if left < 0:
-                    raise Refused(413, "too many wildcards to compare: give names with more before the first * ? [")
-                if overlap(wanted, own):
-                    found[fence] = Held(fence, own, wanted, str(holder), bool(shared), until, str(why), str(token))
+        wanted, found = Wanted(self.names), dict[int, Held]()
+        try:
+            for fence, stored, its_wild, holder, shared, until, why, token in self.candidates(state, wanted):
+                own = str(stored)
+                mine = None if fence in found else wanted.overlapping(own, bool(its_wild))
+                if mine is not None:
+                    found[fence] = Held(fence, own, mine, str(holder), bool(shared), until, str(why), str(token))
+        finally:
+            self.cost = wanted.cost
         return [*found.values()]
 
-    def candidates(self, state: State, is_all: bool) -> list[Any]:
-        """Names of others: the same ones, and those with wildcards. All, if our own names have wildcards."""
+    def candidates(self, state: State, wanted: Wanted) -> list[Any]:
+        """Names of others that may overlap: the same ones, those with wildcards, and those that begin as ours do."""
+        which = f"lock_names.channel = ? AND (wild OR name {AMONG}{' OR name BETWEEN ? AND ?' * len(wanted.wild)})"
+        begin = [(first, f"{first}\U0010ffff") for _, (first, _) in wanted.wild]
+        values = self.channel, encode(self.names), *itertools.chain(*begin)
+        [many] = state.writing.execute(f"SELECT count(*) FROM lock_names WHERE {which}", values).fetchone()
+        wanted.spend(3 * many)  # one takes some 3 us
         rows = (
-            f"SELECT fence, name, wild, holder, shared, until, why, token FROM {BOTH} WHERE lock_names.channel = ? "
-            f"AND (? OR wild OR name {AMONG}) AND holder != ? AND NOT (shared AND ?) ORDER BY fence, name"
+            f"SELECT fence, name, wild, holder, shared, until, why, token FROM {BOTH} WHERE {which} "
+            "AND holder != ? AND NOT (shared AND ?) ORDER BY fence, name"
         )
-        values = self.channel, is_all, encode(self.names), self.holder, self.shared
-        return state.writing.execute(rows, values).fetchall()
+        return state.writing.execute(rows, (*values, self.holder, self.shared)).fetchall()
 
     def before(self, state: State) -> int | None:
         """The fence of the holder's reservation of the same names."""
@@ -230,26 +223,6 @@ class Lapse(Operation):
         rows = state.writing.execute(f"SELECT fence FROM locks WHERE {revoked} ORDER BY fence", values).fetchall()
         state.writing.execute(f"DELETE FROM locks WHERE {revoked}", values)
         return [fence for (fence,) in rows]
-
-
-def listed(
-    database: Database, steady: int, after: int, limit: int, only: dict[str, str], fences: list[int] | None
-) -> Iterator[Row]:
-    """Reservations that last, in the order of their fences. `only`: columns and the values they must have."""
-    columns = "fence, channel, holder, shared, until, why, token"
-    which = "".join(f" AND {column} = ?" for column in only) + (f" AND fence {AMONG}" if fences is not None else "")
-    values = [after, steady, steady + LONGEST, *only.values(), *([] if fences is None else [encode(fences)])]
-    rows = f"SELECT {columns} FROM locks WHERE fence > ? AND {LASTING}{which} ORDER BY fence LIMIT ?"
-    names = "SELECT name FROM lock_names WHERE fence = ? ORDER BY name"
-    for fence, channel, holder, shared, until, why, token in database.execute(rows, (*values, limit)).fetchall():
-        its = [str(own) for (own,) in database.execute(names, (fence,)).fetchall()]
-        yield Row(fence, str(channel), str(holder), bool(shared), until, str(why), str(token), its)
-
-
-def fences_over(database: Database, channel: str, path: str) -> list[int]:
-    """The fences of all reservations that cover one path."""
-    rows = "SELECT fence, name FROM lock_names WHERE channel = ? AND (wild OR name = ?)"
-    return [fence for fence, own in database.execute(rows, (channel, path)).fetchall() if covers(str(own), path)]
 
 
 def tokens_used(database: Database, steady: int) -> tuple[list[str], bool]:

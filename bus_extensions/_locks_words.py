@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from sqlite3 import Connection as Database
 from typing import Any, NamedTuple
 
-from _locks_names import fault, is_wild
-from _locks_state import TTL_MAX, Held, Lock, Row
+from _locks_names import Wanted, fault, is_wild
+from _locks_state import AMONG, LASTING, LONGEST, TTL_MAX, Held, Lock
 
 from bus_server import (
     HOLD_MAX,
@@ -35,7 +36,21 @@ from bus_server import (
 TTL, TTL_MIN = 600.0, 1.0  # s a reservation lasts when its holder does not say; and at least
 NAMES, WILD = 64, 8  # names in one request; those with a wildcard
 WHY = 200  # characters
+WORK, COMPARED = 1 << 16, 128  # bytes of answers that a request counts as, and each character that it compares
 WANTED = "reservations wanted"  # with a fence: who waits for it waits here
+
+
+class Row(NamedTuple):
+    """A reservation in a list."""
+
+    fence: int
+    channel: str
+    holder: str
+    shared: bool
+    until: int  # steady clock, us
+    why: str
+    token: str
+    names: list[str]
 
 
 class Waiter(NamedTuple):
@@ -44,7 +59,8 @@ class Waiter(NamedTuple):
     request: Request  # without a large body
     lock: Lock
     until: float  # monotonic clock, s
-    fence: int  # of one reservation in its way
+    fence: int = 0  # of one reservation in its way
+    name: str = ""  # in it, which overlaps
 
     @property
     def exclusive(self) -> bool:
@@ -141,6 +157,37 @@ def path_of(given: str) -> str:
     if wrong:
         raise Refused(400, wrong)
     return given
+
+
+def listed(
+    database: Database, steady: int, after: int, limit: int, only: dict[str, str], fences: list[int] | None
+) -> Iterator[Row]:
+    """Reservations that last, in the order of their fences. `only`: columns and the values they must have."""
+    columns = "fence, channel, holder, shared, until, why, token"
+    which = "".join(f" AND {column} = ?" for column in only) + (f" AND fence {AMONG}" if fences is not None else "")
+    values = [after, steady, steady + LONGEST, *only.values(), *([] if fences is None else [encode(fences)])]
+    rows = f"SELECT {columns} FROM locks WHERE fence > ? AND {LASTING}{which} ORDER BY fence LIMIT ?"
+    names = "SELECT name FROM lock_names WHERE fence = ? ORDER BY name"
+    for fence, channel, holder, shared, until, why, token in database.execute(rows, (*values, limit)).fetchall():
+        its = [str(own) for (own,) in database.execute(names, (fence,)).fetchall()]
+        yield Row(fence, str(channel), str(holder), bool(shared), until, str(why), str(token), its)
+
+
+def fences_over(database: Database, channel: str, path: Wanted) -> list[int]:
+    """The fences of all reservations that cover one path."""
+    rows = "SELECT fence, name FROM lock_names WHERE channel = ? AND (wild OR name = ?)"
+    named = database.execute(rows, (channel, path.names[0][0])).fetchall()
+    return [fence for fence, own in named if path.covered(str(own))]
+
+
+def covering(bus: Bus, request: Request, channel: str, given: str) -> list[int]:
+    """The fences of all reservations that cover a path. Its reader pays for what is compared."""
+    path = Wanted([path_of(given)])
+    bus.storms.check_work(request.owner(), "", 0)
+    try:
+        return fences_over(bus.view.database, channel, path)
+    finally:
+        bus.storms.worked(request.owner(), "", path.cost * COMPARED)
 
 
 def wall(steady: int, now: Now) -> str:

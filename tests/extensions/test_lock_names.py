@@ -118,6 +118,7 @@ def test_a_comparison_takes_a_step_for_each_character(one, other, monkeypatch):
     monkeypatch.setattr(paths.Pattern, "flood", lambda *arguments: floods.append(1) or really(*arguments))
     paths.overlap(one, other)
     assert len(floods) <= 4 * (paths.LENGTH + 2), "two readings of each of the two names"
+    assert len(floods) <= paths.cost(one, other) == paths.cost(other, one)
 
 
 def test_a_name_that_is_none_is_refused_in_words():

@@ -19,7 +19,8 @@ from tests.kit import peers
 from tests.kit.peers import Peer, command, mint, set_revoked
 from tests.kit.processes import PATIENCE, Server, wait_until
 
-its = bus_server.load_extensions(())["locks"].its
+locks = bus_server.load_extensions(())["locks"]
+its, words, paths = locks.its, locks.words, locks.paths
 SECOND = 1000000
 BEGIN = 1795000000 * SECOND
 
@@ -103,9 +104,9 @@ def test_a_row_that_is_damaged_stops_nothing_and_ends(state, damage):
     apply(state, asks("ann", "a", "b*"))
     state.writing.execute(damage)
     steady = BEGIN + SECOND
-    for row in its.listed(state.writing, steady, 0, 9, {}, None):
+    for row in words.listed(state.writing, steady, 0, 9, {}, None):
         assert json.dumps([row.holder, row.names, row.until // 1])
-    its.fences_over(state.writing, "default", "a")
+    words.fences_over(state.writing, "default", paths.Wanted(["a"]))
     [result, other] = apply(state, asks("bob", "a", "b*"), asks("bob", "other"), at=1)
     assert isinstance(other, its.Taken) and not isinstance(result, Refused)
     apply(state, its.Lapse([]), at=its.TTL_MAX + 1)
@@ -130,12 +131,50 @@ def test_all_together_have_a_budget_of_names_with_wildcards(state):
     assert refused.status == 429 and "256 of them" in refused.sentence and isinstance(plain, its.Taken)
 
 
+def hostile(tags):
+    """Names that fit at both ends, and differ behind 225 characters: each pair of them takes long to compare."""
+    body = "".join(chr(0x4E00 + each) for each in range(225))
+    return [f"[!/][!/]{body}{tag}{each}*[!/]*[!/]*" for tag in tags for each in range(8)]
+
+
+def refusing(state, *names):
+    request = asks("bob", *names)
+    [refused] = apply(state, request)
+    assert refused.status == 413 and "before their first" in refused.sentence
+    assert request.cost > paths.Wanted.MOST, "it is paid"
+
+
 def test_a_request_compares_so_many_characters_and_no_more(state):
     apply(state, asks("ann", *(f"{number:04}{'a' * 196}" for number in range(1000))))
-    [refused] = apply(state, asks("bob", *(f"*{letter * 100}*" for letter in "bcdefghi")))
-    assert refused.status == 413 and "before the first" in refused.sentence
-    [with_beginning] = apply(state, asks("bob", *(f"0{letter}*" for letter in "bcdefghi")))
-    assert isinstance(with_beginning, its.Taken), "what cannot overlap is not compared"
+    refusing(state, *(f"*{letter * 50}*a" for letter in "bcdefghi"))
+    with_beginning = asks("bob", *(f"0{letter}*" for letter in "bcdefghi"))
+    assert isinstance(apply(state, with_beginning)[0], its.Taken), "what cannot overlap is not compared"
+    assert with_beginning.cost == 0
+
+
+def test_the_cost_of_a_comparison_counts_classes_and_both_meanings(state, monkeypatch):
+    """One request walked through two meanings of each of 8 x 224 names, which took 385 ms of the commit."""
+    for number in range(7):
+        asking = asks("ann", *hostile("abcd"), owner=f"owner {number}", shared=True)
+        assert isinstance(apply(state, asking)[0], its.Taken)
+    steps = []
+    really = paths.Pattern.flood
+    monkeypatch.setattr(paths.Pattern, "flood", lambda *arguments: steps.append(1) or really(*arguments))
+    refusing(state, *hostile("q"))
+    assert len(steps) < paths.Wanted.MOST
+
+
+def test_a_path_is_compared_with_so_many_characters_and_no_more(state):
+    apply(state, *(asks("ann", *hostile("abcd"), owner=f"owner {number}", shared=True) for number in range(7)))
+    path = paths.Wanted([f"xx{hostile('q')[0][10:-11]}"])
+    with pytest.raises(Refused, match="too many wildcards"):
+        words.fences_over(state.writing, "default", path)
+    assert words.fences_over(state.writing, "default", paths.Wanted(["src/a.py"])) == []
+
+
+def test_names_are_not_kept_in_memory(state):
+    """A cache of 4,096 names that others asked for took 170 MiB."""
+    assert [each for each in vars(paths).values() if hasattr(each, "cache_info")] == []
 
 
 def test_a_reservation_without_a_name_is_gone(state):
@@ -349,6 +388,53 @@ def test_who_waits_is_woken_when_the_reservation_ends_also_if_it_was_made_shorte
     with waiting(bus, "bob", "a") as peer:
         assert said(bus, "/renew", **{"from": "ann", "fence": fence, "ttl": 1})[1]["waiting"] == ["bob"]
         assert peer.answer().json["fence"] > fence
+
+
+def test_a_renewal_lets_nobody_compare_again(bus):
+    """Two tokens stopped all commits: one waited, and the other renewed its reservation in a loop."""
+    fence = reserved(bus, "ann", "a", ttl=600)
+    with waiting(bus, "bob", "a"):
+        before = peers.metric(bus, "commits_total")
+        for _ in range(20):
+            assert said(bus, "/renew", **{"from": "ann", "fence": fence, "ttl": 600})[0] == 200
+        assert peers.metric(bus, "commits_total") == before + 20
+
+
+def test_who_waits_is_not_woken_when_another_name_of_the_reservation_is_released(bus):
+    reserved(bus, "ann", "a", *(f"other {number}" for number in range(20)))
+    with waiting(bus, "bob", "a"):
+        before = peers.metric(bus, "commits_total")
+        for number in range(20):
+            said(bus, "/unlock", **{"from": "ann", "names": [f"other {number}"]})
+        assert peers.metric(bus, "commits_total") == before + 20
+
+
+def test_one_request_is_compared_in_each_commit(tmp_path):
+    with a_bus(time.monotonic, tmp_path / "bus.db") as bus:
+        lists, really = [], bus.ledger.apply
+        bus.ledger.apply = lambda operations: lists.append([each.kind for each in operations]) or really(operations)
+        guests = [Guest(bus) for _ in range(9)]
+        guests[0].asks("POST", "/lock", {"from": "ann", "names": ["a"]})
+        for number, guest in enumerate(guests[1:]):
+            guest.begins("POST", "/lock", {"from": f"bob{number}", "names": ["a"], "wait": 20})
+        come_true(lambda: len(bus.mailboxes.parked) == 8)
+        guests[0].asks("POST", "/unlock", {"from": "ann", "names": ["a"]})
+        come_true(lambda: len(bus.mailboxes.parked) == 7 and bus.ledger.idle())
+        assert max(kinds.count("lock") for kinds in lists) == 1 and sum(map(len, lists)) >= 18
+
+
+def test_each_try_is_paid_and_who_cannot_pay_is_told_so(tmp_path):
+    with a_bus(time.monotonic, tmp_path / "bus.db") as bus:
+        bus.storms = storms = bus_server.Storms(time.monotonic, 50)
+        ann, bob = Guest(bus), Guest(bus, address="127.0.0.2")
+        fence = ann.asks("POST", "/lock", {"from": "ann", "names": ["a"]}).json()["fence"]
+        bob.begins("POST", "/lock", {"from": "bob", "names": ["a", "b*"], "wait": 20})
+        come_true(lambda: bus.mailboxes.parked)
+        assert storms.WORK_BURST - storms.work.left["127.0.0.2/"][0] >= words.WORK
+        storms.worked("127.0.0.2", "", 2 * storms.WORK_BURST)
+        ann.asks("POST", "/unlock", {"from": "ann", "fence": fence})
+        assert bob.answer().status == 429
+        assert ann.asks("GET", "/locks").json()["locks"] == []
 
 
 def test_who_hung_up_while_it_waited_gets_nothing(bus):

@@ -243,8 +243,6 @@ CACHES = {  # each lru_cache of the server, and what bounds the bytes of its key
     "ip_address": "256 heads of 16 KiB",
     "insert_statement": "numbers",
     "ending": "one key",
-    "readings": "names of 255 characters",
-    "exact": "paths of 255 characters",
 }  # fmt: skip
 
 
