@@ -145,8 +145,7 @@ class Locks:
     def ask(self, connection: Connection, waiter: Waiter) -> None:
         """A comparison may take 20 ms of a commit, so there is one in each: the others wait for their turn.
 
-        If the ledger is idle, the last one is over, though what should have followed it has failed.
-        """
+        With an idle ledger the last one is over, even if asked() has failed."""
         self.queue.append((connection, waiter))
         if not self.asking or self.bus.draining or self.bus.ledger.idle():
             self.ask_next()
