@@ -78,6 +78,7 @@ SECTIONS = {
     21: "MCP over HTTP",
     22: "History of the log",
     23: "Page",
+    24: "Reservations",
 }
 EXTENSIONS = {  # by the number of the section that it keeps
     12: Extension("questions", "replies.py", "POST", "/ask"),
@@ -90,8 +91,9 @@ EXTENSIONS = {  # by the number of the section that it keeps
     21: Extension("tools by MCP", "mcp.py", "POST", "/mcp"),
     22: Extension("history", "history.py", "GET", "/log?before=now"),
     23: Extension("page", "page.py", "GET", "/ui/"),
+    24: Extension("reservations", "locks.py", "GET", "/locks"),
 }
-QUESTIONS, QUEUES, FILES, METRICS, CHANNELS, PEOPLE, DIGEST, MCP, HISTORY, PAGE = EXTENSIONS.values()
+QUESTIONS, QUEUES, FILES, METRICS, CHANNELS, PEOPLE, DIGEST, MCP, HISTORY, PAGE, LOCKS = EXTENSIONS.values()
 
 
 class Bus:
@@ -2126,6 +2128,10 @@ def test_the_tools_of_an_agent(bus):
     if not bus.lacks(PEOPLE):
         client.tool("bus_status", text="T3", state="busy")
         assert agent(bus, bus.me if bus.token else alice)["status"]["text"] == "T3"
+    if not bus.lacks(LOCKS):
+        assert "fence" in client.tool("bus_lock", names=f"{alice}/a\n{alice}/*", why="T4")
+        assert '"T4"' in client.tool("bus_locks", path=f"{alice}/b")
+        assert client.tool("bus_unlock", names=f"{alice}/a\n{alice}/*") == "released: 2"
     assert alice in client.tool("bus_agents")
 
 
@@ -2283,6 +2289,213 @@ def test_presence_is_told_by_minutes(bus):
     found = bus.get(f"/activity?name={here},{gone}")
     assert found["presence"][here][-1] == "1" and set(found["presence"][gone]) == {"0"}
     assert len(found["presence"][here]) <= len(found["minutes"])
+
+
+# ── 24. Reservations ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def lock(bus, holder, *names, **members):
+    """(status, JSON) of a request to reserve names."""
+    return bus.json("POST", "/lock", json.dumps({"from": holder, "names": names, **members}))
+
+
+def reserved(bus, holder, *names, **members):
+    """The fence of a reservation that must succeed."""
+    status, answer = lock(bus, holder, *names, **members)
+    assert status == 200, answer
+    return answer["fence"]
+
+
+def holders(bus, path):
+    """Who holds this path, by /locks."""
+    found = bus.get("/locks?" + urllib.parse.urlencode({"name": path}))["locks"]
+    return [each["holder"] for each in found]
+
+
+@open_only
+def test_all_names_are_reserved_or_none(bus):
+    """24.1 /lock reserves all names or none; a 409 says who holds what until when, and why"""
+    ann, bob, folder = fresh("ann"), fresh("bob"), fresh("dir")
+    status, got = lock(bus, ann, f"{folder}/a", f"{folder}/b", why="T1")
+    assert status == 200
+    for names in ([f"{folder}/b", f"{folder}/c"], [f"{folder}/*"]):
+        status, answer = lock(bus, bob, *names)
+        [held] = answer["held"]
+        assert status == 409 and ann in answer["error"] and held["wanted"] == names[0]
+        assert (held["holder"], held["fence"]) == (ann, got["fence"])
+        assert abs(tick(held["until"]) - tick(got["until"])) < 1e6
+        assert (held["why"], held["shared"]) == ("T1", False) and held["name"] in (f"{folder}/a", f"{folder}/b")
+    assert holders(bus, f"{folder}/c") == [] and holders(bus, f"{folder}/a") == [ann]
+    reserved(bus, bob, f"{folder}/c")
+
+
+@open_only
+def test_names_overlap_as_in_a_shell(bus):
+    """24.2 names with * ? [a-z] and ** overlap if there is a path that both stand for"""
+    ann, bob = fresh("ann"), fresh("bob")
+    for name, overlap, apart in (
+        ("a/*", ("a/b", "a/.b", "*/b", "a/?", "**"), ("a", "a/b/c", "b/*", "*", "/a/b")),
+        ("a/**", ("a/b", "a/b/c", "*/b", "**/c", "a/*/c"), ("a", "b/**", "b/a", "?")),
+        ("a/**/b", ("a/b", "a/x/y/b", "a/*", "*/b"), ("a/xb", "a/b/c", "**/c")),
+        ("a/b?[0-9].py", ("a/bx7.py", "a/*7*", "a/b??.py"), ("a/b7.py", "a/bx.py", "a/b?[!0-9].py")),
+        ("a/[id]/x", ("a/i/x", "a/[id]/x", "a/?/x"), ("a/id/x", "a/[!id]/x")),
+    ):
+        channel = fresh("channel")
+        fence = reserved(bus, ann, name, channel=channel)
+        assert [each for each in overlap if lock(bus, bob, each, channel=channel)[0] != 409] == [], name
+        for each in apart:
+            assert lock(bus, bob, each, channel=channel)[0] == 200, (name, each)
+        bus.post("/unlock", **{"from": ann, "fence": fence})
+
+
+@open_only
+def test_a_reservation_ends_with_its_ttl_and_its_fence_is_stale(bus):
+    """24.3 a reservation ends with its ttl unless it is renewed; a new one has a higher fence; a stale one gets 409"""
+    ann, bob, lost, kept = fresh("ann"), fresh("bob"), fresh("lost"), fresh("kept")
+    stale, fence = reserved(bus, ann, lost, ttl=1), reserved(bus, ann, kept, ttl=1)
+    assert fence > stale and bus.refused({"from": bob, "fence": fence}, "/renew") == 409
+    before = lock(bus, ann, fresh(), ttl=1)[1]["until"]
+    answer = bus.post("/renew", **{"from": ann, "fence": fence, "ttl": 60})
+    assert answer["fence"] == fence and 58e6 < tick(answer["until"]) - tick(before) < 90e6
+    newer = reserved(bus, bob, lost, wait=20)
+    assert newer > fence and bus.refused({"from": ann, "fence": stale}, "/renew") == 409
+    assert lock(bus, bob, kept)[0] == 409
+    until = [tick(lock(bus, ann, fresh(), **more)[1]["until"]) for more in ({}, {"ttl": 10**9})]
+    assert 42000e6 < until[1] - until[0] < 43000e6, "600 s by default, and 12 hours at most"
+
+
+@open_only
+def test_a_reservation_is_released_by_its_fence_or_by_names(bus):
+    """24.4 /unlock releases a fence or some names; what has ended is 0 names, and another holder's fence is 403"""
+    ann, bob, names = fresh("ann"), fresh("bob"), [fresh("a"), fresh("b"), fresh("c")]
+    fence = reserved(bus, ann, *names)
+    assert bus.refused({"from": bob, "fence": fence}, "/unlock") == 403
+    assert bus.post("/unlock", **{"from": bob, "names": names})["released"] == 0
+    assert bus.post("/unlock", **{"from": ann, "names": names[:1]})["released"] == 1
+    assert [holders(bus, name) for name in names] == [[], [ann], [ann]]
+    assert [bus.post("/unlock", **{"from": ann, "fence": fence})["released"] for _ in range(2)] == [2, 0]
+    reserved(bus, bob, *names)
+
+
+@open_only
+def test_shared_reservations_overlap_each_other_only(bus):
+    """24.5 shared reservations overlap each other, and no other one; a holder is never in its own way"""
+    ann, bob, name = fresh("ann"), fresh("bob"), fresh("name")
+    for holder in (ann, bob):
+        reserved(bus, holder, name, shared=True)
+    assert lock(bus, ann, name)[0] == lock(bus, fresh(), f"{name[:-1]}?")[0] == 409
+    bus.post("/unlock", **{"from": bob, "names": [name]})
+    reserved(bus, ann, name)
+    assert lock(bus, bob, name, shared=True)[0] == 409
+
+
+@ours
+def test_reservations_are_listed(bus):
+    """24.6 /locks lists reservations by fence, in pages, of a channel, of a holder, or those that cover one path"""
+    folder, channel = fresh("dir"), fresh("channel")
+    fences = [reserved(bus, bus.me, f"{folder}/{name}", channel=channel) for name in ("a", "b*", "**")]
+    found = [each for page in pages(bus, f"/locks?max=2&channel={channel}") for each in page["locks"]]
+    assert [each["fence"] for each in found] == fences == sorted(fences)
+    first = found[0]
+    assert first["names"] == [f"{folder}/a"] and (first["holder"], first["channel"]) == (bus.me, channel)
+    assert tick(first["since"]) == first["fence"] and first["waiting"] == []
+
+    def covering(path):
+        query = urllib.parse.urlencode({"channel": channel, "name": f"{folder}/{path}"})
+        return [fences.index(each["fence"]) for each in bus.get(f"/locks?{query}")["locks"]]
+
+    assert [covering(path) for path in ("a", "b", "bb", "c/d", "[x]")] == [[0, 2], [1, 2], [1, 2], [2], [2]]
+    assert bus.get(f"/locks?channel={channel}&holder={fresh()}")["locks"] == []
+    for fence in fences:
+        assert bus.post("/unlock", **{"from": bus.me, "fence": fence})["released"] == 1
+    assert bus.get(f"/locks?channel={channel}")["locks"] == []
+
+
+@open_only
+def test_a_request_waits_for_its_names(bus):
+    """24.7 with wait, a request is answered when its names are free, or with 409 when the time is over"""
+    ann, bob, name = fresh("ann"), fresh("bob"), fresh("name")
+    fence = reserved(bus, ann, name)
+    seconds, (status, answer) = took(lock, bus, bob, name, wait=0.3)
+    assert status == 409 and 0.299 <= seconds < QUICK and answer["held"][0]["fence"] == fence
+    waiting = in_background(lock, bus, bob, name, wait=PATIENCE)
+    soon(lambda: bus.get(f"/locks?name={name}")["locks"][0]["waiting"] == [bob])
+    bus.post("/unlock", **{"from": ann, "names": [name]})
+    status, answer = waiting.result(PATIENCE)
+    assert status == 200 and answer["fence"] > fence and holders(bus, name) == [bob]
+
+
+@open_only
+def test_a_holder_is_told_who_waits(bus):
+    """24.8 the holder gets one message from who waits, and sees the name in waiting"""
+    ann, bob, name = fresh("ann"), fresh("bob"), fresh("name")
+    fence = reserved(bus, ann, name)
+    lock(bus, bob, name)
+    for _ in range(2):
+        lock(bus, bob, name, wait=0.1)
+    waiting = in_background(lock, bus, bob, name, wait=PATIENCE)
+    soon(lambda: bus.get(f"/locks?name={name}")["locks"][0]["waiting"])
+    assert bus.post("/renew", **{"from": ann, "fence": fence})["waiting"] == [bob]
+    [told] = bus.recv(ann)["messages"]
+    assert (told["from"], told["type"], told["fence"]) == (bob, "lock-wanted", fence) and name in told["msg"]
+    bus.post("/unlock", **{"from": ann, "fence": fence})
+    assert waiting.result(PATIENCE)[0] == 200 and bus.state(told["id"]) != "expired"
+
+
+@ours
+def test_a_wrong_reservation_is_refused(bus):
+    """24.9 names are paths of 1 to 255 visible characters without //, . and ..; malformed requests get 400"""
+    for name in ("", "a//b", "./a", "a/../b", "a/", "/", "a\\b", "a\nb", "x" * 256, "*a" * 9, 7, None, ["a"]):
+        assert bus.refused({"from": bus.me, "names": [name]}, "/lock") == 400, name
+    for wrong in (
+        {"names": []}, {"names": {}}, {"names": None}, {"names": [f"n{n}" for n in range(65)]},
+        {"names": [f"{n}*" for n in range(9)]}, {"shared": "yes"}, {"why": "x" * 201}, {"why": 1},
+        {"ttl": "soon"}, {"wait": "x"}, {"from": "all"}, {"from": "a b"}, {"channel": "a b"},
+    ):  # fmt: skip
+        assert bus.refused({"from": bus.me, "names": ["a"], **wrong}, "/lock") in (400, 403), wrong
+    for body in ({}, {"fence": "1"}, {"fence": 0}, {"fence": True}, {"fence": 1 << 53}, {"fence": 1, "names": ["a"]}):
+        assert bus.refused({"from": bus.me, **body}, "/unlock") == 400, body
+    assert bus.refused({"from": bus.me}, "/renew") == bus.refused("[]", "/lock") == bus.refused("x", "/lock") == 400
+    for query in ("name=a//b", "name=*", "after=x", "max=x", "holder=a%20b"):
+        assert bus.json("GET", f"/locks?{query}")[0] == 400, query
+    fence = reserved(bus, bus.me, f"{fresh()}/{'x' * 200} and a blank")
+    assert bus.post("/unlock", **{"from": bus.me, "fence": fence})["released"] == 1
+    name = fresh()
+    fence = bus.post("/lock", **{"from": bus.me, "names": name})["fence"]
+    assert bus.post("/unlock", **{"from": bus.me, "names": name, "channel": ""})["released"] == 1 and fence
+
+
+@ours
+def test_one_owner_cannot_reserve_everything(bus):
+    """24.10 an owner has at most 1024 reserved names, and 32 with wildcards; more get 429"""
+    folder, fences = fresh("dir"), []
+    try:
+        for most, size, end in ((32, 4, "/*"), (1024, 64, "")):
+            names = [f"{folder}/{n}{end}" for n in range(most + size)]
+            for start in range(0, len(names), size):
+                status, answer = lock(bus, bus.me, *names[start : start + size])
+                if status != 200:
+                    break
+                fences.append(answer["fence"])
+            assert status == 429 and str(most) in answer["error"], answer
+    finally:
+        for fence in fences:
+            bus.post("/unlock", **{"from": bus.me, "fence": fence})
+
+
+@ours
+def test_a_retry_keeps_its_reservation(bus):
+    """24.11 who asks again for the same names in the same way keeps the fence; other names are another reservation"""
+    one, other = fresh(), fresh()
+    first = lock(bus, bus.me, one, other, ttl=100)[1]
+    status, again = lock(bus, bus.me, other, one, ttl=500)
+    fence = first["fence"]
+    assert (status, again["fence"]) == (200, fence) and holders(bus, one) == [bus.me]
+    assert 390e6 < tick(again["until"]) - tick(first["until"]) < 500e6
+    further = [reserved(bus, bus.me, one), reserved(bus, bus.me, one, other, shared=True)]
+    assert fence < further[0] < further[1]
+    for each in (fence, *further):
+        bus.post("/unlock", **{"from": bus.me, "fence": each})
 
 
 # ── Running ──────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -53,6 +53,11 @@ def test_a_queue_of_jobs_is_done_though_a_worker_dies(bus):
     assert sorted(results) == [f"{n} squared is {n * n}, on attempt {2 if n == 3 else 1}" for n in range(6)]
 
 
+def test_three_agents_change_the_same_files_and_lose_nothing(bus):
+    assert run("reserve", AGENT_BUS_URL=bus.url) == (0, "36 of 36 names are there\n")
+    assert json.loads(bus.get("/locks"))["locks"] == []
+
+
 def hand_over(bus, directory, to, spoil=lambda source: None):
     """Exit codes of who offers and who accepts, what both said, and what was taken, if anything."""
     source, target = directory / f"for-{to}", directory / f"by-{to}"
@@ -101,7 +106,7 @@ def test_two_hosts_talk():
     assert code == 0 and "from=spark" in out and out.endswith("| Is T1 done?\n---\nIt is, on the other host.\n")
 
 
-@pytest.mark.parametrize("name", ["incident", "work_queue", "handover", "two_hosts"])
+@pytest.mark.parametrize("name", ["incident", "work_queue", "handover", "two_hosts", "reserve"])
 def test_an_example_says_how_it_is_used(name):
     for option, code, words in (("--help", 0, "show this help"), ("--wrong", 2, f"{name}.py: error: ")):
         command = [sys.executable, ROOT / "examples" / f"{name}.py", option]
@@ -109,7 +114,7 @@ def test_an_example_says_how_it_is_used(name):
         assert done.returncode == code and words in done.stdout + done.stderr and "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("call", [("incident",), ("work_queue",), ("handover", "accept", "x")])
+@pytest.mark.parametrize("call", [("incident",), ("work_queue",), ("reserve",), ("handover", "accept", "x")])
 def test_an_example_without_a_bus_is_one_sentence(call):
     env = {**os.environ, "AGENT_BUS_URL": refusing(), "AGENT_NAME": "spark"}
     command = [sys.executable, ROOT / "examples" / f"{call[0]}.py", *call[1:]]
@@ -121,7 +126,7 @@ def test_an_example_without_a_bus_is_one_sentence(call):
 def test_a_closed_bus_refuses_an_example_in_words(bus):
     invite(bus, "ops")
     wait_until(lambda: Peer(bus).send("GET", "/inbox").answer().status == 401)
-    for name in ("incident", "work_queue"):
+    for name in ("incident", "work_queue", "reserve"):
         done = subprocess.run([sys.executable, ROOT / "examples" / f"{name}.py"], capture_output=True, text=True,
                               timeout=PATIENCE, env={**os.environ, "AGENT_BUS_URL": bus.url})  # fmt: skip
         assert done.returncode == 1 and "token" in done.stderr and done.stderr.count("\n") == 1

@@ -16,6 +16,7 @@ from test_bus import (
     EXTENSIONS,
     FILES,
     HISTORY,
+    LOCKS,
     MCP,
     METRICS,
     PAGE,
@@ -41,6 +42,7 @@ ROUTES = {
     MCP: ("/mcp",),
     HISTORY: ("/log?before",),
     PAGE: ("/ui/", "/activity"),
+    LOCKS: ("/lock", "/renew", "/unlock", "/locks"),
 }
 MISSING = "{route} needs bus_extensions/{file}, which is not beside bus_server.py: copy it from the same version"
 OFF = "{route} is off: this bus was started --without page,{name}"

@@ -60,6 +60,9 @@ GROUPS: dict[str, dict[str, Command]] = {
     "Jobs and files": {
         "work": Command("do the jobs of a queue", "work builds --exec ./build", "bus_work"),
         "file": Command("send a file, or get one", "file put a.tgz --to bob", "bus_file"),
+        "lock": Command("reserve files before you change them", "lock 'src/db/*' --why T2", "bus_lock", ("lock",)),
+        "unlock": Command("release what you have reserved", "unlock 'src/db/*'", "bus_lock", ("unlock",)),
+        "locks": Command("who has reserved what", "locks src/a.py", "bus_lock", ("list",)),
         "outbox": Command("send when the bus is reachable again", "outbox bob < report.md", "bus_outbox"),
         "relay": Command("pass mail on to another bus", "relay bob --to-bus work", "bus_relay"),
     },
@@ -83,7 +86,8 @@ GROUPS: dict[str, dict[str, Command]] = {
         "version": Command("the version, and where it is", "version"),
     },
 }
-TAKE_FILES = ("file", "work", "recv", "serve", "backup", "restore", "prune")  # the shell completes files for these only
+# The shell completes files for these only.
+TAKE_FILES = ("file", "work", "lock", "unlock", "locks", "recv", "serve", "backup", "restore", "prune")
 COMMANDS = {name: command for group in GROUPS.values() for name, command in group.items()}
 
 CONFIGURATION = """\

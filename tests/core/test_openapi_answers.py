@@ -130,6 +130,7 @@ def ask_for_everything(compared):
     ask_for_turns(compared)
     ask_for_recalls(compared, first)
     ask_for_work(compared)
+    ask_for_locks(compared)
     ask_for_files(ask)
     assert run("prune", "--older", "0", "--pending", "--db", compared.bus.db)[0] == 0
     assert ask("GET", f"/recv?to=dell&since={int(first, 16) / 1e6 - 1:.6f}")["gap"]
@@ -244,6 +245,27 @@ def ask_for_work(compared):
     ask("POST", "/claim", {"to": "builds", "wait": 0})
     ask("GET", "/agents")  # with a queue
     ask("POST", "/claim", {})
+
+
+def ask_for_locks(compared):
+    def lock(holder, **more):
+        return compared.ask("POST", "/lock", {"from": holder, "names": ["src/*.py"], "why": "T1", **more})
+
+    ask, fence = compared.ask, lock("ann")["fence"]
+    lock("bob")
+    lock("bob", names=["src/b.py", "docs"], wait=1)
+    lock("bob", names=[])
+    lock("bob", names=["docs"])
+    waiting = threading.Thread(target=lock, args=("bob",), kwargs={"wait": PATIENCE})
+    waiting.start()
+    wait_until(lambda: ask("GET", "/locks?max=1")["locks"][0]["waiting"])
+    for body in ({"fence": fence}, {"fence": 1}, {}):
+        ask("POST", "/renew", {"from": "ann", **body})
+    ask("GET", "/locks")
+    ask("GET", "/locks?max=x")
+    ask("POST", "/unlock", {"from": "ann", "fence": fence})
+    ask("POST", "/unlock", {"from": "ann"})
+    waiting.join(PATIENCE)
 
 
 def ask_for_files(ask):

@@ -46,7 +46,7 @@ from bus_server import (
 from tests.kit.processes import ROOT
 
 EXTENSIONS = bus_server.load_extensions(())
-work, replies = EXTENSIONS["work"], EXTENSIONS["replies"]
+work, replies, locks = EXTENSIONS["work"], EXTENSIONS["replies"], EXTENSIONS["locks"].its
 LISTS = 30  # for a seed
 SEEDS = -(-int(os.environ.get("REPLAY_LISTS", "240")) // LISTS)
 BEGIN = 1795000000 * 1000000  # us
@@ -91,7 +91,7 @@ class World:
         self.random = random.Random(seed)
         self.wall = self.steady = BEGIN
         self.skew = 0
-        self.ticks, self.leases, self.sent = [BEGIN], [(BEGIN, "no")], []
+        self.ticks, self.leases, self.sent, self.fences = [BEGIN], [(BEGIN, "no")], [], [BEGIN]
 
     def now(self):
         """The wall clock steps back and forth, the steady one grows."""
@@ -178,11 +178,34 @@ class World:
     def again(self):
         return work.Again(self.tick())
 
+    def paths(self):
+        """In order, each once, as requests are taken apart."""
+        return sorted(self.random.sample(("a", "b", "src/a", "src/*", "src/**", "?"), self.random.choice((1, 1, 2, 3))))
+
+    def lock(self):
+        pick = self.random.choice
+        whose = pick(("", "aa", "bb")), pick(("aa", "bb"))
+        return locks.Lock(
+            pick(CHANNELS), pick(NAMES), self.paths(), pick((True, False)), pick((1, 30, 300)) * SECOND, "why", *whose
+        )
+
+    def renew(self):
+        pick = self.random.choice
+        return locks.Renew(pick(self.fences[-4:]), pick(NAMES), pick((1, 100)) * SECOND, pick(("aa", "bb")), "bb")
+
+    def unlock(self):
+        pick = self.random.choice
+        fence = pick((0, pick(self.fences[-4:])))
+        return locks.Unlock(pick(CHANNELS), pick((*NAMES, "")), fence, [] if fence else self.paths())
+
+    def lapse(self):
+        return locks.Lapse(self.random.choice(([], ["aa"], ["bb", "cc"])))
+
     def broken(self):
         return Broken(self.random.choice((True, False)), self.tick())
 
-    RARE = (forget, forget_keys, bury, recall, again, broken)
-    KINDS = (put,) * 8 + (claim,) * 4 + (settle,) * 4 + (marks, remove, raise_) * 2 + RARE
+    RARE = (forget, forget_keys, bury, recall, again, lapse, broken)
+    KINDS = (put,) * 8 + (claim, settle, lock) * 4 + (marks, remove, raise_, renew, unlock) * 2 + RARE
 
     def list(self):
         operations = [self.random.choice(self.KINDS)(self) for _ in range(self.random.choice((1, 1, 2, 5, 9)))]
@@ -194,6 +217,8 @@ class World:
         for operation, result in zip(operations, applied.results):
             if operation.kind == "claim" and not isinstance(result, Refused):
                 self.leases += [(job.message.tick, job.lease) for job in result.jobs]
+            if isinstance(result, locks.Taken):
+                self.fences.append(result.fence)
 
 
 class Connection:

@@ -43,7 +43,9 @@ def bus(tmp_path):
 SENT = {"/send": {"from": "eve", "to": "bob", "msg": "x"}, "/ask": {"from": "eve", "to": "bob", "msg": "x"},
         "/status": {"from": "eve", "text": "x"}, "/mcp": {"jsonrpc": "2.0", "id": 1, "method": "ping"},
         "/recall": {"id": "1"}, "/again": {"id": "1"}, "/claim": {"to": "builds", "wait": 0},
-        **{path: {"id": "1", "lease": "x"} for path in ("/ack", "/nack", "/extend")}}  # fmt: skip
+        **{path: {"id": "1", "lease": "x"} for path in ("/ack", "/nack", "/extend")},
+        "/lock": {"from": "eve", "names": ["a"]}, "/renew": {"from": "eve", "fence": 1},
+        "/unlock": {"from": "eve", "names": ["a"]}}  # fmt: skip
 
 
 def test_whatever_is_asked_has_a_rate(bus):

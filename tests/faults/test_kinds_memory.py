@@ -57,21 +57,27 @@ bus_server.Listener.welcome = narrow
 """  # as they were made over months: whole rows of mailboxes, read at start
 
 
+LOCKS = 1010
+
+
 @pytest.fixture(scope="module")
 def crowded(tmp_path_factory):
-    """12,000 names, and a conversation of 60 messages of 200 KB."""
+    """12,000 names, a conversation of 60 messages of 200 KB, and as many reservations as fill more than a page."""
     with raising(tmp_path_factory.mktemp("crowded"), MANY_NAMES) as bus:
         bus.root = stored(bus, "bob", "the first")
         with Peer(bus) as peer:
             for _ in range(60):
                 body = {"from": "ann", "to": "bob", "msg": "y" * 200_000, "reply_to": bus.root}
                 assert peer.send("POST", "/send", body).answer().status == 200
+            for number in range(LOCKS):
+                body = {"from": "ann", "names": [f"src/{number}.py"]}
+                assert peer.send("POST", "/lock", body).answer().status == 200
         assert ask(bus, "PUT", inside.FILE_PATH, inside.FILE).status == 201
         yield bus
 
 
 LOOKS = inside.looks()
-LISTS = ["/agents", "/channels", "/inbox", "/thread/ROOT"]  # they go on at `next`
+LISTS = ["/agents", "/channels", "/inbox", "/locks", "/thread/ROOT"]  # they go on at `next`
 SHORT = ["/message/ROOT", "/healthz", "/whoami", "/activity"]  # JSON that tells of one thing
 
 
@@ -113,7 +119,7 @@ def test_pages_follow_each_other_until_all_were_told_once(crowded, path):
         return
     assert len(found) == len(set(found))
     others = [each for each in found if "bob" not in each and each != ("default", "ann")]  # ann only sends
-    assert len(others) == (61 if "thread" in path else 12000)
+    assert len(others) == {"/thread/ROOT": 61, "/locks": LOCKS}.get(path, 12000)
 
 
 def items(answer):
@@ -123,6 +129,8 @@ def items(answer):
         return [(channel, own) for channel, names in answer["recipients"].items() for own in names]
     if "channels" in answer:
         return [channel for channel, sums in answer["channels"].items() for _ in range(sums["mailboxes"])]
+    if "locks" in answer:
+        return [str(each["fence"]) for each in answer["locks"]]
     return [each["id"] for each in answer["messages"]]
 
 

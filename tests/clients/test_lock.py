@@ -1,0 +1,91 @@
+"""tools/bus_lock.py: agent-bus lock, unlock and locks."""
+import json
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from tests.clients.test_clients import refusing
+from tests.kit import peers
+from tests.kit.peers import mint
+from tests.kit.processes import PATIENCE, ROOT, Server, no_settings, wait_until
+
+
+@pytest.fixture(autouse=True)
+def _no_settings(monkeypatch):
+    no_settings(monkeypatch)
+
+
+def run(url, *arguments, name="dell", **env):
+    """(exit code, stdout, stderr) of `agent-bus ...`."""
+    command = [sys.executable, str(ROOT / "tools" / "agent_bus.py"), *map(str, arguments)]
+    theirs = {**os.environ, "AGENT_BUS_URL": url, **({"AGENT_NAME": name} if name else {}), **env}
+    done = subprocess.run(command, env=theirs, capture_output=True, text=True, timeout=2 * PATIENCE)
+    assert "Traceback" not in done.stderr, done.stderr
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_names_are_reserved_listed_and_released(bus):
+    code, fence, said = run(bus.url, "lock", "src/a.py", "src/db/*", "--ttl", "10m", "--why", "T2")
+    assert code == 0 and fence.strip().isdigit() and 'src/a.py "src/db/*": yours for 10m' in said
+    code, out, _ = run(bus.url, "locks")
+    assert code == 0 and out.startswith("dell, ") and out.endswith(' more: src/a.py "src/db/*": T2\n')
+    code, out, _ = run(bus.url, "locks", "src/db/x", "--json")
+    assert code == 0 and json.loads(out)["fence"] == int(fence)
+    assert run(bus.url, "locks", "src/b.py")[:2] == run(bus.url, "locks", "--holder", "nano")[:2] == (0, "")
+    code, out, said = run(bus.url, "lock", "src/db/x", name="nano")
+    assert (code, out) == (3, "") and "dell holds src/db/x until " in said
+    assert run(bus.url, "unlock", "src/a.py")[0] == 0
+    code, _, said = run(bus.url, "unlock", "--fence", fence.strip())
+    assert code == 0 and "released: 1" in said
+    code, _, said = run(bus.url, "unlock", "--fence", fence.strip())
+    assert code == 3 and "nothing of it was yours any more" in said
+
+
+def test_it_waits_for_who_holds_the_names(bus):
+    reply = peers.ask(bus, "POST", "/lock", {"from": "nano", "names": ["a"]})
+    answers = []
+    waiting = threading.Thread(target=lambda: answers.append(run(bus.url, "lock", "a", "--wait", PATIENCE)))
+    waiting.start()
+    [row] = wait_until(lambda: [each for each in json.loads(bus.get("/locks"))["locks"] if each["waiting"]])
+    assert row["waiting"] == ["dell"] and "; dell waits" in run(bus.url, "locks")[1]
+    peers.ask(bus, "POST", "/unlock", {"from": "nano", "fence": reply.json["fence"]})
+    waiting.join(2 * PATIENCE)
+    assert answers[0][0] == 0 and int(answers[0][1]) > reply.json["fence"]
+
+
+def test_shared_names_and_channels(bus):
+    for name in ("dell", "nano"):
+        assert run(bus.url, "lock", "a", "--shared", name=name)[0] == 0
+    assert run(bus.url, "lock", "a", "--channel", "other", name="cleo")[0] == 0
+    assert "dell (shared)" in run(bus.url, "locks", "a")[1]
+    assert run(bus.url, "locks")[1].count("\n") == 3 and "cleo on other, " in run(bus.url, "locks")[1]
+    assert run(bus.url, "locks", AGENT_BUS_CHANNEL="other")[1].count("\n") == 1
+
+
+def test_with_a_token_it_needs_no_name(tmp_path):
+    token = mint(tmp_path / "bus.db", dell=[])["dell"]
+    with Server(tmp_path / "bus.db") as bus:
+        assert run(bus.url, "lock", "a", name="", AGENT_BUS_TOKEN=token)[0] == 0
+        assert run(bus.url, "locks", AGENT_BUS_TOKEN=token)[1].startswith("dell, ")
+        assert run(bus.url, "locks")[0] == 1
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (("lock",), "NAME"), (("unlock",), "give names, or --fence N"), (("unlock", "a", "--fence", "1"), "give names, or"),
+    (("lock", "a", "--ttl", "soon"), "--ttl"), (("unlock", "--fence", "x"), "--fence"),
+])  # fmt: skip
+def test_a_wrong_command_line_is_said(arguments, words):
+    code, out, said = run(refusing(), *arguments)
+    assert (code, out) == (2, "") and words in said
+
+
+def test_what_the_bus_refuses_and_a_missing_bus_are_one_sentence(bus):
+    code, _, said = run(bus.url, "lock", "a//b")
+    assert code == 1 and "without //" in said and said.count("\n") == 1
+    code, _, said = run(bus.url, "lock", "a", name="")
+    assert code == 2 and "Set AGENT_NAME" in said
+    code, _, said = run(refusing(), "lock", "a")
+    assert code == 75 and "no bus at" in said and said.count("\n") == 1

@@ -1,0 +1,174 @@
+#!/usr/bin/env python3
+"""Reserve names on an agent-bus before you change what they stand for, release them, or see who holds which.
+
+    AGENT_BUS_URL=http://10.0.0.5:8080 AGENT_NAME=dell python3 tools/bus_lock.py lock src/a.py 'src/db/*' --why T2
+    python3 tools/bus_lock.py unlock src/a.py 'src/db/*'
+    python3 tools/bus_lock.py list src/a.py
+
+Names are paths that all agents write in the same way, best from the top of the repository. `*`, `?`, `[a-z]` and `**`
+are wildcards: quote them, so that your shell leaves them alone. A reservation keeps nobody from changing a file: it is
+a promise among agents. It ends by itself after --ttl; the same `lock` again gives it more time.
+
+`lock` prints the fence, a number; a later holder of a name has a higher one. bus_recv.ask asks the bus, so this program
+needs bus_recv.py beside it or one folder up. It has the environment of bus_recv.py, and AGENT_NAME, and writes no file.
+Exit code: 0 done, 1 refused by the bus, 2 usage, 3 others hold a name, or nothing was released, 75 out of reach, 130
+Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+from urllib.parse import urlencode
+
+# Python 3.8 says this sentence; older ones show the line, as a SyntaxError, because they do not know `:=`.
+if sys.version_info < (3, 9) and (needs := "bus_lock.py needs Python 3.9 or later"):  # noqa: UP036
+    sys.exit(needs)
+
+HERE = os.path.dirname(os.path.realpath(__file__))
+sys.path += [HERE, os.path.dirname(HERE)]  # the clients lie beside this file or one folder up, or are installed
+try:
+    import bus_recv
+except ModuleNotFoundError as missing:
+    print(f"bus_lock: {missing.name}.py is missing in {HERE}: run curl -fO $AGENT_BUS_URL/{missing.name}.py there",
+          file=sys.stderr)  # fmt: skip
+    sys.exit(2)
+
+WAIT_SECONDS = 25.0  # of one request; common proxies cut a request that is quiet for 30 s
+
+
+def lock(url: str, order: dict[str, Any], wait: float) -> tuple[dict[str, Any], float]:
+    """The answer of the bus when the names are ours, and its clock. Refused (409) if others hold them for `wait` s."""
+    end = time.monotonic() + wait
+    while True:
+        left = max(end - time.monotonic(), 0)
+        hold = min(left, WAIT_SECONDS)
+        try:
+            return bus_recv.ask(url, "/lock", hold + bus_recv.GRACE_SECONDS, {**order, "wait": round(hold, 3)})
+        except bus_recv.Refused as refused:
+            if refused.status != 409 or left <= WAIT_SECONDS:
+                raise
+        except bus_recv.Unreachable as fault:
+            pause = max(fault.retry_after, 1.0)
+            if left <= pause:
+                raise
+            time.sleep(pause)
+
+
+def locks(url: str, **query: str | None) -> Iterator[tuple[dict[str, Any], float]]:
+    """Each reservation, and the clock of the bus (s since 1970). Raises as bus_recv.ask() does."""
+    given = {field: value for field, value in query.items() if value}
+    while True:
+        answer, now = bus_recv.ask(url, f"/locks?{urlencode(given)}", bus_recv.GRACE_SECONDS)
+        page = answer.get("locks")
+        if not isinstance(page, list) or not all(isinstance(each, dict) for each in page):
+            raise bus_recv.Unreachable()
+        yield from ((each, now) for each in page)
+        if not answer.get("more") or answer.get("next") in (None, given.get("after")):  # else it is asked for ever
+            return
+        given["after"] = str(answer["next"])
+
+
+def line(row: dict[str, Any], now: float) -> str:
+    """A reservation in words."""
+    names = " ".join(map(bus_recv.word, row["names"])) if isinstance(row.get("names"), list) else ""
+    waiting = ", ".join(map(bus_recv.word, row["waiting"])) if isinstance(row.get("waiting"), list) else ""
+    channel = "" if row.get("channel") == "default" else f" on {bus_recv.word(row.get('channel'))}"
+    shared, why = " (shared)" if row.get("shared") else "", bus_recv.word(row.get("why", ""))
+    more = f": {why}" if why else ""
+    holder, left = bus_recv.word(row.get("holder")), still(row.get("until"), now)
+    return f"{holder}{channel}{shared}, {left} more: {names}{more}{f'; {waiting} waits' if waiting else ''}"
+
+
+def still(until: Any, now: float) -> str:
+    """How long that is from now."""
+    left = float(until) - now if bus_recv.DECIMAL.fullmatch(str(until)) else 0.0
+    return bus_recv.span(left) or f"{max(left, 0):.0f}s"
+
+
+def complain(text: str) -> None:
+    bus_recv.complain(text, "bus_lock")
+
+
+def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    parser = argparse.ArgumentParser(description="Reserve names before you change them, release them, or list them.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    own = parser.prog if " " in parser.prog else None  # `agent-bus lock` is a whole name
+    locking = commands.add_parser("lock", prog=own, help="reserve all of these names, or none")
+    locking.add_argument("names", metavar="NAME", nargs="+", help="a path; * ? [a-z] and ** are wildcards, so quote it")
+    locking.add_argument("--ttl", type=bus_recv.duration, metavar="S", help="it ends by itself after S seconds (600)")
+    locking.add_argument("--shared", action="store_true", help="others may hold the names too, if they also say so")
+    locking.add_argument("--why", metavar="TEXT", help="for the others: what you do, at most 200 characters")
+    locking.add_argument("--wait", type=bus_recv.duration, default=0.0, metavar="S", help="wait so long for others (0)")
+    unlocking = commands.add_parser("unlock", prog=own, help="release names")
+    unlocking.add_argument("names", metavar="NAME", nargs="*", help="as it was reserved")
+    unlocking.add_argument("--fence", type=int, metavar="N", help="all names of this reservation")
+    listing = commands.add_parser("list", prog=own, help="who holds which names")
+    listing.add_argument("name", metavar="PATH", nargs="?", help="only who holds this one path")
+    listing.add_argument("--holder", metavar="NAME", help="only what NAME holds")
+    listing.add_argument("--json", action="store_true", help="print each reservation as a line of JSON")
+    named = {"lock": locking, "unlock": unlocking, "list": listing}
+    for command in named.values():
+        command.add_argument("--channel", metavar="C", help="the channel ($AGENT_BUS_CHANNEL, or 'default')")
+        command.add_argument("--bus", type=bus_recv.profile, metavar="PROFILE", help="the bus of PROFILE.env")
+    return parser, named
+
+
+def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    given = bus_recv.settings()
+    url, channel = given["AGENT_BUS_URL"], options.channel or given.get("AGENT_BUS_CHANNEL")
+    if options.command == "list":
+        channel = channel or ("default" if options.name else None)
+        for row, now in locks(url, name=options.name, holder=options.holder, channel=channel):
+            bus_recv.emit((bus_recv.dump(row) if options.json else line(row, now)) + "\n")
+        return 0
+    if not given.get("AGENT_NAME") and not bus_recv.credentials(url):
+        parser.error(f"who are you? Set AGENT_NAME{bus_recv.unused_file()}")
+    order = {"from": given.get("AGENT_NAME"), "channel": channel}
+    order = {member: value for member, value in order.items() if value}
+    if options.command == "unlock":
+        return unlock(url, order, options, parser)
+    order.update({"names": options.names, "shared": options.shared, "why": options.why or ""})
+    order.update({} if options.ttl is None else {"ttl": options.ttl})
+    answer, now = lock(url, order, options.wait)
+    complain(f"{' '.join(map(bus_recv.word, options.names))}: yours for {still(answer.get('until'), now)}")
+    bus_recv.emit(f"{bus_recv.word(answer.get('fence'))}\n")
+    return 0
+
+
+def unlock(url: str, order: dict[str, Any], options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    if bool(options.names) == (options.fence is not None):
+        parser.error("give names, or --fence N: what to release")
+    what = {"names": options.names} if options.names else {"fence": options.fence}
+    answer, _ = bus_recv.ask(url, "/unlock", bus_recv.GRACE_SECONDS, {**order, **what})
+    released = answer.get("released")
+    complain(f"released: {bus_recv.word(released)}" if released else "nothing of it was yours any more")
+    return 0 if released else 3
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser, named = parsers()
+    options = parser.parse_args(argv)
+    try:
+        return run(options, named[options.command])
+    except BrokenPipeError:  # nobody reads us any more
+        return 0
+    except KeyboardInterrupt:
+        return 130
+    except bus_recv.Unreachable as fault:
+        complain(bus_recv.no_bus(bus_recv.settings()["AGENT_BUS_URL"], fault))
+        return 75
+    except bus_recv.Refused as refused:
+        complain(str(refused))
+        return 3 if refused.status == 409 else 1
+    except (ValueError, OSError) as error:
+        complain(str(error))
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
