@@ -908,7 +908,7 @@ class Head:
             self.add_field(text_line)
         self.check_framing()
         self.host = without_port(self.fields.get("host", ""))
-        self.foreign = self.is_foreign()
+        self.foreign, self.silent = self.is_foreign(), self.is_silent()
         self.form = self.fields.get("content-type", "").lower().startswith("multipart/")
 
     def add_field(self, text: str) -> None:
@@ -957,7 +957,17 @@ class Head:
         own = origin in (None, f"http://{host}", f"https://{host}")
         return not own or self.fields.get("sec-fetch-site", "none") not in SAME_SITE
 
+    def is_silent(self) -> bool:
+        """Does a browser not say which page sent this?
 
+        To an http URL that is not of its own machine, it sends no Sec-Fetch-Site, and with an image no Origin. All call
+        themselves Mozilla, and a page of another site can neither change that nor add the header of our page.
+        """
+        browser = self.fields.get("user-agent", "").startswith("Mozilla/")
+        return browser and "sec-fetch-site" not in self.fields and "x-agent-page" not in self.fields
+
+
+TAKING = ("/recv", "/log")  # with GET
 SAME_SITE = ("same-origin", "none")  # values of Sec-Fetch-Site; none: a person typed the URL
 
 
@@ -2028,7 +2038,7 @@ class Tokens:
 
     def __init__(self, database: str) -> None:
         self.path = f"{database}.tokens"
-        self.closed = False
+        self.closed, self.first = False, math.inf  # and when the first token was made, s since 1970
         self.grants: dict[str, tuple[str, Grant]] = {}
         self.ends: dict[str, float] = {}  # token: when it expires
         self.expired: dict[str, tuple[str, int]] = {}  # token: its hash, and when it expired
@@ -2084,6 +2094,7 @@ class Tokens:
         rows, now = self.rows(), time.time()
         self.closed = self.closed or bool(rows)
         try:
+            self.first = min((row["made"] for row in rows), default=math.inf)
             rows = [row for row in rows if not row["revoked"]]
             self.ends = ends = {row["id"]: row.get("expires") or math.inf for row in rows}
             self.expired = {row["id"]: (row["hash"], row["expires"]) for row in rows if ends[row["id"]] <= now}
@@ -2186,6 +2197,8 @@ class Gate:
             return OPEN if head.route in self.public else self.tokens.grant(head.fields.get("authorization", ""))
         if head.host and head.host not in self.hosts and not ip_address(head.host.strip("[]")):
             raise Refused(403, f"this bus does not answer to {head.host}: start it with --allow-host, or with tokens")
+        if head.silent and head.route in TAKING:
+            raise Refused(403, "a browser gets no messages here, if it hides which page asks: open /ui/, or use curl")
         return OPEN
 
 
@@ -4973,7 +4986,7 @@ ELSEWHERE = {  # extension: the endpoints and options that it brings
     "digest": ("/digest",),
     "mcp": ("/mcp",),
     "history": (),  # `before` of /log
-    "page": ("/ui/",),
+    "page": ("/ui/", "/activity"),
 }
 
 
@@ -5834,16 +5847,20 @@ def invite(arguments: Sequence[str]) -> None:
     if words and not words.agreed(options.name, options.db, here, file.closed, options.yes):
         raise Unusable("no token was made")
     token, secret = f"abt_{secrets.token_hex(4)}", secrets.token_urlsafe(32)
-    digest, now = hashlib.sha256(secret.encode()).hexdigest(), int(time.time())
+    digest, now = hashlib.sha256(secret.encode()).hexdigest(), time.time()
     row = {"id": token, "hash": digest, "name": options.name, "also": options.also, "made": now, "revoked": None}
     row.update(send_only=options.send_only, operator=options.operator, label=options.label)
-    row.update(expires=now + int(options.expires) if options.expires else None)
+    lasts = options.expires or (PAGE_SECONDS if options.page else None)
+    row.update(expires=int(now + lasts) if lasts else None)
     for own in [own for own in file.rows() if own["name"] == options.name and not own["revoked"]]:
         made = time.strftime("%Y-%m-%d", time.gmtime(own["made"]))
         print(f"{options.name} has the token {own['id']} already, made {made}: this is one more", file=sys.stderr)
     file.change(lambda rows: [*rows, row])
     print_it = words and (words.page_link if options.page else words.invitation)
     print(print_it(options.name, f"{token}_{secret}", here, options.url) if print_it else f"{token}_{secret}")
+
+
+PAGE_SECONDS = 12 * 3600  # that the token of a link to the page is valid, if --for does not say: browsers keep links
 
 
 def check_invitation(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:

@@ -2263,6 +2263,28 @@ def test_a_link_on_another_site_may_lead_to_the_page(bus):
         assert bus.ask("GET", "/ui/", **{**link, **more})[0] == 403, more
 
 
+@ours
+def test_the_last_minutes_are_told_in_figures(bus):
+    """23.4 /activity has the last minutes, the oldest first, with what was stored and refused; the last still runs"""
+    before = bus.get("/activity")["minutes"]
+    assert 1 <= len(before) <= 60 and [each["ts"] for each in before] == sorted(each["ts"] for each in before)
+    bus.send(fresh(), "one")
+    assert bus.refused(bus.message(to="")) == 400
+    after = [each for each in bus.get("/activity")["minutes"] if each["ts"] >= before[-1]["ts"]]
+    assert sum(each["messages"] for each in after) > before[-1]["messages"]
+    assert sum(each["refused"] for each in after) > before[-1]["refused"]
+
+
+@ours
+def test_presence_is_told_by_minutes(bus):
+    """23.5 /activity?name= has a digit for each minute since the start, 1 if the name listened; else 0"""
+    here, gone = fresh(), fresh()
+    bus.recv(here)
+    found = bus.get(f"/activity?name={here},{gone}")
+    assert found["presence"][here][-1] == "1" and set(found["presence"][gone]) == {"0"}
+    assert len(found["presence"][here]) <= len(found["minutes"])
+
+
 # ── Running ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -33,6 +33,7 @@ KNOWN = 64  # ids that a session remembers: of messages that were shown early, a
 PAGE = 100  # messages that one look takes
 ID_ROOM = 1000  # characters of an id, which is kept while a tool waits
 FIELD = 100  # characters of any other field, where a message is cut
+NAMED = 5  # senders in a notice
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@-]{0,63}")
 # What is shown of a message that is cut.
 HEAD = ("ts", "id", "from", "relayed_from", "to", "subject", "type", "priority", "reply_to", "age", "early")
@@ -381,6 +382,25 @@ def cut(me: Session, text: str, room: int) -> str:
     while len(me.quoted(part)) > room + 2:
         part = part[: len(part) // 2]
     return part
+
+
+def notice_of(
+    name: str, unread: int, more: bool, urgent: int, awaited: int, senders: Sequence[str], others: bool, old: int = 0
+) -> str:
+    """What a hook says of unread mail: one line, whatever waits. `senders`: for whom a token vouches; `others`: more.
+
+    `old`: how many are from before this session.
+    """
+    named = ", ".join(senders[:NAMED])
+    details = [
+        f"{old} from before this session" if old else "",
+        f"{urgent} urgent" if urgent else "",
+        f"{awaited} in reply to questions of this session" if awaited else "",
+        f"from {named}{' and others' if others or len(senders) > NAMED else ''}" if named else "",
+    ]
+    about = ", ".join(filter(None, details))
+    number = f"{unread}{' or more' if more else ''}"
+    return f"agent-bus: {number} unread for {name}{f' ({about})' if about else ''}. bus_inbox shows them."
 
 
 # The arguments that several tools have

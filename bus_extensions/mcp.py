@@ -125,8 +125,13 @@ class Sessions:
         put_newest(self.of.setdefault(owner, OrderedDict()), number, session, SESSIONS_EACH)
         if sum(map(len, self.of.values())) > SESSIONS:
             most = max(self.of, key=lambda each: len(self.of[each]))
-            self.of[most].popitem(last=False)
+            self.forget(most, next(iter(self.of[most])))
         return number
+
+    def forget(self, owner: str, number: str) -> None:
+        del self.of[owner][number]
+        if not self.of[owner]:
+            del self.of[owner]
 
     def find(self, owner: str, number: str) -> Here:
         """The session of this id; 404 if there is none, and then a client begins a new one."""
@@ -139,7 +144,7 @@ class Sessions:
 
     def end(self, owner: str, number: str) -> None:
         self.find(owner, number)
-        del self.of[owner][number]
+        self.forget(owner, number)
 
     def has(self, channel: str, own: str) -> bool:
         everyone = (each for mine in self.of.values() for each in mine.values())

@@ -40,7 +40,7 @@ ROUTES = {
     DIGEST: ("/digest",),
     MCP: ("/mcp",),
     HISTORY: ("/log?before",),
-    PAGE: ("/ui/",),
+    PAGE: ("/ui/", "/activity"),
 }
 MISSING = "{route} needs bus_extensions/{file}, which is not beside bus_server.py: copy it from the same version"
 OFF = "{route} is off: this bus was started --without page,{name}"

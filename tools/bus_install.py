@@ -307,7 +307,7 @@ class Change:
         """Write the file, or remove it; returns what is to be remembered."""
         made = self.record.get("made") or missing_above(self.path)
         if self.shall is None and self.now is not None:
-            os.remove(self.path)
+            os.remove(os.path.realpath(self.path))  # a link stays: it is the user's
         elif self.shall is not None and self.shall != self.now:
             replace(self.path, self.shall.encode())
         return {"before": self.base, "made": made, "after": digest(self.shall or "")}

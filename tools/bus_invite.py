@@ -263,6 +263,7 @@ On the machine of {name}, with curl and Python 3.9 or later, paste this line int
 """
 PAGE = """\
 The page of the bus, for {name}, shown this once. Whoever has this link may do what the token may: send it as a secret.
+A browser keeps links in its history. So this one works for 12 hours, or for as long as --for says.
 
     {url}/ui/#token={token}
 """

@@ -1,7 +1,7 @@
 // The frame: which view is shown, the panel of one message, the dialog to say something, the keys.
 
-import { ask, bus, callMe, forgetToken, names, send, speaks, start, takeToken, watch } from "./bus.js";
-import { badge, clock, day, fill, h, many, plain, prose, shown } from "./dom.js";
+import { ask, bus, forgetToken, isMine, names, send, speaks, start, takeToken, watch } from "./bus.js";
+import { badge, button, clock, copyButton, day, fill, h, many, plain, prose, shown } from "./dom.js";
 import * as look from "./look.js";
 import { forMessage, places, placeView } from "./place.js";
 import * as talk from "./talk.js";
@@ -19,7 +19,8 @@ let view = null, shownPath = null, spokenAt = 0, opener = null;
 // The token of a link goes into this tab and out of the address before anything is asked.
 const given = /^#token=([!-~]{8,300})$/.exec(location.hash);
 if (given) {
-  takeToken(given[1]);
+  const another = "This link has another token than this tab. Use it, and speak and read as its name?";
+  if (isMine(given[1]) || confirm(another)) takeToken(given[1]);
   history.replaceState(null, "", `${location.pathname}#/`);
 }
 
@@ -49,7 +50,7 @@ const ROUTES = new Map([
   ["agents", name => (isName(name) ? views.agentView(tools, name) : views.agentsView())],
   ["work", () => views.workView()],
   ["mail", () => talk.mailView(tools)],
-  ["more", name => (places.length ? placeView(name) : views.nowView(tools))],
+  ...(places.length ? [["more", placeView]] : []),
 ]);
 
 function go() {
@@ -60,7 +61,7 @@ function go() {
     view?.leave?.();
     view = (ROUTES.get(first) ?? ROUTES.get(""))(...rest);
     shownPath = path;
-    fill($("main"), note(views.noteOfRights()), note(!isSecureContext && PLAIN), note(bus.notice), view.node);
+    fill($("main"), view.node);
   }
   isId(id) ? openMessage(id) : closePanel();
   frame();
@@ -68,6 +69,15 @@ function go() {
 
 const PLAIN = "This connection is not encrypted: whoever is on the way can read everything, the token too.";
 const note = text => text && h("p", { class: "note" }, text);
+
+let noted = "";
+// What the person should know in each view. Drawn only when it changes: else it would be read aloud each second.
+function drawNotes() {
+  const some = [views.noteOfRights(), !isSecureContext && PLAIN, bus.notice].filter(Boolean);
+  const says = bus.phase === "token" ? [] : some;
+  if (says.join("\n") !== noted) fill($("notes"), says.map(note));
+  noted = says.join("\n");
+}
 
 let tabs = ""; // what they show
 // The bar above, or the tabs below, with what needs a look
@@ -87,6 +97,7 @@ function frame() {
     if (focused) $("views").querySelector(`[href="${focused}"]`)?.focus();
     tabs = drawn;
   }
+  drawNotes();
   const live = bus.phase === "live";
   $("live").textContent = live ? "● live" : bus.phase === "away" ? "○ out of reach" : "";
   $("live").className = live ? "good" : "";
@@ -100,8 +111,8 @@ function banner() {
   if (!away) return;
   const left = Math.max(0, Math.ceil((bus.away.until - Date.now()) / 1000));
   fill($("banner"),
-    `${bus.away.why || "The bus is out of reach."} What you see is what was last known. Next try in ${left} s. `,
-    h("button", { type: "button", onclick: () => start() }, "Try now"));
+    `${bus.away.why} What you see is what was last known. Next try in ${left} s. `,
+    button("Try now", () => start()));
 }
 setInterval(() => bus.phase === "away" && banner(), 1000);
 
@@ -151,7 +162,7 @@ async function openMessage(id) {
   draw(answer.message ?? known, answer.error ? "" : receipt(answer), thread.messages, answer.error?.message ?? "");
   function draw(message, state, others, problem) {
     const head = h("div", { class: "head" }, h("h1", { tabindex: -1 }, "Message"),
-      h("button", { type: "button", "aria-label": "Close", onclick: leavePanel }, "✕"));
+      button("✕", leavePanel, { "aria-label": "Close" }));
     fill(panel, head, problem && h("p", { class: "problem" }, problem), message && whole(message, state),
       others.length > 1 && threadOf(others, id));
     head.querySelector("h1").focus({ preventScroll: true });
@@ -170,11 +181,10 @@ function receipt({ state, by, at, message }) {
   return sentences[state] ?? state;
 }
 
-const HEAD = new Set(["ts", "id", "from", "to", "msg", "subject", "bus"]);
+const HEAD = new Set(["ts", "id", "from", "to", "msg", "subject"]);
 
 function whole(message, state) {
   const { from, to, ts, id, subject, msg } = message;
-  const button = (title, onclick, kind) => h("button", { type: "button", class: kind, onclick }, title);
   const members = Object.entries(message).filter(([name]) => !HEAD.has(name));
   const status = h("span", { class: "state", role: "status" }, state);
   const told = text => (status.textContent = text);
@@ -183,9 +193,9 @@ function whole(message, state) {
     h("p", { class: "dim" }, `${day(ts)} ${clock(ts)} `, status),
     subject && h("p", {}, h("b", {}, plain(shown(subject), 300))),
     h("div", { class: "body", dir: "auto" }, prose(shown(msg))),
-    h("p", { class: "buttons" }, button("Answer", () => say({ to: from, reply_to: id }), "main"),
+    h("p", { class: "buttons" }, button("Answer", () => say({ to: from, reply_to: id }), { class: "main" }),
       h("a", { class: "button", href: `#/messages/${from}/${to}` }, "Conversation"),
-      navigator.clipboard && button("Copy", () => navigator.clipboard.writeText(shown(msg))),
+      copyButton(shown(msg)),
       from === speaks() && state === UNREAD && views.doing(TAKE_BACK, message, told), forMessage(message, told)),
     h("dl", {}, [...members, ["id", id]].map(([name, value]) =>
       [h("dt", {}, plain(name, 60)), h("dd", {}, plain(shown(value), 500))])),
@@ -223,22 +233,21 @@ const LOST = "The bus is out of reach: nothing is known of this message. Send it
 
 function say({ to = "", reply_to = null, text: begun = "" } = {}) {
   const dialog = $("dialog"), known = names();
-  const as = h("input", { id: "say-as", value: speaks(), required: true, pattern: "[A-Za-z0-9._:@\\-]{1,64}",
-    readonly: Boolean(bus.me.name), autocomplete: "off" });
+  const as = views.nameField("say-as");
   const receiver = h("input", { id: "say-to", value: to, required: true, list: "say-names", autocomplete: "off",
     oninput: warn });
   const subject = h("input", { id: "say-subject", autocomplete: "off" });
   const text = h("textarea", { id: "say-text", rows: 6, required: true });
   text.value = begun;
   const warning = h("p", { class: "note", role: "status", hidden: true }), result = h("p", { role: "status" });
-  const button = h("button", { class: "main" }, "Send");
+  const sends = h("button", { class: "main" }, "Send");
   const field = (label, input) => h("p", {}, h("label", { for: input.id }, label), input);
   const form = h("form", { method: "dialog", onsubmit: submit },
     h("h2", { id: "dialog-title" }, reply_to ? "Answer" : "Say something"),
     field(bus.me.name ? "As (your token's name)" : "As", as), field("To", receiver),
       h("datalist", { id: "say-names" }, [...known, "all"].map(name => h("option", { value: name }))),
     warning, field("Subject (may be empty)", subject), field("Text", text), result,
-    h("p", { class: "buttons" }, button, h("button", { type: "button", onclick: () => dialog.close() }, "Close")));
+    h("p", { class: "buttons" }, sends, button("Close", () => dialog.close())));
   function warn() {
     const name = receiver.value.trim();
     const all = bus.agents.filter(agent => agent.listens && agent.channel === "default").length;
@@ -249,9 +258,9 @@ function say({ to = "", reply_to = null, text: begun = "" } = {}) {
   }
   async function submit(event) {
     event.preventDefault();
-    button.disabled = true;
+    sends.disabled = true;
     result.textContent = "Sending…";
-    if (!bus.me.name) callMe(as.value.trim());
+    views.remember(as);
     const message = { from: as.value.trim(), to: receiver.value.trim(), msg: text.value };
     if (subject.value) message.subject = subject.value;
     if (reply_to) message.reply_to = reply_to;
@@ -262,7 +271,7 @@ function say({ to = "", reply_to = null, text: begun = "" } = {}) {
     } catch (error) {
       result.textContent = error.status ? error.message : LOST;
     }
-    button.disabled = false;
+    sends.disabled = false;
   }
   fill(dialog, form);
   warn();
@@ -276,11 +285,11 @@ const KEYS_OFF = "agent-bus keys off";
 const keysOff = () => localStorage.getItem(KEYS_OFF) === "1";
 
 function help() {
-  const rows = [[VIEWS.map((_, at) => at + 1).join(" "), VIEWS.map(([, title]) => title).join(", ")], ["/", "filter"], ["j k", "next and previous message"],
+  const numbers = VIEWS.map((_, at) => at + 1).join(" "), titles = VIEWS.map(([, title]) => title).join(", ");
+  const rows = [[numbers, titles], ["/", "filter"], ["j k", "next and previous message"],
     ["Enter", "open it"], ["Esc", "close"], ["c", "say something"], ["p", "pause"], ["?", "this"]];
   const off = h("input", { type: "checkbox", id: "keys-off", checked: keysOff(),
     onchange: () => localStorage.setItem(KEYS_OFF, off.checked ? "1" : "0") });
-  const button = (title, onclick) => h("button", { type: "button", onclick }, title);
   fill($("dialog"), h("h2", { id: "dialog-title" }, "Keys"),
     h("dl", { class: "keys" }, rows.map(([key, does]) => [h("dt", {}, h("kbd", {}, key)), h("dd", {}, does)])),
     h("p", {}, off, " ", h("label", { for: "keys-off" }, "single keys do nothing")),
@@ -320,9 +329,9 @@ addEventListener("hashchange", () => go());
 const tools = { say, spoken };
 let framed = 0;
 watch(what => {
-  if (what === "phase") {
+  if (what === "phase" || what === "another") {
     banner();
-    if (bus.phase === "live") shownPath = bus.notice ? null : shownPath;
+    if (what === "another") shownPath = null;
     go();
     return bus.phase === "live" && view?.update("messages");
   }

@@ -1,19 +1,22 @@
 // What the page knows of the bus: it asks, keeps the answers, and tells who wants to know. It draws nothing.
 
-export const MOST = 10000; // messages in memory
+export const MOST = 10000, LETTERS = 32e6; // messages in memory, and letters of them
 const PAGE = 500, OLDER = 300; // messages of the first look, and of each look further back
-const GAP = 250, HIDDEN_GAP = 2000; // ms between two answers of the log
+const NAMES = 300; // of one answer: the bus takes some 2 ms for it
+const GAP = 250, BEHIND = 1000, HIDDEN_GAP = 2000; // ms between two answers of the log
 const LOOK = 3000, HIDDEN_LOOK = 30000; // ms between two looks at who is there
+const SHARE = 30; // and at least so many times as long as the last look took: of very many names it takes a while
 const HOLD = 25, PATIENCE = 40000; // s that the bus may hold an answer; ms after which it counts as away
 const KEY = "agent-bus token", NAME = "agent-bus name", MAIL = "agent-bus mail of", HIDE = "the tab is hidden";
 
 export const bus = {
-  phase: "start", // start, live, away, token
+  phase: "start", // start, live, away, token; the change is told as "phase", or as "another" if it is another bus
   me: { name: null, operator: true, send_only: false, open: true, reads: [] },
   messages: [], // newest first
   next: null, // below which ts the older ones begin; null: there are none
   capped: false, // older messages were dropped from memory
-  agents: [], // as /agents has them, with those that only have mail
+  agents: [], // as /agents has them
+  minutes: [], // as /activity has them; none, if the token may not see them
   skew: 0, // s that the clock of the bus is ahead of this one
   notice: "", // what the person should know of this session: messages are gone, another database
   away: { until: 0, why: "" },
@@ -32,26 +35,30 @@ export const speaks = () => bus.me.name || sessionStorage.getItem(NAME) || "";
 export const callMe = name => sessionStorage.setItem(NAME, name);
 export const names = () => [...new Set(bus.agents.map(agent => agent.name))].sort();
 
-export class Refused extends Error {
+class Refused extends Error {
   constructor(status, sentence) {
     super(sentence);
     this.status = status;
   }
 }
 
-// One request. Throws Refused with the sentence of the bus, or TypeError if the bus is out of reach.
+// One request. Throws Refused with the sentence of the bus, or with the status 0 if there was no answer.
 export async function ask(path, body, signal) {
-  const headers = token ? { Authorization: `Bearer ${token}` } : {};
+  const headers = { "X-Agent-Page": "1", ...(token && { Authorization: `Bearer ${token}` }) }; // no page elsewhere can say so
   const options = { headers, signal, credentials: "omit", redirect: "error", cache: "no-store",
     referrerPolicy: "no-referrer" };
   if (body) Object.assign(options, { method: "POST", body: JSON.stringify(body) });
-  const answer = await fetch(`../${path}`, options);
+  const answer = await fetch(`../${path}`, options).catch(() => {
+    throw new Refused(0, "The bus is out of reach.");
+  });
   const date = Date.parse(answer.headers.get("Date"));
   if (date && Math.abs(date / 1000 - now()) > 2) bus.skew = date / 1000 - Date.now() / 1000;
   const found = await answer.json().catch(() => ({}));
   if (answer.ok) return found;
   throw new Refused(answer.status, found.error || `the bus answered ${answer.status}`);
 }
+
+export const isMine = given => !token || token === given;
 
 export function takeToken(given) {
   token = given;
@@ -83,21 +90,17 @@ export async function start() {
     });
     const [log] = await Promise.all([ask(`log?before=now&max=${PAGE}`), look()]);
     if (mine !== session) return;
-    const kept = bus.messages.filter(message => message.bus === log.bus);
-    if (id && id !== log.bus) {
-      bus.notice = "This is another bus, or its database was replaced: all is shown anew.";
-      Object.assign(bus, { mail: [] });
+    const another = id !== null && id !== log.bus;
+    if (another) {
+      Object.assign(bus, { notice: "This is another bus, or its database was replaced: all is shown anew.", mail: [] });
       seen = null;
     }
-    const anew = !kept.length || kept[0].ts < (log.messages.at(-1)?.ts ?? 0);
+    if (another) bus.messages = [];
+    newest(log);
     id = log.bus;
-    bus.messages = anew ? [] : bus.messages;
-    if (anew) bus.next = log.next ?? null;
-    add(log.messages, log.bus);
-    since = log.now;
     bus.phase = "live";
     bus.away.tries = 0;
-    tell("phase");
+    tell(another ? "another" : "phase");
     followLog(mine);
     followAgents(mine);
   } catch (error) {
@@ -109,7 +112,7 @@ function failed(error, mine) {
   if (error.status === 401) return forgetToken(token ? "The bus does not know this token." : "");
   const tries = (bus.away.tries || 0) + 1;
   const patience = Math.min(30, 2 ** (tries - 1));
-  bus.away = { tries, until: Date.now() + patience * 1000, why: error instanceof Refused ? error.message : "" };
+  bus.away = { tries, until: Date.now() + patience * 1000, why: error.message };
   bus.phase = "away";
   stop();
   tell("phase");
@@ -117,22 +120,35 @@ function failed(error, mine) {
   setTimeout(() => again === session && start(), patience * 1000);
 }
 
+// The newest messages. Returns whether they reach to those that are known; if not, these are dropped, and come again as
+// the older ones.
+function newest(log) {
+  const reaches = log.next == null || (bus.messages[0]?.ts ?? 0) >= log.next;
+  if (!reaches) Object.assign(bus, { messages: [], next: log.next, capped: false });
+  add(log);
+  since = log.now;
+  return reaches;
+}
+
 async function followLog(mine) {
+  let behind = false; // more is said than can be followed: then the newest are enough, once a second
   while (mine === session) {
     const hidden = document.hidden, began = Date.now();
     held = new AbortController();
     const patience = setTimeout(() => held.abort(), PATIENCE);
     try {
-      const wait = hidden ? "wait=0" : `block=true&wait=${HOLD}`;
-      const answer = await ask(`log?since=${since}&max=1000&${wait}`, null, held.signal);
+      const fresh = `since=${since}&max=1000&${hidden ? "wait=0" : `block=true&wait=${HOLD}`}`;
+      const answer = await ask(`log?${behind ? `before=now&max=${PAGE}` : fresh}`, null, held.signal);
       if (mine !== session) return;
       if (answer.bus !== id) return start();
       if (answer.gap) bus.notice = "Some messages were removed before this page had seen them.";
-      since = answer.now;
-      if (answer.messages.length) {
-        add(answer.messages.reverse(), answer.bus);
-        tell("messages");
+      if (behind) behind = !newest(answer);
+      else {
+        behind = answer.more && answer.messages.length >= PAGE;
+        since = answer.now;
+        add(answer);
       }
+      if (answer.messages.length) tell("messages");
     } catch (error) {
       if (mine === session && held.signal.reason === HIDE) continue;
       if (mine === session) failed(error, mine);
@@ -140,47 +156,37 @@ async function followLog(mine) {
     } finally {
       clearTimeout(patience);
     }
-    await pause(Math.max(0, (hidden ? HIDDEN_GAP : GAP) - (Date.now() - began)));
+    await pause(Math.max(0, (hidden ? HIDDEN_GAP : behind ? BEHIND : GAP) - (Date.now() - began)));
   }
 }
 
 async function followAgents(mine) {
-  for (let turn = 0; mine === session; turn += 1) {
-    await pause(document.hidden ? HIDDEN_LOOK : LOOK);
+  for (let took = 0; mine === session;) {
+    await pause(Math.max(document.hidden ? HIDDEN_LOOK : LOOK, SHARE * took));
     if (mine !== session) return;
+    const began = Date.now();
     try {
       await Promise.all([look(), fetchMail()]);
       tell("agents");
     } catch (error) {
       if (error.status === 401 && mine === session) failed(error, mine); // else the log's loop finds out
     }
+    took = Date.now() - began;
   }
 }
 
 const pause = ms => new Promise(done => setTimeout(done, ms));
 
-async function pages(path) {
-  const answers = [];
+// Who is there, and the last minutes in figures.
+async function look() {
+  const figures = bus.me.operator ? ask("activity").catch(() => ({ minutes: [] })) : { minutes: [] };
+  const agents = [];
   for (let after = ""; after != null;) {
-    const answer = await ask(`${path}?max=1000${after && `&after=${encodeURIComponent(after)}`}`);
-    answers.push(answer);
+    const answer = await ask(`agents?max=${NAMES}${after && `&after=${encodeURIComponent(after)}`}`);
+    agents.push(...answer.agents);
     after = answer.more ? answer.next : null;
   }
-  return answers;
-}
-
-// Who is there. Names that have mail and never came are only in /inbox.
-async function look() {
-  const [agents, inbox] = await Promise.all([pages("agents"), bus.me.send_only ? [] : pages("inbox")]);
-  const rows = agents.flatMap(answer => answer.agents);
-  const known = new Set(rows.map(row => `${row.channel} ${row.name}`));
-  for (const [channel, its] of inbox.flatMap(answer => Object.entries(answer.recipients))) {
-    for (const [name, unread] of Object.entries(its)) {
-      if (unread && !known.has(`${channel} ${name}`)) rows.push({ name, channel, online: false, listens: false,
-        unread });
-    }
-  }
-  bus.agents = rows;
+  Object.assign(bus, { agents, minutes: (await figures).minutes });
 }
 
 // The person's own mail. The page reads it only after the person asked for that: else it would take the mail of an
@@ -212,16 +218,18 @@ export function sawMail(message) {
 
 export const isNew = message => seen === null || message.ts > seen;
 
-// Messages, newest first, into the list, which is in the same order.
-function add(found, from) {
-  const known = new Set(bus.messages.slice(0, 2000).map(message => message.id));
-  const fresh = found.filter(message => !known.has(message.id));
-  fresh.forEach(message => (message.bus = from));
-  bus.messages = [...fresh, ...bus.messages].sort((one, other) => other.ts - one.ts);
-  if (bus.messages.length > MOST) {
-    bus.messages.length = MOST;
-    bus.capped = true;
-  }
+const letters = new WeakMap(); // of each message: a text has up to 262,144
+
+// Messages of an answer into the list, which has the newest first.
+function add(answer) {
+  const known = new Set(bus.messages.map(message => message.id));
+  const fresh = answer.messages.filter(message => !known.has(message.id));
+  for (const message of fresh) letters.set(message, JSON.stringify(message).length);
+  const all = [...fresh, ...bus.messages].sort((one, other) => other.ts - one.ts);
+  let sum = 0;
+  const end = all.findIndex((message, number) => number === MOST || (sum += letters.get(message)) > LETTERS);
+  bus.messages = end < 0 ? all : all.slice(0, end);
+  bus.capped = bus.capped || end >= 0;
 }
 
 let reaching = false;
@@ -234,14 +242,11 @@ export async function older() {
     const answer = await ask(`log?before=${bus.next}&max=${OLDER}`);
     if (mine === session) {
       bus.next = answer.next;
-      answer.messages.forEach(message => (message.bus = answer.bus));
-      bus.messages = [...bus.messages, ...answer.messages].slice(0, MOST);
-      bus.capped = bus.messages.length === MOST;
+      add(answer);
       tell("older");
     }
   } catch (error) {
-    if (!(error instanceof Refused)) return;
-    bus.next = null;
+    if (error.status) bus.next = null;
   } finally {
     reaching = false;
   }
@@ -249,14 +254,15 @@ export async function older() {
 
 // Send, and try again with the same key while it is not known whether the bus has it.
 export async function send(message) {
-  const key = Date.now().toString(16).padStart(12,
-    "0") + [...crypto.getRandomValues(new Uint8Array(8))].map(n => n.toString(16).padStart(2, "0")).join("");
+  const hex = (number, digits) => number.toString(16).padStart(digits, "0");
+  const random = [...crypto.getRandomValues(new Uint8Array(8))].map(byte => hex(byte, 2)).join("");
+  const key = hex(Date.now(), 12) + random;
   for (let tries = 0; ; tries += 1) {
     try {
       return await ask("send", { ...message, key });
     } catch (error) {
-      const lasting = error instanceof Refused && error.status < 500 && error.status !== 429;
-      if (lasting || tries === 4) throw error;
+      const passes = error.status === 0 || error.status === 429 || error.status >= 500;
+      if (!passes || tries === 4) throw error;
       await pause(500 * 2 ** tries);
     }
   }

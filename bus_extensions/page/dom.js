@@ -17,18 +17,29 @@ function filled(node, properties, children) {
     else if (value === true) node.setAttribute(name, "");
     else if (value !== false && value != null) node.setAttribute(name, value);
   }
-  node.append(...children.flat(3).filter(child => child != null && child !== false));
+  node.append(...present(children));
   return node;
 }
 
+const present = children => children.flat(3).filter(child => child != null && child !== false);
+
 export function fill(node, ...children) {
-  node.replaceChildren(...children.flat(3).filter(child => child != null && child !== false));
+  node.replaceChildren(...present(children));
 }
+
+export const button = (title, onclick, properties = {}) =>
+  h("button", { type: "button", onclick, ...properties }, title);
+
+// Browsers give a page without encryption no clipboard.
+export const copyButton = text =>
+  navigator.clipboard && button("Copy", () => navigator.clipboard.writeText(text));
 
 // What is invisible, or changes the order of what is beside it: controls, bidi, zero widths, tags, lone surrogates.
 const HIDDEN = new RegExp(
-  String.raw`[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u00ad\u061c\u115f\u1160\u180e\u200b\u200e\u200f\u2028-\u202e]` +
-    String.raw`|[\u2060-\u206f\u3164\ufeff\uffa0\ufff9-\ufffb\u{e0000}-\u{e0fff}]|[\u{d800}-\u{dfff}]`, "gu");
+  String.raw`[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b]` +
+    String.raw`|[\u200e\u200f\u2028-\u202e\u2060-\u206f\u2800\u3164\ufeff\uffa0\ufff0-\ufffb]` +
+    String.raw`|[\u{1bca0}-\u{1bca3}\u{1d173}-\u{1d17a}\u{e0000}-\u{e0fff}]|[\u{d800}-\u{dfff}]` +
+    String.raw`|(?<!\p{Emoji})[\ufe00-\ufe0f]|[\ufe00-\ufe0e](?=[\ufe00-\ufe0f])`, "gu"); // a variant of an emoji is shown
 // A joiner stays inside an emoji, and in scripts that need it; elsewhere it is hidden text.
 const JOINER = new RegExp(
   String.raw`(?<![\p{Extended_Pictographic}\p{Emoji_Modifier}\ufe0f\p{L}\p{M}])[\u200c\u200d]` +

@@ -14,10 +14,23 @@ export function bars(values, { width, height, label, axis = false }) {
     "aria-label": label }, nodes, line);
 }
 
+// In which of the last minutes a name was there: a digit for each minute since the bus runs, the last for this one.
+export function presence(digits, minutes = 60) {
+  const kinds = { 1: "there", 0: "gone", "-": "unknown" };
+  const nodes = [...digits.padStart(minutes, "-")].map((digit, at) => {
+    const [y, height] = digit === "1" ? [0, 18] : [8, 2];
+    return svg("rect", { x: at * 8 + 1, y, width: 6, height, class: kinds[digit] });
+  });
+  const known = digits.length < minutes ? `${digits.length} since the bus started` : `last ${minutes}`;
+  const label = `It listened in ${many(digits.replaceAll("0", "").length, "minute")} of the ${known}.`;
+  return [h("p", { class: "dim" }, label),
+    svg("svg", { viewBox: `0 0 ${minutes * 8} 18`, class: "presence", role: "img", "aria-label": label }, nodes)];
+}
+
 const RING = 14; // names
 
 // The busiest names on a ring, and an arc for each direction; its width is the root of the count.
-export function ring(pairs, troubled, open) {
+export function ring(pairs, troubled) {
   const talk = new Map();
   for (const { from, to, n } of pairs) for (const name of [from, to]) talk.set(name, (talk.get(name) || 0) + n);
   const names = [...talk].sort((a, b) => b[1] - a[1]).slice(0, RING).map(([name]) => name).sort();
@@ -32,7 +45,7 @@ export function ring(pairs, troubled, open) {
     markerUnits: "userSpaceOnUse", orient: "auto" },
     svg("path", { d: "M0 0L10 5L0 10z", class: "arrow" }));
   const arcs = shown.map(pair => arc(pair, places.get(pair.from), places.get(pair.to),
-    1.5 + (4.5 * Math.sqrt(pair.n)) / most, open));
+    1.5 + (4.5 * Math.sqrt(pair.n)) / most));
   const dots = names.map(name => dot(name, places.get(name), troubled.has(name)));
   const node = svg("svg", { viewBox: "0 0 520 380", class: "ring", role: "group", "aria-label": "Who talks to whom" },
     svg("defs", {}, arrow), arcs, dots);
@@ -50,17 +63,16 @@ function dim(node, names) {
   }
 }
 
-function arc({ from, to, n }, a, b, width, open) {
-  const length = Math.hypot(b.x - a.x, b.y - a.y) || 1,
-    shorter = 40 / length; // of half a line: 20 from the middle of a dot
+function arc({ from, to, n }, a, b, width) {
+  const length = Math.hypot(b.x - a.x, b.y - a.y), shorter = 40 / length; // of half a line: 20 from the middle of a dot
   const bend = { x: (a.x + b.x) / 2 + ((b.y - a.y) / length) * 26, y: (a.y + b.y) / 2 - ((b.x - a.x) / length) * 26 };
   const start = { x: a.x + (bend.x - a.x) * shorter, y: a.y + (bend.y - a.y) * shorter };
   const end = { x: b.x + (bend.x - b.x) * shorter, y: b.y + (bend.y - b.y) * shorter };
   const path = svg("path", { d: `M${start.x} ${start.y}Q${bend.x} ${bend.y} ${end.x} ${end.y}`, "stroke-width": width,
     class: "arc", "marker-end": "url(#arrow)" });
   const label = `${from} to ${to}: ${many(n, "message")}`;
-  return svg("a", { href: `#/messages/${from}/${to}`, "data-names": `${from} ${to}`, "aria-label": label,
-    onclick: open }, svg("title", {}, label), path);
+  return svg("a", { href: `#/messages/${from}/${to}`, "data-names": `${from} ${to}`, "aria-label": label },
+    svg("title", {}, label), path);
 }
 
 function dot(name, { x, y }, troubled) {

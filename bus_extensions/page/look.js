@@ -10,7 +10,7 @@ const FOLD = 20; // messages of one pair in one minute, from which on they are o
 export const isDead = name => name.endsWith(".dead");
 
 // The state of an agent: `kind` (deaf, slow, listening, sends, away, queue), its words, and its rank: trouble first.
-export function stateOf(agent) {
+function stateOf(agent) {
   const { unread = 0, online, listens, oldest } = agent;
   const waits = oldest ? `, the oldest ${span(now() - oldest)}` : "";
   if (agent.work) {
@@ -47,17 +47,8 @@ export const WORDS = { // for one agent, for more, and a sign
 
 // One row for each name and channel, trouble first, then by name: rows must not move while somebody aims at one.
 export function agents() {
-  const rows = bus.agents.filter(agent => !isDead(agent.name)).map(agent => {
-    const whole = agent.unread && !agent.listens && !agent.oldest ? { ...agent, oldest: firstTo(agent) } : agent;
-    return { ...whole, state: stateOf(whole) };
-  });
+  const rows = bus.agents.filter(agent => !isDead(agent.name)).map(agent => ({ ...agent, state: stateOf(agent) }));
   return rows.sort((a, b) => a.state.rank - b.state.rank || (a.name < b.name ? -1 : a.name > b.name ? 1 : 0));
-}
-
-// The ts of the oldest message to a name that never listened, if all of them were loaded: it has read none.
-function firstTo({ name, channel, unread }) {
-  const its = bus.messages.filter(message => message.to === name && message.channel === channel);
-  return its.length >= unread ? its.at(-1)?.ts : null;
 }
 
 // The person's own mail is no trouble of an agent.
@@ -66,20 +57,18 @@ export const inTrouble = rows => rows.filter(row => row.state.rank < 2 && row.na
 export const failedJobs = () => bus.agents.reduce((sum, agent) => sum + (agent.work?.dead || 0), 0);
 
 // What needs a look, in the order of urgency: {kind, title, words, to} each.
-export function troubles(rows, me) {
+export function troubles(rows) {
   const found = [];
-  const mine = rows.find(row => row.name === me && row.unread);
+  const mine = rows.find(row => row.name === speaks() && row.unread);
   if (mine) found.push({ kind: "mail", title: `${many(mine.unread, "message")} for you`,
-    words: `sent to ${me}, and not read yet`, to: "#/mail" });
+    words: `sent to ${mine.name}, and not read yet`, to: "#/mail" });
   for (const [pair, number] of storms()) {
     const [from, to] = pair.split(" ");
     found.push({ kind: "deaf", title: `${from} floods ${to}`, words: `${number} messages in ${STORM_SECONDS} s`,
       to: `#/messages/${from}/${to}` });
   }
-  found.push(...some(rows.filter(row => row.state.kind === "deaf" && row.name !== me), "deaf", "does not hear",
-    "do not hear"));
-  found.push(...some(rows.filter(row => row.state.kind === "slow" && row.name !== me), "slow", "does not read",
-    "do not read"));
+  found.push(...some(rows, "deaf", "does not hear", "do not hear"));
+  found.push(...some(rows, "slow", "does not read", "do not read"));
   for (const row of rows) {
     if (row.work?.dead) {
       found.push({ kind: "deaf", title: `${many(row.work.dead, "job")} of ${row.name} failed`,
@@ -90,10 +79,10 @@ export function troubles(rows, me) {
 }
 
 function some(rows, kind, one, more) {
-  const most = rows.length > 4 ? 2 : 4;
-  const cards = rows.slice(0, most).map(row => ({ kind, title: `${row.name} ${one}`, words: row.state.words,
+  const its = inTrouble(rows).filter(row => row.state.kind === kind), most = its.length > 4 ? 2 : 4;
+  const cards = its.slice(0, most).map(row => ({ kind, title: `${row.name} ${one}`, words: row.state.words,
     to: `#/agents/${row.name}` }));
-  const rest = rows.slice(most);
+  const rest = its.slice(most);
   if (rest.length) cards.push({ kind, title: `and ${rest.length} more ${more}`,
     words: rest.slice(0, 4).map(row => row.name).join(", ") + " …", to: "#/agents" });
   return cards;
@@ -109,18 +98,7 @@ function storms() {
   return [...counts].filter(([, number]) => number >= STORM);
 }
 
-// How many messages were said in each of the last minutes, the oldest first; by all, or by one name.
-export function minutes(count, name) {
-  const bars = new Array(count).fill(0), end = now();
-  for (const message of bus.messages) {
-    const at = count - 1 - Math.floor((end - message.ts) / 60);
-    if (at < 0) break;
-    if (at < count && (!name || message.from === name)) bars[at] += 1;
-  }
-  return bars;
-}
-
-// By name, in one pass: 300 agents would otherwise walk the list 300 times.
+// How many messages each name said in each of the last minutes, the oldest first, as far as they are loaded.
 export function minutesByName(count) {
   const found = new Map(), end = now();
   for (const message of bus.messages) {

@@ -15,7 +15,7 @@ import { ask } from "./bus.js";
 import { fill, h, plain, shown } from "./dom.js";
 import { table } from "./draw.js";
 import * as extensions from "./extensions.js";
-import { card, doing, words } from "./views.js";
+import { card, doing } from "./views.js";
 
 export const places = Object.entries(extensions).filter(([, { path }]) => path);
 
@@ -37,14 +37,14 @@ export function placeView(wanted) {
   const one = ([name, { title: its }]) =>
     h("a", { class: "button", href: `#/more/${name}`, "aria-current": name === own ? "page" : null }, its);
   const others = places.length > 1 && h("p", { class: "buttons" }, places.map(one));
-  const node = h("div", {}, others, card(title, says, form, found, result));
+  const node = h("div", {}, h("h1", { class: "only-spoken" }, "More"), others, card(title, says, form, found, result));
   const told = text => (result.textContent = text);
   async function look() {
     const query = form ? [...new FormData(form)].filter(([, value]) => value) : [];
     try {
       draw(place.rows(await ask(`${path}?${new URLSearchParams(query)}`)));
     } catch (error) {
-      told(words(error));
+      told(error.message);
     }
   }
   function draw(rows) {

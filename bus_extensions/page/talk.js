@@ -1,9 +1,9 @@
 // Two views of whole messages, the oldest above: what two say to each other, and the person's own mail.
 
-import { ask, bus, callMe, isNew, readMail, readsMail, sawMail, send, speaks } from "./bus.js";
-import { badge, clock, day, fill, h, plain, prose, shown } from "./dom.js";
+import { ask, bus, isNew, readMail, readsMail, sawMail, send, speaks } from "./bus.js";
+import { badge, button, clock, day, fill, h, plain, prose, shown } from "./dom.js";
 import { told } from "./look.js";
-import { link, words } from "./views.js";
+import { link, nameField, remember } from "./views.js";
 
 const LINES = 12, LETTERS = 1500; // of a text, before it is cut to "show all"
 const MOST = 500; // messages in one view
@@ -15,7 +15,7 @@ function bubble(message, right) {
     body.classList.remove("clipped");
     all.remove();
   };
-  const all = long && h("button", { type: "button", onclick: unclip }, "show all");
+  const all = long && button("show all", unclip);
   const when = `${day(message.ts)} ${clock(message.ts)}`;
   const head = h("p", {}, h("b", {}, message.from), " ",
     h("a", { class: "time", href: `#/messages?id=${message.id}` }, when));
@@ -43,7 +43,7 @@ export function conversationView({ say }, one, other) {
       result.textContent = told((await send({ from: speaks(), to: back, msg: text.value })).receiver, back);
       text.value = "";
     } catch (error) {
-      result.textContent = words(error);
+      result.textContent = error.message;
     }
   }
   const near = ({ from, to }) => (from === one && to === other) || (from === other && to === one);
@@ -61,7 +61,7 @@ export function conversationView({ say }, one, other) {
     if (atEnd) box.scrollTop = box.scrollHeight;
   }
   const first = ask(`log?before=now&with=${one},${other}&max=300`);
-  first.then(answer => (found = answer.messages), error => (problem = words(error))).then(update);
+  first.then(answer => (found = answer.messages), error => (problem = error.message)).then(update);
   update();
   requestAnimationFrame(() => (box.scrollTop = box.scrollHeight));
   return { node, update };
@@ -79,7 +79,7 @@ export function mailView({ say }) {
   function letter(message) {
     const answer = () => say({ to: message.from, reply_to: message.id });
     const made = bubble(message, false);
-    made.append(h("p", { class: "buttons" }, h("button", { type: "button", onclick: answer }, "Answer")));
+    made.append(h("p", { class: "buttons" }, button("Answer", answer)));
     drawn.set(made, message);
     return made;
   }
@@ -105,15 +105,12 @@ const READ_HERE = "While this tab is open you are listening, and what was on you
   "If a program reads the mail of this name, it does not get what you have read here.";
 
 function readHere(update) {
-  const name = h("input", {
-    id: "mail-name", value: speaks(), required: true, pattern: "[A-Za-z0-9._:@\\-]{1,64}",
-    readonly: Boolean(bus.me.name), autocomplete: "off",
-  });
+  const name = nameField("mail-name");
   const problem = h("p", { class: "problem", role: "alert" });
   function submit(event) {
     event.preventDefault();
-    if (!bus.me.name) callMe(name.value.trim());
-    readMail().then(() => update(), error => fill(problem, words(error)));
+    remember(name);
+    readMail().then(() => update(), error => fill(problem, error.message));
   }
   return h("form", { class: "card login", onsubmit: submit }, h("h1", {}, "Your mail"),
     h("label", { for: "mail-name" }, bus.me.name ? "Your token's name" : "Your name"), name,

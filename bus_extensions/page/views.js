@@ -1,42 +1,47 @@
 // The views: each is {node, update(what)}. They read `bus`, and change nothing but their own nodes.
 
-import { MOST, ask, bus, now, older, speaks } from "./bus.js";
-import { badge, clock, fill, h, many, plain, shown, span } from "./dom.js";
-import { bars, pairsTable, ring } from "./draw.js";
+import { MOST, ask, bus, callMe, now, older, speaks } from "./bus.js";
+import { badge, button, clock, copyButton, fill, h, many, plain, shown, span } from "./dom.js";
+import { bars, pairsTable, presence, ring } from "./draw.js";
 import { List } from "./list.js";
 import * as look from "./look.js";
 
 const phone = matchMedia("(max-width: 700px)");
 const high = () => (phone.matches ? 68 : 46);
-export const words = error => error.message || "the bus is out of reach";
 
 export const link = (path, ...children) => h("a", { href: `#/${path}` }, children);
 const mark = kind => h("span", { class: `mark ${kind}`, "aria-hidden": "true" }, look.WORDS[kind]?.sign ?? "✉");
 export const card = (title, aside, ...children) => h("section", { class: "card" },
   h("header", {}, h("h2", {}, title), h("p", { class: "dim" }, aside)), children);
 
-// A button that asks the bus to do something with a row or a message. `told` gets what came of it, as a sentence; `then`
-// is called when it was done. An action is {title, sure, ask, done}, as place.js describes it.
+// A button that asks the bus to do something with a row or a message. An action is {title, sure, ask, done}: place.js
+// describes it. `told` gets what came of it, as a sentence; `then` is called when it was done.
 export function doing(action, row, told, then = () => {}) {
   const { title, sure, done = () => `${title}: done.` } = action;
   let warned = !sure;
-  const button = h("button", { type: "button", onclick: press }, title);
+  const node = button(title, press);
   async function press() {
     if (!warned) {
       warned = true;
       return told(`${sure} Press ${title} again to do it.`);
     }
-    button.disabled = true;
+    node.disabled = true;
     try {
       told(done(row, await ask(...action.ask(row, speaks()))));
       then();
     } catch (error) {
-      told(words(error));
+      told(error.message);
     }
-    button.disabled = false;
+    node.disabled = false;
   }
-  return button;
+  return node;
 }
+
+// The field for the name of the person, which a token decides.
+export const nameField = id => h("input", { id, value: speaks(), required: true, pattern: "[A-Za-z0-9._:@\\-]{1,64}",
+  readonly: Boolean(bus.me.name), autocomplete: "off" });
+
+export const remember = field => bus.me.name || callMe(field.value.trim());
 
 export const noteOfRights = () => {
   if (bus.me.send_only) return "This token may only send: you see what you sent yourself.";
@@ -53,7 +58,7 @@ export function nowView({ say }) {
   const hovered = () => parts.ring?.matches(":hover, :focus-within");
   function draw() {
     drawn = Date.now();
-    const rows = look.agents(), me = speaks();
+    const rows = look.agents();
     if (!bus.messages.length && !rows.length) {
       const unknown = h("p", { class: "quiet" }, "Nothing is known yet: the bus has not answered.");
       return fill(node, h("h1", { class: "only-spoken" }, "Now"), bus.phase === "live" ? empty(say) : unknown);
@@ -66,11 +71,11 @@ export function nowView({ say }) {
       const two = h("div", { class: "two" }, parts.agents, pictures);
       fill(node, h("h1", { class: "only-spoken" }, "Now"), parts.trouble, two, parts.said);
     }
-    if (!parts.trouble.contains(document.activeElement)) fill(parts.trouble, troubleCards(look.troubles(rows, me)));
+    if (!parts.trouble.contains(document.activeElement)) fill(parts.trouble, troubleCards(look.troubles(rows)));
     if (!parts.agents.contains(document.activeElement)) fill(parts.agents, agentsCard(rows));
     if (bus.me.operator) {
-      fill(parts.minutes, minutesCard());
-      const who = () => card("Who talks to whom", "30 minutes", ring(pairs, troubled), pairsTable(pairs));
+      fill(parts.minutes, bus.minutes.length ? minutesCard() : []);
+      const who = () => card("Who talks to whom", loaded(30), ring(pairs, troubled), pairsTable(pairs));
       if (!hovered()) fill(parts.ring, pairs.length ? who() : []);
     }
     if (!parts.said.contains(document.activeElement)) fill(parts.said, lastSaid());
@@ -101,7 +106,7 @@ function agentsCard(rows) {
     ` ${number} ${look.WORDS[kind][number === 1 ? "one" : "more"]}`));
   const worst = rows.length > CELLS ? rows.slice(0, 8) : rows, said = look.minutesByName(15);
   const cell = ({ name, state }) => {
-    const title = `${name}: ${state.words}`;
+    const title = plain(`${name}: ${state.words}`);
     return h("li", {}, h("a", { href: `#/agents/${name}`, class: `cell ${state.kind}`, title, "aria-label": title }));
   };
   const cells = rows.length > CELLS && h("ul", { class: "cells" }, rows.slice(0, 600).map(cell));
@@ -120,13 +125,20 @@ function agentRow(row, said) {
     row.unread ? h("span", { class: "count" }, row.unread) : null);
 }
 
+// Of which time messages are loaded, of so many minutes.
+function loaded(minutes) {
+  const oldest = bus.messages.at(-1)?.ts;
+  const all = bus.next == null || !oldest || now() - oldest > minutes * 60;
+  return all ? `${minutes} minutes` : `since ${clock(oldest)}: what was loaded`;
+}
+
 function minutesCard() {
-  const values = look.minutes(30), oldest = bus.messages.at(-1)?.ts;
-  const since = bus.next != null && oldest && now() - oldest < 1800 ? `since ${clock(oldest)}: what was loaded`
-    : "30 minutes";
-  const label = `Messages in each of the last 30 minutes, now last: ${values.join(", ")}`;
-  return card("Messages per minute", since, bars(values, { width: 520, height: 60, axis: true, label }),
-    h("p", { class: "dim scale" }, h("span", {}, "30 min ago"), h("span", {}, `most: ${Math.max(...values)} a minute`),
+  const last = bus.minutes.slice(-30), values = last.map(minute => minute.messages);
+  const refused = sum(last.map(minute => minute.refused));
+  const label = `Messages in each of the last ${last.length} minutes, now last: ${values.join(", ")}`;
+  return card("Messages per minute", refused > 0 && `${many(refused, "request")} refused`,
+    bars(values, { width: 520, height: 60, axis: true, label }), h("p", { class: "dim scale" },
+      h("span", {}, `since ${clock(last[0].ts)}`), h("span", {}, `most: ${Math.max(...values)} a minute`),
       h("span", {}, "now")));
 }
 
@@ -151,25 +163,21 @@ function empty(say) {
   const who = bus.me.open ? "This bus has no tokens: whoever reaches this address may read and write everything."
     : "This bus has tokens: each program needs one of its own.";
   return card("Nothing was said yet", who, lines.map(([title, line]) => [h("h3", {}, title), command(line)]),
-    h("p", {}, h("button", { class: "main", onclick: () => say() }, "Say something here")));
+    h("p", {}, button("Say something here", () => say(), { class: "main" })));
 }
 
-function command(line) {
-  const copy = navigator.clipboard && h("button", { type: "button",
-    onclick: () => navigator.clipboard.writeText(line) }, "Copy");
-  return h("div", { class: "command" }, h("code", { tabindex: 0 }, line), copy);
-}
+const command = line => h("div", { class: "command" }, h("code", { tabindex: 0 }, line), copyButton(line));
 
 // Messages
 
-export function messageRow(row, unfold) {
+function messageRow(row, unfold) {
   const { message } = row;
   const who = [badge(message.from), h("b", {}, message.from), " → ",
     h("span", { class: "dim" }, plain(row.to.join(", "), 60))];
   if (row.fold) {
-    return h("button", { type: "button", class: "message-row", onclick: () => unfold?.(row.fold) },
-      h("time", {}, clock(message.ts)), h("span", { class: "who" }, who),
-      h("span", { class: "line" }, `${row.number} messages in this minute - show`));
+    const number = h("span", { class: "line" }, `${row.number} messages in this minute - show`);
+    return button([h("time", {}, clock(message.ts)), h("span", { class: "who" }, who), number],
+      () => unfold(row.fold), { class: "message-row" });
   }
   const subject = message.subject ? h("b", {}, plain(shown(message.subject), 80), " ") : null;
   return h("a", { class: "message-row", href: `#/messages?id=${message.id}`, "data-id": message.id },
@@ -183,13 +191,13 @@ export function messagesView({ spoken }) {
   let paused = false, frozen = null;
   const filter = h("input", { type: "search", id: "filter", placeholder: "Filter: words, from:alice, to:bob, #channel",
     "aria-label": "Filter", oninput: () => live() });
-  const pause = h("button", { type: "button", "aria-pressed": "false", onclick: () => setPaused(!paused) }, "Pause");
+  const pause = button("Pause", () => setPaused(!paused), { "aria-pressed": "false" });
   const toTop = () => {
     setPaused(false);
     list.node.scrollTop = 0;
     live();
   };
-  const pill = h("button", { type: "button", class: "pill", hidden: true, onclick: toTop });
+  const pill = button("", toTop, { class: "pill", hidden: true });
   const foot = h("p", { class: "dim foot" });
   const list = new List({ label: "Messages, the newest first", draw: row => messageRow(row, unfold), height: high,
     end: older });
@@ -224,7 +232,8 @@ export function messagesView({ spoken }) {
     if (!some.length && filter.value) older();
   }
   function count() {
-    const fresh = frozen ? bus.messages.findIndex(message => message.id === frozen[0]?.id) : 0;
+    const at = frozen ? bus.messages.findIndex(message => message.id === frozen[0]?.id) : 0;
+    const fresh = at < 0 ? bus.messages.length : at; // so many at least
     pill.hidden = fresh < 1;
     pill.textContent = many(fresh, "new message");
     if (fresh > 0) spoken(many(fresh, "new message"));
@@ -275,18 +284,29 @@ export function agentsView() {
 }
 
 export function agentView({ say }, name) {
-  const node = h("div", { class: "agent" });
+  const node = h("div", { class: "agent" }), digits = new Map(); // of each channel
+  let asked = 0;
+  async function fetchPresence(rows) {
+    asked = Date.now();
+    for (const { channel } of rows) {
+      const answer = await ask(`activity?name=${name}&channel=${channel}`).catch(() => null);
+      digits.set(channel, answer?.presence[name]);
+    }
+    update("agents");
+  }
   function update(what) {
     if (what === "older" || (what && node.contains(document.activeElement))) return;
     const rows = look.agents().filter(row => row.name === name);
+    if (bus.me.operator && Date.now() - asked > 10000) fetchPresence(rows);
     const talked = look.pairs(24 * 60).filter(pair => pair.from === name || pair.to === name).slice(0, 12);
     const stateCard = row => card(row.channel === "default" ? "State" : `On channel ${row.channel}`,
-      [mark(row.state.kind), " ", plain(row.state.words, 600)], details(row), help(row));
+      [mark(row.state.kind), " ", plain(row.state.words, 600)], details(row),
+      row.listens && digits.get(row.channel) && presence(digits.get(row.channel)), help(row));
     const nobody = () => card("State", "", h("p", {}, `Nobody has listened as ${name} or sent as ${name}.`));
     const line = ({ from, to, n }) =>
       h("li", {}, link(`messages/${from}/${to}`, `${from} → ${to}`), ` ${many(n, "message")}`);
     fill(node, h("h1", {}, badge(name), " ", name),
-      h("p", {}, h("button", { class: "main", onclick: () => say({ to: name }) }, `Say something to ${name}`)),
+      h("p", {}, button(`Say something to ${name}`, () => say({ to: name }), { class: "main" })),
       rows.length ? rows.map(stateCard) : nobody(),
       talked.length ? card("Whom it talks with", "what was loaded", h("ul", {}, talked.map(line))) : null);
   }
@@ -335,10 +355,11 @@ export function workView() {
       failed.length ? card(many(failed.length, "failed job"), GIVEN_UP, failed.map(letterOf)) : null, result);
   }
   function letterOf(letter) {
-    const { from, attempts, ts, msg, id, reason = "no reason was given" } = letter;
+    const { from, attempts, ts, msg, id, reason = "no reason was given" } = letter; // anybody may have written these
+    const tried = Number.isInteger(attempts) && `${many(attempts, "attempt")} · `;
     return h("article", { class: "letter" },
       h("p", {}, badge(from), " ", h("b", {}, queueOf(letter)),
-        h("span", { class: "dim" }, ` from ${from} · ${many(attempts, "attempt")} · ${clock(ts)}`)),
+        h("span", { class: "dim" }, ` from ${from} · `, tried, clock(ts))),
       h("p", { class: "problem" }, plain(shown(reason), 500)), h("p", {}, plain(shown(msg), 500)),
       h("p", {}, doing(AGAIN, letter, told, fetchLetters), " ",
         h("a", { href: `#/messages?id=${id}` }, "details")));

@@ -19,7 +19,6 @@ from __future__ import annotations  # needs Python 3.9 or later
 
 import argparse
 import contextlib
-import importlib.util
 import json
 import math
 import os
@@ -46,12 +45,7 @@ import doing  # noqa: E402
 import notice  # noqa: E402
 from bus_inbox import label  # noqa: E402
 
-# By its path: the folder also has a file mcp.py, and a program that imports us may want a package of that name.
-FOLDERS = [os.path.join(session.ROOT, folder) for folder in ("bus_extensions", "agent_bus_extensions")]
-FILE = os.path.join(next(filter(os.path.isdir, FOLDERS), FOLDERS[0]), "_mcp_tools.py")
-spec: Any = importlib.util.spec_from_file_location("_mcp_tools", FILE)
-tools = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tools)
+tools = session.mcp_tools()
 
 PATIENCE = 10.0  # s in which a send is tried again; later the agent may try, with the same key
 LAST_CALLS = 2.0  # s that running calls have after the end of stdin: enough for a send, not for a wait

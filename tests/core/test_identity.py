@@ -147,7 +147,8 @@ def test_a_message_is_recalled_by_its_sender_only(closed):
 def test_figures_are_for_an_operator_and_files_for_who_may_read(closed):
     path = "/blob/" + "0" * 64
     for who, token in closed.tokens.items():
-        assert ask(closed, "GET", "/metrics", token=token)[0] == (200 if who == "admin" else 403)
+        for figures in ("/metrics", "/activity"):
+            assert ask(closed, "GET", figures, token=token)[0] == (200 if who == "admin" else 403)
         assert ask(closed, "GET", path, token=token)[0] == (403 if who == "sensor" else 404)
     assert [ask(closed, method, path)[0] for method in ("GET", "PUT")] == [401, 401]
 
@@ -417,6 +418,9 @@ PAGES = [  # what a page of another site can make a browser send without asking 
     ("POST", "/send", {"Host": "evil.example:8080", "Sec-Fetch-Site": "none"}),
     ("GET", "/recv?to=bob", {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors"}),
     ("GET", "/recv?to=bob", {"Host": "rebound.example", "Sec-Fetch-Site": "same-origin"}),
+    # An image, over http from another machine: a browser says neither which page has it nor that there is one.
+    ("GET", "/recv?to=bob&since=now", {"Host": "192.0.2.2:8080", "User-Agent": "Mozilla/5.0"}),
+    ("GET", "/log", {"Host": "192.0.2.2:8080", "User-Agent": "Mozilla/5.0"}),
     ("OPTIONS", "/send", {"Origin": "http://evil.example", "Access-Control-Request-Method": "POST"}),
 ]
 
@@ -438,6 +442,12 @@ def test_a_page_of_another_site_stores_and_reads_nothing(with_a_secret, method, 
     messages = ask(bus, "GET", "/log")[1]["messages"]
     assert [message["from"] for message in messages] == ["alice"]
     assert ask(bus, "GET", "/inbox")[1]["recipients"]["default"]["bob"] == 1
+
+
+def test_our_page_and_programs_are_answered_over_http_too(with_a_secret):
+    for headers in ({"User_Agent": "Mozilla/5.0", "X_Agent_Page": "1"}, {"User_Agent": "curl/8.0"}, {}):
+        assert ask(with_a_secret, "GET", "/recv?to=eve", Host="192.0.2.2:8080", **headers)[0] == 200
+    assert ask(with_a_secret, "GET", "/agents", Host="192.0.2.2:8080", User_Agent="Mozilla/5.0")[0] == 200
 
 
 def test_names_of_its_own_are_answered(tmp_path):

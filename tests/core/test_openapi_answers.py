@@ -121,7 +121,7 @@ class Compared:
 
 def ask_for_everything(compared):
     ask = compared.ask
-    for path in ("/healthz", "/metrics", "/whoami", "/", "/certificate", *sorted(CLIENTS)):
+    for path in ("/healthz", "/metrics", "/whoami", "/activity?name=ann", "/", "/certificate", *sorted(CLIENTS)):
         ask("GET", path)
         ask("GET", path, Host="evil.example")
     first = ask_for_sends(compared)

@@ -73,7 +73,7 @@ def storm(bus):
 
 def hostile(bus):
     for number, text in enumerate(HOSTILE):
-        send(bus, f"mallory-{number % 2}", "spark", text, subject=text[:40])
+        send(bus, f"mallory-{number % 4}", "spark", text, subject=text[:40])
 
 
 def says(page):

@@ -31,12 +31,16 @@ pytestmark = pytest.mark.skipif(not CHROMIUM, reason="chromium is not installed"
 AXE = pathlib.Path.home() / ".cache/agent-bus-page/node_modules/axe-core/axe.min.js"
 VIEWS = ("#/", "#/messages", "#/agents", "#/agents/dell", "#/work", "#/messages/planner/dell")
 MS = PATIENCE * 1000
-SECONDS = int(os.environ.get("SECONDS", "4"))  # how long messages come in the tests of a storm and of memory
+SECONDS = int(os.environ.get("PAGE_SECONDS", "4"))  # of messages, for storm and memory; 30 in CI, 300: make page
 WATCH = """addEventListener("securitypolicyviolation", event => (window.violations ??= []).push(event.blockedURI));
 window.shift = 0;
 new PerformanceObserver(list => list.getEntries().forEach(each => window.shift += each.hadRecentInput ? 0 : each.value))
   .observe({type: "layout-shift", buffered: true});"""
-HOSTILE = [
+# What a browser does with a tab that another one covers. Without a screen, all of them count as seen.
+COVERED = """Object.defineProperty(document, "hidden", { get: () => true });
+document.dispatchEvent(new Event("visibilitychange"));"""
+FAMILY = "\U0001f468\u200d\U0001f469\u200d\U0001f467"
+HOSTILE = [  # each is sent as text, as subject and in further members
     "<img src=x onerror='window.pwned=1'>",
     "<script>window.pwned=1</script>",
     "<svg onload='window.pwned=1'>",
@@ -58,7 +62,25 @@ HOSTILE = [
     "x" * (250 << 10),
     "\u2066\u2067",
     "\r\rover",
-    "\ud83d\udc68\u200d\ud83d\udc69\u200d\ud83d\udc67".encode("utf-16", "surrogatepass").decode("utf-16"),
+    "<img srcset='http://evil.example/x 1x'>",
+    "<object data='http://evil.example/x'></object>",
+    "<embed src='http://evil.example/x'>",
+    "<form action='http://evil.example/'><button>Send</button></form>",
+    "<base href='http://evil.example/'>",
+    "<link rel=stylesheet href='http://evil.example/x.css'>",
+    "<video src=x onerror='window.pwned=1'></video>",
+    "<details open ontoggle='window.pwned=1'>",
+    "<math><mtext><img src=x onerror='window.pwned=1'></mtext></math>",
+    "<noscript><p title=\"</noscript><img src=x onerror='window.pwned=1'>\">",
+    "<template><script>window.pwned=1</script></template>",
+    "data:text/html,<script>parent.pwned=1</script>",
+    "&lt;script&gt;window.pwned=1&lt;/script&gt;",
+    "${alert(1)} `${window.pwned=1}`",
+    "\x1b]8;;http://evil.example\x1b\\link\x1b]8;;\x1b\\",
+    "\x9b31mred",
+    "in\u034fvisible",
+    "<button autofocus onfocus='window.pwned=1'>x</button>",
+    FAMILY,
 ]
 
 
@@ -113,9 +135,9 @@ def fill(bus):
     send(bus, "nano", "builds", "make bench")
     job = ask(bus, "POST", "/claim", {"to": "builds", "worker": "w"})[1]["messages"][0]
     assert ask(bus, "POST", "/nack", {"id": job["id"], "lease": job["lease"], "reason": "exit 137"})[0] == 200
-    for number, text in enumerate(HOSTILE):  # of two senders: 20 of one in a minute would be one row
+    for number, text in enumerate(HOSTILE):  # of four senders: 20 of one in a minute would be one row
         odd = {"__proto__": text[:40], "constructor": {"a": [text[:40]]}}
-        send(bus, f"mallory-{number % 2}", "spark", text, subject=text[:40], **odd)
+        send(bus, f"mallory-{number % 4}", "spark", text, subject=text[:40], **odd)
 
 
 def send(bus, sender, to, text, token=None, **members):
@@ -162,11 +184,14 @@ def test_hostile_messages_are_text_and_nothing_else(busy, page, view):
 
 
 def test_what_hostile_messages_say_is_there_to_be_read(busy, page):
+    page.set_viewport_size({"width": 1360, "height": 3000})  # with room for a row of each
     show(page, busy, "#/messages")
     page.wait_for_selector(".message-row")
     found = "\n".join(texts(page))
+    assert found.count("mallory") == len(HOSTILE) == 40
     assert "<script>window.pwned=1</script>" in found and "\\u{202e}gnp.exe" in found and "\\u{1b}[31mred" in found
     assert "a\\u{200b}b" in found and "\\u{feff}x" in found and "\\u{e0041}" in found
+    assert FAMILY in found and "in\\u{34f}visible" in found and "\\u{9b}31mred" in found
     for row in page.locator(".message-row", has_text="mallory").all()[:6]:
         row.click()
         page.wait_for_selector("#panel .body")
@@ -183,9 +208,10 @@ def test_one_word_of_6000_letters_does_not_widen_a_phone(busy, browser):
     with opened(browser) as page:
         page.set_viewport_size({"width": 390, "height": 844})
         show(page, busy, "#/messages")
-        page.wait_for_selector(".message-row")
+        page.fill("#filter", "xxxxxxxx")
+        page.wait_for_selector(".message-row:has-text('xxxxxxxx')")
         assert page.evaluate("document.documentElement.scrollWidth") == 390
-        page.locator(".message-row", has_text="xxxxxxxx").click()
+        page.click(".message-row")
         page.wait_for_selector("#panel .body")
         assert page.evaluate("document.documentElement.scrollWidth") == 390
 
@@ -232,6 +258,29 @@ def test_who_does_not_hear_and_what_failed_are_said_first(busy, page):
     assert f"AGENT_BUS_URL={busy.url} python3 bus_recv.py archivist" in texts(page, "code")
 
 
+def test_the_last_minutes_are_counted_by_the_bus_and_refusals_with_them(bus, page):
+    for _ in range(3):
+        send(bus, "ann", "bob", "x")
+    assert ask(bus, "POST", "/send", {"from": "ann"})[0] == 400
+    show(page, bus)
+    page.wait_for_selector("text=1 request refused")
+    label = page.get_attribute(".bars.wide", "aria-label")
+    assert label.startswith("Messages in each of the last 30 minutes, now last: 0, ")
+    assert sum(int(number) for number in label.rpartition(": ")[2].split(", ")) == 3
+
+
+def test_an_agent_has_a_strip_of_the_minutes_in_which_it_listened(busy, closed, page):
+    show(page, busy, "#/agents/dell")
+    page.wait_for_selector("text=/It listened in 1 minute of the \\d+ since the bus started./")
+    rects = {kind: page.locator(f".presence .{kind}").count() for kind in ("there", "gone", "unknown")}
+    assert rects["there"] == 1 and sum(rects.values()) == 60 and rects["unknown"] > 0
+    page.goto(f"{closed.url}/ui/#token={closed.tokens['ann']}")
+    page.wait_for_selector("#live.good")
+    page.goto(f"{closed.url}/ui/#/agents/ann")
+    page.wait_for_selector("h1:has-text('ann')")
+    assert not page.locator(".presence").count()
+
+
 def test_nothing_moves_when_the_first_screen_is_drawn(busy, page):
     show(page, busy)
     page.wait_for_selector(".ring a")
@@ -251,8 +300,10 @@ def test_a_message_is_there_as_soon_as_it_was_sent(bus, page):
     send(bus, "ann", "bob", "first")
     show(page, bus, "#/messages")
     page.wait_for_selector("text=first")
+    began = time.monotonic()
     send(bus, "ann", "bob", "second")
     page.wait_for_selector("text=second")
+    assert time.monotonic() - began < in_time(1)
     assert [text.split("\n")[-1] for text in texts(page)] == ["second", "first"]
 
 
@@ -283,6 +334,34 @@ def test_what_is_before_the_eyes_stays_while_others_come(bus, page):
     page.click(".pill")
     page.wait_for_function("() => document.querySelector('.list').scrollTop == 0")
     assert "new" in texts(page)[0]
+
+
+def test_of_more_than_can_be_followed_the_newest_are_shown_and_the_others_come_as_older_ones(bus, page):
+    show(page, bus, "#/messages")
+    page.evaluate(COVERED)  # so all of them come between two looks
+    for _ in range(3):
+        some = [{"from": f"s{number % 50}", "to": f"r{number % 60}", "msg": "x"} for number in range(1000)]
+        assert ask(bus, "POST", "/send", some)[0] == 200
+    page.wait_for_selector(".foot:has-text('older ones come as you scroll')")
+    send(bus, "ann", "bob", "the last one")
+    page.wait_for_selector("text=the last one")
+    to_the_end(page, "from the first on")
+    assert page.inner_text(".foot").startswith("3,001 messages loaded")
+
+
+def to_the_end(page, foot):
+    """Scroll down until the line below the list says this."""
+    page.evaluate(
+        """async says => {
+            const list = document.querySelector(".list"), foot = document.querySelector(".foot");
+            while (!foot.textContent.includes(says)) {
+                list.scrollTop = list.scrollHeight;
+                await new Promise(done => setTimeout(done, 20));
+            }
+            list.scrollTop = 0;
+        }""",
+        foot,
+    )
 
 
 def test_a_pause_holds_what_is_shown(bus, page):
@@ -334,6 +413,7 @@ def test_all_is_done_by_keyboard(bus, page):
     page.wait_for_selector("dialog", state="hidden")
     page.keyboard.press("Escape")
     page.wait_for_selector("#panel", state="hidden")
+    assert page.evaluate("document.activeElement.dataset.id") == sent["id"]
     answer = json.loads(bus.get("/log?from=maria"))["messages"][0]
     assert (answer["to"], answer["msg"], answer["reply_to"]) == ("ann", "left", sent["id"])
 
@@ -379,8 +459,10 @@ def test_a_server_that_ends_is_said_and_what_was_known_stays(tmp_path, page):
         send(bus, "ann", "bob", "before")
         show(page, bus, "#/messages")
         page.wait_for_selector("text=before")
+        began = time.monotonic()
         bus.kill()
         page.wait_for_selector("#banner:has-text('out of reach')")
+        assert time.monotonic() - began < in_time(2)
         assert "before" in texts(page)[0] and not page.locator("#say").is_visible()
         bus.start()
         began = time.monotonic()
@@ -389,6 +471,7 @@ def test_a_server_that_ends_is_said_and_what_was_known_stays(tmp_path, page):
         page.wait_for_selector("#live.good", timeout=35000)
         page.wait_for_selector("text=after 2")
         assert [text.split("\n")[-1] for text in texts(page)] == ["after 2", "after 1", "after 0", "before"]
+        assert page.inner_text(".foot") == "4 messages loaded, from the first on"
         assert time.monotonic() - began < in_time(35)
 
 
@@ -456,6 +539,13 @@ def test_a_token_that_only_sends_sees_what_it_sent(closed, page):
     page.goto(f"{closed.url}/ui/#/messages")
     page.wait_for_selector("text=21 degrees")
     assert len(texts(page)) == 1
+    page.keyboard.press("c")
+    assert page.input_value("#say-as") == "sensor" and not page.locator("#say-as").is_editable()
+    page.fill("#say-to", "bob")
+    page.fill("#say-text", "22 degrees")
+    page.click("dialog button.main")
+    page.wait_for_selector("dialog >> text=Stored")
+    page.wait_for_selector(".message-row:has-text('22 degrees')")
 
 
 def test_a_revoked_token_leads_to_the_login_while_the_page_is_open(tmp_path, page):
@@ -504,13 +594,16 @@ def test_a_name_of_a_stranger_for_the_address_of_an_open_bus_gets_nothing(busy, 
 
 
 def test_six_tabs_leave_room_to_send(bus, browser):
-    send(bus, "ann", "bob", "x")
-    with opened(browser) as first:
-        tabs = [first, *(first.context.new_page() for _ in range(5))]
-        for tab in tabs:
-            show(tab, bus)
-        tabs[-1].bring_to_front()
-        tabs[-1].evaluate("fetch('../send?from=tab&to=bob', {method: 'POST', body: 'from the sixth'})")
+    """A browser has six connections to a bus for all its tabs, so a tab that nobody sees must not hold one."""
+    with opened(browser) as tab:
+        show(tab, bus)
+        for _ in range(5):
+            tab.evaluate(COVERED)
+            tab = show(tab.context.new_page(), bus)
+        began = time.monotonic()
+        # As the page itself sends: Chromium has other connections for a fetch with cookies.
+        tab.evaluate("import('./bus.js').then(bus => bus.send({ from: 'tab', to: 'bob', msg: 'from the sixth' }))")
+        assert time.monotonic() - began < in_time(1)
         wait_until(lambda: b"from the sixth" in bus.get("/log"))
 
 
@@ -637,17 +730,9 @@ def heap(page):
 
 
 def test_10000_messages_are_few_nodes_and_memory_stays_flat(stored, page):
-    """SECONDS=300 for five minutes: pytest tests/extensions/test_page.py -k flat"""
     show(page, stored, "#/messages")
     page.wait_for_selector(".message-row")
-    page.evaluate("""async () => {
-        const list = document.querySelector(".list"), foot = document.querySelector(".foot");
-        while (!foot.textContent.includes("are kept here")) {
-            list.scrollTop = list.scrollHeight;
-            await new Promise(done => setTimeout(done, 20));
-        }
-        list.scrollTop = 0;
-    }""")
+    to_the_end(page, "are kept here")
     page.wait_for_function("() => document.querySelectorAll('.row').length <= 60")
     before = heap(page)
     flood(stored, 50, SECONDS)
@@ -671,7 +756,6 @@ def flood(bus, rate, seconds):
 
 
 def test_a_storm_of_300_a_second_is_few_requests_and_no_long_task(bus, page):
-    """SECONDS=10 for ten seconds"""
     show(page, bus)
     page.evaluate("""() => {
         window.long = [0];
@@ -880,6 +964,10 @@ def test_own_mail_is_read_only_if_the_person_asks_for_it(tmp_path, page):
         later = send(bus, "ann", "maria", "and now?", tokens["ann"])
         wait_until(lambda: state(bus, later, tokens["ann"]) == "fetched")  # it was on no screen
         page.wait_for_selector("text=1 message for you")
+        for _ in range(2):
+            with page.expect_response("**/recv?*"):
+                pass
+        assert state(bus, later, tokens["ann"]) == "fetched"
 
 
 def state(bus, sent, token):
@@ -904,7 +992,7 @@ def test_a_connection_that_is_not_encrypted_is_said(tmp_path, page):
         page.wait_for_selector("text=This connection is not encrypted")
         page.goto(f"{bus.url}/ui/")
         page.wait_for_selector("#live.good")
-        assert "not encrypted" not in page.inner_text("main")
+        assert "not encrypted" not in page.inner_text("body")
 
 
 def test_a_link_for_a_person_is_printed_and_opens_the_page(closed, page):

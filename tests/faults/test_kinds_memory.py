@@ -72,7 +72,7 @@ def crowded(tmp_path_factory):
 
 LOOKS = inside.looks()
 LISTS = ["/agents", "/channels", "/inbox", "/thread/ROOT"]  # they go on at `next`
-SHORT = ["/message/ROOT", "/healthz", "/whoami"]  # JSON that tells of one thing
+SHORT = ["/message/ROOT", "/healthz", "/whoami", "/activity"]  # JSON that tells of one thing
 
 
 @pytest.mark.parametrize("path", LOOKS)

@@ -292,6 +292,22 @@ def test_what_was_read_of_an_old_name_does_not_come_to_the_next_session_that_has
     assert read(session.this_session(3, "/x/api", "c")) == []
 
 
+def test_a_place_that_a_renamed_session_needs_is_not_that_of_the_next_session(bus, lives, monkeypatch):
+    """Older mail for its new name makes it begin there; what was read of that name before is read nevertheless."""
+    monkeypatch.setenv("AGENT_BUS_URL", bus.url)
+    lives.begin(1)
+    name(1, "a")
+    bus_send.send("boss", "older", sender="spark")
+    bus_send.send("api", "read", sender="spark")
+    assert read(session.this_session(1, "/x/api", "a")) == ["read"]
+    session.rename(1, "boss")
+    assert session.rename(1, "api") == "boss"
+    lives.end(1)
+    lives.begin(2)
+    me = session.this_session(2, "/x/api", "b")
+    assert (me.names, read(me)) == (["api"], [])
+
+
 def test_a_session_that_takes_its_old_name_again_gets_nothing_twice(bus, lives, monkeypatch):
     monkeypatch.setenv("AGENT_BUS_URL", bus.url)
     lives.begin(1)
@@ -408,6 +424,7 @@ class Log:
 
     def __init__(self):
         self.step, self.held, self.sent, self.got = 0, {}, {}, collections.defaultdict(list)
+        self.renamed = set()  # names that a session had when it got another name
 
     def has(self, process, names):
         """The process reads these names from now on, and no others."""
@@ -427,15 +444,15 @@ class Log:
     def check(self):
         """A message went to whom it was sent, as long as that had the name; and to nobody else afterwards.
 
-        Only a renamed session reads on from the older of two places, so it may see again what was read of one name.
+        But a renamed session reads all its names from the oldest place on, so what was read of one may come again.
         """
         for id, (name, holder, at) in self.sent.items():
-            for process, _, step in self.got[id]:
+            for process, step in self.got[id]:
                 assert self.held_at(process, name, step), f"{process} got mail for {name}, which it was not"
                 lost = [end for begin, end in self.held[holder, name] if end is not None and at < end <= step]
                 assert process == holder or lost, f"{process} got mail for {name}, which was {holder}"
-            again = [process for process, renamed, _ in self.got[id][1:] if not renamed]
-            assert not again, f"mail for {name} came to {self.got[id]}"
+            receivers = {process for process, _ in self.got[id]}
+            assert len(receivers) < 2 or name in self.renamed, f"mail for {name} came to {self.got[id]}"
             assert self.got[id] or not self.holders(name), f"mail for {name} never came"
 
 
@@ -455,6 +472,8 @@ class Folder:
         me = session.this_session(process, "/x/api", id, title)
         theirs = {name for each, names in self.names.items() if each != process for name in names}
         assert not theirs.intersection(me.names), f"{me.names} are read by two"
+        if len(me.names) > 1:
+            self.log.renamed.update(me.names)
         self.names[process] = me.names
         self.log.has(self.life(process), me.names)
 
@@ -503,8 +522,7 @@ class Folder:
     def read(self, id, process):
         """As its reader would."""
         for message in bus_recv.receive(self.names[process], once=True, timeout=0):
-            got = self.life(process), len(self.names[process]) > 1, self.log.step
-            self.log.got[message["id"]].append(got)
+            self.log.got[message["id"]].append((self.life(process), self.log.step))
 
     def hook(self, id, process):
         before = self.names[process][0]
