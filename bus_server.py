@@ -961,9 +961,10 @@ class Head:
         """Does a browser not say which page sent this?
 
         To an http URL that is not of its own machine, it sends no Sec-Fetch-Site, and with an image no Origin. All call
-        themselves Mozilla, and a page of another site can neither change that nor add the header of our page.
+        themselves Mozilla, as some programs do, and name a language. A page of another site can take neither away, nor
+        add the header of our page.
         """
-        browser = self.fields.get("user-agent", "").startswith("Mozilla/")
+        browser = "accept-language" in self.fields and self.fields.get("user-agent", "").startswith("Mozilla/")
         return browser and "sec-fetch-site" not in self.fields and "x-agent-page" not in self.fields
 
 
