@@ -51,7 +51,8 @@ class Door:
         sink.sendall(part)
 
     def close(self):
-        self.listener.shutdown(socket.SHUT_RDWR)
+        with contextlib.suppress(OSError):  # it was closed before
+            self.listener.shutdown(socket.SHUT_RDWR)
         self.listener.close()
         with self.lock:
             for sock in self.open:
@@ -62,8 +63,7 @@ class Door:
         return self
 
     def __exit__(self, *_):
-        with contextlib.suppress(OSError):  # it was closed
-            self.close()
+        self.close()
 
 
 class Mute(Door):
