@@ -553,7 +553,8 @@ KINDS = [
           "clients/test_several_urls.py::test_a_send_whose_answer_was_lost_is_stored_once",
           "clients/test_several_urls.py::test_a_reader_goes_on_at_the_other_url_with_its_cursor",
           "clients/test_several_urls.py::test_without_any_url_the_usual_words_name_all"),
-         "`first_answer()` ends after the first URL (the first three); `no_bus()` names only that one (the last)"),
+         "`first_answer()` ends after the first URL (the first and the third); a message has another key at each URL "
+         "(the second); `no_bus()` names only one URL (the last)"),
     Kind("clients: a login in a URL is lost or shown",
          "that of a proxy is sent; one in the bus's URL is refused and not shown",
          (f"{PYTHON}::test_a_login_of_the_proxy_is_sent_with_every_request",
