@@ -91,9 +91,9 @@ def shown_in_order(me: Session, message: dict[str, Any]) -> str:
 
 
 def acknowledge(me: Session, /, id: str) -> Steps:
-    """Move the cursor to a message. One that may have been shown before older ones, of any name, moves nothing.
+    """Move the cursor to a message. One that was not shown in order moves nothing over older ones, of any name.
 
-    A session that was forgotten meanwhile no longer knows what it has shown: then no urgent message moves the cursor.
+    A session that was forgotten meanwhile no longer knows what it has shown: its bus_inbox shows that again.
     """
     tick, none = tick_of(id), f"{id} is not the id of an unread message for {me.me()}: take it from bus_inbox"
     if not 0 <= tick <= me.shown or me.shown_for != me.names:
@@ -102,10 +102,9 @@ def acknowledge(me: Session, /, id: str) -> Steps:
         except Failed as failed:
             raise Failed(0, none) if failed.status in (400, 404) else failed from None
         tick = tick_of_ts(message["ts"])
-        if id in me.early or message.get("priority") == "high" or len(me.names) > 1:
-            older = yield from older_than(me, tick)
-            if older:
-                return f"noted; {older} older ones are still unread"
+        older = yield from older_than(me, tick)
+        if older:
+            return f"noted; {older} older ones are still unread"
     yield from me.present(tick)
     counts = yield from me.digest()
     left = f"{counts['unread']}{' or more' if counts['more'] else ''} unread" if counts else "bus_inbox shows the rest"

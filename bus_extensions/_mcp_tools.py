@@ -315,7 +315,9 @@ def ts_of(tick: int) -> str:
 
 
 def tick_of(id: str) -> int:
-    """Of a message, by its id; -1 if that is none."""
+    """Of a message, by its id, or by its ts where it has no id; -1 if that is neither."""
+    if re.fullmatch(r"[0-9]{1,12}\.[0-9]{6}", id):
+        return tick_of_ts(id)
     return int(id, 16) if re.fullmatch("[0-9a-f]{1,13}", id) else -1
 
 

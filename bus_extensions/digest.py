@@ -34,7 +34,7 @@ LOOKED = 2000  # messages that one answer looks at: 20 ms
 LOOKED_BYTES = 4 << 20  # of their text: 20 ms
 PARSED = 8  # a byte of a text that may have a priority takes as much time as so many of one that has none
 NAMED = 20  # senders, and threads, that are listed
-URGENT = 16  # ids of urgent messages that are listed
+URGENT, OF_EACH = 16, 3  # ids of urgent messages that are listed, and so many of each sender before more of one
 PRIORITIES = ("high", "normal", "low")
 
 
@@ -82,9 +82,19 @@ def digest(bus: Bus, request: Request) -> Answer:
         "threads": [{"id": f"{tick:x}", "unread": number} for tick, number in threads],
     }
     ends = found[0].named() if found else "null", found[-1].named() if found else "null"
-    first = ", ".join(each.named() for each in urgent[:URGENT])
+    first = ", ".join(each.named() for each in fairly(urgent))
     members = f'"oldest": {ends[0]}, "newest": {ends[1]}, "first_urgent": [{first}], "more": {encode(more)}'
     return ok(bus, f"{encode(counts)[1:-1]}, {members}")
+
+
+def fairly(urgent: list[Unread]) -> list[Unread]:
+    """The oldest of each sender before more of one."""
+    number: Counter[str] = Counter()
+    turns: list[tuple[int, Unread]] = []
+    for each in urgent:
+        turns.append((number[each.sender] // OF_EACH, each))
+        number[each.sender] += 1
+    return [each for _, each in sorted(turns)[:URGENT]]
 
 
 def by_sender(found: list[Unread]) -> dict[str, dict[str, int]]:

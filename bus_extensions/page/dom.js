@@ -17,14 +17,15 @@ function filled(node, properties, children) {
     else if (value === true) node.setAttribute(name, "");
     else if (value !== false && value != null) node.setAttribute(name, value);
   }
-  node.append(...present(children));
+  for (const child of present(children)) node.append(child); // a call has too few arguments for a long text
   return node;
 }
 
 const present = children => children.flat(3).filter(child => child != null && child !== false);
 
 export function fill(node, ...children) {
-  node.replaceChildren(...present(children));
+  node.replaceChildren();
+  for (const child of present(children)) node.append(child);
 }
 
 export const button = (title, onclick, properties = {}) =>
@@ -68,11 +69,14 @@ export function prose(text) {
   });
 }
 
+const FRAMED = 1000; // hidden characters of a text: one may have 100,000
+
 function framed(text) {
   const nodes = [];
   let end = 0;
   for (const found of [...text.matchAll(HIDDEN), ...text.matchAll(JOINER)].sort((a, b) => a.index - b.index)) {
     if (found.index < end) continue;
+    if (nodes.length > 2 * FRAMED) return [...nodes, text.slice(end).replace(HIDDEN, escaped).replace(JOINER, escaped)];
     nodes.push(text.slice(end, found.index), h("span", { class: "hidden-character" }, escaped(found[0])));
     end = found.index + found[0].length;
   }

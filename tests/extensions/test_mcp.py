@@ -413,6 +413,25 @@ def test_an_ack_after_a_rename_passes_no_older_mail_of_the_new_name(bus):
     assert "0 unread" in client.tool("bus_ack", id=shown["id"])
 
 
+def test_an_ack_of_what_another_tool_has_shown_passes_nothing_unseen(bus):
+    client = Client(bus, "reader")
+    store(bus, "reader", "first", "second")
+    [*_, last] = store(bus, "reader", "third")
+    client.tool("bus_inbox", id=last)
+    assert client.tool("bus_ack", id=last) == "noted; 2 older ones are still unread"
+    assert [each["msg"] for each in client.mail()] == ["first", "second", "third"]
+
+
+def test_one_sender_of_urgent_mail_does_not_keep_others_from_being_shown_early(bus):
+    client = Client(bus, "busy")
+    store(bus, "busy", *["x" * 8000] * 2)
+    store(bus, "busy", *["flood"] * 40, priority="high")
+    status, _ = ask(bus, "POST", "/send", {"from": "boss", "to": "busy", "msg": "stop", "priority": "high"})
+    assert status == 200
+    shown = client.mail() + client.mail()
+    assert "stop" in [each["msg"] for each in shown if each.get("early")]
+
+
 def test_an_ack_fetches_nothing(bus):
     """Else the next message, which the answer to the bus_ack does not show, could not be recalled, and be pruned."""
     client = Client(bus, "careful")
