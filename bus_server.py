@@ -961,9 +961,10 @@ class Head:
         """Does a browser not say which page sent this?
 
         To an http URL that is not of its own machine, it sends no Sec-Fetch-Site, and with an image no Origin. All call
-        themselves Mozilla, and a page of another site can neither change that nor add the header of our page.
+        themselves Mozilla, as some programs do, and name a language. A page of another site can take neither away, nor
+        add the header of our page.
         """
-        browser = self.fields.get("user-agent", "").startswith("Mozilla/")
+        browser = "accept-language" in self.fields and self.fields.get("user-agent", "").startswith("Mozilla/")
         return browser and "sec-fetch-site" not in self.fields and "x-agent-page" not in self.fields
 
 
@@ -2165,6 +2166,7 @@ class Gate:
         self.hosts = {"localhost", *(host.lower() for host in hosts)}
         self.public = set(PUBLIC)
         self.pages: set[str] = set()  # paths to which a link on another site may lead
+        self.until = math.inf  # monotonic clock, s; then a front that cannot reach its ledger may know too little
 
     def holds(self, token: str) -> bool:
         """May this token be used? On a bus without tokens every request may, and its token is empty."""
@@ -2191,6 +2193,9 @@ class Gate:
         return not self.tokens.closed or any(grant.reads(mailbox) for grant in self.tokens.named.get(name, ()))
 
     def admit(self, head: Head) -> Grant:
+        if time.monotonic() > self.until and (head.route == "/healthz" or head.route not in self.public):
+            why = "this bus cannot reach its ledger, so it can neither store messages nor say what is stored"
+            raise Refused(503, f"{why}: try again, or use another front", ("Retry-After", "2"))
         if head.foreign and not (head.route in self.pages and head.opens_page()):
             raise Refused(403, "pages of other sites may not use this bus")
         if self.tokens.closed:
@@ -2472,6 +2477,7 @@ MIGRATIONS = [  # a database with user_version n has the first n of them; only e
 ]
 INDEX_IN_RUNS = 5  # the schema that has it
 MAILBOX = "(SELECT id FROM mailboxes WHERE channel = ? AND name = ?)"
+RECEIPT = f"INSERT OR IGNORE INTO receipts VALUES ({MAILBOX}, ?, ?, ?, ?)"  # the first reading of a message counts
 # One statement for many messages: 10,000 instructions less for each of 16 sends than with executemany (callgrind).
 # OR ROLLBACK: to undo one statement of a transaction, SQLite writes what the statement overwrites to a file in
 # /var/tmp, 1,250 writes for 1,600 messages in arrays. We undo the whole transaction anyway: 23 % more messages a
@@ -2687,10 +2693,7 @@ class Marks(Operation):
             "UPDATE mailboxes SET own = ?, read = ?, fetched = ?, seen = ? WHERE channel = ? AND name = ?",
             [(*mark[2:], *mark[:2]) for mark in self.marks],
         )
-        state.writing.executemany(
-            f"INSERT OR IGNORE INTO receipts VALUES ({MAILBOX}, ?, ?, ?, ?)",  # the first reading of a message counts
-            [receipt for receipt in self.receipts if receipt.tick],
-        )
+        state.writing.executemany(RECEIPT, [receipt for receipt in self.receipts if receipt.tick])
 
 
 class Remove(Operation):
@@ -3078,10 +3081,14 @@ class State(Rows):
             reading.executescript("PRAGMA query_only=ON; PRAGMA read_uncommitted=ON; PRAGMA wal_autocheckpoint=0")
             self.index = Index(self.writing, merges=not memory)
             self.view = View(path, reading, clock, self.index.tail)
+            self.check_use()
             self.reload()
             self.announced = self.last  # of the last list that was applied
         except (sqlite3.Error, UnicodeDecodeError) as error:  # the latter: SQLite's error has unreadable text
             raise Unusable(f"cannot use the database {path}: {error}") from None
+
+    def check_use(self) -> None:
+        check_alone(self.database, self.path)
 
     def damaged_wal(self, commits: list[int]) -> bool:
         """Did SQLite leave two or more transactions of the log unread? A single one may be torn by a power cut."""
@@ -3509,6 +3516,12 @@ class View(Rows):
         if removed is None:
             removed = (self.oldest(channel, called, 0) or last + 1) - 1
         return (channel, called, own or 0, read, fetched or read or 0, seen or 0, removed, *marks[5:])
+
+
+def check_alone(database: sqlite3.Connection, path: str) -> None:
+    """Unusable, if a file is a front's copy of a ledger: what is written to it alone would be nowhere else."""
+    if database.execute("SELECT 1 FROM sqlite_master WHERE name = 'front'").fetchone():
+        raise Unusable(f"{path} is a front's copy of a ledger: start its front with --ledger, and back up the ledger")
 
 
 def lock_file(path: str) -> str:
@@ -4188,6 +4201,8 @@ class Ledger:
         self.planned = False  # commit() is called at the end of this turn
         self.waiting = Shares(self.WAITING, self.WAITING_EACH)
         self.large: dict[int, tuple[str, int]] = {}  # by the id of an operation: its owner, and its bytes in `waiting`
+        # By the kind of an operation: what follows in memory, in a turn, if another front of this bus made it.
+        self.elsewhere: dict[str, Callable[[Any, Any], object]] = {}
 
     def add(self, step: Step) -> None:
         self.next.append(step)
@@ -4261,11 +4276,15 @@ class Ledger:
                 elif step.connection.phase is BUSY:
                     step.connection.guard(step.connection.fail)
 
-    def apply(self, operations: list[Operation]) -> Applied:
+    def note_room(self, operations: list[Operation]) -> None:
         if not self.state.view.has_room():
             for operation in operations:
                 if type(operation) is Put:
                     operation.room = False
+
+    def apply(self, operations: list[Operation]) -> Applied:
+        """The effects of a list. A Front does this in another way: its list goes through a ledger that it shares."""
+        self.note_room(operations)
         now = self.bus.clock.now()
         applied: list[Applied] = []
         self.loop.aside(lambda: applied.append(self.state.apply(operations, now)))
@@ -4453,7 +4472,7 @@ class Bus:
             for step in steps:
                 self.withheld.pop(step, None)
         if isinstance(outcome, Exception):
-            refused = self.failed(outcome)
+            refused = outcome if isinstance(outcome, Refused) else self.failed(outcome)
             self.settle((step, refused) for step in steps)
             return
         sure, self.sure = self.sure, False
@@ -5563,6 +5582,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--without", action="append", metavar="NAME,...", help="do not load these extensions: " + ",".join(ELSEWHERE))
     further_name = "another host name that clients use in the bus's URL; only needed without tokens"
     add("--allow-host", action="append", default=[], metavar="NAME", help=further_name)
+    shared = "the ledger that this front shares with others, instead of being a bus of its own: docs/cluster.md"
+    add("--ledger", default=os.environ.get("AGENT_BUS_LEDGER"), metavar="URL", help=shared)
+    add("--ledger-single", action="store_true", help="take a ledger that keeps its entries on one machine only")
     add("--open", action="store_true", help="let other machines use the bus although it has no tokens")
     add("--tls-cert", metavar="FILE", help="speak HTTPS with this certificate chain (PEM); SIGHUP reloads it")
     add("--tls-key", metavar="FILE", help="the key of the certificate, if it is in another file")
@@ -5591,11 +5613,13 @@ def command_line(arguments: Sequence[str]) -> argparse.Namespace:
         (not 0 <= (options.port or 0) <= 65535, "--port must be 0 to 65535"),
         (options.rate < 0 or options.turns < 0, "--rate and --turns must not be negative"),
         (options.tls_key and not options.tls_cert, "--tls-key needs --tls-cert"),
+        (options.ledger_single and not options.ledger, "--ledger-single needs --ledger"),
         (not 1024 <= options.max_body <= 9999999, "--max-body must be 1024 to 9999999"),
     ):
         if wrong:
             parser.error(sentence)
     options.extensions, options.without = extensions, without
+    options.front = load_front() if options.ledger else None
     options.tcp = options.host is not None or options.port is not None  # else only if nothing else listens
     options.host, options.port = options.host or "127.0.0.1", 8080 if options.port is None else options.port
     return options
@@ -5611,18 +5635,21 @@ def command_line(arguments: Sequence[str]) -> argparse.Namespace:
 def load_extensions(without: Collection[str]) -> dict[str, ModuleType]:
     """Every module in bus_extensions/ beside this file, or in the installed package, but those in `without`."""
     sys.modules.setdefault("bus_server", sys.modules[__name__])  # else an extension would import a second Refused
-    folder = pathlib.Path(__file__).resolve().parent / "bus_extensions"
-    if not folder.is_dir():
-        found = importlib.util.find_spec("agent_bus_extensions")
-        folder = pathlib.Path(*(found.submodule_search_locations or [])) if found else folder
     modules = {}
-    for file in sorted(folder.glob("[a-z]*.py")):
+    for file in sorted(folder_of("bus_extensions", "agent_bus_extensions").glob("[a-z]*.py")):
         if file.stem not in without:
             try:
                 modules[file.stem] = load(file)
             except Exception as error:
                 raise Unusable(f"cannot load the extension {file}: {error}") from None
     return modules
+
+
+def folder_of(beside: str, installed: str) -> pathlib.Path:
+    """A folder beside this file or, if it is not there, the installed package."""
+    folder = pathlib.Path(__file__).resolve().parent / beside
+    found = None if folder.is_dir() else importlib.util.find_spec(installed)
+    return pathlib.Path(*(found.submodule_search_locations or [])) if found else folder
 
 
 def load(file: pathlib.Path) -> ModuleType:
@@ -5632,6 +5659,20 @@ def load(file: pathlib.Path) -> ModuleType:
     spec.loader.exec_module(module)
     OPERATIONS.update((each.kind, each) for each in module.OPERATIONS)
     return module
+
+
+def load_front() -> ModuleType:
+    """ledgers/front.py beside this file, or in the installed package: how a bus shares a ledger with other fronts."""
+    folder = folder_of("ledgers", "agent_bus_ledgers")
+    if not folder.is_dir():
+        raise Unusable("--ledger needs the folder ledgers/ beside bus_server.py: copy it from the same version")
+    if "ledgers" not in sys.modules:
+        first = folder / "__init__.py"
+        spec = importlib.util.spec_from_file_location("ledgers", first, submodule_search_locations=[str(folder)])
+        assert spec and spec.loader
+        sys.modules["ledgers"] = package = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(package)
+    return importlib.import_module("ledgers.front")
 
 
 def check_extensions(
@@ -5768,6 +5809,8 @@ def run_server(options: argparse.Namespace, state: State) -> int:
     tls = tls_context(options.tls_cert, options.tls_key)
     bus = make_bus(options, state)
     extensions = start_extensions(bus, options)
+    if options.front:
+        options.front.start(bus, options)
     if options.tcp or not bus.listeners:
         bus.listeners.insert(0, tcp_listener(bus, options, tls))
     state.sign(bus.listeners[0][0])
@@ -6155,6 +6198,7 @@ def copy_database(source: str, target: str, bus: str | None = None) -> int:
         os.remove(target)
     try:
         with contextlib.closing(read_only(source)) as old, contextlib.closing(sqlite3.connect(target)) as new:
+            check_alone(old, source)
             old.backup(new)
             new.execute("PRAGMA journal_mode=DELETE")
             new.execute("UPDATE bus SET id = ifnull(?, id)", (bus,))
@@ -6200,7 +6244,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         folder = os.path.dirname(os.path.abspath(options.db))
         was_there = os.path.isdir(folder) or options.db == default_path()
-        with contextlib.closing(State(options.db)) as state:
+        with contextlib.closing(options.front.open_state(options) if options.front else State(options.db)) as state:
             if not was_there:
                 print(f"there was no folder {folder}: it is made for the database", file=sys.stderr)
             return run_server(options, state)

@@ -379,6 +379,9 @@ class Work:
         bus.on_tidy.append(lambda: self.queues.intersection_update(bus.mailboxes.boxes))
         bus.on_tidy.append(self.bury)  # a lease from before the start of the bus has no timer
         bus.metrics.append(self.undone)
+        bus.ledger.elsewhere["claim"] = self.claimed_elsewhere
+        bus.ledger.elsewhere["settle"] = partial(self.settled, None)
+        bus.ledger.elsewhere["again"] = self.again_elsewhere
 
     # Endpoints
 
@@ -462,6 +465,21 @@ class Work:
             return None
         return handed(bus, worker, result.jobs)
 
+    def claimed_elsewhere(self, claim: Claim, result: Claimed) -> None:
+        """Another front has handed out jobs: those who wait here look when their leases end."""
+        queue = claim.channel, claim.queue
+        self.queues.add(queue)
+        self.bus.mailboxes.box(*queue).firm = True
+        if result.jobs:
+            self.look_again(queue, claim.lease_us / 1000000)
+
+    def again_elsewhere(self, again: Again, tick: int) -> None:
+        """Another front has taken back a dead letter: what was counted in its mailbox is counted anew."""
+        letter = self.bus.view.message(again.tick)
+        if letter:
+            box = self.bus.mailboxes.box(letter.channel, letter.to)
+            box.perishable, box.expired, box.pending = True, None, None
+
     def lost(self, reader: Any, tick: int) -> None:
         """An answer with jobs did not reach its worker whole."""
         if isinstance(reader, Handed):
@@ -472,7 +490,7 @@ class Work:
             back = Settle("return", job.message.tick, job.lease, 0, "its worker hung up", self.attempts)
             self.bus.do(back, None, self.settled)
 
-    def settled(self, connection: Connection, settle: Settle, queue: Key) -> Answer:
+    def settled(self, connection: Connection | None, settle: Settle, queue: Key) -> Answer:
         delay = settle.delay_us / 1000000
         if settle.verb in ("nack", "return"):
             self.look_again(queue, delay)

@@ -26,7 +26,7 @@ from tools import agent_bus
 needs_setuptools = pytest.mark.skipif(not importlib.util.find_spec("setuptools"), reason="setuptools installs it")
 pytestmark = needs_setuptools
 COPIED = ("bus_*.py", "bus_listener.sh", "pyproject.toml", "README.md", "LICENSE", "tools", "bus_extensions",
-          "integrations", ".claude-plugin")  # fmt: skip
+          "ledgers", "integrations", ".claude-plugin")  # fmt: skip
 SETUP = "import setuptools; setuptools.setup()"
 NOWHERE = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}  # for what Claude Code asks
 SCRIPTS = re.findall(r'^(agent-bus[a-z-]*) = "', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
@@ -120,6 +120,10 @@ def test_the_extensions_and_the_tools_work(bus, run, house):
         with urllib.request.urlopen(f"{bus}/ui/{file.name}") as answer:
             assert answer.read() == file.read_bytes()
     assert "do it" in run("agent-bus-log", "--no-follow", **env)
+
+
+def test_a_front_finds_what_it_is_made_of(run):
+    assert "--ledger must be a URL like postgresql://" in run("agent-bus-server", "--ledger", "mysql://x/y", code=2)
 
 
 @pytest.mark.parametrize("file", ["bus_recv.py", "bus_send.py", "bus_listener.sh", "bus_doctor.py", "bus_work.py"])

@@ -406,6 +406,7 @@ def test_the_world_is_not_let_in_without_identity(tmp_path):
 
 # The browser gate
 
+BROWSER = {"User-Agent": "Mozilla/5.0", "Accept-Language": "en"}
 PAGES = [  # what a page of another site can make a browser send without asking us first
     ("POST", "/send", {"Origin": "https://evil.example", "Content-Type": "text/plain"}),
     ("POST", "/send", {"Origin": "null", "Content-Type": "text/plain"}),
@@ -419,8 +420,8 @@ PAGES = [  # what a page of another site can make a browser send without asking 
     ("GET", "/recv?to=bob", {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors"}),
     ("GET", "/recv?to=bob", {"Host": "rebound.example", "Sec-Fetch-Site": "same-origin"}),
     # An image, over http from another machine: a browser says neither which page has it nor that there is one.
-    ("GET", "/recv?to=bob&since=now", {"Host": "192.0.2.2:8080", "User-Agent": "Mozilla/5.0"}),
-    ("GET", "/log", {"Host": "192.0.2.2:8080", "User-Agent": "Mozilla/5.0"}),
+    ("GET", "/recv?to=bob&since=now", {"Host": "192.0.2.2:8080", **BROWSER}),
+    ("GET", "/log", {"Host": "192.0.2.2:8080", **BROWSER}),
     ("OPTIONS", "/send", {"Origin": "http://evil.example", "Access-Control-Request-Method": "POST"}),
 ]
 
@@ -445,9 +446,10 @@ def test_a_page_of_another_site_stores_and_reads_nothing(with_a_secret, method, 
 
 
 def test_our_page_and_programs_are_answered_over_http_too(with_a_secret):
-    for headers in ({"User_Agent": "Mozilla/5.0", "X_Agent_Page": "1"}, {"User_Agent": "curl/8.0"}, {}):
+    browser = {name.replace("-", "_"): value for name, value in BROWSER.items()}
+    for headers in ({**browser, "X_Agent_Page": "1"}, {"User_Agent": "Mozilla/5.0"}, {"Accept_Language": "*"}, {}):
         assert ask(with_a_secret, "GET", "/recv?to=eve", Host="192.0.2.2:8080", **headers)[0] == 200
-    assert ask(with_a_secret, "GET", "/agents", Host="192.0.2.2:8080", User_Agent="Mozilla/5.0")[0] == 200
+    assert ask(with_a_secret, "GET", "/agents", Host="192.0.2.2:8080", **browser)[0] == 200
 
 
 def test_names_of_its_own_are_answered(tmp_path):

@@ -69,10 +69,11 @@ class Conversation:
 
     `client` has receive(url, name, pause=, ...), which yields messages, and send(url, sender, to, msg, pause=), which
     returns the ts, or None for a message that was not acknowledged. Both call `pause` on errors; true means: give up.
+    The senders send at `at`, another front of the same bus, if it is given.
     """
 
-    def __init__(self, client, url, name, patience=PATIENCE):
-        self.client, self.url, self.name, self.patience = client, url, name, patience
+    def __init__(self, client, url, name, patience=PATIENCE, at=None):
+        self.client, self.url, self.name, self.patience, self.at = client, url, name, patience, at or url
         self.sent, self.delivered, self.senders = [], [], []
         self.over = threading.Event()
 
@@ -89,7 +90,7 @@ class Conversation:
         for msg in texts:
             if self.over.is_set():
                 break
-            ts = self.client.send(self.url, sender, self.name, msg, pause=self.over.wait)
+            ts = self.client.send(self.at, sender, self.name, msg, pause=self.over.wait)
             self.sent.append(Sent(sender, msg, None if ts is None else tick(ts)))
 
     def keep(self, messages):

@@ -1,0 +1,285 @@
+"""A front: a bus that shares a ledger with other fronts, so that each of them may die (docs/cluster.md).
+
+An entry of the ledger is the list of operations of one turn of one front. Each front applies all entries, in their
+order, to its own SQLite file: its copy. It answers its clients from the result of its own entry, after all entries
+before. So the copies are equal, and a copy that is lost is made anew from the ledger.
+
+    a turn's operations -> Front.apply -> Ledger.append        (durable; its position and time)
+                                       -> Front.follow         (what other fronts wrote before: applied and announced)
+                                       -> Mirror.take          (its own entry: applied; the Bus announces it)
+
+bus_server.py loads this file if it is started with --ledger, and only then.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import secrets
+import sqlite3
+import time
+import traceback
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NoReturn
+from urllib.parse import urlsplit
+
+import bus_server
+from bus_server import (
+    ACKNOWLEDGED,
+    ALONE,
+    GRACE,
+    HOLD,
+    SOUND,
+    Applied,
+    Bus,
+    Forget,
+    Marks,
+    Operation,
+    Raise,
+    Refused,
+    Remove,
+    Request,
+    Unusable,
+    say,
+)
+
+from . import READ_BYTES, Ledger, Unknown, tokens
+from .mirror import CALL, ENTRIES, Differs, Mirror
+
+GIVE_UP = 8.0  # s; then who sent is told that it is unknown whether the message was stored
+PAUSE = 0.1  # s between two attempts
+CUT_OFF = 5.0  # s without the ledger, and then this front refuses what it may know too little about
+LOOK = 1.0  # s between two looks at the ledger, because a hint may be missing
+ENTRY_BYTES = 1 << 20  # of operations in one entry; a larger one is alone in its entry
+UNKNOWN = "it is unknown whether this was stored: send it again, with the same key"
+ENGINES = {"postgresql": "postgres", "postgres": "postgres"}  # the scheme of the URL: the file in this folder
+
+
+class Front(bus_server.Ledger):
+    """The queue of operations of a front. One entry at a time is applied and announced, its own and those of others.
+
+    Invariant: an entry is announced only after it was read from the ledger, or its append was answered. An append
+    without an answer fails its senders, who may send again; if it was stored, its entry comes as one of another front.
+    """
+
+    def __init__(self, bus: Bus, mirror: Mirror) -> None:
+        super().__init__(bus)
+        self.mirror = mirror
+        self.elsewhere = {**bus.ledger.elsewhere, "marks": self.marked, "forget": self.forgotten}
+        self.upto = 0  # the highest position of a hint
+        self.due = self.busy = self.removing = False
+        bus.clock = mirror.time
+        bus.gate.until = time.monotonic() + CUT_OFF
+        bus.loop.every(LOOK, self.look)
+        mirror.ledger.listen(lambda position: bus.loop.tell(partial(self.hinted, position)))
+
+    def hinted(self, position: int) -> None:
+        self.upto = max(self.upto, position)
+        self.plan()
+
+    def look(self) -> None:
+        self.due = True
+        self.plan()
+
+    def plan(self) -> None:
+        if (self.next or self.due or self.upto > self.mirror.position) and not self.planned and not self.busy:
+            self.loop.soon(self.commit)
+            self.planned = True
+
+    def idle(self) -> bool:
+        return super().idle() and not self.busy
+
+    def removes(self) -> bool:
+        return self.removing or super().removes()
+
+    def next_list(self) -> list[bus_server.Step]:
+        steps, size = super().next_list(), 0
+        for number, step in enumerate(steps, 1):
+            size += self.large.get(id(step.operation), ("", self.LARGE))[1]
+            if size >= ENTRY_BYTES:
+                return steps[:number]
+        return steps
+
+    def commit(self) -> None:
+        """First what other fronts wrote, then the list of this turn."""
+        self.busy = True
+        try:
+            if self.due or self.upto > self.mirror.position or any(type(each.operation) is Raise for each in self.next):
+                self.due = False
+                self.catch_up()
+            super().commit()
+        finally:
+            self.busy = False
+            self.plan()
+
+    def catch_up(self) -> None:
+        self.upto = 0  # a hint counts once: after a failure the next look is the next attempt
+        try:
+            if not self.bus.broken:
+                self.follow(SOUND)
+        except Unknown:
+            return
+        except Exception as error:
+            self.stop(error)
+
+    def apply(self, operations: list[Operation]) -> Applied:
+        last = self.state.last
+        if self.bus.broken:
+            self.refuse("this front of the bus stops: nothing was stored, use another one, or try again")
+        if all(type(each) is Raise and each.tick <= last for each in operations):
+            return Applied([None] * len(operations), [], {}, last)
+        if time.monotonic() > self.bus.gate.until:
+            self.refuse("this bus cannot reach its ledger: nothing was stored, try again, or use another front")
+        self.note_room(operations)
+        began, entry = time.monotonic(), self.mirror.entry(operations)
+        its = self.mirror.operations(entry)  # from the bytes, as all others apply them
+        try:
+            position, wall = self.aside(partial(self.append, entry, began + GIVE_UP))
+            self.follow(position - 1)
+            if self.mirror.position != position - 1:
+                raise Unknown
+            applied = self.take(position, wall, its)
+        except Unknown:
+            self.refuse(f"the ledger of this bus did not answer, and {UNKNOWN}")
+        except Exception as error:
+            self.stop(error)
+            self.refuse(f"this front of the bus stops, and {UNKNOWN}")
+        self.mirror.time.heard(wall, just_now=time.monotonic() - began < LOOK)  # else it may be of an earlier attempt
+        self.bus.gate.until = began + CUT_OFF
+        return applied
+
+    def refuse(self, sentence: str) -> NoReturn:
+        raise Refused(503, sentence, ("Retry-After", "2"))
+
+    def stop(self, error: Exception) -> None:
+        """This copy cannot follow the ledger any more. What it would answer from now on could be wrong."""
+        if not isinstance(error, (Differs, sqlite3.Error, OSError, MemoryError)):
+            say("".join(traceback.format_exception(type(error), error, error.__traceback__)))
+        say(f"bus_server: {self.mirror.path}: {error}; this front stops")
+        self.bus.broken = True
+
+    def aside(self, call: Callable[[], Any]) -> Any:
+        """The result of a call that may wait."""
+        result: list[Any] = []
+        self.loop.aside(lambda: result.append(call()))
+        return result[0]
+
+    def append(self, entry: bytes, end: float) -> tuple[int, int]:
+        """Append an entry; after Unknown try it again with the same id, until `end` (monotonic clock, s)."""
+        id = secrets.token_hex(16)
+        while True:
+            try:
+                return self.mirror.ledger.append(entry, id, min(time.monotonic() + CALL, end))
+            except Unknown:
+                if time.monotonic() + PAUSE > end:
+                    raise
+                time.sleep(PAUSE)
+
+    def follow(self, upto: int) -> None:
+        """Apply and announce the entries of other fronts, up to a position, or up to the newest."""
+        while self.mirror.position < upto:
+            began = time.monotonic()
+            entries = self.aside(partial(self.mirror.ledger.read, self.mirror.position, ENTRIES, began + CALL))
+            for position, wall, entry in entries:
+                if position > upto:
+                    return
+                self.announce(position, wall, self.mirror.operations(entry))
+            if len(entries) < ENTRIES and sum(len(entry) for _, _, entry in entries) < READ_BYTES:
+                self.bus.gate.until = began + CUT_OFF
+                return
+
+    def take(self, position: int, wall: int, operations: list[Operation]) -> Applied:
+        self.removing = any(type(each) is Remove for each in operations)
+        applied: Applied = self.aside(partial(self.mirror.take, position, wall, operations))
+        self.state.view.tail, self.removing = self.state.tail, False
+        return applied
+
+    def announce(self, position: int, wall: int, operations: list[Operation]) -> None:
+        """Apply an entry of another front, wake the readers here, and note in memory what it noted."""
+        began = time.monotonic()
+        applied = self.take(position, wall, operations)
+        self.loop.attempt(self.bus.announce, [], applied, time.monotonic() - began)
+        for operation, result in zip(operations, applied.results):
+            if operation.kind in self.elsewhere and not isinstance(result, Refused):
+                self.loop.attempt(self.elsewhere[operation.kind], operation, result)
+
+    def forgotten(self, forget: Forget, names: list[list[str]]) -> None:
+        self.bus.retention.forgotten(None, forget, names)
+
+    def marked(self, marks: Marks, result: None) -> None:
+        """How far the readers of another front have read, and that they are there."""
+        mailboxes, now = self.bus.mailboxes, self.mirror.time.wall()
+        for mark in marks.marks:
+            box = mailboxes.box(mark.channel, mark.name)
+            box.firm, box.own = True, box.own or bool(mark.own)
+            if mark.read is not None:
+                box.read = max(box.read or 0, mark.read)
+            box.fetched, box.seen = max(box.fetched, mark.fetched), max(box.seen, mark.seen)
+            box.reached = max(box.reached, box.fetched, box.read or 0)
+            if box.mark() >= box.newest:
+                box.base = box.mark(), box.n
+            left = HOLD + GRACE - max(now - mark.seen, 0) / 1000000
+            if left > 0:
+                box.listening = box.listening if mailboxes.online(box) else mark.seen
+                box.until = max(box.until, mailboxes.clock() + left)
+        for receipt in marks.receipts:
+            above = receipt.tick - 1 if receipt.kind == ALONE else 0
+            for tell in mailboxes.on_fetched if receipt.kind != ACKNOWLEDGED else ():
+                tell(receipt.channel, receipt.name, above, receipt.tick)
+
+
+def refuse(sentence: str, request: Request) -> NoReturn:
+    raise Refused(501, sentence)
+
+
+NOT_BUILT = {
+    "/blob/": "a bus of several fronts has no files: send them another way, and send where they are",
+    "/recall": "a bus of several fronts cannot take a message back: a reader of another front may have it already",
+}
+
+
+def open_state(options: argparse.Namespace) -> Mirror:
+    """The copy of the ledger at --db, up to date. Unusable, if the ledger cannot be reached or used."""
+    url = urlsplit(options.ledger)
+    if url.scheme not in ENGINES:
+        raise Unusable(f"--ledger must be a URL like postgresql://HOST/DATABASE, and not begin with {url.scheme!r}")
+    if url.password and options.ledger != os.environ.get("AGENT_BUS_LEDGER"):
+        raise Unusable("--ledger has a password, which every user of this machine can see: set AGENT_BUS_LEDGER to it")
+    try:
+        engine = importlib.import_module(f"{__package__}.{ENGINES[url.scheme]}")
+    except ImportError as error:
+        raise Unusable(f"--ledger needs psycopg ({error}): pip install 'agent-bus[postgres]'") from None
+    return follow(options, engine.connect(options.ledger, options.ledger_single))
+
+
+def follow(options: argparse.Namespace, ledger: Ledger) -> Mirror:
+    mirror = Mirror(options.db, ledger)
+    try:
+        for extension, module in options.extensions.items():
+            if module.TABLES is not None:
+                mirror.add_tables(extension, module.NOUN, module.TABLES)
+        mirror.check_ledger()
+        mirror.catch_up()
+        tokens.write(bus_server.Tokens(options.db), list(tokens.stored(mirror.writing).values()))
+    except Unknown as error:
+        raise Unusable(f"cannot reach the ledger: {error}") from None
+    except Differs as error:
+        raise Unusable(str(error)) from None
+    except (sqlite3.Error, OSError) as error:
+        raise Unusable(f"cannot use the database {options.db}: {error}") from None
+    return mirror
+
+
+def start(bus: Bus, options: argparse.Namespace) -> None:
+    """Make this bus a front, when its extensions have started."""
+    assert isinstance(bus.state, Mirror)
+    bus.ledger = front = Front(bus, bus.state)
+    common = tokens.Common(bus)
+    front.elsewhere[tokens.Grants.kind] = common.came
+    bus.loop.every(LOOK, common.look)
+    for method, path in list(bus.routes):
+        if path in NOT_BUILT:
+            call = partial(refuse, NOT_BUILT[path])
+            bus.route(method, path, call, sink=call)

@@ -1,0 +1,217 @@
+"""A front's copy of a ledger: a State whose lists of operations are the entries of the ledger, in their order.
+
+Its results follow from the entries and their times alone, so all copies are equal. Each entry has a checksum of the
+results of the front that wrote it; a front that has other results stops.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import socket
+import time
+import zlib
+from collections import deque
+from typing import Any
+
+from bus_server import (
+    OPERATIONS,
+    RECEIPT,
+    Applied,
+    Clock,
+    Marks,
+    Now,
+    Operation,
+    Refused,
+    State,
+    Unusable,
+    encode,
+    migrate,
+    operation_of,
+    say,
+    wall_clock,
+)
+
+from . import Ledger, tokens
+
+FORMAT = 1  # of an entry: [format, front, position, sum], then a line for each operation
+CALL = 4.0  # s that the engine has for one answer
+ENTRIES = 100  # in one read
+SUMS = 10000  # positions whose sum is remembered
+TABLE = """CREATE TABLE front(
+    position INTEGER NOT NULL,           -- of the last entry that was applied
+    time INTEGER NOT NULL,               -- of that entry, us
+    steady INTEGER NOT NULL,             -- the sum of the steps of that time that went forward, us
+    sum INTEGER NOT NULL)                -- a checksum of the results of all entries"""
+
+
+class Differs(Exception):
+    """The ledger has what this front cannot apply, or results that this front does not have."""
+
+
+class Time(Clock):
+    """The ledger's clock, as far as a front knows it: the time of an entry, and what has passed here since."""
+
+    def __init__(self) -> None:
+        self.offset = wall_clock() - time.monotonic_ns() // 1000
+        self.entry = Now(0, 0)  # at which the last entry was applied
+        super().__init__(self.guess, 0)
+
+    def guess(self) -> int:
+        return time.monotonic_ns() // 1000 + self.offset
+
+    def now(self) -> Now:
+        return self.at(self.guess())
+
+    def at(self, wall: int) -> Now:
+        """The time of an entry. If the ledger's clock stepped back, no lease ends earlier, and none later."""
+        return Now(wall, self.entry.steady + max(wall - self.entry.wall, 0))
+
+    def heard(self, wall: int, just_now: bool) -> None:
+        if just_now or wall > self.guess():
+            self.offset = wall - time.monotonic_ns() // 1000
+
+
+class Begin(Operation):
+    """A front has started. The first entry of a ledger says which bus it is. The result is the id of the bus."""
+
+    __slots__ = ("bus",)
+    kind = "begin"
+
+    def __init__(self, bus: str) -> None:
+        self.bus = bus
+
+    def apply(self, state: State, now: Now) -> str:
+        if state.ask("SELECT position FROM front") == (0,):
+            state.writing.execute("UPDATE bus SET id = ?", (self.bus,))
+            state.bus = self.bus
+        return state.bus
+
+
+class Maxima(Marks):
+    """Marks, as fronts apply them: two fronts know different ones, and a later entry must not set back an earlier."""
+
+    __slots__ = ()
+
+    def apply(self, state: State, now: Now) -> None:
+        for mark in self.marks:
+            state.mailbox(mark.channel, mark.name)
+        state.insert()
+        state.writing.executemany(
+            "INSERT INTO uses VALUES (?, ?) ON CONFLICT(token) DO UPDATE SET used = max(used, excluded.used)",
+            sorted(self.used.items()),
+        )
+        state.writing.executemany(
+            "UPDATE mailboxes SET own = max(own, ?1), read = max(ifnull(read, ?2), ifnull(?2, read)), "
+            "fetched = max(fetched, ?3), seen = max(seen, ?4) WHERE channel = ?5 AND name = ?6",
+            [(*mark[2:], *mark[:2]) for mark in self.marks],
+        )
+        state.writing.executemany(RECEIPT, [receipt for receipt in self.receipts if receipt.tick])
+
+
+class Position(Operation):
+    """The last operation of each list: up to which entry this file has come. It is in no entry."""
+
+    __slots__ = ("position",)
+    kind, rank = "position", 6
+
+    def __init__(self, position: int) -> None:
+        self.position = position
+
+    def apply(self, state: State, now: Now) -> None:
+        assert isinstance(state, Mirror)
+        state.add_to_sum((state.last, len(state.visible), sorted(state.removed.items())))
+        values = self.position, now.wall, now.steady, state.sum
+        state.writing.execute("UPDATE front SET position = ?, time = ?, steady = ?, sum = ?", values)
+
+
+class Mirror(State):
+    """A front's copy: a State whose lists are the entries of a ledger. Its position is part of each transaction."""
+
+    def __init__(self, path: str, ledger: Ledger) -> None:
+        self.ledger, self.time = ledger, Time()
+        self.front = f"{socket.gethostname()}:{path}"
+        self.position = self.sum = 0
+        super().__init__(path, self.time.wall)
+        self.writing.execute("PRAGMA synchronous=OFF")  # what a power cut takes is in the ledger
+        self.position, wall, steady, self.sum = self.ask("SELECT position, time, steady, sum FROM front")
+        self.time.entry = Now(wall, steady)
+        self.sums = deque([self.sum], SUMS)  # after each of the last entries
+        self.kinds = {**OPERATIONS, **{each.kind: each for each in (Maxima, Begin, tokens.Grants)}}
+        self.is_live = False  # it has caught up
+
+    def close(self) -> None:
+        self.ledger.close()
+        super().close()
+
+    def check_use(self) -> None:
+        if not self.ask("SELECT 1 FROM sqlite_master WHERE name = 'front'"):
+            if self.ask("SELECT last FROM bus") != (0,) or self.ask("SELECT 1 FROM mailboxes"):
+                raise Unusable(f"{self.path} is a bus of its own, and its mail is not in the ledger: give another --db")
+            migrate(self.writing, ["BEGIN IMMEDIATE", TABLE, tokens.TABLE, "INSERT INTO front VALUES (0, 0, 0, 0)"])
+            self.writing.execute("COMMIT")
+        if self.ask("SELECT lost FROM bus") != (0,):
+            raise Unusable(f"{self.path} is damaged, and only a copy: move it away, and the front makes it anew")
+
+    def check_ledger(self) -> None:
+        """Unusable, if the last entry that was applied is not in this ledger."""
+        if self.position:
+            found = self.ledger.read(self.position - 1, 1, time.monotonic() + CALL)
+            if not found or found[0][1] != self.time.entry.wall:
+                raise Unusable(f"{self.path} is a copy of another ledger: give another --db, or the --ledger it has")
+
+    def catch_up(self) -> None:
+        """Apply what is in the ledger, and then an entry of this front, which tells what time it is there."""
+        self.replay()
+        begin = self.entry([Begin(self.bus)])
+        _, wall = self.ledger.append(begin, secrets.token_hex(16), time.monotonic() + CALL)
+        self.time.heard(wall, just_now=True)
+        self.replay()
+        self.is_live = True
+
+    def replay(self) -> None:
+        while entries := self.ledger.read(self.position, ENTRIES, time.monotonic() + CALL):
+            for position, wall, entry in entries:
+                self.take(position, wall, self.operations(entry))
+        self.view.tail = self.tail
+
+    def entry(self, operations: list[Operation]) -> bytes:
+        head = encode([FORMAT, self.front, self.position, self.sum])
+        return "\n".join([head, *(operation.to_line() for operation in operations)]).encode()
+
+    def operations(self, entry: bytes) -> list[Operation]:
+        """What is in an entry. Differs, if this front cannot apply it, or has other results than the one that wrote."""
+        head, *lines = entry.decode().split("\n")
+        version, front, position, its_sum = json.loads(head)
+        if version != FORMAT:
+            raise Differs(f"the ledger has an entry of format {version}: upgrade this front")
+        index = position - self.position - 1
+        if -len(self.sums) <= index < 0 and self.sums[index] != its_sum:
+            why = f"{front} has other results than {self.front} up to entry {position} of the ledger"
+            if self.is_live:
+                raise Differs(f"{why}: one of them is wrong; move the wrong file away, and its front makes it anew")
+            say(f"bus_server: {why}")
+        try:
+            return [operation_of(line, self.kinds) for line in lines]
+        except ValueError as error:
+            raise Differs(f"{error}: use the version and the extensions of the other fronts") from None
+
+    def take(self, position: int, wall: int, operations: list[Operation]) -> Applied:
+        """Apply an entry: the next one, with the time of the ledger."""
+        if position != self.position + 1:
+            raise Differs(f"entry {position} of the ledger follows entry {self.position}: entries are missing")
+        now, self.sum = self.time.at(wall), self.sums[-1]
+        applied = self.apply([*operations, Position(position)], now)
+        self.position, self.time.entry = position, now
+        self.sums.append(self.sum)
+        self.time.heard(wall, just_now=False)
+        return applied._replace(results=applied.results[:-1])
+
+    def apply_one(self, operation: Operation, now: Now) -> Any:
+        result = super().apply_one(operation, now)
+        if type(operation) is not Position:  # which writes the sum down
+            self.add_to_sum((result.status, result.sentence) if isinstance(result, Refused) else result)
+        return result
+
+    def add_to_sum(self, value: Any) -> None:
+        self.sum = zlib.crc32(repr(value).encode(errors="surrogatepass"), self.sum)

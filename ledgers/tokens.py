@@ -1,0 +1,106 @@
+"""The tokens of a bus with several fronts: what a command writes beside one front holds at all of them.
+
+The commands invite and revoke write DATABASE.tokens, as on a bus of one machine. Its front puts what is new there into
+the ledger, and every front writes what comes from the ledger into its own file. A token is made once, and may be
+revoked once. So two files are merged by the rule that who knows of a revocation is right.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from typing import Any
+
+from bus_server import (
+    Bus,
+    Now,
+    Operation,
+    Row,
+    State,
+    Tokens,
+    Unusable,
+    encode,
+    open_beside,
+    written_anew,
+)
+
+TABLE = "CREATE TABLE front_tokens(id TEXT PRIMARY KEY, line TEXT NOT NULL)"
+
+
+class Grants(Operation):
+    """Tokens that were made or revoked beside one front."""
+
+    __slots__ = ("rows",)
+    kind = "tokens"
+
+    def __init__(self, rows: list[Row]) -> None:
+        self.rows = rows
+
+    def apply(self, state: State, now: Now) -> None:
+        lines = [(row["id"], encode(row)) for row in merged(stored(state.writing), self.rows).values()]
+        state.writing.executemany("INSERT OR REPLACE INTO front_tokens VALUES (?, ?)", lines)
+
+
+def stored(database: Any) -> dict[str, Row]:
+    """The tokens that came from the ledger, by their id."""
+    rows = [json.loads(line) for (line,) in database.execute("SELECT line FROM front_tokens ORDER BY id").fetchall()]
+    return {row["id"]: row for row in rows}
+
+
+def merged(known: dict[str, Row], others: list[Row]) -> dict[str, Row]:
+    known = dict(known)
+    for row in others:
+        first = known.get(row["id"], row)
+        known[row["id"]] = {**first, "revoked": first["revoked"] or row["revoked"]}
+    return known
+
+
+def write(tokens: Tokens, rows: list[Row]) -> None:
+    """Bring the file up to date. A command may be writing it too."""
+    if rows:
+        with open_beside(f"{tokens.path}.lock") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            before = tokens.rows()
+            after = list(merged({row["id"]: row for row in before}, rows).values())
+            if after != before:
+                with written_anew(tokens.path) as file:
+                    file.writelines(f"{encode(row)}\n" for row in after)
+
+
+class Common:
+    """Keeps the file and the ledger alike. Owned by the loop; a turn that meets a new token waits for the file."""
+
+    def __init__(self, bus: Bus) -> None:
+        self.bus, self.tokens = bus, bus.gate.tokens
+        self.stamp: tuple[int, ...] = ()  # of the file when the ledger had all of it
+        self.behind = False  # the file lacks what came from the ledger
+
+    def look(self) -> None:
+        """Put what is new in the file into the ledger, and the other way round if that failed before."""
+        if self.behind:
+            self.write()
+        stamp = self.tokens.look()
+        if stamp != self.stamp:
+            try:
+                rows = self.tokens.rows()
+            except Unusable:  # the bus has said so
+                return
+            known = stored(self.bus.view.database)
+            after = merged(known, rows)
+            new = [row for token, row in after.items() if row != known.get(token)]
+            if new:
+                self.bus.do(Grants(new), None, lambda *_: self.noted(stamp))
+            else:
+                self.stamp = stamp
+
+    def noted(self, stamp: tuple[int, ...]) -> None:
+        self.stamp = stamp
+
+    def came(self, grants: Grants, result: None) -> None:
+        """Another front has made or revoked tokens."""
+        self.behind = True
+        self.write()
+
+    def write(self) -> None:
+        write(self.tokens, list(stored(self.bus.view.database).values()))
+        self.behind = False

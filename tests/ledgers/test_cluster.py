@@ -1,0 +1,231 @@
+"""Processes: fronts on one PostgreSQL keep the contract, and nothing acknowledged is lost when a front is killed."""
+import contextlib
+import itertools
+import pathlib
+import random
+import re
+import sqlite3
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+
+import pytest
+
+from tests.faults.history import Conversation, background, get, observed, tick, violations
+from tests.kit import new_client, old_client, postgres
+from tests.kit.in_turn import InTurn
+from tests.kit.processes import COMMAND, PATIENCE, ROOT, SERVER, Server, run_checks, wait_until
+
+pytestmark = pytest.mark.skipif(bool(postgres.reason_to_skip()), reason=str(postgres.reason_to_skip()))
+
+# What is up to 2 s older at the other front, or known at one front only: marks, presence and what is counted from
+# them, names that were polled, who has a job, the figures, statuses and sessions of MCP.
+WEAKER = set(
+    "3.9 5.10 8.7 8.11 9.10 9.11 9.13 9.24 9.27 9.28 9.29 11.2 11.3 11.4 11.7 12.8 13.3 15.1 17.1 "
+    "18.2 18.4 18.5 18.6 18.7 20.1 20.2 21.2 21.5 21.6 21.7".split()
+)
+NOT_BUILT = {"12.5", "12.9", "14.1", "14.2", "14.3", "14.4", "14.5"}  # /recall and /blob/ answer 501
+
+
+@pytest.fixture(scope="module")
+def engine():
+    with postgres.Postgres() as engine:
+        yield engine
+
+
+@pytest.fixture
+def ledger(engine):
+    engine.ask("DROP TABLE IF EXISTS agent_bus_ledger")
+    return engine.url
+
+
+def front(path, ledger, *options, program=("-c", SERVER), **more):
+    return Server(path, "--ledger", ledger, "--ledger-single", *options, program=program, **more)
+
+
+@pytest.fixture
+def two(tmp_path, ledger):
+    with front(tmp_path / "a.db", ledger) as a, front(tmp_path / "b.db", ledger) as b:
+        yield a, b
+
+
+def failed(url):
+    done = run_checks(url, BUS_OURS="1")
+    return re.findall(r"^([\d.]+) .*: FAILED$", done.stdout, re.MULTILINE), done.stdout
+
+
+def copies(*buses):
+    """What is in the copies of these fronts, when they have all applied the same entries."""
+
+    def read(bus):
+        with contextlib.closing(sqlite3.connect(f"file:{bus.db}?mode=ro", uri=True)) as database:
+            tables = [name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+            facts = sorted(set(tables) - {"places", "runs"})
+            return {table: sorted(map(repr, database.execute(f"SELECT * FROM {table}"))) for table in facts}
+
+    def equal():
+        found = [read(bus) for bus in buses]
+        return found if all(each == found[0] for each in found) else None
+
+    return wait_until(equal)
+
+
+def test_one_front_keeps_the_contract_but_what_is_not_built(tmp_path, ledger):
+    with front(tmp_path / "a.db", ledger) as bus:
+        found, printed = failed(bus.url)
+    assert set(found) == NOT_BUILT, printed
+
+
+@pytest.mark.slow("the whole of test_bus.py, and some of its checks wait until a front gives up")
+def test_two_fronts_in_turn_keep_the_contract_but_what_is_weaker(two):
+    """Each connection goes to the other front than the one before, when that has the messages of both."""
+    with InTurn(*two) as balancer:
+        found, printed = failed(balancer.url)
+    assert set(found) - WEAKER == NOT_BUILT, printed
+
+
+def storm(buses, deaths, with_copies=False):
+    """kill -9 of these fronts, again and again, while conversations go on across them; what was broken, in words.
+
+    `with_copies`: the copy of a front is lost with it, as when its machine is lost.
+    """
+    over = []
+    with contextlib.ExitStack() as stack:
+        talks = []
+        for number, (at, to, client) in enumerate(itertools.product(buses, buses, (new_client, old_client))):
+            talk = stack.enter_context(Conversation(client, to.url, f"reader-{number}", at=at.url))
+            talks.append(talk)
+            talk.listen()
+            texts = (f"message {count}" for count in itertools.count())
+            talk.speak(f"sender-{number}", itertools.takewhile(lambda _: not over, texts))
+        for _ in range(deaths):
+            enough = sum(len(talk.sent) for talk in talks) + random.randrange(150)
+            wait_until(lambda: sum(len(talk.sent) for talk in talks) >= enough, 60)  # noqa: B023
+            bus = random.choice(buses)
+            bus.kill()
+            for file in pathlib.Path(bus.db).parent.glob(f"{pathlib.Path(bus.db).name}*") if with_copies else ():
+                file.unlink()
+            bus.start()
+        over.append(True)
+        found = [f"{talk.name}: {violation}" for talk in talks for violation in talk.finish()]
+    sent = [each for talk in talks for each in talk.sent]
+    newest = max(get(bus.url, "/healthz")["now"] for bus in buses)
+    for bus in buses:
+        wait_until(lambda: get(bus.url, "/healthz")["now"] >= newest)  # noqa: B023
+        found += [f"the log of {bus.url}: {violation}" for violation in violations(sent, observed(bus.url))]
+    unknown = sum(each.tick is None for each in sent)
+    print(f"{deaths} kills: {len(sent) - unknown:,} acknowledged, {unknown:,} unknown, {len(found)} violations")
+    return found
+
+
+@pytest.mark.slow("10 kills and as many starts, and sends between them that wait for the ledger")
+def test_nothing_acknowledged_is_lost_or_comes_twice_when_fronts_are_killed(two):
+    assert storm(two, 10) == []
+    copies(*two)
+
+
+@pytest.mark.slow("6 kills and as many starts that read the whole ledger")
+def test_nothing_acknowledged_is_lost_with_a_front_and_its_copy(two):
+    assert storm(two, 6, with_copies=True) == []
+    copies(*two)
+
+
+@pytest.mark.slow("5 kills and as many starts: fewer may lose nothing by chance")
+def test_a_front_that_answers_before_its_entry_is_in_the_ledger_is_found_out(tmp_path, ledger):
+    with front(tmp_path / "a.db", ledger, **hasty("early")) as bus:
+        assert any("lost: " in violation for violation in storm([bus], 5, with_copies=True))
+
+
+def test_a_front_that_appends_anew_what_is_unknown_is_found_out(tmp_path, ledger):
+    with front(tmp_path / "a.db", ledger, **hasty("no id")) as bus:
+        assert any("duplicated: " in violation for violation in storm([bus], 1))
+
+
+def hasty(fault):
+    return {"program": [str(ROOT / "tests/ledgers/hasty_front.py")], "env": {"FAULT": fault}}
+
+
+def test_a_frozen_ledger_is_not_waited_for_and_then_all_goes_on(two, engine):
+    """What is sent while it stands still is refused, and may be stored; with its key, it is there once."""
+    a, b = two
+    first = new_client.send(a.url, "ann", "bob", "before")
+    with engine.frozen():
+        wait_until(lambda: status(a.url, "/healthz") == 503 == status(b.url, "/healthz"))
+        assert status(a.url, "/recv?to=bob&since=0") == 503
+        send = background(new_client.send, a.url, "ann", "bob", "meanwhile")
+        wait_until(lambda: status(a.url, "/send", new_client.keyed("ann", "bob", "other")) == 503)
+    ticks = [tick(first), tick(send.result(PATIENCE)), tick(new_client.send(b.url, "ann", "bob", "after"))]
+    assert ticks == sorted(ticks)
+    wait_until(lambda: status(a.url, "/healthz") == 200)
+    assert [each.msg for each in observed(b.url)][:2] == ["before", "meanwhile"]
+    copies(*two)
+
+
+def status(url, path, body=None):
+    try:
+        with urllib.request.urlopen(url + path, body, timeout=PATIENCE) as answer:
+            return answer.status
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+def test_a_lost_copy_is_made_anew_and_one_that_is_behind_catches_up(two):
+    a, b = two
+    b.kill()
+    for number in range(50):
+        new_client.send(a.url, "ann", "bob", str(number))
+    b.start()
+    assert [each.msg for each in observed(b.url)] == [str(number) for number in range(50)]
+    a.kill()
+    for file in pathlib.Path(a.db).parent.glob("a.db*"):
+        file.unlink()
+    a.start()
+    assert observed(a.url) == observed(b.url)
+
+
+@pytest.mark.parametrize(
+    "options, why",
+    [
+        (["--ledger", "mysql://x/y"], "--ledger must be a URL like postgresql://"),
+        (["--ledger", "postgresql://u:secret@127.0.0.1:1/y"], "which every user of this machine can see"),
+        (["--ledger", "postgresql://127.0.0.1:1/y"], "cannot use the ledger: "),
+        (["--ledger-single"], "--ledger-single needs --ledger"),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) else "",
+)
+def test_a_ledger_that_cannot_be_used_is_refused_in_one_sentence(tmp_path, options, why):
+    done = subprocess.run(
+        [*COMMAND, "--db", str(tmp_path / "a.db"), "--port", "0", *options], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2 and why in done.stderr and "secret" not in done.stderr.replace(options[-1], "")
+
+
+def test_the_commands_on_a_stopped_front_are_refused(tmp_path, ledger):
+    with front(tmp_path / "a.db", ledger) as bus:
+        new_client.send(bus.url, "ann", "bob", "x")
+        assert bus.stop() == 0
+    copy = tmp_path / "copy.db"
+    for command in (["prune", "--older", "0", "--pending"], ["--port", "0"], ["backup", str(copy)]):
+        done = subprocess.run([*COMMAND, *command, "--db", bus.db], capture_output=True, text=True, timeout=60)
+        assert done.returncode == 2 and "is a front's copy of a ledger" in done.stderr, done
+    assert not copy.exists()
+
+
+def test_prune_beside_a_running_front_removes_at_all_fronts(two):
+    a, b = two
+    new_client.send(a.url, "ann", "bob", "x")
+    command = ["prune", "--older", "0", "--pending", "--db", b.db]
+    wait_until(lambda: observed(b.url))
+    done = subprocess.run([*COMMAND, *command], capture_output=True, text=True, timeout=60)
+    assert done.stdout.endswith("1 removed\n"), done
+    wait_until(lambda: observed(a.url) == [])
+    copies(*two)
+
+
+def test_without_a_ledger_nothing_of_it_is_loaded(tmp_path):
+    """A bus alone costs nothing: neither time nor a package."""
+    program = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import bus_server; bus_server.command_line([]); "
+    program += "print([each for each in sys.modules if 'ledger' in each or 'psycopg' in each])"
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", program], capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout == "[]\n", done

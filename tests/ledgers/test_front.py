@@ -1,0 +1,591 @@
+"""Fronts that share a ledger, in this process: their copies are equal, and each fault of the ledger loses nothing."""
+import contextlib
+import json
+import pathlib
+import secrets
+import sqlite3
+import time
+
+import pytest
+
+import bus_server
+import ledgers.front
+import ledgers.mirror
+from bus_server import Mark, Marks, Now, Put, Raise, Receipt, Refused, Remove, State, Unusable
+from tests.kit import inside
+from tests.kit.ledger import Fake, Log, front, rows, settle, turns
+
+SECOND = 1000000  # us
+
+
+class Clock:
+    """A wall clock that the test sets, in us."""
+
+    def __init__(self, wall=1795000000 * SECOND):
+        self.wall = wall
+
+    def __call__(self):
+        self.wall += 1
+        return self.wall
+
+
+@pytest.fixture
+def log():
+    return Log(Clock())
+
+
+@pytest.fixture
+def fronts(tmp_path, log):
+    """front(name): a front with the copy NAME.db; again, after it was closed, the same one started anew."""
+    with contextlib.ExitStack() as stack:
+
+        def make(name="a", *options):
+            bus = front(tmp_path / f"{name}.db", Fake(log), *options)
+            stack.callback(lambda: bus.loop.closed or inside.close(bus))
+            return bus
+
+        yield make
+
+
+def end(bus):
+    inside.close(bus)
+
+
+def draft(sender="ann", to="bob", msg="x", key=None, **members):
+    return bus_server.draft({"from": sender, "to": to, "msg": msg, **members}, key)
+
+
+def do(bus, operation):
+    """The result of an operation of this front, when it was announced; None if it was refused."""
+    results = []
+    bus.do(operation, None, lambda _, __, result: results.append(result))
+    settle(bus)
+    return results[0] if results else None
+
+
+def put(bus, **fields):
+    """The ticks of one message that is sent at this front."""
+    [stored] = do(bus, Put([draft(**fields)]))
+    return stored.ticks
+
+
+class Transport:
+    """Takes every answer at once."""
+
+    unsent, closing = b"", False
+
+    def __init__(self):
+        self.written = b""
+
+    def write(self, data):
+        self.written += data
+
+    def peer(self):
+        return "127.0.0.1"
+
+    def resume_reading(self):
+        pass
+
+    def write_eof(self):
+        pass
+
+
+def request(bus, method, path, body=None):
+    """Give a request to a front; `answer()` of what is returned is its answer so far: (status, JSON)."""
+    body = b"" if body is None else json.dumps(body).encode()
+    head = f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
+    connection, transport = bus_server.Connection(bus.door), Transport()
+    connection.connection_made(transport)
+    connection.data_received(head.encode() + body)
+
+    def answer():
+        head, _, body = transport.written.partition(b"\r\n\r\n")
+        return (int(head.split()[1]), json.loads(body)) if head else None
+
+    return answer
+
+
+def ask(bus, *asked):
+    answer = request(bus, *asked)
+    settle(bus)
+    return answer()
+
+
+def log_of(bus):
+    return [each["msg"] for each in ask(bus, "GET", "/log?since=0&max=1000")[1]["messages"]]
+
+
+def same(*buses):
+    settle(*buses)
+    first, *others = [rows(bus) for bus in buses]
+    for other in others:
+        for table, its in first.items():
+            assert other[table] == its, table
+
+
+def test_what_is_sent_at_one_front_wakes_the_reader_at_the_other(fronts):
+    a, b = fronts("a"), fronts("b")
+    reader = request(b, "GET", "/recv?to=bob&since=0&block=true")
+    settle(b)
+    assert reader() is None
+    sent = ask(a, "POST", "/send", {"from": "ann", "to": "bob", "msg": "hello"})
+    settle(b)
+    status, answer = reader()
+    assert (sent[0], status) == (200, 200) and [each["id"] for each in answer["messages"]] == [sent[1]["id"]]
+    assert sent[1]["bus"] == answer["bus"]
+    same(a, b)
+
+
+def test_a_hint_is_enough_and_none_too(fronts, log):
+    a, b = fronts("a"), fronts("b")
+    for hints, looks in (
+        (lambda position: [position], False),
+        (lambda position: [position, position - 1, position], False),
+        (lambda position: [position + 7], False),  # more than there is, as after a restore
+        (lambda position: [], True),
+    ):
+        a.state.ledger.hints = hints
+        [tick] = put(a)
+        if looks:
+            b.ledger.look()
+        while b.loop.told or b.loop.actions:
+            b.loop.take_turn()
+        assert b.last == tick and not b.ledger.busy
+
+
+def test_the_fronts_have_one_order_and_their_copies_are_equal(fronts):
+    a, b = fronts("a"), fronts("b")
+    ticks = [put(bus, msg=str(number))[0] for number, bus in enumerate((a, b, b, a, b, a, a))]
+    assert ticks == sorted(ticks)
+    same(a, b)
+    assert log_of(a) == log_of(b) == list("0123456")
+    assert a.state.sums[-1] == b.state.sums[-1]
+
+
+def test_a_front_announces_what_came_between_before_its_own(fronts, log):
+    """Another front's entry takes the place that this front would have had."""
+    a, b = fronts("a"), fronts("b")
+    announced = []
+    b.on_announced.append(lambda visible: announced.extend(each.text for each in visible))
+    append = b.state.ledger.append
+
+    def late(*arguments):
+        b.state.ledger.append = append
+        put(a, msg="first")
+        return append(*arguments)
+
+    a.state.ledger.hints = lambda position: []
+    b.state.ledger.append = late
+    assert put(b, msg="second")
+    assert ["first" in announced[0], "second" in announced[1]] == [True, True]
+    same(a, b)
+
+
+def test_an_unknown_outcome_is_mended_by_the_same_id(fronts, log):
+    a = fronts()
+    a.state.ledger.faults = ["stored", "lost", "stored"]
+    put(a, msg="once")
+    assert log_of(a) == ["once"] and len(log.entries) == 2, "the entry of the start, and this one"
+
+
+def test_a_send_that_stays_unknown_is_refused_and_comes_once(fronts, log, monkeypatch):
+    a, b = fronts("a"), fronts("b")
+    monkeypatch.setattr(ledgers.front, "PAUSE", 0.001)
+    monkeypatch.setattr(ledgers.front, "GIVE_UP", 0.02)
+    message = {"from": "ann", "to": "bob", "msg": "late", "key": "k1"}
+    a.state.ledger.faults = ["late"] + ["lost"] * 1000000
+    status, answer = ask(a, "POST", "/send", message)
+    assert status == 503 and "send it again, with the same key" in answer["error"]
+    a.state.ledger.faults = []
+    assert log_of(b) == []
+    a.state.ledger.deliver()
+    settle(a, b)
+    assert log_of(a) == ["late"] == log_of(b)
+    status, again = ask(b, "POST", "/send", message)
+    assert status == 200 and again["duplicate"] is True
+    assert log_of(a) == ["late"]
+    same(a, b)
+
+
+def test_a_key_is_one_send_at_all_fronts(fronts):
+    a, b = fronts("a"), fronts("b")
+    message = {"from": "ann", "to": "bob", "msg": "once", "key": "k1"}
+    first, again = ask(a, "POST", "/send", message), ask(b, "POST", "/send", message)
+    assert first[1]["id"] == again[1]["id"] and again[1]["duplicate"] is True
+    assert ask(b, "POST", "/send", {**message, "msg": "other"})[0] == 409
+    same(a, b)
+
+
+def test_without_its_ledger_a_front_serves_nobody_and_then_again(fronts, monkeypatch):
+    a = fronts()
+    put(a)
+    monkeypatch.setattr(ledgers.front, "CUT_OFF", 0.0)
+    settle(a)
+    monkeypatch.undo()
+    a.state.ledger.out = True
+    for path in ("/healthz", "/recv?to=bob&since=0", "/log", "/inbox"):
+        status, answer = ask(a, "GET", path)
+        assert status == 503 and "cannot reach its ledger" in answer["error"], path
+    assert ask(a, "POST", "/send", {"from": "ann", "to": "bob", "msg": "x"})[0] == 503
+    help_text = request(a, "GET", "/")
+    with pytest.raises(json.JSONDecodeError):
+        help_text()  # it is text, and status 200
+    a.state.ledger.out = False
+    settle(a)
+    assert ask(a, "GET", "/healthz")[0] == 200 and len(log_of(a)) == 1
+
+
+def test_a_list_that_waits_for_a_ledger_that_is_out_is_refused_in_words(fronts):
+    a = fronts()
+    a.gate.until, a.state.ledger.out = 0.0, True
+    refused = []
+    a.do(Put([draft()]), None, lambda *_: None, refused.append)
+    settle(a)
+    assert len(refused) == 1 and len(a.state.ledger.log.entries) == 1 and not a.broken
+
+
+def test_marks_are_maxima(fronts):
+    """Each front knows other marks of the same names; what comes later may be older."""
+    a, b = fronts("a"), fronts("b")
+    low, middle, high = (put(a, msg=str(number))[0] for number in range(3))
+    settle(a, b)
+    do(a, Marks([Mark("default", "bob", True, high, high, high)], [], {"aa": 7}))
+    do(b, Marks([Mark("default", "bob", False, middle, middle, middle)], [], {"aa": 5}))
+    do(b, Marks([Mark("default", "bob", False, None, low, low), Mark("default", "eve", False, None, 0, 5)], [], {}))
+    same(a, b)
+    for bus in (a, b):
+        asked = "SELECT own, read, fetched, seen FROM mailboxes WHERE name = ?"
+        assert bus.state.ask(asked, "bob") == (1, high, high, high)
+        assert bus.state.ask(asked, "eve") == (0, None, 0, 5)
+        assert bus.state.ask("SELECT used FROM uses") == (7,)
+    box = b.mailboxes.boxes["default", "bob"]
+    assert (box.own, box.read, box.fetched, box.seen) == (True, high, high, high), "what the other front noted"
+
+
+def test_what_is_read_at_one_front_is_known_at_the_other(fronts):
+    a, b = fronts("a"), fronts("b")
+    [tick] = put(a)
+    settle(b)
+    watched = request(a, "GET", f"/message/{tick:x}?wait_fetched=25")
+    settle(a)
+    assert watched() is None and ask(b, "GET", "/inbox?name=bob")[1]["recipients"]["default"]["bob"] == 1
+    assert len(ask(b, "GET", "/recv?to=bob&since=0")[1]["messages"]) == 1
+    b.save_marks()
+    settle(b, a)
+    assert watched()[1]["state"] == "fetched"
+    ask(b, "GET", f"/recv?to=bob&since={tick / SECOND:.6f}")
+    b.save_marks()
+    settle(b, a)
+    assert ask(a, "GET", "/inbox?name=bob")[1]["recipients"]["default"]["bob"] == 0
+    [agent] = ask(a, "GET", "/agents?name=bob")[1]["agents"]
+    assert agent["online"] is True
+
+
+def test_a_cursor_ahead_at_one_front_holds_at_the_other(fronts, log):
+    """An old client whose clock is 100 s ahead polls at A; 10 ms later somebody sends at B."""
+    a, b = fronts("a"), fronts("b")
+    ahead = log.wall.wall + 100 * SECOND
+    reader = request(a, "GET", f"/recv?to=bob&since={ahead / SECOND:.6f}&block=true")
+    settle(a)
+    log.wall.wall += SECOND // 100
+    [tick] = put(b)
+    assert tick > ahead
+    settle(a)
+    assert [each["id"] for each in reader()[1]["messages"]] == [f"{tick:x}"]
+
+
+def test_a_cursor_that_another_front_gave_needs_no_entry(fronts, log):
+    a, b = fronts("a"), fronts("b")
+    a.state.ledger.hints = lambda position: []
+    [tick] = put(a)
+    before = len(log.entries)
+    assert b.last < tick
+    answer = request(b, "GET", f"/recv?to=bob&since={tick / SECOND:.6f}")
+    turns(b)
+    assert answer()[1]["messages"] == []
+    assert b.last == tick and len(log.entries) == before
+
+
+@pytest.mark.parametrize("error", [-300, 300], ids=["behind", "ahead"])
+def test_the_time_is_that_of_the_ledger(fronts, log, monkeypatch, error):
+    """A front whose own clock is wrong has the same ticks, ends of ttl and `seen` as the others."""
+    monkeypatch.setattr(ledgers.mirror, "wall_clock", lambda: log.wall() + error * SECOND)
+    a = fronts()
+    [tick] = put(a, ttl=10)
+    assert abs(tick - log.wall.wall) < SECOND and abs(a.view.clock() - log.wall.wall) < SECOND
+    assert len(ask(a, "GET", "/recv?to=bob&since=0")[1]["messages"]) == 1
+    log.wall.wall += 11 * SECOND
+    put(a, to="eve")
+    assert ask(a, "GET", "/recv?to=bob&since=0")[1]["messages"] == []
+
+
+def test_a_ledger_whose_clock_steps_back_ends_no_lease_and_lengthens_none(fronts, log):
+    a = fronts()
+    ticks = [put(a)[0]]
+    before = a.state.time.entry.steady
+    log.wall.wall -= 3600 * SECOND
+    ticks += put(a)
+    assert ticks == sorted(ticks) and a.state.time.entry.steady == before
+    log.wall.wall += 5 * SECOND
+    ticks += put(a)
+    assert ticks == sorted(ticks) and 0 <= a.state.time.entry.steady - before - 5 * SECOND < 100
+    steady = a.state.time.entry.steady
+    end(a)
+    again = fronts()
+    assert again.state.time.entry.steady - steady < 100, "it is kept in the file"
+
+
+def test_a_front_that_starts_again_goes_on_and_a_new_one_reads_all(fronts):
+    a, b = fronts("a"), fronts("b")
+    put(a, msg="before")
+    settle(a, b)
+    end(b)
+    put(a, msg="meanwhile")
+    do(a, Remove(0, a.last, False, [], 0))
+    b, c = fronts("b"), fronts("c")
+    same(a, b, c)
+    assert log_of(c) == log_of(b) == log_of(a) == ["meanwhile"]
+    assert a.state.bus == b.state.bus == c.state.bus
+
+
+def test_a_crash_between_append_and_answer_loses_nothing(fronts, tmp_path, log):
+    """The entry is in the ledger, and the front dies before it has applied it."""
+    a = fronts("a")
+    log.store(a.state.entry([Put([draft(msg="in the ledger")])]), "of a front that died")
+    end(a)
+    assert log_of(fronts("a")) == ["in the ledger"]
+
+
+def test_retention_and_forgotten_names_reach_the_other_front(fronts):
+    a, b = fronts("a"), fronts("b")
+    put(a)
+    do(a, Marks([Mark("default", "idle", True, 1, 1, 1)], [], {}))
+    settle(a, b)
+    assert ("default", "idle") in b.mailboxes.boxes
+    do(a, Remove(0, a.last + 1, False, [], 0))
+    do(a, bus_server.Forget([["default", "idle"]]))
+    settle(b)
+    assert b.mailboxes.boxes["default", "bob"].removed == a.last and ("default", "idle") not in b.mailboxes.boxes
+    assert ask(b, "GET", "/recv?to=bob&since=1")[1].get("gap"), "readers of the other front are told of the gap"
+    same(a, b)
+
+
+def test_a_job_goes_to_one_worker_at_one_front(fronts):
+    a, b = fronts("a"), fronts("b")
+    claim = {"to": "builds", "wait": 25, "lease": 5}
+    waiting = [request(bus, "POST", "/claim", {**claim, "worker": name}) for bus, name in ((a, "w1"), (b, "w2"))]
+    more = [request(bus, "POST", "/claim", {**claim, "worker": "another"}) for bus in (a, b)]
+    settle(a, b)
+    ask(a, "POST", "/send", {"from": "ann", "to": "builds", "msg": "job"})
+    settle(b, a)
+    has, other = sorted(waiting, key=lambda answer: answer() is None)
+    [job] = has()[1]["messages"]
+    assert [answer() for answer in (other, *more)] == [None] * 3
+    its, others = (a, b) if has is waiting[0] else (b, a)
+    assert len(others.mailboxes.parked) == 2
+    left = [each.due - others.door.deadlines.clock() for each in others.mailboxes.parked]
+    assert max(left) < 6, "they look again when the lease ends"
+    nack = {"id": job["id"], "lease": job["lease"]}
+    assert ask(its, "POST", "/nack", nack)[0] == 200
+    settle(others)
+    left = [each.due - others.door.deadlines.clock() for each in others.mailboxes.parked]
+    assert max(left) < 0.1, "at once, when the job was given back"
+    same(a, b)
+
+
+def test_a_front_with_other_results_is_found_and_stops(fronts):
+    a, b = fronts("a"), fronts("b")
+    put(a, msg="1")
+    settle(a, b)
+    a.state.writing.execute("DELETE FROM messages")
+    a.state.writing.execute("UPDATE mailboxes SET removed = 0")
+    do(a, Remove(0, a.last + 1, False, [], 0))
+    settle(b)
+    put(a, msg="2")
+    assert not b.broken
+    settle(b)
+    assert b.broken and b.last < a.last, "it applies nothing of a front that has other results"
+
+
+@pytest.mark.parametrize(
+    "entry, why",
+    [
+        (b'[2, "other", 0, 0]', "format 2: upgrade this front"),
+        (b'[1, "other", 0, 0]\n[1, "dance", {}]', "'dance' of format 1 is not known here"),
+        (b'[1, "other", 0, 0]\n[9, "put", {}]', "'put' of format 9 is not known here"),
+    ],
+    ids=["entry", "kind", "operation"],
+)
+def test_what_a_front_does_not_understand_stops_it_in_words(fronts, log, entry, why, capfd, tmp_path):
+    a = fronts()
+    put(a)
+    log.store(entry, "new")
+    put_after = []
+    a.do(Put([draft()]), None, lambda *_: None, put_after.append)
+    settle(a)
+    assert a.broken and len(put_after) == 1 and why in inside.said(capfd)
+    with pytest.raises(Unusable, match=why.replace("'", ".")):
+        fronts("new")
+
+
+def test_an_operation_that_fails_has_that_as_its_result_everywhere(fronts, monkeypatch, capfd):
+    a, b = fronts("a"), fronts("b")
+    monkeypatch.setattr(bus_server.Forget, "apply", lambda *_: 1 / 0)
+    do(a, bus_server.Forget([["default", "x"]]))
+    settle(b)
+    put(a)
+    settle(b)
+    assert not a.broken and not b.broken and a.last == b.last
+    assert inside.said(capfd).count("ZeroDivisionError") >= 2
+
+
+@pytest.mark.parametrize("error", [sqlite3.OperationalError("database or disk is full"), MemoryError()], ids=repr)
+def test_a_front_whose_own_file_fails_stops_and_says_that_it_is_unknown(fronts, error, monkeypatch):
+    a = fronts()
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(a.state, "apply", fail)
+    status, answer = ask(a, "POST", "/send", {"from": "ann", "to": "bob", "msg": "x", "key": "k"})
+    assert status == 503 and "it is unknown whether this was stored" in answer["error"] and a.broken
+    monkeypatch.undo()
+    end(a)
+    assert log_of(fronts()) == ["x"]
+
+
+def test_a_copy_of_another_ledger_and_a_bus_of_its_own_are_refused(fronts, tmp_path, log):
+    a = fronts()
+    put(a)
+    end(a)
+    with pytest.raises(Unusable, match="copy of another ledger"):
+        front(tmp_path / "a.db", Fake(Log()))
+    with pytest.raises(Unusable, match="a front's copy of a ledger: start its front"):
+        State(str(tmp_path / "a.db"))
+    alone = State(str(tmp_path / "alone.db"))
+    alone.apply([Put([draft()])], Now(1, 1))
+    alone.close()
+    with pytest.raises(Unusable, match="a bus of its own"):
+        front(tmp_path / "alone.db", Fake(log))
+
+
+def test_a_damaged_copy_is_refused(fronts, tmp_path):
+    a = fronts()
+    put(a)
+    a.state.writing.execute("UPDATE bus SET lost = 5")
+    end(a)
+    with pytest.raises(Unusable, match="move it away, and the front makes it anew"):
+        fronts()
+
+
+def test_what_is_not_built_is_refused_in_words(fronts):
+    a = fronts()
+    status, answer = ask(a, "POST", "/recall", {"id": "1"})
+    assert status == 501 and "cannot take a message back" in answer["error"]
+    for method in ("GET", "PUT"):
+        status, answer = ask(a, method, inside.FILE_PATH)
+        assert status == 501 and "has no files" in answer["error"]
+
+
+def test_large_lists_become_several_entries(fronts, log):
+    a = fronts()
+    done = []
+    for number in range(5):
+        put = a.ledger.put([draft(msg=f"{number}" * 400_000)], "owner")
+        a.do(put, None, lambda *_: done.append(1))
+    settle(a)
+    assert len(done) == 5 and len(log.entries) == 1 + 2
+    assert all(len(entry) < 2 << 20 for _, _, entry in log.entries)
+
+
+def test_the_deputy_serves_while_the_ledger_is_slow(fronts):
+    a = fronts()
+    a.state.ledger.slow = 0.2
+    told = []
+    a.do(Put([draft()]), None, lambda *_: told.append("stored"))
+    a.loop.tell(lambda: told.append("served"))
+    settle(a)
+    assert told == ["served", "stored"]
+
+
+def test_a_receipt_of_another_front_is_shown(fronts):
+    a, b = fronts("a"), fronts("b")
+    [tick] = put(a)
+    settle(b)
+    receipt = Receipt("default", "bob", bus_server.ACKNOWLEDGED, tick, "bob", tick)
+    do(b, Marks([Mark("default", "bob", True, tick, tick, tick)], [receipt], {}))
+    settle(a)
+    assert ask(a, "GET", f"/message/{tick:x}")[1]["by"] == "bob"
+
+
+def test_a_cursor_ahead_is_an_entry_of_its_own(fronts, log):
+    a = fronts()
+    put(a)
+    do(a, Raise(a.last + 5 * SECOND))
+    put(a)
+    assert a.last > log.wall.wall
+
+
+def test_a_refused_operation_is_refused_alone(fronts):
+    a, b = fronts("a"), fronts("b")
+    put(a, key="k", msg="one")
+    refused = []
+    a.do(Put([draft(key="k", msg="two")]), None, lambda *_: None, refused.append)
+    a.do(Put([draft(msg="three")]), None, lambda *_: None, refused.append)
+    settle(a, b)
+    assert len(refused) == 1 and log_of(b) == ["one", "three"] and not isinstance(refused[0], Refused)
+    assert time.monotonic() < a.gate.until
+
+
+def test_a_token_made_beside_one_front_holds_at_all_and_so_does_its_revocation(fronts, tmp_path):
+    a, b = fronts("a"), fronts("b")
+    secret = invited(a)
+    for bus in (a, b):
+        common_look(a)
+        settle(a, b)
+        bus.gate.tokens.refresh()
+        assert bus.gate.tokens.closed and bus.gate.tokens.grant(f"Bearer {secret}").name == "ann"
+    assert pathlib.Path(f"{b.state.path}.tokens").read_text() == pathlib.Path(f"{a.state.path}.tokens").read_text()
+    end(a)
+    bus_server.COMMANDS["revoke"](["ann", "--db", b.state.path])
+    common_look(b)
+    settle(b)
+    a, c = fronts("a"), fronts("c")
+    for bus in (a, b, c):
+        bus.gate.tokens.refresh()
+        assert bus.gate.tokens.closed
+        with pytest.raises(Refused, match="revoked"):
+            bus.gate.tokens.grant(f"Bearer {secret}")
+    same(a, b, c)
+    common_look(a)
+    assert not a.loop.actions, "what is in the ledger is not put there again"
+
+
+def test_a_revocation_beside_a_front_that_was_stopped_holds(fronts):
+    a, b = fronts("a"), fronts("b")
+    secret = invited(a)
+    common_look(a)
+    settle(a, b)
+    end(a)
+    bus_server.COMMANDS["revoke"](["ann", "--db", a.state.path])
+    a = fronts("a")
+    common_look(a)
+    settle(a, b)
+    b.gate.tokens.refresh()
+    with pytest.raises(Refused, match="revoked"):
+        b.gate.tokens.grant(f"Bearer {secret}")
+
+
+def invited(bus):
+    """The token of a new name `ann`, as the command invite makes it beside this front."""
+    secret = f"abt_{secrets.token_hex(4)}_{secrets.token_urlsafe(32)}"
+    token, digest = bus_server.presented(f"Bearer {secret}")
+    row = {"id": token, "name": "ann", "also": [], "send_only": False, "operator": False, "hash": digest,
+           "made": 1, "revoked": None, "expires": None}  # fmt: skip
+    bus.gate.tokens.change(lambda rows: [*rows, row])
+    return secret
+
+
+def common_look(bus):
+    """As the loop does it each second."""
+    bus.loop.attempt(bus.ledger.elsewhere["tokens"].__self__.look)
