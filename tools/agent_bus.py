@@ -88,7 +88,7 @@ COMMANDS = {name: command for group in GROUPS.values() for name, command in grou
 
 CONFIGURATION = """\
 Environment
-  AGENT_BUS_URL        the bus (http://127.0.0.1:8080); commas between several URLs
+  AGENT_BUS_URL        the bus (http://127.0.0.1:8080); or its URLs, as URL,URL
   AGENT_NAME           your own name: the sender, and whose mail is read
   AGENT_BUS_TOKEN      the token, or AGENT_BUS_TOKEN_FILE: a file with it
   AGENT_BUS_CA         the certificates that TLS trusts, if not the system's
