@@ -14,7 +14,8 @@
 #
 # AGENT_BUS_TOKEN, or AGENT_BUS_TOKEN_FILE (mode 600), is passed to curl in a file, never on a command line.
 # AGENT_BUS_CA names the certificates to trust. These variables may also be in ~/.config/agent-bus/default.env, or in
-# PROFILE.env for AGENT_BUS_PROFILE; the URL may be unix:/path/of/socket.
+# PROFILE.env for AGENT_BUS_PROFILE; the URL may be unix:/path/of/socket. A bus with several URLs has commas between
+# them: after a fault we ask at the next one.
 set -u
 umask 077
 LC_ALL=C  # [a-z] is 26 letters
@@ -188,9 +189,9 @@ private() {
 }
 
 # Takes the variables AGENT_... of the configuration file, as `settings` of bus_recv.py does: the environment is above
-# it, and nothing is taken if AGENT_BUS_URL in the environment is another bus than that of the file.
+# it, and nothing is taken if AGENT_BUS_URL in the environment has a URL that the file has not.
 configure() {
-  local line variable number=0 profile=${AGENT_BUS_PROFILE:-default} file_AGENT_BUS_URL='' file
+  local line one variable number=0 profile=${AGENT_BUS_PROFILE:-default} file_AGENT_BUS_URL='' file
   local pair='^[[:space:]]*([#;].*|([A-Za-z_][A-Za-z0-9_]*)=([^[:space:]'\''"\][^\]*)?)?$'
   [[ $profile =~ ^[A-Za-z0-9][A-Za-z0-9._-]*$ ]] || die 2 "AGENT_BUS_PROFILE must be the name of a file, without .env"
   file=${XDG_CONFIG_HOME:-${HOME:-~}/.config}/agent-bus/$profile.env
@@ -204,8 +205,11 @@ configure() {
     [[ $line =~ $pair ]] || die 2 "line $number of $file: write KEY=VALUE, without quotes, \\ or export"
     [[ ${BASH_REMATCH[2]:-} != AGENT_* ]] || local "file_${BASH_REMATCH[2]}=${BASH_REMATCH[3]:-}"
   done <"$file"
-  line=${file_AGENT_BUS_URL:-http://127.0.0.1:8080}
-  if [ -n "${AGENT_BUS_URL:-}" ] && [ "${AGENT_BUS_URL%/}" != "${line%/}" ]; then return; fi
+  line=${file_AGENT_BUS_URL:-http://127.0.0.1:8080},
+  IFS=, read -ra urls <<<"${AGENT_BUS_URL:-$line}"
+  for one in "${urls[@]}"; do
+    [[ ,${line//\/,/,} == *",${one%/},"* ]] || return
+  done
   [ -z "${AGENT_BUS_TOKEN_FILE:-}" ] || unset file_AGENT_BUS_TOKEN
   for variable in $(compgen -v file_AGENT_); do
     line=${variable#file_}
@@ -262,8 +266,12 @@ digest() (
   printf '%s\n' "$news $hold $since $bus" "$sentence"
 )
 
-# Print a line when the reason changes, then pause. The pauses double up to a minute.
+# Ask at the next URL. If all have failed, print a line when the reason changes, then pause. The pauses double up to a
+# minute.
 fault() {
+  faults=$((faults + 1))
+  use $((faults % ${#urls[@]}))
+  [ $((faults % ${#urls[@]})) = "$answered" ] || return 0
   [ "$1" = "$fault" ] || say "$1; trying again"
   patiently sleep $((delay - RANDOM % (delay / 2 + 1)))
   fault=$1 delay=$((delay < 30 ? delay * 2 : 60))
@@ -289,8 +297,11 @@ for tool in curl jq; do command -v $tool >/dev/null || die 2 "$tool is not insta
 configure
 url=${AGENT_BUS_URL:-http://127.0.0.1:8080} channel=${AGENT_BUS_CHANNEL:-default}
 grammar='^[A-Za-z0-9][A-Za-z0-9._:@-]{0,63}$'
-[[ $url =~ ^(https?://|unix:/). ]] || die 2 "AGENT_BUS_URL must start with http://, https:// or unix:/"
-[[ $url != *@* || $url == unix:* ]] || die 2 "the URL of the bus has a login (user@): remove it; a bus takes the token in AGENT_BUS_TOKEN"
+IFS=, read -ra urls <<<"$url,"
+for one in "${urls[@]}"; do
+  [[ $one =~ ^(https?://|unix:/). ]] || die 2 "AGENT_BUS_URL must start with http://, https:// or unix:/"
+  [[ $one != *@* || $one == unix:* ]] || die 2 "the URL of the bus has a login (user@): remove it; a bus takes the token in AGENT_BUS_TOKEN"
+done
 [[ ${AGENT_NAME:-} =~ $grammar ]] || die 2 "AGENT_NAME must be a name: up to 64 letters, digits and ._:@-"
 [[ $channel =~ $grammar ]] || die 2 "AGENT_BUS_CHANNEL must be a name: up to 64 letters, digits and ._:@-"
 block=false rest=${INTERVAL:-30} hold=25  # s; common proxies cut a request that is quiet for 30
@@ -298,13 +309,16 @@ block=false rest=${INTERVAL:-30} hold=25  # s; common proxies cut a request that
 [[ $rest =~ ^[0-9]+(\.[0-9]+)?$ ]] || die 2 "INTERVAL must be a number of seconds"
 # --speed-time: s without a byte, longer than a server parks us. --max-time: s; enough for a slow line, not for a drip.
 # --max-filesize: bytes, well above 50 messages of 256 KiB.
-CURL=(curl -q -g -G -s --proto '=http,https' -A "${AGENT_BUS_UA:-Mozilla/5.0}" -w '\n%{http_code}'
+OPTIONS=(-q -g -G -s --proto '=http,https' -A "${AGENT_BUS_UA:-Mozilla/5.0}" -w '\n%{http_code}'
   --connect-timeout 10 --speed-limit 1 --speed-time 40 --max-time 300 --max-filesize 67108864
   --noproxy "localhost,127.0.0.1,::1,${no_proxy:-${NO_PROXY:-}}")
 
-base=${url%/}
-if [[ $url == unix:* ]]; then base=http://localhost CURL+=(--unix-socket "${url#unix:}"); fi
-[ -z "${AGENT_BUS_CA:-}" ] || CURL+=(--cacert "$AGENT_BUS_CA")
+# From now on, ask at this one of the URLs.
+use() {
+  base=${urls[$1]%/} CURL=(curl "${OPTIONS[@]}")
+  if [[ $base == unix:* ]]; then CURL+=(--unix-socket "${base#unix:}") base=http://localhost; fi
+}
+[ -z "${AGENT_BUS_CA:-}" ] || OPTIONS+=(--cacert "$AGENT_BUS_CA")
 strip() {
   token=${token#$'\xef\xbb\xbf'}
   token=${token#"${token%%[![:space:]]*}"}
@@ -319,9 +333,11 @@ if [ -z "$token" ] && [ -n "${AGENT_BUS_TOKEN_FILE:-}" ]; then
 fi
 [[ $token =~ ^[!-~]*$ ]] || die 2 "the token has blanks or other characters that no token has: copy it again"
 here='^(https://|unix:|http://(localhost|127(\.[0-9]+){3}|\[::1\])([:/]|$))'
-if [ -n "$token" ] && ! [[ $url =~ $here || ${AGENT_BUS_PLAIN_HTTP:-} ]]; then
-  die 2 "the token would cross the network in the clear: use https; in a tunnel or VPN set AGENT_BUS_PLAIN_HTTP=1"
-fi
+for one in "${urls[@]}"; do
+  if [ -n "$token" ] && ! [[ $one =~ $here || ${AGENT_BUS_PLAIN_HTTP:-} ]]; then
+    die 2 "the token would cross the network in the clear: use https; in a tunnel or VPN set AGENT_BUS_PLAIN_HTTP=1"
+  fi
+done
 
 dir=${AGENT_BUS_STATE_DIR:-${XDG_STATE_HOME:-"~/.local/state"}/agent-bus}/listener
 if [[ $dir == \~/* ]]; then
@@ -341,10 +357,11 @@ refuse_links "$LOG" "$FULL" "$HEARTBEAT" "$PID_FILE" "$ANSWER" "$WHO"
 lock_files 7 8 9
 trap 'kill $(jobs -p) 2>/dev/null; rm -f "$PID_FILE" "$ANSWER" "$WHO"' EXIT
 echo $$ >"$PID_FILE"
-[ -z "$token" ] || { printf 'Authorization: Bearer %s\n' "$token" >"$WHO" && CURL+=(-H "@$WHO"); } || exit
+[ -z "$token" ] || { printf 'Authorization: Bearer %s\n' "$token" >"$WHO" && OPTIONS+=(-H "@$WHO"); } || exit
 rm -f "$ANSWER"
 mkfifo "$ANSWER" && exec 6<>"$ANSWER" || exit  # carries the output of digest; a pipe works even if the disk is full
-fault='' delay=1 doubts=0 bus='' since=last
+fault='' delay=1 doubts=0 bus='' since=last faults=0 answered=0
+use 0
 resume || fault "cannot write to $LOG"
 trap 'exit 0' HUP INT TERM
 echo "writing the mail of $AGENT_NAME to $LOG and $FULL"
@@ -362,7 +379,7 @@ while :; do
     refused) die 1 "$sentence" ;;
     *)
       [ -z "$fault" ] || say "it works again"
-      fault='' delay=1 doubts=0
+      fault='' delay=1 doubts=0 answered=$((faults % ${#urls[@]}))
       touch "$HEARTBEAT"
       [ "$news" = again ] || patiently sleep "$rest" ;;
   esac

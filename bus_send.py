@@ -24,8 +24,9 @@ again under the same key, and the bus stores a key once.
 Standard library only, Python 3.9 and later. It reads stdin, the environment (AGENT_BUS_URL, AGENT_NAME,
 AGENT_BUS_CHANNEL, AGENT_BUS_TOKEN or AGENT_BUS_TOKEN_FILE, AGENT_BUS_CA, AGENT_BUS_UA; http_proxy, https_proxy,
 no_proxy) and below it the file ~/.config/agent-bus/default.env, or PROFILE.env (--bus, AGENT_BUS_PROFILE). It talks to
-that URL (http, https, or unix:/path), follows it nowhere else, and writes one file, if AGENT_BUS_OUTBOX names one: a
-copy of each message that the bus stored, as its reader gets it; `{name}` in that path is the sender.
+that URL (http, https, or unix:/path; with commas between the URLs of a bus that has several), follows it nowhere else,
+and writes one file, if AGENT_BUS_OUTBOX names one: a copy of each message that the bus stored, as its reader gets it;
+`{name}` in that path is the sender.
 Exit code: 0 stored, 1 refused by the bus, 2 usage, 3 stored but not answered in time, 75 not known to be stored (try
 again with the key it names).
 """
@@ -196,6 +197,8 @@ GRACE_SECONDS = 10.0  # to connect; and for an answer to begin, beyond the time 
 SLOWEST_RATE = 8192  # bytes per second; the bus cuts off a slower request, and we cut off a slower answer
 ANSWER_BYTES = 16 << 20  # read at most, as a parser may make 30 times as much of it; no answer of a bus is longer
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # s before the next attempt
+QUICK_SECONDS = 0.25  # to connect, while another URL or another address has not been tried
+FAILURES: dict[str, int] = {}  # of each URL of a bus, in a row
 HIDDEN = re.compile(  # controls, and what Unicode lets a program leave out: bidi, zero width, fillers, variations, tags
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u2028-\u202e"
     r"\u2060-\u206f\u2800\u3164\ud800-\udfff\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb"
@@ -225,15 +228,19 @@ def settings(url: str | None = None) -> dict[str, str]:
     """The variables AGENT_... that are not empty: those of the environment, above those of the configuration file.
 
     A token, a certificate or a name belongs to the bus of its file. So nothing is taken from the file if `url`, or
-    AGENT_BUS_URL in the environment, is another bus. AGENT_BUS_URL is always in the result.
+    AGENT_BUS_URL in the environment, has a URL that the file has not. AGENT_BUS_URL is always in the result.
     """
     own = {name: value for name, value in os.environ.items() if name.startswith("AGENT_") and value}
     file = {"AGENT_BUS_URL": DEFAULT_URL, **configuration()[1]}
     wanted = url or own.get("AGENT_BUS_URL", file["AGENT_BUS_URL"])
-    file = file if wanted.rstrip("/") == file["AGENT_BUS_URL"].rstrip("/") else {}
+    file = file if is_within(wanted, file["AGENT_BUS_URL"]) else {}
     if "AGENT_BUS_TOKEN_FILE" in own:  # else the token in the file would come before it
         file.pop("AGENT_BUS_TOKEN", None)
     return {**file, **own, "AGENT_BUS_URL": wanted}
+
+
+def is_within(url: str, urls: str) -> bool:
+    return {one.rstrip("/") for one in url.split(",")} <= {one.rstrip("/") for one in urls.split(",")}
 
 
 def configuration() -> tuple[str, dict[str, str]]:
@@ -252,7 +259,7 @@ def unused_file() -> str:
     """For an error about a setting that is missing: the configuration file is of another bus, so it was not used."""
     path, file = configuration()
     url = file.get("AGENT_BUS_URL", DEFAULT_URL)
-    differs = file and url.rstrip("/") != settings()["AGENT_BUS_URL"].rstrip("/")
+    differs = file and not is_within(settings()["AGENT_BUS_URL"], url)
     return f"; {path} is for {url}, which is not AGENT_BUS_URL, so it was not used" if differs else ""
 
 
@@ -294,12 +301,45 @@ def exchange(url: str, path: str, body: bytes | None, seconds: float, fraction: 
     The head must arrive within `seconds`. The rest gets more time, by its length and SLOWEST_RATE.
     Raises as judged(); Unreachable for a fault of the network; ValueError for a wrong URL, token or certificate file.
     """
+    login = credentials(url)
+    return first_answer(url, seconds, lambda *where: exchange_at(path, body, fraction, login, *where))
+
+
+def first_answer(url: str, seconds: float, attempt: Any) -> Any:
+    """The result of attempt(one, s to connect, s in all), for one URL of a bus after the other, until one answers.
+
+    The URL that failed least is tried first. After a fault that took 1 s, too little time is left for the next URL:
+    then the caller's next attempt begins there.
+    """
+    faults: dict[str, Unreachable] = {}
+    began, urls = time.monotonic(), urls_of(url)
+    while urls and (not faults or time.monotonic() < began + 1):
+        one, left = urls.pop(0), max(began + seconds - time.monotonic(), 0.001)
+        quick = urls and not FAILURES.get(one)
+        try:
+            answer = attempt(one, min(left, QUICK_SECONDS if quick else GRACE_SECONDS), left)
+            FAILURES.pop(one, None)
+            return answer
+        except Unreachable as fault:
+            faults[str(fault)] = fault
+            FAILURES[one] = FAILURES.get(one, 0) + 1
+    (first, *others), soon = faults.values(), min(fault.retry_after for fault in faults.values())
+    raise Unreachable("; ".join(faults), soon) from (None if others else first.__cause__)
+
+
+def urls_of(url: str) -> list[str]:
+    """The URLs of one bus, which have commas between them. ValueError says what is wrong with one."""
+    return sorted(filter(parts_of, url.split(",")), key=lambda one: FAILURES.get(one, 0))
+
+
+def exchange_at(path: str, body: Any, fraction: Any, login: Any, url: str, connecting: float, seconds: float) -> Any:
+    """exchange() with one URL of the bus. It gets `connecting` seconds to connect; `login` is of credentials()."""
     import http.client  # slow to import: a hook, which a turn waits for, does without it
 
-    connection, prefix, headers = connect(url, min(seconds, GRACE_SECONDS))
+    connection, prefix, headers = connect(url, connecting)
     proxied = "://" in prefix or getattr(connection, "_tunnel_host", None)
     through = f", through the proxy {connection.host}:{connection.port}" if proxied else ""
-    headers.update(credentials(url), **({"Content-Type": "application/json"} if body else {}))
+    headers.update(login, **({"Content-Type": "application/json"} if body else {}))
     try:
         with contextlib.closing(connection):
             connection.connect()
@@ -367,7 +407,7 @@ def dial(address: tuple[str, int], seconds: float, _source: Any = None) -> socke
     """
     end, fault = time.monotonic() + seconds, OSError("it has no address")
     places: list[Any] = [place[:2] for *_, place in socket.getaddrinfo(*address, type=socket.SOCK_STREAM)]
-    for limit in (0.25, 1.0, 3.0, seconds) if len(places) > 1 else (seconds,):
+    for limit in (QUICK_SECONDS, 1.0, 3.0, seconds) if len(places) > 1 else (seconds,):
         for place in places:
             try:
                 sock = socket.create_connection(place, max(min(limit, end - time.monotonic()), 0.001))
@@ -400,7 +440,7 @@ def credentials(url: str) -> dict[str, str]:
         return {}
     if not re.fullmatch("[!-~]+", token):
         raise ValueError("the token has blanks or other characters that no token has: copy it again")
-    safe = url.startswith(("https:", "unix:")) or is_here(parts_of(url).hostname)
+    safe = all(one.startswith(("https:", "unix:")) or is_here(parts_of(one).hostname) for one in urls_of(url))
     if not safe and "AGENT_BUS_PLAIN_HTTP" not in given:
         raise ValueError(f"the token would cross to {url} in the clear: use https, or in a VPN AGENT_BUS_PLAIN_HTTP=1")
     return {"Authorization": f"Bearer {token}"}

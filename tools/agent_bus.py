@@ -92,7 +92,7 @@ COMMANDS = {name: command for group in GROUPS.values() for name, command in grou
 
 CONFIGURATION = """\
 Environment
-  AGENT_BUS_URL        the bus (http://127.0.0.1:8080)
+  AGENT_BUS_URL        the bus (http://127.0.0.1:8080); or its URLs, as URL,URL
   AGENT_NAME           your own name: the sender, and whose mail is read
   AGENT_BUS_TOKEN      the token, or AGENT_BUS_TOKEN_FILE: a file with it
   AGENT_BUS_CA         the certificates that TLS trusts, if not the system's
@@ -183,7 +183,8 @@ def open_page(arguments: Sequence[str]) -> int:
     client = load("bus_recv")
     try:
         found = client.settings()
-        url, header = found["AGENT_BUS_URL"].rstrip("/"), client.credentials(found["AGENT_BUS_URL"])
+        url = client.urls_of(found["AGENT_BUS_URL"])[0].rstrip("/")
+        header = client.credentials(url)
     except (OSError, ValueError) as error:
         raise Unknown(str(error)) from None
     if not url.startswith("http"):

@@ -4,8 +4,8 @@
     AGENT_BUS_URL=https://bus.example AGENT_NAME=spark python3 tools/bus_doctor.py
 
 It prints one line for each hop: `ok`, `warn` (it works, with a problem), or `FAIL`. The line below a `warn` or `FAIL`
-says what to do. The first `FAIL` ends the check. The environment and the code are those of the clients, so a client
-has the same faults.
+says what to do. The first `FAIL` ends the check. If AGENT_BUS_URL has several URLs, each is checked, and a last line
+names those that fail. The environment and the code are those of the clients, so a client has the same faults.
 
 Nothing is stored, no mail is read and no cursor moves: the bus must refuse the test send, and the test polls use the
 channel `doctor`, where nobody sends. The token is never shown. Exit code: 0 no hop failed; 1 a hop failed; 2 usage.
@@ -70,16 +70,14 @@ class Way:
     health: dict[str, Any]  # the answer of the bus to /healthz
     first: bool  # it is a bus of the first contract
 
-    url: str  # of the bus
     name: str  # AGENT_NAME, or an empty text
 
-    def __init__(self, hold: float) -> None:
-        self.hold = hold
+    def __init__(self, url: str, hold: float) -> None:
+        self.url, self.hold = url, hold
 
     def spelling(self) -> Finding:
         try:
-            given = bus_recv.settings()
-            self.url, self.name = given["AGENT_BUS_URL"], given.get("AGENT_NAME", "")
+            self.name = bus_recv.settings().get("AGENT_NAME", "")
             connection, *_ = bus_recv.connect(self.url, PATIENCE)
         except ValueError as error:
             raise Fault(str(error), MEND) from None
@@ -367,7 +365,7 @@ def origin(url: str) -> str:
     source = "from AGENT_BUS_URL in the environment" if given else f"from {path}"
     if not there:
         return source if given else f"because AGENT_BUS_URL is not set, and there is no {path}"
-    if url.rstrip("/") != its.rstrip("/"):
+    if not bus_recv.is_within(bus_recv.settings()["AGENT_BUS_URL"], its):
         return f"{source}; nothing is taken from {path}, which is for {its}"
     return source
 
@@ -409,12 +407,33 @@ def examine(way: Way) -> bool:
             verdict, found, advice = "FAIL", str(fault), fault.advice
         except FAULTS as error:  # although the hops before it went well
             verdict, found, advice = "FAIL", worded(error), BETWEEN
-        print(printable(f"{verdict:5} {hop:6} {found}"), flush=True)
-        if advice:
-            print(printable(f"{'':12} -> {advice}"), flush=True)
+        tell(verdict, hop, found, advice)
         if verdict == "FAIL":
             return False
     return True
+
+
+def examine_all(hold: float) -> bool:
+    """examine() for each URL of the bus. True if no hop failed, and all URLs are of one bus."""
+    urls = [""]
+    with contextlib.suppress(ValueError):  # the hop `url` tells it
+        urls = bus_recv.settings()["AGENT_BUS_URL"].split(",")
+    ways = [Way(url, hold) for url in urls]
+    failed = [way.url for way in ways if not examine(way)]
+    buses = {way.health.get("bus") for way in ways if way.url not in failed}
+    if len(buses) > 1:
+        tell("FAIL", "urls", f"they are of {len(buses)} buses", "AGENT_BUS_URL may have several URLs only of one bus")
+    elif failed and urls[1:]:
+        works = [url for url in urls if url not in failed]
+        advice = f"until that is mended, the clients use {', '.join(works)}" if works else "the clients reach no bus"
+        tell("FAIL", "urls", f"{len(failed)} of {len(urls)} fail: {', '.join(failed)}", advice)
+    return not failed and len(buses) == 1
+
+
+def tell(verdict: str, hop: str, found: str, advice: str) -> None:
+    print(printable(f"{verdict:5} {hop:6} {found}"), flush=True)
+    if advice:
+        print(printable(f"{'':12} -> {advice}"), flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -426,7 +445,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not 0 <= options.hold <= 60:
         parser.error("--hold must be 0 to 60 seconds")
     try:
-        return 0 if examine(Way(options.hold)) else 1
+        return 0 if examine_all(options.hold) else 1
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # nobody reads us any more

@@ -79,7 +79,8 @@ class Patience:
 
     def endure(self, fault: bus_send.Unreachable, at: int) -> None:
         """Wait for the next attempt, or raise the fault. `at`: how many bytes were transferred so far."""
-        now = time.monotonic()
+        now, tried = time.monotonic(), bus_send.urls_of(self.url)[0]
+        bus_send.FAILURES[tried] = bus_send.FAILURES.get(tried, 0) + 1  # so that the next attempt is at another URL
         if at > self.furthest:
             self.furthest, self.end, self.pause = at, now + self.seconds, bus_send.FIRST_PAUSE
         rest = max(self.pause * random.uniform(0.5, 1), fault.retry_after)
@@ -207,7 +208,7 @@ def answered(
     url: str, method: str, digest: str, headers: dict[str, str] | None = None, body: Iterable[bytes] = (), size: int = 0
 ) -> Iterator[http.client.HTTPResponse]:
     """The answer to one request. Every fault, also while the answer is read, is bus_send.Unreachable."""
-    connection, prefix, usual = bus_send.connect(url, bus_send.GRACE_SECONDS)
+    connection, prefix, usual = bus_send.connect(bus_send.urls_of(url)[0], bus_send.GRACE_SECONDS)
     headers = {**usual, **bus_send.credentials(url), **(headers or {})}
     try:
         connection.connect()

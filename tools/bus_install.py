@@ -382,6 +382,8 @@ def server(agent: Agent, options: argparse.Namespace) -> dict[str, Any]:
     name, headers = options.name or given.get("AGENT_NAME"), {}
     if not given["AGENT_BUS_URL"].startswith(("http://", "https://")):
         raise ValueError(f"--http is for a bus at http:// or https://, not {given['AGENT_BUS_URL']}: leave it out")
+    if "," in given["AGENT_BUS_URL"]:
+        raise ValueError(f"--http takes one URL, and these are several: {given['AGENT_BUS_URL']}: add --url URL")
     if token_of(options):
         headers["Authorization"] = "Bearer " + agent.variable.format("AGENT_BUS_TOKEN")
     if name:

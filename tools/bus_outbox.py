@@ -186,7 +186,8 @@ def listed() -> Iterator[str]:
 
 def check(url: str, message: dict[str, Any]) -> None:
     """ValueError for a mistake that can be seen without the bus."""
-    bus_send.connect(url, PATIENCE)
+    for one in bus_send.urls_of(url):
+        bus_send.connect(one, PATIENCE)
     bus_send.credentials(url)
     to = message.get("to", [])
     for name in (message["sender"], message["channel"], *([to] if isinstance(to, str) else to)):

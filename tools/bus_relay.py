@@ -87,7 +87,7 @@ class Other:
         self.profile, self.end = profile, end
         with at(profile):
             self.url = bus_send.settings()["AGENT_BUS_URL"]
-            bus_send.parts_of(self.url)
+            bus_send.urls_of(self.url)
             self.signs = bool(bus_send.credentials(self.url))  # a token sends under its own name only
 
     def id(self) -> str:

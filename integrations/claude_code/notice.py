@@ -198,7 +198,7 @@ def hold(me: Self) -> None:
     given, began = bus_recv.settings(), time.monotonic()
     channel = given.get("AGENT_BUS_CHANNEL", "default")
     path = f"/recv?to={me.name}&channel={channel}&since=last&max=1&block=true&wait={HOLD_SECONDS}"
-    get(given["AGENT_BUS_URL"], path, HOLD_SECONDS + bus_recv.GRACE_SECONDS)
+    bus_recv.ask(given["AGENT_BUS_URL"], path, HOLD_SECONDS + bus_recv.GRACE_SECONDS)
     time.sleep(max(began + SOON - time.monotonic(), 0))  # in case the bus does not hold a poll
 
 

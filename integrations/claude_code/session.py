@@ -153,7 +153,7 @@ class Register:
     def __init__(self) -> None:
         given = bus_recv.settings()
         self.url, self.channel = given["AGENT_BUS_URL"], given.get("AGENT_BUS_CHANNEL", "default")
-        bus_recv.parts_of(self.url)  # ValueError if it has a login, which is not for the name of a file
+        bus_recv.urls_of(self.url)  # ValueError if one has a login, which is not for the name of a file
         place = map(bus_recv.file_name, (self.url, self.channel))
         self.path = os.path.join(bus_recv.state_directory(), "names", *place)
 
@@ -422,7 +422,16 @@ def get(url: str, path: str, seconds: float, status: dict[str, Any] | None = Non
 
     A `status` is for POST /status; its answer does not matter. It goes out together with the GET, so it takes no round
     trip of its own. exchange() cannot do that: there, only a bus that has answered at once is told the status.
+    Each URL of the bus gets its part of the time: one that is silent must not take all of it.
     """
+    part, login = seconds / len(bus_recv.urls_of(url)), bus_recv.credentials(url)
+    return dict(bus_recv.first_answer(url, seconds, lambda one, *_: get_at(one, path, part, status, login)))
+
+
+def get_at(
+    url: str, path: str, seconds: float, status: dict[str, Any] | None, login: dict[str, str]
+) -> dict[str, Any]:
+    """get() with one URL of the bus; `login` is of credentials()."""
     parts, began = bus_recv.parts_of(url), time.monotonic()
     host, port = parts.hostname or "", parts.port or 80
     if parts.scheme == "https" or (parts.scheme == "http" and bus_recv.proxy_for("http", host, port)):
@@ -436,7 +445,7 @@ def get(url: str, path: str, seconds: float, status: dict[str, Any] | None = Non
         with bus_recv.dial((host, port), seconds) if host else socket.socket(socket.AF_UNIX) as sock:
             if not host:
                 sock.connect(parts.path)
-            sock.sendall(requests(url, path, status))
+            sock.sendall(requests(url, path, status, login))
             while len(whole) < bus_recv.ANSWER_BYTES:
                 sock.settimeout(max(began + seconds - time.monotonic(), 0.001))
                 part = sock.recv(1 << 16)
@@ -451,12 +460,12 @@ def get(url: str, path: str, seconds: float, status: dict[str, Any] | None = Non
     return bus_recv.judged(*first, Decimal)
 
 
-def requests(url: str, path: str, status: dict[str, Any] | None) -> bytes:
+def requests(url: str, path: str, status: dict[str, Any] | None, login: dict[str, str]) -> bytes:
     """The GET and, behind it, the POST of a status. HTTP/1.0: the bus closes the connection after the last answer."""
     parts, body = bus_recv.parts_of(url), json.dumps(status) if status else ""
     prefix = parts.path.rstrip("/") if parts.scheme == "http" else ""
     agent = bus_recv.settings(url).get("AGENT_BUS_UA", "Mozilla/5.0")
-    headers = {"Host": parts.netloc or "localhost", "User-Agent": agent, **bus_recv.credentials(url)}
+    headers = {"Host": parts.netloc or "localhost", "User-Agent": agent, **login}
     lines = [f"GET {prefix}{path} HTTP/1.0", *(f"{name}: {value}" for name, value in headers.items())]
     if status:
         further = [f"POST {prefix}/status HTTP/1.0", *lines[1:], f"Content-Length: {len(body)}"]

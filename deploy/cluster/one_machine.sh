@@ -1,0 +1,72 @@
+#!/usr/bin/env bash
+# one_machine.sh - one bus with two fronts and their ledger, as processes of this machine: to try it out.
+#
+#   ./one_machine.sh start FOLDER     (PORTS="8081 8082", PYTHON=python3)
+#   ./one_machine.sh stop FOLDER
+#
+# FOLDER has the data of PostgreSQL, the copies of the fronts, the logs and the numbers of the processes. `start` starts
+# what does not run: so it also starts a front again that was killed.
+set -eu
+umask 077
+
+die() { printf 'one_machine: %s\n' "$1" >&2; exit 2; }
+
+case $#,${1:-} in
+  2,start | 2,stop) ;;
+  *) die "give start FOLDER, or stop FOLDER" ;;
+esac
+bus=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+python=${PYTHON:-python3}
+read -ra ports <<<"${PORTS:-8081 8082}"
+mkdir -p "$2"
+folder=$(cd "$2" && pwd)
+[[ $folder =~ ^[A-Za-z0-9._/-]+$ ]] || die "the path of FOLDER may only have letters, digits and . _ / -"
+ledger=$folder/ledger
+for programs in /usr/lib/postgresql/*/bin; do PATH=$PATH:$programs; done  # where Debian has them
+
+# PostgreSQL does not run as root; then it runs as the user that its package has made.
+as_postgres() {
+  if [ "$(id -u)" = 0 ]; then (cd / && runuser -u postgres -- env PATH="$PATH" "$@"); else "$@"; fi
+}
+
+# True if the front with this port runs. A number in a file may be that of another process by now.
+runs() {
+  [ -e "$folder/$1.pid" ] && ps -o args= -p "$(<"$folder/$1.pid")" 2>/dev/null | grep -qF -- "--db $folder/$1.db"
+}
+
+start_ledger() {
+  command -v initdb >/dev/null || die "PostgreSQL is missing: install it (Debian: apt-get install postgresql)"
+  mkdir -p "$ledger"
+  if [ "$(id -u)" = 0 ]; then chmod 711 "$folder"; chown postgres "$ledger"; fi
+  [ -e "$ledger/data" ] || as_postgres initdb -D "$ledger/data" -U postgres -A trust >"$folder/ledger.log"
+  if as_postgres pg_ctl -D "$ledger/data" status >/dev/null; then return; fi
+  as_postgres pg_ctl -D "$ledger/data" -o "-k $ledger -c listen_addresses=" -l "$ledger/log" -w start >>"$folder/ledger.log" ||
+    die "PostgreSQL does not start: see $ledger/log"
+}
+
+start_front() {
+  if runs "$1"; then return; fi
+  "$python" "$bus/bus_server.py" --port "$1" --db "$folder/$1.db" --ledger-single \
+    --ledger "postgresql://postgres@/postgres?host=$ledger" >>"$folder/$1.log" 2>&1 </dev/null &
+  echo $! >"$folder/$1.pid"
+  until curl -sf -o /dev/null --noproxy '*' "http://127.0.0.1:$1/healthz"; do
+    kill -0 $! 2>/dev/null || die "the front does not start: $(tail -n 1 "$folder/$1.log")"
+    sleep 0.1
+  done
+}
+
+if [ "$1" = start ]; then
+  "$python" -c 'import psycopg' 2>/dev/null || die "psycopg is missing: run $python -m pip install 'psycopg[binary]'"
+  start_ledger
+  urls=
+  for port in "${ports[@]}"; do
+    start_front "$port"
+    urls+=,http://127.0.0.1:$port
+  done
+  echo "export AGENT_BUS_URL=${urls#,}"
+else
+  for port in "${ports[@]}"; do
+    if runs "$port"; then kill "$(<"$folder/$port.pid")"; fi
+  done
+  as_postgres pg_ctl -D "$ledger/data" -m fast -w stop >>"$folder/ledger.log" || die "PostgreSQL does not run in $folder"
+fi
