@@ -14,7 +14,7 @@ files beside it or one folder up. docs/deploy.md (Two networks) says what become
 Each message is stored once and in order, also if this program is killed or an answer is lost: the cursor moves when the
 other bus has stored the message, and the key of a message is made of its id, its bus and its content. The order is kept
 by waiting: while the other bus is away, or says 429 or 503, nothing else is passed on, and the rest stays on the first
-bus. What the other bus refuses for good is appended to a file, and its sender is told.
+bus. What the other bus refuses for good, or with 429 for 15 minutes, is appended to a file, and its sender is told.
 
 It has the environment of bus_recv.py, without AGENT_NAME and all that names a bus: these are in the two profiles. Its
 cursor and that file are in the folder relay/PROFILE of AGENT_BUS_STATE_DIR.
@@ -55,6 +55,8 @@ except ModuleNotFoundError as missing:
 PATIENCE = 5.0  # s to tell a sender that its message was refused: the next messages wait for it
 OURS = {401, 403, 404, 405}  # the fault is ours (our token, our name, the URL), not the message's
 STORED_BEFORE = 409  # our key is there: with another ttl, before we were killed; or the message came another way
+STILL_FULL = 900.0  # s of 429 for one receiver; all others wait meanwhile. Turns are counted for less: 10 minutes
+DEAD_BYTES = 16 << 20  # of the file of refused messages; there are two of them at most
 REFUSES, AWAY = (bus_recv.Refused, bus_send.Refused), (bus_recv.Unreachable, bus_send.Unreachable)
 REFUSED = "undeliverable"  # the type of what we send to the sender of a refused message
 NEW = {"ts", "id", "from", "to", "channel", "msg", "key", "ttl", "reply_to", "via"}  # members that are not just copied
@@ -132,6 +134,7 @@ class Relay(bus_recv.Reader):
     def __init__(self, names: Sequence[str], channel: str | None, since: str | None, other: Other) -> None:
         super().__init__(names, None, channel, since)
         self.other = other
+        self.waits: dict[str, float] = {}  # receivers for whom the last answer was 429, and until when it is endured
 
     def take_up(self, answer: dict[str, Any]) -> None:
         bus = str(answer.get("bus", bus_recv.OLD_CONTRACT))
@@ -169,7 +172,7 @@ class Relay(bus_recv.Reader):
             return
         to, reply_to = self.addressed(message)
         try:
-            answer = self.other.persist(lambda: self.send(message, to, reply_to))
+            answer = self.other.persist(lambda: self.store(message, to, reply_to))
             "warning" in answer and self.warn(f"{self.other.url}: {answer['warning']}")
         except bus_send.Refused as refused:
             if refused.status in OURS:
@@ -177,8 +180,27 @@ class Relay(bus_recv.Reader):
             if refused.status != STORED_BEFORE:
                 self.put_aside(message, str(refused))
 
+    def store(self, message: dict[str, Any], to: str, reply_to: str | None) -> dict[str, Any]:
+        """One attempt to store a message on the other bus. Raises as send(); Refused for a 429 that lasts.
+
+        A reply that gets 429 is sent once more without `reply_to`: its chain may be too long there, for weeks.
+        """
+        try:
+            answer = self.send(message, to, reply_to)
+        except bus_send.Unreachable as fault:
+            reason = told_to_wait(fault)
+            if reason and reply_to:
+                return self.store(message, to, None)
+            if not reason:
+                self.waits.pop(to, None)
+            elif time.monotonic() >= self.waits.setdefault(to, time.monotonic() + STILL_FULL):
+                raise bus_send.Refused(429, reason) from fault
+            raise
+        self.waits.pop(to, None)
+        return answer
+
     def send(self, message: dict[str, Any], to: str, reply_to: str | None) -> dict[str, Any]:
-        """One attempt to store a message on the other bus. bus_send.send() would go on with the same `ttl`."""
+        """One request that stores a message on the other bus. bus_send.send() would go on with the same `ttl`."""
         hop = {"bus": self.bus, "id": message["id"], "from": message["from"]}
         if "reply_to" in message and not reply_to:
             hop["reply_to"] = message["reply_to"]
@@ -241,8 +263,9 @@ class Relay(bus_recv.Reader):
                 self.endure(fault, 0, self.other.end - time.monotonic())
 
     def put_aside(self, message: dict[str, Any], reason: str) -> None:
-        """Keep a message that the other bus will never take, and tell its sender."""
+        """Keep a message that the other bus does not take, and tell its sender."""
         path, number, to = f"{self.cursor.path}~dead", message["id"], message["to"]
+        self.make_room(path)
         with bus_recv.private_file(path, os.O_WRONLY | os.O_APPEND, "w") as file:
             file.write(f"{bus_recv.dump({**message, 'reason': reason})}\n")
         self.warn(f"{number} from {message['from']} to {to} is not passed on, and is in {path} now: {reason}")
@@ -256,11 +279,28 @@ class Relay(bus_recv.Reader):
         except (bus_send.Refused, bus_send.Unreachable) as fault:
             self.warn(f"its sender was not told: {fault}")
 
+    def make_room(self, path: str) -> None:
+        """Begin a new file of refused messages when this one is full. It replaces the one that was full before."""
+        if not os.path.exists(path) or os.path.getsize(path) < DEAD_BYTES:
+            return
+        old = f"{path}~old"
+        if os.path.exists(old):
+            with open(old, "rb") as file:
+                lost = sum(1 for _ in file)
+            self.warn(f"{path} is full, so the oldest {lost} messages that were not passed on, in {old}, are removed")
+        os.replace(path, old)
+
 
 def hops(message: dict[str, Any]) -> list[dict[str, Any]]:
     """The buses that a message has come by, the first one first. Anybody may send a message with a strange `via`."""
     via = message.get("via")
     return [hop for hop in via if isinstance(hop, dict)] if isinstance(via, list) else []
+
+
+def told_to_wait(fault: bus_send.Unreachable) -> str:
+    """The reason of a 429 of the bus itself. Empty for other faults, and for a 429 of a proxy: that is for any mail."""
+    found = re.fullmatch(r"429: (?!a web page, not a bus|not from a bus)(.*)", str(fault), re.DOTALL)
+    return found[1] if found else ""
 
 
 def first_contract(url: str) -> bus_recv.Refused:

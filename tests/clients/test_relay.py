@@ -20,7 +20,7 @@ import pytest
 
 import bus_recv
 import bus_send
-from tests.kit.bad_servers import NOON, Scripted, answer, mail, message, silence, stored
+from tests.kit.bad_servers import NOON, Scripted, answer, mail, message, page, silence, stored
 from tests.kit.peers import mint
 from tests.kit.processes import PATIENCE, ROOT, Server, no_settings, wait_until
 from tools import bus_relay
@@ -391,6 +391,22 @@ def test_a_reply_answers_the_same_message_on_the_other_bus(buses):
     assert thanks["reply_to"] == reply and "reply_to" not in more and more["via"][0]["reply_to"] == question
 
 
+def test_a_reply_at_the_end_of_a_long_chain_on_the_other_bus_holds_up_nobody(buses):
+    """The chain has 33 messages on b, so that an answer to its last one is 429 there; a has a copy of the last one."""
+    a, b = buses("a", "b")
+    last = None
+    for n in range(33):
+        last = say(b, "mallory", "alice" if n == 32 else "mallory", f"{n}", reply_to=last)
+    assert relay("alice", a="b", b="a") == (0, "")
+    copy = log(a)[-1]["id"]
+    answered = say(a, "alice", "mallory", "answer", reply_to=copy)
+    say(a, "carol", "mallory", "innocent")
+    assert relay("mallory") == (0, "")
+    answer, innocent = log(b)[-2:]
+    assert (answer["msg"], innocent["msg"]) == ("answer", "innocent") and "reply_to" not in answer
+    assert (answer["via"][-1]["id"], answer["via"][-1]["reply_to"]) == (answered, copy)
+
+
 def test_a_question_gets_its_answer_from_the_other_network(buses):
     """agent-bus ask waits on one bus, and bob answers on the other."""
     a, b = buses("a", "b")
@@ -495,6 +511,64 @@ def test_a_refused_message_is_kept_and_told_and_holds_up_nobody(buses, home):
     told = log(a)[-1]
     assert (told["from"], told["to"], told["reply_to"], told["type"]) == ("relay", "spark", large, "undeliverable")
     assert f"Your message {large} to bob could not be passed on" in told["msg"] and b.url not in told["msg"]
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The relay sleeps without waiting. Its time in seconds, and what was slept."""
+    clock = SimpleNamespace(now=0.0, slept=[])
+
+    def sleep(seconds):
+        clock.slept.append(seconds)
+        clock.now += seconds
+
+    monkeypatch.setattr(bus_relay, "time", SimpleNamespace(monotonic=lambda: clock.now, sleep=sleep))
+    monkeypatch.setattr(bus_recv, "HOLD_SECONDS", 1e6)
+    return clock
+
+
+FULL = answer({"error": "the mailbox is full"}, "Retry-After: 600", status=429)
+
+
+def test_a_mailbox_that_stays_full_stops_the_mail_of_other_receivers_for_minutes_only(buses, home, clock):
+    (a,) = buses("a")
+    first, second = [say(a, "spark", "bob", f"{n}") for n in (1, 2)]
+    for to, msg in (("carol", "3"), ("bob", "4"), ("bob", "5")):
+        say(a, "spark", to, msg)
+    # 1 three times, 2 once, 3, 4, then 5 has as much time as 1 had
+    with Scripted(FULL, FULL, FULL, FULL, stored(), stored(), FULL, FULL, stored()) as other:
+        profile(home, "b", other)
+        code, err = relay("bob", "carol")
+    tried = [json.loads(asked.body)["msg"] for asked in sends(other)]
+    assert code == 0 and tried == ["1", "1", "1", "2", "3", "4", "5", "5", "5"] and clock.slept == [600.0] * 4
+    for number in (first, second):
+        assert f"{number} from spark to bob is not passed on, and is in " in err
+    told = {one["reply_to"]: one["msg"] for one in log(a) if one.get("type") == "undeliverable"}
+    assert told.keys() == {first, second} and told[second].endswith("the mailbox is full")
+
+
+@pytest.mark.parametrize("fault", [answer({"error": "starting"}, status=503), page(429, "<html>"), page(429, "no")],
+                         ids=["503", "a page", "a proxy"])  # fmt: skip
+def test_minutes_of_another_fault_are_not_those_of_a_full_mailbox(fault, buses, home, clock):
+    (a,) = buses("a")
+    say(a, "spark", "bob", "T1")
+    with Scripted(FULL, *[fault] * 30, FULL, stored()) as other:
+        profile(home, "b", other)
+        code, err = relay("bob")
+    assert code == 0 and "is not passed on" not in err and len(sends(other)) == 33 and clock.now > 1800
+
+
+def test_the_file_of_refused_messages_has_a_limit_and_what_is_removed_is_told(buses, monkeypatch):
+    (a,) = buses("a")
+    buses("b", options=["--max-body", "5000"])
+    monkeypatch.setattr(bus_relay, "DEAD_BYTES", 10000)  # two messages
+    numbers = [say(a, "spark", "bob", "x" * 6000) for _ in range(7)]
+    code, err = relay("bob")
+    path = re.search(r"is not passed on, and is in (\S+) now: ", err)[1]
+    kept = [[json.loads(line)["id"] for line in pathlib.Path(name).read_text().splitlines()]
+            for name in (f"{path}~old", path)]  # fmt: skip
+    assert code == 0 and kept == [numbers[4:6], numbers[6:]]
+    assert err.count(f"the oldest 2 messages that were not passed on, in {path}~old, are removed") == 2
 
 
 def test_a_sender_that_cannot_be_told_holds_up_nobody_either(buses, home, monkeypatch):
