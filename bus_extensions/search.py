@@ -37,6 +37,7 @@ from bus_server import (
     refusal,
     say,
     seconds,
+    show_client,
     tick_of,
     too_much,
 )
@@ -101,13 +102,15 @@ class Search:
         self.rests = 0.0  # no slice is added before; monotonic clock, s
         self.missing = index.why_not(bus.state.path)
         bus.route("GET", "/search", self.search, "messages with these words, the newest first: q=WORDS", takes=True)
-        bus.route("POST", "/search", self.renew, "make the index of /search anew")
+        bus.route("POST", "/search", self.renew, "make the index of /search anew; for an operator")
+        bus.route("GET", "/bus_search.py", show_client)
+        bus.gate.public.add("/bus_search.py")
         if not self.missing:
             bus.loop.every(self.LOOK_SECONDS, self.look)
 
     def search(self, request: Request) -> None:
-        bus, owner, query = self.bus, request.owner(), request.query()
         self.check()
+        bus, owner, query = self.bus, request.owner(), request.query()
         bus.storms.read(owner)
         match, values = match_of(query.needed("q")), values_of(request)
         above = moment(query, "since", 0, bus.last)

@@ -22,6 +22,8 @@ from test_bus import (
     PEOPLE,
     QUESTIONS,
     QUEUES,
+    REDACTION,
+    SEARCH,
 )
 from tests.clients.test_clients import refusing
 from tests.clients.test_clients import run as program
@@ -41,6 +43,8 @@ ROUTES = {
     MCP: ("/mcp",),
     HISTORY: ("/log?before",),
     PAGE: ("/ui/",),
+    SEARCH: ("/search",),
+    REDACTION: ("/redact",),
 }
 MISSING = "{route} needs bus_extensions/{file}, which is not beside bus_server.py: copy it from the same version"
 OFF = "{route} is off: this bus was started --without page,{name}"

@@ -1,0 +1,226 @@
+"""POST /redact: PROTOCOL.md section 25, as far as one token and one outside look cannot show it."""
+
+import json
+import socket
+import sqlite3
+from contextlib import closing, contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+from bus_extensions import redact
+from bus_server import Message, Now, Poll, Put, State, draft
+from tests.core.test_identity import ask
+from tests.kit import inside
+from tests.kit.peers import TIMED_OUT, fill, mint, run
+from tests.kit.processes import ROOT, Server, wait_until
+
+SECRET = "hunter2-correct-horse-battery"
+
+
+def post(bus, path, body, token=None):
+    status, answer = ask(bus, "POST", path, body, token)
+    assert status == 200, answer
+    return answer
+
+
+def send(bus, to, msg=f"the password is {SECRET}", **members):
+    return post(bus, "/send", {"from": "ann", "to": to, "msg": msg, **members})
+
+
+def files_with(bus, text=SECRET):
+    """The files of the bus that have these bytes, in any case: an index has its words in lower case."""
+    files = Path(bus.db).parent.glob(f"{Path(bus.db).name}*")
+    return sorted(file.name for file in files if text.encode().lower() in file.read_bytes().lower())
+
+
+def test_only_an_operator_redacts(tmp_path):
+    tokens = mint(tmp_path / "bus.db", ann=[], bob=[], boss=["--operator"])
+    with Server(tmp_path / "bus.db") as bus:
+        sent = post(bus, "/send", {"to": "bob", "msg": SECRET}, tokens["ann"])["id"]
+        for name in ("ann", "bob"):
+            status, answer = ask(bus, "POST", "/redact", {"id": sent}, tokens[name])
+            assert status == 403 and answer["error"].startswith("only an operator can redact a message")
+        assert ask(bus, "POST", "/redact", {"id": sent})[0] == 401 and files_with(bus)
+        assert post(bus, "/redact", {"id": sent}, tokens["boss"])["redacted"][0]["to"] == "bob"
+        assert ask(bus, "GET", f"/message/{sent}", token=tokens["bob"])[1]["message"]["redacted"] is True
+
+
+def test_a_redaction_names_who_has_fetched_the_message(bus):
+    """One that read it, one that did not; of a broadcast, who has acknowledged it."""
+    sent = send(bus, ["bob", "carl", "all"])
+    for name in ("bob", "dora", "erin"):
+        ask(bus, "GET", f"/recv?to={name}&since=0")
+    ask(bus, "GET", f"/recv?to=dora&since={sent['ts']}")
+    answer = post(bus, "/redact", {"id": sent["ids"]["carl"]})
+    assert {each["to"]: each["state"] for each in answer["redacted"]}["carl"] == "queued"
+    assert answer["fetched_by"] == ["bob", "dora"]
+
+
+def test_a_reader_that_is_being_sent_the_message_has_fetched_it(tmp_path):
+    bus = inside.make(tmp_path / "bus.db")
+    try:
+        message = Message(5, "default", "bob", "ann", '"from": "ann"', 1, None)
+        poll = Poll("bob", ("bob",), "default", None, 0, 10, 0, False)
+        observer = poll._replace(me=None)
+
+        class Reading:
+            delivering = None
+
+        peers = [Reading(), Reading(), Reading()]
+        peers[0].delivering, peers[1].delivering = (poll, 5), (observer, 5)
+        bus.door.connections = peers
+        redaction = bus.routes["POST", "/redact"].call.__self__
+        assert [*redaction.readers(message)] == ["bob"] and [*redaction.readers(message._replace(tick=6))] == []
+        bus.door.connections = []
+    finally:
+        inside.close(bus)
+
+
+def test_no_byte_of_a_redacted_text_is_left_in_the_files_of_the_bus(tmp_path):
+    """In the database, its log and its free pages, where the removal of older messages has left copies; in the index."""
+    with Server(tmp_path / "bus.db") as bus:
+        for size in (10, 200, 900):
+            fill(bus, "bob", 200, "x" * size)
+            sent = send(bus, "bob", f"{SECRET} {'y' * size * 20}", subject=SECRET, password=SECRET)
+            fill(bus, "bob", 200, "x" * size)
+            send(bus, "carl", SECRET)
+            fill(bus, "bob", 200, "x" * size)
+        assert len(ask(bus, "GET", f"/search?q={SECRET}")[1]["messages"]) == 6
+        assert ask(bus, "GET", "/recv?to=bob&since=0&max=1000")[0] == 200
+        wait_until(lambda: ask(bus, "GET", "/inbox")[1]["recipients"]["default"]["carl"] == 3)
+        now = ask(bus, "GET", "/healthz")[1]["now"]
+        ask(bus, "GET", f"/recv?to=bob&since={now}")
+        assert run("prune", "--older", "0", "--db", bus.db)[0] == 0  # bob's are fetched, carl's are not
+        assert files_with(bus)
+        for each in ask(bus, "GET", "/log?to=carl&since=0")[1]["messages"]:
+            answer = post(bus, "/redact", {"id": each["id"]})
+            assert answer["overwritten"] is True
+        assert ask(bus, "POST", "/redact", {"id": sent["id"]})[0] == 404  # it is removed, and had no key
+        wait_until(lambda: not files_with(bus))
+        assert ask(bus, "GET", f"/search?q={SECRET}")[1]["messages"] == []
+
+
+def test_the_index_forgets_without_a_search(tmp_path):
+    with Server(tmp_path / "bus.db") as bus:
+        sent = send(bus, "bob", SECRET.replace("-", ""))
+        assert len(ask(bus, "GET", f"/search?q={SECRET.replace('-', '')}")[1]["messages"]) == 1
+        wait_until(lambda: len(files_with(bus, SECRET.replace("-", ""))) > 1)
+        post(bus, "/redact", {"id": sent["id"]})
+        wait_until(lambda: not files_with(bus, SECRET.replace("-", "")))
+        assert Path(f"{bus.db}.search").exists()
+
+
+def test_an_index_of_an_extension_that_is_off_is_named(tmp_path):
+    bus = inside.make(tmp_path / "bus.db")
+    try:
+        warning = bus.routes["POST", "/redact"].call.__self__.warning
+        Path(f"{tmp_path}/bus.db.search").touch()
+        assert "bus.db.search" not in warning(True, False)
+        del bus.extensions["search"]
+        assert "bus.db.search, the index of an extension that is off: remove that file" in warning(True, False)
+    finally:
+        inside.close(bus)
+
+
+@contextmanager
+def reading(path):
+    """Another program reads the database, from now on."""
+    with closing(sqlite3.connect(path, isolation_level=None)) as database:
+        database.execute("BEGIN")
+        database.execute("SELECT count(*) FROM messages").fetchone()
+        yield
+
+
+# bus_server.py in the folder that is its first argument, which tries ten times a second to empty its log
+HASTY = """
+import sys
+sys.path.insert(0, sys.argv.pop(1))
+import bus_server
+load = bus_server.load
+def hasty(file):
+    module = load(file)
+    if file.stem == "redact":
+        module.Redaction.FOLD_SECONDS = 0.1
+    return module
+bus_server.load = hasty
+sys.exit(bus_server.main())
+"""
+
+
+def test_while_another_program_reads_the_log_is_emptied_later(tmp_path):
+    with Server(tmp_path / "bus.db", program=("-S", "-c", HASTY, str(ROOT))) as bus:
+        sent = send(bus, "bob")
+        with reading(bus.db):
+            answer = post(bus, "/redact", {"id": sent["id"]})
+            assert answer["overwritten"] is False and "another program reads" in answer["warning"]
+            assert files_with(bus)
+            assert send(bus, "bob", "others go on")["ok"]
+        wait_until(lambda: not files_with(bus))
+
+
+def test_over_so_many_free_pages_the_answer_names_the_command(tmp_path, monkeypatch):
+    with Server(tmp_path / "bus.db") as bus:
+        sent = send(bus, "carl")
+        fill(bus, "bob", 20, "x" * 900_000, at_once=1)
+        ask(bus, "GET", "/recv?to=bob&since=now")
+        bus.stop()
+    assert run("prune", "--older", "0", "--pending", "--db", bus.db)[0] == 0
+    with Server(tmp_path / "bus.db") as bus:
+        sent = send(bus, "carl")
+        answer = post(bus, "/redact", {"id": sent["id"]})
+        assert answer["overwritten"] is False and f"run sqlite3 {bus.db} VACUUM" in answer["warning"]
+
+
+def test_a_retry_of_a_redacted_send_is_refused_and_no_hash_of_it_is_kept(tmp_path):
+    """Also when the message was removed before, and only its key and a hash of its text are left."""
+    with Server(tmp_path / "bus.db") as bus:
+        sent = send(bus, ["bob", "carl"], key="k1")
+        assert run("prune", "--older", "0", "--pending", "--db", bus.db)[0] == 0
+
+        def hashes():
+            with closing(sqlite3.connect(bus.db)) as database:
+                return [row[0] for row in database.execute("SELECT hash FROM keys")]
+
+        assert len(hashes()) == 2 and send(bus, ["bob", "carl"], key="k1")["duplicate"] is True
+        answer = post(bus, "/redact", {"id": sent["id"]})
+        assert answer["redacted"] == [] and hashes() == [redact.NO_HASH] * 2
+        again = {"from": "ann", "to": ["bob", "carl"], "msg": f"the password is {SECRET}", "key": "k1"}
+        assert ask(bus, "POST", "/send", again)[0] == 409
+        wait_until(lambda: not files_with(bus))
+
+
+def test_a_kill_in_the_middle_of_a_redaction_leaves_the_old_text_or_the_new_one(tmp_path):
+    """And after the next start, no file has a text that was replaced."""
+    with Server(tmp_path / "bus.db") as bus:
+        for number in range(12):
+            sent = send(bus, ["bob", "carl"], f"{SECRET} {'x' * 5000}")
+            ask(bus, "GET", f"/search?q={SECRET}")
+            with socket.create_connection(("127.0.0.1", bus.port)) as peer:
+                body = json.dumps({"id": sent["id"]}).encode()
+                head = f"POST /redact HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
+                peer.sendall(head.encode() + body)
+                peer.settimeout(0.002 * (number % 4) + 0.0005)
+                with suppress(*TIMED_OUT):
+                    peer.recv(100)
+                bus.kill()
+            bus.start()
+            texts = [ask(bus, "GET", f"/message/{ident}")[1]["message"] for ident in sent["ids"].values()]
+            assert len({"redacted" in text for text in texts}) == 1, "one of the two only"
+            if "redacted" in texts[0]:
+                assert not [name for name in files_with(bus) if ".search" not in name]
+                assert ask(bus, "GET", f"/search?q={SECRET}")[1]["messages"] == []
+            assert post(bus, "/redact", {"id": sent["id"]})["overwritten"] is True
+        wait_until(lambda: not files_with(bus))
+
+
+def test_a_damaged_message_beside_it_harms_no_redaction(tmp_path):
+    state = State(str(tmp_path / "bus.db"))
+    try:
+        one = draft({"from": "ann", "to": ["bob", "carl", "dora"], "msg": SECRET}, None)
+        ticks = [each.tick for each in state.apply([Put([one])], Now(1000000, 1)).visible]
+        state.writing.execute("UPDATE messages SET text = 'x' WHERE tick = ?", ticks[1:2])
+        [done] = state.apply([redact.Redact(ticks[0])], Now(1000000, 1)).results
+        assert done == [ticks[0], ticks[2]]
+    finally:
+        state.close()
