@@ -46,7 +46,7 @@ from bus_server import (
 from tests.kit.processes import ROOT
 
 EXTENSIONS = bus_server.load_extensions(())
-work, replies = EXTENSIONS["work"], EXTENSIONS["replies"]
+work, replies, redact = EXTENSIONS["work"], EXTENSIONS["replies"], EXTENSIONS["redact"]
 LISTS = 30  # for a seed
 SEEDS = -(-int(os.environ.get("REPLAY_LISTS", "240")) // LISTS)
 BEGIN = 1795000000 * 1000000  # us
@@ -175,13 +175,19 @@ class World:
     def recall(self):
         return replies.Recall(self.tick())
 
+    def redact(self):
+        return redact.Redact(self.tick())
+
+    def fold(self):
+        return redact.Fold()
+
     def again(self):
         return work.Again(self.tick())
 
     def broken(self):
         return Broken(self.random.choice((True, False)), self.tick())
 
-    RARE = (forget, forget_keys, bury, recall, again, broken)
+    RARE = (forget, forget_keys, bury, recall, again, redact, fold, broken)
     KINDS = (put,) * 8 + (claim,) * 4 + (settle,) * 4 + (marks, remove, raise_) * 2 + RARE
 
     def list(self):

@@ -1,5 +1,7 @@
 """GET /search: PROTOCOL.md section 24, as far as one token and one outside look cannot show it."""
 
+import contextlib
+import socket
 import sqlite3
 import threading
 import time
@@ -13,7 +15,7 @@ from bus_extensions import search
 from bus_server import Grant, Now, Put, Query, Refused, State, draft
 from tests.core.test_identity import ask
 from tests.kit import inside
-from tests.kit.peers import fill, mint
+from tests.kit.peers import TIMED_OUT, Peer, fill, mint
 from tests.kit.processes import Server, wait_until
 
 Index = search.index.Index
@@ -280,12 +282,9 @@ def test_a_bus_that_can_have_no_index_says_why():
 
 
 def test_without_fts5_the_bus_says_so(tmp_path, monkeypatch):
+    assert search.index.why_not(str(tmp_path / "bus.db")) == ""
     monkeypatch.setattr(search.index, "PART", "CREATE VIRTUAL TABLE part_%d USING fts99(msg)")
-    bus = inside.make(tmp_path / "bus.db")
-    inside.close(bus)
-    with pytest.raises(Refused) as refused:
-        bus.routes["GET", "/search"].call(None)
-    assert refused.value.status == 501 and "has no FTS5" in refused.value.sentence
+    assert search.index.why_not(str(tmp_path / "bus.db")) == "the SQLite of its Python has no FTS5"
 
 
 def test_an_index_that_fails_costs_503_and_the_next_search_finds(tmp_path, capfd):
@@ -298,3 +297,28 @@ def test_an_index_that_fails_costs_503_and_the_next_search_finds(tmp_path, capfd
         Path(f"{file}-wal").unlink()
         answers = [ask(bus, "GET", "/search?q=word") for _ in range(3)]
         assert {status for status, _ in answers} <= {200, 503} and len(answers[-1][1]["messages"]) == 3
+
+
+def test_a_kill_while_the_index_is_written_costs_nothing(tmp_path):
+    """After each of ten kills, some while the index was begun, it is gone on with or made anew."""
+    with Server(tmp_path / "bus.db") as bus:
+        fill(bus, "bob", 4000, "word x", at_once=500)
+        for number in range(10):
+            with socket.create_connection(("127.0.0.1", bus.port)) as peer:
+                peer.sendall(b"GET /search?q=word HTTP/1.1\r\nHost: localhost\r\n\r\n")
+                peer.settimeout(0.004 * number + 0.001)
+                with contextlib.suppress(*TIMED_OUT):
+                    peer.recv(100)
+                bus.kill()
+            bus.start()
+        assert found(bus, "word") == "x" * 4000
+        assert "Traceback" not in bus.log.read_text()
+
+
+def test_a_search_while_the_bus_is_written_to_finds_each_message_once(tmp_path):
+    with Server(tmp_path / "bus.db") as bus, Peer(bus) as writer:
+        for number in range(30):
+            body = [{"from": "ann", "to": "bob", "msg": f"word {number}"}] * 40
+            assert writer.send("POST", "/send", body).answer().status == 200
+            assert len(ask(bus, "GET", f"/search?q=word+{number}")[1]["messages"]) == 40
+        assert found(bus, "word") == "".join(f"{number}" * 40 for number in reversed(range(30)))
