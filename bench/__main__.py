@@ -15,7 +15,7 @@ import traceback
 from bench import machine, peers, report
 from bench.session import ROWS, Session, Settings
 
-for module in ("send", "names", "queue", "wait", "stored", "programs"):  # in the order of the document
+for module in ("send", "names", "queue", "wait", "stored", "search", "programs"):  # in the order of the document
     importlib.import_module(f"bench.rows_{module}")
 
 
