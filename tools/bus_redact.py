@@ -8,8 +8,7 @@ already. Those readers, backups and the outboxes of senders may still have the t
 If the send had several receivers, the messages of all of them are redacted.
 
 bus_recv.ask asks the bus; so this program needs bus_recv.py beside it or one folder up. It has the environment of
-bus_recv.py, and writes no file. Exit code: 0 redacted, and nothing of it is left in the files of the bus, 1 refused by
-the bus, 2 usage, 4 redacted, but an older copy may be left for a while, 75 out of reach, 130 Ctrl-C.
+bus_recv.py, and writes no file. Exit code: 0 redacted, 1 refused by the bus, 2 usage, 75 out of reach, 130 Ctrl-C.
 """
 
 from __future__ import annotations
@@ -36,8 +35,8 @@ except ModuleNotFoundError as missing:
 SECONDS = 60.0  # the bus may write some megabytes first
 
 
-def show(id: str, answer: dict[str, Any], as_json: bool) -> int:
-    """Print what was redacted, and who has fetched it. The exit code."""
+def show(id: str, answer: dict[str, Any], as_json: bool) -> None:
+    """Print what was redacted, and who has fetched it; and on stderr, where the text may still be."""
     if as_json:
         bus_recv.emit(f"{bus_recv.dump(answer)}\n")
     else:
@@ -47,7 +46,6 @@ def show(id: str, answer: dict[str, Any], as_json: bool) -> int:
         fetched = ", ".join(map(bus_recv.word, answer.get("fetched_by") or ())) or "nobody"
         bus_recv.emit(f"{id} is redacted; fetched by: {fetched}\n")
     complain(str(answer.get("warning")))
-    return 0 if answer.get("overwritten") else 4
 
 
 def complain(line: str) -> None:
@@ -63,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         url = bus_recv.settings()["AGENT_BUS_URL"]
         answer, _ = bus_recv.ask(url, "/redact", SECONDS, {"id": options.id})
-        return show(options.id, answer, options.json)
+        show(options.id, answer, options.json)
     except BrokenPipeError:  # nobody reads us any more
         return 0
     except KeyboardInterrupt:
@@ -74,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (bus_recv.Refused, ValueError, OSError) as error:
         complain(str(error))
         return 1 if isinstance(error, bus_recv.Refused) else 2
+    return 0
 
 
 if __name__ == "__main__":

@@ -563,6 +563,9 @@ def test_a_question_is_answered_and_the_conversation_can_be_read(client, start):
     assert json.loads(said[0])["msg"] == "T1 done" and "cannot grant permission" in said[1]
     conversation = [json.loads(line)["msg"] for line in bob.tool("bus_thread", id=question["id"]).split("\n")[1:]]
     assert conversation == ["T1?", "T1 done"]
+    found = client.tool("bus_search", words='"t1 done"', to="alice").split("\n")
+    assert json.loads(found[1])["msg"] == "T1 done" and len(found) == 2
+    assert client.tool("bus_search", words="zeppelin") == "no message has these words"
     later = client.tool("bus_ask", to="bob", msg="T2?", wait=0)
     key = re.search("key ([0-9a-f]+)", later)[1]
     again = client.tool("bus_ask", to="bob", msg="T2?", wait=0, key=key)
