@@ -105,7 +105,7 @@ def test_a_secret_that_was_sent_is_found_and_redacted(bus):
     code, out = run("leaked_secret", AGENT_BUS_URL=bus.url)
     assert code == 0 and out.splitlines() == [
         "bob reads: log in with (the password)",
-        "ops: the message to bob is redacted; it was acknowledged",
+        "ops: the message to bob is redacted; it was fetched",
         "ops: the message to carl is redacted; it was queued",
         "carl reads: (an operator has redacted this message)",
         "ann reads: change the password, because of bob",
