@@ -21,6 +21,7 @@ BOUNDS, COUNTS = "faults/test_kinds_bounds.py", "faults/test_kinds_counts.py"
 SHARES = "faults/test_kinds_shares.py"
 EXTENSIONS, WAITING = "faults/test_kinds_extensions.py", "faults/test_kinds_parked.py"
 TURNS = "faults/test_kinds_turns.py"
+REDACT, SEARCH = "extensions/test_redact.py", "extensions/test_search.py"
 STORAGE, PYTHON, BASH = "faults/test_kinds_storage.py", "clients/test_client_cases.py", "clients/test_listener_cases.py"
 
 KINDS = [
@@ -553,6 +554,22 @@ KINDS = [
           f"{PYTHON}::test_a_login_of_the_proxy_opens_the_tunnel",
           f"{PYTHON}::test_a_login_in_the_url_is_refused_in_words_and_not_shown"),
          "`login_of()` finds none (the first two); `parts_of()` accepts `@` (the last)"),
+    Kind("what was overwritten is left elsewhere on the disk",
+         "after a redaction no file of the bus has the text: neither a free page, nor the log, nor the index of words",
+         (f"{REDACT}::test_no_byte_of_a_redacted_text_is_left_in_the_files_of_the_bus",
+          f"{REDACT}::test_while_another_program_reads_the_log_is_emptied_later",
+          f"{REDACT}::test_the_index_forgets_without_a_search",
+          f"{REDACT}::test_a_retry_of_a_redacted_send_is_refused_and_no_hash_of_it_is_kept"),
+         "`overwrite_free_pages()` does nothing (the first); `Fold` checkpoints without `TRUNCATE` (the second); the "
+         "index is not compared with `changes` (the third); the hash in `keys` stays (the last)"),
+    Kind("a search holds up all others",
+         "the index is asked in a thread, in parts between which it stops; one owner has four searches; an answer "
+         "looks at 2000 hits",
+         (f"{SEARCH}::test_a_search_stops_between_two_parts_of_the_index",
+          f"{SEARCH}::test_an_owner_has_four_searches",
+          f"{SEARCH}::test_an_answer_of_the_index_has_so_many_hits"),
+         "`Index.find()` does not look at the time (the first); `Search.search()` does not count (the second); its "
+         "statement has no `LIMIT` (the last)"),
     Kind("clients: a token file is read differently",
          "a byte order mark and empty lines around a token do not matter, in Python and in bash",
          (f"{PYTHON}::test_a_token_with_a_byte_order_mark_or_empty_lines_is_read",
