@@ -6,6 +6,7 @@ It has no fact: if it is damaged, or of other messages than the database has now
 from __future__ import annotations
 
 import contextlib
+import json
 import pathlib
 import sqlite3
 import time
@@ -24,7 +25,11 @@ ADD = """INSERT INTO part_%d(rowid, subject, msg)
     SELECT tick, substr(json_extract(json, '$.subject'), 1, :most), substr(json_extract(json, '$.msg'), 1, :most)
     FROM (SELECT tick, CASE WHEN json_valid('{' || text || '}') THEN '{' || text || '}' END AS json
         FROM mail.messages WHERE tick > :above AND tick <= :upto AND expires IS NOT 1)"""
-HITS = "SELECT rowid FROM part_%d WHERE part_%d MATCH ? AND rowid > ? AND rowid < ? ORDER BY rowid DESC LIMIT ?"
+# Each row that Python takes from SQLite takes the interpreter's lock away from the loop: so one row has them all.
+HITS = """SELECT json_group_array(its) FROM (SELECT rowid AS its FROM part_%d
+    WHERE part_%d MATCH ? AND rowid > ? AND rowid < ? ORDER BY rowid DESC LIMIT ?)"""
+SIZES = """SELECT count(*), ifnull(sum(length(text)), 0), min(tick), max(tick) FROM
+    (SELECT tick, text FROM mail.messages WHERE tick > ? AND tick <= ? ORDER BY tick %s LIMIT ?)"""
 
 
 class Hits(NamedTuple):
@@ -56,6 +61,7 @@ class Index:
         self.file = pathlib.Path(f"{pathlib.Path(path).absolute()}.search")
         self.mail = f"{pathlib.Path(path).absolute().as_uri()}?mode=ro"
         self.database: sqlite3.Connection | None = None
+        self.taken = self.SLICE  # messages that the next slice takes; fewer, if they are large
 
     def grow(self, last: int) -> bool:
         """Add a slice. Returns: may there be more to add?"""
@@ -141,17 +147,16 @@ class Index:
     def add(self, database: sqlite3.Connection, last: int) -> bool:
         """Add the oldest messages above the index or, if there are none, the newest below it. False: it has all."""
         low, high = self.reach(database)
-        newer, number, size = high < last, 0, 0
+        newer = high < last
         if not newer and not low:
             return False
         order, above, upto = ("ASC", high, last) if newer else ("DESC", 0, low)
-        lengths = f"SELECT tick, length(text) FROM mail.messages WHERE tick > ? AND tick <= ? ORDER BY tick {order}"
-        with contextlib.closing(database.execute(lengths, (above, upto))) as rows:
-            for tick, length in rows:
-                number, size = number + 1, size + (length or 0)
-                if number == self.SLICE or size > self.SLICE_BYTES:
-                    above, upto = (above, tick) if newer else (tick - 1, upto)
-                    break
+        number = size = self.SLICE_BYTES + 1
+        while number > 1 and size > self.SLICE_BYTES:
+            number, size, oldest, newest = database.execute(SIZES % order, (above, upto, self.taken)).fetchone()
+            if number == self.taken:  # there may be more
+                above, upto = (above, newest) if newer else (oldest - 1, upto)
+            self.taken = max(number // 2, 1) if size > self.SLICE_BYTES else min(self.taken * 2, self.SLICE)
         database.execute("BEGIN IMMEDIATE")
         part = self.part(database, newer, above if newer else upto)
         database.execute(ADD % part, {"above": above, "upto": upto, "most": self.MOST})
@@ -182,7 +187,7 @@ class Index:
         parts = "SELECT part, above FROM parts WHERE above < ? - 1 AND upto > ? ORDER BY upto DESC"
         for part, start in database.execute(parts, (below, above)).fetchall():
             hits = database.execute(HITS % (part, part), (match, above, below, self.HITS - len(ticks)))
-            ticks += [tick for (tick,) in hits.fetchall()]
+            ticks += sorted(json.loads(hits.fetchone()[0]), reverse=True)
             if len(ticks) == self.HITS:
                 return ticks, ticks[-1]
             if start > above and time.thread_time() - began > self.FIND_SECONDS:

@@ -322,3 +322,11 @@ def test_a_search_while_the_bus_is_written_to_finds_each_message_once(tmp_path):
             assert writer.send("POST", "/send", body).answer().status == 200
             assert len(ask(bus, "GET", f"/search?q=word+{number}")[1]["messages"]) == 40
         assert found(bus, "word") == "".join(f"{number}" * 40 for number in reversed(range(30)))
+
+
+def test_a_slice_of_large_messages_has_fewer(filled, monkeypatch):
+    monkeypatch.setattr(Index, "SLICE_BYTES", 10000)
+    ticks = filled.put(*["word " + "x" * 4000] * 9, "word", "word " + "y" * 20000, *["word"] * 9)
+    assert filled.all("word") == ticks[::-1] and filled.index.taken < Index.SLICE * 2
+    with filled.index.opened(ticks[-1]) as database:
+        assert database.execute("SELECT sum(messages) FROM parts").fetchone() == (len(ticks),)
