@@ -28,7 +28,7 @@ def send(bus, to, msg=f"the password is {SECRET}", **members):
 
 def files_with(bus, text=SECRET):
     """The files of the bus that have these bytes, in any case: an index has its words in lower case."""
-    files = Path(bus.db).parent.glob(f"{Path(bus.db).name}*")
+    files = Path(bus.db).parent.glob("bus.db*")
     return sorted(file.name for file in files if text.encode().lower() in file.read_bytes().lower())
 
 
@@ -223,3 +223,34 @@ def test_a_damaged_message_beside_it_harms_no_redaction(tmp_path):
         assert done == [ticks[0], ticks[2]]
     finally:
         state.close()
+
+
+def test_a_message_in_a_page_with_room_is_overwritten(bus):
+    """Without secure_delete, its bytes would stay between those of its neighbours."""
+    sent = [send(bus, "bob", text) for text in ("one", SECRET, "three")]
+    assert post(bus, "/redact", {"id": sent[1]["id"]})["overwritten"] is True and not files_with(bus)
+
+
+def test_an_index_that_is_whole_is_looked_at_again_after_a_redaction(tmp_path):
+    """Nobody searches, and no message comes: only the number of replaced texts says that there is something to do."""
+    bus = inside.make(tmp_path / "bus.db")
+    try:
+        searches = bus.routes["GET", "/search"].call.__self__
+        one = Put([draft({"from": "ann", "to": "bob", "msg": "swordfish"}, None)])
+        [message] = bus.state.apply([one], Now(1000000, 1)).visible
+        bus.last = bus.state.last
+        assert not searches.index.grow(bus.last) or not searches.index.grow(bus.last)
+
+        def look():
+            searches.look()
+            began = bool(searches.jobs)
+            bus.loop.run(lambda: not searches.jobs)
+            searches.rests = 0
+            return began
+
+        assert look() and not look()
+        bus.state.apply([redact.Redact(message.tick)], Now(1000000, 1))
+        assert look()
+        assert not [file for file in tmp_path.glob("*.search*") if b"swordfish" in file.read_bytes()]
+    finally:
+        inside.close(bus)
