@@ -1164,7 +1164,7 @@ class Request(BaseHTTPRequestHandler):
     def do_GET(self) -> Answer | None:
         return self.peer.door.app.answer(self)
 
-    do_HEAD = do_POST = do_PUT = do_OPTIONS = do_GET
+    do_HEAD = do_POST = do_PUT = do_DELETE = do_OPTIONS = do_GET
 
     def answer(self) -> Answer | None:
         """The answer; None if it comes later. An unexpected error is 500, and costs this connection only."""
@@ -1985,7 +1985,7 @@ class Listener:
 
 NOBODY = "0" * 64  # a hash that no secret has, compared when the id is unknown: both refusals take equally long
 BEARER = re.compile(r"[Bb]earer (abt_[0-9a-f]{8})_([A-Za-z0-9_-]{43})")
-TOOLS = "work log doctor file outbox join who inbox".split()
+TOOLS = "work log doctor file outbox relay join who inbox".split()
 CLIENTS = ["/bus_recv.py", "/bus_send.py", "/bus_listener.sh", "/agent_bus.py", *(f"/bus_{tool}.py" for tool in TOOLS)]
 PUBLIC = {"/", "/healthz", "/certificate", *CLIENTS}  # open to all, because a new host begins with these
 
@@ -5427,7 +5427,7 @@ def beside(file: str) -> pathlib.Path:
     return next((folder / file for folder in folders if (folder / file).exists()), here / file)
 
 
-HEADLINE = ("from", "id", "to", "channel", "reply_to", "age", "priority", "type", "subject")
+HEADLINE = ("from", "relayed_from", "id", "to", "channel", "reply_to", "age", "priority", "type", "subject")
 HIDDEN = re.compile(  # as in bus_recv.py
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u2028-\u202e"
     r"\u2060-\u206f\u2800\u3164\ud800-\udfff\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb"

@@ -79,8 +79,8 @@ def say_state(me: Session, state: str) -> Generator[Ask, Answer, None]:
     if me.said.get("state") != state or time.monotonic() > me.said_at + SAID_SECONDS:
         try:
             yield from me.say({**me.said, "state": state})
-        except Failed:  # an older bus, or too many
-            return
+        except Failed:  # an older bus, or too many: it is not asked again for each step of a turn
+            me.said, me.said_at = {**me.said, "state": state}, time.monotonic()
 
 
 TOOLS = {

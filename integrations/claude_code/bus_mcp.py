@@ -42,6 +42,7 @@ from session import Nameless, Self, harmless, its_process, quoted, this_session 
 import bus_inbox  # noqa: E402
 import bus_recv  # noqa: E402
 import bus_send  # noqa: E402
+import doing  # noqa: E402
 import notice  # noqa: E402
 from bus_inbox import label  # noqa: E402
 
@@ -203,7 +204,7 @@ class Mine(tools.Session):
     def present(self, tick: int) -> Iterator[Any]:
         self.place.cursor.move(tools.ts_of(tick))
         Channel.again.set()
-        self.box.poll_on({"since": self.box.cursor.at, "max": 1})
+        self.box.poll_on({"since": self.box.cursor.at, "max": 1, "ack": "true"})  # which fetches nothing
         yield from ()
 
     def find(self, id: str) -> Iterator[Any]:
@@ -225,6 +226,10 @@ class Mine(tools.Session):
         answer = bus_send.ask(to, msg, timeout=wait, **given)
         notice.await_reply(self.me(), str(answer.get("id")))
         return answer
+
+    def say(self, said: dict[str, str]) -> Iterator[Any]:
+        yield from super().say(said)
+        doing.keep_said(self.me(), said)  # the hooks are processes of their own
 
     def rename(self, name: str) -> Iterator[Any]:
         yield from ()
@@ -295,7 +300,7 @@ class Channel(threading.Thread):
             for message in fresh:
                 self.push(tools.shown(self.server.session, message), attributes(message))
                 self.pushed[box.bus] = Decimal(message["ts"])
-                self.server.session.shown = tools.tick_of_ts(message["ts"])
+                self.server.session.has_shown(tools.tick_of_ts(message["ts"]), box.names)
             if fresh and len(mail) >= AHEAD:
                 self.tell(f"{AHEAD} are unread; later messages are pushed after bus_ack of {label(mail[AHEAD - 1])}")
             pause = PAUSE if fresh or not mail else min(2 * pause, LONGEST_PAUSE)
