@@ -19,12 +19,14 @@ TABLES_OF_INDEX = """
     CREATE TABLE IF NOT EXISTS parts(part INTEGER PRIMARY KEY, above INTEGER NOT NULL, upto INTEGER NOT NULL,
         messages INTEGER NOT NULL, bytes INTEGER NOT NULL);
 """
-PART = "CREATE VIRTUAL TABLE part_%d USING fts5(subject, msg, content='', columnsize=0)"  # no text is stored twice
-# A text that is damaged, or was recalled, has no words.
-ADD = """INSERT INTO part_%d(rowid, subject, msg)
-    SELECT tick, substr(json_extract(json, '$.subject'), 1, :most), substr(json_extract(json, '$.msg'), 1, :most)
-    FROM (SELECT tick, CASE WHEN json_valid('{' || text || '}') THEN '{' || text || '}' END AS json
-        FROM mail.messages WHERE tick > :above AND tick <= :upto AND expires IS NOT 1)"""
+PART = "CREATE VIRTUAL TABLE part_%d USING fts5(whose, subject, msg, content='', columnsize=0)"  # no text stored twice
+# A text that is damaged, or was recalled, has no words. `whose` has the names of a message, each as one word.
+ADD = """INSERT INTO part_%d(rowid, whose, subject, msg)
+    SELECT tick, 'from' || hex(sender) || ' to' || hex(name),
+        substr(json_extract(json, '$.subject'), 1, :most), substr(json_extract(json, '$.msg'), 1, :most)
+    FROM (SELECT tick, sender, name, CASE WHEN json_valid('{' || text || '}') THEN '{' || text || '}' END AS json
+        FROM mail.messages JOIN mail.mailboxes ON mailbox = id
+        WHERE tick > :above AND tick <= :upto AND expires IS NOT 1)"""
 # Each row that Python takes from SQLite takes the interpreter's lock away from the loop: so one row has them all.
 HITS = """SELECT json_group_array(its) FROM (SELECT rowid AS its FROM part_%d
     WHERE part_%d MATCH ? AND rowid > ? AND rowid < ? ORDER BY rowid DESC LIMIT ?)"""
@@ -32,10 +34,26 @@ SIZES = """SELECT count(*), ifnull(sum(length(text)), 0), min(tick), max(tick) F
     (SELECT tick, text FROM mail.messages WHERE tick > ? AND tick <= ? ORDER BY tick %s LIMIT ?)"""
 
 
+class Wanted(NamedTuple):
+    """What a search looks for, and in whose mail."""
+
+    match: str  # words and phrases, for FTS5
+    sender: str  # if `readers` is a list: only in mail from this name, or to those
+    readers: list[str] | None  # None: in all mail
+
+    def expression(self) -> str:
+        """What FTS5 is to match."""
+        words = f"{{subject msg}} : ({self.match})"
+        if self.readers is None:
+            return words
+        names = [f"from{self.sender.encode().hex()}", *(f"to{own.encode().hex()}" for own in self.readers)]
+        return f"whose : ({' OR '.join(names)}) AND {words}"
+
+
 class Hits(NamedTuple):
     """What the index knows of a search."""
 
-    ticks: list[int]  # of messages, the newest first; some may be gone, or not for who searches
+    ticks: list[int]  # of messages, the newest first; some may be gone, or not what else the query asks for
     below: int | None  # below which tick to go on; None: there is nothing more
     upto: int  # the index has all messages up to this tick
     took: float  # s of CPU
@@ -47,14 +65,18 @@ class Index:
     FTS5 cannot be stopped before it has found something. So the index is in parts, each with the words of messages that
     follow each other: a search takes one part after the other, and may stop between two. The index begins with the
     newest messages and grows at both ends, so the first search finds what is new.
+
+    Where an answer ends must not tell of mail that who searches may not see. So only hits in their own mail count, and
+    the answer ends at a part that follows from the sizes of the parts, not from the time that the words took.
     """
 
-    FORMAT = 1
+    FORMAT = 2
     SLICE, SLICE_BYTES = 1000, 1 << 20  # messages in one transaction, and bytes of their texts: some 20 ms
     PART, PART_BYTES = 20000, 8 << 20  # messages of a part, and bytes of their texts: 0.1 s for the worst phrase
     MOST = 1 << 16  # characters of a text; a word that comes later is not found
     HITS = 2000  # in one answer: the turn that looks at these messages takes some 5 ms
-    FIND_SECONDS = 0.03  # of CPU, after which a search looks into no other part
+    FIND_SECONDS = 0.03  # of CPU, after which a search of all mail looks into no other part
+    FIND_BYTES = 16 << 20  # of texts in the parts, after which another search does so: 0.2 s for the worst phrase
     GROW_SECONDS = 0.5  # that a search waits for an index that is not whole
 
     def __init__(self, path: str) -> None:
@@ -68,15 +90,15 @@ class Index:
         with self.opened(last) as database:
             return self.add(database, last)
 
-    def search(self, match: str, above: int, below: int, last: int) -> Hits:
-        """Look for what FTS5 should match in messages between two ticks."""
+    def search(self, wanted: Wanted, above: int, below: int, last: int) -> Hits:
+        """Look for words in messages between two ticks."""
         with self.opened(last) as database:
             ends = time.monotonic() + self.GROW_SECONDS
             while self.add(database, last) and time.monotonic() < ends:
                 pass
             low, high = self.reach(database)
             began = time.thread_time()
-            ticks, end = self.find(database, match, above, below)
+            ticks, end = self.find(database, wanted, above, below)
             end = low + 1 if end is None and low > above else end
             return Hits(ticks, end, high, time.thread_time() - began)
 
@@ -181,16 +203,21 @@ class Index:
             database.execute("DELETE FROM parts WHERE part = ?", (old,))
         return self.begin_part(database, at)
 
-    def find(self, database: sqlite3.Connection, match: str, above: int, below: int) -> tuple[list[int], int | None]:
+    def find(
+        self, database: sqlite3.Connection, wanted: Wanted, above: int, below: int
+    ) -> tuple[list[int], int | None]:
         """The ticks of messages between two ticks, newest first; and below which to go on, or None if that is all."""
-        began, ticks = time.thread_time(), list[int]()
-        parts = "SELECT part, above FROM parts WHERE above < ? - 1 AND upto > ? ORDER BY upto DESC"
-        for part, start in database.execute(parts, (below, above)).fetchall():
+        began, ticks, looked, match = time.thread_time(), list[int](), 0, wanted.expression()
+        parts = "SELECT part, above, bytes FROM parts WHERE above < ? - 1 AND upto > ? ORDER BY upto DESC"
+        for part, start, size in database.execute(parts, (below, above)).fetchall():
             hits = database.execute(HITS % (part, part), (match, above, below, self.HITS - len(ticks)))
             ticks += sorted(json.loads(hits.fetchone()[0]), reverse=True)
             if len(ticks) == self.HITS:
                 return ticks, ticks[-1]
-            if start > above and time.thread_time() - began > self.FIND_SECONDS:
+            looked += size
+            is_late = wanted.readers is None and time.thread_time() - began > self.FIND_SECONDS
+            is_far = wanted.readers is not None and looked >= self.FIND_BYTES
+            if start > above and (is_late or is_far):
                 return ticks, start + 1
         return ticks, None
 

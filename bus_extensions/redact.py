@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sqlite3
+import sys
 import zlib
 from collections.abc import Iterator
 from functools import partial
 from itertools import islice, takewhile
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 from bus_server import (
     BUSY_SECONDS,
     EVERYONE,
     LOADED,
-    NAMES_PER_SEND,
-    SELECT,
     Answer,
     Bus,
     Connection,
@@ -35,6 +36,13 @@ from bus_server import (
     state_of,
 )
 
+if TYPE_CHECKING:
+    import _redact_copies as copies
+else:  # by its path, as the folder is not on sys.path
+    spec = importlib.util.spec_from_file_location("_redact_copies", Path(__file__).with_name("_redact_copies.py"))
+    copies = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(copies)
+
 TABLES, NOUN = None, ""
 
 SAID = "(an operator has redacted this message)"  # in place of the text
@@ -50,8 +58,15 @@ def start(bus: Bus, options: argparse.Namespace) -> None:
     Redaction(bus)
 
 
+class Redacted(NamedTuple):
+    """The result of a Redact."""
+
+    ticks: list[int]
+    whole: bool  # False: there may be other copies
+
+
 class Redact(Operation):
-    """Replace the text of a message, and of the other messages of its send. The result is the tick of each.
+    """Replace the text of a message, and of all that the bus made of it.
 
     Of the members that its sender gave, only the names and `reply_to` stay; the idempotency key is no member. It stays
     too: a retry of the send then gets 409, and the secret is not stored again.
@@ -63,23 +78,26 @@ class Redact(Operation):
     def __init__(self, tick: int) -> None:
         self.tick = tick
 
-    def apply(self, state: State, now: Now) -> list[int]:
+    def apply(self, state: State, now: Now) -> Redacted:
         message = state.message(self.tick)
         hashes = kept_hashes(state, self.tick)
         if not message and not hashes:
             raise no_message()
-        copies = copies_of(state, message) if message else []
+        state.insert()  # so that what is in the same list of operations is found
+        found, whole = copies.Copies(state, message).all() if message else ([], True)
         state.writing.execute("PRAGMA secure_delete=ON")
         try:
-            for each in copies:
+            for each in found:
                 gone = each._replace(text=redacted(each))
                 values = gone.text, checksum(gone), gone.tick
                 state.writing.execute("UPDATE messages SET text = ?, sum = ? WHERE tick = ?", values)
+                why = "UPDATE work SET reason = ? WHERE tick = ? AND reason IS NOT NULL"  # it may quote the text
+                state.writing.execute(why, (SAID, gone.tick))
             state.writing.executemany("UPDATE keys SET hash = ?, sum = ? WHERE tick = ?", hashes)
             overwrite_free_pages(state)
         finally:
             state.writing.execute("PRAGMA secure_delete=FAST")  # as it was
-        return [each.tick for each in copies]
+        return Redacted([each.tick for each in found], whole)
 
 
 class Fold(Operation):
@@ -112,15 +130,6 @@ def redacted(message: Message) -> str:
     parent = f', "reply_to": "{message.answers:x}"' if isinstance(message.answers, int) else ""
     names = f'"from": "{message.sender}", "channel": "{message.channel}"'
     return f'{names}, "msg": {quote(SAID)}, "redacted": true{parent}'
-
-
-def copies_of(state: State, message: Message) -> list[Message]:
-    """The messages of one send: it made one for each receiver, with ticks that follow each other."""
-    near = message.tick - NAMES_PER_SEND, message.tick + NAMES_PER_SEND
-    rows = state.writing.execute(f"{SELECT} WHERE tick > ? AND tick < ? ORDER BY tick", near).fetchall()
-    same = message.sender, message.channel, message.text
-    found = map(state.checked, rows)
-    return [each for each in found if each and (each.sender, each.channel, each.text) == same]
 
 
 def kept_hashes(state: State, tick: int) -> list[tuple[str, int, int]]:
@@ -166,23 +175,23 @@ class Redaction:
         self.bus.storms.read(request.owner())
         self.bus.do(Redact(request.members().id()), request.peer, self.replaced)
 
-    def replaced(self, connection: Connection, redact: Redact, ticks: list[int]) -> None:
+    def replaced(self, connection: Connection, redact: Redact, done: Redacted) -> None:
         """The text is replaced; older pages of the file may still have it."""
-        self.bus.do(Fold(), connection, partial(self.folded, ticks))
+        self.bus.do(Fold(), connection, partial(self.folded, done))
 
-    def folded(self, ticks: list[int], connection: Connection, fold: Fold, is_empty: bool) -> Answer:
+    def folded(self, done: Redacted, connection: Connection, fold: Fold, is_empty: bool) -> Answer:
         bus = self.bus
         if not is_empty:
             self.fold_later()
-        messages = [each for each in map(bus.view.message, ticks) if each]
+        messages = [each for each in map(bus.view.message, done.ticks) if each]
         states = [(each, *state_of(bus, each)) for each in messages]
         rows = [f'{{"id": "{each.tick:x}", "to": "{each.to}", "state": "{word}"{more}}}' for each, word, more in states]
         fetched = {each.to for each, word, _ in states if word not in self.UNREAD and each.to != EVERYONE}
         fetched.update(name for each in messages for name in self.readers(each))
         members = f'"redacted": [{", ".join(rows)}], "fetched_by": {encode(sorted(fetched))}'
         free_pages = bus.view.ask("PRAGMA freelist_count")[0] > FREE_PAGES
-        warning = self.warning(is_empty, free_pages)
-        overwritten = boolean(is_empty and not free_pages)
+        warning = self.warning(is_empty, free_pages, done.whole)
+        overwritten = boolean(is_empty and not free_pages and done.whole)
         return ok(bus, f'"ok": true, {members}, "overwritten": {overwritten}, "warning": {quote(warning)}')
 
     def fold_later(self) -> None:
@@ -210,9 +219,12 @@ class Redaction:
             passed = (own for own, box in boxes if own != EVERYONE and box.own and box.mark() >= message.tick)
             yield from islice(passed, self.NAMED)
 
-    def warning(self, is_empty: bool, free_pages: bool) -> str:
+    def warning(self, is_empty: bool, free_pages: bool, whole: bool) -> str:
         path = self.bus.state.path
-        found = "revoke the secret: backups, outboxes, observers of /log and the files of readers may still have it"
+        found = "revoke the secret: backups, outboxes, observers of /log, the files of readers, messages that quote it "
+        found += "and schedules that will send it may still have it"
+        if not whole:
+            found += "; its queue has too many messages to look at all, so search for it, and redact what is found"
         if not is_empty:
             found += f"; another program reads {path}, so {path}-wal still has it: the bus empties that later"
         if free_pages:

@@ -110,15 +110,17 @@ class Search:
 
     def search(self, request: Request) -> None:
         self.check()
-        bus, owner, query = self.bus, request.owner(), request.query()
+        bus, owner, query, grant = self.bus, request.owner(), request.query(), request.grant
         bus.storms.read(owner)
-        match, values = match_of(query.needed("q")), values_of(request)
+        mine = [] if grant.send_only else [grant.name, EVERYONE, *grant.also]
+        wanted = index.Wanted(match_of(query.needed("q")), grant.name, None if grant.operator else mine)
+        values = values_of(request, mine)
         above = moment(query, "since", 0, bus.last)
         below = moment(query, "before", bus.last + 1, bus.last + 1)
         limit = int(query.number("max", 100, 1, MAX_MESSAGES))
         if self.waiting[owner] >= self.WAITING:
             raise too_much(f"{self.WAITING} searches of {owner} wait already: search again when one is answered", 1)
-        work = partial(self.index.search, match, above, below)
+        work = partial(self.index.search, wanted, above, below)
         self.do(Job(work, request.peer, owner, partial(self.found, owner, values, limit)))
 
     def check(self) -> None:
@@ -230,7 +232,7 @@ def moment(query: Query, field: str, otherwise: int, last: int) -> int:
     return last if text == "now" else cursor(text)
 
 
-def values_of(request: Request) -> dict[str, Any]:
+def values_of(request: Request, mine: list[str]) -> dict[str, Any]:
     """The values of FOUND: what the token may see, and what its query asks for."""
     query, grant, thread = request.query(), request.grant, request.query().one("thread")
     first, to = tick_of(thread), query.names("to")
@@ -239,7 +241,7 @@ def values_of(request: Request) -> dict[str, Any]:
     return {
         "operator": grant.operator,
         "me": grant.name,
-        "mine": encode([] if grant.send_only else [grant.name, EVERYONE, *grant.also]),
+        "mine": encode(mine),
         "sender": query.name("from", None),
         "channel": query.name("channel", None),
         "any": not to,

@@ -18,6 +18,7 @@ OTHERS = {"bus_server"}  # what an extension may import beside the standard libr
 LAZILY = {  # and where: if --schemas is given; by the path of a file that belongs to the extension
     "schemas.py": {"jsonschema"},
     "mcp.py": {"_mcp_tools"},
+    "redact.py": {"_redact_copies"},
     "search.py": {"_search_index"},
 }
 

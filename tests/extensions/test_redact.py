@@ -6,6 +6,8 @@ import sqlite3
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
+import pytest
+
 from bus_extensions import redact
 from bus_server import Message, Now, Poll, Put, State, draft
 from tests.core.test_identity import ask
@@ -115,9 +117,68 @@ def test_an_index_of_an_extension_that_is_off_is_named(tmp_path):
     try:
         warning = bus.routes["POST", "/redact"].call.__self__.warning
         Path(f"{tmp_path}/bus.db.search").touch()
-        assert "bus.db.search" not in warning(True, False)
+        assert "bus.db.search" not in warning(True, False, True)
         del bus.extensions["search"]
-        assert "bus.db.search, the index of an extension that is off: remove that file" in warning(True, False)
+        assert "bus.db.search, the index of an extension that is off: remove that file" in warning(True, False, True)
+    finally:
+        inside.close(bus)
+
+
+def fail(bus, queue, reason):
+    """A worker gives a job back for the last time. The id of the job."""
+    [job] = post(bus, "/claim", {"to": queue})["messages"]
+    post(bus, "/nack", {"id": job["id"], "lease": job["lease"], "reason": reason})
+    return job["id"]
+
+
+@pytest.mark.parametrize("which", range(5))
+def test_a_redaction_follows_a_job_to_its_dead_letters_and_back(tmp_path, which):
+    """A job, the other message of its send, its dead letter, the job made of that again, and the dead letter of it."""
+    with Server(tmp_path / "bus.db", "--max-attempts", "1") as bus:
+        other = send(bus, "jobs", "an innocent job")["id"]
+        assert fail(bus, "jobs", "no") == other
+        sent = send(bus, ["jobs", "bob"], attempts=SECRET)
+        first = fail(bus, "jobs", f"{SECRET} is wrong")
+        innocent, letter = (each["id"] for each in ask(bus, "GET", "/log?to=jobs.dead&since=0")[1]["messages"])
+        again = post(bus, "/again", {"id": letter})["id"]
+        assert fail(bus, "jobs", f"{SECRET} is wrong") == again
+        last = ask(bus, "GET", "/log?to=jobs.dead&since=0")[1]["messages"][-1]["id"]
+        assert SECRET in str(ask(bus, "GET", f"/search?q={SECRET}")[1])
+        whole = [first, sent["ids"]["bob"], letter, again, last]
+        answer = post(bus, "/redact", {"id": whole[which]})
+        assert [each["id"] for each in answer["redacted"]] == sorted(whole) and answer["overwritten"] is True
+        wait_until(lambda: not files_with(bus))
+        for each in (other, innocent):
+            assert ask(bus, "GET", f"/message/{each}")[1]["message"]["msg"] == "an innocent job"
+
+
+def test_a_letter_that_names_a_message_of_another_redacts_only_itself(tmp_path):
+    """Else who writes a letter by hand could have any message redacted; and a mailbox of mail is no queue."""
+    tokens = mint(tmp_path / "bus.db", ann=[], eve=[], boss=["--operator"])
+    with Server(tmp_path / "bus.db") as bus:
+        mail = [post(bus, "/send", {"to": "bob", "msg": SECRET}, tokens["ann"])["id"] for _ in range(2)]
+        letter = {"to": "bob.dead", "msg": SECRET, "dead_of": mail[0]}
+        letter = post(bus, "/send", letter, tokens["eve"])["id"]
+        for each in (letter, mail[1]):
+            answer = post(bus, "/redact", {"id": each}, tokens["boss"])
+            assert each in [one["id"] for one in answer["redacted"]]
+            left = ask(bus, "GET", f"/message/{mail[0]}", token=tokens["boss"])[1]["message"]
+            assert left["msg"] == SECRET
+
+
+@pytest.mark.parametrize("limit, number", [("LOOKED", 9), ("LOOKED_BYTES", 400), ("COPIES", 3)])
+def test_a_redaction_says_so_if_it_has_not_looked_at_the_whole_queue(tmp_path, monkeypatch, limit, number):
+    monkeypatch.setattr(redact.copies, limit, number)
+    bus = inside.make(tmp_path / "bus.db")
+    try:
+        one = Put([draft({"from": "ann", "to": "jobs", "msg": SECRET}, None)])
+        sent = [bus.state.apply([one], Now(1000000 * number, 1)).visible for number in range(1, 13)]
+        ticks = [message.tick for [message] in sent]
+        bus.state.writing.execute("UPDATE mailboxes SET taken = 1")
+        [done] = bus.state.apply([redact.Redact(ticks[0])], Now(1000000, 1)).results
+        assert done.whole is False and ticks[0] in done.ticks and len(done.ticks) < 12
+        warning = bus.routes["POST", "/redact"].call.__self__.warning
+        assert "search for it" in warning(True, False, done.whole) and "search for it" not in warning(True, False, True)
     finally:
         inside.close(bus)
 
@@ -220,7 +281,7 @@ def test_a_damaged_message_beside_it_harms_no_redaction(tmp_path):
         ticks = [each.tick for each in state.apply([Put([one])], Now(1000000, 1)).visible]
         state.writing.execute("UPDATE messages SET text = 'x' WHERE tick = ?", ticks[1:2])
         [done] = state.apply([redact.Redact(ticks[0])], Now(1000000, 1)).results
-        assert done == [ticks[0], ticks[2]]
+        assert done == ([ticks[0], ticks[2]], True)
     finally:
         state.close()
 

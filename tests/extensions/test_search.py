@@ -83,16 +83,19 @@ class Filled:
         puts = [Put([draft({"from": "ann", "to": "bob", "msg": text, **members}, None)]) for text in texts]
         return [each.tick for each in self.state.apply(puts, Now(self.now, self.now)).visible]
 
-    def search(self, words, above=0, below=1 << 60):
-        return self.index.search(search.match_of(words), above, below, self.state.last)
+    def search(self, words, above=0, below=1 << 60, name="", readers=None):
+        wanted = search.index.Wanted(search.match_of(words), name, readers)
+        return self.index.search(wanted, above, below, self.state.last)
 
-    def all(self, words):
-        ticks, below = [], 1 << 60
+    def pages(self, words, name="", readers=None):
+        below = 1 << 60
         while below:
-            hits = self.search(words, 0, below)
-            ticks += hits.ticks
+            hits = self.search(words, 0, below, name, readers)
+            yield hits
             below = hits.below
-        return ticks
+
+    def all(self, words, name="", readers=None):
+        return [tick for hits in self.pages(words, name, readers) for tick in hits.ticks]
 
 
 @pytest.fixture
@@ -132,6 +135,28 @@ def test_a_search_stops_between_two_parts_of_the_index(filled, monkeypatch):
     hits = filled.search("word")
     assert 7 <= len(hits.ticks) <= 28 and hits.below == hits.ticks[-1]
     assert filled.all("word") == ticks[::-1] and filled.all("other") == []
+
+
+def test_where_a_search_stops_does_not_tell_of_mail_of_others(filled, monkeypatch):
+    """It stops after so many bytes of texts, however long it took, and whether somebody else's mail has the words."""
+    monkeypatch.setattr(Index, "FIND_SECONDS", -1)
+    monkeypatch.setattr(Index, "FIND_BYTES", 1000)
+    monkeypatch.setattr(Index, "HITS", 10)
+    filled.put(*["word"] * 100)
+    nobody = [(hits.ticks, hits.below) for hits in filled.pages("other", "zoe", ["zoe", "all"])]
+    assert len(nobody) > 2
+    assert [(hits.ticks, hits.below) for hits in filled.pages("word", "zoe", ["zoe", "all"])] == nobody
+    monkeypatch.setattr(Index, "FIND_BYTES", 1 << 20)
+    assert [hits.below for hits in filled.pages("word", "zoe", ["zoe"])] == [None]
+
+
+def test_the_names_of_a_message_are_whole_and_are_no_words(filled):
+    mine = filled.put("word", "word")
+    theirs = filled.put("word", **{"from": "an", "to": "bo"})
+    assert filled.all("word", "ann", []) == filled.all("word", "x", ["y", "bob"]) == mine[::-1]
+    assert filled.all("word", "an", []) == filled.all("word", "x", ["bo"]) == theirs
+    assert filled.all("word", "bob", ["ann"]) == filled.all("word", "a", ["b"]) == []
+    assert filled.all("to626F62") == filled.all("from616E6E") == []
 
 
 def test_an_answer_of_the_index_has_so_many_hits(filled, monkeypatch):
@@ -221,20 +246,33 @@ def test_nothing_in_a_query_is_syntax(filled, words):
     except Refused as refused:
         assert refused.status == 400
         return
-    assert filled.index.search(match, 0, 1 << 60, filled.state.last).below is None
+    for readers in (None, ["bob"]):
+        wanted = search.index.Wanted(match, "ann", readers)
+        assert filled.index.search(wanted, 0, 1 << 60, filled.state.last).below is None
 
 
 # With a bus
 
 
-def test_a_page_of_hits_that_a_token_may_not_see_says_where_to_go_on(tmp_path):
+def test_the_limit_of_hits_does_not_tell_of_mail_of_others(tmp_path):
+    """One hit less than the limit is one's own; another's mail has one of the words, and an answer shows no hit."""
+    tokens = mint(tmp_path / "bus.db", ann=[], zoe=[])
+    with Server(tmp_path / "bus.db") as bus:
+        fill(bus, "zoe", Index.HITS - 1, "swordfish zebra", sender="zoe", token=tokens["zoe"], at_once=1000)
+        assert ask(bus, "POST", "/send", {"to": "bob", "msg": "a swordfish"}, tokens["ann"])[0] == 200
+        answers = [
+            ask(bus, "GET", f"/search?q={word}&from=nobody", token=tokens["zoe"]) for word in ("swordfish", "zebra")
+        ]
+        assert [(status, each["messages"], each["next"]) for status, each in answers] == [(200, [], None)] * 2
+
+
+def test_hits_that_a_token_may_not_see_keep_no_page_from_it(tmp_path):
     tokens = mint(tmp_path / "bus.db", ann=[], zoe=[])
     with Server(tmp_path / "bus.db") as bus:
         assert ask(bus, "POST", "/send", {"to": "ann", "msg": "word a"}, tokens["zoe"])[0] == 200
         fill(bus, "carl", Index.HITS, "word", sender="zoe", token=tokens["zoe"], at_once=1000)
         status, answer = ask(bus, "GET", "/search?q=word", token=tokens["ann"])
-        assert (status, answer["messages"]) == (200, []) and answer["next"]
-        assert found(bus, "word", tokens["ann"]) == "a"
+        assert (status, [each["msg"] for each in answer["messages"]], answer["next"]) == (200, ["word a"], None)
 
 
 def test_an_owner_has_four_searches(tmp_path):

@@ -570,6 +570,22 @@ KINDS = [
           f"{SEARCH}::test_an_answer_of_the_index_has_so_many_hits"),
          "`Index.find()` does not look at the time (the first); `Search.search()` does not count (the second); its "
          "statement has no `LIMIT` (the last)"),
+    Kind("a copy that the bus made outlives its original",
+         "a redaction of a job, of its dead letter, or of that sent again redacts all of them, and nobody else's mail; "
+         "if a queue is too large to look at all, it says so",
+         (f"{REDACT}::test_a_redaction_follows_a_job_to_its_dead_letters_and_back",
+          f"{REDACT}::test_a_letter_that_names_a_message_of_another_redacts_only_itself",
+          f"{REDACT}::test_a_redaction_says_so_if_it_has_not_looked_at_the_whole_queue"),
+         "`Copies.all()` looks at no queue (the first); `Copies.inside()` does not compare the sender, and every mailbox "
+         "is a queue (the second); `all()` returns True (the last)"),
+    Kind("a limit is taken before the permission is judged",
+         "a search counts only hits that the token may see, and a search without hits ends where the sizes of the parts "
+         "of the index say",
+         (f"{SEARCH}::test_the_limit_of_hits_does_not_tell_of_mail_of_others",
+          f"{SEARCH}::test_where_a_search_stops_does_not_tell_of_mail_of_others",
+          f"{SEARCH}::test_the_names_of_a_message_are_whole_and_are_no_words"),
+         "`Wanted.expression()` has only the words (all three); `Index.find()` looks at the time for every token (the "
+         "second)"),
     Kind("clients: a token file is read differently",
          "a byte order mark and empty lines around a token do not matter, in Python and in bash",
          (f"{PYTHON}::test_a_token_with_a_byte_order_mark_or_empty_lines_is_read",
