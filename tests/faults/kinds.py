@@ -576,11 +576,11 @@ KINDS = [
          (f"{REDACT}::test_a_redaction_follows_a_job_to_its_dead_letters_and_back",
           f"{REDACT}::test_a_letter_that_names_a_message_of_another_redacts_only_itself",
           f"{REDACT}::test_a_redaction_says_so_if_it_has_not_looked_at_the_whole_queue"),
-         "`Copies.all()` looks at no queue (the first); `Copies.inside()` does not compare the sender, and every mailbox "
-         "is a queue (the second); `all()` returns True (the last)"),
+         "`Copies.all()` looks at no queue (the first); `Copies.inside()` does not compare the sender, and every "
+         "mailbox is a queue (the second); `all()` returns True (the last)"),
     Kind("a limit is taken before the permission is judged",
-         "a search counts only hits that the token may see, and a search without hits ends where the sizes of the parts "
-         "of the index say",
+         "a search counts only hits that the token may see, and a search without hits ends where the sizes of the "
+         "parts of the index say",
          (f"{SEARCH}::test_the_limit_of_hits_does_not_tell_of_mail_of_others",
           f"{SEARCH}::test_where_a_search_stops_does_not_tell_of_mail_of_others",
           f"{SEARCH}::test_the_names_of_a_message_are_whole_and_are_no_words"),
