@@ -78,8 +78,8 @@ SECTIONS = {
     21: "MCP over HTTP",
     22: "History of the log",
     23: "Page",
-    24: "Search",
-    25: "Redaction",
+    25: "Search",
+    26: "Redaction",
 }
 EXTENSIONS = {  # by the number of the section that it keeps
     12: Extension("questions", "replies.py", "POST", "/ask"),
@@ -92,8 +92,8 @@ EXTENSIONS = {  # by the number of the section that it keeps
     21: Extension("tools by MCP", "mcp.py", "POST", "/mcp"),
     22: Extension("history", "history.py", "GET", "/log?before=now"),
     23: Extension("page", "page.py", "GET", "/ui/"),
-    24: Extension("search", "search.py", "GET", "/search?q=a"),
-    25: Extension("redaction", "redact.py", "POST", "/redact"),
+    25: Extension("search", "search.py", "GET", "/search?q=a"),
+    26: Extension("redaction", "redact.py", "POST", "/redact"),
 }
 QUESTIONS, QUEUES, FILES, METRICS, CHANNELS, PEOPLE, DIGEST, MCP, HISTORY, PAGE, SEARCH, REDACTION = EXTENSIONS.values()
 
@@ -2284,7 +2284,7 @@ def word():
 
 @ours
 def test_a_search_finds_words_and_phrases(bus):
-    """24.1 /search finds all words and "phrases" of msg and subject, in any case, newest first; nothing is syntax"""
+    """25.1 /search finds all words and "phrases" of msg and subject, in any case, newest first; nothing is syntax"""
     mine, to = word(), fresh()
     texts = (f"{mine} the Disk is full", f"the disk of {mine.upper()}: caf\u00e9_foo.bar", f"is {mine} full or empty")
     first, second, third = (bus.send(to, text)["id"] for text in texts)
@@ -2299,7 +2299,7 @@ def test_a_search_finds_words_and_phrases(bus):
 
 @ours
 def test_a_search_leaves_no_trace(bus):
-    """24.2 a search moves no mark, makes nothing fetched, and does not count as presence"""
+    """25.2 a search moves no mark, makes nothing fetched, and does not count as presence"""
     mine, to = word(), fresh()
     sent = bus.send(to, mine)["id"]
     assert found(bus, mine, to=to) == [sent]
@@ -2308,7 +2308,7 @@ def test_a_search_leaves_no_trace(bus):
 
 @ours
 def test_a_text_that_is_gone_is_not_found(bus):
-    """24.3 a message that was recalled, or has expired, is not found"""
+    """25.3 a message that was recalled, or has expired, is not found"""
     mine, to = word(), fresh()
     stays = bus.send(to, mine)["id"]
     bus.send(to, mine, ttl=0.001)
@@ -2321,7 +2321,7 @@ def test_a_text_that_is_gone_is_not_found(bus):
 
 @ours
 def test_a_search_has_filters(bus):
-    """24.4 the filters are from, to, channel, thread, since and before"""
+    """25.4 the filters are from, to, channel, thread, since and before"""
     mine, to, other, channel = word(), fresh(), fresh(), fresh("channel")
     first = bus.send(to, mine)
     second = bus.send(other, mine, reply_to=first["id"])
@@ -2337,7 +2337,7 @@ def test_a_search_has_filters(bus):
 
 @ours
 def test_a_wrong_search_is_refused(bus):
-    """24.5 a q without a word, of over 200 characters or over 20 words, and a wrong value of a filter get 400"""
+    """25.5 a q without a word, of over 200 characters or over 20 words, and a wrong value of a filter get 400"""
     filters = ("thread=x", "since=last", "before=x", "max=x", "from=two+words", "q=b")
     for query in ("", "q=", "q=%2B*", f"q={'a' * 201}", f"q={'a+' * 21}", *(f"q=a&{each}" for each in filters)):
         status, answer = bus.json("GET", f"/search?{query}")
@@ -2346,7 +2346,7 @@ def test_a_wrong_search_is_refused(bus):
 
 @ours
 def test_a_search_comes_in_pages(bus):
-    """24.6 an answer ends after max messages and at about 1 MiB; next is the before of the next, and in the end null"""
+    """25.6 an answer ends after max messages and at about 1 MiB; next is the before of the next, and in the end null"""
     mine, to = word(), fresh()
     sent = [bus.send(to, f"{mine} {'x' * 200000}")["id"] for _ in range(8)]
     answer = bus.get(f"/search?q={mine}&max=3")
@@ -2357,7 +2357,7 @@ def test_a_search_comes_in_pages(bus):
 
 @ours
 def test_a_search_finds_what_was_sent_before_it(bus):
-    """24.7 indexed is the time up to which the index has all messages; a message is found as soon as it is stored"""
+    """25.7 indexed is the time up to which the index has all messages; a message is found as soon as it is stored"""
     mine = word()
     for number in range(3):
         sent = bus.send(fresh(), f"{mine} {number}")
@@ -2368,7 +2368,7 @@ def test_a_search_finds_what_was_sent_before_it(bus):
 
 @ours
 def test_a_redacted_text_is_gone_at_every_door(bus):
-    """25.2 after /redact no endpoint has the text: the message has redacted, and of its members only the names"""
+    """26.2 after /redact no endpoint has the text: the message has redacted, and of its members only the names"""
     mine, to = word(), fresh()
     first, since = (answer := bus.send(to, "x"))["id"], answer["ts"]
     more = {"subject": mine, "type": mine, "password": mine, "reply_to": first, "ttl": 1000}
@@ -2387,7 +2387,7 @@ def test_a_redacted_text_is_gone_at_every_door(bus):
 
 @ours
 def test_all_messages_of_a_send_are_redacted(bus):
-    """25.3 if the send had several receivers, the messages of all of them are redacted, and no other message"""
+    """26.3 if the send had several receivers, the messages of all of them are redacted, and no other message"""
     mine, names = word(), [fresh(), fresh(), fresh()]
     before, copies, after = bus.send(names[0], mine + "."), bus.send(names, mine), bus.send(names[0], mine + ".")
     answer = bus.post("/redact", id=copies["id"])
@@ -2400,7 +2400,7 @@ def test_all_messages_of_a_send_are_redacted(bus):
 
 @ours
 def test_a_redaction_may_be_repeated(bus):
-    """25.4 the second /redact of a message has the same answer; an id of no message gets 404, and no id 400"""
+    """26.4 the second /redact of a message has the same answer; an id of no message gets 404, and no id 400"""
     sent = bus.send(fresh())["id"]
     first, second = bus.post("/redact", id=sent), bus.post("/redact", id=sent)
     assert first["redacted"] == second["redacted"] and first["ok"] is second["ok"] is True
@@ -2410,7 +2410,7 @@ def test_a_redaction_may_be_repeated(bus):
 
 @ours
 def test_a_redaction_says_where_the_text_may_be(bus):
-    """25.5 fetched_by has the names that fetched the message, and warning says where else its text may be"""
+    """26.5 fetched_by has the names that fetched the message, and warning says where else its text may be"""
     to = fresh()
     sent = bus.send(to)["id"]
     assert bus.recv(to)["messages"]
@@ -2421,7 +2421,7 @@ def test_a_redaction_says_where_the_text_may_be(bus):
 
 @ours
 def test_a_retry_of_a_redacted_send_is_refused(bus):
-    """25.7 a retry of the send with its key gets 409: the text is not stored again"""
+    """26.7 a retry of the send with its key gets 409: the text is not stored again"""
     mine, to, key = word(), fresh(), fresh("key")
     bus.post("/redact", id=bus.send(to, mine, key=key)["id"])
     assert bus.refused(bus.message(to=to, msg=mine, key=key)) == 409

@@ -1,4 +1,4 @@
-"""Replace the text of a message that has a secret, also on the disk, at POST /redact (PROTOCOL.md section 25)."""
+"""Replace the text of a message that has a secret, also on the disk, at POST /redact (PROTOCOL.md section 26)."""
 
 from __future__ import annotations
 

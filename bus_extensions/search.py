@@ -1,4 +1,4 @@
-"""Words and phrases in messages, at GET /search (PROTOCOL.md section 24).
+"""Words and phrases in messages, at GET /search (PROTOCOL.md section 25).
 
 The first search begins an index in a file of its own (_search_index.py). A commit does nothing for it: it is written
 later, in a thread, which also looks for the words. A turn then takes the messages that were found from the database.

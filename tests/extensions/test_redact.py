@@ -1,4 +1,4 @@
-"""POST /redact: PROTOCOL.md section 25, as far as one token and one outside look cannot show it."""
+"""POST /redact: PROTOCOL.md section 26, as far as one token and one outside look cannot show it."""
 
 import json
 import socket

@@ -1,4 +1,4 @@
-"""GET /search: PROTOCOL.md section 24, as far as one token and one outside look cannot show it."""
+"""GET /search: PROTOCOL.md section 25, as far as one token and one outside look cannot show it."""
 
 import contextlib
 import socket
