@@ -79,6 +79,8 @@ SECTIONS = {
     22: "History of the log",
     23: "Page",
     24: "Reservations",
+    25: "Search",
+    26: "Redaction",
 }
 EXTENSIONS = {  # by the number of the section that it keeps
     12: Extension("questions", "replies.py", "POST", "/ask"),
@@ -92,8 +94,11 @@ EXTENSIONS = {  # by the number of the section that it keeps
     22: Extension("history", "history.py", "GET", "/log?before=now"),
     23: Extension("page", "page.py", "GET", "/ui/"),
     24: Extension("reservations", "locks.py", "GET", "/locks"),
+    25: Extension("search", "search.py", "GET", "/search?q=a"),
+    26: Extension("redaction", "redact.py", "POST", "/redact"),
 }
-QUESTIONS, QUEUES, FILES, METRICS, CHANNELS, PEOPLE, DIGEST, MCP, HISTORY, PAGE, LOCKS = EXTENSIONS.values()
+(QUESTIONS, QUEUES, FILES, METRICS, CHANNELS, PEOPLE, DIGEST, MCP, HISTORY, PAGE, LOCKS, SEARCH,
+ REDACTION) = EXTENSIONS.values()  # fmt: skip
 
 
 class Bus:
@@ -2496,6 +2501,167 @@ def test_a_retry_keeps_its_reservation(bus):
     assert fence < further[0] < further[1]
     for each in (fence, *further):
         bus.post("/unlock", **{"from": bus.me, "fence": each})
+
+
+def found(bus, words, **query):
+    """The ids of all messages that a search finds, in all its pages."""
+    ids, before = [], "now"
+    while before is not None:
+        answer = bus.get(f"/search?{urllib.parse.urlencode({'q': words, **query, 'before': before})}")
+        ids += [message["id"] for message in answer["messages"]]
+        before = answer["next"]
+    return ids
+
+
+def word():
+    """A word that no other message has."""
+    return f"w{uuid.uuid4().hex}"
+
+
+@ours
+def test_a_search_finds_words_and_phrases(bus):
+    """25.1 /search finds all words and "phrases" of msg and subject, in any case, newest first; nothing is syntax"""
+    mine, to = word(), fresh()
+    texts = (f"{mine} the Disk is full", f"the disk of {mine.upper()}: caf\u00e9_foo.bar", f"is {mine} full or empty")
+    first, second, third = (bus.send(to, text)["id"] for text in texts)
+    titled = bus.send(to, "x", subject=f"{mine} in a subject")["id"]
+    assert found(bus, mine) == [titled, third, second, first]
+    assert found(bus, f"full {mine}") == [third, first] and found(bus, f'{mine} "disk is full"') == [first]
+    assert found(bus, f'{mine} "foo bar"') == found(bus, f"{mine} cafe_foo") == [second]
+    assert found(bus, f"{mine} OR empty") == [third] and found(bus, f"NOT {mine}") == []
+    assert found(bus, f"{mine[:9]}*") == [] and found(bus, f"{mine} * - ( NEAR") == []
+    assert found(bus, f'{mine} * -disk (full"') == [first] and found(bus, word()) == []
+
+
+@ours
+def test_a_search_leaves_no_trace(bus):
+    """25.2 a search moves no mark, makes nothing fetched, and does not count as presence"""
+    mine, to = word(), fresh()
+    sent = bus.send(to, mine)["id"]
+    assert found(bus, mine, to=to) == [sent]
+    assert bus.state(sent) == "queued" and unread(bus, to) == 1
+
+
+@ours
+def test_a_text_that_is_gone_is_not_found(bus):
+    """25.3 a message that was recalled, or has expired, is not found"""
+    mine, to = word(), fresh()
+    stays = bus.send(to, mine)["id"]
+    bus.send(to, mine, ttl=0.001)
+    if not bus.lacks(QUESTIONS):
+        bus.post("/recall", id=bus.send(to, mine)["id"])
+    deadline = time.monotonic() + 5
+    while found(bus, mine) != [stays]:  # until the ttl has passed
+        assert time.monotonic() < deadline
+
+
+@ours
+def test_a_search_has_filters(bus):
+    """25.4 the filters are from, to, channel, thread, since and before"""
+    mine, to, other, channel = word(), fresh(), fresh(), fresh("channel")
+    first = bus.send(to, mine)
+    second = bus.send(other, mine, reply_to=first["id"])
+    third = bus.send(other, mine, channel=channel)
+    assert found(bus, mine, **{"from": bus.me}) == [third["id"], second["id"], first["id"]]
+    assert found(bus, mine, **{"from": other}) == [] and found(bus, mine, to=f"{to},{fresh()}") == [first["id"]]
+    assert found(bus, mine, channel=channel) == [third["id"]]
+    assert found(bus, mine, thread=first["id"]) == [second["id"], first["id"]]
+    assert found(bus, mine, since=second["ts"]) == [third["id"]] and found(bus, mine, since="now") == []
+    below = bus.get(f"/search?q={mine}&before={second['ts']}")
+    assert [message["id"] for message in below["messages"]] == [first["id"]]
+
+
+@ours
+def test_a_wrong_search_is_refused(bus):
+    """25.5 a q without a word, of over 200 characters or over 20 words, and a wrong value of a filter get 400"""
+    filters = ("thread=x", "since=last", "before=x", "max=x", "from=two+words", "q=b")
+    for query in ("", "q=", "q=%2B*", f"q={'a' * 201}", f"q={'a+' * 21}", *(f"q=a&{each}" for each in filters)):
+        status, answer = bus.json("GET", f"/search?{query}")
+        assert status == 400 and answer["error"], (query, status, answer)
+
+
+@ours
+def test_a_search_comes_in_pages(bus):
+    """25.6 an answer ends after max messages and at about 1 MiB; next is the before of the next, and in the end null"""
+    mine, to = word(), fresh()
+    sent = [bus.send(to, f"{mine} {'x' * 200000}")["id"] for _ in range(8)]
+    answer = bus.get(f"/search?q={mine}&max=3")
+    assert [message["id"] for message in answer["messages"]] == sent[:-4:-1] and answer["next"] is not None
+    assert 3 < len(bus.get(f"/search?q={mine}")["messages"]) < 8
+    assert found(bus, mine) == found(bus, mine, max=3) == sent[::-1]
+
+
+@ours
+def test_a_search_finds_what_was_sent_before_it(bus):
+    """25.7 indexed is the time up to which the index has all messages; a message is found as soon as it is stored"""
+    mine = word()
+    for number in range(3):
+        sent = bus.send(fresh(), f"{mine} {number}")
+        answer = bus.get(f"/search?q={mine}")
+        assert len(answer["messages"]) == number + 1
+        assert tick(sent["ts"]) <= tick(answer["indexed"]) <= tick(answer["now"])
+
+
+@ours
+def test_a_redacted_text_is_gone_at_every_door(bus):
+    """26.2 after /redact no endpoint has the text: the message has redacted, and of its members only the names"""
+    mine, to = word(), fresh()
+    first, since = (answer := bus.send(to, "x"))["id"], answer["ts"]
+    more = {"subject": mine, "type": mine, "password": mine, "reply_to": first, "ttl": 1000}
+    sent = bus.send(to, f"the password is {mine}", **more)
+    assert bus.post("/redact", id=sent["id"])["redacted"] == [{"id": sent["id"], "to": to, "state": "queued"}]
+    message = bus.recv(to)["messages"][1]
+    assert set(message) == {"ts", "id", "to", "from", "channel", "msg", "redacted", "reply_to"}
+    assert message["redacted"] is True and message["reply_to"] == first and message["from"] == bus.me
+    doors = [f"/message/{sent['id']}", f"/log?to={to}&since={since}", f"/recv?to={to}&since=0"]
+    doors += [] if bus.lacks(QUESTIONS) else [f"/thread/{first}"]
+    for door in doors:
+        text = bus.ask("GET", door)[2].decode()
+        assert mine not in text and sent["id"] in text and '"redacted": true' in text, door
+    assert bus.lacks(SEARCH) or found(bus, mine) == []
+
+
+@ours
+def test_all_messages_of_a_send_are_redacted(bus):
+    """26.3 if the send had several receivers, the messages of all of them are redacted, and no other message"""
+    mine, names = word(), [fresh(), fresh(), fresh()]
+    before, copies, after = bus.send(names[0], mine + "."), bus.send(names, mine), bus.send(names[0], mine + ".")
+    answer = bus.post("/redact", id=copies["id"])
+    assert {each["to"]: each["id"] for each in answer["redacted"]} == copies["ids"]
+    for name in names:
+        assert "redacted" in bus.recv(name)["messages"][1 if name == names[0] else 0]
+    for other in (before, after):
+        assert bus.get(f"/message/{other['id']}")["message"]["msg"] == mine + "."
+
+
+@ours
+def test_a_redaction_may_be_repeated(bus):
+    """26.4 the second /redact of a message has the same answer; an id of no message gets 404, and no id 400"""
+    sent = bus.send(fresh())["id"]
+    first, second = bus.post("/redact", id=sent), bus.post("/redact", id=sent)
+    assert first["redacted"] == second["redacted"] and first["ok"] is second["ok"] is True
+    assert bus.refused({"id": "1"}, "/redact") == 404
+    assert [bus.refused(body, "/redact") for body in ({}, {"id": "x"}, "x")] == [400, 400, 400]
+
+
+@ours
+def test_a_redaction_says_where_the_text_may_be(bus):
+    """26.5 fetched_by has the names that fetched the message, and warning says where else its text may be"""
+    to = fresh()
+    sent = bus.send(to)["id"]
+    assert bus.recv(to)["messages"]
+    answer = bus.post("/redact", id=sent)
+    assert answer["fetched_by"] == [to] and answer["redacted"][0]["state"] == "fetched"
+    assert "backups" in answer["warning"] and "outboxes" in answer["warning"]
+
+
+@ours
+def test_a_retry_of_a_redacted_send_is_refused(bus):
+    """26.7 a retry of the send with its key gets 409: the text is not stored again"""
+    mine, to, key = word(), fresh(), fresh("key")
+    bus.post("/redact", id=bus.send(to, mine, key=key)["id"])
+    assert bus.refused(bus.message(to=to, msg=mine, key=key)) == 409
+    assert len(bus.recv(to)["messages"]) == 1
 
 
 # ── Running ──────────────────────────────────────────────────────────────────────────────────────────────────────────

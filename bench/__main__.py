@@ -15,7 +15,8 @@ import traceback
 from bench import machine, peers, report
 from bench.session import ROWS, Session, Settings
 
-for module in ("send", "names", "queue", "wait", "page", "stored", "programs"):  # in the order of the document
+# In the order of the document.
+for module in ("send", "names", "queue", "wait", "page", "stored", "search", "programs"):
     importlib.import_module(f"bench.rows_{module}")
 
 

@@ -19,7 +19,8 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--schemas",
         metavar="DIR",
-        help="refuse messages that do not fit DIR/TYPE.json (JSON Schema; needs agent-bus[schemas])",
+        help="refuse messages that do not fit DIR/TYPE.json (JSON Schema; needs agent-bus[schemas]); with content_type "
+        "application/json, the JSON in msg must fit",
     )
     parser.add_argument(
         "--strict",

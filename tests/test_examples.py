@@ -106,7 +106,19 @@ def test_two_hosts_talk():
     assert code == 0 and "from=spark" in out and out.endswith("| Is T1 done?\n---\nIt is, on the other host.\n")
 
 
-@pytest.mark.parametrize("name", ["incident", "work_queue", "handover", "two_hosts", "reserve"])
+def test_a_secret_that_was_sent_is_found_and_redacted(bus):
+    code, out = run("leaked_secret", AGENT_BUS_URL=bus.url)
+    assert code == 0 and out.splitlines() == [
+        "bob reads: log in with (the password)",
+        "ops: the message to bob is redacted; it was fetched",
+        "ops: the message to carl is redacted; it was queued",
+        "carl reads: (an operator has redacted this message)",
+        "ann reads: change the password, because of bob",
+    ]
+    assert b"swordfish" not in bus.get("/log")
+
+
+@pytest.mark.parametrize("name", ["incident", "work_queue", "handover", "two_hosts", "reserve", "leaked_secret"])
 def test_an_example_says_how_it_is_used(name):
     for option, code, words in (("--help", 0, "show this help"), ("--wrong", 2, f"{name}.py: error: ")):
         command = [sys.executable, ROOT / "examples" / f"{name}.py", option]
@@ -114,7 +126,9 @@ def test_an_example_says_how_it_is_used(name):
         assert done.returncode == code and words in done.stdout + done.stderr and "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("call", [("incident",), ("work_queue",), ("reserve",), ("handover", "accept", "x")])
+@pytest.mark.parametrize(
+    "call", [("incident",), ("work_queue",), ("reserve",), ("handover", "accept", "x"), ("leaked_secret",)]
+)
 def test_an_example_without_a_bus_is_one_sentence(call):
     env = {**os.environ, "AGENT_BUS_URL": refusing(), "AGENT_NAME": "spark"}
     command = [sys.executable, ROOT / "examples" / f"{call[0]}.py", *call[1:]]

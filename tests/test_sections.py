@@ -23,6 +23,8 @@ from test_bus import (
     PEOPLE,
     QUESTIONS,
     QUEUES,
+    REDACTION,
+    SEARCH,
 )
 from tests.clients.test_clients import refusing
 from tests.clients.test_clients import run as program
@@ -43,6 +45,8 @@ ROUTES = {
     HISTORY: ("/log?before",),
     PAGE: ("/ui/", "/activity"),
     LOCKS: ("/lock", "/renew", "/unlock", "/locks"),
+    SEARCH: ("/search",),
+    REDACTION: ("/redact",),
 }
 MISSING = "{route} needs bus_extensions/{file}, which is not beside bus_server.py: copy it from the same version"
 OFF = "{route} is off: this bus was started --without page,{name}"

@@ -54,6 +54,7 @@ GROUPS: dict[str, dict[str, Command]] = {
     "Look": {
         "who": Command("who listens, and how much mail waits", "who --watch", "bus_who"),
         "log": Command("everybody's messages, as they pass", "log --last 20 --short", "bus_log"),
+        "search": Command("find messages by their words", "search disk full", "bus_search"),
         "open": Command("print a link to the page of the bus", "open"),
         "doctor": Command("find what fails on the way to the bus", "doctor", "bus_doctor"),
     },
@@ -77,6 +78,7 @@ GROUPS: dict[str, dict[str, Command]] = {
     "The bus": {
         "serve": Command("run the bus", "serve --port 8080", "bus_server"),
         "prune": Command("remove old messages", "prune --older 7d", "bus_server", ("prune",)),
+        "redact": Command("take a secret out of a message", "redact 660ba678a1b40", "bus_redact"),
         "backup": Command("copy the bus, also while it runs", "backup monday.db", "bus_server", ("backup",)),
         "restore": Command("replace a stopped bus with a copy", "restore monday.db", "bus_server", ("restore",)),
     },

@@ -310,6 +310,7 @@ def test_a_login_of_the_proxy_opens_the_tunnel(monkeypatch, home):  # noqa: F811
 
 @pytest.mark.parametrize("program", [
     ["bus_send.py", "dell", "--from", "spark"], ["bus_recv.py", "dell", "--once"], ["tools/bus_log.py"],
+    ["tools/bus_search.py", "hi"], ["tools/bus_redact.py", "660ba678a1b40"],
     ["tools/bus_work.py", "q", "--exec", "true"], ["tools/bus_file.py", "get", "0" * 64],
     ["tools/bus_outbox.py", "dell", "--from", "spark"], ["tools/bus_doctor.py"],
     ["integrations/claude_code/bus_hook.py", "--name"],

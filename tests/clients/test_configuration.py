@@ -17,10 +17,18 @@ from tests.kit.processes import PATIENCE, ROOT, wait_until
 TOKEN = "abt_00000000_" + "s" * 43
 FILE = answer({"error": "there is no such file", "now": NOON, "bus": "b1"}, status=404)
 LISTENER = pytest.mark.skipif(not (shutil.which("curl") and shutil.which("jq")), reason="bus_listener.sh needs them")
+
+
+def found(*messages):
+    return answer({"messages": list(messages), "next": None, "now": NOON, "bus": "b1"})
+
+
 PROGRAMS = {
     "send": (["bus_send.py", "dell"], stored()),
     "recv": (["bus_recv.py", "dell", "--once"], mail(message(1))),
     "log": (["tools/bus_log.py", "--no-follow"], mail(message(1))),
+    "search": (["tools/bus_search.py", "hi"], found(message(1))),
+    "redact": (["tools/bus_redact.py", "660ba678a1b40"], answer({"ok": True, "redacted": [], "fetched_by": []})),
     "work": (["tools/bus_work.py", "q", "--exec", "true", "--once", "--timeout", "0"], mail()),
     "file": (["tools/bus_file.py", "get", "0" * 64, "-o", "x"], FILE),
     "outbox": (["tools/bus_outbox.py", "dell"], stored()),

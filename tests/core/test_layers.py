@@ -19,6 +19,8 @@ LAZILY = {  # and where: if --schemas is given; by the path of a file that belon
     "schemas.py": {"jsonschema"},
     "mcp.py": {"_mcp_tools"},
     "locks.py": {"_locks_names", "_locks_state", "_locks_words"},
+    "redact.py": {"_redact_copies"},
+    "search.py": {"_search_index"},
 }
 
 SOURCE = (ROOT / "bus_server.py").read_text()

@@ -20,7 +20,7 @@ OF_PROXIES = {"502", "504", "524"}  # in section 6, and no answers of the bus
 BESIDES = {  # what a request needs beside the parameter that is tried
     "send": {"to": "dell", "from": "ann"}, "ask": {"to": "dell", "from": "ann", "wait": "0"}, "recv": {"to": "dell"},
     "digest": {"to": "dell"},
-    "claim": {"to": "dell", "wait": "0"}, "recall": {"id": "1"},
+    "claim": {"to": "dell", "wait": "0"}, "recall": {"id": "1"}, "search": {"q": "x"}, "redact": {"id": "1"},
     "ack": {"id": "1", "lease": "x"}, "nack": {"id": "1", "lease": "x"}, "extend": {"id": "1", "lease": "x"},
 }  # fmt: skip
 

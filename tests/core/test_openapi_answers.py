@@ -23,6 +23,7 @@ SENDERS_OWN = set(API["components"]["schemas"]["Draft"]["properties"])  # a mess
 KINDS = {"object": dict, "array": list, "null": type(None)}
 TURNS = 40  # between two names; far more than the others of these requests have
 FILE = b"what is in a file"
+PROGRAMS = [*sorted(CLIENTS), "/bus_search.py", "/bus_redact.py"]  # those of extensions too
 SHA = hashlib.sha256(FILE).hexdigest()
 
 
@@ -121,7 +122,7 @@ class Compared:
 
 def ask_for_everything(compared):
     ask = compared.ask
-    for path in ("/healthz", "/metrics", "/whoami", "/activity?name=ann", "/", "/certificate", *sorted(CLIENTS)):
+    for path in ("/healthz", "/metrics", "/whoami", "/activity?name=ann", "/", "/certificate", *PROGRAMS):
         ask("GET", path)
         ask("GET", path, Host="evil.example")
     first = ask_for_sends(compared)
@@ -132,6 +133,7 @@ def ask_for_everything(compared):
     ask_for_work(compared)
     ask_for_locks(compared)
     ask_for_files(ask)
+    ask_for_words(compared)
     assert run("prune", "--older", "0", "--pending", "--db", compared.bus.db)[0] == 0
     assert ask("GET", f"/recv?to=dell&since={int(first, 16) / 1e6 - 1:.6f}")["gap"]
     assert compared.send(["dell", "dell2"])["receiver"]["unknown"]["dell2"]["similar"] == ["dell"]
@@ -223,6 +225,20 @@ def ask_for_recalls(compared, first):
     compared.ask("GET", f"/message/{recalled}")
 
 
+def ask_for_words(compared):
+    """Searches, and a redaction."""
+    ask, secret = compared.ask, compared.send("dell", msg="a secret word")["id"]
+    for query in ("q=secret", "q=x&max=1", ""):
+        ask("GET", f"/search?{query}")
+    ask("GET", f"/recv?to=dell&since={int(secret, 16) / 1e6 - 0.001:.6f}")
+    for ident in (secret, "1", ""):
+        ask("POST", "/redact", {"id": ident})
+    ask("GET", f"/message/{secret}")
+    ask("GET", f"/log?since={int(secret, 16) / 1e6 - 0.001:.6f}")
+    ask("POST", "/search")
+    ask("POST", "/search", Host="evil.example")
+
+
 def ask_for_work(compared):
     ask = compared.ask
     for way, more in (("ack", {}), ("nack", {"delay": 0, "reason": "no"}), ("extend", {"seconds": 60})):
@@ -292,7 +308,7 @@ def compared(tmp_path_factory):
         ask_for_everything(compared)
     shutil.copy(ROOT / "bus_server.py", folder)
     with Server(folder / "alone.db", program=("-S", str(folder / "bus_server.py"))) as compared.bus:
-        for path in ("/certificate", *sorted(CLIENTS)):
+        for path in ("/certificate", *PROGRAMS):
             compared.ask("GET", path)
     return compared
 

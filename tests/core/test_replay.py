@@ -46,7 +46,7 @@ from bus_server import (
 from tests.kit.processes import ROOT
 
 EXTENSIONS = bus_server.load_extensions(())
-work, replies, locks = EXTENSIONS["work"], EXTENSIONS["replies"], EXTENSIONS["locks"].its
+work, replies, locks, redact = EXTENSIONS["work"], EXTENSIONS["replies"], EXTENSIONS["locks"].its, EXTENSIONS["redact"]
 LISTS = 30  # for a seed
 SEEDS = -(-int(os.environ.get("REPLAY_LISTS", "240")) // LISTS)
 BEGIN = 1795000000 * 1000000  # us
@@ -175,6 +175,12 @@ class World:
     def recall(self):
         return replies.Recall(self.tick())
 
+    def redact(self):
+        return redact.Redact(self.tick())
+
+    def fold(self):
+        return redact.Fold()
+
     def again(self):
         return work.Again(self.tick())
 
@@ -204,7 +210,7 @@ class World:
     def broken(self):
         return Broken(self.random.choice((True, False)), self.tick())
 
-    RARE = (forget, forget_keys, bury, recall, again, lapse, broken)
+    RARE = (forget, forget_keys, bury, recall, again, lapse, redact, fold, broken)
     KINDS = (put,) * 8 + (claim, settle, lock) * 4 + (marks, remove, raise_, renew, unlock) * 2 + RARE
 
     def list(self):

@@ -937,6 +937,39 @@ def test_an_extension_may_do_something_with_a_message_and_its_refusal_is_shown(n
     page.wait_for_selector("#panel >> text=there is no note")
 
 
+def test_messages_are_found_by_their_words(page, tmp_path):
+    with Server(tmp_path / "bus.db") as bus:
+        for sender, text in (("ann", "the disk is full"), ("eve", "full of <b>disks</b>"), ("ann", "x")):
+            send(bus, sender, "bob", text)
+        show(page, bus, "#/more/search")
+        page.fill("input[name=q]", "full")
+        page.keyboard.press("Enter")
+        page.wait_for_selector("tr:has-text('disk is full')")
+        assert texts(page, "td:nth-child(4)") == ["full of <b>disks</b>", "the disk is full"]
+        page.fill("input[name=from]", "ann")
+        page.keyboard.press("Enter")
+        page.wait_for_selector("tr:has-text('eve')", state="detached")
+        page.fill("input[name=q]", "*")
+        page.keyboard.press("Enter")
+        page.wait_for_selector("text=q has no word to look for")
+        page.click("td a")
+        page.wait_for_selector("#panel .body")
+
+
+def test_an_operator_redacts_a_message(page, tmp_path):
+    with Server(tmp_path / "bus.db") as bus:
+        send(bus, "ann", "bob", "the password is swordfish")
+        show(page, bus, "#/messages")
+        page.wait_for_selector(".message-row")
+        opens_a_message(page)
+        page.click("#panel button:has-text('Redact')")
+        page.wait_for_selector("#panel >> text=Press Redact again to do it.")
+        page.click("#panel button:has-text('Redact')")
+        page.wait_for_selector("#panel >> text=Redacted. Fetched by nobody; revoke the secret")
+        page.reload()
+        page.wait_for_selector(".message-row:has-text('an operator has redacted this message')")
+
+
 def test_without_such_extensions_there_is_no_place_for_them(tmp_path, page):
     with extended(tmp_path) as bus:
         assert page.request.get(f"{bus.url}/ui/extensions.js").text() == ""

@@ -69,6 +69,23 @@ def test_a_json_body_is_checked_and_not_the_message_around_it(schemas, tmp_path)
         assert send(bus, content_type="application/json", msg="{topic}")[0] == 200  # without a type, nothing is
 
 
+def test_of_a_raw_body_the_query_says_which_of_the_two_is_checked(schemas, tmp_path):
+    """With content_type=application/json it is the body, else the members of the query, which are texts."""
+    (schemas / "note.json").write_text('{"required": ["topic"], "properties": {"to": {"type": "array"}}}')
+    with Server(tmp_path / "bus.db", "--schemas", schemas, program=WITH_PACKAGES) as bus:
+        for query, text, status, error in (
+            ("content_type=application/json", '{"topic": 1}', 200, None),
+            ("content_type=application/json&topic=1", "{}", 422, "msg does not fit the type note: "),
+            ("topic=1", "{}", 200, None),
+            ("content_type=text/plain", '{"topic": 1}', 422, "the message does not fit the type note: "),
+        ):
+            peer = http.client.HTTPConnection("127.0.0.1", bus.port, timeout=PATIENCE)
+            peer.request("POST", f"/send?from=ann&to=bob&type=note&{query}", text)
+            answer = peer.getresponse()
+            said = json.loads(answer.read())
+            assert answer.status == status and said.get("error", "").startswith(error or ""), (query, said)
+
+
 STRANGE = {
     "price": {"properties": {"amount": {"multipleOf": 0.01}}},
     "tree": {"properties": {"child": {"$ref": "#"}}},

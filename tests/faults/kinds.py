@@ -21,6 +21,7 @@ BOUNDS, COUNTS = "faults/test_kinds_bounds.py", "faults/test_kinds_counts.py"
 SHARES = "faults/test_kinds_shares.py"
 EXTENSIONS, WAITING = "faults/test_kinds_extensions.py", "faults/test_kinds_parked.py"
 TURNS = "faults/test_kinds_turns.py"
+REDACT, SEARCH = "extensions/test_redact.py", "extensions/test_search.py"
 STORAGE, PYTHON, BASH = "faults/test_kinds_storage.py", "clients/test_client_cases.py", "clients/test_listener_cases.py"
 
 KINDS = [
@@ -561,6 +562,38 @@ KINDS = [
           f"{PYTHON}::test_a_login_of_the_proxy_opens_the_tunnel",
           f"{PYTHON}::test_a_login_in_the_url_is_refused_in_words_and_not_shown"),
          "`login_of()` finds none (the first two); `parts_of()` accepts `@` (the last)"),
+    Kind("what was overwritten is left elsewhere on the disk",
+         "after a redaction no file of the bus has the text: neither a free page, nor the log, nor the index of words",
+         (f"{REDACT}::test_no_byte_of_a_redacted_text_is_left_in_the_files_of_the_bus",
+          f"{REDACT}::test_while_another_program_reads_the_log_is_emptied_later",
+          f"{REDACT}::test_the_index_forgets_without_a_search",
+          f"{REDACT}::test_a_retry_of_a_redacted_send_is_refused_and_no_hash_of_it_is_kept"),
+         "`overwrite_free_pages()` does nothing (the first); `Fold` checkpoints without `TRUNCATE` (the second); the "
+         "index is not compared with `changes` (the third); the hash in `keys` stays (the last)"),
+    Kind("a search holds up all others",
+         "the index is asked in a thread, in parts between which it stops; one owner has four searches; an answer "
+         "looks at 2000 hits",
+         (f"{SEARCH}::test_a_search_stops_between_two_parts_of_the_index",
+          f"{SEARCH}::test_an_owner_has_four_searches",
+          f"{SEARCH}::test_an_answer_of_the_index_has_so_many_hits"),
+         "`Index.find()` does not look at the time (the first); `Search.search()` does not count (the second); its "
+         "statement has no `LIMIT` (the last)"),
+    Kind("a copy that the bus made outlives its original",
+         "a redaction of a job, of its dead letter, or of that sent again redacts all of them, and nobody else's mail; "
+         "if a queue is too large to look at all, it says so",
+         (f"{REDACT}::test_a_redaction_follows_a_job_to_its_dead_letters_and_back",
+          f"{REDACT}::test_a_letter_that_names_a_message_of_another_redacts_only_itself",
+          f"{REDACT}::test_a_redaction_says_so_if_it_has_not_looked_at_the_whole_queue"),
+         "`Copies.all()` looks at no queue (the first); `Copies.inside()` does not compare the sender, and every "
+         "mailbox is a queue (the second); `all()` returns True (the last)"),
+    Kind("a limit is taken before the permission is judged",
+         "a search counts only hits that the token may see, and a search without hits ends where the sizes of the "
+         "parts of the index say",
+         (f"{SEARCH}::test_the_limit_of_hits_does_not_tell_of_mail_of_others",
+          f"{SEARCH}::test_where_a_search_stops_does_not_tell_of_mail_of_others",
+          f"{SEARCH}::test_the_names_of_a_message_are_whole_and_are_no_words"),
+         "`Wanted.expression()` has only the words (all three); `Index.find()` looks at the time for every token (the "
+         "second)"),
     Kind("clients: a token file is read differently",
          "a byte order mark and empty lines around a token do not matter, in Python and in bash",
          (f"{PYTHON}::test_a_token_with_a_byte_order_mark_or_empty_lines_is_read",

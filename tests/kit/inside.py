@@ -7,7 +7,7 @@ FILE = b"in a file " * 10_000
 FILE_PATH = f"/blob/{hashlib.sha256(FILE).hexdigest()}"
 # What is behind the path of an endpoint when a test asks for the largest answer; ROOT is the id of a message.
 ASKED = {"/recv": "?to=bob&since=0&max=1000", "/log": "?since=0&max=1000", "/message/": "ROOT", "/thread/": "ROOT",
-         "/blob/": FILE_PATH[6:], "/digest": "?to=bob&since=0"}  # fmt: skip
+         "/blob/": FILE_PATH[6:], "/digest": "?to=bob&since=0", "/search": "?q=x&max=1000"}  # fmt: skip
 
 
 def make(path, *options):

@@ -1,0 +1,13 @@
+// The place of redact.py: beside a message, a button that takes its text away.
+
+import { bus } from "./bus.js";
+
+export default {
+  onMessage: [{
+    title: "Redact",
+    may: message => bus.me.operator && !message.redacted,
+    sure: "The text goes from the bus and from its disk, for everybody and for ever.",
+    ask: message => ["redact", { id: message.id }],
+    done: (message, answer) => `Redacted. Fetched by ${answer.fetched_by.join(", ") || "nobody"}; ${answer.warning}.`,
+  }],
+};
