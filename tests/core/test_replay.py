@@ -46,7 +46,7 @@ from bus_server import (
 from tests.kit.processes import ROOT
 
 EXTENSIONS = bus_server.load_extensions(())
-work, replies = EXTENSIONS["work"], EXTENSIONS["replies"]
+work, replies, later = (EXTENSIONS[name] for name in ("work", "replies", "later"))
 LISTS = 30  # for a seed
 SEEDS = -(-int(os.environ.get("REPLAY_LISTS", "240")) // LISTS)
 BEGIN = 1795000000 * 1000000  # us
@@ -178,11 +178,22 @@ class World:
     def again(self):
         return work.Again(self.tick())
 
+    def later_keep(self):
+        facts = [f"{self.random.randrange(9):016x}", "ann", "", "::1", self.random.choice((None, "* * * * *")), "{}"]
+        return later.schedules.Keep(facts, self.tick())
+
+    def later_move(self):
+        due, reason = self.random.choice((None, self.tick())), self.random.choice((None, "no room"))
+        return later.schedules.Move(self.random.randrange(1, 30), self.tick(), due, self.random.choice((0, 3)), reason)
+
+    def later_drop(self):
+        return later.schedules.Drop(self.random.randrange(1, 30))
+
     def broken(self):
         return Broken(self.random.choice((True, False)), self.tick())
 
-    RARE = (forget, forget_keys, bury, recall, again, broken)
-    KINDS = (put,) * 8 + (claim,) * 4 + (settle,) * 4 + (marks, remove, raise_) * 2 + RARE
+    RARE = (forget, forget_keys, bury, recall, again, later_move, later_drop, broken)
+    KINDS = (put,) * 8 + (claim,) * 4 + (settle,) * 4 + (marks, remove, raise_, later_keep) * 2 + RARE
 
     def list(self):
         operations = [self.random.choice(self.KINDS)(self) for _ in range(self.random.choice((1, 1, 2, 5, 9)))]
