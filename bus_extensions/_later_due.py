@@ -35,6 +35,7 @@ EACH, ALL = 16 << 20, 128 << 20  # bytes of one owner's schedules, and of all: s
 TRIES = 15  # of one message: the waits between them add up to an hour
 WAIT_MAX = 600  # s between two tries
 OLD = 10  # schedules that a minute looks at because they failed long ago, or are damaged
+DAMAGED = "the disk has changed this schedule: give it again"
 PAUSE = 1.0  # s without a try after an operation failed
 SEND = b"POST /send HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
@@ -110,10 +111,11 @@ class Due:
             self.sending.discard(number)
             return
         [schedule] = found
+        if not self.is_sound(schedule):
+            self.bus.do(Move(number, self.bus.view.clock(), None, 0, DAMAGED), None, self.done, self.not_done)
+            return
         sent = partial(self.sent, schedule)
         try:
-            if not self.is_sound(schedule):
-                raise Refused(400, "the disk has changed this schedule, and its message may be another: give it again")
             self.bus.check_token(schedule.token)
             key = f"{schedule.id}.{schedule.at // 1000000}" if schedule.cron else schedule.id
             text = f'{{"key": "{key}", {schedule.message[1:]}'

@@ -53,6 +53,18 @@ def test_a_queue_of_jobs_is_done_though_a_worker_dies(bus):
     assert sorted(results) == [f"{n} squared is {n * n}, on attempt {2 if n == 3 else 1}" for n in range(6)]
 
 
+def test_a_reminder_is_sent_to_who_has_not_answered(bus):
+    code, out = run("reminder", AGENT_BUS_URL=bus.url)
+    lines = ["to boss: the report of quick", "to slow: where is the report?", "to boss: the report of slow"]
+    assert (code, out.splitlines()) == (0, [*lines, "0 reminders are left"])
+
+
+def test_a_webhook_is_told_of_an_urgent_message_in_numbers():
+    code, out = run("pager")
+    assert code == 0 and out.endswith('the webhook got: {"text": "agent-bus: 1 urgent message for lead from gb10"}\n')
+    assert out.startswith("page-me: when a message for lead has the priority high") and "SECRET" not in out
+
+
 def hand_over(bus, directory, to, spoil=lambda source: None):
     """Exit codes of who offers and who accepts, what both said, and what was taken, if anything."""
     source, target = directory / f"for-{to}", directory / f"by-{to}"
@@ -101,7 +113,7 @@ def test_two_hosts_talk():
     assert code == 0 and "from=spark" in out and out.endswith("| Is T1 done?\n---\nIt is, on the other host.\n")
 
 
-@pytest.mark.parametrize("name", ["incident", "work_queue", "handover", "two_hosts"])
+@pytest.mark.parametrize("name", ["incident", "work_queue", "handover", "two_hosts", "reminder", "pager"])
 def test_an_example_says_how_it_is_used(name):
     for option, code, words in (("--help", 0, "show this help"), ("--wrong", 2, f"{name}.py: error: ")):
         command = [sys.executable, ROOT / "examples" / f"{name}.py", option]
@@ -109,7 +121,7 @@ def test_an_example_says_how_it_is_used(name):
         assert done.returncode == code and words in done.stdout + done.stderr and "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("call", [("incident",), ("work_queue",), ("handover", "accept", "x")])
+@pytest.mark.parametrize("call", [("incident",), ("work_queue",), ("reminder",), ("handover", "accept", "x")])
 def test_an_example_without_a_bus_is_one_sentence(call):
     env = {**os.environ, "AGENT_BUS_URL": refusing(), "AGENT_NAME": "spark"}
     command = [sys.executable, ROOT / "examples" / f"{call[0]}.py", *call[1:]]
@@ -121,7 +133,7 @@ def test_an_example_without_a_bus_is_one_sentence(call):
 def test_a_closed_bus_refuses_an_example_in_words(bus):
     invite(bus, "ops")
     wait_until(lambda: Peer(bus).send("GET", "/inbox").answer().status == 401)
-    for name in ("incident", "work_queue"):
+    for name in ("incident", "work_queue", "reminder"):
         done = subprocess.run([sys.executable, ROOT / "examples" / f"{name}.py"], capture_output=True, text=True,
                               timeout=PATIENCE, env={**os.environ, "AGENT_BUS_URL": bus.url})  # fmt: skip
         assert done.returncode == 1 and "token" in done.stderr and done.stderr.count("\n") == 1

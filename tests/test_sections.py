@@ -16,8 +16,10 @@ from test_bus import (
     EXTENSIONS,
     FILES,
     HISTORY,
+    LATER,
     MCP,
     METRICS,
+    NOTICES,
     PAGE,
     PEOPLE,
     QUESTIONS,
@@ -41,6 +43,8 @@ ROUTES = {
     MCP: ("/mcp",),
     HISTORY: ("/log?before",),
     PAGE: ("/ui/",),
+    LATER: ("/later",),
+    NOTICES: ("/notices",),
 }
 MISSING = "{route} needs bus_extensions/{file}, which is not beside bus_server.py: copy it from the same version"
 OFF = "{route} is off: this bus was started --without page,{name}"

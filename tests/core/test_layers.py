@@ -18,6 +18,8 @@ OTHERS = {"bus_server"}  # what an extension may import beside the standard libr
 LAZILY = {  # and where: if --schemas is given; by the path of a file that belongs to the extension
     "schemas.py": {"jsonschema"},
     "mcp.py": {"_mcp_tools"},
+    "later.py": {"_later_schedule", "_later_due"},
+    "notify.py": {"_notify_rules"},
 }
 
 SOURCE = (ROOT / "bus_server.py").read_text()

@@ -13,6 +13,7 @@ import pytest
 from bus_server import Unusable, command_line
 from tests.core.test_connection import a_bus, come_true
 from tests.core.test_identity import ask
+from tests.extensions.test_later import made_without
 from tests.faults.test_kinds_bounds import Guest
 from tests.kit import inside
 from tests.kit.clock import Clock
@@ -420,8 +421,8 @@ def test_notices_are_for_an_operator(tmp_path):
 
 def test_a_bus_without_rules_does_nothing_more_for_a_send_and_has_no_timer():
     counts = []
-    for options in ((), ("--without", "notify")):
-        bus = inside.make(":memory:", *options)
+    for lacks in ((), ("notify",)):
+        bus = made_without(*lacks)
         counts.append(
             [len(bus.loop.timers), *(len(getattr(bus, seam)) for seam in ("checks", "on_announced", "metrics"))]
         )

@@ -36,7 +36,7 @@ WORDS = [
     b"Origin: http://evil", b"\r\n", b"\r\n\r\n", b"\n", b"\r", b"\0", b" ", b"\t", b":", b"%00", b"%", b"&", b"=",
     b",", b"?", b"#", b"\xff", b"\xc3\xbc", b"/send", b"/recv", b"/log", b"/inbox", b"/agents", b"/message/",
     b"/thread/", b"/ask", b"/claim", b"/ack", b"/nack", b"/extend", b"/recall", b"/metrics", b"/healthz",
-    b"/digest", b"/status", b"/mcp", b"/whoami", b"/channels",
+    b"/digest", b"/status", b"/mcp", b"/whoami", b"/channels", b"/later", b"/notices", b'"after": 0', b'"cron"',
     b"/blob/" + b"a" * 64, b"Content-Range: bytes 0-1/2", b"Range: bytes=0-", b"to=all", b"since=now", b"since=last",
     b"since=0", b"max=1", b"block=true", b"wait=1", b"bus=x", b"from=alice", b"channel=lab", b'"from"', b'"to"',
     b'"msg"', b'"key": "k"', b'"ttl": 1', b'"reply_to"', b'"lease"', b'"id"', b"null", b"true", b"NaN", b"1e999",
