@@ -36,7 +36,8 @@ def later(*arguments):
 
 
 def next_message(name):
-    return next(bus_recv.receive(name, once=True, timeout=PATIENCE))
+    [message] = bus_recv.receive(name, once=True, timeout=PATIENCE)
+    return message
 
 
 def main():

@@ -68,13 +68,12 @@ def schedules(url: str, sender: str | None) -> Iterator[dict[str, Any]]:
 
 def line_of(schedule: dict[str, Any]) -> str:
     message = schedule["message"] if isinstance(schedule.get("message"), dict) else {}
-    known = {**schedule, **message}
+    known = {**schedule, **message, "msg": str(message.get("msg", ""))[:SHOWN]}
     words = [f"{field}={bus_recv.word(known[field])}" for field in FIELDS if known.get(field)]
-    text = bus_recv.word(message.get("msg"))
-    return " ".join([bus_recv.word(schedule.get("state")), iso(schedule.get("at")), *words, "|", text[:SHOWN]])
+    return " ".join([bus_recv.word(schedule.get("state")), iso(schedule.get("at")), *words])
 
 
-FIELDS = ("id", "from", "to", "cron", "reason")  # in a line of the list
+FIELDS = ("id", "from", "to", "cron", "reason", "msg")  # in a line of the list
 SHOWN = 60  # characters of a message there
 
 
