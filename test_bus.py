@@ -2105,7 +2105,7 @@ def test_the_tools_of_an_agent(bus):
     client, other = McpClient(bus, alice), McpClient(bus, bob)
     tools = {tool["name"]: tool for tool in client.ask("tools/list")["result"]["tools"]}
     known = "send inbox ack agents whoami ask reply thread claim done fail status rename hook"
-    assert {f"bus_{tool}" for tool in known.split()} <= set(tools)  # an extension may bring more
+    assert {f"bus_{tool}" for tool in known.split()} <= set(tools)
     for tool in tools.values():
         assert tool["description"] and set(tool["inputSchema"]["required"]) <= set(tool["inputSchema"]["properties"])
         assert tool["_meta"] == {"anthropic/alwaysLoad": True}

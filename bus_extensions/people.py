@@ -109,8 +109,8 @@ class People:
                 self.sent((channel, sender), tick)
 
     def announced(self, visible: list[Message]) -> None:
-        for message in visible:
-            self.sent((message.channel, message.sender), message.tick)
+        for key, tick in {(message.channel, message.sender): message.tick for message in visible}.items():
+            self.sent(key, tick)
 
     def sent(self, key: tuple[str, str], tick: int) -> None:
         """Note it in the mailbox of a sender. If that is made for it alone, the bus forgets the quietest of those."""
