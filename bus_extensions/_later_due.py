@@ -27,6 +27,7 @@ from bus_server import (
     ok,
     our_fault,
     refusal,
+    say_exception,
 )
 
 SLICE = 100  # schedules that are sent in one go
@@ -124,6 +125,9 @@ class Due:
             answer = self.bus.answer(self.request(Sender(schedule, sent), grant, text))
         except Refused as refused:
             answer = refusal(refused)
+        except Exception:  # it must not come again and again, ten times a second
+            say_exception()
+            answer = refusal(our_fault())
         if answer:
             sent(answer)
 

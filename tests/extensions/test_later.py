@@ -416,6 +416,7 @@ def test_what_is_being_sent_cannot_be_taken_back_and_what_is_taken_back_is_not_s
 
 def fill(bus, monkeypatch, full):
     monkeypatch.setattr(bus_server, "MAILBOX_MESSAGES", 2 if full else 10000)
+    monkeypatch.setattr(bus_server, "MUCH_MESSAGES", 1 if full else 7500)
 
 
 def test_a_message_for_a_full_mailbox_waits_with_its_reason_until_there_is_room(bus, monkeypatch):
@@ -513,6 +514,21 @@ def test_a_full_disk_leaves_a_schedule_as_it_is(bus, monkeypatch):
     assert mail(bus) == [] and [each["tries"] for each in listed(guest)] == [0]
     looked(bus)
     assert mail(bus) == ["x"]
+
+
+def test_a_schedule_that_fails_the_bus_is_tried_again_later_and_holds_up_no_other(bus, monkeypatch, capfd):
+    guest = Guest(bus)
+    give(guest, "poison", after=0)
+    give(guest, "whole", after=0)
+
+    def check(messages):
+        assert messages[0]["msg"] != "poison"
+
+    monkeypatch.setattr(bus, "checks", [check])
+    looked(bus)
+    [found] = listed(guest)
+    assert mail(bus) == ["whole"] and (found["tries"], found["state"]) == (1, "waiting")
+    assert "AssertionError" in inside.said(capfd)
 
 
 # Bounds
