@@ -566,7 +566,7 @@ KINDS = [
           f"{LATER}::test_a_bus_that_is_killed_between_the_send_and_the_removal_sends_once",
           f"{LATER}::test_the_schedules_of_one_owner_and_of_all_have_a_budget",
           f"{LATER}::test_ten_thousand_that_are_due_go_in_slices_in_order_and_each_once"),
-         "`Sender` has no token, and `Due.send()` does not look at it (the first); the request has no key (the second); "
+         "`Sender` has no token, and `Due.send()` does not look at it (the first); the send has no key (the second); "
          "nothing is added to `Due.held` (the third); `SLICE` is a million (the last)"),
     Kind("a time that steps repeats or loses what was to be done at it",
          "a repeat goes on after the time that it was sent for, and what was missed is sent once",
