@@ -4,7 +4,7 @@
 # make check   both, with everything the dev extra has, and the slowest tests listed
 # make profile where each microsecond of a send goes: docs/profile.txt (PROFILE="--python PATH")
 # make bench   how fast, beside its peers: docs/performance.md; ROWS="sixteen batches" for some rows, BENCH=--quick to look
-#              (Debian: installs the peers; about half an hour, on a machine that does nothing else)
+#              (Debian, as root: installs the peers; about half an hour, on a machine that does nothing else)
 # make fuzz    a million raw requests, requests made of the schema, ten minutes guided by coverage; about 20 minutes
 # make faults  every fault in full, as root for all of them, in about two hours; writes docs/reliability.md
 # make siege   its longest row alone, an hour of everything at once; SECONDS=60 for a look, SEED=n for the same again
@@ -34,7 +34,7 @@ test: $(VENV)/test
 lint: $(VENV)/dev
 	$(RUN) ruff check .
 	$(RUN) mypy
-	shellcheck bus_listener.sh .ci/run
+	$(VENV)/bin/shellcheck bus_listener.sh .ci/run
 
 check: $(VENV)/dev lint
 	$(RUN) pytest $(TOGETHER) --durations 20
@@ -64,7 +64,6 @@ $(VENV)/test:
 
 $(VENV)/dev: pyproject.toml | $(VENV)/test
 	$(VENV)/bin/pip install -q -e '.[dev]'
-	command -v shellcheck >/dev/null || { apt-get update -q && apt-get install -qy shellcheck; }
 	touch $@
 
 # RUNLEVEL=1: the packages come without their services being started

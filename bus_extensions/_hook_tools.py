@@ -1,4 +1,4 @@
-"""The tool of a hook. What it says is read as the word of the system: numbers, and names that a token vouches for."""
+"""The tool of a hook. A model trusts its text: only numbers, and names that a token vouches for."""
 
 from __future__ import annotations
 

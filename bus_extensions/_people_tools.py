@@ -1,4 +1,4 @@
-"""The tools that show who is on the bus, and say who one is and what one does."""
+"""The tools that show who is on the bus, who a session is and what it does."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ class Unread(NamedTuple):
 
 
 def digest(bus: Bus, request: Request) -> Answer:
-    """Counts of what /recv would give. It moves no cursor, makes nothing fetched, and is nobody's presence."""
+    """Counts of what /recv would give. It moves no cursor, makes nothing fetched and does not count as listening."""
     poll = recv_poll(request)
     request.grant.check(poll.names)
     request.reader = str(poll.me)

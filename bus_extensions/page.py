@@ -6,7 +6,7 @@ import argparse
 import pathlib
 from functools import partial
 
-from bus_server import Answer, Bus, Headers, Refused, Request, show_help
+from bus_server import LOADED, Answer, Bus, Headers, Refused, Request, show_help
 
 TABLES, NOUN, OPERATIONS = None, "", ()
 
@@ -22,6 +22,7 @@ POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; base-uri 'none'; "
     "form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
 )
+Files = dict[str, tuple[bytes, str]]  # of a name: content and type
 HEADERS: Headers = (
     ("Content-Security-Policy", POLICY),
     ("X-Content-Type-Options", "nosniff"),
@@ -41,7 +42,7 @@ def start(bus: Bus, options: argparse.Namespace) -> None:
     files = {file.name: (file.read_bytes(), KINDS[file.suffix]) for file in FOLDER.glob("*") if file.suffix in KINDS}
     bus.gate.public.add("/ui/")
     bus.gate.pages |= {"/", "/ui/"}
-    bus.route("GET", "/ui/", partial(show, files), "the page for people, in a browser")
+    bus.route("GET", "/ui/", partial(show, bus, files), "the page for people, in a browser")
     bus.route("GET", "/", partial(front, bus), "this text; in a browser, the page")
 
 
@@ -52,10 +53,17 @@ def front(bus: Bus, request: Request) -> Answer:
     return show_help(bus, request)
 
 
-def show(files: dict[str, tuple[bytes, str]], request: Request) -> Answer:
+def show(bus: Bus, files: Files, request: Request) -> Answer:
     """One of the files that were there at the start. They hold no data of the bus, so everybody may have them."""
-    found = files.get(request.parsed.rest or "index.html")
+    file = request.parsed.rest or "index.html"
+    found = (places(bus, files), KINDS[".js"]) if file == "extensions.js" else files.get(file)
     if not found:
         where = "open /ui/" if files else f"copy the folder {FOLDER} from the same version"
         raise Refused(404, f"the page has no such file: {where}")
     return Answer(200, *found, HEADERS)
+
+
+def places(bus: Bus, files: Files) -> bytes:
+    """The module with the places of the extensions that are loaded and have one. At the start, not all are loaded."""
+    names = [name for name, state in bus.extensions.items() if state == LOADED and f"{name}.js" in files]
+    return "".join(f'export {{ default as {name} }} from "./{name}.js";\n' for name in names).encode()

@@ -126,7 +126,7 @@ class People:
                 quietest.sent = 0  # so it is dropped as a name that was only looked at
 
     def polled(self, request: Request, poll: Poll) -> None:
-        """A poll says which program it comes from: two programs that read one name take each other's mail."""
+        """A poll says which program it comes from: of two that read one name, each may get only a part of the mail."""
         reader = request.query().name("reader", None)
         if reader:
             key = str(poll.channel), str(poll.me)
@@ -196,7 +196,7 @@ class Status(NamedTuple):
 
 
 class Statuses:
-    """What agents say of themselves, at POST /status. In memory only; a word is not presence. Owned by the loop."""
+    """What agents say of themselves, at POST /status. It does not count as listening. In memory, owned by the loop."""
 
     STATES = ("busy", "idle", "waiting")
     CHARACTERS = 500  # of text, cwd and branch together

@@ -64,7 +64,7 @@ GROUPS: dict[str, dict[str, Command]] = {
         "outbox": Command("send when the bus is reachable again", "outbox bob < report.md", "bus_outbox"),
     },
     "Agents and machines": {
-        "install": Command("connect an agent; start at login", "install claude", "bus_install", ("install",)),
+        "install": Command("connect an agent; start bus at login", "install claude", "bus_install", ("install",)),
         "uninstall": Command("take away what install has added", "uninstall claude", "bus_install", ("uninstall",)),
         "invite": Command("make a token for an agent", "invite dell", "bus_server", ("invite",)),
         "join": Command("connect this machine to a bus", "join https://host:8080 dell", "bus_join"),
@@ -75,7 +75,7 @@ GROUPS: dict[str, dict[str, Command]] = {
         "serve": Command("run the bus", "serve --port 8080", "bus_server"),
         "prune": Command("remove old messages", "prune --older 7d", "bus_server", ("prune",)),
         "backup": Command("copy the bus, also while it runs", "backup monday.db", "bus_server", ("backup",)),
-        "restore": Command("replace a stopped bus by a copy", "restore monday.db", "bus_server", ("restore",)),
+        "restore": Command("replace a stopped bus with a copy", "restore monday.db", "bus_server", ("restore",)),
     },
     "This command": {
         "help": Command("this text, or that of a command", "help send"),

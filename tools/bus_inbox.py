@@ -4,9 +4,9 @@
     AGENT_BUS_URL=http://10.0.0.5:8080 python3 tools/bus_inbox.py look bob
     python3 tools/bus_inbox.py ack 660ba678a1b40 bob
 
-`ack` marks that message, and every one before it. A look moves no cursor, marks no message as fetched, and is nobody's
-presence. An older bus does not know such a look (PROTOCOL.md, `peek`): there, the messages that were shown count as
-fetched.
+`ack` marks that message, and every one before it. A look moves no cursor, marks no message as fetched, and does not
+count as listening. An older bus does not know such a look (PROTOCOL.md, `peek`): there, the messages that were shown
+count as fetched.
 
 The parts of this file, in order: SharedCursor and Inbox, which the MCP server uses too; main. bus_recv.Reader asks the
 bus, so this program needs bus_recv.py beside it or one folder up. It has the environment of bus_recv.py, and

@@ -18,9 +18,9 @@ What is written names this program's own files, so it works in every folder; aft
 install again. No token is written: it is in AGENT_BUS_TOKEN, or in our configuration file.
 
 `service` writes a unit for systemd's user manager, or on macOS an agent for launchd (which nobody has tried yet): the
-bus runs whenever this user is logged in. The entry of an agent program takes the AGENT_BUS_... variables of now along,
-except secrets and names. The bus of a service has the options that follow the word, with absolute paths, and
-XDG_STATE_HOME; it knows no other variable.
+bus runs whenever this user is logged in. The entry of an agent program also gets the AGENT_BUS_... variables that are
+set at the install, except secrets and names. The bus of a service has the options that follow the word, with absolute
+paths, and XDG_STATE_HOME; it knows no other variable.
 Exit code: 0 done, 1 refused (another's file or entry is in the way), 2 usage.
 """
 
@@ -397,7 +397,7 @@ def token_of(options: argparse.Namespace) -> bool:
 
 
 def variables(options: argparse.Namespace) -> dict[str, str]:
-    """Those of now, and what the options say."""
+    """Those that are set at the install, and what the options say."""
     own = {"AGENT_BUS_URL": options.url, "AGENT_NAME": options.name}
     return {**taken_along(), **{name: value for name, value in own.items() if value}}
 
@@ -496,7 +496,7 @@ def keep(name: str, files: dict[str, Any]) -> None:
 
 
 def taken_along() -> dict[str, str]:
-    """These settings of now, for a program that runs in any folder."""
+    """The settings that are set at the install, for a program that runs in any folder."""
     given = {name: os.environ[name] for name in TAKEN_ALONG if os.environ.get(name)}
     return {name: os.path.abspath(value) if name in PATHS else value for name, value in given.items()}
 

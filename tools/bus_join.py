@@ -5,10 +5,11 @@
 
     python3 bus_join.py URL NAME [PIN]
 
-PIN is what the line trusts, and nothing that was fetched runs before it fits. Over https it is the public key of the
-bus's certificate, as in curl's --pinnedpubkey (`sha256//...`); without it, the certificate must be valid for everyone.
-Over http it is the SHA-256 of the names, lengths and contents of the files in FILES. Only curl compares a key: the
-certificate that the clients are to trust comes with the files, from the server that curl found to have the key.
+PIN identifies the bus: none of the FILES that this program fetches runs before PIN matches. Over https it is the public
+key of the bus's certificate, as in curl's --pinnedpubkey (`sha256//...`); without it, the certificate must be valid for
+everyone. Over http it is the SHA-256 of the names, lengths and contents of the files in FILES. Only curl compares a
+key: the certificate that the clients are to trust comes with the files, from the server that curl found to have the
+key.
 
 It asks for the token on the terminal, or reads a line of stdin. It writes
 
@@ -247,7 +248,7 @@ def main(argv: "Sequence[str] | None" = None) -> int:
     parser.add_argument("url", metavar="URL", help="of the bus, like https://bus.lan:8080")
     parser.add_argument("name", metavar="NAME", help="the name that the token is for")
     parser.add_argument("pin", metavar="PIN", nargs="?", default="", help="from the line that `invite` printed")
-    parser.add_argument("--profile", default="", metavar="P", help="write P.env, over an old one too (default)")
+    parser.add_argument("--profile", default="", metavar="P", help="write P.env, and replace an old one (default.env)")
     options = parser.parse_args(argv)
     if not re.fullmatch(r"https?://[^\s?#@]+", options.url) or not options.url.isprintable():
         parser.error(f"{options.url!a} is not the URL of a bus: write it like https://bus.lan:8080")

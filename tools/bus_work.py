@@ -157,7 +157,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("names", nargs="+", metavar="NAME", help="the queue")
     add("--exec", metavar="CMD", required=True, help="run CMD for each job: JSON on stdin, MSG_FROM ... as variables")
-    add("--lease", type=bus_recv.duration, default=60.0, metavar="S", help="who is gone for so long loses its job (60)")
+    add("--lease", type=bus_recv.duration, default=60.0, metavar="S",
+        help="a worker that is silent for S seconds loses its job (60)")  # fmt: skip
     add("--once", action="store_true", help="end after one job")
     add("--timeout", type=bus_recv.duration, metavar="S", help="take no new job after S seconds (with --once: 25)")
     add("--channel", metavar="C", help="the channel ($AGENT_BUS_CHANNEL, or 'default')")

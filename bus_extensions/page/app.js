@@ -3,12 +3,14 @@
 import { ask, bus, callMe, forgetToken, names, send, speaks, start, takeToken, watch } from "./bus.js";
 import { badge, clock, day, fill, h, many, plain, prose, shown } from "./dom.js";
 import * as look from "./look.js";
+import { forMessage, places, placeView } from "./place.js";
 import * as talk from "./talk.js";
 import * as views from "./views.js";
 
 const $ = id => document.getElementById(id);
 const VIEWS = [
   ["", "Now", "◉"], ["messages", "Messages", "≡"], ["agents", "Agents", "⁂"], ["work", "Work", "▤"],
+  ...(places.length ? [["more", "More", "⋯"]] : []),
 ];
 const SPOKEN = 8000; // ms between two sentences of the screen reader
 
@@ -47,6 +49,7 @@ const ROUTES = new Map([
   ["agents", name => (isName(name) ? views.agentView(tools, name) : views.agentsView())],
   ["work", () => views.workView()],
   ["mail", () => talk.mailView(tools)],
+  ["more", name => (places.length ? placeView(name) : views.nowView(tools))],
 ]);
 
 function go() {
@@ -174,28 +177,24 @@ function whole(message, state) {
   const button = (title, onclick, kind) => h("button", { type: "button", class: kind, onclick }, title);
   const members = Object.entries(message).filter(([name]) => !HEAD.has(name));
   const status = h("span", { class: "state", role: "status" }, state);
+  const told = text => (status.textContent = text);
   return [
     h("h2", {}, badge(from), " ", views.link(`agents/${from}`, from), " → ", views.link(`agents/${to}`, to)),
-    h("p", { class: "dim" }, `${day(ts)} ${clock(ts)} `, state && status),
+    h("p", { class: "dim" }, `${day(ts)} ${clock(ts)} `, status),
     subject && h("p", {}, h("b", {}, plain(shown(subject), 300))),
     h("div", { class: "body", dir: "auto" }, prose(shown(msg))),
     h("p", { class: "buttons" }, button("Answer", () => say({ to: from, reply_to: id }), "main"),
       h("a", { class: "button", href: `#/messages/${from}/${to}` }, "Conversation"),
       navigator.clipboard && button("Copy", () => navigator.clipboard.writeText(shown(msg))),
-      from === speaks() && state === UNREAD && button("Take back", () => recall(message, status))),
+      from === speaks() && state === UNREAD && views.doing(TAKE_BACK, message, told), forMessage(message, told)),
     h("dl", {}, [...members, ["id", id]].map(([name, value]) =>
       [h("dt", {}, plain(name, 60)), h("dd", {}, plain(shown(value), 500))])),
   ];
 }
 
-async function recall(message, status) {
-  try {
-    await ask("recall", { id: message.id, from: message.from });
-    status.textContent = "taken back";
-  } catch (error) {
-    status.textContent = error.message;
-  }
-}
+const TAKE_BACK = {
+  title: "Take back", ask: ({ id, from }) => ["recall", { id, from }], done: () => "taken back",
+};
 
 function threadOf(messages, here) {
   const one = ({ id, from, to, ts, msg = "" }) =>
@@ -277,7 +276,7 @@ const KEYS_OFF = "agent-bus keys off";
 const keysOff = () => localStorage.getItem(KEYS_OFF) === "1";
 
 function help() {
-  const rows = [["1 2 3 4", "Now, Messages, Agents, Work"], ["/", "filter"], ["j k", "next and previous message"],
+  const rows = [[VIEWS.map((_, at) => at + 1).join(" "), VIEWS.map(([, title]) => title).join(", ")], ["/", "filter"], ["j k", "next and previous message"],
     ["Enter", "open it"], ["Esc", "close"], ["c", "say something"], ["p", "pause"], ["?", "this"]];
   const off = h("input", { type: "checkbox", id: "keys-off", checked: keysOff(),
     onchange: () => localStorage.setItem(KEYS_OFF, off.checked ? "1" : "0") });
@@ -294,12 +293,12 @@ document.addEventListener("keydown", event => {
   if (event.key === "Escape" && !$("dialog").open && !$("panel").hidden) return leavePanel();
   if (keysOff() || event.ctrlKey || event.metaKey || event.altKey || $("dialog").open
     || event.target.closest("input, textarea, select")) return;
-  const number = "1234".indexOf(event.key);
+  const wanted = VIEWS[Number(event.key) - 1];
   const actions = {
     "/": () => view?.focus?.(), j: () => view?.move?.(1), k: () => view?.move?.(-1), p: () => view?.pause?.(),
     c: () => bus.phase === "live" && say(), "?": help,
   };
-  if (number >= 0) location.hash = `#/${VIEWS[number][0]}`;
+  if (wanted) location.hash = `#/${wanted[0]}`;
   else if (Object.hasOwn(actions, event.key)) actions[event.key]();
   else return;
   event.preventDefault();

@@ -72,9 +72,12 @@ function dot(name, { x, y }, troubled) {
     svg("text", { x: x + side[1], y: y + side[2], class: "label", "text-anchor": side[0] }, plain(name, 16)));
 }
 
-export function table(pairs) {
-  return h("details", {}, h("summary", {}, "as a table"), h("table", {},
-    h("thead", {}, h("tr", {}, ["from", "to", "messages"].map(title => h("th", { scope: "col" }, title)))),
-    h("tbody", {}, pairs.slice(0, 50).map(pair => h("tr", {}, h("td", {}, badge(pair.from), " ", pair.from), h("td",
-      {}, pair.to), h("td", { class: "number" }, pair.n))))));
+export function table(titles, rows) {
+  return h("table", {}, h("thead", {}, h("tr", {}, titles.map(title => h("th", { scope: "col" }, title)))),
+    h("tbody", {}, rows.map(cells => h("tr", {}, cells.map(cell => h("td", {}, cell))))));
+}
+
+export function pairsTable(pairs) {
+  const rows = pairs.slice(0, 50).map(({ from, to, n }) => [[badge(from), " ", from], to, n]);
+  return h("details", {}, h("summary", {}, "as a table"), table(["from", "to", "messages"], rows));
 }

@@ -2,7 +2,7 @@
 
 import { MOST, ask, bus, now, older, speaks } from "./bus.js";
 import { badge, clock, fill, h, many, plain, shown, span } from "./dom.js";
-import { bars, ring, table } from "./draw.js";
+import { bars, pairsTable, ring } from "./draw.js";
 import { List } from "./list.js";
 import * as look from "./look.js";
 
@@ -12,8 +12,31 @@ export const words = error => error.message || "the bus is out of reach";
 
 export const link = (path, ...children) => h("a", { href: `#/${path}` }, children);
 const mark = kind => h("span", { class: `mark ${kind}`, "aria-hidden": "true" }, look.WORDS[kind]?.sign ?? "✉");
-const card = (title, aside, ...children) => h("section", { class: "card" },
+export const card = (title, aside, ...children) => h("section", { class: "card" },
   h("header", {}, h("h2", {}, title), h("p", { class: "dim" }, aside)), children);
+
+// A button that asks the bus to do something with a row or a message. `told` gets what came of it, as a sentence; `then`
+// is called when it was done. An action is {title, sure, ask, done}, as place.js describes it.
+export function doing(action, row, told, then = () => {}) {
+  const { title, sure, done = () => `${title}: done.` } = action;
+  let warned = !sure;
+  const button = h("button", { type: "button", onclick: press }, title);
+  async function press() {
+    if (!warned) {
+      warned = true;
+      return told(`${sure} Press ${title} again to do it.`);
+    }
+    button.disabled = true;
+    try {
+      told(done(row, await ask(...action.ask(row, speaks()))));
+      then();
+    } catch (error) {
+      told(words(error));
+    }
+    button.disabled = false;
+  }
+  return button;
+}
 
 export const noteOfRights = () => {
   if (bus.me.send_only) return "This token may only send: you see what you sent yourself.";
@@ -47,7 +70,7 @@ export function nowView({ say }) {
     if (!parts.agents.contains(document.activeElement)) fill(parts.agents, agentsCard(rows));
     if (bus.me.operator) {
       fill(parts.minutes, minutesCard());
-      const who = () => card("Who talks to whom", "30 minutes", ring(pairs, troubled), table(pairs));
+      const who = () => card("Who talks to whom", "30 minutes", ring(pairs, troubled), pairsTable(pairs));
       if (!hovered()) fill(parts.ring, pairs.length ? who() : []);
     }
     if (!parts.said.contains(document.activeElement)) fill(parts.said, lastSaid());
@@ -304,15 +327,7 @@ export function workView() {
     failed = found;
     draw();
   }
-  async function again(letter) {
-    try {
-      await ask("again", { id: letter.id });
-      result.textContent = `Sent again: it waits for a worker of ${queueOf(letter)}.`;
-    } catch (error) {
-      result.textContent = words(error);
-    }
-    await fetchLetters();
-  }
+  const told = text => (result.textContent = text);
   function draw() {
     const queues = look.agents().filter(row => row.work);
     fill(node, h("h1", { class: "only-spoken" }, "Work"),
@@ -325,7 +340,7 @@ export function workView() {
       h("p", {}, badge(from), " ", h("b", {}, queueOf(letter)),
         h("span", { class: "dim" }, ` from ${from} · ${many(attempts, "attempt")} · ${clock(ts)}`)),
       h("p", { class: "problem" }, plain(shown(reason), 500)), h("p", {}, plain(shown(msg), 500)),
-      h("p", {}, h("button", { type: "button", onclick: () => again(letter) }, "Send again"), " ",
+      h("p", {}, doing(AGAIN, letter, told, fetchLetters), " ",
         h("a", { href: `#/messages?id=${id}` }, "details")));
   }
   function update(what) {
@@ -343,6 +358,10 @@ export function workView() {
 const NO_QUEUE = "No queue has jobs. A worker makes one: agent-bus work NAME --exec COMMAND";
 const GIVEN_UP = "given up after all attempts; they wait for you";
 const queueOf = letter => letter.to.replace(/\.dead$/, "");
+const AGAIN = {
+  title: "Send again", ask: ({ id }) => ["again", { id }],
+  done: letter => `Sent again: it waits for a worker of ${queueOf(letter)}.`,
+};
 
 function queueCard(row) {
   const { in_hand, dead, workers } = row.work, waiting = row.unread || 0;

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""A hook for coding agents: says how much mail waits, when a session or a turn starts or ends, and between its steps.
+"""A hook for coding agents: says how much mail waits when a session starts, and at the start, steps and end of a turn.
 
     bus_hook.py --format claude|codex|gemini|qwen|copilot|cursor      an event on stdin; one JSON object, or nothing
     bus_hook.py --wake      for the hook FileChanged of Claude Code, with asyncRewake: see below
@@ -9,10 +9,11 @@
 Read it in the order of a look: main, in_time, Look (one event), DRESSES (how each program takes a text), Memory (what a
 session was told), and notice.py (what the bus says); then wake and wait.
 
-A hook tells a number, never a text: agents take what a hook says for the word of their own program. Names of senders
-are shown if a token vouches for them. Nothing that a hook does marks mail as read, and it is nobody's presence; the
-messages come from bus_recv.py or bus_inbox. A notice comes again only when more has come. At the end of a turn there is
-a notice only if urgent mail or an awaited reply has come, because it prolongs the turn; at most CHAIN times in a row.
+A hook tells a number, never a text: a model trusts the text of a hook as if its own program had written it. Names of
+senders are shown if a token vouches for them. No hook marks mail as read, and only --wait makes the name count as
+listening; the messages come from bus_recv.py or bus_inbox. A notice comes again only when more has come. At the end of
+a turn there is a notice only if urgent mail or an awaited reply has come, because it prolongs the turn; at most CHAIN
+times in a row.
 
 A look is one exchange with the bus, and at the start of a session two or three. It ends within 2 s whatever the bus
 does, with exit code 0. If the bus is too slow or out of reach, the session is told once. Sub-agents are told nothing:
@@ -58,9 +59,9 @@ REST_SECONDS = 60.0  # no look between the steps of a turn for so long, after th
 CHAIN = 5  # Claude Code ends a turn that hooks have prolonged 8 times in a row
 
 DENIED = "This session gets no mail from the agent-bus: "
-DEAF = (
-    "It is deaf between turns: nobody is listening as {name}. The skill agent-bus:agent-bus starts a reader, and so "
-    "does the Monitor tool with command `python3 -u {reader} {name}`, description `agent-bus inbox: {name}`, "
+NO_READER = (
+    "Between turns nobody listens as {name}. The skill agent-bus:agent-bus starts a reader, and so does the Monitor "
+    "tool with command `python3 -u {reader} {name}`, description `agent-bus inbox: {name}`, "
     "timeout_ms 1800000."
 )
 
@@ -193,7 +194,7 @@ class Look:
             self.watched = notice.wake_file(me.name)
         counts = notice.count(me, ANSWER_SECONDS)
         if not counts.reader and self.program == "claude" and is_attended() and not notice.is_watched(me.name):
-            self.facts.append(DEAF.format(name=me.name, reader=READER))
+            self.facts.append(NO_READER.format(name=me.name, reader=READER))
         self.facts.append(notice.read_elsewhere(me))
         return counts
 

@@ -10,9 +10,9 @@ It runs until it is stopped. The policy: only messages with the priority `high` 
 while a program listens as the name, or says that it is busy; at most --budget times an hour (4), also over restarts.
 One program wakes a name: a second one ends with 1. Each decision is a line on stderr and in the log.
 
-An agent is told how many messages wait, never what they say: it takes a prompt for the word of its user. RECIPES has
-the whole command of each program. None skips a permission. Claude Code may call two tools without a question,
-bus_inbox and bus_ack; what it may do besides, such as bus_send, is for your own settings to say.
+An agent is told how many messages wait, never what they say: a model trusts a prompt as if its user had written it.
+RECIPES has the whole command of each program. None skips a permission. Claude Code may call two tools without a
+question, bus_inbox and bus_ack; what it may do besides, such as bus_send, is for your own settings to say.
 
 The parts of this file, in order: RECIPES; Decision and decide, which asks nobody; Waker, which asks the bus and wakes;
 main. Standard library only; it needs GET /digest of the bus, and has the environment of bus_recv.py. The files are in

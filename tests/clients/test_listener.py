@@ -618,10 +618,3 @@ def test_a_missing_tool_is_named(listen, tmp_path, missing):
     listener = listen("http://127.0.0.1:1", PATH=path).start()
     assert listener.process.wait(PATIENCE) == 2
     assert listener.said() == [f"bus_listener: {missing} is not installed"]
-
-
-def test_shellcheck_finds_nothing():
-    if not shutil.which("shellcheck"):
-        pytest.skip("shellcheck is not installed")
-    found = subprocess.run(["shellcheck", SCRIPT], capture_output=True, text=True)
-    assert found.returncode == 0, found.stdout

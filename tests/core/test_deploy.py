@@ -22,12 +22,15 @@ import pytest
 
 import bus_recv
 import bus_send
+import bus_server
 from tests.faults.history import Conversation, observed
 from tests.kit import hostile, new_client, old_client
 from tests.kit.hostile import GET, HOST, head
 from tests.kit.peers import invite
 from tests.kit.processes import PATIENCE, ROOT, Server, free_port, wait_until
 
+TOKEN = "abt_[0-9a-f]{8}_"
+DOCUMENT = (ROOT / "docs" / "deploy.md").read_text()
 LAST = head(GET, HOST, "Connection: close")
 
 
@@ -242,27 +245,86 @@ def test_the_unit_is_valid_and_leaves_the_bus_little_to_do_harm_with(tmp_path):
         assert done.returncode == 0 and not done.stderr, done.stderr
 
 
+def run(line, place):
+    """Run this line of a document there, and return what it printed; it must end with 0."""
+    line = re.sub("^python3 (?=bus_server)", f"python3 {ROOT}/", line)
+    line = re.sub("^python3", sys.executable, line)
+    done = subprocess.run(["sh", "-c", line], cwd=place, capture_output=True, text=True, timeout=PATIENCE,
+                          stdin=subprocess.DEVNULL)  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def make_certificate(place):
+    """bus.pem and bus.key, made there by the command of docs/deploy.md."""
+    command = re.search(r"openssl req .*?bus\.pem", DOCUMENT, re.DOTALL)[0]
+    run(replaced(command, **{"IP:10.0.0.5": "IP:127.0.0.1"}), place)
+
+
 @needs("openssl")
 def test_a_certificate_made_as_documented_is_trusted(tmp_path, monkeypatch):
-    command = re.search(r"openssl req .*?bus\.pem", (ROOT / "docs" / "deploy.md").read_text(), re.DOTALL)[0]
-    command = replaced(command, **{"IP:10.0.0.5": "IP:127.0.0.1"})
-    subprocess.run(["sh", "-c", command], check=True, capture_output=True, cwd=tmp_path, timeout=PATIENCE)
+    make_certificate(tmp_path)
     monkeypatch.setenv("AGENT_BUS_CA", str(tmp_path / "bus.pem"))
     options = ["--tls-cert", str(tmp_path / "bus.pem"), "--tls-key", str(tmp_path / "bus.key")]
     with Server(tmp_path / "bus.db", *options) as bus:
         assert bus_send.send("dell", "T1", url=bus.url.replace("http:", "https:"), sender="spark", patience=0)["ok"]
 
 
+@needs("openssl")
+def test_the_lines_for_a_certificate_of_your_own_end_with_an_invitation(tmp_path, monkeypatch):
+    """Two blocks, because the bus stays in the foreground of the first."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    before, serve = re.search(r"```sh\n(.* ops .*)\n(.*--tls-cert.*)\n```", DOCUMENT).groups()
+    after = re.search(r"```sh\n(.* dell .*)\n```", DOCUMENT)[1]
+    make_certificate(tmp_path)
+    assert re.search(TOKEN, run(before, tmp_path))
+    options = [str(tmp_path / word) if word.startswith("bus.") else word for word in serve.split()[4:]]
+    with Server(tmp_path / "agent-bus" / "bus.db", *options) as bus:
+        said = run(replaced(after, **{"bus.lan:8080": f"127.0.0.1:{bus.port}"}), tmp_path)
+    assert "bus_join.py" in said and "sha256//" in said and re.search(TOKEN, said), said
+
+
+@pytest.mark.parametrize("title", ["systemd", "Upgrading from 0.1"])
+def test_a_bus_that_was_installed_as_documented_has_every_file_that_it_hands_out(tmp_path, title):
+    """An ordinary user installs it here, in another folder than /."""
+    lines = re.findall("^sudo (install .*)$", DOCUMENT.split(f"\n## {title}\n")[1].split("\n## ")[0], re.MULTILINE)
+    (tmp_path / "etc" / "systemd" / "system").mkdir(parents=True)
+    for line in lines:
+        run(re.sub(" /(?=opt|etc)", f" {tmp_path}/", line), ROOT)
+    assert (tmp_path / "etc" / "systemd" / "system" / "agent-bus.service").exists()
+    place = tmp_path / "opt" / "agent-bus"
+    for folder in ("bus_extensions", "bus_extensions/page"):
+        assert {path.name for path in (ROOT / folder).glob("*.*")} <= {path.name for path in (place / folder).iterdir()}
+    with Server(tmp_path / "bus.db", program=("-S", str(place / "bus_server.py"))) as bus:
+        assert all(bus.get(file) for file in bus_server.CLIENTS)
+        said = run(f"python3 {place}/bus_server.py invite dell --db {bus.db} --url {bus.url}", tmp_path)
+    assert "bus_join.py" in said and re.search(TOKEN, said), said
+
+
 # ── Backups ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def documented(command, place):
+def documented(command, place, *, options=("--db", "bus.db")):
     """Run this command of docs/deploy.md there; (exit code, what it said)."""
-    line = re.search(f"^python3 (bus_server.py {command} .*)$", (ROOT / "docs" / "deploy.md").read_text(), re.MULTILINE)
-    line = [sys.executable, *line[1].replace("bus_server.py", str(ROOT / "bus_server.py")).split()]
+    line = re.search(f"^python3 (bus_server.py {command} .*)$", DOCUMENT, re.MULTILINE)
+    line = [sys.executable, *line[1].replace("bus_server.py", str(ROOT / "bus_server.py")).split(), *options]
     done = subprocess.run(line, cwd=place, capture_output=True, text=True, timeout=PATIENCE)
     assert "Traceback" not in done.stderr
     return done.returncode, done.stdout + done.stderr
+
+
+def test_the_lines_for_a_backup_are_for_the_bus_that_readme_starts(tmp_path, monkeypatch):
+    """Neither has an option that says where the messages are."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    (tmp_path / "agent-bus").mkdir()
+    with Server(tmp_path / "agent-bus" / "bus.db") as bus:
+        bus_send.send("dell", "one", url=bus.url, sender="spark")
+        assert documented("backup", tmp_path, options=())[0] == 0
+        bus_send.send("dell", "two", url=bus.url, sender="spark")
+        bus.stop()
+        assert documented("restore", tmp_path, options=())[0] == 0
+        bus.start()
+        assert [each.msg for each in observed(bus.url)] == ["one"]
 
 
 def test_a_backup_taken_under_load_has_all_that_was_acknowledged_before(tmp_path):

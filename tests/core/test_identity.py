@@ -74,7 +74,7 @@ def test_a_token_reads_only_what_was_granted(closed):
 
 
 def test_the_log_shows_each_token_what_it_may_see(closed):
-    """Every sender, every mailbox, every token; and reading the log is nobody's presence and moves no mark."""
+    """Every sender, every mailbox, every token; and reading the log does not count as listening and moves no mark."""
     admin = closed.tokens["admin"]
     start = ask(closed, "GET", "/log?since=now", token=admin)[1]["now"]
     before = ask(closed, "GET", "/agents", token=admin)[1]["agents"]

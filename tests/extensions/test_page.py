@@ -540,6 +540,8 @@ STATES = {  # name: (the bus, where, and what a person does there)
     "mail": ("busy", "#/mail", None),
     "say": ("busy", "#/", lambda page: page.keyboard.press("c")),
     "keys": ("busy", "#/", lambda page: page.keyboard.press("?")),
+    "a place": ("noted", "#/more/notes", None),
+    "a place with fields": ("noted", "#/more/seek", None),
     "300 agents": ("crowd", "#/", None),
     "empty": ("bus", "#/", None),
     "token": ("closed", None, None),
@@ -735,6 +737,128 @@ def test_under_a_path_of_a_proxy_all_works(bus, page):
         page.wait_for_selector(".message-row:has-text('and back')")
         page.goto("about:blank")
         proxy.shutdown()
+
+
+# The places of extensions
+
+
+NOTHING = '''
+TABLES, NOUN, OPERATIONS = None, "", ()
+
+
+def options(parser):
+    pass
+
+
+def start(bus, options):
+    pass
+'''
+NOTES = r'''
+from bus_server import Refused, encode, ok, parse_json
+
+TABLES, NOUN, OPERATIONS = None, "", ()
+notes = [{"id": "1", "text": "buy <b>milk</b>"}, {"id": "2", "text": "\u202egnp.exe"}]
+
+
+def options(parser):
+    pass
+
+
+def start(bus, options):
+    def found(request):
+        words = request.query().one("words") or ""
+        return ok(bus, f'"notes": {encode([note for note in notes if words in note["text"]])}')
+
+    def drop(request):
+        asked = parse_json(request.body)
+        for note in notes:
+            if note["id"] == asked["id"]:
+                notes.remove(note)
+                return ok(bus, f'"by": {encode(asked["by"])}')
+        raise Refused(409, f"there is no note {asked['id']}")
+
+    bus.route("GET", "/notes", found)
+    bus.route("POST", "/notes", drop)
+'''
+NOTES_PLACE = """
+export default {
+  title: "Notes", says: "what people keep in mind", path: "notes", rows: answer => answer.notes,
+  columns: { number: note => note.id, text: note => note.text },
+  actions: [{ title: "Drop", may: note => note.id === "1", sure: "The note is gone then.",
+    ask: (note, me) => ["notes", { id: note.id, by: me }], done: (note, answer) => `dropped by ${answer.by}` }],
+  onMessage: [{ title: "Note", ask: message => ["notes", { id: message.id }] }],
+};
+"""
+FIND_PLACE = """
+export default {
+  title: "Find a note", says: "notes with a word", path: "notes", fields: { words: "Words" },
+  rows: answer => answer.notes, columns: { text: note => note.text },
+};
+"""
+
+
+def extended(folder, **extensions):
+    """A bus with the page, what the page needs, these extensions, and the place of one that it does not have."""
+    ours = folder / "bus_extensions"
+    shutil.copytree(extension.FOLDER, ours / "page")
+    for file in ("bus_server.py", *(f"bus_extensions/{name}.py" for name in ("history", "page", "people"))):
+        shutil.copy(ROOT / file, folder / file)
+    for name, (code, place) in extensions.items():
+        (ours / f"{name}.py").write_text(code)
+        (ours / "page" / f"{name}.js").write_text(place)
+    (ours / "page/gone.js").write_text(NOTES_PLACE)
+    return Server(folder / "bus.db", program=("-S", str(folder / "bus_server.py")))
+
+
+@pytest.fixture
+def noted(tmp_path):
+    with extended(tmp_path, notes=(NOTES, NOTES_PLACE), seek=(NOTHING, FIND_PLACE)) as bus:
+        send(bus, "ann", "bob", "hello")
+        yield bus
+
+
+def test_an_extension_has_a_place_of_its_own_if_the_bus_has_the_extension(noted, page):
+    show(page, noted)
+    page.evaluate("sessionStorage.setItem('agent-bus name', 'maria')")
+    page.keyboard.press("5")
+    page.wait_for_selector("th:has-text('number')")
+    assert texts(page, ".button") == ["Notes", "Find a note"]
+    assert texts(page, "td:nth-child(2)") == ["buy <b>milk</b>", "\\u{202e}gnp.exe"]
+    assert page.locator("tr button").count() == 1
+    page.click("tr:has-text('milk') button")
+    page.wait_for_selector("text=The note is gone then. Press Drop again to do it.")
+    page.click("tr:has-text('milk') button")
+    page.wait_for_selector("text=dropped by maria")
+    page.wait_for_selector("tr:has-text('milk')", state="detached")
+
+
+def test_a_place_with_fields_is_asked_when_the_person_wants_it(noted, page):
+    show(page, noted, "#/more/seek")
+    page.wait_for_selector(".fields")
+    assert not page.locator("tr").count()
+    page.fill(".fields input", "milk")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("tr:has-text('milk')")
+    assert page.locator("tr").count() == 2
+    page.fill(".fields input", "butter")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("text=There are none.")
+
+
+def test_an_extension_may_do_something_with_a_message_and_its_refusal_is_shown(noted, page):
+    show(page, noted, "#/messages")
+    page.wait_for_selector(".message-row")
+    opens_a_message(page)
+    page.click("#panel button:has-text('Note')")
+    page.wait_for_selector("#panel >> text=there is no note")
+
+
+def test_without_such_extensions_there_is_no_place_for_them(tmp_path, page):
+    with extended(tmp_path) as bus:
+        assert page.request.get(f"{bus.url}/ui/extensions.js").text() == ""
+        show(page, bus, "#/more/gone")
+        page.wait_for_selector("main code")
+        assert page.locator("nav a").count() == 4
 
 
 # The person

@@ -27,7 +27,7 @@ KEPT = ROOT / "docs" / "reliability.json"  # what each row gave when it was last
 PREFACE = """\
 # How much it survives
 
-`make faults` wrote this. To run one row again: `python -m tests.faults NAME`, with a NAME from
+`make faults` wrote this. To run one row again: `.venv/bin/python -m tests.faults NAME`, with a NAME from
 [tests/faults/rows.py](../tests/faults/rows.py). `NAME=SIZE` runs it at another size and writes nothing here. A checker,
 [tests/faults/history.py](../tests/faults/history.py), compares everything that was sent, answered and delivered, and
 finds what was *lost*, *duplicated*, *reordered* and so on. A control is a server or client with a deliberate

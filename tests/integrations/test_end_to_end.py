@@ -396,7 +396,7 @@ def test_sessions_of_one_folder_have_names_of_their_own_and_are_told(bus, peer, 
         peer("for the first", to="work")
         wait_until(lambda: "for the first" in first.heard())
     names = [introduced(model.requests[0]) for model in (first, second, third)]
-    assert names == ["work", "work-2", "work-2"], "the second has ended, and a hook is nobody's presence"
+    assert names == ["work", "work-2", "work-2"], "the second has ended, and a hook does not count as listening"
     for model in (second, third):
         assert "because work is another session" in model.heard() and "for the first" not in model.heard()
     assert "1 unread for work-2" in second.heard() and "for the second" not in first.heard()

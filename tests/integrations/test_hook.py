@@ -461,10 +461,10 @@ def test_a_session_hears_its_name_and_that_nobody_listens(bus):
     with a_session() as alive:
         said = text(bus.url, START, **alive)
         assert f"This session is dell on the agent-bus at {bus.url}." in said
-        assert "deaf between turns: nobody is listening as dell. The skill agent-bus:agent-bus" in said
+        assert "Between turns nobody listens as dell. The skill agent-bus:agent-bus" in said
         assert f"`python3 -u {ROOT}/bus_recv.py dell`" in said and "timeout_ms 1800000" in said
         unattended = {**alive, "CLAUDE_CODE_SESSION_ATTENDED": "0"}
-        assert "deaf" not in text(bus.url, START, **unattended), "-p would wait for the Monitor"
+        assert "nobody listens" not in text(bus.url, START, **unattended), "-p would wait for the Monitor"
         with a_reader(bus):
             assert text(bus.url, START, **alive) == f"This session is dell on the agent-bus at {bus.url}."
 
