@@ -571,6 +571,7 @@ def test_ten_thousand_that_are_due_go_in_slices_in_order_and_each_once(bus):
         due.pause = 0.0
         due.look()
         most = max(most, len(due.sending))
+        assert not bus.view.ask("SELECT reason FROM later WHERE reason IS NOT NULL")
         bus.loop.take_turn()
         slow.append(time.thread_time() - began)
     assert most == sending().SLICE
