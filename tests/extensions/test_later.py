@@ -565,7 +565,7 @@ def test_ten_thousand_that_are_due_go_in_slices_in_order_and_each_once(bus):
     bus.state.apply(keeps, bus.clock.now())
     bus.wall.now += MINUTE
     due, most = due_of(bus), 0
-    slow = []
+    due.first, slow = 0.0, []  # as at a start: the bus may have looked before they came
     while bus.view.ask("SELECT 1 FROM later LIMIT 1"):
         began = time.thread_time()
         due.pause = 0.0
