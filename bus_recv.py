@@ -69,6 +69,7 @@ TELL_SECONDS, LOCK_SECONDS = 0.2, 3.0  # until we say that another reads as this
 LINE_UNITS, WRITE_UNITS = 480, 2700
 BURST, EVERY_SECONDS, APART_SECONDS = 8, 2.1, 0.3
 SETTLE_SECONDS = 0.3  # until a block counts as seen: a Monitor drops a block that arrives while it expires
+BACKLOG, EARLY = 20, 3  # messages that may wait until they are a backlog; urgent ones of it that are shown
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@-]{0,63}")
 DECIMAL = re.compile(r"[0-9]{1,10}(\.[0-9]{1,9})?")  # s since 1970: the form of a cursor
@@ -130,6 +131,8 @@ class Reader:
         since is None or moment(str(since), time.time())
         self.names, self.since, self.wait, self.hold = names, since, wait, wait  # hold: s, of the next poll
         self.bus: str | None = None  # the id of the bus that answered last
+        # The same for all that share a cursor: so the bus can tell that two machines read one name.
+        self.reader = f"{random.Random(f'{socket.gethostname()} {state_directory()}').getrandbits(64):x}"
         # failures: in this outage; announced: was it announced?; came: any mail yet?
         self.failures, self.announced, self.came = 0, False, False
         self.announce: Callable[[str], None] = lambda line: None
@@ -229,11 +232,12 @@ class Reader:
 
     def request(self, hold: float, seconds: float) -> tuple[dict[str, Any], float]:
         """One poll; see ask()."""
-        return ask(self.url, f"/recv?block=true&wait={hold:.3f}&{self.query()}", seconds)
+        how = "peek=true" if self.cursor.backlog else f"block=true&wait={hold:.3f}"
+        return ask(self.url, f"/recv?{how}&{self.query()}", seconds)
 
-    def query(self) -> str:
-        place = {"to": self.names, "channel": self.channel, "since": self.cursor.at, "bus": self.bus}
-        return urlencode(place, doseq=True)
+    def query(self, since: str = "") -> str:
+        place = {"to": self.names, "channel": self.channel, "since": since or self.cursor.at, "bus": self.bus}
+        return urlencode({**place, "reader": self.reader}, doseq=True)
 
     def take_up(self, answer: dict[str, Any]) -> None:
         """Go on with our cursor on the bus that answers. `since`, if the caller gave it, is for the first bus only."""
@@ -251,7 +255,8 @@ class Reader:
         """Tell the bus that this reader ends, and how far it has read. An older bus takes that for a look (peek)."""
         if self.bus not in (None, OLD_CONTRACT) and not self.failures:
             with contextlib.suppress(Refused, Unreachable, ValueError):  # the bus finds it out by itself, later
-                ask(self.url, f"/recv?peek=true&ack=true&leave=true&max=1&{self.query()}", LEAVE_SECONDS)
+                ack = "false" if self.cursor.backlog else "true"
+                ask(self.url, f"/recv?peek=true&ack={ack}&leave=true&max=1&{self.query()}", LEAVE_SECONDS)
 
     def tell_passed(self, since: str) -> None:
         """Warn of the mail between the saved cursor and `since`: we do not get it. A look (peek) takes none of it."""
@@ -263,7 +268,54 @@ class Reader:
             passed and self.warn(f"{number} waiting are passed over; to read them: --since {passed[0]['id']}")
 
 
-class SessionReader(Reader):
+class Notice(str):
+    """A line of our own among the messages of an answer."""
+
+
+class BacklogReader(Reader):
+    """With `leaves`, leaves a backlog unread, because it would fill the context of the agent that reads us.
+
+    If more than BACKLOG messages wait at the start or after an outage, it gives the oldest EARLY urgent ones of them,
+    and a Notice how many wait. It goes on behind them, and takes nothing until the bus says that they are read. With
+    several names it leaves nothing: who reads the mail of one name does not see the others.
+    """
+
+    leaves = False
+    looked: Cursor | None = None  # the one with which we have looked for a backlog
+
+    def request(self, hold: float, seconds: float) -> tuple[dict[str, Any], float]:
+        """One poll, or the urgent messages of a backlog; see ask()."""
+        if self.leaves and len(self.names) == 1 and (self.failures or self.looked is not self.cursor):
+            self.looked = self.cursor
+            # An older bus has no digest, and a proxy may not know it: then all is shown.
+            with contextlib.suppress(Refused, Unreachable, LookupError, TypeError, ValueError):
+                counts, now = ask(self.url, f"/digest?{self.query()}", GRACE_SECONDS)
+                if counts["unread"] > BACKLOG:
+                    return self.leave(counts, now), now
+        if self.cursor.backlog:
+            # So the name counts as listening. The oldest message counts as fetched, and nothing as read.
+            oldest, _ = ask(self.url, f"/recv?max=1&{self.query('last')}", seconds)
+            with contextlib.suppress(LookupError, TypeError):
+                found, end = oldest["messages"], seconds_of(self.cursor.backlog)
+                is_read = seconds_of(found[0]) > end if found else not oldest["more"]
+                self.cursor.backlog = "" if is_read else self.cursor.backlog
+        return super().request(hold, seconds)
+
+    def leave(self, counts: dict[str, Any], now: float) -> dict[str, Any]:
+        """Go behind the messages of this digest. The oldest urgent ones of them, looked at (peek), as an answer."""
+        urgent: list[Any] = []
+        for id in [each["id"] for each in counts["first_urgent"][:EARLY]]:
+            answer, _ = ask(self.url, f"/recv?peek=true&max=1&{self.query(moment(id, now))}", GRACE_SECONDS)
+            urgent += [one for one in answer["messages"] if one["id"] == id]
+        self.cursor.backlog, name = str(counts["now"]), self.names[0]
+        number = f"{counts['unread']}{' or more' if counts['more'] else ''} messages wait for {name}"
+        shown = f", the first {len(urgent)} are above" if urgent else ""
+        inbox = f"bus_inbox shows them, or {called('python3 tools/agent_bus.py inbox', 'inbox')} {name}"
+        told = Notice(f"{number} ({counts['urgent']} urgent{shown}). {inbox}; newer ones come here.")
+        return {**counts, "messages": [*urgent, told], "more": False}
+
+
+class SessionReader(BacklogReader):
     """Reads on with the new name when the session that it reads for is renamed, and for a day with the old one too.
 
     An integration writes these names into a file, each with the time (s since 1970) until which it is read.
@@ -317,6 +369,8 @@ class Cursor:
     no fsync: after a power cut the file may be old or empty, and messages arrive again, as at-least-once allows.
     """
 
+    backlog = ""  # the cursor behind messages that are left unread; until they are read, the file stays as it is
+
     def __init__(self, bus: str, channel: str, name: str, warn: Callable[[str], None]) -> None:
         self.path = os.path.join(state_directory(), "cursors", *map(file_name, (bus, channel, name)))
         self.at, self.warn = "last", warn
@@ -350,8 +404,10 @@ class Cursor:
                 self.warn(f"{self.path} holds no cursor: starting where the bus remembers this name")
 
     def move(self, since: str) -> None:
-        """Save that everything up to `since` was received."""
+        """Save that everything up to `since` was received, unless there is a backlog before it."""
         self.at, new = since, f"{self.path}~{os.getpid()}"
+        if self.backlog:
+            return
         with private_file(new, os.O_WRONLY | os.O_TRUNC, "w") as file:
             file.write(f"{since}\n")
         os.replace(new, self.path)
@@ -724,6 +780,8 @@ def block(message: Any, reader: str, now: float, whole: bool = False) -> str:
     default. Unless `whole`, a long line continues after `|+`, and a long body ends with the command that shows the
     rest. Anything that is not a message becomes one line that says so.
     """
+    if isinstance(message, Notice):
+        return pieces(visible(f"-- agent-bus: {message}".replace("\n", " ")), LINE_UNITS)[0] + "\n"
     with contextlib.suppress(Exception):  # whatever is wrong with a message, the next one must be shown
         fields = {**message, "age": span(now - float(message["ts"]))}
         usual = {"to": reader, "channel": "default", "age": "", "priority": "normal"}
@@ -873,7 +931,7 @@ def kill(process: Any) -> None:
 
 
 def announce(line: str) -> None:
-    emit(pieces(visible(f"-- agent-bus: {line}".replace("\n", " ")), LINE_UNITS)[0] + "\n")
+    emit(block(Notice(line), "", 0))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -945,14 +1003,17 @@ def listen(options: Any) -> int:
         check_command(options.exec)
     reader = SessionReader(names, channel=options.channel, since=options.since)
     # A program that reads our JSON, or the output of the command, must get nothing else on stdout.
-    reader.warn, reader.announce = complain, complain if options.json or options.exec else announce
+    for_program = options.json or options.exec
+    reader.warn, reader.announce = complain, complain if for_program else announce
+    paced = bool(options.monitor or not for_program and sys.stdout and stat.S_ISSOCK(os.fstat(1).st_mode))
+    reader.leaves = paced and not options.once and options.since is None
     timeout = HOLD_SECONDS if options.once and options.timeout is None else options.timeout
     greeting = f"listening as {', '.join(reader.names)} on {reader.url}"
     settling = threading.Timer(GREET_SECONDS, settle_down, [greeting, bool(sys.stdout and not options.exec)])
     settling.daemon = True  # a refusal ends this process before it
     reader.greet = bool if options.once or timeout == 0 else settling.start
     with contextlib.closing(reader):
-        if options.monitor or not (options.exec or options.json) and sys.stdout and stat.S_ISSOCK(os.fstat(1).st_mode):
+        if paced:
             show_blocks(reader, reader.answers(options.once, timeout), 0 if options.once else SETTLE_SECONDS)
             return 0 if reader.came else 3
         for message in reader.messages(options.once, timeout):

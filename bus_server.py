@@ -1164,7 +1164,7 @@ class Request(BaseHTTPRequestHandler):
     def do_GET(self) -> Answer | None:
         return self.peer.door.app.answer(self)
 
-    do_HEAD = do_POST = do_PUT = do_OPTIONS = do_GET
+    do_HEAD = do_POST = do_PUT = do_DELETE = do_OPTIONS = do_GET
 
     def answer(self) -> Answer | None:
         """The answer; None if it comes later. An unexpected error is 500, and costs this connection only."""

@@ -2031,8 +2031,8 @@ def test_a_digest_counts_each_name_from_its_cursor_and_broadcasts_from_the_first
 class McpClient:
     """A client that calls the tools of a bus as one name. On a bus with tokens the token must be an operator's."""
 
-    def __init__(self, bus, name, session=True):
-        self.bus, self.headers = bus, {"X_Agent_Name": name}
+    def __init__(self, bus, name, session=True, **headers):
+        self.bus, self.headers = bus, {"X_Agent_Name": name, **headers}
         if session:
             _, headers, _ = bus.ask("POST", "/mcp", json.dumps(request("initialize")), **self.headers)
             self.headers["Mcp_Session_Id"] = headers["Mcp-Session-Id"]
@@ -2154,6 +2154,35 @@ def test_mail_is_unread_until_a_call_says_that_it_is_done(bus):
     while len(found) < 20000:
         found += json.loads(client.tool("bus_inbox", id=long, offset=len(found)).split("\n")[0])["msg"]
     assert found == "y" * 20000
+
+
+@ours
+def test_an_agent_may_have_a_channel(bus):
+    """21.12 X-Agent-Channel names the channel of a session, or of a single call; else it is default"""
+    name, channel = fresh(), fresh("channel")
+    here, there = McpClient(bus, name), McpClient(bus, name, X_Agent_Channel=channel)
+    once = McpClient(bus, name, session=False, X_Agent_Channel=channel)
+    bus.send(name, "here")
+    sent = bus.send(name, "there", channel=channel)["id"]
+    assert [each["msg"] for each in here.mail()] == ["here"] and f"on channel {channel} " in there.tool("bus_whoami")
+    assert [each["msg"] for each in there.mail()] == [each["msg"] for each in once.mail()] == ["there"]
+    assert "not the id" in here.tool("bus_ack", failed=True, id=sent)
+    there.tool("bus_ack", id=sent)
+    assert there.mail() == [] and len(here.mail()) == 1
+    there.tool("bus_send", to=name, msg="again")
+    assert [each["msg"] for each in once.mail()] == ["again"]
+    assert bus.refused(request("initialize"), "/mcp", X_Agent_Channel="no name") == 400
+
+
+@ours
+def test_a_client_ends_its_session(bus):
+    """21.13 DELETE /mcp ends the session of its Mcp-Session-Id; 404 if there is none, 400 without that header"""
+    client = McpClient(bus, fresh())
+    ident = client.headers["Mcp_Session_Id"]
+    assert bus.json("DELETE", "/mcp", Mcp_Session_Id=ident)[0] == 200
+    assert bus.json("DELETE", "/mcp", Mcp_Session_Id=ident)[0] == 404
+    assert bus.refused(request("tools/list"), "/mcp", Mcp_Session_Id=ident) == 404
+    assert bus.json("DELETE", "/mcp")[0] == 400
 
 
 def back(bus, **query):

@@ -264,8 +264,8 @@ class Session:
     def find(self, id: str) -> Generator[Ask, Answer, dict[str, Any]]:
         """The message with this id, if it is mail for this session. Failed if there is none."""
         message: dict[str, Any] = (yield Ask(f"/message/{quote(id, safe='')}"))["message"]
-        if message["to"] not in (*self.names, "all"):
-            raise Failed(404, f"{id} is a message for {message['to']}")
+        if message["to"] not in (*self.names, "all") or message.get("channel", self.channel) != self.channel:
+            raise Failed(404, f"{id} is a message for {message['to']} on channel {message.get('channel')}")
         return message
 
     def digest(self, since: str = "last") -> Generator[Ask, Answer, Answer | None]:

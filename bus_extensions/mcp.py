@@ -28,12 +28,12 @@ from bus_server import (
     VERSION,
     Answer,
     Bus,
-    Grant,
     Refused,
     Request,
     Shares,
     encode,
     name,
+    ok,
     our_fault,
     parse_json,
     put_newest,
@@ -69,9 +69,10 @@ def start(bus: Bus, options: argparse.Namespace) -> None:
 class Here(tools.Session):
     """The session of a client that asks over HTTP. Its token is its identity."""
 
-    def __init__(self, sessions: Sessions, grant: Grant, names: list[str], keeps: bool) -> None:
-        super().__init__(names, "default")
-        self.sessions, self.grant = sessions, grant
+    def __init__(self, sessions: Sessions, request: Request, keeps: bool) -> None:
+        channel = request.fields.get("x-agent-channel") or "default"
+        super().__init__(names_of(request), name(channel, "X-Agent-Channel"))
+        self.sessions, self.grant = sessions, request.grant
         self.keeps = keeps  # the client sends its Mcp-Session-Id
         self.old: dict[str, float] = {}  # its former names; until when it reads them, on the monotonic clock
 
@@ -99,7 +100,7 @@ class Here(tools.Session):
         if name.lower() in RESERVED:
             raise tools.Failed(0, f"the name must not be {reserved(name)}")
         found = yield tools.Ask(f"/agents?name={name}&channel={self.channel}&online=true")
-        if name not in self.old and (found["agents"] or self.sessions.has(name)):
+        if name not in self.old and (found["agents"] or self.sessions.has(self.channel, name)):
             raise tools.Failed(0, f"{name} is another agent, which listens now: choose another name")
         for own in self.names[:1]:
             self.old[own] = time.monotonic() + DAY
@@ -134,8 +135,13 @@ class Sessions:
         mine[number].refresh()
         return mine[number]
 
-    def has(self, own: str) -> bool:
-        return any(each.names[:1] == [own] for mine in self.of.values() for each in mine.values())
+    def end(self, owner: str, number: str) -> None:
+        self.find(owner, number)
+        del self.of[owner][number]
+
+    def has(self, channel: str, own: str) -> bool:
+        everyone = (each for mine in self.of.values() for each in mine.values())
+        return any((each.channel, each.names[:1]) == (channel, [own]) for each in everyone)
 
 
 class Mcp:
@@ -145,6 +151,7 @@ class Mcp:
         self.bus, self.sessions = bus, Sessions()
         self.held = Shares(HELD, HELD_EACH)
         bus.route("POST", "/mcp", self.post, "tools for an agent, by MCP over HTTP")
+        bus.route("DELETE", "/mcp", self.delete, "end a session of such an agent")
 
     def post(self, request: Request) -> Answer | None:
         """One message of JSON-RPC. A notification, or an answer to what was never asked, gets 202."""
@@ -166,10 +173,19 @@ class Mcp:
             error = {"code": wrong.code, "message": str(wrong)}
             return rpc(number, error=error)._replace(status=400 if wrong.code in NO_REQUEST else 200)
 
+    def delete(self, request: Request) -> Answer:
+        """The client will not use its session any more."""
+        self.bus.storms.read(request.owner())
+        given = request.fields.get("mcp-session-id")
+        if not given:
+            raise Refused(400, "the header Mcp-Session-Id is missing: it says which session ends")
+        self.sessions.end(request.owner(), given)
+        return ok(self.bus, '"ok": true')
+
     def answer(self, request: Request, message: dict[str, Any]) -> Answer | None:
         given = request.fields.get("mcp-session-id")
         if message["method"] == "initialize":
-            session = Here(self.sessions, request.grant, names_of(request), keeps=True)
+            session = Here(self.sessions, request, keeps=True)
             result = tools.respond(message, VERSION)
             return rpc(message["id"], result=result)._replace(
                 headers=(("Mcp-Session-Id", self.sessions.begin(request.owner(), session)),)
@@ -178,7 +194,7 @@ class Mcp:
         if message["method"] != "tools/call":
             return rpc(message["id"], result=tools.respond(message, VERSION))
         tool, arguments = tools.called(message)
-        session = known or Here(self.sessions, request.grant, names_of(request), keeps=False)
+        session = known or Here(self.sessions, request, keeps=False)
         session.grant = request.grant
         call = Call(self.bus, request, message["id"], session, tool)
         if len(request.body) > HEAD_BYTES:  # the arguments stay until the tool has its text

@@ -388,6 +388,8 @@ def server(agent: Agent, options: argparse.Namespace) -> dict[str, Any]:
         headers["X-Agent-Name"] = name
     if not headers:
         raise ValueError("with --http the bus knows the agent by its token or its name: add --name NAME")
+    if channel := given.get("AGENT_BUS_CHANNEL"):
+        headers["X-Agent-Channel"] = channel
     return agent.remote(f"{given['AGENT_BUS_URL'].rstrip('/')}/mcp", headers)
 
 

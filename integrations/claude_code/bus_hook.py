@@ -17,7 +17,7 @@ times in a row.
 
 A look is one exchange with the bus, and at the start of a session two or three. It ends within 2 s whatever the bus
 does, with exit code 0. If the bus is too slow or out of reach, the session is told once. Sub-agents are told nothing:
-the mail is their parent's.
+the mail is their parent's. The same exchange tells the bus what the session does (doing.py), if that has changed.
 
 A session that is idle is woken by a file: SessionStart tells Claude Code to watch it, the MCP server of the session
 appends a line when mail has come, and the hook for FileChanged, --wake, ends with 2 and says the number on stderr. A
@@ -46,6 +46,7 @@ from typing import Any
 if sys.version_info < (3, 9) and (needs := "bus_hook.py needs Python 3.9 or later"):  # noqa: UP036
     sys.exit(needs)
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # python3 -I does not
+import doing  # noqa: E402
 import notice  # noqa: E402
 import session  # noqa: E402
 from notice import Counts  # noqa: E402
@@ -78,8 +79,16 @@ def block(event: str, text: str) -> dict[str, Any]:
     return {"decision": "block", "reason": text}
 
 
+def nothing(event: str, text: str) -> dict[str, Any]:
+    """For an event whose hook says nothing to the session."""
+    return {}
+
+
 DRESSES: dict[str, dict[str, Callable[[str, str], dict[str, Any]]]] = {
-    "claude": dict.fromkeys(("SessionStart", "UserPromptSubmit", "PostToolBatch", "Stop"), context),
+    "claude": {
+        **dict.fromkeys(("SessionStart", "UserPromptSubmit", "PostToolBatch", "Stop"), context),
+        "Notification": nothing,
+    },
     "codex": {**dict.fromkeys(("SessionStart", "UserPromptSubmit", "PostToolUse"), context), "Stop": block},
     "qwen": {**dict.fromkeys(("SessionStart", "UserPromptSubmit", "PostToolUse"), context), "Stop": block},
     "gemini": {
@@ -104,7 +113,8 @@ class Memory:
 
     Members: `unread` and `pressing`, the numbers of the last look that told, or that found less; `newest`, the time of
     the newest message then; `trouble`, the sentence about a bus that does not answer; `rest`, until when no step of a
-    turn looks; `chain`, how often in a row mail has prolonged a turn.
+    turn looks; `chain`, how often in a row mail has prolonged a turn; `said` and `said_at`, the last status that the
+    bus was told, and when.
     """
 
     def __init__(self, event: dict[str, Any]) -> None:
@@ -115,7 +125,8 @@ class Memory:
             self.forget_others()
         self.file = bus_recv.private_file(self.path, os.O_RDWR, "r+")
         self.busy = not bus_recv.try_lock(self.file, self.path)
-        self.its = {"unread": 0, "pressing": 0, "newest": 0.0, "trouble": "", "rest": 0.0, "chain": 0}
+        self.its: dict[str, Any] = {"unread": 0, "pressing": 0, "newest": 0.0, "trouble": "", "rest": 0.0, "chain": 0}
+        self.its.update(said={}, said_at=0.0)
         with contextlib.suppress(ValueError, TypeError):  # or the file is new, or of an older version
             self.its.update(json.load(self.file))
 
@@ -153,6 +164,9 @@ class Look:
     def __init__(self, program: str, event: dict[str, Any], happened: str) -> None:
         self.program, self.happened, self.dress = program, happened, DRESSES[program][happened]
         self.starts, self.steps, self.ends = happened in STARTS, happened in STEPS, happened in ENDS
+        self.silent = self.dress is nothing
+        idle = self.starts or self.ends or event.get("notification_type") == "idle_prompt"
+        self.state = "idle" if idle else "waiting" if self.silent else "busy"
         self.directory = project_of(event)
         self.id = event.get("session_id") or event.get("sessionId") or event.get("conversation_id")
         self.title = event.get("session_title")
@@ -173,7 +187,8 @@ class Look:
         try:
             me = session.this_session(session.its_process(self.program), self.directory, self.id, self.title)
             self.facts.append(me.news)
-            counts = self.introduce(me) if self.starts else notice.count(me, ANSWER_SECONDS)
+            status = self.status(me)
+            counts = self.introduce(me, status) if self.starts else notice.count(me, ANSWER_SECONDS, status)
         except (Nameless, bus_recv.Refused, ValueError, OSError) as no:  # OSError: no place for a file, or no locks
             trouble = f"{DENIED}{no}"
         except bus_recv.Unreachable as fault:
@@ -183,16 +198,24 @@ class Look:
             return
         told = self.notice(me, counts)
         prolonged = self.chain + 1 if self.ends and any(self.facts) else 0
-        self.speak(**self.memory.note(counts, told), trouble="", rest=0.0, chain=prolonged)
+        said = {"said": status, "said_at": time.time()} if status else {}
+        self.speak(**self.memory.note(counts, told), **said, trouble="", rest=0.0, chain=prolonged)
 
-    def introduce(self, me: session.Self) -> Counts:
+    def status(self, me: session.Self) -> dict[str, Any]:
+        """What the bus is to be told about this session; nothing if it was told that."""
+        if self.program == "cursor":  # it has no event for the beginning of a turn
+            return {}
+        status, its = doing.status(me, self.state, self.directory), self.memory.its
+        return {} if status == its["said"] and time.time() < its["said_at"] + doing.SAID_SECONDS else status
+
+    def introduce(self, me: session.Self, status: dict[str, Any]) -> Counts:
         """The facts for a session that starts: its name, whether somebody listens, who else has the name."""
         url = bus_recv.settings()["AGENT_BUS_URL"]
         why = f", {me.why}" if me.why else ""
         self.facts.append(f"This session is {me.name} on the agent-bus at {url}{why}.")
         if self.program == "claude":
             self.watched = notice.wake_file(me.name)
-        counts = notice.count(me, ANSWER_SECONDS)
+        counts = notice.count(me, ANSWER_SECONDS, status)
         if not counts.reader and self.program == "claude" and is_attended() and not notice.is_watched(me.name):
             self.facts.append(NO_READER.format(name=me.name, reader=READER))
         self.facts.append(notice.read_elsewhere(me))
@@ -201,7 +224,7 @@ class Look:
     def notice(self, me: session.Self, counts: Counts) -> bool:
         """Say how much waits, if there is a reason to; true if that was said."""
         presses = self.ends and self.program != "cursor"  # which has no other event for a notice
-        if counts.reader or not counts.unread:
+        if self.silent or counts.reader or not counts.unread:
             return False  # what a reader has not shown yet, it will show
         if not self.starts and not self.memory.has_grown(counts, presses):
             return False
@@ -211,7 +234,7 @@ class Look:
     def trouble(self, sentence: str) -> None:
         """Say it, if it was not said yet; but no turn is prolonged for it."""
         said = self.memory.its["trouble"]
-        if self.ends:
+        if self.ends or self.silent:
             self.facts = []
         elif self.starts or sentence != said:
             self.facts.append(sentence)
@@ -223,7 +246,7 @@ class Look:
         if not self.over.acquire(blocking=False):
             return
         text = harmless(" ".join(filter(None, self.facts)))
-        if text:
+        if text and not self.silent:
             said = self.dress(self.happened, text)
             if self.watched:
                 said["hookSpecificOutput"]["watchPaths"] = [self.watched]

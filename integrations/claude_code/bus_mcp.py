@@ -42,6 +42,7 @@ from session import Nameless, Self, harmless, its_process, quoted, this_session 
 import bus_inbox  # noqa: E402
 import bus_recv  # noqa: E402
 import bus_send  # noqa: E402
+import doing  # noqa: E402
 import notice  # noqa: E402
 from bus_inbox import label  # noqa: E402
 
@@ -225,6 +226,10 @@ class Mine(tools.Session):
         answer = bus_send.ask(to, msg, timeout=wait, **given)
         notice.await_reply(self.me(), str(answer.get("id")))
         return answer
+
+    def say(self, said: dict[str, str]) -> Iterator[Any]:
+        yield from super().say(said)
+        doing.keep_said(self.me(), said)  # the hooks are processes of their own
 
     def rename(self, name: str) -> Iterator[Any]:
         yield from ()

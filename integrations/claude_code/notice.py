@@ -41,17 +41,17 @@ class Counts(NamedTuple):
         return self.urgent + self.awaited
 
 
-def count(me: Self, seconds: float) -> Counts:
+def count(me: Self, seconds: float, status: dict[str, Any] | None = None) -> Counts:
     """Ask the bus once. An older bus has no digest: then the number alone, and that takes a second exchange.
 
-    Raises as bus_recv.exchange().
+    `status`: see session.get. Raises as bus_recv.exchange().
     """
     given = bus_recv.settings()
     url, channel = given["AGENT_BUS_URL"], given.get("AGENT_BUS_CHANNEL", "default")
     since = f"&since={own_cursor('*', channel, me.name)}" if me.also else ""  # the bus has no cursor for both
     try:
         path = f"/digest?to={','.join(me.names)}&channel={channel}{since}"
-        answer = get(url, path, seconds)
+        answer = get(url, path, seconds, status)
     except bus_recv.Refused as refused:
         if refused.status != 404:
             raise

@@ -24,6 +24,7 @@ sys.path[:0] = [ROOT, TOOLS]  # in a clone or a plugin, or installed
 import bus_recv  # noqa: E402
 
 ASK_SECONDS = 0.5  # for the bus to say who listens; a prompt waits for it
+QUICK_SECONDS = 0.2  # a bus that answers so fast is asked again for a smaller matter
 RECENT_SECONDS = 60.0  # a poll is held for 25 s, and its reader counts as listening for 10 s more; the rest is reserve
 DAY = 86400.0  # s: a renamed session reads its old name for so long, and a session that ended may be resumed
 KEPT_SECONDS = 30 * DAY  # after its last look a name is forgotten, with the ids of the sessions that had it
@@ -198,7 +199,7 @@ class Register:
         """A free name for a session that has none. `before` is the one that it had, if another session has it now."""
         wanted = [who.asked] if who.asked else list(wishes(who.directory, who.title))
         free = [name for name in wanted if name not in taken]
-        elsewhere = heard_elsewhere(self.url, self.channel, free) if len(wanted) > 1 else ()
+        elsewhere = self.heard_elsewhere(free) if len(wanted) > 1 else ()
         free = sorted((name for name in free if name not in elsewhere), key=lambda name: self.may_return(name, wanted))
         if not free:
             number = self.names.get(wanted[0], {}).get("process", "").partition(" ")[0]
@@ -231,6 +232,12 @@ class Register:
         others = [name for name, line in self.names.items() if not same(line["process"], born) and self.lives(line)]
         return {each for name in others for each in (name, *self.also(name))}
 
+    def heard_elsewhere(self, names: Sequence[str]) -> set[str]:
+        """The names under which another machine listens; not those that a reader here reads as old ones."""
+        here = {old for own in self.names for old in self.also(own) if was_here(self.channel, own)}
+        others = [name for name in names if name not in here]
+        return heard_elsewhere(self.url, self.channel, others) if others else set()
+
     def leave(self, name: str) -> None:
         if name:
             self.names[name].update(process="", seen=self.now)
@@ -261,7 +268,7 @@ class Register:
         if new.lower() in RESERVED:
             raise ValueError(f"{new} is reserved: choose another name")
         born = self.names[mine]["process"]
-        if new in self.taken(born) or heard_elsewhere(self.url, self.channel, [new]):
+        if new in self.taken(born) or self.heard_elsewhere([new]):
             raise ValueError(f"{new} is another session: choose another name")
         self.move(mine, new)
 
@@ -269,23 +276,42 @@ class Register:
         """Give a session another name. It goes on where it was: its readers follow, and nothing is lost."""
         if new == mine:
             return
+        self.take(new)
+        for old in self.also(mine):
+            self.pass_on(mine, old)
         line = self.names.pop(mine)
         self.names[new] = {**line, "old": {**line["old"], mine: self.now + DAY}, "why": ""}
-        self.take(new)
         for bus, at in self.begins(mine, new).items():
-            place = map(bus_recv.file_name, (bus, self.channel, new))
-            path = os.path.join(bus_recv.state_directory(), "cursors", *place)
-            with bus_recv.private_file(path, os.O_WRONLY | os.O_TRUNC, "w") as file:
-                file.write(f"{at}\n")
+            self.set_cursor(bus, new, at)
         self.forward(new)
 
     def take(self, name: str) -> None:
-        """From now on, this name is the old one of no other session that has ended and may be resumed."""
+        """From now on, this name is the old one of no session that may be resumed."""
         for each, line in self.names.items():
             if name in line["old"]:
+                if name in self.also(each):  # after that day nobody has read it
+                    self.pass_on(each, name)
                 line["old"] = {old: until for old, until in line["old"].items() if old != name}
-                if each != name:
-                    self.forward(each)
+                self.forward(each)
+
+    def pass_on(self, reader: str, old: str) -> None:
+        """What a session has read of its old name is read, whoever has that name next."""
+        for bus, at in self.own_cursors(reader).items():
+            before = own_cursor(bus, self.channel, old)
+            if before == "last" or Decimal(before) < Decimal(at):
+                self.set_cursor(bus, old, at)
+
+    def own_cursors(self, name: str) -> dict[str, str]:
+        """By bus: the cursor that readers of this machine have saved for a name."""
+        files = glob.glob(os.path.join(cursors(), *map(bus_recv.file_name, (self.channel, name))))
+        found = {bus: own_cursor(bus, self.channel, name) for bus in (path.split(os.sep)[-3] for path in files)}
+        return {bus: at for bus, at in found.items() if at != "last"}
+
+    def set_cursor(self, bus: str, name: str, at: str) -> None:
+        place = map(bus_recv.file_name, (bus, self.channel, name))
+        path = os.path.join(bus_recv.state_directory(), "cursors", *place)
+        with bus_recv.private_file(path, os.O_WRONLY | os.O_TRUNC, "w") as file:
+            file.write(f"{at}\n")
 
     def begins(self, mine: str, new: str) -> dict[str, str]:
         """By bus: the cursor from which both names are read, below the oldest message that waits for either.
@@ -293,7 +319,7 @@ class Register:
         If the bus does not say which that is, the cursor of the old name.
         """
         try:
-            answer = self.digest(new)
+            answer = self.digest(new, own_cursor("*", self.channel, new))
             bus = str(answer["bus"])
             waiting = [below(answer["oldest"])] if answer["oldest"] else []
             at = own_cursor(bus, self.channel, mine)
@@ -302,12 +328,10 @@ class Register:
                 at = below(its["oldest"]) if its["oldest"] else str(its["now"])
             return {bus: min([at, *waiting], key=Decimal)}
         except (bus_recv.Refused, bus_recv.Unreachable, LookupError, TypeError, ArithmeticError):
-            files = glob.glob(os.path.join(cursors(), *map(bus_recv.file_name, (self.channel, mine))))
-            buses = [path.split(os.sep)[-3] for path in files]
-            return {bus: own_cursor(bus, self.channel, mine) for bus in buses}
+            return self.own_cursors(mine)
 
-    def digest(self, name: str) -> dict[str, Any]:
-        return get(self.url, f"/digest?to={name}&channel={self.channel}", ASK_SECONDS)
+    def digest(self, name: str, since: str = "last") -> dict[str, Any]:
+        return get(self.url, f"/digest?to={name}&channel={self.channel}&since={since}", ASK_SECONDS)
 
     def forward(self, name: str) -> None:
         """Tell the readers of this name, and of its old ones, which names they read from now on, and until when."""
@@ -369,36 +393,54 @@ def heard_elsewhere(url: str, channel: str, names: Sequence[str]) -> set[str]:
     return {name for name in heard.intersection(names) if not was_here(channel, name)}
 
 
-def get(url: str, path: str, seconds: float) -> dict[str, Any]:
+def get(url: str, path: str, seconds: float, status: dict[str, Any] | None = None) -> dict[str, Any]:
     """GET `path`: the bus's JSON, within so many seconds in all. Raises as bus_recv.exchange().
 
     A turn waits for each hook, and http.client takes 40 ms to import. So a plain GET is made here, and what takes more
     (TLS, a proxy) is left to exchange().
+
+    A `status` is for POST /status; its answer does not matter. It goes out together with the GET, so it takes no round
+    trip of its own. exchange() cannot do that: there, only a bus that has answered at once is told the status.
     """
-    parts, given = bus_recv.parts_of(url), bus_recv.settings(url)
-    host, port, end = parts.hostname or "", parts.port or 80, time.monotonic() + seconds
+    parts, began = bus_recv.parts_of(url), time.monotonic()
+    host, port = parts.hostname or "", parts.port or 80
     if parts.scheme == "https" or (parts.scheme == "http" and bus_recv.proxy_for("http", host, port)):
         answer: dict[str, Any] = bus_recv.exchange(url, path, None, seconds, Decimal)[0]
+        if status and time.monotonic() - began < QUICK_SECONDS:
+            with contextlib.suppress(bus_recv.Refused, bus_recv.Unreachable):
+                bus_recv.exchange(url, "/status", json.dumps(status).encode(), QUICK_SECONDS)
         return answer
-    prefix = parts.path.rstrip("/") if parts.scheme == "http" else ""
-    headers = {"Host": parts.netloc or "localhost", "User-Agent": given.get("AGENT_BUS_UA", "Mozilla/5.0")}
-    lines = [f"GET {prefix}{path} HTTP/1.0", *(f"{name}: {value}" for name, value in headers.items())]
-    lines += [f"{name}: {value}" for name, value in bus_recv.credentials(url).items()]
+    whole, fault = bytearray(), ""
     try:
         with bus_recv.dial((host, port), seconds) if host else socket.socket(socket.AF_UNIX) as sock:
             if not host:
                 sock.connect(parts.path)
-            sock.sendall("\r\n".join([*lines, "", ""]).encode())
-            whole = bytearray()
+            sock.sendall(requests(url, path, status))
             while len(whole) < bus_recv.ANSWER_BYTES:
-                sock.settimeout(max(end - time.monotonic(), 0.001))
+                sock.settimeout(max(began + seconds - time.monotonic(), 0.001))
                 part = sock.recv(1 << 16)
                 if not part:
                     break
                 whole += part
     except OSError as error:
-        raise bus_recv.Unreachable(error.strerror or str(error) or type(error).__name__) from error
-    return bus_recv.judged(*head_and_body(bytes(whole)), Decimal)
+        fault = error.strerror or str(error) or type(error).__name__
+    first = head_and_body(bytes(whole))
+    if not first:
+        raise bus_recv.Unreachable(*filter(None, [fault]))
+    return bus_recv.judged(*first, Decimal)
+
+
+def requests(url: str, path: str, status: dict[str, Any] | None) -> bytes:
+    """The GET and, behind it, the POST of a status. HTTP/1.0: the bus closes the connection after the last answer."""
+    parts, body = bus_recv.parts_of(url), json.dumps(status) if status else ""
+    prefix = parts.path.rstrip("/") if parts.scheme == "http" else ""
+    agent = bus_recv.settings(url).get("AGENT_BUS_UA", "Mozilla/5.0")
+    headers = {"Host": parts.netloc or "localhost", "User-Agent": agent, **bus_recv.credentials(url)}
+    lines = [f"GET {prefix}{path} HTTP/1.0", *(f"{name}: {value}" for name, value in headers.items())]
+    if status:
+        further = [f"POST {prefix}/status HTTP/1.0", *lines[1:], f"Content-Length: {len(body)}"]
+        lines += ["Connection: keep-alive", "", *further]
+    return "\r\n".join([*lines, "", body]).encode()
 
 
 class Head(NamedTuple):
@@ -408,15 +450,16 @@ class Head(NamedTuple):
     headers: dict[str, str]
 
 
-def head_and_body(answer: bytes) -> tuple[Any, bytes]:
-    """The parts of an answer of HTTP. Unreachable, if it is none, or was cut."""
+def head_and_body(answer: bytes) -> tuple[Any, bytes] | None:
+    """The parts of an answer of HTTP, behind which another one may follow. None, if it is none, or was cut."""
     head, _, body = answer.partition(b"\r\n\r\n")
     status = re.match(r"HTTP/1\.[01] ([0-9]{3})\b", head.decode("latin-1"))
     lines = (line.partition(":") for line in head.decode("latin-1").split("\r\n")[1:])
     headers = {name.strip().title(): value.strip() for name, _, value in lines}
-    if not status or headers.get("Content-Length") != str(len(body)):
-        raise bus_recv.Unreachable
-    return Head(int(status[1]), headers), body
+    length = headers.get("Content-Length", "")
+    if not status or not re.fullmatch("[0-9]{1,9}", length) or len(body) < int(length):
+        return None
+    return Head(int(status[1]), headers), body[: int(length)]
 
 
 def was_here(channel: str, name: str) -> bool:

@@ -347,9 +347,16 @@ def test_a_poll_says_who_asks_for_what_and_for_how_long():
         next(reader(server.url, ["dell", "reviewers"], wait=25).messages())
     assert server.polls[0].query == {
         "to": ["dell", "reviewers"], "since": "last", "block": "true", "wait": "25.000", "channel": "default",
-        "bus": "b1",
+        "bus": "b1", "reader": server.polls[0].query["reader"],
     }  # fmt: skip
     assert server.polls[0].headers["user-agent"] == "Mozilla/5.0"
+
+
+def test_the_bus_can_tell_two_machines_that_read_one_name(bus, monkeypatch, tmp_path):
+    for place, number in (("state", 1), ("state", 1), ("elsewhere", 2)):
+        monkeypatch.setenv("AGENT_BUS_STATE_DIR", str(tmp_path / place))
+        list(bus_recv.receive("dell", url=bus.url, timeout=0))
+        assert json.loads(bus.get("/agents"))["agents"][0]["readers"] == number
 
 
 def test_a_message_counts_as_received_when_the_next_one_is_asked_for(home):

@@ -213,8 +213,8 @@ def test_by_http_only_a_url_a_name_and_the_name_of_a_variable_are_written(name, 
 
 def test_without_a_token_no_token_is_named_and_a_name_is_needed(install, house):  # noqa: F811
     assert "--name" in install("install", "codex", "--http", code=2)
-    install("install", "codex", "--http", "--name", "alice")
-    assert "TOKEN" not in str(entry_of("codex"))
+    install("install", "codex", "--http", "--name", "alice", AGENT_BUS_CHANNEL="swarm")
+    assert "TOKEN" not in str(entry_of("codex")) and "X-Agent-Channel" in str(entry_of("codex"))
     assert "--http is for" in install("install", "codex", "--http", "--url", "unix:/x", code=2)
 
 

@@ -198,7 +198,7 @@ def test_a_watch_that_dies_again_and_again_loses_nothing(bus, tmp_path):
     def speak():
         while not stop.is_set():
             sent.append(bus_send.send("alice", f"message {len(sent)}", url=bus.url, sender="peer")["id"])
-            stop.wait(0.05)
+            stop.wait(0.2)  # slower than a backlog grows while a watch is armed again
 
     speaker = threading.Thread(target=speak)
     speaker.start()

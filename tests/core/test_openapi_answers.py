@@ -9,6 +9,7 @@ import http.client
 import json
 import shutil
 import threading
+import urllib.request
 from urllib.parse import urlsplit
 
 import pytest
@@ -162,6 +163,13 @@ def ask_for_questions(compared):
     return question
 
 
+def begun(bus):
+    """The id of a session of MCP."""
+    body = json.dumps({"jsonrpc": "2.0", "id": 1, "method": "initialize"}).encode()
+    with urllib.request.urlopen(f"{bus.url}/mcp", body, PATIENCE) as answer:
+        return answer.headers["Mcp-Session-Id"]
+
+
 def ask_for_reads(compared, first, question):
     ask = compared.ask
     for where in ("/recv?to=dell", "/log?x=y"):
@@ -177,6 +185,8 @@ def ask_for_reads(compared, first, question):
     ask("POST", "/mcp", call, X_Agent_Name="not a name")
     ask("POST", "/mcp", call, Mcp_Session_Id="7")
     ask("POST", "/mcp", call, Host="evil.example")
+    for ident in (begun(compared.bus), "7", ""):
+        ask("DELETE", "/mcp", Mcp_Session_Id=ident)
     for query in ("before=now&max=1", "before=1", "before=last"):
         ask("GET", f"/log?{query}")
     for path in ("/ui/index.html", "/ui/app.js", "/ui/style.css", "/ui/icon.svg"):

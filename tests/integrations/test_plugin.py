@@ -66,7 +66,7 @@ def words():
 def test_a_hook_whose_file_is_gone_does_not_hold_up_a_turn(tmp_path):
     """python3 ends with 2 then, which blocks; a plugin's folder goes when it is updated."""
     events = json.loads((FOLDER / "hooks.json").read_text())["hooks"]
-    assert set(events) == {"SessionStart", "UserPromptSubmit", "PostToolBatch", "Stop", "FileChanged"}
+    assert set(events) == {"SessionStart", "UserPromptSubmit", "PostToolBatch", "Stop", "Notification", "FileChanged"}
     for event in events.values():
         (hook,) = event[0]["hooks"]
         env = {**os.environ, "CLAUDE_PLUGIN_ROOT": str(tmp_path)}
@@ -101,7 +101,7 @@ def test_the_skill_says_what_a_message_is_and_what_not_to_say():
 def test_claude_finds_nothing_wrong_with_it(claude):
     said = claude("plugin", "validate", ".", "--strict")
     assert "Validation passed" in said
-    events = "SessionStart", "UserPromptSubmit", "PostToolBatch", "Stop", "FileChanged"
+    events = "SessionStart", "UserPromptSubmit", "PostToolBatch", "Stop", "Notification", "FileChanged"
     parts = [*(f"hooks: {event}" for event in events), "mcpServers: bus", "monitors: inbox"]
     parts += ["skills: agent-bus", "commands: agent-bus:bus-agents", "agent-bus:bus-inbox", "agent-bus:bus-send"]
     assert [part for part in parts if part not in said] == []

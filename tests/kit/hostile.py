@@ -237,7 +237,7 @@ WHOLE = [
     hiding("POST /recv?to=bob HTTP/1.1", 405, "a request in a body for a reading endpoint"),
     hiding("PUT /send HTTP/1.1", 405, "a request in the body of a PUT"),
     hiding("PATCH /send HTTP/1.1", 501, "a request in the body of a PATCH"),
-    Whole("another method", (501,), head("DELETE /send HTTP/1.1", HOST)),
+    Whole("another method", (501,), head("PATCH /send HTTP/1.1", HOST)),
     Whole("TRACE", (501,), head("TRACE / HTTP/1.1", HOST)),
     Whole("a method in lower case", (501,), head("get /healthz HTTP/1.1", HOST)),
     Whole("a method of all token characters", (501,), head("!#$%&'*+-.^_`|~09AZaz / HTTP/1.1", HOST)),
