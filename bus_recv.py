@@ -11,13 +11,14 @@ arrive; --read one message, whole; --exec runs a command for each message. In a 
 Two other programs are run from here, if they lie beside this file: bus_work.py by --claim (take jobs from a queue) and
 bus_log.py by --log (show everybody's messages).
 
-The parts of this file, in order: receive() and ask() for programs; Reader (polls a bus, rides out an outage); Cursor
-(how far a name has read, on disk); the marked part, which bus_send.py has too and which speaks HTTP (proxies, tokens,
-faults); block (a message as text); show_blocks and run_command (the outputs); main.
+The parts of this file, in order: receive() and ask() for programs; Reader (polls a bus, rides out an outage);
+BacklogReader and SessionReader (what a session of an agent needs more); Cursor (how far a name has read, on disk); the
+marked part, which bus_send.py has too and which speaks HTTP (proxies, tokens, faults); block (a message as text);
+show_blocks and run_command (the outputs); main.
 
 Messages are whole on a terminal, in a file and in a pipe. A Monitor of Claude Code cuts and drops what exceeds its
 limits; its end of our output is a socket (seen with 2.1.329), so for a socket, or with --monitor, they are paced and
-wrapped.
+wrapped. There, if more than 20 messages wait, only urgent ones and the number are shown, and all stay unread.
 
 A message is shown at least once. Its cursor is saved after the message was written out, so a reader that is killed
 shows its last message again and never loses one; the id tells the repeat. Only a 200 with the bus's own JSON moves the
@@ -76,7 +77,7 @@ DECIMAL = re.compile(r"[0-9]{1,10}(\.[0-9]{1,9})?")  # s since 1970: the form of
 TEN_YEARS = 10 * 365.25 * 86400  # s; an id of digits alone is one if its time is so near, else it may be milliseconds
 AHEAD_SECONDS = 300.0  # that an answer may be ahead of our clock and our cursor; a bus takes as much from a cursor
 OLD_CONTRACT = "-"  # stands for the id of a bus that gives none; such a bus knows no words for `since` either
-HEAD = ("from", "id", "to", "channel", "reply_to", "age", "priority", "type", "subject")
+HEAD = ("from", "relayed_from", "id", "to", "channel", "reply_to", "age", "priority", "type", "subject")
 
 
 class Busy(Exception):

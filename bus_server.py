@@ -1985,7 +1985,7 @@ class Listener:
 
 NOBODY = "0" * 64  # a hash that no secret has, compared when the id is unknown: both refusals take equally long
 BEARER = re.compile(r"[Bb]earer (abt_[0-9a-f]{8})_([A-Za-z0-9_-]{43})")
-TOOLS = "work log doctor file outbox join who inbox later".split()
+TOOLS = "work log doctor file outbox relay join who inbox later".split()
 CLIENTS = ["/bus_recv.py", "/bus_send.py", "/bus_listener.sh", "/agent_bus.py", *(f"/bus_{tool}.py" for tool in TOOLS)]
 PUBLIC = {"/", "/healthz", "/certificate", *CLIENTS}  # open to all, because a new host begins with these
 
@@ -2028,7 +2028,7 @@ class Tokens:
 
     def __init__(self, database: str) -> None:
         self.path = f"{database}.tokens"
-        self.closed = False
+        self.closed, self.first = False, math.inf  # and when the first token was made, s since 1970
         self.grants: dict[str, tuple[str, Grant]] = {}
         self.ends: dict[str, float] = {}  # token: when it expires
         self.expired: dict[str, tuple[str, int]] = {}  # token: its hash, and when it expired
@@ -2084,6 +2084,7 @@ class Tokens:
         rows, now = self.rows(), time.time()
         self.closed = self.closed or bool(rows)
         try:
+            self.first = min((row["made"] for row in rows), default=math.inf)
             rows = [row for row in rows if not row["revoked"]]
             self.ends = ends = {row["id"]: row.get("expires") or math.inf for row in rows}
             self.expired = {row["id"]: (row["hash"], row["expires"]) for row in rows if ends[row["id"]] <= now}
@@ -5427,7 +5428,7 @@ def beside(file: str) -> pathlib.Path:
     return next((folder / file for folder in folders if (folder / file).exists()), here / file)
 
 
-HEADLINE = ("from", "id", "to", "channel", "reply_to", "age", "priority", "type", "subject")
+HEADLINE = ("from", "relayed_from", "id", "to", "channel", "reply_to", "age", "priority", "type", "subject")
 HIDDEN = re.compile(  # as in bus_recv.py
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u2028-\u202e"
     r"\u2060-\u206f\u2800\u3164\ud800-\udfff\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb"
@@ -5834,10 +5835,10 @@ def invite(arguments: Sequence[str]) -> None:
     if words and not words.agreed(options.name, options.db, here, file.closed, options.yes):
         raise Unusable("no token was made")
     token, secret = f"abt_{secrets.token_hex(4)}", secrets.token_urlsafe(32)
-    digest, now = hashlib.sha256(secret.encode()).hexdigest(), int(time.time())
+    digest, now = hashlib.sha256(secret.encode()).hexdigest(), time.time()
     row = {"id": token, "hash": digest, "name": options.name, "also": options.also, "made": now, "revoked": None}
     row.update(send_only=options.send_only, operator=options.operator, label=options.label)
-    row.update(expires=now + int(options.expires) if options.expires else None)
+    row.update(expires=int(now + options.expires) if options.expires else None)
     for own in [own for own in file.rows() if own["name"] == options.name and not own["revoked"]]:
         made = time.strftime("%Y-%m-%d", time.gmtime(own["made"]))
         print(f"{options.name} has the token {own['id']} already, made {made}: this is one more", file=sys.stderr)

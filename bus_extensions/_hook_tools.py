@@ -7,13 +7,12 @@ import re
 import time
 from collections.abc import Generator
 
-from _mcp_tools import NAME, TEXT, Answer, Ask, Failed, Session, Steps, Tool
+from _mcp_tools import NAME, TEXT, Answer, Ask, Failed, Session, Steps, Tool, notice_of
 
 SAID_SECONDS = 1200.0  # after which a hook says again what the session does; the bus forgets it after an hour
 STARTS = ("SessionStart", "UserPromptSubmit")
 STATES = {"SessionStart": "idle", "Stop": "idle", "Notification": "waiting"}  # any other event: busy
 LASTING = (0, 401, 403)  # statuses of a refusal that time does not heal
-NAMED = 5  # senders in a notice
 
 
 def hook(me: Session, /, agent: str = "", event: str = "", title: str = "", **_: str) -> Steps:
@@ -49,16 +48,9 @@ def notice(me: Session, event: str) -> Steps:
     if event == "Stop" and not counts["urgent"] and not awaited:
         return ""
     me.told = newest
-    senders = ", ".join([name for name in counts["vouched"] if NAME.fullmatch(name)][:NAMED])
-    others = " and others" if senders and len(counts["senders"]) > min(len(counts["vouched"]), NAMED) else ""
-    details = [
-        f"{counts['urgent']} urgent" if counts["urgent"] else "",
-        f"{awaited} in reply to questions of this session" if awaited else "",
-        f"from {senders}{others}" if senders else "",
-    ]
-    about = ", ".join(filter(None, details))
-    number = f"{counts['unread']}{' or more' if counts['more'] else ''}"
-    return f"agent-bus: {number} unread for {me.me()}{f' ({about})' if about else ''}. bus_inbox shows them."
+    senders = [name for name in counts["vouched"] if NAME.fullmatch(name)]
+    others = len(counts["senders"]) > len(senders)
+    return notice_of(me.me(), counts["unread"], counts["more"], counts["urgent"], awaited, senders, others)
 
 
 def renamed(me: Session, title: str) -> Steps:
@@ -79,8 +71,8 @@ def say_state(me: Session, state: str) -> Generator[Ask, Answer, None]:
     if me.said.get("state") != state or time.monotonic() > me.said_at + SAID_SECONDS:
         try:
             yield from me.say({**me.said, "state": state})
-        except Failed:  # an older bus, or too many
-            return
+        except Failed:  # an older bus, or too many: it is not asked again for each step of a turn
+            me.said, me.said_at = {**me.said, "state": state}, time.monotonic()
 
 
 TOOLS = {

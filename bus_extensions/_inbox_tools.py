@@ -53,7 +53,8 @@ def inbox(me: Session, /, wait: float = 0, id: str | None = None, offset: int = 
         early = yield from shown_early(me, page, counts, {id_of(each) for each in page.messages[: len(lines)]})
         lines = fitting(lines, ROOM - sum(map(len, early)), 0 if early else 1)
     run = page.messages[: len(lines)]
-    me.shown = tick_of_ts(run[-1]["ts"]) if run else me.shown
+    if run:
+        me.has_shown(tick_of_ts(run[-1]["ts"]), me.names)
     yield from me.took(run)
     head = f"{number} unread, oldest first, for {me.me()} on channel {me.channel}."
     head += f" {UNREAD}" if run or early else ""
@@ -90,18 +91,18 @@ def shown_in_order(me: Session, message: dict[str, Any]) -> str:
 
 
 def acknowledge(me: Session, /, id: str) -> Steps:
-    """Move the cursor to a message. One that may have been shown before older ones moves nothing.
+    """Move the cursor to a message. One that may have been shown before older ones, of any name, moves nothing.
 
     A session that was forgotten meanwhile no longer knows what it has shown: then no urgent message moves the cursor.
     """
     tick, none = tick_of(id), f"{id} is not the id of an unread message for {me.me()}: take it from bus_inbox"
-    if not 0 <= tick <= me.shown:
+    if not 0 <= tick <= me.shown or me.shown_for != me.names:
         try:
             message = yield from me.find(id)
         except Failed as failed:
             raise Failed(0, none) if failed.status in (400, 404) else failed from None
         tick = tick_of_ts(message["ts"])
-        if id in me.early or message.get("priority") == "high":
+        if id in me.early or message.get("priority") == "high" or len(me.names) > 1:
             older = yield from older_than(me, tick)
             if older:
                 return f"noted; {older} older ones are still unread"

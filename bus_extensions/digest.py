@@ -68,14 +68,16 @@ def digest(bus: Bus, request: Request) -> Answer:
     found, more = look(bus, request, poll, marks(bus, poll, bus.last if since == NOW else since))
     senders = by_sender(found)
     listed = sorted(senders, key=lambda name: (-senders[name]["urgent"], -senders[name]["unread"], name))[:NAMED]
-    tokens, urgent = bus.gate.tokens, [each for each in found if each.priority == "high"]
+    urgent = [each for each in found if each.priority == "high"]
     threads = Counter(each.thread for each in found).most_common(NAMED)
     priorities = Counter(each.priority for each in found)
+    vouched = {each.sender for each in found} & bus.gate.tokens.named.keys()
+    vouched -= {each.sender for each in found if each.tick < bus.gate.tokens.first * 1000000}  # anybody signed these
     counts = {
         "unread": len(found),
         "urgent": len(urgent),
         "senders": {name: senders[name] for name in listed},
-        "vouched": [name for name in listed if tokens.closed and name in tokens.named],
+        "vouched": [name for name in listed if name in vouched],
         "priorities": {each: priorities[each] for each in (*PRIORITIES, "other")},
         "threads": [{"id": f"{tick:x}", "unread": number} for tick, number in threads],
     }

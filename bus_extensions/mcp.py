@@ -53,6 +53,7 @@ TABLES, NOUN, OPERATIONS = None, "", ()
 
 SESSIONS_EACH, SESSIONS = 500, 10000  # of one owner, and in all, some 1 KB each; the oldest is forgotten
 DAY = 86400.0  # s: a renamed session reads its old name for so long
+FORMER = 8  # old names of a session that it still reads
 UNSEEN = re.compile(f"{HIDDEN.pattern}|<")  # `<`: no tag of any kind in the text of another agent
 HELD_EACH, HELD = 16 << 20, 64 << 20  # bytes of large calls in hand: of one owner, and of all
 NO_REQUEST = (-32700, -32600)  # these errors are answered with status 400
@@ -74,7 +75,8 @@ class Here(tools.Session):
         super().__init__(names_of(request), name(channel, "X-Agent-Channel"))
         self.sessions, self.grant = sessions, request.grant
         self.keeps = keeps  # the client sends its Mcp-Session-Id
-        self.old: dict[str, float] = {}  # its former names; until when it reads them, on the monotonic clock
+        # Its former names; until when it reads them, on the monotonic clock.
+        self.old: OrderedDict[str, float] = OrderedDict()
 
     def harmless(self, text: str) -> str:
         return UNSEEN.sub(lambda found: "\\u003c" if found[0] == "<" else json.dumps(found[0])[1:-1], text)
@@ -86,7 +88,7 @@ class Here(tools.Session):
     def refresh(self) -> None:
         """The old names end after a day."""
         now = time.monotonic()
-        self.old = {own: until for own, until in self.old.items() if until > now}
+        self.old = OrderedDict((own, until) for own, until in self.old.items() if until > now)
         self.names = [*self.names[:1], *self.old]
 
     def rename(self, name: str) -> Generator[tools.Ask, tools.Answer, str]:
@@ -103,7 +105,7 @@ class Here(tools.Session):
         if name not in self.old and (found["agents"] or self.sessions.has(self.channel, name)):
             raise tools.Failed(0, f"{name} is another agent, which listens now: choose another name")
         for own in self.names[:1]:
-            self.old[own] = time.monotonic() + DAY
+            put_newest(self.old, own, time.monotonic() + DAY, FORMER)
         self.old.pop(name, None)
         self.names = [name]
         self.refresh()
@@ -123,8 +125,13 @@ class Sessions:
         put_newest(self.of.setdefault(owner, OrderedDict()), number, session, SESSIONS_EACH)
         if sum(map(len, self.of.values())) > SESSIONS:
             most = max(self.of, key=lambda each: len(self.of[each]))
-            self.of[most].popitem(last=False)
+            self.forget(most, next(iter(self.of[most])))
         return number
+
+    def forget(self, owner: str, number: str) -> None:
+        del self.of[owner][number]
+        if not self.of[owner]:
+            del self.of[owner]
 
     def find(self, owner: str, number: str) -> Here:
         """The session of this id; 404 if there is none, and then a client begins a new one."""
@@ -137,7 +144,7 @@ class Sessions:
 
     def end(self, owner: str, number: str) -> None:
         self.find(owner, number)
-        del self.of[owner][number]
+        self.forget(owner, number)
 
     def has(self, channel: str, own: str) -> bool:
         everyone = (each for mine in self.of.values() for each in mine.values())

@@ -62,6 +62,7 @@ GROUPS: dict[str, dict[str, Command]] = {
         "work": Command("do the jobs of a queue", "work builds --exec ./build", "bus_work"),
         "file": Command("send a file, or get one", "file put a.tgz --to bob", "bus_file"),
         "outbox": Command("send when the bus is reachable again", "outbox bob < report.md", "bus_outbox"),
+        "relay": Command("pass mail on to another bus", "relay bob --to-bus work", "bus_relay"),
     },
     "Agents and machines": {
         "install": Command("connect an agent; start bus at login", "install claude", "bus_install", ("install",)),

@@ -19,7 +19,6 @@ from __future__ import annotations  # needs Python 3.9 or later
 
 import argparse
 import contextlib
-import importlib.util
 import json
 import math
 import os
@@ -46,12 +45,7 @@ import doing  # noqa: E402
 import notice  # noqa: E402
 from bus_inbox import label  # noqa: E402
 
-# By its path: the folder also has a file mcp.py, and a program that imports us may want a package of that name.
-FOLDERS = [os.path.join(session.ROOT, folder) for folder in ("bus_extensions", "agent_bus_extensions")]
-FILE = os.path.join(next(filter(os.path.isdir, FOLDERS), FOLDERS[0]), "_mcp_tools.py")
-spec: Any = importlib.util.spec_from_file_location("_mcp_tools", FILE)
-tools = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tools)
+tools = session.mcp_tools()
 
 PATIENCE = 10.0  # s in which a send is tried again; later the agent may try, with the same key
 LAST_CALLS = 2.0  # s that running calls have after the end of stdin: enough for a send, not for a wait
@@ -204,7 +198,7 @@ class Mine(tools.Session):
     def present(self, tick: int) -> Iterator[Any]:
         self.place.cursor.move(tools.ts_of(tick))
         Channel.again.set()
-        self.box.poll_on({"since": self.box.cursor.at, "max": 1})
+        self.box.poll_on({"since": self.box.cursor.at, "max": 1, "ack": "true"})  # which fetches nothing
         yield from ()
 
     def find(self, id: str) -> Iterator[Any]:
@@ -300,7 +294,7 @@ class Channel(threading.Thread):
             for message in fresh:
                 self.push(tools.shown(self.server.session, message), attributes(message))
                 self.pushed[box.bus] = Decimal(message["ts"])
-                self.server.session.shown = tools.tick_of_ts(message["ts"])
+                self.server.session.has_shown(tools.tick_of_ts(message["ts"]), box.names)
             if fresh and len(mail) >= AHEAD:
                 self.tell(f"{AHEAD} are unread; later messages are pushed after bus_ack of {label(mail[AHEAD - 1])}")
             pause = PAUSE if fresh or not mail else min(2 * pause, LONGEST_PAUSE)

@@ -12,9 +12,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from session import ASK_SECONDS, Nameless, Self, bus_recv, get, own_cursor, wake_path, was_here
+from session import ASK_SECONDS, Nameless, Self, bus_recv, get, mcp_tools, own_cursor, wake_path, was_here
 
-NAMED = 5  # senders in a notice
 AWAITED = 50  # ids of the last questions of a name
 SOON, LATER = 1.0, 8.0  # s between looks while there is unread mail, or another program reads it
 HOLD_SECONDS = 25.0  # of a poll; common proxies cut a quiet request after 30 s
@@ -97,17 +96,9 @@ def is_locked(path: str) -> bool:
 
 def notice(me: Self, counts: Counts, before: bool = False) -> str:
     """One line, whatever waits. `before`: all of it is from before this session."""
-    senders = ", ".join(counts.senders[:NAMED])
-    others = " and others" if senders and (counts.others or len(counts.senders) > NAMED) else ""
-    details = [
-        f"{counts.unread} from before this session" if before else "",
-        f"{counts.urgent} urgent" if counts.urgent else "",
-        f"{counts.awaited} in reply to questions of this session" if counts.awaited else "",
-        f"from {senders}{others}" if senders else "",
-    ]
-    about = ", ".join(filter(None, details))
-    number = f"{counts.unread}{' or more' if counts.more else ''}"
-    return f"agent-bus: {number} unread for {me.name}{f' ({about})' if about else ''}. bus_inbox shows them."
+    tools = mcp_tools()  # 6 ms, only when there is something to say
+    its = (counts.unread, counts.more, counts.urgent, counts.awaited, counts.senders, counts.others)
+    return str(tools.notice_of(me.name, *its, counts.unread if before else 0))
 
 
 def read_elsewhere(me: Self) -> str:

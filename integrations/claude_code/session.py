@@ -35,6 +35,19 @@ SHELLS = ("sh", "bash", "dash", "zsh", "fish", "env", "uv", "uvx", "nice", "time
 UNSEEN = re.compile(f"{bus_recv.HIDDEN.pattern}|<")  # `<`: no tag of any kind in the text of another agent
 
 
+def mcp_tools() -> Any:
+    """The module _mcp_tools, by its path: its folder has a file mcp.py, and a program may want a package named so."""
+    if "_mcp_tools" not in sys.modules:
+        import importlib.util
+
+        folders = [os.path.join(ROOT, folder) for folder in ("bus_extensions", "agent_bus_extensions")]
+        file = os.path.join(next(filter(os.path.isdir, folders), folders[0]), "_mcp_tools.py")
+        spec: Any = importlib.util.spec_from_file_location("_mcp_tools", file)
+        sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[spec.name])
+    return sys.modules["_mcp_tools"]
+
+
 class Nameless(Exception):
     """AGENT_NAME is not set, and the directory gives no name."""
 

@@ -532,7 +532,7 @@ def test_bash_completes_commands_and_their_options(scripts):
         assert not done.stderr
         return done.stdout.split()
 
-    assert completed("agent-bus", "re") == ["recv", "revoke", "restore"]
+    assert completed("agent-bus", "re") == ["recv", "relay", "revoke", "restore"]
     assert completed("agent-bus", "send", "--sub") == ["--subject"]
     assert "--keep" in completed("agent-bus", "serve", "--") and "--to" in completed("agent-bus", "file", "put", "--")
     assert completed("agent-bus", "install", "cl") == ["claude"]

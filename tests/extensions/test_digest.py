@@ -46,6 +46,20 @@ def test_a_digest_vouches_for_names_that_hold_a_token(closed, bus):
     assert ask(bus, "GET", "/digest?to=bob")[1]["vouched"] == []
 
 
+def test_nobody_vouches_for_mail_of_before_the_first_token(tmp_path):
+    """Anybody could send it, as anybody."""
+    with Server(tmp_path / "bus.db") as bus:
+        order = {"from": "boss", "to": "bob", "msg": "x"}
+        assert ask(bus, "POST", "/send", order)[0] == 200
+        boss, bob = (invite(bus, name) for name in ("boss", "bob"))
+        wait_until(lambda: ask(bus, "GET", "/agents")[0] == 401)
+        assert ask(bus, "POST", "/send", order, token=boss)[0] == 200
+        digest = ask(bus, "GET", "/digest?to=bob", token=bob)[1]
+        assert (digest["unread"], digest["vouched"]) == (2, [])
+        assert ask(bus, "POST", "/send", {**order, "channel": "later"}, token=boss)[0] == 200
+        assert ask(bus, "GET", "/digest?to=bob&channel=later", token=bob)[1]["vouched"] == ["boss"]
+
+
 class Asks:
     """A request for a digest."""
 

@@ -18,6 +18,9 @@ from tests.kit.hostile import HOST, head
 from tests.kit.peers import invite
 from tests.kit.processes import COMMAND, PATIENCE, Server, wait_until
 
+inside.close(inside.make(":memory:"))  # which loads the extensions
+import _mcp_tools  # noqa: E402
+
 GRANTS = {
     "alice": [],
     "bob": [],
@@ -397,6 +400,66 @@ def test_a_renamed_session_reads_both_names_for_a_day_and_nobody_elses(bus, clos
     nameless = Client(bus)
     nameless.tool("bus_rename", name="nora")
     assert nameless.tool("bus_whoami").startswith("nora, ")
+
+
+def test_an_ack_after_a_rename_passes_no_older_mail_of_the_new_name(bus):
+    store(bus, "late", "for the new name")
+    store(bus, "early", "for the old name")
+    client = Client(bus, "early")
+    [shown] = client.mail()
+    client.tool("bus_rename", name="late")
+    assert "1 older ones are still unread" in client.tool("bus_ack", id=shown["id"])
+    assert [each["msg"] for each in client.mail()] == ["for the new name", "for the old name"]
+    assert "0 unread" in client.tool("bus_ack", id=shown["id"])
+
+
+def test_an_ack_fetches_nothing(bus):
+    """Else the next message, which the answer to the bus_ack does not show, could not be recalled, and be pruned."""
+    client = Client(bus, "careful")
+    store(bus, "careful", "first")
+    [shown] = client.mail()
+    store(bus, "careful", "second")
+    assert "1 unread" in client.tool("bus_ack", id=shown["id"])
+    [second] = ask(bus, "GET", "/log?to=careful&since=0")[1]["messages"][1:]
+    assert ask(bus, "GET", f"/message/{second['id']}")[1]["state"] == "queued"
+
+
+def test_a_session_reads_its_last_old_names_only(bus):
+    """Each of them is a poll, of each look."""
+    client = Client(bus, "n0")
+    for number in range(1, 10):
+        client.tool("bus_rename", name=f"n{number}")
+    store(bus, "n0", "for the first name")
+    store(bus, "n1", "for the second name")
+    assert [each["msg"] for each in client.mail()] == ["for the second name"]
+
+
+class Bare(_mcp_tools.Session):
+    """A session without a bus. It counts the characters that it makes harmless."""
+
+    characters = 0
+
+    def harmless(self, text):
+        self.characters += len(text)
+        return text.replace("\x7f", "\\u007f")
+
+
+@pytest.mark.parametrize("field", ["msg", "subject"])
+def test_of_a_long_message_only_what_is_shown_is_made_harmless(field):
+    """Hidden characters take 0.5 us each, and a message may have 256 KiB."""
+    me = Bare(["alice"], "default")
+    text = _mcp_tools.shown(me, {"id": "660ba678a1b40", "ts": "1795203596.123456", "msg": "x", field: "\x7fa" * 80_000})
+    assert len(text) < 2 * _mcp_tools.ROOM and me.characters < 10 * _mcp_tools.ROOM
+
+
+def test_a_status_that_the_bus_refuses_is_not_kept():
+    """It may have 256 KiB, and a token may have hundreds of sessions."""
+    me = Bare(["alice"], "default")
+    asked = me.say({"text": "x" * 250_000})
+    next(asked)
+    with pytest.raises(_mcp_tools.Failed):
+        asked.throw(_mcp_tools.Failed(400, "text has at most 500 characters"))
+    assert me.said == {}
 
 
 # Clients that others wrote

@@ -1,0 +1,563 @@
+"""bus_relay.py: mail passes from one bus to another, once and in order; what cannot is told, and holds up nobody."""
+import contextlib
+import io
+import itertools
+import json
+import os
+import pathlib
+import random
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+
+import bus_recv
+import bus_send
+from tests.kit.bad_servers import NOON, Scripted, answer, mail, message, silence, stored
+from tests.kit.peers import mint
+from tests.kit.processes import PATIENCE, ROOT, Server, no_settings, wait_until
+from tools import bus_relay
+
+KILLS, EACH = 20, 100  # of each of two relays; messages of each of three senders on each bus
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    """No setting of whoever runs the tests; profiles and cursors of each test's own; nothing waits for long."""
+    no_settings(monkeypatch)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.setenv("AGENT_BUS_STATE_DIR", str(tmp_path / "state"))
+    monkeypatch.setattr(bus_recv, "HOLD_SECONDS", 0.2)
+    (tmp_path / "config" / "agent-bus").mkdir(parents=True)
+    return tmp_path
+
+
+@pytest.fixture
+def buses(home):
+    """buses("a", "b"): buses that run, each with a profile of its name. More arguments are options of all."""
+    with contextlib.ExitStack() as stack:
+
+        def start(*names, options=()):
+            made = [stack.enter_context(Server(home / f"{name}.db", *options)) for name in names]
+            for name, bus in zip(names, made):
+                profile(home, name, bus)
+            return made
+
+        yield start
+
+
+def profile(home, name, bus, **more):
+    path = home / "config" / "agent-bus" / f"{name}.env"
+    path.write_text("".join(f"{field}={value}\n" for field, value in {"AGENT_BUS_URL": bus.url, **more}.items()))
+    path.chmod(0o600)
+
+
+@contextlib.contextmanager
+def started(*arguments, a="a", b="b"):
+    """A relay as people run it, for as long as this lasts."""
+    command = [sys.executable, "-I", "-S", str(ROOT / "tools" / "bus_relay.py"), *arguments, "--bus", a, "--to-bus", b]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def relay(*names, a="a", b="b", **env):
+    """Pass on what waits, in this process: the exit code, and what it said on stderr."""
+    err, handlers = io.StringIO(), {number: signal.getsignal(number) for number in bus_recv.ENDS}
+    with mock.patch.dict(os.environ, **env), contextlib.redirect_stderr(err):
+        try:
+            code = bus_relay.main([*names, "--bus", a, "--to-bus", b, "--once"])
+        except SystemExit as usage:
+            code = usage.code
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+    return code, err.getvalue()
+
+
+def say(bus, sender, to, msg, token=None, **given):
+    """Send; returns the id."""
+    with mock.patch.dict(os.environ, **({"AGENT_BUS_TOKEN": token} if token else {})):
+        return bus_send.send(to, msg, url=bus.url, sender=sender, **given)["id"]
+
+
+def log(bus, token=None):
+    """All that the bus has, as an observer gets it."""
+    header = {"Authorization": f"Bearer {token}"} if token else {}
+    with urllib.request.urlopen(urllib.request.Request(f"{bus.url}/log?max=1000", headers=header)) as found:
+        return json.load(found)["messages"]
+
+
+def texts(bus, **fields):
+    return [one["msg"] for one in log(bus) if fields.items() <= one.items()]
+
+
+def sends(other):
+    """What a scripted bus was sent."""
+    return [asked for asked in other.asked if asked.target == "/send"]
+
+
+def waiting(bus, name):
+    return json.loads(bus.get(f"/inbox?name={name}"))["recipients"].get("default", {}).get(name, 0)
+
+
+# ── Once and in order ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.slow(f"{2 * KILLS} relays are killed and started again while 600 messages pass")
+def test_each_message_arrives_once_and_in_order_both_ways_though_the_relays_are_killed(buses):
+    a, b = buses("a", "b")
+
+    def speak(bus, sender, to):
+        for n in range(EACH):
+            say(bus, sender, to, f"{n}")
+
+    def pass_on(to, there, **way):
+        with contextlib.ExitStack() as stack:
+            process = stack.enter_context(started(to, **way))
+            for kill in range(KILLS):
+                enough = (kill + 1) * 3 * EACH // (KILLS + 1) + random.randrange(5)
+                wait_until(lambda enough=enough: waiting(there, to) >= enough, 3 * PATIENCE)
+                process.kill()
+                process = stack.enter_context(started(to, **way))
+            wait_until(lambda: waiting(there, to) >= 3 * EACH, 3 * PATIENCE)
+            process.terminate()
+            assert process.wait(PATIENCE) == 0
+
+    with ThreadPoolExecutor(8) as pool:
+        work = [pool.submit(speak, a, sender, "bob") for sender in ("spark", "nano", "mini")]
+        work += [pool.submit(speak, b, sender, "alice") for sender in ("dell", "gb10", "orin")]
+        work += [pool.submit(pass_on, "bob", b), pool.submit(pass_on, "alice", a, a="b", b="a")]
+        for each in work:
+            each.result()
+    for bus, to, senders in ((b, "bob", ("spark", "nano", "mini")), (a, "alice", ("dell", "gb10", "orin"))):
+        for sender in senders:
+            assert texts(bus, to=to, **{"from": sender}) == [f"{n}" for n in range(EACH)]
+    assert len(log(a)) == len(log(b)) == 6 * EACH
+
+
+def test_a_relay_that_is_killed_before_the_other_bus_has_answered_sends_it_again(buses, home):
+    a, b = buses("a", "b")
+    say(a, "spark", "bob", "T1")
+    with Scripted(silence) as other:
+        profile(home, "b", other)
+        with started("bob") as process:
+            wait_until(lambda: sends(other))
+            process.kill()
+    profile(home, "b", b)
+    assert relay("bob") == (0, "") and texts(b) == ["T1"]
+    assert relay("bob") == (3, "") and texts(b) == ["T1"]
+
+
+def test_a_relay_that_ends_before_the_cursor_moves_does_not_store_it_twice(buses, monkeypatch):
+    a, b = buses("a", "b")
+    for n in range(3):
+        say(a, "spark", "bob", f"{n}", ttl=1000 + n)  # less is left of it each time, and that is another message
+    with monkeypatch.context() as patch:
+        patch.setattr(bus_recv.Cursor, "pass_over", lambda *_: sys.exit(9))
+        assert relay("bob")[0] == 9 and texts(b) == ["0"]
+        monkeypatch.setattr(bus_relay.Relay, "time_left", lambda self, one: 500)
+        assert relay("bob")[0] == 9 and texts(b) == ["0"]
+    assert relay("bob") == (0, "") and texts(b) == ["0", "1", "2"]
+
+
+def test_what_was_stored_though_no_answer_came_is_not_stored_twice(buses, monkeypatch):
+    a, b = buses("a", "b")
+    post, lost = bus_send.post, []
+
+    def loses(url, copy, *seconds):
+        found = post(url, copy, *seconds)
+        if copy["key"] in lost:
+            return found
+        lost.append(copy["key"])
+        raise bus_send.Unreachable("lost")
+
+    monkeypatch.setattr(bus_send, "post", loses)
+    monkeypatch.setattr(bus_send, "FIRST_PAUSE", 0.001)
+    for n in range(3):
+        say(a, "spark", "bob", f"{n}")
+    lost.clear()
+    code, err = relay("bob")
+    assert code == 0 and texts(b) == ["0", "1", "2"] and len(lost) == 3
+    assert err.splitlines()[:2] == [f"bus_relay: {b.url}: lost; trying again", f"bus_relay: {b.url}: connected again"]
+
+
+def test_while_the_other_bus_is_away_mail_waits_and_the_sender_sees_it(buses):
+    a, b = buses("a", "b")
+    b.kill()
+    with started("bob") as process:
+        assert process.stderr.readline() == f"bus_relay: {b.url}: Connection refused; trying again\n"
+        for n in range(3):
+            say(a, "spark", "bob", f"{n}")
+        assert json.loads(a.get("/agents?name=bob"))["agents"][0]["online"] is False and waiting(a, "bob") == 3
+        b.start()
+        wait_until(lambda: texts(b) == ["0", "1", "2"])
+        wait_until(lambda: json.loads(a.get("/agents?name=bob"))["agents"][0]["online"] and not waiting(a, "bob"))
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(PATIENCE) == 0 and process.stderr.read() == f"bus_relay: {b.url}: connected again\n"
+    assert json.loads(a.get("/agents?name=bob"))["agents"][0]["online"] is False
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_it_waits_as_long_as_the_other_bus_says(status, buses, home, monkeypatch):
+    (a,) = buses("a")
+    slept = []
+    time = SimpleNamespace(monotonic=lambda: 0.0, sleep=slept.append)
+    monkeypatch.setattr(bus_relay, "time", time)
+    monkeypatch.setattr(bus_recv, "HOLD_SECONDS", 100.0)
+    say(a, "spark", "bob", "T1")
+    with Scripted(answer({"error": "wait"}, "Retry-After: 7", status=status), stored()) as other:
+        profile(home, "b", other)
+        code, err = relay("bob")
+    assert (code, slept) == (0, [7.0]) and f"{status}: wait; trying again" in err
+    first, second = sends(other)
+    assert first.body == second.body
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+def test_a_signal_ends_it_also_while_the_other_bus_is_away(number, code, buses, home, interruptible):
+    (a,) = buses("a")
+    say(a, "spark", "bob", "T1")
+    with Scripted(b"") as other:
+        profile(home, "b", other)
+        with started("bob") as process:
+            assert "trying again" in process.stderr.readline()
+            process.send_signal(number)
+            assert process.wait(PATIENCE) == code and process.stderr.read() == ""
+    assert waiting(a, "bob") == 1
+
+
+def test_with_once_a_bus_that_is_away_ends_it_with_75(buses):
+    a, b = buses("a", "b")
+    say(a, "spark", "bob", "T1")
+    b.kill()
+    code, err = relay("bob")
+    assert code == 75 and err.startswith(f"bus_relay: no bus at {b.url} (Connection refused)") and err.count("\n") == 1
+
+
+# ── What is passed on ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_every_kind_of_message_arrives_as_it_was_sent(buses):
+    a, b = buses("a", "b")
+    strange = 'e\u0301 \U0001f980 \u202e \x1b[0m "quoted" \\ \r\n\t\u2028 end'
+    fields = {"n": 0.1, "tiny": 1e-300, "large": 12345678901234567890, "deep": {"a": [1, 2.5, None, True, {"ü": []}]}}
+    say(a, "spark", "bob", strange, subject=strange, type="task", priority="high", fields=fields)
+    say(a, "spark", "bob", '{"a": [1.50, 1e3]}', content_type="application/json")
+    say(a, "spark", "bob", "| --- \n```\n<script>", content_type="text/markdown", channel="default")
+    say(a, "spark", "bob", "x" * 65536)
+    say(a, "spark", ["carol", "bob"], "to two")
+    with urllib.request.urlopen(f"{a.url}/send?from=spark&to=bob&subject=raw", strange.encode()):
+        pass
+    assert relay("bob") == (0, "")
+    sent = [one for one in log(a) if one["to"] == "bob"]
+    got = log(b)
+    assert len(sent) == len(got) == 6
+    (bus,) = {one["via"][0]["bus"] for one in got}
+    for before, after in zip(sent, got):
+        assert after.pop("via") == [{"bus": bus, "id": before["id"], "from": "spark"}]
+        assert {**after, "ts": 0, "id": ""} == {**before, "ts": 0, "id": ""}
+
+
+def test_only_the_named_receivers_and_this_channel_are_passed_on(buses):
+    a, b = buses("a", "b")
+    for to in ("bob", "carol", "dave", "all"):
+        say(a, "spark", to, to)
+    say(a, "spark", "bob", "elsewhere", channel="ops")
+    assert relay("bob,carol") == (0, "") and texts(b) == ["bob", "carol"]
+    assert relay("all") == (0, "") and texts(b) == ["bob", "carol", "all"]
+    assert relay("bob", "--channel", "ops") == (0, "") and texts(b, channel="ops") == ["elsewhere"]
+    assert relay("bob", "--since", "0") == (0, "") and len(log(b)) == 4
+
+
+def test_of_several_names_all_unread_mail_is_passed_on_at_the_first_start(buses):
+    """The first has no mail, so the bus would begin at the end; the third has read some."""
+    a, b = buses("a", "b")
+    for to, msg in (("carol", "1"), ("dave", "read"), ("dave", "2"), ("carol", "3")):
+        say(a, "spark", to, msg)
+    read = next(bus_recv.receive("dave", url=a.url, once=True))
+    a.get(f"/recv?to=dave&since={read['ts']}&ack=true")
+    code, _ = relay("bob", "carol", "dave")
+    assert code == 0 and texts(b, to="carol") == ["1", "3"] and "2" in texts(b, to="dave")
+    assert relay("carol", "dave")[0] == 0 and texts(b, to="carol") == ["1", "3"]
+
+
+def test_another_reader_of_the_name_on_this_machine_and_the_relay_have_cursors_of_their_own(buses):
+    a, b = buses("a", "b")
+    say(a, "spark", "bob", "T1")
+    assert [one["msg"] for one in bus_recv.receive("bob", url=a.url, once=True)] == ["T1"]
+    with bus_recv.Cursor(json.loads(a.get("/healthz"))["bus"], "default", "bob", print).lock:
+        assert relay("bob", "--since", "0") == (0, "") and texts(b) == ["T1"]
+
+
+def test_a_ttl_is_what_is_left_of_it(buses, home, monkeypatch):
+    a, b = buses("a", "b")
+    say(a, "spark", "bob", "T1", ttl=60)
+    say(a, "spark", "bob", "T2", ttl=5)
+    say(a, "spark", "bob", "T3")
+    monkeypatch.setattr(bus_relay.Relay, "time_left", aged(10))
+    code, err = relay("bob")
+    assert code == 0 and "its ttl was over before it could be passed on" in err
+    assert [one["msg"] for one in log(b)] == ["T1", "T3"] and 45 < log(b)[0]["ttl"] <= 51
+
+
+def aged(seconds):
+    """Relay.time_left() so many seconds later."""
+    whole = bus_relay.Relay.time_left
+
+    def time_left(self, one):
+        self.answered -= seconds
+        try:
+            return whole(self, one)
+        finally:
+            self.answered += seconds
+
+    return time_left
+
+
+# ── No loops ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("ways", [["ab", "ba"], ["ab", "bc", "ca"], ["ab", "bc", "ca", "ba", "cb", "ac"]],
+                         ids=["there and back", "a ring", "a ring both ways round"])  # fmt: skip
+def test_each_bus_of_a_ring_gets_each_message_once(ways, buses):
+    names = sorted({*"".join(ways)})
+    made = buses(*names)
+    for name, bus in zip(names, made):
+        say(bus, "spark", "all", f"all from {name}")
+        say(bus, "spark", "bob", f"bob from {name}")
+    before = None
+    for rounds in itertools.count():
+        assert rounds < 9, "it goes round and round"
+        for one, other in ways:
+            code, err = relay("bob", "all", a=one, b=other)
+            assert code in (0, 3) and err == ""
+        before, now = now_of(made), before
+        if now == before:
+            break
+    for bus in made:
+        assert sorted(texts(bus)) == sorted(f"{to} from {name}" for to in ("all", "bob") for name in names)
+
+
+def now_of(made):
+    return [[one["id"] for one in log(bus)] for bus in made]
+
+
+def test_the_same_bus_twice_is_refused(buses, home):
+    (a,) = buses("a")
+    profile(home, "b", a)
+    say(a, "spark", "bob", "T1")
+    assert relay("bob") == (2, f"bus_relay: {a.url} and {a.url} are the same bus: give two\n")
+    assert waiting(a, "bob") == 1
+
+
+@pytest.mark.parametrize("via", [
+    "b", 7, {"bus": "b"}, [1, None, "b"], [{"bus": 5, "id": []}], [{"bus": "a b", "id": "zz"}], [{}],
+    [{"bus": "x" * 999, "id": "1"}], [{"bus": ["b", 0.5], "id": 5, "from": 1}],
+])  # fmt: skip
+def test_whatever_somebody_writes_into_via_the_message_arrives_with_it(via, buses):
+    a, b = buses("a", "b")
+    for n in range(2):
+        say(a, "spark", "bob", f"{n}", fields={"via": via})
+    assert relay("bob") == (0, "") and texts(b) == ["0", "1"]
+    before = via if isinstance(via, list) else [via]
+    assert all(one["via"][:-1] == before for one in log(b))
+
+
+# ── Replies ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_reply_answers_the_same_message_on_the_other_bus(buses):
+    a, b = buses("a", "b")
+    question = say(a, "spark", "bob", "Is T1 done?")
+    assert relay("bob") == (0, "")
+    reply = say(b, "bob", "spark", "Yes.", reply_to=log(b)[-1]["id"])
+    assert relay("spark", a="b", b="a") == (0, "")
+    got = log(a)[-1]
+    assert (got["from"], got["to"], got["msg"], got["reply_to"]) == ("bob", "spark", "Yes.", question)
+    say(a, "spark", "bob", "Thanks.", reply_to=got["id"])
+    say(a, "spark", "bob", "And T2?", reply_to=question)
+    assert relay("bob") == (0, "")
+    thanks, more = log(b)[-2:]
+    assert thanks["reply_to"] == reply and "reply_to" not in more and more["via"][0]["reply_to"] == question
+
+
+def test_a_question_gets_its_answer_from_the_other_network(buses):
+    """agent-bus ask waits on one bus, and bob answers on the other."""
+    a, b = buses("a", "b")
+    with ThreadPoolExecutor(1) as pool, started("bob"), started("spark", a="b", b="a"):
+        asked = pool.submit(bus_send.ask, "bob", "Is T1 done?", timeout=PATIENCE, url=a.url, sender="spark")
+        wait_until(lambda: texts(b, to="bob"))
+        say(b, "bob", "spark", "Yes.", reply_to=log(b)[0]["id"])
+        assert asked.result()["reply"]["msg"] == "Yes."
+
+
+# ── Tokens ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def closed(home, buses):
+    """a is open; b is closed, and knows us as `home`. The tokens of b."""
+    (a,) = buses("a")
+    tokens = mint(home / "b.db", home=[], bob=[], ops=["--operator"])
+    (b,) = buses("b")
+    profile(home, "b", b, AGENT_BUS_TOKEN=tokens["home"], AGENT_NAME="home")
+    return SimpleNamespace(a=a, b=b, tokens=tokens)
+
+
+def test_a_token_signs_for_itself_and_says_who_the_sender_was(closed, home):
+    question = say(closed.a, "spark", "bob", "Is T1 done?", fields={"relayed_from": "boss"})
+    say(closed.a, "spark", "bob", "T2")
+    assert relay("bob", AGENT_NAME="somebody") == (0, "")
+    first, second = log(closed.b, closed.tokens["ops"])
+    assert (first["from"], first["relayed_from"]) == ("home", "boss via spark")  # only spark says that it was boss
+    assert (second["from"], second["relayed_from"]) == ("home", "spark")
+    assert [hop["from"] for hop in first["via"]] == ["spark"]
+    with mock.patch.dict(os.environ, AGENT_BUS_TOKEN=closed.tokens["bob"], AGENT_BUS_URL=closed.b.url):
+        shown = bus_recv.block(next(bus_recv.receive("bob", once=True, since="0")), "bob", 0)
+    assert 'from=home relayed_from="boss via spark"' in shown
+    # bob answers whoever the message came from, which is us; it arrives where the question was asked
+    say(closed.b, "bob", "home", "Yes.", token=closed.tokens["bob"], reply_to=first["id"])
+    assert relay("home", a="b", b="a") == (0, "")
+    got = log(closed.a)[-1]
+    assert (got["from"], got["to"], got["reply_to"], got["msg"]) == ("bob", "spark", question, "Yes.")
+
+
+def test_through_two_closed_buses_each_relay_vouches_for_the_one_before(closed, home, buses):
+    tokens = mint(home / "c.db", work=[], ops=["--operator"])
+    (c,) = buses("c")
+    profile(home, "c", c, AGENT_BUS_TOKEN=tokens["work"])  # without AGENT_NAME: the bus fills it in
+    profile(home, "b2", closed.b, AGENT_BUS_TOKEN=closed.tokens["bob"])
+    say(closed.a, "spark", "bob", "T1")
+    assert relay("bob") == (0, "") and relay("bob", a="b2", b="c") == (0, "")
+    (got,) = log(c, tokens["ops"])
+    assert (got["from"], got["relayed_from"]) == ("work", "spark via home")
+    assert [hop["from"] for hop in got["via"]] == ["spark", "home"]
+
+
+def test_nobody_takes_the_key_of_another_message_with_a_false_via(closed):
+    bus = json.loads(closed.a.get("/healthz"))["bus"]
+    first = say(closed.a, "spark", "carol", "T1")
+    say(closed.a, "eve", "bob", "T2", fields={"via": [{"bus": bus, "id": first, "from": "spark"}]})
+    for name in ("bob", "carol"):
+        assert relay(name) == (0, "")
+    assert [one["msg"] for one in log(closed.b, closed.tokens["ops"])] == ["T2", "T1"]
+
+
+@pytest.mark.parametrize("side", ["a", "b"])
+def test_without_the_right_token_it_ends_in_words_and_nothing_is_lost(side, buses, home):
+    a, b = buses("a", "b")
+    say(a, "spark", "bob", "T1")
+    bus = {"a": a, "b": b}[side]
+    bus.stop()
+    token = mint(bus.db, bob=[])["bob"]
+    bus.start()
+    code, err = relay("bob")
+    assert code == 1 and "token" in err and err.count("\n") == 1 and (b.url in err) == (side == "b")
+    profile(home, side, bus, AGENT_BUS_TOKEN=token)
+    assert relay("bob") == (0, "")
+    assert [one["msg"] for one in log(b, token if side == "b" else None)] == ["T1"]
+
+
+def test_a_token_that_ends_meanwhile_costs_no_message(buses, home):
+    a, b = buses("a", "b")
+    say(a, "spark", "bob", "T1")
+    with Scripted(answer({"error": "the token is unknown"}, status=401)) as other:
+        profile(home, "b", other)
+        assert relay("bob") == (1, f"bus_relay: {other.url}: the token is unknown\n")
+    profile(home, "b", b)
+    assert relay("bob") == (0, "") and texts(b) == ["T1"]
+
+
+# ── What cannot be passed on ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_refused_message_is_kept_and_told_and_holds_up_nobody(buses, home):
+    (a,) = buses("a")
+    (b,) = buses("b", options=["--max-body", "5000"])
+    say(a, "spark", "bob", "1")
+    large = say(a, "spark", "bob", "x" * 6000)
+    say(a, "spark", "bob", "2")
+    code, err = relay("bob")
+    assert code == 0 and texts(b) == ["1", "2"]
+    path = re.search(rf"{large} from spark to bob is not passed on, and is in (\S+) now: ", err)[1]
+    kept = json.loads(pathlib.Path(path).read_text())
+    assert kept["id"] == large and len(kept["msg"]) == 6000 and "5000" in kept["reason"]
+    told = log(a)[-1]
+    assert (told["from"], told["to"], told["reply_to"], told["type"]) == ("relay", "spark", large, "undeliverable")
+    assert f"Your message {large} to bob could not be passed on" in told["msg"] and b.url not in told["msg"]
+
+
+def test_a_sender_that_cannot_be_told_holds_up_nobody_either(buses, home, monkeypatch):
+    (a,) = buses("a")
+    (b,) = buses("b", options=["--max-body", "5000"])
+    say(a, "spark", "bob", "x" * 6000)
+    say(a, "spark", "bob", "x" * 6000, type="undeliverable")
+    say(a, "spark", "bob", "2")
+    profile(home, "a", a, AGENT_NAME="all")  # a name that no sender may have
+    code, err = relay("bob")
+    assert code == 0 and texts(b) == ["2"] and err.count("is not passed on") == 2 and err.count("was not told: ") == 1
+
+
+def test_a_message_that_was_removed_before_it_was_passed_on_is_told(home):
+    health = answer({"ok": True, "now": NOON, "bus": "b2"})
+    gap = mail(message(1, to="bob"), gap={"from": 1, "to": 2})
+    with Scripted(gap, mail()) as a, Scripted(stored(bus="b2"), health=health) as b:
+        profile(home, "a", a)
+        profile(home, "b", b)
+        code, err = relay("bob")
+    assert code == 0 and "messages are gone, retention removed them before they were read" in err
+
+
+def test_what_is_not_a_message_stops_nothing(home):
+    health = answer({"ok": True, "now": NOON, "bus": "b2"})
+    answers = mail('"strange"', '{"ts": 1}', message(2, to="bob")), mail()
+    with Scripted(*answers) as a, Scripted(stored(), health=health) as b:
+        profile(home, "a", a)
+        profile(home, "b", b)
+        code, err = relay("bob")
+    assert code == 0 and err.count("something that is not a message") == 2 and len(sends(b)) == 1
+
+
+@pytest.mark.parametrize("old", ["a", "b"])
+def test_a_bus_of_the_first_contract_is_refused(old, buses, home):
+    (new,) = buses(*{"a", "b"} - {old})
+    with Scripted(mail(bus=None), bus=None) as other:
+        profile(home, old, other)
+        code, err = relay("bob")
+    assert code == 1 and f"{other.url} is a bus of the first contract, which has no keys" in err
+
+
+def test_a_bus_in_the_environment_is_refused(buses, home):
+    a, b = buses("a", "b")
+    code, err = relay("bob", AGENT_BUS_URL=a.url)
+    assert code == 2 and "unset AGENT_BUS_URL" in err
+    code, err = relay("bob", b="nowhere")
+    assert code == 2 and "nowhere.env cannot be read" in err
+
+
+# ── As documented ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_lines_of_deploy_md_connect_two_networks(buses, home):
+    lines = re.findall(r"^python3 (tools/bus_relay.py .*)$", (ROOT / "docs" / "deploy.md").read_text(), re.MULTILINE)
+    assert len(lines) == 2
+    a, b = buses("home", "work")
+    with contextlib.ExitStack() as stack:
+        for line in lines:
+            command = [sys.executable, "-S", *shlex.split(line)]
+            process = stack.enter_context(subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE))
+            stack.callback(process.kill)
+        say(a, "alice", "bob", "there")
+        wait_until(lambda: texts(b, to="bob") == ["there"])
+        say(b, "bob", "alice", "and back", reply_to=log(b)[0]["id"])
+        wait_until(lambda: texts(a, to="alice") == ["and back"])
