@@ -43,6 +43,11 @@ def next_message(name):
 def main():
     """Ask both, give a reminder for each, and wait for the two reports."""
     argparse.ArgumentParser(description="A reminder is sent to the worker that has not answered.").parse_args()
+    url = bus_recv.settings()["AGENT_BUS_URL"]
+    try:
+        bus_recv.ask(url, "/inbox", 5)  # a look: is a bus there, and may we use it?
+    except bus_recv.Unreachable as fault:
+        raise OSError(bus_recv.no_bus(url, fault)) from fault
     run = os.urandom(4).hex()
     boss, quick, slow = f"boss-{run}", f"quick-{run}", f"slow-{run}"
     reminders = {}
