@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import time
 from collections.abc import Generator
 from functools import partial
@@ -63,10 +62,12 @@ class Due:
         self.bus = bus
         self.sending: set[int] = set()  # numbers of the schedules whose message is on its way
         self.leaving: set[int] = set()  # of those that are being taken back
-        self.first = 0.0  # nothing is due before
         self.pause = 0.0  # monotonic clock, s: nothing is sent before
         self.held = Shares(ALL, EACH)
-        whose = "SELECT CASE token WHEN '' THEN address ELSE token END, sum(length(message) + ?) FROM later GROUP BY 1"
+        first = "SELECT owner, min(due) FROM later WHERE failed IS NULL AND due < '' GROUP BY 1"
+        # Of each owner: none of its schedules is due before. Whose turn is next comes first.
+        self.first: dict[str, int] = dict(bus.view.database.execute(first).fetchall())
+        whose = "SELECT owner, sum(length(message) + ?) FROM later GROUP BY 1"
         for owner, size in bus.view.database.execute(whose, (ROW,)).fetchall():
             self.held.add(str(owner), size)
         bus.on_tidy.append(self.tidy)
@@ -83,28 +84,45 @@ class Due:
             self.bus.view.damaged(f"the schedule {schedule.number}")
         return schedule.is_sound()
 
+    # Whose turn it is
+
+    def given(self, owner: str, at: int) -> None:
+        self.first[owner] = min(self.first.get(owner, at), at)
+
+    def ready(self, now: int) -> Generator[tuple[int, int], None, None]:
+        """The numbers of what is due, and bytes: of each owner as many, so that those of one hold up no other's.
+
+        Close it.
+        """
+        ask, execute = self.bus.view.ask, self.bus.view.database.execute
+        own = "FROM later WHERE failed IS NULL AND owner = ? AND due"
+        due = [owner for owner, first in self.first.items() if first <= now][:SLICE]
+        for owner in due:
+            del self.first[owner]  # its next turn comes after all others
+            [first] = ask(f"SELECT min(due) {own} < ''", owner)  # in SQLite each number is below each text
+            if first is not None:
+                self.first[owner] = first
+            rows = f"SELECT number, length(message) {own} <= ? ORDER BY due, number LIMIT ?"
+            with contextlib.closing(execute(rows, (owner, now, SLICE // len(due)))) as found:
+                yield from found
+
     # Sending
 
     def look(self) -> None:
         """Ten times a second: send what is due, a slice of it. The next slice waits until this one is settled."""
         bus, now = self.bus, self.bus.view.clock()
-        if now < self.first or self.sending or bus.draining or time.monotonic() < self.pause:
+        if self.sending or bus.draining or time.monotonic() < self.pause:
             return
-        due = "SELECT number, length(message) FROM later WHERE failed IS NULL AND due <= ? ORDER BY due, number LIMIT ?"
         numbers: list[int] = []
         size = 0
-        with contextlib.closing(bus.view.database.execute(due, (now, SLICE))) as rows:
-            for number, length in rows:
+        with contextlib.closing(self.ready(now)) as ready:
+            for number, length in ready:
                 numbers += [] if number in self.leaving else [number]
                 size += length
                 if size > ANSWER_BYTES:
                     break
-        if numbers:
-            self.sending = set(numbers)
-            bus.loop.gradually(self.send, self.not_sent, iter(numbers))
-        else:
-            [first] = bus.view.ask("SELECT min(due) FROM later WHERE failed IS NULL")
-            self.first = first if isinstance(first, int) else math.inf
+        self.sending = set(numbers)
+        bus.loop.gradually(self.send, self.not_sent, iter(numbers))
 
     def send(self, number: int) -> None:
         found = [] if self.bus.draining else [*self.rows("number = ?", number)]

@@ -26,8 +26,10 @@ TABLES = [
         at INTEGER NOT NULL,                 -- the time it was given for, us; with a cron line: the next such time
         due INTEGER NOT NULL,                -- the time of the next try
         tries INTEGER NOT NULL, reason TEXT,
-        failed INTEGER);                     -- since when it is not tried any more
-    CREATE INDEX later_due ON later(due) WHERE failed IS NULL;
+        failed INTEGER,                      -- since when it is not tried any more
+        owner TEXT NOT NULL);                -- whose turn it is to send it: its token, or its address
+    CREATE INDEX later_due ON later(owner, due) WHERE failed IS NULL;
+    CREATE INDEX later_damaged ON later(due) WHERE failed IS NULL AND due >= '';
     CREATE INDEX later_failed ON later(failed) WHERE failed IS NOT NULL;
     CREATE INDEX later_senders ON later(sender);
     CREATE VIEW later_kept AS SELECT -number AS tick FROM later;
@@ -84,8 +86,9 @@ class Keep(Operation):
         if known:
             return state.number(known[2], self.at, f"the time of the schedule {self.facts[0]}"), True
         row = *self.facts, zlib.crc32(repr(tuple(self.facts)).encode()), self.at, self.at
-        columns = "id, sender, token, address, cron, message, sum, at, due, tries"
-        state.writing.execute(f"INSERT INTO later({columns}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, 0)", row)
+        columns = "id, sender, token, address, cron, message, sum, at, due, owner, tries"
+        values = *row, self.facts[2] or self.facts[3]
+        state.writing.execute(f"INSERT INTO later({columns}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 0)", values)
         return self.at, False
 
 

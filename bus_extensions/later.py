@@ -123,7 +123,7 @@ class Later:
 
     def kept(self, owner: str, size: int, peer: Connection, keep: schedules.Keep, result: tuple[int, bool]) -> Answer:
         at, duplicate = result
-        self.due.first = min(self.due.first, at)
+        self.due.given(owner, at)
         if duplicate:
             self.due.held.add(owner, -size)
         return ok(

@@ -49,7 +49,9 @@ TRIES = 5  # of one notice
 DEAD = 100  # notices that could not be sent and are listed
 LOOKED = 1000  # messages that one look passes over to find the oldest unread one: 1 ms
 NAMED = 10  # senders in one notice
-PARSED = 65536  # bytes; in a longer message, any member `priority` with the value high counts
+PARSED = 4096  # bytes beside the text; if a message has more, any member `priority` with the value high counts
+MSG = '"msg": '  # the bus writes this before the text; before it come only names
+DECODER = json.JSONDecoder()
 HIGH = '"priority": "high"'  # a quote inside of a text is written with a backslash, so this stands at a member only
 
 
@@ -110,6 +112,7 @@ class Notices:
     def __init__(self, bus: Bus, found: list[rules.Rule]) -> None:
         self.bus, self.watches = bus, [*map(Watch, found)]
         self.urgent = [each for each in self.watches if each.rule.when == "urgent"]
+        self.judged = "", False  # the last text, and is it urgent: the copies of a message follow each other
         self.sending = False
         self.dead: deque[str] = deque(maxlen=DEAD)
         bus.route("GET", "/notices", self.list, "rules for notices, and the notices that could not be sent")
@@ -143,13 +146,16 @@ class Notices:
             watch.urgent, watch.senders, watch.told = 0, [], 0
 
     def announced(self, visible: list[Message]) -> None:
-        for message in visible:
-            if HIGH in message.text and is_urgent(message):
-                for watch in self.urgent:
-                    if watch.rule.to in (None, message.to) and watch.rule.channel == message.channel:
-                        watch.urgent += 1
-                        if message.sender not in watch.senders and len(watch.senders) < NAMED:
-                            watch.senders.append(message.sender)
+        self.bus.loop.gradually(self.judge, lambda message: None, iter(visible))
+
+    def judge(self, message: Message) -> None:
+        if message.text is not self.judged[0]:
+            self.judged = message.text, is_urgent(message.text)
+        for watch in self.urgent if self.judged[1] else ():
+            if watch.rule.to in (None, message.to) and watch.rule.channel == message.channel:
+                watch.urgent += 1
+                if message.sender not in watch.senders and len(watch.senders) < NAMED:
+                    watch.senders.append(message.sender)
 
     # Sending
 
@@ -190,8 +196,13 @@ class Notices:
         yield "notices_total", "counter", "notices that were sent to a webhook, or could not be", results
 
 
-def is_urgent(message: Message) -> bool:
-    return len(message.text) > PARSED or json.loads(f"{{{message.text}}}").get("priority") == "high"
+def is_urgent(text: str) -> bool:
+    """Has a message priority high? It is judged in a turn, so what is parsed of it is bounded."""
+    if HIGH not in text:
+        return False
+    _, end = DECODER.raw_decode(text, text.index(MSG) + len(MSG))
+    others = text[end + 2 :]  # behind a comma and a blank
+    return len(others) > PARSED or json.loads(f"{{{others}}}").get("priority") == "high"
 
 
 def count(number: int, what: str) -> str:

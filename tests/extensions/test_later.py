@@ -565,7 +565,7 @@ def test_ten_thousand_that_are_due_go_in_slices_in_order_and_each_once(bus):
     bus.state.apply(keeps, bus.clock.now())
     bus.wall.now += MINUTE
     due, most = due_of(bus), 0
-    due.first, slow = 0.0, []  # as at a start: the bus may have looked before they came
+    due.first, slow = {"127.0.0.1": BEGIN}, []  # as at a start
     while bus.view.ask("SELECT 1 FROM later LIMIT 1"):
         began = time.thread_time()
         due.pause = 0.0
@@ -578,6 +578,47 @@ def test_ten_thousand_that_are_due_go_in_slices_in_order_and_each_once(bus):
     assert sorted(slow)[-5] < in_time(0.1)  # with the commit, which is aside
     ticks = bus.view.database.execute("SELECT text FROM messages ORDER BY tick").fetchall()
     assert [json.loads(f"{{{text}}}")["msg"] for (text,) in ticks] == [str(number) for number in range(many)]
+
+
+@pytest.mark.parametrize("count, msg", [(250, "x"), (20, "y" * 200_000)])
+def test_what_is_due_of_one_owner_holds_up_no_other(closed, count, msg):
+    """Each look sends a slice, so 250 small or 20 large ones alone would take three looks."""
+    alice, bob = Guest(closed, closed.tokens["alice"]), Guest(closed, closed.tokens["bob"])
+    for number in range(count):
+        give(bob, f"{number} {msg}", to="alice", after=1 + number / 1000)
+    give(alice, "mine", to="admin", after=30)
+    closed.wall.now += MINUTE
+    looked(closed)
+    looked(closed)
+    assert mail(closed, "admin") == ["mine"]
+    while listed(bob, "?max=1"):
+        looked(closed)
+    assert [each.split()[0] for each in mail(closed, "alice")] == [*map(str, range(count))]
+
+
+def test_an_owner_above_its_rate_holds_up_no_other(closed):
+    """What is refused takes as much time as what is sent."""
+    alice, bob = Guest(closed, closed.tokens["alice"]), Guest(closed, closed.tokens["bob"])
+    for number in range(300):
+        give(bob, to="alice", after=1 + number / 1000)
+    give(alice, "mine", to="admin", after=30)
+    closed.storms.sends = bus_server.Budget(time.monotonic, 0.001, 2)
+    closed.wall.now += MINUTE
+    looked(closed)
+    assert mail(closed, "admin") == ["mine"] and len(mail(closed, "alice")) == 2
+
+
+def test_more_owners_than_a_look_has_time_for_come_in_turns(bus):
+    many = 3 * sending().SLICE
+    for number in range(many):
+        give(Guest(bus, address=f"127.1.{number % 3}.{number // 3}"), str(number))
+    bus.wall.now += MINUTE
+    for number in range(3):
+        looked(bus)
+        assert len(mail(bus)) == (number + 1) * sending().SLICE
+    for _ in range(3):
+        looked(bus)
+    assert due_of(bus).first == {}, "who has nothing to be sent is forgotten"
 
 
 def test_the_list_comes_in_pages_in_the_order_of_giving(bus):

@@ -203,6 +203,38 @@ def test_urgent_messages_are_told_with_their_senders_and_without_their_text(noti
     assert all("a9 and others" in body and "a10" not in body for body in bus.look())
 
 
+NESTED = {"more": {"priority": "high"}}
+
+
+@pytest.mark.parametrize("members, is_told", [
+    ({**NESTED, "msg": "x" * 100_000}, False),
+    ({**NESTED, "priority": "high", "msg": "x" * 100_000}, True),
+    ({**NESTED, "msg": '\\", "priority": "high", "'}, False),
+    ({**NESTED, "y": [[]] * 2000}, True),  # too much to look at all of it
+])  # fmt: skip
+def test_what_is_parsed_of_a_message_is_bounded_and_its_text_is_passed_over(notified, members, is_told):
+    bus = notified(("urgent", {"to": "bob"}))
+    bus.guest.sends("bob", **members)
+    assert len(bus.look()) == is_told
+
+
+def test_a_message_for_many_is_judged_once_and_in_slices(notified, monkeypatch):
+    """Else one send holds the loop for as long as it takes to parse its text for each of its names."""
+    bus = notified(("urgent", {}))
+    module, [watch], texts = sys.modules[type(bus.notices).__module__], bus.notices.watches, []
+    really = module.is_urgent
+    monkeypatch.setattr(module, "is_urgent", lambda given: texts.append(given) or really(given))
+    to = [f"bob{number}" for number in range(64)]
+    bus.guest.sends(to, priority="high")
+    bus.guest.sends(to, "y", **NESTED)
+    come_true(lambda: watch.urgent == 64)
+    assert len(texts) == 2
+    monkeypatch.setattr(bus.bus.loop, "BUDGET", 0)
+    bus.guest.sends(to, priority="high")
+    assert watch.urgent < 128
+    come_true(lambda: watch.urgent == 128)
+
+
 # The request
 
 
