@@ -568,6 +568,19 @@ KINDS = [
           f"{LATER}::test_ten_thousand_that_are_due_go_in_slices_in_order_and_each_once"),
          "`Sender` has no token, and `Due.send()` does not look at it (the first); the send has no key (the second); "
          "nothing is added to `Due.held` (the third); `SLICE` is a million (the last)"),
+    Kind("what waits of one owner makes that of others late",
+         "owners take turns: of each as many schedules are sent in a slice, and who was served comes last",
+         (f"{LATER}::test_what_is_due_of_one_owner_holds_up_no_other",
+          f"{LATER}::test_an_owner_above_its_rate_holds_up_no_other",
+          f"{LATER}::test_more_owners_than_a_look_has_time_for_come_in_turns"),
+         "`Due.ready()` takes a whole `SLICE` of each owner, and leaves its place as it is (the first two); it takes "
+         "from all owners, not from the first `SLICE` (the last)"),
+    Kind("the same text is looked at again for each of its copies",
+         "a text is judged once, in slices, and what is parsed of it is bounded",
+         (f"{NOTIFY}::test_a_message_for_many_is_judged_once_and_in_slices",
+          f"{NOTIFY}::test_what_is_parsed_of_a_message_is_bounded_and_its_text_is_passed_over"),
+         "`Notices.judge()` always judges, or `announced()` calls it for all (the first); `PARSED` is a million "
+         "(the last)"),
     Kind("a time that steps repeats or loses what was to be done at it",
          "a repeat goes on after the time that it was sent for, and what was missed is sent once",
          (f"{LATER}::test_a_repeat_that_was_missed_is_sent_once_and_a_step_back_sends_nothing_twice",
