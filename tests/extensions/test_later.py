@@ -260,6 +260,11 @@ def test_a_repeat_that_was_missed_is_sent_once_and_a_step_back_sends_nothing_twi
         bus.wall.now += MINUTE
         looked(bus)
     assert mail(bus) == ["each", "once"] and listed(guest)[0]["at"] == at
+    bus.wall.now = round(at * 1e6)
+    due_of(bus).look()
+    bus.wall.now -= 24 * 60 * MINUTE  # while it is sent
+    looked(bus)
+    assert mail(bus) == ["each", "once", "each"] and listed(guest)[0]["at"] == at + 60
 
 
 @pytest.mark.slow("the clock of a real server steps")
