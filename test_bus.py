@@ -78,8 +78,8 @@ SECTIONS = {
     21: "MCP over HTTP",
     22: "History of the log",
     23: "Page",
-    24: "Schedules",
-    25: "Notices",
+    27: "Schedules",
+    28: "Notices",
 }
 EXTENSIONS = {  # by the number of the section that it keeps
     12: Extension("questions", "replies.py", "POST", "/ask"),
@@ -92,8 +92,8 @@ EXTENSIONS = {  # by the number of the section that it keeps
     21: Extension("tools by MCP", "mcp.py", "POST", "/mcp"),
     22: Extension("history", "history.py", "GET", "/log?before=now"),
     23: Extension("page", "page.py", "GET", "/ui/"),
-    24: Extension("schedules", "later.py", "GET", "/later"),
-    25: Extension("notices", "notify.py", "GET", "/notices"),
+    27: Extension("schedules", "later.py", "GET", "/later"),
+    28: Extension("notices", "notify.py", "GET", "/notices"),
 }
 QUESTIONS, QUEUES, FILES, METRICS, CHANNELS, PEOPLE, DIGEST, MCP, HISTORY, PAGE, LATER, NOTICES = EXTENSIONS.values()
 
@@ -2267,7 +2267,7 @@ def test_a_link_on_another_site_may_lead_to_the_page(bus):
         assert bus.ask("GET", "/ui/", **{**link, **more})[0] == 403, more
 
 
-# ── 24. Schedules ────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── 27. Schedules ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def scheduled(bus):
@@ -2282,7 +2282,7 @@ def scheduled(bus):
 
 @ours
 def test_a_message_is_sent_later(bus):
-    """24.1 POST /later answers an id and a time; then the message is a send with a ts of then, and the id as its key"""
+    """27.1 POST /later answers an id and a time; then the message is a send with a ts of then, and the id as its key"""
     message = bus.message(msg="in half a second")
     given = bus.post("/later", after=0.5, message=message)
     assert given["ok"] is True and given["duplicate"] is False and given["id"] in scheduled(bus)
@@ -2295,7 +2295,7 @@ def test_a_message_is_sent_later(bus):
 
 @ours
 def test_a_time_that_is_past_is_due_at_once(bus):
-    """24.2 at is seconds since 1970; a time that is past is due at once"""
+    """27.2 at is seconds since 1970; a time that is past is due at once"""
     message = bus.message()
     assert bus.post("/later", at=1795203596.5, message=message)["at"] == "1795203596.500000"
     assert len(bus.recv(message["to"], block="true", wait=QUICK)["messages"]) == 1
@@ -2303,7 +2303,7 @@ def test_a_time_that_is_past_is_due_at_once(bus):
 
 @ours
 def test_a_cron_line_repeats_a_message(bus):
-    """24.3 a schedule with a cron line is due at the next minute that the line names, in UTC, and stays in the list"""
+    """27.3 a schedule with a cron line is due at the next minute that the line names, in UTC, and stays in the list"""
     given = bus.post("/later", cron="0 0 29 2 *", message=bus.message())
     when = time.gmtime(float(given["at"]))
     assert (when.tm_mon, when.tm_mday, when.tm_hour, when.tm_min, when.tm_sec) == (2, 29, 0, 0, 0)
@@ -2313,7 +2313,7 @@ def test_a_cron_line_repeats_a_message(bus):
 
 @ours
 def test_a_wrong_schedule_is_refused(bus):
-    """24.4 a message that /send would not take, no time or two, and a time or a cron line that is none get 400"""
+    """27.4 a message that /send would not take, no time or two, and a time or a cron line that is none get 400"""
     good = bus.message()
     for order in (
         [],
@@ -2333,7 +2333,7 @@ def test_a_wrong_schedule_is_refused(bus):
 
 @ours
 def test_a_retry_with_a_key_is_one_schedule(bus):
-    """24.5 the same sender, channel and key is the same schedule; with another message it gets 409"""
+    """27.5 the same sender, channel and key is the same schedule; with another message it gets 409"""
     message, key = bus.message(), fresh("key")
     first = bus.post("/later", after=900, key=key, message=message)
     again = bus.json("POST", "/later", json.dumps({"after": 1800, "message": message}), Idempotency_Key=key)[1]
@@ -2344,7 +2344,7 @@ def test_a_retry_with_a_key_is_one_schedule(bus):
 
 @ours
 def test_schedules_are_listed(bus):
-    """24.6 GET /later lists schedules in the order in which they were given, in pages, with all that they are"""
+    """27.6 GET /later lists schedules in the order in which they were given, in pages, with all that they are"""
     messages = [bus.message(msg=str(number)) for number in range(3)]
     ids = [bus.post("/later", after=900 - number, message=each)["id"] for number, each in enumerate(messages)]
     found = scheduled(bus)
@@ -2361,7 +2361,7 @@ def test_schedules_are_listed(bus):
 
 @ours
 def test_a_schedule_is_taken_back(bus):
-    """24.7 POST /later with cancel takes a schedule back: its message is not sent; an unknown one gets 404"""
+    """27.7 POST /later with cancel takes a schedule back: its message is not sent; an unknown one gets 404"""
     message = bus.message()
     given = bus.post("/later", after=1, message=message)
     assert bus.post("/later", cancel=given["id"])["ok"] is True and given["id"] not in scheduled(bus)
@@ -2370,12 +2370,12 @@ def test_a_schedule_is_taken_back(bus):
         assert bus.refused({"cancel": ident}, "/later") == 404
 
 
-# ── 25. Notices ──────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── 28. Notices ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @ours
 def test_notices_are_listed(bus):
-    """25.1 GET /notices has the rules, and the notices that could not be sent"""
+    """28.1 GET /notices has the rules, and the notices that could not be sent"""
     answer = bus.get("/notices")
     assert isinstance(answer["rules"], list) and isinstance(answer["dead"], list)
     for rule in answer["rules"]:

@@ -1,4 +1,4 @@
-"""Schedules: messages that are sent later, once or again and again (PROTOCOL.md section 24).
+"""Schedules: messages that are sent later, once or again and again (PROTOCOL.md section 27).
 
 A row of the table `later` is a schedule. When it is due, the bus answers a POST /send with its message, as if its
 sender asked then: so the message passes every check of a send, and the limits of its sender. Its key is the id of the

@@ -1,4 +1,4 @@
-"""Notices for people who do not look at the bus: a request to a webhook when a rule says so (PROTOCOL.md section 25).
+"""Notices for people who do not look at the bus: a request to a webhook when a rule says so (PROTOCOL.md section 28).
 
 `--notify RULES.json` names the file of rules. A notice has names and numbers, and never the text of a message. What is
 not sent yet, and what failed, is in memory only.

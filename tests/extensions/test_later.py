@@ -1,4 +1,4 @@
-"""POST and GET /later: PROTOCOL.md section 24, as far as one token and one outside look cannot show it."""
+"""POST and GET /later: PROTOCOL.md section 27, as far as one token and one outside look cannot show it."""
 
 import contextlib
 import datetime

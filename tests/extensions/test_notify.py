@@ -1,4 +1,4 @@
-"""Notices by webhook: PROTOCOL.md section 25. The webhook is an HTTP server of this test."""
+"""Notices by webhook: PROTOCOL.md section 28. The webhook is an HTTP server of this test."""
 
 import http.server
 import json
