@@ -81,6 +81,8 @@ SECTIONS = {
     24: "Reservations",
     25: "Search",
     26: "Redaction",
+    27: "Schedules",
+    28: "Notices",
 }
 EXTENSIONS = {  # by the number of the section that it keeps
     12: Extension("questions", "replies.py", "POST", "/ask"),
@@ -96,9 +98,11 @@ EXTENSIONS = {  # by the number of the section that it keeps
     24: Extension("reservations", "locks.py", "GET", "/locks"),
     25: Extension("search", "search.py", "GET", "/search?q=a"),
     26: Extension("redaction", "redact.py", "POST", "/redact"),
+    27: Extension("schedules", "later.py", "GET", "/later"),
+    28: Extension("notices", "notify.py", "GET", "/notices"),
 }
 (QUESTIONS, QUEUES, FILES, METRICS, CHANNELS, PEOPLE, DIGEST, MCP, HISTORY, PAGE, LOCKS, SEARCH,
- REDACTION) = EXTENSIONS.values()  # fmt: skip
+ REDACTION, LATER, NOTICES) = EXTENSIONS.values()  # fmt: skip
 
 
 class Bus:
@@ -2662,6 +2666,121 @@ def test_a_retry_of_a_redacted_send_is_refused(bus):
     bus.post("/redact", id=bus.send(to, mine, key=key)["id"])
     assert bus.refused(bus.message(to=to, msg=mine, key=key)) == 409
     assert len(bus.recv(to)["messages"]) == 1
+
+
+# ── 27. Schedules ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def scheduled(bus):
+    """All schedules that the list has, by id."""
+    found, query = {}, ""
+    while query is not None:
+        answer = bus.get(f"/later{query}")
+        found.update({each["id"]: each for each in answer["schedules"]})
+        query = f"?after={answer['next']}" if answer.get("more") else None
+    return found
+
+
+@ours
+def test_a_message_is_sent_later(bus):
+    """27.1 POST /later answers an id and a time; then the message is a send with a ts of then, and the id as its key"""
+    message = bus.message(msg="in half a second")
+    given = bus.post("/later", after=0.5, message=message)
+    assert given["ok"] is True and given["duplicate"] is False and given["id"] in scheduled(bus)
+    assert bus.texts(message["to"]) == []
+    [sent] = bus.recv(message["to"], block="true", wait=QUICK)["messages"]
+    assert sent["msg"] == message["msg"] and decimal.Decimal(sent["ts"]) >= decimal.Decimal(given["at"])
+    again = bus.send(**{**message, "key": given["id"]})
+    assert again["duplicate"] is True and again["id"] == sent["id"]
+
+
+@ours
+def test_a_time_that_is_past_is_due_at_once(bus):
+    """27.2 at is seconds since 1970; a time that is past is due at once"""
+    message = bus.message()
+    assert bus.post("/later", at=1795203596.5, message=message)["at"] == "1795203596.500000"
+    assert len(bus.recv(message["to"], block="true", wait=QUICK)["messages"]) == 1
+
+
+@ours
+def test_a_cron_line_repeats_a_message(bus):
+    """27.3 a schedule with a cron line is due at the next minute that the line names, in UTC, and stays in the list"""
+    given = bus.post("/later", cron="0 0 29 2 *", message=bus.message())
+    when = time.gmtime(float(given["at"]))
+    assert (when.tm_mon, when.tm_mday, when.tm_hour, when.tm_min, when.tm_sec) == (2, 29, 0, 0, 0)
+    assert scheduled(bus)[given["id"]]["cron"] == "0 0 29 2 *"
+    bus.post("/later", cancel=given["id"])
+
+
+@ours
+def test_a_wrong_schedule_is_refused(bus):
+    """27.4 a message that /send would not take, no time or two, and a time or a cron line that is none get 400"""
+    good = bus.message()
+    for order in (
+        [],
+        {"after": 1},
+        {"message": good},
+        {"after": 1, "at": 1, "message": good},
+        {"after": 1, "message": {**good, "to": "a b"}},
+        {"after": 1, "message": [good]},
+        {"after": 1, "message": {**good, "key": "k"}},
+        {"after": -1, "message": good},
+        {"after": "soon", "message": good},
+        {"at": 1795203596000, "message": good},
+        *({"cron": line, "message": good} for line in ("* * * *", "60 * * * *", "*/0 * * * *", "0 0 30 2 *", "x")),
+    ):
+        assert bus.refused(order, "/later") == 400, order
+
+
+@ours
+def test_a_retry_with_a_key_is_one_schedule(bus):
+    """27.5 the same sender, channel and key is the same schedule; with another message it gets 409"""
+    message, key = bus.message(), fresh("key")
+    first = bus.post("/later", after=900, key=key, message=message)
+    again = bus.json("POST", "/later", json.dumps({"after": 1800, "message": message}), Idempotency_Key=key)[1]
+    assert (again["id"], again["at"], again["duplicate"]) == (first["id"], first["at"], True)
+    assert bus.refused({"after": 900, "key": key, "message": {**message, "msg": "another"}}, "/later") == 409
+    bus.post("/later", cancel=first["id"])
+
+
+@ours
+def test_schedules_are_listed(bus):
+    """27.6 GET /later lists schedules in the order in which they were given, in pages, with all that they are"""
+    messages = [bus.message(msg=str(number)) for number in range(3)]
+    ids = [bus.post("/later", after=900 - number, message=each)["id"] for number, each in enumerate(messages)]
+    found = scheduled(bus)
+    assert [each for each in found if each in ids] == ids
+    page = bus.get(f"/later?max=1&from={bus.me}")
+    assert len(page["schedules"]) == 1 and page["more"] is True and page["next"]
+    one = found[ids[1]]
+    assert set(one) == {"id", "state", "at", "cron", "due", "tries", "reason", "message"} and one["at"] == one["due"]
+    assert (one["state"], one["cron"], one["tries"], one["reason"]) == ("waiting", None, 0, None)
+    assert {member: one["message"][member] for member in messages[1]} == messages[1]
+    for ident in ids:
+        bus.post("/later", cancel=ident)
+
+
+@ours
+def test_a_schedule_is_taken_back(bus):
+    """27.7 POST /later with cancel takes a schedule back: its message is not sent; an unknown one gets 404"""
+    message = bus.message()
+    given = bus.post("/later", after=1, message=message)
+    assert bus.post("/later", cancel=given["id"])["ok"] is True and given["id"] not in scheduled(bus)
+    assert bus.recv(message["to"], block="true", wait=1.5)["messages"] == []
+    for ident in (given["id"], "no-such-id", 7):
+        assert bus.refused({"cancel": ident}, "/later") == 404
+
+
+# ── 28. Notices ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@ours
+def test_notices_are_listed(bus):
+    """28.1 GET /notices has the rules, and the notices that could not be sent"""
+    answer = bus.get("/notices")
+    assert isinstance(answer["rules"], list) and isinstance(answer["dead"], list)
+    for rule in answer["rules"]:
+        assert {"rule", "when", "to", "channel", "waiting", "sent", "failed", "last"} == set(rule)
 
 
 # ── Running ──────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -58,6 +58,18 @@ def test_three_agents_change_the_same_files_and_lose_nothing(bus):
     assert json.loads(bus.get("/locks"))["locks"] == []
 
 
+def test_a_reminder_is_sent_to_who_has_not_answered(bus):
+    code, out = run("reminder", AGENT_BUS_URL=bus.url)
+    lines = ["to boss: the report of quick", "to slow: where is the report?", "to boss: the report of slow"]
+    assert (code, out.splitlines()) == (0, [*lines, "0 reminders are left"])
+
+
+def test_a_webhook_is_told_of_an_urgent_message_in_numbers():
+    code, out = run("pager")
+    assert code == 0 and out.endswith('the webhook got: {"text": "agent-bus: 1 urgent message for lead from gb10"}\n')
+    assert out.startswith("page-me: when a message for lead has the priority high") and "SECRET" not in out
+
+
 def hand_over(bus, directory, to, spoil=lambda source: None):
     """Exit codes of who offers and who accepts, what both said, and what was taken, if anything."""
     source, target = directory / f"for-{to}", directory / f"by-{to}"
@@ -118,7 +130,9 @@ def test_a_secret_that_was_sent_is_found_and_redacted(bus):
     assert b"swordfish" not in bus.get("/log")
 
 
-@pytest.mark.parametrize("name", ["incident", "work_queue", "handover", "two_hosts", "reserve", "leaked_secret"])
+@pytest.mark.parametrize(
+    "name", ["incident", "work_queue", "handover", "two_hosts", "reserve", "leaked_secret", "reminder", "pager"]
+)
 def test_an_example_says_how_it_is_used(name):
     for option, code, words in (("--help", 0, "show this help"), ("--wrong", 2, f"{name}.py: error: ")):
         command = [sys.executable, ROOT / "examples" / f"{name}.py", option]
@@ -127,7 +141,8 @@ def test_an_example_says_how_it_is_used(name):
 
 
 @pytest.mark.parametrize(
-    "call", [("incident",), ("work_queue",), ("reserve",), ("handover", "accept", "x"), ("leaked_secret",)]
+    "call",
+    [("incident",), ("work_queue",), ("reserve",), ("reminder",), ("handover", "accept", "x"), ("leaked_secret",)],
 )
 def test_an_example_without_a_bus_is_one_sentence(call):
     env = {**os.environ, "AGENT_BUS_URL": refusing(), "AGENT_NAME": "spark"}
@@ -140,7 +155,7 @@ def test_an_example_without_a_bus_is_one_sentence(call):
 def test_a_closed_bus_refuses_an_example_in_words(bus):
     invite(bus, "ops")
     wait_until(lambda: Peer(bus).send("GET", "/inbox").answer().status == 401)
-    for name in ("incident", "work_queue", "reserve"):
+    for name in ("incident", "work_queue", "reserve", "reminder"):
         done = subprocess.run([sys.executable, ROOT / "examples" / f"{name}.py"], capture_output=True, text=True,
                               timeout=PATIENCE, env={**os.environ, "AGENT_BUS_URL": bus.url})  # fmt: skip
         assert done.returncode == 1 and "token" in done.stderr and done.stderr.count("\n") == 1

@@ -16,9 +16,11 @@ from test_bus import (
     EXTENSIONS,
     FILES,
     HISTORY,
+    LATER,
     LOCKS,
     MCP,
     METRICS,
+    NOTICES,
     PAGE,
     PEOPLE,
     QUESTIONS,
@@ -47,6 +49,8 @@ ROUTES = {
     LOCKS: ("/lock", "/renew", "/unlock", "/locks"),
     SEARCH: ("/search",),
     REDACTION: ("/redact",),
+    LATER: ("/later",),
+    NOTICES: ("/notices",),
 }
 MISSING = "{route} needs bus_extensions/{file}, which is not beside bus_server.py: copy it from the same version"
 OFF = "{route} is off: this bus was started --without page,{name}"

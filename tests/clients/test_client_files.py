@@ -14,8 +14,7 @@ from tests.kit.bad_servers import NOON, Scripted, answer, mail, message
 from tests.kit.processes import PATIENCE, ROOT, has_taken_its_signals, wait_until
 
 LIMITS = {"bus_recv.py": 685, "bus_send.py": 429}  # lines of code
-TOOLS = ["bus_work", "bus_log", "bus_doctor", "bus_file", "bus_outbox", "bus_relay", "bus_who", "bus_inbox",
-         "bus_search", "bus_redact"]
+TOOLS = [f"bus_{tool}" for tool in "work log doctor file outbox relay who inbox search redact later".split()]
 OTHERS = ["bus_join", "bus_invite", "agent_bus", "bus_install"]
 BLOCK = re.compile(r"^# -- shared by [^\n]*: begin [^\n]*\n(.*?)^# -- shared by [^\n]*: end --$", re.M | re.S)
 JOB = message(1, attempt=1, lease=f"{1:032x}", lease_until=NOON + 60)

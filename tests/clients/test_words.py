@@ -250,6 +250,7 @@ def test_tls_that_fails_is_not_tried_again(authority, bus, monkeypatch, tmp_path
     "bus_recv.py dell --timeout 0", "bus_log.py --no-follow", "bus_log.py --last 2", "bus_inbox.py look dell",
     "bus_inbox.py ack 660ba678a1b40 dell", "bus_who.py", "bus_search.py disk full", "bus_search.py disk --since 1h",
     "bus_search.py --rebuild",
+    "bus_later.py --list",
 ])  # fmt: skip
 def test_every_look_without_a_bus_says_what_to_try(call, home):  # noqa: F811
     script, *arguments = call.split()

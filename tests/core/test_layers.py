@@ -21,6 +21,8 @@ LAZILY = {  # and where: if --schemas is given; by the path of a file that belon
     "locks.py": {"_locks_names", "_locks_state", "_locks_words"},
     "redact.py": {"_redact_copies"},
     "search.py": {"_search_index"},
+    "later.py": {"_later_schedule", "_later_due"},
+    "notify.py": {"_notify_rules"},
 }
 
 SOURCE = (ROOT / "bus_server.py").read_text()

@@ -15,12 +15,14 @@ from urllib.parse import urlsplit
 import pytest
 
 from bus_server import CLIENTS
+from tests.clients.test_clients import refusing
 from tests.core.test_openapi import API, described, operations, resolved
+from tests.kit.bad_servers import Scripted, answer
 from tests.kit.peers import run
 from tests.kit.processes import PATIENCE, ROOT, Server, wait_until
 
 SENDERS_OWN = set(API["components"]["schemas"]["Draft"]["properties"])  # a message has those that its sender gave it
-KINDS = {"object": dict, "array": list, "null": type(None)}
+KINDS = {"object": dict, "array": list, "string": str, "null": type(None)}
 TURNS = 40  # between two names; far more than the others of these requests have
 FILE = b"what is in a file"
 PROGRAMS = [*sorted(CLIENTS), "/bus_search.py", "/bus_redact.py"]  # those of extensions too
@@ -132,6 +134,7 @@ def ask_for_everything(compared):
     ask_for_recalls(compared, first)
     ask_for_work(compared)
     ask_for_locks(compared)
+    ask_for_schedules(compared)
     ask_for_files(ask)
     ask_for_words(compared)
     assert run("prune", "--older", "0", "--pending", "--db", compared.bus.db)[0] == 0
@@ -284,6 +287,40 @@ def ask_for_locks(compared):
     waiting.join(PATIENCE)
 
 
+def ask_for_schedules(compared):
+    ask, message = compared.ask, {"from": "ann", "to": "dell", "msg": "x", "subject": "s"}
+    order = {"cron": "0 0 29 2 *", "message": message, "key": "schedule"}
+    ids = [ask("POST", "/later", {"after": after, "message": message})["id"] for after in (900, 800)]
+    for body in (order, order, {**order, "cron": "0 0 1 1 *"}, {}, {"cancel": ids[0]}, {"cancel": ids[0]}):
+        ask("POST", "/later", body)
+    ask("POST", "/later", {"after": 900, "message": {**message, "to": ["dell", "nano"]}})
+    ask("GET", "/later")
+    ask("GET", "/later?max=1")
+    ask("GET", "/later", Host="evil.example")
+
+
+APART = "loaded('notify', lambda module: setattr(module, 'APART', 0))"  # a notice is tried again at once
+
+
+def ask_for_notices(compared, folder):
+    """It needs a bus with rules: one of its two webhooks does not take notices."""
+    with Scripted(answer({})) as webhook:
+        url, nowhere = webhook.url, refusing()
+        rules = [{"rule": each.rpartition(":")[2], "when": "urgent", "template": "ntfy", "url": each}
+                 for each in (url, nowhere)]  # fmt: skip
+        rules.append({"rule": "silent", "when": "silent", "to": "dell", "template": "ntfy", "url": url})
+        file = folder / "rules.json"
+        file.write_text(json.dumps({"hosts": [each.partition("//")[2] for each in (url, nowhere)], "rules": rules}))
+        file.chmod(0o600)
+        program = (str(ROOT / "tests/kit/raising_server.py"),)
+        settings = {"program": program, "env": {"PATCH": APART, "FAULT_PORT": "0"}}
+        with Server(folder / "told.db", "--notify", str(file), **settings) as compared.bus:
+            compared.send("dell", priority="high")
+            wait_until(lambda: compared.ask("GET", "/notices")["dead"])
+            wait_until(lambda: compared.ask("GET", "/notices")["rules"][0]["last"])
+            compared.ask("GET", "/notices", Host="evil.example")
+
+
 def ask_for_files(ask):
     half = len(FILE) // 2
     ask("GET", f"/blob/{SHA}")
@@ -301,11 +338,12 @@ def ask_for_files(ask):
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory):
-    """Two buses that were asked for everything: the second has no clients beside its file."""
+    """Three buses that were asked for everything: the last has no clients beside its file."""
     folder = tmp_path_factory.mktemp("compared")
     with Server(folder / "bus.db", "--turns", str(TURNS)) as bus:
         compared = Compared(bus)
         ask_for_everything(compared)
+    ask_for_notices(compared, folder)
     shutil.copy(ROOT / "bus_server.py", folder)
     with Server(folder / "alone.db", program=("-S", str(folder / "bus_server.py"))) as compared.bus:
         for path in ("/certificate", *PROGRAMS):

@@ -46,7 +46,8 @@ from bus_server import (
 from tests.kit.processes import ROOT
 
 EXTENSIONS = bus_server.load_extensions(())
-work, replies, locks, redact = EXTENSIONS["work"], EXTENSIONS["replies"], EXTENSIONS["locks"].its, EXTENSIONS["redact"]
+work, replies, later, redact = (EXTENSIONS[name] for name in ("work", "replies", "later", "redact"))
+locks = EXTENSIONS["locks"].its
 LISTS = 30  # for a seed
 SEEDS = -(-int(os.environ.get("REPLAY_LISTS", "240")) // LISTS)
 BEGIN = 1795000000 * 1000000  # us
@@ -207,11 +208,22 @@ class World:
     def lapse(self):
         return locks.Lapse(self.random.choice(([], ["aa"], ["bb", "cc"])))
 
+    def later_keep(self):
+        facts = [f"{self.random.randrange(9):016x}", "ann", "", "::1", self.random.choice((None, "* * * * *")), "{}"]
+        return later.schedules.Keep(facts, self.tick())
+
+    def later_move(self):
+        due, reason = self.random.choice((None, self.tick())), self.random.choice((None, "no room"))
+        return later.schedules.Move(self.random.randrange(1, 30), self.tick(), due, self.random.choice((0, 3)), reason)
+
+    def later_drop(self):
+        return later.schedules.Drop(self.random.randrange(1, 30))
+
     def broken(self):
         return Broken(self.random.choice((True, False)), self.tick())
 
-    RARE = (forget, forget_keys, bury, recall, again, lapse, redact, fold, broken)
-    KINDS = (put,) * 8 + (claim, settle, lock) * 4 + (marks, remove, raise_, renew, unlock) * 2 + RARE
+    RARE = (forget, forget_keys, bury, recall, again, lapse, redact, fold, later_move, later_drop, broken)
+    KINDS = (put,) * 8 + (claim, settle, lock) * 4 + (marks, remove, raise_, renew, unlock, later_keep) * 2 + RARE
 
     def list(self):
         operations = [self.random.choice(self.KINDS)(self) for _ in range(self.random.choice((1, 1, 2, 5, 9)))]

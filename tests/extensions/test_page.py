@@ -1038,3 +1038,29 @@ def test_a_link_for_a_person_is_printed_and_opens_the_page(closed, page):
     env = {"PATH": "", "AGENT_BUS_URL": closed.url, "AGENT_BUS_TOKEN": closed.tokens["ann"]}
     done = subprocess.run(program, env=env, capture_output=True, text=True, timeout=PATIENCE)
     assert done.stdout == f"{closed.url}/ui/#token={closed.tokens['ann']}\n", done
+
+
+def test_what_is_sent_later_is_listed_and_taken_back(bus, page):
+    message = {"from": "ann", "to": "bob", "msg": "remember the milk"}
+    assert ask(bus, "POST", "/later", {"cron": "0 9 * * 1-5", "message": message})[0] == 200
+    assert ask(bus, "POST", "/later", {"after": 900, "message": {**message, "to": ["bob", "carl"]}})[0] == 200
+    show(page, bus, "#/more/later")
+    page.wait_for_selector("tr:has-text('0 9 * * 1-5 (UTC)')")
+    page.click("tr:has-text('bob, carl') button")
+    page.wait_for_selector("text=The message is not sent then. Press Take back again to do it.")
+    page.click("tr:has-text('bob, carl') button")
+    page.wait_for_selector("text=taken back: the message to bob, carl")
+    page.wait_for_selector("tr:has-text('bob, carl')", state="detached")
+    assert [each["message"]["to"] for each in ask(bus, "GET", "/later")[1]["schedules"]] == ["bob"]
+
+
+def test_the_rules_of_notices_are_listed(tmp_path, page):
+    rules = tmp_path / "rules.json"
+    rule = {"rule": "lead-waits", "when": "unread", "to": "lead", "template": "ntfy", "url": "https://ntfy.sh/SECRET"}
+    rules.write_text(json.dumps({"hosts": ["ntfy.sh"], "rules": [rule]}))
+    rules.chmod(0o600)
+    with Server(tmp_path / "bus.db", "--notify", str(rules)) as bus:
+        show(page, bus, "#/more/notify")
+        page.wait_for_selector("tr:has-text('unread: lead on default')")
+        assert texts(page, "td") == ["lead-waits", "unread: lead on default", "never", "0 sent, 0 failed"]
+        assert "SECRET" not in page.content()

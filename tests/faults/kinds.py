@@ -22,6 +22,7 @@ SHARES = "faults/test_kinds_shares.py"
 EXTENSIONS, WAITING = "faults/test_kinds_extensions.py", "faults/test_kinds_parked.py"
 TURNS = "faults/test_kinds_turns.py"
 REDACT, SEARCH = "extensions/test_redact.py", "extensions/test_search.py"
+LATER, NOTIFY = "extensions/test_later.py", "extensions/test_notify.py"
 STORAGE, PYTHON, BASH = "faults/test_kinds_storage.py", "clients/test_client_cases.py", "clients/test_listener_cases.py"
 
 KINDS = [
@@ -599,6 +600,43 @@ KINDS = [
          (f"{PYTHON}::test_a_token_with_a_byte_order_mark_or_empty_lines_is_read",
           f"{BASH}::test_a_token_with_a_byte_order_mark_or_empty_lines_is_read"),
          "the mark is not stripped: in `credentials()` (the first), in `strip` of bus_listener.sh (the second)"),
+    Kind("what waits to be done later is done with a right that is gone, twice, or all at once",
+         "a schedule becomes an ordinary send of its token at that time, with its id as key; the budget of each owner "
+         "is bytes; what is due goes in slices",
+         (f"{LATER}::test_a_schedule_of_a_revoked_token_is_not_sent_and_says_why",
+          f"{LATER}::test_a_bus_that_is_killed_between_the_send_and_the_removal_sends_once",
+          f"{LATER}::test_the_schedules_of_one_owner_and_of_all_have_a_budget",
+          f"{LATER}::test_ten_thousand_that_are_due_go_in_slices_in_order_and_each_once"),
+         "`Sender` has no token, and `Due.send()` does not look at it (the first); the send has no key (the second); "
+         "nothing is added to `Due.held` (the third); `SLICE` is a million (the last)"),
+    Kind("what waits of one owner makes that of others late",
+         "owners take turns: of each as many schedules are sent in a slice, and who was served comes last",
+         (f"{LATER}::test_what_is_due_of_one_owner_holds_up_no_other",
+          f"{LATER}::test_an_owner_above_its_rate_holds_up_no_other",
+          f"{LATER}::test_more_owners_than_a_look_has_time_for_come_in_turns"),
+         "`Due.ready()` takes a whole `SLICE` of each owner, and leaves its place as it is (the first two); it takes "
+         "from all owners, not from the first `SLICE` (the last)"),
+    Kind("the same text is looked at again for each of its copies",
+         "a text is judged once, in slices, and what is parsed of it is bounded",
+         (f"{NOTIFY}::test_a_message_for_many_is_judged_once_and_in_slices",
+          f"{NOTIFY}::test_what_is_parsed_of_a_message_is_bounded_and_its_text_is_passed_over"),
+         "`Notices.judge()` always judges, or `announced()` calls it for all (the first); `PARSED` is a million "
+         "(the last)"),
+    Kind("a time that steps repeats or loses what was to be done at it",
+         "a repeat goes on after the time that it was sent for, and what was missed is sent once",
+         (f"{LATER}::test_a_repeat_that_was_missed_is_sent_once_and_a_step_back_sends_nothing_twice",
+          f"{LATER}::test_what_was_due_while_the_bus_was_down_is_sent_at_its_start_in_the_order_of_time"),
+         "the next time is looked for after the clock alone (the first); what is due is taken in the order of giving "
+         "(the second)"),
+    Kind("the bus asks elsewhere: another host is reached, or one that is slow holds the bus up",
+         "a webhook's host must be in the file; no redirect is followed; one request at a time, in a thread, that ends "
+         "in time; no URL is told",
+         (f"{NOTIFY}::test_a_wrong_rule_gets_its_sentence",
+          f"{NOTIFY}::test_a_failure_is_tried_again_later_each_time_and_then_a_dead_letter",
+          f"{NOTIFY}::test_a_peer_that_is_no_webhook_is_given_up_in_time",
+          f"{NOTIFY}::test_the_loop_serves_others_while_a_webhook_is_slow"),
+         "`hosts` is not looked at (the first); any answer is a success (the second); `status_of()` sets the timeout "
+         "once (the third); `Notices.send()` calls `post()` itself (the last)"),
     Kind("bus_listener.sh: an old server, rotated files",
          "a server of the first contract is read from 0, also if it hangs up on `last`; each message is stored once "
          "while files are renamed or removed",

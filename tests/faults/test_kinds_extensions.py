@@ -42,7 +42,7 @@ def bus(tmp_path):
 # A body that each path with POST would accept, if it were not for its rate.
 SENT = {"/send": {"from": "eve", "to": "bob", "msg": "x"}, "/ask": {"from": "eve", "to": "bob", "msg": "x"},
         "/status": {"from": "eve", "text": "x"}, "/mcp": {"jsonrpc": "2.0", "id": 1, "method": "ping"},
-        "/recall": {"id": "1"}, "/again": {"id": "1"}, "/claim": {"to": "builds", "wait": 0},
+        "/recall": {"id": "1"}, "/again": {"id": "1"}, "/later": {"cancel": "1"}, "/claim": {"to": "builds", "wait": 0},
         **{path: {"id": "1", "lease": "x"} for path in ("/ack", "/nack", "/extend")},
         "/lock": {"from": "eve", "names": ["a"]}, "/renew": {"from": "eve", "fence": 1},
         "/unlock": {"from": "eve", "names": ["a"]}}  # fmt: skip

@@ -62,7 +62,7 @@ LOCKS = 1010
 
 @pytest.fixture(scope="module")
 def crowded(tmp_path_factory):
-    """12,000 names, a conversation of 60 messages of 200 KB, and as many reservations as fill more than a page."""
+    """12,000 names, a conversation of 60 messages of 200 KB, 61 schedules of such, and reservations for over a page."""
     with raising(tmp_path_factory.mktemp("crowded"), MANY_NAMES) as bus:
         bus.root = stored(bus, "bob", "the first")
         with Peer(bus) as peer:
@@ -72,14 +72,17 @@ def crowded(tmp_path_factory):
             for number in range(LOCKS):
                 body = {"from": "ann", "names": [f"src/{number}.py"]}
                 assert peer.send("POST", "/lock", body).answer().status == 200
+            for _ in range(61):
+                order = {"after": 900, "message": {"from": "ann", "to": "bob", "msg": "y" * 200_000}}
+                assert peer.send("POST", "/later", order).answer().status == 200
         assert ask(bus, "PUT", inside.FILE_PATH, inside.FILE).status == 201
         yield bus
 
 
 LOOKS = inside.looks()
-LISTS = ["/agents", "/channels", "/inbox", "/locks", "/thread/ROOT"]  # they go on at `next`
+LISTS = ["/agents", "/channels", "/inbox", "/locks", "/thread/ROOT", "/later"]  # they go on at `next`
 BACKWARDS = ["/search?q=x&max=1000"]  # they go on at `next` too, which is a `before`
-SHORT = ["/message/ROOT", "/healthz", "/whoami", "/activity"]  # JSON that tells of one thing
+SHORT = ["/message/ROOT", "/healthz", "/whoami", "/activity", "/notices"]  # JSON of one thing, or of a hundred at most
 
 
 @pytest.mark.parametrize("path", LOOKS)
@@ -122,7 +125,7 @@ def test_pages_follow_each_other_until_all_were_told_once(crowded, path):
         return
     assert len(found) == len(set(found))
     others = [each for each in found if "bob" not in each and each != ("default", "ann")]  # ann only sends
-    assert len(others) == {"/thread/ROOT": 61, "/locks": LOCKS}.get(path, 12000)
+    assert len(others) == {"/thread/ROOT": 61, "/later": 61, "/locks": LOCKS}.get(path, 12000)
 
 
 def items(answer):
@@ -134,7 +137,7 @@ def items(answer):
         return [channel for channel, sums in answer["channels"].items() for _ in range(sums["mailboxes"])]
     if "locks" in answer:
         return [str(each["fence"]) for each in answer["locks"]]
-    return [each["id"] for each in answer["messages"]]
+    return [each["id"] for each in answer["schedules" if "schedules" in answer else "messages"]]
 
 
 def test_the_figures_of_all_names_come_in_pages_too(crowded):
