@@ -115,8 +115,7 @@ class Search:
         mine = [] if grant.send_only else [grant.name, EVERYONE, *grant.also]
         wanted = index.Wanted(match_of(query.needed("q")), grant.name, None if grant.operator else mine)
         values = values_of(request, mine)
-        above = moment(query, "since", 0, bus.last)
-        below = moment(query, "before", bus.last + 1, bus.last + 1)
+        above, below = moment(query, "since", 0, bus.last), moment(query, "before", bus.last + 1, bus.last + 1)
         limit = int(query.number("max", 100, 1, MAX_MESSAGES))
         if self.waiting[owner] >= self.WAITING:
             raise too_much(f"{self.WAITING} searches of {owner} wait already: search again when one is answered", 1)
@@ -124,7 +123,6 @@ class Search:
         self.do(Job(work, request.peer, owner, partial(self.found, owner, values, limit)))
 
     def check(self) -> None:
-        """Refused, if there can be no index."""
         if self.missing:
             raise Refused(501, f"this bus cannot search: {self.missing}")
         if not self.bus.view.has_room():
@@ -192,7 +190,7 @@ class Search:
         self.bus.loop.in_thread(lambda: job.work(last), partial(self.done, job))
 
     def done(self, job: Job, result: Any) -> None:
-        """The first job is done: `result` is what it returned, or the exception that it raised."""
+        """The first job is done. `result`: of its work, or its exception."""
         self.jobs.popleft()
         self.waiting -= Counter([job.owner])
         if self.jobs:
@@ -206,15 +204,19 @@ class Search:
             job.then(result)
 
     def answer(self, connection: Connection, job: Job, result: Any) -> None:
-        why = "the bus failed on its index, and its log says why: search again; the messages are safe"
-        failed = isinstance(result, Exception)
-        connection.answer(refusal(Refused(503, why, ("Retry-After", "2"))) if failed else job.then(result))
+        try:
+            self.bus.check_token(connection.token or "")  # it may have been revoked meanwhile
+            if isinstance(result, Exception):
+                why = "the bus failed on its index, and its log says why: search again; the messages are safe"
+                raise Refused(503, why, ("Retry-After", "2"))
+            connection.answer(job.then(result))
+        except Refused as refused:
+            connection.answer(refusal(refused))
 
 
 def match_of(text: str) -> str:
     """What FTS5 is to match: all the words and "phrases" of a query. Each is quoted, so none is syntax."""
-    parts = [phrase or word for phrase, word in WORD.findall(text)]
-    words = [part for part in parts if any(map(str.isalnum, part))]
+    words = [part for part in map(max, WORD.findall(text)) if any(map(str.isalnum, part))]
     if not words:
         raise Refused(400, "q has no word to look for: give letters or digits, as in q=disk+full")
     if len(text) > CHARACTERS or len(words) > WORDS:
@@ -225,11 +227,9 @@ def match_of(text: str) -> str:
 def moment(query: Query, field: str, otherwise: int, last: int) -> int:
     """A time in the query as a tick; `now` is the tick that was announced last."""
     text = query.one(field)
-    if text is None:
-        return otherwise
-    if text != "now" and not SINCE.fullmatch(text):
+    if text not in (None, "now") and not SINCE.fullmatch(text):
         raise Refused(400, f"{field} must be 'now' or seconds like 1795203596.123456")
-    return last if text == "now" else cursor(text)
+    return otherwise if text is None else last if text == "now" else cursor(text)
 
 
 def values_of(request: Request, mine: list[str]) -> dict[str, Any]:

@@ -275,6 +275,18 @@ def test_hits_that_a_token_may_not_see_keep_no_page_from_it(tmp_path):
         assert (status, [each["msg"] for each in answer["messages"]], answer["next"]) == (200, ["word a"], None)
 
 
+def test_a_search_whose_token_is_revoked_while_it_waits_gets_nothing(tmp_path):
+    bus = inside.make(tmp_path / "bus.db")
+    try:
+        searches = next(route.call.__self__ for key, route in bus.routes.items() if key == ("GET", "/search"))
+        bus.gate.tokens.closed = True  # and none is valid any more
+        connection, job = mock.Mock(token="abt_00000000"), mock.Mock()
+        searches.answer(connection, job, None)
+        assert connection.answer.call_args.args[0].status == 401 and not job.then.called
+    finally:
+        inside.close(bus)
+
+
 def test_an_owner_has_four_searches(tmp_path):
     """The thread of the index is held by the test."""
     bus = inside.make(tmp_path / "bus.db")
