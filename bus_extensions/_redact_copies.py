@@ -42,12 +42,18 @@ class Copies:
         return [found[tick] for tick in sorted(found)], self.looked < LOOKED and self.size < LOOKED_BYTES
 
     def of_send(self, message: Message) -> list[Message]:
-        """Their ticks follow each other."""
-        near = message.tick - NAMES_PER_SEND, message.tick + NAMES_PER_SEND
-        rows = self.state.writing.execute(f"{SELECT} WHERE tick > ? AND tick < ? ORDER BY tick", near).fetchall()
+        """Their ticks follow each other without a gap. What is damaged may be one of them, and ends nothing."""
+        ends = message.tick - NAMES_PER_SEND, message.tick + NAMES_PER_SEND
+        rows = self.state.writing.execute(f"{SELECT} WHERE tick > ? AND tick < ? ORDER BY tick", ends).fetchall()
         same = message.sender, message.channel, message.text
-        found = map(self.state.checked, rows)
-        return [each for each in found if each and (each.sender, each.channel, each.text) == same]
+        near = {row[0]: self.state.checked(row) for row in rows}
+        here = [tick for tick, each in near.items() if not each or (each.sender, each.channel, each.text) == same]
+        first = last = message.tick
+        while first - 1 in here:
+            first -= 1
+        while last + 1 in here:
+            last += 1
+        return [each for tick in range(first, last + 1) if (each := near[tick])]
 
     def is_queue(self, own: str) -> bool:
         place = self.message.channel, own
