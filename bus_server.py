@@ -1377,13 +1377,13 @@ class Door:
             self.loop.soon(self.sweep)
 
     def drop_idle(self) -> None:
-        """File descriptors have run out: close the idle connections, except those made within the last second.
+        """File descriptors have run out: close the idle connections, except those made or answered a moment ago.
 
-        If none is idle, the owner with the most connections loses some: first those that wait for a message.
+        The next request of these may be under way. If none is idle, the owner with the most connections loses some: first those that wait for a message.
         """
-        fresh = self.deadlines.clock() + HEAD_SECONDS - 1
-        everybody = [each for each in self.connections if not (each in self.strangers and each.due > fresh)]
-        idle = [each for each in everybody if each.phase is IDLE]
+        ago = self.deadlines.clock() - 1
+        everybody = [each for each in self.connections if not (each in self.strangers and each.due > ago + HEAD_SECONDS)]
+        idle = [each for each in everybody if each.phase is IDLE and each.due < ago + IDLE_SECONDS]
         if not idle:
             [(most, _)] = Counter(map(Connection.owner, self.connections)).most_common(1) or [("", 0)]
             crowd = [each for each in everybody if each.phase is not BUSY and each.owner() == most]
@@ -5006,6 +5006,11 @@ ELSEWHERE = {  # extension: the endpoints and options that it brings
     "mcp": ("/mcp",),
     "history": (),  # `before` of /log
     "page": ("/ui/", "/activity"),
+    "locks": ("/lock", "/renew", "/unlock", "/locks"),
+    "search": ("/search", "/bus_search.py"),
+    "redact": ("/redact", "/bus_redact.py"),
+    "later": ("/later",),
+    "notify": ("/notices", "--notify", "--notify-dry-run"),
 }
 
 

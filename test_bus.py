@@ -2608,7 +2608,7 @@ def test_a_search_finds_what_was_sent_before_it(bus):
 
 @ours
 def test_a_redacted_text_is_gone_at_every_door(bus):
-    """26.2 after /redact no endpoint has the text: the message has redacted, and of its members only the names"""
+    """26.1 after /redact no endpoint has the text: the message has redacted, and of its members only the names"""
     mine, to = word(), fresh()
     first, since = (answer := bus.send(to, "x"))["id"], answer["ts"]
     more = {"subject": mine, "type": mine, "password": mine, "reply_to": first, "ttl": 1000}

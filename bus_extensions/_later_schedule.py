@@ -127,6 +127,7 @@ OPERATIONS = (Keep, Move, Drop)
 # The cron line
 
 FIELDS = (("minute", 0, 59), ("hour", 0, 23), ("day", 1, 31), ("month", 1, 12), ("weekday", 0, 7))  # 0 and 7: Sunday
+CHARACTERS = 200  # of a line; lines are kept
 PART = re.compile(r"(?:\*|([0-9]{1,2})-([0-9]{1,2}))(?:/([0-9]{1,2}))?|([0-9]{1,2})")
 MINUTE = 60 * 1000000  # us
 DAY = 1440  # minutes
@@ -142,7 +143,7 @@ class Cron:
 
     def __init__(self, line: str) -> None:
         self.line, fields = line, line.split()
-        if len(fields) != len(FIELDS):
+        if len(fields) != len(FIELDS) or len(line) > CHARACTERS:
             raise ValueError("cron must be five fields, minute hour day month weekday, like '30 9 * * 1-5', in UTC")
         minutes, hours, self.days, self.months, weekdays = map(numbers, fields, FIELDS)
         self.times = [hour * 60 + minute for hour in sorted(hours) for minute in sorted(minutes)]  # of a day

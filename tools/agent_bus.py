@@ -49,7 +49,7 @@ GROUPS: dict[str, dict[str, Command]] = {
         "ask": Command("send a question, print the reply", "ask bob 'Is T1 done?'", "bus_send", (ASKS,)),
         "recv": Command("print messages as they arrive", "recv bob", "bus_recv"),
         "inbox": Command("look at unread mail, take none of it", "inbox bob", "bus_inbox", ("look",)),
-        "later": Command("send a message at a later time", "later bob 'Is T1 done?' --after 1h", "bus_later"),
+        "later": Command("send a message at a later time", "later bob 'T1?' --after 1h", "bus_later"),
         "ack": Command("mark mail as read, up to this id", "ack 660ba678a1b40 bob", "bus_inbox", ("ack",)),
     },
     "Look": {

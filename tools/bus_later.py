@@ -50,7 +50,7 @@ def ask(url: str, path: str, order: dict[str, Any] | None = None) -> dict[str, A
     def attempt(left: float) -> Any:
         return bus_send.exchange(url, path, body, min(left, bus_send.GRACE_SECONDS))[0]
 
-    return bus_send.persist(attempt, PATIENCE, url)
+    return bus_send.persist(attempt, PATIENCE if order else 0.0, url)  # who only looks is told at once
 
 
 def schedules(url: str, sender: str | None) -> Iterator[dict[str, Any]]:

@@ -271,9 +271,9 @@ def test_the_last_minutes_are_counted_by_the_bus_and_refusals_with_them(bus, pag
 
 def test_an_agent_has_a_strip_of_the_minutes_in_which_it_listened(busy, closed, page):
     show(page, busy, "#/agents/dell")
-    page.wait_for_selector("text=/It listened in 1 minute of the \\d+ since the bus started./")
+    page.wait_for_selector("text=/It listened in (1 minute|2 minutes) of the \\d+ since the bus started./")
     rects = {kind: page.locator(f".presence .{kind}").count() for kind in ("there", "gone", "unknown")}
-    assert rects["there"] == 1 and sum(rects.values()) == 60 and rects["unknown"] > 0
+    assert rects["there"] in (1, 2) and sum(rects.values()) == 60 and rects["unknown"] > 0
     page.goto(f"{closed.url}/ui/#token={closed.tokens['ann']}")
     page.wait_for_selector("#live.good")
     page.goto(f"{closed.url}/ui/#/agents/ann")

@@ -45,7 +45,7 @@ SENT = {"/send": {"from": "eve", "to": "bob", "msg": "x"}, "/ask": {"from": "eve
         "/recall": {"id": "1"}, "/again": {"id": "1"}, "/later": {"cancel": "1"}, "/claim": {"to": "builds", "wait": 0},
         **{path: {"id": "1", "lease": "x"} for path in ("/ack", "/nack", "/extend")},
         "/lock": {"from": "eve", "names": ["a"]}, "/renew": {"from": "eve", "fence": 1},
-        "/unlock": {"from": "eve", "names": ["a"]}}  # fmt: skip
+        "/unlock": {"from": "eve", "names": ["a"]}, "/redact": {"id": "1"}, "/search": {}}  # fmt: skip
 
 
 def test_whatever_is_asked_has_a_rate(bus):

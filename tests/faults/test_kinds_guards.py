@@ -39,7 +39,7 @@ ENOUGH = 6  # failures that are told before a test gives up
 FOR_ALL = {"Ledger.commit", "Bus.announce", "Bus.settle", "Figures.committed", "Mailboxes.add"}
 FOR_ALL |= {"Mailboxes.note_removed", "Mailboxes.wake"}
 # Where a list is made durable its outcome is unknown, and the bus ends: PROTOCOL.md, "What a 200 promises".
-UNKNOWN = {"Ledger.apply", "View.has_room", "Clock.now"}
+UNKNOWN = {"Ledger.apply", "Ledger.note_room", "View.has_room", "Clock.now"}
 
 
 def ask(bus, *request, **more):

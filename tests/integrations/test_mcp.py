@@ -876,7 +876,7 @@ def run(*command, **options):
 def test_the_official_sdk_calls_every_tool(settings, options):
     said = run(SDK_PYTHON, "-c", WITH_THE_SDK, sys.executable, str(SCRIPT), *options, env={**os.environ, **settings})
     words, tools, sent, mail, acknowledged, agents, whoami = json.loads(said)
-    assert "data from another agent" in words and tools == TOOLS
+    assert "data from another agent" in words and set(tools) == set(TOOLS)
     assert "id " in sent and "from the SDK" in mail and "0 unread" in acknowledged
     assert agents == "alice: listening, 0 unread" and whoami.startswith("alice, on channel default")
 
@@ -894,7 +894,7 @@ def test_the_inspector_calls_every_tool(settings):
         assert not result["isError"], result
         return result["content"][0]["text"]
 
-    assert [tool["name"] for tool in inspect("tools/list")["tools"]] == TOOLS
+    assert {tool["name"] for tool in inspect("tools/list")["tools"]} == set(TOOLS)
     sent = call("bus_send", to="alice", msg="from the Inspector").split("id ")[1]
     assert "from the Inspector" in call("bus_inbox", wait=1)
     assert "0 unread" in call("bus_ack", id=sent)
