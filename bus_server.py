@@ -1379,10 +1379,12 @@ class Door:
     def drop_idle(self) -> None:
         """File descriptors have run out: close the idle connections, except those made or answered a moment ago.
 
-        The next request of these may be under way. If none is idle, the owner with the most connections loses some: first those that wait for a message.
+        The next request of these may be under way. If none is idle, the owner with the most connections loses some:
+        first those that wait for a message.
         """
         ago = self.deadlines.clock() - 1
-        everybody = [each for each in self.connections if not (each in self.strangers and each.due > ago + HEAD_SECONDS)]
+        new = {each for each in self.strangers if each.due > ago + HEAD_SECONDS}
+        everybody = [each for each in self.connections if each not in new]
         idle = [each for each in everybody if each.phase is IDLE and each.due < ago + IDLE_SECONDS]
         if not idle:
             [(most, _)] = Counter(map(Connection.owner, self.connections)).most_common(1) or [("", 0)]

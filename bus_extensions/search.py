@@ -109,9 +109,8 @@ class Search:
             bus.loop.every(self.LOOK_SECONDS, self.look)
 
     def search(self, request: Request) -> None:
-        self.check()
+        self.check(request)
         bus, owner, query, grant = self.bus, request.owner(), request.query(), request.grant
-        bus.storms.read(owner)
         mine = [] if grant.send_only else [grant.name, EVERYONE, *grant.also]
         wanted = index.Wanted(match_of(query.needed("q")), grant.name, None if grant.operator else mine)
         values = values_of(request, mine)
@@ -122,7 +121,8 @@ class Search:
         work = partial(self.index.search, wanted, above, below)
         self.do(Job(work, request.peer, owner, partial(self.found, owner, values, limit)))
 
-    def check(self) -> None:
+    def check(self, request: Request) -> None:
+        self.bus.storms.read(request.owner())
         if self.missing:
             raise Refused(501, f"this bus cannot search: {self.missing}")
         if not self.bus.view.has_room():
@@ -151,7 +151,7 @@ class Search:
     def renew(self, request: Request) -> None:
         if not request.grant.operator:
             raise Refused(403, "only an operator may have the index made anew: this needs invite --operator")
-        self.check()
+        self.check(request)
         self.do(Job(self.index.renew, request.peer, "", self.renewed))
 
     def renewed(self, more: bool) -> Answer:
