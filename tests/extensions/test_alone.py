@@ -192,6 +192,8 @@ for name, module in options.extensions.items():
     bus = bus_server.make_bus(options, bus_server.State(":memory:"))
     core, parser = dict(bus.routes), argparse.ArgumentParser(add_help=False)
     module.options(parser)
+    if module.TABLES:
+        bus.state.add_tables(name, module.NOUN, module.TABLES)
     module.start(bus, options)
     routes = {path for (_, path), route in bus.routes.items() if core.get((_, path)) is not route}
     print(json.dumps([name, sorted(routes | set(parser._option_string_actions))]))

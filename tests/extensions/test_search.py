@@ -330,7 +330,7 @@ def test_a_bus_that_can_have_no_index_says_why():
     bus = inside.make(":memory:")
     inside.close(bus)
     with pytest.raises(Refused) as refused:
-        bus.routes["GET", "/search"].call(None)
+        bus.routes["GET", "/search"].call(mock.Mock(**{"owner.return_value": "me"}))
     assert refused.value.status == 501 and refused.value.sentence.endswith("its messages are in no file")
 
 

@@ -275,8 +275,8 @@ def test_a_watch_that_ends_and_is_armed_again_loses_nothing(bus, peer, tmp_path,
         while len(armed) < watches:
             mail(f"steady {number}")
             number += 1
-            time.sleep(0.4)  # the rate of the mail: no more than 20 come in a gap, which would be a backlog
-            readers = session.readers() if death != "its deadline" and number % 5 == 0 else []
+            time.sleep(1.0)  # the rate of the mail: no more than 20 come in a gap, which would be a backlog
+            readers = session.readers() if death != "its deadline" and number % 3 == 0 else []
             for pid in readers:
                 os.kill(pid, signal.SIGKILL)
             assert number < 400, "the watch was not armed again"
