@@ -256,7 +256,7 @@ def slow_server(place):
 
 
 def test_a_slow_disk_for_files_holds_up_nobody_else(tmp_path):
-    """Each read() and write() of a file takes 300 ms more."""
+    """Each read() and write() of a file takes 300 ms more; if others waited for one, it would be for so long."""
     data = os.urandom(600_000)
     path = f"/blob/{hashlib.sha256(data).hexdigest()}"
     with slow_server(tmp_path) as bus, Slowest(bus) as other:
@@ -268,8 +268,8 @@ def test_a_slow_disk_for_files_holds_up_nobody_else(tmp_path):
             put, other.worst = other.worst, 0.0
             assert peer.send("GET", path).answer().body == data
     assert not other.failure
-    assert put < 0.1, f"while a file came, others waited for {put * 1e3:.0f} ms"
-    assert other.worst < 0.1, f"while a file was read, others waited for {other.worst * 1e3:.0f} ms"
+    assert put < 0.25, f"while a file came, others waited for {put * 1e3:.0f} ms"
+    assert other.worst < 0.25, f"while a file was read, others waited for {other.worst * 1e3:.0f} ms"
 
 
 # Logging
