@@ -5659,11 +5659,17 @@ def folder_of(beside: str, installed: str) -> pathlib.Path:
     return pathlib.Path(*(found.submodule_search_locations or [])) if found else folder
 
 
-def load(file: pathlib.Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"bus_extensions.{file.stem}", file)
+def module_at(file: pathlib.Path, name: str) -> ModuleType:
+    """The module in a file, by its path: a folder with files of any name must not be on sys.path."""
+    spec = importlib.util.spec_from_file_location(name, file)
     assert spec and spec.loader
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+def load(file: pathlib.Path) -> ModuleType:
+    module = module_at(file, f"bus_extensions.{file.stem}")
     OPERATIONS.update((each.kind, each) for each in module.OPERATIONS)
     return module
 

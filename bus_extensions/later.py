@@ -10,9 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
-import importlib.util
 import secrets
-import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -31,6 +29,7 @@ from bus_server import (
     Refused,
     Request,
     encode,
+    module_at,
     ok,
     parse_json,
     seconds,
@@ -40,12 +39,9 @@ from bus_server import (
 if TYPE_CHECKING:
     import _later_due as sending
     import _later_schedule as schedules
-else:  # by their paths: a folder with files of any name must not be on sys.path
-    for part in ("_later_schedule", "_later_due"):
-        spec = importlib.util.spec_from_file_location(part, Path(__file__).parent / f"{part}.py")
-        sys.modules[part] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[part])
-    schedules, sending = sys.modules["_later_schedule"], sys.modules["_later_due"]
+else:  # the second imports the first
+    parts = ("_later_schedule", "_later_due")
+    schedules, sending = [module_at(Path(__file__).with_name(f"{part}.py"), part) for part in parts]
 
 TABLES, NOUN, OPERATIONS = schedules.TABLES, "schedules", (schedules.Keep, schedules.Move, schedules.Drop)
 

@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.util
 import math
-import sys
 from collections import deque
 from collections.abc import Iterable, Sequence
 from functools import partial
@@ -36,6 +34,7 @@ from bus_server import (
     Request,
     Waits,
     encode,
+    module_at,
     nothing_follows,
     ok,
     refusal,
@@ -46,12 +45,9 @@ if TYPE_CHECKING:
     import _locks_state as its
     import _locks_words as words
     from _locks_words import WANTED, Waiter
-else:  # by their paths, as bus_extensions/ is not on sys.path; each one may import those before it
-    for file in ("_locks_names", "_locks_state", "_locks_words"):
-        spec = importlib.util.spec_from_file_location(file, Path(__file__).parent / f"{file}.py")
-        sys.modules[file] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[file])
-    paths, its, words = map(sys.modules.get, ("_locks_names", "_locks_state", "_locks_words"))
+else:  # each one may import those before it
+    parts = ("_locks_names", "_locks_state", "_locks_words")
+    paths, its, words = [module_at(Path(__file__).with_name(f"{part}.py"), part) for part in parts]
     WANTED, Waiter = words.WANTED, words.Waiter
 
 TABLES, NOUN, OPERATIONS = its.TABLES, "reservations", (its.Lock, its.Renew, its.Unlock, its.Lapse)

@@ -8,11 +8,9 @@ connection waits.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import re
 import secrets
-import sys
 import time
 import traceback
 import weakref
@@ -32,6 +30,7 @@ from bus_server import (
     Request,
     Shares,
     encode,
+    module_at,
     name,
     ok,
     our_fault,
@@ -44,10 +43,8 @@ from bus_server import (
 
 if TYPE_CHECKING:
     import _mcp_tools as tools
-else:  # by its path: a folder with a file mcp.py must not be on sys.path, where a package mcp may be wanted
-    spec = importlib.util.spec_from_file_location("_mcp_tools", Path(__file__).parent / "_mcp_tools.py")
-    tools = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tools)
+else:
+    tools = module_at(Path(__file__).with_name("_mcp_tools.py"), "_mcp_tools")
 
 TABLES, NOUN, OPERATIONS = None, "", ()
 

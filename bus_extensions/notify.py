@@ -7,9 +7,7 @@ not sent yet, and what failed, is in memory only.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -28,6 +26,7 @@ from bus_server import (
     Request,
     Unusable,
     encode,
+    module_at,
     ok,
     say,
     seconds,
@@ -36,10 +35,8 @@ from bus_server import (
 
 if TYPE_CHECKING:
     import _notify_rules as rules
-else:  # by its path: a folder with files of any name must not be on sys.path
-    spec = importlib.util.spec_from_file_location("_notify_rules", Path(__file__).parent / "_notify_rules.py")
-    rules = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(rules)
+else:
+    rules = module_at(Path(__file__).with_name("_notify_rules.py"), "_notify_rules")
 
 TABLES, NOUN, OPERATIONS = None, "", ()
 

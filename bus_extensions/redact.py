@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import sqlite3
-import sys
 import zlib
 from collections.abc import Iterator
 from functools import partial
@@ -29,6 +27,7 @@ from bus_server import (
     boolean,
     checksum,
     encode,
+    module_at,
     no_message,
     ok,
     quote,
@@ -38,10 +37,8 @@ from bus_server import (
 
 if TYPE_CHECKING:
     import _redact_copies as copies
-else:  # by its path, as the folder is not on sys.path
-    spec = importlib.util.spec_from_file_location("_redact_copies", Path(__file__).with_name("_redact_copies.py"))
-    copies = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(copies)
+else:
+    copies = module_at(Path(__file__).with_name("_redact_copies.py"), "_redact_copies")
 
 TABLES, NOUN = None, ""
 

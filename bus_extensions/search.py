@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.util
 import re
-import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable
@@ -33,6 +31,7 @@ from bus_server import (
     Request,
     cursor,
     encode,
+    module_at,
     ok,
     refusal,
     say,
@@ -44,10 +43,8 @@ from bus_server import (
 
 if TYPE_CHECKING:
     import _search_index as index
-else:  # by its path, as the folder is not on sys.path
-    spec = importlib.util.spec_from_file_location("_search_index", Path(__file__).with_name("_search_index.py"))
-    index = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(index)
+else:
+    index = module_at(Path(__file__).with_name("_search_index.py"), "_search_index")
 
 # If a text was replaced, its words must leave the disk: the index is made anew.
 TABLES = [
