@@ -421,7 +421,7 @@ KINDS = [
     Kind("a sender's member stands beside the bus's own",
          "a job has each member once; `attempt`, `lease` and `lease_until` are those of the bus",
          (f"{EXTENSIONS}::test_what_a_sender_calls_lease_is_not_in_a_job",),
-         "`render()` of work.py leaves nothing out"),
+         "`render()` of _work_words.py leaves nothing out"),
     Kind("an endpoint has no rate",
          "each endpoint but the public ones is 429 when the budget of its owner is used up; no step is planned for it",
          (f"{EXTENSIONS}::test_whatever_is_asked_has_a_rate",),
