@@ -35,10 +35,10 @@ import pytest
 
 import bus_server
 from bus_server import ANSWER_BYTES, EVERYONE, PARKED_PER_NAME, PLAIN_BYTES, Gate, Grant, Marks, wall_clock
-from tests.core.test_connection import LATE, Peer, a_bus, answers, come_true
 from tests.kit.clock import Clock
 from tests.kit.hostile import HOST, head
 from tests.kit.peers import mint
+from tests.kit.wire import LATE, Peer, a_bus, answers, come_true
 
 LARGE = 250_000  # bytes of a message
 ABOUT = ANSWER_BYTES + LARGE + 1000  # the last message may be as large as one may be

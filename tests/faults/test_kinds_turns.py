@@ -22,10 +22,10 @@ import pytest
 
 import bus_server
 from bus_server import PARKED, Forget, Page, Poll
-from tests.core.test_connection import a_bus, come_true
 from tests.faults.test_kinds_bounds import Guest, counted, steps_of
 from tests.faults.test_kinds_counts import NAMES, listened
 from tests.kit.peers import mint
+from tests.kit.wire import a_bus, come_true
 
 
 @pytest.fixture
