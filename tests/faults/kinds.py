@@ -407,7 +407,7 @@ KINDS = [
          "last)"),
     Kind("clients: a bus has more names than a page",
          "the tools and the hooks ask for their own channel and name, and say that there are more",
-         ("integrations/test_mcp.py::test_on_a_bus_with_more_names_than_a_page_it_asks_for_its_own_channel_and_name",
+         ("integrations/test_mcp_tools.py::test_on_a_bus_with_more_names_than_a_page_it_asks_for_its_own_channel_and_name",
           f"{PYTHON}::test_a_session_asks_who_listens_on_its_own_channel"),
          "`agents()` or `whoami()` asks for all (the first); `heard_elsewhere()` does (the second)"),
     Kind("what was written in part counts as written",
