@@ -69,7 +69,6 @@ from concurrent.futures import ThreadPoolExecutor
 from email.utils import formatdate
 from functools import lru_cache, partial
 from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler
 from itertools import accumulate, count, islice, takewhile
 from operator import attrgetter, length_hint
 from types import ModuleType
@@ -1140,51 +1139,40 @@ class App(Protocol):
         """An answer is about to be written; for figures and for the log of requests."""
 
 
-class Request(BaseHTTPRequestHandler):
-    """One HTTP request in memory, with do_GET and do_POST as in http.server. It never uses a socket."""
+class Request:
+    """One HTTP request in memory, and what the App found out about it."""
 
+    METHODS = ("GET", "POST", "HEAD", "OPTIONS", "PUT", "DELETE")
     grant: Grant
     parsed: Head
     endpoint: Any  # the Route of the App
 
-    def __init__(self, peer: Connection, head: bytes) -> None:  # super() would read and answer a socket
+    def __init__(self, peer: Connection, head: bytes) -> None:
         self.peer, self.head, self.body = peer, head, b""
         self.sink: Sink | None = None
         self.command = "-"
         self.reader = ""  # the name it reads; several readers of one owner have limits of their own
 
-    def address_string(self) -> str:
-        return self.peer.address
-
-    @property
-    def requestline(self) -> str:  # type: ignore[override]
+    def line(self) -> str:
         """For the log of requests, which must not show a token, and no control character of a malformed line."""
         line = self.head.partition(b"\r\n")[0].decode("latin-1")
         return ascii(f"{line.partition(' ')[0]} (a token in a URL)" if "abt_" in line else line or "-")[1:-1]
 
-    def parse_request(self) -> bool:
-        """Check the head and take it apart; Refused where the method of http.server would return False."""
+    def parse_head(self) -> None:
+        """Check the head and take it apart, or raise Refused."""
         try:
             head = self.parsed = known_head(self.head) if len(self.head) <= KNOWN_HEAD else Head(self.head)
         except Refused:
-            self.command = self.requestline.partition(" ")[0]  # no answer to HEAD has a body, not even this one
+            self.command = self.line().partition(" ")[0]  # no answer to HEAD has a body, not even this one
             raise
         self.command, self.path, self.fields, self.route = head.command, head.path, head.fields, head.route
-        return True
-
-    def do_GET(self) -> Answer | None:
-        return self.peer.door.app.answer(self)
-
-    do_HEAD = do_POST = do_PUT = do_DELETE = do_OPTIONS = do_GET
 
     def answer(self) -> Answer | None:
         """The answer; None if it comes later. An unexpected error is 500, and costs this connection only."""
         try:
-            method = getattr(self, f"do_{self.command}", None)
-            if not method:
+            if self.command not in self.METHODS:
                 raise Refused(501, f"the method {self.command} is not supported")
-            answer: Answer | None = method()
-            return answer
+            return self.peer.door.app.answer(self)
         except Refused as refused:
             return refusal(refused)
         except Exception:
@@ -1192,8 +1180,9 @@ class Request(BaseHTTPRequestHandler):
             self.peer.closing = True
             return refusal(our_fault())
 
-    def log_message(self, format: str, *arguments: Any) -> None:
-        say(f"{self.address_string()} [{self.log_date_time_string()}] {format % arguments}")
+    def log(self, answer: Answer) -> None:
+        at = time.strftime("%d/%b/%Y %H:%M:%S")
+        say(f'{self.peer.address} [{at}] "{self.line()}" {answer.status} {len(answer.body)}')
 
     def query(self) -> Query:
         return known_query(self.parsed.query) if self.parsed.query else NO_QUERY
@@ -1679,7 +1668,7 @@ class Connection(Outgoing):
     def take_head(self, end: int) -> None:
         request = self.request = Request(self, bytes(self.buffer[:end]))
         self.buffer = self.buffer[end:]
-        request.parse_request()
+        request.parse_head()
         self.door.app.admit(request)
         self.token = request.grant.token or self.token or ""  # GET /healthz has none, and the connection stays its
         if self.token or request.sink:  # its body may take minutes, and strangers must not push it out
@@ -4445,7 +4434,7 @@ class Bus:
             times = self.storms.PARSING if answer.kind.startswith("text/") else 1  # hidden characters are escaped
             self.storms.worked(connection.owner(), reader, len(answer.body) * times)
         if self.verbose:
-            (connection.request or Request(connection, b"")).log_request(answer.status, len(answer.body))
+            (connection.request or Request(connection, b"")).log(answer)
 
     # Operations
 

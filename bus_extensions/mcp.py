@@ -284,7 +284,7 @@ class Call:
         method = "GET" if ask.order is None else "POST"
         inner = Request(self.peer, f"{method} {ask.path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
         try:
-            inner.parse_request()
+            inner.parse_head()
             inner.grant, inner.endpoint = self.grant, self.bus.routes.get((method, inner.route))
             inner.body = b"" if ask.order is None else encode(ask.order).encode()
             return self.bus.answer(inner)

@@ -23,7 +23,7 @@ def asking(bus, *steps):
         def go_on():
             for step in heads:
                 inner = Request(request.peer, step.partition(b"\r\n\r\n")[0] + b"\r\n\r\n")
-                inner.parse_request()
+                inner.parse_head()
                 inner.body, inner.grant = step.partition(b"\r\n\r\n")[2], request.grant
                 inner.endpoint = bus.routes[inner.command, inner.route]
                 request.peer.then = answered
