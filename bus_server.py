@@ -1427,14 +1427,18 @@ class Outgoing:
         self.door.loop.soon(partial(self.guard, action))
 
     def fail(self) -> None:
-        """Serving this connection raised an exception: answer 500, or close it."""
+        """Serving this connection raised an exception."""
+        self.refuse(our_fault())
+
+    def refuse(self, refused: Refused) -> None:
+        """End this connection with a refusal or, if an answer is under way already, without one."""
         if self.phase is PARKED:
             self.door.loop.attempt(self.door.app.left, self)
         if self.phase in (WRITING, LINGER):
             self.transport.abort()
         else:
             self.closing = True
-            self.write(refusal(our_fault()))
+            self.write(refusal(refused))
 
     def wait(self, phase: Phase, patience: float) -> None:
         self.phase = phase
@@ -1623,8 +1627,7 @@ class Connection(Outgoing):
         try:
             request = self.take()
         except Refused as refused:  # the head or the body was not HTTP; the bytes after it could be anything
-            self.closing = True
-            self.write(refusal(refused))
+            self.refuse(refused)
             return
         finally:
             self.count()
@@ -1751,8 +1754,7 @@ class Connection(Outgoing):
         elif self.phase is IDLE:
             self.hang_up()
         elif self.phase in READING:
-            self.closing = True
-            self.write(refusal(refused))
+            self.refuse(refused)
 
     def check_token(self) -> bool:
         """End this connection if its token was revoked. In BUSY, Bus.entitled() and Bus.park() check it instead."""
@@ -1762,15 +1764,10 @@ class Connection(Outgoing):
         try:
             self.door.app.check_token(self.token)
         except Refused as refused:
-            if self.phase is PARKED:
-                self.door.app.left(self)
-            self.closing = True
             if self.phase is IDLE:
                 self.hang_up()
-            elif self.phase is WRITING:
-                self.transport.abort()
             else:
-                self.write(refusal(refused))
+                self.refuse(refused)
             return True
         return False
 
