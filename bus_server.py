@@ -5666,11 +5666,7 @@ def load_front() -> ModuleType:
     if not folder.is_dir():
         raise Unusable("--ledger needs the folder ledgers/ beside bus_server.py: copy it from the same version")
     if "ledgers" not in sys.modules:
-        first = folder / "__init__.py"
-        spec = importlib.util.spec_from_file_location("ledgers", first, submodule_search_locations=[str(folder)])
-        assert spec and spec.loader
-        sys.modules["ledgers"] = package = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(package)
+        module_at(folder / "__init__.py", "ledgers")
     return importlib.import_module("ledgers.front")
 
 
