@@ -851,6 +851,11 @@ def too_much(sentence: str, wait: int) -> Refused:
     return Refused(429, sentence, ("Retry-After", str(wait)))
 
 
+def unavailable(sentence: str, wait: int) -> Refused:
+    """503; after `wait` s it may succeed."""
+    return Refused(503, sentence, ("Retry-After", str(wait)))
+
+
 def refusal(refused: Refused) -> Answer:
     return Answer(refused.status, encode({"error": refused.sentence}).encode() + b"\n", headers=refused.headers)
 
@@ -1782,7 +1787,7 @@ class Connection(Outgoing):
 
 
 def unread_answers() -> Refused:
-    return Refused(503, "read the answers to your earlier requests first", ("Retry-After", "5"))
+    return unavailable("read the answers to your earlier requests first", 5)
 
 
 def our_fault() -> Refused:
@@ -1790,7 +1795,7 @@ def our_fault() -> Refused:
 
 
 def shutting_down() -> Refused:
-    return Refused(503, "the bus is shutting down: send again in a second", ("Retry-After", "1"))
+    return unavailable("the bus is shutting down: send again in a second", 1)
 
 
 class Plain:
@@ -2183,7 +2188,7 @@ class Gate:
     def admit(self, head: Head) -> Grant:
         if time.monotonic() > self.until and (head.route == "/healthz" or head.route not in self.public):
             why = "this bus cannot reach its ledger, so it can neither store messages nor say what is stored"
-            raise Refused(503, f"{why}: try again, or use another front", ("Retry-After", "2"))
+            raise unavailable(f"{why}: try again, or use another front", 2)
         if head.foreign and not (head.route in self.pages and head.opens_page()):
             raise Refused(403, "pages of other sites may not use this bus")
         if self.tokens.closed:
@@ -4208,8 +4213,7 @@ class Ledger:
         size = sum([len(one.text) * len(one.to) for one in drafts])
         if size > self.LARGE:
             if self.waiting.is_full(owner, min(size, self.WAITING_EACH)):  # a larger one passes if no other waits
-                why = "too many bytes wait for the disk of the bus: nothing was stored, try again"
-                raise Refused(503, why, ("Retry-After", "2"))
+                raise unavailable("too many bytes wait for the disk of the bus: nothing was stored, try again", 2)
             self.waiting.add(owner, size)
             self.large[id(operation)] = owner, size
         return operation
@@ -4521,16 +4525,15 @@ class Bus:
         """The error for the senders of a list that could not be applied."""
         if isinstance(error, MemoryError) and (self.state.stale or self.state.last == self.last):
             # The file has nothing new, or the next list finds out whether it has.
-            return Refused(503, "the bus has no memory left: nothing was stored, try again", ("Retry-After", "2"))
+            return unavailable("the bus has no memory left: nothing was stored, try again", 2)
         if isinstance(error, sqlite3.OperationalError):
             if "full" in str(error):
                 return no_room()
             if "unable to open" in str(error):  # a file for temporary data, before any commit
-                why = "the bus has no file descriptor left: nothing was stored, try again"
-                return Refused(503, why, ("Retry-After", "2"))
+                return unavailable("the bus has no file descriptor left: nothing was stored, try again", 2)
             if "locked" in str(error):
-                why = "another program has locked the database of the bus: nothing was stored, try again"
-                return Refused(503, why, ("Retry-After", "2"))
+                why = "another program has locked the database of the bus"
+                return unavailable(f"{why}: nothing was stored, try again", 2)
         if not isinstance(error, (sqlite3.Error, OSError, MemoryError)):
             say("".join(traceback.format_exception(type(error), error, error.__traceback__)))
         say(f"bus_server: {self.state.path}: {error}; stopping, because later messages could be lost")
@@ -4671,8 +4674,7 @@ class Sending:
             elif not box.has_room() and not self.check_room(box, channel, sender, to):
                 is_counted = False
         if not is_counted:
-            why = "the bus counts the messages that nobody has fetched: nothing was stored, try again"
-            raise Refused(503, why, ("Retry-After", "1"))
+            raise unavailable("the bus counts the messages that nobody has fetched: nothing was stored, try again", 1)
         return bus.storms.check(drafts, each, new, request.owner())
 
     def check_room(self, box: Mailbox, channel: str, sender: str, to: str) -> bool:

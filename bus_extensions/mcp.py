@@ -39,6 +39,7 @@ from bus_server import (
     refusal,
     reserved,
     say,
+    unavailable,
 )
 
 if TYPE_CHECKING:
@@ -207,8 +208,7 @@ class Mcp:
 
     def hold(self, call: Call, size: int) -> None:
         if self.held.is_full(call.owner, size):
-            why = "too many large calls of yours wait for an answer: wait for these first"
-            raise Refused(503, why, ("Retry-After", "5"))
+            raise unavailable("too many large calls of yours wait for an answer: wait for these first", 5)
         self.held.add(call.owner, size)
         weakref.finalize(call, self.held.add, call.owner, -size)
 
