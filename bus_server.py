@@ -379,17 +379,12 @@ def draft(fields: Any, key: str | None) -> Draft:
     key = fields.get("key", key)
     if key is not None and not (isinstance(key, str) and KEY.fullmatch(key)):
         raise Refused(400, "key must be 1 to 128 printable ASCII characters without a space")
-    text = start + quote(msg)
-    if len(fields) == 3:  # from, to and msg, as most messages
-        return made(Draft, (channel, to, sender, text, key, None, None, None, 0))
-    ttl, answers = lifetime(fields.get("ttl")), tick_of(parent) if parent else None
-    return Draft(channel, to, sender, text + further(fields), key, ttl, answers)
-
-
-def further(fields: dict[str, Any]) -> str:
-    """The members that the bus passes on as they are."""
-    rest = {member: value for member, value in fields.items() if member not in OURS}
-    return f", {encode(rest)[1:-1]}" if rest else ""
+    text, ttl, answers = start + quote(msg), None, None
+    if not fields.keys() <= OURS:  # else it is as most messages
+        rest = {member: value for member, value in fields.items() if member not in OURS}
+        text += f", {encode(rest)[1:-1]}"
+        ttl, answers = lifetime(fields.get("ttl")), tick_of(parent) if parent else None
+    return made(Draft, (channel, to, sender, text, key, ttl, answers, None, 0))
 
 
 @lru_cache(4096)
