@@ -2984,15 +2984,7 @@ class Rows:
         return self.checked(row) if row else None
 
     def mail(
-        self,
-        columns: str,
-        mailbox: Key,
-        above: int,
-        upto: int = SOUND,
-        *,
-        only: str = "1",
-        values: Sequence[Any] = (),
-        backwards: bool = False,
+        self, columns: str, mailbox: Key, above: int, upto: int = SOUND, *, only: str = "1", backwards: bool = False
     ) -> Generator[tuple[Any, ...], None, None]:
         """Rows of messages and their mailbox, above one tick and up to another, in order. `only`: a condition in SQL.
 
@@ -3011,7 +3003,7 @@ class Rows:
             some = ticks[start : start + TICKS_LISTED]
             parts.append((f"{LISTED} AND {only}", (encode(some[::-1] if backwards else some),)))
         for source, its in reversed(parts) if backwards else parts:
-            with contextlib.closing(self.database.execute(f"SELECT {columns} {source}", (*its, *values))) as rows:
+            with contextlib.closing(self.database.execute(f"SELECT {columns} {source}", its)) as rows:
                 yield from rows
 
     def first(self, *wanted: Any, **how: Any) -> Any:
@@ -4258,10 +4250,8 @@ class Ledger:
         self.loop.attempt(self.plan)  # what came while the deputy served
         if not self.loop.attempt(self.bus.announce, steps, outcome, seconds):
             for step in steps:
-                if not step.connection:
+                if not step.connection or step.connection.phase is BUSY:
                     self.loop.attempt(self.bus.not_concluded, (step, None))
-                elif step.connection.phase is BUSY:
-                    step.connection.guard(step.connection.fail)
 
     def note_room(self, operations: list[Operation]) -> None:
         if not self.state.view.has_room():
@@ -4617,8 +4607,7 @@ class Sending:
 
     def drafts(self, request: Request) -> tuple[list[Draft], bool]:
         """The messages in a request, each of them valid, and whether it was an array of them."""
-        if self.bus.draining:
-            raise shutting_down()
+        self.bus.check_open()
         if not request.body:
             raise Refused(400, "the body is empty: send JSON, or any text with ?from=NAME&to=NAME")
         query = request.query()
