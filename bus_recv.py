@@ -49,11 +49,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from decimal import Decimal
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 from urllib.parse import SplitResult, quote, unquote, urlencode, urlsplit
-
-if TYPE_CHECKING:
-    import http.client
 
 # Python 3.8 says this sentence; older ones show the line, as a SyntaxError, because they do not know `:=`.
 if sys.version_info < (3, 9) and (needs := "bus_recv.py needs Python 3.9 or later"):  # noqa: UP036
@@ -106,7 +103,7 @@ def ask(url: str, path: str, seconds: float, order: dict[str, Any] | None = None
     return answer, clock_of(headers)
 
 
-def clock_of(headers: http.client.HTTPMessage) -> float:
+def clock_of(headers: Any) -> float:
     """The clock of the bus, so that ages are right where ours is wrong; our clock if the answer does not tell."""
     import email.utils
 
@@ -630,8 +627,8 @@ def exchange_at(path: str, body: Any, fraction: Any, login: Any, url: str, conne
         raise Unreachable((getattr(error, "strerror", None) or str(error) or type(error).__name__) + through) from error
 
 
-def connect(url: str, seconds: float) -> tuple[http.client.HTTPConnection, str, dict[str, str]]:
-    """A connection towards `url`, not open yet; the text before the path in a request line; the usual headers."""
+def connect(url: str, seconds: float) -> tuple[Any, str, dict[str, str]]:
+    """An HTTPConnection towards `url`, not open yet; the text before the path in a request line; the usual headers."""
     import http.client
 
     parts, given = parts_of(url), settings(url)
@@ -746,8 +743,8 @@ def hung_up_after(seconds: float, sock: socket.socket) -> contextlib.ExitStack:
     return stack
 
 
-def judged(response: http.client.HTTPResponse, body: bytes, fraction: Any = float, through: str = "") -> dict[str, Any]:
-    """The JSON object of a 200. Raises Refused for the bus's own 4xx, Unreachable for anything else.
+def judged(response: Any, body: bytes, fraction: Any = float, through: str = "") -> dict[str, Any]:
+    """The JSON object of an HTTPResponse of 200. Raises Refused for the bus's own 4xx, Unreachable for anything else.
 
     `fraction` converts the text of a number with a fraction; `through` names the proxy on the way, for the error.
     """
