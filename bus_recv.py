@@ -12,7 +12,7 @@ Two other programs are run from here, if they lie beside this file: bus_work.py 
 bus_log.py by --log (show everybody's messages).
 
 The parts of this file, in order: receive() and ask() for programs; Reader (polls a bus, rides out an outage);
-BacklogReader and SessionReader (what a session of an agent needs more); Cursor (how far a name has read, on disk); the
+SessionReader (what a session of an agent needs more); Cursor (how far a name has read, on disk); the
 marked part, which bus_send.py has too and which speaks HTTP (proxies, tokens, faults); block (a message as text);
 show_blocks and run_command (the outputs); main.
 
@@ -271,21 +271,24 @@ class Notice(str):
     """A line of our own among the messages of an answer."""
 
 
-class BacklogReader(Reader):
-    """With `leaves`, leaves a backlog unread, because it would fill the context of the agent that reads us.
+class SessionReader(Reader):
+    """Reads on with the new name when the session that it reads for is renamed, and for a day with the old one too.
 
-    If more than BACKLOG messages wait at the start or after an outage, it gives the oldest EARLY urgent ones of them,
-    and a Notice how many wait. It goes on behind them, and takes nothing until the bus says that they are read. With
-    several names it leaves nothing: who reads the mail of one name does not see the others.
+    An integration writes these names into a file, each with the time (s since 1970) until which it is read.
+
+    With `leaves`, leaves a backlog unread, because it would fill the context of the agent that reads us. If more than
+    BACKLOG messages wait at the start or after an outage, it gives the oldest EARLY urgent ones of them, and a Notice
+    how many wait. It goes on behind them, and takes nothing until the bus says that they are read. With several names
+    it leaves nothing: who reads the mail of one name does not see the others.
     """
 
     leaves = False
-    looked: Cursor | None = None  # the one with which we have looked for a backlog
 
     def request(self, hold: float, seconds: float) -> tuple[dict[str, Any], float]:
         """One poll, or the urgent messages of a backlog; see ask()."""
-        if self.leaves and len(self.names) == 1 and (self.failures or self.looked is not self.cursor):
-            self.looked = self.cursor
+        hold = self.follow(hold)
+        if self.leaves and len(self.names) == 1 and (self.failures or self.cursor.backlog is None):
+            self.cursor.backlog = self.cursor.backlog or ""
             # An older bus has no digest, and a proxy may not know it: then all is shown.
             with contextlib.suppress(Refused, Unreachable, LookupError, TypeError, ValueError):
                 counts, now = ask(self.url, f"/digest?{self.query()}", GRACE_SECONDS)
@@ -313,15 +316,8 @@ class BacklogReader(Reader):
         told = Notice(f"{number} ({counts['urgent']} urgent{shown}). {inbox}; newer ones come here.")
         return {**counts, "messages": [*urgent, told], "more": False}
 
-
-class SessionReader(BacklogReader):
-    """Reads on with the new name when the session that it reads for is renamed, and for a day with the old one too.
-
-    An integration writes these names into a file, each with the time (s since 1970) until which it is read.
-    """
-
-    def request(self, hold: float, seconds: float) -> tuple[dict[str, Any], float]:
-        """One poll; see ask(). On a machine with sessions it is short, so that a new name is soon heard."""
+    def follow(self, hold: float) -> float:
+        """Take the names that the session has now. On a machine with sessions a poll is short, to hear of new ones."""
         sessions = os.path.join(state_directory(), "names", file_name(self.url), file_name(self.channel))
         own, lines = self.names[0], ""
         with contextlib.suppress(OSError), open(f"{sessions}~{file_name(own)}", encoding="ascii") as file:
@@ -333,7 +329,7 @@ class SessionReader(BacklogReader):
             self.cursor.lock.close()
             self.cursor = self.open_cursor(str(self.bus), self.channel, self.names[0], self.warn)
             self.warn(f"reading as {', '.join(self.names)} from now on")
-        return super().request(min(hold, FOLLOW_SECONDS) if os.path.exists(sessions) else hold, seconds)
+        return min(hold, FOLLOW_SECONDS) if os.path.exists(sessions) else hold
 
 
 def moment(since: str, now: float) -> str:
@@ -368,7 +364,8 @@ class Cursor:
     no fsync: after a power cut the file may be old or empty, and messages arrive again, as at-least-once allows.
     """
 
-    backlog = ""  # the cursor behind messages that are left unread; until they are read, the file stays as it is
+    # The cursor behind messages that are left unread; until they are read, the file stays as it is. None: not looked.
+    backlog: str | None = None
 
     def __init__(self, bus: str, channel: str, name: str, warn: Callable[[str], None]) -> None:
         self.path = os.path.join(state_directory(), "cursors", *map(file_name, (bus, channel, name)))
