@@ -339,9 +339,7 @@ def moment(since: str, now: float) -> str:
         return f"{number // 1000000}.{number % 1000000:06d}"
     if since in ("now", "last") or DECIMAL.fullmatch(since):
         return since
-    import argparse
-
-    with contextlib.suppress(argparse.ArgumentTypeError):
+    with contextlib.suppress(Exception):  # that of argparse, which is slow to import
         return f"{max(now - duration(since), 0):.6f}"
     raise ValueError(f"since is {since!r}: give now, last, 1h, the id of a message, or seconds like 1795203596.123456")
 
@@ -965,10 +963,6 @@ def kill(process: Any) -> None:
 # The program
 
 
-def announce(line: str) -> None:
-    emit(block(Notice(line), "", 0))
-
-
 def main(argv: list[str] | None = None) -> int:
     import argparse
 
@@ -994,10 +988,23 @@ def main(argv: list[str] | None = None) -> int:
         signal.signal(number, lambda *_: sys.exit(0))
     try:
         return run_tool(options.tool, argv) if options.tool else show(options.read) if options.read else listen(options)
-    except (KeyboardInterrupt, Refused, Unreachable, Busy, ValueError, OSError) as error:
-        # BrokenPipeError: nobody reads us any more.
-        isinstance(error, (KeyboardInterrupt, BrokenPipeError)) or complain(str(error))
-        return {KeyboardInterrupt: 130, BrokenPipeError: 0, Refused: 1, Unreachable: 75}.get(type(error), 2)
+    except FAULTS as fault:
+        return ended(fault)
+
+
+FAULTS = (KeyboardInterrupt, Refused, Unreachable, Busy, ValueError, OSError)  # that end our programs
+
+
+def ended(fault: BaseException, program: str = "bus_recv", then: str | None = None) -> int:
+    """The exit code of one of our programs that ends with a fault, which is told on stderr.
+
+    `then` is for no_bus(), if the fault is from ask(); without it, the text of an Unreachable is a whole sentence.
+    """
+    if isinstance(fault, Unreachable) and then is not None:
+        fault = Unreachable(no_bus(settings()["AGENT_BUS_URL"], fault, then))
+    # BrokenPipeError: nobody reads us any more.
+    isinstance(fault, (KeyboardInterrupt, BrokenPipeError)) or complain(str(fault), program)
+    return {KeyboardInterrupt: 130, BrokenPipeError: 0, Refused: 1, Unreachable: 75}.get(type(fault), 2)
 
 
 def run_tool(name: str, argv: list[str] | None) -> int:
@@ -1039,7 +1046,8 @@ def listen(options: Any) -> int:
     reader = SessionReader(names, channel=options.channel, since=options.since)
     # A program that reads our JSON, or the output of the command, must get nothing else on stdout.
     for_program = options.json or options.exec
-    reader.warn, reader.announce = complain, complain if for_program else announce
+    reader.warn = complain
+    reader.announce = complain if for_program else lambda line: emit(block(Notice(line), "", 0))
     paced = bool(options.monitor or not for_program and sys.stdout and stat.S_ISSOCK(os.fstat(1).st_mode))
     reader.leaves = paced and not options.once and options.since is None
     timeout = HOLD_SECONDS if options.once and options.timeout is None else options.timeout
