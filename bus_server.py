@@ -902,6 +902,7 @@ class Head:
         self.query = query
         end = path.find("/", 1) + 1
         self.route, self.rest = (path[:end], path[end:]) if end else (path, "")  # "/message/" and an id, or all of it
+        self.asks = "GET" if self.command == "HEAD" else self.command, self.route  # HEAD is for the endpoint of GET
         self.fields: dict[str, str] = {}
         for text_line in lines:
             self.add_field(text_line)
@@ -1054,7 +1055,6 @@ class Query:
         return value
 
 
-NO_QUERY = Query("")
 known_query = lru_cache(8)(Query)  # one request asks for it several times
 
 
@@ -1185,7 +1185,7 @@ class Request:
         say(f'{self.peer.address} [{at}] "{self.line()}" {answer.status} {len(answer.body)}')
 
     def query(self) -> Query:
-        return known_query(self.parsed.query) if self.parsed.query else NO_QUERY
+        return known_query(self.parsed.query)
 
     def members(self) -> Query:
         """The members of a small request: those of its JSON body, or those of its query."""
@@ -4349,12 +4349,9 @@ class Bus:
     def admit(self, request: Request) -> None:
         head = request.parsed
         request.grant = self.gate.admit(head)
-        request.endpoint = self.routes.get(("GET" if head.command == "HEAD" else head.command, head.route))
-        if (
-            head.command == "GET"
-            and head.route not in self.gate.public
-            and self.door.is_full(request.peer, ANSWER_BYTES)
-        ):
+        request.endpoint = self.routes.get(head.asks)
+        may_be_large = head.command == "GET" and head.route not in self.gate.public
+        if may_be_large and self.door.is_full(request.peer, ANSWER_BYTES):
             raise unread_answers()
         if request.endpoint and request.endpoint.sink:
             request.sink = request.endpoint.sink(request)
