@@ -1233,23 +1233,20 @@ class Deadlines:
         connection.due = self.clock() + patience
         if connection.due < (connection.slot - 1) * self.SLOT:
             self.forget(connection)
-            self._file(connection, self._slot(connection))
+            self._file(connection)
 
     def forget(self, connection: Connection) -> None:
         if connection.slot < sys.maxsize:
             self.slots[connection.slot].discard(connection)
             connection.slot = sys.maxsize
 
-    def _slot(self, connection: Connection) -> int:
-        """Always above due / SLOT: rounded down, it could lie in the past, and late() would never end."""
-        return int(connection.due / self.SLOT) + 1
-
-    def _file(self, connection: Connection, slot: int) -> None:
+    def _file(self, connection: Connection) -> None:
+        """Put it into a slot above due / SLOT: rounded down, that could lie in the past, and late() would never end."""
+        slot = connection.slot = int(connection.due / self.SLOT) + 1
         if slot not in self.slots:
             self.slots[slot] = set()
             heapq.heappush(self.order, slot)
         self.slots[slot].add(connection)
-        connection.slot = slot
 
     def overdue(self) -> bool:
         return bool(self.order) and self.order[0] * self.SLOT <= self.clock()
@@ -1264,7 +1261,7 @@ class Deadlines:
                 if connection.due <= self.clock():
                     yield connection
                 elif connection.due < math.inf:
-                    self._file(connection, self._slot(connection))
+                    self._file(connection)
             del self.slots[heapq.heappop(self.order)]
 
 
@@ -1287,10 +1284,6 @@ class Shares:
         each = self.held[owner]
         return bool(self.all and self.all + size > self.most) or bool(each and each + size > self.most_each)
 
-    def greatest(self) -> str:
-        """The owner that has most."""
-        return max(self.held, key=self.held.__getitem__)
-
 
 class Held(Shares):
     """Bytes of requests that have not arrived whole, or that wait behind another one, by connection.
@@ -1312,7 +1305,7 @@ class Held(Shares):
         if not size:
             del self.of[connection]
         while self.all > self.most:
-            most = self.greatest()
+            most = max(self.held, key=self.held.__getitem__)  # the owner
             oldest = next(each for each, (its, _) in self.of.items() if its == most)
             self.hold(oldest, 0)
             oldest.soon(oldest.give_up)
@@ -6172,8 +6165,7 @@ def copy_database(source: str, target: str, bus: str | None = None) -> int:
 
     If `bus` is given, it becomes the bus id of the copy.
     """
-    with contextlib.suppress(FileNotFoundError):
-        os.remove(target)
+    pathlib.Path(target).unlink(missing_ok=True)
     try:
         with contextlib.closing(read_only(source)) as old, contextlib.closing(sqlite3.connect(target)) as new:
             check_alone(old, source)
@@ -6186,8 +6178,7 @@ def copy_database(source: str, target: str, bus: str | None = None) -> int:
         if report != "ok":
             raise sqlite3.DatabaseError(f"it is damaged: {report}")
     except sqlite3.Error as error:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(target)
+        pathlib.Path(target).unlink(missing_ok=True)
         raise Unusable(f"cannot copy the database {source} to {target}: {error}") from None
     return messages
 
