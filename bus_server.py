@@ -1146,12 +1146,12 @@ class Request:
     grant: Grant
     parsed: Head
     endpoint: Any  # the Route of the App
+    body, command = b"", "-"
+    sink: Sink | None = None
+    reader = ""  # the name it reads; several readers of one owner have limits of their own
 
     def __init__(self, peer: Connection, head: bytes) -> None:
-        self.peer, self.head, self.body = peer, head, b""
-        self.sink: Sink | None = None
-        self.command = "-"
-        self.reader = ""  # the name it reads; several readers of one owner have limits of their own
+        self.peer, self.head = peer, head
 
     def line(self) -> str:
         """For the log of requests, which must not show a token, and no control character of a malformed line."""
@@ -1165,7 +1165,7 @@ class Request:
         except Refused:
             self.command = self.line().partition(" ")[0]  # no answer to HEAD has a body, not even this one
             raise
-        self.command, self.path, self.fields, self.route = head.command, head.path, head.fields, head.route
+        self.command, self.fields, self.route = head.command, head.fields, head.route
 
     def answer(self) -> Answer | None:
         """The answer; None if it comes later. An unexpected error is 500, and costs this connection only."""
@@ -1202,7 +1202,7 @@ class Request:
 
     def shrink(self) -> None:
         """It waits for a commit: keep what its answer and the log need, and no headers and no body."""
-        self.body, self.path, self.fields, self.parsed = b"", "", {}, NO_HEAD
+        self.body, self.fields, self.parsed = b"", {}, NO_HEAD
         self.head = self.head[:KNOWN_HEAD].partition(b"\r\n")[0]
 
     def owner(self) -> str:
@@ -4376,7 +4376,7 @@ class Bus:
         for extension, brings in ELSEWHERE.items():
             if request.route in brings:
                 raise Refused(404, missing(request.route, extension, self.extensions[extension]))
-        raise Refused(404, f"there is nothing at {request.path.partition('?')[0]}: GET / lists the endpoints")
+        raise Refused(404, f"there is nothing at {request.parsed.path.partition('?')[0]}: GET / lists the endpoints")
 
     def over(self, connection: Connection) -> Answer | None:
         if connection.check_token():
