@@ -4215,12 +4215,8 @@ class Ledger:
     LARGE_RESULTS = 16  # in one list: they are in memory together, and are answered in one turn
 
     def next_list(self) -> list[Step]:
-        large = 0
-        for number, step in enumerate(self.next, 1):
-            large += step.operation.is_large
-            if large == self.LARGE_RESULTS:
-                return self.next[:number]
-        return self.next[:]
+        large = [number for number, step in enumerate(self.next, 1) if step.operation.is_large]
+        return self.next[: large[self.LARGE_RESULTS - 1]] if len(large) >= self.LARGE_RESULTS else self.next[:]
 
     def commit(self) -> None:
         taken = self.next_list()
