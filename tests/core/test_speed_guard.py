@@ -5,6 +5,7 @@ same process: where the machine is slow or busy, both are slow.
 """
 import json
 import sqlite3
+import sys
 import time
 import urllib.request
 import zlib
@@ -38,9 +39,9 @@ class Transport:
         pass
 
 
-def sends():
+def sends(*options):
     """CPU seconds of sends on connections that take turns, from the bytes of the request to the bytes of the answer."""
-    bus = inside.make(":memory:")
+    bus = inside.make(":memory:", *options)
     answers = []
 
     def answered(data):
@@ -73,6 +74,39 @@ def fixed_work():
     taken = time.process_time() - start
     database.close()
     return taken
+
+
+def steps(*options):
+    """How many bytecodes of the bus these sends take. Those of its start do not count."""
+    count = 0
+
+    def begins(frame, event, arg):
+        nonlocal count
+        if not frame.f_code.co_filename.startswith((bus_server.__file__, str(ROOT / "bus_extensions"))):
+            return None
+        if frame.f_code is bus_server.Connection.connection_made.__code__:
+            count = 0
+        frame.f_trace_opcodes = True
+        return taken
+
+    def taken(frame, event, arg):
+        nonlocal count
+        count += event == "opcode"
+        return taken
+
+    before = sys.gettrace()
+    sys.settrace(begins)
+    try:
+        sends(*options)
+    finally:
+        sys.settrace(before)
+    return count
+
+
+def test_extensions_that_nobody_uses_cost_a_send_nothing():
+    """The fewest of three: a timer of the bus may come due in between."""
+    without = ("--without", "locks,search,redact,later,notify,page,mcp")
+    assert min(steps() for _ in range(3)) < 1.01 * min(steps(*without) for _ in range(3))
 
 
 def test_a_durable_send_takes_no_more_cpu_than_it_did():
