@@ -20,8 +20,9 @@ from tests.kit.processes import PATIENCE, ROOT, Server
 CONNECTIONS = 16
 ROUNDS, SENDS = 15, 960  # the best round of each counts
 BODY = b'{"from": "spark", "to": "dell", "msg": "T1 done, 4/4 are honeypots; T2 next........."}'
-MOST = 6.5  # times the fixed work. It was 4.3 (Python 3.11) to 4.7 (3.9) on 2026-11-28; when it falls, lower this
+MOST = 5.5  # times the fixed work. It was 3.4 (Python 3.11) and 3.5 (3.13) on 2026-11-30; when it falls, lower this
 REQUEST = b"POST /send HTTP/1.1\r\nHost: 127.0.0.1:8080\r\nContent-Length: %d\r\n\r\n%s" % (len(BODY), BODY)
+POLL = b"GET /recv?to=dell&wait=0 HTTP/1.1\r\nHost: 127.0.0.1:8080\r\n\r\n"
 
 
 class Transport:
@@ -51,6 +52,9 @@ def sends(*options):
     connections = [bus_server.Connection(bus.door) for _ in range(CONNECTIONS)]
     for connection in connections:
         connection.connection_made(Transport(answered))
+    connections[0].data_received(POLL)  # somebody has listened: else names that are alike are looked for now and then
+    bus.loop.take_turn()
+    answers.clear()
     start = time.process_time()
     for _ in range(SENDS // CONNECTIONS):
         for connection in connections:
