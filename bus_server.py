@@ -381,9 +381,9 @@ def draft(fields: Any, key: str | None) -> Draft:
         raise Refused(400, "key must be 1 to 128 printable ASCII characters without a space")
     text, ttl, answers = start + quote(msg), None, None
     if not fields.keys() <= OURS:  # else it is as most messages
+        ttl, answers = lifetime(fields.get("ttl")), tick_of(parent) if parent else None
         rest = {member: value for member, value in fields.items() if member not in OURS}
         text += f", {encode(rest)[1:-1]}"
-        ttl, answers = lifetime(fields.get("ttl")), tick_of(parent) if parent else None
     return made(Draft, (channel, to, sender, text, key, ttl, answers, None, 0))
 
 
