@@ -5914,26 +5914,18 @@ def revoke(arguments: Sequence[str]) -> int:
     parser.add_argument("name", metavar="NAME")
     parser.add_argument("--label", metavar="TEXT", help="only those with this label")
     options = parser.parse_args(arguments)
-    revoked: list[str] = []
-
-    def change(rows: list[Row]) -> list[Row]:
-        for row in rows:
-            wanted = options.label in (None, row.get("label", ""))
-            if row["name"] == options.name and wanted and not row["revoked"]:
-                row["revoked"] = int(time.time())
-                revoked.append(row["id"])
-        return rows
-
     file = Tokens(existing(options.db))
     rows = [row for row in file.rows() if not row["revoked"]]
-    if rows:  # else do not make a file, which would close the bus
-        file.change(change)
+    labels = {row["id"]: row.get("label", "") for row in rows if row["name"] == options.name}
+    wanted = [token for token, label in labels.items() if options.label in (None, label)]
     which = f"{options.name} {options.label or ''}".strip()
-    if revoked:
-        print(f"revoked the tokens of {which}: {' '.join(revoked)}")
+    if wanted:  # else do not make a file, which would close the bus
+        revoked = {"revoked": int(time.time())}
+        file.change(lambda rows: [{**row, **revoked} if row["id"] in wanted else row for row in rows])
+        print(f"revoked the tokens of {which}: {' '.join(wanted)}")
         return 0
-    labels = [row.get("label", "") for row in rows if row["name"] == options.name]
-    similar = meant(options.label or "", labels) if labels else meant(options.name, {row["name"] for row in rows})
+    names = {row["name"] for row in rows}
+    similar = meant(options.label or "", labels.values()) if labels else meant(options.name, names)
     print(f"{which} has no token{similar}", file=sys.stderr)
     return 1
 
