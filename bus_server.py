@@ -1705,8 +1705,7 @@ class Connection(Outgoing):
             self.door.app.check_token(self.token or "")
         except Refused as refused:
             if not gone:
-                self.closing = True
-                self.answer(refusal(refused))
+                self.refuse(refused)
             return
         if sink.far_enough():
             self.wait(BODY, BODY_SECONDS)
