@@ -5219,9 +5219,6 @@ def expired(bus: Bus, channel: str, own: str, box: Mailbox, looks: bool) -> int:
     return count
 
 
-Listed = tuple[str, str, Mailbox]  # channel, name, mailbox
-
-
 class Page:
     """Some mailboxes in the order of channel and name; at its end, `more` has the members that say how to go on.
 
@@ -5241,7 +5238,8 @@ class Page:
         self.after, self.channel = (channel, own), query.name("channel", None)
         self.names = query.names("name") or names
 
-    def __iter__(self) -> Iterator[Listed]:
+    def __iter__(self) -> Iterator[tuple[str, str, Mailbox]]:
+        """Channel, name and mailbox of each."""
         boxes, listed, last = self.bus.mailboxes.boxes, 0, self.after
         for walked, key in enumerate(self.keys()):
             box = boxes.get(key)
@@ -5511,14 +5509,6 @@ def duration(text: str) -> float:
     if not match or not (match[2] or match[1] == "0"):
         raise argparse.ArgumentTypeError(f"{text!r} is not a time like 30d, 12h, 90m, 45s, or 0 for ever")
     return float(match[1]) * {"": 0, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
-
-
-def size(text: str) -> int:
-    """'10g', '500m' in bytes; '0' is none."""
-    match = re.fullmatch(r"([0-9]{1,9})([kmgt]?)", text.lower())
-    if not match:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size like 500m, 10g, or 0")
-    return int(match[1]) << {"": 0, "k": 10, "m": 20, "g": 30, "t": 40}[match[2]]
 
 
 def default_path() -> str:
