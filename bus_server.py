@@ -907,7 +907,7 @@ class Head:
         for text_line in lines:
             self.add_field(text_line)
         self.check_framing()
-        self.host = without_port(self.fields.get("host", ""))
+        self.host = re.sub(r":[0-9]{1,5}\Z", "", self.fields.get("host", "")).lower()  # without its port
         self.foreign, self.silent = self.is_foreign(), self.is_silent()
         self.form = self.fields.get("content-type", "").lower().startswith("multipart/")
 
@@ -970,10 +970,6 @@ class Head:
 
 TAKING = ("/recv", "/log")  # with GET
 SAME_SITE = ("same-origin", "none")  # values of Sec-Fetch-Site; none: a person typed the URL
-
-
-def without_port(host: str) -> str:
-    return re.sub(r":[0-9]{1,5}\Z", "", host).lower()
 
 
 KNOWN_HEAD = 1024  # bytes
