@@ -344,12 +344,7 @@ class Grant(NamedTuple):
 
 OPEN = Grant("", "", (), False, True)
 
-Way = tuple[str, str, str]  # channel, sender, receiver
-
-
-def ways(drafts: Iterable[Draft]) -> list[Way]:
-    """Where these messages go: one way for each copy."""
-    return [(one.channel, one.sender, to) for one in drafts for to in one.to]
+Way = tuple[str, str, str]  # channel, sender, receiver: of one copy of a message
 
 
 # From JSON to a Draft.
@@ -4619,7 +4614,8 @@ class Sending:
 
         A refused send stores nothing. Cheap checks come first.
         """
-        bus, boxes, each = self.bus, self.mailboxes.boxes, ways(drafts)
+        bus, boxes = self.bus, self.mailboxes.boxes
+        each: list[Way] = [(one.channel, one.sender, to) for one in drafts for to in one.to]
         if len(each) != 1:
             check_number(drafts, len(each))
             each = list(dict.fromkeys(each))  # check once what is the same for many messages

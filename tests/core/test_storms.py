@@ -8,7 +8,7 @@ import time
 import pytest
 
 import bus_server
-from bus_server import Budget, Refused, Storms, draft, ways
+from bus_server import Budget, Refused, Storms, draft
 from tests.kit.clock import Clock
 from tests.kit.processes import PATIENCE, Server, wait_until
 
@@ -29,7 +29,8 @@ def message(sender, to, depth=0, **members):
 
 def check(storms, *drafts):
     storms.spend(drafts[0].sender, len(drafts))
-    return storms.check(drafts, ways(drafts), {(one.channel, one.sender) for one in drafts}, "here")
+    ways = [(one.channel, one.sender, to) for one in drafts for to in one.to]
+    return storms.check(drafts, ways, {(one.channel, one.sender) for one in drafts}, "here")
 
 
 def refusal(storms, *drafts):
