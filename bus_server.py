@@ -4589,9 +4589,9 @@ class Sending:
         query = request.query()
         if request.parsed.form and ("to" in query.fields or request.body.lstrip()[:1] not in b"{["):
             raise Refused(400, "the body is a form: send the text itself with curl --data-binary")
-        value = verbatim(request.body, query) if "to" in query.fields else parse_json(request.body)
+        value: Any = verbatim(request.body, query) if "to" in query.fields else parse_json(request.body)
         several = isinstance(value, list)
-        messages: list[Any] = value if isinstance(value, list) else [value]
+        messages: list[Any] = value if several else [value]
         if request.grant.name:
             messages = [request.grant.sign(message) for message in messages]
         for check in self.bus.checks:
