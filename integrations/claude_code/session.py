@@ -28,8 +28,7 @@ QUICK_SECONDS = 0.2  # a bus that answers so fast is asked again for a smaller m
 RECENT_SECONDS = 60.0  # a poll is held for 25 s, and its reader counts as listening for 10 s more; the rest is reserve
 DAY = 86400.0  # s: a renamed session reads its old name for so long, and a session that ended may be resumed
 KEPT_SECONDS = 30 * DAY  # after its last look a name is forgotten, with the ids of the sessions that had it
-# Ends the file beside a cursor that was lowered for a renamed session: how far the name itself was read before.
-REACHED = "~reached"
+REACHED = "~reached"  # ends the file beside a cursor; see bus_recv.Cursor
 IDS = 20  # of sessions that a name remembers; /clear, /branch and a fork give a session a new one
 READER = shlex.quote(os.path.join(ROOT, "bus_recv.py"))  # for a command line
 RESERVED = ("all", "system", "operator", "user", "root", "claude")  # as senders; root and claude only of an older bus
@@ -225,8 +224,6 @@ class Register:
         else:
             self.names[name] = {**EMPTY, "process": who.born, "title": who.title, "seen": self.now}
             self.take(name)
-            for bus in self.own_cursors(name):
-                self.raise_cursor(bus, name, own_cursor(bus, self.channel, name, REACHED))
             self.forward(name)
         missed = before or wanted[0]
         why = f"because {missed} is another session" if name != missed else ""
@@ -296,11 +293,14 @@ class Register:
         self.take(new)
         for old in self.also(mine):
             self.pass_on(mine, old)
+        names = [mine, *self.also(mine), "all"]
         line = self.names.pop(mine)
         self.names[new] = {**line, "old": {**line["old"], mine: self.now + DAY}, "why": ""}
-        for bus, at in self.begins(mine, new).items():
-            self.raise_cursor(bus, new, own_cursor(bus, self.channel, new), REACHED)
-            self.write_cursor(bus, new, at)
+        for bus, (at, start) in self.begins(mine, new).items():
+            before = self.reached(bus, mine)
+            places = {name: max(at, before.get(name, "0"), key=Decimal) for name in names}
+            places[new] = self.place(bus, new, new)
+            self.write_places(bus, new, start, places)
         self.forward(new)
 
     def take(self, name: str) -> None:
@@ -314,8 +314,10 @@ class Register:
 
     def pass_on(self, reader: str, old: str) -> None:
         """What a session has read of its old name is read, whoever has that name next."""
-        for bus, at in self.own_cursors(reader).items():
-            self.raise_cursor(bus, old, at)
+        for bus in self.own_cursors(reader):
+            at = self.place(bus, reader, old)
+            if Decimal(at) > Decimal(self.place(bus, old, old)):
+                self.write_places(bus, old, at, self.reached(bus, old))
 
     def own_cursors(self, name: str) -> dict[str, str]:
         """By bus: the cursor that readers of this machine have saved for a name."""
@@ -323,33 +325,46 @@ class Register:
         found = {bus: own_cursor(bus, self.channel, name) for bus in (path.split(os.sep)[-3] for path in files)}
         return {bus: at for bus, at in found.items() if at != "last"}
 
-    def raise_cursor(self, bus: str, name: str, at: str, suffix: str = "") -> None:
-        before = own_cursor(bus, self.channel, name, suffix)
-        if at != "last" and (before == "last" or Decimal(before) < Decimal(at)):
-            self.write_cursor(bus, name, at, suffix)
+    def place(self, bus: str, reader: str, name: str) -> str:
+        """How far the reader of a name has read the mail for this name; "0" if it has not read here."""
+        own = own_cursor(bus, self.channel, reader)
+        return max("0" if own == "last" else own, self.reached(bus, reader).get(name, "0"), key=Decimal)
 
-    def write_cursor(self, bus: str, name: str, at: str, suffix: str = "") -> None:
+    def reached(self, bus: str, name: str) -> dict[str, str]:
+        """How far each name of a session was read before it was renamed to this name; see bus_recv.Cursor."""
+        with contextlib.suppress(OSError, ValueError, TypeError), open(self.cursor(bus, name) + REACHED) as file:
+            return dict(json.load(file))
+        return {}
+
+    def write_places(self, bus: str, name: str, at: str, reached: dict[str, str]) -> None:
+        """Readers of this name begin at `at`, but pass over what was read before."""
+        above = {each: its for each, its in reached.items() if Decimal(its) > Decimal(at)}
+        for path, text in ((self.cursor(bus, name) + REACHED, json.dumps(above)), (self.cursor(bus, name), f"{at}\n")):
+            with bus_recv.private_file(path, os.O_WRONLY | os.O_TRUNC, "w") as file:
+                file.write(text)
+
+    def cursor(self, bus: str, name: str) -> str:
+        """The path of the file that bus_recv.Cursor has for a name."""
         place = map(bus_recv.file_name, (bus, self.channel, name))
-        path = os.path.join(bus_recv.state_directory(), "cursors", *place) + suffix
-        with bus_recv.private_file(path, os.O_WRONLY | os.O_TRUNC, "w") as file:
-            file.write(f"{at}\n")
+        return os.path.join(bus_recv.state_directory(), "cursors", *place)
 
-    def begins(self, mine: str, new: str) -> dict[str, str]:
-        """By bus: the cursor from which both names are read, below the oldest message that waits for either.
+    def begins(self, mine: str, new: str) -> dict[str, tuple[str, str]]:
+        """By bus: how far the old name was read, and the cursor from which both are read now.
 
-        If the bus does not say which that is, the cursor of the old name.
+        That is below the oldest message that waits for either. If the bus does not say which that is, it is the lower
+        one of their cursors.
         """
         try:
             answer = self.digest(new, own_cursor("*", self.channel, new))
             bus = str(answer["bus"])
-            waiting = [below(answer["oldest"])] if answer["oldest"] else []
             at = own_cursor(bus, self.channel, mine)
             if at == "last":  # nobody read the old name here
                 its = self.digest(mine)
                 at = below(its["oldest"]) if its["oldest"] else str(its["now"])
-            return {bus: min([at, *waiting], key=Decimal)}
+            return {bus: (at, min(at, below(answer["oldest"]) if answer["oldest"] else at, key=Decimal))}
         except (bus_recv.Refused, bus_recv.Unreachable, LookupError, TypeError, ArithmeticError):
-            return self.own_cursors(mine)
+            known = self.own_cursors(mine).items()
+            return {bus: (at, min(at, self.place(bus, new, new), key=Decimal)) for bus, at in known}
 
     def digest(self, name: str, since: str = "last") -> dict[str, Any]:
         return get(self.url, f"/digest?to={name}&channel={self.channel}&since={since}", ASK_SECONDS)
@@ -509,10 +524,10 @@ def below(message: dict[str, Any]) -> str:
     return str(Decimal(str(message["ts"])) - Decimal("0.000001"))
 
 
-def own_cursor(bus: str, channel: str, name: str, suffix: str = "") -> str:
+def own_cursor(bus: str, channel: str, name: str) -> str:
     """The cursor that readers of this machine have saved for a name; `bus` may be `*`, for the one saved last."""
     place = (bus if bus == "*" else bus_recv.file_name(bus), *map(bus_recv.file_name, (channel, name)))
-    files = glob.glob(os.path.join(os.path.dirname(cursors()), *place) + suffix)
+    files = glob.glob(os.path.join(os.path.dirname(cursors()), *place))
     with contextlib.suppress(OSError, ValueError), open(max(files, key=os.path.getmtime), encoding="ascii") as file:
         at = file.read(64).strip()
         return at if bus_recv.DECIMAL.fullmatch(at) else "last"

@@ -19,7 +19,8 @@ import bus_recv
 import bus_send
 from tests.kit.processes import PATIENCE, ROOT, no_settings, runs, wait_until
 
-sys.path.insert(0, str(ROOT / "integrations" / "claude_code"))
+sys.path[:0] = [str(ROOT / "integrations" / "claude_code"), str(ROOT / "tools")]
+import bus_inbox  # noqa: E402
 import notice  # noqa: E402
 import session  # noqa: E402
 
@@ -320,6 +321,51 @@ def test_a_session_that_takes_its_old_name_again_gets_nothing_twice(bus, lives, 
     assert read(session.this_session(1, "/x/api", "a")) == ["2"]
 
 
+def test_older_mail_for_the_new_name_brings_no_mail_again_that_was_read(bus, lives, monkeypatch):
+    """Nor a broadcast, over two renames; but who asks for a time gets all from then on."""
+    monkeypatch.setenv("AGENT_BUS_URL", bus.url)
+    lives.begin(1)
+    name(1, "a")
+    for to in ("lead", "boss", "api", "all"):
+        bus_send.send(to, f"for {to}", sender="spark")
+    assert read(session.this_session(1, "/x/api", "a")) == ["for api", "for all"]
+    session.rename(1, "boss")
+    assert session.rename(1, "lead") == "boss"
+    me = session.this_session(1, "/x/api", "a")
+    assert me.names == ["lead", "boss", "api"]
+    assert [each["msg"] for each in bus_inbox.Inbox(me.name).look(0)[0]] == ["for lead"]
+    assert read(me) == ["for lead", "for boss"] and read(me) == []
+    since = {"once": True, "timeout": 0, "since": "1h"}
+    assert len(list(bus_recv.receive(me.names, **since))) == 4
+
+
+def test_a_rename_without_the_bus_loses_nothing(bus, lives, monkeypatch):
+    monkeypatch.setenv("AGENT_BUS_URL", bus.url)
+    lives.begin(1)
+    name(1, "a")
+    for to in ("boss", "api"):
+        bus_send.send(to, f"for {to}", sender="spark")
+    assert read(session.this_session(1, "/x/api", "a")) == ["for api"]
+    monkeypatch.setattr(session.Register, "digest", lambda *_: {})
+    session.rename(1, "boss")
+    assert read(session.this_session(1, "/x/api", "a")) == ["for boss"]
+
+
+def test_a_reader_shows_nothing_again_that_came_while_its_session_was_renamed(bus, lives, monkeypatch):
+    """It follows at its next poll. Until then it reads as the old name."""
+    monkeypatch.setenv("AGENT_BUS_URL", bus.url)
+    lives.begin(1)
+    name(1, "a")
+    mail = bus_recv.SessionReader(["api", "team"]).messages(timeout=PATIENCE)
+    for to in ("boss", "api", "team", "all"):
+        bus_send.send(to, f"for {to}", sender="spark")
+    assert next(mail)["msg"] == "for api"
+    session.rename(1, "boss")
+    assert [next(mail)["msg"] for _ in range(3)] == ["for team", "for all", "for boss"]
+    bus_send.send("api", "later", sender="spark")
+    assert next(mail)["msg"] == "later"
+
+
 def test_a_reader_that_runs_follows_its_session_to_a_new_name(bus, lives, monkeypatch):
     monkeypatch.setenv("AGENT_BUS_URL", bus.url)
     lives.begin(1)
@@ -424,7 +470,6 @@ class Log:
 
     def __init__(self):
         self.step, self.held, self.sent, self.got = 0, {}, {}, collections.defaultdict(list)
-        self.renamed = set()  # names that a session had when it got another name
 
     def has(self, process, names):
         """The process reads these names from now on, and no others."""
@@ -442,17 +487,13 @@ class Log:
         return [each for each, its in self.held if its == name and self.held_at(each, name, self.step)]
 
     def check(self):
-        """A message went to whom it was sent, as long as that had the name; and to nobody else afterwards.
-
-        But a renamed session reads all its names from the oldest place on, so what was read of one may come again.
-        """
+        """A message went to whom it was sent, as long as that had the name; to nobody else afterwards, and once."""
         for id, (name, holder, at) in self.sent.items():
             for process, step in self.got[id]:
                 assert self.held_at(process, name, step), f"{process} got mail for {name}, which it was not"
                 lost = [end for begin, end in self.held[holder, name] if end is not None and at < end <= step]
                 assert process == holder or lost, f"{process} got mail for {name}, which was {holder}"
-            receivers = {process for process, _ in self.got[id]}
-            assert len(receivers) < 2 or name in self.renamed, f"mail for {name} came to {self.got[id]}"
+            assert len(self.got[id]) < 2, f"mail for {name} came more than once: {self.got[id]}"
             assert self.got[id] or not self.holders(name), f"mail for {name} never came"
 
 
@@ -472,8 +513,6 @@ class Folder:
         me = session.this_session(process, "/x/api", id, title)
         theirs = {name for each, names in self.names.items() if each != process for name in names}
         assert not theirs.intersection(me.names), f"{me.names} are read by two"
-        if len(me.names) > 1:
-            self.log.renamed.update(me.names)
         self.names[process] = me.names
         self.log.has(self.life(process), me.names)
 
