@@ -22,6 +22,7 @@ from tests.kit.processes import PATIENCE, ROOT, no_settings, runs, wait_until
 sys.path[:0] = [str(ROOT / "integrations" / "claude_code"), str(ROOT / "tools")]
 import bus_inbox  # noqa: E402
 import notice  # noqa: E402
+import processes  # noqa: E402
 import session  # noqa: E402
 
 NOWHERE = "http://127.0.0.1:9"  # nobody listens there
@@ -41,8 +42,8 @@ class Lives:
 
     def __init__(self, monkeypatch):
         self.born, self.space, self.count = {}, "pid:[1]", 0
-        monkeypatch.setattr(session, "birth", lambda number: self.born.get((self.space, number), ""))
-        monkeypatch.setattr(session, "this_kernel", lambda: f"boot {self.space}")
+        monkeypatch.setattr(processes, "birth", lambda number: self.born.get((self.space, number), ""))
+        monkeypatch.setattr(processes, "this_kernel", lambda: f"boot {self.space}")
 
     def begin(self, number):
         self.count += 1
@@ -409,27 +410,27 @@ def test_a_folder_in_any_script_gives_a_name_that_is_the_same_each_time():
 def test_a_zombie_has_ended():
     process = subprocess.Popen(["true"])
     wait_until(lambda: not runs(process.pid))
-    assert session.birth(process.pid) == ""
+    assert processes.birth(process.pid) == ""
     process.wait()
-    assert session.birth(process.pid) == ""
-    assert session.birth(os.getpid()) == session.birth(os.getpid()) != ""
+    assert processes.birth(process.pid) == ""
+    assert processes.birth(os.getpid()) == processes.birth(os.getpid()) != ""
 
 
 def test_where_there_is_no_proc_ps_tells(monkeypatch):
     real = open
     monkeypatch.setattr("builtins.open", lambda path, *a, **k: real(str(path).replace("/proc/", "/gone/"), *a, **k))
     monkeypatch.setattr(os.path, "exists", lambda path: False)
-    born = session.birth(os.getpid())
-    assert born.startswith(f"{os.getpid()} ") and born.endswith(" here") and session.is_alive(born, False)
-    assert session.parent_of(os.getpid())[0] == os.getppid()
-    assert session.birth(2**22 + 1) == ""
+    born = processes.birth(os.getpid())
+    assert born.startswith(f"{os.getpid()} ") and born.endswith(" here") and processes.is_alive(born, False)
+    assert processes.parent_of(os.getpid())[0] == os.getppid()
+    assert processes.birth(2**22 + 1) == ""
 
 
 PROGRAM = """
 import json, os, subprocess, sys
 hook = [sys.executable, sys.argv[1], "--name"]
-server = f"import sys; sys.path.insert(0, {os.path.dirname(sys.argv[1])!r}); import session as s; "
-server += "print(s.this_session(s.its_process('mcp'), '/x/api').name)"
+server = f"import sys; sys.path.insert(0, {os.path.dirname(sys.argv[1])!r}); import processes, session; "
+server += "print(session.this_session(processes.its_process('mcp'), '/x/api').name)"
 env = {name: value for name, value in os.environ.items() if name != "CLAUDE_PID"}
 for line in sys.stdin:
     given = {**env, "CLAUDE_CODE_SESSION_ID": "a"} if "id" in line else env
