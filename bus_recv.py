@@ -297,8 +297,8 @@ class BacklogReader(Reader):
                 if counts["unread"] > BACKLOG:
                     return self.leave(counts, now), now
         if self.cursor.backlog:
-            # So the name counts as listening. The oldest message counts as fetched, and nothing as read.
-            oldest, _ = ask(self.url, f"/recv?max=1&{self.query('last')}", seconds)
+            ask(self.url, f"/recv?{self.query('now')}", seconds)  # the name counts as listening; nothing is taken
+            oldest, _ = ask(self.url, f"/recv?peek=true&max=1&{self.query('last')}", seconds)
             with contextlib.suppress(LookupError, TypeError):
                 found, end = oldest["messages"], seconds_of(self.cursor.backlog)
                 is_read = seconds_of(found[0]) > end if found else not oldest["more"]
