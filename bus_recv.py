@@ -337,8 +337,9 @@ class SessionReader(BacklogReader):
         if self.names[0] != mine[0]:
             before, self.cursor = self.cursor, self.open_cursor(str(self.bus), self.channel, self.names[0], self.warn)
             before.lock.close()
-            for name in (*mine, "all"):  # we have read on since the session got its new name
-                self.cursor.reached[name] = max(before.at, self.cursor.reached.get(name, "0"), key=seconds_of)
+            its = self.cursor.reached  # of the moment when the session got its new name; since then we have read on
+            further = {name: max(before.at, its.get(name, "0"), key=seconds_of) for name in (*mine, "all")}
+            self.cursor.reached = {**its, **further}
             self.warn(f"reading as {', '.join(self.names)} from now on")
         return super().request(min(hold, FOLLOW_SECONDS) if os.path.exists(sessions) else hold, seconds)
 
@@ -373,15 +374,14 @@ class Cursor:
 
     It is written to another file and renamed, so a reader that is killed leaves the old cursor or the new one. There is
     no fsync: after a power cut the file may be old or empty, and messages arrive again, as at-least-once allows.
-    For a session that was renamed, a second file says how far mail to each of its names was read before: `reached`.
     """
 
+    reached: dict[str, str] = {}  # of a session that was renamed: how far mail to each of its names was read before
     backlog = ""  # the cursor behind messages that are left unread; until they are read, the file stays as it is
 
     def __init__(self, bus: str, channel: str, name: str, warn: Callable[[str], None]) -> None:
         self.path = os.path.join(state_directory(), "cursors", *map(file_name, (bus, channel, name)))
         self.at, self.warn = "last", warn
-        self.reached: dict[str, str] = {}
         self.lock = self.only_one(name)
         self.load()
         self.move(self.at)  # if the file cannot be written, fail before a message is asked for

@@ -223,8 +223,8 @@ class Register:
         if who.asked and loose and not self.names[loose]["asked"]:  # one part of this session had no AGENT_NAME
             self.move(loose, name)
         else:
-            self.names[name] = {**EMPTY, "process": who.born, "title": who.title, "seen": self.now}
             self.take(name)
+            self.names[name] = {**EMPTY, "process": who.born, "title": who.title, "seen": self.now}
             self.forward(name)
         missed = before or wanted[0]
         why = f"because {missed} is another session" if name != missed else ""
@@ -306,7 +306,9 @@ class Register:
         self.forward(new)
 
     def take(self, name: str) -> None:
-        """From now on, this name is the old one of no session that may be resumed."""
+        """From now on, no session that may be resumed has this name, not as an old one either."""
+        for old in self.also(name) if name in self.names else ():
+            self.pass_on(name, old)
         for each, line in self.names.items():
             if name in line["old"]:
                 if name in self.also(each):  # after that day nobody has read it

@@ -294,6 +294,21 @@ def test_what_was_read_of_an_old_name_does_not_come_to_the_next_session_that_has
     assert read(session.this_session(3, "/x/api", "c")) == []
 
 
+def test_what_a_session_has_read_of_its_old_name_stays_read_when_another_one_has_its_new_name(bus, lives, monkeypatch):
+    monkeypatch.setenv("AGENT_BUS_URL", bus.url)
+    lives.begin(1)
+    name(1, "a")
+    session.rename(1, "boss")
+    bus_send.send("api", "for the first", sender="spark")
+    assert read(session.this_session(1, "/x/api", "a")) == ["for the first"]
+    lives.end(1)
+    lives.begin(2)
+    assert name(2, "b", title="boss") == "boss"
+    lives.begin(3)
+    me = session.this_session(3, "/x/api", "c")
+    assert (me.names, read(me)) == (["api"], [])
+
+
 def test_a_place_that_a_renamed_session_needs_is_not_that_of_the_next_session(bus, lives, monkeypatch):
     """Older mail for its new name makes it begin there; what was read of that name before is read nevertheless."""
     monkeypatch.setenv("AGENT_BUS_URL", bus.url)
