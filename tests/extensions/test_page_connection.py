@@ -19,6 +19,10 @@ def test_a_server_that_ends_is_said_and_what_was_known_stays(tmp_path, page):
         bus.kill()
         page.wait_for_selector("#banner:has-text('out of reach')")
         assert time.monotonic() - began < in_time(2)
+        page.focus("#again")
+        countdown = page.inner_text("#countdown")
+        page.wait_for_function("before => document.querySelector('#countdown').textContent !== before", arg=countdown)
+        assert page.evaluate("document.activeElement.id") == "again", "who uses the keyboard can press it"
         assert "before" in texts(page)[0] and not page.locator("#say").is_visible()
         bus.start()
         began = time.monotonic()
@@ -57,7 +61,7 @@ def test_six_tabs_leave_room_to_send(bus, browser):
             tab = show(tab.context.new_page(), bus)
         began = time.monotonic()
         # As the page itself sends: Chromium has other connections for a fetch with cookies.
-        tab.evaluate("import('./bus.js').then(bus => bus.send({ from: 'tab', to: 'bob', msg: 'from the sixth' }))")
+        tab.evaluate("import('./follow.js').then(bus => bus.send({ from: 'tab', to: 'bob', msg: 'from the sixth' }))")
         assert time.monotonic() - began < in_time(1)
         wait_until(lambda: b"from the sixth" in bus.get("/log"))
 

@@ -21,9 +21,30 @@ def test_a_person_says_something_and_is_told_the_truth(bus, page):
     page.fill("#say-to", "bob")
     page.fill("#say-text", "stop, please")
     page.click("dialog button.main")
-    page.wait_for_selector("text=bob is listening")
+    page.wait_for_selector("dialog >> text=bob is listening")
     [message] = json.loads(bus.get("/log"))["messages"]
     assert (message["from"], message["to"], message["msg"]) == ("maria", "bob", "stop, please")
+
+
+def test_what_is_told_of_a_message_is_what_the_bus_says_of_its_receiver(bus, page):
+    for name in ("bob", "carl"):
+        bus.get(f"/recv?to={name}&since=0")
+    assert bus.get("/recv?to=carl&since=0&leave=true")  # carl listens no more
+    show(page, bus)
+    page.keyboard.press("c")
+    page.fill("#say-as", "maria")
+    for to, told in (
+        ("all", "Stored. 1 listen now, 1 will see it later."),
+        ("bob", "Sent: bob is listening."),
+        ("carl", "Stored. carl does not listen now; 2 messages wait."),
+        ("bbo", "Stored, but nobody has ever listened as bbo. Did you mean bob?"),
+        ("no name", "to must be"),
+    ):
+        page.fill("#say-to", to)
+        page.fill("#say-text", "stop, please")
+        page.click("dialog button.main")
+        page.wait_for_selector(f"dialog p >> text={told}")
+        assert page.input_value("#say-text") == ("stop, please" if to == "no name" else "")
 
 
 def test_all_is_done_by_keyboard(bus, page):
@@ -49,6 +70,17 @@ def test_all_is_done_by_keyboard(bus, page):
     assert page.evaluate("document.activeElement.dataset.id") == sent["id"]
     answer = json.loads(bus.get("/log?from=maria"))["messages"][0]
     assert (answer["to"], answer["msg"], answer["reply_to"]) == ("ann", "left", sent["id"])
+
+
+def test_beside_an_open_message_j_and_k_lead_to_the_next_one_and_back(bus, page):
+    for number in range(4):
+        send(bus, "ann", "bob", f"n{number}")
+    show(page, bus, "#/messages")
+    page.wait_for_selector(".message-row")
+    for keys, text in (("jj", "n2"), ("j", "n1"), ("kk", "n3")):
+        for key in (*keys, "Enter"):
+            page.keyboard.press(key)
+        page.wait_for_selector(f"#panel .body:text-is('{text}')")
 
 
 def until_focused(page, text, selector="*"):
@@ -80,6 +112,7 @@ def test_a_failed_job_is_sent_again_and_reaches_a_worker(tmp_path, page):
         fill(bus)
         show(page, bus, "#/work")
         page.wait_for_selector("text=exit 137")
+        assert "1 attempt" in page.inner_text(".letter")
         page.click("text=Send again")
         page.wait_for_selector("text=Sent again: it waits for a worker of builds.")
         page.wait_for_selector("text=exit 137", state="detached")
@@ -111,3 +144,36 @@ def test_own_mail_is_read_only_if_the_person_asks_for_it(tmp_path, page):
 
 def state(bus, sent, token):
     return ask(bus, "GET", f"/message/{sent['id']}", token=token)[1]["state"]
+
+
+def test_what_was_taken_back_is_gone_from_the_panel_and_from_the_view(bus, page):
+    for number in range(3):
+        send(bus, "maria", "bob", f"oops {number}")
+    page.add_init_script("sessionStorage.setItem('agent-bus name', 'maria')")
+    for view, selector in (("#/messages", ".message-row"), ("#/messages/maria/bob", ".bubble a")):
+        show(page, bus, view)
+        page.locator(selector).first.click()
+        text = page.inner_text("#panel .body")
+        page.click("#panel button:has-text('Take back')")
+        page.wait_for_selector("#panel .state:text-is('taken back')")
+        page.wait_for_selector("#panel >> text=Taken back: nobody gets it.")
+        assert text not in page.content() and not page.locator("#panel button:has-text('Take back')").count()
+        assert page.evaluate("document.activeElement.textContent") == "Message"
+    assert len(json.loads(bus.get("/recv?to=bob&since=0"))["messages"]) == 1
+
+
+def test_a_failed_job_that_is_sent_again_is_shown_so_beside_the_view(tmp_path, page):
+    """Its letter is found, although 6,000 messages are newer: one answer of the bus looks at 5,000."""
+    with Server(tmp_path / "bus.db", "--max-attempts", "1") as bus:
+        fill(bus)
+        some = [{"from": f"s{number % 50}", "to": f"r{number % 60}", "msg": "x"} for number in range(1000)]
+        for _ in range(6):
+            assert ask(bus, "POST", "/send", some)[0] == 200
+        show(page, bus, "#/work")
+        page.click(".letter a")
+        page.wait_for_selector("#panel .state:text-is('nobody has fetched it')")
+        page.click(".letter button")
+        page.wait_for_selector("#panel .state:text-is('sent again')")
+        page.wait_for_selector(".letter", state="detached")
+        page.wait_for_selector("main >> text=Sent again: it waits for a worker of builds.")
+        assert not page.locator("#panel .body").count()

@@ -64,18 +64,32 @@ def test_messages_are_found_by_their_words(page, tmp_path):
         page.wait_for_selector("#panel .body")
 
 
-def test_an_operator_redacts_a_message(page, tmp_path):
+def test_what_an_operator_redacts_is_shown_so_at_once_wherever_it_was(page, tmp_path):
+    gone = "an operator has redacted this message"
     with Server(tmp_path / "bus.db") as bus:
-        send(bus, "ann", "bob", "the password is swordfish")
-        show(page, bus, "#/messages")
-        page.wait_for_selector(".message-row")
-        opens_a_message(page)
-        page.click("#panel button:has-text('Redact')")
-        page.wait_for_selector("#panel >> text=Press Redact again to do it.")
-        page.click("#panel button:has-text('Redact')")
-        page.wait_for_selector("#panel >> text=Redacted. Fetched by nobody; revoke the secret")
-        page.reload()
-        page.wait_for_selector(".message-row:has-text('an operator has redacted this message')")
+        send(bus, "ann", ["bob", "carl"], "the password is swordfish")  # its copies are redacted too
+        send(bus, "ann", "maria", "and mine is swordfish")
+        for view, row in (
+            ("#/messages", ".message-row:has-text('swordfish'):has-text('carl')"),
+            ("#/mail", ".bubble:has-text('swordfish') a"),
+        ):
+            show(page, bus, view)
+            if view == "#/mail":
+                page.fill("#mail-name", "maria")
+                page.click("button.main:has-text('Read my mail here')")
+            page.click(row)
+            page.click("#panel button:has-text('Redact')")
+            page.wait_for_selector("#panel >> text=Press Redact again to do it.")
+            page.click("#panel button:has-text('Redact')")
+            page.wait_for_selector("#panel >> text=/Redacted. Fetched by (nobody|maria); revoke the secret/")
+            page.wait_for_selector(f"#panel .body >> text={gone}")
+            page.wait_for_selector(f"main >> text={gone}")
+            assert "swordfish" not in page.content()
+        page.goto(f"{bus.url}/ui/#/messages/ann/carl")
+        page.wait_for_selector(f".bubble >> text={gone}")
+        page.goto(f"{bus.url}/ui/#/messages")
+        page.wait_for_selector(f".message-row >> text={gone}")
+        assert "swordfish" not in page.content()
 
 
 def test_without_such_extensions_there_is_no_place_for_them(tmp_path, page):

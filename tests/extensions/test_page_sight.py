@@ -52,6 +52,7 @@ def test_people_who_see_little_can_use_it(request, page, state):
     if act:
         page.wait_for_selector("main > *")
         act(page)
+    assert page.evaluate("window.violations ?? []") == [], "of the Content-Security-Policy"
     page.evaluate(AXE.read_text())
     for width in (390, 1360):
         page.set_viewport_size({"width": width, "height": 860})

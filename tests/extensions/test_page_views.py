@@ -1,5 +1,6 @@
 """The page in a real Chromium: what its views show, and that nothing moves before the eyes."""
 import json
+import os
 import subprocess
 import time
 
@@ -25,6 +26,41 @@ def test_a_send_to_a_list_is_one_row(busy, page):
     page.fill("#filter", "still quiet")
     page.wait_for_function("() => document.querySelectorAll('.message-row').length == 1")
     assert "spark, dell" in texts(page)[0]
+
+
+def test_a_conversation_and_its_messages_are_found_behind_thousands_of_others(bus, page):
+    """One answer of the bus looks at 5,000 messages, and may have none of those that are wanted."""
+    send(bus, "ann", "bob", "which way?", subject="the way")
+    send(bus, "bob", "ann", "\n".join(f"line {number}" for number in range(40)))
+    some = [{"from": f"s{number % 50}", "to": f"r{number % 60}", "msg": "x"} for number in range(1000)]
+    for _ in range(6):
+        assert ask(bus, "POST", "/send", some)[0] == 200
+    show(page, bus, "#/messages/ann/bob")
+    page.wait_for_selector(".bubble >> text=which way?")
+    assert "line 11" in page.inner_text(".talk") and "line 12" not in page.inner_text(".talk")
+    page.click("text=show all")
+    page.wait_for_selector("text=line 39")
+
+
+def test_a_message_is_opened_beside_the_view_that_is_shown(busy, page):
+    places = (("#/", ".said .message-row"), ("#/messages/oncall/planner", ".bubble a"), ("#/work", ".letter a"))
+    for view, selector in places:
+        show(page, busy, view)
+        page.locator(selector).first.click()
+        page.wait_for_selector("#panel .state")
+        assert page.locator(f"main {selector}").first.is_visible() and page.url.startswith(f"{busy.url}/ui/{view}?id=")
+        page.keyboard.press("Escape")
+        page.wait_for_selector("#panel", state="hidden")
+        assert page.evaluate("location.hash") == view and page.evaluate("document.activeElement.tagName") == "A"
+
+
+def test_who_reads_a_conversation_by_keyboard_keeps_the_place_while_others_come(bus, page):
+    send(bus, "ann", "bob", "first")
+    show(page, bus, "#/messages/ann/bob")
+    page.focus(".bubble a")
+    send(bus, "bob", "ann", "second")
+    page.wait_for_selector("text=second")
+    assert page.evaluate("document.activeElement.closest('.bubble').textContent").endswith("first")
 
 
 def test_a_filter_knows_words_senders_receivers_and_channels(busy, page):
@@ -74,12 +110,18 @@ def test_nothing_moves_when_the_first_screen_is_drawn(busy, page):
     assert page.evaluate("window.shift") < 0.02
 
 
-def test_an_empty_bus_says_what_to_do(bus, page):
+def test_an_empty_bus_says_what_to_do(bus, page, tmp_path):
     show(page, bus)
     page.wait_for_selector("code")
     lines = texts(page, "code")
     assert len(lines) == 3 and all(bus.url in line for line in lines)
-    subprocess.run(["sh", "-c", lines[0]], check=True, capture_output=True, timeout=PATIENCE)
+    env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
+    said, heard, client = (
+        subprocess.run(["sh", "-c", line], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=PATIENCE)
+        for line in (lines[0], lines[1], f"{lines[2]} --once")
+    )
+    assert said.returncode == heard.returncode == client.returncode == 0, client
+    assert json.loads(heard.stdout)["messages"][0]["msg"] == "hello" and "hello" in client.stdout
     page.wait_for_selector("text=Last said")
 
 
