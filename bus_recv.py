@@ -207,6 +207,7 @@ class Reader:
             self.take_up(answer)
             raise Unreachable("another bus answers now")
         self.check_times(answer)
+        answer["messages"] = [one for one in answer["messages"] if not self.cursor.has_read(one)]
         if self.announced:
             self.announce(f"{self.url} is back, after {span(self.clock.monotonic() - self.failing_since)}")
         self.failures and not self.announced and self.warn(f"{self.url}: connected again")
@@ -242,6 +243,7 @@ class Reader:
         """Go on with our cursor on the bus that answers. `since`, if the caller gave it, is for the first bus only."""
         bus = str(answer.get("bus", OLD_CONTRACT))
         self.cursor, self.bus = self.open_cursor(bus, self.channel, self.names[0], self.warn), bus
+        self.cursor.reached = self.cursor.reached if self.since in (None, "last") else {}  # it may want that again
         since, self.since = moment(str(self.since or self.cursor.at), self.bus_time), None
         if self.bus == OLD_CONTRACT:
             now = min(str(answer.get("now")), f"{self.clock.time() + AHEAD_SECONDS:.6f}", key=seconds_of)
@@ -295,8 +297,8 @@ class SessionReader(Reader):
                 if counts["unread"] > BACKLOG:
                     return self.leave(counts, now), now
         if self.cursor.backlog:
-            # So the name counts as listening. The oldest message counts as fetched, and nothing as read.
-            oldest, _ = ask(self.url, f"/recv?max=1&{self.query('last')}", seconds)
+            ask(self.url, f"/recv?{self.query('now')}", seconds)  # the name counts as listening; nothing is taken
+            oldest, _ = ask(self.url, f"/recv?peek=true&max=1&{self.query('last')}", seconds)
             with contextlib.suppress(LookupError, TypeError):
                 found, end = oldest["messages"], seconds_of(self.cursor.backlog)
                 is_read = seconds_of(found[0]) > end if found else not oldest["more"]
@@ -319,15 +321,18 @@ class SessionReader(Reader):
     def follow(self, hold: float) -> float:
         """Take the names that the session has now. On a machine with sessions a poll is short, to hear of new ones."""
         sessions = os.path.join(state_directory(), "names", file_name(self.url), file_name(self.channel))
-        own, lines = self.names[0], ""
-        with contextlib.suppress(OSError), open(f"{sessions}~{file_name(own)}", encoding="ascii") as file:
+        mine, lines = self.names, ""
+        with contextlib.suppress(OSError), open(f"{sessions}~{file_name(mine[0])}", encoding="ascii") as file:
             lines = file.read()
         until = dict(re.findall(r"^(\S+) ([0-9]+)$", lines, re.MULTILINE))
         if names := [name for name in until if int(until[name]) > self.clock.time()]:
-            self.names = [*names, *(name for name in self.names if name not in until)]
-        if self.names[0] != own:
-            self.cursor.lock.close()
-            self.cursor = self.open_cursor(str(self.bus), self.channel, self.names[0], self.warn)
+            self.names = [*names, *(name for name in mine if name not in until)]
+        if self.names[0] != mine[0]:
+            before, self.cursor = self.cursor, self.open_cursor(str(self.bus), self.channel, self.names[0], self.warn)
+            before.lock.close()
+            its = self.cursor.reached  # of the moment when the session got its new name; since then we have read on
+            further = {name: max(before.at, its.get(name, "0"), key=seconds_of) for name in (*mine, "all")}
+            self.cursor.reached = {**its, **further}
             self.warn(f"reading as {', '.join(self.names)} from now on")
         return min(hold, FOLLOW_SECONDS) if os.path.exists(sessions) else hold
 
@@ -364,6 +369,7 @@ class Cursor:
 
     # The cursor behind messages that are left unread; until they are read, the file stays as it is. None: not looked.
     backlog: str | None = None
+    reached: dict[str, str] = {}  # of a session that was renamed: how far mail to each of its names was read before
 
     def __init__(self, bus: str, channel: str, name: str, warn: Callable[[str], None]) -> None:
         self.path = os.path.join(state_directory(), "cursors", *map(file_name, (bus, channel, name)))
@@ -390,6 +396,8 @@ class Cursor:
 
     def load(self) -> None:
         """Read the cursor from the file. If the file has none, the cursor stays as it is."""
+        with contextlib.suppress(OSError, ValueError, TypeError), open(f"{self.path}~reached") as file:
+            self.reached = dict(json.load(file))
         with contextlib.suppress(OSError), open(self.path, encoding="ascii", errors="replace") as file:
             at = file.read(64).strip()
             if DECIMAL.fullmatch(at):
@@ -405,6 +413,11 @@ class Cursor:
         with private_file(new, os.O_WRONLY | os.O_TRUNC, "w") as file:
             file.write(f"{since}\n")
         os.replace(new, self.path)
+
+    def has_read(self, message: Any) -> bool:
+        """Was this message read before the session that reads was renamed?"""
+        to = message.get("to") if isinstance(message, dict) else None
+        return 0 < seconds_of(message) <= seconds_of(self.reached.get(str(to)))
 
     def pass_over(self, message: Any) -> None:
         """Save that this message was received."""
