@@ -3667,15 +3667,26 @@ GRACE = 10.0  # s after its hold in which a reader still counts as listening: th
 PARKED_PER_NAME = 8  # polls that wait for one name; older ones are of readers whose connection broke unnoticed
 
 
-class Parked(Protocol):
+class Reader(Protocol):
+    """Who gets messages: a Parked, or the reader in `delivers` of an Answer."""
+
+    @property
+    def channel(self) -> str | None: ...
+
+    @property
+    def who(self) -> str:
+        """Its name in a Receipt."""
+
+    def present(self) -> Sequence[str]:
+        """The names that count as listening while it waits, its own first. It gets the mail of these."""
+
+
+class Parked(Reader, Protocol):
     """The record of a connection that waits: what it waits for, and for whom."""
 
     @property
     def exclusive(self) -> bool:
         """Does a message go to only one of the connections that wait for it?"""
-
-    @property
-    def channel(self) -> str | None: ...
 
     @property
     def hold(self) -> float:
@@ -3685,15 +3696,8 @@ class Parked(Protocol):
     def token(self) -> str:
         """The id of the token that let it in."""
 
-    @property
-    def who(self) -> str:
-        """The name of its reader in a Receipt."""
-
     def places(self) -> Sequence[Key]:
         """Where it waits: mailboxes, EVERYTHING, (REPLIES, tick), or what an extension looks up itself."""
-
-    def present(self) -> Sequence[str]:
-        """The names that count as listening while it waits, its own first."""
 
     def wants(self, message: Message) -> bool: ...
 
@@ -3859,7 +3863,7 @@ class Mailboxes:
         names = list(names)
         return sum((channel, own) not in self.boxes for own in names if own != EVERYONE or len(names) == 1)
 
-    def of(self, reader: Parked) -> Iterator[Mailbox]:
+    def of(self, reader: Reader) -> Iterator[Mailbox]:
         """The mailboxes a reader listens to, its own first; their marks are about to change."""
         for own in reader.present():
             key = (str(reader.channel), own)
@@ -3906,7 +3910,7 @@ class Mailboxes:
             own.read = poll.since
         self.fetched(poll, str(poll.me), own, poll.since)
 
-    def delivered(self, reader: Parked, tick: int) -> None:
+    def delivered(self, reader: Reader, tick: int) -> None:
         """An answer with messages up to `tick` was written out whole, or they were handed to a worker.
 
         A mark says that everything up to it was delivered. So it does not move over a hole: in a group's mailbox, the
@@ -3925,7 +3929,7 @@ class Mailboxes:
                 continue
             self.fetched(reader, own, box, tick)
 
-    def fetched(self, reader: Parked, own: str, box: Mailbox, tick: int) -> None:
+    def fetched(self, reader: Reader, own: str, box: Mailbox, tick: int) -> None:
         box.reached = max(box.reached, tick)
         if tick > box.fetched:
             if box.newest > box.fetched:  # else the receipt is for no message, and nothing would ever remove it
@@ -4376,7 +4380,7 @@ class Bus:
         if connection in self.mailboxes.parked:  # else it was woken, and its answer failed
             self.mailboxes.left(self.mailboxes.unpark(connection))
 
-    def delivered(self, reader: Parked, tick: int) -> None:
+    def delivered(self, reader: Reader, tick: int) -> None:
         self.mailboxes.delivered(reader, tick)
         self.save_marks_soon()
 
