@@ -5371,7 +5371,13 @@ def agent(bus: Bus, grant: Grant, channel: str, own: str, box: Mailbox) -> str:
 
 def message(bus: Bus, request: Request) -> Answer:
     """One message and how far it came; asking moves nothing."""
-    return told(bus, one_of(bus, request), request.grant)
+    return told(bus, one_of(bus, request), reader_of(request))
+
+
+def reader_of(request: Request) -> Grant:
+    """Who reads a message by its id: the holder of the token or, on a bus without tokens, the names in `as`."""
+    own = () if request.grant.name else request.query().names("as")
+    return Grant("", own[0], own[1:], False, False) if own else request.grant
 
 
 def one_of(bus: Bus, request: Request, tick: int | None = None) -> Message:

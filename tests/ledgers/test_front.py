@@ -487,7 +487,7 @@ def test_what_is_not_built_is_refused_in_words(fronts):
         assert status == 501 and "has no files" in answer["error"]
 
 
-ALONE = {"bury", "recall", "redact", "later move", "lock"}  # what follows these in memory is nothing that another front needs
+ALONE = {"bury", "recall", "redact", "later move", "lock"}  # what follows these in memory, no other front needs
 
 
 def test_what_follows_an_operation_of_an_extension_follows_at_the_other_fronts_too(fronts):
