@@ -69,7 +69,6 @@ from concurrent.futures import ThreadPoolExecutor
 from email.utils import formatdate
 from functools import lru_cache, partial
 from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler
 from itertools import accumulate, count, islice, takewhile
 from operator import attrgetter, length_hint
 from types import ModuleType
@@ -380,17 +379,12 @@ def draft(fields: Any, key: str | None) -> Draft:
     key = fields.get("key", key)
     if key is not None and not (isinstance(key, str) and KEY.fullmatch(key)):
         raise Refused(400, "key must be 1 to 128 printable ASCII characters without a space")
-    text = start + quote(msg)
-    if len(fields) == 3:  # from, to and msg, as most messages
-        return made(Draft, (channel, to, sender, text, key, None, None, None, 0))
-    ttl, answers = lifetime(fields.get("ttl")), tick_of(parent) if parent else None
-    return Draft(channel, to, sender, text + further(fields), key, ttl, answers)
-
-
-def further(fields: dict[str, Any]) -> str:
-    """The members that the bus passes on as they are."""
-    rest = {member: value for member, value in fields.items() if member not in OURS}
-    return f", {encode(rest)[1:-1]}" if rest else ""
+    text, ttl, answers = start + quote(msg), None, None
+    if not fields.keys() <= OURS:  # else it is as most messages
+        rest = {member: value for member, value in fields.items() if member not in OURS}
+        text += f", {encode(rest)[1:-1]}"
+        ttl, answers = lifetime(fields.get("ttl")), tick_of(parent) if parent else None
+    return made(Draft, (channel, to, sender, text, key, ttl, answers, None, 0))
 
 
 @lru_cache(4096)
@@ -852,6 +846,11 @@ def too_much(sentence: str, wait: int) -> Refused:
     return Refused(429, sentence, ("Retry-After", str(wait)))
 
 
+def unavailable(sentence: str, wait: int) -> Refused:
+    """503; after `wait` s it may succeed."""
+    return Refused(503, sentence, ("Retry-After", str(wait)))
+
+
 def refusal(refused: Refused) -> Answer:
     return Answer(refused.status, encode({"error": refused.sentence}).encode() + b"\n", headers=refused.headers)
 
@@ -1140,51 +1139,40 @@ class App(Protocol):
         """An answer is about to be written; for figures and for the log of requests."""
 
 
-class Request(BaseHTTPRequestHandler):
-    """One HTTP request in memory, with do_GET and do_POST as in http.server. It never uses a socket."""
+class Request:
+    """One HTTP request in memory, and what the App found out about it."""
 
+    METHODS = ("GET", "POST", "HEAD", "OPTIONS", "PUT", "DELETE")
     grant: Grant
     parsed: Head
     endpoint: Any  # the Route of the App
 
-    def __init__(self, peer: Connection, head: bytes) -> None:  # super() would read and answer a socket
+    def __init__(self, peer: Connection, head: bytes) -> None:
         self.peer, self.head, self.body = peer, head, b""
         self.sink: Sink | None = None
         self.command = "-"
         self.reader = ""  # the name it reads; several readers of one owner have limits of their own
 
-    def address_string(self) -> str:
-        return self.peer.address
-
-    @property
-    def requestline(self) -> str:  # type: ignore[override]
+    def line(self) -> str:
         """For the log of requests, which must not show a token, and no control character of a malformed line."""
         line = self.head.partition(b"\r\n")[0].decode("latin-1")
         return ascii(f"{line.partition(' ')[0]} (a token in a URL)" if "abt_" in line else line or "-")[1:-1]
 
-    def parse_request(self) -> bool:
-        """Check the head and take it apart; Refused where the method of http.server would return False."""
+    def parse_head(self) -> None:
+        """Check the head and take it apart, or raise Refused."""
         try:
             head = self.parsed = known_head(self.head) if len(self.head) <= KNOWN_HEAD else Head(self.head)
         except Refused:
-            self.command = self.requestline.partition(" ")[0]  # no answer to HEAD has a body, not even this one
+            self.command = self.line().partition(" ")[0]  # no answer to HEAD has a body, not even this one
             raise
         self.command, self.path, self.fields, self.route = head.command, head.path, head.fields, head.route
-        return True
-
-    def do_GET(self) -> Answer | None:
-        return self.peer.door.app.answer(self)
-
-    do_HEAD = do_POST = do_PUT = do_DELETE = do_OPTIONS = do_GET
 
     def answer(self) -> Answer | None:
         """The answer; None if it comes later. An unexpected error is 500, and costs this connection only."""
         try:
-            method = getattr(self, f"do_{self.command}", None)
-            if not method:
+            if self.command not in self.METHODS:
                 raise Refused(501, f"the method {self.command} is not supported")
-            answer: Answer | None = method()
-            return answer
+            return self.peer.door.app.answer(self)
         except Refused as refused:
             return refusal(refused)
         except Exception:
@@ -1192,8 +1180,9 @@ class Request(BaseHTTPRequestHandler):
             self.peer.closing = True
             return refusal(our_fault())
 
-    def log_message(self, format: str, *arguments: Any) -> None:
-        say(f"{self.address_string()} [{self.log_date_time_string()}] {format % arguments}")
+    def log(self, answer: Answer) -> None:
+        at = time.strftime("%d/%b/%Y %H:%M:%S")
+        say(f'{self.peer.address} [{at}] "{self.line()}" {answer.status} {len(answer.body)}')
 
     def query(self) -> Query:
         return known_query(self.parsed.query) if self.parsed.query else NO_QUERY
@@ -1438,14 +1427,18 @@ class Outgoing:
         self.door.loop.soon(partial(self.guard, action))
 
     def fail(self) -> None:
-        """Serving this connection raised an exception: answer 500, or close it."""
+        """Serving this connection raised an exception."""
+        self.refuse(our_fault())
+
+    def refuse(self, refused: Refused) -> None:
+        """End this connection with a refusal or, if an answer is under way already, without one."""
         if self.phase is PARKED:
             self.door.loop.attempt(self.door.app.left, self)
         if self.phase in (WRITING, LINGER):
             self.transport.abort()
         else:
             self.closing = True
-            self.write(refusal(our_fault()))
+            self.write(refusal(refused))
 
     def wait(self, phase: Phase, patience: float) -> None:
         self.phase = phase
@@ -1634,8 +1627,7 @@ class Connection(Outgoing):
         try:
             request = self.take()
         except Refused as refused:  # the head or the body was not HTTP; the bytes after it could be anything
-            self.closing = True
-            self.write(refusal(refused))
+            self.refuse(refused)
             return
         finally:
             self.count()
@@ -1679,7 +1671,7 @@ class Connection(Outgoing):
     def take_head(self, end: int) -> None:
         request = self.request = Request(self, bytes(self.buffer[:end]))
         self.buffer = self.buffer[end:]
-        request.parse_request()
+        request.parse_head()
         self.door.app.admit(request)
         self.token = request.grant.token or self.token or ""  # GET /healthz has none, and the connection stays its
         if self.token or request.sink:  # its body may take minutes, and strangers must not push it out
@@ -1762,8 +1754,7 @@ class Connection(Outgoing):
         elif self.phase is IDLE:
             self.hang_up()
         elif self.phase in READING:
-            self.closing = True
-            self.write(refusal(refused))
+            self.refuse(refused)
 
     def check_token(self) -> bool:
         """End this connection if its token was revoked. In BUSY, Bus.entitled() and Bus.park() check it instead."""
@@ -1773,15 +1764,10 @@ class Connection(Outgoing):
         try:
             self.door.app.check_token(self.token)
         except Refused as refused:
-            if self.phase is PARKED:
-                self.door.app.left(self)
-            self.closing = True
             if self.phase is IDLE:
                 self.hang_up()
-            elif self.phase is WRITING:
-                self.transport.abort()
             else:
-                self.write(refusal(refused))
+                self.refuse(refused)
             return True
         return False
 
@@ -1796,7 +1782,7 @@ class Connection(Outgoing):
 
 
 def unread_answers() -> Refused:
-    return Refused(503, "read the answers to your earlier requests first", ("Retry-After", "5"))
+    return unavailable("read the answers to your earlier requests first", 5)
 
 
 def our_fault() -> Refused:
@@ -1804,7 +1790,7 @@ def our_fault() -> Refused:
 
 
 def shutting_down() -> Refused:
-    return Refused(503, "the bus is shutting down: send again in a second", ("Retry-After", "1"))
+    return unavailable("the bus is shutting down: send again in a second", 1)
 
 
 class Plain:
@@ -2197,7 +2183,7 @@ class Gate:
     def admit(self, head: Head) -> Grant:
         if time.monotonic() > self.until and (head.route == "/healthz" or head.route not in self.public):
             why = "this bus cannot reach its ledger, so it can neither store messages nor say what is stored"
-            raise Refused(503, f"{why}: try again, or use another front", ("Retry-After", "2"))
+            raise unavailable(f"{why}: try again, or use another front", 2)
         if head.foreign and not (head.route in self.pages and head.opens_page()):
             raise Refused(403, "pages of other sites may not use this bus")
         if self.tokens.closed:
@@ -2999,15 +2985,7 @@ class Rows:
         return self.checked(row) if row else None
 
     def mail(
-        self,
-        columns: str,
-        mailbox: Key,
-        above: int,
-        upto: int = SOUND,
-        *,
-        only: str = "1",
-        values: Sequence[Any] = (),
-        backwards: bool = False,
+        self, columns: str, mailbox: Key, above: int, upto: int = SOUND, *, only: str = "1", backwards: bool = False
     ) -> Generator[tuple[Any, ...], None, None]:
         """Rows of messages and their mailbox, above one tick and up to another, in order. `only`: a condition in SQL.
 
@@ -3026,7 +3004,7 @@ class Rows:
             some = ticks[start : start + TICKS_LISTED]
             parts.append((f"{LISTED} AND {only}", (encode(some[::-1] if backwards else some),)))
         for source, its in reversed(parts) if backwards else parts:
-            with contextlib.closing(self.database.execute(f"SELECT {columns} {source}", (*its, *values))) as rows:
+            with contextlib.closing(self.database.execute(f"SELECT {columns} {source}", its)) as rows:
                 yield from rows
 
     def first(self, *wanted: Any, **how: Any) -> Any:
@@ -4232,8 +4210,7 @@ class Ledger:
         size = sum([len(one.text) * len(one.to) for one in drafts])
         if size > self.LARGE:
             if self.waiting.is_full(owner, min(size, self.WAITING_EACH)):  # a larger one passes if no other waits
-                why = "too many bytes wait for the disk of the bus: nothing was stored, try again"
-                raise Refused(503, why, ("Retry-After", "2"))
+                raise unavailable("too many bytes wait for the disk of the bus: nothing was stored, try again", 2)
             self.waiting.add(owner, size)
             self.large[id(operation)] = owner, size
         return operation
@@ -4283,10 +4260,8 @@ class Ledger:
         self.loop.attempt(self.plan)  # what came while the deputy served
         if not self.loop.attempt(self.bus.announce, steps, outcome, seconds):
             for step in steps:
-                if not step.connection:
+                if not step.connection or step.connection.phase is BUSY:
                     self.loop.attempt(self.bus.not_concluded, (step, None))
-                elif step.connection.phase is BUSY:
-                    step.connection.guard(step.connection.fail)
 
     def note_room(self, operations: list[Operation]) -> None:
         if not self.state.view.has_room():
@@ -4455,7 +4430,7 @@ class Bus:
             times = self.storms.PARSING if answer.kind.startswith("text/") else 1  # hidden characters are escaped
             self.storms.worked(connection.owner(), reader, len(answer.body) * times)
         if self.verbose:
-            (connection.request or Request(connection, b"")).log_request(answer.status, len(answer.body))
+            (connection.request or Request(connection, b"")).log(answer)
 
     # Operations
 
@@ -4545,16 +4520,15 @@ class Bus:
         """The error for the senders of a list that could not be applied."""
         if isinstance(error, MemoryError) and (self.state.stale or self.state.last == self.last):
             # The file has nothing new, or the next list finds out whether it has.
-            return Refused(503, "the bus has no memory left: nothing was stored, try again", ("Retry-After", "2"))
+            return unavailable("the bus has no memory left: nothing was stored, try again", 2)
         if isinstance(error, sqlite3.OperationalError):
             if "full" in str(error):
                 return no_room()
             if "unable to open" in str(error):  # a file for temporary data, before any commit
-                why = "the bus has no file descriptor left: nothing was stored, try again"
-                return Refused(503, why, ("Retry-After", "2"))
+                return unavailable("the bus has no file descriptor left: nothing was stored, try again", 2)
             if "locked" in str(error):
-                why = "another program has locked the database of the bus: nothing was stored, try again"
-                return Refused(503, why, ("Retry-After", "2"))
+                why = "another program has locked the database of the bus"
+                return unavailable(f"{why}: nothing was stored, try again", 2)
         if not isinstance(error, (sqlite3.Error, OSError, MemoryError)):
             say("".join(traceback.format_exception(type(error), error, error.__traceback__)))
         say(f"bus_server: {self.state.path}: {error}; stopping, because later messages could be lost")
@@ -4647,8 +4621,7 @@ class Sending:
 
     def drafts(self, request: Request) -> tuple[list[Draft], bool]:
         """The messages in a request, each of them valid, and whether it was an array of them."""
-        if self.bus.draining:
-            raise shutting_down()
+        self.bus.check_open()
         if not request.body:
             raise Refused(400, "the body is empty: send JSON, or any text with ?from=NAME&to=NAME")
         query = request.query()
@@ -4699,8 +4672,7 @@ class Sending:
             elif not box.has_room() and not self.check_room(box, channel, sender, to):
                 is_counted = False
         if not is_counted:
-            why = "the bus counts the messages that nobody has fetched: nothing was stored, try again"
-            raise Refused(503, why, ("Retry-After", "1"))
+            raise unavailable("the bus counts the messages that nobody has fetched: nothing was stored, try again", 1)
         return bus.storms.check(drafts, each, new, request.owner())
 
     def check_room(self, box: Mailbox, channel: str, sender: str, to: str) -> bool:
@@ -5704,11 +5676,7 @@ def load_front() -> ModuleType:
     if not folder.is_dir():
         raise Unusable("--ledger needs the folder ledgers/ beside bus_server.py: copy it from the same version")
     if "ledgers" not in sys.modules:
-        first = folder / "__init__.py"
-        spec = importlib.util.spec_from_file_location("ledgers", first, submodule_search_locations=[str(folder)])
-        assert spec and spec.loader
-        sys.modules["ledgers"] = package = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(package)
+        module_at(folder / "__init__.py", "ledgers")
     return importlib.import_module("ledgers.front")
 
 

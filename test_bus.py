@@ -2644,9 +2644,11 @@ def test_all_messages_of_a_send_are_redacted(bus):
 @ours
 def test_a_redaction_may_be_repeated(bus):
     """26.4 the second /redact of a message has the same answer; an id of no message gets 404, and no id 400"""
-    sent = bus.send(fresh())["id"]
-    first, second = bus.post("/redact", id=sent), bus.post("/redact", id=sent)
+    both = [bus.message(to=[fresh(), fresh()], msg=msg) for msg in ("one", "two")]  # their ticks follow each other
+    sent, other = (result["id"] for result in bus.json("POST", "/send", json.dumps(both))[1]["results"])
+    first, _, second = (bus.post("/redact", id=each) for each in (sent, other, sent))
     assert first["redacted"] == second["redacted"] and first["ok"] is second["ok"] is True
+    assert {each["to"] for each in second["redacted"]} == {*both[0]["to"]}
     assert bus.refused({"id": "1"}, "/redact") == 404
     assert [bus.refused(body, "/redact") for body in ({}, {"id": "x"}, "x")] == [400, 400, 400]
 

@@ -167,7 +167,7 @@ class Due:
     def request(self, peer: Any, grant: Grant, text: str) -> Request:
         """The request that a client would send."""
         request = Request(peer, SEND)
-        request.parse_request()
+        request.parse_head()
         request.grant, request.endpoint, request.body = grant, self.bus.routes["POST", "/send"], text.encode()
         return request
 

@@ -42,7 +42,7 @@ else:
 
 TABLES, NOUN = None, ""
 
-SAID = "(an operator has redacted this message)"  # in place of the text
+SAID = "(an operator has redacted this message: %x)"  # in place of the text; the id tells redactions apart
 NO_HASH = "redacted"  # in place of the hash of a text that is removed; no text has this hash
 FREE_PAGES = 4096  # that one redaction overwrites, 16 MiB: some 50 ms in which senders wait
 
@@ -82,14 +82,15 @@ class Redact(Operation):
             raise no_message()
         state.insert()  # so that what is in the same list of operations is found
         found, whole = copies.Copies(state, message).all() if message else ([], True)
+        said = SAID % min((each.tick for each in found), default=self.tick)
         state.writing.execute("PRAGMA secure_delete=ON")
         try:
             for each in found:
-                gone = each._replace(text=redacted(each))
+                gone = each._replace(text=redacted(each, said))
                 values = gone.text, checksum(gone), gone.tick
                 state.writing.execute("UPDATE messages SET text = ?, sum = ? WHERE tick = ?", values)
                 why = "UPDATE work SET reason = ? WHERE tick = ? AND reason IS NOT NULL"  # it may quote the text
-                state.writing.execute(why, (SAID, gone.tick))
+                state.writing.execute(why, (said, gone.tick))
             state.writing.executemany("UPDATE keys SET hash = ?, sum = ? WHERE tick = ?", hashes)
             overwrite_free_pages(state)
         finally:
@@ -122,11 +123,11 @@ class Fold(Operation):
 OPERATIONS = (Redact, Fold)
 
 
-def redacted(message: Message) -> str:
+def redacted(message: Message, said: str) -> str:
     """The text of a message whose text was replaced."""
     parent = f', "reply_to": "{message.answers:x}"' if isinstance(message.answers, int) else ""
     names = f'"from": "{message.sender}", "channel": "{message.channel}"'
-    return f'{names}, "msg": {quote(SAID)}, "redacted": true{parent}'
+    return f'{names}, "msg": {quote(said)}, "redacted": true{parent}'
 
 
 def kept_hashes(state: State, tick: int) -> list[tuple[str, int, int]]:

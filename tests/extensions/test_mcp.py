@@ -11,12 +11,12 @@ import pytest
 
 from bus_server import draft, nothing_follows
 from test_bus import request
-from tests.core.test_connection import Peer, a_bus, come_true
 from tests.core.test_identity import ask
 from tests.kit import inside
 from tests.kit.hostile import HOST, head
 from tests.kit.peers import invite
 from tests.kit.processes import COMMAND, PATIENCE, Server, wait_until
+from tests.kit.wire import Peer, a_bus, come_true
 
 inside.close(inside.make(":memory:"))  # which loads the extensions
 import _mcp_tools  # noqa: E402

@@ -33,13 +33,13 @@ import types
 
 import pytest
 
-from tests.core.test_connection import a_bus, come_true
 from tests.faults import linux, skipped_without
 from tests.faults.test_kinds_bounds import Guest
 from tests.faults.test_kinds_counts import removed
 from tests.kit.clock import Clock
 from tests.kit.peers import Peer, ask, command, fill, marks_are_written, metric, mint, set_revoked, stored
 from tests.kit.processes import ROOT, Server, wait_until
+from tests.kit.wire import a_bus, come_true
 
 SECRET = "the-text-itself"
 GONE = (401, 0)  # refused, or hung up on

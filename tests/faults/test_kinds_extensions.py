@@ -24,11 +24,11 @@ import pytest
 import bus_recv
 import bus_send
 from bus_server import ANSWER_BYTES, MESSAGE_BYTES, Now
-from tests.core.test_connection import Peer, a_bus, answers, come_true, stored
 from tests.faults.test_kinds_bounds import Guest, counted
 from tests.kit import inside
 from tests.kit.hostile import ALICE, HOST, head
 from tests.kit.peers import mint
+from tests.kit.wire import Peer, a_bus, answers, come_true, stored
 
 
 @pytest.fixture

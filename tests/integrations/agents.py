@@ -15,9 +15,8 @@ import sys
 import tempfile
 import xml.etree.ElementTree
 
-from tests.integrations.test_agents import PROGRAMS
+from tests.integrations.test_agents import PROGRAMS, bus_agents
 from tests.kit.processes import ROOT
-from tools import bus_install
 
 FOLDER = pathlib.Path.home() / ".cache" / "agent-bus-agents"
 FILE = ROOT / "docs" / "agents.md"
@@ -62,7 +61,7 @@ def table(found):
     rows = [head, ["---"] * len(head)]
     for name in filter(version, PROGRAMS):
         row = [found.get(test.format(name), "-") for test in TESTS]
-        rows.append([bus_install.AGENTS[name].title, version(name), *row])
+        rows.append([bus_agents.AGENTS[name].title, version(name), *row])
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
