@@ -307,18 +307,16 @@ class SessionReader(Reader):
 
     def leave(self, counts: dict[str, Any]) -> dict[str, Any]:
         """Go behind the messages of this digest. The oldest urgent ones of them, which become fetched, as an answer."""
-        urgent: list[Any] = []
-        name = self.names[0]
-        for id in [each["id"] for each in counts["first_urgent"][:EARLY]]:
+        urgent, name = list[Any](), self.names[0]
+        for each in counts["first_urgent"][:EARLY]:
             with contextlib.suppress(Refused):  # it is gone
-                answer, _ = ask(self.url, f"/message/{quote(id)}?as={name}", GRACE_SECONDS)
-                urgent += [answer["message"]] if "msg" in answer["message"] else []  # else it was recalled
-        self.cursor.backlog = str(counts["now"])
+                one = ask(self.url, f"/message/{quote(each['id'])}?as={name}", GRACE_SECONDS)[0]["message"]
+                urgent += [one] if "msg" in one else []  # else it was recalled
         number = f"{counts['unread']}{' or more' if counts['more'] else ''} messages wait for {name}"
-        shown = f", the first {len(urgent)} are above" if urgent else ""
+        self.cursor.backlog, shown = str(counts["now"]), f", the first {len(urgent)} are above" if urgent else ""
         inbox = f"bus_inbox shows them, or {called('python3 tools/agent_bus.py inbox', 'inbox')} {name}"
-        told = Notice(f"{number} ({counts['urgent']} urgent{shown}). {inbox}; newer ones come here.")
-        return {**counts, "messages": [*urgent, told], "more": False}
+        told = f"{number} ({counts['urgent']} urgent{shown}). {inbox}; newer ones come here."
+        return {**counts, "messages": [*urgent, Notice(told)], "more": False}
 
     def follow(self, hold: float) -> float:
         """Take the names that the session has now. On a machine with sessions a poll is short, to hear of new ones."""

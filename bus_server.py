@@ -4009,17 +4009,8 @@ class Mailboxes:
         return [Mark(*key, box.own, box.read, box.fetched, box.seen) for key, box in boxes]
 
     def take_receipts(self) -> list[Receipt]:
-        """A slice of the receipts, the oldest. They stay known here until they are on the disk."""
-        receipts = list(islice(self.receipts.values(), self.SLICE))
-        firm = [each for each in receipts if each[:2] in self.boxes and self.boxes[each[:2]].firm]
-        self.saved({*receipts}.difference(firm))  # the others have no row that they could belong to
-        return firm
-
-    def saved(self, receipts: Iterable[Receipt]) -> None:
-        """These are on the disk. One whose place was taken by a newer one is not known here any more."""
-        for each in receipts:
-            if self.receipts.get(each.slot()) == each:
-                del self.receipts[each.slot()]
+        """A slice of the receipts, the oldest. They stay known until they are on the disk: marks_saved()."""
+        return list(islice(self.receipts.values(), self.SLICE))
 
     LOOKED_SECONDS = 600.0  # s that a name stays in memory if it was only looked at
 
@@ -4541,12 +4532,7 @@ class Bus:
         self.saving = max(len(self.mailboxes.changed), len(self.mailboxes.receipts)) > self.mailboxes.SLICE
         used, self.gate.tokens.used = self.gate.tokens.used, {}
         marks = Marks(self.mailboxes.take_marks(), self.mailboxes.take_receipts(), used)
-        self.do(marks, None, partial(self.marks_saved, self.saving), self.not_saved)
-
-    def marks_saved(self, more: bool, connection: None, marks: Marks, result: None) -> None:
-        self.mailboxes.saved(marks.receipts)
-        if more:
-            self.save_marks()
+        self.do(marks, None, partial(marks_saved, self, self.saving), self.not_saved)
 
     def not_saved(self, marks: Marks) -> None:
         """The disk was full or locked: they are saved a second later, with what is newer."""
@@ -4584,6 +4570,16 @@ class Bus:
         self.loop.run(lambda: not self.door.connections or time.monotonic() > deadline)
         self.save_marks()
         self.loop.run(self.ledger.idle)
+
+
+def marks_saved(bus: Bus, more: bool, connection: None, marks: Marks, result: None) -> None:
+    """These receipts are on the disk, unless a newer one has taken the place of one. Then the next slice follows."""
+    known = bus.mailboxes.receipts
+    for each in marks.receipts:
+        if known.get(each.slot()) == each:
+            del known[each.slot()]
+    if more:
+        bus.save_marks()
 
 
 def nothing_follows(connection: None, operation: Operation, result: Any) -> None:

@@ -148,7 +148,8 @@ class Later:
         shown: list[str] = []
         more, size = "", 0
         where = "sender = ? AND number > ?" if whose else "? IS NULL AND number > ?"
-        with contextlib.closing(self.due.rows(f"{where} ORDER BY number", whose, after)) as rows:
+        found = contextlib.closing(self.due.rows(f"{where} ORDER BY number", whose, after))
+        with self.bus.storms.parsing(request.owner(), 0), found as rows:  # it pays for the time: 9 us for each of them
             for each in filter(self.due.is_sound, rows):
                 if len(shown) == limit or size > ANSWER_BYTES:
                     more = f', "more": true, "next": "{after}"'

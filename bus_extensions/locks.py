@@ -122,14 +122,15 @@ class Locks:
             fences = words.covering(self.bus, request, only.setdefault("channel", "default"), path)
         now, size, more, last = bus.clock.now(), 0, "", after
         shown: list[str] = []
-        for looked, row in enumerate(words.listed(database, now.steady, int(after), limit + 1, only, fences)):
-            if looked == limit or size > ANSWER_BYTES:
-                more = f', "more": true, "next": "{last}"'
-                break
-            last = str(row.fence)
-            if bus.gate.holds(row.token):
-                shown.append(words.entry(row, now, self.waiting(row.fence)))
-                size += len(shown[-1])
+        with bus.storms.parsing(request.owner(), 0):  # it pays for the time: 15 us for each of them
+            for looked, row in enumerate(words.listed(database, now.steady, int(after), limit + 1, only, fences)):
+                if looked == limit or size > ANSWER_BYTES:
+                    more = f', "more": true, "next": "{last}"'
+                    break
+                last = str(row.fence)
+                if bus.gate.holds(row.token):
+                    shown.append(words.entry(row, now, self.waiting(row.fence)))
+                    size += len(shown[-1])
         return ok(bus, f'"locks": [{", ".join(shown)}]{more}')
 
     def waiting(self, fence: int) -> str:
