@@ -295,7 +295,7 @@ class SessionReader(Reader):
             with contextlib.suppress(Refused, Unreachable, LookupError, TypeError, ValueError):
                 counts, now = ask(self.url, f"/digest?{self.query()}", GRACE_SECONDS)
                 if counts["unread"] > BACKLOG:
-                    return self.leave(counts, now), now
+                    return self.leave(counts), now
         if self.cursor.backlog:
             ask(self.url, f"/recv?{self.query('now')}", seconds)  # the name counts as listening; nothing is taken
             oldest, _ = ask(self.url, f"/recv?peek=true&max=1&{self.query('last')}", seconds)
@@ -305,18 +305,18 @@ class SessionReader(Reader):
                 self.cursor.backlog = "" if is_read else self.cursor.backlog
         return super().request(hold, seconds)
 
-    def leave(self, counts: dict[str, Any], now: float) -> dict[str, Any]:
-        """Go behind the messages of this digest. The oldest urgent ones of them, looked at (peek), as an answer."""
-        urgent: list[Any] = []
-        for id in [each["id"] for each in counts["first_urgent"][:EARLY]]:
-            answer, _ = ask(self.url, f"/recv?peek=true&max=1&{self.query(moment(id, now))}", GRACE_SECONDS)
-            urgent += [one for one in answer["messages"] if one["id"] == id]
-        self.cursor.backlog, name = str(counts["now"]), self.names[0]
+    def leave(self, counts: dict[str, Any]) -> dict[str, Any]:
+        """Go behind the messages of this digest. The oldest urgent ones of them, which become fetched, as an answer."""
+        urgent, name = list[Any](), self.names[0]
+        for each in counts["first_urgent"][:EARLY]:
+            with contextlib.suppress(Refused):  # it is gone
+                one = ask(self.url, f"/message/{quote(each['id'])}?as={name}", GRACE_SECONDS)[0]["message"]
+                urgent += [one] if "msg" in one else []  # else it was recalled
         number = f"{counts['unread']}{' or more' if counts['more'] else ''} messages wait for {name}"
-        shown = f", the first {len(urgent)} are above" if urgent else ""
+        self.cursor.backlog, shown = str(counts["now"]), f", the first {len(urgent)} are above" if urgent else ""
         inbox = f"bus_inbox shows them, or {called('python3 tools/agent_bus.py inbox', 'inbox')} {name}"
-        told = Notice(f"{number} ({counts['urgent']} urgent{shown}). {inbox}; newer ones come here.")
-        return {**counts, "messages": [*urgent, told], "more": False}
+        told = f"{number} ({counts['urgent']} urgent{shown}). {inbox}; newer ones come here."
+        return {**counts, "messages": [*urgent, Notice(told)], "more": False}
 
     def follow(self, hold: float) -> float:
         """Take the names that the session has now. On a machine with sessions a poll is short, to hear of new ones."""

@@ -2567,6 +2567,7 @@ class Operation:
     kind: ClassVar[str]  # its word in to_line()
     is_large: ClassVar[bool] = False  # its result may take a mebibyte
     rank: ClassVar[int] = 2  # the order in one list: 0 Raise, 1 Put, 2 those of extensions, 3 Marks, 4 Forget, 5 Remove
+    is_local: ClassVar[bool] = False  # its result is that of this machine alone: another front may have another one
 
     def apply(self, state: State, now: Now) -> Any:
         raise NotImplementedError
@@ -4007,9 +4008,8 @@ class Mailboxes:
         return [Mark(*key, box.own, box.read, box.fetched, box.seen) for key, box in boxes]
 
     def take_receipts(self) -> list[Receipt]:
-        """A slice of the receipts, the oldest."""
-        receipts = [self.receipts.pop(key) for key in list(islice(self.receipts, self.SLICE))]
-        return [each for each in receipts if each[:2] in self.boxes and self.boxes[each[:2]].firm]
+        """A slice of the receipts, the oldest. They stay known until they are on the disk: marks_saved()."""
+        return list(islice(self.receipts.values(), self.SLICE))
 
     LOOKED_SECONDS = 600.0  # s that a name stays in memory if it was only looked at
 
@@ -4160,6 +4160,7 @@ class Ledger:
 
     WAITING, WAITING_EACH = 64 << 20, 16 << 20  # bytes of large sends that wait for their commit: in all, for one owner
     LARGE = 4096  # bytes
+    KEEPS = ""  # where each text stays, also if it is replaced in the file
 
     def __init__(self, bus: Bus) -> None:
         self.bus, self.loop, self.state = bus, bus.loop, bus.state
@@ -4530,13 +4531,12 @@ class Bus:
         self.saving = max(len(self.mailboxes.changed), len(self.mailboxes.receipts)) > self.mailboxes.SLICE
         used, self.gate.tokens.used = self.gate.tokens.used, {}
         marks = Marks(self.mailboxes.take_marks(), self.mailboxes.take_receipts(), used)
-        self.do(marks, None, (lambda *_: self.save_marks()) if self.saving else nothing_follows, self.not_saved)
+        self.do(marks, None, partial(marks_saved, self, self.saving), self.not_saved)
 
     def not_saved(self, marks: Marks) -> None:
         """The disk was full or locked: they are saved a second later, with what is newer."""
         self.saving = False
         self.mailboxes.changed.update(mark[:2] for mark in marks.marks)
-        self.mailboxes.receipts = {**{each.slot(): each for each in marks.receipts}, **self.mailboxes.receipts}
         self.gate.tokens.used = {**marks.used, **self.gate.tokens.used}
         self.save_marks_soon()
 
@@ -4569,6 +4569,16 @@ class Bus:
         self.loop.run(lambda: not self.door.connections or time.monotonic() > deadline)
         self.save_marks()
         self.loop.run(self.ledger.idle)
+
+
+def marks_saved(bus: Bus, more: bool, connection: None, marks: Marks, result: None) -> None:
+    """These receipts are on the disk, unless a newer one has taken the place of one. Then the next slice follows."""
+    known = bus.mailboxes.receipts
+    for each in marks.receipts:
+        if known.get(each.slot()) == each:
+            del known[each.slot()]
+    if more:
+        bus.save_marks()
 
 
 def nothing_follows(connection: None, operation: Operation, result: Any) -> None:
@@ -5308,7 +5318,13 @@ def agent(bus: Bus, grant: Grant, channel: str, own: str, box: Mailbox) -> str:
 
 def message(bus: Bus, request: Request) -> Answer:
     """One message and how far it came; asking moves nothing."""
-    return told(bus, one_of(bus, request), request.grant)
+    return told(bus, one_of(bus, request), reader_of(request))
+
+
+def reader_of(request: Request) -> Grant:
+    """Who reads a message by its id: the holder of the token or, on a bus without tokens, the names in `as`."""
+    own = () if request.grant.name else request.query().names("as")
+    return Grant("", own[0], own[1:], False, False) if own else request.grant
 
 
 def one_of(bus: Bus, request: Request, tick: int | None = None) -> Message:
@@ -5349,10 +5365,15 @@ def readable(bus: Bus, message: Message, grant: Grant) -> str:
     return message.render()
 
 
+def receipt_of(bus: Bus, message: Message, kind: int) -> tuple[str, int] | None:
+    """Which reader moved a mark over this message, and when; also while that is on its way to the disk."""
+    newer = bus.mailboxes.receipts.get(Receipt(message.channel, message.to, kind, message.tick, "", 0).slot())
+    return bus.view.receipt(message, kind) or (newer and (newer.reader, newer.at))
+
+
 def read_alone(bus: Bus, message: Message) -> bool:
     """Did a receiver read it by its id?"""
-    newer = (message.channel, message.to, f"{message.tick:x}") in bus.mailboxes.receipts
-    return newer or bool(bus.view.receipt(message, ALONE))
+    return bool(receipt_of(bus, message, ALONE))
 
 
 def state_of(bus: Bus, message: Message) -> tuple[str, str]:
@@ -5368,8 +5389,7 @@ def state_of(bus: Bus, message: Message) -> tuple[str, str]:
     if message.tick > mark and not read_alone(bus, message):
         return "expired" if bus.view.is_expired(message) else "queued", ""
     kind = ALONE if message.tick > mark else ACKNOWLEDGED if box.own and message.tick <= box.mark() else FETCHED
-    newer = bus.mailboxes.receipts.get((message.channel, message.to, kind))  # not yet on disk
-    receipt = bus.view.receipt(message, kind) or (newer and newer[4:])
+    receipt = receipt_of(bus, message, kind)
     details = f', "by": "{receipt[0]}", "at": {seconds(receipt[1])}' if receipt else ""
     return ("fetched", "acknowledged", "fetched")[kind], details
 

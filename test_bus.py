@@ -1401,6 +1401,9 @@ def test_a_message_can_be_looked_at(bus):
     assert bus.recv(to)["messages"] == [answer["message"]]
     fetched = bus.get(f"/message/{sent['id']}")
     assert (fetched["state"], fetched["by"]) == ("fetched", to) and tick(fetched["at"])
+    alone = bus.send(to)["id"]
+    assert bus.get(f"/message/{alone}?as={to}")["state"] == "queued"
+    assert bus.get(f"/message/{alone}").get("by") == (None if bus.token else to) and unread(bus, to) == 2
     for ident in ("1", "xyz", "", "..", "0" * 14, sent["id"].upper() + "/"):
         assert bus.json("GET", f"/message/{ident}")[0] == 404, ident
 

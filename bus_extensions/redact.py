@@ -101,11 +101,11 @@ class Redact(Operation):
 class Fold(Operation):
     """Fold the write-ahead log into the database and empty it: it has older pages. The result: is it empty?
 
-    It is not, if another program reads the database; the result says so of this machine alone. SQLite can do this only
-    outside of a transaction, which begins with the first operation of a higher rank.
+    It is not, if another program reads the database. SQLite can do this only outside of a transaction, which begins
+    with the first operation of a higher rank.
     """
 
-    kind, rank = "fold", 0
+    kind, rank, is_local = "fold", 0, True
     PATIENCE = 100  # ms that senders wait for the other program
 
     def apply(self, state: State, now: Now) -> bool:
@@ -164,6 +164,7 @@ class Redaction:
         bus.route("POST", "/redact", self.redact, "replace the text of a message, also on the disk; for an operator")
         bus.route("GET", "/bus_redact.py", show_client)
         bus.gate.public.add("/bus_redact.py")
+        bus.ledger.elsewhere[Fold.kind] = partial(self.folded_again, None)
 
     def redact(self, request: Request) -> None:
         """On a bus without tokens everybody may, as everybody may recall and acknowledge there."""
@@ -189,7 +190,7 @@ class Redaction:
         members = f'"redacted": [{", ".join(rows)}], "fetched_by": {encode(sorted(fetched))}'
         free_pages = bus.view.ask("PRAGMA freelist_count")[0] > FREE_PAGES
         warning = self.warning(is_empty, free_pages, done.whole)
-        overwritten = boolean(is_empty and not free_pages and done.whole)
+        overwritten = boolean(is_empty and not free_pages and done.whole and not bus.ledger.KEEPS)
         return ok(bus, f'"ok": true, {members}, "overwritten": {overwritten}, "warning": {quote(warning)}')
 
     def fold_later(self) -> None:
@@ -221,6 +222,8 @@ class Redaction:
         path = self.bus.state.path
         found = "revoke the secret: backups, outboxes, observers of /log, the files of readers, messages that quote it "
         found += "and schedules that will send it may still have it"
+        if self.bus.ledger.KEEPS:
+            found += f"; {self.bus.ledger.KEEPS} has it and keeps it"
         if not whole:
             found += "; its queue has too many messages to look at all, so search for it, and redact what is found"
         if not is_empty:

@@ -113,7 +113,7 @@ class Position(Operation):
     """The last operation of each list: up to which entry this file has come. It is in no entry."""
 
     __slots__ = ("position",)
-    kind, rank = "position", 6
+    kind, rank, is_local = "position", 6, True  # it writes the sum down
 
     def __init__(self, position: int) -> None:
         self.position = position
@@ -209,7 +209,7 @@ class Mirror(State):
 
     def apply_one(self, operation: Operation, now: Now) -> Any:
         result = super().apply_one(operation, now)
-        if type(operation) is not Position:  # which writes the sum down
+        if not operation.is_local:
             self.add_to_sum((result.status, result.sentence) if isinstance(result, Refused) else result)
         return result
 

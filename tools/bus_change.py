@@ -88,8 +88,8 @@ class Change:
             self.refuse(error)
 
     def difference(self) -> str:
-        """For a person. Lines that stay are not shown: they may hold secrets."""
-        now, shall = ((text or "").splitlines() for text in (self.now, self.shall))
+        """For a person. Lines that stay are not shown, also if a comma follows now: they may hold secrets."""
+        now, shall = ([line.removesuffix(",") for line in (text or "").splitlines()] for text in (self.now, self.shall))
         return "\n".join(difflib.unified_diff(now, shall, self.path, self.path, n=0, lineterm=""))
 
     def write(self) -> dict[str, Any]:

@@ -34,6 +34,7 @@ TOML_FILES = {
     "no end of line": '# mine\nmodel = "x"',
     "servers": '[mcp_servers.x]\ncommand = "y" # why\n\n# the end\n',
     "Windows": 'a = [\r\n  1,\r\n]\r\n',
+    "a text": 'a = """\n[mcp_servers.bus]\ncommand = "agent-bus-mcp"\n"""\nb = "" # \'\'\'\n',
 }
 LATER = {  # what somebody changes meanwhile, by format
     "json": lambda text: bus_edit.edited("json", text, [(("later",), {"x": [1]}), (("hooks", "Stop", None), {"y": 2})]),
@@ -219,6 +220,15 @@ def test_without_a_token_no_token_is_named_and_a_name_is_needed(install, house):
     install("install", "codex", "--http", "--name", "alice", AGENT_BUS_CHANNEL="swarm")
     assert "TOKEN" not in str(entry_of("codex")) and "X-Agent-Channel" in str(entry_of("codex"))
     assert "--http is for" in install("install", "codex", "--http", "--url", "unix:/x", code=2)
+
+
+def test_a_dry_run_shows_no_line_that_only_gets_a_comma(install, house):  # noqa: F811
+    path = bus_agents.AGENTS["gemini"].servers.path()
+    os.makedirs(os.path.dirname(path))
+    with open(path, "w") as file:
+        file.write('{\n  "key": "s3cret"\n}\n')
+    said = install("install", "gemini", "--dry-run")
+    assert "mcpServers" in said and "s3cret" not in said
 
 
 def test_what_codex_writes_after_our_table_stays(install, house):  # noqa: F811

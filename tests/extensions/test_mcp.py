@@ -260,6 +260,7 @@ def test_a_backlog_of_a_thousand_shows_its_urgent_mail_early_and_all_of_it_in_or
     found = [json.loads(line) for line in first.split("\n") if line[:1] == "{"]
     assert [(each["id"], each["msg"]) for each in found[:2]] == list(zip(urgent, ("fire", "flood")))
     assert all(each["early"] is True for each in found[:2])
+    assert ask(bus, "POST", "/recall", {"id": urgent[0]})[0] == 409, "it was shown"
     run = found[2:]
     assert [each["id"] for each in run] == ids[: len(run)] and not any("early" in each for each in run)
     for id, older in zip(urgent, (600, 999)):
