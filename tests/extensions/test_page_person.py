@@ -121,6 +121,7 @@ def test_a_failed_job_is_sent_again_and_reaches_a_worker(tmp_path, page):
 
 
 def test_own_mail_is_read_only_if_the_person_asks_for_it(tmp_path, page):
+    """It takes some 12 s: the page looks for mail every 3 s."""
     tokens = mint(tmp_path / "bus.db", maria=["--operator"], ann=[])
     with Server(tmp_path / "bus.db") as bus:
         sent = send(bus, "ann", "maria", "which way?", tokens["ann"])
