@@ -2282,8 +2282,7 @@ class Storms:
         """429 if large bodies and answers of this reader took too much time. It is called before they take more."""
         wait = self.work.wait(f"{owner}/{reader}", size * self.PARSING)
         if wait:
-            who = reader or owner
-            raise too_much(f"{who} makes more work than the bus has time for: wait {wait} s", wait)
+            raise too_much(f"{reader or owner} makes more work than the bus has time for: wait {wait} s", wait)
 
     def worked(self, owner: str, reader: str, size: float) -> None:
         """An answer of `size` bytes was made."""
