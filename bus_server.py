@@ -1967,7 +1967,7 @@ class Listener:
 
 NOBODY = "0" * 64  # a hash that no secret has, compared when the id is unknown: both refusals take equally long
 BEARER = re.compile(r"[Bb]earer (abt_[0-9a-f]{8})_([A-Za-z0-9_-]{43})")
-TOOLS = "work log doctor file outbox relay join who inbox later".split()
+TOOLS = "work log doctor file outbox relay join who inbox later lock search redact".split()
 CLIENTS = ["/bus_recv.py", "/bus_send.py", "/bus_listener.sh", "/agent_bus.py", *(f"/bus_{tool}.py" for tool in TOOLS)]
 PUBLIC = {"/", "/healthz", "/certificate", *CLIENTS}  # open to all, because a new host begins with these
 
@@ -2265,8 +2265,7 @@ class Storms:
         """429 if large bodies and answers of this reader took too much time. It is called before they take more."""
         wait = self.work.wait(f"{owner}/{reader}", size * self.PARSING)
         if wait:
-            who = reader or owner
-            raise too_much(f"{who} sends and gets more bytes than the bus has time for: wait {wait} s", wait)
+            raise too_much(f"{reader or owner} makes more work than the bus has time for: wait {wait} s", wait)
 
     def worked(self, owner: str, reader: str, size: float) -> None:
         """An answer of `size` bytes was made."""
@@ -4972,8 +4971,8 @@ ELSEWHERE = {  # extension: the endpoints and options that it brings
     "history": (),  # `before` of /log
     "page": ("/ui/", "/activity"),
     "locks": ("/lock", "/renew", "/unlock", "/locks"),
-    "search": ("/search", "/bus_search.py"),
-    "redact": ("/redact", "/bus_redact.py"),
+    "search": ("/search",),
+    "redact": ("/redact",),
     "later": ("/later",),
     "notify": ("/notices", "--notify", "--notify-dry-run"),
 }
@@ -5559,6 +5558,7 @@ def command_line(arguments: Sequence[str]) -> argparse.Namespace:
     extensions = load_extensions(without)
     parser = argparse.ArgumentParser(
         prog=called("serve"),
+        usage="%(prog)s [-h] [OPTIONS]",
         description="A message bus for coding agents over HTTP.",
         epilog=f"Commands: {called('invite')} NAME, revoke NAME, tokens, prune, backup COPY, also while the bus runs; "
         "restore COPY, only while it is stopped. Each has --help.",

@@ -400,7 +400,8 @@ def examine(way: Way) -> bool:
     for hop, look in HOPS.items():
         verdict, advice = "ok", ""
         try:
-            found = look(way)
+            with patience_for(hop):
+                found = look(way)
             if isinstance(found, tuple):
                 verdict, (found, advice) = "warn", found
         except Fault as fault:
@@ -411,6 +412,13 @@ def examine(way: Way) -> bool:
         if verdict == "FAIL":
             return False
     return True
+
+
+def patience_for(hop: str) -> contextlib.ExitStack:
+    """A person at a terminal is told if a hop takes longer than a moment. The hop `hold` says so itself."""
+    if hop == "hold" or not (sys.stdout and sys.stdout.isatty()):
+        return contextlib.ExitStack()
+    return bus_recv.later(bus_recv.SILENCE_SECONDS, lambda: print(f"      (waiting for {hop})", flush=True))
 
 
 def examine_all(hold: float) -> bool:
