@@ -12,6 +12,7 @@ import socket
 import time
 import zlib
 from collections import deque
+from itertools import groupby
 from typing import Any
 
 from bus_server import (
@@ -61,11 +62,11 @@ class Time(Clock):
         return time.monotonic_ns() // 1000 + self.offset
 
     def now(self) -> Now:
-        return self.at(self.guess())
+        return self.at(self.guess(), self.entry)
 
-    def at(self, wall: int) -> Now:
+    def at(self, wall: int, before: Now) -> Now:
         """The time of an entry. If the ledger's clock stepped back, no lease ends earlier, and none later."""
-        return Now(wall, self.entry.steady + max(wall - self.entry.wall, 0))
+        return Now(wall, before.steady + max(wall - before.wall, 0))
 
     def heard(self, wall: int, just_now: bool) -> None:
         if just_now or wall > self.guess():
@@ -109,6 +110,21 @@ class Maxima(Marks):
         state.writing.executemany(RECEIPT, [receipt for receipt in self.receipts if receipt.tick])
 
 
+class Next(Operation):
+    """In a list of several entries, it stands between two of them: the time of the second one. It is in no entry."""
+
+    __slots__ = ("now",)
+    kind, rank = "next", 0
+
+    def __init__(self, now: Now) -> None:
+        self.now = now
+
+    def apply(self, state: State, now: Now) -> None:
+        assert isinstance(state, Mirror)
+        state.add_entry_to_sum()
+        state.now = self.now
+
+
 class Position(Operation):
     """The last operation of each list: up to which entry this file has come. It is in no entry."""
 
@@ -120,7 +136,7 @@ class Position(Operation):
 
     def apply(self, state: State, now: Now) -> None:
         assert isinstance(state, Mirror)
-        state.add_to_sum((state.last, len(state.visible), sorted(state.removed.items())))
+        state.add_entry_to_sum()
         values = self.position, now.wall, now.steady, state.sum
         state.writing.execute("UPDATE front SET position = ?, time = ?, steady = ?, sum = ?", values)
 
@@ -137,6 +153,9 @@ class Mirror(State):
         self.position, wall, steady, self.sum = self.ask("SELECT position, time, steady, sum FROM front")
         self.time.entry = Now(wall, steady)
         self.sums = deque([self.sum], SUMS)  # after each of the last entries
+        self.now = self.time.entry  # of the entry that is being applied
+        self.ended: list[int] = []  # the sums after each entry of the list that is being applied
+        self.counted = 0  # messages of this list that are in one of these sums
         self.kinds = {**OPERATIONS, **{each.kind: each for each in (Maxima, Begin, tokens.Grants)}}
         self.is_live = False  # it has caught up
 
@@ -170,9 +189,18 @@ class Mirror(State):
         self.is_live = True
 
     def replay(self) -> None:
+        """Apply what is in the ledger. Entries that only store messages share a transaction: they look at nothing else.
+
+        Of those, only the first is compared with the results of the front that wrote it: a difference stays in the sum.
+        """
         while entries := self.ledger.read(self.position, ENTRIES, time.monotonic() + CALL):
-            for position, wall, entry in entries:
-                self.take(position, wall, self.operations(entry))
+            read = ((position, wall, self.operations(entry)) for position, wall, entry in entries)
+            for only_stores, some in groupby(read, lambda each: all(operation.rank < 2 for operation in each[2])):
+                if only_stores:
+                    self.take_all(list(some))
+                else:
+                    for each in some:
+                        self.take(*each)
         self.view.tail = self.tail
 
     def entry(self, operations: list[Operation]) -> bytes:
@@ -198,20 +226,34 @@ class Mirror(State):
 
     def take(self, position: int, wall: int, operations: list[Operation]) -> Applied:
         """Apply an entry: the next one, with the time of the ledger."""
-        if position != self.position + 1:
-            raise Differs(f"entry {position} of the ledger follows entry {self.position}: entries are missing")
-        now, self.sum = self.time.at(wall), self.sums[-1]
-        applied = self.apply([*operations, Position(position)], now)
-        self.position, self.time.entry = position, now
-        self.sums.append(self.sum)
+        return self.take_all([(position, wall, operations)])
+
+    def take_all(self, entries: list[tuple[int, int, list[Operation]]]) -> Applied:
+        """Apply the next entries in one transaction. If there are several, they may have operations of rank 0 and 1."""
+        times, operations = [self.time.entry], list[Operation]()
+        for number, (position, wall, its) in enumerate(entries, 1):
+            if position != self.position + number:
+                before = self.position + number - 1
+                raise Differs(f"entry {position} of the ledger follows entry {before}: entries are missing")
+            times.append(self.time.at(wall, times[-1]))
+            operations += [*([Next(times[-1])] if number > 1 else []), *its]
+        self.sum, self.now, self.ended, self.counted = self.sums[-1], times[1], [], 0
+        applied = self.apply([*operations, Position(position)], times[1])
+        self.position, self.time.entry = position, times[-1]
+        self.sums.extend(self.ended)
         self.time.heard(wall, just_now=False)
         return applied._replace(results=applied.results[:-1])
 
     def apply_one(self, operation: Operation, now: Now) -> Any:
-        result = super().apply_one(operation, now)
-        if type(operation) is not Position:  # which writes the sum down
+        result = super().apply_one(operation, self.now)
+        if type(operation) not in (Next, Position):  # which add the end of an entry
             self.add_to_sum((result.status, result.sentence) if isinstance(result, Refused) else result)
         return result
+
+    def add_entry_to_sum(self) -> None:
+        self.add_to_sum((self.last, len(self.visible) - self.counted, sorted(self.removed.items())))
+        self.ended.append(self.sum)
+        self.counted = len(self.visible)
 
     def add_to_sum(self, value: Any) -> None:
         self.sum = zlib.crc32(repr(value).encode(errors="surrogatepass"), self.sum)
