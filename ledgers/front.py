@@ -204,6 +204,7 @@ class Front(bus_server.Ledger):
         for operation, result in zip(operations, applied.results):
             if operation.kind in self.elsewhere and not isinstance(result, Refused):
                 self.loop.attempt(self.elsewhere[operation.kind], operation, result)
+        self.mirror.check_left()
 
     def forgotten(self, forget: Forget, names: list[list[str]]) -> None:
         self.bus.retention.forgotten(None, forget, names)
@@ -242,24 +243,28 @@ NOT_BUILT = {
 
 def open_state(options: argparse.Namespace) -> Mirror:
     """The copy of the ledger at --db, up to date. Unusable, if the ledger cannot be reached or used."""
-    url = urlsplit(options.ledger)
+    return follow(options, connect(options.ledger, options.ledger_single))
+
+
+def connect(where: str, single: bool) -> Ledger:
+    """The ledger at a URL. `single`: it may keep its entries on one machine."""
+    url = urlsplit(where)
     if url.scheme not in ENGINES:
         raise Unusable(f"--ledger must be a URL like postgresql://HOST/DATABASE, and not begin with {url.scheme!r}")
-    if url.password and options.ledger != os.environ.get("AGENT_BUS_LEDGER"):
+    if url.password and where != os.environ.get("AGENT_BUS_LEDGER"):
         raise Unusable("--ledger has a password, which every user of this machine can see: set AGENT_BUS_LEDGER to it")
     try:
         engine = importlib.import_module(f"{__package__}.{ENGINES[url.scheme]}")
     except ImportError as error:
         raise Unusable(f"--ledger needs psycopg ({error}): pip install 'agent-bus[postgres]'") from None
-    return follow(options, engine.connect(options.ledger, options.ledger_single))
+    ledger: Ledger = engine.connect(where, single)
+    return ledger
 
 
 def follow(options: argparse.Namespace, ledger: Ledger) -> Mirror:
     mirror = Mirror(options.db, ledger)
     try:
-        for extension, module in options.extensions.items():
-            if module.TABLES is not None:
-                mirror.add_tables(extension, module.NOUN, module.TABLES)
+        mirror.add_all_tables(options.extensions)
         mirror.check_ledger()
         mirror.catch_up()
         tokens.write(bus_server.Tokens(options.db), list(tokens.stored(mirror.writing).values()))

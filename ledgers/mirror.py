@@ -13,6 +13,7 @@ import time
 import zlib
 from collections import deque
 from itertools import groupby
+from types import ModuleType
 from typing import Any
 
 from bus_server import (
@@ -26,6 +27,7 @@ from bus_server import (
     Refused,
     State,
     Unusable,
+    called,
     encode,
     migrate,
     operation_of,
@@ -44,6 +46,12 @@ TABLE = """CREATE TABLE front(
     time INTEGER NOT NULL,               -- of that entry, us
     steady INTEGER NOT NULL,             -- the sum of the steps of that time that went forward, us
     sum INTEGER NOT NULL)                -- a checksum of the results of all entries"""
+TABLES = {"front": TABLE, "front_tokens": tokens.TABLE}  # of a front, and of no bus of its own
+
+
+NEEDS_COPY = (
+    f"make a copy beside a front that runs ({called('backup')} COPY), and begin with it ({called('restore')} COPY)"
+)
 
 
 class Differs(Exception):
@@ -87,6 +95,30 @@ class Begin(Operation):
             state.writing.execute("UPDATE bus SET id = ?", (self.bus,))
             state.bus = self.bus
         return state.bus
+
+
+class Moved(Operation):
+    """The first entry of a ledger onto which a bus was moved. No front applies it: its mail is in copies only."""
+
+    __slots__ = ("bus",)
+    kind = "moved"
+
+    def __init__(self, bus: str) -> None:
+        self.bus = bus
+
+
+class Left(Operation):
+    """The bus leaves the ledger: the file of one front, up to here, is a bus of its own from now on."""
+
+    __slots__ = ("front",)
+    kind = "left"
+
+    def __init__(self, front: str) -> None:
+        self.front = front
+
+    def apply(self, state: State, now: Now) -> None:
+        assert isinstance(state, Mirror)
+        state.left = self.front
 
 
 class Maxima(Marks):
@@ -141,6 +173,11 @@ class Position(Operation):
         state.writing.execute("UPDATE front SET position = ?, time = ?, steady = ?, sum = ?", values)
 
 
+def first_entry(front: str, operation: Operation) -> bytes:
+    """The first entry of a ledger."""
+    return f"{encode([FORMAT, front, 0, 0])}\n{operation.to_line()}".encode()
+
+
 class Mirror(State):
     """A front's copy: a State whose lists are the entries of a ledger. Its position is part of each transaction."""
 
@@ -156,8 +193,9 @@ class Mirror(State):
         self.now = self.time.entry  # of the entry that is being applied
         self.ended: list[int] = []  # the sums after each entry of the list that is being applied
         self.counted = 0  # messages of this list that are in one of these sums
-        self.kinds = {**OPERATIONS, **{each.kind: each for each in (Maxima, Begin, tokens.Grants)}}
+        self.kinds = {**OPERATIONS, **{each.kind: each for each in (Maxima, Begin, Moved, Left, tokens.Grants)}}
         self.is_live = False  # it has caught up
+        self.left = ""  # the front whose file has the bus now, which has left this ledger
 
     def close(self) -> None:
         self.ledger.close()
@@ -166,22 +204,35 @@ class Mirror(State):
     def check_use(self) -> None:
         if not self.ask("SELECT 1 FROM sqlite_master WHERE name = 'front'"):
             if self.ask("SELECT last FROM bus") != (0,) or self.ask("SELECT 1 FROM mailboxes"):
-                raise Unusable(f"{self.path} is a bus of its own, and its mail is not in the ledger: give another --db")
-            migrate(self.writing, ["BEGIN IMMEDIATE", TABLE, tokens.TABLE, "INSERT INTO front VALUES (0, 0, 0, 0)"])
+                advice = f"give another --db, or move it there ({called('move')})"
+                raise Unusable(f"{self.path} is a bus of its own, and its mail is not in the ledger: {advice}")
+            migrate(self.writing, ["BEGIN IMMEDIATE", *TABLES.values(), "INSERT INTO front VALUES (0, 0, 0, 0)"])
             self.writing.execute("COMMIT")
         if self.ask("SELECT lost FROM bus") != (0,):
             raise Unusable(f"{self.path} is damaged, and only a copy: move it away, and the front makes it anew")
+
+    def add_all_tables(self, extensions: dict[str, ModuleType]) -> None:
+        for extension, module in extensions.items():
+            if module.TABLES is not None:
+                self.add_tables(extension, module.NOUN, module.TABLES)
 
     def check_ledger(self) -> None:
         """Unusable, if the last entry that was applied is not in this ledger."""
         if self.position:
             found = self.ledger.read(self.position - 1, 1, time.monotonic() + CALL)
-            if not found or found[0][1] != self.time.entry.wall:
+            if not found or (found[0][0] == self.position and found[0][1] != self.time.entry.wall):
                 raise Unusable(f"{self.path} is a copy of another ledger: give another --db, or the --ledger it has")
+            for each in self.operations(found[0][2]):
+                self.left = each.front if type(each) is Left else ""
+
+    def check_left(self) -> None:
+        if self.left:
+            raise Differs(f"the bus has left this ledger: it is served from the file of {self.left} now")
 
     def catch_up(self) -> None:
         """Apply what is in the ledger, and then an entry of this front, which tells what time it is there."""
         self.replay()
+        self.check_left()
         begin = self.entry([Begin(self.bus)])
         _, wall = self.ledger.append(begin, secrets.token_hex(16), time.monotonic() + CALL)
         self.time.heard(wall, just_now=True)
@@ -233,8 +284,9 @@ class Mirror(State):
         times, operations = [self.time.entry], list[Operation]()
         for number, (position, wall, its) in enumerate(entries, 1):
             if position != self.position + number:
-                before = self.position + number - 1
-                raise Differs(f"entry {position} of the ledger follows entry {before}: entries are missing")
+                raise Differs(f"the ledger begins with entry {position}, and {self.path} ends before: {NEEDS_COPY}")
+            if any(type(each) is Moved for each in its):
+                raise Differs(f"a bus was moved onto this ledger, and its mail is in copies only: {NEEDS_COPY}")
             times.append(self.time.at(wall, times[-1]))
             operations += [*([Next(times[-1])] if number > 1 else []), *its]
         self.sum, self.now, self.ended, self.counted = self.sums[-1], times[1], [], 0
