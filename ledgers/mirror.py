@@ -6,6 +6,7 @@ results of the front that wrote it; a front that has other results stops.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import secrets
 import socket
@@ -14,7 +15,7 @@ import zlib
 from collections import deque
 from itertools import groupby
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 from bus_server import (
     OPERATIONS,
@@ -35,10 +36,12 @@ from bus_server import (
     wall_clock,
 )
 
-from . import Ledger, tokens
+from . import Ledger, Unknown, tokens
+from .heartbeat import TABLE as FRONTS
+from .heartbeat import Beat, Heard, earlier_runs, live, says
 
-FORMAT = 1  # of an entry: [format, front, position, sum], then a line for each operation
 CALL = 4.0  # s that the engine has for one answer
+LEAVE = 1.0  # s for the last words of a front that ends
 ENTRIES = 100  # in one read
 SUMS = 10000  # positions whose sum is remembered
 TABLE = """CREATE TABLE front(
@@ -46,12 +49,15 @@ TABLE = """CREATE TABLE front(
     time INTEGER NOT NULL,               -- of that entry, us
     steady INTEGER NOT NULL,             -- the sum of the steps of that time that went forward, us
     sum INTEGER NOT NULL)                -- a checksum of the results of all entries"""
-TABLES = {"front": TABLE, "front_tokens": tokens.TABLE}  # of a front, and of no bus of its own
+TABLES = {"front": TABLE, "front_tokens": tokens.TABLE, "fronts": FRONTS}  # of a front, and of no bus of its own
 
 
 NEEDS_COPY = (
     f"make a copy beside a front that runs ({called('backup')} COPY), and begin with it ({called('restore')} COPY)"
 )
+
+
+REVOKED = Refused(401, "this token was revoked at another front: nothing was stored", ("WWW-Authenticate", "Bearer"))
 
 
 class Differs(Exception):
@@ -173,17 +179,27 @@ class Position(Operation):
         state.writing.execute("UPDATE front SET position = ?, time = ?, steady = ?, sum = ?", values)
 
 
-def first_entry(front: str, operation: Operation) -> bytes:
-    """The first entry of a ledger."""
-    return f"{encode([FORMAT, front, 0, 0])}\n{operation.to_line()}".encode()
+class Entry(NamedTuple):
+    """What one turn of a front puts into the ledger: [format, front, position, sum, tokens], then the operations.
+
+    A line each. `tokens`: of who asked for each operation, "" if nobody did; the member is missing on an open bus.
+    """
+
+    operations: list[Operation]
+    tokens: list[str]
 
 
 class Mirror(State):
-    """A front's copy: a State whose lists are the entries of a ledger. Its position is part of each transaction."""
+    """A front's copy: a State whose lists are the entries of a ledger. Its position is part of each transaction.
+
+    A new format is needed if the lines of an entry change, or if an operation gets another result than before.
+    """
+
+    FORMATS = (1,)  # that this version understands; it writes the highest that all live fronts understand
 
     def __init__(self, path: str, ledger: Ledger) -> None:
         self.ledger, self.time = ledger, Time()
-        self.front = f"{socket.gethostname()}:{path}"
+        self.front = f"{socket.gethostname()}:{path}#{secrets.token_hex(4)}"  # another one at each start
         self.position = self.sum = 0
         super().__init__(path, self.time.wall)
         self.writing.execute("PRAGMA synchronous=OFF")  # what a power cut takes is in the ledger
@@ -193,11 +209,16 @@ class Mirror(State):
         self.now = self.time.entry  # of the entry that is being applied
         self.ended: list[int] = []  # the sums after each entry of the list that is being applied
         self.counted = 0  # messages of this list that are in one of these sums
-        self.kinds = {**OPERATIONS, **{each.kind: each for each in (Maxima, Begin, Moved, Left, tokens.Grants)}}
+        of_fronts: list[type[Operation]] = [Maxima, Begin, Beat, Moved, Left, tokens.Grants]
+        self.kinds = {**OPERATIONS, **{each.kind: each for each in of_fronts}}
         self.is_live = False  # it has caught up
         self.left = ""  # the front whose file has the bus now, which has left this ledger
+        self.barred: set[int] = set()  # the id() of each operation in this list whose token was revoked before it
 
     def close(self) -> None:
+        if self.is_live:
+            with contextlib.suppress(Unknown):
+                self.append(Entry([Beat(self.front, {})], []), time.monotonic() + LEAVE)
         self.ledger.close()
         super().close()
 
@@ -208,6 +229,7 @@ class Mirror(State):
                 raise Unusable(f"{self.path} is a bus of its own, and its mail is not in the ledger: {advice}")
             migrate(self.writing, ["BEGIN IMMEDIATE", *TABLES.values(), "INSERT INTO front VALUES (0, 0, 0, 0)"])
             self.writing.execute("COMMIT")
+        self.writing.execute(FRONTS)  # a file of before may lack it
         if self.ask("SELECT lost FROM bus") != (0,):
             raise Unusable(f"{self.path} is damaged, and only a copy: move it away, and the front makes it anew")
 
@@ -222,7 +244,7 @@ class Mirror(State):
             found = self.ledger.read(self.position - 1, 1, time.monotonic() + CALL)
             if not found or (found[0][0] == self.position and found[0][1] != self.time.entry.wall):
                 raise Unusable(f"{self.path} is a copy of another ledger: give another --db, or the --ledger it has")
-            for each in self.operations(found[0][2]):
+            for each in self.from_bytes(found[0][2]).operations:
                 self.left = each.front if type(each) is Left else ""
 
     def check_left(self) -> None:
@@ -233,8 +255,10 @@ class Mirror(State):
         """Apply what is in the ledger, and then an entry of this front, which tells what time it is there."""
         self.replay()
         self.check_left()
-        begin = self.entry([Begin(self.bus)])
-        _, wall = self.ledger.append(begin, secrets.token_hex(16), time.monotonic() + CALL)
+        self.choose_format(live(self.writing, self.time.entry.steady))
+        ended = [Beat(each, {}) for each in earlier_runs(self.writing, self.front)]
+        begin = Entry([Begin(self.bus), *ended, Beat(self.front, says(self, 0))], [])
+        _, wall = self.append(begin, time.monotonic() + CALL)
         self.time.heard(wall, just_now=True)
         self.replay()
         self.is_live = True
@@ -245,8 +269,8 @@ class Mirror(State):
         Of those, only the first is compared with the results of the front that wrote it: a difference stays in the sum.
         """
         while entries := self.ledger.read(self.position, ENTRIES, time.monotonic() + CALL):
-            read = ((position, wall, self.operations(entry)) for position, wall, entry in entries)
-            for only_stores, some in groupby(read, lambda each: all(operation.rank < 2 for operation in each[2])):
+            read = ((position, wall, self.from_bytes(entry)) for position, wall, entry in entries)
+            for only_stores, some in groupby(read, lambda each: all(one.rank < 2 for one in each[2].operations)):
                 if only_stores:
                     self.take_all(list(some))
                 else:
@@ -254,15 +278,23 @@ class Mirror(State):
                         self.take(*each)
         self.view.tail = self.tail
 
-    def entry(self, operations: list[Operation]) -> bytes:
-        head = encode([FORMAT, self.front, self.position, self.sum])
-        return "\n".join([head, *(operation.to_line() for operation in operations)]).encode()
+    def append(self, entry: Entry, deadline: float) -> tuple[int, int]:
+        return self.ledger.append(self.to_bytes(entry), secrets.token_hex(16), deadline)
 
-    def operations(self, entry: bytes) -> list[Operation]:
+    def choose_format(self, fronts: list[Heard]) -> None:
+        its = [each for each in self.FORMATS if all(each in front.formats for front in fronts)]
+        self.format = max(its or self.FORMATS)
+
+    def to_bytes(self, entry: Entry) -> bytes:
+        senders = [entry.tokens] if any(entry.tokens) else []
+        head = encode([self.format, self.front, self.position, self.sums[-1], *senders])
+        return "\n".join([head, *(operation.to_line() for operation in entry.operations)]).encode()
+
+    def from_bytes(self, entry: bytes) -> Entry:
         """What is in an entry. Differs, if this front cannot apply it, or has other results than the one that wrote."""
         head, *lines = entry.decode().split("\n")
-        version, front, position, its_sum = json.loads(head)
-        if version != FORMAT:
+        version, front, position, its_sum, *senders = json.loads(head)
+        if version not in self.FORMATS:
             raise Differs(f"the ledger has an entry of format {version}: upgrade this front")
         index = position - self.position - 1
         if -len(self.sums) <= index < 0 and self.sums[index] != its_sum:
@@ -271,24 +303,27 @@ class Mirror(State):
                 raise Differs(f"{why}: one of them is wrong; move the wrong file away, and its front makes it anew")
             say(f"bus_server: {why}")
         try:
-            return [operation_of(line, self.kinds) for line in lines]
-        except ValueError as error:
+            return Entry([operation_of(line, self.kinds) for line in lines], *(senders or [[]]))
+        except (ValueError, TypeError) as error:
             raise Differs(f"{error}: use the version and the extensions of the other fronts") from None
 
-    def take(self, position: int, wall: int, operations: list[Operation]) -> Applied:
+    def take(self, position: int, wall: int, entry: Entry) -> Applied:
         """Apply an entry: the next one, with the time of the ledger."""
-        return self.take_all([(position, wall, operations)])
+        return self.take_all([(position, wall, entry)])
 
-    def take_all(self, entries: list[tuple[int, int, list[Operation]]]) -> Applied:
+    def take_all(self, entries: list[tuple[int, int, Entry]]) -> Applied:
         """Apply the next entries in one transaction. If there are several, they may have operations of rank 0 and 1."""
-        times, operations = [self.time.entry], list[Operation]()
+        times, operations, senders = [self.time.entry], list[Operation](), list[str]()
         for number, (position, wall, its) in enumerate(entries, 1):
             if position != self.position + number:
                 raise Differs(f"the ledger begins with entry {position}, and {self.path} ends before: {NEEDS_COPY}")
-            if any(type(each) is Moved for each in its):
+            if any(type(each) is Moved for each in its.operations):
                 raise Differs(f"a bus was moved onto this ledger, and its mail is in copies only: {NEEDS_COPY}")
             times.append(self.time.at(wall, times[-1]))
-            operations += [*([Next(times[-1])] if number > 1 else []), *its]
+            operations += [*([Next(times[-1])] if number > 1 else []), *its.operations]
+            senders += [*([""] if number > 1 else []), *(its.tokens or [""] * len(its.operations))]
+        revoked = tokens.revoked(self.writing, senders) if any(senders) else ()
+        self.barred = {id(each) for each, token in zip(operations, senders) if token in revoked}
         self.sum, self.now, self.ended, self.counted = self.sums[-1], times[1], [], 0
         applied = self.apply([*operations, Position(position)], times[1])
         self.position, self.time.entry = position, times[-1]
@@ -297,7 +332,7 @@ class Mirror(State):
         return applied._replace(results=applied.results[:-1])
 
     def apply_one(self, operation: Operation, now: Now) -> Any:
-        result = super().apply_one(operation, self.now)
+        result = REVOKED if id(operation) in self.barred else super().apply_one(operation, self.now)
         if type(operation) not in (Next, Position):  # which add the end of an entry
             self.add_to_sum((result.status, result.sentence) if isinstance(result, Refused) else result)
         return result

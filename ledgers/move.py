@@ -19,11 +19,12 @@ import zlib
 from collections.abc import Sequence
 from types import ModuleType
 
-from bus_server import AHEAD, State, Tokens, Unusable, command, existing, migrate
+from bus_server import AHEAD, State, Tokens, Unusable, command, encode, existing, migrate
 
 from . import Ledger, Unknown, tokens
 from .front import connect
-from .mirror import CALL, TABLES, Differs, Left, Mirror, Moved, first_entry
+from .heartbeat import live
+from .mirror import CALL, TABLES, Differs, Entry, Left, Mirror, Moved
 
 Extensions = dict[str, ModuleType]
 CONTENT = "SELECT id, last, (SELECT count(*) FROM messages), (SELECT total(sum) FROM messages) FROM bus"
@@ -59,7 +60,8 @@ def move(arguments: Sequence[str], extensions: Extensions) -> None:
 def onto(path: str, ledger: Ledger) -> str:
     """Make the file of a stopped bus the copy of the first front of a ledger."""
     with contextlib.closing(State(path)) as state:
-        first = first_entry(f"move:{path}", Moved(state.bus))
+        head = encode([Mirror.FORMATS[0], path, 0, 0])  # of a format that every front understands
+        first = f"{head}\n{Moved(state.bus).to_line()}".encode()
         known = ledger.read(0, 2, time.monotonic() + CALL)
         if not known:
             ledger.append(first, secrets.token_hex(16), time.monotonic() + CALL)
@@ -81,8 +83,8 @@ def back(path: str, ledger: Ledger, extensions: Extensions) -> str:
         mirror.check_ledger()
         mirror.replay()
         if not mirror.left:  # else this command was killed before, here or beside another front
-            leaves = mirror.entry([Left(mirror.front)])
-            ledger.append(leaves, secrets.token_hex(16), time.monotonic() + CALL)
+            mirror.choose_format(live(mirror.writing, mirror.time.entry.steady))
+            mirror.append(Entry([Left(mirror.front.partition("#")[0])], []), time.monotonic() + CALL)
             mirror.replay()
         tokens.write(Tokens(path), list(tokens.stored(mirror.writing).values()))
     return f"{path} is bus {alone(path)} now, and its ledger has come to its end: start the bus without --ledger"
