@@ -4996,7 +4996,7 @@ LOADED = "loaded"
 ELSEWHERE = {  # extension: the endpoints and options that it brings
     "work": ("/claim", "/ack", "/nack", "/extend", "/again", "--max-attempts"),
     "replies": ("/ask", "/recall", "/thread/"),
-    "files": ("/blob/", "--files"),
+    "files": ("/blob/", "--files", "--files-dir"),
     "metrics": ("/metrics",),
     "schemas": ("--schemas", "--strict"),
     "channels": ("/channels",),

@@ -47,6 +47,7 @@ from bus_server import (
 )
 
 from . import READ_BYTES, Ledger, Unknown, tokens
+from .copies import Copies
 from .heartbeat import Beat, Fronts
 from .mirror import CALL, ENTRIES, Differs, Entry, Mirror
 
@@ -256,7 +257,7 @@ def refuse(sentence: str, request: Request) -> NoReturn:
 
 NOT_BUILT = {
     "/recall": "a bus of several fronts cannot take a message back: a reader of another front may have it already",
-    "/blob/": "a bus of several fronts has no files: send them another way, and send where they are",
+    "/blob/": "this bus of several fronts has no files: its operator can give --files-dir to all fronts",
 }
 
 
@@ -300,10 +301,12 @@ def start(bus: Bus, options: argparse.Namespace) -> None:
     """Make this bus a front, when its extensions have started."""
     assert isinstance(bus.state, Mirror)
     bus.ledger = front = Front(bus, bus.state)
+    Copies(front)
     common = tokens.Common(bus)
     front.elsewhere[tokens.Grants.kind] = common.came
     bus.loop.every(LOOK, common.look)
+    shares_files = bool(getattr(options, "files_dir", None))  # an option of files.py
     for method, path in list(bus.routes):
-        if path in NOT_BUILT:
+        if path in NOT_BUILT and not (shares_files and path == "/blob/"):
             call = partial(refuse, NOT_BUILT[path])
             bus.route(method, path, call, sink=call)

@@ -23,7 +23,7 @@ class Log:
     def store(self, entry, id):
         with self.lock:
             if id not in self.places:
-                self.entries.append((len(self.entries) + 1, self.wall(), entry))
+                self.entries.append((self.entries[-1][0] + 1 if self.entries else 1, self.wall(), entry))
                 self.places[id] = self.entries[-1][:2]
             return self.places[id]
 
@@ -75,12 +75,20 @@ class Fake:
     def read(self, above, limit, deadline):
         self.check(deadline)
         found, size = [], 0
-        for each in self.log.entries[above : above + limit]:
+        entries = self.log.entries
+        first = max(above - entries[0][0] + 1, 0) if entries else 0
+        for each in entries[first : first + limit]:
             found.append(each)
             size += len(each[2])
             if size >= READ_BYTES:
                 break
         return found
+
+    def trim(self, upto, before, deadline):
+        self.check(deadline)
+        with self.log.lock:
+            while self.log.entries[0][0] <= upto and self.log.entries[0][1] < before and len(self.log.entries) > 1:
+                del self.log.entries[0]
 
     def listen(self, tell):
         self.told.append(tell)

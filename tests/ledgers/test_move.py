@@ -7,13 +7,13 @@ import pytest
 import bus_server
 from bus_server import State, Unusable, load_extensions
 from ledgers import Unknown
+from ledgers.mirror import TABLES
 from ledgers.move import alone, back, onto
 from tests.kit import inside
-from tests.kit.ledger import Fake, Log, front, settle
-from tests.ledgers.test_front import ask, log_of, put, same
+from tests.kit.ledger import Fake, Log, ask, front, log_of, put, request, same, settle
 
 EXTENSIONS = load_extensions(())
-OF_FRONTS = {"front", "front_tokens"}
+OF_FRONTS = set(TABLES)
 
 
 def facts(path):
@@ -56,8 +56,6 @@ def turns(bus):
 
 
 def ask_alone(bus, *asked):
-    from tests.ledgers.test_front import request
-
     answer = request(bus, *asked)
     turns(bus)
     return answer()
