@@ -50,6 +50,7 @@ from . import READ_BYTES, Ledger, Unknown, tokens
 from .copies import Copies
 from .heartbeat import Beat, Fronts
 from .mirror import CALL, ENTRIES, Differs, Entry, Mirror
+from .recall import Recalls
 
 GIVE_UP = 8.0  # s; then who sent is told that it is unknown whether the message was stored
 PAUSE = 0.1  # s between two attempts
@@ -72,6 +73,7 @@ class Front(bus_server.Ledger):
         self.mirror, self.fronts = mirror, Fronts(bus, mirror)
         self.elsewhere = {**bus.ledger.elsewhere, "marks": self.marked, "forget": self.forgotten}
         self.elsewhere[Beat.kind] = self.fronts.heard
+        self.detours: dict[str, Callable[[Step], object]] = {}  # by the kind: what a step needs before it is appended
         self.upto = 0  # the highest position of a hint
         self.due = self.busy = self.removing = False
         bus.clock = mirror.time
@@ -99,7 +101,10 @@ class Front(bus_server.Ledger):
             refused = Refused(503, f"{why}; give all fronts the same version and the same extensions")
             self.loop.soon(partial(self.turn_down, step, refused))
         else:
-            super().add(step)
+            self.detours.get(step.operation.kind, self.append_soon)(step)
+
+    def append_soon(self, step: Step) -> None:
+        super().add(step)
 
     def turn_down(self, step: Step, refused: Refused) -> None:
         """Refuse a step that is in no list."""
@@ -251,14 +256,9 @@ class Front(bus_server.Ledger):
                 tell(receipt.channel, receipt.name, above, receipt.tick)
 
 
-def refuse(sentence: str, request: Request) -> NoReturn:
-    raise Refused(501, sentence)
-
-
-NOT_BUILT = {
-    "/recall": "a bus of several fronts cannot take a message back: a reader of another front may have it already",
-    "/blob/": "this bus of several fronts has no files: its operator can give --files-dir to all fronts",
-}
+def no_files(request: Request) -> NoReturn:
+    """Each front would have only its own."""
+    raise Refused(501, "this bus of several fronts has no files: its operator can give --files-dir to all fronts")
 
 
 def open_state(options: argparse.Namespace) -> Mirror:
@@ -305,8 +305,10 @@ def start(bus: Bus, options: argparse.Namespace) -> None:
     common = tokens.Common(bus)
     front.elsewhere[tokens.Grants.kind] = common.came
     bus.loop.every(LOOK, common.look)
-    shares_files = bool(getattr(options, "files_dir", None))  # an option of files.py
-    for method, path in list(bus.routes):
-        if path in NOT_BUILT and not (shares_files and path == "/blob/"):
-            call = partial(refuse, NOT_BUILT[path])
-            bus.route(method, path, call, sink=call)
+    replies = options.extensions.get("replies")
+    if replies:
+        Recalls(front, replies.was_fetched, replies.FETCHED)
+    if not getattr(options, "files_dir", None):  # an option of files.py
+        for method, path in list(bus.routes):
+            if path == "/blob/":
+                bus.route(method, path, no_files, sink=no_files)

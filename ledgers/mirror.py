@@ -36,7 +36,7 @@ from bus_server import (
     wall_clock,
 )
 
-from . import Ledger, Unknown, tokens
+from . import Ledger, Unknown, recall, tokens
 from .heartbeat import TABLE as FRONTS
 from .heartbeat import Beat, Heard, earlier_runs, live, says
 
@@ -49,7 +49,7 @@ TABLE = """CREATE TABLE front(
     time INTEGER NOT NULL,               -- of that entry, us
     steady INTEGER NOT NULL,             -- the sum of the steps of that time that went forward, us
     sum INTEGER NOT NULL)                -- a checksum of the results of all entries"""
-TABLES = {"front": TABLE, "front_tokens": tokens.TABLE, "fronts": FRONTS}  # of a front, and of no bus of its own
+TABLES = {"front": TABLE, "front_tokens": tokens.TABLE, "fronts": FRONTS, "withheld": recall.TABLE}  # of a front, and of no bus of its own
 
 
 NEEDS_COPY = (
@@ -210,6 +210,7 @@ class Mirror(State):
         self.ended: list[int] = []  # the sums after each entry of the list that is being applied
         self.counted = 0  # messages of this list that are in one of these sums
         of_fronts: list[type[Operation]] = [Maxima, Begin, Beat, Moved, Left, tokens.Grants]
+        of_fronts += recall.KINDS if "recall" in OPERATIONS else ()
         self.kinds = {**OPERATIONS, **{each.kind: each for each in of_fronts}}
         self.is_live = False  # it has caught up
         self.left = ""  # the front whose file has the bus now, which has left this ledger
@@ -229,7 +230,8 @@ class Mirror(State):
                 raise Unusable(f"{self.path} is a bus of its own, and its mail is not in the ledger: {advice}")
             migrate(self.writing, ["BEGIN IMMEDIATE", *TABLES.values(), "INSERT INTO front VALUES (0, 0, 0, 0)"])
             self.writing.execute("COMMIT")
-        self.writing.execute(FRONTS)  # a file of before may lack it
+        for table in (FRONTS, recall.TABLE):  # a file of before may lack them
+            self.writing.execute(table)
         if self.ask("SELECT lost FROM bus") != (0,):
             raise Unusable(f"{self.path} is damaged, and only a copy: move it away, and the front makes it anew")
 
