@@ -49,9 +49,8 @@ TABLE = """CREATE TABLE front(
     time INTEGER NOT NULL,               -- of that entry, us
     steady INTEGER NOT NULL,             -- the sum of the steps of that time that went forward, us
     sum INTEGER NOT NULL)                -- a checksum of the results of all entries"""
-TABLES = {"front": TABLE, "front_tokens": tokens.TABLE, "fronts": FRONTS, "withheld": recall.TABLE}  # of a front, and of no bus of its own
-
-
+# What the file of a front has, and no bus of its own.
+TABLES = {"front": TABLE, "front_tokens": tokens.TABLE, "fronts": FRONTS, "withheld": recall.TABLE}
 NEEDS_COPY = (
     f"make a copy beside a front that runs ({called('backup')} COPY), and begin with it ({called('restore')} COPY)"
 )

@@ -10,7 +10,7 @@ from ledgers import Unknown
 from ledgers.mirror import TABLES
 from ledgers.move import alone, back, onto
 from tests.kit import inside
-from tests.kit.ledger import Fake, Log, ask, front, log_of, put, request, same, settle
+from tests.kit.ledger import Fake, Log, ask, end, log_of, put, request, same, settle
 
 EXTENSIONS = load_extensions(())
 OF_FRONTS = set(TABLES)
@@ -26,6 +26,7 @@ def facts(path):
 
 @pytest.fixture
 def log():
+    """Of the real clock, as that of the bus alone."""
     return Log()
 
 
@@ -61,10 +62,10 @@ def ask_alone(bus, *asked):
     return answer()
 
 
-def test_everything_stays_on_the_way_onto_a_ledger_and_back(path, log, tmp_path):
+def test_everything_stays_on_the_way_onto_a_ledger_and_back(path, log, fronts):
     before = facts(path)
     assert "is on the ledger" in onto(path, Fake(log))
-    a = front(path, Fake(log))
+    a = fronts("bus")
     assert facts(path) == before, "but what makes it a front"
     assert log_of(a) == ["one", "two", "job"]
     again = ask(a, "POST", "/send", {"from": "ann", "to": "bob", "msg": "one", "key": "k1"})
@@ -72,7 +73,7 @@ def test_everything_stays_on_the_way_onto_a_ledger_and_back(path, log, tmp_path)
     assert ask(a, "POST", "/claim", {"to": "builds", "worker": "w2"})[1]["messages"] == [], "its lease holds"
     assert ask(a, "POST", "/lock", {"from": "bob", "names": ["a.py"]})[0] == 409
     [tick] = put(a, msg="three")
-    inside.close(a)
+    end(a)
     now = facts(path)
     assert "start the bus without --ledger" in back(path, Fake(log), EXTENSIONS)
     assert facts(path) == now
@@ -83,7 +84,7 @@ def test_everything_stays_on_the_way_onto_a_ledger_and_back(path, log, tmp_path)
     inside.close(bus)
 
 
-def test_a_move_that_was_killed_leaves_the_bus_and_goes_on(path, log, monkeypatch):
+def test_a_move_that_was_killed_leaves_the_bus_and_goes_on(path, log, monkeypatch, fronts):
     """The first entry is in the ledger, and the file is as it was."""
     before = facts(path)
     monkeypatch.setattr("ledgers.move.migrate", lambda *_: 1 / 0)
@@ -96,8 +97,9 @@ def test_a_move_that_was_killed_leaves_the_bus_and_goes_on(path, log, monkeypatc
     assert facts(path)["messages"] != before["messages"]
     onto(path, Fake(log))
     assert len(log.entries) == 1
-    with contextlib.closing(front(path, Fake(log)).state) as state:
-        assert state.ask("SELECT count(*) FROM messages") == (4,)
+    a = fronts("bus")
+    assert log_of(a) == ["one", "two", "job", "meanwhile"]
+    end(a)
 
 
 def test_a_move_without_an_answer_of_the_ledger_leaves_the_bus_and_goes_on(path, log):
@@ -110,8 +112,8 @@ def test_a_move_without_an_answer_of_the_ledger_leaves_the_bus_and_goes_on(path,
     assert len(log.entries) == 1
 
 
-def test_a_bus_is_moved_onto_an_empty_ledger_only(path, log, tmp_path):
-    inside.close(front(tmp_path / "other.db", Fake(log)))
+def test_a_bus_is_moved_onto_an_empty_ledger_only(path, log, fronts):
+    end(fronts("other"))
     before = facts(path)
     with pytest.raises(Unusable, match="this ledger is not empty"):
         onto(path, Fake(log))
@@ -119,15 +121,15 @@ def test_a_bus_is_moved_onto_an_empty_ledger_only(path, log, tmp_path):
     State(path).close()
 
 
-def test_a_front_without_a_copy_of_the_bus_that_was_moved_is_refused_and_with_one_it_starts(path, log, tmp_path):
+def test_after_a_move_a_front_without_a_copy_is_refused_and_with_one_it_starts(path, log, tmp_path, fronts):
     onto(path, Fake(log))
-    a = front(path, Fake(log))
+    a = fronts("bus")
     with pytest.raises(Unusable, match="its mail is in copies only: make a copy beside a front"):
-        front(tmp_path / "b.db", Fake(log))
+        fronts("b")
     run("backup", tmp_path / "copy.db", "--db", path)
     put(a, msg="after the copy")
     run("restore", tmp_path / "copy.db", "--db", tmp_path / "b.db")
-    b = front(tmp_path / "b.db", Fake(log))
+    b = fronts("b")
     assert log_of(b) == ["one", "two", "job", "after the copy"] and b.state.bus == a.state.bus
     same(a, b)
 
@@ -136,7 +138,7 @@ def run(command, *arguments):
     bus_server.COMMANDS[command](list(map(str, arguments)))
 
 
-def test_two_files_that_differ_are_not_the_same_bus(path, log, tmp_path):
+def test_two_files_that_differ_are_not_the_same_bus(path, log, tmp_path, fronts):
     """Somebody has a second file of the bus that was moved, made by cp: its results differ, and that is found."""
     second = tmp_path / "second" / "bus.db"
     second.parent.mkdir()
@@ -148,66 +150,66 @@ def test_two_files_that_differ_are_not_the_same_bus(path, log, tmp_path):
     log.entries[0] = (*log.entries[0][:2], log.entries[0][2].replace(path.encode(), str(second).encode()))
     onto(str(second), Fake(log))
     log.entries[0] = (*log.entries[0][:2], log.entries[0][2].replace(str(second).encode(), path.encode()))
-    a, b = front(path, Fake(log)), front(second, Fake(log))
+    a, b = fronts("bus"), fronts("second/bus")
     settle(a, b)
     put(a)
     settle(b)
     assert a.broken or b.broken
 
 
-def test_what_damage_took_from_a_bus_is_told_to_readers_after_its_move(path, log):
+def test_what_damage_took_from_a_bus_is_told_to_readers_after_its_move(path, log, fronts):
     with contextlib.closing(State(path)) as state:
         state.tell_loss(state.last)
         lost = state.ask("SELECT lost FROM bus")
     onto(path, Fake(log))
-    a = front(path, Fake(log))
+    a = fronts("bus")
     gap = ask(a, "GET", "/recv?to=bob&since=1")[1]["gap"]
     assert lost != (0,) and gap["to"] * 1000000 == pytest.approx(lost[0], abs=2)
 
 
-def test_all_fronts_stop_when_the_bus_has_left_and_none_acknowledges_more(path, log, tmp_path, capfd):
+def test_all_fronts_stop_when_the_bus_has_left_and_none_acknowledges_more(path, log, tmp_path, capfd, fronts):
     onto(path, Fake(log))
-    a = front(path, Fake(log))
+    a = fronts("bus")
     put(a, msg="at a")
     run("backup", tmp_path / "copy.db", "--db", path)
     run("restore", tmp_path / "copy.db", "--db", tmp_path / "b.db")
-    b = front(tmp_path / "b.db", Fake(log))
+    b = fronts("b")
     put(b, msg="at b")
-    inside.close(a)
+    end(a)
     b.state.ledger.hints = lambda position: []
     back(path, Fake(log), EXTENSIONS)
     status, answer = ask(b, "POST", "/send", {"from": "ann", "to": "bob", "msg": "late"})
     assert status == 503 and b.broken and "the bus has left this ledger" in inside.said(capfd)
-    inside.close(b)
+    end(b)
     with pytest.raises(Unusable, match="the bus has left this ledger: it is served from the file of .*bus.db"):
-        front(tmp_path / "b.db", Fake(log))
+        fronts("b")
     with pytest.raises(Unusable, match="a bus of its own, and its mail is not in the ledger"):
-        front(path, Fake(log))
+        fronts("bus")
     bus = inside.make(path)
     assert [each["msg"] for each in ask_alone(bus, "GET", "/log?since=0")[1]["messages"]][-2:] == ["at a", "at b"]
     inside.close(bus)
 
 
-def test_a_way_back_that_was_killed_leaves_the_front_and_goes_on(path, log, monkeypatch):
+def test_a_way_back_that_was_killed_leaves_the_front_and_goes_on(path, log, monkeypatch, fronts):
     onto(path, Fake(log))
-    inside.close(front(path, Fake(log)))
+    end(fronts("bus"))
     monkeypatch.setattr("ledgers.move.alone", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         back(path, Fake(log), EXTENSIONS)
     monkeypatch.undo()
     with pytest.raises(Unusable, match="the bus has left this ledger"):
-        front(path, Fake(log))
+        fronts("bus")
     entries = len(log.entries)
     back(path, Fake(log), EXTENSIONS)
     assert len(log.entries) == entries
     State(path).close()
 
 
-def test_without_its_ledger_a_front_becomes_another_bus(path, log):
+def test_without_its_ledger_a_front_becomes_another_bus(path, log, fronts):
     onto(path, Fake(log))
-    a = front(path, Fake(log))
+    a = fronts("bus")
     put(a, msg="last")
-    inside.close(a)
+    end(a)
     bus = alone(path, "0123456789abcdef")
     assert bus == "0123456789abcdef"
     alone_again = inside.make(path)
