@@ -18,6 +18,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from bus_server import (
+    IS_FRONT,
     OPERATIONS,
     RECEIPT,
     Applied,
@@ -223,7 +224,7 @@ class Mirror(State):
         super().close()
 
     def check_use(self) -> None:
-        if not self.ask("SELECT 1 FROM sqlite_master WHERE name = 'front'"):
+        if not self.ask(IS_FRONT):
             if self.ask("SELECT last FROM bus") != (0,) or self.ask("SELECT 1 FROM mailboxes"):
                 advice = f"give another --db, or move it there ({called('move')})"
                 raise Unusable(f"{self.path} is a bus of its own, and its mail is not in the ledger: {advice}")
@@ -240,13 +241,19 @@ class Mirror(State):
                 self.add_tables(extension, module.NOUN, module.TABLES)
 
     def check_ledger(self) -> None:
-        """Unusable, if the last entry that was applied is not in this ledger."""
+        """Unusable or Differs, if the last entry that was applied is not in this ledger."""
         if self.position:
             found = self.ledger.read(self.position - 1, 1, time.monotonic() + CALL)
-            if not found or (found[0][0] == self.position and found[0][1] != self.time.entry.wall):
+            if found:
+                self.check_begin(self.position, found[0][0])
+            if not found or found[0][1] != self.time.entry.wall:
                 raise Unusable(f"{self.path} is a copy of another ledger: give another --db, or the --ledger it has")
             for each in self.from_bytes(found[0][2]).operations:
                 self.left = each.front if type(each) is Left else ""
+
+    def check_begin(self, needed: int, found: int) -> None:
+        if found != needed:
+            raise Differs(f"the ledger begins with entry {found}, and {self.path} ends before: {NEEDS_COPY}")
 
     def check_left(self) -> None:
         if self.left:
@@ -316,8 +323,7 @@ class Mirror(State):
         """Apply the next entries in one transaction. If there are several, they may have operations of rank 0 and 1."""
         times, operations, senders = [self.time.entry], list[Operation](), list[str]()
         for number, (position, wall, its) in enumerate(entries, 1):
-            if position != self.position + number:
-                raise Differs(f"the ledger begins with entry {position}, and {self.path} ends before: {NEEDS_COPY}")
+            self.check_begin(self.position + number, position)
             if any(type(each) is Moved for each in its.operations):
                 raise Differs(f"a bus was moved onto this ledger, and its mail is in copies only: {NEEDS_COPY}")
             times.append(self.time.at(wall, times[-1]))

@@ -19,7 +19,7 @@ import zlib
 from collections.abc import Sequence
 from types import ModuleType
 
-from bus_server import AHEAD, State, Tokens, Unusable, command, encode, existing, migrate
+from bus_server import AHEAD, IS_FRONT, State, Tokens, Unusable, command, encode, existing, migrate
 
 from . import Ledger, Unknown, tokens
 from .front import connect
@@ -51,8 +51,10 @@ def move(arguments: Sequence[str], extensions: Extensions) -> None:
         else:
             with contextlib.closing(connect(options.ledger, options.ledger_single)) as ledger:
                 print(back(path, ledger, extensions) if options.back else onto(path, ledger))
-    except (Unknown, Differs) as error:
-        raise Unusable(f"{error}; nothing is changed in {path}, so run the same command again") from None
+    except Unknown as error:
+        raise Unusable(f"the ledger does not answer ({error}): nothing is lost, so run this line again") from None
+    except Differs as error:
+        raise Unusable(str(error)) from None
     except sqlite3.Error as error:
         raise Unusable(f"cannot use the database {path}: {error}") from None
 
@@ -60,7 +62,7 @@ def move(arguments: Sequence[str], extensions: Extensions) -> None:
 def onto(path: str, ledger: Ledger) -> str:
     """Make the file of a stopped bus the copy of the first front of a ledger."""
     with contextlib.closing(State(path)) as state:
-        head = encode([Mirror.FORMATS[0], path, 0, 0])  # of a format that every front understands
+        head = encode([Mirror.FORMATS[0], os.path.realpath(path), 0, 0])  # of a format that every front understands
         first = f"{head}\n{Moved(state.bus).to_line()}".encode()
         known = ledger.read(0, 2, time.monotonic() + CALL)
         if not known:
@@ -94,7 +96,7 @@ class Copy(State):
     """The file of a front, whatever is in its ledger."""
 
     def check_use(self) -> None:
-        if not self.ask("SELECT 1 FROM sqlite_master WHERE name = 'front'"):
+        if not self.ask(IS_FRONT):
             raise Unusable(f"{self.path} is a bus of its own already")
 
 
