@@ -66,7 +66,7 @@ class Copies:
         if isinstance(outcome, int):
             self.fronts.copy = outcome
         else:
-            say(f"bus_server: {self.path}: {outcome}; the ledger keeps what only this copy would have")
+            say(f"bus_server: {self.path}: {outcome}; until there is a newer copy, the ledger keeps its entries")
 
 
 def kept_twice(copies: list[int]) -> int:
