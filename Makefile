@@ -58,7 +58,7 @@ siege: $(VENV)/dev
 
 page: $(VENV)/dev
 	$(VENV)/bin/pip install -q -e '.[page]'
-	PAGE_SECONDS=$(PAGE_SECONDS) $(RUN) pytest tests/extensions/test_page.py -k 'flat or storm'
+	PAGE_SECONDS=$(PAGE_SECONDS) $(RUN) pytest tests/extensions/test_page_much.py -k 'flat or storm'
 
 agents: $(VENV)/test
 	$(RUN) tests.integrations.agents

@@ -12,7 +12,7 @@ Two other programs are run from here, if they lie beside this file: bus_work.py 
 bus_log.py by --log (show everybody's messages).
 
 The parts of this file, in order: receive() and ask() for programs; Reader (polls a bus, rides out an outage);
-BacklogReader and SessionReader (what a session of an agent needs more); Cursor (how far a name has read, on disk); the
+SessionReader (what a session of an agent needs more); Cursor (how far a name has read, on disk); the
 marked part, which bus_send.py has too and which speaks HTTP (proxies, tokens, faults); block (a message as text);
 show_blocks and run_command (the outputs); main.
 
@@ -49,11 +49,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from decimal import Decimal
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 from urllib.parse import SplitResult, quote, unquote, urlencode, urlsplit
-
-if TYPE_CHECKING:
-    import http.client
 
 # Python 3.8 says this sentence; older ones show the line, as a SyntaxError, because they do not know `:=`.
 if sys.version_info < (3, 9) and (needs := "bus_recv.py needs Python 3.9 or later"):  # noqa: UP036
@@ -106,7 +103,7 @@ def ask(url: str, path: str, seconds: float, order: dict[str, Any] | None = None
     return answer, clock_of(headers)
 
 
-def clock_of(headers: http.client.HTTPMessage) -> float:
+def clock_of(headers: Any) -> float:
     """The clock of the bus, so that ages are right where ours is wrong; our clock if the answer does not tell."""
     import email.utils
 
@@ -210,6 +207,7 @@ class Reader:
             self.take_up(answer)
             raise Unreachable("another bus answers now")
         self.check_times(answer)
+        answer["messages"] = [one for one in answer["messages"] if not self.cursor.has_read(one)]
         if self.announced:
             self.announce(f"{self.url} is back, after {span(self.clock.monotonic() - self.failing_since)}")
         self.failures and not self.announced and self.warn(f"{self.url}: connected again")
@@ -245,6 +243,7 @@ class Reader:
         """Go on with our cursor on the bus that answers. `since`, if the caller gave it, is for the first bus only."""
         bus = str(answer.get("bus", OLD_CONTRACT))
         self.cursor, self.bus = self.open_cursor(bus, self.channel, self.names[0], self.warn), bus
+        self.cursor.reached = self.cursor.reached if self.since in (None, "last") else {}  # it may want that again
         since, self.since = moment(str(self.since or self.cursor.at), self.bus_time), None
         if self.bus == OLD_CONTRACT:
             now = min(str(answer.get("now")), f"{self.clock.time() + AHEAD_SECONDS:.6f}", key=seconds_of)
@@ -274,69 +273,68 @@ class Notice(str):
     """A line of our own among the messages of an answer."""
 
 
-class BacklogReader(Reader):
-    """With `leaves`, leaves a backlog unread, because it would fill the context of the agent that reads us.
+class SessionReader(Reader):
+    """Reads on with the new name when the session that it reads for is renamed, and for a day with the old one too.
 
-    If more than BACKLOG messages wait at the start or after an outage, it gives the oldest EARLY urgent ones of them,
-    and a Notice how many wait. It goes on behind them, and takes nothing until the bus says that they are read. With
-    several names it leaves nothing: who reads the mail of one name does not see the others.
+    An integration writes these names into a file, each with the time (s since 1970) until which it is read.
+
+    With `leaves`, leaves a backlog unread, because it would fill the context of the agent that reads us. If more than
+    BACKLOG messages wait at the start or after an outage, it gives the oldest EARLY urgent ones of them, and a Notice
+    how many wait. It goes on behind them, and takes nothing until the bus says that they are read. With several names
+    it leaves nothing: who reads the mail of one name does not see the others.
     """
 
     leaves = False
-    looked: Cursor | None = None  # the one with which we have looked for a backlog
 
     def request(self, hold: float, seconds: float) -> tuple[dict[str, Any], float]:
         """One poll, or the urgent messages of a backlog; see ask()."""
-        if self.leaves and len(self.names) == 1 and (self.failures or self.looked is not self.cursor):
-            self.looked = self.cursor
+        hold = self.follow(hold)
+        if self.leaves and len(self.names) == 1 and (self.failures or self.cursor.backlog is None):
+            self.cursor.backlog = self.cursor.backlog or ""
             # An older bus has no digest, and a proxy may not know it: then all is shown.
             with contextlib.suppress(Refused, Unreachable, LookupError, TypeError, ValueError):
                 counts, now = ask(self.url, f"/digest?{self.query()}", GRACE_SECONDS)
                 if counts["unread"] > BACKLOG:
-                    return self.leave(counts, now), now
+                    return self.leave(counts), now
         if self.cursor.backlog:
-            # So the name counts as listening. The oldest message counts as fetched, and nothing as read.
-            oldest, _ = ask(self.url, f"/recv?max=1&{self.query('last')}", seconds)
+            ask(self.url, f"/recv?{self.query('now')}", seconds)  # the name counts as listening; nothing is taken
+            oldest, _ = ask(self.url, f"/recv?peek=true&max=1&{self.query('last')}", seconds)
             with contextlib.suppress(LookupError, TypeError):
                 found, end = oldest["messages"], seconds_of(self.cursor.backlog)
                 is_read = seconds_of(found[0]) > end if found else not oldest["more"]
                 self.cursor.backlog = "" if is_read else self.cursor.backlog
         return super().request(hold, seconds)
 
-    def leave(self, counts: dict[str, Any], now: float) -> dict[str, Any]:
-        """Go behind the messages of this digest. The oldest urgent ones of them, looked at (peek), as an answer."""
-        urgent: list[Any] = []
-        for id in [each["id"] for each in counts["first_urgent"][:EARLY]]:
-            answer, _ = ask(self.url, f"/recv?peek=true&max=1&{self.query(moment(id, now))}", GRACE_SECONDS)
-            urgent += [one for one in answer["messages"] if one["id"] == id]
-        self.cursor.backlog, name = str(counts["now"]), self.names[0]
+    def leave(self, counts: dict[str, Any]) -> dict[str, Any]:
+        """Go behind the messages of this digest. The oldest urgent ones of them, which become fetched, as an answer."""
+        urgent, name = list[Any](), self.names[0]
+        for each in counts["first_urgent"][:EARLY]:
+            with contextlib.suppress(Refused):  # it is gone
+                one = ask(self.url, f"/message/{quote(each['id'])}?as={name}", GRACE_SECONDS)[0]["message"]
+                urgent += [one] if "msg" in one else []  # else it was recalled
         number = f"{counts['unread']}{' or more' if counts['more'] else ''} messages wait for {name}"
-        shown = f", the first {len(urgent)} are above" if urgent else ""
+        self.cursor.backlog, shown = str(counts["now"]), f", the first {len(urgent)} are above" if urgent else ""
         inbox = f"bus_inbox shows them, or {called('python3 tools/agent_bus.py inbox', 'inbox')} {name}"
-        told = Notice(f"{number} ({counts['urgent']} urgent{shown}). {inbox}; newer ones come here.")
-        return {**counts, "messages": [*urgent, told], "more": False}
+        told = f"{number} ({counts['urgent']} urgent{shown}). {inbox}; newer ones come here."
+        return {**counts, "messages": [*urgent, Notice(told)], "more": False}
 
-
-class SessionReader(BacklogReader):
-    """Reads on with the new name when the session that it reads for is renamed, and for a day with the old one too.
-
-    An integration writes these names into a file, each with the time (s since 1970) until which it is read.
-    """
-
-    def request(self, hold: float, seconds: float) -> tuple[dict[str, Any], float]:
-        """One poll; see ask(). On a machine with sessions it is short, so that a new name is soon heard."""
+    def follow(self, hold: float) -> float:
+        """Take the names that the session has now. On a machine with sessions a poll is short, to hear of new ones."""
         sessions = os.path.join(state_directory(), "names", file_name(self.url), file_name(self.channel))
-        own, lines = self.names[0], ""
-        with contextlib.suppress(OSError), open(f"{sessions}~{file_name(own)}", encoding="ascii") as file:
+        mine, lines = self.names, ""
+        with contextlib.suppress(OSError), open(f"{sessions}~{file_name(mine[0])}", encoding="ascii") as file:
             lines = file.read()
         until = dict(re.findall(r"^(\S+) ([0-9]+)$", lines, re.MULTILINE))
         if names := [name for name in until if int(until[name]) > self.clock.time()]:
-            self.names = [*names, *(name for name in self.names if name not in until)]
-        if self.names[0] != own:
-            self.cursor.lock.close()
-            self.cursor = self.open_cursor(str(self.bus), self.channel, self.names[0], self.warn)
+            self.names = [*names, *(name for name in mine if name not in until)]
+        if self.names[0] != mine[0]:
+            before, self.cursor = self.cursor, self.open_cursor(str(self.bus), self.channel, self.names[0], self.warn)
+            before.lock.close()
+            its = self.cursor.reached  # of the moment when the session got its new name; since then we have read on
+            further = {name: max(before.at, its.get(name, "0"), key=seconds_of) for name in (*mine, "all")}
+            self.cursor.reached = {**its, **further}
             self.warn(f"reading as {', '.join(self.names)} from now on")
-        return super().request(min(hold, FOLLOW_SECONDS) if os.path.exists(sessions) else hold, seconds)
+        return min(hold, FOLLOW_SECONDS) if os.path.exists(sessions) else hold
 
 
 def moment(since: str, now: float) -> str:
@@ -346,9 +344,7 @@ def moment(since: str, now: float) -> str:
         return f"{number // 1000000}.{number % 1000000:06d}"
     if since in ("now", "last") or DECIMAL.fullmatch(since):
         return since
-    import argparse
-
-    with contextlib.suppress(argparse.ArgumentTypeError):
+    with contextlib.suppress(Exception):  # that of argparse, which is slow to import
         return f"{max(now - duration(since), 0):.6f}"
     raise ValueError(f"since is {since!r}: give now, last, 1h, the id of a message, or seconds like 1795203596.123456")
 
@@ -371,7 +367,9 @@ class Cursor:
     no fsync: after a power cut the file may be old or empty, and messages arrive again, as at-least-once allows.
     """
 
-    backlog = ""  # the cursor behind messages that are left unread; until they are read, the file stays as it is
+    # The cursor behind messages that are left unread; until they are read, the file stays as it is. None: not looked.
+    backlog: str | None = None
+    reached: dict[str, str] = {}  # of a session that was renamed: how far mail to each of its names was read before
 
     def __init__(self, bus: str, channel: str, name: str, warn: Callable[[str], None]) -> None:
         self.path = os.path.join(state_directory(), "cursors", *map(file_name, (bus, channel, name)))
@@ -398,6 +396,8 @@ class Cursor:
 
     def load(self) -> None:
         """Read the cursor from the file. If the file has none, the cursor stays as it is."""
+        with contextlib.suppress(OSError, ValueError, TypeError), open(f"{self.path}~reached") as file:
+            self.reached = dict(json.load(file))
         with contextlib.suppress(OSError), open(self.path, encoding="ascii", errors="replace") as file:
             at = file.read(64).strip()
             if DECIMAL.fullmatch(at):
@@ -413,6 +413,11 @@ class Cursor:
         with private_file(new, os.O_WRONLY | os.O_TRUNC, "w") as file:
             file.write(f"{since}\n")
         os.replace(new, self.path)
+
+    def has_read(self, message: Any) -> bool:
+        """Was this message read before the session that reads was renamed?"""
+        to = message.get("to") if isinstance(message, dict) else None
+        return 0 < seconds_of(message) <= seconds_of(self.reached.get(str(to)))
 
     def pass_over(self, message: Any) -> None:
         """Save that this message was received."""
@@ -630,8 +635,8 @@ def exchange_at(path: str, body: Any, fraction: Any, login: Any, url: str, conne
         raise Unreachable((getattr(error, "strerror", None) or str(error) or type(error).__name__) + through) from error
 
 
-def connect(url: str, seconds: float) -> tuple[http.client.HTTPConnection, str, dict[str, str]]:
-    """A connection towards `url`, not open yet; the text before the path in a request line; the usual headers."""
+def connect(url: str, seconds: float) -> tuple[Any, str, dict[str, str]]:
+    """An HTTPConnection towards `url`, not open yet; the text before the path in a request line; the usual headers."""
     import http.client
 
     parts, given = parts_of(url), settings(url)
@@ -746,8 +751,8 @@ def hung_up_after(seconds: float, sock: socket.socket) -> contextlib.ExitStack:
     return stack
 
 
-def judged(response: http.client.HTTPResponse, body: bytes, fraction: Any = float, through: str = "") -> dict[str, Any]:
-    """The JSON object of a 200. Raises Refused for the bus's own 4xx, Unreachable for anything else.
+def judged(response: Any, body: bytes, fraction: Any = float, through: str = "") -> dict[str, Any]:
+    """The JSON object of an HTTPResponse of 200. Raises Refused for the bus's own 4xx, Unreachable for anything else.
 
     `fraction` converts the text of a number with a fraction; `through` names the proxy on the way, for the error.
     """
@@ -971,10 +976,6 @@ def kill(process: Any) -> None:
 # The program
 
 
-def announce(line: str) -> None:
-    emit(block(Notice(line), "", 0))
-
-
 def main(argv: list[str] | None = None) -> int:
     import argparse
 
@@ -1000,10 +1001,23 @@ def main(argv: list[str] | None = None) -> int:
         signal.signal(number, lambda *_: sys.exit(0))
     try:
         return run_tool(options.tool, argv) if options.tool else show(options.read) if options.read else listen(options)
-    except (KeyboardInterrupt, Refused, Unreachable, Busy, ValueError, OSError) as error:
-        # BrokenPipeError: nobody reads us any more.
-        isinstance(error, (KeyboardInterrupt, BrokenPipeError)) or complain(str(error))
-        return {KeyboardInterrupt: 130, BrokenPipeError: 0, Refused: 1, Unreachable: 75}.get(type(error), 2)
+    except FAULTS as fault:
+        return ended(fault)
+
+
+FAULTS = (KeyboardInterrupt, Refused, Unreachable, Busy, ValueError, OSError)  # that end our programs
+
+
+def ended(fault: BaseException, program: str = "bus_recv", then: str | None = None) -> int:
+    """The exit code of one of our programs that ends with a fault, which is told on stderr.
+
+    `then` is for no_bus(), if the fault is from ask(); without it, the text of an Unreachable is a whole sentence.
+    """
+    if isinstance(fault, Unreachable) and then is not None:
+        fault = Unreachable(no_bus(settings()["AGENT_BUS_URL"], fault, then))
+    # BrokenPipeError: nobody reads us any more.
+    isinstance(fault, (KeyboardInterrupt, BrokenPipeError)) or complain(str(fault), program)
+    return {KeyboardInterrupt: 130, BrokenPipeError: 0, Refused: 1, Unreachable: 75}.get(type(fault), 2)
 
 
 def run_tool(name: str, argv: list[str] | None) -> int:
@@ -1045,7 +1059,8 @@ def listen(options: Any) -> int:
     reader = SessionReader(names, channel=options.channel, since=options.since)
     # A program that reads our JSON, or the output of the command, must get nothing else on stdout.
     for_program = options.json or options.exec
-    reader.warn, reader.announce = complain, complain if for_program else announce
+    reader.warn = complain
+    reader.announce = complain if for_program else lambda line: emit(block(Notice(line), "", 0))
     paced = bool(options.monitor or not for_program and sys.stdout and stat.S_ISSOCK(os.fstat(1).st_mode))
     reader.leaves = paced and not options.once and options.since is None
     timeout = HOLD_SECONDS if options.once and options.timeout is None else options.timeout

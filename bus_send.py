@@ -35,7 +35,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import http.client
 import json
 import os
 import random
@@ -358,8 +357,8 @@ def exchange_at(path: str, body: Any, fraction: Any, login: Any, url: str, conne
         raise Unreachable((getattr(error, "strerror", None) or str(error) or type(error).__name__) + through) from error
 
 
-def connect(url: str, seconds: float) -> tuple[http.client.HTTPConnection, str, dict[str, str]]:
-    """A connection towards `url`, not open yet; the text before the path in a request line; the usual headers."""
+def connect(url: str, seconds: float) -> tuple[Any, str, dict[str, str]]:
+    """An HTTPConnection towards `url`, not open yet; the text before the path in a request line; the usual headers."""
     import http.client
 
     parts, given = parts_of(url), settings(url)
@@ -474,8 +473,8 @@ def hung_up_after(seconds: float, sock: socket.socket) -> contextlib.ExitStack:
     return stack
 
 
-def judged(response: http.client.HTTPResponse, body: bytes, fraction: Any = float, through: str = "") -> dict[str, Any]:
-    """The JSON object of a 200. Raises Refused for the bus's own 4xx, Unreachable for anything else.
+def judged(response: Any, body: bytes, fraction: Any = float, through: str = "") -> dict[str, Any]:
+    """The JSON object of an HTTPResponse of 200. Raises Refused for the bus's own 4xx, Unreachable for anything else.
 
     `fraction` converts the text of a number with a fraction; `through` names the proxy on the way, for the error.
     """

@@ -69,7 +69,6 @@ from concurrent.futures import ThreadPoolExecutor
 from email.utils import formatdate
 from functools import lru_cache, partial
 from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler
 from itertools import accumulate, count, islice, takewhile
 from operator import attrgetter, length_hint
 from types import ModuleType
@@ -380,17 +379,12 @@ def draft(fields: Any, key: str | None) -> Draft:
     key = fields.get("key", key)
     if key is not None and not (isinstance(key, str) and KEY.fullmatch(key)):
         raise Refused(400, "key must be 1 to 128 printable ASCII characters without a space")
-    text = start + quote(msg)
-    if len(fields) == 3:  # from, to and msg, as most messages
-        return made(Draft, (channel, to, sender, text, key, None, None, None, 0))
-    ttl, answers = lifetime(fields.get("ttl")), tick_of(parent) if parent else None
-    return Draft(channel, to, sender, text + further(fields), key, ttl, answers)
-
-
-def further(fields: dict[str, Any]) -> str:
-    """The members that the bus passes on as they are."""
-    rest = {member: value for member, value in fields.items() if member not in OURS}
-    return f", {encode(rest)[1:-1]}" if rest else ""
+    text, ttl, answers = start + quote(msg), None, None
+    if not fields.keys() <= OURS:  # else it is as most messages
+        ttl, answers = lifetime(fields.get("ttl")), tick_of(parent) if parent else None
+        rest = {member: value for member, value in fields.items() if member not in OURS}
+        text += f", {encode(rest)[1:-1]}"
+    return made(Draft, (channel, to, sender, text, key, ttl, answers, None, 0))
 
 
 @lru_cache(4096)
@@ -852,6 +846,11 @@ def too_much(sentence: str, wait: int) -> Refused:
     return Refused(429, sentence, ("Retry-After", str(wait)))
 
 
+def unavailable(sentence: str, wait: int) -> Refused:
+    """503; after `wait` s it may succeed."""
+    return Refused(503, sentence, ("Retry-After", str(wait)))
+
+
 def refusal(refused: Refused) -> Answer:
     return Answer(refused.status, encode({"error": refused.sentence}).encode() + b"\n", headers=refused.headers)
 
@@ -903,11 +902,12 @@ class Head:
         self.query = query
         end = path.find("/", 1) + 1
         self.route, self.rest = (path[:end], path[end:]) if end else (path, "")  # "/message/" and an id, or all of it
+        self.asks = "GET" if self.command == "HEAD" else self.command, self.route  # HEAD is for the endpoint of GET
         self.fields: dict[str, str] = {}
         for text_line in lines:
             self.add_field(text_line)
         self.check_framing()
-        self.host = without_port(self.fields.get("host", ""))
+        self.host = re.sub(r":[0-9]{1,5}\Z", "", self.fields.get("host", "")).lower()  # without its port
         self.foreign, self.silent = self.is_foreign(), self.is_silent()
         self.form = self.fields.get("content-type", "").lower().startswith("multipart/")
 
@@ -970,10 +970,6 @@ class Head:
 
 TAKING = ("/recv", "/log")  # with GET
 SAME_SITE = ("same-origin", "none")  # values of Sec-Fetch-Site; none: a person typed the URL
-
-
-def without_port(host: str) -> str:
-    return re.sub(r":[0-9]{1,5}\Z", "", host).lower()
 
 
 KNOWN_HEAD = 1024  # bytes
@@ -1055,7 +1051,6 @@ class Query:
         return value
 
 
-NO_QUERY = Query("")
 known_query = lru_cache(8)(Query)  # one request asks for it several times
 
 
@@ -1140,51 +1135,40 @@ class App(Protocol):
         """An answer is about to be written; for figures and for the log of requests."""
 
 
-class Request(BaseHTTPRequestHandler):
-    """One HTTP request in memory, with do_GET and do_POST as in http.server. It never uses a socket."""
+class Request:
+    """One HTTP request in memory, and what the App found out about it."""
 
+    METHODS = ("GET", "POST", "HEAD", "OPTIONS", "PUT", "DELETE")
     grant: Grant
     parsed: Head
     endpoint: Any  # the Route of the App
+    body, command = b"", "-"
+    sink: Sink | None = None
+    reader = ""  # the name it reads; several readers of one owner have limits of their own
 
-    def __init__(self, peer: Connection, head: bytes) -> None:  # super() would read and answer a socket
-        self.peer, self.head, self.body = peer, head, b""
-        self.sink: Sink | None = None
-        self.command = "-"
-        self.reader = ""  # the name it reads; several readers of one owner have limits of their own
+    def __init__(self, peer: Connection, head: bytes) -> None:
+        self.peer, self.head = peer, head
 
-    def address_string(self) -> str:
-        return self.peer.address
-
-    @property
-    def requestline(self) -> str:  # type: ignore[override]
+    def line(self) -> str:
         """For the log of requests, which must not show a token, and no control character of a malformed line."""
         line = self.head.partition(b"\r\n")[0].decode("latin-1")
         return ascii(f"{line.partition(' ')[0]} (a token in a URL)" if "abt_" in line else line or "-")[1:-1]
 
-    def parse_request(self) -> bool:
-        """Check the head and take it apart; Refused where the method of http.server would return False."""
+    def parse_head(self) -> None:
+        """Check the head and take it apart, or raise Refused."""
         try:
             head = self.parsed = known_head(self.head) if len(self.head) <= KNOWN_HEAD else Head(self.head)
         except Refused:
-            self.command = self.requestline.partition(" ")[0]  # no answer to HEAD has a body, not even this one
+            self.command = self.line().partition(" ")[0]  # no answer to HEAD has a body, not even this one
             raise
-        self.command, self.path, self.fields, self.route = head.command, head.path, head.fields, head.route
-        return True
-
-    def do_GET(self) -> Answer | None:
-        return self.peer.door.app.answer(self)
-
-    do_HEAD = do_POST = do_PUT = do_DELETE = do_OPTIONS = do_GET
+        self.command, self.fields, self.route = head.command, head.fields, head.route
 
     def answer(self) -> Answer | None:
         """The answer; None if it comes later. An unexpected error is 500, and costs this connection only."""
         try:
-            method = getattr(self, f"do_{self.command}", None)
-            if not method:
+            if self.command not in self.METHODS:
                 raise Refused(501, f"the method {self.command} is not supported")
-            answer: Answer | None = method()
-            return answer
+            return self.peer.door.app.answer(self)
         except Refused as refused:
             return refusal(refused)
         except Exception:
@@ -1192,11 +1176,12 @@ class Request(BaseHTTPRequestHandler):
             self.peer.closing = True
             return refusal(our_fault())
 
-    def log_message(self, format: str, *arguments: Any) -> None:
-        say(f"{self.address_string()} [{self.log_date_time_string()}] {format % arguments}")
+    def log(self, answer: Answer) -> None:
+        at = time.strftime("%d/%b/%Y %H:%M:%S")
+        say(f'{self.peer.address} [{at}] "{self.line()}" {answer.status} {len(answer.body)}')
 
     def query(self) -> Query:
-        return known_query(self.parsed.query) if self.parsed.query else NO_QUERY
+        return known_query(self.parsed.query)
 
     def members(self) -> Query:
         """The members of a small request: those of its JSON body, or those of its query."""
@@ -1213,7 +1198,7 @@ class Request(BaseHTTPRequestHandler):
 
     def shrink(self) -> None:
         """It waits for a commit: keep what its answer and the log need, and no headers and no body."""
-        self.body, self.path, self.fields, self.parsed = b"", "", {}, NO_HEAD
+        self.body, self.fields, self.parsed = b"", {}, NO_HEAD
         self.head = self.head[:KNOWN_HEAD].partition(b"\r\n")[0]
 
     def owner(self) -> str:
@@ -1244,23 +1229,20 @@ class Deadlines:
         connection.due = self.clock() + patience
         if connection.due < (connection.slot - 1) * self.SLOT:
             self.forget(connection)
-            self._file(connection, self._slot(connection))
+            self._file(connection)
 
     def forget(self, connection: Connection) -> None:
         if connection.slot < sys.maxsize:
             self.slots[connection.slot].discard(connection)
             connection.slot = sys.maxsize
 
-    def _slot(self, connection: Connection) -> int:
-        """Always above due / SLOT: rounded down, it could lie in the past, and late() would never end."""
-        return int(connection.due / self.SLOT) + 1
-
-    def _file(self, connection: Connection, slot: int) -> None:
+    def _file(self, connection: Connection) -> None:
+        """Put it into a slot above due / SLOT: rounded down, that could lie in the past, and late() would never end."""
+        slot = connection.slot = int(connection.due / self.SLOT) + 1
         if slot not in self.slots:
             self.slots[slot] = set()
             heapq.heappush(self.order, slot)
         self.slots[slot].add(connection)
-        connection.slot = slot
 
     def overdue(self) -> bool:
         return bool(self.order) and self.order[0] * self.SLOT <= self.clock()
@@ -1275,7 +1257,7 @@ class Deadlines:
                 if connection.due <= self.clock():
                     yield connection
                 elif connection.due < math.inf:
-                    self._file(connection, self._slot(connection))
+                    self._file(connection)
             del self.slots[heapq.heappop(self.order)]
 
 
@@ -1298,10 +1280,6 @@ class Shares:
         each = self.held[owner]
         return bool(self.all and self.all + size > self.most) or bool(each and each + size > self.most_each)
 
-    def greatest(self) -> str:
-        """The owner that has most."""
-        return max(self.held, key=self.held.__getitem__)
-
 
 class Held(Shares):
     """Bytes of requests that have not arrived whole, or that wait behind another one, by connection.
@@ -1323,7 +1301,7 @@ class Held(Shares):
         if not size:
             del self.of[connection]
         while self.all > self.most:
-            most = self.greatest()
+            most = max(self.held, key=self.held.__getitem__)  # the owner
             oldest = next(each for each, (its, _) in self.of.items() if its == most)
             self.hold(oldest, 0)
             oldest.soon(oldest.give_up)
@@ -1438,14 +1416,18 @@ class Outgoing:
         self.door.loop.soon(partial(self.guard, action))
 
     def fail(self) -> None:
-        """Serving this connection raised an exception: answer 500, or close it."""
+        """Serving this connection raised an exception."""
+        self.refuse(our_fault())
+
+    def refuse(self, refused: Refused) -> None:
+        """End this connection with a refusal or, if an answer is under way already, without one."""
         if self.phase is PARKED:
             self.door.loop.attempt(self.door.app.left, self)
         if self.phase in (WRITING, LINGER):
             self.transport.abort()
         else:
             self.closing = True
-            self.write(refusal(our_fault()))
+            self.write(refusal(refused))
 
     def wait(self, phase: Phase, patience: float) -> None:
         self.phase = phase
@@ -1634,8 +1616,7 @@ class Connection(Outgoing):
         try:
             request = self.take()
         except Refused as refused:  # the head or the body was not HTTP; the bytes after it could be anything
-            self.closing = True
-            self.write(refusal(refused))
+            self.refuse(refused)
             return
         finally:
             self.count()
@@ -1679,7 +1660,7 @@ class Connection(Outgoing):
     def take_head(self, end: int) -> None:
         request = self.request = Request(self, bytes(self.buffer[:end]))
         self.buffer = self.buffer[end:]
-        request.parse_request()
+        request.parse_head()
         self.door.app.admit(request)
         self.token = request.grant.token or self.token or ""  # GET /healthz has none, and the connection stays its
         if self.token or request.sink:  # its body may take minutes, and strangers must not push it out
@@ -1720,8 +1701,7 @@ class Connection(Outgoing):
             self.door.app.check_token(self.token or "")
         except Refused as refused:
             if not gone:
-                self.closing = True
-                self.answer(refusal(refused))
+                self.refuse(refused)
             return
         if sink.far_enough():
             self.wait(BODY, BODY_SECONDS)
@@ -1762,8 +1742,7 @@ class Connection(Outgoing):
         elif self.phase is IDLE:
             self.hang_up()
         elif self.phase in READING:
-            self.closing = True
-            self.write(refusal(refused))
+            self.refuse(refused)
 
     def check_token(self) -> bool:
         """End this connection if its token was revoked. In BUSY, Bus.entitled() and Bus.park() check it instead."""
@@ -1773,15 +1752,10 @@ class Connection(Outgoing):
         try:
             self.door.app.check_token(self.token)
         except Refused as refused:
-            if self.phase is PARKED:
-                self.door.app.left(self)
-            self.closing = True
             if self.phase is IDLE:
                 self.hang_up()
-            elif self.phase is WRITING:
-                self.transport.abort()
             else:
-                self.write(refusal(refused))
+                self.refuse(refused)
             return True
         return False
 
@@ -1796,7 +1770,7 @@ class Connection(Outgoing):
 
 
 def unread_answers() -> Refused:
-    return Refused(503, "read the answers to your earlier requests first", ("Retry-After", "5"))
+    return unavailable("read the answers to your earlier requests first", 5)
 
 
 def our_fault() -> Refused:
@@ -1804,7 +1778,7 @@ def our_fault() -> Refused:
 
 
 def shutting_down() -> Refused:
-    return Refused(503, "the bus is shutting down: send again in a second", ("Retry-After", "1"))
+    return unavailable("the bus is shutting down: send again in a second", 1)
 
 
 class Plain:
@@ -2197,7 +2171,7 @@ class Gate:
     def admit(self, head: Head) -> Grant:
         if time.monotonic() > self.until and (head.route == "/healthz" or head.route not in self.public):
             why = "this bus cannot reach its ledger, so it can neither store messages nor say what is stored"
-            raise Refused(503, f"{why}: try again, or use another front", ("Retry-After", "2"))
+            raise unavailable(f"{why}: try again, or use another front", 2)
         if head.foreign and not (head.route in self.pages and head.opens_page()):
             raise Refused(403, "pages of other sites may not use this bus")
         if self.tokens.closed:
@@ -2599,6 +2573,7 @@ class Operation:
     kind: ClassVar[str]  # its word in to_line()
     is_large: ClassVar[bool] = False  # its result may take a mebibyte
     rank: ClassVar[int] = 2  # the order in one list: 0 Raise, 1 Put, 2 those of extensions, 3 Marks, 4 Forget, 5 Remove
+    is_local: ClassVar[bool] = False  # its result is that of this machine alone: another front may have another one
 
     def apply(self, state: State, now: Now) -> Any:
         raise NotImplementedError
@@ -2999,15 +2974,7 @@ class Rows:
         return self.checked(row) if row else None
 
     def mail(
-        self,
-        columns: str,
-        mailbox: Key,
-        above: int,
-        upto: int = SOUND,
-        *,
-        only: str = "1",
-        values: Sequence[Any] = (),
-        backwards: bool = False,
+        self, columns: str, mailbox: Key, above: int, upto: int = SOUND, *, only: str = "1", backwards: bool = False
     ) -> Generator[tuple[Any, ...], None, None]:
         """Rows of messages and their mailbox, above one tick and up to another, in order. `only`: a condition in SQL.
 
@@ -3026,7 +2993,7 @@ class Rows:
             some = ticks[start : start + TICKS_LISTED]
             parts.append((f"{LISTED} AND {only}", (encode(some[::-1] if backwards else some),)))
         for source, its in reversed(parts) if backwards else parts:
-            with contextlib.closing(self.database.execute(f"SELECT {columns} {source}", (*its, *values))) as rows:
+            with contextlib.closing(self.database.execute(f"SELECT {columns} {source}", its)) as rows:
                 yield from rows
 
     def first(self, *wanted: Any, **how: Any) -> Any:
@@ -4040,9 +4007,8 @@ class Mailboxes:
         return [Mark(*key, box.own, box.read, box.fetched, box.seen) for key, box in boxes]
 
     def take_receipts(self) -> list[Receipt]:
-        """A slice of the receipts, the oldest."""
-        receipts = [self.receipts.pop(key) for key in list(islice(self.receipts, self.SLICE))]
-        return [each for each in receipts if each[:2] in self.boxes and self.boxes[each[:2]].firm]
+        """A slice of the receipts, the oldest. They stay known until they are on the disk: marks_saved()."""
+        return list(islice(self.receipts.values(), self.SLICE))
 
     LOOKED_SECONDS = 600.0  # s that a name stays in memory if it was only looked at
 
@@ -4193,6 +4159,7 @@ class Ledger:
 
     WAITING, WAITING_EACH = 64 << 20, 16 << 20  # bytes of large sends that wait for their commit: in all, for one owner
     LARGE = 4096  # bytes
+    KEEPS = ""  # where each text stays, also if it is replaced in the file
 
     def __init__(self, bus: Bus) -> None:
         self.bus, self.loop, self.state = bus, bus.loop, bus.state
@@ -4220,8 +4187,7 @@ class Ledger:
         size = sum([len(one.text) * len(one.to) for one in drafts])
         if size > self.LARGE:
             if self.waiting.is_full(owner, min(size, self.WAITING_EACH)):  # a larger one passes if no other waits
-                why = "too many bytes wait for the disk of the bus: nothing was stored, try again"
-                raise Refused(503, why, ("Retry-After", "2"))
+                raise unavailable("too many bytes wait for the disk of the bus: nothing was stored, try again", 2)
             self.waiting.add(owner, size)
             self.large[id(operation)] = owner, size
         return operation
@@ -4243,12 +4209,8 @@ class Ledger:
     LARGE_RESULTS = 16  # in one list: they are in memory together, and are answered in one turn
 
     def next_list(self) -> list[Step]:
-        large = 0
-        for number, step in enumerate(self.next, 1):
-            large += step.operation.is_large
-            if large == self.LARGE_RESULTS:
-                return self.next[:number]
-        return self.next[:]
+        large = [number for number, step in enumerate(self.next, 1) if step.operation.is_large]
+        return self.next[: large[self.LARGE_RESULTS - 1]] if len(large) >= self.LARGE_RESULTS else self.next[:]
 
     def commit(self) -> None:
         taken = self.next_list()
@@ -4271,10 +4233,8 @@ class Ledger:
         self.loop.attempt(self.plan)  # what came while the deputy served
         if not self.loop.attempt(self.bus.announce, steps, outcome, seconds):
             for step in steps:
-                if not step.connection:
+                if not step.connection or step.connection.phase is BUSY:
                     self.loop.attempt(self.bus.not_concluded, (step, None))
-                elif step.connection.phase is BUSY:
-                    step.connection.guard(step.connection.fail)
 
     def note_room(self, operations: list[Operation]) -> None:
         if not self.state.view.has_room():
@@ -4372,12 +4332,9 @@ class Bus:
     def admit(self, request: Request) -> None:
         head = request.parsed
         request.grant = self.gate.admit(head)
-        request.endpoint = self.routes.get(("GET" if head.command == "HEAD" else head.command, head.route))
-        if (
-            head.command == "GET"
-            and head.route not in self.gate.public
-            and self.door.is_full(request.peer, ANSWER_BYTES)
-        ):
+        request.endpoint = self.routes.get(head.asks)
+        may_be_large = head.command == "GET" and head.route not in self.gate.public
+        if may_be_large and self.door.is_full(request.peer, ANSWER_BYTES):
             raise unread_answers()
         if request.endpoint and request.endpoint.sink:
             request.sink = request.endpoint.sink(request)
@@ -4409,7 +4366,7 @@ class Bus:
         for extension, brings in ELSEWHERE.items():
             if request.route in brings:
                 raise Refused(404, missing(request.route, extension, self.extensions[extension]))
-        raise Refused(404, f"there is nothing at {request.path.partition('?')[0]}: GET / lists the endpoints")
+        raise Refused(404, f"there is nothing at {request.parsed.path.partition('?')[0]}: GET / lists the endpoints")
 
     def over(self, connection: Connection) -> Answer | None:
         if connection.check_token():
@@ -4443,7 +4400,7 @@ class Bus:
             times = self.storms.PARSING if answer.kind.startswith("text/") else 1  # hidden characters are escaped
             self.storms.worked(connection.owner(), reader, len(answer.body) * times)
         if self.verbose:
-            (connection.request or Request(connection, b"")).log_request(answer.status, len(answer.body))
+            (connection.request or Request(connection, b"")).log(answer)
 
     # Operations
 
@@ -4533,16 +4490,15 @@ class Bus:
         """The error for the senders of a list that could not be applied."""
         if isinstance(error, MemoryError) and (self.state.stale or self.state.last == self.last):
             # The file has nothing new, or the next list finds out whether it has.
-            return Refused(503, "the bus has no memory left: nothing was stored, try again", ("Retry-After", "2"))
+            return unavailable("the bus has no memory left: nothing was stored, try again", 2)
         if isinstance(error, sqlite3.OperationalError):
             if "full" in str(error):
                 return no_room()
             if "unable to open" in str(error):  # a file for temporary data, before any commit
-                why = "the bus has no file descriptor left: nothing was stored, try again"
-                return Refused(503, why, ("Retry-After", "2"))
+                return unavailable("the bus has no file descriptor left: nothing was stored, try again", 2)
             if "locked" in str(error):
-                why = "another program has locked the database of the bus: nothing was stored, try again"
-                return Refused(503, why, ("Retry-After", "2"))
+                why = "another program has locked the database of the bus"
+                return unavailable(f"{why}: nothing was stored, try again", 2)
         if not isinstance(error, (sqlite3.Error, OSError, MemoryError)):
             say("".join(traceback.format_exception(type(error), error, error.__traceback__)))
         say(f"bus_server: {self.state.path}: {error}; stopping, because later messages could be lost")
@@ -4574,13 +4530,12 @@ class Bus:
         self.saving = max(len(self.mailboxes.changed), len(self.mailboxes.receipts)) > self.mailboxes.SLICE
         used, self.gate.tokens.used = self.gate.tokens.used, {}
         marks = Marks(self.mailboxes.take_marks(), self.mailboxes.take_receipts(), used)
-        self.do(marks, None, (lambda *_: self.save_marks()) if self.saving else nothing_follows, self.not_saved)
+        self.do(marks, None, partial(marks_saved, self, self.saving), self.not_saved)
 
     def not_saved(self, marks: Marks) -> None:
         """The disk was full or locked: they are saved a second later, with what is newer."""
         self.saving = False
         self.mailboxes.changed.update(mark[:2] for mark in marks.marks)
-        self.mailboxes.receipts = {**{each.slot(): each for each in marks.receipts}, **self.mailboxes.receipts}
         self.gate.tokens.used = {**marks.used, **self.gate.tokens.used}
         self.save_marks_soon()
 
@@ -4615,6 +4570,16 @@ class Bus:
         self.loop.run(self.ledger.idle)
 
 
+def marks_saved(bus: Bus, more: bool, connection: None, marks: Marks, result: None) -> None:
+    """These receipts are on the disk, unless a newer one has taken the place of one. Then the next slice follows."""
+    known = bus.mailboxes.receipts
+    for each in marks.receipts:
+        if known.get(each.slot()) == each:
+            del known[each.slot()]
+    if more:
+        bus.save_marks()
+
+
 def nothing_follows(connection: None, operation: Operation, result: Any) -> None:
     """For a Step that nobody waits for."""
 
@@ -4631,8 +4596,7 @@ class Sending:
 
     def drafts(self, request: Request) -> tuple[list[Draft], bool]:
         """The messages in a request, each of them valid, and whether it was an array of them."""
-        if self.bus.draining:
-            raise shutting_down()
+        self.bus.check_open()
         if not request.body:
             raise Refused(400, "the body is empty: send JSON, or any text with ?from=NAME&to=NAME")
         query = request.query()
@@ -4683,8 +4647,7 @@ class Sending:
             elif not box.has_room() and not self.check_room(box, channel, sender, to):
                 is_counted = False
         if not is_counted:
-            why = "the bus counts the messages that nobody has fetched: nothing was stored, try again"
-            raise Refused(503, why, ("Retry-After", "1"))
+            raise unavailable("the bus counts the messages that nobody has fetched: nothing was stored, try again", 1)
         return bus.storms.check(drafts, each, new, request.owner())
 
     def check_room(self, box: Mailbox, channel: str, sender: str, to: str) -> bool:
@@ -5260,9 +5223,6 @@ def expired(bus: Bus, channel: str, own: str, box: Mailbox, looks: bool) -> int:
     return count
 
 
-Listed = tuple[str, str, Mailbox]  # channel, name, mailbox
-
-
 class Page:
     """Some mailboxes in the order of channel and name; at its end, `more` has the members that say how to go on.
 
@@ -5282,7 +5242,8 @@ class Page:
         self.after, self.channel = (channel, own), query.name("channel", None)
         self.names = query.names("name") or names
 
-    def __iter__(self) -> Iterator[Listed]:
+    def __iter__(self) -> Iterator[tuple[str, str, Mailbox]]:
+        """Channel, name and mailbox of each."""
         boxes, listed, last = self.bus.mailboxes.boxes, 0, self.after
         for walked, key in enumerate(self.keys()):
             box = boxes.get(key)
@@ -5355,7 +5316,13 @@ def agent(bus: Bus, grant: Grant, channel: str, own: str, box: Mailbox) -> str:
 
 def message(bus: Bus, request: Request) -> Answer:
     """One message and how far it came; asking moves nothing."""
-    return told(bus, one_of(bus, request), request.grant)
+    return told(bus, one_of(bus, request), reader_of(request))
+
+
+def reader_of(request: Request) -> Grant:
+    """Who reads a message by its id: the holder of the token or, on a bus without tokens, the names in `as`."""
+    own = () if request.grant.name else request.query().names("as")
+    return Grant("", own[0], own[1:], False, False) if own else request.grant
 
 
 def one_of(bus: Bus, request: Request, tick: int | None = None) -> Message:
@@ -5396,10 +5363,15 @@ def readable(bus: Bus, message: Message, grant: Grant) -> str:
     return message.render()
 
 
+def receipt_of(bus: Bus, message: Message, kind: int) -> tuple[str, int] | None:
+    """Which reader moved a mark over this message, and when; also while that is on its way to the disk."""
+    newer = bus.mailboxes.receipts.get(Receipt(message.channel, message.to, kind, message.tick, "", 0).slot())
+    return bus.view.receipt(message, kind) or (newer and (newer.reader, newer.at))
+
+
 def read_alone(bus: Bus, message: Message) -> bool:
     """Did a receiver read it by its id?"""
-    newer = (message.channel, message.to, f"{message.tick:x}") in bus.mailboxes.receipts
-    return newer or bool(bus.view.receipt(message, ALONE))
+    return bool(receipt_of(bus, message, ALONE))
 
 
 def state_of(bus: Bus, message: Message) -> tuple[str, str]:
@@ -5415,8 +5387,7 @@ def state_of(bus: Bus, message: Message) -> tuple[str, str]:
     if message.tick > mark and not read_alone(bus, message):
         return "expired" if bus.view.is_expired(message) else "queued", ""
     kind = ALONE if message.tick > mark else ACKNOWLEDGED if box.own and message.tick <= box.mark() else FETCHED
-    newer = bus.mailboxes.receipts.get((message.channel, message.to, kind))  # not yet on disk
-    receipt = bus.view.receipt(message, kind) or (newer and newer[4:])
+    receipt = receipt_of(bus, message, kind)
     details = f', "by": "{receipt[0]}", "at": {seconds(receipt[1])}' if receipt else ""
     return ("fetched", "acknowledged", "fetched")[kind], details
 
@@ -5554,14 +5525,6 @@ def duration(text: str) -> float:
     return float(match[1]) * {"": 0, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
 
 
-def size(text: str) -> int:
-    """'10g', '500m' in bytes; '0' is none."""
-    match = re.fullmatch(r"([0-9]{1,9})([kmgt]?)", text.lower())
-    if not match:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size like 500m, 10g, or 0")
-    return int(match[1]) << {"": 0, "k": 10, "m": 20, "g": 30, "t": 40}[match[2]]
-
-
 def default_path() -> str:
     state = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
     return os.path.join(state, "agent-bus", "bus.db")
@@ -5678,11 +5641,7 @@ def load_ledgers(module: str) -> ModuleType:
     if not folder.is_dir():
         raise Unusable("a ledger needs the folder ledgers/ beside bus_server.py: copy it from the same version")
     if "ledgers" not in sys.modules:
-        first = folder / "__init__.py"
-        spec = importlib.util.spec_from_file_location("ledgers", first, submodule_search_locations=[str(folder)])
-        assert spec and spec.loader
-        sys.modules["ledgers"] = package = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(package)
+        module_at(folder / "__init__.py", "ledgers")
     return importlib.import_module(f"ledgers.{module}")
 
 
@@ -5958,26 +5917,18 @@ def revoke(arguments: Sequence[str]) -> int:
     parser.add_argument("name", metavar="NAME")
     parser.add_argument("--label", metavar="TEXT", help="only those with this label")
     options = parser.parse_args(arguments)
-    revoked: list[str] = []
-
-    def change(rows: list[Row]) -> list[Row]:
-        for row in rows:
-            wanted = options.label in (None, row.get("label", ""))
-            if row["name"] == options.name and wanted and not row["revoked"]:
-                row["revoked"] = int(time.time())
-                revoked.append(row["id"])
-        return rows
-
     file = Tokens(existing(options.db))
     rows = [row for row in file.rows() if not row["revoked"]]
-    if rows:  # else do not make a file, which would close the bus
-        file.change(change)
+    labels = {row["id"]: row.get("label", "") for row in rows if row["name"] == options.name}
+    wanted = [token for token, label in labels.items() if options.label in (None, label)]
     which = f"{options.name} {options.label or ''}".strip()
-    if revoked:
-        print(f"revoked the tokens of {which}: {' '.join(revoked)}")
+    if wanted:  # else do not make a file, which would close the bus
+        revoked = {"revoked": int(time.time())}
+        file.change(lambda rows: [{**row, **revoked} if row["id"] in wanted else row for row in rows])
+        print(f"revoked the tokens of {which}: {' '.join(wanted)}")
         return 0
-    labels = [row.get("label", "") for row in rows if row["name"] == options.name]
-    similar = meant(options.label or "", labels) if labels else meant(options.name, {row["name"] for row in rows})
+    names = {row["name"] for row in rows}
+    similar = meant(options.label or "", labels.values()) if labels else meant(options.name, names)
     print(f"{which} has no token{similar}", file=sys.stderr)
     return 1
 
@@ -6214,8 +6165,7 @@ def copy_database(source: str, target: str, bus: str | None = None) -> int:
 
     If `bus` is given, it becomes the bus id of the copy.
     """
-    with contextlib.suppress(FileNotFoundError):
-        os.remove(target)
+    pathlib.Path(target).unlink(missing_ok=True)
     try:
         with contextlib.closing(read_only(source)) as old, contextlib.closing(sqlite3.connect(target)) as new:
             old.backup(new)
@@ -6227,8 +6177,7 @@ def copy_database(source: str, target: str, bus: str | None = None) -> int:
         if report != "ok":
             raise sqlite3.DatabaseError(f"it is damaged: {report}")
     except sqlite3.Error as error:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(target)
+        pathlib.Path(target).unlink(missing_ok=True)
         raise Unusable(f"cannot copy the database {source} to {target}: {error}") from None
     return messages
 

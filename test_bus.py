@@ -1401,6 +1401,9 @@ def test_a_message_can_be_looked_at(bus):
     assert bus.recv(to)["messages"] == [answer["message"]]
     fetched = bus.get(f"/message/{sent['id']}")
     assert (fetched["state"], fetched["by"]) == ("fetched", to) and tick(fetched["at"])
+    alone = bus.send(to)["id"]
+    assert bus.get(f"/message/{alone}?as={to}")["state"] == "queued"
+    assert bus.get(f"/message/{alone}").get("by") == (None if bus.token else to) and unread(bus, to) == 2
     for ident in ("1", "xyz", "", "..", "0" * 14, sent["id"].upper() + "/"):
         assert bus.json("GET", f"/message/{ident}")[0] == 404, ident
 
@@ -2032,6 +2035,22 @@ def test_a_digest_counts_each_name_from_its_cursor_and_broadcasts_from_the_first
     assert counted(f"{bus.me}&since=0") == 0
 
 
+@ours
+def test_a_digest_that_waits_is_answered_when_something_is_unread_and_takes_nothing(bus):
+    """20.5 a digest with wait is held until something is unread; its names listen meanwhile, and nothing is fetched"""
+    mine, group = fresh(), fresh("group")
+    assert took(bus.get, f"/digest?to={mine}&wait=0.3")[0] >= 0.299
+    sent, since = [], "last"
+    for to in (mine, group):
+        waiting = in_background(bus.get, f"/digest?to={mine},{group}&since={since}&wait=20")
+        soon(lambda: agent(bus, group).get("online"))
+        sent.append(bus.send(to))
+        since, found = sent[-1]["ts"], waiting.result(PATIENCE)
+        assert (found["unread"], found["newest"]) == (1, place(sent[-1], bus.me))
+    assert [bus.state(each["id"]) for each in sent] == ["queued"] * 2 and unread(bus, mine) == 1
+    assert bus.get(f"/digest?to={mine}&wait=20")["unread"] == 1
+
+
 # ── 21. MCP over HTTP ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -2641,9 +2660,11 @@ def test_all_messages_of_a_send_are_redacted(bus):
 @ours
 def test_a_redaction_may_be_repeated(bus):
     """26.4 the second /redact of a message has the same answer; an id of no message gets 404, and no id 400"""
-    sent = bus.send(fresh())["id"]
-    first, second = bus.post("/redact", id=sent), bus.post("/redact", id=sent)
+    both = [bus.message(to=[fresh(), fresh()], msg=msg) for msg in ("one", "two")]  # their ticks follow each other
+    sent, other = (result["id"] for result in bus.json("POST", "/send", json.dumps(both))[1]["results"])
+    first, _, second = (bus.post("/redact", id=each) for each in (sent, other, sent))
     assert first["redacted"] == second["redacted"] and first["ok"] is second["ok"] is True
+    assert {each["to"] for each in second["redacted"]} == {*both[0]["to"]}
     assert bus.refused({"id": "1"}, "/redact") == 404
     assert [bus.refused(body, "/redact") for body in ({}, {"id": "x"}, "x")] == [400, 400, 400]
 

@@ -28,7 +28,7 @@ STAGES = [  # in the order a send travels: function, what it does
     ("Connection.data_received", "into the buffer"),
     ("Connection.advance", "one request in a turn"),
     ("Connection.take", "where the request begins and ends"),
-    ("Request.parse_request", "the head: request line, fields, framing"),
+    ("Request.parse_head", "the head: request line, fields, framing"),
     ("Bus.admit", "how long may its body be"),
     ("Gate.admit", "who may come in"),
     ("Request.answer", "dispatch"),

@@ -9,7 +9,7 @@ from collections.abc import Generator
 from functools import partial
 from typing import Any
 
-from _later_schedule import COLUMNS, Drop, Move, Schedule, cron_of
+from _later_schedule import COLUMNS, Drop, Keep, Move, Schedule, cron_of
 
 from bus_server import (
     ANSWER_BYTES,
@@ -32,6 +32,7 @@ from bus_server import (
 SLICE = 100  # schedules that are sent in one go
 ROW = 1024  # bytes that a schedule takes beside its message
 EACH, ALL = 16 << 20, 128 << 20  # bytes of one owner's schedules, and of all: some 15,000 small ones of each
+MUCH, FEW = ALL * 3 // 4, 1 << 20  # above MUCH in all an owner gets no more than FEW, so that 32 others have room
 TRIES = 15  # of one message: the waits between them add up to an hour
 WAIT_MAX = 600  # s between two tries
 OLD = 10  # schedules that a minute looks at because they failed long ago, or are damaged
@@ -72,6 +73,12 @@ class Due:
             self.held.add(str(owner), size)
         bus.on_tidy.append(self.tidy)
         bus.loop.every(Deadlines.SLOT, self.look)
+        bus.ledger.elsewhere[Keep.kind] = self.kept_elsewhere
+        bus.ledger.elsewhere[Drop.kind] = self.left
+
+    def has_room(self, owner: str, size: int) -> bool:
+        held = self.held
+        return not held.is_full(owner, size) and (held.all + size <= MUCH or held.held[owner] + size <= FEW)
 
     def rows(self, where: str, *values: Any) -> Generator[Schedule, None, None]:
         """Exhaust or close it."""
@@ -88,6 +95,14 @@ class Due:
 
     def given(self, owner: str, at: int) -> None:
         self.first[owner] = min(self.first.get(owner, at), at)
+
+    def kept_elsewhere(self, keep: Keep, result: tuple[int, bool]) -> None:
+        """Another front was given a schedule. Each front sends what is due, and its key makes that one message."""
+        _, _, token, address, _, message = keep.facts
+        owner, (at, duplicate) = str(token or address), result
+        self.given(owner, at)
+        if not duplicate:
+            self.held.add(owner, ROW + len(str(message)))
 
     def ready(self, now: int) -> Generator[tuple[int, int], None, None]:
         """The numbers of what is due, and bytes: of each owner as many, so that those of one hold up no other's.
@@ -152,7 +167,7 @@ class Due:
     def request(self, peer: Any, grant: Grant, text: str) -> Request:
         """The request that a client would send."""
         request = Request(peer, SEND)
-        request.parse_request()
+        request.parse_head()
         request.grant, request.endpoint, request.body = grant, self.bus.routes["POST", "/send"], text.encode()
         return request
 
@@ -206,14 +221,19 @@ class Due:
         self.leaving.add(schedule.number)
 
     def drop(self, schedule: Schedule, peer: Connection | None = None) -> None:
-        self.bus.do(Drop(schedule.number), peer, partial(self.dropped, schedule), self.not_done)
+        self.bus.do(Drop(schedule.number), peer, self.dropped, self.not_done)
 
-    def dropped(self, schedule: Schedule, peer: Connection | None, drop: Drop, was_there: bool) -> Answer:
+    def dropped(self, peer: Connection | None, drop: Drop, was: tuple[str, int] | None) -> Answer | None:
         self.done(peer, drop, None)
-        if not was_there:
+        self.left(drop, was)
+        if peer and not was:
             raise gone()
-        self.held.add(schedule.token or schedule.address, -ROW - len(schedule.message))
         return ok(self.bus, '"ok": true')
+
+    def left(self, drop: Drop, was: tuple[str, int] | None) -> None:
+        """A schedule is not in the database any more."""
+        if was:
+            self.held.add(was[0], -ROW - was[1])
 
 
 def gone() -> Refused:

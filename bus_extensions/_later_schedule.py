@@ -109,7 +109,7 @@ class Move(Operation):
 
 
 class Drop(Operation):
-    """Remove a schedule. The result: was it there?"""
+    """Remove a schedule. The result: its owner, and the bytes of its message; None if it was not there."""
 
     __slots__ = ("number",)
     kind = "later drop"
@@ -117,8 +117,10 @@ class Drop(Operation):
     def __init__(self, number: int) -> None:
         self.number = number
 
-    def apply(self, state: State, now: Now) -> bool:
-        return bool(state.writing.execute("DELETE FROM later WHERE number = ?", (self.number,)).rowcount)
+    def apply(self, state: State, now: Now) -> tuple[str, int] | None:
+        known = state.ask("SELECT owner, length(message) FROM later WHERE number = ?", self.number)
+        state.writing.execute("DELETE FROM later WHERE number = ?", (self.number,))
+        return (str(known[0]), int(known[1])) if known else None
 
 
 OPERATIONS = (Keep, Move, Drop)

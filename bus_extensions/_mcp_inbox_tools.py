@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from typing import Any
-from urllib.parse import quote
 
 from _mcp_tools import (
     HOLD,
@@ -38,7 +37,7 @@ EARLY_ROOM = 1400  # characters of each of them
 
 def inbox(me: Session, /, wait: float = 0, id: str | None = None, offset: int = 0, ack: str | None = None) -> Steps:
     if id:
-        answer = yield Ask(f"/message/{quote(id, safe='')}")
+        answer = yield from me.read(id)
         return shown(me, answer["message"], max(offset, 0))
     said = [(yield from acknowledge(me, ack))] if ack else []
     page = yield from me.look()
@@ -73,7 +72,7 @@ def shown_early(
     lines = []
     for id in [each for each in ids if each not in me.early and each not in in_order][:EARLY]:
         try:
-            message = (yield Ask(f"/message/{quote(id, safe='')}"))["message"]
+            message = (yield from me.read(id))["message"]
         except Failed:  # it was removed or recalled meanwhile
             continue
         lines.append(shown(me, {**aged(me, message), "early": True}, room=EARLY_ROOM))

@@ -267,6 +267,11 @@ class Session:
         for name in self.names:
             yield from self.poll(name, ts_of(tick), max=1, ack="true")
 
+    def read(self, id: str) -> Generator[Ask, Answer, Answer]:
+        """A message by its id, to be shown: so it becomes fetched, if it is for this session."""
+        reader = f"?as={','.join(self.names)}" if self.names else ""
+        return (yield Ask(f"/message/{quote(id, safe='')}{reader}"))
+
     def find(self, id: str) -> Generator[Ask, Answer, dict[str, Any]]:
         """The message with this id, if it is mail for this session. Failed if there is none."""
         message: dict[str, Any] = (yield Ask(f"/message/{quote(id, safe='')}"))["message"]

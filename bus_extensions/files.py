@@ -16,21 +16,17 @@ import re
 import time
 from typing import IO, Any
 
-from bus_server import (
-    BODY_RATE,
-    BODY_SECONDS,
-    Answer,
-    Bus,
-    Connection,
-    Refused,
-    Request,
-    Shares,
-    Unusable,
-    refusal,
-    size,
-)
+from bus_server import BODY_RATE, BODY_SECONDS, Answer, Bus, Connection, Refused, Request, Shares, Unusable, refusal
 
 TABLES, NOUN, OPERATIONS = None, "", ()
+
+
+def size(text: str) -> int:
+    """'10g', '500m' in bytes; '0' is none."""
+    match = re.fullmatch(r"([0-9]{1,9})([kmgt]?)", text.lower())
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size like 500m, 10g, or 0")
+    return int(match[1]) << {"": 0, "k": 10, "m": 20, "g": 30, "t": 40}[match[2]]
 
 
 def options(parser: argparse.ArgumentParser) -> None:

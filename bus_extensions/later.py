@@ -82,6 +82,8 @@ class Later:
         bus, owner, message = self.bus, request.owner(), request.grant.sign(said.get("message"))
         if isinstance(message, list) or (isinstance(message, dict) and message.get("key") is not None):
             raise Refused(400, "message must be one message without a key: give the key beside it")
+        if isinstance(message, dict):
+            message.pop("key", None)  # null is none, and the schedule gets one
         text = encode(message)
         [one], _ = bus.sending.drafts(self.due.request(request.peer, request.grant, text))
         at, cron = self.time(said)
@@ -90,7 +92,7 @@ class Later:
             raise Refused(400, "key must be 1 to 128 printable ASCII characters without a space")
         bus.storms.spend(one.sender, 1)
         size = sending.ROW + len(text)
-        if self.due.held.is_full(owner, size):
+        if not self.due.has_room(owner, size):
             why = "too many messages wait to be sent later: take some back with cancel, or wait until they are sent"
             raise too_much(why, 60)
         whole = f"{one.sender} {one.channel} {key}".encode()
@@ -146,7 +148,8 @@ class Later:
         shown: list[str] = []
         more, size = "", 0
         where = "sender = ? AND number > ?" if whose else "? IS NULL AND number > ?"
-        with contextlib.closing(self.due.rows(f"{where} ORDER BY number", whose, after)) as rows:
+        found = contextlib.closing(self.due.rows(f"{where} ORDER BY number", whose, after))
+        with self.bus.storms.parsing(request.owner(), 0), found as rows:  # it pays for the time: 9 us for each of them
             for each in filter(self.due.is_sound, rows):
                 if len(shown) == limit or size > ANSWER_BYTES:
                     more = f', "more": true, "next": "{after}"'

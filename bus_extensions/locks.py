@@ -77,6 +77,8 @@ class Locks:
         bus.route("GET", "/locks", self.listing, "who holds which names; name=PATH: who holds this one")
         bus.waits[Waiter] = Waits(self.woken, self.woken)
         bus.on_tidy.append(self.lapse)
+        for each, then in ((its.Renew, self.renewed), (its.Unlock, self.unlocked), (its.Lapse, self.lapsed)):
+            bus.ledger.elsewhere[each.kind] = partial(then, None)
 
     # Endpoints
 
@@ -120,14 +122,15 @@ class Locks:
             fences = words.covering(self.bus, request, only.setdefault("channel", "default"), path)
         now, size, more, last = bus.clock.now(), 0, "", after
         shown: list[str] = []
-        for looked, row in enumerate(words.listed(database, now.steady, int(after), limit + 1, only, fences)):
-            if looked == limit or size > ANSWER_BYTES:
-                more = f', "more": true, "next": "{last}"'
-                break
-            last = str(row.fence)
-            if bus.gate.holds(row.token):
-                shown.append(words.entry(row, now, self.waiting(row.fence)))
-                size += len(shown[-1])
+        with bus.storms.parsing(request.owner(), 0):  # it pays for the time: 15 us for each of them
+            for looked, row in enumerate(words.listed(database, now.steady, int(after), limit + 1, only, fences)):
+                if looked == limit or size > ANSWER_BYTES:
+                    more = f', "more": true, "next": "{last}"'
+                    break
+                last = str(row.fence)
+                if bus.gate.holds(row.token):
+                    shown.append(words.entry(row, now, self.waiting(row.fence)))
+                    size += len(shown[-1])
         return ok(bus, f'"locks": [{", ".join(shown)}]{more}')
 
     def waiting(self, fence: int) -> str:
@@ -197,7 +200,7 @@ class Locks:
             self.bus.sending.check(waiter.request, drafts)
             self.bus.do(self.bus.ledger.put(drafts, waiter.request.owner()), None, nothing_follows)
 
-    def renewed(self, connection: Connection, renew: its.Renew, until: int) -> Answer:
+    def renewed(self, connection: Connection | None, renew: its.Renew, until: int) -> Answer:
         """Those who wait ask again when it ends, which may be earlier than before. Now that would not help them."""
         mailboxes, now = self.bus.mailboxes, self.bus.clock.now()
         for waiting in mailboxes.waiting.get((WANTED, renew.fence), ()):
@@ -205,7 +208,7 @@ class Locks:
         members = f'"fence": {renew.fence}, "until": {words.wall(until, now)}, "waiting": {self.waiting(renew.fence)}'
         return ok(self.bus, members)
 
-    def unlocked(self, connection: Connection, unlock: its.Unlock, result: tuple[list[int], int]) -> Answer:
+    def unlocked(self, connection: Connection | None, unlock: its.Unlock, result: tuple[list[int], int]) -> Answer:
         fences, names = result
         self.wake(fences, unlock.names)
         return ok(self.bus, f'"ok": true, "released": {names}')

@@ -39,6 +39,7 @@ from bus_server import (
     refusal,
     reserved,
     say,
+    unavailable,
 )
 
 if TYPE_CHECKING:
@@ -207,8 +208,7 @@ class Mcp:
 
     def hold(self, call: Call, size: int) -> None:
         if self.held.is_full(call.owner, size):
-            why = "too many large calls of yours wait for an answer: wait for these first"
-            raise Refused(503, why, ("Retry-After", "5"))
+            raise unavailable("too many large calls of yours wait for an answer: wait for these first", 5)
         self.held.add(call.owner, size)
         weakref.finalize(call, self.held.add, call.owner, -size)
 
@@ -284,7 +284,7 @@ class Call:
         method = "GET" if ask.order is None else "POST"
         inner = Request(self.peer, f"{method} {ask.path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
         try:
-            inner.parse_request()
+            inner.parse_head()
             inner.grant, inner.endpoint = self.grant, self.bus.routes.get((method, inner.route))
             inner.body = b"" if ask.order is None else encode(ask.order).encode()
             return self.bus.answer(inner)

@@ -42,7 +42,7 @@ else:
 
 TABLES, NOUN = None, ""
 
-SAID = "(an operator has redacted this message)"  # in place of the text
+SAID = "(an operator has redacted this message: %x)"  # in place of the text; the id tells redactions apart
 NO_HASH = "redacted"  # in place of the hash of a text that is removed; no text has this hash
 FREE_PAGES = 4096  # that one redaction overwrites, 16 MiB: some 50 ms in which senders wait
 
@@ -82,14 +82,15 @@ class Redact(Operation):
             raise no_message()
         state.insert()  # so that what is in the same list of operations is found
         found, whole = copies.Copies(state, message).all() if message else ([], True)
+        said = SAID % min((each.tick for each in found), default=self.tick)
         state.writing.execute("PRAGMA secure_delete=ON")
         try:
             for each in found:
-                gone = each._replace(text=redacted(each))
+                gone = each._replace(text=redacted(each, said))
                 values = gone.text, checksum(gone), gone.tick
                 state.writing.execute("UPDATE messages SET text = ?, sum = ? WHERE tick = ?", values)
                 why = "UPDATE work SET reason = ? WHERE tick = ? AND reason IS NOT NULL"  # it may quote the text
-                state.writing.execute(why, (SAID, gone.tick))
+                state.writing.execute(why, (said, gone.tick))
             state.writing.executemany("UPDATE keys SET hash = ?, sum = ? WHERE tick = ?", hashes)
             overwrite_free_pages(state)
         finally:
@@ -100,11 +101,11 @@ class Redact(Operation):
 class Fold(Operation):
     """Fold the write-ahead log into the database and empty it: it has older pages. The result: is it empty?
 
-    It is not, if another program reads the database; the result says so of this machine alone. SQLite can do this only
-    outside of a transaction, which begins with the first operation of a higher rank.
+    It is not, if another program reads the database. SQLite can do this only outside of a transaction, which begins
+    with the first operation of a higher rank.
     """
 
-    kind, rank = "fold", 0
+    kind, rank, is_local = "fold", 0, True
     PATIENCE = 100  # ms that senders wait for the other program
 
     def apply(self, state: State, now: Now) -> bool:
@@ -122,11 +123,11 @@ class Fold(Operation):
 OPERATIONS = (Redact, Fold)
 
 
-def redacted(message: Message) -> str:
+def redacted(message: Message, said: str) -> str:
     """The text of a message whose text was replaced."""
     parent = f', "reply_to": "{message.answers:x}"' if isinstance(message.answers, int) else ""
     names = f'"from": "{message.sender}", "channel": "{message.channel}"'
-    return f'{names}, "msg": {quote(SAID)}, "redacted": true{parent}'
+    return f'{names}, "msg": {quote(said)}, "redacted": true{parent}'
 
 
 def kept_hashes(state: State, tick: int) -> list[tuple[str, int, int]]:
@@ -163,6 +164,7 @@ class Redaction:
         bus.route("POST", "/redact", self.redact, "replace the text of a message, also on the disk; for an operator")
         bus.route("GET", "/bus_redact.py", show_client)
         bus.gate.public.add("/bus_redact.py")
+        bus.ledger.elsewhere[Fold.kind] = partial(self.folded_again, None)
 
     def redact(self, request: Request) -> None:
         """On a bus without tokens everybody may, as everybody may recall and acknowledge there."""
@@ -188,7 +190,7 @@ class Redaction:
         members = f'"redacted": [{", ".join(rows)}], "fetched_by": {encode(sorted(fetched))}'
         free_pages = bus.view.ask("PRAGMA freelist_count")[0] > FREE_PAGES
         warning = self.warning(is_empty, free_pages, done.whole)
-        overwritten = boolean(is_empty and not free_pages and done.whole)
+        overwritten = boolean(is_empty and not free_pages and done.whole and not bus.ledger.KEEPS)
         return ok(bus, f'"ok": true, {members}, "overwritten": {overwritten}, "warning": {quote(warning)}')
 
     def fold_later(self) -> None:
@@ -220,6 +222,8 @@ class Redaction:
         path = self.bus.state.path
         found = "revoke the secret: backups, outboxes, observers of /log, the files of readers, messages that quote it "
         found += "and schedules that will send it may still have it"
+        if self.bus.ledger.KEEPS:
+            found += f"; {self.bus.ledger.KEEPS} has it and keeps it"
         if not whole:
             found += "; its queue has too many messages to look at all, so search for it, and redact what is found"
         if not is_empty:

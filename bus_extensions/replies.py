@@ -50,6 +50,7 @@ from bus_server import (
     quote,
     read_alone,
     readable,
+    reader_of,
     refusal,
     state_of,
     tick_of,
@@ -339,8 +340,8 @@ class Replies:
         found = one_of(bus, request)
         hold = request.query().number("wait_fetched", 0, 0, HOLD_MAX)
         if not hold or request.command == "HEAD" or bus.draining or state_of(bus, found)[0] != "queued":
-            return told(bus, found, request.grant)
-        self.park(request.peer, Watch(found._replace(text=""), request.grant, hold))
+            return told(bus, found, reader_of(request))
+        self.park(request.peer, Watch(found._replace(text=""), reader_of(request), hold))
         return None
 
     def tell_watchers(self, channel: str, own: str, above: int, upto: int) -> None:

@@ -68,6 +68,8 @@ class Front(bus_server.Ledger):
     without an answer fails its senders, who may send again; if it was stored, its entry comes as one of another front.
     """
 
+    KEEPS = "the ledger in PostgreSQL"
+
     def __init__(self, bus: Bus, mirror: Mirror) -> None:
         super().__init__(bus)
         self.mirror, self.fronts = mirror, Fronts(bus, mirror)

@@ -26,6 +26,8 @@ from bus_server import (
     Marks,
     Now,
     Operation,
+    Put,
+    Raise,
     Refused,
     State,
     Unusable,
@@ -44,6 +46,7 @@ from .heartbeat import Beat, Heard, earlier_runs, live, says
 CALL = 4.0  # s that the engine has for one answer
 LEAVE = 1.0  # s for the last words of a front that ends
 ENTRIES = 100  # in one read
+STORING = (Put, Raise)  # operations that look at no row but those of messages with their keys, and remove none
 SUMS = 10000  # positions whose sum is remembered
 TABLE = """CREATE TABLE front(
     position INTEGER NOT NULL,           -- of the last entry that was applied
@@ -152,7 +155,7 @@ class Next(Operation):
     """In a list of several entries, it stands between two of them: the time of the second one. It is in no entry."""
 
     __slots__ = ("now",)
-    kind, rank = "next", 0
+    kind, rank, is_local = "next", 0, True
 
     def __init__(self, now: Now) -> None:
         self.now = now
@@ -167,7 +170,7 @@ class Position(Operation):
     """The last operation of each list: up to which entry this file has come. It is in no entry."""
 
     __slots__ = ("position",)
-    kind, rank = "position", 6
+    kind, rank, is_local = "position", 6, True  # it writes the sum down
 
     def __init__(self, position: int) -> None:
         self.position = position
@@ -278,7 +281,7 @@ class Mirror(State):
         """
         while entries := self.ledger.read(self.position, ENTRIES, time.monotonic() + CALL):
             read = ((position, wall, self.from_bytes(entry)) for position, wall, entry in entries)
-            for only_stores, some in groupby(read, lambda each: all(one.rank < 2 for one in each[2].operations)):
+            for only_stores, some in groupby(read, lambda each: all(type(one) in STORING for one in each[2].operations)):
                 if only_stores:
                     self.take_all(list(some))
                 else:
@@ -320,7 +323,7 @@ class Mirror(State):
         return self.take_all([(position, wall, entry)])
 
     def take_all(self, entries: list[tuple[int, int, Entry]]) -> Applied:
-        """Apply the next entries in one transaction. If there are several, they may have operations of rank 0 and 1."""
+        """Apply the next entries in one transaction; if there are several, they have only operations that are STORING."""
         times, operations, senders = [self.time.entry], list[Operation](), list[str]()
         for number, (position, wall, its) in enumerate(entries, 1):
             self.check_begin(self.position + number, position)
@@ -340,7 +343,7 @@ class Mirror(State):
 
     def apply_one(self, operation: Operation, now: Now) -> Any:
         result = REVOKED if id(operation) in self.barred else super().apply_one(operation, self.now)
-        if type(operation) not in (Next, Position):  # which add the end of an entry
+        if not operation.is_local:
             self.add_to_sum((result.status, result.sentence) if isinstance(result, Refused) else result)
         return result
 

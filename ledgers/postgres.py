@@ -182,7 +182,8 @@ class Postgres:
                 connection.execute("LISTEN agent_bus_ledger")
                 while not self.closed.is_set():
                     for notify in connection.notifies(timeout=WAKE):
-                        tell(int(notify.payload))
+                        with contextlib.suppress(ValueError):  # every user of the database may notify of anything
+                            tell(int(notify.payload))
             self.closed.wait(WAKE)
 
     def close(self) -> None:

@@ -22,6 +22,10 @@ ITEM = None  # as the last key of a path: one more item of an array
 BLANK = re.compile(r"(?:\s|//[^\n]*|/\*.*?\*/)*", re.DOTALL)  # white space and comments
 STRING = re.compile(r'"(?:[^"\\\x00-\x1f]|\\.)*"')
 SCALAR = re.compile(rf"{STRING.pattern}|[-+.0-9a-zA-Z]+")
+LINES = re.compile(r"[^\n]*\n|[^\n]+")
+QUOTED = re.compile(  # in TOML, and comments, in which a quote begins nothing
+    r'"""(?:[^\\]|\\.)*?"""|\'\'\'.*?\'\'\'|"(?:[^"\\\n]|\\.)*"|\'[^\'\n]*\'|#[^\n]*', re.DOTALL
+)
 HEADER = re.compile(r"^[ \t]*\[\[?[ \t]*([^\]\n]*?)[ \t]*\]\]?[ \t]*(?:#.*)?$")  # of a table, as a whole line
 
 Path = tuple[Any, ...]
@@ -237,14 +241,19 @@ def check_toml(text: str) -> None:
         raise Unreadable(f"it is not TOML: {error}") from None
 
 
+def tables(text: str) -> list[tuple[int, str]]:
+    """The headers of tables: the number of the line, and what is in the brackets. A text of many lines has none."""
+    bare = QUOTED.sub(lambda found: found[0] if "\n" not in found[0] else re.sub("[^\n]", "x", found[0]), text)
+    return [(at, found[1]) for at, line in enumerate(LINES.findall(bare)) if (found := HEADER.match(line.rstrip()))]
+
+
 def key_path(name: str) -> Path:
     return tuple(key.strip("\"'") for key in re.split(r"\s*\.\s*", name))
 
 
 def without_toml(text: str, ours: Callable[[Path, Any], bool], before: str | None) -> str:
     """Take out our tables and those below them, each up to its last line that is neither empty nor a comment."""
-    lines = text.splitlines(keepends=True)
-    headers = [(number, found[1]) for number, line in enumerate(lines) if (found := HEADER.match(line.rstrip()))]
+    lines, headers = LINES.findall(text), tables(text)
     taken: list[Path] = []
     gone: set[int] = set()
     for (number, name), (following, _) in zip(headers, [*headers[1:], (len(lines), "")]):
@@ -265,7 +274,7 @@ def paths_toml(text: str) -> set[Path]:
     try:
         import tomllib  # type: ignore[import-not-found, unused-ignore]
     except ModuleNotFoundError:
-        return {key_path(found[1]) for line in text.splitlines() if (found := HEADER.match(line.rstrip()))}
+        return {key_path(name) for _, name in tables(text)}
 
     def below(value: Any, path: Path) -> Iterator[Path]:
         yield path

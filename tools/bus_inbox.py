@@ -189,16 +189,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         box.acks = True
         left, more = box.look(0)  # presents the cursor: now the bus knows, too
         complain(f"{options.id} is read, and all earlier messages; {len(left)}{' or more' if more else ''} unread")
-    except BrokenPipeError:  # nobody reads us any more
-        return 0
-    except KeyboardInterrupt:
-        return 130
-    except bus_recv.Unreachable as fault:
-        complain(bus_recv.no_bus(box.url, fault))
-        return 75
-    except (bus_recv.Refused, ValueError, OSError) as error:
-        complain(str(error))
-        return 1 if isinstance(error, bus_recv.Refused) else 2
+    except bus_recv.FAULTS as fault:
+        return bus_recv.ended(fault, "bus_inbox", "")
     return 0
 
 

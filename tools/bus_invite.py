@@ -87,7 +87,7 @@ def said(url: str, path: str) -> dict[str, Any]:
     try:
         connection, prefix, headers = bus_recv.connect(url, PATIENCE)
         if url.startswith("https:"):
-            connection._context = anyone()  # type: ignore[attr-defined]
+            connection._context = anyone()
         with contextlib.closing(connection):
             connection.request("GET", prefix + path, headers=headers)
             response = connection.getresponse()

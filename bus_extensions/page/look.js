@@ -1,6 +1,7 @@
 // What follows from what the bus said: who is in trouble, which messages are one row, how much was said. No nodes here.
 
-import { bus, now, speaks } from "./bus.js";
+import { now } from "./ask.js";
+import { bus, speaks } from "./bus.js";
 import { many, span } from "./dom.js";
 
 const SLOW = 120; // s that mail may wait for somebody who listens

@@ -15,7 +15,10 @@ from tests.clients.test_agent_bus import house, shook_hands, tree  # noqa: F401
 from tests.kit.processes import PATIENCE, ROOT, no_settings
 from tools import bus_edit, bus_install
 
-AGENTS = sorted(bus_install.AGENTS)
+sys.path.append(str(ROOT / "tools"))
+import bus_agents  # noqa: E402
+
+AGENTS = sorted(bus_agents.AGENTS)
 JSON_FILES = {
     "nothing": None,
     "an empty text": "",
@@ -31,6 +34,7 @@ TOML_FILES = {
     "no end of line": '# mine\nmodel = "x"',
     "servers": '[mcp_servers.x]\ncommand = "y" # why\n\n# the end\n',
     "Windows": 'a = [\r\n  1,\r\n]\r\n',
+    "a text": 'a = """\n[mcp_servers.bus]\ncommand = "agent-bus-mcp"\n"""\nb = "" # \'\'\'\n',
 }
 LATER = {  # what somebody changes meanwhile, by format
     "json": lambda text: bus_edit.edited("json", text, [(("later",), {"x": [1]}), (("hooks", "Stop", None), {"y": 2})]),
@@ -40,7 +44,7 @@ LATER = {  # what somebody changes meanwhile, by format
 
 def files_of(name):
     """The paths and formats of an agent program's files, with HOME as it is."""
-    agent = bus_install.AGENTS[name]
+    agent = bus_agents.AGENTS[name]
     return {file.path(): file.form() for file in (agent.servers, agent.hooks) if file}
 
 
@@ -135,7 +139,7 @@ def full(value):
 @pytest.mark.parametrize("name", AGENTS)
 @pytest.mark.parametrize("text", ["{", '{"a" 1}', "[a\n", b"\xff"])
 def test_a_file_that_cannot_be_read_is_left_alone(name, text, install, house):  # noqa: F811
-    path = bus_install.AGENTS[name].servers.path()
+    path = bus_agents.AGENTS[name].servers.path()
     if path.endswith(".toml") and sys.version_info < (3, 11) and text != b"\xff":
         pytest.skip("this Python reads no TOML")
     os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -171,7 +175,7 @@ def test_the_entry_of_the_server_runs_in_every_folder(name, install, house, bus,
 
 
 def entry_of(name):
-    servers = bus_install.AGENTS[name].servers
+    servers = bus_agents.AGENTS[name].servers
     with open(servers.path()) as file:
         text = file.read()
     value = json.loads(text) if servers.form() == "json" else pytest.importorskip("tomllib").loads(text)
@@ -180,16 +184,16 @@ def entry_of(name):
     return value
 
 
-HOOKED = [name for name in AGENTS if bus_install.AGENTS[name].dress in bus_install.load_hook().DRESSES]
+HOOKED = [name for name in AGENTS if bus_agents.AGENTS[name].dress in bus_agents.load_hook().DRESSES]
 
 
 @pytest.mark.parametrize("name", HOOKED)
 def test_the_hook_that_is_written_runs_at_each_event(name, install, house, bus, tmp_path):  # noqa: F811
     install("install", name, "--url", bus.url, "--name", "alice")
-    with open(bus_install.AGENTS[name].hooks.path()) as file:
+    with open(bus_agents.AGENTS[name].hooks.path()) as file:
         events = json.load(file)["hooks"]
-    agent = bus_install.AGENTS[name]
-    assert set(events) == {*bus_install.load_hook().DRESSES[agent.dress], *agent.wake}
+    agent = bus_agents.AGENTS[name]
+    assert set(events) == {*bus_agents.load_hook().DRESSES[agent.dress], *agent.wake}
     for event, groups in events.items():
         (command,) = (hook.get("command") or hook["bash"] for group in groups for hook in group.get("hooks", [group]))
         given = json.dumps({"hook_event_name": event, "session_id": "s", "cwd": "/"})
@@ -218,10 +222,19 @@ def test_without_a_token_no_token_is_named_and_a_name_is_needed(install, house):
     assert "--http is for" in install("install", "codex", "--http", "--url", "unix:/x", code=2)
 
 
+def test_a_dry_run_shows_no_line_that_only_gets_a_comma(install, house):  # noqa: F811
+    path = bus_agents.AGENTS["gemini"].servers.path()
+    os.makedirs(os.path.dirname(path))
+    with open(path, "w") as file:
+        file.write('{\n  "key": "s3cret"\n}\n')
+    said = install("install", "gemini", "--dry-run")
+    assert "mcpServers" in said and "s3cret" not in said
+
+
 def test_what_codex_writes_after_our_table_stays(install, house):  # noqa: F811
     """Codex writes the file itself, for example when a folder is trusted, and may put tables anywhere."""
     install("install", "codex")
-    path = bus_install.AGENTS["codex"].servers.path()
+    path = bus_agents.AGENTS["codex"].servers.path()
     about_ours, theirs = '\n[mcp_servers.bus.tools.bus_send]\nmode = "x"\n', '\n# mine\n[projects."/x"]\nlevel = "y"\n'
     with open(path, "a") as file:
         file.write(about_ours + theirs)
@@ -233,7 +246,7 @@ def test_what_codex_writes_after_our_table_stays(install, house):  # noqa: F811
 @pytest.mark.parametrize("name", HOOKED)
 def test_the_hooks_of_others_stay_also_in_one_group_with_ours(name, install, house):  # noqa: F811
     install("install", name)
-    path = bus_install.AGENTS[name].hooks.path()
+    path = bus_agents.AGENTS[name].hooks.path()
     with open(path) as file:
         settings = json.load(file)
     for groups in settings["hooks"].values():

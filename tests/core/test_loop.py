@@ -10,11 +10,11 @@ import pytest
 
 import bus_server
 from bus_server import Loop, Put, State
-from tests.core.test_connection import Peer, a_bus, come_true, statuses, told
-from tests.core.test_connection import while_the_disk_is_busy as meanwhile
 from tests.kit.hostile import GET, HOST, WAITING, a_send, head
 from tests.kit.inside import said
 from tests.kit.processes import PATIENCE
+from tests.kit.wire import Peer, a_bus, come_true, statuses, told
+from tests.kit.wire import while_the_disk_is_busy as meanwhile
 
 
 @pytest.fixture

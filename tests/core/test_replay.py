@@ -346,7 +346,7 @@ class OtherPlace(Place):
                 stack.enter_context(mock.patch.object(time, clock, lambda: shift / 1e6))
             stack.enter_context(mock.patch.object(self.state.view, "has_room", lambda: False))
             stack.enter_context(mock.patch.object(bus_server, "REMOVE_SLICE", 2))
-            stack.enter_context(mock.patch.object(work, "LEASE", 3))
+            stack.enter_context(mock.patch.object(work.words, "LEASE", 3))
             yield
 
 
@@ -541,7 +541,8 @@ def a_clock_in_apply(patch):
 
 
 def the_clock_of_the_view_in_apply(patch):
-    patch.setattr(work, "is_expired", lambda message, now: bool(message.expires) and message.expires <= time.time_ns())
+    for part in (work.its, work.letters):
+        patch.setattr(part, "is_expired", lambda its, now: bool(its.expires) and its.expires <= time.time_ns())
     really = State.place
     patch.setattr(State, "place", lambda state, one, wall: really(state, one, min(wall, state.view.clock())))
 
@@ -551,7 +552,7 @@ def an_option_of_the_process(patch):
 
 
 def an_option_of_the_extension(patch):
-    before(patch, work.Claim, "apply", lambda claim, *_: setattr(claim, "lease_us", int(work.LEASE) * SECOND))
+    before(patch, work.Claim, "apply", lambda claim, *_: setattr(claim, "lease_us", int(work.words.LEASE) * SECOND))
 
 
 def the_room_on_the_disk_in_apply(patch):

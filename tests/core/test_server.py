@@ -19,11 +19,11 @@ import pytest
 
 import bus_server
 from bus_server import Poll, Put, Raise, Remove, draft, nothing_follows
-from tests.core import test_connection
 from tests.kit import inside
 from tests.kit.clock import Clock
 from tests.kit.peers import run
 from tests.kit.processes import PATIENCE, ROOT, SERVER, Server, free_port, wait_until
+from tests.kit.wire import Peer, a_bus
 
 
 def refused(*options, **env):
@@ -605,8 +605,8 @@ def test_a_step_that_is_added_while_a_list_is_made_waits_for_that_list(tmp_path,
 def test_a_connection_that_was_answered_a_moment_ago_keeps_its_descriptor():
     """Its next request may be under way: an hour of faults hung up on three readers that had just got a message."""
     clock = Clock()
-    with test_connection.a_bus(clock) as bus:
-        old, fresh = (test_connection.Peer(bus) for _ in range(2))
+    with a_bus(clock) as bus:
+        old, fresh = (Peer(bus) for _ in range(2))
         for peer in (old, fresh):
             clock.now += 5
             peer.says(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")

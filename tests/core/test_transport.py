@@ -17,11 +17,11 @@ import pytest
 
 import bus_server
 from bus_server import Listener, tls_context
-from tests.core.test_connection import LAST, LATE, a_bus, answers, come_true, heard, statuses
 from tests.kit.clock import Clock
 from tests.kit.hostile import GET, HOST, WAITING, a_send, head
 from tests.kit.peers import invite, run
 from tests.kit.processes import PATIENCE, Server, wait_until
+from tests.kit.wire import LAST, LATE, a_bus, answers, come_true, heard, statuses
 
 pytestmark = pytest.mark.skipif(not shutil.which("openssl"), reason="openssl makes the certificate")
 

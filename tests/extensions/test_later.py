@@ -557,6 +557,28 @@ def test_the_schedules_of_one_owner_and_of_all_have_a_budget(closed, monkeypatch
     assert inside_again.held.all == held and inside_again.held.held == due.held.held  # as a start counts them
 
 
+def test_while_most_of_the_room_for_schedules_is_taken_there_is_some_for_those_who_have_few(closed, monkeypatch):
+    """Eight tokens with as much as one may have took all of it."""
+    assert sending().ALL - sending().MUCH >= 32 * sending().FEW
+    monkeypatch.setattr(sending(), "MUCH", 6 * 1100)
+    monkeypatch.setattr(sending(), "FEW", 2 * 1100)
+    alice, bob = Guest(closed, closed.tokens["alice"]), Guest(closed, closed.tokens["bob"])
+    for _ in range(6):
+        give(alice)
+    for who in (bob, bob, alice):
+        status = who.begins("POST", "/later", {"after": 1, "message": {"to": "bob", "msg": "x"}}).answer().status
+        assert status == (429 if who is alice else 200)
+    assert refused(bob, {"after": 1, "message": {"to": "bob", "msg": "x"}})[0] == 429
+
+
+def test_a_key_of_null_is_none(bus):
+    """It was taken, and refused when its time had come: the schedule writes a key of its own into the message."""
+    Guest(bus).asks("POST", "/later", {"after": 60, "message": {**EXAMPLE, "key": None}})
+    bus.wall.now += MINUTE
+    looked(bus)
+    assert mail(bus) == ["x"]
+
+
 def test_ten_thousand_that_are_due_go_in_slices_in_order_and_each_once(bus):
     many = 10_000
 

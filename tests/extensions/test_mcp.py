@@ -11,12 +11,12 @@ import pytest
 
 from bus_server import draft, nothing_follows
 from test_bus import request
-from tests.core.test_connection import Peer, a_bus, come_true
 from tests.core.test_identity import ask
 from tests.kit import inside
 from tests.kit.hostile import HOST, head
 from tests.kit.peers import invite
 from tests.kit.processes import COMMAND, PATIENCE, Server, wait_until
+from tests.kit.wire import Peer, a_bus, come_true
 
 inside.close(inside.make(":memory:"))  # which loads the extensions
 import _mcp_tools  # noqa: E402
@@ -260,6 +260,7 @@ def test_a_backlog_of_a_thousand_shows_its_urgent_mail_early_and_all_of_it_in_or
     found = [json.loads(line) for line in first.split("\n") if line[:1] == "{"]
     assert [(each["id"], each["msg"]) for each in found[:2]] == list(zip(urgent, ("fire", "flood")))
     assert all(each["early"] is True for each in found[:2])
+    assert ask(bus, "POST", "/recall", {"id": urgent[0]})[0] == 409, "it was shown"
     run = found[2:]
     assert [each["id"] for each in run] == ids[: len(run)] and not any("early" in each for each in run)
     for id, older in zip(urgent, (600, 999)):

@@ -11,7 +11,6 @@ import time
 import pytest
 
 from bus_server import Unusable, command_line
-from tests.core.test_connection import a_bus, come_true
 from tests.core.test_identity import ask
 from tests.extensions.test_later import made_without
 from tests.faults.test_kinds_bounds import Guest
@@ -19,6 +18,7 @@ from tests.kit import inside
 from tests.kit.clock import Clock
 from tests.kit.peers import metric, mint, run
 from tests.kit.processes import Server, wait_until
+from tests.kit.wire import a_bus, come_true
 
 BEGIN = 1795203600 * 1000000  # us
 MINUTE = 60 * 1000000

@@ -15,10 +15,10 @@ import time
 import pytest
 
 import bus_server
-from tests.core.test_connection import Peer, a_bus, posted, told
 from tests.kit import peers
 from tests.kit.peers import marks_are_written, metric, mint
 from tests.kit.processes import PATIENCE, ROOT, Server, in_time, wait_until
+from tests.kit.wire import Peer, a_bus, posted, told
 
 QUESTIONS = int(os.environ.get("QUESTIONS", "100"))
 

@@ -270,10 +270,17 @@ def unanswered(it):
     which may cross a request; and because its guest's token was revoked.
     """
     excused = it.downs + [window for window in it.windows if window.fault == "no descriptors"]
-    return [f"{UNANSWERED[exchange.status]}: {exchange}" for exchange in it.field.exchanges()
+    return [f"{UNANSWERED[exchange.status]}: {exchange} in {[*map(str, met(it.windows, exchange))]}"
+            for exchange in it.field.exchanges()
             if exchange.status is None
             or (exchange.status == 0 and exchange.kind != "guest"
                 and not any(window.meets(exchange) for window in excused))]
+
+
+def met(windows, exchange):
+    """The faults at that time, and the last one before."""
+    before = [window for window in windows if window.ended < exchange.began]
+    return [*before[-1:], *(window for window in windows if window.meets(exchange))]
 
 
 def times(it, quiet, slack):

@@ -23,6 +23,7 @@ EXTENSIONS, WAITING = "faults/test_kinds_extensions.py", "faults/test_kinds_park
 TURNS = "faults/test_kinds_turns.py"
 REDACT, SEARCH = "extensions/test_redact.py", "extensions/test_search.py"
 LATER, NOTIFY = "extensions/test_later.py", "extensions/test_notify.py"
+LOCKS, FRONTS = "extensions/test_locks.py", "ledgers/test_front.py"
 STORAGE, PYTHON, BASH = "faults/test_kinds_storage.py", "clients/test_client_cases.py", "clients/test_listener_cases.py"
 
 KINDS = [
@@ -121,8 +122,10 @@ KINDS = [
     Kind("a text has a second way out",
          "a recalled or expired text is told at no endpoint; who reads a message by its id has fetched it",
          (f"{AUTHORITY}::test_a_text_that_is_gone_is_gone_at_every_door",
-          f"{AUTHORITY}::test_who_reads_a_message_at_another_door_has_fetched_it"),
-         "`readable()` tells each text (the first); it leaves no receipt, or none of a broadcast (the second)"),
+          f"{AUTHORITY}::test_who_reads_a_message_at_another_door_has_fetched_it",
+          f"{AUTHORITY}::test_who_read_a_message_is_known_while_that_is_on_its_way_to_the_disk"),
+         "`readable()` tells each text (the first); it leaves no receipt, or none of a broadcast (the second); "
+         "`Mailboxes.take_receipts()` forgets them (the last)"),
     Kind("one mark stands for several mailboxes",
          "a mark moves by what was delivered of that mailbox; `all` has no mark; a receipt of work names the token",
          (f"{AUTHORITY}::test_what_a_group_got_before_a_reader_came_is_not_fetched",
@@ -407,7 +410,7 @@ KINDS = [
          "last)"),
     Kind("clients: a bus has more names than a page",
          "the tools and the hooks ask for their own channel and name, and say that there are more",
-         ("integrations/test_mcp.py::test_on_a_bus_with_more_names_than_a_page_it_asks_for_its_own_channel_and_name",
+         ("integrations/test_mcp_tools.py::test_on_a_bus_with_more_names_than_a_page_it_asks_for_its_own_channel_and_name",
           f"{PYTHON}::test_a_session_asks_who_listens_on_its_own_channel"),
          "`agents()` or `whoami()` asks for all (the first); `heard_elsewhere()` does (the second)"),
     Kind("what was written in part counts as written",
@@ -421,7 +424,7 @@ KINDS = [
     Kind("a sender's member stands beside the bus's own",
          "a job has each member once; `attempt`, `lease` and `lease_until` are those of the bus",
          (f"{EXTENSIONS}::test_what_a_sender_calls_lease_is_not_in_a_job",),
-         "`render()` of work.py leaves nothing out"),
+         "`render()` of _work_words.py leaves nothing out"),
     Kind("an endpoint has no rate",
          "each endpoint but the public ones is 429 when the budget of its owner is used up; no step is planned for it",
          (f"{EXTENSIONS}::test_whatever_is_asked_has_a_rate",),
@@ -609,6 +612,14 @@ KINDS = [
           f"{LATER}::test_ten_thousand_that_are_due_go_in_slices_in_order_and_each_once"),
          "`Sender` has no token, and `Due.send()` does not look at it (the first); the send has no key (the second); "
          "nothing is added to `Due.held` (the third); `SLICE` is a million (the last)"),
+    Kind("a limit for each owner lets some owners take the limit of all: schedules",
+         "while most of the room for schedules is taken, an owner that has few still gets some",
+         (f"{LATER}::test_while_most_of_the_room_for_schedules_is_taken_there_is_some_for_those_who_have_few",),
+         "`Due.has_room()` asks `held` alone"),
+    Kind("what was taken is refused when its time has come",
+         "what is wrong with a scheduled message is said when it is given",
+         (f"{LATER}::test_a_key_of_null_is_none",),
+         "`Later.give()` leaves a `key` of null in the message"),
     Kind("what waits of one owner makes that of others late",
          "owners take turns: of each as many schedules are sent in a slice, and who was served comes last",
          (f"{LATER}::test_what_is_due_of_one_owner_holds_up_no_other",
@@ -637,6 +648,41 @@ KINDS = [
           f"{NOTIFY}::test_the_loop_serves_others_while_a_webhook_is_slow"),
          "`hosts` is not looked at (the first); any answer is a success (the second); `status_of()` sets the timeout "
          "once (the third); `Notices.send()` calls `post()` itself (the last)"),
+    Kind("a comparison takes as long as who asks wants: reservations",
+         "a request compares so many characters; one is compared in each commit; each try is paid",
+         (f"{LOCKS}::test_a_request_compares_so_many_characters_and_no_more",
+          f"{LOCKS}::test_one_request_is_compared_in_each_commit",
+          f"{LOCKS}::test_each_try_is_paid_and_who_cannot_pay_is_told_so",
+          f"{LOCKS}::test_a_path_is_compared_with_so_many_characters_and_no_more"),
+         "`Wanted.spend()` never raises (the first and the last); `Locks.ask()` does not look at `asking` (the "
+         "second); `tried()` charges nothing (the third)"),
+    Kind("a reservation outlives who made it, or ends before its time",
+         "what a revoked token holds is free when it is wanted; who hung up keeps nothing; a step of the clock ends "
+         "none",
+         (f"{LOCKS}::test_what_a_revoked_token_holds_is_free_as_soon_as_it_is_wanted",
+          f"{LOCKS}::test_who_hung_up_while_it_waited_gets_nothing",
+          f"{LOCKS}::test_who_hangs_up_as_the_names_become_free_keeps_none",
+          f"{LOCKS}::test_a_step_of_the_wall_clock_ends_no_reservation_and_no_fence_goes_back"),
+         "`Locks.asked()` takes no token for revoked (the first), or each peer for one that is there (the next two); "
+         "`Lock.apply()` takes `now.wall` for `until` (the last)"),
+    Kind("all who wait for a reservation are asked when anything about it changes",
+         "who waits asks again when the name in its way is released or ends; so many wait for one",
+         (f"{LOCKS}::test_a_renewal_lets_nobody_compare_again",
+          f"{LOCKS}::test_who_waits_is_not_woken_when_another_name_of_the_reservation_is_released",
+          f"{LOCKS}::test_a_ninth_request_of_one_name_is_answered_at_once"),
+         "`renewed()` calls `wake()` (the first); `wake()` does not compare `names` (the second); `Locks.asked()` "
+         "parks however many wait (the last)"),
+    Kind("what follows an operation in memory stays at the front that made it",
+         "each front follows what another one has made: schedules are sent by all, who waits for names is told",
+         (f"{FRONTS}::test_what_follows_an_operation_of_an_extension_follows_at_the_other_fronts_too",
+          f"{FRONTS}::test_what_was_scheduled_at_a_front_that_has_died_is_sent_by_the_others",
+          f"{FRONTS}::test_who_waits_for_names_is_told_when_they_are_released_at_another_front"),
+         "`Due` registers nothing in `elsewhere` (the first two); `Locks` does not (the first and the last)"),
+    Kind("what one machine found is taken for the result of all",
+         "how the file of one front was written is no part of what fronts compare; a redaction says what still has the "
+         "text",
+         (f"{FRONTS}::test_a_redaction_stops_no_front_whose_copy_is_being_read",),
+         "`Fold.is_local` is False; `Redaction` does not follow another front's `fold`; `Front.KEEPS` is empty"),
     Kind("bus_listener.sh: an old server, rotated files",
          "a server of the first contract is read from 0, also if it hangs up on `last`; each message is stored once "
          "while files are renamed or removed",

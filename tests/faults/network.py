@@ -15,7 +15,7 @@ from types import SimpleNamespace
 from unittest import mock
 
 import bus_recv
-from tests.core.test_connection import cuts, expected, heard, statuses
+from tests.core.test_connection import cuts, expected
 from tests.core.test_deploy import AROUND, Nginx, replaced
 from tests.faults import Result, unless
 from tests.faults.crash import told
@@ -23,6 +23,7 @@ from tests.faults.history import PATIENCE, Conversation, observed, violations
 from tests.kit import hostile, new_client, old_client
 from tests.kit.naive_server import Naive
 from tests.kit.processes import Server, wait_until
+from tests.kit.wire import heard, statuses
 
 # A bad proxy
 

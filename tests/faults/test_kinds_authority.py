@@ -12,6 +12,7 @@
 | an_answer_counts_only_from_who_may_read_the_question | the forged one is handed out |
 | a_text_that_is_gone_is_gone_at_every_door | it is in /message, for its sender, receiver and operator |
 | who_reads_a_message_at_another_door_has_fetched_it | it stays queued, and can be recalled |
+| who_read_a_message_is_known_while_* (2026-11-30) | queued, and the recall is 200 |
 | what_is_being_recalled_is_shown_at_no_other_door (2026-11-29) | its text, and the recall is 200 |
 | what_a_reader_of_a_group_has_above_an_older_message (2026-11-29) | 200 |
 | a_reply_that_its_asker_has_is_not_taken_back (2026-11-29) | 200 |
@@ -32,13 +33,13 @@ import types
 
 import pytest
 
-from tests.core.test_connection import a_bus, come_true
 from tests.faults import linux, skipped_without
 from tests.faults.test_kinds_bounds import Guest
 from tests.faults.test_kinds_counts import removed
 from tests.kit.clock import Clock
 from tests.kit.peers import Peer, ask, command, fill, marks_are_written, metric, mint, set_revoked, stored
 from tests.kit.processes import ROOT, Server, wait_until
+from tests.kit.wire import a_bus, come_true
 
 SECRET = "the-text-itself"
 GONE = (401, 0)  # refused, or hung up on
@@ -427,6 +428,23 @@ def test_who_reads_a_message_at_another_door_has_fetched_it(closed, door, to):
     assert SECRET in closed.ask("bob", "GET", door.replace("ID", one)).body.decode()
     assert state(closed, one) == "fetched"
     assert closed.ask("ann", "POST", "/recall", {"id": one}).status == 409
+
+
+def test_who_read_a_message_is_known_while_that_is_on_its_way_to_the_disk(tmp_path):
+    """A disk that takes its time must open no gap in which the message could be taken back."""
+    path = tmp_path / "bus.db"
+    tokens = mint(path, ann=[], bob=[])
+    with a_bus(time.monotonic, path) as bus:
+        ann, late, bob = (Guest(bus, tokens[own]) for own in ("ann", "ann", "bob"))
+        one = ann.asks("POST", "/send", {"to": "bob", "msg": SECRET}).json()["id"]
+        bob.asks("GET", f"/message/{one}")
+        bus.save_marks()
+        late.begins("POST", "/recall", {"id": one})  # in the same turn: the commit has not begun
+        states = [ann.asks("GET", f"/message/{one}").json()]
+        come_true(lambda: bus.ledger.idle() and not bus.mailboxes.receipts)
+        states.append(ann.asks("GET", f"/message/{one}").json())
+        assert [(each["state"], each.get("by")) for each in states] == [("fetched", "bob")] * 2
+        assert late.answer().status == 409
 
 
 @pytest.mark.parametrize("door", ["/message/ID", "/message/ID?wait_fetched=1", "/thread/ID"])

@@ -21,10 +21,10 @@ import pytest
 
 import bus_server
 from bus_server import Forget, Remove, wall_clock
-from tests.core.test_connection import a_bus, come_true
 from tests.faults.test_kinds_bounds import LARGE, Guest, bytes_read, counted, passed, rows_of
 from tests.kit.clock import Clock
 from tests.kit.processes import PATIENCE
+from tests.kit.wire import a_bus, come_true
 
 
 @pytest.fixture

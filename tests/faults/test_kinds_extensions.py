@@ -4,6 +4,7 @@ Found by an attack on 2026-11-29; each test was red on the code that it attacked
 
 | test | what was seen before |
 |---|---|
+| a_list_pays_for_the_time_that_it_takes (2026-11-30) | 200; all of them but /digest |
 | whatever_is_asked_has_a_rate | /ack, /nack, /extend and GET /blob have none |
 | jobs_that_stay_are_looked_at_in_slices | the message of each is read, all in one operation |
 | a_row_that_a_claim_made_goes | the row stays while the bus runs, and only memory forgets the name |
@@ -14,6 +15,7 @@ Found by an attack on 2026-11-29; each test was red on the code that it attacked
 | a_piece_that_was_written_in_part_ends_an_upload | 408 after 10 s, and the next request is in the file |
 """
 import errno
+import itertools
 import json
 import pathlib
 import sys
@@ -23,12 +25,13 @@ import pytest
 
 import bus_recv
 import bus_send
+import bus_server
 from bus_server import ANSWER_BYTES, MESSAGE_BYTES, Now
-from tests.core.test_connection import Peer, a_bus, answers, come_true, stored
 from tests.faults.test_kinds_bounds import Guest, counted
 from tests.kit import inside
 from tests.kit.hostile import ALICE, HOST, head
 from tests.kit.peers import mint
+from tests.kit.wire import Peer, a_bus, answers, come_true, stored
 
 
 @pytest.fixture
@@ -58,6 +61,16 @@ def test_whatever_is_asked_has_a_rate(bus):
         asked = inside.ASKED.get(path, "").replace("ROOT", "1")
         guest = Guest(bus).begins(method, path + asked, SENT[path] if method == "POST" else b"")
         assert guest.answer().status == 429, path
+
+
+@pytest.mark.parametrize("path", ["/locks", "/later", "/digest?to=bob"])
+def test_a_list_pays_for_the_time_that_it_takes(bus, path, monkeypatch):
+    """A thousand reservations took five times as long as their bytes counted."""
+    bus.storms = bus_server.Storms(time.monotonic, rate=50)
+    guest = Guest(bus)
+    monkeypatch.setattr(time, "thread_time", itertools.count(step=2).__next__)  # s
+    guest.asks("GET", path)
+    assert guest.begins("GET", path).answer().status == 429
     assert bus.ledger.idle()
 
 

@@ -15,9 +15,9 @@ import pytest
 
 from bus_extensions.replies import FETCHES
 from bus_server import PARKED, PARKED_PER_NAME, Poll, wall_clock
-from tests.core.test_connection import a_bus, come_true
 from tests.faults.test_kinds_bounds import Guest, counted, part_of, passed, steps_of
 from tests.kit.peers import mint
+from tests.kit.wire import a_bus, come_true
 
 
 @pytest.fixture

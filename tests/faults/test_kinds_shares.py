@@ -31,13 +31,13 @@ import tracemalloc
 import pytest
 
 from bus_server import Budget, Refused, Shares, Storms
-from tests.core.test_connection import a_bus, come_true, settle, statuses, while_the_disk_is_busy
 from tests.faults import linux, skipped_without
 from tests.faults.test_kinds_bounds import LARGE, Guest
 from tests.kit.clock import Clock
 from tests.kit.hostile import HOST, head
 from tests.kit.peers import Peer, ask, mint, stored
 from tests.kit.processes import ROOT, Server, wait_until
+from tests.kit.wire import a_bus, come_true, settle, statuses, while_the_disk_is_busy
 
 KINDS_OF_BUS = ["open", "closed"]
 

@@ -178,7 +178,7 @@ def query(bus_server, data):
             grant=bus_server.OPEN, query=lambda: parsed, plain=lambda: False, owner=lambda: "127.0.0.1")
         refused(bus_server, bus_server.recv_poll, request)
         refused(bus_server, bus_server.log, bus, request)
-        refused(bus_server, work.worker_of, parsed, bus_server.OPEN)
+        refused(bus_server, work.words.worker_of, parsed, bus_server.OPEN)
 
 
 def message(bus_server, data):

@@ -15,9 +15,8 @@ import sys
 import tempfile
 import xml.etree.ElementTree
 
-from tests.integrations.test_agents import PROGRAMS
+from tests.integrations.test_agents import PROGRAMS, bus_agents
 from tests.kit.processes import ROOT
-from tools import bus_install
 
 FOLDER = pathlib.Path.home() / ".cache" / "agent-bus-agents"
 FILE = ROOT / "docs" / "agents.md"
@@ -43,13 +42,16 @@ def version(name):
 
 
 def results():
-    """How each test ended, by name: yes, no, or - for one that was skipped."""
+    """How each test ended, by name: yes, no, or - for one that was skipped; and the same of those of whole sessions."""
     with tempfile.TemporaryDirectory() as folder:
         report = pathlib.Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", "-p", "no:xdist", f"--junitxml={report}"]
-        tests = ["tests/integrations/test_agents.py", "tests/integrations/test_wake.py", "-k", "test_agents or real"]
-        subprocess.run([*command, *tests], cwd=ROOT, env={**os.environ, "AGENT_BUS_AGENTS": str(FOLDER)})
-        return {case.get("name"): ended(case) for case in xml.etree.ElementTree.parse(report).iter("testcase")}
+        tests = [f"tests/integrations/test_{file}.py" for file in ("agents", "wake", "end_to_end")]
+        env = {**os.environ, "AGENT_BUS_AGENTS": str(FOLDER), "CLAUDE_BINARY": str(FOLDER / "node_modules/.bin/claude")}
+        subprocess.run([*command, *tests, "-k", "test_agents or real or end_to_end"], cwd=ROOT, env=env)
+        cases = list(xml.etree.ElementTree.parse(report).iter("testcase"))
+    whole = [ended(case) for case in cases if case.get("classname").endswith("end_to_end")]
+    return {case.get("name"): ended(case) for case in cases}, whole
 
 
 def ended(case):
@@ -62,7 +64,7 @@ def table(found):
     rows = [head, ["---"] * len(head)]
     for name in filter(version, PROGRAMS):
         row = [found.get(test.format(name), "-") for test in TESTS]
-        rows.append([bus_install.AGENTS[name].title, version(name), *row])
+        rows.append([bus_agents.AGENTS[name].title, version(name), *row])
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
@@ -72,7 +74,9 @@ def main(names):
         subprocess.run(["npm", "install", "--prefix", str(FOLDER), "--silent", "--no-fund", "--no-audit", package])
     written, _, _ = FILE.read_text().partition(MARK)
     today = datetime.datetime.now(datetime.timezone.utc).date()
-    FILE.write_text(f"{written}{MARK}\nTried on {today}:\n\n{table(results())}")
+    found, whole = results()
+    sessions = f"Of the {len(whole)} tests of whole sessions with this Claude Code, {whole.count('yes')} passed."
+    FILE.write_text(f"{written}{MARK}\nTried on {today}:\n\n{table(found)}\n{sessions}\n")
 
 
 if __name__ == "__main__":

@@ -13,13 +13,13 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.clients.test_install import files_of
+from tests.clients.test_install import bus_agents, files_of
 from tests.integrations.test_end_to_end import CLAUDE
 from tests.kit.dialects import DIALECTS, tools_of
 from tests.kit.peers import invite, post
 from tests.kit.processes import ROOT, Server
 from tests.kit.scripted_model import ScriptedModel, news, tool_use, words
-from tools import bus_edit, bus_install
+from tools import bus_edit
 
 FOLDER = os.environ.get("AGENT_BUS_AGENTS")
 TURN_SECONDS = 120  # for one turn of one program; Gemini CLI takes 6 s where nothing else runs
@@ -206,7 +206,7 @@ def test_a_call_of_a_tool_comes_back(name, way, used):
     assert any("alice, on channel default" in told for told in used(name, way).heard), used(name, way).said
 
 
-HOOKED = [name for name in PROGRAMS if bus_install.AGENTS[name].dress in bus_install.load_hook().DRESSES]
+HOOKED = [name for name in PROGRAMS if bus_agents.AGENTS[name].dress in bus_agents.load_hook().DRESSES]
 
 
 @pytest.mark.parametrize("name, way", [*((name, "stdio") for name in HOOKED), ("claude", "http")])
@@ -223,5 +223,5 @@ def test_uninstall_leaves_its_files_as_they_were(name, used):
             assert its.left.get(path) == its.before.get(path)
         else:
             form = "toml" if path.endswith("toml") else "json"
-            now = bus_edit.without(form, its.after[path], bus_install.is_ours, its.before.get(path))
+            now = bus_edit.without(form, its.after[path], bus_agents.is_ours, its.before.get(path))
             assert its.left[path] == now and "bus_mcp" not in now

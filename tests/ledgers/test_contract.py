@@ -206,6 +206,20 @@ class TestPostgres(Contract):
     def out(self, ledger):
         return self.server.frozen()
 
+    def test_what_is_no_position_ends_no_listener(self, ledger):
+        """Any user of the same database may notify of anything."""
+        told = []
+        ledger.listen(told.append)
+
+        def hears(payload):
+            self.server.ask(f"NOTIFY agent_bus_ledger, '{payload}'")
+            return told
+
+        wait_until(lambda: hears(7))
+        for payload in ("x", "", "9" * 5000):
+            self.server.ask(f"NOTIFY agent_bus_ledger, '{payload}'")
+        wait_until(lambda: 8 in hears(8))
+
     def test_a_warning_in_a_commit_is_unknown(self, ledger):
         """As PostgreSQL says it when somebody has canceled the wait for the second machine."""
         append(ledger, b"before")

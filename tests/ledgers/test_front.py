@@ -1,4 +1,5 @@
 """Fronts that share a ledger, in this process: their copies are equal, and each fault of the ledger loses nothing."""
+import contextlib
 import json
 import pathlib
 import sqlite3
@@ -392,6 +393,79 @@ def test_what_is_not_built_is_refused_in_words(fronts):
     for method in ("GET", "PUT"):
         status, answer = ask(a, method, inside.FILE_PATH)
         assert status == 501 and "has no files" in answer["error"]
+
+
+ALONE = {"bury", "recall", "redact", "later move", "lock"}  # what follows these in memory, no other front needs
+
+
+def test_what_follows_an_operation_of_an_extension_follows_at_the_other_fronts_too(fronts):
+    """An operation that is new is in one of the two lists, because somebody has thought of it."""
+    kinds = {each.kind for module in bus_server.load_extensions(()).values() for each in module.OPERATIONS}
+    a = fronts()
+    assert kinds >= ALONE and kinds - ALONE == a.ledger.elsewhere.keys() & kinds
+
+
+def test_a_redaction_stops_no_front_whose_copy_is_being_read(fronts, tmp_path, monkeypatch):
+    """A backup, or the index of words, reads it: then this front cannot empty its log at once, and another one can."""
+    a, b = fronts("a"), fronts("b")
+    [tick] = put(a, msg="secret")
+    settle(b)
+    later = []
+    monkeypatch.setattr(b.loop, "later", lambda seconds, action: later.append(action))
+    with contextlib.closing(sqlite3.connect(tmp_path / "b.db")) as reader:
+        reader.execute("BEGIN")
+        reader.execute("SELECT count(*) FROM messages").fetchall()
+        status, answer = ask(a, "POST", "/redact", {"id": f"{tick:x}"})
+        settle(b)
+    assert status == 200 and answer["overwritten"] is False and "ledger in PostgreSQL has it" in answer["warning"]
+    assert b"secret" in (tmp_path / "b.db-wal").read_bytes()
+    later[-1]()
+    settle(b, a)
+    assert b"secret" not in (tmp_path / "b.db-wal").read_bytes() + (tmp_path / "b.db").read_bytes()
+    put(a, msg="2")
+    put(b, msg="3")
+    same(a, b)
+    assert not a.broken and not b.broken
+
+
+def test_what_was_scheduled_at_a_front_that_has_died_is_sent_by_the_others(fronts, log):
+    a, b, c = fronts("a"), fronts("b"), fronts("c")
+    others = [each.routes["POST", "/later"].call.__self__.due for each in (a, b, c)]
+    for msg in ("once", "taken back"):
+        message = {"from": "ann", "to": "bob", "msg": msg}
+        status, given = ask(a, "POST", "/later", {"after": 60, "message": message})
+        assert status == 200
+    settle(b, c)
+    assert ask(b, "POST", "/later", {"cancel": given["id"]})[0] == 200
+    settle(a, c)
+    [held] = {each.held.all for each in others}
+    assert 0 < held < 1200
+    end(a)
+    log.wall.wall += 61 * SECOND
+    put(b, to="nobody", msg="and the others learn what time it is")
+    settle(c)
+    for each in others[1:]:  # in one turn: both of them send
+        each.look()
+    settle(b, c)
+    settle(b, c)
+    assert log_of(b) == log_of(c) == ["and the others learn what time it is", "once"]
+    assert [each.held.all for each in others[1:]] == [0, 0] and not b.view.ask("SELECT 1 FROM later")
+    same(b, c)
+
+
+def test_who_waits_for_names_is_told_when_they_are_released_at_another_front(fronts):
+    a, b = fronts("a"), fronts("b")
+    _, held = ask(a, "POST", "/lock", {"from": "ann", "names": ["x"], "ttl": 40})
+    waiting = request(b, "POST", "/lock", {"from": "bob", "names": ["x"], "wait": 60})
+    settle(b)
+    assert ask(a, "POST", "/renew", {"from": "ann", "fence": held["fence"], "ttl": 50})[0] == 200
+    settle(b)
+    [parked] = b.mailboxes.parked
+    assert 40 < parked.due - b.door.deadlines.clock() < 51 and waiting() is None
+    assert ask(a, "POST", "/unlock", {"from": "ann", "names": ["x"]})[1]["released"] == 1
+    settle(b)
+    assert waiting()[0] == 200
+    same(a, b)
 
 
 def test_large_lists_become_several_entries(fronts, log):
