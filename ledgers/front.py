@@ -68,7 +68,7 @@ class Front(bus_server.Ledger):
     without an answer fails its senders, who may send again; if it was stored, its entry comes as one of another front.
     """
 
-    KEEPS = "the ledger in PostgreSQL"
+    KEEPS = "the ledger in PostgreSQL (for an hour also DATABASE.copy of each front)"
 
     def __init__(self, bus: Bus, mirror: Mirror) -> None:
         super().__init__(bus)

@@ -46,7 +46,7 @@ from .heartbeat import Beat, Heard, earlier_runs, live, says
 CALL = 4.0  # s that the engine has for one answer
 LEAVE = 1.0  # s for the last words of a front that ends
 ENTRIES = 100  # in one read
-STORING = (Put, Raise)  # operations that look at no row but those of messages with their keys, and remove none
+STORING = {Put, Raise}  # operations that look at no row but those of messages with their keys, and remove none
 SUMS = 10000  # positions whose sum is remembered
 TABLE = """CREATE TABLE front(
     position INTEGER NOT NULL,           -- of the last entry that was applied
@@ -281,7 +281,7 @@ class Mirror(State):
         """
         while entries := self.ledger.read(self.position, ENTRIES, time.monotonic() + CALL):
             read = ((position, wall, self.from_bytes(entry)) for position, wall, entry in entries)
-            for only_stores, some in groupby(read, lambda each: all(type(one) in STORING for one in each[2].operations)):
+            for only_stores, some in groupby(read, lambda each: {*map(type, each[2].operations)} <= STORING):
                 if only_stores:
                     self.take_all(list(some))
                 else:
@@ -323,7 +323,7 @@ class Mirror(State):
         return self.take_all([(position, wall, entry)])
 
     def take_all(self, entries: list[tuple[int, int, Entry]]) -> Applied:
-        """Apply the next entries in one transaction; if there are several, they have only operations that are STORING."""
+        """Apply the next entries in one transaction; if there are several, they have STORING operations only."""
         times, operations, senders = [self.time.entry], list[Operation](), list[str]()
         for number, (position, wall, its) in enumerate(entries, 1):
             self.check_begin(self.position + number, position)
