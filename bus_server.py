@@ -2473,6 +2473,7 @@ LISTED = """FROM (SELECT value AS tick FROM json_each(?)) AS places CROSS JOIN m
 PLACED_ROW = f"places.{ROW}"
 TICKS_LISTED = 256
 ALIVE = "(expires IS NULL OR expires > ?)"
+IS_FRONT = "SELECT 1 FROM sqlite_master WHERE name = 'front'"  # a row, if the database is a front's copy of a ledger
 SOUND_N = "typeof(n) = 'integer' AND n < 1 << 53"
 # Each mailbox with its newest message in a run.
 NEWEST = """SELECT channel, name, id, gone, newest, n FROM (SELECT *,
@@ -3051,7 +3052,10 @@ class State(Rows):
             raise Unusable(f"cannot use the database {path}: {error}") from None
 
     def check_use(self) -> None:
-        check_alone(self.database, self.path)
+        """Unusable, if the file is a front's copy of a ledger: what is written to it alone would be nowhere else."""
+        if self.ask(IS_FRONT):
+            bus_alone = f"make it a bus of its own ({called('move')} --back)"
+            raise Unusable(f"{self.path} is a front's copy of a ledger: start its front with --ledger, or {bus_alone}")
 
     def damaged_wal(self, commits: list[int]) -> bool:
         """Did SQLite leave two or more transactions of the log unread? A single one may be torn by a power cut."""
@@ -3479,12 +3483,6 @@ class View(Rows):
         if removed is None:
             removed = (self.oldest(channel, called, 0) or last + 1) - 1
         return (channel, called, own or 0, read, fetched or read or 0, seen or 0, removed, *marks[5:])
-
-
-def check_alone(database: sqlite3.Connection, path: str) -> None:
-    """Unusable, if a file is a front's copy of a ledger: what is written to it alone would be nowhere else."""
-    if database.execute("SELECT 1 FROM sqlite_master WHERE name = 'front'").fetchone():
-        raise Unusable(f"{path} is a front's copy of a ledger: start its front with --ledger, and back up the ledger")
 
 
 def lock_file(path: str) -> str:
@@ -4960,7 +4958,7 @@ LOADED = "loaded"
 ELSEWHERE = {  # extension: the endpoints and options that it brings
     "work": ("/claim", "/ack", "/nack", "/extend", "/again", "--max-attempts"),
     "replies": ("/ask", "/recall", "/thread/"),
-    "files": ("/blob/", "--files"),
+    "files": ("/blob/", "--files", "--files-dir"),
     "metrics": ("/metrics",),
     "schemas": ("--schemas", "--strict"),
     "channels": ("/channels",),
@@ -5561,7 +5559,7 @@ def command_line(arguments: Sequence[str]) -> argparse.Namespace:
         usage="%(prog)s [-h] [OPTIONS]",
         description="A message bus for coding agents over HTTP.",
         epilog=f"Commands: {called('invite')} NAME, revoke NAME, tokens, prune, backup COPY, also while the bus runs; "
-        "restore COPY, only while it is stopped. Each has --help.",
+        "restore COPY and move, only while it is stopped. Each has --help.",
     )
     add_options(parser)
     for module in extensions.values():
@@ -5578,7 +5576,7 @@ def command_line(arguments: Sequence[str]) -> argparse.Namespace:
         if wrong:
             parser.error(sentence)
     options.extensions, options.without = extensions, without
-    options.front = load_front() if options.ledger else None
+    options.front = load_ledgers("front") if options.ledger else None
     options.tcp = options.host is not None or options.port is not None  # else only if nothing else listens
     options.host, options.port = options.host or "127.0.0.1", 8080 if options.port is None else options.port
     return options
@@ -5626,14 +5624,14 @@ def load(file: pathlib.Path) -> ModuleType:
     return module
 
 
-def load_front() -> ModuleType:
-    """ledgers/front.py beside this file, or in the installed package: how a bus shares a ledger with other fronts."""
+def load_ledgers(module: str) -> ModuleType:
+    """A module of ledgers/, beside this file or in the installed package: how a bus shares a ledger with others."""
     folder = folder_of("ledgers", "agent_bus_ledgers")
     if not folder.is_dir():
-        raise Unusable("--ledger needs the folder ledgers/ beside bus_server.py: copy it from the same version")
+        raise Unusable("a ledger needs the folder ledgers/ beside bus_server.py: copy it from the same version")
     if "ledgers" not in sys.modules:
         module_at(folder / "__init__.py", "ledgers")
-    return importlib.import_module("ledgers.front")
+    return importlib.import_module(f"ledgers.{module}")
 
 
 def check_extensions(
@@ -6048,6 +6046,13 @@ def read_only(path: str) -> sqlite3.Connection:
     return sqlite3.connect(f"{pathlib.Path(path).absolute().as_uri()}?mode=ro", uri=True)
 
 
+def is_front(path: str) -> bool:
+    """Is this database a front's copy of a ledger? False too if it cannot be read."""
+    with contextlib.suppress(sqlite3.Error), contextlib.closing(read_only(path)) as database:
+        return bool(database.execute(IS_FRONT).fetchone())
+    return False
+
+
 def signature(path: str) -> tuple[str, str]:
     """(URL, version) of the running server, from its lock file."""
     try:
@@ -6074,7 +6079,8 @@ def backup(arguments: Sequence[str]) -> None:
 def restore(arguments: Sequence[str]) -> None:
     """Replace a stopped bus by a copy. It gets a new bus id, so that readers of the old bus notice.
 
-    They may have read messages that are not in the copy. Under the old id, their cursors would skip new messages.
+    They may have read messages that are not in the copy. Under the old id, their cursors would skip new messages. The
+    copy of a front keeps its id: its front reads what it lacks from the ledger.
     """
     parser = command("restore", "Replace the bus by COPY. Stop the bus first.")
     parser.add_argument("copy", metavar="COPY", help="a copy made by backup; its tokens are used if the bus has none")
@@ -6084,9 +6090,10 @@ def restore(arguments: Sequence[str]) -> None:
     with locked(options.db):
         marker = pathlib.Path(restoring(options.db))  # of a restore that was cut off
         old = marker.read_text() if marker.exists() else f"{options.db}.{wall_clock()}"
-        bus = secrets.token_hex(8)
+        bus = None if is_front(options.copy) else secrets.token_hex(8)
         messages, files = copy_bus(options.copy, options.db, missing_tokens(options.copy, options.db), old, bus)
-    print(f"{options.db} is bus {bus} now, with {messages} messages; {files} files were restored")
+    what = f"bus {bus}" if bus else "a front's copy of a ledger"
+    print(f"{options.db} is {what} now, with {messages} messages; {files} files were restored")
     if os.path.exists(old):
         print(f"the database that was there before is now {old}")
 
@@ -6114,7 +6121,7 @@ def missing_tokens(copy: str, path: str) -> list[Row]:
     if os.path.exists(f"{path}.tokens"):
         return []
     rows = Tokens(copy).rows()
-    if last_used(copy) and not rows:
+    if last_used(copy) and not rows and not is_front(copy):
         raise Unusable(
             f"the bus in {copy} had tokens, and would be open without them: put {copy}.tokens beside {copy}, "
             f"or make a token first ({called('invite')} NAME --db {path})"
@@ -6150,7 +6157,6 @@ def copy_database(source: str, target: str, bus: str | None = None) -> int:
     pathlib.Path(target).unlink(missing_ok=True)
     try:
         with contextlib.closing(read_only(source)) as old, contextlib.closing(sqlite3.connect(target)) as new:
-            check_alone(old, source)
             old.backup(new)
             new.execute("PRAGMA journal_mode=DELETE")
             new.execute("UPDATE bus SET id = ifnull(?, id)", (bus,))
@@ -6165,8 +6171,14 @@ def copy_database(source: str, target: str, bus: str | None = None) -> int:
     return messages
 
 
+def move(arguments: Sequence[str]) -> None:
+    """Move a stopped bus onto a ledger, or back: ledgers/move.py."""
+    extensions = load_extensions(())
+    load_ledgers("move").move(arguments, extensions)
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
-    function.__name__: function for function in (invite, revoke, tokens, prune, backup, restore)
+    function.__name__: function for function in (invite, revoke, tokens, prune, backup, restore, move)
 }
 
 

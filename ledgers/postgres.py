@@ -55,6 +55,12 @@ READ = f"""SELECT position, at, entry FROM (
     SELECT *, sum(octet_length(entry)) OVER (ORDER BY position) - octet_length(entry) AS before FROM (
         SELECT position, at, entry FROM agent_bus_ledger WHERE position > $1 ORDER BY position LIMIT $2) AS following
     ) AS summed WHERE before < {READ_BYTES} ORDER BY position""".encode()
+KEPT = b"""SELECT coalesce(
+    (SELECT min(position) FROM agent_bus_ledger WHERE position > 0 AND at >= $1),
+    (SELECT max(position) FROM agent_bus_ledger))"""
+TRIMMED = 1000  # entries in one transaction of trim()
+TRIM = f"""DELETE FROM agent_bus_ledger WHERE position IN (SELECT position FROM agent_bus_ledger
+    WHERE position > 0 AND position < $1 ORDER BY position LIMIT {TRIMMED}) RETURNING position""".encode()
 SETTINGS = b"""SELECT current_setting('synchronous_commit'), current_setting('synchronous_standby_names'),
     current_setting('fsync'), pg_is_in_recovery()::text"""
 
@@ -155,6 +161,17 @@ class Postgres:
     def read(self, above: int, limit: int, deadline: float) -> list[tuple[int, int, bytes]]:
         rows = self.ask(READ, [above.to_bytes(8, "big"), limit.to_bytes(8, "big")], deadline)
         return [(int.from_bytes(position, "big"), int.from_bytes(at, "big"), entry) for position, at, entry in rows]
+
+    def trim(self, upto: int, before: int, deadline: float) -> None:
+        """On a connection of its own, so that no append waits for it."""
+        with contextlib.closing(self.open()) as connection:
+            try:
+                [[kept]] = rows_of(connection.pgconn, KEPT, [before.to_bytes(8, "big")], deadline)
+                end = min(upto + 1, int.from_bytes(kept, "big")).to_bytes(8, "big")
+                while len(rows_of(connection.pgconn, TRIM, [end], deadline)) == TRIMMED:
+                    pass
+            except psycopg.Error as error:
+                raise Unknown(str(error).strip()) from None
 
     def listen(self, tell: Callable[[int], None]) -> None:
         threading.Thread(target=self.hear, args=[tell], name="ledger", daemon=True).start()

@@ -103,6 +103,19 @@ class Contract:
         for writer in writers:
             writer.close()
 
+    def test_the_oldest_entries_are_removed_and_the_others_keep_their_positions(self, ledger, other):
+        told = [append(ledger, b"%d" % number) for number in range(6)]
+        later, patience = told[-1][1] + 1, time.monotonic() + CALL
+        ledger.trim(2, later, patience)
+        assert [entry for _, _, entry in read(other)] == [b"2", b"3", b"4", b"5"] and read(ledger, 1) == read(other)
+        assert [position for position, _, _ in read(ledger, 4)] == [5, 6] and read(ledger, 2, 1)[0][0] == 3
+        ledger.trim(5, told[3][1], patience)
+        assert [position for position, _, _ in read(ledger)] == [4, 5, 6], "none from a time on"
+        ledger.trim(99, later, patience)
+        assert [position for position, _, _ in read(ledger)] == [6], "the newest stays"
+        ledger.trim(99, later, patience)
+        assert append(other, b"6")[0] == 7 and append(ledger, b"5") == told[5]
+
     def test_who_listens_is_told_of_entries(self, ledger, other):
         told = []
         other.listen(told.append)
@@ -120,6 +133,7 @@ class Contract:
         with self.out(ledger):
             for call in (
                 lambda: append(ledger, b"x", "once", patience=0.3),
+                lambda: ledger.trim(1, 1 << 60, time.monotonic() + 0.3),
                 lambda: ledger.read(0, 1, time.monotonic() + 0.3),
             ):
                 began = time.monotonic()
