@@ -36,7 +36,7 @@ test: $(VENV)/test
 lint: $(VENV)/dev
 	$(RUN) ruff check .
 	$(RUN) mypy
-	$(VENV)/bin/shellcheck bus_listener.sh .ci/run deploy/cluster/one_machine.sh
+	$(VENV)/bin/shellcheck bus_listener.sh .ci/run deploy/cluster/node.sh deploy/cluster/one_machine.sh
 
 check: $(VENV)/dev lint
 	$(RUN) pytest $(TOGETHER) --durations 20
