@@ -41,12 +41,14 @@ from bus_server import (
     Refused,
     Remove,
     Request,
+    Step,
     Unusable,
     say,
 )
 
 from . import READ_BYTES, Ledger, Unknown, tokens
-from .mirror import CALL, ENTRIES, Differs, Mirror
+from .heartbeat import Beat, Fronts
+from .mirror import CALL, ENTRIES, Differs, Entry, Mirror
 
 GIVE_UP = 8.0  # s; then who sent is told that it is unknown whether the message was stored
 PAUSE = 0.1  # s between two attempts
@@ -66,8 +68,9 @@ class Front(bus_server.Ledger):
 
     def __init__(self, bus: Bus, mirror: Mirror) -> None:
         super().__init__(bus)
-        self.mirror = mirror
+        self.mirror, self.fronts = mirror, Fronts(bus, mirror)
         self.elsewhere = {**bus.ledger.elsewhere, "marks": self.marked, "forget": self.forgotten}
+        self.elsewhere[Beat.kind] = self.fronts.heard
         self.upto = 0  # the highest position of a hint
         self.due = self.busy = self.removing = False
         bus.clock = mirror.time
@@ -88,13 +91,28 @@ class Front(bus_server.Ledger):
             self.loop.soon(self.commit)
             self.planned = True
 
+    def add(self, step: Step) -> None:
+        lacking = self.fronts.lacking(step.operation.kind)
+        if lacking:
+            why = f"the front {lacking} does not know {step.operation.kind!r}: nothing was stored"
+            refused = Refused(503, f"{why}; give all fronts the same version and the same extensions")
+            self.loop.soon(partial(self.turn_down, step, refused))
+        else:
+            super().add(step)
+
+    def turn_down(self, step: Step, refused: Refused) -> None:
+        """Refuse a step that is in no list."""
+        self.bus.withheld.pop(step, None)
+        self.count_out([step])
+        self.bus.settle([(step, refused)])
+
     def idle(self) -> bool:
         return super().idle() and not self.busy
 
     def removes(self) -> bool:
         return self.removing or super().removes()
 
-    def next_list(self) -> list[bus_server.Step]:
+    def next_list(self) -> list[Step]:
         steps, size = super().next_list(), 0
         for number, step in enumerate(steps, 1):
             size += self.large.get(id(step.operation), ("", self.LARGE))[1]
@@ -133,8 +151,9 @@ class Front(bus_server.Ledger):
         if time.monotonic() > self.bus.gate.until:
             self.refuse("this bus cannot reach its ledger: nothing was stored, try again, or use another front")
         self.note_room(operations)
-        began, entry = time.monotonic(), self.mirror.entry(operations)
-        its = self.mirror.operations(entry)  # from the bytes, as all others apply them
+        senders = [(step.connection.token or "") if step.connection else "" for step in self.out]
+        began, entry = time.monotonic(), self.mirror.to_bytes(Entry(operations, senders))
+        its = self.mirror.from_bytes(entry)  # as all others apply it
         try:
             position, wall = self.aside(partial(self.append, entry, began + GIVE_UP))
             self.follow(position - 1)
@@ -158,7 +177,7 @@ class Front(bus_server.Ledger):
         if not isinstance(error, (Differs, sqlite3.Error, OSError, MemoryError)):
             say("".join(traceback.format_exception(type(error), error, error.__traceback__)))
         say(f"bus_server: {self.mirror.path}: {error}; this front stops")
-        self.bus.broken = True
+        self.bus.broken, self.mirror.is_live = True, False
 
     def aside(self, call: Callable[[], Any]) -> Any:
         """The result of a call that may wait."""
@@ -185,23 +204,23 @@ class Front(bus_server.Ledger):
             for position, wall, entry in entries:
                 if position > upto:
                     return
-                self.announce(position, wall, self.mirror.operations(entry))
+                self.announce(position, wall, self.mirror.from_bytes(entry))
             if len(entries) < ENTRIES and sum(len(entry) for _, _, entry in entries) < READ_BYTES:
                 self.bus.gate.until = began + CUT_OFF
                 return
 
-    def take(self, position: int, wall: int, operations: list[Operation]) -> Applied:
-        self.removing = any(type(each) is Remove for each in operations)
-        applied: Applied = self.aside(partial(self.mirror.take, position, wall, operations))
+    def take(self, position: int, wall: int, entry: Entry) -> Applied:
+        self.removing = any(type(each) is Remove for each in entry.operations)
+        applied: Applied = self.aside(partial(self.mirror.take, position, wall, entry))
         self.state.view.tail, self.removing = self.state.tail, False
         return applied
 
-    def announce(self, position: int, wall: int, operations: list[Operation]) -> None:
+    def announce(self, position: int, wall: int, entry: Entry) -> None:
         """Apply an entry of another front, wake the readers here, and note in memory what it noted."""
         began = time.monotonic()
-        applied = self.take(position, wall, operations)
+        applied = self.take(position, wall, entry)
         self.loop.attempt(self.bus.announce, [], applied, time.monotonic() - began)
-        for operation, result in zip(operations, applied.results):
+        for operation, result in zip(entry.operations, applied.results):
             if operation.kind in self.elsewhere and not isinstance(result, Refused):
                 self.loop.attempt(self.elsewhere[operation.kind], operation, result)
 
@@ -235,8 +254,8 @@ def refuse(sentence: str, request: Request) -> NoReturn:
 
 
 NOT_BUILT = {
-    "/blob/": "a bus of several fronts has no files: send them another way, and send where they are",
     "/recall": "a bus of several fronts cannot take a message back: a reader of another front may have it already",
+    "/blob/": "a bus of several fronts has no files: send them another way, and send where they are",
 }
 
 

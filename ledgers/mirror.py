@@ -6,13 +6,14 @@ results of the front that wrote it; a front that has other results stops.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import secrets
 import socket
 import time
 import zlib
 from collections import deque
-from typing import Any
+from typing import Any, NamedTuple
 
 from bus_server import (
     OPERATIONS,
@@ -32,10 +33,12 @@ from bus_server import (
     wall_clock,
 )
 
-from . import Ledger, tokens
+from . import Ledger, Unknown, tokens
+from .heartbeat import TABLE as FRONTS
+from .heartbeat import Beat, Heard, earlier_runs, live, says
 
-FORMAT = 1  # of an entry: [format, front, position, sum], then a line for each operation
 CALL = 4.0  # s that the engine has for one answer
+LEAVE = 1.0  # s for the last words of a front that ends
 ENTRIES = 100  # in one read
 SUMS = 10000  # positions whose sum is remembered
 TABLE = """CREATE TABLE front(
@@ -43,6 +46,9 @@ TABLE = """CREATE TABLE front(
     time INTEGER NOT NULL,               -- of that entry, us
     steady INTEGER NOT NULL,             -- the sum of the steps of that time that went forward, us
     sum INTEGER NOT NULL)                -- a checksum of the results of all entries"""
+
+
+REVOKED = Refused(401, "this token was revoked at another front: nothing was stored", ("WWW-Authenticate", "Bearer"))
 
 
 class Differs(Exception):
@@ -125,22 +131,42 @@ class Position(Operation):
         state.writing.execute("UPDATE front SET position = ?, time = ?, steady = ?, sum = ?", values)
 
 
+class Entry(NamedTuple):
+    """What one turn of a front puts into the ledger: [format, front, position, sum, tokens], then the operations.
+
+    A line each. `tokens`: of who asked for each operation, "" if nobody did; the member is missing on an open bus.
+    """
+
+    operations: list[Operation]
+    tokens: list[str]
+
+
 class Mirror(State):
-    """A front's copy: a State whose lists are the entries of a ledger. Its position is part of each transaction."""
+    """A front's copy: a State whose lists are the entries of a ledger. Its position is part of each transaction.
+
+    A new format is needed if the lines of an entry change, or if an operation gets another result than before.
+    """
+
+    FORMATS = (1,)  # that this version understands; it writes the highest that all live fronts understand
 
     def __init__(self, path: str, ledger: Ledger) -> None:
         self.ledger, self.time = ledger, Time()
-        self.front = f"{socket.gethostname()}:{path}"
+        self.front = f"{socket.gethostname()}:{path}#{secrets.token_hex(4)}"  # another one at each start
         self.position = self.sum = 0
         super().__init__(path, self.time.wall)
         self.writing.execute("PRAGMA synchronous=OFF")  # what a power cut takes is in the ledger
         self.position, wall, steady, self.sum = self.ask("SELECT position, time, steady, sum FROM front")
         self.time.entry = Now(wall, steady)
         self.sums = deque([self.sum], SUMS)  # after each of the last entries
-        self.kinds = {**OPERATIONS, **{each.kind: each for each in (Maxima, Begin, tokens.Grants)}}
+        of_fronts: list[type[Operation]] = [Maxima, Begin, Beat, tokens.Grants]
+        self.kinds = {**OPERATIONS, **{each.kind: each for each in of_fronts}}
         self.is_live = False  # it has caught up
+        self.barred: set[int] = set()  # the id() of each operation in this entry whose token was revoked before it
 
     def close(self) -> None:
+        if self.is_live:
+            with contextlib.suppress(Unknown):
+                self.append(Entry([Beat(self.front, {})], []), time.monotonic() + LEAVE)
         self.ledger.close()
         super().close()
 
@@ -150,6 +176,7 @@ class Mirror(State):
                 raise Unusable(f"{self.path} is a bus of its own, and its mail is not in the ledger: give another --db")
             migrate(self.writing, ["BEGIN IMMEDIATE", TABLE, tokens.TABLE, "INSERT INTO front VALUES (0, 0, 0, 0)"])
             self.writing.execute("COMMIT")
+        self.writing.execute(FRONTS)  # a file of before may lack it
         if self.ask("SELECT lost FROM bus") != (0,):
             raise Unusable(f"{self.path} is damaged, and only a copy: move it away, and the front makes it anew")
 
@@ -163,8 +190,10 @@ class Mirror(State):
     def catch_up(self) -> None:
         """Apply what is in the ledger, and then an entry of this front, which tells what time it is there."""
         self.replay()
-        begin = self.entry([Begin(self.bus)])
-        _, wall = self.ledger.append(begin, secrets.token_hex(16), time.monotonic() + CALL)
+        self.choose_format(live(self.writing, self.time.entry.steady))
+        ended = [Beat(each, {}) for each in earlier_runs(self.writing, self.front)]
+        begin = Entry([Begin(self.bus), *ended, Beat(self.front, says(self, 0))], [])
+        _, wall = self.append(begin, time.monotonic() + CALL)
         self.time.heard(wall, just_now=True)
         self.replay()
         self.is_live = True
@@ -172,18 +201,26 @@ class Mirror(State):
     def replay(self) -> None:
         while entries := self.ledger.read(self.position, ENTRIES, time.monotonic() + CALL):
             for position, wall, entry in entries:
-                self.take(position, wall, self.operations(entry))
+                self.take(position, wall, self.from_bytes(entry))
         self.view.tail = self.tail
 
-    def entry(self, operations: list[Operation]) -> bytes:
-        head = encode([FORMAT, self.front, self.position, self.sum])
-        return "\n".join([head, *(operation.to_line() for operation in operations)]).encode()
+    def append(self, entry: Entry, deadline: float) -> tuple[int, int]:
+        return self.ledger.append(self.to_bytes(entry), secrets.token_hex(16), deadline)
 
-    def operations(self, entry: bytes) -> list[Operation]:
+    def choose_format(self, fronts: list[Heard]) -> None:
+        its = [each for each in self.FORMATS if all(each in front.formats for front in fronts)]
+        self.format = max(its or self.FORMATS)
+
+    def to_bytes(self, entry: Entry) -> bytes:
+        senders = [entry.tokens] if any(entry.tokens) else []
+        head = encode([self.format, self.front, self.position, self.sums[-1], *senders])
+        return "\n".join([head, *(operation.to_line() for operation in entry.operations)]).encode()
+
+    def from_bytes(self, entry: bytes) -> Entry:
         """What is in an entry. Differs, if this front cannot apply it, or has other results than the one that wrote."""
         head, *lines = entry.decode().split("\n")
-        version, front, position, its_sum = json.loads(head)
-        if version != FORMAT:
+        version, front, position, its_sum, *senders = json.loads(head)
+        if version not in self.FORMATS:
             raise Differs(f"the ledger has an entry of format {version}: upgrade this front")
         index = position - self.position - 1
         if -len(self.sums) <= index < 0 and self.sums[index] != its_sum:
@@ -192,23 +229,25 @@ class Mirror(State):
                 raise Differs(f"{why}: one of them is wrong; move the wrong file away, and its front makes it anew")
             say(f"bus_server: {why}")
         try:
-            return [operation_of(line, self.kinds) for line in lines]
-        except ValueError as error:
+            return Entry([operation_of(line, self.kinds) for line in lines], *(senders or [[]]))
+        except (ValueError, TypeError) as error:
             raise Differs(f"{error}: use the version and the extensions of the other fronts") from None
 
-    def take(self, position: int, wall: int, operations: list[Operation]) -> Applied:
+    def take(self, position: int, wall: int, entry: Entry) -> Applied:
         """Apply an entry: the next one, with the time of the ledger."""
         if position != self.position + 1:
             raise Differs(f"entry {position} of the ledger follows entry {self.position}: entries are missing")
         now, self.sum = self.time.at(wall), self.sums[-1]
-        applied = self.apply([*operations, Position(position)], now)
+        revoked = tokens.revoked(self.writing, entry.tokens)
+        self.barred = {id(each) for each, token in zip(entry.operations, entry.tokens) if token in revoked}
+        applied = self.apply([*entry.operations, Position(position)], now)
         self.position, self.time.entry = position, now
         self.sums.append(self.sum)
         self.time.heard(wall, just_now=False)
         return applied._replace(results=applied.results[:-1])
 
     def apply_one(self, operation: Operation, now: Now) -> Any:
-        result = super().apply_one(operation, now)
+        result = REVOKED if id(operation) in self.barred else super().apply_one(operation, now)
         if type(operation) is not Position:  # which writes the sum down
             self.add_to_sum((result.status, result.sentence) if isinstance(result, Refused) else result)
         return result
