@@ -39,5 +39,8 @@ class Ledger(Protocol):
         It is a hint: it may be late, missing, out of order, or come twice.
         """
 
+    def about(self) -> tuple[str, str]:
+        """For people: who took the last entry, and who else had to have it then ("" if nobody). It does not wait."""
+
     def close(self) -> None:
         """Give up the connections, and call `tell` no more."""

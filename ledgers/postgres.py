@@ -50,13 +50,15 @@ BEGIN
 END $$ LANGUAGE plpgsql;
 """
 IS_THERE = b"SELECT to_regclass('agent_bus_ledger')::text"  # its user need not be one who may make tables
-APPEND = b"SELECT its, its_at FROM agent_bus_append($1, $2)"
+APPEND = b"SELECT its, its_at, current_setting('synchronous_standby_names') FROM agent_bus_append($1, $2)"
 READ = f"""SELECT position, at, entry FROM (
     SELECT *, sum(octet_length(entry)) OVER (ORDER BY position) - octet_length(entry) AS before FROM (
         SELECT position, at, entry FROM agent_bus_ledger WHERE position > $1 ORDER BY position LIMIT $2) AS following
     ) AS summed WHERE before < {READ_BYTES} ORDER BY position""".encode()
 SETTINGS = b"""SELECT current_setting('synchronous_commit'), current_setting('synchronous_standby_names'),
     current_setting('fsync'), pg_is_in_recovery()::text"""
+
+ALONE = "synchronous_standby_names is empty, so a message is on one machine only: set it, or --ledger-single"
 
 
 def connect(url: str, single: bool) -> Ledger:
@@ -76,7 +78,7 @@ def unsafe(single: bool, commit: str, standbys: str, fsync: str, in_recovery: st
     if fsync != "on" or commit not in ("on", "remote_apply"):
         return f"the server has fsync {fsync} and synchronous_commit {commit}, and both must be on"
     if not (single or standbys):
-        return "synchronous_standby_names is empty, so a message is on one machine only: set it, or --ledger-single"
+        return ALONE
     return ""
 
 
@@ -92,6 +94,7 @@ class Postgres:
         self.connection: psycopg.Connection[Any] | None = None
         self.warnings: list[str] = []
         self.told = ""  # the last reason why a server was not taken
+        self.leads = self.standbys = ""
         self.closed = threading.Event()
 
     def make_table(self, deadline: float) -> None:
@@ -117,8 +120,11 @@ class Postgres:
         if why:
             raise Unknown(why)
         connection.add_notice_handler(self.noticed)
-        self.connection = connection
+        self.connection, self.leads = connection, f"{connection.info.host}:{connection.info.port}"
         return connection
+
+    def about(self) -> tuple[str, str]:
+        return self.leads, self.standbys
 
     def open(self) -> psycopg.Connection[Any]:
         try:
@@ -149,7 +155,11 @@ class Postgres:
             connection.close()
 
     def append(self, entry: bytes, id: str, deadline: float) -> tuple[int, int]:
-        [[position, at]] = self.ask(APPEND, [id.encode(), entry], deadline)
+        [[position, at, standbys]] = self.ask(APPEND, [id.encode(), entry], deadline)
+        self.standbys = standbys.decode()
+        if not (self.single or standbys):  # it was taken away from a server that was safe when we connected
+            self.drop()
+            raise Unknown(ALONE)
         return int.from_bytes(position, "big"), int.from_bytes(at, "big")
 
     def read(self, above: int, limit: int, deadline: float) -> list[tuple[int, int, bytes]]:

@@ -82,6 +82,9 @@ class Fake:
                 break
         return found
 
+    def about(self):
+        return "memory", ""
+
     def listen(self, tell):
         self.told.append(tell)
         self.log.tells.append(tell)

@@ -114,7 +114,7 @@ def test_a_front_that_answers_before_its_entry_is_in_the_ledger_is_found_out(tmp
 
 def test_a_front_that_appends_anew_what_is_unknown_is_found_out(tmp_path, ledger):
     with front(tmp_path / "a.db", ledger, **hasty("no id")) as bus:
-        found = storm([bus], kills([bus], 1)).violations
+        found = storm([bus], kills([bus], 3)).violations
     assert any("duplicated: " in violation for violation in found)
 
 
@@ -186,6 +186,15 @@ def test_the_commands_on_a_stopped_front_are_refused(tmp_path, ledger):
         done = subprocess.run([*COMMAND, *command, "--db", bus.db], capture_output=True, text=True, timeout=60)
         assert done.returncode == 2 and "is a front's copy of a ledger" in done.stderr, done
     assert not copy.exists()
+
+
+def test_the_doctor_looks_at_the_ledger_through_each_front(two, tmp_path):
+    env = {**os.environ, "AGENT_BUS_URL": ",".join(bus.url for bus in two), "AGENT_NAME": "spark"}
+    doctor = [sys.executable, str(ROOT / "tools/bus_doctor.py"), "--hold", "0"]
+    printed = subprocess.run(doctor, env=env, capture_output=True, text=True, timeout=60).stdout
+    line = r"^warn  ledger (.*) leads; this front is at entry \d+, of 2 that live; a message is on \1 alone$"
+    assert len(re.findall(line, printed, re.MULTILINE)) == 2, printed
+    assert re.search(r"^ok    fronts each has come to entry \d+$", printed, re.MULTILINE), printed
 
 
 def test_prune_beside_a_running_front_removes_at_all_fronts(two):

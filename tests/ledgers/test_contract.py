@@ -222,6 +222,24 @@ class TestPostgres(Contract):
         self.server.start()
         assert wait_until(lambda: self.tried(ledger, b"x", "once"))[0] == 1 and len(read(ledger)) == 1
 
+    def test_a_server_whose_quorum_is_taken_away_is_left(self, ledger):
+        """It was safe when we connected, and what is appended now could be on one machine only."""
+        from ledgers.postgres import connect
+
+        self.require("nowhere")
+        ours = connect(self.server.url, single=False)
+        assert read(ours) == []
+        self.require("")
+        for number in range(2):
+            with pytest.raises(Unknown, match="synchronous_standby_names is empty"):
+                append(ours, b"%d" % number)
+        ours.close()
+
+    def require(self, standbys):
+        self.server.ask(f"ALTER SYSTEM SET synchronous_standby_names = '{standbys}'")
+        self.server.ask("SELECT pg_reload_conf()")
+        wait_until(lambda: self.server.ask("SHOW synchronous_standby_names") == [(standbys,)])
+
     def test_a_server_that_crashed_is_used_again_and_has_all(self, ledger):
         told = [append(ledger, b"%d" % number) for number in range(3)]
         self.server.crash()
