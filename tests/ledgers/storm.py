@@ -42,6 +42,10 @@ class Pulse:
             else:
                 return
 
+    def history(self):
+        """All that it has sent: the last one may be under way."""
+        return [*self.sent, Sent(self.name, f"{len(self.sent)}", None)]
+
     def acknowledged(self, since, until):
         return sum(since < moment < until for moment in self.moments)
 
@@ -93,7 +97,7 @@ def storm(buses, strokes, pulses=()):
         for pulse in pulses:
             pulse.end()
         found = [f"{talk.name}: {violation}" for talk in talks for violation in talk.finish()]
-    sent = [each for one in (*talks, *pulses) for each in one.sent]
+    sent = [each for talk in talks for each in talk.sent] + [each for pulse in pulses for each in pulse.history()]
     newest = max(get(bus.url, "/healthz")["now"] for bus in buses)
     for bus in buses:
         wait_until(lambda: get(bus.url, "/healthz")["now"] >= newest)  # noqa: B023
