@@ -49,6 +49,7 @@ from bus_server import (
 from . import READ_BYTES, Ledger, Unknown, tokens
 from .heartbeat import Beat, Fronts
 from .mirror import CALL, ENTRIES, Differs, Entry, Mirror
+from .recall import Recalls
 
 GIVE_UP = 8.0  # s; then who sent is told that it is unknown whether the message was stored
 PAUSE = 0.1  # s between two attempts
@@ -71,6 +72,7 @@ class Front(bus_server.Ledger):
         self.mirror, self.fronts = mirror, Fronts(bus, mirror)
         self.elsewhere = {**bus.ledger.elsewhere, "marks": self.marked, "forget": self.forgotten}
         self.elsewhere[Beat.kind] = self.fronts.heard
+        self.detours: dict[str, Callable[[Step], object]] = {}  # by the kind: what a step needs before it is appended
         self.upto = 0  # the highest position of a hint
         self.due = self.busy = self.removing = False
         bus.clock = mirror.time
@@ -98,7 +100,10 @@ class Front(bus_server.Ledger):
             refused = Refused(503, f"{why}; give all fronts the same version and the same extensions")
             self.loop.soon(partial(self.turn_down, step, refused))
         else:
-            super().add(step)
+            self.detours.get(step.operation.kind, self.append_soon)(step)
+
+    def append_soon(self, step: Step) -> None:
+        super().add(step)
 
     def turn_down(self, step: Step, refused: Refused) -> None:
         """Refuse a step that is in no list."""
@@ -254,7 +259,6 @@ def refuse(sentence: str, request: Request) -> NoReturn:
 
 
 NOT_BUILT = {
-    "/recall": "a bus of several fronts cannot take a message back: a reader of another front may have it already",
     "/blob/": "a bus of several fronts has no files: send them another way, and send where they are",
 }
 
@@ -298,6 +302,9 @@ def start(bus: Bus, options: argparse.Namespace) -> None:
     common = tokens.Common(bus)
     front.elsewhere[tokens.Grants.kind] = common.came
     bus.loop.every(LOOK, common.look)
+    replies = options.extensions.get("replies")
+    if replies:
+        Recalls(front, replies.was_fetched, replies.FETCHED)
     for method, path in list(bus.routes):
         if path in NOT_BUILT:
             call = partial(refuse, NOT_BUILT[path])

@@ -33,7 +33,7 @@ from bus_server import (
     wall_clock,
 )
 
-from . import Ledger, Unknown, tokens
+from . import Ledger, Unknown, recall, tokens
 from .heartbeat import TABLE as FRONTS
 from .heartbeat import Beat, Heard, earlier_runs, live, says
 
@@ -159,6 +159,7 @@ class Mirror(State):
         self.time.entry = Now(wall, steady)
         self.sums = deque([self.sum], SUMS)  # after each of the last entries
         of_fronts: list[type[Operation]] = [Maxima, Begin, Beat, tokens.Grants]
+        of_fronts += recall.KINDS if "recall" in OPERATIONS else ()
         self.kinds = {**OPERATIONS, **{each.kind: each for each in of_fronts}}
         self.is_live = False  # it has caught up
         self.barred: set[int] = set()  # the id() of each operation in this entry whose token was revoked before it
@@ -176,7 +177,8 @@ class Mirror(State):
                 raise Unusable(f"{self.path} is a bus of its own, and its mail is not in the ledger: give another --db")
             migrate(self.writing, ["BEGIN IMMEDIATE", TABLE, tokens.TABLE, "INSERT INTO front VALUES (0, 0, 0, 0)"])
             self.writing.execute("COMMIT")
-        self.writing.execute(FRONTS)  # a file of before may lack it
+        for table in (FRONTS, recall.TABLE):  # a file of before may lack them
+            self.writing.execute(table)
         if self.ask("SELECT lost FROM bus") != (0,):
             raise Unusable(f"{self.path} is damaged, and only a copy: move it away, and the front makes it anew")
 

@@ -386,4 +386,5 @@ def test_every_member_that_the_document_lists_was_in_an_answer(compared):
             for kind, content in resolved(response)["content"].items():
                 if kind == "application/json" and status != "5XX":
                     listed |= set(listed_members(content["schema"], f"{operation['operationId']} {status}", done))
-    assert len(listed) > 60 and listed - compared.seen == set()
+    of_fronts = {("Health", "position"), ("Health", "fronts")}  # ledgers/test_heartbeat.py has them
+    assert len(listed) > 60 and listed - compared.seen == of_fronts

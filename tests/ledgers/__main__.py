@@ -112,7 +112,7 @@ def outcome_of(row, size):
 
 
 def keep(name, line):
-    """Put the row of this name into the table of the report, where it stands or as the last one."""
+    """Put the row of this name into the table of the report."""
     first, _, table = REPORT.read_text().partition(TABLE)
     lines = dict(re.findall(r"^[|] ([a-z0-9-]+) [|] (.*) [|]$", table, re.MULTILINE))
     lines[name] = line

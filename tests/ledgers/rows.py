@@ -74,7 +74,12 @@ def world(place, networks=False, options=()):
         fronts = [nodes.front(place / f"{name}.db", nodes[node], *options) for name, node in (("a", "m1"), ("b", "m2"))]
         its = World(place, nodes, *map(stack.enter_context, fronts))
         stack.callback(lambda: [pulse.over.set() for pulse in its.pulses])
-        yield its
+        try:
+            yield its
+        except Exception:
+            for bus in (its.a, its.b):
+                print(f"    {bus.db}: {bus.log.read_text()[-2000:]}")
+            raise
 
 
 # Processes end

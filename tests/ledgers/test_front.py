@@ -389,8 +389,6 @@ def test_a_damaged_copy_is_refused(fronts, tmp_path):
 
 def test_what_is_not_built_is_refused_in_words(fronts):
     a = fronts()
-    status, answer = ask(a, "POST", "/recall", {"id": "1"})
-    assert status == 501 and "cannot take a message back" in answer["error"]
     for method in ("GET", "PUT"):
         status, answer = ask(a, method, inside.FILE_PATH)
         assert status == 501 and "has no files" in answer["error"]
