@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tests.faults import Result, unless
 from tests.kit.nodes import NAMES, PATRONI, Networks, Node, family
-from tests.kit.processes import ROOT, wait_until
+from tests.kit.processes import PATIENCE, ROOT, comes_true, wait_until
 
 README = ROOT / "deploy" / "cluster" / "README.md"
 LOOK = 0.5  # s
@@ -93,7 +93,8 @@ def by_its_own_text(place, size):
                 wait_until(lambda: machines.run("m1", LIST).count("Quorum Standby") == 2, 90)
             printed = machines.run(name, commands)
             if "front.pid" in commands and "bus_server.py" in commands:
-                wait_until(lambda: "listening on" in (machines.place(name) / "front.log").read_text())  # noqa: B023
+                log = machines.place(name) / "front.log"
+                assert comes_true(lambda: "listening on" in log.read_text(), PATIENCE), log.read_text()  # noqa: B023
     took = time.monotonic() - began
     got = re.findall("^[|] (.*)", printed, re.MULTILINE)
     return Result(f"{took:.0f} s from the secret to the second message", unless(got == ["one", "two"], printed))
