@@ -148,7 +148,7 @@ class Nodes:
         """A front; with a node, in its network."""
         bus = Server(path, *options, program=("-c", SERVER), env={"AGENT_BUS_LEDGER": self.url}, **more)
         if node and self.networks:
-            bus.command = [*node.inside, *bus.command, "--host", node.address]
+            bus.command = [*node.inside, *bus.command, "--host", node.address, "--open"]
             bus.url = f"http://{node.address}:{bus.port}"
         return bus
 
