@@ -385,5 +385,6 @@ def test_every_member_that_the_document_lists_was_in_an_answer(compared):
             for kind, content in resolved(response)["content"].items():
                 if kind == "application/json" and status != "5XX":
                     listed |= set(listed_members(content["schema"], f"{operation['operationId']} {status}", done))
-    of_fronts = {("Health", "position"), ("Health", "fronts")}  # ledgers/test_heartbeat.py has them
+    of_fronts = {("Health", name) for name in ("position", "fronts", "ledger")}  # ledgers/test_heartbeat.py has them
+    of_fronts |= {("Health.ledger", name) for name in ("leads", "waits_for")}
     assert len(listed) > 60 and listed - compared.seen == of_fronts
