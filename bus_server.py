@@ -65,7 +65,6 @@ import zlib
 from bisect import bisect_left, bisect_right
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from email.utils import formatdate
 from functools import lru_cache, partial
 from http import HTTPStatus
@@ -508,11 +507,15 @@ class Report:
     def __init__(self) -> None:
         self.lines: queue.Queue[str] = queue.Queue(self.ROOM)
         self.dropped = 0
-        self.begin = threading.Thread(target=self.write, name="report", daemon=True).start  # with the first line
+        self.begin = threading.Thread(target=self.write, name="report", daemon=True).start
 
-    def say(self, line: str) -> None:
+    def start(self) -> None:
+        """Start the thread, unless it is there. Without memory this may wait for ever, so a Loop does it first."""
         with contextlib.suppress(RuntimeError):  # it has begun already
             self.begin()
+
+    def say(self, line: str) -> None:
+        self.start()
         try:
             self.lines.put_nowait(line)
         except queue.Full:
@@ -593,9 +596,14 @@ class Loop:
         self.away: object | None = None  # a new object each time that the thread of run() is aside
         self.failure: Exception | None = None  # what ended the deputy
         self.alert, self.closed = threading.Event(), False
-        self.threads = ThreadPoolExecutor(self.FILE_THREADS)
+        self.works: queue.SimpleQueue[tuple[Callable[[], Any], Callable[[Any], None]] | None] = queue.SimpleQueue()
         self.deputy = threading.Thread(target=self.stand_in, name="deputy", daemon=True)
-        self.deputy.start()
+        files = [threading.Thread(target=self.work, name="files", daemon=True) for _ in range(self.FILE_THREADS)]
+        # All threads begin here: one that gets no memory for its first step leaves Thread.start() waiting for ever.
+        self.threads = [self.deputy, *files]
+        REPORT.start()
+        for thread in self.threads:
+            thread.start()
 
     def attempt(self, action: Callable[..., object], *arguments: Any) -> bool:
         """Call `action`, and report an exception. True if there was none."""
@@ -668,22 +676,24 @@ class Loop:
 
     def in_thread(self, work: Callable[[], Any], then: Callable[[Any], None]) -> None:
         """Call `work`, which may wait for a file, in a thread, then `then` in a turn, with its result or exception."""
-        begun = threading.Lock()  # by a thread, or given up
+        self.works.put((work, then))
 
-        def run() -> None:
-            if begun.acquire(blocking=False):
-                try:
-                    result = work()
-                except Exception as error:
-                    result = error
-                self.tell(lambda: then(result))
+    def work(self) -> None:
+        """A thread of in_thread()."""
+        for work, then in iter(self.works.get, None):
+            self.attempt(self.finish, work, then)
+
+    def finish(self, work: Callable[[], Any], then: Callable[[Any], None]) -> None:
+        def note() -> None:
+            self.told.append(partial(then, result))
 
         try:
-            self.threads.submit(run)
-        except RuntimeError as error:  # the system gives us no thread; but the work is in the queue of the pool
-            failure = error
-            if begun.acquire(blocking=False):
-                self.tell(lambda: then(failure))
+            result = work()
+        except Exception as error:
+            result = error
+        while not self.attempt(note):  # without memory; but somebody waits
+            time.sleep(self.PATIENCE)
+        self.ring()
 
     def ring(self) -> None:
         with contextlib.suppress(BlockingIOError):  # the pipe is full of unread bytes, so the loop wakes anyway
@@ -748,9 +758,9 @@ class Loop:
         """Call `work`, which may take long, and release the turn meanwhile. Only an action of soon() may call this."""
         self.away = object()
         self.lock.release()
-        if not self.alert.is_set():  # the deputy clears it first and then looks, so it misses nothing
-            self.alert.set()
         try:
+            if not self.alert.is_set():  # the deputy clears it first and then looks, so it misses nothing
+                self.alert.set()
             work()
         finally:
             self.away = None
@@ -759,26 +769,32 @@ class Loop:
                 self.lock.acquire()
 
     def stand_in(self) -> None:
-        """The deputy's thread: take the turns while the thread of run() stays aside."""
+        """The deputy's thread."""
         while not self.closed:
-            self.alert.wait()
-            self.alert.clear()
-            away = self.away
-            time.sleep(self.PATIENCE)
-            if away and self.away is away and self.lock.acquire(blocking=False):
-                try:
-                    while self.away is away:
-                        self.patiently(self.take_turn)
-                except Exception as error:
-                    self.failure = error
-                finally:
-                    self.lock.release()
+            self.patiently(self.watch_over)
+
+    def watch_over(self) -> None:
+        """Wait until the thread of run() is aside, and take the turns while it stays there."""
+        self.alert.wait()
+        self.alert.clear()
+        away = self.away
+        time.sleep(self.PATIENCE)
+        if away and self.away is away and self.lock.acquire(blocking=False):
+            try:
+                while self.away is away:
+                    self.patiently(self.take_turn)
+            except Exception as error:
+                self.failure = error
+            finally:
+                self.lock.release()
 
     def close(self) -> None:
         self.closed = True
         self.alert.set()
-        self.deputy.join()
-        self.threads.shutdown()
+        for _ in range(self.FILE_THREADS):
+            self.works.put(None)
+        for thread in self.threads:
+            thread.join()
         self.selector.close()
         self.sock.close()
         self.bell.close()

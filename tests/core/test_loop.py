@@ -4,6 +4,7 @@ import selectors
 import signal
 import socket
 import threading
+from collections import deque
 from unittest import mock
 
 import pytest
@@ -12,7 +13,7 @@ import bus_server
 from bus_server import Loop, Put, State
 from tests.kit.hostile import GET, HOST, WAITING, a_send, head
 from tests.kit.inside import said
-from tests.kit.processes import PATIENCE
+from tests.kit.processes import PATIENCE, wait_until
 from tests.kit.wire import Peer, a_bus, come_true, statuses, told
 from tests.kit.wire import while_the_disk_is_busy as meanwhile
 
@@ -204,15 +205,56 @@ def test_without_memory_to_report_an_exception_the_others_are_served_all_the_sam
     assert failed == [1, 2, 3] and not loop.attempt(lambda: 1 / 0)
 
 
-def test_work_for_which_the_system_has_no_thread_has_failed_and_is_not_done_later(loop, monkeypatch):
-    """An upload that was told that it failed must not be stored once there are threads again."""
-    told, done = [], []
-    with monkeypatch.context() as patch:
-        patch.setattr(threading.Thread, "start", mock.Mock(side_effect=RuntimeError("can't start new thread")))
-        loop.in_thread(lambda: done.append("first"), told.append)
-        loop.run(lambda: told)
-    assert "can't start new thread" in str(told)
-    for name in ("second", "third"):
-        loop.in_thread(lambda name=name: done.append(name) or name, told.append)
-    loop.run(lambda: len(told) == 3)
-    assert sorted(told[1:]) == sorted(done) == ["second", "third"]
+def fails_once(of, name, monkeypatch):
+    """The next call of this method finds no memory. Returns a list that is empty once that has happened."""
+    failures, method = [MemoryError()], getattr(of, name)
+
+    def call(*arguments):
+        if failures:
+            raise failures.pop()
+        return method(*arguments)
+
+    monkeypatch.setattr(of, name, call)
+    return failures
+
+
+def test_a_loop_starts_no_thread_once_it_runs(loop, monkeypatch):
+    """Without memory Thread.start() can wait for ever: for a thread that ended before it could say that it began."""
+    monkeypatch.setattr(threading.Thread, "start", mock.Mock(side_effect=AssertionError()))
+    told = []
+    for number in range(6):
+        loop.in_thread(lambda number=number: number, told.append)
+    bus_server.say("a line")
+    loop.run(lambda: len(told) == 6)
+    assert sorted(told) == [*range(6)]
+
+
+def test_work_whose_result_finds_no_memory_is_answered_all_the_same(loop, monkeypatch):
+    class Told(deque):
+        """One whose methods can be replaced."""
+
+    loop.told, told, done = Told(), [], []
+    failures = fails_once(loop.told, "append", monkeypatch)
+    loop.in_thread(lambda: done.append("once"), told.append)
+    loop.later(PATIENCE, lambda: told.append("too late"))
+    loop.run(lambda: told)
+    assert not failures and told == [None] and done == ["once"]
+
+
+def test_a_commit_that_finds_no_memory_to_step_aside_is_begun_again(loop, monkeypatch):
+    monkeypatch.setattr(loop, "RETRY", 0)
+    failures, done = fails_once(loop.alert, "set", monkeypatch), []
+    loop.soon(lambda: loop.aside(lambda: done.append(loop.lock.locked())))
+    loop.later(PATIENCE, lambda: done.append("too late"))
+    loop.run(lambda: done)
+    assert not failures and done == [False] and loop.lock.locked()
+
+
+def test_a_deputy_that_found_no_memory_takes_the_next_turns(loop, monkeypatch):
+    failures, turns = fails_once(loop.alert, "clear", monkeypatch), []
+    loop.soon(lambda: loop.aside(lambda: wait_until(lambda: not failures)))
+    loop.run(lambda: not failures)
+    loop.soon(lambda: (loop.later(0, lambda: turns.append(threading.current_thread().name)),
+                       loop.aside(lambda: wait_until(lambda: turns))))  # fmt: skip
+    loop.run(lambda: turns)
+    assert turns == ["deputy"]

@@ -365,14 +365,21 @@ KINDS = [
          "`Bus.answer()` or `Work.claim()` looks at no budget (the first); `Bus.answered()` charges nothing, or the "
          "owner alone (the second); `one_of()` charges nothing (the third); `Budget.take()` keeps the time (the last)"),
     Kind("a turn has no memory, no thread or no time",
-         "it is begun again; what has no thread has failed for good; of many sockets each has its turn",
+         "it is begun again; no thread is started after the first turn; of many sockets each has its turn",
          ("core/test_loop.py::test_a_turn_for_which_there_is_no_memory_is_begun_again",
           "core/test_loop.py::test_without_memory_to_report_an_exception_the_others_are_served_all_the_same",
-          "core/test_loop.py::test_work_for_which_the_system_has_no_thread_has_failed_and_is_not_done_later",
+          "core/test_loop.py::test_a_loop_starts_no_thread_once_it_runs",
           "core/test_loop.py::test_sockets_for_which_a_turn_has_no_time_come_first_in_the_next_one"),
-         "`Loop.patiently()` catches nothing (the first); `say_exception()` raises (the second); `in_thread()` catches "
-         "no RuntimeError, or leaves the work in the pool (the third); `take_turn()` without `timely()`, or without "
-         "its order (the last)"),
+         "`Loop.patiently()` catches nothing (the first); `say_exception()` raises (the second); `in_thread()` has "
+         "a pool that starts its threads with the work (the third); `take_turn()` without `timely()`, or without its "
+         "order (the last)"),
+    Kind("there is no memory to hand over between two threads",
+         "the result comes later, the turn is never without an owner, and the deputy lives on",
+         ("core/test_loop.py::test_work_whose_result_finds_no_memory_is_answered_all_the_same",
+          "core/test_loop.py::test_a_commit_that_finds_no_memory_to_step_aside_is_begun_again",
+          "core/test_loop.py::test_a_deputy_that_found_no_memory_takes_the_next_turns"),
+         "`Loop.finish()` tries once (the first); `aside()` calls `alert.set()` before its `try` (the second); "
+         "`stand_in()` is not patient (the third)"),
     Kind("memory fails between a commit and its announcement",
          "what was not rolled back is; what nobody could be told of is found by each poll",
          ("core/test_server.py::test_what_could_not_be_rolled_back_for_want_of_memory_is_rolled_back_before_the_next_list",
