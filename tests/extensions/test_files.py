@@ -161,7 +161,7 @@ def blobs_of(path, keep):
         on_tidy=[],
         metrics=[],
     )
-    return Blobs(bus, SIZE)
+    return Blobs(bus, SIZE, None)
 
 
 def test_what_is_no_file_among_the_files_is_passed_over(tmp_path, monkeypatch):
