@@ -176,5 +176,5 @@ export function told(receiver, to) {
   if (online) return `Sent: ${to} is listening.`;
   const similar = receiver.similar?.length ? ` Did you mean ${receiver.similar.join(" or ")}?` : "";
   return receiver.known === false ? `Stored, but nobody has ever listened as ${to}.${similar}`
-    : `Stored. ${to} does not listen now; ${many(receiver.unread, "message")} wait.`;
+    : `Stored. ${to} does not listen now; ${many(receiver.unread, "message waits", "messages wait")}.`;
 }

@@ -20,14 +20,14 @@ export const busUrl = () => location.href.replace(/\/ui\/.*$/, "");
 // describes it. `told` gets what came of it, as a sentence; `then` is called with the answer when it was done.
 export function doing(action, row, told, then = () => {}) {
   const { title, sure, done = () => `${title}: done.` } = action;
-  let warned = !sure;
-  const node = button(title, press);
+  let warned = !sure, busy = false; // a button that is disabled would lose the focus
   async function press() {
+    if (busy) return;
     if (!warned) {
       warned = true;
       return told(`${sure} Press ${title} again to do it.`);
     }
-    node.disabled = true;
+    busy = true;
     try {
       const answer = await ask(...action.ask(row, speaks()));
       told(done(row, answer));
@@ -35,9 +35,9 @@ export function doing(action, row, told, then = () => {}) {
     } catch (error) {
       told(error.message);
     }
-    node.disabled = false;
+    busy = false;
   }
-  return node;
+  return button(title, press);
 }
 
 // The same for a message. What the page keeps of it, and of others that the action changes, is asked for anew then.
