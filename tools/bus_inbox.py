@@ -177,7 +177,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         command.add_argument("name", metavar="NAME", nargs="?", help="whose mail ($AGENT_NAME)")
         command.add_argument("--channel", metavar="C", help="the channel ($AGENT_BUS_CHANNEL, or 'default')")
         command.add_argument("--bus", type=bus_recv.profile, metavar="PROFILE", help="the bus of PROFILE.env")
-    options = parser.parse_args(argv)
+    options, unknown = parser.parse_known_args(argv)
+    if unknown:
+        {"look": looking, "ack": marking}[options.command].error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
         name = options.name or bus_recv.settings().get("AGENT_NAME")
         if not name:

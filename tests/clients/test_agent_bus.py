@@ -114,10 +114,13 @@ def test_the_help_names_commands_that_this_user_has(monkeypatch, capsys):
     ("serve --port x", "invalid int"), ("recv --frm", "--frm"),
     ("send bob hi --field from=x", "'from=x' is no further member"),
     ("log --last -3", "--last must be 1 or more"), ("install", "required"),
+    ("lock a --no", "--no"), ("locks a b", "b"), ("inbox a b", "b"), ("ack a b c", "c"), ("install claude x", "x"),
+    ("install service --dry-run", "are for an agent program"),
 ])  # fmt: skip
 def test_a_wrong_option_is_said_in_the_last_of_few_lines(arguments, says):
     code, out, err = run(SCRIPT, *arguments.split())
     assert (code, out) == (2, "") and err.count("\n") <= 4 and says in err.splitlines()[-1]
+    assert "{look" not in err and "{lock" not in err and "{install" not in err
 
 
 def test_the_help_of_a_command_is_that_of_its_program():
