@@ -162,7 +162,8 @@ def show(box: Inbox, as_json: bool) -> int:
     return 0
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def command_line(argv: Sequence[str] | None) -> tuple[argparse.Namespace, argparse.ArgumentParser]:
+    """The arguments, and the parser of the command that they are of."""
     parser = argparse.ArgumentParser(description="Look at unread mail and take none of it, or mark it as read.")
     commands = parser.add_subparsers(dest="command", required=True)
     own = parser.prog if " " in parser.prog else None  # `agent-bus inbox` and `agent-bus ack` are whole names
@@ -177,13 +178,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         command.add_argument("name", metavar="NAME", nargs="?", help="whose mail ($AGENT_NAME)")
         command.add_argument("--channel", metavar="C", help="the channel ($AGENT_BUS_CHANNEL, or 'default')")
         command.add_argument("--bus", type=bus_recv.profile, metavar="PROFILE", help="the bus of PROFILE.env")
-    options = parser.parse_args(argv)
+    options, unknown = parser.parse_known_args(argv)
+    command = {"look": looking, "ack": marking}[options.command]
+    if unknown:
+        command.error(f"unrecognized arguments: {' '.join(unknown)}")
+    return options, command
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options, command = command_line(argv)
     try:
         name = options.name or bus_recv.settings().get("AGENT_NAME")
         if not name:
-            {"look": looking, "ack": marking}[options.command].error(
-                f"whose mail? Give NAME or set AGENT_NAME{bus_recv.unused_file()}"
-            )
+            command.error(f"whose mail? Give NAME or set AGENT_NAME{bus_recv.unused_file()}")
         box = Inbox(name, options.channel, peeks=True)
         box.warn = box.announce = complain
         if options.command == "look":

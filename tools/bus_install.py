@@ -130,6 +130,7 @@ def command_line() -> argparse.ArgumentParser:
         command = commands.add_parser(
             word, prog=own, usage=usage, help=purpose, description=purpose, allow_abbrev=False, epilog=after * installs
         )
+        command.set_defaults(parser=command)
         choices = ",".join([*AGENTS, "service"])
         command.add_argument("agent", metavar=f"{{{choices}}}", help="an agent program, or the bus itself, at login")
         command.add_argument("--bus", type=bus_recv.profile, metavar="PROFILE", help="the bus of PROFILE.env")
@@ -163,11 +164,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = command_line()
     options, further = parser.parse_known_args(argv)
     if further and (options.agent != "service" or options.command != "install"):
-        parser.error(f"unrecognized arguments: {' '.join(further)}")
+        options.parser.error(f"unrecognized arguments: {' '.join(further)}")
     if options.agent == "service" and [
         given for given in ("dry_run", "http", "url", "name") if getattr(options, given, 0)
     ]:
-        parser.error("--dry-run, --http, --url and --name are for an agent program")
+        options.parser.error("--dry-run, --http, --url and --name are for an agent program")
     try:
         return run(options, further)
     except InTheWay as error:

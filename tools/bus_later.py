@@ -21,6 +21,7 @@ import datetime
 import json
 import os
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 from urllib.parse import urlencode
@@ -102,9 +103,9 @@ def give(given: dict[str, Any], when: dict[str, Any], as_json: bool) -> None:
     if as_json or not (sys.stdout and sys.stdout.isatty()):
         bus_recv.emit(bus_recv.dump(answer) + "\n")
     else:
-        at, now = (bus_recv.seconds_of(answer.get(member)) for member in ("at", "now"))
+        at = bus_recv.seconds_of(answer.get("at"))
         then = f"it will be sent at {iso(at)}; its id for --cancel is {bus_recv.word(answer.get('id'))}\n"
-        bus_recv.emit(f"it is sent at once, because {iso(at)} is over\n" if at <= now else then)
+        bus_recv.emit(f"it is sent at once, because {iso(at)} is over\n" if at < time.time() else then)
 
 
 def complain(line: str) -> None:

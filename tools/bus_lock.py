@@ -164,7 +164,9 @@ def unlock(url: str, order: dict[str, Any], options: argparse.Namespace, parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser, named = parsers()
-    options = parser.parse_args(argv)
+    options, unknown = parser.parse_known_args(argv)
+    if unknown:
+        named[options.command].error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
         return run(options, named[options.command])
     except BrokenPipeError:  # nobody reads us any more

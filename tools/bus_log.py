@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import re
 import shutil
 import signal
 import sys
@@ -171,13 +172,19 @@ def complain(line: str) -> None:
     bus_recv.complain(line, "bus_log")
 
 
+def number(text: str) -> int:
+    if not re.fullmatch("[0-9]{1,9}", text) or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of messages: give 1 or more")
+    return int(text)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Show the messages of everybody on an agent-bus, as they pass.")
     add = parser.add_argument
     begin = parser.add_mutually_exclusive_group()
     since = "begin at X: 1h (ago), an id, now, or s since 1970 (0: all)"
     begin.add_argument("--since", metavar="X", default="0", help=since)
-    begin.add_argument("--last", type=int, metavar="N", help="begin with the last N messages")
+    begin.add_argument("--last", type=number, metavar="N", help="begin with the last N messages")
     add("--to", metavar="NAME", help="only messages for NAME; several as a,b,c")
     add("--from", dest="sender", metavar="NAME", help="only messages from NAME")
     add("--channel", metavar="C", help="only messages on the channel C (every channel)")
@@ -191,8 +198,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     for ignored in ("--exec", "--tries", "--lease"):
         add(ignored, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
-    if options.last is not None and options.last < 1:
-        parser.error("--last must be 1 or more")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
         filters = {"to": options.to, "from": options.sender, "channel": options.channel}

