@@ -54,6 +54,11 @@ KINDS = [
           f"{FAIR}::test_reads_have_a_rate"),
          "`data_received()` goes on while there is a request (the first; the second is this control as code); the rate "
          "is looked at after the mailboxes (the third); `Storms.read()` never waits (the last)"),
+    Kind("one token takes all turns for itself, on many connections",
+         "after a request that took over 2 ms, those of its token come one in a turn, on however many connections",
+         (f"{TURNS}::test_what_takes_long_comes_in_turns_however_many_connections_ask_for_it",
+          f"{TURNS}::test_what_waits_for_its_turn_is_judged_again"),
+         "`Door.puts_off()` is always false (the first); `Request.answer()` checks no token (the second)"),
     Kind("memory is counted in messages",
          "an answer ends at about 1 MiB and says that there is more; unread answers have a budget of bytes; a refused "
          "send makes nothing",
