@@ -669,7 +669,7 @@ KINDS = [
           f"{LOCKS}::test_who_hangs_up_as_the_names_become_free_keeps_none",
           f"{LOCKS}::test_a_step_of_the_wall_clock_ends_no_reservation_and_no_fence_goes_back"),
          "`Locks.asked()` takes no token for revoked (the first), or each peer for one that is there (the next two); "
-         "`Lock.apply()` takes `now.wall` for `until` (the last)"),
+         "`end_some()` removes what has ended by `now.wall` (the last)"),
     Kind("all who wait for a reservation are asked when anything about it changes",
          "who waits asks again when the name in its way is released or ends; so many wait for one",
          (f"{LOCKS}::test_a_renewal_lets_nobody_compare_again",
