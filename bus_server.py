@@ -1331,8 +1331,7 @@ class Door:
     BODIES = 128 << 20  # bytes of large bodies that have not arrived whole
     EARLY = 16 << 20  # bytes of all else that was read before its time: parts of heads and bodies, pipelined requests
     CROWD = 32  # connections of who has most that are closed at once, if no descriptor is left
-    # s that a request may take until those of its token take turns, and for how long they do; so many tokens are known
-    LONG, SLOW_FOR, SLOW = 0.002, 0.1, 1000
+    LONG, SLOW_FOR = 0.002, 0.1  # s that a request may take until those of its token take turns; how long they do
 
     def __init__(self, app: App, loop: Loop) -> None:
         self.app, self.loop = app, loop
@@ -1341,7 +1340,7 @@ class Door:
         self.strangers: dict[Connection, None] = {}  # those that have not finished a first request, oldest first
         self.unsent = Shares(self.UNSENT, self.UNSENT_EACH)
         self.arriving, self.early = Held(self.BODIES), Held(self.EARLY)
-        self.slow: OrderedDict[str, float] = OrderedDict()  # tokens: until when their requests take turns
+        self.slow: dict[str, float] = {}  # tokens, of which there are few: until when their requests take turns
         self.put_off: dict[str, deque[Connection]] = {}  # the connections with such requests, by token
 
     def enter(self, connection: Connection) -> None:
@@ -1681,7 +1680,7 @@ class Connection(Outgoing):
         if answer:
             self.answer(answer)
         if self.token and time.monotonic() - began > self.door.LONG:
-            put_newest(self.door.slow, self.token, time.monotonic() + self.door.SLOW_FOR, self.door.SLOW)
+            self.door.slow[self.token] = time.monotonic() + self.door.SLOW_FOR
 
     def take(self) -> Request | None:
         """The next whole request; None if it has not arrived yet."""
