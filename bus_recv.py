@@ -12,7 +12,7 @@ Two other programs are run from here, if they lie beside this file: bus_work.py 
 bus_log.py by --log (show everybody's messages).
 
 The parts of this file, in order: receive() and ask() for programs; Reader (polls a bus, rides out an outage);
-BacklogReader and SessionReader (what a session of an agent needs more); Cursor (how far a name has read, on disk); the
+SessionReader (what a session of an agent needs more); Cursor (how far a name has read, on disk); the
 marked part, which bus_send.py has too and which speaks HTTP (proxies, tokens, faults); block (a message as text);
 show_blocks and run_command (the outputs); main.
 
@@ -49,11 +49,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from decimal import Decimal
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 from urllib.parse import SplitResult, quote, unquote, urlencode, urlsplit
-
-if TYPE_CHECKING:
-    import http.client
 
 # Python 3.8 says this sentence; older ones show the line, as a SyntaxError, because they do not know `:=`.
 if sys.version_info < (3, 9) and (needs := "bus_recv.py needs Python 3.9 or later"):  # noqa: UP036
@@ -106,7 +103,7 @@ def ask(url: str, path: str, seconds: float, order: dict[str, Any] | None = None
     return answer, clock_of(headers)
 
 
-def clock_of(headers: http.client.HTTPMessage) -> float:
+def clock_of(headers: Any) -> float:
     """The clock of the bus, so that ages are right where ours is wrong; our clock if the answer does not tell."""
     import email.utils
 
@@ -210,6 +207,7 @@ class Reader:
             self.take_up(answer)
             raise Unreachable("another bus answers now")
         self.check_times(answer)
+        answer["messages"] = [one for one in answer["messages"] if not self.cursor.has_read(one)]
         if self.announced:
             self.announce(f"{self.url} is back, after {span(self.clock.monotonic() - self.failing_since)}")
         self.failures and not self.announced and self.warn(f"{self.url}: connected again")
@@ -245,6 +243,7 @@ class Reader:
         """Go on with our cursor on the bus that answers. `since`, if the caller gave it, is for the first bus only."""
         bus = str(answer.get("bus", OLD_CONTRACT))
         self.cursor, self.bus = self.open_cursor(bus, self.channel, self.names[0], self.warn), bus
+        self.cursor.reached = self.cursor.reached if self.since in (None, "last") else {}  # it may want that again
         since, self.since = moment(str(self.since or self.cursor.at), self.bus_time), None
         if self.bus == OLD_CONTRACT:
             now = min(str(answer.get("now")), f"{self.clock.time() + AHEAD_SECONDS:.6f}", key=seconds_of)
@@ -274,29 +273,32 @@ class Notice(str):
     """A line of our own among the messages of an answer."""
 
 
-class BacklogReader(Reader):
-    """With `leaves`, leaves a backlog unread, because it would fill the context of the agent that reads us.
+class SessionReader(Reader):
+    """Reads on with the new name when the session that it reads for is renamed, and for a day with the old one too.
 
-    If more than BACKLOG messages wait at the start or after an outage, it gives the oldest EARLY urgent ones of them,
-    and a Notice how many wait. It goes on behind them, and takes nothing until the bus says that they are read. With
-    several names it leaves nothing: who reads the mail of one name does not see the others.
+    An integration writes these names into a file, each with the time (s since 1970) until which it is read.
+
+    With `leaves`, leaves a backlog unread, because it would fill the context of the agent that reads us. If more than
+    BACKLOG messages wait at the start or after an outage, it gives the oldest EARLY urgent ones of them, and a Notice
+    how many wait. It goes on behind them, and takes nothing until the bus says that they are read. With several names
+    it leaves nothing: who reads the mail of one name does not see the others.
     """
 
     leaves = False
-    looked: Cursor | None = None  # the one with which we have looked for a backlog
 
     def request(self, hold: float, seconds: float) -> tuple[dict[str, Any], float]:
         """One poll, or the urgent messages of a backlog; see ask()."""
-        if self.leaves and len(self.names) == 1 and (self.failures or self.looked is not self.cursor):
-            self.looked = self.cursor
+        hold = self.follow(hold)
+        if self.leaves and len(self.names) == 1 and (self.failures or self.cursor.backlog is None):
+            self.cursor.backlog = self.cursor.backlog or ""
             # An older bus has no digest, and a proxy may not know it: then all is shown.
             with contextlib.suppress(Refused, Unreachable, LookupError, TypeError, ValueError):
                 counts, now = ask(self.url, f"/digest?{self.query()}", GRACE_SECONDS)
                 if counts["unread"] > BACKLOG:
                     return self.leave(counts), now
         if self.cursor.backlog:
-            # So the name counts as listening. The oldest message counts as fetched, and nothing as read.
-            oldest, _ = ask(self.url, f"/recv?max=1&{self.query('last')}", seconds)
+            ask(self.url, f"/recv?{self.query('now')}", seconds)  # the name counts as listening; nothing is taken
+            oldest, _ = ask(self.url, f"/recv?peek=true&max=1&{self.query('last')}", seconds)
             with contextlib.suppress(LookupError, TypeError):
                 found, end = oldest["messages"], seconds_of(self.cursor.backlog)
                 is_read = seconds_of(found[0]) > end if found else not oldest["more"]
@@ -316,27 +318,23 @@ class BacklogReader(Reader):
         told = f"{number} ({counts['urgent']} urgent{shown}). {inbox}; newer ones come here."
         return {**counts, "messages": [*urgent, Notice(told)], "more": False}
 
-
-class SessionReader(BacklogReader):
-    """Reads on with the new name when the session that it reads for is renamed, and for a day with the old one too.
-
-    An integration writes these names into a file, each with the time (s since 1970) until which it is read.
-    """
-
-    def request(self, hold: float, seconds: float) -> tuple[dict[str, Any], float]:
-        """One poll; see ask(). On a machine with sessions it is short, so that a new name is soon heard."""
+    def follow(self, hold: float) -> float:
+        """Take the names that the session has now. On a machine with sessions a poll is short, to hear of new ones."""
         sessions = os.path.join(state_directory(), "names", file_name(self.url), file_name(self.channel))
-        own, lines = self.names[0], ""
-        with contextlib.suppress(OSError), open(f"{sessions}~{file_name(own)}", encoding="ascii") as file:
+        mine, lines = self.names, ""
+        with contextlib.suppress(OSError), open(f"{sessions}~{file_name(mine[0])}", encoding="ascii") as file:
             lines = file.read()
         until = dict(re.findall(r"^(\S+) ([0-9]+)$", lines, re.MULTILINE))
         if names := [name for name in until if int(until[name]) > self.clock.time()]:
-            self.names = [*names, *(name for name in self.names if name not in until)]
-        if self.names[0] != own:
-            self.cursor.lock.close()
-            self.cursor = self.open_cursor(str(self.bus), self.channel, self.names[0], self.warn)
+            self.names = [*names, *(name for name in mine if name not in until)]
+        if self.names[0] != mine[0]:
+            before, self.cursor = self.cursor, self.open_cursor(str(self.bus), self.channel, self.names[0], self.warn)
+            before.lock.close()
+            its = self.cursor.reached  # of the moment when the session got its new name; since then we have read on
+            further = {name: max(before.at, its.get(name, "0"), key=seconds_of) for name in (*mine, "all")}
+            self.cursor.reached = {**its, **further}
             self.warn(f"reading as {', '.join(self.names)} from now on")
-        return super().request(min(hold, FOLLOW_SECONDS) if os.path.exists(sessions) else hold, seconds)
+        return min(hold, FOLLOW_SECONDS) if os.path.exists(sessions) else hold
 
 
 def moment(since: str, now: float) -> str:
@@ -346,9 +344,7 @@ def moment(since: str, now: float) -> str:
         return f"{number // 1000000}.{number % 1000000:06d}"
     if since in ("now", "last") or DECIMAL.fullmatch(since):
         return since
-    import argparse
-
-    with contextlib.suppress(argparse.ArgumentTypeError):
+    with contextlib.suppress(Exception):  # that of argparse, which is slow to import
         return f"{max(now - duration(since), 0):.6f}"
     raise ValueError(f"since is {since!r}: give now, last, 1h, the id of a message, or seconds like 1795203596.123456")
 
@@ -371,7 +367,9 @@ class Cursor:
     no fsync: after a power cut the file may be old or empty, and messages arrive again, as at-least-once allows.
     """
 
-    backlog = ""  # the cursor behind messages that are left unread; until they are read, the file stays as it is
+    # The cursor behind messages that are left unread; until they are read, the file stays as it is. None: not looked.
+    backlog: str | None = None
+    reached: dict[str, str] = {}  # of a session that was renamed: how far mail to each of its names was read before
 
     def __init__(self, bus: str, channel: str, name: str, warn: Callable[[str], None]) -> None:
         self.path = os.path.join(state_directory(), "cursors", *map(file_name, (bus, channel, name)))
@@ -398,6 +396,8 @@ class Cursor:
 
     def load(self) -> None:
         """Read the cursor from the file. If the file has none, the cursor stays as it is."""
+        with contextlib.suppress(OSError, ValueError, TypeError), open(f"{self.path}~reached") as file:
+            self.reached = dict(json.load(file))
         with contextlib.suppress(OSError), open(self.path, encoding="ascii", errors="replace") as file:
             at = file.read(64).strip()
             if DECIMAL.fullmatch(at):
@@ -413,6 +413,11 @@ class Cursor:
         with private_file(new, os.O_WRONLY | os.O_TRUNC, "w") as file:
             file.write(f"{since}\n")
         os.replace(new, self.path)
+
+    def has_read(self, message: Any) -> bool:
+        """Was this message read before the session that reads was renamed?"""
+        to = message.get("to") if isinstance(message, dict) else None
+        return 0 < seconds_of(message) <= seconds_of(self.reached.get(str(to)))
 
     def pass_over(self, message: Any) -> None:
         """Save that this message was received."""
@@ -471,6 +476,8 @@ ANSWER_BYTES = 16 << 20  # read at most, as a parser may make 30 times as much o
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # s before the next attempt
 QUICK_SECONDS = 0.25  # to connect, while another URL or another address has not been tried
 FAILURES: dict[str, int] = {}  # of each URL of a bus, in a row
+SILENCE_SECONDS = 0.5  # after which people at a terminal are told what we wait for
+PEOPLE: list[Any] = []  # functions that tell them; a program for people adds its own
 HIDDEN = re.compile(  # controls, and what Unicode lets a program leave out: bidi, zero width, fillers, variations, tags
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u2028-\u202e"
     r"\u2060-\u206f\u2800\u3164\ud800-\udfff\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb"
@@ -613,13 +620,16 @@ def exchange_at(path: str, body: Any, fraction: Any, login: Any, url: str, conne
     through = f", through the proxy {connection.host}:{connection.port}" if proxied else ""
     headers.update(login, **({"Content-Type": "application/json"} if body else {}))
     try:
-        with contextlib.closing(connection):
+        with contextlib.closing(connection), told_of_silence(url) as silence:
             connection.connect()
             sock = connection.sock
             sock.settimeout(seconds)
+            if int(seconds) > GRACE_SECONDS:  # the bus may hold the request for so long
+                silence.close()
             with hung_up_after(seconds, sock):
                 connection.request("POST" if body else "GET", prefix + path, body, headers)
                 head: Any = connection.getresponse()
+            silence.close()
             # A length may be a lie, which must not allow a drip for years.
             with hung_up_after(min(seconds, GRACE_SECONDS) + min(head.length or 0, ANSWER_BYTES) / SLOWEST_RATE, sock):
                 content = head.read(ANSWER_BYTES)
@@ -627,11 +637,13 @@ def exchange_at(path: str, body: Any, fraction: Any, login: Any, url: str, conne
                 raise http.client.IncompleteRead(content, head.length)
             return judged(head, content, fraction, through), head.headers
     except (OSError, ValueError, http.client.HTTPException) as error:  # ValueError: a chunk of negative size
-        raise Unreachable((getattr(error, "strerror", None) or str(error) or type(error).__name__) + through) from error
+        why = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        why = "this port speaks http, not https" if "WRONG_VERSION_NUMBER" in why else why
+        raise Unreachable(why + through) from error
 
 
-def connect(url: str, seconds: float) -> tuple[http.client.HTTPConnection, str, dict[str, str]]:
-    """A connection towards `url`, not open yet; the text before the path in a request line; the usual headers."""
+def connect(url: str, seconds: float) -> tuple[Any, str, dict[str, str]]:
+    """An HTTPConnection towards `url`, not open yet; the text before the path in a request line; the usual headers."""
     import http.client
 
     parts, given = parts_of(url), settings(url)
@@ -659,7 +671,8 @@ def parts_of(url: str) -> SplitResult:
     """The parts of a bus's URL. ValueError if it is not a URL, or has a login, which error messages would show."""
     if "@" in url and not url.startswith("unix:"):
         raise ValueError("the URL of the bus has a login (user@): remove it; a bus takes the token in AGENT_BUS_TOKEN")
-    if not re.fullmatch(r"https?://[^\s?#]+|unix:/[^?#]+", url):
+    host = r"(\[[^\s?#/\]]+\]|[^\s?#/:\[\]]+)(:[0-9]{0,5})?"
+    if not re.fullmatch(rf"https?://{host}(/[^\s?#]*)?|unix:/[^?#]+", url):
         raise ValueError(f"{url!r} is not the URL of a bus: write it like http://host:8080 or unix:/path/of/socket")
     return urlsplit(url)
 
@@ -738,16 +751,31 @@ def hung_up_after(seconds: float, sock: socket.socket) -> contextlib.ExitStack:
         with contextlib.suppress(OSError):
             socket.socket.shutdown(sock, socket.SHUT_RDWR)  # of the TCP under TLS: an SSLSocket is not for two threads
 
+    return later(seconds * 1.1, hang_up)  # a little after the socket's own timeout, whose error says more
+
+
+def told_of_silence(url: str) -> contextlib.ExitStack:
+    """People at a terminal must know what they wait for, before the time for an answer is over."""
+
+    def tell() -> None:
+        while PEOPLE:
+            PEOPLE.pop()(f"waiting for {url}")
+
+    return later(SILENCE_SECONDS, tell) if PEOPLE else contextlib.ExitStack()
+
+
+def later(seconds: float, act: Any) -> contextlib.ExitStack:
+    """Calls act() in a thread, unless what is inside ends before."""
     stack = contextlib.ExitStack()
-    timer = threading.Timer(seconds * 1.1, hang_up)  # a little after the socket's own timeout, whose error says more
+    timer = threading.Timer(seconds, act)
     timer.daemon = True  # a signal may come before the next two lines; then nothing would cancel it
     timer.start()
     stack.callback(timer.cancel)
     return stack
 
 
-def judged(response: http.client.HTTPResponse, body: bytes, fraction: Any = float, through: str = "") -> dict[str, Any]:
-    """The JSON object of a 200. Raises Refused for the bus's own 4xx, Unreachable for anything else.
+def judged(response: Any, body: bytes, fraction: Any = float, through: str = "") -> dict[str, Any]:
+    """The JSON object of an HTTPResponse of 200. Raises Refused for the bus's own 4xx, Unreachable for anything else.
 
     `fraction` converts the text of a number with a fraction; `through` names the proxy on the way, for the error.
     """
@@ -971,14 +999,11 @@ def kill(process: Any) -> None:
 # The program
 
 
-def announce(line: str) -> None:
-    emit(block(Notice(line), "", 0))
-
-
 def main(argv: list[str] | None = None) -> int:
     import argparse
 
-    cli = argparse.ArgumentParser(description="Show the messages for NAME on an agent-bus, as they arrive.")
+    purpose = "Show the messages for NAME on an agent-bus, as they arrive."
+    cli = argparse.ArgumentParser(usage="%(prog)s [-h] [OPTIONS] [NAME ...]", description=purpose)
     cli.add_argument("names", nargs="*", metavar="NAME", help="its own name ($AGENT_NAME), then others that it reads")
     cli.add_argument("--monitor", action="store_true", help="pace and wrap messages for a Monitor, as for a socket")
     cli.add_argument("--json", action="store_true", help="print each message as a line of JSON")
@@ -995,15 +1020,29 @@ def main(argv: list[str] | None = None) -> int:
     cli.add_argument("--log", dest="tool", action="store_const", const="bus_log", help="show everybody's messages")
     options, unknown = cli.parse_known_args(argv)
     if not options.tool and (unknown or (options.names and options.read)):
-        cli.error(f"unknown: {' '.join(unknown)}" if unknown else "give NAME, or --read ID")
+        cli.error(f"unknown: {' '.join(unknown)}" if unknown else "give NAME or --read ID, not both")
     for number in ENDS:
         signal.signal(number, lambda *_: sys.exit(0))
+    PEOPLE[:] = [complain] if sys.stderr and sys.stderr.isatty() else []
     try:
         return run_tool(options.tool, argv) if options.tool else show(options.read) if options.read else listen(options)
-    except (KeyboardInterrupt, Refused, Unreachable, Busy, ValueError, OSError) as error:
-        # BrokenPipeError: nobody reads us any more.
-        isinstance(error, (KeyboardInterrupt, BrokenPipeError)) or complain(str(error))
-        return {KeyboardInterrupt: 130, BrokenPipeError: 0, Refused: 1, Unreachable: 75}.get(type(error), 2)
+    except FAULTS as fault:
+        return ended(fault)
+
+
+FAULTS = (KeyboardInterrupt, Refused, Unreachable, Busy, ValueError, OSError)  # that end our programs
+
+
+def ended(fault: BaseException, program: str = "bus_recv", then: str | None = None) -> int:
+    """The exit code of one of our programs that ends with a fault, which is told on stderr.
+
+    `then` is for no_bus(), if the fault is from ask(); without it, the text of an Unreachable is a whole sentence.
+    """
+    if isinstance(fault, Unreachable) and then is not None:
+        fault = Unreachable(no_bus(settings()["AGENT_BUS_URL"], fault, then))
+    # BrokenPipeError: nobody reads us any more.
+    isinstance(fault, (KeyboardInterrupt, BrokenPipeError)) or complain(str(fault), program)
+    return {KeyboardInterrupt: 130, BrokenPipeError: 0, Refused: 1, Unreachable: 75}.get(type(fault), 2)
 
 
 def run_tool(name: str, argv: list[str] | None) -> int:
@@ -1045,7 +1084,8 @@ def listen(options: Any) -> int:
     reader = SessionReader(names, channel=options.channel, since=options.since)
     # A program that reads our JSON, or the output of the command, must get nothing else on stdout.
     for_program = options.json or options.exec
-    reader.warn, reader.announce = complain, complain if for_program else announce
+    reader.warn = complain
+    reader.announce = complain if for_program else lambda line: emit(block(Notice(line), "", 0))
     paced = bool(options.monitor or not for_program and sys.stdout and stat.S_ISSOCK(os.fstat(1).st_mode))
     reader.leaves = paced and not options.once and options.since is None
     timeout = HOLD_SECONDS if options.once and options.timeout is None else options.timeout

@@ -2035,6 +2035,22 @@ def test_a_digest_counts_each_name_from_its_cursor_and_broadcasts_from_the_first
     assert counted(f"{bus.me}&since=0") == 0
 
 
+@ours
+def test_a_digest_that_waits_is_answered_when_something_is_unread_and_takes_nothing(bus):
+    """20.5 a digest with wait is held until something is unread; its names listen meanwhile, and nothing is fetched"""
+    mine, group = fresh(), fresh("group")
+    assert took(bus.get, f"/digest?to={mine}&wait=0.3")[0] >= 0.299
+    sent, since = [], "last"
+    for to in (mine, group):
+        waiting = in_background(bus.get, f"/digest?to={mine},{group}&since={since}&wait=20")
+        soon(lambda: agent(bus, group).get("online"))
+        sent.append(bus.send(to))
+        since, found = sent[-1]["ts"], waiting.result(PATIENCE)
+        assert (found["unread"], found["newest"]) == (1, place(sent[-1], bus.me))
+    assert [bus.state(each["id"]) for each in sent] == ["queued"] * 2 and unread(bus, mine) == 1
+    assert bus.get(f"/digest?to={mine}&wait=20")["unread"] == 1
+
+
 # ── 21. MCP over HTTP ────────────────────────────────────────────────────────────────────────────────────────────────
 
 

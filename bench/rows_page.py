@@ -20,7 +20,7 @@ CROWD = 300  # names that the page shows
 
 
 class Tab:
-    """Asks for what an open page asks for, at the same moments (bus_extensions/page/bus.js)."""
+    """Asks for what an open page asks for, at the same moments (bus_extensions/page/follow.js)."""
 
     GAP, BEHIND, LOOK = 0.25, 1.0, 3.0  # s: answers of the log; if it is behind; looks at who is there
     HOLD = 2  # s; the page holds for 25, but a round ends sooner

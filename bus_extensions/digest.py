@@ -7,7 +7,7 @@ import contextlib
 import heapq
 import time
 from collections import Counter
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,10 +16,15 @@ from bus_server import (
     EVERYONE,
     LAST,
     NOW,
+    PARKED,
+    PARKED_PER_NAME,
     Answer,
     Bus,
+    Key,
+    Message,
     Poll,
     Request,
+    Waits,
     cursor,
     encode,
     is_name,
@@ -43,7 +48,9 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 
 def start(bus: Bus, options: argparse.Namespace) -> None:
-    bus.route("GET", "/digest", partial(digest, bus), "how much is unread for NAME, from whom and how urgent; no text")
+    bus.route("GET", "/digest", partial(digest, bus), "how much is unread for NAME, and from whom; no text", takes=True)
+    told = partial(tell, bus)
+    bus.waits[Asked] = Waits(lambda connection, asked, messages: told(asked), lambda connection, asked: told(asked))
 
 
 class Unread(NamedTuple):
@@ -58,14 +65,82 @@ class Unread(NamedTuple):
         return f'{{"id": "{self.tick:x}", "ts": {seconds(self.tick)}, "from": "{self.sender}"}}'
 
 
-def digest(bus: Bus, request: Request) -> Answer:
-    """Counts of what /recv would give. It moves no cursor, makes nothing fetched and does not count as listening."""
+class Asked(NamedTuple):
+    """A request for a digest, which may wait until something is unread. `poll` is the /recv that would get it."""
+
+    poll: Poll
+    owner: str  # whose limits it counts for
+
+    @property
+    def exclusive(self) -> bool:
+        return False
+
+    @property
+    def channel(self) -> str | None:
+        return self.poll.channel
+
+    @property
+    def hold(self) -> float:
+        return self.poll.hold
+
+    @property
+    def token(self) -> str:
+        return self.poll.token
+
+    @property
+    def who(self) -> str:
+        return self.poll.who
+
+    def places(self) -> Sequence[Key]:
+        return self.poll.places()
+
+    def present(self) -> Sequence[str]:
+        return self.poll.present()
+
+    def wants(self, message: Message) -> bool:
+        return self.poll.wants(message)
+
+
+def digest(bus: Bus, request: Request) -> Answer | None:
+    """Counts of what /recv would give. It moves no cursor and makes nothing fetched.
+
+    It counts as listening only while it waits: see `wait` of /recv.
+    """
     poll = recv_poll(request)
     request.grant.check(poll.names)
     request.reader = str(poll.me)
     bus.storms.read(request.owner(), request.reader)
     since = cursor(request.query().one("since") or "last")
-    found, more = look(bus, request, poll, marks(bus, poll, bus.last if since == NOW else since))
+    poll = poll._replace(since=bus.last if since == NOW else since, token=request.grant.token)
+    asked = Asked(poll, request.owner())
+    found, more = look(bus, asked)
+    if found or more or not poll.hold or bus.draining:
+        return counts(bus, found, more)
+    wait(bus, request, asked)
+    return None
+
+
+def wait(bus: Bus, request: Request, asked: Asked) -> None:
+    """Park the connection. As with polls, the newest that wait for the same name are live; older ones are answered."""
+    poll, mailboxes = asked.poll, bus.mailboxes
+    bus.storms.name(asked.owner, mailboxes.new(str(poll.channel), poll.names))
+    for each in bus.on_polled:
+        each(request, poll)
+    mailboxes.polled(poll, request.peer.address, bus.view.clock())
+    mailboxes.owned(poll)
+    bus.save_marks_soon()
+    bus.park(request.peer, asked)
+    same = [each for each in mailboxes.waiting[poll.places()[0]] if isinstance(mailboxes.parked[each], Asked)]
+    for other in same[:-PARKED_PER_NAME]:
+        other.wait(PARKED, 0)
+
+
+def tell(bus: Bus, asked: Asked) -> Answer:
+    """The answer to a request that has waited."""
+    return counts(bus, *look(bus, asked))
+
+
+def counts(bus: Bus, found: list[Unread], more: bool) -> Answer:
     senders = by_sender(found)
     listed = sorted(senders, key=lambda name: (-senders[name]["urgent"], -senders[name]["unread"], name))[:NAMED]
     urgent = [each for each in found if each.priority == "high"]
@@ -73,7 +148,7 @@ def digest(bus: Bus, request: Request) -> Answer:
     priorities = Counter(each.priority for each in found)
     vouched = {each.sender for each in found} & bus.gate.tokens.named.keys()
     vouched -= {each.sender for each in found if each.tick < bus.gate.tokens.first * 1000000}  # anybody signed these
-    counts = {
+    numbers = {
         "unread": len(found),
         "urgent": len(urgent),
         "senders": {name: senders[name] for name in listed},
@@ -84,7 +159,7 @@ def digest(bus: Bus, request: Request) -> Answer:
     ends = found[0].named() if found else "null", found[-1].named() if found else "null"
     first = ", ".join(each.named() for each in fairly(urgent))
     members = f'"oldest": {ends[0]}, "newest": {ends[1]}, "first_urgent": [{first}], "more": {encode(more)}'
-    return ok(bus, f"{encode(counts)[1:-1]}, {members}")
+    return ok(bus, f"{encode(numbers)[1:-1]}, {members}")
 
 
 def fairly(urgent: list[Unread]) -> list[Unread]:
@@ -106,15 +181,15 @@ def by_sender(found: list[Unread]) -> dict[str, dict[str, int]]:
     return senders
 
 
-def marks(bus: Bus, poll: Poll, since: int) -> dict[str, int]:
+def marks(bus: Bus, poll: Poll) -> dict[str, int]:
     """Of each name that has a mailbox: the tick above which its messages are unread.
 
     Broadcasts have no cursor of their own: the cursor of the first name stands for them.
     """
     channel, boxes = str(poll.channel), bus.mailboxes.boxes
     known = {own: boxes[channel, own] for own in poll.names if (channel, own) in boxes}
-    if since != LAST:
-        return dict.fromkeys(known, since)
+    if poll.since != LAST:
+        return dict.fromkeys(known, poll.since)
     found = {own: box.mark() for own, box in known.items()}
     first = known.get(str(poll.me))
     if first is None:
@@ -126,13 +201,13 @@ def marks(bus: Bus, poll: Poll, since: int) -> dict[str, int]:
     return found
 
 
-def look(bus: Bus, request: Request, poll: Poll, above: dict[str, int]) -> tuple[list[Unread], bool]:
+def look(bus: Bus, asked: Asked) -> tuple[list[Unread], bool]:
     """The unread messages, oldest first; and: were there more than it looks at?"""
-    began = time.thread_time()
+    began, poll = time.thread_time(), asked.poll
     withheld = {each.tick for each in bus.withheld.values()}  # somebody is taking these back
     found: list[Unread] = []
     size, more = 0, False
-    with contextlib.closing(rows(bus, poll, above)) as unread:
+    with contextlib.closing(rows(bus, poll, marks(bus, poll))) as unread:
         for looked, (tick, sender, thread, to, is_alive, length, has_priority, given) in enumerate(unread):
             if looked == LOOKED or size > LOOKED_BYTES:
                 more = True
@@ -143,7 +218,7 @@ def look(bus: Bus, request: Request, poll: Poll, above: dict[str, int]) -> tuple
                 priority = "normal" if given is None else given if given in PRIORITIES else "other"
                 found.append(Unread(tick, sender, thread, priority))
     took = (time.thread_time() - began) / bus.storms.WORK_SHARE * bus.storms.WORK  # as bytes of an answer
-    bus.storms.worked(request.owner(), request.reader, took)
+    bus.storms.worked(asked.owner, str(poll.me), took)
     return found, more
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import fcntl
 import hashlib
 import math
 import os
@@ -15,9 +16,17 @@ import re
 import time
 from typing import IO, Any
 
-from bus_server import BODY_RATE, BODY_SECONDS, Answer, Bus, Connection, Refused, Request, Shares, refusal, size
+from bus_server import BODY_RATE, BODY_SECONDS, Answer, Bus, Connection, Refused, Request, Shares, Unusable, refusal
 
 TABLES, NOUN, OPERATIONS = None, "", ()
+
+
+def size(text: str) -> int:
+    """'10g', '500m' in bytes; '0' is none."""
+    match = re.fullmatch(r"([0-9]{1,9})([kmgt]?)", text.lower())
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size like 500m, 10g, or 0")
+    return int(match[1]) << {"": 0, "k": 10, "m": 20, "g": 30, "t": 40}[match[2]]
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -28,14 +37,18 @@ def options(parser: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help="room for all files together; 0: store no files (%(default)s)",
     )
+    where = "a folder for the files, instead of DATABASE.blobs; all fronts of a bus give the same, on shared storage"
+    parser.add_argument("--files-dir", metavar="FOLDER", help=where)
 
 
 def start(bus: Bus, options: argparse.Namespace) -> None:
-    Blobs(bus, options.files)
+    if options.files_dir and not os.path.isdir(options.files_dir):  # perhaps it is not mounted yet
+        raise Unusable(f"--files-dir: there is no folder {options.files_dir}: make or mount it first")
+    Blobs(bus, options.files, options.files_dir)
 
 
 class Blobs:
-    """Files by the sha256 of their content, in DATABASE.blobs. Owned by the loop.
+    """Files by the sha256 of their content, in DATABASE.blobs or --files-dir. Owned by the loop.
 
     A file of which only a part has arrived is named HASH.part; the next upload may continue it. Files are read,
     written, hashed and removed in a thread (Loop.in_thread).
@@ -45,11 +58,11 @@ class Blobs:
     BLOCK = 4096  # bytes that a small file takes from the disk, so `quota` / BLOCK is the most files (at least 100)
     PART_SECONDS = 7 * 86400.0  # a part waits so long for its rest: a sender cut off on a Friday has another week
 
-    def __init__(self, bus: Bus, quota: int) -> None:
+    def __init__(self, bus: Bus, quota: int, shared: str | None) -> None:
         self.bus = bus
-        database = bus.state.path
-        self.folder = pathlib.Path(f"{database}.blobs")
-        self.quota = 0 if database == ":memory:" else quota  # bytes
+        self.folder = pathlib.Path(shared or f"{bus.state.path}.blobs")
+        self.shared = bool(shared)  # other fronts may store and remove files there
+        self.quota = quota if shared or bus.state.path != ":memory:" else 0  # bytes
         self.arriving: set[str] = set()
         sizes = [size_of(file) for file in self.folder.glob("*")]
         self.used, self.files = sum(sizes), len(sizes)  # bytes; files and parts
@@ -165,13 +178,16 @@ class Blobs:
         status, rest = (206 if wanted else 200), Download(stream, size - start)
         return Answer(status, b"", "application/octet-stream", span, file=rest)
 
-    def forget(self) -> list[tuple[pathlib.Path, int]]:
-        """In a thread: remove old files, and parts whose upload nobody continued. Returns each, and its bytes.
+    def forget(self) -> tuple[list[tuple[pathlib.Path, int]], int, int]:
+        """In a thread: remove old files, and parts whose upload nobody continued.
+
+        Returns each with its bytes; the bytes of all others, and how many they are.
 
         A file is old if nobody sent or requested it during --keep. A part takes room and nobody can read it, so it is
         removed after PART_SECONDS even if everything else is kept for ever.
         """
         now, keep, gone = time.time(), self.bus.retention.keep, list[tuple[pathlib.Path, int]]()
+        used = files = 0
         for file in self.folder.glob("*"):
             with contextlib.suppress(OSError):  # somebody else put a folder or a broken link here: go on
                 status = file.stat()
@@ -179,12 +195,17 @@ class Blobs:
                 if status.st_mtime < now - patience and file.stem not in self.arriving:
                     file.unlink()
                     gone.append((file, status.st_size))
-        return gone
+                else:
+                    used, files = used + status.st_size, files + 1
+        return gone, used, files
 
-    def forgotten(self, gone: Any) -> None:
-        if isinstance(gone, list):
+    def forgotten(self, outcome: Any) -> None:
+        if isinstance(outcome, tuple):
+            gone, used, files = outcome
             for file, size in gone:
                 self.removed(file, size)
+            if self.shared:
+                self.used, self.files = used, files
 
 
 def size_of(file: pathlib.Path) -> int:
@@ -193,6 +214,21 @@ def size_of(file: pathlib.Path) -> int:
         return file.stat().st_size if file.is_file() else 0
     except OSError:
         return 0
+
+
+def open_part(part: pathlib.Path, start: int) -> IO[bytes]:
+    """The part, to be written from `start` on. BlockingIOError if another front is writing it, or has just finished."""
+    stream = part.open("ab", buffering=0)  # no buffer of ours
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        is_part = part.exists() and os.path.samestat(os.fstat(stream.fileno()), part.stat())
+        if not is_part:  # it has the name of a file by now, and must not be touched
+            raise BlockingIOError
+        stream.truncate(start)
+    except OSError:
+        stream.close()
+        raise
+    return stream
 
 
 def content_range(field: str | None, length: int) -> tuple[int, int]:
@@ -216,7 +252,9 @@ class Upload:
         try:
             blobs.folder.mkdir(mode=0o700, exist_ok=True)
             there, is_new = size_of(self.part), not self.part.exists()
-            self.stream = self.part.open("ab" if start else "wb", buffering=0)  # no buffer of ours
+            self.stream = open_part(self.part, start)
+        except BlockingIOError:
+            raise Refused(409, "continue at Upload-Offset, one upload at a time", self.offset()[0]) from None
         except OSError as error:
             raise Refused(507, f"the bus cannot store the file: {error.strerror}") from None
         blobs.arriving.add(file.name)

@@ -173,6 +173,16 @@ class Recall(Operation):
 OPERATIONS = (Recall,)
 
 
+def was_fetched(bus: Bus, message: Message) -> bool:
+    """May a reader have it? Then it is too late to recall it."""
+    deliveries = [each.delivering for each in bus.door.connections if each.delivering]
+    on_its_way = any(reader.covers(upto, message) for reader, upto in deliveries)
+    return on_its_way or read_alone(bus, message) or bus.mailboxes.has_passed(message)
+
+
+FETCHED = "it is too late to recall this message: it was fetched"
+
+
 class Replies:
     """The endpoints of questions and answers. Owned by the loop."""
 
@@ -310,10 +320,8 @@ class Replies:
             raise Refused(403, "only the sender of a message can recall it")
         if message.expires == RECALLED:  # a retry; it succeeds, whatever was fetched since
             return ok(bus, '"ok": true')
-        deliveries = [each.delivering for each in bus.door.connections if each.delivering]
-        on_its_way = any(reader.covers(upto, message) for reader, upto in deliveries)
-        if on_its_way or read_alone(bus, message) or bus.mailboxes.has_passed(message):
-            raise Refused(409, "it is too late to recall this message: it was fetched")
+        if was_fetched(bus, message):
+            raise Refused(409, FETCHED)
         step = bus.do(Recall(message.tick), request.peer, partial(self.recalled, message))
         bus.withheld[step] = message
         return None

@@ -19,9 +19,9 @@ class Unknown(Exception):
 class Ledger(Protocol):
     """What a front needs of an engine. tests/ledgers/ has the tests that each engine passes.
 
-    Positions are 1, 2, 3 and so on, without a hole. Times are us since 1970, on the clock of the engine; they may step
-    back. One thread at a time calls append() and read(). `deadline` is on the monotonic clock, in s: a call that has no
-    answer by then raises Unknown, also if the engine is frozen.
+    Positions are 1, 2, 3 and so on, without a hole; the oldest may have been removed. Times are us since 1970, on the
+    clock of the engine; they may step back. One thread at a time calls append() and read(). `deadline` is on the
+    monotonic clock, in s: a call that has no answer by then raises Unknown, also if the engine is frozen.
     """
 
     def append(self, entry: bytes, id: str, deadline: float) -> tuple[int, int]:
@@ -38,6 +38,15 @@ class Ledger(Protocol):
 
         It is a hint: it may be late, missing, out of order, or come twice.
         """
+
+    def trim(self, upto: int, before: int, deadline: float) -> None:
+        """Remove the oldest entries: up to a position, and up to the first one that is from `before` (us) or later.
+
+        The newest entry always stays. Unknown if not all are removed. Another thread may append and read meanwhile.
+        """
+
+    def about(self) -> tuple[str, str]:
+        """For people: who took the last entry, and who else had to have it then ("" if nobody). It does not wait."""
 
     def close(self) -> None:
         """Give up the connections, and call `tell` no more."""

@@ -41,12 +41,16 @@ from bus_server import (
     Refused,
     Remove,
     Request,
+    Step,
     Unusable,
     say,
 )
 
 from . import READ_BYTES, Ledger, Unknown, tokens
-from .mirror import CALL, ENTRIES, Differs, Mirror
+from .copies import Copies
+from .heartbeat import Beat, Fronts
+from .mirror import CALL, ENTRIES, Differs, Entry, Mirror
+from .recall import Recalls
 
 GIVE_UP = 8.0  # s; then who sent is told that it is unknown whether the message was stored
 PAUSE = 0.1  # s between two attempts
@@ -64,12 +68,14 @@ class Front(bus_server.Ledger):
     without an answer fails its senders, who may send again; if it was stored, its entry comes as one of another front.
     """
 
-    KEEPS = "the ledger in PostgreSQL"
+    KEEPS = "the ledger in PostgreSQL (for an hour also DATABASE.copy of each front)"
 
     def __init__(self, bus: Bus, mirror: Mirror) -> None:
         super().__init__(bus)
-        self.mirror = mirror
+        self.mirror, self.fronts = mirror, Fronts(bus, mirror)
         self.elsewhere = {**bus.ledger.elsewhere, "marks": self.marked, "forget": self.forgotten}
+        self.elsewhere[Beat.kind] = self.fronts.heard
+        self.detours: dict[str, Callable[[Step], object]] = {}  # by the kind: what a step needs before it is appended
         self.upto = 0  # the highest position of a hint
         self.due = self.busy = self.removing = False
         bus.clock = mirror.time
@@ -90,13 +96,31 @@ class Front(bus_server.Ledger):
             self.loop.soon(self.commit)
             self.planned = True
 
+    def add(self, step: Step) -> None:
+        lacking = self.fronts.lacking(step.operation.kind)
+        if lacking:
+            why = f"the front {lacking} does not know {step.operation.kind!r}: nothing was stored"
+            refused = Refused(503, f"{why}; give all fronts the same version and the same extensions")
+            self.loop.soon(partial(self.turn_down, step, refused))
+        else:
+            self.detours.get(step.operation.kind, self.append_soon)(step)
+
+    def append_soon(self, step: Step) -> None:
+        super().add(step)
+
+    def turn_down(self, step: Step, refused: Refused) -> None:
+        """Refuse a step that is in no list."""
+        self.bus.withheld.pop(step, None)
+        self.count_out([step])
+        self.bus.settle([(step, refused)])
+
     def idle(self) -> bool:
         return super().idle() and not self.busy
 
     def removes(self) -> bool:
         return self.removing or super().removes()
 
-    def next_list(self) -> list[bus_server.Step]:
+    def next_list(self) -> list[Step]:
         steps, size = super().next_list(), 0
         for number, step in enumerate(steps, 1):
             size += self.large.get(id(step.operation), ("", self.LARGE))[1]
@@ -135,8 +159,9 @@ class Front(bus_server.Ledger):
         if time.monotonic() > self.bus.gate.until:
             self.refuse("this bus cannot reach its ledger: nothing was stored, try again, or use another front")
         self.note_room(operations)
-        began, entry = time.monotonic(), self.mirror.entry(operations)
-        its = self.mirror.operations(entry)  # from the bytes, as all others apply them
+        senders = [(step.connection.token or "") if step.connection else "" for step in self.out]
+        began, entry = time.monotonic(), self.mirror.to_bytes(Entry(operations, senders))
+        its = self.mirror.from_bytes(entry)  # as all others apply it
         try:
             position, wall = self.aside(partial(self.append, entry, began + GIVE_UP))
             self.follow(position - 1)
@@ -160,7 +185,7 @@ class Front(bus_server.Ledger):
         if not isinstance(error, (Differs, sqlite3.Error, OSError, MemoryError)):
             say("".join(traceback.format_exception(type(error), error, error.__traceback__)))
         say(f"bus_server: {self.mirror.path}: {error}; this front stops")
-        self.bus.broken = True
+        self.bus.broken, self.mirror.is_live = True, False
 
     def aside(self, call: Callable[[], Any]) -> Any:
         """The result of a call that may wait."""
@@ -187,25 +212,26 @@ class Front(bus_server.Ledger):
             for position, wall, entry in entries:
                 if position > upto:
                     return
-                self.announce(position, wall, self.mirror.operations(entry))
+                self.announce(position, wall, self.mirror.from_bytes(entry))
             if len(entries) < ENTRIES and sum(len(entry) for _, _, entry in entries) < READ_BYTES:
                 self.bus.gate.until = began + CUT_OFF
                 return
 
-    def take(self, position: int, wall: int, operations: list[Operation]) -> Applied:
-        self.removing = any(type(each) is Remove for each in operations)
-        applied: Applied = self.aside(partial(self.mirror.take, position, wall, operations))
+    def take(self, position: int, wall: int, entry: Entry) -> Applied:
+        self.removing = any(type(each) is Remove for each in entry.operations)
+        applied: Applied = self.aside(partial(self.mirror.take, position, wall, entry))
         self.state.view.tail, self.removing = self.state.tail, False
         return applied
 
-    def announce(self, position: int, wall: int, operations: list[Operation]) -> None:
+    def announce(self, position: int, wall: int, entry: Entry) -> None:
         """Apply an entry of another front, wake the readers here, and note in memory what it noted."""
         began = time.monotonic()
-        applied = self.take(position, wall, operations)
+        applied = self.take(position, wall, entry)
         self.loop.attempt(self.bus.announce, [], applied, time.monotonic() - began)
-        for operation, result in zip(operations, applied.results):
+        for operation, result in zip(entry.operations, applied.results):
             if operation.kind in self.elsewhere and not isinstance(result, Refused):
                 self.loop.attempt(self.elsewhere[operation.kind], operation, result)
+        self.mirror.check_left()
 
     def forgotten(self, forget: Forget, names: list[list[str]]) -> None:
         self.bus.retention.forgotten(None, forget, names)
@@ -232,36 +258,35 @@ class Front(bus_server.Ledger):
                 tell(receipt.channel, receipt.name, above, receipt.tick)
 
 
-def refuse(sentence: str, request: Request) -> NoReturn:
-    raise Refused(501, sentence)
-
-
-NOT_BUILT = {
-    "/blob/": "a bus of several fronts has no files: send them another way, and send where they are",
-    "/recall": "a bus of several fronts cannot take a message back: a reader of another front may have it already",
-}
+def no_files(request: Request) -> NoReturn:
+    """Each front would have only its own."""
+    raise Refused(501, "this bus of several fronts has no files: its operator can give --files-dir to all fronts")
 
 
 def open_state(options: argparse.Namespace) -> Mirror:
     """The copy of the ledger at --db, up to date. Unusable, if the ledger cannot be reached or used."""
-    url = urlsplit(options.ledger)
+    return follow(options, connect(options.ledger, options.ledger_single))
+
+
+def connect(where: str, single: bool) -> Ledger:
+    """The ledger at a URL. `single`: it may keep its entries on one machine."""
+    url = urlsplit(where)
     if url.scheme not in ENGINES:
         raise Unusable(f"--ledger must be a URL like postgresql://HOST/DATABASE, and not begin with {url.scheme!r}")
-    if url.password and options.ledger != os.environ.get("AGENT_BUS_LEDGER"):
+    if url.password and where != os.environ.get("AGENT_BUS_LEDGER"):
         raise Unusable("--ledger has a password, which every user of this machine can see: set AGENT_BUS_LEDGER to it")
     try:
         engine = importlib.import_module(f"{__package__}.{ENGINES[url.scheme]}")
     except ImportError as error:
         raise Unusable(f"--ledger needs psycopg ({error}): pip install 'agent-bus[postgres]'") from None
-    return follow(options, engine.connect(options.ledger, options.ledger_single))
+    ledger: Ledger = engine.connect(where, single)
+    return ledger
 
 
 def follow(options: argparse.Namespace, ledger: Ledger) -> Mirror:
     mirror = Mirror(options.db, ledger)
     try:
-        for extension, module in options.extensions.items():
-            if module.TABLES is not None:
-                mirror.add_tables(extension, module.NOUN, module.TABLES)
+        mirror.add_all_tables(options.extensions)
         mirror.check_ledger()
         mirror.catch_up()
         tokens.write(bus_server.Tokens(options.db), list(tokens.stored(mirror.writing).values()))
@@ -278,10 +303,14 @@ def start(bus: Bus, options: argparse.Namespace) -> None:
     """Make this bus a front, when its extensions have started."""
     assert isinstance(bus.state, Mirror)
     bus.ledger = front = Front(bus, bus.state)
+    Copies(front)
     common = tokens.Common(bus)
     front.elsewhere[tokens.Grants.kind] = common.came
     bus.loop.every(LOOK, common.look)
-    for method, path in list(bus.routes):
-        if path in NOT_BUILT:
-            call = partial(refuse, NOT_BUILT[path])
-            bus.route(method, path, call, sink=call)
+    replies = options.extensions.get("replies")
+    if replies:
+        Recalls(front, replies.was_fetched, replies.FETCHED)
+    if not getattr(options, "files_dir", None):  # an option of files.py
+        for method, path in list(bus.routes):
+            if path == "/blob/":
+                bus.route(method, path, no_files, sink=no_files)

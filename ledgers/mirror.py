@@ -6,15 +6,19 @@ results of the front that wrote it; a front that has other results stops.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import secrets
 import socket
 import time
 import zlib
 from collections import deque
-from typing import Any
+from itertools import groupby
+from types import ModuleType
+from typing import Any, NamedTuple
 
 from bus_server import (
+    IS_FRONT,
     OPERATIONS,
     RECEIPT,
     Applied,
@@ -22,9 +26,12 @@ from bus_server import (
     Marks,
     Now,
     Operation,
+    Put,
+    Raise,
     Refused,
     State,
     Unusable,
+    called,
     encode,
     migrate,
     operation_of,
@@ -32,17 +39,28 @@ from bus_server import (
     wall_clock,
 )
 
-from . import Ledger, tokens
+from . import Ledger, Unknown, recall, tokens
+from .heartbeat import TABLE as FRONTS
+from .heartbeat import Beat, Heard, earlier_runs, live, says
 
-FORMAT = 1  # of an entry: [format, front, position, sum], then a line for each operation
 CALL = 4.0  # s that the engine has for one answer
+LEAVE = 1.0  # s for the last words of a front that ends
 ENTRIES = 100  # in one read
+STORING = {Put, Raise}  # operations that look at no row but those of messages with their keys, and remove none
 SUMS = 10000  # positions whose sum is remembered
 TABLE = """CREATE TABLE front(
     position INTEGER NOT NULL,           -- of the last entry that was applied
     time INTEGER NOT NULL,               -- of that entry, us
     steady INTEGER NOT NULL,             -- the sum of the steps of that time that went forward, us
     sum INTEGER NOT NULL)                -- a checksum of the results of all entries"""
+# What the file of a front has, and no bus of its own.
+TABLES = {"front": TABLE, "front_tokens": tokens.TABLE, "fronts": FRONTS, "withheld": recall.TABLE}
+NEEDS_COPY = (
+    f"make a copy beside a front that runs ({called('backup')} COPY), and begin with it ({called('restore')} COPY)"
+)
+
+
+REVOKED = Refused(401, "this token was revoked at another front: nothing was stored", ("WWW-Authenticate", "Bearer"))
 
 
 class Differs(Exception):
@@ -61,11 +79,11 @@ class Time(Clock):
         return time.monotonic_ns() // 1000 + self.offset
 
     def now(self) -> Now:
-        return self.at(self.guess())
+        return self.at(self.guess(), self.entry)
 
-    def at(self, wall: int) -> Now:
+    def at(self, wall: int, before: Now) -> Now:
         """The time of an entry. If the ledger's clock stepped back, no lease ends earlier, and none later."""
-        return Now(wall, self.entry.steady + max(wall - self.entry.wall, 0))
+        return Now(wall, before.steady + max(wall - before.wall, 0))
 
     def heard(self, wall: int, just_now: bool) -> None:
         if just_now or wall > self.guess():
@@ -86,6 +104,30 @@ class Begin(Operation):
             state.writing.execute("UPDATE bus SET id = ?", (self.bus,))
             state.bus = self.bus
         return state.bus
+
+
+class Moved(Operation):
+    """The first entry of a ledger onto which a bus was moved. No front applies it: its mail is in copies only."""
+
+    __slots__ = ("bus",)
+    kind = "moved"
+
+    def __init__(self, bus: str) -> None:
+        self.bus = bus
+
+
+class Left(Operation):
+    """The bus leaves the ledger: the file of one front, up to here, is a bus of its own from now on."""
+
+    __slots__ = ("front",)
+    kind = "left"
+
+    def __init__(self, front: str) -> None:
+        self.front = front
+
+    def apply(self, state: State, now: Now) -> None:
+        assert isinstance(state, Mirror)
+        state.left = self.front
 
 
 class Maxima(Marks):
@@ -109,6 +151,21 @@ class Maxima(Marks):
         state.writing.executemany(RECEIPT, [receipt for receipt in self.receipts if receipt.tick])
 
 
+class Next(Operation):
+    """In a list of several entries, it stands between two of them: the time of the second one. It is in no entry."""
+
+    __slots__ = ("now",)
+    kind, rank, is_local = "next", 0, True
+
+    def __init__(self, now: Now) -> None:
+        self.now = now
+
+    def apply(self, state: State, now: Now) -> None:
+        assert isinstance(state, Mirror)
+        state.add_entry_to_sum()
+        state.now = self.now
+
+
 class Position(Operation):
     """The last operation of each list: up to which entry this file has come. It is in no entry."""
 
@@ -120,70 +177,135 @@ class Position(Operation):
 
     def apply(self, state: State, now: Now) -> None:
         assert isinstance(state, Mirror)
-        state.add_to_sum((state.last, len(state.visible), sorted(state.removed.items())))
+        state.add_entry_to_sum()
         values = self.position, now.wall, now.steady, state.sum
         state.writing.execute("UPDATE front SET position = ?, time = ?, steady = ?, sum = ?", values)
 
 
+class Entry(NamedTuple):
+    """What one turn of a front puts into the ledger: [format, front, position, sum, tokens], then the operations.
+
+    A line each. `tokens`: of who asked for each operation, "" if nobody did; the member is missing on an open bus.
+    """
+
+    operations: list[Operation]
+    tokens: list[str]
+
+
 class Mirror(State):
-    """A front's copy: a State whose lists are the entries of a ledger. Its position is part of each transaction."""
+    """A front's copy: a State whose lists are the entries of a ledger. Its position is part of each transaction.
+
+    A new format is needed if the lines of an entry change, or if an operation gets another result than before.
+    """
+
+    FORMATS = (1,)  # that this version understands; it writes the highest that all live fronts understand
 
     def __init__(self, path: str, ledger: Ledger) -> None:
         self.ledger, self.time = ledger, Time()
-        self.front = f"{socket.gethostname()}:{path}"
+        self.front = f"{socket.gethostname()}:{path}#{secrets.token_hex(4)}"  # another one at each start
         self.position = self.sum = 0
         super().__init__(path, self.time.wall)
         self.writing.execute("PRAGMA synchronous=OFF")  # what a power cut takes is in the ledger
         self.position, wall, steady, self.sum = self.ask("SELECT position, time, steady, sum FROM front")
         self.time.entry = Now(wall, steady)
         self.sums = deque([self.sum], SUMS)  # after each of the last entries
-        self.kinds = {**OPERATIONS, **{each.kind: each for each in (Maxima, Begin, tokens.Grants)}}
+        self.now = self.time.entry  # of the entry that is being applied
+        self.ended: list[int] = []  # the sums after each entry of the list that is being applied
+        self.counted = 0  # messages of this list that are in one of these sums
+        of_fronts: list[type[Operation]] = [Maxima, Begin, Beat, Moved, Left, tokens.Grants]
+        of_fronts += recall.KINDS if "recall" in OPERATIONS else ()
+        self.kinds = {**OPERATIONS, **{each.kind: each for each in of_fronts}}
         self.is_live = False  # it has caught up
+        self.left = ""  # the front whose file has the bus now, which has left this ledger
+        self.barred: set[int] = set()  # the id() of each operation in this list whose token was revoked before it
 
     def close(self) -> None:
+        if self.is_live:
+            with contextlib.suppress(Unknown):
+                self.append(Entry([Beat(self.front, {})], []), time.monotonic() + LEAVE)
         self.ledger.close()
         super().close()
 
     def check_use(self) -> None:
-        if not self.ask("SELECT 1 FROM sqlite_master WHERE name = 'front'"):
+        if not self.ask(IS_FRONT):
             if self.ask("SELECT last FROM bus") != (0,) or self.ask("SELECT 1 FROM mailboxes"):
-                raise Unusable(f"{self.path} is a bus of its own, and its mail is not in the ledger: give another --db")
-            migrate(self.writing, ["BEGIN IMMEDIATE", TABLE, tokens.TABLE, "INSERT INTO front VALUES (0, 0, 0, 0)"])
+                advice = f"give another --db, or move it there ({called('move')})"
+                raise Unusable(f"{self.path} is a bus of its own, and its mail is not in the ledger: {advice}")
+            migrate(self.writing, ["BEGIN IMMEDIATE", *TABLES.values(), "INSERT INTO front VALUES (0, 0, 0, 0)"])
             self.writing.execute("COMMIT")
+        for table in (FRONTS, recall.TABLE):  # a file of before may lack them
+            self.writing.execute(table)
         if self.ask("SELECT lost FROM bus") != (0,):
             raise Unusable(f"{self.path} is damaged, and only a copy: move it away, and the front makes it anew")
 
+    def add_all_tables(self, extensions: dict[str, ModuleType]) -> None:
+        for extension, module in extensions.items():
+            if module.TABLES is not None:
+                self.add_tables(extension, module.NOUN, module.TABLES)
+
     def check_ledger(self) -> None:
-        """Unusable, if the last entry that was applied is not in this ledger."""
+        """Unusable or Differs, if the last entry that was applied is not in this ledger."""
         if self.position:
             found = self.ledger.read(self.position - 1, 1, time.monotonic() + CALL)
+            if found:
+                self.check_begin(self.position, found[0][0])
             if not found or found[0][1] != self.time.entry.wall:
                 raise Unusable(f"{self.path} is a copy of another ledger: give another --db, or the --ledger it has")
+            for each in self.from_bytes(found[0][2]).operations:
+                self.left = each.front if type(each) is Left else ""
+
+    def check_begin(self, needed: int, found: int) -> None:
+        if found != needed:
+            raise Differs(f"the ledger begins with entry {found}, and {self.path} ends before: {NEEDS_COPY}")
+
+    def check_left(self) -> None:
+        if self.left:
+            raise Differs(f"the bus has left this ledger: it is served from the file of {self.left} now")
 
     def catch_up(self) -> None:
         """Apply what is in the ledger, and then an entry of this front, which tells what time it is there."""
         self.replay()
-        begin = self.entry([Begin(self.bus)])
-        _, wall = self.ledger.append(begin, secrets.token_hex(16), time.monotonic() + CALL)
+        self.check_left()
+        self.choose_format(live(self.writing, self.time.entry.steady))
+        ended = [Beat(each, {}) for each in earlier_runs(self.writing, self.front)]
+        begin = Entry([Begin(self.bus), *ended, Beat(self.front, says(self, 0))], [])
+        _, wall = self.append(begin, time.monotonic() + CALL)
         self.time.heard(wall, just_now=True)
         self.replay()
         self.is_live = True
 
     def replay(self) -> None:
+        """Apply what is in the ledger. Entries that only store messages share a transaction: they look at nothing else.
+
+        Of those, only the first is compared with the results of the front that wrote it: a difference stays in the sum.
+        """
         while entries := self.ledger.read(self.position, ENTRIES, time.monotonic() + CALL):
-            for position, wall, entry in entries:
-                self.take(position, wall, self.operations(entry))
+            read = ((position, wall, self.from_bytes(entry)) for position, wall, entry in entries)
+            for only_stores, some in groupby(read, lambda each: {*map(type, each[2].operations)} <= STORING):
+                if only_stores:
+                    self.take_all(list(some))
+                else:
+                    for each in some:
+                        self.take(*each)
         self.view.tail = self.tail
 
-    def entry(self, operations: list[Operation]) -> bytes:
-        head = encode([FORMAT, self.front, self.position, self.sum])
-        return "\n".join([head, *(operation.to_line() for operation in operations)]).encode()
+    def append(self, entry: Entry, deadline: float) -> tuple[int, int]:
+        return self.ledger.append(self.to_bytes(entry), secrets.token_hex(16), deadline)
 
-    def operations(self, entry: bytes) -> list[Operation]:
+    def choose_format(self, fronts: list[Heard]) -> None:
+        its = [each for each in self.FORMATS if all(each in front.formats for front in fronts)]
+        self.format = max(its or self.FORMATS)
+
+    def to_bytes(self, entry: Entry) -> bytes:
+        senders = [entry.tokens] if any(entry.tokens) else []
+        head = encode([self.format, self.front, self.position, self.sums[-1], *senders])
+        return "\n".join([head, *(operation.to_line() for operation in entry.operations)]).encode()
+
+    def from_bytes(self, entry: bytes) -> Entry:
         """What is in an entry. Differs, if this front cannot apply it, or has other results than the one that wrote."""
         head, *lines = entry.decode().split("\n")
-        version, front, position, its_sum = json.loads(head)
-        if version != FORMAT:
+        version, front, position, its_sum, *senders = json.loads(head)
+        if version not in self.FORMATS:
             raise Differs(f"the ledger has an entry of format {version}: upgrade this front")
         index = position - self.position - 1
         if -len(self.sums) <= index < 0 and self.sums[index] != its_sum:
@@ -192,26 +314,43 @@ class Mirror(State):
                 raise Differs(f"{why}: one of them is wrong; move the wrong file away, and its front makes it anew")
             say(f"bus_server: {why}")
         try:
-            return [operation_of(line, self.kinds) for line in lines]
-        except ValueError as error:
+            return Entry([operation_of(line, self.kinds) for line in lines], *(senders or [[]]))
+        except (ValueError, TypeError) as error:
             raise Differs(f"{error}: use the version and the extensions of the other fronts") from None
 
-    def take(self, position: int, wall: int, operations: list[Operation]) -> Applied:
+    def take(self, position: int, wall: int, entry: Entry) -> Applied:
         """Apply an entry: the next one, with the time of the ledger."""
-        if position != self.position + 1:
-            raise Differs(f"entry {position} of the ledger follows entry {self.position}: entries are missing")
-        now, self.sum = self.time.at(wall), self.sums[-1]
-        applied = self.apply([*operations, Position(position)], now)
-        self.position, self.time.entry = position, now
-        self.sums.append(self.sum)
+        return self.take_all([(position, wall, entry)])
+
+    def take_all(self, entries: list[tuple[int, int, Entry]]) -> Applied:
+        """Apply the next entries in one transaction; if there are several, they have STORING operations only."""
+        times, operations, senders = [self.time.entry], list[Operation](), list[str]()
+        for number, (position, wall, its) in enumerate(entries, 1):
+            self.check_begin(self.position + number, position)
+            if any(type(each) is Moved for each in its.operations):
+                raise Differs(f"a bus was moved onto this ledger, and its mail is in copies only: {NEEDS_COPY}")
+            times.append(self.time.at(wall, times[-1]))
+            operations += [*([Next(times[-1])] if number > 1 else []), *its.operations]
+            senders += [*([""] if number > 1 else []), *(its.tokens or [""] * len(its.operations))]
+        revoked = tokens.revoked(self.writing, senders) if any(senders) else ()
+        self.barred = {id(each) for each, token in zip(operations, senders) if token in revoked}
+        self.sum, self.now, self.ended, self.counted = self.sums[-1], times[1], [], 0
+        applied = self.apply([*operations, Position(position)], times[1])
+        self.position, self.time.entry = position, times[-1]
+        self.sums.extend(self.ended)
         self.time.heard(wall, just_now=False)
         return applied._replace(results=applied.results[:-1])
 
     def apply_one(self, operation: Operation, now: Now) -> Any:
-        result = super().apply_one(operation, now)
+        result = REVOKED if id(operation) in self.barred else super().apply_one(operation, self.now)
         if not operation.is_local:
             self.add_to_sum((result.status, result.sentence) if isinstance(result, Refused) else result)
         return result
+
+    def add_entry_to_sum(self) -> None:
+        self.add_to_sum((self.last, len(self.visible) - self.counted, sorted(self.removed.items())))
+        self.ended.append(self.sum)
+        self.counted = len(self.visible)
 
     def add_to_sum(self, value: Any) -> None:
         self.sum = zlib.crc32(repr(value).encode(errors="surrogatepass"), self.sum)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+from itertools import chain
 from typing import Any
 
 from bus_server import (
@@ -45,6 +46,13 @@ def stored(database: Any) -> dict[str, Row]:
     """The tokens that came from the ledger, by their id."""
     rows = [json.loads(line) for (line,) in database.execute("SELECT line FROM front_tokens ORDER BY id").fetchall()]
     return {row["id"]: row for row in rows}
+
+
+def revoked(database: Any, tokens: list[str]) -> set[str]:
+    """Those of these tokens that were revoked by an entry of the ledger before this one."""
+    asked = "SELECT line FROM front_tokens WHERE id IN (SELECT value FROM json_each(?))"
+    found = database.execute(asked, (encode(tokens),)).fetchall() if tokens else []
+    return {row["id"] for row in map(json.loads, chain(*found)) if row["revoked"]}
 
 
 def merged(known: dict[str, Row], others: list[Row]) -> dict[str, Row]:

@@ -191,6 +191,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for ignored in ("--exec", "--tries", "--lease"):
         add(ignored, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
+    if options.last is not None and options.last < 1:
+        parser.error("--last must be 1 or more")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
         filters = {"to": options.to, "from": options.sender, "channel": options.channel}
@@ -202,13 +204,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             show_json(observer, chain(first, rest))
         else:
             show(observer, chain(first, rest), short if options.short else whole)
-    except BrokenPipeError:  # nobody reads us any more
-        return 0
-    except KeyboardInterrupt:
-        return 130
-    except (bus_recv.Refused, bus_recv.Unreachable, ValueError, OSError) as error:
-        complain(str(error))
-        return {bus_recv.Refused: 1, bus_recv.Unreachable: 75}.get(type(error), 2)
+    except bus_recv.FAULTS as fault:
+        return bus_recv.ended(fault, "bus_log")
     return 0
 
 

@@ -62,16 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         url = bus_recv.settings()["AGENT_BUS_URL"]
         answer, _ = bus_recv.ask(url, "/redact", SECONDS, {"id": options.id})
         show(options.id, answer, options.json)
-    except BrokenPipeError:  # nobody reads us any more
-        return 0
-    except KeyboardInterrupt:
-        return 130
-    except bus_recv.Unreachable as fault:
-        complain(bus_recv.no_bus(url, fault, "; it is not known whether the message is redacted: repeat it"))
-        return 75
-    except (bus_recv.Refused, ValueError, OSError) as error:
-        complain(str(error))
-        return 1 if isinstance(error, bus_recv.Refused) else 2
+    except bus_recv.FAULTS as fault:
+        return bus_recv.ended(fault, "bus_redact", "; it is not known whether the message is redacted: repeat it")
     return 0
 
 

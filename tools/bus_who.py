@@ -166,18 +166,13 @@ def main(argv: Sequence[str] | None = None) -> int:
                 show(*agents(url, options.channel, options.online), options.json, options.watch)
             except bus_recv.Unreachable as fault:
                 if not options.watch:
-                    raise bus_recv.Unreachable(bus_recv.no_bus(url, fault)) from fault
+                    raise
                 complain(f"no bus at {url} ({fault}); trying again")
             if not options.watch:
                 return 0
             time.sleep(EVERY_SECONDS)
-    except BrokenPipeError:  # nobody reads us any more
-        return 0
-    except KeyboardInterrupt:
-        return 130
-    except (bus_recv.Refused, bus_recv.Unreachable, ValueError) as error:
-        complain(str(error))
-        return {bus_recv.Refused: 1, bus_recv.Unreachable: 75}.get(type(error), 2)
+    except bus_recv.FAULTS as fault:
+        return bus_recv.ended(fault, "bus_who", "")
 
 
 if __name__ == "__main__":

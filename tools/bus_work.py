@@ -178,11 +178,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         worker.warn = worker.announce = complain
         with contextlib.closing(worker):
             worker.work(worker.answers(options.once, timeout))
-    except KeyboardInterrupt:
-        return 130
-    except (bus_recv.Refused, bus_recv.Unreachable, ValueError, OSError) as error:
-        complain(str(error))
-        return {bus_recv.Refused: 1, bus_recv.Unreachable: 75}.get(type(error), 2)
+    except bus_recv.FAULTS as fault:
+        return bus_recv.ended(fault, "bus_work")
     return 3 if not worker.came else int(options.once and worker.failed)
 
 

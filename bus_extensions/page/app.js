@@ -1,34 +1,38 @@
-// The frame: which view is shown, the panel of one message, the dialog to say something, the keys.
+// The frame: which view is shown, the bar with its tabs, the login, the keys.
 
-import { ask, bus, forgetToken, isMine, names, send, speaks, start, takeToken, watch } from "./bus.js";
-import { badge, button, clock, copyButton, day, fill, h, many, plain, prose, shown } from "./dom.js";
+import { agentView, agentsView } from "./agents.js";
+import { isMine, takeToken } from "./ask.js";
+import { bus, watch } from "./bus.js";
+import { button, fill, h } from "./dom.js";
+import { forgetToken, start } from "./follow.js";
+import { workView } from "./jobs.js";
 import * as look from "./look.js";
-import { forMessage, places, placeView } from "./place.js";
-import * as talk from "./talk.js";
-import * as views from "./views.js";
+import { messagesView } from "./messages.js";
+import { nowView } from "./now.js";
+import * as panel from "./panel.js";
+import { places, placeView } from "./place.js";
+import { say } from "./say.js";
+import { conversationView, mailView } from "./talk.js";
 
 const $ = id => document.getElementById(id);
 const VIEWS = [
   ["", "Now", "◉"], ["messages", "Messages", "≡"], ["agents", "Agents", "⁂"], ["work", "Work", "▤"],
   ...(places.length ? [["more", "More", "⋯"]] : []),
 ];
-const SPOKEN = 8000; // ms between two sentences of the screen reader
 
-let view = null, shownPath = null, spokenAt = 0, opener = null;
+let view = null, shownPath = null;
 
-// The token of a link goes into this tab and out of the address before anything is asked.
-const given = /^#token=([!-~]{8,300})$/.exec(location.hash);
-if (given) {
-  const another = "This link has another token than this tab. Use it, and speak and read as its name?";
-  if (isMine(given[1]) || confirm(another)) takeToken(given[1]);
+const ANOTHER = "This link has another token than this tab. Use it, and speak and read as its name?";
+
+// The token of a link goes into this tab and out of the address, before anything is asked. Returns whether there was one.
+function takeLink() {
+  const [, given] = /^#token=([!-~]{8,300})$/.exec(location.hash) ?? [];
+  if (!given) return false;
   history.replaceState(null, "", `${location.pathname}#/`);
+  if (isMine(given) || confirm(ANOTHER)) takeToken(given);
+  return true;
 }
-
-function spoken(text) {
-  if (Date.now() - spokenAt < SPOKEN) return;
-  spokenAt = Date.now();
-  $("spoken").textContent = text;
-}
+takeLink();
 
 // Where the address leads: {parts, id}. What cannot be read leads to Now.
 function place() {
@@ -44,12 +48,11 @@ const isName = text => text !== undefined && /^[A-Za-z0-9._:@-]{1,64}$/.test(tex
 const isId = text => text !== null && /^[0-9a-f]{1,14}$/.test(text);
 
 const ROUTES = new Map([
-  ["", () => views.nowView(tools)],
-  ["messages", (one, other) => (isName(one) && isName(other) ? talk.conversationView(tools, one, other)
-    : views.messagesView(tools))],
-  ["agents", name => (isName(name) ? views.agentView(tools, name) : views.agentsView())],
-  ["work", () => views.workView()],
-  ["mail", () => talk.mailView(tools)],
+  ["", nowView],
+  ["messages", (one, other) => (isName(one) && isName(other) ? conversationView(one, other) : messagesView())],
+  ["agents", name => (isName(name) ? agentView(name) : agentsView())],
+  ["work", workView],
+  ["mail", mailView],
   ...(places.length ? [["more", placeView]] : []),
 ]);
 
@@ -63,17 +66,24 @@ function go() {
     shownPath = path;
     fill($("main"), view.node);
   }
-  isId(id) ? openMessage(id) : closePanel();
+  isId(id) ? panel.openMessage(id) : panel.closePanel();
   frame();
 }
 
 const PLAIN = "This connection is not encrypted: whoever is on the way can read everything, the token too.";
 const note = text => text && h("p", { class: "note" }, text);
 
+function noteOfRights() {
+  if (bus.me.send_only) return "This token may only send: you see what you sent yourself.";
+  const reads = bus.me.reads.join(", ") || "nobody";
+  const says = `You see who is there, and the mail of ${reads}. An operator's token shows everything.`;
+  return bus.me.operator ? "" : says;
+}
+
 let noted = "";
 // What the person should know in each view. Drawn only when it changes: else it would be read aloud each second.
 function drawNotes() {
-  const some = [views.noteOfRights(), !isSecureContext && PLAIN, bus.notice].filter(Boolean);
+  const some = [noteOfRights(), !isSecureContext && PLAIN, bus.notice].filter(Boolean);
   const says = bus.phase === "token" ? [] : some;
   if (says.join("\n") !== noted) fill($("notes"), says.map(note));
   noted = says.join("\n");
@@ -102,17 +112,15 @@ function frame() {
   $("live").textContent = live ? "● live" : bus.phase === "away" ? "○ out of reach" : "";
   $("live").className = live ? "good" : "";
   $("say").hidden = !live;
+  $("views").hidden = bus.phase === "token"; // they would lead nowhere
   document.body.classList.toggle("away", bus.phase === "away");
 }
 
 function banner() {
-  const away = bus.phase === "away";
+  const away = bus.phase === "away", why = away ? `${bus.away.why} What you see is what was last known.` : "";
   $("banner").hidden = !away;
-  if (!away) return;
-  const left = Math.max(0, Math.ceil((bus.away.until - Date.now()) / 1000));
-  fill($("banner"),
-    `${bus.away.why} What you see is what was last known. Next try in ${left} s. `,
-    button("Try now", () => start()));
+  if ($("why").textContent !== why) $("why").textContent = why; // else it would be read aloud each second
+  $("countdown").textContent = `Next try in ${Math.max(0, Math.ceil((bus.away.until - Date.now()) / 1000))} s.`;
 }
 setInterval(() => bus.phase === "away" && banner(), 1000);
 
@@ -134,149 +142,10 @@ function login() {
   view?.leave?.();
   view = null;
   if ($("dialog").open) $("dialog").close();
-  closePanel();
+  panel.closePanel();
   fill($("main"), form);
   field.focus();
   frame();
-}
-
-// One message, beside any view; where there is no room for both, it is all of the page
-
-const narrow = matchMedia("(max-width: 1000px)");
-const setRole = () => $("panel").setAttribute("role", narrow.matches ? "main" : "complementary");
-narrow.addEventListener("change", setRole);
-setRole();
-
-async function openMessage(id) {
-  const panel = $("panel");
-  if (panel.hidden) opener = document.activeElement;
-  const known = bus.messages.find(message => message.id === id);
-  panel.hidden = false;
-  document.body.classList.add("with-panel");
-  if (panel.dataset.id === id) return;
-  panel.dataset.id = id;
-  draw(known, "", [], known ? "" : "Looking…");
-  const asked = ask(`message/${id}`).catch(error => ({ error }));
-  const thread = await ask(`thread/${id}`).catch(() => ({ messages: [] })), answer = await asked;
-  if (panel.dataset.id !== id) return;
-  draw(answer.message ?? known, answer.error ? "" : receipt(answer), thread.messages, answer.error?.message ?? "");
-  function draw(message, state, others, problem) {
-    const head = h("div", { class: "head" }, h("h1", { tabindex: -1 }, "Message"),
-      button("✕", leavePanel, { "aria-label": "Close" }));
-    fill(panel, head, problem && h("p", { class: "problem" }, problem), message && whole(message, state),
-      others.length > 1 && threadOf(others, id));
-    head.querySelector("h1").focus({ preventScroll: true });
-  }
-}
-
-const UNREAD = "nobody has fetched it";
-
-function receipt({ state, by, at, message }) {
-  const when = at && at - message.ts > 2 ? ` after ${Math.round(at - message.ts)} s` : "";
-  const who = by ?? message.to;
-  const sentences = {
-    acknowledged: `read by ${who}${when}`, fetched: `fetched by ${who}${when}`, queued: UNREAD, recalled: "taken back",
-    expired: "expired: nobody fetched it in time", dead: "given up after all attempts", sent: "to everybody",
-  };
-  return sentences[state] ?? state;
-}
-
-const HEAD = new Set(["ts", "id", "from", "to", "msg", "subject"]);
-
-function whole(message, state) {
-  const { from, to, ts, id, subject, msg } = message;
-  const members = Object.entries(message).filter(([name]) => !HEAD.has(name));
-  const status = h("span", { class: "state", role: "status" }, state);
-  const told = text => (status.textContent = text);
-  return [
-    h("h2", {}, badge(from), " ", views.link(`agents/${from}`, from), " → ", views.link(`agents/${to}`, to)),
-    h("p", { class: "dim" }, `${day(ts)} ${clock(ts)} `, status),
-    subject && h("p", {}, h("b", {}, plain(shown(subject), 300))),
-    h("div", { class: "body", dir: "auto" }, prose(shown(msg))),
-    h("p", { class: "buttons" }, button("Answer", () => say({ to: from, reply_to: id }), { class: "main" }),
-      h("a", { class: "button", href: `#/messages/${from}/${to}` }, "Conversation"),
-      copyButton(shown(msg)),
-      from === speaks() && state === UNREAD && views.doing(TAKE_BACK, message, told), forMessage(message, told)),
-    h("dl", {}, [...members, ["id", id]].map(([name, value]) =>
-      [h("dt", {}, plain(name, 60)), h("dd", {}, plain(shown(value), 500))])),
-  ];
-}
-
-const TAKE_BACK = {
-  title: "Take back", ask: ({ id, from }) => ["recall", { id, from }], done: () => "taken back",
-};
-
-function threadOf(messages, here) {
-  const one = ({ id, from, to, ts, msg = "" }) =>
-    h("li", {}, h("a", { href: `#/messages?id=${id}`, "aria-current": id === here ? "true" : null },
-      h("span", {}, badge(from), " ", h("b", {}, from), ` → ${to} `, h("time", {}, clock(ts))),
-      h("span", { class: "line dim" }, plain(shown(msg), 200))));
-  return [h("h2", {}, `Thread of ${messages.length}`), h("ol", { class: "thread" }, messages.map(one))];
-}
-
-function closePanel() {
-  if ($("panel").hidden) return;
-  $("panel").hidden = true;
-  $("panel").dataset.id = "";
-  document.body.classList.remove("with-panel");
-  (opener?.isConnected ? opener : $("main")).focus({ preventScroll: true });
-}
-
-// The address without the message: its view stays as it is.
-function leavePanel() {
-  location.hash = `#/${place().parts.map(encodeURIComponent).join("/")}`;
-}
-
-// Say something
-
-const LOST = "The bus is out of reach: nothing is known of this message. Send it again when it is back.";
-
-function say({ to = "", reply_to = null, text: begun = "" } = {}) {
-  const dialog = $("dialog"), known = names();
-  const as = views.nameField("say-as");
-  const receiver = h("input", { id: "say-to", value: to, required: true, list: "say-names", autocomplete: "off",
-    oninput: warn });
-  const subject = h("input", { id: "say-subject", autocomplete: "off" });
-  const text = h("textarea", { id: "say-text", rows: 6, required: true });
-  text.value = begun;
-  const warning = h("p", { class: "note", role: "status", hidden: true }), result = h("p", { role: "status" });
-  const sends = h("button", { class: "main" }, "Send");
-  const field = (label, input) => h("p", {}, h("label", { for: input.id }, label), input);
-  const form = h("form", { method: "dialog", onsubmit: submit },
-    h("h2", { id: "dialog-title" }, reply_to ? "Answer" : "Say something"),
-    field(bus.me.name ? "As (your token's name)" : "As", as), field("To", receiver),
-      h("datalist", { id: "say-names" }, [...known, "all"].map(name => h("option", { value: name }))),
-    warning, field("Subject (may be empty)", subject), field("Text", text), result,
-    h("p", { class: "buttons" }, sends, button("Close", () => dialog.close())));
-  function warn() {
-    const name = receiver.value.trim();
-    const all = bus.agents.filter(agent => agent.listens && agent.channel === "default").length;
-    const nobody = name && !known.includes(name) ? `Nobody has ever listened as ${name}.` : "";
-    const says = name === "all" ? `This reaches ${many(all, "name")}.` : nobody;
-    warning.hidden = !says;
-    warning.textContent = says;
-  }
-  async function submit(event) {
-    event.preventDefault();
-    sends.disabled = true;
-    result.textContent = "Sending…";
-    views.remember(as);
-    const message = { from: as.value.trim(), to: receiver.value.trim(), msg: text.value };
-    if (subject.value) message.subject = subject.value;
-    if (reply_to) message.reply_to = reply_to;
-    try {
-      const answer = await send(message);
-      result.textContent = look.told(answer.receiver, message.to);
-      text.value = "";
-    } catch (error) {
-      result.textContent = error.status ? error.message : LOST;
-    }
-    sends.disabled = false;
-  }
-  fill(dialog, form);
-  warn();
-  dialog.showModal();
-  (!as.value ? as : to ? text : receiver).focus();
 }
 
 // Keys
@@ -291,7 +160,7 @@ function help() {
   const off = h("input", { type: "checkbox", id: "keys-off", checked: keysOff(),
     onchange: () => localStorage.setItem(KEYS_OFF, off.checked ? "1" : "0") });
   fill($("dialog"), h("h2", { id: "dialog-title" }, "Keys"),
-    h("dl", { class: "keys" }, rows.map(([key, does]) => [h("dt", {}, h("kbd", {}, key)), h("dd", {}, does)])),
+    h("dl", {}, rows.map(([key, does]) => [h("dt", {}, h("kbd", {}, key)), h("dd", {}, does)])),
     h("p", {}, off, " ", h("label", { for: "keys-off" }, "single keys do nothing")),
     h("p", { class: "buttons" }, !bus.me.open && button("Forget the token", () => forgetToken("")),
       button("Close", () => $("dialog").close())));
@@ -299,7 +168,7 @@ function help() {
 }
 
 document.addEventListener("keydown", event => {
-  if (event.key === "Escape" && !$("dialog").open && !$("panel").hidden) return leavePanel();
+  if (event.key === "Escape" && !$("dialog").open && !$("panel").hidden) return panel.leavePanel();
   if (keysOff() || event.ctrlKey || event.metaKey || event.altKey || $("dialog").open
     || event.target.closest("input, textarea, select")) return;
   const wanted = VIEWS[Number(event.key) - 1];
@@ -323,10 +192,10 @@ $("theme").addEventListener("click", () => {
 });
 paint();
 $("keys").addEventListener("click", help);
+$("again").addEventListener("click", start);
 $("say").addEventListener("click", () => say());
-addEventListener("hashchange", () => go());
+addEventListener("hashchange", () => (takeLink() ? location.reload() : go()));
 
-const tools = { say, spoken };
 let framed = 0;
 watch(what => {
   if (what === "phase" || what === "another") {
@@ -337,6 +206,7 @@ watch(what => {
   }
   if (bus.phase !== "live") return;
   view?.update(what);
+  panel.update(what);
   if (Date.now() - framed > 1000 || what === "agents") {
     framed = Date.now();
     frame();

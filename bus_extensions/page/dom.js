@@ -28,6 +28,17 @@ export function fill(node, ...children) {
   for (const child of present(children)) node.append(child);
 }
 
+// These become the children of a node. Those that are there already stay as they are, with their focus.
+export function arrange(node, children) {
+  const kept = new Set(children);
+  for (const child of [...node.childNodes]) if (!kept.has(child)) child.remove();
+  let next = node.firstChild;
+  for (const child of children) {
+    if (child === next) next = next.nextSibling;
+    else node.insertBefore(child, next);
+  }
+}
+
 export const button = (title, onclick, properties = {}) =>
   h("button", { type: "button", onclick, ...properties }, title);
 
@@ -55,7 +66,7 @@ export function plain(text, most = 400) {
   return line.replace(STACK, "$1…").replace(HIDDEN, escaped).replace(JOINER, escaped);
 }
 
-function cut(text, most) {
+export function cut(text, most) {
   if (text.length <= most) return text;
   const end = /[\ud800-\udbff]/.test(text[most - 1]) ? most - 1 : most;
   return text.slice(0, end) + "…";
@@ -121,3 +132,5 @@ export function span(seconds) {
 }
 
 export const many = (number, one, more = one + "s") => `${number.toLocaleString("en")} ${number === 1 ? one : more}`;
+
+export const sum = numbers => numbers.reduce((a, b) => a + b, 0);

@@ -1,6 +1,6 @@
 // A list of any length with a true scrollbar: its rows have one height, so only those in sight are nodes.
 
-import { h } from "./dom.js";
+import { arrange, h } from "./dom.js";
 
 const SPARE = 8; // rows above and below what is in sight
 
@@ -23,6 +23,11 @@ export class List {
     this.show(true);
   }
 
+  // What the rows show may be other now: each is drawn anew.
+  forget() {
+    for (const row of this.drawn.values()) row.mark = null;
+  }
+
   // Draw what is in sight. Rows that are there already stay as they are, unless `anew`.
   show(anew = false) {
     const high = this.height(), { scrollTop, clientHeight } = this.node;
@@ -39,12 +44,7 @@ export class List {
       row.at = at;
       kept.set(item.key, row);
     }
-    for (const [key, row] of this.drawn) if (!kept.has(key)) row.node.remove();
-    let next = this.space.firstChild; // the nodes are in the order of the rows, for who hears them read
-    for (const { node } of kept.values()) {
-      if (node === next) next = next.nextSibling;
-      else this.space.insertBefore(node, next);
-    }
+    arrange(this.space, [...kept.values()].map(row => row.node)); // in their order, for who hears them read
     this.drawn = kept;
     if (this.items.length - last < 40) this.end();
   }

@@ -10,20 +10,20 @@
 //     sure     a sentence that a first press shows; then a second press does it
 //     ask      (row, me) => [path, the JSON to POST]; `me` is the name of the person
 //     done     (row, answer) => a sentence; without it: "TITLE: done."
+//     changes  of onMessage: answer => the ids of the messages that are others now; without it: that of the message
 
-import { ask } from "./bus.js";
+import { ask } from "./ask.js";
 import { fill, h, plain, shown } from "./dom.js";
 import { table } from "./draw.js";
 import * as extensions from "./extensions.js";
-import { card, doing } from "./views.js";
+import { card, doing, doingWith } from "./views.js";
 
 export const places = Object.entries(extensions).filter(([, { path }]) => path);
 
-const buttons = (actions, row, told, then) =>
-  actions.filter(({ may }) => !may || may(row)).map(action => [doing(action, row, told, then), " "]);
+const allowed = (actions, row) => actions.filter(({ may }) => !may || may(row));
 
-export const forMessage = (message, told) =>
-  Object.values(extensions).map(({ onMessage = [] }) => buttons(onMessage, message, told));
+export const forMessage = (message, told) => Object.values(extensions).map(({ onMessage = [] }) =>
+  allowed(onMessage, message).map(action => doingWith(action, message, told)));
 
 const content = value => (value instanceof Node ? value : plain(shown(value ?? ""), 300));
 
@@ -50,7 +50,7 @@ export function placeView(wanted) {
   function draw(rows) {
     const last = actions.length ? ["what to do"] : [];
     const cells = row => [...Object.values(columns).map(column => content(column(row))),
-      ...last.map(() => buttons(actions, row, told, done))];
+      ...last.map(() => allowed(actions, row).map(action => [doing(action, row, told, done), " "]))];
     const none = h("p", { class: "quiet" }, "There are none.");
     fill(found, rows.length ? table([...Object.keys(columns), ...last], rows.map(cells)) : none);
   }

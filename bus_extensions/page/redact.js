@@ -8,6 +8,7 @@ export default {
     may: () => bus.me.operator,
     sure: "The text goes from the bus and from its disk, for everybody and for ever.",
     ask: message => ["redact", { id: message.id }],
+    changes: answer => answer.redacted.map(({ id }) => id), // the copies of a list, and of a failed job, are redacted too
     done: (message, answer) => `Redacted. Fetched by ${answer.fetched_by.join(", ") || "nobody"}; ${answer.warning}.`,
   }],
 };

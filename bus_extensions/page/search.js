@@ -1,7 +1,7 @@
 // The place of search.py: messages by their words, among all that the person may read, and not only the loaded ones.
 
-import { clock, day, shown } from "./dom.js";
-import { link } from "./views.js";
+import { clock, day, h, shown } from "./dom.js";
+import { opens } from "./views.js";
 
 export default {
   title: "Search",
@@ -10,7 +10,7 @@ export default {
   fields: { q: "Words", from: "From", to: "To" },
   rows: answer => answer.messages,
   columns: {
-    when: message => link(`messages?id=${message.id}`, `${day(message.ts)} ${clock(message.ts)}`),
+    when: message => h("a", opens(message.id), `${day(message.ts)} ${clock(message.ts)}`),
     from: message => message.from,
     to: message => message.to,
     message: message => [message.subject, message.msg].filter(Boolean).map(shown).join(": "),

@@ -1,30 +1,32 @@
 // Two views of whole messages, the oldest above: what two say to each other, and the person's own mail.
 
-import { ask, bus, isNew, readMail, readsMail, sawMail, send, speaks } from "./bus.js";
-import { badge, button, clock, day, fill, h, plain, prose, shown } from "./dom.js";
-import { told } from "./look.js";
-import { link, nameField, remember } from "./views.js";
+import { asTheyAre, bus, fitting, speaks } from "./bus.js";
+import { arrange, badge, button, clock, cut, day, fill, h, plain, prose, shown } from "./dom.js";
+import { newestOf } from "./follow.js";
+import { isNew, readMail, readsMail, sawMail } from "./mail.js";
+import { say } from "./say.js";
+import { deliver, link, nameField, opens, remember } from "./views.js";
 
 const LINES = 12, LETTERS = 1500; // of a text, before it is cut to "show all"
 const MOST = 500; // messages in one view
 
 function bubble(message, right) {
-  const text = shown(message.msg), long = text.split("\n").length > LINES || text.length > LETTERS;
-  const body = h("div", { class: long ? "body clipped" : "body", dir: "auto" }, prose(text));
-  const unclip = () => {
-    body.classList.remove("clipped");
+  const text = shown(message.msg), begin = cut(text.split("\n").slice(0, LINES).join("\n"), LETTERS);
+  const body = h("div", { class: "body", dir: "auto" }, prose(begin));
+  const showAll = () => {
+    fill(body, prose(text));
     all.remove();
   };
-  const all = long && button("show all", unclip);
+  const all = begin !== text && button("show all", showAll);
   const when = `${day(message.ts)} ${clock(message.ts)}`;
   const head = h("p", {}, h("b", {}, message.from), " ",
-    h("a", { class: "time", href: `#/messages?id=${message.id}` }, when));
+    h("a", { class: "time", ...opens(message.id) }, when));
   const subject = message.subject && h("p", {}, h("b", {}, plain(shown(message.subject), 200)));
   return h("article", { class: right ? "bubble right" : "bubble" }, head, subject, body, all);
 }
 
-export function conversationView({ say }, one, other) {
-  const me = speaks(), back = me === one ? other : one, drawn = new Map();
+export function conversationView(one, other) {
+  const me = speaks(), back = me === one ? other : one;
   const box = h("div", { class: "talk", tabindex: 0, role: "group", "aria-label": `What ${one} and ${other} say` });
   const text = h("textarea", { rows: 2, placeholder: me ? `To ${back}, as ${me}` : `To ${back}`,
     "aria-label": `To ${back}` });
@@ -34,40 +36,41 @@ export function conversationView({ say }, one, other) {
   const node = h("div", { class: "conversation" },
     h("h1", {}, h("a", { href: "#/messages", "aria-label": "all messages" }, "←"), " ", linked(one), " ⇄ ",
       linked(other)), box, form);
-  let found = [], problem = "";
+  let found = [], drawn = new Map(), atEnd = true; // drawn: the node of each message, by its id
+  const toEnd = () => atEnd && (box.scrollTop = box.scrollHeight);
+  box.addEventListener("scroll", () => (atEnd = box.scrollHeight - box.scrollTop - box.clientHeight < 40));
+  new ResizeObserver(toEnd).observe(box); // on a phone, a keyboard takes half of it
   async function submit(event) {
     event.preventDefault();
     if (!speaks()) return say({ to: back, text: text.value });
-    if (!text.value.trim()) return;
-    try {
-      result.textContent = told((await send({ from: speaks(), to: back, msg: text.value })).receiver, back);
-      text.value = "";
-    } catch (error) {
-      result.textContent = error.message;
-    }
+    const msg = text.value;
+    if (msg.trim() && await deliver({ from: speaks(), to: back, msg }, result)) text.value = "";
   }
   const near = ({ from, to }) => (from === one && to === other) || (from === other && to === one);
   function update(what) {
     if (what === "agents") return;
+    if (what === "changed") {
+      found = asTheyAre(found);
+      drawn.clear();
+    }
     const known = new Set(found.map(message => message.id));
     const fresh = bus.messages.filter(message => near(message) && !known.has(message.id));
-    found = [...found, ...fresh].sort((a, b) => a.ts - b.ts).slice(-MOST);
-    const atEnd = !drawn.size || box.scrollHeight - box.scrollTop - box.clientHeight < 40;
-    for (const message of found) {
-      if (!drawn.has(message.id)) drawn.set(message.id, bubble(message, message.from !== back));
-    }
-    const nothing = !found.length && h("p", { class: "dim" }, "Nothing yet.");
-    fill(box, problem && h("p", { class: "problem" }, problem), nothing, found.map(message => drawn.get(message.id)));
-    if (atEnd) box.scrollTop = box.scrollHeight;
+    found = fitting([...found, ...fresh].sort((a, b) => b.ts - a.ts), MOST).reverse();
+    const nodeOf = message => drawn.get(message.id) ?? bubble(message, message.from !== back);
+    drawn = new Map(found.map(message => [message.id, nodeOf(message)]));
+    arrange(box, drawn.size ? [...drawn.values()] : [h("p", { class: "dim" }, "Nothing yet.")]);
+    toEnd();
   }
-  const first = ask(`log?before=now&with=${one},${other}&max=300`);
-  first.then(answer => (found = answer.messages), error => (problem = error.message)).then(update);
+  const first = newestOf(`with=${one},${other}`, 300);
+  first.then(messages => {
+    found = messages;
+    update("messages");
+  }, error => box.before(h("p", { class: "problem", role: "alert" }, error.message)));
   update();
-  requestAnimationFrame(() => (box.scrollTop = box.scrollHeight));
   return { node, update };
 }
 
-export function mailView({ say }) {
+export function mailView() {
   const box = h("div", { class: "talk", tabindex: 0, role: "group", "aria-label": "Your mail" });
   const node = h("div", { class: "conversation" }), drawn = new Map();
   // Half of a message on the screen, or half of the screen full of it, counts as seen.
@@ -85,6 +88,10 @@ export function mailView({ say }) {
   }
   function update(what) {
     if (what === "messages" || what === "older") return;
+    if (what === "changed") {
+      drawn.clear();
+      eyes.disconnect();
+    }
     if (!readsMail()) return what || fill(node, readHere(update));
     if (box.parentNode !== node) fill(node, h("h1", {}, "Mail for ", badge(speaks()), " ", speaks()), box);
     const known = new Set([...drawn.values()].map(message => message.id));

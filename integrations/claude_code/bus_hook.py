@@ -48,6 +48,7 @@ if sys.version_info < (3, 9) and (needs := "bus_hook.py needs Python 3.9 or late
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # python3 -I does not
 import doing  # noqa: E402
 import notice  # noqa: E402
+import processes  # noqa: E402
 import session  # noqa: E402
 from notice import Counts  # noqa: E402
 from session import READER, Nameless, bus_recv, harmless  # noqa: E402
@@ -185,7 +186,7 @@ class Look:
             return
         trouble = ""
         try:
-            me = session.this_session(session.its_process(self.program), self.directory, self.id, self.title)
+            me = session.this_session(processes.its_process(self.program), self.directory, self.id, self.title)
             self.facts.append(me.news)
             status = self.status(me)
             counts = self.introduce(me, status) if self.starts else notice.count(me, ANSWER_SECONDS, status)
@@ -303,13 +304,13 @@ def wake() -> int:
     event = json.loads(sys.stdin.buffer.read())
     if not is_attended():
         return 0
-    me = session.this_session(session.its_process(), project_of(event), event.get("session_id"))
+    me = session.this_session(processes.its_process(), project_of(event), event.get("session_id"))
     return say_news(event, me, notice.count(me, ANSWER_SECONDS))
 
 
 def wait() -> int:
     """The exit code: 2 when there is a notice on stderr, else 0."""
-    event, process = json.loads(sys.stdin.buffer.read()), session.its_process()
+    event, process = json.loads(sys.stdin.buffer.read()), processes.its_process()
     if not process or not is_attended():
         return 0
 
@@ -319,7 +320,7 @@ def wait() -> int:
     with notice.alone(who().name, "wait") as ours:
         if not ours:
             return 0
-    for me, counts in notice.arrivals(who, complain, "wait", lambda: bool(session.birth(process))):
+    for me, counts in notice.arrivals(who, complain, "wait", lambda: bool(processes.birth(process))):
         if say_news(event, me, counts):
             return 2
     return 0
@@ -365,7 +366,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.name:
         try:
-            process, project = session.its_process(), os.environ.get("CLAUDE_PROJECT_DIR")
+            process, project = processes.its_process(), os.environ.get("CLAUDE_PROJECT_DIR")
             return print(session.this_session(process, project).name)
         except (Nameless, ValueError, OSError) as error:
             sys.exit(f"bus_hook: {error}")

@@ -36,7 +36,8 @@ if sys.version_info < (3, 9) and (needs := "bus_mcp.py needs Python 3.9 or later
     sys.exit(needs)
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # not there yet, if another program imports us
 import session  # noqa: E402, I001  which makes the next three importable
-from session import Nameless, Self, harmless, its_process, quoted, this_session  # noqa: E402
+from processes import its_process  # noqa: E402
+from session import Nameless, Self, harmless, quoted, this_session  # noqa: E402
 
 import bus_inbox  # noqa: E402
 import bus_recv  # noqa: E402

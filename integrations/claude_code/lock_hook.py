@@ -27,6 +27,7 @@ from urllib.parse import urlencode
 if sys.version_info < (3, 9) and (needs := "lock_hook.py needs Python 3.9 or later"):  # noqa: UP036
     sys.exit(needs)
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # python3 -I does not
+import processes  # noqa: E402
 import session  # noqa: E402
 from session import Nameless, bus_recv, harmless  # noqa: E402
 
@@ -73,7 +74,7 @@ def look(way: str) -> None:
     path = path_of(event) if isinstance(event, dict) else ""
     if not path or event.get("hook_event_name") != "PreToolUse":
         return
-    me = session.this_session(session.its_process(), project_of(event), event.get("session_id"))
+    me = session.this_session(processes.its_process(), project_of(event), event.get("session_id"))
     rows = held(path, me.name)
     if rows:
         text = harmless(warning(path, rows))

@@ -16,7 +16,7 @@ from session import ASK_SECONDS, Nameless, Self, bus_recv, get, mcp_tools, own_c
 
 AWAITED = 50  # ids of the last questions of a name
 SOON, LATER = 1.0, 8.0  # s between looks while there is unread mail, or another program reads it
-HOLD_SECONDS = 25.0  # of a poll; common proxies cut a quiet request after 30 s
+HOLD_SECONDS = 25.0  # of a request; common proxies cut a quiet request after 30 s
 
 
 class Counts(NamedTuple):
@@ -47,10 +47,8 @@ def count(me: Self, seconds: float, status: dict[str, Any] | None = None) -> Cou
     """
     given = bus_recv.settings()
     url, channel = given["AGENT_BUS_URL"], given.get("AGENT_BUS_CHANNEL", "default")
-    since = f"&since={own_cursor('*', channel, me.name)}" if me.also else ""  # the bus has no cursor for both
     try:
-        path = f"/digest?to={','.join(me.names)}&channel={channel}{since}"
-        answer = get(url, path, seconds, status)
+        answer = get(url, digest_of(me, channel), seconds, status)
     except bus_recv.Refused as refused:
         if refused.status != 404:
             raise
@@ -59,6 +57,12 @@ def count(me: Self, seconds: float, status: dict[str, Any] | None = None) -> Cou
         return counted(me.name, channel, answer)
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError):
         raise bus_recv.Unreachable() from None  # something else answers
+
+
+def digest_of(me: Self, channel: str) -> str:
+    """The path of the counts of a session. The bus has no cursor for several names."""
+    since = f"&since={own_cursor('*', channel, me.name)}" if me.also else ""
+    return f"/digest?to={','.join(me.names)}&channel={channel}{since}"
 
 
 def counted(name: str, channel: str, answer: dict[str, Any]) -> Counts:
@@ -166,8 +170,8 @@ def arrivals(
     """Yields whenever more mail waits for a session than before; it takes nothing. `kind`: see alone().
 
     `who` is asked before each look, because a session may be renamed; `is_needed` may end it. While nothing is unread
-    it holds a poll, so the name counts as listening; the message that ends it is fetched, and not read. Else it looks
-    now and then. It is quiet while another program reads the mail.
+    the bus holds the look, so the name counts as listening. Else it looks now and then. It is quiet while another
+    program reads the mail.
     """
     known, pause, warned = (0, 0.0), SOON, ""
     while is_needed():
@@ -180,7 +184,7 @@ def arrivals(
                         pause = SOON
                         yield me, counts
                     known, warned = (counts.unread, max(counts.newest, known[1])), ""
-                    if counts.unread or counts.reader or me.also:  # a poll would fetch what its old names got
+                    if counts.unread or counts.reader:
                         time.sleep(pause)
                         pause = min(2 * pause, LATER)
                     else:
@@ -194,12 +198,16 @@ def arrivals(
 
 
 def hold(me: Self) -> None:
-    """Wait until the bus has a message for this name, or for HOLD_SECONDS; at least SOON."""
+    """Wait until the bus has a message for this session, or for HOLD_SECONDS; at least SOON. Nothing is fetched."""
     given, began = bus_recv.settings(), time.monotonic()
-    channel = given.get("AGENT_BUS_CHANNEL", "default")
-    path = f"/recv?to={me.name}&channel={channel}&since=last&max=1&block=true&wait={HOLD_SECONDS}"
-    bus_recv.ask(given["AGENT_BUS_URL"], path, HOLD_SECONDS + bus_recv.GRACE_SECONDS)
-    time.sleep(max(began + SOON - time.monotonic(), 0))  # in case the bus does not hold a poll
+    path = f"{digest_of(me, given.get('AGENT_BUS_CHANNEL', 'default'))}&wait={HOLD_SECONDS}"
+    try:
+        bus_recv.ask(given["AGENT_BUS_URL"], path, HOLD_SECONDS + bus_recv.GRACE_SECONDS)
+    except bus_recv.Refused as refused:
+        if refused.status != 404:
+            raise
+        time.sleep(LATER)  # a bus without the digest
+    time.sleep(max(began + SOON - time.monotonic(), 0))  # in case the bus does not hold it
 
 
 class Waker(threading.Thread):

@@ -1,7 +1,8 @@
 """The code that the hook and the MCP server share: the name of a session, and how a message may enter its context.
 
 Read it in this order: harmless (a text for a context), this_session and rename (what others call), Register (which
-session has which name), wishes (the names that a session may have), birth and its_process (which process runs it).
+session has which name), wishes (the names that a session may have). Beside it, processes.py knows which
+process runs a session, places.py how far names were read, and quick.py asks the bus.
 """
 from __future__ import annotations  # needs Python 3.9 or later
 
@@ -11,29 +12,28 @@ import json
 import os
 import re
 import shlex
-import socket
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from decimal import Decimal
 from typing import Any, NamedTuple
 
-ROOT = os.path.abspath(os.path.join(__file__, "..", "..", ".."))
+HERE = os.path.dirname(os.path.abspath(__file__))
+ROOT = os.path.dirname(os.path.dirname(HERE))
 TOOLS = next(filter(os.path.isdir, (os.path.join(ROOT, folder) for folder in ("agent_bus_tools", "tools"))), ROOT)
-sys.path[:0] = [ROOT, TOOLS]  # in a clone or a plugin, or installed
-import bus_recv  # noqa: E402
+sys.path[:0] = [HERE, ROOT, TOOLS]  # in a clone or a plugin, or installed
+import bus_recv  # noqa: E402, I001  which places and quick need
+import processes  # noqa: E402
+from places import Places, cursors, own_cursor  # noqa: E402
+from quick import get  # noqa: E402
 
 ASK_SECONDS = 0.5  # for the bus to say who listens; a prompt waits for it
-QUICK_SECONDS = 0.2  # a bus that answers so fast is asked again for a smaller matter
 RECENT_SECONDS = 60.0  # a poll is held for 25 s, and its reader counts as listening for 10 s more; the rest is reserve
 DAY = 86400.0  # s: a renamed session reads its old name for so long, and a session that ended may be resumed
 KEPT_SECONDS = 30 * DAY  # after its last look a name is forgotten, with the ids of the sessions that had it
-# Ends the file beside a cursor that was lowered for a renamed session: how far the name itself was read before.
-REACHED = "~reached"
 IDS = 20  # of sessions that a name remembers; /clear, /branch and a fork give a session a new one
 READER = shlex.quote(os.path.join(ROOT, "bus_recv.py"))  # for a command line
 RESERVED = ("all", "system", "operator", "user", "root", "claude")  # as senders; root and claude only of an older bus
-SHELLS = ("sh", "bash", "dash", "zsh", "fish", "env", "uv", "uvx", "nice", "timeout")  # they start what runs a session
 UNSEEN = re.compile(f"{bus_recv.HIDDEN.pattern}|<")  # `<`: no tag of any kind in the text of another agent
 
 
@@ -102,7 +102,7 @@ def this_session(
     asked = bus_recv.settings().get("AGENT_NAME")
     if asked and not bus_recv.NAME.fullmatch(asked):
         raise ValueError(f"AGENT_NAME is {asked!r}, which is not a name")
-    born = birth(process) if process else ""
+    born = processes.birth(process) if process else ""
     if not born:  # or on Windows, where it takes more to know whether a process lives
         return Self(asked or next(wishes(directory)))
     with Register() as register:
@@ -117,7 +117,7 @@ def rename(process: int, new: str) -> str:
     """
     asked = bus_recv.settings().get("AGENT_NAME")
     with Register() as register:
-        mine = register.of(birth(process), asked)
+        mine = register.of(processes.birth(process), asked)
         if not mine:
             raise ValueError("this session has no name on the bus yet: ask for its name first")
         register.rename(mine, new)
@@ -153,6 +153,7 @@ class Register:
     def __init__(self) -> None:
         given = bus_recv.settings()
         self.url, self.channel = given["AGENT_BUS_URL"], given.get("AGENT_BUS_CHANNEL", "default")
+        self.places = Places(self.channel)
         bus_recv.urls_of(self.url)  # ValueError if one has a login, which is not for the name of a file
         place = map(bus_recv.file_name, (self.url, self.channel))
         self.path = os.path.join(bus_recv.state_directory(), "names", *place)
@@ -205,7 +206,7 @@ class Register:
 
     def of(self, born: str, asked: str | None) -> str:
         """The name of a process, or "". A part of a session without AGENT_NAME has the name of a part that has it."""
-        mine = {name: line["asked"] for name, line in self.names.items() if same(line["process"], born)}
+        mine = {name: line["asked"] for name, line in self.names.items() if processes.same(line["process"], born)}
         for name in mine:
             self.names[name]["process"] = born
         return next((name for name in mine if mine[name] == asked), "" if asked else next(iter(mine), ""))
@@ -223,10 +224,8 @@ class Register:
         if who.asked and loose and not self.names[loose]["asked"]:  # one part of this session had no AGENT_NAME
             self.move(loose, name)
         else:
-            self.names[name] = {**EMPTY, "process": who.born, "title": who.title, "seen": self.now}
             self.take(name)
-            for bus in self.own_cursors(name):
-                self.raise_cursor(bus, name, own_cursor(bus, self.channel, name, REACHED))
+            self.names[name] = {**EMPTY, "process": who.born, "title": who.title, "seen": self.now}
             self.forward(name)
         missed = before or wanted[0]
         why = f"because {missed} is another session" if name != missed else ""
@@ -242,12 +241,13 @@ class Register:
 
     def lives(self, line: dict[str, Any]) -> bool:
         """Does the session live? One that another PID namespace runs cannot be seen: it lives a day after its look."""
-        return is_alive(line["process"], line["seen"] > self.now - DAY)
+        return processes.is_alive(line["process"], line["seen"] > self.now - DAY)
 
     def taken(self, born: str) -> set[str]:
         """The names that other living processes have, or had within the last day and still read."""
-        others = [name for name, line in self.names.items() if not same(line["process"], born) and self.lives(line)]
-        return {each for name in others for each in (name, *self.also(name))}
+        others = {name: line for name, line in self.names.items() if not processes.same(line["process"], born)}
+        living = [name for name, line in others.items() if self.lives(line)]
+        return {each for name in living for each in (name, *self.also(name))}
 
     def heard_elsewhere(self, names: Sequence[str]) -> set[str]:
         """The names under which another machine listens; not those that a reader here reads as old ones."""
@@ -296,15 +296,20 @@ class Register:
         self.take(new)
         for old in self.also(mine):
             self.pass_on(mine, old)
+        names = [mine, *self.also(mine), "all"]
         line = self.names.pop(mine)
         self.names[new] = {**line, "old": {**line["old"], mine: self.now + DAY}, "why": ""}
-        for bus, at in self.begins(mine, new).items():
-            self.raise_cursor(bus, new, own_cursor(bus, self.channel, new), REACHED)
-            self.write_cursor(bus, new, at)
+        for bus, (at, start) in self.begins(mine, new).items():
+            before = self.places.reached(bus, mine)
+            known = {name: max(at, before.get(name, "0"), key=Decimal) for name in names}
+            known[new] = self.places.of(bus, new, new)
+            self.places.write(bus, new, start, known)
         self.forward(new)
 
     def take(self, name: str) -> None:
-        """From now on, this name is the old one of no session that may be resumed."""
+        """From now on, no session that may be resumed has this name, not as an old one either."""
+        for old in self.also(name) if name in self.names else ():
+            self.pass_on(name, old)
         for each, line in self.names.items():
             if name in line["old"]:
                 if name in self.also(each):  # after that day nobody has read it
@@ -314,42 +319,28 @@ class Register:
 
     def pass_on(self, reader: str, old: str) -> None:
         """What a session has read of its old name is read, whoever has that name next."""
-        for bus, at in self.own_cursors(reader).items():
-            self.raise_cursor(bus, old, at)
+        for bus in self.places.by_bus(reader):
+            at = self.places.of(bus, reader, old)
+            if Decimal(at) > Decimal(self.places.of(bus, old, old)):
+                self.places.write(bus, old, at, self.places.reached(bus, old))
 
-    def own_cursors(self, name: str) -> dict[str, str]:
-        """By bus: the cursor that readers of this machine have saved for a name."""
-        files = glob.glob(os.path.join(cursors(), *map(bus_recv.file_name, (self.channel, name))))
-        found = {bus: own_cursor(bus, self.channel, name) for bus in (path.split(os.sep)[-3] for path in files)}
-        return {bus: at for bus, at in found.items() if at != "last"}
+    def begins(self, mine: str, new: str) -> dict[str, tuple[str, str]]:
+        """By bus: how far the old name was read, and the cursor from which both are read now.
 
-    def raise_cursor(self, bus: str, name: str, at: str, suffix: str = "") -> None:
-        before = own_cursor(bus, self.channel, name, suffix)
-        if at != "last" and (before == "last" or Decimal(before) < Decimal(at)):
-            self.write_cursor(bus, name, at, suffix)
-
-    def write_cursor(self, bus: str, name: str, at: str, suffix: str = "") -> None:
-        place = map(bus_recv.file_name, (bus, self.channel, name))
-        path = os.path.join(bus_recv.state_directory(), "cursors", *place) + suffix
-        with bus_recv.private_file(path, os.O_WRONLY | os.O_TRUNC, "w") as file:
-            file.write(f"{at}\n")
-
-    def begins(self, mine: str, new: str) -> dict[str, str]:
-        """By bus: the cursor from which both names are read, below the oldest message that waits for either.
-
-        If the bus does not say which that is, the cursor of the old name.
+        That is below the oldest message that waits for either. If the bus does not say which that is, it is the lower
+        one of their cursors.
         """
         try:
             answer = self.digest(new, own_cursor("*", self.channel, new))
             bus = str(answer["bus"])
-            waiting = [below(answer["oldest"])] if answer["oldest"] else []
             at = own_cursor(bus, self.channel, mine)
             if at == "last":  # nobody read the old name here
                 its = self.digest(mine)
                 at = below(its["oldest"]) if its["oldest"] else str(its["now"])
-            return {bus: min([at, *waiting], key=Decimal)}
+            return {bus: (at, min(at, below(answer["oldest"]) if answer["oldest"] else at, key=Decimal))}
         except (bus_recv.Refused, bus_recv.Unreachable, LookupError, TypeError, ArithmeticError):
-            return self.own_cursors(mine)
+            known = self.places.by_bus(mine).items()
+            return {bus: (at, min(at, self.places.of(bus, new, new), key=Decimal)) for bus, at in known}
 
     def digest(self, name: str, since: str = "last") -> dict[str, Any]:
         return get(self.url, f"/digest?to={name}&channel={self.channel}&since={since}", ASK_SECONDS)
@@ -414,84 +405,6 @@ def heard_elsewhere(url: str, channel: str, names: Sequence[str]) -> set[str]:
     return {name for name in heard.intersection(names) if not was_here(channel, name)}
 
 
-def get(url: str, path: str, seconds: float, status: dict[str, Any] | None = None) -> dict[str, Any]:
-    """GET `path`: the bus's JSON, within so many seconds in all. Raises as bus_recv.exchange().
-
-    A turn waits for each hook, and http.client takes 40 ms to import. So a plain GET is made here, and what takes more
-    (TLS, a proxy) is left to exchange().
-
-    A `status` is for POST /status; its answer does not matter. It goes out together with the GET, so it takes no round
-    trip of its own. exchange() cannot do that: there, only a bus that has answered at once is told the status.
-    Each URL of the bus gets its part of the time: one that is silent must not take all of it.
-    """
-    part, login = seconds / len(bus_recv.urls_of(url)), bus_recv.credentials(url)
-    return dict(bus_recv.first_answer(url, seconds, lambda one, *_: get_at(one, path, part, status, login)))
-
-
-def get_at(
-    url: str, path: str, seconds: float, status: dict[str, Any] | None, login: dict[str, str]
-) -> dict[str, Any]:
-    """get() with one URL of the bus; `login` is of credentials()."""
-    parts, began = bus_recv.parts_of(url), time.monotonic()
-    host, port = parts.hostname or "", parts.port or 80
-    if parts.scheme == "https" or (parts.scheme == "http" and bus_recv.proxy_for("http", host, port)):
-        answer: dict[str, Any] = bus_recv.exchange(url, path, None, seconds, Decimal)[0]
-        if status and time.monotonic() - began < QUICK_SECONDS:
-            with contextlib.suppress(bus_recv.Refused, bus_recv.Unreachable):
-                bus_recv.exchange(url, "/status", json.dumps(status).encode(), QUICK_SECONDS)
-        return answer
-    whole, fault = bytearray(), ""
-    try:
-        with bus_recv.dial((host, port), seconds) if host else socket.socket(socket.AF_UNIX) as sock:
-            if not host:
-                sock.connect(parts.path)
-            sock.sendall(requests(url, path, status, login))
-            while len(whole) < bus_recv.ANSWER_BYTES:
-                sock.settimeout(max(began + seconds - time.monotonic(), 0.001))
-                part = sock.recv(1 << 16)
-                if not part:
-                    break
-                whole += part
-    except OSError as error:
-        fault = error.strerror or str(error) or type(error).__name__
-    first = head_and_body(bytes(whole))
-    if not first:
-        raise bus_recv.Unreachable(*filter(None, [fault]))
-    return bus_recv.judged(*first, Decimal)
-
-
-def requests(url: str, path: str, status: dict[str, Any] | None, login: dict[str, str]) -> bytes:
-    """The GET and, behind it, the POST of a status. HTTP/1.0: the bus closes the connection after the last answer."""
-    parts, body = bus_recv.parts_of(url), json.dumps(status) if status else ""
-    prefix = parts.path.rstrip("/") if parts.scheme == "http" else ""
-    agent = bus_recv.settings(url).get("AGENT_BUS_UA", "Mozilla/5.0")
-    headers = {"Host": parts.netloc or "localhost", "User-Agent": agent, **login}
-    lines = [f"GET {prefix}{path} HTTP/1.0", *(f"{name}: {value}" for name, value in headers.items())]
-    if status:
-        further = [f"POST {prefix}/status HTTP/1.0", *lines[1:], f"Content-Length: {len(body)}"]
-        lines += ["Connection: keep-alive", "", *further]
-    return "\r\n".join([*lines, "", body]).encode()
-
-
-class Head(NamedTuple):
-    """Of an answer, what bus_recv.judged() looks at."""
-
-    status: int
-    headers: dict[str, str]
-
-
-def head_and_body(answer: bytes) -> tuple[Any, bytes] | None:
-    """The parts of an answer of HTTP, behind which another one may follow. None, if it is none, or was cut."""
-    head, _, body = answer.partition(b"\r\n\r\n")
-    status = re.match(r"HTTP/1\.[01] ([0-9]{3})\b", head.decode("latin-1"))
-    lines = (line.partition(":") for line in head.decode("latin-1").split("\r\n")[1:])
-    headers = {name.strip().title(): value.strip() for name, _, value in lines}
-    length = headers.get("Content-Length", "")
-    if not status or not re.fullmatch("[0-9]{1,9}", length) or len(body) < int(length):
-        return None
-    return Head(int(status[1]), headers), body[: int(length)]
-
-
 def was_here(channel: str, name: str) -> bool:
     """May the reader that the bus still counts as listening be one of this machine?"""
     files = glob.glob(os.path.join(cursors(), *map(bus_recv.file_name, (channel, name))))
@@ -507,114 +420,3 @@ def wake_path(name: str) -> str:
 def below(message: dict[str, Any]) -> str:
     """The cursor of a reader that gets this message next."""
     return str(Decimal(str(message["ts"])) - Decimal("0.000001"))
-
-
-def own_cursor(bus: str, channel: str, name: str, suffix: str = "") -> str:
-    """The cursor that readers of this machine have saved for a name; `bus` may be `*`, for the one saved last."""
-    place = (bus if bus == "*" else bus_recv.file_name(bus), *map(bus_recv.file_name, (channel, name)))
-    files = glob.glob(os.path.join(os.path.dirname(cursors()), *place) + suffix)
-    with contextlib.suppress(OSError, ValueError), open(max(files, key=os.path.getmtime), encoding="ascii") as file:
-        at = file.read(64).strip()
-        return at if bus_recv.DECIMAL.fullmatch(at) else "last"
-    return "last"
-
-
-def cursors() -> str:
-    """The folders of the cursors of all buses, as a pattern."""
-    return os.path.join(glob.escape(bus_recv.state_directory()), "cursors", "*")
-
-
-# Processes. On Linux from /proc, elsewhere from ps.
-
-
-def birth(process: int) -> str:
-    """What no other process ever has: its number, start, boot and PID namespace; "" if it has ended, or on Windows."""
-    if os.name != "posix":
-        return ""
-    try:
-        with open(f"/proc/{process}/stat", "rb") as file:
-            fields = file.read().rpartition(b")")[2].split()
-        return "" if fields[0] in b"ZX" else f"{process} {int(fields[19])} {this_kernel()}"
-    except OSError:
-        started = "" if os.path.exists("/proc/self/stat") else ps(process, "stat", "lstart")
-    state, _, start = started.partition(" ")
-    return f"{process} {'-'.join(start.split())} {this_kernel()}" if start and state[0] != "Z" else ""
-
-
-def this_kernel() -> str:
-    """Where process numbers mean the same: a boot, and a PID namespace of it."""
-    try:
-        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-            return f"{file.read(8)} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return "here"
-
-
-def is_alive(born: str, recent: bool) -> bool:
-    """Does a process live? One of another PID namespace cannot be seen: `recent` is the answer for it."""
-    number, _, rest = born.partition(" ")
-    if not number or not rest:  # nobody's; or of an older version, which knew only the number
-        return bool(number and birth(int(number)))
-    _, boot, *space = rest.split(" ")
-    here, *ours = this_kernel().split(" ")
-    if boot == here and space != ours:
-        return recent
-    return boot == here and birth(int(number)) == born
-
-
-def same(born: str, other: str) -> bool:
-    """Is it the same process? An older version knew only its number."""
-    return bool(born) and (born == other or born == other.partition(" ")[0])
-
-
-def its_process(program: str = "claude") -> int | None:
-    """The process that runs the session of this hook, Monitor or MCP server.
-
-    Claude Code tells its hooks and Monitors (CLAUDE_PID), and not its MCP servers. Others tell nobody. For these it is
-    the nearest process above us that is neither a shell nor was started for this same session.
-    """
-    told = os.environ.get("CLAUDE_PID", "")
-    if program == "claude" and told.isdecimal():
-        return int(told)
-    if program == "claude" or os.name != "posix":
-        return None
-    process = os.getppid()
-    for _ in range(8):
-        parent, name = parent_of(process)
-        if parent < 2 or not (name in SHELLS or was_given_our_session(process)):
-            break
-        process = parent
-    return process
-
-
-def parent_of(process: int) -> tuple[int, str]:
-    """The number of the process above, and the name of the program."""
-    try:
-        with open(f"/proc/{process}/stat", "rb") as file:
-            head, _, rest = file.read().rpartition(b")")
-        return int(rest.split()[1]), os.fsdecode(head.partition(b"(")[2])
-    except OSError:
-        parent, _, name = ps(process, "ppid", "comm").partition(" ")
-        return int(parent or 0), os.path.basename(name.strip()).lstrip("-")
-
-
-def was_given_our_session(process: int) -> bool:
-    """Only Linux tells. A wrapper around us has our session's id in its environment; what runs the session has not."""
-    ours = os.environ.get("CLAUDE_CODE_SESSION_ID")
-    try:
-        with open(f"/proc/{process}/environ", "rb") as file:
-            return bool(ours) and f"CLAUDE_CODE_SESSION_ID={ours}".encode() in file.read().split(b"\0")
-    except OSError:
-        return False
-
-
-def ps(process: int, *columns: str) -> str:
-    """What ps says of a process, in one line; "" if there is no such process, or no ps."""
-    import subprocess  # slow to import
-
-    command = ["ps", *(f"-o{column}=" for column in columns), "-p", str(process)]
-    env = {"LC_ALL": "C", "PATH": "/bin:/usr/bin"}
-    try:
-        return subprocess.run(command, env=env, capture_output=True, text=True).stdout.strip()
-    except OSError:
-        return ""

@@ -10,7 +10,7 @@ import pytest
 
 import bus_recv
 import bus_send
-from integrations.claude_code import session
+from integrations.claude_code import quick
 from tests.clients.test_clients import Clock, cursors, home, program, reader, refusing, run  # noqa: F401
 from tests.clients.test_configuration import TOKEN, configure, tokens, whole  # noqa: F401
 from tests.clients.test_listener import Listener
@@ -200,6 +200,7 @@ def test_after_a_silent_url_the_next_attempt_begins_at_the_other(monkeypatch):
 
 @pytest.mark.parametrize("urls, error", [
     ("http://a:1,b:2", "'b:2' is not the URL of a bus"), ("http://a:1,", "'' is not the URL of a bus"),
+    ("http://a:1,http://b:x", "'http://b:x' is not the URL"), ("http://a:1,http://", "'http://' is not the URL"),
     ("http://a:1, http://b:2", "' http://b:2' is not the URL of a bus"), ("http://a:1,http://me:pw@b:2", "has a login"),
 ])  # fmt: skip
 def test_a_url_that_is_wrong_is_told_even_if_the_one_before_works(urls, error, tmp_path):
@@ -319,8 +320,8 @@ def test_a_hook_that_meets_a_silent_url_still_asks_the_other_in_its_time():
     counts = answer({"unread": 0, "now": 1.5, "bus": "b1"})
     with Scripted(silence) as silent, Scripted(counts) as well:
         urls, began = both(silent, well), time.monotonic()
-        assert session.get(urls, "/digest", 1.0)["bus"] == "b1" and time.monotonic() - began < 1
-        assert session.get(urls, "/digest", 1.0)["bus"] == "b1" and len(silent.asked) == 1
+        assert quick.get(urls, "/digest", 1.0)["bus"] == "b1" and time.monotonic() - began < 1
+        assert quick.get(urls, "/digest", 1.0)["bus"] == "b1" and len(silent.asked) == 1
 
 
 def test_the_doctor_looks_at_each_url_and_names_the_one_that_fails(bus, tmp_path):

@@ -1,16 +1,18 @@
 """Pictures of the page, for people to look at: python -m tests.extensions.page_pictures FOLDER [NAME...]
 
 Each view and state is shown on a desk and on a phone, light and dark, in about two minutes. What must hold of them is
-in test_page.py.
+in test_page_*.py.
 """
 import json
 import pathlib
 import sys
 import tempfile
 
+from playwright.sync_api import sync_playwright
+
 import bus_server
 from tests.core.test_identity import ask
-from tests.extensions.test_page import CHROMIUM, HOSTILE, opened, opens_a_message, playwright, send, show
+from tests.kit.page import CHROMIUM, HOSTILE, opened, opens_a_message, send, show
 from tests.kit.peers import Peer, mint
 from tests.kit.processes import Server
 
@@ -112,7 +114,7 @@ PICTURES = {
 def main(folder, *names):
     target = pathlib.Path(folder)
     target.mkdir(parents=True, exist_ok=True)
-    with playwright.sync_playwright() as driver, tempfile.TemporaryDirectory() as databases:
+    with sync_playwright() as driver, tempfile.TemporaryDirectory() as databases:
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
         buses = {}
         for name, (kind, where, act) in PICTURES.items():

@@ -7,10 +7,10 @@ import time
 
 import pytest
 
-from bus_server import OPEN, Query, draft, nothing_follows
+from bus_server import OPEN, PARKED_PER_NAME, Query, draft, nothing_follows
 from tests.core.test_identity import ask, may_read
 from tests.kit import inside
-from tests.kit.peers import invite
+from tests.kit.peers import Peer, invite
 from tests.kit.processes import Server, in_time, wait_until
 
 GRANTS = {"alice": [], "bob": [], "boss": ["--also", "bob,carl"], "sensor": ["--send-only"], "admin": ["--operator"]}
@@ -120,6 +120,20 @@ def test_a_digest_takes_under_50_ms_of_the_loop(each):
 
     assert min(took() for _ in range(3)) < in_time(0.05)
     inside.close(bus)
+
+
+def test_of_those_that_wait_for_one_name_the_newest_are_live(bus):
+    """A poll that waits for it is not one of them."""
+    paths = ["/recv?to=bob&wait=50", *["/digest?to=bob&wait=50"] * (PARKED_PER_NAME + 1)]
+    with contextlib.ExitStack() as stack:
+        peers = [stack.enter_context(Peer(bus)) for _ in paths]
+        for number, (peer, path) in enumerate(zip(peers, paths), 1):
+            peer.send("GET", path)
+            wait_until(lambda: f"agent_bus_parked {min(number, len(paths) - 1)}\n".encode() in bus.get("/metrics"))  # noqa: B023
+        assert peers[1].answer().json["unread"] == 0
+        ask(bus, "POST", "/send", {"from": "ann", "to": "bob", "msg": "x"})
+        assert [peer.answer().json["unread"] for peer in peers[2:]] == [1] * PARKED_PER_NAME
+        assert peers[0].answer().json["messages"]
 
 
 def test_a_message_that_is_being_recalled_is_not_counted():

@@ -42,13 +42,16 @@ def version(name):
 
 
 def results():
-    """How each test ended, by name: yes, no, or - for one that was skipped."""
+    """How each test ended, by name: yes, no, or - for one that was skipped; and the same of those of whole sessions."""
     with tempfile.TemporaryDirectory() as folder:
         report = pathlib.Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", "-p", "no:xdist", f"--junitxml={report}"]
-        tests = ["tests/integrations/test_agents.py", "tests/integrations/test_wake.py", "-k", "test_agents or real"]
-        subprocess.run([*command, *tests], cwd=ROOT, env={**os.environ, "AGENT_BUS_AGENTS": str(FOLDER)})
-        return {case.get("name"): ended(case) for case in xml.etree.ElementTree.parse(report).iter("testcase")}
+        tests = [f"tests/integrations/test_{file}.py" for file in ("agents", "wake", "end_to_end")]
+        env = {**os.environ, "AGENT_BUS_AGENTS": str(FOLDER), "CLAUDE_BINARY": str(FOLDER / "node_modules/.bin/claude")}
+        subprocess.run([*command, *tests, "-k", "test_agents or real or end_to_end"], cwd=ROOT, env=env)
+        cases = list(xml.etree.ElementTree.parse(report).iter("testcase"))
+    whole = [ended(case) for case in cases if case.get("classname").endswith("end_to_end")]
+    return {case.get("name"): ended(case) for case in cases}, whole
 
 
 def ended(case):
@@ -71,7 +74,9 @@ def main(names):
         subprocess.run(["npm", "install", "--prefix", str(FOLDER), "--silent", "--no-fund", "--no-audit", package])
     written, _, _ = FILE.read_text().partition(MARK)
     today = datetime.datetime.now(datetime.timezone.utc).date()
-    FILE.write_text(f"{written}{MARK}\nTried on {today}:\n\n{table(results())}")
+    found, whole = results()
+    sessions = f"Of the {len(whole)} tests of whole sessions with this Claude Code, {whole.count('yes')} passed."
+    FILE.write_text(f"{written}{MARK}\nTried on {today}:\n\n{table(found)}\n{sessions}\n")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from tests.kit.processes import PATIENCE, ROOT, Server
 sys.path += [FOLDER, str(ROOT / "tools")]
 import bus_who  # noqa: E402
 import doing  # noqa: E402
-import session  # noqa: E402
+import quick  # noqa: E402
 
 WAITING = {"hook_event_name": "Notification", "session_id": "s1", "notification_type": "permission_prompt"}
 IDLE = {**WAITING, "notification_type": "idle_prompt"}
@@ -101,7 +101,7 @@ def test_only_what_has_changed_is_told_and_it_is_told_again_in_time(monkeypatch)
 
 
 def test_through_a_proxy_a_status_is_told_only_to_a_bus_that_is_fast():
-    with Scripted(digest(0), OK, after(session.QUICK_SECONDS, digest(0))) as proxy:
+    with Scripted(digest(0), OK, after(quick.QUICK_SECONDS, digest(0))) as proxy:
         for event in (PROMPT, STOP):
             assert text("http://bus.example:8080", event, http_proxy=proxy.url) == ""
         asked = [each.target.partition("?")[0].rpartition("/")[2] for each in proxy.asked]

@@ -40,6 +40,16 @@ def program(variable, cached, name=None):
 
 
 CLAUDE = program("CLAUDE_BINARY", "node_modules/.bin/claude", "claude")
+
+
+def version(binary):
+    """Of a program from npm, by the file beside it; "?" if that is not there."""
+    for folder in pathlib.Path(binary or "").resolve().parents:
+        with contextlib.suppress(OSError):
+            return json.loads((folder / "package.json").read_text())["version"]
+    return "?"
+
+
 ANSWER_SECONDS = 2  # from a peer's send to the peer's receipt of the answer
 DRAIN_SECONDS = 2  # that a prompt, or the end of a turn, may wait for a hook
 HEAD = re.compile(r"from=peer id=([0-9a-f]+)")
@@ -203,6 +213,11 @@ class Session:
             print(self.out.read_text(errors="replace")[-6000:])  # pytest shows it with the failure
         assert kind or not left, f"these outlived the session: {left}"
         assert kind or not self.model.failures, self.model.failures[0]
+
+
+@pytest.fixture(autouse=True, params=[version(CLAUDE)])
+def named(request):
+    """Each test has the version of Claude Code in its name."""
 
 
 @pytest.fixture

@@ -683,8 +683,9 @@ def test_a_waker_writes_a_line_when_more_has_come_and_takes_nothing(bus, tmp_pat
     file, complaints = pathlib.Path(notice.wake_file("dell")), []
     notice.Waker(lambda: session.Self("dell"), complaints.append).start()
     wait_until(lambda: b'"online": true' in bus.get("/agents"))
-    send(bus, "1")
+    ids = [send(bus, "1")]
     wait_until(lambda: file.read_text() == "1 unread for dell\n")
-    send(bus, "2")
+    ids.append(send(bus, "2"))
     wait_until(lambda: file.read_text() == "1 unread for dell\n2 unread for dell\n")
     assert unread(bus) == 2 and complaints == []
+    assert all(b'"state": "queued"' in bus.get(f"/message/{id}") for id in ids), "nobody has seen them"

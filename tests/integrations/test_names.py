@@ -19,8 +19,10 @@ import bus_recv
 import bus_send
 from tests.kit.processes import PATIENCE, ROOT, no_settings, runs, wait_until
 
-sys.path.insert(0, str(ROOT / "integrations" / "claude_code"))
+sys.path[:0] = [str(ROOT / "integrations" / "claude_code"), str(ROOT / "tools")]
+import bus_inbox  # noqa: E402
 import notice  # noqa: E402
+import processes  # noqa: E402
 import session  # noqa: E402
 
 NOWHERE = "http://127.0.0.1:9"  # nobody listens there
@@ -40,8 +42,8 @@ class Lives:
 
     def __init__(self, monkeypatch):
         self.born, self.space, self.count = {}, "pid:[1]", 0
-        monkeypatch.setattr(session, "birth", lambda number: self.born.get((self.space, number), ""))
-        monkeypatch.setattr(session, "this_kernel", lambda: f"boot {self.space}")
+        monkeypatch.setattr(processes, "birth", lambda number: self.born.get((self.space, number), ""))
+        monkeypatch.setattr(processes, "this_kernel", lambda: f"boot {self.space}")
 
     def begin(self, number):
         self.count += 1
@@ -292,6 +294,21 @@ def test_what_was_read_of_an_old_name_does_not_come_to_the_next_session_that_has
     assert read(session.this_session(3, "/x/api", "c")) == []
 
 
+def test_what_a_session_has_read_of_its_old_name_stays_read_when_another_one_has_its_new_name(bus, lives, monkeypatch):
+    monkeypatch.setenv("AGENT_BUS_URL", bus.url)
+    lives.begin(1)
+    name(1, "a")
+    session.rename(1, "boss")
+    bus_send.send("api", "for the first", sender="spark")
+    assert read(session.this_session(1, "/x/api", "a")) == ["for the first"]
+    lives.end(1)
+    lives.begin(2)
+    assert name(2, "b", title="boss") == "boss"
+    lives.begin(3)
+    me = session.this_session(3, "/x/api", "c")
+    assert (me.names, read(me)) == (["api"], [])
+
+
 def test_a_place_that_a_renamed_session_needs_is_not_that_of_the_next_session(bus, lives, monkeypatch):
     """Older mail for its new name makes it begin there; what was read of that name before is read nevertheless."""
     monkeypatch.setenv("AGENT_BUS_URL", bus.url)
@@ -318,6 +335,51 @@ def test_a_session_that_takes_its_old_name_again_gets_nothing_twice(bus, lives, 
     bus_send.send("boss", "2", sender="spark")
     assert session.rename(1, "api") == "boss"
     assert read(session.this_session(1, "/x/api", "a")) == ["2"]
+
+
+def test_older_mail_for_the_new_name_brings_no_mail_again_that_was_read(bus, lives, monkeypatch):
+    """Nor a broadcast, over two renames; but who asks for a time gets all from then on."""
+    monkeypatch.setenv("AGENT_BUS_URL", bus.url)
+    lives.begin(1)
+    name(1, "a")
+    for to in ("lead", "boss", "api", "all"):
+        bus_send.send(to, f"for {to}", sender="spark")
+    assert read(session.this_session(1, "/x/api", "a")) == ["for api", "for all"]
+    session.rename(1, "boss")
+    assert session.rename(1, "lead") == "boss"
+    me = session.this_session(1, "/x/api", "a")
+    assert me.names == ["lead", "boss", "api"]
+    assert [each["msg"] for each in bus_inbox.Inbox(me.name).look(0)[0]] == ["for lead"]
+    assert read(me) == ["for lead", "for boss"] and read(me) == []
+    since = {"once": True, "timeout": 0, "since": "1h"}
+    assert len(list(bus_recv.receive(me.names, **since))) == 4
+
+
+def test_a_rename_without_the_bus_loses_nothing(bus, lives, monkeypatch):
+    monkeypatch.setenv("AGENT_BUS_URL", bus.url)
+    lives.begin(1)
+    name(1, "a")
+    for to in ("boss", "api"):
+        bus_send.send(to, f"for {to}", sender="spark")
+    assert read(session.this_session(1, "/x/api", "a")) == ["for api"]
+    monkeypatch.setattr(session.Register, "digest", lambda *_: {})
+    session.rename(1, "boss")
+    assert read(session.this_session(1, "/x/api", "a")) == ["for boss"]
+
+
+def test_a_reader_shows_nothing_again_that_came_while_its_session_was_renamed(bus, lives, monkeypatch):
+    """It follows at its next poll. Until then it reads as the old name."""
+    monkeypatch.setenv("AGENT_BUS_URL", bus.url)
+    lives.begin(1)
+    name(1, "a")
+    mail = bus_recv.SessionReader(["api", "team"]).messages(timeout=PATIENCE)
+    for to in ("boss", "api", "team", "all"):
+        bus_send.send(to, f"for {to}", sender="spark")
+    assert next(mail)["msg"] == "for api"
+    session.rename(1, "boss")
+    assert [next(mail)["msg"] for _ in range(3)] == ["for team", "for all", "for boss"]
+    bus_send.send("api", "later", sender="spark")
+    assert next(mail)["msg"] == "later"
 
 
 def test_a_reader_that_runs_follows_its_session_to_a_new_name(bus, lives, monkeypatch):
@@ -363,27 +425,27 @@ def test_a_folder_in_any_script_gives_a_name_that_is_the_same_each_time():
 def test_a_zombie_has_ended():
     process = subprocess.Popen(["true"])
     wait_until(lambda: not runs(process.pid))
-    assert session.birth(process.pid) == ""
+    assert processes.birth(process.pid) == ""
     process.wait()
-    assert session.birth(process.pid) == ""
-    assert session.birth(os.getpid()) == session.birth(os.getpid()) != ""
+    assert processes.birth(process.pid) == ""
+    assert processes.birth(os.getpid()) == processes.birth(os.getpid()) != ""
 
 
 def test_where_there_is_no_proc_ps_tells(monkeypatch):
     real = open
     monkeypatch.setattr("builtins.open", lambda path, *a, **k: real(str(path).replace("/proc/", "/gone/"), *a, **k))
     monkeypatch.setattr(os.path, "exists", lambda path: False)
-    born = session.birth(os.getpid())
-    assert born.startswith(f"{os.getpid()} ") and born.endswith(" here") and session.is_alive(born, False)
-    assert session.parent_of(os.getpid())[0] == os.getppid()
-    assert session.birth(2**22 + 1) == ""
+    born = processes.birth(os.getpid())
+    assert born.startswith(f"{os.getpid()} ") and born.endswith(" here") and processes.is_alive(born, False)
+    assert processes.parent_of(os.getpid())[0] == os.getppid()
+    assert processes.birth(2**22 + 1) == ""
 
 
 PROGRAM = """
 import json, os, subprocess, sys
 hook = [sys.executable, sys.argv[1], "--name"]
-server = f"import sys; sys.path.insert(0, {os.path.dirname(sys.argv[1])!r}); import session as s; "
-server += "print(s.this_session(s.its_process('mcp'), '/x/api').name)"
+server = f"import sys; sys.path.insert(0, {os.path.dirname(sys.argv[1])!r}); import processes, session; "
+server += "print(session.this_session(processes.its_process('mcp'), '/x/api').name)"
 env = {name: value for name, value in os.environ.items() if name != "CLAUDE_PID"}
 for line in sys.stdin:
     given = {**env, "CLAUDE_CODE_SESSION_ID": "a"} if "id" in line else env
@@ -424,7 +486,6 @@ class Log:
 
     def __init__(self):
         self.step, self.held, self.sent, self.got = 0, {}, {}, collections.defaultdict(list)
-        self.renamed = set()  # names that a session had when it got another name
 
     def has(self, process, names):
         """The process reads these names from now on, and no others."""
@@ -442,17 +503,13 @@ class Log:
         return [each for each, its in self.held if its == name and self.held_at(each, name, self.step)]
 
     def check(self):
-        """A message went to whom it was sent, as long as that had the name; and to nobody else afterwards.
-
-        But a renamed session reads all its names from the oldest place on, so what was read of one may come again.
-        """
+        """A message went to whom it was sent, as long as that had the name; to nobody else afterwards, and once."""
         for id, (name, holder, at) in self.sent.items():
             for process, step in self.got[id]:
                 assert self.held_at(process, name, step), f"{process} got mail for {name}, which it was not"
                 lost = [end for begin, end in self.held[holder, name] if end is not None and at < end <= step]
                 assert process == holder or lost, f"{process} got mail for {name}, which was {holder}"
-            receivers = {process for process, _ in self.got[id]}
-            assert len(receivers) < 2 or name in self.renamed, f"mail for {name} came to {self.got[id]}"
+            assert len(self.got[id]) < 2, f"mail for {name} came more than once: {self.got[id]}"
             assert self.got[id] or not self.holders(name), f"mail for {name} never came"
 
 
@@ -472,8 +529,6 @@ class Folder:
         me = session.this_session(process, "/x/api", id, title)
         theirs = {name for each, names in self.names.items() if each != process for name in names}
         assert not theirs.intersection(me.names), f"{me.names} are read by two"
-        if len(me.names) > 1:
-            self.log.renamed.update(me.names)
         self.names[process] = me.names
         self.log.has(self.life(process), me.names)
 

@@ -1,0 +1,185 @@
+"""What fronts say of themselves in the ledger, and that no front is stopped by what only another one understands."""
+import json
+
+import pytest
+
+import bus_server
+from bus_server import Operation, Unusable
+from ledgers import heartbeat
+from ledgers.mirror import Mirror
+from tests.kit import inside
+from tests.kit.ledger import SECOND, ask, do, end, log_of, put, same, settle
+
+
+def live(bus):
+    """The fronts that this one takes for alive, by the names of their files."""
+    return {each.front.rpartition("/")[2].partition(".db#")[0]: each for each in bus.ledger.fronts.live}
+
+
+def test_each_front_is_known_to_the_others_before_it_serves_and_until_it_ends(fronts):
+    a = fronts("a")
+    assert set(live(a)) == {"a"}
+    b = fronts("b")
+    assert set(live(b)) == {"a", "b"}
+    settle(a)
+    assert set(live(a)) == {"a", "b"}
+    end(b)
+    settle(a)
+    assert set(live(a)) == {"a"}
+
+
+def test_a_front_that_says_nothing_is_forgotten(fronts, log):
+    a, b = fronts("a"), fronts("b")
+    log.wall.wall += heartbeat.LIVE - SECOND
+    beats(a)
+    assert set(live(a)) == {"a", "b"}
+    log.wall.wall += 2 * SECOND
+    beats(a)
+    assert set(live(a)) == {"a"}
+    settle(b)
+    assert set(live(b)) == {"a"} and same(a, b) is None
+    beats(b)
+    settle(a)
+    assert set(live(a)) == {"a", "b"}
+    log.wall.wall += heartbeat.FORGOTTEN + SECOND
+    beats(a)
+    assert a.state.ask("SELECT count(*) FROM fronts") == (1,)
+
+
+def test_a_heartbeat_says_how_far_a_front_and_its_copy_are_and_what_it_understands(fronts):
+    a, b = fronts("a"), fronts("b")
+    put(a)
+    position = a.state.position
+    a.ledger.fronts.copy = 7
+    beats(a)
+    settle(b)
+    its = live(b)["a"]
+    assert (its.position, its.copy, its.formats) == (position, 7, [1]) and its.at == b.state.time.entry.wall
+    assert {"put", "claim", "beat"} <= set(its.kinds)
+    c = fronts("c")
+    assert live(c)["a"] == its, "it is kept for a front that starts later"
+
+
+def test_a_front_beats_by_itself(fronts, log, monkeypatch):
+    monkeypatch.setattr(heartbeat, "EVERY", 0.01)
+    a = fronts()
+    for _ in range(1000):
+        a.loop.take_turn()
+        if a.state.position > 2:
+            break
+    assert len(log.written()) == 1 and len(log.entries) > 2
+
+
+def test_healthz_and_metrics_say_how_far_a_front_is_and_how_many_live(fronts):
+    a = fronts("a")
+    fronts("b")
+    settle(a)
+    [tick] = put(a)
+    status, answer = ask(a, "GET", "/healthz")
+    assert status == 200 and answer["now"] == tick / SECOND
+    assert (answer["position"], answer["fronts"]) == (a.state.position, 2)
+    assert answer["ledger"] == {"leads": "memory", "waits_for": ""}
+    figures = {name: [value for _, value in values] for each in a.metrics for name, _, _, values in each()}
+    assert figures["ledger_position"] == [a.state.position] and figures["fronts"] == [2]
+    assert len(figures["front_position"]) == 2 and all(each < 5 for each in figures["front_position"])
+
+
+def beats(bus):
+    bus.ledger.fronts.beat()
+    settle(bus)
+
+
+class Dance(Operation):
+    """What only the extension of a newer front knows."""
+
+    kind = "dance"
+
+    def apply(self, state, now):
+        return state.mailbox("default", "dancer")
+
+
+def test_what_one_front_does_not_know_is_not_written_while_it_lives(fronts, monkeypatch, log):
+    a = fronts("a")
+    monkeypatch.setitem(bus_server.OPERATIONS, "dance", Dance)
+    b = fronts("b")
+    settle(a, b)
+    before, refused = log.written(), []
+    b.do(Dance(), None, lambda *_: None, refused.append)
+    settle(b, a)
+    assert len(refused) == 1 and log.written() == before and not a.broken
+    assert put(b, msg="what both know")
+    end(a)
+    settle(b)
+    assert do(b, Dance())
+    monkeypatch.delitem(bus_server.OPERATIONS, "dance")
+    with pytest.raises(Unusable, match="'dance' of format 1 is not known here: use the version and the extensions"):
+        fronts("a")
+
+
+def test_who_asks_for_what_another_front_does_not_know_is_told_which_one(fronts, monkeypatch):
+    monkeypatch.delitem(bus_server.OPERATIONS, "claim")
+    a = fronts("a", "--without", "work")
+    b = fronts("b")
+    settle(a, b)
+    status, answer = ask(b, "POST", "/claim", {"to": "builds", "wait": 0, "worker": "w"})
+    assert status == 503 and f"{a.state.front} does not know 'claim'" in answer["error"]
+    assert "give all fronts the same version and the same extensions" in answer["error"]
+    beats(b)
+    same(a, b)
+
+
+class Newer(Mirror):
+    """The next version: its entries have another head."""
+
+    FORMATS = (1, 2)
+
+    def to_bytes(self, entry):
+        entry = super().to_bytes(entry)
+        return entry.replace(b"[2, ", b'[2, "new", ', 1) if self.format == 2 else entry
+
+    def from_bytes(self, entry):
+        return super().from_bytes(entry.replace(b'[2, "new", ', b"[2, ", 1))
+
+
+def formats(log):
+    return [json.loads(entry.partition(b"\n")[0])[0] for _, _, entry in log.entries]
+
+
+def test_two_versions_side_by_side_write_what_the_older_one_understands(fronts, log, monkeypatch, capfd):
+    """A rolling upgrade: each front is stopped, and started again with the next version."""
+    a, b = fronts("a"), fronts("b")
+    put(a, msg="both old")
+    monkeypatch.setattr("ledgers.front.Mirror", Newer)
+    end(b)
+    b = fronts("b")
+    settle(a, b)
+    for bus, text in ((a, "from the old one"), (b, "from the new one")):
+        put(bus, msg=text)
+        beats(bus)
+        settle(a, b)
+    same(a, b)
+    assert set(formats(log)) == {1} and not a.broken
+    end(a)
+    settle(b)
+    put(b, msg="the old one has ended")
+    assert formats(log)[-1] == 2
+    monkeypatch.undo()
+    with pytest.raises(Unusable, match="an entry of format 2: upgrade this front"):
+        fronts("a")
+    monkeypatch.setattr("ledgers.front.Mirror", Newer)
+    a = fronts("a")
+    same(a, b)
+    assert log_of(a) == ["both old", "from the old one", "from the new one", "the old one has ended"]
+
+
+def test_an_older_front_that_is_silent_for_long_stops_when_it_comes_back(fronts, log, monkeypatch, capfd):
+    a = fronts("a")
+    monkeypatch.setattr("ledgers.front.Mirror", Newer)
+    b = fronts("b")
+    log.wall.wall += heartbeat.LIVE + SECOND
+    beats(b)
+    put(b)
+    assert formats(log)[-1] == 2
+    settle(a)
+    assert a.broken and "an entry of format 2: upgrade this front" in inside.said(capfd)
+    assert ask(a, "POST", "/send", {"from": "ann", "to": "bob", "msg": "x"})[0] == 503
