@@ -1174,9 +1174,14 @@ class Request:
             raise
         self.command, self.fields, self.route = head.command, head.fields, head.route
 
-    def answer(self) -> Answer | None:
-        """The answer; None if it comes later. An unexpected error is 500, and costs this connection only."""
+    def answer(self, token: str = "") -> Answer | None:
+        """The answer; None if it comes later. An unexpected error is 500, and costs this connection only.
+
+        A `token` is checked again: it may have been revoked since the head came.
+        """
         try:
+            if token:
+                self.peer.door.app.check_token(token)
             if self.command not in self.METHODS:
                 raise Refused(501, f"the method {self.command} is not supported")
             return self.peer.door.app.answer(self)
@@ -1326,6 +1331,7 @@ class Door:
     BODIES = 128 << 20  # bytes of large bodies that have not arrived whole
     EARLY = 16 << 20  # bytes of all else that was read before its time: parts of heads and bodies, pipelined requests
     CROWD = 32  # connections of who has most that are closed at once, if no descriptor is left
+    LONG, SLOW_FOR = 0.002, 0.1  # s that a request may take until those of its token take turns; how long they do
 
     def __init__(self, app: App, loop: Loop) -> None:
         self.app, self.loop = app, loop
@@ -1334,6 +1340,8 @@ class Door:
         self.strangers: dict[Connection, None] = {}  # those that have not finished a first request, oldest first
         self.unsent = Shares(self.UNSENT, self.UNSENT_EACH)
         self.arriving, self.early = Held(self.BODIES), Held(self.EARLY)
+        self.slow: dict[str, float] = {}  # tokens, of which there are few: until when their requests take turns
+        self.put_off: dict[str, deque[Connection]] = {}  # the connections with such requests, by token
 
     def enter(self, connection: Connection) -> None:
         self.connections.add(connection)
@@ -1349,6 +1357,30 @@ class Door:
         self.arriving.hold(connection, 0)
         self.early.hold(connection, 0)
         self.deadlines.forget(connection)
+
+    def puts_off(self, connection: Connection, request: Request) -> bool:
+        """If a request of this token took long a moment ago, its next ones take turns, on however many connections."""
+        token = connection.token
+        if not token or self.slow.get(token, 0.0) < time.monotonic() or request.sink or request.is_large():
+            return False  # also so that no large body waits
+        if not self.put_off:
+            self.loop.soon(self.next_put_off)
+        self.put_off.setdefault(token, deque()).append(connection)
+        return True
+
+    def next_put_off(self) -> None:
+        """Serve one of them in this turn; tokens take turns, too. It may have been revoked meanwhile."""
+        token = next(iter(self.put_off))
+        waiting = self.put_off.pop(token)
+        connection = waiting.popleft()
+        while waiting and connection.phase is not BUSY:  # it has gone
+            connection = waiting.popleft()
+        if waiting:
+            self.put_off[token] = waiting
+        if self.put_off:
+            self.loop.soon(self.next_put_off)
+        if connection.phase is BUSY and connection.request:
+            connection.guard(partial(connection.serve, connection.request, token))
 
     def owe(self, connection: Outgoing, size: int) -> None:
         """Note that this many bytes of the answer are unsent now."""
@@ -1638,9 +1670,17 @@ class Connection(Outgoing):
         self.phase, self.due = BUSY, math.inf  # a commit has no deadline
         self.closing = request.parsed.closes
         self.door.strangers.pop(self, None)
-        answer = request.answer()
+        if not self.door.puts_off(self, request):
+            self.serve(request)
+
+    def serve(self, request: Request, token: str = "") -> None:
+        """Answer the request that was taken from the buffer, and note if that takes long. `token`: it was put off."""
+        began = time.monotonic()
+        answer = request.answer(token)
         if answer:
             self.answer(answer)
+        if self.token and time.monotonic() - began > self.door.LONG:
+            self.door.slow[self.token] = time.monotonic() + self.door.SLOW_FOR
 
     def take(self) -> Request | None:
         """The next whole request; None if it has not arrived yet."""
@@ -4671,7 +4711,8 @@ class Sending:
         429 if it is full of unfetched messages, or nearly full with over a quarter from this sender.
         """
         pending = self.unfetched(box, channel, to)
-        if pending and pending.is_much() and pending.at < self.view.clock() - RECOUNT_SECONDS * 1000000:
+        is_old = pending and pending.is_much() and pending.at < self.view.clock() - RECOUNT_SECONDS * 1000000
+        if pending and is_old and pending.messages <= self.rows:  # else a later send counts; until then it is too many
             box.pending = None  # since then some may have expired
             pending = self.unfetched(box, channel, to, pending.counts_senders)
         if not pending:

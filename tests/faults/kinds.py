@@ -54,6 +54,11 @@ KINDS = [
           f"{FAIR}::test_reads_have_a_rate"),
          "`data_received()` goes on while there is a request (the first; the second is this control as code); the rate "
          "is looked at after the mailboxes (the third); `Storms.read()` never waits (the last)"),
+    Kind("one token takes all turns for itself, on many connections",
+         "after a request that took over 2 ms, those of its token come one in a turn, on however many connections",
+         (f"{TURNS}::test_what_takes_long_comes_in_turns_however_many_connections_ask_for_it",
+          f"{TURNS}::test_what_waits_for_its_turn_is_judged_again"),
+         "`Door.puts_off()` is always false (the first); `Request.answer()` checks no token (the second)"),
     Kind("memory is counted in messages",
          "an answer ends at about 1 MiB and says that there is more; unread answers have a budget of bytes; a refused "
          "send makes nothing",
@@ -671,7 +676,7 @@ KINDS = [
           f"{LOCKS}::test_who_hangs_up_as_the_names_become_free_keeps_none",
           f"{LOCKS}::test_a_step_of_the_wall_clock_ends_no_reservation_and_no_fence_goes_back"),
          "`Locks.asked()` takes no token for revoked (the first), or each peer for one that is there (the next two); "
-         "`Lock.apply()` takes `now.wall` for `until` (the last)"),
+         "`end_some()` removes what has ended by `now.wall` (the last)"),
     Kind("all who wait for a reservation are asked when anything about it changes",
          "who waits asks again when the name in its way is released or ends; so many wait for one",
          (f"{LOCKS}::test_a_renewal_lets_nobody_compare_again",

@@ -295,7 +295,8 @@ def test_a_send_to_many_full_mailboxes_counts_so_many_rows_in_a_turn(bus, monkey
     guest = Guest(bus)
     for number in range(38):
         guest.asks("POST", "/send", {"from": f"s{number}", "to": NAMES, "msg": "x"})
-    monkeypatch.setattr(bus.sending, "COUNTED", 50)
+    counted = 60 if after == "a minute" else 50
+    monkeypatch.setattr(bus.sending, "COUNTED", counted)
     if after == "a start":
         for own in NAMES:
             bus.mailboxes.box("default", own).pending = None
@@ -308,11 +309,12 @@ def test_a_send_to_many_full_mailboxes_counts_so_many_rows_in_a_turn(bus, monkey
     for number in range(40):
         message = {"from": f"t{number}", "to": NAMES, "msg": "x"}
         most, answer = rows_of_a_turn(bus, lambda message=message: guest.begins("POST", "/send", message).answer())
-        assert most <= 50 + 5, f"{most} rows in a turn: those of the send, and of one action"
+        assert most <= counted + 6, f"{most} rows in a turn: those of the send, and of one action"
         statuses.append(answer.status)
         if answer.status == 429:
             break
-    assert statuses.count(200) == (11 if after == "fetches" else 2) and set(statuses[:3]) > {503}
+    assert statuses.count(200) == (11 if after == "fetches" else 2)
+    assert 503 in statuses[:3] if after != "a minute" else 503 not in statuses, "what was counted is good until then"
     assert answer.status == 429 and "is full" in answer.json()["error"]
 
 

@@ -14,6 +14,7 @@ Left by two attackers' hours of 2026-11-29; each test was red on the code of tha
 | readers_are_told_of_many_messages_in_turns | 1,000 in one turn |
 | an_operator_looks_at_what_it_gets | 5,000 rows for one message |
 | what_waits_for_a_commit_has_no_headers | 15 KiB for each |
+| what_takes_long_comes_in_turns (2026-11-30) | all twelve before the others |
 """
 import contextlib
 import time
@@ -21,10 +22,10 @@ import time
 import pytest
 
 import bus_server
-from bus_server import PARKED, Forget, Page, Poll
+from bus_server import PARKED, Forget, Page, Poll, ok
 from tests.faults.test_kinds_bounds import Guest, counted, steps_of
 from tests.faults.test_kinds_counts import NAMES, listened
-from tests.kit.peers import mint
+from tests.kit.peers import mint, set_revoked
 from tests.kit.wire import a_bus, come_true
 
 
@@ -430,3 +431,49 @@ def test_what_waits_for_a_commit_has_no_headers(bus):
     kept = [request.head, request.body, *request.fields.values(), *parsed]
     assert sum(map(len, kept)) < 2048 and request.line().startswith("POST /send?from=eve&to=bob&x=xxx")
     assert guest.answer().status == 200
+
+
+# One token with many connections
+
+
+@pytest.fixture
+def slow(tmp_path):
+    """A closed bus with an endpoint that takes 5 ms, and twelve connections of mallory that ask for it at once."""
+    tokens = mint(tmp_path / "bus.db", ann=[], mallory=[], trudy=[])
+    with a_bus(time.monotonic, tmp_path / "bus.db") as bus:
+        bus.of, bus.db, bus.asked = tokens, tmp_path / "bus.db", []
+
+        def takes_long(request):
+            bus.asked.append(request.grant.name)
+            time.sleep(0.005)
+            return ok(bus, '"slow": true')
+
+        bus.route("GET", "/slow", takes_long)
+        bus.many = [Guest(bus, tokens["mallory"]) for _ in range(12)]
+        for guest in bus.many:
+            guest.begins("GET", "/slow")
+        yield bus
+
+
+def test_what_takes_long_comes_in_turns_however_many_connections_ask_for_it(slow):
+    """40 connections that each asked for 1,000 messages or reservations held up others for 0.6 to 1.4 s."""
+    assert slow.asked == ["mallory"], "the others wait for the end of a turn"
+    ann, trudy = (Guest(slow, slow.of[own]) for own in ("ann", "trudy"))
+    for _ in range(2):
+        trudy.begins("GET", "/slow")
+        assert ann.asks("GET", "/agents")
+        slow.loop.take_turn()
+        come_true(lambda: trudy.heard)
+        trudy.heard = b""
+    assert len(slow.asked) < 8 and slow.asked.count("trudy") == 2, "tokens take turns, too"
+    for guest in slow.many:
+        assert guest.answer().status == 200
+    come_true(lambda: not slow.door.put_off)
+    slow.door.slow[next(iter(slow.door.slow))] = 0.0
+    assert Guest(slow, slow.of["mallory"]).begins("GET", "/healthz").heard, "a while later it waits for nobody"
+
+
+def test_what_waits_for_its_turn_is_judged_again(slow):
+    set_revoked(slow, "mallory")
+    slow.gate.tokens.refresh()
+    assert [guest.answer().status for guest in slow.many] == [200] + [401] * 11 and slow.asked == ["mallory"]
