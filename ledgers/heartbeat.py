@@ -103,7 +103,7 @@ class Fronts:
         """A front that lives and does not understand this operation, so that it would stop; "" if there is none."""
         if kind in self.known:
             return ""
-        return next(each.front for each in self.live if kind not in each.kinds)
+        return next((each.front for each in self.live if kind not in each.kinds), self.mirror.front)
 
     def figures(self) -> Iterable[Metric]:
         said = [(f"{{front={encode(each.front)}}}", float(each.position)) for each in self.live]

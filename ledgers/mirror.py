@@ -60,6 +60,7 @@ NEEDS_COPY = (
 )
 
 
+USE = "use the version and the extensions of the other fronts"
 REVOKED = Refused(401, "this token was revoked at another front: nothing was stored", ("WWW-Authenticate", "Bearer"))
 
 
@@ -315,8 +316,10 @@ class Mirror(State):
             say(f"bus_server: {why}")
         try:
             return Entry([operation_of(line, self.kinds) for line in lines], *(senders or [[]]))
-        except (ValueError, TypeError) as error:
-            raise Differs(f"{error}: use the version and the extensions of the other fronts") from None
+        except (KeyError, TypeError) as error:
+            raise Differs(f"{front} wrote an operation with members that are not known here ({error}): {USE}") from None
+        except ValueError as error:
+            raise Differs(f"{error}: {USE}") from None
 
     def take(self, position: int, wall: int, entry: Entry) -> Applied:
         """Apply an entry: the next one, with the time of the ledger."""

@@ -323,8 +323,10 @@ def test_a_front_with_other_results_is_found_and_stops(fronts):
         (b'[2, "other", 0, 0]', "format 2: upgrade this front"),
         (b'[1, "other", 0, 0]\n[1, "dance", {}]', "'dance' of format 1 is not known here"),
         (b'[1, "other", 0, 0]\n[9, "put", {}]', "'put' of format 9 is not known here"),
+        (b'[1, "other", 0, 0]\n[1, "put", {}]', "other wrote an operation with members that are not known here"),
+        (b'[1, "other", 0, 0]\n[1, "raise", {"tick": 1, "new": 1}]', "members that are not known here"),
     ],
-    ids=["entry", "kind", "operation"],
+    ids=["entry", "kind", "operation", "a member less", "a member more"],
 )
 def test_what_a_front_does_not_understand_stops_it_in_words(fronts, log, entry, why, capfd, tmp_path):
     a = fronts()
