@@ -8,6 +8,8 @@
 # make fuzz    a million raw requests, requests made of the schema, ten minutes guided by coverage; about 20 minutes
 # make faults  every fault in full, as root for all of them, in about two hours; writes docs/reliability.md
 # make siege   its longest row alone, an hour of everything at once; SECONDS=60 for a look, SEED=n for the same again
+# make cluster three nodes and two fronts, and all that can fail, as root in about an hour; writes the end of docs/cluster.md;
+#              ROWS="kill-leader cancel" for some rows; needs what deploy/cluster/README.md installs
 # make page    five minutes of messages for an open page: does its memory stay flat? PAGE_SECONDS=30 for a look; needs chromium
 # make agents  the newest agent programs from npm, each with what install writes for it; writes docs/agents.md
 PYTHON ?= python3
@@ -25,7 +27,7 @@ DEAD_WORKER = --max-worker-restart 0
 LONG = deploy operations damage conformance
 PEERS = wrk redis-server redis-tools mosquitto nginx libnginx-mod-nchan beanstalkd
 
-.PHONY: quick test lint check bench profile fuzz faults siege page agents clean
+.PHONY: quick test lint check bench profile fuzz faults siege cluster page agents clean
 
 quick: $(VENV)/test
 	$(RUN) pytest -n $(AT_ONCE) --dist worksteal $(DEAD_WORKER) -m 'not slow' $(LONG:%=--ignore=tests/core/test_%.py) test_bus.py tests/core
@@ -36,7 +38,7 @@ test: $(VENV)/test
 lint: $(VENV)/dev
 	$(RUN) ruff check .
 	$(RUN) mypy
-	$(VENV)/bin/shellcheck bus_listener.sh .ci/run deploy/cluster/one_machine.sh
+	$(VENV)/bin/shellcheck bus_listener.sh .ci/run deploy/cluster/node.sh deploy/cluster/one_machine.sh
 
 check: $(VENV)/dev lint
 	$(RUN) pytest $(TOGETHER) --durations 20
@@ -55,6 +57,9 @@ faults: $(VENV)/dev $(FUZZ)/ready
 
 siege: $(VENV)/dev
 	$(RUN) tests.faults siege$(SECONDS:%=\=%)
+
+cluster: $(VENV)/dev
+	$(RUN) tests.ledgers $(ROWS)
 
 page: $(VENV)/dev
 	$(VENV)/bin/pip install -q -e '.[page]'

@@ -153,6 +153,13 @@ poll() {
     ${bus:+--data-urlencode "bus=$bus"} -d max=50 -d "block=$block" -d "wait=$hold" "$base/recv" >"$ANSWER"
 }
 
+# Tell the bus that we end, and up to where we have written its mail. Else it finds that out by itself, later.
+leave() {
+  [ -n "$bus" ] && [ -z "$fault" ] && "${CURL[@]}" --max-time 2 --data-urlencode "to=$AGENT_NAME" \
+    --data-urlencode "channel=$channel" -d "since=$since" --data-urlencode "bus=$bus" \
+    -d peek=true -d ack=true -d leave=true -d max=1 "$base/recv" 6>&- 7>&- 8>&- 9>&- >/dev/null
+}
+
 # Prints ANSWER as facts, one per line: "mail", the bus id, the number of messages, a gap; or "refused" and the reason;
 # or nothing. It prints "ahead" in place of "mail" if the answer would move the cursor to more than 300 s ahead of both
 # the present cursor and our clock.
@@ -355,7 +362,7 @@ ANSWER=$FULL.answer WHO=$FULL.token
 refuse_links "$LOG" "$FULL" "$HEARTBEAT" "$PID_FILE" "$ANSWER" "$WHO"
 { exec 7>>"$PID_FILE" 8>>"$LOG" 9>>"$FULL"; } 2>/dev/null || die 2 "cannot write to $LOG, $FULL or $PID_FILE"
 lock_files 7 8 9
-trap 'kill $(jobs -p) 2>/dev/null; rm -f "$PID_FILE" "$ANSWER" "$WHO"' EXIT
+trap 'kill $(jobs -p) 2>/dev/null; rm -f "$PID_FILE" "$ANSWER"; leave; rm -f "$WHO"' EXIT
 echo $$ >"$PID_FILE"
 [ -z "$token" ] || { printf 'Authorization: Bearer %s\n' "$token" >"$WHO" && OPTIONS+=(-H "@$WHO"); } || exit
 rm -f "$ANSWER"

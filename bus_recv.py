@@ -476,6 +476,8 @@ ANSWER_BYTES = 16 << 20  # read at most, as a parser may make 30 times as much o
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # s before the next attempt
 QUICK_SECONDS = 0.25  # to connect, while another URL or another address has not been tried
 FAILURES: dict[str, int] = {}  # of each URL of a bus, in a row
+SILENCE_SECONDS = 0.5  # after which people at a terminal are told what we wait for
+PEOPLE: list[Any] = []  # functions that tell them; a program for people adds its own
 HIDDEN = re.compile(  # controls, and what Unicode lets a program leave out: bidi, zero width, fillers, variations, tags
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u2028-\u202e"
     r"\u2060-\u206f\u2800\u3164\ud800-\udfff\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb"
@@ -618,13 +620,16 @@ def exchange_at(path: str, body: Any, fraction: Any, login: Any, url: str, conne
     through = f", through the proxy {connection.host}:{connection.port}" if proxied else ""
     headers.update(login, **({"Content-Type": "application/json"} if body else {}))
     try:
-        with contextlib.closing(connection):
+        with contextlib.closing(connection), told_of_silence(url) as silence:
             connection.connect()
             sock = connection.sock
             sock.settimeout(seconds)
+            if int(seconds) > GRACE_SECONDS:  # the bus may hold the request for so long
+                silence.close()
             with hung_up_after(seconds, sock):
                 connection.request("POST" if body else "GET", prefix + path, body, headers)
                 head: Any = connection.getresponse()
+            silence.close()
             # A length may be a lie, which must not allow a drip for years.
             with hung_up_after(min(seconds, GRACE_SECONDS) + min(head.length or 0, ANSWER_BYTES) / SLOWEST_RATE, sock):
                 content = head.read(ANSWER_BYTES)
@@ -632,7 +637,9 @@ def exchange_at(path: str, body: Any, fraction: Any, login: Any, url: str, conne
                 raise http.client.IncompleteRead(content, head.length)
             return judged(head, content, fraction, through), head.headers
     except (OSError, ValueError, http.client.HTTPException) as error:  # ValueError: a chunk of negative size
-        raise Unreachable((getattr(error, "strerror", None) or str(error) or type(error).__name__) + through) from error
+        why = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        why = "this port speaks http, not https" if "WRONG_VERSION_NUMBER" in why else why
+        raise Unreachable(why + through) from error
 
 
 def connect(url: str, seconds: float) -> tuple[Any, str, dict[str, str]]:
@@ -664,7 +671,8 @@ def parts_of(url: str) -> SplitResult:
     """The parts of a bus's URL. ValueError if it is not a URL, or has a login, which error messages would show."""
     if "@" in url and not url.startswith("unix:"):
         raise ValueError("the URL of the bus has a login (user@): remove it; a bus takes the token in AGENT_BUS_TOKEN")
-    if not re.fullmatch(r"https?://[^\s?#]+|unix:/[^?#]+", url):
+    host = r"(\[[^\s?#/\]]+\]|[^\s?#/:\[\]]+)(:[0-9]{0,5})?"
+    if not re.fullmatch(rf"https?://{host}(/[^\s?#]*)?|unix:/[^?#]+", url):
         raise ValueError(f"{url!r} is not the URL of a bus: write it like http://host:8080 or unix:/path/of/socket")
     return urlsplit(url)
 
@@ -743,8 +751,23 @@ def hung_up_after(seconds: float, sock: socket.socket) -> contextlib.ExitStack:
         with contextlib.suppress(OSError):
             socket.socket.shutdown(sock, socket.SHUT_RDWR)  # of the TCP under TLS: an SSLSocket is not for two threads
 
+    return later(seconds * 1.1, hang_up)  # a little after the socket's own timeout, whose error says more
+
+
+def told_of_silence(url: str) -> contextlib.ExitStack:
+    """People at a terminal must know what they wait for, before the time for an answer is over."""
+
+    def tell() -> None:
+        while PEOPLE:
+            PEOPLE.pop()(f"waiting for {url}")
+
+    return later(SILENCE_SECONDS, tell) if PEOPLE else contextlib.ExitStack()
+
+
+def later(seconds: float, act: Any) -> contextlib.ExitStack:
+    """Calls act() in a thread, unless what is inside ends before."""
     stack = contextlib.ExitStack()
-    timer = threading.Timer(seconds * 1.1, hang_up)  # a little after the socket's own timeout, whose error says more
+    timer = threading.Timer(seconds, act)
     timer.daemon = True  # a signal may come before the next two lines; then nothing would cancel it
     timer.start()
     stack.callback(timer.cancel)
@@ -979,7 +1002,8 @@ def kill(process: Any) -> None:
 def main(argv: list[str] | None = None) -> int:
     import argparse
 
-    cli = argparse.ArgumentParser(description="Show the messages for NAME on an agent-bus, as they arrive.")
+    purpose = "Show the messages for NAME on an agent-bus, as they arrive."
+    cli = argparse.ArgumentParser(usage="%(prog)s [-h] [OPTIONS] [NAME ...]", description=purpose)
     cli.add_argument("names", nargs="*", metavar="NAME", help="its own name ($AGENT_NAME), then others that it reads")
     cli.add_argument("--monitor", action="store_true", help="pace and wrap messages for a Monitor, as for a socket")
     cli.add_argument("--json", action="store_true", help="print each message as a line of JSON")
@@ -996,9 +1020,10 @@ def main(argv: list[str] | None = None) -> int:
     cli.add_argument("--log", dest="tool", action="store_const", const="bus_log", help="show everybody's messages")
     options, unknown = cli.parse_known_args(argv)
     if not options.tool and (unknown or (options.names and options.read)):
-        cli.error(f"unknown: {' '.join(unknown)}" if unknown else "give NAME, or --read ID")
+        cli.error(f"unknown: {' '.join(unknown)}" if unknown else "give NAME or --read ID, not both")
     for number in ENDS:
         signal.signal(number, lambda *_: sys.exit(0))
+    PEOPLE[:] = [complain] if sys.stderr and sys.stderr.isatty() else []
     try:
         return run_tool(options.tool, argv) if options.tool else show(options.read) if options.read else listen(options)
     except FAULTS as fault:

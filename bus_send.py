@@ -198,6 +198,8 @@ ANSWER_BYTES = 16 << 20  # read at most, as a parser may make 30 times as much o
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # s before the next attempt
 QUICK_SECONDS = 0.25  # to connect, while another URL or another address has not been tried
 FAILURES: dict[str, int] = {}  # of each URL of a bus, in a row
+SILENCE_SECONDS = 0.5  # after which people at a terminal are told what we wait for
+PEOPLE: list[Any] = []  # functions that tell them; a program for people adds its own
 HIDDEN = re.compile(  # controls, and what Unicode lets a program leave out: bidi, zero width, fillers, variations, tags
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u2028-\u202e"
     r"\u2060-\u206f\u2800\u3164\ud800-\udfff\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb"
@@ -340,13 +342,16 @@ def exchange_at(path: str, body: Any, fraction: Any, login: Any, url: str, conne
     through = f", through the proxy {connection.host}:{connection.port}" if proxied else ""
     headers.update(login, **({"Content-Type": "application/json"} if body else {}))
     try:
-        with contextlib.closing(connection):
+        with contextlib.closing(connection), told_of_silence(url) as silence:
             connection.connect()
             sock = connection.sock
             sock.settimeout(seconds)
+            if int(seconds) > GRACE_SECONDS:  # the bus may hold the request for so long
+                silence.close()
             with hung_up_after(seconds, sock):
                 connection.request("POST" if body else "GET", prefix + path, body, headers)
                 head: Any = connection.getresponse()
+            silence.close()
             # A length may be a lie, which must not allow a drip for years.
             with hung_up_after(min(seconds, GRACE_SECONDS) + min(head.length or 0, ANSWER_BYTES) / SLOWEST_RATE, sock):
                 content = head.read(ANSWER_BYTES)
@@ -354,7 +359,9 @@ def exchange_at(path: str, body: Any, fraction: Any, login: Any, url: str, conne
                 raise http.client.IncompleteRead(content, head.length)
             return judged(head, content, fraction, through), head.headers
     except (OSError, ValueError, http.client.HTTPException) as error:  # ValueError: a chunk of negative size
-        raise Unreachable((getattr(error, "strerror", None) or str(error) or type(error).__name__) + through) from error
+        why = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        why = "this port speaks http, not https" if "WRONG_VERSION_NUMBER" in why else why
+        raise Unreachable(why + through) from error
 
 
 def connect(url: str, seconds: float) -> tuple[Any, str, dict[str, str]]:
@@ -386,7 +393,8 @@ def parts_of(url: str) -> SplitResult:
     """The parts of a bus's URL. ValueError if it is not a URL, or has a login, which error messages would show."""
     if "@" in url and not url.startswith("unix:"):
         raise ValueError("the URL of the bus has a login (user@): remove it; a bus takes the token in AGENT_BUS_TOKEN")
-    if not re.fullmatch(r"https?://[^\s?#]+|unix:/[^?#]+", url):
+    host = r"(\[[^\s?#/\]]+\]|[^\s?#/:\[\]]+)(:[0-9]{0,5})?"
+    if not re.fullmatch(rf"https?://{host}(/[^\s?#]*)?|unix:/[^?#]+", url):
         raise ValueError(f"{url!r} is not the URL of a bus: write it like http://host:8080 or unix:/path/of/socket")
     return urlsplit(url)
 
@@ -465,8 +473,23 @@ def hung_up_after(seconds: float, sock: socket.socket) -> contextlib.ExitStack:
         with contextlib.suppress(OSError):
             socket.socket.shutdown(sock, socket.SHUT_RDWR)  # of the TCP under TLS: an SSLSocket is not for two threads
 
+    return later(seconds * 1.1, hang_up)  # a little after the socket's own timeout, whose error says more
+
+
+def told_of_silence(url: str) -> contextlib.ExitStack:
+    """People at a terminal must know what they wait for, before the time for an answer is over."""
+
+    def tell() -> None:
+        while PEOPLE:
+            PEOPLE.pop()(f"waiting for {url}")
+
+    return later(SILENCE_SECONDS, tell) if PEOPLE else contextlib.ExitStack()
+
+
+def later(seconds: float, act: Any) -> contextlib.ExitStack:
+    """Calls act() in a thread, unless what is inside ends before."""
     stack = contextlib.ExitStack()
-    timer = threading.Timer(seconds * 1.1, hang_up)  # a little after the socket's own timeout, whose error says more
+    timer = threading.Timer(seconds, act)
     timer.daemon = True  # a signal may come before the next two lines; then nothing would cancel it
     timer.start()
     stack.callback(timer.cancel)
@@ -561,7 +584,7 @@ def told(answer: dict[str, Any], to: str | list[str]) -> str:
 
 def command_line(purpose: str) -> argparse.ArgumentParser:
     """A parser for a message; message_of() takes its results."""
-    parser = argparse.ArgumentParser(description=purpose)
+    parser = argparse.ArgumentParser(usage="%(prog)s [-h] [OPTIONS] [TO] [TEXT ...]", description=purpose)
     add = parser.add_argument
     add("to", metavar="TO", nargs="?", type=receivers, help="a name, names as a,b,c, or all")
     add("text", metavar="TEXT", nargs="*", help="the message; without it, the text on stdin")
@@ -585,6 +608,8 @@ def command_line(purpose: str) -> argparse.ArgumentParser:
 def pair(text: str) -> list[str]:
     if "=" not in text:
         raise argparse.ArgumentTypeError(f"{text!r} has no value: write it as K=V")
+    if text.split("=")[0] in ("from", "to", "channel", "msg", "key"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no further member: it has an argument or an option of its own")
     return text.split("=", 1)
 
 
@@ -622,6 +647,7 @@ def main(argv: list[str] | None = None) -> int:
     first = ",".join([to] if isinstance(to, str) else to or ())
     if first and first not in words[:reply]:  # it is not TO, which stands before --reply-to
         to, given["text"] = None, [first, *given["text"]]
+    PEOPLE[:] = [complain] if sys.stderr and sys.stderr.isatty() else []
     try:
         compose("", "", sender=given["sender"])  # before somebody types a text: is a sender known?
         msg = message_of(given)
@@ -645,7 +671,8 @@ def show_reply(answer: dict[str, Any], to: str, waits: float = 0.0) -> int:
     reply = answer.get("reply")
     waits or ("warning" in answer and complain(f"warning: {answer['warning']}", ""))
     if not isinstance(reply, dict) or not isinstance(reply.get("msg"), str):
-        told(answer, to).startswith("queued") and complain(told(answer, to), "")
+        is_new = waits or not (sys.stderr and sys.stderr.isatty())  # a person was told when the question was stored
+        is_new and told(answer, to).startswith("queued") and complain(told(answer, to), "")
         later = f"no answer to {answer.get('id')} yet: it will arrive as mail"
         complain(f"waiting up to {waits:.0f} s for a reply" if waits else later)
         return 3

@@ -88,33 +88,15 @@ class Handed(NamedTuple):
     jobs: list[Job]
 
     @property
-    def exclusive(self) -> bool:
-        return True
-
-    @property
     def channel(self) -> str:
         return self.worker.channel
-
-    @property
-    def hold(self) -> float:
-        return self.worker.hold
-
-    @property
-    def token(self) -> str:
-        return self.worker.token
 
     @property
     def who(self) -> str:
         return self.worker.called
 
-    def places(self) -> Sequence[Key]:
-        return ()
-
     def present(self) -> Sequence[str]:
         return (self.worker.queue,)
-
-    def wants(self, message: Message) -> bool:
-        return False
 
     def covers(self, upto: int, message: Message) -> bool:
         return any(job.message.tick == message.tick for job in self.jobs)

@@ -81,8 +81,12 @@ def show(bus: Bus, files: Files, request: Request) -> Answer:
 
 
 def places(bus: Bus, files: Files) -> bytes:
-    """The module with the places of the extensions that are loaded and have one. At the start, not all are loaded."""
-    names = [name for name, state in bus.extensions.items() if state == LOADED and f"{name}.js" in files]
+    """The module with the places of the extensions that are loaded and have one. At the start, not all are loaded.
+
+    A module of the page itself has no default export: an extension may bear its name, as mail.py.
+    """
+    loaded = [name for name, state in bus.extensions.items() if state == LOADED]
+    names = [name for name in loaded if b"\nexport default " in files.get(f"{name}.js", (b"", ""))[0]]
     return "".join(f'export {{ default as {name} }} from "./{name}.js";\n' for name in names).encode()
 
 

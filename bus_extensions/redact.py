@@ -31,7 +31,6 @@ from bus_server import (
     no_message,
     ok,
     quote,
-    show_client,
     state_of,
 )
 
@@ -162,8 +161,6 @@ class Redaction:
     def __init__(self, bus: Bus) -> None:
         self.bus = bus
         bus.route("POST", "/redact", self.redact, "replace the text of a message, also on the disk; for an operator")
-        bus.route("GET", "/bus_redact.py", show_client)
-        bus.gate.public.add("/bus_redact.py")
         bus.ledger.elsewhere[Fold.kind] = partial(self.folded_again, None)
 
     def redact(self, request: Request) -> None:

@@ -36,7 +36,6 @@ from bus_server import (
     refusal,
     say,
     seconds,
-    show_client,
     tick_of,
     too_much,
 )
@@ -100,8 +99,6 @@ class Search:
         self.missing = index.why_not(bus.state.path)
         bus.route("GET", "/search", self.search, "messages with these words, the newest first: q=WORDS", takes=True)
         bus.route("POST", "/search", self.renew, "make the index of /search anew; for an operator")
-        bus.route("GET", "/bus_search.py", show_client)
-        bus.gate.public.add("/bus_search.py")
         if not self.missing:
             bus.loop.every(self.LOOK_SECONDS, self.look)
 

@@ -45,5 +45,8 @@ class Ledger(Protocol):
         The newest entry always stays. Unknown if not all are removed. Another thread may append and read meanwhile.
         """
 
+    def about(self) -> tuple[str, str]:
+        """For people: who took the last entry, and who else had to have it then ("" if nobody). It does not wait."""
+
     def close(self) -> None:
         """Give up the connections, and call `tell` no more."""

@@ -117,6 +117,7 @@ class Fronts:
         """The answer of any bus; and who has a token is told how far this front is, and how many live."""
         answer = route.call(request)
         if answer and self.bus.gate.knows(request.parsed):
-            more = f', "position": {self.mirror.position}, "fronts": {len(self.live)}}}\n'
+            ledger = encode(dict(zip(("leads", "waits_for"), self.mirror.ledger.about())))
+            more = f', "position": {self.mirror.position}, "fronts": {len(self.live)}, "ledger": {ledger}}}\n'
             return answer._replace(body=answer.body[: -len(b"}\n")] + more.encode())
         return answer

@@ -7,8 +7,10 @@ What is dangerous about PostgreSQL here:
 - A commit that waits for the second machine and is canceled is answered with success and a WARNING, and others see it,
   though the second machine may never get it. So this file cancels nothing, and a WARNING means Unknown.
 - A server that is frozen keeps its connections. So each call has a deadline; then its connection is closed.
-- What a primary shows after it was cut off may be on no other machine. So a connection that failed once is never used
-  again, and the next one asks for a primary, with the settings that keep the entries.
+- What a primary shows after it was cut off, or after a crash, may be on no other machine. So a connection that failed
+  once is never used again. The next one asks for a primary, with the settings that keep the entries, and begins with a
+  commit: when that is answered, the second machine has all that this primary shows.
+- A primary that was cut off may take connections for as long as it likes. So the next connection asks others first.
 """
 
 from __future__ import annotations
@@ -50,7 +52,7 @@ BEGIN
 END $$ LANGUAGE plpgsql;
 """
 IS_THERE = b"SELECT to_regclass('agent_bus_ledger')::text"  # its user need not be one who may make tables
-APPEND = b"SELECT its, its_at FROM agent_bus_append($1, $2)"
+APPEND = b"SELECT its, its_at, current_setting('synchronous_standby_names') FROM agent_bus_append($1, $2)"
 READ = f"""SELECT position, at, entry FROM (
     SELECT *, sum(octet_length(entry)) OVER (ORDER BY position) - octet_length(entry) AS before FROM (
         SELECT position, at, entry FROM agent_bus_ledger WHERE position > $1 ORDER BY position LIMIT $2) AS following
@@ -63,6 +65,9 @@ TRIM = f"""DELETE FROM agent_bus_ledger WHERE position IN (SELECT position FROM 
     WHERE position > 0 AND position < $1 ORDER BY position LIMIT {TRIMMED}) RETURNING position""".encode()
 SETTINGS = b"""SELECT current_setting('synchronous_commit'), current_setting('synchronous_standby_names'),
     current_setting('fsync'), pg_is_in_recovery()::text"""
+
+ALONE = "synchronous_standby_names is empty, so a message is on one machine only: set it, or --ledger-single"
+SETTLE = b"SELECT pg_logical_emit_message(true, 'agent_bus', '')"  # the smallest transaction whose commit waits
 
 
 def connect(url: str, single: bool) -> Ledger:
@@ -82,7 +87,7 @@ def unsafe(single: bool, commit: str, standbys: str, fsync: str, in_recovery: st
     if fsync != "on" or commit not in ("on", "remote_apply"):
         return f"the server has fsync {fsync} and synchronous_commit {commit}, and both must be on"
     if not (single or standbys):
-        return "synchronous_standby_names is empty, so a message is on one machine only: set it, or --ledger-single"
+        return ALONE
     return ""
 
 
@@ -93,11 +98,12 @@ class Postgres:
         options = conninfo_to_dict(url)
         options.setdefault("target_session_attrs", "read-write")
         options.update(connect_timeout=CONNECT, keepalives_idle=5, keepalives_interval=2, keepalives_count=3)
-        self.url = make_conninfo("", **options)
+        self.options = options
         self.single = single
         self.connection: psycopg.Connection[Any] | None = None
         self.warnings: list[str] = []
         self.told = ""  # the last reason why a server was not taken
+        self.leads = self.standbys = ""
         self.closed = threading.Event()
 
     def make_table(self, deadline: float) -> None:
@@ -106,29 +112,31 @@ class Postgres:
             exchange(server, partial(server.send_query, TABLE), deadline)
 
     def connected(self, deadline: float) -> psycopg.Connection[Any]:
-        """The connection, or a new one whose server is safe; else Unknown."""
-        if self.connection:
-            return self.connection
-        connection = self.open()
-        why = "the server did not say its settings"
-        try:
-            [settings] = rows_of(connection.pgconn, SETTINGS, [], deadline)
-            why = unsafe(self.single, *(setting.decode() for setting in settings))
-        finally:
-            if why:
-                connection.close()
+        """The connection, or a new one whose server is safe; else Unknown, and whoever asks gives it up."""
+        if not self.connection:
+            self.connection = self.open()
+            self.connection.add_notice_handler(self.noticed)
+            self.leads = f"{self.connection.info.host}:{self.connection.info.port}"
+            self.check(self.connection.pgconn, deadline)
+        return self.connection
+
+    def check(self, server: pq.abc.PGconn, deadline: float) -> None:
+        [settings] = rows_of(server, SETTINGS, [], deadline)
+        why = unsafe(self.single, *(setting.decode() for setting in settings))
         if why and why != self.told:
             say(f"bus_server: the ledger cannot be used: {why}")
         self.told = why
         if why:
             raise Unknown(why)
-        connection.add_notice_handler(self.noticed)
-        self.connection = connection
-        return connection
+        if not self.single:
+            rows_of(server, SETTLE, [], deadline)
+
+    def about(self) -> tuple[str, str]:
+        return self.leads, self.standbys
 
     def open(self) -> psycopg.Connection[Any]:
         try:
-            return psycopg.connect(self.url, autocommit=True)
+            return psycopg.connect(make_conninfo("", **self.options), autocommit=True)
         except psycopg.Error as error:
             raise Unknown(str(error).strip()) from None
 
@@ -153,9 +161,14 @@ class Postgres:
         connection, self.connection = self.connection, None
         if connection:
             connection.close()
+            self.options = others_first(self.options, self.leads)
 
     def append(self, entry: bytes, id: str, deadline: float) -> tuple[int, int]:
-        [[position, at]] = self.ask(APPEND, [id.encode(), entry], deadline)
+        [[position, at, standbys]] = self.ask(APPEND, [id.encode(), entry], deadline)
+        self.standbys = standbys.decode()
+        if not (self.single or standbys):  # it was taken away from a server that was safe when we connected
+            self.drop()
+            raise Unknown(ALONE)
         return int.from_bytes(position, "big"), int.from_bytes(at, "big")
 
     def read(self, above: int, limit: int, deadline: float) -> list[tuple[int, int, bytes]]:
@@ -189,6 +202,16 @@ class Postgres:
     def close(self) -> None:
         self.closed.set()
         self.drop()
+
+
+def others_first(options: dict[str, Any], failed: str) -> dict[str, Any]:
+    """These options of a connection, with the machine that failed (HOST:PORT) as the last that is tried."""
+    lists = {name: str(options[name]).split(",") for name in ("host", "hostaddr", "port") if options.get(name)}
+    hosts, ports = lists.get("host", []), lists.get("port", ["5432"])
+    names = [f"{host}:{ports[place % len(ports)]}" for place, host in enumerate(hosts)]
+    first = names.index(failed) + 1 if failed in names else 0
+    turned = {name: each[first:] + each[:first] for name, each in lists.items() if len(each) == len(hosts)}
+    return {**options, **{name: ",".join(each) for name, each in turned.items()}}
 
 
 def rows_of(server: pq.abc.PGconn, statement: bytes, values: list[bytes], deadline: float) -> list[list[bytes]]:

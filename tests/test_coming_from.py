@@ -68,6 +68,15 @@ def serve(line, shell, bus):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_before_its_first_command_the_page_says_what_to_install_and_to_set(page):
+    text = page.read_text()
+    before = text.partition("| there |")[0]
+    assert "`pip install .`" in before and "python3 tools/agent_bus.py" in before
+    assert "$AGENT_BUS_URL" not in text or "`AGENT_BUS_URL` is the URL" in before
+    assert "$ID" not in text or "`ID` is the id" in before
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_every_command_of_the_page_runs(page, bus, shell):
     found = commands(page)
     assert len(found) > 3

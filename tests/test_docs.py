@@ -184,3 +184,11 @@ def test_changing_md_has_every_seam_and_names_only_what_there_is():
     assert len(called) > 15 and not missing, missing
     files = {file for file in re.findall(r"`((?:tests|docs|bus_extensions)/[\w/.]+\.\w+)`", text) if "NAME" not in file}
     assert len(files) > 6 and not [file for file in files if not (ROOT / file).exists()]
+
+
+@pytest.mark.parametrize("path", ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
+def test_in_a_block_that_is_pasted_whole_no_line_is_taken_as_the_answer_to_a_question(path):
+    """`invite` asks on a terminal: so it is the last line of its block, or has --yes."""
+    for block in re.findall(r"```sh\n(.*?)```", (ROOT / path).read_text(), re.DOTALL):
+        *others, _ = block.splitlines()
+        assert not [line for line in others if " invite " in line and "--yes" not in line], block

@@ -131,6 +131,8 @@ def run(name: str, arguments: Sequence[str]) -> int:
     if command.first == (ASKS,) and wants_help:
         print(help_of_ask(command, example), end="")
         return 0
+    for client in filter(None, map(sys.modules.get, ("bus_recv", "bus_send"))):
+        client.PEOPLE[:] = [client.complain] if sys.stderr and sys.stderr.isatty() else []
     return int(program.main([*command.first, *arguments]) or 0)
 
 
@@ -154,7 +156,8 @@ def show_help(arguments: Sequence[str]) -> int:
         name = known(arguments[0])
         if COMMANDS[name].program:
             return run(name, ["--help"])
-        print(f"usage: {called()} {COMMANDS[name].example}\n\n{COMMANDS[name].purpose}\n{ABOUT.get(name, '')}", end="")
+        about = ABOUT.get(name, "").replace("agent-bus", called()) if name == "open" else ABOUT.get(name, "")
+        print(f"usage: {called()} {COMMANDS[name].example}\n\n{COMMANDS[name].purpose}\n{about}", end="")
         return 0
     print(f"usage: {called()} COMMAND ...\nThe options of a command: {called()} help COMMAND\n\n{'':51}for example")
     for title, commands in GROUPS.items():
@@ -294,7 +297,8 @@ OWN: dict[str, Callable[[Sequence[str]], int]] = {
 }
 ABOUT = {
     "open": """
-The link has your token, if you have one. An agent's token shows its own mail only. For a person who may see all:
+The link has your token, if you have one. An agent's token shows its own mail
+only. For a person who may see all:
     agent-bus invite YOURNAME --operator --page --for 12h
 """,
     "completion": """

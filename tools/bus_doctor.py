@@ -5,7 +5,9 @@
 
 It prints one line for each hop: `ok`, `warn` (it works, with a problem), or `FAIL`. The line below a `warn` or `FAIL`
 says what to do. The first `FAIL` ends the check. If AGENT_BUS_URL has several URLs, each is checked, and a last line
-names those that fail. The environment and the code are those of the clients, so a client has the same faults.
+names those that fail. Of a bus with several fronts it tells which machine of the ledger leads, whether another one has
+what is acknowledged, and how far each front is. The environment and the code are those of the clients, so a client has
+the same faults.
 
 Nothing is stored, no mail is read and no cursor moves: the bus must refuse the test send, and the test polls use the
 channel `doctor`, where nobody sends. The token is never shown. Exit code: 0 no hop failed; 1 a hop failed; 2 usage.
@@ -42,6 +44,7 @@ except ModuleNotFoundError as missing:
 
 PATIENCE = 10.0  # s for a hop; a slower hop counts as broken
 SKEW_SECONDS = 120.0  # clients of the first contract start at their own clock; the bus refuses a cursor 300 s ahead
+CATCH_UP = 2.0  # s; a front hears of an entry within 1 s, also if no hint comes
 PAGE_BYTES = 1 << 16  # read of an answer; it may be a web page, whose title we want
 BODY_BYTES = 1 << 16  # every bus accepts this much, so everything on the way to it must too
 CHANNEL = "doctor"
@@ -68,6 +71,7 @@ class Way:
     port: int
     direct: bool  # that machine is the bus, not a proxy
     health: dict[str, Any]  # the answer of the bus to /healthz
+    front: dict[str, Any]  # the same with our token, which tells more
     first: bool  # it is a bus of the first contract
 
     name: str  # AGENT_NAME, or an empty text
@@ -221,6 +225,22 @@ class Way:
             raise Fault(f"the bus does not know {text[:12]}: {why}", advice) from None
         return f"{text[:12]} is valid"
 
+    def ledger(self) -> Finding:
+        """A front: which machine of its ledger leads, and is what it takes on another one too? Else nothing."""
+        if self.first or "ledger" not in self.look():
+            return ""
+        entry, fronts = self.front["position"], self.front["fronts"]
+        leads, waits_for = self.front["ledger"]["leads"], self.front["ledger"]["waits_for"]
+        found = f"{leads} leads; this front is at entry {entry}, of {fronts} that live"
+        if waits_for:
+            return f"{found}; a message is stored when it is on {leads} and on {waits_for}"
+        return f"{found}; a message is on {leads} alone", "it is lost with that machine: docs/cluster.md has safer ones"
+
+    def look(self) -> dict[str, Any]:
+        """What this server says of itself to those who have a token."""
+        self.front, _ = bus_recv.ask(self.url, "/healthz", PATIENCE)
+        return self.front
+
     def send(self) -> Finding:
         """POST a message of a size that every bus accepts. It has no receiver, so the bus must refuse it."""
         if not self.name:
@@ -334,6 +354,7 @@ PAGES = {401: LOGIN, 407: LOGIN}  # by the status of another server's page
 REFUSALS = {  # by the status of the bus's own answer to /healthz
     403: "start the bus with --allow-host and that name, or make a token for each agent",
     404: "AGENT_BUS_URL must end before the path of an endpoint, as in http://host:8080",
+    503: "its log says more; a front without its ledger: does a machine of the ledger lead (docs/cluster.md)?",
 }
 POSTS = {
     400: "set AGENT_NAME to another name",
@@ -351,8 +372,8 @@ CERTIFICATE = {  # X509_V_ERR_* of OpenSSL
 
 HOPS: dict[str, Callable[[Way], Finding]] = {
     "url": Way.spelling, "proxy": Way.proxy, "dns": Way.dns, "tcp": Way.tcp, "tls": Way.tls, "http": Way.answer,
-    "bus": Way.bus, "clock": Way.clock, "token": Way.token, "send": Way.send, "recv": Way.recv, "hold": Way.long_poll,
-    "file": Way.database,
+    "bus": Way.bus, "clock": Way.clock, "token": Way.token, "ledger": Way.ledger,
+    "send": Way.send, "recv": Way.recv, "hold": Way.long_poll, "file": Way.database,
 }  # fmt: skip
 FAULTS = (bus_recv.Refused, bus_recv.Unreachable, bus_send.Unreachable, OSError, ValueError, http.client.HTTPException)
 
@@ -400,17 +421,46 @@ def examine(way: Way) -> bool:
     for hop, look in HOPS.items():
         verdict, advice = "ok", ""
         try:
-            found = look(way)
+            with patience_for(hop):
+                found = look(way)
             if isinstance(found, tuple):
                 verdict, (found, advice) = "warn", found
         except Fault as fault:
             verdict, found, advice = "FAIL", str(fault), fault.advice
         except FAULTS as error:  # although the hops before it went well
             verdict, found, advice = "FAIL", worded(error), BETWEEN
-        tell(verdict, hop, found, advice)
+        if found:
+            tell(verdict, hop, found, advice)
         if verdict == "FAIL":
             return False
     return True
+
+
+def patience_for(hop: str) -> contextlib.ExitStack:
+    """A person at a terminal is told if a hop takes longer than a moment. The hop `hold` says so itself."""
+    if hop == "hold" or not (sys.stdout and sys.stdout.isatty()):
+        return contextlib.ExitStack()
+    return bus_recv.later(bus_recv.SILENCE_SECONDS, lambda: print(f"      (waiting for {hop})", flush=True))
+
+
+def compare(fronts: list[Way]) -> None:
+    """How far is each of these fronts of one bus? Within CATCH_UP each must come as far as one of them was before."""
+    newest, end = max(way.front["position"] for way in fronts), time.monotonic() + CATCH_UP
+    while (behind := [way for way in fronts if way.look()["position"] < newest]) and time.monotonic() < end:
+        time.sleep(0.1)
+    for way in behind:
+        found = f"{way.url} is at entry {way.front['position']}; another was at {newest} {CATCH_UP:.0f} s before"
+        tell("warn", "fronts", found, "its readers get messages late: is its machine busy, or its network slow?")
+    if not behind:
+        tell("ok", "fronts", f"each has come to entry {newest}", "")
+    leaders = {way.front["ledger"]["leads"] for way in fronts}
+    if len(leaders) > 1:
+        found = f"they are told of different leaders: {', '.join(sorted(leaders))}"
+        tell("warn", "fronts", found, "run this again: if it stays so, a front does not reach the one that leads")
+    live = max(way.front["fronts"] for way in fronts)
+    if live > len(fronts):
+        found = f"{live} live, and {len(fronts)} were asked"
+        tell("warn", "fronts", found, "add the URLs of the others to AGENT_BUS_URL, or the clients never find them")
 
 
 def examine_all(hold: float) -> bool:
@@ -420,6 +470,9 @@ def examine_all(hold: float) -> bool:
         urls = bus_recv.settings()["AGENT_BUS_URL"].split(",")
     ways = [Way(url, hold) for url in urls]
     failed = [way.url for way in ways if not examine(way)]
+    fronts = [way for way in ways if way.url not in failed and "ledger" in getattr(way, "front", {})]
+    if fronts and urls[1:]:
+        compare(fronts)
     buses = {way.health.get("bus") for way in ways if way.url not in failed}
     if len(buses) > 1:
         tell("FAIL", "urls", f"they are of {len(buses)} buses", "AGENT_BUS_URL may have several URLs only of one bus")

@@ -166,9 +166,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Look at unread mail and take none of it, or mark it as read.")
     commands = parser.add_subparsers(dest="command", required=True)
     own = parser.prog if " " in parser.prog else None  # `agent-bus inbox` and `agent-bus ack` are whole names
-    looking = commands.add_parser("look", prog=own, help="print the unread messages of NAME, oldest first")
+    purposes = "print the unread messages of NAME, oldest first", "mark a message, and every one before it, as read"
+    looking, marking = (
+        commands.add_parser(word, prog=own, help=purpose, description=f"{purpose[0].upper()}{purpose[1:]}.")
+        for word, purpose in zip(("look", "ack"), purposes)
+    )
     looking.add_argument("--json", action="store_true", help="print each message as a line of JSON")
-    marking = commands.add_parser("ack", prog=own, help="mark a message, and every one before it, as read")
     marking.add_argument("id", metavar="ID", help="the id of the last message that is done with")
     for command in (looking, marking):
         command.add_argument("name", metavar="NAME", nargs="?", help="whose mail ($AGENT_NAME)")

@@ -29,6 +29,7 @@ Exit code: 0 done, 1 refused (another's file or entry is in the way), 2 usage.
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 import shlex
 import sys
@@ -118,13 +119,17 @@ def plugin_folder() -> str | None:
 
 
 def command_line() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Connect an agent program to the bus, or start the bus at login.")
+    adds = "Connect an agent program to the bus, or start the bus at login."
+    parser = argparse.ArgumentParser(description=adds)
     commands = parser.add_subparsers(dest="command", required=True)
     own = parser.prog if " " in parser.prog else None  # `agent-bus install` is a whole name
     after = "What follows `install service` are the options of the bus."
-    for word, purpose in (("install", "add it"), ("uninstall", "take it away again")):
+    for word, purpose in (("install", adds), ("uninstall", "Take away again what install has added.")):
         installs = word == "install"
-        command = commands.add_parser(word, prog=own, help=purpose, allow_abbrev=False, epilog=after * installs)
+        usage = f"{own or f'{parser.prog} {word}'} [-h] [OPTIONS] AGENT"
+        command = commands.add_parser(
+            word, prog=own, usage=usage, help=purpose, description=purpose, allow_abbrev=False, epilog=after * installs
+        )
         choices = ",".join([*AGENTS, "service"])
         command.add_argument("agent", metavar=f"{{{choices}}}", help="an agent program, or the bus itself, at login")
         command.add_argument("--bus", type=bus_recv.profile, metavar="PROFILE", help="the bus of PROFILE.env")
@@ -146,8 +151,11 @@ def run(options: argparse.Namespace, further: Sequence[str]) -> int:
         if installs and options.name:
             bus_recv.check_name(options.name)
         return install_agent(options.agent, options) if installs else uninstall_agent(options.agent, options)
-    known = ", ".join([*AGENTS, "service"])
-    complain(f"{options.agent!r} is not known, only {known}: another agent can run the MCP server, agent-bus-mcp")
+    known = [*AGENTS, "service"]
+    similar = difflib.get_close_matches(options.agent, known, 1)
+    further = "; another agent can run the MCP server, agent-bus-mcp" if installs else ""
+    meant = f"did you mean {similar[0]}?" if similar else f"only {', '.join(known)}{further}"
+    complain(f"{options.agent!r} is not known: {meant}")
     return 2
 
 

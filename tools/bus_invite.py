@@ -12,10 +12,12 @@ import http.client
 import os
 import re
 import shlex
+import shutil
 import socket
 import ssl
 import sys
-from typing import Any
+import textwrap
+from typing import Any, TextIO
 from urllib.parse import urlsplit
 
 HERE = os.path.dirname(os.path.realpath(__file__))
@@ -71,7 +73,16 @@ def agreed(name: str, database: str, here: str, closed: bool, yes: bool) -> bool
 
 
 def tell(line: str) -> None:
-    print(bus_recv.visible(line), file=sys.stderr, flush=True)
+    print(wrapped(bus_recv.visible(line), sys.stderr), file=sys.stderr, flush=True)
+
+
+def wrapped(text: str, out: TextIO | None) -> str:
+    """For a terminal: not wider than that. A paragraph that begins with a blank is for copying, and stays as it is."""
+    if not (out and out.isatty()):
+        return text
+    wrap = textwrap.TextWrapper(shutil.get_terminal_size().columns, break_long_words=False, break_on_hyphens=False)
+    paragraphs = text.split("\n\n")
+    return "\n\n".join(each if each[:1] == " " else wrap.fill(" ".join(each.split())) for each in paragraphs)
 
 
 def settings_url() -> str:
@@ -101,7 +112,7 @@ def invitation(name: str, token: str, here: str, url: str) -> str:
     url = (url or reachable(here)).rstrip("/")
     line, remark = line_for(name, here, url)
     texts = [TOKEN.format(name=name, token=token), RUN.format(name=name, line=line) if line else "", remark]
-    return "\n".join(filter(None, texts)).rstrip()
+    return wrapped("\n".join(filter(None, texts)).rstrip(), sys.stdout)
 
 
 def page_link(name: str, token: str, here: str, url: str) -> str:
@@ -115,7 +126,7 @@ def page_link(name: str, token: str, here: str, url: str) -> str:
         remark = HERE_ONLY.format(url=url, port=parts.port or {"http": 80}.get(parts.scheme, 443))
     elif parts.scheme == "http":
         remark = PLAIN_PAGE.format(url=url)
-    return f"{PAGE.format(name=name, url=url, token=token)}\n{remark}".rstrip()
+    return wrapped(f"{PAGE.format(name=name, url=url, token=token)}\n{remark}".rstrip(), sys.stdout)
 
 
 def reachable(here: str) -> str:

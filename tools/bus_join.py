@@ -41,7 +41,7 @@ from collections.abc import Sequence
 from typing import TextIO
 from urllib.parse import urlsplit
 
-NAMES = "recv send doctor join work log file outbox who inbox"
+NAMES = "recv send work log doctor file outbox relay join who inbox later lock search redact"  # as CLIENTS of the bus
 FILES = (*(f"bus_{name}.py" for name in NAMES.split()), "agent_bus.py")
 CERTIFICATE = "bus.pem"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@-]{0,63}")  # as in bus_recv.py
@@ -160,11 +160,15 @@ def choose(place: str, url: str, name: str, profile: str) -> str:
         profile = answer if PROFILE.fullmatch(answer) else profile
 
 
-def ask_token(name: str, known: str) -> str:
-    """The token, from the terminal without echo, or else from a line of stdin."""
-    keep = " (Enter keeps the one that is set)" if known else ""
+def ask_token(name: str, may_keep: bool) -> str:
+    """The token, from the terminal without echo, or else from a line of stdin. Empty: the one that is set."""
+    keep = " (Enter keeps the one that is set)" if may_keep else ""
     given = getpass.getpass(f"token of {name}{keep}: ") if sys.stdin.isatty() else sys.stdin.readline()
-    token = given.strip("\ufeff \t\r\n") or known
+    token = given.strip("\ufeff \t\r\n")
+    return checked(token) if token else ""
+
+
+def checked(token: str) -> str:
     if not TOKEN.fullmatch(token):
         raise Fault("that is not a token: a token is abt_, 8 hex digits, _ and 43 characters; paste all of it")
     return token
@@ -206,7 +210,9 @@ def join(url: str, name: str, pin: str, profile: str) -> None:
         sys.path.insert(0, aside)
         sys.dont_write_bytecode = True
         there = folder("XDG_CONFIG_HOME", ".config")
-        profile = profile or choose(there, url, name, given.get("AGENT_BUS_PROFILE") or "default")
+        first = profile or given.get("AGENT_BUS_PROFILE") or "default"
+        token = ask_token(name, is_of(configured(there, first), url, name))  # first, as users paste it behind the line
+        profile = profile or choose(there, url, name, first)
         env, trusted = (os.path.join(there, f"{profile}.{kind}") for kind in ("env", "pem"))
         known = configured(there, profile)
         known = known if is_of(known, url, name) else {}
@@ -216,7 +222,7 @@ def join(url: str, name: str, pin: str, profile: str) -> None:
             mine["AGENT_BUS_CA"] = given.get("AGENT_BUS_CA") or os.path.join(aside, CERTIFICATE)
         if given.get("AGENT_BUS_PLAIN_HTTP") and url.startswith("http:"):
             mine["AGENT_BUS_PLAIN_HTTP"] = "1"
-        mine["AGENT_BUS_TOKEN"] = ask_token(name, known.get("AGENT_BUS_TOKEN", ""))
+        mine["AGENT_BUS_TOKEN"] = token or checked(known.get("AGENT_BUS_TOKEN", ""))
         check(mine)
         if "AGENT_BUS_CA" in mine:
             with open(mine["AGENT_BUS_CA"], "rb") as certificate:
@@ -235,9 +241,10 @@ def join(url: str, name: str, pin: str, profile: str) -> None:
 def show_next(place: str, file: str, profile: str, name: str, others: Sequence[str]) -> None:
     """Where everything is, and the first commands."""
     which = "" if profile == "default" else f"AGENT_BUS_PROFILE={profile} "
-    say(f"The configuration is {file}. To receive, and to send:")
-    say(f"    {which}python3 {shlex.quote(place)}/bus_recv.py {name}")
-    say(f"    echo hello | {which}python3 {shlex.quote(place)}/bus_send.py NAME")
+    say(f"The configuration is {file}.")
+    say("To receive, to send, and to see all commands:")
+    for words in (f"bus_recv.py {name}", "bus_send.py NAME hello", "agent_bus.py help"):
+        say(f"    {which}python3 {shlex.quote(place)}/{words}")
     if others:
         say(f"This shell sets {', '.join(others)}, which wins over that file: unset it first")
 

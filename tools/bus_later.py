@@ -50,7 +50,8 @@ def ask(url: str, path: str, order: dict[str, Any] | None = None) -> dict[str, A
     def attempt(left: float) -> Any:
         return bus_send.exchange(url, path, body, min(left, bus_send.GRACE_SECONDS))[0]
 
-    return bus_send.persist(attempt, PATIENCE if order else 0.0, url)  # who only looks is told at once
+    patience = PATIENCE if order else 0.0  # who only looks is told at once
+    return bus_send.persist(attempt, patience, url, warn=complain)
 
 
 def schedules(url: str, sender: str | None) -> Iterator[dict[str, Any]]:
@@ -101,8 +102,9 @@ def give(given: dict[str, Any], when: dict[str, Any], as_json: bool) -> None:
     if as_json or not (sys.stdout and sys.stdout.isatty()):
         bus_recv.emit(bus_recv.dump(answer) + "\n")
     else:
-        id = bus_recv.word(answer.get("id"))
-        bus_recv.emit(f"it will be sent at {iso(answer.get('at'))}; to take it back: --cancel {id}\n")
+        at, now = (bus_recv.seconds_of(answer.get(member)) for member in ("at", "now"))
+        then = f"it will be sent at {iso(at)}; its id for --cancel is {bus_recv.word(answer.get('id'))}\n"
+        bus_recv.emit(f"it is sent at once, because {iso(at)} is over\n" if at <= now else then)
 
 
 def complain(line: str) -> None:

@@ -78,8 +78,7 @@ def line(row: dict[str, Any], now: float) -> str:
     names = " ".join(map(bus_recv.word, row["names"])) if isinstance(row.get("names"), list) else ""
     waiting = ", ".join(map(bus_recv.word, row["waiting"])) if isinstance(row.get("waiting"), list) else ""
     channel = "" if row.get("channel") == "default" else f" on {bus_recv.word(row.get('channel'))}"
-    shared, why = " (shared)" if row.get("shared") else "", bus_recv.word(row.get("why", ""))
-    more = f": {why}" if why else ""
+    shared, more = " (shared)" if row.get("shared") else "", f": {bus_recv.word(row['why'])}" if row.get("why") else ""
     holder, left = bus_recv.word(row.get("holder")), still(row.get("until"), now)
     return f"{holder}{channel}{shared}, {left} more: {names}{more}{f'; {waiting} waits' if waiting else ''}"
 
@@ -98,16 +97,22 @@ def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     parser = argparse.ArgumentParser(description="Reserve names before you change them, release them, or list them.")
     commands = parser.add_subparsers(dest="command", required=True)
     own = parser.prog if " " in parser.prog else None  # `agent-bus lock` is a whole name
-    locking = commands.add_parser("lock", prog=own, help="reserve all of these names, or none")
+    purposes = {
+        "lock": "reserve all of these names, or none",
+        "unlock": "release names that you have reserved",
+        "list": "show who has reserved which names",
+    }
+    locking, unlocking, listing = (
+        commands.add_parser(word, prog=own, help=purpose, description=f"{purpose[0].upper()}{purpose[1:]}.")
+        for word, purpose in purposes.items()
+    )
     locking.add_argument("names", metavar="NAME", nargs="+", help="a path; * ? [a-z] and ** are wildcards, so quote it")
     locking.add_argument("--ttl", type=bus_recv.duration, metavar="S", help="it ends by itself after S seconds (600)")
     locking.add_argument("--shared", action="store_true", help="others may hold the names too, if they also say so")
     locking.add_argument("--why", metavar="TEXT", help="for the others: what you do, at most 200 characters")
     locking.add_argument("--wait", type=bus_recv.duration, default=0.0, metavar="S", help="wait so long for others (0)")
-    unlocking = commands.add_parser("unlock", prog=own, help="release names")
     unlocking.add_argument("names", metavar="NAME", nargs="*", help="as it was reserved")
     unlocking.add_argument("--fence", type=int, metavar="N", help="all names of this reservation")
-    listing = commands.add_parser("list", prog=own, help="who holds which names")
     listing.add_argument("name", metavar="PATH", nargs="?", help="only who holds this one path")
     listing.add_argument("--holder", metavar="NAME", help="only what NAME holds")
     listing.add_argument("--json", action="store_true", help="print each reservation as a line of JSON")
@@ -123,8 +128,12 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     url, channel = given["AGENT_BUS_URL"], options.channel or given.get("AGENT_BUS_CHANNEL")
     if options.command == "list":
         channel = channel or ("default" if options.name else None)
+        is_empty = True
         for row, now in locks(url, name=options.name, holder=options.holder, channel=channel):
             bus_recv.emit((bus_recv.dump(row) if options.json else line(row, now)) + "\n")
+            is_empty = False
+        if is_empty and not options.json:
+            complain("there is no such reservation")
         return 0
     if not given.get("AGENT_NAME") and not bus_recv.credentials(url):
         parser.error(f"who are you? Set AGENT_NAME{bus_recv.unused_file()}")
@@ -135,8 +144,11 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     order.update({"names": options.names, "shared": options.shared, "why": options.why or ""})
     order.update({} if options.ttl is None else {"ttl": options.ttl})
     answer, now = lock(url, order, options.wait)
-    complain(f"{' '.join(map(bus_recv.word, options.names))}: yours for {still(answer.get('until'), now)}")
-    bus_recv.emit(f"{bus_recv.word(answer.get('fence'))}\n")
+    fence, is_person = bus_recv.word(answer.get("fence")), bool(sys.stdout) and sys.stdout.isatty()
+    about = f", with the fence {fence}" if is_person else ""
+    complain(f"{' '.join(map(bus_recv.word, options.names))}: yours for {still(answer.get('until'), now)}{about}")
+    if not is_person:
+        bus_recv.emit(f"{fence}\n")
     return 0
 
 

@@ -191,6 +191,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for ignored in ("--exec", "--tries", "--lease"):
         add(ignored, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
+    if options.last is not None and options.last < 1:
+        parser.error("--last must be 1 or more")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
         filters = {"to": options.to, "from": options.sender, "channel": options.channel}

@@ -226,7 +226,7 @@ def complain(line: str, code: int = 0) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = bus_send.command_line("Send the text on stdin to an agent-bus: now, or when the bus is reachable.")
+    parser = bus_send.command_line("Send TEXT, or the text on stdin: now, or when the bus is reachable again.")
     add = parser.add_argument
     add("--timeout", type=bus_send.duration, default=PATIENCE, metavar="S", help="try for S seconds (5)")
     parser.add_argument("--flush", action="store_true", help="only send the waiting messages")

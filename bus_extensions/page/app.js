@@ -112,6 +112,7 @@ function frame() {
   $("live").textContent = live ? "● live" : bus.phase === "away" ? "○ out of reach" : "";
   $("live").className = live ? "good" : "";
   $("say").hidden = !live;
+  $("views").hidden = bus.phase === "token"; // they would lead nowhere
   document.body.classList.toggle("away", bus.phase === "away");
 }
 

@@ -1,6 +1,6 @@
 // What the page knows of the bus, and who is told when that changes. Nothing is asked here (follow.js), nothing drawn.
 
-export const MOST = 10000; // messages in memory
+const MOST = 10000; // messages in memory
 const LETTERS = 32e6; // in memory, of the messages of one list: a text has up to 262,144
 const NAME = "agent-bus name";
 

@@ -31,7 +31,7 @@ export function workView() {
     const { from, to, attempts, ts, msg, id, reason = "no reason was given" } = letter; // anybody may have written these
     const tried = Number.isInteger(attempts) && `${many(attempts, "attempt")} · `;
     return h("article", { class: "letter" },
-      h("p", {}, badge(from), " ", h("b", {}, queueOf(letter)),
+      h("p", {}, badge(queueOf(letter)), " ", h("b", {}, queueOf(letter)),
         h("span", { class: "dim" }, ` from ${from} · `, tried, clock(ts))),
       h("p", { class: "problem" }, plain(shown(reason), 500)), h("p", {}, plain(shown(msg), 500)),
       h("p", {}, doingWith(AGAIN, { id, to }, told), " ", h("a", opens(id), "details")));

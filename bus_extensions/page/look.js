@@ -10,7 +10,7 @@ const FOLD = 20; // messages of one pair in one minute, from which on they are o
 
 export const isDead = name => name.endsWith(".dead");
 
-// The state of an agent: `kind` (deaf, slow, listening, sends, away, queue), its words, and its rank: trouble first.
+// The state of an agent: `kind` (one of WORDS), its words, and its rank: trouble first.
 function stateOf(agent) {
   const { unread = 0, online, listens, oldest } = agent;
   const waits = oldest ? `, the oldest ${span(now() - oldest)}` : "";
@@ -18,6 +18,9 @@ function stateOf(agent) {
     const { in_hand, workers } = agent.work;
     return { kind: "queue", rank: 4,
       words: `a queue: ${in_hand} in hand, ${workers ? many(workers, "worker") : "no worker"}` };
+  }
+  if (agent.name === speaks() && unread) { // the person's own mail is no trouble of an agent
+    return { kind: "mail", rank: 2, words: `${many(unread, "message")} for you${waits}` };
   }
   if (!online && unread && !isDead(agent.name)) {
     const last = agent.last_seen ? `last here ${span(now() - agent.last_seen)} ago` : "it never listened";
@@ -44,6 +47,7 @@ export const WORDS = { // for one agent, for more, and a sign
   sends: { one: "only sends", more: "only send", sign: "►" },
   away: { one: "is away", more: "are away", sign: "○" },
   queue: { one: "queue", more: "queues", sign: "▤" },
+  mail: { one: "with mail for you", more: "with mail for you", sign: "✉" },
 };
 
 // One row for each name and channel, trouble first, then by name: rows must not move while somebody aims at one.
@@ -52,15 +56,14 @@ export function agents() {
   return rows.sort((a, b) => a.state.rank - b.state.rank || (a.name < b.name ? -1 : a.name > b.name ? 1 : 0));
 }
 
-// The person's own mail is no trouble of an agent.
-export const inTrouble = rows => rows.filter(row => row.state.rank < 2 && row.name !== speaks());
+export const inTrouble = rows => rows.filter(row => row.state.rank < 2);
 
 export const failedJobs = () => bus.agents.reduce((sum, agent) => sum + (agent.work?.dead || 0), 0);
 
 // What needs a look, in the order of urgency: {kind, title, words, to} each.
 export function troubles(rows) {
   const found = [];
-  const mine = rows.find(row => row.name === speaks() && row.unread);
+  const mine = rows.find(row => row.state.kind === "mail");
   if (mine) found.push({ kind: "mail", title: `${many(mine.unread, "message")} for you`,
     words: `sent to ${mine.name}, and not read yet`, to: "#/mail" });
   for (const [pair, number] of storms()) {

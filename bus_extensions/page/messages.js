@@ -1,6 +1,6 @@
 // The view Messages: all that was said, the newest first.
 
-import { MOST, asTheyAre, bus } from "./bus.js";
+import { asTheyAre, bus } from "./bus.js";
 import { badge, button, clock, h, many, plain, shown } from "./dom.js";
 import { older } from "./follow.js";
 import { List } from "./list.js";
@@ -77,7 +77,7 @@ export function messagesView() {
     pill.hidden = fresh < 1;
     pill.textContent = many(fresh, "new message");
     if (fresh > 0) speak(many(fresh, "new message"));
-    const far = bus.capped ? `; ${MOST.toLocaleString("en")} are kept here, search further back with agent-bus log`
+    const far = bus.capped ? "; no more are kept here, search further back with agent-bus log"
       : bus.next != null ? "; older ones come as you scroll" : ", from the first on";
     const some = filter.value ? `${many(list.items.length, "row")} of ` : "";
     if (bus.phase !== "live" && !bus.messages.length) foot.textContent = "nothing is loaded yet";
@@ -90,7 +90,7 @@ export function messagesView() {
     }
     if (what === "older" && frozen) {
       const last = bus.messages.findIndex(message => message.id === frozen.at(-1)?.id);
-      frozen = [...frozen, ...bus.messages.slice(last + 1)];
+      if (last >= 0) frozen = [...frozen, ...bus.messages.slice(last + 1)];
     }
     if (what === "older" || what === "changed" || !frozen) draw(frozen ?? bus.messages);
     else if (what === "messages") count();

@@ -37,6 +37,7 @@ export function closePanel() {
   if (panel.hidden) return;
   const row = document.querySelector(`main [data-id="${shownId}"]`); // it may have been drawn anew
   panel.hidden = true;
+  fill(content);
   shownId = null;
   looks += 1;
   document.body.classList.remove("with-panel");

@@ -36,7 +36,10 @@ export function conversationView(one, other) {
   const node = h("div", { class: "conversation" },
     h("h1", {}, h("a", { href: "#/messages", "aria-label": "all messages" }, "←"), " ", linked(one), " ⇄ ",
       linked(other)), box, form);
-  let found = [], drawn = new Map(); // drawn: the node of each message, by its id
+  let found = [], drawn = new Map(), atEnd = true; // drawn: the node of each message, by its id
+  const toEnd = () => atEnd && (box.scrollTop = box.scrollHeight);
+  box.addEventListener("scroll", () => (atEnd = box.scrollHeight - box.scrollTop - box.clientHeight < 40));
+  new ResizeObserver(toEnd).observe(box); // on a phone, a keyboard takes half of it
   async function submit(event) {
     event.preventDefault();
     if (!speaks()) return say({ to: back, text: text.value });
@@ -53,11 +56,10 @@ export function conversationView(one, other) {
     const known = new Set(found.map(message => message.id));
     const fresh = bus.messages.filter(message => near(message) && !known.has(message.id));
     found = fitting([...found, ...fresh].sort((a, b) => b.ts - a.ts), MOST).reverse();
-    const atEnd = !drawn.size || box.scrollHeight - box.scrollTop - box.clientHeight < 40;
     const nodeOf = message => drawn.get(message.id) ?? bubble(message, message.from !== back);
     drawn = new Map(found.map(message => [message.id, nodeOf(message)]));
     arrange(box, drawn.size ? [...drawn.values()] : [h("p", { class: "dim" }, "Nothing yet.")]);
-    if (atEnd) box.scrollTop = box.scrollHeight;
+    toEnd();
   }
   const first = newestOf(`with=${one},${other}`, 300);
   first.then(messages => {
@@ -65,7 +67,6 @@ export function conversationView(one, other) {
     update("messages");
   }, error => box.before(h("p", { class: "problem", role: "alert" }, error.message)));
   update();
-  requestAnimationFrame(() => (box.scrollTop = box.scrollHeight));
   return { node, update };
 }
 

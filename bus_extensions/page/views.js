@@ -10,7 +10,7 @@ export const link = (path, ...children) => h("a", { href: `#/${path}` }, childre
 // Properties of a link that opens a message beside the view that is shown
 export const opens = id => ({ href: `${location.hash.split("?")[0] || "#/"}?id=${id}`, "data-id": id });
 
-export const mark = kind => h("span", { class: `mark ${kind}`, "aria-hidden": "true" }, WORDS[kind]?.sign ?? "✉");
+export const mark = kind => h("span", { class: `mark ${kind}`, "aria-hidden": "true" }, WORDS[kind].sign);
 export const card = (title, aside, ...children) => h("section", { class: "card" },
   h("header", {}, h("h2", {}, title), h("p", { class: "dim" }, aside)), children);
 export const command = line => h("div", { class: "command" }, h("code", { tabindex: 0 }, line), copyButton(line));

@@ -1,8 +1,8 @@
 """The code that the hook and the MCP server share: the name of a session, and how a message may enter its context.
 
 Read it in this order: harmless (a text for a context), this_session and rename (what others call), Register (which
-session has which name), wishes (the names that a session may have); then the files of a name in the state directory.
-Beside it, processes.py knows which process runs a session, and quick.py asks the bus.
+session has which name), wishes (the names that a session may have). Beside it, processes.py knows which
+process runs a session, places.py how far names were read, and quick.py asks the bus.
 """
 from __future__ import annotations  # needs Python 3.9 or later
 
@@ -22,15 +22,15 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(os.path.dirname(HERE))
 TOOLS = next(filter(os.path.isdir, (os.path.join(ROOT, folder) for folder in ("agent_bus_tools", "tools"))), ROOT)
 sys.path[:0] = [HERE, ROOT, TOOLS]  # in a clone or a plugin, or installed
-import bus_recv  # noqa: E402, I001  which quick needs
+import bus_recv  # noqa: E402, I001  which places and quick need
 import processes  # noqa: E402
+from places import Places, cursors, own_cursor  # noqa: E402
 from quick import get  # noqa: E402
 
 ASK_SECONDS = 0.5  # for the bus to say who listens; a prompt waits for it
 RECENT_SECONDS = 60.0  # a poll is held for 25 s, and its reader counts as listening for 10 s more; the rest is reserve
 DAY = 86400.0  # s: a renamed session reads its old name for so long, and a session that ended may be resumed
 KEPT_SECONDS = 30 * DAY  # after its last look a name is forgotten, with the ids of the sessions that had it
-REACHED = "~reached"  # ends the file beside a cursor; see bus_recv.Cursor
 IDS = 20  # of sessions that a name remembers; /clear, /branch and a fork give a session a new one
 READER = shlex.quote(os.path.join(ROOT, "bus_recv.py"))  # for a command line
 RESERVED = ("all", "system", "operator", "user", "root", "claude")  # as senders; root and claude only of an older bus
@@ -153,6 +153,7 @@ class Register:
     def __init__(self) -> None:
         given = bus_recv.settings()
         self.url, self.channel = given["AGENT_BUS_URL"], given.get("AGENT_BUS_CHANNEL", "default")
+        self.places = Places(self.channel)
         bus_recv.urls_of(self.url)  # ValueError if one has a login, which is not for the name of a file
         place = map(bus_recv.file_name, (self.url, self.channel))
         self.path = os.path.join(bus_recv.state_directory(), "names", *place)
@@ -299,10 +300,10 @@ class Register:
         line = self.names.pop(mine)
         self.names[new] = {**line, "old": {**line["old"], mine: self.now + DAY}, "why": ""}
         for bus, (at, start) in self.begins(mine, new).items():
-            before = self.reached(bus, mine)
-            places = {name: max(at, before.get(name, "0"), key=Decimal) for name in names}
-            places[new] = self.place(bus, new, new)
-            self.write_places(bus, new, start, places)
+            before = self.places.reached(bus, mine)
+            known = {name: max(at, before.get(name, "0"), key=Decimal) for name in names}
+            known[new] = self.places.of(bus, new, new)
+            self.places.write(bus, new, start, known)
         self.forward(new)
 
     def take(self, name: str) -> None:
@@ -318,39 +319,10 @@ class Register:
 
     def pass_on(self, reader: str, old: str) -> None:
         """What a session has read of its old name is read, whoever has that name next."""
-        for bus in self.own_cursors(reader):
-            at = self.place(bus, reader, old)
-            if Decimal(at) > Decimal(self.place(bus, old, old)):
-                self.write_places(bus, old, at, self.reached(bus, old))
-
-    def own_cursors(self, name: str) -> dict[str, str]:
-        """By bus: the cursor that readers of this machine have saved for a name."""
-        files = glob.glob(os.path.join(cursors(), *map(bus_recv.file_name, (self.channel, name))))
-        found = {bus: own_cursor(bus, self.channel, name) for bus in (path.split(os.sep)[-3] for path in files)}
-        return {bus: at for bus, at in found.items() if at != "last"}
-
-    def place(self, bus: str, reader: str, name: str) -> str:
-        """How far the reader of a name has read the mail for this name; "0" if it has not read here."""
-        own = own_cursor(bus, self.channel, reader)
-        return max("0" if own == "last" else own, self.reached(bus, reader).get(name, "0"), key=Decimal)
-
-    def reached(self, bus: str, name: str) -> dict[str, str]:
-        """How far each name of a session was read before it was renamed to this name; see bus_recv.Cursor."""
-        with contextlib.suppress(OSError, ValueError, TypeError), open(self.cursor(bus, name) + REACHED) as file:
-            return dict(json.load(file))
-        return {}
-
-    def write_places(self, bus: str, name: str, at: str, reached: dict[str, str]) -> None:
-        """Readers of this name begin at `at`, but pass over what was read before."""
-        above = {each: its for each, its in reached.items() if Decimal(its) > Decimal(at)}
-        for path, text in ((self.cursor(bus, name) + REACHED, json.dumps(above)), (self.cursor(bus, name), f"{at}\n")):
-            with bus_recv.private_file(path, os.O_WRONLY | os.O_TRUNC, "w") as file:
-                file.write(text)
-
-    def cursor(self, bus: str, name: str) -> str:
-        """The path of the file that bus_recv.Cursor has for a name."""
-        place = map(bus_recv.file_name, (bus, self.channel, name))
-        return os.path.join(bus_recv.state_directory(), "cursors", *place)
+        for bus in self.places.by_bus(reader):
+            at = self.places.of(bus, reader, old)
+            if Decimal(at) > Decimal(self.places.of(bus, old, old)):
+                self.places.write(bus, old, at, self.places.reached(bus, old))
 
     def begins(self, mine: str, new: str) -> dict[str, tuple[str, str]]:
         """By bus: how far the old name was read, and the cursor from which both are read now.
@@ -367,8 +339,8 @@ class Register:
                 at = below(its["oldest"]) if its["oldest"] else str(its["now"])
             return {bus: (at, min(at, below(answer["oldest"]) if answer["oldest"] else at, key=Decimal))}
         except (bus_recv.Refused, bus_recv.Unreachable, LookupError, TypeError, ArithmeticError):
-            known = self.own_cursors(mine).items()
-            return {bus: (at, min(at, self.place(bus, new, new), key=Decimal)) for bus, at in known}
+            known = self.places.by_bus(mine).items()
+            return {bus: (at, min(at, self.places.of(bus, new, new), key=Decimal)) for bus, at in known}
 
     def digest(self, name: str, since: str = "last") -> dict[str, Any]:
         return get(self.url, f"/digest?to={name}&channel={self.channel}&since={since}", ASK_SECONDS)
@@ -448,18 +420,3 @@ def wake_path(name: str) -> str:
 def below(message: dict[str, Any]) -> str:
     """The cursor of a reader that gets this message next."""
     return str(Decimal(str(message["ts"])) - Decimal("0.000001"))
-
-
-def own_cursor(bus: str, channel: str, name: str) -> str:
-    """The cursor that readers of this machine have saved for a name; `bus` may be `*`, for the one saved last."""
-    place = (bus if bus == "*" else bus_recv.file_name(bus), *map(bus_recv.file_name, (channel, name)))
-    files = glob.glob(os.path.join(os.path.dirname(cursors()), *place))
-    with contextlib.suppress(OSError, ValueError), open(max(files, key=os.path.getmtime), encoding="ascii") as file:
-        at = file.read(64).strip()
-        return at if bus_recv.DECIMAL.fullmatch(at) else "last"
-    return "last"
-
-
-def cursors() -> str:
-    """The folders of the cursors of all buses, as a pattern."""
-    return os.path.join(glob.escape(bus_recv.state_directory()), "cursors", "*")

@@ -1,5 +1,6 @@
 """tools/agent_bus.py, the one command, and the programs that only it uses: who, inbox, ack, install."""
 
+import contextlib
 import json
 import os
 import pty
@@ -91,6 +92,34 @@ def test_the_help_names_every_command_and_fits_a_terminal(arguments, monkeypatch
     assert max(map(len, out.splitlines())) <= 80
 
 
+@pytest.mark.parametrize("name", agent_bus.COMMANDS)
+def test_the_help_of_each_command_says_what_it_is_for_and_fits_a_terminal(name, monkeypatch, capsys, umask):
+    monkeypatch.setattr(sys, "argv", ["/usr/local/bin/agent-bus"])
+    monkeypatch.setenv("COLUMNS", "80")
+    with contextlib.suppress(SystemExit):
+        agent_bus.main(["help", name])
+    lines = capsys.readouterr().out.splitlines()
+    purpose = lines[lines.index("") + 1]
+    assert purpose[0].isalpha() and not purpose.endswith(":") and max(map(len, lines)) <= 80, lines
+
+
+def test_the_help_names_commands_that_this_user_has(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["tools/agent_bus.py"])
+    assert agent_bus.main(["help", "open"]) == 0
+    assert "    python3 tools/agent_bus.py invite YOURNAME" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments, says", [
+    ("send bob hi --frm x", "unrecognized"), ("later bob hi --after x", "is not a time"),
+    ("serve --port x", "invalid int"), ("recv --frm", "--frm"),
+    ("send bob hi --field from=x", "'from=x' is no further member"),
+    ("log --last -3", "--last must be 1 or more"), ("install", "required"),
+])  # fmt: skip
+def test_a_wrong_option_is_said_in_the_last_of_few_lines(arguments, says):
+    code, out, err = run(SCRIPT, *arguments.split())
+    assert (code, out) == (2, "") and err.count("\n") <= 4 and says in err.splitlines()[-1]
+
+
 def test_the_help_of_a_command_is_that_of_its_program():
     assert run(SCRIPT, "help", "log") == run(SCRIPT, "log", "--help")
     assert 'eval "$(agent-bus completion bash)"' in run(SCRIPT, "help", "completion")[1]
@@ -122,6 +151,15 @@ def test_join_without_the_pin_of_the_invitation_says_what_is_missing_and_fetches
 def test_a_typo_gets_the_command_that_may_be_meant(typo, meant):
     code, out, err = run(SCRIPT, typo)
     assert (code, out) == (2, "") and f"did you mean {meant}" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("words, says", [
+    ("install calude", "did you mean claude?"), ("install zed", "only claude,"), ("uninstall zed", "only claude,"),
+])  # fmt: skip
+def test_an_agent_that_is_not_known_gets_the_one_that_may_be_meant(words, says, home):  # noqa: F811
+    code, out, err = run(SCRIPT, *words.split())
+    assert (code, out, err.count("\n")) == (2, "", 1) and f"is not known: {says}" in err
+    assert ("agent-bus-mcp" in err) == (words == "install zed")
 
 
 @pytest.mark.parametrize("name, given", [("version", ["x"]), ("completion", ["bash", "x"]), ("help", ["send", "x"]),

@@ -3,6 +3,7 @@ import json
 import os
 import random
 import signal
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -63,6 +64,15 @@ def test_without_an_answer_it_ends_with_3_and_says_what_will_be():
     assert (code, out) == (3, "") and len(server.asked) < 4
     assert err == ("queued: nobody has ever listened as dell, 1 unread\n"
                    "bus_send: no answer to 652a7c1b2f3e1 yet: it will arrive as mail\n")  # fmt: skip
+
+
+def test_a_person_is_told_once_what_became_of_the_question(monkeypatch, capsys):
+    with Scripted(stored(reply=None, receiver=NOT_YET)) as server:
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+        monkeypatch.setenv("AGENT_BUS_URL", server.url)
+        assert bus_send.main(["dell", "well?", "--ask", "--timeout", "0.05", "--from", "spark"]) == 3
+    err = capsys.readouterr().err
+    assert err.count("queued: ") == 1 and err.count("waiting up to") == err.count("no answer to") == 1
 
 
 def test_a_bus_that_does_not_hold_is_not_run_down(monkeypatch):

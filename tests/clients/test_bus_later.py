@@ -7,8 +7,8 @@ import time
 import pytest
 
 from tests.clients.test_agent_bus import HOSTILE, RAW, SCRIPT, agent, on_terminal  # noqa: F401
-from tests.clients.test_clients import home, run  # noqa: F401
-from tests.kit.processes import wait_until
+from tests.clients.test_clients import home, program, refusing, run  # noqa: F401
+from tests.kit.processes import PATIENCE, ROOT, wait_until
 
 
 def texts(bus, to):
@@ -54,7 +54,23 @@ def test_a_schedule_is_taken_back(agent):  # noqa: F811
 )
 def test_a_time_without_an_offset_is_the_local_one(agent, at, zone, utc):  # noqa: F811
     shown = on_terminal("later", "ann", "x", "--at", at, AGENT_BUS_URL=agent.url, AGENT_NAME="bob", TZ=zone)
-    assert f"it will be sent at {utc}; to take it back: --cancel " in shown
+    assert re.fullmatch(f"it will be sent at {utc}; its id for --cancel is [0-9a-f]{{16}}\n", shown)
+    assert len(shown) <= 80
+
+
+def test_a_time_that_is_over_is_said_to_be(agent):  # noqa: F811
+    shown = on_terminal("later", "ann", "x", "--at", "2020-01-01T00:00Z", AGENT_BUS_URL=agent.url, AGENT_NAME="bob")
+    assert shown == "it is sent at once, because 2020-01-01T00:00:00Z is over\n"
+
+
+def test_without_a_bus_it_says_so_before_it_tries_again():
+    env = {"AGENT_BUS_URL": refusing(), "AGENT_NAME": "bob"}
+    process = program(ROOT / "tools" / "bus_later.py", "ann", "x", "--after", "1h", env=env)
+    try:
+        assert b"(Connection refused); still trying, up to 30 s. Is bus_server.py" in process.stderr.readline()
+    finally:
+        process.kill()
+        process.communicate(timeout=PATIENCE)
 
 
 def test_one_sees_its_own_and_may_ask_for_those_of_another(agent):  # noqa: F811

@@ -389,3 +389,44 @@ def test_a_variable_in_the_file_that_nothing_reads_is_named(examine, bus, tmp_pa
     file.write_text(f"AGENT_BUS_URL={bus.url}\nAGENT_BUS_TOKN=x\nEDITOR=vi\nAGENT_BUS_CHANNEL=ops\n")
     verdict, _, advice = examine(bus.url, XDG_CONFIG_HOME=str(tmp_path))[0]["url"]
     assert verdict == "warn" and advice == f"{file} sets AGENT_BUS_TOKN, which nothing reads: a typo?"
+
+
+FRONT = {"ok": True, "now": 1, "bus": "b", "position": 7, "fronts": 2, "ledger": {"leads": "pg1", "waits_for": ""}}
+EACH = "ok    fronts each has come to entry 7"
+
+
+def way(url, **says):
+    """A front that was examined, and says the same when it is asked again."""
+    found = bus_doctor.Way(url, 0)
+    found.front = {**FRONT, **says}
+    found.look = lambda: found.front
+    return found
+
+
+@pytest.mark.parametrize(
+    "others, said",
+    [
+        ({}, [EACH]),
+        ({"position": 5}, ["warn  fronts http://b is at entry 5; another was at 7 0 s before"]),
+        ({"fronts": 3}, [EACH, "warn  fronts 3 live, and 2 were asked"]),
+        (
+            {"ledger": {"leads": "pg2", "waits_for": ""}},
+            [EACH, "warn  fronts they are told of different leaders: pg1, pg2"],
+        ),
+    ],
+    ids=["equal", "behind", "more", "leaders"],
+)
+def test_the_fronts_of_a_bus_are_compared(others, said, monkeypatch, capsys):
+    monkeypatch.setattr(bus_doctor, "CATCH_UP", 0.0)
+    bus_doctor.compare([way("http://a"), way("http://b", **others)])
+    assert [line for line in capsys.readouterr().out.splitlines() if "->" not in line] == said
+
+
+def test_a_front_says_which_machine_leads_and_what_a_message_waits_for():
+    alone = way("http://a")
+    alone.first = False
+    found, advice = alone.ledger()
+    assert found == "pg1 leads; this front is at entry 7, of 2 that live; a message is on pg1 alone" and advice
+    safe = way("http://a", ledger={"leads": "pg1", "waits_for": "ANY 1 (m2,m3)"})
+    safe.first = False
+    assert safe.ledger().endswith("; a message is stored when it is on pg1 and on ANY 1 (m2,m3)")

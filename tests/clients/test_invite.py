@@ -94,6 +94,18 @@ def test_a_relative_path_is_said_whole(tmp_path):
     assert TOKEN.search(done.stdout)
 
 
+def test_its_words_fit_a_terminal_and_what_is_to_be_copied_stays_whole(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    text = bus_invite.invitation("dell", "abt_0", "http://127.0.0.1:8080", "")
+    lines = text.split("\n")
+    assert max(len(line) for line in lines if line[:1] != " ") <= 80
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: False, raising=False)
+    plain = bus_invite.invitation("dell", "abt_0", "http://127.0.0.1:8080", "")
+    assert plain != text and plain.split() == text.split()
+    assert [line for line in lines if line[:1] == " "] == [line for line in plain.split("\n") if line[:1] == " "]
+
+
 @pytest.mark.parametrize("answer", ["", "n", "y"])
 def test_on_a_terminal_it_asks_before_it_closes_a_bus(answer, tmp_path):
     with Server(tmp_path / "bus.db") as bus, Terminal("bash", tmp_path / "home", machine(tmp_path / "bin")) as terminal:

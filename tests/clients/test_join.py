@@ -17,11 +17,12 @@ import time
 
 import pytest
 
+import bus_server
 from tests.kit.authority import Certificate
 from tests.kit.peers import command, set_expires
 from tests.kit.processes import PATIENCE, ROOT, Server, wait_until
 from tests.kit.terminal import PROMPT, Terminal, Watch, machine
-from tools import bus_join
+from tools import agent_bus, bus_join
 
 pytestmark = pytest.mark.skipif(not shutil.which("curl"), reason="curl is not installed")
 TOKEN = re.compile(r"abt_[0-9a-f]{8}_[\w-]{43}")
@@ -152,6 +153,15 @@ def test_one_line_and_one_token_connect_another_host(shell, kind, hosts, tmp_pat
         env = {"HOME": str(home)}
         done = subprocess.run(send, env=env, input="T1 done", text=True, capture_output=True, timeout=PATIENCE)
         assert json.loads(done.stdout)["ok"], done.stderr
+
+
+def test_it_fetches_all_that_the_bus_serves_but_the_listener_which_needs_bash_and_jq():
+    assert {f"/{file}" for file in bus_join.FILES} == {*bus_server.CLIENTS} - {"/bus_listener.sh"}
+
+
+def test_every_command_but_those_of_the_bus_and_of_other_programs_is_there_after_a_join():
+    needed = {command.program for command in agent_bus.COMMANDS.values()} - {"", "bus_server", "bus_install"}
+    assert {f"{program}.py" for program in needed} <= {*bus_join.FILES}
 
 
 # ── Somebody in between ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -545,16 +555,31 @@ def test_on_a_terminal_it_proposes_a_profile(answer, profile, bus, tmp_path):
     line, token, _ = invited(bus, "dell")
     with Terminal("bash", home, machine(tmp_path / "bin", "curl")) as terminal:
         terminal.type(line)
+        terminal.wait_for("token of dell: ")
+        terminal.type(token)
         assert "nano on https://other.lan:8080" in terminal.wait_for("[127.0.0.1]: ")
         terminal.type(answer)
         if answer == "../evil":
             terminal.wait_for("[127.0.0.1]: ")
             terminal.type("")
-        terminal.wait_for("token of dell: ")
-        terminal.type(token)
         terminal.wait_for(f"you are dell on {bus.url}")
     assert configuration(home, profile)["AGENT_BUS_TOKEN"] == token
     assert ((home / CONFIG / "default.env").read_text() == OTHER) == (profile != "default")
+
+
+def test_without_a_token_that_of_the_chosen_profile_is_kept(bus, tmp_path):
+    home = tmp_path / "home"
+    other_bus(home)
+    line, token, _ = invited(bus, "dell")
+    assert join(bus, "dell", token, home, "--profile", "work", pin=line)[0] == 0
+    with Terminal("bash", home, machine(tmp_path / "bin", "curl")) as terminal:
+        terminal.type(line)
+        terminal.wait_for("token of dell: ")
+        terminal.type("")
+        terminal.wait_for("[127.0.0.1]: ")
+        terminal.type("work")
+        terminal.wait_for(f"you are dell on {bus.url}")
+    assert configuration(home, "work")["AGENT_BUS_TOKEN"] == token
 
 
 def test_a_token_is_never_the_name_of_a_profile(bus, tmp_path):
@@ -566,6 +591,8 @@ def test_a_token_is_never_the_name_of_a_profile(bus, tmp_path):
         assert code == 2 and "a token stands where a name or a profile belongs" in err
     with Terminal("bash", home, machine(tmp_path / "bin", "curl")) as terminal:
         terminal.type(line)
+        terminal.wait_for("token of dell: ")
+        terminal.type(token)
         terminal.wait_for("[127.0.0.1]: ")
         assert "that was a token" in terminal.run(token)
     assert [file.name for file in (home / CONFIG).iterdir()] == ["default.env"]

@@ -524,6 +524,23 @@ def test_SIGTERM_ends_it_at_once_and_takes_its_curl_along(scripted, listen, env)
     assert "BLOCK" not in env or gone.wait(PATIENCE)
 
 
+def test_its_last_request_says_that_it_leaves_and_what_it_has_written(bus, listen):
+    listener = listen(bus.url, BLOCK="1").start()
+    send(bus.url, "one")
+    wait_until(listener.file("heartbeat").exists)
+    listener.has_logged("one")
+    assert listener.stop() == 0
+    [spark] = [agent for agent in json.loads(bus.get("/agents"))["agents"] if agent["name"] == "spark"]
+    assert (spark["online"], spark["unread"]) == (False, 0)
+
+
+def test_to_a_server_of_the_old_contract_it_says_nothing_at_its_end(scripted, listen):
+    server = scripted(answer({"messages": [], "now": 1.5}))
+    listener = listen(server.url, INTERVAL="60").start()
+    wait_until(listener.file("heartbeat").exists)
+    assert listener.stop() == 0 and len(server.polls) == 1
+
+
 def test_a_bus_on_loopback_is_polled_without_the_proxy_and_with_the_chosen_agent(scripted, listen):
     server = scripted(NO_MAIL)
     proxy = f"http://127.0.0.1:{free_port()}"

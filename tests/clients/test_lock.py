@@ -7,6 +7,7 @@ import threading
 
 import pytest
 
+from tests.clients.test_agent_bus import on_terminal
 from tests.clients.test_clients import refusing
 from tests.kit import peers
 from tests.kit.peers import mint
@@ -34,14 +35,22 @@ def test_names_are_reserved_listed_and_released(bus):
     assert code == 0 and out.startswith("dell, ") and out.endswith(' more: src/a.py "src/db/*": T2\n')
     code, out, _ = run(bus.url, "locks", "src/db/x", "--json")
     assert code == 0 and json.loads(out)["fence"] == int(fence)
-    assert run(bus.url, "locks", "src/b.py")[:2] == run(bus.url, "locks", "--holder", "nano")[:2] == (0, "")
+    nothing = (0, "", "agent_bus.py locks: there is no such reservation\n")
+    assert run(bus.url, "locks", "src/b.py") == run(bus.url, "locks", "--holder", "nano") == nothing
+    assert run(bus.url, "locks", "src/b.py", "--json") == (0, "", "")
     code, out, said = run(bus.url, "lock", "src/db/x", name="nano")
     assert (code, out) == (3, "") and "dell holds src/db/x until " in said
     assert run(bus.url, "unlock", "src/a.py")[0] == 0
+    assert run(bus.url, "lock", "c", name="nano")[0] == 0
+    assert run(bus.url, "locks", "c")[1].endswith(" more: c\n")
     code, _, said = run(bus.url, "unlock", "--fence", fence.strip())
     assert code == 0 and "released: 1" in said
     code, _, said = run(bus.url, "unlock", "--fence", fence.strip())
     assert code == 3 and "nothing of it was yours any more" in said
+
+
+def test_on_a_terminal_the_fence_is_in_the_sentence(bus):
+    assert on_terminal("lock", "a", AGENT_BUS_URL=bus.url, AGENT_NAME="dell") == ""
 
 
 def test_it_waits_for_who_holds_the_names(bus):

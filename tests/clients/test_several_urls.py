@@ -200,6 +200,7 @@ def test_after_a_silent_url_the_next_attempt_begins_at_the_other(monkeypatch):
 
 @pytest.mark.parametrize("urls, error", [
     ("http://a:1,b:2", "'b:2' is not the URL of a bus"), ("http://a:1,", "'' is not the URL of a bus"),
+    ("http://a:1,http://b:x", "'http://b:x' is not the URL"), ("http://a:1,http://", "'http://' is not the URL"),
     ("http://a:1, http://b:2", "' http://b:2' is not the URL of a bus"), ("http://a:1,http://me:pw@b:2", "has a login"),
 ])  # fmt: skip
 def test_a_url_that_is_wrong_is_told_even_if_the_one_before_works(urls, error, tmp_path):

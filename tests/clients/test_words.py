@@ -17,7 +17,7 @@ import bus_recv
 import bus_send
 import bus_server
 from tests.clients.test_clients import Clock, home, program, reader, recv, refusing, run, send  # noqa: F401
-from tests.kit.bad_servers import HTML, NOON, Scripted, answer, mail, message, page, stored
+from tests.kit.bad_servers import HTML, NOON, Scripted, answer, mail, message, page, silence, stored
 from tests.kit.naive_server import Naive
 from tests.kit.peers import invite
 from tests.kit.processes import PATIENCE, ROOT, Server, in_time
@@ -207,6 +207,29 @@ def test_the_first_failure_is_said_at_once_and_the_last_line_says_what_to_try(ho
     assert re.search("To send it again: --key [0-9a-f]{32}$", last)
 
 
+@pytest.mark.parametrize("script", ["bus_send.py dell hi", "bus_recv.py dell", "tools/agent_bus.py who"])
+def test_a_person_is_told_of_a_silence_and_what_is_waited_for(script, home):  # noqa: F811
+    with Scripted(silence) as server:
+        shown = on_a_terminal(*script.split(), AGENT_BUS_URL=server.url, AGENT_NAME="spark")
+        assert re.fullmatch(rf"(bus_send|bus_recv|agent_bus.py who): waiting for {server.url}\n", shown)
+
+
+@pytest.mark.parametrize("client", [bus_send, bus_recv])
+def test_it_is_told_once_and_not_while_the_bus_may_hold_the_request(client, monkeypatch):
+    monkeypatch.setattr(client, "SILENCE_SECONDS", 0.001)
+    monkeypatch.setattr(client, "GRACE_SECONDS", 0.2)
+    said = []
+    with Scripted(silence) as server:
+        monkeypatch.setattr(client, "PEOPLE", [said.append])
+        with pytest.raises(client.Unreachable):
+            client.exchange(server.url, "/recv", None, 1.2)
+        assert said == []
+        for _ in range(2):
+            with pytest.raises(client.Unreachable):
+                client.exchange(server.url, "/recv", None, 0.1)
+    assert said == [f"waiting for {server.url}"]
+
+
 def test_a_program_is_told_of_the_first_failure_if_it_wants(monkeypatch):
     monkeypatch.setattr(bus_send, "time", Clock())
     said = []
@@ -239,7 +262,7 @@ def test_tls_that_fails_is_not_tried_again(authority, bus, monkeypatch, tmp_path
         monkeypatch.setattr(bus_send, "time", clock)
         with pytest.raises(bus_send.Unreachable, match=r"certificate.*which hop fails"):
             bus_send.send("dell", "hi", url=url, sender="spark")
-        with pytest.raises(bus_send.Unreachable, match="SSL.*which hop fails"):
+        with pytest.raises(bus_send.Unreachable, match="this port speaks http, not https.*which hop"):
             bus_send.send("dell", "hi", url=plain.url.replace("http:", "https:"), sender="spark")
         assert clock.slept == []
         code, _, err = run("bus_recv.py", "dell", env={"AGENT_BUS_URL": plain.url.replace("http:", "https:")})

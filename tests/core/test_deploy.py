@@ -277,6 +277,7 @@ def test_the_lines_for_a_certificate_of_your_own_end_with_an_invitation(tmp_path
     before, serve = re.search(r"```sh\n(.* ops .*)\n(.*--tls-cert.*)\n```", DOCUMENT).groups()
     after = re.search(r"```sh\n(.* dell .*)\n```", DOCUMENT)[1]
     make_certificate(tmp_path)
+    assert "--yes" in before  # else it would take the next line of the block as the answer to its question
     assert re.search(TOKEN, run(before, tmp_path))
     options = [str(tmp_path / word) if word.startswith("bus.") else word for word in serve.split()[4:]]
     with Server(tmp_path / "agent-bus" / "bus.db", *options) as bus:

@@ -67,7 +67,7 @@ def test_a_wrong_token_is_said_and_the_field_is_empty(closed, page):
     page.fill("#token", "abt_00000000_wrong")
     page.click("text=Open")
     page.wait_for_selector("text=does not know this token")
-    assert page.input_value("#token") == ""
+    assert page.input_value("#token") == "" and not page.locator("nav").is_visible()
     page.fill("#token", closed.tokens["maria"])
     page.click("text=Open")
     page.wait_for_selector("#live.good")
@@ -76,7 +76,10 @@ def test_a_wrong_token_is_said_and_the_field_is_empty(closed, page):
 def test_an_ordinary_token_shows_its_own_mail_and_says_so(closed, page):
     show(page, closed, f"#token={closed.tokens['ann']}")
     page.wait_for_selector("text=You see who is there, and the mail of ann.")
-    assert "Messages per minute" not in page.inner_text("main")
+    page.wait_for_selector("text=1 message for you")
+    main = page.inner_text("main")
+    assert "Messages per minute" not in main
+    assert "1 does not hear" in main and "ann does not hear" not in main, "one's own mail is no trouble of an agent"
     page.goto(f"{closed.url}/ui/#/messages")
     page.wait_for_selector("text=for ann")
     assert len(texts(page)) == 1

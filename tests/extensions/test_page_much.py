@@ -6,7 +6,7 @@ import pytest
 
 import bus_server
 from tests.core.test_identity import ask
-from tests.kit.page import COVERED, IN_CHROMIUM, send, show
+from tests.kit.page import COVERED, IN_CHROMIUM, MS, send, show
 from tests.kit.peers import Peer
 from tests.kit.processes import Server, in_time
 
@@ -30,15 +30,17 @@ def test_of_more_than_can_be_followed_the_newest_are_shown_and_the_others_come_a
 def to_the_end(page, foot):
     """Scroll down until the line below the list says this."""
     page.evaluate(
-        """async says => {
+        """async ([says, patience]) => {
             const list = document.querySelector(".list"), foot = document.querySelector(".foot");
+            const end = Date.now() + patience;
             while (!foot.textContent.includes(says)) {
+                if (Date.now() > end) throw new Error(foot.textContent);
                 list.scrollTop = list.scrollHeight;
                 await new Promise(done => setTimeout(done, 20));
             }
             list.scrollTop = 0;
         }""",
-        foot,
+        [foot, 3 * MS],
     )
 
 

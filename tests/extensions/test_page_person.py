@@ -112,7 +112,7 @@ def test_a_failed_job_is_sent_again_and_reaches_a_worker(tmp_path, page):
         fill(bus)
         show(page, bus, "#/work")
         page.wait_for_selector("text=exit 137")
-        assert "1 attempt" in page.inner_text(".letter")
+        assert "1 attempt" in page.inner_text(".letter") and page.inner_text(".letter .badge") == "bu"
         page.click("text=Send again")
         page.wait_for_selector("text=Sent again: it waits for a worker of builds.")
         page.wait_for_selector("text=exit 137", state="detached")
@@ -121,6 +121,7 @@ def test_a_failed_job_is_sent_again_and_reaches_a_worker(tmp_path, page):
 
 
 def test_own_mail_is_read_only_if_the_person_asks_for_it(tmp_path, page):
+    """It takes some 12 s: the page looks for mail every 3 s."""
     tokens = mint(tmp_path / "bus.db", maria=["--operator"], ann=[])
     with Server(tmp_path / "bus.db") as bus:
         sent = send(bus, "ann", "maria", "which way?", tokens["ann"])

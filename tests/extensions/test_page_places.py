@@ -1,8 +1,9 @@
 """The page in a real Chromium: the places of extensions, those of the bus and one of a test."""
 import json
 
+from bus_extensions.page import FOLDER
 from tests.core.test_identity import ask
-from tests.kit.notes import extended
+from tests.kit.notes import NOTHING, extended
 from tests.kit.page import IN_CHROMIUM, opens_a_message, send, show, texts
 from tests.kit.processes import Server
 
@@ -68,10 +69,10 @@ def test_what_an_operator_redacts_is_shown_so_at_once_wherever_it_was(page, tmp_
     gone = "an operator has redacted this message"
     with Server(tmp_path / "bus.db") as bus:
         send(bus, "ann", ["bob", "carl"], "the password is swordfish")  # its copies are redacted too
-        send(bus, "ann", "maria", "and mine is swordfish")
-        for view, row in (
-            ("#/messages", ".message-row:has-text('swordfish'):has-text('carl')"),
-            ("#/mail", ".bubble:has-text('swordfish') a"),
+        send(bus, "ann", "maria", "and mine is hunter2")
+        for view, row, secret in (
+            ("#/messages", ".message-row:has-text('swordfish'):has-text('carl')", "swordfish"),
+            ("#/mail", ".bubble:has-text('hunter2') a", "hunter2"),
         ):
             show(page, bus, view)
             if view == "#/mail":
@@ -84,12 +85,12 @@ def test_what_an_operator_redacts_is_shown_so_at_once_wherever_it_was(page, tmp_
             page.wait_for_selector("#panel >> text=/Redacted. Fetched by (nobody|maria); revoke the secret/")
             page.wait_for_selector(f"#panel .body >> text={gone}")
             page.wait_for_selector(f"main >> text={gone}")
-            assert "swordfish" not in page.content()
+            assert secret not in page.content()
         page.goto(f"{bus.url}/ui/#/messages/ann/carl")
         page.wait_for_selector(f".bubble >> text={gone}")
         page.goto(f"{bus.url}/ui/#/messages")
         page.wait_for_selector(f".message-row >> text={gone}")
-        assert "swordfish" not in page.content()
+        assert "swordfish" not in page.content() and "hunter2" not in page.content()
 
 
 def test_without_such_extensions_there_is_no_place_for_them(tmp_path, page):
@@ -97,6 +98,12 @@ def test_without_such_extensions_there_is_no_place_for_them(tmp_path, page):
         assert page.request.get(f"{bus.url}/ui/extensions.js").text() == ""
         show(page, bus, "#/more/gone")
         page.wait_for_selector("main code")
+        assert page.locator("nav a").count() == 4
+
+
+def test_an_extension_may_bear_the_name_of_a_module_of_the_page(tmp_path, page):
+    with extended(tmp_path, mail=(NOTHING, (FOLDER / "mail.js").read_text())) as bus:
+        show(page, bus)
         assert page.locator("nav a").count() == 4
 
 

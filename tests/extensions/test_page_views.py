@@ -54,6 +54,17 @@ def test_a_message_is_opened_beside_the_view_that_is_shown(busy, page):
         assert page.evaluate("location.hash") == view and page.evaluate("document.activeElement.tagName") == "A"
 
 
+def test_a_conversation_stays_at_its_end_when_a_keyboard_takes_half_of_a_phone(busy, page):
+    page.set_viewport_size({"width": 390, "height": 844})
+    show(page, busy, "#/messages/planner/dell")
+    end = "() => { const { bottom } = document.querySelector('.bubble:last-child').getBoundingClientRect();"
+    end += " return bottom <= document.querySelector('.talk').getBoundingClientRect().bottom + 1; }"
+    page.wait_for_selector(".bubble:last-child >> text=still quiet?")
+    page.wait_for_function(end)
+    page.set_viewport_size({"width": 390, "height": 500})
+    page.wait_for_function(end)
+
+
 def test_who_reads_a_conversation_by_keyboard_keeps_the_place_while_others_come(bus, page):
     send(bus, "ann", "bob", "first")
     show(page, bus, "#/messages/ann/bob")

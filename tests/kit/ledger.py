@@ -90,6 +90,9 @@ class Fake:
             while self.log.entries[0][0] <= upto and self.log.entries[0][1] < before and len(self.log.entries) > 1:
                 del self.log.entries[0]
 
+    def about(self):
+        return "memory", ""
+
     def listen(self, tell):
         self.told.append(tell)
         self.log.tells.append(tell)

@@ -79,6 +79,22 @@ class Postgres:
             for pid in stopped:
                 os.kill(pid, signal.SIGCONT)
 
+    @contextlib.contextmanager
+    def second(self):
+        """A machine named `second` that has what it is sent: a commit can wait for it."""
+        (self.folder / "second").mkdir(exist_ok=True)
+        if self.user:
+            shutil.chown(self.folder / "second", "postgres", "postgres")
+        named = f"host={self.folder} user=postgres application_name=second"
+        command = [f"{PROGRAMS[-1]}/pg_receivewal", "-D", self.folder / "second", "--synchronous", "-d", named]
+        with open(self.folder / "log", "ab") as log:
+            process = subprocess.Popen(command, stdout=log, stderr=log, cwd=self.folder, **self.user)
+        try:
+            yield
+        finally:
+            process.kill()
+            process.wait(PATIENCE)
+
     def crash(self):
         """kill -9 of the server; its other processes end when they notice."""
         self.process.kill()

@@ -1,25 +1,35 @@
-"""The figures of docs/cluster.md: fronts on one PostgreSQL on this machine, beside a bus of one server.
+"""The figures of docs/cluster.md.
 
-    python -m tests.ledgers          all of them, with 30 kills
-    python -m tests.ledgers 100      with 100 kills
+    python -m tests.ledgers                  all of them
+    python -m tests.ledgers speed            fronts on one PostgreSQL on this machine, beside a bus of one server
+    python -m tests.ledgers kill-leader      a row of rows.py, with three nodes; its result goes into the table
+    python -m tests.ledgers kill-leader=1    a row of another size, on the terminal only
 """
 import contextlib
 import itertools
 import pathlib
+import re
 import statistics
 import sys
 import tempfile
 import time
 
+from tests.faults.__main__ import in_a_directory, kinds, machine, moment
 from tests.faults.crash import CROWD, live
 from tests.faults.history import background, get
 from tests.kit import new_client, postgres
-from tests.kit.processes import Server, wait_until
-from tests.ledgers.test_cluster import copies, front, storm
+from tests.kit.nodes import no_networks, reason_to_skip
+from tests.kit.processes import ROOT, Server, wait_until
+from tests.ledgers.rows import ROWS
+from tests.ledgers.storm import storm
+from tests.ledgers.test_cluster import copies, front
+from tests.ledgers.test_cluster import kills as kills_of
 
 ROUNDS = 300  # sends, one after the other
 ANSWERS = 6000  # to CROWD senders at once
 KEYS = itertools.count()
+REPORT = ROOT / "docs" / "cluster.md"
+TABLE = "| row | fault | bar | result | when |\n|---|---|---|---|---|\n"
 
 
 def waking(at, to):
@@ -70,17 +80,73 @@ def speed():
         print("the copies of both fronts are equal")
 
 
-def main(kills=30):
-    speed()
+def storms(kills=30):
+    """Kills of fronts on a ledger of one PostgreSQL; true if all was well."""
     found = []
-    for with_copies in (False, True):
+    for with_copy in (False, True):
         with two_fronts() as (_, a, b):
-            print("front and copy killed:" if with_copies else "front killed:", end=" ", flush=True)
-            found += storm([a, b], kills, with_copies)
+            result = storm([a, b], kills_of([a, b], kills, with_copy))
+            print("front and copy killed:" if with_copy else "front killed:", result.figures, flush=True)
+            found += result.violations
             copies(a, b)
     print(*found, sep="\n")
-    return 1 if found else 0
+    return not found
+
+
+def outcome_of(row, size):
+    """(all was well, the row of the table without its name)."""
+    began, when = time.monotonic(), moment()
+    result = in_a_directory(row.run, size)
+    control, caught = "", True
+    if row.control:
+        _, found = in_a_directory(row.control)
+        caught = any(not violation.startswith("broke off") for violation in found)
+        control = f"; control: {f'found out ({kinds(found)})' if caught else 'NOT FOUND OUT'}"
+    for violation in result.violations[:20]:
+        print(f"    {violation[:300]}")
+    well = caught and not result.violations
+    missed = f"; **{kinds(result.violations)}**" if result.violations else ""
+    words = f"{'passed' if well else 'FAILED'}: {result.figures}{missed}{control}"
+    print(f"{row.name}: {words} in {time.monotonic() - began:.0f} s", flush=True)
+    return well, f"{row.fault} | {row.bar} | {words} | {when}"
+
+
+def keep(name, line):
+    """Put the row of this name into the table of the report."""
+    first, _, table = REPORT.read_text().partition(TABLE)
+    lines = dict(re.findall(r"^[|] ([a-z0-9-]+) [|] (.*) [|]$", table, re.MULTILINE))
+    lines[name] = line
+    known = [row.name for row in ROWS]
+    rows = (f"| {name} | {lines[name]} |\n" for name in sorted(lines, key=known.index))
+    facts = "".join(f"- {name}: {value}\n" for name, value in machine())
+    REPORT.write_text(f"{first}{TABLE}{''.join(rows)}\n{facts}")
+
+
+def main(arguments):
+    wanted = dict((*argument.split("=", 1), None)[:2] for argument in arguments)
+    unknown = wanted.keys() - {row.name for row in ROWS} - {"speed"}
+    if unknown:
+        print(f"no row is called {', '.join(unknown)}; there are speed, {', '.join(row.name for row in ROWS)}")
+        return 2
+    well = True
+    if not wanted or "speed" in wanted:
+        speed()
+        well = storms()
+    if reason_to_skip():
+        print(f"without three nodes: {reason_to_skip()}")
+        return not well
+    for row in ROWS:
+        if row.name in wanted or not wanted:
+            if row.networks and no_networks():
+                print(f"{row.name}: {no_networks()}")
+                continue
+            size = wanted.get(row.name)
+            passed, line = outcome_of(row, int(size or row.full))
+            well = well and passed
+            if not size:
+                keep(row.name, line)
+    return not well
 
 
 if __name__ == "__main__":
-    sys.exit(main(*map(int, sys.argv[1:])))
+    sys.exit(main(sys.argv[1:]))

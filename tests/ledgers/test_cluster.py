@@ -1,6 +1,5 @@
 """Processes: fronts on one PostgreSQL keep the contract, and nothing acknowledged is lost when a front is killed."""
 import contextlib
-import itertools
 import os
 import pathlib
 import random
@@ -14,10 +13,11 @@ import urllib.request
 import pytest
 
 import bus_server
-from tests.faults.history import Conversation, background, get, observed, tick, violations
-from tests.kit import new_client, old_client, postgres
+from tests.faults.history import background, get, observed, tick
+from tests.kit import new_client, postgres
 from tests.kit.in_turn import InTurn
 from tests.kit.processes import COMMAND, PATIENCE, ROOT, SERVER, Server, run_checks, wait_until
+from tests.ledgers.storm import crash, storm
 
 pytestmark = pytest.mark.skipif(bool(postgres.reason_to_skip()), reason=str(postgres.reason_to_skip()))
 
@@ -95,61 +95,34 @@ def test_two_fronts_in_turn_keep_the_contract_but_what_is_weaker(two):
     assert set(found) - WEAKER == set(), printed
 
 
-def storm(buses, deaths, with_copies=False):
-    """kill -9 of these fronts, again and again, while conversations go on across them; what was broken, in words.
-
-    `with_copies`: the copy of a front is lost with it, as when its machine is lost.
-    """
-    over = []
-    with contextlib.ExitStack() as stack:
-        talks = []
-        for number, (at, to, client) in enumerate(itertools.product(buses, buses, (new_client, old_client))):
-            talk = stack.enter_context(Conversation(client, to.url, f"reader-{number}", at=at.url))
-            talks.append(talk)
-            talk.listen()
-            texts = (f"message {count}" for count in itertools.count())
-            talk.speak(f"sender-{number}", itertools.takewhile(lambda _: not over, texts))
-        for _ in range(deaths):
-            enough = sum(len(talk.sent) for talk in talks) + random.randrange(150)
-            wait_until(lambda: sum(len(talk.sent) for talk in talks) >= enough, 60)  # noqa: B023
-            bus = random.choice(buses)
-            bus.kill()
-            for file in pathlib.Path(bus.db).parent.glob(f"{pathlib.Path(bus.db).name}*") if with_copies else ():
-                file.unlink()
-            bus.start()
-        over.append(True)
-        found = [f"{talk.name}: {violation}" for talk in talks for violation in talk.finish()]
-    sent = [each for talk in talks for each in talk.sent]
-    newest = max(get(bus.url, "/healthz")["now"] for bus in buses)
-    for bus in buses:
-        wait_until(lambda: get(bus.url, "/healthz")["now"] >= newest)  # noqa: B023
-        found += [f"the log of {bus.url}: {violation}" for violation in violations(sent, observed(bus.url))]
-    unknown = sum(each.tick is None for each in sent)
-    print(f"{deaths} kills: {len(sent) - unknown:,} acknowledged, {unknown:,} unknown, {len(found)} violations")
-    return found
+def kills(buses, deaths, with_copy=False):
+    """Strokes for storm(): so often, one of these fronts dies."""
+    return (lambda: crash(random.choice(buses), with_copy) for _ in range(deaths))
 
 
 @pytest.mark.slow("10 kills and as many starts, and sends between them that wait for the ledger")
 def test_nothing_acknowledged_is_lost_or_comes_twice_when_fronts_are_killed(two):
-    assert storm(two, 10) == []
+    assert storm(two, kills(two, 10)).violations == []
     copies(*two)
 
 
 @pytest.mark.slow("6 kills and as many starts that read the whole ledger")
 def test_nothing_acknowledged_is_lost_with_a_front_and_its_copy(two):
-    assert storm(two, 6, with_copies=True) == []
+    assert storm(two, kills(two, 6, with_copy=True)).violations == []
     copies(*two)
 
 
 @pytest.mark.slow("5 kills and as many starts: fewer may lose nothing by chance")
 def test_a_front_that_answers_before_its_entry_is_in_the_ledger_is_found_out(tmp_path, ledger):
     with front(tmp_path / "a.db", ledger, **hasty("early")) as bus:
-        assert any("lost: " in violation for violation in storm([bus], 5, with_copies=True))
+        found = storm([bus], kills([bus], 5, with_copy=True)).violations
+    assert any("lost: " in violation for violation in found)
 
 
 def test_a_front_that_appends_anew_what_is_unknown_is_found_out(tmp_path, ledger):
     with front(tmp_path / "a.db", ledger, **hasty("no id")) as bus:
-        assert any("duplicated: " in violation for violation in storm([bus], 1))
+        found = storm([bus], kills([bus], 3)).violations
+    assert any("duplicated: " in violation for violation in found)
 
 
 def hasty(fault):
@@ -271,6 +244,15 @@ def test_a_move_that_cannot_be_is_refused_in_one_sentence(tmp_path, options, why
     command = [*COMMAND, "move", "--db", str(tmp_path / "bus.db"), *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and why in done.stderr, done
+
+
+def test_the_doctor_looks_at_the_ledger_through_each_front(two, tmp_path):
+    env = {**os.environ, "AGENT_BUS_URL": ",".join(bus.url for bus in two), "AGENT_NAME": "spark"}
+    doctor = [sys.executable, str(ROOT / "tools/bus_doctor.py"), "--hold", "0"]
+    printed = subprocess.run(doctor, env=env, capture_output=True, text=True, timeout=60).stdout
+    line = r"^warn  ledger (.*) leads; this front is at entry \d+, of 2 that live; a message is on \1 alone$"
+    assert len(re.findall(line, printed, re.MULTILINE)) == 2, printed
+    assert re.search(r"^ok    fronts each has come to entry \d+$", printed, re.MULTILINE), printed
 
 
 def test_prune_beside_a_running_front_removes_at_all_fronts(two):

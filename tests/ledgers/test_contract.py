@@ -239,7 +239,7 @@ class TestPostgres(Contract):
 
         self.server.stop()
         self.server.start(synchronous_standby_names="nowhere")
-        waiting = connect(self.server.url, single=False)
+        waiting = connect(self.server.url, single=True)
         sent = background(append, waiting, b"x", "once", 2 * PATIENCE)
         waits = "SELECT pg_cancel_backend(pid) FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
         wait_until(lambda: self.server.ask(waits))
@@ -249,6 +249,64 @@ class TestPostgres(Contract):
         self.server.stop()
         self.server.start()
         assert wait_until(lambda: self.tried(ledger, b"x", "once"))[0] == 1 and len(read(ledger)) == 1
+
+    @pytest.fixture
+    def requires(self, ledger):
+        """requires("second"): from now on a commit waits for that machine."""
+
+        def requires(standbys):
+            self.server.ask(f"ALTER SYSTEM SET synchronous_standby_names = '{standbys}'")
+            self.server.ask("SELECT pg_reload_conf()")
+            wait_until(lambda: self.server.ask("SHOW synchronous_standby_names") == [(standbys,)])
+
+        yield requires
+        requires("")
+
+    def test_a_server_whose_quorum_is_taken_away_is_left(self, requires):
+        """It was safe when we connected, and what is appended now could be on one machine only."""
+        from ledgers.postgres import connect
+
+        with self.server.second():
+            requires("second")
+            ours = connect(self.server.url, single=False)
+            assert append(ours, b"x")[0] == 1 and ours.about()[1] == "second"
+            requires("")
+            for number in range(2):
+                with pytest.raises(Unknown, match="synchronous_standby_names is empty"):
+                    append(ours, b"%d" % number)
+        ours.close()
+
+    def test_what_is_on_one_machine_only_is_not_shown_after_a_crash(self, requires):
+        """A commit that waits when its server crashes is there when the server starts again, for everybody who asks."""
+        from ledgers.postgres import connect
+
+        with self.server.second():
+            requires("second")
+            ours = connect(self.server.url, single=False)
+            append(ours, b"first")
+        sent = background(append, ours, b"waits", "once", 2 * PATIENCE)
+        wait_until(lambda: self.server.ask("SELECT 1 FROM pg_stat_activity WHERE wait_event = 'SyncRep'"))
+        self.server.crash()
+        with pytest.raises(Unknown):
+            sent.result(PATIENCE)
+        self.server.start()
+        assert len(self.server.ask("SELECT 1 FROM agent_bus_ledger WHERE position > 0")) == 2
+        with pytest.raises(Unknown, match="in time"):
+            ours.read(0, 10, time.monotonic() + 0.5)
+        with self.server.second():
+            wait_until(lambda: self.tried(ours, b"waits", "once"))
+            assert [entry for _, _, entry in read(ours)] == [b"first", b"waits"]
+        ours.close()
+
+    def test_after_a_failure_other_machines_are_asked_first(self):
+        from ledgers.postgres import others_first
+
+        options = {"host": "a,b,c", "port": "1,2,3", "user": "bus"}
+        turned = others_first(options, "b:2")
+        assert turned == {"host": "c,a,b", "port": "3,1,2", "user": "bus"}
+        assert others_first(turned, "b:2") == turned
+        assert others_first({"host": "a,b", "port": "1"}, "a:1") == {"host": "b,a", "port": "1"}
+        assert others_first({"host": "a,b"}, "a:5432") == {"host": "b,a"} and others_first({}, "x:1") == {}
 
     def test_a_server_that_crashed_is_used_again_and_has_all(self, ledger):
         told = [append(ledger, b"%d" % number) for number in range(3)]

@@ -78,6 +78,7 @@ def test_healthz_and_metrics_say_how_far_a_front_is_and_how_many_live(fronts):
     status, answer = ask(a, "GET", "/healthz")
     assert status == 200 and answer["now"] == tick / SECOND
     assert (answer["position"], answer["fronts"]) == (a.state.position, 2)
+    assert answer["ledger"] == {"leads": "memory", "waits_for": ""}
     figures = {name: [value for _, value in values] for each in a.metrics for name, _, _, values in each()}
     assert figures["ledger_position"] == [a.state.position] and figures["fronts"] == [2]
     assert len(figures["front_position"]) == 2 and all(each < 5 for each in figures["front_position"])
