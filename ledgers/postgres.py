@@ -183,7 +183,7 @@ class Postgres:
                 end = min(upto + 1, int.from_bytes(kept, "big")).to_bytes(8, "big")
                 while len(rows_of(connection.pgconn, TRIM, [end], deadline)) == TRIMMED:
                     pass
-            except psycopg.Error as error:
+            except (psycopg.Error, OSError) as error:
                 raise Unknown(str(error).strip()) from None
 
     def listen(self, tell: Callable[[int], None]) -> None:

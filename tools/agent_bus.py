@@ -82,6 +82,7 @@ GROUPS: dict[str, dict[str, Command]] = {
         "redact": Command("take a secret out of a message", "redact 660ba678a1b40", "bus_redact"),
         "backup": Command("copy the bus, also while it runs", "backup monday.db", "bus_server", ("backup",)),
         "restore": Command("replace a stopped bus with a copy", "restore monday.db", "bus_server", ("restore",)),
+        "move": Command("bring a bus onto a ledger, or back", "move --db bus.db --back", "bus_server", ("move",)),
     },
     "This command": {
         "help": Command("this text, or that of a command", "help send"),
@@ -90,7 +91,7 @@ GROUPS: dict[str, dict[str, Command]] = {
     },
 }
 # The shell completes files for these only.
-TAKE_FILES = ("file", "work", "lock", "unlock", "locks", "recv", "serve", "backup", "restore", "prune")
+TAKE_FILES = ("file", "work", "lock", "unlock", "locks", "recv", "serve", "backup", "restore", "prune", "move")
 COMMANDS = {name: command for group in GROUPS.values() for name, command in group.items()}
 
 CONFIGURATION = """\

@@ -163,7 +163,8 @@ def test_a_copy_and_a_front_that_are_too_old_are_refused_in_words(fronts, log, a
     a, b, c = fronts("a"), fronts("b"), fronts("c")
     old = restored(a, "old")
     c.state.ledger.out = True
-    put(a)
+    for number in range(5):
+        put(a, msg=str(number))
     tidy(a, b)
     tidy(a)
     with pytest.raises(Unusable, match="old.db ends before: make a copy beside a front that runs"):

@@ -70,7 +70,7 @@ def test_everything_stays_on_the_way_onto_a_ledger_and_back(path, log, fronts):
     assert log_of(a) == ["one", "two", "job"]
     again = ask(a, "POST", "/send", {"from": "ann", "to": "bob", "msg": "one", "key": "k1"})
     assert again[1]["duplicate"] is True
-    assert ask(a, "POST", "/claim", {"to": "builds", "worker": "w2"})[1]["messages"] == [], "its lease holds"
+    assert ask(a, "POST", "/claim", {"to": "builds", "worker": "w2", "wait": 0})[1]["messages"] == [], "its lease holds"
     assert ask(a, "POST", "/lock", {"from": "bob", "names": ["a.py"]})[0] == 409
     [tick] = put(a, msg="three")
     end(a)
@@ -80,7 +80,7 @@ def test_everything_stays_on_the_way_onto_a_ledger_and_back(path, log, fronts):
     bus = inside.make(path)
     assert f"('{bus.state.bus}'" in before["bus"][0], "the same bus id"
     assert ask_alone(bus, "GET", "/log?since=0")[1]["messages"][-1]["id"] == f"{tick:x}"
-    assert ask_alone(bus, "POST", "/claim", {"to": "builds", "worker": "w2"})[1]["messages"] == []
+    assert ask_alone(bus, "POST", "/claim", {"to": "builds", "worker": "w2", "wait": 0})[1]["messages"] == []
     inside.close(bus)
 
 
