@@ -251,24 +251,6 @@ def leader_is_lost_with_what_waited(its):
     return leader.start
 
 
-def leader_crashes_and_is_lost(its):
-    """What waited for its quorum is there after the crash, for who reads; and then it is lost with the leader."""
-    leader = its.nodes.leader()
-    with no_quorum(its, leader):
-        time.sleep(1)
-        leader.kill(["postgres"])
-        wait_until(lambda: answers(leader), 30)
-        time.sleep(3)
-        leader.kill()
-    return leader.start
-
-
-def answers(node):
-    with contextlib.suppress(AssertionError):
-        return node.ask("SELECT pg_is_in_recovery()") == ["f"]
-    return False
-
-
 # Standbys that are behind
 
 
@@ -388,8 +370,6 @@ ROWS = [
     row("shutdown", 3, "PostgreSQL is shut down while commits wait", server_ends, bar="; no answer 200 meanwhile"),
     row("kill-waiting", 2, "both standbys stand still for 3 s, then the leader dies", leader_is_lost_with_what_waited,
         bar="; no answer 200 meanwhile"),
-    row("crash-waiting", 2, "the same, and before it dies its PostgreSQL crashes and starts again",
-        leader_crashes_and_is_lost, bar="; no answer 200 meanwhile"),
     row("behind", 1, "a standby that is 5 s behind is the only one left", one_is_behind,
         bar="; it never leads", within=90),
     Row("leader-lost", "the leader dies for ever while both standbys stand still", "nothing acknowledged is lost",
