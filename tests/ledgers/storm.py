@@ -78,7 +78,8 @@ def crash(bus, with_copy=False):
 def storm(buses, strokes, pulses=(), calm=0.0):
     """Let these strokes of fate come while conversations go on across these fronts. A stroke returns when it is over.
 
-    `calm` is how long each sender waits between two messages, in s. The Result has what was broken for a reader, or in what each front has at the end.
+    `calm` is how long each sender waits between two messages, in s. The Result has what was broken for a reader, or in
+    what each front has at the end.
     """
     over, count = [], 0
     with contextlib.ExitStack() as stack:
