@@ -59,7 +59,7 @@ class World:
         result = storm([self.a, self.b], [partial(self.stroke, harm, *further)] * count, self.pulses, CALM)
         longest = max(self.silences)
         self.miss(longest <= within, f"nobody could send for {longest:.1f} s")
-        with self.nodes.front(self.place / "new.db") as new:
+        with self.nodes.front(self.place / "new.db", self.nodes["m1"]) as new:
             try:
                 copies(self.a, self.b, new)
             except AssertionError:
