@@ -338,7 +338,7 @@ def cut(name, fault, leader, harm, *minority):
                networks=True)  # fmt: skip
 
 
-NOTHING = "nothing acknowledged is lost, moved or twice, no reader skips anything, ticks grow, the copies are equal"
+NOTHING = "the above"
 AGAIN = f"; sends again within {WITHIN} s"
 ROWS = [
     Row("conformance", "none: `test_bus.py` at each front", "all pass but what is not built", conformance, 1),
