@@ -138,7 +138,7 @@ class Postgres:
         try:
             return psycopg.connect(make_conninfo("", **self.options), autocommit=True)
         except psycopg.Error as error:
-            raise Unknown(str(error).strip()) from None
+            raise Unknown(str(error).partition("\n")[0]) from None  # of several hosts, why the last one failed
 
     def noticed(self, notice: psycopg.errors.Diagnostic) -> None:
         if notice.severity_nonlocalized not in ("NOTICE", "INFO", "LOG", "DEBUG"):

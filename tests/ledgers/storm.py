@@ -75,10 +75,11 @@ def crash(bus, with_copy=False):
     bus.start()
 
 
-def storm(buses, strokes, pulses=()):
+def storm(buses, strokes, pulses=(), calm=0.0):
     """Let these strokes of fate come while conversations go on across these fronts. A stroke returns when it is over.
 
-    The Result has what was broken for a reader, or in what each front has at the end.
+    `calm` is how long each sender waits between two messages, in s. The Result has what was broken for a reader, or in
+    what each front has at the end.
     """
     over, count = [], 0
     with contextlib.ExitStack() as stack:
@@ -87,7 +88,7 @@ def storm(buses, strokes, pulses=()):
             talk = stack.enter_context(Conversation(client, to.url, f"reader-{number}", at=at.url))
             talks.append(talk)
             talk.listen()
-            texts = (f"message {count}" for count in itertools.count())
+            texts = (time.sleep(calm) or f"message {count}" for count in itertools.count())
             talk.speak(f"sender-{number}", itertools.takewhile(lambda _: not over, texts))
         for count, stroke in enumerate(strokes, 1):  # noqa: B007
             enough = sum(len(talk.sent) for talk in talks) + random.randrange(150)
