@@ -3267,11 +3267,14 @@ class State(Rows):
     def sent_with_keys(self, operations: Iterable[Operation]) -> Known:
         """The earlier sends that had the same keys as those in this list."""
         found: Known = {}
-        puts = (operation.drafts for operation in operations if type(operation) is Put)
-        drafts = {(one.sender, one.channel, one.key): one for drafts in puts for one in drafts if one.key}
-        if not drafts:
+        texts = defaultdict[Any, set[str]](set)
+        for drafts in (operation.drafts for operation in operations if type(operation) is Put):
+            for one in drafts:
+                if one.key:
+                    texts[one.sender, one.channel, one.key].add(one.text)
+        if not texts:
             return found
-        asked = (encode([*drafts]),)
+        asked = (encode([*texts]),)
         copies = [(*row, "") for row in self.writing.execute(EARLIER, asked).fetchall()]
         for *row, check in self.writing.execute(EARLIER_REMOVED, asked).fetchall() if self.keeps_keys else ():
             tick, key, sender, channel, to, its_hash = row
@@ -3281,23 +3284,26 @@ class State(Rows):
                 self.damaged(f"the key {key} of {sender}")
         for tick, sender, channel, key, to, its_hash in sorted(copies):
             its = sender, channel, key
-            known = found.get(its) or self.first_copy(tick, its_hash, drafts[its].text)
+            known = found.get(its) or self.first_copy(tick, its_hash, texts[its])
             if known:
                 known[3].ticks.append(tick)
                 found[its] = (*known[0], to), *known[1:]
         return found
 
-    def first_copy(self, tick: int, its_hash: str, text: str) -> Any:
-        """What is Known of the first copy of a message, to compare it with `text`; None if the message is damaged.
+    def first_copy(self, tick: int, its_hash: str, texts: set[str]) -> Any:
+        """What is Known of the first copy of a message, to compare it with `texts`; None if the message is damaged.
 
         A large text is read only if it may be the same. Members in another order have the same length.
         """
-        if not its_hash and self.ask("SELECT length(text) FROM messages WHERE tick = ?", tick)[0] != len(text):
+        if not its_hash and self.ask("SELECT length(text) FROM messages WHERE tick = ?", tick)[0] not in map(
+            len, texts
+        ):
             its_hash = "of another text"
         message = None if its_hash else self.message(tick)
-        if message and message.text != text:
+        if message and texts != {message.text}:
             its_hash = hash_of(message.text)
-        return ((), "" if its_hash else text, its_hash, Stored([], True)) if its_hash or message else None
+        known = "" if its_hash or not message else message.text
+        return ((), known, its_hash, Stored([], True)) if its_hash or message else None
 
     def keep_keys(self, ticks: list[int]) -> None:
         """These messages are about to be removed: a retry must still get the first answer."""

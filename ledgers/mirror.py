@@ -27,7 +27,6 @@ from bus_server import (
     Now,
     Operation,
     Put,
-    Raise,
     Refused,
     State,
     Unusable,
@@ -46,7 +45,8 @@ from .heartbeat import Beat, Heard, earlier_runs, live, says
 CALL = 4.0  # s that the engine has for one answer
 LEAVE = 1.0  # s for the last words of a front that ends
 ENTRIES = 100  # in one read
-STORING = {Put, Raise}  # operations that look at no row but those of messages with their keys, and remove none
+STORING = {Put}  # operations that look at no row but those of messages with their keys, and remove none
+# A Raise is alone: with it goes the highest tick of its transaction into the file, and files must be alike.
 SUMS = 10000  # positions whose sum is remembered
 TABLE = """CREATE TABLE front(
     position INTEGER NOT NULL,           -- of the last entry that was applied

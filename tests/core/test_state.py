@@ -228,6 +228,12 @@ class StoreContract:
         assert texts(store, "bob") == ["1", "4"], "a refused array left something behind"
         assert commit(store, message(["bob", "eve"], "1", key="k")).results[0].status == 409
 
+    @pytest.mark.parametrize("other", ["2", "a text of another length"])
+    def test_a_retry_beside_another_message_with_its_key_has_its_answer(self, store, other):
+        [first] = commit(store, message("bob", "1", key="k")).results[0]
+        retry, refused = commit(store, message("bob", "1", key="k"), message("bob", other, key="k")).results
+        assert retry[0].ticks == first.ticks and refused.status == 409
+
     def test_a_retry_may_give_the_members_in_another_order(self, store):
         first = commit(store, message("bob", key="k", a=1, b={"c": 1, "d": [2]})).results[0][0]
         [[again]] = commit(store, message("bob", key="k", b={"d": [2], "c": 1}, a=1)).results

@@ -58,7 +58,7 @@ def test_entries_that_share_a_transaction_have_the_results_of_entries_that_do_no
             put(a, msg=str(number // 9), key=f"k{number // 9}", ttl=(number // 9) % 3 or None)
             a.do(Put([draft(msg="other", key="k1")]), None, lambda *_: None, refused.append)
             settle(a)
-        if number == 12:
+        if number in (12, 36):  # the second one is behind the removal, with which the highest tick is written down too
             do(a, Raise(a.last + 5 * SECOND))
         if number == 20:
             log.wall.wall -= 100 * SECOND
@@ -93,7 +93,7 @@ def test_a_new_front_begins_with_a_copy_and_reads_what_came_since(fronts, log, c
     read, ledger.read = ledger.read, lambda above, *more: reads.append(above) or read(above, *more)
     b = front(path, ledger)
     texts = b.state.writing.execute("SELECT msg FROM readable ORDER BY id").fetchall()
-    assert min(reads) > 1 and texts == [("in the copy",), ("since",)] and a.state.bus == b.state.bus
+    assert 0 not in reads and texts == [("in the copy",), ("since",)] and a.state.bus == b.state.bus
     b.gate.tokens.refresh()
     assert b.gate.tokens.grant(f"Bearer {secret}").name == "ann", "the copy has the tokens"
     same(a, b)

@@ -10,7 +10,7 @@ from ledgers import Unknown
 from ledgers.mirror import TABLES
 from ledgers.move import alone, back, onto
 from tests.kit import inside
-from tests.kit.ledger import Fake, Log, ask, end, log_of, put, request, same, settle
+from tests.kit.ledger import Fake, Log, ask, do, draft, end, log_of, put, request, same, settle
 
 EXTENSIONS = load_extensions(())
 OF_FRONTS = set(TABLES)
@@ -152,7 +152,7 @@ def test_two_files_that_differ_are_not_the_same_bus(path, log, tmp_path, fronts)
     log.entries[0] = (*log.entries[0][:2], log.entries[0][2].replace(str(second).encode(), path.encode()))
     a, b = fronts("bus"), fronts("second/bus")
     settle(a, b)
-    put(a)
+    do(a, bus_server.Put([draft()]))
     settle(b)
     assert a.broken or b.broken
 
