@@ -253,10 +253,10 @@ class BusAgainstModel(RuleBasedStateMachine):
         """One poll. `since` is how the cursor is written, `cursors` are what it may stand for."""
         query = f"/recv?{self.place(names, channel)}&since={since}&max={limit}"
         status, headers, body = self.bus.ask("GET", query, headers={"Accept": "text/plain"} if plain else {})
-        self.poll(names, channel)
-        if self.model.too_far_ahead(min(cursors)):
+        if self.model.too_far_ahead(min(cursors)):  # and nothing of it is noted
             assert status == 400, body
             return
+        self.poll(names, channel)
         self.model.present(names, channel, cursors)
         assert status == 200, body
         if plain:
