@@ -220,7 +220,7 @@ class Redaction:
         found = "revoke the secret: backups, outboxes, observers of /log, the files of readers, messages that quote it "
         found += "and schedules that will send it may still have it"
         if self.bus.ledger.KEEPS:
-            found += f"; {self.bus.ledger.KEEPS} has it and keeps it"
+            found += f"; {self.bus.ledger.KEEPS} has it until the entry is removed"
         if not whole:
             found += "; its queue has too many messages to look at all, so search for it, and redact what is found"
         if not is_empty:
