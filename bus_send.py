@@ -200,6 +200,7 @@ QUICK_SECONDS = 0.25  # to connect, while another URL or another address has not
 FAILURES: dict[str, int] = {}  # of each URL of a bus, in a row
 SILENCE_SECONDS = 0.5  # after which people at a terminal are told what we wait for
 PEOPLE: list[Any] = []  # functions that tell them; a program for people adds its own
+HELD = re.compile(r'[?&]wait=[0-9.]*[1-9]|"wait": [0-9.]*[1-9]')  # a request for which the bus may wait for news
 HIDDEN = re.compile(  # controls, and what Unicode lets a program leave out: bidi, zero width, fillers, variations, tags
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u2028-\u202e"
     r"\u2060-\u206f\u2800\u3164\ud800-\udfff\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb"
@@ -346,7 +347,7 @@ def exchange_at(path: str, body: Any, fraction: Any, login: Any, url: str, conne
             connection.connect()
             sock = connection.sock
             sock.settimeout(seconds)
-            if int(seconds) > GRACE_SECONDS:  # the bus may hold the request for so long
+            if HELD.search(f"{path} {(body or b'').decode('latin-1')}"):  # its silence is no fault
                 silence.close()
             with hung_up_after(seconds, sock):
                 connection.request("POST" if body else "GET", prefix + path, body, headers)

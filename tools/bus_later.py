@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import math
 import os
 import sys
 import time
@@ -49,9 +50,9 @@ def ask(url: str, path: str, order: dict[str, Any] | None = None) -> dict[str, A
     body = None if order is None else json.dumps(order).encode()
 
     def attempt(left: float) -> Any:
-        return bus_send.exchange(url, path, body, min(left, bus_send.GRACE_SECONDS))[0]
+        return bus_send.exchange(url, path, body, min(left if order else math.inf, bus_send.GRACE_SECONDS))[0]
 
-    patience = PATIENCE if order else 0.0  # who only looks is told at once
+    patience = PATIENCE if order else 0.0  # who only looks is told after one attempt
     return bus_send.persist(attempt, patience, url, warn=complain)
 
 

@@ -207,27 +207,49 @@ def test_the_first_failure_is_said_at_once_and_the_last_line_says_what_to_try(ho
     assert re.search("To send it again: --key [0-9a-f]{32}$", last)
 
 
-@pytest.mark.parametrize("script", ["bus_send.py dell hi", "tools/agent_bus.py who"])
+@pytest.mark.parametrize(
+    "script",
+    ["bus_send.py dell hi", *(f"tools/agent_bus.py {rest}" for rest in ("who", "search T1", "redact 660ba678a1b40"))],
+)
 def test_a_person_is_told_of_a_silence_and_what_is_waited_for(script, home):  # noqa: F811
     with Scripted(silence) as server:
         shown = on_a_terminal(*script.split(), AGENT_BUS_URL=server.url, AGENT_NAME="spark")
-        assert re.fullmatch(rf"(bus_send|agent_bus.py who): waiting for {server.url}\n", shown)
+        assert re.fullmatch(rf"(bus_send|agent_bus.py (who|search|redact)): waiting for {server.url}\n", shown)
 
 
 @pytest.mark.parametrize("client", [bus_send, bus_recv])
 def test_it_is_told_once_and_not_while_the_bus_may_hold_the_request(client, monkeypatch):
-    monkeypatch.setattr(client, "SILENCE_SECONDS", 0.001)
-    monkeypatch.setattr(client, "GRACE_SECONDS", 0.2)
+    monkeypatch.setattr(client, "SILENCE_SECONDS", 0.05)
     said = []
     with Scripted(silence) as server:
         monkeypatch.setattr(client, "PEOPLE", [said.append])
         with pytest.raises(client.Unreachable):
-            client.exchange(server.url, "/recv", None, 1.2)
+            client.exchange(server.url, "/recv?block=true&wait=1.000", None, 0.3)
+        with pytest.raises(client.Unreachable):
+            client.exchange(server.url, "/lock", b'{"names": ["a"], "wait": 0.5}', 0.3)
         assert said == []
         for _ in range(2):
             with pytest.raises(client.Unreachable):
-                client.exchange(server.url, "/recv", None, 0.1)
+                client.exchange(server.url, "/recv?block=true&wait=0.000", None, 0.1)
     assert said == [f"waiting for {server.url}"]
+
+
+def test_a_short_poll_of_a_bus_that_answers_is_no_silence(bus, home, monkeypatch):  # noqa: F811
+    said = []
+    monkeypatch.setattr(bus_recv, "PEOPLE", [said.append])
+    monkeypatch.setattr(bus_recv, "SILENCE_SECONDS", in_time(0.5))
+    monkeypatch.setenv("AGENT_BUS_URL", bus.url)
+    assert list(bus_recv.receive("carol", timeout=in_time(0.5) + 0.5)) == said == []
+
+
+def test_to_look_at_schedules_allows_a_bus_that_is_slow(home):  # noqa: F811
+    def slow(sock):
+        time.sleep(1.3)
+        sock.sendall(answer({"ok": True, "schedules": [], "bus": "b1"}))
+
+    with Scripted(slow) as server:
+        code, out, err = run("tools/bus_later.py", "--list", env={"AGENT_BUS_URL": server.url, "AGENT_NAME": "spark"})
+    assert (code, out, err) == (0, "", "")
 
 
 def test_a_program_is_told_of_the_first_failure_if_it_wants(monkeypatch):
