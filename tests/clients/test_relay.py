@@ -22,7 +22,7 @@ import bus_recv
 import bus_send
 from tests.kit.bad_servers import NOON, Scripted, answer, mail, message, page, silence, stored
 from tests.kit.peers import mint
-from tests.kit.processes import PATIENCE, ROOT, Server, no_settings, wait_until
+from tests.kit.processes import PATIENCE, ROOT, Server, comes_true, no_settings, wait_until
 from tools import bus_relay
 
 KILLS, EACH = 20, 100  # of each of two relays; messages of each of three senders on each bus
@@ -121,15 +121,20 @@ def test_each_message_arrives_once_and_in_order_both_ways_though_the_relays_are_
         for n in range(EACH):
             say(bus, sender, to, f"{n}")
 
+    def arrive(process, there, to, enough):
+        if not comes_true(lambda: waiting(there, to) >= enough, 3 * PATIENCE):
+            process.kill()
+            raise AssertionError(f"{waiting(there, to)} of {enough} have come to {to}: {process.stderr.read()}")
+
     def pass_on(to, there, **way):
         with contextlib.ExitStack() as stack:
             process = stack.enter_context(started(to, **way))
             for kill in range(KILLS):
                 enough = (kill + 1) * 3 * EACH // (KILLS + 1) + random.randrange(5)
-                wait_until(lambda enough=enough: waiting(there, to) >= enough, 3 * PATIENCE)
+                arrive(process, there, to, enough)
                 process.kill()
                 process = stack.enter_context(started(to, **way))
-            wait_until(lambda: waiting(there, to) >= 3 * EACH, 3 * PATIENCE)
+            arrive(process, there, to, 3 * EACH)
             process.terminate()
             assert process.wait(PATIENCE) == 0
 

@@ -150,11 +150,16 @@ def no_descriptors(directory, size):
         p99(peer, 10)
         waiting = b"GET /recv?to=bob&since=0&block=true&wait=60 HTTP/1.1\r\nHost: localhost\r\n\r\n"
         crowd = []
-        for number in range(size):
-            each = reach(bus)
-            each.sendall(waiting.replace(b"bob", b"bob-%d" % number))
-            crowd.append(each)
-        wait_until(lambda: descriptors(bus.process) >= 62)
+
+        def one_more():
+            """When none is left, the bus closes some: then there are fewer for a while."""
+            crowd.append(reach(bus))
+            crowd[-1].sendall(waiting.replace(b"bob", b"bob-%d" % len(crowd)))
+            return descriptors(bus.process) >= 62
+
+        for _ in range(size):
+            one_more()
+        wait_until(one_more)
         load = min(busy(bus.process) for _ in range(3))
         for each in crowd:
             each.close()
