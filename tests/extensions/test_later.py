@@ -479,7 +479,7 @@ def test_a_refusal_for_good_is_not_tried_again(bus, members, monkeypatch):
 def test_the_rate_of_its_sender_holds_back_what_is_due(bus):
     guest = Guest(bus)
     for number in range(5):
-        give(guest, str(number), after=number / 1000)
+        give(guest, str(number), after=1 + number / 1000)  # none of them before the clock moves
     bus.storms.sends = bus_server.Budget(time.monotonic, 0.001, 2)
     bus.wall.now += MINUTE
     looked(bus)
