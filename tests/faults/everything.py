@@ -267,7 +267,7 @@ def listed(counts):
 
 def unanswered(it):
     """Each honest request has an answer. Its connection may end by our kill; for want of descriptors, while it is idle,
-    which may cross a request; and because its guest's token was revoked.
+    which may cross a request; and because its guest's token was revoked. Without memory an idle one may end, too.
     """
     excused = it.downs + [window for window in it.windows if window.fault == "no descriptors"]
     return [f"{UNANSWERED[exchange.status]}: {exchange} in {[*map(str, met(it.windows, exchange))]}"

@@ -34,6 +34,9 @@ NAMES = [*READERS, *WRITERS, "recaller", "producer", "courier", "clerk", "mallor
 GRANTS = {**dict.fromkeys(NAMES, []), **dict.fromkeys(WORKERS, ["--also", "queue"]), "watcher": ["--operator"]}
 
 
+CROSSED = 0.02  # s in which a connection that is kept proves to be closed: then a GET is repeated (RFC 9112, 9.3.1)
+
+
 class Exchange(NamedTuple):
     """One request of an honest agent. The status is 0 if the bus hung up without an answer, None if it said nothing."""
 
@@ -79,12 +82,11 @@ class Agent:
         field.agents.append(self)
 
     def ask(self, kind, method, path, body=b"", hold=0):
-        """One exchange on the connection that is kept: the Reply, or None."""
+        """One exchange: the Reply, or None. If the end of the connection that is kept crosses a request, a new one."""
         began, status, reply = time.monotonic(), None, None
+        kept = self.peer and not closed(self.peer.sock)
         try:
-            if self.peer and closed(self.peer.sock):
-                self.peer = None
-            self.peer = self.peer or Peer(self.field.bus, self.token)
+            self.peer = self.peer if kept else Peer(self.field.bus, self.token)
             self.peer.sock.settimeout(PATIENCE + hold)
             reply = self.peer.send(method, path, body).answer()
             status = reply.status
@@ -93,6 +95,8 @@ class Agent:
         except (OSError, Closed):
             status = 0
             self.hang_up()
+            if kept and method == "GET" and time.monotonic() < began + CROSSED:
+                return self.ask(kind, method, path, body, hold)
         self.exchanges.append(Exchange(kind, began, time.monotonic() - began, status, self.name))
         return reply
 
