@@ -503,7 +503,8 @@ def test_a_holder_is_told_once_of_each_who_waits_and_the_message_ends_with_the_r
     fence = reserved(bus, "ann", "src/*", ttl=600)
     for holder in ("bob", "bob", "cleo"):
         assert lock(bus, holder, "src/a", wait=0.01)[0] == 409
-    told = wait_until(lambda: json.loads(bus.get("/recv?to=ann"))["messages"])
+    wait_until(lambda: len(json.loads(bus.get("/recv?to=ann"))["messages"]) > 1)
+    told = json.loads(bus.get("/recv?to=ann"))["messages"]
     assert [(each["from"], each["type"], each["fence"]) for each in told] == [
         (who, "lock-wanted", fence) for who in ("bob", "cleo")
     ]
