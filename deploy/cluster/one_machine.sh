@@ -98,6 +98,9 @@ else
   for port in "${ports[@]}"; do
     if runs "$port"; then kill "$(<"$folder/$port.pid")"; fi
   done
+  for port in "${ports[@]}"; do # they say goodbye in the ledger
+    for ((tries = 0; tries < 100; tries++)); do if runs "$port"; then sleep 0.1; fi; done
+  done
   if [ -e "$ledger/m1" ]; then
     for node in m1 m2 m3; do "$node_sh" stop "$ledger/$node" & done
     wait
