@@ -34,6 +34,7 @@ from bus_server import (
     ok,
     one_of,
     seconds,
+    within,
 )
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ OPERATIONS = (Claim, Settle, Bury, Again)
 def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-attempts",
-        type=int,
+        type=within(1),
         default=5,
         metavar="N",
         help="after N failed attempts a message of the queue NAME goes to NAME.dead (%(default)s)",
