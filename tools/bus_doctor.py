@@ -10,7 +10,8 @@ what is acknowledged, and how far each front is. The environment and the code ar
 the same faults.
 
 Nothing is stored, no mail is read and no cursor moves: the bus must refuse the test send, and the test polls use the
-channel `doctor`, where nobody sends. The token is never shown. Exit code: 0 no hop failed; 1 a hop failed; 2 usage.
+channel `doctor`, where nobody sends, and leave no name behind. The token is never shown. Exit code: 0 no hop failed; 1
+a hop failed; 2 usage.
 """
 from __future__ import annotations
 
@@ -136,7 +137,7 @@ class Way:
             advice = "is a firewall in between, is the host down, is the address right? Try ping, and check the VPN"
             raise Fault(f"{where} does not answer within {PATIENCE:.0f} s", advice) from None
         except OSError as error:
-            raise Fault(f"{where}: {worded(error)}", "is the network, the VPN or the tunnel up?") from None
+            raise Fault(f"{where}: {bus_recv.worded(error)}", "is the network, the VPN or the tunnel up?") from None
         return f"{where} accepts, after {(time.monotonic() - began) * 1000:.0f} ms"
 
     def tls(self) -> Finding:
@@ -153,10 +154,11 @@ class Way:
                 connection.connect()
             except ssl.SSLCertVerificationError as error:
                 advice = CERTIFICATE.get(error.verify_code, "ask the operator of the bus for a valid certificate")
-                raise Fault(f"the certificate is not valid: {error.verify_message}", advice) from None
+                raise Fault(f"the certificate is not valid: {error.verify_message.rstrip('.')}", advice) from None
             except OSError as error:
                 self.check_scheme()
-                raise Fault(f"no TLS: {worded(error)}", "is that the right port? Is a proxy in between?") from None
+                advice = "is that the right port? Is a proxy in between?"
+                raise Fault(f"no TLS: {bus_recv.worded(error)}", advice) from None
             return "the certificate is valid"
 
     def answer(self) -> Finding:
@@ -166,7 +168,7 @@ class Way:
         except (OSError, ValueError, http.client.HTTPException) as error:
             self.check_scheme()
             advice = "is that the right port? Does the log of the bus or of a proxy say more?"
-            raise Fault(f"no answer: {worded(error)}", advice) from None
+            raise Fault(f"no answer: {bus_recv.worded(error)}", advice) from None
         self.health, self.skew, status = said(page), time.time() - bus_recv.clock_of(response.headers), response.status
         if status == 200 and self.health:
             return "200, and JSON"
@@ -263,8 +265,9 @@ class Way:
         """May we read our mail? The poll is for a channel without mail."""
         if not self.name:
             return "skipped"
+        query = {"to": self.name, "channel": CHANNEL, "since": self.health["now"], "peek": "true"}
         try:
-            self.poll(0)
+            bus_recv.ask(self.url, f"/recv?{urlencode(query)}", PATIENCE)
         except bus_recv.Refused as refused:
             self.hold = 0
             return f"{refused.status}: {refused}", "if the token was made with --send-only, this is right"
@@ -279,8 +282,11 @@ class Way:
         if sys.stderr and sys.stderr.isatty():
             print(f"      (a long poll takes {self.hold:g} s; --hold 0 leaves it out)", file=sys.stderr)
         began = time.monotonic()
-        try:
-            self.poll(self.hold)
+        query = {"channel": CHANNEL, "since": self.health["now"], "block": "true", "wait": f"{self.hold:g}"}
+        try:  # a reader of the log is nobody, so no name is left behind
+            bus_recv.ask(self.url, f"/log?{urlencode(query)}", self.hold + PATIENCE)
+        except bus_recv.Refused as refused:
+            return f"skipped: {refused}"
         except bus_recv.Unreachable as fault:
             held = time.monotonic() - began
             advice = f"set the timeout of each proxy to 75 s (docs/deploy.md); until then, wait={held * 0.8:.0f} works"
@@ -300,11 +306,6 @@ class Way:
             if urlsplit(lock.readline().strip()).port == self.port:
                 return f"{path}; to look inside: sqlite3 {shlex.quote(path)} 'select * from readable'"
         return "not at the usual place; the bus printed its path when it started"
-
-    def poll(self, hold: float) -> None:
-        query = {"to": self.name, "channel": CHANNEL, "since": self.health["now"], "wait": f"{hold:g}",
-                 "block": "true" if hold else "false", "peek": "false" if hold else "true"}  # fmt: skip
-        bus_recv.ask(self.url, f"/recv?{urlencode(query)}", hold + PATIENCE)
 
     def fetch(self, path: str) -> tuple[http.client.HTTPResponse, bytes]:
         """The answer to a request without a token, from the bus or not; bus_recv.ask takes only the bus's."""
@@ -405,10 +406,6 @@ def title(page: bytes) -> str:
     return f"a page '{found[1].decode('latin-1').strip()}'" if found else "a page" if page else "an empty page"
 
 
-def worded(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__
-
-
 def printable(text: str) -> str:
     """One line, without the secrets that a URL or a stranger's answer may hold."""
     for secret, shown in ((r"abt_[0-9a-f]{8}_[\w-]+", "abt_..."), (r"//[^/@\s]*@", "//...@")):
@@ -428,7 +425,7 @@ def examine(way: Way) -> bool:
         except Fault as fault:
             verdict, found, advice = "FAIL", str(fault), fault.advice
         except FAULTS as error:  # although the hops before it went well
-            verdict, found, advice = "FAIL", worded(error), BETWEEN
+            verdict, found, advice = "FAIL", bus_recv.worded(error), BETWEEN
         if found:
             tell(verdict, hop, found, advice)
         if verdict == "FAIL":
