@@ -365,11 +365,11 @@ def exchange_at(path: str, body: Any, fraction: Any, login: Any, url: str, conne
 
 
 def worded(error: Exception, url: str = "") -> str:
-    """A fault of the network in words. `url`: a server that was never heard before, which may speak TLS, cut us off."""
+    """A fault of the network in words. `url` is given if nothing was heard from there: TLS may have cut us off."""
     said = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    is_cut = url.startswith("http:") and isinstance(error, (ConnectionResetError, BrokenPipeError))
-    hint = f"; if this port speaks https, set AGENT_BUS_URL=https{url[4:]}" if is_cut else ""
-    return "this port speaks http, not https" if "WRONG_VERSION_NUMBER" in said else said + hint
+    if url.startswith("http:") and isinstance(error, (ConnectionResetError, BrokenPipeError)):
+        return f"{said}; if this port speaks https, set AGENT_BUS_URL=https{url[4:]}"
+    return "this port speaks http, not https" if "WRONG_VERSION_NUMBER" in said else said
 
 
 def connect(url: str, seconds: float) -> tuple[Any, str, dict[str, str]]:
