@@ -271,7 +271,9 @@ digest() (
     # A server of the first contract does not know the word `last`; some then drop the connection.
     0,400,last,* | 52,*,last,* | 56,*,last,*) news=again since=0 ;;
     0,*,refused) news=refused sentence=$its_bus ;;
+    35,*) sentence+="; if this port speaks http, set AGENT_BUS_URL=http${base#https}" ;;
     52,* | 56,*) [[ $base != http:* ]] || sentence+="; if this port speaks https, set AGENT_BUS_URL=https${base#http}" ;;
+    60,*) sentence+=": its certificate is not trusted here; set AGENT_BUS_CA to the file of the certificate" ;;
     0,50[24],* | 0,524,*) sentence="$url answers $status" hold=$(((hold + 1) / 2)) ;;  # a proxy with a shorter timeout
     0,*) sentence="$url answers $status, and it is not a bus's answer" ;;
   esac

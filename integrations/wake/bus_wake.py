@@ -236,6 +236,7 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"{options.session!r} is an option, not a session")
         for number in bus_recv.ENDS:
             signal.signal(number, lambda *_: sys.exit(143))  # a turn that we have started is killed
+        bus_recv.tell_people(lambda line: bus_recv.complain(line, "bus_wake"))
         waker = Waker(options)
         if options.folder:
             os.chdir(options.folder)
