@@ -304,8 +304,7 @@ def exchange(url: str, path: str, body: bytes | None, seconds: float, fraction: 
     The head must arrive within `seconds`. The rest gets more time, by its length and SLOWEST_RATE.
     Raises as judged(); Unreachable for a fault of the network; ValueError for a wrong URL, token or certificate file.
     """
-    login = credentials(url)
-    return first_answer(url, seconds, lambda *where: exchange_at(path, body, fraction, login, *where))
+    return first_answer(url, seconds, lambda *where: exchange_at(path, body, fraction, credentials(url), *where))
 
 
 def first_answer(url: str, seconds: float, attempt: Any) -> Any:
