@@ -1,20 +1,30 @@
 #!/usr/bin/env python3
-"""Does a bus keep the promises of PROTOCOL.md? A real server, real clients, and one numbered sentence for each promise.
+"""Does a bus keep the promises of PROTOCOL.md?
 
-    python3 test_bus.py                          starts bus_server.py on a free port and checks it
-    BUS_URL=http://host:8080 python3 test_bus.py checks a running server of any make, for the first contract only
-    BUS_URL=... BUS_OURS=1 python3 test_bus.py   checks a running server for all of PROTOCOL.md
-    AGENT_BUS_TOKEN=abt_... BUS_URL=...          the same on a bus with tokens; the token must be an operator's
+A real server, real clients, and one numbered sentence for each promise.
 
-The number of a check is the section of PROTOCOL.md that makes the promise, and a place in that section: the promise
-marked [9.4] there is check 9.4 here. The checks run in the order of the protocol.
+    python3 test_bus.py
+        starts bus_server.py on a free port and checks it
+    BUS_URL=http://host:8080 python3 test_bus.py
+        checks a running server of any make, for the first contract only
+    BUS_URL=... BUS_OURS=1 python3 test_bus.py
+        checks a running server for all of PROTOCOL.md
+    AGENT_BUS_TOKEN=abt_... BUS_URL=... BUS_OURS=1 python3 test_bus.py
+        the same on a bus with tokens; the token must be an operator's
 
-Some sections are kept by an extension, one file in bus_extensions/ (EXTENSIONS below lists them). If the bus answers
-404 to the endpoint of an extension, its section is skipped, and the lines before the last one name what was skipped and
-why. If this program started the bus itself and the file of the extension is there, the section is not skipped.
+The number of a check is the section of PROTOCOL.md that makes the promise, and
+a place in that section: the promise marked [9.4] there is check 9.4 here. The
+checks run in the order of the protocol.
 
-The program needs nothing installed. With pytest, `pytest test_bus.py` collects the same checks. Every check uses names
-of its own, so it does no harm to a bus that is in use. It takes no arguments. It exits with 0 and the last line
+Some sections are kept by an extension, one file in bus_extensions/ (EXTENSIONS
+below lists them). If the bus answers 404 to the endpoint of an extension, its
+section is skipped, and the lines before the last one name what was skipped and
+why. If this program started the bus itself and the file of the extension is
+there, the section is not skipped.
+
+The program needs nothing installed. With pytest, `pytest test_bus.py` collects
+the same checks. Every check uses names of its own, so it does no harm to a bus
+that is in use. It takes no arguments. It exits with 0 and the last line
 ALL TESTS PASS, or with 1, or with 2 for an argument.
 """
 
