@@ -24,6 +24,7 @@ LAZILY = {  # and where: if --schemas is given; by the path of a file that belon
     "search.py": {"_search_index"},
     "later.py": {"_later_schedule", "_later_due"},
     "notify.py": {"_notify_rules"},
+    "people.py": {"_people_similar", "_people_statuses"},
 }
 
 SOURCE = (ROOT / "bus_server.py").read_text()
