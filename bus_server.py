@@ -3724,7 +3724,7 @@ def migrate(database: sqlite3.Connection, steps: Iterable[str]) -> None:
 # answer it into Bus.waits.
 
 GRACE = 10.0  # s after its hold in which a reader still counts as listening: the time to print and to poll again
-PARKED_PER_NAME = 8  # polls that wait for one name; older ones are of readers whose connection broke unnoticed
+PARKED_PER_NAME = 8  # that wait in the same way for one name; older ones are of peers whose connection broke unnoticed
 
 
 class Reader(Protocol):
@@ -4125,13 +4125,14 @@ class Mailboxes:
                 del self.waiting[key]
         return parked
 
-    def crowd(self, poll: Poll) -> list[Connection]:
-        """If too many wait at the poll's own name: the polls whose own name it is too, or its owner's observers."""
-        parked = self.waiting.get(poll.places()[0], {})
-        if len(parked) <= PARKED_PER_NAME:
+    def surplus(self, parked: Parked) -> list[Connection]:
+        """Those that wait as this one does, for the same name, but the newest: so many of one name are not alive."""
+        here = self.waiting[parked.places()[0]]
+        if parked.exclusive or len(here) <= PARKED_PER_NAME:
             return []
-        polls = [(connection, self.parked[connection]) for connection in parked]
-        return [connection for connection, other in polls if isinstance(other, Poll) and other.me == poll.me]
+        others = [(connection, self.parked[connection]) for connection in here]
+        alike = [each for each, other in others if type(other) is type(parked) and other.who == parked.who]
+        return alike[:-PARKED_PER_NAME]
 
     def wake(self, visible: list[Message]) -> dict[Connection, list[Message]]:
         """The parked connections that these messages are for, each with its messages in order: but no observers.
@@ -4571,6 +4572,8 @@ class Bus:
             connection.request = None  # what waits is small: its record says it all
         self.mailboxes.park(connection, parked)
         connection.wait(PARKED, min(parked.hold, patience))
+        for other in self.mailboxes.surplus(parked):
+            other.wait(PARKED, 0)  # not answered in here, as each may ask again
         if not self.gate.holds(parked.token):
             connection.soon(connection.check_token)  # the token was revoked during a commit
 
@@ -4824,8 +4827,6 @@ class Receiving:
             self.mailboxes.left(poll)
             return delivery(self.bus, poll, [])
         self.bus.park(request.peer, poll._replace(token=request.grant.token))
-        for connection in self.mailboxes.crowd(poll)[:-PARKED_PER_NAME]:
-            connection.wait(PARKED, 0)  # the newest still live; not answered in here, as each may poll again
         return None
 
     def peek(self, poll: Poll, ack: bool) -> Answer:

@@ -20,8 +20,6 @@ from bus_server import (
     HOLD,
     HOLD_MAX,
     MAX_MESSAGES,
-    PARKED,
-    PARKED_PER_NAME,
     RECALLED,
     REPLIES,
     ROW,
@@ -223,15 +221,8 @@ class Replies:
         if not hold or bus.draining or connection.ended or connection.phase is not BUSY:
             return self.unanswered(connection, question)
         bus.mailboxes.polled(question, connection.address, bus.view.clock())
-        self.park(connection, question)
+        bus.park(connection, question)
         return None
-
-    def park(self, connection: Connection, parked: Question | Watch) -> None:
-        """As with polls, the newest that wait for the same are still live; the one before those is answered."""
-        self.bus.park(connection, parked)
-        same = self.bus.mailboxes.waiting[parked.places()[0]]
-        for other in list(same)[-PARKED_PER_NAME - 1 : -PARKED_PER_NAME]:
-            other.wait(PARKED, 0)
 
     def answered(self, connection: Connection, question: Question, messages: list[Message]) -> Answer:
         """A reply that is its mailbox's oldest unfetched message becomes fetched; else an asker's mailbox fills up."""
@@ -341,7 +332,7 @@ class Replies:
         hold = request.query().number("wait_fetched", 0, 0, HOLD_MAX)
         if not hold or request.command == "HEAD" or bus.draining or state_of(bus, found)[0] != "queued":
             return told(bus, found, reader_of(request))
-        self.park(request.peer, Watch(found._replace(text=""), reader_of(request), hold))
+        bus.park(request.peer, Watch(found._replace(text=""), reader_of(request), hold))
         return None
 
     def tell_watchers(self, channel: str, own: str, above: int, upto: int) -> None:

@@ -249,7 +249,7 @@ KINDS = [
           f"{BOUNDS}::test_one_question_has_eight_who_wait_for_its_reply",
           f"{BOUNDS}::test_one_message_has_eight_who_wait_for_its_fetch",
           f"{BOUNDS}::test_a_message_is_offered_to_one_worker_of_many"),
-         "`Question.wants()` asks `Gate.readers()` first (the first); `Replies.park()` sends nobody away (the "
+         "`Question.wants()` asks `Gate.readers()` first (the first); `Mailboxes.surplus()` finds nobody (the "
          "second and third); `Mailboxes.wake()` asks all at a place (the last)"),
     Kind("all who are late at once are answered in one turn",
          "answers to those whose time is over have the time of a turn; the others follow in the next ones",
