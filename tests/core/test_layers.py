@@ -25,6 +25,7 @@ LAZILY = {  # and where: if --schemas is given; by the path of a file that belon
     "later.py": {"_later_schedule", "_later_due"},
     "notify.py": {"_notify_rules"},
     "people.py": {"_people_similar", "_people_statuses"},
+    "replies.py": {"_replies_recalls", "_replies_fetches"},
 }
 
 SOURCE = (ROOT / "bus_server.py").read_text()

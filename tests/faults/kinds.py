@@ -289,7 +289,7 @@ KINDS = [
           f"{SHARES}::test_what_is_parked_holds_no_head",
           f"{SHARES}::test_a_head_does_not_wait",
           f"{SHARES}::test_what_waits_for_a_commit_holds_no_body"),
-         "a `Watch` has the text (the first); `Bus.park()` keeps the request (the second); `Replies.message()` lets a "
+         "a `Watch` has the text (the first); `Bus.park()` keeps the request (the second); `Fetches.message()` lets a "
          "HEAD wait (the third); `Bus.do()` keeps the body (the first and last)"),
     Kind("what waits for the disk is not counted",
          "503 beyond 16 MiB of one owner and 64 MiB of all; it is counted until the commit, whatever becomes of it",
@@ -417,7 +417,7 @@ KINDS = [
           f"{AUTHORITY}::test_who_waits_for_the_fetch_of_what_is_removed_is_told_that_it_is_gone",
           f"{AUTHORITY}::test_who_may_answer_is_asked_of_the_tokens_as_they_are_now",
           f"{AUTHORITY}::test_a_list_of_which_nothing_may_be_done_any_more_holds_up_nobody_and_is_counted_no_longer"),
-         "`Replies.unwatched()` tells with any right (the first), or tells what it had (the second); `Tokens.named` "
+         "`Fetches.unwatched()` tells with any right (the first), or tells what it had (the second); `Tokens.named` "
          "keeps what it had (the third); `Ledger.commit()` plans nothing or counts nothing out after such a list (the "
          "last)"),
     Kind("clients: a bus has more names than a page",
