@@ -17,7 +17,7 @@ CLASS_LINES, CLASS_METHODS, FUNCTION_LINES = 300, 30, 40
 OTHERS = {"bus_server"}  # what an extension may import beside the standard library
 LAZILY = {  # and where: if --schemas is given; by the path of a file that belongs to the extension
     "schemas.py": {"jsonschema"},
-    "mcp.py": {"_mcp_tools"},
+    "mcp.py": {"_mcp_tools", "_mcp_protocol"},
     "work.py": {"_work_letters", "_work_queues", "_work_state", "_work_words"},
     "locks.py": {"_locks_names", "_locks_state", "_locks_words"},
     "redact.py": {"_redact_copies"},
