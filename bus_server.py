@@ -2023,7 +2023,7 @@ class Listener:
 
 NOBODY = "0" * 64  # a hash that no secret has, compared when the id is unknown: both refusals take equally long
 BEARER = re.compile(r"[Bb]earer (abt_[0-9a-f]{8})_([A-Za-z0-9_-]{43})")
-TOOLS = "work log doctor file outbox relay join who inbox later lock search redact".split()
+TOOLS = "work log doctor doctor_way doctor_bus file outbox relay join who inbox later lock search redact".split()
 CLIENTS = ["/bus_recv.py", "/bus_send.py", "/bus_listener.sh", "/agent_bus.py", *(f"/bus_{tool}.py" for tool in TOOLS)]
 PUBLIC = {"/", "/healthz", "/certificate", *CLIENTS}  # open to all, because a new host begins with these
 
