@@ -24,7 +24,7 @@ A message is shown at least once. Its cursor is saved after the message was writ
 shows its last message again and never loses one; the id tells the repeat. Only a 200 with the bus's own JSON moves the
 cursor, and only the bus's own 4xx ends the program. Anything else (silence, half an answer, a redirect, a proxy's page)
 is an outage. --read acknowledges nothing: the message stays unread. On a bus with tokens its sender sees that it was
-fetched. --since moves the cursor past what waits before it, and says how much that is.
+fetched. --since X skips the messages from before X that are still unread, and says how many they are.
 
 Standard library only, Python 3.9 and later. It reads the environment (AGENT_BUS_URL, AGENT_NAME, AGENT_BUS_CHANNEL,
 AGENT_BUS_TOKEN or AGENT_BUS_TOKEN_FILE, AGENT_BUS_CA, AGENT_BUS_UA, AGENT_BUS_STATE_DIR; http_proxy, https_proxy,

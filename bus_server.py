@@ -2394,9 +2394,9 @@ class Storms:
 
 # ── State ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 # The SQLite file, and the operations that change it. An operation is a plain value with all the data that the change
-# needs. State.apply() applies a list of operations in one transaction, in Loop.aside(). Meanwhile the turns read with
-# View. To add an operation, write a subclass of Operation; to add a column, add a step to MIGRATIONS and the column to
-# ROW.
+# needs. State.apply() applies a list of operations in one transaction, in Loop.aside(). The turns go on meanwhile, and
+# read the file through View. To add an operation, write a subclass of Operation; to add a column, add a step to
+# MIGRATIONS and the column to ROW.
 #
 # Every message has a checksum; the rows of the other tables have none. If a number or a name in such a row is damaged,
 # the bus reports it on stderr and goes on without it, so that no row can end the bus.
@@ -5596,15 +5596,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--db", type=no_folder, default=default_path(), metavar="PATH", help="database, or :memory: (%(default)s)")
     add("--keep", type=duration, default="30d", help="remove messages older than this, like 12h; 0: keep all (30d)")
     add("--max-body", type=int, default=262144, metavar="BYTES", help="largest body of a request (%(default)s)")
-    add("--rate", type=float, default=50, metavar="N", help="most messages per sender and second; 0: any (%(default)s)")
-    turns = "most changes of direction between two names in 10 minutes; warn from N/4 on; 0: any (%(default)s)"
+    add("--rate", type=float, default=50, metavar="N", help="messages per second and sender; 0: no limit (%(default)s)")
+    turns = "changes of direction between two names in 10 minutes; warn from N/4 on; 0: no limit (%(default)s)"
     add("--turns", type=int, default=120, metavar="N", help=turns)
     add("--without", action="append", metavar="NAME,...", help="do not load these extensions: " + ",".join(ELSEWHERE))
     further_name = "another host name that clients use in the bus's URL; only needed without tokens"
     add("--allow-host", action="append", default=[], metavar="NAME", help=further_name)
-    shared = "the ledger that this front shares with others, instead of being a bus of its own: docs/cluster.md"
+    shared = "be a front: keep the bus in this ledger, together with other fronts (docs/cluster.md)"
     add("--ledger", default=os.environ.get("AGENT_BUS_LEDGER"), metavar="URL", help=shared)
-    add("--ledger-single", action="store_true", help="take a ledger that keeps its entries on one machine only")
+    add("--ledger-single", action="store_true", help="accept a ledger that keeps its entries on one machine only")
     add("--open", action="store_true", help="let other machines use the bus although it has no tokens")
     add("--tls-cert", metavar="FILE", help="speak HTTPS with this certificate chain (PEM); SIGHUP reloads it")
     add("--tls-key", metavar="FILE", help="the key of the certificate, if it is in another file")

@@ -5,9 +5,9 @@
 
 It prints one line for each hop: `ok`, `warn` (it works, with a problem), or `FAIL`. The line below a `warn` or `FAIL`
 says what to do. The first `FAIL` ends the check. If AGENT_BUS_URL has several URLs, each is checked, and a last line
-names those that fail. Of a bus with several fronts it tells which machine of the ledger leads, whether another one has
-what is acknowledged, and how far each front is. The environment and the code are those of the clients, so a client has
-the same faults.
+names those that fail. For a bus with several fronts it also says which machine of the ledger leads, whether
+acknowledged messages are on a second machine, and how far each front is. The environment and the code are those of the
+clients, so a client has the same faults.
 
 Nothing is stored, no mail is read and no cursor moves: the bus must refuse the test send, and the test polls use the
 channel `doctor`, where nobody sends. The token is never shown. Exit code: 0 no hop failed; 1 a hop failed; 2 usage.
