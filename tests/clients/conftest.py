@@ -1,8 +1,10 @@
-"""What several tests of the command agent-bus share: an agent that runs it, and an empty home."""
+"""What several tests of the clients share: an agent that runs agent-bus, an empty home, short deadlines."""
 import os
 
 import pytest
 
+import bus_recv
+import bus_send
 from tests.clients.test_clients import run
 
 
@@ -32,3 +34,13 @@ def house(tmp_path, monkeypatch):
     for variable in ("XDG_CONFIG_HOME", "XDG_STATE_HOME", "CLAUDE_CONFIG_DIR", "CODEX_HOME", "COPILOT_HOME"):
         monkeypatch.delenv(variable, raising=False)
     return place
+
+
+@pytest.fixture
+def hurry(monkeypatch):
+    """Real deadlines, but short ones."""
+    monkeypatch.setattr(bus_send, "GRACE_SECONDS", 0.2)
+    monkeypatch.setattr(bus_send, "SLOWEST_RATE", 1 << 20)
+    monkeypatch.setattr(bus_send, "FIRST_PAUSE", 0.001)
+    monkeypatch.setattr(bus_recv, "GRACE_SECONDS", 0.1)
+    monkeypatch.setattr(bus_recv, "SLOWEST_RATE", 1 << 20)
