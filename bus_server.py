@@ -2021,7 +2021,6 @@ class Listener:
 # from the request and from memory; only Tokens reads or writes a file. To add a right, add a member to Grant and to the
 # rows that invite writes.
 
-NOBODY = "0" * 64  # a hash that no secret has, compared when the id is unknown: both refusals take equally long
 BEARER = re.compile(r"[Bb]earer (abt_[0-9a-f]{8})_([A-Za-z0-9_-]{43})")
 TOOLS = "work log doctor doctor_way doctor_bus file outbox relay join who inbox later lock search redact".split()
 CLIENTS = ["/bus_recv.py", "/bus_send.py", "/bus_listener.sh", "/agent_bus.py", *(f"/bus_{tool}.py" for tool in TOOLS)]
@@ -2054,7 +2053,23 @@ def written_anew(path: str) -> Iterator[IO[str]]:
     os.replace(f"{path}.new", path)
 
 
-Row = dict[str, Any]  # of one token
+Row = dict[str, Any]  # of one token, as the file has it
+
+
+class Token(NamedTuple):
+    """A token that was not revoked."""
+
+    hash: str  # sha256 of its secret
+    grant: Grant
+    ends: float  # when it expires, s since 1970
+
+    @classmethod
+    def of(cls, row: Row) -> Token:
+        grant = Grant(row["id"], *(row[field] for field in Grant._fields[1:]))
+        return cls(row["hash"], grant, row.get("expires") or math.inf)
+
+
+NOBODY = Token("0" * 64, OPEN, 0)  # compared when the id is unknown, so that both refusals take equally long
 
 
 class Tokens:
@@ -2067,11 +2082,10 @@ class Tokens:
     def __init__(self, database: str) -> None:
         self.path = f"{database}.tokens"
         self.closed, self.first = False, math.inf  # and when the first token was made, s since 1970
-        self.grants: dict[str, tuple[str, Grant]] = {}
-        self.ends: dict[str, float] = {}  # token: when it expires
-        self.expired: dict[str, tuple[str, int]] = {}  # token: its hash, and when it expired
+        self.valid: dict[str, Token] = {}  # by id
+        self.expired: dict[str, Token] = {}
         self.since, self.until = -math.inf, math.inf  # between these times no token expires; s since 1970, as all here
-        self.named: dict[str, list[Grant]] = {}  # the same by name
+        self.named: dict[str, list[Grant]] = {}  # of the valid ones, by name
         self.used: dict[str, int] = {}  # token: s since 1970; since they were last saved
         # A descriptor that is given up to read the file: peers may have used up all others.
         self.spare = open(os.devnull)  # noqa: SIM115
@@ -2123,21 +2137,16 @@ class Tokens:
         self.closed = self.closed or bool(rows)
         try:
             self.first = min((row["made"] for row in rows), default=math.inf)
-            rows = [row for row in rows if not row["revoked"]]
-            self.ends = ends = {row["id"]: row.get("expires") or math.inf for row in rows}
-            self.expired = {row["id"]: (row["hash"], row["expires"]) for row in rows if ends[row["id"]] <= now}
-            self.grants = {
-                row["id"]: (row["hash"], Grant(row["id"], *(row[field] for field in Grant._fields[1:])))
-                for row in rows
-                if row["id"] not in self.expired
-            }
+            kept = {row["id"]: Token.of(row) for row in rows if not row["revoked"]}
+            self.valid = {id: token for id, token in kept.items() if token.ends > now}
         except (KeyError, TypeError):
             raise Unusable(f"cannot read the tokens in {self.path}: a line in it is not a token") from None
-        self.since = max((end for _, end in self.expired.values()), default=-math.inf)  # the clock may step back
-        self.until = min((ends[token] for token in self.grants), default=math.inf)
+        self.expired = {id: token for id, token in kept.items() if id not in self.valid}
+        self.since = max((token.ends for token in self.expired.values()), default=-math.inf)  # the clock may step back
+        self.until = min((token.ends for token in self.valid.values()), default=math.inf)
         self.named = {}
-        for _, grant in self.grants.values():
-            self.named.setdefault(grant.name, []).append(grant)
+        for token in self.valid.values():
+            self.named.setdefault(token.grant.name, []).append(token.grant)
 
     def change(self, change: Callable[[list[Row]], list[Row]]) -> None:
         """Write the file anew, one command at a time."""
@@ -2153,14 +2162,14 @@ class Tokens:
     def grant(self, authorization: str) -> Grant:
         """What this Authorization header allows, or 401."""
         token, digest = presented(authorization[:99])  # longer ones are no token, and the cache stays small
-        known, grant = self.grants.get(token, (NOBODY, OPEN))
-        if hmac.compare_digest(digest, known):
+        known = self.valid.get(token, NOBODY)
+        if hmac.compare_digest(digest, known.hash):
             self.used[token] = int(time.time())
-            return grant
+            return known.grant
         if self.refresh():  # it may have been made a moment ago
             return self.grant(authorization)
-        known, expired = self.expired.get(token, (NOBODY, 0))
-        raise unauthorized(expired if hmac.compare_digest(digest, known) else 0, bool(authorization))
+        known = self.expired.get(token, NOBODY)
+        raise unauthorized(known.ends if hmac.compare_digest(digest, known.hash) else 0, bool(authorization))
 
 
 @lru_cache(1024)  # each client shows the same each time: 0.1 us, not 2
@@ -2171,12 +2180,12 @@ def presented(authorization: str) -> tuple[str, str]:
     return token, hashlib.sha256(secret.encode()).hexdigest()
 
 
-def unauthorized(expired: int, shown: bool) -> Refused:
+def unauthorized(expired: float, shown: bool) -> Refused:
     """401. `expired`: when the token of this request expired; 0 if it did not. `shown`: it had a token at all."""
     why = (
         "this bus does not accept this token, which is wrong, cut off or revoked" if shown else "this bus needs a token"
     )
-    why = f"this token expired at {iso(expired * 1000000)}" if expired else why
+    why = f"this token expired at {iso(int(expired) * 1000000)}" if expired else why
     advice = f"set AGENT_BUS_TOKEN to a token made with: {called('invite')} NAME; the line it prints writes default.env"
     return Refused(401, f"{why}: {advice}", ("WWW-Authenticate", "Bearer"))
 
@@ -2197,11 +2206,11 @@ class Gate:
 
     def holds(self, token: str) -> bool:
         """May this token be used? On a bus without tokens every request may, and its token is empty."""
-        return not self.tokens.closed or token in self.tokens.grants
+        return not self.tokens.closed or token in self.tokens.valid
 
     def unauthorized(self, token: str) -> Refused:
         """The refusal of a token that was good when its request came."""
-        return unauthorized(self.tokens.expired.get(token, (NOBODY, 0))[1], bool(token))
+        return unauthorized(self.tokens.expired.get(token, NOBODY).ends, bool(token))
 
     def knows(self, head: Head) -> bool:
         """Does the request have a valid token, or has the bus no tokens?"""
@@ -2212,7 +2221,7 @@ class Gate:
 
     def readers(self, mailbox: str) -> set[str] | None:
         """The names that have a token that may read the mailbox. None on a bus without tokens: everybody may."""
-        known = {grant.name for _, grant in self.tokens.grants.values() if grant.reads(mailbox)}
+        known = {token.grant.name for token in self.tokens.valid.values() if token.grant.reads(mailbox)}
         return known if self.tokens.closed else None
 
     def may_read(self, name: str, mailbox: str) -> bool:
@@ -5537,10 +5546,7 @@ def block(message: dict[str, Any], me: str | None, now: int) -> str:
 
 def span(age: int) -> str:
     """Seconds as 90m, 6h or 2d; nothing under a minute."""
-    for unit, size in (("d", 86400), ("h", 3600), ("m", 60)):
-        if age >= size:
-            return f"{age // size}{unit}"
-    return ""
+    return next((f"{age // size}{unit}" for unit, size in (("d", 86400), ("h", 3600), ("m", 60)) if age >= size), "")
 
 
 HELP = """\

@@ -56,13 +56,13 @@ def start(bus: Bus, options: argparse.Namespace) -> None:
 
 def whoami(bus: Bus, request: Request) -> Answer:
     bus.storms.read(request.owner())
-    grant = request.grant
+    grant, token = request.grant, bus.gate.tokens.valid.get(request.grant.token)
     rights = {
         "name": grant.name or None,
         "operator": grant.operator,
         "send_only": grant.send_only,
         "reads": [grant.name, *grant.also] if grant.name and not grant.send_only else [],
-        "expires": int(ends) if (ends := bus.gate.tokens.ends.get(grant.token, math.inf)) < math.inf else None,
+        "expires": int(token.ends) if token and token.ends < math.inf else None,
         "open": not bus.gate.tokens.closed,
         "address": request.peer.address,
         "version": VERSION,
