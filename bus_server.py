@@ -2214,10 +2214,9 @@ class Gate:
 
     def knows(self, head: Head) -> bool:
         """Does the request have a valid token, or has the bus no tokens?"""
-        try:
+        with contextlib.suppress(Refused):
             return not self.tokens.closed or bool(self.tokens.grant(head.fields.get("authorization", "")))
-        except Refused:
-            return False
+        return False
 
     def readers(self, mailbox: str) -> set[str] | None:
         """The names that have a token that may read the mailbox. None on a bus without tokens: everybody may."""
@@ -2245,10 +2244,9 @@ class Gate:
 
 @lru_cache(256)
 def ip_address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    try:
+    with contextlib.suppress(ValueError):
         return ipaddress.ip_address(host)
-    except ValueError:
-        return None
+    return None
 
 
 def put_newest(entries: OrderedDict[Any, Any], key: Any, value: Any, most: int) -> None:
@@ -5688,6 +5686,11 @@ def module_at(file: pathlib.Path, name: str) -> ModuleType:
     return module
 
 
+def parts_of(file: str, *names: str) -> list[ModuleType]:
+    """The other files of an extension, which lie beside its first one. Each may import those before it."""
+    return [module_at(pathlib.Path(file).with_name(f"{name}.py"), name) for name in names]
+
+
 def load(file: pathlib.Path) -> ModuleType:
     module = module_at(file, f"bus_extensions.{file.stem}")
     OPERATIONS.update((each.kind, each) for each in module.OPERATIONS)
@@ -6125,11 +6128,10 @@ def is_front(path: str) -> bool:
 
 def signature(path: str) -> tuple[str, str]:
     """(URL, version) of the running server, from its lock file."""
-    try:
-        lines = pathlib.Path(lock_file(path)).read_text().splitlines()
-    except OSError:
-        lines = []
-    return (*lines, "", "")[0], (*lines, "", "")[1]
+    lines = ["", ""]
+    with contextlib.suppress(OSError):
+        lines[:0] = pathlib.Path(lock_file(path)).read_text().splitlines()
+    return lines[0], lines[1]
 
 
 def backup(arguments: Sequence[str]) -> None:

@@ -16,7 +16,6 @@ import traceback
 import weakref
 from collections import OrderedDict
 from collections.abc import Generator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bus_server import (
@@ -30,11 +29,11 @@ from bus_server import (
     Request,
     Shares,
     encode,
-    module_at,
     name,
     ok,
     our_fault,
     parse_json,
+    parts_of,
     put_newest,
     refusal,
     reserved,
@@ -45,9 +44,8 @@ from bus_server import (
 if TYPE_CHECKING:
     import _mcp_protocol as protocol
     import _mcp_tools as tools
-else:  # the second imports the first
-    parts = ("_mcp_tools", "_mcp_protocol")
-    tools, protocol = [module_at(Path(__file__).with_name(f"{part}.py"), part) for part in parts]
+else:
+    tools, protocol = parts_of(__file__, "_mcp_tools", "_mcp_protocol")
 
 TABLES, NOUN, OPERATIONS = None, "", ()
 

@@ -6,7 +6,6 @@ import argparse
 import math
 from collections import OrderedDict
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bus_server import (
@@ -27,8 +26,8 @@ from bus_server import (
     boolean,
     encode,
     is_name,
-    module_at,
     ok,
+    parts_of,
     put_newest,
     seconds,
 )
@@ -37,8 +36,7 @@ if TYPE_CHECKING:
     from _people_similar import Similar
     from _people_statuses import Statuses
 else:
-    parts = ("_people_similar", "_people_statuses")
-    similar, statuses = [module_at(Path(__file__).with_name(f"{part}.py"), part) for part in parts]
+    similar, statuses = parts_of(__file__, "_people_similar", "_people_statuses")
     Similar, Statuses = similar.Similar, statuses.Statuses
 
 TABLES, NOUN, OPERATIONS = None, "", ()

@@ -10,7 +10,6 @@ import contextlib
 from collections.abc import Generator, Sequence
 from functools import partial
 from itertools import chain
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bus_server import (
@@ -38,9 +37,9 @@ from bus_server import (
     Waits,
     encode,
     entry,
-    module_at,
     no_message,
     ok,
+    parts_of,
     quote,
     readable,
     tick_of,
@@ -51,8 +50,7 @@ if TYPE_CHECKING:
     import _replies_recalls as recalls
     from _replies_recalls import FETCHED, Recall, was_fetched
 else:
-    parts = ("_replies_recalls", "_replies_fetches")
-    recalls, fetches = [module_at(Path(__file__).with_name(f"{part}.py"), part) for part in parts]
+    recalls, fetches = parts_of(__file__, "_replies_recalls", "_replies_fetches")
     FETCHED, Recall, was_fetched = recalls.FETCHED, recalls.Recall, recalls.was_fetched  # two of them for a front
 
 TABLES, NOUN, OPERATIONS = None, "", (Recall,)
