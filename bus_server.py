@@ -510,7 +510,7 @@ class Report:
         self.begin = threading.Thread(target=self.write, name="report", daemon=True).start
 
     def start(self) -> None:
-        """Start the thread, unless it is there. Without memory this may wait for ever, so a Loop does it first."""
+        """Start the thread, if it does not run yet. Without memory this may wait for ever, so a Loop does it early."""
         with contextlib.suppress(RuntimeError):  # it has begun already
             self.begin()
 
@@ -640,7 +640,7 @@ class Loop:
                 self.attempt(failed, item)
 
     def gradually(self, action: Callable[[T], object], failed: Callable[[T], object], items: Iterator[T]) -> None:
-        """each() with those for which this turn has time, and with the others in the next turns. `items`: of a list."""
+        """each() with the items for which this turn has time; the next turns take the others. `items`: of a list."""
         self.each(action, failed, self.timely(items))
         if length_hint(items):
             self.soon(partial(self.gradually, action, failed, items))
@@ -718,7 +718,7 @@ class Loop:
                 raise self.failure
 
     def patiently(self, turn: Callable[[], None]) -> None:
-        """Without memory, a turn is begun again a little later: its sockets are still ready."""
+        """If there is no memory for a turn, begin it again a little later: its sockets are still ready."""
         try:
             turn()
         except MemoryError:
@@ -1209,7 +1209,7 @@ class Request:
         return Query.of_members(value)
 
     def is_large(self) -> bool:
-        """Else its bytes are few, and its parsed head is that of many requests."""
+        """A request that is not large has few bytes, and shares its parsed head with many requests."""
         return len(self.head) + len(self.body) > KNOWN_HEAD
 
     def shrink(self) -> None:
@@ -1292,7 +1292,7 @@ class Shares:
             del self.held[owner]
 
     def is_full(self, owner: str, size: int) -> bool:
-        """Would so many bytes more exceed a limit? Something alone never does."""
+        """Would so many more bytes exceed a limit? Never if nothing else is held."""
         each = self.held[owner]
         return bool(self.all and self.all + size > self.most) or bool(each and each + size > self.most_each)
 
@@ -2893,7 +2893,7 @@ class Index:
         self.reload()
 
     def reload(self) -> None:
-        """Take from the file what is in memory."""
+        """Read from the file the values that are kept in memory."""
         [above] = self.ask("SELECT ifnull(max(upto), 0) FROM runs WHERE upto BETWEEN 1 AND ?", SOUND)
         tail = Tail(above, defaultdict(list))
         late = "SELECT channel, name, tick FROM messages JOIN mailboxes ON mailbox = id WHERE tick > ? ORDER BY tick"
@@ -3854,7 +3854,7 @@ class Mailbox:
         return found, looked
 
     def recalled(self, message: Message) -> None:
-        """Its sender took this message back: what was counted stays true."""
+        """Its sender took this message back: correct what was counted."""
         self.perishable = True
         mark, upto, known = self.expired or (message.tick, (0, 0), 0)
         was_counted = message.expires is not None and (message.expires, message.tick) <= upto
@@ -3906,7 +3906,7 @@ class Mailboxes:
         return box
 
     def keys(self, after: tuple[str, str]) -> Iterator[tuple[str, str]]:
-        """The mailboxes behind one, in the order of channel and name."""
+        """The mailboxes that come after one, in the order of channel and name."""
         if self.unordered:
             self.ordered += self.unordered
             self.ordered.sort()  # a list that is nearly in order takes a twentieth of the time
@@ -3926,7 +3926,7 @@ class Mailboxes:
             self.dropped = set()
 
     def new(self, channel: str, names: Iterable[str]) -> int:
-        """How many of these names have no mailbox yet. `all` counts only alone: each poll has it."""
+        """How many of these names have no mailbox yet. `all` counts only if it is the one name: each poll has it."""
         names = list(names)
         return sum((channel, own) not in self.boxes for own in names if own != EVERYONE or len(names) == 1)
 
@@ -4133,7 +4133,7 @@ class Mailboxes:
         return parked
 
     def surplus(self, parked: Parked) -> list[Connection]:
-        """Those that wait as this one does, for the same name, but the newest: so many of one name are not alive."""
+        """The oldest of those that wait in the same way for the same name, if there are many: their peers have gone."""
         here = self.waiting[parked.places()[0]]
         if parked.exclusive or len(here) <= PARKED_PER_NAME:
             return []
