@@ -240,10 +240,6 @@ class Poll(NamedTuple):
     owner: str = ""  # of an observer: whose limits it counts for
 
     @property
-    def exclusive(self) -> bool:
-        return False
-
-    @property
     def who(self) -> str:
         return str(self.me)
 
@@ -3752,10 +3748,6 @@ class Parked(Reader, Protocol):
     """The record of a connection that waits: what it waits for, and for whom."""
 
     @property
-    def exclusive(self) -> bool:
-        """Does a message go to only one of the connections that wait for it?"""
-
-    @property
     def hold(self) -> float:
         """s"""
 
@@ -3892,6 +3884,7 @@ class Mailboxes:
         self.receipts: dict[tuple[str, str, int | str], Receipt] = {}  # newer than on disk
         self.on_fetched: list[Callable[[str, str, int, int], None]] = []  # see note()
         self.parked: dict[Connection, Parked] = {}
+        self.exclusive: set[type] = set()  # kinds of Parked: a message goes to only one of these that wait for it
         self.waiting: dict[Key, dict[Connection, None]] = {}
         # Polls for whose mailboxes messages came, before they are told: these messages, a list for each mailbox.
         self.behind: OrderedDict[Connection, list[list[Message]]] = OrderedDict()
@@ -4135,7 +4128,7 @@ class Mailboxes:
     def surplus(self, parked: Parked) -> list[Connection]:
         """The oldest of those that wait in the same way for the same name, if there are many: their peers have gone."""
         here = self.waiting[parked.places()[0]]
-        if parked.exclusive or len(here) <= PARKED_PER_NAME:
+        if type(parked) in self.exclusive or len(here) <= PARKED_PER_NAME:
             return []
         others = [(connection, self.parked[connection]) for connection in here]
         alike = [each for each, other in others if type(other) is type(parked) and other.who == parked.who]
@@ -4159,8 +4152,9 @@ class Mailboxes:
                 if isinstance(parked, Poll):
                     self.behind.setdefault(connection, []).append(messages)
                     continue
-                wanted = (message for message in (left if parked.exclusive else messages) if parked.wants(message))
-                most = int(self.holds(parked.token)) if parked.exclusive else None  # 0: it is about to be closed
+                alone = type(parked) in self.exclusive
+                wanted = (message for message in (left if alone else messages) if parked.wants(message))
+                most = int(self.holds(parked.token)) if alone else None  # 0: it is about to be closed
                 its = [*islice(wanted, most)]
                 woken.update({connection: its} if its else {})
         return woken

@@ -40,10 +40,6 @@ class Watch(NamedTuple):
         return self.grant.token
 
     @property
-    def exclusive(self) -> bool:
-        return False
-
-    @property
     def channel(self) -> str:
         return self.message.channel
 

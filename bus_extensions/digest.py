@@ -70,10 +70,6 @@ class Asked(NamedTuple):
     owner: str  # whose limits it counts for
 
     @property
-    def exclusive(self) -> bool:
-        return False
-
-    @property
     def channel(self) -> str | None:
         return self.poll.channel
 

@@ -79,10 +79,6 @@ class Question(NamedTuple):
     channel: str
 
     @property
-    def exclusive(self) -> bool:
-        return False
-
-    @property
     def token(self) -> str:
         return self.grant.token
 

@@ -80,6 +80,7 @@ class Work:
         bus.route("POST", "/nack", self.settle, "give a claimed message back to the queue")
         bus.route("POST", "/extend", self.settle, "ask for more time for a claimed message")
         bus.route("POST", "/again", self.again, "put a dead letter back into its queue")
+        bus.mailboxes.exclusive.add(Worker)
         bus.waits[Worker] = Waits(self.found, self.over)
         bus.on_lost.append(self.lost)
         bus.on_tidy.append(self.bury)  # a lease from before the start of the bus has no timer
