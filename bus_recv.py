@@ -1005,7 +1005,7 @@ def main(argv: list[str] | None = None) -> int:
 
     purpose = "Show the messages for NAME on an agent-bus, as they arrive."
     cli = argparse.ArgumentParser(usage="%(prog)s [-h] [OPTIONS] [NAME ...]", description=purpose)
-    cli.add_argument("names", nargs="*", metavar="NAME", help="its own name ($AGENT_NAME), then others that it reads")
+    cli.add_argument("names", nargs="*", metavar="NAME", help="your own name ($AGENT_NAME), then other names to read")
     cli.add_argument("--monitor", action="store_true", help="pace and wrap messages for a Monitor, as for a socket")
     cli.add_argument("--json", action="store_true", help="print each message as a line of JSON")
     cli.add_argument("--once", action="store_true", help="end after the waiting messages, or after the first new one")
