@@ -3727,7 +3727,7 @@ def migrate(database: sqlite3.Connection, steps: Iterable[str]) -> None:
 # answer it into Bus.waits.
 
 GRACE = 10.0  # s after its hold in which a reader still counts as listening: the time to print and to poll again
-PARKED_PER_NAME = 8  # that wait in the same way for one name; older ones are of peers whose connection broke unnoticed
+PARKED_PER_NAME = 8  # connections that wait alike for one name; older ones have probably broken without a sign
 
 
 class Reader(Protocol):
