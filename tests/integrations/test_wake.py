@@ -15,8 +15,8 @@ import bus_recv
 import bus_send
 from integrations.wake import bus_wake
 from tests.integrations.test_agents import OFFLINE, PROGRAMS, binary
-from tests.integrations.test_end_to_end import Session
 from tests.kit.bad_servers import Scripted, answer
+from tests.kit.claude_code import Session
 from tests.kit.dialects import DIALECTS
 from tests.kit.processes import PATIENCE, ROOT, free_port, no_settings, wait_until
 from tests.kit.scripted_model import ScriptedModel, words
