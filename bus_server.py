@@ -5576,6 +5576,8 @@ def duration(text: str) -> float:
 
 
 def default_path() -> str:
+    if os.environ.get("HOME") == "":  # then ~ would be the root folder
+        del os.environ["HOME"]
     state = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
     return os.path.join(state, "agent-bus", "bus.db")
 
@@ -5586,18 +5588,34 @@ def no_folder(path: str) -> str:
     return path
 
 
+def within(least: float, most: float = math.inf, kind: Callable[[str], float] = int) -> Callable[[str], float]:
+    """The type of an option whose value is a number in these bounds."""
+
+    def number(text: str) -> float:
+        with contextlib.suppress(ValueError):
+            if least <= kind(text) <= most:
+                return kind(text)
+        what = "number" if kind is float else "whole number"
+        bounds = f"{least} or more" if most == math.inf else f"{least} to {most}"
+        raise argparse.ArgumentTypeError(f"{text!r} is not a {what}: give {bounds}")
+
+    return number
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of the core."""
     add = parser.add_argument
     add("--host", help="address to listen on (127.0.0.1)")
-    add("--port", type=int, help="port to listen on; 0: any free one (8080)")
+    add("--port", type=within(0, 65535), help="port to listen on; 0: any free one (8080)")
     add("--db", type=no_folder, default=default_path(), metavar="PATH", help="database, or :memory: (%(default)s)")
     add("--keep", type=duration, default="30d", help="remove messages older than this, like 12h; 0: keep all (30d)")
-    add("--max-body", type=int, default=262144, metavar="BYTES", help="largest body of a request (%(default)s)")
-    add("--rate", type=float, default=50, metavar="N", help="messages per second and sender; 0: no limit (%(default)s)")
+    largest = "largest body of a request (%(default)s)"
+    add("--max-body", type=within(1024, 9999999), default=262144, metavar="BYTES", help=largest)
+    most = "messages per second and sender; 0: no limit (%(default)s)"
+    add("--rate", type=within(0, kind=float), default=50, metavar="N", help=most)
     turns = "changes of direction between two names in 10 minutes; warn from N/4 on; 0: no limit (%(default)s)"
-    add("--turns", type=int, default=120, metavar="N", help=turns)
-    add("--without", action="append", metavar="NAME,...", help="do not load these extensions: " + ",".join(ELSEWHERE))
+    add("--turns", type=within(0), default=120, metavar="N", help=turns)
+    add("--without", action="append", metavar="NAME,...", help="do not load these extensions: " + ", ".join(ELSEWHERE))
     further_name = "another host name that clients use in the bus's URL; only needed without tokens"
     add("--allow-host", action="append", default=[], metavar="NAME", help=further_name)
     shared = "be a front: keep the bus in this ledger, together with other fronts (docs/cluster.md)"
@@ -5629,11 +5647,8 @@ def command_line(arguments: Sequence[str]) -> argparse.Namespace:
     check_extensions(parser, arguments, without, extensions)
     options = parser.parse_args(arguments)
     for wrong, sentence in (
-        (not 0 <= (options.port or 0) <= 65535, "--port must be 0 to 65535"),
-        (options.rate < 0 or options.turns < 0, "--rate and --turns must not be negative"),
         (options.tls_key and not options.tls_cert, "--tls-key needs --tls-cert"),
         (options.ledger_single and not options.ledger, "--ledger-single needs --ledger"),
-        (not 1024 <= options.max_body <= 9999999, "--max-body must be 1024 to 9999999"),
     ):
         if wrong:
             parser.error(sentence)
@@ -5896,13 +5911,14 @@ def meant(wrong: str, right: Iterable[str]) -> str:
 def invite(arguments: Sequence[str]) -> None:
     """Make a token, and print once what to run on the other machine. The words are in tools/bus_invite.py."""
     parser = command("invite", "Make a token for NAME and print it. It is shown only once.")
-    parser.add_argument("name", metavar="NAME")
+    parser.add_argument("name", metavar="NAME", help="the agent or the person that the token is for")
     parser.add_argument("--also", default="", metavar="NAME,...", help="other names whose mail the token may read")
     parser.add_argument("--send-only", action="store_true", help="the token may send, but not read")
     parser.add_argument("--operator", action="store_true", help="the token may read everything: /log and every mailbox")
-    how = "as 90d or 12h; 0: never (0)"
-    parser.add_argument("--expires", "--for", type=duration, default="0", metavar="TIME", help=how)
-    parser.add_argument("--page", action="store_true", help="print a link to the page of the bus, for a browser")
+    how = "the token is valid for TIME, as 90d or 12h; 0: for ever (0; with --page 12h)"
+    parser.add_argument("--expires", "--for", type=duration, metavar="TIME", help=how)
+    page = "print a link to the page of the bus, for a browser, and not the line that joins a machine"
+    parser.add_argument("--page", action="store_true", help=page)
     parser.add_argument("--label", default="", metavar="TEXT", help="tells the tokens of NAME apart: `revoke --label`")
     parser.add_argument("--url", default="", help="URL of the bus for the other machine (that of the running server)")
     parser.add_argument("--yes", action="store_true", help="do not ask")
@@ -5919,7 +5935,7 @@ def invite(arguments: Sequence[str]) -> None:
     digest, now = hashlib.sha256(secret.encode()).hexdigest(), time.time()
     row = {"id": token, "hash": digest, "name": options.name, "also": options.also, "made": now, "revoked": None}
     row.update(send_only=options.send_only, operator=options.operator, label=options.label)
-    lasts = options.expires or (PAGE_SECONDS if options.page else None)
+    lasts = PAGE_SECONDS * options.page if options.expires is None else options.expires
     row.update(expires=int(now + lasts) if lasts else None)
     for own in [own for own in file.rows() if own["name"] == options.name and not own["revoked"]]:
         made = time.strftime("%Y-%m-%d", time.gmtime(own["made"]))
@@ -5929,7 +5945,7 @@ def invite(arguments: Sequence[str]) -> None:
     print(print_it(options.name, f"{token}_{secret}", here, options.url) if print_it else f"{token}_{secret}")
 
 
-PAGE_SECONDS = 12 * 3600  # that the token of a link to the page is valid, if --for does not say: browsers keep links
+PAGE_SECONDS = 12 * 3600  # a link to the page is valid for so long, unless --expires says: browsers keep links
 
 
 def check_invitation(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:

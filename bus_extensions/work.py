@@ -33,6 +33,7 @@ from bus_server import (
     one_of,
     parts_of,
     seconds,
+    within,
 )
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ OPERATIONS = (Claim, Settle, Bury, Again)
 def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-attempts",
-        type=int,
+        type=within(1),
         default=5,
         metavar="N",
         help="after N failed attempts a message of the queue NAME goes to NAME.dead (%(default)s)",

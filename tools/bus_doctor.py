@@ -10,7 +10,8 @@ acknowledged messages are on a second machine, and how far each front is. The en
 clients, so a client has the same faults.
 
 Nothing is stored, no mail is read and no cursor moves: the bus must refuse the test send, and the test polls use the
-channel `doctor`, where nobody sends. The token is never shown. Exit code: 0 no hop failed; 1 a hop failed; 2 usage.
+channel `doctor`, where nobody sends, and leave no name behind. The token is never shown. Exit code: 0 no hop failed; 1
+a hop failed; 2 usage.
 """
 from __future__ import annotations
 
@@ -32,7 +33,7 @@ try:
     import bus_recv  # noqa: I001  first, as the next two need it
     import bus_send
     from bus_doctor_bus import BETWEEN, Bus
-    from bus_doctor_way import Fault, Finding, worded
+    from bus_doctor_way import Fault, Finding
 except ModuleNotFoundError as missing:
     print(f"bus_doctor: {missing.name}.py is missing in {HERE}: run curl -fO $AGENT_BUS_URL/{missing.name}.py there",
           file=sys.stderr)  # fmt: skip
@@ -66,7 +67,7 @@ def examine(way: Bus) -> bool:
         except Fault as fault:
             verdict, found, advice = "FAIL", str(fault), fault.advice
         except FAULTS as error:  # although the hops before it went well
-            verdict, found, advice = "FAIL", worded(error), BETWEEN
+            verdict, found, advice = "FAIL", bus_recv.worded(error), BETWEEN
         if found:
             tell(verdict, hop, found, advice)
         if verdict == "FAIL":

@@ -15,7 +15,7 @@ import time
 from typing import Any
 from urllib.parse import urlencode, urlsplit
 
-from bus_doctor_way import MEND, Fault, Finding, Way, worded
+from bus_doctor_way import MEND, Fault, Finding, Way
 
 import bus_recv
 import bus_send
@@ -57,7 +57,7 @@ class Bus(Way):
         except (OSError, ValueError, http.client.HTTPException) as error:
             self.check_scheme()
             advice = "is that the right port? Does the log of the bus or of a proxy say more?"
-            raise Fault(f"no answer: {worded(error)}", advice) from None
+            raise Fault(f"no answer: {bus_recv.worded(error)}", advice) from None
         self.health, self.skew, status = said(page), time.time() - bus_recv.clock_of(response.headers), response.status
         if status == 200 and self.health:
             return "200, and JSON"
@@ -154,8 +154,9 @@ class Bus(Way):
         """May we read our mail? The poll is for a channel without mail."""
         if not self.name:
             return "skipped"
+        query = {"to": self.name, "channel": CHANNEL, "since": self.health["now"], "peek": "true"}
         try:
-            self.poll(0)
+            bus_recv.ask(self.url, f"/recv?{urlencode(query)}", self.PATIENCE)
         except bus_recv.Refused as refused:
             self.hold = 0
             return f"{refused.status}: {refused}", "if the token was made with --send-only, this is right"
@@ -170,8 +171,11 @@ class Bus(Way):
         if sys.stderr and sys.stderr.isatty():
             print(f"      (a long poll takes {self.hold:g} s; --hold 0 leaves it out)", file=sys.stderr)
         began = time.monotonic()
-        try:
-            self.poll(self.hold)
+        query = {"channel": CHANNEL, "since": self.health["now"], "block": "true", "wait": f"{self.hold:g}"}
+        try:  # a reader of the log is nobody, so no name is left behind
+            bus_recv.ask(self.url, f"/log?{urlencode(query)}", self.hold + self.PATIENCE)
+        except bus_recv.Refused as refused:
+            return f"skipped: {refused}"
         except bus_recv.Unreachable as fault:
             held = time.monotonic() - began
             advice = f"set the timeout of each proxy to 75 s (docs/deploy.md); until then, wait={held * 0.8:.0f} works"
@@ -191,11 +195,6 @@ class Bus(Way):
             if urlsplit(lock.readline().strip()).port == self.port:
                 return f"{path}; to look inside: sqlite3 {shlex.quote(path)} 'select * from readable'"
         return "not at the usual place; the bus printed its path when it started"
-
-    def poll(self, hold: float) -> None:
-        query = {"to": self.name, "channel": CHANNEL, "since": self.health["now"], "wait": f"{hold:g}",
-                 "block": "true" if hold else "false", "peek": "false" if hold else "true"}  # fmt: skip
-        bus_recv.ask(self.url, f"/recv?{urlencode(query)}", hold + self.PATIENCE)
 
 
 def said(page: bytes) -> dict[str, Any]:

@@ -111,7 +111,7 @@ class Way:
             advice = "is a firewall in between, is the host down, is the address right? Try ping, and check the VPN"
             raise Fault(f"{where} does not answer within {self.PATIENCE:.0f} s", advice) from None
         except OSError as error:
-            raise Fault(f"{where}: {worded(error)}", "is the network, the VPN or the tunnel up?") from None
+            raise Fault(f"{where}: {bus_recv.worded(error)}", "is the network, the VPN or the tunnel up?") from None
         return f"{where} accepts, after {(time.monotonic() - began) * 1000:.0f} ms"
 
     def tls(self) -> Finding:
@@ -128,10 +128,11 @@ class Way:
                 connection.connect()
             except ssl.SSLCertVerificationError as error:
                 advice = CERTIFICATE.get(error.verify_code, "ask the operator of the bus for a valid certificate")
-                raise Fault(f"the certificate is not valid: {error.verify_message}", advice) from None
+                raise Fault(f"the certificate is not valid: {error.verify_message.rstrip('.')}", advice) from None
             except OSError as error:
                 self.check_scheme()
-                raise Fault(f"no TLS: {worded(error)}", "is that the right port? Is a proxy in between?") from None
+                advice = "is that the right port? Is a proxy in between?"
+                raise Fault(f"no TLS: {bus_recv.worded(error)}", advice) from None
             return "the certificate is valid"
 
     def fetch(self, path: str) -> tuple[http.client.HTTPResponse, bytes]:
@@ -181,7 +182,3 @@ def origin(url: str) -> str:
     if not bus_recv.is_within(bus_recv.settings()["AGENT_BUS_URL"], its):
         return f"{source}; nothing is taken from {path}, which is for {its}"
     return source
-
-
-def worded(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__

@@ -23,7 +23,7 @@ paths, and XDG_STATE_HOME; it knows no other variable.
 
 The other parts: bus_agents.py (the table of the agent programs: which files, and what is written there), bus_change.py
 and bus_edit.py (how these files are changed), bus_service.py (the service).
-Exit code: 0 done, 1 refused (another's file or entry is in the way), 2 usage.
+Exit code: 0 done, 1 refused (another's file or entry is in the way), 2 usage, 130 Ctrl-C.
 """
 
 from __future__ import annotations
@@ -177,6 +177,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         complain(f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error))
         return 2
+    except KeyboardInterrupt:
+        return 130
 
 
 if __name__ == "__main__":

@@ -323,6 +323,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     for number in bus_recv.ENDS:
         signal.signal(number, lambda *_: sys.exit(0))
+    for client in (bus_recv, bus_send):
+        client.tell_people(complain)
     os.environ.pop("AGENT_NAME", None)  # it would be our name on both buses
     seconds = bus_recv.HOLD_SECONDS if options.once else None
     try:

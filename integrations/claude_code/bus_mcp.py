@@ -331,6 +331,8 @@ def main() -> None:
         signal.signal(number, lambda *_: os._exit(0))
     server = Server(sys.stdout.buffer, options.channel)
     sys.stdout = sys.stderr  # stdout is for the protocol only
+    if sys.stdin.isatty():
+        complain("this is for an MCP client, which starts it and speaks JSON with it; Ctrl-C ends it")
     for line in sys.stdin.buffer:
         server.take(line)
     server.end()

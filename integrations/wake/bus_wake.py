@@ -225,7 +225,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("session", metavar="SESSION", help="its session or thread; OpenCode: http://HOST:PORT/SESSION")
     parser.add_argument("--folder", help="the folder of the session; Claude Code finds it only there")
     parser.add_argument("--any", action="store_true", help="wake for every message, not only for urgent ones")
-    parser.add_argument("--budget", type=int, default=BUDGET, metavar="N", help=f"wakes in one hour at most ({BUDGET})")
+    budget = f"wakes in one hour at most ({BUDGET})"
+    parser.add_argument("--budget", type=bus_recv.count, default=BUDGET, metavar="N", help=budget)
     parser.add_argument("--once", action="store_true", help="look once and end, for cron")
     parser.add_argument("--bus", type=bus_recv.profile, metavar="PROFILE", help="the bus of PROFILE.env")
     options = parser.parse_args(argv)
@@ -235,6 +236,7 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"{options.session!r} is an option, not a session")
         for number in bus_recv.ENDS:
             signal.signal(number, lambda *_: sys.exit(143))  # a turn that we have started is killed
+        bus_recv.tell_people(lambda line: bus_recv.complain(line, "bus_wake"))
         waker = Waker(options)
         if options.folder:
             os.chdir(options.folder)

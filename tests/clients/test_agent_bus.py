@@ -93,9 +93,9 @@ def test_the_help_names_commands_that_this_user_has(monkeypatch, capsys):
 
 @pytest.mark.parametrize("arguments, says", [
     ("send bob hi --frm x", "unrecognized"), ("later bob hi --after x", "is not a time"),
-    ("serve --port x", "invalid int"), ("recv --frm", "--frm"),
+    ("serve --port x", "'x' is not a whole number: give 0 to 65535"), ("recv --frm", "--frm"),
     ("send bob hi --field from=x", "'from=x' is no further member"),
-    ("log --last=-3", "--last: '-3' is not a number of messages"), ("install", "required"),
+    ("log --last=-3", "--last: '-3' is not a number: give 1 or more"), ("install", "required"),
     ("lock a --no", "--no"), ("locks a b", "b"), ("inbox a b", "b"), ("ack a b c", "c"), ("install claude x", "x"),
     ("install service --dry-run", "are for an agent program"),
 ])  # fmt: skip

@@ -443,8 +443,10 @@ def test_an_old_python_is_told_so(kind, version, tmp_path, authority):
 def test_a_bus_that_is_not_there_is_one_sentence(bus, tmp_path):
     line, token, _ = invited(bus, "dell")
     bus.stop()
+    (tmp_path / "home" / ".local").mkdir(parents=True)
     code, _, err = join(bus, "dell", token, tmp_path / "home", pin=line)
     assert code == 1 and err.count("\n") == 1 and "is the bus running" in err
+    assert list((tmp_path / "home").rglob("*")) == [tmp_path / "home" / ".local"], "no empty folders of ours"
 
 
 def test_a_bus_with_a_certificate_of_its_own_needs_the_pin_of_the_line(bus, tmp_path):
@@ -462,7 +464,7 @@ def test_a_bus_with_a_certificate_of_its_own_needs_the_pin_of_the_line(bus, tmp_
 def test_a_wrong_token_is_one_sentence_and_configures_nothing(given, says, bus, tmp_path):
     code, out, err = join(bus, "dell", given, tmp_path / "home")
     assert (code, out, err.count("\n")) == (1, "", 1) and says in err
-    assert list((tmp_path / "home" / CONFIG).iterdir()) == []
+    assert not (tmp_path / "home").exists(), "what was made for it is gone"
 
 
 def test_an_expired_token_is_one_sentence(bus, tmp_path):
