@@ -213,7 +213,7 @@ class Relay(bus_recv.Reader):
         if self.other.signs:
             fields["relayed_from"], sender = relayed_from(message), None
         fields = json.loads(bus_recv.dump(fields))  # no Decimal, which json.dumps() does not take
-        left = self.time_left(message) if "ttl" in message else None
+        left = None if message.get("ttl") is None else self.time_left(message)
         given = {"sender": sender, "channel": self.channel, "key": self.key(message), "reply_to": reply_to, "ttl": left}
         url, copy = bus_send.compose(to, message["msg"], url=self.other.url, fields=fields, **given)
         return bus_send.post(url, copy, bus_send.GRACE_SECONDS)

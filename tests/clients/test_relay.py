@@ -366,6 +366,19 @@ def test_the_same_bus_twice_is_refused(buses, home):
     assert waiting(a, "bob") == 1
 
 
+def test_whatever_somebody_writes_into_a_member_ends_no_relay(buses):
+    """One that ends begins again with the same message."""
+    a, b = buses("a", "b")
+    members = "ttl reply_to via relayed_from type subject priority content_type redacted attempt".split()
+    values = None, True, [], {}, [[None]], {"x": []}, -1, 0.5, "", "\n x"
+    for member, value in itertools.product(members, values):
+        with contextlib.suppress(bus_send.Refused):  # a bus takes no ttl of -1
+            say(a, "spark", "bob", "strange", fields={member: value})
+    say(a, "spark", "bob", "last")
+    assert relay("bob")[0] == 0 and texts(b)[-1] == "last"
+    assert texts(b, msg="strange")[0] and any(one.get("subject") == {"x": []} for one in log(b))
+
+
 @pytest.mark.parametrize("via", [
     "b", 7, {"bus": "b"}, [1, None, "b"], [{"bus": 5, "id": []}], [{"bus": "a b", "id": "zz"}], [{}],
     [{"bus": "x" * 999, "id": "1"}], [{"bus": ["b", 0.5], "id": 5, "from": 1}],
