@@ -152,6 +152,47 @@ def test_a_file_that_cannot_be_read_is_left_alone(name, text, install, house):
     assert tree(house) == was
 
 
+@pytest.mark.parametrize("command", ["install", "uninstall"])
+def test_what_another_program_writes_in_the_same_moment_stays(command, install, house, before, monkeypatch):  # noqa: F811
+    """A session of Claude Code writes ~/.claude.json several times a minute."""
+    before("claude", "comments")
+    if command == "uninstall":
+        install("install", "claude")
+        (house / ".claude.json").write_text((house / ".claude.json").read_text() + "// later\n")
+    sync, meanwhile = os.fsync, '{"numStartups": 4}'
+
+    def write(file):
+        sync(file)
+        (house / ".claude.json").write_text(meanwhile)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", write)
+        assert "another program has just changed" in install(command, "claude", code=1)
+    assert (house / ".claude.json").read_text() == meanwhile
+    assert not [path for path in house.iterdir() if ".claude.json." in path.name]
+    install("install", "claude")
+    install("uninstall", "claude")
+    assert (house / ".claude.json").read_text() == meanwhile
+
+
+def test_a_file_beside_it_stays_and_no_link_is_followed(install, house):  # noqa: F811
+    file, beside, mine = house / ".claude.json", house / ".claude.json.new", house / "mine.txt"
+    file.write_text("{}")
+    mine.write_text("mine")
+    beside.symlink_to(mine)
+    install("install", "claude")
+    assert mine.read_text() == "mine" and beside.is_symlink() and "mcpServers" in file.read_text()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
+def test_as_root_a_file_stays_that_of_its_owner(install, house):  # noqa: F811
+    file = house / ".claude.json"
+    file.write_text("{}")
+    os.chown(file, 12345, 12346)
+    install("install", "claude")
+    assert (file.stat().st_uid, file.stat().st_gid) == (12345, 12346) and "mcpServers" in file.read_text()
+
+
 @pytest.mark.parametrize("name", AGENTS)
 def test_what_is_installed_again_with_other_options_is_replaced(name, install, house, before):
     was = before(name, "comments")

@@ -55,12 +55,14 @@ def test_a_service_has_the_database_of_now(house, tmp_path):
 
 def test_a_service_runs_in_another_folder_so_its_paths_are_absolute(house):
     given = "--db data/bus.db --tls-cert=cert.pem --tls-k key.pem --listen unix:run/bus --allow-host data/bus.db"
+    given += " --notify rules.json --files 1g --files-dir=files"
     install("install", "service", *given.split(), XDG_STATE_HOME="state$HOME %h")
     unit = (house / ".config" / "systemd" / "user" / "agent-bus.service").read_text()
     here, (line,) = os.getcwd(), re.findall("^ExecStart=(.*)$", unit, re.MULTILINE)
     of_tls = f"--tls-cert={here}/cert.pem --tls-k {here}/key.pem"
+    others = f"--notify {here}/rules.json --files 1g --files-dir={here}/files"
     assert line.endswith(
-        f" serve --db {here}/data/bus.db {of_tls} --listen unix:{here}/run/bus --allow-host data/bus.db"
+        f" serve --db {here}/data/bus.db {of_tls} --listen unix:{here}/run/bus --allow-host data/bus.db {others}"
     )
     assert f'Environment="XDG_STATE_HOME={here}/state$HOME %%h"\n' in unit  # $ has no meaning there
 
