@@ -3918,9 +3918,8 @@ class Mailboxes:
             self.unordered = [key for key in self.unordered if key in self.boxes]
             self.dropped = set()
 
-    def new(self, channel: str, names: Iterable[str]) -> int:
+    def new(self, channel: str, names: Sequence[str]) -> int:
         """How many of these names have no mailbox yet. `all` counts only if it is the one name: each poll has it."""
-        names = list(names)
         return sum((channel, own) not in self.boxes for own in names if own != EVERYONE or len(names) == 1)
 
     def of(self, reader: Reader) -> Iterator[Mailbox]:
@@ -4130,9 +4129,8 @@ class Mailboxes:
         here = self.waiting[parked.places()[0]]
         if type(parked) in self.exclusive or len(here) <= PARKED_PER_NAME:
             return []
-        others = [(connection, self.parked[connection]) for connection in here]
-        alike = [each for each, other in others if type(other) is type(parked) and other.who == parked.who]
-        return alike[:-PARKED_PER_NAME]
+        its = type(parked), parked.who
+        return [each for each in here if (type(self.parked[each]), self.parked[each].who) == its][:-PARKED_PER_NAME]
 
     def wake(self, visible: list[Message]) -> dict[Connection, list[Message]]:
         """The parked connections that these messages are for, each with its messages in order: but no observers.
