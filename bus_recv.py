@@ -24,7 +24,7 @@ A message is shown at least once. Its cursor is saved after the message was writ
 shows its last message again and never loses one; the id tells the repeat. Only a 200 with the bus's own JSON moves the
 cursor, and only the bus's own 4xx ends the program. Anything else (silence, half an answer, a redirect, a proxy's page)
 is an outage. --read acknowledges nothing: the message stays unread. On a bus with tokens its sender sees that it was
-fetched. --since moves the cursor past what waits before it, and says how much that is.
+fetched. --since X skips the messages from before X that are still unread, and says how many they are.
 
 Standard library only, Python 3.9 and later. It reads the environment (AGENT_BUS_URL, AGENT_NAME, AGENT_BUS_CHANNEL,
 AGENT_BUS_TOKEN or AGENT_BUS_TOKEN_FILE, AGENT_BUS_CA, AGENT_BUS_UA, AGENT_BUS_STATE_DIR; http_proxy, https_proxy,
@@ -344,7 +344,7 @@ def moment(since: str, now: float) -> str:
         return f"{number // 1000000}.{number % 1000000:06d}"
     if since in ("now", "last") or DECIMAL.fullmatch(since):
         return since
-    with contextlib.suppress(Exception):  # that of argparse, which is slow to import
+    if DURATION.fullmatch(since):
         return f"{max(now - duration(since), 0):.6f}"
     raise ValueError(f"since is {since!r}: give now, last, 1h, the id of a message, or seconds like 1795203596.123456")
 
@@ -478,6 +478,7 @@ QUICK_SECONDS = 0.25  # to connect, while another URL or another address has not
 FAILURES: dict[str, int] = {}  # of each URL of a bus, in a row
 SILENCE_SECONDS = 0.5  # after which people at a terminal are told what we wait for
 PEOPLE: list[Any] = []  # functions that tell them: see tell_people()
+DURATION = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)([smhd]?)")
 HELD = re.compile(r'[?&]wait=[0-9.]*[1-9]|"wait": [0-9.]*[1-9]')  # a request for which the bus may wait for news
 HIDDEN = re.compile(  # controls, and what Unicode lets a program leave out: bidi, zero width, fillers, variations, tags
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u2028-\u202e"
@@ -568,12 +569,11 @@ def profile(name: str) -> str:
 
 def duration(text: str) -> float:
     """Seconds: `90`, `90s`, `5m`, `1h` or `3d`."""
+    if match := DURATION.fullmatch(text):
+        return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
     import argparse
 
-    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)([smhd]?)", text)
-    if not match:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a time like 90s, 5m, 1h or 3d")
-    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
+    raise argparse.ArgumentTypeError(f"{text!r} is not a time like 90s, 5m, 1h or 3d")
 
 
 def exchange(url: str, path: str, body: bytes | None, seconds: float, fraction: Any = float) -> Any:
@@ -626,7 +626,8 @@ def exchange_at(path: str, body: Any, fraction: Any, login: Any, url: str, conne
             connection.connect()
             sock = connection.sock
             sock.settimeout(seconds)
-            held and silence.close()  # its silence is no fault
+            if held:  # its silence is no fault
+                silence.close()
             with hung_up_after(seconds, sock):
                 connection.request("POST" if body else "GET", prefix + path, body, headers)
                 head: Any = connection.getresponse()
@@ -1027,7 +1028,7 @@ def main(argv: list[str] | None = None) -> int:
 
     purpose = "Show the messages for NAME on an agent-bus, as they arrive."
     cli = argparse.ArgumentParser(usage="%(prog)s [-h] [OPTIONS] [NAME ...]", description=purpose)
-    cli.add_argument("names", nargs="*", metavar="NAME", help="its own name ($AGENT_NAME), then others that it reads")
+    cli.add_argument("names", nargs="*", metavar="NAME", help="your own name ($AGENT_NAME), then other names to read")
     cli.add_argument("--monitor", action="store_true", help="pace and wrap messages for a Monitor, as for a socket")
     cli.add_argument("--json", action="store_true", help="print each message as a line of JSON")
     cli.add_argument("--once", action="store_true", help="end after the waiting messages, or after the first new one")

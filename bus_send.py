@@ -200,6 +200,7 @@ QUICK_SECONDS = 0.25  # to connect, while another URL or another address has not
 FAILURES: dict[str, int] = {}  # of each URL of a bus, in a row
 SILENCE_SECONDS = 0.5  # after which people at a terminal are told what we wait for
 PEOPLE: list[Any] = []  # functions that tell them: see tell_people()
+DURATION = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)([smhd]?)")
 HELD = re.compile(r'[?&]wait=[0-9.]*[1-9]|"wait": [0-9.]*[1-9]')  # a request for which the bus may wait for news
 HIDDEN = re.compile(  # controls, and what Unicode lets a program leave out: bidi, zero width, fillers, variations, tags
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u2028-\u202e"
@@ -290,12 +291,11 @@ def profile(name: str) -> str:
 
 def duration(text: str) -> float:
     """Seconds: `90`, `90s`, `5m`, `1h` or `3d`."""
+    if match := DURATION.fullmatch(text):
+        return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
     import argparse
 
-    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)([smhd]?)", text)
-    if not match:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a time like 90s, 5m, 1h or 3d")
-    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
+    raise argparse.ArgumentTypeError(f"{text!r} is not a time like 90s, 5m, 1h or 3d")
 
 
 def exchange(url: str, path: str, body: bytes | None, seconds: float, fraction: Any = float) -> Any:
@@ -348,7 +348,8 @@ def exchange_at(path: str, body: Any, fraction: Any, login: Any, url: str, conne
             connection.connect()
             sock = connection.sock
             sock.settimeout(seconds)
-            held and silence.close()  # its silence is no fault
+            if held:  # its silence is no fault
+                silence.close()
             with hung_up_after(seconds, sock):
                 connection.request("POST" if body else "GET", prefix + path, body, headers)
                 head: Any = connection.getresponse()
@@ -604,14 +605,14 @@ def command_line(purpose: str) -> argparse.ArgumentParser:
     add("text", metavar="TEXT", nargs="*", help="the message; without it, the text on stdin")
     add("--from", dest="sender", metavar="NAME", help="the sender ($AGENT_NAME)")
     add("--subject", help="subject of the message, in one line")
-    add("--reply-to", metavar="ID", help="the message that this one answers; the words behind it are TEXT")
+    add("--reply-to", metavar="ID", help="the id of the message that this one answers; what follows it is TEXT")
     add("--type", help="a word that your agents agree on: task, result, question ...")
     add("--priority", choices=("low", "normal", "high"), help="low, normal or high")
     add("--ttl", type=duration, metavar="TIME", help="do not deliver the message after TIME: 90s, 5m, 1h, 3d")
-    add("--field", dest="fields", action="append", type=pair, default=[], metavar="K=V", help="a further member")
+    add("--field", dest="fields", action="append", type=pair, default=[], metavar="K=V", help="add the member K=V")
     add("--content-type", metavar="TYPE", help="what TEXT is: text/markdown, application/json ...")
     add("--json-body", dest="content_type", action="store_const", const="application/json", help="TEXT is JSON")
-    add("--key", help="the bus stores one message per sender and key; default: a new one")
+    add("--key", help="the bus stores one message with this key, however often it is sent (default: a new key)")
     add("--channel", help="the channel ($AGENT_BUS_CHANNEL, or 'default')")
     add("--bus", type=profile, metavar="PROFILE", help="the bus in ~/.config/agent-bus/PROFILE.env (default.env)")
     add("--json", action="store_true", help="print the bus's answer as JSON, also on a terminal")

@@ -24,8 +24,9 @@ there, the section is not skipped.
 
 The program needs nothing installed. With pytest, `pytest test_bus.py` collects
 the same checks. Every check uses names of its own, so it does no harm to a bus
-that is in use. It takes no arguments. It exits with 0 and the last line
-ALL TESTS PASS, or with 1, or with 2 for an argument.
+that is in use. It takes no arguments. Its last line is ALL TESTS PASS, and its
+exit code 0; or the exit code is 1 if a check failed, and 2 if it was given an
+argument.
 """
 
 import collections

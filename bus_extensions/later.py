@@ -13,7 +13,6 @@ import hashlib
 import secrets
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bus_server import (
@@ -29,9 +28,9 @@ from bus_server import (
     Refused,
     Request,
     encode,
-    module_at,
     ok,
     parse_json,
+    parts_of,
     seconds,
     too_much,
 )
@@ -39,9 +38,8 @@ from bus_server import (
 if TYPE_CHECKING:
     import _later_due as sending
     import _later_schedule as schedules
-else:  # the second imports the first
-    parts = ("_later_schedule", "_later_due")
-    schedules, sending = [module_at(Path(__file__).with_name(f"{part}.py"), part) for part in parts]
+else:
+    schedules, sending = parts_of(__file__, "_later_schedule", "_later_due")
 
 TABLES, NOUN, OPERATIONS = schedules.TABLES, "schedules", (schedules.Keep, schedules.Move, schedules.Drop)
 

@@ -279,9 +279,10 @@ class Mirror(State):
         """Apply what is in the ledger. Entries that only store messages share a transaction: they look at nothing else.
 
         Of those, only the first is compared with the results of the front that wrote it: a difference stays in the sum.
+        Nothing behind a Left is applied: by its last entry, a file must tell that the bus has left.
         """
-        while entries := self.ledger.read(self.position, ENTRIES, time.monotonic() + CALL):
-            read = ((position, wall, self.from_bytes(entry)) for position, wall, entry in entries)
+        while not self.left and (entries := self.ledger.read(self.position, ENTRIES, time.monotonic() + CALL)):
+            read = ((position, wall, self.from_bytes(entry)) for position, wall, entry in entries if not self.left)
             for only_stores, some in groupby(read, lambda each: {*map(type, each[2].operations)} <= STORING):
                 if only_stores:
                     self.take_all(list(some))

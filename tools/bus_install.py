@@ -132,12 +132,12 @@ def command_line() -> argparse.ArgumentParser:
         )
         command.set_defaults(parser=command)
         choices = ",".join([*AGENTS, "service"])
-        command.add_argument("agent", metavar=f"{{{choices}}}", help="an agent program, or the bus itself, at login")
+        command.add_argument("agent", metavar=f"{{{choices}}}", help="an agent program; or service: the bus at login")
         command.add_argument("--bus", type=bus_recv.profile, metavar="PROFILE", help="the bus of PROFILE.env")
         command.add_argument("--dry-run", action="store_true", help="show what would change, and change nothing")
         if installs:
             command.add_argument(
-                "--http", action="store_true", help="by URL and token only: nothing of ours runs there"
+                "--http", action="store_true", help="use the bus by its URL, without a program of ours"
             )
             command.add_argument("--url", help="the bus, if it is not that of the configuration")
             command.add_argument("--name", help="the agent's name on the bus, in every folder")

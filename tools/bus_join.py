@@ -42,7 +42,8 @@ from collections.abc import Sequence
 from typing import TextIO
 from urllib.parse import urlsplit
 
-NAMES = "recv send work log doctor file outbox relay join who inbox later lock search redact"  # as CLIENTS of the bus
+# As CLIENTS of the bus.
+NAMES = "recv send work log doctor doctor_way doctor_bus file outbox relay join who inbox later lock search redact"
 FILES = (*(f"bus_{name}.py" for name in NAMES.split()), "agent_bus.py")
 CERTIFICATE = "bus.pem"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@-]{0,63}")  # as in bus_recv.py

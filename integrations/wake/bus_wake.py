@@ -36,6 +36,7 @@ import time
 import urllib.request
 from collections.abc import Callable
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.realpath(__file__)))))
 import bus_recv  # noqa: E402
@@ -72,6 +73,13 @@ def codex_exec(session: str, text: str) -> None:
     run(["codex", "exec", "resume", session, "-"], text)
 
 
+class Stays(urllib.request.HTTPRedirectHandler):
+    """A redirect is an error."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
 def opencode(place: str, text: str) -> None:
     """A running `opencode serve`, or an open terminal of it: a prompt that it answers when it can."""
     server, _, session = place.rpartition("/")
@@ -80,9 +88,11 @@ def opencode(place: str, text: str) -> None:
     if password := os.environ.get("OPENCODE_SERVER_PASSWORD"):
         login = f"{os.environ.get('OPENCODE_SERVER_USERNAME', 'opencode')}:{password}"
         headers["Authorization"] = f"Basic {base64.b64encode(login.encode()).decode()}"
+    # This machine is reached without a proxy, and no redirect is followed: neither must get the password.
+    proxies = [urllib.request.ProxyHandler({})] if bus_recv.is_here(urlsplit(server).hostname) else []
     try:
         order = urllib.request.Request(f"{server}/session/{session}/prompt_async", body, headers)
-        urllib.request.urlopen(order, timeout=ANSWER_SECONDS).close()
+        urllib.request.build_opener(Stays, *proxies).open(order, timeout=ANSWER_SECONDS).close()
     except (OSError, ValueError) as error:
         raise Failed(f"OpenCode at {server}: {error}") from None
 

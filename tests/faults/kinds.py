@@ -22,7 +22,7 @@ SHARES = "faults/test_kinds_shares.py"
 EXTENSIONS, WAITING = "faults/test_kinds_extensions.py", "faults/test_kinds_parked.py"
 TURNS = "faults/test_kinds_turns.py"
 REDACT, SEARCH = "extensions/test_redact.py", "extensions/test_search.py"
-LATER, NOTIFY = "extensions/test_later.py", "extensions/test_notify.py"
+LATER, DUE, NOTIFY = "extensions/test_later.py", "extensions/test_later_due.py", "extensions/test_notify.py"
 LOCKS, FRONTS = "extensions/test_locks.py", "ledgers/test_front.py"
 STORAGE, PYTHON, BASH = "faults/test_kinds_storage.py", "clients/test_client_cases.py", "clients/test_listener_cases.py"
 
@@ -249,7 +249,7 @@ KINDS = [
           f"{BOUNDS}::test_one_question_has_eight_who_wait_for_its_reply",
           f"{BOUNDS}::test_one_message_has_eight_who_wait_for_its_fetch",
           f"{BOUNDS}::test_a_message_is_offered_to_one_worker_of_many"),
-         "`Question.wants()` asks `Gate.readers()` first (the first); `Replies.park()` sends nobody away (the "
+         "`Question.wants()` asks `Gate.readers()` first (the first); `Mailboxes.surplus()` finds nobody (the "
          "second and third); `Mailboxes.wake()` asks all at a place (the last)"),
     Kind("all who are late at once are answered in one turn",
          "answers to those whose time is over have the time of a turn; the others follow in the next ones",
@@ -289,7 +289,7 @@ KINDS = [
           f"{SHARES}::test_what_is_parked_holds_no_head",
           f"{SHARES}::test_a_head_does_not_wait",
           f"{SHARES}::test_what_waits_for_a_commit_holds_no_body"),
-         "a `Watch` has the text (the first); `Bus.park()` keeps the request (the second); `Replies.message()` lets a "
+         "a `Watch` has the text (the first); `Bus.park()` keeps the request (the second); `Fetches.message()` lets a "
          "HEAD wait (the third); `Bus.do()` keeps the body (the first and last)"),
     Kind("what waits for the disk is not counted",
          "503 beyond 16 MiB of one owner and 64 MiB of all; it is counted until the commit, whatever becomes of it",
@@ -417,7 +417,7 @@ KINDS = [
           f"{AUTHORITY}::test_who_waits_for_the_fetch_of_what_is_removed_is_told_that_it_is_gone",
           f"{AUTHORITY}::test_who_may_answer_is_asked_of_the_tokens_as_they_are_now",
           f"{AUTHORITY}::test_a_list_of_which_nothing_may_be_done_any_more_holds_up_nobody_and_is_counted_no_longer"),
-         "`Replies.unwatched()` tells with any right (the first), or tells what it had (the second); `Tokens.named` "
+         "`Fetches.unwatched()` tells with any right (the first), or tells what it had (the second); `Tokens.named` "
          "keeps what it had (the third); `Ledger.commit()` plans nothing or counts nothing out after such a list (the "
          "last)"),
     Kind("clients: a bus has more names than a page",
@@ -620,13 +620,13 @@ KINDS = [
          "is bytes; what is due goes in slices",
          (f"{LATER}::test_a_schedule_of_a_revoked_token_is_not_sent_and_says_why",
           f"{LATER}::test_a_bus_that_is_killed_between_the_send_and_the_removal_sends_once",
-          f"{LATER}::test_the_schedules_of_one_owner_and_of_all_have_a_budget",
-          f"{LATER}::test_ten_thousand_that_are_due_go_in_slices_in_order_and_each_once"),
+          f"{DUE}::test_the_schedules_of_one_owner_and_of_all_have_a_budget",
+          f"{DUE}::test_ten_thousand_that_are_due_go_in_slices_in_order_and_each_once"),
          "`Sender` has no token, and `Due.send()` does not look at it (the first); the send has no key (the second); "
          "nothing is added to `Due.held` (the third); `SLICE` is a million (the last)"),
     Kind("a limit for each owner lets some owners take the limit of all: schedules",
          "while most of the room for schedules is taken, an owner that has few still gets some",
-         (f"{LATER}::test_while_most_of_the_room_for_schedules_is_taken_there_is_some_for_those_who_have_few",),
+         (f"{DUE}::test_while_most_of_the_room_for_schedules_is_taken_there_is_some_for_those_who_have_few",),
          "`Due.has_room()` asks `held` alone"),
     Kind("what was taken is refused when its time has come",
          "what is wrong with a scheduled message is said when it is given",
@@ -634,9 +634,9 @@ KINDS = [
          "`Later.give()` leaves a `key` of null in the message"),
     Kind("what waits of one owner makes that of others late",
          "owners take turns: of each as many schedules are sent in a slice, and who was served comes last",
-         (f"{LATER}::test_what_is_due_of_one_owner_holds_up_no_other",
-          f"{LATER}::test_an_owner_above_its_rate_holds_up_no_other",
-          f"{LATER}::test_more_owners_than_a_look_has_time_for_come_in_turns"),
+         (f"{DUE}::test_what_is_due_of_one_owner_holds_up_no_other",
+          f"{DUE}::test_an_owner_above_its_rate_holds_up_no_other",
+          f"{DUE}::test_more_owners_than_a_look_has_time_for_come_in_turns"),
          "`Due.ready()` takes a whole `SLICE` of each owner, and leaves its place as it is (the first two); it takes "
          "from all owners, not from the first `SLICE` (the last)"),
     Kind("the same text is looked at again for each of its copies",

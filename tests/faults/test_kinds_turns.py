@@ -252,8 +252,8 @@ def closed(tmp_path):
 def test_revoked_connections_are_closed_in_turns_and_are_told_nothing_meanwhile(closed):
     guests = parked(closed, closed.tokens)
     closed.eve.sends("nobody")
-    eve = closed.gate.tokens.grants.copy()
-    closed.gate.tokens.grants = {each: eve[each] for each in eve if eve[each][1].name == "eve"}
+    eve = closed.gate.tokens.valid.copy()
+    closed.gate.tokens.valid = {each: eve[each] for each in eve if eve[each].grant.name == "eve"}
 
     def revoked():
         closed.door.evict()
@@ -269,7 +269,7 @@ def test_a_poll_whose_token_was_revoked_ends_so_also_when_its_hold_is_over(close
     [guest, *_] = parked(closed, closed.tokens)
     closed.receiving.catch_up = lambda: None  # no turn comes for who waits
     closed.eve.asks("POST", "/send", {"to": "agent0", "msg": "secret"})
-    closed.gate.tokens.grants = {}
+    closed.gate.tokens.valid = {}
     guest.connection.wait(PARKED, 0)
     come_true(lambda: closed.sweep() or guest.heard)
     assert guest.answer().status == 401
@@ -288,7 +288,7 @@ def test_a_job_for_a_worker_whose_token_was_revoked_is_for_the_next_one(tmp_path
         found = bus.waits[kind].found
 
         def revoke():
-            bus.gate.tokens.grants = {id: each for id, each in bus.gate.tokens.grants.items() if each[1].name != "one"}
+            bus.gate.tokens.valid = {id: each for id, each in bus.gate.tokens.valid.items() if each.grant.name != "one"}
 
         def asks(*woken):
             revoke()

@@ -116,6 +116,31 @@ def test_a_front_that_does_not_answer_keeps_the_message_and_its_readers_get_it(s
     same(a, b)
 
 
+def test_who_asks_again_and_again_keeps_no_mail_from_its_reader(sent, monkeypatch):
+    """While a front does not answer, each request would withhold the message, and all behind it, for 2 s."""
+    a, b, tick = sent
+    monkeypatch.setattr(recall, "VOTES", 0)
+    first = take_back(a, tick)
+    settle(a)
+    a.loop.take_turn()
+    settle(a)
+    assert first()[0] == 503
+    monkeypatch.setattr(recall, "VOTES", 60)
+    entries = len(a.state.ledger.log.written())
+    again = take_back(a, tick)
+    turns(a)
+    assert again()[0] == 503 and b.state.front in again()[1]["error"] and not a.withheld
+    assert len(a.state.ledger.log.written()) == entries and received(a)[0] == ["x"]
+    settle(b)
+    b.ledger.fronts.beat()
+    [later] = put(a, to="carol")
+    settle(b, a)
+    answer = take_back(a, later)
+    settle(a, b, a)
+    assert answer()[0] == 200, "it is asked again as soon as it was heard of"
+    same(a, b)
+
+
 def test_a_front_that_fell_silent_before_the_message_was_sent_is_not_waited_for(fronts, log):
     a, b = fronts("a"), fronts("b")
     [before] = put(a, msg="before")
