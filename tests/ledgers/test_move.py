@@ -199,8 +199,8 @@ def test_a_front_whose_entry_came_behind_the_last_one_never_starts_again(path, l
     run("backup", tmp_path / "copy.db", "--db", path)
     run("restore", tmp_path / "copy.db", "--db", tmp_path / "b.db")
     b = fronts("b")
-    settle(a, b)
     end(a)
+    settle(b)
     quiet = Fake(log)
     quiet.hints = lambda position: []
     back(path, quiet, EXTENSIONS)
