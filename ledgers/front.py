@@ -14,7 +14,9 @@ bus_server.py loads this file if it is started with --ledger, and only then.
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import importlib
+import math
 import os
 import secrets
 import sqlite3
@@ -29,6 +31,7 @@ import bus_server
 from bus_server import (
     ACKNOWLEDGED,
     ALONE,
+    DRAIN_SECONDS,
     GRACE,
     HOLD,
     SOUND,
@@ -56,6 +59,8 @@ GIVE_UP = 8.0  # s; then who sent is told that it is unknown whether the message
 PAUSE = 0.1  # s between two attempts
 CUT_OFF = 5.0  # s without the ledger, and then this front refuses what it may know too little about
 LOOK = 1.0  # s between two looks at the ledger, because a hint may be missing
+MARKS = 5.0  # s for the marks of readers, after the requests that were accepted before SIGTERM
+END = 20.0  # s after SIGTERM; if the process still runs then, it ends, and says on stderr where it waited
 ENTRY_BYTES = 1 << 20  # of operations in one entry; a larger one is alone in its entry
 UNKNOWN = "it is unknown whether this was stored: send it again, with the same key"
 ENGINES = {"postgresql": "postgres", "postgres": "postgres"}  # the scheme of the URL: the file in this folder
@@ -78,6 +83,7 @@ class Front(bus_server.Ledger):
         self.detours: dict[str, Callable[[Step], object]] = {}  # by the kind: what a step needs before it is appended
         self.upto = 0  # the highest position of a hint
         self.due = self.busy = self.removing = False
+        self.ends = math.inf  # on the monotonic clock, s: then nothing is waited for any more
         bus.clock = mirror.time
         bus.gate.until = time.monotonic() + CUT_OFF
         bus.loop.every(LOOK, self.look)
@@ -88,8 +94,9 @@ class Front(bus_server.Ledger):
         self.plan()
 
     def look(self) -> None:
-        self.due = True
-        self.plan()
+        if not self.bus.draining:
+            self.due = True
+            self.plan()
 
     def plan(self) -> None:
         if (self.next or self.due or self.upto > self.mirror.position) and not self.planned and not self.busy:
@@ -115,7 +122,12 @@ class Front(bus_server.Ledger):
         self.bus.settle([(step, refused)])
 
     def idle(self) -> bool:
-        return super().idle() and not self.busy
+        return (super().idle() and not self.busy) or time.monotonic() > self.ends
+
+    def drain(self) -> None:
+        """From now on this front begins nothing of its own, and ends soon, however its ledger behaves."""
+        self.ends = time.monotonic() + DRAIN_SECONDS + MARKS
+        faulthandler.dump_traceback_later(END, file=2, exit=True)
 
     def removes(self) -> bool:
         return self.removing or super().removes()
@@ -156,14 +168,14 @@ class Front(bus_server.Ledger):
             self.refuse("this front of the bus stops: nothing was stored, use another one, or try again")
         if all(type(each) is Raise and each.tick <= last for each in operations):
             return Applied([None] * len(operations), [], {}, last)
-        if time.monotonic() > self.bus.gate.until:
+        if time.monotonic() > min(self.bus.gate.until, self.ends):
             self.refuse("this bus cannot reach its ledger: nothing was stored, try again, or use another front")
         self.note_room(operations)
         senders = [(step.connection.token or "") if step.connection else "" for step in self.out]
         began, entry = time.monotonic(), self.mirror.to_bytes(Entry(operations, senders))
         its = self.mirror.from_bytes(entry)  # as all others apply it
         try:
-            position, wall = self.aside(partial(self.append, entry, began + GIVE_UP))
+            position, wall = self.aside(partial(self.append, entry, min(began + GIVE_UP, self.ends)))
             self.follow(position - 1)
             if self.mirror.position != position - 1:
                 raise Unknown
