@@ -8,8 +8,8 @@ import time
 import pytest
 
 import bus_server
+import ledgers.clock
 import ledgers.front
-import ledgers.mirror
 from bus_server import Mark, Marks, Now, Put, Raise, Receipt, Refused, Remove, State, Unusable
 from ledgers.mirror import Entry
 from tests.kit import inside
@@ -219,7 +219,7 @@ def test_a_cursor_that_another_front_gave_needs_no_entry(fronts, log):
 @pytest.mark.parametrize("error", [-300, 300], ids=["behind", "ahead"])
 def test_the_time_is_that_of_the_ledger(fronts, log, monkeypatch, error):
     """A front whose own clock is wrong has the same ticks, ends of ttl and `seen` as the others."""
-    monkeypatch.setattr(ledgers.mirror, "wall_clock", lambda: log.wall() + error * SECOND)
+    monkeypatch.setattr(ledgers.clock, "wall_clock", lambda: log.wall() + error * SECOND)
     a = fronts()
     [tick] = put(a, ttl=10)
     assert abs(tick - log.wall.wall) < SECOND and abs(a.view.clock() - log.wall.wall) < SECOND
