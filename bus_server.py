@@ -5650,7 +5650,7 @@ def command_line(arguments: Sequence[str]) -> argparse.Namespace:
         if wrong:
             parser.error(sentence)
     options.extensions, options.without = extensions, without
-    options.front = load_ledgers("front") if options.ledger else None
+    options.front = load_ledgers("start") if options.ledger else None
     options.tcp = options.host is not None or options.port is not None  # else only if nothing else listens
     options.host, options.port = options.host or "127.0.0.1", 8080 if options.port is None else options.port
     return options

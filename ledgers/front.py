@@ -7,17 +7,12 @@ before. So the copies are equal, and a copy that is lost is made anew from the l
     a turn's operations -> Front.apply -> Ledger.append        (durable; its position and time)
                                        -> Front.follow         (what other fronts wrote before: applied and announced)
                                        -> Mirror.take          (its own entry: applied; the Bus announces it)
-
-bus_server.py loads this file if it is started with --ledger, and only then.
 """
 
 from __future__ import annotations
 
-import argparse
 import faulthandler
-import importlib
 import math
-import os
 import secrets
 import sqlite3
 import time
@@ -25,35 +20,26 @@ import traceback
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NoReturn
-from urllib.parse import urlsplit
 
 import bus_server
 from bus_server import (
-    ACKNOWLEDGED,
-    ALONE,
     DRAIN_SECONDS,
-    GRACE,
-    HOLD,
     SOUND,
     Applied,
     Bus,
     Forget,
-    Marks,
     Operation,
     Raise,
     Refused,
     Remove,
-    Request,
     Step,
-    Unusable,
     say,
 )
 
-from . import READ_BYTES, Ledger, Unknown, tokens
-from .copies import Copies
+from . import READ_BYTES, Unknown
 from .heartbeat import Beat, Fronts
+from .marks import marked
 from .mirror import CALL, ENTRIES, Differs, Entry, Mirror
-from .recall import Recalls
 
 GIVE_UP = 8.0  # s; then who sent is told that it is unknown whether the message was stored
 PAUSE = 0.1  # s between two attempts
@@ -63,7 +49,6 @@ MARKS = 5.0  # s for the marks of readers, after the requests that were accepted
 END = 20.0  # s after SIGTERM; if the process still runs then, it ends, and says on stderr where it waited
 ENTRY_BYTES = 1 << 20  # of operations in one entry; a larger one is alone in its entry
 UNKNOWN = "it is unknown whether this was stored: send it again, with the same key"
-ENGINES = {"postgresql": "postgres", "postgres": "postgres"}  # the scheme of the URL: the file in this folder
 
 
 class Front(bus_server.Ledger):
@@ -78,7 +63,8 @@ class Front(bus_server.Ledger):
     def __init__(self, bus: Bus, mirror: Mirror) -> None:
         super().__init__(bus)
         self.mirror, self.fronts = mirror, Fronts(bus, mirror)
-        self.elsewhere = {**bus.ledger.elsewhere, "marks": self.marked, "forget": self.forgotten}
+        self.elsewhere = {**bus.ledger.elsewhere, "forget": self.forgotten}
+        self.elsewhere["marks"] = partial(marked, bus, mirror.time)
         self.elsewhere[Beat.kind] = self.fronts.heard
         self.detours: dict[str, Callable[[Step], object]] = {}  # by the kind: what a step needs before it is appended
         self.upto = 0  # the highest position of a hint
@@ -247,82 +233,3 @@ class Front(bus_server.Ledger):
 
     def forgotten(self, forget: Forget, names: list[list[str]]) -> None:
         self.bus.retention.forgotten(None, forget, names)
-
-    def marked(self, marks: Marks, result: None) -> None:
-        """How far the readers of another front have read, and that they are there."""
-        mailboxes, now = self.bus.mailboxes, self.mirror.time.wall()
-        for mark in marks.marks:
-            box = mailboxes.box(mark.channel, mark.name)
-            box.firm, box.own = True, box.own or bool(mark.own)
-            if mark.read is not None:
-                box.read = max(box.read or 0, mark.read)
-            box.fetched, box.seen = max(box.fetched, mark.fetched), max(box.seen, mark.seen)
-            box.reached = max(box.reached, box.fetched, box.read or 0)
-            if box.mark() >= box.newest:
-                box.base = box.mark(), box.n
-            left = HOLD + GRACE - max(now - mark.seen, 0) / 1000000
-            if left > 0:
-                box.listening = box.listening if mailboxes.online(box) else mark.seen
-                box.until = max(box.until, mailboxes.clock() + left)
-        for receipt in marks.receipts:
-            above = receipt.tick - 1 if receipt.kind == ALONE else 0
-            for tell in mailboxes.on_fetched if receipt.kind != ACKNOWLEDGED else ():
-                tell(receipt.channel, receipt.name, above, receipt.tick)
-
-
-def no_files(request: Request) -> NoReturn:
-    """Each front would have only its own."""
-    raise Refused(501, "this bus of several fronts has no files: its operator can give --files-dir to all fronts")
-
-
-def open_state(options: argparse.Namespace) -> Mirror:
-    """The copy of the ledger at --db, up to date. Unusable, if the ledger cannot be reached or used."""
-    return follow(options, connect(options.ledger, options.ledger_single))
-
-
-def connect(where: str, single: bool) -> Ledger:
-    """The ledger at a URL. `single`: it may keep its entries on one machine."""
-    url = urlsplit(where)
-    if url.scheme not in ENGINES:
-        raise Unusable(f"--ledger must be a URL like postgresql://HOST/DATABASE, and not begin with {url.scheme!r}")
-    if url.password and where != os.environ.get("AGENT_BUS_LEDGER"):
-        raise Unusable("--ledger has a password, which every user of this machine can see: set AGENT_BUS_LEDGER to it")
-    try:
-        engine = importlib.import_module(f"{__package__}.{ENGINES[url.scheme]}")
-    except ImportError as error:
-        raise Unusable(f"--ledger needs psycopg ({error}): pip install 'agent-bus[postgres]'") from None
-    ledger: Ledger = engine.connect(where, single)
-    return ledger
-
-
-def follow(options: argparse.Namespace, ledger: Ledger) -> Mirror:
-    mirror = Mirror(options.db, ledger)
-    try:
-        mirror.add_all_tables(options.extensions)
-        mirror.check_ledger()
-        mirror.catch_up()
-        tokens.write(bus_server.Tokens(options.db), list(tokens.stored(mirror.writing).values()))
-    except Unknown as error:
-        raise Unusable(f"cannot reach the ledger: {error}") from None
-    except Differs as error:
-        raise Unusable(str(error)) from None
-    except (sqlite3.Error, OSError) as error:
-        raise Unusable(f"cannot use the database {options.db}: {error}") from None
-    return mirror
-
-
-def start(bus: Bus, options: argparse.Namespace) -> None:
-    """Make this bus a front, when its extensions have started."""
-    assert isinstance(bus.state, Mirror)
-    bus.ledger = front = Front(bus, bus.state)
-    Copies(front)
-    common = tokens.Common(bus)
-    front.elsewhere[tokens.Grants.kind] = common.came
-    bus.loop.every(LOOK, common.look)
-    replies = options.extensions.get("replies")
-    if replies:
-        Recalls(front, replies.was_fetched, replies.FETCHED)
-    if not getattr(options, "files_dir", None):  # an option of files.py
-        for method, path in list(bus.routes):
-            if path == "/blob/":
-                bus.route(method, path, no_files, sink=no_files)

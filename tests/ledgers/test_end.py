@@ -13,7 +13,7 @@ from tests.kit.processes import PATIENCE, ROOT, Server
 STUCK = f"""
 import sys, threading
 sys.path.insert(0, {str(ROOT)!r})
-import bus_server, ledgers.front
+import bus_server, ledgers.front, ledgers.start
 from tests.kit.ledger import Fake, Log
 
 class Stuck(Fake):
@@ -22,7 +22,7 @@ class Stuck(Fake):
             threading.Event().wait()
         return super().append(*arguments)
 
-ledgers.front.connect = lambda *_: Stuck(Log())
+ledgers.start.connect = lambda *_: Stuck(Log())
 ledgers.front.END = 1.0
 sys.exit(bus_server.main())
 """
