@@ -52,7 +52,8 @@ def test_a_front_that_drains_begins_nothing_of_its_own(fronts, log, monkeypatch)
     request(b, "POST", "/recall", {"id": f"{tick:x}"})
     settle(b)
     ask(a, "POST", "/send", {"from": "ann", "to": "builds", "msg": "job"})
-    assert ask(a, "POST", "/claim", {"to": "builds", "worker": "w", "wait": 0, "lease": 1})[1]["messages"]
+    [job] = ask(a, "POST", "/claim", {"to": "builds", "worker": "w", "wait": 0, "lease": 5})[1]["messages"]
+    assert ask(a, "POST", "/extend", {"id": job["id"], "lease": job["lease"], "seconds": 5})[0] == 200
     assert a.ledger.detours["recall"].__self__.held
     invited(a)
     before, threads = len(log.entries), []
