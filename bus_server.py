@@ -584,6 +584,7 @@ class Loop:
         self.signals: dict[int, Callable[[], None]] = {}
         self.sock, self.bell = socket.socketpair()
         self.events = 0
+        self.rung = False  # a byte of ring() is unread
         for end in (self.sock, self.bell):
             end.setblocking(False)
         self.watch(self, selectors.EVENT_READ)
@@ -692,12 +693,16 @@ class Loop:
         self.ring()
 
     def ring(self) -> None:
-        with contextlib.suppress(BlockingIOError):  # the pipe is full of unread bytes, so the loop wakes anyway
-            self.bell.send(b"\0")
+        """One byte is enough. If they filled the bell, a signal would be lost, because its byte had no room."""
+        if not self.rung:
+            with contextlib.suppress(BlockingIOError):  # it is full of signals, so the loop wakes anyway
+                self.rung = True
+                self.bell.send(b"\0")
 
     def ready(self, events: int) -> None:
         """The bell rang: another thread told us something, a signal came, or run() wants its turns back."""
-        for number in self.sock.recv(4096):
+        said, self.rung = self.sock.recv(4096), False  # only now look what was told
+        for number in said:
             if number in self.signals:
                 self.attempt(self.signals[number])
         while self.told:
@@ -4262,6 +4267,9 @@ class Ledger:
     def idle(self) -> bool:
         return not self.next and not self.out
 
+    def drain(self) -> None:
+        """The bus is about to end. A Front waits for what it shares, but not for ever."""
+
     def removes(self) -> bool:
         """Does the list that is being applied remove messages?"""
         return bool(self.out) and type(self.out[-1].operation) is Remove
@@ -4612,6 +4620,8 @@ class Bus:
             self.gate.tokens.changed = False
 
     def tidy(self) -> None:
+        if self.draining:
+            return
         for tidy in (self.retention.forget_names, self.retention.age, *self.on_tidy):
             self.loop.attempt(tidy)
         if self.gate.tokens.used:
@@ -4621,6 +4631,7 @@ class Bus:
         """The bus is about to end: answer all parked connections, refuse new requests, finish the accepted ones."""
         if not self.draining:
             self.draining = True
+            self.ledger.drain()
             self.door.drain()
 
     def end(self) -> None:
@@ -4954,7 +4965,7 @@ class Retention:
 
     def forget_names(self, after: tuple[str, str] = ("", "")) -> None:
         """Forget the names that were only looked at, and the rows of names without mail that nobody polls."""
-        if not self.clock_is_trusted():
+        if self.bus.draining or not self.clock_is_trusted():
             return
         names = list(islice(self.bus.mailboxes.keys(after), self.NAMES))
         idle = self.bus.mailboxes.idle(names, self.bus.view.clock(), int(self.keep * 1000000))
@@ -4980,7 +4991,7 @@ class Retention:
 
     def look_for_request(self) -> None:
         """The command prune leaves a file beside the database that says what to remove."""
-        if not self.request:
+        if not self.request and not self.bus.draining:
             request = prune_request(self.bus.state.path)
             if request:
                 keys_from = self.bus.view.clock() - int(self.keep * 1000000) if self.keep else 0
@@ -5651,7 +5662,7 @@ def command_line(arguments: Sequence[str]) -> argparse.Namespace:
         if wrong:
             parser.error(sentence)
     options.extensions, options.without = extensions, without
-    options.front = load_ledgers("front") if options.ledger else None
+    options.front = load_ledgers("start") if options.ledger else None
     options.tcp = options.host is not None or options.port is not None  # else only if nothing else listens
     options.host, options.port = options.host or "127.0.0.1", 8080 if options.port is None else options.port
     return options

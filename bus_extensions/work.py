@@ -219,13 +219,13 @@ class Work:
     def bury(self, above: Sequence[int] = (0, 0, 0)) -> None:
         now = time.monotonic()
         self.ends = {end for end in self.ends if end > now}
-        if not self.burying:
+        if not self.burying and not self.bus.draining:
             self.bus.do(Bury(self.attempts, above), None, self.buried, self.not_buried)
             self.burying = True  # only now: if the line above raises, it is tried again
 
     def buried(self, connection: None, operation: Bury, reached: list[int] | None) -> None:
         self.burying = False
-        if reached and not self.bus.draining:
+        if reached:
             self.bury(reached)
 
     def not_buried(self, operation: Bury) -> None:

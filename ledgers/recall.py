@@ -230,7 +230,7 @@ class Recalls:
             self.append(Vote(self.me, withhold.id, fetched))
 
     def let_go(self, id: str) -> None:
-        if id in self.held:
+        if id in self.held and not self.bus.draining:
             self.release(id, lambda release: self.bus.loop.later(HELD, partial(self.let_go, id)))
 
     def released(self, release: Release, result: None) -> None:
