@@ -216,7 +216,7 @@ def test_ctrl_c_ends_it_quietly(arguments, bus, interruptible):
     assert process.stdout.readline()
     process.send_signal(signal.SIGINT)
     err = process.communicate(timeout=PATIENCE)[1]
-    assert err in (b"", f"bus_recv: listening as bob on {bus.url}\n".encode()) and process.returncode == 130
+    assert err in (b"", f"agent_bus.py recv: listening as bob on {bus.url}\n".encode()) and process.returncode == 130
 
 
 def test_ctrl_c_while_a_program_is_loaded_ends_it_quietly(monkeypatch, capsys):
