@@ -101,7 +101,7 @@ def test_what_does_not_fit_into_one_read_is_followed_by_further_ones(fronts, mon
     monkeypatch.setattr(ledgers.front, limit, 2)
     monkeypatch.setattr(tests.kit.ledger, "READ_BYTES", ledgers.front.READ_BYTES)
     a, b = fronts("a"), fronts("b")
-    a.state.ledger.hints = lambda position: []
+    a.state.ledger.hints = b.state.ledger.hints = lambda position: []
     b.ledger.catch_up, b.gate.until = lambda: None, math.inf
     for number in range(5):
         put(a, msg=str(number))
