@@ -10,7 +10,7 @@ from ledgers import Unknown
 from ledgers.mirror import TABLES
 from ledgers.move import alone, back, onto
 from tests.kit import inside
-from tests.kit.ledger import Fake, Log, ask, do, draft, end, log_of, put, request, same, settle
+from tests.kit.ledger import Fake, Log, ask, common_look, do, draft, end, invited, log_of, put, request, same, settle
 
 EXTENSIONS = load_extensions(())
 OF_FRONTS = set(TABLES)
@@ -188,6 +188,18 @@ def test_all_fronts_stop_when_the_bus_has_left_and_none_acknowledges_more(path, 
     bus = inside.make(path)
     assert [each["msg"] for each in ask_alone(bus, "GET", "/log?since=0")[1]["messages"]][-2:] == ["at a", "at b"]
     inside.close(bus)
+
+
+def test_a_token_that_came_while_the_front_was_stopped_is_there_on_the_way_back(log, fronts):
+    a, b = fronts("a"), fronts("b")
+    path = b.state.path
+    end(b)
+    invited(a)
+    common_look(a)
+    settle(a)
+    end(a)
+    back(path, Fake(log), EXTENSIONS)
+    assert [row["name"] for row in bus_server.Tokens(path).rows()] == ["ann"]
 
 
 def test_a_way_back_that_was_killed_leaves_the_front_and_goes_on(path, log, monkeypatch, fronts):
