@@ -101,7 +101,7 @@ def test_what_does_not_fit_into_one_read_is_followed_by_further_ones(fronts, mon
     monkeypatch.setattr(ledgers.front, limit, 2)
     monkeypatch.setattr(tests.kit.ledger, "READ_BYTES", ledgers.front.READ_BYTES)
     a, b = fronts("a"), fronts("b")
-    a.state.ledger.hints = lambda position: []
+    a.state.ledger.hints = b.state.ledger.hints = lambda position: []
     b.ledger.catch_up, b.gate.until = lambda: None, math.inf
     for number in range(5):
         put(a, msg=str(number))
@@ -254,6 +254,7 @@ def test_a_reader_of_another_front_listens_for_as_long_as_it_would_there(fronts,
     gone, here = (b.mailboxes.boxes["default", name] for name in ("gone", "here"))
     assert not b.mailboxes.online(gone) and b.mailboxes.online(here)
     assert here.listening == now - 5 * SECOND, "since its first poll"
+    assert gone.firm and here.firm, "they have rows in the file"
 
 
 def test_what_is_read_at_one_front_is_known_at_the_other(fronts):
@@ -651,6 +652,15 @@ def test_a_token_made_beside_one_front_holds_at_all_and_so_does_its_revocation(f
     same(a, b, c)
     common_look(a)
     assert not a.loop.actions, "what is in the ledger is not put there again"
+
+
+def test_a_token_that_is_not_in_the_ledger_yet_stays_in_the_file_when_others_come(fronts):
+    a, b = fronts("a"), fronts("b")
+    for bus in (a, b):
+        invited(bus)
+    common_look(a)
+    settle(a, b)
+    assert len(b.gate.tokens.rows()) == 2
 
 
 def test_a_revocation_beside_a_front_that_was_stopped_holds(fronts):

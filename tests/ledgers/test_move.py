@@ -11,7 +11,7 @@ from ledgers import Unknown
 from ledgers.mirror import TABLES
 from ledgers.move import alone, back, onto
 from tests.kit import inside
-from tests.kit.ledger import Fake, Log, ask, do, draft, end, log_of, put, request, same, settle
+from tests.kit.ledger import Fake, Log, ask, common_look, do, draft, end, invited, log_of, put, request, same, settle
 from tests.kit.ledger import turns as turns_of
 
 EXTENSIONS = load_extensions(())
@@ -217,6 +217,18 @@ def test_a_front_whose_entry_came_behind_the_last_one_never_starts_again(path, l
     second = tmp_path / "b.db"
     back(str(second), Fake(log), EXTENSIONS)
     assert "late" not in "".join(facts(second)["messages"]), "each file that goes back ends at the same entry"
+
+
+def test_a_token_that_came_while_the_front_was_stopped_is_there_on_the_way_back(log, fronts):
+    a, b = fronts("a"), fronts("b")
+    path = b.state.path
+    end(b)
+    invited(a)
+    common_look(a)
+    settle(a)
+    end(a)
+    back(path, Fake(log), EXTENSIONS)
+    assert [row["name"] for row in bus_server.Tokens(path).rows()] == ["ann"]
 
 
 def test_a_way_back_that_was_killed_leaves_the_front_and_goes_on(path, log, monkeypatch, fronts):

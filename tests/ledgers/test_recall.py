@@ -2,14 +2,16 @@
 import pytest
 
 import ledgers.front
-from bus_server import ALONE, Marks
+from bus_server import ALONE, Marks, Put, presented
 from ledgers import heartbeat, recall
+from ledgers.mirror import Entry
 from ledgers.recall import Release, Retract, Withhold
 from tests.kit.ledger import (
     SECOND,
     ask,
     common_look,
     do,
+    draft,
     end,
     invited,
     kill,
@@ -294,3 +296,18 @@ def test_a_send_whose_token_was_revoked_at_another_front_before_is_not_stored(fr
     assert a.state.ask("SELECT count(*) FROM messages") == (0,)
     assert do(b, Marks([], [], {})) is None and not b.broken
     same(a, b)
+
+
+def test_a_front_that_catches_up_refuses_the_sends_that_others_have_refused(fronts, log):
+    """Entries that share a transaction there: which token asked for which of their operations?"""
+    a = fronts("a")
+    valid, revoked = (presented(f"Bearer {invited(a)}")[0] for _ in range(2))
+    a.gate.tokens.change(lambda rows: [{**row, "revoked": 5 if row["id"] == revoked else None} for row in rows])
+    common_look(a)
+    settle(a)
+    for token in (valid, revoked, valid):
+        log.store(a.state.to_bytes(Entry([Put([draft(msg=token)])], [token])), f"{len(log.entries)}")
+    settle(a)
+    c = fronts("c")
+    same(a, c)
+    assert c.state.writing.execute("SELECT msg FROM readable").fetchall() == [(valid,)] * 2 and not a.broken
