@@ -1340,7 +1340,8 @@ class Door:
         self.connections: set[Connection] = set()
         self.strangers: dict[Connection, None] = {}  # those that have not finished a first request, oldest first
         self.unsent = Shares(self.UNSENT, self.UNSENT_EACH)
-        self.arriving, self.early = Held(self.BODIES), Held(self.EARLY)
+        # `waiting`: requests in `put_off` that are large
+        self.arriving, self.early, self.waiting = Held(self.BODIES), Held(self.EARLY), Held(self.EARLY)
         self.slow: dict[str, float] = {}  # tokens, of which there are few: until when their requests take turns
         self.put_off: dict[str, deque[Connection]] = {}  # the connections with such requests, by token
 
@@ -1355,18 +1356,22 @@ class Door:
     def leave(self, connection: Connection) -> None:
         self.connections.discard(connection)
         self.strangers.pop(connection, None)
-        self.arriving.hold(connection, 0)
-        self.early.hold(connection, 0)
+        for held in (self.arriving, self.early, self.waiting):
+            held.hold(connection, 0)
         self.deadlines.forget(connection)
 
     def puts_off(self, connection: Connection, request: Request) -> bool:
-        """If a request of this token took long a moment ago, its next ones take turns, on however many connections."""
-        token = connection.token
-        if not token or self.slow.get(token, 0.0) < time.monotonic() or request.sink or request.is_large():
-            return False  # also so that no large body waits
+        """If a request of this token took long a moment ago, its next ones take turns, on however many connections.
+
+        Those with large bodies do not: these would wait too, and their owner pays for them anyway.
+        """
+        token, body = connection.token, len(request.body)
+        if not token or self.slow.get(token, 0.0) < time.monotonic() or request.sink or body > HEAD_BYTES:
+            return False
         if not self.put_off:
             self.loop.soon(self.next_put_off)
         self.put_off.setdefault(token, deque()).append(connection)
+        self.waiting.hold(connection, len(request.head) + body if request.is_large() else 0)
         return True
 
     def next_put_off(self) -> None:
@@ -1380,6 +1385,7 @@ class Door:
             self.put_off[token] = waiting
         if self.put_off:
             self.loop.soon(self.next_put_off)
+        self.waiting.hold(connection, 0)
         if connection.phase is BUSY and connection.request:
             connection.guard(partial(connection.serve, connection.request, token))
 
@@ -1776,9 +1782,11 @@ class Connection(Outgoing):
     def give_up(self) -> None:
         """Too many bytes of requests wait, and its owner has most: drop these, and close when this one is answered."""
         self.closing, self.buffer = True, b""
+        refused = Refused(408, "too many requests of yours have begun: finish one before you begin the next")
         if self.phase in READING:
-            why = "too many requests of yours have begun: finish one before you begin the next"
-            self.stop_waiting(Refused(408, why))
+            self.stop_waiting(refused)
+        elif self in self.door.put_off.get(self.token or "", ()):
+            self.refuse(refused)
 
     def release(self) -> None:
         self.answer(self.door.app.over(self))

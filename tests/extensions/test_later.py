@@ -64,6 +64,17 @@ def closed(tmp_path):
         yield bus
 
 
+def test_who_gives_lines_that_take_long_pays_for_them(bus):
+    """Each such line is looked at day by day, for 41 years."""
+    guest, storms = Guest(bus, address="127.0.0.9"), bus.storms
+    storms.work.rate = storms.WORK
+    order = {"cron": "0 0 31 2,4,6,9,11 *", "message": {"from": "eve", "to": "bob", "msg": "x"}}
+    assert guest.begins("POST", "/later", order).answer().status == 400
+    assert storms.work.left["127.0.0.9/"][0] < storms.WORK_BURST - 50_000
+    storms.worked("127.0.0.9", "", 2 * storms.WORK_BURST)
+    assert guest.begins("POST", "/later", order).answer().status == 429
+
+
 def give(guest, msg="x", to="bob", **members):
     """The answer to a schedule that must be taken; due in a minute if nothing else is said."""
     sender = {} if guest.token else {"from": "ann"}

@@ -57,8 +57,10 @@ KINDS = [
     Kind("one token takes all turns for itself, on many connections",
          "after a request that took over 2 ms, those of its token come one in a turn, on however many connections",
          (f"{TURNS}::test_what_takes_long_comes_in_turns_however_many_connections_ask_for_it",
+          f"{TURNS}::test_large_requests_that_wait_for_their_turn_have_a_budget",
           f"{TURNS}::test_what_waits_for_its_turn_is_judged_again"),
-         "`Door.puts_off()` is always false (the first); `Request.answer()` checks no token (the second)"),
+         "`Door.puts_off()` is always false, or takes no request with a large head (the first); `Door.waiting` counts "
+         "nothing (the second); `Request.answer()` checks no token (the last)"),
     Kind("memory is counted in messages",
          "an answer ends at about 1 MiB and says that there is more; unread answers have a budget of bytes; a refused "
          "send makes nothing",
@@ -695,6 +697,32 @@ KINDS = [
          "text",
          (f"{FRONTS}::test_a_redaction_stops_no_front_whose_copy_is_being_read",),
          "`Fold.is_local` is False; `Redaction` does not follow another front's `fold`; `Front.KEEPS` is empty"),
+    Kind("what was the end is followed by more",
+         "nothing behind the entry with which a bus left its ledger is applied, so no front serves there again, "
+         "however often it is started",
+         ("ledgers/test_move.py::test_a_front_whose_entry_came_behind_the_last_one_never_starts_again",),
+         "`Mirror.replay()` goes on behind `Left`"),
+    Kind("who asks again and again holds up others",
+         "a front that did not answer whether a reader has a message is asked again when it was heard of",
+         ("ledgers/test_recall.py::test_who_asks_again_and_again_keeps_no_mail_from_its_reader",),
+         "`Recalls.ask()` does not look at `silent`"),
+    Kind("an ordinary message ends a program that reads it, or is taken for another one",
+         "whatever its members are, a relay passes it on; the key of a message that is not sent yet is nobody's; who "
+         "sent it is seen, whatever it says of its way; a person's filter works",
+         ("clients/test_relay.py::test_whatever_somebody_writes_into_a_member_ends_no_relay",
+          "clients/test_relay.py::test_nobody_takes_the_key_of_a_message_that_is_not_sent_yet",
+          "clients/test_relay.py::test_nobody_hides_behind_what_a_message_says_of_its_way",
+          "extensions/test_page_views.py::test_a_filter_works_whatever_a_subject_is"),
+         "`Relay.send()` takes a `ttl` of null for a number (the first); `Relay.key()` believes a `via` with the id of "
+         "its own bus (the second); `relayed_from()` takes whatever was claimed (the third); `wanted()` of look.js "
+         "writes a subject as it is (the last)"),
+    Kind("a file of another program changes in the same moment",
+         "what it wrote stays, and the user is told; no file beside it is overwritten; root gives it to its owner",
+         ("clients/test_install.py::test_what_another_program_writes_in_the_same_moment_stays",
+          "clients/test_install.py::test_a_file_beside_it_stays_and_no_link_is_followed",
+          "clients/test_install.py::test_as_root_a_file_stays_that_of_its_owner"),
+         "`Change.write()` does not check (the first); `replace()` writes NAME.new (the second), and calls no "
+         "`chown()` (the last)"),
     Kind("bus_listener.sh: an old server, rotated files",
          "a server of the first contract is read from 0, also if it hangs up on `last`; each message is stored once "
          "while files are renamed or removed",
