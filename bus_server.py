@@ -1188,7 +1188,9 @@ class Request:
             return self.peer.door.app.answer(self)
         except Refused as refused:
             return refusal(refused)
-        except Exception:
+        except Exception as error:
+            if getattr(error, "errno", 0) in (errno.EMFILE, errno.ENFILE):
+                return refusal(unavailable("the bus has no file descriptor left: try again", 2))
             say(traceback.format_exc())
             self.peer.closing = True
             return refusal(our_fault())
@@ -5499,7 +5501,7 @@ def show_client(request: Request) -> Answer:
     file = request.route[1:]
     try:
         return Answer(200, beside(file).read_bytes(), "text/plain; charset=utf-8")
-    except OSError:
+    except (FileNotFoundError, PermissionError):
         raise Refused(404, f"{file} is not beside bus_server.py on this host: copy it from the same version") from None
 
 

@@ -161,7 +161,7 @@ class Blobs:
         file = self.place(request)
         try:
             stream = file.open("rb")
-        except OSError:  # it is not there, or somebody made a folder of that name
+        except (FileNotFoundError, IsADirectoryError, PermissionError):  # other errors do not say that it is not there
             offset = ("Upload-Offset", str(size_of(file.with_suffix(".part"))))
             raise Refused(404, "the bus does not have this file, or not all of it", offset) from None
         with contextlib.suppress(OSError):  # it was removed just now, or belongs to another user

@@ -1,5 +1,6 @@
 """Files by hash: they pass in pieces, go on where they were cut, and are what they are called."""
 import contextlib
+import errno
 import hashlib
 import http.client
 import os
@@ -13,6 +14,8 @@ import types
 import pytest
 
 from bus_extensions.files import Blobs
+from tests.kit import inside
+from tests.kit.ledger import request
 from tests.kit.processes import PATIENCE, Server, wait_until
 
 SIZE = int(os.environ.get("FILE_MB", "40")) << 20
@@ -175,6 +178,26 @@ def test_what_is_no_file_among_the_files_is_passed_over(tmp_path, monkeypatch):
     monkeypatch.setattr(time, "time", lambda: later)
     blobs.forgotten(blobs.forget())
     assert blobs.used == 0 and not (folder / name(b"file")).exists()
+
+
+def test_a_file_that_cannot_be_opened_for_want_of_descriptors_is_not_called_missing(tmp_path, monkeypatch):
+    """Seen in an hour of siege: a file that was stored a moment ago was not there."""
+
+    def no_descriptor(*_, **__):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    folder = tmp_path / "bus.db.blobs"
+    folder.mkdir()
+    (folder / name(b"file")).write_bytes(b"file")
+    bus = inside.make(str(tmp_path / "bus.db"))
+    with monkeypatch.context() as used_up:
+        for used in ("open", "read_bytes"):
+            used_up.setattr(pathlib.Path, used, no_descriptor)
+        for path in (f"/blob/{name(b'file')}", "/bus_recv.py"):
+            status, answer = request(bus, "GET", path)()
+            assert (status, answer["error"]) == (503, "the bus has no file descriptor left: try again"), path
+    assert request(bus, "GET", f"/blob/{name(b'none')}")()[0] == 404
+    inside.close(bus)
 
 
 def test_a_file_that_nobody_asked_for_is_removed_after_keep(bus, monkeypatch):
