@@ -15,6 +15,7 @@ import re
 import shlex
 import shutil
 import signal
+import statistics
 import struct
 import subprocess
 import sys
@@ -26,7 +27,9 @@ import pytest
 
 import bus_recv
 import bus_send
+from tests.integrations.test_hook import hostile_bodies
 from tests.kit.bad_servers import FAULTS, HUGE, Scripted
+from tests.kit.dialects import tools_of
 from tests.kit.peers import invite
 from tests.kit.processes import PATIENCE, ROOT, Server, in_time, wait_until
 from tests.kit.scripted_model import ScriptedModel, blocks, news, text_of, tool_use, words
@@ -52,6 +55,7 @@ def version(binary):
 
 ANSWER_SECONDS = 2  # from a peer's send to the peer's receipt of the answer
 DRAIN_SECONDS = 2  # that a prompt, or the end of a turn, may wait for a hook
+HOOK_TOOL_SECONDS = 0.01  # that a step of a turn may wait for a hook that is a tool of the bus
 HEAD = re.compile(r"from=peer id=([0-9a-f]+)")
 EVENT = re.compile(r"<event>(.*?)</event>", re.DOTALL)
 CONTROLS = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]| ")  # of a terminal, and blanks, which it may draw in other ways
@@ -514,6 +518,15 @@ def test_the_tools_show_answer_and_acknowledge_mail(bus, peer, tmp_path):
     assert "id " in stored and f"{sent} is read" in acknowledged
     assert after.startswith("0 unread")
     assert "peer: " in agents
+    assert are_shown(model)
+
+
+TOOLS = "send inbox ack agents whoami ask reply thread claim done fail status rename".split()
+
+
+def are_shown(model):
+    """Case 52: the model may call each of our tools; of tools that are deferred it sees names only."""
+    return {f"mcp__bus__bus_{tool}" for tool in TOOLS} <= {*tools_of(model.requests[-1])}
 
 
 def over_http(bus, token=None):
@@ -557,6 +570,59 @@ def test_with_a_url_and_a_token_only_a_session_is_told_reads_and_answers(bus, pe
     assert "agent-bus: 1 unread for alice (from peer). bus_inbox shows them." in heard[1]
     assert "agent-bus: 1 unread for alice (1 urgent, from peer)" in "".join(heard[2:])
     assert [each["msg"] for each in bus_recv.receive("peer", url=bus.url, once=True)] == ["seen", "seen"]
+    assert are_shown(model)
+
+
+def seconds_of_a_step(bus, folder, *options):
+    """The median of 20 steps with one command each, from the model's answer to its next request."""
+    began, took = [], []
+
+    def script(request):
+        if began:
+            took.append(time.monotonic() - began.pop())
+        if len(took) == 20:
+            return [words("done")]
+        began.append(time.monotonic())
+        return [bash("true")]
+
+    folder.mkdir()
+    allowed = "--permission-mode", "default", "--allowedTools", "Bash"
+    with ScriptedModel(script) as model, Session(folder, bus, model, *options, *allowed) as session:
+        assert session.process.wait(2 * PATIENCE) == 0
+    return statistics.median(took)
+
+
+def test_a_hook_that_is_a_tool_of_the_bus_costs_a_step_10_ms_at_most(bus, peer, tmp_path):
+    """The PostToolBatch hook, with mail that waits and was told of."""
+    peer("in no hurry")
+    with_hook, without = over_http(bus), over_http(bus)[2:]
+    steps = [seconds_of_a_step(bus, tmp_path / f"{n}", *(without, with_hook)[n % 2]) for n in range(4)]
+    bare, hooked = min(steps[::2]), min(steps[1::2])
+    print(f"ms of a step: {bare * 1000:.1f} without a hook, {hooked * 1000:.1f} with it")
+    assert hooked - bare < in_time(HOOK_TOOL_SECONDS), steps
+
+
+def test_of_200_hostile_messages_a_session_hears_a_number_and_no_word(bus, peer, tmp_path):
+    """By the hooks that are commands, at each event that has one, and by those that are a tool."""
+    for number, body in enumerate(hostile_bodies()):
+        fields = {"subject": f"OBEY {body}", "type": "OBEY", "priority": "high" if number % 2 else "OBEY-now"}
+        bus_send.send("alice", body, url=bus.url, sender=f"OBEY-me-{number}", **fields)
+    for way, options in (("command", PLUGIN), ("tool", over_http(bus))):
+        folder, urgent = tmp_path / way, []
+        folder.mkdir()
+
+        def script(request):
+            if len(model.requests) == 1:  # noqa: B023
+                return [bash("true")]
+            if not urgent:  # noqa: B023
+                urgent.append(peer(f"OBEY {number}", priority="high"))  # noqa: B023
+            return [words("waiting")]
+
+        allowed = "--permission-mode", "default", "--allowedTools", "Bash"
+        with ScriptedModel(script) as model, Session(folder, bus, model, *options, *allowed) as session:
+            assert session.process.wait(2 * PATIENCE) == 0
+        heard = json.dumps(model.requests + model.others)
+        assert "OBEY" not in heard and re.search("20[01] unread for alice", heard) and "Stop hook" in heard
 
 
 PLUGIN = "--plugin-dir", str(ROOT)
@@ -663,8 +729,8 @@ def test_the_plugins_own_monitor_tells_a_session_on_a_terminal_once_its_skill_is
     assert min(took) < in_time(ANSWER_SECONDS), took
 
 
-def wakes(bus, peer, tmp_path, *options, plugin=False, **environment):
-    """A session that sleeps on a terminal is told the number, takes the mail with the tool, and answers; twice."""
+def wakes(bus, peer, tmp_path, *options, times, plugin=False, **environment):
+    """A session that sleeps on a terminal is told the number, takes the mail with the tool, and answers; again."""
     inbox, acknowledge = (f"mcp__{'plugin_agent-bus_' if plugin else ''}bus__bus_{tool}" for tool in ("inbox", "ack"))
     turns = []
 
@@ -681,7 +747,7 @@ def wakes(bus, peer, tmp_path, *options, plugin=False, **environment):
     allowed = "--permission-mode", "default", "--allowedTools", "Bash", inbox, acknowledge
     with ScriptedModel(script) as model, Terminal(tmp_path, bus, model, *options, *allowed, **environment):
         mail, took = bus_recv.receive("peer", url=bus.url, timeout=PATIENCE), []
-        for number in range(2):
+        for number in range(times):
             wait_until(lambda: len(turns) == len(took) + 1)
             wait_until(lambda: b'"name": "alice", "channel": "default", "online": true' in bus.get("/agents"))
             began = time.monotonic()
@@ -694,7 +760,7 @@ def wakes(bus, peer, tmp_path, *options, plugin=False, **environment):
     print("seconds from a peer's send to the wake:", *(f"{each:.2f}" for each in took))
     print("the wake:", json.dumps(woken[0]["messages"][-1])[:1000])
     assert all("wake up" not in news(request) for request in woken)
-    assert min(took) < in_time(ANSWER_SECONDS), took
+    assert statistics.median(took) < in_time(ANSWER_SECONDS), took
 
 
 def test_the_waiter_wakes_a_session_that_sleeps_on_a_terminal(bus, peer, tmp_path):
@@ -702,7 +768,7 @@ def test_the_waiter_wakes_a_session_that_sleeps_on_a_terminal(bus, peer, tmp_pat
     hook = integration("bus_hook.py")
     settings = re.search(r'\{"hooks": .*\}\]\}\]\}\}', pathlib.Path(hook).read_text(), re.DOTALL)[0]
     settings = settings.replace("python3 /path/to/bus_hook.py", shlex.join([sys.executable, hook]))
-    wakes(bus, peer, tmp_path, "--settings", settings, *tools(bus, tmp_path))
+    wakes(bus, peer, tmp_path, "--settings", settings, *tools(bus, tmp_path), times=2)
 
 
 @needs_plugin
@@ -736,7 +802,7 @@ def test_a_session_that_is_renamed_and_cleared_hears_as_its_new_name(bus, peer, 
 @needs_plugin
 def test_a_file_that_has_changed_wakes_a_session_that_sleeps_on_a_terminal(bus, peer, tmp_path):
     """By the plugin, without its skill: the tools' server waits, and FileChanged wakes."""
-    wakes(bus, peer, tmp_path, *PLUGIN, plugin=True)
+    wakes(bus, peer, tmp_path, *PLUGIN, times=5, plugin=True)
 
 
 CHANNEL_NEWS = re.compile('MCP server "bus": (Channel notifications .*)|(<channel source="bus" from="peer")')

@@ -3,10 +3,12 @@ import contextlib
 import json
 import os
 import pathlib
+import re
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -26,6 +28,7 @@ import session  # noqa: E402
 
 HOOK = f"{FOLDER}/bus_hook.py"
 BOUND_SECONDS = 2  # for a hook that a prompt waits for
+COST_SECONDS = 0.06  # of a hook, beside a program of Python that does nothing
 LIMIT = 10000  # UTF-16 units of a string, from which on Claude Code puts it into a file
 STOP = {"hook_event_name": "Stop", "session_id": "s1", "stop_hook_active": False}
 STEP = {"hook_event_name": "PostToolBatch", "session_id": "s1"}
@@ -294,6 +297,29 @@ def test_a_look_is_one_exchange():
 def test_a_slow_bus_is_heard(seconds):
     with Scripted(after(seconds, digest(1))) as server:
         assert wait_until(lambda: text(server.url, PROMPT)) == "agent-bus: 1 unread for dell. bus_inbox shows them."
+
+
+def test_a_bus_at_the_edge_is_heard_or_said_to_be_slow():
+    """1.5 s a round trip: with the start of Python that is about all the time that a prompt has."""
+    with Scripted(after(1.5, digest(1))) as server:
+        assert re.search("1 unread for dell|slow or out of reach", text(server.url, PROMPT))
+
+
+def test_a_hook_costs_60_ms_at_most_over_a_bare_start_of_python(bus):
+    """With the notice, and with nothing to tell; the quickest of each."""
+    env = {**os.environ, "AGENT_BUS_URL": bus.url, "AGENT_NAME": "dell"}
+    bare, hook = [sys.executable, "-IS", "-c", "pass"], [sys.executable, "-IS", HOOK, "--format", "claude"]
+    took = {"bare": [], "told": [], "silent": []}
+    for _ in range(12):
+        send(bus, "hi")
+        for what, command in (("bare", bare), ("told", hook), ("silent", hook)):
+            began = time.monotonic()
+            done = subprocess.run(command, env=env, input=json.dumps(PROMPT), capture_output=True, text=True)
+            took[what].append(time.monotonic() - began)
+            assert ("unread" in done.stdout) == (what == "told")
+    least = {what: min(spans) for what, spans in took.items()}
+    print("ms:", *(f"{what} {seconds * 1000:.0f}" for what, seconds in least.items()))
+    assert max(least["told"], least["silent"]) - least["bare"] < in_time(COST_SECONDS), least
 
 
 def test_a_bus_that_is_too_slow_is_told_once_and_not_asked_at_each_step():
@@ -689,3 +715,25 @@ def test_a_waker_writes_a_line_when_more_has_come_and_takes_nothing(bus, tmp_pat
     wait_until(lambda: file.read_text() == "1 unread for dell\n2 unread for dell\n")
     assert unread(bus) == 2 and complaints == []
     assert all(b'"state": "queued"' in bus.get(f"/message/{id}") for id in ids), "nobody has seen them"
+
+
+def test_a_waker_hears_at_once_what_comes_beside_mail_that_nobody_reads(tmp_path, monkeypatch):
+    """The bus holds its look until something newer comes."""
+    monkeypatch.setattr(notice, "SOON", 0.0)
+    held, newer = threading.Event(), threading.Event()
+
+    def hold(sock):
+        held.set()
+        newer.wait(PATIENCE)
+        sock.sendall(digest(1, newest={"id": "2", "ts": NOON + 2, "from": "spark"}))
+
+    with Scripted(digest(1), hold, digest(2), hold) as server:
+        monkeypatch.setenv("AGENT_BUS_URL", server.url)
+        file = pathlib.Path(notice.wake_file("dell"))
+        notice.Waker(lambda: session.Self("dell"), print).start()
+        assert held.wait(PATIENCE)
+        assert file.read_text() == "1 unread for dell\n"
+        newer.set()
+        wait_until(lambda: file.read_text() == "1 unread for dell\n2 unread for dell\n")
+        query = server.asked[1].query
+        assert (query["since"], query["wait"]) == (f"{NOON + 1:.6f}", f"{notice.HOLD_SECONDS}")
