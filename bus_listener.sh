@@ -20,6 +20,8 @@ set -u
 umask 077
 LC_ALL=C  # [a-z] is 26 letters
 
+[ -n "${HOME:-}" ] || unset HOME  # if it is empty, ~ would be the root folder
+
 say() { printf 'bus_listener: %s\n' "$1" >&2; }
 die() { say "$2"; exit "$1"; }
 
@@ -148,9 +150,11 @@ remark() {
 # Writes ANSWER: the body, then the status on a line of its own. It is a new file each time, because a curl that
 # outlived a kill -9 still writes to the old one.
 poll() {
+  local blocks=$block
+  [ -z "$greeting" ] || blocks=false
   rm -f "$ANSWER"
   patiently "${CURL[@]}" --data-urlencode "to=$AGENT_NAME" --data-urlencode "channel=$channel" -d "since=$since" \
-    ${bus:+--data-urlencode "bus=$bus"} -d max=50 -d "block=$block" -d "wait=$hold" "$base/recv" >"$ANSWER"
+    ${bus:+--data-urlencode "bus=$bus"} -d max=50 -d "block=$blocks" -d "wait=$hold" "$base/recv" >"$ANSWER"
 }
 
 # Tell the bus that we end, and up to where we have written its mail. Else it finds that out by itself, later.
@@ -201,7 +205,7 @@ configure() {
   local line one variable number=0 profile=${AGENT_BUS_PROFILE:-default} file_AGENT_BUS_URL='' file
   local pair='^[[:space:]]*([#;].*|([A-Za-z_][A-Za-z0-9_]*)=([^[:space:]'\''"\][^\]*)?)?$'
   [[ $profile =~ ^[A-Za-z0-9][A-Za-z0-9._-]*$ ]] || die 2 "AGENT_BUS_PROFILE must be the name of a file, without .env"
-  file=${XDG_CONFIG_HOME:-${HOME:-~}/.config}/agent-bus/$profile.env
+  file=${XDG_CONFIG_HOME:-${HOME-~}/.config}/agent-bus/$profile.env
   if [ "$profile" = default ] && [ ! -e "$file" ]; then return; fi
   private "$file"
   [ -O "$file" ] || die 2 "$file belongs to another user: make a file of your own"
@@ -267,6 +271,9 @@ digest() (
     # A server of the first contract does not know the word `last`; some then drop the connection.
     0,400,last,* | 52,*,last,* | 56,*,last,*) news=again since=0 ;;
     0,*,refused) news=refused sentence=$its_bus ;;
+    35,*) sentence+="; if this port speaks http, set AGENT_BUS_URL=http${base#https}" ;;
+    52,* | 56,*) [[ $base != http:* ]] || sentence+="; if this port speaks https, set AGENT_BUS_URL=https${base#http}" ;;
+    60,*) sentence+=": its certificate is not trusted here; set AGENT_BUS_CA to the file of the certificate" ;;
     0,50[24],* | 0,524,*) sentence="$url answers $status" hold=$(((hold + 1) / 2)) ;;  # a proxy with a shorter timeout
     0,*) sentence="$url answers $status, and it is not a bus's answer" ;;
   esac
@@ -348,7 +355,7 @@ done
 
 dir=${AGENT_BUS_STATE_DIR:-${XDG_STATE_HOME:-"~/.local/state"}/agent-bus}/listener
 if [[ $dir == \~/* ]]; then
-  home=${HOME:-~}  # the home of this user, if HOME is not set
+  home=${HOME-~}  # the home of this user, if HOME is not set
   [[ $home == /* ]] || die 2 "there is no home directory: set AGENT_BUS_STATE_DIR"
   dir=$home/${dir#??}
 fi
@@ -370,8 +377,10 @@ mkfifo "$ANSWER" && exec 6<>"$ANSWER" || exit  # carries the output of digest; a
 fault='' delay=1 doubts=0 bus='' since=last faults=0 answered=0
 use 0
 resume || fault "cannot write to $LOG"
-trap 'exit 0' HUP INT TERM
-echo "writing the mail of $AGENT_NAME to $LOG and $FULL"
+trap 'exit 0' HUP TERM
+trap 'exit 130' INT
+greeting="writing the mail of $AGENT_NAME to $LOG and $FULL"  # until the bus has answered; that poll is a short one
+[ ! -t 2 ] || say "asking $url for the mail of $AGENT_NAME"
 
 while :; do
   poll
@@ -385,8 +394,9 @@ while :; do
     doubt) doubts=$((doubts + 1)); fault "$sentence" ;;
     refused) die 1 "$sentence" ;;
     *)
+      [ -z "$greeting" ] || echo "$greeting"
       [ -z "$fault" ] || say "it works again"
-      fault='' delay=1 doubts=0 answered=$((faults % ${#urls[@]}))
+      greeting='' fault='' delay=1 doubts=0 answered=$((faults % ${#urls[@]}))
       touch "$HEARTBEAT"
       [ "$news" = again ] || patiently sleep "$rest" ;;
   esac

@@ -24,7 +24,7 @@ A message is shown at least once. Its cursor is saved after the message was writ
 shows its last message again and never loses one; the id tells the repeat. Only a 200 with the bus's own JSON moves the
 cursor, and only the bus's own 4xx ends the program. Anything else (silence, half an answer, a redirect, a proxy's page)
 is an outage. --read acknowledges nothing: the message stays unread. On a bus with tokens its sender sees that it was
-fetched. --since moves the cursor past what waits before it, and says how much that is.
+fetched. --since X skips the messages from before X that are still unread, and says how many they are.
 
 Standard library only, Python 3.9 and later. It reads the environment (AGENT_BUS_URL, AGENT_NAME, AGENT_BUS_CHANNEL,
 AGENT_BUS_TOKEN or AGENT_BUS_TOKEN_FILE, AGENT_BUS_CA, AGENT_BUS_UA, AGENT_BUS_STATE_DIR; http_proxy, https_proxy,
@@ -344,7 +344,7 @@ def moment(since: str, now: float) -> str:
         return f"{number // 1000000}.{number % 1000000:06d}"
     if since in ("now", "last") or DECIMAL.fullmatch(since):
         return since
-    with contextlib.suppress(Exception):  # that of argparse, which is slow to import
+    if DURATION.fullmatch(since):
         return f"{max(now - duration(since), 0):.6f}"
     raise ValueError(f"since is {since!r}: give now, last, 1h, the id of a message, or seconds like 1795203596.123456")
 
@@ -477,13 +477,15 @@ FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # s before the next attempt
 QUICK_SECONDS = 0.25  # to connect, while another URL or another address has not been tried
 FAILURES: dict[str, int] = {}  # of each URL of a bus, in a row
 SILENCE_SECONDS = 0.5  # after which people at a terminal are told what we wait for
-PEOPLE: list[Any] = []  # functions that tell them; a program for people adds its own
+PEOPLE: list[Any] = []  # functions that tell them: see tell_people()
+DURATION = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)([smhd]?)")
 HELD = re.compile(r'[?&]wait=[0-9.]*[1-9]|"wait": [0-9.]*[1-9]')  # a request for which the bus may wait for news
 HIDDEN = re.compile(  # controls, and what Unicode lets a program leave out: bidi, zero width, fillers, variations, tags
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u2028-\u202e"
     r"\u2060-\u206f\u2800\u3164\ud800-\udfff\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb"
     r"\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]+"
 )
+os.environ.get("HOME") or os.environ.pop("HOME", "")  # if it is empty, `~` would be the root folder
 # A line of a configuration file, as far as systemd's EnvironmentFile and docker's --env-file read it alike.
 LINE = re.compile(r"\s*(?:[#;].*|([A-Za-z_][A-Za-z0-9_]*)=([^\s'\"\\][^\\]*?)?)?\s*")
 
@@ -567,12 +569,11 @@ def profile(name: str) -> str:
 
 def duration(text: str) -> float:
     """Seconds: `90`, `90s`, `5m`, `1h` or `3d`."""
+    if match := DURATION.fullmatch(text):
+        return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
     import argparse
 
-    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)([smhd]?)", text)
-    if not match:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a time like 90s, 5m, 1h or 3d")
-    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
+    raise argparse.ArgumentTypeError(f"{text!r} is not a time like 90s, 5m, 1h or 3d")
 
 
 def exchange(url: str, path: str, body: bytes | None, seconds: float, fraction: Any = float) -> Any:
@@ -581,8 +582,7 @@ def exchange(url: str, path: str, body: bytes | None, seconds: float, fraction: 
     The head must arrive within `seconds`. The rest gets more time, by its length and SLOWEST_RATE.
     Raises as judged(); Unreachable for a fault of the network; ValueError for a wrong URL, token or certificate file.
     """
-    login = credentials(url)
-    return first_answer(url, seconds, lambda *where: exchange_at(path, body, fraction, login, *where))
+    return first_answer(url, seconds, lambda *where: exchange_at(path, body, fraction, credentials(url), *where))
 
 
 def first_answer(url: str, seconds: float, attempt: Any) -> Any:
@@ -620,12 +620,13 @@ def exchange_at(path: str, body: Any, fraction: Any, login: Any, url: str, conne
     proxied = "://" in prefix or getattr(connection, "_tunnel_host", None)
     through = f", through the proxy {connection.host}:{connection.port}" if proxied else ""
     headers.update(login, **({"Content-Type": "application/json"} if body else {}))
+    held = HELD.search(f"{path} {(body or b'').decode('latin-1')}")
     try:
         with contextlib.closing(connection), told_of_silence(url) as silence:
             connection.connect()
             sock = connection.sock
             sock.settimeout(seconds)
-            if HELD.search(f"{path} {(body or b'').decode('latin-1')}"):  # its silence is no fault
+            if held:  # its silence is no fault
                 silence.close()
             with hung_up_after(seconds, sock):
                 connection.request("POST" if body else "GET", prefix + path, body, headers)
@@ -638,9 +639,15 @@ def exchange_at(path: str, body: Any, fraction: Any, login: Any, url: str, conne
                 raise http.client.IncompleteRead(content, head.length)
             return judged(head, content, fraction, through), head.headers
     except (OSError, ValueError, http.client.HTTPException) as error:  # ValueError: a chunk of negative size
-        why = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        why = "this port speaks http, not https" if "WRONG_VERSION_NUMBER" in why else why
-        raise Unreachable(why + through) from error
+        raise Unreachable(worded(error, "" if held or through else url) + through) from error
+
+
+def worded(error: Exception, url: str = "") -> str:
+    """A fault of the network in words. `url` is given if nothing was heard from there: TLS may have cut us off."""
+    said = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    if url.startswith("http:") and isinstance(error, (ConnectionResetError, BrokenPipeError)):
+        return f"{said}; if this port speaks https, set AGENT_BUS_URL=https{url[4:]}"
+    return "this port speaks http, not https" if "WRONG_VERSION_NUMBER" in said else said
 
 
 def connect(url: str, seconds: float) -> tuple[Any, str, dict[str, str]]:
@@ -755,20 +762,26 @@ def hung_up_after(seconds: float, sock: socket.socket) -> contextlib.ExitStack:
     return later(seconds * 1.1, hang_up)  # a little after the socket's own timeout, whose error says more
 
 
+def tell_people(tell: Any) -> None:
+    """From now on, a person at our terminal is told of a silence, once; `tell` takes the line."""
+    PEOPLE[:] = [tell] if sys.stderr and sys.stderr.isatty() else []
+
+
 def told_of_silence(url: str) -> contextlib.ExitStack:
     """People at a terminal must know what they wait for, before the time for an answer is over."""
-
-    def tell() -> None:
-        while PEOPLE:
-            PEOPLE.pop()(f"waiting for {url}")
-
-    return later(SILENCE_SECONDS, tell) if PEOPLE else contextlib.ExitStack()
+    return later(SILENCE_SECONDS, once, PEOPLE, f"waiting for {url}") if PEOPLE else contextlib.ExitStack()
 
 
-def later(seconds: float, act: Any) -> contextlib.ExitStack:
-    """Calls act() in a thread, unless what is inside ends before."""
+def once(functions: list[Any], line: str) -> None:
+    """Tell a line by the function in this list, if no thread has done so yet."""
+    while functions:
+        functions.pop()(line)
+
+
+def later(seconds: float, act: Any, *given: Any) -> contextlib.ExitStack:
+    """Calls act(*given) in a thread, unless what is inside ends before."""
     stack = contextlib.ExitStack()
-    timer = threading.Timer(seconds, act)
+    timer = threading.Timer(seconds, act, given)
     timer.daemon = True  # a signal may come before the next two lines; then nothing would cancel it
     timer.start()
     stack.callback(timer.cancel)
@@ -790,6 +803,7 @@ def judged(response: Any, body: bytes, fraction: Any = float, through: str = "")
         raise Refused(response.status, error)
     wait = response.headers.get("Retry-After", "")
     page = "a web page, not a bus" if response.status < 500 and body.lstrip()[:1] == b"<" else "not from a bus"
+    page = "this port speaks https, not http" if response.status == 400 and b"HTTPS" in body else page
     raise Unreachable(f"{response.status}: {error or page}{through}", float(wait) if wait.isdecimal() else 0.0)
 
 
@@ -957,6 +971,15 @@ def run_command(command: str, tries: int, reader: Reader, message: dict[str, Any
     reader.warn(f"the command failed {tries} times for {known.get('id')}: it is in {reader.cursor.path}~dead now")
 
 
+def count(text: str) -> int:
+    """The value of an option that is a number of things."""
+    import argparse
+
+    if not re.fullmatch("0*[1-9][0-9]{0,17}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number: give 1 or more")
+    return int(text)
+
+
 def check_command(command: str) -> None:
     """ValueError if the shell does not find the first word of a command, unless that is quoted or has a variable."""
     word = re.match(r"\s*([\w./][\w./+@:-]*)(?=[\s;&|<>]|$)", command)
@@ -1005,7 +1028,7 @@ def main(argv: list[str] | None = None) -> int:
 
     purpose = "Show the messages for NAME on an agent-bus, as they arrive."
     cli = argparse.ArgumentParser(usage="%(prog)s [-h] [OPTIONS] [NAME ...]", description=purpose)
-    cli.add_argument("names", nargs="*", metavar="NAME", help="its own name ($AGENT_NAME), then others that it reads")
+    cli.add_argument("names", nargs="*", metavar="NAME", help="your own name ($AGENT_NAME), then other names to read")
     cli.add_argument("--monitor", action="store_true", help="pace and wrap messages for a Monitor, as for a socket")
     cli.add_argument("--json", action="store_true", help="print each message as a line of JSON")
     cli.add_argument("--once", action="store_true", help="end after the waiting messages, or after the first new one")
@@ -1013,7 +1036,7 @@ def main(argv: list[str] | None = None) -> int:
     cli.add_argument("--since", metavar="X", help="begin at X: 1h (ago), an id, now, last (the saved cursor), a time")
     cli.add_argument("--channel", metavar="C", help="the channel ($AGENT_BUS_CHANNEL, or 'default')")
     cli.add_argument("--exec", metavar="CMD", help="run CMD for each message: JSON on stdin, MSG_FROM ... as variables")
-    cli.add_argument("--tries", type=int, default=5, metavar="N", help="put a message into a file after N failures (5)")
+    cli.add_argument("--tries", type=count, default=5, metavar="N", help="put a message in a file after N failures (5)")
     cli.add_argument("--read", metavar="ID", help="print this message whole, and end: it stays unread")
     cli.add_argument("--bus", type=profile, metavar="PROFILE", help="the bus in ~/.config/agent-bus/PROFILE.env")
     cli.add_argument("--version", action="version", version=f"%(prog)s {VERSION}")
@@ -1024,7 +1047,7 @@ def main(argv: list[str] | None = None) -> int:
         cli.error(f"unknown: {' '.join(unknown)}" if unknown else "give NAME or --read ID, not both")
     for number in ENDS:
         signal.signal(number, lambda *_: sys.exit(0))
-    PEOPLE[:] = [complain] if sys.stderr and sys.stderr.isatty() else []
+    tell_people(complain)
     try:
         return run_tool(options.tool, argv) if options.tool else show(options.read) if options.read else listen(options)
     except FAULTS as fault:
@@ -1063,11 +1086,11 @@ def show(number: str) -> int:
     return 0
 
 
-def settle_down(greeting: str, writes: bool) -> None:
+def settle_down(greets: list[Any], greeting: str, writes: bool) -> None:
     """Greet; then end this process as soon as nobody reads what it writes: it would take the next reader's mail."""
     import select
 
-    complain(greeting)
+    once(greets, greeting)
     if writes and hasattr(select, "poll"):  # not on Windows
         output = select.poll()
         output.register(1, 0)  # tells a hangup and an error, and nothing else
@@ -1091,16 +1114,18 @@ def listen(options: Any) -> int:
     reader.leaves = paced and not options.once and options.since is None
     timeout = HOLD_SECONDS if options.once and options.timeout is None else options.timeout
     greeting = f"listening as {', '.join(reader.names)} on {reader.url}"
-    settling = threading.Timer(GREET_SECONDS, settle_down, [greeting, bool(sys.stdout and not options.exec)])
+    greets = [] if options.once or timeout == 0 else [complain]
+    settling = threading.Timer(GREET_SECONDS, settle_down, [greets, greeting, bool(sys.stdout and not options.exec)])
     settling.daemon = True  # a refusal ends this process before it
-    reader.greet = bool if options.once or timeout == 0 else settling.start
+    reader.greet = settling.start if greets else bool
     with contextlib.closing(reader):
         if paced:
             show_blocks(reader, reader.answers(options.once, timeout), 0 if options.once else SETTLE_SECONDS)
-            return 0 if reader.came else 3
-        for message in reader.messages(options.once, timeout):
+        for message in () if paced else reader.messages(options.once, timeout):
+            once(greets, greeting)
             text = f"{dump(message)}\n" if options.json else block(message, names[0], reader.bus_time, whole=True)
             run_command(options.exec, options.tries, reader, message) if options.exec else emit(text)
+    reader.came or (sys.stderr and sys.stderr.isatty() and complain(f"nothing came for {', '.join(names)}"))
     return 0 if reader.came else 3
 
 

@@ -199,13 +199,15 @@ FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # s before the next attempt
 QUICK_SECONDS = 0.25  # to connect, while another URL or another address has not been tried
 FAILURES: dict[str, int] = {}  # of each URL of a bus, in a row
 SILENCE_SECONDS = 0.5  # after which people at a terminal are told what we wait for
-PEOPLE: list[Any] = []  # functions that tell them; a program for people adds its own
+PEOPLE: list[Any] = []  # functions that tell them: see tell_people()
+DURATION = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)([smhd]?)")
 HELD = re.compile(r'[?&]wait=[0-9.]*[1-9]|"wait": [0-9.]*[1-9]')  # a request for which the bus may wait for news
 HIDDEN = re.compile(  # controls, and what Unicode lets a program leave out: bidi, zero width, fillers, variations, tags
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u2028-\u202e"
     r"\u2060-\u206f\u2800\u3164\ud800-\udfff\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb"
     r"\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]+"
 )
+os.environ.get("HOME") or os.environ.pop("HOME", "")  # if it is empty, `~` would be the root folder
 # A line of a configuration file, as far as systemd's EnvironmentFile and docker's --env-file read it alike.
 LINE = re.compile(r"\s*(?:[#;].*|([A-Za-z_][A-Za-z0-9_]*)=([^\s'\"\\][^\\]*?)?)?\s*")
 
@@ -289,12 +291,11 @@ def profile(name: str) -> str:
 
 def duration(text: str) -> float:
     """Seconds: `90`, `90s`, `5m`, `1h` or `3d`."""
+    if match := DURATION.fullmatch(text):
+        return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
     import argparse
 
-    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)([smhd]?)", text)
-    if not match:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a time like 90s, 5m, 1h or 3d")
-    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
+    raise argparse.ArgumentTypeError(f"{text!r} is not a time like 90s, 5m, 1h or 3d")
 
 
 def exchange(url: str, path: str, body: bytes | None, seconds: float, fraction: Any = float) -> Any:
@@ -303,8 +304,7 @@ def exchange(url: str, path: str, body: bytes | None, seconds: float, fraction: 
     The head must arrive within `seconds`. The rest gets more time, by its length and SLOWEST_RATE.
     Raises as judged(); Unreachable for a fault of the network; ValueError for a wrong URL, token or certificate file.
     """
-    login = credentials(url)
-    return first_answer(url, seconds, lambda *where: exchange_at(path, body, fraction, login, *where))
+    return first_answer(url, seconds, lambda *where: exchange_at(path, body, fraction, credentials(url), *where))
 
 
 def first_answer(url: str, seconds: float, attempt: Any) -> Any:
@@ -342,12 +342,13 @@ def exchange_at(path: str, body: Any, fraction: Any, login: Any, url: str, conne
     proxied = "://" in prefix or getattr(connection, "_tunnel_host", None)
     through = f", through the proxy {connection.host}:{connection.port}" if proxied else ""
     headers.update(login, **({"Content-Type": "application/json"} if body else {}))
+    held = HELD.search(f"{path} {(body or b'').decode('latin-1')}")
     try:
         with contextlib.closing(connection), told_of_silence(url) as silence:
             connection.connect()
             sock = connection.sock
             sock.settimeout(seconds)
-            if HELD.search(f"{path} {(body or b'').decode('latin-1')}"):  # its silence is no fault
+            if held:  # its silence is no fault
                 silence.close()
             with hung_up_after(seconds, sock):
                 connection.request("POST" if body else "GET", prefix + path, body, headers)
@@ -360,9 +361,15 @@ def exchange_at(path: str, body: Any, fraction: Any, login: Any, url: str, conne
                 raise http.client.IncompleteRead(content, head.length)
             return judged(head, content, fraction, through), head.headers
     except (OSError, ValueError, http.client.HTTPException) as error:  # ValueError: a chunk of negative size
-        why = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        why = "this port speaks http, not https" if "WRONG_VERSION_NUMBER" in why else why
-        raise Unreachable(why + through) from error
+        raise Unreachable(worded(error, "" if held or through else url) + through) from error
+
+
+def worded(error: Exception, url: str = "") -> str:
+    """A fault of the network in words. `url` is given if nothing was heard from there: TLS may have cut us off."""
+    said = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    if url.startswith("http:") and isinstance(error, (ConnectionResetError, BrokenPipeError)):
+        return f"{said}; if this port speaks https, set AGENT_BUS_URL=https{url[4:]}"
+    return "this port speaks http, not https" if "WRONG_VERSION_NUMBER" in said else said
 
 
 def connect(url: str, seconds: float) -> tuple[Any, str, dict[str, str]]:
@@ -477,20 +484,26 @@ def hung_up_after(seconds: float, sock: socket.socket) -> contextlib.ExitStack:
     return later(seconds * 1.1, hang_up)  # a little after the socket's own timeout, whose error says more
 
 
+def tell_people(tell: Any) -> None:
+    """From now on, a person at our terminal is told of a silence, once; `tell` takes the line."""
+    PEOPLE[:] = [tell] if sys.stderr and sys.stderr.isatty() else []
+
+
 def told_of_silence(url: str) -> contextlib.ExitStack:
     """People at a terminal must know what they wait for, before the time for an answer is over."""
-
-    def tell() -> None:
-        while PEOPLE:
-            PEOPLE.pop()(f"waiting for {url}")
-
-    return later(SILENCE_SECONDS, tell) if PEOPLE else contextlib.ExitStack()
+    return later(SILENCE_SECONDS, once, PEOPLE, f"waiting for {url}") if PEOPLE else contextlib.ExitStack()
 
 
-def later(seconds: float, act: Any) -> contextlib.ExitStack:
-    """Calls act() in a thread, unless what is inside ends before."""
+def once(functions: list[Any], line: str) -> None:
+    """Tell a line by the function in this list, if no thread has done so yet."""
+    while functions:
+        functions.pop()(line)
+
+
+def later(seconds: float, act: Any, *given: Any) -> contextlib.ExitStack:
+    """Calls act(*given) in a thread, unless what is inside ends before."""
     stack = contextlib.ExitStack()
-    timer = threading.Timer(seconds, act)
+    timer = threading.Timer(seconds, act, given)
     timer.daemon = True  # a signal may come before the next two lines; then nothing would cancel it
     timer.start()
     stack.callback(timer.cancel)
@@ -512,6 +525,7 @@ def judged(response: Any, body: bytes, fraction: Any = float, through: str = "")
         raise Refused(response.status, error)
     wait = response.headers.get("Retry-After", "")
     page = "a web page, not a bus" if response.status < 500 and body.lstrip()[:1] == b"<" else "not from a bus"
+    page = "this port speaks https, not http" if response.status == 400 and b"HTTPS" in body else page
     raise Unreachable(f"{response.status}: {error or page}{through}", float(wait) if wait.isdecimal() else 0.0)
 
 
@@ -591,14 +605,14 @@ def command_line(purpose: str) -> argparse.ArgumentParser:
     add("text", metavar="TEXT", nargs="*", help="the message; without it, the text on stdin")
     add("--from", dest="sender", metavar="NAME", help="the sender ($AGENT_NAME)")
     add("--subject", help="subject of the message, in one line")
-    add("--reply-to", metavar="ID", help="the message that this one answers; the words behind it are TEXT")
+    add("--reply-to", metavar="ID", help="the id of the message that this one answers; what follows it is TEXT")
     add("--type", help="a word that your agents agree on: task, result, question ...")
     add("--priority", choices=("low", "normal", "high"), help="low, normal or high")
     add("--ttl", type=duration, metavar="TIME", help="do not deliver the message after TIME: 90s, 5m, 1h, 3d")
-    add("--field", dest="fields", action="append", type=pair, default=[], metavar="K=V", help="a further member")
+    add("--field", dest="fields", action="append", type=pair, default=[], metavar="K=V", help="add the member K=V")
     add("--content-type", metavar="TYPE", help="what TEXT is: text/markdown, application/json ...")
     add("--json-body", dest="content_type", action="store_const", const="application/json", help="TEXT is JSON")
-    add("--key", help="the bus stores one message per sender and key; default: a new one")
+    add("--key", help="the bus stores one message with this key, however often it is sent (default: a new key)")
     add("--channel", help="the channel ($AGENT_BUS_CHANNEL, or 'default')")
     add("--bus", type=profile, metavar="PROFILE", help="the bus in ~/.config/agent-bus/PROFILE.env (default.env)")
     add("--json", action="store_true", help="print the bus's answer as JSON, also on a terminal")
@@ -648,7 +662,7 @@ def main(argv: list[str] | None = None) -> int:
     first = ",".join([to] if isinstance(to, str) else to or ())
     if first and first not in words[:reply]:  # it is not TO, which stands before --reply-to
         to, given["text"] = None, [first, *given["text"]]
-    PEOPLE[:] = [complain] if sys.stderr and sys.stderr.isatty() else []
+    tell_people(complain)
     try:
         compose("", "", sender=given["sender"])  # before somebody types a text: is a sender known?
         msg = message_of(given)

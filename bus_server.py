@@ -240,10 +240,6 @@ class Poll(NamedTuple):
     owner: str = ""  # of an observer: whose limits it counts for
 
     @property
-    def exclusive(self) -> bool:
-        return False
-
-    @property
     def who(self) -> str:
         return str(self.me)
 
@@ -510,7 +506,7 @@ class Report:
         self.begin = threading.Thread(target=self.write, name="report", daemon=True).start
 
     def start(self) -> None:
-        """Start the thread, unless it is there. Without memory this may wait for ever, so a Loop does it first."""
+        """Start the thread, if it does not run yet. Without memory this may wait for ever, so a Loop does it early."""
         with contextlib.suppress(RuntimeError):  # it has begun already
             self.begin()
 
@@ -588,6 +584,7 @@ class Loop:
         self.signals: dict[int, Callable[[], None]] = {}
         self.sock, self.bell = socket.socketpair()
         self.events = 0
+        self.rung = False  # a byte of ring() is unread
         for end in (self.sock, self.bell):
             end.setblocking(False)
         self.watch(self, selectors.EVENT_READ)
@@ -640,7 +637,7 @@ class Loop:
                 self.attempt(failed, item)
 
     def gradually(self, action: Callable[[T], object], failed: Callable[[T], object], items: Iterator[T]) -> None:
-        """each() with those for which this turn has time, and with the others in the next turns. `items`: of a list."""
+        """each() with the items for which this turn has time; the next turns take the others. `items`: of a list."""
         self.each(action, failed, self.timely(items))
         if length_hint(items):
             self.soon(partial(self.gradually, action, failed, items))
@@ -696,12 +693,16 @@ class Loop:
         self.ring()
 
     def ring(self) -> None:
-        with contextlib.suppress(BlockingIOError):  # the pipe is full of unread bytes, so the loop wakes anyway
-            self.bell.send(b"\0")
+        """One byte is enough. If they filled the bell, a signal would be lost, because its byte had no room."""
+        if not self.rung:
+            with contextlib.suppress(BlockingIOError):  # it is full of signals, so the loop wakes anyway
+                self.rung = True
+                self.bell.send(b"\0")
 
     def ready(self, events: int) -> None:
         """The bell rang: another thread told us something, a signal came, or run() wants its turns back."""
-        for number in self.sock.recv(4096):
+        said, self.rung = self.sock.recv(4096), False  # only now look what was told
+        for number in said:
             if number in self.signals:
                 self.attempt(self.signals[number])
         while self.told:
@@ -718,7 +719,7 @@ class Loop:
                 raise self.failure
 
     def patiently(self, turn: Callable[[], None]) -> None:
-        """Without memory, a turn is begun again a little later: its sockets are still ready."""
+        """If there is no memory for a turn, begin it again a little later: its sockets are still ready."""
         try:
             turn()
         except MemoryError:
@@ -1209,7 +1210,7 @@ class Request:
         return Query.of_members(value)
 
     def is_large(self) -> bool:
-        """Else its bytes are few, and its parsed head is that of many requests."""
+        """A request that is not large has few bytes, and shares its parsed head with many requests."""
         return len(self.head) + len(self.body) > KNOWN_HEAD
 
     def shrink(self) -> None:
@@ -1292,7 +1293,7 @@ class Shares:
             del self.held[owner]
 
     def is_full(self, owner: str, size: int) -> bool:
-        """Would so many bytes more exceed a limit? Something alone never does."""
+        """Would so many more bytes exceed a limit? Never if nothing else is held."""
         each = self.held[owner]
         return bool(self.all and self.all + size > self.most) or bool(each and each + size > self.most_each)
 
@@ -1339,7 +1340,8 @@ class Door:
         self.connections: set[Connection] = set()
         self.strangers: dict[Connection, None] = {}  # those that have not finished a first request, oldest first
         self.unsent = Shares(self.UNSENT, self.UNSENT_EACH)
-        self.arriving, self.early = Held(self.BODIES), Held(self.EARLY)
+        # `waiting`: requests in `put_off` that are large
+        self.arriving, self.early, self.waiting = Held(self.BODIES), Held(self.EARLY), Held(self.EARLY)
         self.slow: dict[str, float] = {}  # tokens, of which there are few: until when their requests take turns
         self.put_off: dict[str, deque[Connection]] = {}  # the connections with such requests, by token
 
@@ -1354,18 +1356,22 @@ class Door:
     def leave(self, connection: Connection) -> None:
         self.connections.discard(connection)
         self.strangers.pop(connection, None)
-        self.arriving.hold(connection, 0)
-        self.early.hold(connection, 0)
+        for held in (self.arriving, self.early, self.waiting):
+            held.hold(connection, 0)
         self.deadlines.forget(connection)
 
     def puts_off(self, connection: Connection, request: Request) -> bool:
-        """If a request of this token took long a moment ago, its next ones take turns, on however many connections."""
-        token = connection.token
-        if not token or self.slow.get(token, 0.0) < time.monotonic() or request.sink or request.is_large():
-            return False  # also so that no large body waits
+        """If a request of this token took long a moment ago, its next ones take turns, on however many connections.
+
+        Those with large bodies do not: these would wait too, and their owner pays for them anyway.
+        """
+        token, body = connection.token, len(request.body)
+        if not token or self.slow.get(token, 0.0) < time.monotonic() or request.sink or body > HEAD_BYTES:
+            return False
         if not self.put_off:
             self.loop.soon(self.next_put_off)
         self.put_off.setdefault(token, deque()).append(connection)
+        self.waiting.hold(connection, len(request.head) + body if request.is_large() else 0)
         return True
 
     def next_put_off(self) -> None:
@@ -1379,6 +1385,7 @@ class Door:
             self.put_off[token] = waiting
         if self.put_off:
             self.loop.soon(self.next_put_off)
+        self.waiting.hold(connection, 0)
         if connection.phase is BUSY and connection.request:
             connection.guard(partial(connection.serve, connection.request, token))
 
@@ -1775,9 +1782,11 @@ class Connection(Outgoing):
     def give_up(self) -> None:
         """Too many bytes of requests wait, and its owner has most: drop these, and close when this one is answered."""
         self.closing, self.buffer = True, b""
+        refused = Refused(408, "too many requests of yours have begun: finish one before you begin the next")
         if self.phase in READING:
-            why = "too many requests of yours have begun: finish one before you begin the next"
-            self.stop_waiting(Refused(408, why))
+            self.stop_waiting(refused)
+        elif self in self.door.put_off.get(self.token or "", ()):
+            self.refuse(refused)
 
     def release(self) -> None:
         self.answer(self.door.app.over(self))
@@ -2021,9 +2030,8 @@ class Listener:
 # from the request and from memory; only Tokens reads or writes a file. To add a right, add a member to Grant and to the
 # rows that invite writes.
 
-NOBODY = "0" * 64  # a hash that no secret has, compared when the id is unknown: both refusals take equally long
 BEARER = re.compile(r"[Bb]earer (abt_[0-9a-f]{8})_([A-Za-z0-9_-]{43})")
-TOOLS = "work log doctor file outbox relay join who inbox later lock search redact".split()
+TOOLS = "work log doctor doctor_way doctor_bus file outbox relay join who inbox later lock search redact".split()
 CLIENTS = ["/bus_recv.py", "/bus_send.py", "/bus_listener.sh", "/agent_bus.py", *(f"/bus_{tool}.py" for tool in TOOLS)]
 PUBLIC = {"/", "/healthz", "/certificate", *CLIENTS}  # open to all, because a new host begins with these
 
@@ -2054,7 +2062,23 @@ def written_anew(path: str) -> Iterator[IO[str]]:
     os.replace(f"{path}.new", path)
 
 
-Row = dict[str, Any]  # of one token
+Row = dict[str, Any]  # of one token, as the file has it
+
+
+class Token(NamedTuple):
+    """A token that was not revoked."""
+
+    hash: str  # sha256 of its secret
+    grant: Grant
+    ends: float  # when it expires, s since 1970
+
+    @classmethod
+    def of(cls, row: Row) -> Token:
+        grant = Grant(row["id"], *(row[field] for field in Grant._fields[1:]))
+        return cls(row["hash"], grant, row.get("expires") or math.inf)
+
+
+NOBODY = Token("0" * 64, OPEN, 0)  # compared when the id is unknown, so that both refusals take equally long
 
 
 class Tokens:
@@ -2067,11 +2091,10 @@ class Tokens:
     def __init__(self, database: str) -> None:
         self.path = f"{database}.tokens"
         self.closed, self.first = False, math.inf  # and when the first token was made, s since 1970
-        self.grants: dict[str, tuple[str, Grant]] = {}
-        self.ends: dict[str, float] = {}  # token: when it expires
-        self.expired: dict[str, tuple[str, int]] = {}  # token: its hash, and when it expired
+        self.valid: dict[str, Token] = {}  # by id
+        self.expired: dict[str, Token] = {}
         self.since, self.until = -math.inf, math.inf  # between these times no token expires; s since 1970, as all here
-        self.named: dict[str, list[Grant]] = {}  # the same by name
+        self.named: dict[str, list[Grant]] = {}  # of the valid ones, by name
         self.used: dict[str, int] = {}  # token: s since 1970; since they were last saved
         # A descriptor that is given up to read the file: peers may have used up all others.
         self.spare = open(os.devnull)  # noqa: SIM115
@@ -2123,21 +2146,16 @@ class Tokens:
         self.closed = self.closed or bool(rows)
         try:
             self.first = min((row["made"] for row in rows), default=math.inf)
-            rows = [row for row in rows if not row["revoked"]]
-            self.ends = ends = {row["id"]: row.get("expires") or math.inf for row in rows}
-            self.expired = {row["id"]: (row["hash"], row["expires"]) for row in rows if ends[row["id"]] <= now}
-            self.grants = {
-                row["id"]: (row["hash"], Grant(row["id"], *(row[field] for field in Grant._fields[1:])))
-                for row in rows
-                if row["id"] not in self.expired
-            }
+            kept = {row["id"]: Token.of(row) for row in rows if not row["revoked"]}
+            self.valid = {id: token for id, token in kept.items() if token.ends > now}
         except (KeyError, TypeError):
             raise Unusable(f"cannot read the tokens in {self.path}: a line in it is not a token") from None
-        self.since = max((end for _, end in self.expired.values()), default=-math.inf)  # the clock may step back
-        self.until = min((ends[token] for token in self.grants), default=math.inf)
+        self.expired = {id: token for id, token in kept.items() if id not in self.valid}
+        self.since = max((token.ends for token in self.expired.values()), default=-math.inf)  # the clock may step back
+        self.until = min((token.ends for token in self.valid.values()), default=math.inf)
         self.named = {}
-        for _, grant in self.grants.values():
-            self.named.setdefault(grant.name, []).append(grant)
+        for token in self.valid.values():
+            self.named.setdefault(token.grant.name, []).append(token.grant)
 
     def change(self, change: Callable[[list[Row]], list[Row]]) -> None:
         """Write the file anew, one command at a time."""
@@ -2153,14 +2171,14 @@ class Tokens:
     def grant(self, authorization: str) -> Grant:
         """What this Authorization header allows, or 401."""
         token, digest = presented(authorization[:99])  # longer ones are no token, and the cache stays small
-        known, grant = self.grants.get(token, (NOBODY, OPEN))
-        if hmac.compare_digest(digest, known):
+        known = self.valid.get(token, NOBODY)
+        if hmac.compare_digest(digest, known.hash):
             self.used[token] = int(time.time())
-            return grant
+            return known.grant
         if self.refresh():  # it may have been made a moment ago
             return self.grant(authorization)
-        known, expired = self.expired.get(token, (NOBODY, 0))
-        raise unauthorized(expired if hmac.compare_digest(digest, known) else 0, bool(authorization))
+        known = self.expired.get(token, NOBODY)
+        raise unauthorized(known.ends if hmac.compare_digest(digest, known.hash) else 0, bool(authorization))
 
 
 @lru_cache(1024)  # each client shows the same each time: 0.1 us, not 2
@@ -2171,12 +2189,12 @@ def presented(authorization: str) -> tuple[str, str]:
     return token, hashlib.sha256(secret.encode()).hexdigest()
 
 
-def unauthorized(expired: int, shown: bool) -> Refused:
+def unauthorized(expired: float, shown: bool) -> Refused:
     """401. `expired`: when the token of this request expired; 0 if it did not. `shown`: it had a token at all."""
     why = (
         "this bus does not accept this token, which is wrong, cut off or revoked" if shown else "this bus needs a token"
     )
-    why = f"this token expired at {iso(expired * 1000000)}" if expired else why
+    why = f"this token expired at {iso(int(expired) * 1000000)}" if expired else why
     advice = f"set AGENT_BUS_TOKEN to a token made with: {called('invite')} NAME; the line it prints writes default.env"
     return Refused(401, f"{why}: {advice}", ("WWW-Authenticate", "Bearer"))
 
@@ -2197,22 +2215,21 @@ class Gate:
 
     def holds(self, token: str) -> bool:
         """May this token be used? On a bus without tokens every request may, and its token is empty."""
-        return not self.tokens.closed or token in self.tokens.grants
+        return not self.tokens.closed or token in self.tokens.valid
 
     def unauthorized(self, token: str) -> Refused:
         """The refusal of a token that was good when its request came."""
-        return unauthorized(self.tokens.expired.get(token, (NOBODY, 0))[1], bool(token))
+        return unauthorized(self.tokens.expired.get(token, NOBODY).ends, bool(token))
 
     def knows(self, head: Head) -> bool:
         """Does the request have a valid token, or has the bus no tokens?"""
-        try:
+        with contextlib.suppress(Refused):
             return not self.tokens.closed or bool(self.tokens.grant(head.fields.get("authorization", "")))
-        except Refused:
-            return False
+        return False
 
     def readers(self, mailbox: str) -> set[str] | None:
         """The names that have a token that may read the mailbox. None on a bus without tokens: everybody may."""
-        known = {grant.name for _, grant in self.tokens.grants.values() if grant.reads(mailbox)}
+        known = {token.grant.name for token in self.tokens.valid.values() if token.grant.reads(mailbox)}
         return known if self.tokens.closed else None
 
     def may_read(self, name: str, mailbox: str) -> bool:
@@ -2236,10 +2253,9 @@ class Gate:
 
 @lru_cache(256)
 def ip_address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    try:
+    with contextlib.suppress(ValueError):
         return ipaddress.ip_address(host)
-    except ValueError:
-        return None
+    return None
 
 
 def put_newest(entries: OrderedDict[Any, Any], key: Any, value: Any, most: int) -> None:
@@ -2394,9 +2410,9 @@ class Storms:
 
 # ── State ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 # The SQLite file, and the operations that change it. An operation is a plain value with all the data that the change
-# needs. State.apply() applies a list of operations in one transaction, in Loop.aside(). Meanwhile the turns read with
-# View. To add an operation, write a subclass of Operation; to add a column, add a step to MIGRATIONS and the column to
-# ROW.
+# needs. State.apply() applies a list of operations in one transaction, in Loop.aside(). The turns go on meanwhile, and
+# read the file through View. To add an operation, write a subclass of Operation; to add a column, add a step to
+# MIGRATIONS and the column to ROW.
 #
 # Every message has a checksum; the rows of the other tables have none. If a number or a name in such a row is damaged,
 # the bus reports it on stderr and goes on without it, so that no row can end the bus.
@@ -2886,7 +2902,7 @@ class Index:
         self.reload()
 
     def reload(self) -> None:
-        """Take from the file what is in memory."""
+        """Read from the file the values that are kept in memory."""
         [above] = self.ask("SELECT ifnull(max(upto), 0) FROM runs WHERE upto BETWEEN 1 AND ?", SOUND)
         tail = Tail(above, defaultdict(list))
         late = "SELECT channel, name, tick FROM messages JOIN mailboxes ON mailbox = id WHERE tick > ? ORDER BY tick"
@@ -3724,7 +3740,7 @@ def migrate(database: sqlite3.Connection, steps: Iterable[str]) -> None:
 # answer it into Bus.waits.
 
 GRACE = 10.0  # s after its hold in which a reader still counts as listening: the time to print and to poll again
-PARKED_PER_NAME = 8  # polls that wait for one name; older ones are of readers whose connection broke unnoticed
+PARKED_PER_NAME = 8  # connections that wait alike for one name; older ones have probably broken without a sign
 
 
 class Reader(Protocol):
@@ -3743,10 +3759,6 @@ class Reader(Protocol):
 
 class Parked(Reader, Protocol):
     """The record of a connection that waits: what it waits for, and for whom."""
-
-    @property
-    def exclusive(self) -> bool:
-        """Does a message go to only one of the connections that wait for it?"""
 
     @property
     def hold(self) -> float:
@@ -3847,7 +3859,7 @@ class Mailbox:
         return found, looked
 
     def recalled(self, message: Message) -> None:
-        """Its sender took this message back: what was counted stays true."""
+        """Its sender took this message back: correct what was counted."""
         self.perishable = True
         mark, upto, known = self.expired or (message.tick, (0, 0), 0)
         was_counted = message.expires is not None and (message.expires, message.tick) <= upto
@@ -3885,6 +3897,7 @@ class Mailboxes:
         self.receipts: dict[tuple[str, str, int | str], Receipt] = {}  # newer than on disk
         self.on_fetched: list[Callable[[str, str, int, int], None]] = []  # see note()
         self.parked: dict[Connection, Parked] = {}
+        self.exclusive: set[type] = set()  # kinds of Parked: a message goes to only one of these that wait for it
         self.waiting: dict[Key, dict[Connection, None]] = {}
         # Polls for whose mailboxes messages came, before they are told: these messages, a list for each mailbox.
         self.behind: OrderedDict[Connection, list[list[Message]]] = OrderedDict()
@@ -3899,7 +3912,7 @@ class Mailboxes:
         return box
 
     def keys(self, after: tuple[str, str]) -> Iterator[tuple[str, str]]:
-        """The mailboxes behind one, in the order of channel and name."""
+        """The mailboxes that come after one, in the order of channel and name."""
         if self.unordered:
             self.ordered += self.unordered
             self.ordered.sort()  # a list that is nearly in order takes a twentieth of the time
@@ -3918,9 +3931,8 @@ class Mailboxes:
             self.unordered = [key for key in self.unordered if key in self.boxes]
             self.dropped = set()
 
-    def new(self, channel: str, names: Iterable[str]) -> int:
-        """How many of these names have no mailbox yet. `all` counts only alone: each poll has it."""
-        names = list(names)
+    def new(self, channel: str, names: Sequence[str]) -> int:
+        """How many of these names have no mailbox yet. `all` counts only if it is the one name: each poll has it."""
         return sum((channel, own) not in self.boxes for own in names if own != EVERYONE or len(names) == 1)
 
     def of(self, reader: Reader) -> Iterator[Mailbox]:
@@ -4125,13 +4137,13 @@ class Mailboxes:
                 del self.waiting[key]
         return parked
 
-    def crowd(self, poll: Poll) -> list[Connection]:
-        """If too many wait at the poll's own name: the polls whose own name it is too, or its owner's observers."""
-        parked = self.waiting.get(poll.places()[0], {})
-        if len(parked) <= PARKED_PER_NAME:
+    def surplus(self, parked: Parked) -> list[Connection]:
+        """The oldest of those that wait in the same way for the same name, if there are many: their peers have gone."""
+        here = self.waiting[parked.places()[0]]
+        if type(parked) in self.exclusive or len(here) <= PARKED_PER_NAME:
             return []
-        polls = [(connection, self.parked[connection]) for connection in parked]
-        return [connection for connection, other in polls if isinstance(other, Poll) and other.me == poll.me]
+        its = type(parked), parked.who
+        return [each for each in here if (type(self.parked[each]), self.parked[each].who) == its][:-PARKED_PER_NAME]
 
     def wake(self, visible: list[Message]) -> dict[Connection, list[Message]]:
         """The parked connections that these messages are for, each with its messages in order: but no observers.
@@ -4151,8 +4163,9 @@ class Mailboxes:
                 if isinstance(parked, Poll):
                     self.behind.setdefault(connection, []).append(messages)
                     continue
-                wanted = (message for message in (left if parked.exclusive else messages) if parked.wants(message))
-                most = int(self.holds(parked.token)) if parked.exclusive else None  # 0: it is about to be closed
+                alone = type(parked) in self.exclusive
+                wanted = (message for message in (left if alone else messages) if parked.wants(message))
+                most = int(self.holds(parked.token)) if alone else None  # 0: it is about to be closed
                 its = [*islice(wanted, most)]
                 woken.update({connection: its} if its else {})
         return woken
@@ -4261,6 +4274,9 @@ class Ledger:
 
     def idle(self) -> bool:
         return not self.next and not self.out
+
+    def drain(self) -> None:
+        """The bus is about to end. A Front waits for what it shares, but not for ever."""
 
     def removes(self) -> bool:
         """Does the list that is being applied remove messages?"""
@@ -4571,6 +4587,8 @@ class Bus:
             connection.request = None  # what waits is small: its record says it all
         self.mailboxes.park(connection, parked)
         connection.wait(PARKED, min(parked.hold, patience))
+        for other in self.mailboxes.surplus(parked):
+            other.wait(PARKED, 0)  # not answered in here, as each may ask again
         if not self.gate.holds(parked.token):
             connection.soon(connection.check_token)  # the token was revoked during a commit
 
@@ -4610,6 +4628,8 @@ class Bus:
             self.gate.tokens.changed = False
 
     def tidy(self) -> None:
+        if self.draining:
+            return
         for tidy in (self.retention.forget_names, self.retention.age, *self.on_tidy):
             self.loop.attempt(tidy)
         if self.gate.tokens.used:
@@ -4619,6 +4639,7 @@ class Bus:
         """The bus is about to end: answer all parked connections, refuse new requests, finish the accepted ones."""
         if not self.draining:
             self.draining = True
+            self.ledger.drain()
             self.door.drain()
 
     def end(self) -> None:
@@ -4824,8 +4845,6 @@ class Receiving:
             self.mailboxes.left(poll)
             return delivery(self.bus, poll, [])
         self.bus.park(request.peer, poll._replace(token=request.grant.token))
-        for connection in self.mailboxes.crowd(poll)[:-PARKED_PER_NAME]:
-            connection.wait(PARKED, 0)  # the newest still live; not answered in here, as each may poll again
         return None
 
     def peek(self, poll: Poll, ack: bool) -> Answer:
@@ -4954,7 +4973,7 @@ class Retention:
 
     def forget_names(self, after: tuple[str, str] = ("", "")) -> None:
         """Forget the names that were only looked at, and the rows of names without mail that nobody polls."""
-        if not self.clock_is_trusted():
+        if self.bus.draining or not self.clock_is_trusted():
             return
         names = list(islice(self.bus.mailboxes.keys(after), self.NAMES))
         idle = self.bus.mailboxes.idle(names, self.bus.view.clock(), int(self.keep * 1000000))
@@ -4980,7 +4999,7 @@ class Retention:
 
     def look_for_request(self) -> None:
         """The command prune leaves a file beside the database that says what to remove."""
-        if not self.request:
+        if not self.request and not self.bus.draining:
             request = prune_request(self.bus.state.path)
             if request:
                 keys_from = self.bus.view.clock() - int(self.keep * 1000000) if self.keep else 0
@@ -5536,10 +5555,7 @@ def block(message: dict[str, Any], me: str | None, now: int) -> str:
 
 def span(age: int) -> str:
     """Seconds as 90m, 6h or 2d; nothing under a minute."""
-    for unit, size in (("d", 86400), ("h", 3600), ("m", 60)):
-        if age >= size:
-            return f"{age // size}{unit}"
-    return ""
+    return next((f"{age // size}{unit}" for unit, size in (("d", 86400), ("h", 3600), ("m", 60)) if age >= size), "")
 
 
 HELP = """\
@@ -5577,6 +5593,8 @@ def duration(text: str) -> float:
 
 
 def default_path() -> str:
+    if os.environ.get("HOME") == "":  # then ~ would be the root folder
+        del os.environ["HOME"]
     state = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
     return os.path.join(state, "agent-bus", "bus.db")
 
@@ -5587,23 +5605,39 @@ def no_folder(path: str) -> str:
     return path
 
 
+def within(least: float, most: float = math.inf, kind: Callable[[str], float] = int) -> Callable[[str], float]:
+    """The type of an option whose value is a number in these bounds."""
+
+    def number(text: str) -> float:
+        with contextlib.suppress(ValueError):
+            if least <= kind(text) <= most:
+                return kind(text)
+        what = "number" if kind is float else "whole number"
+        bounds = f"{least} or more" if most == math.inf else f"{least} to {most}"
+        raise argparse.ArgumentTypeError(f"{text!r} is not a {what}: give {bounds}")
+
+    return number
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of the core."""
     add = parser.add_argument
     add("--host", help="address to listen on (127.0.0.1)")
-    add("--port", type=int, help="port to listen on; 0: any free one (8080)")
+    add("--port", type=within(0, 65535), help="port to listen on; 0: any free one (8080)")
     add("--db", type=no_folder, default=default_path(), metavar="PATH", help="database, or :memory: (%(default)s)")
     add("--keep", type=duration, default="30d", help="remove messages older than this, like 12h; 0: keep all (30d)")
-    add("--max-body", type=int, default=262144, metavar="BYTES", help="largest body of a request (%(default)s)")
-    add("--rate", type=float, default=50, metavar="N", help="most messages per sender and second; 0: any (%(default)s)")
-    turns = "most changes of direction between two names in 10 minutes; warn from N/4 on; 0: any (%(default)s)"
-    add("--turns", type=int, default=120, metavar="N", help=turns)
-    add("--without", action="append", metavar="NAME,...", help="do not load these extensions: " + ",".join(ELSEWHERE))
+    largest = "largest body of a request (%(default)s)"
+    add("--max-body", type=within(1024, 9999999), default=262144, metavar="BYTES", help=largest)
+    most = "messages per second and sender; 0: no limit (%(default)s)"
+    add("--rate", type=within(0, kind=float), default=50, metavar="N", help=most)
+    turns = "changes of direction between two names in 10 minutes; warn from N/4 on; 0: no limit (%(default)s)"
+    add("--turns", type=within(0), default=120, metavar="N", help=turns)
+    add("--without", action="append", metavar="NAME,...", help="do not load these extensions: " + ", ".join(ELSEWHERE))
     further_name = "another host name that clients use in the bus's URL; only needed without tokens"
     add("--allow-host", action="append", default=[], metavar="NAME", help=further_name)
-    shared = "the ledger that this front shares with others, instead of being a bus of its own: docs/cluster.md"
+    shared = "be a front: keep the bus in this ledger, together with other fronts (docs/cluster.md)"
     add("--ledger", default=os.environ.get("AGENT_BUS_LEDGER"), metavar="URL", help=shared)
-    add("--ledger-single", action="store_true", help="take a ledger that keeps its entries on one machine only")
+    add("--ledger-single", action="store_true", help="accept a ledger that keeps its entries on one machine only")
     add("--open", action="store_true", help="let other machines use the bus although it has no tokens")
     add("--tls-cert", metavar="FILE", help="speak HTTPS with this certificate chain (PEM); SIGHUP reloads it")
     add("--tls-key", metavar="FILE", help="the key of the certificate, if it is in another file")
@@ -5630,16 +5664,13 @@ def command_line(arguments: Sequence[str]) -> argparse.Namespace:
     check_extensions(parser, arguments, without, extensions)
     options = parser.parse_args(arguments)
     for wrong, sentence in (
-        (not 0 <= (options.port or 0) <= 65535, "--port must be 0 to 65535"),
-        (options.rate < 0 or options.turns < 0, "--rate and --turns must not be negative"),
         (options.tls_key and not options.tls_cert, "--tls-key needs --tls-cert"),
         (options.ledger_single and not options.ledger, "--ledger-single needs --ledger"),
-        (not 1024 <= options.max_body <= 9999999, "--max-body must be 1024 to 9999999"),
     ):
         if wrong:
             parser.error(sentence)
     options.extensions, options.without = extensions, without
-    options.front = load_ledgers("front") if options.ledger else None
+    options.front = load_ledgers("start") if options.ledger else None
     options.tcp = options.host is not None or options.port is not None  # else only if nothing else listens
     options.host, options.port = options.host or "127.0.0.1", 8080 if options.port is None else options.port
     return options
@@ -5679,6 +5710,11 @@ def module_at(file: pathlib.Path, name: str) -> ModuleType:
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def parts_of(file: str, *names: str) -> list[ModuleType]:
+    """The other files of an extension, which lie beside its first one. Each may import those before it."""
+    return [module_at(pathlib.Path(file).with_name(f"{name}.py"), name) for name in names]
 
 
 def load(file: pathlib.Path) -> ModuleType:
@@ -5892,13 +5928,14 @@ def meant(wrong: str, right: Iterable[str]) -> str:
 def invite(arguments: Sequence[str]) -> None:
     """Make a token, and print once what to run on the other machine. The words are in tools/bus_invite.py."""
     parser = command("invite", "Make a token for NAME and print it. It is shown only once.")
-    parser.add_argument("name", metavar="NAME")
+    parser.add_argument("name", metavar="NAME", help="the agent or the person that the token is for")
     parser.add_argument("--also", default="", metavar="NAME,...", help="other names whose mail the token may read")
     parser.add_argument("--send-only", action="store_true", help="the token may send, but not read")
     parser.add_argument("--operator", action="store_true", help="the token may read everything: /log and every mailbox")
-    how = "as 90d or 12h; 0: never (0)"
-    parser.add_argument("--expires", "--for", type=duration, default="0", metavar="TIME", help=how)
-    parser.add_argument("--page", action="store_true", help="print a link to the page of the bus, for a browser")
+    how = "the token is valid for TIME, as 90d or 12h; 0: for ever (0; with --page 12h)"
+    parser.add_argument("--expires", "--for", type=duration, metavar="TIME", help=how)
+    page = "print a link to the page of the bus, for a browser, and not the line that joins a machine"
+    parser.add_argument("--page", action="store_true", help=page)
     parser.add_argument("--label", default="", metavar="TEXT", help="tells the tokens of NAME apart: `revoke --label`")
     parser.add_argument("--url", default="", help="URL of the bus for the other machine (that of the running server)")
     parser.add_argument("--yes", action="store_true", help="do not ask")
@@ -5915,7 +5952,7 @@ def invite(arguments: Sequence[str]) -> None:
     digest, now = hashlib.sha256(secret.encode()).hexdigest(), time.time()
     row = {"id": token, "hash": digest, "name": options.name, "also": options.also, "made": now, "revoked": None}
     row.update(send_only=options.send_only, operator=options.operator, label=options.label)
-    lasts = options.expires or (PAGE_SECONDS if options.page else None)
+    lasts = PAGE_SECONDS * options.page if options.expires is None else options.expires
     row.update(expires=int(now + lasts) if lasts else None)
     for own in [own for own in file.rows() if own["name"] == options.name and not own["revoked"]]:
         made = time.strftime("%Y-%m-%d", time.gmtime(own["made"]))
@@ -5925,7 +5962,7 @@ def invite(arguments: Sequence[str]) -> None:
     print(print_it(options.name, f"{token}_{secret}", here, options.url) if print_it else f"{token}_{secret}")
 
 
-PAGE_SECONDS = 12 * 3600  # that the token of a link to the page is valid, if --for does not say: browsers keep links
+PAGE_SECONDS = 12 * 3600  # a link to the page is valid for so long, unless --expires says: browsers keep links
 
 
 def check_invitation(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
@@ -6118,11 +6155,10 @@ def is_front(path: str) -> bool:
 
 def signature(path: str) -> tuple[str, str]:
     """(URL, version) of the running server, from its lock file."""
-    try:
-        lines = pathlib.Path(lock_file(path)).read_text().splitlines()
-    except OSError:
-        lines = []
-    return (*lines, "", "")[0], (*lines, "", "")[1]
+    lines = ["", ""]
+    with contextlib.suppress(OSError):
+        lines[:0] = pathlib.Path(lock_file(path)).read_text().splitlines()
+    return lines[0], lines[1]
 
 
 def backup(arguments: Sequence[str]) -> None:

@@ -76,7 +76,7 @@ def a_parked_reader_takes_little_memory(session: Session) -> Result:
     crowd, before = session.count(10000), session.count(1000)
 
     def grown(peer: Peer) -> Run:
-        count = min(crowd, 2000) if isinstance(peer, ThreadedBus) else crowd
+        count = min(crowd, 1000) if isinstance(peer, ThreadedBus) else crowd
         with session.running([peer]), parked(peer, names(before, "first")):
             few = machine.memory(peer.pids())
             with parked(peer, names(count)):
@@ -92,7 +92,7 @@ def a_parked_reader_takes_little_memory(session: Session) -> Result:
     figures = interleaved(runs, session.settings.rounds, "KB")
     session.notes.append(
         f"The growth of the server (PSS of all its processes) between {before} parked readers and {crowd} more, each "
-        f"on its own name; {min(crowd, 2000)} more for a server with a thread for each reader. Each round has a new "
+        f"on its own name; {min(crowd, 1000)} more for a server with a thread for each reader. Each round has a new "
         "process. The memory of the kernel for sockets is not counted.")
     claims = [Claim(figure.contender, "KB", figure.rounds, 3, 2, False) for figure in ours(session, figures)]
     return Result(list(figures.values()), claims, session.notes)

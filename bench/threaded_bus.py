@@ -5,6 +5,7 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, urlsplit
 
+HOLD = 600  # s; longer than a thousand threads take to begin on a slow machine
 mailboxes = {}
 
 
@@ -16,7 +17,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         query = parse_qs(urlsplit(self.path).query)
-        name, since, end = query["to"][0], float(query["since"][0]), time.time() + 60
+        name, since, end = query["to"][0], float(query["since"][0]), time.time() + HOLD
         while not (fresh := self.fresh(name, since)) and time.time() < end:
             time.sleep(0.5)
         self.answer({"messages": fresh, "now": time.time()})

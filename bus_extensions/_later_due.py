@@ -154,7 +154,7 @@ class Due:
             key = f"{schedule.id}.{schedule.at // 1000000}" if schedule.cron else schedule.id
             text = f'{{"key": "{key}", {schedule.message[1:]}'
             tokens = self.bus.gate.tokens
-            grant = tokens.grants[schedule.token][1] if tokens.closed else OPEN
+            grant = tokens.valid[schedule.token].grant if tokens.closed else OPEN
             answer = self.bus.answer(self.request(Sender(schedule, sent), grant, text))
         except Refused as refused:
             answer = refusal(refused)

@@ -19,7 +19,8 @@ def unlock(me: Session, /, names: str = "", fence: int = 0) -> Steps:
         raise Failed(0, "give names, or fence: what to release")
     what = {"fence": fence} if fence else {"names": lines_of(names)}
     released = (yield Ask("/unlock", {**me.signed(), **what}))["released"]
-    return f"released: {released}" if released else "nothing of it was yours any more"
+    its = "this reservation" if fence else "you have reserved nothing by that name, or it"
+    return f"released: {released}" if released else f"nothing is released: {its} has ended"
 
 
 def locks(me: Session, /, path: str = "", holder: str = "") -> Steps:

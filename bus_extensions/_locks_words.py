@@ -63,10 +63,6 @@ class Waiter(NamedTuple):
     name: str = ""  # in it, which overlaps
 
     @property
-    def exclusive(self) -> bool:
-        return False
-
-    @property
     def channel(self) -> str:
         return self.lock.channel
 

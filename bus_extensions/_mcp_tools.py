@@ -4,9 +4,9 @@ A tool is a generator. It yields each request to the bus as an Ask, gets the JSO
 it, and returns its text. So the same tool runs inside the bus, where nothing may wait, and in a program that asks over
 HTTP. Numbers with a fraction, such as ts, are texts or Decimals here, so that they stay as the bus wrote them.
 
-This file has what tools have in common: the protocol (parse, check, respond), Tool, Session (whose mail it is), how a
-message is shown, and arguments. The tools are in the files _NAME_tools.py. Standard library only, and no other file of
-ours.
+This file has what tools have in common: Tool, Session (whose mail it is), how a message is shown, and arguments. The
+tools are in the files _NAME_tools.py; _mcp_protocol.py has the messages of MCP. Standard library only, and no other
+file of ours.
 
 What the inbox promises: mail stays unread until it is acknowledged, not until it was printed. Urgent messages are shown
 early, at most 3 of them. A message that was shown early acknowledges nothing: the cursor moves over a run of messages
@@ -25,13 +25,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote, urlencode
 
-PROTOCOLS = ("2025-11-25", "2025-06-18", "2025-03-26", "2024-11-05")  # spoken here; the first is offered to all others
 HOLD = 25.0  # s that a call may wait, under the 30 s after which common proxies cut a quiet request
 ROOM = 8000  # characters of messages in an answer; a longer message is read in parts
 HEAD_ROOM = 1200  # characters of the other fields of a message that is cut
 KNOWN = 64  # ids that a session remembers: of messages that were shown early, and of its questions
 PAGE = 100  # messages that one look takes
-ID_ROOM = 1000  # characters of an id, which is kept while a tool waits
 FIELD = 100  # characters of any other field, where a message is cut
 NAMED = 5  # senders in a notice
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@-]{0,63}")
@@ -44,14 +42,6 @@ WORDS = (
 )
 UNREAD = "Mail stays unread until you call bus_ack with the id of the last message you have dealt with."
 KEPT = "A message with `early` was shown before older ones: bus_ack of it moves nothing."
-
-
-class Wrong(Exception):
-    """A message that JSON-RPC has an error number for."""
-
-    def __init__(self, code: int, sentence: str) -> None:
-        super().__init__(sentence)
-        self.code = code
 
 
 class Failed(Exception):
@@ -71,75 +61,6 @@ class Ask(NamedTuple):
 
 Answer = dict[str, Any]
 Steps = Generator[Ask, Answer, str]
-
-
-# The protocol: JSON-RPC messages of MCP
-
-
-def parse(text: bytes) -> Any:
-    try:
-        return json.loads(text.decode(), parse_float=finite, parse_constant=finite)
-    except (ValueError, RecursionError):
-        raise Wrong(-32700, "a message must be one value of JSON, in UTF-8") from None
-
-
-def finite(text: str) -> float:
-    """Refuse infinite numbers: they are not JSON, so such an id could not be sent back."""
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError
-    return value
-
-
-def is_answer(message: Any) -> bool:
-    """Is this an answer of the client to a request? We never send one."""
-    return isinstance(message, dict) and "method" not in message and bool({"result", "error"} & message.keys())
-
-
-def check(message: Any) -> None:
-    """Wrong, if this is neither a request nor a notification."""
-    if not isinstance(message, dict):
-        raise Wrong(-32600, "a message is an object; send several one by one")
-    method, params = message.get("method"), message.get("params") or {}
-    if len(json.dumps(message.get("id"))) > ID_ROOM:
-        raise Wrong(-32600, f"an id has at most {ID_ROOM} characters")
-    if message.get("jsonrpc") != "2.0" or not isinstance(method, str) or not isinstance(params, dict):
-        raise Wrong(-32600, "a request has jsonrpc: 2.0, a method, and an object or nothing as params")
-
-
-def respond(message: dict[str, Any], version: str, more: str = "", **capabilities: Any) -> Answer:
-    """The result of a request that needs no bus. `version` is that of the bus, `more` follows the usual words."""
-    method, params = message["method"], message.get("params") or {}
-    if method == "ping":
-        return {}
-    if method == "tools/list":
-        return {"tools": [tool.listed(name) for name, tool in TOOLS.items()]}
-    if method != "initialize":
-        raise Wrong(-32601, f"there is no method {method}")
-    wanted = params.get("protocolVersion")
-    return {
-        "protocolVersion": wanted if wanted in PROTOCOLS else PROTOCOLS[0],
-        "capabilities": {"tools": {}, **capabilities},
-        "serverInfo": {"name": "agent-bus", "version": version},
-        "instructions": f"{WORDS} {UNREAD} {KEPT} {more}".rstrip(),
-    }
-
-
-def called(message: dict[str, Any]) -> tuple[Tool, dict[str, Any]]:
-    """The tool of a tools/call, and its arguments, unchecked."""
-    params = message.get("params") or {}
-    name, arguments = params.get("name"), params.get("arguments")
-    arguments = {} if arguments is None else arguments
-    if not isinstance(name, str) or name not in TOOLS:
-        raise Wrong(-32602, f"there is no tool {name}; there are {', '.join(TOOLS)}")
-    if not isinstance(arguments, dict):
-        raise Wrong(-32602, "the arguments of a tool are an object")
-    return TOOLS[name], arguments
-
-
-def result(text: str, failed: bool) -> Answer:
-    """The result of a tools/call."""
-    return {"content": [{"type": "text", "text": text}], "isError": failed}
 
 
 class Tool(NamedTuple):

@@ -44,10 +44,6 @@ class Worker(NamedTuple):
     token: str
 
     @property
-    def exclusive(self) -> bool:
-        return True
-
-    @property
     def hold(self) -> float:
         return self.until - time.monotonic()
 

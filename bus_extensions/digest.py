@@ -16,8 +16,6 @@ from bus_server import (
     EVERYONE,
     LAST,
     NOW,
-    PARKED,
-    PARKED_PER_NAME,
     Answer,
     Bus,
     Key,
@@ -72,10 +70,6 @@ class Asked(NamedTuple):
     owner: str  # whose limits it counts for
 
     @property
-    def exclusive(self) -> bool:
-        return False
-
-    @property
     def channel(self) -> str | None:
         return self.poll.channel
 
@@ -121,7 +115,7 @@ def digest(bus: Bus, request: Request) -> Answer | None:
 
 
 def wait(bus: Bus, request: Request, asked: Asked) -> None:
-    """Park the connection. As with polls, the newest that wait for the same name are live; older ones are answered."""
+    """Park the connection."""
     poll, mailboxes = asked.poll, bus.mailboxes
     bus.storms.name(asked.owner, mailboxes.new(str(poll.channel), poll.names))
     for each in bus.on_polled:
@@ -130,9 +124,6 @@ def wait(bus: Bus, request: Request, asked: Asked) -> None:
     mailboxes.owned(poll)
     bus.save_marks_soon()
     bus.park(request.peer, asked)
-    same = [each for each in mailboxes.waiting[poll.places()[0]] if isinstance(mailboxes.parked[each], Asked)]
-    for other in same[:-PARKED_PER_NAME]:
-        other.wait(PARKED, 0)
 
 
 def tell(bus: Bus, asked: Asked) -> Answer:

@@ -16,7 +16,6 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bus_server import (
@@ -34,9 +33,9 @@ from bus_server import (
     Request,
     Waits,
     encode,
-    module_at,
     nothing_follows,
     ok,
+    parts_of,
     refusal,
 )
 
@@ -45,9 +44,8 @@ if TYPE_CHECKING:
     import _locks_state as its
     import _locks_words as words
     from _locks_words import WANTED, Waiter
-else:  # each one may import those before it
-    parts = ("_locks_names", "_locks_state", "_locks_words")
-    paths, its, words = [module_at(Path(__file__).with_name(f"{part}.py"), part) for part in parts]
+else:
+    paths, its, words = parts_of(__file__, "_locks_names", "_locks_state", "_locks_words")
     WANTED, Waiter = words.WANTED, words.Waiter
 
 TABLES, NOUN, OPERATIONS = its.TABLES, "reservations", (its.Lock, its.Renew, its.Unlock, its.Lapse)

@@ -16,7 +16,6 @@ import traceback
 import weakref
 from collections import OrderedDict
 from collections.abc import Generator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bus_server import (
@@ -30,11 +29,11 @@ from bus_server import (
     Request,
     Shares,
     encode,
-    module_at,
     name,
     ok,
     our_fault,
     parse_json,
+    parts_of,
     put_newest,
     refusal,
     reserved,
@@ -43,9 +42,10 @@ from bus_server import (
 )
 
 if TYPE_CHECKING:
+    import _mcp_protocol as protocol
     import _mcp_tools as tools
 else:
-    tools = module_at(Path(__file__).with_name("_mcp_tools.py"), "_mcp_tools")
+    tools, protocol = parts_of(__file__, "_mcp_tools", "_mcp_protocol")
 
 TABLES, NOUN, OPERATIONS = None, "", ()
 
@@ -166,15 +166,15 @@ class Mcp:
             try:
                 message = parse_json(request.body)
             except Refused as refused:
-                raise tools.Wrong(-32700, refused.sentence) from None
-            if tools.is_answer(message):
+                raise protocol.Wrong(-32700, refused.sentence) from None
+            if protocol.is_answer(message):
                 return Answer(202, b"", "text/plain")
             number = message.get("id") if isinstance(message, dict) else None
-            tools.check(message)
+            protocol.check(message)
             if "id" not in message:
                 return Answer(202, b"", "text/plain")
             return self.answer(request, message)
-        except tools.Wrong as wrong:
+        except protocol.Wrong as wrong:
             error = {"code": wrong.code, "message": str(wrong)}
             return rpc(number, error=error)._replace(status=400 if wrong.code in NO_REQUEST else 200)
 
@@ -191,14 +191,14 @@ class Mcp:
         given = request.fields.get("mcp-session-id")
         if message["method"] == "initialize":
             session = Here(self.sessions, request, keeps=True)
-            result = tools.respond(message, VERSION)
+            result = protocol.respond(message, VERSION)
             return rpc(message["id"], result=result)._replace(
                 headers=(("Mcp-Session-Id", self.sessions.begin(request.owner(), session)),)
             )
         known = self.sessions.find(request.owner(), given) if given else None
         if message["method"] != "tools/call":
-            return rpc(message["id"], result=tools.respond(message, VERSION))
-        tool, arguments = tools.called(message)
+            return rpc(message["id"], result=protocol.respond(message, VERSION))
+        tool, arguments = protocol.called(message)
         session = known or Here(self.sessions, request, keeps=False)
         session.grant = request.grant
         call = Call(self.bus, request, message["id"], session, tool)
@@ -295,5 +295,5 @@ class Call:
             return refusal(our_fault())
 
     def end(self, text: str, failed: bool) -> Answer:
-        answer = rpc(self.number, result=tools.result(self.session.harmless(text), failed))
+        answer = rpc(self.number, result=protocol.result(self.session.harmless(text), failed))
         return answer._replace(delivers=self.delivers)

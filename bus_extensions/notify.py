@@ -12,7 +12,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bus_server import (
@@ -26,8 +25,8 @@ from bus_server import (
     Request,
     Unusable,
     encode,
-    module_at,
     ok,
+    parts_of,
     say,
     seconds,
     unread,
@@ -36,7 +35,7 @@ from bus_server import (
 if TYPE_CHECKING:
     import _notify_rules as rules
 else:
-    rules = module_at(Path(__file__).with_name("_notify_rules.py"), "_notify_rules")
+    [rules] = parts_of(__file__, "_notify_rules")
 
 TABLES, NOUN, OPERATIONS = None, "", ()
 

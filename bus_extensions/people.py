@@ -4,47 +4,40 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
-import time
-from bisect import bisect_left
 from collections import OrderedDict
-from collections.abc import Iterator
 from functools import partial
-from itertools import islice
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING
 
 from bus_server import (
     ANSWER_BYTES,
     EVERYONE,
     GRACE,
     HOLD,
-    RESERVED,
     VERSION,
     Answer,
-    Budget,
     Bus,
-    Draft,
     Grant,
     Mailbox,
     Message,
     Page,
     Poll,
-    Query,
-    Refused,
     Request,
-    Shares,
     agent,
     boolean,
     encode,
     is_name,
-    name,
     ok,
-    parse_json,
+    parts_of,
     put_newest,
-    reserved,
     seconds,
-    too_much,
 )
+
+if TYPE_CHECKING:
+    from _people_similar import Similar
+    from _people_statuses import Statuses
+else:
+    similar, statuses = parts_of(__file__, "_people_similar", "_people_statuses")
+    Similar, Statuses = similar.Similar, statuses.Statuses
 
 TABLES, NOUN, OPERATIONS = None, "", ()
 
@@ -61,13 +54,13 @@ def start(bus: Bus, options: argparse.Namespace) -> None:
 
 def whoami(bus: Bus, request: Request) -> Answer:
     bus.storms.read(request.owner())
-    grant = request.grant
+    grant, token = request.grant, bus.gate.tokens.valid.get(request.grant.token)
     rights = {
         "name": grant.name or None,
         "operator": grant.operator,
         "send_only": grant.send_only,
         "reads": [grant.name, *grant.also] if grant.name and not grant.send_only else [],
-        "expires": int(ends) if (ends := bus.gate.tokens.ends.get(grant.token, math.inf)) < math.inf else None,
+        "expires": int(token.ends) if token and token.ends < math.inf else None,
         "open": not bus.gate.tokens.closed,
         "address": request.peer.address,
         "version": VERSION,
@@ -182,183 +175,3 @@ class People:
         oldest, looked = box.oldest(mark, self.bus.view.clock(), look)
         self.left = max(self.left - looked, 0)
         return oldest
-
-
-class Status(NamedTuple):
-    """What an agent says of itself."""
-
-    said: str  # members of JSON
-    until: float  # monotonic clock, s
-    owner: str
-
-    def size(self) -> int:
-        return len(self.said) + 300  # bytes; about what its entries take beside the text
-
-
-class Statuses:
-    """What agents say of themselves, at POST /status. It does not count as listening. In memory, owned by the loop."""
-
-    STATES = ("busy", "idle", "waiting")
-    CHARACTERS = 500  # of text, cwd and branch together
-    TTL, TTL_MAX = 3600.0, 86400.0  # s; a session that says nothing for an hour has probably ended
-    EACH, ALL = 1 << 20, 16 << 20  # bytes of one owner's statuses, and of all: 2000 and 30,000 usual ones
-
-    def __init__(self, bus: Bus) -> None:
-        self.bus = bus
-        self.known: dict[tuple[str, str], Status] = {}
-        self.boxes: set[Mailbox] = set()  # of the names in `known`: /agents lists them
-        self.held = Shares(self.ALL, self.EACH)
-        bus.route("POST", "/status", self.say, "say what an agent is doing; it is shown in /agents")
-        bus.on_tidy.append(self.forget)
-
-    def say(self, request: Request) -> Answer:
-        """Keep what an agent says, in place of what it said before. Without text, state, cwd and branch: forget it."""
-        bus, owner = self.bus, request.owner()
-        bus.storms.read(owner)
-        said = request.grant.sign(parse_json(request.body))
-        if not isinstance(said, dict):
-            raise Refused(400, "a status must be a JSON object with from and text, state, cwd or branch")
-        own, channel = name(said.get("from"), "from"), said.get("channel")
-        if own.lower() in RESERVED:
-            raise Refused(400, f"from must not be {reserved(own)}")
-        key = "default" if channel in (None, "") else name(channel, "channel"), own
-        words, before = self.words(said), self.known.get(key)
-        ttl = Query.of_members(said).number("ttl", self.TTL, 1, self.TTL_MAX)
-        bus.storms.name(owner, bus.mailboxes.new(key[0], [own]))
-        at = f'"at": {seconds(bus.view.clock())}'
-        status = Status(f"{encode(words)[1:-1]}, {at}", bus.mailboxes.clock() + ttl, owner)
-        if words and self.held.is_full(owner, status.size() - (before.size() if before else 0)):
-            raise too_much("too many agents have said what they do: let some say it for a shorter ttl", 60)
-        self.drop(key)
-        if words:
-            self.held.add(owner, status.size())
-            self.known[key] = status
-            self.boxes.add(bus.mailboxes.box(*key))
-        return ok(bus, '"ok": true')
-
-    def words(self, said: dict[str, Any]) -> dict[str, str]:
-        """The members of a status that are not empty."""
-        words = {member: said.get(member) or "" for member in ("text", "state", "cwd", "branch")}
-        if not all(isinstance(word, str) for word in words.values()):
-            raise Refused(400, "text, state, cwd and branch must be strings")
-        if words["state"] not in ("", *self.STATES):
-            raise Refused(400, f"state must be one of {', '.join(self.STATES)}")
-        if sum(map(len, words.values())) > self.CHARACTERS:
-            raise Refused(400, f"a status has at most {self.CHARACTERS} characters: say it shorter")
-        return {member: word for member, word in words.items() if word}
-
-    def drop(self, key: tuple[str, str]) -> None:
-        before, box = self.known.pop(key, None), self.bus.mailboxes.boxes.get(key)
-        if before:
-            self.held.add(before.owner, -before.size())
-        if box:
-            self.boxes.discard(box)
-
-    def member(self, channel: str, own: str) -> str:
-        status = self.known.get((channel, own))
-        over = not status or status.until <= self.bus.mailboxes.clock()
-        return "" if over or not status else f', "status": {{{status.said}}}'
-
-    def forget(self) -> None:
-        """Drop those that are over. The bus forgets a name that never polls or sends: it is made anew."""
-        now = self.bus.mailboxes.clock()
-        for key in [key for key, status in self.known.items() if status.until <= now]:
-            self.drop(key)
-        self.boxes = {self.bus.mailboxes.box(*key) for key in self.known}
-
-
-class Similar:
-    """Finds the names that a sender may have meant. Used by the loop only.
-
-    It looks at a bounded number of names, however many there are: names that differ from the wanted one by one letter
-    and need one look-up each, then names that are near to it in the order of names. On a bus with few names it finds
-    every similar name; with many, most that differ by one letter, and some that differ by two.
-    """
-
-    SHOWN = 3
-    LETTERS = 2  # a name that differs by more is another name
-    LOOKED_UP, NEAR, COMPARED = 300, 40, 25  # names; 0.5 ms for the worst of them
-    SHARE, BURST = 0.05, 0.02  # s of CPU that looks may take: in each second, at once
-    FRESH = 0.1  # s; so long the last look is good for further sends to the same name
-
-    def __init__(self, bus: Bus) -> None:
-        self.bus = bus
-        self.looks = Budget(time.monotonic, self.SHARE, self.BURST)
-        self.last: tuple[str, str, float, str] = "", "", 0.0, ""  # channel, name, until when it is good, the member
-        bus.unknown.append(self.member)
-
-    def member(self, one: Draft) -> str:
-        """A member of the answer to a sender that may see names; a token that may only send must not learn any."""
-        grants = self.bus.gate.tokens.named.get(one.sender, ())
-        if any(grant.send_only for grant in grants):
-            return ""
-        channel, own, good, member = self.last
-        if (channel, own) == (one.channel, one.to[0]) and time.monotonic() < good:
-            return member
-        if self.looks.wait("", 0):
-            return ""
-        start = time.thread_time()
-        found = self.to(one.channel, one.to[0])
-        self.looks.take("", time.thread_time() - start)
-        member = f', "similar": {encode(found)}' if found else ""
-        self.last = one.channel, one.to[0], time.monotonic() + self.FRESH, member
-        return member
-
-    def to(self, channel: str, unknown: str) -> list[str]:
-        """The known names on a channel that are most like this one, the nearest first."""
-        own, letters = unknown.lower(), set(unknown.lower())
-        found = {each: 1 for each in islice(spelled(unknown), self.LOOKED_UP) if self.is_known(channel, each)}
-        alike = (
-            each
-            for each in dict.fromkeys(self.near(channel, unknown) if len(found) < self.SHOWN else ())
-            if abs(len(each) - len(own)) <= self.LETTERS
-            and len(letters.symmetric_difference(each.lower())) <= 2 * self.LETTERS
-        )
-        for each in islice(alike, self.COMPARED):
-            if differ(own, each.lower(), self.LETTERS) and self.is_known(channel, each):
-                found.setdefault(each, 1 if differ(own, each.lower(), 1) else 2)
-        found.pop(EVERYONE, None)
-        return sorted(found, key=lambda each: (each.lower() != own, found[each], each))[: self.SHOWN]
-
-    def is_known(self, channel: str, own: str) -> bool:
-        box = self.bus.mailboxes.boxes.get((channel, own))
-        return bool(box and box.seen) or own in self.bus.gate.tokens.named
-
-    def near(self, channel: str, unknown: str) -> Iterator[str]:
-        """Names that are beside this one in the order of names, in each case; then new names, and those with tokens."""
-        ordered, new = self.bus.mailboxes.ordered, self.bus.mailboxes.unordered
-        for each in (unknown, unknown.lower(), unknown.capitalize(), unknown.upper()):
-            place = bisect_left(ordered, (channel, each))
-            for at in sorted(range(max(place - self.NEAR, 0), place + self.NEAR), key=lambda at: abs(at - place)):
-                if at < len(ordered) and ordered[at][0] == channel:
-                    yield ordered[at][1]
-        yield from (own for its, own in islice(reversed(new), self.NEAR) if its == channel)
-        yield from islice(self.bus.gate.tokens.named, self.NEAR)
-
-
-LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789-_."
-
-
-def spelled(text: str) -> Iterator[str]:
-    """The text in other cases, and with one letter more, less or changed, or with two neighbours swapped."""
-    yield from (text.lower(), text.upper(), text.capitalize(), text.swapcase())
-    for at in range(len(text)):
-        yield text[:at] + text[at + 1 :]
-        yield text[:at] + text[at + 1 : at + 2] + text[at] + text[at + 2 :]
-    for at in range(len(text)):
-        for letter in LETTERS:
-            yield text[:at] + letter + text[at:]
-            yield text[:at] + letter + text[at + 1 :]
-
-
-def differ(one: str, other: str, letters: int) -> bool:
-    """Do the texts differ by at most so many letters that were changed, added or left out?"""
-    same = len(os.path.commonprefix([one, other]))
-    one, other = one[same:], other[same:]
-    if not one or not other or not letters:
-        return len(one) + len(other) <= letters
-    return abs(len(one) - len(other)) <= letters and (
-        differ(one[1:], other[1:], letters - 1)
-        or differ(one[1:], other, letters - 1)
-        or differ(one, other[1:], letters - 1)
-    )

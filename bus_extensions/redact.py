@@ -27,9 +27,9 @@ from bus_server import (
     boolean,
     checksum,
     encode,
-    module_at,
     no_message,
     ok,
+    parts_of,
     quote,
     state_of,
 )
@@ -37,7 +37,7 @@ from bus_server import (
 if TYPE_CHECKING:
     import _redact_copies as copies
 else:
-    copies = module_at(Path(__file__).with_name("_redact_copies.py"), "_redact_copies")
+    [copies] = parts_of(__file__, "_redact_copies")
 
 TABLES, NOUN = None, ""
 

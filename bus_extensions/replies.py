@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import Generator, Sequence
 from functools import partial
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bus_server import (
     ALIVE,
@@ -20,9 +20,6 @@ from bus_server import (
     HOLD,
     HOLD_MAX,
     MAX_MESSAGES,
-    PARKED,
-    PARKED_PER_NAME,
-    RECALLED,
     REPLIES,
     ROW,
     SELECT,
@@ -33,31 +30,30 @@ from bus_server import (
     Grant,
     Key,
     Message,
-    Now,
-    Operation,
     Put,
     Refused,
     Request,
-    State,
     Stored,
     Waits,
-    checksum,
     encode,
     entry,
     no_message,
     ok,
-    one_of,
+    parts_of,
     quote,
-    read_alone,
     readable,
-    reader_of,
-    refusal,
-    state_of,
     tick_of,
-    told,
 )
 
-TABLES, NOUN = None, ""
+if TYPE_CHECKING:
+    import _replies_fetches as fetches
+    import _replies_recalls as recalls
+    from _replies_recalls import FETCHED, Recall, was_fetched
+else:
+    recalls, fetches = parts_of(__file__, "_replies_recalls", "_replies_fetches")
+    FETCHED, Recall, was_fetched = recalls.FETCHED, recalls.Recall, recalls.was_fetched  # two of them for a front
+
+TABLES, NOUN, OPERATIONS = None, "", (Recall,)
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -66,6 +62,8 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 def start(bus: Bus, options: argparse.Namespace) -> None:
     Replies(bus)
+    recalls.Recalls(bus)
+    fetches.Fetches(bus)
 
 
 class Question(NamedTuple):
@@ -79,10 +77,6 @@ class Question(NamedTuple):
     grant: Grant
     hold: float  # s
     channel: str
-
-    @property
-    def exclusive(self) -> bool:
-        return False
 
     @property
     def token(self) -> str:
@@ -107,82 +101,6 @@ class Question(NamedTuple):
         return message.tick == reply
 
 
-# With a channel, then a name: senders wait here until somebody reads that mailbox. Alone, then a tick: for one message.
-FETCHES = "fetches of"
-
-
-class Watch(NamedTuple):
-    """A sender that waits until somebody has fetched its message."""
-
-    message: Message  # without its text, which may be large
-    grant: Grant
-    hold: float  # s
-
-    @property
-    def token(self) -> str:
-        return self.grant.token
-
-    @property
-    def exclusive(self) -> bool:
-        return False
-
-    @property
-    def channel(self) -> str:
-        return self.message.channel
-
-    @property
-    def who(self) -> str:
-        return self.message.sender
-
-    def places(self) -> Sequence[Key]:
-        return [(FETCHES, self.message.tick), (f"{FETCHES} {self.message.channel}", self.message.to)]
-
-    def present(self) -> Sequence[str]:
-        return ()
-
-    def wants(self, message: Message) -> bool:
-        return False
-
-
-class Recall(Operation):
-    """Take a message back for its sender: from now on it counts as expired. The result: was it not taken back before?
-
-    The row of the message stays, so that a retry of its send is not stored again.
-    """
-
-    __slots__ = ("tick",)
-    kind = "recall"
-
-    def __init__(self, tick: int) -> None:
-        self.tick = tick
-
-    def apply(self, state: State, now: Now) -> bool:
-        # The table `work` is part of every database, with or without work.py.
-        if state.writing.execute("SELECT 1 FROM work WHERE tick = ?", (self.tick,)).fetchone():
-            raise Refused(409, "it is too late to recall this message: a worker has it")
-        message = state.message(self.tick)
-        if not message:
-            raise no_message()
-        gone = message._replace(expires=RECALLED)
-        state.writing.execute(
-            "UPDATE messages SET expires = ?, sum = ? WHERE tick = ?", (RECALLED, checksum(gone), gone.tick)
-        )
-        return message.expires != RECALLED
-
-
-OPERATIONS = (Recall,)
-
-
-def was_fetched(bus: Bus, message: Message) -> bool:
-    """May a reader have it? Then it is too late to recall it."""
-    deliveries = [each.delivering for each in bus.door.connections if each.delivering]
-    on_its_way = any(reader.covers(upto, message) for reader, upto in deliveries)
-    return on_its_way or read_alone(bus, message) or bus.mailboxes.has_passed(message)
-
-
-FETCHED = "it is too late to recall this message: it was fetched"
-
-
 class Replies:
     """The endpoints of questions and answers. Owned by the loop."""
 
@@ -190,11 +108,7 @@ class Replies:
         self.bus = bus
         bus.route("POST", "/ask", self.ask, "send a message and get its reply; wait=50 waits for one")
         bus.route("GET", "/thread/", self.thread, "a conversation: its first message and all replies")
-        bus.route("POST", "/recall", self.recall, "take back a message of yours that nobody has fetched")
-        bus.route("GET", "/message/", self.message, "one message and its state; wait_fetched=25 waits for a fetch")
         bus.waits[Question] = Waits(self.answered, self.unanswered)
-        bus.waits[Watch] = Waits(self.watched, self.unwatched)
-        bus.mailboxes.on_fetched.append(self.tell_watchers)
 
     # Questions
 
@@ -223,15 +137,8 @@ class Replies:
         if not hold or bus.draining or connection.ended or connection.phase is not BUSY:
             return self.unanswered(connection, question)
         bus.mailboxes.polled(question, connection.address, bus.view.clock())
-        self.park(connection, question)
+        bus.park(connection, question)
         return None
-
-    def park(self, connection: Connection, parked: Question | Watch) -> None:
-        """As with polls, the newest that wait for the same are still live; the one before those is answered."""
-        self.bus.park(connection, parked)
-        same = self.bus.mailboxes.waiting[parked.places()[0]]
-        for other in list(same)[-PARKED_PER_NAME - 1 : -PARKED_PER_NAME]:
-            other.wait(PARKED, 0)
 
     def answered(self, connection: Connection, question: Question, messages: list[Message]) -> Answer:
         """A reply that is its mailbox's oldest unfetched message becomes fetched; else an asker's mailbox fills up."""
@@ -305,65 +212,3 @@ class Replies:
             raise no_message()
         more = f', "more": true, "next": "{next_after:x}"' if next_after else ""
         return ok(self.bus, f'"messages": [{", ".join(seen)}]{more}')
-
-    # Taking back
-
-    def recall(self, request: Request) -> Answer | None:
-        """The sender takes a message back, if nobody has fetched it and it is not being sent to a reader.
-
-        The message is withheld from readers until the recall succeeds or fails; if it fails, they can read the message.
-        """
-        bus = self.bus
-        bus.check_open()
-        message = one_of(bus, request, request.members().id())
-        if request.grant.name not in ("", message.sender):
-            raise Refused(403, "only the sender of a message can recall it")
-        if message.expires == RECALLED:  # a retry; it succeeds, whatever was fetched since
-            return ok(bus, '"ok": true')
-        if was_fetched(bus, message):
-            raise Refused(409, FETCHED)
-        step = bus.do(Recall(message.tick), request.peer, partial(self.recalled, message))
-        bus.withheld[step] = message
-        return None
-
-    def recalled(self, message: Message, connection: Connection, recall: Recall, is_new: bool) -> Answer:
-        box = self.bus.mailboxes.box(message.channel, message.to)
-        if is_new:
-            box.recalled(message)
-        return ok(self.bus, '"ok": true')
-
-    # Waiting until a message was fetched
-
-    def message(self, request: Request) -> Answer | None:
-        """One message and its state; asking moves no mark. With `wait_fetched` the answer waits until it is fetched."""
-        bus = self.bus
-        found = one_of(bus, request)
-        hold = request.query().number("wait_fetched", 0, 0, HOLD_MAX)
-        if not hold or request.command == "HEAD" or bus.draining or state_of(bus, found)[0] != "queued":
-            return told(bus, found, reader_of(request))
-        self.park(request.peer, Watch(found._replace(text=""), reader_of(request), hold))
-        return None
-
-    def tell_watchers(self, channel: str, own: str, above: int, upto: int) -> None:
-        """Messages between two ticks were fetched: at the end of this turn, answer those who wait for that.
-
-        A request may fetch a thousand messages one by one, so a single one is looked up by its tick.
-        """
-        mailboxes = self.bus.mailboxes
-        key: Key = (FETCHES, upto) if upto == above + 1 else (f"{FETCHES} {channel}", own)
-        for connection in mailboxes.waiting.get(key, ()):
-            watch = mailboxes.parked[connection]
-            if isinstance(watch, Watch) and above < watch.message.tick <= upto:
-                connection.soon(partial(self.tell, connection, watch))
-
-    def tell(self, connection: Connection, watch: Watch) -> None:
-        if self.bus.mailboxes.parked.get(connection) is watch:
-            self.bus.mailboxes.unpark(connection)
-            connection.answer(self.unwatched(connection, watch))
-
-    def watched(self, connection: Connection, watch: Watch, messages: list[Message]) -> Answer:
-        return self.unwatched(connection, watch)
-
-    def unwatched(self, connection: Connection, watch: Watch) -> Answer:
-        message = self.bus.view.message(watch.message.tick)  # it may have been recalled or removed
-        return told(self.bus, message, watch.grant) if message else refusal(no_message())

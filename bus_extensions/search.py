@@ -13,7 +13,6 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bus_server import (
@@ -31,8 +30,8 @@ from bus_server import (
     Request,
     cursor,
     encode,
-    module_at,
     ok,
+    parts_of,
     refusal,
     say,
     seconds,
@@ -43,7 +42,7 @@ from bus_server import (
 if TYPE_CHECKING:
     import _search_index as index
 else:
-    index = module_at(Path(__file__).with_name("_search_index.py"), "_search_index")
+    [index] = parts_of(__file__, "_search_index")
 
 # If a text was replaced, its words must leave the disk: the index is made anew.
 TABLES = [

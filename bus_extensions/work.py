@@ -14,7 +14,6 @@ import secrets
 import time
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bus_server import (
@@ -30,10 +29,11 @@ from bus_server import (
     Refused,
     Request,
     Waits,
-    module_at,
     ok,
     one_of,
+    parts_of,
     seconds,
+    within,
 )
 
 if TYPE_CHECKING:
@@ -44,9 +44,8 @@ if TYPE_CHECKING:
     from _work_letters import DEAD, Again, Bury
     from _work_state import Claim, Claimed, Job, Settle
     from _work_words import Worker
-else:  # each one may import those before it
-    parts = ("_work_letters", "_work_state", "_work_words", "_work_queues")
-    letters, its, words, queues = [module_at(Path(__file__).with_name(f"{part}.py"), part) for part in parts]
+else:
+    letters, its, words, queues = parts_of(__file__, "_work_letters", "_work_state", "_work_words", "_work_queues")
     DEAD, Again, Bury = letters.DEAD, letters.Again, letters.Bury
     Claim, Claimed, Job, Settle, Worker = its.Claim, its.Claimed, its.Job, its.Settle, words.Worker
 
@@ -58,7 +57,7 @@ OPERATIONS = (Claim, Settle, Bury, Again)
 def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-attempts",
-        type=int,
+        type=within(1),
         default=5,
         metavar="N",
         help="after N failed attempts a message of the queue NAME goes to NAME.dead (%(default)s)",
@@ -82,6 +81,7 @@ class Work:
         bus.route("POST", "/nack", self.settle, "give a claimed message back to the queue")
         bus.route("POST", "/extend", self.settle, "ask for more time for a claimed message")
         bus.route("POST", "/again", self.again, "put a dead letter back into its queue")
+        bus.mailboxes.exclusive.add(Worker)
         bus.waits[Worker] = Waits(self.found, self.over)
         bus.on_lost.append(self.lost)
         bus.on_tidy.append(self.bury)  # a lease from before the start of the bus has no timer
@@ -219,13 +219,13 @@ class Work:
     def bury(self, above: Sequence[int] = (0, 0, 0)) -> None:
         now = time.monotonic()
         self.ends = {end for end in self.ends if end > now}
-        if not self.burying:
+        if not self.burying and not self.bus.draining:
             self.bus.do(Bury(self.attempts, above), None, self.buried, self.not_buried)
             self.burying = True  # only now: if the line above raises, it is tried again
 
     def buried(self, connection: None, operation: Bury, reached: list[int] | None) -> None:
         self.burying = False
-        if reached and not self.bus.draining:
+        if reached:
             self.bury(reached)
 
     def not_buried(self, operation: Bury) -> None:

@@ -1,7 +1,15 @@
 """A ledger: the log of operations that several fronts of one bus share, kept by a database that people already run.
 
-A front is a bus_server.py with `--ledger URL`: see front.py. There is one file for each engine. An engine only orders
-entries and keeps them; it does not know what is in one.
+An engine only orders entries and keeps them; it does not know what is in one. There is one file for each engine.
+A front is a bus_server.py with `--ledger URL`:
+
+    start.py       from the options of the server to a front that has caught up
+    front.py       the queue of operations of a front: append, follow, apply, announce
+    mirror.py      its copy of the ledger: what is in an entry, and how it is applied
+    operations.py, marks.py, heartbeat.py, tokens.py, recall.py    the operations that only fronts have
+    clock.py       the time of the ledger
+    copies.py      DATABASE.copy of each front, and what leaves the ledger
+    move.py        the command move
 """
 
 from __future__ import annotations

@@ -7,15 +7,12 @@ before. So the copies are equal, and a copy that is lost is made anew from the l
     a turn's operations -> Front.apply -> Ledger.append        (durable; its position and time)
                                        -> Front.follow         (what other fronts wrote before: applied and announced)
                                        -> Mirror.take          (its own entry: applied; the Bus announces it)
-
-bus_server.py loads this file if it is started with --ledger, and only then.
 """
 
 from __future__ import annotations
 
-import argparse
-import importlib
-import os
+import faulthandler
+import math
 import secrets
 import sqlite3
 import time
@@ -23,42 +20,35 @@ import traceback
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NoReturn
-from urllib.parse import urlsplit
 
 import bus_server
 from bus_server import (
-    ACKNOWLEDGED,
-    ALONE,
-    GRACE,
-    HOLD,
+    DRAIN_SECONDS,
     SOUND,
     Applied,
     Bus,
     Forget,
-    Marks,
     Operation,
     Raise,
     Refused,
     Remove,
-    Request,
     Step,
-    Unusable,
     say,
 )
 
-from . import READ_BYTES, Ledger, Unknown, tokens
-from .copies import Copies
+from . import READ_BYTES, Unknown
 from .heartbeat import Beat, Fronts
+from .marks import marked
 from .mirror import CALL, ENTRIES, Differs, Entry, Mirror
-from .recall import Recalls
 
 GIVE_UP = 8.0  # s; then who sent is told that it is unknown whether the message was stored
 PAUSE = 0.1  # s between two attempts
 CUT_OFF = 5.0  # s without the ledger, and then this front refuses what it may know too little about
 LOOK = 1.0  # s between two looks at the ledger, because a hint may be missing
+MARKS = 5.0  # s for the marks of readers, after the requests that were accepted before SIGTERM
+END = 20.0  # s after SIGTERM; if the process still runs then, it ends, and says on stderr where it waited
 ENTRY_BYTES = 1 << 20  # of operations in one entry; a larger one is alone in its entry
 UNKNOWN = "it is unknown whether this was stored: send it again, with the same key"
-ENGINES = {"postgresql": "postgres", "postgres": "postgres"}  # the scheme of the URL: the file in this folder
 
 
 class Front(bus_server.Ledger):
@@ -73,11 +63,13 @@ class Front(bus_server.Ledger):
     def __init__(self, bus: Bus, mirror: Mirror) -> None:
         super().__init__(bus)
         self.mirror, self.fronts = mirror, Fronts(bus, mirror)
-        self.elsewhere = {**bus.ledger.elsewhere, "marks": self.marked, "forget": self.forgotten}
+        self.elsewhere = {**bus.ledger.elsewhere, "forget": self.forgotten}
+        self.elsewhere["marks"] = partial(marked, bus, mirror.time)
         self.elsewhere[Beat.kind] = self.fronts.heard
         self.detours: dict[str, Callable[[Step], object]] = {}  # by the kind: what a step needs before it is appended
         self.upto = 0  # the highest position of a hint
         self.due = self.busy = self.removing = False
+        self.ends = math.inf  # on the monotonic clock, s: then nothing is waited for any more
         bus.clock = mirror.time
         bus.gate.until = time.monotonic() + CUT_OFF
         bus.loop.every(LOOK, self.look)
@@ -88,8 +80,9 @@ class Front(bus_server.Ledger):
         self.plan()
 
     def look(self) -> None:
-        self.due = True
-        self.plan()
+        if not self.bus.draining:
+            self.due = True
+            self.plan()
 
     def plan(self) -> None:
         if (self.next or self.due or self.upto > self.mirror.position) and not self.planned and not self.busy:
@@ -115,7 +108,12 @@ class Front(bus_server.Ledger):
         self.bus.settle([(step, refused)])
 
     def idle(self) -> bool:
-        return super().idle() and not self.busy
+        return (super().idle() and not self.busy) or time.monotonic() > self.ends
+
+    def drain(self) -> None:
+        """From now on this front begins nothing of its own, and ends soon, however its ledger behaves."""
+        self.ends = time.monotonic() + DRAIN_SECONDS + MARKS
+        faulthandler.dump_traceback_later(END, file=2, exit=True)
 
     def removes(self) -> bool:
         return self.removing or super().removes()
@@ -156,14 +154,14 @@ class Front(bus_server.Ledger):
             self.refuse("this front of the bus stops: nothing was stored, use another one, or try again")
         if all(type(each) is Raise and each.tick <= last for each in operations):
             return Applied([None] * len(operations), [], {}, last)
-        if time.monotonic() > self.bus.gate.until:
+        if time.monotonic() > min(self.bus.gate.until, self.ends):
             self.refuse("this bus cannot reach its ledger: nothing was stored, try again, or use another front")
         self.note_room(operations)
         senders = [(step.connection.token or "") if step.connection else "" for step in self.out]
         began, entry = time.monotonic(), self.mirror.to_bytes(Entry(operations, senders))
         its = self.mirror.from_bytes(entry)  # as all others apply it
         try:
-            position, wall = self.aside(partial(self.append, entry, began + GIVE_UP))
+            position, wall = self.aside(partial(self.append, entry, min(began + GIVE_UP, self.ends)))
             self.follow(position - 1)
             if self.mirror.position != position - 1:
                 raise Unknown
@@ -235,82 +233,3 @@ class Front(bus_server.Ledger):
 
     def forgotten(self, forget: Forget, names: list[list[str]]) -> None:
         self.bus.retention.forgotten(None, forget, names)
-
-    def marked(self, marks: Marks, result: None) -> None:
-        """How far the readers of another front have read, and that they are there."""
-        mailboxes, now = self.bus.mailboxes, self.mirror.time.wall()
-        for mark in marks.marks:
-            box = mailboxes.box(mark.channel, mark.name)
-            box.firm, box.own = True, box.own or bool(mark.own)
-            if mark.read is not None:
-                box.read = max(box.read or 0, mark.read)
-            box.fetched, box.seen = max(box.fetched, mark.fetched), max(box.seen, mark.seen)
-            box.reached = max(box.reached, box.fetched, box.read or 0)
-            if box.mark() >= box.newest:
-                box.base = box.mark(), box.n
-            left = HOLD + GRACE - max(now - mark.seen, 0) / 1000000
-            if left > 0:
-                box.listening = box.listening if mailboxes.online(box) else mark.seen
-                box.until = max(box.until, mailboxes.clock() + left)
-        for receipt in marks.receipts:
-            above = receipt.tick - 1 if receipt.kind == ALONE else 0
-            for tell in mailboxes.on_fetched if receipt.kind != ACKNOWLEDGED else ():
-                tell(receipt.channel, receipt.name, above, receipt.tick)
-
-
-def no_files(request: Request) -> NoReturn:
-    """Each front would have only its own."""
-    raise Refused(501, "this bus of several fronts has no files: its operator can give --files-dir to all fronts")
-
-
-def open_state(options: argparse.Namespace) -> Mirror:
-    """The copy of the ledger at --db, up to date. Unusable, if the ledger cannot be reached or used."""
-    return follow(options, connect(options.ledger, options.ledger_single))
-
-
-def connect(where: str, single: bool) -> Ledger:
-    """The ledger at a URL. `single`: it may keep its entries on one machine."""
-    url = urlsplit(where)
-    if url.scheme not in ENGINES:
-        raise Unusable(f"--ledger must be a URL like postgresql://HOST/DATABASE, and not begin with {url.scheme!r}")
-    if url.password and where != os.environ.get("AGENT_BUS_LEDGER"):
-        raise Unusable("--ledger has a password, which every user of this machine can see: set AGENT_BUS_LEDGER to it")
-    try:
-        engine = importlib.import_module(f"{__package__}.{ENGINES[url.scheme]}")
-    except ImportError as error:
-        raise Unusable(f"--ledger needs psycopg ({error}): pip install 'agent-bus[postgres]'") from None
-    ledger: Ledger = engine.connect(where, single)
-    return ledger
-
-
-def follow(options: argparse.Namespace, ledger: Ledger) -> Mirror:
-    mirror = Mirror(options.db, ledger)
-    try:
-        mirror.add_all_tables(options.extensions)
-        mirror.check_ledger()
-        mirror.catch_up()
-        tokens.write(bus_server.Tokens(options.db), list(tokens.stored(mirror.writing).values()))
-    except Unknown as error:
-        raise Unusable(f"cannot reach the ledger: {error}") from None
-    except Differs as error:
-        raise Unusable(str(error)) from None
-    except (sqlite3.Error, OSError) as error:
-        raise Unusable(f"cannot use the database {options.db}: {error}") from None
-    return mirror
-
-
-def start(bus: Bus, options: argparse.Namespace) -> None:
-    """Make this bus a front, when its extensions have started."""
-    assert isinstance(bus.state, Mirror)
-    bus.ledger = front = Front(bus, bus.state)
-    Copies(front)
-    common = tokens.Common(bus)
-    front.elsewhere[tokens.Grants.kind] = common.came
-    bus.loop.every(LOOK, common.look)
-    replies = options.extensions.get("replies")
-    if replies:
-        Recalls(front, replies.was_fetched, replies.FETCHED)
-    if not getattr(options, "files_dir", None):  # an option of files.py
-        for method, path in list(bus.routes):
-            if path == "/blob/":
-                bus.route(method, path, no_files, sink=no_files)

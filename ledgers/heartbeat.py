@@ -88,7 +88,8 @@ class Fronts:
         bus.route("GET", "/healthz", partial(self.healthz, route), route.says)
 
     def beat(self) -> None:
-        self.bus.do(Beat(self.mirror.front, says(self.mirror, self.copy)), None, lambda *_: self.look())
+        if not self.bus.draining:
+            self.bus.do(Beat(self.mirror.front, says(self.mirror, self.copy)), None, lambda *_: self.look())
 
     def heard(self, beat: Beat, result: None) -> None:
         self.look()

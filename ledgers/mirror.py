@@ -20,10 +20,7 @@ from typing import Any, NamedTuple
 from bus_server import (
     IS_FRONT,
     OPERATIONS,
-    RECEIPT,
     Applied,
-    Clock,
-    Marks,
     Now,
     Operation,
     Put,
@@ -35,12 +32,14 @@ from bus_server import (
     migrate,
     operation_of,
     say,
-    wall_clock,
 )
 
 from . import Ledger, Unknown, recall, tokens
+from .clock import Time
 from .heartbeat import TABLE as FRONTS
 from .heartbeat import Beat, Heard, earlier_runs, live, says
+from .marks import Maxima
+from .operations import Begin, Left, Moved, Next, Position
 
 CALL = 4.0  # s that the engine has for one answer
 LEAVE = 1.0  # s for the last words of a front that ends
@@ -58,129 +57,12 @@ TABLES = {"front": TABLE, "front_tokens": tokens.TABLE, "fronts": FRONTS, "withh
 NEEDS_COPY = (
     f"make a copy beside a front that runs ({called('backup')} COPY), and begin with it ({called('restore')} COPY)"
 )
-
-
 USE = "use the version and the extensions of the other fronts"
 REVOKED = Refused(401, "this token was revoked at another front: nothing was stored", ("WWW-Authenticate", "Bearer"))
 
 
 class Differs(Exception):
     """The ledger has what this front cannot apply, or results that this front does not have."""
-
-
-class Time(Clock):
-    """The ledger's clock, as far as a front knows it: the time of an entry, and what has passed here since."""
-
-    def __init__(self) -> None:
-        self.offset = wall_clock() - time.monotonic_ns() // 1000
-        self.entry = Now(0, 0)  # at which the last entry was applied
-        super().__init__(self.guess, 0)
-
-    def guess(self) -> int:
-        return time.monotonic_ns() // 1000 + self.offset
-
-    def now(self) -> Now:
-        return self.at(self.guess(), self.entry)
-
-    def at(self, wall: int, before: Now) -> Now:
-        """The time of an entry. If the ledger's clock stepped back, no lease ends earlier, and none later."""
-        return Now(wall, before.steady + max(wall - before.wall, 0))
-
-    def heard(self, wall: int, just_now: bool) -> None:
-        if just_now or wall > self.guess():
-            self.offset = wall - time.monotonic_ns() // 1000
-
-
-class Begin(Operation):
-    """A front has started. The first entry of a ledger says which bus it is. The result is the id of the bus."""
-
-    __slots__ = ("bus",)
-    kind = "begin"
-
-    def __init__(self, bus: str) -> None:
-        self.bus = bus
-
-    def apply(self, state: State, now: Now) -> str:
-        if state.ask("SELECT position FROM front") == (0,):
-            state.writing.execute("UPDATE bus SET id = ?", (self.bus,))
-            state.bus = self.bus
-        return state.bus
-
-
-class Moved(Operation):
-    """The first entry of a ledger onto which a bus was moved. No front applies it: its mail is in copies only."""
-
-    __slots__ = ("bus",)
-    kind = "moved"
-
-    def __init__(self, bus: str) -> None:
-        self.bus = bus
-
-
-class Left(Operation):
-    """The bus leaves the ledger: the file of one front, up to here, is a bus of its own from now on."""
-
-    __slots__ = ("front",)
-    kind = "left"
-
-    def __init__(self, front: str) -> None:
-        self.front = front
-
-    def apply(self, state: State, now: Now) -> None:
-        assert isinstance(state, Mirror)
-        state.left = self.front
-
-
-class Maxima(Marks):
-    """Marks, as fronts apply them: two fronts know different ones, and a later entry must not set back an earlier."""
-
-    __slots__ = ()
-
-    def apply(self, state: State, now: Now) -> None:
-        for mark in self.marks:
-            state.mailbox(mark.channel, mark.name)
-        state.insert()
-        state.writing.executemany(
-            "INSERT INTO uses VALUES (?, ?) ON CONFLICT(token) DO UPDATE SET used = max(used, excluded.used)",
-            sorted(self.used.items()),
-        )
-        state.writing.executemany(
-            "UPDATE mailboxes SET own = max(own, ?1), read = max(ifnull(read, ?2), ifnull(?2, read)), "
-            "fetched = max(fetched, ?3), seen = max(seen, ?4) WHERE channel = ?5 AND name = ?6",
-            [(*mark[2:], *mark[:2]) for mark in self.marks],
-        )
-        state.writing.executemany(RECEIPT, [receipt for receipt in self.receipts if receipt.tick])
-
-
-class Next(Operation):
-    """In a list of several entries, it stands between two of them: the time of the second one. It is in no entry."""
-
-    __slots__ = ("now",)
-    kind, rank, is_local = "next", 0, True
-
-    def __init__(self, now: Now) -> None:
-        self.now = now
-
-    def apply(self, state: State, now: Now) -> None:
-        assert isinstance(state, Mirror)
-        state.add_entry_to_sum()
-        state.now = self.now
-
-
-class Position(Operation):
-    """The last operation of each list: up to which entry this file has come. It is in no entry."""
-
-    __slots__ = ("position",)
-    kind, rank, is_local = "position", 6, True  # it writes the sum down
-
-    def __init__(self, position: int) -> None:
-        self.position = position
-
-    def apply(self, state: State, now: Now) -> None:
-        assert isinstance(state, Mirror)
-        state.add_entry_to_sum()
-        values = self.position, now.wall, now.steady, state.sum
-        state.writing.execute("UPDATE front SET position = ?, time = ?, steady = ?, sum = ?", values)
 
 
 class Entry(NamedTuple):
@@ -279,9 +161,10 @@ class Mirror(State):
         """Apply what is in the ledger. Entries that only store messages share a transaction: they look at nothing else.
 
         Of those, only the first is compared with the results of the front that wrote it: a difference stays in the sum.
+        Nothing behind a Left is applied: by its last entry, a file must tell that the bus has left.
         """
-        while entries := self.ledger.read(self.position, ENTRIES, time.monotonic() + CALL):
-            read = ((position, wall, self.from_bytes(entry)) for position, wall, entry in entries)
+        while not self.left and (entries := self.ledger.read(self.position, ENTRIES, time.monotonic() + CALL)):
+            read = ((position, wall, self.from_bytes(entry)) for position, wall, entry in entries if not self.left)
             for only_stores, some in groupby(read, lambda each: {*map(type, each[2].operations)} <= STORING):
                 if only_stores:
                     self.take_all(list(some))

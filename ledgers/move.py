@@ -22,9 +22,10 @@ from types import ModuleType
 from bus_server import AHEAD, IS_FRONT, State, Tokens, Unusable, command, encode, existing, migrate
 
 from . import Ledger, Unknown, tokens
-from .front import connect
 from .heartbeat import live
-from .mirror import CALL, TABLES, Differs, Entry, Left, Mirror, Moved
+from .mirror import CALL, TABLES, Differs, Entry, Mirror
+from .operations import Left, Moved
+from .start import connect
 
 Extensions = dict[str, ModuleType]
 CONTENT = "SELECT id, last, (SELECT count(*) FROM messages), (SELECT total(sum) FROM messages) FROM bus"

@@ -104,7 +104,7 @@ class Postgres:
         self.warnings: list[str] = []
         self.told = ""  # the last reason why a server was not taken
         self.leads = self.standbys = ""
-        self.closed = threading.Event()
+        self.closed, self.telling = threading.Event(), threading.Lock()  # it is held while a hint is given, or we close
 
     def make_table(self, deadline: float) -> None:
         if self.ask(IS_THERE, [], deadline) == [[b""]]:
@@ -195,12 +195,18 @@ class Postgres:
                 connection.execute("LISTEN agent_bus_ledger")
                 while not self.closed.is_set():
                     for notify in connection.notifies(timeout=WAKE):
-                        with contextlib.suppress(ValueError):  # every user of the database may notify of anything
-                            tell(int(notify.payload))
+                        self.pass_on(tell, notify.payload)
             self.closed.wait(WAKE)
 
+    def pass_on(self, tell: Callable[[int], None], payload: str) -> None:
+        """Every user of the database may notify of anything."""
+        with self.telling, contextlib.suppress(ValueError):
+            if not self.closed.is_set():
+                tell(int(payload))
+
     def close(self) -> None:
-        self.closed.set()
+        with self.telling:
+            self.closed.set()
         self.drop()
 
 

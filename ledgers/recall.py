@@ -11,7 +11,7 @@ Each is an operation in the ledger, so all fronts agree on their order: what was
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -58,9 +58,14 @@ class Withhold(Operation):
 
     def apply(self, state: State, now: Now) -> list[str]:
         state.writing.execute("INSERT INTO withheld VALUES (?, ?)", (self.id, self.tick))
-        which = "front != ? AND (steady >= ? OR at >= ?) ORDER BY front"
-        values = self.front, now.steady - LIVE, self.tick - LIVE
-        return [front for (front,) in state.writing.execute(f"SELECT front FROM fronts WHERE {which}", values)]
+        return [*others(state.writing, self.front, now, self.tick)]
+
+
+def others(database: Any, me: str, now: Now, tick: int) -> dict[str, int]:
+    """The other fronts that may have given a message to a reader; and when each was heard of last, us."""
+    which = "front != ? AND (steady >= ? OR at >= ?) ORDER BY front"
+    values = me, now.steady - LIVE, tick - LIVE
+    return dict(database.execute(f"SELECT front, at FROM fronts WHERE {which}", values).fetchall())
 
 
 class Vote(Operation):
@@ -109,6 +114,11 @@ class Retract(Operation):
 KINDS: tuple[type[Operation], ...] = (Withhold, Vote, Release, Retract)  # of a front with replies.py
 
 
+def no_answer(fronts: Iterable[str]) -> Refused:
+    why = f"{' and '.join(sorted(fronts))} did not say whether a reader has this message: try again"
+    return Refused(503, why, RETRY)
+
+
 class Recalls:
     """The requests to take a message back that are under way. Owned by the loop.
 
@@ -121,6 +131,7 @@ class Recalls:
         self.was_fetched, self.too_late = was_fetched, too_late
         self.asked: dict[str, tuple[Step, set[str]]] = {}  # here, by id: who waits, and the fronts without an answer
         self.held: dict[str, Step] = {}  # for another front, by id: the key in Bus.withheld
+        self.silent: dict[str, int] = {}  # fronts that did not answer; and when each was heard of last then, us
         front.detours["recall"] = self.ask
         front.elsewhere[Withhold.kind] = self.hold
         front.elsewhere[Vote.kind] = self.voted
@@ -138,11 +149,22 @@ class Recalls:
     # Asked here
 
     def ask(self, step: Step) -> None:
-        """Instead of the Recall of a client. This front withholds the message already."""
+        """Instead of the Recall of a client. This front withholds the message already.
+
+        A front that did not answer is asked again when it was heard of: else who asks again and again would keep the
+        message, and all behind it, from its readers.
+        """
         id = secrets.token_hex(8)
-        self.asked[id] = step, set()
         recall: Any = step.operation
+        silent = self.silent.items() & self.others(recall.tick).items()
+        if silent:
+            self.bus.loop.soon(partial(self.front.turn_down, step, no_answer(name for name, _ in silent)))
+            return
+        self.asked[id] = step, set()
         self.append(Withhold(self.me, id, recall.tick), self.withheld, self.not_withheld)
+
+    def others(self, tick: int) -> dict[str, int]:
+        return others(self.bus.view.database, self.me, self.front.mirror.time.entry, tick)
 
     def not_withheld(self, withhold: Withhold) -> None:
         step, _ = self.asked.pop(withhold.id)
@@ -168,9 +190,11 @@ class Recalls:
 
     def overdue(self, id: str) -> None:
         if id in self.asked:
-            _, waits = self.asked[id]
-            why = f"{' and '.join(sorted(waits))} did not say whether a reader has this message: try again"
-            self.refuse(id, Refused(503, why, RETRY))
+            step, waits = self.asked[id]
+            recall: Any = step.operation
+            known = self.others(recall.tick)
+            self.silent = {**self.silent, **{name: known[name] for name in waits & known.keys()}}
+            self.refuse(id, no_answer(waits))
 
     def refuse(self, id: str, refused: Refused) -> None:
         step, _ = self.asked.pop(id)
@@ -206,7 +230,7 @@ class Recalls:
             self.append(Vote(self.me, withhold.id, fetched))
 
     def let_go(self, id: str) -> None:
-        if id in self.held:
+        if id in self.held and not self.bus.draining:
             self.release(id, lambda release: self.bus.loop.later(HELD, partial(self.let_go, id)))
 
     def released(self, release: Release, result: None) -> None:

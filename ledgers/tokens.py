@@ -7,6 +7,7 @@ revoked once. So two files are merged by the rule that who knows of a revocation
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 from itertools import chain
@@ -63,11 +64,11 @@ def merged(known: dict[str, Row], others: list[Row]) -> dict[str, Row]:
     return known
 
 
-def write(tokens: Tokens, rows: list[Row]) -> None:
-    """Bring the file up to date. A command may be writing it too."""
+def write(tokens: Tokens, rows: list[Row], lock_how: int = fcntl.LOCK_EX) -> None:
+    """Bring the file up to date. A command that is writing it too is waited for; with LOCK_NB: BlockingIOError."""
     if rows:
         with open_beside(f"{tokens.path}.lock") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            fcntl.flock(lock, lock_how)
             before = tokens.rows()
             after = list(merged({row["id"]: row for row in before}, rows).values())
             if after != before:
@@ -76,7 +77,7 @@ def write(tokens: Tokens, rows: list[Row]) -> None:
 
 
 class Common:
-    """Keeps the file and the ledger alike. Owned by the loop; a turn that meets a new token waits for the file."""
+    """Keeps the file and the ledger alike. Owned by the loop; a turn that meets a new token writes the file."""
 
     def __init__(self, bus: Bus) -> None:
         self.bus, self.tokens = bus, bus.gate.tokens
@@ -85,6 +86,8 @@ class Common:
 
     def look(self) -> None:
         """Put what is new in the file into the ledger, and the other way round if that failed before."""
+        if self.bus.draining:
+            return
         if self.behind:
             self.write()
         stamp = self.tokens.look()
@@ -110,5 +113,6 @@ class Common:
         self.write()
 
     def write(self) -> None:
-        write(self.tokens, list(stored(self.bus.view.database).values()))
-        self.behind = False
+        with contextlib.suppress(BlockingIOError):  # a command is writing it: the next look tries again
+            write(self.tokens, list(stored(self.bus.view.database).values()), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.behind = False

@@ -132,8 +132,6 @@ def run(name: str, arguments: Sequence[str]) -> int:
     if command.first == (ASKS,) and wants_help:
         print(help_of_ask(command, example), end="")
         return 0
-    for client in filter(None, map(sys.modules.get, ("bus_recv", "bus_send"))):
-        client.PEOPLE[:] = [client.complain] if sys.stderr and sys.stderr.isatty() else []
     return int(program.main([*command.first, *arguments]) or 0)
 
 
@@ -142,7 +140,8 @@ def load(program: str) -> Any:
     try:
         return importlib.import_module(program)
     except ModuleNotFoundError as error:
-        raise Missing(f"this needs {error.name}.py, which is not in {HERE}: copy it from the same version") from None
+        lacks = f"this needs {error.name}.py, which is not in {HERE}"
+        raise Missing(f"{lacks}: run it in a clone of agent-bus, or after `pip install` of one") from None
 
 
 def is_here(name: str) -> bool:

@@ -8,7 +8,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import bus_edit
@@ -21,17 +22,30 @@ class InTheWay(Exception):
     """A file or an entry is not ours; the text says which, and what to do."""
 
 
-def replace(path: str, content: bytes) -> None:
-    """Write a file whole or not at all, with the mode that it has; a new one is for this user alone."""
+def replace(path: str, content: bytes, check: Callable[[], None] = lambda: None) -> None:
+    """Write a file whole or not at all, with the mode and the owner that it has; a new one is for this user alone.
+
+    `check` is called at the last moment, and may raise.
+    """
     path = os.path.realpath(path)  # a link stays a link
-    os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
-    mode = os.stat(path).st_mode & 0o777 if os.path.exists(path) else 0o600
-    with open(os.open(f"{path}.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-        os.chmod(f"{path}.new", mode)  # whatever the umask is
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(f"{path}.new", path)
+    folder, name = os.path.split(path)
+    os.makedirs(folder, 0o700, exist_ok=True)
+    number, new = tempfile.mkstemp(prefix=f".{name}.", dir=folder)  # no file of the user has this name
+    try:
+        with open(number, "wb") as file:
+            if os.path.exists(path):
+                state = os.stat(path)
+                if os.name == "posix" and os.geteuid() == 0:
+                    os.chown(new, state.st_uid, state.st_gid)
+                os.chmod(new, state.st_mode & 0o777)
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        check()
+        os.replace(new, path)
+    except BaseException:
+        os.unlink(new)
+        raise
 
 
 def remove_empty(folder: str) -> None:
@@ -96,10 +110,16 @@ class Change:
         """Write the file, or remove it; returns what is to be remembered."""
         made = self.record.get("made") or missing_above(self.path)
         if self.shall is None and self.now is not None:
+            self.check()
             os.remove(os.path.realpath(self.path))  # a link stays: it is the user's
         elif self.shall is not None and self.shall != self.now:
-            replace(self.path, self.shall.encode())
+            replace(self.path, self.shall.encode(), self.check)
         return {"before": self.base, "made": made, "after": digest(self.shall or "")}
+
+    def check(self) -> None:
+        """An agent program that runs writes its own settings now and then, and they must stay."""
+        if content_of(self.path) != (None if self.now is None else self.now.encode()):
+            raise InTheWay(f"another program has just changed {self.path}, so it is left as it is: run this again")
 
 
 def is_bare(text: str) -> bool:

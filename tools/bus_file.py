@@ -208,25 +208,30 @@ def answered(
     url: str, method: str, digest: str, headers: dict[str, str] | None = None, body: Iterable[bytes] = (), size: int = 0
 ) -> Iterator[http.client.HTTPResponse]:
     """The answer to one request. Every fault, also while the answer is read, is bus_send.Unreachable."""
-    connection, prefix, usual = bus_send.connect(bus_send.urls_of(url)[0], bus_send.GRACE_SECONDS)
+    where = bus_send.urls_of(url)[0]
+    connection, prefix, usual = bus_send.connect(where, bus_send.GRACE_SECONDS)
     headers = {**usual, **bus_send.credentials(url), **(headers or {})}
     try:
-        connection.connect()
-        sock = connection.sock
-        sock.settimeout(STALL_SECONDS)
-        with bus_send.hung_up_after(STALL_SECONDS + size / RATE, sock):
-            connection.putrequest(method, f"{prefix}/blob/{digest}")
-            for name, value in headers.items():
-                connection.putheader(name, value)
-            connection.endheaders()
-            with contextlib.suppress(ConnectionError):  # the bus may answer before it has the whole body
-                for piece in body:
-                    connection.send(piece)
-            response = connection.getresponse()
+        with bus_send.told_of_silence(where) as silence:
+            connection.connect()
+            sock = connection.sock
+            sock.settimeout(STALL_SECONDS)
+            with bus_send.hung_up_after(STALL_SECONDS + size / RATE, sock):
+                connection.putrequest(method, f"{prefix}/blob/{digest}")
+                for name, value in headers.items():
+                    connection.putheader(name, value)
+                connection.endheaders()
+                if body:  # then there is a bar to look at
+                    silence.close()
+                with contextlib.suppress(ConnectionError):  # the bus may answer before it has the whole body
+                    for piece in body:
+                        connection.send(piece)
+                response = connection.getresponse()
+        where = ""  # its answer has begun
         with bus_send.hung_up_after(STALL_SECONDS + min(response.length or 0, 1 << 45) / RATE, sock):
             yield response
     except (OSError, ValueError, http.client.HTTPException) as error:  # ValueError: a chunk of negative size
-        raise bus_send.Unreachable(getattr(error, "strerror", None) or str(error) or type(error).__name__) from error
+        raise bus_send.Unreachable(bus_send.worded(error, where)) from error
     finally:
         connection.close()
 
@@ -287,6 +292,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         command.add_argument("--timeout", type=bus_recv.duration, default=PATIENCE, metavar="S",
                              help="give up after S seconds without progress (60)")  # fmt: skip
     options = parser.parse_args(argv)
+    bus_send.tell_people(complain)
     try:
         if options.command == "put":
             return leave(options)

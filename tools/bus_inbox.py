@@ -4,9 +4,9 @@
     AGENT_BUS_URL=http://10.0.0.5:8080 python3 tools/bus_inbox.py look bob
     python3 tools/bus_inbox.py ack 660ba678a1b40 bob
 
-`ack` marks that message, and every one before it. A look moves no cursor, marks no message as fetched, and does not
-count as listening. An older bus does not know such a look (PROTOCOL.md, `peek`): there, the messages that were shown
-count as fetched.
+`ack` marks that message, and every one before it. A look moves no cursor, writes no file, marks no message as fetched,
+and does not count as listening. An older bus does not know such a look (PROTOCOL.md, `peek`): there, the messages that
+were shown count as fetched.
 
 The parts of this file, in order: SharedCursor and Inbox, which the MCP server uses too; main. bus_recv.Reader asks the
 bus, so this program needs bus_recv.py beside it or one folder up. It has the environment of bus_recv.py, and
@@ -55,6 +55,13 @@ class SharedCursor(bus_recv.Cursor):
                 super().move(since)
 
 
+class Glance(SharedCursor):
+    """For a look that leaves nothing on the disk: how far it came is in memory."""
+
+    def move(self, since: str) -> None:
+        self.at = since
+
+
 class Inbox(bus_recv.Reader):
     """The mail of a name above its cursor. All readers of the name share that cursor.
 
@@ -75,9 +82,9 @@ class Inbox(bus_recv.Reader):
 
     def look(self, hold: float) -> tuple[list[dict[str, Any]], bool]:
         """The unread messages or, without any, the first that arrive within `hold` seconds; and: are there more?"""
+        if self.bus:
+            self.cursor.load()
         while True:
-            if self.bus:
-                self.cursor.load()
             answer = self.poll(hold, hold + bus_recv.GRACE_SECONDS)
             if not answer["messages"]:
                 self.cursor.move(str(answer["now"]))
@@ -187,6 +194,7 @@ def command_line(argv: Sequence[str] | None) -> tuple[argparse.Namespace, argpar
 
 def main(argv: Sequence[str] | None = None) -> int:
     options, command = command_line(argv)
+    bus_recv.tell_people(complain)
     try:
         name = options.name or bus_recv.settings().get("AGENT_NAME")
         if not name:
@@ -194,6 +202,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         box = Inbox(name, options.channel, peeks=True)
         box.warn = box.announce = complain
         if options.command == "look":
+            box.open_cursor = Glance
             return show(box, options.json)
         box.acknowledge(options.id)
         box.acks = True

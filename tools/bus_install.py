@@ -23,7 +23,7 @@ paths, and XDG_STATE_HOME; it knows no other variable.
 
 The other parts: bus_agents.py (the table of the agent programs: which files, and what is written there), bus_change.py
 and bus_edit.py (how these files are changed), bus_service.py (the service).
-Exit code: 0 done, 1 refused (another's file or entry is in the way), 2 usage.
+Exit code: 0 done, 1 refused (another's file or entry is in the way), 2 usage, 130 Ctrl-C.
 """
 
 from __future__ import annotations
@@ -132,12 +132,12 @@ def command_line() -> argparse.ArgumentParser:
         )
         command.set_defaults(parser=command)
         choices = ",".join([*AGENTS, "service"])
-        command.add_argument("agent", metavar=f"{{{choices}}}", help="an agent program, or the bus itself, at login")
+        command.add_argument("agent", metavar=f"{{{choices}}}", help="an agent program; or service: the bus at login")
         command.add_argument("--bus", type=bus_recv.profile, metavar="PROFILE", help="the bus of PROFILE.env")
         command.add_argument("--dry-run", action="store_true", help="show what would change, and change nothing")
         if installs:
             command.add_argument(
-                "--http", action="store_true", help="by URL and token only: nothing of ours runs there"
+                "--http", action="store_true", help="use the bus by its URL, without a program of ours"
             )
             command.add_argument("--url", help="the bus, if it is not that of the configuration")
             command.add_argument("--name", help="the agent's name on the bus, in every folder")
@@ -177,6 +177,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         complain(f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error))
         return 2
+    except KeyboardInterrupt:
+        return 130
 
 
 if __name__ == "__main__":

@@ -185,7 +185,7 @@ def pin_for(url: str, here: str) -> tuple[str, str]:
             connection.connect()
         return "", ""
     except (OSError, ValueError) as error:
-        why = getattr(error, "verify_message", "") or getattr(error, "strerror", "") or str(error)
+        why = (getattr(error, "verify_message", "") or getattr(error, "strerror", "") or str(error)).rstrip(".")
     if not here.startswith("https:"):
         return "", UNCHECKED.format(url=url, why=why)
     try:
@@ -198,7 +198,8 @@ def pin_for(url: str, here: str) -> tuple[str, str]:
     except ssl.SSLCertVerificationError as error:
         if not context.verify_flags & PARTIAL_CHAIN:
             return pin, AUTHORITY.format(url=url)
-        return pin, UNFIT.format(url=url, why=error.verify_message, names=", ".join(names_of(here)))
+        why = error.verify_message.rstrip(".")
+        return pin, UNFIT.format(url=url, why=why, names=", ".join(names_of(here)))
     except (OSError, ValueError) as error:
         return "", UNCHECKED.format(url=url, why=error)
 
@@ -268,13 +269,14 @@ The token of {name}, shown this once (the bus keeps only its hash):
     {token}
 """
 RUN = """\
-On the machine of {name}, with curl and Python 3.9 or later, paste this line into bash or zsh. It asks for the token.
+On the machine of {name}, which may be this one, paste this line into bash or zsh. It needs curl and Python 3.9 or
+later, and asks for the token.
 
     {line}
 """
 PAGE = """\
 The page of the bus, for {name}, shown this once. Whoever has this link may do what the token may: send it as a secret.
-A browser keeps links in its history. So this one works for 12 hours, or for as long as --for says.
+A browser keeps links in its history. So this one works for 12 hours, or for as long as --expires says.
 
     {url}/ui/#token={token}
 """
@@ -298,8 +300,10 @@ PLAIN = """\
 encrypts (VPN, tailnet); elsewhere, give the bus a certificate with --tls-cert (docs/deploy.md), and invite again.
 """
 NO_BUS = """\
-The token is good as soon as the bus runs. On this machine, set AGENT_BUS_TOKEN to it. There is no line for another
-machine, because no bus runs with this database: start the bus and invite again, or invite with --url.
+The token is good as soon as the bus runs. No bus runs with this database now, so there is no line to run. When it does,
+invite again: the line then sets the URL, the token and the certificate, on another machine and on this one. Or set them
+yourself: AGENT_BUS_URL, AGENT_BUS_TOKEN to this token and, for a bus with a certificate of its own (--tls-cert),
+AGENT_BUS_CA to the file of the certificate.
 """
 UNCHECKED = """\
 The certificate at {url} cannot be checked from here ({why}). The line works if that certificate is valid for everyone.

@@ -37,11 +37,13 @@ import re
 import shlex
 import subprocess
 import tempfile
+import threading
 from collections.abc import Sequence
 from typing import TextIO
 from urllib.parse import urlsplit
 
-NAMES = "recv send work log doctor file outbox relay join who inbox later lock search redact"  # as CLIENTS of the bus
+# As CLIENTS of the bus.
+NAMES = "recv send work log doctor doctor_way doctor_bus file outbox relay join who inbox later lock search redact"
 FILES = (*(f"bus_{name}.py" for name in NAMES.split()), "agent_bus.py")
 CERTIFICATE = "bus.pem"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@-]{0,63}")  # as in bus_recv.py
@@ -69,11 +71,25 @@ def curl(pin: str) -> list[str]:
     return ["curl", "-gfsS", *key]
 
 
-def folder(variable: str, *default: str) -> str:
+def folder(made: "list[str]", variable: str, *default: str) -> str:
+    """A folder of ours. What of its path was not there is appended to `made`, the innermost folder first."""
+    os.environ.get("HOME") or os.environ.pop("HOME", "")  # if it is empty, `~` would be the root folder
     base = os.environ.get(variable) or os.path.join("~", *default)
-    path = os.path.join(os.path.abspath(os.path.expanduser(base)), "agent-bus")
+    path = at = os.path.join(os.path.abspath(os.path.expanduser(base)), "agent-bus")
+    missing = []
+    while not os.path.exists(at):
+        missing.append(at)
+        at = os.path.dirname(at)
     os.makedirs(path, 0o700, exist_ok=True)
+    made[:0] = missing
     return path
+
+
+def remove_empty(made: "Sequence[str]") -> None:
+    """Remove the folders that we have made, because nothing came into them."""
+    for path in made:
+        with contextlib.suppress(OSError):  # there is something in it
+            os.rmdir(path)
 
 
 def write(path: str, data: bytes) -> None:
@@ -92,7 +108,12 @@ def fetch(url: str, pin: str, aside: str) -> None:
     wanted = [word for file, path in zip(FILES, paths) for word in ("-o", path, f"{url}/{file}")]
     if pin.startswith("sha256//"):
         wanted += ["-o", os.path.join(aside, CERTIFICATE), f"{url}/certificate"]
+    waiting = threading.Timer(0.5, say, [f"waiting for {url}"], {"to": sys.stderr})
+    waiting.daemon = True
+    if sys.stderr and sys.stderr.isatty():
+        waiting.start()
     done = subprocess.run([*curl(pin), "--fail-early", "--max-time", "60", *wanted], stderr=subprocess.PIPE)
+    waiting.cancel()
     if done.returncode == 90:  # CURLE_SSL_PINNEDPUBKEYNOTMATCH
         raise other_key(url)
     if done.returncode:
@@ -202,14 +223,14 @@ def check(mine: dict[str, str]) -> None:
         raise Fault("the last line above says what to do; nothing was configured")
 
 
-def join(url: str, name: str, pin: str, profile: str) -> None:
+def join(url: str, name: str, pin: str, profile: str, made: "list[str]") -> None:
     given = {variable: os.environ.pop(variable) for variable in OURS if variable in os.environ}
-    place = folder("XDG_DATA_HOME", ".local", "share")
+    place = folder(made, "XDG_DATA_HOME", ".local", "share")
     with tempfile.TemporaryDirectory(dir=place) as aside:
         fetch(url, pin, aside)
         sys.path.insert(0, aside)
         sys.dont_write_bytecode = True
-        there = folder("XDG_CONFIG_HOME", ".config")
+        there = folder(made, "XDG_CONFIG_HOME", ".config")
         first = profile or given.get("AGENT_BUS_PROFILE") or "default"
         token = ask_token(name, is_of(configured(there, first), url, name))  # first, as users paste it behind the line
         profile = profile or choose(there, url, name, first)
@@ -265,13 +286,16 @@ def main(argv: "Sequence[str] | None" = None) -> int:
         parser.error("a token stands where a name or a profile belongs: the line asks for the token by itself")
     if not PROFILE.fullmatch(options.profile or os.environ.get("AGENT_BUS_PROFILE") or "default"):
         parser.error("a profile is 1 to 64 of A-Z a-z 0-9 . _ - with a letter or digit first")
+    made: list[str] = []
     try:
-        join(options.url.rstrip("/"), options.name, options.pin, options.profile)
+        join(options.url.rstrip("/"), options.name, options.pin, options.profile, made)
     except (Fault, OSError, ValueError) as error:  # ValueError: a configuration that was there is malformed
         say(f"bus_join: {error}", to=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
+    finally:
+        remove_empty(made)
     return 0
 
 

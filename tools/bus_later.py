@@ -133,11 +133,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     when = {member: value for member, value in (("after", after), ("at", at), ("cron", cron)) if value is not None}
     if bool(given["to"]) != bool(when) or not (when or shows or id):
         parser.error("give TO and one of --after, --at and --cron; or --list; or --cancel ID")
+    bus_send.tell_people(complain)
     try:
         own = bus_send.settings()
         if shows:
             found = schedules(own["AGENT_BUS_URL"], given["sender"] or own.get("AGENT_NAME"))
-            bus_recv.emit("".join(f"{bus_recv.dump(each) if as_json else line_of(each)}\n" for each in found))
+            lines = [f"{bus_recv.dump(each) if as_json else line_of(each)}\n" for each in found]
+            bus_recv.emit("".join(lines))
+            if not lines and sys.stderr and sys.stderr.isatty():
+                complain("no message waits to be sent")
         elif id:
             ask(own["AGENT_BUS_URL"], "/later", {"cancel": id})
             complain(f"{id} is taken back")

@@ -103,17 +103,17 @@ def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         "list": "show who has reserved which names",
     }
     locking, unlocking, listing = (
-        commands.add_parser(word, prog=own, help=purpose, description=f"{purpose[0].upper()}{purpose[1:]}.")
-        for word, purpose in purposes.items()
+        commands.add_parser(word, prog=own, help=it, description=f"{it[0].upper()}{it[1:]}.", epilog=more)
+        for (word, it), more in zip(purposes.items(), (PATTERNS, AS_RESERVED, None))
     )
-    locking.add_argument("names", metavar="NAME", nargs="+", help="a path; * ? [a-z] and ** are wildcards, so quote it")
+    locking.add_argument("names", metavar="NAME", nargs="+", help="a path, or in quotes a pattern for several paths")
     locking.add_argument("--ttl", type=bus_recv.duration, metavar="S", help="it ends by itself after S seconds (600)")
     locking.add_argument("--shared", action="store_true", help="others may hold the names too, if they also say so")
     locking.add_argument("--why", metavar="TEXT", help="for the others: what you do, at most 200 characters")
     locking.add_argument("--wait", type=bus_recv.duration, default=0.0, metavar="S", help="wait so long for others (0)")
-    unlocking.add_argument("names", metavar="NAME", nargs="*", help="as it was reserved")
-    unlocking.add_argument("--fence", type=int, metavar="N", help="all names of this reservation")
-    listing.add_argument("name", metavar="PATH", nargs="?", help="only who holds this one path")
+    unlocking.add_argument("names", metavar="NAME", nargs="*", help="a path or a pattern, exactly as you reserved it")
+    unlocking.add_argument("--fence", type=bus_recv.count, metavar="N", help="all names of this reservation")
+    listing.add_argument("name", metavar="PATH", nargs="?", help="only who holds this path, also by a pattern")
     listing.add_argument("--holder", metavar="NAME", help="only what NAME holds")
     listing.add_argument("--json", action="store_true", help="print each reservation as a line of JSON")
     named = {"lock": locking, "unlock": unlocking, "list": listing}
@@ -121,6 +121,15 @@ def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         command.add_argument("--channel", metavar="C", help="the channel ($AGENT_BUS_CHANNEL, or 'default')")
         command.add_argument("--bus", type=bus_recv.profile, metavar="PROFILE", help="the bus of PROFILE.env")
     return parser, named
+
+
+PATTERNS = """\
+In a pattern, * is any number of characters of one part of a path, ? is one character, [a-z] is one of some, and ** is
+any number of parts: 'src/*' is each file in src, 'src/**' is everything below it. Without the quotes, your shell puts
+the files that are there now in its place."""
+AS_RESERVED = """\
+'src/*' releases what was reserved as 'src/*', and nothing that was reserved by another name, like src/a.py. The list
+of reservations has the names, and --fence N takes the number that `lock` has given."""
 
 
 def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
@@ -158,8 +167,12 @@ def unlock(url: str, order: dict[str, Any], options: argparse.Namespace, parser:
     what = {"names": options.names} if options.names else {"fence": options.fence}
     answer, _ = bus_recv.ask(url, "/unlock", bus_recv.GRACE_SECONDS, {**order, **what})
     released = answer.get("released")
-    complain(f"released: {bus_recv.word(released)}" if released else "nothing of it was yours any more")
-    return 0 if released else 3
+    if released:
+        complain(f"released: {bus_recv.word(released)}")
+        return 0
+    its = "you have reserved nothing by that name, or it" if options.names else "this reservation"
+    complain(f"nothing is released: {its} has ended")
+    return 3
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -167,6 +180,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options, unknown = parser.parse_known_args(argv)
     if unknown:
         named[options.command].error(f"unrecognized arguments: {' '.join(unknown)}")
+    bus_recv.tell_people(complain)
     try:
         return run(options, named[options.command])
     except BrokenPipeError:  # nobody reads us any more

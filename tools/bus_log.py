@@ -23,7 +23,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import re
 import shutil
 import signal
 import sys
@@ -156,6 +155,14 @@ def short(message: Any, now: float) -> str:
 # The outputs. Each prints a message at once.
 
 
+def noted(answers: Iterable[dict[str, Any]], quiet: list[Any]) -> Iterator[dict[str, Any]]:
+    """The same answers. `quiet` tells a person that there is nothing to show; the first message empties it."""
+    for answer in answers:
+        if answer["messages"]:
+            quiet.clear()
+        yield answer
+
+
 def show(observer: Observer, answers: Iterable[dict[str, Any]], text: Callable[[Any, float], str]) -> None:
     for answer in answers:
         bus_recv.emit("".join(text(message, observer.bus_time) for message in answer["messages"]))
@@ -172,19 +179,13 @@ def complain(line: str) -> None:
     bus_recv.complain(line, "bus_log")
 
 
-def number(text: str) -> int:
-    if not re.fullmatch("[0-9]{1,9}", text) or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of messages: give 1 or more")
-    return int(text)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
+def options_of(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Show the messages of everybody on an agent-bus, as they pass.")
     add = parser.add_argument
     begin = parser.add_mutually_exclusive_group()
     since = "begin at X: 1h (ago), an id, now, or s since 1970 (0: all)"
     begin.add_argument("--since", metavar="X", default="0", help=since)
-    begin.add_argument("--last", type=number, metavar="N", help="begin with the last N messages")
+    begin.add_argument("--last", type=bus_recv.count, metavar="N", help="begin with the last N messages")
     add("--to", metavar="NAME", help="only messages for NAME; several as a,b,c")
     add("--from", dest="sender", metavar="NAME", help="only messages from NAME")
     add("--channel", metavar="C", help="only messages on the channel C (every channel)")
@@ -197,18 +198,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         add(ignored, action="store_true", help=argparse.SUPPRESS)
     for ignored in ("--exec", "--tries", "--lease"):
         add(ignored, help=argparse.SUPPRESS)
-    options = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = options_of(argv)
+    quiet: list[Any] = [complain] if sys.stderr and sys.stderr.isatty() else []
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    bus_recv.tell_people(complain)
     try:
         filters = {"to": options.to, "from": options.sender, "channel": options.channel}
         observer = Observer(filters, options.since if options.last is None else "now")
         observer.warn = observer.announce = complain
+        waiting = f"waiting for messages on {observer.url}, until Ctrl-C"
+        if not options.no_follow:
+            observer.greet = lambda: bus_recv.later(bus_recv.SILENCE_SECONDS, bus_recv.once, quiet, waiting)
         first = [] if options.last is None else [observer.last(options.last)]
         rest = observer.pages() if options.no_follow else observer.answers(False, options.timeout)
+        answers = noted(chain(first, rest), quiet)
         if options.json:
-            show_json(observer, chain(first, rest))
+            show_json(observer, answers)
         else:
-            show(observer, chain(first, rest), short if options.short else whole)
+            show(observer, answers, short if options.short else whole)
+        bus_recv.once(quiet, "there are no such messages")
     except bus_recv.FAULTS as fault:
         return bus_recv.ended(fault, "bus_log")
     return 0

@@ -65,6 +65,7 @@ class Outbox:
         self.url, self.state = url, bus_recv.state_directory()
         self.path = os.path.join(self.state, "outbox", *map(bus_recv.file_name, (url, sender or "-")))
         self.dead = os.path.join(self.path, "dead")
+        self.warn: Any = None  # as in send()
         if not os.path.isdir(self.dead):
             bus_recv.private_file(os.path.join(self.path, "~order"), os.O_RDWR, "r+").close()
             os.makedirs(self.dead, 0o700, exist_ok=True)
@@ -111,7 +112,9 @@ class Outbox:
             long = os.path.getsize(path) / bus_send.SLOWEST_RATE
             own = {name: message[name] for name in message.keys() & ARGUMENTS}
             fields = {name: message[name] for name in message.keys() - ARGUMENTS}
-            outcome: Outcome = bus_send.send(url=self.url, patience=patience + long, fields=fields, **own)
+            outcome: Outcome = bus_send.send(
+                url=self.url, patience=patience + long, warn=self.warn, fields=fields, **own
+            )
         except TypeError as error:  # somebody has edited it
             os.replace(path, dead)
             return {}, bus_send.Refused(400, f"the file holds no message: {error}")
@@ -219,6 +222,11 @@ def deliver(outbox: Outbox, message: dict[str, Any] | None, patience: float, as_
     return 1 if mine in numbered(outbox.dead) else code
 
 
+def is_seen() -> bool:
+    """Does a person see what we say?"""
+    return bool(sys.stderr and sys.stderr.isatty())
+
+
 def complain(line: str, code: int = 0) -> int:
     """One line on stderr."""
     bus_recv.complain(line, "bus_outbox")
@@ -235,15 +243,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     to, patience, flush, show, as_json, _ = map(given.pop, ("to", "timeout", "flush", "list", "json", "bus"))
     if bool(to) + flush + show != 1:
         parser.error("give TO, or --flush, or --list")
+    bus_send.tell_people(complain)
     try:
         if show:
-            bus_recv.emit("".join(f"{line}\n" for line in listed()))
-            return 0
+            lines = [f"{line}\n" for line in listed()]
+            bus_recv.emit("".join(lines))
+            return 0 if lines or not is_seen() else complain("no message waits, and none was refused")
         msg = bus_send.message_of(given) if to else ""
         url, message = bus_send.compose(to, msg, **(given if to else {"sender": given["sender"]}))
         message["sender"] = sender = message.pop("from", None)
         check(url, message)
         outbox = Outbox(url, sender)
+        outbox.warn = complain if is_seen() else None  # for a program, one line at the end says it all
         code = deliver(outbox, None if flush else message, patience, as_json)
         others = sum(line.startswith("waiting") for line in listed()) - len(outbox.waiting())
         flush and others > 0 and complain(f"{others} wait for another bus, or of another sender: --list shows them")

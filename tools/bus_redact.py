@@ -58,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print the answer of the bus, as JSON")
     parser.add_argument("--bus", type=bus_recv.profile, metavar="PROFILE", help="the bus of PROFILE.env")
     options = parser.parse_args(argv)
+    bus_recv.tell_people(complain)
     try:
         url = bus_recv.settings()["AGENT_BUS_URL"]
         answer, _ = bus_recv.ask(url, "/redact", SECONDS, {"id": options.id})

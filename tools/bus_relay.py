@@ -59,6 +59,9 @@ STILL_FULL = 900.0  # s of 429 for one receiver; all others wait meanwhile. Turn
 DEAD_BYTES = 16 << 20  # of the file of refused messages; there are two of them at most
 REFUSES, AWAY = (bus_recv.Refused, bus_send.Refused), (bus_recv.Unreachable, bus_send.Unreachable)
 REFUSED = "undeliverable"  # the type of what we send to the sender of a refused message
+ID = re.compile("[0-9a-f]{1,16}")
+# Who sent a message, and the relays that it came by; so much of a field each program shows.
+CHAIN, SHOWN = re.compile("[A-Za-z0-9][A-Za-z0-9._:@-]*( via [A-Za-z0-9][A-Za-z0-9._:@-]*)*"), 100
 NEW = {"ts", "id", "from", "to", "channel", "msg", "key", "ttl", "reply_to", "via"}  # members that are not just copied
 
 
@@ -208,10 +211,9 @@ class Relay(bus_recv.Reader):
         fields = {field: value for field, value in message.items() if field not in NEW}
         fields["via"] = [*(via if isinstance(via, list) else [via]), hop]
         if self.other.signs:
-            before = f"{message['relayed_from']} via " if "relayed_from" in message else ""
-            fields["relayed_from"], sender = f"{before}{sender}", None
+            fields["relayed_from"], sender = relayed_from(message), None
         fields = json.loads(bus_recv.dump(fields))  # no Decimal, which json.dumps() does not take
-        left = self.time_left(message) if "ttl" in message else None
+        left = None if message.get("ttl") is None else self.time_left(message)
         given = {"sender": sender, "channel": self.channel, "key": self.key(message), "reply_to": reply_to, "ttl": left}
         url, copy = bus_send.compose(to, message["msg"], url=self.other.url, fields=fields, **given)
         return bus_send.post(url, copy, bus_send.GRACE_SECONDS)
@@ -219,9 +221,10 @@ class Relay(bus_recv.Reader):
     def key(self, message: dict[str, Any]) -> str:
         """The same on each way to a bus: the id that the message had first, and a hash of its first bus and content.
 
-        Without the content, whoever writes the `via` of another message could take its key.
+        Without the content, whoever writes the `via` of another message could take its key. No relay brings a message
+        back to a bus that it came by: who names our bus in `via` may have guessed the id of a message that comes later.
         """
-        first = [hop for hop in hops(message)[:1] if re.fullmatch("[0-9a-f]{1,16}", str(hop.get("id")))]
+        first = [hop for hop in hops(message)[:1] if ID.fullmatch(str(hop.get("id"))) and hop.get("bus") != self.bus]
         number, bus = (first[0]["id"], first[0].get("bus")) if first else (message["id"], self.bus)
         content = {field: value for field, value in message.items() if field not in NEW or field == "msg"}
         content.pop("relayed_from", None)
@@ -250,8 +253,8 @@ class Relay(bus_recv.Reader):
         return to, None
 
     def message(self, number: str) -> dict[str, Any]:
-        """The message with this id on our bus; an empty one if it is gone or not for us."""
-        while True:
+        """The message with this id on our bus; an empty one if it is gone or not for us, or if that is no id."""
+        while ID.fullmatch(number):
             try:
                 answer, _ = bus_recv.ask(self.url, f"/message/{quote(number, safe='')}", bus_recv.GRACE_SECONDS)
                 return dict(answer["message"])
@@ -261,6 +264,7 @@ class Relay(bus_recv.Reader):
                 if time.monotonic() >= self.other.end:
                     raise
                 self.endure(fault, 0, self.other.end - time.monotonic())
+        return {}
 
     def put_aside(self, message: dict[str, Any], reason: str) -> None:
         """Keep a message that the other bus does not take, and tell its sender."""
@@ -297,6 +301,16 @@ def hops(message: dict[str, Any]) -> list[dict[str, Any]]:
     return [hop for hop in via if isinstance(hop, dict)] if isinstance(via, list) else []
 
 
+def relayed_from(message: dict[str, Any]) -> str:
+    """Who sent a message; before that, what the message says of earlier relays.
+
+    Anybody can write that. So it is left out if it could look like anything else, or push its sender out of sight.
+    """
+    sender, before = str(message["from"]), message.get("relayed_from")
+    whole = f"{before} via {sender}"
+    return whole if isinstance(before, str) and CHAIN.fullmatch(whole) and len(whole) <= SHOWN else sender
+
+
 def told_to_wait(fault: bus_send.Unreachable) -> str:
     """The reason of a 429 of the bus itself. Empty for other faults, and for a 429 of a proxy: that is for any mail."""
     found = re.fullmatch(r"429: (?!a web page, not a bus|not from a bus)(.*)", str(fault), re.DOTALL)
@@ -323,6 +337,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     for number in bus_recv.ENDS:
         signal.signal(number, lambda *_: sys.exit(0))
+    for client in (bus_recv, bus_send):
+        client.tell_people(complain)
     os.environ.pop("AGENT_NAME", None)  # it would be our name on both buses
     seconds = bus_recv.HOLD_SECONDS if options.once else None
     try:

@@ -102,7 +102,7 @@ def options_of(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--channel", metavar="C", help="only messages on the channel C (every channel)")
     add("--thread", metavar="ID", help="only the conversation that the message ID began")
     add("--since", metavar="X", help="only messages after X: 2d (ago), an id, or s since 1970")
-    add("--max", type=int, default=20, metavar="N", help="at most N messages (%(default)s)")
+    add("--max", type=bus_recv.count, default=20, metavar="N", help="at most N messages (%(default)s)")
     add("--all", action="store_true", help="all messages, however many")
     add("--short", action="store_true", help="print each message in one line")
     add("--json", action="store_true", help="print each message as a line of JSON")
@@ -111,13 +111,12 @@ def options_of(argv: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if options.rebuild == bool(options.words):
         parser.error("give the WORDS to look for" if not options.rebuild else "--rebuild looks for no WORDS: omit them")
-    if options.max < 1:
-        parser.error("--max must be 1 or more")
     return options
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = options_of(argv)
+    bus_recv.tell_people(complain)
     try:
         url = bus_recv.settings()["AGENT_BUS_URL"]
         if options.rebuild:

@@ -45,7 +45,7 @@ def install_service(options: Sequence[str]) -> int:
     return 0
 
 
-OF_PATHS = ("--db", "--tls-cert", "--tls-key", "--schemas", "--listen")
+OF_PATHS = ("--db", "--tls-cert", "--tls-key", "--schemas", "--listen", "--notify", "--files-dir")
 
 
 def absolute(options: Sequence[str]) -> list[str]:
@@ -54,7 +54,7 @@ def absolute(options: Sequence[str]) -> list[str]:
     for word in options:
         name, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
         option = name or option
-        if value and any(each.startswith(option) for each in OF_PATHS):
+        if value and option != "--files" and any(each.startswith(option) for each in OF_PATHS):  # that one is a size
             scheme = "unix:" if option.startswith("--l") else ""
             value = scheme + os.path.abspath(value[len(scheme) :])
         words.append(f"{name}{equals}{value}")

@@ -159,6 +159,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--watch", action="store_true", help=f"show it again every {EVERY_SECONDS:.0f} s, until Ctrl-C")
     parser.add_argument("--bus", type=bus_recv.profile, metavar="PROFILE", help="the bus of PROFILE.env")
     options = parser.parse_args(argv)
+    bus_recv.tell_people(complain)
     try:
         url = bus_recv.settings()["AGENT_BUS_URL"]
         while True:

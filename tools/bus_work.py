@@ -171,6 +171,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     timeout = bus_recv.HOLD_SECONDS if options.once and options.timeout is None else options.timeout
     for number in bus_recv.ENDS:
         signal.signal(number, lambda *_: sys.exit(0))
+    bus_recv.tell_people(complain)
     try:
         bus_recv.check_command(options.exec)
         worker = Worker(options.names, options.channel, options.exec, options.lease)

@@ -2,7 +2,7 @@
 
 import { now } from "./ask.js";
 import { bus, speaks } from "./bus.js";
-import { many, span } from "./dom.js";
+import { many, shown, span } from "./dom.js";
 
 const SLOW = 120; // s that mail may wait for somebody who listens
 const STORM = 60, STORM_SECONDS = 30; // messages of one pair
@@ -135,7 +135,7 @@ export function wanted(text) {
     if (word.startsWith("from:")) return message => message.from.toLowerCase().startsWith(word.slice(5));
     if (word.startsWith("to:")) return message => message.to.toLowerCase().startsWith(word.slice(3));
     if (word.startsWith("#")) return message => message.channel.toLowerCase() === word.slice(1);
-    return ({ from, to, subject = "", msg }) => `${from} ${to} ${subject} ${msg}`.toLowerCase().includes(word);
+    return ({ from, to, subject = "", msg }) => `${from} ${to} ${shown(subject)} ${msg}`.toLowerCase().includes(word);
   });
   return message => tests.every(test => test(message));
 }

@@ -59,9 +59,10 @@ run() {
   esac
 }
 
-# True if this one runs. A number in a file may be that of another process by now.
+# True if this one runs. A number in a file may be that of another process by now. Without -ww, ps cuts each line to the
+# width that the variable COLUMNS says.
 runs() {
-  [ -e "$folder/$1.pid" ] && ps -o args= -p "$(<"$folder/$1.pid")" 2>/dev/null | grep -qF -- "$folder/$1.yml"
+  [ -e "$folder/$1.pid" ] && ps -ww -o args= -p "$(<"$folder/$1.pid")" 2>/dev/null | grep -qF -- "$folder/$1.yml"
 }
 
 start() {

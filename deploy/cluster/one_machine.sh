@@ -32,9 +32,10 @@ as_postgres() {
   if [ "$(id -u)" = 0 ]; then (cd / && runuser -u postgres -- env PATH="$PATH" "$@"); else "$@"; fi
 }
 
-# True if the front with this port runs. A number in a file may be that of another process by now.
+# True if the front with this port runs. A number in a file may be that of another process by now. Without -ww, ps cuts
+# each line to the width that the variable COLUMNS says.
 runs() {
-  [ -e "$folder/$1.pid" ] && ps -o args= -p "$(<"$folder/$1.pid")" 2>/dev/null | grep -qF -- "--db $folder/$1.db"
+  [ -e "$folder/$1.pid" ] && ps -ww -o args= -p "$(<"$folder/$1.pid")" 2>/dev/null | grep -qF -- "--db $folder/$1.db"
 }
 
 start_ledger() {
@@ -98,8 +99,12 @@ else
   for port in "${ports[@]}"; do
     if runs "$port"; then kill "$(<"$folder/$port.pid")"; fi
   done
-  for port in "${ports[@]}"; do # they say goodbye in the ledger
-    for ((tries = 0; tries < 100; tries++)); do if runs "$port"; then sleep 0.1; fi; done
+  for port in "${ports[@]}"; do  # they say goodbye in the ledger
+    for ((tries = 0; tries < 300; tries++)); do
+      if ! runs "$port"; then continue 2; fi
+      sleep 0.1
+    done
+    die "the front of port $port did not end within 30 s: see $folder/$port.log"
   done
   if [ -e "$ledger/m1" ]; then
     for node in m1 m2 m3; do "$node_sh" stop "$ledger/$node" & done

@@ -46,7 +46,7 @@ import doing  # noqa: E402
 import notice  # noqa: E402
 from bus_inbox import label  # noqa: E402
 
-tools = session.mcp_tools()
+tools, protocol = session.mcp_part("_mcp_tools"), session.mcp_part("_mcp_protocol")
 
 PATIENCE = 10.0  # s in which a send is tried again; later the agent may try, with the same key
 LAST_CALLS = 2.0  # s that running calls have after the end of stdin: enough for a send, not for a wait
@@ -73,22 +73,22 @@ class Server:
         """Answer a request. A notification gets no answer, and nor does an answer, as we never ask."""
         number = None
         try:
-            message = tools.parse(line)
-            if tools.is_answer(message):
+            message = protocol.parse(line)
+            if protocol.is_answer(message):
                 return
             number = message.get("id") if isinstance(message, dict) else None
-            tools.check(message)
+            protocol.check(message)
             if "id" not in message:
                 self.note(message["method"])
             elif message["method"] == "tools/call":
-                call = threading.Thread(target=self.work, args=(number, *tools.called(message)), daemon=True)
+                call = threading.Thread(target=self.work, args=(number, *protocol.called(message)), daemon=True)
                 self.calls = [*filter(threading.Thread.is_alive, self.calls), call]
                 call.start()
             else:
                 experimental = {"experimental": {"claude/channel": {}}} if self.channel else {}
                 pushed = PUSHED if self.channel else ""
-                self.write(id=number, result=tools.respond(message, bus_send.VERSION, pushed, **experimental))
-        except tools.Wrong as wrong:
+                self.write(id=number, result=protocol.respond(message, bus_send.VERSION, pushed, **experimental))
+        except protocol.Wrong as wrong:
             self.write(id=number, error={"code": wrong.code, "message": str(wrong)})
 
     def note(self, method: str) -> None:
@@ -158,7 +158,7 @@ class Mine(tools.Session):
         except (tools.Failed, Nameless, bus_recv.Refused, bus_send.Refused, bus_send.Unreachable, ValueError,
                 OSError) as error:  # fmt: skip
             text = str(error)
-        return tools.result(harmless(text), failed)
+        return protocol.result(harmless(text), failed)
 
     def answered(self, steps: Any) -> str:
         """The text of a tool, whose requests are asked one after the other."""
@@ -331,6 +331,8 @@ def main() -> None:
         signal.signal(number, lambda *_: os._exit(0))
     server = Server(sys.stdout.buffer, options.channel)
     sys.stdout = sys.stderr  # stdout is for the protocol only
+    if sys.stdin.isatty():
+        complain("this is for an MCP client, which starts it and speaks JSON with it; Ctrl-C ends it")
     for line in sys.stdin.buffer:
         server.take(line)
     server.end()

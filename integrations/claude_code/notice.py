@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from session import ASK_SECONDS, Nameless, Self, bus_recv, get, mcp_tools, own_cursor, wake_path, was_here
+from session import ASK_SECONDS, Nameless, Self, bus_recv, get, mcp_part, own_cursor, wake_path, was_here
 
 AWAITED = 50  # ids of the last questions of a name
 SOON, LATER = 1.0, 8.0  # s between looks; the later, the longer another program reads the mail
@@ -101,7 +101,7 @@ def is_locked(path: str) -> bool:
 
 def notice(me: Self, counts: Counts, before: bool = False) -> str:
     """One line, whatever waits. `before`: all of it is from before this session."""
-    tools = mcp_tools()  # 6 ms, only when there is something to say
+    tools = mcp_part("_mcp_tools")  # 6 ms, only when there is something to say
     its = (counts.unread, counts.more, counts.urgent, counts.awaited, counts.senders, counts.others)
     return str(tools.notice_of(me.name, *its, counts.unread if before else 0))
 

@@ -53,7 +53,7 @@ def get_at(
                     break
                 whole += part
     except OSError as error:
-        fault = error.strerror or str(error) or type(error).__name__
+        fault = bus_recv.worded(error, "" if whole or bus_recv.HELD.search(path) else url)
     first = head_and_body(bytes(whole))
     if not first:
         raise bus_recv.Unreachable(*filter(None, [fault]))

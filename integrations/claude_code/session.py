@@ -37,17 +37,17 @@ RESERVED = ("all", "system", "operator", "user", "root", "claude")  # as senders
 UNSEEN = re.compile(f"{bus_recv.HIDDEN.pattern}|<")  # `<`: no tag of any kind in the text of another agent
 
 
-def mcp_tools() -> Any:
-    """The module _mcp_tools, by its path: its folder has a file mcp.py, and a program may want a package named so."""
-    if "_mcp_tools" not in sys.modules:
+def mcp_part(name: str) -> Any:
+    """_mcp_tools, or a module that needs it, by its path: its folder has a file mcp.py, which may hide a package."""
+    if name not in sys.modules:
         import importlib.util
 
         folders = [os.path.join(ROOT, folder) for folder in ("bus_extensions", "agent_bus_extensions")]
-        file = os.path.join(next(filter(os.path.isdir, folders), folders[0]), "_mcp_tools.py")
-        spec: Any = importlib.util.spec_from_file_location("_mcp_tools", file)
-        sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[spec.name])
-    return sys.modules["_mcp_tools"]
+        file = os.path.join(next(filter(os.path.isdir, folders), folders[0]), f"{name}.py")
+        spec: Any = importlib.util.spec_from_file_location(name, file)
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
 
 
 class Nameless(Exception):

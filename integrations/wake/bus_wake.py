@@ -36,6 +36,7 @@ import time
 import urllib.request
 from collections.abc import Callable
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.realpath(__file__)))))
 import bus_recv  # noqa: E402
@@ -72,6 +73,13 @@ def codex_exec(session: str, text: str) -> None:
     run(["codex", "exec", "resume", session, "-"], text)
 
 
+class Stays(urllib.request.HTTPRedirectHandler):
+    """A redirect is an error."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
 def opencode(place: str, text: str) -> None:
     """A running `opencode serve`, or an open terminal of it: a prompt that it answers when it can."""
     server, _, session = place.rpartition("/")
@@ -80,9 +88,11 @@ def opencode(place: str, text: str) -> None:
     if password := os.environ.get("OPENCODE_SERVER_PASSWORD"):
         login = f"{os.environ.get('OPENCODE_SERVER_USERNAME', 'opencode')}:{password}"
         headers["Authorization"] = f"Basic {base64.b64encode(login.encode()).decode()}"
+    # This machine is reached without a proxy, and no redirect is followed: neither must get the password.
+    proxies = [urllib.request.ProxyHandler({})] if bus_recv.is_here(urlsplit(server).hostname) else []
     try:
         order = urllib.request.Request(f"{server}/session/{session}/prompt_async", body, headers)
-        urllib.request.urlopen(order, timeout=ANSWER_SECONDS).close()
+        urllib.request.build_opener(Stays, *proxies).open(order, timeout=ANSWER_SECONDS).close()
     except (OSError, ValueError) as error:
         raise Failed(f"OpenCode at {server}: {error}") from None
 
@@ -225,7 +235,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("session", metavar="SESSION", help="its session or thread; OpenCode: http://HOST:PORT/SESSION")
     parser.add_argument("--folder", help="the folder of the session; Claude Code finds it only there")
     parser.add_argument("--any", action="store_true", help="wake for every message, not only for urgent ones")
-    parser.add_argument("--budget", type=int, default=BUDGET, metavar="N", help=f"wakes in one hour at most ({BUDGET})")
+    budget = f"wakes in one hour at most ({BUDGET})"
+    parser.add_argument("--budget", type=bus_recv.count, default=BUDGET, metavar="N", help=budget)
     parser.add_argument("--once", action="store_true", help="look once and end, for cron")
     parser.add_argument("--bus", type=bus_recv.profile, metavar="PROFILE", help="the bus of PROFILE.env")
     options = parser.parse_args(argv)
@@ -235,6 +246,7 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"{options.session!r} is an option, not a session")
         for number in bus_recv.ENDS:
             signal.signal(number, lambda *_: sys.exit(143))  # a turn that we have started is killed
+        bus_recv.tell_people(lambda line: bus_recv.complain(line, "bus_wake"))
         waker = Waker(options)
         if options.folder:
             os.chdir(options.folder)

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from tests.clients.test_agent_bus import HOSTILE, RAW, SCRIPT, agent, on_terminal  # noqa: F401
+from tests.clients.test_agent_bus import HOSTILE, RAW, on_terminal
 from tests.clients.test_clients import home, program, refusing, run  # noqa: F401
 from tests.kit.processes import PATIENCE, ROOT, wait_until
 
@@ -15,13 +15,13 @@ def texts(bus, to):
     return [each["msg"] for each in json.loads(bus.get(f"/recv?to={to}&since=0"))["messages"]]
 
 
-def listed(agent, *arguments):  # noqa: F811
+def listed(agent, *arguments):
     code, out, err = agent("later", "--list", *arguments)
     assert (code, err) == (0, "")
     return out.splitlines()
 
 
-def test_a_message_is_sent_after_a_time_with_all_that_a_send_has(agent):  # noqa: F811
+def test_a_message_is_sent_after_a_time_with_all_that_a_send_has(agent):
     code, out, err = agent("later", "ann", "Is", "T1", "done?", "--after", "1s", "--subject", "T1", "--ttl", "1h")
     given = json.loads(out)
     assert (code, err) == (0, "") and given["ok"] and re.fullmatch("[0-9a-f]{16}", given["id"])
@@ -35,7 +35,7 @@ def test_a_message_is_sent_after_a_time_with_all_that_a_send_has(agent):  # noqa
     wait_until(lambda: listed(agent) == [])
 
 
-def test_a_schedule_is_taken_back(agent):  # noqa: F811
+def test_a_schedule_is_taken_back(agent):
     id = json.loads(agent("later", "ann", "--cron", "0 9 * * 1-5", stdin=b"on stdin")[1])["id"]
     assert listed(agent)[0].endswith(' from=bob to=ann cron="0 9 * * 1-5" msg="on stdin"')
     assert agent("later", "--cancel", id) == (0, "", f"agent_bus.py later: {id} is taken back\n")
@@ -52,13 +52,13 @@ def test_a_schedule_is_taken_back(agent):  # noqa: F811
         ("2553498000", "UTC", "2050-12-01T09:00:00Z"),
     ],
 )
-def test_a_time_without_an_offset_is_the_local_one(agent, at, zone, utc):  # noqa: F811
+def test_a_time_without_an_offset_is_the_local_one(agent, at, zone, utc):
     shown = on_terminal("later", "ann", "x", "--at", at, AGENT_BUS_URL=agent.url, AGENT_NAME="bob", TZ=zone)
     assert re.fullmatch(f"it will be sent at {utc}; its id for --cancel is [0-9a-f]{{16}}\n", shown)
     assert len(shown.rstrip()) <= 80
 
 
-def test_a_time_that_is_over_is_said_to_be(agent):  # noqa: F811
+def test_a_time_that_is_over_is_said_to_be(agent):
     shown = on_terminal("later", "ann", "x", "--at", "2020-01-01T00:00Z", AGENT_BUS_URL=agent.url, AGENT_NAME="bob")
     assert shown == "it is sent at once, because 2020-01-01T00:00:00Z is over\n"
 
@@ -73,14 +73,14 @@ def test_without_a_bus_it_says_so_before_it_tries_again():
         process.communicate(timeout=PATIENCE)
 
 
-def test_one_sees_its_own_and_may_ask_for_those_of_another(agent):  # noqa: F811
+def test_one_sees_its_own_and_may_ask_for_those_of_another(agent):
     for sender in ("bob", "ann"):
         agent("later", "carl", sender, "--after", "1h", "--from", sender)
     assert [line.rpartition("msg=")[2] for line in listed(agent)] == ["bob"]
     assert [line.rpartition("msg=")[2] for line in listed(agent, "--from", "ann")] == ["ann"]
 
 
-def test_a_list_of_many_is_whole_and_shows_no_control_character(agent):  # noqa: F811
+def test_a_list_of_many_is_whole_and_shows_no_control_character(agent):
     for number in range(3):
         agent("later", "carl", HOSTILE, "--after", f"{900 - number}s")
     shown = agent("later", "--list")[1]
@@ -99,11 +99,11 @@ def test_a_list_of_many_is_whole_and_shows_no_control_character(agent):  # noqa:
         (["ann", "", "--after", "1h"], "the message is empty"),
     ],
 )
-def test_a_wrong_call_is_one_sentence(agent, arguments, words):  # noqa: F811
+def test_a_wrong_call_is_one_sentence(agent, arguments, words):
     code, out, err = agent("later", *arguments)
     assert (code, out) == (2, "") and words in err and "Traceback" not in err
 
 
-def test_what_the_bus_refuses_is_its_sentence(agent):  # noqa: F811
+def test_what_the_bus_refuses_is_its_sentence(agent):
     code, _, err = agent("later", "ann", "x", "--cron", "daily")
     assert code == 1 and "cron must be five fields" in err and err.count("\n") == 1

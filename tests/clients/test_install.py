@@ -11,12 +11,12 @@ import sys
 
 import pytest
 
-from tests.clients.test_agent_bus import house, shook_hands, tree  # noqa: F401
+from tests.clients.test_install_claude import shook_hands, tree
 from tests.kit.processes import PATIENCE, ROOT, no_settings
 from tools import bus_edit, bus_install
 
 sys.path.append(str(ROOT / "tools"))
-import bus_agents  # noqa: E402
+import bus_agents
 
 AGENTS = sorted(bus_agents.AGENTS)
 JSON_FILES = {
@@ -49,7 +49,7 @@ def files_of(name):
 
 
 @pytest.fixture
-def install(house, tmp_path, monkeypatch, capsys):  # noqa: F811
+def install(house, tmp_path, monkeypatch, capsys):
     """Runs `agent-bus install` or `uninstall` in this process; what it says."""
     no_settings(monkeypatch)
     monkeypatch.setattr(sys, "argv", [str(ROOT / "tools" / "agent_bus.py")])
@@ -70,7 +70,7 @@ def install(house, tmp_path, monkeypatch, capsys):  # noqa: F811
 
 
 @pytest.fixture
-def before(house):  # noqa: F811
+def before(house):
     """Writes what the files of an agent program are before the install."""
 
     def write(name, kind):
@@ -87,7 +87,7 @@ def before(house):  # noqa: F811
 
 @pytest.mark.parametrize("name", AGENTS)
 @pytest.mark.parametrize("kind", sorted({*JSON_FILES, *TOML_FILES}))
-def test_uninstall_leaves_every_byte_as_it_was(name, kind, install, house, before):  # noqa: F811
+def test_uninstall_leaves_every_byte_as_it_was(name, kind, install, house, before):
     was = before(name, kind)
     shown = install("install", name, "--dry-run")
     assert tree(house) == was and "+++ " in shown
@@ -104,7 +104,7 @@ def test_uninstall_leaves_every_byte_as_it_was(name, kind, install, house, befor
 @pytest.mark.parametrize("name", AGENTS)
 @pytest.mark.parametrize("kind", sorted({*JSON_FILES, *TOML_FILES}))
 @pytest.mark.parametrize("remembers", [True, False])
-def test_if_somebody_changed_the_file_only_our_entries_go(name, kind, remembers, install, house, before, tmp_path):  # noqa: F811
+def test_if_somebody_changed_the_file_only_our_entries_go(name, kind, remembers, install, house, before, tmp_path):
     """Also without what was remembered at the install."""
     before(name, kind)
     install("install", name)
@@ -138,7 +138,7 @@ def full(value):
 
 @pytest.mark.parametrize("name", AGENTS)
 @pytest.mark.parametrize("text", ["{", '{"a" 1}', "[a\n", b"\xff"])
-def test_a_file_that_cannot_be_read_is_left_alone(name, text, install, house):  # noqa: F811
+def test_a_file_that_cannot_be_read_is_left_alone(name, text, install, house):
     path = bus_agents.AGENTS[name].servers.path()
     if path.endswith(".toml") and sys.version_info < (3, 11) and text != b"\xff":
         pytest.skip("this Python reads no TOML")
@@ -152,8 +152,49 @@ def test_a_file_that_cannot_be_read_is_left_alone(name, text, install, house):  
     assert tree(house) == was
 
 
+@pytest.mark.parametrize("command", ["install", "uninstall"])
+def test_what_another_program_writes_in_the_same_moment_stays(command, install, house, before, monkeypatch):  # noqa: F811
+    """A session of Claude Code writes ~/.claude.json several times a minute."""
+    before("claude", "comments")
+    if command == "uninstall":
+        install("install", "claude")
+        (house / ".claude.json").write_text((house / ".claude.json").read_text() + "// later\n")
+    sync, meanwhile = os.fsync, '{"numStartups": 4}'
+
+    def write(file):
+        sync(file)
+        (house / ".claude.json").write_text(meanwhile)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", write)
+        assert "another program has just changed" in install(command, "claude", code=1)
+    assert (house / ".claude.json").read_text() == meanwhile
+    assert not [path for path in house.iterdir() if ".claude.json." in path.name]
+    install("install", "claude")
+    install("uninstall", "claude")
+    assert (house / ".claude.json").read_text() == meanwhile
+
+
+def test_a_file_beside_it_stays_and_no_link_is_followed(install, house):  # noqa: F811
+    file, beside, mine = house / ".claude.json", house / ".claude.json.new", house / "mine.txt"
+    file.write_text("{}")
+    mine.write_text("mine")
+    beside.symlink_to(mine)
+    install("install", "claude")
+    assert mine.read_text() == "mine" and beside.is_symlink() and "mcpServers" in file.read_text()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
+def test_as_root_a_file_stays_that_of_its_owner(install, house):  # noqa: F811
+    file = house / ".claude.json"
+    file.write_text("{}")
+    os.chown(file, 12345, 12346)
+    install("install", "claude")
+    assert (file.stat().st_uid, file.stat().st_gid) == (12345, 12346) and "mcpServers" in file.read_text()
+
+
 @pytest.mark.parametrize("name", AGENTS)
-def test_what_is_installed_again_with_other_options_is_replaced(name, install, house, before):  # noqa: F811
+def test_what_is_installed_again_with_other_options_is_replaced(name, install, house, before):
     was = before(name, "comments")
     install("install", name, "--name", "alice")
     install("install", name, "--name", "bob", "--url", "http://127.0.0.1:9/")
@@ -164,7 +205,7 @@ def test_what_is_installed_again_with_other_options_is_replaced(name, install, h
 
 
 @pytest.mark.parametrize("name", AGENTS)
-def test_the_entry_of_the_server_runs_in_every_folder(name, install, house, bus, tmp_path):  # noqa: F811
+def test_the_entry_of_the_server_runs_in_every_folder(name, install, house, bus, tmp_path):
     install("install", name, "--url", bus.url, "--name", "alice")
     entry = entry_of(name)
     if isinstance(entry["command"], list):  # as OpenCode wants it
@@ -188,7 +229,7 @@ HOOKED = [name for name in AGENTS if bus_agents.AGENTS[name].dress in bus_agents
 
 
 @pytest.mark.parametrize("name", HOOKED)
-def test_the_hook_that_is_written_runs_at_each_event(name, install, house, bus, tmp_path):  # noqa: F811
+def test_the_hook_that_is_written_runs_at_each_event(name, install, house, bus, tmp_path):
     install("install", name, "--url", bus.url, "--name", "alice")
     with open(bus_agents.AGENTS[name].hooks.path()) as file:
         events = json.load(file)["hooks"]
@@ -203,7 +244,7 @@ def test_the_hook_that_is_written_runs_at_each_event(name, install, house, bus, 
 
 
 @pytest.mark.parametrize("name", AGENTS)
-def test_by_http_only_a_url_a_name_and_the_name_of_a_variable_are_written(name, install, house):  # noqa: F811
+def test_by_http_only_a_url_a_name_and_the_name_of_a_variable_are_written(name, install, house):
     was = tree(house)
     env = {"AGENT_BUS_URL": "http://10.0.0.5:1/", "AGENT_BUS_TOKEN": "abt_1"}
     said = install("install", name, "--http", "--name", "alice", **env)
@@ -215,14 +256,14 @@ def test_by_http_only_a_url_a_name_and_the_name_of_a_variable_are_written(name, 
     assert tree(house) == was
 
 
-def test_without_a_token_no_token_is_named_and_a_name_is_needed(install, house):  # noqa: F811
+def test_without_a_token_no_token_is_named_and_a_name_is_needed(install, house):
     assert "--name" in install("install", "codex", "--http", code=2)
     install("install", "codex", "--http", "--name", "alice", AGENT_BUS_CHANNEL="swarm")
     assert "TOKEN" not in str(entry_of("codex")) and "X-Agent-Channel" in str(entry_of("codex"))
     assert "--http is for" in install("install", "codex", "--http", "--url", "unix:/x", code=2)
 
 
-def test_a_dry_run_shows_no_line_that_only_gets_a_comma(install, house):  # noqa: F811
+def test_a_dry_run_shows_no_line_that_only_gets_a_comma(install, house):
     path = bus_agents.AGENTS["gemini"].servers.path()
     os.makedirs(os.path.dirname(path))
     with open(path, "w") as file:
@@ -231,7 +272,7 @@ def test_a_dry_run_shows_no_line_that_only_gets_a_comma(install, house):  # noqa
     assert "mcpServers" in said and "s3cret" not in said
 
 
-def test_what_codex_writes_after_our_table_stays(install, house):  # noqa: F811
+def test_what_codex_writes_after_our_table_stays(install, house):
     """Codex writes the file itself, for example when a folder is trusted, and may put tables anywhere."""
     install("install", "codex")
     path = bus_agents.AGENTS["codex"].servers.path()
@@ -244,7 +285,7 @@ def test_what_codex_writes_after_our_table_stays(install, house):  # noqa: F811
 
 
 @pytest.mark.parametrize("name", HOOKED)
-def test_the_hooks_of_others_stay_also_in_one_group_with_ours(name, install, house):  # noqa: F811
+def test_the_hooks_of_others_stay_also_in_one_group_with_ours(name, install, house):
     install("install", name)
     path = bus_agents.AGENTS[name].hooks.path()
     with open(path) as file:

@@ -18,8 +18,8 @@ import venv
 
 import pytest
 
-from tests.clients.test_agent_bus import shook_hands, tree
-from tests.integrations.test_end_to_end import CLAUDE
+from tests.clients.test_install_claude import shook_hands, tree
+from tests.kit.claude_code import CLAUDE
 from tests.kit.processes import PATIENCE, ROOT
 from tools import agent_bus
 

@@ -1,4 +1,5 @@
 """What `invite` says before it makes a token, what it asks, and which line it prints for which bus."""
+import json
 import os
 import pathlib
 import shutil
@@ -66,6 +67,7 @@ def test_a_bus_with_another_database_is_named_before_the_wrong_one_is_closed(tmp
         assert f"for the bus that does not run now, whose database is {tmp_path}/bus.db" in said
         assert f"another bus runs at {bus.url}, with another database. If you meant it" in said
         assert "The token is good as soon as the bus runs" in said and "invite again" in said and "curl" not in said
+        assert all(variable in said for variable in ("AGENT_BUS_URL", "AGENT_BUS_TOKEN", "AGENT_BUS_CA"))
         assert ask(bus, "GET", "/agents")[0] == 200
         assert "another database" not in command(bus, "invite", "zz")
 
@@ -133,6 +135,17 @@ def test_a_second_invite_says_that_the_name_has_a_token_already(tmp_path):
         first = TOKEN.search(said)[0][:12]
 
 
+@pytest.mark.parametrize("options, hours", [
+    ("--page", 12), ("--page --for 2h", 2), ("--page --for 0", None), ("--expires 3h", 3), ("", None),
+    ("--for 0", None),
+])  # fmt: skip
+def test_a_token_is_valid_for_as_long_as_the_help_says(options, hours, tmp_path):
+    bus, now = Server(tmp_path / "bus.db"), time.time()
+    command(bus, "invite", "ann", *options.split())
+    ends = json.loads((tmp_path / "bus.db.tokens").read_text().splitlines()[-1])["expires"]
+    assert ends is None if hours is None else abs(ends - now - hours * 3600) < PATIENCE
+
+
 def test_bus_server_alone_makes_a_token_too(tmp_path):
     shutil.copy(ROOT / "bus_server.py", tmp_path)
     line = [sys.executable, "-I", str(tmp_path / "bus_server.py"), "invite", "dell", "--db", str(tmp_path / "bus.db")]
@@ -187,7 +200,7 @@ def test_a_name_that_is_not_in_the_certificate_is_said_to_be_none(tmp_path, auth
     with secure(Server(tmp_path / "bus.db", *tls(authority.sign("DNS:bus.lan,IP:127.0.0.1")))) as bus:
         said = invited(bus, "dell", "--url", f"https://localhost:{bus.port}")[2]
         assert f"The clients will refuse the certificate of https://localhost:{bus.port}: " in said
-        assert "It is for: bus.lan, 127.0.0.1. Give --url with one of these names" in said
+        assert "It is for: bus.lan, 127.0.0.1. Give --url with one of these names" in said and ".." not in said
         said = invited(bus, "dell")[2]
         assert "refuse" not in said and "export AGENT_BUS_CA=FILE" in said, "it was signed by an authority"
 

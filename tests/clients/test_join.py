@@ -243,7 +243,7 @@ def test_a_key_that_changes_after_the_first_file_is_one_sentence(bus, tmp_path, 
     with Between(bus.port, authority.sign("IP:127.0.0.1")) as between:
         code, out, err = join(bus, "dell", token, tmp_path / "home", pin=line)
     assert (code, out, err.count("\n")) == (1, "", 1) and "does not have the key of the invitation" in err
-    assert between.heard == [] and list((tmp_path / "home" / CLIENTS).iterdir()) == []
+    assert between.heard == [] and not (tmp_path / "home").exists()
 
 
 def der(tag, *contents):
@@ -314,7 +314,7 @@ def test_a_certificate_in_which_two_parsers_find_two_keys_gets_no_token(tmp_path
             code, out, err = join(bus, "dell", token, tmp_path / "home", pin=line)
     assert token.encode() not in b"".join(relay.heard)
     assert code == 1 and "FAIL  tls" in out and "nothing was configured" in err
-    assert list((tmp_path / "home" / CONFIG).iterdir()) == list((tmp_path / "home" / CLIENTS).iterdir()) == []
+    assert not (tmp_path / "home").exists()
 
 
 def test_the_certificate_that_is_kept_is_that_of_the_bus(tmp_path, authority):
@@ -336,7 +336,7 @@ def test_somebody_who_comes_in_between_later_gets_no_token(bus, tmp_path, author
     with Between(bus.port, authority.self_signed("IP:127.0.0.1")) as between:
         out, err = process.communicate(token.encode(), timeout=PATIENCE)
         assert process.returncode == 1 and b"FAIL  tls" in out and b"nothing was configured" in err
-        assert between.heard == [] and list((home / CONFIG).iterdir()) == []
+        assert between.heard == [] and not home.exists()
 
 
 @pytest.fixture
@@ -443,8 +443,10 @@ def test_an_old_python_is_told_so(kind, version, tmp_path, authority):
 def test_a_bus_that_is_not_there_is_one_sentence(bus, tmp_path):
     line, token, _ = invited(bus, "dell")
     bus.stop()
+    (tmp_path / "home" / ".local").mkdir(parents=True)
     code, _, err = join(bus, "dell", token, tmp_path / "home", pin=line)
     assert code == 1 and err.count("\n") == 1 and "is the bus running" in err
+    assert list((tmp_path / "home").rglob("*")) == [tmp_path / "home" / ".local"], "no empty folders of ours"
 
 
 def test_a_bus_with_a_certificate_of_its_own_needs_the_pin_of_the_line(bus, tmp_path):
@@ -462,7 +464,7 @@ def test_a_bus_with_a_certificate_of_its_own_needs_the_pin_of_the_line(bus, tmp_
 def test_a_wrong_token_is_one_sentence_and_configures_nothing(given, says, bus, tmp_path):
     code, out, err = join(bus, "dell", given, tmp_path / "home")
     assert (code, out, err.count("\n")) == (1, "", 1) and says in err
-    assert list((tmp_path / "home" / CONFIG).iterdir()) == []
+    assert not (tmp_path / "home").exists(), "what was made for it is gone"
 
 
 def test_an_expired_token_is_one_sentence(bus, tmp_path):

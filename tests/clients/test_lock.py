@@ -46,7 +46,9 @@ def test_names_are_reserved_listed_and_released(bus):
     code, _, said = run(bus.url, "unlock", "--fence", fence.strip())
     assert code == 0 and "released: 1" in said
     code, _, said = run(bus.url, "unlock", "--fence", fence.strip())
-    assert code == 3 and "nothing of it was yours any more" in said
+    assert code == 3 and said == "agent_bus.py unlock: nothing is released: this reservation has ended\n"
+    code, _, said = run(bus.url, "unlock", "src/*")
+    assert code == 3 and "you have reserved nothing by that name, or it has ended" in said
 
 
 def test_on_a_terminal_the_fence_is_in_the_sentence(bus):

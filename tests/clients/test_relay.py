@@ -11,6 +11,8 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
+import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -365,6 +367,20 @@ def test_the_same_bus_twice_is_refused(buses, home):
     assert waiting(a, "bob") == 1
 
 
+def test_whatever_somebody_writes_into_a_member_ends_no_relay(buses):
+    """One that ends begins again with the same message."""
+    a, b = buses("a", "b")
+    members = "ttl reply_to via relayed_from type subject priority content_type redacted attempt".split()
+    values = None, True, [], {}, [[None]], {"x": []}, -1, 0.5, "", "\n x"
+    for member, value in itertools.product(members, values):
+        strange = {"from": "spark", "to": "bob", "msg": "strange", member: value}  # bus_send.py sends no null
+        with contextlib.suppress(urllib.error.HTTPError):  # a bus takes no ttl of -1
+            urllib.request.urlopen(f"{a.url}/send", json.dumps(strange).encode()).close()
+    say(a, "spark", "bob", "last")
+    assert relay("bob")[0] == 0 and texts(b)[-1] == "last"
+    assert texts(b, msg="strange")[0] and any(one.get("subject") == {"x": []} for one in log(b))
+
+
 @pytest.mark.parametrize("via", [
     "b", 7, {"bus": "b"}, [1, None, "b"], [{"bus": 5, "id": []}], [{"bus": "a b", "id": "zz"}], [{}],
     [{"bus": "x" * 999, "id": "1"}], [{"bus": ["b", 0.5], "id": 5, "from": 1}],
@@ -472,6 +488,29 @@ def test_nobody_takes_the_key_of_another_message_with_a_false_via(closed):
     for name in ("bob", "carol"):
         assert relay(name) == (0, "")
     assert [one["msg"] for one in log(closed.b, closed.tokens["ops"])] == ["T2", "T1"]
+
+
+def test_nobody_takes_the_key_of_a_message_that_is_not_sent_yet(closed):
+    """The cursor of any reader may be ahead of the bus, and then the ids of the next messages are known."""
+    ahead, bus = int(time.time()) + 200, json.loads(closed.a.get("/healthz"))["bus"]
+    closed.a.get(f"/recv?to=eve&since={ahead}")
+    guessed = f"{ahead * 1000000 + 2:x}"
+    say(closed.a, "eve", "bob", "Yes.", fields={"via": [{"bus": bus, "id": guessed, "from": "spark"}]})
+    assert say(closed.a, "spark", "bob", "Yes.") == guessed
+    assert relay("bob") == (0, "")
+    got = log(closed.b, closed.tokens["ops"])
+    assert [(one["relayed_from"], one["msg"]) for one in got] == [("eve", "Yes."), ("spark", "Yes.")]
+
+
+@pytest.mark.parametrize("claimed", [
+    f"boss{' ' * 300}", "boss" * 30, "boss\n2", "boss via", "boss, via home", 'boss" id=1', ["boss"], None, 7,
+])  # fmt: skip
+def test_nobody_hides_behind_what_a_message_says_of_its_way(claimed, closed):
+    """The clients cut a field that is long, so what is behind it would not be seen."""
+    say(closed.a, "eve", "bob", "x" * 9000, fields={"relayed_from": claimed})
+    assert relay("bob") == (0, "")
+    (got,) = log(closed.b, closed.tokens["ops"])
+    assert (got["from"], got["relayed_from"]) == ("home", "eve")
 
 
 @pytest.mark.parametrize("side", ["a", "b"])
@@ -605,6 +644,16 @@ def test_what_is_not_a_message_stops_nothing(home):
         profile(home, "b", b)
         code, err = relay("bob")
     assert code == 0 and err.count("something that is not a message") == 2 and len(sends(b)) == 1
+
+
+def test_a_reply_to_what_is_no_id_is_not_looked_up(home):
+    """A proxy answers so long a URL with a page of its own, which looks like a bus that is out of reach."""
+    health = answer({"ok": True, "now": NOON, "bus": "b2"})
+    with Scripted(mail(message(1, to="bob", reply_to="z" * 9000)), mail()) as a, Scripted(stored(), health=health) as b:
+        profile(home, "a", a)
+        profile(home, "b", b)
+        assert relay("bob")[0] == 0
+    assert len(sends(b)) == 1 and not [asked for asked in a.asked if asked.target.startswith("/message/")]
 
 
 @pytest.mark.parametrize("old", ["a", "b"])

@@ -430,6 +430,16 @@ def test_an_id_of_digits_alone_is_one_if_its_time_is_near():
             bus_recv.moment(milliseconds, NOON)
 
 
+def test_how_long_ago_is_read_without_argparse_and_hides_no_fault(monkeypatch):
+    """A hook, which a turn waits for, imports no argparse; and a fault of ours is not taken for a wrong `since`."""
+    asked = "import bus_recv, sys; print(bus_recv.moment('1h', 7200.0), 'argparse' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", asked], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.stdout == "3600.000000 False\n"
+    monkeypatch.setattr(bus_recv, "duration", lambda text: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        bus_recv.moment("1h", NOON)
+
+
 def test_from_a_message_on_means_with_it(bus, home):  # noqa: F811
     _, number, _ = (bus_send.send("dell", text, url=bus.url, sender="spark")["id"] for text in ("one", "two", "three"))
     out = run("bus_recv.py", "dell", "--once", "--json", "--since", number, env={"AGENT_BUS_URL": bus.url})[1]

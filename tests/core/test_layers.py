@@ -12,18 +12,20 @@ import pytest
 
 from tests.kit.processes import ROOT
 
-LIMIT = 4501  # lines of code in bus_server.py; it grows only for what belongs into the core. The design says 2,400
+LIMIT = 4518  # lines of code in bus_server.py; it grows only for what belongs into the core. The design says 2,400
 CLASS_LINES, CLASS_METHODS, FUNCTION_LINES = 300, 30, 40
 OTHERS = {"bus_server"}  # what an extension may import beside the standard library
 LAZILY = {  # and where: if --schemas is given; by the path of a file that belongs to the extension
     "schemas.py": {"jsonschema"},
-    "mcp.py": {"_mcp_tools"},
+    "mcp.py": {"_mcp_tools", "_mcp_protocol"},
     "work.py": {"_work_letters", "_work_queues", "_work_state", "_work_words"},
     "locks.py": {"_locks_names", "_locks_state", "_locks_words"},
     "redact.py": {"_redact_copies"},
     "search.py": {"_search_index"},
     "later.py": {"_later_schedule", "_later_due"},
     "notify.py": {"_notify_rules"},
+    "people.py": {"_people_similar", "_people_statuses"},
+    "replies.py": {"_replies_recalls", "_replies_fetches"},
 }
 
 SOURCE = (ROOT / "bus_server.py").read_text()

@@ -1,10 +1,12 @@
 """Who has the turn: the thread that runs the loop, and while that waits for the disk the deputy."""
+import contextlib
 import os
 import selectors
 import signal
 import socket
 import threading
 from collections import deque
+from functools import partial
 from unittest import mock
 
 import pytest
@@ -107,19 +109,36 @@ def test_a_failing_disk_is_told_also_when_it_took_its_time(monkeypatch, capfd):
     assert "it is broken" in said(capfd)
 
 
+@contextlib.contextmanager
+def signals(loop, action):
+    before = signal.getsignal(signal.SIGUSR1)
+    loop.on_signal(signal.SIGUSR1, action)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGUSR1, before)
+
+
 def test_a_signal_is_heard_while_the_main_thread_waits_for_the_disk(loop):
     heard, disk = [], threading.Event()
-    before = signal.getsignal(signal.SIGUSR1)
-    loop.on_signal(signal.SIGUSR1, lambda: (heard.append(threading.current_thread().name), disk.set()))
-    try:
+    with signals(loop, lambda: (heard.append(threading.current_thread().name), disk.set())):
         os.kill(os.getpid(), signal.SIGUSR1)
         loop.aside(lambda: disk.wait(PATIENCE))
         loop.every(0.01, lambda: None)
         loop.run(lambda: heard)
-    finally:
-        signal.set_wakeup_fd(-1)
-        signal.signal(signal.SIGUSR1, before)
     assert heard == ["deputy"]
+
+
+def test_a_signal_is_heard_though_other_threads_have_rung_often(loop):
+    """A turn takes long, and meanwhile the ledger of a front gives its hints, each of which rings."""
+    heard, told = [], []
+    with signals(loop, lambda: heard.append(1)):
+        for number in range(5000):
+            loop.tell(partial(told.append, number))
+        os.kill(os.getpid(), signal.SIGUSR1)
+        loop.take_turn()
+    assert heard == [1] and told == [*range(5000)]
 
 
 def test_an_error_in_serving_one_is_told_and_the_others_are_served(loop, capfd):

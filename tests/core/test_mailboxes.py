@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from bus_server import EVERYONE, GRACE, Deadlines, Mailboxes, Message, Poll
+from bus_server import EVERYONE, GRACE, PARKED_PER_NAME, Deadlines, Mailboxes, Message, Poll
 from tests.kit.clock import Clock
 
 
@@ -74,6 +74,18 @@ def test_an_unparked_reader_leaves_nothing_behind(mailboxes):
     mailboxes.park("bob's", poll("bob", "team"))
     mailboxes.unpark("bob's")
     assert claimed(mailboxes, message(1, "bob")) == {} and not mailboxes.waiting
+
+
+def test_of_many_that_wait_for_one_name_the_oldest_are_sent_away_unless_they_share_its_messages(mailboxes):
+    for number in range(PARKED_PER_NAME):
+        mailboxes.park(number, poll("bob"))
+    mailboxes.park("ann's", poll("ann", "bob"))
+    assert mailboxes.surplus(poll("bob")) == []  # ann's waits for ann
+    for number in ("the ninth", "the tenth"):
+        mailboxes.park(number, poll("bob"))
+    assert mailboxes.surplus(poll("bob")) == [0, 1]
+    mailboxes.exclusive.add(Poll)
+    assert mailboxes.surplus(poll("bob")) == []
 
 
 def test_presence_is_the_hold_and_the_grace(mailboxes, clock):

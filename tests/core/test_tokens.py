@@ -29,11 +29,11 @@ def test_tokens_that_cannot_be_read_shut_the_bus_and_stop_nothing_else(bus):
 def test_a_clock_that_was_ahead_for_a_moment_ends_no_token(tmp_path, monkeypatch):
     bus_server.invite(["spark", "--db", str(tmp_path / "bus.db"), "--expires", "90d", "--yes"])
     tokens, real = bus_server.Tokens(str(tmp_path / "bus.db")), time.time
-    assert len(tokens.grants) == 1
+    assert len(tokens.valid) == 1
     for ahead, good in ((91 * 86400, 0), (0, 1), (91 * 86400, 0)):
         monkeypatch.setattr(time, "time", lambda: real() + ahead)  # noqa: B023
         tokens.refresh()
-        assert len(tokens.grants) == good
+        assert len(tokens.valid) == good
 
 
 def test_a_known_token_is_good_while_the_file_is_damaged(bus):

@@ -554,7 +554,8 @@ def test_the_tools_of_an_agent_say_who_holds_what_and_until_when(bus):
         assert "give names, or fence" in ann.tool("bus_unlock", failed=True, **wrong)
     assert "only ann or an operator" in bob.tool("bus_unlock", failed=True, fence=fence)
     assert ann.tool("bus_unlock", fence=fence) == "released: 2"
-    assert ann.tool("bus_unlock", names="src/a.py") == "nothing of it was yours any more"
+    nothing = "nothing is released: you have reserved nothing by that name, or it has ended"
+    assert ann.tool("bus_unlock", names="src/a.py") == nothing
     assert bob.tool("bus_locks") == "nobody has reserved anything"
     assert "without //" in ann.tool("bus_lock", failed=True, names="a//b")
 

@@ -84,6 +84,18 @@ def test_a_filter_knows_words_senders_receivers_and_channels(busy, page):
         page.wait_for_function(f"() => document.querySelectorAll('.message-row').length == {number}")
 
 
+def test_a_filter_works_whatever_a_subject_is(bus, page):
+    """Who wrote a subject that is no text could have kept a person from finding anything."""
+    for number, subject in enumerate([{"toString": 1}, {"valueOf": 1, "toString": {}}, ["x"], 7, True]):
+        send(bus, "mallory", "spark", f"odd {number}", subject=subject)
+    send(bus, "dell", "spark", "needle")
+    show(page, bus, "#/messages")
+    page.wait_for_function("() => document.querySelectorAll('.message-row').length == 6")
+    for text, number in [("needle", 1), ("odd", 5), ("tostring", 2)]:
+        page.fill("#filter", text)
+        page.wait_for_function(f"() => document.querySelectorAll('.message-row').length == {number}")
+
+
 def test_who_does_not_hear_and_what_failed_are_said_first(busy, page):
     show(page, busy)
     page.wait_for_selector(".trouble-card")

@@ -22,7 +22,7 @@ SHARES = "faults/test_kinds_shares.py"
 EXTENSIONS, WAITING = "faults/test_kinds_extensions.py", "faults/test_kinds_parked.py"
 TURNS = "faults/test_kinds_turns.py"
 REDACT, SEARCH = "extensions/test_redact.py", "extensions/test_search.py"
-LATER, NOTIFY = "extensions/test_later.py", "extensions/test_notify.py"
+LATER, DUE, NOTIFY = "extensions/test_later.py", "extensions/test_later_due.py", "extensions/test_notify.py"
 LOCKS, FRONTS = "extensions/test_locks.py", "ledgers/test_front.py"
 STORAGE, PYTHON, BASH = "faults/test_kinds_storage.py", "clients/test_client_cases.py", "clients/test_listener_cases.py"
 
@@ -57,8 +57,10 @@ KINDS = [
     Kind("one token takes all turns for itself, on many connections",
          "after a request that took over 2 ms, those of its token come one in a turn, on however many connections",
          (f"{TURNS}::test_what_takes_long_comes_in_turns_however_many_connections_ask_for_it",
+          f"{TURNS}::test_large_requests_that_wait_for_their_turn_have_a_budget",
           f"{TURNS}::test_what_waits_for_its_turn_is_judged_again"),
-         "`Door.puts_off()` is always false (the first); `Request.answer()` checks no token (the second)"),
+         "`Door.puts_off()` is always false, or takes no request with a large head (the first); `Door.waiting` counts "
+         "nothing (the second); `Request.answer()` checks no token (the last)"),
     Kind("memory is counted in messages",
          "an answer ends at about 1 MiB and says that there is more; unread answers have a budget of bytes; a refused "
          "send makes nothing",
@@ -249,7 +251,7 @@ KINDS = [
           f"{BOUNDS}::test_one_question_has_eight_who_wait_for_its_reply",
           f"{BOUNDS}::test_one_message_has_eight_who_wait_for_its_fetch",
           f"{BOUNDS}::test_a_message_is_offered_to_one_worker_of_many"),
-         "`Question.wants()` asks `Gate.readers()` first (the first); `Replies.park()` sends nobody away (the "
+         "`Question.wants()` asks `Gate.readers()` first (the first); `Mailboxes.surplus()` finds nobody (the "
          "second and third); `Mailboxes.wake()` asks all at a place (the last)"),
     Kind("all who are late at once are answered in one turn",
          "answers to those whose time is over have the time of a turn; the others follow in the next ones",
@@ -289,7 +291,7 @@ KINDS = [
           f"{SHARES}::test_what_is_parked_holds_no_head",
           f"{SHARES}::test_a_head_does_not_wait",
           f"{SHARES}::test_what_waits_for_a_commit_holds_no_body"),
-         "a `Watch` has the text (the first); `Bus.park()` keeps the request (the second); `Replies.message()` lets a "
+         "a `Watch` has the text (the first); `Bus.park()` keeps the request (the second); `Fetches.message()` lets a "
          "HEAD wait (the third); `Bus.do()` keeps the body (the first and last)"),
     Kind("what waits for the disk is not counted",
          "503 beyond 16 MiB of one owner and 64 MiB of all; it is counted until the commit, whatever becomes of it",
@@ -417,7 +419,7 @@ KINDS = [
           f"{AUTHORITY}::test_who_waits_for_the_fetch_of_what_is_removed_is_told_that_it_is_gone",
           f"{AUTHORITY}::test_who_may_answer_is_asked_of_the_tokens_as_they_are_now",
           f"{AUTHORITY}::test_a_list_of_which_nothing_may_be_done_any_more_holds_up_nobody_and_is_counted_no_longer"),
-         "`Replies.unwatched()` tells with any right (the first), or tells what it had (the second); `Tokens.named` "
+         "`Fetches.unwatched()` tells with any right (the first), or tells what it had (the second); `Tokens.named` "
          "keeps what it had (the third); `Ledger.commit()` plans nothing or counts nothing out after such a list (the "
          "last)"),
     Kind("clients: a bus has more names than a page",
@@ -620,13 +622,13 @@ KINDS = [
          "is bytes; what is due goes in slices",
          (f"{LATER}::test_a_schedule_of_a_revoked_token_is_not_sent_and_says_why",
           f"{LATER}::test_a_bus_that_is_killed_between_the_send_and_the_removal_sends_once",
-          f"{LATER}::test_the_schedules_of_one_owner_and_of_all_have_a_budget",
-          f"{LATER}::test_ten_thousand_that_are_due_go_in_slices_in_order_and_each_once"),
+          f"{DUE}::test_the_schedules_of_one_owner_and_of_all_have_a_budget",
+          f"{DUE}::test_ten_thousand_that_are_due_go_in_slices_in_order_and_each_once"),
          "`Sender` has no token, and `Due.send()` does not look at it (the first); the send has no key (the second); "
          "nothing is added to `Due.held` (the third); `SLICE` is a million (the last)"),
     Kind("a limit for each owner lets some owners take the limit of all: schedules",
          "while most of the room for schedules is taken, an owner that has few still gets some",
-         (f"{LATER}::test_while_most_of_the_room_for_schedules_is_taken_there_is_some_for_those_who_have_few",),
+         (f"{DUE}::test_while_most_of_the_room_for_schedules_is_taken_there_is_some_for_those_who_have_few",),
          "`Due.has_room()` asks `held` alone"),
     Kind("what was taken is refused when its time has come",
          "what is wrong with a scheduled message is said when it is given",
@@ -634,9 +636,9 @@ KINDS = [
          "`Later.give()` leaves a `key` of null in the message"),
     Kind("what waits of one owner makes that of others late",
          "owners take turns: of each as many schedules are sent in a slice, and who was served comes last",
-         (f"{LATER}::test_what_is_due_of_one_owner_holds_up_no_other",
-          f"{LATER}::test_an_owner_above_its_rate_holds_up_no_other",
-          f"{LATER}::test_more_owners_than_a_look_has_time_for_come_in_turns"),
+         (f"{DUE}::test_what_is_due_of_one_owner_holds_up_no_other",
+          f"{DUE}::test_an_owner_above_its_rate_holds_up_no_other",
+          f"{DUE}::test_more_owners_than_a_look_has_time_for_come_in_turns"),
          "`Due.ready()` takes a whole `SLICE` of each owner, and leaves its place as it is (the first two); it takes "
          "from all owners, not from the first `SLICE` (the last)"),
     Kind("the same text is looked at again for each of its copies",
@@ -695,6 +697,32 @@ KINDS = [
          "text",
          (f"{FRONTS}::test_a_redaction_stops_no_front_whose_copy_is_being_read",),
          "`Fold.is_local` is False; `Redaction` does not follow another front's `fold`; `Front.KEEPS` is empty"),
+    Kind("what was the end is followed by more",
+         "nothing behind the entry with which a bus left its ledger is applied, so no front serves there again, "
+         "however often it is started",
+         ("ledgers/test_move.py::test_a_front_whose_entry_came_behind_the_last_one_never_starts_again",),
+         "`Mirror.replay()` goes on behind `Left`"),
+    Kind("who asks again and again holds up others",
+         "a front that did not answer whether a reader has a message is asked again when it was heard of",
+         ("ledgers/test_recall.py::test_who_asks_again_and_again_keeps_no_mail_from_its_reader",),
+         "`Recalls.ask()` does not look at `silent`"),
+    Kind("an ordinary message ends a program that reads it, or is taken for another one",
+         "whatever its members are, a relay passes it on; the key of a message that is not sent yet is nobody's; who "
+         "sent it is seen, whatever it says of its way; a person's filter works",
+         ("clients/test_relay.py::test_whatever_somebody_writes_into_a_member_ends_no_relay",
+          "clients/test_relay.py::test_nobody_takes_the_key_of_a_message_that_is_not_sent_yet",
+          "clients/test_relay.py::test_nobody_hides_behind_what_a_message_says_of_its_way",
+          "extensions/test_page_views.py::test_a_filter_works_whatever_a_subject_is"),
+         "`Relay.send()` takes a `ttl` of null for a number (the first); `Relay.key()` believes a `via` with the id of "
+         "its own bus (the second); `relayed_from()` takes whatever was claimed (the third); `wanted()` of look.js "
+         "writes a subject as it is (the last)"),
+    Kind("a file of another program changes in the same moment",
+         "what it wrote stays, and the user is told; no file beside it is overwritten; root gives it to its owner",
+         ("clients/test_install.py::test_what_another_program_writes_in_the_same_moment_stays",
+          "clients/test_install.py::test_a_file_beside_it_stays_and_no_link_is_followed",
+          "clients/test_install.py::test_as_root_a_file_stays_that_of_its_owner"),
+         "`Change.write()` does not check (the first); `replace()` writes NAME.new (the second), and calls no "
+         "`chown()` (the last)"),
     Kind("bus_listener.sh: an old server, rotated files",
          "a server of the first contract is read from 0, also if it hangs up on `last`; each message is stored once "
          "while files are renamed or removed",

@@ -13,7 +13,7 @@ import time
 
 import pytest
 
-from bus_extensions.replies import FETCHES
+from bus_extensions.replies import fetches
 from bus_server import PARKED, PARKED_PER_NAME, Poll, wall_clock
 from tests.faults.test_kinds_bounds import Guest, counted, part_of, passed, steps_of
 from tests.kit.peers import mint
@@ -118,7 +118,7 @@ def test_messages_that_are_read_one_by_one_find_their_own_watchers(tmp_path, how
         sent = spark.asks("POST", "/send", [{"to": "dell", "msg": "x", "reply_to": root}] * 30).json()["results"]
         guests = [Guest(bus, of["spark"]).begins("GET", f"/message/{each['id']}?wait_fetched=50") for each in sent]
         come_true(lambda: len(bus.mailboxes.parked) == 30)
-        key = f"{FETCHES} default", "dell"
+        key = f"{fetches.FETCHES} default", "dell"
         watchers = bus.mailboxes.waiting[key] = Walked(bus.mailboxes.waiting[key])
         dell.asks("GET", how.format(root=root, behind=f"{sent[-1]['ts']:.6f}"))
         assert {guest.answer().json()["state"] for guest in guests} <= {"fetched", "acknowledged"}

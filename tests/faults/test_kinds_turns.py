@@ -252,8 +252,8 @@ def closed(tmp_path):
 def test_revoked_connections_are_closed_in_turns_and_are_told_nothing_meanwhile(closed):
     guests = parked(closed, closed.tokens)
     closed.eve.sends("nobody")
-    eve = closed.gate.tokens.grants.copy()
-    closed.gate.tokens.grants = {each: eve[each] for each in eve if eve[each][1].name == "eve"}
+    eve = closed.gate.tokens.valid.copy()
+    closed.gate.tokens.valid = {each: eve[each] for each in eve if eve[each].grant.name == "eve"}
 
     def revoked():
         closed.door.evict()
@@ -269,7 +269,7 @@ def test_a_poll_whose_token_was_revoked_ends_so_also_when_its_hold_is_over(close
     [guest, *_] = parked(closed, closed.tokens)
     closed.receiving.catch_up = lambda: None  # no turn comes for who waits
     closed.eve.asks("POST", "/send", {"to": "agent0", "msg": "secret"})
-    closed.gate.tokens.grants = {}
+    closed.gate.tokens.valid = {}
     guest.connection.wait(PARKED, 0)
     come_true(lambda: closed.sweep() or guest.heard)
     assert guest.answer().status == 401
@@ -288,7 +288,7 @@ def test_a_job_for_a_worker_whose_token_was_revoked_is_for_the_next_one(tmp_path
         found = bus.waits[kind].found
 
         def revoke():
-            bus.gate.tokens.grants = {id: each for id, each in bus.gate.tokens.grants.items() if each[1].name != "one"}
+            bus.gate.tokens.valid = {id: each for id, each in bus.gate.tokens.valid.items() if each.grant.name != "one"}
 
         def asks(*woken):
             revoke()
@@ -436,8 +436,11 @@ def test_what_waits_for_a_commit_has_no_headers(bus):
 # One token with many connections
 
 
-@pytest.fixture
-def slow(tmp_path):
+PADDING = [f"X-{number}: {'x' * 1000}" for number in range(12)]
+
+
+@pytest.fixture(params=[[], PADDING], ids=["small", "with large heads"])
+def slow(tmp_path, request):
     """A closed bus with an endpoint that takes 5 ms, and twelve connections of mallory that ask for it at once."""
     tokens = mint(tmp_path / "bus.db", ann=[], mallory=[], trudy=[])
     with a_bus(time.monotonic, tmp_path / "bus.db") as bus:
@@ -451,7 +454,7 @@ def slow(tmp_path):
         bus.route("GET", "/slow", takes_long)
         bus.many = [Guest(bus, tokens["mallory"]) for _ in range(12)]
         for guest in bus.many:
-            guest.begins("GET", "/slow")
+            guest.begins("GET", "/slow", b"", *request.param)
         yield bus
 
 
@@ -469,8 +472,21 @@ def test_what_takes_long_comes_in_turns_however_many_connections_ask_for_it(slow
     for guest in slow.many:
         assert guest.answer().status == 200
     come_true(lambda: not slow.door.put_off)
+    assert not slow.door.waiting.all and not slow.door.waiting.of
     slow.door.slow[next(iter(slow.door.slow))] = 0.0
     assert Guest(slow, slow.of["mallory"]).begins("GET", "/healthz").heard, "a while later it waits for nobody"
+
+
+@pytest.mark.parametrize("slow", [PADDING], ids=["large heads"], indirect=True)
+def test_large_requests_that_wait_for_their_turn_have_a_budget(slow):
+    """Who has most gives up its oldest; one that has gone counts no more."""
+    assert [slow.door.waiting.all > 11 * 12_000, len(slow.door.waiting.of)] == [True, 11]
+    slow.many[1].leaves()
+    slow.door.waiting.most = 50_000
+    Guest(slow, slow.of["mallory"]).begins("GET", "/slow", b"", *PADDING)
+    found = [guest.answer().status for guest in (slow.many[0], *slow.many[2:])]
+    assert found[2:] == [408] * 6 + [200] * 3, "the third one may have its turn before"
+    assert len(slow.asked) <= 6
 
 
 def test_what_waits_for_its_turn_is_judged_again(slow):

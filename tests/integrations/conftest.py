@@ -1,5 +1,6 @@
 import pytest
 
+import bus_send
 from tests.kit.mcp_client import Client
 
 
@@ -23,3 +24,16 @@ def start(bus, tmp_path, monkeypatch):
 @pytest.fixture
 def client(start):
     return start()
+
+
+@pytest.fixture
+def peer(bus, tmp_path, monkeypatch):
+    """Sends as peer; the other end of a conversation."""
+    monkeypatch.setenv("AGENT_BUS_STATE_DIR", str(tmp_path / "peer-state"))
+    for name in ("AGENT_BUS_TOKEN", "AGENT_BUS_TOKEN_FILE", "AGENT_BUS_CHANNEL"):
+        monkeypatch.delenv(name, raising=False)
+
+    def send(text, to="alice", **fields):
+        return bus_send.send(to, text, sender="peer", url=bus.url, **fields)
+
+    return send

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import pytest
 
 from tests.clients.test_install import bus_agents, files_of
-from tests.integrations.test_end_to_end import CLAUDE
+from tests.kit.claude_code import CLAUDE
 from tests.kit.dialects import DIALECTS, tools_of
 from tests.kit.peers import invite, post
 from tests.kit.processes import ROOT, Server

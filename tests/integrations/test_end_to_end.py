@@ -5,21 +5,11 @@ program would ask elsewhere goes to a proxy that is not there. The binary is $CL
 .ci/run puts it; without one the whole file is skipped.
 """
 
-import contextlib
-import fcntl
 import json
 import os
-import pathlib
-import pty
 import re
-import shlex
-import shutil
 import signal
 import statistics
-import struct
-import subprocess
-import sys
-import termios
 import threading
 import time
 
@@ -29,212 +19,38 @@ import bus_recv
 import bus_send
 from tests.integrations.test_hook import hostile_bodies
 from tests.kit.bad_servers import FAULTS, HUGE, Scripted
+from tests.kit.claude_code import (
+    ANSWER_SECONDS,
+    BODY,
+    CLAUDE,
+    DRAIN_SECONDS,
+    EVENT,
+    HEAD,
+    HOOK_TOOL_SECONDS,
+    ID,
+    MARKS,
+    PLUGIN,
+    Session,
+    bash,
+    done,
+    hooks,
+    introduced,
+    monitor,
+    reply,
+    tools,
+    version,
+)
 from tests.kit.dialects import tools_of
 from tests.kit.peers import invite
-from tests.kit.processes import PATIENCE, ROOT, Server, in_time, wait_until
+from tests.kit.processes import PATIENCE, in_time, wait_until
 from tests.kit.scripted_model import ScriptedModel, blocks, news, text_of, tool_use, words
 
-CACHE = pathlib.Path.home() / ".cache" / "agent-bus-claude"  # of .ci/run
-
-
-def program(variable, cached, name=None):
-    """The program that the variable names, or that is on PATH, or that .ci/run has put into its cache; or None."""
-    return os.environ.get(variable) or (name and shutil.which(name)) or shutil.which(str(CACHE / cached))
-
-
-CLAUDE = program("CLAUDE_BINARY", "node_modules/.bin/claude", "claude")
-
-
-def version(binary):
-    """Of a program from npm, by the file beside it; "?" if that is not there."""
-    for folder in pathlib.Path(binary or "").resolve().parents:
-        with contextlib.suppress(OSError):
-            return json.loads((folder / "package.json").read_text())["version"]
-    return "?"
-
-
-ANSWER_SECONDS = 2  # from a peer's send to the peer's receipt of the answer
-DRAIN_SECONDS = 2  # that a prompt, or the end of a turn, may wait for a hook
-HOOK_TOOL_SECONDS = 0.01  # that a step of a turn may wait for a hook that is a tool of the bus
-HEAD = re.compile(r"from=peer id=([0-9a-f]+)")
-EVENT = re.compile(r"<event>(.*?)</event>", re.DOTALL)
-CONTROLS = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]| ")  # of a terminal, and blanks, which it may draw in other ways
-BODY = re.compile(r"^\| (.*)$", re.MULTILINE)
-
-pytestmark = [
-    pytest.mark.slow("each test starts Claude Code, once or more, and waits for its turns"),
-    pytest.mark.skipif(not CLAUDE, reason="no claude binary: see the head of tests/integrations/test_end_to_end.py"),
-    pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs /proc to see that every process has ended"),
-]
-
-
-def python(script, *arguments):
-    return shlex.join([sys.executable, str(ROOT / script), *arguments])
-
-
-def integration(name):
-    """A program of integrations/claude_code; a test whose program is not there is skipped."""
-    path = ROOT / "integrations" / "claude_code" / name
-    if not path.exists():
-        pytest.skip(f"there is no {path.relative_to(ROOT)} yet")
-    return str(path)
-
-
-def tools(bus, folder, *options):
-    """Settings with the MCP server of alice, as `bus`, and no other."""
-    environment = {"AGENT_BUS_URL": bus.url, "AGENT_NAME": "alice", "AGENT_BUS_STATE_DIR": str(folder / "state")}
-    server = {"command": sys.executable, "args": [integration("bus_mcp.py"), *options], "env": environment}
-    return "--mcp-config", json.dumps({"mcpServers": {"bus": server}}), "--strict-mcp-config"
-
-
-STOPWATCH = """
-import subprocess, sys, time
-began = time.monotonic()
-subprocess.call(sys.argv[2:])
-print(time.monotonic() - began, file=open(sys.argv[1], "a"))
-"""
-
-
-def hooks(*events, times=None):
-    """Settings with the drain on these events; how many seconds each took goes to the file `times`."""
-    measured = [sys.executable, "-c", STOPWATCH, str(times)] if times else []
-    command = shlex.join([*measured, sys.executable, integration("bus_hook.py"), "--format", "claude"])
-    hook = [{"hooks": [{"type": "command", "command": command, "timeout": 10}]}]
-    return "--settings", json.dumps({"hooks": dict.fromkeys(events, hook)})
-
-
-def monitor(seconds=120, name="alice"):
-    command = shlex.join([sys.executable, "-u", str(ROOT / "bus_recv.py"), name])
-    return tool_use("Monitor", command=command, description=f"agent-bus inbox: {name}", timeout_ms=int(seconds * 1000))
-
-
-def done(request):
-    return [words("done")]
-
-
-def introduced(request):
-    """The name that the session was told to be its own."""
-    return re.search(r"This session is (\S+) on the agent-bus", news(request))[1]
-
-
-def bash(command):
-    return tool_use("Bash", command=command, description="run it")
-
-
-def reply(number, text):
-    sending = python("bus_send.py", "peer", "--reply-to", number)
-    return bash(f"printf %s {shlex.quote(text)} | {sending}")
-
-
-class Session:
-    """One `claude -p` process whose agent is alice; at the end nothing that it started is left."""
-
-    start = "-p", "begin", "--output-format", "stream-json", "--verbose"
-
-    def __init__(self, folder, bus, model, *options, **environment):
-        self.home, self.out = folder / "home", folder / "out.jsonl"
-        self.work = folder / "work"
-        self.command = [CLAUDE, *self.start, *options]
-        nowhere = "http://127.0.0.1:9"
-        self.env = {
-            "PATH": os.environ["PATH"],
-            "HOME": str(self.home),
-            "AGENT_BUS_URL": bus.url,
-            "AGENT_NAME": "alice",
-            "AGENT_BUS_STATE_DIR": str(folder / "state"),
-            "ANTHROPIC_BASE_URL": model.url,
-            "ANTHROPIC_API_KEY": "dummy",
-            "CLAUDE_CODE_MAX_RETRIES": "0",
-            "http_proxy": nowhere,
-            "https_proxy": nowhere,
-            "no_proxy": "127.0.0.1,localhost",
-            **environment,
-        }
-        self.model = model
-
-    def processes(self):
-        """The pids of all that was started with our HOME."""
-        mine, found = f"HOME={self.home}\0".encode(), []
-        for entry in pathlib.Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):
-                if mine in b"\0" + (entry / "environ").read_bytes() + b"\0":
-                    found.append(int(entry.name))
-        return found
-
-    def running(self, path):
-        """The pids of the processes that run this program; a shell that does is none."""
-        found = []
-        for pid in self.processes():
-            with contextlib.suppress(OSError):
-                arguments = pathlib.Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-                if str(path).encode() in arguments and b"-c" not in arguments:
-                    found.append(pid)
-        return found
-
-    def readers(self):
-        return self.running(ROOT / "bus_recv.py")
-
-    def readers_write_to(self, kind):
-        """Is the stdout of each reader a `socket`, or a `pipe`? bus_recv.py paces and wraps for a socket.
-
-        A shell that is about to become a reader has another one for a moment.
-        """
-
-        def found():
-            with contextlib.suppress(OSError):  # one has just ended
-                return {os.readlink(f"/proc/{pid}/fd/1").partition(":")[0] for pid in self.readers()} == {kind}
-
-        return wait_until(found)
-
-    def end(self):
-        """As its user would end it; returns what does not end by itself."""
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
-        try:
-            self.process.wait(PATIENCE)
-            wait_until(lambda: not self.processes(), 5)
-        except (subprocess.TimeoutExpired, AssertionError):
-            left = self.processes()
-            for pid in left:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            self.process.wait(PATIENCE)
-            return left
-        return []
-
-    def __enter__(self):
-        self.home.mkdir(exist_ok=True)  # a session that is resumed is in the home of its first run
-        self.work.mkdir(exist_ok=True)
-        with self.out.open("wb") as out:
-            self.process = subprocess.Popen(
-                self.command, cwd=self.work, env=self.env, stdin=subprocess.DEVNULL, stdout=out, stderr=out
-            )
-        return self
-
-    def __exit__(self, kind, *_):
-        left = self.end()
-        if kind:
-            print(self.out.read_text(errors="replace")[-6000:])  # pytest shows it with the failure
-        assert kind or not left, f"these outlived the session: {left}"
-        assert kind or not self.model.failures, self.model.failures[0]
+pytestmark = MARKS
 
 
 @pytest.fixture(autouse=True, params=[version(CLAUDE)])
 def named(request):
     """Each test has the version of Claude Code in its name."""
-
-
-@pytest.fixture
-def peer(bus, tmp_path, monkeypatch):
-    """Sends as peer; the other end of a conversation."""
-    monkeypatch.setenv("AGENT_BUS_STATE_DIR", str(tmp_path / "peer-state"))
-    for name in ("AGENT_BUS_TOKEN", "AGENT_BUS_TOKEN_FILE", "AGENT_BUS_CHANNEL"):
-        monkeypatch.delenv(name, raising=False)
-
-    def send(text, to="alice", **fields):
-        return bus_send.send(to, text, sender="peer", url=bus.url, **fields)
-
-    return send
 
 
 def test_a_message_becomes_a_notification_and_its_answer_reaches_the_peer(bus, peer, tmp_path):
@@ -623,221 +439,3 @@ def test_of_200_hostile_messages_a_session_hears_a_number_and_no_word(bus, peer,
             assert session.process.wait(2 * PATIENCE) == 0
         heard = json.dumps(model.requests + model.others)
         assert "OBEY" not in heard and re.search("20[01] unread for alice", heard) and "Stop hook" in heard
-
-
-PLUGIN = "--plugin-dir", str(ROOT)
-SKILL = tool_use("Skill", skill="agent-bus:agent-bus")
-ID = re.compile(r'(?:\bid=|"id": ")([0-9a-f]+)')  # in a block, or in what the drain tells
-needs_plugin = pytest.mark.skipif(not (ROOT / ".claude-plugin/plugin.json").exists(), reason="there is no plugin yet")
-
-
-@needs_plugin
-def test_the_plugin_alone_makes_a_session_hear_and_answer(bus, peer, tmp_path):
-    """Its hooks tell the name and old mail, its skill says how to watch under -p, its tools send."""
-    before = peer("from before")["id"]
-
-    def script(request):
-        told = news(request)
-        if len(model.requests) == 1:
-            return [SKILL]
-        if len(model.requests) == 2:
-            name = introduced(model.requests[0])
-            command = re.search(r"^- command: `(.*)`$", told, re.MULTILINE)[1].replace("NAME", name)
-            milliseconds = int(re.search(r"^- timeout_ms: `(.*)`$", told, re.MULTILINE)[1])
-            return [tool_use("Monitor", command=command, description="agent-bus inbox", timeout_ms=milliseconds)]
-        if "are you there?" in told:
-            number = ID.findall(told)[-1]
-            return [tool_use("mcp__plugin_agent-bus_bus__bus_send", to="peer", msg="heard", reply_to=number)]
-        return [words("waiting")]
-
-    allowed = "--allowedTools", "Skill", "Monitor", "mcp__plugin_agent-bus_bus"
-    with ScriptedModel(script) as model, Session(tmp_path, bus, model, *PLUGIN, *allowed):
-        wait_until(lambda: "Monitor started" in model.heard())
-        sent = peer("are you there?")["id"]
-        answer = next(bus_recv.receive("peer", url=bus.url, timeout=PATIENCE))
-    assert (answer["from"], answer["msg"], answer["reply_to"]) == ("alice", "heard", sent)
-    assert "1 unread for alice (1 from before this session)" in news(model.requests[0])
-    assert model.heard().count(before) == 1, "by the watch"
-
-
-class Terminal(Session):
-    """The same program as a person runs it, on a terminal of its own; it waits for input between turns."""
-
-    start = ("begin",)
-
-    def __enter__(self):
-        self.home.mkdir()
-        self.work.mkdir(exist_ok=True)
-        trusted = {"hasTrustDialogAccepted": True, "hasCompletedProjectOnboarding": True}
-        known = {"approved": [self.env["ANTHROPIC_API_KEY"]], "rejected": []}
-        config = {"hasCompletedOnboarding": True, "theme": "dark", "customApiKeyResponses": known}
-        (self.home / ".claude.json").write_text(json.dumps({**config, "projects": {str(self.work): trusted}}))
-        ours, its = pty.openpty()
-        fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 50, 120, 0, 0))
-        env = {**self.env, "TERM": "xterm-256color"}
-        self.process = subprocess.Popen(
-            self.command, cwd=self.work, env=env, stdin=its, stdout=its, stderr=its, start_new_session=True
-        )
-        os.close(its)
-        self.keyboard = ours
-        threading.Thread(target=self.record, args=(ours,), daemon=True).start()
-        return self
-
-    def type(self, line):
-        """As a user does, who sees the line before the return key takes it."""
-        os.write(self.keyboard, line.encode())
-        self.shows(line)
-        os.write(self.keyboard, b"\r")
-
-    def is_idle(self):
-        """The title begins with a star then; while Claude works, with half a moon."""
-        return re.findall("\x1b\\]0;(.)", self.out.read_text(errors="replace"))[-1:] == ["✳"]
-
-    def shows(self, words):
-        wait_until(lambda: words.replace(" ", "") in CONTROLS.sub("", self.out.read_text(errors="replace")))
-
-    def record(self, ours):
-        with self.out.open("wb", buffering=0) as out, contextlib.suppress(OSError):  # EIO: nobody has it any more
-            while part := os.read(ours, 1 << 16):
-                out.write(part)
-        os.close(ours)
-
-
-@needs_plugin
-def test_the_plugins_own_monitor_tells_a_session_on_a_terminal_once_its_skill_is_used(bus, peer, tmp_path):
-    def script(request):
-        told = news(request)
-        if len(model.requests) == 1:
-            return [SKILL]
-        if "wake up" in told:
-            return [reply(ID.findall(told)[-1], "awake")]
-        return [words("waiting")]
-
-    # Not auto mode, a terminal's default: there a model judges each call, and ours judges nothing.
-    allowed = "--permission-mode", "default", "--allowedTools", "Skill", "Bash"
-    with ScriptedModel(script) as model, Terminal(tmp_path, bus, model, *PLUGIN, *allowed) as session:
-        assert session.readers_write_to("socket")
-        mail, took = bus_recv.receive("peer", url=bus.url, timeout=PATIENCE), []
-        for number in range(3):
-            began = time.monotonic()
-            sent = peer(f"wake up {number}")["id"]
-            answer = next(mail)
-            took.append(time.monotonic() - began)
-            assert (answer["msg"], answer["reply_to"]) == ("awake", sent)
-        assert "wake up 2" in EVENT.findall(model.heard())[-1]
-    print("seconds from a peer's send to its receipt of the answer:", *(f"{each:.2f}" for each in took))
-    assert min(took) < in_time(ANSWER_SECONDS), took
-
-
-def wakes(bus, peer, tmp_path, *options, times, plugin=False, **environment):
-    """A session that sleeps on a terminal is told the number, takes the mail with the tool, and answers; again."""
-    inbox, acknowledge = (f"mcp__{'plugin_agent-bus_' if plugin else ''}bus__bus_{tool}" for tool in ("inbox", "ack"))
-    turns = []
-
-    def script(request):
-        told = news(request)
-        if "1 unread for alice" in told:
-            return [tool_use(inbox)]
-        if "wake up" in told and "msg" in told:
-            number = ID.findall(told)[-1]
-            return [reply(number, "awake"), tool_use(acknowledge, id=number)]
-        turns.append(request)
-        return [words("waiting")]
-
-    allowed = "--permission-mode", "default", "--allowedTools", "Bash", inbox, acknowledge
-    with ScriptedModel(script) as model, Terminal(tmp_path, bus, model, *options, *allowed, **environment):
-        mail, took = bus_recv.receive("peer", url=bus.url, timeout=PATIENCE), []
-        for number in range(times):
-            wait_until(lambda: len(turns) == len(took) + 1)
-            wait_until(lambda: b'"name": "alice", "channel": "default", "online": true' in bus.get("/agents"))
-            began = time.monotonic()
-            sent = peer(f"wake up {number}")["id"]
-            wait_until(lambda: model.heard().count("1 unread for alice") == len(took) + 1)
-            took.append(time.monotonic() - began)
-            answer = next(mail)
-            assert (answer["msg"], answer["reply_to"]) == ("awake", sent)
-        woken = [request for request in model.requests if "1 unread for alice" in news(request)]
-    print("seconds from a peer's send to the wake:", *(f"{each:.2f}" for each in took))
-    print("the wake:", json.dumps(woken[0]["messages"][-1])[:1000])
-    assert all("wake up" not in news(request) for request in woken)
-    assert statistics.median(took) < in_time(ANSWER_SECONDS), took
-
-
-def test_the_waiter_wakes_a_session_that_sleeps_on_a_terminal(bus, peer, tmp_path):
-    """As bus_hook.py says that it is set up."""
-    hook = integration("bus_hook.py")
-    settings = re.search(r'\{"hooks": .*\}\]\}\]\}\}', pathlib.Path(hook).read_text(), re.DOTALL)[0]
-    settings = settings.replace("python3 /path/to/bus_hook.py", shlex.join([sys.executable, hook]))
-    wakes(bus, peer, tmp_path, "--settings", settings, *tools(bus, tmp_path), times=2)
-
-
-@needs_plugin
-def test_a_session_that_is_renamed_and_cleared_hears_as_its_new_name(bus, peer, tmp_path):
-    """By the hooks, and by the Monitor that runs since before: it follows."""
-
-    def script(request):
-        return [SKILL] if len(model.requests) == 1 else [words("waiting")]
-
-    allowed = "--permission-mode", "default", "--allowedTools", "Skill"
-    nameless = {"AGENT_NAME": ""}
-    with ScriptedModel(script) as model, Terminal(tmp_path, bus, model, *PLUGIN, *allowed, **nameless) as session:
-        assert session.readers_write_to("socket")
-        wait_until(lambda: len(model.requests) == 2 and session.is_idle())
-        session.type("/rename boss")
-        session.shows("Session renamed to: boss")
-        session.type("go on")
-        wait_until(lambda: "This session is now boss on the agent-bus." in model.heard())
-        for number, name in enumerate(("boss", "work")):
-            peer(f"follow {number}", to=name)
-            wait_until(lambda: any(f"follow {number}" in event for event in EVENT.findall(model.heard())))  # noqa: B023
-        session.type("/clear")
-        wait_until(lambda: len(list((tmp_path / "state" / "turns").iterdir())) == 2)  # its SessionStart hook has run
-        session.type("and now")
-        wait_until(lambda: "This session is boss on the agent-bus" in model.heard())
-        peer("after clear", to="boss")
-        wait_until(lambda: any("after clear" in event for event in EVENT.findall(model.heard())))
-    assert not re.search("unread for (boss|work)", model.heard()), "the Monitor had it all"
-
-
-@needs_plugin
-def test_a_file_that_has_changed_wakes_a_session_that_sleeps_on_a_terminal(bus, peer, tmp_path):
-    """By the plugin, without its skill: the tools' server waits, and FileChanged wakes."""
-    wakes(bus, peer, tmp_path, *PLUGIN, times=5, plugin=True)
-
-
-CHANNEL_NEWS = re.compile('MCP server "bus": (Channel notifications .*)|(<channel source="bus" from="peer")')
-
-
-def test_a_channel_is_accepted_and_its_mail_stays_unread(bus, peer, tmp_path):
-    """Whether a program without an account listens to channels is not up to us, but it looks at the server before."""
-    log = tmp_path / "log"
-    log.touch()
-    options = *tools(bus, tmp_path, "--channel"), "--dangerously-load-development-channels", "server:bus"
-    options += "--debug-file", str(log)
-    peer("through the channel")
-    with ScriptedModel(lambda request: [words("waiting")]) as model, Terminal(tmp_path, bus, model, *options):
-        skipped, pushed = wait_until(lambda: CHANNEL_NEWS.search(log.read_text() + model.heard())).groups()
-        assert pushed or skipped == "Channel notifications skipped: channels feature is not currently available"
-    assert b'"alice": 1' in bus.get("/inbox")
-
-
-@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="this is no clone, so there is nothing to clone")
-def test_a_stranger_needs_five_commands_from_the_clone_to_a_message_that_an_agent_has_seen(tmp_path):
-    """`git clone`, `cd`, and the three of README, in homes that hold at most what Claude Code asks when it is new."""
-    clone, programs = tmp_path / "agent bus", tmp_path / "bin"
-    subprocess.run(["git", "clone", "-q", ROOT, clone], check=True)
-    section = (clone / "README.md").read_text().split("\n## Connect Claude Code\n")[1]
-    serve, listen, send = re.search(r"```sh\n(.*?)\n```", section, re.DOTALL)[1].split("\n")
-    programs.mkdir()
-    (programs / "claude").symlink_to(CLAUDE)
-    server = Server(tmp_path / "unused", env={"HOME": str(tmp_path / "home of the bus")})
-    serve = serve.replace("bus_server.py", f"bus_server.py --port {server.port}")  # the usual one may be in use
-    server.command = ["bash", "-c", f"cd {shlex.quote(str(clone))} && exec {serve}"]
-    with server, ScriptedModel(lambda request: [words("waiting")]) as model:
-        session = Terminal(tmp_path, server, model, PATH=f"{programs}:{os.environ['PATH']}", AGENT_NAME="")
-        session.work, session.command = clone, ["bash", "-c", listen]
-        with session:
-            wait_until(lambda: model.requests)
-            subprocess.run(["bash", "-c", send], cwd=clone, env={**os.environ, "AGENT_BUS_URL": server.url}, check=True)
-            wait_until(lambda: "are you there?" in model.heard())
-        assert f"`python3 -u '{clone}/bus_recv.py' alice`" in news(model.requests[0]), "a command that can be run"

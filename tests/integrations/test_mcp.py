@@ -14,8 +14,8 @@ import time
 import pytest
 
 import bus_server
-from tests.integrations.test_end_to_end import CLAUDE, program
 from tests.kit.bad_servers import NOON, Scripted, answer, mail
+from tests.kit.claude_code import CLAUDE, program
 from tests.kit.mcp_client import HOSTILE, SCRIPT, Client, post
 from tests.kit.processes import PATIENCE, Server, wait_until
 

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 import bus_server
-from tests.integrations.test_end_to_end import CLAUDE
+from tests.kit.claude_code import CLAUDE
 from tests.kit.processes import PATIENCE, ROOT
 
 PLUGIN = json.loads((ROOT / ".claude-plugin" / "plugin.json").read_text())

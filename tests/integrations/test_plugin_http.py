@@ -9,7 +9,7 @@ import subprocess
 import pytest
 
 import bus_server
-from tests.integrations.test_end_to_end import CLAUDE
+from tests.kit.claude_code import CLAUDE
 from tests.kit.dialects import tools_of
 from tests.kit.peers import invite, post
 from tests.kit.processes import PATIENCE, ROOT

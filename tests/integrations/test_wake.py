@@ -15,8 +15,8 @@ import bus_recv
 import bus_send
 from integrations.wake import bus_wake
 from tests.integrations.test_agents import OFFLINE, PROGRAMS, binary
-from tests.integrations.test_end_to_end import Session
 from tests.kit.bad_servers import Scripted, answer
+from tests.kit.claude_code import Session
 from tests.kit.dialects import DIALECTS
 from tests.kit.processes import PATIENCE, ROOT, free_port, no_settings, wait_until
 from tests.kit.scripted_model import ScriptedModel, words
@@ -169,6 +169,37 @@ def test_opencode_is_woken_by_a_prompt(agent, monkeypatch):
     assert "1 unread for alice" in json.loads(body)["parts"][0]["text"]
     agent.send(priority="high")
     assert "could not be woken: OpenCode at" in agent.look(program="opencode", session=f"{url}/ses_1")
+
+
+@pytest.mark.parametrize("way", ["a proxy", "a redirect"])
+def test_nobody_else_gets_the_password_of_opencode(way, agent, monkeypatch):
+    seen = []
+
+    class Listener(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            seen.append(self.headers["Authorization"])
+            self.send_error(404)
+
+        def do_POST(self):
+            if way == "a proxy":
+                self.do_GET()
+            else:
+                self.send_response(302)
+                self.send_header("Location", f"http://localhost:{server.server_port}/elsewhere")
+                self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    monkeypatch.setenv("OPENCODE_SERVER_PASSWORD", "secret")
+    with http.server.HTTPServer(("127.0.0.1", 0), Listener) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        place = f"http://127.0.0.1:{server.server_port if way == 'a redirect' else free_port()}"
+        monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{server.server_port}")
+        agent.send(priority="high")
+        assert "could not be woken: OpenCode at" in agent.look(program="opencode", session=f"{place}/ses_1")
+        server.shutdown()
+    assert not seen
 
 
 def test_no_recipe_skips_a_permission(monkeypatch):

@@ -1,4 +1,5 @@
 """A ledger in memory, with each fault of an engine on demand, and fronts in this process that share it."""
+import faulthandler
 import itertools
 import json
 import secrets
@@ -146,6 +147,7 @@ class Clock:
 
 
 def end(bus):
+    faulthandler.cancel_dump_traceback_later()  # of a front that drained: it would end this process
     bus.state.close()
     bus.loop.close()
 

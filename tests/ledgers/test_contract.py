@@ -1,7 +1,9 @@
 """What a front relies on: each engine passes the tests of Contract, and so does the fake that stands in for one."""
+import contextlib
 import hashlib
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 
@@ -219,6 +221,20 @@ class TestPostgres(Contract):
         for payload in ("x", "", "9" * 5000):
             self.server.ask(f"NOTIFY agent_bus_ledger, '{payload}'")
         wait_until(lambda: 8 in hears(8))
+
+    def test_who_listens_is_told_nothing_after_the_end(self, monkeypatch):
+        """A hint may be on its way to a loop that is closed by then."""
+        ledger, told = self.connect(), []
+
+        def notifies(timeout):
+            yield SimpleNamespace(payload="1")
+            ledger.close()
+            yield SimpleNamespace(payload="2")
+
+        listening = SimpleNamespace(execute=lambda _: None, notifies=notifies)
+        monkeypatch.setattr(ledger, "open", lambda: contextlib.nullcontext(listening))
+        ledger.hear(told.append)
+        assert told == [1]
 
     def test_a_warning_in_a_commit_is_unknown(self, ledger):
         """As PostgreSQL says it when somebody has canceled the wait for the second machine."""

@@ -1,6 +1,7 @@
 """Fronts that share a ledger, in this process: their copies are equal, and each fault of the ledger loses nothing."""
 import contextlib
 import json
+import math
 import pathlib
 import sqlite3
 import time
@@ -8,10 +9,12 @@ import time
 import pytest
 
 import bus_server
+import ledgers.clock
 import ledgers.front
-import ledgers.mirror
+import tests.kit.ledger
 from bus_server import Mark, Marks, Now, Put, Raise, Receipt, Refused, Remove, State, Unusable
 from ledgers.mirror import Entry
+from ledgers.recall import Retract
 from tests.kit import inside
 from tests.kit.ledger import (
     SECOND,
@@ -51,6 +54,7 @@ def test_a_hint_is_enough_and_none_too(fronts, log):
     for hints, looks in (
         (lambda position: [position], False),
         (lambda position: [position, position - 1, position], False),
+        (lambda position: [position, position - 1], False),
         (lambda position: [position + 7], False),  # more than there is, as after a restore
         (lambda position: [], True),
     ):
@@ -89,6 +93,61 @@ def test_a_front_announces_what_came_between_before_its_own(fronts, log):
     assert put(b, msg="second")
     assert ["first" in announced[0], "second" in announced[1]] == [True, True]
     same(a, b)
+
+
+@pytest.mark.parametrize("limit", ["ENTRIES", "READ_BYTES"])
+def test_what_does_not_fit_into_one_read_is_followed_by_further_ones(fronts, monkeypatch, limit):
+    """Before its own entry, and after a hint or a look."""
+    monkeypatch.setattr(ledgers.front, limit, 2)
+    monkeypatch.setattr(tests.kit.ledger, "READ_BYTES", ledgers.front.READ_BYTES)
+    a, b = fronts("a"), fronts("b")
+    a.state.ledger.hints = b.state.ledger.hints = lambda position: []
+    b.ledger.catch_up, b.gate.until = lambda: None, math.inf
+    for number in range(5):
+        put(a, msg=str(number))
+    assert put(b, msg="own")
+    del b.ledger.catch_up
+    ticks = [put(a, msg=str(number)) for number in range(5)]
+    b.ledger.look()
+    turns(b)
+    assert [b.last] == ticks[-1]
+    same(a, b)
+
+
+def test_a_read_that_shows_less_than_was_appended_is_no_difference(fronts):
+    """The engine has answered from a machine that is behind: the sender is told to try again, and the front goes on."""
+    a, b = fronts("a"), fronts("b")
+    a.state.ledger.hints = b.state.ledger.hints = lambda position: []
+    b.ledger.catch_up, b.gate.until = lambda: None, math.inf
+    put(a, msg="1")
+    read, b.state.ledger.read = b.state.ledger.read, lambda *_: []
+    status, answer = ask(b, "POST", "/send", {"from": "ann", "to": "bob", "msg": "2", "key": "k"})
+    assert status == 503 and "it is unknown whether this was stored" in answer["error"] and not b.broken
+    b.state.ledger.read = read
+    del b.ledger.catch_up
+    settle(b)
+    assert log_of(b) == ["1", "2"]
+    same(a, b)
+
+
+def test_an_answer_keeps_the_front_open_for_as_long_as_is_said(fronts):
+    """From the begin of the call: what was true then may have changed while it waited."""
+    a = fronts()
+    a.ledger.catch_up, a.gate.until = lambda: None, math.inf
+    a.state.ledger.slow, before = 0.2, time.monotonic()
+    put(a)
+    assert before < a.gate.until - ledgers.front.CUT_OFF < time.monotonic() - 0.2
+
+
+def test_the_time_of_an_earlier_attempt_does_not_set_the_clock_back(fronts, log, monkeypatch):
+    a = fronts()
+    a.state.time.offset += 10 * SECOND
+    monkeypatch.setattr(ledgers.front, "LOOK", 0.0)
+    put(a)
+    assert a.state.time.guess() - log.wall.wall > 9 * SECOND
+    monkeypatch.undo()
+    put(a)
+    assert a.state.time.guess() - log.wall.wall < 5 * SECOND
 
 
 def test_an_unknown_outcome_is_mended_by_the_same_id(fronts, log):
@@ -172,6 +231,32 @@ def test_marks_are_maxima(fronts):
     assert (box.own, box.read, box.fetched, box.seen) == (True, high, high, high), "what the other front noted"
 
 
+def test_an_older_mark_of_another_front_sets_nothing_back_in_memory(fronts):
+    a, b = fronts("a"), fronts("b")
+    low, high = (put(a, msg=str(number))[0] for number in range(2))
+    settle(b)
+    for own, tick in ((True, high), (False, low), (False, None)):
+        do(a, Marks([Mark("default", "bob", own, tick, tick or low, tick or low)], [], {}))
+        settle(b)
+    box = b.mailboxes.boxes["default", "bob"]
+    assert (box.own, box.firm) == (True, True) and {box.read, box.fetched, box.seen, box.reached} == {high}
+    assert ask(b, "GET", "/inbox?name=bob")[1]["recipients"]["default"]["bob"] == 0
+
+
+def test_a_reader_of_another_front_listens_for_as_long_as_it_would_there(fronts, log):
+    a, b = fronts("a"), fronts("b")
+    now = log.wall.wall
+    for name, ago in (("gone", 36), ("here", 5), ("here", 1)):
+        do(a, Marks([Mark("default", name, True, 0, 0, now - ago * SECOND)], [], {}))
+        settle(b)
+        if ago == 5:
+            assert b.mailboxes.boxes["default", "here"].until - b.mailboxes.clock() <= 30
+    gone, here = (b.mailboxes.boxes["default", name] for name in ("gone", "here"))
+    assert not b.mailboxes.online(gone) and b.mailboxes.online(here)
+    assert here.listening == now - 5 * SECOND, "since its first poll"
+    assert gone.firm and here.firm, "they have rows in the file"
+
+
 def test_what_is_read_at_one_front_is_known_at_the_other(fronts):
     a, b = fronts("a"), fronts("b")
     [tick] = put(a)
@@ -219,7 +304,7 @@ def test_a_cursor_that_another_front_gave_needs_no_entry(fronts, log):
 @pytest.mark.parametrize("error", [-300, 300], ids=["behind", "ahead"])
 def test_the_time_is_that_of_the_ledger(fronts, log, monkeypatch, error):
     """A front whose own clock is wrong has the same ticks, ends of ttl and `seen` as the others."""
-    monkeypatch.setattr(ledgers.mirror, "wall_clock", lambda: log.wall() + error * SECOND)
+    monkeypatch.setattr(ledgers.clock, "wall_clock", lambda: log.wall() + error * SECOND)
     a = fronts()
     [tick] = put(a, ttl=10)
     assert abs(tick - log.wall.wall) < SECOND and abs(a.view.clock() - log.wall.wall) < SECOND
@@ -315,6 +400,10 @@ def test_a_front_with_other_results_is_found_and_stops(fronts):
     assert not b.broken
     settle(b)
     assert b.broken and b.last < a.last, "it applies nothing of a front that has other results"
+    before = a.state.position
+    end(b)
+    settle(a)
+    assert not a.broken and a.state.position == before, "a front that has stopped writes nothing, so it stops nobody"
 
 
 @pytest.mark.parametrize(
@@ -447,6 +536,7 @@ def test_what_was_scheduled_at_a_front_that_has_died_is_sent_by_the_others(front
     put(b, to="nobody", msg="and the others learn what time it is")
     settle(c)
     for each in others[1:]:  # in one turn: both of them send
+        each.pause = 0  # on a slow machine the look before this one asked for a pause
         each.look()
     settle(b, c)
     settle(b, c)
@@ -509,6 +599,26 @@ def test_a_cursor_ahead_is_an_entry_of_its_own(fronts, log):
     assert a.last > log.wall.wall
 
 
+def test_what_was_refused_is_not_followed_in_memory(fronts):
+    a, b = fronts("a"), fronts("b")
+    told = []
+    b.ledger.elsewhere["retract"] = lambda *what: told.append(what)
+    do(a, Retract("1", 5))
+    settle(b)
+    assert told == [] and b.state.position == a.state.position
+
+
+def test_readers_that_look_while_others_messages_are_removed_are_told_of_the_gap(fronts):
+    a, b = fronts("a"), fronts("b")
+    put(a)
+    settle(b)
+    take, seen = b.state.take, []
+    b.state.take = lambda *what: (seen.append(b.ledger.removes()), take(*what))[1]
+    do(a, Remove(0, a.last + 1, False, [], 0))
+    settle(b)
+    assert seen == [True] and not b.ledger.removes()
+
+
 def test_a_refused_operation_is_refused_alone(fronts):
     a, b = fronts("a"), fronts("b")
     put(a, key="k", msg="one")
@@ -542,6 +652,15 @@ def test_a_token_made_beside_one_front_holds_at_all_and_so_does_its_revocation(f
     same(a, b, c)
     common_look(a)
     assert not a.loop.actions, "what is in the ledger is not put there again"
+
+
+def test_a_token_that_is_not_in_the_ledger_yet_stays_in_the_file_when_others_come(fronts):
+    a, b = fronts("a"), fronts("b")
+    for bus in (a, b):
+        invited(bus)
+    common_look(a)
+    settle(a, b)
+    assert len(b.gate.tokens.rows()) == 2
 
 
 def test_a_revocation_beside_a_front_that_was_stopped_holds(fronts):

@@ -149,7 +149,7 @@ def test_two_versions_side_by_side_write_what_the_older_one_understands(fronts, 
     """A rolling upgrade: each front is stopped, and started again with the next version."""
     a, b = fronts("a"), fronts("b")
     put(a, msg="both old")
-    monkeypatch.setattr("ledgers.front.Mirror", Newer)
+    monkeypatch.setattr("ledgers.start.Mirror", Newer)
     end(b)
     b = fronts("b")
     settle(a, b)
@@ -166,7 +166,7 @@ def test_two_versions_side_by_side_write_what_the_older_one_understands(fronts, 
     monkeypatch.undo()
     with pytest.raises(Unusable, match="an entry of format 2: upgrade this front"):
         fronts("a")
-    monkeypatch.setattr("ledgers.front.Mirror", Newer)
+    monkeypatch.setattr("ledgers.start.Mirror", Newer)
     a = fronts("a")
     same(a, b)
     assert log_of(a) == ["both old", "from the old one", "from the new one", "the old one has ended"]
@@ -174,7 +174,7 @@ def test_two_versions_side_by_side_write_what_the_older_one_understands(fronts, 
 
 def test_an_older_front_that_is_silent_for_long_stops_when_it_comes_back(fronts, log, monkeypatch, capfd):
     a = fronts("a")
-    monkeypatch.setattr("ledgers.front.Mirror", Newer)
+    monkeypatch.setattr("ledgers.start.Mirror", Newer)
     b = fronts("b")
     log.wall.wall += heartbeat.LIVE + SECOND
     beats(b)

@@ -1,5 +1,6 @@
 """A bus that has mail goes onto a ledger, and back (ledgers/move.py): all stays, and killed it is where it was."""
 import contextlib
+import gc
 import sqlite3
 
 import pytest
@@ -10,7 +11,8 @@ from ledgers import Unknown
 from ledgers.mirror import TABLES
 from ledgers.move import alone, back, onto
 from tests.kit import inside
-from tests.kit.ledger import Fake, Log, ask, do, draft, end, log_of, put, request, same, settle
+from tests.kit.ledger import Fake, Log, ask, common_look, do, draft, end, invited, log_of, put, request, same, settle
+from tests.kit.ledger import turns as turns_of
 
 EXTENSIONS = load_extensions(())
 OF_FRONTS = set(TABLES)
@@ -188,6 +190,45 @@ def test_all_fronts_stop_when_the_bus_has_left_and_none_acknowledges_more(path, 
     bus = inside.make(path)
     assert [each["msg"] for each in ask_alone(bus, "GET", "/log?since=0")[1]["messages"]][-2:] == ["at a", "at b"]
     inside.close(bus)
+
+
+def test_a_front_whose_entry_came_behind_the_last_one_never_starts_again(path, log, tmp_path, fronts):
+    """Its entry is in the ledger, because it had not heard yet that the bus has left. A service starts it each time."""
+    onto(path, Fake(log))
+    a = fronts("bus")
+    run("backup", tmp_path / "copy.db", "--db", path)
+    run("restore", tmp_path / "copy.db", "--db", tmp_path / "b.db")
+    b = fronts("b")
+    end(a)
+    settle(b)
+    quiet = Fake(log)
+    quiet.hints = lambda position: []
+    back(path, quiet, EXTENSIONS)
+    late = request(b, "POST", "/send", {"from": "ann", "to": "bob", "msg": "late"})
+    turns_of(b)
+    assert late()[0] == 503 and b.broken and log.written()[-2:] == [["left"], ["put"]]
+    end(b)
+    entries = len(log.entries)
+    for _ in range(3):
+        with pytest.raises(Unusable, match="the bus has left this ledger: it is served from the file of .*bus.db"):
+            fronts("b")
+        gc.collect()  # what holds the lock of its file
+    assert len(log.entries) == entries, "nobody serves this ledger"
+    second = tmp_path / "b.db"
+    back(str(second), Fake(log), EXTENSIONS)
+    assert "late" not in "".join(facts(second)["messages"]), "each file that goes back ends at the same entry"
+
+
+def test_a_token_that_came_while_the_front_was_stopped_is_there_on_the_way_back(log, fronts):
+    a, b = fronts("a"), fronts("b")
+    path = b.state.path
+    end(b)
+    invited(a)
+    common_look(a)
+    settle(a)
+    end(a)
+    back(path, Fake(log), EXTENSIONS)
+    assert [row["name"] for row in bus_server.Tokens(path).rows()] == ["ann"]
 
 
 def test_a_way_back_that_was_killed_leaves_the_front_and_goes_on(path, log, monkeypatch, fronts):

@@ -2,14 +2,16 @@
 import pytest
 
 import ledgers.front
-from bus_server import ALONE, Marks
+from bus_server import ALONE, Marks, Put, presented
 from ledgers import heartbeat, recall
+from ledgers.mirror import Entry
 from ledgers.recall import Release, Retract, Withhold
 from tests.kit.ledger import (
     SECOND,
     ask,
     common_look,
     do,
+    draft,
     end,
     invited,
     kill,
@@ -113,6 +115,31 @@ def test_a_front_that_does_not_answer_keeps_the_message_and_its_readers_get_it(s
     b.state.ledger.out = False
     settle(b, a, b)
     assert received(b)[0] == ["x"] and not b.withheld
+    same(a, b)
+
+
+def test_who_asks_again_and_again_keeps_no_mail_from_its_reader(sent, monkeypatch):
+    """While a front does not answer, each request would withhold the message, and all behind it, for 2 s."""
+    a, b, tick = sent
+    monkeypatch.setattr(recall, "VOTES", 0)
+    first = take_back(a, tick)
+    settle(a)
+    a.loop.take_turn()
+    settle(a)
+    assert first()[0] == 503
+    monkeypatch.setattr(recall, "VOTES", 60)
+    entries = len(a.state.ledger.log.written())
+    again = take_back(a, tick)
+    turns(a)
+    assert again()[0] == 503 and b.state.front in again()[1]["error"] and not a.withheld
+    assert len(a.state.ledger.log.written()) == entries and received(a)[0] == ["x"]
+    settle(b)
+    b.ledger.fronts.beat()
+    [later] = put(a, to="carol")
+    settle(b, a)
+    answer = take_back(a, later)
+    settle(a, b, a)
+    assert answer()[0] == 200, "it is asked again as soon as it was heard of"
     same(a, b)
 
 
@@ -269,3 +296,18 @@ def test_a_send_whose_token_was_revoked_at_another_front_before_is_not_stored(fr
     assert a.state.ask("SELECT count(*) FROM messages") == (0,)
     assert do(b, Marks([], [], {})) is None and not b.broken
     same(a, b)
+
+
+def test_a_front_that_catches_up_refuses_the_sends_that_others_have_refused(fronts, log):
+    """Entries that share a transaction there: which token asked for which of their operations?"""
+    a = fronts("a")
+    valid, revoked = (presented(f"Bearer {invited(a)}")[0] for _ in range(2))
+    a.gate.tokens.change(lambda rows: [{**row, "revoked": 5 if row["id"] == revoked else None} for row in rows])
+    common_look(a)
+    settle(a)
+    for token in (valid, revoked, valid):
+        log.store(a.state.to_bytes(Entry([Put([draft(msg=token)])], [token])), f"{len(log.entries)}")
+    settle(a)
+    c = fronts("c")
+    same(a, c)
+    assert c.state.writing.execute("SELECT msg FROM readable").fetchall() == [(valid,)] * 2 and not a.broken

@@ -1,0 +1,89 @@
+"""`agent-bus inbox` and `ack`: unread mail is shown and not taken, and marked as read up to an id."""
+import json
+import re
+
+import bus_send
+from tests.clients.test_agent_bus import HOSTILE, RAW, mails
+from tests.clients.test_clients import home  # noqa: F401
+
+
+def test_the_inbox_shows_unread_mail_and_takes_none(agent):
+    one, two = mails(agent.url, "one", "two")
+    for _ in range(2):
+        code, out, err = agent("inbox")
+        assert code == 0 and re.findall(r"^\| (.*)", out, re.MULTILINE) == ["one", "two"]
+        assert "2 unread for bob" in err and err.endswith(f" ack {two} bob\n")
+    assert [json.loads(agent.bus.get(f"/message/{id}"))["state"] for id in (one, two)] == ["queued"] * 2
+    assert not [each for each in json.loads(agent.bus.get("/agents"))["agents"] if each["online"]]
+    assert [json.loads(line)["id"] for line in agent("inbox", "--json")[1].splitlines()] == [one, two]
+    assert re.findall(r"^\| (.*)", agent("recv", "bob", "--once")[1], re.MULTILINE) == ["one", "two"]
+    code, out, err = agent("inbox")
+    assert (code, out) == (3, "") and "nothing is unread for bob" in err
+
+
+def test_ack_marks_as_read_up_to_an_id_and_the_bus_knows(agent):
+    one, two, three = mails(agent.url, "one", "two", "three")
+    code, out, err = agent("ack", two)
+    assert (code, out) == (0, "") and "1 unread" in err
+    states = [json.loads(agent.bus.get(f"/message/{id}"))["state"] for id in (one, two)]
+    assert states == ["acknowledged"] * 2
+    assert re.findall(r"^\| (.*)", agent("inbox", "bob")[1], re.MULTILINE) == ["three"]
+    assert agent("ack", one)[0] == 0
+    code, _, err = agent("ack", f"{int(one, 16) - 1:x}")
+    assert code == 2 and err == (f"agent_bus.py ack: there is no message {int(one, 16) - 1:x} on this bus: "
+                                 "take the id from the inbox\n")  # fmt: skip
+    assert agent("ack", "fffffffffffff")[0] == 2 and agent("ack", "fffffffffffff")[2].count("\n") == 1
+
+
+def test_an_acknowledgement_is_nobodys_listening(agent):
+    """Refused or not: a send to the name still says that nobody ever listened as it."""
+    (one,) = mails(agent.url, "one", to="zed")
+    assert agent("ack", "123", "zed")[0] == 2 and agent("ack", one, "zed")[0] == 0
+    told = bus_send.send("zed", "two", url=agent.url, sender="spark")["receiver"]
+    assert not told["online"] and not told["known"] and told["last_seen"] is None and told["unread"] == 1
+    assert "listening" not in agent("who")[1]
+
+
+def test_the_mail_of_another_name_or_channel_cannot_be_acknowledged(agent):
+    (one,), (two,) = mails(agent.url, "one", to="zed"), mails(agent.url, "two", channel="lab")
+    code, _, err = agent("ack", one, "nobody9")
+    assert code == 2 and f"{one} is mail for zed, not for nobody9: take the id from the inbox" in err
+    agent("ack", "1", "bob")  # bob's cursor is at the end now
+    assert f"{two} is mail for bob on the channel lab, not for bob" in agent("ack", two)[2]
+    everybody = bus_send.send("all", "hear", url=agent.url, sender="spark")["id"]
+    assert agent("ack", everybody, "nobody9")[0] == 0
+
+
+def test_the_line_that_the_inbox_prints_marks_its_mail_as_read(agent):
+    mails(agent.url, "one", to="zed")
+    mails(agent.url, "two", to="zed", channel="lab")
+    for more in ([], ["--channel", "lab"]):
+        line = agent("inbox", "zed", *more)[2].strip().split("python3 tools/agent_bus.py ")[1]
+        assert agent(*line.split())[0] == 0 and agent("inbox", "zed", *more)[0] == 3
+
+
+def test_a_home_that_cannot_be_written_is_said_in_the_sentence_of_all_programs(agent, tmp_path):
+    (tmp_path / "file").touch()
+    (one,) = mails(agent.url, "one")
+    env = {"HOME": str(tmp_path / "file"), "XDG_STATE_HOME": "", "AGENT_BUS_STATE_DIR": ""}
+    code, _, err = agent("ack", one, **env)
+    assert code == 2 and "cannot write " in err and "set AGENT_BUS_STATE_DIR to another place" in err
+
+
+def test_ack_takes_an_id_that_is_not_among_the_oldest_hundred(agent):
+    ids = mails(agent.url, *(str(number) for number in range(115)))
+    (other,) = mails(agent.url, "x", to="carl")
+    assert agent("ack", other)[0] == 2
+    code, _, err = agent("ack", ids[110])
+    assert code == 0 and "4 unread" in err
+
+
+def test_the_inbox_needs_a_name(agent):
+    code, _, err = agent("inbox", AGENT_NAME="")
+    assert code == 2 and "AGENT_NAME" in err and "{look" not in err and err.startswith("usage: agent_bus.py inbox [-h]")
+
+
+def test_an_inbox_of_hostile_mail_shows_no_control_character(agent):
+    mails(agent.url, HOSTILE, subject=HOSTILE)
+    for arguments in (["inbox"], ["inbox", "--json"]):
+        assert not RAW.search(agent(*arguments)[1])

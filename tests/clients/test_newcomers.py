@@ -1,0 +1,269 @@
+"""What people who are new here met, and now read in words: https, silence, nothing to show, no home, wrong numbers."""
+import json
+import os
+import pathlib
+import pwd
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+import bus_recv
+import bus_send
+from tests.clients.test_clients import home, program, refusing, run  # noqa: F401
+from tests.clients.test_words import on_a_terminal
+from tests.kit.bad_servers import HTML, NOON, Scripted, mail, message, page, reset, silence
+from tests.kit.processes import PATIENCE, ROOT, Server, wait_until
+from tools import bus_join
+
+TLS_PAGES = {  # what well-known servers answer to plain http on the port of https
+    "nginx": "<html><title>400 The plain HTTP request was sent to HTTPS port</title></html>",
+    "Go": "Client sent an HTTP request to an HTTPS server.\n",
+    "Apache": "<p>You're speaking plain HTTP to an SSL-enabled server port. Instead use the HTTPS scheme.</p>",
+}
+THEIR_HOME = pwd.getpwuid(os.getuid()).pw_dir
+
+
+# ── http, where https is spoken ──────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="module")
+def secure(tmp_path_factory):
+    """The URL of a bus that speaks TLS, with http in it."""
+    place = tmp_path_factory.mktemp("tls")
+    made = f"openssl req -x509 -newkey rsa:2048 -nodes -subj /CN=bus -keyout {place}/key -out {place}/cert"
+    subprocess.run(made.split(), capture_output=True, check=True, timeout=PATIENCE)
+    with Server(place / "bus.db", "--tls-cert", f"{place}/cert", "--tls-key", f"{place}/key") as bus:
+        yield bus.url
+
+
+@pytest.mark.parametrize("call", [
+    "bus_send.py dell hi --timeout 0", "bus_recv.py dell --timeout 0", "tools/bus_who.py",
+    f"tools/bus_file.py put {ROOT}/README.md --to dell --timeout 0",
+    "tools/bus_outbox.py dell hi --timeout 0", "tools/bus_log.py --no-follow",
+])  # fmt: skip
+def test_http_to_a_port_of_https_says_what_to_set(call, secure, home):  # noqa: F811
+    code, _, err = run(*call.split(), env={"AGENT_BUS_URL": secure, "AGENT_NAME": "spark"})
+    assert f"; if this port speaks https, set AGENT_BUS_URL=https{secure[4:]}" in err, err
+    assert code == (0 if "outbox" in call else 75)
+
+
+@pytest.mark.parametrize("client", [bus_send, bus_recv])
+def test_a_connection_that_is_lost_later_is_not_taken_for_https(client, home):  # noqa: F811
+    for lost in (b"", reset):
+        with Scripted(lost) as server:
+            with pytest.raises(client.Unreachable, match="; if this port speaks https, set AGENT_BUS_URL=https://127"):
+                client.exchange(server.url, "/healthz?", None, 5)
+            with pytest.raises(client.Unreachable) as held:
+                client.exchange(server.url, "/recv?block=true&wait=25.000", None, 5)
+            assert "https" not in str(held.value)
+
+
+@pytest.mark.parametrize("client", [bus_send, bus_recv])
+@pytest.mark.parametrize("server", TLS_PAGES)
+def test_the_page_of_a_port_of_https_is_known(client, server, home):  # noqa: F811
+    with Scripted(page(400, TLS_PAGES[server]), page(400, HTML)) as port:
+        with pytest.raises(client.Unreachable, match="^400: this port speaks https, not http$"):
+            client.exchange(port.url, "/recv", None, 5)
+        with pytest.raises(client.Unreachable, match="^400: a web page, not a bus$"):
+            client.exchange(port.url, "/recv", None, 5)
+
+
+# ── Silence ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("call", [
+    "bus_send.py dell hi", "bus_recv.py dell", "tools/bus_work.py builds --exec true", "tools/bus_log.py",
+    f"tools/bus_file.py put {ROOT}/README.md --to dell", f"tools/bus_file.py get {'0' * 64} -o /dev/null/x",
+    "tools/bus_outbox.py dell hi", "tools/bus_inbox.py look dell", "tools/bus_inbox.py ack 660ba678a1b40 dell",
+    "tools/bus_who.py", "tools/bus_search.py T1", "tools/bus_redact.py 660ba678a1b40", "tools/bus_later.py --list",
+    "tools/bus_later.py dell hi --after 1h", "tools/bus_lock.py lock a", "tools/bus_lock.py list",
+])  # fmt: skip
+def test_every_program_says_what_it_waits_for(call, home, tmp_path, monkeypatch):  # noqa: F811
+    script, *arguments = call.replace("/dev/null/x", str(tmp_path / "x")).split()
+    with Scripted(silence, health=silence) as server:
+        shown = on_a_terminal(script, *arguments, AGENT_BUS_URL=server.url, AGENT_NAME="spark")
+    assert shown == f"{pathlib.Path(script).stem}: waiting for {server.url}\n"
+
+
+def test_the_outbox_says_at_once_that_there_is_no_bus(home):  # noqa: F811
+    url = refusing()
+    shown = on_a_terminal("tools/bus_outbox.py", "dell", "hi", AGENT_BUS_URL=url, AGENT_NAME="spark")
+    assert shown.startswith(f"bus_outbox: no bus at {url} (Connection refused); still trying, up to 5 s. ")
+    _, _, err = run("tools/bus_outbox.py", "dell", "hi", "--timeout", "1.2",
+                    env={"AGENT_BUS_URL": url, "AGENT_NAME": "spark"})  # fmt: skip
+    assert err.startswith("bus_outbox: not sent yet, but kept on this disk") and err.count("\n") == 1, "for a program"
+
+
+def test_the_greeting_comes_before_the_first_message(bus, home):  # noqa: F811
+    for text in ("one", "two"):
+        bus_send.send("dell", text, url=bus.url, sender="spark")
+    shown = on_a_terminal("bus_recv.py", "dell", until=b"| two", AGENT_BUS_URL=bus.url)
+    assert shown.startswith(f"bus_recv: listening as dell on {bus.url}\n") and shown.count("listening as") == 1
+
+
+# ── Nothing to show ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("call, says", [
+    ("tools/bus_log.py --no-follow", "bus_log: there are no such messages"),
+    ("tools/bus_log.py --last 3 --no-follow --short", "bus_log: there are no such messages"),
+    ("tools/bus_log.py", "bus_log: waiting for messages on {url}, until Ctrl-C"),
+    ("tools/bus_later.py --list", "bus_later: no message waits to be sent"),
+    ("tools/bus_outbox.py --list", "bus_outbox: no message waits, and none was refused"),
+    ("bus_recv.py dell --once --timeout 0", "bus_recv: nothing came for dell"),
+    ("tools/bus_inbox.py look dell", "bus_inbox: nothing is unread for dell"),
+])  # fmt: skip
+def test_a_person_is_told_that_there_is_nothing(call, says, tmp_path, home):  # noqa: F811
+    with Server(tmp_path / "bus.db") as bus:
+        env = {"AGENT_BUS_URL": bus.url, "AGENT_NAME": "dell"}
+        assert on_a_terminal(*call.split(), **env) == says.format(url=bus.url) + "\n"
+        if "inbox" not in call and call != "tools/bus_log.py":
+            assert run(*call.split(), env=env)[1:] == ("", ""), "a program is told nothing"
+
+
+def test_a_log_that_has_messages_does_not_say_that_it_waits(bus, home):  # noqa: F811
+    bus_send.send("dell", "one", url=bus.url, sender="spark")
+    shown = on_a_terminal("tools/bus_log.py", "--last", "1", "--no-follow", until=b"\0", AGENT_BUS_URL=bus.url)
+    assert "| one" in shown and "no such messages" not in shown and "waiting" not in shown
+
+
+def test_a_look_needs_no_place_and_leaves_nothing(bus, home, tmp_path):  # noqa: F811
+    for state in (tmp_path / "none", pathlib.Path("/dev/null/none")):
+        env = {"AGENT_BUS_URL": bus.url, "AGENT_NAME": "looker", "AGENT_BUS_STATE_DIR": str(state)}
+        assert run("tools/bus_inbox.py", "look", env=env) == (3, "", "bus_inbox: nothing is unread for looker\n")
+        assert not state.exists()
+    bus_send.send("looker", "one", url=bus.url, sender="spark")
+    code, out, _ = run("tools/bus_inbox.py", "look", env=env)
+    assert code == 0 and "| one" in out
+    [sent] = json.loads(bus.get("/log?to=looker"))["messages"]
+    code, out, err = run("tools/bus_inbox.py", "ack", sent["id"], env=env)
+    assert code == 2 and "set AGENT_BUS_STATE_DIR to another place" in err, "this needs a place for the cursor"
+
+
+def test_a_look_goes_on_behind_what_was_for_others(home):  # noqa: F811
+    """Pages without a message of ours; the cursor in the file stays, and is not where each page begins."""
+    cursor = home / "cursors" / "b1" / "default" / "dell"
+    cursor.parent.mkdir(parents=True)
+    cursor.write_text(f"{NOON}.000001\n")
+    first, then = mail(more=True, now=f"{NOON}.100000"), mail(message(200000))
+    with Scripted(first, then) as server:
+        code, out, _ = run("tools/bus_inbox.py", "look", "dell", env={"AGENT_BUS_URL": server.url})
+    assert code == 0 and "| hi" in out and cursor.read_text() == f"{NOON}.000001\n"
+    assert [asked.query["since"] for asked in server.polls] == [f"{NOON}.000001", f"{NOON}.100000"]
+
+
+# ── A home that is empty ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("expression", [
+    "__import__('bus_recv').state_directory()", "__import__('bus_recv').configuration()[0]",
+    "__import__('bus_send').configuration()[0]", "__import__('bus_server').default_path()",
+])  # fmt: skip
+def test_an_empty_home_is_as_none(expression):
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); print({expression})"
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("AGENT_", "XDG_", "HOME"))}
+    paths = [subprocess.check_output([sys.executable, "-c", code], env={**kept, **env}, text=True, timeout=PATIENCE)
+             for env in ({}, {"HOME": ""})]  # fmt: skip
+    assert paths[0] == paths[1] and paths[0].startswith(f"{THEIR_HOME}/")
+
+
+def test_an_empty_home_is_as_none_to_a_join(monkeypatch):
+    made = []
+    monkeypatch.setenv("HOME", "")
+    monkeypatch.delenv("XDG_DATA_HOME", raising=False)
+    monkeypatch.setattr(bus_join.os, "makedirs", lambda *_, **__: None)
+    assert bus_join.folder(made, "XDG_DATA_HOME", ".local", "share") == f"{THEIR_HOME}/.local/share/agent-bus"
+
+
+def test_an_empty_home_is_as_none_to_the_listener(tmp_path):
+    env = {"PATH": os.environ["PATH"], "HOME": "", "AGENT_NAME": "lis", "AGENT_BUS_PROFILE": "there-is-none"}
+    done = subprocess.run([ROOT / "bus_listener.sh"], env=env, capture_output=True, text=True, timeout=PATIENCE)
+    file = f"{THEIR_HOME}/.config/agent-bus/there-is-none.env"
+    assert (done.returncode, done.stderr) == (2, f"bus_listener: {file} cannot be read\n")
+
+
+# ── Numbers and help ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+NUMBERS = {
+    "bus_recv.py dell --tries": "1 or more", "tools/bus_search.py T1 --max": "1 or more",
+    "tools/bus_lock.py unlock --fence": "1 or more", "tools/bus_log.py --last": "1 or more",
+    "integrations/wake/bus_wake.py dell codex s --budget": "1 or more", "bus_server.py --port": "0 to 65535",
+    "bus_server.py --max-body": "1024 to 9999999", "bus_server.py --rate": "0 or more",
+    "bus_server.py --turns": "0 or more", "bus_server.py --max-attempts": "1 or more",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("call", NUMBERS)
+@pytest.mark.parametrize("wrong", ["x", "-1", "", "nan"])
+def test_what_is_no_number_is_refused_in_words(call, wrong):
+    *call, option = call.split()
+    code, _, err = run(*call, f"{option}={wrong}", env={"AGENT_BUS_URL": refusing(), "AGENT_NAME": "me"})
+    says = rf"{option}: {re.escape(repr(wrong))} is not a (whole )?number: give {NUMBERS[' '.join([*call, option])]}"
+    assert code == 2 and re.search(says, err) and "invalid" not in err, err
+
+
+def programs():
+    yield from ("bus_recv.py", "bus_send.py", "bus_server.py", "test_bus.py", "integrations/wake/bus_wake.py")
+    yield from (f"bus_server.py {command}" for command in "invite tokens revoke prune backup restore move".split())
+    for path in sorted(ROOT.glob("tools/*.py")):
+        text = path.read_text()
+        if "ArgumentParser(" in text and "def main(" in text and path.stem != "agent_bus":  # its path is in its help
+            yield f"tools/{path.name}"
+            yield from (f"tools/{path.name} {word}" for word in COMMANDS.get(path.stem, "").split())
+
+
+COMMANDS = {"bus_file": "put get", "bus_inbox": "look ack", "bus_lock": "lock unlock list",
+            "bus_install": "install uninstall"}  # fmt: skip
+
+
+@pytest.mark.parametrize("call", [*programs()])
+@pytest.mark.parametrize("columns", [80, 100])
+def test_no_line_of_a_help_is_wider_than_the_terminal(call, columns):
+    code, out, _ = run(*call.split(), "--help", env={"COLUMNS": str(columns)})
+    assert code == 0 and max(map(len, out.splitlines())) <= columns, max(out.splitlines(), key=len)
+
+
+# ── Ctrl-C ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_doctor_leaves_no_name_behind_however_it_ends(tmp_path, home):  # noqa: F811
+    with Server(tmp_path / "bus.db") as bus:
+        env = {"AGENT_BUS_URL": bus.url, "AGENT_NAME": "spark"}
+        doctor = program("tools/bus_doctor.py", env=env)
+        wait_until(lambda: re.search(r"parked 1\b", bus.get("/metrics").decode()))
+        doctor.send_signal(signal.SIGINT)
+        assert doctor.wait(PATIENCE) == 130
+        doctor.communicate()
+        assert json.loads(bus.get("/agents"))["agents"] == []
+
+
+def test_ctrl_c_ends_the_listener_with_130(bus, tmp_path):
+    env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "AGENT_BUS_URL": bus.url, "AGENT_NAME": "lis"}
+    process = subprocess.Popen([ROOT / "bus_listener.sh"], env=env, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline().startswith("writing the mail of lis to ")
+    process.send_signal(signal.SIGINT)
+    assert process.wait(PATIENCE) == 130
+    process.stdout.close()
+
+
+@pytest.mark.parametrize("blocks", ["0", "1"])
+def test_the_listener_says_that_it_writes_when_the_bus_has_answered(blocks, tmp_path):
+    env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "AGENT_BUS_URL": refusing(), "AGENT_NAME": "lis",
+           "BLOCK": blocks}  # fmt: skip
+    command = [ROOT / "bus_listener.sh"]
+    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert "trying again" in process.stderr.readline()
+    process.terminate()
+    assert process.communicate(timeout=PATIENCE)[0] == "" and process.returncode == 0
+    with Server(tmp_path / "bus.db") as bus:
+        began = time.monotonic()
+        env["AGENT_BUS_URL"] = bus.url
+        process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
+        assert process.stdout.readline().startswith("writing the mail of lis to ")
+        assert time.monotonic() - began < PATIENCE, "its first poll is not held"
+        process.terminate()
+        process.communicate(timeout=PATIENCE)

@@ -1,0 +1,128 @@
+"""A session that sleeps: what wakes it when mail comes."""
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import threading
+
+from tests.integrations.test_hook import (  # noqa: F401
+    FOLDER,
+    NOTICE,
+    STOP,
+    a_reader,
+    a_session,
+    digest,
+    notice,
+    project,
+    run,
+    send,
+    session,
+    started,
+    text,
+    unread,
+)
+from tests.kit.bad_servers import NOON, Scripted
+from tests.kit.processes import PATIENCE, wait_until
+
+
+def has_watch():
+    return notice.is_locked(f"{session.wake_path('dell')}~wait")
+
+
+def waiter(bus, event=STOP, **env):
+    process = started("--wait", AGENT_BUS_URL=bus.url, AGENT_NAME="dell", **env)
+    process.stdin.write(json.dumps(event))
+    process.stdin.close()
+    process.stdin = None
+    return process
+
+
+def test_a_waiter_wakes_its_session_with_the_number(bus):
+    with a_session() as alive:
+        waiting = waiter(bus, **alive)
+        wait_until(lambda: b'"online": true' in bus.get("/agents"))
+        send(bus, "wake up", priority="high")
+        out, err = waiting.communicate(timeout=PATIENCE)
+        assert (waiting.returncode, out, err) == (2, "", f"{NOTICE}\n")
+        assert text(bus.url, STOP, **alive) == "", "it was told"
+        assert unread(bus) == 1
+
+
+def test_no_waiter_under_p_and_none_beside_another(bus):
+    with a_session() as alive:
+        unattended = {**alive, "CLAUDE_CODE_SESSION_ATTENDED": "0"}
+        for environment in ({}, unattended):
+            ended = run("--wait", event=STOP, AGENT_BUS_URL=bus.url, AGENT_NAME="dell", **environment)
+            assert ended[:3] == (0, "", "")
+        first = waiter(bus, **alive)
+        wait_until(has_watch)
+        second = waiter(bus, **alive)
+        assert (second.communicate(timeout=PATIENCE), second.returncode) == (("", ""), 0)
+        assert first.poll() is None
+        first.kill()
+        first.communicate()
+
+
+def test_a_waiter_ends_when_its_session_has_ended(bus):
+    code = "import bus_hook, notice; notice.HOLD_SECONDS = notice.SOON = 0.1; bus_hook.main()"
+    env = {**os.environ, "AGENT_BUS_URL": bus.url, "AGENT_NAME": "dell", "PYTHONPATH": FOLDER}
+    with a_session() as alive:
+        command = [sys.executable, "-c", code, "--wait"]
+        pipe = subprocess.PIPE
+        waiting = subprocess.Popen(command, env={**env, **alive}, stdin=pipe, stderr=pipe, text=True)
+        waiting.stdin.write(json.dumps(STOP))
+        waiting.stdin.close()
+        waiting.stdin = None
+        wait_until(has_watch)
+        assert waiting.poll() is None
+    assert (waiting.communicate(timeout=PATIENCE)[1], waiting.returncode) == ("", 0)
+
+
+def test_a_file_that_has_changed_wakes_a_session_that_was_not_told(bus):
+    changed = {"hook_event_name": "FileChanged", "session_id": "s1", "file_path": "dell.wake"}
+    send(bus, "wake up", priority="high")
+    with a_session() as alive:
+        env = {"AGENT_BUS_URL": bus.url, "AGENT_NAME": "dell", **alive}
+        assert run("--wake", event=changed, **{**env, "CLAUDE_CODE_SESSION_ATTENDED": "0"})[:3] == (0, "", "")
+        with a_reader(bus) as reader:
+            assert json.loads(reader.stdout.readline())["msg"] == "wake up"
+            assert run("--wake", event=changed, **env)[:3] == (0, "", "")
+        send(bus, "wake up", priority="high")
+        assert run("--wake", event=changed, **env)[:3] == (2, "", f"{NOTICE}\n")
+        assert run("--wake", event=changed, **env)[:3] == (0, "", ""), "it was told"
+
+
+def test_a_waker_writes_a_line_when_more_has_come_and_takes_nothing(bus, tmp_path, monkeypatch):
+    monkeypatch.setenv("AGENT_BUS_URL", bus.url)
+    file, complaints = pathlib.Path(notice.wake_file("dell")), []
+    notice.Waker(lambda: session.Self("dell"), complaints.append).start()
+    wait_until(lambda: b'"online": true' in bus.get("/agents"))
+    ids = [send(bus, "1")]
+    wait_until(lambda: file.read_text() == "1 unread for dell\n")
+    ids.append(send(bus, "2"))
+    wait_until(lambda: file.read_text() == "1 unread for dell\n2 unread for dell\n")
+    assert unread(bus) == 2 and complaints == []
+    assert all(b'"state": "queued"' in bus.get(f"/message/{id}") for id in ids), "nobody has seen them"
+
+
+def test_a_waker_hears_at_once_what_comes_beside_mail_that_nobody_reads(tmp_path, monkeypatch):
+    """The bus holds its look until something newer comes."""
+    monkeypatch.setattr(notice, "SOON", 0.0)
+    held, newer = threading.Event(), threading.Event()
+
+    def hold(sock):
+        held.set()
+        newer.wait(PATIENCE)
+        sock.sendall(digest(1, newest={"id": "2", "ts": NOON + 2, "from": "spark"}))
+
+    with Scripted(digest(1), hold, digest(2), hold) as server:
+        monkeypatch.setenv("AGENT_BUS_URL", server.url)
+        file = pathlib.Path(notice.wake_file("dell"))
+        notice.Waker(lambda: session.Self("dell"), print).start()
+        assert held.wait(PATIENCE)
+        assert file.read_text() == "1 unread for dell\n"
+        newer.set()
+        wait_until(lambda: file.read_text() == "1 unread for dell\n2 unread for dell\n")
+        query = server.asked[1].query
+        assert (query["since"], query["wait"]) == (f"{NOON + 1:.6f}", f"{notice.HOLD_SECONDS}")
