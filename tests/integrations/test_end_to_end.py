@@ -9,7 +9,6 @@ import json
 import os
 import re
 import signal
-import statistics
 import threading
 import time
 
@@ -26,7 +25,6 @@ from tests.kit.claude_code import (
     DRAIN_SECONDS,
     EVENT,
     HEAD,
-    HOOK_TOOL_SECONDS,
     ID,
     MARKS,
     PLUGIN,
@@ -387,35 +385,6 @@ def test_with_a_url_and_a_token_only_a_session_is_told_reads_and_answers(bus, pe
     assert "agent-bus: 1 unread for alice (1 urgent, from peer)" in "".join(heard[2:])
     assert [each["msg"] for each in bus_recv.receive("peer", url=bus.url, once=True)] == ["seen", "seen"]
     assert are_shown(model)
-
-
-def seconds_of_a_step(bus, folder, *options):
-    """The median of 20 steps with one command each, from the model's answer to its next request."""
-    began, took = [], []
-
-    def script(request):
-        if began:
-            took.append(time.monotonic() - began.pop())
-        if len(took) == 20:
-            return [words("done")]
-        began.append(time.monotonic())
-        return [bash("true")]
-
-    folder.mkdir()
-    allowed = "--permission-mode", "default", "--allowedTools", "Bash"
-    with ScriptedModel(script) as model, Session(folder, bus, model, *options, *allowed) as session:
-        assert session.process.wait(2 * PATIENCE) == 0
-    return statistics.median(took)
-
-
-def test_a_hook_that_is_a_tool_of_the_bus_costs_a_step_10_ms_at_most(bus, peer, tmp_path):
-    """The PostToolBatch hook, with mail that waits and was told of."""
-    peer("in no hurry")
-    with_hook, without = over_http(bus), over_http(bus)[2:]
-    steps = [seconds_of_a_step(bus, tmp_path / f"{n}", *(without, with_hook)[n % 2]) for n in range(4)]
-    bare, hooked = min(steps[::2]), min(steps[1::2])
-    print(f"ms of a step: {bare * 1000:.1f} without a hook, {hooked * 1000:.1f} with it")
-    assert hooked - bare < in_time(HOOK_TOOL_SECONDS), steps
 
 
 def test_of_200_hostile_messages_a_session_hears_a_number_and_no_word(bus, peer, tmp_path):

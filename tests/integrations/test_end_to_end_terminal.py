@@ -163,7 +163,7 @@ def test_a_session_that_is_renamed_and_cleared_hears_as_its_new_name(bus, peer, 
 @needs_plugin
 def test_a_file_that_has_changed_wakes_a_session_that_sleeps_on_a_terminal(bus, peer, tmp_path):
     """By the plugin, without its skill: the tools' server waits, and FileChanged wakes."""
-    wakes(bus, peer, tmp_path, *PLUGIN, times=5, plugin=True)
+    wakes(bus, peer, tmp_path, *PLUGIN, times=3, plugin=True)
 
 
 CHANNEL_NEWS = re.compile('MCP server "bus": (Channel notifications .*)|(<channel source="bus" from="peer")')
