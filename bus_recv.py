@@ -976,7 +976,7 @@ def count(text: str) -> int:
     import argparse
 
     if not re.fullmatch("0*[1-9][0-9]{0,17}", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number: give 1 or more")
+        raise argparse.ArgumentTypeError(f"give a whole number of 1 or more, not {text!r}")
     return int(text)
 
 

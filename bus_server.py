@@ -2195,7 +2195,7 @@ def unauthorized(expired: float, shown: bool) -> Refused:
         "this bus does not accept this token, which is wrong, cut off or revoked" if shown else "this bus needs a token"
     )
     why = f"this token expired at {iso(int(expired) * 1000000)}" if expired else why
-    advice = f"set AGENT_BUS_TOKEN to a token made with: {called('invite')} NAME; the line it prints writes default.env"
+    advice = f"set AGENT_BUS_TOKEN (curl: -H 'Authorization: Bearer TOKEN') to a token of: {called('invite')} NAME"
     return Refused(401, f"{why}: {advice}", ("WWW-Authenticate", "Bearer"))
 
 
@@ -5613,8 +5613,8 @@ def within(least: float, most: float = math.inf, kind: Callable[[str], float] = 
             if least <= kind(text) <= most:
                 return kind(text)
         what = "number" if kind is float else "whole number"
-        bounds = f"{least} or more" if most == math.inf else f"{least} to {most}"
-        raise argparse.ArgumentTypeError(f"{text!r} is not a {what}: give {bounds}")
+        bounds = f"of {least} or more" if most == math.inf else f"from {least} to {most}"
+        raise argparse.ArgumentTypeError(f"give a {what} {bounds}, not {text!r}")
 
     return number
 

@@ -69,7 +69,10 @@ def agreed(name: str, database: str, here: str, closed: bool, yes: bool) -> bool
     if yes or (closed and here) or not sys.stdin.isatty():
         return True
     print("Make the token? [y/N] ", end="", file=sys.stderr, flush=True)
-    return sys.stdin.readline().strip().lower() in ("y", "yes")
+    answer = sys.stdin.readline()
+    if not answer:  # Ctrl-D
+        print(file=sys.stderr)
+    return answer.strip().lower() in ("y", "yes")
 
 
 def tell(line: str) -> None:
