@@ -135,7 +135,7 @@ def run(name: str, arguments: Sequence[str]) -> int:
     return int(program.main([*command.first, *arguments]) or 0)
 
 
-def load(program: str, first: "Sequence[str]" = ()) -> Any:
+def load(program: str, first: Sequence[str] = ()) -> Any:
     """The module of a program. A machine that has joined a bus has only the clients."""
     try:
         return importlib.import_module(program)
