@@ -644,7 +644,9 @@ def exchange_at(path: str, body: Any, fraction: Any, login: Any, url: str, conne
 
 def worded(error: Exception, url: str = "") -> str:
     """A fault of the network in words. `url` is given if nothing was heard from there: TLS may have cut us off."""
-    said = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    said = getattr(error, "verify_message", "") or getattr(error, "strerror", "") or str(error) or type(error).__name__
+    if 18 <= getattr(error, "verify_code", 0) <= 21:  # of OpenSSL: signed by nobody whom we trust
+        return "the certificate there is not trusted on this machine: set AGENT_BUS_CA to its file"
     if url.startswith("http:") and isinstance(error, (ConnectionResetError, BrokenPipeError)):
         return f"{said}; if this port speaks https, set AGENT_BUS_URL=https{url[4:]}"
     return "this port speaks http, not https" if "WRONG_VERSION_NUMBER" in said else said
@@ -814,8 +816,8 @@ def pause_after(failures: int) -> float:
 
 def no_bus(url: str, fault: Unreachable, then: str = "") -> str:
     """The sentence about a fault: which bus, why, and what to try."""
-    server, doctor = called("bus_server.py", "serve"), called("bus_doctor.py", "doctor")
-    return f"no bus at {url} ({fault}){then}. Is {server} running there? {doctor} tells which hop fails."
+    asks = "" if "certificate" in str(fault) else f" Is {called('bus_server.py', 'serve')} running there?"
+    return f"no bus at {url} ({fault}){then}.{asks} {called('bus_doctor.py', 'doctor')} tells which hop fails."
 
 
 def called(program: str, command: str) -> str:
@@ -976,7 +978,7 @@ def count(text: str) -> int:
     import argparse
 
     if not re.fullmatch("0*[1-9][0-9]{0,17}", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number: give 1 or more")
+        raise argparse.ArgumentTypeError(f"give a whole number of 1 or more, not {text!r}")
     return int(text)
 
 

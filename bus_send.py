@@ -110,8 +110,7 @@ def post_held(url: str, message: dict[str, Any], end: float, holds: list[float])
 
 def sender_of(number: str, channel: str | None, patience: float) -> tuple[str, str]:
     """Who sent the message with this id, and on which channel, unless one is given. Raises as send() does."""
-    url = settings()["AGENT_BUS_URL"]
-    path = f"/message/{quote(number, safe='')}"
+    url, path = settings()["AGENT_BUS_URL"], f"/message/{quote(number, safe='')}"
     answer = persist(lambda left: exchange(url, path, None, min(left, GRACE_SECONDS))[0], patience, url)
     with contextlib.suppress(KeyError, TypeError):
         return answer["message"]["from"], channel or answer["message"]["channel"]
@@ -151,6 +150,8 @@ def compose(to: Any, msg: str, *, fields: Any = None, **given: Any) -> tuple[str
     if strange := given.keys() - USUAL:
         raise TypeError(f"send() has no argument {min(strange)!r}: further members of a message go into fields=")
     sender, channel = sender or own.get("AGENT_NAME"), channel or own.get("AGENT_BUS_CHANNEL", "default")
+    if sender and sender == own.get("AGENT_NAME") and not re.fullmatch("[A-Za-z0-9][A-Za-z0-9._:@-]{0,63}", sender):
+        raise ValueError(f"AGENT_NAME is {sender!r}, which is no name: give 1 to 64 of A-Z a-z 0-9 . _ : @ -")
     if not sender and not credentials(own["AGENT_BUS_URL"]):  # a token names its sender
         raise ValueError(f"the sender is missing: give --from NAME or set AGENT_NAME{unused_file()}")
     message = {"from": sender, "to": to, "channel": channel, "msg": msg, "key": key or new_key()}
@@ -366,7 +367,9 @@ def exchange_at(path: str, body: Any, fraction: Any, login: Any, url: str, conne
 
 def worded(error: Exception, url: str = "") -> str:
     """A fault of the network in words. `url` is given if nothing was heard from there: TLS may have cut us off."""
-    said = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    said = getattr(error, "verify_message", "") or getattr(error, "strerror", "") or str(error) or type(error).__name__
+    if 18 <= getattr(error, "verify_code", 0) <= 21:  # of OpenSSL: signed by nobody whom we trust
+        return "the certificate there is not trusted on this machine: set AGENT_BUS_CA to its file"
     if url.startswith("http:") and isinstance(error, (ConnectionResetError, BrokenPipeError)):
         return f"{said}; if this port speaks https, set AGENT_BUS_URL=https{url[4:]}"
     return "this port speaks http, not https" if "WRONG_VERSION_NUMBER" in said else said
@@ -536,8 +539,8 @@ def pause_after(failures: int) -> float:
 
 def no_bus(url: str, fault: Unreachable, then: str = "") -> str:
     """The sentence about a fault: which bus, why, and what to try."""
-    server, doctor = called("bus_server.py", "serve"), called("bus_doctor.py", "doctor")
-    return f"no bus at {url} ({fault}){then}. Is {server} running there? {doctor} tells which hop fails."
+    asks = "" if "certificate" in str(fault) else f" Is {called('bus_server.py', 'serve')} running there?"
+    return f"no bus at {url} ({fault}){then}.{asks} {called('bus_doctor.py', 'doctor')} tells which hop fails."
 
 
 def called(program: str, command: str) -> str:
@@ -587,8 +590,7 @@ def told(answer: dict[str, Any], to: str | list[str]) -> str:
         if 0 < online == everyone:
             return f"sent to {names}, {'all' if 'offline' in receiver else 'who is'} listening"
         who = f"{names} was last seen {span(answer['ts'] - seen) or 'under 1m'} ago" if seen else ""
-        if "offline" in receiver:
-            who = f"{online} of {everyone} are listening"
+        who = f"{online} of {everyone} are listening" if "offline" in receiver else who
         unread = f", {receiver['unread']} unread" if "unread" in receiver else ""
         unread += f"; nobody has ever listened as {', '.join(receiver['unknown'])}" if receiver.get("unknown") else ""
         similar = " or ".join(map(str, receiver.get("similar") or ()))

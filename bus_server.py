@@ -2193,11 +2193,10 @@ def presented(authorization: str) -> tuple[str, str]:
 
 def unauthorized(expired: float, shown: bool) -> Refused:
     """401. `expired`: when the token of this request expired; 0 if it did not. `shown`: it had a token at all."""
-    why = (
-        "this bus does not accept this token, which is wrong, cut off or revoked" if shown else "this bus needs a token"
-    )
+    wrong = "this bus does not accept this token, which is wrong, cut off or revoked"
+    why = wrong if shown else "this bus needs a token"
     why = f"this token expired at {iso(int(expired) * 1000000)}" if expired else why
-    advice = f"set AGENT_BUS_TOKEN to a token made with: {called('invite')} NAME; the line it prints writes default.env"
+    advice = f"set AGENT_BUS_TOKEN (curl: -H 'Authorization: Bearer TOKEN') to a token of: {called('invite')} NAME"
     return Refused(401, f"{why}: {advice}", ("WWW-Authenticate", "Bearer"))
 
 
@@ -5615,8 +5614,8 @@ def within(least: float, most: float = math.inf, kind: Callable[[str], float] = 
             if least <= kind(text) <= most:
                 return kind(text)
         what = "number" if kind is float else "whole number"
-        bounds = f"{least} or more" if most == math.inf else f"{least} to {most}"
-        raise argparse.ArgumentTypeError(f"{text!r} is not a {what}: give {bounds}")
+        bounds = f"of {least} or more" if most == math.inf else f"from {least} to {most}"
+        raise argparse.ArgumentTypeError(f"give a {what} {bounds}, not {text!r}")
 
     return number
 
@@ -5960,7 +5959,7 @@ def invite(arguments: Sequence[str]) -> None:
         made = time.strftime("%Y-%m-%d", time.gmtime(own["made"]))
         print(f"{options.name} has the token {own['id']} already, made {made}: this is one more", file=sys.stderr)
     file.change(lambda rows: [*rows, row])
-    print_it = words and (words.page_link if options.page else words.invitation)
+    print_it = words and (partial(words.page_link, row["expires"]) if options.page else words.invitation)
     print(print_it(options.name, f"{token}_{secret}", here, options.url) if print_it else f"{token}_{secret}")
 
 
@@ -6033,15 +6032,16 @@ def tokens(arguments: Sequence[str]) -> int:
     if options.name and options.name not in [row["name"] for row in rows]:
         print(f"{options.name} has no token{meant(options.name, {row['name'] for row in rows})}", file=sys.stderr)
         return 1
-    print(f"{'id':13} {'name':20} {'made':10} {'last used':10} {'expires':10} grants")
+    header = f"{'id':13} {'name':20} {'made':10} {'last used':10} {'expires (UTC)':20} grants"
+    print(header if rows else "no tokens: the bus is open")
     for row in (row for row in rows if options.name in (None, row["name"])):
         grants = ["send"] if row["send_only"] else ["send", "read", *(f"read:{each}" for each in row["also"])]
         grants += ["operator"] if row["operator"] else []
         over = "expired" if (row.get("expires") or math.inf) <= time.time() else ""
         state = f"revoked {day(row['revoked'])}" if row["revoked"] else over or " ".join(grants)
         state += f" ({shown(row['label'])})" if row.get("label") else ""
-        days = " ".join(f"{day(at):10}" for at in (row["made"], used.get(row["id"]), row.get("expires")))
-        print(f"{row['id']:13} {row['name']:20} {days} {state}")
+        ends = iso(int(row["expires"]) * 1000000) if row.get("expires") else "never"
+        print(f"{row['id']:13} {row['name']:20} {day(row['made']):10} {day(used.get(row['id'])):10} {ends:20} {state}")
     return 0
 
 

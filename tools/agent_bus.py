@@ -127,7 +127,7 @@ def run(name: str, arguments: Sequence[str]) -> int:
         if len(arguments) > ARGUMENTS[name]:
             raise Unknown(f"{name} does not take {shlex.quote(arguments[ARGUMENTS[name]])}: `{called()} help {name}`")
         return OWN[name](arguments)
-    program, example = load(command.program), f"{called()} {command.example}"
+    program, example = load(command.program, command.first), f"{called()} {command.example}"
     sys.argv = [f"{sys.argv[0]} {name}", *arguments]
     if command.first == (ASKS,) and wants_help:
         print(help_of_ask(command, example), end="")
@@ -135,13 +135,15 @@ def run(name: str, arguments: Sequence[str]) -> int:
     return int(program.main([*command.first, *arguments]) or 0)
 
 
-def load(program: str) -> Any:
+def load(program: str, first: Sequence[str] = ()) -> Any:
     """The module of a program. A machine that has joined a bus has only the clients."""
     try:
         return importlib.import_module(program)
     except ModuleNotFoundError as error:
         lacks = f"this needs {error.name}.py, which is not in {HERE}"
-        raise Missing(f"{lacks}: run it in a clone of agent-bus, or after `pip install` of one") from None
+        is_of_bus = program == "bus_server" and first  # `serve` has no `first`: it may begin a bus here
+        where = "on the machine of the bus" if is_of_bus else "in a clone of agent-bus, or after `pip install` of one"
+        raise Missing(f"{lacks}: run it {where}") from None
 
 
 def is_here(name: str) -> bool:

@@ -17,6 +17,7 @@ import socket
 import ssl
 import sys
 import textwrap
+import time
 from typing import Any, TextIO
 from urllib.parse import urlsplit
 
@@ -69,7 +70,10 @@ def agreed(name: str, database: str, here: str, closed: bool, yes: bool) -> bool
     if yes or (closed and here) or not sys.stdin.isatty():
         return True
     print("Make the token? [y/N] ", end="", file=sys.stderr, flush=True)
-    return sys.stdin.readline().strip().lower() in ("y", "yes")
+    answer = sys.stdin.readline()
+    if not answer:  # Ctrl-D
+        print(file=sys.stderr)
+    return answer.strip().lower() in ("y", "yes")
 
 
 def tell(line: str) -> None:
@@ -115,8 +119,9 @@ def invitation(name: str, token: str, here: str, url: str) -> str:
     return wrapped("\n".join(filter(None, texts)).rstrip(), sys.stdout)
 
 
-def page_link(name: str, token: str, here: str, url: str) -> str:
+def page_link(until: int | None, name: str, token: str, here: str, url: str) -> str:
     """A link for the browser of a person. The token is in the fragment, which a browser sends to nobody."""
+    works = f"until {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime(until))}" if until else "until you revoke it"
     url = (url or reachable(here)).rstrip("/")
     if not url.startswith("http"):
         return f"{TOKEN.format(name=name, token=token)}\n{NO_PAGE}".rstrip()
@@ -126,7 +131,7 @@ def page_link(name: str, token: str, here: str, url: str) -> str:
         remark = HERE_ONLY.format(url=url, port=parts.port or {"http": 80}.get(parts.scheme, 443))
     elif parts.scheme == "http":
         remark = PLAIN_PAGE.format(url=url)
-    return wrapped(f"{PAGE.format(name=name, url=url, token=token)}\n{remark}".rstrip(), sys.stdout)
+    return wrapped(f"{PAGE.format(name=name, url=url, token=token, works=works)}\n{remark}".rstrip(), sys.stdout)
 
 
 def reachable(here: str) -> str:
@@ -276,7 +281,7 @@ later, and asks for the token.
 """
 PAGE = """\
 The page of the bus, for {name}, shown this once. Whoever has this link may do what the token may: send it as a secret.
-A browser keeps links in its history. So this one works for 12 hours, or for as long as --expires says.
+A browser keeps links in its history. This one works {works}.
 
     {url}/ui/#token={token}
 """

@@ -173,7 +173,11 @@ def choose(place: str, url: str, name: str, profile: str) -> str:
             raise Fault(f"{taken}: give --profile {other} to keep both, or --profile {profile} to replace it")
         say(f"{taken}.")
         say(f"Name a profile to keep both, or {profile} to replace it [{other}]: ", end="")
-        answer = sys.stdin.readline().strip() or other
+        line = sys.stdin.readline()
+        if not line:  # Ctrl-D
+            say("")
+            raise Fault("no profile was named, so nothing was configured: run the line again")
+        answer = line.strip() or other
         if TOKEN_LIKE.search(answer):
             raise Fault("that was a token, and the question is for the name of a profile: run the line again")
         if answer == profile:
@@ -184,7 +188,11 @@ def choose(place: str, url: str, name: str, profile: str) -> str:
 def ask_token(name: str, may_keep: bool) -> str:
     """The token, from the terminal without echo, or else from a line of stdin. Empty: the one that is set."""
     keep = " (Enter keeps the one that is set)" if may_keep else ""
-    given = getpass.getpass(f"token of {name}{keep}: ") if sys.stdin.isatty() else sys.stdin.readline()
+    try:
+        given = getpass.getpass(f"token of {name}{keep}: ") if sys.stdin.isatty() else sys.stdin.readline()
+    except EOFError:  # Ctrl-D
+        say("")
+        raise Fault("no token was given, so nothing was configured: run the line again") from None
     token = given.strip("\ufeff \t\r\n")
     return checked(token) if token else ""
 
@@ -206,7 +214,9 @@ def check(mine: dict[str, str]) -> None:
         bus_recv.ask(mine["AGENT_BUS_URL"], "/inbox", 10.0)
     except bus_recv.Refused as refused:
         if refused.status == 401:
-            raise Fault(f"the bus does not take this token, so nothing was configured: {refused}") from None
+            why = str(refused).partition(": ")[0]  # what follows is for who has configured the clients
+            cure = "paste the line again, then the whole token, or ask for a new invitation; nothing was configured"
+            raise Fault(f"{why}: {cure}") from None
     except (bus_recv.Unreachable, ValueError):
         pass  # the doctor says which hop it is
     with contextlib.suppress(bus_recv.Refused, bus_recv.Unreachable, ValueError):  # Refused: an older bus
@@ -256,7 +266,8 @@ def join(url: str, name: str, pin: str, profile: str, made: "list[str]") -> None
     say(f"you are {name} on {url}")
     if given.get("AGENT_BUS_PROFILE") == profile:
         del given["AGENT_BUS_PROFILE"]
-    show_next(place, env, profile, name, sorted({*given} - {"AGENT_BUS_PLAIN_HTTP", "AGENT_BUS_CA"}))
+    others = {variable for variable, value in given.items() if value != mine.get(variable)}
+    show_next(place, env, profile, name, sorted(others - {"AGENT_BUS_PLAIN_HTTP", "AGENT_BUS_CA"}))
 
 
 def show_next(place: str, file: str, profile: str, name: str, others: Sequence[str]) -> None:
@@ -266,6 +277,7 @@ def show_next(place: str, file: str, profile: str, name: str, others: Sequence[s
     say("To receive, to send, and to see all commands:")
     for words in (f"bus_recv.py {name}", "bus_send.py NAME hello", "agent_bus.py help"):
         say(f"    {which}python3 {shlex.quote(place)}/{words}")
+    say("To connect Claude Code or another agent (`install`), this machine needs a clone of agent-bus, too.")
     if others:
         say(f"This shell sets {', '.join(others)}, which wins over that file: unset it first")
 

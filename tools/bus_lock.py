@@ -142,7 +142,8 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
             bus_recv.emit((bus_recv.dump(row) if options.json else line(row, now)) + "\n")
             is_empty = False
         if is_empty and not options.json:
-            complain("there is no such reservation")
+            filtered = options.name or options.holder or options.channel
+            complain("there is no such reservation" if filtered else "nothing is reserved")
         return 0
     if not given.get("AGENT_NAME") and not bus_recv.credentials(url):
         parser.error(f"who are you? Set AGENT_NAME{bus_recv.unused_file()}")

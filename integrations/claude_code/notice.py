@@ -107,16 +107,19 @@ def notice(me: Self, counts: Counts, before: bool = False) -> str:
 
 
 def read_elsewhere(me: Self) -> str:
-    """A sentence, if a program on another machine reads the mail of this name, too; "" if the bus does not tell."""
+    """A sentence, if another program reads the mail of this name, too; "" if the bus does not tell."""
     given = bus_recv.settings()
     url, channel = given["AGENT_BUS_URL"], given.get("AGENT_BUS_CHANNEL", "default")
     try:
         agents = get(url, f"/agents?channel={channel}&name={me.name}", ASK_SECONDS)["agents"]
         its = next((each for each in agents if (each["name"], each["channel"]) == (me.name, channel)), {})
         if its.get("online") and (its.get("readers", 0) > 1 or not was_here(channel, me.name)):
+            address = str(its.get("address"))
+            is_here = address == "local" or bus_recv.is_here(address)  # `local`: a Unix socket
+            where = "by another program on this machine, too" if is_here else f"on another machine, too ({address})"
             return (
-                f"{me.name} is read on another machine, too ({its.get('address')}), so each of the two gets only a "
-                "part of the mail, or both get all: one of them needs another AGENT_NAME."
+                f"{me.name} is read {where}, so each of the two gets only a part of the mail, or both get all: "
+                "one of them needs another AGENT_NAME."
             )
     except (bus_recv.Refused, bus_recv.Unreachable, LookupError, TypeError, AttributeError):
         pass

@@ -93,9 +93,9 @@ def test_the_help_names_commands_that_this_user_has(monkeypatch, capsys):
 
 @pytest.mark.parametrize("arguments, says", [
     ("send bob hi --frm x", "unrecognized"), ("later bob hi --after x", "is not a time"),
-    ("serve --port x", "'x' is not a whole number: give 0 to 65535"), ("recv --frm", "--frm"),
+    ("serve --port x", "give a whole number from 0 to 65535, not 'x'"), ("recv --frm", "--frm"),
     ("send bob hi --field from=x", "'from=x' is no further member"),
-    ("log --last=-3", "--last: '-3' is not a number: give 1 or more"), ("install", "required"),
+    ("log --last=-3", "--last: give a whole number of 1 or more, not '-3'"), ("install", "required"),
     ("lock a --no", "--no"), ("locks a b", "b"), ("inbox a b", "b"), ("ack a b c", "c"), ("install claude x", "x"),
     ("install service --dry-run", "are for an agent program"),
 ])  # fmt: skip
@@ -250,6 +250,7 @@ def test_on_a_machine_that_has_joined_it_has_the_commands_of_the_clients(bus, tm
     assert not {"invite", "serve"} & set(re.findall(r"\w+", command("completion", "bash")[1]))
     code, out, err = command("invite", "dell")
     assert (code, out, err.count("\n")) == (2, "", 1) and f"needs bus_server.py, which is not in {place}" in err
+    assert err.endswith(": run it on the machine of the bus\n") and "in a clone" in command("serve")[2]
 
 
 def test_serve_is_the_bus(tmp_path):

@@ -141,9 +141,11 @@ def test_a_second_invite_says_that_the_name_has_a_token_already(tmp_path):
 ])  # fmt: skip
 def test_a_token_is_valid_for_as_long_as_the_help_says(options, hours, tmp_path):
     bus, now = Server(tmp_path / "bus.db"), time.time()
-    command(bus, "invite", "ann", *options.split())
+    said = command(bus, "invite", "ann", "--url", "http://h:80", *options.split())
     ends = json.loads((tmp_path / "bus.db.tokens").read_text().splitlines()[-1])["expires"]
     assert ends is None if hours is None else abs(ends - now - hours * 3600) < PATIENCE
+    until = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(ends)) if ends else "you revoke it"
+    assert (f"This one works until {until}." in " ".join(said.split())) == ("--page" in options)
 
 
 def test_bus_server_alone_makes_a_token_too(tmp_path):

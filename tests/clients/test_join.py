@@ -458,13 +458,32 @@ def test_a_bus_with_a_certificate_of_its_own_needs_the_pin_of_the_line(bus, tmp_
 
 
 @pytest.mark.parametrize("given, says", [
-    (NOBODYS, "does not take this token, so nothing was configured: this bus does not accept this token"),
+    (NOBODYS, "this bus does not accept this token, which is wrong, cut off or revoked: paste the line again, then the "
+     "whole token, or ask for a new invitation; nothing was configured"),
     ("hunter2 or so", "that is not a token"),
 ])  # fmt: skip
 def test_a_wrong_token_is_one_sentence_and_configures_nothing(given, says, bus, tmp_path):
     code, out, err = join(bus, "dell", given, tmp_path / "home")
     assert (code, out, err.count("\n")) == (1, "", 1) and says in err
     assert not (tmp_path / "home").exists(), "what was made for it is gone"
+
+
+def test_the_end_of_the_input_instead_of_an_answer_is_one_sentence(bus, tmp_path):
+    line, token, _ = invited(bus, "dell")
+    with Terminal("bash", tmp_path / "home", machine(tmp_path / "bin", "curl")) as terminal:
+        for answers, said in (((), "no token was given"), ((token,), "no profile was named")):
+            if answers:
+                other_bus(tmp_path / "home")
+            terminal.type(line)
+            terminal.wait_for("token of dell: ")
+            for answer in answers:
+                terminal.type(answer)
+                terminal.wait_for("[127.0.0.1]: ")
+            terminal.screen = ""
+            os.write(terminal.ours, b"\x04")  # Ctrl-D
+            screen = terminal.wait_for(PROMPT)
+            assert f"\nbus_join: {said}, so nothing was configured: run the line again\r\n" in screen
+            assert "Traceback" not in screen and not list((tmp_path / "home").rglob("bus_recv.py"))
 
 
 def test_an_expired_token_is_one_sentence(bus, tmp_path):
@@ -601,7 +620,8 @@ def test_a_token_is_never_the_name_of_a_profile(bus, tmp_path):
 
 
 def test_what_the_shell_has_set_is_named(bus, tmp_path):
-    with Terminal("bash", tmp_path / "home", machine(tmp_path / "bin", "curl"), AGENT_BUS_URL="http://b") as terminal:
+    path, env = machine(tmp_path / "bin", "curl"), {"AGENT_BUS_URL": "http://b", "AGENT_NAME": "dell"}
+    with Terminal("bash", tmp_path / "home", path, **env) as terminal:  # the name is that of the file, too
         line, token, _ = invited(bus, "dell")
         terminal.type(line)
         terminal.wait_for("token of dell: ")

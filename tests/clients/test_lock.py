@@ -29,6 +29,7 @@ def run(url, *arguments, name="dell", **env):
 
 
 def test_names_are_reserved_listed_and_released(bus):
+    assert run(bus.url, "locks") == (0, "", "agent_bus.py locks: nothing is reserved\n")
     code, fence, said = run(bus.url, "lock", "src/a.py", "src/db/*", "--ttl", "10m", "--why", "T2")
     assert code == 0 and fence.strip().isdigit() and 'src/a.py "src/db/*": yours for 10m' in said
     code, out, _ = run(bus.url, "locks")

@@ -202,7 +202,8 @@ NUMBERS = {
 def test_what_is_no_number_is_refused_in_words(call, wrong):
     *call, option = call.split()
     code, _, err = run(*call, f"{option}={wrong}", env={"AGENT_BUS_URL": refusing(), "AGENT_NAME": "me"})
-    says = rf"{option}: {re.escape(repr(wrong))} is not a (whole )?number: give {NUMBERS[' '.join([*call, option])]}"
+    bounds = NUMBERS[" ".join([*call, option])]
+    says = rf"{option}: give a (whole )?number (of|from) {bounds}.*, not {re.escape(repr(wrong))}"
     assert code == 2 and re.search(says, err) and "invalid" not in err, err
 
 

@@ -282,13 +282,24 @@ def test_tls_that_fails_is_not_tried_again(authority, bus, monkeypatch, tmp_path
         url = bus.url.replace("http:", "https:")
         clock = Clock()
         monkeypatch.setattr(bus_send, "time", clock)
-        with pytest.raises(bus_send.Unreachable, match=r"certificate.*which hop fails"):
+        says = r"\(the certificate there is not trusted on this machine: set AGENT_BUS_CA .*\)\. bus_doctor\.py"
+        with pytest.raises(bus_send.Unreachable, match=says):
             bus_send.send("dell", "hi", url=url, sender="spark")
+        monkeypatch.setenv("AGENT_BUS_CA", authority.file)
+        with pytest.raises(bus_send.Unreachable, match=r"\(Hostname mismatch, [^(_]*'localhost'\.?\)\. bus_doctor\.py"):
+            bus_send.send("dell", "hi", url=url.replace("127.0.0.1", "localhost"), sender="spark")
         with pytest.raises(bus_send.Unreachable, match="this port speaks http, not https.*which hop"):
             bus_send.send("dell", "hi", url=plain.url.replace("http:", "https:"), sender="spark")
         assert clock.slept == []
         code, _, err = run("bus_recv.py", "dell", env={"AGENT_BUS_URL": plain.url.replace("http:", "https:")})
         assert code == 75 and err.startswith("bus_recv: no bus at https:") and err.endswith("which hop fails.\n")
+
+
+@pytest.mark.parametrize("call", ["bus_send.py dell hi", "bus_recv.py --timeout 0"])
+def test_an_agent_name_that_is_none_is_refused_before_the_bus_is_asked(call):
+    code, out, err = run(*call.split(), env={"AGENT_BUS_URL": refusing(), "AGENT_NAME": "my agent"})
+    assert (code, out) == (2, "") and "'my agent'" in err and "A-Z a-z 0-9" in err
+    assert "AGENT_NAME" in err or call.startswith("bus_recv")
 
 
 @pytest.mark.parametrize("call", [

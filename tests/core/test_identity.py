@@ -5,6 +5,7 @@ import http.client
 import itertools
 import json
 import os
+import pathlib
 import statistics
 import subprocess
 import sys
@@ -331,6 +332,11 @@ def test_a_label_tells_tokens_of_a_name_apart_and_revokes_one(bus):
     assert said == "dell Lap-top has no token: did you mean laptop?\n"
 
 
+def test_a_list_without_a_token_says_that_the_bus_is_open(tmp_path):
+    with Server(tmp_path / "bus.db") as bus:
+        assert run("tokens", "--db", bus.db) == (0, "no tokens: the bus is open\n", "")
+
+
 @pytest.mark.parametrize("verb", ["revoke", "tokens"])
 def test_a_mistyped_name_gets_the_one_that_may_be_meant(verb, bus):
     dell, nano = invite(bus, "dell"), invite(bus, "Nano")
@@ -358,15 +364,16 @@ def test_a_mistyped_database_is_said_to_be_none_and_nothing_is_made(arguments, t
 def test_a_token_with_an_end_is_good_until_then_and_listed_with_it(bus):
     token = invite(bus, "dell", "--expires", "90d")
     assert ask(bus, "GET", "/recv?to=dell", token=token)[0] == 200
-    ends = time.strftime("%Y-%m-%d", time.gmtime(time.time() + 90 * 86400))
-    assert command(bus, "tokens").splitlines()[1].split()[4] == ends
+    ends = json.loads(pathlib.Path(f"{bus.db}.tokens").read_text())["expires"]
+    listed = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(ends))
+    assert command(bus, "tokens").splitlines()[1].split()[4] == listed
 
 
 def test_an_expired_token_is_refused_in_words_that_only_its_owner_gets(bus):
     token = invite(bus, "dell", "--expires", "1d")
     set_expires(bus, "dell", 1795203596)
     wait_until(lambda: ask(bus, "GET", "/recv?to=dell", token=token)[0] == 401)
-    assert command(bus, "tokens").splitlines()[1].split()[4:] == ["2026-11-20", "expired"]
+    assert command(bus, "tokens").splitlines()[1].split()[4:] == ["2026-11-20T19:39:56Z", "expired"]
     error = ask(bus, "GET", "/recv?to=dell", token=token)[1]["error"]
     assert error.startswith("this token expired at 2026-11-20T19:39:56Z: set AGENT_BUS_TOKEN")
     status, answer = ask(bus, "GET", "/recv?to=dell", token=token[:-1] + ("x" if token[-1] != "x" else "y"))
