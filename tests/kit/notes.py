@@ -63,8 +63,10 @@ def extended(folder, **extensions):
     """A bus with the page, what the page needs, these extensions, and the place of one that it does not have."""
     ours = folder / "bus_extensions"
     shutil.copytree(page.FOLDER, ours / "page")
-    for file in ("bus_server.py", *(f"bus_extensions/{name}.py" for name in ("history", "page", "people"))):
-        shutil.copy(ROOT / file, folder / file)
+    shutil.copy(ROOT / "bus_server.py", folder)
+    for name in ("history", "page", "people"):
+        for file in (ROOT / "bus_extensions" / f"{name}.py", *(ROOT / "bus_extensions").glob(f"_{name}_*.py")):
+            shutil.copy(file, ours)
     for name, (code, place) in extensions.items():
         (ours / f"{name}.py").write_text(code)
         (ours / "page" / f"{name}.js").write_text(place)
