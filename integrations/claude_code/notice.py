@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 from session import ASK_SECONDS, Nameless, Self, bus_recv, get, mcp_part, own_cursor, wake_path, was_here
 
 AWAITED = 50  # ids of the last questions of a name
-SOON, LATER = 1.0, 8.0  # s between looks; the later, the longer another program reads the mail
-HOLD_SECONDS = bus_recv.FOLLOW_SECONDS  # of a request; then a session that was renamed is waited for as its new name
+SOON, LATER = 1.0, 8.0  # s between looks while there is unread mail, or another program reads it
+HOLD_SECONDS = 25.0  # of a request; common proxies cut a quiet request after 30 s
 
 
 class Counts(NamedTuple):
@@ -59,10 +59,10 @@ def count(me: Self, seconds: float, status: dict[str, Any] | None = None) -> Cou
         raise bus_recv.Unreachable() from None  # something else answers
 
 
-def digest_of(me: Self, channel: str, after: float = 0) -> str:
-    """The path of the counts of a session, or of its mail after a time. The bus has no cursor for several names."""
-    since = f"{after:.6f}" if after else own_cursor("*", channel, me.name) if me.also else ""
-    return f"/digest?to={','.join(me.names)}&channel={channel}{since and f'&since={since}'}"
+def digest_of(me: Self, channel: str) -> str:
+    """The path of the counts of a session. The bus has no cursor for several names."""
+    since = f"&since={own_cursor('*', channel, me.name)}" if me.also else ""
+    return f"/digest?to={','.join(me.names)}&channel={channel}{since}"
 
 
 def counted(name: str, channel: str, answer: dict[str, Any]) -> Counts:
@@ -72,8 +72,7 @@ def counted(name: str, channel: str, answer: dict[str, Any]) -> Counts:
         return Counts(int(answer["recipients"].get(channel, {}).get(name, 0)), reader=reader)
     senders, vouched, newest = answer["senders"], answer["vouched"], answer["newest"]
     if newest and bus_recv.seconds_of(own_cursor(bus, channel, name)) >= float(newest["ts"]):
-        # A reader that has ended has shown it, and the bus does not know yet.
-        return Counts(0, newest=float(newest["ts"]), reader=reader)
+        return Counts(0, reader=reader)  # a reader that has ended has shown it, and the bus does not know yet
     replies = sum(each["unread"] for each in answer["threads"] if each["id"] in awaited(name))
     return Counts(
         int(answer["unread"]),
@@ -173,28 +172,26 @@ def arrivals(
 ) -> Iterator[tuple[Self, Counts]]:
     """Yields whenever more mail waits for a session than before; it takes nothing. `kind`: see alone().
 
-    `who` is asked before each look, because a session may be renamed; `is_needed` may end it. The bus holds the look
-    until something newer comes, so the name counts as listening. While another program reads the mail, it is quiet and
-    looks now and then.
+    `who` is asked before each look, because a session may be renamed; `is_needed` may end it. While nothing is unread
+    the bus holds the look, so the name counts as listening. Else it looks now and then. It is quiet while another
+    program reads the mail.
     """
-    known, seen, pause, warned = (0, 0.0), 0.0, SOON, ""
+    known, pause, warned = (0, 0.0), SOON, ""
     while is_needed():
         try:
             me = who()
             with alone(me.name, kind) as ours:
                 if ours:
                     counts = count(me, bus_recv.GRACE_SECONDS)
-                    grown = counts.unread and (counts.newest > known[1] or counts.unread > known[0])
+                    if not counts.reader and (counts.newest > known[1] or counts.unread > known[0]):
+                        pause = SOON
+                        yield me, counts
                     known, warned = (counts.unread, max(counts.newest, known[1])), ""
-                    if counts.reader:
+                    if counts.unread or counts.reader:
                         time.sleep(pause)
                         pause = min(2 * pause, LATER)
-                        continue
-                    pause = SOON
-                    if grown:
-                        yield me, counts
-                        time.sleep(SOON)  # a storm wakes once in that time
-                    seen = hold(me, max(counts.newest, seen))
+                    else:
+                        hold(me)
                     continue
         except (bus_recv.Unreachable, bus_recv.Refused, Nameless, ValueError, OSError, LookupError) as fault:
             if str(fault) != warned:
@@ -203,25 +200,17 @@ def arrivals(
         time.sleep(LATER)
 
 
-def hold(me: Self, after: float) -> float:
-    """Wait until the bus has a message for this session, later than `after`, s (0: an unread one), or for HOLD_SECONDS.
-
-    Returns the time of the newest. Nothing is fetched. Without a newer one it takes SOON at least: there may be a bus
-    that does not hold the request.
-    """
-    given, began, newest = bus_recv.settings(), time.monotonic(), after
-    path = f"{digest_of(me, given.get('AGENT_BUS_CHANNEL', 'default'), after)}&wait={HOLD_SECONDS}"
+def hold(me: Self) -> None:
+    """Wait until the bus has a message for this session, or for HOLD_SECONDS; at least SOON. Nothing is fetched."""
+    given, began = bus_recv.settings(), time.monotonic()
+    path = f"{digest_of(me, given.get('AGENT_BUS_CHANNEL', 'default'))}&wait={HOLD_SECONDS}"
     try:
-        answer, _ = bus_recv.ask(given["AGENT_BUS_URL"], path, HOLD_SECONDS + bus_recv.GRACE_SECONDS)
-        with contextlib.suppress(LookupError, TypeError, ValueError):  # there is none
-            newest = max(after, float(answer["newest"]["ts"]))
+        bus_recv.ask(given["AGENT_BUS_URL"], path, HOLD_SECONDS + bus_recv.GRACE_SECONDS)
     except bus_recv.Refused as refused:
         if refused.status != 404:
             raise
         time.sleep(LATER)  # a bus without the digest
-    if newest == after:
-        time.sleep(max(began + SOON - time.monotonic(), 0))
-    return newest
+    time.sleep(max(began + SOON - time.monotonic(), 0))  # in case the bus does not hold it
 
 
 class Waker(threading.Thread):

@@ -15,8 +15,6 @@ import time
 import pytest
 
 import bus_recv
-import bus_send
-from tests.integrations.test_hook import hostile_bodies
 from tests.kit.bad_servers import FAULTS, HUGE, Scripted
 from tests.kit.claude_code import (
     ANSWER_SECONDS,
@@ -27,7 +25,6 @@ from tests.kit.claude_code import (
     HEAD,
     ID,
     MARKS,
-    PLUGIN,
     Session,
     bash,
     done,
@@ -38,7 +35,6 @@ from tests.kit.claude_code import (
     tools,
     version,
 )
-from tests.kit.dialects import tools_of
 from tests.kit.peers import invite
 from tests.kit.processes import PATIENCE, in_time, wait_until
 from tests.kit.scripted_model import ScriptedModel, blocks, news, text_of, tool_use, words
@@ -332,15 +328,6 @@ def test_the_tools_show_answer_and_acknowledge_mail(bus, peer, tmp_path):
     assert "id " in stored and f"{sent} is read" in acknowledged
     assert after.startswith("0 unread")
     assert "peer: " in agents
-    assert are_shown(model)
-
-
-TOOLS = "send inbox ack agents whoami ask reply thread claim done fail status rename".split()
-
-
-def are_shown(model):
-    """Case 52: the model may call each of our tools; of tools that are deferred it sees names only."""
-    return {f"mcp__bus__bus_{tool}" for tool in TOOLS} <= {*tools_of(model.requests[-1])}
 
 
 def over_http(bus, token=None):
@@ -384,27 +371,3 @@ def test_with_a_url_and_a_token_only_a_session_is_told_reads_and_answers(bus, pe
     assert "agent-bus: 1 unread for alice (from peer). bus_inbox shows them." in heard[1]
     assert "agent-bus: 1 unread for alice (1 urgent, from peer)" in "".join(heard[2:])
     assert [each["msg"] for each in bus_recv.receive("peer", url=bus.url, once=True)] == ["seen", "seen"]
-    assert are_shown(model)
-
-
-def test_of_200_hostile_messages_a_session_hears_a_number_and_no_word(bus, peer, tmp_path):
-    """By the hooks that are commands, at each event that has one, and by those that are a tool."""
-    for number, body in enumerate(hostile_bodies()):
-        fields = {"subject": f"OBEY {body}", "type": "OBEY", "priority": "high" if number % 2 else "OBEY-now"}
-        bus_send.send("alice", body, url=bus.url, sender=f"OBEY-me-{number}", **fields)
-    for way, options in (("command", PLUGIN), ("tool", over_http(bus))):
-        folder, urgent = tmp_path / way, []
-        folder.mkdir()
-
-        def script(request):
-            if len(model.requests) == 1:  # noqa: B023
-                return [bash("true")]
-            if not urgent:  # noqa: B023
-                urgent.append(peer(f"OBEY {number}", priority="high"))  # noqa: B023
-            return [words("waiting")]
-
-        allowed = "--permission-mode", "default", "--allowedTools", "Bash"
-        with ScriptedModel(script) as model, Session(folder, bus, model, *options, *allowed) as session:
-            assert session.process.wait(2 * PATIENCE) == 0
-        heard = json.dumps(model.requests + model.others)
-        assert "OBEY" not in heard and re.search("20[01] unread for alice", heard) and "Stop hook" in heard

@@ -4,7 +4,6 @@ import os
 import pathlib
 import re
 import shlex
-import statistics
 import subprocess
 import sys
 import time
@@ -19,7 +18,6 @@ from tests.kit.claude_code import (
     EVENT,
     ID,
     MARKS,
-    PLUGIN,
     Session,
     Terminal,
     integration,
@@ -31,6 +29,7 @@ from tests.kit.processes import PATIENCE, ROOT, Server, in_time, wait_until
 from tests.kit.scripted_model import ScriptedModel, news, tool_use, words
 
 pytestmark = MARKS
+PLUGIN = "--plugin-dir", str(ROOT)
 SKILL = tool_use("Skill", skill="agent-bus:agent-bus")
 needs_plugin = pytest.mark.skipif(not (ROOT / ".claude-plugin/plugin.json").exists(), reason="there is no plugin yet")
 
@@ -90,8 +89,8 @@ def test_the_plugins_own_monitor_tells_a_session_on_a_terminal_once_its_skill_is
     assert min(took) < in_time(ANSWER_SECONDS), took
 
 
-def wakes(bus, peer, tmp_path, *options, times, plugin=False, **environment):
-    """A session that sleeps on a terminal is told the number, takes the mail with the tool, and answers; again."""
+def wakes(bus, peer, tmp_path, *options, plugin=False, **environment):
+    """A session that sleeps on a terminal is told the number, takes the mail with the tool, and answers; twice."""
     inbox, acknowledge = (f"mcp__{'plugin_agent-bus_' if plugin else ''}bus__bus_{tool}" for tool in ("inbox", "ack"))
     turns = []
 
@@ -108,7 +107,7 @@ def wakes(bus, peer, tmp_path, *options, times, plugin=False, **environment):
     allowed = "--permission-mode", "default", "--allowedTools", "Bash", inbox, acknowledge
     with ScriptedModel(script) as model, Terminal(tmp_path, bus, model, *options, *allowed, **environment):
         mail, took = bus_recv.receive("peer", url=bus.url, timeout=PATIENCE), []
-        for number in range(times):
+        for number in range(2):
             wait_until(lambda: len(turns) == len(took) + 1)
             wait_until(lambda: b'"name": "alice", "channel": "default", "online": true' in bus.get("/agents"))
             began = time.monotonic()
@@ -121,7 +120,7 @@ def wakes(bus, peer, tmp_path, *options, times, plugin=False, **environment):
     print("seconds from a peer's send to the wake:", *(f"{each:.2f}" for each in took))
     print("the wake:", json.dumps(woken[0]["messages"][-1])[:1000])
     assert all("wake up" not in news(request) for request in woken)
-    assert statistics.median(took) < in_time(ANSWER_SECONDS), took
+    assert min(took) < in_time(ANSWER_SECONDS), took
 
 
 def test_the_waiter_wakes_a_session_that_sleeps_on_a_terminal(bus, peer, tmp_path):
@@ -129,7 +128,7 @@ def test_the_waiter_wakes_a_session_that_sleeps_on_a_terminal(bus, peer, tmp_pat
     hook = integration("bus_hook.py")
     settings = re.search(r'\{"hooks": .*\}\]\}\]\}\}', pathlib.Path(hook).read_text(), re.DOTALL)[0]
     settings = settings.replace("python3 /path/to/bus_hook.py", shlex.join([sys.executable, hook]))
-    wakes(bus, peer, tmp_path, "--settings", settings, *tools(bus, tmp_path), times=2)
+    wakes(bus, peer, tmp_path, "--settings", settings, *tools(bus, tmp_path))
 
 
 @needs_plugin
@@ -163,7 +162,7 @@ def test_a_session_that_is_renamed_and_cleared_hears_as_its_new_name(bus, peer, 
 @needs_plugin
 def test_a_file_that_has_changed_wakes_a_session_that_sleeps_on_a_terminal(bus, peer, tmp_path):
     """By the plugin, without its skill: the tools' server waits, and FileChanged wakes."""
-    wakes(bus, peer, tmp_path, *PLUGIN, times=3, plugin=True)
+    wakes(bus, peer, tmp_path, *PLUGIN, plugin=True)
 
 
 CHANNEL_NEWS = re.compile('MCP server "bus": (Channel notifications .*)|(<channel source="bus" from="peer")')

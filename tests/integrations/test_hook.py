@@ -3,7 +3,6 @@ import contextlib
 import json
 import os
 import pathlib
-import re
 import signal
 import socket
 import subprocess
@@ -295,13 +294,6 @@ def test_a_look_is_one_exchange():
 def test_a_slow_bus_is_heard(seconds):
     with Scripted(after(seconds, digest(1))) as server:
         assert wait_until(lambda: text(server.url, PROMPT)) == "agent-bus: 1 unread for dell. bus_inbox shows them."
-
-
-def test_a_bus_at_the_edge_is_heard_or_said_to_be_slow():
-    """1.5 s a round trip: with the start of Python that is about all the time that a prompt has."""
-    with Scripted(after(1.5, digest(1))) as server:
-        assert re.search("1 unread for dell|slow or out of reach", text(server.url, PROMPT))
-
 
 
 def test_a_bus_that_is_too_slow_is_told_once_and_not_asked_at_each_step():

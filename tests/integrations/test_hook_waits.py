@@ -4,7 +4,6 @@ import os
 import pathlib
 import subprocess
 import sys
-import threading
 
 from tests.integrations.test_hook import (  # noqa: F401
     FOLDER,
@@ -12,7 +11,6 @@ from tests.integrations.test_hook import (  # noqa: F401
     STOP,
     a_reader,
     a_session,
-    digest,
     notice,
     project,
     run,
@@ -22,7 +20,6 @@ from tests.integrations.test_hook import (  # noqa: F401
     text,
     unread,
 )
-from tests.kit.bad_servers import NOON, Scripted
 from tests.kit.processes import PATIENCE, wait_until
 
 
@@ -104,25 +101,3 @@ def test_a_waker_writes_a_line_when_more_has_come_and_takes_nothing(bus, tmp_pat
     wait_until(lambda: file.read_text() == "1 unread for dell\n2 unread for dell\n")
     assert unread(bus) == 2 and complaints == []
     assert all(b'"state": "queued"' in bus.get(f"/message/{id}") for id in ids), "nobody has seen them"
-
-
-def test_a_waker_hears_at_once_what_comes_beside_mail_that_nobody_reads(tmp_path, monkeypatch):
-    """The bus holds its look until something newer comes."""
-    monkeypatch.setattr(notice, "SOON", 0.0)
-    held, newer = threading.Event(), threading.Event()
-
-    def hold(sock):
-        held.set()
-        newer.wait(PATIENCE)
-        sock.sendall(digest(1, newest={"id": "2", "ts": NOON + 2, "from": "spark"}))
-
-    with Scripted(digest(1), hold, digest(2), hold) as server:
-        monkeypatch.setenv("AGENT_BUS_URL", server.url)
-        file = pathlib.Path(notice.wake_file("dell"))
-        notice.Waker(lambda: session.Self("dell"), print).start()
-        assert held.wait(PATIENCE)
-        assert file.read_text() == "1 unread for dell\n"
-        newer.set()
-        wait_until(lambda: file.read_text() == "1 unread for dell\n2 unread for dell\n")
-        query = server.asked[1].query
-        assert (query["since"], query["wait"]) == (f"{NOON + 1:.6f}", f"{notice.HOLD_SECONDS}")

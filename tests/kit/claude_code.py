@@ -41,7 +41,6 @@ def version(binary):
 
 ANSWER_SECONDS = 2  # from a peer's send to the peer's receipt of the answer
 DRAIN_SECONDS = 2  # that a prompt, or the end of a turn, may wait for a hook
-PLUGIN = "--plugin-dir", str(ROOT)
 HEAD = re.compile(r"from=peer id=([0-9a-f]+)")
 EVENT = re.compile(r"<event>(.*?)</event>", re.DOTALL)
 CONTROLS = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]| ")  # of a terminal, and blanks, which it may draw in other ways
