@@ -3,6 +3,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -158,18 +159,23 @@ def test_a_page_that_was_for_others_is_not_the_end():
         assert recv(server, "--timeout", "0")[0] == 0
 
 
+def said(err):
+    """What a reader said on stderr beside its greeting."""
+    return re.sub(rb"\Abus_recv: listening as dell on \S+\n", b"", err)
+
+
 def test_a_closed_stdout_ends_quietly_and_the_lost_block_is_not_received(home):
     with Scripted(mail(message(1))) as server:
         read, write = os.pipe()
         os.close(read)
         process = program("bus_recv.py", "dell", env={"AGENT_BUS_URL": server.url}, stdout=write)
         os.close(write)
-        assert process.communicate(timeout=PATIENCE) == (None, b"") and process.returncode == 0
+        assert said(process.communicate(timeout=PATIENCE)[1]) == b"" and process.returncode == 0
         assert cursors(home) == {"b1/default/dell": "last"}
         closed = f'exec "{sys.executable}" -I -S "{ROOT}/bus_recv.py" dell >&-'
         environment = {**os.environ, "AGENT_BUS_URL": server.url}
         done = subprocess.run(["sh", "-c", closed], env=environment, stderr=subprocess.PIPE, timeout=PATIENCE)
-        assert (done.returncode, done.stderr) == (0, b"") and cursors(home) == {"b1/default/dell": "last"}
+        assert (done.returncode, said(done.stderr)) == (0, b"") and cursors(home) == {"b1/default/dell": "last"}
 
 
 @pytest.mark.parametrize("buffered", [[], ["-u"]], ids=["buffered", "-u"])
@@ -193,7 +199,7 @@ def test_a_full_disk_under_stdout_is_an_error_and_the_block_is_not_received(home
     with Scripted(mail(message(1))) as server, open("/dev/full", "wb") as full:
         process = program("bus_recv.py", "dell", env={"AGENT_BUS_URL": server.url}, stdout=full)
         _, err = process.communicate(timeout=PATIENCE)
-        assert process.returncode == 2 and err.count(b"\n") == 1 and cursors(home) == {"b1/default/dell": "last"}
+        assert process.returncode == 2 and said(err).count(b"\n") == 1 and cursors(home) == {"b1/default/dell": "last"}
 
 
 SIGNALS = [(signal.SIGTERM, 0), (signal.SIGINT, 130), (signal.SIGHUP, 0)]  # and the exit code
@@ -206,7 +212,8 @@ def test_a_signal_ends_a_waiting_reader_quietly(number, code, interruptible):
         process = program("bus_recv.py", "dell", env={"AGENT_BUS_URL": server.url})
         wait_until(lambda: server.polls)
         process.send_signal(number)
-        assert process.communicate(timeout=PATIENCE) == (b"", b"") and process.returncode == code
+        out, err = process.communicate(timeout=PATIENCE)
+        assert (out, said(err), process.returncode) == (b"", b"", code)
 
 
 @pytest.mark.parametrize("number, code", SIGNALS)
@@ -215,7 +222,8 @@ def test_a_signal_ends_a_reader_together_with_its_command(number, code, tmp_path
         process = program("bus_recv.py", "dell", "--exec", HELD.format(tmp_path), env={"AGENT_BUS_URL": server.url})
         pid = int(wait_until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text()))
         process.send_signal(number)
-        assert process.communicate(timeout=PATIENCE) == (b"", b"") and process.returncode == code
+        out, err = process.communicate(timeout=PATIENCE)
+        assert (out, said(err), process.returncode) == (b"", b"", code)
         wait_until(lambda: not runs(pid))
 
 
