@@ -78,7 +78,7 @@ def rooted(action, name=None):
     return run
 
 
-QUIET = {"main", "run_server", "command_line", "load", "load_extensions"}
+QUIET = {"main", "run_server", "command_line", "load", "load_extensions", "module_at", "parts_of"}
 
 
 def watch_module(module):
@@ -144,7 +144,15 @@ for kind in (bus_server.Plain, bus_server.Listener):
     watch_ready(kind)
 loop = bus_server.Loop
 bus_server.Loop = None  # its own functions are no places: whoever guards is not guarded
-load, start_extensions = bus_server.load, bus_server.start_extensions
+load, module_at, start_extensions = bus_server.load, bus_server.module_at, bus_server.start_extensions
+
+
+def part_watched(file, name):
+    """A further file of an extension. What the next ones import from it is watched as well."""
+    module = module_at(file, name)
+    if name.startswith("_"):
+        watch_module(module)
+    return module
 
 
 def load_watched(file):
@@ -162,7 +170,7 @@ def start_and_serve(bus, options):
 
 watch_module(bus_server)
 bus_server.Loop = loop
-bus_server.load, bus_server.start_extensions = load_watched, start_and_serve
+bus_server.load, bus_server.module_at, bus_server.start_extensions = load_watched, part_watched, start_and_serve
 threading.Thread(target=serve_faults, daemon=True).start()
 code = bus_server.main()
 if "PLACES" in os.environ:
