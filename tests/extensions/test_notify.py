@@ -7,9 +7,11 @@ import socket
 import sys
 import threading
 import time
+from unittest import mock
 
 import pytest
 
+import bus_server
 from bus_server import Unusable, command_line
 from tests.core.test_identity import ask
 from tests.extensions.test_later import made_without
@@ -82,14 +84,21 @@ def part(bus):
 
 
 class Notified:
-    """A bus inside the test with these rules. Its wall clock is the test's; look() looks at the rules once."""
+    """A bus inside the test with these rules. Its wall clock is the test's; look() looks at the rules, and no timer."""
 
     def __init__(self, folder, webhook, *rules):
         self.context = a_bus(time.monotonic, folder / "bus.db", "--notify", written(folder, webhook, *rules))
         self.webhook = webhook
 
     def __enter__(self):
-        self.bus = self.context.__enter__()
+        every = bus_server.Loop.every
+
+        def no_look(loop, period, action):
+            if type(getattr(action, "__self__", None)).__name__ != "Notices":
+                every(loop, period, action)
+
+        with mock.patch.object(bus_server.Loop, "every", no_look):
+            self.bus = self.context.__enter__()
         self.wall = self.bus.view.clock = self.bus.clock.wall = self.bus.mailboxes.wall = Clock(BEGIN)
         self.guest, self.notices = Guest(self.bus), part(self.bus)
         return self
