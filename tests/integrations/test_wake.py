@@ -1,5 +1,6 @@
 """integrations/wake/bus_wake.py: when it wakes an agent and when not, what it says to it, and the real programs."""
 
+import contextlib
 import http.server
 import json
 import os
@@ -144,6 +145,21 @@ def test_codex_is_woken_by_a_queued_message(agent):
     assert re.search("/codex queue --thread t-1 --message agent-bus: 1 unread for alice .1 urgent.", agent.calls())
 
 
+@contextlib.contextmanager
+def opencode(listener, monkeypatch):
+    """A server in the place of OpenCode's, which has a password."""
+
+    class Quiet(listener):
+        def log_message(self, *_):
+            pass
+
+    monkeypatch.setenv("OPENCODE_SERVER_PASSWORD", "secret")
+    with http.server.HTTPServer(("127.0.0.1", 0), Quiet) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        yield server
+        server.shutdown()
+
+
 def test_opencode_is_woken_by_a_prompt(agent, monkeypatch):
     seen = []
 
@@ -154,16 +170,10 @@ def test_opencode_is_woken_by_a_prompt(agent, monkeypatch):
             self.send_response(204)
             self.end_headers()
 
-        def log_message(self, *_):
-            pass
-
-    monkeypatch.setenv("OPENCODE_SERVER_PASSWORD", "secret")
-    with http.server.HTTPServer(("127.0.0.1", 0), Listener) as server:
-        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    with opencode(Listener, monkeypatch) as server:
         agent.send(priority="high")
         url = f"http://127.0.0.1:{server.server_port}"
         assert "was woken" in agent.look(program="opencode", session=f"{url}/ses_1")
-        server.shutdown()
     ((path, login, body),) = seen
     assert path == "/session/ses_1/prompt_async" and login == "Basic b3BlbmNvZGU6c2VjcmV0"
     assert "1 unread for alice" in json.loads(body)["parts"][0]["text"]
@@ -188,17 +198,11 @@ def test_nobody_else_gets_the_password_of_opencode(way, agent, monkeypatch):
                 self.send_header("Location", f"http://localhost:{server.server_port}/elsewhere")
                 self.end_headers()
 
-        def log_message(self, *_):
-            pass
-
-    monkeypatch.setenv("OPENCODE_SERVER_PASSWORD", "secret")
-    with http.server.HTTPServer(("127.0.0.1", 0), Listener) as server:
-        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    with opencode(Listener, monkeypatch) as server:
         place = f"http://127.0.0.1:{server.server_port if way == 'a redirect' else free_port()}"
         monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{server.server_port}")
         agent.send(priority="high")
         assert "could not be woken: OpenCode at" in agent.look(program="opencode", session=f"{place}/ses_1")
-        server.shutdown()
     assert not seen
 
 
