@@ -6,6 +6,7 @@ import random
 import struct
 import threading
 import time
+from collections import Counter
 
 from tests.faults import Result, faulty, unless
 from tests.faults.crash import crash, told
@@ -81,7 +82,8 @@ def clock_steps(directory, sends, trouble=TROUBLE, skew=0.0, fault="none", patie
         found = [violation for talk in talks for violation in talk.finish()]
     unknown = sum(each.tick is None for talk in talks for each in talk.sent)
     found += [f"a hold of {HOLD} s took {took:.1f} s" for took in holds if not HOLD <= took <= TOO_LONG]
-    found += unless(unknown < sends / 10, f"{unknown} of {sends} sends were not acknowledged")
+    why = sum((talk.errors for talk in talks), Counter()).most_common(5)
+    found += unless(unknown < sends / 10, f"{unknown} of {sends} sends were not acknowledged: {why}")
     steps = ", ".join(f"{event:+,} s" for event in trouble if event is not CRASH)
     figures = f"clock wrong by {steps}; {trouble.count(CRASH) + 1} crashes; {told(talks)}; "
     return Result(f"{figures}{len(holds)} holds of {HOLD} s took {min(holds):.2f} to {max(holds):.2f} s", found)

@@ -6,13 +6,15 @@ no text twice.
 from __future__ import annotations
 
 import json
+import socket
+import sys
 import threading
 import urllib.request
 from collections import Counter
 from concurrent.futures import Future
 from typing import NamedTuple
 
-from tests.kit.processes import wait_until
+from tests.kit.processes import comes_true, wait_until
 
 PATIENCE = 60  # s, for what is still on its way when a conversation ends
 LAST = "the last message"
@@ -76,10 +78,16 @@ class Conversation:
         self.client, self.url, self.name, self.patience, self.at = client, url, name, patience, at or url
         self.sent, self.delivered, self.senders = [], [], []
         self.over = threading.Event()
+        self.errors = Counter()  # why the clients paused
+
+    def pause(self, seconds):
+        """What a client calls when it handles an error; true when it is to give up."""
+        self.errors[repr(sys.exc_info()[1])] += 1
+        return self.over.wait(seconds)
 
     def listen(self, **settings):
         """Start the reader. It has polled when this returns: all that is sent from now on is for it."""
-        messages = self.client.receive(self.url, self.name, pause=self.over.wait, **settings)
+        messages = self.client.receive(self.url, self.name, pause=self.pause, **settings)
         self.reader = background(self.keep, messages)
         wait_until(lambda: self.name in get(self.url, "/inbox")["recipients"].get("default", {}))
 
@@ -90,8 +98,10 @@ class Conversation:
         for msg in texts:
             if self.over.is_set():
                 break
-            ts = self.client.send(self.at, sender, self.name, msg, pause=self.over.wait)
+            ts = self.client.send(self.at, sender, self.name, msg, pause=self.pause)
             self.sent.append(Sent(sender, msg, None if ts is None else tick(ts)))
+            if ts is None:  # while nobody listens there, the next one would only be refused
+                comes_true(lambda: self.over.is_set() or listens(self.at), self.patience)
 
     def keep(self, messages):
         for message in messages:
@@ -127,6 +137,14 @@ class Conversation:
 
     def __exit__(self, *_):
         self.over.set()
+
+
+def listens(url):
+    try:
+        socket.create_connection(url.rpartition("/")[2].split(":"), PATIENCE).close()
+    except OSError:
+        return False
+    return True
 
 
 def observed(url):

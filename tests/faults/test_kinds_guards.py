@@ -349,7 +349,8 @@ def test_only_the_connection_pays_on_which_it_was_raised(tmp_path, half):
                 wrong = unpaid(right[step], outcomes, place)
                 if not wrong and outcomes != right[step]:
                     again = try_step(step, bus)
-                    wrong = "" if again == right[step] else f"and then: {again} for {right[step]}"
+                    told = f"and then: {again} for {right[step]}: {bus.log.read_text()[-2000:]}"
+                    wrong = "" if again == right[step] else told
                 if wrong:
                     found.append(f"{error} in {place} under {root}: {step.__name__}: {wrong}")
                     bus.kill()
