@@ -414,6 +414,9 @@ class NatsPeer(Peer):
     name, program = "NATS JetStream", "nats-server"
     durable = "fsync"
     config = 'listen: "127.0.0.1:{port}"\njetstream {{ store_dir: "{folder}", sync_interval: always }}\n'
+    stream: ClassVar[dict[str, Any]] = {
+        "name": "BUS", "subjects": ["bus.*"], "storage": "file", "num_replicas": 1, "retention": "limits",
+        "discard": "old", "max_consumers": -1, "max_msgs": -1, "max_bytes": -1, "max_age": 0}
 
     def __init__(self, folder: pathlib.Path) -> None:
         super().__init__(folder)
@@ -444,9 +447,7 @@ class NatsPeer(Peer):
 
     def start(self) -> None:
         super().start()
-        stream = {"name": "BUS", "subjects": ["bus.*"], "storage": "file", "num_replicas": 1, "retention": "limits",
-                  "discard": "old", "max_consumers": -1, "max_msgs": -1, "max_bytes": -1, "max_age": 0}
-        self.ask(self.wire.publish("$JS.API.STREAM.CREATE.BUS", json.dumps(stream).encode(), 1))
+        self.ask(self.wire.publish("$JS.API.STREAM.CREATE.BUS", json.dumps(self.stream).encode(), 1))
 
     def sends(self, connections: int, seconds: float) -> load.Count:
         return load.sends(self.port, self.wire, "dell", connections, seconds)

@@ -2,6 +2,7 @@
 
     python -m tests.ledgers                  all of them
     python -m tests.ledgers speed            fronts on one PostgreSQL on this machine, beside a bus of one server
+    python -m tests.ledgers beside           fronts on three nodes, beside NATS JetStream on three (the extra `bench`)
     python -m tests.ledgers kill-leader      a row of rows.py, with three nodes; its result goes into the table
     python -m tests.ledgers kill-leader=1    a row of another size, on the terminal only
 """
@@ -20,6 +21,7 @@ from tests.faults.history import background, get
 from tests.kit import new_client, postgres
 from tests.kit.nodes import no_networks, reason_to_skip
 from tests.kit.processes import ROOT, Server, wait_until
+from tests.ledgers.beside import beside
 from tests.ledgers.rows import ROWS
 from tests.ledgers.storm import storm
 from tests.ledgers.test_cluster import copies, front
@@ -124,9 +126,9 @@ def keep(name, line):
 
 def main(arguments):
     wanted = dict((*argument.split("=", 1), None)[:2] for argument in arguments)
-    unknown = wanted.keys() - {row.name for row in ROWS} - {"speed"}
+    unknown = wanted.keys() - {row.name for row in ROWS} - {"speed", "beside"}
     if unknown:
-        print(f"no row is called {', '.join(unknown)}; there are speed, {', '.join(row.name for row in ROWS)}")
+        print(f"no row is called {', '.join(unknown)}; there are speed, beside, {', '.join(row.name for row in ROWS)}")
         return 2
     well = True
     if not wanted or "speed" in wanted:
@@ -135,6 +137,8 @@ def main(arguments):
     if reason_to_skip():
         print(f"without three nodes: {reason_to_skip()}")
         return not well
+    if "beside" in wanted:
+        beside(int(wanted["beside"] or 5))
     for row in ROWS:
         if row.name in wanted or not wanted:
             if row.networks and no_networks():
