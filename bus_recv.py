@@ -1059,12 +1059,12 @@ def main(argv: list[str] | None = None) -> int:
 FAULTS = (KeyboardInterrupt, Refused, Unreachable, Busy, ValueError, OSError)  # that end our programs
 
 
-def ended(fault: BaseException, program: str = "bus_recv", then: str | None = None) -> int:
+def ended(fault: BaseException, program: str = "bus_recv", then: str = "") -> int:
     """The exit code of one of our programs that ends with a fault, which is told on stderr.
 
-    `then` is for no_bus(), if the fault is from ask(); without it, the text of an Unreachable is a whole sentence.
+    An Unreachable of ask() becomes a whole sentence, which no_bus() makes with `then`; one of a Reader is one already.
     """
-    if isinstance(fault, Unreachable) and then is not None:
+    if isinstance(fault, Unreachable) and not isinstance(fault.__cause__, Unreachable):
         fault = Unreachable(no_bus(settings()["AGENT_BUS_URL"], fault, then))
     # BrokenPipeError: nobody reads us any more.
     isinstance(fault, (KeyboardInterrupt, BrokenPipeError)) or complain(str(fault), program)
