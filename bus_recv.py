@@ -380,16 +380,13 @@ class Cursor:
 
     def only_one(self, name: str) -> IO[str]:
         """A file, locked until it is closed or this process ends: two readers would each see half of the mail."""
-        file, other, began = private_file(f"{self.path}~lock", os.O_RDWR, "r+"), "", time.monotonic()
-        tell = began + TELL_SECONDS
-        while not try_lock(file, self.path):
-            other = other or f"process {file.read(20).strip()} reads as {name}"
-            if time.monotonic() - began >= LOCK_SECONDS:
-                raise Busy(f"{other}: end it or set a new AGENT_BUS_STATE_DIR")
-            if time.monotonic() >= tell:
-                self.warn(f"{other}; waiting up to {LOCK_SECONDS:.0f} s for its end")
-                tell = float("inf")
-            time.sleep(0.05)
+        file, end = private_file(f"{self.path}~lock", os.O_RDWR, "r+"), time.monotonic() + LOCK_SECONDS
+        other = f"process {file.read(20).strip()} reads as {name}"
+        with later(TELL_SECONDS, self.warn, f"{other}; waiting up to {LOCK_SECONDS:.0f} s for its end"):
+            while not try_lock(file, self.path):
+                if time.monotonic() >= end:
+                    raise Busy(f"{other}: end it or set a new AGENT_BUS_STATE_DIR")
+                time.sleep(0.05)
         file.seek(0)
         print(f"{os.getpid():<20}", file=file, flush=True)  # blanks replace the digits of an earlier, longer number
         return file
