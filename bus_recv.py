@@ -1112,18 +1112,18 @@ def listen(options: Any) -> int:
     paced = bool(options.monitor or not for_program and sys.stdout and stat.S_ISSOCK(os.fstat(1).st_mode))
     reader.leaves = paced and not options.once and options.since is None
     timeout = HOLD_SECONDS if options.once and options.timeout is None else options.timeout
-    greeting = f"listening as {', '.join(reader.names)} on {reader.url}"
     greets = [] if options.once or timeout == 0 else [complain]
-    settling = threading.Timer(GREET_SECONDS, settle_down, [greets, greeting, bool(sys.stdout and not options.exec)])
-    settling.daemon = True  # a refusal ends this process before it
-    reader.greet = settling.start if greets else bool
+    greeting, writes = f"listening as {', '.join(reader.names)} on {reader.url}", bool(sys.stdout and not options.exec)
+    if greets:  # a refusal ends this process before it settles
+        reader.greet = lambda: later(GREET_SECONDS, settle_down, greets, greeting, writes)
     with contextlib.closing(reader):
         if paced:
             show_blocks(reader, reader.answers(options.once, timeout), 0 if options.once else SETTLE_SECONDS)
-        for message in () if paced else reader.messages(options.once, timeout):
-            once(greets, greeting)
-            text = f"{dump(message)}\n" if options.json else block(message, names[0], reader.bus_time, whole=True)
-            run_command(options.exec, options.tries, reader, message) if options.exec else emit(text)
+        else:
+            for message in reader.messages(options.once, timeout):
+                once(greets, greeting)
+                text = f"{dump(message)}\n" if options.json else block(message, names[0], reader.bus_time, whole=True)
+                run_command(options.exec, options.tries, reader, message) if options.exec else emit(text)
     reader.came or (sys.stderr and sys.stderr.isatty() and complain(f"nothing came for {', '.join(names)}"))
     return 0 if reader.came else 3
 
