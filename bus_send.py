@@ -61,6 +61,7 @@ LASTING = ("gaierror", "SSLCertVerificationError", "SSLError")  # faults that ti
 def send(to: str | list[str], msg: str, *, patience: float = 30.0, warn: Any = None, **given: Any) -> dict[str, Any]:
     """Store `msg` for `to`; returns the bus's answer (`id`, `ts`, `duplicate`, `receiver`: see PROTOCOL.md).
 
+    `to` is a name, `all`, or several names, in a list or as `a,b`.
     `given` may have `url`, `sender` and `channel`, which default to the environment's or the configuration file's;
     `key`, by default a new one; the members of a message that have a meaning (`subject`, `reply_to`, `type`,
     `priority`, `ttl` in seconds, `content_type`); and `fields`, a dict of further members. None leaves one out.
@@ -154,6 +155,7 @@ def compose(to: Any, msg: str, *, fields: Any = None, **given: Any) -> tuple[str
         raise ValueError(f"AGENT_NAME is {sender!r}, which is no name: give 1 to 64 of A-Z a-z 0-9 . _ : @ -")
     if not sender and not credentials(own["AGENT_BUS_URL"]):  # a token names its sender
         raise ValueError(f"the sender is missing: give --from NAME or set AGENT_NAME{unused_file()}")
+    to = to.split(",") if isinstance(to, str) and "," in to else to
     message = {"from": sender, "to": to, "channel": channel, "msg": msg, "key": key or new_key()}
     members = {**message, **given, **dict(fields or ()), **message}  # the order of the first, the value of the last
     return own["AGENT_BUS_URL"], {field: value for field, value in members.items() if value is not None}
@@ -603,7 +605,7 @@ def command_line(purpose: str) -> argparse.ArgumentParser:
     """A parser for a message; message_of() takes its results."""
     parser = argparse.ArgumentParser(usage="%(prog)s [-h] [OPTIONS] [TO] [TEXT ...]", description=purpose)
     add = parser.add_argument
-    add("to", metavar="TO", nargs="?", type=receivers, help="a name, names as a,b,c, or all")
+    add("to", metavar="TO", nargs="?", help="a name, names as a,b,c, or all")
     add("text", metavar="TEXT", nargs="*", help="the message; without it, the text on stdin")
     add("--from", dest="sender", metavar="NAME", help="the sender ($AGENT_NAME)")
     add("--subject", help="subject of the message, in one line")
@@ -628,10 +630,6 @@ def pair(text: str) -> list[str]:
     if text.split("=")[0] in ("from", "to", "channel", "msg", "key"):
         raise argparse.ArgumentTypeError(f"{text!r} is no further member: it has an argument or an option of its own")
     return text.split("=", 1)
-
-
-def receivers(text: str) -> str | list[str]:
-    return text.split(",") if "," in text else text
 
 
 def message_of(given: dict[str, Any]) -> str:
@@ -661,9 +659,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--reply-to {given['reply_to']!a} is not the id of a message: that is 13 of 0-9 a-f")
     words = sys.argv[1:] if argv is None else argv
     reply = next((at for at, word in enumerate(words) if word.startswith("--reply")), len(words))
-    first = ",".join([to] if isinstance(to, str) else to or ())
-    if first and first not in words[:reply]:  # it is not TO, which stands before --reply-to
-        to, given["text"] = None, [first, *given["text"]]
+    if to and to not in words[:reply]:  # it is not TO, which stands before --reply-to
+        to, given["text"] = None, [to, *given["text"]]
     tell_people(complain)
     try:
         compose("", "", sender=given["sender"])  # before somebody types a text: is a sender known?
