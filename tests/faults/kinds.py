@@ -177,9 +177,9 @@ KINDS = [
          "`check_names()` looks for no `.restoring` (the first); for no `.new` without a database (the second)"),
     Kind("a retry is not known any more",
          "the key of a message that was removed is kept for `--keep`, with what its sender was told and a hash",
-         ("core/test_state.py::test_a_retry_after_its_messages_were_removed_has_the_first_answer",
-          "core/test_state.py::test_a_key_is_forgotten_when_it_is_older_than_keep_and_not_before",
-          "core/test_state.py::test_what_is_as_old_as_keep_leaves_no_key"),
+         ("core/test_keys.py::test_a_retry_after_its_messages_were_removed_has_the_first_answer",
+          "core/test_keys.py::test_a_key_is_forgotten_when_it_is_older_than_keep_and_not_before",
+          "core/test_keys.py::test_what_is_as_old_as_keep_leaves_no_key"),
          "`State.keep_keys()` keeps none (the first two); `ForgetKeys` takes all (the second); `Remove` keeps each, "
          "however old (the last)"),
     Kind("an innocent sender pays",
