@@ -710,8 +710,8 @@ KINDS = [
          "whatever its members are, a relay passes it on; the key of a message that is not sent yet is nobody's; who "
          "sent it is seen, whatever it says of its way; a person's filter works",
          ("clients/test_relay.py::test_whatever_somebody_writes_into_a_member_ends_no_relay",
-          "clients/test_relay.py::test_nobody_takes_the_key_of_a_message_that_is_not_sent_yet",
-          "clients/test_relay.py::test_nobody_hides_behind_what_a_message_says_of_its_way",
+          "clients/test_relay_tokens.py::test_nobody_takes_the_key_of_a_message_that_is_not_sent_yet",
+          "clients/test_relay_tokens.py::test_nobody_hides_behind_what_a_message_says_of_its_way",
           "extensions/test_page_views.py::test_a_filter_works_whatever_a_subject_is"),
          "`Relay.send()` takes a `ttl` of null for a number (the first); `Relay.key()` believes a `via` with the id of "
          "its own bus (the second); `relayed_from()` takes whatever was claimed (the third); `wanted()` of look.js "
