@@ -735,7 +735,7 @@ KINDS = [
     Kind("bus_listener.sh: no HOME, no flock, no locks",
          "it writes to the user's home, locks with perl, and says where locks do not work",
          (f"{BASH}::test_without_HOME_it_writes_where_the_python_clients_do",
-          "clients/test_listener.py::test_without_flock_as_on_macOS_perl_takes_the_lock",
+          "clients/test_listener_process.py::test_without_flock_as_on_macOS_perl_takes_the_lock",
           f"{BASH}::test_where_locks_do_not_work_it_says_so"),
          "the home is `$HOME` alone (the first); no perl (the second); each failed lock is another listener's (the "
          "last)"),
