@@ -204,7 +204,7 @@ FAILURES: dict[str, int] = {}  # of each URL of a bus, in a row
 SILENCE_SECONDS = 0.5  # after which people at a terminal are told what we wait for
 PEOPLE: list[Any] = []  # functions that tell them: see tell_people()
 DURATION = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)([smhd]?)")
-HELD = re.compile(r'[?&]wait=[0-9.]*[1-9]|"wait": [0-9.]*[1-9]')  # a request for which the bus may wait for news
+HELD = re.compile(r'[?&]wait=[0-9.]*[1-9]|"wait": [0-9.]*[1-9]')  # the bus may wait for news: silence is no fault
 HIDDEN = re.compile(  # controls, and what Unicode lets a program leave out: bidi, zero width, fillers, variations, tags
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u2028-\u202e"
     r"\u2060-\u206f\u2800\u3164\ud800-\udfff\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb"
@@ -347,16 +347,14 @@ def exchange_at(path: str, body: Any, fraction: Any, login: Any, url: str, conne
     headers.update(login, **({"Content-Type": "application/json"} if body else {}))
     held = HELD.search(f"{path} {(body or b'').decode('latin-1')}")
     try:
-        with contextlib.closing(connection), told_of_silence(url) as silence:
-            connection.connect()
+        with contextlib.closing(connection):
+            with told_of_silence(url):
+                connection.connect()
             sock = connection.sock
             sock.settimeout(seconds)
-            if held:  # its silence is no fault
-                silence.close()
-            with hung_up_after(seconds, sock):
+            with hung_up_after(seconds, sock), told_of_silence("" if held else url):
                 connection.request("POST" if body else "GET", prefix + path, body, headers)
                 head: Any = connection.getresponse()
-            silence.close()
             # A length may be a lie, which must not allow a drip for years.
             with hung_up_after(min(seconds, GRACE_SECONDS) + min(head.length or 0, ANSWER_BYTES) / SLOWEST_RATE, sock):
                 content = head.read(ANSWER_BYTES)
@@ -495,8 +493,8 @@ def tell_people(tell: Any) -> None:
 
 
 def told_of_silence(url: str) -> contextlib.ExitStack:
-    """People at a terminal must know what they wait for, before the time for an answer is over."""
-    return later(SILENCE_SECONDS, once, PEOPLE, f"waiting for {url}") if PEOPLE else contextlib.ExitStack()
+    """People at a terminal must know what they wait for, before the time is over. Without `url` they need not."""
+    return later(SILENCE_SECONDS, once, PEOPLE, f"waiting for {url}") if PEOPLE and url else contextlib.ExitStack()
 
 
 def once(functions: list[Any], line: str) -> None:
