@@ -380,16 +380,13 @@ class Cursor:
 
     def only_one(self, name: str) -> IO[str]:
         """A file, locked until it is closed or this process ends: two readers would each see half of the mail."""
-        file, other, began = private_file(f"{self.path}~lock", os.O_RDWR, "r+"), "", time.monotonic()
-        tell = began + TELL_SECONDS
-        while not try_lock(file, self.path):
-            other = other or f"process {file.read(20).strip()} reads as {name}"
-            if time.monotonic() - began >= LOCK_SECONDS:
-                raise Busy(f"{other}: end it or set a new AGENT_BUS_STATE_DIR")
-            if time.monotonic() >= tell:
-                self.warn(f"{other}; waiting up to {LOCK_SECONDS:.0f} s for its end")
-                tell = float("inf")
-            time.sleep(0.05)
+        file, end = private_file(f"{self.path}~lock", os.O_RDWR, "r+"), time.monotonic() + LOCK_SECONDS
+        other = f"process {file.read(20).strip()} reads as {name}"
+        with later(TELL_SECONDS, self.warn, f"{other}; waiting up to {LOCK_SECONDS:.0f} s for its end"):
+            while not try_lock(file, self.path):
+                if time.monotonic() >= end:
+                    raise Busy(f"{other}: end it or set a new AGENT_BUS_STATE_DIR")
+                time.sleep(0.05)
         file.seek(0)
         print(f"{os.getpid():<20}", file=file, flush=True)  # blanks replace the digits of an earlier, longer number
         return file
@@ -479,7 +476,7 @@ FAILURES: dict[str, int] = {}  # of each URL of a bus, in a row
 SILENCE_SECONDS = 0.5  # after which people at a terminal are told what we wait for
 PEOPLE: list[Any] = []  # functions that tell them: see tell_people()
 DURATION = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)([smhd]?)")
-HELD = re.compile(r'[?&]wait=[0-9.]*[1-9]|"wait": [0-9.]*[1-9]')  # a request for which the bus may wait for news
+HELD = re.compile(r'[?&]wait=[0-9.]*[1-9]|"wait": [0-9.]*[1-9]')  # the bus may wait for news: silence is no fault
 HIDDEN = re.compile(  # controls, and what Unicode lets a program leave out: bidi, zero width, fillers, variations, tags
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u2028-\u202e"
     r"\u2060-\u206f\u2800\u3164\ud800-\udfff\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb"
@@ -622,16 +619,14 @@ def exchange_at(path: str, body: Any, fraction: Any, login: Any, url: str, conne
     headers.update(login, **({"Content-Type": "application/json"} if body else {}))
     held = HELD.search(f"{path} {(body or b'').decode('latin-1')}")
     try:
-        with contextlib.closing(connection), told_of_silence(url) as silence:
-            connection.connect()
+        with contextlib.closing(connection):
+            with told_of_silence(url):
+                connection.connect()
             sock = connection.sock
             sock.settimeout(seconds)
-            if held:  # its silence is no fault
-                silence.close()
-            with hung_up_after(seconds, sock):
+            with hung_up_after(seconds, sock), told_of_silence("" if held else url):
                 connection.request("POST" if body else "GET", prefix + path, body, headers)
                 head: Any = connection.getresponse()
-            silence.close()
             # A length may be a lie, which must not allow a drip for years.
             with hung_up_after(min(seconds, GRACE_SECONDS) + min(head.length or 0, ANSWER_BYTES) / SLOWEST_RATE, sock):
                 content = head.read(ANSWER_BYTES)
@@ -770,8 +765,8 @@ def tell_people(tell: Any) -> None:
 
 
 def told_of_silence(url: str) -> contextlib.ExitStack:
-    """People at a terminal must know what they wait for, before the time for an answer is over."""
-    return later(SILENCE_SECONDS, once, PEOPLE, f"waiting for {url}") if PEOPLE else contextlib.ExitStack()
+    """People at a terminal must know what they wait for, before the time is over. Without `url` they need not."""
+    return later(SILENCE_SECONDS, once, PEOPLE, f"waiting for {url}") if PEOPLE and url else contextlib.ExitStack()
 
 
 def once(functions: list[Any], line: str) -> None:
@@ -1059,12 +1054,12 @@ def main(argv: list[str] | None = None) -> int:
 FAULTS = (KeyboardInterrupt, Refused, Unreachable, Busy, ValueError, OSError)  # that end our programs
 
 
-def ended(fault: BaseException, program: str = "bus_recv", then: str | None = None) -> int:
+def ended(fault: BaseException, program: str = "bus_recv", then: str = "") -> int:
     """The exit code of one of our programs that ends with a fault, which is told on stderr.
 
-    `then` is for no_bus(), if the fault is from ask(); without it, the text of an Unreachable is a whole sentence.
+    An Unreachable of ask() becomes a whole sentence, which no_bus() makes with `then`; one of a Reader is one already.
     """
-    if isinstance(fault, Unreachable) and then is not None:
+    if isinstance(fault, Unreachable) and not isinstance(fault.__cause__, Unreachable):
         fault = Unreachable(no_bus(settings()["AGENT_BUS_URL"], fault, then))
     # BrokenPipeError: nobody reads us any more.
     isinstance(fault, (KeyboardInterrupt, BrokenPipeError)) or complain(str(fault), program)
@@ -1115,18 +1110,18 @@ def listen(options: Any) -> int:
     paced = bool(options.monitor or not for_program and sys.stdout and stat.S_ISSOCK(os.fstat(1).st_mode))
     reader.leaves = paced and not options.once and options.since is None
     timeout = HOLD_SECONDS if options.once and options.timeout is None else options.timeout
-    greeting = f"listening as {', '.join(reader.names)} on {reader.url}"
     greets = [] if options.once or timeout == 0 else [complain]
-    settling = threading.Timer(GREET_SECONDS, settle_down, [greets, greeting, bool(sys.stdout and not options.exec)])
-    settling.daemon = True  # a refusal ends this process before it
-    reader.greet = settling.start if greets else bool
+    greeting, writes = f"listening as {', '.join(reader.names)} on {reader.url}", bool(sys.stdout and not options.exec)
+    if greets:  # a refusal ends this process before it settles
+        reader.greet = lambda: later(GREET_SECONDS, settle_down, greets, greeting, writes)
     with contextlib.closing(reader):
         if paced:
             show_blocks(reader, reader.answers(options.once, timeout), 0 if options.once else SETTLE_SECONDS)
-        for message in () if paced else reader.messages(options.once, timeout):
-            once(greets, greeting)
-            text = f"{dump(message)}\n" if options.json else block(message, names[0], reader.bus_time, whole=True)
-            run_command(options.exec, options.tries, reader, message) if options.exec else emit(text)
+        else:
+            for message in reader.messages(options.once, timeout):
+                once(greets, greeting)
+                text = f"{dump(message)}\n" if options.json else block(message, names[0], reader.bus_time, whole=True)
+                run_command(options.exec, options.tries, reader, message) if options.exec else emit(text)
     reader.came or (sys.stderr and sys.stderr.isatty() and complain(f"nothing came for {', '.join(names)}"))
     return 0 if reader.came else 3
 

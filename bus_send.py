@@ -61,6 +61,7 @@ LASTING = ("gaierror", "SSLCertVerificationError", "SSLError")  # faults that ti
 def send(to: str | list[str], msg: str, *, patience: float = 30.0, warn: Any = None, **given: Any) -> dict[str, Any]:
     """Store `msg` for `to`; returns the bus's answer (`id`, `ts`, `duplicate`, `receiver`: see PROTOCOL.md).
 
+    `to` is a name, `all`, or several names, in a list or as `a,b`.
     `given` may have `url`, `sender` and `channel`, which default to the environment's or the configuration file's;
     `key`, by default a new one; the members of a message that have a meaning (`subject`, `reply_to`, `type`,
     `priority`, `ttl` in seconds, `content_type`); and `fields`, a dict of further members. None leaves one out.
@@ -154,6 +155,7 @@ def compose(to: Any, msg: str, *, fields: Any = None, **given: Any) -> tuple[str
         raise ValueError(f"AGENT_NAME is {sender!r}, which is no name: give 1 to 64 of A-Z a-z 0-9 . _ : @ -")
     if not sender and not credentials(own["AGENT_BUS_URL"]):  # a token names its sender
         raise ValueError(f"the sender is missing: give --from NAME or set AGENT_NAME{unused_file()}")
+    to = to.split(",") if isinstance(to, str) and "," in to else to
     message = {"from": sender, "to": to, "channel": channel, "msg": msg, "key": key or new_key()}
     members = {**message, **given, **dict(fields or ()), **message}  # the order of the first, the value of the last
     return own["AGENT_BUS_URL"], {field: value for field, value in members.items() if value is not None}
@@ -202,7 +204,7 @@ FAILURES: dict[str, int] = {}  # of each URL of a bus, in a row
 SILENCE_SECONDS = 0.5  # after which people at a terminal are told what we wait for
 PEOPLE: list[Any] = []  # functions that tell them: see tell_people()
 DURATION = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)([smhd]?)")
-HELD = re.compile(r'[?&]wait=[0-9.]*[1-9]|"wait": [0-9.]*[1-9]')  # a request for which the bus may wait for news
+HELD = re.compile(r'[?&]wait=[0-9.]*[1-9]|"wait": [0-9.]*[1-9]')  # the bus may wait for news: silence is no fault
 HIDDEN = re.compile(  # controls, and what Unicode lets a program leave out: bidi, zero width, fillers, variations, tags
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u2028-\u202e"
     r"\u2060-\u206f\u2800\u3164\ud800-\udfff\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb"
@@ -345,16 +347,14 @@ def exchange_at(path: str, body: Any, fraction: Any, login: Any, url: str, conne
     headers.update(login, **({"Content-Type": "application/json"} if body else {}))
     held = HELD.search(f"{path} {(body or b'').decode('latin-1')}")
     try:
-        with contextlib.closing(connection), told_of_silence(url) as silence:
-            connection.connect()
+        with contextlib.closing(connection):
+            with told_of_silence(url):
+                connection.connect()
             sock = connection.sock
             sock.settimeout(seconds)
-            if held:  # its silence is no fault
-                silence.close()
-            with hung_up_after(seconds, sock):
+            with hung_up_after(seconds, sock), told_of_silence("" if held else url):
                 connection.request("POST" if body else "GET", prefix + path, body, headers)
                 head: Any = connection.getresponse()
-            silence.close()
             # A length may be a lie, which must not allow a drip for years.
             with hung_up_after(min(seconds, GRACE_SECONDS) + min(head.length or 0, ANSWER_BYTES) / SLOWEST_RATE, sock):
                 content = head.read(ANSWER_BYTES)
@@ -493,8 +493,8 @@ def tell_people(tell: Any) -> None:
 
 
 def told_of_silence(url: str) -> contextlib.ExitStack:
-    """People at a terminal must know what they wait for, before the time for an answer is over."""
-    return later(SILENCE_SECONDS, once, PEOPLE, f"waiting for {url}") if PEOPLE else contextlib.ExitStack()
+    """People at a terminal must know what they wait for, before the time is over. Without `url` they need not."""
+    return later(SILENCE_SECONDS, once, PEOPLE, f"waiting for {url}") if PEOPLE and url else contextlib.ExitStack()
 
 
 def once(functions: list[Any], line: str) -> None:
@@ -603,7 +603,7 @@ def command_line(purpose: str) -> argparse.ArgumentParser:
     """A parser for a message; message_of() takes its results."""
     parser = argparse.ArgumentParser(usage="%(prog)s [-h] [OPTIONS] [TO] [TEXT ...]", description=purpose)
     add = parser.add_argument
-    add("to", metavar="TO", nargs="?", type=receivers, help="a name, names as a,b,c, or all")
+    add("to", metavar="TO", nargs="?", help="a name, names as a,b,c, or all")
     add("text", metavar="TEXT", nargs="*", help="the message; without it, the text on stdin")
     add("--from", dest="sender", metavar="NAME", help="the sender ($AGENT_NAME)")
     add("--subject", help="subject of the message, in one line")
@@ -628,10 +628,6 @@ def pair(text: str) -> list[str]:
     if text.split("=")[0] in ("from", "to", "channel", "msg", "key"):
         raise argparse.ArgumentTypeError(f"{text!r} is no further member: it has an argument or an option of its own")
     return text.split("=", 1)
-
-
-def receivers(text: str) -> str | list[str]:
-    return text.split(",") if "," in text else text
 
 
 def message_of(given: dict[str, Any]) -> str:
@@ -661,9 +657,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--reply-to {given['reply_to']!a} is not the id of a message: that is 13 of 0-9 a-f")
     words = sys.argv[1:] if argv is None else argv
     reply = next((at for at, word in enumerate(words) if word.startswith("--reply")), len(words))
-    first = ",".join([to] if isinstance(to, str) else to or ())
-    if first and first not in words[:reply]:  # it is not TO, which stands before --reply-to
-        to, given["text"] = None, [first, *given["text"]]
+    if to and to not in words[:reply]:  # it is not TO, which stands before --reply-to
+        to, given["text"] = None, [to, *given["text"]]
     tell_people(complain)
     try:
         compose("", "", sender=given["sender"])  # before somebody types a text: is a sender known?

@@ -279,7 +279,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     putting = commands.add_parser("put", help="upload a file, and send its hash to somebody")
     putting.add_argument("path", metavar="PATH")
-    putting.add_argument("--to", metavar="NAME", required=True, type=bus_send.receivers, help="who gets the hash")
+    putting.add_argument("--to", metavar="NAME", required=True, help="who gets the hash")
     putting.add_argument("--subject", help="subject of the message, in one line")
     putting.add_argument("--from", dest="sender", metavar="NAME", help="the sender ($AGENT_NAME)")
     putting.add_argument("--channel", help="the channel ($AGENT_BUS_CHANNEL, or 'default')")

@@ -209,7 +209,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         left, more = box.look(0)  # presents the cursor: now the bus knows, too
         complain(f"{options.id} is read, and all earlier messages; {len(left)}{' or more' if more else ''} unread")
     except bus_recv.FAULTS as fault:
-        return bus_recv.ended(fault, "bus_inbox", "")
+        return bus_recv.ended(fault, "bus_inbox")
     return 0
 
 

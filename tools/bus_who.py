@@ -173,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return 0
             time.sleep(EVERY_SECONDS)
     except bus_recv.FAULTS as fault:
-        return bus_recv.ended(fault, "bus_who", "")
+        return bus_recv.ended(fault, "bus_who")
 
 
 if __name__ == "__main__":

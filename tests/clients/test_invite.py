@@ -12,8 +12,8 @@ import time
 
 import pytest
 
-from tests.clients.test_join import TOKEN, invited, secure, tls, two_keys
 from tests.core.test_identity import ask
+from tests.kit.joining import TOKEN, invited, secure, tls, two_keys
 from tests.kit.peers import command
 from tests.kit.processes import PATIENCE, ROOT, Server, no_settings, wait_until
 from tests.kit.terminal import Terminal, machine

@@ -12,22 +12,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tests.clients.test_listener import (  # noqa: F401
-    NO_MAIL,
-    SCRIPT,
-    TICK,
-    answer,
-    listen,
-    mail,
-    message,
-    path_with,
-    scripted,
-    send,
-)
-from tests.kit import naive_server, old_client
+from tests.kit import listening, naive_server, old_client
+from tests.kit.listening import NO_MAIL, SCRIPT, TICK, answer, mail, message, path_with, send
 from tests.kit.naive_server import Naive
 from tests.kit.processes import PATIENCE, Server, wait_until
 
+listen, scripted = listening.listen, listening.scripted  # fixtures
 FUTURE = TICK + 10**13  # four months later
 TOKEN = "abt_00000000_" + "s" * 43
 LAST = "the last one"  # a message whose arrival says that all before it have arrived, and how often
@@ -39,7 +29,7 @@ LAST = "the last one"  # a message whose arrival says that all before it have ar
 @pytest.mark.parametrize("move", [lambda path: path.rename(f"{path}.1"), pathlib.Path.unlink], ids=["rename", "remove"])
 @pytest.mark.parametrize("suffixes", [["jsonl"], ["log", "jsonl"]], ids="+".join)
 @pytest.mark.parametrize("block", ["0", "1"])
-def test_after_a_rotation_each_message_is_once_in_a_new_file(bus, listen, move, suffixes, block):  # noqa: F811
+def test_after_a_rotation_each_message_is_once_in_a_new_file(bus, listen, move, suffixes, block):
     listener = listen(bus.url, BLOCK=block)
     send(bus.url, "one", "two")
     listener.start().has_logged("one", "two")
@@ -81,7 +71,7 @@ ROTATIONS = int(os.environ.get("ROTATIONS", "5"))  # with 20 messages to each
 
 @pytest.mark.slow("twenty messages for each of some rotations, a process for each; ROTATIONS=30 for more")
 @pytest.mark.parametrize("server", ["ours", "of the first contract"])
-def test_messages_that_arrive_during_rotations_are_stored_once_each(listen, tmp_path, server):  # noqa: F811
+def test_messages_that_arrive_during_rotations_are_stored_once_each(listen, tmp_path, server):
     with Server(tmp_path / "bus.db") if server == "ours" else Dropping() as bus, ThreadPoolExecutor(1) as sender:
         listener = listen(bus.url, BLOCK="1").start()
         wait_until(lambda: listener.file("jsonl").exists())
@@ -115,7 +105,7 @@ MOVED = ["tail jsonl", "tail log", "grep log", "grep jsonl"]  # when each progra
 
 
 @pytest.mark.parametrize("moved", MOVED)
-def test_a_rotation_in_the_middle_of_its_start_is_quiet_and_loses_nothing(bus, listen, tmp_path, moved):  # noqa: F811
+def test_a_rotation_in_the_middle_of_its_start_is_quiet_and_loses_nothing(bus, listen, tmp_path, moved):
     """The file is moved away, once, when its start is about to run the program."""
     program, suffix = moved.split()
     send(bus.url, "one")
@@ -136,7 +126,7 @@ def test_a_rotation_in_the_middle_of_its_start_is_quiet_and_loses_nothing(bus, l
         assert [line.split("\t")[-1] for line in pathlib.Path(f"{file}.1").read_text().splitlines()] == ["one"]
 
 
-def test_a_LOG_that_was_moved_alone_is_made_anew_from_FULL(bus, listen):  # noqa: F811
+def test_a_LOG_that_was_moved_alone_is_made_anew_from_FULL(bus, listen):
     listener = listen(bus.url)
     send(bus.url, "one")
     listener.start().has_logged("one")
@@ -145,7 +135,7 @@ def test_a_LOG_that_was_moved_alone_is_made_anew_from_FULL(bus, listen):  # noqa
     listener.has_logged("one", "two")
 
 
-def test_a_symbolic_link_in_place_of_a_rotated_file_is_not_followed(bus, listen, tmp_path):  # noqa: F811
+def test_a_symbolic_link_in_place_of_a_rotated_file_is_not_followed(bus, listen, tmp_path):
     listener = listen(bus.url).start()
     wait_until(lambda: listener.file("heartbeat").exists())
     listener.file("jsonl").unlink()
@@ -162,7 +152,7 @@ def reset(request):
 
 
 @pytest.mark.parametrize("drop", [b"", reset], ids=["closed", "reset"])
-def test_a_server_that_drops_the_connection_on_last_is_read_from_0(scripted, listen, drop):  # noqa: F811
+def test_a_server_that_drops_the_connection_on_last_is_read_from_0(scripted, listen, drop):
     old = {"ts": 1795205226.5, "from": "dell", "msg": "hi"}
     empty = answer({"messages": [], "now": 1795205299.5})
     server = scripted(drop, answer({"messages": [old], "now": 1795205299.5}), empty)
@@ -171,7 +161,7 @@ def test_a_server_that_drops_the_connection_on_last_is_read_from_0(scripted, lis
     assert [one["msg"] for one in listener.messages()] == ["hi"] and listener.said() == []
 
 
-def test_a_bus_that_dropped_the_connection_once_is_asked_for_last_again(scripted, listen):  # noqa: F811
+def test_a_bus_that_dropped_the_connection_once_is_asked_for_last_again(scripted, listen):
     server = scripted(b"", mail(message(TICK - 5, msg="read long ago")), mail(message(TICK)), NO_MAIL)
     listener = listen(server.url).start()
     assert [poll["since"] for poll in server.polled(4)[:4]] == ["last", "0", "last", "1795205226.000007"]
@@ -185,7 +175,7 @@ def test_a_bus_that_dropped_the_connection_once_is_asked_for_last_again(scripted
     mail(now=FUTURE / 1e6), mail(message(FUTURE)), mail(message(TICK + 1), message(FUTURE), now=FUTURE / 1e6),
     mail(message(FUTURE), bus=None, now=FUTURE / 1e6),
 ], ids=["now", "a message", "the last message", "the first contract"])  # fmt: skip
-def test_an_answer_from_the_future_moves_no_cursor_and_is_named(scripted, listen, bad):  # noqa: F811
+def test_an_answer_from_the_future_moves_no_cursor_and_is_named(scripted, listen, bad):
     first = json.loads(bad.partition(b"\r\n\r\n")[2]).get("bus") or ""
     server = scripted(mail(message(TICK), bus=first), bad, mail(message(TICK + 2), bus=first), mail(bus=first))
     listener = listen(server.url).start()
@@ -196,7 +186,7 @@ def test_an_answer_from_the_future_moves_no_cursor_and_is_named(scripted, listen
 
 
 @pytest.mark.parametrize("number", ["f" * 13, "0\n9999999999", f"{TICK + 9:x}\n9999999999"])
-def test_an_id_that_does_not_fit_its_ts_moves_no_cursor_into_the_future(scripted, listen, number):  # noqa: F811
+def test_an_id_that_does_not_fit_its_ts_moves_no_cursor_into_the_future(scripted, listen, number):
     server = scripted(mail(message(TICK, id=number)), NO_MAIL, mail(message(TICK + 2)), NO_MAIL)
     listener = listen(server.url).start()
     assert abs(float(server.polled(2)[1]["since"]) - TICK / 1e6) < 1
@@ -205,7 +195,7 @@ def test_an_id_that_does_not_fit_its_ts_moves_no_cursor_into_the_future(scripted
 
 
 @pytest.mark.parametrize("ts", [-5, 1e-7])
-def test_a_ts_that_is_no_cursor_is_not_taken_from_any_server(scripted, listen, ts):  # noqa: F811
+def test_a_ts_that_is_no_cursor_is_not_taken_from_any_server(scripted, listen, ts):
     """A bus would refuse it, now and after each restart."""
     server = scripted(mail(message(TICK)), mail(message(TICK + 1, ts=ts)), mail(message(TICK + 2)), NO_MAIL)
     listener = listen(server.url).start()
@@ -213,7 +203,7 @@ def test_a_ts_that_is_no_cursor_is_not_taken_from_any_server(scripted, listen, t
     assert [one["ts"] for one in listener.messages()] == [TICK / 1e6, (TICK + 2) / 1e6]
 
 
-def test_if_healthz_of_the_same_bus_has_the_same_time_it_is_our_clock_that_is_wrong(scripted, listen):  # noqa: F811
+def test_if_healthz_of_the_same_bus_has_the_same_time_it_is_our_clock_that_is_wrong(scripted, listen):
     late = message(FUTURE)
     health = answer({"ok": True, "now": FUTURE / 1e6, "bus": "bus-1"})
     server = scripted(mail(late), mail(late), mail(late), health, mail(now=FUTURE / 1e6))
@@ -225,7 +215,7 @@ def test_if_healthz_of_the_same_bus_has_the_same_time_it_is_our_clock_that_is_wr
 # ── Where it runs ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_without_HOME_it_writes_where_the_python_clients_do(scripted, tmp_path):  # noqa: F811
+def test_without_HOME_it_writes_where_the_python_clients_do(scripted, tmp_path):
     """The default folder is only compared, not written to: it is the real home of this user."""
     server = scripted(answer({"error": "enough"}, "403 Forbidden"))
     env = {"AGENT_NAME": "spark", "AGENT_BUS_URL": server.url, "XDG_STATE_HOME": str(tmp_path / "xdg")}
@@ -247,7 +237,7 @@ def test_without_HOME_it_writes_where_the_python_clients_do(scripted, tmp_path):
 @pytest.mark.parametrize("flock", [
     "echo 'flock: 7: No locks available' >&2; exit 71", "echo 'flock: No locks available' >&2; exit 1", None,
 ])  # fmt: skip
-def test_where_locks_do_not_work_it_says_so(listen, tmp_path, flock):  # noqa: F811
+def test_where_locks_do_not_work_it_says_so(listen, tmp_path, flock):
     path = path_with(tmp_path, "env bash curl jq chmod dd grep mkdir mkfifo rm sleep tail touch wc")
     if flock:
         script = pathlib.Path(path, "flock")
@@ -265,7 +255,7 @@ def test_where_locks_do_not_work_it_says_so(listen, tmp_path, flock):  # noqa: F
     f"{TOKEN}\n", f"\ufeff{TOKEN}\r\n", f"\n \n{TOKEN}", f"\ufeff\r\n\r\n{TOKEN}\r\n\r\n",
 ])  # fmt: skip
 @pytest.mark.parametrize("variable", ["AGENT_BUS_TOKEN", "AGENT_BUS_TOKEN_FILE"])
-def test_a_token_with_a_byte_order_mark_or_empty_lines_is_read(scripted, listen, tmp_path, content, variable):  # noqa: F811
+def test_a_token_with_a_byte_order_mark_or_empty_lines_is_read(scripted, listen, tmp_path, content, variable):
     asked = threading.Event()
 
     def check(request):
@@ -281,7 +271,7 @@ def test_a_token_with_a_byte_order_mark_or_empty_lines_is_read(scripted, listen,
 
 
 @pytest.mark.parametrize("content", [f"{TOKEN}\n{TOKEN}".encode(), f"x: {TOKEN}".encode(), TOKEN.encode("utf-16")])
-def test_a_file_that_holds_more_than_a_token_is_refused(listen, tmp_path, content):  # noqa: F811
+def test_a_file_that_holds_more_than_a_token_is_refused(listen, tmp_path, content):
     (tmp_path / "token").write_bytes(content)
     (tmp_path / "token").chmod(0o600)
     listener = listen("http://127.0.0.1:1", AGENT_BUS_TOKEN_FILE=str(tmp_path / "token")).start()
@@ -289,13 +279,13 @@ def test_a_file_that_holds_more_than_a_token_is_refused(listen, tmp_path, conten
     assert "no token" in listener.said()[0]
 
 
-def test_a_login_in_the_url_is_refused_and_not_shown(listen):  # noqa: F811
+def test_a_login_in_the_url_is_refused_and_not_shown(listen):
     listener = listen("http://me:secret@127.0.0.1:1").start()
     assert listener.process.wait(PATIENCE) == 2
     assert "login" in listener.said()[0] and "secret" not in "".join(listener.said())
 
 
-def test_a_login_of_the_proxy_is_sent(scripted, listen):  # noqa: F811
+def test_a_login_of_the_proxy_is_sent(scripted, listen):
     seen = []
 
     def note(request):
@@ -311,7 +301,7 @@ def test_a_login_of_the_proxy_is_sent(scripted, listen):  # noqa: F811
 HIDDEN = "a\ufe0fb\u115fc\u3164d\uffa0e\u2800f\u206ag\ufffbh\U000e0100i\u180bj\u034fk"
 
 
-def test_what_cannot_be_seen_is_a_blank_in_LOG(bus, listen):  # noqa: F811
+def test_what_cannot_be_seen_is_a_blank_in_LOG(bus, listen):
     send(bus.url, HIDDEN)
     listener = listen(bus.url).start()
     listener.wait_for_line(1)

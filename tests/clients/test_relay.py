@@ -1,64 +1,31 @@
-"""bus_relay.py: mail passes from one bus to another, once and in order; what cannot is told, and holds up nobody."""
+"""bus_relay.py: mail passes from one bus to another, once and in order, and each reply finds its message."""
 import contextlib
-import io
 import itertools
 import json
-import os
-import pathlib
 import random
 import re
 import shlex
 import signal
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
-from unittest import mock
 
 import pytest
 
 import bus_recv
 import bus_send
-from tests.kit.bad_servers import NOON, Scripted, answer, mail, message, page, silence, stored
-from tests.kit.peers import mint
-from tests.kit.processes import PATIENCE, ROOT, Server, comes_true, no_settings, wait_until
+from tests.kit import relaying
+from tests.kit.bad_servers import Scripted, answer, silence, stored
+from tests.kit.processes import PATIENCE, ROOT, comes_true, wait_until
+from tests.kit.relaying import log, profile, relay, say, sends, texts, waiting
 from tools import bus_relay
 
+home, buses = relaying.home, relaying.buses  # fixtures
+
 KILLS, EACH = 20, 100  # of each of two relays; messages of each of three senders on each bus
-
-
-@pytest.fixture(autouse=True)
-def home(tmp_path, monkeypatch):
-    """No setting of whoever runs the tests; profiles and cursors of each test's own; nothing waits for long."""
-    no_settings(monkeypatch)
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
-    monkeypatch.setenv("AGENT_BUS_STATE_DIR", str(tmp_path / "state"))
-    monkeypatch.setattr(bus_recv, "HOLD_SECONDS", 0.2)
-    (tmp_path / "config" / "agent-bus").mkdir(parents=True)
-    return tmp_path
-
-
-@pytest.fixture
-def buses(home):
-    """buses("a", "b"): buses that run, each with a profile of its name. More arguments are options of all."""
-    with contextlib.ExitStack() as stack:
-
-        def start(*names, options=()):
-            made = [stack.enter_context(Server(home / f"{name}.db", *options)) for name in names]
-            for name, bus in zip(names, made):
-                profile(home, name, bus)
-            return made
-
-        yield start
-
-
-def profile(home, name, bus, **more):
-    path = home / "config" / "agent-bus" / f"{name}.env"
-    path.write_text("".join(f"{field}={value}\n" for field, value in {"AGENT_BUS_URL": bus.url, **more}.items()))
-    path.chmod(0o600)
 
 
 @contextlib.contextmanager
@@ -70,46 +37,6 @@ def started(*arguments, a="a", b="b"):
             yield process
         finally:
             process.kill()
-
-
-def relay(*names, a="a", b="b", **env):
-    """Pass on what waits, in this process: the exit code, and what it said on stderr."""
-    err, handlers = io.StringIO(), {number: signal.getsignal(number) for number in bus_recv.ENDS}
-    with mock.patch.dict(os.environ, **env), contextlib.redirect_stderr(err):
-        try:
-            code = bus_relay.main([*names, "--bus", a, "--to-bus", b, "--once"])
-        except SystemExit as usage:
-            code = usage.code
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-    return code, err.getvalue()
-
-
-def say(bus, sender, to, msg, token=None, **given):
-    """Send; returns the id."""
-    with mock.patch.dict(os.environ, **({"AGENT_BUS_TOKEN": token} if token else {})):
-        return bus_send.send(to, msg, url=bus.url, sender=sender, **given)["id"]
-
-
-def log(bus, token=None):
-    """All that the bus has, as an observer gets it."""
-    header = {"Authorization": f"Bearer {token}"} if token else {}
-    with urllib.request.urlopen(urllib.request.Request(f"{bus.url}/log?max=1000", headers=header)) as found:
-        return json.load(found)["messages"]
-
-
-def texts(bus, **fields):
-    return [one["msg"] for one in log(bus) if fields.items() <= one.items()]
-
-
-def sends(other):
-    """What a scripted bus was sent."""
-    return [asked for asked in other.asked if asked.target == "/send"]
-
-
-def waiting(bus, name):
-    return json.loads(bus.get(f"/inbox?name={name}"))["recipients"].get("default", {}).get(name, 0)
 
 
 # ── Once and in order ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -436,241 +363,6 @@ def test_a_question_gets_its_answer_from_the_other_network(buses):
         wait_until(lambda: texts(b, to="bob"))
         say(b, "bob", "spark", "Yes.", reply_to=log(b)[0]["id"])
         assert asked.result()["reply"]["msg"] == "Yes."
-
-
-# ── Tokens ───────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-@pytest.fixture
-def closed(home, buses):
-    """a is open; b is closed, and knows us as `home`. The tokens of b."""
-    (a,) = buses("a")
-    tokens = mint(home / "b.db", home=[], bob=[], ops=["--operator"])
-    (b,) = buses("b")
-    profile(home, "b", b, AGENT_BUS_TOKEN=tokens["home"], AGENT_NAME="home")
-    return SimpleNamespace(a=a, b=b, tokens=tokens)
-
-
-def test_a_token_signs_for_itself_and_says_who_the_sender_was(closed, home):
-    question = say(closed.a, "spark", "bob", "Is T1 done?", fields={"relayed_from": "boss"})
-    say(closed.a, "spark", "bob", "T2")
-    assert relay("bob", AGENT_NAME="somebody") == (0, "")
-    first, second = log(closed.b, closed.tokens["ops"])
-    assert (first["from"], first["relayed_from"]) == ("home", "boss via spark")  # only spark says that it was boss
-    assert (second["from"], second["relayed_from"]) == ("home", "spark")
-    assert [hop["from"] for hop in first["via"]] == ["spark"]
-    with mock.patch.dict(os.environ, AGENT_BUS_TOKEN=closed.tokens["bob"], AGENT_BUS_URL=closed.b.url):
-        shown = bus_recv.block(next(bus_recv.receive("bob", once=True, since="0")), "bob", 0)
-    assert 'from=home relayed_from="boss via spark"' in shown
-    # bob answers whoever the message came from, which is us; it arrives where the question was asked
-    say(closed.b, "bob", "home", "Yes.", token=closed.tokens["bob"], reply_to=first["id"])
-    assert relay("home", a="b", b="a") == (0, "")
-    got = log(closed.a)[-1]
-    assert (got["from"], got["to"], got["reply_to"], got["msg"]) == ("bob", "spark", question, "Yes.")
-
-
-def test_through_two_closed_buses_each_relay_vouches_for_the_one_before(closed, home, buses):
-    tokens = mint(home / "c.db", work=[], ops=["--operator"])
-    (c,) = buses("c")
-    profile(home, "c", c, AGENT_BUS_TOKEN=tokens["work"])  # without AGENT_NAME: the bus fills it in
-    profile(home, "b2", closed.b, AGENT_BUS_TOKEN=closed.tokens["bob"])
-    say(closed.a, "spark", "bob", "T1")
-    assert relay("bob") == (0, "") and relay("bob", a="b2", b="c") == (0, "")
-    (got,) = log(c, tokens["ops"])
-    assert (got["from"], got["relayed_from"]) == ("work", "spark via home")
-    assert [hop["from"] for hop in got["via"]] == ["spark", "home"]
-
-
-def test_nobody_takes_the_key_of_another_message_with_a_false_via(closed):
-    bus = json.loads(closed.a.get("/healthz"))["bus"]
-    first = say(closed.a, "spark", "carol", "T1")
-    say(closed.a, "eve", "bob", "T2", fields={"via": [{"bus": bus, "id": first, "from": "spark"}]})
-    for name in ("bob", "carol"):
-        assert relay(name) == (0, "")
-    assert [one["msg"] for one in log(closed.b, closed.tokens["ops"])] == ["T2", "T1"]
-
-
-def test_nobody_takes_the_key_of_a_message_that_is_not_sent_yet(closed):
-    """The cursor of any reader may be ahead of the bus, and then the ids of the next messages are known."""
-    ahead, bus = int(time.time()) + 200, json.loads(closed.a.get("/healthz"))["bus"]
-    closed.a.get(f"/recv?to=eve&since={ahead}")
-    guessed = f"{ahead * 1000000 + 2:x}"
-    say(closed.a, "eve", "bob", "Yes.", fields={"via": [{"bus": bus, "id": guessed, "from": "spark"}]})
-    assert say(closed.a, "spark", "bob", "Yes.") == guessed
-    assert relay("bob") == (0, "")
-    got = log(closed.b, closed.tokens["ops"])
-    assert [(one["relayed_from"], one["msg"]) for one in got] == [("eve", "Yes."), ("spark", "Yes.")]
-
-
-@pytest.mark.parametrize("claimed", [
-    f"boss{' ' * 300}", "boss" * 30, "boss\n2", "boss via", "boss, via home", 'boss" id=1', ["boss"], None, 7,
-])  # fmt: skip
-def test_nobody_hides_behind_what_a_message_says_of_its_way(claimed, closed):
-    """The clients cut a field that is long, so what is behind it would not be seen."""
-    say(closed.a, "eve", "bob", "x" * 9000, fields={"relayed_from": claimed})
-    assert relay("bob") == (0, "")
-    (got,) = log(closed.b, closed.tokens["ops"])
-    assert (got["from"], got["relayed_from"]) == ("home", "eve")
-
-
-@pytest.mark.parametrize("side", ["a", "b"])
-def test_without_the_right_token_it_ends_in_words_and_nothing_is_lost(side, buses, home):
-    a, b = buses("a", "b")
-    say(a, "spark", "bob", "T1")
-    bus = {"a": a, "b": b}[side]
-    bus.stop()
-    token = mint(bus.db, bob=[])["bob"]
-    bus.start()
-    code, err = relay("bob")
-    assert code == 1 and "token" in err and err.count("\n") == 1 and (b.url in err) == (side == "b")
-    profile(home, side, bus, AGENT_BUS_TOKEN=token)
-    assert relay("bob") == (0, "")
-    assert [one["msg"] for one in log(b, token if side == "b" else None)] == ["T1"]
-
-
-def test_a_token_that_ends_meanwhile_costs_no_message(buses, home):
-    a, b = buses("a", "b")
-    say(a, "spark", "bob", "T1")
-    with Scripted(answer({"error": "the token is unknown"}, status=401)) as other:
-        profile(home, "b", other)
-        assert relay("bob") == (1, f"bus_relay: {other.url}: the token is unknown\n")
-    profile(home, "b", b)
-    assert relay("bob") == (0, "") and texts(b) == ["T1"]
-
-
-# ── What cannot be passed on ─────────────────────────────────────────────────────────────────────────────────────────
-
-
-def test_a_refused_message_is_kept_and_told_and_holds_up_nobody(buses, home):
-    (a,) = buses("a")
-    (b,) = buses("b", options=["--max-body", "5000"])
-    say(a, "spark", "bob", "1")
-    large = say(a, "spark", "bob", "x" * 6000)
-    say(a, "spark", "bob", "2")
-    code, err = relay("bob")
-    assert code == 0 and texts(b) == ["1", "2"]
-    path = re.search(rf"{large} from spark to bob is not passed on, and is in (\S+) now: ", err)[1]
-    kept = json.loads(pathlib.Path(path).read_text())
-    assert kept["id"] == large and len(kept["msg"]) == 6000 and "5000" in kept["reason"]
-    told = log(a)[-1]
-    assert (told["from"], told["to"], told["reply_to"], told["type"]) == ("relay", "spark", large, "undeliverable")
-    assert f"Your message {large} to bob could not be passed on" in told["msg"] and b.url not in told["msg"]
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    """The relay sleeps without waiting. Its time in seconds, and what was slept."""
-    clock = SimpleNamespace(now=0.0, slept=[])
-
-    def sleep(seconds):
-        clock.slept.append(seconds)
-        clock.now += seconds
-
-    monkeypatch.setattr(bus_relay, "time", SimpleNamespace(monotonic=lambda: clock.now, sleep=sleep))
-    monkeypatch.setattr(bus_recv, "HOLD_SECONDS", 1e6)
-    return clock
-
-
-FULL = answer({"error": "the mailbox is full"}, "Retry-After: 600", status=429)
-
-
-def test_a_mailbox_that_stays_full_stops_the_mail_of_other_receivers_for_minutes_only(buses, home, clock):
-    (a,) = buses("a")
-    first, second = [say(a, "spark", "bob", f"{n}") for n in (1, 2)]
-    for to, msg in (("carol", "3"), ("bob", "4"), ("bob", "5")):
-        say(a, "spark", to, msg)
-    # 1 three times, 2 once, 3, 4, then 5 has as much time as 1 had
-    with Scripted(FULL, FULL, FULL, FULL, stored(), stored(), FULL, FULL, stored()) as other:
-        profile(home, "b", other)
-        code, err = relay("bob", "carol")
-    tried = [json.loads(asked.body)["msg"] for asked in sends(other)]
-    assert code == 0 and tried == ["1", "1", "1", "2", "3", "4", "5", "5", "5"] and clock.slept == [600.0] * 4
-    for number in (first, second):
-        assert f"{number} from spark to bob is not passed on, and is in " in err
-    told = {one["reply_to"]: one["msg"] for one in log(a) if one.get("type") == "undeliverable"}
-    assert told.keys() == {first, second} and told[second].endswith("the mailbox is full")
-
-
-@pytest.mark.parametrize("fault", [answer({"error": "starting"}, status=503), page(429, "<html>"), page(429, "no")],
-                         ids=["503", "a page", "a proxy"])  # fmt: skip
-def test_minutes_of_another_fault_are_not_those_of_a_full_mailbox(fault, buses, home, clock):
-    (a,) = buses("a")
-    say(a, "spark", "bob", "T1")
-    with Scripted(FULL, *[fault] * 30, FULL, stored()) as other:
-        profile(home, "b", other)
-        code, err = relay("bob")
-    assert code == 0 and "is not passed on" not in err and len(sends(other)) == 33 and clock.now > 1800
-
-
-def test_the_file_of_refused_messages_has_a_limit_and_what_is_removed_is_told(buses, monkeypatch):
-    (a,) = buses("a")
-    buses("b", options=["--max-body", "5000"])
-    monkeypatch.setattr(bus_relay, "DEAD_BYTES", 10000)  # two messages
-    numbers = [say(a, "spark", "bob", "x" * 6000) for _ in range(7)]
-    code, err = relay("bob")
-    path = re.search(r"is not passed on, and is in (\S+) now: ", err)[1]
-    kept = [[json.loads(line)["id"] for line in pathlib.Path(name).read_text().splitlines()]
-            for name in (f"{path}~old", path)]  # fmt: skip
-    assert code == 0 and kept == [numbers[4:6], numbers[6:]]
-    assert err.count(f"the oldest 2 messages that were not passed on, in {path}~old, are removed") == 2
-
-
-def test_a_sender_that_cannot_be_told_holds_up_nobody_either(buses, home, monkeypatch):
-    (a,) = buses("a")
-    (b,) = buses("b", options=["--max-body", "5000"])
-    say(a, "spark", "bob", "x" * 6000)
-    say(a, "spark", "bob", "x" * 6000, type="undeliverable")
-    say(a, "spark", "bob", "2")
-    profile(home, "a", a, AGENT_NAME="all")  # a name that no sender may have
-    code, err = relay("bob")
-    assert code == 0 and texts(b) == ["2"] and err.count("is not passed on") == 2 and err.count("was not told: ") == 1
-
-
-def test_a_message_that_was_removed_before_it_was_passed_on_is_told(home):
-    health = answer({"ok": True, "now": NOON, "bus": "b2"})
-    gap = mail(message(1, to="bob"), gap={"from": 1, "to": 2})
-    with Scripted(gap, mail()) as a, Scripted(stored(bus="b2"), health=health) as b:
-        profile(home, "a", a)
-        profile(home, "b", b)
-        code, err = relay("bob")
-    assert code == 0 and "messages are gone, retention removed them before they were read" in err
-
-
-def test_what_is_not_a_message_stops_nothing(home):
-    health = answer({"ok": True, "now": NOON, "bus": "b2"})
-    answers = mail('"strange"', '{"ts": 1}', message(2, to="bob")), mail()
-    with Scripted(*answers) as a, Scripted(stored(), health=health) as b:
-        profile(home, "a", a)
-        profile(home, "b", b)
-        code, err = relay("bob")
-    assert code == 0 and err.count("something that is not a message") == 2 and len(sends(b)) == 1
-
-
-def test_a_reply_to_what_is_no_id_is_not_looked_up(home):
-    """A proxy answers so long a URL with a page of its own, which looks like a bus that is out of reach."""
-    health = answer({"ok": True, "now": NOON, "bus": "b2"})
-    with Scripted(mail(message(1, to="bob", reply_to="z" * 9000)), mail()) as a, Scripted(stored(), health=health) as b:
-        profile(home, "a", a)
-        profile(home, "b", b)
-        assert relay("bob")[0] == 0
-    assert len(sends(b)) == 1 and not [asked for asked in a.asked if asked.target.startswith("/message/")]
-
-
-@pytest.mark.parametrize("old", ["a", "b"])
-def test_a_bus_of_the_first_contract_is_refused(old, buses, home):
-    (new,) = buses(*{"a", "b"} - {old})
-    with Scripted(mail(bus=None), bus=None) as other:
-        profile(home, old, other)
-        code, err = relay("bob")
-    assert code == 1 and f"{other.url} is a bus of the first contract, which has no keys" in err
-
-
-def test_a_bus_in_the_environment_is_refused(buses, home):
-    a, b = buses("a", "b")
-    code, err = relay("bob", AGENT_BUS_URL=a.url)
-    assert code == 2 and "unset AGENT_BUS_URL" in err
-    code, err = relay("bob", b="nowhere")
-    assert code == 2 and "nowhere.env cannot be read" in err
 
 
 # ── As documented ────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -190,6 +190,13 @@ def test_a_stored_message_is_a_success_when_nobody_reads_the_answer():
         assert process.wait(PATIENCE) == 0
 
 
+@pytest.mark.parametrize("to", ["a,b", ["a", "b"]])
+def test_several_receivers_are_a_list_or_names_with_commas(to):
+    with Scripted(stored()) as server:
+        bus_send.send(to, "hi", url=server.url, sender="spark")
+    assert server.asked[0].json["to"] == ["a", "b"]
+
+
 def test_a_send_imports_nothing_slow():
     with Scripted(stored()) as server:
         command = [sys.executable, "-I", "-S", "-X", "importtime", str(ROOT / "bus_send.py"), "dell", "--from", "spark"]

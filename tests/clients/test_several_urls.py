@@ -13,8 +13,8 @@ import bus_send
 from integrations.claude_code import quick
 from tests.clients.test_clients import Clock, cursors, home, program, reader, refusing, run  # noqa: F401
 from tests.clients.test_configuration import TOKEN, configure, tokens, whole  # noqa: F401
-from tests.clients.test_listener import Listener
 from tests.kit.bad_servers import FAULTS, Scripted, answer, mail, message, reset, silence, stored
+from tests.kit.listening import Listener
 from tests.kit.peers import log_of
 from tests.kit.processes import PATIENCE, Server, wait_until
 

@@ -207,6 +207,11 @@ def test_the_first_failure_is_said_at_once_and_the_last_line_says_what_to_try(ho
     assert re.search("To send it again: --key [0-9a-f]{32}$", last)
 
 
+def test_to_read_one_message_of_a_bus_that_is_not_there_says_what_to_do():
+    code, out, err = run("bus_recv.py", "--read", "660ba678a1b40", env={"AGENT_BUS_URL": (url := refusing())})
+    assert (code, out) == (75, "") and err.startswith(f"bus_recv: no bus at {url} (Connection refused). Is bus_server")
+
+
 @pytest.mark.parametrize(
     "script",
     ["bus_send.py dell hi", *(f"tools/agent_bus.py {rest}" for rest in ("who", "search T1", "redact 660ba678a1b40"))],

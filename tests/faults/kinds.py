@@ -177,9 +177,9 @@ KINDS = [
          "`check_names()` looks for no `.restoring` (the first); for no `.new` without a database (the second)"),
     Kind("a retry is not known any more",
          "the key of a message that was removed is kept for `--keep`, with what its sender was told and a hash",
-         ("core/test_state.py::test_a_retry_after_its_messages_were_removed_has_the_first_answer",
-          "core/test_state.py::test_a_key_is_forgotten_when_it_is_older_than_keep_and_not_before",
-          "core/test_state.py::test_what_is_as_old_as_keep_leaves_no_key"),
+         ("core/test_keys.py::test_a_retry_after_its_messages_were_removed_has_the_first_answer",
+          "core/test_keys.py::test_a_key_is_forgotten_when_it_is_older_than_keep_and_not_before",
+          "core/test_keys.py::test_what_is_as_old_as_keep_leaves_no_key"),
          "`State.keep_keys()` keeps none (the first two); `ForgetKeys` takes all (the second); `Remove` keeps each, "
          "however old (the last)"),
     Kind("an innocent sender pays",
@@ -389,10 +389,10 @@ KINDS = [
          "`stand_in()` is not patient (the third)"),
     Kind("memory fails between a commit and its announcement",
          "what was not rolled back is; what nobody could be told of is found by each poll",
-         ("core/test_server.py::test_what_could_not_be_rolled_back_for_want_of_memory_is_rolled_back_before_the_next_list",
-          "core/test_server.py::test_after_one_failure_on_the_way_to_a_commit_the_next_send_is_stored",
-          "core/test_server.py::test_a_message_that_nobody_could_be_told_of_is_found_by_each_poll",
-          "core/test_server.py::test_after_any_part_of_an_announcement_failed_each_poll_looks_at_the_disk"),
+         ("core/test_server_failures.py::test_what_could_not_be_rolled_back_for_want_of_memory_is_rolled_back_before_the_next_list",
+          "core/test_server_failures.py::test_after_one_failure_on_the_way_to_a_commit_the_next_send_is_stored",
+          "core/test_server_failures.py::test_a_message_that_nobody_could_be_told_of_is_found_by_each_poll",
+          "core/test_server_failures.py::test_after_any_part_of_an_announcement_failed_each_poll_looks_at_the_disk"),
          "`State.apply()` rolls nothing back first (the first); `Ledger.plan()` notes before it plans (the second); "
          "the end of a hold does not look (the third); `Bus.sure` misses a part, or comes back (the last)"),
     Kind("a name is forgotten, and its gap or its reader with it",
@@ -710,8 +710,8 @@ KINDS = [
          "whatever its members are, a relay passes it on; the key of a message that is not sent yet is nobody's; who "
          "sent it is seen, whatever it says of its way; a person's filter works",
          ("clients/test_relay.py::test_whatever_somebody_writes_into_a_member_ends_no_relay",
-          "clients/test_relay.py::test_nobody_takes_the_key_of_a_message_that_is_not_sent_yet",
-          "clients/test_relay.py::test_nobody_hides_behind_what_a_message_says_of_its_way",
+          "clients/test_relay_tokens.py::test_nobody_takes_the_key_of_a_message_that_is_not_sent_yet",
+          "clients/test_relay_tokens.py::test_nobody_hides_behind_what_a_message_says_of_its_way",
           "extensions/test_page_views.py::test_a_filter_works_whatever_a_subject_is"),
          "`Relay.send()` takes a `ttl` of null for a number (the first); `Relay.key()` believes a `via` with the id of "
          "its own bus (the second); `relayed_from()` takes whatever was claimed (the third); `wanted()` of look.js "
@@ -735,7 +735,7 @@ KINDS = [
     Kind("bus_listener.sh: no HOME, no flock, no locks",
          "it writes to the user's home, locks with perl, and says where locks do not work",
          (f"{BASH}::test_without_HOME_it_writes_where_the_python_clients_do",
-          "clients/test_listener.py::test_without_flock_as_on_macOS_perl_takes_the_lock",
+          "clients/test_listener_process.py::test_without_flock_as_on_macOS_perl_takes_the_lock",
           f"{BASH}::test_where_locks_do_not_work_it_says_so"),
          "the home is `$HOME` alone (the first); no perl (the second); each failed lock is another listener's (the "
          "last)"),

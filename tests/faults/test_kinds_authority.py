@@ -161,13 +161,12 @@ def test_revoked_between_head_and_body(closed, verb, ahead):
 
 
 HELD = """
-import time
 apply = bus_server.State.apply
 def held(state, operations, now):
     applied = apply(state, operations, now)
-    while os.path.exists(os.environ["HELD"]):
+    if os.path.exists(os.environ["HELD"]):
         pathlib.Path(os.environ["HELD"] + ".in").touch()
-        time.sleep(0.01)  # until the test has done what it does meanwhile
+        open(os.environ["HELD"]).read()  # until the test has done what it does meanwhile, and closes its end
     return applied
 bus_server.State.apply = held
 """
@@ -181,12 +180,13 @@ def test_revoked_while_it_waits_for_the_commit_of_another(tmp_path, verb):
     with bus_with_tokens(tmp_path, program=program, env=env) as closed:
         method, path, body, done = verb(closed)
         with closed.peer("ann") as other, closed.peer("bob") as peer:
-            hold.touch()
+            os.mkfifo(hold)
             other.send("POST", "/send", {"to": "carl", "msg": "slow"})
             wait_until(pathlib.Path(f"{hold}.in").exists)
             peer.send(method, path, body)
             closed.revoke("bob")
-            hold.unlink()
+            with hold.open("w"):
+                hold.unlink()
             assert (other.outcome(), peer.outcome()) == (200, 401)
         assert not done()
 

@@ -20,6 +20,7 @@ from tests.faults.crash import CROWD, live
 from tests.faults.history import background, get
 from tests.kit import new_client, postgres
 from tests.kit.nodes import no_networks, reason_to_skip
+from tests.kit.peers import metric
 from tests.kit.processes import ROOT, Server, wait_until
 from tests.ledgers.beside import beside
 from tests.ledgers.rows import ROWS
@@ -47,7 +48,7 @@ def waking(at, to):
         first.result(20)
         woken.append(time.monotonic() - began)
         first = background(next, messages)
-        time.sleep(0.005)  # until it polls again
+        wait_until(lambda: metric(to, "parked"))  # it polls again
     return [statistics.median(each) * 1000 for each in (answered, woken)]
 
 
