@@ -30,8 +30,6 @@ from bus_server import (
     nothing_follows,
 )
 
-from .heartbeat import LIVE
-
 if TYPE_CHECKING:
     from .front import Front
 
@@ -46,8 +44,9 @@ TABLE = """CREATE TABLE IF NOT EXISTS withheld(
 class Withhold(Operation):
     """A front asks if a message can be taken back. The result: the other fronts that may have given it to a reader.
 
-    A front that has heard nothing of the ledger for a while serves nobody. So one that is silent since before the
-    message was sent does not have it; one that fell silent later may have it, though it cannot say so.
+    A front that was found silent before the message was sent gives it to nobody until it is heard of again (quiet() in
+    front.py). One that fell silent later may have given it to a reader, though it cannot say so. Ticks are compared
+    with ticks: they may be ahead of every clock.
     """
 
     __slots__ = ("front", "id", "tick")
@@ -58,14 +57,13 @@ class Withhold(Operation):
 
     def apply(self, state: State, now: Now) -> list[str]:
         state.writing.execute("INSERT INTO withheld VALUES (?, ?)", (self.id, self.tick))
-        return [*others(state.writing, self.front, now, self.tick)]
+        return [*others(state.writing, self.front, self.tick)]
 
 
-def others(database: Any, me: str, now: Now, tick: int) -> dict[str, int]:
+def others(database: Any, me: str, tick: int) -> dict[str, int]:
     """The other fronts that may have given a message to a reader; and when each was heard of last, us."""
-    which = "front != ? AND (steady >= ? OR at >= ?) ORDER BY front"
-    values = me, now.steady - LIVE, tick - LIVE
-    return dict(database.execute(f"SELECT front, at FROM fronts WHERE {which}", values).fetchall())
+    which = "front != ? AND ifnull(upto, ?) >= ? ORDER BY front"
+    return dict(database.execute(f"SELECT front, at FROM fronts WHERE {which}", (me, tick, tick)).fetchall())
 
 
 class Vote(Operation):
@@ -164,7 +162,7 @@ class Recalls:
         self.append(Withhold(self.me, id, recall.tick), self.withheld, self.not_withheld)
 
     def others(self, tick: int) -> dict[str, int]:
-        return others(self.bus.view.database, self.me, self.front.mirror.time.entry, tick)
+        return others(self.bus.view.database, self.me, tick)
 
     def not_withheld(self, withhold: Withhold) -> None:
         step, _ = self.asked.pop(withhold.id)

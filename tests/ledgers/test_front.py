@@ -206,7 +206,7 @@ def test_without_its_ledger_a_front_serves_nobody_and_then_again(fronts, monkeyp
 
 def test_a_list_that_waits_for_a_ledger_that_is_out_is_refused_in_words(fronts):
     a = fronts()
-    a.gate.until, a.state.ledger.out = 0.0, True
+    a.ledger.reaches, a.state.ledger.out = 0.0, True
     refused = []
     a.do(Put([draft()]), None, lambda *_: None, refused.append)
     settle(a)

@@ -1,4 +1,5 @@
 """What fronts say of themselves in the ledger, and that no front is stopped by what only another one understands."""
+import contextlib
 import json
 
 import pytest
@@ -8,7 +9,7 @@ from bus_server import Operation, Unusable
 from ledgers import heartbeat
 from ledgers.mirror import Mirror
 from tests.kit import inside
-from tests.kit.ledger import SECOND, ask, do, end, log_of, put, same, settle
+from tests.kit.ledger import SECOND, Fake, ask, do, end, front, kill, log_of, put, same, settle
 
 
 def live(bus):
@@ -28,6 +29,25 @@ def test_each_front_is_known_to_the_others_before_it_serves_and_until_it_ends(fr
     assert set(live(a)) == {"a"}
 
 
+def test_two_fronts_of_one_name_are_two(tmp_path, fronts, log, monkeypatch):
+    """Two machines, or two containers, of one hostname, and the same path on each of them; one killed and run again."""
+    with contextlib.ExitStack() as stack:
+
+        def start(folder):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            monkeypatch.chdir(tmp_path / folder)
+            return front("bus.db", Fake(log))
+
+        first = start("one")
+        stack.callback(end, first)
+        kill(start("two"))
+        second = start("two")
+        stack.callback(end, second)
+        settle(first, second)
+        assert [each.front for each in first.ledger.fronts.live] == sorted([first.state.front, second.state.front])
+        assert first.state.front.partition("#")[0] == second.state.front.partition("#")[0]
+
+
 def test_a_front_that_says_nothing_is_forgotten(fronts, log):
     a, b = fronts("a"), fronts("b")
     log.wall.wall += heartbeat.LIVE - SECOND
@@ -37,10 +57,9 @@ def test_a_front_that_says_nothing_is_forgotten(fronts, log):
     beats(a)
     assert set(live(a)) == {"a"}
     settle(b)
-    assert set(live(b)) == {"a"} and same(a, b) is None
-    beats(b)
+    assert set(live(b)) == {"a", "b"}, "it says at once that it is back"
     settle(a)
-    assert set(live(a)) == {"a", "b"}
+    assert set(live(a)) == {"a", "b"} and same(a, b) is None
     log.wall.wall += heartbeat.FORGOTTEN + SECOND
     beats(a)
     assert a.state.ask("SELECT count(*) FROM fronts") == (1,)

@@ -2,7 +2,7 @@
 import pytest
 
 import ledgers.front
-from bus_server import ALONE, Marks, Put, presented
+from bus_server import ALONE, Marks, Put, Raise, presented
 from ledgers import heartbeat, recall
 from ledgers.mirror import Entry
 from ledgers.recall import Release, Retract, Withhold
@@ -148,12 +148,80 @@ def test_a_front_that_fell_silent_before_the_message_was_sent_is_not_waited_for(
     [before] = put(a, msg="before")
     log.wall.wall += heartbeat.LIVE + SECOND
     a.ledger.fronts.beat()
+    settle(a)
     [after] = put(a, msg="after")
     answers = [take_back(a, tick) for tick in (before, after)]
     settle(a)
     assert answers[0]() is None and answers[1]()[0] == 200
     settle(b, a)
     assert answers[0]()[0] == 200
+    same(a, b)
+
+
+def test_a_front_that_comes_back_gives_nobody_what_was_taken_back_without_it(fronts, log):
+    """Its readers wait there, and it reads the message before it reads that the message was taken back."""
+    a, b = fronts("a"), fronts("b")
+    settle(a, b)
+    parked = request(b, "GET", "/recv?to=bob&since=0&block=true")
+    settle(b)
+    b.state.ledger.out = True
+    log.wall.wall += heartbeat.LIVE + SECOND
+    a.ledger.fronts.beat()
+    settle(a)
+    answer = take_back(a, *put(a))
+    settle(a)
+    assert answer()[0] == 200
+    b.state.ledger.out, refused = False, []
+    take, b.ledger.take = b.ledger.take, lambda *entry: (take(*entry), refused.append(ask_now(b)))[0]
+    assert parked() is None
+    settle(b)
+    assert parked()[1]["messages"] == [] and received(b)[0] == []
+    settle(a)
+    assert 503 in refused and len(a.ledger.fronts.live) == 2
+    [later] = put(a, msg="later")
+    settle(b)
+    assert received(b)[0] == ["later"], "it serves again as soon as the others have heard of it"
+    same(a, b)
+
+
+def ask_now(bus):
+    """The status of a look at a mailbox, in the middle of a turn."""
+    answer = request(bus, "GET", "/recv?to=bob&since=0&peek=true")()
+    return answer and answer[0]
+
+
+def test_a_front_that_is_not_heard_of_serves_nobody(fronts, log):
+    """The clock of the ledger went forward: until its next heartbeat, the others do without it."""
+    a, b = fronts("a"), fronts("b")
+    log.wall.wall += 3600 * SECOND
+    a.ledger.fronts.beat = b.ledger.fronts.beat = lambda: None
+    put(a)
+    settle(b)
+    for bus in (a, b):
+        assert ask(bus, "GET", "/recv?to=bob&since=0")[0] == 503
+        del bus.ledger.fronts.beat
+        bus.ledger.fronts.beat()
+        settle(bus)
+        assert received(bus)[0] == ["x"]
+
+
+def test_a_message_whose_tick_is_ahead_is_not_taken_back_without_a_front_that_may_have_given_it(fronts, log):
+    """A reader of the first contract raised the ticks by its cursor. The front gave it the message, and was cut off."""
+    a, b = fronts("a"), fronts("b")
+    do(a, Raise(a.last + 299 * SECOND))
+    [tick] = put(a)
+    settle(b)
+    assert received(b)[0] == ["x"]
+    b.state.ledger.out = True
+    log.wall.wall += heartbeat.LIVE + SECOND
+    a.ledger.fronts.beat()
+    settle(a)
+    answer = take_back(a, tick)
+    settle(a)
+    assert answer() is None
+    b.state.ledger.out = False
+    settle(b, a)
+    assert answer()[0] == 409
     same(a, b)
 
 
