@@ -136,7 +136,7 @@ class Recalls:
         front.elsewhere[Retract.kind] = self.retracted
         front.elsewhere[Release.kind] = self.released
         for id, tick in front.mirror.writing.execute("SELECT id, tick FROM withheld ORDER BY id").fetchall():
-            self.hold(Withhold("", id, tick), [self.me])
+            self.hold(Withhold("", id, tick), [])
 
     def append(self, operation: Operation, then: Then = nothing_follows, undone: Undone | None = None) -> None:
         self.front.append_soon(Step(operation, None, then, undone))
@@ -224,8 +224,7 @@ class Recalls:
             self.bus.withheld[key] = message
             self.bus.loop.later(HELD, partial(self.let_go, withhold.id))
             fetched = self.was_fetched(self.bus, message)
-        if self.me in others:
-            self.append(Vote(self.me, withhold.id, fetched))
+        self.append(Vote(self.me, withhold.id, fetched))
 
     def let_go(self, id: str) -> None:
         if id in self.held and not self.bus.draining:
@@ -239,6 +238,6 @@ class Recalls:
         """What was counted in its mailbox is counted anew."""
         self.released(Release(retract.id), None)
         message = self.bus.view.message(retract.tick)
-        if message and is_new:
+        if message:
             box = self.bus.mailboxes.box(message.channel, message.to)
             box.perishable, box.pending, box.expired = True, None, None

@@ -1,6 +1,7 @@
 """What fronts say of themselves in the ledger, and that no front is stopped by what only another one understands."""
 import contextlib
 import json
+import sqlite3
 
 import pytest
 
@@ -9,7 +10,23 @@ from bus_server import Operation, Unusable
 from ledgers import heartbeat
 from ledgers.mirror import Mirror
 from tests.kit import inside
-from tests.kit.ledger import SECOND, Fake, ask, do, end, front, kill, log_of, put, same, settle
+from tests.kit.ledger import (
+    SECOND,
+    Fake,
+    ask,
+    common_look,
+    do,
+    end,
+    front,
+    invited,
+    kill,
+    log_of,
+    put,
+    same,
+    settle,
+)
+
+DROP_UPTO = "ALTER TABLE fronts DROP COLUMN upto"
 
 
 def live(bus):
@@ -101,6 +118,33 @@ def test_healthz_and_metrics_say_how_far_a_front_is_and_how_many_live(fronts):
     figures = {name: [value for _, value in values] for each in a.metrics for name, _, _, values in each()}
     assert figures["ledger_position"] == [a.state.position] and figures["fronts"] == [2]
     assert len(figures["front_position"]) == 2 and all(each < 5 for each in figures["front_position"])
+
+
+def test_a_stranger_is_told_nothing_of_the_fronts(fronts):
+    a = fronts()
+    secret = invited(a)
+    common_look(a)
+    settle(a)
+    a.gate.tokens.refresh()
+    assert not {"position", "fronts", "ledger"} & ask(a, "GET", "/healthz")[1].keys()
+    assert {"position", "fronts", "ledger"} <= ask(a, "GET", "/healthz", None, f"Bearer {secret}")[1].keys()
+
+
+def test_a_file_of_before_there_were_heartbeats_is_brought_up_to_date(fronts):
+    a, b = fronts("a"), fronts("b")
+    put(a)
+    settle(b)
+    for name, statements in (("a", ["DROP TABLE fronts", "DROP TABLE withheld"]), ("b", [DROP_UPTO])):
+        bus = {"a": a, "b": b}[name]
+        end(bus)
+        with contextlib.closing(sqlite3.connect(bus.state.path)) as database:
+            for statement in statements:
+                database.execute(statement)
+    a, b = fronts("a"), fronts("b")
+    assert set(live(a)) == {"a"} and set(live(b)) == {"a", "b"}
+    put(b)
+    settle(a)
+    assert log_of(a) == log_of(b) == ["x", "x"]
 
 
 def beats(bus):

@@ -101,6 +101,18 @@ def test_while_fronts_decide_no_reader_gets_the_message_and_no_cursor_passes_it(
     assert received(b, cursor)[0] == []
 
 
+def test_the_answer_of_each_front_is_waited_for(fronts):
+    a, b, c = fronts("a"), fronts("b"), fronts("c")
+    [tick] = put(a)
+    settle(a, b, c)
+    assert received(c)[0] == ["x"]
+    answer = take_back(a, tick)
+    settle(a, b, a)
+    assert answer() is None, "one of two has answered"
+    settle(c, a)
+    assert answer()[0] == 409
+
+
 def test_a_front_that_does_not_answer_keeps_the_message_and_its_readers_get_it(sent, monkeypatch):
     a, b, tick = sent
     monkeypatch.setattr(recall, "VOTES", 0)
@@ -141,6 +153,32 @@ def test_who_asks_again_and_again_keeps_no_mail_from_its_reader(sent, monkeypatc
     settle(a, b, a)
     assert answer()[0] == 200, "it is asked again as soon as it was heard of"
     same(a, b)
+
+
+def test_each_front_that_did_not_answer_is_remembered(fronts, log, monkeypatch):
+    """Not only the last one: another request for the first message would withhold it for 2 s."""
+    a, b, c = fronts("a"), fronts("b"), fronts("c")
+    [first] = put(a)
+    settle(c)
+    b.state.ledger.out = True
+    log.wall.wall += heartbeat.LIVE + SECOND
+    for bus in (a, c):
+        bus.ledger.fronts.beat()
+        settle(bus)
+    monkeypatch.setattr(recall, "VOTES", 0)
+    [second] = put(a)
+    for tick, votes, silent in ((first, c, b), (second, None, c)):
+        answer = take_back(a, tick)
+        turns(a)
+        if votes:
+            settle(votes, a)
+        a.loop.take_turn()
+        turns(a)
+        assert answer()[0] == 503 and silent.state.front in answer()[1]["error"]
+    entries = len(log.entries)
+    answer = take_back(a, first)
+    turns(a)
+    assert answer()[0] == 503 and b.state.front in answer()[1]["error"] and len(log.entries) == entries
 
 
 def test_a_front_that_fell_silent_before_the_message_was_sent_is_not_waited_for(fronts, log):
@@ -267,6 +305,26 @@ def test_what_a_front_withholds_for_one_that_died_is_released(sent, fronts, monk
     a = fronts("a")
     assert received(a)[0] == ["x"]
     same(a, b)
+
+
+def test_a_release_that_the_ledger_does_not_take_is_tried_again(sent, monkeypatch):
+    a, b, tick = sent
+    monkeypatch.setattr(ledgers.front, "PAUSE", 0.001)
+    monkeypatch.setattr(ledgers.front, "GIVE_UP", 0.02)
+    later = []
+    monkeypatch.setattr(b.loop, "later", lambda seconds, action: later.append(action))
+    take_back(a, tick)
+    turns(a)
+    kill(a)
+    settle(b)
+    for faults in (["lost"] * 1000000, []):
+        b.state.ledger.faults = faults
+        [let_go] = [each for each in later if each.func.__name__ == "let_go"]
+        later.clear()
+        let_go()
+        settle(b)
+        assert bool(b.withheld) == bool(faults)
+    assert received(b)[0] == ["x"]
 
 
 def test_what_was_released_is_not_taken_back_by_an_entry_that_comes_late(sent, monkeypatch):
