@@ -74,7 +74,8 @@ class Front(bus_server.Ledger):
         bus.clock = mirror.time
         self.reaches = 0.0  # on the monotonic clock, s: until then the ledger counts as reachable
         self.is_quiet = False  # the others do without this front, so it serves nobody
-        self.reached(time.monotonic())
+        self.reached(mirror.asked)  # the extensions may have taken long to start since
+        self.look()
         bus.loop.every(LOOK, self.look)
         mirror.ledger.listen(lambda position: bus.loop.tell(partial(self.hinted, position)))
 

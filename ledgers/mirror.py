@@ -100,6 +100,7 @@ class Mirror(State):
         of_fronts += recall.KINDS if "recall" in OPERATIONS else ()
         self.kinds = {**OPERATIONS, **{each.kind: each for each in of_fronts}}
         self.is_live = False  # it has caught up
+        self.asked = 0.0  # on the monotonic clock, s: the begin of its last read, after which it had all
         self.left = ""  # the front whose file has the bus now, which has left this ledger
         self.barred: set[int] = set()  # the id() of each operation in this list whose token was revoked before it
 
@@ -166,7 +167,7 @@ class Mirror(State):
         Of those, only the first is compared with the results of the front that wrote it: a difference stays in the sum.
         Nothing behind a Left is applied: by its last entry, a file must tell that the bus has left.
         """
-        while not self.left and (entries := self.ledger.read(self.position, ENTRIES, time.monotonic() + CALL)):
+        while not self.left and (entries := self.read_on()):
             read = ((position, wall, self.from_bytes(entry)) for position, wall, entry in entries if not self.left)
             for only_stores, some in groupby(read, lambda each: {*map(type, each[2].operations)} <= STORING):
                 if only_stores:
@@ -175,6 +176,10 @@ class Mirror(State):
                     for each in some:
                         self.take(*each)
         self.view.tail = self.tail
+
+    def read_on(self) -> list[tuple[int, int, bytes]]:
+        self.asked = time.monotonic()
+        return self.ledger.read(self.position, ENTRIES, self.asked + CALL)
 
     def append(self, entry: Entry, deadline: float) -> tuple[int, int]:
         return self.ledger.append(self.to_bytes(entry), secrets.token_hex(16), deadline)

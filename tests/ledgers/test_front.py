@@ -205,6 +205,26 @@ def test_without_its_ledger_a_front_serves_nobody_and_then_again(fronts, monkeyp
     assert ask(a, "GET", "/healthz")[0] == 200 and len(log_of(a)) == 1
 
 
+def test_a_front_that_took_long_to_start_serves_nobody_until_it_has_looked_again(fronts, log, monkeypatch):
+    """What it knew when it had caught up may be old: its extensions have started meanwhile."""
+    a = fronts("a")
+    follow = bus_server.load_ledgers("start").follow
+
+    def slow(*arguments):
+        mirror = follow(*arguments)
+        put(a, msg="meanwhile")
+        mirror.asked -= 10.0
+        return mirror
+
+    monkeypatch.setattr("ledgers.start.follow", slow)
+    b = fronts("b")
+    for path in ("/healthz", "/recv?to=bob&since=0", f"/recv?to=bob&since={a.last / SECOND:.6f}"):
+        assert request(b, "GET", path)()[0] == 503, path
+    turns(b)
+    assert request(b, "GET", "/healthz")()[0] == 200
+    assert [each["msg"] for each in request(b, "GET", "/recv?to=bob&since=0")()[1]["messages"]] == ["meanwhile"]
+
+
 def test_a_list_that_waits_for_a_ledger_that_is_out_is_refused_in_words(fronts):
     a = fronts()
     a.ledger.reaches, a.state.ledger.out = 0.0, True
