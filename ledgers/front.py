@@ -156,6 +156,9 @@ class Front(bus_server.Ledger):
         last = self.state.last
         if self.bus.broken:
             self.refuse("this front of the bus stops: nothing was stored, use another one, or try again")
+        says_it_lives = any(type(each) is Beat for each in operations)
+        if self.is_quiet and not says_it_lives:
+            self.refuse("the other fronts have not heard of this one for a while: nothing was stored, try again")
         if all(type(each) is Raise and each.tick <= last for each in operations):
             return Applied([None] * len(operations), [], {}, last)
         if time.monotonic() > min(self.reaches, self.ends):
@@ -167,7 +170,7 @@ class Front(bus_server.Ledger):
         try:
             position, wall = self.aside(partial(self.append, entry, min(began + GIVE_UP, self.ends)))
             self.follow(position - 1)
-            if self.mirror.position != position - 1 or self.is_quiet:
+            if self.mirror.position != position - 1 or (self.is_quiet and not says_it_lives):
                 raise Unknown
             applied = self.take(position, wall, its)
         except Unknown:

@@ -243,6 +243,39 @@ def test_a_front_that_is_not_heard_of_serves_nobody(fronts, log):
         assert received(bus)[0] == ["x"]
 
 
+def test_a_poll_that_came_before_a_front_finds_that_it_is_silent_is_refused(fronts, log):
+    """Its cursor is ahead, from another front: the front reads on to answer it."""
+    a, b = fronts("a"), fronts("b")
+    log.wall.wall += heartbeat.LIVE + SECOND
+    a.ledger.fronts.beat()
+    settle(a)
+    [tick], _ = put(a, msg="seen there"), put(a, msg="x")
+    b.ledger.fronts.beat = lambda: None
+    answer = request(b, "GET", f"/recv?to=bob&since={tick / SECOND:.6f}")
+    turns(b)
+    assert answer()[0] == 503 and "have not heard of this one" in answer()[1]["error"] and b.last > tick
+    del b.ledger.fronts.beat
+    b.ledger.fronts.beat()
+    turns(b)
+    assert received(b, tick / SECOND)[0] == ["x"]
+
+
+def test_a_send_that_is_under_way_when_a_front_finds_that_it_is_silent_is_unknown(fronts, log, monkeypatch):
+    """What it stores could be taken back without this front. It comes as an entry of another front, and once."""
+    a, b = fronts("a"), fronts("b")
+    b.ledger.catch_up = lambda: None  # it finds it when its entry has its place, behind one of the other front
+    log.wall.wall += heartbeat.LIVE + SECOND
+    a.ledger.fronts.beat()
+    settle(a)
+    answer = request(b, "POST", "/send", {"from": "ann", "to": "bob", "msg": "x", "key": "k"})
+    turns(b)
+    assert answer()[0] == 503 and "it is unknown whether this was stored" in answer()[1]["error"]
+    del b.ledger.catch_up
+    settle(b)
+    assert received(b)[0] == ["x"]
+    same(a, b)
+
+
 def test_a_message_whose_tick_is_ahead_is_not_taken_back_without_a_front_that_may_have_given_it(fronts, log):
     """A reader of the first contract raised the ticks by its cursor. The front gave it the message, and was cut off."""
     a, b = fronts("a"), fronts("b")
