@@ -344,7 +344,7 @@ def test_a_release_that_the_ledger_does_not_take_is_tried_again(sent, monkeypatc
     a, b, tick = sent
     monkeypatch.setattr(ledgers.front, "PAUSE", 0.001)
     monkeypatch.setattr(ledgers.front, "GIVE_UP", 0.02)
-    later = []
+    later, recalls = [], b.ledger.detours["recall"].__self__
     monkeypatch.setattr(b.loop, "later", lambda seconds, action: later.append(action))
     take_back(a, tick)
     turns(a)
@@ -352,7 +352,7 @@ def test_a_release_that_the_ledger_does_not_take_is_tried_again(sent, monkeypatc
     settle(b)
     for faults in (["lost"] * 1000000, []):
         b.state.ledger.faults = faults
-        [let_go] = [each for each in later if each.func.__name__ == "let_go"]
+        [let_go] = [each for each in later if getattr(each, "func", None) == recalls.let_go]
         later.clear()
         let_go()
         settle(b)
