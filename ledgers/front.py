@@ -27,6 +27,7 @@ from bus_server import (
     SOUND,
     Applied,
     Bus,
+    Connection,
     Forget,
     Operation,
     Raise,
@@ -71,7 +72,10 @@ class Front(bus_server.Ledger):
         self.due = self.busy = self.removing = False
         self.ends = math.inf  # on the monotonic clock, s: then nothing is waited for any more
         bus.clock = mirror.time
-        bus.gate.until = time.monotonic() + CUT_OFF
+        self.reaches = 0.0  # on the monotonic clock, s: until then the ledger counts as reachable
+        self.is_quiet = False  # the others do without this front, so it serves nobody
+        self.reached(mirror.asked)  # the extensions may have taken long to start since
+        self.look()
         bus.loop.every(LOOK, self.look)
         mirror.ledger.listen(lambda position: bus.loop.tell(partial(self.hinted, position)))
 
@@ -152,9 +156,12 @@ class Front(bus_server.Ledger):
         last = self.state.last
         if self.bus.broken:
             self.refuse("this front of the bus stops: nothing was stored, use another one, or try again")
+        says_it_lives = any(type(each) is Beat for each in operations)
+        if self.is_quiet and not says_it_lives:
+            self.refuse("the other fronts have not heard of this one for a while: nothing was stored, try again")
         if all(type(each) is Raise and each.tick <= last for each in operations):
             return Applied([None] * len(operations), [], {}, last)
-        if time.monotonic() > min(self.bus.gate.until, self.ends):
+        if time.monotonic() > min(self.reaches, self.ends):
             self.refuse("this bus cannot reach its ledger: nothing was stored, try again, or use another front")
         self.note_room(operations)
         senders = [(step.connection.token or "") if step.connection else "" for step in self.out]
@@ -163,7 +170,7 @@ class Front(bus_server.Ledger):
         try:
             position, wall = self.aside(partial(self.append, entry, min(began + GIVE_UP, self.ends)))
             self.follow(position - 1)
-            if self.mirror.position != position - 1:
+            if self.mirror.position != position - 1 or (self.is_quiet and not says_it_lives):
                 raise Unknown
             applied = self.take(position, wall, its)
         except Unknown:
@@ -172,8 +179,22 @@ class Front(bus_server.Ledger):
             self.stop(error)
             self.refuse(f"this front of the bus stops, and {UNKNOWN}")
         self.mirror.time.heard(wall, just_now=time.monotonic() - began < LOOK)  # else it may be of an earlier attempt
-        self.bus.gate.until = began + CUT_OFF
+        self.reached(began)
         return applied
+
+    def reached(self, began: float) -> None:
+        """The ledger has answered a call that began then (monotonic clock, s)."""
+        self.reaches = began + CUT_OFF
+        if not self.mirror.is_silent():
+            self.is_quiet, self.bus.gate.until = False, self.reaches
+        elif not self.is_quiet:
+            self.quiet()
+
+    def quiet(self) -> None:
+        """Serve nobody until the others have heard of this front: they may take a message back without asking it."""
+        self.is_quiet, self.bus.gate.until = True, 0.0
+        self.loop.each(Connection.release, Connection.fail, [*self.bus.mailboxes.parked])
+        self.fronts.beat()
 
     def refuse(self, sentence: str) -> NoReturn:
         raise Refused(503, sentence, ("Retry-After", "2"))
@@ -212,7 +233,7 @@ class Front(bus_server.Ledger):
                     return
                 self.announce(position, wall, self.mirror.from_bytes(entry))
             if len(entries) < ENTRIES and sum(len(entry) for _, _, entry in entries) < READ_BYTES:
-                self.bus.gate.until = began + CUT_OFF
+                self.reached(began)
                 return
 
     def take(self, position: int, wall: int, entry: Entry) -> Applied:
@@ -225,6 +246,8 @@ class Front(bus_server.Ledger):
         """Apply an entry of another front, wake the readers here, and note in memory what it noted."""
         began = time.monotonic()
         applied = self.take(position, wall, entry)
+        if self.mirror.is_silent() and not self.is_quiet:
+            self.quiet()
         self.loop.attempt(self.bus.announce, [], applied, time.monotonic() - began)
         for operation, result in zip(entry.operations, applied.results):
             if operation.kind in self.elsewhere and not isinstance(result, Refused):

@@ -8,11 +8,15 @@ same fronts at the same entry, and an operation may depend on it.
 from __future__ import annotations
 
 import json
+import math
+import pathlib
+import secrets
+import socket
 from collections.abc import Iterable
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from bus_server import Answer, Bus, Metric, Now, Operation, Request, Route, State, encode
+from bus_server import Answer, Bus, Metric, Now, Operation, Request, Route, State, encode, written_anew
 
 if TYPE_CHECKING:
     from .mirror import Mirror
@@ -24,7 +28,9 @@ TABLE = """CREATE TABLE IF NOT EXISTS fronts(
     front TEXT PRIMARY KEY,
     at INTEGER NOT NULL,                 -- time of its newest heartbeat on the ledger's clock, us
     steady INTEGER NOT NULL,             -- the same on the clock of leases
-    says TEXT NOT NULL)                  -- JSON: what that heartbeat said"""
+    says TEXT NOT NULL,                  -- JSON: what that heartbeat said
+    upto INTEGER)                        -- the highest tick when it was first found silent; NULL if it was not"""
+UPTO = "ALTER TABLE fronts ADD COLUMN upto INTEGER"  # for a file of before
 
 
 class Beat(Operation):
@@ -37,10 +43,15 @@ class Beat(Operation):
         self.front, self.says = front, says
 
     def apply(self, state: State, now: Now) -> None:
+        mirror = cast("Mirror", state)
         state.writing.execute("DELETE FROM fronts WHERE front = ? OR steady < ?", (self.front, now.steady - FORGOTTEN))
+        silent = "UPDATE fronts SET upto = ? WHERE upto IS NULL AND steady < ?"
+        state.writing.execute(silent, (state.last, now.steady - LIVE))
         if self.says:
             row = self.front, now.wall, now.steady, encode(self.says)
-            state.writing.execute("INSERT INTO fronts VALUES (?, ?, ?, ?)", row)
+            state.writing.execute("INSERT INTO fronts VALUES (?, ?, ?, ?, NULL)", row)
+        if self.front == mirror.front:
+            mirror.said = now.steady if self.says else -math.inf
 
 
 class Heard(NamedTuple):
@@ -69,10 +80,23 @@ def live(database: Any, steady: int) -> list[Heard]:
     return found
 
 
+def name_of(path: str) -> str:
+    """A new name for the front of this file: HOST:PATH#FILE.RUN.
+
+    FILE is a random id beside the database. Two machines may have one hostname, and files of one name; and a copy of
+    the database is the file of another front.
+    """
+    beside = pathlib.Path(f"{path}.front")
+    if not beside.exists():
+        with written_anew(str(beside)) as file:
+            file.write(secrets.token_hex(4))
+    return f"{socket.gethostname()}:{path}#{beside.read_text()}.{secrets.token_hex(4)}"
+
+
 def earlier_runs(database: Any, front: str) -> list[str]:
     """What this front was called when it ran before, if it could not say that it ended."""
     rows = database.execute("SELECT front FROM fronts ORDER BY front").fetchall()
-    return [each for (each,) in rows if each.rpartition("#")[0] == front.rpartition("#")[0]]
+    return [each for (each,) in rows if each.rpartition(".")[0] == front.rpartition(".")[0]]
 
 
 class Fronts:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import secrets
-import socket
 import time
 import zlib
 from collections import deque
@@ -36,8 +36,8 @@ from bus_server import (
 
 from . import Ledger, Unknown, recall, tokens
 from .clock import Time
+from .heartbeat import LIVE, UPTO, Beat, Heard, earlier_runs, live, name_of, says
 from .heartbeat import TABLE as FRONTS
-from .heartbeat import Beat, Heard, earlier_runs, live, says
 from .marks import Maxima
 from .operations import Begin, Left, Moved, Next, Position
 
@@ -85,9 +85,10 @@ class Mirror(State):
 
     def __init__(self, path: str, ledger: Ledger) -> None:
         self.ledger, self.time = ledger, Time()
-        self.front = f"{socket.gethostname()}:{path}#{secrets.token_hex(4)}"  # another one at each start
         self.position = self.sum = 0
+        self.said = -math.inf  # when this front was last heard of in the ledger, us on the clock of leases
         super().__init__(path, self.time.wall)
+        self.front = name_of(path)  # another one at each start
         self.writing.execute("PRAGMA synchronous=OFF")  # what a power cut takes is in the ledger
         self.position, wall, steady, self.sum = self.ask("SELECT position, time, steady, sum FROM front")
         self.time.entry = Now(wall, steady)
@@ -99,6 +100,7 @@ class Mirror(State):
         of_fronts += recall.KINDS if "recall" in OPERATIONS else ()
         self.kinds = {**OPERATIONS, **{each.kind: each for each in of_fronts}}
         self.is_live = False  # it has caught up
+        self.asked = 0.0  # on the monotonic clock, s: the begin of its last read, after which it had all
         self.left = ""  # the front whose file has the bus now, which has left this ledger
         self.barred: set[int] = set()  # the id() of each operation in this list whose token was revoked before it
 
@@ -118,6 +120,8 @@ class Mirror(State):
             self.writing.execute("COMMIT")
         for table in (FRONTS, recall.TABLE):  # a file of before may lack them
             self.writing.execute(table)
+        if not self.ask("SELECT 1 FROM pragma_table_info('fronts') WHERE name = 'upto'"):
+            self.writing.execute(UPTO)
         if self.ask("SELECT lost FROM bus") != (0,):
             raise Unusable(f"{self.path} is damaged, and only a copy: move it away, and the front makes it anew")
 
@@ -163,7 +167,7 @@ class Mirror(State):
         Of those, only the first is compared with the results of the front that wrote it: a difference stays in the sum.
         Nothing behind a Left is applied: by its last entry, a file must tell that the bus has left.
         """
-        while not self.left and (entries := self.ledger.read(self.position, ENTRIES, time.monotonic() + CALL)):
+        while not self.left and (entries := self.read_on()):
             read = ((position, wall, self.from_bytes(entry)) for position, wall, entry in entries if not self.left)
             for only_stores, some in groupby(read, lambda each: {*map(type, each[2].operations)} <= STORING):
                 if only_stores:
@@ -173,8 +177,16 @@ class Mirror(State):
                         self.take(*each)
         self.view.tail = self.tail
 
+    def read_on(self) -> list[tuple[int, int, bytes]]:
+        self.asked = time.monotonic()
+        return self.ledger.read(self.position, ENTRIES, self.asked + CALL)
+
     def append(self, entry: Entry, deadline: float) -> tuple[int, int]:
         return self.ledger.append(self.to_bytes(entry), secrets.token_hex(16), deadline)
+
+    def is_silent(self) -> bool:
+        """By what was applied so far: do the others do without this front, because they have not heard of it?"""
+        return self.time.entry.steady - self.said > LIVE
 
     def choose_format(self, fronts: list[Heard]) -> None:
         its = [each for each in self.FORMATS if all(each in front.formats for front in fronts)]

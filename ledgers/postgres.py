@@ -11,6 +11,8 @@ What is dangerous about PostgreSQL here:
   once is never used again. The next one asks for a primary, with the settings that keep the entries, and begins with a
   commit: when that is answered, the second machine has all that this primary shows.
 - A primary that was cut off may take connections for as long as it likes. So the next connection asks others first.
+- A machine that is frozen takes connections, and says nothing. So each machine has its share of the time of a call, and
+  the one that failed last is asked last.
 """
 
 from __future__ import annotations
@@ -25,13 +27,13 @@ from typing import Any
 
 import psycopg
 from psycopg import pq
-from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from psycopg.conninfo import conninfo_attempts, conninfo_to_dict, make_conninfo
 
 from bus_server import Unusable, say
 
 from . import READ_BYTES, Ledger, Unknown
 
-CONNECT = 3  # s
+CONNECT = 3.0  # s that one machine has to take a connection
 WAKE = 1.0  # s until a listener looks whether it is to end, or connects again
 TABLE = b"""
 SELECT pg_advisory_xact_lock(7163022);  -- two fronts may start at once
@@ -58,7 +60,7 @@ READ = f"""SELECT position, at, entry FROM (
         SELECT position, at, entry FROM agent_bus_ledger WHERE position > $1 ORDER BY position LIMIT $2) AS following
     ) AS summed WHERE before < {READ_BYTES} ORDER BY position""".encode()
 KEPT = b"""SELECT coalesce(
-    (SELECT min(position) FROM agent_bus_ledger WHERE position > 0 AND at >= $1),
+    (SELECT min(position) FROM agent_bus_ledger WHERE at >= $1),
     (SELECT max(position) FROM agent_bus_ledger))"""
 TRIMMED = 1000  # entries in one transaction of trim()
 TRIM = f"""DELETE FROM agent_bus_ledger WHERE position IN (SELECT position FROM agent_bus_ledger
@@ -67,6 +69,8 @@ SETTINGS = b"""SELECT current_setting('synchronous_commit'), current_setting('sy
     current_setting('fsync'), pg_is_in_recovery()::text"""
 
 ALONE = "synchronous_standby_names is empty, so a message is on one machine only: set it, or --ledger-single"
+PLACE = ("host", "hostaddr", "port")
+Machine = tuple[Any, ...]  # where one is: its PLACE
 SETTLE = b"SELECT pg_logical_emit_message(true, 'agent_bus', '')"  # the smallest transaction whose commit waits
 
 
@@ -97,10 +101,13 @@ class Postgres:
     def __init__(self, url: str, single: bool) -> None:
         options = conninfo_to_dict(url)
         options.setdefault("target_session_attrs", "read-write")
-        options.update(connect_timeout=CONNECT, keepalives_idle=5, keepalives_interval=2, keepalives_count=3)
+        options.update(keepalives_idle=5, keepalives_interval=2, keepalives_count=3)
         self.options = options
+        self.failed: dict[Machine, float] = {}  # when it failed last, on the monotonic clock, s
         self.single = single
         self.connection: psycopg.Connection[Any] | None = None
+        self.machine: Machine = ()  # of this connection, or of the last one
+        self.drops = 0  # connections that were given up
         self.warnings: list[str] = []
         self.told = ""  # the last reason why a server was not taken
         self.leads = self.standbys = ""
@@ -114,7 +121,7 @@ class Postgres:
     def connected(self, deadline: float) -> psycopg.Connection[Any]:
         """The connection, or a new one whose server is safe; else Unknown, and whoever asks gives it up."""
         if not self.connection:
-            self.connection = self.open()
+            self.machine, self.connection = self.open(deadline)
             self.connection.add_notice_handler(self.noticed)
             self.leads = f"{self.connection.info.host}:{self.connection.info.port}"
             self.check(self.connection.pgconn, deadline)
@@ -134,11 +141,25 @@ class Postgres:
     def about(self) -> tuple[str, str]:
         return self.leads, self.standbys
 
-    def open(self) -> psycopg.Connection[Any]:
+    def open(self, deadline: float) -> tuple[Machine, psycopg.Connection[Any]]:
+        """A connection to the first machine that takes one. The one that failed last is asked last.
+
+        Each machine has its share of the time that is left, so that several frozen ones do not hide one that works.
+        """
         try:
-            return psycopg.connect(make_conninfo("", **self.options), autocommit=True)
+            machines = {tuple(map(one.get, PLACE)): one for one in conninfo_attempts(self.options)}
         except psycopg.Error as error:
-            raise Unknown(str(error).partition("\n")[0]) from None  # of several hosts, why the last one failed
+            raise Unknown(str(error)) from None
+        why = ""
+        for asked, machine in enumerate(sorted(machines, key=lambda machine: self.failed.get(machine, 0.0))):
+            now = time.monotonic()
+            share = min((deadline - now) / (len(machines) - asked), CONNECT)
+            try:
+                return machine, connection_to(make_conninfo("", **machines[machine]), now + share)
+            except (Unknown, psycopg.Error) as error:
+                self.failed[machine] = time.monotonic()
+                why = str(error).partition("\n")[0]
+        raise Unknown(why)  # of several machines, why the last one failed
 
     def noticed(self, notice: psycopg.errors.Diagnostic) -> None:
         if notice.severity_nonlocalized not in ("NOTICE", "INFO", "LOG", "DEBUG"):
@@ -161,7 +182,8 @@ class Postgres:
         connection, self.connection = self.connection, None
         if connection:
             connection.close()
-            self.options = others_first(self.options, self.leads)
+            self.failed[self.machine] = time.monotonic()
+            self.drops += 1
 
     def append(self, entry: bytes, id: str, deadline: float) -> tuple[int, int]:
         [[position, at, standbys]] = self.ask(APPEND, [id.encode(), entry], deadline)
@@ -177,7 +199,8 @@ class Postgres:
 
     def trim(self, upto: int, before: int, deadline: float) -> None:
         """On a connection of its own, so that no append waits for it."""
-        with contextlib.closing(self.open()) as connection:
+        _, opened = self.open(deadline)
+        with contextlib.closing(opened) as connection:
             try:
                 [[kept]] = rows_of(connection.pgconn, KEPT, [before.to_bytes(8, "big")], deadline)
                 end = min(upto + 1, int.from_bytes(kept, "big")).to_bytes(8, "big")
@@ -191,12 +214,19 @@ class Postgres:
 
     def hear(self, tell: Callable[[int], None]) -> None:
         while not self.closed.is_set():
-            with contextlib.suppress(psycopg.Error, Unknown), self.open() as connection:
-                connection.execute("LISTEN agent_bus_ledger")
-                while not self.closed.is_set():
-                    for notify in connection.notifies(timeout=WAKE):
-                        self.pass_on(tell, notify.payload)
+            with contextlib.suppress(psycopg.Error, OSError, Unknown):
+                self.hear_one(tell, time.monotonic() + CONNECT)
             self.closed.wait(WAKE)
+
+    def hear_one(self, tell: Callable[[int], None], deadline: float) -> None:
+        """Listen to a machine, until it fails, or the other connection has left its machine, which may be frozen."""
+        drops = self.drops
+        _, opened = self.open(deadline)
+        with contextlib.closing(opened) as connection:
+            rows_of(connection.pgconn, b"LISTEN agent_bus_ledger", [], deadline)
+            while not self.closed.is_set() and self.drops == drops:
+                for notify in connection.notifies(timeout=WAKE):
+                    self.pass_on(tell, notify.payload)
 
     def pass_on(self, tell: Callable[[int], None], payload: str) -> None:
         """Every user of the database may notify of anything."""
@@ -210,14 +240,17 @@ class Postgres:
         self.drop()
 
 
-def others_first(options: dict[str, Any], failed: str) -> dict[str, Any]:
-    """These options of a connection, with the machine that failed (HOST:PORT) as the last that is tried."""
-    lists = {name: str(options[name]).split(",") for name in ("host", "hostaddr", "port") if options.get(name)}
-    hosts, ports = lists.get("host", []), lists.get("port", ["5432"])
-    names = [f"{host}:{ports[place % len(ports)]}" for place, host in enumerate(hosts)]
-    first = names.index(failed) + 1 if failed in names else 0
-    turned = {name: each[first:] + each[:first] for name, each in lists.items() if len(each) == len(hosts)}
-    return {**options, **{name: ",".join(each) for name, each in turned.items()}}
+def connection_to(conninfo: str, deadline: float) -> psycopg.Connection[Any]:
+    """A connection to one machine. That of psycopg waits for 2 s at least, and for each machine anew."""
+    server = pq.PGconn.connect_start(conninfo.encode())
+    while (status := server.connect_poll()) != pq.PollingStatus.OK:
+        if status == pq.PollingStatus.FAILED:
+            raise Unknown(server.get_error_message())
+        wait(server, deadline, select.POLLIN if status == pq.PollingStatus.READING else select.POLLOUT)
+    server.nonblocking = 1
+    connection = psycopg.Connection[Any](server)
+    connection.autocommit = True
+    return connection
 
 
 def rows_of(server: pq.abc.PGconn, statement: bytes, values: list[bytes], deadline: float) -> list[list[bytes]]:

@@ -30,8 +30,6 @@ from bus_server import (
     nothing_follows,
 )
 
-from .heartbeat import LIVE
-
 if TYPE_CHECKING:
     from .front import Front
 
@@ -46,8 +44,9 @@ TABLE = """CREATE TABLE IF NOT EXISTS withheld(
 class Withhold(Operation):
     """A front asks if a message can be taken back. The result: the other fronts that may have given it to a reader.
 
-    A front that has heard nothing of the ledger for a while serves nobody. So one that is silent since before the
-    message was sent does not have it; one that fell silent later may have it, though it cannot say so.
+    A front that was found silent before the message was sent gives it to nobody until it is heard of again (quiet() in
+    front.py). One that fell silent later may have given it to a reader, though it cannot say so. Ticks are compared
+    with ticks: they may be ahead of every clock.
     """
 
     __slots__ = ("front", "id", "tick")
@@ -58,14 +57,13 @@ class Withhold(Operation):
 
     def apply(self, state: State, now: Now) -> list[str]:
         state.writing.execute("INSERT INTO withheld VALUES (?, ?)", (self.id, self.tick))
-        return [*others(state.writing, self.front, now, self.tick)]
+        return [*others(state.writing, self.front, self.tick)]
 
 
-def others(database: Any, me: str, now: Now, tick: int) -> dict[str, int]:
+def others(database: Any, me: str, tick: int) -> dict[str, int]:
     """The other fronts that may have given a message to a reader; and when each was heard of last, us."""
-    which = "front != ? AND (steady >= ? OR at >= ?) ORDER BY front"
-    values = me, now.steady - LIVE, tick - LIVE
-    return dict(database.execute(f"SELECT front, at FROM fronts WHERE {which}", values).fetchall())
+    which = "front != ? AND ifnull(upto, ?) >= ? ORDER BY front"
+    return dict(database.execute(f"SELECT front, at FROM fronts WHERE {which}", (me, tick, tick)).fetchall())
 
 
 class Vote(Operation):
@@ -138,7 +136,7 @@ class Recalls:
         front.elsewhere[Retract.kind] = self.retracted
         front.elsewhere[Release.kind] = self.released
         for id, tick in front.mirror.writing.execute("SELECT id, tick FROM withheld ORDER BY id").fetchall():
-            self.hold(Withhold("", id, tick), [self.me])
+            self.hold(Withhold("", id, tick), [])
 
     def append(self, operation: Operation, then: Then = nothing_follows, undone: Undone | None = None) -> None:
         self.front.append_soon(Step(operation, None, then, undone))
@@ -164,7 +162,7 @@ class Recalls:
         self.append(Withhold(self.me, id, recall.tick), self.withheld, self.not_withheld)
 
     def others(self, tick: int) -> dict[str, int]:
-        return others(self.bus.view.database, self.me, self.front.mirror.time.entry, tick)
+        return others(self.bus.view.database, self.me, tick)
 
     def not_withheld(self, withhold: Withhold) -> None:
         step, _ = self.asked.pop(withhold.id)
@@ -226,8 +224,7 @@ class Recalls:
             self.bus.withheld[key] = message
             self.bus.loop.later(HELD, partial(self.let_go, withhold.id))
             fetched = self.was_fetched(self.bus, message)
-        if self.me in others:
-            self.append(Vote(self.me, withhold.id, fetched))
+        self.append(Vote(self.me, withhold.id, fetched))
 
     def let_go(self, id: str) -> None:
         if id in self.held and not self.bus.draining:
@@ -241,6 +238,6 @@ class Recalls:
         """What was counted in its mailbox is counted anew."""
         self.released(Release(retract.id), None)
         message = self.bus.view.message(retract.tick)
-        if message and is_new:
+        if message:
             box = self.bus.mailboxes.box(message.channel, message.to)
             box.perishable, box.pending, box.expired = True, None, None

@@ -23,7 +23,7 @@ EXTENSIONS, WAITING = "faults/test_kinds_extensions.py", "faults/test_kinds_park
 TURNS = "faults/test_kinds_turns.py"
 REDACT, SEARCH = "extensions/test_redact.py", "extensions/test_search.py"
 LATER, DUE, NOTIFY = "extensions/test_later.py", "extensions/test_later_due.py", "extensions/test_notify.py"
-LOCKS, FRONTS = "extensions/test_locks.py", "ledgers/test_front.py"
+LOCKS, FRONTS, RECALL = "extensions/test_locks.py", "ledgers/test_front.py", "ledgers/test_recall.py"
 STORAGE, PYTHON, BASH = "faults/test_kinds_storage.py", "clients/test_client_cases.py", "clients/test_listener_cases.py"
 
 KINDS = [
@@ -704,8 +704,30 @@ KINDS = [
          "`Mirror.replay()` goes on behind `Left`"),
     Kind("who asks again and again holds up others",
          "a front that did not answer whether a reader has a message is asked again when it was heard of",
-         ("ledgers/test_recall.py::test_who_asks_again_and_again_keeps_no_mail_from_its_reader",),
+         (f"{RECALL}::test_who_asks_again_and_again_keeps_no_mail_from_its_reader",),
          "`Recalls.ask()` does not look at `silent`"),
+    Kind("what was decided without somebody is not known to it when it comes back",
+         "a front that others do without, by what the ledger says, serves nobody until it was heard of again",
+         (f"{RECALL}::test_a_front_that_comes_back_gives_nobody_what_was_taken_back_without_it",
+          f"{RECALL}::test_a_front_that_is_not_heard_of_serves_nobody"),
+         "`Front.announce()` never calls `quiet()` (the first); `Front.quiet()` leaves the gate open (the second)"),
+    Kind("a tick is taken for a time",
+         "whether a front may have given a message to a reader is told by the ticks of before it fell silent",
+         (f"{RECALL}::test_a_message_whose_tick_is_ahead_is_not_taken_back_without_a_front_that_may_have_given_it",),
+         "`others()` in recall.py compares the tick with `at`"),
+    Kind("two of one name act for each other",
+         "each file of a front has a random id, which no copy of it has",
+         ("ledgers/test_heartbeat.py::test_two_fronts_of_one_name_are_two",),
+         "`name_of()` without the id"),
+    Kind("what was known when something began is told as known now",
+         "a front that starts counts from its last read of the ledger, and looks again before it serves",
+         (f"{FRONTS}::test_a_front_that_took_long_to_start_serves_nobody_until_it_has_looked_again",),
+         "`Front` counts from its own start; `Front.__init__()` without its `look()`"),
+    Kind("each of several has the whole time of a call, one after the other",
+         "all machines of a ledger share one deadline, and who failed last is asked last",
+         ("ledgers/test_machines.py::test_machines_that_say_nothing_have_one_deadline_together",
+          "ledgers/test_machines.py::test_a_machine_that_answers_is_found_behind_several_that_say_nothing"),
+         "`Postgres.open()` gives each machine `CONNECT` (the first); the first one has all that is left (the last)"),
     Kind("an ordinary message ends a program that reads it, or is taken for another one",
          "whatever its members are, a relay passes it on; the key of a message that is not sent yet is nobody's; who "
          "sent it is seen, whatever it says of its way; a person's filter works",

@@ -1,6 +1,6 @@
 """What a front relies on: each engine passes the tests of Contract, and so does the fake that stands in for one."""
-import contextlib
 import hashlib
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -9,7 +9,7 @@ import pytest
 
 from ledgers import READ_BYTES, Unknown
 from tests.faults.history import background
-from tests.kit import postgres
+from tests.kit import inside, postgres
 from tests.kit.ledger import Fake, Log
 from tests.kit.processes import PATIENCE, wait_until
 
@@ -137,6 +137,7 @@ class Contract:
                 lambda: append(ledger, b"x", "once", patience=0.3),
                 lambda: ledger.trim(1, 1 << 60, time.monotonic() + 0.3),
                 lambda: ledger.read(0, 1, time.monotonic() + 0.3),
+                lambda: ledger.read(0, 1, time.monotonic() - 1),
             ):
                 began = time.monotonic()
                 with pytest.raises(Unknown):
@@ -187,6 +188,12 @@ class TestFake(Contract):
             append(ledger, b"x", "d", patience=0.01)
 
 
+def psycopg_connection(server):
+    import psycopg
+
+    return psycopg.connect(server.url)
+
+
 @pytest.fixture(scope="module")
 def server():
     with postgres.Postgres() as server:
@@ -231,8 +238,9 @@ class TestPostgres(Contract):
             ledger.close()
             yield SimpleNamespace(payload="2")
 
-        listening = SimpleNamespace(execute=lambda _: None, notifies=notifies)
-        monkeypatch.setattr(ledger, "open", lambda: contextlib.nullcontext(listening))
+        listening = SimpleNamespace(pgconn=None, notifies=notifies, close=lambda: None)
+        monkeypatch.setattr(ledger, "open", lambda _: ((), listening))
+        monkeypatch.setattr("ledgers.postgres.rows_of", lambda *_: [])
         ledger.hear(told.append)
         assert told == [1]
 
@@ -248,6 +256,63 @@ class TestPostgres(Contract):
         finally:
             self.server.ask("DROP FUNCTION warns CASCADE")
         assert append(ledger, b"x", "once")[0] == 2
+
+    def test_a_notice_in_a_commit_is_no_warning(self, ledger):
+        says = "BEGIN RAISE NOTICE 'hello'; RETURN NEW; END"
+        self.server.ask(f"CREATE FUNCTION says() RETURNS trigger AS $$ {says} $$ LANGUAGE plpgsql")
+        self.server.ask("CREATE TRIGGER t AFTER INSERT ON agent_bus_ledger FOR EACH ROW EXECUTE FUNCTION says()")
+        try:
+            assert append(ledger, b"x")[0] == 1
+        finally:
+            self.server.ask("DROP FUNCTION says CASCADE")
+
+    def test_fronts_that_start_at_once_make_one_table(self, monkeypatch):
+        """Each has looked before any has made it."""
+        from ledgers.postgres import Postgres
+
+        looked, ask = threading.Barrier(4), Postgres.ask
+        monkeypatch.setattr(Postgres, "ask", lambda *asked: (ask(*asked), looked.wait(PATIENCE))[0])
+        with ThreadPoolExecutor(4) as pool:
+            for each in pool.map(lambda _: self.connect(), range(4)):
+                each.close()
+        assert self.server.ask("SELECT position FROM agent_bus_ledger") == [(0,)]
+
+    def test_a_user_who_may_make_no_table_uses_the_one_that_is_there(self, ledger):
+        from ledgers.postgres import connect
+
+        self.server.ask("CREATE USER clerk")
+        self.server.ask("GRANT ALL ON agent_bus_ledger TO clerk")
+        try:
+            clerk = connect(self.server.url.replace("//postgres@", "//clerk@"), single=True)
+            assert append(clerk, b"x")[0] == 1
+            clerk.close()
+        finally:
+            self.server.ask("DROP OWNED BY clerk")
+            self.server.ask("DROP USER clerk")
+
+    def test_the_time_of_an_entry_is_that_at_which_it_got_its_position(self, ledger):
+        """An entry that waited behind another one is not older than it."""
+        with psycopg_connection(self.server) as holder:
+            holder.execute("SELECT 1 FROM agent_bus_ledger WHERE position = 0 FOR UPDATE")
+            waiting = background(append, ledger, b"x")
+            wait_until(lambda: self.server.ask("SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock'"))
+            [[before]] = self.server.ask("SELECT (extract(epoch FROM clock_timestamp()) * 1000000)::bigint")
+            holder.commit()
+        assert waiting.result(PATIENCE)[1] >= before
+
+    def test_many_entries_are_removed_and_the_row_with_the_lock_stays(self, ledger):
+        rows = "SELECT n, n::text, n, '' FROM generate_series(1, 2500) AS n"
+        self.server.ask(f"INSERT INTO agent_bus_ledger {rows}")
+        ledger.trim(2499, 1 << 60, time.monotonic() + CALL)
+        assert self.server.ask("SELECT position FROM agent_bus_ledger ORDER BY 1") == [(0,), (2500,)]
+
+    def test_after_its_end_no_connection_is_left(self, ledger):
+        append(ledger, b"x")
+        ledger.listen(lambda _: None)
+        ours = "SELECT 1 FROM pg_stat_activity WHERE datname = 'postgres' AND pid != pg_backend_pid()"
+        wait_until(lambda: len(self.server.ask(ours)) == 2)
+        ledger.close()
+        wait_until(lambda: not self.server.ask(ours))
 
     def test_a_commit_whose_wait_for_the_second_machine_is_canceled_is_unknown(self, ledger):
         """PostgreSQL answers it with success, a warning, and a row that others see: it may be on one machine only."""
@@ -278,7 +343,7 @@ class TestPostgres(Contract):
         yield requires
         requires("")
 
-    def test_a_server_whose_quorum_is_taken_away_is_left(self, requires):
+    def test_a_server_whose_quorum_is_taken_away_is_left(self, requires, capfd):
         """It was safe when we connected, and what is appended now could be on one machine only."""
         from ledgers.postgres import connect
 
@@ -290,6 +355,16 @@ class TestPostgres(Contract):
             for number in range(2):
                 with pytest.raises(Unknown, match="synchronous_standby_names is empty"):
                     append(ours, b"%d" % number)
+            with pytest.raises(Unknown, match="synchronous_standby_names is empty"):
+                read(ours)
+            assert inside.said(capfd).count("the ledger cannot be used") == 1, "once, however often it is tried"
+            requires("second")
+            append(ours, b"x")
+            requires("")
+            for _ in range(3):
+                with pytest.raises(Unknown):
+                    append(ours, b"y")
+            assert inside.said(capfd).count("the ledger cannot be used") == 1, "and again, when it was good meanwhile"
         ours.close()
 
     def test_what_is_on_one_machine_only_is_not_shown_after_a_crash(self, requires):
@@ -313,16 +388,6 @@ class TestPostgres(Contract):
             wait_until(lambda: self.tried(ours, b"waits", "once"))
             assert [entry for _, _, entry in read(ours)] == [b"first", b"waits"]
         ours.close()
-
-    def test_after_a_failure_other_machines_are_asked_first(self):
-        from ledgers.postgres import others_first
-
-        options = {"host": "a,b,c", "port": "1,2,3", "user": "bus"}
-        turned = others_first(options, "b:2")
-        assert turned == {"host": "c,a,b", "port": "3,1,2", "user": "bus"}
-        assert others_first(turned, "b:2") == turned
-        assert others_first({"host": "a,b", "port": "1"}, "a:1") == {"host": "b,a", "port": "1"}
-        assert others_first({"host": "a,b"}, "a:5432") == {"host": "b,a"} and others_first({}, "x:1") == {}
 
     def test_a_server_that_crashed_is_used_again_and_has_all(self, ledger):
         told = [append(ledger, b"%d" % number) for number in range(3)]

@@ -7,6 +7,7 @@ import pytest
 import bus_server
 import ledgers.copies
 from bus_server import Mark, Marks, Put, Raise, Remove, Unusable
+from ledgers import Unknown
 from ledgers.copies import Copies
 from tests.kit import inside, postgres
 from tests.kit.ledger import SECOND, Fake, common_look, do, draft, end, front, invited, log_of, put, same, settle
@@ -125,6 +126,7 @@ def test_what_is_young_stays_in_the_ledger(fronts, log, at_once, monkeypatch):
     assert log.entries[0][0] == 1 and a.ledger.fronts.copy
     log.wall.wall += 61 * SECOND
     put(a)
+    settle(b, a)
     tidy(a)
     assert log.entries[0][0] > 1
 
@@ -150,13 +152,54 @@ def test_a_copy_is_taken_when_it_is_time_and_a_failure_leaves_the_old_one(fronts
     assert a.ledger.fronts.copy == first > 0, "one an hour"
     monkeypatch.setattr(ledgers.copies, "EVERY", 0.0)
     copies_of(a).next = 0.0
-    monkeypatch.setattr(ledgers.copies.shutil, "disk_usage", lambda _: SimpleNamespace(free=1))
+    half = SimpleNamespace(free=pathlib.Path(a.state.path).stat().st_size * 3 // 2)  # the new one would not fit twice
+    monkeypatch.setattr(ledgers.copies.shutil, "disk_usage", lambda _: half)
     tidy(a)
     assert a.ledger.fronts.copy == first and "the disk has no room for a copy" in inside.said(capfd)
     monkeypatch.undo()
     copies_of(a).next = 0.0
     tidy(a)
     assert a.ledger.fronts.copy > first
+
+
+def test_a_copy_that_fails_in_the_middle_leaves_the_old_one(fronts, at_once, monkeypatch):
+    a = fronts("a")
+    tidy(a)
+    copy = pathlib.Path(f"{a.state.path}.copy")
+    before = copy.read_bytes()
+
+    def fail(source, target):
+        pathlib.Path(target).write_bytes(b"half of it")
+        raise Unusable("the disk is full")
+
+    monkeypatch.setattr(ledgers.copies, "copy_database", fail)
+    put(a)
+    tidy(a)
+    assert copy.read_bytes() == before
+
+
+def test_a_copy_is_taken_though_the_ledger_removes_nothing(fronts, at_once):
+    a, b = fronts("a"), fronts("b")
+    tidy(a, b)
+
+    def fail(*_):
+        raise Unknown("too slow")
+
+    a.state.ledger.trim, before = fail, a.ledger.fronts.copy
+    put(a)
+    tidy(a)
+    assert a.ledger.fronts.copy > before
+
+
+def test_one_copy_at_a_time_is_taken(fronts, monkeypatch):
+    a, works = fronts("a"), []
+    monkeypatch.setattr(a.loop, "in_thread", lambda work, then: works.append(then))
+    a.tidy()
+    a.tidy()
+    assert works.count(copies_of(a).done) == 1
+    copies_of(a).done(0)
+    a.tidy()
+    assert works.count(copies_of(a).done) == 2
 
 
 def test_a_copy_and_a_front_that_are_too_old_are_refused_in_words(fronts, log, at_once, capfd):

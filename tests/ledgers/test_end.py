@@ -82,6 +82,15 @@ def test_a_drain_ends_though_reads_are_answered_and_appends_are_not(fronts, monk
     assert comes_back(a.end, a.state.ledger.faults.clear)
 
 
+def test_a_drain_does_not_wait_for_as_long_as_a_send_would(fronts, monkeypatch):
+    for name, value in (("PAUSE", 0.001), ("GIVE_UP", 900.0), ("DRAIN_SECONDS", 0.0), ("MARKS", 0.3)):
+        monkeypatch.setattr(ledgers.front, name, value)
+    a, refused = fronts(), []
+    a.state.ledger.faults = ["lost"] * 1000000
+    a.do(Marks([], [], {}), None, lambda *_: None, refused.append)
+    assert comes_back(a.end, a.state.ledger.faults.clear) and len(refused) == 1
+
+
 def test_a_drain_waits_for_what_the_ledger_takes_in_time(fronts):
     a = fronts()
     a.state.ledger.slow, told = 0.2, []

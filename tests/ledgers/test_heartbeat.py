@@ -1,5 +1,7 @@
 """What fronts say of themselves in the ledger, and that no front is stopped by what only another one understands."""
+import contextlib
 import json
+import sqlite3
 
 import pytest
 
@@ -8,7 +10,23 @@ from bus_server import Operation, Unusable
 from ledgers import heartbeat
 from ledgers.mirror import Mirror
 from tests.kit import inside
-from tests.kit.ledger import SECOND, ask, do, end, log_of, put, same, settle
+from tests.kit.ledger import (
+    SECOND,
+    Fake,
+    ask,
+    common_look,
+    do,
+    end,
+    front,
+    invited,
+    kill,
+    log_of,
+    put,
+    same,
+    settle,
+)
+
+DROP_UPTO = "ALTER TABLE fronts DROP COLUMN upto"
 
 
 def live(bus):
@@ -28,6 +46,25 @@ def test_each_front_is_known_to_the_others_before_it_serves_and_until_it_ends(fr
     assert set(live(a)) == {"a"}
 
 
+def test_two_fronts_of_one_name_are_two(tmp_path, fronts, log, monkeypatch):
+    """Two machines, or two containers, of one hostname, and the same path on each of them; one killed and run again."""
+    with contextlib.ExitStack() as stack:
+
+        def start(folder):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            monkeypatch.chdir(tmp_path / folder)
+            return front("bus.db", Fake(log))
+
+        first = start("one")
+        stack.callback(end, first)
+        kill(start("two"))
+        second = start("two")
+        stack.callback(end, second)
+        settle(first, second)
+        assert [each.front for each in first.ledger.fronts.live] == sorted([first.state.front, second.state.front])
+        assert first.state.front.partition("#")[0] == second.state.front.partition("#")[0]
+
+
 def test_a_front_that_says_nothing_is_forgotten(fronts, log):
     a, b = fronts("a"), fronts("b")
     log.wall.wall += heartbeat.LIVE - SECOND
@@ -37,10 +74,9 @@ def test_a_front_that_says_nothing_is_forgotten(fronts, log):
     beats(a)
     assert set(live(a)) == {"a"}
     settle(b)
-    assert set(live(b)) == {"a"} and same(a, b) is None
-    beats(b)
+    assert set(live(b)) == {"a", "b"}, "it says at once that it is back"
     settle(a)
-    assert set(live(a)) == {"a", "b"}
+    assert set(live(a)) == {"a", "b"} and same(a, b) is None
     log.wall.wall += heartbeat.FORGOTTEN + SECOND
     beats(a)
     assert a.state.ask("SELECT count(*) FROM fronts") == (1,)
@@ -82,6 +118,33 @@ def test_healthz_and_metrics_say_how_far_a_front_is_and_how_many_live(fronts):
     figures = {name: [value for _, value in values] for each in a.metrics for name, _, _, values in each()}
     assert figures["ledger_position"] == [a.state.position] and figures["fronts"] == [2]
     assert len(figures["front_position"]) == 2 and all(each < 5 for each in figures["front_position"])
+
+
+def test_a_stranger_is_told_nothing_of_the_fronts(fronts):
+    a = fronts()
+    secret = invited(a)
+    common_look(a)
+    settle(a)
+    a.gate.tokens.refresh()
+    assert not {"position", "fronts", "ledger"} & ask(a, "GET", "/healthz")[1].keys()
+    assert {"position", "fronts", "ledger"} <= ask(a, "GET", "/healthz", None, f"Bearer {secret}")[1].keys()
+
+
+def test_a_file_of_before_there_were_heartbeats_is_brought_up_to_date(fronts):
+    a, b = fronts("a"), fronts("b")
+    put(a)
+    settle(b)
+    for name, statements in (("a", ["DROP TABLE fronts", "DROP TABLE withheld"]), ("b", [DROP_UPTO])):
+        bus = {"a": a, "b": b}[name]
+        end(bus)
+        with contextlib.closing(sqlite3.connect(bus.state.path)) as database:
+            for statement in statements:
+                database.execute(statement)
+    a, b = fronts("a"), fronts("b")
+    assert set(live(a)) == {"a"} and set(live(b)) == {"a", "b"}
+    put(b)
+    settle(a)
+    assert log_of(a) == log_of(b) == ["x", "x"]
 
 
 def beats(bus):

@@ -2,7 +2,7 @@
 import pytest
 
 import ledgers.front
-from bus_server import ALONE, Marks, Put, presented
+from bus_server import ALONE, Marks, Put, Raise, presented
 from ledgers import heartbeat, recall
 from ledgers.mirror import Entry
 from ledgers.recall import Release, Retract, Withhold
@@ -101,6 +101,18 @@ def test_while_fronts_decide_no_reader_gets_the_message_and_no_cursor_passes_it(
     assert received(b, cursor)[0] == []
 
 
+def test_the_answer_of_each_front_is_waited_for(fronts):
+    a, b, c = fronts("a"), fronts("b"), fronts("c")
+    [tick] = put(a)
+    settle(a, b, c)
+    assert received(c)[0] == ["x"]
+    answer = take_back(a, tick)
+    settle(a, b, a)
+    assert answer() is None, "one of two has answered"
+    settle(c, a)
+    assert answer()[0] == 409
+
+
 def test_a_front_that_does_not_answer_keeps_the_message_and_its_readers_get_it(sent, monkeypatch):
     a, b, tick = sent
     monkeypatch.setattr(recall, "VOTES", 0)
@@ -143,17 +155,144 @@ def test_who_asks_again_and_again_keeps_no_mail_from_its_reader(sent, monkeypatc
     same(a, b)
 
 
+def test_each_front_that_did_not_answer_is_remembered(fronts, log, monkeypatch):
+    """Not only the last one: another request for the first message would withhold it for 2 s."""
+    a, b, c = fronts("a"), fronts("b"), fronts("c")
+    [first] = put(a)
+    settle(c)
+    b.state.ledger.out = True
+    log.wall.wall += heartbeat.LIVE + SECOND
+    for bus in (a, c):
+        bus.ledger.fronts.beat()
+        settle(bus)
+    monkeypatch.setattr(recall, "VOTES", 0)
+    [second] = put(a)
+    for tick, votes, silent in ((first, c, b), (second, None, c)):
+        answer = take_back(a, tick)
+        turns(a)
+        if votes:
+            settle(votes, a)
+        a.loop.take_turn()
+        turns(a)
+        assert answer()[0] == 503 and silent.state.front in answer()[1]["error"]
+    entries = len(log.entries)
+    answer = take_back(a, first)
+    turns(a)
+    assert answer()[0] == 503 and b.state.front in answer()[1]["error"] and len(log.entries) == entries
+
+
 def test_a_front_that_fell_silent_before_the_message_was_sent_is_not_waited_for(fronts, log):
     a, b = fronts("a"), fronts("b")
     [before] = put(a, msg="before")
     log.wall.wall += heartbeat.LIVE + SECOND
     a.ledger.fronts.beat()
+    settle(a)
     [after] = put(a, msg="after")
     answers = [take_back(a, tick) for tick in (before, after)]
     settle(a)
     assert answers[0]() is None and answers[1]()[0] == 200
     settle(b, a)
     assert answers[0]()[0] == 200
+    same(a, b)
+
+
+def test_a_front_that_comes_back_gives_nobody_what_was_taken_back_without_it(fronts, log):
+    """Its readers wait there, and it reads the message before it reads that the message was taken back."""
+    a, b = fronts("a"), fronts("b")
+    settle(a, b)
+    parked = request(b, "GET", "/recv?to=bob&since=0&block=true")
+    settle(b)
+    b.state.ledger.out = True
+    log.wall.wall += heartbeat.LIVE + SECOND
+    a.ledger.fronts.beat()
+    settle(a)
+    answer = take_back(a, *put(a))
+    settle(a)
+    assert answer()[0] == 200
+    b.state.ledger.out, refused = False, []
+    take, b.ledger.take = b.ledger.take, lambda *entry: (take(*entry), refused.append(ask_now(b)))[0]
+    assert parked() is None
+    settle(b)
+    assert parked()[1]["messages"] == [] and received(b)[0] == []
+    settle(a)
+    assert 503 in refused and len(a.ledger.fronts.live) == 2
+    [later] = put(a, msg="later")
+    settle(b)
+    assert received(b)[0] == ["later"], "it serves again as soon as the others have heard of it"
+    same(a, b)
+
+
+def ask_now(bus):
+    """The status of a look at a mailbox, in the middle of a turn."""
+    answer = request(bus, "GET", "/recv?to=bob&since=0&peek=true")()
+    return answer and answer[0]
+
+
+def test_a_front_that_is_not_heard_of_serves_nobody(fronts, log):
+    """The clock of the ledger went forward: until its next heartbeat, the others do without it."""
+    a, b = fronts("a"), fronts("b")
+    log.wall.wall += 3600 * SECOND
+    a.ledger.fronts.beat = b.ledger.fronts.beat = lambda: None
+    put(a)
+    settle(b)
+    for bus in (a, b):
+        assert ask(bus, "GET", "/recv?to=bob&since=0")[0] == 503
+        del bus.ledger.fronts.beat
+        bus.ledger.fronts.beat()
+        settle(bus)
+        assert received(bus)[0] == ["x"]
+
+
+def test_a_poll_that_came_before_a_front_finds_that_it_is_silent_is_refused(fronts, log):
+    """Its cursor is ahead, from another front: the front reads on to answer it."""
+    a, b = fronts("a"), fronts("b")
+    log.wall.wall += heartbeat.LIVE + SECOND
+    a.ledger.fronts.beat()
+    settle(a)
+    [tick], _ = put(a, msg="seen there"), put(a, msg="x")
+    b.ledger.fronts.beat = lambda: None
+    answer = request(b, "GET", f"/recv?to=bob&since={tick / SECOND:.6f}")
+    turns(b)
+    assert answer()[0] == 503 and "have not heard of this one" in answer()[1]["error"] and b.last > tick
+    del b.ledger.fronts.beat
+    b.ledger.fronts.beat()
+    turns(b)
+    assert received(b, tick / SECOND)[0] == ["x"]
+
+
+def test_a_send_that_is_under_way_when_a_front_finds_that_it_is_silent_is_unknown(fronts, log, monkeypatch):
+    """What it stores could be taken back without this front. It comes as an entry of another front, and once."""
+    a, b = fronts("a"), fronts("b")
+    b.ledger.catch_up = lambda: None  # it finds it when its entry has its place, behind one of the other front
+    log.wall.wall += heartbeat.LIVE + SECOND
+    a.ledger.fronts.beat()
+    settle(a)
+    answer = request(b, "POST", "/send", {"from": "ann", "to": "bob", "msg": "x", "key": "k"})
+    turns(b)
+    assert answer()[0] == 503 and "it is unknown whether this was stored" in answer()[1]["error"]
+    del b.ledger.catch_up
+    settle(b)
+    assert received(b)[0] == ["x"]
+    same(a, b)
+
+
+def test_a_message_whose_tick_is_ahead_is_not_taken_back_without_a_front_that_may_have_given_it(fronts, log):
+    """A reader of the first contract raised the ticks by its cursor. The front gave it the message, and was cut off."""
+    a, b = fronts("a"), fronts("b")
+    do(a, Raise(a.last + 299 * SECOND))
+    [tick] = put(a)
+    settle(b)
+    assert received(b)[0] == ["x"]
+    b.state.ledger.out = True
+    log.wall.wall += heartbeat.LIVE + SECOND
+    a.ledger.fronts.beat()
+    settle(a)
+    answer = take_back(a, tick)
+    settle(a)
+    assert answer() is None
+    b.state.ledger.out = False
+    settle(b, a)
+    assert answer()[0] == 409
     same(a, b)
 
 
@@ -199,6 +338,26 @@ def test_what_a_front_withholds_for_one_that_died_is_released(sent, fronts, monk
     a = fronts("a")
     assert received(a)[0] == ["x"]
     same(a, b)
+
+
+def test_a_release_that_the_ledger_does_not_take_is_tried_again(sent, monkeypatch):
+    a, b, tick = sent
+    monkeypatch.setattr(ledgers.front, "PAUSE", 0.001)
+    monkeypatch.setattr(ledgers.front, "GIVE_UP", 0.02)
+    later, recalls = [], b.ledger.detours["recall"].__self__
+    monkeypatch.setattr(b.loop, "later", lambda seconds, action: later.append(action))
+    take_back(a, tick)
+    turns(a)
+    kill(a)
+    settle(b)
+    for faults in (["lost"] * 1000000, []):
+        b.state.ledger.faults = faults
+        [let_go] = [each for each in later if getattr(each, "func", None) == recalls.let_go]
+        later.clear()
+        let_go()
+        settle(b)
+        assert bool(b.withheld) == bool(faults)
+    assert received(b)[0] == ["x"]
 
 
 def test_what_was_released_is_not_taken_back_by_an_entry_that_comes_late(sent, monkeypatch):
