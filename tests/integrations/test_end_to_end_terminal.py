@@ -4,6 +4,7 @@ import os
 import pathlib
 import re
 import shlex
+import statistics
 import subprocess
 import sys
 import time
@@ -89,38 +90,45 @@ def test_the_plugins_own_monitor_tells_a_session_on_a_terminal_once_its_skill_is
     assert min(took) < in_time(ANSWER_SECONDS), took
 
 
-def wakes(bus, peer, tmp_path, *options, plugin=False, **environment):
-    """A session that sleeps on a terminal is told the number, takes the mail with the tool, and answers; twice."""
+TOLD = re.compile(r"\d unread for alice")
+
+
+def wakes(bus, peer, tmp_path, *options, times, plugin=False, **environment):
+    """A session that sleeps on a terminal is told the number, takes the mail with the tool, and answers; again.
+
+    Only the first message is acknowledged: the last ones come beside mail that is unread.
+    """
     inbox, acknowledge = (f"mcp__{'plugin_agent-bus_' if plugin else ''}bus__bus_{tool}" for tool in ("inbox", "ack"))
     turns = []
 
     def script(request):
         told = news(request)
-        if "1 unread for alice" in told:
+        if TOLD.search(told):
             return [tool_use(inbox)]
         if "wake up" in told and "msg" in told:
             number = ID.findall(told)[-1]
-            return [reply(number, "awake"), tool_use(acknowledge, id=number)]
+            return [reply(number, "awake")] + [tool_use(acknowledge, id=number)] * ("wake up 0" in told)
         turns.append(request)
         return [words("waiting")]
 
     allowed = "--permission-mode", "default", "--allowedTools", "Bash", inbox, acknowledge
     with ScriptedModel(script) as model, Terminal(tmp_path, bus, model, *options, *allowed, **environment):
         mail, took = bus_recv.receive("peer", url=bus.url, timeout=PATIENCE), []
-        for number in range(2):
+        for number in range(times):
             wait_until(lambda: len(turns) == len(took) + 1)
             wait_until(lambda: b'"name": "alice", "channel": "default", "online": true' in bus.get("/agents"))
             began = time.monotonic()
             sent = peer(f"wake up {number}")["id"]
-            wait_until(lambda: model.heard().count("1 unread for alice") == len(took) + 1)
+            wait_until(lambda: len(TOLD.findall(model.heard())) == len(took) + 1)
             took.append(time.monotonic() - began)
             answer = next(mail)
             assert (answer["msg"], answer["reply_to"]) == ("awake", sent)
-        woken = [request for request in model.requests if "1 unread for alice" in news(request)]
+        woken = [request for request in model.requests if TOLD.search(news(request))]
     print("seconds from a peer's send to the wake:", *(f"{each:.2f}" for each in took))
     print("the wake:", json.dumps(woken[0]["messages"][-1])[:1000])
     assert all("wake up" not in news(request) for request in woken)
-    assert min(took) < in_time(ANSWER_SECONDS), took
+    assert "2 unread for alice" in news(woken[2]), "one of them beside another"
+    assert statistics.median(took) < in_time(ANSWER_SECONDS), took
 
 
 def test_the_waiter_wakes_a_session_that_sleeps_on_a_terminal(bus, peer, tmp_path):
@@ -128,7 +136,7 @@ def test_the_waiter_wakes_a_session_that_sleeps_on_a_terminal(bus, peer, tmp_pat
     hook = integration("bus_hook.py")
     settings = re.search(r'\{"hooks": .*\}\]\}\]\}\}', pathlib.Path(hook).read_text(), re.DOTALL)[0]
     settings = settings.replace("python3 /path/to/bus_hook.py", shlex.join([sys.executable, hook]))
-    wakes(bus, peer, tmp_path, "--settings", settings, *tools(bus, tmp_path))
+    wakes(bus, peer, tmp_path, "--settings", settings, *tools(bus, tmp_path), times=3)
 
 
 @needs_plugin
@@ -162,7 +170,7 @@ def test_a_session_that_is_renamed_and_cleared_hears_as_its_new_name(bus, peer, 
 @needs_plugin
 def test_a_file_that_has_changed_wakes_a_session_that_sleeps_on_a_terminal(bus, peer, tmp_path):
     """By the plugin, without its skill: the tools' server waits, and FileChanged wakes."""
-    wakes(bus, peer, tmp_path, *PLUGIN, plugin=True)
+    wakes(bus, peer, tmp_path, *PLUGIN, times=3, plugin=True)
 
 
 CHANNEL_NEWS = re.compile('MCP server "bus": (Channel notifications .*)|(<channel source="bus" from="peer")')
