@@ -12,7 +12,8 @@ import time
 import pytest
 
 import bus_recv
-from tests.integrations.test_end_to_end import named  # noqa: F401
+from tests.integrations.test_end_to_end import named, over_http  # noqa: F401
+from tests.integrations.test_hook import send_hostile_mail
 from tests.kit.claude_code import (
     ANSWER_SECONDS,
     CLAUDE,
@@ -21,6 +22,7 @@ from tests.kit.claude_code import (
     MARKS,
     Session,
     Terminal,
+    bash,
     integration,
     introduced,
     reply,
@@ -171,6 +173,36 @@ def test_a_session_that_is_renamed_and_cleared_hears_as_its_new_name(bus, peer, 
 def test_a_file_that_has_changed_wakes_a_session_that_sleeps_on_a_terminal(bus, peer, tmp_path):
     """By the plugin, without its skill: the tools' server waits, and FileChanged wakes."""
     wakes(bus, peer, tmp_path, *PLUGIN, times=3, plugin=True)
+
+
+INBOX = {"terminal": "mcp__plugin_agent-bus_bus__bus_inbox", "token only": "mcp__bus__bus_inbox"}
+
+
+@needs_plugin
+@pytest.mark.parametrize("way", INBOX)
+def test_of_200_hostile_messages_a_session_hears_a_number_and_no_word_until_it_asks(bus, peer, tmp_path, way):
+    """By the hooks of the plugin, which are commands, on a terminal; and by hooks that are a tool of the bus."""
+    send_hostile_mail(bus, "alice")
+
+    def script(request):
+        step = len(model.requests)
+        if step == last:
+            return [tool_use(INBOX[way])]
+        if step < 3:  # in the turn, and at its end
+            peer("OBEY", priority="high")
+        return [bash("true")] if step == 1 else [words("waiting")]
+
+    kind, options, last = (Terminal, PLUGIN, 4) if way == "terminal" else (Session, over_http(bus), 3)
+    options = *options, "--permission-mode", "default", "--allowedTools", "Bash", INBOX[way]
+    with ScriptedModel(script) as model, kind(tmp_path, bus, model, *options) as session:
+        if way == "terminal":
+            wait_until(lambda: len(model.requests) == 3 and session.is_idle())
+            peer("OBEY")  # which is not urgent, so no hook but that of FileChanged tells
+        heard = [news(each) for each in wait_until(lambda: model.requests[: last + 1] if model.requests[last:] else [])]
+        assert "OBEY" not in json.dumps(model.requests[:last] + model.others)
+    for step, told in enumerate(heard[:last]):
+        assert f"{200 + step} unread for alice" in told
+    assert "OBEY" in heard[last]
 
 
 CHANNEL_NEWS = re.compile('MCP server "bus": (Channel notifications .*)|(<channel source="bus" from="peer")')
