@@ -7,6 +7,7 @@ import shlex
 import statistics
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -23,6 +24,8 @@ from tests.kit.claude_code import (
     Session,
     Terminal,
     bash,
+    done,
+    hooks,
     integration,
     introduced,
     reply,
@@ -167,6 +170,34 @@ def test_a_session_that_is_renamed_and_cleared_hears_as_its_new_name(bus, peer, 
         peer("after clear", to="boss")
         wait_until(lambda: any("after clear" in event for event in EVENT.findall(model.heard())))
     assert not re.search("unread for (boss|work)", model.heard()), "the Monitor had it all"
+
+
+def test_a_session_that_is_cleared_keeps_its_name_and_its_mail(bus, peer, tmp_path):
+    """It has the second name of its folder. The first one is free by then, and a new session would get it."""
+
+    def waits(request):
+        assert second_is_there.wait(PATIENCE)
+        return [words("done")]
+
+    def start(kind, folder, model):
+        (tmp_path / folder).mkdir()
+        nameless = {"AGENT_NAME": "", "AGENT_BUS_STATE_DIR": str(tmp_path / "state")}
+        return kind(tmp_path / folder, bus, model, *hooks("SessionStart"), **nameless)
+
+    second_is_there = threading.Event()
+    with ScriptedModel(waits) as first, start(Session, "one", first) as one, ScriptedModel(done) as model:
+        wait_until(lambda: first.requests)
+        with start(Terminal, "two", model) as two:
+            wait_until(lambda: model.requests and two.is_idle())
+            second_is_there.set()
+            assert one.process.wait(PATIENCE) == 0
+            peer("for the second", to="work-2")
+            two.type("/clear")
+            wait_until(lambda: len(list((tmp_path / "state" / "turns").iterdir())) == 3)  # the SessionStart hook ran
+            two.type("and now")
+            wait_until(lambda: len(model.requests) == 2)
+    assert [introduced(request) for request in (*first.requests, *model.requests)] == ["work", "work-2", "work-2"]
+    assert "1 unread for work-2" in news(model.requests[1])
 
 
 @needs_plugin
