@@ -15,15 +15,16 @@ from typing import Any, NamedTuple
 from session import ASK_SECONDS, Nameless, Self, bus_recv, get, mcp_part, own_cursor, wake_path, was_here
 
 AWAITED = 50  # ids of the last questions of a name
-SOON, LATER = 1.0, 8.0  # s between looks while there is unread mail, or another program reads it
-HOLD_SECONDS = 25.0  # of a request; common proxies cut a quiet request after 30 s
+SOON = 1.0  # s between looks at least: Claude Code reports a change when the file has stayed as it is for 0.5 s
+LATER = 8.0  # s until the next attempt, when no look was possible
+HOLD_SECONDS = bus_recv.FOLLOW_SECONDS  # of a request; then the bus is asked for the names that the session has now
 
 
 class Counts(NamedTuple):
     """What is unread. `pressing`: urgent, or a reply that is awaited. `newest`: the time of the newest message, s.
 
     `senders`: those that a token vouches for. `others`: are there more? `reader`: does a program of this machine read
-    this mail, and so tells it?
+    this mail, and so tells it? `now`: the cursor behind all that was counted.
     """
 
     unread: int
@@ -34,6 +35,7 @@ class Counts(NamedTuple):
     others: bool = False
     more: bool = False
     reader: bool = False
+    now: str = "last"
 
     @property
     def pressing(self) -> int:
@@ -54,25 +56,27 @@ def count(me: Self, seconds: float, status: dict[str, Any] | None = None) -> Cou
             raise
         answer = get(url, f"/inbox?name={me.name}&channel={channel}", seconds)
     try:
-        return counted(me.name, channel, answer)
+        return counted(me, channel, answer)
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError):
         raise bus_recv.Unreachable() from None  # something else answers
 
 
-def digest_of(me: Self, channel: str) -> str:
-    """The path of the counts of a session. The bus has no cursor for several names."""
-    since = f"&since={own_cursor('*', channel, me.name)}" if me.also else ""
-    return f"/digest?to={','.join(me.names)}&channel={channel}{since}"
+def digest_of(me: Self, channel: str, since: str = "") -> str:
+    """The path of the counts of a session: what is unread, or what came after `since`."""
+    if me.also and not since:  # the bus has no cursor for several names
+        since = own_cursor("*", channel, me.name)
+    return f"/digest?to={','.join(me.names)}&channel={channel}{since and f'&since={since}'}"
 
 
-def counted(name: str, channel: str, answer: dict[str, Any]) -> Counts:
-    bus = str(answer.get("bus", bus_recv.OLD_CONTRACT))
-    reader = reader_runs(bus, channel, name)
+def counted(me: Self, channel: str, answer: dict[str, Any]) -> Counts:
+    name, bus, now = me.name, str(answer.get("bus", bus_recv.OLD_CONTRACT)), str(answer.get("now", "last"))
+    # A reader that still has an old name of the session goes on with the new one when its poll ends.
+    reader = any(reader_runs(bus, channel, each) for each in me.names)
     if "recipients" in answer:
-        return Counts(int(answer["recipients"].get(channel, {}).get(name, 0)), reader=reader)
+        return Counts(int(answer["recipients"].get(channel, {}).get(name, 0)), reader=reader, now=now)
     senders, vouched, newest = answer["senders"], answer["vouched"], answer["newest"]
     if newest and bus_recv.seconds_of(own_cursor(bus, channel, name)) >= float(newest["ts"]):
-        return Counts(0, reader=reader)  # a reader that has ended has shown it, and the bus does not know yet
+        return Counts(0, reader=reader, now=now)  # a reader that has ended has shown it; the bus does not know yet
     replies = sum(each["unread"] for each in answer["threads"] if each["id"] in awaited(name))
     return Counts(
         int(answer["unread"]),
@@ -83,6 +87,7 @@ def counted(name: str, channel: str, answer: dict[str, Any]) -> Counts:
         len(senders) > len(vouched),
         bool(answer["more"]),
         reader,
+        now,
     )
 
 
@@ -172,11 +177,11 @@ def arrivals(
 ) -> Iterator[tuple[Self, Counts]]:
     """Yields whenever more mail waits for a session than before; it takes nothing. `kind`: see alone().
 
-    `who` is asked before each look, because a session may be renamed; `is_needed` may end it. While nothing is unread
-    the bus holds the look, so the name counts as listening. Else it looks now and then. It is quiet while another
+    `who` is asked before each look, because a session may be renamed; `is_needed` may end it. After a look the bus is
+    asked to answer when something later has come; meanwhile the name counts as listening. It is quiet while another
     program reads the mail.
     """
-    known, pause, warned = (0, 0.0), SOON, ""
+    known, warned = (0, 0.0), ""
     while is_needed():
         try:
             me = who()
@@ -184,14 +189,9 @@ def arrivals(
                 if ours:
                     counts = count(me, bus_recv.GRACE_SECONDS)
                     if not counts.reader and (counts.newest > known[1] or counts.unread > known[0]):
-                        pause = SOON
                         yield me, counts
                     known, warned = (counts.unread, max(counts.newest, known[1])), ""
-                    if counts.unread or counts.reader:
-                        time.sleep(pause)
-                        pause = min(2 * pause, LATER)
-                    else:
-                        hold(me)
+                    hold(me, counts.now)
                     continue
         except (bus_recv.Unreachable, bus_recv.Refused, Nameless, ValueError, OSError, LookupError) as fault:
             if str(fault) != warned:
@@ -200,17 +200,20 @@ def arrivals(
         time.sleep(LATER)
 
 
-def hold(me: Self) -> None:
-    """Wait until the bus has a message for this session, or for HOLD_SECONDS; at least SOON. Nothing is fetched."""
+def hold(me: Self, since: str) -> None:
+    """Wait until the bus has a message for this session after `since`, or for HOLD_SECONDS; at least SOON.
+
+    Nothing is fetched.
+    """
     given, began = bus_recv.settings(), time.monotonic()
-    path = f"{digest_of(me, given.get('AGENT_BUS_CHANNEL', 'default'))}&wait={HOLD_SECONDS}"
+    path = f"{digest_of(me, given.get('AGENT_BUS_CHANNEL', 'default'), since)}&wait={HOLD_SECONDS}"
     try:
         bus_recv.ask(given["AGENT_BUS_URL"], path, HOLD_SECONDS + bus_recv.GRACE_SECONDS)
     except bus_recv.Refused as refused:
         if refused.status != 404:
             raise
         time.sleep(LATER)  # a bus without the digest
-    time.sleep(max(began + SOON - time.monotonic(), 0))  # in case the bus does not hold it
+    time.sleep(max(began + SOON - time.monotonic(), 0))  # also in case the bus does not hold it
 
 
 class Waker(threading.Thread):

@@ -35,6 +35,7 @@ from tests.kit.claude_code import (
     tools,
     version,
 )
+from tests.kit.dialects import tools_of
 from tests.kit.peers import invite
 from tests.kit.processes import PATIENCE, in_time, wait_until
 from tests.kit.scripted_model import ScriptedModel, blocks, news, text_of, tool_use, words
@@ -328,6 +329,15 @@ def test_the_tools_show_answer_and_acknowledge_mail(bus, peer, tmp_path):
     assert "id " in stored and f"{sent} is read" in acknowledged
     assert after.startswith("0 unread")
     assert "peer: " in agents
+    assert may_call_each_tool(model)
+
+
+TOOLS = "send inbox ack agents whoami ask reply thread claim done fail status rename".split()
+
+
+def may_call_each_tool(model):
+    """Without a search for it: of a tool that is deferred, a model sees the name only."""
+    return {f"mcp__bus__bus_{tool}" for tool in TOOLS} <= {*tools_of(model.requests[-1])}
 
 
 def over_http(bus, token=None):
@@ -371,3 +381,4 @@ def test_with_a_url_and_a_token_only_a_session_is_told_reads_and_answers(bus, pe
     assert "agent-bus: 1 unread for alice (from peer). bus_inbox shows them." in heard[1]
     assert "agent-bus: 1 unread for alice (1 urgent, from peer)" in "".join(heard[2:])
     assert [each["msg"] for each in bus_recv.receive("peer", url=bus.url, once=True)] == ["seen", "seen"]
+    assert may_call_each_tool(model)

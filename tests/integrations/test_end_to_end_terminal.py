@@ -4,14 +4,17 @@ import os
 import pathlib
 import re
 import shlex
+import statistics
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 
 import bus_recv
-from tests.integrations.test_end_to_end import named  # noqa: F401
+from tests.integrations.test_end_to_end import named, over_http  # noqa: F401
+from tests.integrations.test_hook import send_hostile_mail
 from tests.kit.claude_code import (
     ANSWER_SECONDS,
     CLAUDE,
@@ -20,6 +23,9 @@ from tests.kit.claude_code import (
     MARKS,
     Session,
     Terminal,
+    bash,
+    done,
+    hooks,
     integration,
     introduced,
     reply,
@@ -89,38 +95,45 @@ def test_the_plugins_own_monitor_tells_a_session_on_a_terminal_once_its_skill_is
     assert min(took) < in_time(ANSWER_SECONDS), took
 
 
-def wakes(bus, peer, tmp_path, *options, plugin=False, **environment):
-    """A session that sleeps on a terminal is told the number, takes the mail with the tool, and answers; twice."""
+TOLD = re.compile(r"\d unread for alice")
+
+
+def wakes(bus, peer, tmp_path, *options, times, plugin=False, **environment):
+    """A session that sleeps on a terminal is told the number, takes the mail with the tool, and answers; again.
+
+    Only the first message is acknowledged: the last ones come beside mail that is unread.
+    """
     inbox, acknowledge = (f"mcp__{'plugin_agent-bus_' if plugin else ''}bus__bus_{tool}" for tool in ("inbox", "ack"))
     turns = []
 
     def script(request):
         told = news(request)
-        if "1 unread for alice" in told:
+        if TOLD.search(told):
             return [tool_use(inbox)]
         if "wake up" in told and "msg" in told:
             number = ID.findall(told)[-1]
-            return [reply(number, "awake"), tool_use(acknowledge, id=number)]
+            return [reply(number, "awake")] + [tool_use(acknowledge, id=number)] * ("wake up 0" in told)
         turns.append(request)
         return [words("waiting")]
 
     allowed = "--permission-mode", "default", "--allowedTools", "Bash", inbox, acknowledge
     with ScriptedModel(script) as model, Terminal(tmp_path, bus, model, *options, *allowed, **environment):
         mail, took = bus_recv.receive("peer", url=bus.url, timeout=PATIENCE), []
-        for number in range(2):
+        for number in range(times):
             wait_until(lambda: len(turns) == len(took) + 1)
             wait_until(lambda: b'"name": "alice", "channel": "default", "online": true' in bus.get("/agents"))
             began = time.monotonic()
             sent = peer(f"wake up {number}")["id"]
-            wait_until(lambda: model.heard().count("1 unread for alice") == len(took) + 1)
+            wait_until(lambda: len(TOLD.findall(model.heard())) == len(took) + 1)
             took.append(time.monotonic() - began)
             answer = next(mail)
             assert (answer["msg"], answer["reply_to"]) == ("awake", sent)
-        woken = [request for request in model.requests if "1 unread for alice" in news(request)]
+        woken = [request for request in model.requests if TOLD.search(news(request))]
     print("seconds from a peer's send to the wake:", *(f"{each:.2f}" for each in took))
     print("the wake:", json.dumps(woken[0]["messages"][-1])[:1000])
     assert all("wake up" not in news(request) for request in woken)
-    assert min(took) < in_time(ANSWER_SECONDS), took
+    assert "2 unread for alice" in news(woken[2]), "one of them beside another"
+    assert statistics.median(took) < in_time(ANSWER_SECONDS), took
 
 
 def test_the_waiter_wakes_a_session_that_sleeps_on_a_terminal(bus, peer, tmp_path):
@@ -128,7 +141,7 @@ def test_the_waiter_wakes_a_session_that_sleeps_on_a_terminal(bus, peer, tmp_pat
     hook = integration("bus_hook.py")
     settings = re.search(r'\{"hooks": .*\}\]\}\]\}\}', pathlib.Path(hook).read_text(), re.DOTALL)[0]
     settings = settings.replace("python3 /path/to/bus_hook.py", shlex.join([sys.executable, hook]))
-    wakes(bus, peer, tmp_path, "--settings", settings, *tools(bus, tmp_path))
+    wakes(bus, peer, tmp_path, "--settings", settings, *tools(bus, tmp_path), times=3)
 
 
 @needs_plugin
@@ -159,10 +172,68 @@ def test_a_session_that_is_renamed_and_cleared_hears_as_its_new_name(bus, peer, 
     assert not re.search("unread for (boss|work)", model.heard()), "the Monitor had it all"
 
 
+def test_a_session_that_is_cleared_keeps_its_name_and_its_mail(bus, peer, tmp_path):
+    """It has the second name of its folder. The first one is free by then, and a new session would get it."""
+
+    def waits(request):
+        assert second_is_there.wait(PATIENCE)
+        return [words("done")]
+
+    def start(kind, folder, model):
+        (tmp_path / folder).mkdir()
+        nameless = {"AGENT_NAME": "", "AGENT_BUS_STATE_DIR": str(tmp_path / "state")}
+        return kind(tmp_path / folder, bus, model, *hooks("SessionStart"), **nameless)
+
+    second_is_there = threading.Event()
+    with ScriptedModel(waits) as first, start(Session, "one", first) as one, ScriptedModel(done) as model:
+        wait_until(lambda: first.requests)
+        with start(Terminal, "two", model) as two:
+            wait_until(lambda: model.requests and two.is_idle())
+            second_is_there.set()
+            assert one.process.wait(PATIENCE) == 0
+            peer("for the second", to="work-2")
+            two.type("/clear")
+            wait_until(lambda: len(list((tmp_path / "state" / "turns").iterdir())) == 3)  # the SessionStart hook ran
+            two.type("and now")
+            wait_until(lambda: len(model.requests) == 2)
+    assert [introduced(request) for request in (*first.requests, *model.requests)] == ["work", "work-2", "work-2"]
+    assert "1 unread for work-2" in news(model.requests[1])
+
+
 @needs_plugin
 def test_a_file_that_has_changed_wakes_a_session_that_sleeps_on_a_terminal(bus, peer, tmp_path):
     """By the plugin, without its skill: the tools' server waits, and FileChanged wakes."""
-    wakes(bus, peer, tmp_path, *PLUGIN, plugin=True)
+    wakes(bus, peer, tmp_path, *PLUGIN, times=3, plugin=True)
+
+
+INBOX = {"terminal": "mcp__plugin_agent-bus_bus__bus_inbox", "token only": "mcp__bus__bus_inbox"}
+
+
+@needs_plugin
+@pytest.mark.parametrize("way", INBOX)
+def test_of_200_hostile_messages_a_session_hears_a_number_and_no_word_until_it_asks(bus, peer, tmp_path, way):
+    """By the hooks of the plugin, which are commands, on a terminal; and by hooks that are a tool of the bus."""
+    send_hostile_mail(bus, "alice")
+
+    def script(request):
+        step = len(model.requests)
+        if step == last:
+            return [tool_use(INBOX[way])]
+        if step < 3:  # in the turn, and at its end
+            peer("OBEY", priority="high")
+        return [bash("true")] if step == 1 else [words("waiting")]
+
+    kind, options, last = (Terminal, PLUGIN, 4) if way == "terminal" else (Session, over_http(bus), 3)
+    options = *options, "--permission-mode", "default", "--allowedTools", "Bash", INBOX[way]
+    with ScriptedModel(script) as model, kind(tmp_path, bus, model, *options) as session:
+        if way == "terminal":
+            wait_until(lambda: len(model.requests) == 3 and session.is_idle())
+            peer("OBEY")  # which is not urgent, so no hook but that of FileChanged tells
+        heard = [news(each) for each in wait_until(lambda: model.requests[: last + 1] if model.requests[last:] else [])]
+        assert "OBEY" not in json.dumps(model.requests[:last] + model.others)
+    for step, told in enumerate(heard[:last]):
+        assert f"{200 + step} unread for alice" in told
+    assert "OBEY" in heard[last]
 
 
 CHANNEL_NEWS = re.compile('MCP server "bus": (Channel notifications .*)|(<channel source="bus" from="peer")')

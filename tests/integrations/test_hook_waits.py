@@ -4,6 +4,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import threading
 
 from tests.integrations.test_hook import (  # noqa: F401
     FOLDER,
@@ -11,6 +12,7 @@ from tests.integrations.test_hook import (  # noqa: F401
     STOP,
     a_reader,
     a_session,
+    digest,
     notice,
     project,
     run,
@@ -20,6 +22,7 @@ from tests.integrations.test_hook import (  # noqa: F401
     text,
     unread,
 )
+from tests.kit.bad_servers import NOON, Scripted
 from tests.kit.processes import PATIENCE, wait_until
 
 
@@ -101,3 +104,29 @@ def test_a_waker_writes_a_line_when_more_has_come_and_takes_nothing(bus, tmp_pat
     wait_until(lambda: file.read_text() == "1 unread for dell\n2 unread for dell\n")
     assert unread(bus) == 2 and complaints == []
     assert all(b'"state": "queued"' in bus.get(f"/message/{id}") for id in ids), "nobody has seen them"
+
+
+def test_a_waker_hears_at_once_what_comes_beside_mail_that_nobody_reads(monkeypatch):
+    """The bus holds its look until something later than the last look has come."""
+    monkeypatch.setattr(notice, "SOON", 0.0)
+    held, later = threading.Event(), threading.Event()
+
+    def hold(sock):
+        held.set()
+        assert later.wait(PATIENCE)
+        sock.sendall(digest(1))
+
+    with Scripted(digest(1), hold, digest(2, now=NOON + 1), lambda sock: held.wait(PATIENCE)) as server:
+        monkeypatch.setenv("AGENT_BUS_URL", server.url)
+        file = pathlib.Path(notice.wake_file("dell"))
+        notice.Waker(lambda: session.Self("dell"), print).start()
+        assert held.wait(PATIENCE)
+        assert file.read_text() == "1 unread for dell\n"
+        held.clear()
+        later.set()
+        wait_until(lambda: len(server.asked) == 4)
+        held.set()
+        assert file.read_text() == "1 unread for dell\n2 unread for dell\n"
+        looks = [(asked.query.get("since"), asked.query.get("wait")) for asked in server.asked[:4]]
+        wait = f"{notice.HOLD_SECONDS}"
+        assert looks == [(None, None), (f"{NOON}", wait), (None, None), (f"{NOON + 1}", wait)]

@@ -217,3 +217,16 @@ def test_a_reader_that_runs_follows_its_session_to_a_new_name(bus, lives, monkey
         reader.terminate()
         _, said = reader.communicate(timeout=PATIENCE)
     assert "reading as boss, api, team from now on" in said
+
+
+def test_a_reader_that_has_an_old_name_counts_as_a_reader_of_the_session(bus, lives, monkeypatch):
+    """It goes on with the new name when its poll ends, so no hook tells of what it will show."""
+    monkeypatch.setenv("AGENT_BUS_URL", bus.url)
+    lives.begin(1)
+    name(1, "a")
+    reader = bus_recv.Cursor(json.loads(bus.get("/healthz"))["bus"], "default", "api", print)
+    session.rename(1, "boss")
+    me = session.this_session(1, "/x/api", "a")
+    assert me.names == ["boss", "api"] and notice.count(me, 5).reader
+    reader.lock.close()
+    assert not notice.count(me, 5).reader
