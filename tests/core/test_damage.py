@@ -9,9 +9,9 @@ import sqlite3
 
 import pytest
 
-from tests.extensions.test_work import ask, claim, mail, prune, send, settle
 from tests.kit.peers import invite, run
 from tests.kit.processes import Server, wait_until
+from tests.kit.queues import ask, claim, mail, prune, send, settle
 
 NO_NAME = "x'ff22'"  # bytes, and among them a quote
 DAMAGE = [

@@ -1,19 +1,11 @@
 """Work that is not done: prune spares it, and a dead letter can be put back."""
-import subprocess
-import sys
 
 import pytest
 
 from tests.kit import peers
 from tests.kit.peers import mint
-from tests.kit.processes import ROOT, Server, wait_until
-from tests.kit.queues import ask, claim, mail, post, send, settle
-
-
-def prune(bus):
-    """What the command said of everything that it may remove without being told to."""
-    command = [sys.executable, str(ROOT / "bus_server.py"), "prune", "--older", "0", "--db", bus.db]
-    return subprocess.run(command, capture_output=True, text=True).stdout
+from tests.kit.processes import Server, wait_until
+from tests.kit.queues import ask, claim, mail, post, prune, send, settle
 
 
 def test_prune_spares_work_that_is_not_done(bus):

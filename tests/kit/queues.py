@@ -3,8 +3,11 @@ import concurrent.futures
 import contextlib
 import http.client
 import json
+import subprocess
+import sys
 
 from tests.kit.peers import metric
+from tests.kit.processes import ROOT
 
 
 def ask(bus, method, path, body=None, timeout=70):
@@ -50,3 +53,9 @@ def background(work, *arguments, **members):
 
 def parked(bus):
     return metric(bus, "parked")
+
+
+def prune(bus):
+    """What the command said of everything that it may remove without being told to."""
+    command = [sys.executable, str(ROOT / "bus_server.py"), "prune", "--older", "0", "--db", bus.db]
+    return subprocess.run(command, capture_output=True, text=True).stdout
