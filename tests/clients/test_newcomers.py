@@ -268,3 +268,27 @@ def test_the_listener_says_that_it_writes_when_the_bus_has_answered(blocks, tmp_
         assert time.monotonic() - began < PATIENCE, "its first poll is not held"
         process.terminate()
         process.communicate(timeout=PATIENCE)
+
+
+# ── What the bus answers ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def listener(**env):
+    """What bus_listener.sh says in the end."""
+    script = [ROOT / "bus_listener.sh"]
+    done = subprocess.run(script, env=env, stderr=subprocess.PIPE, text=True, timeout=PATIENCE)
+    return done.returncode, done.stderr
+
+
+def test_the_listener_tells_a_refusal_whole(tmp_path):
+    env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
+    invite = [sys.executable, str(ROOT / "bus_server.py"), "invite", "ops", "--yes", "--db", str(tmp_path / "bus.db")]
+    subprocess.run(invite, env=env, capture_output=True, check=True, timeout=PATIENCE)
+    with Server(tmp_path / "bus.db") as bus:
+        code, said = listener(**env, AGENT_BUS_URL=bus.url, AGENT_NAME="lis")
+    assert code == 1 and said.endswith("to a token of: python3 bus_server.py invite NAME\n")
+
+
+def test_the_listener_says_that_its_name_is_missing(tmp_path):
+    said = listener(PATH=os.environ["PATH"], HOME=str(tmp_path))
+    assert said == (2, "bus_listener: the name is missing: give NAME, or set AGENT_NAME\n")
