@@ -15,7 +15,7 @@ import bus_recv
 import bus_send
 from tests.clients.test_clients import home, program, refusing, run  # noqa: F401
 from tests.clients.test_words import on_a_terminal
-from tests.kit.bad_servers import HTML, NOON, Scripted, mail, message, page, reset, silence
+from tests.kit.bad_servers import HTML, NOON, Scripted, answer, mail, message, page, reset, silence
 from tests.kit.processes import PATIENCE, ROOT, Server, wait_until
 from tools import bus_join
 
@@ -287,6 +287,23 @@ def test_the_listener_tells_a_refusal_whole(tmp_path):
     with Server(tmp_path / "bus.db") as bus:
         code, said = listener(**env, AGENT_BUS_URL=bus.url, AGENT_NAME="lis")
     assert code == 1 and said.endswith("to a token of: python3 bus_server.py invite NAME\n")
+
+
+@pytest.mark.parametrize("call", ["bus_send.py b hi --timeout 0", "bus_recv.py b --timeout 0", "tools/bus_who.py"])
+@pytest.mark.parametrize("status, why", [(507, "the disk is full"), (429, "wait"), (503, "wait")])
+def test_a_bus_that_cannot_do_it_now_is_not_said_to_be_missing(call, status, why, home):  # noqa: F811
+    with Scripted(answer({"error": why}, status=status), answer({"error": why}, status=status)) as server:
+        code, _, err = run(*call.split(), env={"AGENT_BUS_URL": server.url, "AGENT_NAME": "spark"})
+    assert code == 75 and f": not now: the bus at {server.url} ({status}: {why}). bus_doctor.py tells" in err, err
+    assert "running there?" not in err
+
+
+def test_the_first_reader_of_a_newcomer_says_what_to_start(home):  # noqa: F811
+    process = program("bus_recv.py", "bob", env={"AGENT_BUS_URL": (url := refusing())})
+    said = process.stderr.readline().decode()
+    process.kill()
+    process.communicate(timeout=PATIENCE)
+    assert said.startswith(f"bus_recv: no bus at {url} (Connection refused); trying again. Is bus_server.py running")
 
 
 def test_the_listener_says_that_its_name_is_missing(tmp_path):
