@@ -8,11 +8,13 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
 import bus_recv
 import bus_send
+import bus_server
 from tests.clients.test_clients import home, program, refusing, run  # noqa: F401
 from tests.clients.test_words import on_a_terminal
 from tests.kit.bad_servers import HTML, NOON, Scripted, answer, mail, message, page, reset, silence
@@ -309,3 +311,20 @@ def test_the_first_reader_of_a_newcomer_says_what_to_start(home):  # noqa: F811
 def test_the_listener_says_that_its_name_is_missing(tmp_path):
     said = listener(PATH=os.environ["PATH"], HOME=str(tmp_path))
     assert said == (2, "bus_listener: the name is missing: give NAME, or set AGENT_NAME\n")
+
+
+def test_a_full_disk_is_told_where_the_bus_runs_once_in_ten_minutes(monkeypatch):
+    said, room = [], SimpleNamespace(has_room=lambda: False)
+    monkeypatch.setattr(bus_server, "say", said.append)
+    ledger = bus_server.Ledger(SimpleNamespace(loop=None, state=SimpleNamespace(view=room)))
+    put = bus_server.Put([])
+    for _ in range(3):
+        ledger.note_room([put])
+    assert not put.room and said == [f"bus_server: {bus_server.no_room().sentence}"] and "under 16 MiB free" in said[0]
+    ledger.told -= 601
+    room.has_room = lambda: True
+    ledger.note_room([again := bus_server.Put([])])
+    assert again.room and len(said) == 1
+    room.has_room = lambda: False
+    ledger.note_room([])
+    assert len(said) == 2
