@@ -99,10 +99,10 @@ cut_torn_line() {
 }
 
 # `line` makes one line of any text: it replaces tabs, newlines, control, bidi and invisible characters by blanks: those
-# of HIDDEN in bus_recv.py and all others of these categories.
-LINE='def line: tostring | .[:100] | gsub("[\\p{Cc}\\p{Cf}\\p{Zl}\\p{Zp}\\x{34F}\\x{115F}\\x{1160}'\
+# of HIDDEN in bus_recv.py and all others of these categories. A sentence of the bus may be longer.
+LINE='def line($most): tostring | .[:$most] | gsub("[\\p{Cc}\\p{Cf}\\p{Zl}\\p{Zp}\\x{34F}\\x{115F}\\x{1160}'\
 '\\x{17B4}\\x{17B5}\\x{180B}-\\x{180F}\\x{2065}\\x{2800}\\x{3164}\\x{FE00}-\\x{FE0F}\\x{FFA0}'\
-'\\x{FFF0}-\\x{FFF8}\\x{E0000}-\\x{E0FFF}]+"; " ");'
+'\\x{FFF0}-\\x{FFF8}\\x{E0000}-\\x{E0FFF}]+"; " "); def line: line(100);'
 
 summary() {
   jq -r "$LINE"'(if (.subject // "") == "" then .msg else .subject end) as $about
@@ -177,7 +177,7 @@ verdict() {
         ($body.bus // "" | line), ($body.messages | length),
         ($body.gap // empty | "gap: mail from \(.from) to \(.to) was removed before it was read" | line)
       elif $status >= 400 and $status < 500 and ([408, 425, 429] | index($status) | not) and $body.error then
-        "refused", ($body.error | line)
+        "refused", ($body.error | line(1000))
       else empty end' "$ANSWER" 2>/dev/null
 }
 
@@ -316,7 +316,8 @@ for one in "${urls[@]}"; do
   [[ $one =~ ^(https?://|unix:/). ]] || die 2 "AGENT_BUS_URL must start with http://, https:// or unix:/"
   [[ $one != *@* || $one == unix:* ]] || die 2 "the URL of the bus has a login (user@): remove it; a bus takes the token in AGENT_BUS_TOKEN"
 done
-[[ ${AGENT_NAME:-} =~ $grammar ]] || die 2 "AGENT_NAME must be a name: up to 64 letters, digits and ._:@-"
+[ -n "${AGENT_NAME:-}" ] || die 2 "the name is missing: give NAME, or set AGENT_NAME"
+[[ $AGENT_NAME =~ $grammar ]] || die 2 "AGENT_NAME must be a name: up to 64 letters, digits and ._:@-"
 [[ $channel =~ $grammar ]] || die 2 "AGENT_BUS_CHANNEL must be a name: up to 64 letters, digits and ._:@-"
 block=false rest=${INTERVAL:-30} hold=25  # s; common proxies cut a request that is quiet for 30
 [ "${BLOCK:-0}" = 0 ] || block=true rest=${INTERVAL:-1}  # s; a bus that is shutting down answers each poll at once

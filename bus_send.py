@@ -241,8 +241,7 @@ def settings(url: str | None = None) -> dict[str, str]:
     file = {"AGENT_BUS_URL": DEFAULT_URL, **configuration()[1]}
     wanted = url or own.get("AGENT_BUS_URL", file["AGENT_BUS_URL"])
     file = file if is_within(wanted, file["AGENT_BUS_URL"]) else {}
-    if "AGENT_BUS_TOKEN_FILE" in own:  # else the token in the file would come before it
-        file.pop("AGENT_BUS_TOKEN", None)
+    own.get("AGENT_BUS_TOKEN_FILE") and file.pop("AGENT_BUS_TOKEN", "")  # else that of the file would come before it
     return {**file, **own, "AGENT_BUS_URL": wanted}
 
 
@@ -372,7 +371,7 @@ def worded(error: Exception, url: str = "") -> str:
         return "the certificate there is not trusted on this machine: set AGENT_BUS_CA to its file"
     if url.startswith("http:") and isinstance(error, (ConnectionResetError, BrokenPipeError)):
         return f"{said}; if this port speaks https, set AGENT_BUS_URL=https{url[4:]}"
-    return "this port speaks http, not https" if "WRONG_VERSION_NUMBER" in said else said
+    return "this port speaks http, not https" if "WRONG_VERSION_NUMBER" in said else said.rstrip(".")
 
 
 def connect(url: str, seconds: float) -> tuple[Any, str, dict[str, str]]:
@@ -538,9 +537,10 @@ def pause_after(failures: int) -> float:
 
 
 def no_bus(url: str, fault: Unreachable, then: str = "") -> str:
-    """The sentence about a fault: which bus, why, and what to try."""
-    asks = "" if "certificate" in str(fault) else f" Is {called('bus_server.py', 'serve')} running there?"
-    return f"no bus at {url} ({fault}){then}.{asks} {called('bus_doctor.py', 'doctor')} tells which hop fails."
+    """The sentence about a fault: which bus, why, and what to try. Some faults are the bus's own word: see judged()."""
+    own, doctor = re.match(r"\d+: (?!a web page|not from|this port)", str(fault)), called("bus_doctor.py", "doctor")
+    asks = "" if own or "certificate" in str(fault) else f" Is {called('bus_server.py', 'serve')} running there?"
+    return f"{'not now: the' if own else 'no'} bus at {url} ({fault}){then}.{asks} {doctor} tells which hop fails."
 
 
 def called(program: str, command: str) -> str:

@@ -2599,7 +2599,7 @@ def hash_of(text: str) -> str:
 
 
 def no_room() -> Refused:
-    return Refused(507, "the disk of the bus is full: nothing was stored, try again later")
+    return Refused(507, f"the bus's disk has under {RESERVE_BYTES >> 20} MiB free: nothing was stored, try again later")
 
 
 class Now(NamedTuple):
@@ -4239,7 +4239,8 @@ class Ledger:
         self.bus, self.loop, self.state = bus, bus.loop, bus.state
         self.next: list[Step] = []
         self.out: list[Step] = []  # the list that is being applied
-        self.planned = False  # commit() is called at the end of this turn
+        # planned: commit() is called at the end of this turn; told: when our stderr was told of a full disk, s
+        self.planned, self.told = False, -math.inf
         self.waiting = Shares(self.WAITING, self.WAITING_EACH)
         self.large: dict[int, tuple[str, int]] = {}  # by the id of an operation: its owner, and its bytes in `waiting`
         # By the kind of an operation: what follows in memory, in a turn, if another front of this bus made it.
@@ -4314,10 +4315,12 @@ class Ledger:
                     self.loop.attempt(self.bus.not_concluded, (step, None))
 
     def note_room(self, operations: list[Operation]) -> None:
-        if not self.state.view.has_room():
-            for operation in operations:
-                if type(operation) is Put:
-                    operation.room = False
+        room, now = self.state.view.has_room(), time.monotonic()
+        if not room and now > self.told + 600:  # s
+            self.told = now
+            say(f"bus_server: {no_room().sentence}")
+        for put in [each for each in operations if not room and type(each) is Put]:
+            put.room = False
 
     def apply(self, operations: list[Operation]) -> Applied:
         """The effects of a list. A Front does this in another way: its list goes through a ledger that it shares."""
@@ -6013,12 +6016,10 @@ def revoke(arguments: Sequence[str]) -> int:
     wanted = [token for token, label in labels.items() if options.label in (None, label)]
     which = f"{options.name} {options.label or ''}".strip()
     if wanted:  # else do not make a file, which would close the bus
-        revoked = {"revoked": int(time.time())}
-        file.change(lambda rows: [{**row, **revoked} if row["id"] in wanted else row for row in rows])
+        file.change(lambda rows: [{**row, "revoked": int(time.time())} if row["id"] in wanted else row for row in rows])
         print(f"revoked the tokens of {which}: {' '.join(wanted)}")
         return 0
-    names = {row["name"] for row in rows}
-    similar = meant(options.label or "", labels.values()) if labels else meant(options.name, names)
+    similar = meant(options.label or "", labels.values()) if labels else meant(options.name, {r["name"] for r in rows})
     print(f"{which} has no token{similar}", file=sys.stderr)
     return 1
 

@@ -30,7 +30,11 @@ def replace(path: str, content: bytes, check: Callable[[], None] = lambda: None)
     path = os.path.realpath(path)  # a link stays a link
     folder, name = os.path.split(path)
     os.makedirs(folder, 0o700, exist_ok=True)
-    number, new = tempfile.mkstemp(prefix=f".{name}.", dir=folder)  # no file of the user has this name
+    try:
+        number, new = tempfile.mkstemp(prefix=f".{name}.", dir=folder)  # no file of the user has this name
+    except OSError as error:
+        error.filename = path
+        raise
     try:
         with open(number, "wb") as file:
             if os.path.exists(path):
@@ -61,6 +65,23 @@ def content_of(path: str) -> bytes | None:
     with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
         return file.read()
     return None
+
+
+class Line(str):
+    """A line of a file. It is the same with a comma at its end, which is there only if something follows."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, str) and self.removesuffix(",") == other.removesuffix(",")
+
+    def __hash__(self) -> int:
+        return hash(self.removesuffix(","))
+
+
+def show(path: str, now: str | None, shall: str | None) -> None:
+    """What would change, for a person. Lines that stay are not shown: they may hold secrets."""
+    before, after = (list(map(Line, (text or "").splitlines())) for text in (now, shall))
+    for line in difflib.unified_diff(before, after, path, path, n=0, lineterm=""):
+        bus_recv.emit(f"{bus_recv.visible(line)}\n")
 
 
 class Change:
@@ -100,11 +121,6 @@ class Change:
             self.shall = bus_edit.edited(self.form, self.shall or "", fresh)
         except bus_edit.Unreadable as error:
             self.refuse(error)
-
-    def difference(self) -> str:
-        """For a person. Lines that stay are not shown, also if a comma follows now: they may hold secrets."""
-        now, shall = ([line.removesuffix(",") for line in (text or "").splitlines()] for text in (self.now, self.shall))
-        return "\n".join(difflib.unified_diff(now, shall, self.path, self.path, n=0, lineterm=""))
 
     def write(self) -> dict[str, Any]:
         """Write the file, or remove it; returns what is to be remembered."""

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import sys
 import time
 from typing import Any
@@ -22,12 +23,14 @@ import bus_send
 
 SKEW_SECONDS = 120.0  # clients of the first contract start at their own clock; the bus refuses a cursor 300 s ahead
 BODY_BYTES = 1 << 16  # every bus accepts this much, so everything on the way to it must too
+ROOM_BYTES = 16 << 20  # RESERVE_BYTES of bus_server.py: with less, a send gets 507
 CHANNEL = "doctor"
 TOKEN = re.compile(r"abt_[0-9a-f]{8}_[A-Za-z0-9_-]{43}")
 
 FIRST = "bus_send.py, bus_recv.py and bus_listener.sh work with it; for receipts, tokens and the rest run bus_server.py"
 BETWEEN = "something on the way treats this request differently from the earlier ones: look into its log"
 LOGIN = "exempt the bus from that login (the bus has tokens), or avoid it with a tunnel"
+ROOM = "its disk has {:.1f} MiB free, and below {} MiB the bus may refuse messages (507): make room, or prune"
 NO_BUS = "is the bus running, and does the proxy in front of it lead there? Or is this an error of the http_proxy here?"
 STRANGER = "is that another web server, a login page or a firewall? A firewall may let another AGENT_BUS_UA pass"
 PAGES = {401: LOGIN, 407: LOGIN}  # by the status of another server's page
@@ -193,7 +196,9 @@ class Bus(Way):
         path = os.path.join(state, "agent-bus", "bus.db")
         with contextlib.suppress(OSError, ValueError), open(f"{path}.lock") as lock:
             if urlsplit(lock.readline().strip()).port == self.port:
-                return f"{path}; to look inside: sqlite3 {shlex.quote(path)} 'select * from readable'"
+                found = f"{path}; to look inside: sqlite3 {shlex.quote(path)} 'select * from readable'"
+                free = shutil.disk_usage(path).free
+                return found if free >= ROOM_BYTES else (found, ROOM.format(free / (1 << 20), ROOM_BYTES >> 20))
         return "not at the usual place; the bus printed its path when it started"
 
 

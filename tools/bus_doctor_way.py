@@ -106,13 +106,19 @@ class Way:
             raise Fault(f"{where} is not open to this user", "the socket is for the user who runs the bus") from None
         except ConnectionRefusedError:
             advice = "is the server or the tunnel running? Without --host the bus listens on its own 127.0.0.1 only"
-            raise Fault(f"{where} refuses: nothing listens there", advice) from None
+            raise Fault(f"{where} refuses: nothing listens there", self.around_proxy() or advice) from None
         except socket.timeout:
             advice = "is a firewall in between, is the host down, is the address right? Try ping, and check the VPN"
-            raise Fault(f"{where} does not answer within {self.PATIENCE:.0f} s", advice) from None
+            found = f"{where} does not answer within {self.PATIENCE:.0f} s"
+            raise Fault(found, self.around_proxy() or advice) from None
         except OSError as error:
-            raise Fault(f"{where}: {bus_recv.worded(error)}", "is the network, the VPN or the tunnel up?") from None
+            advice = self.around_proxy() or "is the network, the VPN or the tunnel up?"
+            raise Fault(f"{where}: {bus_recv.worded(error)}", advice) from None
         return f"{where} accepts, after {(time.monotonic() - began) * 1000:.0f} ms"
+
+    def around_proxy(self) -> str:
+        """What to do if we cannot reach the proxy of the environment; empty without one."""
+        return "" if self.direct else f"that is the proxy; to reach the bus without it, set no_proxy={self.target}"
 
     def tls(self) -> Finding:
         if self.scheme == "unix":

@@ -43,7 +43,7 @@ if sys.version_info < (3, 9) and (needs := "bus_install.py needs Python 3.9 or l
 HERE = os.path.dirname(os.path.realpath(__file__))
 sys.path += [HERE, os.path.dirname(HERE)]  # the clients lie beside this file or one folder up, or are installed
 from bus_agents import AGENTS, hooks_of, server, token_of  # noqa: E402
-from bus_change import Change, InTheWay, changes, complain, keep, tell, write_all  # noqa: E402
+from bus_change import Change, InTheWay, changes, complain, keep, show, tell, write_all  # noqa: E402
 from bus_service import install_service, uninstall_service  # noqa: E402
 
 import bus_recv  # noqa: E402
@@ -57,7 +57,7 @@ def install_agent(name: str, options: argparse.Namespace) -> int:
     for file, added in entries:
         files[file.path()].add(added)
     if options.dry_run:
-        return show(files)
+        return show_all(files)
     already = " already" * all(change.now == change.shall for change in files.values())
     ours_in = list(dict.fromkeys(file.path() for file, _ in entries))
     records = write_all(files)
@@ -97,16 +97,16 @@ def uninstall_agent(name: str, options: argparse.Namespace) -> int:
     if not mine:
         raise InTheWay(f"there is nothing of agent-bus in {' and '.join(files)}: nothing is changed")
     if options.dry_run:
-        return show(mine)
+        return show_all(mine)
     write_all(mine)
     keep(name, {})
     tell(f"the entries of agent-bus are removed from {' and '.join(mine)}")
     return 0
 
 
-def show(files: dict[str, Change]) -> int:
+def show_all(files: dict[str, Change]) -> int:
     for change in files.values():
-        bus_recv.emit("".join(f"{bus_recv.visible(line)}\n" for line in change.difference().split("\n") if line))
+        show(change.path, change.now, change.shall)
     return 0
 
 
@@ -147,7 +147,7 @@ def command_line() -> argparse.ArgumentParser:
 def run(options: argparse.Namespace, further: Sequence[str]) -> int:
     installs = options.command == "install"
     if options.agent == "service":
-        return install_service(further) if installs else uninstall_service()
+        return install_service(further, options.dry_run) if installs else uninstall_service(options.dry_run)
     if options.agent in AGENTS:
         if installs and options.name:
             bus_recv.check_name(options.name)
@@ -165,10 +165,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options, further = parser.parse_known_args(argv)
     if further and (options.agent != "service" or options.command != "install"):
         options.parser.error(f"unrecognized arguments: {' '.join(further)}")
-    if options.agent == "service" and [
-        given for given in ("dry_run", "http", "url", "name") if getattr(options, given, 0)
-    ]:
-        options.parser.error("--dry-run, --http, --url and --name are for an agent program")
+    if options.agent == "service" and any(getattr(options, given, None) for given in ("http", "url", "name")):
+        options.parser.error("--http, --url and --name are for an agent program")
     try:
         return run(options, further)
     except InTheWay as error:

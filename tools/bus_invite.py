@@ -49,25 +49,31 @@ CHECK = (
 def agreed(name: str, database: str, here: str, closed: bool, yes: bool) -> bool:
     """Say what the command changes. On a terminal, ask if it closes the bus, or if no bus uses the database.
 
+    Without a terminal, and with `yes`, it is done without a question.
+
     `here` is the URL at which the bus listens; empty if it does not run.
     """
     database = os.path.abspath(database)
     where = f"at {here}" if here else "that does not run now"
-    tell(f"A token of {name} for the bus {where}, whose database is {database}")
-    if not here and not os.path.exists(database):
-        tell("There is no database yet: the bus makes it at its first start. If your bus has started, correct --db.")
-    other = settings_url()
-    if not here and said(other, "/healthz"):
-        tell(f"Note: another bus runs at {other}, with another database. If you meant it, give its --db.")
+    asks = not yes and not (closed and here) and sys.stdin.isatty()
     if not closed:
-        tell("It is the first token, and closes the bus: from then on every agent needs one.")
+        alone = "" if asks or yes else " There is no terminal, so you are not asked."
+        undo = f"To undo this: stop the bus, delete {database}.tokens, and start the bus."
+        tell(f"The first token closes the bus: from now on every agent needs one.{alone} {undo}")
+    tell(f"A token of {name} for the bus {where}, whose database is {database}")
+    other = "" if here else settings_url()
+    other = f" The bus at {other} has another one." if other and said(other, "/healthz") else ""
+    if not here and not os.path.exists(database):
+        tell(f"The bus makes this database at its first start. If your bus has started, correct --db.{other}")
+    elif other:
+        tell(f"{other[1:]} If you mean that bus, give its --db.")
+    if not closed:
         agents = said(here, "/agents?online=true").get("agents", []) if here else []
         names = sorted({str(agent["name"]) for agent in agents} - {name})
         if names:
             more = f" and {len(names) - 20} more" if len(names) > 20 else ""
             tell(f"These names listen now, and have no token: {', '.join(names[:20])}{more}")
-        tell(f"To undo this later: stop the bus, delete {database}.tokens, and start the bus.")
-    if yes or (closed and here) or not sys.stdin.isatty():
+    if not asks:
         return True
     print("Make the token? [y/N] ", end="", file=sys.stderr, flush=True)
     answer = sys.stdin.readline()
@@ -294,7 +300,7 @@ encrypts (VPN, tailnet); elsewhere, give the bus a certificate with --tls-cert (
 """
 HERE_ONLY = """\
 {url} works on the machine of the bus only. On another machine, leave this command running (HOST is the machine of the
-bus); the line then works there too:
+bus); then it works there too:
 
     ssh -N -L {port}:127.0.0.1:{port} HOST
 

@@ -18,6 +18,7 @@ Ctrl-C.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 import time
@@ -172,8 +173,18 @@ def unlock(url: str, order: dict[str, Any], options: argparse.Namespace, parser:
         complain(f"released: {bus_recv.word(released)}")
         return 0
     its = "you have reserved nothing by that name, or it" if options.names else "this reservation"
-    complain(f"nothing is released: {its} has ended")
+    complain(f"nothing is released: {its} has ended{instead(url, order, options.names)}")
     return 3
+
+
+def instead(url: str, order: dict[str, Any], names: Sequence[str]) -> str:
+    """Who has reserved these names, for one who could not release them."""
+    channel, held = order.get("channel", "default"), []
+    with contextlib.suppress(bus_recv.Refused, bus_recv.Unreachable):  # it is only a hint
+        held = [line(*row) for name in names for row in locks(url, name=name, channel=channel)]
+    who = "; ".join(dict.fromkeys(held)) or (f"nobody has {' '.join(map(bus_recv.word, names))}" if names else "")
+    every = bus_recv.called("python3 tools/bus_lock.py list", "locks")
+    return f"{f'; {who}' if who else ''}; {every} shows all"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

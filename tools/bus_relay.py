@@ -123,7 +123,7 @@ class Other:
                     raise bus_send.Unreachable(bus_send.no_bus(self.url, fault)) from fault
                 if str(fault) != reason:
                     reason = str(fault)
-                    complain(f"{self.url}: {reason}; trying again")
+                    complain(bus_send.no_bus(self.url, fault, "; trying again"))
             time.sleep(pause)
 
 

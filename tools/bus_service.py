@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from bus_agents import HERE, ours
-from bus_change import InTheWay, complain, content_of, remove_empty, replace, tell
+from bus_change import InTheWay, complain, content_of, remove_empty, replace, show, tell
 
 import bus_recv
 
@@ -26,7 +26,7 @@ def service_file() -> str:
     return os.path.join(config, "systemd", "user", "agent-bus.service")
 
 
-def install_service(options: Sequence[str]) -> int:
+def install_service(options: Sequence[str], dry_run: bool) -> int:
     import bus_server
 
     bus_server.command_line(options)  # it ends here, with its own words, if one of them is wrong
@@ -34,10 +34,15 @@ def install_service(options: Sequence[str]) -> int:
     path, command = service_file(), [*ours("agent-bus", HERE, "agent_bus.py"), "serve", *absolute(options)]
     state = os.environ.get("XDG_STATE_HOME", "")  # where the database is
     state = state and os.path.abspath(state)
-    replace(path, (launchd if sys.platform == "darwin" else systemd)(command, state))
+    unit = (launchd if sys.platform == "darwin" else systemd)(command, state)
+    if dry_run:
+        show(path, (content_of(path) or b"").decode(), unit.decode())
+        return 0
+    replace(path, unit)
     tell(f"wrote {path}: with it, the bus starts when you log in")
     if sum(not manage(step) for step in STEPS[sys.platform == "darwin"]["install"]):  # each, for the user sees its line
-        complain("the file is written, but the bus does not run yet")
+        serve = bus_recv.called("python3 bus_server.py", "serve")
+        complain(f"the file is written, but the bus does not run yet; to run it without a manager of services: {serve}")
         return 1
     for line in AFTERWARDS[sys.platform == "darwin"]:
         tell(line.replace("FILE", shlex.quote(path)))
@@ -61,18 +66,22 @@ def absolute(options: Sequence[str]) -> list[str]:
     return words
 
 
-def uninstall_service() -> int:
+def uninstall_service(dry_run: bool) -> int:
     path = service_file()
     if content_of(path) is None:
         raise InTheWay(f"there is no {path}: nothing is changed")
     check_service()
+    if dry_run:
+        show(path, (content_of(path) or b"").decode(), None)
+        return 0
     steps = STEPS[sys.platform == "darwin"]["uninstall"]
-    manage(steps[0])
+    stopped = manage(steps[0])
     os.remove(path)
     remove_empty(os.path.dirname(path))
     for step in steps[1:]:
         manage(step)
-    tell(f"removed {path}, and stopped the bus that it started; the messages stay where they are")
+    its_bus = "and stopped the bus that it started" if stopped else "but if the bus that it started runs, it still does"
+    tell(f"removed {path}, {its_bus}; the messages stay where they are")
     return 0
 
 
@@ -151,6 +160,7 @@ def manage(step: Sequence[str]) -> bool:
         why = done.stderr.strip().split("\n")[-1] if done.returncode else ""
     except OSError as error:
         why = f"{command[0]}: {error.strerror}"
+    why = f"{why}: that bus is D-Bus, and no systemd of this user answers there" if "connect to bus" in why else why
     if why:
         complain(f"this did not work, run it yourself: {shlex.join(command)} ({why})")
     return not why

@@ -168,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             except bus_recv.Unreachable as fault:
                 if not options.watch:
                     raise
-                complain(f"no bus at {url} ({fault}); trying again")
+                complain(bus_recv.no_bus(url, fault, "; trying again"))
             if not options.watch:
                 return 0
             time.sleep(EVERY_SECONDS)

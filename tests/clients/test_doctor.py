@@ -6,15 +6,19 @@ import json
 import os
 import re
 import shlex
+import shutil
 import socket
 import sqlite3
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
 import bus_send
+import bus_server
+from tests.clients.test_clients import refusing
 from tests.kit import bad_servers
 from tests.kit.bad_servers import FAULTS, HTML, Scripted, answer, mail, page
 from tests.kit.peers import invite
@@ -380,6 +384,24 @@ def test_the_path_of_the_database_is_told_if_the_bus_is_the_one_at_the_usual_pla
         with contextlib.closing(sqlite3.connect(path)) as database:
             assert database.execute(shlex.split(command)[2]).fetchall() == []
         assert "not at the usual place" in examine(server.url, XDG_STATE_HOME=str(tmp_path))[0]["file"][1]
+
+
+def test_a_disk_that_is_nearly_full_is_told_where_the_bus_runs(examine, tmp_path):
+    (tmp_path / "agent-bus").mkdir()
+    with Server(tmp_path / "agent-bus" / "bus.db") as server:
+        assert examine(server.url, XDG_STATE_HOME=str(tmp_path))[0]["file"][0] == "ok"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=3 << 20))
+            verdict, _, advice = examine(server.url, XDG_STATE_HOME=str(tmp_path))[0]["file"]
+    assert verdict == "warn" and advice.startswith("its disk has 3.0 MiB free") and "prune" in advice
+
+
+def test_the_doctor_and_the_bus_mean_the_same_room():
+    assert sys.modules[bus_doctor.Bus.__module__].ROOM_BYTES == bus_server.RESERVE_BYTES
+
+
+def test_a_proxy_that_cannot_be_reached_may_be_left_out(fails):
+    fails("tcp", "refuses", "no_proxy=bus.example", "http://bus.example", http_proxy=refusing())
 
 
 def test_a_variable_in_the_file_that_nothing_reads_is_named(examine, bus, tmp_path):

@@ -3,9 +3,11 @@
 The real programs read these files in tests/integrations/test_agents.py.
 """
 
+import errno
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 
@@ -17,6 +19,7 @@ from tools import bus_edit, bus_install
 
 sys.path.append(str(ROOT / "tools"))
 import bus_agents
+import bus_change
 
 AGENTS = sorted(bus_agents.AGENTS)
 JSON_FILES = {
@@ -270,6 +273,15 @@ def test_a_dry_run_shows_no_line_that_only_gets_a_comma(install, house):
         file.write('{\n  "key": "s3cret"\n}\n')
     said = install("install", "gemini", "--dry-run")
     assert "mcpServers" in said and "s3cret" not in said
+    assert '+      "args": [' in said and re.search(r'^\+ +"command": ".*",$', said, re.MULTILINE), "it is JSON"
+
+
+def test_of_a_file_that_cannot_be_written_no_temporary_name_is_told(install, house, monkeypatch):
+    def refused(prefix, dir):
+        raise PermissionError(errno.EACCES, "Permission denied", os.path.join(dir, f"{prefix}x"))
+
+    monkeypatch.setattr(bus_change.tempfile, "mkstemp", refused)
+    assert f"{bus_agents.AGENTS['gemini'].servers.path()}: Permission denied\n" in install("install", "gemini", code=2)
 
 
 def test_what_codex_writes_after_our_table_stays(install, house):
@@ -348,6 +360,6 @@ def test_random_texts_come_back_after_an_edit():
 
 
 def test_options_of_an_agent_are_not_for_the_service(install):
-    for option in (["--dry-run"], ["--http"], ["--url", "x"], ["--name", "x"]):
+    for option in (["--http"], ["--url", "x"], ["--name", "x"]):
         assert "agent program" in install("install", "service", *option, code=2)
     assert "unrecognized arguments: --port" in install("install", "claude", "--port", "1", code=2)

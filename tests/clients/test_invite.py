@@ -33,11 +33,13 @@ def test_the_first_token_is_said_to_close_the_bus_and_how_to_open_it_again(tmp_p
     with Server(tmp_path / "bus.db") as bus:
         _, _, said = invited(bus, "dell")
         assert f"A token of dell for the bus at {bus.url}, whose database is {bus.db}\n" in said
-        assert "It is the first token, and closes the bus" in said
-        assert f"To undo this later: stop the bus, delete {bus.db}.tokens, and start the bus." in said
+        undo = f"To undo this: stop the bus, delete {bus.db}.tokens, and start the bus."
+        asks = "There is no terminal, so you are not asked."
+        closes = f"The first token closes the bus: from now on every agent needs one. {asks} {undo}\n"
+        assert f"{closes}A token of dell for the bus at" in said, "the first words on stderr"
         assert ask(bus, "GET", "/agents")[0] == 401
         said = invited(bus, "nano")[2]
-        assert f"A token of nano for the bus at {bus.url}" in said and "first token" not in said
+        assert f"A token of nano for the bus at {bus.url}" in said and "closes the bus" not in said
         bus.stop()
         os.remove(f"{bus.db}.tokens")
         bus.start()
@@ -65,11 +67,12 @@ def test_a_bus_with_another_database_is_named_before_the_wrong_one_is_closed(tmp
         monkeypatch.setenv("AGENT_BUS_URL", bus.url)
         said = command(Server(tmp_path / "bus.db"), "invite", "zz")
         assert f"for the bus that does not run now, whose database is {tmp_path}/bus.db" in said
-        assert f"another bus runs at {bus.url}, with another database. If you meant it" in said
+        how = "If your bus has started, correct --db."
+        assert f"its first start. {how} The bus at {bus.url} has another one.\n" in said
         assert "The token is good as soon as the bus runs" in said and "invite again" in said and "curl" not in said
         assert all(variable in said for variable in ("AGENT_BUS_URL", "AGENT_BUS_TOKEN", "AGENT_BUS_CA"))
         assert ask(bus, "GET", "/agents")[0] == 200
-        assert "another database" not in command(bus, "invite", "zz")
+        assert "another one" not in command(bus, "invite", "zz")
 
 
 @pytest.mark.parametrize("db", ["bsu.db", "nowhere/bus.db"])
@@ -80,13 +83,13 @@ def test_a_database_that_does_not_exist_is_said_to_be_none_before_anything_is_ma
         terminal.type(f"python3 {ROOT}/bus_server.py invite dell --db {folder}/{db}")
         if db == "bsu.db":
             said = terminal.wait_for("Make the token? [y/N] ")
-            assert "There is no database yet: the bus makes it at its first start." in said
+            assert "The bus makes this database at its first start." in said and "not asked" not in said
             terminal.run("")
         else:
             terminal.wait_for(f"bus_server: there is no folder {folder}/nowhere: correct --db")
         assert not list(folder.iterdir())
     with Server(tmp_path / "bus.db") as bus:
-        assert "no database yet" not in command(bus, "invite", "dell")
+        assert "first start" not in command(bus, "invite", "dell")
 
 
 def test_a_relative_path_is_said_whole(tmp_path):

@@ -47,9 +47,14 @@ def test_names_are_reserved_listed_and_released(bus):
     code, _, said = run(bus.url, "unlock", "--fence", fence.strip())
     assert code == 0 and "released: 1" in said
     code, _, said = run(bus.url, "unlock", "--fence", fence.strip())
-    assert code == 3 and said == "agent_bus.py unlock: nothing is released: this reservation has ended\n"
+    every = "python3 tools/bus_lock.py list shows all\n"
+    assert code == 3 and said == f"agent_bus.py unlock: nothing is released: this reservation has ended; {every}"
     code, _, said = run(bus.url, "unlock", "src/*")
     assert code == 3 and "you have reserved nothing by that name, or it has ended" in said
+    code, _, said = run(bus.url, "unlock", "d.py", "e.py")
+    assert code == 3 and said.endswith(f"or it has ended; nobody has d.py e.py; {every}")
+    code, _, said = run(bus.url, "unlock", "c")
+    assert code == 3 and "; nano, " in said and said.endswith(f" more: c; {every}")
 
 
 def test_on_a_terminal_the_fence_is_in_the_sentence(bus):

@@ -8,14 +8,16 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
 import bus_recv
 import bus_send
+import bus_server
 from tests.clients.test_clients import home, program, refusing, run  # noqa: F401
 from tests.clients.test_words import on_a_terminal
-from tests.kit.bad_servers import HTML, NOON, Scripted, mail, message, page, reset, silence
+from tests.kit.bad_servers import HTML, NOON, Scripted, answer, mail, message, page, reset, silence
 from tests.kit.processes import PATIENCE, ROOT, Server, wait_until
 from tools import bus_join
 
@@ -268,3 +270,61 @@ def test_the_listener_says_that_it_writes_when_the_bus_has_answered(blocks, tmp_
         assert time.monotonic() - began < PATIENCE, "its first poll is not held"
         process.terminate()
         process.communicate(timeout=PATIENCE)
+
+
+# ── What the bus answers ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def listener(**env):
+    """What bus_listener.sh says in the end."""
+    script = [ROOT / "bus_listener.sh"]
+    done = subprocess.run(script, env=env, stderr=subprocess.PIPE, text=True, timeout=PATIENCE)
+    return done.returncode, done.stderr
+
+
+def test_the_listener_tells_a_refusal_whole(tmp_path):
+    env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
+    invite = [sys.executable, str(ROOT / "bus_server.py"), "invite", "ops", "--yes", "--db", str(tmp_path / "bus.db")]
+    subprocess.run(invite, env=env, capture_output=True, check=True, timeout=PATIENCE)
+    with Server(tmp_path / "bus.db") as bus:
+        code, said = listener(**env, AGENT_BUS_URL=bus.url, AGENT_NAME="lis")
+    assert code == 1 and said.endswith("to a token of: python3 bus_server.py invite NAME\n")
+
+
+@pytest.mark.parametrize("call", ["bus_send.py b hi --timeout 0", "bus_recv.py b --timeout 0", "tools/bus_who.py"])
+@pytest.mark.parametrize("status, why", [(507, "the disk is full"), (429, "wait"), (503, "wait")])
+def test_a_bus_that_cannot_do_it_now_is_not_said_to_be_missing(call, status, why, home):  # noqa: F811
+    with Scripted(answer({"error": why}, status=status), answer({"error": why}, status=status)) as server:
+        code, _, err = run(*call.split(), env={"AGENT_BUS_URL": server.url, "AGENT_NAME": "spark"})
+    assert code == 75 and f": not now: the bus at {server.url} ({status}: {why}). bus_doctor.py tells" in err, err
+    assert "running there?" not in err
+
+
+def test_the_first_reader_of_a_newcomer_says_what_to_start(home):  # noqa: F811
+    process = program("bus_recv.py", "bob", env={"AGENT_BUS_URL": (url := refusing())})
+    said = process.stderr.readline().decode()
+    process.kill()
+    process.communicate(timeout=PATIENCE)
+    assert said.startswith(f"bus_recv: no bus at {url} (Connection refused); trying again. Is bus_server.py running")
+
+
+def test_the_listener_says_that_its_name_is_missing(tmp_path):
+    said = listener(PATH=os.environ["PATH"], HOME=str(tmp_path))
+    assert said == (2, "bus_listener: the name is missing: give NAME, or set AGENT_NAME\n")
+
+
+def test_a_full_disk_is_told_where_the_bus_runs_once_in_ten_minutes(monkeypatch):
+    said, room = [], SimpleNamespace(has_room=lambda: False)
+    monkeypatch.setattr(bus_server, "say", said.append)
+    ledger = bus_server.Ledger(SimpleNamespace(loop=None, state=SimpleNamespace(view=room)))
+    put = bus_server.Put([])
+    for _ in range(3):
+        ledger.note_room([put])
+    assert not put.room and said == [f"bus_server: {bus_server.no_room().sentence}"] and "under 16 MiB free" in said[0]
+    ledger.told -= 601
+    room.has_room = lambda: True
+    ledger.note_room([again := bus_server.Put([])])
+    assert again.room and len(said) == 1
+    room.has_room = lambda: False
+    ledger.note_room([])
+    assert len(said) == 2

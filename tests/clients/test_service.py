@@ -85,12 +85,25 @@ def test_a_unit_of_somebody_else_stays(house):
 def test_without_systemd_the_user_gets_the_line_to_run(house):
     said = "echo 'Created symlink' >&2\necho 'Failed to connect to bus' >&2\nexit 1\n"
     (house.parent / "bin" / "systemctl").write_text(f"#!/bin/sh\n{said}")
-    line = "run it yourself: systemctl --user enable --now agent-bus (Failed to connect to bus)"
+    line = "run it yourself: systemctl --user enable --now agent-bus (Failed to connect to bus: that bus is D-Bus, "
     said = install("install", "service", code=1)
     assert line in said and "the bus does not run yet" in said and "the bus runs now" not in said
+    assert said.endswith("without a manager of services: python3 bus_server.py\n")
     was = tree(house)
-    install("uninstall", "service")
-    assert was and not tree(house)
+    said = install("uninstall", "service")
+    assert was and not tree(house) and "it still does" in said and "stopped the bus" not in said
+
+
+def test_a_dry_run_shows_the_unit_and_writes_nothing(house):
+    was, unit = tree(house), f"{house}/.config/systemd/user/agent-bus.service"
+    said = install("install", "service", "--dry-run", "--port", "8081")
+    assert f"+++ {unit}\n" in said and re.search(r"^\+ExecStart=.* serve --port 8081$", said, re.MULTILINE)
+    assert tree(house) == was and not (house.parent / "asked").exists()
+    assert "--prot" in install("install", "service", "--dry-run", "--prot", "1", code=2)
+    install("install", "service")
+    written, steps = tree(house), asked(house)
+    assert "-[Service]\n" in install("uninstall", "service", "--dry-run")
+    assert tree(house) == written and asked(house) == steps
 
 
 def test_on_macos_launchd_gets_the_file(house, monkeypatch, capsys):
