@@ -427,6 +427,15 @@ KINDS = [
          ("integrations/test_mcp_tools.py::test_on_a_bus_with_more_names_than_a_page_it_asks_for_its_own_channel_and_name",
           f"{PYTHON}::test_a_session_asks_who_listens_on_its_own_channel"),
          "`agents()` or `whoami()` asks for all (the first); `heard_elsewhere()` does (the second)"),
+    Kind("clients: who has the port of the bus speaks through a hook",
+         "a hook, and the prompt that wakes an agent, have our words for what a bus answers, its numbers as numbers, "
+         "and an address only if it is one",
+         ("integrations/test_hook_names.py::test_no_text_of_what_answers_there_is_the_word_of_a_hook",
+          "integrations/test_hook_names.py::test_a_line_that_is_no_answer_of_http_is_not_the_word_of_a_hook",
+          "integrations/test_hook_names.py::test_the_address_of_another_reader_is_an_address_or_left_out",
+          "integrations/test_wake.py::test_a_number_that_is_a_text_is_in_no_prompt"),
+         "`notice.reason()` gives what it got (the first two); `read_elsewhere()` tells any address (the third); "
+         "`Waker.look()` takes the numbers as they are (the last)"),
     Kind("what was written in part counts as written",
          "a piece of a file of which not all was written is 507 at once; the part has no hole, and goes on from there",
          (f"{EXTENSIONS}::test_a_piece_that_was_written_in_part_ends_an_upload",),
