@@ -980,7 +980,7 @@ class Head:
         return browser and "sec-fetch-site" not in self.fields and "x-agent-page" not in self.fields
 
 
-TAKING = ("/recv", "/log")  # with GET
+TAKING = ("/recv", "/log", "/search", "/digest", "/message/", "/thread/")  # with GET; a read may fetch, or listen
 SAME_SITE = ("same-origin", "none")  # values of Sec-Fetch-Site; none: a person typed the URL
 
 
@@ -5405,9 +5405,9 @@ def message(bus: Bus, request: Request) -> Answer:
 
 
 def reader_of(request: Request) -> Grant:
-    """Who reads a message by its id: the holder of the token or, on a bus without tokens, the names in `as`."""
+    """Who reads a message by its id: the holder of the token; without tokens, the names in `as`; with HEAD nobody."""
     own = () if request.grant.name else request.query().names("as")
-    return Grant("", own[0], own[1:], False, False) if own else request.grant
+    return OPEN if request.command == "HEAD" else Grant("", own[0], own[1:], False, False) if own else request.grant
 
 
 def one_of(bus: Bus, request: Request, tick: int | None = None) -> Message:

@@ -177,11 +177,14 @@ class Session:
         yield from self.poll(",".join(self.names), "last", wait=seconds, max=1)
 
     def took(self, messages: Sequence[dict[str, Any]]) -> Generator[Ask, Answer, None]:
-        """These were shown, from the oldest on: they become fetched, and the name counts as listening."""
-        for name in self.names:
-            mine = [each for each in messages if each["to"] in (name, "all")]
-            query = {"since": "last", "max": len(mine)} if mine else {"since": "now"}
-            yield from self.poll(name, **query)
+        """These were shown, from the oldest on: they become fetched, and the name counts as listening.
+
+        It is one request, for one answer to the client can deliver one. Of several names each has a cursor of its own,
+        but below the oldest of these messages nothing is unread.
+        """
+        begin = "last" if len(self.names) == 1 else ts_of(tick_of_ts(messages[0]["ts"]) - 1) if messages else ""
+        query = {"since": begin, "max": len(messages)} if messages else {"since": "now"}
+        yield from self.poll(",".join(self.names), **query)
 
     def present(self, tick: int) -> Generator[Ask, Answer, None]:
         """All mail up to there is read. The next message, which the answer has, is not fetched by this."""

@@ -102,8 +102,7 @@ def digest(bus: Bus, request: Request) -> Answer | None:
     """
     poll = recv_poll(request)
     request.grant.check(poll.names)
-    request.reader = str(poll.me)
-    bus.storms.read(request.owner(), request.reader)
+    bus.storms.read(request.owner())
     since = cursor(request.query().one("since") or "last")
     poll = poll._replace(since=bus.last if since == NOW else since, token=request.grant.token)
     asked = Asked(poll, request.owner())
@@ -209,7 +208,7 @@ def look(bus: Bus, asked: Asked) -> tuple[list[Unread], bool]:
                 priority = "normal" if given is None else given if given in PRIORITIES else "other"
                 found.append(Unread(tick, sender, thread, priority))
     took = (time.thread_time() - began) / bus.storms.WORK_SHARE * bus.storms.WORK  # as bytes of an answer
-    bus.storms.worked(asked.owner, str(poll.me), took)
+    bus.storms.worked(asked.owner, "", took)
     return found, more
 
 

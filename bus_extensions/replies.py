@@ -42,6 +42,7 @@ from bus_server import (
     parts_of,
     quote,
     readable,
+    reader_of,
     tick_of,
 )
 
@@ -191,7 +192,7 @@ class Replies:
         after, limit = tick_of(query.one("after") or "0"), int(query.number("max", 1000, 1, MAX_MESSAGES))
         if after is None:
             raise Refused(400, "after must be the id that the last answer has as `next`")
-        root, grant = self.bus.view.lineage(wanted or 0)[0], request.grant
+        root, grant, reader = self.bus.view.lineage(wanted or 0)[0], request.grant, reader_of(request)
         mine = [] if grant.send_only else [grant.name, EVERYONE, *grant.also]  # SQLite passes over others' mail
         only = "(? OR sender = ? OR name IN (SELECT value FROM json_each(?)))"
         where = f"WHERE thread = ? AND tick > ? AND tick <= ? AND {only} ORDER BY tick"
@@ -206,7 +207,7 @@ class Replies:
                 if len(seen) == limit or size > ANSWER_BYTES:
                     next_after = last
                     break
-                seen.append(readable(self.bus, each, grant))
+                seen.append(readable(self.bus, each, reader))
                 size, last = size + len(each.text), each.tick  # an expired text is not shown, and was read too
         if not seen and not after and not next_after:
             raise no_message()

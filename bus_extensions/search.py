@@ -60,6 +60,7 @@ FOUND = f"""SELECT {ROW} FROM (SELECT value AS its FROM json_each(:ticks)) CROSS
     AND (:operator OR sender = :me OR name IN (SELECT value FROM json_each(:mine)))
     AND (:sender IS NULL OR sender = :sender) AND (:channel IS NULL OR channel = :channel)
     AND (:any OR name IN (SELECT value FROM json_each(:to))) AND (:thread IS NULL OR ifnull(thread, tick) = :thread)"""
+RENEWING = "anew"  # the owner of the one renewal that may wait; no token and no address is called so
 CHARACTERS, WORDS = 200, 20  # in q; FTS5 takes longer for more
 WORD = re.compile(r'"([^"]*)"|([^\s"]+)')
 
@@ -145,7 +146,9 @@ class Search:
         if not request.grant.operator:
             raise Refused(403, "only an operator may have the index made anew: this needs invite --operator")
         self.check(request)
-        self.do(Job(self.index.renew, request.peer, "", self.renewed))
+        if self.waiting[RENEWING]:
+            raise too_much("the index is being made anew already: its words are found within a second or two", 2)
+        self.do(Job(self.index.renew, request.peer, RENEWING, self.renewed))
 
     def renewed(self, more: bool) -> Answer:
         self.whole = None

@@ -68,6 +68,8 @@ def examine(way: Bus) -> bool:
             verdict, found, advice = "FAIL", str(fault), fault.advice
         except FAULTS as error:  # although the hops before it went well
             verdict, found, advice = "FAIL", bus_recv.worded(error), BETWEEN
+        except (LookupError, TypeError, AttributeError):
+            verdict, found, advice = "FAIL", "the answer is not that of a bus", BETWEEN
         if found:
             tell(verdict, hop, found, advice)
         if verdict == "FAIL":

@@ -190,10 +190,12 @@ class Look:
             self.facts.append(me.news)
             status = self.status(me)
             counts = self.introduce(me, status) if self.starts else notice.count(me, ANSWER_SECONDS, status)
-        except (Nameless, bus_recv.Refused, ValueError, OSError) as no:  # OSError: no place for a file, or no locks
+        except (Nameless, ValueError, OSError) as no:  # OSError: no place for a file, or no locks
             trouble = f"{DENIED}{no}"
+        except bus_recv.Refused as refused:
+            trouble = f"{DENIED}{notice.reason(refused)}"
         except bus_recv.Unreachable as fault:
-            trouble = out_of_reach(fault)
+            trouble = out_of_reach(notice.reason(fault))
         if trouble:
             self.trouble(trouble)
             return
@@ -265,9 +267,9 @@ def is_attended() -> bool:
     return os.environ.get("CLAUDE_CODE_SESSION_ATTENDED") == "1"
 
 
-def out_of_reach(fault: object) -> str:
+def out_of_reach(why: str) -> str:
     url = bus_recv.settings()["AGENT_BUS_URL"]
-    return f"The agent-bus at {url} is slow or out of reach ({fault}): until it answers, no hook tells of mail."
+    return f"The agent-bus at {url} is slow or out of reach ({why}): until it answers, no hook tells of mail."
 
 
 def in_time(program: str, named: str | None) -> int:

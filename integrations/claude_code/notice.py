@@ -7,6 +7,7 @@ from __future__ import annotations  # needs Python 3.9 or later
 
 import contextlib
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 
 from session import ASK_SECONDS, Nameless, Self, bus_recv, get, mcp_part, own_cursor, wake_path, was_here
 
+ADDRESS = re.compile("[0-9A-Fa-f.:]{2,45}")
 AWAITED = 50  # ids of the last questions of a name
 SOON = 1.0  # s between looks at least: Claude Code reports a change when the file has stayed as it is for 0.5 s
 LATER = 8.0  # s until the next attempt, when no look was possible
@@ -120,7 +122,8 @@ def read_elsewhere(me: Self) -> str:
         if its.get("online") and (its.get("readers", 0) > 1 or not was_here(channel, me.name)):
             address = str(its.get("address"))
             is_here = address == "local" or bus_recv.is_here(address)  # `local`: a Unix socket
-            where = "by another program on this machine, too" if is_here else f"on another machine, too ({address})"
+            named = f" ({address})" if ADDRESS.fullmatch(address) else ""
+            where = "by another program on this machine, too" if is_here else f"on another machine, too{named}"
             return (
                 f"{me.name} is read {where}, so each of the two gets only a part of the mail, or both get all: "
                 "one of them needs another AGENT_NAME."
@@ -128,6 +131,22 @@ def read_elsewhere(me: Self) -> str:
     except (bus_recv.Refused, bus_recv.Unreachable, LookupError, TypeError, AttributeError):
         pass
     return ""
+
+
+def reason(fault: Exception) -> str:
+    """Why a bus gives no counts, in our words: whatever has its port could say anything, and a hook is believed."""
+    given = re.match("([1-5][0-9]{2}): ", str(fault))
+    status = getattr(fault, "status", 0) or (given and given[1])
+    doctor = bus_recv.called("bus_doctor.py", "doctor")
+    if status == 401:
+        expired = "has expired" if "expired" in str(fault) else "is missing, wrong or revoked"
+        return f"the token of this session {expired}; {doctor} tells more"
+    if status:
+        return f"it answers {status}; {doctor} tells why"
+    if "," in bus_recv.settings()["AGENT_BUS_URL"]:
+        return "none of its URLs answers as a bus does"
+    ours = fault.__cause__ is None or isinstance(fault.__cause__, OSError)  # else its text is that of an answer
+    return str(fault) if ours else "the answer is not from a bus"
 
 
 def await_reply(name: str, id: str) -> None:

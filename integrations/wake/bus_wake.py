@@ -177,7 +177,8 @@ class Waker:
         counts = bus_recv.ask(self.url, f"/digest?to={name}&channel={channel}", ANSWER_SECONDS)[0]
         agents = bus_recv.ask(self.url, f"/agents?name={name}&channel={channel}", ANSWER_SECONDS)[0]["agents"]
         agent = next((one for one in agents if (one["name"], one["channel"]) == (name, channel)), {})
-        number = counts["unread" if self.options.any else "urgent"]
+        numbers = {member: int(counts[member]) for member in ("unread", "urgent")}  # no text gets into the prompt
+        counts, number = {**counts, **numbers}, numbers["unread" if self.options.any else "urgent"]
         self.keep(number=min(number, self.memory["number"]))  # what was read may come again
         decision = decide(counts, agent, self.memory, self.options, time.time())
         if decision.why != self.said:

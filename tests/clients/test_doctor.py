@@ -425,6 +425,15 @@ def way(url, **says):
     return found
 
 
+@pytest.mark.parametrize("odd", [{"ledger": 3}, {"ledger": {"leads": 1}, "position": 1, "fronts": 1}, {"ledger": []}])
+def test_who_says_of_itself_what_no_front_does_is_no_bus(odd, monkeypatch, capsys):
+    monkeypatch.setattr(bus_doctor, "HOPS", {"ledger": bus_doctor.Bus.ledger})
+    other = way("http://a")
+    other.front, other.first = odd, False
+    assert not bus_doctor.examine(other)
+    assert capsys.readouterr().out.startswith("FAIL  ledger the answer is not that of a bus\n")
+
+
 @pytest.mark.parametrize(
     "others, said",
     [

@@ -15,6 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+import bus_server
+from tests.kit import inside
 from tests.kit.peers import command, invite, run, set_expires
 from tests.kit.processes import COMMAND, PATIENCE, ROOT, Server, wait_until
 
@@ -429,8 +431,19 @@ PAGES = [  # what a page of another site can make a browser send without asking 
     # An image, over http from another machine: a browser says neither which page has it nor that there is one.
     ("GET", "/recv?to=bob&since=now", {"Host": "192.0.2.2:8080", **BROWSER}),
     ("GET", "/log", {"Host": "192.0.2.2:8080", **BROWSER}),
+    ("GET", "/digest?to=ghost&wait=1", {"Host": "192.0.2.2:8080", **BROWSER}),
+    ("GET", "/search?q=secret", {"Host": "192.0.2.2:8080", **BROWSER}),
+    ("GET", "/message/1?as=bob", {"Host": "192.0.2.2:8080", **BROWSER}),
+    ("GET", "/thread/1?as=bob", {"Host": "192.0.2.2:8080", **BROWSER}),
     ("OPTIONS", "/send", {"Origin": "http://evil.example", "Access-Control-Request-Method": "POST"}),
 ]
+
+
+def test_what_takes_or_waits_is_kept_from_a_browser_that_does_not_say_which_page_asks(tmp_path):
+    bus = inside.make(tmp_path / "bus.db")
+    inside.close(bus)
+    takes = {path for (method, path), route in bus.routes.items() if method == "GET" and route.takes}
+    assert takes and takes < set(bus_server.TAKING)
 
 
 @pytest.fixture(scope="module")

@@ -403,6 +403,21 @@ def test_a_renamed_session_reads_both_names_for_a_day_and_nobody_elses(bus, clos
     assert nameless.tool("bus_whoami").startswith("nora, ")
 
 
+def test_what_a_renamed_session_was_shown_is_fetched_whichever_name_it_was_for(bus):
+    client = Client(bus, "alice")
+    [first] = store(bus, "alice", "for alice")
+    client.tool("bus_rename", name="zoe")
+    shown = [first, *store(bus, "zoe", "for zoe"), *store(bus, "alice", "for alice again")]
+    [everyone] = store(bus, "all", "by alice herself", **{"from": "alice"})
+    long = store(bus, "alice", *["x" * 3000] * 4)
+    assert [each["id"] for each in client.mail()] == [*shown, everyone, *long[:2]]
+    for id in shown + long[:2]:
+        assert ask(bus, "GET", f"/message/{id}")[1]["state"] == "fetched"
+        assert ask(bus, "POST", "/recall", {"id": id})[0] == 409
+    for id in long[2:]:
+        assert ask(bus, "GET", f"/message/{id}")[1]["state"] == "queued", "there was no room to show it"
+
+
 def test_an_ack_after_a_rename_passes_no_older_mail_of_the_new_name(bus):
     store(bus, "late", "for the new name")
     store(bus, "early", "for the old name")

@@ -3,17 +3,21 @@
 import json
 import socket
 import sqlite3
+import time
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
+import bus_server
 from bus_extensions import redact
 from bus_server import Message, Now, Poll, Put, State, draft
 from tests.core.test_identity import ask
+from tests.faults.test_kinds_bounds import Guest
 from tests.kit import inside
 from tests.kit.peers import TIMED_OUT, fill, marks_are_written, mint, run
 from tests.kit.processes import ROOT, Server, wait_until
+from tests.kit.wire import a_bus
 
 SECRET = "hunter2-correct-horse-battery"
 
@@ -59,6 +63,38 @@ def test_a_redaction_names_who_has_fetched_the_message(bus):
     answer = post(bus, "/redact", {"id": sent["ids"]["carl"]})
     assert {each["to"]: each["state"] for each in answer["redacted"]}["carl"] == "queued"
     assert answer["fetched_by"] == ["bob", "dora"]
+
+
+def test_a_redaction_names_readers_and_not_mailboxes(tmp_path):
+    """A broadcast that was read by its id; mail of a group; mail that another name may read; a job."""
+    tokens = mint(tmp_path / "bus.db", ann=[], bob=[], carl=["--also", "team,dora,jobs"], boss=["--operator"])
+    with Server(tmp_path / "bus.db") as bus:
+        ids = {to: post(bus, "/send", {"to": to, "msg": SECRET}, tokens["ann"])["id"]
+               for to in ("all", "team", "dora", "jobs")}  # fmt: skip
+        assert ask(bus, "GET", f"/message/{ids['all']}", token=tokens["bob"])[0] == 200
+        assert ask(bus, "GET", "/recv?to=carl,team", token=tokens["carl"])[0] == 200
+        assert ask(bus, "GET", f"/message/{ids['dora']}", token=tokens["carl"])[0] == 200
+        assert post(bus, "/claim", {"to": "jobs", "worker": "w1"}, tokens["carl"])["messages"]
+        by = {to: post(bus, "/redact", {"id": id}, tokens["boss"])["fetched_by"] for to, id in ids.items()}
+        assert by == {"all": ["bob"], "team": ["carl"], "dora": ["carl"], "jobs": ["carl"]}
+
+
+def test_one_redaction_is_in_each_commit_and_is_paid_for(tmp_path):
+    """Senders wait for one, however many are asked for."""
+    with a_bus(time.monotonic, tmp_path / "bus.db") as bus:
+        bus.storms = storms = bus_server.Storms(time.monotonic, 50)
+        lists, really = [], bus.ledger.apply
+        guests, message = [Guest(bus) for _ in range(5)], {"from": "ann", "to": "bob", "msg": SECRET}
+        ids = [guest.asks("POST", "/send", message).json()["id"] for guest in guests]
+        bus.ledger.apply = lambda operations: lists.append([each.kind for each in operations]) or really(operations)
+        for id, guest in zip(["1", *ids[1:]], guests):  # one is refused, and the next one has its turn all the same
+            guest.begins("POST", "/redact", {"id": id})
+        assert [guest.answer().status for guest in guests] == [404, 200, 200, 200, 200]
+        assert [kinds.count("redact") for kinds in lists if "redact" in kinds] == [1] * 5
+        assert storms.WORK_BURST - storms.work.left["127.0.0.1/"][0] >= 4 * redact.Redaction.WORK
+        storms.worked("127.0.0.1", "", 2 * storms.WORK_BURST)
+        guests[0].begins("POST", "/redact", {"id": ids[0]})
+        assert guests[0].answer().status == 429
 
 
 def test_a_reader_that_is_being_sent_the_message_has_fetched_it(tmp_path):

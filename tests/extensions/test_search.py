@@ -313,6 +313,25 @@ def test_an_owner_has_four_searches(tmp_path):
         inside.close(bus)
 
 
+def test_one_renewal_of_the_index_waits_and_no_more(tmp_path):
+    """On a bus without tokens everybody may ask for one, and each search waits behind it."""
+    bus = inside.make(tmp_path / "bus.db")
+    try:
+        searches = bus.routes["POST", "/search"].call.__self__
+        request, go = mock.Mock(**{"owner.return_value": "me"}), threading.Event()
+        with mock.patch.object(searches.index, "renew", lambda last: go.wait(20)):
+            searches.renew(request)
+            with pytest.raises(Refused) as refused:
+                searches.renew(request)
+            assert refused.value.status == 429 and len(searches.jobs) == 1
+            go.set()
+            bus.loop.run(lambda: not searches.jobs)
+            searches.renew(request)
+            bus.loop.run(lambda: not searches.jobs)
+    finally:
+        inside.close(bus)
+
+
 def test_the_index_grows_without_a_search_once_there_was_one(tmp_path):
     with Server(tmp_path / "bus.db") as bus:
         assert found(bus, "word") == ""

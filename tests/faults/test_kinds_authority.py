@@ -22,6 +22,7 @@
 """
 import contextlib
 import hashlib
+import http.client
 import json
 import math
 import os
@@ -428,6 +429,31 @@ def test_who_reads_a_message_at_another_door_has_fetched_it(closed, door, to):
     assert SECRET in closed.ask("bob", "GET", door.replace("ID", one)).body.decode()
     assert state(closed, one) == "fetched"
     assert closed.ask("ann", "POST", "/recall", {"id": one}).status == 409
+
+
+def head_of(bus, path, **fields):
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", bus.port, timeout=PATIENCE)) as peer:
+        peer.request("HEAD", path, headers=fields)
+        answer = peer.getresponse()
+        return answer.status, answer.read()
+
+
+@pytest.mark.parametrize("to", ["bob", "all"])
+@pytest.mark.parametrize("door", ["/message/ID", "/message/ID?wait_fetched=1", "/thread/ID"])
+def test_a_head_reads_no_mail(closed, door, to):
+    one = closed.ask("ann", "POST", "/send", {"to": to, "msg": SECRET}).json["id"]
+    assert head_of(closed.bus, door.replace("ID", one), Authorization=f"Bearer {closed.of['bob']}") == (200, b"")
+    assert state(closed, one) == "queued", "nobody has got its text"
+    assert closed.ask("ann", "POST", "/recall", {"id": one}).status == 200
+
+
+@pytest.mark.parametrize("door", ["/message/ID?as=bob", "/thread/ID?as=ann,bob"])
+def test_on_an_open_bus_who_names_itself_at_another_door_has_fetched_it(bus, door):
+    one = ask(bus, "POST", "/send", {"from": "carl", "to": "bob", "msg": SECRET}).json["id"]
+    assert head_of(bus, door.replace("ID", one)) == (200, b"")
+    assert ask(bus, "GET", f"/message/{one}").json["state"] == "queued"
+    assert SECRET in ask(bus, "GET", door.replace("ID", one)).body.decode()
+    assert ask(bus, "POST", "/recall", {"id": one}).status == 409
 
 
 def test_who_read_a_message_is_known_while_that_is_on_its_way_to_the_disk(tmp_path):
