@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 
+import bus_recv
 from tests.integrations.test_hook import (  # noqa: F401
     FOLDER,
     NOTICE,
@@ -130,3 +131,20 @@ def test_a_waker_hears_at_once_what_comes_beside_mail_that_nobody_reads(monkeypa
         looks = [(asked.query.get("since"), asked.query.get("wait")) for asked in server.asked[:4]]
         wait = f"{notice.HOLD_SECONDS}"
         assert looks == [(None, None), (f"{NOON}", wait), (None, None), (f"{NOON + 1}", wait)]
+
+
+def test_a_waker_is_quiet_while_a_reader_shows_the_mail_and_wakes_for_what_comes_after_its_end(monkeypatch):
+    monkeypatch.setattr(notice, "SOON", 0.0)
+    over = threading.Event()
+
+    def hold(sock):
+        reader.lock.close()
+        sock.sendall(digest(1))
+
+    with Scripted(digest(1), hold, digest(2), lambda sock: over.wait(PATIENCE)) as server:
+        monkeypatch.setenv("AGENT_BUS_URL", server.url)
+        file, reader = pathlib.Path(notice.wake_file("dell")), bus_recv.Cursor("b1", "default", "dell", print)
+        notice.Waker(lambda: session.Self("dell"), print).start()
+        wait_until(lambda: len(server.asked) == 4)
+        over.set()
+        assert file.read_text() == "2 unread for dell\n"
