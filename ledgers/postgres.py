@@ -33,7 +33,7 @@ from bus_server import Unusable, say
 
 from . import READ_BYTES, Ledger, Unknown
 
-CONNECT = 3.0  # s that one machine has to take a connection
+CONNECT = 3.0  # s for a connection, where no call gives a deadline
 WAKE = 1.0  # s until a listener looks whether it is to end, or connects again
 TABLE = b"""
 SELECT pg_advisory_xact_lock(7163022);  -- two fronts may start at once
@@ -153,7 +153,7 @@ class Postgres:
         why = ""
         for asked, machine in enumerate(sorted(machines, key=lambda machine: self.failed.get(machine, 0.0))):
             now = time.monotonic()
-            share = min((deadline - now) / (len(machines) - asked), CONNECT)
+            share = (deadline - now) / (len(machines) - asked)
             try:
                 return machine, connection_to(make_conninfo("", **machines[machine]), now + share)
             except (Unknown, psycopg.Error) as error:
