@@ -77,6 +77,8 @@ def test_a_front_that_says_nothing_is_forgotten(fronts, log):
     assert set(live(b)) == {"a", "b"}, "it says at once that it is back"
     settle(a)
     assert set(live(a)) == {"a", "b"} and same(a, b) is None
+    log.wall.wall -= 2 * heartbeat.FORGOTTEN
+    beats(a)
     log.wall.wall += heartbeat.FORGOTTEN + SECOND
     beats(a)
     assert a.state.ask("SELECT count(*) FROM fronts") == (1,)
