@@ -248,9 +248,7 @@ def connection_to(conninfo: str, deadline: float) -> psycopg.Connection[Any]:
             raise Unknown(server.get_error_message())
         wait(server, deadline, select.POLLIN if status == pq.PollingStatus.READING else select.POLLOUT)
     server.nonblocking = 1
-    connection = psycopg.Connection[Any](server)
-    connection.autocommit = True
-    return connection
+    return psycopg.Connection[Any](server)
 
 
 def rows_of(server: pq.abc.PGconn, statement: bytes, values: list[bytes], deadline: float) -> list[list[bytes]]:
