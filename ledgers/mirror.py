@@ -251,4 +251,4 @@ class Mirror(State):
         self.counted = len(self.visible)
 
     def add_to_sum(self, value: Any) -> None:
-        self.sum = zlib.crc32(repr(value).encode(errors="surrogatepass"), self.sum)
+        self.sum = zlib.crc32(repr(value).encode(), self.sum)

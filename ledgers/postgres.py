@@ -33,7 +33,7 @@ from bus_server import Unusable, say
 
 from . import READ_BYTES, Ledger, Unknown
 
-CONNECT = 3.0  # s that one machine has to take a connection
+CONNECT = 3.0  # s for a connection, where no call gives a deadline
 WAKE = 1.0  # s until a listener looks whether it is to end, or connects again
 TABLE = b"""
 SELECT pg_advisory_xact_lock(7163022);  -- two fronts may start at once
@@ -153,7 +153,7 @@ class Postgres:
         why = ""
         for asked, machine in enumerate(sorted(machines, key=lambda machine: self.failed.get(machine, 0.0))):
             now = time.monotonic()
-            share = min((deadline - now) / (len(machines) - asked), CONNECT)
+            share = (deadline - now) / (len(machines) - asked)
             try:
                 return machine, connection_to(make_conninfo("", **machines[machine]), now + share)
             except (Unknown, psycopg.Error) as error:
@@ -248,9 +248,7 @@ def connection_to(conninfo: str, deadline: float) -> psycopg.Connection[Any]:
             raise Unknown(server.get_error_message())
         wait(server, deadline, select.POLLIN if status == pq.PollingStatus.READING else select.POLLOUT)
     server.nonblocking = 1
-    connection = psycopg.Connection[Any](server)
-    connection.autocommit = True
-    return connection
+    return psycopg.Connection[Any](server)
 
 
 def rows_of(server: pq.abc.PGconn, statement: bytes, values: list[bytes], deadline: float) -> list[list[bytes]]:

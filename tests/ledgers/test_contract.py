@@ -244,6 +244,15 @@ class TestPostgres(Contract):
         ledger.hear(told.append)
         assert told == [1]
 
+    def test_an_entry_that_a_frozen_server_does_not_even_read_is_unknown_by_the_deadline(self, ledger):
+        """It is larger than what the kernel keeps."""
+        append(ledger, b"before")
+        with self.server.frozen():
+            began = time.monotonic()
+            with pytest.raises(Unknown, match="in time"):
+                append(ledger, b"x" * (32 << 20), patience=0.3)
+            assert time.monotonic() - began < 5
+
     def test_a_warning_in_a_commit_is_unknown(self, ledger):
         """As PostgreSQL says it when somebody has canceled the wait for the second machine."""
         append(ledger, b"before")

@@ -91,7 +91,9 @@ def test_a_drain_does_not_wait_for_as_long_as_a_send_would(fronts, monkeypatch):
     assert comes_back(a.end, a.state.ledger.faults.clear) and len(refused) == 1
 
 
-def test_a_drain_waits_for_what_the_ledger_takes_in_time(fronts):
+def test_a_drain_waits_for_what_the_ledger_takes_in_time(fronts, monkeypatch):
+    """Also for the marks, which are written when the time of the requests is over."""
+    monkeypatch.setattr(ledgers.front, "DRAIN_SECONDS", 0.0)
     a = fronts()
     a.state.ledger.slow, told = 0.2, []
     a.do(Marks([], [], {}), None, lambda *_: told.append(1))

@@ -13,6 +13,7 @@ import ledgers.clock
 import ledgers.front
 import tests.kit.ledger
 from bus_server import Mark, Marks, Now, Put, Raise, Receipt, Refused, Remove, State, Unusable
+from ledgers import Unknown
 from ledgers.mirror import Entry
 from ledgers.recall import Retract
 from tests.kit import inside
@@ -158,6 +159,63 @@ def test_an_unknown_outcome_is_mended_by_the_same_id(fronts, log):
     assert log_of(a) == ["once"] and len(log.written()) == 2, "the entry of the start, and this one"
 
 
+def test_each_attempt_has_its_deadline_and_all_of_them_one(fronts, monkeypatch):
+    """A connection to a machine that is frozen must be given up while there is time for another one."""
+    monkeypatch.setattr(ledgers.front, "PAUSE", 0.01)
+    monkeypatch.setattr(ledgers.front, "CALL", 0.1)
+    monkeypatch.setattr(ledgers.front, "GIVE_UP", 0.5)
+    a, given = fronts(), []
+
+    def append(entry, id, deadline):
+        given.append((time.monotonic(), deadline))
+        time.sleep(max(deadline - time.monotonic(), 0))
+        raise Unknown("frozen")
+
+    a.state.ledger.append = append
+    assert ask(a, "POST", "/send", {"from": "ann", "to": "bob", "msg": "x"})[0] == 503
+    assert len(given) >= 2 and all(deadline - began <= 0.1 for began, deadline in given)
+    assert max(given)[1] <= given[0][0] + 0.5
+
+
+def test_a_refusal_says_when_to_try_again(fronts):
+    a = fronts()
+    a.broken = True
+    with pytest.raises(Refused, match="use another one") as refused:
+        a.ledger.apply([Put([draft()])])
+    assert refused.value.status == 503 and refused.value.headers == (("Retry-After", "2"),)
+
+
+def test_a_front_whose_disk_is_full_takes_no_mail_and_neither_do_the_others_for_it(fronts, monkeypatch):
+    a, b = fronts("a"), fronts("b")
+    monkeypatch.setattr(a.state.view, "has_room", lambda: False)
+    assert ask(a, "POST", "/send", {"from": "ann", "to": "bob", "msg": "x"})[0] == 507
+    assert put(b, msg="there is room here")
+    same(a, b)
+    assert log_of(a) == ["there is room here"]
+
+
+class Echo(bus_server.Operation):
+    __slots__ = ("value",)
+    kind = "echo"
+
+    def __init__(self, value):
+        self.value = value
+
+    def apply(self, state, now):
+        return self.value
+
+
+def test_a_front_applies_its_own_entry_as_all_others_read_it(fronts, monkeypatch):
+    """What JSON makes of an operation is not always what it was; and a result is part of the checksum."""
+    monkeypatch.setitem(bus_server.OPERATIONS, "echo", Echo)
+    a, b = fronts("a"), fronts("b")
+    assert do(a, Echo((1, 2))) == [1, 2]
+    settle(b)
+    put(a)
+    settle(b)
+    assert not b.broken and a.state.sums[-1] == b.state.sums[-1]
+
+
 def test_a_send_that_stays_unknown_is_refused_and_comes_once(fronts, log, monkeypatch):
     a, b = fronts("a"), fronts("b")
     monkeypatch.setattr(ledgers.front, "PAUSE", 0.001)
@@ -228,10 +286,11 @@ def test_a_front_that_took_long_to_start_serves_nobody_until_it_has_looked_again
 def test_a_list_that_waits_for_a_ledger_that_is_out_is_refused_in_words(fronts):
     a = fronts()
     a.ledger.reaches, a.state.ledger.out = 0.0, True
-    refused = []
+    refused, tried = [], []
+    a.state.ledger.append = lambda *_: tried.append(1)
     a.do(Put([draft()]), None, lambda *_: None, refused.append)
     settle(a)
-    assert len(refused) == 1 and len(a.state.ledger.log.written()) == 1 and not a.broken
+    assert len(refused) == 1 and not tried and len(a.state.ledger.log.written()) == 1 and not a.broken
 
 
 def test_marks_are_maxima(fronts):

@@ -8,6 +8,7 @@ import pytest
 import bus_server
 from bus_server import Operation, Unusable
 from ledgers import heartbeat
+from ledgers.heartbeat import Beat
 from ledgers.mirror import Mirror
 from tests.kit import inside
 from tests.kit.ledger import (
@@ -60,9 +61,20 @@ def test_two_fronts_of_one_name_are_two(tmp_path, fronts, log, monkeypatch):
         kill(start("two"))
         second = start("two")
         stack.callback(end, second)
+        assert first.state.front in [each.front for each in second.ledger.fronts.live], "nobody has said that it ended"
         settle(first, second)
         assert [each.front for each in first.ledger.fronts.live] == sorted([first.state.front, second.state.front])
         assert first.state.front.partition("#")[0] == second.state.front.partition("#")[0]
+
+
+def test_a_front_that_is_said_to_have_ended_says_at_once_that_it_lives(fronts):
+    a, b = fronts("a"), fronts("b")
+    do(a, Beat(b.state.front, {}))
+    a.ledger.fronts.look()
+    assert set(live(a)) == {"a"}
+    settle(b)
+    settle(a)
+    assert set(live(a)) == {"a", "b"} == set(live(b))
 
 
 def test_a_front_that_says_nothing_is_forgotten(fronts, log):
@@ -77,6 +89,8 @@ def test_a_front_that_says_nothing_is_forgotten(fronts, log):
     assert set(live(b)) == {"a", "b"}, "it says at once that it is back"
     settle(a)
     assert set(live(a)) == {"a", "b"} and same(a, b) is None
+    log.wall.wall -= 2 * heartbeat.FORGOTTEN
+    beats(a)
     log.wall.wall += heartbeat.FORGOTTEN + SECOND
     beats(a)
     assert a.state.ask("SELECT count(*) FROM fronts") == (1,)

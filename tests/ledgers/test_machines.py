@@ -76,6 +76,20 @@ def test_a_machine_that_answers_is_found_behind_several_that_say_nothing(server,
     assert position >= 1 and ledger.about()[0].startswith(str(server.folder))
 
 
+def test_a_machine_that_said_nothing_is_asked_last_by_the_next_connection(server, opened):
+    """As that of a listener, or of who removes entries, beside one that works."""
+    connect(server.url, single=True).close()
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        silent.settimeout(0)
+        ledger = opened(url_of(silent.getsockname()[1], server.folder))
+        for _ in range(2):
+            _, connection = ledger.open(time.monotonic() + 1)
+            connection.close()
+        silent.accept()[0].close()
+        with pytest.raises(BlockingIOError):
+            silent.accept()
+
+
 def test_a_start_without_an_answer_is_given_up(silent, monkeypatch):
     from bus_server import Unusable
 

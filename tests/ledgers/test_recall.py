@@ -188,6 +188,8 @@ def test_a_front_that_fell_silent_before_the_message_was_sent_is_not_waited_for(
     a.ledger.fronts.beat()
     settle(a)
     [after] = put(a, msg="after")
+    a.ledger.fronts.beat()
+    settle(a)
     answers = [take_back(a, tick) for tick in (before, after)]
     settle(a)
     assert answers[0]() is None and answers[1]()[0] == 200
@@ -279,7 +281,7 @@ def test_a_send_that_is_under_way_when_a_front_finds_that_it_is_silent_is_unknow
 def test_a_message_whose_tick_is_ahead_is_not_taken_back_without_a_front_that_may_have_given_it(fronts, log):
     """A reader of the first contract raised the ticks by its cursor. The front gave it the message, and was cut off."""
     a, b = fronts("a"), fronts("b")
-    do(a, Raise(a.last + 299 * SECOND))
+    do(a, Raise(log.wall.wall + 299 * SECOND))
     [tick] = put(a)
     settle(b)
     assert received(b)[0] == ["x"]
