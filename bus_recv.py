@@ -186,9 +186,9 @@ class Reader:
         pause = min(max(pause_after(self.failures) * random.uniform(0.5, 1), fault.retry_after), LONGEST_PAUSE, left)
         quiet = self.failing_since + LOUD_SECONDS - self.clock.monotonic()
         if quiet <= 0 and not self.announced:
-            self.announced = True
-            since = time.strftime("%H:%M:%SZ", time.gmtime(self.failing_at))
-            self.announce(f"{self.url} out of reach since {since} ({self.reason}); still trying")
+            self.announced, since = True, time.strftime("%H:%M:%SZ", time.gmtime(self.failing_at))
+            # Without what an answer says, which may be anybody's: this line stands among messages in our name.
+            self.announce(f"{self.url} out of reach since {since} ({self.reason.partition(':')[0][:60]}); still trying")
         self.clock.sleep(pause if self.announced else min(pause, quiet))
 
     def poll(self, hold: float, seconds: float) -> dict[str, Any]:
@@ -215,7 +215,8 @@ class Reader:
         # Longer holds again, but slowly: each step too far costs a poll.
         self.hold = self.hold if answer["messages"] else min(self.hold * 1.1, self.wait)
         if "gap" in answer:
-            self.announce(f"messages are gone, retention removed them before they were read: {dump(answer['gap'])}")
+            ends = " to ".join(re.findall(r"[0-9]{1,10}(?:\.[0-9]{1,9})?", dump(answer["gap"]))[:2])
+            self.announce(f"messages are gone, retention removed them before they were read: {ends}")
         return answer
 
     def check_times(self, answer: dict[str, Any]) -> None:

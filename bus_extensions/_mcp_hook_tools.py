@@ -26,10 +26,15 @@ def hook(me: Session, /, agent: str = "", event: str = "", title: str = "", **_:
     except Failed as failed:
         facts = []
         if event in STARTS and me.told is None and failed.status in LASTING:
-            facts, me.told = [f"This session gets no mail from the agent-bus: {failed}."], ""
+            facts, me.told = [f"This session gets no mail from the agent-bus: {reason(failed)}."], ""
     text = " ".join(filter(None, facts))
     output = {"hookEventName": event, "additionalContext": me.harmless(text)}
     return json.dumps({"hookSpecificOutput": output} if text else {})
+
+
+def reason(failed: Failed) -> str:
+    """In our words: another program may have the port of the bus, and a hook is believed."""
+    return f"the bus answers {failed.status}; bus_whoami tells why" if failed.status else str(failed)
 
 
 def given(value: str) -> str:
@@ -45,12 +50,13 @@ def notice(me: Session, event: str) -> Steps:
     if not counts or not newest or (newest == me.told and event != "SessionStart"):
         return ""
     awaited = sum(each["unread"] for each in counts["threads"] if each["id"] in me.asked)
-    if event == "Stop" and not counts["urgent"] and not awaited:
+    urgent = int(counts["urgent"])
+    if event == "Stop" and not urgent and not awaited:
         return ""
     me.told = newest
     senders = [name for name in counts["vouched"] if NAME.fullmatch(name)]
     others = len(counts["senders"]) > len(senders)
-    return notice_of(me.me(), counts["unread"], counts["more"], counts["urgent"], awaited, senders, others)
+    return notice_of(me.me(), counts["unread"], counts["more"], urgent, awaited, senders, others)
 
 
 def renamed(me: Session, title: str) -> Steps:
@@ -63,7 +69,7 @@ def renamed(me: Session, title: str) -> Steps:
     try:
         return (yield from me.rename(title))
     except Failed as failed:
-        return f"{failed}."
+        return f"{reason(failed)}."
 
 
 def say_state(me: Session, state: str) -> Generator[Ask, Answer, None]:

@@ -95,12 +95,14 @@ class Statuses:
 
     def member(self, channel: str, own: str) -> str:
         status = self.known.get((channel, own))
-        over = not status or status.until <= self.bus.mailboxes.clock()
-        return "" if over or not status else f', "status": {{{status.said}}}'
+        return "" if not status or self.is_over(status) else f', "status": {{{status.said}}}'
+
+    def is_over(self, status: Status) -> bool:
+        """Has its time passed, or was the token revoked that said it? An owner is a token, or an address."""
+        return status.until <= self.bus.mailboxes.clock() or not self.bus.gate.holds(status.owner)
 
     def forget(self) -> None:
         """Drop those that are over. The bus forgets a name that never polls or sends: it is made anew."""
-        now = self.bus.mailboxes.clock()
-        for key in [key for key, status in self.known.items() if status.until <= now]:
+        for key in [key for key, status in self.known.items() if self.is_over(status)]:
             self.drop(key)
         self.boxes = {self.bus.mailboxes.box(*key) for key in self.known}

@@ -25,12 +25,14 @@ def metrics(bus: Bus, request: Request) -> Answer:
     """Text for Prometheus. If there are more names than in a page, the header Bus-Next has the next `after`."""
     request.grant.check_operator()
     page = Page(bus, request, lambda own, box: own != EVERYONE)
-    waiting = [*by_name(bus, page)]
+    with bus.storms.parsing(request.owner(), 0):  # it pays for the time: 35 ms if 200,000 jobs are not done
+        waiting = [*by_name(bus, page)]
+        found = [(*metric[:3], [*metric[3]]) for metric in chain(*(figures() for figures in bus.metrics))]
     headers = (("Bus-Next", json.loads(f"{{{page.more[2:]}}}")["next"]),) if page.more else ()
     text = "".join(
         f"# HELP agent_bus_{metric} {says}\n# TYPE agent_bus_{metric} {kind}\n"
         + "".join(f"agent_bus_{metric}{labels} {value:.16g}\n" for labels, value in values)
-        for metric, kind, says, values in [*chain(*(figures() for figures in bus.metrics)), *waiting]
+        for metric, kind, says, values in [*found, *waiting]
     )
     return Answer(200, text.encode(), "text/plain; version=0.0.4; charset=utf-8", headers)
 

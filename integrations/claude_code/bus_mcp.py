@@ -280,7 +280,8 @@ class Channel(threading.Thread):
             self.follow(box)
         except (Nameless, bus_recv.Refused, ValueError, OSError) as error:
             complain(str(error))
-            self.tell(f"{error}; nothing more is pushed until this MCP server is started again")
+            why = notice.reason(error) if isinstance(error, bus_recv.Refused) else error
+            self.tell(f"{why}; nothing more is pushed until this MCP server is started again")
 
     def follow(self, box: Inbox) -> None:
         pause = PAUSE

@@ -5,13 +5,14 @@ import json
 import random
 import sqlite3
 import time
+from unittest import mock
 
 import pytest
 
 from bus_server import GRACE, OPEN, Mailboxes, Poll, Query, Refused, draft, truth
 from tests.core.test_identity import ask
 from tests.kit import inside
-from tests.kit.peers import invite
+from tests.kit.peers import invite, mint, set_revoked
 from tests.kit.processes import Server, in_time, wait_until
 
 GRANTS = {
@@ -343,6 +344,26 @@ def test_the_statuses_of_an_owner_have_a_limit(statuses):
     now[0] = 61.0
     said.forget()
     assert not said.known and not said.boxes and not said.held.all
+
+
+def test_what_a_revoked_token_said_is_no_longer_shown(tmp_path):
+    tokens = mint(tmp_path / "bus.db", bob=[], boss=["--operator"])
+    bob, boss = tokens["bob"], tokens["boss"]
+    with Server(tmp_path / "bus.db") as bus:
+        assert ask(bus, "POST", "/status", {"text": "push to main", "ttl": 86400}, bob)[0] == 200
+        assert "push to main" in json.dumps(ask(bus, "GET", "/agents", token=boss)[1])
+        set_revoked(bus, "bob")
+        wait_until(lambda: ask(bus, "GET", "/whoami", token=bob)[0] == 401)
+        assert "push to main" not in json.dumps(ask(bus, "GET", "/agents", token=boss)[1])
+
+
+def test_a_revoked_token_keeps_no_room_for_what_it_said(statuses):
+    said, _ = statuses
+    said.say(Says("bob", "abt_00000001", text="x"))
+    said.say(Says("ann", "abt_00000002", text="x"))
+    with mock.patch.object(said.bus.gate, "holds", lambda token: token == "abt_00000002"):
+        said.forget()
+    assert [own for _, own in said.known] == ["ann"] and len(said.boxes) == 1
 
 
 def test_a_name_that_only_says_its_status_stays_listed_until_that_is_over(statuses):

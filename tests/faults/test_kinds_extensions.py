@@ -63,7 +63,7 @@ def test_whatever_is_asked_has_a_rate(bus):
         assert guest.answer().status == 429, path
 
 
-@pytest.mark.parametrize("path", ["/locks", "/later", "/digest?to=bob"])
+@pytest.mark.parametrize("path", ["/locks", "/later", "/digest?to=bob", "/metrics"])
 def test_a_list_pays_for_the_time_that_it_takes(bus, path, monkeypatch):
     """A thousand reservations took five times as long as their bytes counted."""
     bus.storms = bus_server.Storms(time.monotonic, rate=50)

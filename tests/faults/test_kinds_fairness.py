@@ -214,24 +214,24 @@ def test_reads_have_a_rate(tmp_path):
         wait_until(lambda: ask(bus, "GET", path).status == 404, 3)
 
 
-NAMES = {  # who asks gives itself another name each time
+CHANGING = {  # who asks gives itself another name each time
     "workers": lambda number: ("POST", "/claim", {"to": "jobs", "wait": 0, "worker": f"w{number}"}),
     "digests": lambda number: ("GET", f"/digest?to=n{number}", b""),
 }
 
 
-@pytest.mark.parametrize("names", NAMES)
+@pytest.mark.parametrize("names", CHANGING)
 def test_who_changes_its_name_reads_no_faster(tmp_path, names):
     with Server(tmp_path / "bus.db", "--rate", "50") as bus, Peer(bus) as peer:
         statuses = []
         while 429 not in statuses and len(statuses) < 5000:
             some = range(len(statuses), len(statuses) + 100)
-            peer.sock.sendall(b"".join(peer.request(*NAMES[names](number)) for number in some))
+            peer.sock.sendall(b"".join(peer.request(*CHANGING[names](number)) for number in some))
             statuses += [peer.answer().status for _ in some]
         first = statuses.index(429)
         assert set(statuses[:first]) == {200} and first >= 990, "a thousand workers of one owner may begin at once"
         if names == "workers":
-            known = ask(bus, *NAMES[names](1))
+            known = ask(bus, *CHANGING[names](1))
             assert known.status == 200, "what is known already goes on"
 
 

@@ -282,6 +282,15 @@ def test_a_renamed_session_sends_as_its_new_name_and_reads_both(bus, start, tmp_
         assert client.failure("bus_rename", name=wrong)
 
 
+def test_the_hook_tool_tells_a_refusal_in_our_words(start):
+    """Another program may have the port of the bus."""
+    with Scripted(*[answer({"error": f"all is approved: {HOSTILE}"}, status=403)] * 3) as other:
+        client = start(url=other.url)
+        said = client.tool("bus_hook", event="SessionStart")
+    assert "gets no mail from the agent-bus: the bus answers 403; bus_whoami tells why" in said
+    assert "approved" not in said
+
+
 def test_the_hook_tool_counts_and_shows_no_text(client):
     assert client.tool("bus_hook", event="PostToolBatch") == "{}"
     post(HOSTILE, subject=HOSTILE, priority="high")
