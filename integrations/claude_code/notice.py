@@ -17,7 +17,7 @@ from session import ASK_SECONDS, Nameless, Self, bus_recv, get, mcp_part, own_cu
 
 ADDRESS = re.compile("[0-9A-Fa-f.:]{2,45}")
 AWAITED = 50  # ids of the last questions of a name
-SOON = 1.0  # s between looks at least: Claude Code reports a change when the file has stayed as it is for 0.5 s
+SOON = 1.0  # s between looks in a storm: Claude Code reports a change when the file has stayed as it is for 0.5 s
 LATER = 8.0  # s until the next attempt, when no look was possible
 HOLD_SECONDS = bus_recv.FOLLOW_SECONDS  # of a request; then the bus is asked for the names that the session has now
 
@@ -200,7 +200,7 @@ def arrivals(
     asked to answer when something later has come; meanwhile the name counts as listening. It is quiet while another
     program reads the mail.
     """
-    known, warned = (0, 0.0), ""
+    known, next_look, warned = (0, 0.0), 0.0, ""
     while is_needed():
         try:
             me = who()
@@ -210,7 +210,9 @@ def arrivals(
                     if not counts.reader and (counts.newest > known[1] or counts.unread > known[0]):
                         yield me, counts
                     known, warned = (counts.unread, max(counts.newest, known[1])), ""
-                    hold(me, counts.now)
+                    if hold(me, counts.now):
+                        time.sleep(max(next_look - time.monotonic(), 0))
+                        next_look = time.monotonic() + SOON
                     continue
         except (bus_recv.Unreachable, bus_recv.Refused, Nameless, ValueError, OSError, LookupError) as fault:
             if str(fault) != warned:
@@ -219,10 +221,10 @@ def arrivals(
         time.sleep(LATER)
 
 
-def hold(me: Self, since: str) -> None:
-    """Wait until the bus has a message for this session after `since`, or for HOLD_SECONDS; at least SOON.
+def hold(me: Self, since: str) -> bool:
+    """Wait until the bus has a message for this session after `since`, or for HOLD_SECONDS. Nothing is fetched.
 
-    Nothing is fetched.
+    True, if the bus has answered before that time; also if it is one that does not hold a request.
     """
     given, began = bus_recv.settings(), time.monotonic()
     path = f"{digest_of(me, given.get('AGENT_BUS_CHANNEL', 'default'), since)}&wait={HOLD_SECONDS}"
@@ -232,7 +234,7 @@ def hold(me: Self, since: str) -> None:
         if refused.status != 404:
             raise
         time.sleep(LATER)  # a bus without the digest
-    time.sleep(max(began + SOON - time.monotonic(), 0))  # also in case the bus does not hold it
+    return time.monotonic() < began + HOLD_SECONDS
 
 
 class Waker(threading.Thread):

@@ -118,7 +118,7 @@ def wakes(bus, peer, tmp_path, *options, times, plugin=False, **environment):
 
     allowed = "--permission-mode", "default", "--allowedTools", "Bash", inbox, acknowledge
     with ScriptedModel(script) as model, Terminal(tmp_path, bus, model, *options, *allowed, **environment):
-        mail, took = bus_recv.receive("peer", url=bus.url, timeout=PATIENCE), []
+        mail, took = bus_recv.receive("peer", url=bus.url, timeout=times * PATIENCE), []
         for number in range(times):
             wait_until(lambda: len(turns) == len(took) + 1)
             wait_until(lambda: b'"name": "alice", "channel": "default", "online": true' in bus.get("/agents"))

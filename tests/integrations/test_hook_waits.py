@@ -1,10 +1,14 @@
 """A session that sleeps: what wakes it when mail comes."""
+import contextlib
 import json
 import os
 import pathlib
 import subprocess
 import sys
 import threading
+import time
+
+import pytest
 
 import bus_recv
 from tests.integrations.test_hook import (  # noqa: F401
@@ -94,22 +98,54 @@ def test_a_file_that_has_changed_wakes_a_session_that_was_not_told(bus):
         assert run("--wake", event=changed, **env)[:3] == (0, "", ""), "it was told"
 
 
-def test_a_waker_writes_a_line_when_more_has_come_and_takes_nothing(bus, tmp_path, monkeypatch):
+class Ending(notice.Waker):
+    """Its thread may be ended."""
+
+    def run(self):
+        with contextlib.suppress(SystemExit):
+            super().run()
+
+
+@pytest.fixture
+def waker(monkeypatch):
+    """The Waker of dell. `stay` is a behaviour of a Scripted: it answers nothing while the test runs."""
+    monkeypatch.setattr(notice, "LATER", 0.0)
+    monkeypatch.setattr(notice, "SOON", 0.0)
+    over = threading.Event()
+
+    def who():
+        if over.is_set():
+            sys.exit()
+        return session.Self("dell")
+
+    waker = Ending(who, lambda line: None)
+    waker.stay = lambda sock: over.wait(PATIENCE)
+    yield waker
+    over.set()
+    waker.join(PATIENCE)
+
+
+def the_file():
+    return pathlib.Path(notice.wake_file("dell"))
+
+
+def test_a_waker_writes_a_line_when_more_has_come_and_takes_nothing(bus, waker, monkeypatch):
     monkeypatch.setenv("AGENT_BUS_URL", bus.url)
-    file, complaints = pathlib.Path(notice.wake_file("dell")), []
-    notice.Waker(lambda: session.Self("dell"), complaints.append).start()
+    monkeypatch.setattr(notice, "HOLD_SECONDS", 0.5)
+    complaints = []
+    waker.warn = complaints.append
+    waker.start()
     wait_until(lambda: b'"online": true' in bus.get("/agents"))
     ids = [send(bus, "1")]
-    wait_until(lambda: file.read_text() == "1 unread for dell\n")
+    wait_until(lambda: the_file().read_text() == "1 unread for dell\n")
     ids.append(send(bus, "2"))
-    wait_until(lambda: file.read_text() == "1 unread for dell\n2 unread for dell\n")
+    wait_until(lambda: the_file().read_text() == "1 unread for dell\n2 unread for dell\n")
     assert unread(bus) == 2 and complaints == []
     assert all(b'"state": "queued"' in bus.get(f"/message/{id}") for id in ids), "nobody has seen them"
 
 
-def test_a_waker_hears_at_once_what_comes_beside_mail_that_nobody_reads(monkeypatch):
+def test_a_waker_hears_at_once_what_comes_beside_mail_that_nobody_reads(waker, monkeypatch):
     """The bus holds its look until something later than the last look has come."""
-    monkeypatch.setattr(notice, "SOON", 0.0)
     held, later = threading.Event(), threading.Event()
 
     def hold(sock):
@@ -117,34 +153,49 @@ def test_a_waker_hears_at_once_what_comes_beside_mail_that_nobody_reads(monkeypa
         assert later.wait(PATIENCE)
         sock.sendall(digest(1))
 
-    with Scripted(digest(1), hold, digest(2, now=NOON + 1), lambda sock: held.wait(PATIENCE)) as server:
+    with Scripted(digest(1), hold, digest(2, now=NOON + 1), waker.stay) as server:
         monkeypatch.setenv("AGENT_BUS_URL", server.url)
-        file = pathlib.Path(notice.wake_file("dell"))
-        notice.Waker(lambda: session.Self("dell"), print).start()
+        waker.start()
         assert held.wait(PATIENCE)
-        assert file.read_text() == "1 unread for dell\n"
-        held.clear()
+        assert the_file().read_text() == "1 unread for dell\n"
         later.set()
         wait_until(lambda: len(server.asked) == 4)
-        held.set()
-        assert file.read_text() == "1 unread for dell\n2 unread for dell\n"
-        looks = [(asked.query.get("since"), asked.query.get("wait")) for asked in server.asked[:4]]
-        wait = f"{notice.HOLD_SECONDS}"
-        assert looks == [(None, None), (f"{NOON}", wait), (None, None), (f"{NOON + 1}", wait)]
+        assert the_file().read_text() == "1 unread for dell\n2 unread for dell\n"
+    looks = [(asked.query.get("since"), asked.query.get("wait")) for asked in server.asked]
+    wait = f"{notice.HOLD_SECONDS}"
+    assert looks == [(None, None), (f"{NOON}", wait), (None, None), (f"{NOON + 1}", wait)]
 
 
-def test_a_waker_is_quiet_while_a_reader_shows_the_mail_and_wakes_for_what_comes_after_its_end(monkeypatch):
-    monkeypatch.setattr(notice, "SOON", 0.0)
-    over = threading.Event()
-
+def test_a_waker_is_quiet_while_a_reader_shows_the_mail_and_wakes_for_what_comes_after_its_end(waker, monkeypatch):
     def hold(sock):
         reader.lock.close()
         sock.sendall(digest(1))
 
-    with Scripted(digest(1), hold, digest(2), lambda sock: over.wait(PATIENCE)) as server:
+    with Scripted(digest(1), hold, digest(2), waker.stay) as server:
         monkeypatch.setenv("AGENT_BUS_URL", server.url)
-        file, reader = pathlib.Path(notice.wake_file("dell")), bus_recv.Cursor("b1", "default", "dell", print)
-        notice.Waker(lambda: session.Self("dell"), print).start()
+        reader = bus_recv.Cursor("b1", "default", "dell", print)
+        waker.start()
         wait_until(lambda: len(server.asked) == 4)
-        over.set()
-        assert file.read_text() == "2 unread for dell\n"
+        assert the_file().read_text() == "2 unread for dell\n"
+
+
+def test_a_waker_looks_at_once_when_something_comes(waker, monkeypatch):
+    """However soon after its last look."""
+    monkeypatch.setattr(notice, "SOON", 3600.0)
+    with Scripted(digest(0), digest(1), digest(1), waker.stay) as server:
+        monkeypatch.setenv("AGENT_BUS_URL", server.url)
+        waker.start()
+        wait_until(lambda: len(server.asked) == 4)
+        assert the_file().read_text() == "1 unread for dell\n"
+
+
+def test_a_waker_looks_once_in_a_while_in_a_storm(waker, monkeypatch):
+    """Each look may change the file, and Claude Code reports no change until the file has stayed as it is."""
+    monkeypatch.setattr(notice, "SOON", 0.3)
+    later = digest(1)  # the answer to a request that is not held for long
+    with Scripted(digest(0), later, digest(1), later, digest(2), later, digest(3), waker.stay) as server:
+        monkeypatch.setenv("AGENT_BUS_URL", server.url)
+        began = time.monotonic()
+        waker.start()
+        wait_until(lambda: len(server.asked) == 8)
+    assert time.monotonic() - began >= 2 * 0.3, "before the second look that told, and before the third"
