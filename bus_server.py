@@ -3591,7 +3591,7 @@ def locked(path: str) -> IO[str]:
         by = lock.readline().strip() or "another bus_server"  # State.sign() wrote it
         raise InUse(f"the database {path} is in use by {by}: stop that bus, or give another --db") from None
     except OSError as error:
-        raise Unusable(f"cannot use the database {path}: {error.strerror}") from None
+        raise Unusable(f"cannot use the database {path}: {error.strerror}; --db gives another place") from None
     return lock
 
 
@@ -5490,7 +5490,7 @@ def show_help(bus: Bus, request: Request) -> Answer:
     if not re.fullmatch(r"[A-Za-z0-9.:\[\]_-]{1,255}", host):
         host = "HOST:PORT"
     endpoints = "".join(
-        f"{method:5}{path + ('ID' if path.endswith('/') and path != '/' else ''):15}{route.says}\n"
+        f"{method:7}{path + ('ID' if path.endswith('/') and path != '/' else ''):15}{route.says}\n"
         for (method, path), route in bus.routes.items()
         if route.says
     )
