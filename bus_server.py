@@ -318,7 +318,7 @@ class Grant(NamedTuple):
         if not self.name or not isinstance(message, dict):
             return message
         if message.get("from", self.name) != self.name:
-            raise Refused(403, f"this token sends as {self.name} only: omit from, or give that name")
+            raise Refused(403, f"this token sends as {self.name} only: leave from (AGENT_NAME) out, or give that name")
         return {**message, "from": self.name}
 
     def reads(self, own: str) -> bool:
