@@ -5798,7 +5798,7 @@ def listen(host: str, port: int) -> socket.socket:
         why = str(error.strerror).partition(" (while")[0]  # Python goes on to say where
         advice = "--host must be an address of this machine, without a port"
         if error.errno in (errno.EADDRINUSE, errno.EACCES):
-            has_it = "an agent-bus" if is_bus(host, port) else "another program, or the system,"
+            has_it = "an agent-bus" if is_bus(host, port) else "another program, or the system (if below 1024),"
             advice = f"{has_it} has this port; choose another --port, and give clients that URL in AGENT_BUS_URL"
         raise Unusable(f"cannot listen on {host} port {port}: {why}: {advice}") from None
 
