@@ -100,6 +100,7 @@ cut_torn_line() {
 
 # `line` makes one line of any text: it replaces tabs, newlines, control, bidi and invisible characters by blanks: those
 # of HIDDEN in bus_recv.py and all others of these categories. A sentence of the bus may be longer.
+# shellcheck disable=SC2016 # $most is of jq
 LINE='def line($most): tostring | .[:$most] | gsub("[\\p{Cc}\\p{Cf}\\p{Zl}\\p{Zp}\\x{34F}\\x{115F}\\x{1160}'\
 '\\x{17B4}\\x{17B5}\\x{180B}-\\x{180F}\\x{2065}\\x{2800}\\x{3164}\\x{FE00}-\\x{FE0F}\\x{FFA0}'\
 '\\x{FFF0}-\\x{FFF8}\\x{E0000}-\\x{E0FFF}]+"; " "); def line: line(100);'

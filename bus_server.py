@@ -318,7 +318,7 @@ class Grant(NamedTuple):
         if not self.name or not isinstance(message, dict):
             return message
         if message.get("from", self.name) != self.name:
-            raise Refused(403, f"this token sends as {self.name} only: omit from, or give that name")
+            raise Refused(403, f"this token sends as {self.name} only: leave from (AGENT_NAME) out, or give that name")
         return {**message, "from": self.name}
 
     def reads(self, own: str) -> bool:
@@ -3591,7 +3591,7 @@ def locked(path: str) -> IO[str]:
         by = lock.readline().strip() or "another bus_server"  # State.sign() wrote it
         raise InUse(f"the database {path} is in use by {by}: stop that bus, or give another --db") from None
     except OSError as error:
-        raise Unusable(f"cannot use the database {path}: {error.strerror}") from None
+        raise Unusable(f"cannot use the database {path}: {error.strerror}; --db gives another place") from None
     return lock
 
 
@@ -5490,7 +5490,7 @@ def show_help(bus: Bus, request: Request) -> Answer:
     if not re.fullmatch(r"[A-Za-z0-9.:\[\]_-]{1,255}", host):
         host = "HOST:PORT"
     endpoints = "".join(
-        f"{method:5}{path + ('ID' if path.endswith('/') and path != '/' else ''):15}{route.says}\n"
+        f"{method:7}{path + ('ID' if path.endswith('/') and path != '/' else ''):15}{route.says}\n"
         for (method, path), route in bus.routes.items()
         if route.says
     )
@@ -5798,7 +5798,7 @@ def listen(host: str, port: int) -> socket.socket:
         why = str(error.strerror).partition(" (while")[0]  # Python goes on to say where
         advice = "--host must be an address of this machine, without a port"
         if error.errno in (errno.EADDRINUSE, errno.EACCES):
-            has_it = "an agent-bus" if is_bus(host, port) else "another program, or the system,"
+            has_it = "an agent-bus" if is_bus(host, port) else "another program, or the system (if below 1024),"
             advice = f"{has_it} has this port; choose another --port, and give clients that URL in AGENT_BUS_URL"
         raise Unusable(f"cannot listen on {host} port {port}: {why}: {advice}") from None
 

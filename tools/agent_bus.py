@@ -132,7 +132,23 @@ def run(name: str, arguments: Sequence[str]) -> int:
     if command.first == (ASKS,) and wants_help:
         print(help_of_ask(command, example), end="")
         return 0
-    return int(program.main([*command.first, *arguments]) or 0)
+    try:
+        return int(program.main([*command.first, *arguments]) or 0)
+    except SystemExit as end:
+        similar = similar_option(name, arguments) if end.code == 2 else ""
+        if similar and sys.stderr:
+            print(f"{os.path.basename(sys.argv[0])}: did you mean {similar}?", file=sys.stderr)
+        raise
+
+
+def similar_option(name: str, arguments: Sequence[str]) -> str:
+    """The option that the first unknown one of a command may stand for. Beginnings of an option are known, too."""
+    import difflib  # only for a typo
+
+    given = [word.partition("=")[0] for word in arguments[: [*arguments, "--"].index("--")] if word.startswith("--")]
+    options = [word for word in words(name) if word.startswith("--")]
+    unknown = [one for one in given if not any(option.startswith(one) for option in options)]
+    return "".join(difflib.get_close_matches(unknown[0], options, 1)) if unknown else ""
 
 
 def load(program: str, first: Sequence[str] = ()) -> Any:

@@ -198,7 +198,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         name = options.name or bus_recv.settings().get("AGENT_NAME")
         if not name:
-            command.error(f"whose mail? Give NAME or set AGENT_NAME{bus_recv.unused_file()}")
+            after = " after the ID" if options.command == "ack" else ""
+            command.error(f"whose mail? Give NAME{after} or set AGENT_NAME{bus_recv.unused_file()}")
         box = Inbox(name, options.channel, peeks=True)
         box.warn = box.announce = complain
         if options.command == "look":

@@ -185,14 +185,23 @@ def choose(place: str, url: str, name: str, profile: str) -> str:
         profile = answer if PROFILE.fullmatch(answer) else profile
 
 
+NO_TOKEN = "no token was given, so nothing was configured: run the line again"
+
+
 def ask_token(name: str, may_keep: bool) -> str:
     """The token, from the terminal without echo, or else from a line of stdin. Empty: the one that is set."""
     keep = " (Enter keeps the one that is set)" if may_keep else ""
+    typed = sys.stdin.isatty()
     try:
-        given = getpass.getpass(f"token of {name}{keep}: ") if sys.stdin.isatty() else sys.stdin.readline()
+        given = getpass.getpass(f"token of {name}{keep}: ") if typed else sys.stdin.readline()
     except EOFError:  # Ctrl-D
         say("")
-        raise Fault("no token was given, so nothing was configured: run the line again") from None
+        raise Fault(NO_TOKEN) from None
+    except KeyboardInterrupt:
+        say("")
+        raise
+    if not (given or typed or may_keep):  # who has typed Enter may choose a profile that has a token
+        raise Fault(NO_TOKEN)
     token = given.strip("\ufeff \t\r\n")
     return checked(token) if token else ""
 

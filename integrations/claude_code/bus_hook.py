@@ -358,7 +358,7 @@ def main() -> None:
     import argparse
 
     parser = argparse.ArgumentParser(description="A hook that tells how much mail waits on an agent-bus.")
-    parser.error = sys.exit  # with 1: a hook that ends with 2 holds up the turn
+    parser.error = lambda why: sys.exit(f"bus_hook: {why}")  # with 1: a hook that ends with 2 holds up the turn
     ways = parser.add_mutually_exclusive_group(required=True)
     ways.add_argument("--format", choices=DRESSES, help="print one JSON object, or nothing, for the event on stdin")
     ways.add_argument("--wake", action="store_true", help="end with exit code 2 if more mail has come")

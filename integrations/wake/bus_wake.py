@@ -258,7 +258,8 @@ def main(argv: list[str] | None = None) -> int:
         bus_recv.complain(str(refused), "bus_wake")
         return 1
     except (ValueError, OSError) as error:
-        bus_recv.complain(str(error), "bus_wake")
+        named = isinstance(error, OSError) and error.filename
+        bus_recv.complain(f"{named}: {error.strerror}" if named else str(error), "bus_wake")
         return 2
     return 0
 

@@ -92,12 +92,16 @@ def test_the_help_names_commands_that_this_user_has(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("arguments, says", [
-    ("send bob hi --frm x", "unrecognized"), ("later bob hi --after x", "is not a time"),
+    ("send bob hi --frm x", "send: did you mean --from?"), ("send bob hi --frmo --to x", "send: did you mean --from?"),
+    ("serve --portt=9", "serve: did you mean --port?"), ("tokens --dbb x", "tokens: did you mean --db?"),
+    ("recv bob --onec", "recv: did you mean --once?"), ("file put x --chanel c --to b", "did you mean --channel?"),
+    ("send bob hi --zzzzz x", "unrecognized"), ("send bob --zzzzz 9 -- --frm", "unrecognized"),
+    ("later bob hi --after x", "is not a time"),
     ("serve --port x", "give a whole number from 0 to 65535, not 'x'"), ("recv --frm", "--frm"),
     ("send bob hi --field from=x", "'from=x' is no further member"),
     ("log --last=-3", "--last: give a whole number of 1 or more, not '-3'"), ("install", "required"),
     ("lock a --no", "--no"), ("locks a b", "b"), ("inbox a b", "b"), ("ack a b c", "c"), ("install claude x", "x"),
-    ("install service --dry-run", "are for an agent program"),
+    ("install service --http", "are for an agent program"),
 ])  # fmt: skip
 def test_a_wrong_option_is_said_in_the_last_of_few_lines(arguments, says):
     code, out, err = run(SCRIPT, *arguments.split())

@@ -1,4 +1,5 @@
 """What people who are new here met, and now read in words: https, silence, nothing to show, no home, wrong numbers."""
+import io
 import json
 import os
 import pathlib
@@ -328,3 +329,35 @@ def test_a_full_disk_is_told_where_the_bus_runs_once_in_ten_minutes(monkeypatch)
     room.has_room = lambda: False
     ledger.note_room([])
     assert len(said) == 2
+
+
+@pytest.mark.parametrize("call, code, says", [
+    ("integrations/claude_code/bus_hook.py --foo", 1, "bus_hook: one of the arguments"),
+    ("integrations/wake/bus_wake.py alice claude s --folder /nowhere", 2, "bus_wake: /nowhere: No such file"),
+    ("tools/agent_bus.py ack bob", 2, "agent_bus.py ack: error: whose mail? Give NAME after the ID or set AGENT_NAME"),
+    ("bus_server.py --db /dev/null/bus.db", 2, "--db gives another place"),
+])  # fmt: skip
+def test_a_mistake_of_a_newcomer_is_named_by_its_program(call, code, says, home):  # noqa: F811
+    found, out, err = run(*call.split(), env={"AGENT_BUS_URL": refusing()})
+    assert (found, out) == (code, "") and says in err.splitlines()[-1]
+
+
+def test_a_join_without_a_token_says_so_and_leaves_the_prompts_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    with pytest.raises(bus_join.Fault, match="no token was given"):
+        bus_join.ask_token("dell", may_keep=False)
+    assert bus_join.ask_token("dell", may_keep=True) == ""
+
+    def interrupted(prompt):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(bus_join.getpass, "getpass", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        bus_join.ask_token("dell", may_keep=False)
+    assert capsys.readouterr().out == "\n"
+
+
+def test_the_list_of_endpoints_has_a_blank_behind_each_method(bus):
+    endpoints = re.findall(r"^([A-Z]{3,6})( */\S*) ", bus.get("/").decode(), re.MULTILINE)
+    assert ("DELETE", " /mcp") in endpoints and all(path[0] == " " for _, path in endpoints)

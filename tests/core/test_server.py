@@ -61,7 +61,7 @@ def test_a_port_of_another_program_is_said_to_be_one(tmp_path, answer):
         serving = pool.submit(serve)
         said = refused("--port", other.getsockname()[1], "--db", tmp_path / "bus.db")
         serving.result(PATIENCE)
-    assert "another program, or the system, has this port; choose another --port" in said
+    assert "another program, or the system (if below 1024), has this port; choose another --port" in said
 
 
 @pytest.mark.parametrize("host", ["192.0.2.1", "not a host"])
