@@ -397,8 +397,8 @@ def test_the_time_is_that_of_the_ledger(fronts, log, monkeypatch, error):
 def test_a_front_learns_from_the_entries_of_others_what_time_it_is(fronts, log):
     """A primary whose clock is ahead: what has expired by it is given to nobody at any front."""
     a, b = fronts("a"), fronts("b")
-    put(a, ttl=60)
-    log.wall.wall += 100 * SECOND
+    put(a, ttl=5)
+    log.wall.wall += 10 * SECOND  # not so much that it has to say anew that it lives, and learns the time by that
     put(a, to="eve")
     settle(b)
     assert abs(b.view.clock() - log.wall.wall) < SECOND and log_of(b) == log_of(a)
@@ -748,6 +748,33 @@ def test_a_token_made_beside_one_front_holds_at_all_and_so_does_its_revocation(f
     same(a, b, c)
     common_look(a)
     assert not a.loop.actions, "what is in the ledger is not put there again"
+
+
+def test_the_file_of_tokens_is_read_and_written_only_when_something_is_new(fronts, monkeypatch):
+    """A front looks each second."""
+    a, b = fronts("a"), fronts("b")
+    invited(a)
+    common_look(a)
+    settle(a, b)
+    file = pathlib.Path(f"{b.state.path}.tokens")
+    before = file.stat().st_ino
+    end(b)
+    b = fronts("b")
+    assert file.stat().st_ino == before
+    common_look(b)
+    reads = []
+    for bus in (a, b):
+        monkeypatch.setattr(bus.gate.tokens, "rows", lambda: reads.append(1) or [])
+        common_look(bus)
+    assert not reads
+
+
+def test_a_damaged_file_of_tokens_is_no_exception_each_second(fronts, capfd):
+    a = fronts("a")
+    invited(a)
+    pathlib.Path(f"{a.state.path}.tokens").write_text("{")
+    common_look(a)
+    assert "Traceback" not in inside.said(capfd)
 
 
 def test_a_token_that_is_not_in_the_ledger_yet_stays_in_the_file_when_others_come(fronts):
