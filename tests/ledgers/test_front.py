@@ -167,14 +167,15 @@ def test_each_attempt_has_its_deadline_and_all_of_them_one(fronts, monkeypatch):
     a, given = fronts(), []
 
     def append(entry, id, deadline):
-        given.append((time.monotonic(), deadline))
+        given.append((time.monotonic(), deadline, id))
         time.sleep(max(deadline - time.monotonic(), 0))
         raise Unknown("frozen")
 
     a.state.ledger.append = append
     assert ask(a, "POST", "/send", {"from": "ann", "to": "bob", "msg": "x"})[0] == 503
-    assert len(given) >= 2 and all(deadline - began <= 0.1 for began, deadline in given)
-    assert max(given)[1] <= given[0][0] + 0.5
+    its = [each for each in given if each[2] == given[0][2]]  # a heartbeat may follow
+    assert len(its) >= 2 and all(deadline - began <= 0.1 for began, deadline, _ in its)
+    assert its[-1][1] <= its[0][0] + 0.5
 
 
 def test_a_refusal_says_when_to_try_again(fronts):
@@ -490,7 +491,8 @@ def test_a_front_with_other_results_is_found_and_stops(fronts):
     put(a, msg="2")
     assert not b.broken
     settle(b)
-    assert b.broken and b.last < a.last, "it applies nothing of a front that has other results"
+    settle(b)
+    assert b.broken and b.last < a.last, "it applies nothing of a front that has other results, now or later"
     before = a.state.position
     end(b)
     settle(a)
