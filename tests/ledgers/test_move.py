@@ -206,7 +206,6 @@ def test_a_front_whose_entry_came_behind_the_last_one_never_starts_again(path, l
     quiet = Fake(log)
     quiet.hints = lambda position: []
     back(path, quiet, EXTENSIONS)
-    b.ledger.catch_up = lambda: None  # its look of each second has not come yet
     late = request(b, "POST", "/send", {"from": "ann", "to": "bob", "msg": "late"})
     turns_of(b)
     assert late()[0] == 503 and b.broken and log.written()[-2:] == [["left"], ["put"]]
