@@ -23,6 +23,13 @@ def reason_to_skip():
     return None
 
 
+def runs(pid):
+    """A process that has ended, and for which nobody has waited, has no command line."""
+    with contextlib.suppress(OSError):
+        return bool(pathlib.Path(f"/proc/{pid}/cmdline").read_bytes())
+    return False
+
+
 class Postgres:
     """PostgreSQL does not run as root; then it runs as the user that its package has made."""
 
@@ -96,9 +103,11 @@ class Postgres:
             process.wait(PATIENCE)
 
     def crash(self):
-        """kill -9 of the server; its other processes end when they notice."""
+        """kill -9 of the server; its other processes end when they notice, and before that it cannot start again."""
+        _, *others = self.processes()
         self.process.kill()
         self.process.wait(PATIENCE)
+        wait_until(lambda: not any(map(runs, others)))
 
     def stop(self):
         self.process.send_signal(signal.SIGINT)

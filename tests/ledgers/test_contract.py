@@ -315,6 +315,19 @@ class TestPostgres(Contract):
         ledger.trim(2499, 1 << 60, time.monotonic() + CALL)
         assert self.server.ask("SELECT position FROM agent_bus_ledger ORDER BY 1") == [(0,), (2500,)]
 
+    def test_a_server_that_crashes_while_entries_are_removed_is_unknown(self, ledger):
+        for entry in (b"a", b"b"):
+            append(ledger, entry)
+        holder = psycopg_connection(self.server)
+        holder.execute("SELECT 1 FROM agent_bus_ledger WHERE position = 1 FOR UPDATE")
+        trimming = background(ledger.trim, 1, 1 << 60, time.monotonic() + 2 * PATIENCE)
+        wait_until(lambda: self.server.ask("SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock'"))
+        self.server.crash()
+        with pytest.raises(Unknown):
+            trimming.result(PATIENCE)
+        holder.close()
+        self.server.start()
+
     def test_after_its_end_no_connection_is_left(self, ledger):
         append(ledger, b"x")
         ledger.listen(lambda _: None)

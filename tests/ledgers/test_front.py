@@ -73,9 +73,9 @@ def test_the_fronts_have_one_order_and_their_copies_are_equal(fronts):
     a, b = fronts("a"), fronts("b")
     ticks = [put(bus, msg=str(number))[0] for number, bus in enumerate((a, b, b, a, b, a, a))]
     assert ticks == sorted(ticks)
-    assert log_of(a) == log_of(b) == list("0123456")
     same(a, b)
     assert a.state.sums[-1] == b.state.sums[-1]
+    assert log_of(a) == log_of(b) == list("0123456")
 
 
 def test_a_front_announces_what_came_between_before_its_own(fronts, log):
@@ -167,14 +167,15 @@ def test_each_attempt_has_its_deadline_and_all_of_them_one(fronts, monkeypatch):
     a, given = fronts(), []
 
     def append(entry, id, deadline):
-        given.append((time.monotonic(), deadline))
+        given.append((time.monotonic(), deadline, id))
         time.sleep(max(deadline - time.monotonic(), 0))
         raise Unknown("frozen")
 
     a.state.ledger.append = append
     assert ask(a, "POST", "/send", {"from": "ann", "to": "bob", "msg": "x"})[0] == 503
-    assert len(given) >= 2 and all(deadline - began <= 0.1 for began, deadline in given)
-    assert max(given)[1] <= given[0][0] + 0.5
+    its = [each for each in given if each[2] == given[0][2]]  # a heartbeat may follow
+    assert len(its) >= 2 and all(deadline - began <= 0.1 for began, deadline, _ in its)
+    assert its[-1][1] <= its[0][0] + 0.5
 
 
 def test_a_refusal_says_when_to_try_again(fronts):
@@ -397,8 +398,8 @@ def test_the_time_is_that_of_the_ledger(fronts, log, monkeypatch, error):
 def test_a_front_learns_from_the_entries_of_others_what_time_it_is(fronts, log):
     """A primary whose clock is ahead: what has expired by it is given to nobody at any front."""
     a, b = fronts("a"), fronts("b")
-    put(a, ttl=60)
-    log.wall.wall += 100 * SECOND
+    put(a, ttl=5)
+    log.wall.wall += 10 * SECOND  # not so much that it has to say anew that it lives, and learns the time by that
     put(a, to="eve")
     settle(b)
     assert abs(b.view.clock() - log.wall.wall) < SECOND and log_of(b) == log_of(a)
@@ -490,7 +491,8 @@ def test_a_front_with_other_results_is_found_and_stops(fronts):
     put(a, msg="2")
     assert not b.broken
     settle(b)
-    assert b.broken and b.last < a.last, "it applies nothing of a front that has other results"
+    settle(b)
+    assert b.broken and b.last < a.last, "it applies nothing of a front that has other results, now or later"
     before = a.state.position
     end(b)
     settle(a)
@@ -748,6 +750,33 @@ def test_a_token_made_beside_one_front_holds_at_all_and_so_does_its_revocation(f
     same(a, b, c)
     common_look(a)
     assert not a.loop.actions, "what is in the ledger is not put there again"
+
+
+def test_the_file_of_tokens_is_read_and_written_only_when_something_is_new(fronts, monkeypatch):
+    """A front looks each second."""
+    a, b = fronts("a"), fronts("b")
+    invited(a)
+    common_look(a)
+    settle(a, b)
+    file = pathlib.Path(f"{b.state.path}.tokens")
+    before = file.stat().st_ino
+    end(b)
+    b = fronts("b")
+    assert file.stat().st_ino == before
+    common_look(b)
+    reads = []
+    for bus in (a, b):
+        monkeypatch.setattr(bus.gate.tokens, "rows", lambda: reads.append(1) or [])
+        common_look(bus)
+    assert not reads
+
+
+def test_a_damaged_file_of_tokens_is_no_exception_each_second(fronts, capfd):
+    a = fronts("a")
+    invited(a)
+    pathlib.Path(f"{a.state.path}.tokens").write_text("{")
+    common_look(a)
+    assert "Traceback" not in inside.said(capfd)
 
 
 def test_a_token_that_is_not_in_the_ledger_yet_stays_in_the_file_when_others_come(fronts):

@@ -223,6 +223,17 @@ def test_a_front_whose_entry_came_behind_the_last_one_never_starts_again(path, l
         assert "late" not in "".join(facts(each)["messages"]), "each file that goes back ends at the same entry"
 
 
+def test_what_is_stored_while_the_bus_leaves_comes_along(log, fronts):
+    """Another front does not know yet, and its entry comes before the last one: it has acknowledged it."""
+    a, b = fronts("a"), fronts("b")
+    path = b.state.path
+    end(b)
+    ledger = Fake(log)
+    append, ledger.append = ledger.append, lambda *entry: (put(a, msg="just before"), append(*entry))[1]
+    back(path, ledger, EXTENSIONS)
+    assert "just before" in "".join(facts(path)["messages"])
+
+
 def test_a_token_that_came_while_the_front_was_stopped_is_there_on_the_way_back(log, fronts):
     a, b = fronts("a"), fronts("b")
     path = b.state.path
