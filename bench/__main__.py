@@ -29,6 +29,7 @@ def main() -> int:
     if not chosen:
         print(f"bench: no row has {' or '.join(options.rows)} in its name; --list has them all", file=sys.stderr)
         return 2
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # users' Pythons keep what they have compiled
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers are stopped

@@ -10,6 +10,7 @@ from tests.kit.authority import Authority
 from tests.kit.processes import Server
 
 os.environ["XDG_CONFIG_HOME"] = os.devnull  # no configuration of whoever runs the tests
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # else each of some thousand processes compiles the bus for itself
 
 
 @pytest.fixture
