@@ -118,10 +118,10 @@ def test_the_tools_of_a_token_do_what_it_may(closed):
     sensor.tool("bus_send", to="bob", msg="from sensor")
     found = bob.mail()
     assert [(each["from"], each["msg"]) for each in found] == [("alice", "from alice"), ("sensor", "from sensor")]
-    for tool in ("bus_inbox", "bus_hook"):
-        arguments = {"event": "UserPromptSubmit"} if tool == "bus_hook" else {}
-        text = sensor.tool(tool, failed=tool == "bus_inbox", **arguments)
-        assert "this token may not read sensor" in text and "from alice" not in text
+    text = sensor.tool("bus_inbox", failed=True)
+    assert "this token may not read sensor" in text and "from alice" not in text
+    text = sensor.hook("UserPromptSubmit")
+    assert "no mail from the agent-bus: the bus answers 403; bus_whoami tells why" in text
     assert sensor.hook("UserPromptSubmit") == ""
     assert "no message with this id" in sensor.tool("bus_inbox", failed=True, id=found[0]["id"])
     assert "may not read bob" in alice.tool("bus_claim", failed=True, queue="bob")
