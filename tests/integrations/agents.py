@@ -46,11 +46,11 @@ def results():
     with tempfile.TemporaryDirectory() as folder:
         report = pathlib.Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", "-p", "no:xdist", f"--junitxml={report}"]
-        tests = [f"tests/integrations/test_{file}.py" for file in ("agents", "wake", "end_to_end")]
+        tests = [f"tests/integrations/test_{file}.py" for file in ("agents", "wake", "end_to_end", "end_to_end_terminal")]
         env = {**os.environ, "AGENT_BUS_AGENTS": str(FOLDER), "CLAUDE_BINARY": str(FOLDER / "node_modules/.bin/claude")}
         subprocess.run([*command, *tests, "-k", "test_agents or real or end_to_end"], cwd=ROOT, env=env)
         cases = list(xml.etree.ElementTree.parse(report).iter("testcase"))
-    whole = [ended(case) for case in cases if case.get("classname").endswith("end_to_end")]
+    whole = [ended(case) for case in cases if "end_to_end" in case.get("classname")]
     return {case.get("name"): ended(case) for case in cases}, whole
 
 
