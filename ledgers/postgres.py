@@ -144,18 +144,17 @@ class Postgres:
     def open(self, deadline: float) -> tuple[Machine, psycopg.Connection[Any]]:
         """A connection to the first machine that takes one. The one that failed last is asked last.
 
-        Each machine has its share of the time that is left, so that several frozen ones do not hide one that works.
+        Each machine has an equal share of the time, so that frozen ones do not hide one that works. The last one has no
+        more: meanwhile nobody would see that another one leads now.
         """
         try:
             machines = {tuple(map(one.get, PLACE)): one for one in conninfo_attempts(self.options)}
         except psycopg.Error as error:
             raise Unknown(str(error)) from None
-        why = ""
-        for asked, machine in enumerate(sorted(machines, key=lambda machine: self.failed.get(machine, 0.0))):
-            now = time.monotonic()
-            share = (deadline - now) / (len(machines) - asked)
+        why, share = "", (deadline - time.monotonic()) / len(machines)
+        for machine in sorted(machines, key=lambda machine: self.failed.get(machine, 0.0)):
             try:
-                return machine, connection_to(make_conninfo("", **machines[machine]), now + share)
+                return machine, connection_to(make_conninfo("", **machines[machine]), time.monotonic() + share)
             except (Unknown, psycopg.Error) as error:
                 self.failed[machine] = time.monotonic()
                 why = str(error).partition("\n")[0]

@@ -46,7 +46,8 @@ def results():
     with tempfile.TemporaryDirectory() as folder:
         report = pathlib.Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", "-p", "no:xdist", f"--junitxml={report}"]
-        tests = [f"tests/integrations/test_{file}.py" for file in ("agents", "wake", "end_to_end", "end_to_end_terminal")]
+        files = "agents", "wake", "end_to_end", "end_to_end_terminal"
+        tests = [f"tests/integrations/test_{file}.py" for file in files]
         env = {**os.environ, "AGENT_BUS_AGENTS": str(FOLDER), "CLAUDE_BINARY": str(FOLDER / "node_modules/.bin/claude")}
         subprocess.run([*command, *tests, "-k", "test_agents or real or end_to_end"], cwd=ROOT, env=env)
         cases = list(xml.etree.ElementTree.parse(report).iter("testcase"))

@@ -90,6 +90,15 @@ def test_a_machine_that_said_nothing_is_asked_last_by_the_next_connection(server
             silent.accept()
 
 
+def test_the_last_machine_does_not_take_the_time_of_those_that_refused(silent, opened):
+    """One of them may lead in the next moment, and only a further connection sees it."""
+    ledger = opened(url_of(*(free_port() for _ in range(9)), silent[0]))
+    began = time.monotonic()
+    with pytest.raises(Unknown, match="did not answer in time"):
+        ledger.open(began + 20)
+    assert 1.9 < time.monotonic() - began < 10
+
+
 def test_a_start_without_an_answer_is_given_up(silent, monkeypatch):
     from bus_server import Unusable
 
