@@ -241,7 +241,8 @@ def settings(url: str | None = None) -> dict[str, str]:
     file = {"AGENT_BUS_URL": DEFAULT_URL, **configuration()[1]}
     wanted = url or own.get("AGENT_BUS_URL", file["AGENT_BUS_URL"])
     file = file if is_within(wanted, file["AGENT_BUS_URL"]) else {}
-    own.get("AGENT_BUS_TOKEN_FILE") and file.pop("AGENT_BUS_TOKEN", "")  # else that of the file would come before it
+    if "AGENT_BUS_TOKEN_FILE" in own:  # else the token in the file would come before it
+        file.pop("AGENT_BUS_TOKEN", None)
     return {**file, **own, "AGENT_BUS_URL": wanted}
 
 

@@ -4184,6 +4184,7 @@ LOOKS = 260  # at the disk, for one list of names or the answers of one announce
 ROWS_PER_LOOK = 20  # messages that take as long to read as one look
 LOOKS_EACH = 60  # that one name in a list may take; with fewer left, the list ends
 TIDY_SECONDS = 60.0  # between two searches for messages and names that are too old
+TELL_SECONDS = 600.0  # between two lines on stderr about a full disk
 MARKS_SECONDS = 1.0  # s a mark may be newer in memory than on disk; after a crash `since=last` repeats that much
 DRAIN_SECONDS = 10.0  # for accepted sends to be committed and answered after SIGTERM
 
@@ -4239,8 +4240,8 @@ class Ledger:
         self.bus, self.loop, self.state = bus, bus.loop, bus.state
         self.next: list[Step] = []
         self.out: list[Step] = []  # the list that is being applied
-        # planned: commit() is called at the end of this turn; told: when our stderr was told of a full disk, s
-        self.planned, self.told = False, -math.inf
+        self.planned = False  # commit() is called at the end of this turn
+        self.told = -math.inf  # when our stderr was told of a full disk, on the monotonic clock, s
         self.waiting = Shares(self.WAITING, self.WAITING_EACH)
         self.large: dict[int, tuple[str, int]] = {}  # by the id of an operation: its owner, and its bytes in `waiting`
         # By the kind of an operation: what follows in memory, in a turn, if another front of this bus made it.
@@ -4315,12 +4316,15 @@ class Ledger:
                     self.loop.attempt(self.bus.not_concluded, (step, None))
 
     def note_room(self, operations: list[Operation]) -> None:
-        room, now = self.state.view.has_room(), time.monotonic()
-        if not room and now > self.told + 600:  # s
-            self.told = now
+        """Without room nothing of these is stored, and the operator is told."""
+        if self.state.view.has_room():
+            return
+        for operation in operations:
+            if type(operation) is Put:
+                operation.room = False
+        if time.monotonic() > self.told + TELL_SECONDS:
+            self.told = time.monotonic()
             say(f"bus_server: {no_room().sentence}")
-        for put in [each for each in operations if not room and type(each) is Put]:
-            put.room = False
 
     def apply(self, operations: list[Operation]) -> Applied:
         """The effects of a list. A Front does this in another way: its list goes through a ledger that it shares."""
