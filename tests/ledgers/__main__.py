@@ -1,6 +1,6 @@
 """The figures of docs/cluster.md.
 
-    python -m tests.ledgers                  all of them
+    python -m tests.ledgers                  all of them but `beside`
     python -m tests.ledgers speed            fronts on one PostgreSQL on this machine, beside a bus of one server
     python -m tests.ledgers beside           fronts on three nodes, beside NATS JetStream on three (the extra `bench`)
     python -m tests.ledgers kill-leader      a row of rows.py, with three nodes; its result goes into the table

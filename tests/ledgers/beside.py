@@ -210,6 +210,10 @@ def medians(send, woken=None, before=lambda: None):
 
 
 def beside(rounds):
+    """Print what each of them did in so many rounds."""
+    if NatsNode.missing():
+        print(f"without NATS: {NatsNode.missing()}")
+        return
     with contextlib.ExitStack() as stack:
         folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
         nodes = stack.enter_context(Nodes())
