@@ -14,5 +14,6 @@ HIDDEN = {".ci", ".claude-plugin", ".gitignore"}
 
 @pytest.mark.skipif(not (shutil.which("git") and (ROOT / ".git").exists()), reason="not a clone")
 def test_nothing_else_is_committed_at_the_top_level():
-    listed = subprocess.run(["git", "-c", "safe.directory=*", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    command = ["git", "-c", "safe.directory=*", "ls-files", "-z"]
+    listed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     assert {path.partition("/")[0] for path in listed.split("\0") if path} == FILES | WORDS | FOLDERS | HIDDEN
