@@ -1468,8 +1468,9 @@ class Outgoing:
         self.door.loop.soon(partial(self.guard, action))
 
     def fail(self) -> None:
-        """Serving this connection raised an exception."""
-        self.refuse(our_fault())
+        """Serving this connection raised an exception. If there is no memory even to say so, the connection ends."""
+        if not self.door.loop.attempt(self.refuse, our_fault()):
+            self.transport.abort()
 
     def refuse(self, refused: Refused) -> None:
         """End this connection with a refusal or, if an answer is under way already, without one."""
@@ -1512,15 +1513,12 @@ class Outgoing:
 
     def write(self, answer: Answer) -> None:
         door, app = self.door, self.door.app
-        if door.is_full(self, len(answer.body)):
-            if answer.delivers:
-                app.lost(*answer.delivers)
-            answer = refusal(unread_answers())
-        self.phase = WRITING
         self.closing = self.closing or app.draining
+        bare = self.request is not None and self.request.command == "HEAD"
+        answer, data = self.within_memory(answer, bare)
+        self.phase = WRITING
         app.answered(self, answer)
         request, self.request, self.then = self.request, None, None
-        bare = request is not None and request.command == "HEAD"
         self.delivering, self.file = answer.delivers, answer.file
         if request and request.sink and not request.sink.busy:
             request.sink.close()
@@ -1528,7 +1526,7 @@ class Outgoing:
             self.file.close()
             self.file = None
         transport = self.transport
-        transport.write(http_bytes(answer, bare, self.closing))
+        transport.write(data)
         if transport.closing:  # the connection broke: nobody has the answer, and connection_lost comes next
             return
         if transport.unsent:
@@ -1538,6 +1536,19 @@ class Outgoing:
             self.soon(self.resume_writing)
         else:
             self.written()
+
+    def within_memory(self, answer: Answer, bare: bool) -> tuple[Answer, bytes]:
+        """The answer and its bytes; or a refusal, if too much is unread or there is no memory for these bytes."""
+        refused = unread_answers()
+        if not self.door.is_full(self, len(answer.body)):
+            try:
+                return answer, http_bytes(answer, bare, self.closing)
+            except MemoryError:
+                say_exception()
+                refused = our_fault()
+        if answer.delivers:
+            self.door.app.lost(*answer.delivers)
+        return refusal(refused), http_bytes(refusal(refused), bare, self.closing)
 
     def resume_writing(self) -> None:
         """The system has taken all that was written so far."""

@@ -11,6 +11,7 @@ below say which of them reaches it. So a function that is new is covered by bein
 | revoking_reaches_all_others | the bus ends in the sweep |
 | without_descriptors | the listener stays closed |
 | answers_are_not_given_from_inside_each_other | green since the rewrite of Connection.answer; the control is found |
+| no_memory_for_an_answer | 2026-11-30: the bus hangs up; without memory for the 500 it says nothing for ever |
 | an_operation_that_raises | Put.apply: 503 to all, and the bus ends |
 """
 import contextlib
@@ -526,6 +527,40 @@ def test_a_bus_that_answers_from_inside_an_answer_is_found_out(tmp_path):
 
 
 # Operations
+
+
+NO_MEMORY = """
+from itertools import islice
+http_bytes, failures = bus_server.http_bytes, iter(range({times}))
+def in_little_memory(answer, *how):
+    if (b"large" in answer.body or answer.status == 500) and list(islice(failures, 1)):
+        raise MemoryError
+    return http_bytes(answer, *how)
+bus_server.http_bytes = in_little_memory
+"""
+JOB = {"to": "queue", "lease": 3600, "wait": 30}
+
+
+@pytest.mark.parametrize("parked", [False, True])
+def test_without_memory_for_an_answer_it_is_500_and_counts_as_not_delivered(tmp_path, parked):
+    with Raising(tmp_path, HASTY + NO_MEMORY.format(times=1)) as bus, Peer(bus, patience=PATIENCE) as worker:
+        if parked:
+            worker.send("POST", "/claim", JOB)
+            wait_until(lambda: metric(bus, "parked") == 1)
+        post(bus, "queue", msg="large")
+        if not parked:
+            worker.send("POST", "/claim", JOB)
+        assert worker.answer().status == 500
+        [again] = ask(bus, "POST", "/claim", JOB).json["messages"]
+        assert (again["msg"], again["attempt"]) == ("large", 1)
+
+
+def test_without_memory_even_for_a_500_the_connection_ends(tmp_path):
+    with Raising(tmp_path, HASTY + NO_MEMORY.format(times=4)) as bus, Peer(bus, patience=PATIENCE) as reader:
+        post(bus, "bob", msg="large")
+        with pytest.raises(Closed):
+            reader.send("GET", "/recv?to=bob&since=0").answer()
+        assert [each["msg"] for each in ask(bus, "GET", "/recv?to=bob&since=0").json["messages"]] == ["large"]
 
 
 BROKEN_PUT = """
