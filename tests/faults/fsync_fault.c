@@ -1,6 +1,7 @@
 /* LD_PRELOAD: fsync, fdatasync and pwrite as a bad disk has them. The file $FSYNC_FAULT says how: "fails" is EIO and
  * writes nothing, "once" is the same for the one call that removes the file, a number is so many ms more; no file: all is
- * well. A second number is so many ms more for the first pwrite after an fsync: SQLite's first one in a transaction.
+ * well. A second number is so many ms more for the first pwrite to a file after its own fsync: SQLite's first one in a
+ * transaction. The fsync of another file, in another thread, does not count.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -11,7 +12,10 @@
 #include <string.h>
 #include <unistd.h>
 
-static volatile int synchronised;
+static volatile char of_file[1024];
+
+/* Is the last thing that happened to this file its fsync? */
+static volatile char *synchronised(int descriptor) { return &of_file[descriptor % sizeof of_file]; }
 
 static void read_fault(char fault[16])
 {
@@ -34,7 +38,7 @@ static int synchronise(const char *name, int descriptor)
         return -1;
     }
     usleep(1000 * atoi(fault));
-    synchronised = 1;
+    *synchronised(descriptor) = 1;
     return real(descriptor);
 }
 
@@ -49,8 +53,8 @@ ssize_t pwrite64(int descriptor, const void *bytes, size_t count, off64_t place)
     char fault[16];
     if (!real)
         real = (ssize_t (*)(int, const void *, size_t, off64_t))dlsym(RTLD_NEXT, "pwrite64");
-    if (synchronised) {
-        synchronised = 0;
+    if (*synchronised(descriptor)) {
+        *synchronised(descriptor) = 0;
         read_fault(fault);
         sscanf(fault, "%d %d", &sync, &write);
         usleep(1000 * write);
