@@ -1862,6 +1862,7 @@ class Plain:
 
     __slots__ = ("closing", "events", "loop", "protocol", "sock", "unsent")
     READ = 16384  # bytes; the largest that malloc takes from its heap without asking the system each time
+    RETRY = 0.05  # s until it reads again, if there was no memory for that
     BLOCKED = BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError
 
     def __init__(self, loop: Loop, sock: socket.socket, protocol: Connection) -> None:
@@ -1904,6 +1905,10 @@ class Plain:
         try:
             data = self.sock.recv(self.READ)
         except self.BLOCKED:
+            return
+        except MemoryError:  # the bytes stay where they are
+            self.pause_reading()
+            self.loop.later(self.RETRY, self.resume_reading)
             return
         except OSError:
             self.abort()

@@ -555,6 +555,19 @@ def test_without_memory_for_an_answer_it_is_500_and_counts_as_not_delivered(tmp_
         assert (again["msg"], again["attempt"]) == ("large", 1)
 
 
+def test_without_memory_for_a_request_it_is_read_later(tmp_path):
+    patch = """
+failures = iter(range(9))
+def read(plain):
+    for _ in failures:
+        raise MemoryError
+    return 16384
+bus_server.Plain.READ = property(read)
+"""
+    with Raising(tmp_path, HASTY + patch) as bus:
+        assert post(bus, "bob").status == 200
+
+
 def test_without_memory_even_for_a_500_the_connection_ends(tmp_path):
     with Raising(tmp_path, HASTY + NO_MEMORY.format(times=4)) as bus, Peer(bus, patience=PATIENCE) as reader:
         post(bus, "bob", msg="large")
