@@ -715,8 +715,8 @@ def authorities(file: str | None) -> Any:
 
     try:
         return ssl.create_default_context(cafile=file)
-    except OSError as error:
-        raise ValueError(f"AGENT_BUS_CA must name a file of certificates: {error.strerror or error}") from None
+    except OSError:  # OpenSSL's own text is for its authors
+        raise ValueError(f"AGENT_BUS_CA must name a file of certificates that you can read; {file} is none") from None
 
 
 def credentials(url: str) -> dict[str, str]:

@@ -176,5 +176,7 @@ def test_a_private_authority_is_trusted_by_name_only(tmp_path):
         assert run("bus_send.py", "dell", stdin="over TLS", AGENT_BUS_CA=str(certificate), **common).returncode == 0
         read = run("bus_recv.py", "dell", "--once", AGENT_BUS_CA=str(certificate), **common)
         assert read.returncode == 0 and "| over TLS\n" in read.stdout
-        missing = run("bus_send.py", "dell", stdin="x", AGENT_BUS_CA=str(tmp_path / "none"), **common)
-        assert missing.returncode == 2 and "AGENT_BUS_CA" in missing.stderr
+        (tmp_path / "note").write_text("not a certificate")
+        for wrong in ("missing", "note"):
+            failed = run("bus_send.py", "dell", stdin="x", AGENT_BUS_CA=str(tmp_path / wrong), **common)
+            assert failed.returncode == 2 and failed.stderr.endswith(f"you can read; {tmp_path / wrong} is none\n")
