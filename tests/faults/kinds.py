@@ -633,10 +633,11 @@ KINDS = [
          "after a redaction no file of the bus has the text: neither a free page, nor the log, nor the index of words",
          (f"{REDACT}::test_no_byte_of_a_redacted_text_is_left_in_the_files_of_the_bus",
           f"{REDACT}::test_while_another_program_reads_the_log_is_emptied_later",
-          f"{REDACT}::test_the_index_forgets_without_a_search",
+          f"{REDACT}::test_the_index_forgets_a_message_that_was_removed_before",
           f"{REDACT}::test_a_retry_of_a_redacted_send_is_refused_and_no_hash_of_it_is_kept"),
          "`overwrite_free_pages()` does nothing (the first); `Fold` checkpoints without `TRUNCATE` (the second); the "
-         "index is not compared with `changes` (the third); the hash in `keys` stays (the last)"),
+         "index is not compared with `changes`, or no trigger tells it of `keys` (the third); the hash in `keys` stays "
+         "(the last)"),
     Kind("a search holds up all others",
          "the index is asked in a thread, in parts between which it stops; one owner has four searches; an answer "
          "looks at 2000 hits",
