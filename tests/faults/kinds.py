@@ -294,12 +294,14 @@ KINDS = [
          "a `Watch` has the text (the first); `Bus.park()` keeps the request (the second); `Fetches.message()` lets a "
          "HEAD wait (the third); `Bus.do()` keeps the body (the first and last)"),
     Kind("what waits for the disk is not counted",
-         "503 beyond 16 MiB of one owner and 64 MiB of all; it is counted until the commit, whatever becomes of it",
+         "503 beyond 16 MiB of one owner and 64 MiB of all; it is counted until the commit, whatever becomes of it; "
+         "further copies are paid for",
          (f"{SHARES}::test_what_waits_for_the_disk_has_a_budget_for_each_owner_and_for_all",
           f"{SHARES}::test_what_failed_or_was_refused_waits_no_longer",
-          f"{SHARES}::test_a_send_larger_than_a_share_is_stored_if_nothing_of_its_owner_waits"),
-         "`Ledger.put()` refuses nothing (the first and last); `Ledger.commit()` takes nothing "
-         "off (the first two); a send above the share is refused (the last)"),
+          f"{SHARES}::test_a_send_larger_than_a_share_is_stored_if_nothing_of_its_owner_waits",
+          f"{SHARES}::test_each_further_copy_of_a_send_is_paid_for"),
+         "`Ledger.put()` refuses nothing (the first and third), or charges nothing (the last); `Ledger.commit()` takes "
+         "nothing off (the first two); a send above the share is refused (the third)"),
     Kind("what is small is counted by its bytes alone: files",
          "a PUT has the rate of a message, and at most as many files fit as there are blocks",
          (f"{SHARES}::test_files_have_a_rate_as_messages_have",
