@@ -56,24 +56,25 @@ from urllib.parse import SplitResult, quote, unquote, urlencode, urlsplit
 if sys.version_info < (3, 9) and (needs := "bus_recv.py needs Python 3.9 or later"):  # noqa: UP036
     sys.exit(needs)
 
-HOLD_SECONDS = 25.0  # the bus may hold a poll; common proxies cut a quiet request after 30 s
-LOUD_SECONDS = 60.0  # after so much outage the user is told: silence must not look like health
+# The bus may hold a poll: common proxies cut a quiet request after 30 s; one of a session, which may be renamed, is
+# short. After so much outage the user is told: silence must not look like health.
+HOLD_SECONDS, FOLLOW_SECONDS, LOUD_SECONDS = 25.0, 10.0, 60.0
 # After a bus was found (a refused poll is answered sooner); and for the last request of a reader that ends.
 GREET_SECONDS, LEAVE_SECONDS = 0.3, 2.0
-FOLLOW_SECONDS = 10.0  # of a poll for a session, which may be renamed
 TELL_SECONDS, LOCK_SECONDS = 0.2, 3.0  # until we say that another reads as this name; and that we wait for its end
 
 # A Monitor of Claude Code cuts or drops what exceeds its limits; these are a little lower. In UTF-16 units: a line has
-# 500, and what comes within 0.2 s is one event of 3000; 10 events at once, then one every 2 s.
+# 500, and what comes within 0.2 s is one event of 3000; 10 events at once, then one every 2 s. SETTLE_SECONDS: until a
+# block counts as seen, because a Monitor drops a block that arrives while it expires.
 LINE_UNITS, WRITE_UNITS = 480, 2700
-BURST, EVERY_SECONDS, APART_SECONDS = 8, 2.1, 0.3
-SETTLE_SECONDS = 0.3  # until a block counts as seen: a Monitor drops a block that arrives while it expires
+BURST, EVERY_SECONDS, APART_SECONDS, SETTLE_SECONDS = 8, 2.1, 0.3, 0.3
 BACKLOG, EARLY = 20, 3  # messages that may wait until they are a backlog; urgent ones of it that are shown
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@-]{0,63}")
 DECIMAL = re.compile(r"[0-9]{1,10}(\.[0-9]{1,9})?")  # s since 1970: the form of a cursor
-TEN_YEARS = 10 * 365.25 * 86400  # s; an id of digits alone is one if its time is so near, else it may be milliseconds
-AHEAD_SECONDS = 300.0  # that an answer may be ahead of our clock and our cursor; a bus takes as much from a cursor
+# An id of digits alone is one if its time is so near, else it may be milliseconds. An answer may be so far ahead of our
+# clock and our cursor; a bus takes as much from a cursor.
+TEN_YEARS, AHEAD_SECONDS = 10 * 365.25 * 86400, 300.0
 OLD_CONTRACT = "-"  # stands for the id of a bus that gives none; such a bus knows no words for `since` either
 HEAD = ("from", "relayed_from", "id", "to", "channel", "reply_to", "age", "priority", "type", "subject")
 
@@ -874,8 +875,25 @@ def block(message: Any, reader: str, now: float, whole: bool = False) -> str:
         lines = [f"| {line}" for line in visible(body).split("\n")]
         if not whole:
             first, lines = pieces(first, LINE_UNITS)[0], cut(lines, str(message.get("id")))
-        return "\n".join([first, *lines, "---\n"])
-    return f"-- agent-bus: not a message: {visible(dump(message))}\n"
+        return fitted("\n".join([first, *lines, "---\n"]))
+    return fitted(f"-- agent-bus: not a message: {visible(dump(message))}\n")
+
+
+def fitted(text: str) -> str:
+    """On a terminal, what does not fit into a row goes on after `|+`. Alone in a row it could look like a line of ours.
+
+    A tab or a wide character takes several cells. No text has a NUL, so that stands for the first of two.
+    """
+    if not (sys.stdout and sys.stdout.isatty()):
+        return text
+    import shutil
+    from unicodedata import east_asian_width
+
+    width, rows = max(shutil.get_terminal_size().columns, 4), list[str]()
+    for line in text.expandtabs().split("\n"):
+        cells = "".join("\0" * (east_asian_width(each) in "WF") + each for each in line)
+        rows += [cells[:width], *(f"|+{cells[at : at + width - 3]}" for at in range(width, len(cells), width - 3))]
+    return "\n".join(rows).replace("\0", "")
 
 
 def cut(lines: Sequence[str], number: str) -> list[str]:

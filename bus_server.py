@@ -4278,6 +4278,9 @@ class Ledger:
         operation = Put(drafts)
         size = sum([len(one.text) * len(one.to) for one in drafts])
         if size > self.LARGE:
+            copied = size - sum([len(one.text) for one in drafts])  # a list may have 64 names, and each gets a copy
+            if copied:
+                self.bus.storms.check_work(owner, "", copied // Storms.PARSING)
             if self.waiting.is_full(owner, min(size, self.WAITING_EACH)):  # a larger one passes if no other waits
                 raise unavailable("too many bytes wait for the disk of the bus: nothing was stored, try again", 2)
             self.waiting.add(owner, size)
@@ -4288,8 +4291,7 @@ class Ledger:
         """These wait no longer."""
         for step in steps if self.large else ():
             owner, size = self.large.pop(id(step.operation), ("", 0))
-            if size:
-                self.waiting.add(owner, -size)
+            self.waiting.add(owner, -size)
 
     def idle(self) -> bool:
         return not self.next and not self.out
@@ -5401,8 +5403,7 @@ def agents(bus: Bus, request: Request) -> Answer:
         return own != EVERYONE and box.seen > 0 and online in (None, bus.mailboxes.online(box))
 
     page = Page(bus, request, shows)
-    rows = [agent(bus, request.grant, *each) for each in page]
-    return ok(bus, f'"agents": [{", ".join(rows)}]{page.more}')
+    return ok(bus, f'"agents": [{", ".join([agent(bus, request.grant, *each) for each in page])}]{page.more}')
 
 
 def agent(bus: Bus, grant: Grant, channel: str, own: str, box: Mailbox) -> str:
@@ -6122,9 +6123,8 @@ def remove_alone(path: str, before: int, fetched_only: bool) -> None:
     """Remove the messages in this process, because no server runs."""
     with contextlib.closing(State(path)) as state:
         removal = pruning(state, before, fetched_only, 0)
-        clock = Clock(wall_clock, state.last)
         while True:
-            [reached] = state.apply([removal], clock.now()).results
+            [reached] = state.apply([removal], Clock(wall_clock, state.last).now()).results
             if reached is None:
                 return
             removal = removal.next(reached)

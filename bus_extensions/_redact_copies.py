@@ -10,7 +10,7 @@ from typing import Any
 from bus_server import NAMES_PER_SEND, PLACED_ROW, SELECT, Message, State
 
 DEAD = ".dead"  # the dead letters of the queue NAME are in NAME.dead (section 13)
-OF_A_LETTER = {"dead_of", "attempts", "reason"}  # the members that the job of a dead letter does not have
+OF_A_LETTER = {"dead_of", "attempts", "reason", "of_job"}  # the members that the job of a dead letter does not have
 COPIES = 256  # of a text that one redaction replaces; of a send there are 64, and the others are in queues
 LOOKED, LOOKED_BYTES = 20000, 64 << 20  # messages of queues that it looks at, and bytes of their texts: some 0.1 s
 

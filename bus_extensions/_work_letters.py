@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from bus_server import ANSWER_BYTES, RECALLED, SOUND, Draft, Message, Now, Operation, Refused, State, checksum, encode
 
 DEAD = ".dead"  # a queue's name and this: the mailbox of the messages that failed too often
-OF_A_LETTER = ("dead_of", "attempts", "reason")  # the members of a dead letter that its message does not have
+OF_A_LETTER = ("dead_of", "attempts", "reason", "of_job")  # what a dead letter has, and in `of_job` those of its job
 
 
 def is_expired(message: Message, now: Now) -> bool:
@@ -26,7 +26,9 @@ def bury(state: State, message: Message, attempt: int, reason: str | None, now: 
     left = None if message.expires is None else message.expires - now.wall
     reason = reason if isinstance(reason, str) else "its lease ran out"
     why = {"dead_of": f"{message.tick:x}", "attempts": attempt, "reason": reason}
-    members = {**json.loads(f"{{{message.text}}}"), **why}
+    members = json.loads(f"{{{message.text}}}")
+    own = {member: members.pop(member) for member in OF_A_LETTER if member in members}
+    members.update(why, **({"of_job": own} if own else {}))
     letter = Draft(message.channel, (message.to + DEAD,), message.sender, encode(members)[1:-1], None, left, None)
     state.place(letter, now.wall)
     state.insert()
@@ -94,7 +96,10 @@ class Again(Operation):
             raise Refused(409, "a worker has this dead letter: wait until its lease ends")
         left = None if letter.expires is None else letter.expires - now.wall
         members = json.loads(f"{{{letter.text}}}")
-        text = encode({member: value for member, value in members.items() if member not in OF_A_LETTER})[1:-1]
+        own = members.get("of_job")  # anybody may have written it
+        its = {member: own[member] for member in OF_A_LETTER if isinstance(own, dict) and member in own}
+        others = {member: value for member, value in members.items() if member not in OF_A_LETTER}
+        text = encode({**others, **its})[1:-1]
         queue = letter.to[: -len(DEAD)]
         [tick] = state.place(Draft(letter.channel, (queue,), letter.sender, text, None, left), now.wall)
         state.insert()

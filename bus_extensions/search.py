@@ -51,7 +51,9 @@ TABLES = [
     INSERT INTO search VALUES (0);
     CREATE TRIGGER search_changed AFTER UPDATE OF text ON messages BEGIN UPDATE search SET changes = changes + 1; END;
     CREATE VIEW search_kept AS SELECT changes AS tick FROM search WHERE 0;
-    """
+    """,
+    # Or its message was removed before, and what was replaced is the hash of the text.
+    "CREATE TRIGGER search_forgets AFTER UPDATE OF hash ON keys BEGIN UPDATE search SET changes = changes + 1; END",
 ]
 NOUN, OPERATIONS = "words", ()
 

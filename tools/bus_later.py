@@ -138,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         own = bus_send.settings()
         if shows:
             found = schedules(own["AGENT_BUS_URL"], given["sender"] or own.get("AGENT_NAME"))
-            lines = [f"{bus_recv.dump(each) if as_json else line_of(each)}\n" for each in found]
+            lines = [f"{bus_recv.dump(each) if as_json else bus_recv.fitted(line_of(each))}\n" for each in found]
             bus_recv.emit("".join(lines))
             if not lines and sys.stderr and sys.stderr.isatty():
                 complain("no message waits to be sent")

@@ -140,7 +140,7 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         channel = channel or ("default" if options.name else None)
         is_empty = True
         for row, now in locks(url, name=options.name, holder=options.holder, channel=channel):
-            bus_recv.emit((bus_recv.dump(row) if options.json else line(row, now)) + "\n")
+            bus_recv.emit((bus_recv.dump(row) if options.json else bus_recv.fitted(line(row, now))) + "\n")
             is_empty = False
         if is_empty and not options.json:
             filtered = options.name or options.holder or options.channel

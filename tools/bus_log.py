@@ -23,7 +23,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import shutil
 import signal
 import sys
 import time
@@ -146,9 +145,8 @@ def short(message: Any, now: float) -> str:
         names = f"{bus_recv.word(message['from'])} > {bus_recv.word(message.get('to', '-'))}:"
         subject = f"[{message['subject']}] " if message.get("subject") else ""
         text = bus_recv.visible(" ".join(f"{subject}{message['msg']}".split()))
-        if is_terminal():
-            text = text[: max(shutil.get_terminal_size().columns - len(f"{head} {names} "), 0)]
-        return f"{head} {painted(names, message['from'])} {text}\n"
+        row = bus_recv.fitted(f"{head} {names} {text}").partition("\n")[0]
+        return row.replace(names, painted(names, message["from"]), 1) + "\n"
     return bus_recv.block(None, "", now)  # it says that this is not a message
 
 

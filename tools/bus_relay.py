@@ -192,6 +192,8 @@ class Relay(bus_recv.Reader):
             answer = self.send(message, to, reply_to)
         except bus_send.Unreachable as fault:
             reason = told_to_wait(fault)
+            if str(fault).startswith("413: "):  # of a proxy: the bus says it in JSON
+                raise bus_send.Refused(413, f"a proxy on the way takes no message so large ({fault})") from fault
             if reason and reply_to:
                 return self.store(message, to, None)
             if not reason:

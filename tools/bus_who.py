@@ -139,6 +139,7 @@ def table(found: Sequence[Agent], now: float, columns: int | None) -> Iterator[s
 def show(found: Sequence[Agent], now: float, as_json: bool, clear: bool) -> None:
     on_terminal, size = bool(sys.stdout and sys.stdout.isatty()), shutil.get_terminal_size()
     lines = list(table(found, now, size.columns if on_terminal else None))
+    lines = [bus_recv.fitted(line).partition("\n")[0] for line in lines]  # what somebody says of itself may be wide
     if clear and on_terminal:  # what does not fit would push the beginning off the screen
         lines = [f"{CLEAR}{lines[0]}", *lines[1 : size.lines - 2]]
     listening = sum(bool(agent.get("online")) for agent in found)

@@ -5,9 +5,9 @@
     AGENT_BUS_LOCKS=ask     the user is asked first
 
 Without that variable the hook of the plugin does nothing. It takes the event PreToolUse on stdin, asks the bus once
-(GET /locks?name=PATH), and prints one JSON object, or nothing. PATH is the file's path from the top of the project, as
-agents reserve it; a file outside of the project is asked for by its whole path. It ends within 1 s with exit code 0,
-silent if the bus is slow, out of reach or without reservations: no edit waits for a bus.
+(GET /locks?name=PATH; and GET /whoami for a name), and prints one JSON object, or nothing. PATH is the file's path from
+the top of the project, as agents reserve it; a file outside of the project is asked for by its whole path. It ends
+within 1 s with exit code 0, silent if the bus is slow, out of reach or without reservations: no edit waits for a bus.
 
 A hook is read as the word of the program, so no text of another agent is in it: only the path, until when it is held,
 and the name of the holder if a token vouches for names on this bus. bus_locks shows the rest.
@@ -31,7 +31,7 @@ import processes  # noqa: E402
 import session  # noqa: E402
 from session import Nameless, bus_recv, harmless  # noqa: E402
 
-ANSWER_SECONDS, DEADLINE_SECONDS = 0.5, 0.9
+ANSWER_SECONDS, WHOSE_SECONDS, DEADLINE_SECONDS = 0.5, 0.2, 0.9
 WAYS = ("warn", "ask")
 
 
@@ -64,9 +64,17 @@ def warning(path: str, rows: list[dict[str, Any]]) -> str:
     """One sentence about the reservation that lasts longest."""
     last = max(rows, key=lambda row: bus_recv.seconds_of(row.get("until")))
     until = time.strftime("%H:%M UTC", time.gmtime(bus_recv.seconds_of(last.get("until"))))
-    holder, vouched = str(last.get("holder")), bool(bus_recv.credentials(bus_recv.settings()["AGENT_BUS_URL"]))
-    who = holder if vouched and bus_recv.NAME.fullmatch(holder) else "another agent"
+    holder = str(last.get("holder"))
+    who = holder if bus_recv.NAME.fullmatch(holder) and vouches() else "another agent"
     return f"agent-bus: {who} has reserved {path} until {until}. bus_locks shows why; bus_lock with wait waits for it."
+
+
+def vouches() -> bool:
+    """Does a token stand behind each name on this bus? That we have one does not say so: an open bus asks for none."""
+    url = bus_recv.settings()["AGENT_BUS_URL"]
+    with contextlib.suppress(bus_recv.Refused, bus_recv.Unreachable):  # an older bus does not say
+        return bool(bus_recv.credentials(url)) and session.get(url, "/whoami", WHOSE_SECONDS).get("open") is False
+    return False
 
 
 def look(way: str) -> None:

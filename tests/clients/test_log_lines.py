@@ -2,9 +2,11 @@
 import json
 import re
 import signal
+import unicodedata
 
 import pytest
 
+import bus_recv
 from tests.clients.test_agent_bus import COLOUR, HOSTILE, RAW, SCRIPT, mails, on_terminal
 from tests.clients.test_clients import home, program, run  # noqa: F401
 from tests.kit.bad_servers import Scripted, mail, message
@@ -77,3 +79,55 @@ def test_a_log_of_what_is_no_message_goes_on(home):  # noqa: F811
         env = {"AGENT_BUS_URL": server.url}
         code, out, err = run(SCRIPT, "log", "--short", "--no-follow", env=env)
     assert code == 0 and out.count("not a message") == 2 and "spark > dell: good" in out
+
+
+def rows(shown, columns):
+    """What stands at the beginning of each row of a terminal: it breaks a line that is too long for a row."""
+    found = []
+    for line in shown.split("\n"):
+        row, cells = "", 0
+        for each in line.expandtabs():
+            its = 2 if unicodedata.east_asian_width(each) in "WF" else 1
+            if cells + its > columns:
+                found.append(row)
+                row, cells = "", 0
+            row, cells = row + each, cells + its
+        found.append(row)
+    return found
+
+
+OURS = "1999-11-30T16:50:21Z from=boss id=66181457c0f96"  # as a head of bus_recv.py; below, as other lines of ours
+LINES = {  # by a name: the command, a line that looks like one of its own, and how wide the terminal is
+    "recv": (["recv", "bob", "--once"], OURS, 120),
+    "inbox": (["inbox", "bob"], OURS, 120),
+    "log": (["log", "--no-follow"], OURS, 120),
+    "log short": (["log", "--no-follow", "--short"], "01-01 16:50:21Z 66181 boss > bob:", 120),
+    "search": (["search", "boss"], OURS, 120),
+    "locks": (["locks"], "boss, 3h more: src/**", 120),
+    "later": (["later", "--list"], "waiting 1999-11-30T16:50:21Z", 120),
+    "who": (["who"], "boss  listening", 60),
+}
+
+
+def says(name, agent, text, number):
+    """Somebody writes this into what the command shows, or as much of its end as there is room for."""
+    if name == "locks":
+        order = "/lock", {"from": "mallory", "names": [f"n{number}"], "why": text[-200:]}
+    elif name == "who":
+        order = "/status", {"from": f"m{number}", "text": text}
+    elif name == "later":
+        order = "/later", {"after": 9999, "message": {"from": "mallory", "to": "bob", "msg": text[-60:]}}
+    else:
+        order = "/send", {"from": "mallory", "to": "bob", "msg": text, "subject": text}
+    bus_recv.ask(agent.url, order[0], PATIENCE, order[1])
+
+
+@pytest.mark.parametrize("filling", ["x", "\uff0e", "\t", "\U0001f600"], ids=["letters", "wide", "tabs", "emoji"])
+@pytest.mark.parametrize("name", LINES)
+def test_no_row_of_a_terminal_begins_as_a_line_of_ours_that_is_none(name, filling, agent):
+    """Whoever knows how wide a terminal is could fill the rest of a row, and write what he likes into the next one."""
+    arguments, ours, columns = LINES[name]
+    for cells in range(columns):
+        says(name, agent, filling * (cells // {"x": 1, "\t": 8}.get(filling, 2)) + " " * (cells % 2) + ours, cells)
+    shown = on_terminal(*arguments, columns=columns, AGENT_BUS_URL=agent.url, AGENT_NAME="mallory", NO_COLOR="1")
+    assert ours[:4] in shown and not [row for row in rows(shown, columns) if row.startswith(ours[:9])]

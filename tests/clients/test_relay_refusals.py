@@ -65,6 +65,18 @@ def test_a_mailbox_that_stays_full_stops_the_mail_of_other_receivers_for_minutes
     assert told.keys() == {first, second} and told[second].endswith("the mailbox is full")
 
 
+def test_a_message_that_is_too_large_for_a_proxy_is_refused_as_by_the_bus(buses, home):
+    """No proxy says that in JSON; and it would say so as often as it is asked."""
+    (a,) = buses("a")
+    large, _ = (say(a, "spark", "bob", text) for text in ("too large", "2"))
+    with Scripted(page(413, "<html>"), stored()) as other:
+        profile(home, "b", other)
+        code, err = relay("bob")
+    assert code == 0 and f"{large} from spark to bob is not passed on" in err
+    assert [json.loads(asked.body)["msg"] for asked in sends(other)] == ["too large", "2"]
+    assert log(a)[-1]["type"] == "undeliverable"
+
+
 @pytest.mark.parametrize("fault", [answer({"error": "starting"}, status=503), page(429, "<html>"), page(429, "no")],
                          ids=["503", "a page", "a proxy"])  # fmt: skip
 def test_minutes_of_another_fault_are_not_those_of_a_full_mailbox(fault, buses, home, clock):

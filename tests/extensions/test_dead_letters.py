@@ -63,6 +63,26 @@ def test_a_dead_letter_that_was_put_back_is_gone_and_stays_gone(tmp_path):
         assert ask(bus, "POST", "/again", {"id": letter})[0] == 409
 
 
+def test_a_job_comes_back_with_the_members_that_it_had_whatever_their_names_are(tmp_path):
+    """Its sender may call a member as the bus calls one of a dead letter. What a letter says of its job is no more."""
+    own = {"reason": "a customer asked", "attempts": 7, "dead_of": [1], "of_job": {"from": "eve"}, "x": 1}
+    with Server(tmp_path / "bus.db", "--max-attempts", "1") as bus:
+        send(bus, msg="make bench", **own)
+        [job] = post(bus, "/claim", to="builds", wait=0)["messages"]
+        post(bus, "/nack", id=job["id"], lease=job["lease"], reason="exit 137")
+        letter = wait_until(lambda: ask(bus, "GET", "/log?to=builds.dead")[1]["messages"])[0]
+        assert (letter["dead_of"], letter["attempts"], letter["reason"]) == (job["id"], 1, "exit 137")
+        post(bus, "/again", id=letter["id"])
+        [again] = post(bus, "/claim", to="builds", wait=0)["messages"]
+        its = {"id", "ts", "attempt", "lease", "lease_until"}
+        assert again.keys() == job.keys() and all(again[each] == job[each] for each in job.keys() - its)
+        send(bus, "builds.dead", "by hand", dead_of="1", of_job={"from": "eve", "msg": "x", "reason": "y"})
+        letter = ask(bus, "GET", "/log?to=builds.dead")[1]["messages"][-1]
+        again = post(bus, "/again", id=letter["id"])["id"]
+        [its] = [each for each in ask(bus, "GET", "/log?to=builds")[1]["messages"] if each["id"] == again]
+        assert (its["from"], its["msg"], its["reason"]) == (job["from"], "by hand", "y")
+
+
 def test_a_dead_letter_in_the_hands_of_a_worker_stays(tmp_path):
     with Server(tmp_path / "bus.db", "--max-attempts", "1") as bus:
         letter = dead_letter(bus)

@@ -152,6 +152,17 @@ def test_the_index_forgets_without_a_search(tmp_path):
         wait_until(Path(f"{bus.db}.search").exists)
 
 
+def test_the_index_forgets_a_message_that_was_removed_before(tmp_path):
+    """Of the message only its key is left, and of its words the index has all."""
+    secret = SECRET.replace("-", "")
+    with Server(tmp_path / "bus.db") as bus:
+        sent = send(bus, "bob", secret, key="k1")
+        assert len(ask(bus, "GET", f"/search?q={secret}")[1]["messages"]) == 1
+        assert run("prune", "--older", "0", "--pending", "--db", bus.db)[0] == 0
+        assert post(bus, "/redact", {"id": sent["id"]})["redacted"] == []
+        wait_until(lambda: not files_with(bus, secret))
+
+
 def test_an_index_of_an_extension_that_is_off_is_named(tmp_path):
     bus = inside.make(tmp_path / "bus.db")
     try:

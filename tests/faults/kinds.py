@@ -294,12 +294,14 @@ KINDS = [
          "a `Watch` has the text (the first); `Bus.park()` keeps the request (the second); `Fetches.message()` lets a "
          "HEAD wait (the third); `Bus.do()` keeps the body (the first and last)"),
     Kind("what waits for the disk is not counted",
-         "503 beyond 16 MiB of one owner and 64 MiB of all; it is counted until the commit, whatever becomes of it",
+         "503 beyond 16 MiB of one owner and 64 MiB of all; it is counted until the commit, whatever becomes of it; "
+         "further copies are paid for",
          (f"{SHARES}::test_what_waits_for_the_disk_has_a_budget_for_each_owner_and_for_all",
           f"{SHARES}::test_what_failed_or_was_refused_waits_no_longer",
-          f"{SHARES}::test_a_send_larger_than_a_share_is_stored_if_nothing_of_its_owner_waits"),
-         "`Ledger.put()` refuses nothing (the first and last); `Ledger.commit()` takes nothing "
-         "off (the first two); a send above the share is refused (the last)"),
+          f"{SHARES}::test_a_send_larger_than_a_share_is_stored_if_nothing_of_its_owner_waits",
+          f"{SHARES}::test_each_further_copy_of_a_send_is_paid_for"),
+         "`Ledger.put()` refuses nothing (the first and third), or charges nothing (the last); `Ledger.commit()` takes "
+         "nothing off (the first two); a send above the share is refused (the third)"),
     Kind("what is small is counted by its bytes alone: files",
          "a PUT has the rate of a message, and at most as many files fit as there are blocks",
          (f"{SHARES}::test_files_have_a_rate_as_messages_have",
@@ -633,10 +635,11 @@ KINDS = [
          "after a redaction no file of the bus has the text: neither a free page, nor the log, nor the index of words",
          (f"{REDACT}::test_no_byte_of_a_redacted_text_is_left_in_the_files_of_the_bus",
           f"{REDACT}::test_while_another_program_reads_the_log_is_emptied_later",
-          f"{REDACT}::test_the_index_forgets_without_a_search",
+          f"{REDACT}::test_the_index_forgets_a_message_that_was_removed_before",
           f"{REDACT}::test_a_retry_of_a_redacted_send_is_refused_and_no_hash_of_it_is_kept"),
          "`overwrite_free_pages()` does nothing (the first); `Fold` checkpoints without `TRUNCATE` (the second); the "
-         "index is not compared with `changes` (the third); the hash in `keys` stays (the last)"),
+         "index is not compared with `changes`, or no trigger tells it of `keys` (the third); the hash in `keys` stays "
+         "(the last)"),
     Kind("a search holds up all others",
          "the index is asked in a thread, in parts between which it stops; one owner has four searches; an answer "
          "looks at 2000 hits",

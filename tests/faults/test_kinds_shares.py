@@ -13,6 +13,7 @@ Found by an attack on 2026-11-29; each test was red on the code that it attacked
 | what_is_parked_holds_no_body_and_no_text | 250 KB for each; /claim and /ask until the second mend |
 | what_waits_for_the_disk_has_a_budget | all 30 are taken |
 | a_send_larger_than_a_share | 503 for ever, since the first mend |
+| each_further_copy_of_a_send | all are stored; each is 50 MB at most, and all others wait for seconds |
 | what_waits_for_a_commit_holds_no_body | 250 KB for each, until the second mend |
 | files_have_a_rate, as_many_files_as_blocks | all are stored |
 | in_a_room_for_files, uploads_at_once, tiny_files | all are stored: one token fills the room |
@@ -375,6 +376,25 @@ def test_a_send_larger_than_a_share_is_stored_if_nothing_of_its_owner_waits(two)
     assert statuses(first.heard) == [] and statuses(second.heard) == [503] and statuses(other.heard) == []
     assert first.answer().status == other.answer().status == 200
     assert not bus.ledger.waiting.all
+
+
+def test_each_further_copy_of_a_send_is_paid_for(two):
+    """A body of 256 KiB for 64 names is 16 MiB for the disk, and 48 MiB if its text is escaped; all others wait."""
+    bus, mal, ann = two
+    clock = Clock(0.0)
+    bus.storms.work = Budget(clock, Storms.WORK, Storms.WORK_BURST)
+    names = [f"n{number}" for number in range(64)]
+    paid = LARGE * (Storms.PARSING + 64)
+    passes = Storms.WORK_BURST // paid
+    sent = [sends(bus, mal, "mal", LARGE, to=names).answer() for _ in range(passes + 2)]
+    stored = [each.status for each in sent].count(200)
+    assert passes - 1 <= stored <= passes, "the time that a body took is paid for, too"
+    assert {each.status for each in sent[stored:]} == {429} and "makes more work" in sent[-1].json()["error"]
+    assert bus.mailboxes.boxes["default", "n0"].n == stored
+    assert sends(bus, ann, "ann", LARGE, to=names).answer().status == 200
+    assert sends(bus, mal, "mal", 8000).answer().status == 200, "one copy is not what costs"
+    clock.now += 2 * math.ceil(paid / Storms.WORK)
+    assert sends(bus, mal, "mal", LARGE, to=names).answer().status == 200
 
 
 @pytest.mark.parametrize("path", ["/claim", "/ack", "/nack", "/extend", "/recall", "/send"])

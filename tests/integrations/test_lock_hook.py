@@ -68,6 +68,12 @@ def test_a_holder_is_named_if_a_token_vouches_for_it(tmp_path, project):
         assert "spark has reserved src/a.py until" in told["additionalContext"]
 
 
+def test_a_token_that_the_bus_does_not_ask_for_vouches_for_nobody(bus, project):
+    reserve(bus, "spark", "src/a.py")
+    told = before_edit(bus.url, project, AGENT_BUS_TOKEN=f"abt_00000000_{'x' * 43}")["additionalContext"]
+    assert "another agent has reserved src/a.py until" in told and "spark" not in told
+
+
 def test_it_is_silent_about_ones_own_and_when_it_is_off(bus, project):
     reserve(bus, "dell", "src/a.py")
     assert before_edit(bus.url, project) is None
