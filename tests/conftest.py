@@ -7,7 +7,7 @@ import signal
 import pytest
 
 from tests.kit.authority import Authority
-from tests.kit.processes import Server
+from tests.kit.processes import Server, no_settings
 
 os.environ["XDG_CONFIG_HOME"] = os.devnull  # no configuration of whoever runs the tests
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # else each of some thousand processes compiles the bus for itself
@@ -18,6 +18,14 @@ def bus(tmp_path):
     """A running bus with an empty database of its own."""
     with Server(tmp_path / "bus.db") as server:
         yield server
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """No setting of whoever runs the tests, and a state directory of each test's own."""
+    no_settings(monkeypatch)
+    monkeypatch.setenv("AGENT_BUS_STATE_DIR", str(tmp_path / "state"))
+    return tmp_path / "state"
 
 
 @pytest.fixture(scope="module")

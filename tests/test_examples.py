@@ -7,9 +7,11 @@ import sys
 
 import pytest
 
-from tests.clients.test_clients import home, refusing  # noqa: F401
+from tests.clients.test_clients import refusing
 from tests.kit.peers import Peer, invite
 from tests.kit.processes import PATIENCE, ROOT, wait_until
+
+pytestmark = pytest.mark.usefixtures("home")
 
 SECRET = b"-----BEGIN PRIVATE KEY-----\n"
 

@@ -1,4 +1,4 @@
-"""What several tests of the clients share: an agent that runs agent-bus, an empty home, short deadlines."""
+"""What several tests of the clients share: who runs agent-bus, an empty home, a configuration, short deadlines."""
 import os
 
 import pytest
@@ -34,6 +34,22 @@ def house(tmp_path, monkeypatch):
     for variable in ("XDG_CONFIG_HOME", "XDG_STATE_HOME", "CLAUDE_CONFIG_DIR", "CODEX_HOME", "COPILOT_HOME"):
         monkeypatch.delenv(variable, raising=False)
     return place
+
+
+@pytest.fixture
+def configure(tmp_path, monkeypatch, home):
+    """configure(text, profile) -> the path of the file, written as `join` writes it."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    folder = tmp_path / "config" / "agent-bus"
+    folder.mkdir(parents=True)
+
+    def configure(text, profile="default", mode=0o600):
+        path = folder / f"{profile}.env"
+        path.write_bytes(text.encode())
+        path.chmod(mode)
+        return path
+
+    return configure
 
 
 @pytest.fixture

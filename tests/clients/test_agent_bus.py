@@ -13,10 +13,12 @@ import urllib.request
 import pytest
 
 import bus_send
-from tests.clients.test_clients import home, program, refusing, run  # noqa: F401
+from tests.clients.test_clients import program, refusing, run
 from tests.kit.bad_servers import Scripted, page
 from tests.kit.processes import PATIENCE, ROOT
 from tools import agent_bus, bus_join
+
+pytestmark = pytest.mark.usefixtures("home")
 
 SCRIPT = "tools/agent_bus.py"
 HOSTILE = "\x1b[31mred\x1b]0;title\x07 \x9b1m\u202eevil\u200b\r over"
@@ -145,7 +147,7 @@ def test_a_typo_gets_the_command_that_may_be_meant(typo, meant):
 @pytest.mark.parametrize("words, says", [
     ("install calude", "did you mean claude?"), ("install zed", "only claude,"), ("uninstall zed", "only claude,"),
 ])  # fmt: skip
-def test_an_agent_that_is_not_known_gets_the_one_that_may_be_meant(words, says, home):  # noqa: F811
+def test_an_agent_that_is_not_known_gets_the_one_that_may_be_meant(words, says, home):
     code, out, err = run(SCRIPT, *words.split())
     assert (code, out, err.count("\n")) == (2, "", 1) and f"is not known: {says}" in err
     assert ("agent-bus-mcp" in err) == (words == "install zed")

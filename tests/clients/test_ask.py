@@ -11,9 +11,11 @@ import pytest
 
 import bus_recv
 import bus_send
-from tests.clients.test_clients import Clock, home, program, refusing, run  # noqa: F401
+from tests.clients.test_clients import Clock, program, refusing, run
 from tests.kit.bad_servers import FAULTS, NOON, Scripted, answer, page, silence, stored
 from tests.kit.processes import PATIENCE, wait_until
+
+pytestmark = pytest.mark.usefixtures("home")
 
 QUESTIONS = int(os.environ.get("QUESTIONS", 90))  # 1000 for the full figure
 REPLY = {"ts": NOON + 1, "id": "652a7c1b2f3e2", "from": "dell", "to": "spark", "channel": "default", "msg": "yes\n"}

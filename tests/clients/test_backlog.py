@@ -7,7 +7,7 @@ import sys
 import pytest
 
 import bus_recv
-from tests.clients.test_clients import Clock, cursors, home  # noqa: F401
+from tests.clients.test_clients import Clock, cursors
 from tests.clients.test_monitor import watch
 from tests.extensions.test_mcp import Client, store
 from tests.kit.bad_servers import HTML, Scripted, answer, mail, message, page
@@ -16,6 +16,8 @@ from tests.kit.processes import PATIENCE, ROOT, Server, wait_until
 
 sys.path.append(str(ROOT / "tools"))
 import bus_inbox  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("home")
 
 
 class Read:
@@ -111,7 +113,7 @@ def block(message):
     return bus_recv.block(message, "alice", float(message["ts"]))
 
 
-def test_what_is_no_backlog_is_shown_and_taken_as_ever(bus, home):  # noqa: F811
+def test_what_is_no_backlog_is_shown_and_taken_as_ever(bus, home):
     store(bus, "alice", *texts(0, bus_recv.BACKLOG))
     reader = Read(bus.url)
     assert reader.more() == texts(0, bus_recv.BACKLOG)
@@ -122,7 +124,7 @@ def test_what_is_no_backlog_is_shown_and_taken_as_ever(bus, home):  # noqa: F811
     reader.end()
 
 
-def test_a_backlog_is_neither_taken_nor_passed_until_somebody_has_read_it(bus, home):  # noqa: F811
+def test_a_backlog_is_neither_taken_nor_passed_until_somebody_has_read_it(bus, home):
     ids = store(bus, "alice", *texts(0, 21))
     urgent = store(bus, "alice", *texts(21, 5), priority="high")
     for _ in range(2):  # the second one begins as a watch that was armed again
@@ -158,7 +160,7 @@ def test_a_backlog_is_neither_taken_nor_passed_until_somebody_has_read_it(bus, h
     reader.end()
 
 
-def test_after_an_outage_what_waits_may_be_a_backlog(bus, home):  # noqa: F811
+def test_after_an_outage_what_waits_may_be_a_backlog(bus, home):
     reader = Read(bus.url)
     reader.more()
     for number in (20, 21):
@@ -176,7 +178,7 @@ def test_after_an_outage_what_waits_may_be_a_backlog(bus, home):  # noqa: F811
 
 
 @pytest.mark.parametrize("options, names", [(["--without", "digest"], ["alice"]), ([], ["alice", "reviewers"])])
-def test_where_nothing_could_show_the_rest_all_is_shown(options, names, tmp_path, home):  # noqa: F811
+def test_where_nothing_could_show_the_rest_all_is_shown(options, names, tmp_path, home):
     with Server(tmp_path / "other.db", *options) as bus:
         store(bus, "alice", *texts(0, 30))
         reader = Read(bus.url, names)
@@ -192,13 +194,13 @@ DIGEST = {"unread": 30, "urgent": 1, "first_urgent": [], "more": False, "now": 1
     answer({**DIGEST, "unread": "many"}), answer({**DIGEST, "first_urgent": [7]}),
     answer({**DIGEST, "first_urgent": 7}),
 ])  # fmt: skip
-def test_a_digest_that_is_none_keeps_nobody_from_its_mail(told, home):  # noqa: F811
+def test_a_digest_that_is_none_keeps_nobody_from_its_mail(told, home):
     with Scripted(told, mail(message(1))) as server:
         assert Read(server.url).more() == ["hi"]
 
 
 @pytest.mark.parametrize("waiting", [mail(more=True), answer({"bus": "b1", "messages": 7}), answer({"bus": "b1"})])
-def test_a_backlog_waits_as_long_as_the_bus_does_not_say_that_it_is_read(waiting, home):  # noqa: F811
+def test_a_backlog_waits_as_long_as_the_bus_does_not_say_that_it_is_read(waiting, home):
     looks = mail(), waiting, mail(), mail(), waiting, mail(message(1)), mail(), mail(), mail()
     with Scripted(answer(DIGEST), *looks) as server:
         reader = Read(server.url, ["dell"])

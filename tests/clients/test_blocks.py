@@ -5,8 +5,10 @@ import re
 import pytest
 
 import bus_recv
-from tests.clients.test_clients import cursors, home, recv  # noqa: F401
+from tests.clients.test_clients import cursors, recv
 from tests.kit.bad_servers import DATE, NOON, Scripted, mail, message
+
+pytestmark = pytest.mark.usefixtures("home")
 
 
 def shown(msg="hi", now=NOON, **fields):
@@ -86,7 +88,7 @@ def test_what_cannot_be_seen_is_written_out():
     '{"ts": "now", "msg": "x"}',  '{"ts": null, "msg": "x"}', '{"ts": 1e400, "msg": "x"}', '{"ts": NaN, "msg": "x"}',
     '{"ts": -1e300, "msg": "x"}', '{"ts": {"a": [1.50]}, "msg": "\\u001b"}',
 ])  # fmt: skip
-def test_a_message_that_cannot_be_shown_is_shown_as_json_and_wedges_nothing(strange, home):  # noqa: F811
+def test_a_message_that_cannot_be_shown_is_shown_as_json_and_wedges_nothing(strange, home):
     with Scripted(mail(strange, message(2))) as server:
         code, out, err = recv(server, "--once")
         first, second = out.split("\n", 1)

@@ -14,12 +14,14 @@ import pytest
 
 import bus_recv
 import bus_send
-from tests.clients.test_clients import home, refusing  # noqa: F401
+from tests.clients.test_clients import refusing
 from tests.kit import peers
 from tests.kit.bad_servers import FAULTS, Scripted, page
 from tests.kit.peers import mint
 from tests.kit.processes import PATIENCE, ROOT, Server, wait_until
 from tools import bus_file
+
+pytestmark = pytest.mark.usefixtures("home")
 
 FILE_MB = int(os.environ.get("FILE_MB", 40))  # 1024 for the full figure
 ROOM = 8 << 20  # bytes of memory that a large file may cost more than a small one
@@ -27,7 +29,7 @@ WRONG = (bus_send.Unreachable, bus_file.Damaged)
 
 
 @pytest.fixture(autouse=True)
-def spark(home, monkeypatch):  # noqa: F811
+def spark(home, monkeypatch):
     monkeypatch.setenv("AGENT_NAME", "spark")
     monkeypatch.setattr(bus_send, "FIRST_PAUSE", 0.001)
 

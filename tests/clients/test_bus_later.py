@@ -7,8 +7,10 @@ import time
 import pytest
 
 from tests.clients.test_agent_bus import HOSTILE, RAW, on_terminal
-from tests.clients.test_clients import home, program, refusing, run  # noqa: F401
+from tests.clients.test_clients import program, refusing
 from tests.kit.processes import PATIENCE, ROOT, wait_until
+
+pytestmark = pytest.mark.usefixtures("home")
 
 
 def texts(bus, to):

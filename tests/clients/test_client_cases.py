@@ -17,9 +17,11 @@ import pytest
 import bus_recv
 import bus_send
 import bus_server
-from tests.clients.test_clients import cursors, home, reader, recv, run, send  # noqa: F401
+from tests.clients.test_clients import cursors, reader, recv, run, send
 from tests.kit.bad_servers import HTML, NOON, Scripted, answer, drip, mail, message, page, stored
 from tests.kit.processes import PATIENCE, ROOT, wait_until
+
+pytestmark = pytest.mark.usefixtures("home")
 
 FUTURE = NOON + 10**7
 LATE = message(1).replace(str(NOON), str(FUTURE))
@@ -37,7 +39,7 @@ DEEP = "[" * 900 + "]" * 900
 @pytest.mark.parametrize("bad", [DEEP, message(1).replace('"msg"', f'"x": {DEEP}, "msg"'),
                                  message(1).replace('"from": "spark"', '"from": "\\u0000\\ud800"')],
                          ids=["no message", "a member", "from"])  # fmt: skip
-def test_a_message_that_no_bus_lets_in_does_not_end_a_reader(bad, options, home):  # noqa: F811
+def test_a_message_that_no_bus_lets_in_does_not_end_a_reader(bad, options, home):
     with Scripted(mail(message(1), bad, message(2))) as server:
         code, out, err = recv(server, "--once", *options)
     assert code == 0 and "Traceback" not in err, err
@@ -49,7 +51,7 @@ def test_a_message_that_no_bus_lets_in_does_not_end_a_reader(bad, options, home)
 
 @pytest.mark.parametrize("bus", ["b1", None], ids=["a bus", "the first contract"])
 @pytest.mark.parametrize("bad", [[], [LATE], [message(2), LATE]], ids=["now", "a message", "the last message"])
-def test_an_answer_from_the_future_moves_no_cursor_and_is_said_once(bad, bus, home):  # noqa: F811
+def test_an_answer_from_the_future_moves_no_cursor_and_is_said_once(bad, bus, home):
     late = mail(*bad, now=f"{FUTURE}.5", bus=bus, more=True)
     with Scripted(mail(message(1), bus=bus), late, late, mail(message(3), bus=bus), bus=bus) as server:
         one = reader(server.url)
@@ -59,25 +61,25 @@ def test_an_answer_from_the_future_moves_no_cursor_and_is_said_once(bad, bus, ho
     assert one.warned[1:] == [f"{server.url}: connected again"]
 
 
-def test_the_first_answer_of_a_run_moves_no_cursor_into_the_future_either(home):  # noqa: F811
+def test_the_first_answer_of_a_run_moves_no_cursor_into_the_future_either(home):
     with Scripted(mail(now=f"{FUTURE}.5"), mail(now=f"{NOON}.5")) as server:
         code, _, err = recv(server, "--once", "--timeout", "0")
         assert code == 75 and "far ahead" in err and cursors(home) == {"b1/default/dell": "last"}
 
 
-def test_a_bus_of_the_first_contract_with_a_fast_clock_gives_no_start_in_the_future(home):  # noqa: F811
+def test_a_bus_of_the_first_contract_with_a_fast_clock_gives_no_start_in_the_future(home):
     with Scripted(mail(bus=None), health=answer({"ok": True, "now": FUTURE})) as server:
         recv(server, "--once", "--timeout", "0", "--since", "now")
         assert float(server.polls[0].query["since"]) <= time.time() + 301
 
 
-def test_our_own_clock_may_be_wrong_if_the_same_bus_says_so_twice(home):  # noqa: F811
+def test_our_own_clock_may_be_wrong_if_the_same_bus_says_so_twice(home):
     health = answer({"ok": True, "now": FUTURE, "bus": "b1"})
     with Scripted(mail(LATE, now=f"{FUTURE}.5"), health=health) as server:
         assert recv(server, "--once")[0] == 0 and cursors(home) == {"b1/default/dell": f"{FUTURE}.5"}
 
 
-def test_an_observer_stays_where_it_is(home):  # noqa: F811
+def test_an_observer_stays_where_it_is(home):
     with Scripted(mail(message(1), now=f"{NOON}.5"), mail(now=f"{FUTURE}.5"), mail(message(3))) as server:
         code, _, err = run("tools/bus_log.py", "--timeout", "3", env={"AGENT_BUS_URL": server.url})
     asked = [one.query["since"] for one in server.asked if one.target.startswith("/log")]
@@ -101,7 +103,7 @@ STRANGE = {
 
 
 @pytest.mark.parametrize("strange", STRANGE)
-def test_an_answer_that_no_bus_would_give_ends_no_reader(strange, home):  # noqa: F811
+def test_an_answer_that_no_bus_would_give_ends_no_reader(strange, home):
     with Scripted(STRANGE[strange], mail(message(3))) as server:
         for got in reader(server.url).messages():
             assert bus_recv.block(got, "dell", NOON) and json.loads(bus_recv.dump(got))
@@ -110,7 +112,7 @@ def test_an_answer_that_no_bus_would_give_ends_no_reader(strange, home):  # noqa
     assert "b1/default/dell" in cursors(home)
 
 
-def test_a_bus_that_promises_more_and_gives_nothing_is_not_asked_without_a_pause(home):  # noqa: F811
+def test_a_bus_that_promises_more_and_gives_nothing_is_not_asked_without_a_pause(home):
     with Scripted(mail(more=True)) as server:
         one = reader(server.url)
         assert len([*zip(range(6), one.answers(False, 60))]) == 6 and len(one.clock.slept) >= 4
@@ -127,7 +129,7 @@ def test_a_length_that_is_a_lie_gives_a_drip_no_more_time(client, monkeypatch):
 
 
 @pytest.mark.parametrize("subject", ["\u65e5\u672c", "a\0b", "\ud800"], ids=["kanji", "NUL", "half a character"])
-def test_a_subject_that_the_locale_does_not_have_is_no_end_of_a_command(subject, home):  # noqa: F811
+def test_a_subject_that_the_locale_does_not_have_is_no_end_of_a_command(subject, home):
     place = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}  # stands for a locale such as ISO-8859-1
     with Scripted(mail(message(1, subject=subject))) as server:
         command = [sys.executable, "-S", ROOT / "bus_recv.py", "dell", "--once", "--exec", 'printf %s "$MSG_SUBJECT"']
@@ -139,20 +141,20 @@ def test_a_subject_that_the_locale_does_not_have_is_no_end_of_a_command(subject,
 @pytest.mark.parametrize("receiver", [
     {"online": False, "last_seen": 10**400}, {"online": 10**400, "offline": 0.5}, {"online": False, "unread": "5\nlie"},
 ])  # fmt: skip
-def test_what_is_said_of_a_receiver_makes_no_stored_message_a_refused_one(receiver, home):  # noqa: F811
+def test_what_is_said_of_a_receiver_makes_no_stored_message_a_refused_one(receiver, home):
     with Scripted(stored(receiver=receiver)) as server:
         code, out, err = send(server)
         assert code == 0 and json.loads(out)["ok"] and err.count("\n") <= 1
 
 
-def test_an_answer_without_the_message_is_shown_as_it_is(home):  # noqa: F811
+def test_an_answer_without_the_message_is_shown_as_it_is(home):
     with Scripted(answer({"x": 1})) as server:
         code, out, _ = run("bus_recv.py", "--read", "1", env={"AGENT_BUS_URL": server.url})
         assert (code, out) == (0, "-- agent-bus: not a message: null\n")
 
 
 @pytest.mark.parametrize("line", ["bus_recv.py dell --json --timeout 0", "bus_send.py dell --from me --timeout 0"])
-def test_without_a_stderr_nothing_else_comes_on_stdout(line, home):  # noqa: F811
+def test_without_a_stderr_nothing_else_comes_on_stdout(line, home):
     with Scripted(page(503, HTML)) as server:
         done = subprocess.run(f'echo hi | "{sys.executable}" -I -S "{ROOT}"/{line} 2>&-', shell=True, timeout=PATIENCE,
                               env={**os.environ, "AGENT_BUS_URL": server.url}, capture_output=True)  # fmt: skip
@@ -238,7 +240,7 @@ def two_addresses(monkeypatch):
         sock.close()
 
 
-def test_a_dead_address_costs_a_quarter_of_a_second(two_addresses, home):  # noqa: F811
+def test_a_dead_address_costs_a_quarter_of_a_second(two_addresses, home):
     with Scripted(stored(), mail(message(1))) as server:
         url, began = two_addresses(server.url), time.monotonic()
         bus_send.send("dell", "hi", url=url, sender="spark")
@@ -288,7 +290,7 @@ def test_an_address_that_refuses_is_passed_at_once_and_a_slow_one_gets_more_time
 LOGIN = "Basic bWU6cCB3"  # me:p w
 
 
-def test_a_login_of_the_proxy_is_sent_with_every_request(monkeypatch, home):  # noqa: F811
+def test_a_login_of_the_proxy_is_sent_with_every_request(monkeypatch, home):
     with Scripted(stored(), mail(message(1))) as proxy:
         monkeypatch.setenv("http_proxy", proxy.url.replace("//", "//me:p%20w@"))
         bus_send.send("dell", "hi", url="http://bus.example:8080", sender="spark")
@@ -300,7 +302,7 @@ def test_a_login_of_the_proxy_is_sent_with_every_request(monkeypatch, home):  # 
         assert any(one.target.endswith("/blob/" + "0" * 64) for one in proxy.asked)
 
 
-def test_a_login_of_the_proxy_opens_the_tunnel(monkeypatch, home):  # noqa: F811
+def test_a_login_of_the_proxy_opens_the_tunnel(monkeypatch, home):
     with Scripted(page(403, HTML)) as proxy:
         monkeypatch.setenv("https_proxy", proxy.url.replace("//", "//me:p%20w@"))
         with pytest.raises(bus_send.Unreachable):
@@ -316,7 +318,7 @@ def test_a_login_of_the_proxy_opens_the_tunnel(monkeypatch, home):  # noqa: F811
     ["integrations/claude_code/bus_hook.py", "--name"],
 ], ids=lambda program: program[0])  # fmt: skip
 @pytest.mark.parametrize("token", ["", TOKEN])
-def test_a_login_in_the_url_is_refused_in_words_and_not_shown(program, token, home, tmp_path):  # noqa: F811
+def test_a_login_in_the_url_is_refused_in_words_and_not_shown(program, token, home, tmp_path):
     env = {"AGENT_BUS_URL": "http://me:s3cr3t/#?@10.0.0.5", "AGENT_BUS_TOKEN": token, "CLAUDE_PID": str(os.getpid())}
     code, out, err = run(*program, stdin=b"hi", env=env)
     assert code in (1, 2) and "has a login" in out + err and "s3cr3t" not in out + err
@@ -326,7 +328,7 @@ def test_a_login_in_the_url_is_refused_in_words_and_not_shown(program, token, ho
 @pytest.mark.parametrize("client", [bus_send, bus_recv])
 @pytest.mark.parametrize("variable", ["AGENT_BUS_TOKEN", "AGENT_BUS_TOKEN_FILE"])
 @pytest.mark.parametrize("content", [f"\ufeff{TOKEN}\r\n", f"\n \n{TOKEN}", f"\ufeff\r\n\r\n{TOKEN}\r\n\r\n"])
-def test_a_token_with_a_byte_order_mark_or_empty_lines_is_read(client, variable, content, home, monkeypatch, tmp_path):  # noqa: F811
+def test_a_token_with_a_byte_order_mark_or_empty_lines_is_read(client, variable, content, home, monkeypatch, tmp_path):
     path = tmp_path / "token"
     path.write_bytes(content.encode())
     path.chmod(0o600)
@@ -335,7 +337,7 @@ def test_a_token_with_a_byte_order_mark_or_empty_lines_is_read(client, variable,
 
 
 @pytest.mark.parametrize("content", [f"{TOKEN}\n{TOKEN}".encode(), f"x: {TOKEN}".encode(), TOKEN.encode("utf-16")])
-def test_a_file_that_holds_more_than_a_token_is_refused(content, home, monkeypatch, tmp_path):  # noqa: F811
+def test_a_file_that_holds_more_than_a_token_is_refused(content, home, monkeypatch, tmp_path):
     (tmp_path / "token").write_bytes(content)
     (tmp_path / "token").chmod(0o600)
     monkeypatch.setenv("AGENT_BUS_TOKEN_FILE", str(tmp_path / "token"))
@@ -359,7 +361,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
     ["bus_recv.py", "dell", "--once"], ["tools/bus_outbox.py", "dell", "--from", "spark"],
     ["integrations/claude_code/bus_hook.py", "--name"],
 ], ids=lambda program: program[0])  # fmt: skip
-def test_where_locks_do_not_work_it_says_so(program, home):  # noqa: F811
+def test_where_locks_do_not_work_it_says_so(program, home):
     with Scripted(mail(message(1))) as server:
         env = {**os.environ, "AGENT_BUS_URL": server.url, "CLAUDE_PID": str(os.getpid())}
         command = [sys.executable, "-c", LOCKLESS, str(ROOT / program[0]), *program[1:]]
@@ -368,7 +370,7 @@ def test_where_locks_do_not_work_it_says_so(program, home):  # noqa: F811
     assert "set AGENT_BUS_STATE_DIR" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_a_session_hears_that_locks_do_not_work(home):  # noqa: F811
+def test_a_session_hears_that_locks_do_not_work(home):
     hook = str(ROOT / "integrations/claude_code/bus_hook.py")
     event = json.dumps({"hook_event_name": "SessionStart", "session_id": "s1", "source": "startup"})
     with Scripted(mail(message(1))) as server:
@@ -378,7 +380,7 @@ def test_a_session_hears_that_locks_do_not_work(home):  # noqa: F811
     assert done.returncode == 0 and "locks do not work in" in done.stdout
 
 
-def test_a_lock_of_another_process_is_no_fault(home, tmp_path):  # noqa: F811
+def test_a_lock_of_another_process_is_no_fault(home, tmp_path):
     with open(tmp_path / "lock", "w+") as ours, open(tmp_path / "lock", "w+") as theirs:
         fcntl.flock(ours, fcntl.LOCK_EX)
         assert bus_recv.try_lock(theirs, str(tmp_path / "lock")) is False

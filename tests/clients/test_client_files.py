@@ -9,9 +9,11 @@ import sys
 
 import pytest
 
-from tests.clients.test_clients import home, program  # noqa: F401
+from tests.clients.test_clients import program
 from tests.kit.bad_servers import NOON, Scripted, answer, mail, message
 from tests.kit.processes import PATIENCE, ROOT, has_taken_its_signals, wait_until
+
+pytestmark = pytest.mark.usefixtures("home")
 
 LIMITS = {"bus_recv.py": 733, "bus_send.py": 454}  # lines of code
 TOOLS = [f"bus_{tool}" for tool in "work log doctor file outbox relay who inbox search redact later lock".split()]

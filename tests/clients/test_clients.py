@@ -16,7 +16,9 @@ import pytest
 import bus_recv
 import bus_send
 from tests.kit.bad_servers import NOON, Scripted, mail, message, silence
-from tests.kit.processes import PATIENCE, ROOT, Server, free_port, no_settings, runs, wait_until
+from tests.kit.processes import PATIENCE, ROOT, Server, free_port, runs, wait_until
+
+pytestmark = pytest.mark.usefixtures("home")
 
 
 class Clock:
@@ -35,14 +37,6 @@ class Clock:
         self.slept.append(seconds)
         self.offset += seconds
         self.during(seconds)
-
-
-@pytest.fixture(autouse=True)
-def home(tmp_path, monkeypatch):
-    """No setting of whoever runs the tests, and a state directory of each test's own."""
-    no_settings(monkeypatch)
-    monkeypatch.setenv("AGENT_BUS_STATE_DIR", str(tmp_path / "state"))
-    return tmp_path / "state"
 
 
 def program(script, *arguments, stdin=b"", env=None, **options):

@@ -6,8 +6,10 @@ import subprocess
 import pytest
 
 from tests.clients.test_agent_bus import SCRIPT
-from tests.clients.test_clients import home, run  # noqa: F401
+from tests.clients.test_clients import run
 from tools import agent_bus
+
+pytestmark = pytest.mark.usefixtures("home")
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,11 @@ import pytest
 
 import bus_recv
 import bus_send
-from tests.clients.test_clients import home, run  # noqa: F401
+from tests.clients.test_clients import run
 from tests.kit.bad_servers import NOON, Scripted, answer, mail, message, stored
 from tests.kit.processes import PATIENCE, ROOT, wait_until
+
+pytestmark = pytest.mark.usefixtures("home")
 
 TOKEN = "abt_00000000_" + "s" * 43
 FILE = answer({"error": "there is no such file", "now": NOON, "bus": "b1"}, status=404)
@@ -36,22 +38,6 @@ PROGRAMS = {
     "hook": (["integrations/claude_code/bus_hook.py", "--format", "claude"], mail(message(1))),
 }
 EVENT = json.dumps({"hook_event_name": "UserPromptSubmit", "session_id": "s1"}).encode()
-
-
-@pytest.fixture
-def configure(tmp_path, monkeypatch, home):  # noqa: F811
-    """configure(text, profile) -> the path of the file, written as `join` writes it."""
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
-    folder = tmp_path / "config" / "agent-bus"
-    folder.mkdir(parents=True)
-
-    def configure(text, profile="default", mode=0o600):
-        path = folder / f"{profile}.env"
-        path.write_bytes(text.encode())
-        path.chmod(mode)
-        return path
-
-    return configure
 
 
 def whole(server, **more):
@@ -265,7 +251,7 @@ def test_the_listener_refuses_the_same_files(text, mode, words, configure, tmp_p
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_every_program_speaks_over_a_unix_socket(program, home, tmp_path):  # noqa: F811
+def test_every_program_speaks_over_a_unix_socket(program, home, tmp_path):
     with Scripted(PROGRAMS[program][1], path=tmp_path / "bus@home.sock") as server:
         env = {"AGENT_BUS_URL": server.url, "AGENT_NAME": "spark", "AGENT_BUS_TOKEN": TOKEN}
         _, out, err = call(program, tmp_path, http_proxy="http://127.0.0.1:9", **env)
@@ -275,7 +261,7 @@ def test_every_program_speaks_over_a_unix_socket(program, home, tmp_path):  # no
 
 
 @LISTENER
-def test_the_listener_speaks_over_a_unix_socket(home, tmp_path):  # noqa: F811
+def test_the_listener_speaks_over_a_unix_socket(home, tmp_path):
     with Scripted(mail(message(1)), path=tmp_path / "s") as server:
         listener, log = listen(tmp_path, AGENT_BUS_URL=server.url, AGENT_NAME="spark", AGENT_BUS_TOKEN=TOKEN)
         wait_until(lambda: (log / "spark.jsonl").exists() and (log / "spark.jsonl").read_text())
@@ -283,7 +269,7 @@ def test_the_listener_speaks_over_a_unix_socket(home, tmp_path):  # noqa: F811
         assert tokens(server) == {f"Bearer {TOKEN}"}
 
 
-def test_the_doctor_says_what_is_wrong_with_a_unix_socket(home, tmp_path):  # noqa: F811
+def test_the_doctor_says_what_is_wrong_with_a_unix_socket(home, tmp_path):
     env = {"AGENT_BUS_URL": f"unix:{tmp_path}/none", "AGENT_NAME": "spark"}
     code, out, _ = run("tools/bus_doctor.py", env=env)
     assert code == 1 and f"FAIL  tcp    there is no {tmp_path}/none" in out and "--listen unix:" in out

@@ -2,9 +2,12 @@
 import json
 import re
 
+import pytest
+
 import bus_send
 from tests.clients.test_agent_bus import HOSTILE, RAW, mails
-from tests.clients.test_clients import home  # noqa: F401
+
+pytestmark = pytest.mark.usefixtures("home")
 
 
 def test_the_inbox_shows_unread_mail_and_takes_none(agent):

@@ -156,7 +156,7 @@ def test_a_file_that_cannot_be_read_is_left_alone(name, text, install, house):
 
 
 @pytest.mark.parametrize("command", ["install", "uninstall"])
-def test_what_another_program_writes_in_the_same_moment_stays(command, install, house, before, monkeypatch):  # noqa: F811
+def test_what_another_program_writes_in_the_same_moment_stays(command, install, house, before, monkeypatch):
     """A session of Claude Code writes ~/.claude.json several times a minute."""
     before("claude", "comments")
     if command == "uninstall":
@@ -178,7 +178,7 @@ def test_what_another_program_writes_in_the_same_moment_stays(command, install, 
     assert (house / ".claude.json").read_text() == meanwhile
 
 
-def test_a_file_beside_it_stays_and_no_link_is_followed(install, house):  # noqa: F811
+def test_a_file_beside_it_stays_and_no_link_is_followed(install, house):
     file, beside, mine = house / ".claude.json", house / ".claude.json.new", house / "mine.txt"
     file.write_text("{}")
     mine.write_text("mine")
@@ -188,7 +188,7 @@ def test_a_file_beside_it_stays_and_no_link_is_followed(install, house):  # noqa
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
-def test_as_root_a_file_stays_that_of_its_owner(install, house):  # noqa: F811
+def test_as_root_a_file_stays_that_of_its_owner(install, house):
     file = house / ".claude.json"
     file.write_text("{}")
     os.chown(file, 12345, 12346)

@@ -6,8 +6,10 @@ import subprocess
 import pytest
 
 from tests.clients.test_agent_bus import SCRIPT, mails
-from tests.clients.test_clients import home, run  # noqa: F401
+from tests.clients.test_clients import run
 from tests.kit.processes import PATIENCE
+
+pytestmark = pytest.mark.usefixtures("home")
 
 
 def asked(house):

@@ -8,9 +8,11 @@ import pytest
 
 import bus_recv
 from tests.clients.test_agent_bus import COLOUR, HOSTILE, RAW, SCRIPT, mails, on_terminal
-from tests.clients.test_clients import home, program, run  # noqa: F401
+from tests.clients.test_clients import program, run
 from tests.kit.bad_servers import Scripted, mail, message
 from tests.kit.processes import PATIENCE
+
+pytestmark = pytest.mark.usefixtures("home")
 
 
 def test_log_short_is_one_line_a_message(agent):
@@ -74,7 +76,7 @@ def test_log_has_colours_on_a_terminal_only_and_not_against_the_wish_of_its_user
     assert len(lines) == 2 and max(map(len, lines)) == 80
 
 
-def test_a_log_of_what_is_no_message_goes_on(home):  # noqa: F811
+def test_a_log_of_what_is_no_message_goes_on(home):
     with Scripted(mail('"text"', "7", message(1, "good"))) as server:
         env = {"AGENT_BUS_URL": server.url}
         code, out, err = run(SCRIPT, "log", "--short", "--no-follow", env=env)

@@ -16,11 +16,13 @@ import pytest
 import bus_recv
 import bus_send
 import bus_server
-from tests.clients.test_clients import home, program, refusing, run  # noqa: F401
+from tests.clients.test_clients import program, refusing, run
 from tests.clients.test_words import on_a_terminal
 from tests.kit.bad_servers import HTML, NOON, Scripted, answer, mail, message, page, reset, silence
 from tests.kit.processes import PATIENCE, ROOT, Server, wait_until
 from tools import bus_join
+
+pytestmark = pytest.mark.usefixtures("home")
 
 TLS_PAGES = {  # what well-known servers answer to plain http on the port of https
     "nginx": "<html><title>400 The plain HTTP request was sent to HTTPS port</title></html>",
@@ -48,14 +50,14 @@ def secure(tmp_path_factory):
     f"tools/bus_file.py put {ROOT}/README.md --to dell --timeout 0",
     "tools/bus_outbox.py dell hi --timeout 0", "tools/bus_log.py --no-follow",
 ])  # fmt: skip
-def test_http_to_a_port_of_https_says_what_to_set(call, secure, home):  # noqa: F811
+def test_http_to_a_port_of_https_says_what_to_set(call, secure, home):
     code, _, err = run(*call.split(), env={"AGENT_BUS_URL": secure, "AGENT_NAME": "spark"})
     assert f"; if this port speaks https, set AGENT_BUS_URL=https{secure[4:]}" in err, err
     assert code == (0 if "outbox" in call else 75)
 
 
 @pytest.mark.parametrize("client", [bus_send, bus_recv])
-def test_a_connection_that_is_lost_later_is_not_taken_for_https(client, home):  # noqa: F811
+def test_a_connection_that_is_lost_later_is_not_taken_for_https(client, home):
     for lost in (b"", reset):
         with Scripted(lost) as server:
             with pytest.raises(client.Unreachable, match="; if this port speaks https, set AGENT_BUS_URL=https://127"):
@@ -67,7 +69,7 @@ def test_a_connection_that_is_lost_later_is_not_taken_for_https(client, home):  
 
 @pytest.mark.parametrize("client", [bus_send, bus_recv])
 @pytest.mark.parametrize("server", TLS_PAGES)
-def test_the_page_of_a_port_of_https_is_known(client, server, home):  # noqa: F811
+def test_the_page_of_a_port_of_https_is_known(client, server, home):
     with Scripted(page(400, TLS_PAGES[server]), page(400, HTML)) as port:
         with pytest.raises(client.Unreachable, match="^400: this port speaks https, not http$"):
             client.exchange(port.url, "/recv", None, 5)
@@ -85,14 +87,14 @@ def test_the_page_of_a_port_of_https_is_known(client, server, home):  # noqa: F8
     "tools/bus_who.py", "tools/bus_search.py T1", "tools/bus_redact.py 660ba678a1b40", "tools/bus_later.py --list",
     "tools/bus_later.py dell hi --after 1h", "tools/bus_lock.py lock a", "tools/bus_lock.py list",
 ])  # fmt: skip
-def test_every_program_says_what_it_waits_for(call, home, tmp_path, monkeypatch):  # noqa: F811
+def test_every_program_says_what_it_waits_for(call, home, tmp_path, monkeypatch):
     script, *arguments = call.replace("/dev/null/x", str(tmp_path / "x")).split()
     with Scripted(silence, health=silence) as server:
         shown = on_a_terminal(script, *arguments, AGENT_BUS_URL=server.url, AGENT_NAME="spark")
     assert shown == f"{pathlib.Path(script).stem}: waiting for {server.url}\n"
 
 
-def test_the_outbox_says_at_once_that_there_is_no_bus(home):  # noqa: F811
+def test_the_outbox_says_at_once_that_there_is_no_bus(home):
     url = refusing()
     shown = on_a_terminal("tools/bus_outbox.py", "dell", "hi", AGENT_BUS_URL=url, AGENT_NAME="spark")
     assert shown.startswith(f"bus_outbox: no bus at {url} (Connection refused); still trying, up to 5 s. ")
@@ -101,7 +103,7 @@ def test_the_outbox_says_at_once_that_there_is_no_bus(home):  # noqa: F811
     assert err.startswith("bus_outbox: not sent yet, but kept on this disk") and err.count("\n") == 1, "for a program"
 
 
-def test_the_greeting_comes_before_the_first_message(bus, home):  # noqa: F811
+def test_the_greeting_comes_before_the_first_message(bus, home):
     for text in ("one", "two"):
         bus_send.send("dell", text, url=bus.url, sender="spark")
     shown = on_a_terminal("bus_recv.py", "dell", until=b"| two", AGENT_BUS_URL=bus.url)
@@ -120,7 +122,7 @@ def test_the_greeting_comes_before_the_first_message(bus, home):  # noqa: F811
     ("bus_recv.py dell --once --timeout 0", "bus_recv: nothing came for dell"),
     ("tools/bus_inbox.py look dell", "bus_inbox: nothing is unread for dell"),
 ])  # fmt: skip
-def test_a_person_is_told_that_there_is_nothing(call, says, tmp_path, home):  # noqa: F811
+def test_a_person_is_told_that_there_is_nothing(call, says, tmp_path, home):
     with Server(tmp_path / "bus.db") as bus:
         env = {"AGENT_BUS_URL": bus.url, "AGENT_NAME": "dell"}
         assert on_a_terminal(*call.split(), **env) == says.format(url=bus.url) + "\n"
@@ -128,13 +130,13 @@ def test_a_person_is_told_that_there_is_nothing(call, says, tmp_path, home):  # 
             assert run(*call.split(), env=env)[1:] == ("", ""), "a program is told nothing"
 
 
-def test_a_log_that_has_messages_does_not_say_that_it_waits(bus, home):  # noqa: F811
+def test_a_log_that_has_messages_does_not_say_that_it_waits(bus, home):
     bus_send.send("dell", "one", url=bus.url, sender="spark")
     shown = on_a_terminal("tools/bus_log.py", "--last", "1", "--no-follow", until=b"\0", AGENT_BUS_URL=bus.url)
     assert "| one" in shown and "no such messages" not in shown and "waiting" not in shown
 
 
-def test_a_look_needs_no_place_and_leaves_nothing(bus, home, tmp_path):  # noqa: F811
+def test_a_look_needs_no_place_and_leaves_nothing(bus, home, tmp_path):
     for state in (tmp_path / "none", pathlib.Path("/dev/null/none")):
         env = {"AGENT_BUS_URL": bus.url, "AGENT_NAME": "looker", "AGENT_BUS_STATE_DIR": str(state)}
         assert run("tools/bus_inbox.py", "look", env=env) == (3, "", "bus_inbox: nothing is unread for looker\n")
@@ -147,7 +149,7 @@ def test_a_look_needs_no_place_and_leaves_nothing(bus, home, tmp_path):  # noqa:
     assert code == 2 and "set AGENT_BUS_STATE_DIR to another place" in err, "this needs a place for the cursor"
 
 
-def test_a_look_goes_on_behind_what_was_for_others(home):  # noqa: F811
+def test_a_look_goes_on_behind_what_was_for_others(home):
     """Pages without a message of ours; the cursor in the file stays, and is not where each page begins."""
     cursor = home / "cursors" / "b1" / "default" / "dell"
     cursor.parent.mkdir(parents=True)
@@ -234,7 +236,7 @@ def test_no_line_of_a_help_is_wider_than_the_terminal(call, columns):
 # ── Ctrl-C ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_the_doctor_leaves_no_name_behind_however_it_ends(tmp_path, home):  # noqa: F811
+def test_the_doctor_leaves_no_name_behind_however_it_ends(tmp_path, home):
     with Server(tmp_path / "bus.db") as bus:
         env = {"AGENT_BUS_URL": bus.url, "AGENT_NAME": "spark"}
         doctor = program("tools/bus_doctor.py", env=env)
@@ -294,14 +296,14 @@ def test_the_listener_tells_a_refusal_whole(tmp_path):
 
 @pytest.mark.parametrize("call", ["bus_send.py b hi --timeout 0", "bus_recv.py b --timeout 0", "tools/bus_who.py"])
 @pytest.mark.parametrize("status, why", [(507, "the disk is full"), (429, "wait"), (503, "wait")])
-def test_a_bus_that_cannot_do_it_now_is_not_said_to_be_missing(call, status, why, home):  # noqa: F811
+def test_a_bus_that_cannot_do_it_now_is_not_said_to_be_missing(call, status, why, home):
     with Scripted(answer({"error": why}, status=status), answer({"error": why}, status=status)) as server:
         code, _, err = run(*call.split(), env={"AGENT_BUS_URL": server.url, "AGENT_NAME": "spark"})
     assert code == 75 and f": not now: the bus at {server.url} ({status}: {why}). bus_doctor.py tells" in err, err
     assert "running there?" not in err
 
 
-def test_the_first_reader_of_a_newcomer_says_what_to_start(home):  # noqa: F811
+def test_the_first_reader_of_a_newcomer_says_what_to_start(home):
     process = program("bus_recv.py", "bob", env={"AGENT_BUS_URL": (url := refusing())})
     said = process.stderr.readline().decode()
     process.kill()
@@ -337,7 +339,7 @@ def test_a_full_disk_is_told_where_the_bus_runs_once_in_ten_minutes(monkeypatch)
     ("tools/agent_bus.py ack bob", 2, "agent_bus.py ack: error: whose mail? Give NAME after the ID or set AGENT_NAME"),
     ("bus_server.py --db /dev/null/bus.db", 2, "--db gives another place"),
 ])  # fmt: skip
-def test_a_mistake_of_a_newcomer_is_named_by_its_program(call, code, says, home):  # noqa: F811
+def test_a_mistake_of_a_newcomer_is_named_by_its_program(call, code, says, home):
     found, out, err = run(*call.split(), env={"AGENT_BUS_URL": refusing()})
     assert (found, out) == (code, "") and says in err.splitlines()[-1]
 

@@ -5,10 +5,12 @@ import signal
 import pytest
 
 import bus_send
-from tests.clients.test_clients import Clock, home, program, refusing, run  # noqa: F401
+from tests.clients.test_clients import Clock, program, refusing, run
 from tests.kit.bad_servers import DATE, NOON, Scripted, answer, mail, message, page
 from tests.kit.processes import PATIENCE, wait_until
 from tools import bus_log
+
+pytestmark = pytest.mark.usefixtures("home")
 
 QUIET = {"AGENT_NAME": "dell", "AGENT_BUS_CHANNEL": "ops"}  # what a reader goes by, and an observer does not
 
@@ -34,7 +36,7 @@ def test_an_observer_sees_all_that_passes_or_what_it_asks_for(bus):
     assert texts(bus.url, "--since", "now") == []
 
 
-def test_an_observer_leaves_no_trace(bus, home):  # noqa: F811
+def test_an_observer_leaves_no_trace(bus, home):
     bus_send.send("dell", "hi", url=bus.url, sender="spark")
     before = [json.loads(bus.get(path)) for path in ("/inbox", "/agents")]
     process = program("tools/bus_log.py", "--json", env={"AGENT_BUS_URL": bus.url, **QUIET})

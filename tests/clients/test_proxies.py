@@ -3,8 +3,10 @@ import pytest
 
 import bus_recv
 import bus_send
-from tests.clients.test_clients import home, reader  # noqa: F401
+from tests.clients.test_clients import reader
 from tests.kit.bad_servers import HTML, Scripted, mail, message, page, stored
+
+pytestmark = pytest.mark.usefixtures("home")
 
 
 def test_a_proxy_is_asked_for_other_hosts_and_never_for_loopback(monkeypatch):

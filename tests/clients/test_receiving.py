@@ -8,13 +8,15 @@ from decimal import Decimal
 import pytest
 
 import bus_recv
-from tests.clients.test_clients import Clock, cursors, home, reader, recv  # noqa: F401
+from tests.clients.test_clients import Clock, cursors, reader, recv
 from tests.kit import bad_servers
 from tests.kit.bad_servers import FAULTS, HTML, NOON, Scripted, answer, mail, message, page
 
+pytestmark = pytest.mark.usefixtures("home")
+
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_moves_no_cursor_and_loses_no_message(fault, hurry, home):  # noqa: F811
+def test_a_fault_moves_no_cursor_and_loses_no_message(fault, hurry, home):
     began, saved = time.monotonic(), []
     clock = Clock(during=lambda seconds: saved.append(cursors(home)))
     with Scripted(mail(message(1)), FAULTS[fault], FAULTS[fault], mail(message(2))) as server:
@@ -41,7 +43,7 @@ def test_the_bus_can_tell_two_machines_that_read_one_name(bus, monkeypatch, tmp_
         assert json.loads(bus.get("/agents"))["agents"][0]["readers"] == number
 
 
-def test_a_message_counts_as_received_when_the_next_one_is_asked_for(home):  # noqa: F811
+def test_a_message_counts_as_received_when_the_next_one_is_asked_for(home):
     with Scripted(mail(message(1), message(2))) as server:
         messages = bus_recv.receive("dell", url=server.url)
         assert next(messages)["id"] == "1" and cursors(home) == {"b1/default/dell": "last"}
@@ -51,7 +53,7 @@ def test_a_message_counts_as_received_when_the_next_one_is_asked_for(home):  # n
         assert cursors(home) == {"b1/default/dell": f"{NOON}.900000"}
 
 
-def test_a_cursor_is_never_rounded(home):  # noqa: F811
+def test_a_cursor_is_never_rounded(home):
     exact, tenth, end = "1795203596.123456789", "0.1000000000000000055511151231257827", "1795203597.000000001"
     with Scripted(mail(f'{{"ts": {exact}, "msg": "x", "n": {tenth}}}', now=end)) as server:
         code, out, _ = recv(server, "--json", "--once")
@@ -62,7 +64,7 @@ def test_a_cursor_is_never_rounded(home):  # noqa: F811
         assert server.polls[2].query["since"] == end and cursors(home) == {"b1/default/dell": end}
 
 
-def test_a_reader_starts_where_it_was_or_is_told_to(home):  # noqa: F811
+def test_a_reader_starts_where_it_was_or_is_told_to(home):
     with Scripted(mail(message(1))) as server:
         for since in (None, None, "0", "now", "last", "17.5"):
             next(iter(bus_recv.receive("dell", url=server.url, since=since, timeout=0, once=True)))
@@ -72,7 +74,7 @@ def test_a_reader_starts_where_it_was_or_is_told_to(home):  # noqa: F811
     assert asked == ["last", "last", "0", "now", "last", "17.5", "last", f"{NOON}.900000"]
 
 
-def test_files_of_cursors_are_private_and_never_the_same_or_elsewhere(home):  # noqa: F811
+def test_files_of_cursors_are_private_and_never_the_same_or_elsewhere(home):
     names = ["dell", "Dell", "DELL", "a:b@c", "a.b", "a"]
     for bus in ("b1", "B1", "..", "../../x", "a/b", ".", "ü", ""):
         for name in names:
@@ -84,7 +86,7 @@ def test_files_of_cursors_are_private_and_never_the_same_or_elsewhere(home):  # 
 
 
 @pytest.mark.parametrize("content", [b"", b"\0\0\0", b"yesterday", b"1795203596.5\n17", b"-1", b"\xff\xfe", b"1e9"])
-def test_a_file_that_holds_no_cursor_is_said_once_and_the_bus_remembers(content, home):  # noqa: F811
+def test_a_file_that_holds_no_cursor_is_said_once_and_the_bus_remembers(content, home):
     path = home / "cursors" / "b1" / "default" / "dell"
     path.parent.mkdir(parents=True)
     path.write_bytes(content)
@@ -113,7 +115,7 @@ def test_the_state_directory_follows_the_customs(monkeypatch, tmp_path):
     assert cursors(tmp_path / "xdg/agent-bus") == {"b1/ops/dell": "last"}
 
 
-def test_another_bus_is_read_with_its_own_cursor(home):  # noqa: F811
+def test_another_bus_is_read_with_its_own_cursor(home):
     with Scripted(mail(), mail(message(1), now=f"{NOON}.5"), mail(bus="b2", now=f"{NOON}.6"),
                   mail(message(9), bus="b2"), mail(message(8), now=f"{NOON}.7"),
                   mail(message(7), now=f"{NOON}.8")) as server:  # fmt: skip
@@ -127,7 +129,7 @@ def test_another_bus_is_read_with_its_own_cursor(home):  # noqa: F811
     assert len(first.warned) == 4 and not first.said  # each other bus is told, and that it is connected again
 
 
-def test_a_bus_of_the_old_contract_is_read_from_the_beginning_once(home):  # noqa: F811
+def test_a_bus_of_the_old_contract_is_read_from_the_beginning_once(home):
     with Scripted(mail(message(1), bus=None), bus=None) as server:
         assert recv(server, "--once")[1].count("| hi") == 1
         assert recv(server, "--once")[0] == 0

@@ -4,8 +4,10 @@ import json
 import pytest
 
 import bus_send
-from tests.clients.test_clients import home, run  # noqa: F401
+from tests.clients.test_clients import run
 from tests.kit.bad_servers import NOON, Scripted, answer, message
+
+pytestmark = pytest.mark.usefixtures("home")
 
 
 def search(url, *arguments):

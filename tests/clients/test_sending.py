@@ -11,10 +11,12 @@ import time
 import pytest
 
 import bus_send
-from tests.clients.test_clients import Clock, home, program, reader, recv, refusing, run, send  # noqa: F401
+from tests.clients.test_clients import Clock, program, reader, recv, refusing, run, send
 from tests.kit import bad_servers
 from tests.kit.bad_servers import FAULTS, HTML, NOON, Scripted, answer, mail, message, page, stored
 from tests.kit.processes import PATIENCE, ROOT
+
+pytestmark = pytest.mark.usefixtures("home")
 
 
 @pytest.mark.parametrize("fault", FAULTS)

@@ -6,10 +6,13 @@ import shutil
 import subprocess
 import sys
 
-from tests.clients.test_clients import home  # noqa: F401
+import pytest
+
 from tests.clients.test_install_claude import asked, install, tree
 from tests.kit.processes import PATIENCE, ROOT
 from tools import bus_install
+
+pytestmark = pytest.mark.usefixtures("home")
 
 
 def test_install_service_starts_the_bus_and_uninstall_leaves_every_byte_as_it_was(house, tmp_path):

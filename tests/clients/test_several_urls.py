@@ -11,12 +11,14 @@ import pytest
 import bus_recv
 import bus_send
 from integrations.claude_code import quick
-from tests.clients.test_clients import Clock, cursors, home, program, reader, refusing, run  # noqa: F401
-from tests.clients.test_configuration import TOKEN, configure, tokens, whole  # noqa: F401
+from tests.clients.test_clients import Clock, cursors, program, reader, refusing, run
+from tests.clients.test_configuration import TOKEN, tokens, whole
 from tests.kit.bad_servers import FAULTS, Scripted, answer, mail, message, reset, silence, stored
 from tests.kit.listening import Listener
 from tests.kit.peers import log_of
 from tests.kit.processes import PATIENCE, Server, wait_until
+
+pytestmark = pytest.mark.usefixtures("home")
 
 LISTENER = pytest.mark.skipif(not (shutil.which("curl") and shutil.which("jq")), reason="bus_listener.sh needs them")
 NOT_READY = answer({"error": "this front cannot reach its ledger"}, "Retry-After: 60", status=503)
@@ -212,7 +214,7 @@ def test_a_url_that_is_wrong_is_told_even_if_the_one_before_works(urls, error, t
 # ── Reading ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_reader_goes_on_at_the_other_url_with_its_cursor(bus, home):  # noqa: F811
+def test_a_reader_goes_on_at_the_other_url_with_its_cursor(bus, home):
     with Door(bus) as one, Door(bus) as other:
         process = program("bus_recv.py", "dell", "--json", env={"AGENT_BUS_URL": both(one, other)})
         lines = []
@@ -289,7 +291,7 @@ def test_the_listener_checks_each_url(urls, error, tmp_path):
     (None, True), ("{one},{two}", True), ("{two}/,{one}", True), ("{two}", True),
     ("{two},{other}", False), ("{other}", False),
 ])  # fmt: skip
-def test_the_token_of_a_file_is_for_all_urls_of_that_file_and_for_no_other(script, given, known, configure, tmp_path):  # noqa: F811
+def test_the_token_of_a_file_is_for_all_urls_of_that_file_and_for_no_other(script, given, known, configure, tmp_path):
     with Scripted(NOT_READY) as one, Scripted(stored(), mail()) as two, Scripted(stored()) as other:
         configure(whole(one, AGENT_BUS_URL=both(one, two)))
         urls = given and given.format(one=one.url, two=two.url, other=other.url)

@@ -4,11 +4,15 @@ import re
 import resource
 import urllib.request
 
+import pytest
+
 from tests.clients.test_agent_bus import HOSTILE, RAW, SCRIPT, mails, on_terminal
-from tests.clients.test_clients import home, run  # noqa: F401
+from tests.clients.test_clients import run
 from tests.kit.bad_servers import DATE, NOON, Scripted, answer, page
 from tests.kit.processes import in_time
 from tools import bus_who
+
+pytestmark = pytest.mark.usefixtures("home")
 
 
 def poll(url, name, channel="default"):

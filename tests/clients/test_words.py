@@ -16,11 +16,13 @@ import pytest
 import bus_recv
 import bus_send
 import bus_server
-from tests.clients.test_clients import Clock, home, program, reader, recv, refusing, run, send  # noqa: F401
+from tests.clients.test_clients import Clock, program, reader, recv, refusing, run, send
 from tests.kit.bad_servers import HTML, NOON, Scripted, answer, mail, message, page, silence, stored
 from tests.kit.naive_server import Naive
 from tests.kit.peers import invite
 from tests.kit.processes import PATIENCE, ROOT, Server, in_time
+
+pytestmark = pytest.mark.usefixtures("home")
 
 VERSIONS = pathlib.Path("~/.pyenv/versions").expanduser()
 PROGRAMS = [
@@ -66,7 +68,7 @@ def test_the_text_is_taken_from_the_command_line(arguments, msg):
         assert server.asked[0].json["msg"] == msg and server.asked[0].json["to"] == "dell"
 
 
-def test_without_a_text_a_terminal_says_how_to_end_it(home):  # noqa: F811
+def test_without_a_text_a_terminal_says_how_to_end_it(home):
     """Case 21."""
     with Scripted(stored()) as server:
         env = {"AGENT_BUS_URL": server.url, "AGENT_NAME": "spark"}
@@ -78,7 +80,7 @@ def test_without_a_text_a_terminal_says_how_to_end_it(home):  # noqa: F811
         assert shown.startswith("bus_send: the sender is missing"), "before a text is typed"
 
 
-def test_a_person_who_asks_is_told_at_once_who_listens(home):  # noqa: F811
+def test_a_person_who_asks_is_told_at_once_who_listens(home):
     said = {"online": False, "last_seen": None, "known": False, "similar": ["bob"], "unread": 1}
     reply = {"id": "652a7c1b2f3e2", "from": "bub", "msg": "yes"}
     with Scripted(stored(receiver=said, reply=None), stored(receiver=said, reply=reply)) as server:
@@ -179,7 +181,7 @@ def test_a_person_is_told_in_one_sentence(to, receiver, sentence):
     assert bus_send.told({"ts": NOON, "receiver": receiver}, to) == sentence
 
 
-def test_a_terminal_gets_a_sentence_and_a_program_gets_json(home):  # noqa: F811
+def test_a_terminal_gets_a_sentence_and_a_program_gets_json(home):
     said = {"online": False, "last_seen": None, "unread": 1, "known": False, "similar": ["\x1b[2JLead"]}
     with Scripted(stored(receiver=said)) as server:
         env = {"AGENT_BUS_URL": server.url, "AGENT_NAME": "spark"}
@@ -190,7 +192,7 @@ def test_a_terminal_gets_a_sentence_and_a_program_gets_json(home):  # noqa: F811
         assert (code, json.loads(out)["receiver"]) == (0, said) and err.startswith("queued: nobody has ever listened")
 
 
-def test_the_first_failure_is_said_at_once_and_the_last_line_says_what_to_try(home):  # noqa: F811
+def test_the_first_failure_is_said_at_once_and_the_last_line_says_what_to_try(home):
     """Case 22."""
     url = refusing()
     env = {"AGENT_BUS_URL": url, "AGENT_NAME": "spark"}
@@ -216,7 +218,7 @@ def test_to_read_one_message_of_a_bus_that_is_not_there_says_what_to_do():
     "script",
     ["bus_send.py dell hi", *(f"tools/agent_bus.py {rest}" for rest in ("who", "search T1", "redact 660ba678a1b40"))],
 )
-def test_a_person_is_told_of_a_silence_and_what_is_waited_for(script, home):  # noqa: F811
+def test_a_person_is_told_of_a_silence_and_what_is_waited_for(script, home):
     with Scripted(silence) as server:
         shown = on_a_terminal(*script.split(), AGENT_BUS_URL=server.url, AGENT_NAME="spark")
         assert re.fullmatch(rf"(bus_send|agent_bus.py (who|search|redact)): waiting for {server.url}\n", shown)
@@ -239,7 +241,7 @@ def test_it_is_told_once_and_not_while_the_bus_may_hold_the_request(client, monk
     assert said == [f"waiting for {server.url}"]
 
 
-def test_a_short_poll_of_a_bus_that_answers_is_no_silence(bus, home, monkeypatch):  # noqa: F811
+def test_a_short_poll_of_a_bus_that_answers_is_no_silence(bus, home, monkeypatch):
     said = []
     monkeypatch.setattr(bus_recv, "PEOPLE", [said.append])
     monkeypatch.setattr(bus_recv, "SILENCE_SECONDS", in_time(0.5))
@@ -247,7 +249,7 @@ def test_a_short_poll_of_a_bus_that_answers_is_no_silence(bus, home, monkeypatch
     assert list(bus_recv.receive("carol", timeout=in_time(0.5) + 0.5)) == said == []
 
 
-def test_to_look_at_schedules_allows_a_bus_that_is_slow(home):  # noqa: F811
+def test_to_look_at_schedules_allows_a_bus_that_is_slow(home):
     def slow(sock):
         time.sleep(1.3)
         sock.sendall(answer({"ok": True, "schedules": [], "bus": "b1"}))
@@ -313,7 +315,7 @@ def test_an_agent_name_that_is_none_is_refused_before_the_bus_is_asked(call):
     "bus_search.py --rebuild",
     "bus_later.py --list",
 ])  # fmt: skip
-def test_every_look_without_a_bus_says_what_to_try(call, home):  # noqa: F811
+def test_every_look_without_a_bus_says_what_to_try(call, home):
     script, *arguments = call.split()
     url = refusing()
     path = script if script == "bus_recv.py" else f"tools/{script}"
@@ -340,7 +342,7 @@ def test_a_page_and_a_proxy_are_named(client, monkeypatch):
 # ── A bus of the first contract ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_what_a_bus_of_the_first_contract_cannot_do_is_said(home):  # noqa: F811
+def test_what_a_bus_of_the_first_contract_cannot_do_is_said(home):
     """Case 36."""
     with Naive() as bus:
         env = {"AGENT_BUS_URL": bus.url, "AGENT_NAME": "spark"}
@@ -355,7 +357,7 @@ def test_what_a_bus_of_the_first_contract_cannot_do_is_said(home):  # noqa: F811
         assert code == 3 and len(bus.mailboxes["default", "dell"]) == 1, "a question was stored more than once"
 
 
-def test_a_closed_bus_is_no_bus_of_the_first_contract(home, tmp_path):  # noqa: F811
+def test_a_closed_bus_is_no_bus_of_the_first_contract(home, tmp_path):
     """Its /healthz has no `bus` either, for those without a token."""
     with Server(tmp_path / "bus.db") as bus:
         token = invite(bus, "dell")
@@ -372,7 +374,7 @@ def test_a_closed_bus_is_no_bus_of_the_first_contract(home, tmp_path):  # noqa: 
 # ── What is read ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_reader_without_a_name_takes_agent_name(home):  # noqa: F811
+def test_a_reader_without_a_name_takes_agent_name(home):
     """Case 30."""
     with Scripted(mail(message(1))) as server:
         assert run("bus_recv.py", "--once", env={"AGENT_BUS_URL": server.url, "AGENT_NAME": "bob"})[0] == 0
@@ -381,13 +383,13 @@ def test_a_reader_without_a_name_takes_agent_name(home):  # noqa: F811
         assert code == 2 and err == "bus_recv: the name is missing: give NAME, or set AGENT_NAME\n"
 
 
-def test_a_reader_takes_commas_as_a_sender_does(home):  # noqa: F811
+def test_a_reader_takes_commas_as_a_sender_does(home):
     with Scripted(mail(message(1))) as server:
         assert run("bus_recv.py", "bob,nano", "crew", "--once", env={"AGENT_BUS_URL": server.url})[0] == 0
         assert server.polls[0].query["to"] == ["bob", "nano", "crew"]
 
 
-def test_a_reader_says_when_it_is_connected(home):  # noqa: F811
+def test_a_reader_says_when_it_is_connected(home):
     with Scripted(mail(message(1))) as server:
         process = program("bus_recv.py", "dell", "reviewers", env={"AGENT_BUS_URL": server.url})
         assert process.stderr.readline().decode() == f"bus_recv: listening as dell, reviewers on {server.url}\n"
@@ -402,7 +404,7 @@ LONG = "word " * 4000
 
 
 @pytest.mark.parametrize("output", ["a pipe", "a file", "a terminal", "a socket", "--monitor", "--json"])
-def test_a_message_is_whole_unless_a_monitor_reads_it(output, home, tmp_path):  # noqa: F811
+def test_a_message_is_whole_unless_a_monitor_reads_it(output, home, tmp_path):
     """Case 27."""
     with Scripted(mail(message(1, LONG))) as server:
         env = {"AGENT_BUS_URL": server.url}
@@ -427,7 +429,7 @@ def test_a_message_is_whole_unless_a_monitor_reads_it(output, home, tmp_path):  
     ("1h", f"{NOON - 3600}.000000"), ("90s", f"{NOON - 90}.000000"), ("now", "now"), ("last", "last"), ("0", "0"),
     ("652a7c1b2f3e1", f"{(TICK - 1) // 10**6}.{(TICK - 1) % 10**6:06d}"), ("1795203596.5", "1795203596.5"),
 ])  # fmt: skip
-def test_a_reader_begins_where_it_is_told(since, cursor, home):  # noqa: F811
+def test_a_reader_begins_where_it_is_told(since, cursor, home):
     """Case 35, and case 39."""
     headers = ["Date: Fri, 20 Nov 2026 19:39:56 GMT"]
     health = page(200, json.dumps({"ok": True, "now": NOON, "bus": "b1"}), *headers)
@@ -456,7 +458,7 @@ def test_how_long_ago_is_read_without_argparse_and_hides_no_fault(monkeypatch):
         bus_recv.moment("1h", NOON)
 
 
-def test_from_a_message_on_means_with_it(bus, home):  # noqa: F811
+def test_from_a_message_on_means_with_it(bus, home):
     _, number, _ = (bus_send.send("dell", text, url=bus.url, sender="spark")["id"] for text in ("one", "two", "three"))
     out = run("bus_recv.py", "dell", "--once", "--json", "--since", number, env={"AGENT_BUS_URL": bus.url})[1]
     assert [json.loads(line)["msg"] for line in out.splitlines()] == ["two", "three"]
@@ -468,7 +470,7 @@ def test_from_a_message_on_means_with_it(bus, home):  # noqa: F811
     ("now", "3 waiting are passed over; to read them: --since {0}"), ("{1}", "1 waiting are passed over"),
     ("{0}", ""), ("0", ""), ("last", ""), ("1h", ""),
 ])  # fmt: skip
-def test_what_since_passes_over_is_told(since, told, bus, home):  # noqa: F811
+def test_what_since_passes_over_is_told(since, told, bus, home):
     ids = [bus_send.send("dell", text, url=bus.url, sender="spark")["id"] for text in ("one", "two", "three")]
     given = ("--once", "--json", "--timeout", "0")
     code, out, err = recv(bus, *given, "--since", since.format(*ids))
@@ -482,7 +484,7 @@ def test_what_since_passes_over_is_told(since, told, bus, home):  # noqa: F811
 # ── The programs themselves ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_the_first_names_that_people_try_may_send(bus, home):  # noqa: F811
+def test_the_first_names_that_people_try_may_send(bus, home):
     """Case 31. They were reserved, without a reason."""
     for name in ("claude", "root"):
         code, out, err = run("bus_send.py", "bob", "hi", env={"AGENT_BUS_URL": bus.url, "AGENT_NAME": name})
@@ -491,7 +493,7 @@ def test_the_first_names_that_people_try_may_send(bus, home):  # noqa: F811
     assert code == 1 and "this name is reserved, because" in err and "use user-" in err, "with a reason and a free name"
 
 
-def test_a_mistyped_receiver_gets_the_name_that_listens(bus, home):  # noqa: F811
+def test_a_mistyped_receiver_gets_the_name_that_listens(bus, home):
     """Case 34."""
     env = {"AGENT_BUS_URL": bus.url, "AGENT_NAME": "spark"}
     assert run("bus_recv.py", "Lead2", "--timeout", "0", env=env)[0] == 3

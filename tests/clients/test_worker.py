@@ -11,10 +11,12 @@ import pytest
 
 import bus_recv
 import bus_send
-from tests.clients.test_clients import Clock, home, program, refusing, run  # noqa: F401
+from tests.clients.test_clients import Clock, program, refusing, run
 from tests.kit.bad_servers import FAULTS, NOON, Scripted, answer, mail, message, page
 from tests.kit.processes import PATIENCE, Server, has_taken_its_signals, runs, wait_until
 from tools import bus_work
+
+pytestmark = pytest.mark.usefixtures("home")
 
 JOBS = int(os.environ.get("JOBS", 12))  # 50 for the full figure
 BUSY = 1  # s until a machine with other work has started a worker

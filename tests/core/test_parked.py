@@ -278,17 +278,24 @@ def delays(bus, name, count):
 
 
 def test_a_parked_reader_has_its_message_within_5_ms(bus):
-    """99 of 100, so the median too. The best round counts: others who use this machine can only make it slower."""
-    noise = []
-    for number in range(20):
-        nothing, delivery = (statistics.quantiles(each, n=100) for each in zip(*delays(bus, f"reader-{number}", 200)))
-        print(f"median {delivery[49] * 1000:.2f} ms, p99 {delivery[98] * 1000:.2f} ms")
-        if delivery[98] < 0.005:
+    """99 of 100, so the median too. The best round counts: others who use this machine can only make it slower.
+
+    So a round is over when it cannot be that any more.
+    """
+    idle = []
+    for number in range(100):
+        late = 0
+        for nothing, delivery in delays(bus, f"reader-{number}", 200):
+            idle.append(nothing)
+            late += delivery >= 0.005
+            if late > 2:
+                break
+        else:
             return
-        noise.append(nothing[98])
-    if statistics.median(noise) > 0.0025:
-        pytest.skip(f"this machine is too busy: an exchange with nothing in it takes {statistics.median(noise):.4f} s")
-    pytest.fail("20 rounds, and in none of them")
+    noise = statistics.quantiles(idle, n=100)[98]
+    if noise > 0.0025:
+        pytest.skip(f"this machine is too busy: an exchange with nothing in it takes {noise:.4f} s")
+    pytest.fail("100 rounds, and in none of them")
 
 
 def test_an_empty_hold_ends_when_it_said(bus):

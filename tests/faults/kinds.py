@@ -24,6 +24,7 @@ TURNS = "faults/test_kinds_turns.py"
 REDACT, SEARCH = "extensions/test_redact.py", "extensions/test_search.py"
 LATER, DUE, NOTIFY = "extensions/test_later.py", "extensions/test_later_due.py", "extensions/test_notify.py"
 LOCKS, FRONTS, RECALL = "extensions/test_locks.py", "ledgers/test_front.py", "ledgers/test_recall.py"
+FOLLOWING = "ledgers/test_front_extensions.py"
 STORAGE, PYTHON, BASH = "faults/test_kinds_storage.py", "clients/test_client_cases.py", "clients/test_listener_cases.py"
 
 KINDS = [
@@ -740,14 +741,14 @@ KINDS = [
          "parks however many wait (the last)"),
     Kind("what follows an operation in memory stays at the front that made it",
          "each front follows what another one has made: schedules are sent by all, who waits for names is told",
-         (f"{FRONTS}::test_what_follows_an_operation_of_an_extension_follows_at_the_other_fronts_too",
-          f"{FRONTS}::test_what_was_scheduled_at_a_front_that_has_died_is_sent_by_the_others",
-          f"{FRONTS}::test_who_waits_for_names_is_told_when_they_are_released_at_another_front"),
+         (f"{FOLLOWING}::test_what_follows_an_operation_of_an_extension_follows_at_the_other_fronts_too",
+          f"{FOLLOWING}::test_what_was_scheduled_at_a_front_that_has_died_is_sent_by_the_others",
+          f"{FOLLOWING}::test_who_waits_for_names_is_told_when_they_are_released_at_another_front"),
          "`Due` registers nothing in `elsewhere` (the first two); `Locks` does not (the first and the last)"),
     Kind("what one machine found is taken for the result of all",
          "how the file of one front was written is no part of what fronts compare; a redaction says what still has the "
          "text",
-         (f"{FRONTS}::test_a_redaction_stops_no_front_whose_copy_is_being_read",),
+         (f"{FOLLOWING}::test_a_redaction_stops_no_front_whose_copy_is_being_read",),
          "`Fold.is_local` is False; `Redaction` does not follow another front's `fold`; `Front.KEEPS` is empty"),
     Kind("what was the end is followed by more",
          "nothing behind the entry with which a bus left its ledger is applied, so no front serves there again, "

@@ -25,6 +25,7 @@ import bus_server
 from bus_server import PARKED, Forget, Page, Poll, ok
 from tests.faults.test_kinds_bounds import Guest, counted, steps_of
 from tests.faults.test_kinds_counts import NAMES, listened
+from tests.kit.clock import Clock
 from tests.kit.peers import mint, set_revoked
 from tests.kit.wire import a_bus, come_true
 
@@ -439,19 +440,34 @@ def test_what_waits_for_a_commit_has_no_headers(bus):
 PADDING = [f"X-{number}: {'x' * 1000}" for number in range(12)]
 
 
+class Stepped:
+    """Stands for the module time, with a monotonic clock that the test moves."""
+
+    def __init__(self, clock):
+        self.monotonic = clock
+
+    def __getattr__(self, name):
+        return getattr(time, name)
+
+
 @pytest.fixture(params=[[], PADDING], ids=["small", "with large heads"])
-def slow(tmp_path, request):
-    """A closed bus with an endpoint that takes 5 ms, and twelve connections of mallory that ask for it at once."""
+def slow(tmp_path, request, monkeypatch):
+    """A closed bus with an endpoint that takes 5 ms, and twelve connections of mallory that ask for it at once.
+
+    Nothing else takes any time.
+    """
+    clock = Clock(time.monotonic())
     tokens = mint(tmp_path / "bus.db", ann=[], mallory=[], trudy=[])
     with a_bus(time.monotonic, tmp_path / "bus.db") as bus:
         bus.of, bus.db, bus.asked = tokens, tmp_path / "bus.db", []
 
         def takes_long(request):
             bus.asked.append(request.grant.name)
-            time.sleep(0.005)
+            clock.now += 0.005
             return ok(bus, '"slow": true')
 
         bus.route("GET", "/slow", takes_long)
+        monkeypatch.setattr(bus_server, "time", Stepped(clock))
         bus.many = [Guest(bus, tokens["mallory"]) for _ in range(12)]
         for guest in bus.many:
             guest.begins("GET", "/slow", b"", *request.param)

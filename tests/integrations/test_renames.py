@@ -21,6 +21,17 @@ import session  # noqa: E402
 project, lives = sessions.project, sessions.lives  # fixtures
 
 
+@pytest.fixture
+def api(bus, lives, monkeypatch):
+    """A bus, and a session that has the name api there: process 1 in /x/api, with the id a."""
+    monkeypatch.setenv("AGENT_BUS_URL", bus.url)
+    lives.begin(1)
+    name(1, "a")
+
+
+begun = pytest.mark.usefixtures("api")
+
+
 def test_a_title_renames_and_a_new_process_keeps_it(lives, monkeypatch):
     lives.begin(1)
     assert name(1, "a") == "api"
@@ -63,11 +74,9 @@ def test_a_name_that_is_not_free_or_no_name_is_refused(lives, new):
     assert name(1) == "api"
 
 
-def test_a_rename_goes_on_where_the_old_name_was(bus, lives, monkeypatch):
+@begun
+def test_a_rename_goes_on_where_the_old_name_was():
     """Nothing that waits for either name is passed over, and what was read does not come again."""
-    monkeypatch.setenv("AGENT_BUS_URL", bus.url)
-    lives.begin(1)
-    name(1, "a")
 
     def send(to, text):
         return bus_send.send(to, text, sender="spark")["id"]
@@ -86,10 +95,8 @@ def test_a_rename_goes_on_where_the_old_name_was(bus, lives, monkeypatch):
     assert notice.count(me, 5).unread == 1
 
 
-def test_what_was_read_of_an_old_name_does_not_come_to_the_next_session_that_has_it(bus, lives, monkeypatch):
-    monkeypatch.setenv("AGENT_BUS_URL", bus.url)
-    lives.begin(1)
-    name(1, "a")
+@begun
+def test_what_was_read_of_an_old_name_does_not_come_to_the_next_session_that_has_it(lives):
     session.rename(1, "boss")
     bus_send.send("api", "for the first", sender="spark")
     assert read(session.this_session(1, "/x/api", "a")) == ["for the first"]
@@ -105,10 +112,8 @@ def test_what_was_read_of_an_old_name_does_not_come_to_the_next_session_that_has
     assert read(session.this_session(3, "/x/api", "c")) == []
 
 
-def test_what_a_session_has_read_of_its_old_name_stays_read_when_another_one_has_its_new_name(bus, lives, monkeypatch):
-    monkeypatch.setenv("AGENT_BUS_URL", bus.url)
-    lives.begin(1)
-    name(1, "a")
+@begun
+def test_what_a_session_has_read_of_its_old_name_stays_read_when_another_one_has_its_new_name(lives):
     session.rename(1, "boss")
     bus_send.send("api", "for the first", sender="spark")
     assert read(session.this_session(1, "/x/api", "a")) == ["for the first"]
@@ -120,11 +125,9 @@ def test_what_a_session_has_read_of_its_old_name_stays_read_when_another_one_has
     assert (me.names, read(me)) == (["api"], [])
 
 
-def test_a_place_that_a_renamed_session_needs_is_not_that_of_the_next_session(bus, lives, monkeypatch):
+@begun
+def test_a_place_that_a_renamed_session_needs_is_not_that_of_the_next_session(lives):
     """Older mail for its new name makes it begin there; what was read of that name before is read nevertheless."""
-    monkeypatch.setenv("AGENT_BUS_URL", bus.url)
-    lives.begin(1)
-    name(1, "a")
     bus_send.send("boss", "older", sender="spark")
     bus_send.send("api", "read", sender="spark")
     assert read(session.this_session(1, "/x/api", "a")) == ["read"]
@@ -136,10 +139,8 @@ def test_a_place_that_a_renamed_session_needs_is_not_that_of_the_next_session(bu
     assert (me.names, read(me)) == (["api"], [])
 
 
-def test_a_session_that_takes_its_old_name_again_gets_nothing_twice(bus, lives, monkeypatch):
-    monkeypatch.setenv("AGENT_BUS_URL", bus.url)
-    lives.begin(1)
-    name(1, "a")
+@begun
+def test_a_session_that_takes_its_old_name_again_gets_nothing_twice():
     session.rename(1, "boss")
     bus_send.send("api", "1", sender="spark")
     assert read(session.this_session(1, "/x/api", "a")) == ["1"]
@@ -148,11 +149,9 @@ def test_a_session_that_takes_its_old_name_again_gets_nothing_twice(bus, lives, 
     assert read(session.this_session(1, "/x/api", "a")) == ["2"]
 
 
-def test_older_mail_for_the_new_name_brings_no_mail_again_that_was_read(bus, lives, monkeypatch):
+@begun
+def test_older_mail_for_the_new_name_brings_no_mail_again_that_was_read():
     """Nor a broadcast, over two renames; but who asks for a time gets all from then on."""
-    monkeypatch.setenv("AGENT_BUS_URL", bus.url)
-    lives.begin(1)
-    name(1, "a")
     for to in ("lead", "boss", "api", "all"):
         bus_send.send(to, f"for {to}", sender="spark")
     assert read(session.this_session(1, "/x/api", "a")) == ["for api", "for all"]
@@ -166,10 +165,8 @@ def test_older_mail_for_the_new_name_brings_no_mail_again_that_was_read(bus, liv
     assert len(list(bus_recv.receive(me.names, **since))) == 4
 
 
-def test_a_rename_without_the_bus_loses_nothing(bus, lives, monkeypatch):
-    monkeypatch.setenv("AGENT_BUS_URL", bus.url)
-    lives.begin(1)
-    name(1, "a")
+@begun
+def test_a_rename_without_the_bus_loses_nothing(monkeypatch):
     for to in ("boss", "api"):
         bus_send.send(to, f"for {to}", sender="spark")
     assert read(session.this_session(1, "/x/api", "a")) == ["for api"]
@@ -178,11 +175,9 @@ def test_a_rename_without_the_bus_loses_nothing(bus, lives, monkeypatch):
     assert read(session.this_session(1, "/x/api", "a")) == ["for boss"]
 
 
-def test_a_reader_shows_nothing_again_that_came_while_its_session_was_renamed(bus, lives, monkeypatch):
+@begun
+def test_a_reader_shows_nothing_again_that_came_while_its_session_was_renamed():
     """It follows at its next poll. Until then it reads as the old name."""
-    monkeypatch.setenv("AGENT_BUS_URL", bus.url)
-    lives.begin(1)
-    name(1, "a")
     mail = bus_recv.SessionReader(["api", "team"]).messages(timeout=PATIENCE)
     for to in ("boss", "api", "team", "all"):
         bus_send.send(to, f"for {to}", sender="spark")
@@ -193,10 +188,8 @@ def test_a_reader_shows_nothing_again_that_came_while_its_session_was_renamed(bu
     assert next(mail)["msg"] == "later"
 
 
-def test_a_reader_that_runs_follows_its_session_to_a_new_name(bus, lives, monkeypatch):
-    monkeypatch.setenv("AGENT_BUS_URL", bus.url)
-    lives.begin(1)
-    name(1, "a")
+@begun
+def test_a_reader_that_runs_follows_its_session_to_a_new_name():
     command = [sys.executable, "-c", "import bus_recv; bus_recv.FOLLOW_SECONDS = 0.2; bus_recv.main()", "api", "team"]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     reader = subprocess.Popen([*command, "--json"], env=env, stdout=-1, stderr=-1, text=True)
@@ -219,11 +212,9 @@ def test_a_reader_that_runs_follows_its_session_to_a_new_name(bus, lives, monkey
     assert "reading as boss, api, team from now on" in said
 
 
-def test_a_reader_that_has_an_old_name_counts_as_a_reader_of_the_session(bus, lives, monkeypatch):
+@begun
+def test_a_reader_that_has_an_old_name_counts_as_a_reader_of_the_session(bus):
     """It goes on with the new name when its poll ends, so no hook tells of what it will show."""
-    monkeypatch.setenv("AGENT_BUS_URL", bus.url)
-    lives.begin(1)
-    name(1, "a")
     reader = bus_recv.Cursor(json.loads(bus.get("/healthz"))["bus"], "default", "api", print)
     session.rename(1, "boss")
     me = session.this_session(1, "/x/api", "a")
