@@ -3079,6 +3079,16 @@ class Rows:
             with contextlib.closing(self.database.execute(f"SELECT {columns} {source}", its)) as rows:
                 yield from rows
 
+    def merged(self, columns: str, marks: dict[Key, int], upto: int) -> Generator[tuple[Any, ...], None, None]:
+        """mail() of several mailboxes, each above its mark, in the order of ticks. Exhaust or close it.
+
+        They are merged as they are read: a reader far behind costs no more than the rows it takes. Each statement has a
+        text of its own, `AND 1` or `AND 2`: while one is open, sqlite3 compiles another one of the same text anew.
+        """
+        with contextlib.ExitStack() as opened:
+            each = (self.mail(columns, *mark, upto, only=str(number)) for number, mark in enumerate(marks.items(), 1))
+            yield from heapq.merge(*[opened.enter_context(contextlib.closing(rows)) for rows in each])
+
     def first(self, *wanted: Any, **how: Any) -> Any:
         """The first row of mail(), or None."""
         with contextlib.closing(self.mail(*wanted, **how)) as rows:
@@ -3436,21 +3446,18 @@ class View(Rows):
         or not. Then the second value is the tick it got to; it is None when nothing is left.
         """
         found: list[Message] = []
-        size, reached, end = 0, 0, upto
-        with contextlib.ExitStack() as opened:
-            if poll.me is None:
-                rows, end = self.log(poll, upto)
-                parts: list[Any] = [opened.enter_context(contextlib.closing(rows))]
-            else:
-                each = (self.mail(PLACED_ROW, (str(poll.channel), own), poll.since, upto) for own in poll.names)
-                parts = [opened.enter_context(contextlib.closing(rows)) for rows in each]
-            # Ordered parts are merged as they are read: a reader far behind costs no more than the rows it takes.
-            for looked, row in enumerate(heapq.merge(*parts)):
-                if len(found) == poll.limit or size > poll.room or looked == MAX_MESSAGES:
+        reached, end, room = 0, upto, poll.room
+        marks: dict[Key, int] = {(str(poll.channel), own): poll.since for own in poll.names}
+        rows: Any = self.merged(PLACED_ROW, marks, upto)
+        if poll.me is None:
+            rows, end = self.log(poll, upto)
+        with contextlib.closing(rows):
+            for looked, row in enumerate(rows):
+                if len(found) == poll.limit or room < 0 or looked == MAX_MESSAGES:
                     return found, reached
                 message = self.checked(row)
                 reached = row[0]
-                size += len(row[4] or "")  # of its text, which was read also if nobody wants it
+                room -= len(row[4] or "")  # of its text, which was read also if nobody wants it
                 if message and poll.wants(message) and not self.is_expired(message):
                     found.append(message)
         return found, end if end < upto else None

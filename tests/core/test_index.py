@@ -268,6 +268,24 @@ def test_a_turn_reads_with_the_index_as_it_was_announced(tmp_path):
     world.state.close()
 
 
+@pytest.mark.parametrize("flush", [1, 100], ids=["in runs", "in memory"])
+def test_a_read_of_several_mailboxes_compiles_no_statement_twice(tmp_path, monkeypatch, flush):
+    monkeypatch.setattr(Index, "FLUSH_MESSAGES", flush)
+    state, compiled = State(str(tmp_path / "bus.db")), []
+    put = Put([draft({"from": "dora", "to": each, "msg": "x"}, None) for each in NAMES for _ in range(3)])
+    state.apply([put], Now(BEGIN, BEGIN))
+    view = state.view
+    view.tail = state.tail
+    view.database.set_authorizer(lambda *what: compiled.append(what) or sqlite3.SQLITE_OK)
+    poll = bus_server.Poll("ann", NAMES, "default", None, 0, 100, 0, False)
+    first, _ = view.after(poll, state.last)
+    assert len(first) == 3 * len(NAMES) and compiled
+    compiled.clear()
+    assert view.after(poll, state.last)[0] == first
+    assert compiled == []
+    state.close()
+
+
 def test_after_a_failed_commit_turns_read_with_the_tail_they_had_until_it_is_announced(tmp_path):
     world = World(tmp_path / "bus.db", 0)
     world.state.index.FLUSH_MESSAGES = 100
