@@ -1539,16 +1539,18 @@ class Outgoing:
 
     def within_memory(self, answer: Answer, bare: bool) -> tuple[Answer, bytes]:
         """The answer and its bytes; or a refusal, if too much is unread or there is no memory for these bytes."""
-        refused = unread_answers()
-        if not self.door.is_full(self, len(answer.body)):
-            try:
-                return answer, http_bytes(answer, bare, self.closing)
-            except MemoryError:
-                say_exception()
-                refused = our_fault()
+        try:
+            if self.door.is_full(self, len(answer.body)):
+                raise unread_answers()
+            return answer, http_bytes(answer, bare, self.closing)
+        except Refused as full:
+            refused = refusal(full)
+        except MemoryError:
+            say_exception()
+            refused = refusal(our_fault())
         if answer.delivers:
             self.door.app.lost(*answer.delivers)
-        return refusal(refused), http_bytes(refusal(refused), bare, self.closing)
+        return refused, http_bytes(refused, bare, self.closing)
 
     def resume_writing(self) -> None:
         """The system has taken all that was written so far."""
@@ -3959,18 +3961,18 @@ class Mailboxes:
         """How many of these names have no mailbox yet. `all` counts only if it is the one name: each poll has it."""
         return sum((channel, own) not in self.boxes for own in names if own != EVERYONE or len(names) == 1)
 
-    def of(self, reader: Reader) -> Iterator[Mailbox]:
-        """The mailboxes a reader listens to, its own first; their marks are about to change."""
+    def of(self, reader: Reader) -> Iterator[tuple[str, Mailbox]]:
+        """The mailboxes a reader listens to, its own first, with their names; their marks are about to change."""
+        channel = str(reader.channel)
         for own in reader.present():
-            key = (str(reader.channel), own)
-            self.changed.add(key)
-            yield self.box(*key)
+            self.changed.add((channel, own))
+            yield own, self.box(channel, own)
 
     # Presence and marks
 
     def polled(self, reader: Parked, address: str, wall: int) -> None:
         now = self.clock()
-        for box in self.of(reader):
+        for _, box in self.of(reader):
             if box.until < now:
                 box.listening = wall
             box.until = max(box.until, now + (reader.hold or HOLD) + GRACE)
@@ -4012,18 +4014,22 @@ class Mailboxes:
         A mark says that everything up to it was delivered. So it does not move over a hole: in a group's mailbox, the
         messages between its mark and the reader's cursor were not delivered.
         """
-        for own, box in zip(reader.present(), self.of(reader)):
+        for own, box in self.of(reader):
             box.reached = max(box.reached, tick)
             if own == EVERYONE:  # it is nobody's own mailbox, and has no marks
                 self.note(str(reader.channel), own, FETCHED, tick, reader.who)
                 continue
             since = reader.since if isinstance(reader, Poll) and own != reader.me else 0
-            look = partial(self.look, str(reader.channel), own, since, self.LOOKED_FOR_HOLE)
-            if since > box.fetched and box.oldest(box.fetched, self.wall(), look)[0]:
+            if since > box.fetched and self.has_hole(str(reader.channel), own, box, since):
                 low, high = box.above
                 box.above = min(low or since, since), max(high, tick)
-                continue
-            self.fetched(reader, own, box, tick)
+            else:
+                self.fetched(reader, own, box, tick)
+
+    def has_hole(self, channel: str, own: str, box: Mailbox, since: int) -> bool:
+        """Is there a message between what was fetched of this mailbox and a cursor?"""
+        look = partial(self.look, channel, own, since, self.LOOKED_FOR_HOLE)
+        return bool(box.oldest(box.fetched, self.wall(), look)[0])
 
     def fetched(self, reader: Reader, own: str, box: Mailbox, tick: int) -> None:
         box.reached = max(box.reached, tick)
@@ -4031,8 +4037,9 @@ class Mailboxes:
             if box.newest > box.fetched:  # else the receipt is for no message, and nothing would ever remove it
                 self.note(str(reader.channel), own, FETCHED, tick, reader.who)
             box.fetched = tick
-        if box.mark() >= box.newest:  # then it need not be counted
-            box.base = box.mark(), box.n
+        mark = box.mark()
+        if mark >= box.newest:  # then it need not be counted
+            box.base = mark, box.n
 
     def came(self, message: Message) -> int:
         """Highest tick that a reader has of the message's mailbox or, for a message to `all`, that any reader has."""
@@ -4048,9 +4055,10 @@ class Mailboxes:
 
     def note(self, channel: str, own: str, kind: int, tick: int, reader: str) -> None:
         """Mail was fetched: keep a receipt, and tell between which ticks. Each way to fetch a message ends here."""
-        receipt = Receipt(channel, own, kind, tick, reader, self.wall())
-        if not (receipt.slot() in self.receipts if kind == ALONE else own == EVERYONE):  # the first reading counts
-            self.receipts[receipt.slot()] = receipt
+        if own != EVERYONE or kind == ALONE:
+            receipt = made(Receipt, (channel, own, kind, tick, reader, self.wall()))
+            if kind != ALONE or receipt.slot() not in self.receipts:  # the first reading counts
+                self.receipts[receipt.slot()] = receipt
         for tell in self.on_fetched if kind != ACKNOWLEDGED else ():  # what is acknowledged becomes fetched as well
             tell(channel, own, tick - 1 if kind == ALONE else 0, tick)
 
@@ -4156,8 +4164,9 @@ class Mailboxes:
         parked = self.parked.pop(connection)
         self.behind.pop(connection, None)
         for key in parked.places():
-            del self.waiting[key][connection]
-            if not self.waiting[key]:
+            here = self.waiting[key]
+            del here[connection]
+            if not here:
                 del self.waiting[key]
         return parked
 
@@ -4942,8 +4951,8 @@ class Receiving:
 
     def poll_answer(self, connection: Connection, poll: Poll, messages: Sequence[Message] = ()) -> Answer:
         """The messages of a commit that woke this poll, up to the limits of one answer."""
-        sizes = accumulate(len(message.text) for message in messages)
-        count = min(poll.limit, 1 + sum(size <= poll.room for size in sizes))
+        sizes = [*accumulate([len(message.text) for message in messages])]
+        count = min(poll.limit, 1 + bisect_right(sizes, poll.room))
         reached = messages[count - 1].tick if count < len(messages) else None
         return delivery(self.bus, poll, messages[:count], reached)
 
@@ -5214,21 +5223,23 @@ def delivery(
     """The answer to a poll. `reached`: the last tick that was looked at, if it is not the end."""
     now = reached or max(poll.since, bus.last)
     bus.figures.delivered += len(found)
-    headers: Headers = ()
-    if poll.plain:
-        body = "".join(block(json.loads(message.render()), poll.me, bus.view.clock()) for message in found)
-        if gap:
-            body = f"-- messages from {iso(gap[0])} to {iso(gap[1])} are gone: retention removed them\n{body}"
-        headers = (("Bus-Now", seconds(now)), ("Bus-More", boolean(bool(reached))), ("Bus-Id", bus.state.bus))
-    else:
-        lost = f', "gap": {{"from": {seconds(gap[0])}, "to": {seconds(gap[1])}}}' if gap else ""
-        body = (
-            f'{{"messages": [{", ".join(message.render() for message in found)}], "now": {seconds(now)}, '
-            f'"more": {boolean(bool(reached))}{lost}, "bus": "{bus.state.bus}"}}\n'
-        )
-    kind = "text/plain; charset=utf-8" if poll.plain else "application/json"
     delivers = (poll, found[-1].tick) if found and poll.me else None
-    return Answer(200, body.encode(), kind, headers, delivers)
+    if not poll.plain:
+        body = in_json(tuple(found), now, bool(reached), gap, bus.state.bus)
+        return made(Answer, (200, body, "application/json", (), delivers, None))
+    text = "".join(block(json.loads(message.render()), poll.me, bus.view.clock()) for message in found)
+    if gap:
+        text = f"-- messages from {iso(gap[0])} to {iso(gap[1])} are gone: retention removed them\n{text}"
+    headers = (("Bus-Now", seconds(now)), ("Bus-More", boolean(bool(reached))), ("Bus-Id", bus.state.bus))
+    return Answer(200, text.encode(), "text/plain; charset=utf-8", headers, delivers)
+
+
+@lru_cache(1)  # a broadcast has the same bytes for all of its readers
+def in_json(found: tuple[Message, ...], now: int, more: bool, gap: tuple[int, int] | None, bus: str) -> bytes:
+    lost = f', "gap": {{"from": {seconds(gap[0])}, "to": {seconds(gap[1])}}}' if gap else ""
+    messages = ", ".join([message.render() for message in found])
+    end = f'"now": {seconds(now)}, "more": {boolean(more)}{lost}, "bus": "{bus}"'
+    return f'{{"messages": [{messages}], {end}}}\n'.encode()
 
 
 def entry(bus: Bus, one: Draft, stored: Stored) -> str:
