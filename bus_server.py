@@ -2561,7 +2561,7 @@ PLACED = f"""FROM runs CROSS JOIN places ON places.run = runs.run
     WHERE runs.upto > ? AND places.mailbox = {MAILBOX} AND places.tick > ? AND places.tick <= ?"""
 LISTED = """FROM (SELECT value AS tick FROM json_each(?)) AS places CROSS JOIN messages ON messages.tick = places.tick
     JOIN mailboxes ON id = messages.mailbox WHERE 1"""
-PLACED_ROW = f"places.{ROW}"
+PLACED_ROW = "places.tick, sender, text, n, expires, answers, sum"  # mail() adds channel and name: then it is a ROW
 TICKS_LISTED = 256
 ALIVE = "(expires IS NULL OR expires > ?)"
 IS_FRONT = "SELECT 1 FROM sqlite_master WHERE name = 'front'"  # a row, if the database is a front's copy of a ledger
@@ -3065,6 +3065,7 @@ class Rows:
 
         Exhaust or close it: an open statement would let the WAL grow for ever.
         """
+        channel, own = mailbox
         order = "DESC" if backwards else "ASC"
         parts: list[tuple[str, Sequence[Any]]] = []
         if above < self.tail.above:
@@ -3079,7 +3080,11 @@ class Rows:
             parts.append((f"{LISTED} AND {only}", (encode(some[::-1] if backwards else some),)))
         for source, its in reversed(parts) if backwards else parts:
             with contextlib.closing(self.database.execute(f"SELECT {columns} {source}", its)) as rows:
-                yield from rows
+                if columns == PLACED_ROW:
+                    for tick, sender, text, n, expires, answers, check in rows:
+                        yield tick, channel, own, sender, text, n, expires, answers, check
+                else:
+                    yield from rows
 
     def merged(self, columns: str, marks: dict[Key, int], upto: int) -> Generator[tuple[Any, ...], None, None]:
         """mail() of several mailboxes, each above its mark, in the order of ticks. Exhaust or close it.
