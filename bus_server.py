@@ -3454,8 +3454,7 @@ class View(Rows):
         """
         found: list[Message] = []
         reached, end, room = 0, upto, poll.room
-        marks: dict[Key, int] = {(str(poll.channel), own): poll.since for own in poll.names}
-        rows: Any = self.merged(PLACED_ROW, marks, upto)
+        rows: Any = self.merged(PLACED_ROW, dict.fromkeys(poll.places(), poll.since), upto)
         if poll.me is None:
             rows, end = self.log(poll, upto)
         with contextlib.closing(rows):
@@ -4154,9 +4153,12 @@ class Mailboxes:
         if visible:
             self.highest = visible[-1].tick
 
-    def newest(self, poll: Poll) -> int:
-        """The newest tick there could be for this poll, without asking the disk."""
-        return self.highest if poll.me is None else max(self.box(str(poll.channel), own).newest for own in poll.names)
+    def news(self, poll: Poll) -> Poll | None:
+        """The poll, for only those names that have a message above its cursor; None if nobody has. It asks no disk."""
+        if poll.me is None:
+            return poll if self.highest > poll.since else None
+        names = tuple([own for own in poll.names if self.box(str(poll.channel), own).newest > poll.since])
+        return poll._replace(names=names) if names else None
 
     def park(self, connection: Connection, parked: Parked) -> None:
         self.parked[connection] = parked
@@ -4169,9 +4171,8 @@ class Mailboxes:
         parked = self.parked.pop(connection)
         self.behind.pop(connection, None)
         for key in parked.places():
-            here = self.waiting[key]
-            del here[connection]
-            if not here:
+            del self.waiting[key][connection]
+            if not self.waiting[key]:
                 del self.waiting[key]
         return parked
 
@@ -4915,8 +4916,9 @@ class Receiving:
         return found, reached
 
     def read_new(self, poll: Poll) -> tuple[list[Message], int | None]:
-        """The same, without a look at the disk if there can be none."""
-        return self.read(poll) if self.mailboxes.newest(poll) > poll.since or not self.bus.sure else ([], None)
+        """The same, without a look at the disk where there can be none."""
+        may_have = self.mailboxes.news(poll) if self.bus.sure else poll
+        return self.read(may_have) if may_have else ([], None)
 
     def note_removed(self, poll: Poll) -> None:
         """A message that the current commit removes must already count as a gap for readers that look now."""
@@ -5243,8 +5245,8 @@ def delivery(
 def in_json(found: tuple[Message, ...], now: int, more: bool, gap: tuple[int, int] | None, bus: str) -> bytes:
     lost = f', "gap": {{"from": {seconds(gap[0])}, "to": {seconds(gap[1])}}}' if gap else ""
     messages = ", ".join([message.render() for message in found])
-    end = f'"now": {seconds(now)}, "more": {boolean(more)}{lost}, "bus": "{bus}"'
-    return f'{{"messages": [{messages}], {end}}}\n'.encode()
+    body = f'{{"messages": [{messages}], "now": {seconds(now)}, "more": {boolean(more)}{lost}, "bus": "{bus}"}}\n'
+    return body.encode()
 
 
 def entry(bus: Bus, one: Draft, stored: Stored) -> str:
