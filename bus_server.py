@@ -3047,7 +3047,7 @@ class Rows:
         message = made(Message, row[:8])
         if checksum(message) == row[8] and message.text.startswith(f'"from": "{message.sender}"'):
             return message
-        self.damaged(f"message {message.tick:x}" + (f" to {message.to}" if message.to else ""))
+        self.damaged(f"message {message.tick:x} to {message.to}")
         return None
 
     def ask(self, statement: str, *values: Any) -> Any:

@@ -223,7 +223,7 @@ def test_a_damaged_list_of_runs_is_merged_no_further_and_mended_at_the_next_star
     world.state.close()
 
 
-def test_a_damaged_message_without_a_mailbox_is_told_by_its_id_alone(tmp_path, capfd):
+def test_a_message_whose_row_is_gone_is_told_with_the_mailbox_that_has_its_place(tmp_path, capfd):
     """Its place is there, and its row is not."""
     world = World(tmp_path / "bus.db", 0)
     world.state.index.FLUSH_MESSAGES = 1
@@ -231,7 +231,7 @@ def test_a_damaged_message_without_a_mailbox_is_told_by_its_id_alone(tmp_path, c
     world.state.writing.execute("DELETE FROM messages")
     [row] = ticks_of(world.state.mail(bus_server.PLACED_ROW, ("default", "bob"), 0))
     assert world.state.checked(row) is None
-    assert f"message {BEGIN:x} is damaged" in said(capfd)
+    assert f"message {BEGIN:x} to bob is damaged" in said(capfd)
     world.state.close()
 
 
