@@ -4024,16 +4024,13 @@ class Mailboxes:
                 self.note(str(reader.channel), own, FETCHED, tick, reader.who)
                 continue
             since = reader.since if isinstance(reader, Poll) and own != reader.me else 0
-            if since > box.fetched and self.has_hole(str(reader.channel), own, box, since):
-                low, high = box.above
-                box.above = min(low or since, since), max(high, tick)
-            else:
-                self.fetched(reader, own, box, tick)
-
-    def has_hole(self, channel: str, own: str, box: Mailbox, since: int) -> bool:
-        """Is there a message between what was fetched of this mailbox and a cursor?"""
-        look = partial(self.look, channel, own, since, self.LOOKED_FOR_HOLE)
-        return bool(box.oldest(box.fetched, self.wall(), look)[0])
+            if since > box.fetched:
+                look = partial(self.look, str(reader.channel), own, since, self.LOOKED_FOR_HOLE)
+                if box.oldest(box.fetched, self.wall(), look)[0]:
+                    low, high = box.above
+                    box.above = min(low or since, since), max(high, tick)
+                    continue
+            self.fetched(reader, own, box, tick)
 
     def fetched(self, reader: Reader, own: str, box: Mailbox, tick: int) -> None:
         box.reached = max(box.reached, tick)
@@ -4153,13 +4150,6 @@ class Mailboxes:
         if visible:
             self.highest = visible[-1].tick
 
-    def news(self, poll: Poll) -> Poll | None:
-        """The poll, for only those names that have a message above its cursor; None if nobody has. It asks no disk."""
-        if poll.me is None:
-            return poll if self.highest > poll.since else None
-        names = tuple([own for own in poll.names if self.box(str(poll.channel), own).newest > poll.since])
-        return poll._replace(names=names) if names else None
-
     def park(self, connection: Connection, parked: Parked) -> None:
         self.parked[connection] = parked
         for own in parked.present():
@@ -4208,6 +4198,14 @@ class Mailboxes:
                 its = [*islice(wanted, most)]
                 woken.update({connection: its} if its else {})
         return woken
+
+
+def news(mailboxes: Mailboxes, poll: Poll) -> Poll | None:
+    """The poll, for only those names that have a message above its cursor; None if nobody has. It asks no disk."""
+    if poll.me is None:
+        return poll if mailboxes.highest > poll.since else None
+    names = tuple([own for own in poll.names if mailboxes.box(str(poll.channel), own).newest > poll.since])
+    return poll._replace(names=names) if names else None
 
 
 # ── Bus ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -4917,7 +4915,7 @@ class Receiving:
 
     def read_new(self, poll: Poll) -> tuple[list[Message], int | None]:
         """The same, without a look at the disk where there can be none."""
-        may_have = self.mailboxes.news(poll) if self.bus.sure else poll
+        may_have = news(self.mailboxes, poll) if self.bus.sure else poll
         return self.read(may_have) if may_have else ([], None)
 
     def note_removed(self, poll: Poll) -> None:
