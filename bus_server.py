@@ -1539,16 +1539,18 @@ class Outgoing:
 
     def within_memory(self, answer: Answer, bare: bool) -> tuple[Answer, bytes]:
         """The answer and its bytes; or a refusal, if too much is unread or there is no memory for these bytes."""
-        refused = unread_answers()
-        if not self.door.is_full(self, len(answer.body)):
-            try:
-                return answer, http_bytes(answer, bare, self.closing)
-            except MemoryError:
-                say_exception()
-                refused = our_fault()
+        try:
+            if self.door.is_full(self, len(answer.body)):
+                raise unread_answers()
+            return answer, http_bytes(answer, bare, self.closing)
+        except Refused as full:
+            refused = refusal(full)
+        except MemoryError:
+            say_exception()
+            refused = refusal(our_fault())
         if answer.delivers:
             self.door.app.lost(*answer.delivers)
-        return refusal(refused), http_bytes(refusal(refused), bare, self.closing)
+        return refused, http_bytes(refused, bare, self.closing)
 
     def resume_writing(self) -> None:
         """The system has taken all that was written so far."""
@@ -2559,7 +2561,7 @@ PLACED = f"""FROM runs CROSS JOIN places ON places.run = runs.run
     WHERE runs.upto > ? AND places.mailbox = {MAILBOX} AND places.tick > ? AND places.tick <= ?"""
 LISTED = """FROM (SELECT value AS tick FROM json_each(?)) AS places CROSS JOIN messages ON messages.tick = places.tick
     JOIN mailboxes ON id = messages.mailbox WHERE 1"""
-PLACED_ROW = f"places.{ROW}"
+PLACED_ROW = "places.tick, sender, text, n, expires, answers, sum"  # mail() adds channel and name: then it is a ROW
 TICKS_LISTED = 256
 ALIVE = "(expires IS NULL OR expires > ?)"
 IS_FRONT = "SELECT 1 FROM sqlite_master WHERE name = 'front'"  # a row, if the database is a front's copy of a ledger
@@ -3045,7 +3047,7 @@ class Rows:
         message = made(Message, row[:8])
         if checksum(message) == row[8] and message.text.startswith(f'"from": "{message.sender}"'):
             return message
-        self.damaged(f"message {message.tick:x}" + (f" to {message.to}" if message.to else ""))
+        self.damaged(f"message {message.tick:x} to {message.to}")
         return None
 
     def ask(self, statement: str, *values: Any) -> Any:
@@ -3063,6 +3065,7 @@ class Rows:
 
         Exhaust or close it: an open statement would let the WAL grow for ever.
         """
+        channel, own = mailbox
         order = "DESC" if backwards else "ASC"
         parts: list[tuple[str, Sequence[Any]]] = []
         if above < self.tail.above:
@@ -3077,7 +3080,21 @@ class Rows:
             parts.append((f"{LISTED} AND {only}", (encode(some[::-1] if backwards else some),)))
         for source, its in reversed(parts) if backwards else parts:
             with contextlib.closing(self.database.execute(f"SELECT {columns} {source}", its)) as rows:
-                yield from rows
+                if columns == PLACED_ROW:
+                    for tick, sender, text, n, expires, answers, check in rows:
+                        yield tick, channel, own, sender, text, n, expires, answers, check
+                else:
+                    yield from rows
+
+    def merged(self, columns: str, marks: dict[Key, int], upto: int) -> Generator[tuple[Any, ...], None, None]:
+        """mail() of several mailboxes, each above its mark, in the order of ticks. Exhaust or close it.
+
+        They are merged as they are read: a reader far behind costs no more than the rows it takes. Each statement has a
+        text of its own, `AND 1` or `AND 2`: while one is open, sqlite3 compiles another one of the same text anew.
+        """
+        with contextlib.ExitStack() as opened:
+            each = (self.mail(columns, *mark, upto, only=str(number)) for number, mark in enumerate(marks.items(), 1))
+            yield from heapq.merge(*[opened.enter_context(contextlib.closing(rows)) for rows in each])
 
     def first(self, *wanted: Any, **how: Any) -> Any:
         """The first row of mail(), or None."""
@@ -3436,21 +3453,17 @@ class View(Rows):
         or not. Then the second value is the tick it got to; it is None when nothing is left.
         """
         found: list[Message] = []
-        size, reached, end = 0, 0, upto
-        with contextlib.ExitStack() as opened:
-            if poll.me is None:
-                rows, end = self.log(poll, upto)
-                parts: list[Any] = [opened.enter_context(contextlib.closing(rows))]
-            else:
-                each = (self.mail(PLACED_ROW, (str(poll.channel), own), poll.since, upto) for own in poll.names)
-                parts = [opened.enter_context(contextlib.closing(rows)) for rows in each]
-            # Ordered parts are merged as they are read: a reader far behind costs no more than the rows it takes.
-            for looked, row in enumerate(heapq.merge(*parts)):
-                if len(found) == poll.limit or size > poll.room or looked == MAX_MESSAGES:
+        reached, end, room = 0, upto, poll.room
+        rows: Any = self.merged(PLACED_ROW, dict.fromkeys(poll.places(), poll.since), upto)
+        if poll.me is None:
+            rows, end = self.log(poll, upto)
+        with contextlib.closing(rows):
+            for looked, row in enumerate(rows):
+                if len(found) == poll.limit or room < 0 or looked == MAX_MESSAGES:
                     return found, reached
                 message = self.checked(row)
                 reached = row[0]
-                size += len(row[4] or "")  # of its text, which was read also if nobody wants it
+                room -= len(row[4] or "")  # of its text, which was read also if nobody wants it
                 if message and poll.wants(message) and not self.is_expired(message):
                     found.append(message)
         return found, end if end < upto else None
@@ -3952,18 +3965,18 @@ class Mailboxes:
         """How many of these names have no mailbox yet. `all` counts only if it is the one name: each poll has it."""
         return sum((channel, own) not in self.boxes for own in names if own != EVERYONE or len(names) == 1)
 
-    def of(self, reader: Reader) -> Iterator[Mailbox]:
-        """The mailboxes a reader listens to, its own first; their marks are about to change."""
+    def of(self, reader: Reader) -> Iterator[tuple[str, Mailbox]]:
+        """The mailboxes a reader listens to, its own first, with their names; their marks are about to change."""
+        channel = str(reader.channel)
         for own in reader.present():
-            key = (str(reader.channel), own)
-            self.changed.add(key)
-            yield self.box(*key)
+            self.changed.add((channel, own))
+            yield own, self.box(channel, own)
 
     # Presence and marks
 
     def polled(self, reader: Parked, address: str, wall: int) -> None:
         now = self.clock()
-        for box in self.of(reader):
+        for _, box in self.of(reader):
             if box.until < now:
                 box.listening = wall
             box.until = max(box.until, now + (reader.hold or HOLD) + GRACE)
@@ -4005,17 +4018,18 @@ class Mailboxes:
         A mark says that everything up to it was delivered. So it does not move over a hole: in a group's mailbox, the
         messages between its mark and the reader's cursor were not delivered.
         """
-        for own, box in zip(reader.present(), self.of(reader)):
+        for own, box in self.of(reader):
             box.reached = max(box.reached, tick)
             if own == EVERYONE:  # it is nobody's own mailbox, and has no marks
                 self.note(str(reader.channel), own, FETCHED, tick, reader.who)
                 continue
             since = reader.since if isinstance(reader, Poll) and own != reader.me else 0
-            look = partial(self.look, str(reader.channel), own, since, self.LOOKED_FOR_HOLE)
-            if since > box.fetched and box.oldest(box.fetched, self.wall(), look)[0]:
-                low, high = box.above
-                box.above = min(low or since, since), max(high, tick)
-                continue
+            if since > box.fetched:
+                look = partial(self.look, str(reader.channel), own, since, self.LOOKED_FOR_HOLE)
+                if box.oldest(box.fetched, self.wall(), look)[0]:
+                    low, high = box.above
+                    box.above = min(low or since, since), max(high, tick)
+                    continue
             self.fetched(reader, own, box, tick)
 
     def fetched(self, reader: Reader, own: str, box: Mailbox, tick: int) -> None:
@@ -4024,8 +4038,9 @@ class Mailboxes:
             if box.newest > box.fetched:  # else the receipt is for no message, and nothing would ever remove it
                 self.note(str(reader.channel), own, FETCHED, tick, reader.who)
             box.fetched = tick
-        if box.mark() >= box.newest:  # then it need not be counted
-            box.base = box.mark(), box.n
+        mark = box.mark()
+        if mark >= box.newest:  # then it need not be counted
+            box.base = mark, box.n
 
     def came(self, message: Message) -> int:
         """Highest tick that a reader has of the message's mailbox or, for a message to `all`, that any reader has."""
@@ -4041,9 +4056,10 @@ class Mailboxes:
 
     def note(self, channel: str, own: str, kind: int, tick: int, reader: str) -> None:
         """Mail was fetched: keep a receipt, and tell between which ticks. Each way to fetch a message ends here."""
-        receipt = Receipt(channel, own, kind, tick, reader, self.wall())
-        if not (receipt.slot() in self.receipts if kind == ALONE else own == EVERYONE):  # the first reading counts
-            self.receipts[receipt.slot()] = receipt
+        if own != EVERYONE or kind == ALONE:
+            receipt = made(Receipt, (channel, own, kind, tick, reader, self.wall()))
+            if kind != ALONE or receipt.slot() not in self.receipts:  # the first reading counts
+                self.receipts[receipt.slot()] = receipt
         for tell in self.on_fetched if kind != ACKNOWLEDGED else ():  # what is acknowledged becomes fetched as well
             tell(channel, own, tick - 1 if kind == ALONE else 0, tick)
 
@@ -4134,10 +4150,6 @@ class Mailboxes:
         if visible:
             self.highest = visible[-1].tick
 
-    def newest(self, poll: Poll) -> int:
-        """The newest tick there could be for this poll, without asking the disk."""
-        return self.highest if poll.me is None else max(self.box(str(poll.channel), own).newest for own in poll.names)
-
     def park(self, connection: Connection, parked: Parked) -> None:
         self.parked[connection] = parked
         for own in parked.present():
@@ -4186,6 +4198,14 @@ class Mailboxes:
                 its = [*islice(wanted, most)]
                 woken.update({connection: its} if its else {})
         return woken
+
+
+def news(mailboxes: Mailboxes, poll: Poll) -> Poll | None:
+    """The poll, for only those names that have a message above its cursor; None if nobody has. It asks no disk."""
+    if poll.me is None:
+        return poll if mailboxes.highest > poll.since else None
+    names = tuple([own for own in poll.names if mailboxes.box(str(poll.channel), own).newest > poll.since])
+    return poll._replace(names=names) if names else None
 
 
 # ── Bus ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -4896,8 +4916,9 @@ class Receiving:
         return found, reached
 
     def read_new(self, poll: Poll) -> tuple[list[Message], int | None]:
-        """The same, without a look at the disk if there can be none."""
-        return self.read(poll) if self.mailboxes.newest(poll) > poll.since or not self.bus.sure else ([], None)
+        """The same, without a look at the disk where there can be none."""
+        may_have = news(self.mailboxes, poll) if self.bus.sure else poll
+        return self.read(may_have) if may_have else ([], None)
 
     def note_removed(self, poll: Poll) -> None:
         """A message that the current commit removes must already count as a gap for readers that look now."""
@@ -4937,8 +4958,8 @@ class Receiving:
 
     def poll_answer(self, connection: Connection, poll: Poll, messages: Sequence[Message] = ()) -> Answer:
         """The messages of a commit that woke this poll, up to the limits of one answer."""
-        sizes = accumulate(len(message.text) for message in messages)
-        count = min(poll.limit, 1 + sum(size <= poll.room for size in sizes))
+        sizes = [*accumulate([len(message.text) for message in messages])]
+        count = min(poll.limit, 1 + bisect_right(sizes, poll.room))
         reached = messages[count - 1].tick if count < len(messages) else None
         return delivery(self.bus, poll, messages[:count], reached)
 
@@ -5209,21 +5230,23 @@ def delivery(
     """The answer to a poll. `reached`: the last tick that was looked at, if it is not the end."""
     now = reached or max(poll.since, bus.last)
     bus.figures.delivered += len(found)
-    headers: Headers = ()
-    if poll.plain:
-        body = "".join(block(json.loads(message.render()), poll.me, bus.view.clock()) for message in found)
-        if gap:
-            body = f"-- messages from {iso(gap[0])} to {iso(gap[1])} are gone: retention removed them\n{body}"
-        headers = (("Bus-Now", seconds(now)), ("Bus-More", boolean(bool(reached))), ("Bus-Id", bus.state.bus))
-    else:
-        lost = f', "gap": {{"from": {seconds(gap[0])}, "to": {seconds(gap[1])}}}' if gap else ""
-        body = (
-            f'{{"messages": [{", ".join(message.render() for message in found)}], "now": {seconds(now)}, '
-            f'"more": {boolean(bool(reached))}{lost}, "bus": "{bus.state.bus}"}}\n'
-        )
-    kind = "text/plain; charset=utf-8" if poll.plain else "application/json"
     delivers = (poll, found[-1].tick) if found and poll.me else None
-    return Answer(200, body.encode(), kind, headers, delivers)
+    if not poll.plain:
+        body = in_json(tuple(found), now, bool(reached), gap, bus.state.bus)
+        return made(Answer, (200, body, "application/json", (), delivers, None))
+    text = "".join(block(json.loads(message.render()), poll.me, bus.view.clock()) for message in found)
+    if gap:
+        text = f"-- messages from {iso(gap[0])} to {iso(gap[1])} are gone: retention removed them\n{text}"
+    headers = (("Bus-Now", seconds(now)), ("Bus-More", boolean(bool(reached))), ("Bus-Id", bus.state.bus))
+    return Answer(200, text.encode(), "text/plain; charset=utf-8", headers, delivers)
+
+
+@lru_cache(1)  # a broadcast has the same bytes for all of its readers
+def in_json(found: tuple[Message, ...], now: int, more: bool, gap: tuple[int, int] | None, bus: str) -> bytes:
+    lost = f', "gap": {{"from": {seconds(gap[0])}, "to": {seconds(gap[1])}}}' if gap else ""
+    messages = ", ".join([message.render() for message in found])
+    body = f'{{"messages": [{messages}], "now": {seconds(now)}, "more": {boolean(more)}{lost}, "bus": "{bus}"}}\n'
+    return body.encode()
 
 
 def entry(bus: Bus, one: Draft, stored: Stored) -> str:

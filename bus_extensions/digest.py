@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import heapq
 import time
 from collections import Counter
 from collections.abc import Generator, Sequence
@@ -223,9 +222,4 @@ def rows(bus: Bus, poll: Poll, above: dict[str, int]) -> Generator[tuple[Any, ..
     given = f"CASE WHEN {may_have_one} AND json_valid({json}) THEN json_extract({json}, '$.priority') END"
     alive = ALIVE.replace("?", str(bus.view.clock()))
     columns = f"places.tick, sender, ifnull(thread, places.tick), name, {alive}, length(text), {may_have_one}, {given}"
-    with contextlib.ExitStack() as opened:
-        parts = [
-            opened.enter_context(contextlib.closing(bus.view.mail(columns, (str(poll.channel), own), mark, bus.last)))
-            for own, mark in above.items()
-        ]
-        yield from heapq.merge(*parts)
+    return bus.view.merged(columns, {(str(poll.channel), own): mark for own, mark in above.items()}, bus.last)

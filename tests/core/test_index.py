@@ -223,7 +223,7 @@ def test_a_damaged_list_of_runs_is_merged_no_further_and_mended_at_the_next_star
     world.state.close()
 
 
-def test_a_damaged_message_without_a_mailbox_is_told_by_its_id_alone(tmp_path, capfd):
+def test_a_message_whose_row_is_gone_is_told_with_the_mailbox_that_has_its_place(tmp_path, capfd):
     """Its place is there, and its row is not."""
     world = World(tmp_path / "bus.db", 0)
     world.state.index.FLUSH_MESSAGES = 1
@@ -231,7 +231,7 @@ def test_a_damaged_message_without_a_mailbox_is_told_by_its_id_alone(tmp_path, c
     world.state.writing.execute("DELETE FROM messages")
     [row] = ticks_of(world.state.mail(bus_server.PLACED_ROW, ("default", "bob"), 0))
     assert world.state.checked(row) is None
-    assert f"message {BEGIN:x} is damaged" in said(capfd)
+    assert f"message {BEGIN:x} to bob is damaged" in said(capfd)
     world.state.close()
 
 
@@ -266,6 +266,24 @@ def test_a_turn_reads_with_the_index_as_it_was_announced(tmp_path):
         for name in ("ann", "all"):
             assert ticks_of(world.state.view.mail("1", ("default", name), 0)) == [(1,)]
     world.state.close()
+
+
+@pytest.mark.parametrize("flush", [1, 100], ids=["in runs", "in memory"])
+def test_a_read_of_several_mailboxes_compiles_no_statement_twice(tmp_path, monkeypatch, flush):
+    monkeypatch.setattr(Index, "FLUSH_MESSAGES", flush)
+    state, compiled = State(str(tmp_path / "bus.db")), []
+    put = Put([draft({"from": "dora", "to": each, "msg": "x"}, None) for each in NAMES for _ in range(3)])
+    state.apply([put], Now(BEGIN, BEGIN))
+    view = state.view
+    view.tail = state.tail
+    view.database.set_authorizer(lambda *what: compiled.append(what) or sqlite3.SQLITE_OK)
+    poll = bus_server.Poll("ann", NAMES, "default", None, 0, 100, 0, False)
+    first, _ = view.after(poll, state.last)
+    assert len(first) == 3 * len(NAMES) and compiled
+    compiled.clear()
+    assert view.after(poll, state.last)[0] == first
+    assert compiled == []
+    state.close()
 
 
 def test_after_a_failed_commit_turns_read_with_the_tail_they_had_until_it_is_announced(tmp_path):

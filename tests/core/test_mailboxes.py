@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from bus_server import EVERYONE, GRACE, PARKED_PER_NAME, Deadlines, Mailboxes, Message, Poll
+from bus_server import EVERYONE, GRACE, PARKED_PER_NAME, Deadlines, Mailboxes, Message, Poll, news
 from tests.kit.clock import Clock
 
 
@@ -237,10 +237,17 @@ def test_marks_that_changed_are_given_out_once(mailboxes):
     assert mailboxes.take_marks() == []
 
 
-def test_newest_needs_no_disk(mailboxes):
+def test_a_poll_looks_only_where_news_are(mailboxes):
     mailboxes.add([message(50, "bob"), message(60, EVERYONE), message(70, "eve")])
-    assert mailboxes.newest(poll("bob")) == 60 and mailboxes.newest(poll("eve")) == 70
-    assert mailboxes.newest(poll("bob", channel="lab")) == 0 and mailboxes.newest(poll(observer=True)) == 70
+    asked = [(own, since) for own in ("bob", "eve") for since in (49, 59, 60, 70)]
+    found = {(own, since): news(mailboxes, poll(own, since=since)) for own, since in asked}
+    assert {its: narrowed.names for its, narrowed in found.items() if narrowed} == {
+        ("bob", 49): ("bob", EVERYONE), ("bob", 59): (EVERYONE,),
+        ("eve", 49): ("eve", EVERYONE), ("eve", 59): ("eve", EVERYONE), ("eve", 60): ("eve",),
+    }  # fmt: skip
+    assert news(mailboxes, poll("bob", channel="lab")) is None
+    observer = poll(observer=True, since=69)
+    assert news(mailboxes, observer) == observer and news(mailboxes, observer._replace(since=70)) is None
 
 
 # Deadlines

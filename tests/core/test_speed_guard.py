@@ -119,6 +119,24 @@ def test_a_durable_send_takes_no_more_cpu_than_it_did():
     assert cost < MOST, f"a send costs {cost:.1f} times the fixed work, {MOST} at most: make profile says where"
 
 
+def test_a_broadcast_is_made_into_json_once_for_all_of_its_readers(monkeypatch):
+    bus, answers, rendered = inside.make(":memory:"), [], []
+    render = bus_server.Message.render
+    monkeypatch.setattr(bus_server.Message, "render", lambda message: rendered.append(message) or render(message))
+    for number in range(CONNECTIONS):
+        reader = bus_server.Connection(bus.door)
+        reader.connection_made(Transport(answers.append))
+        reader.data_received(POLL.replace(b"dell&wait=0", b"reader-%d&wait=60" % number))
+    sender = bus_server.Connection(bus.door)
+    sender.connection_made(Transport(lambda data: None))
+    sender.data_received(REQUEST.replace(b'"to": "dell"', b'"to": "all" '))
+    while len(answers) < CONNECTIONS:
+        bus.loop.take_turn()
+    inside.close(bus)
+    assert len({answer.partition(b"\r\n\r\n")[2] for answer in answers}) == 1
+    assert len(rendered) == 1
+
+
 @pytest.mark.parametrize("stage", [path for path, _ in STAGES if path not in ("BEGIN", "COMMIT")])
 def test_the_profile_knows_where_each_of_its_stages_is(stage):
     owner, name = find(stage)
