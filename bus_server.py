@@ -4711,7 +4711,7 @@ class Sending:
             drafts.append(one)
         return drafts, several
 
-    def check(self, request: Request, drafts: list[Draft]) -> str:
+    def check(self, owner: str, drafts: list[Draft]) -> str:
         """Refused, if these messages cannot be stored together and now; else a warning, or an empty text.
 
         A refused send stores nothing. Cheap checks come first.
@@ -4738,7 +4738,7 @@ class Sending:
                 is_counted = False
         if not is_counted:
             raise unavailable("the bus counts the messages that nobody has fetched: nothing was stored, try again", 1)
-        return bus.storms.check(drafts, each, new, request.owner())
+        return bus.storms.check(drafts, each, new, owner)
 
     def check_room(self, box: Mailbox, channel: str, sender: str, to: str) -> bool:
         """Is it known whether a mailbox has room?
@@ -5091,9 +5091,9 @@ def core_routes(bus: Bus) -> None:
 
 
 def send(bus: Bus, request: Request) -> None:
-    drafts, several = bus.sending.drafts(request)
-    warning = bus.sending.check(request, drafts)
-    bus.do(bus.ledger.put(drafts, request.owner()), request.peer, partial(bus.sending.answer, warning, several))
+    owner, (drafts, several) = request.owner(), bus.sending.drafts(request)
+    warning = bus.sending.check(owner, drafts)
+    bus.do(bus.ledger.put(drafts, owner), request.peer, partial(bus.sending.answer, warning, several))
 
 
 def verbatim(body: bytes, query: Query) -> dict[str, Any]:
