@@ -3318,8 +3318,8 @@ class State(Rows):
         """The earlier sends that had the same keys as those in this list."""
         found: Known = {}
         texts = defaultdict[Any, set[str]](set)
-        for drafts in (operation.drafts for operation in operations if type(operation) is Put):
-            for one in drafts:
+        for operation in operations:
+            for one in operation.drafts if isinstance(operation, Put) else ():
                 if one.key:
                     texts[one.sender, one.channel, one.key].add(one.text)
         if not texts:
@@ -3868,7 +3868,7 @@ class Mailbox:
     def has_room(self) -> bool:
         """Is it counted, up to now, and far from full? Else Sending.check_room() finds out whether it has room."""
         known = self.pending
-        return bool(known and known.upto == self.newest and known.above == self.reached and not known.is_much())
+        return known is not None and known.upto == self.newest and known.above == self.reached and not known.is_much()
 
     def mark(self) -> int:
         """Messages above this tick are unread: the owner's cursor or, if it is only read as a group, `fetched`."""
@@ -4454,15 +4454,15 @@ class Bus:
     def admit(self, request: Request) -> None:
         head = request.parsed
         request.grant = self.gate.admit(head)
-        request.endpoint = self.routes.get(head.asks)
+        endpoint = request.endpoint = self.routes.get(head.asks)
         may_be_large = head.command == "GET" and head.route not in self.gate.public
         if may_be_large and self.door.is_full(request.peer, ANSWER_BYTES):
             raise unread_answers()
-        if request.endpoint and request.endpoint.sink:
-            request.sink = request.endpoint.sink(request)
+        if endpoint and endpoint.sink:
+            request.sink = endpoint.sink(request)
         elif head.length > self.max_body:
             raise Refused(413, f"the body has {head.length} bytes and the limit is {self.max_body}; nothing was stored")
-        elif head.length > HEAD_BYTES and not request.endpoint:
+        elif head.length > HEAD_BYTES and not endpoint:
             self.answer(request)  # refuses it; nobody would read the body
 
     def answer(self, request: Request) -> Answer | None:
@@ -4749,7 +4749,7 @@ class Sending:
             drafts.append(one)
         return drafts, several
 
-    def check(self, request: Request, drafts: list[Draft]) -> str:
+    def check(self, owner: str, drafts: list[Draft]) -> str:
         """Refused, if these messages cannot be stored together and now; else a warning, or an empty text.
 
         A refused send stores nothing. Cheap checks come first.
@@ -4776,7 +4776,7 @@ class Sending:
                 is_counted = False
         if not is_counted:
             raise unavailable("the bus counts the messages that nobody has fetched: nothing was stored, try again", 1)
-        return bus.storms.check(drafts, each, new, request.owner())
+        return bus.storms.check(drafts, each, new, owner)
 
     def check_room(self, box: Mailbox, channel: str, sender: str, to: str) -> bool:
         """Is it known whether a mailbox has room?
@@ -5130,9 +5130,9 @@ def core_routes(bus: Bus) -> None:
 
 
 def send(bus: Bus, request: Request) -> None:
-    drafts, several = bus.sending.drafts(request)
-    warning = bus.sending.check(request, drafts)
-    bus.do(bus.ledger.put(drafts, request.owner()), request.peer, partial(bus.sending.answer, warning, several))
+    owner, (drafts, several) = request.owner(), bus.sending.drafts(request)
+    warning = bus.sending.check(owner, drafts)
+    bus.do(bus.ledger.put(drafts, owner), request.peer, partial(bus.sending.answer, warning, several))
 
 
 def verbatim(body: bytes, query: Query) -> dict[str, Any]:
@@ -5255,10 +5255,10 @@ def entry(bus: Bus, one: Draft, stored: Stored) -> str:
     receiver = bus.truths.get(which)
     if receiver is None:
         receiver = bus.truths[which] = truth(bus, one)
-    ticks, duplicate = stored
-    ids = "" if len(ticks) == 1 else f', "ids": {encode({each: f"{tick:x}" for each, tick in zip(one.to, ticks)})}'
+    (*others, last), duplicate = stored
+    ids = f', "ids": {encode({to: f"{tick:x}" for to, tick in zip(one.to, stored.ticks)})}' if others else ""
     return (
-        f'"ok": true, "ts": {seconds(ticks[-1])}, "channel": "{one.channel}", "id": "{ticks[-1]:x}"{ids}, '
+        f'"ok": true, "ts": {seconds(last)}, "channel": "{one.channel}", "id": "{last:x}"{ids}, '
         f'"duplicate": {"true" if duplicate else "false"}, "receiver": {receiver}'
     )
 
@@ -5273,9 +5273,9 @@ def truth(bus: Bus, one: Draft) -> str:
     box = bus.mailboxes.box(one.channel, to)
     seen = seconds(box.seen) if box.seen else "null"
     count = unread(bus, one.channel, to, box)
-    online, is_known = bus.mailboxes.online(box), bool(box.seen) or known(bus, one, to)
-    more = f'"known": {boolean(is_known)}{"" if is_known else similar(bus, one, to)}'
-    return f'{{"online": {boolean(online)}, "last_seen": {seen}, "unread": {count}, {more}}}'
+    online = boolean(bus.mailboxes.online(box))
+    more = "true" if box.seen or known(bus, one, to) else f"false{similar(bus, one, to)}"
+    return f'{{"online": {online}, "last_seen": {seen}, "unread": {count}, "known": {more}}}'
 
 
 def known(bus: Bus, one: Draft, own: str) -> bool:

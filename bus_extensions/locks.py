@@ -195,7 +195,7 @@ class Locks:
         """Tell the holder who waits."""
         with contextlib.suppress(Refused):  # its mailbox is full, or they write to each other too often
             drafts = [words.wish(waiter.lock, held, now)]
-            self.bus.sending.check(waiter.request, drafts)
+            self.bus.sending.check(waiter.request.owner(), drafts)
             self.bus.do(self.bus.ledger.put(drafts, waiter.request.owner()), None, nothing_follows)
 
     def renewed(self, connection: Connection | None, renew: its.Renew, until: int) -> Answer:

@@ -120,7 +120,7 @@ class Replies:
             raise Refused(400, "a question must be one message to one name, not to all")
         request.grant.check([drafts[0].sender])
         hold = request.query().number("wait", HOLD, 0, HOLD_MAX)
-        warning = self.bus.sending.check(request, drafts)
+        warning = self.bus.sending.check(request.owner(), drafts)
         put = self.bus.ledger.put(drafts, request.owner())
         self.bus.do(put, request.peer, partial(self.asked, request.grant, hold, warning))
 
