@@ -4714,6 +4714,8 @@ class Sending:
             messages = [request.grant.sign(message) for message in messages]
         for check in self.bus.checks:
             check(messages)
+        if isinstance(value, dict) and value.get("to") == "" and not self.view.has_room():
+            raise no_room()  # the doctor asks with a message to nobody, which is refused in any case
         key = request.fields.get("idempotency-key")
         drafts = []
         for message in messages:
@@ -5904,6 +5906,8 @@ def run_server(options: argparse.Namespace, state: State) -> int:
     for url, _ in bus.listeners:
         print(f"listening on {url}", flush=True)
     print(f"messages are in {state.path}", flush=True)
+    if not state.view.has_room():
+        say(f"WARNING: {no_room().sentence.partition(':')[0]}: each send gets 507 until you make room")
     print(extensions, flush=True)
     bus.tidy()
     bus.loop.every(TIDY_SECONDS, bus.tidy)

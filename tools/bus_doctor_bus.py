@@ -28,6 +28,7 @@ CHANNEL = "doctor"
 TOKEN = re.compile(r"abt_[0-9a-f]{8}_[A-Za-z0-9_-]{43}")
 
 FIRST = "bus_send.py, bus_recv.py and bus_listener.sh work with it; for receipts, tokens and the rest run bus_server.py"
+NO_ROOM = "where the bus runs: make room on the disk of its database, or remove old messages, as with {}"
 BETWEEN = "something on the way treats this request differently from the earlier ones: look into its log"
 LOGIN = "exempt the bus from that login (the bus has tokens), or avoid it with a tunnel"
 ROOM = "its disk has {:.1f} MiB free, and below {} MiB the bus may refuse messages (507): make room, or prune"
@@ -147,6 +148,11 @@ class Bus(Way):
         message = {"from": self.name, "to": "", "msg": "x" * BODY_BYTES, "channel": CHANNEL}
         try:
             bus_send.post(self.url, message, self.PATIENCE)
+        except bus_send.Unreachable as fault:
+            if not str(fault).startswith("507: "):
+                raise
+            advice = NO_ROOM.format(bus_recv.called("bus_server.py prune --older 7d", "prune --older 7d"))
+            raise Fault(f"disk: {str(fault)[5:]}", advice) from None
         except bus_send.Refused as refused:
             if refused.status == 400 and not str(refused).startswith("from"):
                 return f"as {self.name}: {BODY_BYTES >> 10} KiB arrive"

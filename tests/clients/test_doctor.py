@@ -22,7 +22,7 @@ from tests.clients.test_clients import refusing
 from tests.kit import bad_servers
 from tests.kit.bad_servers import FAULTS, HTML, Scripted, answer, mail, page
 from tests.kit.peers import invite
-from tests.kit.processes import PATIENCE, ROOT, Server, free_port, no_settings, wait_until
+from tests.kit.processes import PATIENCE, ROOT, SERVER, Server, free_port, no_settings, wait_until
 from tools import bus_doctor
 
 HOPS = ["url", "proxy", "dns", "tcp", "tls", "http", "bus", "clock", "token", "send", "recv", "hold", "file"]
@@ -394,6 +394,14 @@ def test_a_disk_that_is_nearly_full_is_told_where_the_bus_runs(examine, tmp_path
             patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=3 << 20))
             verdict, _, advice = examine(server.url, XDG_STATE_HOME=str(tmp_path))[0]["file"]
     assert verdict == "warn" and advice.startswith("its disk has 3.0 MiB free") and "prune" in advice
+
+
+NO_ROOM = ("-S", "-c", SERVER.replace("sys.exit", "bus_server.RESERVE_BYTES = 1 << 60; sys.exit"))
+
+
+def test_a_bus_whose_disk_takes_no_message_fails_wherever_its_database_is(fails, tmp_path):
+    with Server(tmp_path / "bus.db", program=NO_ROOM) as server:
+        fails("send", "^disk: .* MiB free: nothing was stored", "make room .* prune --older 7d", server.url)
 
 
 def test_the_doctor_and_the_bus_mean_the_same_room():

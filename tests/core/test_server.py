@@ -169,6 +169,12 @@ def test_binding_the_world_warns_loudly(tmp_path):
         assert bus.log.read_text() == ""
 
 
+def test_a_start_on_a_disk_without_room_warns(tmp_path):
+    little = SERVER.replace("sys.exit", "bus_server.RESERVE_BYTES = 1 << 60; sys.exit")
+    with Server(tmp_path / "bus.db", program=("-S", "-c", little)) as bus:
+        wait_until(lambda: "MiB free: each send gets 507 until you make room" in bus.log.read_text())
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_drain_answers_the_parked_and_exits_0(bus, number):
     answers = []
