@@ -5607,14 +5607,14 @@ Bash, curl and jq: curl -fO {url}/bus_listener.sh; AGENT_NAME=bob bash bus_liste
 # COMMANDS.
 
 
-def duration(text: str) -> float:
-    """'30d', '12h', '90m', '45s' in seconds; '0' is for ever.
+def duration(text: str, zero: str = "for ever") -> float:
+    """'30d', '12h', '90m', '45s' in seconds; '0' is what `zero` says.
 
     A number alone is refused: clients take it for seconds, but who writes `--keep 30` means days.
     """
     match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)([smhd]?)", text)
     if not match or not (match[2] or match[1] == "0"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a time like 30d, 12h, 90m, 45s, or 0 for ever")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a time like 30d, 12h, 90m, 45s, or 0 for {zero}")
     return float(match[1]) * {"": 0, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
 
 
@@ -6073,7 +6073,8 @@ def tokens(arguments: Sequence[str]) -> int:
 def prune(arguments: Sequence[str]) -> None:
     """Remove old messages now. If a server runs, it removes them, because only its connection may write."""
     parser = command("prune", "Remove old messages that were fetched, and old jobs that are done.")
-    parser.add_argument("--older", type=duration, default="30d", help="only if older than this, like 12h; 0: all (30d)")
+    older = partial(duration, zero="all, also those of this moment")
+    parser.add_argument("--older", type=older, default="30d", help="only if older than this, like 12h; 0: all (30d)")
     parser.add_argument("--pending", action="store_true", help="also remove unfetched messages, and jobs not done")
     parser.add_argument("--dry-run", action="store_true", help="only print how many there are")
     options = parser.parse_args(arguments)

@@ -156,6 +156,14 @@ def test_what_is_no_time_is_refused_everywhere(option):
         assert code == 2 and err, wrong
 
 
+@pytest.mark.parametrize("option, zero", [
+    (["--keep"], "0 for ever"), (["prune", "--older"], "0 for all, also those of this moment"),
+    (["invite", "x", "--expires"], "0 for ever"),
+])  # fmt: skip
+def test_what_0_means_is_said_for_each_option_of_the_bus(option, zero):
+    assert run("bus_server.py", *option, "x")[2].endswith(f"45s, or {zero}\n")
+
+
 # ── What is said of a send ───────────────────────────────────────────────────────────────────────────────────────────
 
 
