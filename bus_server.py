@@ -5648,7 +5648,7 @@ def within(least: float, most: float = math.inf, kind: Callable[[str], float] = 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of the core."""
     add = parser.add_argument
-    add("--host", help="address to listen on (127.0.0.1)")
+    add("--host", type=lambda text: text.strip("[]"), help="address to listen on (127.0.0.1)")
     add("--port", type=within(0, 65535), help="port to listen on; 0: any free one (8080)")
     add("--db", type=no_folder, default=default_path(), metavar="PATH", help="database, or :memory: (%(default)s)")
     add("--keep", type=duration, default="30d", help="remove messages older than this, like 12h; 0: keep all (30d)")

@@ -100,6 +100,13 @@ def test_a_bus_that_cannot_answer_ipv4_too_says_so(tmp_path):
         assert "IPv6 only: start with --host 0.0.0.0" in bus.log.read_text()
 
 
+@pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6")
+def test_a_host_may_be_in_brackets_as_in_the_url_that_the_bus_prints(tmp_path):
+    with Server(tmp_path / "bus.db", "--host", "[::1]") as bus:  # loopback, so that it needs no token
+        answer = urllib.request.urlopen(f"http://[::1]:{bus.port}/healthz", timeout=PATIENCE)
+        assert json.load(answer)["ok"]
+
+
 def test_an_unusable_database_is_one_clear_line(tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "text.db").write_text("this is no database " * 100)
