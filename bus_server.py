@@ -5961,7 +5961,7 @@ def invite(arguments: Sequence[str]) -> None:
     parser.add_argument("--send-only", action="store_true", help="the token may send, but not read")
     parser.add_argument("--operator", action="store_true", help="the token may read everything: /log and every mailbox")
     how = "the token is valid for TIME, as 90d or 12h; 0: for ever (0; with --page 12h)"
-    parser.add_argument("--expires", "--for", type=duration, metavar="TIME", help=how)
+    parser.add_argument("--expires", type=duration, metavar="TIME", help=how)
     page = "print a link to the page of the bus, for a browser, and not the line that joins a machine"
     parser.add_argument("--page", action="store_true", help=page)
     parser.add_argument("--label", default="", metavar="TEXT", help="tells the tokens of NAME apart: `revoke --label`")

@@ -317,7 +317,7 @@ ABOUT = {
     "open": """
 The link has your token, if you have one. An agent's token shows its own mail
 only. For a person who may see all:
-    agent-bus invite YOURNAME --operator --page --for 12h
+    agent-bus invite YOURNAME --operator --page --expires 12h
 """,
     "completion": """
 bash, in ~/.bashrc:                  eval "$(agent-bus completion bash)"
