@@ -2212,8 +2212,8 @@ def unauthorized(expired: float, shown: bool) -> Refused:
     wrong = "this bus does not accept this token, which is wrong, cut off or revoked"
     why = wrong if shown else "this bus needs a token"
     why = f"this token expired at {iso(int(expired) * 1000000)}" if expired else why
-    advice = f"set AGENT_BUS_TOKEN (curl: -H 'Authorization: Bearer TOKEN') to a token of: {called('invite')} NAME"
-    return Refused(401, f"{why}: {advice}", ("WWW-Authenticate", "Bearer"))
+    advice = "set AGENT_BUS_TOKEN (curl: -H 'Authorization: Bearer TOKEN') to one made on the machine of the bus by"
+    return Refused(401, f"{why}: {advice} {called('invite')} NAME", ("WWW-Authenticate", "Bearer"))
 
 
 class Gate:

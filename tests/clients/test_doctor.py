@@ -408,6 +408,17 @@ def test_the_doctor_and_the_bus_mean_the_same_room():
     assert sys.modules[bus_doctor.Bus.__module__].ROOM_BYTES == bus_server.RESERVE_BYTES
 
 
+def test_a_wrong_token_is_told_with_the_place_that_it_is_from(fails, tmp_path):
+    (tmp_path / "agent-bus").mkdir()
+    file = tmp_path / "agent-bus" / "default.env"
+    file.touch(0o600)
+    with Server(tmp_path / "bus.db") as bus:
+        invite(bus, "spark")
+        file.write_text(f"AGENT_BUS_URL={bus.url}\nAGENT_BUS_TOKEN={NOBODYS}\n")
+        fails("token", f"from {re.escape(str(file))}", "where the bus runs", bus.url, XDG_CONFIG_HOME=str(tmp_path))
+        fails("token", "from the environment", "where the bus runs", bus.url, AGENT_BUS_TOKEN=NOBODYS)
+
+
 def test_a_proxy_that_cannot_be_reached_may_be_left_out(fails):
     fails("tcp", "refuses", "no_proxy=bus.example", "http://bus.example", http_proxy=refusing())
 

@@ -289,7 +289,7 @@ def test_the_listener_tells_a_refusal_whole(tmp_path):
     subprocess.run(invite, env=env, capture_output=True, check=True, timeout=PATIENCE)
     with Server(tmp_path / "bus.db") as bus:
         code, said = listener(**env, AGENT_BUS_URL=bus.url, AGENT_NAME="lis")
-    assert code == 1 and said.endswith("to a token of: python3 bus_server.py invite NAME\n")
+    assert code == 1 and said.endswith("to one made on the machine of the bus by python3 bus_server.py invite NAME\n")
 
 
 @pytest.mark.parametrize("call", ["bus_send.py b hi --timeout 0", "bus_recv.py b --timeout 0", "tools/bus_who.py"])
