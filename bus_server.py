@@ -5438,14 +5438,14 @@ def one_of(bus: Bus, request: Request, tick: int | None = None) -> Message:
     tick = tick_of(request.parsed.rest) if tick is None else tick
     found = None if tick is None or tick > bus.last else bus.view.message(tick)  # above it, it is not announced yet
     if not found or not request.grant.may_see(found):
-        raise no_message()
+        raise no_message(request.parsed.rest if request.parsed.rest else f"{tick:x}")
     if len(found.text) > HEAD_BYTES:
         bus.storms.worked(request.owner(), "", len(found.text))
     return found
 
 
-def no_message() -> Refused:
-    return Refused(404, "there is no message with this id: it never existed, or it was too old and was removed")
+def no_message(number: str) -> Refused:
+    return Refused(404, f"there is no message {number[:64]!r}: it never existed, or it was too old and was removed")
 
 
 def told(bus: Bus, message: Message, grant: Grant = OPEN) -> Answer:
