@@ -148,7 +148,7 @@ def iso(tick: int) -> str:
 def name(text: Any, what: str) -> str:
     """The text, if it is a name; else Refused, which says `what` must be one."""
     if not isinstance(text, str) or not NAME.fullmatch(text):
-        given = f", not {text[:64]!a}" if isinstance(text, str) else ""
+        given = f", not {text[:64]!r}" if isinstance(text, str) else ""
         names = "1 to 64 of A-Z a-z 0-9 . _ : @ - with a letter or digit first"
         raise Refused(400, f"{what} must be a name: {names}{given}")
     return text

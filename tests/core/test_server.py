@@ -107,6 +107,10 @@ def test_a_host_may_be_in_brackets_as_in_the_url_that_the_bus_prints(tmp_path):
         assert json.load(answer)["ok"]
 
 
+def test_a_name_that_is_none_is_shown_as_it_was_given(bus):
+    assert send(bus, to="b\u00f6b\x1b")["error"].endswith("not 'b\u00f6b\\x1b'")
+
+
 def test_an_unusable_database_is_one_clear_line(tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "text.db").write_text("this is no database " * 100)
