@@ -117,9 +117,9 @@ class Bus(Way):
             tokens = bus_recv.called("bus_server.py tokens", "tokens")
             advice = f"where the bus runs, {tokens} lists its tokens, and invite makes one"
             why = "it was revoked, or is another bus's" if "expired" not in str(refused) else "it has expired"
-            file, its = bus_recv.configuration()
-            its = file if text in (its.get("AGENT_BUS_TOKEN"), "") else "the environment, or AGENT_BUS_TOKEN_FILE"
-            raise Fault(f"the bus does not know {text[:12]} (from {its}): {why}", advice) from None
+            path, file = bus_recv.configuration()
+            place = path if text == file.get("AGENT_BUS_TOKEN") else "the environment, or AGENT_BUS_TOKEN_FILE"
+            raise Fault(f"the bus does not know {text[:12]} (from {place}): {why}", advice) from None
         return f"{text[:12]} is valid"
 
     def ledger(self) -> Finding:

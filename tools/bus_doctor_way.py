@@ -5,6 +5,7 @@ Part of bus_doctor.py, which imports it. A hop returns what it found, or raises 
 from __future__ import annotations
 
 import contextlib
+import difflib
 import http.client
 import os
 import socket
@@ -68,7 +69,9 @@ class Way:
         self.direct = self.scheme == "unix" or not bus_recv.proxy_for(self.scheme, self.target, parts.port or self.port)
         path, file = bus_recv.configuration()
         if strange := sorted(name for name in file if name.startswith("AGENT") and name not in VARIABLES):
-            return f"{self.url}, {origin(self.url)}", f"{path} sets {', '.join(strange)}, which nothing reads: a typo?"
+            similar = [each for name in strange for each in difflib.get_close_matches(name, VARIABLES, 1)]
+            meant = f"did you mean {', '.join(similar)}?" if similar else "a typo?"
+            return f"{self.url}, {origin(self.url)}", f"{path} sets {', '.join(strange)}, which nothing reads: {meant}"
         return f"{self.url}, {origin(self.url)}"
 
     def proxy(self) -> Finding:
