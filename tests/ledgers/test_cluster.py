@@ -233,7 +233,9 @@ def test_a_bus_is_moved_onto_a_ledger_and_back_by_one_command_each(tmp_path, led
 @pytest.mark.parametrize(
     "options, why",
     [
-        (["--back"], "give the --ledger, or say that it is lost: --ledger-lost"),
+        ([], "the ledger is missing: give --ledger URL, as postgresql://HOST/DATABASE"),
+        (["--back"], "the ledger is missing: give --ledger URL"),
+        (["--ledger", "foo"], "like postgresql://HOST/DATABASE, and this has no ://"),
         (["--ledger", "postgresql://127.0.0.1:1/y"], "cannot use the ledger: "),
         (["--ledger-lost"], "is a bus of its own already"),
     ],
