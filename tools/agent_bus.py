@@ -94,6 +94,14 @@ GROUPS: dict[str, dict[str, Command]] = {
 TAKE_FILES = ("file", "work", "lock", "unlock", "locks", "recv", "serve", "backup", "restore", "prune", "move")
 COMMANDS = {name: command for group in GROUPS.values() for name, command in group.items()}
 
+OTHERS = """\
+Programs of their own (in a clone: in integrations/)
+  agent-bus-wake     wake a closed agent when urgent mail waits for it
+  agent-bus-mcp      the tools of an agent, over stdio: `install` adds it
+  agent-bus-hook     the notices of an agent: `install` adds it
+  bus_listener.sh    write mail to files, with bash, curl and jq alone
+
+"""
 CONFIGURATION = """\
 Environment
   AGENT_BUS_URL        the bus (http://127.0.0.1:8080); or its URLs, as URL,URL
@@ -182,7 +190,7 @@ def show_help(arguments: Sequence[str]) -> int:
         lines = [f"  {name:10} {row.purpose:37} {row.example}" for name, row in commands.items() if is_here(name)]
         if lines:
             print(title, *lines, "", sep="\n")
-    print(CONFIGURATION, end="")
+    print(OTHERS * is_here("install") + CONFIGURATION, end="")
     return 0
 
 

@@ -70,6 +70,8 @@ def test_the_help_names_every_command_and_fits_a_terminal(arguments, monkeypatch
     out = capsys.readouterr().out
     for name, row in agent_bus.COMMANDS.items():
         assert re.search(rf"^  {name} +{re.escape(row.purpose)} +{re.escape(row.example)}$", out, re.MULTILINE)
+    for other in ("agent-bus-wake", "agent-bus-hook", "agent-bus-mcp", "bus_listener.sh"):
+        assert re.search(rf"^  {other} +\w", out, re.MULTILINE), other
     assert {"AGENT_BUS_URL", "AGENT_NAME", "AGENT_BUS_TOKEN"} <= set(re.findall(r"^  (\w+)", out, re.MULTILINE))
     assert max(map(len, out.splitlines())) <= 80
 
