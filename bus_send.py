@@ -602,10 +602,10 @@ def told(answer: dict[str, Any], to: str | list[str]) -> str:
 
 def command_line(purpose: str) -> argparse.ArgumentParser:
     """A parser for a message; message_of() takes its results."""
-    parser = argparse.ArgumentParser(usage="%(prog)s [-h] [OPTIONS] [TO] [TEXT ...]", description=purpose)
+    parser = argparse.ArgumentParser(usage="%(prog)s [-h] [OPTIONS] [TO] [--] [TEXT ...]", description=purpose)
     add = parser.add_argument
     add("to", metavar="TO", nargs="?", help="a name, names as a,b,c, or all")
-    add("text", metavar="TEXT", nargs="*", help="the message; without it, the text on stdin")
+    add("text", metavar="TEXT", nargs="*", help="the message (behind -- if it begins with -); without it, stdin")
     add("--from", dest="sender", metavar="NAME", help="the sender ($AGENT_NAME)")
     add("--subject", help="subject of the message, in one line")
     add("--reply-to", metavar="ID", help="the id of the message that this one answers; what follows it is TEXT")

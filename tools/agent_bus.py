@@ -92,6 +92,7 @@ GROUPS: dict[str, dict[str, Command]] = {
 }
 # The shell completes files for these only.
 TAKE_FILES = ("file", "work", "lock", "unlock", "locks", "recv", "serve", "backup", "restore", "prune", "move")
+TAKE_TEXT = ("bus_send", "bus_later", "bus_outbox")
 COMMANDS = {name: command for group in GROUPS.values() for name, command in group.items()}
 
 OTHERS = """\
@@ -144,8 +145,10 @@ def run(name: str, arguments: Sequence[str]) -> int:
         return int(program.main([*command.first, *arguments]) or 0)
     except SystemExit as end:
         similar = similar_option(name, arguments) if end.code == 2 else ""
-        if similar and sys.stderr:
-            print(f"{os.path.basename(sys.argv[0])}: did you mean {similar}?", file=sys.stderr)
+        is_text = end.code == 2 and program.__name__ in TAKE_TEXT and any(re.match("-[^-]", one) for one in arguments)
+        hint = f"did you mean {similar}?" if similar else "a text that begins with - stands behind --" * is_text
+        if hint and sys.stderr:
+            print(f"{os.path.basename(sys.argv[0])}: {hint}", file=sys.stderr)
         raise
 
 

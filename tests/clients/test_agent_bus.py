@@ -99,6 +99,8 @@ def test_the_help_names_commands_that_this_user_has(monkeypatch, capsys):
     ("recv bob --onec", "recv: did you mean --once?"), ("file put x --chanel c --to b", "did you mean --channel?"),
     ("send bob hi --zzzzz x", "unrecognized"), ("send bob --zzzzz 9 -- --frm", "unrecognized"),
     ("later bob hi --after x", "is not a time"),
+    ("send bob -v", "send: a text that begins with - stands behind --"),
+    ("ask bob -v", "ask: a text that begins with - stands behind --"),
     ("serve --port x", "give a whole number from 0 to 65535, not 'x'"), ("recv --frm", "--frm"),
     ("send bob hi --field from=x", "'from=x' is no further member"),
     ("log --last=-3", "--last: give a whole number of 1 or more, not '-3'"), ("install", "required"),
