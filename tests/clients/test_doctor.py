@@ -198,6 +198,8 @@ def test_a_certificate_of_an_authority_of_our_own(tmp_path, authority, examine, 
         found, code = examine(bus.url, AGENT_BUS_CA=authority.file)
         assert code == 0 and found["tls"] == ("ok", "the certificate is valid", "")
         fails("url", "AGENT_BUS_CA", "correct", bus.url, AGENT_BUS_CA=str(tmp_path))
+        other = authority.sign("IP:127.0.0.1").file
+        fails("tls", "not valid", f"{other} is not of the authority that signed it", bus.url, AGENT_BUS_CA=str(other))
 
 
 def test_a_certificate_for_another_name(tmp_path, authority, fails, resolve):

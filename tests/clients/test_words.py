@@ -295,8 +295,12 @@ def test_tls_that_fails_is_not_tried_again(authority, bus, monkeypatch, tmp_path
         url = bus.url.replace("http:", "https:")
         clock = Clock()
         monkeypatch.setattr(bus_send, "time", clock)
-        says = r"\(the certificate there is not trusted on this machine: set AGENT_BUS_CA .*\)\. bus_doctor\.py"
+        says = r"\(the certificate there is not trusted by this machine: set AGENT_BUS_CA .*\)\. bus_doctor\.py"
         with pytest.raises(bus_send.Unreachable, match=says):
+            bus_send.send("dell", "hi", url=url, sender="spark")
+        other = authority.sign("IP:127.0.0.1").file
+        monkeypatch.setenv("AGENT_BUS_CA", str(other))
+        with pytest.raises(bus_send.Unreachable, match=f"is not trusted by {other}: set AGENT_BUS_CA to its file"):
             bus_send.send("dell", "hi", url=url, sender="spark")
         monkeypatch.setenv("AGENT_BUS_CA", authority.file)
         with pytest.raises(bus_send.Unreachable, match=r"\(Hostname mismatch, [^(_]*'localhost'\.?\)\. bus_doctor\.py"):
