@@ -347,7 +347,7 @@ def moment(since: str, now: float) -> str:
         return since
     if DURATION.fullmatch(since):
         return f"{max(now - duration(since), 0):.6f}"
-    raise ValueError(f"since is {since!r}: give now, last, 1h, the id of a message, or seconds like 1795203596.123456")
+    raise ValueError(f"since is {since!r}: give now, last, 1h, an id, or s since 1970 (`date -d 2026-12-01 +%s`)")
 
 
 def seconds_of(place: Any) -> float:
@@ -1032,7 +1032,7 @@ def main(argv: list[str] | None = None) -> int:
     cli.add_argument("--json", action="store_true", help="print each message as a line of JSON")
     cli.add_argument("--once", action="store_true", help="end after the waiting messages, or after the first new one")
     cli.add_argument("--timeout", type=duration, metavar="S", help="end after S seconds (with --once: 25)")
-    cli.add_argument("--since", metavar="X", help="begin at X: 1h (ago), an id, now, last (the saved cursor), a time")
+    cli.add_argument("--since", metavar="X", help="begin at X: 1h (ago), an id, now, last (saved cursor), s since 1970")
     cli.add_argument("--channel", metavar="C", help="the channel ($AGENT_BUS_CHANNEL, or 'default')")
     cli.add_argument("--exec", metavar="CMD", help="run CMD for each message: JSON on stdin, MSG_FROM ... as variables")
     cli.add_argument("--tries", type=count, default=5, metavar="N", help="put a message in a file after N failures (5)")

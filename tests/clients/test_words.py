@@ -458,6 +458,13 @@ def test_an_id_of_digits_alone_is_one_if_its_time_is_near():
             bus_recv.moment(milliseconds, NOON)
 
 
+def test_a_date_is_refused_with_what_makes_seconds_of_it():
+    with pytest.raises(ValueError, match=r"T17:00:00Z': give .* s since 1970 \(`date -d 2026-12-01 \+%s`\)"):
+        bus_recv.moment("2026-11-30T17:00:00Z", NOON)
+    for file in ("bus_recv.py", "tools/bus_relay.py", "tools/bus_log.py", "tools/bus_search.py"):
+        assert "s since 1970" in " ".join(run(file, "--help")[1].split()), file
+
+
 def test_how_long_ago_is_read_without_argparse_and_hides_no_fault(monkeypatch):
     """A hook, which a turn waits for, imports no argparse; and a fault of ours is not taken for a wrong `since`."""
     asked = "import bus_recv, sys; print(bus_recv.moment('1h', 7200.0), 'argparse' in sys.modules)"
