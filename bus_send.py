@@ -589,7 +589,7 @@ def told(answer: dict[str, Any], to: str | list[str]) -> str:
         online, seen = receiver["online"], receiver.get("last_seen")
         everyone = online + receiver.get("offline", not online)  # of one receiver, `online` is true or false
         if 0 < online == everyone:
-            return f"sent to {names}, {'all' if 'offline' in receiver else 'who is'} listening"
+            return f"sent to {names}, {'all' if 'offline' in receiver else 'who is'} listening (now, or a moment ago)"
         who = f"{names} was last seen {span(answer['ts'] - seen) or 'under 1m'} ago" if seen else ""
         who = f"{online} of {everyone} are listening" if "offline" in receiver else who
         unread = f", {receiver['unread']} unread" if "unread" in receiver else ""

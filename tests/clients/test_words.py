@@ -168,7 +168,8 @@ def test_what_0_means_is_said_for_each_option_of_the_bus(option, zero):
 
 
 @pytest.mark.parametrize("to, receiver, sentence", [
-    ("bob", {"online": True, "last_seen": NOON, "unread": 1, "known": True}, "sent to bob, who is listening"),
+    ("bob", {"online": True, "last_seen": NOON, "unread": 1, "known": True},
+     "sent to bob, who is listening (now, or a moment ago)"),
     ("Laed", {"online": False, "last_seen": None, "unread": 1, "known": False, "similar": ["Lead"]},
      "queued: nobody has ever listened as Laed, 1 unread; did you mean Lead?"),
     ("Laed", {"online": False, "last_seen": None, "unread": 1, "known": False, "similar": ["Lead", "lead"]},
@@ -179,7 +180,7 @@ def test_what_0_means_is_said_for_each_option_of_the_bus(option, zero):
      "queued: nobody has ever listened as x, 1 unread"),
     ("bob", {"online": False, "last_seen": NOON - 6 * 3600, "unread": 7},
      "queued: bob was last seen 6h ago, 7 unread"),
-    (["a", "b"], {"online": 2, "offline": 0}, "sent to a,b, all listening"),
+    (["a", "b"], {"online": 2, "offline": 0}, "sent to a,b, all listening (now, or a moment ago)"),
     ("all", {"online": 1, "offline": 1, "unread": 7}, "queued: 1 of 2 are listening, 7 unread"),
     ("bob", "a bus of the first contract", "sent to bob"),
 ])  # fmt: skip
