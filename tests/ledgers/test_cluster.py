@@ -239,7 +239,7 @@ def test_a_bus_is_moved_onto_a_ledger_and_back_by_one_command_each(tmp_path, led
         (["--ledger", "postgresql://127.0.0.1:1/y"], "cannot use the ledger: "),
         (["--ledger-lost"], "is a bus of its own already"),
     ],
-    ids=lambda value: value[0] if isinstance(value, list) else "",
+    ids=lambda value: "".join(value[:1]) if isinstance(value, list) else "",
 )
 def test_a_move_that_cannot_be_is_refused_in_one_sentence(tmp_path, options, why):
     bus_server.State(str(tmp_path / "bus.db")).close()
