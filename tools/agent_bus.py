@@ -186,7 +186,8 @@ def show_help(arguments: Sequence[str]) -> int:
         if COMMANDS[name].program:
             return run(name, ["--help"])
         about = ABOUT.get(name, "").replace("agent-bus", called()) if name == "open" else ABOUT.get(name, "")
-        print(f"usage: {called()} {COMMANDS[name].example}\n\n{COMMANDS[name].purpose}\n{about}", end="")
+        takes = {"completion": " {bash,zsh,fish}", "help": " [COMMAND]"}.get(name, "")
+        print(f"usage: {called()} {name}{takes}\n\n{COMMANDS[name].purpose}\n{about}", end="")
         return 0
     print(f"usage: {called()} COMMAND ...\nThe options of a command: {called()} help COMMAND\n\n{'':51}for example")
     for title, commands in GROUPS.items():
