@@ -5509,8 +5509,7 @@ def healthz(bus: Bus, request: Request) -> Answer:
 def show_help(bus: Bus, request: Request) -> Answer:
     scheme = "https" if request.fields.get("x-forwarded-proto") == "https" else "http"
     host = request.fields.get("host", "")
-    if not re.fullmatch(r"[A-Za-z0-9.:\[\]_-]{1,255}", host):
-        host = "HOST:PORT"
+    host = host if re.fullmatch(r"[A-Za-z0-9.:\[\]_-]{1,255}", host) else "HOST:PORT"
     endpoints = "".join(
         f"{method:7}{path + ('ID' if path.endswith('/') and path != '/' else ''):15}{route.says}\n"
         for (method, path), route in bus.routes.items()
@@ -5619,8 +5618,7 @@ def duration(text: str, zero: str = "for ever") -> float:
 
 
 def default_path() -> str:
-    if os.environ.get("HOME") == "":  # then ~ would be the root folder
-        del os.environ["HOME"]
+    os.environ.get("HOME") or os.environ.pop("HOME", "")  # if it is empty, ~ would be the root folder
     state = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
     return os.path.join(state, "agent-bus", "bus.db")
 
@@ -5884,8 +5882,7 @@ def tcp_listener(bus: Bus, options: argparse.Namespace, tls: ssl.SSLContext | No
         print("WARNING: this machine lets [::] take IPv6 only: start with --host 0.0.0.0 for IPv4", file=sys.stderr)
     if not is_loopback(options.host) and not bus.gate.tokens.closed:
         print(f"WARNING: anyone who can reach {host}:{port} can read and send every message", file=sys.stderr)
-    url = f"{'https' if tls else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
-    return url, Listener(bus.door, sock, tls)
+    return f"http{'s' if tls else ''}://{f'[{host}]' if ':' in host else host}:{port}", Listener(bus.door, sock, tls)
 
 
 def run_server(options: argparse.Namespace, state: State) -> int:
@@ -6339,7 +6336,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(f"there was no folder {folder}: it is made for the database", file=sys.stderr)
             return run_server(options, state)
     except Unusable as error:
-        print(f"bus_server: {error}", file=sys.stderr)
+        own = re.search(r"agent[-_]bus(\.py)? [a-z]+$", sys.argv[0])
+        print(f"{own[0] if own else 'bus_server'}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:  # in a command, or before the server listens
         return 130

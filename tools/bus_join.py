@@ -317,7 +317,8 @@ def main(argv: "Sequence[str] | None" = None) -> int:
     try:
         join(options.url.rstrip("/"), options.name, options.pin, options.profile, made)
     except (Fault, OSError, ValueError) as error:  # ValueError: a configuration that was there is malformed
-        say(f"bus_join: {error}", to=sys.stderr)
+        typed = re.search(r"agent[-_]bus(\.py)? join$", sys.argv[0])
+        say(f"{typed[0] if typed else 'bus_join'}: {error}", to=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

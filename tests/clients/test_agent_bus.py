@@ -120,6 +120,11 @@ def test_the_help_of_a_command_is_that_of_its_program():
     assert 'eval "$(agent-bus completion bash)"' in run(SCRIPT, "help", "completion")[1]
 
 
+@pytest.mark.parametrize("line", ["tokens --db /nowhere/bus.db", "join http://127.0.0.1:1 ann"])
+def test_an_error_begins_with_what_the_user_has_typed(line):
+    assert run(SCRIPT, *line.split())[2].startswith(f"agent_bus.py {line.split()[0]}: ")
+
+
 @pytest.mark.parametrize("columns", [40, 60, 80, 100])
 def test_the_help_of_ask_is_for_a_question_and_not_that_of_send(columns):
     env = {"COLUMNS": str(columns)}
