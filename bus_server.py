@@ -5606,8 +5606,8 @@ Bash, curl and jq: curl -fO {url}/bus_listener.sh; AGENT_NAME=bob bash bus_liste
 # COMMANDS.
 
 
-def duration(text: str, zero: str = "for ever") -> float:
-    """'30d', '12h', '90m', '45s' in seconds; '0' is what `zero` says.
+def duration(text: str, zero: str = "ever") -> float:
+    """'30d', '12h', '90m', '45s' in seconds; 0 is for `zero`.
 
     A number alone is refused: clients take it for seconds, but who writes `--keep 30` means days.
     """
