@@ -5438,7 +5438,7 @@ def one_of(bus: Bus, request: Request, tick: int | None = None) -> Message:
     tick = tick_of(request.parsed.rest) if tick is None else tick
     found = None if tick is None or tick > bus.last else bus.view.message(tick)  # above it, it is not announced yet
     if not found or not request.grant.may_see(found):
-        raise no_message(request.parsed.rest if request.parsed.rest else f"{tick:x}")
+        raise no_message(request.parsed.rest or (f"{tick:x}" if tick else ""))
     if len(found.text) > HEAD_BYTES:
         bus.storms.worked(request.owner(), "", len(found.text))
     return found

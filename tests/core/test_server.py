@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
@@ -109,6 +110,13 @@ def test_a_host_may_be_in_brackets_as_in_the_url_that_the_bus_prints(tmp_path):
 
 def test_a_name_that_is_none_is_shown_as_it_was_given(bus):
     assert send(bus, to="b\u00f6b\x1b")["error"].endswith("not 'b\u00f6b\\x1b'")
+
+
+@pytest.mark.parametrize("rest", ["", "xyz", "660ba678a1b40"])
+def test_an_id_of_no_message_is_named(rest, bus):
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        bus.get(f"/message/{rest}")
+    assert refused.value.code == 404 and f"there is no message '{rest}'" in json.load(refused.value)["error"]
 
 
 def test_an_unusable_database_is_one_clear_line(tmp_path):
