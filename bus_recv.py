@@ -348,7 +348,7 @@ def moment(since: str, now: float) -> str:
         return since
     if DURATION.fullmatch(since):
         return f"{max(now - duration(since), 0):.6f}"
-    raise ValueError(f"since is {since!r}: give now, last, 1h, the id of a message, or seconds like 1795203596.123456")
+    raise ValueError(f"since is {since!r}: give now, last, 1h, an id, or s since 1970 (`date -d 2026-12-01 +%s`)")
 
 
 def seconds_of(place: Any) -> float:
@@ -515,8 +515,7 @@ def settings(url: str | None = None) -> dict[str, str]:
     file = {"AGENT_BUS_URL": DEFAULT_URL, **configuration()[1]}
     wanted = url or own.get("AGENT_BUS_URL", file["AGENT_BUS_URL"])
     file = file if is_within(wanted, file["AGENT_BUS_URL"]) else {}
-    if "AGENT_BUS_TOKEN_FILE" in own:  # else the token in the file would come before it
-        file.pop("AGENT_BUS_TOKEN", None)
+    "AGENT_BUS_TOKEN_FILE" in own and file.pop("AGENT_BUS_TOKEN", "")  # which would come before it
     return {**file, **own, "AGENT_BUS_URL": wanted}
 
 
@@ -643,7 +642,8 @@ def worded(error: Exception, url: str = "") -> str:
     """A fault of the network in words. `url` is given if nothing was heard from there: TLS may have cut us off."""
     said = getattr(error, "verify_message", "") or getattr(error, "strerror", "") or str(error) or type(error).__name__
     if 18 <= getattr(error, "verify_code", 0) <= 21:  # of OpenSSL: signed by nobody whom we trust
-        return "the certificate there is not trusted on this machine: set AGENT_BUS_CA to its file"
+        trust = settings().get("AGENT_BUS_CA", "this machine")
+        return f"the certificate there is not trusted by {trust}: set AGENT_BUS_CA to its file"
     if url.startswith("http:") and isinstance(error, (ConnectionResetError, BrokenPipeError)):
         return f"{said}; if this port speaks https, set AGENT_BUS_URL=https{url[4:]}"
     return "this port speaks http, not https" if "WRONG_VERSION_NUMBER" in said else said.rstrip(".")
@@ -1050,7 +1050,7 @@ def main(argv: list[str] | None = None) -> int:
     cli.add_argument("--json", action="store_true", help="print each message as a line of JSON")
     cli.add_argument("--once", action="store_true", help="end after the waiting messages, or after the first new one")
     cli.add_argument("--timeout", type=duration, metavar="S", help="end after S seconds (with --once: 25)")
-    cli.add_argument("--since", metavar="X", help="begin at X: 1h (ago), an id, now, last (the saved cursor), a time")
+    cli.add_argument("--since", metavar="X", help="begin at X: 1h (ago), an id, now, last (saved cursor), s since 1970")
     cli.add_argument("--channel", metavar="C", help="the channel ($AGENT_BUS_CHANNEL, or 'default')")
     cli.add_argument("--exec", metavar="CMD", help="run CMD for each message: JSON on stdin, MSG_FROM ... as variables")
     cli.add_argument("--tries", type=count, default=5, metavar="N", help="put a message in a file after N failures (5)")

@@ -241,8 +241,7 @@ def settings(url: str | None = None) -> dict[str, str]:
     file = {"AGENT_BUS_URL": DEFAULT_URL, **configuration()[1]}
     wanted = url or own.get("AGENT_BUS_URL", file["AGENT_BUS_URL"])
     file = file if is_within(wanted, file["AGENT_BUS_URL"]) else {}
-    if "AGENT_BUS_TOKEN_FILE" in own:  # else the token in the file would come before it
-        file.pop("AGENT_BUS_TOKEN", None)
+    "AGENT_BUS_TOKEN_FILE" in own and file.pop("AGENT_BUS_TOKEN", "")  # which would come before it
     return {**file, **own, "AGENT_BUS_URL": wanted}
 
 
@@ -369,7 +368,8 @@ def worded(error: Exception, url: str = "") -> str:
     """A fault of the network in words. `url` is given if nothing was heard from there: TLS may have cut us off."""
     said = getattr(error, "verify_message", "") or getattr(error, "strerror", "") or str(error) or type(error).__name__
     if 18 <= getattr(error, "verify_code", 0) <= 21:  # of OpenSSL: signed by nobody whom we trust
-        return "the certificate there is not trusted on this machine: set AGENT_BUS_CA to its file"
+        trust = settings().get("AGENT_BUS_CA", "this machine")
+        return f"the certificate there is not trusted by {trust}: set AGENT_BUS_CA to its file"
     if url.startswith("http:") and isinstance(error, (ConnectionResetError, BrokenPipeError)):
         return f"{said}; if this port speaks https, set AGENT_BUS_URL=https{url[4:]}"
     return "this port speaks http, not https" if "WRONG_VERSION_NUMBER" in said else said.rstrip(".")
@@ -589,7 +589,7 @@ def told(answer: dict[str, Any], to: str | list[str]) -> str:
         online, seen = receiver["online"], receiver.get("last_seen")
         everyone = online + receiver.get("offline", not online)  # of one receiver, `online` is true or false
         if 0 < online == everyone:
-            return f"sent to {names}, {'all' if 'offline' in receiver else 'who is'} listening"
+            return f"sent to {names}, {'all' if 'offline' in receiver else 'who is'} listening (now, or a moment ago)"
         who = f"{names} was last seen {span(answer['ts'] - seen) or 'under 1m'} ago" if seen else ""
         who = f"{online} of {everyone} are listening" if "offline" in receiver else who
         unread = f", {receiver['unread']} unread" if "unread" in receiver else ""
@@ -602,10 +602,10 @@ def told(answer: dict[str, Any], to: str | list[str]) -> str:
 
 def command_line(purpose: str) -> argparse.ArgumentParser:
     """A parser for a message; message_of() takes its results."""
-    parser = argparse.ArgumentParser(usage="%(prog)s [-h] [OPTIONS] [TO] [TEXT ...]", description=purpose)
+    parser = argparse.ArgumentParser(usage="%(prog)s [-h] [OPTIONS] [TO] [--] [TEXT ...]", description=purpose)
     add = parser.add_argument
     add("to", metavar="TO", nargs="?", help="a name, names as a,b,c, or all")
-    add("text", metavar="TEXT", nargs="*", help="the message; without it, the text on stdin")
+    add("text", metavar="TEXT", nargs="*", help="the message (behind -- if it begins with -); without it, stdin")
     add("--from", dest="sender", metavar="NAME", help="the sender ($AGENT_NAME)")
     add("--subject", help="subject of the message, in one line")
     add("--reply-to", metavar="ID", help="the id of the message that this one answers; what follows it is TEXT")

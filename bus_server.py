@@ -148,7 +148,7 @@ def iso(tick: int) -> str:
 def name(text: Any, what: str) -> str:
     """The text, if it is a name; else Refused, which says `what` must be one."""
     if not isinstance(text, str) or not NAME.fullmatch(text):
-        given = f", not {text[:64]!a}" if isinstance(text, str) else ""
+        given = f", not {text[:64]!r}" if isinstance(text, str) else ""
         names = "1 to 64 of A-Z a-z 0-9 . _ : @ - with a letter or digit first"
         raise Refused(400, f"{what} must be a name: {names}{given}")
     return text
@@ -2214,8 +2214,8 @@ def unauthorized(expired: float, shown: bool) -> Refused:
     wrong = "this bus does not accept this token, which is wrong, cut off or revoked"
     why = wrong if shown else "this bus needs a token"
     why = f"this token expired at {iso(int(expired) * 1000000)}" if expired else why
-    advice = f"set AGENT_BUS_TOKEN (curl: -H 'Authorization: Bearer TOKEN') to a token of: {called('invite')} NAME"
-    return Refused(401, f"{why}: {advice}", ("WWW-Authenticate", "Bearer"))
+    advice = "set AGENT_BUS_TOKEN (curl: -H 'Authorization: Bearer TOKEN') to one made on the machine of the bus by"
+    return Refused(401, f"{why}: {advice} {called('invite')} NAME", ("WWW-Authenticate", "Bearer"))
 
 
 class Gate:
@@ -4736,6 +4736,8 @@ class Sending:
             messages = [request.grant.sign(message) for message in messages]
         for check in self.bus.checks:
             check(messages)
+        if isinstance(value, dict) and value.get("to") == "" and not self.view.has_room():
+            raise no_room()  # the doctor asks with a message to nobody, which is refused in any case
         key = request.fields.get("idempotency-key")
         drafts = []
         for message in messages:
@@ -5460,14 +5462,14 @@ def one_of(bus: Bus, request: Request, tick: int | None = None) -> Message:
     tick = tick_of(request.parsed.rest) if tick is None else tick
     found = None if tick is None or tick > bus.last else bus.view.message(tick)  # above it, it is not announced yet
     if not found or not request.grant.may_see(found):
-        raise no_message()
+        raise no_message(request.parsed.rest or (f"{tick:x}" if tick else ""))
     if len(found.text) > HEAD_BYTES:
         bus.storms.worked(request.owner(), "", len(found.text))
     return found
 
 
-def no_message() -> Refused:
-    return Refused(404, "there is no message with this id: it never existed, or it was too old and was removed")
+def no_message(number: str) -> Refused:
+    return Refused(404, f"there is no message {number[:64]!r}: it never existed, or it was too old and was removed")
 
 
 def told(bus: Bus, message: Message, grant: Grant = OPEN) -> Answer:
@@ -5531,8 +5533,7 @@ def healthz(bus: Bus, request: Request) -> Answer:
 def show_help(bus: Bus, request: Request) -> Answer:
     scheme = "https" if request.fields.get("x-forwarded-proto") == "https" else "http"
     host = request.fields.get("host", "")
-    if not re.fullmatch(r"[A-Za-z0-9.:\[\]_-]{1,255}", host):
-        host = "HOST:PORT"
+    host = host if re.fullmatch(r"[A-Za-z0-9.:\[\]_-]{1,255}", host) else "HOST:PORT"
     endpoints = "".join(
         f"{method:7}{path + ('ID' if path.endswith('/') and path != '/' else ''):15}{route.says}\n"
         for (method, path), route in bus.routes.items()
@@ -5629,20 +5630,19 @@ Bash, curl and jq: curl -fO {url}/bus_listener.sh; AGENT_NAME=bob bash bus_liste
 # COMMANDS.
 
 
-def duration(text: str) -> float:
-    """'30d', '12h', '90m', '45s' in seconds; '0' is for ever.
+def duration(text: str, zero: str = "ever") -> float:
+    """'30d', '12h', '90m', '45s' in seconds; 0 is for `zero`.
 
     A number alone is refused: clients take it for seconds, but who writes `--keep 30` means days.
     """
     match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)([smhd]?)", text)
     if not match or not (match[2] or match[1] == "0"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a time like 30d, 12h, 90m, 45s, or 0 for ever")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a time like 30d, 12h, 90m, 45s, or 0 for {zero}")
     return float(match[1]) * {"": 0, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
 
 
 def default_path() -> str:
-    if os.environ.get("HOME") == "":  # then ~ would be the root folder
-        del os.environ["HOME"]
+    os.environ.get("HOME") or os.environ.pop("HOME", "")  # if it is empty, ~ would be the root folder
     state = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
     return os.path.join(state, "agent-bus", "bus.db")
 
@@ -5670,7 +5670,7 @@ def within(least: float, most: float = math.inf, kind: Callable[[str], float] = 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of the core."""
     add = parser.add_argument
-    add("--host", help="address to listen on (127.0.0.1)")
+    add("--host", type=lambda text: text.strip("[]"), help="address to listen on (127.0.0.1)")
     add("--port", type=within(0, 65535), help="port to listen on; 0: any free one (8080)")
     add("--db", type=no_folder, default=default_path(), metavar="PATH", help="database, or :memory: (%(default)s)")
     add("--keep", type=duration, default="30d", help="remove messages older than this, like 12h; 0: keep all (30d)")
@@ -5906,8 +5906,7 @@ def tcp_listener(bus: Bus, options: argparse.Namespace, tls: ssl.SSLContext | No
         print("WARNING: this machine lets [::] take IPv6 only: start with --host 0.0.0.0 for IPv4", file=sys.stderr)
     if not is_loopback(options.host) and not bus.gate.tokens.closed:
         print(f"WARNING: anyone who can reach {host}:{port} can read and send every message", file=sys.stderr)
-    url = f"{'https' if tls else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
-    return url, Listener(bus.door, sock, tls)
+    return f"http{'s' if tls else ''}://{f'[{host}]' if ':' in host else host}:{port}", Listener(bus.door, sock, tls)
 
 
 def run_server(options: argparse.Namespace, state: State) -> int:
@@ -5928,6 +5927,8 @@ def run_server(options: argparse.Namespace, state: State) -> int:
     for url, _ in bus.listeners:
         print(f"listening on {url}", flush=True)
     print(f"messages are in {state.path}", flush=True)
+    if not state.view.has_room():
+        say(f"WARNING: {no_room().sentence.partition(':')[0]}: each send gets 507 until you make room")
     print(extensions, flush=True)
     bus.tidy()
     bus.loop.every(TIDY_SECONDS, bus.tidy)
@@ -5981,7 +5982,7 @@ def invite(arguments: Sequence[str]) -> None:
     parser.add_argument("--send-only", action="store_true", help="the token may send, but not read")
     parser.add_argument("--operator", action="store_true", help="the token may read everything: /log and every mailbox")
     how = "the token is valid for TIME, as 90d or 12h; 0: for ever (0; with --page 12h)"
-    parser.add_argument("--expires", "--for", type=duration, metavar="TIME", help=how)
+    parser.add_argument("--expires", type=duration, metavar="TIME", help=how)
     page = "print a link to the page of the bus, for a browser, and not the line that joins a machine"
     parser.add_argument("--page", action="store_true", help=page)
     parser.add_argument("--label", default="", metavar="TEXT", help="tells the tokens of NAME apart: `revoke --label`")
@@ -6093,7 +6094,8 @@ def tokens(arguments: Sequence[str]) -> int:
 def prune(arguments: Sequence[str]) -> None:
     """Remove old messages now. If a server runs, it removes them, because only its connection may write."""
     parser = command("prune", "Remove old messages that were fetched, and old jobs that are done.")
-    parser.add_argument("--older", type=duration, default="30d", help="only if older than this, like 12h; 0: all (30d)")
+    older = partial(duration, zero="all, also those of this moment")
+    parser.add_argument("--older", type=older, default="30d", help="only if older than this, like 12h; 0: all (30d)")
     parser.add_argument("--pending", action="store_true", help="also remove unfetched messages, and jobs not done")
     parser.add_argument("--dry-run", action="store_true", help="only print how many there are")
     options = parser.parse_args(arguments)
@@ -6357,7 +6359,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(f"there was no folder {folder}: it is made for the database", file=sys.stderr)
             return run_server(options, state)
     except Unusable as error:
-        print(f"bus_server: {error}", file=sys.stderr)
+        own = re.search(r"agent[-_]bus(\.py)? [a-z]+$", sys.argv[0])
+        print(f"{own[0] if own else 'bus_server'}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:  # in a command, or before the server listens
         return 130

@@ -57,9 +57,10 @@ def told(answer: Answer, to: str) -> str:
     if not isinstance(online, bool):  # of several receivers it is a number
         everyone = online + receiver["offline"]
         who = f"{online} of {everyone} are listening" if online else "nobody is listening"
-        return f"sent to {to}, all listening" if 0 < online == everyone else f"queued: {who}{unread}"
+        all_listen = f"sent to {to}, all listening (now, or a moment ago)"
+        return all_listen if 0 < online == everyone else f"queued: {who}{unread}"
     if online:
-        return f"sent to {to}, who is listening"
+        return f"sent to {to}, who is listening (now, or a moment ago)"
     if receiver.get("known") is False:
         similar = " or ".join(map(str, receiver.get("similar") or ()))
         return f"queued: nobody has ever listened as {to}{similar and f'; did you mean {similar}?'}"

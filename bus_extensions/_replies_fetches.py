@@ -98,4 +98,4 @@ class Fetches:
 
     def unwatched(self, connection: Connection, watch: Watch) -> Answer:
         message = self.bus.view.message(watch.message.tick)  # it may have been recalled or removed
-        return told(self.bus, message, watch.grant) if message else refusal(no_message())
+        return told(self.bus, message, watch.grant) if message else refusal(no_message(f"{watch.message.tick:x}"))

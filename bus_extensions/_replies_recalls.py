@@ -41,7 +41,7 @@ class Recall(Operation):
             raise Refused(409, "it is too late to recall this message: a worker has it")
         message = state.message(self.tick)
         if not message:
-            raise no_message()
+            raise no_message(f"{self.tick:x}")
         gone = message._replace(expires=RECALLED)
         state.writing.execute(
             "UPDATE messages SET expires = ?, sum = ? WHERE tick = ?", (RECALLED, checksum(gone), gone.tick)

@@ -75,7 +75,8 @@ def show(bus: Bus, files: Files, request: Request) -> Answer:
     file = request.parsed.rest or "index.html"
     found = (places(bus, files), KINDS[".js"]) if file == "extensions.js" else files.get(file)
     if not found:
-        where = "open /ui/" if files else f"copy the folder {FOLDER} from the same version"
+        where = f"copy the folder {FOLDER} from the same version"
+        where = "open /ui/, and in AGENT_BUS_URL leave /ui out" if files else where
         raise Refused(404, f"the page has no such file: {where}")
     return Answer(200, *found, HEADERS)
 

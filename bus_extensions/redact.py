@@ -83,7 +83,7 @@ class Redact(Operation):
         message = state.message(self.tick)
         hashes = kept_hashes(state, self.tick)
         if not message and not hashes:
-            raise no_message()
+            raise no_message(f"{self.tick:x}")
         state.insert()  # so that what is in the same list of operations is found
         found, whole = copies.Copies(state, message).all() if message else ([], True)
         said = SAID % min((each.tick for each in found), default=self.tick)

@@ -210,6 +210,6 @@ class Replies:
                 seen.append(readable(self.bus, each, reader))
                 size, last = size + len(each.text), each.tick  # an expired text is not shown, and was read too
         if not seen and not after and not next_after:
-            raise no_message()
+            raise no_message(request.parsed.rest)
         more = f', "more": true, "next": "{next_after:x}"' if next_after else ""
         return ok(self.bus, f'"messages": [{", ".join(seen)}]{more}')

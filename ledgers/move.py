@@ -38,13 +38,15 @@ LOST = (  # a front takes `lost` for damage of its copy: from now on each mailbo
 def move(arguments: Sequence[str], extensions: Extensions) -> None:
     parser = command("move", "Move a stopped bus onto an empty ledger, as its first front. Or back, with --back.")
     url = os.environ.get("AGENT_BUS_LEDGER")
-    parser.add_argument("--ledger", default=url, metavar="URL", help="the ledger, as its fronts have it")
+    which = "postgresql://HOST/DATABASE, the same as for `serve --ledger`"
+    lost = "as --back, if the ledger is lost: the bus has what this front's file has, and a new id"
+    parser.add_argument("--ledger", default=url, metavar="URL", help=which)
     parser.add_argument("--ledger-single", action="store_true", help="it keeps its entries on one machine only")
     parser.add_argument("--back", action="store_true", help="the stopped front's file becomes a bus; all fronts stop")
-    parser.add_argument("--ledger-lost", action="store_true", help="the same, if the ledger is lost: with a new bus id")
+    parser.add_argument("--ledger-lost", action="store_true", help=lost)
     options = parser.parse_args(arguments)
     if not options.ledger_lost and not options.ledger:
-        parser.error("give the --ledger, or say that it is lost: --ledger-lost")
+        parser.error("the ledger is missing: give --ledger URL, as postgresql://HOST/DATABASE")
     path = existing(options.db)
     try:
         if options.ledger_lost:

@@ -33,7 +33,8 @@ def connect(where: str, single: bool) -> Ledger:
     """The ledger at a URL. `single`: it may keep its entries on one machine."""
     url = urlsplit(where)
     if url.scheme not in ENGINES:
-        raise Unusable(f"--ledger must be a URL like postgresql://HOST/DATABASE, and not begin with {url.scheme!r}")
+        wrong = f"not begin with {url.scheme}:" if url.scheme else "this has no ://"
+        raise Unusable(f"--ledger must be a URL like postgresql://HOST/DATABASE, and {wrong}")
     if url.password and where != os.environ.get("AGENT_BUS_LEDGER"):
         raise Unusable("--ledger has a password, which every user of this machine can see: set AGENT_BUS_LEDGER to it")
     try:

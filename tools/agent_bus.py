@@ -92,8 +92,17 @@ GROUPS: dict[str, dict[str, Command]] = {
 }
 # The shell completes files for these only.
 TAKE_FILES = ("file", "work", "lock", "unlock", "locks", "recv", "serve", "backup", "restore", "prune", "move")
+TAKE_TEXT = ("bus_send", "bus_later", "bus_outbox")
 COMMANDS = {name: command for group in GROUPS.values() for name, command in group.items()}
 
+OTHERS = """\
+Programs of their own (in a clone: in integrations/)
+  agent-bus-wake     wake a closed agent when urgent mail waits for it
+  agent-bus-mcp      the tools of an agent, over stdio: `install` adds it
+  agent-bus-hook     the notices of an agent: `install` adds it
+  bus_listener.sh    write mail to files, with bash, curl and jq alone
+
+"""
 CONFIGURATION = """\
 Environment
   AGENT_BUS_URL        the bus (http://127.0.0.1:8080); or its URLs, as URL,URL
@@ -136,8 +145,10 @@ def run(name: str, arguments: Sequence[str]) -> int:
         return int(program.main([*command.first, *arguments]) or 0)
     except SystemExit as end:
         similar = similar_option(name, arguments) if end.code == 2 else ""
-        if similar and sys.stderr:
-            print(f"{os.path.basename(sys.argv[0])}: did you mean {similar}?", file=sys.stderr)
+        is_text = end.code == 2 and program.__name__ in TAKE_TEXT and any(re.match("-[^-]", one) for one in arguments)
+        hint = f"did you mean {similar}?" if similar else "a text that begins with - stands behind --" * is_text
+        if hint and sys.stderr:
+            print(f"{os.path.basename(sys.argv[0])}: {hint}", file=sys.stderr)
         raise
 
 
@@ -175,14 +186,15 @@ def show_help(arguments: Sequence[str]) -> int:
         if COMMANDS[name].program:
             return run(name, ["--help"])
         about = ABOUT.get(name, "").replace("agent-bus", called()) if name == "open" else ABOUT.get(name, "")
-        print(f"usage: {called()} {COMMANDS[name].example}\n\n{COMMANDS[name].purpose}\n{about}", end="")
+        takes = {"completion": " {bash,zsh,fish}", "help": " [COMMAND]"}.get(name, "")
+        print(f"usage: {called()} {name}{takes}\n\n{COMMANDS[name].purpose}\n{about}", end="")
         return 0
     print(f"usage: {called()} COMMAND ...\nThe options of a command: {called()} help COMMAND\n\n{'':51}for example")
     for title, commands in GROUPS.items():
         lines = [f"  {name:10} {row.purpose:37} {row.example}" for name, row in commands.items() if is_here(name)]
         if lines:
             print(title, *lines, "", sep="\n")
-    print(CONFIGURATION, end="")
+    print(OTHERS * is_here("install") + CONFIGURATION, end="")
     return 0
 
 
@@ -317,7 +329,7 @@ ABOUT = {
     "open": """
 The link has your token, if you have one. An agent's token shows its own mail
 only. For a person who may see all:
-    agent-bus invite YOURNAME --operator --page --for 12h
+    agent-bus invite YOURNAME --operator --page --expires 12h
 """,
     "completion": """
 bash, in ~/.bashrc:                  eval "$(agent-bus completion bash)"

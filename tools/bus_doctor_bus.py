@@ -28,6 +28,7 @@ CHANNEL = "doctor"
 TOKEN = re.compile(r"abt_[0-9a-f]{8}_[A-Za-z0-9_-]{43}")
 
 FIRST = "bus_send.py, bus_recv.py and bus_listener.sh work with it; for receipts, tokens and the rest run bus_server.py"
+NO_ROOM = "where the bus runs: make room on the disk of its database, or remove old messages, as with {}"
 BETWEEN = "something on the way treats this request differently from the earlier ones: look into its log"
 LOGIN = "exempt the bus from that login (the bus has tokens), or avoid it with a tunnel"
 ROOM = "its disk has {:.1f} MiB free, and below {} MiB the bus may refuse messages (507): make room, or prune"
@@ -116,7 +117,9 @@ class Bus(Way):
             tokens = bus_recv.called("bus_server.py tokens", "tokens")
             advice = f"where the bus runs, {tokens} lists its tokens, and invite makes one"
             why = "it was revoked, or is another bus's" if "expired" not in str(refused) else "it has expired"
-            raise Fault(f"the bus does not know {text[:12]}: {why}", advice) from None
+            path, file = bus_recv.configuration()
+            place = path if text == file.get("AGENT_BUS_TOKEN") else "the environment, or AGENT_BUS_TOKEN_FILE"
+            raise Fault(f"the bus does not know {text[:12]} (from {place}): {why}", advice) from None
         return f"{text[:12]} is valid"
 
     def ledger(self) -> Finding:
@@ -147,6 +150,11 @@ class Bus(Way):
         message = {"from": self.name, "to": "", "msg": "x" * BODY_BYTES, "channel": CHANNEL}
         try:
             bus_send.post(self.url, message, self.PATIENCE)
+        except bus_send.Unreachable as fault:
+            if not str(fault).startswith("507: "):
+                raise
+            advice = NO_ROOM.format(bus_recv.called("bus_server.py prune --older 7d", "prune --older 7d"))
+            raise Fault(f"disk: {str(fault)[5:]}", advice) from None
         except bus_send.Refused as refused:
             if refused.status == 400 and not str(refused).startswith("from"):
                 return f"as {self.name}: {BODY_BYTES >> 10} KiB arrive"

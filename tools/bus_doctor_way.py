@@ -5,6 +5,7 @@ Part of bus_doctor.py, which imports it. A hop returns what it found, or raises 
 from __future__ import annotations
 
 import contextlib
+import difflib
 import http.client
 import os
 import socket
@@ -68,7 +69,9 @@ class Way:
         self.direct = self.scheme == "unix" or not bus_recv.proxy_for(self.scheme, self.target, parts.port or self.port)
         path, file = bus_recv.configuration()
         if strange := sorted(name for name in file if name.startswith("AGENT") and name not in VARIABLES):
-            return f"{self.url}, {origin(self.url)}", f"{path} sets {', '.join(strange)}, which nothing reads: a typo?"
+            similar = [each for name in strange for each in difflib.get_close_matches(name, VARIABLES, 1)]
+            meant = f"did you mean {', '.join(similar)}?" if similar else "a typo?"
+            return f"{self.url}, {origin(self.url)}", f"{path} sets {', '.join(strange)}, which nothing reads: {meant}"
         return f"{self.url}, {origin(self.url)}"
 
     def proxy(self) -> Finding:
@@ -134,6 +137,8 @@ class Way:
                 connection.connect()
             except ssl.SSLCertVerificationError as error:
                 advice = CERTIFICATE.get(error.verify_code, "ask the operator of the bus for a valid certificate")
+                if advice is SIGNED and (file := bus_recv.settings().get("AGENT_BUS_CA")):
+                    advice = f"{file} is not of the authority that signed it: {SIGNED}"
                 raise Fault(f"the certificate is not valid: {error.verify_message.rstrip('.')}", advice) from None
             except OSError as error:
                 self.check_scheme()

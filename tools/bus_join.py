@@ -276,17 +276,23 @@ def join(url: str, name: str, pin: str, profile: str, made: "list[str]") -> None
     if given.get("AGENT_BUS_PROFILE") == profile:
         del given["AGENT_BUS_PROFILE"]
     others = {variable for variable, value in given.items() if value != mine.get(variable)}
-    show_next(place, env, profile, name, sorted(others - {"AGENT_BUS_PLAIN_HTTP", "AGENT_BUS_CA"}))
+    show_next(place, env, profile, mine, sorted(others - {"AGENT_BUS_PLAIN_HTTP", "AGENT_BUS_CA"}))
 
 
-def show_next(place: str, file: str, profile: str, name: str, others: Sequence[str]) -> None:
+def show_next(place: str, file: str, profile: str, mine: "dict[str, str]", others: Sequence[str]) -> None:
     """Where everything is, and the first commands."""
+    url, name, trusted = mine["AGENT_BUS_URL"], mine["AGENT_NAME"], mine.get("AGENT_BUS_CA", "")
     which = "" if profile == "default" else f"AGENT_BUS_PROFILE={profile} "
     say(f"The configuration is {file}.")
     say("To receive, to send, and to see all commands:")
     for words in (f"bus_recv.py {name}", "bus_send.py NAME hello", "agent_bus.py help"):
         say(f"    {which}python3 {shlex.quote(place)}/{words}")
-    say("To connect Claude Code or another agent (`install`), this machine needs a clone of agent-bus, too.")
+    token = f'"Authorization: Bearer $(sed -n s/^AGENT_BUS_TOKEN=//p {shlex.quote(file)})"'
+    say("To give Claude Code the tools of the bus, run this line; other agents take the same URL and header:")
+    say(f"    claude mcp add --transport http bus {url}/mcp --header {token}")
+    if trusted:
+        say(f"Start Claude Code with NODE_EXTRA_CA_CERTS={shlex.quote(trusted)}, so that it trusts the bus.")
+    say("For hooks too (`install`), this machine needs a clone of agent-bus.")
     if others:
         say(f"This shell sets {', '.join(others)}, which wins over that file: unset it first")
 
@@ -311,7 +317,8 @@ def main(argv: "Sequence[str] | None" = None) -> int:
     try:
         join(options.url.rstrip("/"), options.name, options.pin, options.profile, made)
     except (Fault, OSError, ValueError) as error:  # ValueError: a configuration that was there is malformed
-        say(f"bus_join: {error}", to=sys.stderr)
+        typed = re.search(r"agent[-_]bus(\.py)? join$", sys.argv[0])
+        say(f"{typed[0] if typed else 'bus_join'}: {error}", to=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

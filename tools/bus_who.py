@@ -143,7 +143,7 @@ def show(found: Sequence[Agent], now: float, as_json: bool, clear: bool) -> None
     if clear and on_terminal:  # what does not fit would push the beginning off the screen
         lines = [f"{CLEAR}{lines[0]}", *lines[1 : size.lines - 2]]
     listening = sum(bool(agent.get("online")) for agent in found)
-    legend = f"{listening} of {len(found)} listen; mail to all is not in UNREAD"
+    legend = f"{listening} of {len(found)} listen, or did a moment ago; mail to all is not in UNREAD"
     lines.append(legend if found else "nobody has listened or sent on this bus yet")
     bus_recv.emit((bus_recv.dump(list(found)) if as_json else "\n".join(lines)) + "\n")
 

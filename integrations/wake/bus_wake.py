@@ -105,10 +105,14 @@ RECIPES: dict[str, Callable[[str, str], None]] = {
 }
 
 
+def check_program(program: str) -> None:
+    if not shutil.which(program):
+        raise Failed(f"there is no program {program} on PATH")
+
+
 def run(command: list[str], text: str) -> None:
     """Run the command to its end, in the folder of the session. What it prints is for nobody."""
-    if not shutil.which(command[0]):
-        raise Failed(f"there is no program {command[0]} on PATH")
+    check_program(command[0])
     with bus_recv.running(f"exec {shlex.join(command)} >/dev/null", text, {}, 1) as process:
         try:
             code = process.wait(TURN_SECONDS)
@@ -249,6 +253,8 @@ def main(argv: list[str] | None = None) -> int:
             signal.signal(number, lambda *_: sys.exit(143))  # a turn that we have started is killed
         bus_recv.tell_people(lambda line: bus_recv.complain(line, "bus_wake"))
         waker = Waker(options)
+        if options.program != "opencode":  # that one is asked by HTTP
+            check_program(options.program.partition("-")[0])
         if options.folder:
             os.chdir(options.folder)
         waker.work()
@@ -257,7 +263,7 @@ def main(argv: list[str] | None = None) -> int:
     except (bus_recv.Refused, bus_recv.Busy) as refused:
         bus_recv.complain(str(refused), "bus_wake")
         return 1
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, Failed) as error:
         named = isinstance(error, OSError) and error.filename
         bus_recv.complain(f"{named}: {error.strerror}" if named else str(error), "bus_wake")
         return 2

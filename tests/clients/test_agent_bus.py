@@ -72,6 +72,8 @@ def test_the_help_names_every_command_and_fits_a_terminal(arguments, monkeypatch
     out = capsys.readouterr().out
     for name, row in agent_bus.COMMANDS.items():
         assert re.search(rf"^  {name} +{re.escape(row.purpose)} +{re.escape(row.example)}$", out, re.MULTILINE)
+    for other in ("agent-bus-wake", "agent-bus-hook", "agent-bus-mcp", "bus_listener.sh"):
+        assert re.search(rf"^  {other} +\w", out, re.MULTILINE), other
     assert {"AGENT_BUS_URL", "AGENT_NAME", "AGENT_BUS_TOKEN"} <= set(re.findall(r"^  (\w+)", out, re.MULTILINE))
     assert max(map(len, out.splitlines())) <= 80
 
@@ -99,6 +101,8 @@ def test_the_help_names_commands_that_this_user_has(monkeypatch, capsys):
     ("recv bob --onec", "recv: did you mean --once?"), ("file put x --chanel c --to b", "did you mean --channel?"),
     ("send bob hi --zzzzz x", "unrecognized"), ("send bob --zzzzz 9 -- --frm", "unrecognized"),
     ("later bob hi --after x", "is not a time"),
+    ("send bob -v", "send: a text that begins with - stands behind --"),
+    ("ask bob -v", "ask: a text that begins with - stands behind --"),
     ("serve --port x", "give a whole number from 0 to 65535, not 'x'"), ("recv --frm", "--frm"),
     ("send bob hi --field from=x", "'from=x' is no further member"),
     ("log --last=-3", "--last: give a whole number of 1 or more, not '-3'"), ("install", "required"),
@@ -113,7 +117,14 @@ def test_a_wrong_option_is_said_in_the_last_of_few_lines(arguments, says):
 
 def test_the_help_of_a_command_is_that_of_its_program():
     assert run(SCRIPT, "help", "log") == run(SCRIPT, "log", "--help")
+    assert run(SCRIPT, "help", "completion")[1].startswith(f"usage: python3 {SCRIPT} completion {{bash,zsh,fish}}\n")
+    assert run(SCRIPT, "help", "version")[1].startswith(f"usage: python3 {SCRIPT} version\n")
     assert 'eval "$(agent-bus completion bash)"' in run(SCRIPT, "help", "completion")[1]
+
+
+@pytest.mark.parametrize("line", ["tokens --db /nowhere/bus.db", "join http://127.0.0.1:1 ann"])
+def test_an_error_begins_with_what_the_user_has_typed(line):
+    assert run(SCRIPT, *line.split())[2].startswith(f"agent_bus.py {line.split()[0]}: ")
 
 
 @pytest.mark.parametrize("columns", [40, 60, 80, 100])

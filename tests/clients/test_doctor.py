@@ -22,7 +22,7 @@ from tests.clients.test_clients import refusing
 from tests.kit import bad_servers
 from tests.kit.bad_servers import FAULTS, HTML, Scripted, answer, mail, page
 from tests.kit.peers import invite
-from tests.kit.processes import PATIENCE, ROOT, Server, free_port, no_settings, wait_until
+from tests.kit.processes import PATIENCE, ROOT, SERVER, Server, free_port, no_settings, wait_until
 from tools import bus_doctor
 
 HOPS = ["url", "proxy", "dns", "tcp", "tls", "http", "bus", "clock", "token", "send", "recv", "hold", "file"]
@@ -198,6 +198,8 @@ def test_a_certificate_of_an_authority_of_our_own(tmp_path, authority, examine, 
         found, code = examine(bus.url, AGENT_BUS_CA=authority.file)
         assert code == 0 and found["tls"] == ("ok", "the certificate is valid", "")
         fails("url", "AGENT_BUS_CA", "correct", bus.url, AGENT_BUS_CA=str(tmp_path))
+        other = authority.sign("IP:127.0.0.1").file
+        fails("tls", "not valid", f"{other} is not of the authority that signed it", bus.url, AGENT_BUS_CA=str(other))
 
 
 def test_a_certificate_for_another_name(tmp_path, authority, fails, resolve):
@@ -396,8 +398,27 @@ def test_a_disk_that_is_nearly_full_is_told_where_the_bus_runs(examine, tmp_path
     assert verdict == "warn" and advice.startswith("its disk has 3.0 MiB free") and "prune" in advice
 
 
+NO_ROOM = ("-S", "-c", SERVER.replace("sys.exit", "bus_server.RESERVE_BYTES = 1 << 60; sys.exit"))
+
+
+def test_a_bus_whose_disk_takes_no_message_fails_wherever_its_database_is(fails, tmp_path):
+    with Server(tmp_path / "bus.db", program=NO_ROOM) as server:
+        fails("send", "^disk: .* MiB free: nothing was stored", "make room .* prune --older 7d", server.url)
+
+
 def test_the_doctor_and_the_bus_mean_the_same_room():
     assert sys.modules[bus_doctor.Bus.__module__].ROOM_BYTES == bus_server.RESERVE_BYTES
+
+
+def test_a_wrong_token_is_told_with_the_place_that_it_is_from(fails, tmp_path):
+    (tmp_path / "agent-bus").mkdir()
+    file = tmp_path / "agent-bus" / "default.env"
+    file.touch(0o600)
+    with Server(tmp_path / "bus.db") as bus:
+        invite(bus, "spark")
+        file.write_text(f"AGENT_BUS_URL={bus.url}\nAGENT_BUS_TOKEN={NOBODYS}\n")
+        fails("token", f"from {re.escape(str(file))}", "where the bus runs", bus.url, XDG_CONFIG_HOME=str(tmp_path))
+        fails("token", "from the environment", "where the bus runs", bus.url, AGENT_BUS_TOKEN=NOBODYS)
 
 
 def test_a_proxy_that_cannot_be_reached_may_be_left_out(fails):
@@ -410,7 +431,8 @@ def test_a_variable_in_the_file_that_nothing_reads_is_named(examine, bus, tmp_pa
     file.touch(0o600)
     file.write_text(f"AGENT_BUS_URL={bus.url}\nAGENT_BUS_TOKN=x\nEDITOR=vi\nAGENT_BUS_CHANNEL=ops\n")
     verdict, _, advice = examine(bus.url, XDG_CONFIG_HOME=str(tmp_path))[0]["url"]
-    assert verdict == "warn" and advice == f"{file} sets AGENT_BUS_TOKN, which nothing reads: a typo?"
+    told = f"{file} sets AGENT_BUS_TOKN, which nothing reads: did you mean AGENT_BUS_TOKEN?"
+    assert (verdict, advice) == ("warn", told)
 
 
 FRONT = {"ok": True, "now": 1, "bus": "b", "position": 7, "fronts": 2, "ledger": {"leads": "pg1", "waits_for": ""}}

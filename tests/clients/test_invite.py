@@ -2,6 +2,7 @@
 import json
 import os
 import pathlib
+import re
 import shutil
 import socket
 import ssl
@@ -139,8 +140,8 @@ def test_a_second_invite_says_that_the_name_has_a_token_already(tmp_path):
 
 
 @pytest.mark.parametrize("options, hours", [
-    ("--page", 12), ("--page --for 2h", 2), ("--page --for 0", None), ("--expires 3h", 3), ("", None),
-    ("--for 0", None),
+    ("--page", 12), ("--page --expires 2h", 2), ("--page --expires 0", None), ("--expires 3h", 3), ("", None),
+    ("--expires 0", None),
 ])  # fmt: skip
 def test_a_token_is_valid_for_as_long_as_the_help_says(options, hours, tmp_path):
     bus, now = Server(tmp_path / "bus.db"), time.time()
@@ -149,6 +150,12 @@ def test_a_token_is_valid_for_as_long_as_the_help_says(options, hours, tmp_path)
     assert ends is None if hours is None else abs(ends - now - hours * 3600) < PATIENCE
     until = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(ends)) if ends else "you revoke it"
     assert (f"This one works until {until}." in " ".join(said.split())) == ("--page" in options)
+
+
+def test_the_texts_name_the_option_as_the_help_does():
+    for file in ("README.md", "tools/agent_bus.py", "bus_extensions/page/app.js"):
+        assert re.findall("--operator --page (--[a-z]+)", (ROOT / file).read_text()) == ["--expires"], file
+    assert "--for" not in command(Server("bus.db"), "invite", "--help")
 
 
 def test_bus_server_alone_makes_a_token_too(tmp_path):

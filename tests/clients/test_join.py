@@ -220,6 +220,17 @@ def test_an_expired_token_is_one_sentence(bus, tmp_path):
     assert (code, out, err.count("\n")) == (1, "", 1) and "this token expired at 20" in err
 
 
+def test_the_last_lines_connect_claude_code_without_a_clone(bus, tmp_path):
+    """A shell runs the line, with a claude that prints what it is called with."""
+    pin, token, _ = invited(bus, "dell")
+    code, out, _ = join(bus, "dell", token, tmp_path / "home", pin=pin)
+    line = re.search("^    (claude mcp add .*)$", out, re.M)[1]
+    done = subprocess.run(f'claude() {{ printf "%s|" "$@"; }}\n{line}', shell=True, capture_output=True, text=True)
+    told = f"mcp|add|--transport|http|bus|{bus.url}/mcp|--header|Authorization: Bearer {token}|"
+    assert code == 0 and done.stdout == told
+    assert f"NODE_EXTRA_CA_CERTS={tmp_path / 'home'}" in out
+
+
 def test_a_token_of_another_name_is_said_to_be_one(bus, tmp_path):
     code, out, err = join(bus, "dell", invited(bus, "nano")[1], tmp_path / "home")
     assert (code, out, err.count("\n")) == (1, "", 1)

@@ -64,7 +64,7 @@ def test_what_the_bus_refuses_is_told(bus):
     code, out, err = search(bus.url, "***")
     assert (code, out) == (1, "") and "q has no word to look for" in err
     code, out, err = redact(bus.url, "660ba678a1b40")
-    assert (code, out) == (1, "") and "there is no message with this id" in err
+    assert (code, out) == (1, "") and "there is no message '660ba678a1b40'" in err
 
 
 def test_a_bus_that_names_the_same_page_again_is_not_asked_for_ever():

@@ -158,11 +158,20 @@ def test_what_is_no_time_is_refused_everywhere(option):
         assert code == 2 and err, wrong
 
 
+@pytest.mark.parametrize("option, zero", [
+    (["--keep"], "0 for ever"), (["prune", "--older"], "0 for all, also those of this moment"),
+    (["invite", "x", "--expires"], "0 for ever"),
+])  # fmt: skip
+def test_what_0_means_is_said_for_each_option_of_the_bus(option, zero):
+    assert run("bus_server.py", *option, "x")[2].endswith(f"45s, or {zero}\n")
+
+
 # ── What is said of a send ───────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("to, receiver, sentence", [
-    ("bob", {"online": True, "last_seen": NOON, "unread": 1, "known": True}, "sent to bob, who is listening"),
+    ("bob", {"online": True, "last_seen": NOON, "unread": 1, "known": True},
+     "sent to bob, who is listening (now, or a moment ago)"),
     ("Laed", {"online": False, "last_seen": None, "unread": 1, "known": False, "similar": ["Lead"]},
      "queued: nobody has ever listened as Laed, 1 unread; did you mean Lead?"),
     ("Laed", {"online": False, "last_seen": None, "unread": 1, "known": False, "similar": ["Lead", "lead"]},
@@ -173,7 +182,7 @@ def test_what_is_no_time_is_refused_everywhere(option):
      "queued: nobody has ever listened as x, 1 unread"),
     ("bob", {"online": False, "last_seen": NOON - 6 * 3600, "unread": 7},
      "queued: bob was last seen 6h ago, 7 unread"),
-    (["a", "b"], {"online": 2, "offline": 0}, "sent to a,b, all listening"),
+    (["a", "b"], {"online": 2, "offline": 0}, "sent to a,b, all listening (now, or a moment ago)"),
     ("all", {"online": 1, "offline": 1, "unread": 7}, "queued: 1 of 2 are listening, 7 unread"),
     ("bob", "a bus of the first contract", "sent to bob"),
 ])  # fmt: skip
@@ -289,8 +298,12 @@ def test_tls_that_fails_is_not_tried_again(authority, bus, monkeypatch, tmp_path
         url = bus.url.replace("http:", "https:")
         clock = Clock()
         monkeypatch.setattr(bus_send, "time", clock)
-        says = r"\(the certificate there is not trusted on this machine: set AGENT_BUS_CA .*\)\. bus_doctor\.py"
+        says = r"\(the certificate there is not trusted by this machine: set AGENT_BUS_CA .*\)\. bus_doctor\.py"
         with pytest.raises(bus_send.Unreachable, match=says):
+            bus_send.send("dell", "hi", url=url, sender="spark")
+        other = authority.sign("IP:127.0.0.1").file
+        monkeypatch.setenv("AGENT_BUS_CA", str(other))
+        with pytest.raises(bus_send.Unreachable, match=f"is not trusted by {other}: set AGENT_BUS_CA to its file"):
             bus_send.send("dell", "hi", url=url, sender="spark")
         monkeypatch.setenv("AGENT_BUS_CA", authority.file)
         with pytest.raises(bus_send.Unreachable, match=r"\(Hostname mismatch, [^(_]*'localhost'\.?\)\. bus_doctor\.py"):
@@ -446,6 +459,13 @@ def test_an_id_of_digits_alone_is_one_if_its_time_is_near():
     for milliseconds in ("1795203596123", "1000000000000"):
         with pytest.raises(ValueError, match="give now, last, 1h"):
             bus_recv.moment(milliseconds, NOON)
+
+
+def test_a_date_is_refused_with_what_makes_seconds_of_it():
+    with pytest.raises(ValueError, match=r"T17:00:00Z': give .* s since 1970 \(`date -d 2026-12-01 \+%s`\)"):
+        bus_recv.moment("2026-11-30T17:00:00Z", NOON)
+    for file in ("bus_recv.py", "tools/bus_relay.py", "tools/bus_log.py", "tools/bus_search.py"):
+        assert "s since 1970" in " ".join(run(file, "--help")[1].split()), file
 
 
 def test_how_long_ago_is_read_without_argparse_and_hides_no_fault(monkeypatch):

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
@@ -100,6 +101,24 @@ def test_a_bus_that_cannot_answer_ipv4_too_says_so(tmp_path):
         assert "IPv6 only: start with --host 0.0.0.0" in bus.log.read_text()
 
 
+@pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6")
+def test_a_host_may_be_in_brackets_as_in_the_url_that_the_bus_prints(tmp_path):
+    with Server(tmp_path / "bus.db", "--host", "[::1]") as bus:  # loopback, so that it needs no token
+        answer = urllib.request.urlopen(f"http://[::1]:{bus.port}/healthz", timeout=PATIENCE)
+        assert json.load(answer)["ok"]
+
+
+def test_a_name_that_is_none_is_shown_as_it_was_given(bus):
+    assert send(bus, to="b\u00f6b\x1b")["error"].endswith("not 'b\u00f6b\\x1b'")
+
+
+@pytest.mark.parametrize("rest", ["", "xyz", "660ba678a1b40"])
+def test_an_id_of_no_message_is_named(rest, bus):
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        bus.get(f"/message/{rest}")
+    assert refused.value.code == 404 and f"there is no message '{rest}'" in json.load(refused.value)["error"]
+
+
 def test_an_unusable_database_is_one_clear_line(tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "text.db").write_text("this is no database " * 100)
@@ -167,6 +186,12 @@ def test_binding_the_world_warns_loudly(tmp_path):
     with Server(tmp_path / "quiet.db") as bus:
         bus.get("/healthz")
         assert bus.log.read_text() == ""
+
+
+def test_a_start_on_a_disk_without_room_warns(tmp_path):
+    little = SERVER.replace("sys.exit", "bus_server.RESERVE_BYTES = 1 << 60; sys.exit")
+    with Server(tmp_path / "bus.db", program=("-S", "-c", little)) as bus:
+        wait_until(lambda: "MiB free: each send gets 507 until you make room" in bus.log.read_text())
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

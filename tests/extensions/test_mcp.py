@@ -123,7 +123,7 @@ def test_the_tools_of_a_token_do_what_it_may(closed):
     text = sensor.hook("UserPromptSubmit")
     assert "no mail from the agent-bus: the bus answers 403; bus_whoami tells why" in text
     assert sensor.hook("UserPromptSubmit") == ""
-    assert "no message with this id" in sensor.tool("bus_inbox", failed=True, id=found[0]["id"])
+    assert f"no message '{found[0]['id']}'" in sensor.tool("bus_inbox", failed=True, id=found[0]["id"])
     assert "may not read bob" in alice.tool("bus_claim", failed=True, queue="bob")
     read_for_bob = Client(closed, "bob", closed.tokens["admin"])
     assert [each["msg"] for each in read_for_bob.mail()] == ["from alice", "from sensor"]

@@ -114,7 +114,7 @@ def test_a_revoked_token_leads_to_the_login_while_the_page_is_open(tmp_path, pag
 def test_the_token_of_a_link_ends_after_12_hours_or_when_it_was_said(tmp_path, page):
     """A browser keeps links in its history."""
     with Server(tmp_path / "bus.db") as bus:
-        for name, options, lasts in (("erik", [], 12 * 3600), ("maria", ["--for", "30m"], 1800)):
+        for name, options, lasts in (("erik", [], 12 * 3600), ("maria", ["--expires", "30m"], 1800)):
             token = invite(bus, name, "--operator", "--page", *options)
             [row] = [row for row in map(json.loads, (tmp_path / "bus.db.tokens").open()) if row["name"] == name]
             assert abs(row["expires"] - row["made"] - lasts) <= 1
@@ -186,7 +186,7 @@ def test_a_connection_that_is_not_encrypted_is_said(tmp_path, page):
 
 
 def test_a_link_for_a_person_is_printed_and_opens_the_page(closed, page):
-    printed = command(closed, "invite", "erik", "--operator", "--page", "--for", "12h", "--yes")
+    printed = command(closed, "invite", "erik", "--operator", "--page", "--expires", "12h", "--yes")
     [link] = [line.strip() for line in printed.splitlines() if "/ui/#token=" in line]
     page.goto(link)
     page.wait_for_selector("#live.good")

@@ -148,8 +148,10 @@ def test_what_readme_runs_in_the_folder_of_another_project_has_the_path_of_this_
 @needs_claude
 def test_the_lines_of_readme_install_it_and_add_the_tools(claude, tmp_path):
     readme = (ROOT / "README.md").read_text()
-    (install,) = re.findall("`(claude plugin install .*?)`", readme)
+    market, install = re.findall("`(claude plugin (?:marketplace add|install) .*?)`", readme)
+    assert "--marketplace" not in install, "Claude Code 2.1.197 does not know it"
     (add,) = re.findall("^claude mcp add .*", readme, re.MULTILINE)
+    claude(*shlex.split(market)[1:])
     assert "Successfully installed plugin: agent-bus@agent-bus" in claude(*shlex.split(install)[1:])
     project = tmp_path / "project"
     project.mkdir()

@@ -136,7 +136,13 @@ def test_a_failure_is_logged_and_tried_again_within_the_budget(agent, monkeypatc
     assert agent.calls().count("--resume") == 2 and "2 times within an hour" in said
     (agent.place / "bin" / "claude").unlink()
     monkeypatch.setenv("PATH", str(agent.place / "bin"))
-    assert "there is no program claude" in agent.look("--budget", "9")
+    assert "there is no program claude" in agent.look("--budget", "9", code=2)
+
+
+@pytest.mark.parametrize("program, needs", [("claude", "claude"), ("codex-exec", "codex")])
+def test_a_program_that_is_not_there_is_told_before_there_is_mail(program, needs, agent, monkeypatch):
+    monkeypatch.setenv("PATH", str(agent.place))
+    assert agent.look(program=program, code=2) == f"bus_wake: there is no program {needs} on PATH\n"
 
 
 def test_codex_is_woken_by_a_queued_message(agent):

@@ -233,11 +233,13 @@ def test_a_bus_is_moved_onto_a_ledger_and_back_by_one_command_each(tmp_path, led
 @pytest.mark.parametrize(
     "options, why",
     [
-        (["--back"], "give the --ledger, or say that it is lost: --ledger-lost"),
+        ([], "the ledger is missing: give --ledger URL, as postgresql://HOST/DATABASE"),
+        (["--back"], "the ledger is missing: give --ledger URL"),
+        (["--ledger", "foo"], "like postgresql://HOST/DATABASE, and this has no ://"),
         (["--ledger", "postgresql://127.0.0.1:1/y"], "cannot use the ledger: "),
         (["--ledger-lost"], "is a bus of its own already"),
     ],
-    ids=lambda value: value[0] if isinstance(value, list) else "",
+    ids=lambda value: "".join(value[:1]) if isinstance(value, list) else "",
 )
 def test_a_move_that_cannot_be_is_refused_in_one_sentence(tmp_path, options, why):
     bus_server.State(str(tmp_path / "bus.db")).close()
