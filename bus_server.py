@@ -5642,7 +5642,8 @@ def duration(text: str, zero: str = "ever") -> float:
 
 
 def default_path() -> str:
-    os.environ.get("HOME") or os.environ.pop("HOME", "")  # if it is empty, ~ would be the root folder
+    if os.environ.get("HOME") == "":  # then ~ would be the root folder
+        del os.environ["HOME"]
     state = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
     return os.path.join(state, "agent-bus", "bus.db")
 
