@@ -147,9 +147,21 @@ def short(message: Any, now: float) -> str:
         subject = f"[{message['subject']}] " if message.get("subject") else ""
         text = bus_recv.visible(" ".join(f"{subject}{message['msg']}".split()))
         if is_terminal():
-            text = text[: max(shutil.get_terminal_size().columns - len(f"{head} {names} "), 0)]
+            columns = shutil.get_terminal_size().columns
+            if columns < len(f"{head} {names} ") + LEAST:
+                head = when[6:11]  # so that some text is left
+            if len(f"{head} {names} ") + LEAST > columns:
+                names = clipped(names, max(columns - len(head) - LEAST - 2, LEAST))
+            text = clipped(text, max(columns - len(f"{head} {names} "), 1))
         return f"{head} {painted(names, message['from'])} {text}\n"
     return bus_recv.block(None, "", now)  # it says that this is not a message
+
+
+LEAST = 12  # characters of the text, on a narrow terminal
+
+
+def clipped(text: str, room: int) -> str:
+    return text if len(text) <= room else f"{text[: room - 1]}…"
 
 
 # The outputs. Each prints a message at once.
@@ -179,8 +191,19 @@ def complain(line: str) -> None:
     bus_recv.complain(line, "bus_log")
 
 
+def tell_filter(url: str) -> None:
+    """Say that a token shows its own mail only. A bus without the extension `people` does not tell."""
+    with contextlib.suppress(bus_recv.Refused, bus_recv.Unreachable):
+        mine, _ = bus_recv.ask(url, "/whoami", bus_recv.GRACE_SECONDS) if bus_recv.credentials(url) else ({}, 0)
+        if mine.get("operator") is False and not mine.get("open"):
+            whose = bus_recv.word(mine.get("name"))
+            complain(f"this is only what {whose} got or sent: the token is not that of an operator")
+
+
 def options_of(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Show the messages of everybody on an agent-bus, as they pass.")
+    purpose = "Show the messages of everybody on an agent-bus, as they pass."
+    filtered = "On a bus with tokens, only an operator sees all; another token shows what its name got or sent."
+    parser = argparse.ArgumentParser(description=f"{purpose} {filtered}")
     add = parser.add_argument
     begin = parser.add_mutually_exclusive_group()
     since = "begin at X: 1h (ago), an id, now, or s since 1970 (0: all)"
@@ -213,6 +236,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         waiting = f"waiting for messages on {observer.url}, until Ctrl-C"
         if not options.no_follow:
             observer.greet = lambda: bus_recv.later(bus_recv.SILENCE_SECONDS, bus_recv.once, quiet, waiting)
+        tell_filter(observer.url)
         first = [] if options.last is None else [observer.last(options.last)]
         rest = observer.pages() if options.no_follow else observer.answers(False, options.timeout)
         answers = noted(chain(first, rest), quiet)

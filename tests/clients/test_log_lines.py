@@ -77,3 +77,11 @@ def test_a_log_of_what_is_no_message_goes_on(home):  # noqa: F811
         env = {"AGENT_BUS_URL": server.url}
         code, out, err = run(SCRIPT, "log", "--short", "--no-follow", env=env)
     assert code == 0 and out.count("not a message") == 2 and "spark > dell: good" in out
+
+
+def test_a_short_line_on_a_narrow_terminal_keeps_some_text_and_shows_where_it_is_cut(agent):
+    mails(agent.url, "first of many words that do not fit " * 3)
+    for columns in (40, 60, 80):
+        env = {"AGENT_BUS_URL": agent.url, "NO_COLOR": "1"}
+        (line,) = on_terminal("log", "--short", "--no-follow", columns=columns, **env).splitlines()
+        assert len(line) == columns and "spark > bob: first of m" in line and line.endswith("…")
