@@ -5970,7 +5970,7 @@ def invite(arguments: Sequence[str]) -> None:
     if options.db != default_path() and not os.path.isdir(folder):
         raise Unusable(f"there is no folder {folder}: correct --db, or make that folder first")
     file, words, here = Tokens(options.db), invitations(), running(options.db)
-    if words and not words.agreed(options.name, options.db, here, file.closed, options.yes):
+    if words and not words.agreed(options.name, options.db, here, file.closed, options.yes, options.url):
         raise Unusable("no token was made")
     token, secret = f"abt_{secrets.token_hex(4)}", secrets.token_urlsafe(32)
     digest, now = hashlib.sha256(secret.encode()).hexdigest(), time.time()
