@@ -115,6 +115,7 @@ def test_the_greeting_comes_before_the_first_message(bus, home):  # noqa: F811
     ("tools/bus_log.py --no-follow", "bus_log: there are no such messages"),
     ("tools/bus_log.py --last 3 --no-follow --short", "bus_log: there are no such messages"),
     ("tools/bus_log.py", "bus_log: waiting for messages on {url}, until Ctrl-C"),
+    ("tools/bus_work.py builds --exec true", "bus_work: waiting for jobs of builds on {url}, until Ctrl-C"),
     ("tools/bus_later.py --list", "bus_later: no message waits to be sent"),
     ("tools/bus_outbox.py --list", "bus_outbox: no message waits, and none was refused"),
     ("bus_recv.py dell --once --timeout 0", "bus_recv: nothing came for dell"),
@@ -124,8 +125,12 @@ def test_a_person_is_told_that_there_is_nothing(call, says, tmp_path, home):  # 
     with Server(tmp_path / "bus.db") as bus:
         env = {"AGENT_BUS_URL": bus.url, "AGENT_NAME": "dell"}
         assert on_a_terminal(*call.split(), **env) == says.format(url=bus.url) + "\n"
-        if "inbox" not in call and call != "tools/bus_log.py":
+        if "inbox" not in call and "until Ctrl-C" not in says:
             assert run(*call.split(), env=env)[1:] == ("", ""), "a program is told nothing"
+
+
+def test_the_help_of_a_worker_says_how_a_job_is_made():
+    assert "python3 bus_send.py NAME TEXT puts a job into it" in " ".join(run("tools/bus_work.py", "-h")[1].split())
 
 
 def test_a_log_that_has_messages_does_not_say_that_it_waits(bus, home):  # noqa: F811
