@@ -6215,7 +6215,7 @@ def restore(arguments: Sequence[str]) -> None:
         bus = None if is_front(options.copy) else secrets.token_hex(8)
         messages, files = copy_bus(options.copy, options.db, missing_tokens(options.copy, options.db), old, bus)
     what = f"bus {bus}" if bus else "a front's copy of a ledger"
-    print(f"{options.db} is {what} now, with {messages} messages; {files} files were restored")
+    print(f"{options.db} is {what} now, with {messages} messages; {files} files were missing, and came back")
     if os.path.exists(old):
         print(f"the database that was there before is now {old}")
 
@@ -6333,8 +6333,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if not was_there:
                 print(f"there was no folder {folder}: it is made for the database", file=sys.stderr)
             return run_server(options, state)
-    except Unusable as error:
-        print(f"bus_server: {error}", file=sys.stderr)
+    except (Unusable, PermissionError) as error:  # the latter has the path in its text
+        print(f"bus_server: {re.sub('^.Errno [0-9]+. ', '', str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:  # in a command, or before the server listens
         return 130

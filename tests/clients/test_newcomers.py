@@ -1,4 +1,5 @@
 """What people who are new here met, and now read in words: https, silence, nothing to show, no home, wrong numbers."""
+import errno
 import io
 import json
 import os
@@ -366,3 +367,21 @@ def test_a_join_without_a_token_says_so_and_leaves_the_prompts_line(monkeypatch,
 def test_the_list_of_endpoints_has_a_blank_behind_each_method(bus):
     endpoints = re.findall(r"^([A-Z]{3,6})( */\S*) ", bus.get("/").decode(), re.MULTILINE)
     assert ("DELETE", " /mcp") in endpoints and all(path[0] == " " for _, path in endpoints)
+
+
+@pytest.mark.parametrize("call", [["backup", "x.copy"], ["restore", "x.copy"]])
+def test_a_command_that_may_not_write_there_says_so_in_a_sentence(call, tmp_path, monkeypatch, capsys):
+    """A folder of somebody else, which may not even be looked into; root may, so it is made up."""
+    with Server(tmp_path / "bus.db"):
+        run("bus_server.py", "backup", str(tmp_path / "x.copy"), "--db", str(tmp_path / "bus.db"))
+
+    def refused(path, **_):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "umask", lambda mask: 0)  # of this process, which goes on
+    monkeypatch.setattr(pathlib.Path, "unlink", refused)
+    call = [call[0], "new.copy" if call[0] == "backup" else call[1]]
+    assert bus_server.main([*call, "--db", "bus.db"]) == 2
+    said = capsys.readouterr().err
+    assert re.fullmatch(r"bus_server: Permission denied: '\S+\.new'\n", said), said
