@@ -385,3 +385,11 @@ def test_a_command_that_may_not_write_there_says_so_in_a_sentence(call, tmp_path
     assert bus_server.main([*call, "--db", "bus.db"]) == 2
     said = capsys.readouterr().err
     assert re.fullmatch(r"bus_server: Permission denied: '\S+\.new'\n", said), said
+
+
+def test_a_redaction_that_no_bus_has_heard_of_is_known_not_to_be_done(home):  # noqa: F811
+    code, _, err = run("tools/bus_redact.py", "660ba678a1b40", env={"AGENT_BUS_URL": refusing()})
+    assert code == 75 and "; nothing is redacted: repeat it." in err
+    with Scripted(reset) as server:
+        code, _, err = run("tools/bus_redact.py", "660ba678a1b40", env={"AGENT_BUS_URL": server.url})
+        assert code == 75 and "; it is not known whether the message is redacted: repeat it." in err
