@@ -5996,7 +5996,7 @@ def invite(arguments: Sequence[str]) -> None:
     if options.db != default_path() and not os.path.isdir(folder):
         raise Unusable(f"there is no folder {folder}: correct --db, or make that folder first")
     file, words, here = Tokens(options.db), invitations(), running(options.db)
-    if words and not words.agreed(options.name, options.db, here, file.closed, options.yes):
+    if words and not words.agreed(options.name, options.db, here, file.closed, options.yes, options.url):
         raise Unusable("no token was made")
     token, secret = f"abt_{secrets.token_hex(4)}", secrets.token_urlsafe(32)
     digest, now = hashlib.sha256(secret.encode()).hexdigest(), time.time()
@@ -6241,7 +6241,7 @@ def restore(arguments: Sequence[str]) -> None:
         bus = None if is_front(options.copy) else secrets.token_hex(8)
         messages, files = copy_bus(options.copy, options.db, missing_tokens(options.copy, options.db), old, bus)
     what = f"bus {bus}" if bus else "a front's copy of a ledger"
-    print(f"{options.db} is {what} now, with {messages} messages; {files} files were restored")
+    print(f"{options.db} is {what} now, with {messages} messages; {files} files were missing, and came back")
     if os.path.exists(old):
         print(f"the database that was there before is now {old}")
 
@@ -6359,9 +6359,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if not was_there:
                 print(f"there was no folder {folder}: it is made for the database", file=sys.stderr)
             return run_server(options, state)
-    except Unusable as error:
+    except (Unusable, PermissionError) as error:  # the latter has the path in its text
         own = re.search(r"agent[-_]bus(\.py)? [a-z]+$", sys.argv[0])
-        print(f"{own[0] if own else 'bus_server'}: {error}", file=sys.stderr)
+        print(f"{own[0] if own else 'bus_server'}: {re.sub('^.Errno [0-9]+. ', '', str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:  # in a command, or before the server listens
         return 130

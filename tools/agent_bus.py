@@ -159,7 +159,7 @@ def similar_option(name: str, arguments: Sequence[str]) -> str:
     given = [word.partition("=")[0] for word in arguments[: [*arguments, "--"].index("--")] if word.startswith("--")]
     options = [word for word in words(name) if word.startswith("--")]
     unknown = [one for one in given if not any(option.startswith(one) for option in options)]
-    return "".join(difflib.get_close_matches(unknown[0], options, 1)) if unknown else ""
+    return "".join(difflib.get_close_matches(unknown[0], options, 1, 0.7)) if unknown else ""
 
 
 def load(program: str, first: Sequence[str] = ()) -> Any:
@@ -203,6 +203,7 @@ def help_of_ask(command: Command, example: str) -> str:
     usage, _, options = help_of(command.program, command.first).split("\n\n", 2)
     options = re.sub(rf"^  (?:{ASKS}|--json) .*\n(?: {{10}}.*\n)*", "", options, flags=re.MULTILINE)
     options = re.sub(r"\(\S+\s+with\s+--ask:\s+(\w+)\)", r"(\1)", options)
+    options = re.sub(r"a name,\s+names\s+as\s+a,b,c,\s+or\s+all", "who is asked", options)
     usage = re.sub(rf"\[(?:{ASKS}|--json)\] ?", "", usage)
     usage = "\n".join(filter(None, map(str.rstrip, usage.split("\n"))))
     purpose = "Send a question, wait for the reply, print its text. Exit code 3: no reply yet."

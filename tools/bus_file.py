@@ -285,7 +285,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     putting.add_argument("--channel", help="the channel ($AGENT_BUS_CHANNEL, or 'default')")
     getting = commands.add_parser("get", help="download a file")
     getting.add_argument("digest", metavar="SHA256")
-    getting.add_argument("-o", dest="path", metavar="PATH", help="file to write; default: the hash")
+    where = "file or folder to write to (.); in a folder, the file is named by the hash"
+    getting.add_argument("-o", dest="path", metavar="PATH", help=where)
     for command in (putting, getting):
         command.add_argument("--bus", type=bus_send.profile, metavar="PROFILE",
                              help="the bus in ~/.config/agent-bus/PROFILE.env")  # fmt: skip
@@ -298,8 +299,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return leave(options)
         if not re.fullmatch("[0-9a-f]{64}", options.digest):
             raise ValueError(f"{options.digest!r} is not a sha256: give 64 hex digits (0-9 a-f)")
-        url = bus_send.settings()["AGENT_BUS_URL"]
-        get(options.digest, options.path or options.digest, url, options.timeout)
+        path = place_of(options.path or options.digest, options.digest)
+        get(options.digest, path, bus_send.settings()["AGENT_BUS_URL"], options.timeout)
     except (ValueError, OSError, Damaged, bus_send.Refused, bus_send.Unreachable) as error:
         said = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
         complain(said)
@@ -307,6 +308,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def place_of(path: str, digest: str) -> str:
+    """The file to write: in a folder, one with the name of the hash. ValueError if another file is there."""
+    path = os.path.join(path, digest) if os.path.isdir(path) else path
+    if os.path.exists(path):
+        with open(path, "rb") as file:
+            if hashed(file).hexdigest() != digest:
+                raise ValueError(f"{path} is there already, and is another file: remove it first, or give another -o")
+    return path
 
 
 def leave(options: argparse.Namespace) -> int:
@@ -317,6 +328,7 @@ def leave(options: argparse.Namespace) -> int:
     said = {"name": name, "size": size, "sha256": digest}
     msg = f"file {bus_recv.word(name)} {size} bytes sha256 {digest}"
     given = {"sender": options.sender, "channel": options.channel, "type": "file", "subject": options.subject}
+    complain(f"{bus_recv.word(name)} is on the bus, its sha256 is {digest}")
     bus_send.report(bus_send.send(options.to, msg, fields=said, **given), options.to)
     return 0
 

@@ -160,13 +160,26 @@ def show(box: Inbox, as_json: bool) -> int:
         text = bus_log.whole(message, box.bus_time, box.names[0])
         bus_recv.emit(f"{bus_recv.dump(message)}\n" if as_json else text)
     if not mail:
-        complain(f"nothing is unread for {box.names[0]}")
+        complain(f"nothing is unread for {box.names[0]}{on_channel(box)}")
         return 3
     number, ack = f"{len(mail)}{' or more' if more else ''}", bus_recv.called("python3 tools/agent_bus.py ack", "ack")
     on = "" if box.channel == bus_recv.settings().get("AGENT_BUS_CHANNEL", "default") else f" --channel {box.channel}"
     whose = f"{label(mail[-1])} {box.names[0]}{on}"
     complain(f"{number} unread for {box.names[0]}, oldest first; to mark these as read: {ack} {whose}")
     return 0
+
+
+def on_channel(box: Inbox) -> str:
+    """Which channel that is, if it is not the usual one; and which there are, if nobody is on it."""
+    if box.channel == "default":
+        return ""
+    import bus_who  # it knows who is where
+
+    with contextlib.suppress(bus_recv.Refused, bus_recv.Unreachable):  # it is only a hint
+        there = sorted({bus_recv.word(agent.get("channel")) for agent in bus_who.agents(box.url, None, False)[0]})
+        if there and box.channel not in there:
+            return f" on the channel {box.channel}, where nobody is: there is {', '.join(there)}"
+    return f" on the channel {box.channel}"
 
 
 def command_line(argv: Sequence[str] | None) -> tuple[argparse.Namespace, argparse.ArgumentParser]:

@@ -48,6 +48,8 @@ from bus_service import install_service, uninstall_service  # noqa: E402
 
 import bus_recv  # noqa: E402
 
+ANSWER_SECONDS = 2.0  # for the bus, which may be down
+
 
 def install_agent(name: str, options: argparse.Namespace) -> int:
     agent, files = AGENTS[name], changes(name)
@@ -63,9 +65,22 @@ def install_agent(name: str, options: argparse.Namespace) -> int:
     records = write_all(files)
     keep(name, {path: records[path] for path in ours_in})
     tell(f"{agent.title} has the tools of the bus{already}, from its next start on: {' and '.join(ours_in)}")
-    for line in advice(name, options, hooked=len(entries) > 1):
+    for line in [session(options), *advice(name, options, hooked=len(entries) > 1)]:
         tell(line)
     return 0
+
+
+def session(options: argparse.Namespace) -> str:
+    """Which bus and which name a session will have, and whether that bus answers now."""
+    given = bus_recv.settings(options.url)
+    url, name = given["AGENT_BUS_URL"], options.name or given.get("AGENT_NAME")
+    who = name or ("what its token says" if options.http else "the title of the session, or its folder")
+    try:
+        bus_recv.ask(url, "/healthz", ANSWER_SECONDS)
+        now = "it answers"
+    except (bus_recv.Refused, bus_recv.Unreachable, ValueError) as fault:
+        now = f"it does not answer now ({fault})"
+    return f"the bus is {url}: {now}. The name of a session there is {who}"
 
 
 def advice(name: str, options: argparse.Namespace, hooked: bool) -> list[str]:
@@ -151,6 +166,8 @@ def run(options: argparse.Namespace, further: Sequence[str]) -> int:
     if options.agent in AGENTS:
         if installs and options.name:
             bus_recv.check_name(options.name)
+        if installs:
+            bus_recv.urls_of(bus_recv.settings(options.url)["AGENT_BUS_URL"])  # ValueError, if that is none
         return install_agent(options.agent, options) if installs else uninstall_agent(options.agent, options)
     known = [*AGENTS, "service"]
     similar = difflib.get_close_matches(options.agent, known, 1)

@@ -46,13 +46,17 @@ CHECK = (
 )
 
 
-def agreed(name: str, database: str, here: str, closed: bool, yes: bool) -> bool:
+def agreed(name: str, database: str, here: str, closed: bool, yes: bool, url: str = "") -> bool:
     """Say what the command changes. On a terminal, ask if it closes the bus, or if no bus uses the database.
 
     Without a terminal, and with `yes`, it is done without a question.
 
-    `here` is the URL at which the bus listens; empty if it does not run.
+    `here` is the URL at which the bus listens; empty if it does not run. With a `url` that no client could use, nothing
+    is done.
     """
+    if fault := unusable(url, here):
+        tell(fault)
+        return False
     database = os.path.abspath(database)
     where = f"at {here}" if here else "that does not run now"
     asks = not yes and not (closed and here) and sys.stdin.isatty()
@@ -80,6 +84,14 @@ def agreed(name: str, database: str, here: str, closed: bool, yes: bool) -> bool
     if not answer:  # Ctrl-D
         print(file=sys.stderr)
     return answer.strip().lower() in ("y", "yes")
+
+
+def unusable(url: str, here: str) -> str:
+    """What is wrong with the URL that the operator gave, if the bus that runs here can never be reached by it."""
+    if url.startswith("http:") and here.startswith("https:"):
+        return f"The bus speaks https, and {url} does not: give --url https://..."
+    fault = pin_for(url, here)[1] if url.startswith("https:") and here.startswith("https:") else ""
+    return " ".join(fault.split()) if fault.startswith(UNFIT.partition("{")[0]) else ""
 
 
 def tell(line: str) -> None:
@@ -119,15 +131,17 @@ def said(url: str, path: str) -> dict[str, Any]:
 
 def invitation(name: str, token: str, here: str, url: str) -> str:
     """What to run on the other machine, and what to paste there. `url` is the bus as that machine sees it, if given."""
+    named = "" if url else chosen(here)
     url = (url or reachable(here)).rstrip("/")
     line, remark = line_for(name, here, url)
-    texts = [TOKEN.format(name=name, token=token), RUN.format(name=name, line=line) if line else "", remark]
+    texts = [TOKEN.format(name=name, token=token), RUN.format(name=name, line=line) if line else "", remark, named]
     return wrapped("\n".join(filter(None, texts)).rstrip(), sys.stdout)
 
 
 def page_link(until: int | None, name: str, token: str, here: str, url: str) -> str:
     """A link for the browser of a person. The token is in the fragment, which a browser sends to nobody."""
     works = f"until {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime(until))}" if until else "until you revoke it"
+    named = "" if url else chosen(here)
     url = (url or reachable(here)).rstrip("/")
     if not url.startswith("http"):
         return f"{TOKEN.format(name=name, token=token)}\n{NO_PAGE}".rstrip()
@@ -137,7 +151,8 @@ def page_link(until: int | None, name: str, token: str, here: str, url: str) -> 
         remark = HERE_ONLY.format(url=url, port=parts.port or {"http": 80}.get(parts.scheme, 443))
     elif parts.scheme == "http":
         remark = PLAIN_PAGE.format(url=url)
-    return wrapped(f"{PAGE.format(name=name, url=url, token=token, works=works)}\n{remark}".rstrip(), sys.stdout)
+    texts = [PAGE.format(name=name, url=url, token=token, works=works), remark, named]
+    return wrapped("\n".join(filter(None, texts)).rstrip(), sys.stdout)
 
 
 def reachable(here: str) -> str:
@@ -150,6 +165,14 @@ def reachable(here: str) -> str:
     return re.sub("//.*:", f"//{f'[{host}]' if ':' in host else host}:", here)
 
 
+def chosen(here: str) -> str:
+    """Why reachable() has chosen this host; an empty text if it had no choice."""
+    url = reachable(here)
+    why = "its certificate is for that name" if url.startswith("https:") else "that is the name of this machine"
+    host = urlsplit(url).hostname
+    return "" if url == here else NAMED.format(url=url, why=why, host=host, scheme=urlsplit(url).scheme)
+
+
 def line_for(name: str, here: str, url: str) -> tuple[str, str]:
     """The line for the other machine, and what the operator must know; empty texts if there is no such thing."""
     values = {"url": shlex.quote(url), "name": name, "check": CHECK, "plain": ""}
@@ -160,8 +183,6 @@ def line_for(name: str, here: str, url: str) -> tuple[str, str]:
         pin, fault = pin_for(url, here)
         line = (PINNED if pin else OPEN).format(curl=shlex.join(bus_join.curl(pin)), pin=pin, **values)
         return line, "\n".join(filter(None, (fault, remark)))
-    if parts.scheme == "http" and here.startswith("https:"):
-        return "", f"The bus speaks https, so there is no line to run for {url}: give --url https://...\n"
     if parts.scheme != "http":
         return "", f"The bus listens at {url}, which no other machine reaches: see docs/deploy.md.\n" if url else NO_BUS
     if not remark:
@@ -315,6 +336,10 @@ The token is good as soon as the bus runs. No bus runs with this database now, s
 invite again: the line then sets the URL, the token and the certificate, on another machine and on this one. Or set them
 yourself: AGENT_BUS_URL, AGENT_BUS_TOKEN to this token and, for a bus with a certificate of its own (--tls-cert),
 AGENT_BUS_CA to the file of the certificate.
+"""
+NAMED = """\
+The bus listens at every address of this machine; {url} is given because {why}. The other machine must know
+where {host} is; if it does not (DNS, hosts file), invite again with --url {scheme}://ADDRESS:PORT.
 """
 UNCHECKED = """\
 The certificate at {url} cannot be checked from here ({why}). The line works if that certificate is valid for everyone.

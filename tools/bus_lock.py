@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -39,6 +40,7 @@ except ModuleNotFoundError as missing:
           file=sys.stderr)  # fmt: skip
     sys.exit(2)
 
+WILD = re.compile(r"[*?]")  # what no path has; the bus takes a name with [ for that very path, too
 WAIT_SECONDS = 25.0  # of one request; common proxies cut a request that is quiet for 30 s
 
 
@@ -61,17 +63,33 @@ def lock(url: str, order: dict[str, Any], wait: float) -> tuple[dict[str, Any], 
 
 
 def locks(url: str, **query: str | None) -> Iterator[tuple[dict[str, Any], float]]:
-    """Each reservation, and the clock of the bus (s since 1970). Raises as bus_recv.ask() does."""
+    """Each reservation, and the clock of the bus (s since 1970). Raises as bus_recv.ask() does.
+
+    The bus compares a `name` that is a path; for one with wildcards it lists all, and we compare.
+    """
     given = {field: value for field, value in query.items() if value}
+    pattern = given.pop("name") if WILD.search(given.get("name", "")) else ""
     while True:
         answer, now = bus_recv.ask(url, f"/locks?{urlencode(given)}", bus_recv.GRACE_SECONDS)
         page = answer.get("locks")
         if not isinstance(page, list) or not all(isinstance(each, dict) for each in page):
             raise bus_recv.Unreachable()
-        yield from ((each, now) for each in page)
+        yield from ((each, now) for each in page if not pattern or may_meet(pattern, each.get("names")))
         if not answer.get("more") or answer.get("next") in (None, given.get("after")):  # else it is asked for ever
             return
         given["after"] = str(answer["next"])
+
+
+def may_meet(pattern: str, names: Any) -> bool:
+    """May one of these names and the pattern have a path in common? What stands between wildcards is not compared."""
+    for name in names if isinstance(names, list) else ():
+        ends = [(re.split(r"[*?\[]", one)[0], re.split(r"[*?\]]", one)[-1]) for one in (pattern, str(name))]
+        (start, its_start), (end, its_end), is_wild = *zip(*ends), ends[1][0] != str(name)
+        fits = its_start.startswith(start) or (is_wild and start.startswith(its_start))
+        fits = fits and (its_end.endswith(end) or (is_wild and end.endswith(its_end)))
+        if fits and ("**" in f"{pattern} {name}" or pattern.count("/") == str(name).count("/")):
+            return True
+    return False
 
 
 def line(row: dict[str, Any], now: float) -> str:
@@ -114,7 +132,8 @@ def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     locking.add_argument("--wait", type=bus_recv.duration, default=0.0, metavar="S", help="wait so long for others (0)")
     unlocking.add_argument("names", metavar="NAME", nargs="*", help="a path or a pattern, exactly as you reserved it")
     unlocking.add_argument("--fence", type=bus_recv.count, metavar="N", help="all names of this reservation")
-    listing.add_argument("name", metavar="PATH", nargs="?", help="only who holds this path, also by a pattern")
+    about = "only who holds this path, also by a pattern; or who may hold something of this pattern"
+    listing.add_argument("name", metavar="PATH", nargs="?", help=about)
     listing.add_argument("--holder", metavar="NAME", help="only what NAME holds")
     listing.add_argument("--json", action="store_true", help="print each reservation as a line of JSON")
     named = {"lock": locking, "unlock": unlocking, "list": listing}

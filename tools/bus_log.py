@@ -145,9 +145,20 @@ def short(message: Any, now: float) -> str:
         names = f"{bus_recv.word(message['from'])} > {bus_recv.word(message.get('to', '-'))}:"
         subject = f"[{message['subject']}] " if message.get("subject") else ""
         text = bus_recv.visible(" ".join(f"{subject}{message['msg']}".split()))
-        row = bus_recv.fitted(f"{head} {names} {text}").partition("\n")[0]
-        return row.replace(names, painted(names, message["from"]), 1) + "\n"
+        columns = shutil.get_terminal_size().columns
+        if is_terminal() and columns < len(f"{head} {names} ") + LEAST:  # so that some text is left
+            head = when[6:11]
+            names = clipped(names, max(columns - len(head) - LEAST - 2, LEAST))
+        row, _, more = bus_recv.fitted(f"{head} {names} {text}").partition("\n")
+        return (f"{row[:-1]}…" if more else row).replace(names, painted(names, message["from"]), 1) + "\n"
     return bus_recv.block(None, "", now)  # it says that this is not a message
+
+
+LEAST = 12  # characters of the text, on a narrow terminal
+
+
+def clipped(text: str, room: int) -> str:
+    return text if len(text) <= room else f"{text[: room - 1]}…"
 
 
 # The outputs. Each prints a message at once.
@@ -177,8 +188,19 @@ def complain(line: str) -> None:
     bus_recv.complain(line, "bus_log")
 
 
+def tell_filter(url: str) -> None:
+    """Say that a token shows its own mail only. A bus without the extension `people` does not tell."""
+    with contextlib.suppress(bus_recv.Refused, bus_recv.Unreachable):
+        mine, _ = bus_recv.ask(url, "/whoami", bus_recv.GRACE_SECONDS) if bus_recv.credentials(url) else ({}, 0)
+        if mine.get("operator") is False and not mine.get("open"):
+            whose = bus_recv.word(mine.get("name"))
+            complain(f"this is only what {whose} got or sent: the token is not that of an operator")
+
+
 def options_of(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Show the messages of everybody on an agent-bus, as they pass.")
+    purpose = "Show the messages of everybody on an agent-bus, as they pass."
+    filtered = "On a bus with tokens, only an operator sees all; another token shows what its name got or sent."
+    parser = argparse.ArgumentParser(description=f"{purpose} {filtered}")
     add = parser.add_argument
     begin = parser.add_mutually_exclusive_group()
     since = "begin at X: 1h (ago), an id, now, or s since 1970 (0: all)"
@@ -211,6 +233,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         waiting = f"waiting for messages on {observer.url}, until Ctrl-C"
         if not options.no_follow:
             observer.greet = lambda: bus_recv.later(bus_recv.SILENCE_SECONDS, bus_recv.once, quiet, waiting)
+        tell_filter(observer.url)
         first = [] if options.last is None else [observer.last(options.last)]
         rest = observer.pages() if options.no_follow else observer.answers(False, options.timeout)
         answers = noted(chain(first, rest), quiet)

@@ -200,7 +200,10 @@ def check(url: str, message: dict[str, Any]) -> None:
 
 def deliver(outbox: Outbox, message: dict[str, Any] | None, patience: float, as_json: bool) -> int:
     """Store the message, if there is one, and send all waiting messages. Returns the exit code."""
-    mine = outbox.put(message) if message else None
+    try:
+        mine = outbox.put(message) if message else None
+    except OSError as error:
+        raise OSError(f"nothing is kept, and nothing was sent: {outbox.path}: {error.strerror or error}") from error
     code, reason = 0, "another process is sending"
     try:
         for name, sent, outcome in outbox.flush(patience):
@@ -213,6 +216,11 @@ def deliver(outbox: Outbox, message: dict[str, Any] | None, patience: float, as_
         code, reason = 1, str(refused)
     except bus_send.Unreachable as fault:
         code, reason = 0 if mine else 75, f"{outbox.url}: {fault.__cause__ or fault}"
+    except KeyboardInterrupt:
+        if mine in outbox.waiting():
+            again = bus_recv.called("python3 tools/bus_outbox.py", "outbox")
+            complain(f"not sent yet, but kept on this disk: it goes out with {again} --flush, or with the next message")
+        raise
     waiting = outbox.waiting()
     if mine in waiting:
         complain(f"not sent yet, but kept on this disk; {len(waiting)} wait for the next call, or --flush ({reason})")

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import socket
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -64,7 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         answer, _ = bus_recv.ask(url, "/redact", SECONDS, {"id": options.id})
         show(options.id, answer, options.json)
     except bus_recv.FAULTS as fault:
-        return bus_recv.ended(fault, "bus_redact", "; it is not known whether the message is redacted: repeat it")
+        never = isinstance(fault.__cause__, (ConnectionRefusedError, socket.gaierror))  # the bus heard nothing
+        known = "nothing is redacted" if never else "it is not known whether the message is redacted"
+        return bus_recv.ended(fault, "bus_redact", f"; {known}: repeat it")
     return 0
 
 

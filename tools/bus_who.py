@@ -105,10 +105,14 @@ def doing(agent: Agent, now: float) -> str:
     place = " ".join(said[member] for member in ("cwd", "branch") if member in said)
     since = " ".join(filter(None, [said.get("state"), ago(status.get("at"), now)]))
     text = ": ".join(filter(None, [since, said.get("text") or place]))
-    return text if len(text) <= DOING else f"{text[: DOING - 1]}…"
+    return clipped(text, DOING)
 
 
-DOING = 40  # characters
+def clipped(text: str, room: int) -> str:
+    return text if len(text) <= room else f"{text[: room - 1]}…"
+
+
+DOING, LEAST = 40, 10  # characters, at most and at least
 
 COLUMNS: dict[str, Callable[[Agent, float], str]] = {
     "NAME": name,
@@ -123,20 +127,40 @@ WORDS = ("NAME", "SEEN", "DOING")  # columns of words; the others have figures
 
 
 def table(found: Sequence[Agent], now: float, columns: int | None) -> Iterator[str]:
-    """The lines of a table, at most `columns` wide if that is given. A column in which nothing stands is left out."""
+    """The lines of a table, at most `columns` wide if that is given. A column in which nothing stands is left out.
+
+    So are the last ones, where the names need their room: up to half of the width.
+    """
     rows = [list(COLUMNS), *([cell(agent, now) for cell in COLUMNS.values()] for agent in found)]
     filled = [column for column in zip(*rows) if any(column[1:]) or column[0] in ("NAME", "SEEN", "UNREAD")]
     widths = [max(map(len, column)) for column in filled]
+    while columns and len(filled) > 3:
+        room = columns - min(widths[0], columns // 2) - sum(widths[1:-1]) - 2 * len(widths[1:])  # for the last column
+        if widths[-1] <= room:
+            break
+        if filled[-1][0] != "DOING" or room < LEAST:
+            del filled[-1], widths[-1]
+        else:
+            filled[-1], widths[-1] = tuple(clipped(text, room) for text in filled[-1]), room
     if columns:
         widths[0] = max(min(widths[0], columns - sum(widths[1:]) - 2 * len(widths[1:])), 4)
     for first, *others in zip(*filled):
-        first = first if len(first) <= widths[0] else f"{first[: widths[0] - 1]}…"
-        texts = zip([column[0] for column in filled], [first, *others], widths)
+        texts = zip([column[0] for column in filled], [clipped(first, widths[0]), *others], widths)
         cells = [(str.ljust if name in WORDS else str.rjust)(text, width) for name, text, width in texts]
         yield "  ".join(cells).rstrip()
 
 
-def show(found: Sequence[Agent], now: float, as_json: bool, clear: bool) -> None:
+def nobody(url: str, channel: str | None, online: bool) -> str:
+    """The sentence for a bus, or a channel, where no name was found; it says which channels there are."""
+    there = sorted({bus_recv.word(agent.get("channel")) for agent in agents(url, None, False)[0]})
+    if not there:
+        return "nobody has listened or sent on this bus yet"
+    if channel and channel not in there:
+        return f"nobody has listened or sent on the channel {channel} yet; there is {', '.join(there)}"
+    return f"nobody listens now{f' on the channel {channel}' * bool(channel)}"
+
+
+def show(found: Sequence[Agent], now: float, as_json: bool, clear: bool, empty: Callable[[], str]) -> None:
     on_terminal, size = bool(sys.stdout and sys.stdout.isatty()), shutil.get_terminal_size()
     lines = list(table(found, now, size.columns if on_terminal else None))
     lines = [bus_recv.fitted(line).partition("\n")[0] for line in lines]  # what somebody says of itself may be wide
@@ -144,7 +168,7 @@ def show(found: Sequence[Agent], now: float, as_json: bool, clear: bool) -> None
         lines = [f"{CLEAR}{lines[0]}", *lines[1 : size.lines - 2]]
     listening = sum(bool(agent.get("online")) for agent in found)
     legend = f"{listening} of {len(found)} listen, or did a moment ago; mail to all is not in UNREAD"
-    lines.append(legend if found else "nobody has listened or sent on this bus yet")
+    lines.append(legend if found or as_json else empty())
     bus_recv.emit((bus_recv.dump(list(found)) if as_json else "\n".join(lines)) + "\n")
 
 
@@ -165,7 +189,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         url = bus_recv.settings()["AGENT_BUS_URL"]
         while True:
             try:
-                show(*agents(url, options.channel, options.online), options.json, options.watch)
+                found = agents(url, options.channel, options.online)
+                show(*found, options.json, options.watch, lambda: nobody(url, options.channel, options.online))
             except bus_recv.Unreachable as fault:
                 if not options.watch:
                     raise

@@ -155,7 +155,8 @@ def complain(line: str) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Run a command for each job of the queue NAME on an agent-bus.")
     add = parser.add_argument
-    add("names", nargs="+", metavar="NAME", help="the queue")
+    send = bus_recv.called("python3 bus_send.py", "send")
+    add("names", nargs="+", metavar="NAME", help=f"the queue; {send} NAME TEXT puts a job into it")
     add("--exec", metavar="CMD", required=True, help="run CMD for each job: JSON on stdin, MSG_FROM ... as variables")
     add("--lease", type=bus_recv.duration, default=60.0, metavar="S",
         help="a worker that is silent for S seconds loses its job (60)")  # fmt: skip
@@ -177,6 +178,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         worker = Worker(options.names, options.channel, options.exec, options.lease)
         signal.signal(signal.SIGTERM, worker.stop)
         worker.warn = worker.announce = complain
+        waiting, greets = f"waiting for jobs of {options.names[0]} on {worker.url}, until Ctrl-C", list(bus_recv.PEOPLE)
+        if not options.once and timeout != 0:
+            worker.greet = lambda: bus_recv.once(greets, waiting)
         with contextlib.closing(worker):
             worker.work(worker.answers(options.once, timeout))
     except bus_recv.FAULTS as fault:

@@ -137,6 +137,7 @@ def test_the_help_of_ask_is_for_a_question_and_not_that_of_send(columns):
     assert re.search(r"^For example: .*agent_bus.py ask bob 'Is T1 done\?'$", out, re.MULTILINE)
     options = [set(re.findall(r"^  (--[a-z-]+)", text, re.MULTILINE)) for text in (send, out)]
     assert options[0] - options[1] == {"--ask", "--json"} and options[1] < options[0]
+    assert not re.search(r"a,b,c", out) and re.search(r"^  TO +who is asked$", out, re.MULTILINE)
     assert not re.search(r"--ask|\[--json\]", out) and max(map(len, out.splitlines())) <= max(columns, 80)
     assert " ".join(out.split()).endswith("S seconds (300)")
 
@@ -288,3 +289,8 @@ def test_a_message_and_its_answer(agent):
     assert code == 0 and "| ready?" in out
     assert agent("send", "spark", "yes", "indeed", "--reply-to", number)[0] == 0
     assert asking.communicate(timeout=PATIENCE)[0] == b"yes indeed\n"
+
+
+def test_an_option_that_resembles_none_gets_no_proposal():
+    code, _, err = run(SCRIPT, "outbox", "bob", "hi", "--drop")
+    assert code == 2 and "did you mean" not in err

@@ -312,3 +312,19 @@ def test_a_large_file_costs_no_memory(bus, tmp_path):
     assert (tmp_path / "got").stat().st_size == FILE_MB << 20
     for name in ("large", "got"):
         (tmp_path / name).unlink()
+
+
+def test_another_file_is_not_replaced_and_a_folder_gets_the_file(bus, tmp_path):
+    digest = made(tmp_path / "a.bin", 1000)
+    code, _, err = run("put", tmp_path / "a.bin", "--to", "dell", url=bus.url)
+    assert code == 0 and f"a.bin is on the bus, its sha256 is {digest}\n" in err
+    keep, folder = tmp_path / "keep.txt", tmp_path / "folder"
+    keep.write_text("mine")
+    code, _, err = run("get", digest, "-o", keep, url=bus.url)
+    assert code == 2 and f"{keep} is there already, and is another file: remove it first" in err
+    assert keep.read_text() == "mine"
+    folder.mkdir()
+    for _ in range(2):  # the same file may come again
+        assert run("get", digest, "-o", folder, url=bus.url) == (0, "", "")
+    assert [path.name for path in folder.iterdir()] == [digest]
+    assert sorted(path.name for path in tmp_path.iterdir() if ".part" in path.name) == []

@@ -13,6 +13,7 @@ import sys
 
 import pytest
 
+from tests.clients.test_clients import refusing
 from tests.clients.test_install_claude import shook_hands, tree
 from tests.kit.processes import PATIENCE, ROOT, no_settings
 from tools import bus_edit, bus_install
@@ -363,3 +364,19 @@ def test_options_of_an_agent_are_not_for_the_service(install):
     for option in (["--http"], ["--url", "x"], ["--name", "x"]):
         assert "agent program" in install("install", "service", *option, code=2)
     assert "unrecognized arguments: --port" in install("install", "claude", "--port", "1", code=2)
+
+
+@pytest.mark.parametrize("name", AGENTS)
+@pytest.mark.parametrize("how", [[], ["--http", "--name", "alice"]])
+def test_a_url_that_is_none_is_refused_and_nothing_is_written(name, how, install, house):
+    was = tree(house)
+    assert "'foo' is not the URL of a bus" in install("install", name, *how, "--url", "foo", code=2)
+    assert "'foo' is not the URL of a bus" in install("install", name, *how, code=2, AGENT_BUS_URL="foo")
+    assert tree(house) == was
+
+
+def test_it_says_which_bus_and_name_a_session_will_have_and_whether_the_bus_answers(install, house, bus):
+    said = install("install", "claude", "--url", bus.url, "--name", "alice")
+    assert f"the bus is {bus.url}: it answers. The name of a session there is alice\n" in said
+    said = install("install", "claude", AGENT_BUS_URL=refusing())
+    assert ": it does not answer now (Connection refused). The name of a session there is the title of" in said

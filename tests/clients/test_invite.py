@@ -191,7 +191,10 @@ def test_plain_http_to_another_host_is_said_to_be_for_networks_that_encrypt(tmp_
 @pytest.mark.parametrize("host", ["0.0.0.0", "::"])
 def test_a_bus_that_listens_on_every_address_is_named_by_its_host(host, tmp_path):
     with Server(tmp_path / "bus.db", "--host", host, "--open") as bus:
-        assert f" http://{socket.gethostname()}:{bus.port} dell " in invited(bus, "dell")[0]
+        line, _, said = invited(bus, "dell")
+        assert f" http://{socket.gethostname()}:{bus.port} dell " in line
+        assert "is given because that is the name of this machine. The other machine must know" in said
+        assert "is given because" not in invited(bus, "dell", "--url", f"http://10.0.0.5:{bus.port}")[2]
 
 
 def test_with_a_certificate_it_is_named_by_a_name_that_is_in_it(tmp_path, authority):
@@ -200,17 +203,22 @@ def test_with_a_certificate_it_is_named_by_a_name_that_is_in_it(tmp_path, author
         line, _, said = invited(bus, "dell")
         assert f" https://bus.lan:{bus.port} dell sha256//" in line
         assert "refuse" not in said and "AGENT_BUS_CA" not in said
+        assert "because its certificate is for that name" in said and "--url https://ADDRESS:PORT" in said
+        assert "because its certificate is for that name" in command(bus, "invite", "ann", "--page")
 
 
-def test_plain_http_to_a_bus_that_speaks_https_gives_no_line(tmp_path, authority):
+def test_plain_http_to_a_bus_that_speaks_https_makes_no_token(tmp_path, authority):
     with secure(Server(tmp_path / "bus.db", *tls(authority.sign("DNS:bus.lan,IP:127.0.0.1")))) as bus:
-        out = "".join(map(str, invited(bus, "dell", "--url", f"http://localhost:{bus.port}")))
-        assert "The bus speaks https, so there is no line to run" in out and "bus_join.py" not in out
+        for more in ([], ["--page"]):
+            out = command(bus, "invite", "dell", "--url", f"http://localhost:{bus.port}", *more, code=2)
+            assert "The bus speaks https, and http://localhost" in out and "no token was made" in out
+        assert "abt_" not in out and not os.path.exists(tmp_path / "bus.db.tokens")
 
 
 def test_a_name_that_is_not_in_the_certificate_is_said_to_be_none(tmp_path, authority):
     with secure(Server(tmp_path / "bus.db", *tls(authority.sign("DNS:bus.lan,IP:127.0.0.1")))) as bus:
-        said = invited(bus, "dell", "--url", f"https://localhost:{bus.port}")[2]
+        said = command(bus, "invite", "dell", "--url", f"https://localhost:{bus.port}", code=2)
+        assert "abt_" not in said and not os.path.exists(tmp_path / "bus.db.tokens")
         assert f"The clients will refuse the certificate of https://localhost:{bus.port}: " in said
         assert "It is for: bus.lan, 127.0.0.1. Give --url with one of these names" in said and ".." not in said
         said = invited(bus, "dell")[2]

@@ -57,6 +57,19 @@ def test_names_are_reserved_listed_and_released(bus):
     assert code == 3 and "; nano, " in said and said.endswith(f" more: c; {every}")
 
 
+def test_a_pattern_finds_who_holds_it_and_what_may_meet_it(bus):
+    held = ["x/db/*", "x/db/a.py", "x/web/**", "y/[id]/*.py", "z"]
+    for name in held:
+        assert run(bus.url, "lock", name, name="h0")[0] == 0
+    code, _, said = run(bus.url, "unlock", "x/db/*", name="you")
+    assert code == 3 and "; h0, " in said and "nobody has" not in said
+    for pattern, found in (("x/db/*", [0, 1]), ("x/*/a.py", [0, 1, 2]), ("x/web/b/?", [2]), ("y/*/a*", [3]),
+                           ("**", [0, 1, 2, 3, 4]), ("x/db/*.md", [0]), ("z/**", []), ("x/db/b*", [0])):
+        rows = run(bus.url, "locks", pattern, "--json")[1].splitlines()
+        assert [json.loads(row)["names"] for row in rows] == [[held[number]] for number in found], pattern
+    assert run(bus.url, "unlock", "q/*", name="you")[2].count('nobody has "q/*"') == 1
+
+
 def test_on_a_terminal_the_fence_is_in_the_sentence(bus):
     assert on_terminal("lock", "a", AGENT_BUS_URL=bus.url, AGENT_NAME="dell") == ""
 

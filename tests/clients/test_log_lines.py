@@ -133,3 +133,11 @@ def test_no_row_of_a_terminal_begins_as_a_line_of_ours_that_is_none(name, fillin
         says(name, agent, filling * (cells // {"x": 1, "\t": 8}.get(filling, 2)) + " " * (cells % 2) + ours, cells)
     shown = on_terminal(*arguments, columns=columns, AGENT_BUS_URL=agent.url, AGENT_NAME="mallory", NO_COLOR="1")
     assert ours[:4] in shown and not [row for row in rows(shown, columns) if row.startswith(ours[:9])]
+
+
+def test_a_short_line_on_a_narrow_terminal_keeps_some_text_and_shows_where_it_is_cut(agent):
+    mails(agent.url, "first of many words that do not fit " * 3)
+    for columns in (40, 60, 80):
+        env = {"AGENT_BUS_URL": agent.url, "NO_COLOR": "1"}
+        (line,) = on_terminal("log", "--short", "--no-follow", columns=columns, **env).splitlines()
+        assert len(line) == columns and "spark > bob: first of m" in line and line.endswith("…")

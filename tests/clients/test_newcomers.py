@@ -1,4 +1,5 @@
 """What people who are new here met, and now read in words: https, silence, nothing to show, no home, wrong numbers."""
+import errno
 import io
 import json
 import os
@@ -117,6 +118,7 @@ def test_the_greeting_comes_before_the_first_message(bus, home):
     ("tools/bus_log.py --no-follow", "bus_log: there are no such messages"),
     ("tools/bus_log.py --last 3 --no-follow --short", "bus_log: there are no such messages"),
     ("tools/bus_log.py", "bus_log: waiting for messages on {url}, until Ctrl-C"),
+    ("tools/bus_work.py builds --exec true", "bus_work: waiting for jobs of builds on {url}, until Ctrl-C"),
     ("tools/bus_later.py --list", "bus_later: no message waits to be sent"),
     ("tools/bus_outbox.py --list", "bus_outbox: no message waits, and none was refused"),
     ("bus_recv.py dell --once --timeout 0", "bus_recv: nothing came for dell"),
@@ -126,8 +128,12 @@ def test_a_person_is_told_that_there_is_nothing(call, says, tmp_path, home):
     with Server(tmp_path / "bus.db") as bus:
         env = {"AGENT_BUS_URL": bus.url, "AGENT_NAME": "dell"}
         assert on_a_terminal(*call.split(), **env) == says.format(url=bus.url) + "\n"
-        if "inbox" not in call and call != "tools/bus_log.py":
+        if "inbox" not in call and "until Ctrl-C" not in says:
             assert run(*call.split(), env=env)[1:] == ("", ""), "a program is told nothing"
+
+
+def test_the_help_of_a_worker_says_how_a_job_is_made():
+    assert "python3 bus_send.py NAME TEXT puts a job into it" in " ".join(run("tools/bus_work.py", "-h")[1].split())
 
 
 def test_a_log_that_has_messages_does_not_say_that_it_waits(bus, home):
@@ -369,3 +375,29 @@ def test_a_join_without_a_token_says_so_and_leaves_the_prompts_line(monkeypatch,
 def test_the_list_of_endpoints_has_a_blank_behind_each_method(bus):
     endpoints = re.findall(r"^([A-Z]{3,6})( */\S*) ", bus.get("/").decode(), re.MULTILINE)
     assert ("DELETE", " /mcp") in endpoints and all(path[0] == " " for _, path in endpoints)
+
+
+@pytest.mark.parametrize("call", [["backup", "x.copy"], ["restore", "x.copy"]])
+def test_a_command_that_may_not_write_there_says_so_in_a_sentence(call, tmp_path, monkeypatch, capsys):
+    """A folder of somebody else, which may not even be looked into; root may, so it is made up."""
+    with Server(tmp_path / "bus.db"):
+        run("bus_server.py", "backup", str(tmp_path / "x.copy"), "--db", str(tmp_path / "bus.db"))
+
+    def refused(path, **_):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "umask", lambda mask: 0)  # of this process, which goes on
+    monkeypatch.setattr(pathlib.Path, "unlink", refused)
+    call = [call[0], "new.copy" if call[0] == "backup" else call[1]]
+    assert bus_server.main([*call, "--db", "bus.db"]) == 2
+    said = capsys.readouterr().err
+    assert re.fullmatch(r"bus_server: Permission denied: '\S+\.new'\n", said), said
+
+
+def test_a_redaction_that_no_bus_has_heard_of_is_known_not_to_be_done(home):  # noqa: F811
+    code, _, err = run("tools/bus_redact.py", "660ba678a1b40", env={"AGENT_BUS_URL": refusing()})
+    assert code == 75 and "; nothing is redacted: repeat it." in err
+    with Scripted(reset) as server:
+        code, _, err = run("tools/bus_redact.py", "660ba678a1b40", env={"AGENT_BUS_URL": server.url})
+        assert code == 75 and "; it is not known whether the message is redacted: repeat it." in err

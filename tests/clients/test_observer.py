@@ -7,7 +7,8 @@ import pytest
 import bus_send
 from tests.clients.test_clients import Clock, program, refusing, run
 from tests.kit.bad_servers import DATE, NOON, Scripted, answer, mail, message, page
-from tests.kit.processes import PATIENCE, wait_until
+from tests.kit.peers import mint
+from tests.kit.processes import PATIENCE, Server, wait_until
 from tools import bus_log
 
 pytestmark = pytest.mark.usefixtures("home")
@@ -15,8 +16,8 @@ pytestmark = pytest.mark.usefixtures("home")
 QUIET = {"AGENT_NAME": "dell", "AGENT_BUS_CHANNEL": "ops"}  # what a reader goes by, and an observer does not
 
 
-def log(url, *arguments):
-    return run("tools/bus_log.py", *arguments, env={"AGENT_BUS_URL": url, **QUIET})
+def log(url, *arguments, **env):
+    return run("tools/bus_log.py", *arguments, env={"AGENT_BUS_URL": url, **QUIET, **env})
 
 
 def texts(url, *arguments):
@@ -133,3 +134,12 @@ def test_wrong_usage_of_the_log_is_2_and_asks_nothing(arguments):
 def test_an_observer_that_may_not_look_is_told():
     with Scripted(answer({"error": "the log is the operator's"}, status=403)) as server:
         assert log(server.url, "--no-follow") == (1, "", "bus_log: the log is the operator's\n")
+
+
+def test_a_token_of_no_operator_is_told_that_it_sees_its_own_mail_only(tmp_path, home):  # noqa: F811
+    tokens = mint(tmp_path / "bus.db", dell=[], op=["--operator"])
+    with Server(tmp_path / "bus.db") as bus:
+        err = log(bus.url, "--no-follow", AGENT_BUS_TOKEN=tokens["dell"])[2]
+        assert err == "bus_log: this is only what dell got or sent: the token is not that of an operator\n"
+        assert log(bus.url, "--no-follow", AGENT_BUS_TOKEN=tokens["op"])[2] == ""
+    assert "only an operator sees all" in " ".join(run("tools/bus_log.py", "--help")[1].split())

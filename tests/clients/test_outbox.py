@@ -1,5 +1,6 @@
 """bus_outbox.py: what the bus cannot take now waits on disk, and arrives once and in order. Copies of bus_send.py."""
 import contextlib
+import errno
 import io
 import json
 import os
@@ -333,3 +334,23 @@ def test_a_flush_says_that_mail_waits_for_another_bus():
     assert run("dell", url=nowhere(), msg="hi")[0] == 0
     code, _, err = run("--flush", url=nowhere())
     assert code == 0 and "1 wait for another bus, or of another sender: --list shows them" in err
+
+
+def test_without_room_for_the_message_it_says_where_and_that_nothing_is_kept(home, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(bus_outbox, "store", full)
+    code, _, err = run("dell", url=nowhere(), msg="hi")
+    assert code == 2 and err.startswith(f"bus_outbox: nothing is kept, and nothing was sent: {home}/outbox/")
+    assert err.endswith(": No space left on device\n")
+
+
+def test_ctrl_c_while_it_tries_says_that_the_message_is_kept(home, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bus_send, "send", interrupted)
+    code, _, err = run("dell", url=nowhere(), msg="hi")
+    assert code == 130 and len(files(home)) == 1
+    assert err.startswith("bus_outbox: not sent yet, but kept on this disk: it goes out with ") and "--flush" in err

@@ -122,3 +122,35 @@ def test_who_watches_and_endures_an_outage(monkeypatch, capfd):
     out, err = capfd.readouterr()
     assert re.findall("^[ab] ", out, re.MULTILINE) == ["a ", "b "] and err.count("trying again") == 1
     assert slept == [bus_who.EVERY_SECONDS] * 3
+
+
+def test_on_a_narrow_terminal_the_names_stay_whole_and_the_last_columns_go():
+    name, long = "fix-the-parser", "x" * 64
+    rows = [{"name": name, "unread": 3, "oldest": NOON - 600, "status": {"text": "tests of the parser", "at": NOON}}]
+    wide = [(60, [{"name": long}], "OLDEST"), (80, [{"name": long}], "DOING")]
+    for columns, more, last in ((30, [], "UNREAD"), (40, [], "OLDEST"), *wide):
+        with Scripted(agents(*rows, *more)) as server:
+            head, first, *_ = on_terminal("who", columns=columns, AGENT_BUS_URL=server.url).splitlines()
+            assert first.startswith(f"{name} ") and head.endswith(last) and len(first) <= columns
+            assert first.endswith("…") == (columns == 80)
+
+
+def test_of_a_channel_with_nobody_it_says_which_channels_there_are(agent):
+    assert agent("who")[1].endswith("\nnobody has listened or sent on this bus yet\n")
+    poll(agent.url, "bob")
+    poll(agent.url, "ann", "ops")
+    none = "\nnobody has listened or sent on the channel nope yet; there is default, ops\n"
+    assert agent("who", "--channel", "nope")[1].endswith(none)
+    assert agent("who", "--channel", "nope", "--json")[1] == "[]\n"
+    mails(agent.url, "1", channel="still")
+    assert agent("who", "--channel", "still", "--online")[1].endswith("\nnobody listens now on the channel still\n")
+
+
+def test_the_inbox_of_a_channel_with_nobody_says_which_channels_there_are(agent):
+    poll(agent.url, "bob")
+    poll(agent.url, "ann", "ops")
+    code, out, err = agent("inbox", "bob", "--channel", "typo")
+    assert (code, out) == (3, "") and "nothing is unread for bob on the channel typo, where nobody is: " in err
+    assert err.endswith("there is default, ops\n")
+    assert agent("inbox", "ann", "--channel", "ops")[2].endswith("nothing is unread for ann on the channel ops\n")
+    assert agent("inbox", "bob")[2].endswith("nothing is unread for bob\n")
