@@ -313,7 +313,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def place_of(path: str, digest: str) -> str:
     """The file to write: in a folder, one with the name of the hash. ValueError if another file is there."""
     path = os.path.join(path, digest) if os.path.isdir(path) else path
-    if os.path.exists(path):
+    if os.path.isfile(path):
         with open(path, "rb") as file:
             if hashed(file).hexdigest() != digest:
                 raise ValueError(f"{path} is there already, and is another file: remove it first, or give another -o")

@@ -253,10 +253,10 @@ def main(argv: list[str] | None = None) -> int:
             signal.signal(number, lambda *_: sys.exit(143))  # a turn that we have started is killed
         bus_recv.tell_people(lambda line: bus_recv.complain(line, "bus_wake"))
         waker = Waker(options)
-        if options.program != "opencode":  # that one is asked by HTTP
-            check_program(options.program.partition("-")[0])
         if options.folder:
             os.chdir(options.folder)
+        if options.program != "opencode":  # that one is asked by HTTP
+            check_program(options.program.partition("-")[0])
         waker.work()
     except KeyboardInterrupt:
         return 130

@@ -60,7 +60,7 @@ def test_log_since_an_id_begins_with_that_message(agent):
 def test_log_since_what_is_no_id_is_refused(since):
     """The first are milliseconds: as an id they would be of 1983."""
     code, out, err = run(SCRIPT, "log", "--since", since)
-    assert (code, out) == (2, "") and "the id of a message" in err
+    assert (code, out) == (2, "") and "give now, last, 1h, an id" in err
 
 
 def test_log_has_colours_on_a_terminal_only_and_not_against_the_wish_of_its_user(agent):
