@@ -250,6 +250,7 @@ CACHES = {  # each lru_cache of the server, and what bounds the bytes of its key
     "ip_address": "256 heads of 16 KiB",
     "insert_statement": "numbers",
     "ending": "one key",
+    "in_json": "the messages of one answer",
     "cron_of": "64 lines of 200 characters",
 }  # fmt: skip
 
