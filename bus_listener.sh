@@ -371,7 +371,7 @@ ANSWER=$FULL.answer WHO=$FULL.token
 refuse_links "$LOG" "$FULL" "$HEARTBEAT" "$PID_FILE" "$ANSWER" "$WHO"
 { exec 7>>"$PID_FILE" 8>>"$LOG" 9>>"$FULL"; } 2>/dev/null || die 2 "cannot write to $LOG, $FULL or $PID_FILE"
 lock_files 7 8 9
-trap 'kill $(jobs -p) 2>/dev/null; rm -f "$PID_FILE" "$ANSWER"; leave; rm -f "$WHO"' EXIT
+trap 'kill $(jobs -p) 2>/dev/null; wait 2>/dev/null; rm -f "$PID_FILE" "$ANSWER"; leave; rm -f "$WHO"' EXIT
 echo $$ >"$PID_FILE"
 [ -z "$token" ] || { printf 'Authorization: Bearer %s\n' "$token" >"$WHO" && OPTIONS+=(-H "@$WHO"); } || exit
 rm -f "$ANSWER"

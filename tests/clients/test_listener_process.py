@@ -14,6 +14,7 @@ import pytest
 from tests.kit import listening
 from tests.kit.listening import NO_MAIL, SCRIPT, TICK, answer, mail, message, path_with, send
 from tests.kit.processes import PATIENCE, free_port, in_time, wait_until
+from tests.kit.queues import parked
 
 listen, scripted = listening.listen, listening.scripted  # fixtures
 
@@ -97,11 +98,23 @@ def test_SIGTERM_ends_it_at_once_and_takes_its_curl_along(scripted, listen, env)
     assert "BLOCK" not in env or gone.wait(PATIENCE)
 
 
-def test_its_last_request_says_that_it_leaves_and_what_it_has_written(bus, listen):
-    listener = listen(bus.url, BLOCK="1").start()
+# A curl that takes a while to end, as on a busy machine. It has its poll until then.
+SLOW_CURL = """#!/bin/bash
+trap 'sleep 0.3; kill $!; exit 143' TERM
+{curl} "$@" & wait $!
+"""
+
+
+def test_its_last_request_says_that_it_leaves_and_what_it_has_written(bus, listen, tmp_path):
+    curl = tmp_path / "bin" / "curl"
+    curl.parent.mkdir()
+    curl.write_text(SLOW_CURL.format(curl=shutil.which("curl")))
+    curl.chmod(0o755)
+    listener = listen(bus.url, BLOCK="1", PATH=f"{curl.parent}:{os.environ['PATH']}").start()
     send(bus.url, "one")
     wait_until(listener.file("heartbeat").exists)
     listener.has_logged("one")
+    wait_until(lambda: parked(bus))
     assert listener.stop() == 0
     [spark] = [agent for agent in json.loads(bus.get("/agents"))["agents"] if agent["name"] == "spark"]
     assert (spark["online"], spark["unread"]) == (False, 0)
