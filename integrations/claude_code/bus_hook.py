@@ -267,6 +267,18 @@ def is_attended() -> bool:
     return os.environ.get("CLAUDE_CODE_SESSION_ATTENDED") == "1"
 
 
+class NoEvent(Exception):
+    """Whoever called this hook gave it no event."""
+
+
+def the_event() -> dict[str, Any]:
+    with contextlib.suppress(ValueError):
+        event = json.loads(sys.stdin.buffer.read())
+        if isinstance(event, dict):
+            return event
+    raise NoEvent("stdin must have the event as a JSON object: the program of the agent calls this hook")
+
+
 def out_of_reach(why: str) -> str:
     url = bus_recv.settings()["AGENT_BUS_URL"]
     return f"The agent-bus at {url} is slow or out of reach ({why}): until it answers, no hook tells of mail."
@@ -278,8 +290,8 @@ def in_time(program: str, named: str | None) -> int:
     looks: list[Look] = []
 
     def work() -> None:
-        event = json.loads(sys.stdin.buffer.read())
-        happened = named or event["hook_event_name"]
+        event = the_event()
+        happened = named or event.get("hook_event_name")
         of_a_child = event.get("agent_id") or event.get("status", "completed") != "completed"
         if happened in DRESSES[program] and not of_a_child:
             try:
@@ -303,7 +315,7 @@ def in_time(program: str, named: str | None) -> int:
 
 def wake() -> int:
     """For FileChanged: the exit code, 2 with a notice on stderr if mail has come that the session was not told of."""
-    event = json.loads(sys.stdin.buffer.read())
+    event = the_event()
     if not is_attended():
         return 0
     me = session.this_session(processes.its_process(), project_of(event), event.get("session_id"))
@@ -312,7 +324,7 @@ def wake() -> int:
 
 def wait() -> int:
     """The exit code: 2 when there is a notice on stderr, else 0."""
-    event, process = json.loads(sys.stdin.buffer.read()), processes.its_process()
+    event, process = the_event(), processes.its_process()
     if not process or not is_attended():
         return 0
 
@@ -345,9 +357,11 @@ def in_silence(work: Callable[..., Any], *arguments: Any) -> Any:
         return work(*arguments)
     except (Nameless, bus_recv.Refused, bus_recv.Busy, bus_recv.Unreachable, OSError):
         return 0
+    except NoEvent as no:
+        complain(str(no))
     except Exception as defect:
         complain(f"{type(defect).__name__}: {defect}")
-        return 0
+    return 0
 
 
 def complain(line: str) -> None:

@@ -374,7 +374,8 @@ def test_without_a_place_for_its_files_a_session_is_told_what_to_set(bus, tmp_pa
 def test_whatever_is_on_stdin_the_turn_goes_on(bus, stdin):
     process = started("--format", "claude", AGENT_BUS_URL=bus.url, AGENT_NAME="dell")
     out, err = process.communicate(stdin, timeout=PATIENCE)
-    assert (process.returncode, out) == (0, "") and "Traceback" not in err
+    assert (process.returncode, out) == (0, "") and "Error" not in err
+    assert ("must have the event as a JSON object" in err) is (stdin[:1] != "{" or stdin == "{")
 
 
 def test_stdin_that_never_ends_does_not_hold_the_turn_up():
