@@ -89,9 +89,9 @@ def receive(names: str | Sequence[str], *, once: bool = False, timeout: Any = No
     The first name is the reader's own. A message counts as received when the next one is asked for: then its cursor is
     saved. The messages end after `timeout` seconds; with `once`, after all that waited, or else after the first to
     arrive; otherwise never. `given` may have `url` and `channel`, which default to the environment's or the
-    configuration file's; `since`, which overrules the saved cursor (`now`, `last`, a decimal, `1h` for an hour ago, or
-    the id of a message); and `wait`, for how long a poll is held (25 s, at most 60). A number with a fraction is a
-    Decimal, so that no `ts` is ever rounded.
+    configuration file's; `since`, which overrules the saved cursor (`now`, `last`, a decimal, `1h` for an hour ago, a
+    time like `2026-12-01T09:00Z`, or the id of a message); and `wait`, for how long a poll is held (25 s, at most 60).
+    A number with a fraction is a Decimal, so that no `ts` is ever rounded.
     Raises Refused; Unreachable, if time runs out while the bus is out of reach; Busy, if another process reads as this
     name; ValueError for a wrong name, URL or `since`; OSError if the cursor cannot be saved.
     """
@@ -340,7 +340,7 @@ class SessionReader(Reader):
 
 
 def moment(since: str, now: float) -> str:
-    """The cursor for now, last, a cursor, how long ago, or an id: from that message on. `now`: the bus's clock."""
+    """The cursor for now, last, a cursor, how long ago, a time, or an id: from that on. `now`: the bus's clock."""
     number = int(since, 16) - 1 if re.fullmatch("[0-9a-f]{13}", since) else 0
     if number and not (since.isdecimal() and abs(number / 1e6 - now) > TEN_YEARS):
         return f"{number // 1000000}.{number % 1000000:06d}"
@@ -348,7 +348,11 @@ def moment(since: str, now: float) -> str:
         return since
     if DURATION.fullmatch(since):
         return f"{max(now - duration(since), 0):.6f}"
-    raise ValueError(f"since is {since!r}: give now, last, 1h, an id, or s since 1970 (`date -d 2026-12-01 +%s`)")
+    with contextlib.suppress(ValueError):
+        import datetime  # slow to import
+
+        return f"{max(datetime.datetime.fromisoformat(since.replace('Z', '+00:00')).timestamp(), 0):.6f}"
+    raise ValueError(f"since is {since!r}: give now, last, 1h, an id, s since 1970, or a time like 2026-12-01T09:00Z")
 
 
 def seconds_of(place: Any) -> float:
@@ -1050,7 +1054,8 @@ def main(argv: list[str] | None = None) -> int:
     cli.add_argument("--json", action="store_true", help="print each message as a line of JSON")
     cli.add_argument("--once", action="store_true", help="end after the waiting messages, or after the first new one")
     cli.add_argument("--timeout", type=duration, metavar="S", help="end after S seconds (with --once: 25)")
-    cli.add_argument("--since", metavar="X", help="begin at X: 1h (ago), an id, now, last (saved cursor), s since 1970")
+    since = "begin at X: 1h (ago), a time (2026-12-01T09:00Z), an id, now, last (saved cursor)"
+    cli.add_argument("--since", metavar="X", help=since)
     cli.add_argument("--channel", metavar="C", help="the channel ($AGENT_BUS_CHANNEL, or 'default')")
     cli.add_argument("--exec", metavar="CMD", help="run CMD for each message: JSON on stdin, MSG_FROM ... as variables")
     cli.add_argument("--tries", type=count, default=5, metavar="N", help="put a message in a file after N failures (5)")

@@ -65,7 +65,7 @@ class Observer(bus_recv.Reader):
 
     def __init__(self, filters: dict[str, str | None], since: str) -> None:
         if since == "last":
-            raise ValueError("since is 'last': an observer has no place of its own; give now, 1h or an id")
+            raise ValueError("since is 'last': an observer has no place of its own; give now, 1h, a time or an id")
         super().__init__(["nobody"], None, None, since, bus_recv.HOLD_SECONDS)
         for names in filter(None, filters.values()):
             for name in names.split(","):
@@ -204,7 +204,7 @@ def options_of(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=f"{purpose} {filtered}")
     add = parser.add_argument
     begin = parser.add_mutually_exclusive_group()
-    since = "begin at X: 1h (ago), an id, now, or s since 1970 (0: all)"
+    since = "begin at X: 1h (ago), a time (2026-12-01T09:00Z), an id, now, or 0 for all"
     begin.add_argument("--since", metavar="X", default="0", help=since)
     begin.add_argument("--last", type=bus_recv.count, metavar="N", help="begin with the last N messages")
     add("--to", metavar="NAME", help="only messages for NAME; several as a,b,c")

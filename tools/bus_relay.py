@@ -333,7 +333,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("names", nargs="+", metavar="NAME", help="whose mail is passed on; `all`: the messages to everyone")
     add("--bus", type=bus_recv.profile, metavar="PROFILE", help="read on the bus in ~/.config/agent-bus/PROFILE.env")
     add("--to-bus", type=to_bus, required=True, metavar="PROFILE", help="send to the bus in PROFILE.env there")
-    add("--since", metavar="X", help="begin at X: 1h (ago), an id, now, last (saved cursor), s since 1970")
+    add("--since", metavar="X", help="begin at X: 1h (ago), a time (2026-12-01T09:00Z), an id, now, last (saved place)")
     add("--channel", metavar="C", help="the channel ($AGENT_BUS_CHANNEL, or 'default')")
     add("--once", action="store_true", help="end after the waiting messages, or after the first new one")
     options = parser.parse_args(argv)

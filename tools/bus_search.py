@@ -101,7 +101,7 @@ def options_of(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--to", metavar="NAME", help="only messages for NAME; several as a,b,c")
     add("--channel", metavar="C", help="only messages on the channel C (every channel)")
     add("--thread", metavar="ID", help="only the conversation that the message ID began")
-    add("--since", metavar="X", help="only messages after X: 2d (ago), an id, or s since 1970")
+    add("--since", metavar="X", help="only messages after X: 2d (ago), a time (2026-12-01T09:00Z), or an id")
     add("--max", type=bus_recv.count, default=20, metavar="N", help="at most N messages (%(default)s)")
     add("--all", action="store_true", help="all messages, however many")
     add("--short", action="store_true", help="print each message in one line")
