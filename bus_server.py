@@ -5959,9 +5959,17 @@ def command(function: str, description: str) -> argparse.ArgumentParser:
     return parser
 
 
+def is_there(path: str) -> bool:
+    """Unlike os.path.exists(), it raises PermissionError where we may not look."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        os.stat(path)
+        return True
+    return False
+
+
 def existing(path: str) -> str:
     """The database of a bus. Unusable if there is none: a mistyped --db makes no file, and is not an empty bus."""
-    if not os.path.exists(path) and not os.path.exists(f"{path}.tokens"):
+    if not is_there(path) and not is_there(f"{path}.tokens"):
         raise Unusable(f"there is no bus with the database {path}: give --db PATH, as the bus prints it at its start")
     return path
 
@@ -5993,7 +6001,7 @@ def invite(arguments: Sequence[str]) -> None:
     options.also = [each for each in options.also.split(",") if each]
     check_invitation(parser, options)
     folder = os.path.dirname(os.path.abspath(options.db))
-    if options.db != default_path() and not os.path.isdir(folder):
+    if options.db != default_path() and not is_there(folder):
         raise Unusable(f"there is no folder {folder}: correct --db, or make that folder first")
     file, words, here = Tokens(options.db), invitations(), running(options.db)
     if words and not words.agreed(options.name, options.db, here, file.closed, options.yes, options.url):
@@ -6009,7 +6017,12 @@ def invite(arguments: Sequence[str]) -> None:
         print(f"{options.name} has the token {own['id']} already, made {made}: this is one more", file=sys.stderr)
     file.change(lambda rows: [*rows, row])
     print_it = words and (partial(words.page_link, row["expires"]) if options.page else words.invitation)
-    print(print_it(options.name, f"{token}_{secret}", here, options.url) if print_it else f"{token}_{secret}")
+    try:
+        text = print_it(options.name, f"{token}_{secret}", here, options.url) if print_it else f"{token}_{secret}"
+        print(text, flush=True)
+    except OSError:  # nobody has seen the token
+        file.change(lambda rows: [row for row in rows if row["id"] != token])
+        raise
 
 
 PAGE_SECONDS = 12 * 3600  # a link to the page is valid for so long, unless --expires says: browsers keep links
@@ -6233,7 +6246,7 @@ def restore(arguments: Sequence[str]) -> None:
     parser = command("restore", "Replace the bus by COPY. Stop the bus first.")
     parser.add_argument("copy", metavar="COPY", help="a copy made by backup; its tokens are used if the bus has none")
     options = parser.parse_args(arguments)
-    if not os.path.exists(options.copy):
+    if not is_there(options.copy):
         raise Unusable(f"there is no file {options.copy}: give the COPY that backup has made")
     with locked(options.db):
         marker = pathlib.Path(restoring(options.db))  # of a restore that was cut off
@@ -6335,9 +6348,13 @@ def run_command(name: str, *arguments: str) -> int:
         code = COMMANDS[name](arguments) or 0
         print(end="", flush=True)
         return code
-    except BrokenPipeError:  # nobody reads us any more
+    except OSError as error:
+        if error.filename:
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python would try again at exit, and complain
-        return 0
+        if isinstance(error, BrokenPipeError):  # nobody reads us any more
+            return 0
+        raise Unusable(f"cannot write the output: {error.strerror}") from None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

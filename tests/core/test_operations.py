@@ -1,6 +1,7 @@
 """What the one who runs a bus uses: prune, metrics."""
 import http.client
 import json
+import os
 import pathlib
 import re
 import signal
@@ -242,3 +243,29 @@ def test_a_folder_that_is_not_there_is_named(tmp_path):
         code, _, err = run("backup", str(tmp_path / "nowhere" / "a.db"), "--db", bus.db)
         assert code and f"there is no folder {tmp_path}/nowhere: make it first" in err
     assert f"there was no folder {tmp_path}/new: it is made for the database" in server.log.read_text()
+
+
+def test_a_command_whose_output_cannot_be_written_says_so_and_leaves_no_token_that_nobody_saw(bus):
+    for command in (["invite", "ann", "--yes"], ["tokens"], ["prune", "--dry-run"]):
+        with open("/dev/full", "wb") as full:
+            line = [sys.executable, str(ROOT / "bus_server.py"), *command, "--db", bus.db]
+            done = subprocess.run(line, stdout=full, stderr=subprocess.PIPE, text=True, timeout=PATIENCE)
+        assert done.returncode == 2 and done.stderr.endswith(": cannot write the output: No space left on device\n")
+        assert "Traceback" not in done.stderr
+    assert run("tokens", "--db", bus.db)[1] == "no tokens: the bus is open\n"
+
+
+@pytest.mark.parametrize("command", [["tokens"], ["prune"], ["invite", "ann"], ["restore", "COPY"]])
+def test_a_database_behind_a_closed_door_is_not_called_missing(command, tmp_path, monkeypatch, capsys):
+    """Root may look everywhere, so the refusal of the system is planted."""
+    hidden, stat = str(tmp_path / "its" / "bus.db"), os.stat
+
+    def refusing(path, *given, **more):
+        if str(path).startswith(str(tmp_path / "its")):
+            raise PermissionError(13, "Permission denied", str(path))
+        return stat(path, *given, **more)
+
+    monkeypatch.setattr(os, "stat", refusing)
+    command = [hidden if word == "COPY" else word for word in command]
+    assert bus_server.main([*command, "--db", hidden]) == 2
+    assert re.fullmatch(f"bus_server: Permission denied: '{tmp_path}/its.*'\n", capsys.readouterr().err)
