@@ -101,9 +101,9 @@ class Siege:
                 self.start_again()
 
     def wage(self, faults, end):
-        """First each of them, then one to three at once, with pauses."""
+        """First each of them, however slow this machine is, then one to three at once, with pauses."""
         each, most = list(faults), min(len(faults), 3)
-        while time.monotonic() < end:
+        while each or time.monotonic() < end:
             self.strike([each.pop(0)] if each else self.chance.sample(faults, self.chance.randint(1, most)))
             self.watch(self.span * self.chance.uniform(0.1, 0.5))
             self.memory.append(footprint(self.bus.process).memory)
