@@ -59,10 +59,13 @@ def test_people_who_see_little_can_use_it(request, page, state):
         for scheme in ("light", "dark"):
             page.emulate_media(color_scheme=scheme)
             page.evaluate("new Promise(requestAnimationFrame)")  # a page hears of its new size with its next frame
-            assert violations(page) == [], (width, scheme)
+            # Of the rules only this one knows of colours. They are enough for the second scheme.
+            rules = ["color-contrast"] if scheme == "dark" else None
+            assert violations(page, rules) == [], (width, scheme)
             assert page.evaluate("document.documentElement.scrollWidth") <= width, scheme
 
 
-def violations(page):
-    found = page.evaluate("axe.run(document, {resultTypes: ['violations']})")["violations"]
+def violations(page, rules=None):
+    options = {"resultTypes": ["violations"], **({"runOnly": rules} if rules else {})}
+    found = page.evaluate("options => axe.run(document, options)", options)["violations"]
     return [(each["id"], node["target"], node.get("failureSummary")) for each in found for node in each["nodes"]]

@@ -3,6 +3,7 @@
 And the second table of the report: each kind of fault has tests that there are, and a control.
 """
 import ast
+import functools
 import json
 import types
 
@@ -104,13 +105,18 @@ def test_a_row_of_another_size_is_not_reported_and_an_unknown_name_is_an_error(t
 # Kinds of fault
 
 
+@functools.cache
+def functions(file):
+    tree = ast.parse((__main__.ROOT / "tests" / file).read_text())
+    return {each.name for each in ast.walk(tree) if isinstance(each, ast.FunctionDef)}
+
+
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.kind)
 def test_each_kind_of_fault_has_tests_and_a_control(kind):
     assert kind.holds and kind.control and 1 <= len(kind.tests) <= 4
     for test in kind.tests:
         file, _, name = test.partition("::")
-        tree = ast.parse((__main__.ROOT / "tests" / file).read_text())
-        assert name in {each.name for each in ast.walk(tree) if isinstance(each, ast.FunctionDef)}, test
+        assert name in functions(file), test
 
 
 def test_each_test_of_the_kinds_is_named_once():
