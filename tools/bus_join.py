@@ -284,8 +284,8 @@ def show_next(place: str, file: str, profile: str, mine: "dict[str, str]", other
     url, name, trusted = mine["AGENT_BUS_URL"], mine["AGENT_NAME"], mine.get("AGENT_BUS_CA", "")
     which = "" if profile == "default" else f"AGENT_BUS_PROFILE={profile} "
     say(f"The configuration is {file}.")
-    say("To receive, to send, and to see all commands:")
-    for words in (f"bus_recv.py {name}", "bus_send.py NAME hello", "agent_bus.py help"):
+    say("To receive, to send a message to yourself, and to see all commands:")
+    for words in (f"bus_recv.py {name}", f"bus_send.py {name} hello", "agent_bus.py help"):
         say(f"    {which}python3 {shlex.quote(place)}/{words}")
     token = f'"Authorization: Bearer $(sed -n s/^AGENT_BUS_TOKEN=//p {shlex.quote(file)})"'
     say("To give Claude Code the tools of the bus, run this line; other agents take the same URL and header:")
