@@ -519,12 +519,12 @@ class Report:
 
     def write(self) -> None:
         while True:
-            line = self.lines.get()
-            if self.dropped:
-                line, self.dropped = f"bus_server: {self.dropped} lines were dropped here\n{line}", 0
-            with contextlib.suppress(OSError, ValueError):  # stderr is full, or closed
-                print(line, file=sys.stderr, flush=True)
-            self.lines.task_done()
+            with contextlib.suppress(Exception):  # no memory: it would end the thread, and then Python the process
+                line, dropped, self.dropped = self.lines.get(), self.dropped, 0
+                first = [f"bus_server: {dropped} lines were dropped here"] if dropped else []
+                with contextlib.suppress(Exception):  # stderr is full, or closed
+                    print(*first, line, sep="\n", file=sys.stderr, flush=True)
+                self.lines.task_done()
 
     def flush(self, patience: float) -> None:
         """Wait until all lines are written, for at most `patience` seconds."""

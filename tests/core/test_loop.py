@@ -1,9 +1,11 @@
 """Who has the turn: the thread that runs the loop, and while that waits for the disk the deputy."""
 import contextlib
+import io
 import os
 import selectors
 import signal
 import socket
+import sys
 import threading
 from collections import deque
 from functools import partial
@@ -224,9 +226,9 @@ def test_without_memory_to_report_an_exception_the_others_are_served_all_the_sam
     assert failed == [1, 2, 3] and not loop.attempt(lambda: 1 / 0)
 
 
-def fails_once(of, name, monkeypatch):
+def fails_once(of, name, monkeypatch, error=MemoryError):
     """The next call of this method finds no memory. Returns a list that is empty once that has happened."""
-    failures, method = [MemoryError()], getattr(of, name)
+    failures, method = [error()], getattr(of, name)
 
     def call(*arguments):
         if failures:
@@ -235,6 +237,20 @@ def fails_once(of, name, monkeypatch):
 
     monkeypatch.setattr(of, name, call)
     return failures
+
+
+@pytest.mark.parametrize("error", [MemoryError, RuntimeError])  # the latter for a lock: `can't allocate lock`
+@pytest.mark.parametrize("of, method", [("lines", "get"), ("stderr", "write"), ("stderr", "flush")])
+def test_without_memory_to_write_a_line_the_next_one_is_written(of, method, error, monkeypatch):
+    """An exception would end the thread, and Python without memory may end the process because of that."""
+    report, stderr = bus_server.Report(), io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stderr)
+    failures = fails_once({"lines": report.lines, "stderr": stderr}[of], method, monkeypatch, error)
+    report.start()
+    for line in ("one", "two", "three"):
+        report.say(line)
+    wait_until(lambda: not failures and stderr.getvalue().endswith("three\n"))
+    report.flush(PATIENCE)
 
 
 def test_a_loop_starts_no_thread_once_it_runs(loop, monkeypatch):
