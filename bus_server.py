@@ -592,7 +592,7 @@ class Loop:
         self.lock.acquire()
         self.away: object | None = None  # a new object each time that the thread of run() is aside
         self.failure: Exception | None = None  # what ended the deputy
-        self.alert, self.closed = threading.Event(), False
+        self.alert, self.closed = threading.Lock(), False  # free: the deputy is to look
         self.works: queue.SimpleQueue[tuple[Callable[[], Any], Callable[[Any], None]] | None] = queue.SimpleQueue()
         self.deputy = threading.Thread(target=self.stand_in, name="deputy", daemon=True)
         files = [threading.Thread(target=self.work, name="files", daemon=True) for _ in range(self.FILE_THREADS)]
@@ -760,8 +760,8 @@ class Loop:
         self.away = object()
         self.lock.release()
         try:
-            if not self.alert.is_set():  # the deputy clears it first and then looks, so it misses nothing
-                self.alert.set()
+            if self.alert.locked():  # the deputy takes it first and then looks, so it misses nothing
+                self.alert.release()
             work()
         finally:
             self.away = None
@@ -776,8 +776,7 @@ class Loop:
 
     def watch_over(self) -> None:
         """Wait until the thread of run() is aside, and take the turns while it stays there."""
-        self.alert.wait()
-        self.alert.clear()
+        self.alert.acquire()  # no Event, whose code in Python may keep a lock for ever if it has no memory
         away = self.away
         time.sleep(self.PATIENCE)
         if away and self.away is away and self.lock.acquire(blocking=False):
@@ -791,7 +790,8 @@ class Loop:
 
     def close(self) -> None:
         self.closed = True
-        self.alert.set()
+        if self.alert.locked():
+            self.alert.release()
         for _ in range(self.FILE_THREADS):
             self.works.put(None)
         for thread in self.threads:

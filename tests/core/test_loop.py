@@ -2,6 +2,7 @@
 import contextlib
 import io
 import os
+import queue
 import selectors
 import signal
 import socket
@@ -9,6 +10,7 @@ import sys
 import threading
 from collections import deque
 from functools import partial
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -253,6 +255,12 @@ def test_without_memory_to_write_a_line_the_next_one_is_written(of, method, erro
     report.flush(PATIENCE)
 
 
+def test_a_loop_has_no_lock_whose_code_is_in_python(loop):
+    """Without memory, such code may end after it has taken its lock and before it can give it back: all would wait."""
+    in_python = threading.Event, threading.Condition, queue.Queue
+    assert not [each for each in vars(loop).values() if isinstance(each, in_python)]
+
+
 def test_a_loop_starts_no_thread_once_it_runs(loop, monkeypatch):
     """Without memory Thread.start() can wait for ever: for a thread that ended before it could say that it began."""
     monkeypatch.setattr(threading.Thread, "start", mock.Mock(side_effect=AssertionError()))
@@ -276,9 +284,15 @@ def test_work_whose_result_finds_no_memory_is_answered_all_the_same(loop, monkey
     assert not failures and told == [None] and done == ["once"]
 
 
+def in_words(lock):
+    """A lock whose methods a test can replace."""
+    return SimpleNamespace(acquire=lock.acquire, release=lock.release, locked=lock.locked)
+
+
 def test_a_commit_that_finds_no_memory_to_step_aside_is_begun_again(loop, monkeypatch):
     monkeypatch.setattr(loop, "RETRY", 0)
-    failures, done = fails_once(loop.alert, "set", monkeypatch), []
+    loop.alert = in_words(loop.alert)
+    failures, done = fails_once(loop.alert, "locked", monkeypatch), []
     loop.soon(lambda: loop.aside(lambda: done.append(loop.lock.locked())))
     loop.later(PATIENCE, lambda: done.append("too late"))
     loop.run(lambda: done)
@@ -286,9 +300,10 @@ def test_a_commit_that_finds_no_memory_to_step_aside_is_begun_again(loop, monkey
 
 
 def test_a_deputy_that_found_no_memory_takes_the_next_turns(loop, monkeypatch):
-    failures, turns = fails_once(loop.alert, "clear", monkeypatch), []
-    loop.soon(lambda: loop.aside(lambda: wait_until(lambda: not failures)))
-    loop.run(lambda: not failures)
+    alert, turns = loop.alert, []
+    loop.alert = in_words(alert)
+    failures = fails_once(loop.alert, "acquire", monkeypatch)
+    wait_until(lambda: not failures or (alert.locked() and alert.release()))
     loop.soon(lambda: (loop.later(0, lambda: turns.append(threading.current_thread().name)),
                        loop.aside(lambda: wait_until(lambda: turns))))  # fmt: skip
     loop.run(lambda: turns)
