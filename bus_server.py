@@ -501,7 +501,8 @@ class Report:
     ROOM = 1000  # lines
 
     def __init__(self) -> None:
-        self.lines: queue.Queue[str] = queue.Queue(self.ROOM)
+        # And what flush() has called after them. No Queue: without memory its code in Python may keep its lock for ever.
+        self.lines: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.dropped = 0
         self.begin = threading.Thread(target=self.write, name="report", daemon=True).start
 
@@ -510,27 +511,26 @@ class Report:
         with contextlib.suppress(RuntimeError):  # it has begun already
             self.begin()
 
-    def say(self, line: str) -> None:
+    def say(self, line: Any) -> None:
         self.start()
-        try:
-            self.lines.put_nowait(line)
-        except queue.Full:
+        if self.lines.qsize() < self.ROOM:
+            self.lines.put(line)
+        else:
             self.dropped += 1
 
     def write(self) -> None:
         while True:
-            with contextlib.suppress(Exception):  # no memory: it would end the thread, and then Python the process
+            # stderr is full or closed; or there is no memory: that would end the thread, and then Python the process
+            with contextlib.suppress(Exception):
                 line, dropped, self.dropped = self.lines.get(), self.dropped, 0
-                first = [f"bus_server: {dropped} lines were dropped here"] if dropped else []
-                with contextlib.suppress(Exception):  # stderr is full, or closed
-                    print(*first, line, sep="\n", file=sys.stderr, flush=True)
-                self.lines.task_done()
+                first = [f"bus_server: {dropped} lines were dropped here"] * (dropped > 0)
+                line() if callable(line) else print(*first, line, sep="\n", file=sys.stderr, flush=True)
 
     def flush(self, patience: float) -> None:
         """Wait until all lines are written, for at most `patience` seconds."""
-        deadline = time.monotonic() + patience
-        while self.lines.unfinished_tasks and time.monotonic() < deadline:
-            time.sleep(0.01)
+        over = threading.Event()
+        self.say(over.set)
+        over.wait(patience)
 
 
 REPORT = Report()
