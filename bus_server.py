@@ -501,7 +501,7 @@ class Report:
     ROOM = 1000  # lines
 
     def __init__(self) -> None:
-        # And what flush() has called after them. No Queue: without memory its code in Python may keep its lock for ever.
+        # And what flush() calls. No Queue: without memory, its code in Python may keep its lock for ever.
         self.lines: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.dropped = 0
         self.begin = threading.Thread(target=self.write, name="report", daemon=True).start
