@@ -886,16 +886,17 @@ def block(message: Any, reader: str, now: float, whole: bool = False) -> str:
 def fitted(text: str) -> str:
     """On a terminal, what does not fit into a row goes on after `|+`. Alone in a row it could look like a line of ours.
 
-    A tab or a wide character takes several cells. No text has a NUL, so that stands for the first of two.
+    A tab or a wide character takes several cells. No text has a NUL, so that stands for the first of two. A character
+    counts as wide if it is in any version of Unicode, or may become so: the terminal may know another one than we do.
     """
     if not (sys.stdout and sys.stdout.isatty()):
         return text
     import shutil
-    from unicodedata import east_asian_width
 
     width, rows = max(shutil.get_terminal_size().columns, 4), list[str]()
+    wide = re.compile("[\u1100-\u115f\u2300-\u23ff\u25fd-\u27bf\u2b00-\ud7a3\uf900-\uff60\uffe0-\U0010ffff]")
     for line in text.expandtabs().split("\n"):
-        cells = "".join("\0" * (east_asian_width(each) in "WF") + each for each in line)
+        cells = wide.sub("\0\\g<0>", line)
         rows += [cells[:width], *(f"|+{cells[at : at + width - 3]}" for at in range(width, len(cells), width - 3))]
     return "\n".join(rows).replace("\0", "")
 

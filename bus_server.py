@@ -501,7 +501,8 @@ class Report:
     ROOM = 1000  # lines
 
     def __init__(self) -> None:
-        self.lines: queue.Queue[str] = queue.Queue(self.ROOM)
+        # And what flush() calls. No Queue: without memory, its code in Python may keep its lock for ever.
+        self.lines: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.dropped = 0
         self.begin = threading.Thread(target=self.write, name="report", daemon=True).start
 
@@ -510,27 +511,26 @@ class Report:
         with contextlib.suppress(RuntimeError):  # it has begun already
             self.begin()
 
-    def say(self, line: str) -> None:
+    def say(self, line: Any) -> None:
         self.start()
-        try:
-            self.lines.put_nowait(line)
-        except queue.Full:
+        if self.lines.qsize() < self.ROOM:
+            self.lines.put(line)
+        else:
             self.dropped += 1
 
     def write(self) -> None:
         while True:
-            line = self.lines.get()
-            if self.dropped:
-                line, self.dropped = f"bus_server: {self.dropped} lines were dropped here\n{line}", 0
-            with contextlib.suppress(OSError, ValueError):  # stderr is full, or closed
-                print(line, file=sys.stderr, flush=True)
-            self.lines.task_done()
+            # stderr is full or closed; or there is no memory: that would end the thread, and then Python the process
+            with contextlib.suppress(Exception):
+                line, dropped, self.dropped = self.lines.get(), self.dropped, 0
+                first = [f"bus_server: {dropped} lines were dropped here"] * (dropped > 0)
+                line() if callable(line) else print(*first, line, sep="\n", file=sys.stderr, flush=True)
 
     def flush(self, patience: float) -> None:
         """Wait until all lines are written, for at most `patience` seconds."""
-        deadline = time.monotonic() + patience
-        while self.lines.unfinished_tasks and time.monotonic() < deadline:
-            time.sleep(0.01)
+        over = threading.Event()
+        self.say(over.set)
+        over.wait(patience)
 
 
 REPORT = Report()
@@ -592,7 +592,7 @@ class Loop:
         self.lock.acquire()
         self.away: object | None = None  # a new object each time that the thread of run() is aside
         self.failure: Exception | None = None  # what ended the deputy
-        self.alert, self.closed = threading.Event(), False
+        self.alert, self.closed = threading.Lock(), False  # free: the deputy is to look
         self.works: queue.SimpleQueue[tuple[Callable[[], Any], Callable[[Any], None]] | None] = queue.SimpleQueue()
         self.deputy = threading.Thread(target=self.stand_in, name="deputy", daemon=True)
         files = [threading.Thread(target=self.work, name="files", daemon=True) for _ in range(self.FILE_THREADS)]
@@ -760,8 +760,8 @@ class Loop:
         self.away = object()
         self.lock.release()
         try:
-            if not self.alert.is_set():  # the deputy clears it first and then looks, so it misses nothing
-                self.alert.set()
+            if self.alert.locked():  # the deputy takes it first and then looks, so it misses nothing
+                self.alert.release()
             work()
         finally:
             self.away = None
@@ -776,8 +776,7 @@ class Loop:
 
     def watch_over(self) -> None:
         """Wait until the thread of run() is aside, and take the turns while it stays there."""
-        self.alert.wait()
-        self.alert.clear()
+        self.alert.acquire()  # no Event, whose code in Python may keep a lock for ever if it has no memory
         away = self.away
         time.sleep(self.PATIENCE)
         if away and self.away is away and self.lock.acquire(blocking=False):
@@ -791,7 +790,8 @@ class Loop:
 
     def close(self) -> None:
         self.closed = True
-        self.alert.set()
+        if self.alert.locked():
+            self.alert.release()
         for _ in range(self.FILE_THREADS):
             self.works.put(None)
         for thread in self.threads:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from bus_server import NAMES_PER_SEND, PLACED_ROW, SELECT, Message, State
+from bus_server import NAMES_PER_SEND, PLACED_ROW, SELECT, Message, State, tick_of
 
 DEAD = ".dead"  # the dead letters of the queue NAME are in NAME.dead (section 13)
 OF_A_LETTER = {"dead_of", "attempts", "reason", "of_job"}  # the members that the job of a dead letter does not have
@@ -71,6 +71,18 @@ class Copies:
                 each = self.state.checked(row) if row[3] == self.message.sender else None
                 if each and members_of(each.text) == self.members:
                     yield each
+
+
+def jobs_of(state: State, found: list[Message]) -> Iterator[int]:
+    """The jobs that were removed, and whose dead letters these may be; only such of the same sender and channel.
+
+    Anybody may write a letter that names the message of another.
+    """
+    for each in found:
+        tick = tick_of(json.loads(f"{{{each.text}}}").get("dead_of")) if each.to.endswith(DEAD) else None
+        its = "SELECT 1 FROM keys WHERE tick = ? AND sender = ? AND channel = ?"
+        if tick and state.ask(its, tick, each.sender, each.channel):
+            yield tick
 
 
 def members_of(text: str) -> dict[str, Any]:

@@ -71,12 +71,12 @@ class History:
             f"SELECT {ROW} FROM messages CROSS JOIN mailboxes ON mailbox = id WHERE tick <= ? AND tick >= ? AND {only}"
         )
         found: list[Message] = []
-        size = 0
+        size = reached = 0
         with contextlib.closing(view.database.execute(f"{rows} ORDER BY tick DESC", (upto, low, *values))) as statement:
             for row in statement:
                 if len(found) == limit or size > ANSWER_BYTES:
-                    return found, found[-1].tick
-                message = view.checked(row)
+                    return found, reached
+                message, reached = view.checked(row), row[0]
                 size += len(row[4] or "")
                 if message and message.tick not in withheld:
                     found.append(message)

@@ -81,11 +81,11 @@ class Redact(Operation):
 
     def apply(self, state: State, now: Now) -> Redacted:
         message = state.message(self.tick)
-        hashes = kept_hashes(state, self.tick)
-        if not message and not hashes:
-            raise no_message(f"{self.tick:x}")
         state.insert()  # so that what is in the same list of operations is found
         found, whole = copies.Copies(state, message).all() if message else ([], True)
+        hashes = kept_hashes(state, [self.tick, *copies.jobs_of(state, found)])
+        if not message and not hashes:
+            raise no_message(f"{self.tick:x}")
         said = SAID % min((each.tick for each in found), default=self.tick)
         state.writing.execute("PRAGMA secure_delete=ON")
         try:
@@ -134,15 +134,15 @@ def redacted(message: Message, said: str) -> str:
     return f'{names}, "msg": {quote(said)}, "redacted": true{parent}'
 
 
-def kept_hashes(state: State, tick: int) -> list[tuple[str, int, int]]:
-    """New values for the rows of `keys` with a hash of this text: of copies that were removed, for retries.
+def kept_hashes(state: State, ticks: list[int]) -> list[tuple[str, int, int]]:
+    """New values for the rows of `keys` with a hash of this text: of its sends that were removed, for retries.
 
     Whoever has such a hash could find out a short secret by trying.
     """
-    its_key = "SELECT key, sender, channel FROM"
-    whose = f"{its_key} keys WHERE tick = ? UNION {its_key} messages JOIN mailboxes ON mailbox = id WHERE tick = ?"
+    its_key, some = "SELECT key, sender, channel FROM", "tick IN (SELECT value FROM json_each(?))"
+    whose = f"{its_key} keys WHERE {some} UNION {its_key} messages JOIN mailboxes ON mailbox = id WHERE {some}"
     columns = "tick, key, sender, channel, name FROM keys WHERE (key, sender, channel)"
-    rows = state.writing.execute(f"SELECT {columns} IN ({whose}) ORDER BY tick", (tick, tick)).fetchall()
+    rows = state.writing.execute(f"SELECT {columns} IN ({whose}) ORDER BY tick", (encode(ticks),) * 2).fetchall()
     return [(NO_HASH, zlib.crc32(repr([*row, NO_HASH]).encode()), row[0]) for row in rows]
 
 

@@ -118,7 +118,7 @@ class Other:
                 return answer
             except bus_send.Unreachable as fault:
                 failures += 1
-                pause = max(bus_send.pause_after(failures) * random.uniform(0.5, 1), fault.retry_after)
+                pause = max(bus_send.pause_after(failures) * random.uniform(0.5, 1), min(fault.retry_after, STILL_FULL))
                 if time.monotonic() + pause >= self.end:
                     raise bus_send.Unreachable(bus_send.no_bus(self.url, fault)) from fault
                 if str(fault) != reason:

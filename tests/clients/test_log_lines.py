@@ -2,6 +2,7 @@
 import json
 import re
 import signal
+import sys
 import unicodedata
 
 import pytest
@@ -83,13 +84,29 @@ def test_a_log_of_what_is_no_message_goes_on(home):
     assert code == 0 and out.count("not a message") == 2 and "spark > dell: good" in out
 
 
+def is_wide(character):
+    """As the newest Unicode says: since version 16 also the signs of the I Ching, which glibc has long had so."""
+    newly = "\u2630" <= character <= "\u2637" or "\u268a" <= character <= "\u268f" or "\u4dc0" <= character <= "\u4dff"
+    return newly or unicodedata.east_asian_width(character) in "WF"
+
+
+def test_each_wide_character_counts_as_one(monkeypatch):
+    """Also one that our Python does not know yet, as the emoji of next year."""
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "41")
+    known = [chr(number) for number in {*range(0x110000)} - {*range(0xD800, 0xE000)}]
+    wide = [each for each in known if (each > "\uffff" if unicodedata.category(each) == "Cn" else is_wide(each))]
+    shown = bus_recv.fitted("\n".join(each * 21 for each in wide)).split("\n")
+    assert len(wide) > 180000 and shown == [row for each in wide for row in (each * 20, f"|+{each}")]
+
+
 def rows(shown, columns):
     """What stands at the beginning of each row of a terminal: it breaks a line that is too long for a row."""
     found = []
     for line in shown.split("\n"):
         row, cells = "", 0
         for each in line.expandtabs():
-            its = 2 if unicodedata.east_asian_width(each) in "WF" else 1
+            its = 2 if is_wide(each) else 1
             if cells + its > columns:
                 found.append(row)
                 row, cells = "", 0
@@ -124,7 +141,10 @@ def says(name, agent, text, number):
     bus_recv.ask(agent.url, order[0], PATIENCE, order[1])
 
 
-@pytest.mark.parametrize("filling", ["x", "\uff0e", "\t", "\U0001f600"], ids=["letters", "wide", "tabs", "emoji"])
+FILLINGS = {"letters": "x", "wide": "\uff0e", "tabs": "\t", "emoji": "\U0001f600", "newly wide": "\u4dc0"}
+
+
+@pytest.mark.parametrize("filling", FILLINGS.values(), ids=FILLINGS)
 @pytest.mark.parametrize("name", LINES)
 def test_no_row_of_a_terminal_begins_as_a_line_of_ours_that_is_none(name, filling, agent):
     """Whoever knows how wide a terminal is could fill the rest of a row, and write what he likes into the next one."""

@@ -1,12 +1,16 @@
 """Who has the turn: the thread that runs the loop, and while that waits for the disk the deputy."""
 import contextlib
+import io
 import os
+import queue
 import selectors
 import signal
 import socket
+import sys
 import threading
 from collections import deque
 from functools import partial
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -224,9 +228,9 @@ def test_without_memory_to_report_an_exception_the_others_are_served_all_the_sam
     assert failed == [1, 2, 3] and not loop.attempt(lambda: 1 / 0)
 
 
-def fails_once(of, name, monkeypatch):
+def fails_once(of, name, monkeypatch, error=MemoryError):
     """The next call of this method finds no memory. Returns a list that is empty once that has happened."""
-    failures, method = [MemoryError()], getattr(of, name)
+    failures, method = [error()], getattr(of, name)
 
     def call(*arguments):
         if failures:
@@ -235,6 +239,28 @@ def fails_once(of, name, monkeypatch):
 
     monkeypatch.setattr(of, name, call)
     return failures
+
+
+@pytest.mark.parametrize("error", [MemoryError, RuntimeError])  # the latter for a lock: `can't allocate lock`
+@pytest.mark.parametrize("of, method", [("lines", "get"), ("stderr", "write"), ("stderr", "flush")])
+def test_without_memory_to_write_a_line_the_next_one_is_written(of, method, error, monkeypatch):
+    """An exception would end the thread, and Python without memory may end the process because of that."""
+    report, stderr = bus_server.Report(), io.StringIO()
+    report.lines = SimpleNamespace(put=report.lines.put, get=report.lines.get, qsize=report.lines.qsize)
+    monkeypatch.setattr(sys, "stderr", stderr)
+    failures = fails_once({"lines": report.lines, "stderr": stderr}[of], method, monkeypatch, error)
+    report.start()
+    for line in ("one", "two", "three"):
+        report.say(line)
+    wait_until(lambda: not failures and stderr.getvalue().endswith("three\n"))
+    report.flush(PATIENCE)
+
+
+def test_a_loop_has_no_lock_whose_code_is_in_python(loop):
+    """Without memory, such code may end after it has taken its lock and before it can give it back: all would wait."""
+    in_python = threading.Event, threading.Condition, queue.Queue
+    both = *vars(loop).values(), *vars(bus_server.Report()).values()
+    assert not [each for each in both if isinstance(each, in_python)]
 
 
 def test_a_loop_starts_no_thread_once_it_runs(loop, monkeypatch):
@@ -260,9 +286,15 @@ def test_work_whose_result_finds_no_memory_is_answered_all_the_same(loop, monkey
     assert not failures and told == [None] and done == ["once"]
 
 
+def in_words(lock):
+    """A lock whose methods a test can replace."""
+    return SimpleNamespace(acquire=lock.acquire, release=lock.release, locked=lock.locked)
+
+
 def test_a_commit_that_finds_no_memory_to_step_aside_is_begun_again(loop, monkeypatch):
     monkeypatch.setattr(loop, "RETRY", 0)
-    failures, done = fails_once(loop.alert, "set", monkeypatch), []
+    loop.alert = in_words(loop.alert)
+    failures, done = fails_once(loop.alert, "locked", monkeypatch), []
     loop.soon(lambda: loop.aside(lambda: done.append(loop.lock.locked())))
     loop.later(PATIENCE, lambda: done.append("too late"))
     loop.run(lambda: done)
@@ -270,9 +302,10 @@ def test_a_commit_that_finds_no_memory_to_step_aside_is_begun_again(loop, monkey
 
 
 def test_a_deputy_that_found_no_memory_takes_the_next_turns(loop, monkeypatch):
-    failures, turns = fails_once(loop.alert, "clear", monkeypatch), []
-    loop.soon(lambda: loop.aside(lambda: wait_until(lambda: not failures)))
-    loop.run(lambda: not failures)
+    alert, turns = loop.alert, []
+    loop.alert = in_words(alert)
+    failures = fails_once(loop.alert, "acquire", monkeypatch)
+    wait_until(lambda: not failures or (alert.locked() and alert.release()))
     loop.soon(lambda: (loop.later(0, lambda: turns.append(threading.current_thread().name)),
                        loop.aside(lambda: wait_until(lambda: turns))))  # fmt: skip
     loop.run(lambda: turns)

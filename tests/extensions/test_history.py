@@ -2,7 +2,9 @@
 import pytest
 
 from bus_extensions.history import History
+from bus_server import Now, Put, draft
 from tests.core.test_identity import ask
+from tests.kit import inside
 from tests.kit.peers import fill, mint
 from tests.kit.processes import Server
 
@@ -42,6 +44,22 @@ def test_what_was_taken_back_or_has_expired_is_not_there(bus):
             assert ask(bus, "POST", "/recall", {"id": sent["id"]})[0] == 200
     found = ask(bus, "GET", "/log?before=now")[1]["messages"]
     assert [message["msg"] for message in found if message["msg"] != "over"] == ["stays"]
+
+
+def test_large_messages_that_are_damaged_do_not_end_the_log(tmp_path):
+    """They count for their bytes. So an answer may end before it has a message, and the next one goes on."""
+    bus = inside.make(tmp_path / "bus.db")
+    try:
+        large = [draft({"from": "ann", "to": "bob", "msg": "x" * 250000}, None) for _ in range(6)]
+        [first, *_] = bus.state.apply([Put([draft({"from": "ann", "to": "bob", "msg": "sound"}, None), *large])],
+                                      Now(1000000, 1)).visible  # fmt: skip
+        bus.last = bus.state.last
+        bus.state.writing.execute("UPDATE messages SET sum = sum + 1 WHERE tick > ?", (first.tick,))
+        log = bus.routes["GET", "/log"].call.__self__
+        found, end = log.below(bus.last + 1, "1", (), 100)
+        assert found == [] and log.below(end, "1", (), 100) == ([first], None)
+    finally:
+        inside.close(bus)
 
 
 def test_a_reader_of_the_log_leaves_no_trace(bus):

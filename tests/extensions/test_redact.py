@@ -11,7 +11,7 @@ import pytest
 
 import bus_server
 from bus_extensions import redact
-from bus_server import Message, Now, Poll, Put, State, draft
+from bus_server import Message, Now, Poll, Put, Remove, State, draft
 from tests.core.test_identity import ask
 from tests.faults.test_kinds_bounds import Guest
 from tests.kit import inside
@@ -299,6 +299,23 @@ def test_a_retry_of_a_redacted_send_is_refused_and_no_hash_of_it_is_kept(tmp_pat
         again = {"from": "ann", "to": ["bob", "carl"], "msg": f"the password is {SECRET}", "key": "k1"}
         assert ask(bus, "POST", "/send", again)[0] == 409
         wait_until(lambda: not files_with(bus))
+
+
+def test_the_hash_of_a_removed_job_goes_when_its_dead_letter_is_redacted(tmp_path):
+    """But a letter that only says so, of another sender, takes away the hash of no message."""
+    bus = inside.make(tmp_path / "bus.db")
+    try:
+        keyed, other = (draft({"from": "ann", "to": "jobs", "msg": SECRET, "key": key}, None) for key in ("k1", "k2"))
+        [job], [innocent] = (bus.state.apply([Put([one])], Now(1, 1)).visible for one in (keyed, other))
+        bus.state.apply([Remove(0, 100, False, [], 1)], Now(1000, 1))
+        letters = [draft({"from": who, "to": "jobs.dead", "msg": SECRET, "dead_of": f"{tick:x}"}, None)
+                   for who, tick in (("ann", job.tick), ("eve", innocent.tick))]  # fmt: skip
+        ticks = [each.tick for each in bus.state.apply([Put(letters)], Now(1001, 1)).visible]
+        bus.state.apply([redact.Redact(tick) for tick in ticks], Now(1002, 1))
+        hashes = dict(bus.state.writing.execute("SELECT key, hash FROM keys"))
+        assert hashes["k1"] == redact.NO_HASH and hashes["k2"] == bus_server.hash_of(innocent.text)
+    finally:
+        inside.close(bus)
 
 
 def test_a_kill_in_the_middle_of_a_redaction_leaves_the_old_text_or_the_new_one(tmp_path):
