@@ -550,10 +550,10 @@ class Watched(Protocol):
         """ready() raised an exception."""
 
 
-def say_exception() -> None:
-    """Report the exception that is being handled, if there is memory for that."""
-    with contextlib.suppress(MemoryError):
-        say(traceback.format_exc())
+def say_exception(error: Exception) -> None:
+    """Report it, if there is memory for that and to read the lines of the source."""
+    with contextlib.suppress(Exception):  # Python calls it a RuntimeError if there is no memory for the lock of a file
+        say("".join(traceback.format_exception(type(error), error, error.__traceback__)))
 
 
 class Loop:
@@ -606,8 +606,8 @@ class Loop:
         """Call `action`, and report an exception. True if there was none."""
         try:
             action(*arguments)
-        except Exception:
-            say_exception()
+        except Exception as error:
+            say_exception(error)
             return False
         return True
 
@@ -632,8 +632,8 @@ class Loop:
         for item in items:
             try:
                 action(item)
-            except Exception:
-                say_exception()
+            except Exception as error:
+                say_exception(error)
                 self.attempt(failed, item)
 
     def gradually(self, action: Callable[[T], object], failed: Callable[[T], object], items: Iterator[T]) -> None:
@@ -1191,7 +1191,7 @@ class Request:
         except Exception as error:
             if getattr(error, "errno", 0) in (errno.EMFILE, errno.ENFILE):
                 return refusal(unavailable("the bus has no file descriptor left: try again", 2))
-            say(traceback.format_exc())
+            say_exception(error)
             self.peer.closing = True
             return refusal(our_fault())
 
@@ -1545,8 +1545,8 @@ class Outgoing:
             return answer, http_bytes(answer, bare, self.closing)
         except Refused as full:
             refused = refusal(full)
-        except MemoryError:
-            say_exception()
+        except MemoryError as error:
+            say_exception(error)
             refused = refusal(our_fault())
         if answer.delivers:
             self.door.app.lost(*answer.delivers)
@@ -3295,7 +3295,7 @@ class State(Rows):
         return result
 
     def failed(self, operation: Operation, error: Exception) -> Refused:
-        say(traceback.format_exc())
+        say_exception(error)
         return Refused(500, f"the bus failed on this {operation.kind}: {type(error).__name__}; its log says why")
 
     def begin(self) -> None:
@@ -4622,7 +4622,7 @@ class Bus:
                 why = "another program has locked the database of the bus"
                 return unavailable(f"{why}: nothing was stored, try again", 2)
         if not isinstance(error, (sqlite3.Error, OSError, MemoryError)):
-            say("".join(traceback.format_exception(type(error), error, error.__traceback__)))
+            say_exception(error)
         say(f"bus_server: {self.state.path}: {error}; stopping, because later messages could be lost")
         self.broken = True
         return Refused(503, "the bus could not write to its disk, and does not know whether the request was stored")

@@ -158,8 +158,8 @@ class Due:
             answer = self.bus.answer(self.request(Sender(schedule, sent), grant, text))
         except Refused as refused:
             answer = refusal(refused)
-        except Exception:  # it must not come again and again, ten times a second
-            say_exception()
+        except Exception as error:  # it must not come again and again, ten times a second
+            say_exception(error)
             answer = refusal(our_fault())
         if answer:
             sent(answer)

@@ -12,7 +12,6 @@ import json
 import re
 import secrets
 import time
-import traceback
 import weakref
 from collections import OrderedDict
 from collections.abc import Generator
@@ -37,7 +36,7 @@ from bus_server import (
     put_newest,
     refusal,
     reserved,
-    say,
+    say_exception,
     unavailable,
 )
 
@@ -258,8 +257,8 @@ class Call:
                 return self.end(done.value, failed=False)
             except tools.Failed as failed:
                 return self.end(str(failed), failed=True)
-            except Exception:
-                say(traceback.format_exc())
+            except Exception as error:
+                say_exception(error)
                 return rpc(self.number, error={"code": -32603, "message": "the log of the bus says why"})
             self.peer.then = self.go_on
             answer = self.asked(ask)
@@ -290,8 +289,8 @@ class Call:
             return self.bus.answer(inner)
         except Refused as refused:
             return refusal(refused)
-        except Exception:
-            say(traceback.format_exc())
+        except Exception as error:
+            say_exception(error)
             return refusal(our_fault())
 
     def end(self, text: str, failed: bool) -> Answer:

@@ -221,8 +221,9 @@ def test_a_turn_for_which_there_is_no_memory_is_begun_again(loop, monkeypatch, w
     loop.run(lambda: over.is_set() and not failures)
 
 
-def test_without_memory_to_report_an_exception_the_others_are_served_all_the_same(loop, monkeypatch):
-    monkeypatch.setattr(bus_server, "say", mock.Mock(side_effect=MemoryError()))
+@pytest.mark.parametrize("error", [MemoryError, RuntimeError])  # the latter for a file: `can't allocate read lock`
+def test_without_memory_to_report_an_exception_the_others_are_served_all_the_same(error, loop, monkeypatch):
+    monkeypatch.setattr(bus_server.traceback, "format_exception", mock.Mock(side_effect=error()))
     failed = []
     loop.each(lambda item: 1 / 0, failed.append, [1, 2, 3])
     assert failed == [1, 2, 3] and not loop.attempt(lambda: 1 / 0)
