@@ -1652,7 +1652,7 @@ def test_a_lease_that_ran_out_is_another_workers(bus):
 
 @ours
 def test_what_is_given_back_comes_again(bus):
-    """13.5 a job that is given back can be claimed again at once, or after delay seconds"""
+    """13.5 a job that is given back can be claimed again at once, or after delay seconds; counts=false is no attempt"""
     queue = fresh("queue")
     bus.send(queue)
     [job] = claim(bus, queue)
@@ -1662,6 +1662,9 @@ def test_what_is_given_back_comes_again(bus):
     assert settle(bus, "nack", job, delay=0.5) == 200
     [job] = claim(bus, queue, wait=20)
     assert job["attempt"] == 3 and time.monotonic() - began >= 0.499
+    assert settle(bus, "nack", job, counts=False) == 200 and settle(bus, "ack", job) == 409
+    [job] = claim(bus, queue)
+    assert job["attempt"] == 3
 
 
 @ours

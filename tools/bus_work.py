@@ -69,6 +69,7 @@ class Worker(bus_recv.Reader):
         if name := bus_recv.settings().get("AGENT_NAME"):
             self.order["worker"] = name
         self.at_work = self.ending = self.failed = False  # failed: the last job
+        self.most = 0  # attempts; 0: the bus has not said, or it gives up none
 
     def stop(self, *_: Any) -> None:
         """The handler of SIGTERM."""
@@ -87,6 +88,7 @@ class Worker(bus_recv.Reader):
         answer, now = bus_recv.ask(self.url, "/claim", seconds, {**self.order, "wait": round(hold, 3)})
         try:
             [(job["id"], job["lease"], int(job["attempt"])) for job in answer["messages"]]
+            self.most = int(answer.get("max_attempts") or 0)
         except (KeyError, TypeError, ValueError):
             raise bus_recv.Unreachable() from None
         return answer, now
@@ -107,9 +109,8 @@ class Worker(bus_recv.Reader):
         try:
             with bus_recv.running(self.command, bus_recv.dump(job), job, attempt) as process:
                 code = self.attend(process, job)
-        except BaseException:  # the worker has to end now
-            with contextlib.suppress(bus_recv.Refused, bus_recv.Unreachable):
-                self.tell("nack", job, reason="the worker was stopped")
+        except BaseException as why:  # the worker has to end now
+            self.give_back(job, isinstance(why, Exception))
             raise
         self.failed = code != 0
         if code == 0:
@@ -118,6 +119,15 @@ class Worker(bus_recv.Reader):
             reason = f"the command ended with {code}"
             self.warn(f"{reason} for {job['id']}, attempt {attempt}")
             self.settle("nack", job, reason=reason, delay=bus_recv.pause_after(attempt))
+
+    def give_back(self, job: dict[str, Any], counts: bool) -> None:
+        """Tell the bus that we end. If somebody has stopped us, the job has not failed: the attempt does not count."""
+        try:
+            self.tell("nack", job, reason="the worker was stopped", **({} if counts else {"counts": False}))
+            free = ", and this attempt does not count" if self.most and not counts else f", attempt {job['attempt']}"
+            self.warn(f"{job['id']} goes back to its queue{free}")
+        except (bus_recv.Refused, bus_recv.Unreachable) as fault:
+            self.warn(f"{job['id']} goes back when its lease ends: {fault}")
 
     def settle(self, verb: str, job: dict[str, Any], **members: Any) -> None:
         """Tell the bus, however long that takes: if the bus does not learn it, another worker repeats the job."""

@@ -194,8 +194,9 @@ def test_a_worker_that_must_end_now_gives_its_job_back(signals, code, tmp_path, 
         for number in signals:  # two signals that come together may be one
             wait_until(lambda: has_taken_its_signals(process.pid))
             process.send_signal(number)
-        ended(process, code)
-        assert [order["reason"] for order in orders(server, "/nack")] == ["the worker was stopped"]
+        assert "1 goes back to its queue" in ended(process, code)
+        [order] = orders(server, "/nack")
+        assert (order["reason"], order["counts"]) == ("the worker was stopped", False)
     wait_until(lambda: not runs(int((tmp_path / "pid").read_text())))
 
 
@@ -213,6 +214,30 @@ def test_a_command_that_is_just_being_started_is_killed_too(monkeypatch, interru
         pass
     assert started[0].returncode == -signal.SIGKILL
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_job_whose_worker_is_stopped_again_and_again_is_not_given_up(tmp_path):
+    """Each stop was an attempt, so two of them made a dead letter of a job that never failed."""
+    with Server(tmp_path / "bus.db", "--max-attempts", "2") as bus:
+        [ident] = give(bus, "a")
+        for stop in range(3):
+            process = worker(bus.url, f"echo $AGENT_BUS_ATTEMPT >> {tmp_path}/begun; sleep 60")
+            wait_until(lambda stop=stop: len(lines(tmp_path / "begun")) > stop)
+            process.send_signal(signal.SIGHUP)
+            assert ended(process) == f"bus_work: {ident} goes back to its queue, and this attempt does not count\n"
+        assert ended(worker(bus.url, "true", "--once")) == "" and state(bus, ident) == "acknowledged"
+        assert lines(tmp_path / "begun") == ["1"] * 3 and mailbox(bus, "builds.dead") == []
+
+
+@pytest.mark.parametrize("then, words", [
+    (DONE, "1 goes back to its queue, attempt 3"), (LOST, "1 goes back when its lease ends: the lease is not held"),
+])  # fmt: skip
+def test_of_an_older_bus_it_is_not_said_that_the_attempt_does_not_count(then, words, tmp_path, interruptible):
+    with Scripted(mail(job(1, attempt=3)), then) as server:
+        process = worker(server.url, f"touch {tmp_path}/begun; sleep 60")
+        wait_until((tmp_path / "begun").exists)
+        process.send_signal(signal.SIGHUP)
+        assert ended(process) == f"bus_work: {words}\n"
 
 
 # ── A real bus ───────────────────────────────────────────────────────────────────────────────────────────────────────
