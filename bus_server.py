@@ -3492,8 +3492,7 @@ class View(Rows):
 
     def oldest(self, channel: str, own: str, mark: int) -> int | None:
         """The oldest tick of a mailbox above a mark."""
-        row = self.first("places.tick", (channel, own), mark)
-        return row[0] if row else None
+        return (self.first("places.tick", (channel, own), mark) or (None,))[0]
 
     def receipt(self, message: Message, kind: int) -> tuple[str, int] | None:
         """Which reader moved a mark over this message, and when."""
@@ -3925,6 +3924,7 @@ class Mailboxes:
         self.highest = max((box.newest for box in self.boxes.values()), default=0)
         self.changed: set[tuple[str, str]] = set()  # mailboxes whose marks are newer than on disk
         self.receipts: dict[tuple[str, str, int | str], Receipt] = {}  # newer than on disk
+        self.back: Callable[[str, str, int], tuple[int, int | None]] = lambda *_: (0, None)  # see unread()
         self.on_fetched: list[Callable[[str, str, int, int], None]] = []  # see note()
         self.parked: dict[Connection, Parked] = {}
         self.exclusive: set[type] = set()  # kinds of Parked: a message goes to only one of these that wait for it
@@ -5274,8 +5274,7 @@ def truth(bus: Bus, one: Draft) -> str:
         return f'{counts[:-1]}, "unknown": {{{unknown}}}}}' if unknown else counts
     box = bus.mailboxes.box(one.channel, to)
     seen = seconds(box.seen) if box.seen else "null"
-    count = unread(bus, one.channel, to, box)
-    online = boolean(bus.mailboxes.online(box))
+    online, count = boolean(bus.mailboxes.online(box)), unread(bus, one.channel, to, box)
     more = "true" if box.seen or known(bus, one, to) else f"false{similar(bus, one, to)}"
     return f'{{"online": {online}, "last_seen": {seen}, "unread": {count}, "known": {more}}}'
 
@@ -5318,17 +5317,19 @@ def everybody(bus: Bus, channel: str) -> tuple[int, int]:
 def unread(bus: Bus, channel: str, own: str, box: Mailbox) -> int:
     """Messages addressed to the name above its mark, less the expired. Broadcasts are not counted.
 
+    And what lies below it and came `back`: an extension counts that, and knows the oldest tick.
     Beyond LOOKS it is what lies above an older mark, or all.
     """
     mark, looks = box.mark(), bus.looks > 0
+    back = bus.mailboxes.back(channel, own, mark)[0] if looks else 0
     if mark >= box.newest:
-        return 0
+        return back
     if looks and (box.base[0] != mark if box.base else mark + box.removed > 0):
         bus.looks -= 1
         counted = bus.view.count_up_to(channel, own, mark)
         box.base = mark, box.n if counted is None else counted
     known, base = box.base or (0, 0)
-    return box.n - (base if known <= mark else 0) - (expired(bus, channel, own, box, looks) if box.perishable else 0)
+    return back + box.n - (base if known <= mark else 0) - (box.perishable and expired(bus, channel, own, box, looks))
 
 
 def expired(bus: Bus, channel: str, own: str, box: Mailbox, looks: bool) -> int:

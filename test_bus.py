@@ -1652,7 +1652,7 @@ def test_a_lease_that_ran_out_is_another_workers(bus):
 
 @ours
 def test_what_is_given_back_comes_again(bus):
-    """13.5 a job that is given back can be claimed again at once, or after delay seconds"""
+    """13.5 a job that is given back can be claimed again at once, or after delay seconds; counts=false is no attempt"""
     queue = fresh("queue")
     bus.send(queue)
     [job] = claim(bus, queue)
@@ -1662,6 +1662,9 @@ def test_what_is_given_back_comes_again(bus):
     assert settle(bus, "nack", job, delay=0.5) == 200
     [job] = claim(bus, queue, wait=20)
     assert job["attempt"] == 3 and time.monotonic() - began >= 0.499
+    assert settle(bus, "nack", job, counts=False) == 200 and settle(bus, "ack", job) == 409
+    [job] = claim(bus, queue)
+    assert job["attempt"] == 3
 
 
 @ours
@@ -1708,14 +1711,21 @@ def test_a_claim_ends_at_about_1_mib(bus):
 
 @ours
 def test_a_queue_says_how_it_is_worked_on(bus):
-    """13.9 /agents has the work of a queue: jobs in hand, dead letters, and workers"""
+    """13.9 /agents has the work of a queue: jobs in hand, dead letters, and workers; what came back is unread again"""
     queue = fresh("queue")
     for _ in range(2):
         bus.send(queue)
-    job, _ = claim(bus, queue, max=2, worker="w1")
+    job, _ = jobs = claim(bus, queue, max=2, worker="w1")
     assert agent(bus, queue)["work"] == {"in_hand": 2, "dead": 0, "workers": 1}
     settle(bus, "ack", job)
-    assert agent(bus, queue)["work"] == {"in_hand": 1, "dead": 0, "workers": 1}
+    there = agent(bus, queue)
+    assert there["work"] == {"in_hand": 1, "dead": 0, "workers": 1} and there["unread"] == 0
+    [job] = [each for each in jobs if each["id"] != job["id"]]
+    settle(bus, "nack", job, delay=0.5)
+    there = agent(bus, queue)
+    assert there["work"] == {"in_hand": 0, "dead": 0, "workers": 0} and there["unread"] == 1
+    claim(bus, queue, wait=20, worker="w1")
+    assert agent(bus, queue)["unread"] == 0
     waiting = in_background(claim, bus, queue, wait=PATIENCE, worker="w2")
     soon(lambda: agent(bus, queue)["work"]["workers"] == 2)
     bus.send(queue)

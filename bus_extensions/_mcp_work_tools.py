@@ -11,14 +11,15 @@ LEASE = 600.0  # s that an agent has for a job when it does not say
 
 def claim(me: Session, /, queue: str, wait: float = 0, lease: float = LEASE) -> Steps:
     order = {"to": queue, "channel": me.channel, "worker": me.me(), "lease": lease, "wait": min(max(wait, 0), HOLD)}
-    jobs = (yield Ask("/claim", order))["messages"]
-    if not jobs:
+    answer = yield Ask("/claim", order)
+    if not answer["messages"]:
         return f"no job in the queue {queue}"
-    [job] = jobs
+    [job] = answer["messages"]
+    most = f" of {answer['max_attempts']}" if answer.get("max_attempts") else ""
     id, secret, attempt = job["id"], job.pop("lease"), job.pop("attempt")
     until = time.strftime("%H:%M:%SZ", time.gmtime(tick_of_ts(job.pop("lease_until")) / 1000000))
     how = f"When it is done: bus_done with id {id} and lease {secret}. If not: bus_fail, with the reason."
-    return f"A job, attempt {attempt}, yours until {until}. {how} {WORDS}\n{shown(me, aged(me, job))}"
+    return f"A job, attempt {attempt}{most}, yours until {until}. {how} {WORDS}\n{shown(me, aged(me, job))}"
 
 
 def done(me: Session, /, id: str, lease: str) -> Steps:

@@ -13,6 +13,8 @@ from bus_server import MAILBOX, Bus, Grant, Mailbox, Message, Metric, is_name, u
 class Queues:
     """The mailboxes that are queues, and the answers of others in which they appear. Owned by the loop."""
 
+    LOOKED, PER_LOOK = 500, 50  # jobs of a queue that one answer looks at; so many take as long as one look
+
     def __init__(self, bus: Bus) -> None:
         self.bus = bus
         self.known = set(self.had_workers())
@@ -20,6 +22,7 @@ class Queues:
         bus.about.append(self.of_queue)
         bus.on_tidy.append(lambda: self.known.intersection_update(bus.mailboxes.boxes))
         bus.metrics.append(self.undone)
+        bus.mailboxes.back = self.back
 
     def begin(self, channel: str, queue: str) -> None:
         """What comes from now on is work, as the row of the mailbox says; it is kept as any row that is polled."""
@@ -61,6 +64,22 @@ class Queues:
         dead = unread(bus, channel, queue + DEAD, letters) if letters else 0
         workers = len(waiting) + len(set(holders) - set(waiting))
         return f', "work": {{"in_hand": {len(holders)}, "dead": {dead}, "workers": {workers}}}'
+
+    def back(self, channel: str, queue: str, mark: int) -> tuple[int, int | None]:
+        """How many jobs came back and are in nobody's hand, and the oldest. Those above the mark are unread anyway."""
+        bus, key = self.bus, (channel, queue)
+        if key not in self.known:
+            return 0, None
+        now, wall = bus.clock.now().steady, bus.view.clock()
+        undone = f"SELECT tick, due, lease FROM work WHERE mailbox = {MAILBOX} AND due IS NOT NULL ORDER BY due LIMIT ?"
+        free = "tick <= ? AND (lease IS NULL OR due <= ?) AND EXISTS (SELECT 1 FROM messages WHERE messages.tick = "
+        free += "job.tick AND ifnull(expires > ?, 1))"
+        rows = f"SELECT count(*), total(free), min(CASE WHEN free THEN tick END) FROM (SELECT tick, {free} AS free FROM"
+        values = mark, now, wall, *key, min(self.LOOKED, max(bus.countable, 0))
+        looked, number, oldest = bus.view.database.execute(f"{rows} ({undone}) AS job)", values).fetchone()
+        bus.countable -= looked
+        bus.looks -= 1 + looked // self.PER_LOOK
+        return int(number), oldest
 
     def undone(self) -> list[Metric]:
         rows = self.bus.view.database.execute(

@@ -124,7 +124,7 @@ class Claim(Operation):
 class Settle(Operation):
     """A worker acknowledges its message, gives it back, or asks for more time. The result is the queue.
 
-    If a message did not reach its worker, the bus settles it with `return`, which does not count as an attempt.
+    `return` does not count as an attempt: the message did not reach its worker, or that was stopped (`counts`).
     """
 
     __slots__ = ("attempts", "delay_us", "lease", "reason", "tick", "verb")

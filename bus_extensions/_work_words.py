@@ -111,10 +111,11 @@ def render(job: Job) -> str:
     return f'{message.render()[:-1]}, "attempt": {job.attempt}, {lease}}}'
 
 
-def handed(bus: Bus, worker: Worker, jobs: list[Job]) -> Answer:
+def handed(bus: Bus, worker: Worker, jobs: list[Job], attempts: int) -> Answer:
     """The answer to a claim. The jobs count as fetched once it was written out whole."""
     bus.figures.delivered += len(jobs)
-    answer = ok(bus, f'"messages": [{", ".join(map(render, jobs))}]')
+    most = "null" if worker.queue.endswith(DEAD) else attempts
+    answer = ok(bus, f'"messages": [{", ".join(map(render, jobs))}], "max_attempts": {most}')
     if not jobs:
         return answer
     return answer._replace(delivers=(Handed(worker, jobs), max(job.message.tick for job in jobs)))

@@ -58,7 +58,8 @@ def by_name(bus: Bus, found: Iterable[tuple[str, str, Mailbox]]) -> Iterable[Met
     for channel, own, box in found:
         labels = f'{{channel="{channel}",name="{own}"}}'
         number = unread(bus, channel, own, box)
-        oldest = bus.view.oldest(channel, own, box.mark()) if number else None
+        mark = box.mark()
+        oldest = bus.mailboxes.back(channel, own, mark)[1] or bus.view.oldest(channel, own, mark) if number else None
         bus.looks -= bool(number)
         waiting.append((labels, float(number)))
         ages.append((labels, max(now - oldest, 0) / 1000000 if oldest else 0.0))

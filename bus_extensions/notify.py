@@ -212,8 +212,9 @@ def minutes(bus: Bus, since: int) -> int:
 def is_unread(bus: Bus, rule: rules.Rule, own: str, box: Mailbox) -> tuple[int, str]:
     number = unread(bus, rule.channel, own, box)
     look = partial(bus.view.look, rule.channel, own, box.newest, LOOKED)
-    oldest = box.oldest(box.mark(), bus.view.clock(), look)[0] if number else None
-    if oldest is None or bus.view.clock() - oldest < rule.minutes * 60000000:
+    mark = box.mark()
+    oldest = bus.mailboxes.back(rule.channel, own, mark)[1] or box.oldest(mark, bus.view.clock(), look)[0]
+    if not number or oldest is None or bus.view.clock() - oldest < rule.minutes * 60000000:
         return 0, ""
     return number, f"{own} has {count(number, 'unread message')}, the oldest for {minutes(bus, oldest)} minutes"
 

@@ -166,8 +166,9 @@ class People:
         not. The next answer goes on there.
         """
         mark = box.mark()
-        if mark >= box.newest:
-            return None
+        _, back = self.bus.mailboxes.back(channel, own, mark)
+        if back or mark >= box.newest:
+            return back
         self.bus.looks -= 1
         if not box.perishable:
             return self.bus.view.oldest(channel, own, mark)

@@ -130,10 +130,10 @@ class Work:
         delay = members.number("delay", 0, 0, words.LEASE_MAX)
         lease = members.number("seconds", words.LEASE, 1, words.LEASE_MAX)
         reason = (members.one("reason") or "a worker gave it back")[:200]
-        wait = lease if request.route == "/extend" else delay
-        operation = Settle(
-            request.route[1:], members.id(), members.needed("lease"), int(wait * 1000000), reason, self.attempts
-        )
+        verb, wait = request.route[1:], lease if request.route == "/extend" else delay
+        if verb == "nack" and members.flag("counts") is False:
+            verb = "return"
+        operation = Settle(verb, members.id(), members.needed("lease"), int(wait * 1000000), reason, self.attempts)
         self.bus.do(operation, request.peer, self.settled)
 
     def again(self, request: Request) -> None:
@@ -169,7 +169,7 @@ class Work:
             else:
                 bus.park(connection, worker, math.inf if result.due is None else result.due / 1000000)
             return None
-        return words.handed(bus, worker, result.jobs)
+        return words.handed(bus, worker, result.jobs, self.attempts)
 
     def claimed_elsewhere(self, claim: Claim, result: Claimed) -> None:
         """Another front has handed out jobs: those who wait here look when their leases end."""
@@ -241,6 +241,6 @@ class Work:
 
     def over(self, connection: Connection, worker: Worker) -> Answer | None:
         if worker.hold <= 0 or connection.ended or self.bus.draining:
-            return words.handed(self.bus, worker, [])
+            return words.handed(self.bus, worker, [], self.attempts)
         self.found(connection, worker, [])  # a lease or a delay has run out
         return None

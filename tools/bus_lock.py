@@ -9,7 +9,7 @@ Names are paths that all agents write in the same way, best from the top of the 
 are wildcards: quote them, so that your shell leaves them alone. A reservation keeps nobody from changing a file: it is
 a promise among agents. It ends by itself after --ttl; the same `lock` again gives it more time.
 
-`lock` prints the fence, a number; a later holder of a name has a higher one. bus_recv.ask asks the bus, so this program
+`lock` prints the fence, the number of the reservation; a later holder of a name has a higher one. This program
 needs bus_recv.py beside it or one folder up. It has the environment of bus_recv.py, and AGENT_NAME, and writes no file.
 Exit code: 0 done, 1 refused by the bus, 2 usage, 3 others hold a name, or nothing was released, 75 out of reach, 130
 Ctrl-C.
@@ -41,20 +41,22 @@ except ModuleNotFoundError as missing:
     sys.exit(2)
 
 WILD = re.compile(r"[*?]")  # what no path has; the bus takes a name with [ for that very path, too
+TTL_LEAST, TTL_MOST = 1.0, 43200.0  # s that a bus gives, whatever is asked for
 WAIT_SECONDS = 25.0  # of one request; common proxies cut a request that is quiet for 30 s
 
 
 def lock(url: str, order: dict[str, Any], wait: float) -> tuple[dict[str, Any], float]:
     """The answer of the bus when the names are ours, and its clock. Refused (409) if others hold them for `wait` s."""
-    end = time.monotonic() + wait
+    end, tells = time.monotonic() + wait, list(bus_recv.PEOPLE) if wait else []
     while True:
         left = max(end - time.monotonic(), 0)
-        hold = min(left, WAIT_SECONDS)
+        hold = 0.0 if tells else min(left, WAIT_SECONDS)  # who looks on is told first what we wait for
         try:
             return bus_recv.ask(url, "/lock", hold + bus_recv.GRACE_SECONDS, {**order, "wait": round(hold, 3)})
         except bus_recv.Refused as refused:
-            if refused.status != 409 or left <= WAIT_SECONDS:
+            if refused.status != 409 or (left <= WAIT_SECONDS and not tells):
                 raise
+            bus_recv.once(tells, f"waiting for {bus_recv.span(wait) or f'{wait:.0f}s'} at most: {refused}")
         except bus_recv.Unreachable as fault:
             pause = max(fault.retry_after, 1.0)
             if left <= pause:
@@ -175,8 +177,12 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     order.update({} if options.ttl is None else {"ttl": options.ttl})
     answer, now = lock(url, order, options.wait)
     fence, is_person = bus_recv.word(answer.get("fence")), bool(sys.stdout) and sys.stdout.isatty()
-    about = f", with the fence {fence}" if is_person else ""
-    complain(f"{' '.join(map(bus_recv.word, options.names))}: yours for {still(answer.get('until'), now)}{about}")
+    unlocks = bus_recv.called("python3 tools/bus_lock.py unlock", "unlock")
+    about = f"; {unlocks} --fence {fence} releases it before" if is_person else ""
+    asked = TTL_LEAST if options.ttl is None else options.ttl
+    limit = ", the least that a bus gives" * (asked < TTL_LEAST) + ", the most that a bus gives" * (asked > TTL_MOST)
+    its = " ".join(map(bus_recv.word, options.names))
+    complain(f"{its}: yours for {still(answer.get('until'), now)}{limit}{about}")
     if not is_person:
         bus_recv.emit(f"{fence}\n")
     return 0
@@ -192,18 +198,20 @@ def unlock(url: str, order: dict[str, Any], options: argparse.Namespace, parser:
         complain(f"released: {bus_recv.word(released)}")
         return 0
     its = "you have reserved nothing by that name, or it" if options.names else "this reservation"
-    complain(f"nothing is released: {its} has ended{instead(url, order, options.names)}")
+    complain(f"nothing is released: {its} has ended")
+    for held in instead(url, order, options.names):
+        complain(held)
+    complain(f"{bus_recv.called('python3 tools/bus_lock.py list', 'locks')} shows all reservations")
     return 3
 
 
-def instead(url: str, order: dict[str, Any], names: Sequence[str]) -> str:
-    """Who has reserved these names, for one who could not release them."""
+def instead(url: str, order: dict[str, Any], names: Sequence[str]) -> list[str]:
+    """Who has reserved these names, for one who could not release them; a sentence for each."""
     channel, held = order.get("channel", "default"), []
     with contextlib.suppress(bus_recv.Refused, bus_recv.Unreachable):  # it is only a hint
         held = [line(*row) for name in names for row in locks(url, name=name, channel=channel)]
-    who = "; ".join(dict.fromkeys(held)) or (f"nobody has {' '.join(map(bus_recv.word, names))}" if names else "")
-    every = bus_recv.called("python3 tools/bus_lock.py list", "locks")
-    return f"{f'; {who}' if who else ''}; {every} shows all"
+    nobody = [f"nobody has {' '.join(map(bus_recv.word, names))}"] if names else []
+    return [f"reserved by {each}" for each in dict.fromkeys(held)] or nobody
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -135,7 +135,17 @@ def is_terminal() -> bool:
 def whole(message: Any, now: float, reader: str = "") -> str:
     """All of the message as a block; see bus_recv.block()."""
     head, _, rest = bus_recv.block(message, reader, now, whole=True).partition("\n")
+    if rest.endswith("---\n"):
+        rest = f"{rest[:-4]}{given_up(message)}---\n"
     return f"{painted(head, message.get('from') if isinstance(message, dict) else '')}\n{rest}"
+
+
+def given_up(message: Any) -> str:
+    """Why a message in NAME.dead is there: a job that failed too often. Its sender may have written that, too."""
+    if not str(message.get("to")).endswith(".dead") or not {"dead_of", "attempts", "reason"} <= {*message}:
+        return ""
+    job, attempts, reason = (bus_recv.word(message[member]) for member in ("dead_of", "attempts", "reason"))
+    return bus_recv.fitted(f"-- the job {job} was given up after attempt {attempts}: {reason}\n")
 
 
 def short(message: Any, now: float) -> str:

@@ -5,15 +5,19 @@
 
 Any number of workers may share a queue: the bus gives each job to one of them. The command has the message as JSON on
 its stdin, and MSG_FROM, MSG_ID, MSG_SUBJECT ... AGENT_BUS_ATTEMPT in its environment. If it ends with 0 the job is
-done. If it ends with anything else, or the worker disappears, the bus gives the job to a worker again, later.
+done. If it ends with anything else, or the worker disappears, the bus gives the job to a worker again, later. After
+--max-attempts of the bus (5) the job is given up: it lies in NAME.dead until somebody puts it back.
 
-The parts of this file, in order: Worker (takes jobs, runs the command, tells the bus how that ended), main.
+    python3 tools/bus_work.py builds --again all
+
+The parts of this file, in order: Worker (takes jobs, runs the command, tells the bus how that ended), put_back
+(--again), main.
 bus_recv.Reader asks the bus and endures an outage, bus_recv.running runs a command; so this program needs bus_recv.py
 beside it or one folder up. PROTOCOL.md (queues) says what a lease and a dead letter are.
 
 It has the environment of bus_recv.py, and AGENT_NAME, the name of this worker in receipts. It writes no file.
 Exit code: 0 done or stopped by SIGTERM, 1 refused by the bus, or the one job of --once failed, 2 usage, or there is no
-such command, 3 no job came, 75 out of reach, 130 Ctrl-C.
+such command, 3 no job came, or none was put back, 75 out of reach, 130 Ctrl-C.
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlencode
 
 if TYPE_CHECKING:
     import subprocess
@@ -40,6 +45,9 @@ except ModuleNotFoundError as missing:
     print(f"bus_work: {missing.name}.py is missing in {HERE}: run curl -fO $AGENT_BUS_URL/{missing.name}.py there",
           file=sys.stderr)  # fmt: skip
     sys.exit(2)
+
+
+DEAD = ".dead"  # a queue's name and this: the mailbox of the jobs that were given up
 
 
 class NoCursor(bus_recv.Cursor):
@@ -69,6 +77,7 @@ class Worker(bus_recv.Reader):
         if name := bus_recv.settings().get("AGENT_NAME"):
             self.order["worker"] = name
         self.at_work = self.ending = self.failed = False  # failed: the last job
+        self.most = 0  # attempts; 0: the bus has not said, or it gives up none
 
     def stop(self, *_: Any) -> None:
         """The handler of SIGTERM."""
@@ -87,6 +96,7 @@ class Worker(bus_recv.Reader):
         answer, now = bus_recv.ask(self.url, "/claim", seconds, {**self.order, "wait": round(hold, 3)})
         try:
             [(job["id"], job["lease"], int(job["attempt"])) for job in answer["messages"]]
+            self.most = int(answer.get("max_attempts") or 0)
         except (KeyError, TypeError, ValueError):
             raise bus_recv.Unreachable() from None
         return answer, now
@@ -107,17 +117,34 @@ class Worker(bus_recv.Reader):
         try:
             with bus_recv.running(self.command, bus_recv.dump(job), job, attempt) as process:
                 code = self.attend(process, job)
-        except BaseException:  # the worker has to end now
-            with contextlib.suppress(bus_recv.Refused, bus_recv.Unreachable):
-                self.tell("nack", job, reason="the worker was stopped")
+        except BaseException as why:  # the worker has to end now
+            self.give_back(job, isinstance(why, Exception))
             raise
         self.failed = code != 0
         if code == 0:
             self.settle("ack", job)
         elif code is not None:
-            reason = f"the command ended with {code}"
-            self.warn(f"{reason} for {job['id']}, attempt {attempt}")
-            self.settle("nack", job, reason=reason, delay=bus_recv.pause_after(attempt))
+            reason, pause = f"the command ended with {code}", bus_recv.pause_after(attempt)
+            self.warn(f"{reason} for {job['id']}, attempt {attempt}{self.what_follows(job['id'], attempt, pause)}")
+            self.settle("nack", job, reason=reason, delay=pause)
+
+    def what_follows(self, id: str, attempt: int, pause: float) -> str:
+        """What becomes of a job whose attempt failed."""
+        if not self.most or attempt < self.most:
+            return f"{f' of {self.most}' if self.most else ''}; the next one in {pause:.0f} s"
+        usual = bus_recv.settings().get("AGENT_BUS_CHANNEL", "default")
+        on = "" if self.channel == usual else f" --channel {self.channel}"
+        back = f"{bus_recv.called('python3 tools/bus_work.py', 'work')} {self.names[0]} --again {id}{on}"
+        return f" of {self.most}; it is given up and lies in {self.names[0]}{DEAD} now. To put it back: {back}"
+
+    def give_back(self, job: dict[str, Any], counts: bool) -> None:
+        """Tell the bus that we end. If somebody has stopped us, the job has not failed: the attempt does not count."""
+        try:
+            self.tell("nack", job, reason="the worker was stopped", **({} if counts else {"counts": False}))
+            free = ", and this attempt does not count" if self.most and not counts else f", attempt {job['attempt']}"
+            self.warn(f"{job['id']} goes back to its queue{free}")
+        except (bus_recv.Refused, bus_recv.Unreachable) as fault:
+            self.warn(f"{job['id']} goes back when its lease ends: {fault}")
 
     def settle(self, verb: str, job: dict[str, Any], **members: Any) -> None:
         """Tell the bus, however long that takes: if the bus does not learn it, another worker repeats the job."""
@@ -139,7 +166,7 @@ class Worker(bus_recv.Reader):
             try:
                 self.tell("extend", job, seconds=self.lease)
             except bus_recv.Refused as refused:
-                self.warn(f"{job['id']} is given up, its command is killed: {refused}")
+                self.warn(f"the lease of {job['id']} is lost, its command is killed: {refused}")
                 return None
             except bus_recv.Unreachable as fault:
                 self.warn(f"the lease of {job['id']} is not extended yet: {fault}")
@@ -148,16 +175,53 @@ class Worker(bus_recv.Reader):
         bus_recv.ask(self.url, f"/{verb}", bus_recv.GRACE_SECONDS, {"id": job["id"], "lease": job["lease"], **members})
 
 
+def letters(url: str, queue: str, channel: str) -> Iterator[dict[str, Any]]:
+    """The jobs of a queue that were given up, oldest first. This takes none."""
+    query = {"to": f"{queue}{DEAD}", "channel": channel, "since": "0"}
+    while True:
+        answer, _ = bus_recv.ask(url, f"/recv?peek=true&{urlencode(query)}", bus_recv.GRACE_SECONDS)
+        page = answer.get("messages")
+        if not isinstance(page, list) or not all(isinstance(each, dict) for each in page):
+            raise bus_recv.Unreachable()
+        yield from (each for each in page if each.get("to") == query["to"] and "dead_of" in each)
+        if not answer.get("more") or answer.get("now") in (None, query["since"]):  # else it is asked for ever
+            return
+        query["since"] = str(answer["now"])
+
+
+def put_back(queue: str, channel: str | None, id: str) -> int:
+    """Put a job that was given up back into its queue; `id` is its own, or that of its dead letter, or `all`."""
+    given = bus_recv.settings()
+    channel, number = channel or given.get("AGENT_BUS_CHANNEL", "default"), 0
+    look = f"{bus_recv.called('python3 tools/agent_bus.py inbox', 'inbox')} {queue}{DEAD}"
+    why = f"{queue}{DEAD} has {'no job' if id == 'all' else f'no job {id}'}; {look} shows what it has"
+    for letter in letters(given["AGENT_BUS_URL"], queue, channel):
+        if id in ("all", letter.get("id"), letter["dead_of"]):
+            try:
+                bus_recv.ask(given["AGENT_BUS_URL"], "/again", bus_recv.GRACE_SECONDS, {"id": letter.get("id")})
+                number += 1
+            except bus_recv.Refused as refused:
+                if refused.status != 409:  # somebody else put it back, or a worker has it
+                    raise
+                why = str(refused)
+    complain(f"put back into {queue}: {number} job{'s' * (number > 1)}" if number else f"nothing is put back: {why}")
+    return 0 if number else 3
+
+
 def complain(line: str) -> None:
     bus_recv.complain(line, "bus_work")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Run a command for each job of the queue NAME on an agent-bus.")
+def command_line(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Run a command for each job of the queue NAME on an agent-bus.", epilog=GIVEN_UP
+    )
     add = parser.add_argument
     send = bus_recv.called("python3 bus_send.py", "send")
     add("names", nargs="+", metavar="NAME", help=f"the queue; {send} NAME TEXT puts a job into it")
-    add("--exec", metavar="CMD", required=True, help="run CMD for each job: JSON on stdin, MSG_FROM ... as variables")
+    either = parser.add_mutually_exclusive_group(required=True).add_argument
+    either("--exec", metavar="CMD", help="run CMD for each job: JSON on stdin, MSG_FROM ... as variables")
+    either("--again", metavar="ID", help="put a job back that was given up; `all` is every one")
     add("--lease", type=bus_recv.duration, default=60.0, metavar="S",
         help="a worker that is silent for S seconds loses its job (60)")  # fmt: skip
     add("--once", action="store_true", help="end after one job")
@@ -169,11 +233,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     for ignored in ("--since", "--tries"):
         add(ignored, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
+    if options.again and len(options.names) > 1:
+        parser.error("a job goes back to one queue: give one NAME")
+    return options
+
+
+GIVEN_UP = """\
+A job that failed in all its attempts (5, or --max-attempts of the bus) is given up: it lies in the mailbox NAME.dead,
+with its attempts and the reason, until --again puts it back."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = command_line(argv)
     timeout = bus_recv.HOLD_SECONDS if options.once and options.timeout is None else options.timeout
     for number in bus_recv.ENDS:
         signal.signal(number, lambda *_: sys.exit(0))
     bus_recv.tell_people(complain)
     try:
+        if options.again:
+            return put_back(options.names[0], options.channel, options.again)
         bus_recv.check_command(options.exec)
         worker = Worker(options.names, options.channel, options.exec, options.lease)
         signal.signal(signal.SIGTERM, worker.stop)

@@ -74,6 +74,10 @@ export function troubles(rows) {
   found.push(...some(rows, "deaf", "does not hear", "do not hear"));
   found.push(...some(rows, "slow", "does not read", "do not read"));
   for (const row of rows) {
+    if (row.work && row.unread && !row.work.workers && !row.online) {
+      found.push({ kind: "deaf", title: `${row.name} has no worker`,
+        words: `${many(row.unread, "job")} ${row.unread === 1 ? "waits" : "wait"} for one`, to: "#/work" });
+    }
     if (row.work?.dead) {
       found.push({ kind: "deaf", title: `${many(row.work.dead, "job")} of ${row.name} failed`,
         words: "given up after all attempts", to: "#/work" });

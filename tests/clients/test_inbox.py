@@ -24,6 +24,15 @@ def test_the_inbox_shows_unread_mail_and_takes_none(agent):
     assert (code, out) == (3, "") and "nothing is unread for bob" in err
 
 
+def test_of_a_dead_letter_the_inbox_and_the_log_say_why_it_is_one(agent):
+    why = {"dead_of": "12ab", "attempts": 5, "reason": "it\nfailed"}
+    bus_send.send("jobs.dead", "one", url=agent.url, sender="spark", fields=why)
+    bus_send.send("jobs", "two", url=agent.url, sender="spark", fields=why)
+    line = '| one\n-- the job 12ab was given up after attempt 5: "it\\nfailed"\n---\n'
+    assert agent("inbox", "jobs.dead")[1].endswith(line) and line in agent("log", "--last", "2", "--no-follow")[1]
+    assert "given up" not in agent("inbox", "jobs")[1]
+
+
 def test_ack_marks_as_read_up_to_an_id_and_the_bus_knows(agent):
     one, two, three = mails(agent.url, "one", "two", "three")
     code, out, err = agent("ack", two)

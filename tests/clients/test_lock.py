@@ -7,11 +7,13 @@ import threading
 
 import pytest
 
+import bus_recv
 from tests.clients.test_agent_bus import on_terminal
 from tests.clients.test_clients import refusing
 from tests.kit import peers
 from tests.kit.peers import mint
 from tests.kit.processes import PATIENCE, ROOT, Server, no_settings, wait_until
+from tools import bus_lock
 
 
 @pytest.fixture(autouse=True)
@@ -47,14 +49,14 @@ def test_names_are_reserved_listed_and_released(bus):
     code, _, said = run(bus.url, "unlock", "--fence", fence.strip())
     assert code == 0 and "released: 1" in said
     code, _, said = run(bus.url, "unlock", "--fence", fence.strip())
-    every = "python3 tools/bus_lock.py list shows all\n"
-    assert code == 3 and said == f"agent_bus.py unlock: nothing is released: this reservation has ended; {every}"
+    every = "agent_bus.py unlock: python3 tools/bus_lock.py list shows all reservations\n"
+    assert code == 3 and said == f"agent_bus.py unlock: nothing is released: this reservation has ended\n{every}"
     code, _, said = run(bus.url, "unlock", "src/*")
     assert code == 3 and "you have reserved nothing by that name, or it has ended" in said
     code, _, said = run(bus.url, "unlock", "d.py", "e.py")
-    assert code == 3 and said.endswith(f"or it has ended; nobody has d.py e.py; {every}")
+    assert code == 3 and said.endswith(f"or it has ended\nagent_bus.py unlock: nobody has d.py e.py\n{every}")
     code, _, said = run(bus.url, "unlock", "c")
-    assert code == 3 and "; nano, " in said and said.endswith(f" more: c; {every}")
+    assert code == 3 and "\nagent_bus.py unlock: reserved by nano, " in said and said.endswith(f" more: c\n{every}")
 
 
 def test_a_pattern_finds_who_holds_it_and_what_may_meet_it(bus):
@@ -62,7 +64,7 @@ def test_a_pattern_finds_who_holds_it_and_what_may_meet_it(bus):
     for name in held:
         assert run(bus.url, "lock", name, name="h0")[0] == 0
     code, _, said = run(bus.url, "unlock", "x/db/*", name="you")
-    assert code == 3 and "; h0, " in said and "nobody has" not in said
+    assert code == 3 and "reserved by h0, " in said and "nobody has" not in said
     for pattern, found in (("x/db/*", [0, 1]), ("x/*/a.py", [0, 1, 2]), ("x/web/b/?", [2]), ("y/*/a*", [3]),
                            ("**", [0, 1, 2, 3, 4]), ("x/db/*.md", [0]), ("z/**", []), ("x/db/b*", [0])):
         rows = run(bus.url, "locks", pattern, "--json")[1].splitlines()
@@ -70,8 +72,36 @@ def test_a_pattern_finds_who_holds_it_and_what_may_meet_it(bus):
     assert run(bus.url, "unlock", "q/*", name="you")[2].count('nobody has "q/*"') == 1
 
 
-def test_on_a_terminal_the_fence_is_in_the_sentence(bus):
+def test_on_a_terminal_the_fence_is_in_the_sentence(bus, monkeypatch, capsys):
     assert on_terminal("lock", "a", AGENT_BUS_URL=bus.url, AGENT_NAME="dell") == ""
+    fence = json.loads(bus.get("/locks"))["locks"][0]["fence"]
+    for name, value in (("AGENT_BUS_URL", bus.url), ("AGENT_NAME", "dell")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert bus_lock.main(["lock", "a"]) == 0
+    out, said = capsys.readouterr()
+    assert out == "" and said.endswith(f"; python3 tools/bus_lock.py unlock --fence {fence} releases it before\n")
+
+
+def test_a_ttl_that_the_bus_does_not_give_is_said(bus):
+    most, least = ", the most that a bus gives\n", ", the least that a bus gives\n"
+    assert run(bus.url, "lock", "a", "--ttl", "999d")[2].endswith(most)
+    assert run(bus.url, "lock", "a", "--ttl", "0")[2].endswith(least)
+    assert "that a bus gives" not in run(bus.url, "lock", "a", "--ttl", "12h")[2] + run(bus.url, "lock", "b")[2]
+
+
+def test_a_person_is_told_what_it_waits_for(bus, monkeypatch):
+    """It was silent for as long as --wait says."""
+    fence, said = peers.ask(bus, "POST", "/lock", {"from": "nano", "names": ["a"]}).json["fence"], []
+
+    def tell(line):
+        said.append(line)
+        peers.ask(bus, "POST", "/unlock", {"from": "nano", "fence": fence})
+
+    monkeypatch.setattr(bus_recv, "PEOPLE", [tell])
+    for _ in range(2):  # the second time it has the name at once, and there is nothing to say
+        assert bus_lock.lock(bus.url, {"from": "dell", "names": ["a"]}, 60)[0]["fence"] > fence
+        assert len(said) == 1 and said[0].startswith("waiting for 1m at most: nano holds a until ")
 
 
 def test_it_waits_for_who_holds_the_names(bus):

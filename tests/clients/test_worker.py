@@ -73,7 +73,8 @@ def test_the_command_gets_the_job_and_its_end_is_told(tmp_path):
 @pytest.mark.parametrize("attempt, delay", [(1, 1), (4, 8), (30, 60), (5000, 60)])
 def test_what_fails_is_given_back_for_later_with_the_reason(attempt, delay):
     with Scripted(mail(job(1, attempt=attempt)), DONE) as server:
-        assert f"ended with 7 for 1, attempt {attempt}" in ended(worker(server.url, "exit 7", "--once"), 1)
+        said = f"the command ended with 7 for 1, attempt {attempt}; the next one in {delay} s"
+        assert ended(worker(server.url, "exit 7", "--once"), 1) == f"bus_work: {said}\n"
     assert orders(server, "/nack") == [
         {"id": "1", "lease": f"{1:032x}", "reason": "the command ended with 7", "delay": delay}
     ]
@@ -98,7 +99,7 @@ def test_the_lease_is_extended_while_the_command_runs(tmp_path):
 def test_a_job_whose_lease_is_lost_is_given_up_and_its_command_killed_with_all_it_started(tmp_path):
     with Scripted(mail(job(1)), LOST) as server:
         command = f"(sleep 60; touch {tmp_path}/late) & echo $! > {tmp_path}/child; wait"
-        assert "1 is given up" in ended(worker(server.url, command, "--once", "--lease", "1"), 1)
+        assert "the lease of 1 is lost" in ended(worker(server.url, command, "--once", "--lease", "1"), 1)
         assert [asked.target for asked in server.asked] == ["/healthz", "/claim", "/extend"]
         assert [asked.query["to"] for asked in server.left] == [["builds"]], "it does not say that it leaves"
     wait_until(lambda: not runs(int((tmp_path / "child").read_text())))
@@ -194,8 +195,9 @@ def test_a_worker_that_must_end_now_gives_its_job_back(signals, code, tmp_path, 
         for number in signals:  # two signals that come together may be one
             wait_until(lambda: has_taken_its_signals(process.pid))
             process.send_signal(number)
-        ended(process, code)
-        assert [order["reason"] for order in orders(server, "/nack")] == ["the worker was stopped"]
+        assert "1 goes back to its queue" in ended(process, code)
+        [order] = orders(server, "/nack")
+        assert (order["reason"], order["counts"]) == ("the worker was stopped", False)
     wait_until(lambda: not runs(int((tmp_path / "pid").read_text())))
 
 
@@ -213,6 +215,30 @@ def test_a_command_that_is_just_being_started_is_killed_too(monkeypatch, interru
         pass
     assert started[0].returncode == -signal.SIGKILL
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_job_whose_worker_is_stopped_again_and_again_is_not_given_up(tmp_path):
+    """Each stop was an attempt, so two of them made a dead letter of a job that never failed."""
+    with Server(tmp_path / "bus.db", "--max-attempts", "2") as bus:
+        [ident] = give(bus, "a")
+        for stop in range(3):
+            process = worker(bus.url, f"echo $AGENT_BUS_ATTEMPT >> {tmp_path}/begun; sleep 60")
+            wait_until(lambda stop=stop: len(lines(tmp_path / "begun")) > stop)
+            process.send_signal(signal.SIGHUP)
+            assert ended(process) == f"bus_work: {ident} goes back to its queue, and this attempt does not count\n"
+        assert ended(worker(bus.url, "true", "--once")) == "" and state(bus, ident) == "acknowledged"
+        assert lines(tmp_path / "begun") == ["1"] * 3 and mailbox(bus, "builds.dead") == []
+
+
+@pytest.mark.parametrize("then, words", [
+    (DONE, "1 goes back to its queue, attempt 3"), (LOST, "1 goes back when its lease ends: the lease is not held"),
+])  # fmt: skip
+def test_of_an_older_bus_it_is_not_said_that_the_attempt_does_not_count(then, words, tmp_path, interruptible):
+    with Scripted(mail(job(1, attempt=3)), then) as server:
+        process = worker(server.url, f"touch {tmp_path}/begun; sleep 60")
+        wait_until((tmp_path / "begun").exists)
+        process.send_signal(signal.SIGHUP)
+        assert ended(process) == f"bus_work: {words}\n"
 
 
 # ── A real bus ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -267,6 +293,45 @@ def test_with_workers_killed_now_and_then_each_job_is_done_and_none_is_stuck(tmp
         for (attempt, then), (following, now) in zip(tries, tries[1:]):
             assert attempt < following
             assert now - then < (following - attempt) * (seconds + 1 + 1) + BUSY, "its lease and a second"
+
+
+def test_a_worker_says_which_attempt_it_was_and_how_a_job_that_is_given_up_comes_back(tmp_path):
+    with Server(tmp_path / "bus.db", "--max-attempts", "2") as bus:
+        first, second = give(bus, "a", "b")
+        assert f"for {first}, attempt 1 of 2; the next one in 1 s\n" in ended(worker(bus.url, "exit 3", "--once"), 1)
+        process = worker(bus.url, "exit 3")
+        wait_until(lambda: [state(bus, each) for each in (first, second)] == ["dead", "dead"])
+        process.send_signal(signal.SIGTERM)
+        back = f"To put it back: python3 tools/bus_work.py builds --again {first}"
+        assert f"for {first}, attempt 2 of 2; it is given up and lies in builds.dead now. {back}\n" in ended(process)
+        bus.get("/recv?to=all")
+        bus_send.send("all", "no job", url=bus.url, sender="spark")
+        shows = "python3 tools/agent_bus.py inbox builds.dead shows what it has"
+        assert again(bus, "nosuch", 3) == f"nothing is put back: builds.dead has no job nosuch; {shows}"
+        assert again(bus, first) == "put back into builds: 1 job"
+        assert again(bus, first, 3).startswith("nothing is put back: builds.dead has no job")
+        [letter] = [message["id"] for message in mailbox(bus, "builds.dead") if message.get("dead_of") == second]
+        assert again(bus, letter) == "put back into builds: 1 job"
+        process = worker(bus.url, f"echo $MSG_SUBJECT >> {tmp_path}/done")
+        wait_until(lambda: sorted(lines(tmp_path / "done")) == ["a", "b"])
+        process.send_signal(signal.SIGTERM)
+        assert ended(process) == ""
+        assert again(bus, "all", 3).startswith("nothing is put back: builds.dead has no job; ")
+
+
+def test_all_that_were_given_up_come_back_page_after_page_but_for_what_a_worker_has():
+    ours, its = (message(n, to="builds.dead", dead_of=f"{n}") for n in (1, 2))
+    with Scripted(mail(ours, more=True), DONE, mail(its, message(3)), LOST) as server:
+        code, out, err = run("tools/bus_work.py", "builds", "--again", "all", env={"AGENT_BUS_URL": server.url})
+        assert (code, out, err) == (0, "", "bus_work: put back into builds: 1 job\n")
+        assert [order["id"] for order in orders(server, "/again")] == ["1", "2"]
+
+
+def again(bus, ident, code=0):
+    """What was said of it."""
+    done = run("tools/bus_work.py", "builds", "--again", ident, env={"AGENT_BUS_URL": bus.url})
+    assert done[:2] == (code, ""), done
+    return done[2].partition("bus_work: ")[2].rstrip("\n")
 
 
 def test_dead_letters_are_exactly_those_that_failed_each_time(tmp_path):

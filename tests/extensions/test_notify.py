@@ -160,6 +160,16 @@ def test_unread_mail_is_told_after_its_minutes_once_until_it_was_read(notified):
     assert [text(body) for body in bus.look(10)] == ["agent-bus: bob has 1 unread message, the oldest for 10 minutes"]
 
 
+def test_a_job_that_came_back_counts_as_unread(notified):
+    bus = notified(("unread", {"minutes": 10, "to": "builds"}))
+    bus.guest.sends("builds")
+    [job] = bus.guest.asks("POST", "/claim", {"to": "builds", "wait": 0}).json()["messages"]
+    assert bus.look(60) == []
+    bus.guest.asks("POST", "/nack", {"id": job["id"], "lease": job["lease"]})
+    [body] = bus.look(1)
+    assert text(body).startswith("agent-bus: builds has 1 unread message, the oldest for ")
+
+
 def test_expired_mail_is_not_told(notified):
     bus = notified(("unread", {"minutes": 10}))
     bus.guest.sends("bob", ttl=60)

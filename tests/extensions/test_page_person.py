@@ -120,6 +120,19 @@ def test_a_failed_job_is_sent_again_and_reaches_a_worker(tmp_path, page):
         assert job["msg"] == "make bench" and "dead_of" not in job
 
 
+def test_jobs_without_a_worker_are_told(tmp_path, page):
+    """A job that was given back was in no number of the page."""
+    with Server(tmp_path / "bus.db") as bus:
+        send(bus, "nano", "builds", "make bench")
+        [job] = ask(bus, "POST", "/claim", {"to": "builds", "worker": "w"})[1]["messages"]
+        ask(bus, "POST", "/nack", {"id": job["id"], "lease": job["lease"], "delay": 600})
+        bus.get("/recv?to=builds&leave=true")  # its worker has gone
+        show(page, bus, "#/")
+        page.wait_for_selector(".trouble-card:has-text('builds has no worker'):has-text('1 job waits for one')")
+        page.goto(f"{bus.url}/ui/#/work")
+        page.wait_for_selector(".card .waiting dd:has-text('1')")
+
+
 def test_own_mail_is_read_only_if_the_person_asks_for_it(tmp_path, page):
     """It takes some 12 s: the page looks for mail every 3 s."""
     tokens = mint(tmp_path / "bus.db", maria=["--operator"], ann=[])

@@ -8,9 +8,9 @@ import time
 import pytest
 
 import bus_server
-from tests.kit.peers import marks_are_written
+from tests.kit.peers import marks_are_written, metric
 from tests.kit.processes import PATIENCE, Server, in_time, wait_until
-from tests.kit.queues import ask, background, claim, mail, parked, send, settle, state
+from tests.kit.queues import ask, background, claim, mail, parked, post, send, settle, state
 from tests.kit.wire import Peer, a_bus, posted, told
 
 
@@ -243,6 +243,65 @@ def test_a_lease_that_is_over_is_in_nobodys_hand(bus):
         return now["work"] == {"in_hand": 0, "dead": 0, "workers": 0}
 
     wait_until(over)
+
+
+def test_a_job_that_came_back_is_unread_wherever_that_is_counted(bus):
+    """It was in no number: fetched, in nobody's hand, not dead. Given back, for later too, or its lease ran out."""
+    for msg in ("done", "given back", "for later", "left"):
+        send(bus, msg=msg)
+    jobs = {job["msg"]: job for job in claim(bus, max=4)}
+    assert counted(bus) == (0, None)
+    settle(bus, "ack", jobs["done"])
+    settle(bus, "nack", jobs["for later"], delay=3600)
+    assert counted(bus) == (1, jobs["for later"]["ts"])
+    settle(bus, "nack", jobs["given back"])
+    settle(bus, "extend", jobs["left"], seconds=1)
+    wait_until(lambda: of_queue(bus)["unread"] == 3)  # the numbers of several answers are compared after that
+    assert counted(bus) == (3, jobs["given back"]["ts"])
+    assert post(bus, "/send", **{"from": "alice", "to": "builds", "msg": "new"})["receiver"]["unread"] == 4
+    assert len(claim(bus, max=2)) == 2 and counted(bus)[0] == 2
+
+
+def test_a_job_that_came_back_and_expired_is_not_unread(bus):
+    ident = send(bus, ttl=3)
+    [job] = claim(bus, wait=PATIENCE)
+    assert job["id"] == ident and settle(bus, "nack", job) == 200
+    wait_until(lambda: of_queue(bus)["unread"] == 0)
+    assert counted(bus) == (0, None)
+
+
+def test_of_very_many_jobs_that_came_back_some_are_counted(monkeypatch):
+    """A list of names may not take long because one of them is a queue whose workers all failed."""
+    with a_bus() as inside:
+        monkeypatch.setattr(inside.mailboxes.back.__func__.__globals__["Queues"], "LOOKED", 2)
+        peer = Peer(inside)
+
+        def said(request):
+            peer.says(request)
+            return told(peer)[1]
+
+        for _ in range(3):
+            said(posted("/send", **{"from": "alice", "to": "builds", "msg": "x"}))
+        for job in said(posted("/claim", to="builds", max=3, wait=0))["messages"]:
+            said(posted("/nack", id=job["id"], lease=job["lease"]))
+        inside.looks, inside.countable = looks, countable = 9, 9
+        assert inside.mailboxes.back("default", "builds", 1 << 60)[0] == 2
+        assert inside.looks < looks and inside.countable == countable - 2
+
+
+def of_queue(bus, queue="builds"):
+    return ask(bus, "GET", f"/agents?name={queue}")[1]["agents"][0]
+
+
+def counted(bus, queue="builds"):
+    """(unread messages, the ts of the oldest), which are the same in each answer that has them."""
+    unread, oldest = map(of_queue(bus, queue).get, ("unread", "oldest"))
+    assert ask(bus, "GET", "/inbox")[1]["recipients"]["default"][queue] == unread
+    assert ask(bus, "GET", "/channels")[1]["channels"]["default"]["unread"] == unread
+    labels = f'{{channel="default",name="{queue}"}}'
+    assert metric(bus, f"unread{labels}") == unread
+    assert (metric(bus, f"oldest_unread_seconds{labels}") > 0) == bool(unread) == (oldest is not None)
+    return unread, oldest
 
 
 def test_a_message_whose_last_worker_died_is_buried_though_nobody_asks_for_work(impatient):
