@@ -59,9 +59,9 @@ if sys.version_info < (3, 9) and (needs := "bus_recv.py needs Python 3.9 or late
 # The bus may hold a poll: common proxies cut a quiet request after 30 s; one of a session, which may be renamed, is
 # short. After so much outage the user is told: silence must not look like health.
 HOLD_SECONDS, FOLLOW_SECONDS, LOUD_SECONDS = 25.0, 10.0, 60.0
-# After a bus was found (a refused poll is answered sooner); and for the last request of a reader that ends.
-GREET_SECONDS, LEAVE_SECONDS = 0.3, 2.0
-TELL_SECONDS, LOCK_SECONDS = 0.2, 3.0  # until we say that another reads as this name; and that we wait for its end
+# After a bus was found (a refused poll is answered sooner); and for the last request of a reader that ends. Until we
+# say that another reads as this name; and that we wait for its end.
+GREET_SECONDS, LEAVE_SECONDS, TELL_SECONDS, LOCK_SECONDS = 0.3, 2.0, 0.2, 3.0
 
 # A Monitor of Claude Code cuts or drops what exceeds its limits; these are a little lower. In UTF-16 units: a line has
 # 500, and what comes within 0.2 s is one event of 3000; 10 events at once, then one every 2 s. SETTLE_SECONDS: until a
@@ -316,7 +316,7 @@ class SessionReader(Reader):
                 urgent += [one] if "msg" in one else []  # else it was recalled
         number = f"{counts['unread']}{' or more' if counts['more'] else ''} messages wait for {name}"
         self.cursor.backlog, shown = str(counts["now"]), f", the first {len(urgent)} are above" if urgent else ""
-        inbox = f"bus_inbox shows them, or {called('python3 tools/agent_bus.py inbox', 'inbox')} {name}"
+        inbox = f"bus_inbox shows them, or {called('agent_bus.py inbox', 'inbox')} {name}"
         told = f"{number} ({counts['urgent']} urgent{shown}). {inbox}; newer ones come here."
         return {**counts, "messages": [*urgent, Notice(told)], "more": False}
 
@@ -477,9 +477,9 @@ GRACE_SECONDS = 10.0  # to connect; and for an answer to begin, beyond the time 
 SLOWEST_RATE = 8192  # bytes per second; the bus cuts off a slower request, and we cut off a slower answer
 ANSWER_BYTES = 16 << 20  # read at most, as a parser may make 30 times as much of it; no answer of a bus is longer
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # s before the next attempt
-QUICK_SECONDS = 0.25  # to connect, while another URL or another address has not been tried
+# To connect, while another URL or address has not been tried; until people at a terminal are told what we wait for.
+QUICK_SECONDS, SILENCE_SECONDS = 0.25, 0.5
 FAILURES: dict[str, int] = {}  # of each URL of a bus, in a row
-SILENCE_SECONDS = 0.5  # after which people at a terminal are told what we wait for
 PEOPLE: list[Any] = []  # functions that tell them: see tell_people()
 DURATION = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)([smhd]?)")
 HELD = re.compile(r'[?&]wait=[0-9.]*[1-9]|"wait": [0-9.]*[1-9]')  # the bus may wait for news: silence is no fault
@@ -597,9 +597,8 @@ def first_answer(url: str, seconds: float, attempt: Any) -> Any:
     began, urls = time.monotonic(), urls_of(url)
     while urls and (not faults or time.monotonic() < began + 1):
         one, left = urls.pop(0), max(began + seconds - time.monotonic(), 0.001)
-        quick = urls and not FAILURES.get(one)
         try:
-            answer = attempt(one, min(left, QUICK_SECONDS if quick else GRACE_SECONDS), left)
+            answer = attempt(one, min(left, QUICK_SECONDS if urls and not FAILURES.get(one) else GRACE_SECONDS), left)
             FAILURES.pop(one, None)
             return answer
         except Unreachable as fault:
@@ -818,12 +817,18 @@ def pause_after(failures: int) -> float:
 def no_bus(url: str, fault: Unreachable, then: str = "") -> str:
     """The sentence about a fault: which bus, why, and what to try. Some faults are the bus's own word: see judged()."""
     own, doctor = re.match(r"\d+: (?!a web page|not from|this port)", str(fault)), called("bus_doctor.py", "doctor")
-    asks = "" if own or "certificate" in str(fault) else f" Is {called('bus_server.py', 'serve')} running there?"
+    asks = "" if own or "certificate" in str(fault) else f" Is {called('bus_server', 'serve')} running there?"
     return f"{'not now: the' if own else 'no'} bus at {url} ({fault}){then}.{asks} {doctor} tells which hop fails."
 
 
 def called(program: str, command: str) -> str:
-    """The name of one of our programs, as this user has it: if they are installed, it is a command of agent-bus."""
+    """How to run one of our programs that is here, from any folder. If they are installed, it is of agent-bus."""
+    import shlex
+
+    here, (file, *words) = os.path.dirname(os.path.realpath(__file__)), program.split()
+    places = [os.path.join(here, folder, file) for folder in ("", "tools", "agent_bus_tools")]
+    for path in filter(os.path.exists, places):
+        program = shlex.join(["python3", path, *words])
     return f"agent-bus {command}" if "agent-bus" in os.path.basename(sys.argv[0]) else program
 
 
@@ -848,8 +853,8 @@ def emit(text: str) -> None:
     """Write to stdout, in UTF-8 whatever the locale. When this returns, the text is out."""
     if sys.stdout is None:  # `>&-`
         raise BrokenPipeError
-    raw = getattr(sys.stdout.buffer, "raw", sys.stdout.buffer)  # no buffer, whose rest Python would write at exit
-    rest = text.encode()
+    # No buffer, whose rest Python would write at exit.
+    raw, rest = getattr(sys.stdout.buffer, "raw", sys.stdout.buffer), text.encode()
     while rest:
         rest = rest[raw.write(rest) or 0 :]  # None: it does not block, and takes nothing now
 
@@ -906,7 +911,7 @@ def cut(lines: Sequence[str], number: str) -> list[str]:
     parts = [("|+" if part else "") + piece for line in lines for part, piece in enumerate(pieces(line, width))]
     kept = [part for part in parts if (room := room - units(part) - 1) >= 0]
     rest = sum(len(part) - 1 for part in parts[len(kept) :])  # without the prefix of two, with the end of a line
-    again = f"{called('python3 bus_recv.py', 'recv')} --read {word(number)}"
+    again = f"{called('bus_recv.py', 'recv')} --read {word(number)}"
     return [*kept, f"|~ {rest} more characters: {again}"] if rest else kept
 
 
@@ -1045,10 +1050,10 @@ def kill(process: Any) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Show the messages for NAME on an agent-bus, as they arrive."""
     import argparse
 
-    purpose = "Show the messages for NAME on an agent-bus, as they arrive."
-    cli = argparse.ArgumentParser(usage="%(prog)s [-h] [OPTIONS] [NAME ...]", description=purpose)
+    cli = argparse.ArgumentParser(usage="%(prog)s [-h] [OPTIONS] [NAME ...]", description=main.__doc__)
     cli.add_argument("names", nargs="*", metavar="NAME", help="your own name ($AGENT_NAME), then other names to read")
     cli.add_argument("--monitor", action="store_true", help="pace and wrap messages for a Monitor, as for a socket")
     cli.add_argument("--json", action="store_true", help="print each message as a line of JSON")

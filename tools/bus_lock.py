@@ -202,7 +202,7 @@ def instead(url: str, order: dict[str, Any], names: Sequence[str]) -> str:
     with contextlib.suppress(bus_recv.Refused, bus_recv.Unreachable):  # it is only a hint
         held = [line(*row) for name in names for row in locks(url, name=name, channel=channel)]
     who = "; ".join(dict.fromkeys(held)) or (f"nobody has {' '.join(map(bus_recv.word, names))}" if names else "")
-    every = bus_recv.called("python3 tools/bus_lock.py list", "locks")
+    every = bus_recv.called("bus_lock.py list", "locks")
     return f"{f'; {who}' if who else ''}; {every} shows all"
 
 

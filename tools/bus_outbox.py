@@ -218,7 +218,7 @@ def deliver(outbox: Outbox, message: dict[str, Any] | None, patience: float, as_
         code, reason = 0 if mine else 75, f"{outbox.url}: {fault.__cause__ or fault}"
     except KeyboardInterrupt:
         if mine in outbox.waiting():
-            again = bus_recv.called("python3 tools/bus_outbox.py", "outbox")
+            again = bus_recv.called("bus_outbox.py", "outbox")
             complain(f"not sent yet, but kept on this disk: it goes out with {again} --flush, or with the next message")
         raise
     waiting = outbox.waiting()

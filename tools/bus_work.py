@@ -155,7 +155,7 @@ def complain(line: str) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Run a command for each job of the queue NAME on an agent-bus.")
     add = parser.add_argument
-    send = bus_recv.called("python3 bus_send.py", "send")
+    send = bus_recv.called("bus_send.py", "send")
     add("names", nargs="+", metavar="NAME", help=f"the queue; {send} NAME TEXT puts a job into it")
     add("--exec", metavar="CMD", required=True, help="run CMD for each job: JSON on stdin, MSG_FROM ... as variables")
     add("--lease", type=bus_recv.duration, default=60.0, metavar="S",

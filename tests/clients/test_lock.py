@@ -47,7 +47,7 @@ def test_names_are_reserved_listed_and_released(bus):
     code, _, said = run(bus.url, "unlock", "--fence", fence.strip())
     assert code == 0 and "released: 1" in said
     code, _, said = run(bus.url, "unlock", "--fence", fence.strip())
-    every = "python3 tools/bus_lock.py list shows all\n"
+    every = f"python3 {ROOT}/tools/bus_lock.py list shows all\n"
     assert code == 3 and said == f"agent_bus.py unlock: nothing is released: this reservation has ended; {every}"
     code, _, said = run(bus.url, "unlock", "src/*")
     assert code == 3 and "you have reserved nothing by that name, or it has ended" in said

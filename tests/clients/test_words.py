@@ -298,7 +298,7 @@ def test_tls_that_fails_is_not_tried_again(authority, bus, monkeypatch, tmp_path
         url = bus.url.replace("http:", "https:")
         clock = Clock()
         monkeypatch.setattr(bus_send, "time", clock)
-        says = r"\(the certificate there is not trusted by this machine: set AGENT_BUS_CA .*\)\. bus_doctor\.py"
+        says = r"\(the certificate there is not trusted by this machine: .*\)\. python3 .*/bus_doctor\.py"
         with pytest.raises(bus_send.Unreachable, match=says):
             bus_send.send("dell", "hi", url=url, sender="spark")
         other = authority.sign("IP:127.0.0.1").file
@@ -306,7 +306,7 @@ def test_tls_that_fails_is_not_tried_again(authority, bus, monkeypatch, tmp_path
         with pytest.raises(bus_send.Unreachable, match=f"is not trusted by {other}: set AGENT_BUS_CA to its file"):
             bus_send.send("dell", "hi", url=url, sender="spark")
         monkeypatch.setenv("AGENT_BUS_CA", authority.file)
-        with pytest.raises(bus_send.Unreachable, match=r"\(Hostname mismatch, [^(_]*'localhost'\.?\)\. bus_doctor\.py"):
+        with pytest.raises(bus_send.Unreachable, match=r"\(Hostname mismatch, [^(_]*'localhost'\.?\)\. python3"):
             bus_send.send("dell", "hi", url=url.replace("127.0.0.1", "localhost"), sender="spark")
         with pytest.raises(bus_send.Unreachable, match="this port speaks http, not https.*which hop"):
             bus_send.send("dell", "hi", url=plain.url.replace("http:", "https:"), sender="spark")
@@ -334,8 +334,8 @@ def test_every_look_without_a_bus_says_what_to_try(call, home):
     path = script if script == "bus_recv.py" else f"tools/{script}"
     code, out, err = run(path, *arguments, env={"AGENT_BUS_URL": url})
     assert (code, out) == (75, "")
-    assert err == (f"{script[:-3]}: no bus at {url} (Connection refused). Is bus_server.py running there? "
-                   "bus_doctor.py tells which hop fails.\n")  # fmt: skip
+    assert err == (f"{script[:-3]}: no bus at {url} (Connection refused). Is bus_server running there? "
+                   f"python3 {ROOT}/tools/bus_doctor.py tells which hop fails.\n")  # fmt: skip
 
 
 @pytest.mark.parametrize("client", [bus_send, bus_recv])
@@ -435,7 +435,7 @@ def test_a_message_is_whole_unless_a_monitor_reads_it(output, home, tmp_path):
                 shown = {"a file": file.read, "a socket": lambda: ours.recv(1 << 20)}.get(output, lambda: done.stdout)()
             shown = shown.decode()
     paced = output in ("a socket", "--monitor")
-    assert (LONG in shown) is not paced and ("more characters: python3 bus_recv.py --read 1" in shown) is paced
+    assert (LONG in shown) is not paced and (f"more characters: python3 {ROOT}/bus_recv.py --read 1" in shown) is paced
     assert paced is (max(map(len, shown.split("\n"))) <= bus_recv.LINE_UNITS)
 
 
