@@ -1,11 +1,18 @@
 """What people meet in their first hours: hints to paste, ends of programs, faults of their own files and terminals."""
 import os
 import re
+import subprocess
+from types import SimpleNamespace
 
 import pytest
 
-from tests.clients.test_clients import refusing, run
-from tests.kit.processes import ROOT
+import bus_recv
+import bus_send
+from tests.clients.test_clients import program, reader, refusing, run
+from tests.clients.test_words import on_a_terminal
+from tests.kit.bad_servers import Scripted, answer, mail, message, stored
+from tests.kit.processes import PATIENCE, ROOT
+from tests.kit.relaying import profile
 
 pytestmark = pytest.mark.usefixtures("home")
 
@@ -23,3 +30,23 @@ def test_a_hint_works_when_it_is_pasted_from_any_folder(call, bus, tmp_path):
     assert hints
     for before, path in hints:
         assert before == "python3 " and os.path.exists(tmp_path / path), (path, out, err)
+
+
+# ── Ends ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_listener_that_cannot_begin_ends_without_an_error_of_bash(bus, tmp_path):
+    (tmp_path / "mkfifo").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "mkfifo").chmod(0o755)
+    env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "AGENT_BUS_URL": bus.url}
+    command = [str(ROOT / "bus_listener.sh"), "bob"]
+    done = subprocess.run(command, env={**env, "AGENT_BUS_STATE_DIR": str(tmp_path)}, capture_output=True, text=True)
+    assert "unbound" not in done.stderr and done.returncode == 1
+
+
+# ── A relay ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+# ── What is said ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
