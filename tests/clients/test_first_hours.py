@@ -47,6 +47,29 @@ def test_a_listener_that_cannot_begin_ends_without_an_error_of_bash(bus, tmp_pat
 # ── A relay ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.parametrize("mails, code", [((), 3), ((message(1, to="bob"),), 0)])
+def test_a_relay_with_once_takes_what_waits_and_does_not_wait_for_more(mails, code, tmp_path):
+    (tmp_path / "config" / "agent-bus").mkdir(parents=True)
+    with Scripted(mail(*mails), mail()) as here, Scripted(stored(bus="b2"), bus="b2") as there:
+        profile(tmp_path, "a", here)
+        profile(tmp_path, "b", there)
+        ways = ["--bus", "a", "--to-bus", "b", "--once"]
+        env = {"XDG_CONFIG_HOME": str(tmp_path / "config")}
+        assert run("tools/bus_relay.py", "bob", *ways, env=env)[0] == code
+        assert [asked.query["wait"] for asked in here.polls if "wait" in asked.query] == ["0.000"]
+
+
+def test_a_relay_tells_a_person_what_it_does(tmp_path):
+    (tmp_path / "config" / "agent-bus").mkdir(parents=True)
+    with Scripted(mail()) as here, Scripted(bus="b2") as there:
+        profile(tmp_path, "a", here)
+        profile(tmp_path, "b", there)
+        said = f"bus_relay: passing the mail for bob, ann on from {here.url} to {there.url}\n"
+        ways = ["bob,ann", "--bus", "a", "--to-bus", "b"]
+        env = {"XDG_CONFIG_HOME": str(tmp_path / "config")}
+        assert on_a_terminal("tools/bus_relay.py", *ways, until=there.url.encode(), **env) == said
+
+
 # ── What is said ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
