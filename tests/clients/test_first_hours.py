@@ -73,3 +73,11 @@ def test_a_relay_tells_a_person_what_it_does(tmp_path):
 # ── What is said ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+def test_who_says_what_a_dash_means():
+    shows = {"channel": "default", "online": False, "last_seen": None, "unread": None}
+    for unread, told in ((None, True), (0, False)):
+        with Scripted(answer({"agents": [{**shows, "name": "bob", "unread": unread}], "bus": "b1"})) as server:
+            last = run("tools/bus_who.py", env={"AGENT_BUS_URL": server.url})[1].splitlines()[-1]
+        assert last.endswith("; - is mail of which the bus does not tell you") is told
+
+
