@@ -148,7 +148,7 @@ def iso(tick: int) -> str:
 def name(text: Any, what: str) -> str:
     """The text, if it is a name; else Refused, which says `what` must be one."""
     if not isinstance(text, str) or not NAME.fullmatch(text):
-        given = f", not {text[:64]!r}" if isinstance(text, str) else ""
+        given = f", not {text[:64]!r}{'…' * (len(text) > 64)}" if isinstance(text, str) else ""
         names = "1 to 64 of A-Z a-z 0-9 . _ : @ - with a letter or digit first"
         raise Refused(400, f"{what} must be a name: {names}{given}")
     return text
@@ -6103,8 +6103,8 @@ def prune(arguments: Sequence[str]) -> None:
     before = max(wall_clock() - int(options.older * 1000000), 0)
     old, pending = count_old(existing(options.db), before)
     going = old if options.pending else old - pending
-    stay = f"; {pending} of them are unfetched or not done, and stay: --pending removes them too" if old > going else ""
-    print(f"{old} messages are from before {iso(before)}{stay}")
+    stay = f"; unfetched or not done, so they stay: {pending} (--pending removes them too)" if old > going else ""
+    print(f"messages from before {iso(before)}: {old}{stay}")
     if going and not options.dry_run:
         try:
             remove_alone(options.db, before, not options.pending)

@@ -81,3 +81,10 @@ def test_who_says_what_a_dash_means():
         assert last.endswith("; - is mail of which the bus does not tell you") is told
 
 
+def test_a_name_that_is_too_long_does_not_look_like_one_that_is_not(bus):
+    for name, shown in (("a" * 65, "a" * 64 + "'…"), ("a b", "a b'")):
+        with pytest.raises(bus_send.Refused) as refused:
+            bus_send.send(name, "hi", url=bus.url, sender="ann")
+        assert str(refused.value).endswith(shown)
+
+
