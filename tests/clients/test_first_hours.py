@@ -73,6 +73,14 @@ def test_a_relay_tells_a_person_what_it_does(tmp_path):
 # ── What is said ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+def test_a_link_to_the_page_of_another_bus(tmp_path):
+    (tmp_path / "config" / "agent-bus").mkdir(parents=True)
+    profile(tmp_path, "ops", SimpleNamespace(url="http://127.0.0.1:7"))
+    for call in (["open", "--bus", "ops"], ["--bus", "ops", "open"], ["open", "--bus=ops"]):
+        code, out, _ = run("tools/agent_bus.py", *call, env={"XDG_CONFIG_HOME": str(tmp_path / "config")})
+        assert (code, out) == (0, "http://127.0.0.1:7/ui/\n")
+
+
 def test_who_says_what_a_dash_means():
     shows = {"channel": "default", "online": False, "last_seen": None, "unread": None}
     for unread, told in ((None, True), (0, False)):
@@ -88,3 +96,12 @@ def test_a_name_that_is_too_long_does_not_look_like_one_that_is_not(bus):
         assert str(refused.value).endswith(shown)
 
 
+def test_the_help_says_what_an_option_does_here():
+    said = " ".join(run("tools/agent_bus.py", "ask", "-h")[1].split())
+    assert "wait for the reply for S seconds (300)" in said
+    assert run("tools/agent_bus.py", "backup", "-h")[1].startswith(f"usage: python3 {ROOT}/tools/agent_bus.py backup ")
+
+
+def test_a_flush_tells_a_person_how_many_it_has_sent(bus, tmp_path):
+    env = {"AGENT_NAME": "ann", "AGENT_BUS_URL": bus.url}
+    assert on_a_terminal("tools/bus_outbox.py", "--flush", **env) == "bus_outbox: sent of the waiting messages: 0\n"
