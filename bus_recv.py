@@ -24,7 +24,8 @@ A message is shown at least once. Its cursor is saved after the message was writ
 shows its last message again and never loses one; the id tells the repeat. Only a 200 with the bus's own JSON moves the
 cursor, and only the bus's own 4xx ends the program. Anything else (silence, half an answer, a redirect, a proxy's page)
 is an outage. --read acknowledges nothing: the message stays unread. On a bus with tokens its sender sees that it was
-fetched. --since X skips the messages from before X that are still unread, and says how many they are.
+fetched. --since X skips the messages from before X that are still unread, and says how many they are; or it shows
+earlier ones again. X is where the next start goes on, too, unless it shows more.
 
 Standard library only, Python 3.9 and later. It reads the environment (AGENT_BUS_URL, AGENT_NAME, AGENT_BUS_CHANNEL,
 AGENT_BUS_TOKEN or AGENT_BUS_TOKEN_FILE, AGENT_BUS_CA, AGENT_BUS_UA, AGENT_BUS_STATE_DIR; http_proxy, https_proxy,
@@ -136,9 +137,8 @@ class Reader:
         # failures: in this outage; announced: was it announced?; came: any mail yet?
         self.failures, self.announced, self.came = 0, False, False
         self.announce: Callable[[str], None] = lambda line: None
-        self.warn = self.announce
         self.greet: Callable[[], Any] = bool  # called when a bus was found
-        self.open_cursor, self.clock = Cursor, time  # or a subclass; or the clock of a test
+        self.warn, self.open_cursor, self.clock = self.announce, Cursor, time  # or a subclass; or the clock of a test
 
     def messages(self, once: bool = False, timeout: float | None = None) -> Iterator[dict[str, Any]]:
         """See receive(). If a strange bus sends something that is not a dict, it is given as it is."""
@@ -149,7 +149,7 @@ class Reader:
 
     def answers(self, once: bool, timeout: float | None) -> Iterator[dict[str, Any]]:
         """Answers of the bus. When the next one is asked for, the cursor moves to the end of this one."""
-        end = float("inf") if timeout is None else self.clock.monotonic() + timeout
+        self.end = end = float("inf") if timeout is None else self.clock.monotonic() + timeout
         while True:
             began = self.clock.monotonic()
             left = max(end - began, 0)
@@ -216,8 +216,9 @@ class Reader:
         # Longer holds again, but slowly: each step too far costs a poll.
         self.hold = self.hold if answer["messages"] else min(self.hold * 1.1, self.wait)
         if "gap" in answer:
-            ends = " to ".join(re.findall(r"[0-9]{1,10}(?:\.[0-9]{1,9})?", dump(answer["gap"]))[:2])
-            self.announce(f"messages are gone, retention removed them before they were read: {ends}")
+            found = re.findall(r"[0-9]{1,10}(?:\.[0-9]{1,9})?", dump(answer["gap"]))[:2]
+            ends = " to ".join(time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(float(at))) for at in found)
+            self.announce(f"messages were removed from the bus before they were read: {ends}")
         return answer
 
     def check_times(self, answer: dict[str, Any]) -> None:
@@ -352,7 +353,7 @@ def moment(since: str, now: float) -> str:
         import datetime  # slow to import
 
         return f"{max(datetime.datetime.fromisoformat(since.replace('Z', '+00:00')).timestamp(), 0):.6f}"
-    raise ValueError(f"since is {since!r}: give now, last, 1h, an id, s since 1970, or a time like 2026-12-01T09:00Z")
+    raise ValueError(f"since is {since!r}: give now, last, 1h, an id, seconds since 1970, or like 2026-12-01T09:00Z")
 
 
 def seconds_of(place: Any) -> float:
@@ -682,7 +683,7 @@ def parts_of(url: str) -> SplitResult:
     if "@" in url and not url.startswith("unix:"):
         raise ValueError("the URL of the bus has a login (user@): remove it; a bus takes the token in AGENT_BUS_TOKEN")
     host = r"(\[[^\s?#/\]]+\]|[^\s?#/:\[\]]+)(:[0-9]{0,5})?"
-    if not re.fullmatch(rf"https?://{host}(/[^\s?#]*)?|unix:/[^?#]+", url):
+    if not re.fullmatch(rf"https?://{host}(/(?!(.*/)?ui/?$)[^\s?#]*)?|unix:/[^?#]+", url):
         raise ValueError(f"{url!r} is not the URL of a bus: write it like http://host:8080 or unix:/path/of/socket")
     return urlsplit(url)
 
@@ -991,7 +992,7 @@ def run_command(command: str, tries: int, reader: Reader, message: dict[str, Any
             if process.wait() == 0:
                 return
         reader.warn(f"command ended with {process.returncode} for {known.get('id')}, attempt {attempt} of {tries}")
-        reader.clock.sleep(pause_after(attempt) if attempt < tries else 0)
+        reader.clock.sleep((attempt < tries) * max(min(pause_after(attempt), reader.end - reader.clock.monotonic()), 0))
     with private_file(f"{reader.cursor.path}~dead", os.O_WRONLY | os.O_APPEND, "w") as file:
         file.write(f"{dump(message)}\n")
     reader.warn(f"the command failed {tries} times for {known.get('id')}: it is in {reader.cursor.path}~dead now")
@@ -1059,7 +1060,7 @@ def main(argv: list[str] | None = None) -> int:
     cli.add_argument("--json", action="store_true", help="print each message as a line of JSON")
     cli.add_argument("--once", action="store_true", help="end after the waiting messages, or after the first new one")
     cli.add_argument("--timeout", type=duration, metavar="S", help="end after S seconds (with --once: 25)")
-    since = "begin at X: 1h (ago), a time (2026-12-01T09:00Z), an id, now, last (saved cursor)"
+    since = "go on from X, also next time: 1h (ago), a time (2026-12-01T09:00Z), an id, now, last (saved cursor)"
     cli.add_argument("--since", metavar="X", help=since)
     cli.add_argument("--channel", metavar="C", help="the channel ($AGENT_BUS_CHANNEL, or 'default')")
     cli.add_argument("--exec", metavar="CMD", help="run CMD for each message: JSON on stdin, MSG_FROM ... as variables")

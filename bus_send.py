@@ -148,7 +148,8 @@ def compose(to: Any, msg: str, *, fields: Any = None, **given: Any) -> tuple[str
     sender, channel, key = (given.pop(name, None) for name in ("sender", "channel", "key"))
     if strange := given.keys() - USUAL:
         raise TypeError(f"send() has no argument {min(strange)!r}: further members of a message go into fields=")
-    sender, channel = sender or own.get("AGENT_NAME"), channel or own.get("AGENT_BUS_CHANNEL", "default")
+    sender = own.get("AGENT_NAME") if sender is None else sender
+    channel = channel or own.get("AGENT_BUS_CHANNEL", "default")
     if sender and sender == own.get("AGENT_NAME") and not re.fullmatch("[A-Za-z0-9][A-Za-z0-9._:@-]{0,63}", sender):
         raise ValueError(f"AGENT_NAME is {sender!r}, which is no name: give 1 to 64 of A-Z a-z 0-9 . _ : @ -")
     if not sender and not credentials(own["AGENT_BUS_URL"]):  # a token names its sender
@@ -402,7 +403,7 @@ def parts_of(url: str) -> SplitResult:
     if "@" in url and not url.startswith("unix:"):
         raise ValueError("the URL of the bus has a login (user@): remove it; a bus takes the token in AGENT_BUS_TOKEN")
     host = r"(\[[^\s?#/\]]+\]|[^\s?#/:\[\]]+)(:[0-9]{0,5})?"
-    if not re.fullmatch(rf"https?://{host}(/[^\s?#]*)?|unix:/[^?#]+", url):
+    if not re.fullmatch(rf"https?://{host}(/(?!(.*/)?ui/?$)[^\s?#]*)?|unix:/[^?#]+", url):
         raise ValueError(f"{url!r} is not the URL of a bus: write it like http://host:8080 or unix:/path/of/socket")
     return urlsplit(url)
 
@@ -597,9 +598,8 @@ def told(answer: dict[str, Any], to: str | list[str]) -> str:
         who = f"{online} of {everyone} are listening" if "offline" in receiver else who
         unread = f", {receiver['unread']} unread" if "unread" in receiver else ""
         unread += f"; nobody has ever listened as {', '.join(receiver['unknown'])}" if receiver.get("unknown") else ""
-        similar = " or ".join(map(str, receiver.get("similar") or ()))
-        meant = f"; did you mean {similar}?" if similar else ""
-        return f"queued: {who or f'nobody has ever listened as {names}'}{unread}{meant}"
+        near = " or ".join(map(str, receiver.get("similar") or ()))
+        return f"queued: {who or f'nobody has ever listened as {names}'}{unread}{near and f'; did you mean {near}?'}"
     return f"sent to {names}"
 
 
@@ -689,8 +689,8 @@ def show_reply(answer: dict[str, Any], to: str, waits: float = 0.0) -> int:
     if not isinstance(reply, dict) or not isinstance(reply.get("msg"), str):
         is_new = waits or not (sys.stderr and sys.stderr.isatty())  # a person was told when the question was stored
         is_new and told(answer, to).startswith("queued") and complain(told(answer, to), "")
-        later = f"no answer to {answer.get('id')} yet: it will arrive as mail"
-        complain(f"waiting up to {waits:.0f} s for a reply" if waits else later)
+        said = f"waiting up to {waits:.0f} s for the" if waits else "no"
+        complain(f"{said} answer to {answer.get('id')}{';' if waits else ' yet:'} it will arrive as mail")
         return 3
     complain(f"{reply.get('id')} from {reply.get('from')}")
     with contextlib.suppress(OSError):  # if nobody reads our output, the question is stored and answered all the same

@@ -35,6 +35,26 @@ def test_a_hint_works_when_it_is_pasted_from_any_folder(call, bus, tmp_path):
 # ── Ends ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.parametrize("call", ["bus_recv.py bob", "tools/bus_log.py", "tools/agent_bus.py log --json"])
+def test_a_program_ends_when_nobody_reads_it_any_more_though_nothing_comes(call, bus):
+    run("bus_send.py", "bob", "hi", env={"AGENT_BUS_URL": bus.url, "AGENT_NAME": "ann"})
+    process = program(*call.split(), env={"AGENT_BUS_URL": bus.url})
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(PATIENCE) == 0
+    process.stderr.close()
+
+
+def test_the_pause_before_the_next_try_of_a_command_ends_with_the_timeout(monkeypatch):
+    slept = []
+    with Scripted(mail(message(1))) as server:
+        watched = reader(server.url)
+        monkeypatch.setattr(watched.clock, "sleep", slept.append)
+        for one in watched.messages(True, 2.0):
+            bus_recv.run_command("false", 5, watched, one)
+    assert len(slept) == 5 and max(slept) <= 2
+
+
 def test_a_listener_that_cannot_begin_ends_without_an_error_of_bash(bus, tmp_path):
     (tmp_path / "mkfifo").write_text("#!/bin/sh\nexit 1\n")
     (tmp_path / "mkfifo").chmod(0o755)
@@ -42,6 +62,12 @@ def test_a_listener_that_cannot_begin_ends_without_an_error_of_bash(bus, tmp_pat
     command = [str(ROOT / "bus_listener.sh"), "bob"]
     done = subprocess.run(command, env={**env, "AGENT_BUS_STATE_DIR": str(tmp_path)}, capture_output=True, text=True)
     assert "unbound" not in done.stderr and done.returncode == 1
+
+
+def test_who_asks_knows_the_id_and_where_the_answer_comes_before_ctrl_c(bus):
+    env = {"AGENT_BUS_URL": bus.url, "AGENT_NAME": "ann"}
+    shown = on_a_terminal("bus_send.py", "bob", "well?", "--ask", until=b"mail", **env)
+    assert re.search("waiting up to 300 s for the answer to [0-9a-f]{13}; it will arrive as mail", shown), shown
 
 
 # ── A relay ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -71,6 +97,21 @@ def test_a_relay_tells_a_person_what_it_does(tmp_path):
 
 
 # ── What is said ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("call", ["bus_send.py bob hi", "bus_recv.py bob", "tools/bus_who.py", "tools/bus_doctor.py"])
+@pytest.mark.parametrize("path", ["/ui", "/ui/", "/behind/ui/"])
+def test_the_address_of_the_page_is_not_taken_for_that_of_the_bus(call, path):
+    script, *arguments = call.split()
+    env = {"AGENT_BUS_URL": f"http://127.0.0.1:1{path}", "AGENT_NAME": "ann"}
+    _, out, err = run(script, *arguments, env=env)
+    assert f"{env['AGENT_BUS_URL']!r} is not the URL of a bus: write it like http://host:8080" in out + err
+
+
+def test_an_empty_sender_is_not_the_usual_one(bus):
+    env = {"AGENT_BUS_URL": bus.url, "AGENT_NAME": "ann"}
+    code, _, err = run("bus_send.py", "bob", "hi", "--from", "", env=env)
+    assert code == 2 and "the sender is missing" in err
 
 
 def test_a_link_to_the_page_of_another_bus(tmp_path):
