@@ -1,7 +1,10 @@
 """What people meet in their first hours: hints to paste, ends of programs, faults of their own files and terminals."""
+import io
 import os
 import re
+import signal
 import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -11,8 +14,10 @@ import bus_send
 from tests.clients.test_clients import program, reader, refusing, run
 from tests.clients.test_words import on_a_terminal
 from tests.kit.bad_servers import Scripted, answer, mail, message, stored
-from tests.kit.processes import PATIENCE, ROOT
+from tests.kit.peers import command
+from tests.kit.processes import PATIENCE, ROOT, wait_until
 from tests.kit.relaying import profile
+from tools import bus_join
 
 pytestmark = pytest.mark.usefixtures("home")
 
@@ -146,3 +151,56 @@ def test_the_help_says_what_an_option_does_here():
 def test_a_flush_tells_a_person_how_many_it_has_sent(bus, tmp_path):
     env = {"AGENT_NAME": "ann", "AGENT_BUS_URL": bus.url}
     assert on_a_terminal("tools/bus_outbox.py", "--flush", **env) == "bus_outbox: sent of the waiting messages: 0\n"
+
+
+# ── join ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def joining(bus, tmp_path):
+    """Begins to join, waits until the token is asked for: the process, and its folder of what was fetched."""
+    home, processes = tmp_path / "machine", []
+    home.mkdir()
+    line = command(bus, "invite", "ann")
+    pin = re.search(r" ann ([0-9a-f]{64})", line)[1]
+
+    def begin():
+        env = {"HOME": str(home), "PATH": os.environ["PATH"]}
+        script = [sys.executable, str(ROOT / "tools" / "bus_join.py"), bus.url, "ann", pin]
+        process = subprocess.Popen(script, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        processes.append(process)
+        (aside,) = wait_until(lambda: [*home.glob(".local/share/agent-bus/tmp*/agent_bus.py")])
+        return process, aside.parent
+
+    yield begin
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM, signal.SIGINT])
+def test_a_join_that_is_ended_leaves_nothing_behind(number, joining, interruptible):
+    process, aside = joining()
+    process.send_signal(number)
+    assert process.wait(PATIENCE) == 130 and not aside.exists()
+
+
+def test_what_a_join_that_was_killed_has_left_goes_with_the_next(tmp_path):
+    ours, theirs, new = tmp_path / "tmpours", tmp_path / "tmptheirs", tmp_path / "tmpnew"
+    for folder, file in ((ours, "bus_recv.py"), (theirs, "diary"), (new, "bus_recv.py")):
+        folder.mkdir()
+        (folder / file).touch()
+    for folder in (ours, theirs):
+        os.utime(folder, (0, 0))
+    bus_join.remove_leftovers(str(tmp_path))
+    assert sorted(tmp_path.iterdir()) == [new, theirs]
+
+
+def test_a_profile_that_is_none_is_refused_with_the_reason(monkeypatch, capsys):
+    there = {"default": {"AGENT_BUS_URL": "http://other:1", "AGENT_NAME": "bob"}}
+    monkeypatch.setattr(bus_join, "configured", lambda place, profile: there.get(profile, {}))
+    typed = io.StringIO("a b/c\nlab\n")
+    typed.isatty = lambda: True
+    monkeypatch.setattr(sys, "stdin", typed)
+    assert bus_join.choose("", "http://here:1", "ann", "default") == "lab"
+    assert "'a b/c' is no profile: that is 1 to 64 of A-Z" in capsys.readouterr().out
