@@ -460,9 +460,9 @@ def parse_json(body: bytes) -> Any:
         if "\\u" in text or text.count("{") + text.count("[") - beside > DEPTH:
             inspect(value, DEPTH)  # in every other text it finds nothing, and takes 2 us for each message
     except RecursionError:
-        raise Refused(400, f"the body is not usable JSON: {TOO_DEEP}") from None
+        raise Refused(400, f"the body, as JSON, is not usable: {TOO_DEEP}") from None
     except ValueError as error:
-        raise Refused(400, f"the body is not usable JSON: {error}") from None
+        raise Refused(400, f"the body, as JSON, is not usable: {error}") from None
     return value
 
 
@@ -474,9 +474,9 @@ def inspect(value: Any, depth: int) -> None:
     """ValueError for NUL, for half of a surrogate pair (SQLite and jq would fail on it later), for deep nesting."""
     if isinstance(value, str):
         if "\0" in value:
-            raise ValueError("a string has a NUL character")
+            raise ValueError("a text has a NUL character, which no message may have: send a file")
         if HALF_A_PAIR.search(value):
-            raise ValueError("a string has half of a surrogate pair")
+            raise ValueError("a text has half of a surrogate pair, which is not in UTF-8: send a file")
     elif isinstance(value, (dict, list)):
         if not depth:
             raise ValueError(TOO_DEEP)
@@ -4461,7 +4461,7 @@ class Bus:
         if endpoint and endpoint.sink:
             request.sink = endpoint.sink(request)
         elif head.length > self.max_body:
-            raise Refused(413, f"the body has {head.length} bytes and the limit is {self.max_body}; nothing was stored")
+            raise Refused(413, f"as sent: {head.length} bytes, over {self.max_body}; nothing was stored: send a file")
         elif head.length > HEAD_BYTES and not endpoint:
             self.answer(request)  # refuses it; nobody would read the body
 

@@ -104,6 +104,18 @@ def test_a_relay_tells_a_person_what_it_does(tmp_path):
 # ── What is said ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.parametrize("data", [b"a\0b", b"\x01" * 50000, "half a pair"])
+def test_what_is_no_text_or_too_long_can_be_sent_as_a_file(data, bus):
+    env = {"AGENT_BUS_URL": bus.url, "AGENT_NAME": "ann"}
+    if isinstance(data, bytes):
+        code, _, err = run("bus_send.py", "bob", stdin=data, env=env)
+    else:
+        with pytest.raises(bus_send.Refused) as refused:
+            bus_send.send("bob", "\ud800", url=bus.url, sender="ann")
+        code, err = 1, f"{refused.value}\n"
+    assert code == 1 and err.endswith(": send a file\n") and "string" not in err, err
+
+
 @pytest.mark.parametrize("call", ["bus_send.py bob hi", "bus_recv.py bob", "tools/bus_who.py", "tools/bus_doctor.py"])
 @pytest.mark.parametrize("path", ["/ui", "/ui/", "/behind/ui/"])
 def test_the_address_of_the_page_is_not_taken_for_that_of_the_bus(call, path):
