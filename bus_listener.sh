@@ -371,12 +371,12 @@ ANSWER=$FULL.answer WHO=$FULL.token
 refuse_links "$LOG" "$FULL" "$HEARTBEAT" "$PID_FILE" "$ANSWER" "$WHO"
 { exec 7>>"$PID_FILE" 8>>"$LOG" 9>>"$FULL"; } 2>/dev/null || die 2 "cannot write to $LOG, $FULL or $PID_FILE"
 lock_files 7 8 9
+fault='' delay=1 doubts=0 bus='' since=last faults=0 answered=0  # before the trap, which needs them
 trap 'kill $(jobs -p) 2>/dev/null; wait 2>/dev/null; rm -f "$PID_FILE" "$ANSWER"; leave; rm -f "$WHO"' EXIT
 echo $$ >"$PID_FILE"
 [ -z "$token" ] || { printf 'Authorization: Bearer %s\n' "$token" >"$WHO" && OPTIONS+=(-H "@$WHO"); } || exit
 rm -f "$ANSWER"
 mkfifo "$ANSWER" && exec 6<>"$ANSWER" || exit  # carries the output of digest; a pipe works even if the disk is full
-fault='' delay=1 doubts=0 bus='' since=last faults=0 answered=0
 use 0
 resume || fault "cannot write to $LOG"
 trap 'exit 0' HUP TERM

@@ -24,7 +24,8 @@ A message is shown at least once. Its cursor is saved after the message was writ
 shows its last message again and never loses one; the id tells the repeat. Only a 200 with the bus's own JSON moves the
 cursor, and only the bus's own 4xx ends the program. Anything else (silence, half an answer, a redirect, a proxy's page)
 is an outage. --read acknowledges nothing: the message stays unread. On a bus with tokens its sender sees that it was
-fetched. --since X skips the messages from before X that are still unread, and says how many they are.
+fetched. --since X skips the messages from before X that are still unread, and says how many they are; or it shows
+earlier ones again. X is where the next start goes on, too, unless it shows more.
 
 Standard library only, Python 3.9 and later. It reads the environment (AGENT_BUS_URL, AGENT_NAME, AGENT_BUS_CHANNEL,
 AGENT_BUS_TOKEN or AGENT_BUS_TOKEN_FILE, AGENT_BUS_CA, AGENT_BUS_UA, AGENT_BUS_STATE_DIR; http_proxy, https_proxy,
@@ -59,9 +60,9 @@ if sys.version_info < (3, 9) and (needs := "bus_recv.py needs Python 3.9 or late
 # The bus may hold a poll: common proxies cut a quiet request after 30 s; one of a session, which may be renamed, is
 # short. After so much outage the user is told: silence must not look like health.
 HOLD_SECONDS, FOLLOW_SECONDS, LOUD_SECONDS = 25.0, 10.0, 60.0
-# After a bus was found (a refused poll is answered sooner); and for the last request of a reader that ends.
-GREET_SECONDS, LEAVE_SECONDS = 0.3, 2.0
-TELL_SECONDS, LOCK_SECONDS = 0.2, 3.0  # until we say that another reads as this name; and that we wait for its end
+# After a bus was found (a refused poll is answered sooner); and for the last request of a reader that ends. Until we
+# say that another reads as this name; and that we wait for its end.
+GREET_SECONDS, LEAVE_SECONDS, TELL_SECONDS, LOCK_SECONDS = 0.3, 2.0, 0.2, 3.0
 
 # A Monitor of Claude Code cuts or drops what exceeds its limits; these are a little lower. In UTF-16 units: a line has
 # 500, and what comes within 0.2 s is one event of 3000; 10 events at once, then one every 2 s. SETTLE_SECONDS: until a
@@ -136,9 +137,8 @@ class Reader:
         # failures: in this outage; announced: was it announced?; came: any mail yet?
         self.failures, self.announced, self.came = 0, False, False
         self.announce: Callable[[str], None] = lambda line: None
-        self.warn = self.announce
         self.greet: Callable[[], Any] = bool  # called when a bus was found
-        self.open_cursor, self.clock = Cursor, time  # or a subclass; or the clock of a test
+        self.warn, self.open_cursor, self.clock = self.announce, Cursor, time  # or a subclass; or the clock of a test
 
     def messages(self, once: bool = False, timeout: float | None = None) -> Iterator[dict[str, Any]]:
         """See receive(). If a strange bus sends something that is not a dict, it is given as it is."""
@@ -149,7 +149,7 @@ class Reader:
 
     def answers(self, once: bool, timeout: float | None) -> Iterator[dict[str, Any]]:
         """Answers of the bus. When the next one is asked for, the cursor moves to the end of this one."""
-        end = float("inf") if timeout is None else self.clock.monotonic() + timeout
+        self.end = end = float("inf") if timeout is None else self.clock.monotonic() + timeout
         while True:
             began = self.clock.monotonic()
             left = max(end - began, 0)
@@ -216,8 +216,9 @@ class Reader:
         # Longer holds again, but slowly: each step too far costs a poll.
         self.hold = self.hold if answer["messages"] else min(self.hold * 1.1, self.wait)
         if "gap" in answer:
-            ends = " to ".join(re.findall(r"[0-9]{1,10}(?:\.[0-9]{1,9})?", dump(answer["gap"]))[:2])
-            self.announce(f"messages are gone, retention removed them before they were read: {ends}")
+            found = re.findall(r"[0-9]{1,10}(?:\.[0-9]{1,9})?", dump(answer["gap"]))[:2]
+            ends = " to ".join(time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(float(at))) for at in found)
+            self.announce(f"messages were removed from the bus before they were read: {ends}")
         return answer
 
     def check_times(self, answer: dict[str, Any]) -> None:
@@ -316,7 +317,7 @@ class SessionReader(Reader):
                 urgent += [one] if "msg" in one else []  # else it was recalled
         number = f"{counts['unread']}{' or more' if counts['more'] else ''} messages wait for {name}"
         self.cursor.backlog, shown = str(counts["now"]), f", the first {len(urgent)} are above" if urgent else ""
-        inbox = f"bus_inbox shows them, or {called('python3 tools/agent_bus.py inbox', 'inbox')} {name}"
+        inbox = f"bus_inbox shows them, or {called('agent_bus.py inbox', 'inbox')} {name}"
         told = f"{number} ({counts['urgent']} urgent{shown}). {inbox}; newer ones come here."
         return {**counts, "messages": [*urgent, Notice(told)], "more": False}
 
@@ -352,7 +353,7 @@ def moment(since: str, now: float) -> str:
         import datetime  # slow to import
 
         return f"{max(datetime.datetime.fromisoformat(since.replace('Z', '+00:00')).timestamp(), 0):.6f}"
-    raise ValueError(f"since is {since!r}: give now, last, 1h, an id, s since 1970, or a time like 2026-12-01T09:00Z")
+    raise ValueError(f"since is {since!r}: give now, last, 1h, an id, seconds since 1970, or like 2026-12-01T09:00Z")
 
 
 def seconds_of(place: Any) -> float:
@@ -477,9 +478,9 @@ GRACE_SECONDS = 10.0  # to connect; and for an answer to begin, beyond the time 
 SLOWEST_RATE = 8192  # bytes per second; the bus cuts off a slower request, and we cut off a slower answer
 ANSWER_BYTES = 16 << 20  # read at most, as a parser may make 30 times as much of it; no answer of a bus is longer
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # s before the next attempt
-QUICK_SECONDS = 0.25  # to connect, while another URL or another address has not been tried
+# To connect, while another URL or address has not been tried; until people at a terminal are told what we wait for.
+QUICK_SECONDS, SILENCE_SECONDS = 0.25, 0.5
 FAILURES: dict[str, int] = {}  # of each URL of a bus, in a row
-SILENCE_SECONDS = 0.5  # after which people at a terminal are told what we wait for
 PEOPLE: list[Any] = []  # functions that tell them: see tell_people()
 DURATION = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)([smhd]?)")
 HELD = re.compile(r'[?&]wait=[0-9.]*[1-9]|"wait": [0-9.]*[1-9]')  # the bus may wait for news: silence is no fault
@@ -597,9 +598,8 @@ def first_answer(url: str, seconds: float, attempt: Any) -> Any:
     began, urls = time.monotonic(), urls_of(url)
     while urls and (not faults or time.monotonic() < began + 1):
         one, left = urls.pop(0), max(began + seconds - time.monotonic(), 0.001)
-        quick = urls and not FAILURES.get(one)
         try:
-            answer = attempt(one, min(left, QUICK_SECONDS if quick else GRACE_SECONDS), left)
+            answer = attempt(one, min(left, QUICK_SECONDS if urls and not FAILURES.get(one) else GRACE_SECONDS), left)
             FAILURES.pop(one, None)
             return answer
         except Unreachable as fault:
@@ -683,7 +683,7 @@ def parts_of(url: str) -> SplitResult:
     if "@" in url and not url.startswith("unix:"):
         raise ValueError("the URL of the bus has a login (user@): remove it; a bus takes the token in AGENT_BUS_TOKEN")
     host = r"(\[[^\s?#/\]]+\]|[^\s?#/:\[\]]+)(:[0-9]{0,5})?"
-    if not re.fullmatch(rf"https?://{host}(/[^\s?#]*)?|unix:/[^?#]+", url):
+    if not re.fullmatch(rf"https?://{host}(/(?!(.*/)?ui/?$)[^\s?#]*)?|unix:/[^?#]+", url):
         raise ValueError(f"{url!r} is not the URL of a bus: write it like http://host:8080 or unix:/path/of/socket")
     return urlsplit(url)
 
@@ -818,12 +818,18 @@ def pause_after(failures: int) -> float:
 def no_bus(url: str, fault: Unreachable, then: str = "") -> str:
     """The sentence about a fault: which bus, why, and what to try. Some faults are the bus's own word: see judged()."""
     own, doctor = re.match(r"\d+: (?!a web page|not from|this port)", str(fault)), called("bus_doctor.py", "doctor")
-    asks = "" if own or "certificate" in str(fault) else f" Is {called('bus_server.py', 'serve')} running there?"
+    asks = "" if own or "certificate" in str(fault) else f" Is {called('bus_server', 'serve')} running there?"
     return f"{'not now: the' if own else 'no'} bus at {url} ({fault}){then}.{asks} {doctor} tells which hop fails."
 
 
 def called(program: str, command: str) -> str:
-    """The name of one of our programs, as this user has it: if they are installed, it is a command of agent-bus."""
+    """How to run one of our programs that is here, from any folder. If they are installed, it is of agent-bus."""
+    import shlex
+
+    here, (file, *words) = os.path.dirname(os.path.realpath(__file__)), program.split()
+    places = [os.path.join(here, folder, file) for folder in ("", "tools", "agent_bus_tools")]
+    for path in filter(os.path.exists, places):
+        program = shlex.join(["python3", path, *words])
     return f"agent-bus {command}" if "agent-bus" in os.path.basename(sys.argv[0]) else program
 
 
@@ -848,8 +854,8 @@ def emit(text: str) -> None:
     """Write to stdout, in UTF-8 whatever the locale. When this returns, the text is out."""
     if sys.stdout is None:  # `>&-`
         raise BrokenPipeError
-    raw = getattr(sys.stdout.buffer, "raw", sys.stdout.buffer)  # no buffer, whose rest Python would write at exit
-    rest = text.encode()
+    # No buffer, whose rest Python would write at exit.
+    raw, rest = getattr(sys.stdout.buffer, "raw", sys.stdout.buffer), text.encode()
     while rest:
         rest = rest[raw.write(rest) or 0 :]  # None: it does not block, and takes nothing now
 
@@ -907,7 +913,7 @@ def cut(lines: Sequence[str], number: str) -> list[str]:
     parts = [("|+" if part else "") + piece for line in lines for part, piece in enumerate(pieces(line, width))]
     kept = [part for part in parts if (room := room - units(part) - 1) >= 0]
     rest = sum(len(part) - 1 for part in parts[len(kept) :])  # without the prefix of two, with the end of a line
-    again = f"{called('python3 bus_recv.py', 'recv')} --read {word(number)}"
+    again = f"{called('bus_recv.py', 'recv')} --read {word(number)}"
     return [*kept, f"|~ {rest} more characters: {again}"] if rest else kept
 
 
@@ -987,7 +993,7 @@ def run_command(command: str, tries: int, reader: Reader, message: dict[str, Any
             if process.wait() == 0:
                 return
         reader.warn(f"command ended with {process.returncode} for {known.get('id')}, attempt {attempt} of {tries}")
-        reader.clock.sleep(pause_after(attempt) if attempt < tries else 0)
+        reader.clock.sleep((attempt < tries) * max(min(pause_after(attempt), reader.end - reader.clock.monotonic()), 0))
     with private_file(f"{reader.cursor.path}~dead", os.O_WRONLY | os.O_APPEND, "w") as file:
         file.write(f"{dump(message)}\n")
     reader.warn(f"the command failed {tries} times for {known.get('id')}: it is in {reader.cursor.path}~dead now")
@@ -1046,16 +1052,16 @@ def kill(process: Any) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Show the messages for NAME on an agent-bus, as they arrive."""
     import argparse
 
-    purpose = "Show the messages for NAME on an agent-bus, as they arrive."
-    cli = argparse.ArgumentParser(usage="%(prog)s [-h] [OPTIONS] [NAME ...]", description=purpose)
+    cli = argparse.ArgumentParser(usage="%(prog)s [-h] [OPTIONS] [NAME ...]", description=main.__doc__)
     cli.add_argument("names", nargs="*", metavar="NAME", help="your own name ($AGENT_NAME), then other names to read")
     cli.add_argument("--monitor", action="store_true", help="pace and wrap messages for a Monitor, as for a socket")
     cli.add_argument("--json", action="store_true", help="print each message as a line of JSON")
     cli.add_argument("--once", action="store_true", help="end after the waiting messages, or after the first new one")
     cli.add_argument("--timeout", type=duration, metavar="S", help="end after S seconds (with --once: 25)")
-    since = "begin at X: 1h (ago), a time (2026-12-01T09:00Z), an id, now, last (saved cursor)"
+    since = "go on from X, also next time: 1h (ago), a time (2026-12-01T09:00Z), an id, now, last (saved cursor)"
     cli.add_argument("--since", metavar="X", help=since)
     cli.add_argument("--channel", metavar="C", help="the channel ($AGENT_BUS_CHANNEL, or 'default')")
     cli.add_argument("--exec", metavar="CMD", help="run CMD for each message: JSON on stdin, MSG_FROM ... as variables")

@@ -55,7 +55,7 @@ if sys.version_info < (3, 9) and (needs := "bus_send.py needs Python 3.9 or late
 
 USUAL = {"subject", "reply_to", "type", "priority", "ttl", "content_type"}  # members of a message, arguments of send()
 HOLD_SECONDS = 25.0  # the bus may hold a question; common proxies cut a quiet request after 30 s
-LASTING = ("gaierror", "SSLCertVerificationError", "SSLError")  # faults that time does not heal
+LASTS = ("gaierror", "SSLCertVerificationError", "SSLError")  # faults that time does not heal
 
 
 def send(to: str | list[str], msg: str, *, patience: float = 30.0, warn: Any = None, **given: Any) -> dict[str, Any]:
@@ -129,12 +129,10 @@ def persist(attempt: Any, patience: float, url: str, key: str = "", warn: Any = 
             return dict(attempt(max(end - time.monotonic(), 1)))  # s; an attempt needs some time
         except Unreachable as fault:
             failures += 1
-            cause = fault.__cause__
-            lasting = type(cause).__name__ in LASTING and getattr(cause, "errno", 0) != socket.EAI_AGAIN
+            lasts = type(fault.__cause__).__name__ in LASTS and getattr(fault.__cause__, "errno", 0) != socket.EAI_AGAIN
             pause = max(pause_after(failures) * random.uniform(0.5, 1), fault.retry_after)
-            if lasting or time.monotonic() + pause >= end:
-                again = f" To send it again: --key {key}" if key else ""
-                raise Unreachable(no_bus(url, fault) + again) from fault
+            if lasts or time.monotonic() + pause >= end:
+                raise Unreachable(no_bus(url, fault) + (f" To send it again: --key {key}" if key else "")) from fault
             warn and failures == 1 and warn(no_bus(url, fault, f"; still trying, up to {patience:.0f} s"))
         time.sleep(pause)
 
@@ -150,7 +148,8 @@ def compose(to: Any, msg: str, *, fields: Any = None, **given: Any) -> tuple[str
     sender, channel, key = (given.pop(name, None) for name in ("sender", "channel", "key"))
     if strange := given.keys() - USUAL:
         raise TypeError(f"send() has no argument {min(strange)!r}: further members of a message go into fields=")
-    sender, channel = sender or own.get("AGENT_NAME"), channel or own.get("AGENT_BUS_CHANNEL", "default")
+    sender = own.get("AGENT_NAME") if sender is None else sender
+    channel = channel or own.get("AGENT_BUS_CHANNEL", "default")
     if sender and sender == own.get("AGENT_NAME") and not re.fullmatch("[A-Za-z0-9][A-Za-z0-9._:@-]{0,63}", sender):
         raise ValueError(f"AGENT_NAME is {sender!r}, which is no name: give 1 to 64 of A-Z a-z 0-9 . _ : @ -")
     if not sender and not credentials(own["AGENT_BUS_URL"]):  # a token names its sender
@@ -199,9 +198,9 @@ GRACE_SECONDS = 10.0  # to connect; and for an answer to begin, beyond the time 
 SLOWEST_RATE = 8192  # bytes per second; the bus cuts off a slower request, and we cut off a slower answer
 ANSWER_BYTES = 16 << 20  # read at most, as a parser may make 30 times as much of it; no answer of a bus is longer
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # s before the next attempt
-QUICK_SECONDS = 0.25  # to connect, while another URL or another address has not been tried
+# To connect, while another URL or address has not been tried; until people at a terminal are told what we wait for.
+QUICK_SECONDS, SILENCE_SECONDS = 0.25, 0.5
 FAILURES: dict[str, int] = {}  # of each URL of a bus, in a row
-SILENCE_SECONDS = 0.5  # after which people at a terminal are told what we wait for
 PEOPLE: list[Any] = []  # functions that tell them: see tell_people()
 DURATION = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)([smhd]?)")
 HELD = re.compile(r'[?&]wait=[0-9.]*[1-9]|"wait": [0-9.]*[1-9]')  # the bus may wait for news: silence is no fault
@@ -319,9 +318,8 @@ def first_answer(url: str, seconds: float, attempt: Any) -> Any:
     began, urls = time.monotonic(), urls_of(url)
     while urls and (not faults or time.monotonic() < began + 1):
         one, left = urls.pop(0), max(began + seconds - time.monotonic(), 0.001)
-        quick = urls and not FAILURES.get(one)
         try:
-            answer = attempt(one, min(left, QUICK_SECONDS if quick else GRACE_SECONDS), left)
+            answer = attempt(one, min(left, QUICK_SECONDS if urls and not FAILURES.get(one) else GRACE_SECONDS), left)
             FAILURES.pop(one, None)
             return answer
         except Unreachable as fault:
@@ -405,7 +403,7 @@ def parts_of(url: str) -> SplitResult:
     if "@" in url and not url.startswith("unix:"):
         raise ValueError("the URL of the bus has a login (user@): remove it; a bus takes the token in AGENT_BUS_TOKEN")
     host = r"(\[[^\s?#/\]]+\]|[^\s?#/:\[\]]+)(:[0-9]{0,5})?"
-    if not re.fullmatch(rf"https?://{host}(/[^\s?#]*)?|unix:/[^?#]+", url):
+    if not re.fullmatch(rf"https?://{host}(/(?!(.*/)?ui/?$)[^\s?#]*)?|unix:/[^?#]+", url):
         raise ValueError(f"{url!r} is not the URL of a bus: write it like http://host:8080 or unix:/path/of/socket")
     return urlsplit(url)
 
@@ -540,12 +538,18 @@ def pause_after(failures: int) -> float:
 def no_bus(url: str, fault: Unreachable, then: str = "") -> str:
     """The sentence about a fault: which bus, why, and what to try. Some faults are the bus's own word: see judged()."""
     own, doctor = re.match(r"\d+: (?!a web page|not from|this port)", str(fault)), called("bus_doctor.py", "doctor")
-    asks = "" if own or "certificate" in str(fault) else f" Is {called('bus_server.py', 'serve')} running there?"
+    asks = "" if own or "certificate" in str(fault) else f" Is {called('bus_server', 'serve')} running there?"
     return f"{'not now: the' if own else 'no'} bus at {url} ({fault}){then}.{asks} {doctor} tells which hop fails."
 
 
 def called(program: str, command: str) -> str:
-    """The name of one of our programs, as this user has it: if they are installed, it is a command of agent-bus."""
+    """How to run one of our programs that is here, from any folder. If they are installed, it is of agent-bus."""
+    import shlex
+
+    here, (file, *words) = os.path.dirname(os.path.realpath(__file__)), program.split()
+    places = [os.path.join(here, folder, file) for folder in ("", "tools", "agent_bus_tools")]
+    for path in filter(os.path.exists, places):
+        program = shlex.join(["python3", path, *words])
     return f"agent-bus {command}" if "agent-bus" in os.path.basename(sys.argv[0]) else program
 
 
@@ -570,8 +574,8 @@ def emit(text: str) -> None:
     """Write to stdout, in UTF-8 whatever the locale. When this returns, the text is out."""
     if sys.stdout is None:  # `>&-`
         raise BrokenPipeError
-    raw = getattr(sys.stdout.buffer, "raw", sys.stdout.buffer)  # no buffer, whose rest Python would write at exit
-    rest = text.encode()
+    # No buffer, whose rest Python would write at exit.
+    raw, rest = getattr(sys.stdout.buffer, "raw", sys.stdout.buffer), text.encode()
     while rest:
         rest = rest[raw.write(rest) or 0 :]  # None: it does not block, and takes nothing now
 
@@ -594,9 +598,8 @@ def told(answer: dict[str, Any], to: str | list[str]) -> str:
         who = f"{online} of {everyone} are listening" if "offline" in receiver else who
         unread = f", {receiver['unread']} unread" if "unread" in receiver else ""
         unread += f"; nobody has ever listened as {', '.join(receiver['unknown'])}" if receiver.get("unknown") else ""
-        similar = " or ".join(map(str, receiver.get("similar") or ()))
-        meant = f"; did you mean {similar}?" if similar else ""
-        return f"queued: {who or f'nobody has ever listened as {names}'}{unread}{meant}"
+        near = " or ".join(map(str, receiver.get("similar") or ()))
+        return f"queued: {who or f'nobody has ever listened as {names}'}{unread}{near and f'; did you mean {near}?'}"
     return f"sent to {names}"
 
 
@@ -686,8 +689,8 @@ def show_reply(answer: dict[str, Any], to: str, waits: float = 0.0) -> int:
     if not isinstance(reply, dict) or not isinstance(reply.get("msg"), str):
         is_new = waits or not (sys.stderr and sys.stderr.isatty())  # a person was told when the question was stored
         is_new and told(answer, to).startswith("queued") and complain(told(answer, to), "")
-        later = f"no answer to {answer.get('id')} yet: it will arrive as mail"
-        complain(f"waiting up to {waits:.0f} s for a reply" if waits else later)
+        said = f"waiting up to {waits:.0f} s for the" if waits else "no"
+        complain(f"{said} answer to {answer.get('id')}{';' if waits else ' yet:'} it will arrive as mail")
         return 3
     complain(f"{reply.get('id')} from {reply.get('from')}")
     with contextlib.suppress(OSError):  # if nobody reads our output, the question is stored and answered all the same

@@ -148,7 +148,7 @@ def iso(tick: int) -> str:
 def name(text: Any, what: str) -> str:
     """The text, if it is a name; else Refused, which says `what` must be one."""
     if not isinstance(text, str) or not NAME.fullmatch(text):
-        given = f", not {text[:64]!r}" if isinstance(text, str) else ""
+        given = f", not {text[:64]!r}{'…' * (len(text) > 64)}" if isinstance(text, str) else ""
         names = "1 to 64 of A-Z a-z 0-9 . _ : @ - with a letter or digit first"
         raise Refused(400, f"{what} must be a name: {names}{given}")
     return text
@@ -460,9 +460,9 @@ def parse_json(body: bytes) -> Any:
         if "\\u" in text or text.count("{") + text.count("[") - beside > DEPTH:
             inspect(value, DEPTH)  # in every other text it finds nothing, and takes 2 us for each message
     except RecursionError:
-        raise Refused(400, f"the body is not usable JSON: {TOO_DEEP}") from None
+        raise Refused(400, f"the body, as JSON, is not usable: {TOO_DEEP}") from None
     except ValueError as error:
-        raise Refused(400, f"the body is not usable JSON: {error}") from None
+        raise Refused(400, f"the body, as JSON, is not usable: {error}") from None
     return value
 
 
@@ -474,9 +474,9 @@ def inspect(value: Any, depth: int) -> None:
     """ValueError for NUL, for half of a surrogate pair (SQLite and jq would fail on it later), for deep nesting."""
     if isinstance(value, str):
         if "\0" in value:
-            raise ValueError("a string has a NUL character")
+            raise ValueError("a text has a NUL character, which no message may have: send a file")
         if HALF_A_PAIR.search(value):
-            raise ValueError("a string has half of a surrogate pair")
+            raise ValueError("a text has half of a surrogate pair, which is not in UTF-8: send a file")
     elif isinstance(value, (dict, list)):
         if not depth:
             raise ValueError(TOO_DEEP)
@@ -4461,7 +4461,7 @@ class Bus:
         if endpoint and endpoint.sink:
             request.sink = endpoint.sink(request)
         elif head.length > self.max_body:
-            raise Refused(413, f"the body has {head.length} bytes and the limit is {self.max_body}; nothing was stored")
+            raise Refused(413, f"as sent: {head.length} bytes, over {self.max_body}; nothing was stored: send a file")
         elif head.length > HEAD_BYTES and not endpoint:
             self.answer(request)  # refuses it; nobody would read the body
 
@@ -6117,8 +6117,8 @@ def prune(arguments: Sequence[str]) -> None:
     before = max(wall_clock() - int(options.older * 1000000), 0)
     old, pending = count_old(existing(options.db), before)
     going = old if options.pending else old - pending
-    stay = f"; {pending} of them are unfetched or not done, and stay: --pending removes them too" if old > going else ""
-    print(f"{old} messages are from before {iso(before)}{stay}")
+    stay = f"; unfetched or not done, so they stay: {pending} (--pending removes them too)" if old > going else ""
+    print(f"messages from before {iso(before)}: {old}{stay}")
     if going and not options.dry_run:
         try:
             remove_alone(options.db, before, not options.pending)

@@ -131,12 +131,16 @@ def run(name: str, arguments: Sequence[str]) -> int:
     """Run a command in this process. Its program takes its own name, for its help and its errors, from sys.argv."""
     command, wants_help = COMMANDS[name], {"-h", "--help"}.intersection(arguments)
     if not command.program:
+        arguments = take_bus(arguments) if name == "open" else arguments
         if wants_help:
             return show_help([name])
         if len(arguments) > ARGUMENTS[name]:
             raise Unknown(f"{name} does not take {shlex.quote(arguments[ARGUMENTS[name]])}: `{called()} help {name}`")
         return OWN[name](arguments)
-    program, example = load(command.program, command.first), f"{called()} {command.example}"
+    program, me = load(command.program, command.first), called()
+    example = f"{me} {command.example}"
+    if command.program == "bus_server" and command.first:  # not `serve`, whose answers go to other machines
+        program.called = lambda function: f"{me} {function}"
     sys.argv = [f"{sys.argv[0]} {name}", *arguments]
     if command.first == (ASKS,) and wants_help:
         print(help_of_ask(command, example), end="")
@@ -186,7 +190,7 @@ def show_help(arguments: Sequence[str]) -> int:
         if COMMANDS[name].program:
             return run(name, ["--help"])
         about = ABOUT.get(name, "").replace("agent-bus", called()) if name == "open" else ABOUT.get(name, "")
-        takes = {"completion": " {bash,zsh,fish}", "help": " [COMMAND]"}.get(name, "")
+        takes = {"completion": " {bash,zsh,fish}", "help": " [COMMAND]", "open": " [--bus PROFILE]"}.get(name, "")
         print(f"usage: {called()} {name}{takes}\n\n{COMMANDS[name].purpose}\n{about}", end="")
         return 0
     print(f"usage: {called()} COMMAND ...\nThe options of a command: {called()} help COMMAND\n\n{'':51}for example")
@@ -203,6 +207,7 @@ def help_of_ask(command: Command, example: str) -> str:
     usage, _, options = help_of(command.program, command.first).split("\n\n", 2)
     options = re.sub(rf"^  (?:{ASKS}|--json) .*\n(?: {{10}}.*\n)*", "", options, flags=re.MULTILINE)
     options = re.sub(r"\(\S+\s+with\s+--ask:\s+(\w+)\)", r"(\1)", options)
+    options = re.sub(r"keep\s+trying\s+for\s+S", "wait for the reply for S", options)
     options = re.sub(r"a name,\s+names\s+as\s+a,b,c,\s+or\s+all", "who is asked", options)
     usage = re.sub(rf"\[(?:{ASKS}|--json)\] ?", "", usage)
     usage = "\n".join(filter(None, map(str.rstrip, usage.split("\n"))))
@@ -246,7 +251,7 @@ def words(name: str) -> list[str]:
     """What may follow a command: its options and, if it has them, its own commands. The help of its program says so."""
     command = COMMANDS[name]
     if not command.program:
-        return {"help": [*filter(is_here, COMMANDS)], "completion": [*SHELLS]}.get(name, [])
+        return {"help": [*filter(is_here, COMMANDS)], "completion": [*SHELLS], "open": ["--bus"]}.get(name, [])
     text = help_of(command.program, command.first)
     choices = re.findall(r"^  \{([a-z,]+)\}", text, re.MULTILINE)
     further = [word for choice in choices for word in choice.split(",")]
@@ -359,15 +364,19 @@ def known(name: str) -> str:
     raise Unknown(f"there is no command {name!r}: {meant}")
 
 
-def dispatch(arguments: list[str]) -> int:
-    if arguments and re.match("--bus($|=)", arguments[0]):
-        import bus_recv
+def take_bus(arguments: Sequence[str]) -> Sequence[str]:
+    """What follows `--bus PROFILE`, which chooses the bus; all of it, if it does not begin with that."""
+    if not arguments or not re.match("--bus($|=)", arguments[0]):
+        return arguments
+    profile, number = load("bus_recv").profile, 1 + (arguments[0] == "--bus")
+    parser = argparse.ArgumentParser(prog=called(), add_help=False)
+    parser.add_argument("--bus", type=profile, metavar="PROFILE")
+    parser.parse_args(arguments[:number])
+    return arguments[number:]
 
-        parser, number = argparse.ArgumentParser(prog=called(), add_help=False), 1 + (arguments[0] == "--bus")
-        parser.add_argument("--bus", type=bus_recv.profile, metavar="PROFILE")
-        parser.parse_args(arguments[:number])
-        arguments = arguments[number:]
-    name, *rest = arguments or ["help"]
+
+def dispatch(arguments: list[str]) -> int:
+    name, *rest = take_bus(arguments) or ["help"]
     return run(known({"-h": "help", "--help": "help", "--version": "version"}.get(name, name)), rest)
 
 

@@ -105,7 +105,7 @@ class Bus(Way):
             raise Fault(f"{response.status}: {said(page).get('error') or title(page)}", BETWEEN)
         text = header.get("Authorization", "").partition(" ")[2]
         if not text:
-            invite = bus_recv.called("bus_server.py invite", "invite")
+            invite = bus_recv.called("python3 bus_server.py invite", "invite")
             advice = f"where the bus runs: {invite} NAME; here: set AGENT_BUS_TOKEN to the token it prints"
             raise Fault("the bus needs one, and none is set", advice)
         if not TOKEN.fullmatch(text):
@@ -114,7 +114,7 @@ class Bus(Way):
         try:
             bus_recv.ask(self.url, "/inbox", self.PATIENCE)
         except bus_recv.Refused as refused:
-            tokens = bus_recv.called("bus_server.py tokens", "tokens")
+            tokens = bus_recv.called("python3 bus_server.py tokens", "tokens")
             advice = f"where the bus runs, {tokens} lists its tokens, and invite makes one"
             why = "it was revoked, or is another bus's" if "expired" not in str(refused) else "it has expired"
             path, file = bus_recv.configuration()
@@ -153,7 +153,7 @@ class Bus(Way):
         except bus_send.Unreachable as fault:
             if not str(fault).startswith("507: "):
                 raise
-            advice = NO_ROOM.format(bus_recv.called("bus_server.py prune --older 7d", "prune --older 7d"))
+            advice = NO_ROOM.format(bus_recv.called("python3 bus_server.py prune --older 7d", "prune --older 7d"))
             raise Fault(f"disk: {str(fault)[5:]}", advice) from None
         except bus_send.Refused as refused:
             if refused.status == 400 and not str(refused).startswith("from"):

@@ -162,7 +162,7 @@ def show(box: Inbox, as_json: bool) -> int:
     if not mail:
         complain(f"nothing is unread for {box.names[0]}{on_channel(box)}")
         return 3
-    number, ack = f"{len(mail)}{' or more' if more else ''}", bus_recv.called("python3 tools/agent_bus.py ack", "ack")
+    number, ack = f"{len(mail)}{' or more' if more else ''}", bus_recv.called("agent_bus.py ack", "ack")
     on = "" if box.channel == bus_recv.settings().get("AGENT_BUS_CHANNEL", "default") else f" --channel {box.channel}"
     whose = f"{label(mail[-1])} {box.names[0]}{on}"
     complain(f"{number} unread for {box.names[0]}, oldest first; to mark these as read: {ack} {whose}")

@@ -35,9 +35,12 @@ import io
 import os
 import re
 import shlex
+import shutil
+import signal
 import subprocess
 import tempfile
 import threading
+import time
 from collections.abc import Sequence
 from typing import TextIO
 from urllib.parse import urlsplit
@@ -83,6 +86,16 @@ def folder(made: "list[str]", variable: str, *default: str) -> str:
     os.makedirs(path, 0o700, exist_ok=True)
     made[:0] = missing
     return path
+
+
+def remove_leftovers(place: str) -> None:
+    """Remove the folders of earlier calls that were killed: nothing in them has changed for an hour."""
+    for entry in os.scandir(place):
+        if entry.name.startswith("tmp") and entry.is_dir(follow_symlinks=False):
+            with contextlib.suppress(OSError):
+                is_old = entry.stat().st_mtime < time.time() - 3600
+                if is_old and {*os.listdir(entry.path)} <= {*FILES, CERTIFICATE}:
+                    shutil.rmtree(entry.path)
 
 
 def remove_empty(made: "Sequence[str]") -> None:
@@ -182,7 +195,10 @@ def choose(place: str, url: str, name: str, profile: str) -> str:
             raise Fault("that was a token, and the question is for the name of a profile: run the line again")
         if answer == profile:
             return profile
-        profile = answer if PROFILE.fullmatch(answer) else profile
+        if not PROFILE.fullmatch(answer):
+            say(f"{answer!r} is no profile: that is 1 to 64 of A-Z a-z 0-9 . _ - with a letter or digit first")
+            continue
+        profile = answer
 
 
 NO_TOKEN = "no token was given, so nothing was configured: run the line again"
@@ -245,6 +261,7 @@ def check(mine: dict[str, str]) -> None:
 def join(url: str, name: str, pin: str, profile: str, made: "list[str]") -> None:
     given = {variable: os.environ.pop(variable) for variable in OURS if variable in os.environ}
     place = folder(made, "XDG_DATA_HOME", ".local", "share")
+    remove_leftovers(place)
     with tempfile.TemporaryDirectory(dir=place) as aside:
         fetch(url, pin, aside)
         sys.path.insert(0, aside)
@@ -314,6 +331,9 @@ def main(argv: "Sequence[str] | None" = None) -> int:
     if not PROFILE.fullmatch(options.profile or os.environ.get("AGENT_BUS_PROFILE") or "default"):
         parser.error("a profile is 1 to 64 of A-Z a-z 0-9 . _ - with a letter or digit first")
     made: list[str] = []
+    with contextlib.suppress(ValueError):  # not the main thread
+        for number in {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
+            signal.signal(number, signal.default_int_handler)  # as Ctrl-C: what we have fetched is removed
     try:
         join(options.url.rstrip("/"), options.name, options.pin, options.profile, made)
     except (Fault, OSError, ValueError) as error:  # ValueError: a configuration that was there is malformed

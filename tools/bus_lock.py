@@ -177,7 +177,7 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     order.update({} if options.ttl is None else {"ttl": options.ttl})
     answer, now = lock(url, order, options.wait)
     fence, is_person = bus_recv.word(answer.get("fence")), bool(sys.stdout) and sys.stdout.isatty()
-    unlocks = bus_recv.called("python3 tools/bus_lock.py unlock", "unlock")
+    unlocks = bus_recv.called("bus_lock.py unlock", "unlock")
     about = f"; {unlocks} --fence {fence} releases it before" if is_person else ""
     asked = TTL_LEAST if options.ttl is None else options.ttl
     limit = ", the least that a bus gives" * (asked < TTL_LEAST) + ", the most that a bus gives" * (asked > TTL_MOST)
@@ -201,7 +201,7 @@ def unlock(url: str, order: dict[str, Any], options: argparse.Namespace, parser:
     complain(f"nothing is released: {its} has ended")
     for held in instead(url, order, options.names):
         complain(held)
-    complain(f"{bus_recv.called('python3 tools/bus_lock.py list', 'locks')} shows all reservations")
+    complain(f"{bus_recv.called('bus_lock.py list', 'locks')} shows all reservations")
     return 3
 
 

@@ -243,7 +243,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         observer.warn = observer.announce = complain
         waiting = f"waiting for messages on {observer.url}, until Ctrl-C"
         if not options.no_follow:
-            observer.greet = lambda: bus_recv.later(bus_recv.SILENCE_SECONDS, bus_recv.once, quiet, waiting)
+            seconds, writes = bus_recv.SILENCE_SECONDS, bool(sys.stdout)
+            observer.greet = lambda: bus_recv.later(seconds, bus_recv.settle_down, quiet, waiting, writes)
         tell_filter(observer.url)
         first = [] if options.last is None else [observer.last(options.last)]
         rest = observer.pages() if options.no_follow else observer.answers(False, options.timeout)

@@ -204,7 +204,7 @@ def deliver(outbox: Outbox, message: dict[str, Any] | None, patience: float, as_
         mine = outbox.put(message) if message else None
     except OSError as error:
         raise OSError(f"nothing is kept, and nothing was sent: {outbox.path}: {error.strerror or error}") from error
-    code, reason = 0, "another process is sending"
+    code, reason, sent_now = 0, "another process is sending", 0
     try:
         for name, sent, outcome in outbox.flush(patience):
             if isinstance(outcome, bus_send.Refused):
@@ -212,15 +212,17 @@ def deliver(outbox: Outbox, message: dict[str, Any] | None, patience: float, as_
                 code = code if mine else 1
             elif name == mine:
                 bus_send.report(outcome, sent["to"], as_json)
+            sent_now += not isinstance(outcome, bus_send.Refused)
     except bus_send.Refused as refused:
         code, reason = 1, str(refused)
     except bus_send.Unreachable as fault:
         code, reason = 0 if mine else 75, f"{outbox.url}: {fault.__cause__ or fault}"
     except KeyboardInterrupt:
         if mine in outbox.waiting():
-            again = bus_recv.called("python3 tools/bus_outbox.py", "outbox")
+            again = bus_recv.called("bus_outbox.py", "outbox")
             complain(f"not sent yet, but kept on this disk: it goes out with {again} --flush, or with the next message")
         raise
+    message or not is_seen() or complain(f"sent of the waiting messages: {sent_now}")
     waiting = outbox.waiting()
     if mine in waiting:
         complain(f"not sent yet, but kept on this disk; {len(waiting)} wait for the next call, or --flush ({reason})")

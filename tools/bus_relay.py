@@ -157,8 +157,8 @@ class Relay(bus_recv.Reader):
         first = [Decimal(message["ts"]) - Decimal("0.000001") for message in answer["messages"]]
         return str(first[0] if first else answer["now"])
 
-    def relay(self, answers: Iterator[dict[str, Any]]) -> None:
-        """Pass on the messages of these answers, until they end."""
+    def relay(self, answers: Iterator[dict[str, Any]], once: bool) -> None:
+        """Pass on the messages of these answers, until they end; or `once`, until no more wait."""
         for answer in answers:
             self.answered = time.monotonic()
             for message in answer["messages"]:
@@ -167,6 +167,9 @@ class Relay(bus_recv.Reader):
                 elif message["to"] in self.names:
                     self.pass_on(message)
                 self.cursor.pass_over(message)
+            if once and not answer["more"]:
+                self.cursor.move(str(answer["now"]))
+                return
 
     def pass_on(self, message: dict[str, Any]) -> None:
         """When this returns, the other bus has the message, or had it before, or has refused it for good."""
@@ -333,9 +336,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("names", nargs="+", metavar="NAME", help="whose mail is passed on; `all`: the messages to everyone")
     add("--bus", type=bus_recv.profile, metavar="PROFILE", help="read on the bus in ~/.config/agent-bus/PROFILE.env")
     add("--to-bus", type=to_bus, required=True, metavar="PROFILE", help="send to the bus in PROFILE.env there")
-    add("--since", metavar="X", help="begin at X: 1h (ago), a time (2026-12-01T09:00Z), an id, now, last (saved place)")
+    since = "go on from X, also next time: 1h (ago), a time (2026-12-01T09:00Z), an id, now, last (saved place)"
+    add("--since", metavar="X", help=since)
     add("--channel", metavar="C", help="the channel ($AGENT_BUS_CHANNEL, or 'default')")
-    add("--once", action="store_true", help="end after the waiting messages, or after the first new one")
+    add("--once", action="store_true", help="pass on what waits, and end")
     options = parser.parse_args(argv)
     for number in bus_recv.ENDS:
         signal.signal(number, lambda *_: sys.exit(0))
@@ -349,8 +353,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ["AGENT_BUS_STATE_DIR"] = own  # a cursor of our own, whoever reads as this name on this machine
         relay = Relay(",".join(options.names).split(","), options.channel, options.since, other)
         relay.warn = relay.announce = complain
+        relay.hold = 0.0 if options.once else relay.hold
+        if not options.once and sys.stderr and sys.stderr.isatty():
+            names = ", ".join(relay.names)
+            relay.greet = lambda: complain(f"passing the mail for {names} on from {relay.url} to {other.url}")
         with contextlib.closing(relay):
-            relay.relay(relay.answers(options.once, seconds))
+            relay.relay(relay.answers(options.once, seconds), options.once)
     except KeyboardInterrupt:
         return 130
     except (*REFUSES, *AWAY, bus_recv.Busy, ValueError, OSError) as error:

@@ -41,12 +41,12 @@ def install_service(options: Sequence[str], dry_run: bool) -> int:
     replace(path, unit)
     tell(f"wrote {path}: with it, the bus starts when you log in")
     if sum(not manage(step) for step in STEPS[sys.platform == "darwin"]["install"]):  # each, for the user sees its line
-        serve = bus_recv.called("python3 bus_server.py", "serve")
+        serve = bus_recv.called("bus_server.py", "serve")
         complain(f"the file is written, but the bus does not run yet; to run it without a manager of services: {serve}")
         return 1
     for line in AFTERWARDS[sys.platform == "darwin"]:
         tell(line.replace("FILE", shlex.quote(path)))
-    tell(f"to take it away: {bus_recv.called('python3 tools/agent_bus.py uninstall', 'uninstall')} service")
+    tell(f"to take it away: {bus_recv.called('agent_bus.py uninstall', 'uninstall')} service")
     return 0
 
 

@@ -134,7 +134,7 @@ class Worker(bus_recv.Reader):
             return f"{f' of {self.most}' if self.most else ''}; the next one in {pause:.0f} s"
         usual = bus_recv.settings().get("AGENT_BUS_CHANNEL", "default")
         on = "" if self.channel == usual else f" --channel {self.channel}"
-        back = f"{bus_recv.called('python3 tools/bus_work.py', 'work')} {self.names[0]} --again {id}{on}"
+        back = f"{bus_recv.called('bus_work.py', 'work')} {self.names[0]} --again {id}{on}"
         return f" of {self.most}; it is given up and lies in {self.names[0]}{DEAD} now. To put it back: {back}"
 
     def give_back(self, job: dict[str, Any], counts: bool) -> None:
@@ -193,7 +193,7 @@ def put_back(queue: str, channel: str | None, id: str) -> int:
     """Put a job that was given up back into its queue; `id` is its own, or that of its dead letter, or `all`."""
     given = bus_recv.settings()
     channel, number = channel or given.get("AGENT_BUS_CHANNEL", "default"), 0
-    look = f"{bus_recv.called('python3 tools/agent_bus.py inbox', 'inbox')} {queue}{DEAD}"
+    look = f"{bus_recv.called('agent_bus.py inbox', 'inbox')} {queue}{DEAD}"
     why = f"{queue}{DEAD} has {'no job' if id == 'all' else f'no job {id}'}; {look} shows what it has"
     for letter in letters(given["AGENT_BUS_URL"], queue, channel):
         if id in ("all", letter.get("id"), letter["dead_of"]):
@@ -217,7 +217,7 @@ def command_line(argv: Sequence[str] | None) -> argparse.Namespace:
         description="Run a command for each job of the queue NAME on an agent-bus.", epilog=GIVEN_UP
     )
     add = parser.add_argument
-    send = bus_recv.called("python3 bus_send.py", "send")
+    send = bus_recv.called("bus_send.py", "send")
     add("names", nargs="+", metavar="NAME", help=f"the queue; {send} NAME TEXT puts a job into it")
     either = parser.add_mutually_exclusive_group(required=True).add_argument
     either("--exec", metavar="CMD", help="run CMD for each job: JSON on stdin, MSG_FROM ... as variables")

@@ -138,7 +138,8 @@ function login() {
     h("label", { for: "token" }, "Token"), field, dim("It stays in this tab, and is forgotten when you close it."),
     note(!isSecureContext && PLAIN), h("button", { class: "main" }, "Open"),
     dim("On the machine of the bus, this prints a link for a person who may read everything:"),
-    h("code", { tabindex: 0 }, "agent-bus invite YOURNAME --operator --page --expires 12h"));
+    h("code", { tabindex: 0 }, "agent-bus invite YOURNAME --operator --page --expires 12h"),
+    dim("In a clone of agent-bus, type python3 tools/agent_bus.py for agent-bus."));
   view?.leave?.();
   view = null;
   if ($("dialog").open) $("dialog").close();

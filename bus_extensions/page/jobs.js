@@ -46,7 +46,8 @@ export function workView() {
   return { node, update };
 }
 
-const NO_QUEUE = "No queue has jobs. A worker makes one: agent-bus work NAME --exec COMMAND";
+const NO_QUEUE = "No queue has jobs. A worker makes one: agent-bus work NAME --exec COMMAND "
+  + "(in a clone: python3 tools/agent_bus.py work ...)";
 const GIVEN_UP = "given up after all attempts; they wait for you";
 const queueOf = letter => letter.to.replace(/\.dead$/, "");
 const AGAIN = {

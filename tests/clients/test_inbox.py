@@ -6,6 +6,7 @@ import pytest
 
 import bus_send
 from tests.clients.test_agent_bus import HOSTILE, RAW, mails
+from tests.kit.processes import ROOT
 
 pytestmark = pytest.mark.usefixtures("home")
 
@@ -70,7 +71,7 @@ def test_the_line_that_the_inbox_prints_marks_its_mail_as_read(agent):
     mails(agent.url, "one", to="zed")
     mails(agent.url, "two", to="zed", channel="lab")
     for more in ([], ["--channel", "lab"]):
-        line = agent("inbox", "zed", *more)[2].strip().split("python3 tools/agent_bus.py ")[1]
+        line = agent("inbox", "zed", *more)[2].strip().split(f"python3 {ROOT}/tools/agent_bus.py ")[1]
         assert agent(*line.split())[0] == 0 and agent("inbox", "zed", *more)[0] == 3
 
 

@@ -49,7 +49,7 @@ def test_names_are_reserved_listed_and_released(bus):
     code, _, said = run(bus.url, "unlock", "--fence", fence.strip())
     assert code == 0 and "released: 1" in said
     code, _, said = run(bus.url, "unlock", "--fence", fence.strip())
-    every = "agent_bus.py unlock: python3 tools/bus_lock.py list shows all reservations\n"
+    every = f"agent_bus.py unlock: python3 {ROOT}/tools/bus_lock.py list shows all reservations\n"
     assert code == 3 and said == f"agent_bus.py unlock: nothing is released: this reservation has ended\n{every}"
     code, _, said = run(bus.url, "unlock", "src/*")
     assert code == 3 and "you have reserved nothing by that name, or it has ended" in said
@@ -80,7 +80,8 @@ def test_on_a_terminal_the_fence_is_in_the_sentence(bus, monkeypatch, capsys):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     assert bus_lock.main(["lock", "a"]) == 0
     out, said = capsys.readouterr()
-    assert out == "" and said.endswith(f"; python3 tools/bus_lock.py unlock --fence {fence} releases it before\n")
+    unlock = f"python3 {ROOT}/tools/bus_lock.py unlock"
+    assert out == "" and said.endswith(f"; {unlock} --fence {fence} releases it before\n")
 
 
 def test_a_ttl_that_the_bus_does_not_give_is_said(bus):

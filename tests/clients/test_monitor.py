@@ -94,7 +94,7 @@ def test_a_hundred_at_once_are_all_seen_whole_and_unforged(monkeypatch):
     assert len(monitor.events) <= 14
     long_one = next(body for _, _, body in seen if "xxxx" in body)
     number = next(each["id"] for each in sent if each["msg"].startswith("xxx"))
-    assert long_one.endswith(f"more characters: python3 bus_recv.py --read {number}")
+    assert long_one.endswith(f"more characters: python3 {ROOT}/bus_recv.py --read {number}")
     assert passed[-1] == sent[-1]["id"]
 
 

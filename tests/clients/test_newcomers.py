@@ -133,7 +133,8 @@ def test_a_person_is_told_that_there_is_nothing(call, says, tmp_path, home):
 
 
 def test_the_help_of_a_worker_says_how_a_job_is_made():
-    assert "python3 bus_send.py NAME TEXT puts a job into it" in " ".join(run("tools/bus_work.py", "-h")[1].split())
+    said = " ".join(run("tools/bus_work.py", "-h")[1].split())
+    assert f"python3 {ROOT}/bus_send.py NAME TEXT puts a job into it" in said
 
 
 def test_a_log_that_has_messages_does_not_say_that_it_waits(bus, home):
@@ -311,7 +312,7 @@ def test_the_url_of_the_page_is_no_url_of_the_bus(bus, home):  # noqa: F811
 def test_a_bus_that_cannot_do_it_now_is_not_said_to_be_missing(call, status, why, home):
     with Scripted(answer({"error": why}, status=status), answer({"error": why}, status=status)) as server:
         code, _, err = run(*call.split(), env={"AGENT_BUS_URL": server.url, "AGENT_NAME": "spark"})
-    assert code == 75 and f": not now: the bus at {server.url} ({status}: {why}). bus_doctor.py tells" in err, err
+    assert code == 75 and f": not now: the bus at {server.url} ({status}: {why}). python3 {ROOT}/tools/" in err, err
     assert "running there?" not in err
 
 
@@ -320,7 +321,7 @@ def test_the_first_reader_of_a_newcomer_says_what_to_start(home):
     said = process.stderr.readline().decode()
     process.kill()
     process.communicate(timeout=PATIENCE)
-    assert said.startswith(f"bus_recv: no bus at {url} (Connection refused); trying again. Is bus_server.py running")
+    assert said.startswith(f"bus_recv: no bus at {url} (Connection refused); trying again. Is bus_server running")
 
 
 def test_the_listener_says_that_its_name_is_missing(tmp_path):

@@ -46,7 +46,7 @@ def test_install_service_says_what_it_wrote_and_how_to_start_stop_and_watch_it(h
     for command in ("status", "stop", "start"):
         assert any(f"systemctl --user {command} agent-bus" in line for line in said[1:])
     assert "its log: journalctl --user -u agent-bus -f" in said
-    assert said[-1] == "to take it away: python3 tools/agent_bus.py uninstall service"
+    assert said[-1] == f"to take it away: python3 {ROOT}/tools/agent_bus.py uninstall service"
     assert install("uninstall", "service").startswith(f"removed {unit}, and stopped the bus")
 
 
@@ -91,7 +91,7 @@ def test_without_systemd_the_user_gets_the_line_to_run(house):
     line = "run it yourself: systemctl --user enable --now agent-bus (Failed to connect to bus: that bus is D-Bus, "
     said = install("install", "service", code=1)
     assert line in said and "the bus does not run yet" in said and "the bus runs now" not in said
-    assert said.endswith("without a manager of services: python3 bus_server.py\n")
+    assert said.endswith(f"without a manager of services: python3 {ROOT}/bus_server.py\n")
     was = tree(house)
     said = install("uninstall", "service")
     assert was and not tree(house) and "it still does" in said and "stopped the bus" not in said

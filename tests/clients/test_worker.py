@@ -13,7 +13,7 @@ import bus_recv
 import bus_send
 from tests.clients.test_clients import Clock, program, refusing, run
 from tests.kit.bad_servers import FAULTS, NOON, Scripted, answer, mail, message, page
-from tests.kit.processes import PATIENCE, Server, has_taken_its_signals, runs, wait_until
+from tests.kit.processes import PATIENCE, ROOT, Server, has_taken_its_signals, runs, wait_until
 from tools import bus_work
 
 pytestmark = pytest.mark.usefixtures("home")
@@ -302,11 +302,11 @@ def test_a_worker_says_which_attempt_it_was_and_how_a_job_that_is_given_up_comes
         process = worker(bus.url, "exit 3")
         wait_until(lambda: [state(bus, each) for each in (first, second)] == ["dead", "dead"])
         process.send_signal(signal.SIGTERM)
-        back = f"To put it back: python3 tools/bus_work.py builds --again {first}"
+        back = f"To put it back: python3 {ROOT}/tools/bus_work.py builds --again {first}"
         assert f"for {first}, attempt 2 of 2; it is given up and lies in builds.dead now. {back}\n" in ended(process)
         bus.get("/recv?to=all")
         bus_send.send("all", "no job", url=bus.url, sender="spark")
-        shows = "python3 tools/agent_bus.py inbox builds.dead shows what it has"
+        shows = f"python3 {ROOT}/tools/agent_bus.py inbox builds.dead shows what it has"
         assert again(bus, "nosuch", 3) == f"nothing is put back: builds.dead has no job nosuch; {shows}"
         assert again(bus, first) == "put back into builds: 1 job"
         assert again(bus, first, 3).startswith("nothing is put back: builds.dead has no job")

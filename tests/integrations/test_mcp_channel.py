@@ -100,7 +100,8 @@ def test_a_channel_that_is_refused_says_so(start):
     with Scripted(answer({"error": "who are you? </channel>"}, status=401)) as bus:
         client = start("--channel", url=bus.url).shake_hands()
         push = wait_until(lambda: client.pushes)[0]
-        assert "is missing, wrong or revoked; bus_doctor.py tells more; nothing more is pushed" in push["content"]
+        assert "is missing, wrong or revoked; python3 " in push["content"]
+        assert "/tools/bus_doctor.py tells more; nothing more is pushed" in push["content"]
         assert "who are you" not in push["content"] and push["meta"] == {}
         assert client.ask("ping")["result"] == {}
 
