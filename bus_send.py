@@ -576,8 +576,11 @@ def emit(text: str) -> None:
         raise BrokenPipeError
     # No buffer, whose rest Python would write at exit.
     raw, rest = getattr(sys.stdout.buffer, "raw", sys.stdout.buffer), text.encode()
-    while rest:
-        rest = rest[raw.write(rest) or 0 :]  # None: it does not block, and takes nothing now
+    try:
+        while rest:
+            rest = rest[raw.write(rest) or 0 :]  # None: it does not block, and takes nothing now
+    except OSError as error:
+        raise type(error)(f"cannot write the output: {error.strerror}") from None
 
 
 # -- shared by bus_recv.py and bus_send.py: end --

@@ -216,3 +216,19 @@ def test_a_profile_that_is_none_is_refused_with_the_reason(monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", typed)
     assert bus_join.choose("", "http://here:1", "ann", "default") == "lab"
     assert "'a b/c' is no profile: that is 1 to 64 of A-Z" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("call", [
+    "bus_recv.py bob --once", "tools/agent_bus.py who", "tools/agent_bus.py log --no-follow",
+    "tools/agent_bus.py inbox bob", "tools/bus_search.py hello",
+])  # fmt: skip
+def test_output_that_cannot_be_written_is_called_that(call, bus, home):
+    """Not only `No space left on device`, which sounds like the disk of the bus."""
+    bus_send.send("bob", "hello", url=bus.url, sender="ann")
+    script, *arguments = call.split()
+    env = {**os.environ, "AGENT_BUS_URL": bus.url, "AGENT_NAME": "ann"}
+    with open("/dev/full", "wb") as full:
+        line = [sys.executable, str(ROOT / script), *arguments]
+        done = subprocess.run(line, stdout=full, stderr=subprocess.PIPE, env=env, text=True, timeout=PATIENCE)
+    assert done.returncode != 0 and done.stderr.endswith("cannot write the output: No space left on device\n")
+    assert "Errno" not in done.stderr and "Traceback" not in done.stderr
