@@ -6001,35 +6001,39 @@ def invite(arguments: Sequence[str]) -> None:
     options = parser.parse_args(arguments)
     options.also = [each for each in options.also.split(",") if each]
     check_invitation(parser, options)
-    folder = os.path.dirname(os.path.abspath(options.db))
-    if options.db != default_path() and not is_there(folder):
-        raise Unusable(f"there is no folder {folder}: correct --db, or make that folder first")
     file, words, here = Tokens(options.db), invitations(), running(options.db)
     if words and not words.agreed(options.name, options.db, here, file.closed, options.yes, options.url):
         raise Unusable("no token was made")
-    token, secret = f"abt_{secrets.token_hex(4)}", secrets.token_urlsafe(32)
-    digest, now = hashlib.sha256(secret.encode()).hexdigest(), time.time()
-    row = {"id": token, "hash": digest, "name": options.name, "also": options.also, "made": now, "revoked": None}
-    row.update(send_only=options.send_only, operator=options.operator, label=options.label)
-    lasts = PAGE_SECONDS * options.page if options.expires is None else options.expires
-    row.update(expires=int(now + lasts) if lasts else None)
+    secret = secrets.token_urlsafe(32)
+    row = token_row(options, secret)
+    token = f"{row['id']}_{secret}"
     for own in [own for own in file.rows() if own["name"] == options.name and not own["revoked"]]:
         made = time.strftime("%Y-%m-%d", time.gmtime(own["made"]))
         print(f"{options.name} has the token {own['id']} already, made {made}: this is one more", file=sys.stderr)
     file.change(lambda rows: [*rows, row])
     print_it = words and (partial(words.page_link, row["expires"]) if options.page else words.invitation)
     try:
-        text = print_it(options.name, f"{token}_{secret}", here, options.url) if print_it else f"{token}_{secret}"
-        print(text, flush=True)
+        print(print_it(options.name, token, here, options.url) if print_it else token, flush=True)
     except OSError:  # nobody has seen the token
-        file.change(lambda rows: [row for row in rows if row["id"] != token])
+        file.change(lambda rows: [each for each in rows if each["id"] != row["id"]])
         raise
+
+
+def token_row(options: argparse.Namespace, secret: str) -> Row:
+    lasts = PAGE_SECONDS * options.page if options.expires is None else options.expires
+    names = {name: getattr(options, name) for name in ("name", "also", "send_only", "operator", "label")}
+    now, digest = time.time(), hashlib.sha256(secret.encode()).hexdigest()
+    its = {"id": f"abt_{secrets.token_hex(4)}", "hash": digest, "made": max(now, newest_time(options.db))}
+    return {**its, **names, "expires": int(now + lasts) if lasts else None, "revoked": None}
 
 
 PAGE_SECONDS = 12 * 3600  # a link to the page is valid for so long, unless --expires says: browsers keep links
 
 
 def check_invitation(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    folder = os.path.dirname(os.path.abspath(options.db))
+    if options.db != default_path() and not is_there(folder):
+        raise Unusable(f"there is no folder {folder}: correct --db, or make that folder first")
     for each in [options.name, *options.also]:
         try:
             name(each, "NAME")
@@ -6202,6 +6206,18 @@ def last_used(path: str) -> dict[str, int]:
             return {token: number(used, 0, f"when {token} was used") for token, used in rows}
     except sqlite3.Error:  # the bus was never started
         return {}
+
+
+def newest_time(path: str) -> float:
+    """Behind all messages of this bus, s since 1970: 1 s, as a server may still take some. 0, if there is no bus yet.
+
+    A cursor may have moved the bus ahead of the clock.
+    """
+    newest = "SELECT max(last, ifnull((SELECT max(tick) FROM messages), 0)) FROM bus"
+    with contextlib.suppress(sqlite3.Error, TypeError), contextlib.closing(read_only(path)) as database:
+        last = int(database.execute(newest).fetchone()[0]) / 1000000
+        return last + (last > time.time())
+    return 0.0
 
 
 def read_only(path: str) -> sqlite3.Connection:

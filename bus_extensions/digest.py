@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from bus_server import (
-    AHEAD,
     ALIVE,
     EVERYONE,
     LAST,
@@ -137,8 +136,7 @@ def counts(bus: Bus, found: list[Unread], more: bool) -> Answer:
     threads = Counter(each.thread for each in found).most_common(NAMED)
     priorities = Counter(each.priority for each in found)
     vouched = {each.sender for each in found} & bus.gate.tokens.named.keys()
-    signed = bus.gate.tokens.first * 1000000 + AHEAD  # before, anybody signed as anybody
-    vouched -= {each.sender for each in found if each.tick <= signed}
+    vouched -= {each.sender for each in found if each.tick < bus.gate.tokens.first * 1000000}  # anybody signed these
     numbers = {
         "unread": len(found),
         "urgent": len(urgent),

@@ -255,12 +255,12 @@ def test_exit_codes_of_what_never_reaches_a_bus(tmp_path):
     nowhere = refusing()
     assert run("get", "0" * 64, "-o", tmp_path / "got", "--timeout", "0", url=nowhere)[0] == 75
     code, _, err = run("put", tmp_path / "source", "--to", "dell", "--timeout", "0", url=nowhere)
-    assert code == 75 and err.startswith(f"bus_file: no bus at {nowhere} (Connection refused). Is bus_server.py")
+    assert code == 75 and err.startswith(f"bus_file: no bus at {nowhere} (Connection refused). Is bus_server running")
     process = start("put", tmp_path / "source", "--to", "dell", url=nowhere, stderr=subprocess.PIPE, text=True)
     first = process.stderr.readline()  # at once, not at the end
     process.kill()
     process.communicate(timeout=PATIENCE)
-    assert first.startswith(f"bus_file: no bus at {nowhere} (Connection refused); still trying, up to 60 s. Is bus_")
+    assert first.startswith(f"bus_file: no bus at {nowhere} (Connection refused); still trying, up to 60 s. Is bus_server running")
     for wrong in (["get", "abc"], ["get", "0" * 63 + "G"], ["put", tmp_path / "none", "--to", "dell"], ["put"], [],
                   ["put", tmp_path, "--to", "dell"], ["get", "0" * 64, "-o", tmp_path / "no" / "where"]):  # fmt: skip
         code, out, err = run(*wrong, url=nowhere)

@@ -69,7 +69,7 @@ def test_without_a_bus_it_says_so_before_it_tries_again():
     env = {"AGENT_BUS_URL": refusing(), "AGENT_NAME": "bob"}
     process = program(ROOT / "tools" / "bus_later.py", "ann", "x", "--after", "1h", env=env)
     try:
-        assert b"(Connection refused); still trying, up to 30 s. Is bus_server.py" in process.stderr.readline()
+        assert b"(Connection refused); still trying, up to 30 s. Is bus_server running" in process.stderr.readline()
     finally:
         process.kill()
         process.communicate(timeout=PATIENCE)

@@ -14,7 +14,7 @@ from test_bus import request
 from tests.core.test_identity import ask
 from tests.kit import inside
 from tests.kit.hostile import HOST, head
-from tests.kit.peers import grow_old, invite
+from tests.kit.peers import invite
 from tests.kit.processes import COMMAND, PATIENCE, Server, wait_until
 from tests.kit.wire import Peer, a_bus, come_true
 
@@ -44,7 +44,6 @@ def closed(tmp_path_factory):
     with Server(tmp_path_factory.mktemp("closed") / "bus.db") as bus:
         bus.tokens = {name: invite(bus, name, *options) for name, options in GRANTS.items()}
         wait_until(lambda: ask(bus, "GET", "/agents")[0] == 401)
-        grow_old(bus, *GRANTS)
         yield bus
 
 

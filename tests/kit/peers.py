@@ -207,13 +207,6 @@ def set_in_tokens(bus, name, **members):
     fresh.replace(file)
 
 
-def grow_old(bus, *names):
-    """As if these tokens had been made 300 s earlier: so far ahead a cursor may move a bus without tokens."""
-    made = min(json.loads(line)["made"] for line in pathlib.Path(f"{bus.db}.tokens").read_text().splitlines())
-    for name in names:
-        set_in_tokens(bus, name, made=made - 300)
-
-
 def marks_are_written(bus):
     """Wait until the marks of all who have read so far are on the disk: those of `herald`, who reads last, are."""
     herald = f"herald-{secrets.token_hex(4)}"
