@@ -260,7 +260,8 @@ def test_exit_codes_of_what_never_reaches_a_bus(tmp_path):
     first = process.stderr.readline()  # at once, not at the end
     process.kill()
     process.communicate(timeout=PATIENCE)
-    assert first.startswith(f"bus_file: no bus at {nowhere} (Connection refused); still trying, up to 60 s. Is bus_server")
+    says = f"bus_file: no bus at {nowhere} (Connection refused); still trying, up to 60 s. Is bus_server running"
+    assert first.startswith(says)
     for wrong in (["get", "abc"], ["get", "0" * 63 + "G"], ["put", tmp_path / "none", "--to", "dell"], ["put"], [],
                   ["put", tmp_path, "--to", "dell"], ["get", "0" * 64, "-o", tmp_path / "no" / "where"]):  # fmt: skip
         code, out, err = run(*wrong, url=nowhere)
