@@ -472,9 +472,9 @@ KINDS = [
          (f"{REDACT}::test_a_redaction_names_readers_and_not_mailboxes",),
          "`Redaction.named()` gives the name of the mailbox"),
     Kind("clients: who has the port of the bus speaks in the lines of a reader",
-         "an outage, a gap and a refusal are told in our words, with numbers alone",
+         "an outage, a gap and a refusal are told in our words, with times and numbers alone",
          ("clients/test_receiving.py::test_what_answers_in_place_of_a_bus_does_not_speak_in_our_name",
-          "clients/test_receiving.py::test_a_gap_is_told_by_its_numbers_alone",
+          "clients/test_receiving.py::test_a_gap_is_told_by_its_times_alone",
           "integrations/test_mcp_channel.py::test_a_channel_that_is_refused_says_so",
           "integrations/test_mcp_tools.py::test_the_hook_tool_tells_a_refusal_in_our_words"),
          "`Reader.endure()` announces its whole reason (the first); `poll()` announces the gap as it is (the second); "
