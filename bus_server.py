@@ -488,8 +488,8 @@ def inspect(value: Any, depth: int) -> None:
 
 # ── Loop ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 # One loop runs everything. A turn serves every socket that is ready, runs every timer that is due, then runs the
-# actions that those two queued with soon(). A commit runs in aside(): if it is slow, a second thread runs the turns. To
-# add work that follows a turn, call soon(); to add a timer, call later() or every().
+# actions that sockets and timers have queued with soon(). A commit runs in aside(): if it is slow, a second thread runs
+# the turns. To add work that follows a turn, call soon(); to add a timer, call later() or every().
 
 
 class Report:

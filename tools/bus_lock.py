@@ -128,13 +128,14 @@ def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         for (word, it), more in zip(purposes.items(), (PATTERNS, AS_RESERVED, None))
     )
     locking.add_argument("names", metavar="NAME", nargs="+", help="a path, or in quotes a pattern for several paths")
-    locking.add_argument("--ttl", type=bus_recv.duration, metavar="S", help="it ends by itself after S seconds (600)")
+    ends = "the reservation ends by itself after S seconds (600)"
+    locking.add_argument("--ttl", type=bus_recv.duration, metavar="S", help=ends)
     locking.add_argument("--shared", action="store_true", help="others may hold the names too, if they also say so")
     locking.add_argument("--why", metavar="TEXT", help="for the others: what you do, at most 200 characters")
     locking.add_argument("--wait", type=bus_recv.duration, default=0.0, metavar="S", help="wait so long for others (0)")
     unlocking.add_argument("names", metavar="NAME", nargs="*", help="a path or a pattern, exactly as you reserved it")
     unlocking.add_argument("--fence", type=bus_recv.count, metavar="N", help="all names of this reservation")
-    about = "only who holds this path, also by a pattern; or who may hold something of this pattern"
+    about = "only reservations that cover this path; or, of a pattern in quotes, those that may overlap it"
     listing.add_argument("name", metavar="PATH", nargs="?", help=about)
     listing.add_argument("--holder", metavar="NAME", help="only what NAME holds")
     listing.add_argument("--json", action="store_true", help="print each reservation as a line of JSON")

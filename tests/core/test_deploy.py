@@ -527,23 +527,24 @@ def test_what_root_restores_belongs_to_whom_the_bus_belongs_to(tmp_path):
 
 @needs("nginx")
 def test_nothing_is_lost_behind_nginx(tmp_path, front):
-    got, sent, over = {"dell": [], "nano": []}, [], threading.Event()
+    got, sent = {"dell": [], "nano": []}, []
 
     def read(name, messages):
-        for message in messages:
-            got[name].append(message["msg"])
+        got[name].extend(itertools.takewhile("the end".__ne__, (message["msg"] for message in messages)))
 
     with Server(tmp_path / "bus.db", "--allow-host", "bus.example") as bus:
         proxy = front(bus, Nginx, around(OURS))
         new = bus_recv.receive("dell", url=proxy.url)
-        old = old_client.receive(proxy.url, "nano", since=0, pause=over.wait)
-        threading.Thread(target=read, args=["dell", new], daemon=True).start()
-        threading.Thread(target=read, args=["nano", old], daemon=True).start()
+        old = old_client.receive(proxy.url, "nano", since=0)
+        readers = [threading.Thread(target=read, args=each, daemon=True) for each in (("dell", new), ("nano", old))]
+        for reader in readers:
+            reader.start()
         for _ in range(20):
             sent.append(f"T{len(sent)}")
             bus_send.send(["dell", "nano"], sent[-1], url=proxy.url, sender="spark")
-        wait_until(lambda: len(got["dell"]) >= len(sent) <= len(got["nano"]))
-        over.set()
+        bus_send.send(["dell", "nano"], "the end", url=proxy.url, sender="spark")
+        for reader in readers:
+            reader.join(PATIENCE)
     assert got == {"dell": sent, "nano": sent}
 
 
