@@ -1068,7 +1068,7 @@ def main(argv: list[str] | None = None) -> int:
     cli.add_argument("--since", metavar="X", help=since)
     cli.add_argument("--channel", metavar="C", help="the channel ($AGENT_BUS_CHANNEL, or 'default')")
     cli.add_argument("--exec", metavar="CMD", help="run CMD for each message: JSON on stdin, MSG_FROM ... as variables")
-    cli.add_argument("--tries", type=count, default=5, metavar="N", help="a message that fails N times goes to a file (5)")
+    cli.add_argument("--tries", type=count, default=5, metavar="N", help="put a message in a file after N failures (5)")
     cli.add_argument("--read", metavar="ID", help="print this message whole, and end: it stays unread")
     cli.add_argument("--bus", type=profile, metavar="PROFILE", help="the bus in ~/.config/agent-bus/PROFILE.env")
     cli.add_argument("--version", action="version", version=f"%(prog)s {VERSION}")
