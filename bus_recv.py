@@ -349,7 +349,7 @@ def moment(since: str, now: float) -> str:
         return since
     if DURATION.fullmatch(since):
         return f"{max(now - duration(since), 0):.6f}"
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, OverflowError, OSError):  # some systems know no such time
         import datetime  # slow to import
 
         return f"{max(datetime.datetime.fromisoformat(since.replace('Z', '+00:00')).timestamp(), 0):.6f}"
@@ -996,7 +996,9 @@ def run_command(command: str, tries: int, reader: Reader, message: dict[str, Any
             if process.wait() == 0:
                 return
         reader.warn(f"command ended with {process.returncode} for {known.get('id')}, attempt {attempt} of {tries}")
-        reader.clock.sleep((attempt < tries) * max(min(pause_after(attempt), reader.end - reader.clock.monotonic()), 0))
+        # The end cuts a pause short, but not to nothing: what fails for a moment only must not end in that file.
+        left = max(reader.end - reader.clock.monotonic(), FIRST_PAUSE)
+        reader.clock.sleep((attempt < tries) * min(pause_after(attempt), left))
     with private_file(f"{reader.cursor.path}~dead", os.O_WRONLY | os.O_APPEND, "w") as file:
         file.write(f"{dump(message)}\n")
     reader.warn(f"the command failed {tries} times for {known.get('id')}: it is in {reader.cursor.path}~dead now")

@@ -5962,10 +5962,13 @@ def command(function: str, description: str) -> argparse.ArgumentParser:
 
 def is_there(path: str) -> bool:
     """Unlike os.path.exists(), it raises PermissionError where we may not look."""
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+    try:
         os.stat(path)
-        return True
-    return False
+    except PermissionError:
+        raise
+    except OSError:
+        return False
+    return True
 
 
 def existing(path: str) -> str:
@@ -6016,6 +6019,7 @@ def invite(arguments: Sequence[str]) -> None:
         print(print_it(options.name, token, here, options.url) if print_it else token, flush=True)
     except OSError:  # nobody has seen the token
         file.change(lambda rows: [each for each in rows if each["id"] != row["id"]])
+        file.closed or print("the token is taken back; a running bus stays closed until it restarts", file=sys.stderr)
         raise
 
 
@@ -6214,7 +6218,7 @@ def newest_time(path: str) -> float:
     A cursor may have moved the bus ahead of the clock.
     """
     newest = "SELECT max(last, ifnull((SELECT max(tick) FROM messages), 0)) FROM bus"
-    with contextlib.suppress(sqlite3.Error, TypeError), contextlib.closing(read_only(path)) as database:
+    with contextlib.suppress(sqlite3.Error, TypeError, ValueError), contextlib.closing(read_only(path)) as database:
         last = int(database.execute(newest).fetchone()[0]) / 1000000
         return last + (last > time.time())
     return 0.0

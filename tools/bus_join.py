@@ -89,11 +89,11 @@ def folder(made: "list[str]", variable: str, *default: str) -> str:
 
 
 def remove_leftovers(place: str) -> None:
-    """Remove the folders of earlier calls that were killed: nothing in them has changed for an hour."""
+    """Remove the folders of earlier calls that were killed: nothing in them has changed for a day."""
     for entry in os.scandir(place):
         if entry.name.startswith("tmp") and entry.is_dir(follow_symlinks=False):
             with contextlib.suppress(OSError):
-                is_old = entry.stat().st_mtime < time.time() - 3600
+                is_old = entry.stat().st_mtime < time.time() - 86400
                 if is_old and {*os.listdir(entry.path)} <= {*FILES, CERTIFICATE}:
                     shutil.rmtree(entry.path)
 
@@ -333,7 +333,8 @@ def main(argv: "Sequence[str] | None" = None) -> int:
     made: list[str] = []
     with contextlib.suppress(ValueError):  # not the main thread
         for number in {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
-            signal.signal(number, signal.default_int_handler)  # as Ctrl-C: what we have fetched is removed
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+                signal.signal(number, signal.default_int_handler)  # as Ctrl-C: what we have fetched is removed
     try:
         join(options.url.rstrip("/"), options.name, options.pin, options.profile, made)
     except (Fault, OSError, ValueError) as error:  # ValueError: a configuration that was there is malformed

@@ -179,7 +179,8 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     answer, now = lock(url, order, options.wait)
     fence, is_person = bus_recv.word(answer.get("fence")), bool(sys.stdout) and sys.stdout.isatty()
     unlocks = bus_recv.called("bus_lock.py unlock", "unlock")
-    about = f"; {unlocks} --fence {fence} releases it before" if is_person else ""
+    bus = f" --bus {options.bus}" if options.bus else ""
+    about = f"; {unlocks} --fence {fence}{bus} releases it before" if is_person else ""
     asked = TTL_LEAST if options.ttl is None else options.ttl
     limit = ", the least that a bus gives" * (asked < TTL_LEAST) + ", the most that a bus gives" * (asked > TTL_MOST)
     its = " ".join(map(bus_recv.word, options.names))

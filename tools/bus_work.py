@@ -77,6 +77,7 @@ class Worker(bus_recv.Reader):
         if name := bus_recv.settings().get("AGENT_NAME"):
             self.order["worker"] = name
         self.at_work = self.ending = self.failed = False  # failed: the last job
+        self.on = ""  # the options with which another command reaches our queue
         self.most = 0  # attempts; 0: the bus has not said, or it gives up none
 
     def stop(self, *_: Any) -> None:
@@ -132,9 +133,7 @@ class Worker(bus_recv.Reader):
         """What becomes of a job whose attempt failed."""
         if not self.most or attempt < self.most:
             return f"{f' of {self.most}' if self.most else ''}; the next one in {pause:.0f} s"
-        usual = bus_recv.settings().get("AGENT_BUS_CHANNEL", "default")
-        on = "" if self.channel == usual else f" --channel {self.channel}"
-        back = f"{bus_recv.called('bus_work.py', 'work')} {self.names[0]} --again {id}{on}"
+        back = f"{bus_recv.called('bus_work.py', 'work')} {self.names[0]} --again {id}{self.on}"
         return f" of {self.most}; it is given up and lies in {self.names[0]}{DEAD} now. To put it back: {back}"
 
     def give_back(self, job: dict[str, Any], counts: bool) -> None:
@@ -142,9 +141,11 @@ class Worker(bus_recv.Reader):
         try:
             self.tell("nack", job, reason="the worker was stopped", **({} if counts else {"counts": False}))
             free = ", and this attempt does not count" if self.most and not counts else f", attempt {job['attempt']}"
-            self.warn(f"{job['id']} goes back to its queue{free}")
+            then = f"to its queue{free}"
         except (bus_recv.Refused, bus_recv.Unreachable) as fault:
-            self.warn(f"{job['id']} goes back when its lease ends: {fault}")
+            then = f"when its lease ends: {fault}"
+        with contextlib.suppress(OSError):  # perhaps we end because the terminal was closed
+            self.warn(f"{job['id']} goes back {then}")
 
     def settle(self, verb: str, job: dict[str, Any], **members: Any) -> None:
         """Tell the bus, however long that takes: if the bus does not learn it, another worker repeats the job."""
@@ -184,7 +185,7 @@ def letters(url: str, queue: str, channel: str) -> Iterator[dict[str, Any]]:
         if not isinstance(page, list) or not all(isinstance(each, dict) for each in page):
             raise bus_recv.Unreachable()
         yield from (each for each in page if each.get("to") == query["to"] and "dead_of" in each)
-        if not answer.get("more") or answer.get("now") in (None, query["since"]):  # else it is asked for ever
+        if not answer.get("more") or str(answer.get("now")) in ("None", query["since"]):  # else it is asked for ever
             return
         query["since"] = str(answer["now"])
 
@@ -201,9 +202,12 @@ def put_back(queue: str, channel: str | None, id: str) -> int:
                 bus_recv.ask(given["AGENT_BUS_URL"], "/again", bus_recv.GRACE_SECONDS, {"id": letter.get("id")})
                 number += 1
             except bus_recv.Refused as refused:
-                if refused.status != 409:  # somebody else put it back, or a worker has it
+                if refused.status not in (404, 409):  # it was removed; or somebody else put it back, or a worker has it
                     raise
                 why = str(refused)
+            except bus_recv.Unreachable:
+                number and complain(f"put back into {queue} so far: {number}; run this again for the others")
+                raise
     complain(f"put back into {queue}: {number} job{'s' * (number > 1)}" if number else f"nothing is put back: {why}")
     return 0 if number else 3
 
@@ -217,7 +221,7 @@ def command_line(argv: Sequence[str] | None) -> argparse.Namespace:
         description="Run a command for each job of the queue NAME on an agent-bus.", epilog=GIVEN_UP
     )
     add = parser.add_argument
-    send = bus_recv.called("bus_send.py", "send")
+    send = bus_recv.called("bus_send.py", "send").replace("%", "%%")  # for argparse
     add("names", nargs="+", metavar="NAME", help=f"the queue; {send} NAME TEXT puts a job into it")
     either = parser.add_mutually_exclusive_group(required=True).add_argument
     either("--exec", metavar="CMD", help="run CMD for each job: JSON on stdin, MSG_FROM ... as variables")
@@ -233,7 +237,7 @@ def command_line(argv: Sequence[str] | None) -> argparse.Namespace:
     for ignored in ("--since", "--tries"):
         add(ignored, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
-    if options.again and len(options.names) > 1:
+    if options.again is not None and len(options.names) > 1:
         parser.error("a job goes back to one queue: give one NAME")
     return options
 
@@ -250,12 +254,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(number, lambda *_: sys.exit(0))
     bus_recv.tell_people(complain)
     try:
-        if options.again:
+        if options.again is not None:
             return put_back(options.names[0], options.channel, options.again)
         bus_recv.check_command(options.exec)
         worker = Worker(options.names, options.channel, options.exec, options.lease)
         signal.signal(signal.SIGTERM, worker.stop)
         worker.warn = worker.announce = complain
+        given = (("--channel", options.channel), ("--bus", options.bus))
+        worker.on = "".join(f" {option} {value}" for option, value in given if value)
         waiting, greets = f"waiting for jobs of {options.names[0]} on {worker.url}, until Ctrl-C", list(bus_recv.PEOPLE)
         if not options.once and timeout != 0:
             worker.greet = lambda: bus_recv.once(greets, waiting)

@@ -50,14 +50,16 @@ def test_a_program_ends_when_nobody_reads_it_any_more_though_nothing_comes(call,
     process.stderr.close()
 
 
-def test_the_pause_before_the_next_try_of_a_command_ends_with_the_timeout(monkeypatch):
+@pytest.mark.parametrize("seconds", [2.0, 0.0])
+def test_the_pause_before_the_next_try_of_a_command_ends_with_the_timeout(seconds, monkeypatch):
+    """But it is no shorter than the first one: a fault of a moment is no reason to give a message up."""
     slept = []
     with Scripted(mail(message(1))) as server:
         watched = reader(server.url)
         monkeypatch.setattr(watched.clock, "sleep", slept.append)
-        for one in watched.messages(True, 2.0):
+        for one in watched.messages(True, seconds):
             bus_recv.run_command("false", 5, watched, one)
-    assert len(slept) == 5 and max(slept) <= 2
+    assert len(slept) == 5 and max(slept) <= 2 and min(slept[:4]) >= 1
 
 
 def test_a_listener_that_cannot_begin_ends_without_an_error_of_bash(bus, tmp_path):

@@ -317,6 +317,7 @@ def test_a_worker_says_which_attempt_it_was_and_how_a_job_that_is_given_up_comes
         process.send_signal(signal.SIGTERM)
         assert ended(process) == ""
         assert again(bus, "all", 3).startswith("nothing is put back: builds.dead has no job; ")
+        assert again(bus, "", 3).startswith("nothing is put back: ")
 
 
 def test_all_that_were_given_up_come_back_page_after_page_but_for_what_a_worker_has():
@@ -325,6 +326,14 @@ def test_all_that_were_given_up_come_back_page_after_page_but_for_what_a_worker_
         code, out, err = run("tools/bus_work.py", "builds", "--again", "all", env={"AGENT_BUS_URL": server.url})
         assert (code, out, err) == (0, "", "bus_work: put back into builds: 1 job\n")
         assert [order["id"] for order in orders(server, "/again")] == ["1", "2"]
+
+
+def test_what_is_gone_when_it_is_put_back_and_a_page_that_leads_nowhere_stop_nothing():
+    both = mail(*(message(n, to="builds.dead", dead_of=f"{n}") for n in (1, 2)), more=True)
+    with Scripted(both, answer({"error": "no such message"}, status=404), DONE, both, LOST) as server:
+        code, out, err = run("tools/bus_work.py", "builds", "--again", "all", env={"AGENT_BUS_URL": server.url})
+        assert (code, out, err) == (0, "", "bus_work: put back into builds: 1 job\n")
+        assert [order["id"] for order in orders(server, "/again")] == ["1", "2", "1", "2"]
 
 
 def again(bus, ident, code=0):

@@ -255,6 +255,11 @@ def test_a_command_whose_output_cannot_be_written_says_so_and_leaves_no_token_th
     assert run("tokens", "--db", bus.db)[1] == "no tokens: the bus is open\n"
 
 
+def test_a_name_that_no_file_can_have_is_no_bus(tmp_path):
+    code, _, err = run("tokens", "--db", str(tmp_path / ("x" * 300)))
+    assert code == 2 and ": there is no bus with the database " in err and err.count("\n") == 1
+
+
 @pytest.mark.parametrize("command", [["tokens"], ["prune"], ["invite", "ann"], ["restore", "COPY"]])
 def test_a_database_behind_a_closed_door_is_not_called_missing(command, tmp_path, monkeypatch, capsys):
     """Root may look everywhere, so the refusal of the system is planted."""
