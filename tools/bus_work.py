@@ -206,7 +206,8 @@ def put_back(queue: str, channel: str | None, id: str) -> int:
                     raise
                 why = str(refused)
             except bus_recv.Unreachable:
-                number and complain(f"put back into {queue} so far: {number}; run this again for the others")
+                if number:
+                    complain(f"put back into {queue} so far: {number}; run this again for the others")
                 raise
     complain(f"put back into {queue}: {number} job{'s' * (number > 1)}" if number else f"nothing is put back: {why}")
     return 0 if number else 3
