@@ -522,9 +522,10 @@ class Report:
         while True:
             # stderr is full or closed; or there is no memory: that would end the thread, and then Python the process
             with contextlib.suppress(Exception):
-                line, dropped, self.dropped = self.lines.get(), self.dropped, 0
-                first = [f"bus_server: {dropped} lines were dropped here"] * (dropped > 0)
-                line() if callable(line) else print(*first, line, sep="\n", file=sys.stderr, flush=True)
+                line = self.lines.get()
+                if self.dropped and not callable(line):
+                    line, self.dropped = f"bus_server: {self.dropped} lines were dropped here\n{line}", 0
+                line() if callable(line) else print(line, file=sys.stderr, flush=True)
 
     def flush(self, patience: float) -> None:
         """Wait until all lines are written, for at most `patience` seconds."""
@@ -5963,12 +5964,11 @@ def command(function: str, description: str) -> argparse.ArgumentParser:
 def is_there(path: str) -> bool:
     """Unlike os.path.exists(), it raises PermissionError where we may not look."""
     try:
-        os.stat(path)
-    except PermissionError:
-        raise
-    except OSError:
+        return bool(os.stat(path))
+    except OSError as error:
+        if isinstance(error, PermissionError):
+            raise
         return False
-    return True
 
 
 def existing(path: str) -> str:

@@ -257,6 +257,15 @@ def test_without_memory_to_write_a_line_the_next_one_is_written(of, method, erro
     report.flush(PATIENCE)
 
 
+def test_that_lines_were_dropped_is_told_before_the_next_line_though_somebody_waits_meanwhile(capfd):
+    report = bus_server.Report()
+    report.dropped = 3
+    report.flush(PATIENCE)
+    report.say("the next one")
+    report.flush(PATIENCE)
+    assert capfd.readouterr().err == "bus_server: 3 lines were dropped here\nthe next one\n"
+
+
 def test_a_loop_has_no_lock_whose_code_is_in_python(loop):
     """Without memory, such code may end after it has taken its lock and before it can give it back: all would wait."""
     in_python = threading.Event, threading.Condition, queue.Queue
