@@ -57,12 +57,13 @@ from urllib.parse import SplitResult, quote, unquote, urlencode, urlsplit
 if sys.version_info < (3, 9) and (needs := "bus_recv.py needs Python 3.9 or later"):  # noqa: UP036
     sys.exit(needs)
 
-# The bus may hold a poll: common proxies cut a quiet request after 30 s; one of a session, which may be renamed, is
-# short. After so much outage the user is told: silence must not look like health.
-HOLD_SECONDS, FOLLOW_SECONDS, LOUD_SECONDS = 25.0, 10.0, 60.0
-# After a bus was found (a refused poll is answered sooner); and for the last request of a reader that ends. Until we
-# say that another reads as this name; and that we wait for its end.
-GREET_SECONDS, LEAVE_SECONDS, TELL_SECONDS, LOCK_SECONDS = 0.3, 2.0, 0.2, 3.0
+HOLD_SECONDS = 25.0  # that the bus may hold a poll: common proxies cut a quiet request after 30 s
+FOLLOW_SECONDS = 10.0  # the same, for a session: it may be renamed meanwhile
+LOUD_SECONDS = 60.0  # of outage, after which the user is told: silence must not look like health
+GREET_SECONDS = 0.3  # after a bus was found; a refused poll is answered sooner
+LEAVE_SECONDS = 2.0  # for the last request of a reader that ends
+TELL_SECONDS = 0.2  # until we say that another process reads as this name
+LOCK_SECONDS = 3.0  # that we wait for its end
 
 # A Monitor of Claude Code cuts or drops what exceeds its limits; these are a little lower. In UTF-16 units: a line has
 # 500, and what comes within 0.2 s is one event of 3000; 10 events at once, then one every 2 s. SETTLE_SECONDS: until a
@@ -129,7 +130,8 @@ class Reader:
             raise ValueError(f"{len(names)} names are given: give 1 to 16")
         for name in (*names, self.channel):
             check_name(name)
-        since is None or moment(str(since), time.time())
+        if since is not None:
+            moment(str(since), time.time())
         self.names, self.since, self.wait, self.hold = names, since, wait, wait  # hold: s, of the next poll
         self.bus: str | None = None  # the id of the bus that answered last
         # The same for all that share a cursor: so the bus can tell that two machines read one name.
@@ -211,13 +213,14 @@ class Reader:
         answer["messages"] = [one for one in answer["messages"] if not self.cursor.has_read(one)]
         if self.announced:
             self.announce(f"{self.url} is back, after {span(self.clock.monotonic() - self.failing_since)}")
-        self.failures and not self.announced and self.warn(f"{self.url}: connected again")
+        elif self.failures:
+            self.warn(f"{self.url}: connected again")
         self.failures, self.announced = 0, False
         # Longer holds again, but slowly: each step too far costs a poll.
         self.hold = self.hold if answer["messages"] else min(self.hold * 1.1, self.wait)
         if "gap" in answer:
             found = re.findall(r"[0-9]{1,10}(?:\.[0-9]{1,9})?", dump(answer["gap"]))[:2]
-            ends = " to ".join(time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(float(at))) for at in found)
+            ends = " to ".join(map(iso, found))
             self.announce(f"messages were removed from the bus before they were read: {ends}")
         return answer
 
@@ -269,7 +272,8 @@ class Reader:
             answer, _ = ask(self.url, f"/recv?peek=true&{self.query()}", GRACE_SECONDS)
             passed = [one for one in answer["messages"] if 0 < seconds_of(one) <= end]
             number = f"{len(passed)}{' or more' if answer.get('more') else ''}"
-            passed and self.warn(f"{number} waiting are passed over; to read them: --since {passed[0]['id']}")
+            if passed:
+                self.warn(f"{number} waiting are passed over; to read them: --since {passed[0]['id']}")
 
 
 class Notice(str):
@@ -478,8 +482,8 @@ GRACE_SECONDS = 10.0  # to connect; and for an answer to begin, beyond the time 
 SLOWEST_RATE = 8192  # bytes per second; the bus cuts off a slower request, and we cut off a slower answer
 ANSWER_BYTES = 16 << 20  # read at most, as a parser may make 30 times as much of it; no answer of a bus is longer
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # s before the next attempt
-# To connect, while another URL or address has not been tried; until people at a terminal are told what we wait for.
-QUICK_SECONDS, SILENCE_SECONDS = 0.25, 0.5
+QUICK_SECONDS = 0.25  # to connect, while another URL or address has not been tried
+SILENCE_SECONDS = 0.5  # until people at a terminal are told what we wait for
 FAILURES: dict[str, int] = {}  # of each URL of a bus, in a row
 PEOPLE: list[Any] = []  # functions that tell them: see tell_people()
 DURATION = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)([smhd]?)")
@@ -489,7 +493,8 @@ HIDDEN = re.compile(  # controls, and what Unicode lets a program leave out: bid
     r"\u2060-\u206f\u2800\u3164\ud800-\udfff\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb"
     r"\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]+"
 )
-os.environ.get("HOME") or os.environ.pop("HOME", "")  # if it is empty, `~` would be the root folder
+if not os.environ.get("HOME"):
+    os.environ.pop("HOME", "")  # if it is empty, `~` would be the root folder
 # A line of a configuration file, as far as systemd's EnvironmentFile and docker's --env-file read it alike.
 LINE = re.compile(r"\s*(?:[#;].*|([A-Za-z_][A-Za-z0-9_]*)=([^\s'\"\\][^\\]*?)?)?\s*")
 
@@ -520,7 +525,8 @@ def settings(url: str | None = None) -> dict[str, str]:
     file = {"AGENT_BUS_URL": DEFAULT_URL, **configuration()[1]}
     wanted = url or own.get("AGENT_BUS_URL", file["AGENT_BUS_URL"])
     file = file if is_within(wanted, file["AGENT_BUS_URL"]) else {}
-    "AGENT_BUS_TOKEN_FILE" in own and file.pop("AGENT_BUS_TOKEN", "")  # which would come before it
+    if "AGENT_BUS_TOKEN_FILE" in own:
+        file.pop("AGENT_BUS_TOKEN", "")  # which would come before it
     return {**file, **own, "AGENT_BUS_URL": wanted}
 
 
@@ -673,7 +679,8 @@ def connect(url: str, seconds: float) -> tuple[Any, str, dict[str, str]]:
     kind: Any = http.client.HTTPSConnection if secure else http.client.HTTPConnection
     connection = kind(via.hostname or "", (via.port or 80) if proxy else port, timeout=seconds, **trust)
     connection._create_connection = dial  # in place of socket.create_connection
-    proxy and secure and connection.set_tunnel(host, port, login_of(via))
+    if proxy and secure:
+        connection.set_tunnel(host, port, login_of(via))
     headers.update({} if secure else login_of(via))
     return connection, url.rstrip("/") if proxy and not secure else parts.path.rstrip("/"), headers
 
@@ -883,7 +890,7 @@ def block(message: Any, reader: str, now: float, whole: bool = False) -> str:
         fields = {**message, "age": span(now - float(message["ts"]))}
         usual = {"to": reader, "channel": "default", "age": "", "priority": "normal"}
         head = [f"{name}={word(fields[name])}" for name in HEAD if fields.get(name) not in (None, usual.get(name))]
-        first = " ".join([time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(float(message["ts"]))), *head])
+        first = " ".join([iso(message["ts"]), *head])
         body = re.sub("\r\n?", "\n", message["msg"]).removesuffix("\n")
         lines = [f"| {line}" for line in visible(body).split("\n")]
         if not whole:
@@ -928,6 +935,11 @@ def pieces(line: str, width: int) -> list[str]:
     """The line in parts of at most `width` UTF-16 units. No character is cut in two."""
     width = width // 2 if units(line) > len(line) else width
     return [line[start : start + width] for start in range(0, len(line), width)] or [""]
+
+
+def iso(at: Any) -> str:
+    """A time (s since 1970), in UTC, as in 2026-12-01T09:00:00Z."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(float(at)))
 
 
 def word(value: Any) -> str:

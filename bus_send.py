@@ -198,8 +198,8 @@ GRACE_SECONDS = 10.0  # to connect; and for an answer to begin, beyond the time 
 SLOWEST_RATE = 8192  # bytes per second; the bus cuts off a slower request, and we cut off a slower answer
 ANSWER_BYTES = 16 << 20  # read at most, as a parser may make 30 times as much of it; no answer of a bus is longer
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # s before the next attempt
-# To connect, while another URL or address has not been tried; until people at a terminal are told what we wait for.
-QUICK_SECONDS, SILENCE_SECONDS = 0.25, 0.5
+QUICK_SECONDS = 0.25  # to connect, while another URL or address has not been tried
+SILENCE_SECONDS = 0.5  # until people at a terminal are told what we wait for
 FAILURES: dict[str, int] = {}  # of each URL of a bus, in a row
 PEOPLE: list[Any] = []  # functions that tell them: see tell_people()
 DURATION = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)([smhd]?)")
@@ -209,7 +209,8 @@ HIDDEN = re.compile(  # controls, and what Unicode lets a program leave out: bid
     r"\u2060-\u206f\u2800\u3164\ud800-\udfff\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb"
     r"\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]+"
 )
-os.environ.get("HOME") or os.environ.pop("HOME", "")  # if it is empty, `~` would be the root folder
+if not os.environ.get("HOME"):
+    os.environ.pop("HOME", "")  # if it is empty, `~` would be the root folder
 # A line of a configuration file, as far as systemd's EnvironmentFile and docker's --env-file read it alike.
 LINE = re.compile(r"\s*(?:[#;].*|([A-Za-z_][A-Za-z0-9_]*)=([^\s'\"\\][^\\]*?)?)?\s*")
 
@@ -240,7 +241,8 @@ def settings(url: str | None = None) -> dict[str, str]:
     file = {"AGENT_BUS_URL": DEFAULT_URL, **configuration()[1]}
     wanted = url or own.get("AGENT_BUS_URL", file["AGENT_BUS_URL"])
     file = file if is_within(wanted, file["AGENT_BUS_URL"]) else {}
-    "AGENT_BUS_TOKEN_FILE" in own and file.pop("AGENT_BUS_TOKEN", "")  # which would come before it
+    if "AGENT_BUS_TOKEN_FILE" in own:
+        file.pop("AGENT_BUS_TOKEN", "")  # which would come before it
     return {**file, **own, "AGENT_BUS_URL": wanted}
 
 
@@ -393,7 +395,8 @@ def connect(url: str, seconds: float) -> tuple[Any, str, dict[str, str]]:
     kind: Any = http.client.HTTPSConnection if secure else http.client.HTTPConnection
     connection = kind(via.hostname or "", (via.port or 80) if proxy else port, timeout=seconds, **trust)
     connection._create_connection = dial  # in place of socket.create_connection
-    proxy and secure and connection.set_tunnel(host, port, login_of(via))
+    if proxy and secure:
+        connection.set_tunnel(host, port, login_of(via))
     headers.update({} if secure else login_of(via))
     return connection, url.rstrip("/") if proxy and not secure else parts.path.rstrip("/"), headers
 
