@@ -311,8 +311,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def place_of(path: str, digest: str) -> str:
-    """The file to write: in a folder, one with the name of the hash. ValueError if another file is there."""
+    """The file to write: in a folder, one with the name of the hash. ValueError if something else is there."""
     path = os.path.join(path, digest) if os.path.isdir(path) else path
+    if path == "-" or (os.path.lexists(path) and not os.path.isfile(path)):  # a device, a pipe: it would be replaced
+        raise ValueError(f"{path} is not a file: give -o a path where no file is, or a folder")
     if os.path.isfile(path):
         with open(path, "rb") as file:
             if hashed(file).hexdigest() != digest:

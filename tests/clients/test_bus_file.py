@@ -315,6 +315,21 @@ def test_a_large_file_costs_no_memory(bus, tmp_path):
         (tmp_path / name).unlink()
 
 
+@pytest.mark.parametrize("what", ["a pipe", "a link to nothing", "-"])
+def test_what_is_no_file_is_not_replaced_by_one(what, bus, tmp_path):
+    """Found by a newcomer: -o /dev/full made the device of the machine a file."""
+    digest, place = made(tmp_path / "a.bin", 1000), tmp_path / "there"
+    assert run("put", tmp_path / "a.bin", "--to", "dell", url=bus.url)[0] == 0
+    if what == "a pipe":
+        os.mkfifo(place)
+    elif what != "-":
+        place.symlink_to(tmp_path / "nowhere" / "x")
+    was = [(path, path.lstat().st_mode) for path in sorted(tmp_path.iterdir())]
+    code, out, err = run("get", digest, "-o", what if what == "-" else place, url=bus.url)
+    assert (code, out, err.count("\n")) == (2, "", 1) and "is not a file: give -o a path where no file is" in err
+    assert [(path, path.lstat().st_mode) for path in sorted(tmp_path.iterdir())] == was
+
+
 def test_another_file_is_not_replaced_and_a_folder_gets_the_file(bus, tmp_path):
     digest = made(tmp_path / "a.bin", 1000)
     code, _, err = run("put", tmp_path / "a.bin", "--to", "dell", url=bus.url)
