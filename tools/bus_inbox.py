@@ -163,10 +163,24 @@ def show(box: Inbox, as_json: bool) -> int:
         complain(f"nothing is unread for {box.names[0]}{on_channel(box)}")
         return 3
     number, ack = f"{len(mail)}{' or more' if more else ''}", bus_recv.called("agent_bus.py ack", "ack")
+    if its := queue_of(box):
+        shown, waiting, taken = bus_recv.word(box.names[0]), its["unread"], its["work"]["in_hand"]
+        complain(f"{shown} is a queue, and this is all of it: {waiting} wait for a worker, {taken} are in hand, "
+                 "the others are done")  # fmt: skip
+        return 0
     on = "" if box.channel == bus_recv.settings().get("AGENT_BUS_CHANNEL", "default") else f" --channel {box.channel}"
     whose = f"{label(mail[-1])} {box.names[0]}{on}"
     complain(f"{number} unread for {box.names[0]}, oldest first; to mark these as read: {ack} {whose}")
     return 0
+
+
+def queue_of(box: Inbox) -> dict[str, Any] | None:
+    """What /agents has of this name, if its mail is jobs: workers take these, and no cursor moves over them."""
+    query = urlencode({"name": box.names[0], "channel": box.channel})
+    with contextlib.suppress(bus_recv.Refused, bus_recv.Unreachable, LookupError, TypeError, AttributeError):
+        agents = bus_recv.ask(box.url, f"/agents?{query}", bus_recv.GRACE_SECONDS)[0]["agents"]
+        return next((agent for agent in agents if "in_hand" in agent["work"] and "unread" in agent), None)
+    return None
 
 
 def on_channel(box: Inbox) -> str:

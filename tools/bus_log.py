@@ -108,12 +108,14 @@ class Observer(bus_recv.Reader):
         A log is read forwards only. So look at its last second, then at eight times as much, until there are enough.
         """
         end, back = float(self.once()["now"]), 1
+        told, self.announce = self.announce, lambda line: None  # of a gap in what is only looked through
         while True:
             kept, start = deque[Any](maxlen=number), max(end - back, 0)
             self.cursor.move(f"{start:.6f}")
             for answer in self.pages():
                 kept.extend(answer["messages"])
             if len(kept) == number or not start:
+                self.announce = told
                 return {**answer, "messages": list(kept)}
             back *= 8
 

@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+import bus_recv
 import bus_send
 from tests.clients.test_agent_bus import HOSTILE, RAW, mails
 from tests.kit.processes import ROOT
@@ -32,6 +33,18 @@ def test_of_a_dead_letter_the_inbox_and_the_log_say_why_it_is_one(agent):
     line = '| one\n-- the job 12ab was given up after attempt 5: "it\\nfailed"\n---\n'
     assert agent("inbox", "jobs.dead")[1].endswith(line) and line in agent("log", "--last", "2", "--no-follow")[1]
     assert "given up" not in agent("inbox", "jobs")[1]
+
+
+def test_the_inbox_of_a_queue_says_that_it_is_one_and_what_is_left_to_do(agent):
+    """Its messages stay there when they are done, and no `ack` of ours moves it."""
+    mails(agent.url, "one", "two", "three", to="builds")
+    for _ in range(2):
+        job = bus_recv.ask(agent.url, "/claim", 5, {"to": "builds", "worker": "w"})[0]["messages"][0]
+    bus_recv.ask(agent.url, "/ack", 5, {"id": job["id"], "lease": job["lease"]})
+    code, out, err = agent("inbox", "builds")
+    assert code == 0 and out.count("---\n") == 3
+    assert "builds is a queue, and this is all of it: 1 wait for a worker, 1 are in hand, the others are done\n" in err
+    assert "ack" not in err and "unread" not in err
 
 
 def test_ack_marks_as_read_up_to_an_id_and_the_bus_knows(agent):

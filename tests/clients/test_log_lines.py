@@ -2,6 +2,7 @@
 import json
 import re
 import signal
+import subprocess
 import sys
 import unicodedata
 
@@ -11,7 +12,7 @@ import bus_recv
 from tests.clients.test_agent_bus import COLOUR, HOSTILE, RAW, SCRIPT, mails, on_terminal
 from tests.clients.test_clients import program, run
 from tests.kit.bad_servers import Scripted, mail, message
-from tests.kit.processes import PATIENCE
+from tests.kit.processes import COMMAND, PATIENCE
 
 pytestmark = pytest.mark.usefixtures("home")
 
@@ -38,6 +39,16 @@ def test_log_last_is_the_end_of_the_log(agent):
     (other,) = mails(agent.url, "x", to="ann")
     assert shown("--last", "1", "--to", "bob") == ids[-1:] and shown("--last", "1") == [other]
     assert agent("log", "--last", "2", "--since", "1h")[0] == 2
+
+
+def test_log_last_tells_of_no_gap_between_messages_that_nobody_asked_for(agent):
+    """It looks further and further back: what was removed there is no loss for who asked for the newest ones."""
+    mails(agent.url, "1", "2")
+    subprocess.run([*COMMAND, "prune", "--older", "0", "--pending", "--db", agent.bus.db], check=True)
+    mails(agent.url, "3")
+    code, out, err = agent("log", "--last", "20", "--short", "--no-follow")
+    assert (code, err) == (0, "") and out.count("\n") == 1
+    assert "messages were removed" in agent("log", "--since", "1h", "--short", "--no-follow")[2]
 
 
 def test_log_last_then_follows(agent):
