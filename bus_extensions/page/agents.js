@@ -11,14 +11,14 @@ import { busUrl, card, command, link, mark } from "./views.js";
 
 export function agentRow(row, said) {
   return h("a", { class: "agent-row", href: `#/agents/${row.name}` }, badge(row.name),
-    h("span", { class: "who" }, h("b", {}, row.name),
+    h("span", { class: "who" }, h("b", {}, row.label),
       h("span", { class: "dim line" }, mark(row.state.kind), " ", plain(row.state.words, 200))),
     said && bars(said, { width: 75, height: 22, label: `${many(sum(said), "message")} in 15 minutes` }),
     row.unread ? h("span", { class: "count" }, row.unread) : null);
 }
 
 export function agentsView() {
-  const filter = h("input", { type: "search", id: "filter", placeholder: "Filter by name or state: dell, deaf, away",
+  const filter = h("input", { type: "search", id: "filter", placeholder: "Filter by name, channel or state: dell, deaf",
     "aria-label": "Filter", oninput: () => update() });
   const list = new List({ label: "Agents, those in trouble first", draw: row => agentRow(row, null),
     height: () => 60 });
@@ -28,7 +28,7 @@ export function agentsView() {
     if (what === "messages" || what === "older") return;
     const text = filter.value.trim().toLowerCase();
     const rows = look.agents().filter(row => !text
-      || `${row.name} ${row.state.kind} ${row.state.words}`.toLowerCase().includes(text));
+      || `${row.label} ${row.state.kind} ${row.state.words}`.toLowerCase().includes(text));
     list.set(rows.map(row => ({ ...row, key: `${row.channel} ${row.name}`,
       mark: `${row.state.kind} ${row.state.words} ${row.unread}` })));
   }

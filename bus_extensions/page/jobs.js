@@ -66,6 +66,6 @@ function queueCard(row) {
   const one = ([title, number]) =>
     h("div", { class: title.replace(" ", "-") }, h("dt", {}, title), h("dd", {}, number));
   const who = [mark(workers ? "listening" : "away"), ` ${workers ? many(workers, "worker") : "no worker"}`];
-  return h("li", { class: "card" }, h("header", {}, h("h2", {}, row.name), h("p", { class: "dim" }, who)), bar,
+  return h("li", { class: "card" }, h("header", {}, h("h2", {}, row.label), h("p", { class: "dim" }, who)), bar,
     h("dl", { class: "numbers" }, numbers.map(one)));
 }

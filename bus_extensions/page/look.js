@@ -50,10 +50,14 @@ export const WORDS = { // for one agent, for more, and a sign
   mail: { one: "with mail for you", more: "with mail for you", sign: "✉" },
 };
 
+// A name as people see it. It may be on several channels, where different agents may have it.
+const labelOf = ({ channel, name }) => (channel === "default" ? name : `${channel}/${name}`);
+
 // One row for each name and channel, trouble first, then by name: rows must not move while somebody aims at one.
 export function agents() {
-  const rows = bus.agents.filter(agent => !isDead(agent.name)).map(agent => ({ ...agent, state: stateOf(agent) }));
-  return rows.sort((a, b) => a.state.rank - b.state.rank || (a.name < b.name ? -1 : a.name > b.name ? 1 : 0));
+  const rows = bus.agents.filter(agent => !isDead(agent.name))
+    .map(agent => ({ ...agent, state: stateOf(agent), label: labelOf(agent) }));
+  return rows.sort((a, b) => a.state.rank - b.state.rank || (a.label < b.label ? -1 : a.label > b.label ? 1 : 0));
 }
 
 export const inTrouble = rows => rows.filter(row => row.state.rank < 2);
@@ -75,11 +79,11 @@ export function troubles(rows) {
   found.push(...some(rows, "slow", "does not read", "do not read"));
   for (const row of rows) {
     if (row.work && row.unread && !row.work.workers && !row.online) {
-      found.push({ kind: "deaf", title: `${row.name} has no worker`,
+      found.push({ kind: "deaf", title: `${row.label} has no worker`,
         words: `${many(row.unread, "job")} ${row.unread === 1 ? "waits" : "wait"} for one`, to: "#/work" });
     }
     if (row.work?.dead) {
-      found.push({ kind: "deaf", title: `${many(row.work.dead, "job")} of ${row.name} failed`,
+      found.push({ kind: "deaf", title: `${many(row.work.dead, "job")} of ${row.label} failed`,
         words: "given up after all attempts", to: "#/work" });
     }
   }
@@ -88,11 +92,11 @@ export function troubles(rows) {
 
 function some(rows, kind, one, more) {
   const its = inTrouble(rows).filter(row => row.state.kind === kind), most = its.length > 4 ? 2 : 4;
-  const cards = its.slice(0, most).map(row => ({ kind, title: `${row.name} ${one}`, words: row.state.words,
+  const cards = its.slice(0, most).map(row => ({ kind, title: `${row.label} ${one}`, words: row.state.words,
     to: `#/agents/${row.name}` }));
   const rest = its.slice(most);
   if (rest.length) cards.push({ kind, title: `and ${rest.length} more ${more}`,
-    words: rest.slice(0, 4).map(row => row.name).join(", ") + " …", to: "#/agents" });
+    words: rest.slice(0, 4).map(row => row.label).join(", ") + " …", to: "#/agents" });
   return cards;
 }
 

@@ -63,8 +63,8 @@ function agentsCard(rows) {
   const legend = [...counts].map(([kind, number]) => h("span", {}, mark(kind),
     ` ${number} ${look.WORDS[kind][number === 1 ? "one" : "more"]}`));
   const worst = rows.length > CELLS ? rows.slice(0, 8) : rows, said = look.minutesByName(15);
-  const cell = ({ name, state }) => {
-    const title = plain(`${name}: ${state.words}`);
+  const cell = ({ name, label, state }) => {
+    const title = plain(`${label}: ${state.words}`);
     return h("li", {}, h("a", { href: `#/agents/${name}`, class: `cell ${state.kind}`, title, "aria-label": title }));
   };
   const cells = rows.length > CELLS && h("ul", { class: "cells" }, rows.slice(0, 600).map(cell));

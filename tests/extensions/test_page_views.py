@@ -84,6 +84,19 @@ def test_a_filter_knows_words_senders_receivers_and_channels(busy, page):
         page.wait_for_function(f"() => document.querySelectorAll('.message-row').length == {number}")
 
 
+def test_a_name_on_two_channels_is_two_rows_that_differ(bus, page):
+    """Found by a newcomer: two rows `bob`, one of which heard and one of which did not."""
+    ask(bus, "GET", "/recv?to=bob&since=0")
+    send(bus, "ann", "bob", "hello", channel="swarm")
+    show(page, bus)
+    page.wait_for_selector(".trouble-card >> text=swarm/bob does not hear")
+    page.wait_for_function("() => document.querySelectorAll('.agent-row b').length == 3")
+    assert sorted(page.locator(".agent-row b").all_inner_texts()) == ["bob", "swarm/ann", "swarm/bob"]
+    show(page, bus, "#/agents")
+    page.fill("#filter", "swarm/bob")
+    page.wait_for_function("() => document.querySelectorAll('.agent-row').length == 1")
+
+
 def test_a_filter_works_whatever_a_subject_is(bus, page):
     """Who wrote a subject that is no text could have kept a person from finding anything."""
     for number, subject in enumerate([{"toString": 1}, {"valueOf": 1, "toString": {}}, ["x"], 7, True]):
