@@ -6010,8 +6010,8 @@ def invite(arguments: Sequence[str]) -> None:
     secret = secrets.token_urlsafe(32)
     row = token_row(options, secret)
     token = f"{row['id']}_{secret}"
-    for own in [own for own in file.rows() if own["name"] == options.name and not own["revoked"]]:
-        made = time.strftime("%Y-%m-%d", time.gmtime(own["made"]))
+    for own in [own for own in file.rows() if own["name"] == options.name and not over(own)]:
+        made = day(own["made"])
         print(f"{options.name} has the token {own['id']} already, made {made}: this is one more", file=sys.stderr)
     file.change(lambda rows: [*rows, row])
     print_it = words and (partial(words.page_link, row["expires"]) if options.page else words.invitation)
@@ -6106,12 +6106,17 @@ def tokens(arguments: Sequence[str]) -> int:
     for row in (row for row in rows if options.name in (None, row["name"])):
         grants = ["send"] if row["send_only"] else ["send", "read", *(f"read:{each}" for each in row["also"])]
         grants += ["operator"] if row["operator"] else []
-        over = "expired" if (row.get("expires") or math.inf) <= time.time() else ""
-        state = f"revoked {day(row['revoked'])}" if row["revoked"] else over or " ".join(grants)
+        state = over(row) or " ".join(grants)
         state += f" ({shown(row['label'])})" if row.get("label") else ""
         ends = iso(int(row["expires"]) * 1000000) if row.get("expires") else "never"
         print(f"{row['id']:13} {row['name']:20} {day(row['made']):10} {day(used.get(row['id'])):10} {ends:20} {state}")
     return 0
+
+
+def over(row: Row) -> str:
+    """Why the token is not valid any more; empty if it is."""
+    expired = "expired" if (row.get("expires") or math.inf) <= time.time() else ""
+    return f"revoked {day(row['revoked'])}" if row["revoked"] else expired
 
 
 def prune(arguments: Sequence[str]) -> None:

@@ -232,6 +232,10 @@ def open_page(arguments: Sequence[str]) -> int:
     if not url.startswith("http"):
         raise Unknown(f"{url} is a Unix socket, which a browser cannot open: give the bus a port as well")
     print(f"{url}/ui/" + "".join(f"#token={value.split()[-1]}" for value in header.values()))
+    try:
+        client.ask(url, "/healthz", 2)
+    except (client.Refused, client.Unreachable) as fault:
+        client.complain(client.no_bus(url, fault), f"{called()} open")
     return 0
 
 
@@ -394,6 +398,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # nobody reads us any more
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else the interpreter would try again at exit, and complain
         return 0
+    except OSError as error:  # as on a full disk
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        if sys.stderr:
+            print(f"{called()}: {error.filename or 'cannot write the output'}: {error.strerror}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
 

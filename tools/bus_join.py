@@ -306,7 +306,7 @@ def show_next(place: str, file: str, profile: str, mine: "dict[str, str]", other
         say(f"    {which}python3 {shlex.quote(place)}/{words}")
     token = f'"Authorization: Bearer $(sed -n s/^AGENT_BUS_TOKEN=//p {shlex.quote(file)})"'
     say("To give Claude Code the tools of the bus, run this line; other agents take the same URL and header:")
-    say(f"    claude mcp add --transport http bus {url}/mcp --header {token}")
+    say(f"    claude mcp add --scope user --transport http bus {url}/mcp --header {token}")
     if trusted:
         say(f"Start Claude Code with NODE_EXTRA_CA_CERTS={shlex.quote(trusted)}, so that it trusts the bus.")
     say("For hooks too (`install`), this machine needs a clone of agent-bus.")

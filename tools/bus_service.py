@@ -41,7 +41,7 @@ def install_service(options: Sequence[str], dry_run: bool) -> int:
     replace(path, unit)
     tell(f"wrote {path}: with it, the bus starts when you log in")
     if sum(not manage(step) for step in STEPS[sys.platform == "darwin"]["install"]):  # each, for the user sees its line
-        serve = bus_recv.called("bus_server.py", "serve")
+        serve = " ".join([bus_recv.called("bus_server.py", "serve"), *map(shlex.quote, options)])
         complain(f"the file is written, but the bus does not run yet; to run it without a manager of services: {serve}")
         return 1
     for line in AFTERWARDS[sys.platform == "darwin"]:

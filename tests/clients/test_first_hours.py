@@ -222,7 +222,8 @@ def test_a_profile_that_is_none_is_refused_with_the_reason(monkeypatch, capsys):
 
 @pytest.mark.parametrize("call", [
     "bus_recv.py bob --once", "tools/agent_bus.py who", "tools/agent_bus.py log --no-follow",
-    "tools/agent_bus.py inbox bob", "tools/bus_search.py hello",
+    "tools/agent_bus.py inbox bob", "tools/bus_search.py hello", "tools/agent_bus.py help",
+    "tools/agent_bus.py completion zsh", "tools/agent_bus.py version", "tools/agent_bus.py open",
 ])  # fmt: skip
 def test_output_that_cannot_be_written_is_called_that(call, bus, home):
     """Not only `No space left on device`, which sounds like the disk of the bus."""

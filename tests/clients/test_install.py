@@ -378,5 +378,7 @@ def test_a_url_that_is_none_is_refused_and_nothing_is_written(name, how, install
 def test_it_says_which_bus_and_name_a_session_will_have_and_whether_the_bus_answers(install, house, bus):
     said = install("install", "claude", "--url", bus.url, "--name", "alice")
     assert f"the bus is {bus.url}: it answers. The name of a session there is alice\n" in said
+    said = install("install", "claude", "--url", bus.url, AGENT_NAME="zoe")
+    assert "there is zoe if AGENT_NAME is set where it starts; to have it written, give --name zoe\n" in said
     said = install("install", "claude", AGENT_BUS_URL=refusing())
     assert ": it does not answer now (Connection refused). The name of a session there is the title of" in said

@@ -15,7 +15,7 @@ import pytest
 
 from tests.core.test_identity import ask
 from tests.kit.joining import TOKEN, invited, secure, tls, two_keys
-from tests.kit.peers import command
+from tests.kit.peers import command, set_expires
 from tests.kit.processes import PATIENCE, ROOT, Server, no_settings, wait_until
 from tests.kit.terminal import Terminal, machine
 from tools import bus_invite
@@ -137,6 +137,14 @@ def test_a_second_invite_says_that_the_name_has_a_token_already(tmp_path):
         said = command(bus, "invite", "dell")
         assert (f"dell has the token {first} already, made {time.strftime('%Y-')}" in said) == bool(number)
         first = TOKEN.search(said)[0][:12]
+
+
+def test_a_token_that_has_expired_is_no_token_that_the_name_has(tmp_path):
+    bus = Server(tmp_path / "bus.db")
+    first = TOKEN.search(command(bus, "invite", "dell", "--expires", "1d"))[0][:12]
+    set_expires(bus, "dell", int(time.time()) - 60)
+    assert "already" not in command(bus, "invite", "dell")
+    assert re.search(f"^{first} .* expired$", command(bus, "tokens"), re.M)
 
 
 @pytest.mark.parametrize("options, hours", [

@@ -226,7 +226,7 @@ def test_the_last_lines_connect_claude_code_without_a_clone(bus, tmp_path):
     code, out, _ = join(bus, "dell", token, tmp_path / "home", pin=pin)
     line = re.search("^    (claude mcp add .*)$", out, re.M)[1]
     done = subprocess.run(f'claude() {{ printf "%s|" "$@"; }}\n{line}', shell=True, capture_output=True, text=True)
-    told = f"mcp|add|--transport|http|bus|{bus.url}/mcp|--header|Authorization: Bearer {token}|"
+    told = f"mcp|add|--scope|user|--transport|http|bus|{bus.url}/mcp|--header|Authorization: Bearer {token}|"
     assert code == 0 and done.stdout == told
     assert f"NODE_EXTRA_CA_CERTS={tmp_path / 'home'}" in out
 

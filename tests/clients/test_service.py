@@ -92,6 +92,7 @@ def test_without_systemd_the_user_gets_the_line_to_run(house):
     said = install("install", "service", code=1)
     assert line in said and "the bus does not run yet" in said and "the bus runs now" not in said
     assert said.endswith(f"without a manager of services: python3 {ROOT}/bus_server.py\n")
+    assert install("install", "service", "--port", "9000", code=1).endswith("bus_server.py --port 9000\n")
     was = tree(house)
     said = install("uninstall", "service")
     assert was and not tree(house) and "it still does" in said and "stopped the bus" not in said
