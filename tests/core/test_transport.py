@@ -19,6 +19,7 @@ import bus_server
 from bus_server import Listener, tls_context
 from tests.kit.clock import Clock
 from tests.kit.hostile import GET, HOST, WAITING, a_send, head
+from tests.kit.new_keys import FOUND, NewKeys
 from tests.kit.peers import invite, run
 from tests.kit.processes import PATIENCE, Server, wait_until
 from tests.kit.wire import LAST, LATE, a_bus, answers, come_true, heard, statuses
@@ -169,6 +170,17 @@ def test_a_handshake_that_breaks_off_is_no_error(bus, sent, how):
             with contextlib.suppress(OSError):
                 peer.shutdown(socket.SHUT_WR)
                 heard(peer)
+
+
+@pytest.mark.skipif(None in FOUND, reason="libssl makes the new keys")
+@pytest.mark.parametrize("number, answer", [(20, b"HTTP/1.1 200"), (2000, b"")], ids=["some", "a flood"])
+def test_who_sends_nothing_but_new_keys_is_cut_off_before_they_hold_up_the_bus(bus, number, answer):
+    """OpenSSL reads on while such records come, and returns to nobody. A request behind them tells: is it heard?"""
+    peer = NewKeys(bus.port, PATIENCE)
+    with peer.peer:
+        with contextlib.suppress(ConnectionError):  # it may be cut off while it still sends
+            peer.peer.sendall(peer.keys(number) + peer.data(head(GET, HOST)))
+        assert peer.heard()[:12] == answer
 
 
 def speaking(version):
