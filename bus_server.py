@@ -2101,7 +2101,13 @@ def give_to_folder(file: int | str, path: str) -> None:
     """Give a file that root makes beside a database to the owner of the folder: the server must be able to use it."""
     if os.geteuid() == 0:
         folder = os.stat(pathlib.Path(path).parent)
-        os.chown(file, folder.st_uid, folder.st_gid)
+        os.chown(file, folder.st_uid, folder.st_gid, follow_symlinks=isinstance(file, int))
+
+
+def no_link(path: str) -> int:
+    """O_NOFOLLOW where another user may have left a link, which would lead us to what that user may not have; or 0."""
+    folder = os.stat(pathlib.Path(path).parent)
+    return os.O_NOFOLLOW if folder.st_uid != os.geteuid() or folder.st_mode & 0o022 else 0
 
 
 def open_beside(path: str) -> IO[str]:
@@ -6311,7 +6317,8 @@ def restore(arguments: Sequence[str]) -> None:
         raise Unusable(f"there is no file {options.copy}: give the COPY that backup has made")
     with locked(options.db):
         marker = pathlib.Path(restoring(options.db))  # of a restore that was cut off
-        old = marker.read_text() if marker.exists() else f"{options.db}.{wall_clock()}"
+        number = re.findall("[0-9]+$", marker.read_text() if marker.exists() else "") or [wall_clock()]
+        old = f"{options.db}.{number[0]}"
         bus = None if is_front(options.copy) else secrets.token_hex(8)
         messages, files = copy_bus(options.copy, options.db, missing_tokens(options.copy, options.db), old, bus)
     what = f"bus {bus}" if bus else "a front's copy of a ledger"
@@ -6329,7 +6336,8 @@ def copy_bus(source: str, target: str, tokens: list[Row], old: str = "", bus: st
     files = copy_files(source, target)  # after the messages, which point to them
     give_to_folder(new, target)
     if old:
-        pathlib.Path(restoring(target)).write_text(old)
+        with written_anew(restoring(target)) as marker:
+            marker.write(old)
     for suffix in ("", "-wal", "-shm") if old else ():  # so named, they stay one database
         with contextlib.suppress(FileNotFoundError):
             os.rename(target + suffix, old + suffix)
@@ -6353,22 +6361,45 @@ def missing_tokens(copy: str, path: str) -> list[Row]:
 
 def copy_files(source: str, target: str) -> int:
     """Copy the files that the other database lacks; returns how many. A file gets its name when it is complete."""
-    there, copied = pathlib.Path(f"{target}.blobs"), 0
+    copied = 0
     try:
-        for file in pathlib.Path(f"{source}.blobs").glob("?" * 64):
-            if not (there / file.name).exists():
-                there.mkdir(mode=0o700, exist_ok=True)
-                part = there / f"{file.name}.part"
-                with contextlib.suppress(FileNotFoundError):  # retention removed it just now
-                    shutil.copy2(file, part)  # with its age
-                    give_to_folder(str(part), target)
-                    part.replace(there / file.name)
-                    copied += 1
-        if copied:
-            give_to_folder(str(there), target)
+        with contextlib.suppress(FileNotFoundError), opened_folder(f"{source}.blobs") as there:
+            if names := {each for each in os.listdir(there) if len(each) == 64}:
+                with contextlib.suppress(FileExistsError):
+                    os.mkdir(f"{target}.blobs", 0o700)
+                with opened_folder(f"{target}.blobs") as here:
+                    give_to_folder(here, target)
+                    for each in names - {*os.listdir(here)}:
+                        with contextlib.suppress(FileNotFoundError):  # retention removed it just now
+                            copy_file(each, there, here, target)
+                            copied += 1
     except OSError as error:
         raise Unusable(f"cannot copy the files in {source}.blobs: {error.strerror}") from None
     return copied
+
+
+@contextlib.contextmanager
+def opened_folder(path: str) -> Iterator[int]:
+    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | no_link(path))
+    try:
+        yield folder
+    finally:
+        os.close(folder)
+
+
+def copy_file(name: str, there: int, here: int, target: str) -> None:
+    """Copy a file, with its age, from one folder into another. Neither it nor its .part may be a link."""
+    part = f"{name}.part"
+    with os.fdopen(os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=there), "rb") as old:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(part, dir_fd=here)
+        with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600, dir_fd=here), "wb") as new:
+            shutil.copyfileobj(old, new)
+            new.flush()
+            age = os.fstat(old.fileno())
+            os.utime(new.fileno(), ns=(age.st_atime_ns, age.st_mtime_ns))
+            give_to_folder(new.fileno(), target)
+    os.replace(part, name, src_dir_fd=here, dst_dir_fd=here)
 
 
 def copy_database(source: str, target: str, bus: str | None = None) -> int:
@@ -6376,6 +6407,8 @@ def copy_database(source: str, target: str, bus: str | None = None) -> int:
 
     If `bus` is given, it becomes the bus id of the copy.
     """
+    if no_link(source) and os.path.islink(source):
+        raise Unusable(f"{source} is a link where other users may write: give the file that it leads to")
     pathlib.Path(target).unlink(missing_ok=True)
     try:
         with contextlib.closing(read_only(source)) as old, contextlib.closing(sqlite3.connect(target)) as new:
