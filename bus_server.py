@@ -1987,31 +1987,50 @@ class Tls(Plain):
     them held up the whole bus for 4 s.
     """
 
-    __slots__ = ("coming", "dry", "going", "raw", "tls")
+    __slots__ = ("coming", "dry", "going", "queued", "raw", "tls")
     LARGEST, DRY = 18437, 32  # bytes of a record; records without data, of one connection: a handshake has about five
 
     def __init__(self, loop: Loop, sock: socket.socket, protocol: Connection, context: ssl.SSLContext) -> None:
         super().__init__(loop, sock, protocol)
         self.coming, self.going, self.raw, self.dry = ssl.MemoryBIO(), ssl.MemoryBIO(), b"", 0
-        self.tls = context.wrap_bio(self.coming, self.going, server_side=True)
+        self.tls, self.queued = context.wrap_bio(self.coming, self.going, server_side=True), False
+
+    def resume_reading(self) -> None:
+        super().resume_reading()
+        if self.first() and not self.queued:
+            self.queued = True
+            self.protocol.soon(self.read_on)
+
+    def read_on(self) -> None:
+        self.queued = False
+        if self.events & selectors.EVENT_READ:
+            self.read()
+
+    def read(self) -> None:
+        self.open_record() if self.first() else super().read()
 
     def received(self, data: bytes) -> None:
-        self.raw, opened = self.raw + data, list[bytes]()
-        while (size := self.first()) and b"" not in opened:  # b"": the peer has said that it is done
-            self.coming.write(self.raw[:size])
-            self.raw, self.dry = self.raw[size:], self.dry + 1
-            try:
-                opened.append(self.tls.read(self.READ))
-                self.dry -= 1
-            except OSError as error:
-                if not isinstance(error, ssl.SSLWantReadError) or self.dry > self.DRY:
-                    self.loop.soon(self.abort)  # what came before is served
-                    break
+        self.raw += data
+        self.open_record() if data else super().received(data)
+
+    def open_record(self) -> None:
+        """Open one record, if all of it is here. The next one is for the next turn."""
+        size, data = self.first(), None
+        if not size:
+            return
+        self.coming.write(self.raw[:size])
+        self.raw, self.dry = self.raw[size:], self.dry + 1
+        try:
+            data = self.tls.read(self.READ)  # nothing: the peer has said that it is done
+            self.dry -= 1
+        except OSError as error:
+            if not isinstance(error, ssl.SSLWantReadError) or self.dry > self.DRY:
+                self.loop.soon(self.abort)
         super().write(self.going.read())
-        if whole := b"".join(opened):
-            super().received(whole)
-        if not data or b"" in opened:
-            super().received(b"")
+        if data is not None:
+            super().received(data)
+        if self.events & selectors.EVENT_READ:
+            self.resume_reading()
 
     def first(self) -> int:
         """The size of the first record, if all of it is here. What is no record goes to OpenSSL, which refuses it."""

@@ -322,6 +322,23 @@ def is_shaken(guest):
     return True
 
 
+def test_of_many_small_records_that_came_at_once_each_turn_opens_one_or_two(certificate):
+    """A turn is for all connections, and each record costs some microseconds, however little it holds."""
+    grown = []
+
+    def look():
+        grown.append(len(connection.buffer))
+        bus.loop.soon(look)
+
+    with a_door(certificate) as (bus, port), a_guest(port) as guest:
+        (connection,) = bus.door.connections
+        for _ in range(100):
+            guest.send(b"x")
+        bus.loop.soon(look)
+        come_true(lambda: len(connection.buffer) == 100)
+        assert max(after - before for before, after in zip(grown, grown[1:])) <= 2
+
+
 def test_a_client_that_leaves_while_parked_over_tls_behind_other_requests_is_unparked(certificate):
     with a_door(certificate) as (bus, port):
         with a_guest(port) as guest:
