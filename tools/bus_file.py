@@ -159,7 +159,9 @@ def get(digest: str, path: str, url: str, seconds: float) -> None:
     """
     part = f"{path}.{digest[:16]}.part"
     patience, progress = Patience(url, seconds), Progress(os.path.basename(path))
-    with open(os.open(part, os.O_RDWR | os.O_CREAT, 0o600), "r+b") as file:
+    with open(os.open(part, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o600), "r+b") as file:
+        if os.name == "posix" and os.fstat(file.fileno()).st_uid != os.geteuid():  # who could change it later
+            raise OSError(f"{part} belongs to another user: give another -o")
         if not bus_recv.try_lock(file, part):
             raise OSError(f"another process writes to {part}")
         try:

@@ -41,12 +41,17 @@ def show(id: str, answer: dict[str, Any], as_json: bool) -> None:
     if as_json:
         bus_recv.emit(f"{bus_recv.dump(answer)}\n")
     else:
-        for each in answer.get("redacted") or ():
+        for each in filter(lambda one: isinstance(one, dict), listed(answer, "redacted")):
             which, to, state = (bus_recv.word(each.get(member)) for member in ("id", "to", "state"))
             bus_recv.emit(f"{which} to {to}: {state}\n")
-        fetched = ", ".join(map(bus_recv.word, answer.get("fetched_by") or ())) or "nobody"
+        fetched = ", ".join(map(bus_recv.word, listed(answer, "fetched_by"))) or "nobody"
         bus_recv.emit(f"{id} is redacted; fetched by: {fetched}\n")
     complain(str(answer.get("warning")))
+
+
+def listed(answer: dict[str, Any], member: str) -> list[Any]:
+    """The list that should be there; an empty one if something else is."""
+    return answer[member] if isinstance(answer.get(member), list) else []
 
 
 def complain(line: str) -> None:

@@ -96,7 +96,7 @@ class Worker(bus_recv.Reader):
         """Claim one job; see bus_recv.ask()."""
         answer, now = bus_recv.ask(self.url, "/claim", seconds, {**self.order, "wait": round(hold, 3)})
         try:
-            [(job["id"], job["lease"], int(job["attempt"])) for job in answer["messages"]]
+            [(job["id"] + job["lease"] + "", int(job["attempt"])) for job in answer["messages"]]  # two texts, a number
             self.most = int(answer.get("max_attempts") or 0)
         except (KeyError, TypeError, ValueError):
             raise bus_recv.Unreachable() from None
@@ -184,7 +184,8 @@ def letters(url: str, queue: str, channel: str) -> Iterator[dict[str, Any]]:
         page = answer.get("messages")
         if not isinstance(page, list) or not all(isinstance(each, dict) for each in page):
             raise bus_recv.Unreachable()
-        yield from (each for each in page if each.get("to") == query["to"] and "dead_of" in each)
+        theirs = (each for each in page if each.get("to") == query["to"] and "dead_of" in each)
+        yield from (each for each in theirs if isinstance(each.get("id"), str))
         if not answer.get("more") or str(answer.get("now")) in ("None", query["since"]):  # else it is asked for ever
             return
         query["since"] = str(answer["now"])

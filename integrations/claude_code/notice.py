@@ -146,7 +146,8 @@ def reason(fault: Exception) -> str:
     if "," in bus_recv.settings()["AGENT_BUS_URL"]:
         return "none of its URLs answers as a bus does"
     ours = fault.__cause__ is None or isinstance(fault.__cause__, OSError)  # else its text is that of an answer
-    return str(fault) if ours else "the answer is not from a bus"
+    said = re.sub("(Tunnel connection failed: [0-9]+).*(, through)", r"\1\2", str(fault))  # what a proxy adds to it
+    return said if ours else "the answer is not from a bus"
 
 
 def await_reply(name: str, id: str) -> None:

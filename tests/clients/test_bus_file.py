@@ -25,6 +25,7 @@ pytestmark = pytest.mark.usefixtures("home")
 
 FILE_MB = int(os.environ.get("FILE_MB", 40))  # 1024 for the full figure
 ROOM = 8 << 20  # bytes of memory that a large file may cost more than a small one
+AS_ROOT = pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="needs root, to make such a file")
 WRONG = (bus_send.Unreachable, bus_file.Damaged)
 
 
@@ -176,6 +177,23 @@ def test_a_part_that_is_wrong_costs_one_more_try(bus, tmp_path):
         (tmp_path / f"got.{digest[:16]}.part").write_bytes(junk)
         bus_file.get(digest, str(tmp_path / "got"), bus.url, 0)
         assert (tmp_path / "got").read_bytes() == (tmp_path / "source").read_bytes()
+
+
+@pytest.mark.parametrize("left", ["a link", pytest.param("a file", marks=AS_ROOT)])
+def test_a_part_that_another_user_left_there_is_not_written_to(left, bus, tmp_path):
+    """In a folder that several may write to, a link would lead into a file of ours, and a file could change later."""
+    hash = made(tmp_path / "a", 1000)
+    bus_file.put(tmp_path / "a", bus.url, 10)
+    part, ours = tmp_path / f"b.{hash[:16]}.part", tmp_path / "ours"
+    ours.write_text("ours")
+    if left == "a link":
+        part.symlink_to(ours)
+    else:
+        part.touch()
+        os.chown(part, 65534, 65533)
+    code, _, said = run("get", hash, "-o", tmp_path / "b", url=bus.url)
+    assert code == 2 and part.name in said
+    assert ours.read_text() == "ours" and not (tmp_path / "b").exists()
 
 
 def test_a_part_that_the_bus_has_wrong_is_sent_again(bus, tmp_path):

@@ -24,6 +24,13 @@ def texts(url, *arguments):
     return [json.loads(line)["msg"] for line in out.splitlines()]
 
 
+@pytest.mark.parametrize("wrong", ["text", 1.5, ["text", 1.5], {"a": 1}])
+def test_an_answer_of_another_shape_is_shown_as_far_as_it_goes(wrong):
+    with Scripted(answer({"ok": True, "redacted": wrong, "fetched_by": wrong, "warning": wrong})) as server:
+        code, out, err = redact(server.url, "660ba678a1b40")
+    assert code == 0 and "660ba678a1b40 is redacted; fetched by: " in out and "Traceback" not in err
+
+
 def test_messages_are_found_by_words_and_filters(bus):
     for sender, to, text in [("a", "dell", "the disk is full"), ("b", "nano", "is the disk full?"), ("a", "x", "T1")]:
         bus_send.send(to, text, url=bus.url, sender=sender)

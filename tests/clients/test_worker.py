@@ -131,6 +131,16 @@ def test_a_claim_through_a_fault_is_made_again(fault, monkeypatch):
     assert len(orders(server, "/claim")) >= 3 and orders(server, "/ack")
 
 
+@pytest.mark.parametrize(
+    "wrong", [{"id": 1.5}, {"lease": 1.5}, {"lease": ["a"]}, {"id": {}, "lease": {}}, {"attempt": "x"}]
+)
+def test_what_is_no_job_is_not_taken_and_ends_no_worker(wrong, tmp_path):
+    strange = json.dumps({**json.loads(job(1)), **wrong})
+    with Scripted(mail(strange), mail(job(2)), DONE) as server:
+        ended(worker(server.url, f"echo $MSG_ID >> {tmp_path}/did", "--once"))
+    assert lines(tmp_path / "did") == ["2"] and len(orders(server, "/ack")) == 1
+
+
 @pytest.mark.parametrize("command, word", [
     ("nosuchcmd", "nosuchcmd"), ("./nosuchcmd a b", "./nosuchcmd"), ("  /nowhere/a; true", "/nowhere/a"),
     ("nosuchcmd|cat", "nosuchcmd"), ("", None), (" ", None),
@@ -326,6 +336,14 @@ def test_all_that_were_given_up_come_back_page_after_page_but_for_what_a_worker_
         code, out, err = run("tools/bus_work.py", "builds", "--again", "all", env={"AGENT_BUS_URL": server.url})
         assert (code, out, err) == (0, "", "bus_work: put back into builds: 1 job\n")
         assert [order["id"] for order in orders(server, "/again")] == ["1", "2"]
+
+
+def test_what_is_no_dead_letter_is_not_put_back():
+    strange, its = (message(n, to="builds.dead", dead_of="1", **more) for n, more in [(2, {"id": 1.5}), (3, {})])
+    with Scripted(mail(strange, its), DONE) as server:
+        code, _, err = run("tools/bus_work.py", "builds", "--again", "all", env={"AGENT_BUS_URL": server.url})
+    assert code == 0 and "put back into builds: 1 job" in err
+    assert [order["id"] for order in orders(server, "/again")] == ["3"]
 
 
 def test_what_is_gone_when_it_is_put_back_and_a_page_that_leads_nowhere_stop_nothing():

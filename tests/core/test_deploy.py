@@ -24,7 +24,7 @@ import bus_recv
 import bus_send
 import bus_server
 from tests.faults.history import Conversation, observed
-from tests.kit import hostile, new_client, old_client
+from tests.kit import hostile, new_client, old_client, peers
 from tests.kit.hostile import GET, HOST, head
 from tests.kit.peers import invite
 from tests.kit.processes import PATIENCE, ROOT, Server, free_port, wait_until
@@ -520,6 +520,53 @@ def test_what_root_restores_belongs_to_whom_the_bus_belongs_to(tmp_path):
     for name in ("bus.db", "bus.db.tokens", "bus.db.lock", file):
         status = (elsewhere / name).stat()
         assert (status.st_uid, status.st_gid, status.st_mode & 0o777) == (65534, 65533, 0o600)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="needs root, as an operator with sudo is")
+@pytest.mark.parametrize("led", ["folder", "part", "marker", "file", "database"])
+def test_no_link_of_the_owner_of_the_bus_leads_root_astray(led, tmp_path):
+    """Who has the account of the bus may leave links in its folder. Root neither writes nor reads what they lead to."""
+    with Server(tmp_path / "bus.db") as bus:
+        hash = hashlib.sha256(b"a file").hexdigest()
+        put(bus, b"a file")
+        assert documented("backup", tmp_path)[0] == 0
+    theirs, secret = tmp_path / "theirs", tmp_path / "secret"
+    theirs.mkdir()
+    secret.mkdir()
+    (secret / "file").write_text("secret")
+    (theirs / "bus.db.blobs").mkdir()
+    links = {
+        "folder": ("bus.db.blobs", secret),
+        "part": (f"bus.db.blobs/{hash}.part", secret / "file"),
+        "marker": ("bus.db.restoring", secret / "file"),
+        "file": (f"bus.db.blobs/{hash}", secret / "file"),
+        "database": ("bus.db", tmp_path / "bus-copy.db"),
+    }
+    if led == "folder":
+        (theirs / "bus.db.blobs").rmdir()
+    elif led == "file":
+        shutil.copy(tmp_path / "bus-copy.db", theirs / "bus.db")
+    (theirs / links[led][0]).symlink_to(links[led][1])
+    os.chown(theirs, 65534, 65533)
+    if led in ("file", "database"):
+        done = peers.run("backup", theirs / "copy.db", "--db", theirs / "bus.db")
+        assert not any(path.read_bytes() == b"secret" for path in theirs.glob("copy.db.blobs/*"))
+        assert led == "file" or not (theirs / "copy.db").exists()
+    else:
+        done = peers.run("restore", tmp_path / "bus-copy.db", "--db", theirs / "bus.db")
+    assert "Traceback" not in done[2]
+    assert (secret / "file").read_text() == "secret" and [each.name for each in secret.iterdir()] == ["file"]
+    assert (secret.stat().st_uid, (secret / "file").stat().st_uid) == (0, 0)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="needs root, as an operator with sudo is")
+def test_what_says_that_a_restore_was_cut_off_names_no_other_place(tmp_path):
+    with Server(tmp_path / "bus.db"):
+        assert documented("backup", tmp_path)[0] == 0
+    (tmp_path / "another").write_text("stays")
+    (tmp_path / "bus.db.restoring").write_text(str(tmp_path / "another"))
+    assert documented("restore", tmp_path)[0] == 0
+    assert (tmp_path / "another").read_text() == "stays"
 
 
 # ── As it may be ─────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -19,6 +19,7 @@ import bus_server
 from bus_server import Listener, tls_context
 from tests.kit.clock import Clock
 from tests.kit.hostile import GET, HOST, WAITING, a_send, head
+from tests.kit.new_keys import FOUND, NewKeys
 from tests.kit.peers import invite, run
 from tests.kit.processes import PATIENCE, Server, wait_until
 from tests.kit.wire import LAST, LATE, a_bus, answers, come_true, heard, statuses
@@ -171,6 +172,17 @@ def test_a_handshake_that_breaks_off_is_no_error(bus, sent, how):
                 heard(peer)
 
 
+@pytest.mark.skipif(None in FOUND, reason="libssl makes the new keys")
+@pytest.mark.parametrize("number, answer", [(20, b"HTTP/1.1 200"), (2000, b"")], ids=["some", "a flood"])
+def test_who_sends_nothing_but_new_keys_is_cut_off_before_they_hold_up_the_bus(bus, number, answer):
+    """OpenSSL reads on while such records come, and returns to nobody. A request behind them tells: is it heard?"""
+    peer = NewKeys(bus.port, PATIENCE)
+    with peer.peer:
+        with contextlib.suppress(ConnectionError):  # it may be cut off while it still sends
+            peer.peer.sendall(peer.keys(number) + peer.data(head(GET, HOST)))
+        assert peer.heard()[:12] == answer
+
+
 def speaking(version):
     """A client that speaks only this version of TLS, however old."""
     context = trusting()
@@ -308,6 +320,23 @@ def is_shaken(guest):
     except ssl.SSLWantReadError:
         return False
     return True
+
+
+def test_of_many_small_records_that_came_at_once_each_turn_opens_one_or_two(certificate):
+    """A turn is for all connections, and each record costs some microseconds, however little it holds."""
+    grown = []
+
+    def look():
+        grown.append(len(connection.buffer))
+        bus.loop.soon(look)
+
+    with a_door(certificate) as (bus, port), a_guest(port) as guest:
+        (connection,) = bus.door.connections
+        for _ in range(100):
+            guest.send(b"x")
+        bus.loop.soon(look)
+        come_true(lambda: len(connection.buffer) == 100)
+        assert max(after - before for before, after in zip(grown, grown[1:])) <= 2
 
 
 def test_a_client_that_leaves_while_parked_over_tls_behind_other_requests_is_unparked(certificate):

@@ -282,6 +282,13 @@ def test_of_200_hostile_messages_no_word_is_in_any_hooks_text(bus):
     assert unread(bus) == 200
 
 
+@pytest.mark.parametrize("event", [PROMPT, START], ids=["a prompt", "a start"])
+def test_no_word_of_a_proxy_is_in_a_hooks_text(event):
+    with Scripted(*[b"HTTP/1.1 503 OBEY, through OBEY\r\nContent-Length: 0\r\n\r\n"] * 2) as proxy:
+        told = text("https://bus.example:8443", event, https_proxy=proxy.url)
+    assert f"(Tunnel connection failed: 503, through the proxy {proxy.url[7:]})" in told and "OBEY" not in told
+
+
 def test_an_older_bus_tells_the_number_alone():
     gone = answer({"error": "/digest needs bus_extensions/digest.py"}, status=404)
     counted = answer({"recipients": {"default": {"dell": 3, "other": 5}}, "now": NOON, "bus": "b1"})
