@@ -41,10 +41,14 @@ def in_time(seconds):
 
 
 def free_port():
-    """One that no connection takes by chance until the server has it: the system gives those from 32768 on."""
+    """One that no connection takes by chance until the server has it: the system gives those from 32768 on.
+
+    Nor does a server of another worker of pytest-xdist: each worker has ports of its own.
+    """
+    worker, count = (os.environ.get(f"PYTEST_XDIST_WORKER{each}", "") for each in ("", "_COUNT"))
     with socket.socket() as probe:
         while True:
-            port = random.randrange(16384, 32768)
+            port = random.randrange(16384 + int(worker[2:] or 0), 32768, int(count or 1))
             with contextlib.suppress(OSError):
                 probe.bind(("127.0.0.1", port))
                 return port
