@@ -3,7 +3,8 @@ import random
 import subprocess
 import sys
 
-from tests.kit.processes import PATIENCE, ROOT, free_port
+from tests.kit.clock import Clock
+from tests.kit.processes import PATIENCE, ROOT, Standstills, free_port
 
 HANGING = """
 import contextlib
@@ -76,3 +77,15 @@ def test_workers_that_run_at_once_give_their_servers_different_ports(monkeypatch
         monkeypatch.setenv("PYTEST_XDIST_WORKER", worker)
         assert free_port() in of[-1]
     assert len(set.union(*of)) == sum(map(len, of)), "no port is in two of them"
+
+
+def test_a_bound_in_time_is_longer_by_what_the_machine_stood_still_and_by_nothing_else():
+    """A machine whose load is small may stand still for a second, for all that runs on it."""
+    found = Standstills(clock := Clock())
+    for slept in [found.EACH] * 20 + [found.EACH + 3] + [found.EACH] * 20:
+        clock.now += slept
+        found.look()
+    assert found.longer(0.5) == 0.5, "it stood still before"
+    assert round(found.longer(1.5), 6) == 4.5
+    clock.now += found.EACH + found.LEAST + 2  # and it stands still, and its thread has not looked yet
+    assert round(found.longer(0.5), 6) == 2.5
