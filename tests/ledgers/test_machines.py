@@ -83,7 +83,7 @@ def test_a_machine_that_said_nothing_is_asked_last_by_the_next_connection(server
         silent.settimeout(0)
         ledger = opened(url_of(silent.getsockname()[1], server.folder))
         for _ in range(2):
-            _, connection = ledger.open(time.monotonic() + 1)
+            _, connection = ledger.open(time.monotonic() + 4)
             connection.close()
         silent.accept()[0].close()
         with pytest.raises(BlockingIOError):
