@@ -2489,6 +2489,7 @@ def test_a_holder_is_told_who_waits(bus):
     waiting = in_background(lock, bus, bob, name, wait=PATIENCE)
     soon(lambda: bus.get(f"/locks?name={name}")["locks"][0]["waiting"])
     assert bus.post("/renew", **{"from": ann, "fence": fence})["waiting"] == [bob]
+    soon(lambda: bus.texts(ann))
     [told] = bus.recv(ann)["messages"]
     assert (told["from"], told["type"], told["fence"]) == (bob, "lock-wanted", fence) and name in told["msg"]
     bus.post("/unlock", **{"from": ann, "fence": fence})
