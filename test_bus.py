@@ -57,7 +57,7 @@ if sys.version_info < (3, 9) and (needs := "test_bus.py needs Python 3.9 or late
 
 HERE = pathlib.Path(__file__).resolve().parent
 PATIENCE = 20  # s for a client program to finish; a program that takes longer hangs
-QUICK = 2.5  # s in which an answer comes that nobody holds; slower than any network we know
+QUICK = 10  # s in which an answer comes that nobody holds; no hold that it is compared with is shorter than 20 s
 
 
 class Extension(typing.NamedTuple):
@@ -1166,11 +1166,11 @@ def test_a_hold_ends_when_it_said(bus):
 
     def ends_in_time(query):
         seconds, texts = took(bus.texts, fresh(), **query)
-        assert texts == [] and query["wait"] <= seconds + 0.001 and seconds < query["wait"] + 5
+        assert texts == [] and query["wait"] <= seconds + 0.001 and seconds < query["wait"] + QUICK
         return seconds < query["wait"] + 0.2
 
     for query in ({"wait": 0.2}, {"wait": 0.4, "block": "true"}):
-        assert any(ends_in_time(query) for _ in range(3)), "the best counts: a machine that is busy is late"
+        assert any(ends_in_time(query) for _ in range(9)), "the best counts: a machine that is busy is late"
     seconds, texts = took(bus.texts, fresh(), wait=20, block="false")
     assert texts == [] and seconds < QUICK
     for wrong in ({"wait": "soon"}, {"block": "maybe"}, {"max": "many"}):
@@ -2401,11 +2401,15 @@ def test_names_overlap_as_in_a_shell(bus):
 def test_a_reservation_ends_with_its_ttl_and_its_fence_is_stale(bus):
     """24.3 a reservation ends with its ttl unless it is renewed; a new one has a higher fence; a stale one gets 409"""
     ann, bob, lost, kept = fresh("ann"), fresh("bob"), fresh("lost"), fresh("kept")
-    stale, fence = reserved(bus, ann, lost, ttl=1), reserved(bus, ann, kept, ttl=1)
-    assert fence > stale and bus.refused({"from": bob, "fence": fence}, "/renew") == 409
+    stale, other = reserved(bus, ann, lost, ttl=1), reserved(bus, ann, fresh())
+    assert other > stale and bus.refused({"from": bob, "fence": other}, "/renew") == 409
     before = lock(bus, ann, fresh(), ttl=1)[1]["until"]
-    answer = bus.post("/renew", **{"from": ann, "fence": fence, "ttl": 60})
-    assert answer["fence"] == fence and 58e6 < tick(answer["until"]) - tick(before) < 90e6
+    for _ in range(9):  # a machine that stands still may need more than a second between the two
+        fence = reserved(bus, ann, kept, ttl=1)
+        status, answer = bus.json("POST", "/renew", json.dumps({"from": ann, "fence": fence, "ttl": 60}))
+        if status == 200:
+            break
+    assert status == 200 and answer["fence"] == fence and 58e6 < tick(answer["until"]) - tick(before) < 90e6
     newer = reserved(bus, bob, lost, wait=20)
     assert newer > fence and bus.refused({"from": ann, "fence": stale}, "/renew") == 409
     assert lock(bus, bob, kept)[0] == 409
@@ -2485,6 +2489,7 @@ def test_a_holder_is_told_who_waits(bus):
     waiting = in_background(lock, bus, bob, name, wait=PATIENCE)
     soon(lambda: bus.get(f"/locks?name={name}")["locks"][0]["waiting"])
     assert bus.post("/renew", **{"from": ann, "fence": fence})["waiting"] == [bob]
+    soon(lambda: bus.texts(ann))
     [told] = bus.recv(ann)["messages"]
     assert (told["from"], told["type"], told["fence"]) == (bob, "lock-wanted", fence) and name in told["msg"]
     bus.post("/unlock", **{"from": ann, "fence": fence})

@@ -23,7 +23,7 @@ import bus_send
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PATIENCE = 60  # s until we give up
-AFTER = "2s"  # until a worker is reminded; in life it would be an hour
+HOUR, SOON = "1h", "2s"  # until a worker is reminded; in life it would be an hour for both
 
 
 def later(*arguments):
@@ -51,9 +51,9 @@ def main():
     run = os.urandom(4).hex()
     boss, quick, slow = f"boss-{run}", f"quick-{run}", f"slow-{run}"
     reminders = {}
-    for worker in (quick, slow):
+    for worker, after in ((quick, HOUR), (slow, SOON)):
         bus_send.send(worker, "the report, please", sender=boss)
-        given = json.loads(later(worker, "where is the report?", "--from", boss, "--after", AFTER))
+        given = json.loads(later(worker, "where is the report?", "--from", boss, "--after", after))
         reminders[worker] = given["id"]
     next_message(quick)
     bus_send.send(boss, "the report of quick", sender=quick)

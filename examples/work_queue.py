@@ -41,7 +41,7 @@ def do(job):
 
 def worker(queue, name):
     command = f'exec "{sys.executable}" "{os.path.abspath(__file__)}" do'
-    call = [sys.executable, bus_recv.__file__, queue, "--claim", "--lease", "1", "--exec", command]
+    call = [sys.executable, bus_recv.__file__, queue, "--claim", "--lease", "3", "--exec", command]
     return subprocess.Popen(call, env={**os.environ, "AGENT_NAME": name})
 
 

@@ -1,8 +1,10 @@
-"""A test that hangs is told as a failure of that test, whatever it waits for, and the others are run."""
+"""A test that hangs is told as a failure of that test, and the others are run; tests that run at once meet nowhere."""
+import random
 import subprocess
 import sys
 
-from tests.kit.processes import PATIENCE, ROOT
+from tests.kit.clock import Clock
+from tests.kit.processes import PATIENCE, ROOT, Standstills, free_port
 
 HANGING = """
 import contextlib
@@ -64,3 +66,26 @@ def test_a_test_that_hangs_fails_and_those_behind_it_are_run(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=2 * PATIENCE)
     assert "6 failed, 2 passed, 1 error" in done.stdout, done.stdout
     assert done.stdout.count("hangs: not over after 0.3 s") >= 7
+
+
+def test_workers_that_run_at_once_give_their_servers_different_ports(monkeypatch):
+    """Two took the same one now and then: a server has its port some tenths of a second after it was chosen."""
+    monkeypatch.setenv("PYTEST_XDIST_WORKER_COUNT", "3")
+    really, of = random.randrange, []
+    monkeypatch.setattr(random, "randrange", lambda *bounds: of.append({*range(*bounds)}) or really(*bounds))
+    for worker in ("gw0", "gw1", "gw2"):
+        monkeypatch.setenv("PYTEST_XDIST_WORKER", worker)
+        assert free_port() in of[-1]
+    assert len(set.union(*of)) == sum(map(len, of)), "no port is in two of them"
+
+
+def test_a_bound_in_time_is_longer_by_what_the_machine_stood_still_and_by_nothing_else():
+    """A machine whose load is small may stand still for a second, for all that runs on it."""
+    found = Standstills(clock := Clock())
+    for slept in [found.EACH] * 20 + [found.EACH + 3] + [found.EACH] * 20:
+        clock.now += slept
+        found.look()
+    assert found.longer(0.5) == 0.5, "it stood still before"
+    assert round(found.longer(1.5), 6) == 4.5
+    clock.now += found.EACH + found.LEAST + 2  # and it stands still, and its thread has not looked yet
+    assert round(found.longer(0.5), 6) == 2.5

@@ -24,7 +24,8 @@ def listed(agent, *arguments):
 
 
 def test_a_message_is_sent_after_a_time_with_all_that_a_send_has(agent):
-    code, out, err = agent("later", "ann", "Is", "T1", "done?", "--after", "1s", "--subject", "T1", "--ttl", "1h")
+    every = ("later", "ann", "Is", "T1", "done?", "--subject", "T1", "--ttl", "1h", "--after")
+    code, out, err = agent(*every, "2h")
     given = json.loads(out)
     assert (code, err) == (0, "") and given["ok"] and re.fullmatch("[0-9a-f]{16}", given["id"])
     assert listed(agent) == [
@@ -33,8 +34,9 @@ def test_a_message_is_sent_after_a_time_with_all_that_a_send_has(agent):
     ]
     [shown] = [json.loads(line) for line in listed(agent, "--json")]
     assert (shown["message"]["subject"], shown["message"]["ttl"]) == ("T1", 3600)
+    assert agent(*every, "1s")[0] == 0
     wait_until(lambda: texts(agent.bus, "ann") == ["Is T1 done?"])
-    wait_until(lambda: listed(agent) == [])
+    wait_until(lambda: [json.loads(line)["id"] for line in listed(agent, "--json")] == [given["id"]])
 
 
 def test_a_schedule_is_taken_back(agent):

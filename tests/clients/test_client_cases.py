@@ -19,7 +19,7 @@ import bus_send
 import bus_server
 from tests.clients.test_clients import cursors, reader, recv, run, send
 from tests.kit.bad_servers import HTML, NOON, Scripted, answer, drip, mail, message, page, stored
-from tests.kit.processes import PATIENCE, ROOT, wait_until
+from tests.kit.processes import PATIENCE, ROOT, in_time, wait_until
 
 pytestmark = pytest.mark.usefixtures("home")
 
@@ -244,9 +244,9 @@ def test_a_dead_address_costs_a_quarter_of_a_second(two_addresses, home):
     with Scripted(stored(), mail(message(1))) as server:
         url, began = two_addresses(server.url), time.monotonic()
         bus_send.send("dell", "hi", url=url, sender="spark")
-        assert 0.2 < time.monotonic() - began < 1
+        assert 0.2 < time.monotonic() - began < in_time(1)
         assert next(reader(url).messages())["id"] == "1"
-        assert time.monotonic() - began < 2.5
+        assert time.monotonic() - began < in_time(2.5)
 
 
 def test_the_doctor_goes_to_the_address_that_answers(two_addresses, monkeypatch, capsys):
@@ -257,7 +257,7 @@ def test_the_doctor_goes_to_the_address_that_answers(two_addresses, monkeypatch,
         monkeypatch.setenv("AGENT_BUS_PLAIN_HTTP", "1")
         began = time.monotonic()
         bus_doctor.main(["--hold", "0"])
-        assert "ok    tcp" in capsys.readouterr().out and time.monotonic() - began < 5
+        assert "ok    tcp" in capsys.readouterr().out and time.monotonic() - began < in_time(5)
 
 
 def test_an_address_that_refuses_is_passed_at_once_and_a_slow_one_gets_more_time(monkeypatch):

@@ -38,13 +38,14 @@ def start(*arguments, url, **options):
 
 
 def run(*arguments, url, msg=""):
-    """Exit code, stdout, stderr; in this process, because that is faster."""
+    """Exit code, stdout, stderr; in this process, because that is faster. Each message is tried once, with patience."""
     streams = {"stdin": msg, "stdout": "", "stderr": ""}
     for name, text in streams.items():
         streams[name] = io.TextIOWrapper(io.BytesIO(text.encode()), encoding="utf-8")
-    with mock.patch.multiple(sys, **streams), mock.patch.dict(os.environ, AGENT_BUS_URL=url):
+    once = mock.patch.multiple(bus_send, FIRST_PAUSE=9.0 * PATIENCE, LONGEST_PAUSE=9.0 * PATIENCE)
+    with once, mock.patch.multiple(sys, **streams), mock.patch.dict(os.environ, AGENT_BUS_URL=url):
         try:
-            code = bus_outbox.main(["--timeout", "0.2", *arguments])
+            code = bus_outbox.main(["--timeout", str(PATIENCE), *arguments])
         except SystemExit as usage:
             code = usage.code
         sys.stdout.flush()

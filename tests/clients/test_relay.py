@@ -176,7 +176,8 @@ def test_a_signal_ends_it_also_while_the_other_bus_is_away(number, code, buses, 
     assert waiting(a, "bob") == 1
 
 
-def test_with_once_a_bus_that_is_away_ends_it_with_75(buses):
+def test_with_once_a_bus_that_is_away_ends_it_with_75(buses, monkeypatch):
+    monkeypatch.setattr(bus_recv, "HOLD_SECONDS", 0.2)  # s; the time that a bus has to come back
     a, b = buses("a", "b")
     say(a, "spark", "bob", "T1")
     b.kill()

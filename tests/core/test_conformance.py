@@ -66,7 +66,7 @@ def test_a_bus_with_tokens_keeps_its_promises_to_an_operator(tmp_path):
         run = [check for check in CHECKS.values() if not test_bus.reason_to_skip(check, checked)]
         with ThreadPoolExecutor(4) as pool:
             for result in [pool.submit(check, checked) for check in run]:
-                result.result(PATIENCE)
+                result.result(9 * PATIENCE)  # those before it in the pool take their time, too
     open_only = [check for check in CHECKS.values() if getattr(check, "needs", None) == "a bus without tokens"]
     assert checked.me == "op" and CHECKS["5.1"] in run and len(run) == len(CHECKS) - len(open_only)
 

@@ -198,7 +198,7 @@ def test_a_parked_reader_behind_the_proxy_is_woken_by_its_message(closed, front,
         wait_until(online)
         monkeypatch.setenv("AGENT_BUS_TOKEN", closed.tokens["spark"])
         assert bus_send.send("dell", "T1", url=proxy.url)["receiver"]["online"]
-        assert waiting.result(timeout=5)["msg"] == "T1"
+        assert waiting.result(PATIENCE)["msg"] == "T1"
 
 
 @ours

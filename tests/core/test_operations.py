@@ -14,7 +14,7 @@ import pytest
 import bus_server
 from tests.kit import inside
 from tests.kit.peers import log_of, run
-from tests.kit.processes import PATIENCE, ROOT, Server, wait_until
+from tests.kit.processes import PATIENCE, ROOT, Server, in_time, wait_until
 
 
 def send(bus, to="bob", msg="x", **members):
@@ -109,7 +109,7 @@ def test_prune_beside_a_server_of_another_version_is_refused_in_words_at_once(bu
     pathlib.Path(f"{bus.db}.lock").write_text(f"{bus.url}\n{version}")
     began = time.monotonic()
     code, out, err = run("prune", "--older", "0", "--pending", "--db", bus.db)
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < in_time(2)
     assert code == 2 and err.count("\n") == 1
     assert f"the bus at {bus.url} is version {version.strip() or 'before'}" in err
     assert f"this is {bus_server.VERSION}" in err and "removed" not in out

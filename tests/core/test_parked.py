@@ -13,13 +13,15 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.kit.processes import PATIENCE, Server, in_time, wait_until
+from tests.kit.processes import PATIENCE, SERVER, Server, in_time, wait_until
 
 READERS = 10000
 ROUNDS = 4  # crowds that come after the first, at most
 SPARE = 200  # descriptors for all that is not a reader, here and in the bus
-WAVE = 1000  # connections that the bus has not accepted yet, at most; its backlog holds more
-HOLD = 60  # s; the longest there is
+WAVE = 100  # connections of which the bus has read nothing yet, at most; it hangs up on what is above STRANGERS
+ARRAY = 1000  # messages that are sent at once
+HOLD = 900  # s; longer than a slow machine takes for all of it
+PATIENT = SERVER.replace("sys.exit", f"bus_server.HOLD_MAX = bus_server.IDLE_SECONDS = {HOLD}.0; sys.exit")
 IDLE_SECONDS = 5  # a span of real time: Linux counts CPU in hundredths of a second
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc, which only Linux has")
@@ -148,14 +150,15 @@ class Crowd:
             reader.ask(poll(f"reader-{number}"))
             if len(self.readers) % WAVE == 0 or len(self.readers) == count:
                 wait_until(lambda: descriptors(bus.process) == before + len(self.readers))
+                control.exchange(HEALTH)  # it is behind the polls of this wave
         wait_until(lambda: all_read(bus.port))
         control.exchange(HEALTH)  # the bus parks a reader in the step that reads its poll, and this is a later step
 
     def wake(self):
         """Send a message to each; returns what each is told, by name."""
         messages = [{"from": "alice", "to": name, "msg": f"wake up, {name}"} for name in self.readers]
-        for start in range(0, len(messages), WAVE):
-            self.control.exchange(post(messages[start : start + WAVE]))
+        for start in range(0, len(messages), ARRAY):
+            self.control.exchange(post(messages[start : start + ARRAY]))
         names = {reader: name for name, reader in self.readers.items()}
         return {names[reader]: [each["msg"] for each in answer["messages"]] for reader, answer, _ in answers(names)}
 
@@ -186,7 +189,7 @@ def figures(tmp_path_factory):
     count = min(READERS, hard - SPARE)
     if count < READERS:
         warnings.warn(f"only {count} parked readers: {hard} descriptors are allowed here", stacklevel=1)
-    with Server(tmp_path_factory.mktemp("crowd") / "bus.db") as bus:
+    with Server(tmp_path_factory.mktemp("crowd") / "bus.db", program=("-S", "-c", PATIENT)) as bus:
         control = Peer(bus)
         control.exchange(HEALTH)
         empty = footprint(bus.process)

@@ -36,14 +36,22 @@ def test_a_clock_that_was_ahead_for_a_moment_ends_no_token(tmp_path, monkeypatch
         assert len(tokens.valid) == good
 
 
+def replaced(path, text):
+    """At once: the bus would take a file that is still empty for one without tokens."""
+    fresh = path.with_suffix(".fresh")
+    fresh.write_text(text)
+    fresh.replace(path)
+
+
 def test_a_known_token_is_good_while_the_file_is_damaged(bus):
     token = invite(bus, "spark")
     path = pathlib.Path(f"{bus.db}.tokens")
     good = path.read_text()
-    path.write_text("{")
+    wait_until(lambda: ask(bus, "GET", "/recv?to=spark", token=token)[0] == 200)
+    replaced(path, "{")
     wait_until(lambda: "cannot read the tokens" in bus.log.read_text())
     assert ask(bus, "GET", "/recv?to=spark&wait=0.3", token=token)[0] == 200
-    path.write_text(good.replace('"revoked": null', '"revoked": 1'))
+    replaced(path, good.replace('"revoked": null', '"revoked": 1'))
     wait_until(lambda: ask(bus, "GET", "/recv?to=spark", token=token)[0] == 401)
 
 

@@ -9,8 +9,11 @@ import threading
 
 import pytest
 
+from bus_server import PARKED
+from tests.kit.hostile import HOST, head
 from tests.kit.processes import PATIENCE, wait_until
 from tests.kit.queues import ask, background, mail, parked, post, send, state
+from tests.kit.wire import Peer, a_bus, come_true, posted, told
 
 QUESTIONS = int(os.environ.get("QUESTIONS", "100"))
 
@@ -136,19 +139,26 @@ def test_one_who_waits_and_reads_in_one_breath_does_not_break_the_others_who_wai
             peer = peers.enter_context(socket.create_connection(("127.0.0.1", bus.port), PATIENCE))
             peer.sendall(request.encode())
             wait_until(lambda waiting=waiting: parked(bus) == waiting)
-        reader = http.client.HTTPConnection("127.0.0.1", bus.port, timeout=5)
+        reader = http.client.HTTPConnection("127.0.0.1", bus.port, timeout=PATIENCE)
         peers.callback(reader.close)
         for path in ("/recv?to=bob&max=1", "/healthz"):
             reader.request("GET", path)
             assert reader.getresponse().read()
 
 
-def test_who_waits_for_a_message_to_be_fetched_is_told_that_it_was_recalled(bus):
-    ident = send(bus, "bob")
-    with background(state, bus, ident, wait_fetched=1) as waiting:
-        wait_until(lambda: parked(bus) == 1)
-        assert ask(bus, "POST", "/recall", {"id": ident})[0] == 200
-        assert waiting.result() == "recalled"
+def test_who_waits_for_a_message_to_be_fetched_is_told_that_it_was_recalled():
+    """When its hold is over, which is as soon as the test says so."""
+    with a_bus() as bus:
+        sender, watcher = Peer(bus), Peer(bus)
+        sender.says(posted("/send", **{"from": "alice", "to": "bob", "msg": "x"}))
+        ident = told(sender)[1]["id"]
+        watcher.says(head(f"GET /message/{ident}?wait_fetched=20 HTTP/1.1", HOST))
+        come_true(lambda: bus.mailboxes.parked)
+        sender.says(posted("/recall", id=ident))
+        assert told(sender)[0] == 200
+        watcher.connection.wait(PARKED, 0)
+        come_true(lambda: bus.sweep() or watcher.heard)
+        assert told(watcher)[1]["state"] == "recalled"
 
 
 def test_a_sender_can_wait_until_its_message_was_fetched(bus):

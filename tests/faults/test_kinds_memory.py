@@ -204,7 +204,7 @@ def test_what_nobody_reads_has_a_budget(crowded, path):
 
 def stalled(bus, stack, count, path, token=None, source=None):
     """Connections whose body of 256 KiB lacks its last bytes."""
-    peers = [stack.enter_context(Peer(bus, token, patience=5, source=source)) for _ in range(count)]
+    peers = [stack.enter_context(Peer(bus, token, source=source)) for _ in range(count)]
     for peer in peers:
         with contextlib.suppress(OSError):  # it was refused before the body came
             peer.sock.sendall(peer.request("POST", path, b"x" * 262_144)[:-100])
@@ -402,7 +402,7 @@ def test_names_have_a_budget(tmp_path, way):
         assert known.status == 200 or "faster" in known.json["error"], "what is known already goes on"
         # It has a budget of its own. That of bob, as a reader, may be used up for a moment.
         other = [each or b"" for each in way(NAMES + 1)]
-        wait_until(lambda: ask(bus, *other, source="127.0.0.77").status == 200, 3)
+        wait_until(lambda: ask(bus, *other, source="127.0.0.77").status == 200)
 
 
 def test_on_a_closed_bus_each_token_has_its_own_budget_of_names(tmp_path):
@@ -463,7 +463,7 @@ def test_a_read_of_a_new_name_leaves_no_row_and_is_gone_after_ten_minutes(tmp_pa
             assert ask(bus, "GET", f"/recv?to=looked-{number}&since=0").status == 200
         assert ask(bus, "GET", "/recv?to=held&since=0&wait=0.1").status == 200
         assert ask(bus, "GET", f"/recv?to=presented&since={int(known, 16) / 1e6:.6f}").status == 200
-        wait_until(lambda: {("default", "held"), ("default", "presented")} <= set(rows(bus)), 5)
+        wait_until(lambda: {("default", "held"), ("default", "presented")} <= set(rows(bus)))
         names = {own for _, own in rows(bus)}
         assert not {own for own in names if own.startswith("looked")}, names
         listed = {each["name"] for each in ask(bus, "GET", "/agents").json["agents"]}
@@ -475,7 +475,7 @@ def test_a_read_of_a_new_name_leaves_no_row_and_is_gone_after_ten_minutes(tmp_pa
             listed = {each["name"] for each in ask(bus, "GET", "/agents").json["agents"]}
             return not {each for each in listed if each.startswith("looked")}
 
-        wait_until(forgotten, 5)
+        wait_until(forgotten)
         listed = {each["name"] for each in ask(bus, "GET", "/agents").json["agents"]}
         assert {"held", "presented"} <= listed
 
@@ -485,14 +485,14 @@ def test_a_row_without_mail_and_without_a_poll_for_as_long_as_mail_is_kept_goes(
     with moved.bus as bus:
         stored(bus, "written-to")
         assert ask(bus, "GET", "/recv?to=held&since=0&wait=0.1").status == 200
-        wait_until(lambda: {("default", "held"), ("default", "written-to")} <= set(rows(bus)), 5)
+        wait_until(lambda: {("default", "held"), ("default", "written-to")} <= set(rows(bus)))
         for step in range(1, 9):  # no step is a jump of more than an hour
             moved.go(step * 1200)
             moved.looks(1)
         ask(bus, "GET", "/recv?to=lively&since=0&wait=0.1")
-        wait_until(lambda: ("default", "held") not in rows(bus), 5)
+        wait_until(lambda: ("default", "held") not in rows(bus))
         assert ("default", "written-to") in rows(bus), "its reader, who comes one day, must be told of a gap"
-        wait_until(lambda: ("default", "lively") in rows(bus), 5)
+        wait_until(lambda: ("default", "lively") in rows(bus))
         assert post(bus, "held").json["receiver"] == {**post(bus, "never-seen").json["receiver"]}
 
 

@@ -191,10 +191,10 @@ def test_descriptors_are_taken_from_who_has_most(tmp_path, which):
         resource.prlimit(bus.process.pid, resource.RLIMIT_NOFILE, (most, most))
         method, path, body = WAITING[which]
         for _ in range(most + 20):
-            peer = stack.enter_context(Peer(bus, mal, patience=5))
+            peer = stack.enter_context(Peer(bus, mal))
             request = peer.request(method, path.replace("ID", one), body)
             peer.sock.sendall(request[:-10] if which == "half a body" else request)
-        reply = ask(bus, "POST", "/send", {"to": "ann", "msg": "hello"}, token=ann, patience=5)
+        reply = ask(bus, "POST", "/send", {"to": "ann", "msg": "hello"}, token=ann)
         assert reply.status == 200
         assert [each["msg"] for each in waits.answer().json["messages"]] == ["hello"]
         assert bus.process.poll() is None

@@ -79,7 +79,7 @@ def test_files_beside_somebody_who_makes_and_removes_them(tmp_path, what):
                     requests.append(("PUT", data[1000:], {"Content_Range": "bytes 1000-2999/3000"}))
                     requests.append(("PUT", data[:1000], {"Content_Range": "bytes 0-999/3000"}))
                     for method, body, fields in requests:
-                        with Peer(bus, patience=3) as peer:
+                        with Peer(bus) as peer:
                             status = peer.send(method, f"/blob/{name}", body, **fields).outcome()
                         count += 1
                         if status in (None, 500) or (status == 0 and method == "PUT"):
@@ -349,7 +349,7 @@ def test_a_start_with_a_clock_that_is_wrong_removes_nothing(tmp_path):
         moved.go(31 * 86400 + 1900)
         moved.looks(2)
         moved.go(31 * 86400 + 3700)
-        wait_until(lambda: kept(bus) == [], 5)
+        wait_until(lambda: kept(bus) == [])
 
 
 def test_a_clock_that_was_right_after_all_is_believed_after_an_hour(tmp_path):
@@ -365,4 +365,4 @@ def test_a_clock_that_was_right_after_all_is_believed_after_an_hour(tmp_path):
         moved.looks(2)
         assert kept(bus) == ["message"]
         moved.go(31 * 86400 + 3700)
-        wait_until(lambda: kept(bus) == [], 5)
+        wait_until(lambda: kept(bus) == [])

@@ -61,6 +61,15 @@ def project(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "project")
 
 
+PROGRAM = [HOOK]
+
+
+def changed(monkeypatch, lines):
+    """From now on these lines run before the hook, in its process."""
+    text = f"import sys; sys.path.insert(0, {FOLDER!r}); import bus_hook, quick; {lines}; sys.exit(bus_hook.main())"
+    monkeypatch.setitem(globals(), "PROGRAM", ["-c", text])
+
+
 class Ended(NamedTuple):
     code: int
     out: str
@@ -69,7 +78,7 @@ class Ended(NamedTuple):
 
 
 def started(*arguments, stdout=subprocess.PIPE, **env):
-    command = [sys.executable, "-IS", HOOK, *arguments]
+    command = [sys.executable, "-IS", *PROGRAM, *arguments]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, env={**os.environ, **env}, stdin=pipe, stdout=stdout, stderr=pipe, text=True)
 

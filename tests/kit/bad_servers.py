@@ -221,4 +221,6 @@ class Scripted:
         return self
 
     def __exit__(self, *_):
+        with contextlib.suppress(OSError):  # else its thread waits on for a connection, and gets one
+            self.listener.shutdown(socket.SHUT_RDWR)
         self.listener.close()

@@ -1,4 +1,5 @@
 """Real processes for the tests: a bus server that can be killed and started again, and a wait for facts."""
+import collections
 import contextlib
 import os
 import pathlib
@@ -7,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 
@@ -35,16 +37,57 @@ def wait_until(fact, patience=PATIENCE):
     return value
 
 
+class Standstills:
+    """When this process did not run though it wanted to: a thread of it looks at the clock now and then."""
+
+    EACH, LEAST = 0.05, 0.02  # s between two looks; what is later than that by less is usual
+
+    def __init__(self, clock=time.monotonic):
+        self.clock, self.last = clock, clock()
+        self.found = collections.deque(maxlen=1000)  # (when it ran again, how many s later than it wanted)
+
+    def look(self):
+        now = self.clock()
+        if now - self.last > self.EACH + self.LEAST:
+            self.found.append((now, now - self.last - self.EACH))
+        self.last = now
+
+    def run(self, sleep=time.sleep):
+        while True:
+            sleep(self.EACH)
+            self.look()
+
+    def longer(self, seconds):
+        """The s until now in which it ran for so many."""
+        now = self.clock()
+        for when, late in [(now, now - self.last - self.EACH - self.LEAST), *reversed(list(self.found))]:
+            if now - when > seconds:
+                break
+            seconds += max(late, 0)
+        return seconds
+
+
+STANDSTILLS = Standstills()
+threading.Thread(target=STANDSTILLS.run, daemon=True).start()
+
+
 def in_time(seconds):
-    """A bound for a machine that is not busy, as a bound for this one: longer where more runs than there are cores."""
-    return seconds * max(1, os.getloadavg()[0] / (os.cpu_count() or 1))
+    """A bound for a machine that is not busy, as a bound for this one, for what is just over.
+
+    It is longer where more runs than there are cores, and by as long as the machine stood still meanwhile.
+    """
+    return STANDSTILLS.longer(seconds * max(1, os.getloadavg()[0] / (os.cpu_count() or 1)))
 
 
 def free_port():
-    """One that no connection takes by chance until the server has it: the system gives those from 32768 on."""
+    """One that no connection takes by chance until the server has it: the system gives those from 32768 on.
+
+    Nor does a server of another worker of pytest-xdist: each worker has ports of its own.
+    """
+    worker, count = (os.environ.get(f"PYTEST_XDIST_WORKER{each}", "") for each in ("", "_COUNT"))
     with socket.socket() as probe:
         while True:
-            port = random.randrange(16384, 32768)
+            port = random.randrange(16384 + int(worker[2:] or 0), 32768, int(count or 1))
             with contextlib.suppress(OSError):
                 probe.bind(("127.0.0.1", port))
                 return port
@@ -62,7 +105,7 @@ def run_checks(url, **env):
     theirs = {name: value for name, value in os.environ.items() if not name.startswith(("AGENT_", "BUS_"))}
     command = [sys.executable, str(ROOT / "test_bus.py")]
     env = {**theirs, "BUS_URL": url, **env}
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=90)
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=18 * PATIENCE)
 
 
 def runs(pid):

@@ -12,17 +12,17 @@ import pytest
 
 import bus_recv
 import bus_send
-from tests.kit.processes import Server, no_settings
+from tests.kit.processes import PATIENCE, Server, no_settings
 from tools import bus_relay
 
 
 @pytest.fixture(autouse=True)
 def home(tmp_path, monkeypatch):
-    """No setting of whoever runs the tests; profiles and cursors of each test's own; nothing waits for long."""
+    """No setting of whoever runs the tests; profiles and cursors of each test's own; time for a bus to answer."""
     no_settings(monkeypatch)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     monkeypatch.setenv("AGENT_BUS_STATE_DIR", str(tmp_path / "state"))
-    monkeypatch.setattr(bus_recv, "HOLD_SECONDS", 0.2)
+    monkeypatch.setattr(bus_recv, "HOLD_SECONDS", float(PATIENCE))
     (tmp_path / "config" / "agent-bus").mkdir(parents=True)
     return tmp_path
 
