@@ -2129,6 +2129,11 @@ def no_link(path: str) -> int:
     return os.O_NOFOLLOW if folder.st_uid != os.geteuid() or folder.st_mode & 0o022 else 0
 
 
+def check_is_no_link(path: str) -> None:
+    if no_link(path) and os.path.islink(path):
+        raise Unusable(f"{path} is a link where other users may write: put there what it leads to")
+
+
 def open_beside(path: str) -> IO[str]:
     """Open a file beside the database; make it if there is none. Never follow a link that another user left there."""
     pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -2876,7 +2881,7 @@ class Remove(Operation):
         return reached
 
     def found(self, state: State, now: Now) -> tuple[int | None, list[Any]]:
-        """How far this slice comes, and the rows that go. Few are taken: Python may wait for its turn at each one."""
+        """How far this slice comes, and the rows that go: no others, as Python may wait for its lock at each row."""
         some = "SELECT tick FROM messages WHERE tick > ? AND tick < ? ORDER BY tick LIMIT ?"
         looked = self.above, self.before, self.slice * LOOKED_PER_REMOVED
         (reached,) = state.writing.execute(f"SELECT max(tick) FROM ({some})", looked).fetchone()
@@ -6347,15 +6352,25 @@ def restore(arguments: Sequence[str]) -> None:
     if not is_there(options.copy):
         raise Unusable(f"there is no file {options.copy}: give the COPY that backup has made")
     with locked(options.db):
-        marker = pathlib.Path(restoring(options.db))  # of a restore that was cut off
-        number = re.findall("[0-9]+$", marker.read_text() if marker.exists() else "") or [wall_clock()]
-        old = f"{options.db}.{number[0]}"
+        old = f"{options.db}.{cut_off(options.db) or wall_clock()}"
         bus = None if is_front(options.copy) else secrets.token_hex(8)
         messages, files = copy_bus(options.copy, options.db, missing_tokens(options.copy, options.db), old, bus)
     what = f"bus {bus}" if bus else "a front's copy of a ledger"
     print(f"{options.db} is {what} now, with {messages} messages; {files} files were missing, and came back")
     if os.path.exists(old):
         print(f"the database that was there before is now {old}")
+
+
+def cut_off(path: str) -> str:
+    """What the name of the old database ends with, if a restore was cut off. No link is followed, and no pipe read."""
+    try:
+        file = os.open(restoring(path), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return ""
+    except OSError as error:
+        raise Unusable(f"{restoring(path)} is of no restore: remove it ({error.strerror})") from None
+    with os.fdopen(file, "rb") as marker:
+        return "".join(re.findall("[0-9]+$", marker.read(64).decode("ascii", "replace")))
 
 
 def copy_bus(source: str, target: str, tokens: list[Row], old: str = "", bus: str | None = None) -> tuple[int, int]:
@@ -6368,7 +6383,7 @@ def copy_bus(source: str, target: str, tokens: list[Row], old: str = "", bus: st
     give_to_folder(new, target)
     if old:
         with written_anew(restoring(target)) as marker:
-            marker.write(old)
+            marker.write(old.rpartition(".")[2])
     for suffix in ("", "-wal", "-shm") if old else ():  # so named, they stay one database
         with contextlib.suppress(FileNotFoundError):
             os.rename(target + suffix, old + suffix)
@@ -6393,8 +6408,10 @@ def missing_tokens(copy: str, path: str) -> list[Row]:
 def copy_files(source: str, target: str) -> int:
     """Copy the files that the other database lacks; returns how many. A file gets its name when it is complete."""
     copied = 0
+    if not os.path.lexists(f"{source}.blobs"):
+        return 0
     try:
-        with contextlib.suppress(FileNotFoundError), opened_folder(f"{source}.blobs") as there:
+        with opened_folder(f"{source}.blobs") as there:
             if names := {each for each in os.listdir(there) if len(each) == 64}:
                 with contextlib.suppress(FileExistsError):
                     os.mkdir(f"{target}.blobs", 0o700)
@@ -6405,12 +6422,14 @@ def copy_files(source: str, target: str) -> int:
                             copy_file(each, there, here, target)
                             copied += 1
     except OSError as error:
-        raise Unusable(f"cannot copy the files in {source}.blobs: {error.strerror}") from None
+        which = error.filename or ""
+        raise Unusable(f"cannot copy the files in {source}.blobs: {which}: {error.strerror}") from None
     return copied
 
 
 @contextlib.contextmanager
 def opened_folder(path: str) -> Iterator[int]:
+    check_is_no_link(path)
     folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | no_link(path))
     try:
         yield folder
@@ -6438,8 +6457,7 @@ def copy_database(source: str, target: str, bus: str | None = None) -> int:
 
     If `bus` is given, it becomes the bus id of the copy.
     """
-    if no_link(source) and os.path.islink(source):
-        raise Unusable(f"{source} is a link where other users may write: give the file that it leads to")
+    check_is_no_link(source)
     pathlib.Path(target).unlink(missing_ok=True)
     try:
         with contextlib.closing(read_only(source)) as old, contextlib.closing(sqlite3.connect(target)) as new:

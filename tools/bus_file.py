@@ -159,9 +159,7 @@ def get(digest: str, path: str, url: str, seconds: float) -> None:
     """
     part = f"{path}.{digest[:16]}.part"
     patience, progress = Patience(url, seconds), Progress(os.path.basename(path))
-    with open(os.open(part, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o600), "r+b") as file:
-        if os.name == "posix" and os.fstat(file.fileno()).st_uid != os.geteuid():  # who could change it later
-            raise OSError(f"{part} belongs to another user: give another -o")
+    with opened_part(part) as file:
         if not bus_recv.try_lock(file, part):
             raise OSError(f"another process writes to {part}")
         try:
@@ -185,6 +183,19 @@ def get(digest: str, path: str, url: str, seconds: float) -> None:
             if os.path.getsize(part) == 0 and digest != NOTHING:
                 os.unlink(part)
     os.replace(part, path)
+
+
+def opened_part(part: str) -> IO[bytes]:
+    """This file, made if need be. OSError if it is a link or another user's, who could change it later."""
+    flags = os.O_RDWR | getattr(os, "O_NOFOLLOW", 0)
+    try:
+        return open(os.open(part, flags | os.O_CREAT | os.O_EXCL, 0o600), "r+b")
+    except FileExistsError:
+        number = os.open(part, flags)
+    if os.name == "posix" and os.fstat(number).st_uid != os.geteuid():
+        os.close(number)
+        raise OSError(f"{part} belongs to another user: give another -o")
+    return open(number, "r+b")
 
 
 def download(url: str, digest: str, at: int, progress: Progress) -> Iterator[bytes]:
@@ -316,7 +327,7 @@ def place_of(path: str, digest: str) -> str:
     """The file to write: in a folder, one with the name of the hash. ValueError if something else is there."""
     path = os.path.join(path, digest) if os.path.isdir(path) else path
     if path == "-" or (os.path.lexists(path) and not os.path.isfile(path)):  # a device, a pipe: it would be replaced
-        raise ValueError(f"{path} is not a file: give -o a path where no file is, or a folder")
+        raise ValueError(f"{path} is no plain file, and stays as it is: give -o another path, or a folder")
     if os.path.isfile(path):
         with open(path, "rb") as file:
             if hashed(file).hexdigest() != digest:

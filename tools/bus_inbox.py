@@ -164,9 +164,9 @@ def show(box: Inbox, as_json: bool) -> int:
         return 3
     number, ack = f"{len(mail)}{' or more' if more else ''}", bus_recv.called("agent_bus.py ack", "ack")
     if its := queue_of(box):
-        shown, waiting, taken = bus_recv.word(box.names[0]), its["unread"], its["work"]["in_hand"]
-        complain(f"{shown} is a queue, and this is all of it: {waiting} wait for a worker, {taken} are in hand, "
-                 "the others are done")  # fmt: skip
+        which, jobs = "the oldest of its messages" if more else "its messages", its["work"]
+        complain(f"{box.names[0]} is a queue, and these are {which}. Of all, {its['unread']} wait for a worker, "
+                 f"{jobs['in_hand']} are in hand, {jobs['dead']} were given up; the others are done")  # fmt: skip
         return 0
     on = "" if box.channel == bus_recv.settings().get("AGENT_BUS_CHANNEL", "default") else f" --channel {box.channel}"
     whose = f"{label(mail[-1])} {box.names[0]}{on}"
@@ -179,7 +179,8 @@ def queue_of(box: Inbox) -> dict[str, Any] | None:
     query = urlencode({"name": box.names[0], "channel": box.channel})
     with contextlib.suppress(bus_recv.Refused, bus_recv.Unreachable, LookupError, TypeError, AttributeError):
         agents = bus_recv.ask(box.url, f"/agents?{query}", bus_recv.GRACE_SECONDS)[0]["agents"]
-        return next((agent for agent in agents if "in_hand" in agent["work"] and "unread" in agent), None)
+        its = (agent for agent in agents if (agent["name"], agent["channel"]) == (box.names[0], box.channel))
+        return next((agent for agent in its if {"in_hand", "dead"} <= {*agent["work"]} and "unread" in agent), None)
     return None
 
 

@@ -75,7 +75,7 @@ def session(options: argparse.Namespace) -> str:
     given = bus_recv.settings(options.url)
     url, name = given["AGENT_BUS_URL"], options.name or given.get("AGENT_NAME")
     who = name or ("what its token says" if options.http else "the title of the session, or its folder")
-    if name == os.environ.get("AGENT_NAME") and not (options.name or options.http):
+    if name and name == os.environ.get("AGENT_NAME") and not (options.name or options.http):
         who += f" if AGENT_NAME is set where it starts; to have it written, give --name {name}"
     try:
         bus_recv.ask(url, "/healthz", ANSWER_SECONDS)

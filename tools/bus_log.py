@@ -109,15 +109,17 @@ class Observer(bus_recv.Reader):
         """
         end, back = float(self.once()["now"]), 1
         told, self.announce = self.announce, lambda line: None  # of a gap in what is only looked through
-        while True:
-            kept, start = deque[Any](maxlen=number), max(end - back, 0)
-            self.cursor.move(f"{start:.6f}")
-            for answer in self.pages():
-                kept.extend(answer["messages"])
-            if len(kept) == number or not start:
-                self.announce = told
-                return {**answer, "messages": list(kept)}
-            back *= 8
+        try:
+            while True:
+                kept, start = deque[Any](maxlen=number), max(end - back, 0)
+                self.cursor.move(f"{start:.6f}")
+                for answer in self.pages():
+                    kept.extend(answer["messages"])
+                if len(kept) == number or not start:
+                    return {**answer, "messages": list(kept)}
+                back *= 8
+        finally:
+            self.announce = told
 
 
 # A message as people see it

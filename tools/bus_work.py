@@ -96,7 +96,9 @@ class Worker(bus_recv.Reader):
         """Claim one job; see bus_recv.ask()."""
         answer, now = bus_recv.ask(self.url, "/claim", seconds, {**self.order, "wait": round(hold, 3)})
         try:
-            [(job["id"] + job["lease"] + "", int(job["attempt"])) for job in answer["messages"]]  # two texts, a number
+            for job in answer["messages"]:
+                if not (isinstance(job["id"], str) and isinstance(job["lease"], str) and int(job["attempt"])):
+                    raise TypeError
             self.most = int(answer.get("max_attempts") or 0)
         except (KeyError, TypeError, ValueError):
             raise bus_recv.Unreachable() from None

@@ -344,7 +344,8 @@ def test_what_is_no_file_is_not_replaced_by_one(what, bus, tmp_path):
         place.symlink_to(tmp_path / "nowhere" / "x")
     was = [(path, path.lstat().st_mode) for path in sorted(tmp_path.iterdir())]
     code, out, err = run("get", digest, "-o", what if what == "-" else place, url=bus.url)
-    assert (code, out, err.count("\n")) == (2, "", 1) and "is not a file: give -o a path where no file is" in err
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "is no plain file, and stays as it is: give -o another path" in err
     assert [(path, path.lstat().st_mode) for path in sorted(tmp_path.iterdir())] == was
 
 

@@ -43,8 +43,10 @@ def test_the_inbox_of_a_queue_says_that_it_is_one_and_what_is_left_to_do(agent):
     bus_recv.ask(agent.url, "/ack", 5, {"id": job["id"], "lease": job["lease"]})
     code, out, err = agent("inbox", "builds")
     assert code == 0 and out.count("---\n") == 3
-    assert "builds is a queue, and this is all of it: 1 wait for a worker, 1 are in hand, the others are done\n" in err
-    assert "ack" not in err and "unread" not in err
+    told = "Of all, 1 wait for a worker, 1 are in hand, 0 were given up; the others are done\n"
+    assert err.endswith(f"builds is a queue, and these are its messages. {told}")
+    mails(agent.url, *map(str, range(100)), to="builds")
+    assert "these are the oldest of its messages. Of all, 101 wait for" in agent("inbox", "builds")[2]
 
 
 def test_ack_marks_as_read_up_to_an_id_and_the_bus_knows(agent):

@@ -382,3 +382,4 @@ def test_it_says_which_bus_and_name_a_session_will_have_and_whether_the_bus_answ
     assert "there is zoe if AGENT_NAME is set where it starts; to have it written, give --name zoe\n" in said
     said = install("install", "claude", AGENT_BUS_URL=refusing())
     assert ": it does not answer now (Connection refused). The name of a session there is the title of" in said
+    assert "the title of the session, or its folder\n" in said

@@ -522,6 +522,31 @@ def test_what_root_restores_belongs_to_whom_the_bus_belongs_to(tmp_path):
         assert (status.st_uid, status.st_gid, status.st_mode & 0o777) == (65534, 65533, 0o600)
 
 
+def test_a_bus_in_a_folder_whose_name_is_not_ascii_is_restored(tmp_path):
+    folder = tmp_path / "jürgen"
+    folder.mkdir()
+    for number in range(2):
+        copy = tmp_path / f"copy-{number}.db"
+        with Server(folder / "bus.db"):
+            assert peers.run("backup", copy, "--db", folder / "bus.db")[0] == 0
+        assert peers.run("restore", copy, "--db", folder / "bus.db")[0] == 0
+    assert not [each for each in folder.iterdir() if each.suffix in (".new", ".restoring")]
+
+
+@pytest.mark.parametrize("command", ["backup", "restore"])
+def test_files_that_have_no_place_to_go_to_are_not_left_out_in_silence(command, tmp_path):
+    """As on a disk that is not mounted: a link to it leads to nothing."""
+    with Server(tmp_path / "bus.db") as bus:
+        put(bus, b"a file")
+        assert documented("backup", tmp_path)[0] == 0
+        target = {"backup": tmp_path / "to" / "copy.db", "restore": tmp_path / "to" / "bus.db"}[command]
+        target.parent.mkdir()
+        (target.parent / f"{target.name}.blobs").symlink_to(tmp_path / "unmounted")
+        copies = {"backup": (target, "--db", bus.db), "restore": (tmp_path / "bus-copy.db", "--db", target)}
+        code, _, err = peers.run(command, *copies[command])
+    assert code == 2 and f"{target}.blobs" in err and err.count("\n") == 1
+
+
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="needs root, as an operator with sudo is")
 @pytest.mark.parametrize("led", ["folder", "part", "marker", "file", "database"])
 def test_no_link_of_the_owner_of_the_bus_leads_root_astray(led, tmp_path):

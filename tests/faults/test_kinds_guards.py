@@ -100,7 +100,7 @@ def periodic(bus):
 
 
 def goes_on(bus, names):
-    """Everything that is periodic is called again; what is not, or nothing."""
+    """The names of what is periodic and is not called again."""
     before, stuck = bus.told()["calls"], []
 
     def all_came():

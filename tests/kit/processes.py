@@ -71,12 +71,17 @@ STANDSTILLS = Standstills()
 threading.Thread(target=STANDSTILLS.run, daemon=True).start()
 
 
-def in_time(seconds):
-    """A bound for a machine that is not busy, as a bound for this one, for what is just over.
+def in_cpu(seconds):
+    """A bound of CPU time for a machine that is not busy, as a bound for this one."""
+    return seconds * max(1, os.getloadavg()[0] / (os.cpu_count() or 1))
 
-    It is longer where more runs than there are cores, and by as long as the machine stood still meanwhile.
+
+def in_time(seconds):
+    """A bound for a machine that is not busy, as a bound for this one, for what is just over in another process.
+
+    It is longer where more runs than there are cores, and by as long as this process, so the machine, stood still.
     """
-    return STANDSTILLS.longer(seconds * max(1, os.getloadavg()[0] / (os.cpu_count() or 1)))
+    return STANDSTILLS.longer(in_cpu(seconds))
 
 
 def free_port():
