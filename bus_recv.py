@@ -221,7 +221,7 @@ class Reader:
         if "gap" in answer:
             found = re.findall(r"[0-9]{1,10}(?:\.[0-9]{1,9})?", dump(answer["gap"]))[:2]
             ends = " to ".join(map(iso, found))
-            self.announce(f"messages were removed from the bus before they were read: {ends}")
+            self.announce(f"messages are no longer on the bus: {ends}")
         return answer
 
     def check_times(self, answer: dict[str, Any]) -> None:
@@ -1081,7 +1081,8 @@ def main(argv: list[str] | None = None) -> int:
     since = "go on from X, also next time: 1h (ago), a time (2026-12-01T09:00Z), an id, now, last (saved cursor)"
     cli.add_argument("--since", metavar="X", help=since)
     cli.add_argument("--channel", metavar="C", help="the channel ($AGENT_BUS_CHANNEL, or 'default')")
-    cli.add_argument("--exec", metavar="CMD", help="run CMD for each message: JSON on stdin, MSG_FROM ... as variables")
+    fields = "MSG_FROM, MSG_ID, MSG_TO, MSG_SUBJECT, MSG_TYPE ..."
+    cli.add_argument("--exec", metavar="CMD", help=f"run CMD for each message: JSON on stdin, {fields} as variables")
     cli.add_argument("--tries", type=count, default=5, metavar="N", help="put a message in a file after N failures (5)")
     cli.add_argument("--read", metavar="ID", help="print this message whole, and end: it stays unread")
     cli.add_argument("--bus", type=profile, metavar="PROFILE", help="the bus in ~/.config/agent-bus/PROFILE.env")
@@ -1160,7 +1161,9 @@ def listen(options: Any) -> int:
     reader.leaves = paced and not options.once and options.since is None
     timeout = HOLD_SECONDS if options.once and options.timeout is None else options.timeout
     greets = [] if options.once or timeout == 0 else [complain]
-    greeting, writes = f"listening as {', '.join(reader.names)} on {reader.url}", bool(sys.stdout and not options.exec)
+    on = "" if reader.channel == "default" else f" on the channel {reader.channel} of"
+    greeting = f"listening as {', '.join(reader.names)}{on or ' on'} {reader.url}"
+    writes = bool(sys.stdout and not options.exec)
     if greets:  # a refusal ends this process before it settles
         reader.greet = lambda: later(GREET_SECONDS, settle_down, greets, greeting, writes)
     with contextlib.closing(reader):

@@ -99,8 +99,9 @@ class Lock(Comparing):
             return held
         until, before = now.steady + self.ttl_us, self.before(state)
         if before:
-            change = "UPDATE locks SET until = max(until, ?), why = ?, token = ?, owner = ? WHERE fence = ?"
-            state.writing.execute(change, (until, self.why, self.token, self.owner, before))
+            change = "until = max(until, ?), why = ifnull(?, why), token = ?, owner = ?"
+            values = until, self.why or None, self.token, self.owner, before
+            state.writing.execute(f"UPDATE locks SET {change} WHERE fence = ?", values)
             [until] = state.writing.execute("SELECT until FROM locks WHERE fence = ?", (before,)).fetchone()
             return Taken(before, until, False)
         self.check_room(state)

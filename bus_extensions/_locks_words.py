@@ -223,5 +223,6 @@ def in_the_way(bus: Bus, held: list[Held], now: Now) -> Answer:
     ]
     first, others = held[0], f", and {len(held) - 1} more are in the way" if len(held) > 1 else ""
     until = iso(now.wall + first.until - now.steady)
-    why = f"{first.holder} holds {first.wanted} until {until}{others}: do something else, or wait for it"
+    its = first.name if first.name == first.wanted else f"{first.name} ({first.wanted} was asked for)"
+    why = f"{first.holder} holds {its} until {until}{others}: do something else, or wait for it"
     return ok(bus, f'"error": {encode(why)}, "held": [{", ".join(rows)}]')._replace(status=409)

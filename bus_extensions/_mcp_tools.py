@@ -168,7 +168,7 @@ class Session:
             if answer.get("more"):
                 ends.append(tick_of_ts(answer["now"]))
             if "gap" in answer:
-                notes.append("-- agent-bus: messages were removed from the bus before they were read")
+                notes.append("-- agent-bus: some messages are no longer on the bus")
         found.sort(key=lambda each: tick_of_ts(each["ts"]))
         return Page([each for each in found if tick_of_ts(each["ts"]) <= min(ends, default=1 << 62)], bool(ends), notes)
 

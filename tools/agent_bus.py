@@ -236,6 +236,7 @@ def open_page(arguments: Sequence[str]) -> int:
         client.ask(url, "/healthz", 2)
     except (client.Refused, client.Unreachable) as fault:
         client.complain(client.no_bus(url, fault), f"{called()} open")
+        return 75
     return 0
 
 

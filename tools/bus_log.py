@@ -157,7 +157,8 @@ def short(message: Any, now: float) -> str:
     with contextlib.suppress(Exception):  # whatever is wrong with a message, the next one must be shown
         when = time.strftime("%m-%d %H:%M:%SZ", time.gmtime(float(message["ts"])))
         head = f"{when} {bus_recv.word(message.get('id', '-'))}"
-        names = f"{bus_recv.word(message['from'])} > {bus_recv.word(message.get('to', '-'))}:"
+        via = f"{bus_recv.word(message['relayed_from'])} via " if message.get("relayed_from") else ""
+        names = f"{via}{bus_recv.word(message['from'])} > {bus_recv.word(message.get('to', '-'))}:"
         subject = f"[{message['subject']}] " if message.get("subject") else ""
         text = bus_recv.visible(" ".join(f"{subject}{message['msg']}".split()))
         columns = shutil.get_terminal_size().columns

@@ -228,7 +228,8 @@ def command_line(argv: Sequence[str] | None) -> argparse.Namespace:
     send = bus_recv.called("bus_send.py", "send").replace("%", "%%")  # for argparse
     add("names", nargs="+", metavar="NAME", help=f"the queue; {send} NAME TEXT puts a job into it")
     either = parser.add_mutually_exclusive_group(required=True).add_argument
-    either("--exec", metavar="CMD", help="run CMD for each job: JSON on stdin, MSG_FROM ... as variables")
+    fields = "MSG_FROM, MSG_ID, MSG_TO, MSG_SUBJECT, MSG_TYPE ..."
+    either("--exec", metavar="CMD", help=f"run CMD for each job: JSON on stdin, {fields} as variables")
     either("--again", metavar="ID", help="put a job back that was given up; `all` is every one")
     add("--lease", type=bus_recv.duration, default=60.0, metavar="S",
         help="a worker that is silent for S seconds loses its job (60)")  # fmt: skip

@@ -138,7 +138,7 @@ def test_a_link_to_the_page_of_another_bus(tmp_path):
     profile(tmp_path, "ops", SimpleNamespace(url="http://127.0.0.1:7"))
     for call in (["open", "--bus", "ops"], ["--bus", "ops", "open"], ["open", "--bus=ops"]):
         code, out, _ = run("tools/agent_bus.py", *call, env={"XDG_CONFIG_HOME": str(tmp_path / "config")})
-        assert (code, out) == (0, "http://127.0.0.1:7/ui/\n")
+        assert (code, out) == (75, "http://127.0.0.1:7/ui/\n")
 
 
 def test_who_says_what_a_dash_means():

@@ -48,7 +48,7 @@ def test_log_last_tells_of_no_gap_between_messages_that_nobody_asked_for(agent):
     mails(agent.url, "3")
     code, out, err = agent("log", "--last", "20", "--short", "--no-follow")
     assert (code, err) == (0, "") and out.count("\n") == 1
-    assert "messages were removed" in agent("log", "--since", "1h", "--short", "--no-follow")[2]
+    assert "messages are no longer on the bus" in agent("log", "--since", "1h", "--short", "--no-follow")[2]
 
 
 def test_log_last_then_follows(agent):

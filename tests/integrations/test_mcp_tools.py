@@ -181,7 +181,7 @@ def test_how_long_a_message_waited_is_told_by_the_clock_of_the_bus(start):
 
 def test_what_retention_removed_is_told(start):
     with Scripted(mail(message(1), gap={"from": 1, "to": 2})) as bus:
-        assert "messages were removed from the bus" in start(url=bus.url).tool("bus_inbox").split("\n")[0]
+        assert "messages are no longer on the bus" in start(url=bus.url).tool("bus_inbox").split("\n")[0]
 
 
 def number_in(text):
