@@ -2010,6 +2010,7 @@ class Tls(Plain):
         self.open_record() if self.first() else super().read()
 
     def received(self, data: bytes) -> None:
+        data = b"" if self.protocol.ended else data  # OpenSSL would keep what comes after the end
         self.raw += data
         self.open_record() if data else super().received(data)
 
@@ -2880,8 +2881,7 @@ class Remove(Operation):
         some = "SELECT tick FROM messages WHERE tick > ? AND tick < ? ORDER BY tick LIMIT ?"
         looked = self.above, self.before, self.slice * LOOKED_PER_REMOVED
         (reached,) = state.writing.execute(f"SELECT max(tick) FROM ({some})", looked).fetchone()
-        known = state.extensions()
-        spared = [kept_for(each) for each in sorted(self.kept_for) if each in known]
+        spared = [kept_for(each) for each in sorted({*self.kept_for} & {*state.extensions()})]
         spared += [UNFETCHED % now.wall] if self.fetched_only else []
         joined = f"LEFT JOIN {SLOWEST}" if self.fetched_only else ""
         going = state.writing.execute(
