@@ -58,6 +58,7 @@ import socket
 import sqlite3
 import ssl
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -2127,7 +2128,7 @@ def give_to_folder(file: int | str, path: str) -> None:
 def no_link(path: str) -> int:
     """O_NOFOLLOW where another user may have left a link, which would lead us to what that user may not have; or 0."""
     folder = os.stat(pathlib.Path(path).parent)
-    return os.O_NOFOLLOW if folder.st_uid != os.geteuid() or folder.st_mode & 0o022 else 0
+    return os.O_NOFOLLOW if folder.st_uid not in (0, os.geteuid()) or folder.st_mode & 0o022 else 0
 
 
 def open_beside(path: str) -> IO[str]:
@@ -6396,8 +6397,7 @@ def copy_files(source: str, target: str) -> int:
     try:
         with contextlib.suppress(FileNotFoundError), opened_folder(f"{source}.blobs") as there:
             if names := {each for each in os.listdir(there) if len(each) == 64}:
-                with contextlib.suppress(FileExistsError):
-                    os.mkdir(f"{target}.blobs", 0o700)
+                pathlib.Path(f"{target}.blobs").mkdir(0o700, exist_ok=True)
                 with opened_folder(f"{target}.blobs") as here:
                     give_to_folder(here, target)
                     for each in names - {*os.listdir(here)}:
@@ -6427,6 +6427,7 @@ def copy_file(name: str, there: int, here: int, target: str) -> None:
         with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600, dir_fd=here), "wb") as new:
             shutil.copyfileobj(old, new)
             new.flush()
+            os.fsync(new.fileno())
             age = os.fstat(old.fileno())
             os.utime(new.fileno(), ns=(age.st_atime_ns, age.st_mtime_ns))
             give_to_folder(new.fileno(), target)
@@ -6440,8 +6441,14 @@ def copy_database(source: str, target: str, bus: str | None = None) -> int:
     """
     if no_link(source) and os.path.islink(source):
         raise Unusable(f"{source} is a link where other users may write: give the file that it leads to")
-    pathlib.Path(target).unlink(missing_ok=True)
     try:
+        if no_link(target):  # SQLite would follow a link that another user puts there meanwhile
+            folder, file = os.path.split(os.path.abspath(target))
+            with tempfile.TemporaryDirectory() as own, opened_folder(own) as there, opened_folder(folder) as here:
+                messages = copy_database(source, f"{own}/{file}", bus)
+                copy_file(file, there, here, target)
+            return messages
+        pathlib.Path(target).unlink(missing_ok=True)
         with contextlib.closing(read_only(source)) as old, contextlib.closing(sqlite3.connect(target)) as new:
             old.backup(new)
             new.execute("PRAGMA journal_mode=DELETE")
@@ -6451,7 +6458,7 @@ def copy_database(source: str, target: str, bus: str | None = None) -> int:
             messages = int(new.execute("SELECT count(*) FROM messages").fetchone()[0])
         if report != "ok":
             raise sqlite3.DatabaseError(f"it is damaged: {report}")
-    except sqlite3.Error as error:
+    except (sqlite3.Error, OSError) as error:
         pathlib.Path(target).unlink(missing_ok=True)
         raise Unusable(f"cannot copy the database {source} to {target}: {error}") from None
     return messages

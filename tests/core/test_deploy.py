@@ -560,6 +560,39 @@ def test_no_link_of_the_owner_of_the_bus_leads_root_astray(led, tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="needs root, as an operator with sudo is")
+@pytest.mark.parametrize("word, made", [("restore", "bus.db"), ("backup", "copy.db")])
+def test_no_link_that_comes_between_two_steps_leads_root_astray(word, made, tmp_path, monkeypatch):
+    """SQLite opens by name, and follows. Root's copy is made where nobody else can put a link."""
+    with Server(tmp_path / "bus.db"):
+        assert documented("backup", tmp_path)[0] == 0
+    theirs, secret = tmp_path / "theirs", tmp_path / "secret"
+    theirs.mkdir()
+    secret.mkdir()
+    if word == "backup":
+        shutil.copy(tmp_path / "bus-copy.db", theirs / "bus.db")
+    os.chown(theirs, 65534, 65533)
+    link, connect = theirs / f"{made}.new", sqlite3.connect
+
+    def connected(*arguments, **options):
+        if not link.is_symlink():
+            link.symlink_to(secret / "file")
+        return connect(*arguments, **options)
+
+    monkeypatch.setattr(sqlite3, "connect", connected)
+    given = theirs / made if word == "backup" else tmp_path / "bus-copy.db"
+    with contextlib.suppress(bus_server.Unusable):
+        getattr(bus_server, word)([str(given), "--db", str(theirs / "bus.db")])
+    assert not any(secret.iterdir())
+    assert (theirs / made).stat().st_uid == 65534 and not (theirs / made).is_symlink()
+
+
+def test_a_link_that_root_left_in_its_own_folder_is_followed(monkeypatch):
+    """As the link /tmp on a Mac, or /backup that leads to another disk."""
+    monkeypatch.setattr(os, "geteuid", lambda: 65534)
+    assert bus_server.no_link("/backup") == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="needs root, as an operator with sudo is")
 def test_what_says_that_a_restore_was_cut_off_names_no_other_place(tmp_path):
     with Server(tmp_path / "bus.db"):
         assert documented("backup", tmp_path)[0] == 0
