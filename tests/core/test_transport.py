@@ -373,7 +373,8 @@ def test_a_client_that_leaves_while_parked_over_tls_behind_other_requests_is_unp
 def test_who_is_too_slow_over_tls_and_then_does_not_close_is_gone_two_seconds_later(certificate, sent, patience):
     clock = Clock()
     with a_door(certificate, clock) as (bus, port), a_guest(port) as guest:
-        guest.send(sent)
+        if sent:  # Python 3.9 takes nothing for the end
+            guest.send(sent)
         # it reads nothing from here on: it does not even hear that it is told to go
         (connection,) = bus.door.connections
         come_true(lambda: not sent or connection.buffer or not bus.door.strangers)
