@@ -58,6 +58,7 @@ import socket
 import sqlite3
 import ssl
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -2010,6 +2011,7 @@ class Tls(Plain):
         self.open_record() if self.first() else super().read()
 
     def received(self, data: bytes) -> None:
+        data = b"" if self.protocol.ended else data  # OpenSSL would keep what comes after the end
         self.raw += data
         self.open_record() if data else super().received(data)
 
@@ -2126,7 +2128,7 @@ def give_to_folder(file: int | str, path: str) -> None:
 def no_link(path: str) -> int:
     """O_NOFOLLOW where another user may have left a link, which would lead us to what that user may not have; or 0."""
     folder = os.stat(pathlib.Path(path).parent)
-    return os.O_NOFOLLOW if folder.st_uid != os.geteuid() or folder.st_mode & 0o022 else 0
+    return os.O_NOFOLLOW if folder.st_uid not in (0, os.geteuid()) or folder.st_mode & 0o022 else 0
 
 
 def check_is_no_link(path: str) -> None:
@@ -2885,8 +2887,7 @@ class Remove(Operation):
         some = "SELECT tick FROM messages WHERE tick > ? AND tick < ? ORDER BY tick LIMIT ?"
         looked = self.above, self.before, self.slice * LOOKED_PER_REMOVED
         (reached,) = state.writing.execute(f"SELECT max(tick) FROM ({some})", looked).fetchone()
-        known = state.extensions()
-        spared = [kept_for(each) for each in sorted(self.kept_for) if each in known]
+        spared = [kept_for(each) for each in sorted({*self.kept_for} & {*state.extensions()})]
         spared += [UNFETCHED % now.wall] if self.fetched_only else []
         joined = f"LEFT JOIN {SLOWEST}" if self.fetched_only else ""
         going = state.writing.execute(
@@ -6311,6 +6312,20 @@ def read_only(path: str) -> sqlite3.Connection:
     return sqlite3.connect(f"{pathlib.Path(path).absolute().as_uri()}?mode=ro", uri=True)
 
 
+def opened_by_owner(path: str) -> sqlite3.Connection:
+    """read_only() for a copy by root: a link that the owner of the file puts there meanwhile leads to nothing new."""
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(os.lstat(path).st_uid)
+    try:
+        database = read_only(path)
+        database.execute("SELECT count(*) FROM sqlite_master").fetchone()  # opens the log, too
+        return database
+    finally:
+        if root:
+            os.seteuid(0)
+
+
 def is_front(path: str) -> bool:
     """Is this database a front's copy of a ledger? False too if it cannot be read."""
     with contextlib.suppress(sqlite3.Error), contextlib.closing(read_only(path)) as database:
@@ -6413,8 +6428,7 @@ def copy_files(source: str, target: str) -> int:
     try:
         with opened_folder(f"{source}.blobs") as there:
             if names := {each for each in os.listdir(there) if len(each) == 64}:
-                with contextlib.suppress(FileExistsError):
-                    os.mkdir(f"{target}.blobs", 0o700)
+                pathlib.Path(f"{target}.blobs").mkdir(0o700, exist_ok=True)
                 with opened_folder(f"{target}.blobs") as here:
                     give_to_folder(here, target)
                     for each in names - {*os.listdir(here)}:
@@ -6446,6 +6460,7 @@ def copy_file(name: str, there: int, here: int, target: str) -> None:
         with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600, dir_fd=here), "wb") as new:
             shutil.copyfileobj(old, new)
             new.flush()
+            os.fsync(new.fileno())
             age = os.fstat(old.fileno())
             os.utime(new.fileno(), ns=(age.st_atime_ns, age.st_mtime_ns))
             give_to_folder(new.fileno(), target)
@@ -6458,9 +6473,15 @@ def copy_database(source: str, target: str, bus: str | None = None) -> int:
     If `bus` is given, it becomes the bus id of the copy.
     """
     check_is_no_link(source)
-    pathlib.Path(target).unlink(missing_ok=True)
     try:
-        with contextlib.closing(read_only(source)) as old, contextlib.closing(sqlite3.connect(target)) as new:
+        if no_link(target):  # SQLite would follow a link that another user puts there meanwhile
+            folder, file = os.path.split(os.path.abspath(target))
+            with tempfile.TemporaryDirectory() as own, opened_folder(own) as there, opened_folder(folder) as here:
+                messages = copy_database(source, f"{own}/{file}", bus)
+                copy_file(file, there, here, target)
+            return messages
+        pathlib.Path(target).unlink(missing_ok=True)
+        with contextlib.closing(opened_by_owner(source)) as old, contextlib.closing(sqlite3.connect(target)) as new:
             old.backup(new)
             new.execute("PRAGMA journal_mode=DELETE")
             new.execute("UPDATE bus SET id = ifnull(?, id)", (bus,))
@@ -6469,7 +6490,7 @@ def copy_database(source: str, target: str, bus: str | None = None) -> int:
             messages = int(new.execute("SELECT count(*) FROM messages").fetchone()[0])
         if report != "ok":
             raise sqlite3.DatabaseError(f"it is damaged: {report}")
-    except sqlite3.Error as error:
+    except (sqlite3.Error, OSError) as error:
         pathlib.Path(target).unlink(missing_ok=True)
         raise Unusable(f"cannot copy the database {source} to {target}: {error}") from None
     return messages

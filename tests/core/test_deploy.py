@@ -5,6 +5,7 @@ import http.client
 import itertools
 import json
 import os
+import pathlib
 import re
 import shutil
 import socket
@@ -12,6 +13,7 @@ import sqlite3
 import ssl
 import subprocess
 import sys
+import tempfile
 import threading
 import urllib.parse
 import urllib.request
@@ -582,6 +584,65 @@ def test_no_link_of_the_owner_of_the_bus_leads_root_astray(led, tmp_path):
     assert "Traceback" not in done[2]
     assert (secret / "file").read_text() == "secret" and [each.name for each in secret.iterdir()] == ["file"]
     assert (secret.stat().st_uid, (secret / "file").stat().st_uid) == (0, 0)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="needs root, as an operator with sudo is")
+@pytest.mark.parametrize("word, made", [("restore", "bus.db"), ("backup", "copy.db")])
+def test_no_link_that_comes_between_two_steps_leads_root_astray(word, made, tmp_path, monkeypatch):
+    """SQLite opens by name, and follows. Root's copy is made where nobody else can put a link."""
+    with Server(tmp_path / "bus.db"):
+        assert documented("backup", tmp_path)[0] == 0
+    theirs, secret = tmp_path / "theirs", tmp_path / "secret"
+    theirs.mkdir()
+    secret.mkdir()
+    if word == "backup":
+        shutil.copy(tmp_path / "bus-copy.db", theirs / "bus.db")
+    os.chown(theirs, 65534, 65533)
+    link, connect = theirs / f"{made}.new", sqlite3.connect
+
+    def connected(*arguments, **options):
+        if not link.is_symlink():
+            link.symlink_to(secret / "file")
+        return connect(*arguments, **options)
+
+    monkeypatch.setattr(sqlite3, "connect", connected)
+    given = theirs / made if word == "backup" else tmp_path / "bus-copy.db"
+    with contextlib.suppress(bus_server.Unusable):
+        getattr(bus_server, word)([str(given), "--db", str(theirs / "bus.db")])
+    assert not any(secret.iterdir())
+    assert (theirs / made).stat().st_uid == 65534 and not (theirs / made).is_symlink()
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="needs root, as an operator with sudo is")
+@pytest.mark.parametrize("changed", [False, True])
+def test_root_copies_no_database_that_its_owner_may_not_read(changed, tmp_path, monkeypatch):
+    """Its name may become a link after we have looked; the owner of the copy would get the mail of another bus."""
+    with Server(tmp_path / "bus.db"):
+        assert documented("backup", tmp_path)[0] == 0
+    with tempfile.TemporaryDirectory() as theirs:  # that of pytest is closed to others
+        os.chmod(theirs, 0o755)
+        file, connect = pathlib.Path(theirs, "bus.db"), sqlite3.connect
+        shutil.copy(tmp_path / "bus-copy.db", file)
+        for each in (theirs, file):
+            os.chown(each, 65534, 65533)
+
+        def connected(path, **options):
+            if changed and "bus.db?" in path and not file.is_symlink():
+                file.unlink()
+                file.symlink_to(tmp_path / "bus-copy.db")
+            return connect(path, **options)
+
+        monkeypatch.setattr(sqlite3, "connect", connected)
+        with contextlib.suppress(bus_server.Unusable):
+            bus_server.copy_database(str(file), f"{theirs}/copy.db")
+        assert os.path.exists(f"{theirs}/copy.db") is not changed
+        assert os.geteuid() == 0
+
+
+def test_a_link_that_root_left_in_its_own_folder_is_followed(monkeypatch):
+    """As the link /tmp on a Mac, or /backup that leads to another disk."""
+    monkeypatch.setattr(os, "geteuid", lambda: 65534)
+    assert bus_server.no_link("/backup") == 0
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="needs root, as an operator with sudo is")

@@ -339,6 +339,26 @@ def test_of_many_small_records_that_came_at_once_each_turn_opens_one_or_two(cert
         assert max(after - before for before, after in zip(grown, grown[1:])) <= 2
 
 
+def test_what_a_client_sends_after_it_said_that_it_is_done_takes_no_memory(certificate):
+    """Each answer to a request before lets the bus read on once, and OpenSSL opens nothing more."""
+    kept = []
+
+    def look():
+        kept.append(connection.transport.coming.pending + len(connection.transport.raw))
+        with contextlib.suppress(OSError):  # past TLS: this end has closed that
+            socket.socket.send(guest, b"\x17\x03\x03\x40\x00" + bytes(16384))
+        bus.loop.soon(look)
+
+    with a_door(certificate) as (bus, port), a_guest(port) as guest:
+        (connection,) = bus.door.connections
+        guest.send(head(GET, HOST) * 100)
+        with contextlib.suppress(ssl.SSLWantReadError):
+            guest.unwrap()
+        bus.loop.soon(look)
+        come_true(lambda: not bus.door.connections)
+        assert max(kept) < 3 * bus_server.Tls.LARGEST
+
+
 def test_a_client_that_leaves_while_parked_over_tls_behind_other_requests_is_unparked(certificate):
     with a_door(certificate) as (bus, port):
         with a_guest(port) as guest:

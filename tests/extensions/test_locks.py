@@ -551,7 +551,8 @@ def test_the_tools_of_an_agent_say_who_holds_what_and_until_when(bus):
     ann, bob = (test_bus.McpClient(test_bus.Bus(bus.url), name) for name in ("ann", "bob"))
     said = ann.tool("bus_lock", names="src/a.py\n  src/db/*\n", why="<b>T2</b>", ttl=60)
     fence = int(re.fullmatch(r"yours until \d\d:\d\d:\d\dZ, fence (\d+)\. When you are done: bus_unlock\.", said)[1])
-    assert "ann holds src/db/* (src/db/x was asked for) until " in bob.tool("bus_lock", failed=True, names="src/db/x", wait=0.1)
+    told = bob.tool("bus_lock", failed=True, names="src/db/x", wait=0.1)
+    assert "ann holds src/db/* (src/db/x was asked for) until " in told
     row = json.loads(bob.tool("bus_locks", path="src/db/x"))
     assert (row["fence"], row["names"], row["holder"]) == (fence, ["src/a.py", "src/db/*"], "ann")
     assert "<" not in bob.tool("bus_locks", holder="ann")
