@@ -9,6 +9,7 @@ import threading
 
 import pytest
 
+import bus_send
 import test_bus
 from test_bus import (
     CHANNELS,
@@ -30,7 +31,7 @@ from test_bus import (
 )
 from tests.clients.test_clients import refusing
 from tests.clients.test_clients import run as program
-from tests.kit.peers import invite
+from tests.kit.peers import command, invite
 from tests.kit.processes import run_checks
 from tests.kit.serving import Serving
 
@@ -118,6 +119,14 @@ def test_the_core_alone_passes_and_every_absent_section_is_named(bus):
         assert not [line for line in lines if re.match(rf"{number}\.\d", line)], "a check of an absent section"
     made = [check for check in CHECKS if check.__doc__ in lines]
     assert {test_bus.extension_of(check) for check in made} == {None} and len(made) > 60
+
+
+def test_a_bus_that_has_removed_a_broadcast_passes(bus):
+    """There each new name is told of a gap, at once. It runs all checks: 10 s."""
+    bus_send.send("all", "hello", url=bus.url, sender="ann")
+    command(bus, "prune", "--older", "0", "--pending")
+    code, lines = run(bus.url)
+    assert (code, lines[-1]) == (0, "ALL TESTS PASS"), "\n".join(lines)
 
 
 @pytest.mark.parametrize("only", EXTENSIONS.values(), ids=[extension.name for extension in EXTENSIONS.values()])
