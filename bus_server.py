@@ -6314,7 +6314,7 @@ def read_only(path: str) -> sqlite3.Connection:
 
 def opened_by_owner(path: str) -> sqlite3.Connection:
     """read_only() for a copy by root: a link that the owner of the file puts there meanwhile leads to nothing new."""
-    root = os.geteuid() == 0
+    root = os.geteuid() == 0 and no_link(path)
     if root:
         os.seteuid(os.lstat(path).st_uid)
     try:

@@ -524,6 +524,18 @@ def test_what_root_restores_belongs_to_whom_the_bus_belongs_to(tmp_path):
         assert (status.st_uid, status.st_gid, status.st_mode & 0o777) == (65534, 65533, 0o600)
 
 
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="needs root, as an operator with sudo is")
+def test_a_copy_that_root_has_moved_into_a_folder_of_its_own_is_restored(tmp_path):
+    """It still belongs to the account of the bus, which may not enter there."""
+    with Server(tmp_path / "bus.db"):
+        assert documented("backup", tmp_path)[0] == 0
+    own = tmp_path / "own"
+    own.mkdir(0o700)
+    (tmp_path / "bus-copy.db").rename(own / "copy.db")
+    os.chown(own / "copy.db", 65534, 65533)
+    assert peers.run("restore", own / "copy.db", "--db", tmp_path / "bus.db")[0] == 0
+
+
 def test_a_bus_in_a_folder_whose_name_is_not_ascii_is_restored(tmp_path):
     folder = tmp_path / "jürgen"
     folder.mkdir()
