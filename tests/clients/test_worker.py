@@ -235,7 +235,7 @@ def test_a_command_that_is_just_being_started_is_killed_too(monkeypatch, interru
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_a_job_whose_worker_is_stopped_again_and_again_is_not_given_up(tmp_path):
+def test_a_job_whose_worker_is_stopped_again_and_again_is_not_given_up(tmp_path, interruptible):
     """Each stop was an attempt, so two of them made a dead letter of a job that never failed."""
     with Server(tmp_path / "bus.db", "--max-attempts", "2") as bus:
         [ident] = give(bus, "a")
