@@ -6374,6 +6374,8 @@ def restore(arguments: Sequence[str]) -> None:
     print(f"{options.db} is {what} now, with {messages} messages; {files} files were missing, and came back")
     if os.path.exists(old):
         print(f"the database that was there before is now {old}")
+    elif options.db == default_path():
+        print("there was no bus before: if another one is meant, give its --db")
 
 
 def cut_off(path: str) -> str:

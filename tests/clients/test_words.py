@@ -191,6 +191,13 @@ def test_a_person_is_told_in_one_sentence(to, receiver, sentence):
     assert bus_send.told({"ts": NOON, "receiver": receiver}, to) == sentence
 
 
+def test_a_channel_that_is_not_the_usual_one_is_named():
+    """Else a channel that was mistyped looks as if nobody had ever had that name."""
+    nobody = {"online": False, "last_seen": None, "known": False}
+    sentence = "queued: nobody has ever listened as alice on the channel swram"
+    assert bus_send.told({"ts": NOON, "receiver": nobody}, "alice", "swram") == sentence
+
+
 def test_a_terminal_gets_a_sentence_and_a_program_gets_json(home):
     said = {"online": False, "last_seen": None, "unread": 1, "known": False, "similar": ["\x1b[2JLead"]}
     with Scripted(stored(receiver=said)) as server:
