@@ -17,7 +17,7 @@ from tests.kit.processes import PATIENCE, ROOT, Server, wait_until
 def test_tokens_that_cannot_be_read_shut_the_bus_and_stop_nothing_else(bus):
     """They are tokens, so it is no longer open; and polls still end, which is the work of the sweep that reads them."""
     assert ask(bus, "GET", "/agents")[0] == 200
-    pathlib.Path(f"{bus.db}.tokens").write_text("no JSON\n")
+    replaced(pathlib.Path(f"{bus.db}.tokens"), "no JSON\n")
     wait_until(lambda: ask(bus, "GET", "/agents")[0] == 401)
     wait_until(lambda: "cannot read the tokens" in bus.log.read_text())
     pathlib.Path(f"{bus.db}.tokens").unlink()
