@@ -18,18 +18,19 @@ export const busUrl = () => location.href.replace(/\/ui\/.*$/, "");
 
 // A button that asks the bus to do something with a row or a message. An action is {title, sure, ask, done}: place.js
 // describes it. `told` gets what came of it, as a sentence; `then` is called with the answer when it was done.
+let warnedOf = ""; // what the last press would do: its button may be drawn anew before the next press
+
 export function doing(action, row, told, then = () => {}) {
   const { title, sure, done = () => `${title}: done.` } = action;
-  let warned = !sure, busy = false; // a button that is disabled would lose the focus
+  let busy = false; // a button that is disabled would lose the focus
   async function press() {
     if (busy) return;
-    if (!warned) {
-      warned = true;
-      return told(`${sure} Press ${title} again to do it.`);
-    }
+    const what = action.ask(row, speaks()), known = warnedOf === JSON.stringify(what);
+    warnedOf = known ? "" : JSON.stringify(what);
+    if (sure && !known) return told(`${sure} Press ${title} again to do it.`);
     busy = true;
     try {
-      const answer = await ask(...action.ask(row, speaks()));
+      const answer = await ask(...what);
       told(done(row, answer));
       then(answer);
     } catch (error) {

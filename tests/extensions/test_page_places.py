@@ -93,6 +93,23 @@ def test_what_an_operator_redacts_is_shown_so_at_once_wherever_it_was(page, tmp_
         assert "swordfish" not in page.content() and "hunter2" not in page.content()
 
 
+def test_who_was_asked_whether_to_redact_is_not_asked_again_when_the_message_is_drawn_anew(page, tmp_path):
+    """It is, when its thread has come: on a slow bus the second press asked once more."""
+    with Server(tmp_path / "bus.db") as bus:
+        send(bus, "ann", "bob", "the password is swordfish")
+        held = []
+        page.route("**/thread/*", lambda route: held.append(route))  # playwright takes no method of a list
+        show(page, bus, "#/messages")
+        page.click(".message-row:has-text('swordfish')")
+        page.click("#panel button:has-text('Redact')")
+        page.wait_for_selector("#panel >> text=Press Redact again to do it.")
+        page.evaluate("document.querySelector('#panel .buttons').isOld = true")
+        held.pop().continue_()
+        page.wait_for_function("() => !document.querySelector('#panel .buttons').isOld")
+        page.click("#panel button:has-text('Redact')")
+        page.wait_for_selector("#panel >> text=/Redacted. Fetched by nobody/")
+
+
 def test_without_such_extensions_there_is_no_place_for_them(tmp_path, page):
     with extended(tmp_path) as bus:
         assert page.request.get(f"{bus.url}/ui/extensions.js").text() == ""
