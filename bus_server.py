@@ -6438,8 +6438,8 @@ def copy_files(source: str, target: str) -> int:
                             copy_file(each, there, here, target)
                             copied += 1
     except OSError as error:
-        which = error.filename or ""
-        raise Unusable(f"cannot copy the files in {source}.blobs: {which}: {error.strerror}") from None
+        why = f"{error.filename}: {error.strerror}" if error.filename else error.strerror  # no name on a full disk
+        raise Unusable(f"cannot copy the files in {source}.blobs: {why}") from None
     return copied
 
 
