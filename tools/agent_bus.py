@@ -396,11 +396,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if sys.stderr:
             print(f"{called()}: {unknown}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # nobody reads us any more
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else the interpreter would try again at exit, and complain
-        return 0
     except OSError as error:  # as on a full disk
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else the interpreter would try again at exit, and complain
+        if isinstance(error, BrokenPipeError):  # nobody reads us any more
+            return 0
         if sys.stderr:
             print(f"{called()}: {error.filename or 'cannot write the output'}: {error.strerror}", file=sys.stderr)
         return 1

@@ -76,7 +76,8 @@ def curl(pin: str) -> list[str]:
 
 def folder(made: "list[str]", variable: str, *default: str) -> str:
     """A folder of ours. What of its path was not there is appended to `made`, the innermost folder first."""
-    os.environ.get("HOME") or os.environ.pop("HOME", "")  # if it is empty, `~` would be the root folder
+    if not os.environ.get("HOME"):
+        os.environ.pop("HOME", "")  # if it is empty, `~` would be the root folder
     base = os.environ.get(variable) or os.path.join("~", *default)
     path = at = os.path.join(os.path.abspath(os.path.expanduser(base)), "agent-bus")
     missing = []

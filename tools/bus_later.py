@@ -73,16 +73,12 @@ def line_of(schedule: dict[str, Any]) -> str:
     message = schedule["message"] if isinstance(schedule.get("message"), dict) else {}
     known = {**schedule, **message, "msg": str(message.get("msg", ""))[:SHOWN]}
     words = [f"{field}={bus_recv.word(known[field])}" for field in FIELDS if known.get(field)]
-    return " ".join([bus_recv.word(schedule.get("state")), iso(schedule.get("at")), *words])
+    at = bus_recv.iso(bus_recv.seconds_of(schedule.get("at")))
+    return " ".join([bus_recv.word(schedule.get("state")), at, *words])
 
 
 FIELDS = ("id", "from", "to", "cron", "reason", "msg")  # in a line of the list
 SHOWN = 60  # characters of a message there
-
-
-def iso(at: Any) -> str:
-    moment = datetime.datetime.fromtimestamp(bus_recv.seconds_of(at), datetime.timezone.utc)
-    return moment.strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def moment(text: str) -> float:
@@ -105,8 +101,8 @@ def give(given: dict[str, Any], when: dict[str, Any], as_json: bool) -> None:
         bus_recv.emit(bus_recv.dump(answer) + "\n")
     else:
         at = bus_recv.seconds_of(answer.get("at"))
-        then = f"it will be sent at {iso(at)}; its id for --cancel is {bus_recv.word(answer.get('id'))}\n"
-        bus_recv.emit(f"it is sent at once, because {iso(at)} is over\n" if at < time.time() else then)
+        then = f"it will be sent at {bus_recv.iso(at)}; its id for --cancel is {bus_recv.word(answer.get('id'))}\n"
+        bus_recv.emit(f"it is sent at once, because {bus_recv.iso(at)} is over\n" if at < time.time() else then)
 
 
 def complain(line: str) -> None:

@@ -179,7 +179,7 @@ def listed() -> Iterator[str]:
             message = json.loads(path.read_bytes())
         except (ValueError, OSError):  # it may have been sent just now
             continue
-        when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(int(path.stem) / 1e9))
+        when = bus_recv.iso(int(path.stem) / 1e9)
         if not isinstance(message, dict):  # somebody edited it
             message = {}
         known = {"bus": unquote(path.relative_to(top).parts[0]), **message}
@@ -222,7 +222,8 @@ def deliver(outbox: Outbox, message: dict[str, Any] | None, patience: float, as_
             again = bus_recv.called("bus_outbox.py", "outbox")
             complain(f"not sent yet, but kept on this disk: it goes out with {again} --flush, or with the next message")
         raise
-    message or not is_seen() or complain(f"sent of the waiting messages: {sent_now}")
+    if is_seen() and not message:
+        complain(f"sent of the waiting messages: {sent_now}")
     waiting = outbox.waiting()
     if mine in waiting:
         complain(f"not sent yet, but kept on this disk; {len(waiting)} wait for the next call, or --flush ({reason})")
@@ -267,7 +268,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         outbox.warn = complain if is_seen() else None  # for a program, one line at the end says it all
         code = deliver(outbox, None if flush else message, patience, as_json)
         others = sum(line.startswith("waiting") for line in listed()) - len(outbox.waiting())
-        flush and others > 0 and complain(f"{others} wait for another bus, or of another sender: --list shows them")
+        if flush and others > 0:
+            complain(f"{others} wait for another bus, or of another sender: --list shows them")
         return code
     except (ValueError, OSError) as error:
         return complain(str(error), 2)

@@ -179,7 +179,8 @@ class Relay(bus_recv.Reader):
         to, reply_to = self.addressed(message)
         try:
             answer = self.other.persist(lambda: self.store(message, to, reply_to))
-            "warning" in answer and self.warn(f"{self.other.url}: {answer['warning']}")
+            if "warning" in answer:
+                self.warn(f"{self.other.url}: {answer['warning']}")
         except bus_send.Refused as refused:
             if refused.status in OURS:
                 raise
