@@ -191,9 +191,8 @@ def test_what_is_before_the_eyes_stays_while_others_come(bus, page):
     for number in range(60):
         send(bus, f"a{number}", "bob", f"n{number}")
     show(page, bus, "#/messages")
-    page.wait_for_selector(".message-row")
+    page.wait_for_function("() => document.querySelector('.list')?.scrollHeight >= 60 * 46")  # all rows are in it
     page.evaluate("document.querySelector('.list').scrollTop = 800")
-    page.wait_for_function("() => document.querySelector('.list').scrollTop == 800")
     page.wait_for_selector("text=n40")
     where = page.get_by_text("n40", exact=True).bounding_box()
     ask(bus, "POST", "/send", [{"from": f"b{number}", "to": "bob", "msg": "new"} for number in range(100)])
