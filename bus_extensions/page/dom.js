@@ -104,6 +104,10 @@ export function badge(name) {
   return node;
 }
 
+// Who sent it, and for whom, if a relay did. Anybody can write `relayed_from`, so the sender's own name stands first.
+export const sender = ({ from, relayed_from: first }) =>
+  [h("b", {}, from), first !== undefined && h("span", { class: "dim" }, ` for ${plain(shown(first), 60)}`)];
+
 export function initials(name) {
   const parts = name.split(/[-._:@]+/).filter(Boolean);
   const digits = /(\d\d?)$/.exec(name);

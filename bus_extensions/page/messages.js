@@ -1,7 +1,7 @@
 // The view Messages: all that was said, the newest first.
 
 import { asTheyAre, bus } from "./bus.js";
-import { badge, button, clock, h, many, plain, shown } from "./dom.js";
+import { badge, button, clock, h, many, plain, sender, shown } from "./dom.js";
 import { older } from "./follow.js";
 import { List } from "./list.js";
 import * as look from "./look.js";
@@ -12,7 +12,7 @@ const high = () => (phone.matches ? 68 : 46);
 
 export function messageRow(row, unfold) {
   const { message } = row;
-  const who = [badge(message.from), h("b", {}, message.from), " → ",
+  const who = [badge(message.from), sender(message), " → ",
     h("span", { class: "dim" }, plain(row.to.join(", "), 60))];
   if (row.fold) {
     const number = h("span", { class: "line" }, `${row.number} messages in this minute - show`);

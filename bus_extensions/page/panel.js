@@ -2,7 +2,7 @@
 
 import { ask } from "./ask.js";
 import { bus, speaks } from "./bus.js";
-import { badge, button, clock, copyButton, day, fill, h, plain, prose, shown } from "./dom.js";
+import { badge, button, clock, copyButton, day, fill, h, plain, prose, sender, shown } from "./dom.js";
 import { isDead } from "./look.js";
 import { forMessage } from "./place.js";
 import { say } from "./say.js";
@@ -107,9 +107,9 @@ const TAKE_BACK = {
 };
 
 function threadOf(messages) {
-  const one = ({ id, from, to, ts, msg = "" }) =>
+  const one = ({ id, to, ts, msg = "", ...rest }) =>
     h("li", {}, h("a", { ...opens(id), "aria-current": id === shownId ? "true" : null },
-      h("span", {}, badge(from), " ", h("b", {}, from), ` → ${to} `, h("time", {}, clock(ts))),
+      h("span", {}, badge(rest.from), " ", sender(rest), ` → ${to} `, h("time", {}, clock(ts))),
       h("span", { class: "line dim" }, plain(shown(msg), 200))));
   return [h("h2", {}, `Thread of ${messages.length}`), h("ol", { class: "thread" }, messages.map(one))];
 }

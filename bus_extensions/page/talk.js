@@ -1,7 +1,7 @@
 // Two views of whole messages, the oldest above: what two say to each other, and the person's own mail.
 
 import { asTheyAre, bus, fitting, speaks } from "./bus.js";
-import { arrange, badge, button, clock, cut, day, fill, h, plain, prose, shown } from "./dom.js";
+import { arrange, badge, button, clock, cut, day, fill, h, plain, prose, sender, shown } from "./dom.js";
 import { newestOf } from "./follow.js";
 import { isNew, readMail, readsMail, sawMail } from "./mail.js";
 import { say } from "./say.js";
@@ -19,7 +19,7 @@ function bubble(message, right) {
   };
   const all = begin !== text && button("show all", showAll);
   const when = `${day(message.ts)} ${clock(message.ts)}`;
-  const head = h("p", {}, h("b", {}, message.from), " ",
+  const head = h("p", {}, sender(message), " ",
     h("a", { class: "time", ...opens(message.id) }, when));
   const subject = message.subject && h("p", {}, h("b", {}, plain(shown(message.subject), 200)));
   return h("article", { class: right ? "bubble right" : "bubble" }, head, subject, body, all);

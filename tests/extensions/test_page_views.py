@@ -21,6 +21,20 @@ def test_a_thread_and_its_receipt_are_beside_a_message(busy, page):
     assert "Thread of 2" in page.inner_text("#panel") and "nobody has fetched it" in page.inner_text("#panel")
 
 
+def test_a_message_that_a_relay_passed_on_names_the_relay_and_its_first_sender(bus, page):
+    """In this order: anybody can write `relayed_from`."""
+    first = send(bus, "home", "bob", "it came from afar", relayed_from="spark")["id"]
+    send(bus, "bob", "home", "and this goes back", reply_to=first)
+    show(page, bus, "#/messages")
+    row = page.locator(".message-row", has_text="it came from afar")
+    row.wait_for()
+    assert "home for spark → bob" in " ".join(row.inner_text().split())
+    row.click()
+    page.wait_for_selector(".thread >> text=home for spark → bob")
+    show(page, bus, "#/messages/home/bob")
+    page.wait_for_selector(".bubble >> text=home for spark")
+
+
 def test_a_send_to_a_list_is_one_row(busy, page):
     show(page, busy, "#/messages")
     page.fill("#filter", "still quiet")
