@@ -220,8 +220,7 @@ class Reader:
         self.hold = self.hold if answer["messages"] else min(self.hold * 1.1, self.wait)
         if "gap" in answer:
             found = re.findall(r"[0-9]{1,10}(?:\.[0-9]{1,9})?", dump(answer["gap"]))[:2]
-            ends = " to ".join(map(iso, found))
-            self.announce(f"messages are no longer on the bus: {ends}")
+            self.announce(f"messages are no longer on the bus: {' to '.join(map(iso, found))}")
         return answer
 
     def check_times(self, answer: dict[str, Any]) -> None:
@@ -1077,7 +1076,7 @@ def main(argv: list[str] | None = None) -> int:
     cli.add_argument("--monitor", action="store_true", help="pace and wrap messages for a Monitor, as for a socket")
     cli.add_argument("--json", action="store_true", help="print each message as a line of JSON")
     cli.add_argument("--once", action="store_true", help="end after the waiting messages, or after the first new one")
-    cli.add_argument("--timeout", type=duration, metavar="S", help="end after S seconds (with --once: 25)")
+    cli.add_argument("--timeout", type=duration, metavar="S", help="end after S s (with --once: 25), not inside a CMD")
     since = "go on from X, also next time: 1h (ago), a time (2026-12-01T09:00Z), an id, now, last (saved cursor)"
     cli.add_argument("--since", metavar="X", help=since)
     cli.add_argument("--channel", metavar="C", help="the channel ($AGENT_BUS_CHANNEL, or 'default')")
@@ -1163,14 +1162,15 @@ def listen(options: Any) -> int:
     greets = [] if options.once or timeout == 0 else [complain]
     on = "" if reader.channel == "default" else f" on the channel {reader.channel} of"
     greeting = f"listening as {', '.join(reader.names)}{on or ' on'} {reader.url}"
-    writes = bool(sys.stdout and not options.exec)
     if greets:  # a refusal ends this process before it settles
-        reader.greet = lambda: later(GREET_SECONDS, settle_down, greets, greeting, writes)
+        reader.greet = lambda: later(GREET_SECONDS, settle_down, greets, greeting, sys.stdout and not options.exec)
     with contextlib.closing(reader):
         if paced:
             show_blocks(reader, reader.answers(options.once, timeout), 0 if options.once else SETTLE_SECONDS)
         else:
-            for message in reader.messages(options.once, timeout):
+            for number, message in enumerate(reader.messages(options.once, timeout)):
+                if options.exec and number and options.timeout and reader.clock.monotonic() >= reader.end:
+                    break  # the rest stays unread; with 0 s it is all that waits
                 once(greets, greeting)
                 text = f"{dump(message)}\n" if options.json else block(message, names[0], reader.bus_time, whole=True)
                 run_command(options.exec, options.tries, reader, message) if options.exec else emit(text)
