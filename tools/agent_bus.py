@@ -29,6 +29,7 @@ if sys.version_info < (3, 9) and (needs := "agent_bus.py needs Python 3.9 or lat
 HERE = os.path.dirname(os.path.realpath(__file__))
 # The programs lie beside this file or one folder up, or are installed.
 sys.path += [folder for folder in (HERE, os.path.dirname(HERE)) if folder not in sys.path]
+sys.path.sort(key=lambda folder: folder.endswith("-packages"))  # else an older version that is installed wins
 
 
 ASKS = "--ask"  # the option with which bus_send.py asks

@@ -42,6 +42,7 @@ if sys.version_info < (3, 9) and (needs := "bus_install.py needs Python 3.9 or l
 
 HERE = os.path.dirname(os.path.realpath(__file__))
 sys.path += [HERE, os.path.dirname(HERE)]  # the clients lie beside this file or one folder up, or are installed
+sys.path.sort(key=lambda folder: folder.endswith("-packages"))  # else an older version that is installed wins
 from bus_agents import AGENTS, hooks_of, server, token_of  # noqa: E402
 from bus_change import Change, InTheWay, changes, complain, keep, show, tell, write_all  # noqa: E402
 from bus_service import install_service, uninstall_service  # noqa: E402
@@ -77,11 +78,14 @@ def session(options: argparse.Namespace) -> str:
     who = name or ("what its token says" if options.http else "the title of the session, or its folder")
     if name and name == os.environ.get("AGENT_NAME") and not (options.name or options.http):
         who += f" if AGENT_NAME is set where it starts; to have it written, give --name {name}"
+    now = "it does not answer now"
     try:
         bus_recv.ask(url, "/healthz", ANSWER_SECONDS)
         now = "it answers"
+        bus_recv.ask(url, "/whoami", ANSWER_SECONDS)  # does it need a token that we do not have?
     except (bus_recv.Refused, bus_recv.Unreachable, ValueError) as fault:
-        now = f"it does not answer now ({fault})"
+        if getattr(fault, "status", 0) != 404:  # of a bus without tokens
+            now += f" ({fault})"
     return f"the bus is {url}: {now}. The name of a session there is {who}"
 
 

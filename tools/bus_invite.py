@@ -23,6 +23,7 @@ from urllib.parse import urlsplit
 
 HERE = os.path.dirname(os.path.realpath(__file__))
 sys.path += [HERE, os.path.dirname(HERE)]  # as in bus_doctor.py
+sys.path.sort(key=lambda folder: folder.endswith("-packages"))  # else an older version that is installed wins
 import bus_join  # noqa: E402
 
 import bus_recv  # noqa: E402

@@ -33,6 +33,7 @@ if sys.version_info < (3, 9) and (needs := "bus_later.py needs Python 3.9 or lat
 
 HERE = os.path.dirname(os.path.realpath(__file__))
 sys.path += [HERE, os.path.dirname(HERE)]  # the clients lie beside this file or one folder up, or are installed
+sys.path.sort(key=lambda folder: folder.endswith("-packages"))  # else an older version that is installed wins
 try:
     import bus_recv
     import bus_send

@@ -26,6 +26,7 @@ if sys.version_info < (3, 9) and (needs := "bus_redact.py needs Python 3.9 or la
 
 HERE = os.path.dirname(os.path.realpath(__file__))
 sys.path += [HERE, os.path.dirname(HERE)]  # the clients lie beside this file or one folder up, or are installed
+sys.path.sort(key=lambda folder: folder.endswith("-packages"))  # else an older version that is installed wins
 try:
     import bus_recv
 except ModuleNotFoundError as missing:

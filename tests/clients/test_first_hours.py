@@ -1,5 +1,6 @@
 """What people meet in their first hours: hints to paste, ends of programs, faults of their own files and terminals."""
 import io
+import json
 import os
 import re
 import signal
@@ -48,6 +49,36 @@ def test_a_program_ends_when_nobody_reads_it_any_more_though_nothing_comes(call,
     process.stdout.close()
     assert process.wait(PATIENCE) == 0
     process.stderr.close()
+
+
+@pytest.mark.parametrize("seconds, done", [("0.1", "1"), ("0", "123")])
+def test_no_command_begins_after_the_timeout_and_the_rest_stays_unread(seconds, done, bus, tmp_path):
+    """0 s is for all that waits now."""
+    env = {"AGENT_BUS_URL": bus.url, "AGENT_NAME": "ann"}
+    for number in "123":
+        run("bus_send.py", "bob", number, env=env)
+    takes = "printf x >>done; sleep 0.1"  # as long as the timeout
+    code, _, err = run("bus_recv.py", "bob", "--exec", takes, "--timeout", seconds, env=env, cwd=tmp_path)
+    assert code == 0, err
+    assert (tmp_path / "done").read_text() == "x" * len(done)
+    left = run("bus_recv.py", "bob", "--once", "--timeout", "0", "--json", env=env)[1]
+    assert [json.loads(line)["msg"] for line in left.splitlines()] == list("123")[len(done) :]
+
+
+PROGRAMS = [path for path in sorted((ROOT / "tools").glob("*.py")) if '__name__ == "__main__"' in path.read_text()]
+
+
+@pytest.mark.parametrize("file", [path.name for path in PROGRAMS])
+def test_a_clone_uses_what_lies_beside_it_though_another_version_is_installed(file, tmp_path):
+    installed = tmp_path / "site-packages"
+    installed.mkdir()
+    for name in ("bus_recv", "bus_send", "bus_server", "bus_invite"):
+        (installed / f"{name}.py").write_text(f"raise SystemExit('{name} of another version')\n")
+    call = f"import runpy, sys; sys.path.append({str(installed)!r}); sys.path[:0] = [{str(ROOT / 'tools')!r}]; "
+    call += f"sys.argv = [{file!r}, '--help']; runpy.run_path({str(ROOT / 'tools' / file)!r}, run_name='__main__')"
+    command, how = [sys.executable, "-S", "-c", call], {"capture_output": True, "text": True, "timeout": PATIENCE}
+    done = subprocess.run(command, cwd=tmp_path, **how)
+    assert done.returncode == 0, done
 
 
 @pytest.mark.parametrize("seconds", [2.0, 0.0])

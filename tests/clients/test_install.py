@@ -15,7 +15,8 @@ import pytest
 
 from tests.clients.test_clients import refusing
 from tests.clients.test_install_claude import shook_hands, tree
-from tests.kit.processes import PATIENCE, ROOT, no_settings
+from tests.kit.peers import invite
+from tests.kit.processes import PATIENCE, ROOT, Server, no_settings
 from tools import bus_edit, bus_install
 
 sys.path.append(str(ROOT / "tools"))
@@ -382,4 +383,11 @@ def test_it_says_which_bus_and_name_a_session_will_have_and_whether_the_bus_answ
     assert "there is zoe if AGENT_NAME is set where it starts; to have it written, give --name zoe\n" in said
     said = install("install", "claude", AGENT_BUS_URL=refusing())
     assert ": it does not answer now (Connection refused). The name of a session there is the title of" in said
+
+
+def test_it_says_that_the_bus_needs_a_token_which_is_not_set(install, tmp_path):
+    with Server(tmp_path / "bus.db") as closed:
+        invite(closed, "alice")
+        said = install("install", "claude", "--url", closed.url)
+    assert f"the bus is {closed.url}: it answers (this bus needs a token: set" in said
     assert "the title of the session, or its folder\n" in said
