@@ -255,6 +255,8 @@ class Inbox(bus_inbox.Inbox):
     def poll_on(self, query: dict[str, Any], hold: float = 0) -> None:
         """Poll and pass over the answer: its messages are shown by the next look, or were shown."""
         query = {"to": ",".join(self.names), "channel": self.channel, "bus": self.bus, **query}
+        with contextlib.suppress(OSError), notice.alone(self.names[0], "poll"):
+            pass  # the next session finds its file, and does not take us for another program that reads its mail
         bus_recv.ask(self.url, f"/recv?{urlencode(query)}", hold + bus_recv.GRACE_SECONDS)
 
 

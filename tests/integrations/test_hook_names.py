@@ -1,5 +1,6 @@
 """The hook: which name a session has, and what it is told of it."""
 import contextlib
+import os
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -20,6 +21,7 @@ from tests.integrations.test_hook import (  # noqa: F401
     unread,
 )
 from tests.kit.bad_servers import Scripted, answer
+from tests.kit.mcp_client import Client
 from tests.kit.processes import ROOT, wait_until
 
 
@@ -101,6 +103,15 @@ def test_one_name_of_two_programs_is_told_to_the_second(bus, tmp_path):
         assert "is read" not in text(bus.url, START), "the reader has our state: it is our own"
         said = text(bus.url, START, AGENT_BUS_STATE_DIR=str(tmp_path / "elsewhere"))
         assert "dell is read by another program on this machine, too, so each" in said
+
+
+def test_the_tools_of_the_session_before_are_no_other_program(bus):
+    """The bus still counts its agent as listening when the next session begins."""
+    client = Client(bus.url, name="dell", AGENT_BUS_STATE_DIR=os.environ["AGENT_BUS_STATE_DIR"])
+    send(bus, "hello")
+    client.tool("bus_inbox")
+    assert client.end() == "" and b'"online": true' in bus.get("/agents?name=dell")
+    assert "is read" not in text(bus.url, START)
 
 
 def test_a_title_renames_the_session_and_it_hears_so_once(bus):
