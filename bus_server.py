@@ -52,6 +52,7 @@ import re
 import resource
 import secrets
 import selectors
+import shlex
 import shutil
 import signal
 import socket
@@ -2776,8 +2777,7 @@ class Put(Operation):
 
     @classmethod
     def from_fields(cls, fields: dict[str, Any]) -> Put:
-        drafts = [Draft(channel, tuple(to), *others) for channel, to, *others in fields["drafts"]]
-        return cls(drafts, fields["room"])
+        return cls([Draft(channel, tuple(to), *others) for channel, to, *others in fields["drafts"]], fields["room"])
 
 
 # What was sent earlier, by sender, channel and key: the receivers, the text or its hash, and what the sender was told.
@@ -5041,8 +5041,7 @@ class Receiving:
         """The messages of a commit that woke this poll, up to the limits of one answer."""
         sizes = [*accumulate([len(message.text) for message in messages])]
         count = min(poll.limit, 1 + bisect_right(sizes, poll.room))
-        reached = messages[count - 1].tick if count < len(messages) else None
-        return delivery(self.bus, poll, messages[:count], reached)
+        return delivery(self.bus, poll, messages[:count], messages[count - 1].tick if count < len(messages) else None)
 
 
 class Retention:
@@ -5611,15 +5610,15 @@ def healthz(bus: Bus, request: Request) -> Answer:
 
 
 def show_help(bus: Bus, request: Request) -> Answer:
-    scheme = "https" if request.fields.get("x-forwarded-proto") == "https" else "http"
-    host = request.fields.get("host", "")
-    host = host if re.fullmatch(r"[A-Za-z0-9.:\[\]_-]{1,255}", host) else "HOST:PORT"
+    secure = request.fields.get("x-forwarded-proto") == "https" or any(each.tls for _, each in bus.listeners)
+    host = re.fullmatch(r"[A-Za-z0-9.:\[\]_-]{1,255}", request.fields.get("host", ""))
+    url = f"http{'s' if secure else ''}://{host[0] if host else 'HOST:PORT'}"
     endpoints = "".join(
         f"{method:7}{path + ('ID' if path.endswith('/') and path != '/' else ''):15}{route.says}\n"
         for (method, path), route in bus.routes.items()
         if route.says
     )
-    text = HELP.format(version=VERSION, url=f"{scheme}://{host}", endpoints=endpoints)
+    text = HELP.format(version=VERSION, url=url, endpoints=endpoints)
     return Answer(200, text.encode(), "text/plain; charset=utf-8")
 
 
@@ -5693,6 +5692,7 @@ agent-bus {version}: messages between coding agents. If /send answers 200, the m
 send     curl --data-binary 'tests are green' '{url}/send?from=alice&to=bob'
 receive  curl -H 'Accept: text/plain' '{url}/recv?to=bob&since=last&wait=25'
          (the next `since` is the header Bus-Now; without Accept you get JSON, and the next `since` is its `now`)
+         On a bus with tokens: curl -H 'Authorization: Bearer TOKEN'; for the clients, export AGENT_BUS_TOKEN=TOKEN
 
 The clients need Python 3.9 and nothing else:
          curl -fO {url}/bus_send.py; curl -fO {url}/bus_recv.py
@@ -5972,7 +5972,7 @@ def make_bus(options: argparse.Namespace, state: State) -> Bus:
     if not (is_loopback(options.host) or tokens.closed or options.open):
         raise Unusable(
             f"everyone who can reach {options.host} could use this bus: make a token first "
-            f"({called('invite')} NAME), or give --open if something else guards the bus"
+            f"({called('invite')} NAME --db {shlex.quote(options.db)}), or give --open if something else guards the bus"
         )
     check_kept(state, options.extensions, options.without)
     gate = Gate(tokens, [options.host, *options.allow_host])
@@ -6348,8 +6348,8 @@ def backup(arguments: Sequence[str]) -> None:
     options = parser.parse_args(arguments)
     if os.path.exists(options.copy):
         raise Unusable(f"{options.copy} exists already: choose another name")
-    if not os.path.isdir(folder := os.path.dirname(os.path.abspath(options.copy))):
-        raise Unusable(f"there is no folder {folder}: make it first, or give another COPY")
+    if not os.access(folder := os.path.dirname(os.path.abspath(options.copy)), os.W_OK):
+        raise Unusable(f"there is no folder {folder} in which you may write: make it first, or give another COPY")
     rows = Tokens(existing(options.db)).rows()
     messages, files = copy_bus(options.db, options.copy, rows)
     print(f"{options.copy}: {messages} messages, {files} files, {len(rows)} tokens")
@@ -6417,7 +6417,7 @@ def missing_tokens(copy: str, path: str) -> list[Row]:
     if last_used(copy) and not rows and not is_front(copy):
         raise Unusable(
             f"the bus in {copy} had tokens, and would be open without them: put {copy}.tokens beside {copy}, "
-            f"or make a token first ({called('invite')} NAME --db {path})"
+            f"or make a token first ({called('invite')} NAME --db {shlex.quote(path)})"
         )
     return rows
 

@@ -237,4 +237,4 @@ class Due:
 
 
 def gone() -> Refused:
-    return Refused(404, "no schedule of yours has this id: its message was sent, or taken back")
+    return Refused(404, "no schedule of yours has this id: its message was sent or taken back, or there never was one")

@@ -21,6 +21,7 @@ class Similar:
 
     SHOWN = 3
     LETTERS = 2  # a name that differs by more is another name
+    SHORT, CASES = 2, 4  # letters: every other such name differs by as few, so only another case of it is similar
     LOOKED_UP, NEAR, COMPARED = 300, 40, 25  # names; 0.5 ms for the worst of them
     SHARE, BURST = 0.05, 0.02  # s of CPU that looks may take: in each second, at once
     FRESH = 0.1  # s; so long the last look is good for further sends to the same name
@@ -50,11 +51,12 @@ class Similar:
 
     def to(self, channel: str, unknown: str) -> list[str]:
         """The known names on a channel that are most like this one, the nearest first."""
-        own, letters = unknown.lower(), set(unknown.lower())
-        found = {each: 1 for each in islice(spelled(unknown), self.LOOKED_UP) if self.is_known(channel, each)}
+        own, letters, short = unknown.lower(), set(unknown.lower()), len(unknown) <= self.SHORT
+        first = islice(spelled(unknown), self.CASES if short else self.LOOKED_UP)
+        found = {each: 1 for each in first if self.is_known(channel, each)}
         alike = (
             each
-            for each in dict.fromkeys(self.near(channel, unknown) if len(found) < self.SHOWN else ())
+            for each in dict.fromkeys(self.near(channel, unknown) if len(found) < self.SHOWN and not short else ())
             if abs(len(each) - len(own)) <= self.LETTERS
             and len(letters.symmetric_difference(each.lower())) <= 2 * self.LETTERS
         )

@@ -180,7 +180,10 @@ const isCopy = (one, other, copies) =>
 export function told(receiver, to) {
   if (!receiver) return "Stored.";
   const { online, offline } = receiver;
-  if (typeof online === "number") return `Stored. ${online} listen now, ${offline} will see it later.`;
+  if (typeof online === "number") {
+    const unknown = Object.keys(receiver.unknown ?? {}).map(name => ` Nobody has ever listened as ${name}.`).join("");
+    return `Stored. ${online} listen now, ${offline} will see it later.${unknown}`;
+  }
   if (online) return `Sent: ${to} is listening.`;
   const similar = receiver.similar?.length ? ` Did you mean ${receiver.similar.join(" or ")}?` : "";
   return receiver.known === false ? `Stored, but nobody has ever listened as ${to}.${similar}`

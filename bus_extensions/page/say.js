@@ -4,6 +4,8 @@ import { bus, names } from "./bus.js";
 import { button, fill, h, many } from "./dom.js";
 import { deliver, nameField, remember } from "./views.js";
 
+const several = text => text.split(",").map(name => name.trim()).filter(Boolean);
+const oneOrMore = text => (several(text).length > 1 ? several(text) : text.trim());
 const dialog = document.getElementById("dialog");
 
 export function say({ to = "", reply_to = null, text: begun = "" } = {}) {
@@ -24,7 +26,8 @@ export function say({ to = "", reply_to = null, text: begun = "" } = {}) {
   function warn() {
     const name = receiver.value.trim();
     const all = bus.agents.filter(agent => agent.listens && agent.channel === "default").length;
-    const nobody = name && !known.includes(name) ? `Nobody has ever listened as ${name}.` : "";
+    const strangers = several(name).filter(each => each !== "all" && !known.includes(each));
+    const nobody = strangers.length ? `Nobody has ever listened as ${strangers.join(", ")}.` : "";
     warning.textContent = name === "all" ? `This reaches ${many(all, "name")}.` : nobody;
     warning.hidden = !warning.textContent;
   }
@@ -32,7 +35,7 @@ export function say({ to = "", reply_to = null, text: begun = "" } = {}) {
     event.preventDefault();
     sends.disabled = true;
     remember(as);
-    const message = { from: as.value.trim(), to: receiver.value.trim(), msg: text.value };
+    const message = { from: as.value.trim(), to: oneOrMore(receiver.value), msg: text.value };
     if (subject.value) message.subject = subject.value;
     if (reply_to) message.reply_to = reply_to;
     if (await deliver(message, result)) text.value = "";

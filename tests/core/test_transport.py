@@ -87,6 +87,11 @@ def talk(bus, sent):
         return heard(peer)
 
 
+def test_the_help_of_a_bus_with_tls_gives_https_everywhere(bus):
+    text = talk(bus, head("GET / HTTP/1.1", HOST, "Connection: close"))
+    assert text.count(b"https://") >= 5 and b"http://" not in text
+
+
 def test_what_is_sent_over_tls_is_received_over_tls(bus):
     assert statuses(talk(bus, post("bob", "hello") + LAST)) == [200, 200]
     (answer, _) = answers(talk(bus, recv("bob") + LAST))

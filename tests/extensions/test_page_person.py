@@ -26,6 +26,22 @@ def test_a_person_says_something_and_is_told_the_truth(bus, page):
     assert (message["from"], message["to"], message["msg"]) == ("maria", "bob", "stop, please")
 
 
+def test_a_person_says_something_to_several(bus, page):
+    bus.get("/recv?to=bob&since=0")
+    show(page, bus)
+    page.keyboard.press("c")
+    page.fill("#say-as", "maria")
+    page.fill("#say-to", "bob, crl")
+    page.wait_for_selector("text=Nobody has ever listened as crl.")
+    page.fill("#say-text", "to both of you")
+    page.click("dialog button.main")
+    page.wait_for_selector("dialog >> text=1 listen now, 1 will see it later. Nobody has ever listened as crl.")
+    messages = json.loads(bus.get("/log"))["messages"]
+    assert sorted((message["to"], message["msg"]) for message in messages) == [
+        ("bob", "to both of you"), ("crl", "to both of you"),
+    ]  # fmt: skip
+
+
 def test_what_is_told_of_a_message_is_what_the_bus_says_of_its_receiver(bus, page):
     for name in ("bob", "carl"):
         bus.get(f"/recv?to={name}&since=0")

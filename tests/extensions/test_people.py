@@ -106,16 +106,25 @@ def test_a_sender_that_may_only_send_learns_no_names(closed):
 @pytest.mark.parametrize("wrong, meant", [
     ("Laed2", "Lead2"), ("lead2", "Lead2"), ("LEAD2", "Lead2"), ("Lead", "Lead2"), ("Lead25", "Lead2"),
     ("ead2", "Lead2"), ("Lxxd2", "Lead2"), ("architcet", "architect"), ("rchitec", "architect"),
-    ("build_gb10", "build@gb10"),
+    ("build_gb10", "build@gb10"), ("AL", "al"),
 ])  # fmt: skip
 def test_names_within_two_letters_or_of_another_case_are_similar(wrong, meant):
     bus = inside.make(":memory:")
-    for name in ("Lead2", "architect", "build@gb10", "somebody-else"):
+    for name in ("Lead2", "architect", "build@gb10", "somebody-else", "al"):
         bus.mailboxes.box("default", name).seen = 1
     bus.mailboxes.box("default", f"{wrong}x")  # nobody has polled it
     bus.mailboxes.box("other", f"{wrong}y").seen = 1
     assert finder(bus).to("default", wrong) == [meant]
     assert finder(bus).to("default", f"xyz{wrong}") == []
+    inside.close(bus)
+
+
+def test_of_one_or_two_letters_no_other_is_similar():
+    """Else all such names are: each differs from each by two letters at most."""
+    bus = inside.make(":memory:")
+    for name in ("a", "q", "al", "bob"):
+        bus.mailboxes.box("default", name).seen = 1
+    assert [finder(bus).to("default", wrong) for wrong in ("b", "ab", "qq")] == [[], [], []]
     inside.close(bus)
 
 
