@@ -1297,10 +1297,10 @@ class Shares:
         if not self.held[owner]:
             del self.held[owner]
 
-    def is_full(self, owner: str, size: int) -> bool:
-        """Would so many more bytes exceed a limit? Never if nothing else is held."""
+    def is_full(self, owner: str, size: int, kept: int = 0) -> bool:
+        """Would so many more bytes exceed a limit? Never if nothing else is held. So many are `kept` for others."""
         each = self.held[owner]
-        return bool(self.all and self.all + size > self.most) or bool(each and each + size > self.most_each)
+        return bool(self.all and self.all + size > self.most - kept) or bool(each and each + size > self.most_each)
 
 
 class Held(Shares):
@@ -1332,7 +1332,8 @@ class Held(Shares):
 class Door:
     """All open connections, and the state that they share. Used by the loop only."""
 
-    UNSENT, UNSENT_EACH = 64 << 20, 16 << 20  # bytes of answers that peers have not read: in all, and for one owner
+    # Bytes of answers that peers have not read: in all, for one owner, and those of all that only tokens may have
+    UNSENT, UNSENT_EACH, KEPT = 64 << 20, 16 << 20, 32 << 20
     SMALL = 4096  # bytes; an answer up to this size is always written
     BODIES = 128 << 20  # bytes of large bodies that have not arrived whole
     EARLY = 16 << 20  # bytes of all else that was read before its time: parts of heads and bodies, pipelined requests
@@ -1399,9 +1400,10 @@ class Door:
         self.unsent.add(connection.owner(), size - connection.unsent)
         connection.unsent = size
 
-    def is_full(self, connection: Outgoing, size: int) -> bool:
-        """Would an answer of this size exceed a limit for unread answers?"""
-        return size > self.SMALL and self.unsent.is_full(connection.owner(), size)
+    def is_full(self, connection: Outgoing, size: int, token: str = "") -> bool:
+        """Would an answer of this size exceed a limit for unread answers? `token`: that of the request in its hand."""
+        token = token or connection.token or ""
+        return size > self.SMALL and self.unsent.is_full(token or connection.address, size, self.KEPT * (not token))
 
     def sweep(self) -> None:
         """Serve those whose deadline has passed. Thousands may have the same one: the rest comes in the next turn."""
@@ -1416,8 +1418,7 @@ class Door:
         first those that wait for a message.
         """
         ago = self.deadlines.clock() - 1
-        new = {each for each in self.strangers if each.due > ago + HEAD_SECONDS}
-        everybody = [each for each in self.connections if each not in new]
+        everybody = [each for each in self.connections if each not in self.strangers or each.due <= ago + HEAD_SECONDS]
         idle = [each for each in everybody if each.phase is IDLE and each.due < ago + IDLE_SECONDS]
         if not idle:
             [(most, _)] = Counter(map(Connection.owner, self.connections)).most_common(1) or [("", 0)]
@@ -4535,7 +4536,7 @@ class Bus:
         request.grant = self.gate.admit(head)
         endpoint = request.endpoint = self.routes.get(head.asks)
         may_be_large = head.command == "GET" and head.route not in self.gate.public
-        if may_be_large and self.door.is_full(request.peer, ANSWER_BYTES):
+        if may_be_large and self.door.is_full(request.peer, ANSWER_BYTES, request.grant.token):
             raise unread_answers()
         if endpoint and endpoint.sink:
             request.sink = endpoint.sink(request)

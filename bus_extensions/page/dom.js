@@ -72,22 +72,24 @@ export function cut(text, most) {
   return text.slice(0, end) + "…";
 }
 
-// The nodes of a text of any length: hidden characters are framed, and what stands between ``` is code.
+const FRAMED = 1000, BLOCKS = 100; // hidden characters and pieces of code in a text: for many a browser takes minutes
+
+// The nodes of a text of any length: hidden characters are framed, and what stands between ``` is code. A text with too
+// many pieces of code is shown as it was sent.
 export function prose(text) {
-  return String(text).split(/^```[^\n]*\n?/m).map((part, number) => {
-    const nodes = framed(part.replace(STACK, "$1…"));
+  const all = String(text).split(/^```[^\n]*\n?/m), parts = all.length > 2 * BLOCKS ? [String(text)] : all;
+  return parts.map((part, number) => {
+    const nodes = framed(part.replace(STACK, "$1…"), FRAMED / parts.length);
     return number % 2 ? h("pre", { class: "code", tabindex: 0 }, nodes) : nodes;
   });
 }
 
-const FRAMED = 1000; // hidden characters of a text: one may have 100,000
-
-function framed(text) {
+function framed(text, most) {
   const nodes = [];
   let end = 0;
   for (const found of [...text.matchAll(HIDDEN), ...text.matchAll(JOINER)].sort((a, b) => a.index - b.index)) {
     if (found.index < end) continue;
-    if (nodes.length > 2 * FRAMED) return [...nodes, text.slice(end).replace(HIDDEN, escaped).replace(JOINER, escaped)];
+    if (nodes.length > 2 * most) return [...nodes, text.slice(end).replace(HIDDEN, escaped).replace(JOINER, escaped)];
     nodes.push(text.slice(end, found.index), h("span", { class: "hidden-character" }, escaped(found[0])));
     end = found.index + found[0].length;
   }

@@ -82,10 +82,12 @@ function receipt({ state, by, at, message }) {
 }
 
 const HEAD = new Set(["ts", "id", "from", "to", "msg", "subject"]);
+const MEMBERS = 100; // of the others, so many are shown: a message may have 20,000
 
 function whole(message, answer) {
   const { from, to, ts, id, subject, msg } = message, isThere = msg !== undefined; // its text may be gone
-  const members = Object.entries(message).filter(([name]) => !HEAD.has(name));
+  const all = Object.entries(message).filter(([name]) => !HEAD.has(name)), members = all.slice(0, MEMBERS);
+  if (all.length > MEMBERS) members.push(["…", `and ${all.length - MEMBERS} more`]);
   const told = text => shownId === id && (outcome.textContent = text);
   return [
     h("h2", {}, badge(from), " ", link(`agents/${from}`, from), " → ", link(`agents/${to}`, to)),

@@ -11,6 +11,7 @@ from bus_server import LINGER_SECONDS, Deadlines
 from tests.kit import hostile, inside
 from tests.kit.clock import Clock
 from tests.kit.hostile import ALICE, GET, HOST, a_send, head
+from tests.kit.peers import mint
 from tests.kit.wire import LAST, LATE, Peer, a_bus, answers, come_true, named, settle, statuses, stored
 
 
@@ -162,6 +163,42 @@ def test_the_pieces_of_a_file_that_nobody_reads_count_as_unread_answers(tmp_path
         first.leaves()
         second.leaves()
         assert not bus.door.unsent.held and not bus.door.unsent.all
+
+
+class From(Peer):
+    def __init__(self, bus, address):
+        self.address = address
+        super().__init__(bus)
+
+    def peer(self):
+        return self.address
+
+
+@pytest.mark.parametrize("addresses", [1, 9])
+def test_what_strangers_do_not_read_leaves_room_for_the_answers_to_a_token(tmp_path, monkeypatch, addresses):
+    """At the address of the token itself, and at as many others as they like."""
+    [token] = mint(tmp_path / "bus.db", ann=[]).values()
+    with a_bus(time.monotonic, str(tmp_path / "bus.db")) as bus:
+        page = head("GET /bus_recv.py HTTP/1.1", HOST)
+        strangers = [From(bus, f"127.0.0.{number % addresses}") for number in range(9)]
+        first = strangers[0]
+        first.reads = False
+        first.says(page)
+        come_true(lambda: first.unread)
+        size = len(first.unread)
+        monkeypatch.setattr(bus_server, "ANSWER_BYTES", size)  # that a GET must have room for when it comes
+        monkeypatch.setattr(bus.door, "KEPT", 2 * size, raising=False)
+        monkeypatch.setattr(bus.door.unsent, "most", 4 * size)
+        monkeypatch.setattr(bus.door.unsent, "most_each", 4 * size // min(addresses, 4))
+        for peer in strangers[1:]:
+            peer.reads = False
+            peer.says(page)
+            come_true(lambda peer=peer: peer.unread)
+        ann = From(bus, "127.0.0.0")
+        ann.says(head("GET /recv?to=ann HTTP/1.1", HOST, f"Authorization: Bearer {token}"))
+        come_true(lambda: ann.heard)
+        assert statuses(ann.heard) == [200]
+        assert {statuses(peer.unread)[0] for peer in strangers} == {200, 503}
 
 
 def test_an_upload_that_broke_while_its_piece_could_not_be_written_can_begin_again(tmp_path, monkeypatch):

@@ -141,6 +141,25 @@ def test_a_message_of_125000_hidden_characters_hides_no_other(bus, page):
     assert page.locator("#panel .hidden-character").count() < 2000
 
 
+MANY = {  # each once held up the tab that opened it for half a minute and more
+    "pieces of code": {"msg": "```\nx\n" * 20000 + "end"},
+    "hidden characters in pieces of code": {"msg": ("```\n" + "\x7f" * 200 + "\n") * 190 + "end"},
+    "members": {"msg": "end", **{f"m{number}": 1 for number in range(10000)}},
+}
+
+
+@pytest.mark.parametrize("what", MANY)
+def test_a_message_of_very_many_parts_makes_few_nodes(bus, page, what):
+    members = {**MANY[what]}
+    text = members.pop("msg")
+    stored = send(bus, "mallory", "maria", text, **members)
+    show(page, bus, f"#/messages?id={stored['id']}")
+    page.wait_for_function("document.querySelector('#panel .body')?.textContent.endsWith('end')")
+    page.wait_for_selector("#panel .state")
+    assert page.evaluate("document.querySelectorAll('#panel *').length") < 3000
+    assert page.evaluate("document.querySelector('#panel .body').textContent.length") >= len(text) * 0.9
+
+
 def test_what_an_agent_says_of_itself_is_written_out_in_a_tooltip_too(bus, page):
     for number in range(13):  # above 12 there is a field of cells
         bus.get(f"/recv?to=agent-{number}&since=0")

@@ -78,6 +78,11 @@ KINDS = [
           f"{MEMORY}::test_refused_sends_make_nothing"),
          "`ANSWER_BYTES` is 1 GiB (the first); `Door.is_full()` is always false (the second); `Sending.check()` makes "
          "the mailboxes that it looks at (the third)"),
+    Kind("strangers take the room of those with a token",
+         "half of the room for unread answers is for tokens only, and a request counts for its token from its head on, "
+         "also the first one of a connection",
+         ("core/test_patience.py::test_what_strangers_do_not_read_leaves_room_for_the_answers_to_a_token",),
+         "`Door.KEPT` is 0; or `Bus.admit()` does not name the token"),
     Kind("what was named once stays for ever",
          "each token or address has a budget of new names, 429 beyond it; a name that was only looked at has no row "
          "and is gone after ten minutes; a row without mail and poll goes after `--keep`",
