@@ -7,7 +7,6 @@ import pathlib
 import socket
 import socketserver
 import threading
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -16,11 +15,12 @@ import test_bus
 from test_bus import EXTENSIONS, FILES, QUESTIONS, QUEUES
 from tests.clients.test_clients import refusing
 from tests.clients.test_clients import run as program
+from tests.kit import checks
 from tests.kit.peers import command, invite
-from tests.kit.processes import PATIENCE, run_checks
+from tests.kit.processes import run_checks
 from tests.kit.serving import Serving
 
-CHECKS = [check for name, check in vars(test_bus).items() if name.startswith("test_")]
+CHECKS = list(checks.CHECKS.values())
 ROUTES = {QUEUES: ("/claim", "/ack", "/nack", "/extend", "/again"), FILES: ("/blob/",)}
 MISSING = "{route} needs bus_extensions/{file}, which is not beside bus_server.py: copy it from the same version"
 OFF = "{route} is off: this bus was started --without page,{name}"
@@ -76,9 +76,7 @@ def test_a_bus_that_has_removed_a_broadcast_passes(bus):
     checked = test_bus.Bus(bus.url)
     assert "gap" in checked.get("/recv?to=nobody&since=0")
     made = [check for check in CHECKS if getattr(check, "needs", None) == "a bus without tokens"]
-    with ThreadPoolExecutor(4) as pool:
-        for result in [pool.submit(check, checked) for check in made]:
-            result.result(9 * PATIENCE)  # those before it in the pool take their time, too
+    checks.make(checked, made)
     assert len(made) > 10
 
 

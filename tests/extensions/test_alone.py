@@ -6,26 +6,22 @@ Each bus here runs from a folder of its own, with copies of the files that a use
 import hashlib
 import http.client
 import json
-import os
 import shutil
 import sqlite3
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 import bus_server
 import test_bus
 from test_bus import EXTENSIONS, SECTIONS
+from tests.kit.checks import CHECKS, HEAVY, make, possible
 from tests.kit.processes import PATIENCE, ROOT, Server, wait_until
 
 CARD = ("bus_server.py", "bus_recv.py", "bus_send.py", "bus_listener.sh", "test_bus.py")
 ALL = sorted(file.stem for file in (ROOT / "bus_extensions").glob("[a-z]*.py"))
-CHECKS = [check for name, check in vars(test_bus).items() if name.startswith("test_")]
-# Those that send hundreds of messages, or start programs, are made with no extension, and with all: that is test_bus.py
-# as pytest collects it. ALONE=1 makes them with each extension alone, too.
-HEAVY = set() if "ALONE" in os.environ else {"5.10", "7.4", "9.6", "9.22"}
+CLOSED = "AGENT_BUS_TOKEN, the token of an operator"
 COPY = "which is not beside bus_server.py: copy bus_extensions/ from the same version, or give --without"
 # bus_server.py in the folder that is its first argument, which looks five times a second for what is too old
 TIDY = "import sys; sys.path.insert(0, sys.argv.pop(1)); import bus_server; bus_server.TIDY_SECONDS = 0.2; "
@@ -105,10 +101,6 @@ def reason(extension):
     return f"{extension.path} is answered 404"
 
 
-def number(check):
-    return check.__doc__.split()[0]
-
-
 @pytest.mark.slow("a run of test_bus.py, which waits 6 s")
 def test_the_core_alone_keeps_its_promises_and_every_absent_section_is_named(folder):
     command = [sys.executable, str(copy(folder, [], CARD) / "test_bus.py")]
@@ -120,27 +112,23 @@ def test_the_core_alone_keeps_its_promises_and_every_absent_section_is_named(fol
     [said] = [line for line in lines if line.startswith("skipped: ") and "checks (needs AGENT_BUS_TOKEN" not in line]
     named = {f"{each.name} ({reason(each)})" for each in EXTENSIONS.values()}
     assert set(said[len("skipped: ") :].split(", ")) == named
-    made = [check for check in CHECKS if check.__doc__ in lines]
+    made = [check for check in CHECKS.values() if check.__doc__ in lines]
     assert {test_bus.extension_of(check) for check in made} == {None} and len(made) > 60
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_every_promise_is_kept_that_is_not_of_an_absent_extension(folder, monkeypatch, name):
-    """Four checks at a time, as they do not know of each other: each mostly waits."""
+    """But the heaviest. With all extensions it is test_bus.py as pytest collects it."""
     monkeypatch.setattr(test_bus, "HERE", copy(folder, [name], CARD))
     with server(folder) as bus:
         checked = test_bus.Bus(bus.url, mine=True)
         for extension in EXTENSIONS.values():
             assert checked.lacks(extension) == ("" if extension.file[:-3] == name else reason(extension))
-        absent = {extension for extension in EXTENSIONS.values() if extension.file[:-3] != name}
-        closed = "needs AGENT_BUS_TOKEN, the token of an operator"
-        made = [check for check in CHECKS if test_bus.reason_to_skip(check, checked) in (None, closed)]
-        assert made == [check for check in CHECKS if test_bus.extension_of(check) not in absent]
-        with ThreadPoolExecutor(4) as pool:
-            light = [check for check in made if number(check) not in HEAVY]
-            results = [pool.submit(check, checked) for check in light if not test_bus.reason_to_skip(check, checked)]
-            for result in results:
-                result.result(9 * PATIENCE)  # those before it in the pool take their time, too
+        made = possible(checked)
+        ours = [None, *(each for each in EXTENSIONS.values() if each.file[:-3] == name)]
+        open_ones = [check for check in CHECKS.values() if getattr(check, "needs", "") != CLOSED]
+        assert made == [check for check in open_ones if test_bus.extension_of(check) in ours]
+        make(checked, possible(checked, HEAVY))
         assert bus.stop() == 0
 
 
