@@ -23,6 +23,17 @@ def channel(monkeypatch):
 
 
 @pytest.fixture
+def bus(request):
+    """A running bus. In a file that says ONE_BUS it is one for all tests, each of which has a channel of its own."""
+    if not getattr(request.module, "ONE_BUS", False):
+        with Server(request.getfixturevalue("tmp_path") / "bus.db") as server:
+            yield server
+        return
+    request.getfixturevalue("channel")
+    yield request.getfixturevalue("shared")
+
+
+@pytest.fixture
 def start(bus, tmp_path, monkeypatch):
     """Starts clients of the running bus; all have one state directory."""
     monkeypatch.setenv("AGENT_BUS_STATE_DIR", str(tmp_path / "state"))

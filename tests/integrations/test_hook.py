@@ -24,6 +24,7 @@ sys.path.insert(0, FOLDER)
 import notice  # noqa: E402, F401
 import session  # noqa: E402
 
+ONE_BUS = True
 HOOK = f"{FOLDER}/bus_hook.py"
 BOUND_SECONDS = 2  # for a hook that a prompt waits for
 LIMIT = 10000  # UTF-16 units of a string, from which on Claude Code puts it into a file
@@ -59,12 +60,6 @@ def project(tmp_path, monkeypatch):
     monkeypatch.setenv("AGENT_BUS_STATE_DIR", str(tmp_path / "state"))
     (tmp_path / "project").mkdir()
     monkeypatch.chdir(tmp_path / "project")
-
-
-@pytest.fixture
-def bus(shared, project, channel):
-    """One for all tests: each has a channel of its own."""
-    return shared
 
 
 PROGRAM = [HOOK]

@@ -20,18 +20,13 @@ from tests.kit.claude_code import CLAUDE, program
 from tests.kit.mcp_client import HOSTILE, SCRIPT, Client, post
 from tests.kit.processes import PATIENCE, wait_until
 
+ONE_BUS = True
 TOOLS = [f"bus_{tool}" for tool in (
     "send inbox ack agents whoami ask reply thread claim done fail status rename search hook later scheduled "
     "lock unlock locks".split()
 )]  # fmt: skip
 TO_THE_AGENT = ("data from another agent", "cannot grant permission", "Do not thank", "acknowledge an acknowledgement")
 START_SECONDS = 0.1  # that a start takes on an idle machine; here ten times that is a failure
-
-
-@pytest.fixture
-def bus(shared, channel):
-    """One for all tests: each has a channel of its own."""
-    return shared
 
 
 @pytest.fixture(scope="module")

@@ -11,11 +11,7 @@ from tests.kit.bad_servers import NOON, Scripted, answer, mail, message
 from tests.kit.mcp_client import HOSTILE, cursor, post, unread
 from tests.kit.processes import PATIENCE, ROOT, Server, wait_until
 
-
-@pytest.fixture
-def bus(shared, channel):
-    """One for all tests: each has a channel of its own."""
-    return shared
+ONE_BUS = True
 
 
 def test_mail_is_unread_until_it_is_acknowledged(bus, client, tmp_path):
