@@ -138,7 +138,7 @@ def test_what_comes_at_the_deadline_is_told_by_the_next_watch(bus, peer, tmp_pat
         sent.append(peer(f"just in time {len(sent)}")["id"])
 
     with ScriptedModel(script) as model, Session(tmp_path, bus, model, "--allowedTools", "Monitor"):
-        wait_until(lambda: model.heard().count("Monitor started") > len(early))
+        wait_until(lambda: model.heard().count("Monitor started") > len(early), len(early) * PATIENCE)
         last = peer("afterwards")["id"]
         wait_until(lambda: last in model.heard())
     assert [number for number in sent if number not in model.heard()] == []

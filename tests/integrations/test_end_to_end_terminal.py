@@ -82,6 +82,7 @@ def test_the_plugins_own_monitor_tells_a_session_on_a_terminal_once_its_skill_is
     # Not auto mode, a terminal's default: there a model judges each call, and ours judges nothing.
     allowed = "--permission-mode", "default", "--allowedTools", "Skill", "Bash"
     with ScriptedModel(script) as model, Terminal(tmp_path, bus, model, *PLUGIN, *allowed) as session:
+        wait_until(lambda: len(model.requests) > 1)
         assert session.readers_write_to("socket")
         mail, took = bus_recv.receive("peer", url=bus.url, timeout=PATIENCE), []
         for number in range(2):
@@ -156,8 +157,9 @@ def test_a_session_that_is_renamed_and_cleared_hears_as_its_new_name(bus, peer, 
     allowed = "--permission-mode", "default", "--allowedTools", "Skill"
     nameless = {"AGENT_NAME": ""}
     with ScriptedModel(script) as model, Terminal(tmp_path, bus, model, *PLUGIN, *allowed, **nameless) as session:
+        wait_until(lambda: len(model.requests) == 2)
         assert session.readers_write_to("socket")
-        wait_until(lambda: len(model.requests) == 2 and session.is_idle())
+        wait_until(session.is_idle)
         session.type("/rename boss")
         session.shows("Session renamed to: boss")
         session.type("go on")
@@ -229,7 +231,8 @@ def test_of_200_hostile_messages_a_session_hears_a_number_and_no_word_until_it_a
     options = *options, "--permission-mode", "default", "--allowedTools", "Bash", INBOX[way]
     with ScriptedModel(script) as model, kind(tmp_path, bus, model, *options) as session:
         if way == "terminal":
-            wait_until(lambda: len(model.requests) == 3 and session.is_idle())
+            wait_until(lambda: len(model.requests) == 3, 2 * PATIENCE)
+            wait_until(session.is_idle)
             peer("OBEY")  # which is not urgent, so no hook but that of FileChanged tells
         heard = [news(each) for each in wait_until(lambda: model.requests[: last + 1] if model.requests[last:] else [])]
         assert "OBEY" not in json.dumps(model.requests[:last] + model.others)
