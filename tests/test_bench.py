@@ -223,7 +223,8 @@ def test_a_quantile_is_one_of_the_values():
     assert quantile([7], 0.99) == 7
 
 
-def test_a_made_database_is_one_of_the_bus_and_its_ticks_are_known(tmp_path):
+def test_a_made_database_is_one_of_the_bus_and_its_ticks_are_known(tmp_path, monkeypatch):
+    monkeypatch.setattr(stored, "AT_ONCE", 50)
     names = ["dell", "nano", "spark"]
     count = stored.AT_ONCE + 5  # two transactions
     here = stored.database(tmp_path, tmp_path / "copy", count, names)

@@ -17,7 +17,10 @@ import pytest
 
 from tests import conftest
 
-conftest.HANGS = 0.3
+
+@pytest.fixture
+def short():
+    conftest.HANGS = 0.1  # s, for the test alone: what else takes its time, on a busy machine, does not hang
 
 
 def recv():
@@ -36,7 +39,8 @@ WAITS = [lambda: time.sleep(60), threading.Event().wait, threading.Thread(target
 
 
 @pytest.mark.parametrize("number", range(len(WAITS)))
-def test_hangs(number):
+def test_hangs(number, short):
+    conftest.HANGS = 480
     if number == 2:
         WAITS[2].start()
         WAITS[2].join()
@@ -46,11 +50,12 @@ def test_hangs(number):
 @pytest.fixture
 def late():
     yield
+    conftest.HANGS = 480
     time.sleep(60)
 
 
 def test_whose_end_hangs(late):
-    pass
+    conftest.HANGS = 0.1
 
 
 def test_behind_them():
@@ -65,7 +70,7 @@ def test_a_test_that_hangs_fails_and_those_behind_it_are_run(tmp_path):
     command = [sys.executable, "-m", "pytest", "--tb=line", *options, str(file)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=2 * PATIENCE)
     assert "6 failed, 2 passed, 1 error" in done.stdout, done.stdout
-    assert done.stdout.count("hangs: not over after 0.3 s") >= 7
+    assert done.stdout.count("hangs: not over after ") >= 7
 
 
 def test_workers_that_run_at_once_give_their_servers_different_ports(monkeypatch):

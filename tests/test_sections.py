@@ -1,8 +1,9 @@
-"""test_bus.py skips the sections of the extensions that a bus lacks, names them, and checks all the others."""
+"""test_bus.py skips the sections of the extensions that a bus lacks, names them, and checks all the others.
+
+Real files that are absent: tests/extensions/test_alone.py."""
 
 import json
 import pathlib
-import re
 import socket
 import socketserver
 import threading
@@ -11,48 +12,16 @@ import pytest
 
 import bus_send
 import test_bus
-from test_bus import (
-    CHANNELS,
-    DIGEST,
-    EXTENSIONS,
-    FILES,
-    HISTORY,
-    LATER,
-    LOCKS,
-    MCP,
-    METRICS,
-    NOTICES,
-    PAGE,
-    PEOPLE,
-    QUESTIONS,
-    QUEUES,
-    REDACTION,
-    SEARCH,
-)
+from test_bus import EXTENSIONS, FILES, QUESTIONS, QUEUES
 from tests.clients.test_clients import refusing
 from tests.clients.test_clients import run as program
+from tests.kit import checks
 from tests.kit.peers import command, invite
 from tests.kit.processes import run_checks
 from tests.kit.serving import Serving
 
-CHECKS = [check for name, check in vars(test_bus).items() if name.startswith("test_")]
-ROUTES = {
-    QUESTIONS: ("/ask", "/thread/", "/recall"),
-    QUEUES: ("/claim", "/ack", "/nack", "/extend", "/again"),
-    FILES: ("/blob/",),
-    METRICS: ("/metrics",),
-    CHANNELS: ("/channels",),
-    PEOPLE: ("/whoami", "/status"),
-    DIGEST: ("/digest",),
-    MCP: ("/mcp",),
-    HISTORY: ("/log?before",),
-    PAGE: ("/ui/", "/activity"),
-    LOCKS: ("/lock", "/renew", "/unlock", "/locks"),
-    SEARCH: ("/search",),
-    REDACTION: ("/redact",),
-    LATER: ("/later",),
-    NOTICES: ("/notices",),
-}
+CHECKS = list(checks.CHECKS.values())
+ROUTES = {QUEUES: ("/claim", "/ack", "/nack", "/extend", "/again"), FILES: ("/blob/",)}
 MISSING = "{route} needs bus_extensions/{file}, which is not beside bus_server.py: copy it from the same version"
 OFF = "{route} is off: this bus was started --without page,{name}"
 
@@ -100,45 +69,15 @@ class Passing(socketserver.BaseRequestHandler):
             pass  # one side has gone, and the other is told by its own copy
 
 
-def run(url):
-    """(exit code, lines) of test_bus.py."""
-    done = run_checks(url, BUS_OURS="1")
-    return done.returncode, done.stdout.splitlines()
-
-
-def test_the_core_alone_passes_and_every_absent_section_is_named(bus):
-    with Lacking(bus, *EXTENSIONS.values()) as core:
-        code, lines = run(core.url)
-    assert (code, lines[-1]) == (0, "ALL TESTS PASS"), "\n".join(lines)
-    [named] = [line for line in lines if line.startswith("skipped: questions")]
-    for extension in EXTENSIONS.values():
-        assert f"{extension.name} (bus_extensions/{extension.file} is not there)" in named
-    for number, extension in EXTENSIONS.items():
-        title = test_bus.SECTIONS[number]
-        assert f"{number}. {title}: skipped, bus_extensions/{extension.file} is not there" in lines
-        assert not [line for line in lines if re.match(rf"{number}\.\d", line)], "a check of an absent section"
-    made = [check for check in CHECKS if check.__doc__ in lines]
-    assert {test_bus.extension_of(check) for check in made} == {None} and len(made) > 60
-
-
 def test_a_bus_that_has_removed_a_broadcast_passes(bus):
-    """There each new name is told of a gap, at once. It runs all checks: 10 s."""
+    """There each new name is told of a gap, at once. Those for a bus with tokens: tests/core/test_conformance.py."""
     bus_send.send("all", "hello", url=bus.url, sender="ann")
     command(bus, "prune", "--older", "0", "--pending")
-    code, lines = run(bus.url)
-    assert (code, lines[-1]) == (0, "ALL TESTS PASS"), "\n".join(lines)
-
-
-@pytest.mark.parametrize("only", EXTENSIONS.values(), ids=[extension.name for extension in EXTENSIONS.values()])
-def test_each_extension_is_checked_without_the_others(bus, only):
-    with Lacking(bus, *[each for each in EXTENSIONS.values() if each is not only]) as proxy:
-        checked = test_bus.Bus(proxy.url)
-        mine = [check for check in CHECKS if test_bus.extension_of(check) is only]
-        for check in mine:
-            assert test_bus.reason_to_skip(check, checked) is None
-            check(checked)
-        others = [check for check in CHECKS if test_bus.extension_of(check) not in (None, only)]
-        assert mine and all(test_bus.reason_to_skip(check, checked) for check in others)
+    checked = test_bus.Bus(bus.url)
+    assert "gap" in checked.get("/recv?to=nobody&since=0")
+    made = [check for check in CHECKS if getattr(check, "needs", None) == "a bus without tokens"]
+    checks.make(checked, made)
+    assert len(made) > 10
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,36 @@
+import os
+
 import pytest
 
 import bus_send
+from test_bus import fresh
 from tests.kit.mcp_client import Client
+from tests.kit.processes import Server
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """A bus for all tests of a file. It must be fine with each of them: whoever harms it takes `bus`."""
+    with Server(tmp_path_factory.mktemp("shared") / "bus.db") as server:
+        yield server
+
+
+@pytest.fixture
+def channel(monkeypatch):
+    """A channel of the test's own, which all clients take: there each name is new."""
+    monkeypatch.setenv("AGENT_BUS_CHANNEL", name := fresh("channel"))
+    return name
+
+
+@pytest.fixture
+def bus(request):
+    """A running bus. In a file that says ONE_BUS it is one for all tests, each of which has a channel of its own."""
+    if not getattr(request.module, "ONE_BUS", False):
+        with Server(request.getfixturevalue("tmp_path") / "bus.db") as server:
+            yield server
+        return
+    request.getfixturevalue("channel")
+    yield request.getfixturevalue("shared")
 
 
 @pytest.fixture
@@ -12,7 +41,8 @@ def start(bus, tmp_path, monkeypatch):
     clients = []
 
     def start(*options, url=bus.url, **env):
-        clients.append(Client(url, *options, **{"AGENT_BUS_STATE_DIR": str(tmp_path / "state"), **env}))
+        known = {name: os.environ[name] for name in ("AGENT_BUS_STATE_DIR", "AGENT_BUS_CHANNEL") if name in os.environ}
+        clients.append(Client(url, *options, **{**known, **env}))
         return clients[-1]
 
     yield start

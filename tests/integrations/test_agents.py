@@ -131,7 +131,7 @@ class Used:
             self.install("install", name, *(["--http"] if way == "http" else []))
             self.installed = self.files()
             assert token not in "".join(self.installed.values())
-            self.listing = self.run(self.program.listing)
+            self.listing = self.run(self.program.listing) if way == "stdio" else ""
             self.said = self.run(self.program.turn)
             self.after = self.files()
             self.install("uninstall", name)

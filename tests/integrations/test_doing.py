@@ -17,6 +17,7 @@ from tests.integrations.test_hook import (  # noqa: F401
     changed,
     digest,
     drain,
+    here,
     project,
     send,
     text,
@@ -28,13 +29,14 @@ sys.path += [FOLDER, str(ROOT / "tools")]
 import bus_who  # noqa: E402
 import doing  # noqa: E402
 
+ONE_BUS = True
 WAITING = {"hook_event_name": "Notification", "session_id": "s1", "notification_type": "permission_prompt"}
 IDLE = {**WAITING, "notification_type": "idle_prompt"}
 OK = answer({"ok": True, "now": 1.5, "bus": "b1"})
 
 
 def status(bus, name="dell"):
-    [agent] = json.loads(bus.get(f"/agents?name={name}"))["agents"]
+    [agent] = json.loads(bus.get(here(f"/agents?name={name}")))["agents"]
     return {member: value for member, value in agent.get("status", {}).items() if member != "at"}
 
 
@@ -128,7 +130,7 @@ def test_others_see_what_a_session_does_where_and_on_which_branch(bus, tmp_path)
     for event, state in ((START, "idle"), (PROMPT, "busy"), (WAITING, "waiting"), (STEP, "busy"), (STOP, "idle")):
         text(bus.url, {**event, "cwd": place["cwd"]})
         assert status(bus) == {**place, "state": state}
-    [dell] = json.loads(bus.get("/agents"))["agents"]
+    [dell] = json.loads(bus.get(here("/agents?max=9")))["agents"]
     assert bus_who.doing(dell, float(dell["status"]["at"])).startswith("idle <1m: ")
     assert not dell["online"] and not dell["listens"], "a word is not presence"
     text(bus.url, {**PROMPT, "cwd": place["cwd"]}, HOME=str(tmp_path))
@@ -170,7 +172,7 @@ def test_a_permission_that_is_asked_for_is_no_text_for_the_session(bus):
 
 def test_a_program_that_never_says_that_a_turn_begins_is_not_called_idle(bus):
     drain(bus.url, {"hook_event_name": "sessionStart", "conversation_id": "c1"}, "cursor")
-    assert json.loads(bus.get("/agents"))["agents"] == []
+    assert json.loads(bus.get(here("/agents?max=9")))["agents"] == []
 
 
 def test_a_bus_that_takes_no_status_is_looked_at_as_ever(tmp_path):

@@ -1,6 +1,5 @@
 """The hook: which name a session has, and what it is told of it."""
 import contextlib
-import os
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -14,6 +13,7 @@ from tests.integrations.test_hook import (  # noqa: F401
     a_reader,
     a_session,
     digest,
+    here,
     project,
     run,
     send,
@@ -21,8 +21,9 @@ from tests.integrations.test_hook import (  # noqa: F401
     unread,
 )
 from tests.kit.bad_servers import Scripted, answer
-from tests.kit.mcp_client import Client
-from tests.kit.processes import ROOT, wait_until
+from tests.kit.processes import ROOT, Server, wait_until
+
+ONE_BUS = True
 
 
 def test_a_session_hears_its_name_and_that_nobody_listens(bus):
@@ -99,18 +100,18 @@ def test_one_name_of_two_programs_is_told_to_the_second(bus, tmp_path):
     said = text(bus.url, START)
     assert "is read" not in said
     with a_reader(bus):
-        wait_until(lambda: b'"name": "dell"' in bus.get("/agents"))
+        wait_until(lambda: b'"name": "dell"' in bus.get(here("/agents?max=9")))
         assert "is read" not in text(bus.url, START), "the reader has our state: it is our own"
         said = text(bus.url, START, AGENT_BUS_STATE_DIR=str(tmp_path / "elsewhere"))
         assert "dell is read by another program on this machine, too, so each" in said
 
 
-def test_the_tools_of_the_session_before_are_no_other_program(bus):
+def test_the_tools_of_the_session_before_are_no_other_program(bus, channel, start):
     """The bus still counts its agent as listening when the next session begins."""
-    client = Client(bus.url, name="dell", AGENT_BUS_STATE_DIR=os.environ["AGENT_BUS_STATE_DIR"])
+    client = start(name="dell")
     send(bus, "hello")
     client.tool("bus_inbox")
-    assert client.end() == "" and b'"online": true' in bus.get("/agents?name=dell")
+    assert client.end() == "" and b'"online": true' in bus.get(f"/agents?name=dell&channel={channel}")
     assert "is read" not in text(bus.url, START)
 
 
@@ -142,19 +143,20 @@ def test_a_name_in_a_token_is_not_changed_by_a_title(bus):
     assert "python3 bus_server.py invite bob" in said
 
 
-def test_a_folders_name_that_is_heard_on_another_machine_is_not_taken_again(bus):
+def test_a_folders_name_that_is_heard_on_another_machine_is_not_taken_again(tmp_path, channel):
     """Unless the bus only remembers a reader that was here; and who gives a name means it."""
-    nameless = {"AGENT_NAME": "", "AGENT_BUS_URL": bus.url}
-    with a_session() as first, a_session() as second, a_session() as third, a_session() as named:
+    mine = Server(tmp_path / "bus.db")  # it is killed
+    with a_session() as first, a_session() as second, a_session() as third, a_session() as named, mine as bus:
+        nameless = {"AGENT_NAME": "", "AGENT_BUS_URL": bus.url}
         with a_reader(bus, name="project"):
-            wait_until(lambda: b'"name": "project"' in bus.get("/agents"))
+            wait_until(lambda: b'"name": "project"' in bus.get(here("/agents?max=9")))
         assert run("--name", **nameless, **first).out == "project\n"
-        bus.get("/recv?to=project-2")  # which leaves no trace here
+        bus.get(here("/recv?to=project-2"))  # which leaves no trace here
         said = text(bus.url, of("b", START), **nameless, **second)
         assert "This session is project-3 on" in said and "because project is another session." in said
-        bus.get("/recv?to=project-3")
+        bus.get(here("/recv?to=project-3"))
         assert text(bus.url, of("b", START), **nameless, **second).startswith(said), "it keeps its name"
-        bus.get("/recv?to=nano")
+        bus.get(here("/recv?to=nano"))
         assert run("--name", AGENT_BUS_URL=bus.url, AGENT_NAME="nano", **named).out == "nano\n"
         bus.kill()
         assert run("--name", **nameless, **third).out == "project-2\n", "nobody says that it is not free"

@@ -18,6 +18,7 @@ from tests.integrations.test_hook import (  # noqa: F401
     a_reader,
     a_session,
     digest,
+    here,
     notice,
     project,
     run,
@@ -29,6 +30,8 @@ from tests.integrations.test_hook import (  # noqa: F401
 )
 from tests.kit.bad_servers import NOON, Scripted
 from tests.kit.processes import PATIENCE, wait_until
+
+ONE_BUS = True
 
 
 def has_watch():
@@ -46,7 +49,7 @@ def waiter(bus, event=STOP, **env):
 def test_a_waiter_wakes_its_session_with_the_number(bus):
     with a_session() as alive:
         waiting = waiter(bus, **alive)
-        wait_until(lambda: b'"online": true' in bus.get("/agents"))
+        wait_until(lambda: b'"online": true' in bus.get(here("/agents?name=dell")))
         send(bus, "wake up", priority="high")
         out, err = waiting.communicate(timeout=PATIENCE)
         assert (waiting.returncode, out, err) == (2, "", f"{NOTICE}\n")
@@ -135,7 +138,7 @@ def test_a_waker_writes_a_line_when_more_has_come_and_takes_nothing(bus, waker, 
     complaints = []
     waker.warn = complaints.append
     waker.start()
-    wait_until(lambda: b'"online": true' in bus.get("/agents"))
+    wait_until(lambda: b'"online": true' in bus.get(here("/agents?name=dell")))
     ids = [send(bus, "1")]
     wait_until(lambda: the_file().read_text() == "1 unread for dell\n")
     ids.append(send(bus, "2"))

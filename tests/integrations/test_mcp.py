@@ -14,11 +14,13 @@ import time
 import pytest
 
 import bus_server
+from tests.clients.test_clients import refusing
 from tests.kit.bad_servers import NOON, Scripted, answer, mail
 from tests.kit.claude_code import CLAUDE, program
 from tests.kit.mcp_client import HOSTILE, SCRIPT, Client, post
-from tests.kit.processes import PATIENCE, Server, wait_until
+from tests.kit.processes import PATIENCE, wait_until
 
+ONE_BUS = True
 TOOLS = [f"bus_{tool}" for tool in (
     "send inbox ack agents whoami ask reply thread claim done fail status rename search hook later scheduled "
     "lock unlock locks".split()
@@ -28,12 +30,10 @@ START_SECONDS = 0.1  # that a start takes on an idle machine; here ten times tha
 
 
 @pytest.fixture(scope="module")
-def one_for_all(tmp_path_factory):
-    place = tmp_path_factory.mktemp("mcp")
-    with Server(place / "bus.db") as bus:
-        client = Client(bus.url, AGENT_BUS_STATE_DIR=str(place / "state"))
-        yield client
-        client.kill()
+def one_for_all(tmp_path_factory, shared):
+    client = Client(shared.url, AGENT_BUS_STATE_DIR=str(tmp_path_factory.mktemp("mcp") / "state"))
+    yield client
+    client.kill()
 
 
 @pytest.fixture
@@ -157,10 +157,10 @@ def test_a_tool_that_fails_says_why_in_one_sentence(known, name, arguments, sent
     assert sentence in text and "\n" not in text
 
 
-def test_a_tool_says_that_the_bus_is_out_of_reach(bus, start):
-    bus.kill()
+def test_a_tool_says_that_the_bus_is_out_of_reach(start):
+    client = start(url=refusing())
     for name in ("bus_inbox", "bus_agents", "bus_whoami"):
-        assert "does not answer (Connection refused)" in start().failure(name)
+        assert "does not answer (Connection refused)" in client.failure(name)
 
 
 def test_a_bus_that_makes_no_sense_is_an_error_of_the_call_and_not_the_end(start):
@@ -273,8 +273,9 @@ asyncio.run(main())
 
 
 @pytest.fixture
-def settings(bus, tmp_path):
-    return {"AGENT_BUS_URL": bus.url, "AGENT_NAME": "alice", "AGENT_BUS_STATE_DIR": str(tmp_path / "state")}
+def settings(bus, channel, tmp_path):
+    place = {"AGENT_BUS_CHANNEL": channel, "AGENT_BUS_STATE_DIR": str(tmp_path / "state")}
+    return {"AGENT_BUS_URL": bus.url, "AGENT_NAME": "alice", **place}
 
 
 def run(*command, **options):
@@ -284,17 +285,18 @@ def run(*command, **options):
 
 
 @pytest.mark.skipif(not SDK_PYTHON, reason="the MCP SDK is not installed: see the head of this file")
-@pytest.mark.parametrize("options", [(), ("--channel",)], ids=["tools", "channel"])
-def test_the_official_sdk_calls_every_tool(settings, options):
-    said = run(SDK_PYTHON, "-c", WITH_THE_SDK, sys.executable, str(SCRIPT), *options, env={**os.environ, **settings})
+def test_the_official_sdk_lists_every_tool_and_calls_them(settings):
+    """Without the channel; test_claude_code_connects_to_it has it."""
+    said = run(SDK_PYTHON, "-c", WITH_THE_SDK, sys.executable, str(SCRIPT), env={**os.environ, **settings})
     words, tools, sent, mail, acknowledged, agents, whoami = json.loads(said)
     assert "data from another agent" in words and set(tools) == set(TOOLS)
     assert "id " in sent and "from the SDK" in mail and "0 unread" in acknowledged
-    assert agents == "alice: listening, 0 unread" and whoami.startswith("alice, on channel default")
+    assert agents == "alice: listening, 0 unread"
+    assert whoami.startswith(f"alice, on channel {settings['AGENT_BUS_CHANNEL']} ")
 
 
 @pytest.mark.skipif(not INSPECTOR, reason="the MCP Inspector is not installed: see the head of this file")
-def test_the_inspector_calls_every_tool(settings):
+def test_the_inspector_lists_every_tool_and_calls_them(settings):
     environment = [word for name, value in settings.items() for word in ("-e", f"{name}={value}")]
 
     def inspect(*arguments):
@@ -308,16 +310,13 @@ def test_the_inspector_calls_every_tool(settings):
 
     assert {tool["name"] for tool in inspect("tools/list")["tools"]} == set(TOOLS)
     sent = call("bus_send", to="alice", msg="from the Inspector").split("id ")[1]
-    assert "from the Inspector" in call("bus_inbox", wait=1)
-    assert "0 unread" in call("bus_ack", id=sent)
-    assert call("bus_agents") == "alice: listening, 0 unread"
-    assert call("bus_whoami").startswith("alice, on channel default")
+    assert sent in (mail := call("bus_inbox", wait=1)) and "from the Inspector" in mail
 
 
 @pytest.mark.skipif(not CLAUDE, reason="Claude Code is not installed: see the head of test_end_to_end.py")
-@pytest.mark.parametrize("options", [(), ("--channel",)], ids=["tools", "channel"])
-def test_claude_code_connects_to_it(settings, tmp_path, options):
+def test_claude_code_connects_to_it(settings, tmp_path):
+    """With the channel; tests/integrations/test_agents.py tries it without."""
     claude = {"env": {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}, "cwd": tmp_path}
     environment = [word for name, value in settings.items() for word in ("-e", f"{name}={value}")]
-    run(CLAUDE, "mcp", "add", "bus", *environment, "--", sys.executable, str(SCRIPT), *options, **claude)
+    run(CLAUDE, "mcp", "add", "bus", *environment, "--", sys.executable, str(SCRIPT), "--channel", **claude)
     assert re.search("^bus: .* ✔ Connected$", run(CLAUDE, "mcp", "list", **claude), re.MULTILINE)

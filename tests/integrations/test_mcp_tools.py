@@ -11,6 +11,8 @@ from tests.kit.bad_servers import NOON, Scripted, answer, mail, message
 from tests.kit.mcp_client import HOSTILE, cursor, post, unread
 from tests.kit.processes import PATIENCE, ROOT, Server, wait_until
 
+ONE_BUS = True
+
 
 def test_mail_is_unread_until_it_is_acknowledged(bus, client, tmp_path):
     first, second = post("one"), post("two")
@@ -84,9 +86,9 @@ def test_a_send_under_the_same_key_is_stored_once(client):
     assert len({re.search("id ([0-9a-f]+)", text)[1] for text in answers}) == 1
 
 
-def test_the_agents_are_listed_with_who_listens_first(client, bus):
+def test_the_agents_are_listed_with_who_listens_first(client, bus, channel):
     assert "nobody has listened" in client.tool("bus_agents")
-    bus.get("/recv?to=bob&since=now")
+    bus.get(f"/recv?to=bob&since=now&channel={channel}")
     post("hi", to="bob", sender="carol")
     client.mail()
     lines = client.tool("bus_agents").split("\n")
@@ -144,7 +146,7 @@ def test_a_bus_of_a_later_version_may_say_more(start):
     assert "parts" in json.dumps(second["msg"])
     agent = {"name": "dell", "channel": "default", "online": True, "last_seen": NOON, "unread": 1, "mood": {"x": 1}}
     with Scripted(answer({"agents": [agent], "now": NOON, "weather": "fine"})) as bus:
-        assert "dell" in start(url=bus.url).tool("bus_agents")
+        assert "dell" in start(url=bus.url, AGENT_BUS_CHANNEL="default").tool("bus_agents")
 
 
 @pytest.mark.parametrize("broken", ["a file", "a folder in place of the cursor"])

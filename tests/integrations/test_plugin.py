@@ -113,29 +113,13 @@ def test_claude_loads_it_whole(claude):
     assert "errors" not in loaded(claude, ROOT)
 
 
-WRONG = {
-    "no array": lambda monitor: {"monitors": [monitor]},
-    "a bad when": lambda monitor: [{**monitor, "when": "sometimes"}],
-    "an unknown key": lambda monitor: [{**monitor, "persistent": True}],
-}
-
-
 @needs_claude
-@pytest.mark.parametrize("wrong", WRONG)
-def test_claude_would_say_if_it_did_not(claude, wrong, tmp_path):
+def test_claude_would_say_if_it_did_not(claude, tmp_path):
     shutil.copytree(ROOT / ".claude-plugin", tmp_path / "copy" / ".claude-plugin")
     shutil.copytree(FOLDER, tmp_path / "copy" / FOLDER.relative_to(ROOT))
     path = tmp_path / "copy" / PLUGIN["experimental"]["monitors"]
-    path.write_text(json.dumps(WRONG[wrong](json.loads(path.read_text())[0])))
+    path.write_text(json.dumps([{**json.loads(path.read_text())[0], "when": "sometimes"}]))
     assert "monitors load failed" in str(loaded(claude, tmp_path / "copy")["errors"])
-
-
-@needs_claude
-def test_its_repository_is_a_marketplace_from_which_it_is_installed(claude, tmp_path):
-    assert "Successfully added marketplace: agent-bus" in claude("plugin", "marketplace", "add", str(ROOT))
-    assert "Successfully installed plugin: agent-bus@agent-bus" in claude("plugin", "install", "agent-bus@agent-bus")
-    assert "errors" not in listed(claude("plugin", "list", "--json", folder=tmp_path), "agent-bus@agent-bus")
-    assert "Skills (4)  agent-bus, bus-agents, bus-inbox, bus-send" in claude("plugin", "details", "agent-bus")
 
 
 def test_what_readme_runs_in_the_folder_of_another_project_has_the_path_of_this_one():
@@ -146,13 +130,15 @@ def test_what_readme_runs_in_the_folder_of_another_project_has_the_path_of_this_
 
 
 @needs_claude
-def test_the_lines_of_readme_install_it_and_add_the_tools(claude, tmp_path):
+def test_the_lines_of_readme_install_it_from_our_marketplace_and_add_the_tools(claude, tmp_path):
     readme = (ROOT / "README.md").read_text()
     market, install = re.findall("`(claude plugin (?:marketplace add|install) .*?)`", readme)
     assert "--marketplace" not in install, "Claude Code 2.1.197 does not know it"
     (add,) = re.findall("^claude mcp add .*", readme, re.MULTILINE)
-    claude(*shlex.split(market)[1:])
+    assert "Successfully added marketplace: agent-bus" in claude(*shlex.split(market)[1:])
     assert "Successfully installed plugin: agent-bus@agent-bus" in claude(*shlex.split(install)[1:])
+    assert "errors" not in listed(claude("plugin", "list", "--json", folder=tmp_path), "agent-bus@agent-bus")
+    assert "Skills (4)  agent-bus, bus-agents, bus-inbox, bus-send" in claude("plugin", "details", "agent-bus")
     project = tmp_path / "project"
     project.mkdir()
     claude(*shlex.split(add.replace("~/agent-bus", str(ROOT)))[1:], folder=project)

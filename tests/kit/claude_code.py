@@ -146,10 +146,19 @@ class Session:
                     found.append(int(entry.name))
         return found
 
+    def children(self):
+        """The pids of those of them that Claude Code, or one below it, has started and waits for."""
+        found = [self.process.pid]
+        for pid in found:
+            for task in pathlib.Path(f"/proc/{pid}/task").glob("*/children"):
+                with contextlib.suppress(OSError):
+                    found += map(int, task.read_text().split())
+        return found
+
     def running(self, path):
-        """The pids of the processes that run this program; a shell that does is none."""
+        """The pids of its children that run this program; a shell that does is none."""
         found = []
-        for pid in self.processes():
+        for pid in self.children():
             with contextlib.suppress(OSError):
                 arguments = pathlib.Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
                 if str(path).encode() in arguments and b"-c" not in arguments:

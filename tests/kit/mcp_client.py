@@ -107,10 +107,11 @@ def post(msg, to="alice", sender="bob", **fields):
 
 
 def unread(bus, name="alice"):
-    """How many the bus counts."""
-    return json.loads(bus.get("/inbox"))["recipients"].get("default", {}).get(name, 0)
+    """How many the bus counts in the channel of this process."""
+    channel = os.environ.get("AGENT_BUS_CHANNEL", "default")
+    return json.loads(bus.get(f"/inbox?name={name}&channel={channel}"))["recipients"].get(channel, {}).get(name, 0)
 
 
 def cursor(tmp_path, name="alice"):
-    (path,) = (tmp_path / "state" / "cursors").glob(f"*/default/{name}")
+    (path,) = (tmp_path / "state" / "cursors").glob(f"*/*/{name}")
     return path.read_text().strip()
