@@ -17,7 +17,7 @@ import pytest
 
 import bus_recv
 import bus_send
-from tests.kit import relaying
+from tests.kit import forked, relaying
 from tests.kit.bad_servers import Scripted, answer, silence, stored
 from tests.kit.processes import PATIENCE, ROOT, comes_true, wait_until
 from tests.kit.relaying import log, profile, relay, say, sends, texts, waiting
@@ -32,7 +32,7 @@ KILLS, EACH = 20, 100  # of each of two relays; messages of each of three sender
 def started(*arguments, a="a", b="b"):
     """A relay as people run it, for as long as this lasts."""
     command = [sys.executable, "-I", "-S", str(ROOT / "tools" / "bus_relay.py"), *arguments, "--bus", a, "--to-bus", b]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    with forked.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         try:
             yield process
         finally:
@@ -382,7 +382,7 @@ def test_the_lines_of_deploy_md_connect_two_networks(buses, home):
     with contextlib.ExitStack() as stack:
         for line in lines:
             command = [sys.executable, "-S", *shlex.split(line)]
-            process = stack.enter_context(subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE))
+            process = stack.enter_context(forked.Popen(command, cwd=ROOT, stderr=subprocess.PIPE))
             stack.callback(process.kill)
         say(a, "alice", "bob", "there")
         wait_until(lambda: texts(b, to="bob") == ["there"])

@@ -7,7 +7,6 @@ import json
 import os
 import pathlib
 import statistics
-import subprocess
 import sys
 import threading
 import time
@@ -16,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 import bus_server
-from tests.kit import inside
+from tests.kit import forked, inside
 from tests.kit.peers import command, invite, run, set_expires
 from tests.kit.processes import COMMAND, PATIENCE, ROOT, Server, wait_until
 
@@ -310,7 +309,7 @@ def test_the_list_says_who_has_what_and_when_it_was_used(tmp_path):
     ],
 )
 def test_a_bad_command_is_refused_in_words(arguments, tmp_path):
-    done = subprocess.run(
+    done = forked.run(
         [*COMMAND, *arguments, "--db", str(tmp_path / "bus.db")],
         capture_output=True,
         text=True,
@@ -403,7 +402,7 @@ def test_the_world_is_not_let_in_without_identity(tmp_path):
         "--db",
         str(tmp_path / "bus.db"),
     ]
-    done = subprocess.run(start, capture_output=True, text=True, timeout=PATIENCE)
+    done = forked.run(start, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 2 and "invite" in done.stderr and "--open" in done.stderr and done.stderr.count("\n") == 1
     with Server(tmp_path / "bus.db", "--host", "0.0.0.0", "--open") as bus:
         wait_until(lambda: "WARNING: anyone who can reach" in bus.log.read_text())

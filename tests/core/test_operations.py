@@ -12,7 +12,7 @@ import time
 import pytest
 
 import bus_server
-from tests.kit import inside
+from tests.kit import forked, inside
 from tests.kit.peers import log_of, run
 from tests.kit.processes import PATIENCE, ROOT, Server, in_time, wait_until
 
@@ -95,7 +95,7 @@ def test_prune_ends_though_the_server_ends_before_it(bus):
     send(bus)
     bus.process.send_signal(signal.SIGSTOP)  # it has the database and does nothing
     command = [sys.executable, str(ROOT / "bus_server.py"), "prune", "--older", "0", "--pending", "--db", bus.db]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as pruning:
+    with forked.Popen(command, stdout=subprocess.PIPE, text=True) as pruning:
         wait_until(pathlib.Path(f"{bus.db}.prune").exists)
         bus.kill()
         assert pruning.communicate(timeout=PATIENCE)[0].endswith("1 removed\n") and pruning.returncode == 0
@@ -160,7 +160,7 @@ def test_ctrl_c_ends_a_prune_without_a_traceback(bus, interruptible):
     send(bus)
     bus.process.send_signal(signal.SIGSTOP)
     command = [sys.executable, str(ROOT / "bus_server.py"), "prune", "--older", "0", "--pending", "--db", bus.db]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as pruning:
+    with forked.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as pruning:
         wait_until(pathlib.Path(f"{bus.db}.prune").exists)
         pruning.send_signal(signal.SIGINT)
         try:
@@ -249,7 +249,7 @@ def test_a_command_whose_output_cannot_be_written_says_so_and_leaves_no_token_th
     for command in (["invite", "ann", "--yes"], ["tokens"], ["prune", "--dry-run"]):
         with open("/dev/full", "wb") as full:
             line = [sys.executable, str(ROOT / "bus_server.py"), *command, "--db", bus.db]
-            done = subprocess.run(line, stdout=full, stderr=subprocess.PIPE, text=True, timeout=PATIENCE)
+            done = forked.run(line, stdout=full, stderr=subprocess.PIPE, text=True, timeout=PATIENCE)
         assert done.returncode == 2 and done.stderr.endswith(": cannot write the output: No space left on device\n")
         assert "Traceback" not in done.stderr
     assert run("tokens", "--db", bus.db)[1] == "no tokens: the bus is open\n"
