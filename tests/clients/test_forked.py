@@ -48,11 +48,11 @@ def test_it_ends_as_one(end, tmp_path):
 
 
 @pytest.mark.parametrize("flags", [["-S"], ["-I", "-S"], ["-u", "-S"]], ids="".join)
-@pytest.mark.parametrize("session", [True, False])
-def test_it_has_what_one_has(flags, session, tmp_path):
+@pytest.mark.parametrize("session, locale", [(True, {}), (False, {}), (False, {"LANG": "", "LC_ALL": ""})])
+def test_it_has_what_one_has(flags, session, locale, tmp_path):
     program = tmp_path / "program.py"
     program.write_text(ABOUT)
-    env = {**os.environ, "OURS": "\udcff"}
+    env = {**os.environ, "OURS": "\udcff", **locale}
     env.pop("PYTHONUNBUFFERED", None)
     command = [sys.executable, *flags, str(program), "a b", "ü"]
     started, other = both(command, env=env, cwd=tmp_path, input=b"given", start_new_session=session)

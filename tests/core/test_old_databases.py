@@ -18,6 +18,7 @@ import urllib.request
 import pytest
 
 import bus_server
+from tests.kit import forked
 from tests.kit.processes import ROOT, Server, wait_until
 
 DUMPS = sorted((pathlib.Path(__file__).resolve().parent.parent / "databases").glob("v*.sql"))
@@ -25,6 +26,8 @@ RECALLED = 1  # in messages.expires
 FETCHED, ACKNOWLEDGED = 0, 1  # in receipts.kind
 ATTEMPTS = 5
 MANY = 100_000
+OPENS = "import sys, bus_server; print('opens', flush=True); bus_server.State(sys.argv[1])"
+forked.WARM[OPENS] = str(ROOT), "bus_server"
 
 
 class Old:
@@ -331,9 +334,9 @@ def test_a_migration_that_is_killed_costs_nothing_but_time(dump, tmp_path):
         columns = "tick, mailbox, n, sender, depth, sum, text"
         values = f"{old.messages[-1]['tick']} + n, {box}, n, 'many', 0, 0, ''"
         file.execute(f"INSERT INTO messages({columns}) {numbers} SELECT {values} FROM numbers")
-    command = [sys.executable, "-c", f"import bus_server; print('opens', flush=True); bus_server.State({str(path)!r})"]
+    command = [sys.executable, "-c", OPENS, str(path)]
     for patience in (0.01, 0.1, 0.2, 0.4):
-        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as opening:
+        with forked.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as opening:
             assert opening.stdout.readline() == b"opens\n"
             with contextlib.suppress(subprocess.TimeoutExpired):
                 opening.wait(patience)

@@ -25,9 +25,14 @@ TAKEN = {"env", "cwd", "stdin", "stdout", "stderr", "start_new_session", "text",
 SIGNALS = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGPIPE)
 
 
+def coerced(env):
+    """The environment as Python has it: with a locale of UTF-8, if it was that of C."""
+    is_c = not env.get("LC_ALL") and (env.get("LC_CTYPE") or env.get("LANG") or "C") in ("C", "POSIX")
+    return {**env, "LC_CTYPE": "C.UTF-8"} if is_c else env
+
+
 def locale_of(env):
-    name = env.get("LC_ALL") or env.get("LC_CTYPE") or env.get("LANG") or "C"
-    return "C" if name == "POSIX" else name
+    return env.get("LC_ALL") or env.get("LC_CTYPE") or env.get("LANG")
 
 
 def is_plain(env, isolated):
@@ -47,7 +52,7 @@ class Forker:
     """The process that forks, for this one."""
 
     def __init__(self):
-        self.owner, self.locale = os.getpid(), locale_of(os.environ)
+        self.owner, self.locale = os.getpid(), locale_of(coerced(os.environ))
         self.control, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         command = [sys.executable, "-I", "-S", str(FORKER), str(its.fileno())]
         with its:
@@ -69,7 +74,7 @@ class Forker:
         return LENGTH.unpack(ours.recv(LENGTH.size, socket.MSG_WAITALL))[0], Ends(fileno=ours.detach())
 
 
-WARM = {}  # what may follow -c, and the import in it that is done before
+WARM = {}  # what may follow -c: the folder and the name of a module of ours that is imported before, or None
 FORKERS, STARTING = [], threading.Lock()
 
 
@@ -91,7 +96,7 @@ def order_of(command, options):
         flags |= set(words.pop(1)[1:])
     if words[0] != sys.executable or len(words) < 2 or not options.keys() <= TAKEN:
         return None
-    order = {"path": None, "code": None, "argv": words[1:], "folders": [], "isolated": "I" in flags,
+    order = {"path": None, "code": None, "imports": None, "argv": words[1:], "folders": [], "isolated": "I" in flags,
              "session": options.get("start_new_session", False), "unbuffered": "u" in flags}  # fmt: skip
     if words[1] == "-c" and len(words) > 2 and words[2] in WARM:
         order |= {"code": words[2], "imports": WARM[words[2]], "argv": ["-c", *words[3:]]}
@@ -113,6 +118,7 @@ class Popen(subprocess.Popen):
     def _execute_child(self, *given):
         cwd, env, pipes = given[5], given[6], given[10:16]  # of each stream: the end for reading, that for writing
         env = {os.fsdecode(name): os.fsdecode(value) for name, value in (os.environ if env is None else env).items()}
+        env = coerced(env)
         if self.order is None or not is_plain(env, self.order["isolated"]):
             return super()._execute_child(*given)
         order = {

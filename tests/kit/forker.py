@@ -45,14 +45,14 @@ def code_of(order):
     key = (path, text, path and os.stat(path).st_mtime_ns)
     if key not in CODES:
         kept = {}
-        if text is not None:
+        if order["imports"]:
             folder, name = order["imports"]
             sys.path.insert(0, folder)
             kept[name] = importlib.import_module(name)
             remember_extensions(kept[name])
             sys.path.remove(folder)
             del sys.modules[name]
-        else:
+        if text is None:
             with open(path, "rb") as file:
                 text = file.read()
         CODES[key] = compile(text, path or "<string>", "exec"), kept
