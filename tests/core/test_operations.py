@@ -13,7 +13,7 @@ import pytest
 
 import bus_server
 from tests.kit import forked, inside
-from tests.kit.peers import log_of, run
+from tests.kit.peers import fill, log_of, run
 from tests.kit.processes import PATIENCE, ROOT, Server, in_time, wait_until
 
 
@@ -40,8 +40,7 @@ def test_prune_removes_what_was_fetched_and_says_what_stays(bus):
 
 
 def test_prune_needs_no_server_and_spares_the_young(bus):
-    for number in range(1200):
-        send(bus, "bob", str(number))
+    fill(bus, "bob", 1200)
     bus.stop()
     assert re.fullmatch(r"messages from before \S+Z: 0\n", run("prune", "--older", "1h", "--db", bus.db)[1])
     assert run("prune", "--older", "0", "--pending", "--db", bus.db)[1].endswith("1200 removed\n")
