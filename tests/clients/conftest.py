@@ -6,6 +6,7 @@ import pytest
 import bus_recv
 import bus_send
 from tests.clients.test_clients import run
+from tests.kit.processes import PATIENCE
 
 
 @pytest.fixture
@@ -50,6 +51,12 @@ def configure(tmp_path, monkeypatch, home):
         return path
 
     return configure
+
+
+@pytest.fixture(autouse=True)
+def unhurried(monkeypatch):
+    """A reader in this process does not say that another one has its name, however long the machine stands still."""
+    monkeypatch.setattr(bus_recv, "TELL_SECONDS", PATIENCE)
 
 
 @pytest.fixture

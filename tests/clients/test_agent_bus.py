@@ -14,6 +14,7 @@ import pytest
 
 import bus_send
 from tests.clients.test_clients import program, refusing, run
+from tests.kit import forked
 from tests.kit.bad_servers import Scripted, page
 from tests.kit.processes import PATIENCE, ROOT
 from tools import agent_bus, bus_join
@@ -255,7 +256,7 @@ def test_on_a_machine_that_has_joined_it_has_the_commands_of_the_clients(bus, tm
     def command(*arguments):
         env = {**os.environ, "AGENT_BUS_URL": bus.url, "AGENT_NAME": "bob"}
         line = [sys.executable, "-I", "-S", str(place / "agent_bus.py"), *arguments]
-        done = subprocess.run(line, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=PATIENCE)
+        done = forked.run(line, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=PATIENCE)
         return done.returncode, done.stdout, done.stderr
 
     assert "| one" in command("inbox")[1] and "spark" in command("who")[1]

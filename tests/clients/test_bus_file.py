@@ -15,7 +15,7 @@ import pytest
 import bus_recv
 import bus_send
 from tests.clients.test_clients import refusing
-from tests.kit import peers
+from tests.kit import forked, peers
 from tests.kit.bad_servers import FAULTS, Scripted, page
 from tests.kit.peers import mint
 from tests.kit.processes import PATIENCE, ROOT, Server, wait_until
@@ -35,9 +35,9 @@ def spark(home, monkeypatch):
     monkeypatch.setattr(bus_send, "FIRST_PAUSE", 0.001)
 
 
-def start(*arguments, url, **options):
+def start(*arguments, url, popen=forked.Popen, **options):
     command = [sys.executable, "-I", "-S", str(ROOT / "tools" / "bus_file.py"), *map(str, arguments)]
-    return subprocess.Popen(command, env={**os.environ, "AGENT_BUS_URL": url}, **options)
+    return popen(command, env={**os.environ, "AGENT_BUS_URL": url}, **options)
 
 
 def run(*arguments, url):
@@ -311,7 +311,8 @@ def test_a_bar_is_drawn_on_a_terminal_only(bus, tmp_path):
 
 def test_a_large_file_costs_no_memory(bus, tmp_path):
     def most(*arguments):
-        process = start(*arguments, url=bus.url, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        streams = dict.fromkeys(("stdout", "stderr"), subprocess.DEVNULL)
+        process = start(*arguments, url=bus.url, popen=subprocess.Popen, **streams)
         _, status, used = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         assert process.returncode == 0

@@ -18,6 +18,7 @@ import bus_recv
 import bus_send
 import bus_server
 from tests.clients.test_clients import cursors, reader, recv, run, send
+from tests.kit import forked
 from tests.kit.bad_servers import HTML, NOON, Scripted, answer, drip, mail, message, page, stored
 from tests.kit.processes import PATIENCE, ROOT, in_time, wait_until
 
@@ -133,7 +134,7 @@ def test_a_subject_that_the_locale_does_not_have_is_no_end_of_a_command(subject,
     place = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}  # stands for a locale such as ISO-8859-1
     with Scripted(mail(message(1, subject=subject))) as server:
         command = [sys.executable, "-S", ROOT / "bus_recv.py", "dell", "--once", "--exec", 'printf %s "$MSG_SUBJECT"']
-        done = subprocess.run(command, env={**os.environ, **place, "AGENT_BUS_URL": server.url}, capture_output=True,
+        done = forked.run(command, env={**os.environ, **place, "AGENT_BUS_URL": server.url}, capture_output=True,
                               timeout=PATIENCE)  # fmt: skip
     assert (done.returncode, done.stdout, done.stderr) == (0, subject.replace("\0", "").encode(errors="replace"), b"")
 

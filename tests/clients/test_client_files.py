@@ -4,12 +4,12 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 
 import pytest
 
 from tests.clients.test_clients import program
+from tests.kit import forked
 from tests.kit.bad_servers import NOON, Scripted, answer, mail, message
 from tests.kit.processes import PATIENCE, ROOT, has_taken_its_signals, wait_until
 
@@ -86,7 +86,7 @@ def place(request, tmp_path):
 def isolated(script, *arguments, **env):
     """Exit code, stdout, stderr, without site packages and with nothing on the path."""
     command = [sys.executable, "-I", "-S", str(script), *arguments]
-    done = subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True, timeout=PATIENCE)
+    done = forked.run(command, env={**os.environ, **env}, capture_output=True, text=True, timeout=PATIENCE)
     assert "Traceback" not in done.stderr, done.stderr
     return done.returncode, done.stdout, done.stderr
 

@@ -10,6 +10,7 @@ import pytest
 
 import bus_recv
 import bus_send
+from tests.kit import forked
 from tests.kit.peers import invite
 from tests.kit.processes import PATIENCE, ROOT, Server, wait_until
 
@@ -81,7 +82,7 @@ def test_what_is_no_token_is_refused(client, monkeypatch):
 
 
 def run(program, *arguments, stdin="", **env):
-    done = subprocess.run(
+    done = forked.run(
         [sys.executable, str(ROOT / program), *arguments],
         input=stdin,
         capture_output=True,

@@ -15,6 +15,7 @@ import pytest
 
 import bus_recv
 import bus_send
+from tests.kit import forked
 from tests.kit.bad_servers import NOON, Scripted, mail, message, silence
 from tests.kit.processes import PATIENCE, ROOT, Server, free_port, runs, wait_until
 
@@ -43,7 +44,7 @@ def program(script, *arguments, stdin=b"", env=None, **options):
     """A client as people run it: without site packages, and with nothing on the path."""
     command = [sys.executable, "-I", "-S", str(ROOT / script), *arguments]
     streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
-    process = subprocess.Popen(command, env={**os.environ, **(env or {})}, **streams)
+    process = forked.Popen(command, env={**os.environ, **(env or {})}, **streams)
     if stdin is not None and process.stdin:
         with contextlib.suppress(BrokenPipeError):
             process.stdin.write(stdin)

@@ -19,7 +19,7 @@ import pytest
 import bus_send
 import bus_server
 from tests.clients.test_clients import refusing
-from tests.kit import bad_servers
+from tests.kit import bad_servers, forked
 from tests.kit.bad_servers import FAULTS, HTML, Scripted, answer, mail, page
 from tests.kit.peers import invite
 from tests.kit.processes import PATIENCE, ROOT, SERVER, Server, free_port, no_settings, wait_until
@@ -121,7 +121,7 @@ def test_a_good_token_is_ok_and_never_shown(tmp_path, examine):
 
 def test_it_runs_as_a_program_from_anywhere(bus, tmp_path):
     program = [sys.executable, "-I", "-S", str(ROOT / "tools" / "bus_doctor.py")]
-    run = functools.partial(subprocess.run, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE,
+    run = functools.partial(forked.run, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE,
                             env={"AGENT_BUS_URL": bus.url, "AGENT_NAME": "spark"})  # fmt: skip
     assert run([*program, "--hold", "0"]).returncode == 0
     usage = run([*program, "--hold", "61"])

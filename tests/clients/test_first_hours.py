@@ -14,6 +14,7 @@ import bus_recv
 import bus_send
 from tests.clients.test_clients import program, reader, refusing, run
 from tests.clients.test_words import on_a_terminal
+from tests.kit import forked
 from tests.kit.bad_servers import Scripted, answer, mail, message, stored
 from tests.kit.peers import command
 from tests.kit.processes import PATIENCE, ROOT, wait_until
@@ -212,7 +213,7 @@ def joining(bus, tmp_path):
     def begin():
         env = {"HOME": str(home), "PATH": os.environ["PATH"]}
         script = [sys.executable, str(ROOT / "tools" / "bus_join.py"), bus.url, "ann", pin]
-        process = subprocess.Popen(script, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        process = forked.Popen(script, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         processes.append(process)
         (aside,) = wait_until(lambda: [*home.glob(".local/share/agent-bus/tmp*/agent_bus.py")])
         return process, aside.parent
@@ -263,6 +264,6 @@ def test_output_that_cannot_be_written_is_called_that(call, bus, home):
     env = {**os.environ, "AGENT_BUS_URL": bus.url, "AGENT_NAME": "ann"}
     with open("/dev/full", "wb") as full:
         line = [sys.executable, str(ROOT / script), *arguments]
-        done = subprocess.run(line, stdout=full, stderr=subprocess.PIPE, env=env, text=True, timeout=PATIENCE)
+        done = forked.run(line, stdout=full, stderr=subprocess.PIPE, env=env, text=True, timeout=PATIENCE)
     assert done.returncode != 0 and done.stderr.endswith("cannot write the output: No space left on device\n")
     assert "Errno" not in done.stderr and "Traceback" not in done.stderr

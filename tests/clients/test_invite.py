@@ -14,6 +14,7 @@ import time
 import pytest
 
 from tests.core.test_identity import ask
+from tests.kit import forked
 from tests.kit.joining import TOKEN, invited, secure, tls, two_keys
 from tests.kit.peers import command, set_expires
 from tests.kit.processes import PATIENCE, ROOT, Server, no_settings, wait_until
@@ -95,7 +96,7 @@ def test_a_database_that_does_not_exist_is_said_to_be_none_before_anything_is_ma
 
 def test_a_relative_path_is_said_whole(tmp_path):
     line = [sys.executable, str(ROOT / "bus_server.py"), "invite", "dell", "--db", "bus.db"]
-    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE)
+    done = forked.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE)
     assert f"whose database is {tmp_path}/bus.db" in done.stderr and f"delete {tmp_path}/bus.db.tokens" in done.stderr
     assert TOKEN.search(done.stdout)
 
@@ -169,7 +170,7 @@ def test_the_texts_name_the_option_as_the_help_does():
 def test_bus_server_alone_makes_a_token_too(tmp_path):
     shutil.copy(ROOT / "bus_server.py", tmp_path)
     line = [sys.executable, "-I", str(tmp_path / "bus_server.py"), "invite", "dell", "--db", str(tmp_path / "bus.db")]
-    done = subprocess.run(line, capture_output=True, text=True, timeout=PATIENCE)
+    done = forked.run(line, capture_output=True, text=True, timeout=PATIENCE)
     assert TOKEN.search(done.stdout) and done.returncode == 0, done.stderr
 
 

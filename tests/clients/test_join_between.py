@@ -14,7 +14,7 @@ import threading
 
 import pytest
 
-from tests.kit import joining
+from tests.kit import forked, joining
 from tests.kit.joining import CLIENTS, CONFIG, NOBODYS, invited, join, other_bus, pasted, secure, shells, tls, two_keys
 from tests.kit.processes import PATIENCE, ROOT, Server, wait_until
 from tools import bus_join
@@ -148,10 +148,10 @@ def test_the_certificate_that_is_kept_is_that_of_the_bus(tmp_path, authority):
 
 def test_somebody_who_comes_in_between_later_gets_no_token(bus, tmp_path, authority):
     line, token, _ = invited(bus, "dell")
-    home, program = tmp_path / "home", (ROOT / "tools" / "bus_join.py").read_text()
-    command = [sys.executable, "-Ic", program, bus.url, "dell", line.split()[-1]]
+    home = tmp_path / "home"
+    command = [sys.executable, "-I", "-c", joining.JOIN, bus.url, "dell", line.split()[-1]]
     env = {"HOME": str(home), "PATH": os.environ["PATH"]}
-    process = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = forked.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     wait_until((home / CONFIG).exists)  # everything was fetched; it waits for the token
     bus.stop()
     with Between(bus.port, authority.self_signed("IP:127.0.0.1")) as between:

@@ -26,9 +26,14 @@ LAST = "the last one"  # a message whose arrival says that all before it have ar
 # ── Rotation ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("move", [lambda path: path.rename(f"{path}.1"), pathlib.Path.unlink], ids=["rename", "remove"])
-@pytest.mark.parametrize("suffixes", [["jsonl"], ["log", "jsonl"]], ids="+".join)
-@pytest.mark.parametrize("block", ["0", "1"])
+def rename(path):
+    path.rename(f"{path}.1")
+
+
+@pytest.mark.parametrize("block, suffixes, move", [
+    ("0", ["jsonl"], rename), ("0", ["log", "jsonl"], pathlib.Path.unlink),
+    ("1", ["log", "jsonl"], rename), ("1", ["jsonl"], pathlib.Path.unlink),
+], ids=["0-jsonl-rename", "0-log+jsonl-remove", "1-log+jsonl-rename", "1-jsonl-remove"])  # fmt: skip
 def test_after_a_rotation_each_message_is_once_in_a_new_file(bus, listen, move, suffixes, block):
     listener = listen(bus.url, BLOCK=block)
     send(bus.url, "one", "two")

@@ -1,7 +1,6 @@
 """tools/bus_lock.py: agent-bus lock, unlock and locks."""
 import json
 import os
-import subprocess
 import sys
 import threading
 
@@ -10,7 +9,7 @@ import pytest
 import bus_recv
 from tests.clients.test_agent_bus import on_terminal
 from tests.clients.test_clients import refusing
-from tests.kit import peers
+from tests.kit import forked, peers
 from tests.kit.peers import mint
 from tests.kit.processes import PATIENCE, ROOT, Server, no_settings, wait_until
 from tools import bus_lock
@@ -25,7 +24,7 @@ def run(url, *arguments, name="dell", **env):
     """(exit code, stdout, stderr) of `agent-bus ...`."""
     command = [sys.executable, str(ROOT / "tools" / "agent_bus.py"), *map(str, arguments)]
     theirs = {**os.environ, "AGENT_BUS_URL": url, **({"AGENT_NAME": name} if name else {}), **env}
-    done = subprocess.run(command, env=theirs, capture_output=True, text=True, timeout=2 * PATIENCE)
+    done = forked.run(command, env=theirs, capture_output=True, text=True, timeout=2 * PATIENCE)
     assert "Traceback" not in done.stderr, done.stderr
     return done.returncode, done.stdout, done.stderr
 

@@ -2,7 +2,6 @@
 import json
 import re
 import signal
-import subprocess
 import sys
 import unicodedata
 
@@ -11,6 +10,7 @@ import pytest
 import bus_recv
 from tests.clients.test_agent_bus import COLOUR, HOSTILE, RAW, SCRIPT, mails, on_terminal
 from tests.clients.test_clients import program, run
+from tests.kit import forked
 from tests.kit.bad_servers import Scripted, mail, message
 from tests.kit.processes import COMMAND, PATIENCE
 
@@ -44,7 +44,7 @@ def test_log_last_is_the_end_of_the_log(agent):
 def test_log_last_tells_of_no_gap_between_messages_that_nobody_asked_for(agent):
     """It looks further and further back: what was removed there is no loss for who asked for the newest ones."""
     mails(agent.url, "1", "2")
-    subprocess.run([*COMMAND, "prune", "--older", "0", "--pending", "--db", agent.bus.db], check=True)
+    forked.run([*COMMAND, "prune", "--older", "0", "--pending", "--db", agent.bus.db], check=True)
     mails(agent.url, "3")
     code, out, err = agent("log", "--last", "20", "--short", "--no-follow")
     assert (code, err) == (0, "") and out.count("\n") == 1

@@ -19,6 +19,7 @@ import bus_send
 import bus_server
 from tests.clients.test_clients import program, refusing, run
 from tests.clients.test_words import on_a_terminal
+from tests.kit import forked
 from tests.kit.bad_servers import HTML, NOON, Scripted, answer, mail, message, page, reset, silence
 from tests.kit.processes import PATIENCE, ROOT, Server, wait_until
 from tools import bus_join
@@ -295,7 +296,7 @@ def listener(**env):
 def test_the_listener_tells_a_refusal_whole(tmp_path):
     env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
     invite = [sys.executable, str(ROOT / "bus_server.py"), "invite", "ops", "--yes", "--db", str(tmp_path / "bus.db")]
-    subprocess.run(invite, env=env, capture_output=True, check=True, timeout=PATIENCE)
+    forked.run(invite, env=env, capture_output=True, check=True, timeout=PATIENCE)
     with Server(tmp_path / "bus.db") as bus:
         code, said = listener(**env, AGENT_BUS_URL=bus.url, AGENT_NAME="lis")
     assert code == 1 and said.endswith("to one made on the machine of the bus by python3 bus_server.py invite NAME\n")

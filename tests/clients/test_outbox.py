@@ -15,6 +15,7 @@ import pytest
 
 import bus_send
 from tests.faults.history import observed
+from tests.kit import forked
 from tests.kit.bad_servers import Scripted, answer, page, stored
 from tests.kit.processes import PATIENCE, ROOT, free_port, no_settings, wait_until
 from tools import bus_outbox
@@ -34,7 +35,7 @@ def home(tmp_path, monkeypatch):
 def start(*arguments, url, **options):
     command = [sys.executable, "-I", "-S", str(ROOT / "tools" / "bus_outbox.py"), *arguments]
     streams = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    return subprocess.Popen(command, env={**os.environ, "AGENT_BUS_URL": url}, **streams, text=True, **options)
+    return forked.Popen(command, env={**os.environ, "AGENT_BUS_URL": url}, **streams, text=True, **options)
 
 
 def run(*arguments, url, msg=""):
@@ -302,7 +303,7 @@ def test_the_copies_are_what_the_readers_get(bus, monkeypatch, tmp_path):
     read = []
     for where in (["dell", "nano", "all"], ["dell", "nano", "--channel", "ops"]):
         command = [sys.executable, str(ROOT / "bus_recv.py"), *where, "--json", "--once"]
-        read += subprocess.run(command, env=env, capture_output=True, text=True, timeout=PATIENCE).stdout.splitlines()
+        read += forked.run(command, env=env, capture_output=True, text=True, timeout=PATIENCE).stdout.splitlines()
     assert sorted((tmp_path / "sent-spark.jsonl").read_text().splitlines()) == sorted(read) and len(read) == 5
     assert stat.S_IMODE((tmp_path / "sent-spark.jsonl").stat().st_mode) == 0o600
 

@@ -2,6 +2,7 @@
 import contextlib
 import itertools
 import json
+import os
 import random
 import re
 import shlex
@@ -17,7 +18,7 @@ import pytest
 
 import bus_recv
 import bus_send
-from tests.kit import relaying
+from tests.kit import forked, relaying
 from tests.kit.bad_servers import Scripted, answer, silence, stored
 from tests.kit.processes import PATIENCE, ROOT, comes_true, wait_until
 from tests.kit.relaying import log, profile, relay, say, sends, texts, waiting
@@ -25,14 +26,15 @@ from tools import bus_relay
 
 home, buses = relaying.home, relaying.buses  # fixtures
 
-KILLS, EACH = 20, 100  # of each of two relays; messages of each of three senders on each bus
+KILLS = int(os.environ.get("RELAY_KILLS", "8"))  # of each of two relays; 20 and more in full
+EACH = 5 * KILLS  # messages of each of three senders on each bus
 
 
 @contextlib.contextmanager
 def started(*arguments, a="a", b="b"):
     """A relay as people run it, for as long as this lasts."""
     command = [sys.executable, "-I", "-S", str(ROOT / "tools" / "bus_relay.py"), *arguments, "--bus", a, "--to-bus", b]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    with forked.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         try:
             yield process
         finally:
@@ -42,7 +44,7 @@ def started(*arguments, a="a", b="b"):
 # ── Once and in order ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.slow(f"{2 * KILLS} relays are killed and started again while 600 messages pass")
+@pytest.mark.slow(f"{2 * KILLS} relays are killed and started again while {6 * EACH} messages pass")
 def test_each_message_arrives_once_and_in_order_both_ways_though_the_relays_are_killed(buses, monkeypatch):
     # Beside threads that begin and end, execve() after a vfork() fails now and then on a virtual machine, with EFAULT.
     monkeypatch.setattr(subprocess, "_USE_VFORK", False, raising=False)
@@ -382,7 +384,7 @@ def test_the_lines_of_deploy_md_connect_two_networks(buses, home):
     with contextlib.ExitStack() as stack:
         for line in lines:
             command = [sys.executable, "-S", *shlex.split(line)]
-            process = stack.enter_context(subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE))
+            process = stack.enter_context(forked.Popen(command, cwd=ROOT, stderr=subprocess.PIPE))
             stack.callback(process.kill)
         say(a, "alice", "bob", "there")
         wait_until(lambda: texts(b, to="bob") == ["there"])

@@ -17,6 +17,7 @@ import bus_recv
 import bus_send
 import bus_server
 from tests.clients.test_clients import Clock, program, reader, recv, refusing, run, send
+from tests.kit import forked
 from tests.kit.bad_servers import HTML, NOON, Scripted, answer, mail, message, page, silence, stored
 from tests.kit.naive_server import Naive
 from tests.kit.peers import invite
@@ -39,7 +40,7 @@ def on_a_terminal(script, *arguments, typed=b"", until=b"\n", **env):
     ours, its = pty.openpty()
     env = {**os.environ, **env}
     command = [sys.executable, str(ROOT / script), *arguments]
-    process = subprocess.Popen(command, stdin=its, stdout=its, stderr=its, env=env)
+    process = forked.Popen(command, stdin=its, stdout=its, stderr=its, env=env)
     os.close(its)
     os.write(ours, typed)
     shown = b""
@@ -445,7 +446,7 @@ def test_a_message_is_whole_unless_a_monitor_reads_it(output, home, tmp_path):
             ours, its = socket.socketpair()
             with ours, its, (tmp_path / "log").open("w+b") as file:
                 out = {"a file": file, "a socket": its}.get(output, subprocess.PIPE)
-                done = subprocess.run(command, env={**os.environ, **env}, stdout=out, timeout=PATIENCE)
+                done = forked.run(command, env={**os.environ, **env}, stdout=out, timeout=PATIENCE)
                 file.seek(0)
                 shown = {"a file": file.read, "a socket": lambda: ours.recv(1 << 20)}.get(output, lambda: done.stdout)()
             shown = shown.decode()

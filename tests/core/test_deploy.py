@@ -27,7 +27,7 @@ import bus_recv
 import bus_send
 import bus_server
 from tests.faults.history import Conversation, observed
-from tests.kit import hostile, new_client, old_client, peers
+from tests.kit import forked, hostile, new_client, old_client, peers
 from tests.kit.hostile import GET, HOST, head
 from tests.kit.peers import invite
 from tests.kit.processes import PATIENCE, ROOT, Server, free_port, wait_until
@@ -312,7 +312,7 @@ def documented(command, place, *, options=("--db", "bus.db")):
     """Run this command of docs/deploy.md there; (exit code, what it said)."""
     line = re.search(f"^python3 (bus_server.py {command} .*)$", DOCUMENT, re.MULTILINE)
     line = [sys.executable, *line[1].replace("bus_server.py", str(ROOT / "bus_server.py")).split(), *options]
-    done = subprocess.run(line, cwd=place, capture_output=True, text=True, timeout=PATIENCE)
+    done = forked.run(line, cwd=place, capture_output=True, text=True, timeout=PATIENCE)
     assert "Traceback" not in done.stderr
     return done.returncode, done.stdout + done.stderr
 
@@ -420,7 +420,7 @@ def test_a_restore_revokes_nothing_less_and_opens_nothing(tmp_path):
     spark, dell = invite(bus, "spark"), invite(bus, "dell")
     assert (good(bus, spark), good(bus, dell)) == (True, True)
     assert documented("backup", tmp_path)[0] == 0
-    subprocess.run([sys.executable, str(ROOT / "bus_server.py"), "revoke", "dell", "--db", bus.db], check=True)
+    forked.run([sys.executable, str(ROOT / "bus_server.py"), "revoke", "dell", "--db", bus.db], check=True)
     assert documented("restore", tmp_path)[0] == 0
     assert (good(bus, spark), good(bus, dell)) == (True, False)
     (tmp_path / "bus.db.tokens").unlink()

@@ -12,8 +12,8 @@ import time
 import pytest
 
 import bus_server
-from tests.kit import inside
-from tests.kit.peers import log_of, run
+from tests.kit import forked, inside
+from tests.kit.peers import fill, log_of, run
 from tests.kit.processes import PATIENCE, ROOT, Server, in_time, wait_until
 
 
@@ -40,8 +40,7 @@ def test_prune_removes_what_was_fetched_and_says_what_stays(bus):
 
 
 def test_prune_needs_no_server_and_spares_the_young(bus):
-    for number in range(1200):
-        send(bus, "bob", str(number))
+    fill(bus, "bob", 1200)
     bus.stop()
     assert re.fullmatch(r"messages from before \S+Z: 0\n", run("prune", "--older", "1h", "--db", bus.db)[1])
     assert run("prune", "--older", "0", "--pending", "--db", bus.db)[1].endswith("1200 removed\n")
@@ -95,7 +94,7 @@ def test_prune_ends_though_the_server_ends_before_it(bus):
     send(bus)
     bus.process.send_signal(signal.SIGSTOP)  # it has the database and does nothing
     command = [sys.executable, str(ROOT / "bus_server.py"), "prune", "--older", "0", "--pending", "--db", bus.db]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as pruning:
+    with forked.Popen(command, stdout=subprocess.PIPE, text=True) as pruning:
         wait_until(pathlib.Path(f"{bus.db}.prune").exists)
         bus.kill()
         assert pruning.communicate(timeout=PATIENCE)[0].endswith("1 removed\n") and pruning.returncode == 0
@@ -160,7 +159,7 @@ def test_ctrl_c_ends_a_prune_without_a_traceback(bus, interruptible):
     send(bus)
     bus.process.send_signal(signal.SIGSTOP)
     command = [sys.executable, str(ROOT / "bus_server.py"), "prune", "--older", "0", "--pending", "--db", bus.db]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as pruning:
+    with forked.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as pruning:
         wait_until(pathlib.Path(f"{bus.db}.prune").exists)
         pruning.send_signal(signal.SIGINT)
         try:
@@ -249,7 +248,7 @@ def test_a_command_whose_output_cannot_be_written_says_so_and_leaves_no_token_th
     for command in (["invite", "ann", "--yes"], ["tokens"], ["prune", "--dry-run"]):
         with open("/dev/full", "wb") as full:
             line = [sys.executable, str(ROOT / "bus_server.py"), *command, "--db", bus.db]
-            done = subprocess.run(line, stdout=full, stderr=subprocess.PIPE, text=True, timeout=PATIENCE)
+            done = forked.run(line, stdout=full, stderr=subprocess.PIPE, text=True, timeout=PATIENCE)
         assert done.returncode == 2 and done.stderr.endswith(": cannot write the output: No space left on device\n")
         assert "Traceback" not in done.stderr
     assert run("tokens", "--db", bus.db)[1] == "no tokens: the bus is open\n"

@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from tests.kit import forked
 from tests.kit.clock import Clock
 from tests.kit.peers import run
 from tests.kit.processes import PATIENCE, ROOT, SERVER, Server, free_port, wait_until
@@ -25,7 +26,7 @@ from tests.kit.wire import Peer, a_bus
 def refused(*options, **env):
     """Start a server that must not start; returns its one line."""
     command = [sys.executable, str(ROOT / "bus_server.py"), *map(str, options)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, env={**os.environ, **env})
+    done = forked.run(command, capture_output=True, text=True, timeout=PATIENCE, env={**os.environ, **env})
     assert done.returncode == 2 and not done.stdout, done
     assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr, done.stderr
     return done.stderr
@@ -161,7 +162,7 @@ def test_a_read_only_folder_is_one_clear_line(tmp_path):
 )
 def test_bad_options_end_with_2(options, tmp_path):
     command = [sys.executable, str(ROOT / "bus_server.py"), "--port", "0", "--db", str(tmp_path / "bus.db"), *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+    done = forked.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 2 and "Traceback" not in done.stderr and done.stderr.strip()
 
 
@@ -208,8 +209,8 @@ def test_a_drain_answers_the_parked_and_exits_0(bus, number):
 
 def test_a_drain_refuses_what_is_half_there_in_words(bus):
     with socket.create_connection(("127.0.0.1", bus.port), timeout=PATIENCE) as peer:
-        peer.sendall(b"POST /send HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
-        wait_until(lambda: bus.get("/healthz"))
+        peer.sendall(b"POST /send HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\nExpect: 100-continue\r\n\r\n{")
+        assert peer.recv(25, socket.MSG_WAITALL) == b"HTTP/1.1 100 Continue\r\n\r\n"  # so the bus has read the head
         bus.process.terminate()
         answer = b"".join(iter(lambda: peer.recv(65536), b""))
     assert answer.startswith(b"HTTP/1.1 503 ") and b"Retry-After: 1" in answer and b'{"error"' in answer

@@ -101,7 +101,7 @@ def steps(*options):
     before = sys.gettrace()
     sys.settrace(begins)
     try:
-        sends(*options, count=SENDS // 6)
+        sends(*options, count=4 * CONNECTIONS)
     finally:
         sys.settrace(before)
     return count

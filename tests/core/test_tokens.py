@@ -2,7 +2,6 @@
 import json
 import os
 import pathlib
-import subprocess
 import sys
 import time
 
@@ -10,6 +9,7 @@ import pytest
 
 import bus_server
 from tests.core.test_identity import ask
+from tests.kit import forked
 from tests.kit.peers import invite
 from tests.kit.processes import PATIENCE, ROOT, Server, wait_until
 
@@ -58,7 +58,7 @@ def test_a_known_token_is_good_while_the_file_is_damaged(bus):
 def test_a_bus_with_damaged_tokens_does_not_start(tmp_path):
     (tmp_path / "bus.db.tokens").write_text("no JSON\n")
     command = [sys.executable, str(ROOT / "bus_server.py"), "--port", "0", "--db", str(tmp_path / "bus.db")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+    done = forked.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 2 and "cannot read the tokens" in done.stderr and "Traceback" not in done.stderr
 
 
@@ -81,7 +81,7 @@ def test_a_link_is_not_written_through(tmp_path):
     target.write_text("precious")
     (tmp_path / "bus.db.tokens.new").symlink_to(target)
     command = [sys.executable, str(ROOT / "bus_server.py"), "invite", "spark", "--db", str(tmp_path / "bus.db")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+    done = forked.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 2 and "cannot write the tokens" in done.stderr
     assert target.read_text() == "precious"
 

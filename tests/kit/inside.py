@@ -1,7 +1,11 @@
 """A bus inside the test: with its extensions and without a socket, so that a test takes its turns and says its time."""
 import hashlib
 
+import bus_server
 from bus_server import CLIENTS, REPORT, State, command_line, make_bus, start_extensions
+from tests.kit.forker import remember_extensions
+
+remember_extensions(bus_server)  # they keep nothing beside what start() makes
 
 FILE = b"in a file " * 10_000
 FILE_PATH = f"/blob/{hashlib.sha256(FILE).hexdigest()}"

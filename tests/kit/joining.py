@@ -10,6 +10,7 @@ import sys
 
 import pytest
 
+from tests.kit import forked
 from tests.kit.authority import Certificate
 from tests.kit.peers import command
 from tests.kit.processes import PATIENCE, ROOT, Server
@@ -19,6 +20,8 @@ needs_curl = pytest.mark.skipif(not shutil.which("curl"), reason="curl is not in
 TOKEN = re.compile(r"abt_[0-9a-f]{8}_[\w-]{43}")
 CLIENTS = pathlib.Path(".local/share/agent-bus")
 CONFIG = pathlib.Path(".config/agent-bus")
+JOIN = (ROOT / "tools" / "bus_join.py").read_text()
+forked.WARM[JOIN] = None
 NOBODYS = "abt_00000000_" + "s" * 43
 
 
@@ -54,9 +57,8 @@ def join(bus, name, token, home, *options, pin=None, program=sys.executable, **m
     """bus_join.py as the line runs it, without a terminal; (exit code, stdout, stderr)."""
     line, _, _ = invited(bus, name) if pin is None else (pin, "", "")
     arguments = [bus.url, name, line.split()[-1], *options]
-    text = (ROOT / "tools" / "bus_join.py").read_text()
     env = {"HOME": str(home), "PATH": os.environ["PATH"], **more}
-    done = subprocess.run([program, "-Ic", text, *arguments], env=env, input=f"{token}\n", text=True,
+    done = forked.run([program, "-I", "-c", JOIN, *arguments], env=env, input=f"{token}\n", text=True,
                           capture_output=True, timeout=PATIENCE)  # fmt: skip
     assert "Traceback" not in done.stderr and (not token or token not in done.stdout + done.stderr)
     return done.returncode, done.stdout, done.stderr

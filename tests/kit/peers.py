@@ -9,10 +9,10 @@ import resource
 import secrets
 import socket
 import sqlite3
-import subprocess
 import time
 from typing import NamedTuple
 
+from tests.kit import forked
 from tests.kit.processes import COMMAND, PATIENCE, wait_until
 from tests.kit.serving import Beside
 
@@ -156,7 +156,7 @@ def metric(bus, name, token=None):
 
 def run(*arguments):
     """(exit code, stdout, stderr) of bus_server.py, which is expected to end."""
-    done = subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=PATIENCE)
+    done = forked.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=PATIENCE)
     return done.returncode, done.stdout, done.stderr
 
 

@@ -12,11 +12,14 @@ import threading
 import time
 import urllib.request
 
+from tests.kit import forked
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 UNHURRIED = ("--rate", "0")  # tests send as fast as they can
-# bus_server.py as a module, whose compiled form is kept, and without site packages: 85 ms of CPU, not 139
+# bus_server.py as a module, whose compiled form is kept, and without site packages: 85 ms of CPU, not 139; forked: 40
 SERVER = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import bus_server; sys.exit(bus_server.main())"
 COMMAND = [sys.executable, "-c", SERVER]  # for `python3 bus_server.py`
+forked.WARM[SERVER] = str(ROOT), "bus_server"
 PATIENCE = 20  # s; a fact that has not come true by then will not: slower than any machine we know
 
 
@@ -145,7 +148,7 @@ class Server:
 
     def start(self):
         with self.log.open("ab") as stderr:
-            self.process = subprocess.Popen(self.command, stdout=subprocess.PIPE, stderr=stderr, env=self.env)
+            self.process = forked.Popen(self.command, stdout=subprocess.PIPE, stderr=stderr, env=self.env)
         first = self.process.stdout.readline().decode()
         assert first.startswith("listening on http"), f"{first!r}; {self.log.read_text()}"
         return self
