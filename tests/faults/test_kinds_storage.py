@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import pathlib
+import shutil
 import signal
 import struct
 import subprocess
@@ -43,7 +44,7 @@ def meddle():
         if not names:
             pathlib.Path(os.environ["MEDDLED"] + ".over").touch()
             return
-        kinds = {"parts": [".part"], "files": [""], "both": ["", ".part"], "folders": [".part", ""]}[what]
+        kinds = ["", ".part"]
         for _ in range(50):
             file = blobs / (chance.choice(names) + chance.choice(kinds))
             with contextlib.suppress(OSError):
@@ -58,7 +59,7 @@ threading.Thread(target=meddle, daemon=True).start()
 """  # in the same process: its turns and the thread take each other's place at every call of the system
 
 
-@pytest.mark.parametrize("what", ["parts", "files", "both", "folders"])
+@pytest.mark.parametrize("what", ["both", "folders"])
 def test_files_beside_somebody_who_makes_and_removes_them(tmp_path, what):
     """Each request gets an answer, none is 500, and the bus goes on; what it keeps is still counted."""
     program = [str(ROOT / "tests/kit/raising_server.py")]
@@ -71,7 +72,7 @@ def test_files_beside_somebody_who_makes_and_removes_them(tmp_path, what):
         some = [os.urandom(3000) for _ in range(3)]
         names = [hashlib.sha256(data).hexdigest() for data in some]
         meddled.write_text(json.dumps([names, what]))
-        count, wrong, end = 0, [], time.monotonic() + 1.5
+        count, wrong, end = 0, [], time.monotonic() + 1
         try:
             while (time.monotonic() < end or count < 60) and len(wrong) < 5:
                 for data, name in zip(some, names):
@@ -86,7 +87,7 @@ def test_files_beside_somebody_who_makes_and_removes_them(tmp_path, what):
                             wrong.append((method, fields, status))
         finally:
             fresh = meddled.with_suffix(".fresh")
-            fresh.write_text(json.dumps([[], "parts"]))
+            fresh.write_text(json.dumps([[], ""]))
             fresh.replace(meddled)
             wait_until(pathlib.Path(f"{meddled}.over").exists)
         assert not wrong
@@ -267,21 +268,21 @@ def test_a_restore_that_was_killed_is_no_empty_bus(tmp_path):
     with Server(tmp_path / "first.db") as bus:
         stored(bus, "bob", "copied")
         subprocess.run([*COMMAND, "backup", str(copy), "--db", bus.db], check=True, capture_output=True)
-    refused = 0
+    old = tmp_path / "old"
+    old.mkdir()
+    with Server(old / "bus.db") as bus:
+        for number in range(3):
+            stored(bus, "bob", f"old {number}")
+        bus.kill()  # what it was told is in the WAL
     for step in range(1, 20):
         place = tmp_path / str(step)
-        place.mkdir()
-        with Server(place / "bus.db") as bus:
-            for number in range(3):
-                stored(bus, "bob", f"old {number}")
-            bus.kill()  # what it was told is in the WAL
+        shutil.copytree(old, place)
         done = restore(place / "bus.db", copy, step)
         if done.returncode == 0:
             break
         assert done.returncode == -signal.SIGKILL, done
         code, said = start(place / "bus.db")
         if code:
-            refused += 1
             assert code == 2 and "restore" in said and len(said.splitlines()) == 1, said
             assert restore(place / "bus.db", copy).returncode == 0, "it can be done again"
         with Server(place / "bus.db") as bus:
@@ -321,7 +322,7 @@ def kept(bus):
 
 @pytest.mark.parametrize("days", [31, 400])
 def test_a_clock_that_jumps_removes_nothing(tmp_path, days):
-    """For a minute, in which retention looks; here for a second, in which it looks five times."""
+    """For a minute, in which retention looks; here it looks five times meanwhile."""
     moved = Moved(tmp_path, "--keep", "30d", wall_alone=True)
     with moved.bus as bus:
         for number in range(5):
