@@ -143,13 +143,13 @@ def test_an_attempt_that_was_none_does_not_count(tmp_path, waits):
             one = stored(bus, "queue", "x" * 8_000_000)
         for number in range(5):
             with Peer(bus, room=4096) as peer:
-                peer.send("POST", "/claim", {"to": "queue", "wait": 20, "lease": 1})
+                peer.send("POST", "/claim", {"to": "queue", "wait": 20, "lease": 600})
                 if waits and not number:
                     wait_until(lambda: metric(bus, "parked") == 1)
                     one = stored(bus, "queue", "x" * 8_000_000)
                 assert peer.sock.recv(100).startswith(b"HTTP/1.1 200 ")
                 break_off(peer)
-        reply = ask(bus, "POST", "/claim", {"to": "queue", "wait": 5}).json["messages"]
+        reply = ask(bus, "POST", "/claim", {"to": "queue", "wait": 20}).json["messages"]
         assert [(each["id"], each["attempt"]) for each in reply] == [(one, 1)]
         assert ask(bus, "POST", "/claim", {"to": "queue.dead", "wait": 0}).json["messages"] == []
 
