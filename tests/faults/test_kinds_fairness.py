@@ -22,10 +22,10 @@ import time
 
 import pytest
 
-from tests.faults import linux, skipped_without
+from tests.faults import linux, patched, skipped_without
 from tests.kit import inside
 from tests.kit.peers import Peer, Slowest, alive, ask, cpu, fill, mint, post, stored
-from tests.kit.processes import PATIENCE, ROOT, SERVER, Server, in_time, wait_until
+from tests.kit.processes import PATIENCE, Server, in_time, wait_until
 
 pytestmark = skipped_without(linux)
 AT_MOST = 0.25  # s that another client may wait
@@ -47,9 +47,7 @@ bus_server.View.checked = strict
 def test_replies_that_do_not_count_cost_an_asker_nothing(tmp_path):
     """Anybody may have sent thousands of replies: SQLite passes over them."""
     tokens = mint(tmp_path / "bus.db", ann=[], bob=[], eve=[])
-    program = [str(ROOT / "tests/kit/raising_server.py")]
-    env = {"PATCH": FORGED_IS_READ, "FAULT_PORT": "0"}
-    with Server(tmp_path / "bus.db", program=program, env=env) as bus:
+    with Server(tmp_path / "bus.db", **patched(FORGED_IS_READ)) as bus:
         question = {"to": "bob", "msg": "T1?", "key": "k"}
         one = ask(bus, "POST", "/ask?wait=0", question, tokens["ann"]).json["id"]
         forged = {"to": [f"n{number}" for number in range(60)], "msg": "no", "reply_to": one}
@@ -148,13 +146,8 @@ bus_server.Connection.advance = greedy
 """
 
 
-def patched(code):
-    """The server with this code in it."""
-    return SERVER.replace("sys.exit", f"exec({code!r}); sys.exit")
-
-
 def test_a_bus_that_serves_all_of_one_connection_in_one_turn_is_found_out(tmp_path):
-    with Server(tmp_path / "bus.db", program=("-S", "-c", patched(GREEDY))) as bus:
+    with Server(tmp_path / "bus.db", **patched(GREEDY)) as bus:
         fill(bus, "bob", 1500, "x" * 600)
         _, work, _ = held_up(bus, QUERIES["log-that-matches-nothing"], {}, "127.0.0.9")
         assert work > WORK
@@ -192,8 +185,8 @@ def test_a_mailbox_is_not_counted_anew_before_the_rate_was_looked_at(tmp_path):
 
 
 def test_a_poll_with_the_id_of_another_bus_is_a_read(tmp_path):
-    program = "-S", "-c", patched("bus_server.Storms.READS_BURST = 100")
-    with Server(tmp_path / "bus.db", "--rate", "50", program=program) as bus, Peer(bus) as peer:
+    few = patched("bus_server.Storms.READS_BURST = 100")
+    with Server(tmp_path / "bus.db", "--rate", "50", **few) as bus, Peer(bus) as peer:
         peer.sock.sendall(peer.request("GET", "/recv?to=bob&since=0&bus=another") * 1000)
         assert 429 in {peer.answer().status for _ in range(1000)}
 
@@ -228,8 +221,8 @@ CHANGING = {  # who asks gives itself another name each time
 
 @pytest.mark.parametrize("names", CHANGING)
 def test_who_changes_its_name_reads_no_faster(tmp_path, names):
-    program = "-S", "-c", patched("bus_server.Storms.NAMES_BURST = 200")
-    with Server(tmp_path / "bus.db", "--rate", "50", program=program) as bus, Peer(bus) as peer:
+    few = patched("bus_server.Storms.NAMES_BURST = 200")
+    with Server(tmp_path / "bus.db", "--rate", "50", **few) as bus, Peer(bus) as peer:
         statuses = []
         while 429 not in statuses and len(statuses) < 50_000:
             some = range(len(statuses), len(statuses) + 100)
@@ -278,14 +271,9 @@ for call in ("write", "pwrite", "read", "pread", "sendfile"):
 """
 
 
-def slow_server(place):
-    program = [str(ROOT / "tests/kit/raising_server.py")]
-    return Server(place / "bus.db", program=program, env={"PATCH": SLOW_DISK, "FAULT_PORT": "0"})
-
-
 def test_a_slow_disk_for_files_holds_up_nobody_else(tmp_path):
     """Each read() and write() of a file takes 300 ms more; if others waited for one, it would be for so long."""
-    with slow_server(tmp_path) as bus:
+    with Server(tmp_path / "bus.db", **patched(SLOW_DISK)) as bus:
         for _ in range(5):  # the best counts, as above
             put, get = waits_for_a_file(bus, os.urandom(150_000))
             if max(put, get) < AT_MOST:
@@ -370,12 +358,12 @@ database.execute("ROLLBACK")
 """
 
 
-HASTY = SERVER.replace("sys.exit", "bus_server.BUSY_SECONDS = 0.4; sys.exit")  # else a refusal takes 4 s
+HASTY = patched("bus_server.BUSY_SECONDS = 0.4")  # else a refusal takes 4 s
 
 
 @pytest.mark.slow("two senders are refused one after the other, each after twice 0.4 s")
 def test_another_programs_lock_is_503_while_it_lasts_and_then_over(tmp_path):
-    with Server(tmp_path / "bus.db", program=("-S", "-c", HASTY)) as bus:
+    with Server(tmp_path / "bus.db", **HASTY) as bus:
         stored(bus, "bob", "before")
         holder = subprocess.Popen(
             [sys.executable, "-c", HOLDER, bus.db], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

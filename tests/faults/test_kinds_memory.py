@@ -24,26 +24,21 @@ import tracemalloc
 import pytest
 
 import bus_server
-from tests.faults import linux, skipped_without
+from tests.faults import linux, patched, skipped_without
 from tests.kit import inside
 from tests.kit.moved import Moved
 from tests.kit.peers import Peer, alive, ask, many_files, marks_are_written, mint, post, resident, stored
-from tests.kit.processes import ROOT, SERVER, Server, in_time, wait_until
+from tests.kit.processes import ROOT, Server, in_time, wait_until
 
 pytestmark = skipped_without(linux)
 MIB = 1 << 20
 ABOUT = MIB + (300 << 10)  # the last item of an answer may be as large as a message may be
 
 
-def raising(place, patch, *options):
-    program = [str(ROOT / "tests/kit/raising_server.py")]
-    return Server(place / "bus.db", *options, program=program, env={"PATCH": patch, "FAULT_PORT": "0"})
-
-
 # Answers
 
 MANY_NAMES = """
-import itertools
+import itertools, socket
 mailboxes = bus_server.View.mailboxes
 def many(view, last):
     at = bus_server.wall_clock()
@@ -74,7 +69,7 @@ def many(bus, path, bodies, at_once=20):
 @pytest.fixture(scope="module")
 def crowded(tmp_path_factory):
     """12,000 names, a conversation of 60 messages of 200 KB, 61 schedules of such, and reservations for over a page."""
-    with raising(tmp_path_factory.mktemp("crowded"), MANY_NAMES) as bus:
+    with Server(tmp_path_factory.mktemp("crowded") / "bus.db", **patched(MANY_NAMES)) as bus:
         bus.root = stored(bus, "bob", "the first")
         many(bus, "/send", [{"from": "ann", "to": "bob", "msg": "x " * 100_000, "reply_to": bus.root}] * 60)
         many(bus, "/lock", [{"from": "ann", "names": [f"src/{number}.py"]} for number in range(LOCKS)])
@@ -231,7 +226,8 @@ def test_bodies_that_do_not_arrive_are_not_kept_for_who_may_not_send_them(tmp_pa
 
 def test_bodies_that_do_not_arrive_have_a_budget_and_the_oldest_goes_first(tmp_path):
     [ann, bob] = mint(tmp_path / "bus.db", ann=[], bob=[]).values()
-    with raising(tmp_path, "bus_server.Door.BODIES = 8 << 20") as bus, contextlib.ExitStack() as stack:
+    few = patched("bus_server.Door.BODIES = 8 << 20")
+    with Server(tmp_path / "bus.db", **few) as bus, contextlib.ExitStack() as stack:
         before = resident(bus)
         peers = stalled(bus, stack, 100, "/send", ann)
         grown = resident(bus) - before
@@ -370,7 +366,7 @@ NAMES = int(os.environ.get("NEW_NAMES", "800"))
 BUDGET = 1000 if "NEW_NAMES" in os.environ else 200
 # At 200 reads a second a reader could not make more than its budget in a second or two: what is tried is enough to see
 # a budget, which is a fifth of the real one. NEW_NAMES=100000 tries the real one as often as the attack did.
-SMALL = SERVER.replace("sys.exit", f"bus_server.Storms.NAMES_BURST = {BUDGET}; sys.exit")
+SMALL = patched(f"bus_server.Storms.NAMES_BURST = {BUDGET}")
 
 
 def try_names(bus, way, count=NAMES, token=None, source=None, at_once=50, connections=1):
@@ -393,7 +389,7 @@ def try_names(bus, way, count=NAMES, token=None, source=None, at_once=50, connec
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
 def test_names_have_a_budget(tmp_path, way):
     """So many at once and 10 a minute for each address on an open bus; beyond it 429."""
-    with Server(tmp_path / "bus.db", "--rate", "100000", program=("-S", "-c", SMALL)) as bus:
+    with Server(tmp_path / "bus.db", "--rate", "100000", **SMALL) as bus:
         post(bus, "bob")
         before = resident(bus)
         statuses = try_names(bus, way)
@@ -433,7 +429,7 @@ def test_whatever_one_token_names_its_bus_stays_small_and_tells_in_pages_at_once
     A stranger meanwhile makes up tokens.
     """
     tokens = mint(tmp_path / "bus.db", ann=["--operator"])
-    with Server(tmp_path / "bus.db", "--rate", "100000", program=("-S", "-c", SMALL)) as bus:
+    with Server(tmp_path / "bus.db", "--rate", "100000", **SMALL) as bus:
         stored(bus, "queue", token=tokens["ann"])
         root = stored(bus, "bob", token=tokens["ann"])
         with Peer(bus, tokens["ann"]) as peer:
