@@ -19,7 +19,7 @@ RUN = $(VENV)/bin/python -m
 FUZZ = $(HOME)/.cache/agent-bus-fuzz
 FUZZ_PYTHON ?= $(PYTHON)  # atheris has wheels for 3.9 to 3.13, Linux on x86-64
 AT_ONCE ?= 3  # tests
-# A file's tests stay together: some share a server, or ten thousand readers. The order is that of tests/conftest.py.
+# A file's tests stay together: some share a server, or thousands of readers. The order is that of tests/conftest.py.
 TOGETHER = -n $(AT_ONCE) --dist loadfile --no-loadscope-reorder $(DEAD_WORKER)
 # A worker that dies ends the run and names its test. Else xdist begins the same test anew, eight times, and then waits.
 DEAD_WORKER = --max-worker-restart 0

@@ -37,7 +37,7 @@ RUNS = int(os.environ.get("RUNS", "0"))
 CALM = settings(deadline=None, report_multiple_bugs=False, database=None, suppress_health_check=list(HealthCheck))
 FOUND = [hypothesis.Phase.generate]  # a failure is told as it was found: making it smaller takes minutes
 SETTINGS = (settings(CALM, max_examples=RUNS, stateful_step_count=50, print_blob=True) if RUNS
-            else settings(CALM, max_examples=20, stateful_step_count=40, derandomize=True, phases=FOUND))
+            else settings(CALM, max_examples=8, stateful_step_count=40, derandomize=True, phases=FOUND))
 HOUR = 1000  # s; everything that has to do with the clock is a multiple, give or take what a conversation lasts (100 s)
 KEEP = 2 * HOUR + HOUR // 2  # s; so no message is ever about as old as that
 STEPS = [-2 * HOUR, -HOUR, HOUR, 2 * HOUR, 3 * HOUR, 4 * HOUR]  # s
@@ -516,7 +516,7 @@ def converse(folder, plan, **fault):
         return bus.server.log.read_text()
 
 
-@pytest.mark.slow("20 random conversations, and each starts the server anew up to twice")
+@pytest.mark.slow("8 random conversations, and each starts the server anew up to twice")
 def test_the_bus_does_what_the_model_says(tmp_path):
     assert "Traceback" not in converse(tmp_path, SETTINGS)
 

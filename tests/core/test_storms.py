@@ -9,6 +9,7 @@ import pytest
 
 import bus_server
 from bus_server import Budget, Refused, Storms, draft
+from tests.faults import patched
 from tests.kit.clock import Clock
 from tests.kit.processes import PATIENCE, Server, wait_until
 
@@ -261,9 +262,10 @@ def test_who_holds_a_quarter_of_a_mailbox_that_is_nearly_full_is_refused_and_the
 
 
 def test_large_messages_fill_a_mailbox_by_their_bytes(tmp_path):
-    with Server(tmp_path / "bus.db") as bus:
+    small = patched("bus_server.MAILBOX_BYTES, bus_server.MUCH_BYTES = 4 << 20, 3 << 20")
+    with Server(tmp_path / "bus.db", **small) as bus:
         peer, text = Peer(bus), "x" * 250_000
-        needed = bus_server.MAILBOX_BYTES // 250_000 + 1
+        needed = (4 << 20) // 250_000 + 1
         statuses = [
             peer.ask("POST", "/send", {"from": f"alice-{number % 9}", "to": "bob", "msg": text})[0]
             for number in range(needed + 2)

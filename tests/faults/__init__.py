@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.kit.processes import ROOT
+from tests.kit.processes import ROOT, SERVER
 
 
 class Result(NamedTuple):
@@ -36,6 +36,11 @@ def unless(holds, violation):
 def faulty(fault):
     """The settings of a Server that has this fault."""
     return {"program": [str(ROOT / "tests/faults/faulty_server.py")], "env": {"FAULT": fault}}
+
+
+def patched(code):
+    """The settings of a Server in which this Python has run first."""
+    return {"program": ("-S", "-c", SERVER.replace("sys.exit", f"exec({code!r}); sys.exit"))}
 
 
 # What a row needs: each is the reason to skip it here, or nothing

@@ -20,6 +20,7 @@ from tests.kit import new_client, old_client
 from tests.kit.processes import PATIENCE, ROOT, Server, wait_until
 
 LIFE = 150  # sends between two strokes of fate at most; at least none: some processes die before their first
+SHORT = 50  # the same, where the suite takes part of a row
 
 
 def crash(bus):
@@ -27,7 +28,7 @@ def crash(bus):
     bus.start()
 
 
-def storm(directory, strokes, stroke=crash, **server):
+def storm(directory, strokes, stroke=crash, life=LIFE, **server):
     """Let a stroke of fate hit a bus so often, each time after some sends, while three conversations go on.
 
     Then ask all who were there. After `stroke(bus)` it runs again.
@@ -37,7 +38,7 @@ def storm(directory, strokes, stroke=crash, **server):
         bus = stack.enter_context(Server(directory / "bus.db", **server))
         talks = [stack.enter_context(talk) for talk in conversations(bus.url, calm)]
         for _ in range(strokes):
-            wait_for_sends(talks, random.randrange(LIFE))
+            wait_for_sends(talks, random.randrange(life))
             stroke(bus)
         calm.set()
         found = [f"{talk.name}: {violation}" for talk in talks for violation in talk.finish()]
@@ -80,9 +81,9 @@ def conversations(url, calm):
         yield talk
 
 
-def early(directory, deaths=5, stroke=crash):
+def early(directory, deaths=5, stroke=crash, life=LIFE):
     """The control: a bus that acknowledges before it commits."""
-    return storm(directory, deaths, stroke, **faulty("early"))
+    return storm(directory, deaths, stroke, life, **faulty("early"))
 
 
 CROWD = 150  # senders: two full batches and more

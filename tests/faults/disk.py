@@ -90,14 +90,14 @@ def states(process):
     return {stat.read_text().rpartition(")")[2].split()[0] for stat in stats}
 
 
-def power_cut(directory, cuts, **server):
+def power_cut(directory, cuts, **how):
     with Disk(directory) as disk:
-        return storm(disk.place, cuts, disk.cut, **server)
+        return storm(disk.place, cuts, disk.cut, **how)
 
 
-def not_flushed(directory, cuts=5):
+def not_flushed(directory, cuts=5, **how):
     """The control: a bus that leaves it to the system when a commit is on the disk."""
-    return power_cut(directory, cuts, **faulty("synchronous=NORMAL"))
+    return power_cut(directory, cuts, **how, **faulty("synchronous=NORMAL"))
 
 
 # fsync
@@ -124,7 +124,7 @@ class Fsync:
 SOON = 3.0  # s in which a bus whose disk fails must have ended; it is asked to write all the time
 
 
-def failing_fsync(directory, failures, fault="none"):
+def failing_fsync(directory, failures, fault="none", soon=SOON, **how):
     """By turns one fsync fails, or all of them until the bus has ended and was refused a new start.
 
     A single failure may also hit the folding in of the WAL, which is tried again: then the bus goes on, and may.
@@ -136,7 +136,7 @@ def failing_fsync(directory, failures, fault="none"):
         turn = next(turns)
         fsync.becomes(turn)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            bus.process.wait(SOON)
+            bus.process.wait(soon)
         if bus.process.poll() is None:
             found.extend(unless(turn == "once" and not fsync.fault.exists(), f"it went on when fsync {turn}"))
             bus.kill()
@@ -149,7 +149,7 @@ def failing_fsync(directory, failures, fault="none"):
         fsync.becomes_well()
         bus.start()
 
-    result = storm(directory, failures, fail, **fsync.settings)
+    result = storm(directory, failures, fail, **how, **fsync.settings)
     ends = f"ended {ended['once']} times after one EIO, {ended['fails']} times when it lasted"
     return Result(f"{result.figures}; {ends}", result.violations + found)
 
@@ -167,8 +167,8 @@ READ_WITHIN = 0.050  # s, the 99th percentile
 WAITING = 20  # messages that each of the reads receives
 
 
-def slow_fsync(directory, seconds, pause=2.0, fault="none"):
-    """Everyone but the senders goes on while each fsync takes `pause` seconds."""
+def slow_fsync(directory, seconds, pause=2.0, fault="none", busy=lambda bar: bar):
+    """Everyone but the senders goes on while each fsync takes `pause` seconds. `busy` says a bar for a busy machine."""
     fsync = Fsync(directory, fault)
     with Server(directory / "bus.db", **fsync.settings) as bus:
         for number in range(WAITING):
@@ -186,7 +186,7 @@ def slow_fsync(directory, seconds, pause=2.0, fault="none"):
         took = [each for send in sends for each in send.result(PATIENCE)]
         fsync.becomes_well()
     figures = f"p99 of {len(health):,} /healthz {p99(health) * 1000:.1f} ms, of receives {p99(mail) * 1000:.1f} ms"
-    found = unless(max(p99(health), p99(mail)) < READ_WITHIN, figures)
+    found = unless(max(p99(health), p99(mail)) < busy(READ_WITHIN), figures)
     found += unless(min(took) >= pause, "fsync was not slow")
     return Result(f"{figures}; {len(took)} sends took {min(took):.1f} to {max(took):.1f} s", found)
 
@@ -258,11 +258,11 @@ class Persistent:
         return time.monotonic() - began
 
 
-def disk_full(directory, rounds):
+def disk_full(directory, rounds, size=SMALL_DISK):
     """The bus fills its disk and old messages make room; then somebody else fills it, and makes room."""
     place, client, calm, found, waits = directory / "small", Persistent(), threading.Event(), [], []
     place.mkdir()
-    run("mount", "-t", "tmpfs", "-o", f"size={SMALL_DISK}m", "tmpfs", place)
+    run("mount", "-t", "tmpfs", "-o", f"size={size}m", "tmpfs", place)
     try:
         bus = SteppedServer(place / "bus.db", "--keep", f"{KEEP}s", fault="tidy", beside=directory)
         with bus, Conversation(client, bus.url, "keeper") as talk:
@@ -309,11 +309,11 @@ def fill(path):
 # Bits
 
 
-def flipped_bits(directory, flips):
+def flipped_bits(directory, flips, count=300):
     """Each time one bit of the database is another, and the bus starts or refuses; then everything is read."""
     original, damaged = directory / "original.db", directory / "bus.db"
     with Server(original) as bus:
-        for number in range(300):
+        for number in range(count):
             new_client.send(bus.url, "ann", READERS[number % 3], f"{number} {'y' * 4 ** (number % 7)}")
         right = {message["id"]: message for _, message in everything(bus.url)}
         bus.stop()

@@ -100,11 +100,11 @@ class Siege:
                 self.bus.process.wait(max(end - time.monotonic(), 0))
                 self.start_again()
 
-    def wage(self, faults, end):
-        """First each of them, however slow this machine is, then one to three at once, with pauses."""
-        each, most = list(faults), min(len(faults), 3)
-        while each or time.monotonic() < end:
-            self.strike([each.pop(0)] if each else self.chance.sample(faults, self.chance.randint(1, most)))
+    def wage(self, faults, end, first=()):
+        """First these lists of them, however slow this machine is, then one to three at once, with pauses."""
+        first, most = list(first), min(len(faults), 3)
+        while faults and (first or time.monotonic() < end):
+            self.strike(first.pop(0) if first else self.chance.sample(faults, self.chance.randint(1, most)))
             self.watch(self.span * self.chance.uniform(0.1, 0.5))
             self.memory.append(footprint(self.bus.process).memory)
 
@@ -204,8 +204,11 @@ FAULTS = {"slow fsync": slow("fsync"), "slow write": slow("write"), "no descript
           **{kind: hostile(kind) for kind in KINDS}}  # fmt: skip
 
 
-def siege(directory, seconds, slack=1.0, fault="none", faults=None):
-    """The row. The bars in seconds are `slack` times as wide: for a machine on which others work as well."""
+def siege(directory, seconds, slack=1.0, fault="none", faults=None, at_once=1):
+    """The row. The bars in seconds are `slack` times as wide: for a machine on which others work as well.
+
+    Each fault comes alone first, or in a short siege `at_once` of them together.
+    """
     seed = int(os.environ.get("SEED", random.randrange(10**6)))
     print(f"siege: seed {seed}", flush=True)
     fsync = Fsync(directory, fault)
@@ -214,9 +217,10 @@ def siege(directory, seconds, slack=1.0, fault="none", faults=None):
         tokens = mint(db, **GRANTS)
         with SteppedServer(db, *OPTIONS, fault=fault, beside=directory, env=fsync.settings["env"]) as bus:
             field = Field(bus, tokens, directory, seed)
+            field.patience = PATIENCE if fault == "none" else 4  # what a control has lost does not come
             it = Siege(bus, disk, fsync, field, min(max(seconds / 60, 0.8), 5), random.Random(seed))
             try:
-                quiet = endure(it, seconds, list(faults or FAULTS))
+                quiet = endure(it, seconds, list(faults or FAULTS), at_once)
             finally:
                 field.over.set()
             found = it.found + judged(field) + unless(bus.stop() == 0, "it did not end in order")
@@ -228,21 +232,22 @@ def siege(directory, seconds, slack=1.0, fault="none", faults=None):
                   found + unanswered(it) + late + growth.violations)
 
 
-def early(directory, seconds=30):
+def early(directory, seconds=30, faults=("kill", "clock jump", "slow heads")):
     """The control: a bus that acknowledges before it commits, often killed. It counts that messages are lost."""
-    result = siege(directory, seconds, 10.0, "early", ["kill", "clock jump", "slow heads"])
+    result = siege(directory, seconds, 10.0, "early", faults)
     return result._replace(violations=[each for each in result.violations if "lost: " in each])
 
 
-def endure(it, seconds, faults):
+def endure(it, seconds, faults, at_once):
     """The whole of it; returns when the quiet part was over."""
     began = time.monotonic()
-    quiet = began + max(seconds / 30, 4)
+    quiet = began + max(seconds / 30, 3)
     end = began + seconds
     begin(it.field)
     it.watch(quiet - time.monotonic())
-    it.wage(faults, (quiet + end) / 2)
-    it.memory.clear()
+    each = it.chance.sample(faults, len(faults))
+    it.wage(faults, (quiet + end) / 2, [each[start : start + at_once] for start in range(0, len(each), at_once)])
+    del it.memory[:-1]
     it.wage([fault for fault in faults if fault != "kill"], end)
     finish(it.field)
     return quiet

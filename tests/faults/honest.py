@@ -25,7 +25,7 @@ from tests.kit.processes import PATIENCE, wait_until
 
 HOLD = 2  # s that a poll, a claim or a question is held
 LARGE, RARE = 30000, 1 / 40  # characters of some messages, and how many of all are so large
-LEASE = 8  # s; a job whose answer went with a kill is free again after so long
+LEASE = 4  # s; a job whose answer went with a kill is free again after so long
 OLDER = 30  # s that prune leaves: nobody's answer is on its way for so long
 READERS = ["bob", "carol", "dave", "asker", "oracle", "drawer", "prober"]
 TARGETS = ["bob", "carol", "dave", ["bob", "carol", "dave"], "all"]
@@ -53,6 +53,7 @@ class Field:
     def __init__(self, bus, tokens, directory, seed):
         self.bus, self.tokens, self.directory, self.chance = bus, tokens, directory, random.Random(seed)
         self.calm, self.over = threading.Event(), threading.Event()
+        self.patience = PATIENCE  # s for what is on its way in the end
         self.jumped = -OLDER  # when the clock of the bus was last changed
         self.agents = []  # all of them
         self.readers, self.doers, self.others = [], [], []  # of them; doers end when it is calm, others when it is over
@@ -326,8 +327,9 @@ def finish(field):
     herald.send("all", LAST)
     herald.hang_up()
     with contextlib.suppress(AssertionError):  # what has not come is lost
-        wait_until(lambda: all(agent.got and agent.got[-1].msg == f"all: {LAST}" for agent in field.readers))
-        wait_until(lambda: not undone(field), LEASE + 2 * HOLD)
+        told = f"all: {LAST}"
+        wait_until(lambda: all(agent.got and agent.got[-1].msg == told for agent in field.readers), field.patience)
+        wait_until(lambda: not undone(field), min(LEASE + 2 * HOLD, field.patience))
     field.over.set()
     for agent in [*field.readers, *field.others]:
         agent.thread.result(2 * PATIENCE)

@@ -157,23 +157,24 @@ AS_IT_COMES = """server {
     listen 127.0.0.1:PORT;
     location / { proxy_pass http://127.0.0.1:BUS; MORE }
 }"""
-MOODS = {"default": "", "impatient": "proxy_read_timeout 3s;"}
+MOODS = {"default": "", "impatient": "proxy_read_timeout SECONDSs;"}
 
 
-def behind_nginx(directory, bursts):
-    """nginx as it comes, and one that cuts each poll after 3 s of silence; the bursts come when it has cut some.
+def behind_nginx(directory, bursts, patience=3):
+    """nginx as it comes, and one that cuts each poll after a silence of `patience` s; bursts come when it has cut some.
 
     One of the readers is bus_recv.py, the other has the old contract.
     """
-    results = [behind(directory / mood, bursts, mood) for mood in MOODS]
+    results = [behind(directory / mood, bursts, mood, patience) for mood in MOODS]
     return Result("; ".join(result.figures for result in results), [each for result in results for each in result[1]])
 
 
-def behind(place, bursts, mood):
+def behind(place, bursts, mood, patience):
     place.mkdir()
 
     def config(front, bus, _):
-        server = replaced(AS_IT_COMES, PORT=str(front.port), BUS=str(bus.port), MORE=MOODS[mood])
+        more = MOODS[mood].replace("SECONDS", str(patience))
+        server = replaced(AS_IT_COMES, PORT=str(front.port), BUS=str(bus.port), MORE=more)
         return replaced(AROUND, SERVER=server, MORE="", PLACE=str(front.place))
 
     with contextlib.ExitStack() as stack:

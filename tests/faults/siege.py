@@ -17,6 +17,7 @@ from tests.kit.processes import PATIENCE, Server, wait_until
 
 ROUNDS, MORE_ROUNDS = 6, 30  # measurements; more if those are bad: whoever else uses this machine made them worse
 FLOOR = 0.0005  # s; a p99 below it is taken for it, as the scheduler of a machine adds so much
+BUSY = 0.10  # of a CPU
 SPARE = 2000  # descriptors for all that is no slow body: the bus keeps 256 strangers, and we ask now and then
 
 
@@ -160,13 +161,15 @@ def no_descriptors(directory, size):
         for _ in range(size):
             one_more()
         wait_until(one_more)
-        load = min(busy(bus.process) for _ in range(3))
+        load = busy(bus.process)
+        for _ in range(2):  # the least counts: others are busy as well
+            load = load if load < BUSY / 2 else min(load, busy(bus.process))
         for each in crowd:
             each.close()
         began = time.monotonic()
         wait_until(lambda: bus.get("/healthz"))
         took = time.monotonic() - began
-        found = unless(load < 0.10, f"{load:.0%} of a CPU")
+        found = unless(load < BUSY, f"{load:.0%} of a CPU")
         found += unless(took < 1, f"it was back after {took:.2f} s")
         found += unless("Traceback" not in bus.log.read_text(), "a traceback")
     return Result(f"{load:.1%} of a CPU meanwhile; back after {took:.2f} s", found)

@@ -7,10 +7,10 @@ from tests.kit import old_client
 from tests.kit.processes import Server
 
 
-@pytest.mark.slow("2,400 sends that wait for the disk, and 4 crashes")
+@pytest.mark.slow("600 sends that wait for the disk, and 4 crashes")
 @pytest.mark.parametrize("skew", [0, 120, -120], ids=["right", "ahead", "behind"])
 def test_an_old_client_loses_nothing_when_the_clock_steps_and_the_server_is_killed(tmp_path, skew):
-    assert clock_steps(tmp_path, 2400, [CRASH, -3600, CRASH, +300, CRASH], skew).violations == []
+    assert clock_steps(tmp_path, 600, [CRASH, -3600, CRASH, +300, CRASH], skew).violations == []
 
 
 def test_a_bus_whose_ticks_are_the_clock_as_it_is_is_found_out(tmp_path):
@@ -18,11 +18,11 @@ def test_a_bus_whose_ticks_are_the_clock_as_it_is_is_found_out(tmp_path):
     assert any(violation.startswith("lost") for violation in found)
 
 
-@pytest.mark.slow("5,000 sends that wait for the disk")
 def test_an_old_client_gets_what_was_queued_before_it_came(tmp_path):
+    """More than three answers of its 100."""
     with Server(tmp_path / "bus.db") as bus, Conversation(old_client, bus.url, "bob") as talk:
         for number in range(8):
-            talk.speak(f"sender-{number}", [f"message {count}" for count in range(625)])
+            talk.speak(f"sender-{number}", [f"message {count}" for count in range(40)])
         talk.wait_for_senders()
         crash(bus)
         talk.listen(since=0)

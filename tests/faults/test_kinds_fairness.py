@@ -22,13 +22,14 @@ import time
 
 import pytest
 
-from tests.faults import linux, skipped_without
+from tests.faults import linux, patched, skipped_without
 from tests.kit import inside
 from tests.kit.peers import Peer, Slowest, alive, ask, cpu, fill, mint, post, stored
-from tests.kit.processes import PATIENCE, ROOT, SERVER, Server, in_time, wait_until
+from tests.kit.processes import PATIENCE, Server, in_time, wait_until
 
 pytestmark = skipped_without(linux)
 AT_MOST = 0.25  # s that another client may wait
+BEHIND, WORK = 100, 0.12  # requests behind each other on one connection; s of CPU in a turn, less than all of them take
 
 
 # What others sent, and who connects
@@ -46,9 +47,7 @@ bus_server.View.checked = strict
 def test_replies_that_do_not_count_cost_an_asker_nothing(tmp_path):
     """Anybody may have sent thousands of replies: SQLite passes over them."""
     tokens = mint(tmp_path / "bus.db", ann=[], bob=[], eve=[])
-    program = [str(ROOT / "tests/kit/raising_server.py")]
-    env = {"PATCH": FORGED_IS_READ, "FAULT_PORT": "0"}
-    with Server(tmp_path / "bus.db", program=program, env=env) as bus:
+    with Server(tmp_path / "bus.db", **patched(FORGED_IS_READ)) as bus:
         question = {"to": "bob", "msg": "T1?", "key": "k"}
         one = ask(bus, "POST", "/ask?wait=0", question, tokens["ann"]).json["id"]
         forged = {"to": [f"n{number}" for number in range(60)], "msg": "no", "reply_to": one}
@@ -116,19 +115,20 @@ def test_many_at_once_on_one_connection_do_not_hold_up_others(laden, which):
     source = f"127.0.0.{10 + list(QUERIES).index(which)}"  # with a rate of its own
     for _ in range(3):  # the best counts: whoever else uses this machine made the others worse
         worst, work, count = held_up(laden, path, fields, source)
-        if worst < in_time(AT_MOST) and work < AT_MOST:
+        if worst < in_time(AT_MOST) and work < WORK:
             return
     pytest.fail(f"{worst * 1e3:.0f} ms, of which the bus computed {work * 1e3:.0f}, while {count} were answered")
 
 
 def held_up(bus, path, fields, source):
-    """(s that another client waited at most, s that the bus computed meanwhile, how many of the 200 were answered)."""
+    """(s that another client waited at most, s that the bus computed meanwhile, how many of them were answered)."""
     with Peer(bus, source=source) as peer, Slowest(bus) as other:
         wait_until(lambda: other.count > 5)
-        sender = threading.Thread(target=send_all, args=(peer, peer.request("GET", path, **fields) * 200), daemon=True)
+        requests = peer.request("GET", path, **fields) * BEHIND
+        sender = threading.Thread(target=send_all, args=(peer, requests), daemon=True)
         sender.start()
-        count, end = 0, time.monotonic() + 1  # one that is slow to answer them all may take its time
-        while count < 200 and time.monotonic() < end:
+        count, end = 0, time.monotonic() + 0.5  # one that is slow to answer them all may take its time
+        while count < BEHIND and time.monotonic() < end:
             peer.answer()
             count += 1
     assert not other.failure and other.count > 5
@@ -147,11 +147,10 @@ bus_server.Connection.advance = greedy
 
 
 def test_a_bus_that_serves_all_of_one_connection_in_one_turn_is_found_out(tmp_path):
-    program = [str(ROOT / "tests/kit/raising_server.py")]
-    with Server(tmp_path / "bus.db", program=program, env={"PATCH": GREEDY, "FAULT_PORT": "0"}) as bus:
+    with Server(tmp_path / "bus.db", **patched(GREEDY)) as bus:
         fill(bus, "bob", 1500, "x" * 600)
         _, work, _ = held_up(bus, QUERIES["log-that-matches-nothing"], {}, "127.0.0.9")
-        assert work > AT_MOST
+        assert work > WORK
 
 
 def send_all(peer, data):
@@ -186,10 +185,10 @@ def test_a_mailbox_is_not_counted_anew_before_the_rate_was_looked_at(tmp_path):
 
 
 def test_a_poll_with_the_id_of_another_bus_is_a_read(tmp_path):
-    with Server(tmp_path / "bus.db", "--rate", "50") as bus, Peer(bus) as peer:
-        some = peer.request("GET", "/recv?to=bob&since=0&bus=another")
-        peer.sock.sendall(some * 4000)
-        assert 429 in {peer.answer().status for _ in range(4000)}
+    few = patched("bus_server.Storms.READS_BURST = 100")
+    with Server(tmp_path / "bus.db", "--rate", "50", **few) as bus, Peer(bus) as peer:
+        peer.sock.sendall(peer.request("GET", "/recv?to=bob&since=0&bus=another") * 1000)
+        assert 429 in {peer.answer().status for _ in range(1000)}
 
 
 def test_reads_have_a_rate(tmp_path):
@@ -222,14 +221,15 @@ CHANGING = {  # who asks gives itself another name each time
 
 @pytest.mark.parametrize("names", CHANGING)
 def test_who_changes_its_name_reads_no_faster(tmp_path, names):
-    with Server(tmp_path / "bus.db", "--rate", "50") as bus, Peer(bus) as peer:
+    few = patched("bus_server.Storms.NAMES_BURST = 200")
+    with Server(tmp_path / "bus.db", "--rate", "50", **few) as bus, Peer(bus) as peer:
         statuses = []
         while 429 not in statuses and len(statuses) < 50_000:
             some = range(len(statuses), len(statuses) + 100)
             peer.sock.sendall(b"".join(peer.request(*CHANGING[names](number)) for number in some))
             statuses += [peer.answer().status for _ in some]
         first = statuses.index(429)
-        assert set(statuses[:first]) == {200} and first >= 990, "a thousand workers of one owner may begin at once"
+        assert set(statuses[:first]) == {200} and first >= 190, "so many workers of one owner may begin at once"
         if names == "workers":
             known = ask(bus, *CHANGING[names](1))
             assert known.status == 200, "what is known already goes on"
@@ -271,16 +271,11 @@ for call in ("write", "pwrite", "read", "pread", "sendfile"):
 """
 
 
-def slow_server(place):
-    program = [str(ROOT / "tests/kit/raising_server.py")]
-    return Server(place / "bus.db", program=program, env={"PATCH": SLOW_DISK, "FAULT_PORT": "0"})
-
-
 def test_a_slow_disk_for_files_holds_up_nobody_else(tmp_path):
     """Each read() and write() of a file takes 300 ms more; if others waited for one, it would be for so long."""
-    with slow_server(tmp_path) as bus:
+    with Server(tmp_path / "bus.db", **patched(SLOW_DISK)) as bus:
         for _ in range(5):  # the best counts, as above
-            put, get = waits_for_a_file(bus, os.urandom(600_000))
+            put, get = waits_for_a_file(bus, os.urandom(150_000))
             if max(put, get) < AT_MOST:
                 return
     pytest.fail(f"others waited for {put * 1e3:.0f} ms while a file came, for {get * 1e3:.0f} while it was read")
@@ -363,12 +358,12 @@ database.execute("ROLLBACK")
 """
 
 
-HASTY = SERVER.replace("sys.exit", "bus_server.BUSY_SECONDS = 1.2; sys.exit")  # else a refusal takes 4 s
+HASTY = patched("bus_server.BUSY_SECONDS = 0.4")  # else a refusal takes 4 s
 
 
-@pytest.mark.slow("two senders are refused one after the other, each after twice 1.2 s")
+@pytest.mark.slow("two senders are refused one after the other, each after twice 0.4 s")
 def test_another_programs_lock_is_503_while_it_lasts_and_then_over(tmp_path):
-    with Server(tmp_path / "bus.db", program=("-S", "-c", HASTY)) as bus:
+    with Server(tmp_path / "bus.db", **HASTY) as bus:
         stored(bus, "bob", "before")
         holder = subprocess.Popen(
             [sys.executable, "-c", HOLDER, bus.db], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

@@ -34,8 +34,9 @@ from tests.kit.peers import TIMED_OUT, Closed, Peer, alive, metric, mint, post, 
 from tests.kit.processes import ROOT, Server, comes_true, free_port, wait_until
 
 pytestmark = skipped_without(linux)
+HOLD = 0.02  # s of a wait that is to end by itself
 PATIENCE = 8  # s for an answer; what is parked for longer must be answered by something else
-HASTY = "bus_server.TIDY_SECONDS = bus_server.MARKS_SECONDS = 0.05; bus_server.DRAIN_SECONDS = 3"
+HASTY = "bus_server.TIDY_SECONDS = bus_server.MARKS_SECONDS = 0.05; bus_server.DRAIN_SECONDS = 1"
 ERRORS = ("RuntimeError", "RecursionError", "EMFILE")
 ENOUGH = 6  # failures that are told before a test gives up
 # What is called once for a whole list: those who are in it may all pay, but each is told.
@@ -167,8 +168,8 @@ def one_list(bus):
     since = now(bus)
     peers = [Peer(bus, patience=PATIENCE) for _ in range(8)]
     for number in range(3):
-        peers[number].send("GET", f"/recv?to=reader-{number % 2}&since={since}&wait=0.3")
-    comes_true(lambda: metric(bus, "parked") + sum(map(answered, peers[:3])) >= 3, 0.5)  # unless one of them pays
+        peers[number].send("GET", f"/recv?to=reader-{number % 2}&since={since}&wait=0.2")
+    comes_true(lambda: metric(bus, "parked") + sum(map(answered, peers[:3])) >= 3, 0.2)  # unless one of them pays
     with standing(bus):
         for number in range(5):
             peers[3 + number].send("POST", "/send", {"from": f"s{number}", "to": f"reader-{number % 2}", "msg": "x"})
@@ -231,7 +232,7 @@ def a_question(bus):
     """It is answered while its sender waits."""
     asker, friend = f"asker-{next(numbers) % 20}", f"friend-{next(numbers) % 21}"
     with Peer(bus, patience=PATIENCE) as peer:
-        peer.send("POST", "/ask?wait=0.4", {"from": asker, "to": friend, "msg": "well?"})
+        peer.send("POST", "/ask?wait=0.2", {"from": asker, "to": friend, "msg": "well?"})
         question = []
 
         def asked():
@@ -268,7 +269,7 @@ def work(bus):
 
 def a_worker_that_waits(bus):
     with Peer(bus, patience=PATIENCE) as peer:
-        peer.send("POST", "/claim", {"to": f"queue-{next(numbers) % 5}", "wait": 0.1})
+        peer.send("POST", "/claim", {"to": f"queue-{next(numbers) % 5}", "wait": HOLD})
         return [peer.outcome()]
 
 
@@ -282,7 +283,7 @@ def a_file(bus):
 def a_sender_that_waits(bus):
     one = stored(bus, "late")
     with Peer(bus, patience=PATIENCE) as peer:
-        peer.send("GET", f"/message/{one}?wait_fetched=0.4")
+        peer.send("GET", f"/message/{one}?wait_fetched=0.2")
         return [exchange(bus, "GET", "/recv?to=late&since=0&max=1000"), peer.outcome()]
 
 
@@ -291,14 +292,14 @@ def a_hold(bus):
     peers = [Peer(bus, patience=PATIENCE) for _ in range(3)]
     since = now(bus)
     for number, peer in enumerate(peers):
-        peer.send("GET", f"/recv?to=idle-{number}&since={since}&wait=0.1")
+        peer.send("GET", f"/recv?to=idle-{number}&since={since}&wait={HOLD}")
     return done(peers)
 
 
 def a_reader_that_hangs_up(bus):
     with Peer(bus, patience=PATIENCE) as peer, Peer(bus, patience=PATIENCE) as other:
         peer.send("GET", f"/recv?to=gone&since={now(bus)}&wait=1")
-        other.send("GET", f"/recv?to=here&since={now(bus)}&wait=0.1")
+        other.send("GET", f"/recv?to=here&since={now(bus)}&wait={HOLD}")
         peer.close()
         return [other.outcome()]
 
@@ -329,13 +330,11 @@ def unpaid(right, outcomes, place):
     return f"{paid} of {len(right)} paid: {outcomes}" if paid > 1 and place not in FOR_ALL else ""
 
 
-@pytest.mark.slow("raises at about two hundred places")
-@pytest.mark.parametrize("half", [0, 1])
-def test_only_the_connection_pays_on_which_it_was_raised(tmp_path, half):
+@pytest.mark.slow("raises at about four hundred places")
+def test_only_the_connection_pays_on_which_it_was_raised(tmp_path):
     with Raising(tmp_path, HASTY) as bus:
         reached, right = {}, {}
-        steps = STEPS[half::2]
-        for step in steps:
+        for step in STEPS:
             before = set(bus.places()) if step is not one_list else set()
             open_now = sockets(bus)
             right[step] = step(bus)
@@ -355,10 +354,6 @@ def test_only_the_connection_pays_on_which_it_was_raised(tmp_path, half):
             else:
                 bus.arm()
                 wrong = unpaid(right[step], outcomes, place)
-                if not wrong and outcomes != right[step]:
-                    again = try_step(step, bus)
-                    told = f"and then: {again} for {right[step]}: {bus.log.read_text()[-2000:]}"
-                    wrong = "" if again == right[step] else told
                 if wrong:
                     found.append(f"{error} in {place} under {root}: {step.__name__}: {wrong}")
                     bus.kill()
@@ -366,6 +361,7 @@ def test_only_the_connection_pays_on_which_it_was_raised(tmp_path, half):
             if len(found) >= ENOUGH:
                 break
         assert not found, "\n".join(found)
+        assert {step: try_step(step, bus) for step in STEPS} == right, "the bus is as it was"
 
 
 def draining(place, arm=None, **env):
@@ -403,7 +399,7 @@ def test_a_drain_answers_all_others(tmp_path):
         outcomes, code = draining(folder, (*place, error))
         return f"{error} in {place[1]}: {outcomes}, exit code {code}" if outcomes.count(200) < 3 or code else ""
 
-    with ThreadPoolExecutor(4) as pool:  # most of their time is DRAIN_SECONDS
+    with ThreadPoolExecutor(6) as pool:  # most of their time is DRAIN_SECONDS
         found = [*filter(None, pool.map(wrong, count(), places, cycle(ERRORS)))]
     assert not found, "\n".join(found)
 
@@ -594,7 +590,7 @@ bus_server.Put.apply = broken
 """
 
 
-@pytest.mark.parametrize("error", ["RuntimeError('x')", "RecursionError('x')", "KeyError('x')"])
+@pytest.mark.parametrize("error", ["RuntimeError('x')", "RecursionError('x')"])
 def test_an_operation_that_raises_is_500_for_it_alone(tmp_path, error):
     with Raising(tmp_path, HASTY + BROKEN_PUT.format(error=error)) as bus:
         peers = [Peer(bus, patience=PATIENCE) for _ in range(5)]

@@ -14,7 +14,7 @@ def test_retries_without_keys_through_a_bad_proxy_are_found_out(tmp_path):
 @skipped_without(program("nginx"))
 def test_nothing_is_lost_behind_nginx_whatever_its_patience(tmp_path):
     """An impatient one cuts quiet polls; the message that comes then is there for the next, in order."""
-    assert behind_nginx(tmp_path, 1).violations == []
+    assert behind_nginx(tmp_path, 1, patience=1).violations == []
 
 
 def test_requests_in_pieces_are_answered_as_they_should_be(tmp_path):

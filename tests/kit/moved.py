@@ -15,7 +15,7 @@ if os.environ["STEADY"] == "moves":
     time.monotonic_ns = lambda: real_ns() + int(ahead() * 1e9)
 time.time_ns = lambda: wall() + int(ahead() * 1e9)
 time.time = lambda: time.time_ns() / 1e9
-bus_server.TIDY_SECONDS = 0.2
+bus_server.TIDY_SECONDS = 0.05
 tidy = bus_server.Bus.tidy
 def counted(bus):
     tidy(bus)
@@ -28,7 +28,7 @@ bus_server.Bus.tidy = counted
 class Moved:
     """A bus whose clocks go ahead by as much as the test says: all of them, or its wall clock alone.
 
-    It looks five times a second for what is too old.
+    It looks twenty times a second for what is too old.
     """
 
     def __init__(self, place, *options, wall_alone=False):
