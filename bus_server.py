@@ -4427,7 +4427,7 @@ class Ledger:
         seconds, self.out = time.monotonic() - began, []
         self.loop.attempt(self.count_out, taken)
         self.state.view.tail = self.state.tail  # only now: until then a turn needs the older one
-        self.loop.attempt(self.plan)  # what came while the deputy served
+        self.loop.insist(self.plan)  # what came while the deputy served
         if not self.loop.attempt(self.bus.announce, steps, outcome, seconds):
             for step in steps:
                 if not step.connection or step.connection.phase is BUSY:
