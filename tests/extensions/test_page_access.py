@@ -6,9 +6,10 @@ import sys
 import threading
 
 from tests.core.test_identity import ask
+from tests.kit.near import Near
 from tests.kit.page import IN_CHROMIUM, show, texts
-from tests.kit.peers import command, invite, set_expires
-from tests.kit.processes import PATIENCE, ROOT, Server, wait_until
+from tests.kit.peers import command, invite, mint, set_expires, set_revoked
+from tests.kit.processes import PATIENCE, ROOT, wait_until
 
 pytestmark = IN_CHROMIUM
 
@@ -100,20 +101,21 @@ def test_a_token_that_only_sends_sees_what_it_sent(closed, page):
     page.wait_for_selector(".message-row:has-text('22 degrees')")
 
 
-def test_a_revoked_token_leads_to_the_login_while_the_page_is_open(tmp_path, page):
-    with Server(tmp_path / "bus.db") as bus:
-        token = invite(bus, "maria", "--operator")
-        wait_until(lambda: ask(bus, "GET", "/agents")[0] == 401)
-        show(page, bus, f"#token={token}")
-        command(bus, "revoke", "maria")
-        page.wait_for_selector("text=This bus wants a token", timeout=30000)
+def test_a_revoked_token_leads_to_the_login_while_the_page_is_open(tmp_path, hurried):
+    page = hurried
+    tokens = mint(tmp_path / "bus.db", maria=["--operator"])
+    with Near(tmp_path / "bus.db") as bus:
+        show(page, bus, f"#token={tokens['maria']}")
+        set_revoked(bus, "maria")
+        page.wait_for_selector("text=This bus wants a token")
         page.wait_for_selector("text=The bus does not know this token.")
         assert page.evaluate("sessionStorage.length") == 0
 
 
-def test_the_token_of_a_link_ends_after_12_hours_or_when_it_was_said(tmp_path, page):
+def test_the_token_of_a_link_ends_after_12_hours_or_when_it_was_said(tmp_path, hurried):
     """A browser keeps links in its history."""
-    with Server(tmp_path / "bus.db") as bus:
+    page = hurried
+    with Near(tmp_path / "bus.db") as bus:
         for name, options, lasts in (("erik", [], 12 * 3600), ("maria", ["--expires", "30m"], 1800)):
             token = invite(bus, name, "--operator", "--page", *options)
             [row] = [row for row in map(json.loads, (tmp_path / "bus.db.tokens").open()) if row["name"] == name]
@@ -121,7 +123,7 @@ def test_the_token_of_a_link_ends_after_12_hours_or_when_it_was_said(tmp_path, p
         wait_until(lambda: ask(bus, "GET", "/agents")[0] == 401)
         show(page, bus, f"#token={token}")
         set_expires(bus, "maria", 1)
-        page.wait_for_selector("text=This bus wants a token", timeout=30000)
+        page.wait_for_selector("text=This bus wants a token")
 
 
 class Stranger(http.server.BaseHTTPRequestHandler):
@@ -143,7 +145,7 @@ class Stranger(http.server.BaseHTTPRequestHandler):
 def test_a_link_on_another_site_opens_the_page_and_nothing_else_there_reaches_the_bus(busy, page):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Stranger) as site:
         site.bus = busy.url.encode()
-        threading.Thread(target=site.serve_forever, daemon=True).start()
+        threading.Thread(target=site.serve_forever, args=[0.02], daemon=True).start()
         with page.expect_response("**/ui/") as framed:
             page.goto(f"http://localhost:{site.server_port}/")
         assert framed.value.status == 403
@@ -161,9 +163,9 @@ def test_a_link_on_another_site_opens_the_page_and_nothing_else_there_reaches_th
 def test_no_page_frames_it_where_a_browser_does_not_say_which_page_asks(tmp_path, page):
     """No browser says it to an http://ADDRESS other than 127.0.0.1: the bus gives the page, and its headers forbid."""
     site = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Stranger)
-    with Server(tmp_path / "bus.db", "--allow-host", "evil.example") as bus, site:
+    with Near(tmp_path / "bus.db", "--allow-host", "evil.example") as bus, site:
         site.bus = f"http://evil.example:{bus.port}".encode()
-        threading.Thread(target=site.serve_forever, daemon=True).start()
+        threading.Thread(target=site.serve_forever, args=[0.02], daemon=True).start()
         with page.expect_response("**/ui/") as answer:
             page.goto(f"http://localhost:{site.server_port}/")
         assert answer.value.status == 200 and "sec-fetch-site" not in answer.value.request.all_headers()
@@ -177,7 +179,7 @@ def test_a_name_of_a_stranger_for_the_address_of_an_open_bus_gets_nothing(busy, 
 
 
 def test_a_connection_that_is_not_encrypted_is_said(tmp_path, page):
-    with Server(tmp_path / "bus.db", "--allow-host", "evil.example") as bus:
+    with Near(tmp_path / "bus.db", "--allow-host", "evil.example") as bus:
         page.goto(f"http://evil.example:{bus.port}/ui/")
         page.wait_for_selector("text=This connection is not encrypted")
         page.goto(f"{bus.url}/ui/")

@@ -52,18 +52,18 @@ def test_another_database_begins_anew_and_says_so(tmp_path, page):
             assert [text.split("\n")[-1] for text in texts(page)] == ["after"]
 
 
-def test_six_tabs_leave_room_to_send(bus, browser):
+def test_six_tabs_leave_room_to_send(near, browser):
     """A browser has six connections to a bus for all its tabs, so a tab that nobody sees must not hold one."""
     with opened(browser) as tab:
-        show(tab, bus)
+        show(tab, near)
         for _ in range(5):
             tab.evaluate(COVERED)
-            tab = show(tab.context.new_page(), bus)
+            tab = show(tab.context.new_page(), near)
         began = time.monotonic()
         # As the page itself sends: Chromium has other connections for a fetch with cookies.
         tab.evaluate("import('./follow.js').then(bus => bus.send({ from: 'tab', to: 'bob', msg: 'from the sixth' }))")
         assert time.monotonic() - began < in_time(1)
-        wait_until(lambda: b"from the sixth" in bus.get("/log"))
+        wait_until(lambda: b"from the sixth" in near.get("/log"))
 
 
 class Under(http.server.BaseHTTPRequestHandler):
@@ -94,11 +94,11 @@ class Under(http.server.BaseHTTPRequestHandler):
         pass
 
 
-def test_under_a_path_of_a_proxy_all_works(bus, page):
+def test_under_a_path_of_a_proxy_all_works(near, page):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Under) as proxy:
-        proxy.bus = bus
-        threading.Thread(target=proxy.serve_forever, daemon=True).start()
-        send(bus, "ann", "bob", "through the proxy")
+        proxy.bus = near
+        threading.Thread(target=proxy.serve_forever, args=[0.02], daemon=True).start()
+        send(near, "ann", "bob", "through the proxy")
         page.goto(f"http://127.0.0.1:{proxy.server_port}/team/bus/")
         page.wait_for_selector("#live.good")
         assert page.url == f"http://127.0.0.1:{proxy.server_port}/team/bus/ui/"

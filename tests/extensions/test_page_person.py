@@ -2,16 +2,17 @@
 import json
 
 from tests.core.test_identity import ask
-from tests.kit.page import IN_CHROMIUM, fill, send, show
+from tests.kit.near import Near
+from tests.kit.page import IN_CHROMIUM, fill, opened, send, show
 from tests.kit.peers import mint
-from tests.kit.processes import Server, wait_until
+from tests.kit.processes import wait_until
 
 pytestmark = IN_CHROMIUM
 
 
-def test_a_person_says_something_and_is_told_the_truth(bus, page):
-    bus.get("/recv?to=bob&since=0")
-    show(page, bus)
+def test_a_person_says_something_and_is_told_the_truth(near, page):
+    near.get("/recv?to=bob&since=0")
+    show(page, near)
     page.keyboard.press("c")
     page.fill("#say-as", "maria")
     page.fill("#say-to", "bbo")
@@ -22,13 +23,13 @@ def test_a_person_says_something_and_is_told_the_truth(bus, page):
     page.fill("#say-text", "stop, please")
     page.click("dialog button.main")
     page.wait_for_selector("dialog >> text=bob is listening")
-    [message] = json.loads(bus.get("/log"))["messages"]
+    [message] = json.loads(near.get("/log"))["messages"]
     assert (message["from"], message["to"], message["msg"]) == ("maria", "bob", "stop, please")
 
 
-def test_a_person_says_something_to_several(bus, page):
-    bus.get("/recv?to=bob&since=0")
-    show(page, bus)
+def test_a_person_says_something_to_several(near, page):
+    near.get("/recv?to=bob&since=0")
+    show(page, near)
     page.keyboard.press("c")
     page.fill("#say-as", "maria")
     page.fill("#say-to", "bob, crl")
@@ -36,17 +37,17 @@ def test_a_person_says_something_to_several(bus, page):
     page.fill("#say-text", "to both of you")
     page.click("dialog button.main")
     page.wait_for_selector("dialog >> text=1 listen now, 1 will see it later. Nobody has ever listened as crl.")
-    messages = json.loads(bus.get("/log"))["messages"]
+    messages = json.loads(near.get("/log"))["messages"]
     assert sorted((message["to"], message["msg"]) for message in messages) == [
         ("bob", "to both of you"), ("crl", "to both of you"),
     ]  # fmt: skip
 
 
-def test_what_is_told_of_a_message_is_what_the_bus_says_of_its_receiver(bus, page):
+def test_what_is_told_of_a_message_is_what_the_bus_says_of_its_receiver(near, page):
     for name in ("bob", "carl"):
-        bus.get(f"/recv?to={name}&since=0")
-    assert bus.get("/recv?to=carl&since=0&leave=true")  # carl listens no more
-    show(page, bus)
+        near.get(f"/recv?to={name}&since=0")
+    assert near.get("/recv?to=carl&since=0&leave=true")  # carl listens no more
+    show(page, near)
     page.keyboard.press("c")
     page.fill("#say-as", "maria")
     for to, told in (
@@ -63,9 +64,9 @@ def test_what_is_told_of_a_message_is_what_the_bus_says_of_its_receiver(bus, pag
         assert page.input_value("#say-text") == ("stop, please" if to == "no name" else "")
 
 
-def test_all_is_done_by_keyboard(bus, page):
-    sent = send(bus, "ann", "maria", "which way?")
-    show(page, bus, "#/messages")
+def test_all_is_done_by_keyboard(near, page):
+    sent = send(near, "ann", "maria", "which way?")
+    show(page, near, "#/messages")
     page.wait_for_selector(".message-row")
     page.keyboard.press("j")
     page.keyboard.press("Enter")
@@ -84,14 +85,14 @@ def test_all_is_done_by_keyboard(bus, page):
     page.keyboard.press("Escape")
     page.wait_for_selector("#panel", state="hidden")
     assert page.evaluate("document.activeElement.dataset.id") == sent["id"]
-    answer = json.loads(bus.get("/log?from=maria"))["messages"][0]
+    answer = json.loads(near.get("/log?from=maria"))["messages"][0]
     assert (answer["to"], answer["msg"], answer["reply_to"]) == ("ann", "left", sent["id"])
 
 
-def test_beside_an_open_message_j_and_k_lead_to_the_next_one_and_back(bus, page):
+def test_beside_an_open_message_j_and_k_lead_to_the_next_one_and_back(near, page):
     for number in range(4):
-        send(bus, "ann", "bob", f"n{number}")
-    show(page, bus, "#/messages")
+        send(near, "ann", "bob", f"n{number}")
+    show(page, near, "#/messages")
     page.wait_for_selector(".message-row")
     for keys, text in (("jj", "n2"), ("j", "n1"), ("kk", "n3")):
         for key in (*keys, "Enter"):
@@ -109,22 +110,24 @@ def until_focused(page, text, selector="*"):
     raise AssertionError(f"Tab does not lead to {text or selector}")
 
 
-def test_single_keys_are_text_in_a_field_and_can_be_switched_off(busy, page):
-    show(page, busy, "#/messages")
-    page.wait_for_selector(".message-row")
-    page.keyboard.press("/")
-    page.keyboard.type("c1?")
-    assert page.input_value("#filter") == "c1?" and not page.locator("dialog[open]").count()
-    page.click("#keys")
-    page.check("#keys-off")
-    page.click("dialog button:has-text('Close')")
-    page.keyboard.press("1")
-    page.keyboard.press("c")
-    assert page.url.endswith("#/messages") and not page.locator("dialog[open]").count()
+def test_single_keys_are_text_in_a_field_and_can_be_switched_off(busy, browser):
+    with opened(browser) as page:
+        show(page, busy, "#/messages")
+        page.wait_for_selector(".message-row")
+        page.keyboard.press("/")
+        page.keyboard.type("c1?")
+        assert page.input_value("#filter") == "c1?" and not page.locator("dialog[open]").count()
+        page.click("#keys")
+        page.check("#keys-off")
+        page.click("dialog button:has-text('Close')")
+        page.keyboard.press("1")
+        page.keyboard.press("c")
+        assert page.url.endswith("#/messages") and not page.locator("dialog[open]").count()
 
 
-def test_a_failed_job_is_sent_again_and_reaches_a_worker(tmp_path, page):
-    with Server(tmp_path / "bus.db", "--max-attempts", "1") as bus:
+def test_a_failed_job_is_sent_again_and_reaches_a_worker(tmp_path, hurried):
+    page = hurried
+    with Near(tmp_path / "bus.db", "--max-attempts", "1") as bus:
         fill(bus)
         show(page, bus, "#/work")
         page.wait_for_selector("text=exit 137")
@@ -138,7 +141,7 @@ def test_a_failed_job_is_sent_again_and_reaches_a_worker(tmp_path, page):
 
 def test_jobs_without_a_worker_are_told(tmp_path, page):
     """A job that was given back was in no number of the page."""
-    with Server(tmp_path / "bus.db") as bus:
+    with Near(tmp_path / "bus.db") as bus:
         send(bus, "nano", "builds", "make bench")
         [job] = ask(bus, "POST", "/claim", {"to": "builds", "worker": "w"})[1]["messages"]
         ask(bus, "POST", "/nack", {"id": job["id"], "lease": job["lease"], "delay": 600})
@@ -149,10 +152,10 @@ def test_jobs_without_a_worker_are_told(tmp_path, page):
         page.wait_for_selector(".card .waiting dd:has-text('1')")
 
 
-def test_own_mail_is_read_only_if_the_person_asks_for_it(tmp_path, page):
-    """It takes some 12 s: the page looks for mail every 3 s."""
+def test_own_mail_is_read_only_if_the_person_asks_for_it(tmp_path, hurried):
+    page = hurried
     tokens = mint(tmp_path / "bus.db", maria=["--operator"], ann=[])
-    with Server(tmp_path / "bus.db") as bus:
+    with Near(tmp_path / "bus.db") as bus:
         sent = send(bus, "ann", "maria", "which way?", tokens["ann"])
         show(page, bus, f"#token={tokens['maria']}")
         page.wait_for_selector(".trouble-card:first-child:has-text('1 message for you')")
@@ -176,12 +179,12 @@ def state(bus, sent, token):
     return ask(bus, "GET", f"/message/{sent['id']}", token=token)[1]["state"]
 
 
-def test_what_was_taken_back_is_gone_from_the_panel_and_from_the_view(bus, page):
+def test_what_was_taken_back_is_gone_from_the_panel_and_from_the_view(near, page):
     for number in range(3):
-        send(bus, "maria", "bob", f"oops {number}")
+        send(near, "maria", "bob", f"oops {number}")
     page.add_init_script("sessionStorage.setItem('agent-bus name', 'maria')")
     for view, selector in (("#/messages", ".message-row"), ("#/messages/maria/bob", ".bubble a")):
-        show(page, bus, view)
+        show(page, near, view)
         page.locator(selector).first.click()
         text = page.inner_text("#panel .body")
         page.click("#panel button:has-text('Take back')")
@@ -189,12 +192,12 @@ def test_what_was_taken_back_is_gone_from_the_panel_and_from_the_view(bus, page)
         page.wait_for_selector("#panel >> text=Taken back: nobody gets it.")
         assert text not in page.content() and not page.locator("#panel button:has-text('Take back')").count()
         assert page.evaluate("document.activeElement.textContent") == "Message"
-    assert len(json.loads(bus.get("/recv?to=bob&since=0"))["messages"]) == 1
+    assert len(json.loads(near.get("/recv?to=bob&since=0"))["messages"]) == 1
 
 
 def test_a_failed_job_that_is_sent_again_is_shown_so_beside_the_view(tmp_path, page):
     """Its letter is found, although 6,000 messages are newer: one answer of the bus looks at 5,000."""
-    with Server(tmp_path / "bus.db", "--max-attempts", "1") as bus:
+    with Near(tmp_path / "bus.db", "--max-attempts", "1") as bus:
         fill(bus)
         some = [{"from": f"s{number % 50}", "to": f"r{number % 60}", "msg": "x"} for number in range(1000)]
         for _ in range(6):

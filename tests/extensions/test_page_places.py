@@ -3,14 +3,15 @@ import json
 
 from bus_extensions.page import FOLDER
 from tests.core.test_identity import ask
+from tests.kit.near import Near
 from tests.kit.notes import NOTHING, extended
 from tests.kit.page import IN_CHROMIUM, opens_a_message, send, show, texts
-from tests.kit.processes import Server
 
 pytestmark = IN_CHROMIUM
 
 
-def test_an_extension_has_a_place_of_its_own_if_the_bus_has_the_extension(noted, page):
+def test_an_extension_has_a_place_of_its_own_if_the_bus_has_the_extension(noted, hurried):
+    page = hurried
     show(page, noted)
     page.evaluate("sessionStorage.setItem('agent-bus name', 'maria')")
     page.keyboard.press("5")
@@ -47,7 +48,7 @@ def test_an_extension_may_do_something_with_a_message_and_its_refusal_is_shown(n
 
 
 def test_messages_are_found_by_their_words(page, tmp_path):
-    with Server(tmp_path / "bus.db") as bus:
+    with Near(tmp_path / "bus.db") as bus:
         for sender, text in (("ann", "the disk is full"), ("eve", "full of <b>disks</b>"), ("ann", "x")):
             send(bus, sender, "bob", text)
         show(page, bus, "#/more/search")
@@ -65,9 +66,10 @@ def test_messages_are_found_by_their_words(page, tmp_path):
         page.wait_for_selector("#panel .body")
 
 
-def test_what_an_operator_redacts_is_shown_so_at_once_wherever_it_was(page, tmp_path):
+def test_what_an_operator_redacts_is_shown_so_at_once_wherever_it_was(hurried, tmp_path):
+    page = hurried
     gone = "an operator has redacted this message"
-    with Server(tmp_path / "bus.db") as bus:
+    with Near(tmp_path / "bus.db") as bus:
         send(bus, "ann", ["bob", "carl"], "the password is swordfish")  # its copies are redacted too
         send(bus, "ann", "maria", "and mine is hunter2")
         for view, row, secret in (
@@ -95,7 +97,7 @@ def test_what_an_operator_redacts_is_shown_so_at_once_wherever_it_was(page, tmp_
 
 def test_who_was_asked_whether_to_redact_is_not_asked_again_when_the_message_is_drawn_anew(page, tmp_path):
     """It is, when its thread has come: on a slow bus the second press asked once more."""
-    with Server(tmp_path / "bus.db") as bus:
+    with Near(tmp_path / "bus.db") as bus:
         send(bus, "ann", "bob", "the password is swordfish")
         held = []
         page.route("**/thread/*", lambda route: held.append(route))  # playwright takes no method of a list
@@ -124,18 +126,19 @@ def test_an_extension_may_bear_the_name_of_a_module_of_the_page(tmp_path, page):
         assert page.locator("nav a").count() == 4
 
 
-def test_what_is_sent_later_is_listed_and_taken_back(bus, page):
+def test_what_is_sent_later_is_listed_and_taken_back(near, hurried):
+    page = hurried
     message = {"from": "ann", "to": "bob", "msg": "remember the milk"}
-    assert ask(bus, "POST", "/later", {"cron": "0 9 * * 1-5", "message": message})[0] == 200
-    assert ask(bus, "POST", "/later", {"after": 900, "message": {**message, "to": ["bob", "carl"]}})[0] == 200
-    show(page, bus, "#/more/later")
+    assert ask(near, "POST", "/later", {"cron": "0 9 * * 1-5", "message": message})[0] == 200
+    assert ask(near, "POST", "/later", {"after": 900, "message": {**message, "to": ["bob", "carl"]}})[0] == 200
+    show(page, near, "#/more/later")
     page.wait_for_selector("tr:has-text('0 9 * * 1-5 (UTC)')")
     page.click("tr:has-text('bob, carl') button")
     page.wait_for_selector("text=The message is not sent then. Press Take back again to do it.")
     page.click("tr:has-text('bob, carl') button")
     page.wait_for_selector("text=taken back: the message to bob, carl")
     page.wait_for_selector("tr:has-text('bob, carl')", state="detached")
-    assert [each["message"]["to"] for each in ask(bus, "GET", "/later")[1]["schedules"]] == ["bob"]
+    assert [each["message"]["to"] for each in ask(near, "GET", "/later")[1]["schedules"]] == ["bob"]
 
 
 def test_the_rules_of_notices_are_listed(tmp_path, page):
@@ -143,19 +146,20 @@ def test_the_rules_of_notices_are_listed(tmp_path, page):
     rule = {"rule": "lead-waits", "when": "unread", "to": "lead", "template": "ntfy", "url": "https://ntfy.sh/SECRET"}
     rules.write_text(json.dumps({"hosts": ["ntfy.sh"], "rules": [rule]}))
     rules.chmod(0o600)
-    with Server(tmp_path / "bus.db", "--notify", str(rules)) as bus:
+    with Near(tmp_path / "bus.db", "--notify", str(rules)) as bus:
         show(page, bus, "#/more/notify")
         page.wait_for_selector("tr:has-text('unread: lead on default')")
         assert texts(page, "td") == ["lead-waits", "unread: lead on default", "never", "0 sent, 0 failed"]
         assert "SECRET" not in page.content()
 
 
-def test_reservations_are_shown_and_a_person_may_release_one(bus, page):
+def test_reservations_are_shown_and_a_person_may_release_one(near, hurried):
+    page = hurried
     hostile = "<img src=x onerror='window.pwned=1'>"
     for holder, why in (("dell", hostile), ("nano", "T2")):
         body = {"from": holder, "names": [f"src/{holder}/*", "<b>"], "why": why, "shared": True}
-        assert ask(bus, "POST", "/lock", body)[0] == 200
-    show(page, bus, "#/more/locks")
+        assert ask(near, "POST", "/lock", body)[0] == 200
+    show(page, near, "#/more/locks")
     page.wait_for_selector("tr:has-text('dell')")
     rows = [text for text in texts(page, "tbody tr") if "src/" in text]
     assert len(rows) == 2 and "<b> src/dell/* (shared)" in rows[0] and hostile in rows[0]
@@ -164,4 +168,4 @@ def test_reservations_are_shown_and_a_person_may_release_one(bus, page):
     page.wait_for_selector("text=The holder may be in the middle of a change.")
     page.click("tr:has-text('dell') button")
     page.wait_for_selector("tr:has-text('dell')", state="detached")
-    assert [each["holder"] for each in json.loads(bus.get("/locks"))["locks"]] == ["nano"]
+    assert [each["holder"] for each in json.loads(near.get("/locks"))["locks"]] == ["nano"]

@@ -76,12 +76,14 @@ def remember_extensions(bus_server):
         sys.modules.update(made[str(file), name])
         return sys.modules[name]
 
+    there = {name: sys.modules[name] for name in ours()}  # a test may have imported some
     for path in sorted(glob.glob(f"{folder}[a-z]*.py")):
         name, before = f"bus_extensions.{os.path.basename(path)[:-3]}", ours()
         module_at(path, name)
-        made[path, name] = {each: sys.modules[each] for each in ours() - before}
+        made[path, name] = {each: sys.modules[each] for each in {name} | (ours() - before)}
     for name in ours():
         del sys.modules[name]
+    sys.modules.update(there)
     bus_server.module_at = from_here
 
 

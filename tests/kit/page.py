@@ -18,6 +18,7 @@ IN_CHROMIUM = pytest.mark.skipif(
 )
 
 MS = PATIENCE * 1000
+DESK = {"width": 1360, "height": 860}
 WATCH = """addEventListener("securitypolicyviolation", event => (window.violations ??= []).push(event.blockedURI));
 window.shift = 0;
 new PerformanceObserver(list => list.getEntries().forEach(each => window.shift += each.hadRecentInput ? 0 : each.value))
@@ -70,19 +71,38 @@ HOSTILE = [  # each is sent as text, as subject and in further members
 ]
 
 
+# The page looks again, and tries again, after 0.3 s and not after some seconds. What it waits for stays as it is.
+HURRIED = """const later = window.setTimeout;
+window.setTimeout = (act, ms, ...others) => later(act, ms > 300 && ms <= 30000 ? 300 : ms, ...others);"""
+
+
 @contextlib.contextmanager
-def opened(browser, **options):
-    """A tab of a browser of its own, which fails the test on an error of its scripts."""
-    context = browser.new_context(viewport={"width": 1360, "height": 860}, **options)
+def place_for_tabs(browser):
+    """What tabs share, as those of a person do: a cache, cookies, and what pages keep for longer than a tab."""
+    context = browser.new_context(viewport=DESK)
     context.set_default_timeout(MS)
     context.add_init_script(WATCH)
+    yield context
+    context.close()
+
+
+@contextlib.contextmanager
+def tab(context):
+    """A tab, which fails the test on an error of its scripts."""
     page = context.new_page()
     page.errors = []
     page.on("pageerror", lambda error: page.errors.append(str(error)))
     page.on("dialog", lambda dialog: page.errors.append(dialog.message))
     yield page
-    context.close()
+    page.close()
     assert not page.errors
+
+
+@contextlib.contextmanager
+def opened(browser):
+    """A tab that shares nothing with another one."""
+    with place_for_tabs(browser) as context, tab(context) as page:
+        yield page
 
 
 def fill(bus):
@@ -115,6 +135,40 @@ def show(page, bus, path="#/"):
     page.goto(f"{bus.url}/ui/{path}")
     page.wait_for_selector("#live.good")
     return page
+
+
+# To another view of the page that is open, until that is drawn; and messages beside it, one after the other.
+GO = """async ([path, patience]) => {
+    const end = Date.now() + patience, main = document.getElementById("main"), before = main.firstElementChild;
+    if (location.hash === path) return;
+    location.hash = path;
+    while (main.firstElementChild === before) {
+        if (Date.now() > end) throw new Error(`${path} is not drawn`);
+        await new Promise(done => setTimeout(done, 5));
+    }
+}"""
+OPEN = """async ([ids, patience]) => {
+    const end = Date.now() + patience, found = [], all = what => [...document.querySelectorAll(`#panel ${what}`)];
+    for (const id of ids) {
+        location.hash = `${location.hash.split("?")[0]}?id=${id}`;
+        while (!all("dd").some(dd => dd.textContent === id)) {
+            if (Date.now() > end) throw new Error(`${id} is not drawn`);
+            await new Promise(done => setTimeout(done, 5));
+        }
+        found.push([all(".body")[0].textContent, all("dt").map(dt => dt.textContent)]);
+    }
+    return found;
+}"""
+
+
+def go_to(page, path):
+    """As who follows a link: nothing is loaded anew. Its path must be another one than that of the view before."""
+    page.evaluate(GO, [path, MS])
+
+
+def opened_beside(page, ids):
+    """Of each of these messages, opened beside the view: its text, and the names of its members."""
+    return page.evaluate(OPEN, [ids, MS])
 
 
 def texts(page, selector=".message-row"):
