@@ -638,7 +638,7 @@ def pair(text: str) -> list[str]:
     if "=" not in text:
         raise argparse.ArgumentTypeError(f"{text!r} has no value: write it as K=V")
     if text.split("=")[0] in ("from", "to", "channel", "msg", "key"):
-        raise argparse.ArgumentTypeError(f"{text!r} is no further member: it has an argument or an option of its own")
+        raise argparse.ArgumentTypeError(f"{text!r} as a --field: give it as the argument or the option of that name")
     return text.split("=", 1)
 
 

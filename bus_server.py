@@ -462,9 +462,9 @@ def parse_json(body: bytes) -> Any:
         if "\\u" in text or text.count("{") + text.count("[") - beside > DEPTH:
             inspect(value, DEPTH)  # in every other text it finds nothing, and takes 2 us for each message
     except RecursionError:
-        raise Refused(400, f"the body, as JSON, is not usable: {TOO_DEEP}") from None
+        raise Refused(400, f"the JSON of this request is not usable: {TOO_DEEP}") from None
     except ValueError as error:
-        raise Refused(400, f"the body, as JSON, is not usable: {error}") from None
+        raise Refused(400, f"the JSON of this request is not usable: {error}") from None
     return value
 
 
@@ -4541,7 +4541,7 @@ class Bus:
         if endpoint and endpoint.sink:
             request.sink = endpoint.sink(request)
         elif head.length > self.max_body:
-            raise Refused(413, f"as sent: {head.length} bytes, over {self.max_body}; nothing was stored: send a file")
+            raise Refused(413, f"{head.length} bytes are over {self.max_body}: nothing was stored; send a file")
         elif head.length > HEAD_BYTES and not endpoint:
             self.answer(request)  # refuses it; nobody would read the body
 
@@ -6372,7 +6372,7 @@ def restore(arguments: Sequence[str]) -> None:
         bus = None if is_front(options.copy) else secrets.token_hex(8)
         messages, files = copy_bus(options.copy, options.db, missing_tokens(options.copy, options.db), old, bus)
     what = f"bus {bus}" if bus else "a front's copy of a ledger"
-    print(f"{options.db} is {what} now, with {messages} messages; {files} files were missing, and came back")
+    print(f"{options.db} is {what} now. It has {messages} messages, and got back {files} files")
     if os.path.exists(old):
         print(f"the database that was there before is now {old}")
     elif options.db == default_path():

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import datetime
 import secrets
+import time
 from typing import Any
 from urllib.parse import urlencode
 
 from _mcp_tools import BODY, FIELDS, ROOM, SECONDS, TEXT, Ask, Failed, Session, Steps, Tool, fitting, tick_of_ts
-
-from bus_server import iso
 
 WHEN = ("after", "at", "cron")
 SHOWN = 200  # characters of a message in the list
@@ -27,7 +26,7 @@ def later(me: Session, /, to: str, msg: str, **given: Any) -> Steps:
         if 400 <= failed.status < 500:
             raise
         raise Failed(failed.status, f"{failed}; to give it again: key {key}") from None
-    at = iso(tick_of_ts(answer["at"]))
+    at = utc(answer["at"])
     return f"it is sent to {to} at {at}; bus_scheduled with cancel {answer['id']} takes it back"
 
 
@@ -38,6 +37,10 @@ def moment(text: str) -> float:
     except ValueError:
         raise Failed(0, f"at must be a time like 2026-12-01T09:00Z, not {text[:64]}") from None
     return (when if when.tzinfo else when.replace(tzinfo=datetime.timezone.utc)).timestamp()
+
+
+def utc(ts: Any) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(tick_of_ts(ts) // 1000000))
 
 
 def scheduled(me: Session, /, cancel: str = "") -> Steps:
@@ -55,7 +58,7 @@ def scheduled(me: Session, /, cancel: str = "") -> Steps:
 def line_of(me: Session, schedule: dict[str, Any]) -> str:
     message = schedule["message"]
     shown = {**{member: schedule[member] for member in ("id", "state", "cron", "reason") if schedule[member]},
-             "at": iso(tick_of_ts(schedule["at"])), "to": message["to"], "msg": message["msg"][:SHOWN]}  # fmt: skip
+             "at": utc(schedule["at"]), "to": message["to"], "msg": message["msg"][:SHOWN]}  # fmt: skip
     return me.quoted(shown)
 
 

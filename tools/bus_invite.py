@@ -67,7 +67,7 @@ def agreed(name: str, database: str, here: str, closed: bool, yes: bool, url: st
         tell(f"The first token closes the bus: from now on every agent needs one.{alone} {undo}")
     tell(f"A token of {name} for the bus {where}, whose database is {database}")
     other = "" if here else settings_url()
-    other = f" The bus at {other} has another one." if other and said(other, "/healthz") else ""
+    other = f" The bus at {other} has another database." if other and said(other, "/healthz") else ""
     if not here and not os.path.exists(database):
         tell(f"The bus makes this database at its first start. If your bus has started, correct --db.{other}")
     elif other:

@@ -168,8 +168,8 @@ def show(found: Sequence[Agent], now: float, as_json: bool, clear: bool, empty: 
     if clear and on_terminal:  # what does not fit would push the beginning off the screen
         lines = [f"{CLEAR}{lines[0]}", *lines[1 : size.lines - 2]]
     listening = sum(bool(agent.get("online")) for agent in found)
-    hidden = "; - is mail of which the bus does not tell you" * any(agent.get("unread") is None for agent in found)
-    legend = f"{listening} of {len(found)} listen, or did a moment ago. UNREAD is without mail to all{hidden}"
+    hidden = "; - means that the bus does not tell you" * any(agent.get("unread") is None for agent in found)
+    legend = f"{listening} of {len(found)} listen, or did a moment ago. UNREAD leaves out mail to all{hidden}"
     lines.append(legend if found or as_json else empty())
     bus_recv.emit((bus_recv.dump(list(found)) if as_json else "\n".join(lines)) + "\n")
 

@@ -80,6 +80,7 @@ def shook_hands(entry, folder, env):
     line = json.dumps({"jsonrpc": "2.0", "id": 1, "method": "initialize", "params": hello})
     done = subprocess.run([entry["command"], *entry["args"]], cwd=folder, env={**env, **entry["env"]}, text=True,
                           input=f"{line}\n", capture_output=True, timeout=PATIENCE)  # fmt: skip
+    assert done.stdout, done.stderr
     return json.loads(done.stdout)["result"]["serverInfo"]["name"]
 
 

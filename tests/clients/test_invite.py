@@ -70,11 +70,11 @@ def test_a_bus_with_another_database_is_named_before_the_wrong_one_is_closed(tmp
         said = command(Server(tmp_path / "bus.db"), "invite", "zz")
         assert f"for the bus that does not run now, whose database is {tmp_path}/bus.db" in said
         how = "If your bus has started, correct --db."
-        assert f"its first start. {how} The bus at {bus.url} has another one.\n" in said
+        assert f"its first start. {how} The bus at {bus.url} has another database.\n" in said
         assert "The token is good as soon as the bus runs" in said and "invite again" in said and "curl" not in said
         assert all(variable in said for variable in ("AGENT_BUS_URL", "AGENT_BUS_TOKEN", "AGENT_BUS_CA"))
         assert ask(bus, "GET", "/agents")[0] == 200
-        assert "another one" not in command(bus, "invite", "zz")
+        assert "another database" not in command(bus, "invite", "zz")
 
 
 @pytest.mark.parametrize("db", ["bsu.db", "nowhere/bus.db"])

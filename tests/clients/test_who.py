@@ -27,7 +27,7 @@ def test_who_shows_each_name_once_and_who_listens_first(agent):
     assert (code, err) == (0, "")
     head, *rows, last = out.splitlines()
     assert head.split() == ["NAME", "SEEN", "UNREAD", "OLDEST"]
-    assert last == "2 of 3 listen, or did a moment ago. UNREAD is without mail to all"
+    assert last == "2 of 3 listen, or did a moment ago. UNREAD leaves out mail to all"
     seen = [("bob", "listening", "2", "<1m"), ("ops/ann", "listening", "0"), ("spark", "sent", "<1m", "0")]
     assert sorted(tuple(row.split()) for row in rows) == seen and rows[2].startswith("spark ")
     assert [each["name"] for each in json.loads(agent("who", "--json", "--channel", "ops")[1])] == ["ann"]

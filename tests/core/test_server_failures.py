@@ -10,7 +10,7 @@ import pytest
 import bus_server
 from bus_server import Poll, Put, Raise, Remove, draft, nothing_follows
 from tests.kit import inside
-from tests.kit.processes import PATIENCE
+from tests.kit.processes import PATIENCE, wait_until
 
 
 class Desk:
@@ -319,4 +319,30 @@ def test_a_step_that_is_added_while_a_list_is_made_waits_for_that_list(tmp_path,
     assert planned == [before], "a second commit was planned"
     desk.turn()
     assert desk.statuses == [200, 200], desk.answers
+    desk.close()
+
+
+def test_what_came_while_a_list_was_stored_is_planned_again_if_that_failed(tmp_path, monkeypatch):
+    """Else its sender would wait until somebody else sends."""
+    desk = Desk(tmp_path / "bus.db")
+    ledger, loop = desk.bus.ledger, desk.bus.loop
+    apply, soon = ledger.apply, loop.soon
+    with monkeypatch.context() as patch:
+
+        def fails_once(action):
+            patch.setattr(loop, "soon", soon)
+            raise MemoryError
+
+        def one_more(operations):
+            desk.post(20)
+            patch.setattr(ledger, "apply", apply)
+            patch.setattr(loop, "soon", fails_once)  # planning calls it first
+            return apply(operations)
+
+        patch.setattr(ledger, "apply", one_more)
+        desk.post(10)
+        desk.turn()
+    assert desk.statuses == [200] and loop.timers
+    wait_until(lambda: desk.bus.loop.take_turn() or len(desk.answers) == 2)
+    assert desk.statuses == [200, 200]
     desk.close()

@@ -22,6 +22,7 @@ FORKER = pathlib.Path(__file__).with_name("forker.py")
 OPTIONS = {"-I", "-S", "-u", "-IS"}
 TAKEN = {"env", "cwd", "stdin", "stdout", "stderr", "start_new_session", "text", "encoding", "errors", "bufsize",
          "universal_newlines"}  # fmt: skip
+SITE = [folder for folder in sys.path if folder.endswith("-packages")]
 SIGNALS = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGPIPE)
 
 
@@ -96,7 +97,8 @@ def order_of(command, options):
         flags |= set(words.pop(1)[1:])
     if words[0] != sys.executable or len(words) < 2 or not options.keys() <= TAKEN:
         return None
-    order = {"path": None, "code": None, "imports": None, "argv": words[1:], "folders": [], "isolated": "I" in flags,
+    order = {"path": None, "code": None, "imports": None, "argv": words[1:], "folders": [],
+             "site": [] if "S" in flags else SITE, "isolated": "I" in flags,
              "session": options.get("start_new_session", False), "unbuffered": "u" in flags}  # fmt: skip
     if words[1] == "-c" and len(words) > 2 and words[2] in WARM:
         order |= {"code": words[2], "imports": WARM[words[2]], "argv": ["-c", *words[3:]]}

@@ -132,6 +132,7 @@ def become(order, streams):
     sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr
     sys.argv[:] = order["argv"]
     sys.path[:0] = order["folders"]
+    sys.path += order["site"]
 
 
 class Forker:
