@@ -4541,7 +4541,7 @@ class Bus:
         if endpoint and endpoint.sink:
             request.sink = endpoint.sink(request)
         elif head.length > self.max_body:
-            raise Refused(413, f"{head.length} bytes are over {self.max_body}: nothing was stored; send a file")
+            raise Refused(413, f"{head.length} bytes are over {self.max_body}, so nothing was stored: send a file")
         elif head.length > HEAD_BYTES and not endpoint:
             self.answer(request)  # refuses it; nobody would read the body
 

@@ -178,7 +178,7 @@ def test_who_says_what_a_dash_means():
     for unread, told in ((None, True), (0, False)):
         with Scripted(answer({"agents": [{**shows, "name": "bob", "unread": unread}], "bus": "b1"})) as server:
             last = run("tools/bus_who.py", env={"AGENT_BUS_URL": server.url})[1].splitlines()[-1]
-        assert last.endswith("; - is mail of which the bus does not tell you") is told
+        assert last.endswith("; - means that the bus does not tell you") is told
 
 
 def test_a_name_that_is_too_long_does_not_look_like_one_that_is_not(bus):

@@ -88,7 +88,7 @@ def test_a_new_front_begins_with_a_copy_and_reads_what_came_since(fronts, log, c
     common_look(a)
     put(a, msg="in the copy")
     path = restored(a, "b")
-    assert "b.db is a front's copy of a ledger now, with 1 messages" in capsys.readouterr().out
+    assert "b.db is a front's copy of a ledger now. It has 1 messages" in capsys.readouterr().out
     put(a, msg="since")
     reads, ledger = [], Fake(log)
     read, ledger.read = ledger.read, lambda above, *more: reads.append(above) or read(above, *more)
