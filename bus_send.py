@@ -287,7 +287,7 @@ def profile(name: str) -> str:
     import argparse  # slow to import, as http.client is
 
     if own := [f"AGENT_BUS_{of}" for of in ("URL", "TOKEN", "TOKEN_FILE", "CA") if os.environ.get(f"AGENT_BUS_{of}")]:
-        raise argparse.ArgumentTypeError(f"{name} is a bus of its own, and these are of another: unset {' '.join(own)}")
+        raise argparse.ArgumentTypeError(f"--bus {name} may be another bus than these are of: unset {' '.join(own)}")
     os.environ["AGENT_BUS_PROFILE"] = name
     return name
 
@@ -659,7 +659,7 @@ def message_of(given: dict[str, Any]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = command_line("Send a message to an agent-bus: TEXT, or else the text on stdin.")
-    parser.add_argument("--ask", action="store_true", help="wait for the reply, and print it")
+    parser.add_argument("--ask", action="store_true", help="wait for the reply, and print it; it is mail, too")
     parser.add_argument("--timeout", type=duration, metavar="S", help="keep trying for S seconds (30; with --ask: 300)")
     given = vars(parser.parse_intermixed_args(argv))
     to, question, seconds, as_json, _ = map(given.pop, ("to", "ask", "timeout", "json", "bus"))

@@ -4809,7 +4809,8 @@ class Sending:
         query = request.query()
         if request.parsed.form and ("to" in query.fields or request.body.lstrip()[:1] not in b"{["):
             raise Refused(400, "the body is a form: send the text itself with curl --data-binary")
-        value: Any = verbatim(request.body, query) if "to" in query.fields else parse_json(request.body)
+        raw = "to" in query.fields or ("from" in query.fields and request.body.lstrip()[:1] not in b"{[")
+        value: Any = verbatim(request.body, query) if raw else parse_json(request.body)
         several = isinstance(value, list)
         messages: list[Any] = value if several else [value]
         if request.grant.name:
@@ -5612,14 +5613,13 @@ def healthz(bus: Bus, request: Request) -> Answer:
 
 def show_help(bus: Bus, request: Request) -> Answer:
     secure = request.fields.get("x-forwarded-proto") == "https" or any(each.tls for _, each in bus.listeners)
-    host = re.fullmatch(r"[A-Za-z0-9.:\[\]_-]{1,255}", request.fields.get("host", ""))
-    url = f"http{'s' if secure else ''}://{host[0] if host else 'HOST:PORT'}"
+    host = (re.fullmatch(r"[A-Za-z0-9.:\[\]_-]{1,255}", request.fields.get("host", "")) or ["HOST:PORT"])[0]
     endpoints = "".join(
         f"{method:7}{path + ('ID' if path.endswith('/') and path != '/' else ''):15}{route.says}\n"
         for (method, path), route in bus.routes.items()
         if route.says
     )
-    text = HELP.format(version=VERSION, url=url, endpoints=endpoints)
+    text = HELP.format(version=VERSION, url=f"http{'s' if secure else ''}://{host}", endpoints=endpoints)
     return Answer(200, text.encode(), "text/plain; charset=utf-8")
 
 
@@ -6061,7 +6061,7 @@ def meant(wrong: str, right: Iterable[str]) -> str:
     """`: did you mean x?` for a word that is not among the right ones, if some are similar."""
     import difflib  # only for a typo
 
-    cases = {each.lower(): each for each in right}
+    cases = {each.lower(): each for each in sorted(right)}
     similar = [cases[each] for each in difflib.get_close_matches(wrong.lower(), cases)]
     return f": did you mean {' or '.join(similar)}?" if similar else ""
 

@@ -116,10 +116,10 @@ class Bus(Way):
         except bus_recv.Refused as refused:
             tokens = bus_recv.called("python3 bus_server.py tokens", "tokens")
             advice = f"where the bus runs, {tokens} lists its tokens, and invite makes one"
-            why = "it was revoked, or is another bus's" if "expired" not in str(refused) else "it has expired"
+            why = "it has expired" if "expired" in str(refused) else "it is wrong, cut off, revoked or another bus's"
             path, file = bus_recv.configuration()
             place = path if text == file.get("AGENT_BUS_TOKEN") else "the environment, or AGENT_BUS_TOKEN_FILE"
-            raise Fault(f"the bus does not know {text[:12]} (from {place}): {why}", advice) from None
+            raise Fault(f"the bus does not accept {text[:12]} (from {place}): {why}", advice) from None
         return f"{text[:12]} is valid"
 
     def ledger(self) -> Finding:

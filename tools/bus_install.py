@@ -82,7 +82,9 @@ def session(options: argparse.Namespace) -> str:
     try:
         bus_recv.ask(url, "/healthz", ANSWER_SECONDS)
         now = "it answers"
-        bus_recv.ask(url, "/whoami", ANSWER_SECONDS)  # does it need a token that we do not have?
+        its, _ = bus_recv.ask(url, "/whoami", ANSWER_SECONDS)  # does it need a token that we do not have?
+        if options.name and its.get("name", options.name) not in (None, options.name):
+            now += f", but the token that is set here sends as {bus_recv.word(its['name'])} only"
     except (bus_recv.Refused, bus_recv.Unreachable, ValueError) as fault:
         if getattr(fault, "status", 0) != 404:  # of a bus without tokens
             now += f" ({fault})"
@@ -91,10 +93,11 @@ def session(options: argparse.Namespace) -> str:
 
 def advice(name: str, options: argparse.Namespace, hooked: bool) -> list[str]:
     """What the user must know, or still has to do."""
-    agent, lines = AGENTS[name], []
+    agent, lines, given = AGENTS[name], [], bus_recv.settings(options.url)
     if name == "claude" and (plugin := plugin_folder()):
         lines.append(
-            f"to hear mail between turns too, use the plugin instead: claude --plugin-dir {shlex.quote(plugin)}"
+            "this tells a session how much mail waits; to have its text shown as it comes, use the plugin "
+            f"instead: claude --plugin-dir {shlex.quote(plugin)}"
         )
     if options.http and token_of(options):
         file = bus_recv.configuration()[0]
@@ -105,7 +108,10 @@ def advice(name: str, options: argparse.Namespace, hooked: bool) -> list[str]:
         lines.append(
             "AGENT_BUS_TOKEN is not written there: put the token into our configuration file, or AGENT_BUS_TOKEN_FILE"
         )
-    if agent.allow:
+    if options.http and given.get("AGENT_BUS_CA") and name == "claude":
+        trusted = shlex.quote(given["AGENT_BUS_CA"])
+        lines.append(f"start Claude Code with NODE_EXTRA_CA_CERTS={trusted}, so that it trusts the bus")
+    if hooked and agent.allow:
         lines.append(agent.allow)
     if not hooked:
         lines.append(f"{agent.title} has no hook of ours: it hears of mail when it calls bus_inbox")

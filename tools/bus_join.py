@@ -305,12 +305,13 @@ def show_next(place: str, file: str, profile: str, mine: "dict[str, str]", other
     say("To receive, to send a message to yourself, and to see all commands:")
     for words in (f"bus_recv.py {name}", f"bus_send.py {name} hello", "agent_bus.py help"):
         say(f"    {which}python3 {shlex.quote(place)}/{words}")
-    token = f'"Authorization: Bearer $(sed -n s/^AGENT_BUS_TOKEN=//p {shlex.quote(file)})"'
+    token = f'"Authorization: Bearer $(sed -n \'s/^AGENT_BUS_TOKEN=//p\' {shlex.quote(file)})"'
+    server = "bus" if profile == "default" else f"bus-{profile}"
     say("To give Claude Code the tools of the bus, run this line; other agents take the same URL and header:")
-    say(f"    claude mcp add --scope user --transport http bus {url}/mcp --header {token}")
+    say(f"    claude mcp add --scope user --transport http {server} {url}/mcp --header {token}")
     if trusted:
         say(f"Start Claude Code with NODE_EXTRA_CA_CERTS={shlex.quote(trusted)}, so that it trusts the bus.")
-    say("For hooks too (`install`), this machine needs a clone of agent-bus.")
+    say("For hooks too (`install`), this machine needs a clone of agent-bus, or `pip install` of one.")
     if others:
         say(f"This shell sets {', '.join(others)}, which wins over that file: unset it first")
 

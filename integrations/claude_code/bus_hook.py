@@ -62,10 +62,11 @@ CHAIN = 5  # Claude Code ends a turn that hooks have prolonged 8 times in a row
 
 DENIED = "This session gets no mail from the agent-bus: "
 NO_READER = (
-    "Between turns nobody listens as {name}. The skill agent-bus:agent-bus starts a reader, and so does the Monitor "
-    "tool with command `python3 -u {reader} {name}`, description `agent-bus inbox: {name}`, "
-    "timeout_ms 1800000."
+    "Between turns nobody listens as {name}. {how} with command `python3 -u {reader} {name}`, "
+    "description `agent-bus inbox: {name}`, timeout_ms 1800000."
 )
+HOW = "The Monitor tool starts a reader"
+HOW_OF_PLUGIN = "The skill agent-bus:agent-bus starts a reader, and so does the Monitor tool"
 
 
 def context(event: str, text: str) -> dict[str, Any]:
@@ -220,7 +221,8 @@ class Look:
             self.watched = notice.wake_file(me.name)
         counts = notice.count(me, ANSWER_SECONDS, status)
         if not counts.reader and self.program == "claude" and is_attended() and not notice.is_watched(me.name):
-            self.facts.append(NO_READER.format(name=me.name, reader=READER))
+            how = HOW_OF_PLUGIN if os.environ.get("CLAUDE_PLUGIN_ROOT") else HOW
+            self.facts.append(NO_READER.format(name=me.name, reader=READER, how=how))
         self.facts.append(notice.read_elsewhere(me))
         return counts
 

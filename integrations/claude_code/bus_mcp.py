@@ -154,7 +154,7 @@ class Mine(tools.Session):
             self.names, self.channel, self.where = self.box.names, self.box.channel, f"the bus at {self.box.url}"
             text, failed = self.answered(tool.function(self, **given)), False
         except bus_recv.Unreachable as fault:
-            text = f"the bus does not answer ({fault}): try again later"
+            text = bus_recv.no_bus(self.box.url, fault)
         except (tools.Failed, Nameless, bus_recv.Refused, bus_send.Refused, bus_send.Unreachable, ValueError,
                 OSError) as error:  # fmt: skip
             text = str(error)

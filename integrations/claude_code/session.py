@@ -102,6 +102,8 @@ def this_session(
     asked = bus_recv.settings().get("AGENT_NAME")
     if asked and not bus_recv.NAME.fullmatch(asked):
         raise ValueError(f"AGENT_NAME is {asked!r}, which is not a name")
+    if asked and asked.lower() in RESERVED[:4]:  # root and claude: only an older bus refuses them
+        raise ValueError(f"AGENT_NAME is {asked}, which is reserved: set another name")
     born = processes.birth(process) if process else ""
     if not born:  # or on Windows, where it takes more to know whether a process lives
         return Self(asked or next(wishes(directory)))

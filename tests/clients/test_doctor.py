@@ -302,7 +302,7 @@ def test_a_token_that_is_missing_or_none_or_unknown(tmp_path, fails):
         token = invite(bus, "spark")
         fails("token", "needs one", "invite", bus.url)
         fails("token", r"not a token.*\(50 characters\)", "56", bus.url, AGENT_BUS_TOKEN=token[:50])
-        fails("token", "does not know abt_00000000", "tokens", bus.url, AGENT_BUS_TOKEN=NOBODYS)
+        fails("token", "does not accept abt_00000000", "tokens", bus.url, AGENT_BUS_TOKEN=NOBODYS)
         fails("token", "blanks", "correct", bus.url, AGENT_BUS_TOKEN=f"{token} {token}")
 
 

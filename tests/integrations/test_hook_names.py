@@ -30,7 +30,9 @@ def test_a_session_hears_its_name_and_that_nobody_listens(bus):
     with a_session() as alive:
         said = text(bus.url, START, **alive)
         assert f"This session is dell on the agent-bus at {bus.url}." in said
-        assert "Between turns nobody listens as dell. The skill agent-bus:agent-bus" in said
+        assert "Between turns nobody listens as dell. The Monitor tool starts a reader with command" in said
+        with_skill = text(bus.url, START, CLAUDE_PLUGIN_ROOT="/plugin", **alive)
+        assert "Between turns nobody listens as dell. The skill agent-bus:agent-bus" in with_skill
         assert f"`python3 -u {ROOT}/bus_recv.py dell`" in said and "timeout_ms 1800000" in said
         unattended = {**alive, "CLAUDE_CODE_SESSION_ATTENDED": "0"}
         assert "nobody listens" not in text(bus.url, START, **unattended), "-p would wait for the Monitor"
