@@ -45,9 +45,7 @@ def started(*arguments, a="a", b="b"):
 
 
 @pytest.mark.slow(f"{2 * KILLS} relays are killed and started again while {6 * EACH} messages pass")
-def test_each_message_arrives_once_and_in_order_both_ways_though_the_relays_are_killed(buses, monkeypatch):
-    # Beside threads that begin and end, execve() after a vfork() fails now and then on a virtual machine, with EFAULT.
-    monkeypatch.setattr(subprocess, "_USE_VFORK", False, raising=False)
+def test_each_message_arrives_once_and_in_order_both_ways_though_the_relays_are_killed(buses):
     a, b = buses("a", "b")
 
     def speak(bus, sender, to):
