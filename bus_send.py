@@ -287,7 +287,7 @@ def profile(name: str) -> str:
     import argparse  # slow to import, as http.client is
 
     if own := [f"AGENT_BUS_{of}" for of in ("URL", "TOKEN", "TOKEN_FILE", "CA") if os.environ.get(f"AGENT_BUS_{of}")]:
-        raise argparse.ArgumentTypeError(f"--bus {name} may be another bus than these are of: unset {' '.join(own)}")
+        raise argparse.ArgumentTypeError(f"--bus {name} does not go with the environment: unset {' '.join(own)}")
     os.environ["AGENT_BUS_PROFILE"] = name
     return name
 

@@ -70,6 +70,7 @@ class Agent(NamedTuple):
     names_event: bool = True  # does it tell a hook which event it is?
     skeleton: tuple[tuple[bus_edit.Path, Any], ...] = ()  # what its file of hooks cannot be without
     allow: str = ""  # what the user still has to do
+    allow_hook: str = ""  # and for the hook
 
 
 def plain(command: list[str], variables: dict[str, str]) -> dict[str, Any]:
@@ -112,7 +113,7 @@ AGENTS = {
         File("CODEX_HOME", "~/.codex", "hooks.json", ("hooks",)),
         grouped(timeout=5),
         "codex",
-        allow="Codex runs a hook only after you have trusted it: type /hooks in a session",
+        allow_hook="Codex runs a hook only after you have trusted it: type /hooks in a session",
     ),
     "gemini": Agent(
         "Gemini CLI",

@@ -86,7 +86,7 @@ def session(options: argparse.Namespace) -> str:
         if options.name and its.get("name", options.name) not in (None, options.name):
             now += f", but the token that is set here sends as {bus_recv.word(its['name'])} only"
     except (bus_recv.Refused, bus_recv.Unreachable, ValueError) as fault:
-        if getattr(fault, "status", 0) != 404:  # of a bus without tokens
+        if getattr(fault, "status", 0) != 404:  # of an older bus, or one without people.py
             now += f" ({fault})"
     return f"the bus is {url}: {now}. The name of a session there is {who}"
 
@@ -111,11 +111,8 @@ def advice(name: str, options: argparse.Namespace, hooked: bool) -> list[str]:
     if options.http and given.get("AGENT_BUS_CA") and name == "claude":
         trusted = shlex.quote(given["AGENT_BUS_CA"])
         lines.append(f"start Claude Code with NODE_EXTRA_CA_CERTS={trusted}, so that it trusts the bus")
-    if hooked and agent.allow:
-        lines.append(agent.allow)
-    if not hooked:
-        lines.append(f"{agent.title} has no hook of ours: it hears of mail when it calls bus_inbox")
-    return lines
+    no_hook = f"{agent.title} has no hook of ours: it hears of mail when it calls bus_inbox"
+    return lines + [line for line in (agent.allow, agent.allow_hook if hooked else no_hook) if line]
 
 
 def uninstall_agent(name: str, options: argparse.Namespace) -> int:

@@ -394,6 +394,20 @@ def test_it_says_which_bus_and_name_a_session_will_have_and_whether_the_bus_answ
     assert ": it does not answer now (Connection refused). The name of a session there is the title of" in said
 
 
+def test_with_http_it_says_what_is_still_to_do_and_nothing_of_a_hook(install, bus):
+    codex = install("install", "codex", "--http", "--name", "a", "--url", bus.url)
+    assert "Codex has no hook of ours" in codex and "runs a hook" not in codex
+    assert "type /permissions in a session" in install("install", "gemini", "--http", "--name", "a", "--url", bus.url)
+
+
+def test_it_says_that_the_token_which_is_set_has_another_name(install, tmp_path):
+    with Server(tmp_path / "bus.db") as closed:
+        token = invite(closed, "alice")
+        said = [install("install", "claude", "--url", closed.url, "--name", name, AGENT_BUS_TOKEN=token)
+                for name in ("dell", "alice")]  # fmt: skip
+    assert "it answers, but the token that is set here sends as alice only. The" in said[0] and "only" not in said[1]
+
+
 def test_it_says_that_the_bus_needs_a_token_which_is_not_set(install, tmp_path):
     with Server(tmp_path / "bus.db") as closed:
         invite(closed, "alice")

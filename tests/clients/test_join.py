@@ -288,7 +288,7 @@ def test_the_configuration_of_another_bus_is_not_replaced(bus, tmp_path):
     assert "default.env is the configuration of nano on https://other.lan:8080: give --profile 127.0.0.1" in err
     assert (home / CONFIG / "default.env").read_text() == OTHER
     code, out, _ = join(bus, "dell", token, home, "--profile", "work", pin=line)
-    assert code == 0 and "AGENT_BUS_PROFILE=work python3" in out
+    assert code == 0 and "AGENT_BUS_PROFILE=work python3" in out and "--transport http bus-work http" in out
     code, _, err = join(bus, "nano", token, home, pin=line, AGENT_BUS_PROFILE="work")
     assert code == 1 and "work.env is the configuration of dell" in err and "--profile nano to keep both" in err
     assert (home / CONFIG / "default.env").read_text() == OTHER

@@ -108,6 +108,11 @@ def test_one_name_of_two_programs_is_told_to_the_second(bus, tmp_path):
         assert "dell is read by another program on this machine, too, so each" in said
 
 
+def test_a_reserved_name_is_refused_at_the_start(bus):
+    """Else the session would learn it from its first send."""
+    assert "AGENT_NAME is all, which is reserved: set another name" in text(bus.url, START, AGENT_NAME="all")
+
+
 def test_the_tools_of_the_session_before_are_no_other_program(bus, channel, start):
     """The bus still counts its agent as listening when the next session begins."""
     client = start(name="dell")
