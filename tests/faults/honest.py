@@ -3,6 +3,7 @@
 An agent is a thread with a token and one connection. It notes each exchange, and asks again what a fault left open. A
 message is known by its sender, and by its receiver with the text, so that the copies of a list differ.
 """
+import concurrent.futures
 import contextlib
 import functools
 import hashlib
@@ -321,8 +322,9 @@ def begin(field):
 def finish(field):
     """Let everybody end what is begun, and everything arrive: LAST is told to all, so that nothing is behind it."""
     field.calm.set()
+    late = concurrent.futures.wait([agent.thread for agent in field.doers], 3 * field.patience).not_done
     for agent in field.doers:
-        agent.thread.result(3 * PATIENCE)
+        agent.found += ["it did not end what it had begun"] if agent.thread in late else []
     herald = Agent(field, "clerk", field.tokens["clerk"])
     herald.send("all", LAST)
     herald.hang_up()
@@ -331,7 +333,7 @@ def finish(field):
         wait_until(lambda: all(agent.got and agent.got[-1].msg == told for agent in field.readers), field.patience)
         wait_until(lambda: not undone(field), min(LEASE + 2 * HOLD, field.patience))
     field.over.set()
-    for agent in [*field.readers, *field.others]:
+    for agent in [*field.doers, *field.readers, *field.others]:
         agent.thread.result(2 * PATIENCE)
         agent.hang_up()
 

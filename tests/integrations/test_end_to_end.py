@@ -94,9 +94,9 @@ def test_a_watch_that_ends_and_is_armed_again_loses_nothing(bus, peer, tmp_path,
         if len(model.requests) > 1 and not ENDED.search(told):
             return [words("waiting")]
         if len(model.requests) > 1:
-            armed.append(len(sent))
             for number in range(3):
                 mail(f"in gap {len(armed)}, {number}")
+            armed.append(len(sent))
         return [monitor(1.2 if death == "its deadline" and len(armed) < watches else 60)]
 
     armed = []

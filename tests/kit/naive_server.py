@@ -8,9 +8,9 @@ out. Others a client does not see at once: nothing is on disk, and a parked read
 
 import collections
 import http.server
+import itertools
 import json
 import pathlib
-import random
 import sys
 import threading
 import time
@@ -23,6 +23,7 @@ from tests.kit.serving import Serving  # noqa: E402
 HOLD = 25  # s
 LOOK = 0.01  # s that a parked reader sleeps; in the field up to a second
 BUSY = 0.002  # s between one step and the next, about: a machine that has more to do; in the field also much longer
+OVERTAKEN = 0.2  # s at most that a message waits to be overtaken
 KEPT = 100  # messages for a name; in the field 1,000
 FAULTS = frozenset({
     "now is the wall clock", "a time is older than its place", "reading takes away", "the oldest are evicted",
@@ -44,12 +45,13 @@ class Naive(Serving, http.server.ThreadingHTTPServer):
         kept = KEPT if "the oldest are evicted" in faults else None
         self.mailboxes = collections.defaultdict(lambda: collections.deque(maxlen=kept))
         self.keys, self.last, self.lock = {}, 0, threading.Lock()
+        self.begun, self.seen = itertools.count(), 0  # messages; the newest tick when a reader looked last
 
     def append(self, channel, message, key):
         """The tick of a message, and whether it has it from an earlier send."""
         early = time.time_ns() // 1000
         if "a time is older than its place" in self.faults:
-            time.sleep(random.uniform(0, 2 * BUSY))
+            self.wait_for_a_look()
         with self.lock:
             if key in self.keys and "a retry is stored again" not in self.faults:
                 first, tick = self.keys[key]
@@ -62,6 +64,14 @@ class Naive(Serving, http.server.ThreadingHTTPServer):
             if key:
                 self.keys[key] = message, tick
             return tick, False
+
+    def wait_for_a_look(self):
+        """Every tenth message stands still until another one is in its place and a reader has looked, or OVERTAKEN."""
+        if next(self.begun) % 10:
+            return
+        last, deadline = self.last, time.monotonic() + OVERTAKEN
+        while self.seen <= last and time.monotonic() < deadline:
+            time.sleep(BUSY)
 
     def above(self, channel, names, since, limit):
         """The messages for a reader, and its next cursor."""
@@ -80,6 +90,7 @@ class Naive(Serving, http.server.ThreadingHTTPServer):
             if "a cursor ahead is left there" not in self.faults:
                 self.last = max(self.last, round(since * 1e6))
             now = found[-1]["ts"] if len(found) == limit else max(since, self.last / 1e6)
+            self.seen = self.last
         if "now is the wall clock" in self.faults:
             time.sleep(BUSY)
             now = time.time()
