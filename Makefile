@@ -23,6 +23,9 @@ AT_ONCE ?= 3  # tests
 TOGETHER = -n $(AT_ONCE) --dist loadfile --no-loadscope-reorder $(DEAD_WORKER)
 # A worker that dies ends the run and names its test. Else xdist begins the same test anew, eight times, and then waits.
 DEAD_WORKER = --max-worker-restart 0
+# One to three tests that failed may have lost a race with those beside them: the output names them. Alone each must pass.
+FAILED = $$(grep -c :: .pytest_cache/v/cache/lastfailed)
+ALONE = { test $$? = 1 && test $(FAILED) -le 3 && $(RUN) pytest -v --last-failed --last-failed-no-failures none; }
 # The core's own files whose tests start a command, a proxy or another server each.
 LONG = deploy operations damage conformance
 PEERS = wrk redis-server redis-tools mosquitto nginx libnginx-mod-nchan beanstalkd
@@ -41,7 +44,7 @@ lint: $(VENV)/dev
 	$(VENV)/bin/shellcheck bus_listener.sh .ci/run deploy/cluster/node.sh deploy/cluster/one_machine.sh
 
 check: $(VENV)/dev lint
-	$(RUN) pytest $(TOGETHER) --durations 20
+	$(RUN) pytest $(TOGETHER) --cache-clear --durations 20 || $(ALONE)
 
 bench: $(VENV)/bench
 	$(RUN) bench $(BENCH) $(ROWS)

@@ -84,6 +84,19 @@ def pytest_runtest_teardown():
         yield
 
 
+DIED = []  # of the workers of pytest-xdist
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(error):
+    DIED.extend([error] if error else [])
+
+
+def pytest_sessionfinish(session):
+    if DIED:  # tests are left that nobody has run
+        session.exitstatus = pytest.ExitCode.INTERRUPTED
+
+
 def pytest_collection_modifyitems(items):
     """Files with slow tests come first, so that none of several workers begins such a file when the others are done."""
     slow = collections.Counter(item.path for item in items if item.get_closest_marker("slow"))
