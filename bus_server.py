@@ -70,7 +70,7 @@ from collections.abc import Callable, Collection, Generator, Iterable, Iterator,
 from email.utils import formatdate
 from functools import lru_cache, partial
 from http import HTTPStatus
-from itertools import accumulate, count, islice, takewhile
+from itertools import accumulate, count, filterfalse, islice, takewhile
 from operator import attrgetter, length_hint
 from types import ModuleType
 from typing import IO, Any, ClassVar, NamedTuple, NoReturn, Protocol, TypeVar, Union
@@ -330,13 +330,13 @@ class Grant(NamedTuple):
         return self.reads(message.to) or message.sender == self.name
 
     def check(self, names: Iterable[str]) -> None:
-        for own in names:
-            if not self.reads(own):
-                raise Refused(403, f"this token may not read {own}: an operator can grant it with invite --also")
+        for own in filterfalse(self.reads, names):
+            need = "an invitation without --send-only" if self.send_only else f"invite --also {own}"
+            raise Refused(403, f"the token of {self.name} may not read {own}: it needs {need}")
 
     def check_operator(self) -> None:
         if not self.operator:
-            raise Refused(403, "this token may not read everyone's mail: it needs invite --operator")
+            raise Refused(403, f"the token of {self.name} may not read everyone's mail: it needs invite --operator")
 
 
 OPEN = Grant("", "", (), False, True)

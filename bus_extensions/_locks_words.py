@@ -145,7 +145,7 @@ class Said(NamedTuple):
 
 def may_know(request: Request) -> None:
     if request.grant.send_only:
-        raise Refused(403, "this token may only send, and reservations show names: an operator can invite you again")
+        raise Refused(403, f"the token of {request.grant.name} may only send, and reservations show names")
 
 
 def path_of(given: str) -> str:

@@ -157,7 +157,7 @@ class Blobs:
     def get(self, request: Request) -> Answer:
         self.bus.storms.read(request.owner())
         if request.grant.send_only:
-            raise Refused(403, "this token may only send, not read")
+            raise Refused(403, f"the token of {request.grant.name} may only send, not read")
         file = self.place(request)
         try:
             stream = file.open("rb")

@@ -119,7 +119,8 @@ def test_the_tools_of_a_token_do_what_it_may(closed):
     found = bob.mail()
     assert [(each["from"], each["msg"]) for each in found] == [("alice", "from alice"), ("sensor", "from sensor")]
     text = sensor.tool("bus_inbox", failed=True)
-    assert "this token may not read sensor" in text and "from alice" not in text
+    assert "the token of sensor may not read sensor: it needs an invitation without --send-only" in text
+    assert "from alice" not in text
     text = sensor.hook("UserPromptSubmit")
     assert "no mail from the agent-bus: the bus answers 403; bus_whoami tells why" in text
     assert sensor.hook("UserPromptSubmit") == ""
