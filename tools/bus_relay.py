@@ -364,7 +364,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except (*REFUSES, *AWAY, bus_recv.Busy, ValueError, OSError) as error:
-        complain(f"{other.url}: {error}" if isinstance(error, bus_send.Refused) else str(error))
+        bus = other if isinstance(error, bus_send.Refused) else relay if isinstance(error, bus_recv.Refused) else None
+        complain(f"{bus.url}: {error}" if bus else str(error))
         return 1 if isinstance(error, REFUSES) else 75 if isinstance(error, AWAY) else 2
     return 0 if relay.came else 3
 

@@ -5,7 +5,7 @@ import { button, fill, h, many } from "./dom.js";
 import { deliver, nameField, remember } from "./views.js";
 
 const several = text => text.split(",").map(name => name.trim()).filter(Boolean);
-const oneOrMore = text => (several(text).length > 1 ? several(text) : text.trim());
+const oneOrMore = text => (several(text).length > 1 ? several(text) : several(text)[0] ?? text.trim());
 const dialog = document.getElementById("dialog");
 
 export function say({ to = "", reply_to = null, text: begun = "" } = {}) {

@@ -33,7 +33,8 @@ DAY = 86400.0  # s: a renamed session reads its old name for so long, and a sess
 KEPT_SECONDS = 30 * DAY  # after its last look a name is forgotten, with the ids of the sessions that had it
 IDS = 20  # of sessions that a name remembers; /clear, /branch and a fork give a session a new one
 READER = shlex.quote(os.path.join(ROOT, "bus_recv.py"))  # for a command line
-RESERVED = ("all", "system", "operator", "user", "root", "claude")  # as senders; root and claude only of an older bus
+RESERVED = ("all", "system", "operator", "user")  # as senders
+NEVER_OURS = (*RESERVED, "root", "claude")  # an older bus refuses these two as well
 UNSEEN = re.compile(f"{bus_recv.HIDDEN.pattern}|<")  # `<`: no tag of any kind in the text of another agent
 
 
@@ -102,7 +103,7 @@ def this_session(
     asked = bus_recv.settings().get("AGENT_NAME")
     if asked and not bus_recv.NAME.fullmatch(asked):
         raise ValueError(f"AGENT_NAME is {asked!r}, which is not a name")
-    if asked and asked.lower() in RESERVED[:4]:  # root and claude: only an older bus refuses them
+    if asked and asked.lower() in RESERVED:
         raise ValueError(f"AGENT_NAME is {asked}, which is reserved: set another name")
     born = processes.birth(process) if process else ""
     if not born:  # or on Windows, where it takes more to know whether a process lives
@@ -284,7 +285,7 @@ class Register:
                 f"{mine} is the name in this session's token. On the machine of the bus, this makes a token for {new}: "
                 f"{bus_recv.called('python3 bus_server.py invite', 'invite')} {new}"
             )
-        if new.lower() in RESERVED:
+        if new.lower() in NEVER_OURS:
             raise ValueError(f"{new} is reserved: choose another name")
         born = self.names[mine]["process"]
         if new in self.taken(born) or self.heard_elsewhere([new]):
@@ -367,7 +368,7 @@ def wishes(directory: str | None, title: str | None = None) -> Iterator[str]:
     if not base:
         raise Nameless(f"the folder {directory or os.getcwd()!r} gives this session no name: set AGENT_NAME")
     for name in (base, *(f"{base}-{n}" for n in range(2, 1000))):
-        if name.lower() not in RESERVED:
+        if name.lower() not in NEVER_OURS:
             yield name
 
 

@@ -20,7 +20,8 @@ import bus_recv
 import bus_send
 from tests.kit import forked, relaying
 from tests.kit.bad_servers import Scripted, answer, silence, stored
-from tests.kit.processes import PATIENCE, ROOT, comes_true, wait_until
+from tests.kit.peers import mint
+from tests.kit.processes import PATIENCE, ROOT, Server, comes_true, wait_until
 from tests.kit.relaying import log, profile, relay, say, sends, texts, waiting
 from tools import bus_relay
 
@@ -299,6 +300,16 @@ def test_the_same_bus_twice_is_refused(buses, home):
     say(a, "spark", "bob", "T1")
     assert relay("bob") == (2, f"bus_relay: {a.url} and {a.url} are the same bus: give two\n")
     assert waiting(a, "bob") == 1
+
+
+@pytest.mark.parametrize("closed", ["a", "b"])
+def test_a_bus_that_refuses_it_is_named(closed, buses, home):
+    buses("b" if closed == "a" else "a")
+    mint(home / "closed.db", carol=[])
+    with Server(home / "closed.db") as refusing:
+        profile(home, closed, refusing)
+        code, err = relay("bob")
+    assert (code, err.startswith(f"bus_relay: {refusing.url}: this bus needs a token")) == (1, True), err
 
 
 def test_whatever_somebody_writes_into_a_member_ends_no_relay(buses):

@@ -52,7 +52,7 @@ def test_what_is_told_of_a_message_is_what_the_bus_says_of_its_receiver(near, pa
     page.fill("#say-as", "maria")
     for to, told in (
         ("all", "Stored. 1 listen now, 1 will see it later."),
-        ("bob", "Sent: bob is listening."),
+        ("bob, ", "Sent: bob is listening."),
         ("carl", "Stored. carl does not listen now; 1 message waits."),
         ("bbo", "Stored, but nobody has ever listened as bbo. Did you mean bob?"),
         ("no name", "to must be"),
