@@ -7,7 +7,6 @@ import http.server
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -16,11 +15,11 @@ import threading
 import pytest
 
 import bus_send
+from tests.kit.page import CHROMIUM
 from tests.kit.processes import PATIENCE, Server, wait_until
 
-BROWSER = next(filter(None, map(shutil.which, ["chromium", "chromium-browser", "google-chrome"])), None)
 pytestmark = [
-    pytest.mark.skipif(not BROWSER, reason="chromium is not installed"),
+    pytest.mark.skipif(not CHROMIUM, reason="chromium is not installed"),
     pytest.mark.slow("Chromium, which is started for each test"),
 ]
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
@@ -171,7 +170,7 @@ def pass_on(one, other):
 @contextlib.contextmanager
 def visiting(url, place):
     """A browser with nothing in it but this page."""
-    browser = subprocess.Popen([BROWSER, *FLAGS, f"--user-data-dir={place / 'browser'}", url], start_new_session=True,
+    browser = subprocess.Popen([CHROMIUM, *FLAGS, f"--user-data-dir={place / 'browser'}", url], start_new_session=True,
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
     try:
         yield
