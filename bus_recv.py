@@ -53,7 +53,7 @@ from decimal import Decimal
 from typing import IO, Any
 from urllib.parse import SplitResult, quote, unquote, urlencode, urlsplit
 
-# Python 3.8 says this sentence; older ones show the line, as a SyntaxError, because they do not know `:=`.
+# Python 3.8 prints this text. Older ones show the line in a SyntaxError, because they do not know `:=`.
 if sys.version_info < (3, 9) and (needs := "bus_recv.py needs Python 3.9 or later"):  # noqa: UP036
     sys.exit(needs)
 

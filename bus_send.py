@@ -49,7 +49,7 @@ TYPE_CHECKING = False  # as in typing, whose import would take a tenth of the ti
 if TYPE_CHECKING:
     from typing import Any
 
-# Python 3.8 says this sentence; older ones show the line, as a SyntaxError, because they do not know `:=`.
+# Python 3.8 prints this text. Older ones show the line in a SyntaxError, because they do not know `:=`.
 if sys.version_info < (3, 9) and (needs := "bus_send.py needs Python 3.9 or later"):  # noqa: UP036
     sys.exit(needs)
 

@@ -26,9 +26,9 @@ tick gives a message its time, its place in the order and its id; a reader's cur
 A turn of the loop never waits for the disk. A commit runs in Loop.aside(): if it is slow, a second thread runs the
 turns. The reading, writing and hashing of large files runs in a pool of threads, with Loop.in_thread().
 
-The optional features are in bus_extensions/, one file for each section of PROTOCOL.md. PROTOCOL.md is the contract,
-docs/design.md has the reasons, and docs/changing.md says how to add an endpoint, an option, a column, an operation or
-an extension.
+The optional features are in bus_extensions/: a file NAME.py for each section of PROTOCOL.md, and its parts,
+_NAME_*.py. PROTOCOL.md is the contract, docs/design.md has the reasons, and docs/changing.md says how to add an
+endpoint, an option, a column, an operation or an extension.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ from typing import IO, Any, ClassVar, NamedTuple, NoReturn, Protocol, TypeVar, U
 from urllib.parse import parse_qsl
 
 VERSION = "0.2.0"
-# Python 3.8 says this sentence; older ones show the line, as a SyntaxError, because they do not know `:=`.
+# Python 3.8 prints this text. Older ones show the line in a SyntaxError, because they do not know `:=`.
 if sys.version_info < (3, 9) and (needs := "bus_server.py needs Python 3.9 or later"):  # noqa: UP036
     sys.exit(needs)
 

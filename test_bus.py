@@ -54,7 +54,7 @@ import typing
 import urllib.parse
 import uuid
 
-# Python 3.8 says this sentence; older ones show the line, as a SyntaxError, because they do not know `:=`.
+# Python 3.8 prints this text. Older ones show the line in a SyntaxError, because they do not know `:=`.
 if sys.version_info < (3, 9) and (needs := "test_bus.py needs Python 3.9 or later"):  # noqa: UP036
     sys.exit(needs)
 

@@ -4,10 +4,10 @@ A name is a path of parts between `/`. In a part, `*` is any number of character
 is one of some; none of them is a `/`. A part that is `**` stands for any number of parts: `src/**` is everything below
 src, `src/**/a.py` is also src/a.py. Unlike in a shell, `*` also matches a dot at the beginning of a part.
 
-A name becomes a list of tokens: a character, `?`, `[...]`, `*`, `**`, or OPTIONAL in front of a `**` with a `/` behind
-it, which may both be left out. Position n stands between the token n - 1 and the token n. share() walks through the
-tokens of one name; the bits of a number are the positions that the other name may be in, after the same text. So the
-time is one step for each token, whatever the names are.
+A name becomes a list of tokens: a character, `?`, `[...]`, `*`, `**`, or OPTIONAL, which stands before each `**/`: it
+may be left out whole. Position n stands between the token n - 1 and the token n. share() walks through the tokens of
+one name. The bits of a number are the positions in the other name that the same text can lead to. So the time is one
+step for each token, whatever the names are.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ from bus_server import (
 TTL, TTL_MIN = 600.0, 1.0  # s a reservation lasts when its holder does not say; and at least
 NAMES, WILD = 64, 8  # names in one request; those with a wildcard
 WHY = 200  # characters
-WORK, COMPARED = 1 << 16, 128  # bytes of answers that a request counts as, and each character that it compares
+WORK, COMPARED = 1 << 16, 128  # bytes of answers that a request costs, and that each compared character costs
 WANTED = "reservations wanted"  # with a fence: who waits for it waits here
 
 

@@ -1,16 +1,16 @@
 """The tools of an agent, as MCP lists and calls them: for mcp.py beside this file, and for bus_mcp.py on stdio.
 
-A tool is a generator. It yields each request to the bus as an Ask, gets the JSON of the answer, or Failed is raised in
-it, and returns its text. So the same tool runs inside the bus, where nothing may wait, and in a program that asks over
+A tool is a generator. It yields each request to the bus as an Ask, gets the JSON of the answer or a Failed exception,
+and returns a text. So the same tool runs inside the bus, where nothing may wait, and in a program that asks over
 HTTP. Numbers with a fraction, such as ts, are texts or Decimals here, so that they stay as the bus wrote them.
 
 This file has what tools have in common: Tool, Session (whose mail it is), how a message is shown, and arguments. The
-tools are in the files _NAME_tools.py; _mcp_protocol.py has the messages of MCP. Standard library only, and no other
-file of ours.
+tools are in the files _NAME_tools.py, which found() loads; _mcp_protocol.py has the messages of MCP. Standard library
+only, and no other file of ours.
 
 What the inbox promises: mail stays unread until it is acknowledged, not until it was printed. Urgent messages are shown
-early, at most 3 of them. A message that was shown early acknowledges nothing: the cursor moves over a run of messages
-that were shown in order, from the oldest on. The text of another agent reaches the model as a line of JSON without `<`.
+early, at most 3 of them. To show a message early acknowledges nothing: the cursor moves only over messages that
+were shown in order, from the oldest on. The text of another agent reaches the model as a line of JSON without `<`.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from bus_server import NAMES_PER_SEND, PLACED_ROW, SELECT, Message, State, tick_
 
 DEAD = ".dead"  # the dead letters of the queue NAME are in NAME.dead (section 13)
 OF_A_LETTER = {"dead_of", "attempts", "reason", "of_job"}  # the members that the job of a dead letter does not have
-COPIES = 256  # of a text that one redaction replaces; of a send there are 64, and the others are in queues
+COPIES = 256  # of a text that one redaction replaces: at most 64 are of one send, the rest are in queues
 LOOKED, LOOKED_BYTES = 20000, 64 << 20  # messages of queues that it looks at, and bytes of their texts: some 0.1 s
 
 

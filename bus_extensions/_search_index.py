@@ -1,6 +1,6 @@
 """The index of search.py, with SQLite's FTS5, in the file DATABASE.search. Standard library only.
 
-It can be lost: if it is damaged, or of other messages than the database has now, it is removed and made anew.
+It may be lost. If it is damaged, or does not match the messages in the database, it is removed and made anew.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ TABLES, NOUN, OPERATIONS = None, "", ()
 
 LOOKED = 2000  # messages that one answer looks at: 20 ms
 LOOKED_BYTES = 4 << 20  # of their text: 20 ms
-PARSED = 8  # a byte of a text that may have a priority takes as much time as so many of one that has none
+PARSED = 8  # bytes that each byte of a text that may have a priority counts as, because it takes so long
 NAMED = 20  # senders, and threads, that are listed
 URGENT, OF_EACH = 16, 3  # ids of urgent messages that are listed, and so many of each sender before more of one
 PRIORITIES = ("high", "normal", "low")

@@ -1,8 +1,8 @@
 """Schedules: messages that are sent later, once or again and again (PROTOCOL.md section 27).
 
-A row of the table `later` is a schedule. When it is due, the bus answers a POST /send with its message, as if its
-sender asked then: so the message passes every check of a send, and the limits of its sender. Its key is the id of the
-schedule, so it is stored once, also if the bus is killed before the row is gone. Times are on the wall clock, in us.
+A row of the table `later` is a schedule. When it is due, the bus makes a POST /send of its message, as if its sender
+did so then. So every check of a send and the limits of its sender apply. Its key is the id of the schedule, so it is
+stored once, also if the bus is killed before the row is gone. Times are on the wall clock, in us.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 A reservation is a row of the table `locks`, with its names in `lock_names`. It belongs to a holder and ends by itself:
 `until` is on the steady clock, so that a step of the wall clock ends none. Its fence is a tick, so fences only grow,
 also over a restart or a restored copy. A request that waits is parked at the fence of one reservation in its way. It
-asks again when that one is released or has ended, because before that it cannot succeed. One request is compared in
-each commit, and its owner pays for what was compared: also when it asks again.
+asks again when that one is released or has ended, because before that it cannot succeed. Each commit compares one
+request. Its owner pays for what was compared, each time that the request asks.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Who is there, whose a token is, and similar names for a name that nobody knows (PROTOCOL.md section 18)."""
+"""Who is there, whose token it is, and names similar to one that nobody knows (PROTOCOL.md section 18)."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ import pathlib
 import stat
 import sys
 
-# Python 3.8 says this sentence; older ones show the line, as a SyntaxError, because they do not know `:=`.
+# Python 3.8 prints this text. Older ones show the line in a SyntaxError, because they do not know `:=`.
 if sys.version_info < (3, 9) and (needs := "handover.py needs Python 3.9 or later"):  # noqa: UP036
     sys.exit(needs)
 sys.path.append(str(pathlib.Path(__file__).resolve().parent.parent))  # the clients, unless they are installed

@@ -1,7 +1,7 @@
 """Each front keeps a copy of its own file, so that a new front has one to begin with, and old entries leave the ledger.
 
-What two fronts have in their copies is on two machines, and no new front needs it from the ledger. So it goes from
-there when it is also older than KEPT. With one front alone nothing goes: if its machine is lost, the ledger has all.
+An entry that is in the copies of two fronts is on two machines, and no new front needs it from the ledger. It is
+removed there once it is older than KEPT. With one front alone nothing goes: if its machine is lost, the ledger has all.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
 Onto a ledger, its first entry says that a bus was moved there. What the bus has is in its file, which becomes the copy
 of the first front; each further front begins with a copy of that one.
 
-Back, the last entry says that the bus has left, and all fronts stop there. Who moves it back has all entries before.
+With --back, the last entry says that the bus has left, and every front stops there. The file then has all entries
+before it.
 
 Each way ends with one transaction of SQLite. Killed before it, the bus is where it was, and the same command goes on.
 """

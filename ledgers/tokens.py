@@ -2,7 +2,7 @@
 
 The commands invite and revoke write DATABASE.tokens, as on a bus of one machine. Its front puts what is new there into
 the ledger, and every front writes what comes from the ledger into its own file. A token is made once, and may be
-revoked once. So two files are merged by the rule that who knows of a revocation is right.
+revoked once. So when two files are merged, a token is revoked if either of them says so.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-# Python 3.8 says this sentence; older ones show the line, as a SyntaxError, because they do not know `:=`.
+# Python 3.8 prints this text. Older ones show the line in a SyntaxError, because they do not know `:=`.
 if sys.version_info < (3, 9) and (needs := "agent_bus.py needs Python 3.9 or later"):  # noqa: UP036
     sys.exit(needs)
 

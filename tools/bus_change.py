@@ -1,4 +1,4 @@
-"""The files of other programs that bus_install.py changes: each whole or not at all; without ours, as it was before."""
+"""Changes other programs' files for bus_install.py: whole or not at all; without our entries, a file is as before."""
 
 from __future__ import annotations
 

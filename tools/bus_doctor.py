@@ -24,7 +24,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
-# Python 3.8 says this sentence; older ones show the line, as a SyntaxError, because they do not know `:=`.
+# Python 3.8 prints this text. Older ones show the line in a SyntaxError, because they do not know `:=`.
 if sys.version_info < (3, 9) and (needs := "bus_doctor.py needs Python 3.9 or later"):  # noqa: UP036
     sys.exit(needs)
 HERE = os.path.dirname(os.path.realpath(__file__))

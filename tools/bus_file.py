@@ -8,7 +8,7 @@
 `get` downloads a file. Both resume after an interruption, use little memory, and show a bar if stderr is a terminal. A
 download is named PATH.HASH.part until it is complete and its hash is right; the next `get` continues that part.
 
-It has the environment of bus_send.py. Exit code: 0 done, 1 refused by the bus, or the content does not have its hash,
+It takes the variables of bus_send.py. Exit code: 0 done, 1 refused by the bus, or the content does not have its hash,
 2 usage, or a file that cannot be read or written, 75 the bus is not reachable: run the same command again to resume.
 """
 from __future__ import annotations
@@ -26,7 +26,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import IO, Any
 
-# Python 3.8 says this sentence; older ones show the line, as a SyntaxError, because they do not know `:=`.
+# Python 3.8 prints this text. Older ones show the line in a SyntaxError, because they do not know `:=`.
 if sys.version_info < (3, 9) and (needs := "bus_file.py needs Python 3.9 or later"):  # noqa: UP036
     sys.exit(needs)
 HERE = os.path.dirname(os.path.realpath(__file__))

@@ -9,7 +9,7 @@ and does not count as listening. An older bus does not know such a look (PROTOCO
 were shown count as fetched.
 
 The parts of this file, in order: SharedCursor and Inbox, which the MCP server uses too; main. bus_recv.Reader asks the
-bus, so this program needs bus_recv.py beside it or one folder up. It has the environment of bus_recv.py, and
+bus, so this program needs bus_recv.py beside it or one folder up. It takes the variables of bus_recv.py, and
 AGENT_NAME. Exit code: 0 done, 1 refused by the bus, 2 usage, 3 no mail, 75 out of reach, 130 Ctrl-C.
 """
 
@@ -26,7 +26,7 @@ from decimal import Decimal
 from typing import Any
 from urllib.parse import urlencode
 
-# Python 3.8 says this sentence; older ones show the line, as a SyntaxError, because they do not know `:=`.
+# Python 3.8 prints this text. Older ones show the line in a SyntaxError, because they do not know `:=`.
 if sys.version_info < (3, 9) and (needs := "bus_inbox.py needs Python 3.9 or later"):  # noqa: UP036
     sys.exit(needs)
 

@@ -18,8 +18,8 @@ install again. No token is written: it is in AGENT_BUS_TOKEN, or in our configur
 
 `service` writes a unit for systemd's user manager, or on macOS an agent for launchd (which nobody has tried yet): the
 bus runs whenever this user is logged in. The entry of an agent program also gets the AGENT_BUS_... variables that are
-set at the install, except secrets and names. The bus of a service has the options that follow the word, with absolute
-paths, and XDG_STATE_HOME; it knows no other variable.
+set at the install, except secrets and names. The bus gets the options after the word `service`, with absolute paths,
+and one variable of this shell: XDG_STATE_HOME.
 
 The other parts: bus_agents.py (the table of the agent programs: which files, and what is written there), bus_change.py
 and bus_edit.py (how these files are changed), bus_service.py (the service).
@@ -36,7 +36,7 @@ import sys
 import sysconfig
 from collections.abc import Sequence
 
-# Python 3.8 says this sentence; older ones show the line, as a SyntaxError, because they do not know `:=`.
+# Python 3.8 prints this text. Older ones show the line in a SyntaxError, because they do not know `:=`.
 if sys.version_info < (3, 9) and (needs := "bus_install.py needs Python 3.9 or later"):  # noqa: UP036
     sys.exit(needs)
 

@@ -8,8 +8,7 @@
 PIN identifies the bus: none of the FILES that this program fetches runs before PIN matches. Over https it is the public
 key of the bus's certificate, as in curl's --pinnedpubkey (`sha256//...`); without it, the certificate must be valid for
 everyone. Over http it is the SHA-256 of the names, lengths and contents of the files in FILES. Only curl compares a
-key: the certificate that the clients are to trust comes with the files, from the server that curl found to have the
-key.
+key. The certificate for the clients to trust comes with the files, from the server that curl found to have that key.
 
 It asks for the token on the terminal, or reads a line of stdin. It writes
 

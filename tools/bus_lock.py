@@ -10,7 +10,7 @@ are wildcards: quote them, so that your shell leaves them alone. A reservation k
 a promise among agents. It ends by itself after --ttl; the same `lock` again gives it more time.
 
 `lock` prints the fence, the number of the reservation; a later holder of a name has a higher one. This program
-needs bus_recv.py beside it or one folder up. It has the environment of bus_recv.py, and AGENT_NAME, and writes no file.
+needs bus_recv.py beside it or one folder up. It takes the variables of bus_recv.py, and AGENT_NAME, and writes no file.
 Exit code: 0 done, 1 refused by the bus, 2 usage, 3 others hold a name, or nothing was released, 75 out of reach, 130
 Ctrl-C.
 """
@@ -27,7 +27,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 from urllib.parse import urlencode
 
-# Python 3.8 says this sentence; older ones show the line, as a SyntaxError, because they do not know `:=`.
+# Python 3.8 prints this text. Older ones show the line in a SyntaxError, because they do not know `:=`.
 if sys.version_info < (3, 9) and (needs := "bus_lock.py needs Python 3.9 or later"):  # noqa: UP036
     sys.exit(needs)
 

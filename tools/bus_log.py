@@ -14,7 +14,7 @@ The parts of this file, in order: Observer (reads the log, keeps its place in me
 outputs, main. bus_recv.Reader asks the bus and endures an outage, bus_recv.block makes the text of a message; so this
 program needs bus_recv.py beside it or one folder up.
 
-It has the environment of bus_recv.py without AGENT_BUS_CHANNEL, and writes no file.
+It takes the variables of bus_recv.py without AGENT_BUS_CHANNEL, and writes no file.
 Exit code: 0 done, 1 refused by the bus, 2 usage, 75 out of reach, 130 Ctrl-C.
 """
 
@@ -34,7 +34,7 @@ from itertools import chain
 from typing import Any
 from urllib.parse import urlencode
 
-# Python 3.8 says this sentence; older ones show the line, as a SyntaxError, because they do not know `:=`.
+# Python 3.8 prints this text. Older ones show the line in a SyntaxError, because they do not know `:=`.
 if sys.version_info < (3, 9) and (needs := "bus_log.py needs Python 3.9 or later"):  # noqa: UP036
     sys.exit(needs)
 HERE = os.path.dirname(os.path.realpath(__file__))

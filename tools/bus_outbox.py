@@ -13,7 +13,7 @@ each with the key that is stored beside it. The first message that gets no answe
 it. So the bus gets each message once, even if we are killed or an answer is lost. If the bus refuses a message for
 good, its file goes to the subfolder `dead`, with the reason; to try it again, move it back.
 
-It has the environment of bus_send.py. An outbox belongs to one URL and one sender. It is a folder in
+It takes the variables of bus_send.py. An outbox belongs to one URL and one sender. It is a folder in
 AGENT_BUS_STATE_DIR with a file for each message: the name is a growing number, the content the arguments of send().
 Exit code: 0 sent or stored, and stderr says which; 1 refused by the bus; 2 usage, or the file cannot be written; 75
 only with --flush: messages still wait.
@@ -31,7 +31,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Union
 from urllib.parse import unquote
 
-# Python 3.8 says this sentence; older ones show the line, as a SyntaxError, because they do not know `:=`.
+# Python 3.8 prints this text. Older ones show the line in a SyntaxError, because they do not know `:=`.
 if sys.version_info < (3, 9) and (needs := "bus_outbox.py needs Python 3.9 or later"):  # noqa: UP036
     sys.exit(needs)
 HERE = os.path.dirname(os.path.realpath(__file__))

@@ -7,7 +7,7 @@ On a bus with tokens it needs that of an operator (`invite NAME --operator`). It
 already. Those readers, backups and the outboxes of senders may still have the text: so replace the secret itself, too.
 If the send had several receivers, the messages of all of them are redacted.
 
-bus_recv.ask asks the bus; so this program needs bus_recv.py beside it or one folder up. It has the environment of
+bus_recv.ask asks the bus; so this program needs bus_recv.py beside it or one folder up. It takes the variables of
 bus_recv.py, and writes no file. Exit code: 0 redacted, 1 refused by the bus, 2 usage, 75 out of reach, 130 Ctrl-C.
 """
 
@@ -20,7 +20,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-# Python 3.8 says this sentence; older ones show the line, as a SyntaxError, because they do not know `:=`.
+# Python 3.8 prints this text. Older ones show the line in a SyntaxError, because they do not know `:=`.
 if sys.version_info < (3, 9) and (needs := "bus_redact.py needs Python 3.9 or later"):  # noqa: UP036
     sys.exit(needs)
 

@@ -16,7 +16,7 @@ other bus has stored the message, and the key of a message is made of its id, it
 by waiting: while the other bus is away, or says 429 or 503, nothing else is passed on, and the rest stays on the first
 bus. What the other bus refuses for good, or with 429 for 15 minutes, is appended to a file, and its sender is told.
 
-It has the environment of bus_recv.py, without AGENT_NAME and all that names a bus: these are in the two profiles. Its
+It takes the variables of bus_recv.py, without AGENT_NAME and all that names a bus: these are in the two profiles. Its
 cursor and that file are in the folder relay/PROFILE of AGENT_BUS_STATE_DIR.
 Exit code: 0 stopped by SIGTERM, or --once is done; 1 one of the buses refuses us, 2 usage or no place for the cursor, 3
 nothing came, 75 only with --once: a bus is out of reach; 130 Ctrl-C.
@@ -39,7 +39,7 @@ from decimal import Decimal
 from typing import Any
 from urllib.parse import quote, urlencode
 
-# Python 3.8 says this sentence; older ones show the line, as a SyntaxError, because they do not know `:=`.
+# Python 3.8 prints this text. Older ones show the line in a SyntaxError, because they do not know `:=`.
 if sys.version_info < (3, 9) and (needs := "bus_relay.py needs Python 3.9 or later"):  # noqa: UP036
     sys.exit(needs)
 HERE = os.path.dirname(os.path.realpath(__file__))

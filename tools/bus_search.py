@@ -10,7 +10,7 @@ It finds the messages that you may read and that have all of the words, in any c
 anew with `--rebuild`.
 
 bus_recv.ask asks the bus, and bus_log makes the text of a message. So this program needs bus_log.py beside it, and
-bus_recv.py there or one folder up. It has the environment of bus_recv.py, and writes no file.
+bus_recv.py there or one folder up. It takes the variables of bus_recv.py, and writes no file.
 Exit code: 0 found, 1 refused by the bus, 2 usage, 3 nothing found, 75 out of reach, 130 Ctrl-C.
 """
 
@@ -23,7 +23,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 from urllib.parse import urlencode
 
-# Python 3.8 says this sentence; older ones show the line, as a SyntaxError, because they do not know `:=`.
+# Python 3.8 prints this text. Older ones show the line in a SyntaxError, because they do not know `:=`.
 if sys.version_info < (3, 9) and (needs := "bus_search.py needs Python 3.9 or later"):  # noqa: UP036
     sys.exit(needs)
 

@@ -10,7 +10,7 @@
 what the bus does not tell: an older bus, or a token that may not read that mail. UNREAD is without mail to `all`.
 On a terminal a long name is cut, so that each agent has one line.
 
-bus_recv.ask asks the bus; so this program needs bus_recv.py beside it or one folder up. It has the environment of
+bus_recv.ask asks the bus; so this program needs bus_recv.py beside it or one folder up. It takes the variables of
 bus_recv.py, and writes no file. Exit code: 0 done, 1 refused by the bus, 2 usage, 75 out of reach, 130 Ctrl-C.
 """
 
@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from urllib.parse import urlencode
 
-# Python 3.8 says this sentence; older ones show the line, as a SyntaxError, because they do not know `:=`.
+# Python 3.8 prints this text. Older ones show the line in a SyntaxError, because they do not know `:=`.
 if sys.version_info < (3, 9) and (needs := "bus_who.py needs Python 3.9 or later"):  # noqa: UP036
     sys.exit(needs)
 

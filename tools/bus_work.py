@@ -15,7 +15,7 @@ The parts of this file, in order: Worker (takes jobs, runs the command, tells th
 bus_recv.Reader asks the bus and endures an outage, bus_recv.running runs a command; so this program needs bus_recv.py
 beside it or one folder up. PROTOCOL.md (queues) says what a lease and a dead letter are.
 
-It has the environment of bus_recv.py, and AGENT_NAME, the name of this worker in receipts. It writes no file.
+It takes the variables of bus_recv.py, and AGENT_NAME, the name of this worker in receipts. It writes no file.
 Exit code: 0 done or stopped by SIGTERM, 1 refused by the bus, or the one job of --once failed, 2 usage, or there is no
 such command, 3 no job came, or none was put back, 75 out of reach, 130 Ctrl-C.
 """
@@ -34,7 +34,7 @@ from urllib.parse import urlencode
 if TYPE_CHECKING:
     import subprocess
 
-# Python 3.8 says this sentence; older ones show the line, as a SyntaxError, because they do not know `:=`.
+# Python 3.8 prints this text. Older ones show the line in a SyntaxError, because they do not know `:=`.
 if sys.version_info < (3, 9) and (needs := "bus_work.py needs Python 3.9 or later"):  # noqa: UP036
     sys.exit(needs)
 HERE = os.path.dirname(os.path.realpath(__file__))

@@ -31,7 +31,7 @@ from decimal import Decimal
 from typing import Any, BinaryIO
 from urllib.parse import urlencode
 
-# Python 3.8 says this sentence; older ones show the line, as a SyntaxError, because they do not know `:=`.
+# Python 3.8 prints this text. Older ones show the line in a SyntaxError, because they do not know `:=`.
 if sys.version_info < (3, 9) and (needs := "bus_mcp.py needs Python 3.9 or later"):  # noqa: UP036
     sys.exit(needs)
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # not there yet, if another program imports us

@@ -15,7 +15,7 @@ RECIPES has the whole command of each program. None skips a permission. Claude C
 question, bus_inbox and bus_ack; what it may do besides, such as bus_send, is for your own settings to say.
 
 The parts of this file, in order: RECIPES; Decision and decide, which asks nobody; Waker, which asks the bus and wakes;
-main. Standard library only; it needs GET /digest of the bus, and has the environment of bus_recv.py. The files are in
+main. Standard library only; it needs GET /digest of the bus, and takes the variables of bus_recv.py. The files are in
 the state directory: wake/NAME.json and wake/NAME.log.
 Exit code: 1 refused by the bus, or another one runs; 2 usage; 130 Ctrl-C, 143 SIGTERM.
 """
