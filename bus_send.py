@@ -526,7 +526,7 @@ def judged(response: Any, body: bytes, fraction: Any = float, through: str = "")
         return answer
     error = answer.get("error")
     if 400 <= response.status < 500 and response.status not in (408, 425, 429) and isinstance(error, str):
-        raise Refused(response.status, error)
+        raise Refused(response.status, error + unused_file() if response.status == 401 else error)
     wait = response.headers.get("Retry-After", "")
     page = "a web page, not a bus" if response.status < 500 and body.lstrip()[:1] == b"<" else "not from a bus"
     page = "this port speaks https, not http" if response.status == 400 and b"HTTPS" in body else page

@@ -94,6 +94,20 @@ def run(program, *arguments, stdin="", **env):
     return done
 
 
+@pytest.mark.parametrize(("program", "text"), [("bus_recv.py", "--once"), ("bus_send.py", "hello")])
+def test_a_token_that_stays_in_the_file_of_another_url_is_told(program, text, tmp_path):
+    """`localhost` is another URL than 127.0.0.1, though it may be the same bus."""
+    with Server(tmp_path / "bus.db") as bus:
+        file = tmp_path / "agent-bus" / "default.env"
+        file.parent.mkdir()
+        file.write_text(f"AGENT_BUS_URL={bus.url}\nAGENT_BUS_TOKEN={invite(bus, 'spark')}\n")
+        file.chmod(0o600)
+        url = bus.url.replace("127.0.0.1", "localhost")
+        done = run(program, "dell", text, AGENT_BUS_URL=url, AGENT_NAME="spark", XDG_CONFIG_HOME=str(tmp_path))
+        ending = f"; {file} is for {bus.url}, which is not AGENT_BUS_URL, so it was not used\n"
+        assert done.returncode == 1 and "needs a token" in done.stderr and done.stderr.endswith(ending), done.stderr
+
+
 def test_two_agents_talk_with_tokens_alone(tmp_path):
     """The sender's name is the token's; nobody needs to say it, and saying another is refused."""
     with Server(tmp_path / "bus.db") as bus:
