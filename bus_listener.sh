@@ -207,7 +207,7 @@ configure() {
   local pair='^[[:space:]]*([#;].*|([A-Za-z_][A-Za-z0-9_]*)=([^[:space:]'\''"\][^\]*)?)?$'
   [[ $profile =~ ^[A-Za-z0-9][A-Za-z0-9._-]*$ ]] || die 2 "AGENT_BUS_PROFILE must be the name of a file, without .env"
   file=${XDG_CONFIG_HOME:-${HOME-~}/.config}/agent-bus/$profile.env
-  if [ "$profile" = default ] && [ ! -e "$file" ]; then return; fi
+  if [ "$profile" = default ] && [ ! -e "$file" ] && { [ -x "${file%/*}" ] || [ ! -d "${file%/*}" ]; }; then return; fi
   private "$file"
   [ -O "$file" ] || die 2 "$file belongs to another user: make a file of your own"
   while IFS= read -r line || [ -n "$line" ]; do

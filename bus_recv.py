@@ -538,7 +538,7 @@ def configuration() -> tuple[str, dict[str, str]]:
     chosen = os.environ.get("AGENT_BUS_PROFILE")
     folder = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser(os.path.join("~", ".config"))
     path = os.path.join(folder, "agent-bus", f"{chosen or 'default'}.env")
-    text = private(path) if chosen or os.path.exists(path) else ""
+    text = private(path, bool(chosen))
     lines = [LINE.fullmatch(line) for line in text.split("\n")]
     if None in lines:
         raise ValueError(f"line {lines.index(None) + 1} of {path}: write KEY=VALUE, without quotes, \\ or export")
@@ -553,12 +553,17 @@ def unused_file() -> str:
     return f"; {path} is for {url}, which is not AGENT_BUS_URL, so it was not used" if differs else ""
 
 
-def private(path: str) -> str:
-    """The text of a file that is ours, and that nobody else can read. Else ValueError says what to do."""
+def private(path: str, must: bool = True) -> str:
+    """The text of a file that is ours, and that nobody else can read; "" without a file that `must` not be there.
+
+    Else ValueError says what to do. A folder that we may not enter may have the file.
+    """
     try:
         with open(path, encoding="utf-8-sig", errors="replace") as file:  # editors put a BOM before it
             state, text = os.fstat(file.fileno()), file.read(1 << 16)
     except OSError as error:
+        if not must and isinstance(error, (FileNotFoundError, NotADirectoryError)):
+            return ""
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
     if os.name == "posix" and (state.st_mode & 0o077 or state.st_uid != os.geteuid()):
         raise ValueError(f"{path} must be yours and for you alone: chmod 600 {path}, or make it anew")

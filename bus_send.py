@@ -255,7 +255,7 @@ def configuration() -> tuple[str, dict[str, str]]:
     chosen = os.environ.get("AGENT_BUS_PROFILE")
     folder = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser(os.path.join("~", ".config"))
     path = os.path.join(folder, "agent-bus", f"{chosen or 'default'}.env")
-    text = private(path) if chosen or os.path.exists(path) else ""
+    text = private(path, bool(chosen))
     lines = [LINE.fullmatch(line) for line in text.split("\n")]
     if None in lines:
         raise ValueError(f"line {lines.index(None) + 1} of {path}: write KEY=VALUE, without quotes, \\ or export")
@@ -270,12 +270,17 @@ def unused_file() -> str:
     return f"; {path} is for {url}, which is not AGENT_BUS_URL, so it was not used" if differs else ""
 
 
-def private(path: str) -> str:
-    """The text of a file that is ours, and that nobody else can read. Else ValueError says what to do."""
+def private(path: str, must: bool = True) -> str:
+    """The text of a file that is ours, and that nobody else can read; "" without a file that `must` not be there.
+
+    Else ValueError says what to do. A folder that we may not enter may have the file.
+    """
     try:
         with open(path, encoding="utf-8-sig", errors="replace") as file:  # editors put a BOM before it
             state, text = os.fstat(file.fileno()), file.read(1 << 16)
     except OSError as error:
+        if not must and isinstance(error, (FileNotFoundError, NotADirectoryError)):
+            return ""
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
     if os.name == "posix" and (state.st_mode & 0o077 or state.st_uid != os.geteuid()):
         raise ValueError(f"{path} must be yours and for you alone: chmod 600 {path}, or make it anew")
@@ -664,7 +669,8 @@ def main(argv: list[str] | None = None) -> int:
     given = vars(parser.parse_intermixed_args(argv))
     to, question, seconds, as_json, _ = map(given.pop, ("to", "ask", "timeout", "json", "bus"))
     seconds = seconds if seconds is not None else 300.0 if question else 30.0
-    to or given["reply_to"] or parser.error("the receiver is missing: give TO, or --reply-to ID")
+    named = to and (given["text"] or not re.search(r"[^,\s]\s+[^,\s]", to))  # or it is the text
+    named or given["reply_to"] or parser.error("the receiver is missing: give TO before TEXT, or --reply-to ID")
     if given["reply_to"] and not re.fullmatch("[0-9a-f]{13}", given["reply_to"]):
         parser.error(f"--reply-to {given['reply_to']!a} is not the id of a message: that is 13 of 0-9 a-f")
     words = sys.argv[1:] if argv is None else argv

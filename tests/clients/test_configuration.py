@@ -162,6 +162,33 @@ def test_a_file_of_another_user_is_refused(configure):
     assert code == 2 and "must be yours" in err
 
 
+@pytest.mark.parametrize("program", ["bus_send.py", "bus_recv.py", "tools/bus_who.py", "tools/bus_doctor.py"])
+def test_a_file_that_may_be_there_is_not_passed_over(program, tmp_path):
+    """Only that there is none leads to the usual bus; not a folder that cannot be entered, as this link to itself."""
+    folder = tmp_path / "config" / "agent-bus"
+    folder.parent.mkdir()
+    folder.symlink_to(folder)
+    words = ["dell"] if program.startswith("bus_") else []
+    code, out, err = run(program, *words, env={"XDG_CONFIG_HOME": folder.parent})
+    assert code == (1 if "doctor" in program else 2)  # what the doctor finds is its result
+    assert f"{folder / 'default.env'} cannot be read: Too many levels of symbolic links" in f"{out}{err}"
+
+
+@LISTENER
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody who may not enter a folder")
+def test_the_listener_does_not_pass_over_a_folder_that_it_may_not_enter(tmp_path):
+    folder = tmp_path / "agent-bus"
+    folder.mkdir(mode=0o700)
+    for above in tmp_path.parents[:3]:
+        above.chmod(0o711)
+    tmp_path.chmod(0o711)
+    shutil.copy(ROOT / "bus_listener.sh", tmp_path)
+    env = {"PATH": os.environ["PATH"], "AGENT_NAME": "dell", "XDG_CONFIG_HOME": str(tmp_path), "HOME": str(tmp_path)}
+    listener = ["bash", "bus_listener.sh"]
+    done = subprocess.run(listener, cwd=tmp_path, env=env, user=65534, capture_output=True, text=True, timeout=PATIENCE)
+    assert (done.returncode, done.stderr) == (2, f"bus_listener: {folder / 'default.env'} cannot be read\n")
+
+
 def test_a_profile_is_chosen_by_the_environment_or_on_the_command_line(configure, tmp_path):
     with Scripted(stored()) as default, Scripted(stored()) as work:
         configure(whole(default))

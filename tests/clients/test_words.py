@@ -94,6 +94,15 @@ def test_a_person_who_asks_is_told_at_once_who_listens(home):
         assert len({asked.body for asked in server.asked}) == 1
 
 
+def test_a_text_without_a_receiver_is_told_that_one_is_missing():
+    for words in (["hello bob"], ["hello\nbob"], []):
+        code, out, err = run("bus_send.py", "--from", "alice", *words, stdin=b"")
+        assert (code, out) == (2, "")
+        assert err.endswith("the receiver is missing: give TO before TEXT, or --reply-to ID\n")
+    said = run("bus_send.py", "--from", "alice", "bob, carol", stdin=b"")[2]
+    assert "the message is empty" in said, "these are two names"
+
+
 def test_an_empty_text_is_not_an_absent_one():
     with Scripted(stored()) as server:
         code, out, err = send(server, "", stdin=b"not this")
