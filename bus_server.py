@@ -320,7 +320,7 @@ class Grant(NamedTuple):
         if not self.name or not isinstance(message, dict):
             return message
         if message.get("from", self.name) != self.name:
-            raise Refused(403, f"this token sends as {self.name} only: leave from (AGENT_NAME) out, or give that name")
+            raise Refused(403, f"this token sends as {self.name} only: leave out from (--from, AGENT_NAME), or give it")
         return {**message, "from": self.name}
 
     def reads(self, own: str) -> bool:
