@@ -24,7 +24,7 @@ TURNS = "faults/test_kinds_turns.py"
 REDACT, SEARCH = "extensions/test_redact.py", "extensions/test_search.py"
 LATER, DUE, NOTIFY = "extensions/test_later.py", "extensions/test_later_due.py", "extensions/test_notify.py"
 LOCKS, FRONTS, RECALL = "extensions/test_locks.py", "ledgers/test_front.py", "ledgers/test_recall.py"
-FOLLOWING = "ledgers/test_front_extensions.py"
+FOLLOWING, TOKENS = "ledgers/test_front_extensions.py", "ledgers/test_front_tokens.py"
 STORAGE, PYTHON, BASH = "faults/test_kinds_storage.py", "clients/test_client_cases.py", "clients/test_listener_cases.py"
 
 KINDS = [
@@ -781,6 +781,15 @@ KINDS = [
          "whether a front may have given a message to a reader is told by the ticks of before it fell silent",
          (f"{RECALL}::test_a_message_whose_tick_is_ahead_is_not_taken_back_without_a_front_that_may_have_given_it",),
          "`others()` in recall.py compares the tick with `at`"),
+    Kind("fronts judge a token differently",
+         "what came from the ledger holds at once, with or without its file; a token is in the ledger before what was "
+         "done with it, and expires by the ledger's clock",
+         (f"{TOKENS}::test_what_is_sent_after_a_revocation_is_given_to_no_reader_of_that_token",
+          f"{TOKENS}::test_what_a_new_token_reserves_is_no_others_at_a_front_that_has_not_heard_of_the_token",
+          f"{TOKENS}::test_a_token_expires_by_the_clock_of_the_ledger",
+          f"{TOKENS}::test_what_was_made_elsewhere_holds_while_the_file_of_tokens_cannot_be_written"),
+         "`Common.came()` does not refresh (the first); `Front.commit()` does not call `first()` (the second); "
+         "`Held` has the clock of the machine (the third); `Held.rows()` is that of `Tokens` (the first and the last)"),
     Kind("two of one name act for each other",
          "each file of a front has a random id, which no copy of it has",
          ("ledgers/test_heartbeat.py::test_two_fronts_of_one_name_are_two",),
