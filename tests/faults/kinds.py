@@ -23,6 +23,7 @@ EXTENSIONS, WAITING = "faults/test_kinds_extensions.py", "faults/test_kinds_park
 TURNS = "faults/test_kinds_turns.py"
 REDACT, SEARCH = "extensions/test_redact.py", "extensions/test_search.py"
 LATER, DUE, NOTIFY = "extensions/test_later.py", "extensions/test_later_due.py", "extensions/test_notify.py"
+FILES = "extensions/test_files.py"
 LOCKS, FRONTS, RECALL = "extensions/test_locks.py", "ledgers/test_front.py", "ledgers/test_recall.py"
 FOLLOWING, TOKENS = "ledgers/test_front_extensions.py", "ledgers/test_front_tokens.py"
 STORAGE, PYTHON, BASH = "faults/test_kinds_storage.py", "clients/test_client_cases.py", "clients/test_listener_cases.py"
@@ -781,6 +782,10 @@ KINDS = [
          "whether a front may have given a message to a reader is told by the ticks of before it fell silent",
          (f"{RECALL}::test_a_message_whose_tick_is_ahead_is_not_taken_back_without_a_front_that_may_have_given_it",),
          "`others()` in recall.py compares the tick with `at`"),
+    Kind("a clock that is wrong for a moment removes what must be kept: files",
+         "no file is old while the clock is not trusted, and none was sent before the newest message of that time",
+         (f"{FILES}::test_a_clock_that_is_wrong_for_a_moment_removes_no_file",),
+         "`Blobs.forget()` does not look at `trusted`, or `touch()` not at `last`"),
     Kind("fronts judge a token differently",
          "what came from the ledger holds at once, with or without its file; a token is in the ledger before what was "
          "done with it, and expires by the ledger's clock",

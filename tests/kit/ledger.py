@@ -191,6 +191,9 @@ class Transport:
     def peer(self):
         return "127.0.0.1"
 
+    def pause_reading(self):
+        """A sink takes what came."""
+
     def resume_reading(self):
         pass
 
