@@ -786,6 +786,10 @@ KINDS = [
          "no file is old while the clock is not trusted, and none was sent before the newest message of that time",
          (f"{FILES}::test_a_clock_that_is_wrong_for_a_moment_removes_no_file",),
          "`Blobs.forget()` does not look at `trusted`, or `touch()` not at `last`"),
+    Kind("who may know too little to serve others acts itself",
+         "a front that the ledger did not answer for a while sends nothing that was scheduled",
+         (f"{FOLLOWING}::test_what_was_taken_back_is_not_sent_by_a_front_that_stood_still",),
+         "`Due.look()` does not look at the gate"),
     Kind("fronts judge a token differently",
          "what came from the ledger holds at once, with or without its file; a token is in the ledger before what was "
          "done with it, and expires by the ledger's clock",

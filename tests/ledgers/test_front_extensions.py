@@ -1,6 +1,7 @@
 """The extensions on a bus with several fronts: what happens at one of them is followed by the others."""
 import contextlib
 import sqlite3
+import time
 
 import bus_server
 from ledgers.recall import Retract
@@ -110,6 +111,21 @@ def test_what_was_scheduled_at_a_front_that_has_died_is_sent_by_the_others(front
     assert log_of(b) == log_of(c) == ["and the others learn what time it is", "once"]
     assert [each.held.all for each in others[1:]] == [0, 0] and not b.view.ask("SELECT 1 FROM later")
     same(b, c)
+
+
+def test_what_was_taken_back_is_not_sent_by_a_front_that_stood_still(fronts):
+    """It was told of neither that nor its time; its timer comes before its next look at the ledger."""
+    a, b = fronts("a"), fronts("b")
+    message = {"from": "ann", "to": "bob", "msg": "taken back"}
+    _, given = ask(a, "POST", "/later", {"after": 60, "message": message})
+    settle(b)
+    assert ask(a, "POST", "/later", {"cancel": given["id"]})[0] == 200
+    b.ledger.reached(time.monotonic() - 61)
+    b.state.time.offset += 61 * SECOND
+    b.routes["POST", "/later"].call.__self__.due.look()
+    settle(b)
+    assert not log_of(b)
+    same(a, b)
 
 
 def test_who_waits_for_names_is_told_when_they_are_released_at_another_front(fronts):
