@@ -790,6 +790,10 @@ KINDS = [
          "a front that the ledger did not answer for a while sends nothing that was scheduled",
          (f"{FOLLOWING}::test_what_was_taken_back_is_not_sent_by_a_front_that_stood_still",),
          "`Due.look()` does not look at the gate"),
+    Kind("what was given to nobody is held",
+         "the jobs of a claim that got an error are free when it turns out that it was stored",
+         (f"{FOLLOWING}::test_the_jobs_of_a_claim_whose_answer_was_lost_are_free_again",),
+         "`Work.claimed_elsewhere()` does not look at `unanswered`"),
     Kind("fronts judge a token differently",
          "what came from the ledger holds at once, with or without its file; a token is in the ledger before what was "
          "done with it, and expires by the ledger's clock",

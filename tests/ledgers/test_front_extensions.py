@@ -4,6 +4,7 @@ import sqlite3
 import time
 
 import bus_server
+import ledgers.front
 from ledgers.recall import Retract
 from tests.kit import inside
 from tests.kit.ledger import SECOND, ask, do, end, log_of, put, request, same, settle
@@ -25,6 +26,20 @@ def test_what_follows_an_operation_of_an_extension_follows_at_the_other_fronts_t
     kinds = {each.kind for module in bus_server.load_extensions(()).values() for each in module.OPERATIONS}
     a = fronts()
     assert kinds >= ALONE and kinds - ALONE == a.ledger.elsewhere.keys() & kinds
+
+
+def test_the_jobs_of_a_claim_whose_answer_was_lost_are_free_again(fronts, monkeypatch):
+    """As if the answer had not reached the worker: the attempt does not count."""
+    a = fronts("a")
+    put(a, to="builds")
+    monkeypatch.setattr(ledgers.front, "GIVE_UP", 0.05)  # before a second attempt
+    a.state.ledger.faults = ["stored"]
+    claim = {"to": "builds", "wait": 0, "lease": 3600, "worker": "w"}
+    assert ask(a, "POST", "/claim", claim)[0] == 503
+    monkeypatch.undo()
+    settle(a)
+    [job] = ask(a, "POST", "/claim", claim)[1]["messages"]
+    assert job["attempt"] == 1
 
 
 def test_what_was_refused_is_not_followed_in_memory(fronts):
