@@ -794,6 +794,13 @@ KINDS = [
          "the jobs of a claim that got an error are free when it turns out that it was stored",
          (f"{FOLLOWING}::test_the_jobs_of_a_claim_whose_answer_was_lost_are_free_again",),
          "`Work.claimed_elsewhere()` does not look at `unanswered`"),
+    Kind("a time that a wrong clock has written is waited for",
+         "a hook, its status and the budget of wakes believe no time that is further ahead than they write it",
+         ("integrations/test_hook.py::test_a_bus_that_is_too_slow_is_told_once_and_not_asked_at_each_step",
+          "integrations/test_doing.py::test_only_what_has_changed_is_told_and_it_is_told_again_in_time",
+          "integrations/test_wake.py::test_a_clock_that_was_ahead_takes_no_budget_away"),
+         "`Look.run()` compares `rest` with the time (the first); `Look.status()` adds to `said_at` (the second); "
+         "`decide()` counts what is later than an hour ago (the last)"),
     Kind("fronts judge a token differently",
          "what came from the ledger holds at once, with or without its file; a token is in the ledger before what was "
          "done with it, and expires by the ledger's clock",
