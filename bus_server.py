@@ -2183,8 +2183,8 @@ class Tokens:
     and 256 random bits. Revoked and expired tokens stay in the file: a bus that once had a token is never open again.
     """
 
-    def __init__(self, database: str) -> None:
-        self.path = f"{database}.tokens"
+    def __init__(self, database: str, clock: Callable[[], float] = lambda: time.time()) -> None:
+        self.path, self.clock = f"{database}.tokens", clock
         self.closed, self.first = False, math.inf  # and when the first token was made, s since 1970
         self.valid: dict[str, Token] = {}  # by id
         self.expired: dict[str, Token] = {}
@@ -2223,7 +2223,7 @@ class Tokens:
         An unreadable file does not open the bus.
         """
         stamp = self.look()
-        if stamp == self.stamp and self.since <= time.time() < self.until:
+        if stamp == self.stamp and self.since <= self.clock() < self.until:
             return False
         try:
             self.load()
@@ -2237,7 +2237,7 @@ class Tokens:
         return True
 
     def load(self) -> None:
-        rows, now = self.rows(), time.time()
+        rows, now = self.rows(), self.clock()
         self.closed = self.closed or bool(rows)
         try:
             self.first = min((row["made"] for row in rows), default=math.inf)
@@ -2268,7 +2268,7 @@ class Tokens:
         token, digest = presented(authorization[:99])  # longer ones are no token, and the cache stays small
         known = self.valid.get(token, NOBODY)
         if hmac.compare_digest(digest, known.hash):
-            self.used[token] = int(time.time())
+            self.used[token] = int(self.clock())
             return known.grant
         if self.refresh():  # it may have been made a moment ago
             return self.grant(authorization)

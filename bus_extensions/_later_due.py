@@ -124,9 +124,12 @@ class Due:
     # Sending
 
     def look(self) -> None:
-        """Ten times a second: send what is due, a slice of it. The next slice waits until this one is settled."""
+        """Ten times a second: send what is due, a slice of it. The next slice waits until this one is settled.
+
+        A front that may know too little to serve others sends nothing: meanwhile it may have been taken back.
+        """
         bus, now = self.bus, self.bus.view.clock()
-        if self.sending or bus.draining or time.monotonic() < self.pause:
+        if self.sending or bus.draining or not self.pause <= time.monotonic() <= bus.gate.until:
             return
         numbers: list[int] = []
         size = 0

@@ -13,7 +13,6 @@ import math
 import os
 import pathlib
 import re
-import time
 from typing import IO, Any
 
 from bus_server import BODY_RATE, BODY_SECONDS, Answer, Bus, Connection, Refused, Request, Shares, Unusable, refusal
@@ -164,8 +163,7 @@ class Blobs:
         except (FileNotFoundError, IsADirectoryError, PermissionError):  # other errors do not say that it is not there
             offset = ("Upload-Offset", str(size_of(file.with_suffix(".part"))))
             raise Refused(404, "the bus does not have this file, or not all of it", offset) from None
-        with contextlib.suppress(OSError):  # it was removed just now, or belongs to another user
-            os.utime(file)
+        self.touch(file)
         size = os.fstat(stream.fileno()).st_size
         wanted = re.fullmatch("bytes=([0-9]{1,15})-", request.fields.get("range", ""))
         start = int(wanted[1]) if wanted else 0
@@ -178,21 +176,27 @@ class Blobs:
         status, rest = (206 if wanted else 200), Download(stream, size - start)
         return Answer(status, b"", "application/octet-stream", span, file=rest)
 
+    def touch(self, file: pathlib.Path) -> None:
+        """It was sent or requested now. If the clock is behind, as before the network is up, the mail knows better."""
+        with contextlib.suppress(OSError):  # it was removed just now, or belongs to another user
+            os.utime(file, 2 * (max(self.bus.view.clock(), self.bus.last) / 1000000,))
+
     def forget(self) -> tuple[list[tuple[pathlib.Path, int]], int, int]:
         """In a thread: remove old files, and parts whose upload nobody continued.
 
         Returns each with its bytes; the bytes of all others, and how many they are.
 
         A file is old if nobody sent or requested it during --keep. A part takes room and nobody can read it, so it is
-        removed after PART_SECONDS even if everything else is kept for ever.
+        removed after PART_SECONDS even if everything else is kept for ever. Nothing is, while the clock is not trusted.
         """
-        now, keep, gone = time.time(), self.bus.retention.keep, list[tuple[pathlib.Path, int]]()
+        now, keep, gone = self.bus.view.clock() / 1000000, self.bus.retention.keep, list[tuple[pathlib.Path, int]]()
         used = files = 0
         for file in self.folder.glob("*"):
             with contextlib.suppress(OSError):  # somebody else put a folder or a broken link here: go on
                 status = file.stat()
                 patience = min(keep or math.inf, self.PART_SECONDS if file.suffix == ".part" else math.inf)
-                if status.st_mtime < now - patience and file.stem not in self.arriving:
+                is_old = self.bus.retention.trusted <= now > status.st_mtime + patience
+                if is_old and file.stem not in self.arriving:
                     file.unlink()
                     gone.append((file, status.st_size))
                 else:
@@ -297,6 +301,7 @@ class Upload:
         if digest.hexdigest() != self.file.name:
             self.part.unlink(missing_ok=True)
             return 422
+        self.blobs.touch(self.part)
         known = self.file.exists()
         self.part.replace(self.file)
         folder = os.open(self.blobs.folder, os.O_RDONLY)

@@ -12,6 +12,7 @@ import argparse
 import math
 import secrets
 import time
+from collections import OrderedDict
 from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,7 @@ from bus_server import (
     ok,
     one_of,
     parts_of,
+    put_newest,
     seconds,
     within,
 )
@@ -52,6 +54,8 @@ else:
 TABLES = [""]  # version 1: the core's schema 3 made it
 NOUN = "jobs"
 OPERATIONS = (Claim, Settle, Bury, Again)
+
+UNANSWERED = 1000  # claims; 100 bytes each
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -75,6 +79,7 @@ class Work:
         self.bus, self.attempts = bus, attempts
         self.burying = False
         self.queues = queues.Queues(bus)
+        self.unanswered: OrderedDict[int, None] = OrderedDict()  # leases of claims that were answered with an error
         self.ends: set[int] = set()  # monotonic clock, s: when leases end, and bury() is planned
         bus.route("POST", "/claim", self.claim, "take messages from a queue; wait=25 waits for one")
         bus.route("POST", "/ack", self.settle, "tell the bus that a claimed message is done")
@@ -114,13 +119,17 @@ class Work:
             worker.called,
             self.attempts,
         )
-        queue = worker.channel, worker.queue
         self.bus.do(
             operation,
             connection,
             lambda peer, claim, result: self.claimed(peer, worker, claim, result),
-            lambda claim: self.look_again(queue, 0),  # what has woken it is for another worker
+            self.not_claimed,
         )
+
+    def not_claimed(self, claim: Claim) -> None:
+        """What has woken this worker is for another one. At a front the claim may be stored, and is heard of later."""
+        put_newest(self.unanswered, claim.lease, None, UNANSWERED)
+        self.look_again((claim.channel, claim.queue), 0)
 
     def settle(self, request: Request) -> None:
         """A worker acknowledges its message, gives it back, or asks for more time. The lease is the permission."""
@@ -175,7 +184,9 @@ class Work:
         """Another front has handed out jobs: those who wait here look when their leases end."""
         queue = claim.channel, claim.queue
         self.queues.begin(*queue)
-        if result.jobs:
+        if claim.lease in self.unanswered:  # it was asked here, and its worker has got an error
+            self.give_back(result.jobs)
+        elif result.jobs:
             self.look_again(queue, claim.lease_us / 1000000)
 
     def again_elsewhere(self, again: Again, tick: int) -> None:

@@ -69,6 +69,7 @@ class Front(bus_server.Ledger):
         self.elsewhere[Beat.kind] = self.fronts.heard
         self.detours: dict[str, Callable[[Step], object]] = {}  # by the kind: what a step needs before it is appended
         self.upto = 0  # the highest position of a hint
+        self.first: Callable[[], object] = lambda: None  # it adds what the other operations of a list depend on
         self.due = self.busy = self.removing = False
         self.ends = math.inf  # on the monotonic clock, s: then nothing is waited for any more
         bus.clock = mirror.time
@@ -137,6 +138,7 @@ class Front(bus_server.Ledger):
             if self.due or self.upto > self.mirror.position or any(type(each.operation) is Raise for each in self.next):
                 self.due = False
                 self.catch_up()
+            self.first()
             super().commit()
         finally:
             self.busy = False

@@ -68,6 +68,7 @@ def start(bus: Bus, options: argparse.Namespace) -> None:
     Copies(front)
     common = tokens.Common(bus)
     front.elsewhere[tokens.Grants.kind] = common.came
+    front.first = common.first
     bus.loop.every(LOOK, common.look)
     replies = options.extensions.get("replies")
     if replies:

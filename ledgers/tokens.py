@@ -3,11 +3,14 @@
 The commands invite and revoke write DATABASE.tokens, as on a bus of one machine. Its front puts what is new there into
 the ledger, and every front writes what comes from the ledger into its own file. A token is made once, and may be
 revoked once. So when two files are merged, a token is revoked if either of them says so.
+
+What came from the ledger holds from the moment at which its entry was applied, before the file has it. A token is in
+the ledger before all that was done with it, and expires by the ledger's clock. So no front takes a token for revoked
+that another one accepts.
 """
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import json
 from itertools import chain
@@ -23,6 +26,7 @@ from bus_server import (
     Unusable,
     encode,
     open_beside,
+    say,
     written_anew,
 )
 
@@ -69,20 +73,43 @@ def write(tokens: Tokens, rows: list[Row], lock_how: int = fcntl.LOCK_EX) -> Non
     if rows:
         with open_beside(f"{tokens.path}.lock") as lock:
             fcntl.flock(lock, lock_how)
-            before = tokens.rows()
+            before = Tokens.rows(tokens)
             after = list(merged({row["id"]: row for row in before}, rows).values())
             if after != before:
                 with written_anew(tokens.path) as file:
                     file.writelines(f"{encode(row)}\n" for row in after)
 
 
+class Held(Tokens):
+    """The tokens of a front: those of its file, and those that came from the ledger."""
+
+    def __init__(self, bus: Bus) -> None:
+        self.view, self.came = bus.view, 0  # entries with tokens that were applied
+        super().__init__(bus.state.path, lambda: bus.view.clock() / 1000000)
+
+    def rows(self) -> list[Row]:
+        return list(merged({row["id"]: row for row in super().rows()}, [*stored(self.view.database).values()]).values())
+
+    def look(self) -> tuple[int, ...]:
+        return *super().look(), self.came
+
+
 class Common:
     """Keeps the file and the ledger alike. Owned by the loop; a turn that meets a new token writes the file."""
 
     def __init__(self, bus: Bus) -> None:
-        self.bus, self.tokens = bus, bus.gate.tokens
-        self.stamp: tuple[int, ...] = ()  # of the file when the ledger had all of it
+        bus.gate.tokens.spare.close()
+        self.bus, self.tokens = bus, Held(bus)
+        bus.gate.tokens = self.tokens
+        self.stamp: tuple[int, ...] = ()  # of the tokens when the ledger had all of them
+        self.asked: tuple[int, ...] = ()  # and of those that are being put into it
         self.behind = False  # the file lacks what came from the ledger
+        self.told = ""  # why it could not be written
+
+    def first(self) -> None:
+        """Put a new token into the ledger in front of what was done with it."""
+        if self.tokens.stamp != self.stamp:
+            self.look()
 
     def look(self) -> None:
         """Put what is new in the file into the ledger, and the other way round if that failed before."""
@@ -91,28 +118,47 @@ class Common:
         if self.behind:
             self.write()
         stamp = self.tokens.look()
-        if stamp != self.stamp:
+        if stamp not in (self.stamp, self.asked):
             try:
-                rows = self.tokens.rows()
+                rows = Tokens.rows(self.tokens)
             except Unusable:  # the bus has said so
                 return
             known = stored(self.bus.view.database)
             after = merged(known, rows)
             new = [row for token, row in after.items() if row != known.get(token)]
             if new:
-                self.bus.do(Grants(new), None, lambda *_: self.noted(stamp))
+                self.put(Grants(new), stamp)
             else:
                 self.stamp = stamp
+
+    def put(self, grants: Grants, stamp: tuple[int, ...]) -> None:
+        step = self.bus.do(grants, None, lambda *_: self.noted(stamp), lambda _: self.not_noted())
+        self.asked, waiting = stamp, self.bus.ledger.next
+        if step in waiting:  # else it will be refused
+            waiting.remove(step)
+            waiting.insert(0, step)
 
     def noted(self, stamp: tuple[int, ...]) -> None:
         self.stamp = stamp
 
+    def not_noted(self) -> None:
+        self.asked = ()
+
     def came(self, grants: Grants, result: None) -> None:
         """Another front has made or revoked tokens."""
+        self.tokens.came += 1
+        self.tokens.refresh()
         self.behind = True
         self.write()
 
     def write(self) -> None:
-        with contextlib.suppress(BlockingIOError):  # a command is writing it: the next look tries again
+        """What came holds here, whether or not this succeeds. The next look tries again."""
+        try:
             write(self.tokens, list(stored(self.bus.view.database).values()), fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self.behind = False
+            self.behind, self.told = False, ""
+        except BlockingIOError:  # a command is writing it
+            pass
+        except (OSError, Unusable) as error:
+            if self.told != str(error):
+                say(f"bus_server: {error}; until it is written, what other fronts made holds all the same")
+            self.told = str(error)

@@ -183,7 +183,8 @@ class Look:
     def run(self) -> None:
         """Look, and speak; a session hears once that it gets no mail, or that the bus is slow or away."""
         its = self.memory.its
-        if self.memory.busy or (self.steps and time.time() < its["rest"]) or (self.ends and self.chain >= CHAIN):
+        rests = self.steps and 0 < its["rest"] - time.time() <= REST_SECONDS  # else the clock was ahead
+        if self.memory.busy or rests or (self.ends and self.chain >= CHAIN):
             return
         trouble = ""
         try:
@@ -210,7 +211,8 @@ class Look:
         if self.program == "cursor":  # it has no event for the beginning of a turn
             return {}
         status, its = doing.status(me, self.state, self.directory), self.memory.its
-        return {} if status == its["said"] and time.time() < its["said_at"] + doing.SAID_SECONDS else status
+        lately = abs(time.time() - its["said_at"]) < doing.SAID_SECONDS  # the clock may have been ahead then
+        return {} if status == its["said"] and lately else status
 
     def introduce(self, me: session.Self, status: dict[str, Any]) -> Counts:
         """The facts for a session that starts: its name, whether somebody listens, who else has the name."""

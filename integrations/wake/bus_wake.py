@@ -142,7 +142,7 @@ def decide(counts: dict[str, Any], agent: dict[str, Any], memory: dict[str, Any]
         return Decision(False, f"{waiting}, but a program listens")
     if agent.get("status", {}).get("state") == "busy":
         return Decision(False, f"{waiting}, but the agent says that it is busy")
-    if len([wake for wake in memory["wakes"] if wake > now - HOUR]) >= options.budget:
+    if len([wake for wake in memory["wakes"] if abs(now - wake) < HOUR]) >= options.budget:  # the clock may step back
         return Decision(False, f"{waiting}, but it was woken {options.budget} times within an hour")
     return Decision(True, waiting)
 

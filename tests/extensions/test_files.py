@@ -3,6 +3,7 @@ import contextlib
 import errno
 import hashlib
 import http.client
+import json
 import os
 import pathlib
 import resource
@@ -14,6 +15,7 @@ import types
 import pytest
 
 from bus_extensions.files import Blobs
+from bus_server import wall_clock
 from tests.kit import inside
 from tests.kit.ledger import request
 from tests.kit.processes import PATIENCE, Server, wait_until
@@ -159,7 +161,8 @@ def blobs_of(path, keep):
     """What the bus knows of the files beside a database; they are kept for `keep` s."""
     bus = types.SimpleNamespace(
         state=types.SimpleNamespace(path=str(path)),
-        retention=types.SimpleNamespace(keep=keep),
+        retention=types.SimpleNamespace(keep=keep, trusted=0),
+        view=types.SimpleNamespace(clock=wall_clock),
         route=lambda *_, **__: None,
         on_tidy=[],
         metrics=[],
@@ -174,8 +177,8 @@ def test_what_is_no_file_among_the_files_is_passed_over(tmp_path, monkeypatch):
     (folder / name(b"file")).write_bytes(b"file")
     blobs = blobs_of(tmp_path / "bus.db", keep=1)
     assert blobs.used == len(b"file")
-    later = time.time() + 2
-    monkeypatch.setattr(time, "time", lambda: later)
+    later = time.time_ns() + 2 * 10**9
+    monkeypatch.setattr(time, "time_ns", lambda: later)
     blobs.forgotten(blobs.forget())
     assert blobs.used == 0 and not (folder / name(b"file")).exists()
 
@@ -207,7 +210,7 @@ def test_a_file_that_nobody_asked_for_is_removed_after_keep(bus, monkeypatch):
         os.utime(folder / name(data), (1000, 1000))  # s since 1970
     ask(bus, "GET", f"/blob/{name(wanted)}")
     blobs = blobs_of(bus.db, keep=1000)
-    monkeypatch.setattr(time, "time", lambda: 3000.0)
+    monkeypatch.setattr(time, "time_ns", lambda: 3000 * 10**9)
     blobs.forgotten(blobs.forget())
     assert [file.name for file in folder.iterdir()] == [name(wanted)] and blobs.used == len(wanted)
 
@@ -227,6 +230,39 @@ def test_a_part_that_nobody_goes_on_with_is_removed_though_all_else_is_kept_for_
         wait_until(lambda: offset(bus, given_up) == 0)
         assert offset(bus, young) == 400 and ask(bus, "GET", f"/blob/{name(whole)}")[2] == whole
         assert kept(bus) == 1400
+
+
+def done_by(bus, done):
+    """Take the turns of a bus in this process until it is done."""
+    wait_until(lambda: bus.loop.take_turn() or done())
+
+
+@pytest.mark.parametrize("right", [0, 31], ids=["ahead", "behind"])
+def test_a_clock_that_is_wrong_for_a_moment_removes_no_file(tmp_path, monkeypatch, right):
+    """Ahead while the bus looks for old files; or behind while a file is sent, as where no battery keeps the clock."""
+    real = time.time_ns()
+
+    def set_clock(days):
+        monkeypatch.setattr(time, "time_ns", lambda: real + days * 86400 * 10**9)
+        monkeypatch.setattr(time, "time", lambda: real / 10**9 + days * 86400)
+
+    set_clock(right)
+    bus = inside.make(tmp_path / "bus.db", "--keep", "30d")
+    done_by(bus, request(bus, "POST", "/send?from=ann&to=bob", "mail"))
+    bus.tidy()
+    set_clock(0)
+    text = {"sent": "when the clock was right, or behind"}
+    file = name(json.dumps(text).encode())
+    done_by(bus, request(bus, "PUT", f"/blob/{file}", text))
+    set_clock(31)
+    looked = []
+    if not bus.retention.clock_is_trusted() and right:
+        bus.retention.trusted = 0  # an hour later
+    bus.tidy()
+    bus.loop.in_thread(lambda: None, looked.append)
+    done_by(bus, lambda: looked)
+    assert (tmp_path / "bus.db.blobs" / file).exists()
+    inside.close(bus)
 
 
 def test_files_outlive_a_crash(bus):

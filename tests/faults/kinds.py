@@ -23,8 +23,9 @@ EXTENSIONS, WAITING = "faults/test_kinds_extensions.py", "faults/test_kinds_park
 TURNS = "faults/test_kinds_turns.py"
 REDACT, SEARCH = "extensions/test_redact.py", "extensions/test_search.py"
 LATER, DUE, NOTIFY = "extensions/test_later.py", "extensions/test_later_due.py", "extensions/test_notify.py"
+FILES = "extensions/test_files.py"
 LOCKS, FRONTS, RECALL = "extensions/test_locks.py", "ledgers/test_front.py", "ledgers/test_recall.py"
-FOLLOWING = "ledgers/test_front_extensions.py"
+FOLLOWING, TOKENS = "ledgers/test_front_extensions.py", "ledgers/test_front_tokens.py"
 STORAGE, PYTHON, BASH = "faults/test_kinds_storage.py", "clients/test_client_cases.py", "clients/test_listener_cases.py"
 
 KINDS = [
@@ -781,6 +782,34 @@ KINDS = [
          "whether a front may have given a message to a reader is told by the ticks of before it fell silent",
          (f"{RECALL}::test_a_message_whose_tick_is_ahead_is_not_taken_back_without_a_front_that_may_have_given_it",),
          "`others()` in recall.py compares the tick with `at`"),
+    Kind("a clock that is wrong for a moment removes what must be kept: files",
+         "no file is old while the clock is not trusted, and none was sent before the newest message of that time",
+         (f"{FILES}::test_a_clock_that_is_wrong_for_a_moment_removes_no_file",),
+         "`Blobs.forget()` does not look at `trusted`, or `touch()` not at `last`"),
+    Kind("who may know too little to serve others acts itself",
+         "a front that the ledger did not answer for a while sends nothing that was scheduled",
+         (f"{FOLLOWING}::test_what_was_taken_back_is_not_sent_by_a_front_that_stood_still",),
+         "`Due.look()` does not look at the gate"),
+    Kind("what was given to nobody is held",
+         "the jobs of a claim that got an error are free when it turns out that it was stored",
+         (f"{FOLLOWING}::test_the_jobs_of_a_claim_whose_answer_was_lost_are_free_again",),
+         "`Work.claimed_elsewhere()` does not look at `unanswered`"),
+    Kind("a time that a wrong clock has written is waited for",
+         "a hook, its status and the budget of wakes believe no time that is further ahead than they write it",
+         ("integrations/test_hook.py::test_a_bus_that_is_too_slow_is_told_once_and_not_asked_at_each_step",
+          "integrations/test_doing.py::test_only_what_has_changed_is_told_and_it_is_told_again_in_time",
+          "integrations/test_wake.py::test_a_clock_that_was_ahead_takes_no_budget_away"),
+         "`Look.run()` compares `rest` with the time (the first); `Look.status()` adds to `said_at` (the second); "
+         "`decide()` counts what is later than an hour ago (the last)"),
+    Kind("fronts judge a token differently",
+         "what came from the ledger holds at once, with or without its file; a token is in the ledger before what was "
+         "done with it, and expires by the ledger's clock",
+         (f"{TOKENS}::test_what_is_sent_after_a_revocation_is_given_to_no_reader_of_that_token",
+          f"{TOKENS}::test_what_a_new_token_reserves_is_no_others_at_a_front_that_has_not_heard_of_the_token",
+          f"{TOKENS}::test_a_token_expires_by_the_clock_of_the_ledger",
+          f"{TOKENS}::test_what_was_made_elsewhere_holds_while_the_file_of_tokens_cannot_be_written"),
+         "`Common.came()` does not refresh (the first); `Front.commit()` does not call `first()` (the second); "
+         "`Held` has the clock of the machine (the third); `Held.rows()` is that of `Tokens` (the first and the last)"),
     Kind("two of one name act for each other",
          "each file of a front has a random id, which no copy of it has",
          ("ledgers/test_heartbeat.py::test_two_fronts_of_one_name_are_two",),

@@ -491,8 +491,8 @@ def test_in_a_room_for_files_that_is_nearly_full_no_token_has_over_a_quarter(sma
     assert [put(Guest(bus, **ann), data).status for data in of_ann] == [201, 201, 507]
     assert part(Guest(bus, **mal), 1).status == 507
     assert put(Guest(bus, **ann), of_mal[0]).status == 507, "nor may it send again what is there"
-    bus.retention.keep, later = 1000, time.time() + 2000
-    monkeypatch.setattr(time, "time", lambda: later)
+    bus.retention.keep, later = 1000, time.time_ns() + 2000 * 10**9
+    monkeypatch.setattr(time, "time_ns", lambda: later)
     blobs.forgotten(blobs.forget())
     assert blobs.used == blobs.files == 0 and not blobs.shares.held and not blobs.owners
     wrong = Guest(bus, **mal).begins("PUT", f"/blob/{0:064x}", b"not that").answer()
@@ -540,8 +540,8 @@ def test_as_many_files_fit_as_the_room_has_blocks(tmp_path, monkeypatch):
         assert Guest(bus).begins("PUT", f"/blob/{again}", b"a whole one").answer().status == 200
         assert put(Guest(bus), b"another").status == 201
         assert blobs.files == most == len(list(folder.iterdir()))
-        later = time.time() + 8 * 86400
-        monkeypatch.setattr(time, "time", lambda: later)
+        later = time.time_ns() + 8 * 86400 * 10**9
+        monkeypatch.setattr(time, "time_ns", lambda: later)
         blobs.forgotten(blobs.forget())
         assert blobs.files == 2 == len(list(folder.iterdir())), "parts are removed after a week"
     with a_bus(time.monotonic, tmp_path / "bus.db", "--files", "1m") as bus:

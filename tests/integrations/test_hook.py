@@ -338,6 +338,11 @@ def test_a_bus_that_is_too_slow_is_told_once_and_not_asked_at_each_step():
         assert text(server.url, STOP) == "", "no turn is prolonged for that"
         asked = len(server.asked)
         assert text(server.url, STEP) == "" and len(server.asked) == asked
+        path = pathlib.Path(os.environ["AGENT_BUS_STATE_DIR"], "turns", "s1")
+        its = json.loads(path.read_text())
+        path.write_text(json.dumps({**its, "rest": its["rest"] + 86400}))
+        assert "1 unread" in text(server.url, STEP), "the clock was ahead for a while"
+        path.write_text(json.dumps(its))
         assert "1 unread" in text(server.url, PROMPT)
 
 

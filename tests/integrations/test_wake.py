@@ -111,6 +111,14 @@ def test_the_budget_holds_over_restarts(agent):
     assert "was woken" in agent.look("--budget", "2"), "what waited is told when there is budget again"
 
 
+def test_a_clock_that_was_ahead_takes_no_budget_away():
+    options = bus_wake.argparse.Namespace(any=False, budget=4)
+    counts = {"unread": 1, "urgent": 1, "first_urgent": [{"ts": 7.5}], "newest": {"ts": 7.5}}
+    for ahead, wakes in ((0, False), (86400, True)):
+        memory = {"wakes": [100000.0 + ahead] * 4, "number": 0, "newest": 0.0}
+        assert bus_wake.decide(counts, {}, memory, options, 100001.0).wakes == wakes
+
+
 def test_nobody_is_woken_who_listens_or_is_busy(agent):
     agent.send(priority="high")
     bus_recv.ask(agent.bus.url, "/status", 10, {"from": "alice", "state": "busy"})

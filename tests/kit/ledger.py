@@ -191,6 +191,9 @@ class Transport:
     def peer(self):
         return "127.0.0.1"
 
+    def pause_reading(self):
+        """A sink takes what came."""
+
     def resume_reading(self):
         pass
 
@@ -233,12 +236,12 @@ def same(*buses):
             assert other[table] == its, table
 
 
-def invited(bus):
-    """The token of a new name `ann`, as the command invite makes it beside this front."""
+def invited(bus, name="ann", expires=None):
+    """The token of a new name, as the command invite makes it beside this front."""
     secret = f"abt_{secrets.token_hex(4)}_{secrets.token_urlsafe(32)}"
     token, digest = bus_server.presented(f"Bearer {secret}")
-    row = {"id": token, "name": "ann", "also": [], "send_only": False, "operator": False, "hash": digest,
-           "made": 1, "revoked": None, "expires": None}  # fmt: skip
+    row = {"id": token, "name": name, "also": [], "send_only": False, "operator": False, "hash": digest,
+           "made": 1, "revoked": None, "expires": expires}  # fmt: skip
     bus.gate.tokens.change(lambda rows: [*rows, row])
     return secret
 

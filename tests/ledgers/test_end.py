@@ -5,7 +5,7 @@ import threading
 import pytest
 
 import ledgers.front
-from bus_server import Marks
+from bus_server import Marks, Tokens
 from tests.kit.ledger import ask, common_look, invited, put, request, settle
 from tests.kit.processes import PATIENCE, ROOT, Server
 
@@ -116,6 +116,6 @@ def test_no_turn_waits_for_a_command_that_has_locked_the_tokens(fronts):
     with open(f"{b.state.path}.tokens.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert comes_back(lambda: settle(b), lambda: fcntl.flock(lock, fcntl.LOCK_UN))
-        assert not b.gate.tokens.rows()
+        assert not Tokens.rows(b.gate.tokens), "its file"
     common_look(b)
-    assert [row["name"] for row in b.gate.tokens.rows()] == ["ann"], "the next look writes them"
+    assert [row["name"] for row in Tokens.rows(b.gate.tokens)] == ["ann"], "the next look writes them"

@@ -1,8 +1,10 @@
 """The extensions on a bus with several fronts: what happens at one of them is followed by the others."""
 import contextlib
 import sqlite3
+import time
 
 import bus_server
+import ledgers.front
 from ledgers.recall import Retract
 from tests.kit import inside
 from tests.kit.ledger import SECOND, ask, do, end, log_of, put, request, same, settle
@@ -24,6 +26,20 @@ def test_what_follows_an_operation_of_an_extension_follows_at_the_other_fronts_t
     kinds = {each.kind for module in bus_server.load_extensions(()).values() for each in module.OPERATIONS}
     a = fronts()
     assert kinds >= ALONE and kinds - ALONE == a.ledger.elsewhere.keys() & kinds
+
+
+def test_the_jobs_of_a_claim_whose_answer_was_lost_are_free_again(fronts, monkeypatch):
+    """As if the answer had not reached the worker: the attempt does not count."""
+    a = fronts("a")
+    put(a, to="builds")
+    monkeypatch.setattr(ledgers.front, "GIVE_UP", 0.05)  # before a second attempt
+    a.state.ledger.faults = ["stored"]
+    claim = {"to": "builds", "wait": 0, "lease": 3600, "worker": "w"}
+    assert ask(a, "POST", "/claim", claim)[0] == 503
+    monkeypatch.undo()
+    settle(a)
+    [job] = ask(a, "POST", "/claim", claim)[1]["messages"]
+    assert job["attempt"] == 1
 
 
 def test_what_was_refused_is_not_followed_in_memory(fronts):
@@ -110,6 +126,21 @@ def test_what_was_scheduled_at_a_front_that_has_died_is_sent_by_the_others(front
     assert log_of(b) == log_of(c) == ["and the others learn what time it is", "once"]
     assert [each.held.all for each in others[1:]] == [0, 0] and not b.view.ask("SELECT 1 FROM later")
     same(b, c)
+
+
+def test_what_was_taken_back_is_not_sent_by_a_front_that_stood_still(fronts):
+    """It was told of neither that nor its time; its timer comes before its next look at the ledger."""
+    a, b = fronts("a"), fronts("b")
+    message = {"from": "ann", "to": "bob", "msg": "taken back"}
+    _, given = ask(a, "POST", "/later", {"after": 60, "message": message})
+    settle(b)
+    assert ask(a, "POST", "/later", {"cancel": given["id"]})[0] == 200
+    b.ledger.reached(time.monotonic() - 61)
+    b.state.time.offset += 61 * SECOND
+    b.routes["POST", "/later"].call.__self__.due.look()
+    settle(b)
+    assert not log_of(b)
+    same(a, b)
 
 
 def test_who_waits_for_names_is_told_when_they_are_released_at_another_front(fronts):
