@@ -212,7 +212,7 @@ def deliver(outbox: Outbox, message: dict[str, Any] | None, patience: float, as_
                 complain(f"refused, and moved to {os.path.join(outbox.dead, name)}: {outcome}")
                 code = code if mine else 1
             elif name == mine:
-                bus_send.report(outcome, sent["to"], as_json, sent.get("channel"))
+                bus_send.report(outcome, sent["to"], as_json)
             sent_now += not isinstance(outcome, bus_send.Refused)
     except bus_send.Refused as refused:
         code, reason = 1, str(refused)

@@ -196,7 +196,7 @@ def test_a_channel_that_is_not_the_usual_one_is_named():
     """Else a channel that was mistyped looks as if nobody had ever had that name."""
     nobody = {"online": False, "last_seen": None, "known": False}
     sentence = "queued: nobody has ever listened as alice on the channel swram"
-    assert bus_send.told({"ts": NOON, "receiver": nobody}, "alice", "swram") == sentence
+    assert bus_send.told({"ts": NOON, "channel": "swram", "receiver": nobody}, "alice") == sentence
 
 
 def test_a_terminal_gets_a_sentence_and_a_program_gets_json(home):
