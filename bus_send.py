@@ -151,7 +151,8 @@ def compose(to: Any, msg: str, *, fields: Any = None, **given: Any) -> tuple[str
     sender = own.get("AGENT_NAME") if sender is None else sender
     channel = channel or own.get("AGENT_BUS_CHANNEL", "default")
     if sender and sender == own.get("AGENT_NAME") and not re.fullmatch("[A-Za-z0-9][A-Za-z0-9._:@-]{0,63}", sender):
-        raise ValueError(f"AGENT_NAME is {sender!r}, which is no name: give 1 to 64 of A-Z a-z 0-9 . _ : @ -")
+        rule = "give 1 to 64 of A-Z a-z 0-9 . _ : @ - with a letter or digit first"
+        raise ValueError(f"AGENT_NAME is {sender!r}, which is not a name: {rule}")
     if not sender and not credentials(own["AGENT_BUS_URL"]):  # a token names its sender
         raise ValueError(f"the sender is missing: give --from NAME or set AGENT_NAME{unused_file()}")
     to = to.split(",") if isinstance(to, str) and "," in to else to
@@ -594,8 +595,7 @@ def emit(text: str) -> None:
 def told(answer: dict[str, Any], to: str | list[str]) -> str:
     """A sentence about a stored message. It begins with `queued` if not all its receivers listen."""
     names = to if isinstance(to, str) else ",".join(to)
-    channel = answer.get("channel", "default")
-    names += "" if channel == "default" else f" on the channel {channel}"
+    names += "" if (channel := answer.get("channel", "default")) == "default" else f" on the channel {channel}"
     with contextlib.suppress(KeyError, TypeError, ArithmeticError):  # a bus of the first contract says nothing of them
         receiver = answer["receiver"]
         online, seen = receiver["online"], receiver.get("last_seen")

@@ -336,6 +336,8 @@ def test_an_agent_name_that_is_none_is_refused_before_the_bus_is_asked(call):
     code, out, err = run(*call.split(), env={"AGENT_BUS_URL": refusing(), "AGENT_NAME": "my agent"})
     assert (code, out) == (2, "") and "'my agent'" in err and "A-Z a-z 0-9" in err
     assert "AGENT_NAME" in err or call.startswith("bus_recv")
+    _, _, err = run(*call.split(), env={"AGENT_BUS_URL": refusing(), "AGENT_NAME": "-spark"})
+    assert "'-spark'" in err and "with a letter or digit first" in err  # each of its characters is one of those
 
 
 @pytest.mark.parametrize("call", [
