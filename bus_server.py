@@ -3425,9 +3425,8 @@ class State(Rows):
 
         A large text is read only if it may be the same. Members in another order have the same length.
         """
-        if not its_hash and self.ask("SELECT length(text) FROM messages WHERE tick = ?", tick)[0] not in map(
-            len, texts
-        ):
+        length = "SELECT length(text) FROM messages WHERE tick = ?"
+        if not its_hash and self.ask(length, tick)[0] not in map(len, texts):
             its_hash = "of another text"
         message = None if its_hash else self.message(tick)
         if message and texts != {message.text}:
@@ -3595,9 +3594,8 @@ class View(Rows):
 
         Exhaust or close it, as mail().
         """
-        return self.mail(
-            f"messages.tick, sender, length(text), {ALIVE.replace('?', str(at))}", (channel, own), above, upto
-        )
+        columns = f"messages.tick, sender, length(text), {ALIVE.replace('?', str(at))}"
+        return self.mail(columns, (channel, own), above, upto)
 
     def look(self, channel: str, own: str, upto: int, most: int, above: int) -> Look:
         """The oldest message of a mailbox between two ticks that is not expired. It passes over `most`, and no more.
@@ -4546,7 +4544,8 @@ class Bus:
             self.answer(request)  # refuses it; nobody would read the body
 
     def answer(self, request: Request) -> Answer | None:
-        method, route = request.command, request.endpoint
+        method = request.command
+        route: Route | None = request.endpoint
         if method == "OPTIONS":
             return Answer(204, b"", headers=(("Allow", ", ".join(self.allowed(request))),))
         if not route:
@@ -4554,12 +4553,10 @@ class Bus:
             raise Refused(405, f"{request.route} takes {' or '.join(allowed)}", ("Allow", ", ".join(allowed)))
         if method == "HEAD" and route.takes:
             return Answer(200, b"")
-        if len(request.body) > HEAD_BYTES:
-            with self.storms.parsing(request.owner(), len(request.body)):
-                answer: Answer | None = route.call(request)
-        else:
-            answer = route.call(request)
-        return answer
+        if len(request.body) <= HEAD_BYTES:
+            return route.call(request)
+        with self.storms.parsing(request.owner(), len(request.body)):
+            return route.call(request)
 
     def allowed(self, request: Request) -> list[str]:
         methods = [method for method, route in self.routes if route == request.route]
@@ -5514,16 +5511,12 @@ def agents(bus: Bus, request: Request) -> Answer:
 
 def agent(bus: Bus, grant: Grant, channel: str, own: str, box: Mailbox) -> str:
     since, seen = (seconds(box.listening), seconds(box.seen)) if box.seen else ("null", "null")
-    text = (
-        f'{{"name": "{own}", "channel": "{channel}", "online": {boolean(bus.mailboxes.online(box))}, '
-        f'"since": {since}, "last_seen": {seen}'
-    )
+    online = boolean(bus.mailboxes.online(box))
+    text = f'"name": "{own}", "channel": "{channel}", "online": {online}, "since": {since}, "last_seen": {seen}'
     if grant.reads(own):
-        text += (
-            f', "address": {encode(box.address)}, "unread": {unread(bus, channel, own, box)}, '
-            f'"cursor": {seconds(box.mark())}'
-        )
-    return f"{text}{''.join([about(grant, channel, own, box) for about in bus.about])}}}"
+        number, cursor = unread(bus, channel, own, box), seconds(box.mark())
+        text += f', "address": {encode(box.address)}, "unread": {number}, "cursor": {cursor}'
+    return f"{{{text}{''.join([about(grant, channel, own, box) for about in bus.about])}}}"
 
 
 def message(bus: Bus, request: Request) -> Answer:
@@ -5671,12 +5664,8 @@ def block(message: dict[str, Any], me: str | None, now: int) -> str:
     """A message as bus_recv.py prints it. No line of a body can be taken for a head, or for the end of a block."""
     tick = int(message["id"], 16)
     says = {**message, "age": span((now - tick) // 1000000)}
-    goes_without_saying = {"to": me, "channel": "default", "age": "", "priority": "normal"}
-    head = [
-        f"{member}={label(says[member])}"
-        for member in HEADLINE
-        if says.get(member) not in (None, goes_without_saying.get(member))
-    ]
+    usual = {"to": me, "channel": "default", "age": "", "priority": "normal"}
+    head = [f"{each}={label(says[each])}" for each in HEADLINE if says.get(each) not in (None, usual.get(each))]
     text = shown(message["msg"])
     lines = (text[:-1] if text.endswith("\n") else text).replace("\n", "\n| ")
     return f"{iso(tick)} {' '.join(head)}\n| {lines}\n---\n"
