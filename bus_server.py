@@ -326,6 +326,10 @@ class Grant(NamedTuple):
     def reads(self, own: str) -> bool:
         return not self.send_only and (self.operator or own in (self.name, EVERYONE, *self.also))
 
+    def mailboxes(self) -> list[str]:
+        """The names that reads() allows; of an operator only some of them."""
+        return [] if self.send_only else [self.name, EVERYONE, *self.also]
+
     def may_see(self, message: Message) -> bool:
         return self.reads(message.to) or message.sender == self.name
 
@@ -3553,10 +3557,9 @@ class View(Rows):
         """The rows for an observer, and up to which tick. SQLite passes over those that its token may not see."""
         sees, some = poll.sees or OPEN, "SELECT tick FROM messages WHERE tick > ? ORDER BY tick LIMIT 1 OFFSET ?"
         [end] = (None if sees.operator else self.ask(some, poll.since, self.LOOKED - 1)) or [upto]
-        names = encode([] if sees.send_only else [sees.name, EVERYONE, *sees.also])
         only = "tick > ? AND tick <= ? AND (? OR sender = ? OR name IN (SELECT value FROM json_each(?)))"
         rows = f"SELECT {ROW} FROM messages CROSS JOIN mailboxes ON mailbox = id WHERE {only} ORDER BY tick"
-        values = poll.since, min(end, upto), sees.operator, sees.name, names
+        values = poll.since, min(end, upto), sees.operator, sees.name, encode(sees.mailboxes())
         return self.database.execute(rows, values), min(end, upto)
 
     def removed_up_to(self, poll: Poll) -> dict[tuple[str, str], int]:
