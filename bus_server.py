@@ -5486,17 +5486,18 @@ class Page:
             place = bisect_left(ordered, (ordered[place][0] + "\0",), place)
 
 
-def own_names(grant: Grant) -> Sequence[str]:
-    """The names that a token may read, if these are not all."""
-    return () if grant.operator else (grant.name, *grant.also)
+def inboxes(bus: Bus, request: Request) -> Page:
+    """The mailboxes with mail for a name that this token may read. If it may not read all, its names are looked up."""
 
-
-def inbox(bus: Bus, request: Request) -> Answer:
     def shows(own: str, box: Mailbox) -> bool:
         return own != EVERYONE and (box.firm or box.seen > 0) and request.grant.reads(own)
 
+    return Page(bus, request, shows, () if request.grant.operator else (request.grant.name, *request.grant.also))
+
+
+def inbox(bus: Bus, request: Request) -> Answer:
     recipients: dict[str, dict[str, int]] = {}
-    page = Page(bus, request, shows, own_names(request.grant))
+    page = inboxes(bus, request)
     for channel, own, box in page:
         recipients.setdefault(channel, {})[own] = unread(bus, channel, own, box)
     return ok(bus, f'"recipients": {encode(recipients)}{page.more}')
