@@ -151,7 +151,8 @@ def compose(to: Any, msg: str, *, fields: Any = None, **given: Any) -> tuple[str
     sender = own.get("AGENT_NAME") if sender is None else sender
     channel = channel or own.get("AGENT_BUS_CHANNEL", "default")
     if sender and sender == own.get("AGENT_NAME") and not re.fullmatch("[A-Za-z0-9][A-Za-z0-9._:@-]{0,63}", sender):
-        raise ValueError(f"AGENT_NAME is {sender!r}, which is no name: give 1 to 64 of A-Z a-z 0-9 . _ : @ -")
+        rule = "give 1 to 64 of A-Z a-z 0-9 . _ : @ - with a letter or digit first"
+        raise ValueError(f"AGENT_NAME is {sender!r}, which is not a name: {rule}")
     if not sender and not credentials(own["AGENT_BUS_URL"]):  # a token names its sender
         raise ValueError(f"the sender is missing: give --from NAME or set AGENT_NAME{unused_file()}")
     to = to.split(",") if isinstance(to, str) and "," in to else to
@@ -597,11 +598,10 @@ def emit(text: str) -> None:
 # The command line
 
 
-def told(answer: dict[str, Any], to: str | list[str], channel: str | None = None) -> str:
+def told(answer: dict[str, Any], to: str | list[str]) -> str:
     """A sentence about a stored message. It begins with `queued` if not all its receivers listen."""
     names = to if isinstance(to, str) else ",".join(to)
-    channel = channel or settings().get("AGENT_BUS_CHANNEL", "default")
-    names += "" if channel == "default" else f" on the channel {channel}"
+    names += "" if (channel := answer.get("channel", "default")) == "default" else f" on the channel {channel}"
     with contextlib.suppress(KeyError, TypeError, ArithmeticError):  # a bus of the first contract says nothing of them
         receiver = answer["receiver"]
         online, seen = receiver["online"], receiver.get("last_seen")
@@ -687,7 +687,7 @@ def main(argv: list[str] | None = None) -> int:
         if question:
             tell = (lambda answer: show_reply(answer, to, seconds)) if sys.stderr and sys.stderr.isatty() else None
             return show_reply(ask(to, msg, timeout=seconds, warn=complain, tell=tell, **given), to)
-        report(send(to, msg, patience=seconds, warn=complain, **given), to, as_json, given["channel"])
+        report(send(to, msg, patience=seconds, warn=complain, **given), to, as_json)
     except (KeyboardInterrupt, ValueError, Refused, Unreachable) as error:
         isinstance(error, KeyboardInterrupt) or complain(str(error))
         return {KeyboardInterrupt: 130, Refused: 1, Unreachable: 75}.get(type(error), 2)
@@ -713,10 +713,10 @@ def show_reply(answer: dict[str, Any], to: str, waits: float = 0.0) -> int:
     return 0
 
 
-def report(answer: dict[str, Any], to: str | list[str], as_json: bool = False, channel: str | None = None) -> None:
+def report(answer: dict[str, Any], to: str | list[str], as_json: bool = False) -> None:
     """What became of a send: one sentence for a person, one line of JSON for a program."""
     again = " (stored before, with the same key)" if answer.get("duplicate") is True else ""
-    sentence = told(answer, to, channel) + again
+    sentence = told(answer, to) + again
     person = bool(sys.stdout) and sys.stdout.isatty() and not as_json
     with contextlib.suppress(OSError):  # if nobody reads our output, the message is stored all the same
         emit(f"{visible(sentence)}\n" if person else json.dumps(answer) + "\n")

@@ -326,6 +326,10 @@ class Grant(NamedTuple):
     def reads(self, own: str) -> bool:
         return not self.send_only and (self.operator or own in (self.name, EVERYONE, *self.also))
 
+    def mailboxes(self) -> list[str]:
+        """The names that reads() allows; of an operator only some of them."""
+        return [] if self.send_only else [self.name, EVERYONE, *self.also]
+
     def may_see(self, message: Message) -> bool:
         return self.reads(message.to) or message.sender == self.name
 
@@ -3425,9 +3429,8 @@ class State(Rows):
 
         A large text is read only if it may be the same. Members in another order have the same length.
         """
-        if not its_hash and self.ask("SELECT length(text) FROM messages WHERE tick = ?", tick)[0] not in map(
-            len, texts
-        ):
+        length = "SELECT length(text) FROM messages WHERE tick = ?"
+        if not its_hash and self.ask(length, tick)[0] not in map(len, texts):
             its_hash = "of another text"
         message = None if its_hash else self.message(tick)
         if message and texts != {message.text}:
@@ -3554,10 +3557,9 @@ class View(Rows):
         """The rows for an observer, and up to which tick. SQLite passes over those that its token may not see."""
         sees, some = poll.sees or OPEN, "SELECT tick FROM messages WHERE tick > ? ORDER BY tick LIMIT 1 OFFSET ?"
         [end] = (None if sees.operator else self.ask(some, poll.since, self.LOOKED - 1)) or [upto]
-        names = encode([] if sees.send_only else [sees.name, EVERYONE, *sees.also])
         only = "tick > ? AND tick <= ? AND (? OR sender = ? OR name IN (SELECT value FROM json_each(?)))"
         rows = f"SELECT {ROW} FROM messages CROSS JOIN mailboxes ON mailbox = id WHERE {only} ORDER BY tick"
-        values = poll.since, min(end, upto), sees.operator, sees.name, names
+        values = poll.since, min(end, upto), sees.operator, sees.name, encode(sees.mailboxes())
         return self.database.execute(rows, values), min(end, upto)
 
     def removed_up_to(self, poll: Poll) -> dict[tuple[str, str], int]:
@@ -3595,9 +3597,8 @@ class View(Rows):
 
         Exhaust or close it, as mail().
         """
-        return self.mail(
-            f"messages.tick, sender, length(text), {ALIVE.replace('?', str(at))}", (channel, own), above, upto
-        )
+        columns = f"messages.tick, sender, length(text), {ALIVE.replace('?', str(at))}"
+        return self.mail(columns, (channel, own), above, upto)
 
     def look(self, channel: str, own: str, upto: int, most: int, above: int) -> Look:
         """The oldest message of a mailbox between two ticks that is not expired. It passes over `most`, and no more.
@@ -4546,7 +4547,8 @@ class Bus:
             self.answer(request)  # refuses it; nobody would read the body
 
     def answer(self, request: Request) -> Answer | None:
-        method, route = request.command, request.endpoint
+        method = request.command
+        route: Route | None = request.endpoint
         if method == "OPTIONS":
             return Answer(204, b"", headers=(("Allow", ", ".join(self.allowed(request))),))
         if not route:
@@ -4554,12 +4556,10 @@ class Bus:
             raise Refused(405, f"{request.route} takes {' or '.join(allowed)}", ("Allow", ", ".join(allowed)))
         if method == "HEAD" and route.takes:
             return Answer(200, b"")
-        if len(request.body) > HEAD_BYTES:
-            with self.storms.parsing(request.owner(), len(request.body)):
-                answer: Answer | None = route.call(request)
-        else:
-            answer = route.call(request)
-        return answer
+        if len(request.body) <= HEAD_BYTES:
+            return route.call(request)
+        with self.storms.parsing(request.owner(), len(request.body)):
+            return route.call(request)
 
     def allowed(self, request: Request) -> list[str]:
         methods = [method for method, route in self.routes if route == request.route]
@@ -5486,17 +5486,18 @@ class Page:
             place = bisect_left(ordered, (ordered[place][0] + "\0",), place)
 
 
-def own_names(grant: Grant) -> Sequence[str]:
-    """The names that a token may read, if these are not all."""
-    return () if grant.operator else (grant.name, *grant.also)
+def inboxes(bus: Bus, request: Request) -> Page:
+    """The mailboxes with mail for a name that this token may read. If it may not read all, its names are looked up."""
 
-
-def inbox(bus: Bus, request: Request) -> Answer:
     def shows(own: str, box: Mailbox) -> bool:
         return own != EVERYONE and (box.firm or box.seen > 0) and request.grant.reads(own)
 
+    return Page(bus, request, shows, () if request.grant.operator else (request.grant.name, *request.grant.also))
+
+
+def inbox(bus: Bus, request: Request) -> Answer:
     recipients: dict[str, dict[str, int]] = {}
-    page = Page(bus, request, shows, own_names(request.grant))
+    page = inboxes(bus, request)
     for channel, own, box in page:
         recipients.setdefault(channel, {})[own] = unread(bus, channel, own, box)
     return ok(bus, f'"recipients": {encode(recipients)}{page.more}')
@@ -5514,16 +5515,12 @@ def agents(bus: Bus, request: Request) -> Answer:
 
 def agent(bus: Bus, grant: Grant, channel: str, own: str, box: Mailbox) -> str:
     since, seen = (seconds(box.listening), seconds(box.seen)) if box.seen else ("null", "null")
-    text = (
-        f'{{"name": "{own}", "channel": "{channel}", "online": {boolean(bus.mailboxes.online(box))}, '
-        f'"since": {since}, "last_seen": {seen}'
-    )
+    online = boolean(bus.mailboxes.online(box))
+    text = f'"name": "{own}", "channel": "{channel}", "online": {online}, "since": {since}, "last_seen": {seen}'
     if grant.reads(own):
-        text += (
-            f', "address": {encode(box.address)}, "unread": {unread(bus, channel, own, box)}, '
-            f'"cursor": {seconds(box.mark())}'
-        )
-    return f"{text}{''.join([about(grant, channel, own, box) for about in bus.about])}}}"
+        number, cursor = unread(bus, channel, own, box), seconds(box.mark())
+        text += f', "address": {encode(box.address)}, "unread": {number}, "cursor": {cursor}'
+    return f"{{{text}{''.join([about(grant, channel, own, box) for about in bus.about])}}}"
 
 
 def message(bus: Bus, request: Request) -> Answer:
@@ -5671,12 +5668,8 @@ def block(message: dict[str, Any], me: str | None, now: int) -> str:
     """A message as bus_recv.py prints it. No line of a body can be taken for a head, or for the end of a block."""
     tick = int(message["id"], 16)
     says = {**message, "age": span((now - tick) // 1000000)}
-    goes_without_saying = {"to": me, "channel": "default", "age": "", "priority": "normal"}
-    head = [
-        f"{member}={label(says[member])}"
-        for member in HEADLINE
-        if says.get(member) not in (None, goes_without_saying.get(member))
-    ]
+    usual = {"to": me, "channel": "default", "age": "", "priority": "normal"}
+    head = [f"{each}={label(says[each])}" for each in HEADLINE if says.get(each) not in (None, usual.get(each))]
     text = shown(message["msg"])
     lines = (text[:-1] if text.endswith("\n") else text).replace("\n", "\n| ")
     return f"{iso(tick)} {' '.join(head)}\n| {lines}\n---\n"

@@ -8,7 +8,21 @@ import time
 from typing import Any
 from urllib.parse import urlencode
 
-from _mcp_tools import BODY, FIELDS, ROOM, SECONDS, TEXT, Ask, Failed, Session, Steps, Tool, fitting, tick_of_ts
+from _mcp_tools import (
+    BODY,
+    FIELDS,
+    ROOM,
+    SECONDS,
+    TEXT,
+    Ask,
+    Failed,
+    Session,
+    Steps,
+    Tool,
+    fitting,
+    receivers,
+    tick_of_ts,
+)
 
 WHEN = ("after", "at", "cron")
 SHOWN = 200  # characters of a message in the list
@@ -19,7 +33,7 @@ def later(me: Session, /, to: str, msg: str, **given: Any) -> Steps:
     if "at" in when:
         when["at"] = moment(when["at"])
     key = given.pop("key", None) or secrets.token_hex(8)
-    message = {**me.signed(), "to": to.split(",") if "," in to else to, "msg": msg, **given}
+    message = {**me.signed(), "to": receivers(to), "msg": msg, **given}
     try:
         answer = yield Ask("/later", {**when, "key": key, "message": message})
     except Failed as failed:

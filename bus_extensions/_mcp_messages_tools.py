@@ -27,6 +27,7 @@ from _mcp_tools import (
     fitting,
     forget,
     id_of,
+    receivers,
     shown,
     span,
     tick_of_ts,
@@ -36,11 +37,6 @@ from _mcp_tools import (
 def send(me: Session, /, to: str, msg: str, **fields: Any) -> Steps:
     answer = yield from me.send({"to": receivers(to), "msg": msg, **fields})
     return stored(answer, to)
-
-
-def receivers(text: str) -> str | list[str]:
-    """`a,b` is a list: a send to it is stored whole or not at all."""
-    return text if "," not in text else text.split(",")
 
 
 def stored(answer: Answer, to: str) -> str:

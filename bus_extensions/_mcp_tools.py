@@ -355,6 +355,11 @@ def fields(names: Iterable[str]) -> dict[str, dict[str, str]]:
     return {name: FIELDS[name] for name in names}
 
 
+def receivers(text: str) -> str | list[str]:
+    """`a,b` is a list: a send to it is stored whole or not at all."""
+    return text if "," not in text else text.split(",")
+
+
 # The tools: each file _NAME_tools.py beside this one has a table TOOLS
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from functools import partial
 
-from bus_server import EVERYONE, Answer, Bus, Mailbox, Page, Request, encode, ok, own_names, unread
+from bus_server import Answer, Bus, Request, encode, inboxes, ok, unread
 
 TABLES, NOUN, OPERATIONS = None, "", ()
 
@@ -23,11 +23,7 @@ def channels(bus: Bus, request: Request) -> Answer:
 
     So `max` limits mailboxes, and the rest of a channel may be in the next answer.
     """
-
-    def shows(own: str, box: Mailbox) -> bool:
-        return own != EVERYONE and (box.firm or box.seen > 0) and request.grant.reads(own)
-
-    page = Page(bus, request, shows, own_names(request.grant))
+    page = inboxes(bus, request)
     sums: dict[str, dict[str, int]] = {}
     for channel, own, box in page:
         each = sums.setdefault(channel, {"mailboxes": 0, "unread": 0})

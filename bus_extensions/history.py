@@ -10,7 +10,6 @@ from typing import Any
 from bus_server import (
     ALIVE,
     ANSWER_BYTES,
-    EVERYONE,
     MAX_MESSAGES,
     ROW,
     Answer,
@@ -86,7 +85,7 @@ class History:
 def conditions(request: Request, now: int) -> tuple[str, list[Any]]:
     """In SQL: what the query asks for, of what the token may see and has not expired."""
     query, grant = request.query(), request.grant
-    names = encode([] if grant.send_only else [grant.name, EVERYONE, *grant.also])
+    names = encode(grant.mailboxes())
     wanted: list[tuple[str, tuple[Any, ...]]] = [
         (ALIVE, (now,)),
         ("(? OR sender = ? OR name IN (SELECT value FROM json_each(?)))", (grant.operator, grant.name, names)),

@@ -166,7 +166,7 @@ class Replies:
         some = "SELECT tick AS its, sender AS who FROM messages WHERE answers = ? AND tick <= ? ORDER BY tick LIMIT ?"
         joined = f"({some}) CROSS JOIN messages ON tick = its JOIN mailboxes ON mailbox = id"
         where = f"{which} AND (? OR name IN (SELECT value FROM json_each(?))) AND {ALIVE} ORDER BY tick"
-        mine = encode([grant.name, EVERYONE, *grant.also])
+        mine = encode(grant.mailboxes())
         values = question.tick, self.bus.last, self.LOOKED, whose, grant.operator, mine, view.clock()
         withheld = [each.tick for each in self.bus.withheld.values()]
         with contextlib.closing(self.found(f"SELECT {ROW} FROM {joined} WHERE {where}", *values)) as replies:
@@ -193,11 +193,11 @@ class Replies:
         if after is None:
             raise Refused(400, "after must be the id that the last answer has as `next`")
         root, grant, reader = self.bus.view.lineage(wanted or 0)[0], request.grant, reader_of(request)
-        mine = [] if grant.send_only else [grant.name, EVERYONE, *grant.also]  # SQLite passes over others' mail
+        # SQLite passes over others' mail
         only = "(? OR sender = ? OR name IN (SELECT value FROM json_each(?)))"
         where = f"WHERE thread = ? AND tick > ? AND tick <= ? AND {only} ORDER BY tick"
         upto = self.last_of_page(root, after)
-        values = root, after, upto, grant.operator, grant.name, encode(mine)
+        values = root, after, upto, grant.operator, grant.name, encode(grant.mailboxes())
         first = self.bus.view.message(root) if root > after else None
         seen: list[str] = []
         size, last = 0, 0

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from bus_server import (
     ALIVE,
     ANSWER_BYTES,
-    EVERYONE,
     MAX_MESSAGES,
     ROW,
     SINCE,
@@ -107,7 +106,7 @@ class Search:
     def search(self, request: Request) -> None:
         self.check(request)
         bus, owner, query, grant = self.bus, request.owner(), request.query(), request.grant
-        mine = [] if grant.send_only else [grant.name, EVERYONE, *grant.also]
+        mine = grant.mailboxes()
         wanted = index.Wanted(match_of(query.needed("q")), grant.name, None if grant.operator else mine)
         values = values_of(request, mine)
         above, below = moment(query, "since", 0, bus.last), moment(query, "before", bus.last + 1, bus.last + 1)

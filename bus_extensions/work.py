@@ -172,7 +172,7 @@ class Work:
             self.look_again((worker.channel, worker.queue), worker.lease)
             if max(job.attempt for job in result.jobs) >= self.attempts and not worker.queue.endswith(DEAD):
                 self.bury_after(worker.lease)
-        elif worker.hold > 0 and connection.phase is BUSY and not connection.ended | bus.draining:
+        elif worker.hold > 0 and connection.phase is BUSY and not (connection.ended or bus.draining):
             if bus.mailboxes.box(worker.channel, worker.queue).newest > result.looked:  # one arrived since the claim
                 self.ask(connection, worker)
             else:

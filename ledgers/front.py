@@ -16,7 +16,6 @@ import math
 import secrets
 import sqlite3
 import time
-import traceback
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NoReturn
@@ -35,6 +34,7 @@ from bus_server import (
     Remove,
     Step,
     say,
+    say_exception,
 )
 
 from . import READ_BYTES, Unknown
@@ -204,7 +204,7 @@ class Front(bus_server.Ledger):
     def stop(self, error: Exception) -> None:
         """This copy cannot follow the ledger any more. What it would answer from now on could be wrong."""
         if not isinstance(error, (Differs, sqlite3.Error, OSError, MemoryError)):
-            say("".join(traceback.format_exception(type(error), error, error.__traceback__)))
+            say_exception(error)
         say(f"bus_server: {self.mirror.path}: {error}; this front stops")
         self.bus.broken, self.mirror.is_live = True, False
 

@@ -56,7 +56,7 @@ def stored(database: Any) -> dict[str, Row]:
 def revoked(database: Any, tokens: list[str]) -> set[str]:
     """Those of these tokens that were revoked by an entry of the ledger before this one."""
     asked = "SELECT line FROM front_tokens WHERE id IN (SELECT value FROM json_each(?))"
-    found = database.execute(asked, (encode(tokens),)).fetchall() if tokens else []
+    found = database.execute(asked, (encode(tokens),)).fetchall()
     return {row["id"] for row in map(json.loads, chain(*found)) if row["revoked"]}
 
 

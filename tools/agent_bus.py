@@ -352,7 +352,7 @@ fish, in ~/.config/fish/config.fish: agent-bus completion fish | source
 
 
 class Unknown(Exception):
-    """The user has named a command or a shell that does not exist; the text says which exist."""
+    """The user has asked for what there is not, or what cannot be had; the text says what to do."""
 
 
 class Missing(Unknown):

@@ -85,10 +85,7 @@ def grouped(**more: Any) -> Callable[[str], dict[str, Any]]:
 # Gemini CLI keeps variables with such names from a server, unless its entry names them; empty ones are as good as none.
 KEPT_BACK = {"AGENT_BUS_TOKEN": "${AGENT_BUS_TOKEN:-}"}
 # Codex gives a server only the variables that its entry names.
-FORWARDED = [
-    *(f"AGENT_BUS_{name}" for name in "URL TOKEN TOKEN_FILE CA CHANNEL PROFILE STATE_DIR".split()),
-    "AGENT_NAME",
-]
+FORWARDED = [*TAKEN_ALONG, "AGENT_BUS_TOKEN", "AGENT_BUS_UA", "AGENT_BUS_OUTBOX", "AGENT_NAME"]
 AGENTS = {
     "claude": Agent(
         "Claude Code",

@@ -81,7 +81,7 @@ def show(path: str, now: str | None, shall: str | None) -> None:
     """What would change, for a person. Lines that stay are not shown: they may hold secrets."""
     before, after = (list(map(Line, (text or "").splitlines())) for text in (now, shall))
     for line in difflib.unified_diff(before, after, path, path, n=0, lineterm=""):
-        bus_recv.emit(f"{bus_recv.visible(line)}\n")
+        tell(line)
 
 
 class Change:

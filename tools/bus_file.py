@@ -345,7 +345,7 @@ def leave(options: argparse.Namespace) -> int:
     msg = f"file {bus_recv.word(name)} {size} bytes sha256 {digest}"
     given = {"sender": options.sender, "channel": options.channel, "type": "file", "subject": options.subject}
     complain(f"{bus_recv.word(name)} is on the bus, its sha256 is {digest}")
-    bus_send.report(bus_send.send(options.to, msg, fields=said, **given), options.to, channel=options.channel)
+    bus_send.report(bus_send.send(options.to, msg, fields=said, **given), options.to)
     return 0
 
 

@@ -172,16 +172,17 @@ def run(options: argparse.Namespace, further: Sequence[str]) -> int:
     installs = options.command == "install"
     if options.agent == "service":
         return install_service(further, options.dry_run) if installs else uninstall_service(options.dry_run)
+    if options.agent in AGENTS and not installs:
+        return uninstall_agent(options.agent, options)
     if options.agent in AGENTS:
-        if installs and options.name:
+        if options.name:
             bus_recv.check_name(options.name)
-        if installs:
-            bus_recv.urls_of(bus_recv.settings(options.url)["AGENT_BUS_URL"])  # ValueError, if that is none
-        return install_agent(options.agent, options) if installs else uninstall_agent(options.agent, options)
+        bus_recv.urls_of(bus_recv.settings(options.url)["AGENT_BUS_URL"])  # ValueError, if that is none
+        return install_agent(options.agent, options)
     known = [*AGENTS, "service"]
     similar = difflib.get_close_matches(options.agent, known, 1)
-    further = "; another agent can run the MCP server, agent-bus-mcp" if installs else ""
-    meant = f"did you mean {similar[0]}?" if similar else f"only {', '.join(known)}{further}"
+    others = "; another agent can run the MCP server, agent-bus-mcp" if installs else ""
+    meant = f"did you mean {similar[0]}?" if similar else f"only {', '.join(known)}{others}"
     complain(f"{options.agent!r} is not known: {meant}")
     return 2
 

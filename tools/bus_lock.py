@@ -225,19 +225,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     bus_recv.tell_people(complain)
     try:
         return run(options, named[options.command])
-    except BrokenPipeError:  # nobody reads us any more
-        return 0
-    except KeyboardInterrupt:
-        return 130
-    except bus_recv.Unreachable as fault:
-        complain(bus_recv.no_bus(bus_recv.settings()["AGENT_BUS_URL"], fault))
-        return 75
-    except bus_recv.Refused as refused:
-        complain(str(refused))
-        return 3 if refused.status == 409 else 1
-    except (ValueError, OSError) as error:
-        complain(str(error))
-        return 2
+    except bus_recv.FAULTS as fault:
+        code = bus_recv.ended(fault, "bus_lock")
+        return 3 if getattr(fault, "status", 0) == 409 else code
 
 
 if __name__ == "__main__":

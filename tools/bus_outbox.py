@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Send one message to an agent-bus, now or when the bus is reachable: text on stdin, receiver on the command line.
+"""Send one message to an agent-bus, now or when the bus is reachable. The text is an argument, or on stdin.
 
     echo "T1 is done" | AGENT_BUS_URL=http://10.0.0.5:8080 AGENT_NAME=spark python3 tools/bus_outbox.py dell
     python3 tools/bus_outbox.py --flush
@@ -212,7 +212,7 @@ def deliver(outbox: Outbox, message: dict[str, Any] | None, patience: float, as_
                 complain(f"refused, and moved to {os.path.join(outbox.dead, name)}: {outcome}")
                 code = code if mine else 1
             elif name == mine:
-                bus_send.report(outcome, sent["to"], as_json, sent.get("channel"))
+                bus_send.report(outcome, sent["to"], as_json)
             sent_now += not isinstance(outcome, bus_send.Refused)
     except bus_send.Refused as refused:
         code, reason = 1, str(refused)

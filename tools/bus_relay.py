@@ -59,6 +59,7 @@ STORED_BEFORE = 409  # our key is there: with another ttl, before we were killed
 STILL_FULL = 900.0  # s of 429 for one receiver; all others wait meanwhile. Turns are counted for less: 10 minutes
 DEAD_BYTES = 16 << 20  # of the file of refused messages; there are two of them at most
 REFUSES, AWAY = (bus_recv.Refused, bus_send.Refused), (bus_recv.Unreachable, bus_send.Unreachable)
+NO_KEYS = "it is a bus of the first contract, which has no keys: a relay needs a newer bus there"
 REFUSED = "undeliverable"  # the type of what we send to the sender of a refused message
 ID = re.compile("[0-9a-f]{1,16}")
 # Who sent a message, and the relays that it came by; so much of a field each program shows.
@@ -101,7 +102,7 @@ class Other:
         health = self.ask("/healthz")
         if "bus" not in health:
             self.ask("/inbox")  # a closed bus that does not know us refuses this
-            raise first_contract(self.url)
+            raise bus_send.Refused(404, NO_KEYS)
         return str(health["bus"])
 
     def ask(self, path: str) -> dict[str, Any]:
@@ -144,7 +145,7 @@ class Relay(bus_recv.Reader):
         bus = str(answer.get("bus", bus_recv.OLD_CONTRACT))
         if bus == bus_recv.OLD_CONTRACT:
             bus_recv.ask(self.url, "/inbox", bus_recv.GRACE_SECONDS)  # a closed bus that does not know us refuses this
-            raise first_contract(self.url)
+            raise bus_recv.Refused(404, NO_KEYS)
         if bus == self.other.id():
             raise ValueError(f"{self.url} and {self.other.url} are the same bus: give two")
         super().take_up(answer)
@@ -322,10 +323,6 @@ def told_to_wait(fault: bus_send.Unreachable) -> str:
     """The reason of a 429 of the bus itself. Empty for other faults, and for a 429 of a proxy: that is for any mail."""
     found = re.fullmatch(r"429: (?!a web page, not a bus|not from a bus)(.*)", str(fault), re.DOTALL)
     return found[1] if found else ""
-
-
-def first_contract(url: str) -> bus_recv.Refused:
-    return bus_recv.Refused(404, f"{url} is a bus of the first contract, which has no keys: a relay needs them")
 
 
 def complain(line: str) -> None:

@@ -127,16 +127,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         text = bus_log.short if options.short else bus_log.whole
         as_json = options.json and (lambda message, _: f"{bus_recv.dump(message)}\n")
         return show(pages(url, query_of(options, url)), options.max, options.all, as_json or text)
-    except BrokenPipeError:  # nobody reads us any more
-        return 0
-    except KeyboardInterrupt:
-        return 130
-    except bus_recv.Unreachable as fault:
-        complain(bus_recv.no_bus(url, fault))
-        return 75
-    except (bus_recv.Refused, ValueError, OSError) as error:
-        complain(str(error))
-        return 1 if isinstance(error, bus_recv.Refused) else 2
+    except bus_recv.FAULTS as fault:
+        return bus_recv.ended(fault, "bus_search")
 
 
 if __name__ == "__main__":

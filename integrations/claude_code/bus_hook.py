@@ -120,8 +120,8 @@ class Memory:
     """
 
     def __init__(self, event: dict[str, Any]) -> None:
-        its = event.get("session_id") or event.get("sessionId") or event.get("conversation_id")
-        self.path = os.path.join(bus_recv.state_directory(), "turns", bus_recv.file_name(str(its)))
+        self.session = event.get("session_id") or event.get("sessionId") or event.get("conversation_id")
+        self.path = os.path.join(bus_recv.state_directory(), "turns", bus_recv.file_name(str(self.session)))
         self.is_new = not os.path.exists(self.path)
         if self.is_new:
             self.forget_others()
@@ -170,7 +170,6 @@ class Look:
         idle = self.starts or self.ends or event.get("notification_type") == "idle_prompt"
         self.state = "idle" if idle else "waiting" if self.silent else "busy"
         self.directory = project_of(event)
-        self.id = event.get("session_id") or event.get("sessionId") or event.get("conversation_id")
         self.title = event.get("session_title")
         self.memory = Memory(event)
         self.before = self.starts and self.memory.is_new and event.get("source", "startup") in ("startup", "fork")
@@ -188,7 +187,8 @@ class Look:
             return
         trouble = ""
         try:
-            me = session.this_session(processes.its_process(self.program), self.directory, self.id, self.title)
+            process = processes.its_process(self.program)
+            me = session.this_session(process, self.directory, self.memory.session, self.title)
             self.facts.append(me.news)
             status = self.status(me)
             counts = self.introduce(me, status) if self.starts else notice.count(me, ANSWER_SECONDS, status)

@@ -323,7 +323,7 @@ def attributes(message: dict[str, Any]) -> dict[str, str]:
 
 
 def complain(line: str) -> None:
-    print("bus_mcp:", bus_recv.visible(line.replace("\n", " ")), file=sys.stderr)
+    bus_recv.complain(line, "bus_mcp")
 
 
 def main() -> None:

@@ -102,7 +102,8 @@ def this_session(
     """
     asked = bus_recv.settings().get("AGENT_NAME")
     if asked and not bus_recv.NAME.fullmatch(asked):
-        raise ValueError(f"AGENT_NAME is {asked!r}, which is not a name")
+        rule = "give 1 to 64 of A-Z a-z 0-9 . _ : @ - with a letter or digit first"
+        raise ValueError(f"AGENT_NAME is {asked!r}, which is not a name: {rule}")
     if asked and asked.lower() in RESERVED:
         raise ValueError(f"AGENT_NAME is {asked}, which is reserved: set another name")
     born = processes.birth(process) if process else ""

@@ -68,6 +68,13 @@ def test_without_an_answer_it_ends_with_3_and_says_what_will_be():
                    "bus_send: no answer to 652a7c1b2f3e1 yet: it will arrive as mail\n")  # fmt: skip
 
 
+@pytest.mark.parametrize("channel, named", [("ops", " on the channel ops"), ("default", "")])
+def test_the_channel_of_a_question_is_named_and_not_that_of_the_environment(channel, named):
+    with Scripted(stored(channel=channel, reply=None, receiver=NOT_YET)) as server:
+        err = ask(server, "--timeout", "0", "--channel", channel, AGENT_BUS_CHANNEL="builds")[2]
+    assert err.startswith(f"queued: nobody has ever listened as dell{named}, 1 unread\n")
+
+
 def test_a_person_is_told_once_what_became_of_the_question(monkeypatch, capsys):
     with Scripted(stored(reply=None, receiver=NOT_YET)) as server:
         monkeypatch.setattr(sys.stderr, "isatty", lambda: True)

@@ -46,9 +46,8 @@ def program(script, *arguments, stdin=b"", env=None, **options):
     streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
     process = forked.Popen(command, env={**os.environ, **(env or {})}, **streams)
     if stdin is not None and process.stdin:
-        with contextlib.suppress(BrokenPipeError):
+        with contextlib.suppress(BrokenPipeError), process.stdin:  # the end of this writes what the buffer has
             process.stdin.write(stdin)
-        process.stdin.close()
         process.stdin = None
     return process
 
@@ -86,6 +85,19 @@ def cursors(home):
 def refusing():
     """The URL of a port where nobody listens."""
     return f"http://127.0.0.1:{free_port()}"
+
+
+def test_a_program_may_end_before_it_has_read_its_stdin(monkeypatch):
+    """The control: such a program is judged by its exit code, however early it ends."""
+    start = forked.Popen
+
+    def start_and_wait(*command, **options):
+        process = start(*command, **options)
+        process.wait(PATIENCE)
+        return process
+
+    monkeypatch.setattr(forked, "Popen", start_and_wait)
+    assert run("bus_send.py", "--version", stdin=b"hi")[0] == 0
 
 
 # ── The program ──────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -22,6 +22,7 @@ from tools import bus_edit, bus_install
 sys.path.append(str(ROOT / "tools"))
 import bus_agents
 import bus_change
+import bus_doctor_way
 
 AGENTS = sorted(bus_agents.AGENTS)
 JSON_FILES = {
@@ -293,6 +294,12 @@ def test_of_a_file_that_cannot_be_written_no_temporary_name_is_told(install, hou
 
     monkeypatch.setattr(bus_change.tempfile, "mkstemp", refused)
     assert f"{bus_agents.AGENTS['gemini'].servers.path()}: Permission denied\n" in install("install", "gemini", code=2)
+
+
+def test_codex_hands_on_each_variable_that_a_client_reads(install, house):
+    install("install", "codex", "--url", "http://10.0.0.5:1")
+    entry = entry_of("codex")
+    assert {*entry["env_vars"], *entry["env"]} == bus_doctor_way.VARIABLES
 
 
 def test_what_codex_writes_after_our_table_stays(install, house):

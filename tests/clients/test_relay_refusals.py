@@ -148,7 +148,7 @@ def test_a_bus_of_the_first_contract_is_refused(old, buses, home):
     with Scripted(mail(bus=None), bus=None) as other:
         profile(home, old, other)
         code, err = relay("bob")
-    assert code == 1 and f"{other.url} is a bus of the first contract, which has no keys" in err
+    assert code == 1 and f"bus_relay: {other.url}: it is a bus of the first contract, which has no keys" in err
 
 
 def test_a_bus_in_the_environment_is_refused(buses, home):

@@ -205,7 +205,7 @@ def test_a_channel_that_is_not_the_usual_one_is_named():
     """Else a channel that was mistyped looks as if nobody had ever had that name."""
     nobody = {"online": False, "last_seen": None, "known": False}
     sentence = "queued: nobody has ever listened as alice on the channel swram"
-    assert bus_send.told({"ts": NOON, "receiver": nobody}, "alice", "swram") == sentence
+    assert bus_send.told({"ts": NOON, "channel": "swram", "receiver": nobody}, "alice") == sentence
 
 
 def test_a_terminal_gets_a_sentence_and_a_program_gets_json(home):
@@ -345,6 +345,8 @@ def test_an_agent_name_that_is_none_is_refused_before_the_bus_is_asked(call):
     code, out, err = run(*call.split(), env={"AGENT_BUS_URL": refusing(), "AGENT_NAME": "my agent"})
     assert (code, out) == (2, "") and "'my agent'" in err and "A-Z a-z 0-9" in err
     assert "AGENT_NAME" in err or call.startswith("bus_recv")
+    _, _, err = run(*call.split(), env={"AGENT_BUS_URL": refusing(), "AGENT_NAME": "-spark"})
+    assert "'-spark'" in err and "with a letter or digit first" in err  # each of its characters is one of those
 
 
 @pytest.mark.parametrize("call", [

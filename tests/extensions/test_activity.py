@@ -3,19 +3,12 @@ import json
 
 import pytest
 
-from bus_server import OPEN, Now, Poll, Put, Query, draft
+from bus_server import Now, Poll, Put, draft
 from tests.kit import inside
 from tests.kit.clock import Clock
 
 START = 1_795_203_600_000_000  # a tick
 MINUTE = 60_000_000
-
-
-class Asks:
-    """A request for the figures."""
-
-    def __init__(self, query=""):
-        self.query, self.grant, self.owner = lambda: Query(query), OPEN, lambda: "x"
 
 
 @pytest.fixture
@@ -27,7 +20,7 @@ def bus():
 
 
 def asked(bus, query=""):
-    return json.loads(bus.routes["GET", "/activity"].call(Asks(query)).body)
+    return json.loads(bus.routes["GET", "/activity"].call(inside.Asks(query)).body)
 
 
 def activity(bus):

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from bus_server import OPEN, PARKED_PER_NAME, Query, draft, nothing_follows
+from bus_server import PARKED_PER_NAME, draft, nothing_follows
 from tests.core.test_identity import ask, may_read
 from tests.kit import inside
 from tests.kit.peers import Peer, invite
@@ -70,16 +70,6 @@ def test_nobody_vouches_for_mail_that_a_cursor_dated_after_the_first_token(tmp_p
         assert (digest["unread"], digest["vouched"]) == (1, [])
 
 
-class Asks:
-    """A request for a digest."""
-
-    def __init__(self, query):
-        self.query, self.grant, self.owner = lambda: Query(query), OPEN, lambda: "x"
-
-    def plain(self):
-        return False
-
-
 def filled(messages):
     """A bus inside the test that has stored these."""
     bus = inside.make(":memory:")
@@ -90,7 +80,7 @@ def filled(messages):
 
 
 def counted(bus, query="to=bob"):
-    return json.loads(bus.routes["GET", "/digest"].call(Asks(query)).body)
+    return json.loads(bus.routes["GET", "/digest"].call(inside.Asks(query)).body)
 
 
 def test_a_digest_looks_at_so_many_messages_and_bytes_and_says_that_there_are_more(monkeypatch):

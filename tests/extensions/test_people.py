@@ -401,9 +401,10 @@ def test_a_name_that_only_says_its_status_stays_listed_until_that_is_over(status
     boxes.drop([("default", "quiet")])
     said.forget()
     assert said.boxes == {boxes.boxes["default", "quiet"]}
-    assert json.loads(said.bus.routes["GET", "/agents"].call(Asks("")).body)["agents"][0]["status"]["state"] == "idle"
+    agents = said.bus.routes["GET", "/agents"].call
+    assert json.loads(agents(inside.Asks()).body)["agents"][0]["status"]["state"] == "idle"
     now[0] = 60.0
-    assert "status" not in json.loads(said.bus.routes["GET", "/agents"].call(Asks("")).body)["agents"][0]
+    assert "status" not in json.loads(agents(inside.Asks()).body)["agents"][0]
 
 
 def test_a_page_of_agents_ends_at_about_a_mebibyte_of_what_they_say(statuses):
@@ -413,19 +414,12 @@ def test_a_page_of_agents_ends_at_about_a_mebibyte_of_what_they_say(statuses):
         said.say(Says(f"a{number:03}", text="\U0001f600" * 500))
     call, found, query = said.bus.routes["GET", "/agents"].call, [], ""
     while query is not None:
-        body = call(Asks(query)).body
+        body = call(inside.Asks(query)).body
         assert len(body) < 1.1 * (1 << 20)
         answer = json.loads(body)
         found += [each["name"] for each in answer["agents"]]
         query = f"after={answer['next']}" if answer.get("more") else None
     assert found == [f"a{number:03}" for number in range(1000)]
-
-
-class Asks:
-    """A request for a page of names."""
-
-    def __init__(self, query):
-        self.query, self.grant, self.owner = lambda: Query(query), OPEN, lambda: "x"
 
 
 @pytest.mark.parametrize("query", ["", "after=default/agent-050000", "online=true", "online=false"])
@@ -434,7 +428,7 @@ def test_a_page_of_agents_takes_under_50_ms_of_the_loop(many, query):
 
     def took():
         start = time.thread_time()
-        answer = json.loads(call(Asks(query)).body)
+        answer = json.loads(call(inside.Asks(query)).body)
         assert len(answer["agents"]) == (0 if query == "online=true" else 201), "a look for each, for `oldest`"
         return time.thread_time() - start
 

@@ -577,7 +577,7 @@ KINDS = [
          "read alone, are looked up",
          (f"{TURNS}::test_a_list_walks_so_many_names_and_the_next_page_goes_on",
           f"{TURNS}::test_who_reads_one_name_is_told_of_it_at_once_however_many_there_are"),
-         "`Page` does not ask `WALKED` (the first); `own_names()` is empty (the last)"),
+         "`Page` does not ask `WALKED` (the first); `inboxes()` names none (the last)"),
     Kind("what is behind a mark is passed again and again: expired messages",
          "what was read or recalled is taken off the count, and passed once",
          (f"{TURNS}::test_what_was_read_and_expired_is_passed_once",),

@@ -221,4 +221,5 @@ def test_what_the_bus_refuses_is_said_at_the_start_and_not_again():
     with Scripted(answer({"error": "no token: ask for an <invitation>"}, status=401)) as server:
         assert "from the agent-bus: the token of this session is missing, wrong or revoked" in text(server.url, START)
         assert text(server.url, STOP) == text(server.url, PROMPT) == ""
-    assert "AGENT_NAME is 'no name', which is not a name" in text(refusing(), START, AGENT_NAME="no name")
+    said = text(refusing(), START, AGENT_NAME="no name")
+    assert "AGENT_NAME is 'no name', which is not a name: give 1 to 64 of A-Z a-z 0-9 . _ : @ - with a letter" in said

@@ -2,7 +2,7 @@
 import hashlib
 
 import bus_server
-from bus_server import CLIENTS, REPORT, State, command_line, make_bus, start_extensions
+from bus_server import CLIENTS, OPEN, REPORT, Query, State, command_line, make_bus, start_extensions
 from tests.kit.forker import remember_extensions
 
 remember_extensions(bus_server)  # they keep nothing beside what start() makes
@@ -36,6 +36,16 @@ def looks():
     close(bus)
     others = sorted(CLIENTS)[1:]
     return [path + ASKED.get(path, "") for method, path in bus.routes if method == "GET" and path not in others]
+
+
+class Asks:
+    """A request with this query, to be handed to an endpoint."""
+
+    def __init__(self, query=""):
+        self.query, self.grant, self.owner = lambda: Query(query), OPEN, lambda: "x"
+
+    def plain(self):
+        return False
 
 
 def said(capfd):
