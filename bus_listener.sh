@@ -318,8 +318,8 @@ for one in "${urls[@]}"; do
   [[ $one != *@* || $one == unix:* ]] || die 2 "the URL of the bus has a login (user@): remove it; a bus takes the token in AGENT_BUS_TOKEN"
 done
 [ -n "${AGENT_NAME:-}" ] || die 2 "the name is missing: give NAME, or set AGENT_NAME"
-[[ $AGENT_NAME =~ $grammar ]] || die 2 "'$AGENT_NAME' is not a name: give up to 64 letters, digits and ._:@-"
-[[ $channel =~ $grammar ]] || die 2 "the channel '$channel' is not a name: give up to 64 letters, digits and ._:@-"
+[[ $AGENT_NAME =~ $grammar ]] || die 2 "'${AGENT_NAME//[[:cntrl:]]/?}' is not a name: give up to 64 letters, digits and ._:@-"
+[[ $channel =~ $grammar ]] || die 2 "the channel '${channel//[[:cntrl:]]/?}' is not a name: give up to 64 letters, digits and ._:@-"
 block=false rest=${INTERVAL:-30} hold=25  # s; common proxies cut a request that is quiet for 30
 [ "${BLOCK:-0}" = 0 ] || block=true rest=${INTERVAL:-1}  # s; a bus that is shutting down answers each poll at once
 [[ $rest =~ ^[0-9]+(\.[0-9]+)?$ ]] || die 2 "INTERVAL must be a number of seconds"
