@@ -6086,8 +6086,7 @@ def invite(arguments: Sequence[str]) -> None:
     file, words, here = Tokens(options.db), invitations(), running(options.db)
     if words and not words.agreed(options.name, options.db, here, file.closed, options.yes, options.url):
         raise Unusable("no token was made")
-    secret = secrets.token_urlsafe(32)
-    row = token_row(options, secret)
+    row = token_row(options, secret := secrets.token_urlsafe(32))
     token = f"{row['id']}_{secret}"
     for own in [own for own in file.rows() if own["name"] == options.name and not over(own)]:
         made = day(own["made"])
@@ -6152,40 +6151,41 @@ def running(path: str) -> str:
 
 
 def revoke(arguments: Sequence[str]) -> int:
-    """Take back the tokens of a name, all or those with one label. The server sees it within a tenth of a second."""
-    parser = command("revoke", "Revoke the tokens of NAME.")
-    parser.add_argument("name", metavar="NAME")
+    """Take back the tokens of a name, all or those with one label, or one by its id. A server sees it within 0.1 s."""
+    parser = command("revoke", "Revoke the tokens of NAME, or one token by its id.")
+    parser.add_argument("name", metavar="NAME", help="a name, or the id of one token: `tokens` lists both")
     parser.add_argument("--label", metavar="TEXT", help="only those with this label")
     options = parser.parse_args(arguments)
     file = Tokens(existing(options.db))
     rows = [row for row in file.rows() if not row["revoked"]]
-    labels = {row["id"]: row.get("label", "") for row in rows if row["name"] == options.name}
+    labels = {row["id"]: row.get("label", "") for row in rows if options.name in (row["name"], row["id"])}
     wanted = [token for token, label in labels.items() if options.label in (None, label)]
     which = f"{options.name} {options.label or ''}".strip()
     if wanted:  # else do not make a file, which would close the bus
         file.change(lambda rows: [{**row, "revoked": int(time.time())} if row["id"] in wanted else row for row in rows])
-        print(f"revoked the tokens of {which}: {' '.join(wanted)}")
+        owner = {row["id"]: row["name"] for row in rows}.get(options.name)
+        print(f"revoked {f'one token of {owner}' if owner else f'the tokens of {which}'}: {' '.join(wanted)}")
         return 0
     similar = meant(options.label or "", labels.values()) if labels else meant(options.name, {r["name"] for r in rows})
-    print(f"{which} has no token{similar}", file=sys.stderr)
+    is_over = options.name in [row["id"] for row in file.rows()] and not labels
+    print(f"{which} {'is revoked already' if is_over else f'has no token{similar}'}", file=sys.stderr)
     return 1
 
 
 def tokens(arguments: Sequence[str]) -> int:
     """List the tokens and their names. The bus does not know the secrets."""
     parser = command("tokens", "List the tokens of a bus.")
-    parser.add_argument("name", metavar="NAME", nargs="?", help="only those of NAME")
+    parser.add_argument("name", metavar="NAME", nargs="?", help="only those of NAME, or the one with this id")
     options = parser.parse_args(arguments)
     used, rows = last_used(existing(options.db)), Tokens(options.db).rows()
-    if options.name and options.name not in [row["name"] for row in rows]:
+    if options.name and not any(options.name in (row["name"], row["id"]) for row in rows):
         print(f"{options.name} has no token{meant(options.name, {row['name'] for row in rows})}", file=sys.stderr)
         return 1
     header = f"{'id':13} {'name':20} {'made':10} {'last used':10} {'expires (UTC)':20} grants"
     print(header if rows else "no tokens: the bus is open")
-    for row in (row for row in rows if options.name in (None, row["name"])):
-        grants = ["send"] if row["send_only"] else ["send", "read", *(f"read:{each}" for each in row["also"])]
-        grants += ["operator"] if row["operator"] else []
-        state = over(row) or " ".join(grants)
+    for row in (row for row in rows if options.name in (None, row["name"], row["id"])):
+        reads = [] if row["send_only"] else ["read", *(f"read:{each}" for each in row["also"])]
+        state = over(row) or " ".join(["send", *reads, *(["operator"] if row["operator"] else [])])
         state += f" ({shown(row['label'])})" if row.get("label") else ""
         ends = iso(int(row["expires"]) * 1000000) if row.get("expires") else "never"
         print(f"{row['id']:13} {row['name']:20} {day(row['made']):10} {day(used.get(row['id'])):10} {ends:20} {state}")
