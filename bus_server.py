@@ -3184,8 +3184,7 @@ class Rows:
     def newest(self) -> dict[Key, tuple[int, int, int]]:
         """Each mailbox: its number, the n of its newest message ever, and the tick of its newest message or 0."""
         found: dict[Key, tuple[int, int, int]] = {}
-        rows = self.database.execute(NEWEST).fetchall()
-        for channel, own, number, gone, tick, n in rows:
+        for channel, own, number, gone, tick, n in self.database.execute(NEWEST).fetchall():
             if (channel, own) in self.tail.ticks:
                 tick, n = self.first("places.tick, n", (channel, own), 0, backwards=True) or (tick, n)
             if not (isinstance(n, int) and n < SOUND):
@@ -3276,8 +3275,7 @@ class State(Rows):
         if version < len(steps):
             self.writing.execute("BEGIN IMMEDIATE")
             migrate(self.writing, steps[version:])
-            values = (extension, len(steps), noun)
-            self.writing.execute("INSERT OR REPLACE INTO extensions VALUES (?, ?, ?)", values)
+            self.writing.execute("INSERT OR REPLACE INTO extensions VALUES (?, ?, ?)", (extension, len(steps), noun))
             self.writing.execute("COMMIT")
 
     def reload(self) -> None:
@@ -5882,8 +5880,7 @@ def check_kept(state: State, loaded: Collection[str], without: Collection[str]) 
     kept = {"files": (len(list(pathlib.Path(f"{state.path}.blobs").glob("?" * 64))), "files")}
     for extension, noun in state.extensions().items():
         if extension not in loaded:
-            [messages] = state.ask(f"SELECT count(*) FROM {extension}_kept")
-            kept[extension] = messages, noun
+            kept[extension] = state.ask(f"SELECT count(*) FROM {extension}_kept")[0], noun
     for extension, (number, noun) in kept.items():
         if number and extension not in loaded and extension not in without:
             raise Unusable(
@@ -5971,9 +5968,12 @@ def unfit(certificate: str, key: str, error: OSError) -> str:
 def make_bus(options: argparse.Namespace, state: State) -> Bus:
     tokens = Tokens(options.db)
     if not (is_loopback(options.host) or tokens.closed or options.open):
+        host = options.host if options.host.strip("0.:") else socket.gethostname()
+        url = f"http://{f'[{host}]' if ':' in host else host}:{options.port}"
+        its = f" --url {shlex.quote(url)}" if options.port and not options.tls_cert else ""  # its pin is not known yet
         raise Unusable(
-            f"everyone who can reach {options.host} could use this bus: make a token first "
-            f"({called('invite')} NAME --db {shlex.quote(options.db)}), or give --open if something else guards the bus"
+            f"everyone who can reach {options.host} could use this bus: make a token first ({called('invite')} NAME"
+            f"{its} --db {shlex.quote(options.db)}), or give --open if something else guards the bus"
         )
     check_kept(state, options.extensions, options.without)
     gate = Gate(tokens, [options.host, *options.allow_host])
@@ -6501,7 +6501,7 @@ def copy_database(source: str, target: str, bus: str | None = None) -> int:
 
 def move(arguments: Sequence[str]) -> None:
     """Move a stopped bus onto a ledger, or back: ledgers/move.py."""
-    extensions = load_extensions(())
+    extensions = load_extensions(())  # first: what load_ledgers() imports needs it
     load_ledgers("move").move(arguments, extensions)
 
 

@@ -333,10 +333,11 @@ PLAIN = """\
 encrypts (VPN, tailnet); elsewhere, give the bus a certificate with --tls-cert (docs/deploy.md), and invite again.
 """
 NO_BUS = """\
-The token is good as soon as the bus runs. No bus runs with this database now, so there is no line to run. When it does,
-invite again: the line then sets the URL, the token and the certificate, on another machine and on this one. Or set them
-yourself: AGENT_BUS_URL, AGENT_BUS_TOKEN to this token and, for a bus with a certificate of its own (--tls-cert),
-AGENT_BUS_CA to the file of the certificate.
+The token is good as soon as the bus runs. No bus runs with this database now, so there is no line to run. To get one
+now, invite again with --url and the URL that the bus will have; if it will have a certificate of its own (--tls-cert),
+invite again when it runs. The line sets the URL, the token and the certificate, on another machine and on this one. Or
+set them yourself: AGENT_BUS_URL, AGENT_BUS_TOKEN to this token and, for a certificate of its own, AGENT_BUS_CA to the
+file of the certificate.
 """
 NAMED = """\
 The bus listens at every address of this machine; {url} is given because {why}. The other machine must know

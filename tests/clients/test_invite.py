@@ -72,6 +72,7 @@ def test_a_bus_with_another_database_is_named_before_the_wrong_one_is_closed(tmp
         how = "If your bus has started, correct --db."
         assert f"its first start. {how} The bus at {bus.url} has another database.\n" in said
         assert "The token is good as soon as the bus runs" in said and "invite again" in said and "curl" not in said
+        assert "To get one now, invite again with --url" in " ".join(said.split())
         assert all(variable in said for variable in ("AGENT_BUS_URL", "AGENT_BUS_TOKEN", "AGENT_BUS_CA"))
         assert ask(bus, "GET", "/agents")[0] == 200
         assert "another database" not in command(bus, "invite", "zz")

@@ -3,6 +3,8 @@ import contextlib
 import http.client
 import json
 import os
+import re
+import shlex
 import signal
 import socket
 import sqlite3
@@ -107,6 +109,19 @@ def test_a_host_may_be_in_brackets_as_in_the_url_that_the_bus_prints(tmp_path):
     with Server(tmp_path / "bus.db", "--host", "[::1]") as bus:  # loopback, so that it needs no token
         answer = urllib.request.urlopen(f"http://[::1]:{bus.port}/healthz", timeout=PATIENCE)
         assert json.load(answer)["ok"]
+
+
+@pytest.mark.parametrize("host, url", [
+    ("10.215.15.1", "http://10.215.15.1:8081"), ("fd00::1", "http://[fd00::1]:8081"),
+    ("0.0.0.0", f"http://{socket.gethostname()}:8081"), ("::", f"http://{socket.gethostname()}:8081"),
+])  # fmt: skip
+def test_the_invitation_that_a_refused_start_names_gives_the_line_to_run(host, url, tmp_path):
+    said = refused("--host", host, "--port", 8081, "--db", tmp_path / "bus.db")
+    [command] = re.findall(r"make a token first \((.*)\), or give --open", said)
+    assert f" NAME --url {shlex.quote(url)} --db " in command
+    done = forked.run(shlex.split(command.replace("NAME", "dell")), capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 0 and "/bus_join.py) && " in done.stdout and f" {shlex.quote(url)} dell " in done.stdout
+    assert "--url" not in refused("--host", host, "--port", 0, "--db", tmp_path / "other.db"), "it has no port yet"
 
 
 def test_a_name_that_is_none_is_shown_as_it_was_given(bus):
