@@ -96,6 +96,10 @@ def moment(text: str) -> float:
 
 
 def give(given: dict[str, Any], when: dict[str, Any], as_json: bool) -> None:
+    draft = bus_send.compose(given["to"], "", sender=given["sender"], channel=given["channel"])[1]
+    to = [draft["to"]] if isinstance(draft["to"], str) else draft["to"]
+    for name in [draft[member] for member in ("from", "channel") if member in draft] + to:  # before a text is typed
+        bus_recv.check_name(name)
     msg = bus_send.message_of(given)
     url, message = bus_send.compose(given.pop("to"), msg, **given)
     key = message.pop("key")
