@@ -255,8 +255,7 @@ def configuration() -> tuple[str, dict[str, str]]:
     chosen = os.environ.get("AGENT_BUS_PROFILE")
     folder = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser(os.path.join("~", ".config"))
     path = os.path.join(folder, "agent-bus", f"{chosen or 'default'}.env")
-    text = private(path) if chosen or os.path.exists(path) else ""
-    lines = [LINE.fullmatch(line) for line in text.split("\n")]
+    lines = [*map(LINE.fullmatch, (private(path) if chosen or os.path.exists(path) else "").split("\n"))]
     if None in lines:
         raise ValueError(f"line {lines.index(None) + 1} of {path}: write KEY=VALUE, without quotes, \\ or export")
     return path, {line[1]: line[2] for line in lines if line and line[2]}

@@ -374,8 +374,7 @@ def draft(fields: Any, key: str | None) -> Draft:
     text, ttl, answers = start + quote(msg), None, None
     if not fields.keys() <= OURS:  # else it is as most messages
         ttl, answers = lifetime(fields.get("ttl")), tick_of(parent) if parent else None
-        rest = {member: value for member, value in fields.items() if member not in OURS}
-        text += f", {encode(rest)[1:-1]}"
+        text += f", {encode({member: value for member, value in fields.items() if member not in OURS})[1:-1]}"
     return made(Draft, (channel, to, sender, text, key, ttl, answers, None, 0))
 
 
@@ -2138,6 +2137,15 @@ def check_is_no_link(path: str) -> None:
         raise Unusable(f"{path} is a link where other users may write: put there what it leads to")
 
 
+def unwritable(path: str, error: Exception) -> str:
+    """Why a file could not be opened or written, in words: what is in its way or, without that, the error."""
+    file = pathlib.Path(os.path.abspath(path))
+    found = [f"{each} is a file, not a folder" for each in file.parents if os.path.isfile(each)]
+    shut = (each for each in (file, file.parent) if os.path.exists(each) and not os.access(each, os.W_OK))
+    found += map("you may not write {}".format, shut)
+    return f"{found[0]}; --db gives another place" if found else str(getattr(error, "strerror", None) or error)
+
+
 def open_beside(path: str) -> IO[str]:
     """Open a file beside the database; make it if there is none. Never follow a link that another user left there."""
     pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -2202,7 +2210,7 @@ class Tokens:
             self.spare.close()
             with open(self.path, encoding="ascii") as file:
                 return [json.loads(line) for line in file]
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return []
         except (OSError, ValueError) as error:
             raise Unusable(f"cannot read the tokens in {self.path}: {error}") from None
@@ -2261,7 +2269,7 @@ class Tokens:
                     file.writelines(f"{encode(row)}\n" for row in change(self.rows()))
             time.sleep(2 * Deadlines.SLOT)  # until a running server has looked
         except OSError as error:
-            raise Unusable(f"cannot write the tokens in {self.path}: {error.strerror}") from None
+            raise Unusable(f"cannot write the tokens in {self.path}: {unwritable(self.path, error)}") from None
 
     def grant(self, authorization: str) -> Grant:
         """What this Authorization header allows, or 401."""
@@ -3189,8 +3197,7 @@ class Rows:
                 tick, n = self.first("places.tick, n", (channel, own), 0, backwards=True) or (tick, n)
             if not (isinstance(n, int) and n < SOUND):
                 [n] = self.first("n", (channel, own), 0, only=SOUND_N, backwards=True) or [0]
-            gone = gone if isinstance(gone, int) and gone < SOUND else 0
-            found[channel, own] = number, max(gone, n), tick or 0
+            found[channel, own] = number, max(gone if isinstance(gone, int) and gone < SOUND else 0, n), tick or 0
         return found
 
     def extensions(self) -> dict[str, str]:
@@ -3234,7 +3241,7 @@ class State(Rows):
             self.reload()
             self.announced = self.last  # of the last list that was applied
         except (sqlite3.Error, UnicodeDecodeError) as error:  # the latter: SQLite's error has unreadable text
-            raise Unusable(f"cannot use the database {path}: {error}") from None
+            raise Unusable(f"cannot use the database {path}: {unwritable(path, error)}") from None
 
     def check_use(self) -> None:
         """Unusable, if the file is a front's copy of a ledger: what is written to it alone would be nowhere else."""
@@ -3697,7 +3704,7 @@ def locked(path: str) -> IO[str]:
         by = lock.readline().strip() or "another bus_server"  # State.sign() wrote it
         raise InUse(f"the database {path} is in use by {by}: stop that bus, or give another --db") from None
     except OSError as error:
-        raise Unusable(f"cannot use the database {path}: {error.strerror}; --db gives another place") from None
+        raise Unusable(f"cannot use the database {path}: {unwritable(path, error)}") from None
     return lock
 
 
@@ -4025,8 +4032,7 @@ class Mailboxes:
             self.ordered += self.unordered
             self.ordered.sort()  # a list that is nearly in order takes a twentieth of the time
             self.unordered = []
-        behind = islice(self.ordered, bisect_right(self.ordered, after), None)
-        return (key for key in behind if key not in self.dropped)
+        return (key for key in islice(self.ordered, bisect_right(self.ordered, after), None) if key not in self.dropped)
 
     def drop(self, keys: Iterable[tuple[str, str]]) -> None:
         for key in keys:
@@ -4491,8 +4497,7 @@ class Bus:
         self.loop = Loop()
         self.door, self.ledger = Door(self, self.loop), Ledger(self)
         self.clock = Clock(state.view.clock, state.last)
-        stored = state.view.mailboxes(state.last)
-        self.mailboxes = Mailboxes(time.monotonic, stored, state.view.clock, state.view.look)
+        self.mailboxes = Mailboxes(time.monotonic, state.view.mailboxes(state.last), state.view.clock, state.view.look)
         self.mailboxes.lost, self.mailboxes.forgotten = state.lost, state.forgotten
         self.mailboxes.holds = gate.holds
         self.figures = Figures()
@@ -5039,8 +5044,7 @@ class Receiving:
 
     def poll_answer(self, connection: Connection, poll: Poll, messages: Sequence[Message] = ()) -> Answer:
         """The messages of a commit that woke this poll, up to the limits of one answer."""
-        sizes = [*accumulate([len(message.text) for message in messages])]
-        count = min(poll.limit, 1 + bisect_right(sizes, poll.room))
+        count = min(poll.limit, 1 + bisect_right([*accumulate([len(message.text) for message in messages])], poll.room))
         return delivery(self.bus, poll, messages[:count], messages[count - 1].tick if count < len(messages) else None)
 
 
@@ -5723,8 +5727,7 @@ def duration(text: str, zero: str = "ever") -> float:
 def default_path() -> str:
     if os.environ.get("HOME") == "":  # then ~ would be the root folder
         del os.environ["HOME"]
-    state = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
-    return os.path.join(state, "agent-bus", "bus.db")
+    return os.path.join(os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state"), "agent-bus", "bus.db")
 
 
 def no_folder(path: str) -> str:
@@ -6349,7 +6352,7 @@ def backup(arguments: Sequence[str]) -> None:
     options = parser.parse_args(arguments)
     if os.path.exists(options.copy):
         raise Unusable(f"{options.copy} exists already: choose another name")
-    if not os.access(folder := os.path.dirname(os.path.abspath(options.copy)), os.W_OK):
+    if not os.access(folder := os.path.dirname(os.path.abspath(options.copy)), os.W_OK) or os.path.isfile(folder):
         raise Unusable(f"there is no folder {folder} in which you may write: make it first, or give another COPY")
     rows = Tokens(existing(options.db)).rows()
     messages, files = copy_bus(options.db, options.copy, rows)

@@ -114,6 +114,8 @@ def test_a_home_that_cannot_be_written_is_said_in_the_sentence_of_all_programs(a
     env = {"HOME": str(tmp_path / "file"), "XDG_STATE_HOME": "", "AGENT_BUS_STATE_DIR": ""}
     code, _, err = agent("ack", one, **env)
     assert code == 2 and "cannot write " in err and "set AGENT_BUS_STATE_DIR to another place" in err
+    for place in (env, {"AGENT_BUS_STATE_DIR": str(tmp_path / "file")}):
+        assert f": {tmp_path}/file is a file, not a folder; set AGENT_BUS_STATE_DIR to" in agent("ack", one, **place)[2]
 
 
 def test_ack_takes_an_id_that_is_not_among_the_oldest_hundred(agent):

@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from bus_server import unwritable
 from tests.kit import forked
 from tests.kit.clock import Clock
 from tests.kit.peers import run
@@ -138,7 +139,13 @@ def test_an_id_of_no_message_is_named(rest, bus):
 def test_an_unusable_database_is_one_clear_line(tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "text.db").write_text("this is no database " * 100)
-    assert "File exists" in refused("--port", 0, "--db", tmp_path / "file" / "bus.db")
+    for below in ("bus.db", "agent-bus/bus.db"):
+        said = refused("--port", 0, "--db", tmp_path / "file" / below)
+        assert said.endswith(f": {tmp_path}/file is a file, not a folder; --db gives another place\n")
+    said = refused("--port", 0, "--db", tmp_path / "bus.db", "--files-dir", tmp_path / "file")
+    assert said.endswith(f"--files-dir: {tmp_path}/file is a file, not a folder\n")
+    code, _, err = run("invite", "x", "--db", tmp_path / "file" / "bus.db")
+    assert code == 2 and err.endswith(f": {tmp_path}/file is a file, not a folder; --db gives another place\n")
     assert "not a database" in refused("--port", 0, "--db", tmp_path / "text.db")
     newer = sqlite3.connect(tmp_path / "newer.db")
     newer.execute("PRAGMA user_version=99")
@@ -169,7 +176,17 @@ def test_a_command_that_does_not_exist_gets_the_one_that_may_be_meant(wrong, say
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_read_only_folder_is_one_clear_line(tmp_path):
     tmp_path.chmod(0o500)
-    assert "Permission denied" in refused("--port", 0, "--db", tmp_path / "bus.db")
+    said = refused("--port", 0, "--db", tmp_path / "bus.db")
+    assert f"you may not write {tmp_path}; --db gives another place" in said
+
+
+@pytest.mark.parametrize("shut, found", [("bus.db", "bus.db"), ("", "")])
+def test_what_may_not_be_written_is_named(shut, found, tmp_path, monkeypatch):
+    """SQLite says only `attempt to write a readonly database`, of a file or of its folder."""
+    (tmp_path / "bus.db").touch()
+    monkeypatch.setattr(os, "access", lambda path, mode: str(path) != str(tmp_path / shut))  # root may write all
+    said = unwritable(str(tmp_path / "bus.db"), sqlite3.OperationalError("attempt to write a readonly database"))
+    assert said == f"you may not write {tmp_path / found}; --db gives another place"
 
 
 @pytest.mark.parametrize(
