@@ -154,7 +154,7 @@ def compose(to: Any, msg: str, *, fields: Any = None, **given: Any) -> tuple[str
         raise ValueError(f"AGENT_NAME is {sender!r}, which is no name: give 1 to 64 of A-Z a-z 0-9 . _ : @ -")
     if not sender and not credentials(own["AGENT_BUS_URL"]):  # a token names its sender
         raise ValueError(f"the sender is missing: give --from NAME or set AGENT_NAME{unused_file()}")
-    to = to.split(",") if isinstance(to, str) and "," in to else to
+    to = [name.strip() for name in to.split(",") if name.strip()] if isinstance(to, str) and "," in to else to
     message = {"from": sender, "to": to, "channel": channel, "msg": msg, "key": key or new_key()}
     members = {**message, **given, **dict(fields or ()), **message}  # the order of the first, the value of the last
     return own["AGENT_BUS_URL"], {field: value for field, value in members.items() if value is not None}

@@ -19,7 +19,8 @@ def later(me: Session, /, to: str, msg: str, **given: Any) -> Steps:
     if "at" in when:
         when["at"] = moment(when["at"])
     key = given.pop("key", None) or secrets.token_hex(8)
-    message = {**me.signed(), "to": to.split(",") if "," in to else to, "msg": msg, **given}
+    names = [name.strip() for name in to.split(",") if name.strip()] if "," in to else to
+    message = {**me.signed(), "to": names, "msg": msg, **given}
     try:
         answer = yield Ask("/later", {**when, "key": key, "message": message})
     except Failed as failed:

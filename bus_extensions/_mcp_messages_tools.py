@@ -40,7 +40,7 @@ def send(me: Session, /, to: str, msg: str, **fields: Any) -> Steps:
 
 def receivers(text: str) -> str | list[str]:
     """`a,b` is a list: a send to it is stored whole or not at all."""
-    return text if "," not in text else text.split(",")
+    return text if "," not in text else [name.strip() for name in text.split(",") if name.strip()]
 
 
 def stored(answer: Answer, to: str) -> str:

@@ -115,6 +115,14 @@ def test_a_token_is_never_written_for_claude(house):
     assert "AGENT_BUS_TOKEN_FILE" in said and b"abt_secret" not in b"".join(filter(None, tree(house).values()))
 
 
+def test_only_without_a_claude_on_the_path_it_says_so(house, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    assert ".claude/settings.json; there is no `claude` on your PATH yet\n" in install("install", "claude")
+    (tmp_path / "bin" / "claude").write_text("#!/bin/sh\n")
+    (tmp_path / "bin" / "claude").chmod(0o755)
+    assert "PATH" not in install("install", "claude")
+
+
 OTHERS = {
     "another server": ('{"mcpServers": {"bus": {"command": "city-bus"}}}', "(city-bus): claude mcp remove bus"),
     "no JSON": ("{", "correct it first"),
