@@ -2140,7 +2140,7 @@ def check_is_no_link(path: str) -> None:
 def unwritable(path: str, error: Exception) -> str:
     """Why a file could not be opened or written, in words: what is in its way or, without that, the error."""
     file = pathlib.Path(os.path.abspath(path))
-    found = [f"{each} is a file, not a folder" for each in file.parents if os.path.isfile(each)]
+    found = [f"{at} is a file, not a folder" for at in file.parents if os.path.exists(at) and not os.path.isdir(at)]
     shut = (each for each in (file, file.parent) if os.path.exists(each) and not os.access(each, os.W_OK))
     found += map("you may not write {}".format, shut)
     return f"{found[0]}; --db gives another place" if found else str(getattr(error, "strerror", None) or error)
