@@ -439,7 +439,9 @@ def private_file(path: str, flags: int, mode: str) -> IO[str]:
         os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
         return open(os.open(path, flags | os.O_CREAT, 0o600), mode, encoding="ascii", errors="replace")
     except OSError as error:
-        raise OSError(f"cannot write {path}: {error.strerror}; set AGENT_BUS_STATE_DIR to another place") from error
+        place = error.filename if isinstance(error, FileExistsError) else os.path.dirname(error.filename or "")
+        why = f"{place} is a file, not a folder" if os.path.isfile(place) else error.strerror
+        raise OSError(f"cannot write {path}: {why}; set AGENT_BUS_STATE_DIR to another place") from error
 
 
 def try_lock(file: IO[Any], path: str) -> bool:
@@ -538,8 +540,7 @@ def configuration() -> tuple[str, dict[str, str]]:
     chosen = os.environ.get("AGENT_BUS_PROFILE")
     folder = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser(os.path.join("~", ".config"))
     path = os.path.join(folder, "agent-bus", f"{chosen or 'default'}.env")
-    text = private(path, bool(chosen))
-    lines = [LINE.fullmatch(line) for line in text.split("\n")]
+    lines = [*map(LINE.fullmatch, private(path, bool(chosen)).split("\n"))]
     if None in lines:
         raise ValueError(f"line {lines.index(None) + 1} of {path}: write KEY=VALUE, without quotes, \\ or export")
     return path, {line[1]: line[2] for line in lines if line and line[2]}
@@ -896,8 +897,7 @@ def block(message: Any, reader: str, now: float, whole: bool = False) -> str:
         usual = {"to": reader, "channel": "default", "age": "", "priority": "normal"}
         head = [f"{name}={word(fields[name])}" for name in HEAD if fields.get(name) not in (None, usual.get(name))]
         first = " ".join([iso(message["ts"]), *head])
-        body = re.sub("\r\n?", "\n", message["msg"]).removesuffix("\n")
-        lines = [f"| {line}" for line in visible(body).split("\n")]
+        lines = [f"| {line}" for line in visible(re.sub("\r\n?", "\n", message["msg"]).removesuffix("\n")).split("\n")]
         if not whole:
             first, lines = pieces(first, LINE_UNITS)[0], cut(lines, str(message.get("id")))
         return fitted("\n".join([first, *lines, "---\n"]))

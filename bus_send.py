@@ -155,7 +155,7 @@ def compose(to: Any, msg: str, *, fields: Any = None, **given: Any) -> tuple[str
         raise ValueError(f"AGENT_NAME is {sender!r}, which is not a name: {rule}")
     if not sender and not credentials(own["AGENT_BUS_URL"]):  # a token names its sender
         raise ValueError(f"the sender is missing: give --from NAME or set AGENT_NAME{unused_file()}")
-    to = to.split(",") if isinstance(to, str) and "," in to else to
+    to = [name.strip() for name in to.split(",") if name.strip()] if isinstance(to, str) and "," in to else to
     message = {"from": sender, "to": to, "channel": channel, "msg": msg, "key": key or new_key()}
     members = {**message, **given, **dict(fields or ()), **message}  # the order of the first, the value of the last
     return own["AGENT_BUS_URL"], {field: value for field, value in members.items() if value is not None}
@@ -256,8 +256,7 @@ def configuration() -> tuple[str, dict[str, str]]:
     chosen = os.environ.get("AGENT_BUS_PROFILE")
     folder = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser(os.path.join("~", ".config"))
     path = os.path.join(folder, "agent-bus", f"{chosen or 'default'}.env")
-    text = private(path, bool(chosen))
-    lines = [LINE.fullmatch(line) for line in text.split("\n")]
+    lines = [*map(LINE.fullmatch, private(path, bool(chosen)).split("\n"))]
     if None in lines:
         raise ValueError(f"line {lines.index(None) + 1} of {path}: write KEY=VALUE, without quotes, \\ or export")
     return path, {line[1]: line[2] for line in lines if line and line[2]}

@@ -378,8 +378,7 @@ def draft(fields: Any, key: str | None) -> Draft:
     text, ttl, answers = start + quote(msg), None, None
     if not fields.keys() <= OURS:  # else it is as most messages
         ttl, answers = lifetime(fields.get("ttl")), tick_of(parent) if parent else None
-        rest = {member: value for member, value in fields.items() if member not in OURS}
-        text += f", {encode(rest)[1:-1]}"
+        text += f", {encode({member: value for member, value in fields.items() if member not in OURS})[1:-1]}"
     return made(Draft, (channel, to, sender, text, key, ttl, answers, None, 0))
 
 
@@ -2142,6 +2141,15 @@ def check_is_no_link(path: str) -> None:
         raise Unusable(f"{path} is a link where other users may write: put there what it leads to")
 
 
+def unwritable(path: str, error: Exception) -> str:
+    """Why a file could not be opened or written, in words: what is in its way or, without that, the error."""
+    file = pathlib.Path(os.path.abspath(path))
+    found = [f"{at} is a file, not a folder" for at in file.parents if os.path.exists(at) and not os.path.isdir(at)]
+    shut = (each for each in (file, file.parent) if os.path.exists(each) and not os.access(each, os.W_OK))
+    found += map("you may not write {}".format, shut)
+    return f"{found[0]}; --db gives another place" if found else str(getattr(error, "strerror", None) or error)
+
+
 def open_beside(path: str) -> IO[str]:
     """Open a file beside the database; make it if there is none. Never follow a link that another user left there."""
     pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -2206,7 +2214,7 @@ class Tokens:
             self.spare.close()
             with open(self.path, encoding="ascii") as file:
                 return [json.loads(line) for line in file]
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return []
         except (OSError, ValueError) as error:
             raise Unusable(f"cannot read the tokens in {self.path}: {error}") from None
@@ -2265,7 +2273,7 @@ class Tokens:
                     file.writelines(f"{encode(row)}\n" for row in change(self.rows()))
             time.sleep(2 * Deadlines.SLOT)  # until a running server has looked
         except OSError as error:
-            raise Unusable(f"cannot write the tokens in {self.path}: {error.strerror}") from None
+            raise Unusable(f"cannot write the tokens in {self.path}: {unwritable(self.path, error)}") from None
 
     def grant(self, authorization: str) -> Grant:
         """What this Authorization header allows, or 401."""
@@ -3188,14 +3196,12 @@ class Rows:
     def newest(self) -> dict[Key, tuple[int, int, int]]:
         """Each mailbox: its number, the n of its newest message ever, and the tick of its newest message or 0."""
         found: dict[Key, tuple[int, int, int]] = {}
-        rows = self.database.execute(NEWEST).fetchall()
-        for channel, own, number, gone, tick, n in rows:
+        for channel, own, number, gone, tick, n in self.database.execute(NEWEST).fetchall():
             if (channel, own) in self.tail.ticks:
                 tick, n = self.first("places.tick, n", (channel, own), 0, backwards=True) or (tick, n)
             if not (isinstance(n, int) and n < SOUND):
                 [n] = self.first("n", (channel, own), 0, only=SOUND_N, backwards=True) or [0]
-            gone = gone if isinstance(gone, int) and gone < SOUND else 0
-            found[channel, own] = number, max(gone, n), tick or 0
+            found[channel, own] = number, max(gone if isinstance(gone, int) and gone < SOUND else 0, n), tick or 0
         return found
 
     def extensions(self) -> dict[str, str]:
@@ -3239,7 +3245,7 @@ class State(Rows):
             self.reload()
             self.announced = self.last  # of the last list that was applied
         except (sqlite3.Error, UnicodeDecodeError) as error:  # the latter: SQLite's error has unreadable text
-            raise Unusable(f"cannot use the database {path}: {error}") from None
+            raise Unusable(f"cannot use the database {path}: {unwritable(path, error)}") from None
 
     def check_use(self) -> None:
         """Unusable, if the file is a front's copy of a ledger: what is written to it alone would be nowhere else."""
@@ -3280,8 +3286,7 @@ class State(Rows):
         if version < len(steps):
             self.writing.execute("BEGIN IMMEDIATE")
             migrate(self.writing, steps[version:])
-            values = (extension, len(steps), noun)
-            self.writing.execute("INSERT OR REPLACE INTO extensions VALUES (?, ?, ?)", values)
+            self.writing.execute("INSERT OR REPLACE INTO extensions VALUES (?, ?, ?)", (extension, len(steps), noun))
             self.writing.execute("COMMIT")
 
     def reload(self) -> None:
@@ -3700,7 +3705,7 @@ def locked(path: str) -> IO[str]:
         by = lock.readline().strip() or "another bus_server"  # State.sign() wrote it
         raise InUse(f"the database {path} is in use by {by}: stop that bus, or give another --db") from None
     except OSError as error:
-        raise Unusable(f"cannot use the database {path}: {error.strerror}; --db gives another place") from None
+        raise Unusable(f"cannot use the database {path}: {unwritable(path, error)}") from None
     return lock
 
 
@@ -4028,8 +4033,7 @@ class Mailboxes:
             self.ordered += self.unordered
             self.ordered.sort()  # a list that is nearly in order takes a twentieth of the time
             self.unordered = []
-        behind = islice(self.ordered, bisect_right(self.ordered, after), None)
-        return (key for key in behind if key not in self.dropped)
+        return (key for key in islice(self.ordered, bisect_right(self.ordered, after), None) if key not in self.dropped)
 
     def drop(self, keys: Iterable[tuple[str, str]]) -> None:
         for key in keys:
@@ -4494,8 +4498,7 @@ class Bus:
         self.loop = Loop()
         self.door, self.ledger = Door(self, self.loop), Ledger(self)
         self.clock = Clock(state.view.clock, state.last)
-        stored = state.view.mailboxes(state.last)
-        self.mailboxes = Mailboxes(time.monotonic, stored, state.view.clock, state.view.look)
+        self.mailboxes = Mailboxes(time.monotonic, state.view.mailboxes(state.last), state.view.clock, state.view.look)
         self.mailboxes.lost, self.mailboxes.forgotten = state.lost, state.forgotten
         self.mailboxes.holds = gate.holds
         self.figures = Figures()
@@ -5041,8 +5044,7 @@ class Receiving:
 
     def poll_answer(self, connection: Connection, poll: Poll, messages: Sequence[Message] = ()) -> Answer:
         """The messages of a commit that woke this poll, up to the limits of one answer."""
-        sizes = [*accumulate([len(message.text) for message in messages])]
-        count = min(poll.limit, 1 + bisect_right(sizes, poll.room))
+        count = min(poll.limit, 1 + bisect_right([*accumulate([len(message.text) for message in messages])], poll.room))
         return delivery(self.bus, poll, messages[:count], messages[count - 1].tick if count < len(messages) else None)
 
 
@@ -5718,8 +5720,7 @@ def duration(text: str, zero: str = "ever") -> float:
 def default_path() -> str:
     if os.environ.get("HOME") == "":  # then ~ would be the root folder
         del os.environ["HOME"]
-    state = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
-    return os.path.join(state, "agent-bus", "bus.db")
+    return os.path.join(os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state"), "agent-bus", "bus.db")
 
 
 def no_folder(path: str) -> str:
@@ -5875,8 +5876,7 @@ def check_kept(state: State, loaded: Collection[str], without: Collection[str]) 
     kept = {"files": (len(list(pathlib.Path(f"{state.path}.blobs").glob("?" * 64))), "files")}
     for extension, noun in state.extensions().items():
         if extension not in loaded:
-            [messages] = state.ask(f"SELECT count(*) FROM {extension}_kept")
-            kept[extension] = messages, noun
+            kept[extension] = state.ask(f"SELECT count(*) FROM {extension}_kept")[0], noun
     for extension, (number, noun) in kept.items():
         if number and extension not in loaded and extension not in without:
             raise Unusable(
@@ -5964,9 +5964,12 @@ def unfit(certificate: str, key: str, error: OSError) -> str:
 def make_bus(options: argparse.Namespace, state: State) -> Bus:
     tokens = Tokens(options.db)
     if not (is_loopback(options.host) or tokens.closed or options.open):
+        host = options.host if options.host.strip("0.:") else socket.gethostname()
+        url = f"http://{f'[{host}]' if ':' in host else host}:{options.port}"
+        its = f" --url {shlex.quote(url)}" if options.port and not options.tls_cert else ""  # its pin is not known yet
         raise Unusable(
-            f"everyone who can reach {options.host} could use this bus: make a token first "
-            f"({called('invite')} NAME --db {shlex.quote(options.db)}), or give --open if something else guards the bus"
+            f"everyone who can reach {options.host} could use this bus: make a token first ({called('invite')} NAME"
+            f"{its} --db {shlex.quote(options.db)}), or give --open if something else guards the bus"
         )
     check_kept(state, options.extensions, options.without)
     gate = Gate(tokens, [options.host, *options.allow_host])
@@ -6079,8 +6082,7 @@ def invite(arguments: Sequence[str]) -> None:
     file, words, here = Tokens(options.db), invitations(), running(options.db)
     if words and not words.agreed(options.name, options.db, here, file.closed, options.yes, options.url):
         raise Unusable("no token was made")
-    secret = secrets.token_urlsafe(32)
-    row = token_row(options, secret)
+    row = token_row(options, secret := secrets.token_urlsafe(32))
     token = f"{row['id']}_{secret}"
     for own in [own for own in file.rows() if own["name"] == options.name and not over(own)]:
         made = day(own["made"])
@@ -6145,40 +6147,41 @@ def running(path: str) -> str:
 
 
 def revoke(arguments: Sequence[str]) -> int:
-    """Take back the tokens of a name, all or those with one label. The server sees it within a tenth of a second."""
-    parser = command("revoke", "Revoke the tokens of NAME.")
-    parser.add_argument("name", metavar="NAME")
+    """Take back the tokens of a name, all or those with one label, or one by its id. A server sees it within 0.1 s."""
+    parser = command("revoke", "Revoke the tokens of NAME, or one token by its id.")
+    parser.add_argument("name", metavar="NAME", help="a name, or the id of one token: `tokens` lists both")
     parser.add_argument("--label", metavar="TEXT", help="only those with this label")
     options = parser.parse_args(arguments)
     file = Tokens(existing(options.db))
     rows = [row for row in file.rows() if not row["revoked"]]
-    labels = {row["id"]: row.get("label", "") for row in rows if row["name"] == options.name}
+    labels = {row["id"]: row.get("label", "") for row in rows if options.name in (row["name"], row["id"])}
     wanted = [token for token, label in labels.items() if options.label in (None, label)]
     which = f"{options.name} {options.label or ''}".strip()
     if wanted:  # else do not make a file, which would close the bus
         file.change(lambda rows: [{**row, "revoked": int(time.time())} if row["id"] in wanted else row for row in rows])
-        print(f"revoked the tokens of {which}: {' '.join(wanted)}")
+        owner = {row["id"]: row["name"] for row in rows}.get(options.name)
+        print(f"revoked {f'one token of {owner}' if owner else f'the tokens of {which}'}: {' '.join(wanted)}")
         return 0
     similar = meant(options.label or "", labels.values()) if labels else meant(options.name, {r["name"] for r in rows})
-    print(f"{which} has no token{similar}", file=sys.stderr)
+    is_over = options.name in [row["id"] for row in file.rows()] and not labels
+    print(f"{which} {'is revoked already' if is_over else f'has no token{similar}'}", file=sys.stderr)
     return 1
 
 
 def tokens(arguments: Sequence[str]) -> int:
     """List the tokens and their names. The bus does not know the secrets."""
     parser = command("tokens", "List the tokens of a bus.")
-    parser.add_argument("name", metavar="NAME", nargs="?", help="only those of NAME")
+    parser.add_argument("name", metavar="NAME", nargs="?", help="only those of NAME, or the one with this id")
     options = parser.parse_args(arguments)
     used, rows = last_used(existing(options.db)), Tokens(options.db).rows()
-    if options.name and options.name not in [row["name"] for row in rows]:
+    if options.name and not any(options.name in (row["name"], row["id"]) for row in rows):
         print(f"{options.name} has no token{meant(options.name, {row['name'] for row in rows})}", file=sys.stderr)
         return 1
     header = f"{'id':13} {'name':20} {'made':10} {'last used':10} {'expires (UTC)':20} grants"
     print(header if rows else "no tokens: the bus is open")
-    for row in (row for row in rows if options.name in (None, row["name"])):
-        grants = ["send"] if row["send_only"] else ["send", "read", *(f"read:{each}" for each in row["also"])]
-        grants += ["operator"] if row["operator"] else []
-        state = over(row) or " ".join(grants)
+    for row in (row for row in rows if options.name in (None, row["name"], row["id"])):
+        reads = [] if row["send_only"] else ["read", *(f"read:{each}" for each in row["also"])]
+        state = over(row) or " ".join(["send", *reads, *(["operator"] if row["operator"] else [])])
         state += f" ({shown(row['label'])})" if row.get("label") else ""
         ends = iso(int(row["expires"]) * 1000000) if row.get("expires") else "never"
         print(f"{row['id']:13} {row['name']:20} {day(row['made']):10} {day(used.get(row['id'])):10} {ends:20} {state}")
@@ -6342,7 +6345,7 @@ def backup(arguments: Sequence[str]) -> None:
     options = parser.parse_args(arguments)
     if os.path.exists(options.copy):
         raise Unusable(f"{options.copy} exists already: choose another name")
-    if not os.access(folder := os.path.dirname(os.path.abspath(options.copy)), os.W_OK):
+    if not os.access(folder := os.path.dirname(os.path.abspath(options.copy)), os.W_OK) or os.path.isfile(folder):
         raise Unusable(f"there is no folder {folder} in which you may write: make it first, or give another COPY")
     rows = Tokens(existing(options.db)).rows()
     messages, files = copy_bus(options.db, options.copy, rows)
@@ -6494,7 +6497,7 @@ def copy_database(source: str, target: str, bus: str | None = None) -> int:
 
 def move(arguments: Sequence[str]) -> None:
     """Move a stopped bus onto a ledger, or back: ledgers/move.py."""
-    extensions = load_extensions(())
+    extensions = load_extensions(())  # first: what load_ledgers() imports needs it
     load_ledgers("move").move(arguments, extensions)
 
 

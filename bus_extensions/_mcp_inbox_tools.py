@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Generator
 from typing import Any
+from urllib.parse import urlencode
 
 from _mcp_tools import (
     HOLD,
@@ -55,12 +57,24 @@ def inbox(me: Session, /, wait: float = 0, id: str | None = None, offset: int = 
     if run:
         me.has_shown(tick_of_ts(run[-1]["ts"]), me.names)
     yield from me.took(run)
-    head = f"{number} unread, oldest first, for {me.me()} on channel {me.channel}."
+    jobs = "" if page.messages else (yield from returned(me))
+    head = f"{number} unread, oldest first, for {me.me()} on channel {me.channel}{jobs}."
     head += f" {UNREAD}" if run or early else ""
     head += f" {KEPT}" if early else ""
     rest = "(there are more: after bus_ack of the last id above, bus_inbox shows them)"
     tail = [rest] if page.more or len(run) < len(page.messages) else []
     return "\n".join([*said, *page.notes, head, *early, *lines, *tail])
+
+
+def returned(me: Session, /) -> Steps:
+    """What else the bus counts as unread: jobs that were given back. In words; "" without any."""
+    name, number = me.me(), 0
+    with contextlib.suppress(Failed, LookupError, TypeError):  # it is only a hint
+        answer = yield Ask(f"/agents?{urlencode({'name': name, 'channel': me.channel})}")
+        its = [each for each in answer["agents"] if (each["name"], each["channel"]) == (name, me.channel)]
+        number = sum(each.get("unread", 0) for each in its if "work" in each)
+    jobs = f"{number} jobs wait" if number > 1 else "1 job waits"
+    return f"; {jobs} for a worker (agent-bus work {name})" if number else ""
 
 
 def shown_early(
@@ -107,7 +121,8 @@ def acknowledge(me: Session, /, id: str) -> Steps:
     yield from me.present(tick)
     counts = yield from me.digest()
     left = f"{counts['unread']}{' or more' if counts['more'] else ''} unread" if counts else "bus_inbox shows the rest"
-    return f"{id} is read, and all earlier messages; {left}"
+    jobs = (yield from returned(me)) if counts and not counts["unread"] else ""
+    return f"{id} is read, and all earlier messages; {left}{jobs}"
 
 
 def older_than(me: Session, tick: int) -> Steps:

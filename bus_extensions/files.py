@@ -42,7 +42,9 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 def start(bus: Bus, options: argparse.Namespace) -> None:
     if options.files_dir and not os.path.isdir(options.files_dir):  # perhaps it is not mounted yet
-        raise Unusable(f"--files-dir: there is no folder {options.files_dir}: make or mount it first")
+        missing = f"there is no folder {options.files_dir}: make or mount it first"
+        is_file = os.path.exists(options.files_dir)
+        raise Unusable(f"--files-dir: {f'{options.files_dir} is a file, not a folder' if is_file else missing}")
     Blobs(bus, options.files, options.files_dir)
 
 

@@ -75,7 +75,7 @@ GROUPS: dict[str, dict[str, Command]] = {
         "invite": Command("make a token for an agent", "invite dell", "bus_server", ("invite",)),
         "join": Command("connect this machine to a bus", "join https://host:8080 dell", "bus_join"),
         "tokens": Command("list the tokens", "tokens", "bus_server", ("tokens",)),
-        "revoke": Command("revoke the tokens of an agent", "revoke dell", "bus_server", ("revoke",)),
+        "revoke": Command("revoke tokens: of a name, or by id", "revoke dell", "bus_server", ("revoke",)),
     },
     "The bus": {
         "serve": Command("run the bus", "serve --port 8080", "bus_server"),

@@ -71,6 +71,7 @@ class Agent(NamedTuple):
     skeleton: tuple[tuple[bus_edit.Path, Any], ...] = ()  # what its file of hooks cannot be without
     allow: str = ""  # what the user still has to do
     allow_hook: str = ""  # and for the hook
+    removes: str = ""  # its own command that removes a server with our name
 
 
 def plain(command: list[str], variables: dict[str, str]) -> dict[str, Any]:
@@ -97,6 +98,7 @@ AGENTS = {
         grouped(timeout=5),
         "claude",
         wake={"FileChanged": {"asyncRewake": True, "timeout": 30}},
+        removes=f"claude mcp remove {SERVER} -s user",
     ),
     "codex": Agent(
         "Codex",
@@ -111,6 +113,7 @@ AGENTS = {
         grouped(timeout=5),
         "codex",
         allow_hook="Codex runs a hook only after you have trusted it: type /hooks in a session",
+        removes=f"codex mcp remove {SERVER}",
     ),
     "gemini": Agent(
         "Gemini CLI",

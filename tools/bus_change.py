@@ -109,14 +109,27 @@ class Change:
         emptied = left != self.now and "before" in self.record and is_bare(left) and is_bare(before or "")
         return before if emptied else left
 
+    def other(self, path: bus_edit.Path) -> str:
+        """What the entry at this path is, and how one removes it. Arguments and headers are not shown: secrets."""
+        values: dict[bus_edit.Path, Any] = {}  # of all entries; none of them is to go
+        bus_edit.without(self.form, self.shall or "", lambda at, value: values.update({at: value}) is not None, None)
+        value, what = values.get(path), ""
+        if isinstance(value, dict):
+            first = next((value[key] for key in ("url", "httpUrl", "command") if value.get(key)), "")
+            what = str(first[0] if isinstance(first, list) else first)
+        elif isinstance(value, str):  # of TOML
+            what = "".join(re.findall(r"""^\s*(?:url|command)\s*=\s*["']([^"'\n]*)""", value, re.MULTILINE)[:1])
+        removes = next((agent.removes for agent in AGENTS.values() if agent.servers.path() == self.path), "")
+        what = re.sub("//[^/@]*@|[?].*", lambda match: "//" * (match[0][0] == "/"), what)  # a password, a query
+        shown = f" ({bus_recv.visible(what)})" if what else ""
+        return f"{shown}: {removes or 'remove or rename it there'}"
+
     def add(self, entries: Sequence[tuple[bus_edit.Path, Any]]) -> None:
         try:
             there = bus_edit.paths(self.form, self.shall or "")
             for path, _ in entries:
                 if path[-1] == SERVER and path in there:
-                    raise InTheWay(
-                        f"{self.path} has another server {SERVER}, which is not of agent-bus: rename it first"
-                    )
+                    raise InTheWay(f"{self.path} has a server {SERVER} already{self.other(path)}, then install again")
             fresh = [(path, value) for path, value in entries if path not in there]
             self.shall = bus_edit.edited(self.form, self.shall or "", fresh)
         except bus_edit.Unreadable as error:

@@ -338,7 +338,10 @@ def place_of(path: str, digest: str) -> str:
 
 def leave(options: argparse.Namespace) -> int:
     """Upload the file, then announce it, so that its receiver can get it at once."""
-    url, _ = bus_send.compose(options.to, "", sender=options.sender, channel=options.channel)
+    url, draft = bus_send.compose(options.to, "", sender=options.sender, channel=options.channel)
+    to = [draft["to"]] if isinstance(draft["to"], str) else draft["to"]
+    for name in [draft[member] for member in ("from", "channel") if member in draft] + to:  # before the upload
+        bus_recv.check_name(name)
     digest, size = put(options.path, url, options.timeout)
     name = os.path.basename(options.path)
     said = {"name": name, "size": size, "sha256": digest}

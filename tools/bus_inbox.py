@@ -161,7 +161,7 @@ def show(box: Inbox, as_json: bool) -> int:
         text = bus_log.whole(message, box.bus_time, box.names[0])
         bus_recv.emit(f"{bus_recv.dump(message)}\n" if as_json else text)
     if not mail:
-        complain(f"nothing is unread for {box.names[0]}{on_channel(box)}")
+        complain(f"nothing is unread for {box.names[0]}{on_channel(box)}{returned(box)}")
         return 3
     number, ack = f"{len(mail)}{' or more' if more else ''}", bus_recv.called("agent_bus.py ack", "ack")
     if its := queue_of(box):
@@ -169,10 +169,24 @@ def show(box: Inbox, as_json: bool) -> int:
         complain(f"{box.names[0]} is a queue, and these are {which}. Of all, {its['unread']} wait for a worker, "
                  f"{jobs['in_hand']} are in hand, {jobs['dead']} were given up; the others are done")  # fmt: skip
         return 0
-    on = "" if box.channel == bus_recv.settings().get("AGENT_BUS_CHANNEL", "default") else f" --channel {box.channel}"
-    whose = f"{label(mail[-1])} {box.names[0]}{on}"
+    whose = f"{label(mail[-1])} {place(box)}"
     complain(f"{number} unread for {box.names[0]}, oldest first; to mark these as read: {ack} {whose}")
     return 0
+
+
+def place(box: Inbox) -> str:
+    """The name, and the option that another command needs to reach it."""
+    usual = bus_recv.settings().get("AGENT_BUS_CHANNEL", "default")
+    return f"{box.names[0]}{'' if box.channel == usual else f' --channel {box.channel}'}"
+
+
+def returned(box: Inbox) -> str:
+    """What else the bus counts as unread when no mail is: jobs that were given back, which no look shows."""
+    number = (queue_of(box) or {}).get("unread")
+    if not isinstance(number, int) or number < 1:
+        return ""
+    jobs = f"{number} jobs wait" if number > 1 else "1 job waits"
+    return f"; {jobs} for a worker ({bus_recv.called('agent_bus.py work', 'work')} {place(box)})"
 
 
 def queue_of(box: Inbox) -> dict[str, Any] | None:
@@ -237,7 +251,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         box.acknowledge(options.id)
         box.acks = True
         left, more = box.look(0)  # presents the cursor: now the bus knows, too
-        complain(f"{options.id} is read, and all earlier messages; {len(left)}{' or more' if more else ''} unread")
+        rest = f"{len(left)}{' or more' if more else ''} unread{'' if left else returned(box)}"
+        complain(f"{options.id} is read, and all earlier messages; {rest}")
     except bus_recv.FAULTS as fault:
         return bus_recv.ended(fault, "bus_inbox")
     return 0

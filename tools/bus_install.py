@@ -32,6 +32,7 @@ import argparse
 import difflib
 import os
 import shlex
+import shutil
 import sys
 import sysconfig
 from collections.abc import Sequence
@@ -65,7 +66,8 @@ def install_agent(name: str, options: argparse.Namespace) -> int:
     ours_in = list(dict.fromkeys(file.path() for file, _ in entries))
     records = write_all(files)
     keep(name, {path: records[path] for path in ours_in})
-    tell(f"{agent.title} has the tools of the bus{already}, from its next start on: {' and '.join(ours_in)}")
+    missing = f"; there is no `{name}` on your PATH yet" * (name == "claude" and not shutil.which(name))
+    tell(f"{agent.title} has the tools of the bus{already}, from its next start on: {' and '.join(ours_in)}{missing}")
     for line in [session(options), *advice(name, options, hooked=len(entries) > 1)]:
         tell(line)
     return 0

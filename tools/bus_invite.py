@@ -135,7 +135,8 @@ def invitation(name: str, token: str, here: str, url: str) -> str:
     named = "" if url else chosen(here)
     url = (url or reachable(here)).rstrip("/")
     line, remark = line_for(name, here, url)
-    texts = [TOKEN.format(name=name, token=token), RUN.format(name=name, line=line) if line else "", remark, named]
+    steps = behind_tunnel(url, RUN.format(name=name, line=line)) if line else ""
+    texts = [TOKEN.format(name=name, token=token), steps, remark, named]
     return wrapped("\n".join(filter(None, texts)).rstrip(), sys.stdout)
 
 
@@ -146,14 +147,16 @@ def page_link(until: int | None, name: str, token: str, here: str, url: str) -> 
     url = (url or reachable(here)).rstrip("/")
     if not url.startswith("http"):
         return f"{TOKEN.format(name=name, token=token)}\n{NO_PAGE}".rstrip()
+    is_open = url.startswith("http:") and not bus_recv.is_here(urlsplit(url).hostname)
+    page = behind_tunnel(url, PAGE.format(name=name, url=url, token=token, works=works))
+    return wrapped("\n".join(filter(None, [page, PLAIN_PAGE.format(url=url) * is_open, named])).rstrip(), sys.stdout)
+
+
+def behind_tunnel(url: str, text: str) -> str:
+    """What to do on another machine; before it, the tunnel that it needs if the bus is for its own machine only."""
     parts = urlsplit(url)
-    remark = ""
-    if bus_recv.is_here(parts.hostname):
-        remark = HERE_ONLY.format(url=url, port=parts.port or {"http": 80}.get(parts.scheme, 443))
-    elif parts.scheme == "http":
-        remark = PLAIN_PAGE.format(url=url)
-    texts = [PAGE.format(name=name, url=url, token=token, works=works), remark, named]
-    return wrapped("\n".join(filter(None, texts)).rstrip(), sys.stdout)
+    port = parts.port or {"http": 80}.get(parts.scheme, 443)
+    return TUNNEL.format(url=url, port=port, then=text) if bus_recv.is_here(parts.hostname) else text
 
 
 def reachable(here: str) -> str:
@@ -178,15 +181,12 @@ def line_for(name: str, here: str, url: str) -> tuple[str, str]:
     """The line for the other machine, and what the operator must know; empty texts if there is no such thing."""
     values = {"url": shlex.quote(url), "name": name, "check": CHECK, "plain": ""}
     parts, remark = urlsplit(url), ""
-    if bus_recv.is_here(parts.hostname):
-        remark = HERE_ONLY.format(url=url, port=parts.port or {"http": 80}.get(parts.scheme, 443))
     if parts.scheme == "https":
         pin, fault = pin_for(url, here)
-        line = (PINNED if pin else OPEN).format(curl=shlex.join(bus_join.curl(pin)), pin=pin, **values)
-        return line, "\n".join(filter(None, (fault, remark)))
+        return (PINNED if pin else OPEN).format(curl=shlex.join(bus_join.curl(pin)), pin=pin, **values), fault
     if parts.scheme != "http":
         return "", f"The bus listens at {url}, which no other machine reaches: see docs/deploy.md.\n" if url else NO_BUS
-    if not remark:
+    if not bus_recv.is_here(parts.hostname):
         values["plain"], remark = "AGENT_BUS_PLAIN_HTTP=1 ", PLAIN.format(url=url)
     try:
         pin = bus_join.digest([beside(file) for file in bus_join.FILES])
@@ -320,23 +320,26 @@ PLAIN_PAGE = """\
 {url} is not encrypted: whoever is on the way reads the token and the mail. Use this link only where the network itself
 encrypts (VPN, tailnet); elsewhere, give the bus a certificate with --tls-cert (docs/deploy.md), and invite again.
 """
-HERE_ONLY = """\
-{url} works on the machine of the bus only. On another machine, leave this command running (HOST is the machine of the
-bus); then it works there too:
+TUNNEL = """\
+{url} works on the machine of the bus only. On another machine do 1. and 2., on this one 2. alone.
+
+1. In a terminal there, leave this command running (HOST is the machine of the bus); then {url} works there too:
 
     ssh -N -L {port}:127.0.0.1:{port} HOST
 
-Or let the bus listen for others, with --host and --tls-cert (docs/deploy.md), and invite again.
+2. {then}
+Instead of 1., let the bus listen for others, with --host and --tls-cert (docs/deploy.md), and invite again.
 """
 PLAIN = """\
 {url} is not encrypted: whoever is on the way reads the token and the mail. Use this line only where the network itself
 encrypts (VPN, tailnet); elsewhere, give the bus a certificate with --tls-cert (docs/deploy.md), and invite again.
 """
 NO_BUS = """\
-The token is good as soon as the bus runs. No bus runs with this database now, so there is no line to run. When it does,
-invite again: the line then sets the URL, the token and the certificate, on another machine and on this one. Or set them
-yourself: AGENT_BUS_URL, AGENT_BUS_TOKEN to this token and, for a bus with a certificate of its own (--tls-cert),
-AGENT_BUS_CA to the file of the certificate.
+The token is good as soon as the bus runs. No bus runs with this database now, so there is no line to run. To get one
+now, invite again with --url and the URL that the bus will have; if it will have a certificate of its own (--tls-cert),
+invite again when it runs. The line sets the URL, the token and the certificate, on another machine and on this one. Or
+set them yourself: AGENT_BUS_URL, AGENT_BUS_TOKEN to this token and, for a certificate of its own, AGENT_BUS_CA to the
+file of the certificate.
 """
 NAMED = """\
 The bus listens at every address of this machine; {url} is given because {why}. The other machine must know

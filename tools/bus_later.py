@@ -22,7 +22,6 @@ import json
 import math
 import os
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 from urllib.parse import urlencode
@@ -45,22 +44,25 @@ except ModuleNotFoundError as missing:
 PATIENCE = 30.0  # s in which the bus is asked again
 
 
-def ask(url: str, path: str, order: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The bus's answer. A schedule has a key, and to take one back twice does no harm: so it is asked again."""
+def ask(url: str, path: str, order: dict[str, Any] | None = None) -> tuple[dict[str, Any], float]:
+    """The bus's answer, and its clock (s since 1970). It is asked again, as that does no harm: a schedule has a key."""
 
     body = None if order is None else json.dumps(order).encode()
 
     def attempt(left: float) -> Any:
-        return bus_send.exchange(url, path, body, min(left if order else math.inf, bus_send.GRACE_SECONDS))[0]
+        limit = min(left if order else math.inf, bus_send.GRACE_SECONDS)
+        answer, headers = bus_send.exchange(url, path, body, limit)
+        return {"answer": answer, "clock": bus_recv.clock_of(headers)}
 
     patience = PATIENCE if order else 0.0  # who only looks is told after one attempt
-    return bus_send.persist(attempt, patience, url, warn=complain)
+    found = bus_send.persist(attempt, patience, url, warn=complain)
+    return found["answer"], found["clock"]
 
 
 def schedules(url: str, sender: str | None) -> Iterator[dict[str, Any]]:
     query = {"from": sender} if sender else {}
     while True:
-        answer = ask(url, f"/later?{urlencode(query)}")
+        answer, _ = ask(url, f"/later?{urlencode(query)}")
         page = answer.get("schedules")
         if not isinstance(page, list) or not all(isinstance(each, dict) for each in page):
             raise bus_send.Unreachable()
@@ -94,16 +96,20 @@ def moment(text: str) -> float:
 
 
 def give(given: dict[str, Any], when: dict[str, Any], as_json: bool) -> None:
+    draft = bus_send.compose(given["to"], "", sender=given["sender"], channel=given["channel"])[1]
+    to = [draft["to"]] if isinstance(draft["to"], str) else draft["to"]
+    for name in [draft[member] for member in ("from", "channel") if member in draft] + to:  # before a text is typed
+        bus_recv.check_name(name)
     msg = bus_send.message_of(given)
     url, message = bus_send.compose(given.pop("to"), msg, **given)
     key = message.pop("key")
-    answer = ask(url, "/later", {**when, "key": key, "message": message})
+    answer, now = ask(url, "/later", {**when, "key": key, "message": message})
     if as_json or not (sys.stdout and sys.stdout.isatty()):
         bus_recv.emit(bus_recv.dump(answer) + "\n")
     else:
         at = bus_recv.seconds_of(answer.get("at"))
         then = f"it will be sent at {bus_recv.iso(at)}; its id for --cancel is {bus_recv.word(answer.get('id'))}\n"
-        bus_recv.emit(f"it is sent at once, because {bus_recv.iso(at)} is over\n" if at < time.time() else then)
+        bus_recv.emit(f"it is sent at once, because {bus_recv.iso(at)} is over\n" if at < now else then)
 
 
 def complain(line: str) -> None:

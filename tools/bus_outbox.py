@@ -189,12 +189,12 @@ def listed() -> Iterator[str]:
 
 
 def check(url: str, message: dict[str, Any]) -> None:
-    """ValueError for a mistake that can be seen without the bus."""
+    """ValueError for a mistake that can be seen without the bus, and before somebody types a text."""
     for one in bus_send.urls_of(url):
         bus_send.connect(one, PATIENCE)
     bus_send.credentials(url)
     to = message.get("to", [])
-    for name in (message["sender"], message["channel"], *([to] if isinstance(to, str) else to)):
+    for name in (message.get("from"), message["channel"], *([to] if isinstance(to, str) else to)):
         if name is not None:
             bus_recv.check_name(name)
 
@@ -261,10 +261,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             lines = [f"{line}\n" for line in listed()]
             bus_recv.emit("".join(lines))
             return 0 if lines or not is_seen() else complain("no message waits, and none was refused")
+        check(*bus_send.compose(to, "", sender=given["sender"], channel=given["channel"]))
         msg = bus_send.message_of(given) if to else ""
         url, message = bus_send.compose(to, msg, **(given if to else {"sender": given["sender"]}))
         message["sender"] = sender = message.pop("from", None)
-        check(url, message)
         outbox = Outbox(url, sender)
         outbox.warn = complain if is_seen() else None  # for a program, one line at the end says it all
         code = deliver(outbox, None if flush else message, patience, as_json)

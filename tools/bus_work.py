@@ -87,6 +87,16 @@ class Worker(bus_recv.Reader):
             sys.exit(0)
         self.ending = True
 
+    def read_as_mail(self) -> str:
+        """For a person: the queue is a mailbox that somebody reads. "" if it is not, or the bus does not tell."""
+        query = urlencode({"name": self.names[0], "channel": self.channel})
+        with contextlib.suppress(bus_recv.Refused, bus_recv.Unreachable, LookupError, TypeError, AttributeError):
+            agents = bus_recv.ask(self.url, f"/agents?{query}", bus_recv.GRACE_SECONDS)[0]["agents"]
+            its = [each for each in agents if (each["name"], each["channel"]) == (self.names[0], self.channel)]
+            if any(bus_recv.DECIMAL.fullmatch(str(each["cursor"])) and float(each["cursor"]) for each in its):
+                return f"; {self.names[0]} is read as mail too, and each of its messages is a job, also if it was read"
+        return ""
+
     def take_up(self, answer: dict[str, Any]) -> None:
         self.bus, self.cursor = str(answer.get("bus", bus_recv.OLD_CONTRACT)), NoCursor()
         if self.bus == bus_recv.OLD_CONTRACT:  # it would store a claim as a message
@@ -270,7 +280,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         worker.on = "".join(f" {option} {value}" for option, value in given if value)
         waiting, greets = f"waiting for jobs of {options.names[0]} on {worker.url}, until Ctrl-C", list(bus_recv.PEOPLE)
         if not options.once and timeout != 0:
-            worker.greet = lambda: bus_recv.once(greets, waiting)
+            worker.greet = lambda: bus_recv.once(greets, waiting + worker.read_as_mail() if greets else waiting)
         with contextlib.closing(worker):
             worker.work(worker.answers(options.once, timeout))
     except bus_recv.FAULTS as fault:

@@ -1,9 +1,10 @@
 // The place of reservations: who holds which names. place.js says what the members are.
 
+import { now } from "./ask.js";
 import { bus } from "./bus.js";
 import { clock, span } from "./dom.js";
 
-const left = row => `${span(Number(row.until) - Date.now() / 1000)}, until ${clock(row.until)}`;
+const left = row => `${span(Number(row.until) - now())}, until ${clock(row.until)}`;
 
 export default {
   title: "Reservations",

@@ -286,6 +286,17 @@ def test_exit_codes_of_what_never_reaches_a_bus(tmp_path):
         assert (code, out) == (2, "") and err and "[Errno" not in err
 
 
+@pytest.mark.parametrize("wrong", [
+    ["--to", "a b"], ["--to", "dell,a b"], ["--to", ""], ["--to", "dell", "--from", "a b"],
+    ["--to", "dell", "--channel", "a b"],
+])  # fmt: skip
+def test_names_are_checked_before_the_file_is_uploaded(wrong, tmp_path):
+    made(tmp_path / "f", 1000)
+    with Scripted() as server:
+        code, out, err = run("put", tmp_path / "f", *wrong, url=server.url)
+        assert (code, out, server.asked) == (2, "", []) and "is not a name: give 1 to 64" in err
+
+
 def test_two_who_put_and_two_who_get_the_same_file_do_not_disturb_each_other(bus, tmp_path):
     digest = made(tmp_path / "source", 8 << 20)
     for command in (["put", tmp_path / "source", "--to", "dell"], ["get", digest, "-o"]):

@@ -3,11 +3,13 @@
 import json
 import re
 import time
+from email.utils import formatdate
 
 import pytest
 
 from tests.clients.test_agent_bus import HOSTILE, RAW, on_terminal
 from tests.clients.test_clients import program, refusing
+from tests.kit.bad_servers import Scripted, answer
 from tests.kit.processes import PATIENCE, ROOT, wait_until
 
 pytestmark = pytest.mark.usefixtures("home")
@@ -65,6 +67,17 @@ def test_a_time_without_an_offset_is_the_local_one(agent, at, zone, utc):
 def test_a_time_that_is_over_is_said_to_be(agent):
     shown = on_terminal("later", "ann", "x", "--at", "2020-01-01T00:00Z", AGENT_BUS_URL=agent.url, AGENT_NAME="bob")
     assert shown == "it is sent at once, because 2020-01-01T00:00:00Z is over\n"
+
+
+@pytest.mark.parametrize("ahead", [600, -600], ids=["ahead", "behind"])  # s, our clock
+@pytest.mark.parametrize("left", [60, -60], ids=["it waits", "it is over"])  # s, by the clock of the bus
+def test_whether_a_time_is_over_is_judged_by_the_clock_of_the_bus(ahead, left):
+    now = int(time.time()) - ahead
+    scheduled = {"ok": True, "id": "5970df518cebaf17", "at": now + left}
+    with Scripted(answer(scheduled, f"Date: {formatdate(now, usegmt=True)}")) as server:
+        shown = on_terminal("later", "ann", "x", "--after", "1m", AGENT_BUS_URL=server.url, AGENT_NAME="bob")
+    assert shown.startswith("it will be sent at " if left > 0 else "it is sent at once, because ")
+    assert ("its id for --cancel is 5970df518cebaf17" in shown) == (left > 0)
 
 
 def test_without_a_bus_it_says_so_before_it_tries_again():

@@ -49,6 +49,24 @@ def test_the_inbox_of_a_queue_says_that_it_is_one_and_what_is_left_to_do(agent):
     assert "these are the oldest of its messages. Of all, 101 wait for" in agent("inbox", "builds")[2]
 
 
+def given_back(bus, name, number):
+    for _ in range(number):
+        job = bus_recv.ask(bus.url, "/claim", 5, {"to": name, "worker": "w"})[0]["messages"][0]
+        bus_recv.ask(bus.url, "/nack", 5, {"id": job["id"], "lease": job["lease"], "delay": 60})
+
+
+@pytest.mark.parametrize("number, jobs", [(2, "2 jobs wait"), (1, "1 job waits")])
+def test_the_inbox_and_an_ack_say_that_jobs_wait_which_others_are_told_are_unread(agent, number, jobs):
+    ids = mails(agent.url, "one", "two", "three")
+    agent("recv", "bob", "--once")
+    given_back(agent.bus, "bob", number)
+    assert json.loads(agent.bus.get("/agents?name=bob"))["agents"][0]["unread"] == number
+    says = f"{jobs} for a worker (python3 {ROOT}/tools/agent_bus.py work bob)\n"
+    assert agent("inbox") == (3, "", f"agent_bus.py inbox: nothing is unread for bob; {says}")
+    assert agent("ack", ids[-1])[2].endswith(f"; 0 unread; {says}")
+    assert agent("ack", mails(agent.url, "one", to="ann")[0], "ann")[2].endswith("; 0 unread\n")
+
+
 def test_ack_marks_as_read_up_to_an_id_and_the_bus_knows(agent):
     one, two, three = mails(agent.url, "one", "two", "three")
     code, out, err = agent("ack", two)
@@ -96,6 +114,8 @@ def test_a_home_that_cannot_be_written_is_said_in_the_sentence_of_all_programs(a
     env = {"HOME": str(tmp_path / "file"), "XDG_STATE_HOME": "", "AGENT_BUS_STATE_DIR": ""}
     code, _, err = agent("ack", one, **env)
     assert code == 2 and "cannot write " in err and "set AGENT_BUS_STATE_DIR to another place" in err
+    for place in (env, {"AGENT_BUS_STATE_DIR": str(tmp_path / "file")}):
+        assert f": {tmp_path}/file is a file, not a folder; set AGENT_BUS_STATE_DIR to" in agent("ack", one, **place)[2]
 
 
 def test_ack_takes_an_id_that_is_not_among_the_oldest_hundred(agent):

@@ -115,8 +115,16 @@ def test_a_token_is_never_written_for_claude(house):
     assert "AGENT_BUS_TOKEN_FILE" in said and b"abt_secret" not in b"".join(filter(None, tree(house).values()))
 
 
+def test_only_without_a_claude_on_the_path_it_says_so(house, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    assert ".claude/settings.json; there is no `claude` on your PATH yet\n" in install("install", "claude")
+    (tmp_path / "bin" / "claude").write_text("#!/bin/sh\n")
+    (tmp_path / "bin" / "claude").chmod(0o755)
+    assert "PATH" not in install("install", "claude")
+
+
 OTHERS = {
-    "another server": ('{"mcpServers": {"bus": {"command": "city-bus"}}}', "agent-bus"),
+    "another server": ('{"mcpServers": {"bus": {"command": "city-bus"}}}', "(city-bus): claude mcp remove bus"),
     "no JSON": ("{", "correct it first"),
     "a list": ("[]", "correct it first"),
     "servers of another kind": ('{"mcpServers": []}', "another kind"),
@@ -131,6 +139,23 @@ def test_what_is_not_ours_stays_as_it_is(content, house):
     assert says in install("install", "claude", code=1)
     assert says in (said := install("uninstall", "claude", code=1)) or "nothing is changed" in said
     assert tree(house) == was
+
+
+@pytest.mark.parametrize("name, file, text, says", [
+    ("claude", ".claude.json", '{"mcpServers": {"bus": {"type": "http", "url": "http://u:SECRET@b:1/mcp?key=SECRET"}}}',
+     "(http://b:1/mcp): claude mcp remove bus -s user, then install again"),
+    ("codex", ".codex/config.toml", '[mcp_servers.bus]\nargs = ["SECRET"]\ncommand = "city-bus"\n',
+     "(city-bus): codex mcp remove bus, then install again"),
+    ("gemini", ".gemini/settings.json", '{"mcpServers": {"bus": {"httpUrl": "http://b:1"}}}',
+     "(http://b:1): remove or rename it there, then install again"),
+    ("cursor", ".cursor/mcp.json", '{"mcpServers": {"bus": 5}}', ": remove or rename it there, then install again"),
+])  # fmt: skip
+def test_of_a_server_that_has_our_name_it_says_what_it_is_and_what_to_do(name, file, text, says, house):
+    (house / file).parent.mkdir(exist_ok=True)
+    (house / file).write_text(text)
+    said = install("install", name, code=1)
+    assert f"{house / file} has a server bus already{' ' * (says[0] == '(')}{says}\n" in said and "SECRET" not in said
+    assert (house / file).read_text() == text
 
 
 @pytest.mark.parametrize("command", ["install", "uninstall"])

@@ -72,6 +72,7 @@ def test_a_bus_with_another_database_is_named_before_the_wrong_one_is_closed(tmp
         how = "If your bus has started, correct --db."
         assert f"its first start. {how} The bus at {bus.url} has another database.\n" in said
         assert "The token is good as soon as the bus runs" in said and "invite again" in said and "curl" not in said
+        assert "To get one now, invite again with --url" in " ".join(said.split())
         assert all(variable in said for variable in ("AGENT_BUS_URL", "AGENT_BUS_TOKEN", "AGENT_BUS_CA"))
         assert ask(bus, "GET", "/agents")[0] == 200
         assert "another database" not in command(bus, "invite", "zz")
@@ -188,6 +189,9 @@ def test_a_bus_on_this_machine_only_is_said_to_be_one_and_how_another_machine_re
         line, _, said = invited(bus, "dell")
         assert f"{bus.url} works on the machine of the bus only" in said
         assert f"    ssh -N -L {bus.port}:127.0.0.1:{bus.port} HOST\n" in said and "--host and --tls-cert" in said
+        for what, text in ((line, said), ("/ui/#token=", command(bus, "invite", "maria", "--page"))):
+            steps = ("works on the machine of the bus only", "\n1. ", "    ssh -N -L ", "\n2. ", what, "Instead of 1.")
+            assert [*map(text.index, steps)] == sorted(map(text.index, steps)), "the tunnel comes first"
         assert f"$(curl -gfsS {bus.url}/bus_join.py)" in line and "AGENT_BUS_PLAIN_HTTP" not in line
 
 

@@ -133,6 +133,25 @@ def test_a_person_is_told_that_there_is_nothing(call, says, tmp_path, home):
             assert run(*call.split(), env=env)[1:] == ("", ""), "a program is told nothing"
 
 
+def test_a_person_is_told_that_a_worker_takes_from_a_mailbox_that_is_read_too(bus, home):
+    """With `recv bob` and `work bob` the command ran for what was read long ago, and a part of it was unread again."""
+    env = {"AGENT_BUS_URL": bus.url, "AGENT_NAME": "dell"}
+    waiting = f"bus_work: waiting for jobs of reader on {bus.url}, until Ctrl-C"
+    bus_send.send("reader", "one", url=bus.url, sender="spark")
+    assert on_a_terminal("tools/bus_work.py", "reader", "--exec", "true", **env) == f"{waiting}\n"
+    assert run("bus_recv.py", "reader", "--once", env=env)[0] == 0
+    told = f"{waiting}; reader is read as mail too, and each of its messages is a job, also if it was read\n"
+    assert on_a_terminal("tools/bus_work.py", "reader", "--exec", "true", **env) == told
+
+
+@pytest.mark.parametrize("call", ["bus_later {} --after 1h", "bus_outbox {}"])
+@pytest.mark.parametrize("wrong", ["a+b", "dell,a+b", "dell --channel a+b", "dell --from a+b"])
+def test_wrong_names_are_said_before_somebody_types_a_text(call, wrong, home):
+    tool, *arguments = call.format(wrong).split()
+    shown = on_a_terminal(f"tools/{tool}.py", *arguments, AGENT_BUS_URL=refusing(), AGENT_NAME="spark")
+    assert shown.startswith(f"{tool}: 'a+b' is not a name: give 1 to 64") and "type the message" not in shown
+
+
 def test_the_help_of_a_worker_says_how_a_job_is_made():
     said = " ".join(run("tools/bus_work.py", "-h")[1].split())
     assert f"python3 {ROOT}/bus_send.py NAME TEXT puts a job into it" in said

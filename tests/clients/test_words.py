@@ -69,6 +69,13 @@ def test_the_text_is_taken_from_the_command_line(arguments, msg):
         assert server.asked[0].json["msg"] == msg and server.asked[0].json["to"] == "dell"
 
 
+@pytest.mark.parametrize("to", ["dell, nano", " dell ,nano,"])
+def test_names_may_have_a_space_and_a_comma_beside_them(to, home):
+    with Scripted(stored()) as server:
+        code, _, err = run("bus_send.py", to, "hi", env={"AGENT_BUS_URL": server.url, "AGENT_NAME": "spark"})
+        assert code == 0 and server.asked[0].json["to"] == ["dell", "nano"], err
+
+
 def test_without_a_text_a_terminal_says_how_to_end_it(home):
     """Case 21."""
     with Scripted(stored()) as server:

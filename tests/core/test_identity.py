@@ -334,6 +334,17 @@ def test_a_label_tells_tokens_of_a_name_apart_and_revokes_one(bus):
     assert said == "dell Lap-top has no token: did you mean laptop?\n"
 
 
+def test_one_token_is_revoked_and_listed_by_its_id(bus):
+    first, second = invite(bus, "dell"), invite(bus, "dell")
+    assert first[:12] in command(bus, "tokens", first[:12]) and second[:12] not in command(bus, "tokens", first[:12])
+    assert command(bus, "revoke", first[:12]) == f"revoked one token of dell: {first[:12]}\n"
+    wait_until(lambda: ask(bus, "GET", "/recv?to=dell", token=first)[0] == 401)
+    assert ask(bus, "GET", "/recv?to=dell", token=second)[0] == 200
+    assert command(bus, "revoke", first[:12], code=1) == f"{first[:12]} is revoked already\n"
+    assert command(bus, "revoke", second[:12], "--label", "x", code=1) == f"{second[:12]} x has no token\n"
+    assert command(bus, "revoke", "abt_00000000", code=1).startswith("abt_00000000 has no token")
+
+
 def test_a_list_without_a_token_says_that_the_bus_is_open(tmp_path):
     with Server(tmp_path / "bus.db") as bus:
         assert run("tokens", "--db", bus.db) == (0, "no tokens: the bus is open\n", "")

@@ -3,6 +3,8 @@ import contextlib
 import http.client
 import json
 import os
+import re
+import shlex
 import signal
 import socket
 import sqlite3
@@ -16,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from bus_server import unwritable
 from tests.kit import forked
 from tests.kit.clock import Clock
 from tests.kit.peers import run
@@ -109,6 +112,19 @@ def test_a_host_may_be_in_brackets_as_in_the_url_that_the_bus_prints(tmp_path):
         assert json.load(answer)["ok"]
 
 
+@pytest.mark.parametrize("host, url", [
+    ("10.215.15.1", "http://10.215.15.1:8081"), ("fd00::1", "http://[fd00::1]:8081"),
+    ("0.0.0.0", f"http://{socket.gethostname()}:8081"), ("::", f"http://{socket.gethostname()}:8081"),
+])  # fmt: skip
+def test_the_invitation_that_a_refused_start_names_gives_the_line_to_run(host, url, tmp_path):
+    said = refused("--host", host, "--port", 8081, "--db", tmp_path / "bus.db")
+    [command] = re.findall(r"make a token first \((.*)\), or give --open", said)
+    assert f" NAME --url {shlex.quote(url)} --db " in command
+    done = forked.run(shlex.split(command.replace("NAME", "dell")), capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 0 and "/bus_join.py) && " in done.stdout and f" {shlex.quote(url)} dell " in done.stdout
+    assert "--url" not in refused("--host", host, "--port", 0, "--db", tmp_path / "other.db"), "it has no port yet"
+
+
 def test_a_name_that_is_none_is_shown_as_it_was_given(bus):
     assert send(bus, to="b\u00f6b\x1b")["error"].endswith("not 'b\u00f6b\\x1b'")
 
@@ -123,7 +139,13 @@ def test_an_id_of_no_message_is_named(rest, bus):
 def test_an_unusable_database_is_one_clear_line(tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "text.db").write_text("this is no database " * 100)
-    assert "File exists" in refused("--port", 0, "--db", tmp_path / "file" / "bus.db")
+    for below in ("bus.db", "agent-bus/bus.db"):
+        said = refused("--port", 0, "--db", tmp_path / "file" / below)
+        assert said.endswith(f": {tmp_path}/file is a file, not a folder; --db gives another place\n")
+    said = refused("--port", 0, "--db", tmp_path / "bus.db", "--files-dir", tmp_path / "file")
+    assert said.endswith(f"--files-dir: {tmp_path}/file is a file, not a folder\n")
+    code, _, err = run("invite", "x", "--db", tmp_path / "file" / "bus.db")
+    assert code == 2 and err.endswith(f": {tmp_path}/file is a file, not a folder; --db gives another place\n")
     assert "not a database" in refused("--port", 0, "--db", tmp_path / "text.db")
     newer = sqlite3.connect(tmp_path / "newer.db")
     newer.execute("PRAGMA user_version=99")
@@ -154,7 +176,17 @@ def test_a_command_that_does_not_exist_gets_the_one_that_may_be_meant(wrong, say
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_read_only_folder_is_one_clear_line(tmp_path):
     tmp_path.chmod(0o500)
-    assert "Permission denied" in refused("--port", 0, "--db", tmp_path / "bus.db")
+    said = refused("--port", 0, "--db", tmp_path / "bus.db")
+    assert f"you may not write {tmp_path}; --db gives another place" in said
+
+
+@pytest.mark.parametrize("shut, found", [("bus.db", "bus.db"), ("", "")])
+def test_what_may_not_be_written_is_named(shut, found, tmp_path, monkeypatch):
+    """SQLite says only `attempt to write a readonly database`, of a file or of its folder."""
+    (tmp_path / "bus.db").touch()
+    monkeypatch.setattr(os, "access", lambda path, mode: str(path) != str(tmp_path / shut))  # root may write all
+    said = unwritable(str(tmp_path / "bus.db"), sqlite3.OperationalError("attempt to write a readonly database"))
+    assert said == f"you may not write {tmp_path / found}; --db gives another place"
 
 
 @pytest.mark.parametrize(

@@ -460,6 +460,19 @@ def test_an_ack_fetches_nothing(bus):
     assert ask(bus, "GET", f"/message/{second['id']}")[1]["state"] == "queued"
 
 
+def test_the_inbox_says_that_jobs_wait_which_the_other_tools_call_unread(bus):
+    client = Client(bus, "both")
+    ids = store(bus, "both", "first", "second")
+    client.mail()
+    for _ in ids:
+        [job] = ask(bus, "POST", "/claim", {"to": "both", "worker": "w"})[1]["messages"]
+        assert ask(bus, "POST", "/nack", {"id": job["id"], "lease": job["lease"], "delay": 60})[0] == 200
+    waits = "; 2 jobs wait for a worker (agent-bus work both)"
+    assert client.tool("bus_ack", id=ids[-1]).endswith(f"; 0 unread{waits}")
+    assert "2 unread" in client.tool("bus_whoami") and "both: listening, 2 unread" in client.tool("bus_agents")
+    assert client.tool("bus_inbox") == f"0 unread, oldest first, for both on channel default{waits}."
+
+
 def test_a_session_reads_its_last_old_names_only(bus):
     """Each of them is a poll, of each look."""
     client = Client(bus, "n0")

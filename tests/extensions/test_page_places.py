@@ -169,3 +169,11 @@ def test_reservations_are_shown_and_a_person_may_release_one(near, hurried):
     page.click("tr:has-text('dell') button")
     page.wait_for_selector("tr:has-text('dell')", state="detached")
     assert [each["holder"] for each in json.loads(near.get("/locks"))["locks"]] == ["nano"]
+
+
+def test_how_long_a_reservation_holds_is_counted_on_the_clock_of_the_bus(near, page):
+    page.add_init_script("const own = Date.now; Date.now = () => own() + 3600e3;")  # this machine's is an hour ahead
+    body = {"from": "dell", "names": ["src/*"], "ttl": 7200}
+    assert ask(near, "POST", "/lock", body)[0] == 200
+    show(page, near, "#/more/locks")
+    page.wait_for_selector("tr:has-text('src/*') >> text=/^2 h, until/")
