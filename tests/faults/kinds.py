@@ -215,6 +215,10 @@ KINDS = [
           "core/test_tokens.py::test_a_clock_that_was_ahead_for_a_moment_ends_no_token"),
          "`clock_is_trusted()` is always true (all); a clock that jumped is never trusted again (the second); the "
          "first look compares with nothing (the third); `Tokens.refresh()` looks at `until` alone (the last)"),
+    Kind("what a wrong clock has written is taken for a proof that it is right",
+         "a start compares its clock with the newest message that is an hour older than this clock",
+         (f"{STORAGE}::test_a_second_start_with_a_wrong_clock_removes_nothing",),
+         "the first look compares with `bus.last`, whatever its age"),
     Kind("two agents answer each other without end",
          "a warning from 30 turns in ten minutes on, 429 from 120 on; `--turns` sets it, and 0 turns it off",
          (f"{RULES}::test_two_that_answer_each_other_are_warned_and_then_stopped",
@@ -715,11 +719,13 @@ KINDS = [
          "`Notices.judge()` always judges, or `announced()` calls it for all (the first); `PARSED` is a million "
          "(the last)"),
     Kind("a time that steps repeats or loses what was to be done at it",
-         "a repeat goes on after the time that it was sent for, and what was missed is sent once",
+         "a repeat goes on after the time that it was sent for, and what was missed is sent once; none waits for a day "
+         "that a wrong clock has named",
          (f"{LATER}::test_a_repeat_that_was_missed_is_sent_once_and_a_step_back_sends_nothing_twice",
-          f"{LATER}::test_what_was_due_while_the_bus_was_down_is_sent_at_its_start_in_the_order_of_time"),
+          f"{LATER}::test_what_was_due_while_the_bus_was_down_is_sent_at_its_start_in_the_order_of_time",
+          f"{LATER}::test_a_repeat_does_not_wait_for_a_day_that_a_wrong_clock_has_named"),
          "the next time is looked for after the clock alone (the first); what is due is taken in the order of giving "
-         "(the second)"),
+         "(the second); `Due.unchecked()` finds nothing (the last)"),
     Kind("the bus asks elsewhere: another host is reached, or one that is slow holds the bus up",
          "a webhook's host must be in the file; no redirect is followed; one request at a time, in a thread, that ends "
          "in time; no URL is told",
