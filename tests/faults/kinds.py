@@ -215,6 +215,10 @@ KINDS = [
           "core/test_tokens.py::test_a_clock_that_was_ahead_for_a_moment_ends_no_token"),
          "`clock_is_trusted()` is always true (all); a clock that jumped is never trusted again (the second); the "
          "first look compares with nothing (the third); `Tokens.refresh()` looks at `until` alone (the last)"),
+    Kind("a job waits for the day of a clock that was ahead",
+         "no job is held longer than the longest lease, and none that was given back, whatever clock wrote its end",
+         ("extensions/test_work.py::test_a_clock_that_started_ahead_keeps_no_job_until_its_day",),
+         "`Claim.apply()` does not execute `TOO_FAR`"),
     Kind("what a wrong clock has written is taken for a proof that it is right",
          "a start compares its clock with the newest message that is an hour older than this clock",
          (f"{STORAGE}::test_a_second_start_with_a_wrong_clock_removes_nothing",),
