@@ -177,6 +177,9 @@ class Register:
     def __exit__(self, *_: object) -> None:
         text = "".join(f"{name} {json.dumps(line)}\n" for name, line in self.names.items())
         if text != self.text:
+            self.file.seek(0, os.SEEK_END)  # on a full disk this fails, before a name is overwritten
+            self.file.write(" " * (len(text) - len(self.text)))
+            self.file.flush()
             self.file.seek(0)
             self.file.write(text)
             self.file.truncate()

@@ -215,6 +215,10 @@ KINDS = [
           "core/test_tokens.py::test_a_clock_that_was_ahead_for_a_moment_ends_no_token"),
          "`clock_is_trusted()` is always true (all); a clock that jumped is never trusted again (the second); the "
          "first look compares with nothing (the third); `Tokens.refresh()` looks at `until` alone (the last)"),
+    Kind("a full disk tears what was whole: a file is overwritten before there is room for all of it",
+         "the list of the names of sessions has its room before the first byte of it is changed",
+         ("integrations/test_names.py::test_a_full_disk_costs_no_session_its_name",),
+         "`Register` writes no blanks first"),
     Kind("a job waits for the day of a clock that was ahead",
          "no job is held longer than the longest lease, and none that was given back, whatever clock wrote its end",
          ("extensions/test_work.py::test_a_clock_that_started_ahead_keeps_no_job_until_its_day",),

@@ -4,6 +4,7 @@ The register is used here as the programs use it, but with processes that are ma
 """
 import os
 import pathlib
+import resource
 import subprocess
 import sys
 
@@ -36,6 +37,25 @@ def test_a_session_that_got_the_number_of_an_ended_process_is_another_one(lives)
     lives.begin(1)  # another program
     lives.begin(2)
     assert name(2, "b", "/x/web") == "web"
+
+
+def test_a_full_disk_costs_no_session_its_name(lives):
+    """The file may not grow, so the title of the fourth session has no room."""
+    for process in range(1, 4):
+        lives.begin(process)
+        name(process, str(process), "/x/web")
+    before = register().read_text()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before), limits[1]))
+    try:
+        with pytest.raises(OSError), session.Register() as names:
+            names.names = {"zebra": {**session.EMPTY, "seen": names.now, "title": "t" * 300}, **names.names}
+        with pytest.raises(OSError):
+            names.file.close()  # as the end of the process does
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert register().read_text() == before
+    assert [name(process, str(process), "/x/web") for process in range(1, 4)] == ["web", "web-2", "web-3"]
 
 
 def test_what_is_resumed_in_another_order_gets_its_own_name_back(lives):
