@@ -215,6 +215,10 @@ KINDS = [
           "core/test_tokens.py::test_a_clock_that_was_ahead_for_a_moment_ends_no_token"),
          "`clock_is_trusted()` is always true (all); a clock that jumped is never trusted again (the second); the "
          "first look compares with nothing (the third); `Tokens.refresh()` looks at `until` alone (the last)"),
+    Kind("a session holds its name until the day of a clock that was ahead",
+         "a look that lies over a day ahead is no look of today",
+         ("integrations/test_names.py::test_a_name_that_was_used_while_the_clock_was_ahead_is_free_again_before_that_day",),
+         "`Register.was_seen()` compares without `abs()`"),
     Kind("a full disk tears what was whole: a file is overwritten before there is room for all of it",
          "the list of the names of sessions has its room before the first byte of it is changed",
          ("integrations/test_names.py::test_a_full_disk_costs_no_session_its_name",),

@@ -7,6 +7,7 @@ import pathlib
 import resource
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -133,6 +134,19 @@ def test_a_server_that_asks_before_any_hook_takes_the_id_of_its_environment(live
     assert name(3) == "api-2"
     monkeypatch.delenv("CLAUDE_CODE_SESSION_ID")
     assert name(3, "b") == "api-2"
+
+
+def test_a_name_that_was_used_while_the_clock_was_ahead_is_free_again_before_that_day(lives, monkeypatch):
+    """Of a container that ended; nobody outside can see whether its session lives, but for its last look."""
+    real = time.time()
+    lives.space = "pid:[2]"
+    lives.begin(7)
+    monkeypatch.setattr(time, "time", lambda: real + 31 * 86400)
+    assert name(7, "a") == "api"
+    monkeypatch.setattr(time, "time", lambda: real)
+    lives.space = "pid:[1]"
+    lives.begin(8)
+    assert name(8, "b") == "api"
 
 
 def test_two_pid_namespaces_share_a_state_directory(lives):
