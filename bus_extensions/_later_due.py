@@ -9,12 +9,13 @@ from collections.abc import Generator
 from functools import partial
 from typing import Any
 
-from _later_schedule import COLUMNS, Drop, Keep, Move, Schedule, cron_of
+from _later_schedule import COLUMNS, MINUTE, Drop, Keep, Move, Schedule, cron_of
 
 from bus_server import (
     ANSWER_BYTES,
     BUSY,
     OPEN,
+    SOUND,
     Answer,
     Bus,
     Connection,
@@ -64,6 +65,8 @@ class Due:
         self.sending: set[int] = set()  # numbers of the schedules whose message is on its way
         self.leaving: set[int] = set()  # of those that are being taken back
         self.pause = 0.0  # monotonic clock, s: nothing is sent before
+        self.looked = 0  # wall clock, us, at the last look
+        self.right = 0  # up to this number no schedule waits for a time that only a wrong clock has written
         self.held = Shares(ALL, EACH)
         first = "SELECT owner, min(due) FROM later WHERE failed IS NULL AND due < '' GROUP BY 1"
         # Of each owner: none of its schedules is due before. Whose turn is next comes first.
@@ -131,7 +134,11 @@ class Due:
         bus, now = self.bus, self.bus.view.clock()
         if self.sending or bus.draining or not self.pause <= time.monotonic() <= bus.gate.until:
             return
-        numbers: list[int] = []
+        numbers = self.unchecked(now)
+        if numbers:
+            self.sending = set(numbers)
+            bus.loop.gradually(self.put_right, self.not_sent, iter(numbers))
+            return
         size = 0
         with contextlib.closing(self.ready(now)) as ready:
             for number, length in ready:
@@ -141,6 +148,29 @@ class Due:
                     break
         self.sending = set(numbers)
         bus.loop.gradually(self.send, self.not_sent, iter(numbers))
+
+    def unchecked(self, now: int) -> list[int]:
+        """Some of those whose time may be wrong: after the start and after a step back, as the clock was ahead then."""
+        self.right = 0 if now < self.looked - MINUTE else self.right
+        self.looked = now
+        which = "number > ? AND failed IS NULL AND due > ? AND (cron IS NOT NULL OR tries > 0) ORDER BY number LIMIT ?"
+        rows = self.bus.view.database.execute(f"SELECT number FROM later WHERE {which}", (self.right, now, 10 * SLICE))
+        numbers = [number for (number,) in rows.fetchall()]
+        self.right = numbers[-1] if numbers else SOUND
+        return numbers
+
+    def put_right(self, number: int) -> None:
+        """A repeat goes on at its next time from now on: its keys let none be sent twice. A retry waits its longest."""
+        now = self.bus.view.clock()
+        for each in filter(Schedule.is_sound, [*self.rows("number = ?", number)]):
+            at = min(each.at, cron_of(each.cron).after(now)) if each.cron else each.at
+            due = min(each.due, now + WAIT_MAX * 1000000 if each.tries and at == each.at else at)
+            self.given(each.owner(), due)
+            if due < each.due:
+                tries = each.tries if at == each.at else 0
+                self.bus.do(Move(number, at, due, tries, each.reason), None, self.done, self.not_done)
+                return
+        self.sending.discard(number)
 
     def send(self, number: int) -> None:
         found = [] if self.bus.draining else [*self.rows("number = ?", number)]

@@ -59,6 +59,9 @@ class Schedule(NamedTuple):
         numbers = self.at, self.due, self.tries, self.failed or 0
         return all(isinstance(each, int) for each in numbers) and self.sum == zlib.crc32(repr(self[1:7]).encode())
 
+    def owner(self) -> str:
+        return self.token or self.address
+
     def render(self) -> str:
         state, due = ("waiting", seconds(self.due)) if self.failed is None else ("failed", "null")
         return (

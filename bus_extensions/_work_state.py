@@ -10,6 +10,13 @@ from _work_letters import DEAD, bury, is_expired
 
 from bus_server import ANSWER_BYTES, MAX_MESSAGES, PLACED_ROW, Key, Message, Now, Operation, Refused, State
 
+LEASE_MAX = 43200.0  # s; for so long no other worker gets the message of a worker that died
+LONGEST = int(LEASE_MAX * 1000000)  # us
+# A bus that started while its clock was ahead wrote an end that nobody may wait for: a worker may have the longest
+# lease, and what was given back is free.
+TOO_FAR = """UPDATE work SET due = CASE WHEN lease IS NULL THEN :now ELSE :longest END
+    WHERE mailbox = :mailbox AND due > :longest"""
+
 
 class Job(NamedTuple):
     """A message that was handed out to a worker."""
@@ -50,6 +57,8 @@ class Claim(Operation):
         came_back = "UPDATE work SET due = ? WHERE mailbox = ? AND due >= ''"  # a text lies above every number
         if state.writing.execute(came_back, (now.steady, mailbox)).rowcount:
             state.damaged(f"the end of a lease in the queue {self.queue}")
+        ends = {"now": now.steady, "longest": now.steady + LONGEST, "mailbox": mailbox}
+        state.writing.execute(TOO_FAR, ends)
         found: list[tuple[Message, int]] = []
         room, looked = ANSWER_BYTES, state.last
         for again in self.came_back(state, mailbox, now):

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from _work_letters import DEAD
-from _work_state import Job
+from _work_state import LEASE_MAX, Job
 
 from bus_server import (
     EVERYONE,
@@ -28,7 +28,6 @@ from bus_server import (
 )
 
 LEASE = 60.0  # s a worker has for a message when it does not say
-LEASE_MAX = 43200.0  # s; for so long no other worker gets the message of a worker that died
 CLAIM_MAX = 100  # messages in one claim; it ends at ANSWER_BYTES too
 
 

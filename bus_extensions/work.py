@@ -136,8 +136,8 @@ class Work:
         self.bus.check_open()
         self.bus.storms.read(request.owner())
         members = request.members()
-        delay = members.number("delay", 0, 0, words.LEASE_MAX)
-        lease = members.number("seconds", words.LEASE, 1, words.LEASE_MAX)
+        delay = members.number("delay", 0, 0, its.LEASE_MAX)
+        lease = members.number("seconds", words.LEASE, 1, its.LEASE_MAX)
         reason = (members.one("reason") or "a worker gave it back")[:200]
         verb, wait = request.route[1:], lease if request.route == "/extend" else delay
         if verb == "nack" and members.flag("counts") is False:

@@ -178,6 +178,9 @@ class Register:
     def __exit__(self, *_: object) -> None:
         text = "".join(f"{name} {json.dumps(line)}\n" for name, line in self.names.items())
         if text != self.text:
+            self.file.seek(0, os.SEEK_END)  # on a full disk this fails, before a name is overwritten
+            self.file.write(" " * (len(text) - len(self.text)))
+            self.file.flush()
             self.file.seek(0)
             self.file.write(text)
             self.file.truncate()
@@ -204,7 +207,7 @@ class Register:
             for other in self.names.values():
                 other["ids"] = [each for each in other["ids"] if each != who.session]
             line["ids"] = [*line["ids"], who.session][-IDS:]
-        if line["seen"] < self.now - RECENT_SECONDS:  # not each time: a look need not write the file
+        if not self.was_seen(line, RECENT_SECONDS):  # not each time: a look need not write the file
             line["seen"] = self.now
         return Self(mine, tuple(self.also(mine)), line["why"], news)
 
@@ -241,11 +244,15 @@ class Register:
     def may_return(self, name: str, wanted: Sequence[str]) -> bool:
         """Had a session this name today that may be resumed? Then others take it last; but the first goes to anyone."""
         line = self.names.get(name, EMPTY)
-        return name != wanted[0] and bool(line["ids"]) and line["seen"] > self.now - DAY
+        return name != wanted[0] and bool(line["ids"]) and self.was_seen(line, DAY)
 
     def lives(self, line: dict[str, Any]) -> bool:
         """Does the session live? One that another PID namespace runs cannot be seen: it lives a day after its look."""
-        return processes.is_alive(line["process"], line["seen"] > self.now - DAY)
+        return processes.is_alive(line["process"], self.was_seen(line, DAY))
+
+    def was_seen(self, line: dict[str, Any], seconds: float) -> bool:
+        """Was the last look so lately? One that lies further ahead was at a wrong time of the clock."""
+        return abs(self.now - float(line["seen"])) < seconds
 
     def taken(self, born: str) -> set[str]:
         """The names that other living processes have, or had within the last day and still read."""

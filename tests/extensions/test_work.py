@@ -193,6 +193,27 @@ def test_a_clock_that_starts_in_the_past_does_not_keep_leases_for_years(tmp_path
         assert bus_server.Clock(lambda: 0, state.last).now().steady >= right - bus_server.AHEAD
 
 
+@pytest.mark.parametrize("verb, seconds", [("", 43200), ("nack", 0)])
+def test_a_clock_that_started_ahead_keeps_no_job_until_its_day(tmp_path, verb, seconds):
+    """A worker may have a lease of 12 hours; what was given back is free at once."""
+    right, month, work = bus_server.wall_clock(), 31 * 86400 * 1000000, bus_server.load_extensions(())["work"]
+    with contextlib.closing(bus_server.State(str(tmp_path / "bus.db"))) as state:
+
+        def done(operation, after):
+            return state.apply([operation], bus_server.Now(right + after, right + after)).results[0]
+
+        def claimed(after):
+            return done(work.Claim("default", "builds", 1, 60 * 1000000, 7, "ann", 5), after).jobs
+
+        message = {"from": "ann", "to": "builds", "channel": "default", "msg": "x"}
+        done(bus_server.Put([bus_server.draft(message, None)]), 0)
+        [job] = claimed(month)
+        if verb:
+            done(work.Settle(verb, job.message.tick, job.lease, 60 * 1000000, "", 5), month)
+        assert len(claimed(1)) == (seconds == 0)
+        assert len(claimed(seconds * 1000000 + 2)) == (seconds > 0)
+
+
 def test_null_is_as_if_it_were_not_there(bus):
     send(bus)
     assert len(claim(bus, channel=None, lease=None, worker=None)) == 1

@@ -358,6 +358,20 @@ def test_a_start_with_a_clock_that_is_wrong_removes_nothing(tmp_path):
         wait_until(lambda: kept(bus) == [])
 
 
+def test_a_second_start_with_a_wrong_clock_removes_nothing(tmp_path):
+    """What was sent before it, by the same clock, does not say that this clock is right."""
+    moved = Moved(tmp_path, "--keep", "30d")
+    with moved.bus as bus:
+        stored(bus, "bob", "message")
+        moved.go(31 * 86400)
+        for number in range(2):
+            bus.stop()
+            bus.start()
+            stored(bus, "bob", f"{number}")
+            moved.looks(2)
+        assert kept(bus) == ["message", "0", "1"]
+
+
 def test_a_clock_that_was_right_after_all_is_believed_after_an_hour(tmp_path):
     """Seen twice, an hour apart: then what is too old goes, as always."""
     moved = Moved(tmp_path, "--keep", "30d")

@@ -4,8 +4,10 @@ The register is used here as the programs use it, but with processes that are ma
 """
 import os
 import pathlib
+import resource
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -36,6 +38,25 @@ def test_a_session_that_got_the_number_of_an_ended_process_is_another_one(lives)
     lives.begin(1)  # another program
     lives.begin(2)
     assert name(2, "b", "/x/web") == "web"
+
+
+def test_a_full_disk_costs_no_session_its_name(lives):
+    """The file may not grow, so the title of the fourth session has no room."""
+    for process in range(1, 4):
+        lives.begin(process)
+        name(process, str(process), "/x/web")
+    before = register().read_text()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before), limits[1]))
+    try:
+        with pytest.raises(OSError), session.Register() as names:
+            names.names = {"zebra": {**session.EMPTY, "seen": names.now, "title": "t" * 300}, **names.names}
+        with pytest.raises(OSError):
+            names.file.close()  # as the end of the process does
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert register().read_text() == before
+    assert [name(process, str(process), "/x/web") for process in range(1, 4)] == ["web", "web-2", "web-3"]
 
 
 def test_what_is_resumed_in_another_order_gets_its_own_name_back(lives):
@@ -113,6 +134,19 @@ def test_a_server_that_asks_before_any_hook_takes_the_id_of_its_environment(live
     assert name(3) == "api-2"
     monkeypatch.delenv("CLAUDE_CODE_SESSION_ID")
     assert name(3, "b") == "api-2"
+
+
+def test_a_name_that_was_used_while_the_clock_was_ahead_is_free_again_before_that_day(lives, monkeypatch):
+    """Of a container that ended; nobody outside can see whether its session lives, but for its last look."""
+    real = time.time()
+    lives.space = "pid:[2]"
+    lives.begin(7)
+    monkeypatch.setattr(time, "time", lambda: real + 31 * 86400)
+    assert name(7, "a") == "api"
+    monkeypatch.setattr(time, "time", lambda: real)
+    lives.space = "pid:[1]"
+    lives.begin(8)
+    assert name(8, "b") == "api"
 
 
 def test_two_pid_namespaces_share_a_state_directory(lives):
