@@ -155,7 +155,7 @@ def compose(to: Any, msg: str, *, fields: Any = None, **given: Any) -> tuple[str
         raise ValueError(f"AGENT_NAME is {sender!r}, which is not a name: {rule}")
     if not sender and not credentials(own["AGENT_BUS_URL"]):  # a token names its sender
         raise ValueError(f"the sender is missing: give --from NAME or set AGENT_NAME{unused_file()}")
-    to = [name.strip() for name in to.split(",") if name.strip()] if isinstance(to, str) and "," in to else to
+    to = [name.strip() for name in to.split(",") if name.strip()] or to if isinstance(to, str) and "," in to else to
     message = {"from": sender, "to": to, "channel": channel, "msg": msg, "key": key or new_key()}
     members = {**message, **given, **dict(fields or ()), **message}  # the order of the first, the value of the last
     return own["AGENT_BUS_URL"], {field: value for field, value in members.items() if value is not None}

@@ -2213,7 +2213,9 @@ class Tokens:
         try:
             self.spare.close()
             with open(self.path, encoding="ascii") as file:
-                return [json.loads(line) for line in file]
+                if rows := [json.loads(line) for line in file]:
+                    return rows
+            raise ValueError("it is empty: put a copy of it there, or remove it, which opens the bus to everybody")
         except (FileNotFoundError, NotADirectoryError):
             return []
         except (OSError, ValueError) as error:
@@ -2269,8 +2271,11 @@ class Tokens:
         try:
             with open_beside(f"{self.path}.lock") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
-                with written_anew(self.path) as file:
-                    file.writelines(f"{encode(row)}\n" for row in change(self.rows()))
+                if rows := change(self.rows()):
+                    with written_anew(self.path) as file:
+                        file.writelines(f"{encode(row)}\n" for row in rows)
+                else:  # the first one is taken back
+                    pathlib.Path(self.path).unlink(missing_ok=True)
             time.sleep(2 * Deadlines.SLOT)  # until a running server has looked
         except OSError as error:
             raise Unusable(f"cannot write the tokens in {self.path}: {unwritable(self.path, error)}") from None
@@ -6158,7 +6163,7 @@ def revoke(arguments: Sequence[str]) -> int:
     labels = {row["id"]: row.get("label", "") for row in rows if options.name in (row["name"], row["id"])}
     wanted = [token for token, label in labels.items() if options.label in (None, label)]
     which = f"{options.name} {options.label or ''}".strip()
-    if wanted:  # else do not make a file, which would close the bus
+    if wanted:
         file.change(lambda rows: [{**row, "revoked": int(time.time())} if row["id"] in wanted else row for row in rows])
         owner = {row["id"]: row["name"] for row in rows}.get(options.name)
         print(f"revoked {f'one token of {owner}' if owner else f'the tokens of {which}'}: {' '.join(wanted)}")

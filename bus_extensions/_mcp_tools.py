@@ -357,7 +357,7 @@ def fields(names: Iterable[str]) -> dict[str, dict[str, str]]:
 
 def receivers(text: str) -> str | list[str]:
     """`a,b` is a list: a send to it is stored whole or not at all."""
-    return text if "," not in text else [name.strip() for name in text.split(",") if name.strip()]
+    return text if "," not in text else [name.strip() for name in text.split(",") if name.strip()] or text
 
 
 # The tools: each file _NAME_tools.py beside this one has a table TOOLS

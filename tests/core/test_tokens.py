@@ -37,26 +37,29 @@ def test_a_clock_that_was_ahead_for_a_moment_ends_no_token(tmp_path, monkeypatch
 
 
 def replaced(path, text):
-    """At once: the bus would take a file that is still empty for one without tokens."""
+    """At once, as the commands do: no look of the bus meets half of it."""
     fresh = path.with_suffix(".fresh")
     fresh.write_text(text)
     fresh.replace(path)
 
 
-def test_a_known_token_is_good_while_the_file_is_damaged(bus):
+@pytest.mark.parametrize("damaged", ["{", ""])
+def test_a_known_token_is_good_while_the_file_is_damaged(bus, damaged):
     token = invite(bus, "spark")
     path = pathlib.Path(f"{bus.db}.tokens")
     good = path.read_text()
     wait_until(lambda: ask(bus, "GET", "/recv?to=spark", token=token)[0] == 200)
-    replaced(path, "{")
+    replaced(path, damaged)
     wait_until(lambda: "cannot read the tokens" in bus.log.read_text())
     assert ask(bus, "GET", "/recv?to=spark&wait=0.3", token=token)[0] == 200
     replaced(path, good.replace('"revoked": null', '"revoked": 1'))
     wait_until(lambda: ask(bus, "GET", "/recv?to=spark", token=token)[0] == 401)
 
 
-def test_a_bus_with_damaged_tokens_does_not_start(tmp_path):
-    (tmp_path / "bus.db.tokens").write_text("no JSON\n")
+@pytest.mark.parametrize("damaged", ["no JSON\n", ""])
+def test_a_bus_with_damaged_tokens_does_not_start(tmp_path, damaged):
+    """It would be open to everybody if a file that has lost its tokens were one that never had any."""
+    (tmp_path / "bus.db.tokens").write_text(damaged)
     command = [sys.executable, str(ROOT / "bus_server.py"), "--port", "0", "--db", str(tmp_path / "bus.db")]
     done = forked.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 2 and "cannot read the tokens" in done.stderr and "Traceback" not in done.stderr
