@@ -27,13 +27,13 @@ DEAD_WORKER = --max-worker-restart 0
 FAILED = $$(grep -c :: .pytest_cache/v/cache/lastfailed)
 ALONE = { test $$? = 1 && test $(FAILED) -le 3 && $(RUN) pytest -v --last-failed --last-failed-no-failures none; }
 # The core's own files whose tests start a command, a proxy or another server each.
-LONG = deploy operations damage conformance
+LONG = deploy operations damage conformance server identity tokens
 PEERS = wrk redis-server redis-tools mosquitto nginx libnginx-mod-nchan beanstalkd
 
 .PHONY: quick test lint check bench profile fuzz faults siege cluster page agents clean
 
 quick: $(VENV)/test
-	$(RUN) pytest -n $(AT_ONCE) --dist worksteal $(DEAD_WORKER) -m 'not slow' $(LONG:%=--ignore=tests/core/test_%.py) test_bus.py tests/core
+	REPLAY_LISTS=30 $(RUN) pytest -n $(AT_ONCE) --dist worksteal $(DEAD_WORKER) -m 'not slow' $(LONG:%=--ignore=tests/core/test_%.py) test_bus.py tests/core
 
 test: $(VENV)/test
 	$(RUN) pytest $(TOGETHER)

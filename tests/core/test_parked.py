@@ -295,6 +295,7 @@ def delays(bus, name, count):
         sender.answer()
 
 
+@pytest.mark.slow("more rounds while others use the machine")
 def test_a_parked_reader_has_its_message_within_5_ms(bus):
     """99 of 100, so the median too. The best round counts: others who use this machine can only make it slower.
 

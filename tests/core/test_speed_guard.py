@@ -107,12 +107,14 @@ def steps(*options):
     return count
 
 
+@pytest.mark.slow("it counts each bytecode of some hundred sends")
 def test_extensions_that_nobody_uses_cost_a_send_nothing():
     """The fewest of three: a timer of the bus may come due in between. Each turn is like the one before: a few do."""
     without = ("--without", "locks,search,redact,later,notify,page,mcp")
     assert min(steps() for _ in range(3)) < 1.01 * min(steps(*without) for _ in range(3))
 
 
+@pytest.mark.slow("the best of some rounds of thousands of sends")
 def test_a_durable_send_takes_no_more_cpu_than_it_did():
     rounds = [(sends(), fixed_work()) for _ in range(ROUNDS)]
     cost = min(send for send, _ in rounds) / min(work for _, work in rounds)

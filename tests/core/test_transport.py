@@ -93,8 +93,8 @@ def test_the_help_of_a_bus_with_tls_gives_https_everywhere(bus):
 
 
 def test_what_is_sent_over_tls_is_received_over_tls(bus):
-    assert statuses(talk(bus, post("bob", "hello") + LAST)) == [200, 200]
-    (answer, _) = answers(talk(bus, recv("bob") + LAST))
+    assert statuses(talk(bus, post("erin", "hello") + LAST)) == [200, 200]
+    (answer, _) = answers(talk(bus, recv("erin") + LAST))
     assert [message["msg"] for message in answer.json()["messages"]] == ["hello"]
 
 
