@@ -144,8 +144,8 @@ class Said(NamedTuple):
 
 
 def may_know(request: Request) -> None:
-    if request.grant.send_only:
-        raise Refused(403, f"the token of {request.grant.name} may only send, and reservations show names")
+    """Reservations show names: 403 if the token may only send."""
+    request.grant.check((request.grant.name,))
 
 
 def path_of(given: str) -> str:

@@ -157,8 +157,7 @@ class Blobs:
 
     def get(self, request: Request) -> Answer:
         self.bus.storms.read(request.owner())
-        if request.grant.send_only:
-            raise Refused(403, f"the token of {request.grant.name} may only send, not read")
+        request.grant.check((request.grant.name,))  # 403 if it may only send
         file = self.place(request)
         try:
             stream = file.open("rb")

@@ -135,7 +135,7 @@ def test_a_token_that_may_only_send_leaves_files_too(tmp_path, monkeypatch):
         told = peers.ask(bus, "GET", "/recv?to=dell", token=of["dell"]).json["messages"]
         assert [message["sha256"] for message in told] == [digest] * 2
         code, _, err = run("get", digest, "-o", tmp_path / "got", url=bus.url)
-        assert code == 1 and "may only send" in err, "what it left it cannot get"
+        assert code == 1 and "it needs an invitation without --send-only" in err, "what it left it cannot get"
 
 
 def test_what_was_cut_goes_on_from_there_both_ways(bus, tmp_path, monkeypatch):

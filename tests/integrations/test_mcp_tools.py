@@ -230,7 +230,7 @@ def test_a_job_is_claimed_and_done_or_given_back(client, start):
 def test_a_message_is_sent_later_listed_and_taken_back(client, start):
     given = client.tool("bus_later", to="bob", msg=HOSTILE, after=3600, subject="T1")
     id = re.search(r"cancel ([0-9a-f]{16}) takes it back", given)[1]
-    client.tool("bus_later", to="bob,carl", msg="each", cron="0 9 * * 1-5")
+    client.tool("bus_later", to="bob, carl,", msg="each", cron="0 9 * * 1-5")
     client.tool("bus_later", to="bob", msg="then", at="2050-12-01T09:00Z")
     start(name="bob").tool("bus_later", to="alice", msg="another's", after=3600)
     listed = client.tool("bus_scheduled")
