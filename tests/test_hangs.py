@@ -3,6 +3,8 @@ import random
 import subprocess
 import sys
 
+import pytest
+
 from tests.kit.clock import Clock
 from tests.kit.processes import PATIENCE, ROOT, Standstills, free_port
 
@@ -71,6 +73,30 @@ def test_a_test_that_hangs_fails_and_those_behind_it_are_run(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=2 * PATIENCE)
     assert "6 failed, 2 passed, 1 error" in done.stdout, done.stdout
     assert done.stdout.count("hangs: not over after ") >= 7
+
+
+DYING = """
+import os
+
+import pytest
+
+
+@pytest.mark.parametrize("number", range(20))
+def test_dies(number):
+    if number == 7:
+        os._exit(3)
+"""
+
+
+def test_a_run_of_which_a_worker_died_has_not_just_failed_tests(tmp_path):
+    """`make check` runs failed tests again, after exit code 1; here tests are left that nobody has run."""
+    pytest.importorskip("xdist")
+    file = tmp_path / "test_dying.py"
+    file.write_text(DYING)
+    options = ["-c", "/dev/null", "--rootdir", str(tmp_path), "-p", "no:cacheprovider", "-p", "tests.conftest"]
+    command = [sys.executable, "-m", "pytest", "-n", "2", "--max-worker-restart", "0", *options, str(file)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=2 * PATIENCE)
+    assert "crashed while running" in done.stdout and done.returncode == pytest.ExitCode.INTERRUPTED, done.stdout
 
 
 def test_workers_that_run_at_once_give_their_servers_different_ports(monkeypatch):
