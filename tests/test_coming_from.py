@@ -102,4 +102,4 @@ def test_the_tools_that_the_page_names_are_those_of_the_mcp_server():
     page = next(page for page in PAGES if page.stem == "mcp-mail").read_text()
     server = "".join(file.read_text() for file in (ROOT / "bus_extensions").glob("_*_tools.py"))
     named = set(re.findall(r"`(bus_\w+)`", page))
-    assert len(named) == 7 and all(f'"{name}": Tool(' in server for name in named)
+    assert len(named) == 8 and all(f'"{name}": Tool(' in server for name in named)

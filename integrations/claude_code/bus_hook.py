@@ -16,8 +16,9 @@ a turn there is a notice only if urgent mail or an awaited reply has come, becau
 times in a row.
 
 A look is one exchange with the bus, and at the start of a session two or three. It ends within 2 s whatever the bus
-does, with exit code 0. If the bus is too slow or out of reach, the session is told once. Sub-agents are told nothing:
-the mail is their parent's. The same exchange tells the bus what the session does (doing.py), if that has changed.
+does, at the start of a session within 4 s, with exit code 0. If the bus is too slow or out of reach, the session is
+told once. Sub-agents are told nothing: the mail is their parent's. The same exchange tells the bus what the session
+does (doing.py), if that has changed.
 
 A session that is idle is woken by a file: SessionStart tells Claude Code to watch it, the MCP server of the session
 appends a line when mail has come, and the hook for FileChanged, --wake, ends with 2 and says the number on stderr. A
