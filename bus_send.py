@@ -674,8 +674,8 @@ def main(argv: list[str] | None = None) -> int:
     if given["reply_to"] and not re.fullmatch("[0-9a-f]{13}", given["reply_to"]):
         parser.error(f"--reply-to {given['reply_to']!a} is not the id of a message: that is 13 of 0-9 a-f")
     words = sys.argv[1:] if argv is None else argv
-    reply = next((at for at, word in enumerate(words) if word.startswith("--reply")), len(words))
-    if to and to not in words[:reply]:  # it is not TO, which stands before --reply-to
+    first = next((at for at, word in enumerate(words) if word.startswith("--r")), len(words))  # where --reply-to is
+    if given["reply_to"] and to and not parser.parse_intermixed_args(words[:first]).to:  # it stands behind
         to, given["text"] = None, [to, *given["text"]]
     tell_people(complain)
     try:

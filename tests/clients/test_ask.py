@@ -177,6 +177,16 @@ def test_words_behind_reply_to_are_the_text_and_a_name_before_it_is_the_receiver
         assert next(bus_recv.receive(name, url=bus.url, timeout=PATIENCE))["msg"] == " ".join(text)
 
 
+def test_a_text_that_begins_with_the_value_of_an_option_before_is_not_taken_for_a_receiver(bus):
+    env = {"AGENT_BUS_URL": bus.url}
+    number = bus_send.send("alice", "who is it?", url=bus.url, sender="spark")["id"]
+    for option in ("--reply-to", "--rep"):
+        assert run("bus_send.py", "--from", "alice", option, number, "alice", option, env=env, stdin=b"")[0] == 2
+        words = ["bus_send.py", "--from", "alice", option, number, "alice", "agrees"]
+        assert run(*words, env=env)[0] == 0
+        assert next(bus_recv.receive("spark", url=bus.url, timeout=PATIENCE))["msg"] == "alice agrees"
+
+
 def test_an_answer_to_nothing_is_refused_and_one_to_nobody_is_wrong_usage(bus):
     env = {"AGENT_BUS_URL": bus.url, "AGENT_NAME": "dell"}
     assert run("bus_send.py", "--reply-to", "652a7c1b2f3e1", stdin=b"hi", env=env)[0] == 1
