@@ -106,7 +106,8 @@ class Observer(bus_recv.Reader):
     def last(self, number: int) -> dict[str, Any]:
         """An answer with the newest messages, at most `number`. The place is behind them; `since` must be `now`.
 
-        A log is read forwards only. So look at its last second, then at eight times as much, until there are enough.
+        Only a bus with the extension `history` reads a log backwards. So look at the last second, then at eight times
+        as much, until there are enough.
         """
         end, back = float(self.once()["now"]), 1
         told, self.announce = self.announce, lambda line: None  # of a gap in what is only looked through
@@ -231,10 +232,8 @@ def options_of(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--bus", type=bus_recv.profile, metavar="PROFILE", help="the bus in ~/.config/agent-bus/PROFILE.env")
     add("--no-follow", action="store_true", help="print the messages that exist now, and end")
     add("--timeout", type=bus_recv.duration, metavar="S", help="end after S seconds")
-    for ignored in ("--log", "--once"):  # `bus_recv.py --log` took these, and runs us with its own arguments
-        add(ignored, action="store_true", help=argparse.SUPPRESS)
-    for ignored in ("--exec", "--tries", "--lease"):
-        add(ignored, help=argparse.SUPPRESS)
+    add("--once", dest="no_follow", action="store_true", help=argparse.SUPPRESS)  # as bus_recv.py calls it
+    add("--log", action="store_true", help=argparse.SUPPRESS)  # `bus_recv.py --log` runs us with its own arguments
     return parser.parse_args(argv)
 
 

@@ -48,6 +48,7 @@ except ModuleNotFoundError as missing:
     sys.exit(2)
 
 
+LONGEST_LEASE = 43200.0  # s; as PROTOCOL.md has it (queues)
 DEAD = ".dead"  # a queue's name and this: the mailbox of the jobs that were given up
 
 
@@ -73,8 +74,8 @@ class Worker(bus_recv.Reader):
         if len(names) > 1:
             raise ValueError("a worker has one queue: give one NAME")
         super().__init__(names, None, channel, None, bus_recv.HOLD_SECONDS)
-        self.command, self.lease = command, lease  # lease: s
-        self.order = {"to": names[0], "channel": self.channel, "lease": lease}  # the body of a claim
+        self.command, self.lease = command, min(max(lease, 1), LONGEST_LEASE)  # s; the bus gives no other
+        self.order = {"to": names[0], "channel": self.channel, "lease": self.lease}  # the body of a claim
         if name := bus_recv.settings().get("AGENT_NAME"):
             self.order["worker"] = name
         self.at_work = self.ending = self.failed = False  # failed: the last job

@@ -96,6 +96,14 @@ def test_the_lease_is_extended_while_the_command_runs(tmp_path):
     assert len(orders(server, "/ack")) == 1
 
 
+@pytest.mark.parametrize("given, lease", [("3d", 43200), ("0", 1)])
+def test_a_lease_that_the_bus_does_not_give_is_one_that_it_gives(given, lease):
+    """Else it would be extended too late, or all the time."""
+    with Scripted(mail(job(1)), DONE) as server:
+        assert ended(worker(server.url, "true", "--once", "--lease", given)) == ""
+    assert [claim["lease"] for claim in orders(server, "/claim")] == [lease]
+
+
 def test_a_job_whose_lease_is_lost_is_given_up_and_its_command_killed_with_all_it_started(tmp_path):
     with Scripted(mail(job(1)), LOST) as server:
         command = f"(sleep 60; touch {tmp_path}/late) & echo $! > {tmp_path}/child; wait"
