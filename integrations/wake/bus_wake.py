@@ -34,7 +34,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -175,12 +175,13 @@ class Waker:
         with contextlib.suppress(ValueError, TypeError):  # a new file is empty
             self.memory.update(json.load(self.file))
 
-    def look(self) -> None:
-        """Look once, and wake the agent if the policy says so."""
+    def ask(self, what: str) -> dict[str, Any]:
+        return bus_recv.ask(self.url, f"/{what}={self.options.name}&channel={self.channel}", ANSWER_SECONDS)[0]
+
+    def look(self, counts: dict[str, Any], found: dict[str, Any]) -> None:
+        """Wake the agent if the policy says so. `counts` is the answer of /digest, `found` that of /agents."""
         name, channel = self.options.name, self.channel
-        counts = bus_recv.ask(self.url, f"/digest?to={name}&channel={channel}", ANSWER_SECONDS)[0]
-        agents = bus_recv.ask(self.url, f"/agents?name={name}&channel={channel}", ANSWER_SECONDS)[0]["agents"]
-        agent = next((one for one in agents if (one["name"], one["channel"]) == (name, channel)), {})
+        agent = next((one for one in found["agents"] if (one["name"], one["channel"]) == (name, channel)), {})
         numbers = {member: int(counts[member]) for member in ("unread", "urgent")}  # no text gets into the prompt
         counts, number = {**counts, **numbers}, numbers["unread" if self.options.any else "urgent"]
         self.keep(number=min(number, self.memory["number"]))  # what was read may come again
@@ -219,15 +220,23 @@ class Waker:
             bus_recv.complain(line, "bus_wake")
         self.said = said
 
+    @contextlib.contextmanager
+    def judged(self) -> Iterator[None]:
+        """Refused, if an answer has not the form of a bus's."""
+        try:
+            yield
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise bus_recv.Refused(0, f"{self.url} does not answer /digest as a bus does ({error!r})") from None
+
     def work(self) -> None:
         while True:
             try:
-                self.look()
+                answers = self.ask("digest?to"), self.ask("agents?name")  # ValueError: our configuration is wrong
+                with self.judged():
+                    self.look(*answers)
             except bus_recv.Unreachable as fault:
                 if (why := bus_recv.no_bus(self.url, fault)) != self.said:
                     self.say(why, why)
-            except (LookupError, TypeError, ValueError, AttributeError) as error:
-                raise bus_recv.Refused(0, f"{self.url} does not answer /digest as a bus does ({error!r})") from None
             if self.options.once:
                 return
             time.sleep(LOOK_SECONDS)

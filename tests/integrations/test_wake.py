@@ -246,6 +246,14 @@ def test_a_bus_without_a_digest_is_named(says, agent, monkeypatch):
         assert "/digest" in agent.look(code=1)
 
 
+def test_a_file_of_ours_that_is_wrong_is_not_said_to_be_the_bus(agent, monkeypatch, tmp_path):
+    token = tmp_path / "token"
+    token.write_text(f"abt_12345678_{'a' * 43}")
+    token.chmod(0o644)
+    monkeypatch.setenv("AGENT_BUS_TOKEN_FILE", str(token))
+    assert "must be yours and for you alone" in agent.look(code=2)
+
+
 def test_when_it_is_stopped_the_turn_that_it_has_started_is_stopped(agent):
     agent.fake("claude", "echo $$ > pid; exec sleep 600")
     agent.send(priority="high")
