@@ -156,6 +156,20 @@ def name(text: Any, what: str) -> str:
     return text
 
 
+def speaker(text: Any, what: str) -> str:
+    """The text, if it is the name of one that may send; else Refused, with a name that is free (unless guessed)."""
+    own = name(text, what)
+    if own.lower() in RESERVED:
+        why = "this name is reserved, because it could be taken for a person or for the bus"
+        another = f"{own.lower()}-{secrets.token_hex(2)} or another name"
+        raise Refused(400, f"{what} must not be {own}: {why}; use {another}")
+    return own
+
+
+def channel_of(text: Any) -> str:
+    return "default" if text in (None, "") else name(text, "channel")
+
+
 def is_name(text: Any) -> bool:
     return isinstance(text, str) and bool(NAME.fullmatch(text))
 
@@ -333,6 +347,10 @@ class Grant(NamedTuple):
     def may_see(self, message: Message) -> bool:
         return self.reads(message.to) or message.sender == self.name
 
+    def values(self) -> tuple[bool, str, str]:
+        """The values of SEES."""
+        return self.operator, self.name, encode(self.mailboxes())
+
     def check(self, names: Iterable[str]) -> None:
         for own in filterfalse(self.reads, names):
             need = "an invitation without --send-only" if self.send_only else f"invite --also {own}"
@@ -344,6 +362,7 @@ class Grant(NamedTuple):
 
 
 OPEN = Grant("", "", (), False, True)
+SEES = "(? OR sender = ? OR name IN (SELECT value FROM json_each(?)))"  # Grant.may_see() in SQL; see Grant.values()
 
 Way = tuple[str, str, str]  # channel, sender, receiver: of one copy of a message
 
@@ -391,17 +410,9 @@ def addresses(sender: Any, to: Any, channel: Any) -> tuple[str, tuple[str, ...],
     receivers = to if isinstance(to, tuple) else (to,)
     if not 1 <= len(receivers) <= NAMES_PER_SEND:
         raise Refused(400, f"to must be a name or a list of 1 to {NAMES_PER_SEND} names")
-    if name(sender, "from").lower() in RESERVED:
-        raise Refused(400, f"from must not be {reserved(sender)}")
-    channel = "default" if channel in (None, "") else name(channel, "channel")
+    sender, channel = speaker(sender, "from"), channel_of(channel)
     start = f'"from": "{sender}", "channel": "{channel}", "msg": '
     return channel, tuple(dict.fromkeys(name(one, "to") for one in receivers)), start
-
-
-def reserved(own: str) -> str:
-    """Why a name is reserved, and another one, which is free unless somebody guessed it."""
-    why = "this name is reserved, because it could be taken for a person or for the bus"
-    return f"{own}: {why}; use {own.lower()}-{secrets.token_hex(2)} or another name"
 
 
 def lifetime(ttl: Any) -> int | None:
@@ -535,7 +546,8 @@ class Report:
     def flush(self, patience: float) -> None:
         """Wait until all lines are written, for at most `patience` seconds."""
         over = threading.Event()
-        self.say(over.set)
+        self.start()
+        self.lines.put(over.set)  # also if ROOM lines wait
         over.wait(patience)
 
 
@@ -1189,8 +1201,6 @@ class Request:
         try:
             if token:
                 self.peer.door.app.check_token(token)
-            if self.command not in self.METHODS:
-                raise Refused(501, f"the method {self.command} is not supported")
             return self.peer.door.app.answer(self)
         except Refused as refused:
             return refusal(refused)
@@ -1200,6 +1210,10 @@ class Request:
             say_exception(error)
             self.peer.closing = True
             return refusal(our_fault())
+
+    def check_method(self) -> None:
+        if self.command not in self.METHODS:
+            raise Refused(501, f"the method {self.command} is not supported")
 
     def log(self, answer: Answer) -> None:
         at = time.strftime("%d/%b/%Y %H:%M:%S")
@@ -1435,7 +1449,7 @@ class Door:
 
     def evict(self) -> None:
         """Close the connections whose tokens were revoked. Before that, no such one is told of a message."""
-        self.loop.gradually(Connection.check_token, Connection.fail, iter([*self.connections]))
+        self.loop.gradually(Connection.ends_if_revoked, Connection.fail, iter([*self.connections]))
 
 
 class Outgoing:
@@ -1826,8 +1840,8 @@ class Connection(Outgoing):
         elif self.phase in READING:
             self.refuse(refused)
 
-    def check_token(self) -> bool:
-        """End this connection if its token was revoked. In BUSY, Bus.entitled() and Bus.park() check it instead."""
+    def ends_if_revoked(self) -> bool:
+        """True if its token was revoked: it is ended then. In BUSY, Bus.entitled() and Bus.park() check it instead."""
         waits = self.phase in (BODY, PARKED)
         if self.token is None or not (waits or (self.token and self.phase in (IDLE, HEAD, WRITING))):
             return False
@@ -2358,7 +2372,7 @@ class Gate:
         if head.host and head.host not in self.hosts and not ip_address(head.host.strip("[]")):
             raise Refused(403, f"this bus does not answer to {head.host}: start it with --allow-host, or with tokens")
         if head.silent and head.route in TAKING:
-            raise Refused(403, "a browser gets no messages here, if it hides which page asks: open /ui/, or use curl")
+            raise Refused(403, "a browser that hides which page asks gets no messages here: open /ui/, or use curl")
         return OPEN
 
 
@@ -2389,13 +2403,19 @@ class Budget:
         self.clock, self.rate, self.burst = clock, rate, burst
         self.left: OrderedDict[str, tuple[float, float]] = OrderedDict()  # what each owner has left, at which time
 
-    def wait(self, owner: str, amount: float) -> int:
-        """Spend `amount` and return 0; or return the seconds until that is possible. A full budget may go below 0."""
+    def left_of(self, owner: str, now: float) -> float:
+        left, before = self.left.get(owner, (self.burst, now))
+        return min(self.burst, left + (now - before) * self.rate)
+
+    def spend(self, owner: str, amount: float) -> int:
+        """Spend `amount` and return 0; or return the seconds until that is possible.
+
+        Of a full budget any amount can be spent: it is below 0 then.
+        """
         if not self.rate:
             return 0
         now = self.clock()
-        left, before = self.left.get(owner, (self.burst, now))
-        left = min(self.burst, left + (now - before) * self.rate)
+        left = self.left_of(owner, now)
         if amount > left and left < self.burst:
             return math.ceil((min(amount, self.burst) - left) / self.rate)
         put_newest(self.left, owner, (left - amount, now), self.OWNERS)
@@ -2404,8 +2424,7 @@ class Budget:
     def take(self, owner: str, amount: float) -> None:
         """Spend `amount`, which was not known before; the budget may go below 0."""
         now = self.clock()
-        left, before = self.left.get(owner, (self.burst, now))
-        put_newest(self.left, owner, (min(self.burst, left + (now - before) * self.rate) - amount, now), self.OWNERS)
+        put_newest(self.left, owner, (self.left_of(owner, now) - amount, now), self.OWNERS)
 
 
 class Storms:
@@ -2419,6 +2438,7 @@ class Storms:
     WORK, WORK_BURST = 8 << 20, 128 << 20  # bytes of large answers to one reader: the same
     WORK_SHARE = 0.07  # of the time of the loop that WORK takes
     PARSING = 4  # a byte of a request takes up to so many times as long as a byte of an answer
+    ESCAPING = 4  # as does one of an answer as text, whose invisible characters are escaped
     NAMES, NAMES_BURST = 10 / 60, 1000  # names that one owner uses for the first time: the same
     DEPTH = 32  # replies to replies; people change the subject earlier
     WITHIN = 600.0  # s in which changes of direction between two names are counted
@@ -2439,14 +2459,14 @@ class Storms:
 
     def read(self, owner: str, reader: str = "") -> None:
         """A request of one reader: several of them may be on one machine, and several owners may read one name."""
-        wait = self.reads.wait(f"{owner}/{reader}", 1)
+        wait = self.reads.spend(f"{owner}/{reader}", 1)
         if wait:
             raise too_much(f"{reader or owner} reads faster than {self.READS} times a second: wait {wait} s", wait)
-        self.check_work(owner, reader, 0)
+        self.pay(owner, reader)
 
-    def check_work(self, owner: str, reader: str, size: int) -> None:
-        """429 if large bodies and answers of this reader took too much time. It is called before they take more."""
-        wait = self.work.wait(f"{owner}/{reader}", size * self.PARSING)
+    def pay(self, owner: str, reader: str = "", work: int = 0) -> None:
+        """429 if the requests of this reader took too much time; else it pays for `work`, bytes of an answer."""
+        wait = self.work.spend(f"{owner}/{reader}", work)
         if wait:
             raise too_much(f"{reader or owner} makes more work than the bus has time for: wait {wait} s", wait)
 
@@ -2461,7 +2481,7 @@ class Storms:
 
         JSON of many small parts takes up to ten times as long as other JSON.
         """
-        self.check_work(owner, "", size)
+        self.pay(owner, work=size * self.PARSING)
         began = time.thread_time()
         try:
             yield
@@ -2470,13 +2490,13 @@ class Storms:
             self.worked(owner, "", max(took - size * self.PARSING, 0))
 
     def name(self, owner: str, names: int) -> None:
-        wait = self.names.wait(owner, names) if names else 0
+        wait = self.names.spend(owner, names) if names else 0
         if wait:
             why = f"{owner} used over {self.NAMES_BURST} new names, and more than 10 a minute since: wait {wait} s"
             raise too_much(f"{why}, or use a name that the bus knows", wait)
 
     def spend(self, sender: str, messages: int) -> None:
-        wait = self.sends.wait(sender, messages)
+        wait = self.sends.spend(sender, messages)
         if wait:
             raise too_much(f"{sender} sends faster than {self.sends.rate:g} messages a second: wait {wait} s", wait)
 
@@ -2515,7 +2535,7 @@ class Storms:
         if len(turns) < max(self.most_turns // 4, 1):
             return ""
         often = f"{len(turns)} times in {self.WITHIN / 60:g} minutes"
-        limit = f"the bus refuses messages from {self.most_turns} on: send only what {to} needs"
+        limit = f"the bus refuses more than {self.most_turns}: send only what {to} needs"
         return f"{sender} and {to} have answered each other {often}; {limit}"
 
 
@@ -2893,7 +2913,8 @@ class Remove(Operation):
         state.writing.execute("DELETE FROM messages WHERE tick IN (SELECT value FROM json_each(?))", (ticks,))
         removed = {key: tick for key, (tick, _) in gone.items()}
         state.writing.executemany(
-            f"DELETE FROM receipts WHERE mailbox = {MAILBOX} AND kind IN (0, 1, 2) AND tick < ?",
+            f"DELETE FROM receipts WHERE mailbox = {MAILBOX} AND kind IN (0, 1, 2) AND tick < ? "
+            "AND (kind != 2 OR tick NOT IN (SELECT tick FROM messages))",  # 2, ALONE: of a message that may be spared
             [(*key, tick) for key, tick in removed.items()],
         )
         state.removed.update(removed)
@@ -3567,10 +3588,9 @@ class View(Rows):
         """The rows for an observer, and up to which tick. SQLite passes over those that its token may not see."""
         sees, some = poll.sees or OPEN, "SELECT tick FROM messages WHERE tick > ? ORDER BY tick LIMIT 1 OFFSET ?"
         [end] = (None if sees.operator else self.ask(some, poll.since, self.LOOKED - 1)) or [upto]
-        only = "tick > ? AND tick <= ? AND (? OR sender = ? OR name IN (SELECT value FROM json_each(?)))"
+        only = f"tick > ? AND tick <= ? AND {SEES}"
         rows = f"SELECT {ROW} FROM messages CROSS JOIN mailboxes ON mailbox = id WHERE {only} ORDER BY tick"
-        values = poll.since, min(end, upto), sees.operator, sees.name, encode(sees.mailboxes())
-        return self.database.execute(rows, values), min(end, upto)
+        return self.database.execute(rows, (poll.since, min(end, upto), *sees.values())), min(end, upto)
 
     def removed_up_to(self, poll: Poll) -> dict[tuple[str, str], int]:
         """How far retention has come in each mailbox that the poll looks at."""
@@ -3706,6 +3726,7 @@ def locked(path: str) -> IO[str]:
     try:
         lock = open_beside(lock_file(path))
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock.truncate(0)  # it may name a bus that was killed
     except BlockingIOError:
         by = lock.readline().strip() or "another bus_server"  # State.sign() wrote it
         raise InUse(f"the database {path} is in use by {by}: stop that bus, or give another --db") from None
@@ -4390,7 +4411,7 @@ class Ledger:
         if size > self.LARGE:
             copied = size - sum([len(one.text) for one in drafts])  # a list may have 64 names, and each gets a copy
             if copied:
-                self.bus.storms.check_work(owner, "", copied // Storms.PARSING)
+                self.bus.storms.pay(owner, work=copied)
             if self.waiting.is_full(owner, min(size, self.WAITING_EACH)):  # a larger one passes if no other waits
                 raise unavailable("too many bytes wait for the disk of the bus: nothing was stored, try again", 2)
             self.waiting.add(owner, size)
@@ -4560,6 +4581,7 @@ class Bus:
         if method == "OPTIONS":
             return Answer(204, b"", headers=(("Allow", ", ".join(self.allowed(request))),))
         if not route:
+            request.check_method()
             allowed = self.allowed(request)
             raise Refused(405, f"{request.route} takes {' or '.join(allowed)}", ("Allow", ", ".join(allowed)))
         if method == "HEAD" and route.takes:
@@ -4579,7 +4601,7 @@ class Bus:
         raise Refused(404, f"there is nothing at {request.parsed.path.partition('?')[0]}: GET / lists the endpoints")
 
     def over(self, connection: Connection) -> Answer | None:
-        if connection.check_token():
+        if connection.ends_if_revoked():
             return None
         parked = self.mailboxes.unpark(connection)
         if connection.ended:
@@ -4606,8 +4628,9 @@ class Bus:
         if answer.status >= 400:
             self.figures.refused[answer.status] += 1
         if len(answer.body) > HEAD_BYTES:
-            reader = connection.request.reader if connection.request else ""  # without one: it was parked
-            times = self.storms.PARSING if answer.kind.startswith("text/") else 1  # hidden characters are escaped
+            parked, _ = answer.delivers or ("", 0)  # what waits has no request
+            reader = connection.request.reader if connection.request else getattr(parked, "me", "")
+            times = self.storms.ESCAPING if answer.kind.startswith("text/") else 1
             self.storms.worked(connection.owner(), reader, len(answer.body) * times)
         if self.verbose:
             (connection.request or Request(connection, b"")).log(answer)
@@ -4667,7 +4690,7 @@ class Bus:
 
     def found(self, found: tuple[Connection, list[Message]]) -> None:
         connection, messages = found
-        if messages and not connection.check_token():
+        if messages and not connection.ends_if_revoked():
             parked = self.mailboxes.unpark(connection)
             connection.answer(self.waits[type(parked)].found(connection, parked, messages))
 
@@ -4724,7 +4747,7 @@ class Bus:
         for other in self.mailboxes.surplus(parked):
             other.wait(PARKED, 0)  # not answered in here, as each may ask again
         if not self.gate.holds(parked.token):
-            connection.soon(connection.check_token)  # the token was revoked during a commit
+            connection.soon(connection.ends_if_revoked)  # the token was revoked during a commit
 
     def check_open(self) -> None:
         if self.draining:
@@ -4929,8 +4952,9 @@ class Sending:
 
     def count_on(self) -> None:
         self.rows = self.COUNTED // 10  # others wait for each action
-        box, (channel, to) = self.uncounted.popitem()
-        self.unfetched(box, channel, to, bool(box.pending and box.pending.counts_senders))
+        if self.uncounted:  # after an error it is called again, and there may be none left
+            box, (channel, to) = self.uncounted.popitem()
+            self.unfetched(box, channel, to, bool(box.pending and box.pending.counts_senders))
         self.plan()
 
     def answer(self, warning: str, several: bool, connection: Connection, put: Put, stored: list[Stored]) -> Answer:
@@ -5035,7 +5059,7 @@ class Receiving:
         There may be many observers and messages. So this is an action for each observer.
         """
         poll = self.mailboxes.parked.get(connection)
-        if isinstance(poll, Poll) and poll.me is None and not connection.check_token():  # else it was answered
+        if isinstance(poll, Poll) and poll.me is None and not connection.ends_if_revoked():  # else it was answered
             found, reached = self.read(poll) if any(map(poll.wants, visible)) else ([], None)
             if found or reached:
                 self.mailboxes.unpark(connection)
@@ -5086,7 +5110,8 @@ class Retention:
         before, self.looked = self.looked, wall
         if abs(wall - before) > jump:
             self.trusted = wall + self.JUMP
-            say(f"bus_server: the clock jumped by {wall - before:.0f} s: nothing is removed for an hour")
+            since = f"the clock moved by {wall - before:.0f} s since the last look or message"
+            say(f"bus_server: {since}: nothing is removed for an hour, in case it is wrong")
         return wall >= self.trusted
 
     def age(self) -> None:
@@ -5236,7 +5261,7 @@ def verbatim(body: bytes, query: Query) -> dict[str, Any]:
 def check_number(drafts: list[Draft], copies: int) -> None:
     keys = [(one.sender, one.channel, one.key) for one in drafts if one.key]
     if not drafts or len(set(keys)) < len(keys):
-        raise Refused(400, "an array needs a message, and each key only once (Idempotency-Key is for each message)")
+        raise Refused(400, "an array needs a message, and each key only once; Idempotency-Key is the key of all")
     if copies > COPIES_PER_SEND:
         raise Refused(400, f"one request stores at most {COPIES_PER_SEND} messages: send several requests")
 
@@ -5405,8 +5430,8 @@ def everybody(bus: Bus, channel: str) -> tuple[int, int]:
 def unread(bus: Bus, channel: str, own: str, box: Mailbox) -> int:
     """Messages addressed to the name above its mark, less the expired. Broadcasts are not counted.
 
-    And what lies below it and came `back`: an extension counts that, and knows the oldest tick.
-    Beyond LOOKS it is what lies above an older mark, or all.
+    And of what lies below it those that came back to a queue: see Mailboxes.back(). When the looks of this answer are
+    used up, the number may be too high.
     """
     mark, looks = box.mark(), bus.looks > 0
     back = bus.mailboxes.back(channel, own, mark)[0] if looks else 0
@@ -5760,7 +5785,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--max-body", type=within(1024, 9999999), default=262144, metavar="BYTES", help=largest)
     most = "messages per second and sender; 0: no limit (%(default)s)"
     add("--rate", type=within(0, kind=float), default=50, metavar="N", help=most)
-    turns = "changes of direction between two names in 10 minutes; warn from N/4 on; 0: no limit (%(default)s)"
+    turns = "how often two names may answer each other in 10 minutes; a quarter warns; 0: no limit (%(default)s)"
     add("--turns", type=within(0), default=120, metavar="N", help=turns)
     add("--without", action="append", metavar="NAME,...", help="do not load these extensions: " + ", ".join(ELSEWHERE))
     further_name = "another host name that clients use in the bus's URL; only needed without tokens"
@@ -5777,7 +5802,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def command_line(arguments: Sequence[str]) -> argparse.Namespace:
     """The options of a server, those of the extensions too. `extensions` and `without` are among the results."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first = argparse.ArgumentParser(add_help=False)
     first.add_argument("--without", action="append", default=[])
     without = [each for each in ",".join(first.parse_known_args(arguments)[0].without).split(",") if each]
     extensions = load_extensions(without)
@@ -5919,6 +5944,8 @@ def listen(host: str, port: int) -> socket.socket:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         both = address[0] == "::" and socket.has_dualstack_ipv6()
         return socket.create_server(address[:2], family=family, backlog=4096, dualstack_ipv6=both)
+    except UnicodeError:
+        raise Unusable(f"cannot listen on {host!r}: no host has such a name: --host must be an address") from None
     except OSError as error:
         why = str(error.strerror).partition(" (while")[0]  # Python goes on to say where
         advice = "--host must be an address of this machine, without a port"
@@ -6002,6 +6029,8 @@ def run_server(options: argparse.Namespace, state: State) -> int:
         options.front.start(bus, options)
     if options.tcp or not bus.listeners:
         bus.listeners.insert(0, tcp_listener(bus, options, tls))
+    elif tls:
+        raise Unusable("--tls-cert is for a port, and this bus has only Unix sockets: give --port too, or leave it out")
     state.sign(bus.listeners[0][0])
     for number in (signal.SIGTERM, signal.SIGINT):
         bus.loop.on_signal(number, bus.drain)
@@ -6118,14 +6147,14 @@ def check_invitation(parser: argparse.ArgumentParser, options: argparse.Namespac
     folder = os.path.dirname(os.path.abspath(options.db))
     if options.db != default_path() and not is_there(folder):
         raise Unusable(f"there is no folder {folder}: correct --db, or make that folder first")
-    for each in [options.name, *options.also]:
-        try:
-            name(each, "NAME")
-        except Refused as refused:
-            parser.error(refused.sentence)
+    try:
+        for each in options.also:
+            name(each, "--also")
+        speaker(options.name, "NAME")
+    except Refused as refused:
+        parser.error(refused.sentence)
     url = re.fullmatch(r"https?://[^\s?#@]+", options.url) and options.url.isprintable()
     for wrong, sentence in (
-        (options.name.lower() in RESERVED, reserved(options.name)),
         (options.send_only and (options.also or options.operator), "--send-only excludes --also and --operator"),
         (options.url and not url, f"--url {options.url!a} is not the URL of a bus: write it like https://bus.lan:8080"),
         (not options.label.isprintable(), "--label must not have control characters"),
@@ -6259,6 +6288,8 @@ def remove_alone(path: str, before: int, fetched_only: bool) -> None:
         removal = pruning(state, before, fetched_only, 0)
         while True:
             [reached] = state.apply([removal], Clock(wall_clock, state.last).now()).results
+            if isinstance(reached, Refused):
+                raise Unusable(f"cannot remove messages from {path}: {reached.sentence}")
             if reached is None:
                 return
             removal = removal.next(reached)
@@ -6388,7 +6419,7 @@ def cut_off(path: str) -> str:
     except FileNotFoundError:
         return ""
     except OSError as error:
-        raise Unusable(f"{restoring(path)} is of no restore: remove it ({error.strerror})") from None
+        raise Unusable(f"{restoring(path)} was not written by restore: remove it ({error.strerror})") from None
     with os.fdopen(file, "rb") as marker:
         return "".join(re.findall("[0-9]+$", marker.read(64).decode("ascii", "replace")))
 
@@ -6402,8 +6433,11 @@ def copy_bus(source: str, target: str, tokens: list[Row], old: str = "", bus: st
     files = copy_files(source, target)  # after the messages, which point to them
     give_to_folder(new, target)
     if old:
-        with written_anew(restoring(target)) as marker:
-            marker.write(old.rpartition(".")[2])
+        try:
+            with written_anew(restoring(target)) as marker:
+                marker.write(old.rpartition(".")[2])
+        except OSError as error:
+            raise Unusable(f"cannot write {restoring(target)}: {error.strerror}") from None
     for suffix in ("", "-wal", "-shm") if old else ():  # so named, they stay one database
         with contextlib.suppress(FileNotFoundError):
             os.rename(target + suffix, old + suffix)

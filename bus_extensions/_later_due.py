@@ -53,9 +53,6 @@ class Sender:
     def fail(self) -> None:
         self.answer(refusal(our_fault()))
 
-    def guard(self, action: Any) -> None:
-        action()
-
 
 class Due:
     """The schedules in the database, and which of them have an operation on its way. Owned by the loop."""

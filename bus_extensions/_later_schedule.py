@@ -126,9 +126,6 @@ class Drop(Operation):
         return (str(known[0]), int(known[1])) if known else None
 
 
-OPERATIONS = (Keep, Move, Drop)
-
-
 # The cron line
 
 FIELDS = (("minute", 0, 59), ("hour", 0, 23), ("day", 1, 31), ("month", 1, 12), ("weekday", 0, 7))  # 0 and 7: Sunday

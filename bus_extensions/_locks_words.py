@@ -12,7 +12,6 @@ from _locks_state import AMONG, LASTING, LONGEST, TTL_MAX, Held, Lock
 
 from bus_server import (
     HOLD_MAX,
-    RESERVED,
     Answer,
     Bus,
     Draft,
@@ -23,14 +22,14 @@ from bus_server import (
     Refused,
     Request,
     boolean,
+    channel_of,
     draft,
     encode,
     iso,
-    name,
     ok,
     parse_json,
-    reserved,
     seconds,
+    speaker,
 )
 
 TTL, TTL_MIN = 600.0, 1.0  # s a reservation lasts when its holder does not say; and at least
@@ -101,10 +100,7 @@ class Said(NamedTuple):
         members = request.grant.sign(parse_json(request.body))
         if not isinstance(members, dict):
             raise Refused(400, "the body must be a JSON object")
-        holder, channel = name(members.get("from"), "from"), members.get("channel")
-        if holder.lower() in RESERVED:
-            raise Refused(400, f"from must not be {reserved(holder)}")
-        return cls(members, holder, "default" if channel in (None, "") else name(channel, "channel"))
+        return cls(members, speaker(members.get("from"), "from"), channel_of(members.get("channel")))
 
     def seconds(self, field: str, default: float, low: float, high: float) -> float:
         return Query.of_members(self.members).number(field, default, low, high)
@@ -179,7 +175,7 @@ def fences_over(database: Database, channel: str, path: Wanted) -> list[int]:
 def covering(bus: Bus, request: Request, channel: str, given: str) -> list[int]:
     """The fences of all reservations that cover a path. Its reader pays for what is compared."""
     path = Wanted([path_of(given)])
-    bus.storms.check_work(request.owner(), "", 0)
+    bus.storms.pay(request.owner())
     try:
         return fences_over(bus.view.database, channel, path)
     finally:
@@ -199,7 +195,7 @@ def entry(row: Row, now: Now, waiting: str) -> str:
 
 
 def wish(lock: Lock, held: Held, now: Now) -> Draft:
-    """A message to a holder, from who waits. Its key makes it one for each reservation and each name."""
+    """A message to a holder, from who waits. Its key makes it one message for each reservation and each who waits."""
     message = {
         "from": lock.holder,
         "to": held.holder,

@@ -102,7 +102,7 @@ KINDS: dict[str, Any] = {"string": str, "number": (int, float), "integer": int}
 
 
 class Page(NamedTuple):
-    """What one look found. `ends`: for each name how many messages, by their place, a poll of it must take."""
+    """What one look found."""
 
     messages: list[dict[str, Any]]  # oldest first
     more: bool

@@ -138,7 +138,7 @@ class Failed(Exception):
 
 
 def post(rule: Rule, text: str) -> None:
-    """Send a notice. It runs in a thread, and takes TIMEOUT for each address of the host at most; else Failed.
+    """Send a notice, in a thread. Failed, after TIMEOUT for each address of the host, and for the answer.
 
     It connects to the address that it has just resolved, follows no redirect, uses no proxy, and reads nothing of the
     answer but its status.

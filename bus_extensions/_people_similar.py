@@ -40,7 +40,7 @@ class Similar:
         channel, own, good, member = self.last
         if (channel, own) == (one.channel, one.to[0]) and time.monotonic() < good:
             return member
-        if self.looks.wait("", 0):
+        if self.looks.spend("", 0):
             return ""
         start = time.thread_time()
         found = self.to(one.channel, one.to[0])

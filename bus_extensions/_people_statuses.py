@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from bus_server import (
-    RESERVED,
     Answer,
     Bus,
     Mailbox,
@@ -13,12 +12,12 @@ from bus_server import (
     Refused,
     Request,
     Shares,
+    channel_of,
     encode,
-    name,
     ok,
     parse_json,
-    reserved,
     seconds,
+    speaker,
     too_much,
 )
 
@@ -57,10 +56,8 @@ class Statuses:
         said = request.grant.sign(parse_json(request.body))
         if not isinstance(said, dict):
             raise Refused(400, "a status must be a JSON object with from and text, state, cwd or branch")
-        own, channel = name(said.get("from"), "from"), said.get("channel")
-        if own.lower() in RESERVED:
-            raise Refused(400, f"from must not be {reserved(own)}")
-        key = "default" if channel in (None, "") else name(channel, "channel"), own
+        own = speaker(said.get("from"), "from")
+        key = channel_of(said.get("channel")), own
         words, before = self.words(said), self.known.get(key)
         ttl = Query.of_members(said).number("ttl", self.TTL, 1, self.TTL_MAX)
         bus.storms.name(owner, bus.mailboxes.new(key[0], [own]))

@@ -56,7 +56,7 @@ def was_fetched(bus: Bus, message: Message) -> bool:
     return on_its_way or read_alone(bus, message) or bus.mailboxes.has_passed(message)
 
 
-FETCHED = "it is too late to recall this message: it was fetched"
+TOO_LATE = "it is too late to recall this message: it was fetched"
 
 
 class Recalls:
@@ -79,7 +79,7 @@ class Recalls:
         if message.expires == RECALLED:  # a retry; it succeeds, whatever was fetched since
             return ok(bus, '"ok": true')
         if was_fetched(bus, message):
-            raise Refused(409, FETCHED)
+            raise Refused(409, TOO_LATE)
         step = bus.do(Recall(message.tick), request.peer, partial(self.recalled, message))
         bus.withheld[step] = message
         return None

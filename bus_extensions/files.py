@@ -88,7 +88,7 @@ class Blobs:
         there = size_of(file.with_suffix(".part"))
         start, total = content_range(request.fields.get("content-range"), length)
         if file.name in self.arriving or start not in (0, there):
-            raise Refused(409, "continue at Upload-Offset, one upload at a time", ("Upload-Offset", str(there)))
+            raise not_here(("Upload-Offset", str(there)))
         if total > self.quota:
             raise Refused(413, f"the file has {total} bytes, and the limit for all is {self.quota}; nothing was stored")
         full = self.full(request.grant.token, total - there, 0 if there else 1)
@@ -221,6 +221,11 @@ def size_of(file: pathlib.Path) -> int:
         return 0
 
 
+def not_here(*offset: tuple[str, str]) -> Refused:
+    why = "another upload of this file is under way, or this one must go on where it stopped"
+    return Refused(409, f"{why}: send the bytes from Upload-Offset on", *offset)
+
+
 def open_part(part: pathlib.Path, start: int) -> IO[bytes]:
     """The part, to be written from `start` on. BlockingIOError if another front is writing it, or has just finished."""
     stream = part.open("ab", buffering=0)  # no buffer of ours
@@ -259,7 +264,7 @@ class Upload:
             there, is_new = size_of(self.part), not self.part.exists()
             self.stream = open_part(self.part, start)
         except BlockingIOError:
-            raise Refused(409, "continue at Upload-Offset, one upload at a time", self.offset()[0]) from None
+            raise not_here(*self.offset()) from None
         except OSError as error:
             raise Refused(507, f"the bus cannot store the file: {error.strerror}") from None
         blobs.arriving.add(file.name)

@@ -83,7 +83,7 @@ class Locks:
     def lock(self, request: Request) -> None:
         said = self.said(request)
         lock = said.lock(request.grant.token, request.owner())
-        self.bus.storms.check_work(request.owner(), "", 0)
+        self.bus.storms.pay(request.owner())
         if request.is_large():
             request.shrink()
         self.ask(request.peer, Waiter(request, lock, said.until()))
@@ -152,7 +152,7 @@ class Locks:
         while self.queue and (not self.asking or self.bus.draining):
             connection, waiter = self.queue.popleft()
             try:
-                self.bus.storms.check_work(waiter.lock.owner, "", 0)
+                self.bus.storms.pay(waiter.lock.owner)
             except Refused as refused:
                 connection.answer(refusal(refused))
             else:
@@ -237,7 +237,7 @@ class Locks:
                     connection.soon(partial(self.again, connection, parked))
 
     def again(self, connection: Connection, waiter: Waiter) -> None:
-        if self.bus.mailboxes.parked.get(connection) is waiter and not connection.check_token():
+        if self.bus.mailboxes.parked.get(connection) is waiter and not connection.ends_if_revoked():
             self.bus.mailboxes.unpark(connection)
             self.woken(connection, waiter)
 

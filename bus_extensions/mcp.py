@@ -15,12 +15,12 @@ import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Generator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from bus_server import (
     HEAD_BYTES,
     HIDDEN,
-    RESERVED,
     VERSION,
     Answer,
     Bus,
@@ -35,8 +35,8 @@ from bus_server import (
     parts_of,
     put_newest,
     refusal,
-    reserved,
     say_exception,
+    speaker,
     unavailable,
 )
 
@@ -96,8 +96,10 @@ class Here(tools.Session):
             raise tools.Failed(0, f"{why}: an operator makes another one with `invite {name}`")
         if not self.keeps:
             raise tools.Failed(0, "this client keeps no session (Mcp-Session-Id): set the header X-Agent-Name")
-        if name.lower() in RESERVED:
-            raise tools.Failed(0, f"the name must not be {reserved(name)}")
+        try:
+            speaker(name, "the name")
+        except Refused as refused:
+            raise tools.Failed(0, refused.sentence) from None
         found = yield tools.Ask(f"/agents?name={name}&channel={self.channel}&online=true")
         if name not in self.old and (found["agents"] or self.sessions.has(self.channel, name)):
             raise tools.Failed(0, f"{name} is another agent, which listens now: choose another name")
@@ -209,7 +211,8 @@ class Mcp:
         if self.held.is_full(call.owner, size):
             raise unavailable("too many large calls of yours wait for an answer: wait for these first", 5)
         self.held.add(call.owner, size)
-        weakref.finalize(call, self.held.add, call.owner, -size)
+        # In a turn: the collector may find the call in any thread.
+        weakref.finalize(call, self.bus.loop.tell, partial(self.held.add, call.owner, -size)).atexit = False
 
 
 def names_of(request: Request) -> list[str]:
@@ -217,11 +220,9 @@ def names_of(request: Request) -> list[str]:
     grant, asked = request.grant, request.fields.get("x-agent-name", "")
     if not asked:
         return [grant.name] if grant.name else []
-    asked = name(asked, "X-Agent-Name")
+    asked = speaker(asked, "X-Agent-Name")
     if grant.name and asked != grant.name and not grant.operator:
         raise Refused(403, f"this token is that of {grant.name}: leave X-Agent-Name out, or give that name")
-    if asked.lower() in RESERVED:
-        raise Refused(400, f"X-Agent-Name must not be {reserved(asked)}")
     return [asked]
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterable
+from functools import partial
 from itertools import chain
 
 from bus_server import EVERYONE, Answer, Bus, Mailbox, Metric, Page, Request, unread
 
 TABLES, NOUN, OPERATIONS = None, "", ()
+PASSED = 100  # expired messages of a name that one look passes over to find its oldest unread one; the next goes on
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -59,7 +61,8 @@ def by_name(bus: Bus, found: Iterable[tuple[str, str, Mailbox]]) -> Iterable[Met
         labels = f'{{channel="{channel}",name="{own}"}}'
         number = unread(bus, channel, own, box)
         mark = box.mark()
-        oldest = bus.mailboxes.back(channel, own, mark)[1] or bus.view.oldest(channel, own, mark) if number else None
+        look = partial(bus.view.look, channel, own, box.newest, PASSED)
+        oldest = (bus.mailboxes.back(channel, own, mark)[1] or box.oldest(mark, now, look)[0]) if number else None
         bus.looks -= bool(number)
         waiting.append((labels, float(number)))
         ages.append((labels, max(now - oldest, 0) / 1000000 if oldest else 0.0))

@@ -209,7 +209,7 @@ def minutes(bus: Bus, since: int) -> int:
     return (bus.view.clock() - since) // 60000000
 
 
-def is_unread(bus: Bus, rule: rules.Rule, own: str, box: Mailbox) -> tuple[int, str]:
+def unread_notice(bus: Bus, rule: rules.Rule, own: str, box: Mailbox) -> tuple[int, str]:
     number = unread(bus, rule.channel, own, box)
     look = partial(bus.view.look, rule.channel, own, box.newest, LOOKED)
     mark = box.mark()
@@ -219,19 +219,19 @@ def is_unread(bus: Bus, rule: rules.Rule, own: str, box: Mailbox) -> tuple[int, 
     return number, f"{own} has {count(number, 'unread message')}, the oldest for {minutes(bus, oldest)} minutes"
 
 
-def is_dead(bus: Bus, rule: rules.Rule, own: str, box: Mailbox) -> tuple[int, str]:
+def dead_notice(bus: Bus, rule: rules.Rule, own: str, box: Mailbox) -> tuple[int, str]:
     number = unread(bus, rule.channel, own, box)
     return number, f"the queue {rule.to} has {count(number, 'dead letter')}"
 
 
-def is_silent(bus: Bus, rule: rules.Rule, own: str, box: Mailbox) -> tuple[int, str]:
+def silent_notice(bus: Bus, rule: rules.Rule, own: str, box: Mailbox) -> tuple[int, str]:
     away = bus.view.clock() - box.seen >= rule.minutes * 60000000 and box.seen > 0 and not bus.mailboxes.online(box)
     return int(away), f"{own} has not listened for {minutes(bus, box.seen)} minutes"
 
 
 # By `when`: how much there is to tell of a mailbox, and the text of the notice.
 TELL: dict[str, Callable[[Bus, rules.Rule, str, Mailbox], tuple[int, str]]] = {
-    "unread": is_unread,
-    "dead": is_dead,
-    "silent": is_silent,
+    "unread": unread_notice,
+    "dead": dead_notice,
+    "silent": silent_notice,
 }

@@ -183,12 +183,12 @@ class Redaction:
         if not self.asking or self.bus.ledger.idle():  # with an idle ledger the last one is over, even if that failed
             self.ask_next()
 
-    def ask_next(self, before: Redact | None = None) -> None:
-        """One in each commit: who sends meanwhile waits for one, however many are asked for. `before` is over."""
+    def ask_next(self) -> None:
+        """One in each commit: who sends meanwhile waits for one, however many are asked for."""
         self.asking = bool(self.queue)
         if self.queue:
             connection, redact = self.queue.popleft()
-            self.bus.do(redact, connection, self.replaced, self.ask_next)
+            self.bus.do(redact, connection, self.replaced, lambda _: self.ask_next())
 
     def replaced(self, connection: Connection, redact: Redact, done: Redacted) -> None:
         """The text is replaced; older pages of the file may still have it."""

@@ -22,6 +22,7 @@ from bus_server import (
     MAX_MESSAGES,
     REPLIES,
     ROW,
+    SEES,
     SELECT,
     Answer,
     Bus,
@@ -49,10 +50,10 @@ from bus_server import (
 if TYPE_CHECKING:
     import _replies_fetches as fetches
     import _replies_recalls as recalls
-    from _replies_recalls import FETCHED, Recall, was_fetched
+    from _replies_recalls import TOO_LATE, Recall, was_fetched
 else:
     recalls, fetches = parts_of(__file__, "_replies_recalls", "_replies_fetches")
-    FETCHED, Recall, was_fetched = recalls.FETCHED, recalls.Recall, recalls.was_fetched  # two of them for a front
+    TOO_LATE, Recall, was_fetched = recalls.TOO_LATE, recalls.Recall, recalls.was_fetched  # two of them for a front
 
 TABLES, NOUN, OPERATIONS = None, "", (Recall,)
 
@@ -141,12 +142,15 @@ class Replies:
         bus.park(connection, question)
         return None
 
+    PASSED = 1000  # expired messages that it passes over to find the oldest unfetched one: 1 ms
+
     def answered(self, connection: Connection, question: Question, messages: list[Message]) -> Answer:
         """A reply that is its mailbox's oldest unfetched message becomes fetched; else an asker's mailbox fills up."""
         bus, reply = self.bus, messages[0]
         answer = ok(bus, f'{question.receipt}, "reply": {readable(bus, reply, question.grant)}')
-        mark = bus.mailboxes.box(question.channel, question.sender).fetched
-        following = bus.view.oldest(question.channel, question.sender, mark)
+        box = bus.mailboxes.box(question.channel, question.sender)
+        look = partial(bus.view.look, question.channel, question.sender, box.newest, self.PASSED)
+        following, _ = box.oldest(box.fetched, bus.view.clock(), look)
         return answer._replace(delivers=(question, reply.tick)) if reply.tick == following else answer
 
     def unanswered(self, connection: Connection, question: Question) -> Answer:
@@ -193,11 +197,9 @@ class Replies:
         if after is None:
             raise Refused(400, "after must be the id that the last answer has as `next`")
         root, grant, reader = self.bus.view.lineage(wanted or 0)[0], request.grant, reader_of(request)
-        # SQLite passes over others' mail
-        only = "(? OR sender = ? OR name IN (SELECT value FROM json_each(?)))"
-        where = f"WHERE thread = ? AND tick > ? AND tick <= ? AND {only} ORDER BY tick"
+        where = f"WHERE thread = ? AND tick > ? AND tick <= ? AND {SEES} ORDER BY tick"  # it passes over others' mail
         upto = self.last_of_page(root, after)
-        values = root, after, upto, grant.operator, grant.name, encode(grant.mailboxes())
+        values = root, after, upto, *grant.values()
         first = self.bus.view.message(root) if root > after else None
         seen: list[str] = []
         size, last = 0, 0

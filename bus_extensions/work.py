@@ -104,7 +104,7 @@ class Work:
         is_new = f"{owner}/{worker.called}" not in storms.reads.left  # it names itself, and has a rate of its own
         storms.name(owner, self.bus.mailboxes.new(worker.channel, [worker.queue]) + (is_new and storms.reads.rate > 0))
         storms.read(owner, worker.called)
-        storms.check_work(owner, "", 0)
+        storms.pay(owner)
         self.bus.mailboxes.polled(worker, request.peer.address, self.bus.view.clock())
         self.queues.begin(worker.channel, worker.queue)
         self.ask(request.peer, worker)

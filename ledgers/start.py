@@ -72,7 +72,7 @@ def start(bus: Bus, options: argparse.Namespace) -> None:
     bus.loop.every(LOOK, common.look)
     replies = options.extensions.get("replies")
     if replies:
-        Recalls(front, replies.was_fetched, replies.FETCHED)
+        Recalls(front, replies.was_fetched, replies.TOO_LATE)
     if not getattr(options, "files_dir", None):  # an option of files.py
         for method, path in list(bus.routes):
             if path == "/blob/":

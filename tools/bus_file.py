@@ -200,7 +200,7 @@ def opened_part(part: str) -> IO[bytes]:
 
 
 def download(url: str, digest: str, at: int, progress: Progress) -> Iterator[bytes]:
-    """The bytes of the file from `at` on. None if the file is shorter."""
+    """The bytes of the file from `at` on; no piece if the file is shorter."""
     with answered(url, "GET", digest, {"Range": f"bytes={at}-"} if at else {}) as response:
         if response.status == 416:
             return

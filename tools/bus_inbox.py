@@ -94,7 +94,7 @@ class Inbox(bus_recv.Reader):
                 return [{**message, "age": self.age(message)} for message in mail], bool(answer.get("more"))
 
     def acknowledge(self, id: str) -> None:
-        """Mark this message, and every one before it, as read. ValueError if it is neither unread nor read."""
+        """Mark this message, and every one before it, as read. ValueError if it is not the id of a message for us."""
         mail, more = self.look(0)
         ts = {label(message): str(message["ts"]) for message in mail}.get(id) or (self.further(id) if more else None)
         if ts:

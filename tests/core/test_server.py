@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from bus_server import unwritable
+from bus_server import State, unwritable
 from tests.kit import forked
 from tests.kit.clock import Clock
 from tests.kit.peers import run
@@ -73,6 +73,40 @@ def test_a_port_of_another_program_is_said_to_be_one(tmp_path, answer):
 def test_a_host_that_is_not_this_machine_is_said_to_be_none(tmp_path, host):
     said = refused("--open", "--host", host, "--port", 0, "--db", tmp_path / "bus.db")
     assert "--host must be an address of this machine, without a port" in said
+
+
+def test_a_host_that_cannot_be_a_name_is_one_clear_line(tmp_path):
+    said = refused("--open", "--host", "a..b", "--port", 0, "--db", tmp_path / "bus.db")
+    assert said.endswith("cannot listen on 'a..b': no host has such a name: --host must be an address\n")
+
+
+def test_a_certificate_for_a_unix_socket_alone_is_refused_in_words(tmp_path, authority):
+    """It would be unused, and after SIGHUP the socket would speak TLS."""
+    socket_alone = "--listen", f"unix:{tmp_path}/socket", "--db", tmp_path / "bus.db"
+    certificate, key = authority.self_signed("IP:127.0.0.1")
+    said = refused(*socket_alone, "--tls-cert", certificate, "--tls-key", key)
+    assert "--tls-cert is for a port, and this bus has only Unix sockets: give --port too, or leave it out" in said
+
+
+def test_an_extension_is_left_out_by_a_shortened_option_too(tmp_path):
+    with Server(tmp_path / "bus.db", "--witho", "redact") as bus:
+        loaded = [bus.process.stdout.readline() for _ in range(2)][1]
+        assert loaded.startswith(b"extensions: ") and b"redact" not in loaded
+
+
+def test_a_method_that_there_is_not_gets_501_however_large_its_body_is(bus):
+    for size in (2, 20_000):
+        peer = http.client.HTTPConnection("127.0.0.1", bus.port, timeout=PATIENCE)
+        with contextlib.closing(peer):
+            peer.request("PATCH", "/send", b"x" * size)
+            assert peer.getresponse().status == 501
+
+
+def test_a_command_that_holds_the_database_is_not_taken_for_the_bus_that_was_there_before(bus):
+    assert bus.stop() == 0
+    with contextlib.closing(State(str(bus.db))):
+        said = refused("--port", 0, "--db", bus.db)
+    assert "in use by another bus_server: stop" in said and bus.url not in said
 
 
 def test_a_second_server_on_the_same_database_is_told_the_first_one_and_the_option(bus):

@@ -10,7 +10,9 @@ import pytest
 import bus_server
 from bus_server import Budget, Refused, Storms, draft
 from tests.faults import patched
+from tests.kit import wire
 from tests.kit.clock import Clock
+from tests.kit.hostile import HOST, head
 from tests.kit.processes import PATIENCE, Server, wait_until
 
 
@@ -118,9 +120,9 @@ def test_who_gave_the_bus_too_much_work_is_refused_before_its_next_request_is_pa
     storms.read("10.0.0.1", "carl")
     clock.now += 1.1
     storms.read("10.0.0.1", "bob")
-    storms.check_work("10.0.0.1", "", Storms.WORK_BURST // Storms.PARSING)
+    storms.pay("10.0.0.1", work=Storms.WORK_BURST)
     with pytest.raises(Refused):
-        storms.check_work("10.0.0.1", "", 1 << 20)
+        storms.pay("10.0.0.1", work=1 << 20)
 
 
 def test_the_time_before_much_work_is_no_credit_for_it(storms, clock):
@@ -271,3 +273,15 @@ def test_large_messages_fill_a_mailbox_by_their_bytes(tmp_path):
             for number in range(needed + 2)
         ]
         assert statuses[: needed - 1] == [200] * (needed - 1) and statuses[-1] == 429
+
+
+@pytest.mark.parametrize("options", [(), ("--verbose",)], ids=" ".join)
+def test_a_large_answer_counts_for_the_name_that_waited_for_it(options):
+    with wire.a_bus(time.monotonic, ":memory:", *options) as bus:
+        bus.storms = Storms(time.monotonic, rate=50)
+        reader, sender = wire.Peer(bus), wire.Peer(bus)
+        reader.says(head("GET /recv?to=bob&since=0&wait=20 HTTP/1.1", HOST))
+        assert bus.mailboxes.parked, "it waits"
+        sender.says(wire.posted("/send", **{"from": "alice", "to": "bob", "msg": "x" * 20_000}))
+        wire.come_true(lambda: reader.heard)
+        assert "127.0.0.1/bob" in bus.storms.work.left and bus.storms.work.left["127.0.0.1/bob"][0] < Storms.WORK_BURST

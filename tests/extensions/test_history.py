@@ -69,6 +69,12 @@ def test_a_reader_of_the_log_leaves_no_trace(bus):
     assert not [each for each in ask(bus, "GET", "/agents")[1]["agents"] if each["listens"]]
 
 
+@pytest.mark.parametrize("before", ["xyz", "last", "-1", ""])
+def test_a_wrong_place_is_refused_by_its_name(before, bus):
+    status, answer = ask(bus, "GET", f"/log?before={before}")
+    assert status == 400 and answer["error"].startswith("before must be 'now' or seconds like ")
+
+
 def test_without_the_extension_the_bus_does_not_answer_something_else(tmp_path):
     with Server(tmp_path / "bus.db", "--without", "history") as bus:
         status, answer = ask(bus, "GET", "/log?before=now")

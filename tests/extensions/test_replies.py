@@ -12,7 +12,7 @@ import pytest
 from bus_server import PARKED
 from tests.kit.hostile import HOST, head
 from tests.kit.processes import PATIENCE, wait_until
-from tests.kit.queues import ask, background, mail, parked, post, send, state
+from tests.kit.queues import ask, background, mail, parked, post, prune, send, state
 from tests.kit.wire import Peer, a_bus, come_true, posted, told
 
 QUESTIONS = int(os.environ.get("QUESTIONS", "100"))
@@ -36,6 +36,16 @@ def test_a_question_without_an_answer_is_told_so_and_asked_again_finds_it(bus):
     send(bus, "alice", "yes", "bob", reply_to=first["id"])
     again = post(bus, "/ask?wait=20", **question)
     assert again["duplicate"] is True and again["reply"]["msg"] == "yes"
+
+
+def test_an_answer_behind_an_expired_message_is_fetched_by_who_asked(bus):
+    """Else the mailbox of who only asks fills up."""
+    expired = send(bus, "alice", "late", "bob", ttl=0.001)
+    wait_until(lambda: state(bus, expired) == "expired")
+    question = {"from": "alice", "to": "bob", "msg": "green?", "key": "q1"}
+    reply = send(bus, "alice", "yes", "bob", reply_to=post(bus, "/ask?wait=0", **question)["id"])
+    assert post(bus, "/ask?wait=20", **question)["reply"]["id"] == reply
+    wait_until(lambda: state(bus, reply) == "fetched")
 
 
 def test_no_answer_is_missed_however_fast_it_is(bus):
@@ -84,6 +94,15 @@ def test_a_message_can_be_recalled_until_it_is_fetched(bus):
     assert ask(bus, "POST", "/recall", {"id": early})[0] == 200, "a retry is no error"
     assert mail(bus, "eve") == ["late"]
     assert ask(bus, "POST", "/recall", {"id": late})[0] == 409 and state(bus, late) != "recalled"
+
+
+def test_a_message_that_was_read_by_its_id_stays_read_when_one_behind_it_is_pruned(bus):
+    kept, gone = send(bus, "bob", "stays"), send(bus, "bob", "goes", ttl=0.001)
+    state(bus, kept, **{"as": "bob"})
+    assert state(bus, kept) == "fetched"
+    wait_until(lambda: state(bus, gone) == "expired")
+    assert prune(bus).endswith("\n1 removed\n")
+    assert state(bus, kept) == "fetched" and ask(bus, "POST", "/recall", {"from": "alice", "id": kept})[0] == 409
 
 
 def test_a_message_to_all_can_be_recalled_until_somebody_has_fetched_it(bus):

@@ -604,7 +604,7 @@ KINDS = [
           f"{TURNS}::test_a_poll_whose_token_was_revoked_ends_so_also_when_its_hold_is_over",
           f"{TURNS}::test_a_drain_goes_in_turns_and_answers_all"),
          "`Loop.gradually()` without `timely()` (the first and last); `Bus.found()` (the first) or `Bus.over()` (the "
-         "second) does not call `check_token()`"),
+         "second) does not call `ends_if_revoked()`"),
     Kind("all names are walked to forget some",
          "200 names in a transaction, the next ones after its commit; the list of names is made anew when a quarter of "
          "it has gone",

@@ -23,6 +23,7 @@ import bus_server
 from bus_server import Forget, Remove, wall_clock
 from tests.faults.test_kinds_bounds import LARGE, Guest, bytes_read, counted, passed, rows_of
 from tests.kit.clock import Clock
+from tests.kit.inside import said
 from tests.kit.processes import PATIENCE
 from tests.kit.wire import a_bus, come_true
 
@@ -336,6 +337,22 @@ def test_a_mailbox_is_full_also_behind_any_number_of_expired_messages(bus, monke
             statuses.append(guest.begins("POST", "/send", message).answer().status)
             come_true(lambda: not bus.sending.uncounted)
     assert statuses.count(200) == 8 - alive_first and set(statuses[-2:]) == {429}
+
+
+def test_a_count_that_fails_is_not_tried_for_ever(bus, monkeypatch, capfd):
+    guest, view = Guest(bus), bus.view
+    guest.sends("bob")
+    bus.mailboxes.box("default", "bob").pending = None  # as after a start
+    monkeypatch.setattr(bus.loop, "RETRY", 0.001)
+    bus.sending.uncounted[bus.mailboxes.box("default", "bob")] = "default", "bob"
+    with monkeypatch.context() as broken:
+        broken.setattr(view, "sizes", lambda *_: 1 / 0)
+        bus.sending.plan()
+        come_true(lambda: not bus.sending.uncounted)
+    calls = []
+    monkeypatch.setattr(bus.sending, "plan", lambda: calls.append(1))
+    come_true(lambda: calls)
+    assert said(capfd).count("Error") == 1
 
 
 def test_a_mailbox_with_more_than_may_be_in_it_is_counted_whole(bus):

@@ -54,7 +54,7 @@ SENT = {"/send": {"from": "eve", "to": "bob", "msg": "x"}, "/ask": {"from": "eve
 def test_whatever_is_asked_has_a_rate(bus):
     """Each endpoint but the public ones: with a budget that is used up, the answer is 429, and no step is planned."""
     for budget in (bus.storms.sends, bus.storms.reads):
-        budget.wait = lambda owner, amount: 7
+        budget.spend = lambda owner, amount: 7
     for method, path in bus.routes:
         if path in bus.gate.public:
             continue
