@@ -74,7 +74,7 @@ from itertools import accumulate, count, filterfalse, islice, takewhile
 from operator import attrgetter, length_hint
 from types import ModuleType
 from typing import IO, Any, ClassVar, NamedTuple, NoReturn, Protocol, TypeVar, Union
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qsl, unquote
 
 VERSION = "0.2.0"
 # Python 3.8 prints this text. Older ones show the line in a SyntaxError, because they do not know `:=`.
@@ -92,7 +92,7 @@ AHEAD = 300 * 1000000  # us; a cursor from a host with a fast clock may be this 
 NAMES_PER_SEND = 64
 MAX_MESSAGES = 1000  # in one answer
 PLAIN_BYTES = 1 << 17  # of messages in an answer as text, whose invisible characters take more time
-MESSAGE_BYTES = 14 << 20  # of one message in an answer; with ANSWER_BYTES it is all that the clients read of a bus
+MESSAGE_BYTES = 10 << 20  # of one message in an answer; as text it may take half as much again, and clients read 16 MiB
 ANSWER_BYTES = 1 << 20  # of messages in an answer that has more than one; it bounds memory and the time of a turn
 DEPTH = 32  # levels of JSON; at about 1000 Python's parser raises an error that is not a ValueError
 TTL_MIN = 0.001  # s; a shorter one could round to 0
@@ -391,14 +391,20 @@ def draft(fields: Any, key: str | None) -> Draft:
     parent = fields.get("reply_to")
     if not isinstance(msg, str) or not (parent is None or isinstance(parent, str)):
         raise Refused(400, "msg and reply_to must be strings")
-    key = fields.get("key", key)
-    if key is not None and not (isinstance(key, str) and KEY.fullmatch(key)):
-        raise Refused(400, "key must be 1 to 128 printable ASCII characters without a space")
+    key = key_of(fields, key)
     text, ttl, answers = start + quote(msg), None, None
     if not fields.keys() <= OURS:  # else it is as most messages
         ttl, answers = lifetime(fields.get("ttl")), tick_of(parent) if parent else None
         text += f", {encode({member: value for member, value in fields.items() if member not in OURS})[1:-1]}"
     return made(Draft, (channel, to, sender, text, key, ttl, answers, None, 0))
+
+
+def key_of(fields: dict[str, Any], header: str | None) -> str | None:
+    """The idempotency key of these members or, if they have none, that of the header; else None."""
+    key = header if fields.get("key") is None else fields["key"]
+    if key is not None and not (isinstance(key, str) and KEY.fullmatch(key)):
+        raise Refused(400, "key must be 1 to 128 printable ASCII characters without a space")
+    return key
 
 
 @lru_cache(4096)
@@ -887,6 +893,7 @@ def refusal(refused: Refused) -> Answer:
 
 TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 REQUEST_LINE = re.compile(rf'({TOKEN}) (/[!"$-~]*) HTTP/([0-9])\.([0-9])')  # without a fragment
+LEAK = re.compile("abt_[0-9a-f]{8}_")  # the beginning of a token
 FIELD = re.compile(rf"({TOKEN}):([\t -~\x80-\xff]*)")  # a pattern for the blanks around a value would backtrack
 ONCE = {"host", "content-length", "transfer-encoding", "authorization", "idempotency-key", "expect"}
 
@@ -921,7 +928,7 @@ class Head:
         line = REQUEST_LINE.fullmatch(request_line)
         if not line:
             raise Refused(400, "the request line must be: METHOD /path HTTP/1.1")
-        if "abt_" in line[2]:
+        if LEAK.search(unquote(line[2])):
             raise Refused(400, "a token belongs in the header Authorization, not in a URL: revoke this one")
         if line[3] != "1" or line[4] not in "01":
             raise Refused(505, "this bus speaks HTTP/1.0 and HTTP/1.1 only")
@@ -1182,7 +1189,8 @@ class Request:
     def line(self) -> str:
         """For the log of requests, which must not show a token, and no control character of a malformed line."""
         line = self.head.partition(b"\r\n")[0].decode("latin-1")
-        return ascii(f"{line.partition(' ')[0]} (a token in a URL)" if "abt_" in line else line or "-")[1:-1]
+        leaks = LEAK.search(unquote(line))
+        return ascii(f"{line.partition(' ')[0]} (a token in a URL)" if leaks else line or "-")[1:-1]
 
     def parse_head(self) -> None:
         """Check the head and take it apart, or raise Refused."""
@@ -5276,8 +5284,8 @@ def recv(bus: Bus, request: Request) -> Answer | None:
     bus.storms.name(request.owner(), bus.mailboxes.new(str(poll.channel), poll.names))
     peek, ack, leave = map(request.query().flag, ("peek", "ack", "leave"))
     resumes = poll.since == LAST
+    bus.receiving.check(poll)
     if not (peek or ack or leave):
-        bus.receiving.check(poll)
         for tell in bus.on_polled:  # first, as they may refuse it
             tell(request, poll)
         bus.mailboxes.polled(poll, request.peer.address, bus.view.clock())

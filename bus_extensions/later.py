@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 from bus_server import (
     ANSWER_BYTES,
-    KEY,
     MAX_MESSAGES,
     SOUND,
     TTL_MAX,
@@ -28,6 +27,7 @@ from bus_server import (
     Refused,
     Request,
     encode,
+    key_of,
     ok,
     parse_json,
     parts_of,
@@ -86,9 +86,7 @@ class Later:
         [one], _ = bus.sending.drafts(self.due.request(request.peer, request.grant, text))
         with bus.storms.parsing(owner, 0):  # it pays for the time: a line that hardly any day fits takes 3 ms
             at, cron = self.time(said)
-        key = said.get("key", request.fields.get("idempotency-key"))
-        if key is not None and not (isinstance(key, str) and KEY.fullmatch(key)):
-            raise Refused(400, "key must be 1 to 128 printable ASCII characters without a space")
+        key = key_of(said, request.fields.get("idempotency-key"))
         bus.storms.spend(one.sender, 1)
         size = sending.ROW + len(text)
         if not self.due.has_room(owner, size):

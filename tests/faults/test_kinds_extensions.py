@@ -242,6 +242,17 @@ def test_no_answer_is_longer_than_what_a_client_reads(tmp_path):
         assert len(answer.json()["messages"]) == 17
 
 
+def test_no_answer_as_text_is_longer_than_what_a_client_reads(tmp_path):
+    """Each line of a message begins with `| ` there, so lines without a text grow most."""
+    with a_bus(time.monotonic, str(tmp_path / "bus.db"), "--max-body", "9999999") as bus:
+        guest, path = Guest(bus), "/send?from=eve&to=bob"
+        longest = MESSAGE_BYTES // 2 - 60  # of each newline \\n is made
+        assert guest.begins("POST", path, b"\n" * (longest + 60)).answer().status == 413
+        guest.asks("POST", path, b"\n" * longest)
+        answer = guest.asks("GET", "/recv?to=bob&since=0", b"", "Accept: text/plain")
+        assert longest * 3 < len(answer.body) < bus_recv.ANSWER_BYTES
+
+
 # Files
 
 
