@@ -241,8 +241,8 @@ receive() {
   bus=$its_bus
   [ -z "$gap" ] || remark "$gap"
   if [ "$count" -gt 0 ] || [ -n "$fault" ]; then
-    lines >&9
-    local wrote=$?
+    lines | cat 2>/dev/null >&9  # cat ends with the first write that fails; jq would go on behind a hole, once there is room again
+    local wrote=$((PIPESTATUS[0] + PIPESTATUS[1]))
     # Not from FULL, which may be renamed or removed at any moment: it has these messages, and they come only once.
     if [ "$wrote" -eq 0 ] && [ "$count" -gt 0 ]; then take_place < <(lines | tail -n 1); fi
     if [ "$wrote" -eq 0 ] && [ -z "$fault" ]; then lines | summary >&8; return; fi
