@@ -405,7 +405,7 @@ class Cursor:
         """Read the cursor from the file. If the file has none, the cursor stays as it is."""
         with contextlib.suppress(OSError, ValueError, TypeError), open(f"{self.path}~reached") as file:
             self.reached = dict(json.load(file))
-        with contextlib.suppress(OSError), open(self.path, encoding="ascii", errors="replace") as file:
+        with contextlib.suppress(FileNotFoundError), open(self.path, encoding="ascii", errors="replace") as file:
             at = file.read(64).strip()
             if DECIMAL.fullmatch(at):
                 self.at = at
@@ -857,10 +857,11 @@ def visible(text: str) -> str:
 
 
 def complain(line: str, program: str = os.path.basename(__file__).partition(".")[0]) -> Any:
-    """One line on stderr, if that is open. An empty `program` is left out; `line` may be whatever the bus has said."""
+    """One line on stderr, if that takes it. An empty `program` is left out; `line` may be whatever the bus has said."""
     whole = os.path.basename(sys.argv[0])  # `agent-bus who`: what the user has typed
     program = whole if program and whole.startswith(("agent-bus ", "agent_bus.py ")) else program
-    return sys.stderr and sys.stderr.write(": ".join(filter(None, [program, visible(line.replace("\n", " "))])) + "\n")
+    with contextlib.suppress(OSError, AttributeError):  # it is full, or closed: what we have done stays done
+        sys.stderr.write(": ".join(filter(None, [program, visible(line.replace("\n", " "))])) + "\n")
 
 
 def emit(text: str) -> None:

@@ -573,10 +573,11 @@ def visible(text: str) -> str:
 
 
 def complain(line: str, program: str = os.path.basename(__file__).partition(".")[0]) -> Any:
-    """One line on stderr, if that is open. An empty `program` is left out; `line` may be whatever the bus has said."""
+    """One line on stderr, if that takes it. An empty `program` is left out; `line` may be whatever the bus has said."""
     whole = os.path.basename(sys.argv[0])  # `agent-bus who`: what the user has typed
     program = whole if program and whole.startswith(("agent-bus ", "agent_bus.py ")) else program
-    return sys.stderr and sys.stderr.write(": ".join(filter(None, [program, visible(line.replace("\n", " "))])) + "\n")
+    with contextlib.suppress(OSError, AttributeError):  # it is full, or closed: what we have done stays done
+        sys.stderr.write(": ".join(filter(None, [program, visible(line.replace("\n", " "))])) + "\n")
 
 
 def emit(text: str) -> None:

@@ -2189,6 +2189,16 @@ def written_anew(path: str) -> Iterator[IO[str]]:
         file.flush()
         os.fsync(file.fileno())
     os.replace(f"{path}.new", path)
+    keep_names(path)
+
+
+def keep_names(path: str) -> None:
+    """What was renamed or removed beside this file stays so after a power cut."""
+    folder = os.open(pathlib.Path(path).absolute().parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 Row = dict[str, Any]  # of one token, as the file has it
@@ -6047,12 +6057,12 @@ def run_server(options: argparse.Namespace, state: State) -> int:
     if tls:
         bus.loop.on_signal(signal.SIGHUP, lambda: reload(bus.listeners[0][1], options))
         bus.route("GET", "/certificate", partial(show_certificate, options.tls_cert), "this bus's certificate (PEM)")
-    for url, _ in bus.listeners:
-        print(f"listening on {url}", flush=True)
-    print(f"messages are in {state.path}", flush=True)
+    with contextlib.suppress(OSError):  # a full disk of the log must not keep the bus from its start
+        for url, _ in bus.listeners:
+            print(f"listening on {url}", flush=True)
+        print(f"messages are in {state.path}\n{extensions}", flush=True)
     if not state.view.has_room():
         say(f"WARNING: {no_room().sentence.partition(':')[0]}: each send gets 507 until you make room")
-    print(extensions, flush=True)
     bus.tidy()
     bus.loop.every(TIDY_SECONDS, bus.tidy)
     bus.loop.every(Deadlines.SLOT, bus.sweep)
@@ -6452,6 +6462,7 @@ def copy_bus(source: str, target: str, tokens: list[Row], old: str = "", bus: st
         with contextlib.suppress(FileNotFoundError):
             os.rename(target + suffix, old + suffix)
     os.rename(new, target)
+    keep_names(target)
     pathlib.Path(restoring(target)).unlink(missing_ok=True)
     return messages, files
 
@@ -6514,6 +6525,7 @@ def copy_file(name: str, there: int, here: int, target: str) -> None:
             os.utime(new.fileno(), ns=(age.st_atime_ns, age.st_mtime_ns))
             give_to_folder(new.fileno(), target)
     os.replace(part, name, src_dir_fd=here, dst_dir_fd=here)
+    os.fsync(here)
 
 
 def copy_database(source: str, target: str, bus: str | None = None) -> int:

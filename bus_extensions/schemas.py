@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 from bus_server import Bus, Refused, Unusable, parse_json
@@ -44,6 +45,7 @@ class Schemas:
     def __init__(self, folder: str, strict: bool) -> None:
         try:
             import jsonschema
+            from jsonschema_specifications import REGISTRY  # of the schemas of JSON Schema itself; it fetches nothing
         except ImportError:
             raise Unusable("--schemas needs the package jsonschema: pip install 'agent-bus[schemas]'") from None
         self.strict = strict
@@ -53,9 +55,10 @@ class Schemas:
                 schema = json.loads(file.read_text())
                 kind = jsonschema.validators.validator_for(schema)
                 kind.check_schema(schema)
+                check_is_whole(schema)
             except (OSError, ValueError, jsonschema.SchemaError) as error:
                 raise Unusable(f"{file} is not a JSON Schema: {str(error).splitlines()[0]}") from None
-            self.types[file.stem] = kind(schema)
+            self.types[file.stem] = kind(schema, registry=REGISTRY)
         if not self.types:
             raise Unusable(f"there is no TYPE.json in {folder}")
 
@@ -68,10 +71,8 @@ class Schemas:
         if self.strict and len(typed) < len(messages):
             raise Refused(422, f"type must be one of: {', '.join(self.types)}")
         judged = [body(message) if is_json(message) else message for message, _ in typed]
-        values = judged[:]
-        for value in values:  # which grows
-            values += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-            if len(values) > self.VALUES:
+        for number, _ in enumerate(values_of(judged), 1):
+            if number > self.VALUES:
                 why = f"messages of a type with a schema may have {self.VALUES} JSON values together in one request"
                 raise Refused(413, f"{why}: send fewer at once, or a file; nothing was stored")
         for (message, schema), value in zip(typed, judged):
@@ -84,6 +85,24 @@ class Schemas:
         """The schema of a message's type, or None."""
         of = message.get("type") if isinstance(message, dict) else None
         return self.types.get(of) if isinstance(of, str) else None
+
+
+def values_of(values: list[Any]) -> Iterator[Any]:
+    """These values of JSON and all those in them."""
+    found = values[:]
+    for value in found:  # which grows
+        yield value
+        found += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+
+
+def check_is_whole(schema: Any) -> None:
+    """ValueError, if it refers to a schema at another place: the bus would have to fetch that, and waits for nobody."""
+    parts = [each for each in values_of([schema]) if isinstance(each, dict)]
+    own = {each["$id"] for each in parts if isinstance(each.get("$id"), str)}
+    for ref in (each["$ref"] for each in parts if isinstance(each.get("$ref"), str)):
+        place = ref.partition("#")[0]
+        if place not in {"", *own} and not place.startswith(("http://json-schema.org/", "https://json-schema.org/")):
+            raise ValueError(f"the $ref {ref} is not in this file: put what it names under $defs")
 
 
 def misfit(schema: Any, value: Any) -> tuple[list[str], str]:

@@ -17,6 +17,7 @@ the environment of bus_send.py, and writes no file. Exit code: 0 done, 1 refused
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import json
 import math
@@ -104,12 +105,13 @@ def give(given: dict[str, Any], when: dict[str, Any], as_json: bool) -> None:
     url, message = bus_send.compose(given.pop("to"), msg, **given)
     key = message.pop("key")
     answer, now = ask(url, "/later", {**when, "key": key, "message": message})
-    if as_json or not (sys.stdout and sys.stdout.isatty()):
-        bus_recv.emit(bus_recv.dump(answer) + "\n")
-    else:
+    said = bus_recv.dump(answer)
+    if not as_json and sys.stdout and sys.stdout.isatty():
         at = bus_recv.seconds_of(answer.get("at"))
-        then = f"it will be sent at {bus_recv.iso(at)}; its id for --cancel is {bus_recv.word(answer.get('id'))}\n"
-        bus_recv.emit(f"it is sent at once, because {bus_recv.iso(at)} is over\n" if at < now else then)
+        then = f"it will be sent at {bus_recv.iso(at)}; its id for --cancel is {bus_recv.word(answer.get('id'))}"
+        said = f"it is sent at once, because {bus_recv.iso(at)} is over" if at < now else then
+    with contextlib.suppress(OSError):  # if nobody reads our output, the message is on the bus all the same
+        bus_recv.emit(f"{said}\n")
 
 
 def complain(line: str) -> None:
@@ -154,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except KeyboardInterrupt:
         return 130
-    except (bus_send.Unreachable, bus_send.Refused, ValueError) as error:
+    except (bus_send.Unreachable, bus_send.Refused, ValueError, OSError) as error:
         complain(str(error))
         return {bus_send.Refused: 1, bus_send.Unreachable: 75}.get(type(error), 2)
     return 0

@@ -252,6 +252,21 @@ def test_a_profile_that_is_none_is_refused_with_the_reason(monkeypatch, capsys):
     assert "'a b/c' is no profile: that is 1 to 64 of A-Z" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+@pytest.mark.parametrize("call", [
+    "bus_send.py bob hello", "tools/agent_bus.py send bob hello", "tools/bus_later.py bob hello --after 1h",
+])  # fmt: skip
+def test_what_is_stored_is_no_error_where_nobody_can_be_told(call, stream, bus, home):
+    """A caller that repeats what has failed would send it twice."""
+    script, *arguments = call.split()
+    env = {**os.environ, "AGENT_BUS_URL": bus.url, "AGENT_NAME": "ann"}
+    with open("/dev/full", "wb") as full:
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, stream: full}
+        line = [sys.executable, str(ROOT / script), *arguments]
+        done = forked.run(line, **streams, env=env, text=True, timeout=PATIENCE)
+    assert done.returncode == 0 and "Traceback" not in str(done.stderr)
+
+
 @pytest.mark.parametrize("call", [
     "bus_recv.py bob --once", "tools/agent_bus.py who", "tools/agent_bus.py log --no-follow",
     "tools/agent_bus.py inbox bob", "tools/bus_search.py hello", "tools/agent_bus.py help",

@@ -96,6 +96,15 @@ def test_a_file_that_holds_no_cursor_is_said_once_and_the_bus_remembers(content,
     assert server.polls[0].query["since"] == "last" and path.read_text() == f"{NOON}.900000\n"
 
 
+def test_a_cursor_that_cannot_be_read_is_not_taken_for_none(home):
+    """The bus would begin where it remembers the name: what another reader has had would be missed."""
+    path = home / "cursors" / "b1" / "default" / "dell"
+    path.mkdir(parents=True)
+    with Scripted(mail(message(1))) as server:
+        code, out, err = recv(server, "--once")
+    assert (code, out) == (2, "") and str(path) in err and "Traceback" not in err
+
+
 @pytest.mark.parametrize("place", ["/proc/nowhere", "/dev/null/x"])
 def test_without_a_place_for_the_cursor_no_message_is_asked_for(place):
     with Scripted(mail(message(1))) as server:

@@ -14,7 +14,7 @@ import pytest
 import bus_server
 from tests.kit import forked, inside
 from tests.kit.peers import fill, log_of, run
-from tests.kit.processes import PATIENCE, ROOT, Server, in_time, wait_until
+from tests.kit.processes import PATIENCE, ROOT, Server, free_port, in_time, wait_until
 
 
 def send(bus, to="bob", msg="x", **members):
@@ -252,6 +252,35 @@ def test_a_command_whose_output_cannot_be_written_says_so_and_leaves_no_token_th
         assert done.returncode == 2 and done.stderr.endswith(": cannot write the output: No space left on device\n")
         assert "Traceback" not in done.stderr
     assert run("tokens", "--db", bus.db)[1] == "no tokens: the bus is open\n"
+
+
+def test_a_bus_starts_where_nobody_can_read_what_it_says(tmp_path):
+    port = free_port()
+    with open("/dev/full", "wb") as full:
+        command = [sys.executable, str(ROOT / "bus_server.py"), "--port", str(port), "--db", str(tmp_path / "bus.db")]
+        with subprocess.Popen(command, stdout=full, stderr=subprocess.DEVNULL) as process:
+            wait_until(lambda: bus_server.is_bus("127.0.0.1", port))
+            process.terminate()
+
+
+@pytest.mark.parametrize("command", ["invite", "backup", "restore"])
+def test_what_a_command_has_renamed_stays_so_after_a_power_cut(command, tmp_path, monkeypatch):
+    """The folder is written out after the last rename in it; else a token that was revoked would be valid again."""
+    bus_server.State(str(tmp_path / "bus.db")).close()
+    bus_server.State(str(tmp_path / "copy.db")).close()
+    happened = []
+
+    def noted(name, note):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *its, **places: (happened.append(note(its[0])), real(*its, **places)))
+
+    noted("replace", lambda _: "renamed")
+    noted("rename", lambda _: "renamed")
+    noted("fsync", lambda file: pathlib.Path(f"/proc/self/fd/{file}").resolve())
+    arguments = {"invite": ["ann", "--yes"], "backup": [tmp_path / "new.db"], "restore": [tmp_path / "copy.db"]}
+    bus_server.run_command(command, *map(str, arguments[command]), "--db", str(tmp_path / "bus.db"))
+    last = len(happened) - happened[::-1].index("renamed")
+    assert tmp_path in happened[last:]
 
 
 def test_a_name_that_no_file_can_have_is_no_bus(tmp_path):

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from bus_extensions.schemas import Schemas
-from bus_server import Refused
+from bus_server import Refused, Unusable
 from tests.kit.peers import log_of, run
 from tests.kit.processes import PATIENCE, ROOT, Server
 
@@ -90,7 +90,7 @@ STRANGE = {
     "price": {"properties": {"amount": {"multipleOf": 0.01}}},
     "tree": {"properties": {"child": {"$ref": "#"}}},
     "loop": {"$ref": "#"},
-    "lost": {"$ref": "other.json"},
+    "lost": {"$ref": "#/nowhere"},
 }
 
 
@@ -129,6 +129,26 @@ def test_schemas_that_cannot_be_used_are_one_clear_line(schemas, tmp_path):
     assert "bad.json is not a JSON Schema" in run("--port", 0, "--db", tmp_path / "a.db", "--schemas", schemas)[2]
     (tmp_path / "empty").mkdir()
     assert "no TYPE.json" in run("--port", 0, "--db", tmp_path / "b.db", "--schemas", tmp_path / "empty")[2]
+
+
+@pytest.mark.parametrize("ref", ["http://192.0.2.1/x.json", "other.json", "https://json-schema.org.example/x#/a"])
+def test_a_schema_at_another_place_is_not_fetched(ref, schemas):
+    """The fetch had no end, and held up the whole bus."""
+    (schemas / "far.json").write_text(json.dumps({"properties": {"a": {"anyOf": [{"$ref": ref}]}}}))
+    with pytest.raises(Unusable, match="far.json is not a JSON Schema: the .ref .* is not in this file: put what it"):
+        Schemas(str(schemas), strict=False)
+
+
+def test_a_schema_may_refer_to_itself_and_to_json_schema(schemas):
+    parts = {"$defs": {"part": {"$id": "urn:part", "type": "integer"}}}
+    refs = {"a": "urn:part", "b": "#/$defs/part", "c": "https://json-schema.org/draft/2020-12/schema"}
+    near = {**parts, "properties": {name: {"$ref": ref} for name, ref in refs.items()}}
+    (schemas / "near.json").write_text(json.dumps(near))
+    checks = Schemas(str(schemas), strict=False)
+    checks.check([message(type="near", a=1, b=2, c={"type": "string"})])
+    for wrong in ({"a": "x"}, {"b": "x"}, {"c": {"type": 7}}):
+        with pytest.raises(Refused, match="does not fit the type near"):
+            checks.check([message(type="near", **wrong)])
 
 
 def test_without_the_package_schemas_are_one_clear_line(tmp_path):
