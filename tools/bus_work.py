@@ -128,12 +128,13 @@ class Worker(bus_recv.Reader):
 
     def do(self, job: dict[str, Any]) -> None:
         """Run the command for one job, and tell the bus how that ended."""
-        attempt = int(job["attempt"])
+        attempt, reason, counts = int(job["attempt"]), "", False
         try:
             with bus_recv.running(self.command, bus_recv.dump(job), job, attempt) as process:
+                reason, counts = "the worker was stopped", True
                 code = self.attend(process, job)
         except BaseException as why:  # the worker has to end now
-            self.give_back(job, isinstance(why, Exception))
+            self.give_back(job, counts and isinstance(why, Exception), reason or f"the command did not begin: {why}")
             raise
         self.failed = code != 0
         if code == 0:
@@ -150,10 +151,10 @@ class Worker(bus_recv.Reader):
         back = f"{bus_recv.called('bus_work.py', 'work')} {self.names[0]} --again {id}{self.on}"
         return f" of {self.most}; it is given up and lies in {self.names[0]}{DEAD} now. To put it back: {back}"
 
-    def give_back(self, job: dict[str, Any], counts: bool) -> None:
-        """Tell the bus that we end. If somebody has stopped us, the job has not failed: the attempt does not count."""
+    def give_back(self, job: dict[str, Any], counts: bool, reason: str) -> None:
+        """Tell the bus that we end. The attempt `counts` only if the command began, and nobody has stopped us."""
         try:
-            self.tell("nack", job, reason="the worker was stopped", **({} if counts else {"counts": False}))
+            self.tell("nack", job, reason=reason, **({} if counts else {"counts": False}))
             free = ", and this attempt does not count" if self.most and not counts else f", attempt {job['attempt']}"
             then = f"to its queue{free}"
         except (bus_recv.Refused, bus_recv.Unreachable) as fault:

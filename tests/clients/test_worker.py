@@ -5,6 +5,7 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import threading
 
 import pytest
@@ -78,6 +79,25 @@ def test_what_fails_is_given_back_for_later_with_the_reason(attempt, delay):
     assert orders(server, "/nack") == [
         {"id": "1", "lease": f"{1:032x}", "reason": "the command ended with 7", "delay": delay}
     ]
+
+
+NO_ROOM = """
+import sys, tempfile
+sys.path[:0] = ["tools", "."]
+import bus_work
+tempfile.TemporaryFile = lambda: open("/dev/full", "w+b", 0)
+sys.exit(bus_work.main(["builds", "--exec", "true", "--once"]))
+"""
+
+
+def test_an_attempt_whose_command_could_not_begin_does_not_count():
+    """Else a machine without room for temporary files gives up all jobs, and none has run."""
+    with Scripted(mail(job(1)), DONE) as server:
+        env = {**os.environ, "AGENT_BUS_URL": server.url}
+        done = subprocess.run([sys.executable, "-c", NO_ROOM], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    [given_back] = orders(server, "/nack")
+    assert given_back["counts"] is False and given_back["reason"].startswith("the command did not begin: ")
 
 
 def test_a_job_larger_than_any_pipe_needs_no_reader(tmp_path):
