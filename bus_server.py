@@ -2145,11 +2145,15 @@ CLIENTS = ["/bus_recv.py", "/bus_send.py", "/bus_listener.sh", "/agent_bus.py", 
 PUBLIC = {"/", "/healthz", "/certificate", *CLIENTS}  # open to all, because a new host begins with these
 
 
-def give_to_folder(file: int | str, path: str) -> None:
-    """Give a file that root makes beside a database to the owner of the folder: the server must be able to use it."""
+def give_to_owner(file: int | str, path: str) -> None:
+    """Give a file that root makes beside a database to the owner of that: the server must be able to use it.
+
+    Without a database it is for the owner of the folder.
+    """
     if os.geteuid() == 0:
-        folder = os.stat(pathlib.Path(path).parent)
-        os.chown(file, folder.st_uid, folder.st_gid, follow_symlinks=isinstance(file, int))
+        database = re.sub(r"(\.(tokens|prune|restoring|front))?(\.lock|\.new)?$", "", path)
+        owner = os.lstat(database if os.path.lexists(database) else pathlib.Path(path).parent)
+        os.chown(file, owner.st_uid, owner.st_gid, follow_symlinks=isinstance(file, int))
 
 
 def no_link(path: str) -> int:
@@ -2175,8 +2179,10 @@ def unwritable(path: str, error: Exception) -> str:
 def open_beside(path: str) -> IO[str]:
     """Open a file beside the database; make it if there is none. Never follow a link that another user left there."""
     pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    is_new = not os.path.lexists(path)
     file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-    give_to_folder(file, path)
+    if is_new:
+        give_to_owner(file, path)
     return os.fdopen(file, "r+", encoding="ascii")
 
 
@@ -6451,7 +6457,7 @@ def copy_bus(source: str, target: str, tokens: list[Row], old: str = "", bus: st
     if tokens:
         Tokens(target).change(lambda _: tokens)
     files = copy_files(source, target)  # after the messages, which point to them
-    give_to_folder(new, target)
+    give_to_owner(new, target)
     if old:
         try:
             with written_anew(restoring(target)) as marker:
@@ -6490,7 +6496,7 @@ def copy_files(source: str, target: str) -> int:
             if names := {each for each in os.listdir(there) if len(each) == 64}:
                 pathlib.Path(f"{target}.blobs").mkdir(0o700, exist_ok=True)
                 with opened_folder(f"{target}.blobs") as here:
-                    give_to_folder(here, target)
+                    give_to_owner(here, target)
                     for each in names - {*os.listdir(here)}:
                         with contextlib.suppress(FileNotFoundError):  # retention removed it just now
                             copy_file(each, there, here, target)
@@ -6523,7 +6529,7 @@ def copy_file(name: str, there: int, here: int, target: str) -> None:
             os.fsync(new.fileno())
             age = os.fstat(old.fileno())
             os.utime(new.fileno(), ns=(age.st_atime_ns, age.st_mtime_ns))
-            give_to_folder(new.fileno(), target)
+            give_to_owner(new.fileno(), target)
     os.replace(part, name, src_dir_fd=here, dst_dir_fd=here)
     os.fsync(here)
 

@@ -78,6 +78,21 @@ def test_what_root_invites_belongs_to_whom_the_bus_belongs_to(tmp_path):
         assert (status.st_uid, status.st_gid, status.st_mode & 0o777) == (65534, 65533, 0o600)
 
 
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="needs root, as an operator with sudo is")
+@pytest.mark.parametrize("command", ["invite", "prune"])
+def test_what_root_makes_beside_a_database_belongs_to_whom_that_belongs_to(command, tmp_path):
+    """Also in a folder of root; and what was there stays whose it was, else the bus could not start again."""
+    folder = tmp_path / "shared"
+    folder.mkdir()
+    folder.chmod(0o1777)
+    bus_server.State(str(folder / "bus.db")).close()
+    for path in folder.iterdir():
+        os.chown(path, 65534, 65533)
+    arguments = {"invite": ["ann", "--yes"], "prune": ["--older", "0"]}
+    bus_server.run_command(command, *arguments[command], "--db", str(folder / "bus.db"))
+    assert {path.name: path.stat().st_uid for path in folder.iterdir() if path.stat().st_uid != 65534} == {}
+
+
 def test_a_link_is_not_written_through(tmp_path):
     """Root may run the command in a folder of another user, who could have laid one."""
     target = tmp_path / "target"
