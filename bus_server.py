@@ -3728,8 +3728,7 @@ class View(Rows):
 
 
 def lock_file(path: str) -> str:
-    """The path of the lock file. A link to a database is the same database, so it has the same lock file."""
-    return f"{os.path.realpath(path)}.lock"
+    return f"{path}.lock"
 
 
 def check_names(path: str) -> None:
@@ -5780,10 +5779,18 @@ def default_path() -> str:
     return os.path.join(os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state"), "agent-bus", "bus.db")
 
 
-def no_folder(path: str) -> str:
+def database_file(path: str) -> str:
+    """The type of --db. A link is the database that it leads to: the tokens and all other files lie beside that one."""
     if os.path.isdir(path) or path.endswith("/"):
         raise argparse.ArgumentTypeError(f"{path} is a folder: give a file in it, like {os.path.join(path, 'bus.db')}")
-    return path
+    if not os.path.islink(path) or os.path.islink(os.path.realpath(path)):  # the latter: it leads to itself
+        return path
+    check_is_no_link(path)
+    target = os.path.join(os.path.dirname(path), os.readlink(path))
+    for beside in (".tokens", ".blobs"):  # until 0.2.0 they had the name of the link
+        if os.path.exists(path + beside) and os.path.realpath(path + beside) != os.path.realpath(target + beside):
+            raise Unusable(f"{path}{beside} lies beside a link, where no bus looks: move it to {target}{beside}")
+    return database_file(target)
 
 
 def within(least: float, most: float = math.inf, kind: Callable[[str], float] = int) -> Callable[[str], float]:
@@ -5805,7 +5812,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--host", type=lambda text: text.strip("[]"), help="address to listen on (127.0.0.1)")
     add("--port", type=within(0, 65535), help="port to listen on; 0: any free one (8080)")
-    add("--db", type=no_folder, default=default_path(), metavar="PATH", help="database, or :memory: (%(default)s)")
+    add("--db", type=database_file, default=default_path(), metavar="PATH", help="database, or :memory: (%(default)s)")
     add("--keep", type=duration, default="30d", help="remove messages older than this, like 12h; 0: keep all (30d)")
     largest = "largest body of a request (%(default)s)"
     add("--max-body", type=within(1024, 9999999), default=262144, metavar="BYTES", help=largest)
@@ -6093,7 +6100,7 @@ def reload(listener: Listener, options: argparse.Namespace) -> None:
 def command(function: str, description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=called(function), description=description)
     whose = "database of the bus (%(default)s)"
-    parser.add_argument("--db", type=no_folder, default=default_path(), metavar="PATH", help=whose)
+    parser.add_argument("--db", type=database_file, default=default_path(), metavar="PATH", help=whose)
     return parser
 
 
@@ -6422,7 +6429,8 @@ def restore(arguments: Sequence[str]) -> None:
     copy of a front keeps its id: its front reads what it lacks from the ledger.
     """
     parser = command("restore", "Replace the bus by COPY. Stop the bus first.")
-    parser.add_argument("copy", metavar="COPY", help="a copy made by backup; its tokens are used if the bus has none")
+    whose = "a copy made by backup; its tokens are used if the bus has none"
+    parser.add_argument("copy", type=database_file, metavar="COPY", help=whose)
     options = parser.parse_args(arguments)
     if not is_there(options.copy):
         raise Unusable(f"there is no file {options.copy}: give the COPY that backup has made")

@@ -172,10 +172,12 @@ KINDS = [
          (f"{FAIR}::test_another_programs_lock_is_503_while_it_lasts_and_then_over",),
          "`Bus.failed()` takes a locked database for a broken one"),
     Kind("a lock is on a name, not on the file",
-         "a link to the database, or to its folder, is the same database; one with several hard links is refused",
+         "a link to the database, or to its folder, is the same database, with the same tokens and files; one with "
+         "several hard links is refused",
          (f"{STORAGE}::test_a_name_of_the_same_database_is_in_use",
+          f"{STORAGE}::test_what_lies_beside_a_database_goes_by_its_own_name",
           f"{STORAGE}::test_a_database_with_several_names_is_refused"),
-         "`lock_file()` without `realpath()` (the first); `check_names()` counts no links (the second)"),
+         "`database_file()` follows no link (the first two); `check_names()` counts no links (the last)"),
     Kind("a loss is silent: the log",
          "a changed bit with a transaction behind it is told at start and to each reader; half a transaction at the "
          "end is not",

@@ -5,6 +5,7 @@
 | files_beside_somebody_who_makes_and_removes_them | PUTs are never answered (files alone: green) |
 | a_name_of_the_same_database | a second server starts on a symlink; not through a folder's link or dots |
 | a_database_with_several_names | it starts |
+| what_lies_beside_a_database, and what is given by a link | the bus stays open, prune never ends, a loss is silent |
 | a_broken_frame_with_others_behind_it | nothing is said, there is no gap; the last two of FLIPPED until 2026-11-29 |
 | a_restore_that_was_killed, half a restore | an empty bus starts |
 | a_clock_that_jumps | all unread mail is removed |
@@ -26,7 +27,7 @@ import pytest
 from tests.faults.crash import broken
 from tests.faults.disk import starts
 from tests.kit.moved import Moved
-from tests.kit.peers import Peer, alive, ask, stored
+from tests.kit.peers import Peer, alive, ask, command, invite, run, stored
 from tests.kit.processes import COMMAND, PATIENCE, ROOT, Server, wait_until
 
 # Files
@@ -176,6 +177,72 @@ def test_a_database_with_several_names_is_refused(tmp_path, running):
     assert code == 2 and "link" in said and len(said.splitlines()) == 1
 
 
+@pytest.fixture
+def linked(tmp_path):
+    """(a database, which is not there yet; a link to a link to it, in another folder)."""
+    place = tmp_path / "place"
+    (place / "links").mkdir(parents=True)
+    (place / "links" / "link.db").symlink_to("../bus.db")
+    (tmp_path / "second.db").symlink_to(place / "links" / "link.db")
+    return place / "bus.db", tmp_path / "second.db"
+
+
+def test_what_lies_beside_a_database_goes_by_its_own_name(linked, tmp_path):
+    """Each command and each start, by a link and by the file: both have the same tokens, files, requests and log."""
+    file, link = linked
+    blob = hashlib.sha256(b"a file").hexdigest()
+    with Server(link) as bus:
+        token = invite(bus, "ann", "--yes")
+        assert ask(bus, "GET", "/agents").status == 401, "a running bus sees its first token"
+        stored(bus, "bob", "kept", token=token)
+        assert ask(bus, "PUT", f"/blob/{blob}", b"a file", token=token).status == 201
+        assert "1 messages, 1 files, 1 tokens" in command(bus, "backup", tmp_path / "copy.db")
+        assert "1 removed" in command(bus, "prune", "--older", "0", "--pending")
+        assert "revoked" in command(bus, "revoke", "ann")
+        assert "ann" in command(bus, "tokens")
+    (tmp_path / "latest.db").symlink_to("copy.db")
+    (tmp_path / "latest.db.tokens").symlink_to("copy.db.tokens")  # whoever has linked these as well
+    (tmp_path / "latest.db.blobs").symlink_to("copy.db.blobs")
+    for path in (file.with_name("bus.db.tokens"), file.with_name("bus.db.blobs") / blob):
+        path.unlink()
+    assert "1 messages, and got back 1 files" in command(bus, "restore", tmp_path / "latest.db")
+    assert link.is_symlink() and not file.is_symlink()
+    for name in (file, link):
+        with Server(name) as bus:
+            assert ask(bus, "GET", "/agents").status == 401
+            assert ask(bus, "GET", f"/blob/{blob}", token=token).body == b"a file"
+            assert [each["msg"] for each in ask(bus, "GET", "/log", token=token).json["messages"]] == ["kept"]
+    assert {each.name for each in tmp_path.glob("second.db*")} == {"second.db", "second.db.stderr"}, "that of Server"
+    assert [each.name for each in (file.parent / "links").iterdir()] == ["link.db"]
+
+
+COMMANDS = ["start", "invite ann", "revoke ann", "tokens", "prune", "backup COPY", "restore COPY", "move --back"]
+
+
+@pytest.mark.parametrize("words", COMMANDS)
+@pytest.mark.parametrize("why", ["tokens beside the link", "other users may write"])
+def test_a_link_that_cannot_be_followed_safely_is_refused(linked, tmp_path, words, why):
+    """An older bus has put its tokens beside the link: without them it would be open now."""
+    file, link = linked
+    file.touch()
+    if why == "other users may write":
+        file.with_name("links").chmod(0o777)
+        says = "link.db is a link where other users may write"
+    else:
+        link.with_name("second.db.tokens").write_text("{}\n")
+        says = "second.db.tokens lies beside a link"
+    name, *rest = words.replace("COPY", str(tmp_path / "copy.db")).split()
+    code, said = start(link) if name == "start" else run(name, *rest, "--db", link)[::2]
+    assert code == 2 and says in said and len(said.splitlines()) == 1, said
+    assert file.read_bytes() == b"" and sorted(os.listdir(file.parent)) == ["bus.db", "links"]
+
+
+def test_a_link_to_itself_is_no_database(tmp_path):
+    (tmp_path / "bus.db").symlink_to("bus.db")
+    code, said = start(tmp_path / "bus.db")
+    assert code == 2 and len(said.splitlines()) == 1 and "bus.db" in said, said
+
+
 # Damage that is not silent
 
 
@@ -190,20 +257,22 @@ def frames(wal):
 
 
 FLIPPED = ["page", "head of a frame", "salts of the last commit but one", "page size in the head of the log"]
+BY_A_LINK = "page of a database that is given by a link"
 
 
-@pytest.mark.parametrize("flipped", FLIPPED)
-def test_a_broken_frame_with_others_behind_it_is_damage_and_is_told(tmp_path, flipped):
+@pytest.mark.parametrize("flipped", [*FLIPPED, BY_A_LINK])
+def test_a_broken_frame_with_others_behind_it_is_damage_and_is_told(linked, flipped):
     """kill -9, one bit of the third of nine transactions, a start: damage is said, and readers are told of a gap."""
-    with Server(tmp_path / "bus.db") as bus:
+    file, link = linked
+    with Server(link if flipped == BY_A_LINK else file) as bus:
         ids = [stored(bus, "bob", f"message {number}") for number in range(9)]
         bus.kill()
-        wal = pathlib.Path(f"{bus.db}-wal")
+        wal = pathlib.Path(f"{file}-wal")
         found = list(frames(wal))
         commits = [place for place, (_, _, commit) in enumerate(found) if commit]
         assert len(commits) >= 9
         third, eighth = found[commits[-7]][0], found[commits[-2]][0]
-        at = dict(zip(FLIPPED, (third + 2000, third - 12, eighth - 16, 10)))
+        at = dict(zip([*FLIPPED, BY_A_LINK], (third + 2000, third - 12, eighth - 16, 10, third + 2000)))
         data = bytearray(wal.read_bytes())
         data[at[flipped]] ^= 1
         wal.write_bytes(data)
