@@ -6387,10 +6387,32 @@ def opened_by_owner(path: str) -> sqlite3.Connection:
     try:
         database = read_only(path)
         database.execute("SELECT count(*) FROM sqlite_master").fetchone()  # opens the log, too
+        check_log(path)
         return database
     finally:
         if root:
             os.seteuid(0)
+
+
+def check_log(path: str) -> None:
+    """Unusable, if SQLite has left transactions of the log unread. A connection must be open, and have read the log."""
+    if not has_unread(path):
+        return
+    unread = False
+    with contextlib.suppress(Unusable), locked(path):  # else a bus writes the log, and may have done so just now
+        unread = has_unread(path)
+    if unread:
+        lacks = f"{path}-wal is damaged, and a copy would lack its last transactions"
+        raise Unusable(f"{lacks}: start the bus, which reports the loss and gives readers a gap; then copy it")
+
+
+def has_unread(path: str) -> bool:
+    """As State.damaged_wal(), for a connection that can only read: SQLite's own notes say how far it has read."""
+    with contextlib.suppress(OSError), open(f"{path}-shm", "rb") as notes:
+        frames = int.from_bytes(notes.read(20)[16:], sys.byteorder)  # mxFrame (walformat.html, section 2.1)
+        if os.path.getsize(f"{path}-wal"):  # 0 of a pipe, which would hold us up
+            return sum(commit > frames for commit in commits_in_wal(f"{path}-wal")) > 1
+    return False
 
 
 def is_front(path: str) -> bool:

@@ -187,6 +187,13 @@ KINDS = [
           "faults/test_disk.py::test_a_bus_that_takes_what_is_left_of_its_log_for_all_is_found_out"),
          "`State.damaged_wal()` is always false (the first and third; the last is this control as code); it is true "
          "for every log (the second)"),
+    Kind("a loss is silent: the copy of a broken log",
+         "no copy is made until a start has told the loss; the log of a bus that runs, or was killed, is no damage",
+         (f"{STORAGE}::test_what_a_broken_log_has_lost_is_not_left_out_of_a_copy_in_silence",
+          f"{STORAGE}::test_the_log_of_a_bus_that_was_killed_is_copied",
+          f"{STORAGE}::test_a_log_that_grows_while_it_is_read_is_no_damage"),
+         "`check_log()` does nothing (the first); `has_unread()` is always true (the second); `check_log()` does not "
+         "lock (the last)"),
     Kind("a loss is silent: a restore that was cut off",
          "a start beside half a restore refuses and says how to go on",
          (f"{STORAGE}::test_a_restore_that_was_killed_is_no_empty_bus",

@@ -7,6 +7,7 @@
 | a_database_with_several_names | it starts |
 | what_lies_beside_a_database, and what is given by a link | the bus stays open, prune never ends, a loss is silent |
 | a_broken_frame_with_others_behind_it | nothing is said, there is no gap; the last two of FLIPPED until 2026-11-29 |
+| what_a_broken_log_has_lost | the copy lacks it, and nothing is said |
 | a_restore_that_was_killed, half a restore | an empty bus starts |
 | a_clock_that_jumps | all unread mail is removed |
 """
@@ -24,6 +25,7 @@ import time
 
 import pytest
 
+import bus_server
 from tests.faults.crash import broken
 from tests.faults.disk import starts
 from tests.kit.moved import Moved
@@ -260,6 +262,19 @@ FLIPPED = ["page", "head of a frame", "salts of the last commit but one", "page 
 BY_A_LINK = "page of a database that is given by a link"
 
 
+def flip(file, flipped):
+    """Change one bit of the log of a bus that was killed, in the third of its last nine transactions."""
+    wal = pathlib.Path(f"{file}-wal")
+    found = list(frames(wal))
+    commits = [place for place, (_, _, commit) in enumerate(found) if commit]
+    assert len(commits) >= 9
+    third, eighth = found[commits[-7]][0], found[commits[-2]][0]
+    at = dict(zip([*FLIPPED, BY_A_LINK], (third + 2000, third - 12, eighth - 16, 10, third + 2000)))
+    data = bytearray(wal.read_bytes())
+    data[at[flipped]] ^= 1
+    wal.write_bytes(data)
+
+
 @pytest.mark.parametrize("flipped", [*FLIPPED, BY_A_LINK])
 def test_a_broken_frame_with_others_behind_it_is_damage_and_is_told(linked, flipped):
     """kill -9, one bit of the third of nine transactions, a start: damage is said, and readers are told of a gap."""
@@ -267,15 +282,7 @@ def test_a_broken_frame_with_others_behind_it_is_damage_and_is_told(linked, flip
     with Server(link if flipped == BY_A_LINK else file) as bus:
         ids = [stored(bus, "bob", f"message {number}") for number in range(9)]
         bus.kill()
-        wal = pathlib.Path(f"{file}-wal")
-        found = list(frames(wal))
-        commits = [place for place, (_, _, commit) in enumerate(found) if commit]
-        assert len(commits) >= 9
-        third, eighth = found[commits[-7]][0], found[commits[-2]][0]
-        at = dict(zip([*FLIPPED, BY_A_LINK], (third + 2000, third - 12, eighth - 16, 10, third + 2000)))
-        data = bytearray(wal.read_bytes())
-        data[at[flipped]] ^= 1
-        wal.write_bytes(data)
+        flip(file, flipped)
         before = len(bus.log.read_text())
         bus.start()
         said = bus.log.read_text()[before:]
@@ -305,6 +312,51 @@ def test_what_was_torn_at_the_end_is_no_damage(tmp_path):
         assert "damage" not in bus.log.read_text()
         answer = ask(bus, "GET", "/recv?to=bob&since=0").json
         assert len(answer["messages"]) == 5 and "gap" not in answer
+
+
+@pytest.mark.parametrize("flipped", FLIPPED)
+def test_what_a_broken_log_has_lost_is_not_left_out_of_a_copy_in_silence(tmp_path, flipped):
+    """backup refuses until a start has told the loss; it takes nothing away of what that start tells it by."""
+    copy = tmp_path / "copy.db"
+    with Server(tmp_path / "bus.db") as bus:
+        for number in range(9):
+            stored(bus, "bob", f"message {number}")
+        bus.kill()
+        flip(bus.db, flipped)
+        said = command(bus, "backup", copy, code=2)
+        assert "bus.db-wal is damaged" in said and "start the bus" in said and len(said.splitlines()) == 1, said
+        assert not copy.exists() and not (tmp_path / "copy.db.new").exists()
+        shutil.copy(bus.db, tmp_path / "raw.db")
+        shutil.copy(f"{bus.db}-wal", tmp_path / "raw.db-wal")
+        said = command(bus, "restore", tmp_path / "raw.db", code=2)
+        assert "raw.db-wal is damaged" in said and len(said.splitlines()) == 1, said
+        bus.start()
+        assert "damage" in bus.log.read_text()
+        assert f"{len(kept(bus))} messages" in command(bus, "backup", copy)
+
+
+@pytest.mark.parametrize("torn", [False, True])
+def test_the_log_of_a_bus_that_was_killed_is_copied(tmp_path, torn):
+    """The control: also with half a transaction at its end."""
+    with Server(tmp_path / "bus.db") as bus:
+        for number in range(9):
+            stored(bus, "bob", f"message {number}")
+        bus.kill()
+        wal = pathlib.Path(f"{bus.db}-wal")
+        with wal.open("ab") as file:
+            file.write(wal.read_bytes()[32:1500] if torn else b"")
+        assert "9 messages" in command(bus, "backup", tmp_path / "copy.db")
+
+
+def test_a_log_that_grows_while_it_is_read_is_no_damage(tmp_path, monkeypatch):
+    """The control: the bus that runs has put transactions behind those that SQLite knew when the copy began."""
+    monkeypatch.setattr(bus_server, "commits_in_wal", lambda path: [10**6, 10**6 + 1])
+    with Server(tmp_path / "bus.db") as bus:
+        stored(bus, "bob", "x")
+        assert bus_server.copy_database(str(bus.db), str(tmp_path / "copy.db")) == 1
+        bus.kill()
+        with pytest.raises(bus_server.Unusable, match="is damaged"):
+            bus_server.copy_database(str(bus.db), str(tmp_path / "another.db"))
 
 
 KILLED = """
