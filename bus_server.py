@@ -5107,6 +5107,7 @@ class Retention:
         self.bus, self.keep = bus, keep  # s; 0: for ever
         self.aging = False  # a removal of --keep is being applied
         self.looked: float | None = None  # wall clock, s, at the last look
+        self.steady = 0.0  # monotonic clock, s, at the last look
         self.trusted = -math.inf  # wall clock, s: from then on the clock is believed
         self.request: tuple[int, bool] | None = None  # the request of prune that is being applied
 
@@ -5122,18 +5123,23 @@ class Retention:
         self.bus.do(removal, None, removed, lambda _: end(False))
 
     JUMP = 3600.0  # s; a wall clock that jumps by more is believed only after as long, if it stays
+    SLACK = 10.0  # s; by so much each clock may be corrected, however short --keep is
 
     def clock_is_trusted(self) -> bool:
-        """A clock that is wrong for a minute must not remove all mail."""
-        wall, jump = self.bus.view.clock() / 1000000, self.JUMP
+        """A clock that is wrong for a minute must not remove all mail: it may jump by a quarter of --keep at most."""
+        wall, steady = self.bus.view.clock() / 1000000, time.monotonic()
+        most = max(self.keep / 4, self.SLACK) if self.keep else math.inf
+        jump = min(self.JUMP, most)
         if self.looked is None:  # the bus has just started; nobody may have sent for some hours
             # What was sent just now proves nothing: it had the same clock.
             [tick] = self.bus.view.ask("SELECT max(tick) FROM messages WHERE tick < ?", int((wall - jump) * 1000000))
-            self.looked, jump = (tick or self.bus.last) / 1000000 or wall, self.JUMP * 24
-        before, self.looked = self.looked, wall
-        if abs(wall - before) > jump:
+            self.looked, self.steady = (tick or self.bus.last) / 1000000 or wall, steady
+            jump = min(self.JUMP * 24, most)
+        moved = wall - self.looked - (steady - self.steady)
+        self.looked, self.steady = wall, steady
+        if abs(moved) > jump:
             self.trusted = wall + self.JUMP
-            since = f"the clock moved by {wall - before:.0f} s since the last look or message"
+            since = f"the clock moved by {moved:.0f} s since the last look or message"
             say(f"bus_server: {since}: nothing is removed for an hour, in case it is wrong")
         return wall >= self.trusted
 

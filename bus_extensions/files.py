@@ -188,9 +188,10 @@ class Blobs:
         Returns each with its bytes; the bytes of all others, and how many they are.
 
         A file is old if nobody sent or requested it during --keep. A part takes room and nobody can read it, so it is
-        removed after PART_SECONDS even if everything else is kept for ever. Nothing is, while the clock is not trusted.
+        removed after PART_SECONDS even if everything else is kept for ever. Nothing is, while the clock is not trusted;
+        by now it may be wrong, so the time is that of the look at it.
         """
-        now, keep, gone = self.bus.view.clock() / 1000000, self.bus.retention.keep, list[tuple[pathlib.Path, int]]()
+        now, keep, gone = self.bus.retention.looked or 0.0, self.bus.retention.keep, list[tuple[pathlib.Path, int]]()
         used = files = 0
         for file in self.folder.glob("*"):
             with contextlib.suppress(OSError):  # somebody else put a folder or a broken link here: go on

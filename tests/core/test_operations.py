@@ -130,7 +130,7 @@ def test_retention_and_prune_remove_side_by_side_and_none_of_them_is_lost(tmp_pa
     for age in (3000, 2000, 1000):  # s
         bus.state.apply([bus_server.Put([kept] * 1200)], bus_server.Now(wall - age * 1000000, 0))
     bus.last = bus.state.last
-    bus.retention.keep = 2500
+    bus.retention.keep, bus.retention.clock_is_trusted = 2500, lambda: True
     apply = bus.state.apply
 
     def note(operations, now):

@@ -157,11 +157,11 @@ def test_a_place_for_files_that_cannot_be_used_is_told(bus):
     assert status == 507 and b"cannot store the file: " in body
 
 
-def blobs_of(path, keep):
-    """What the bus knows of the files beside a database; they are kept for `keep` s."""
+def blobs_of(path, keep, looked):
+    """What the bus knows of the files beside a database; they are kept for `keep` s. Its clock said `looked`."""
     bus = types.SimpleNamespace(
         state=types.SimpleNamespace(path=str(path)),
-        retention=types.SimpleNamespace(keep=keep, trusted=0),
+        retention=types.SimpleNamespace(keep=keep, trusted=0, looked=looked),
         view=types.SimpleNamespace(clock=wall_clock),
         route=lambda *_, **__: None,
         on_tidy=[],
@@ -170,15 +170,13 @@ def blobs_of(path, keep):
     return Blobs(bus, SIZE, None)
 
 
-def test_what_is_no_file_among_the_files_is_passed_over(tmp_path, monkeypatch):
+def test_what_is_no_file_among_the_files_is_passed_over(tmp_path):
     folder = tmp_path / "bus.db.blobs"
     (folder / name(b"folder")).mkdir(parents=True)
     (folder / name(b"link")).symlink_to("nowhere")
     (folder / name(b"file")).write_bytes(b"file")
-    blobs = blobs_of(tmp_path / "bus.db", keep=1)
+    blobs = blobs_of(tmp_path / "bus.db", keep=1, looked=time.time() + 2)
     assert blobs.used == len(b"file")
-    later = time.time_ns() + 2 * 10**9
-    monkeypatch.setattr(time, "time_ns", lambda: later)
     blobs.forgotten(blobs.forget())
     assert blobs.used == 0 and not (folder / name(b"file")).exists()
 
@@ -203,14 +201,24 @@ def test_a_file_that_cannot_be_opened_for_want_of_descriptors_is_not_called_miss
     inside.close(bus)
 
 
-def test_a_file_that_nobody_asked_for_is_removed_after_keep(bus, monkeypatch):
+def test_a_clock_that_jumps_after_the_look_at_it_removes_no_file(tmp_path, monkeypatch):
+    """The thread that looks for old files may begin later than that."""
+    folder = tmp_path / "bus.db.blobs"
+    folder.mkdir()
+    (folder / name(b"file")).write_bytes(b"file")
+    blobs = blobs_of(tmp_path / "bus.db", keep=1000, looked=time.time())
+    later = time.time_ns() + 2000 * 10**9
+    monkeypatch.setattr(time, "time_ns", lambda: later)
+    assert blobs.forget() == ([], len(b"file"), 1)
+
+
+def test_a_file_that_nobody_asked_for_is_removed_after_keep(bus):
     wanted, forgotten, folder = b"wanted", b"forgotten", pathlib.Path(f"{bus.db}.blobs")
     for data in (wanted, forgotten):
         ask(bus, "PUT", f"/blob/{name(data)}", data)
         os.utime(folder / name(data), (1000, 1000))  # s since 1970
     ask(bus, "GET", f"/blob/{name(wanted)}")
-    blobs = blobs_of(bus.db, keep=1000)
-    monkeypatch.setattr(time, "time_ns", lambda: 3000 * 10**9)
+    blobs = blobs_of(bus.db, keep=1000, looked=3000)
     blobs.forgotten(blobs.forget())
     assert [file.name for file in folder.iterdir()] == [name(wanted)] and blobs.used == len(wanted)
 
