@@ -142,12 +142,12 @@ class Blobs:
     def stored(self, connection: Connection, upload: Upload, status: Any) -> None:
         """The end of finish(): `status` is its result, or the exception that it raised."""
         upload.busy = False
-        if status in (200, 422):  # after an error the part stays
+        if status == 200 or isinstance(status, Refused):  # after an error the part stays
             self.removed(upload.part, upload.at)
         elif status == 201 and upload.part.name in self.owners:
             self.owners[upload.file.name] = self.owners.pop(upload.part.name)
-        if status == 422:
-            answer = refusal(Refused(422, "the bytes that arrived do not have this sha256; nothing was stored"))
+        if isinstance(status, Refused):
+            answer = refusal(status)
         elif isinstance(status, Exception):
             answer = refusal(Refused(507, f"the bus cannot store the file: {status}"))
         else:
@@ -299,15 +299,22 @@ class Upload:
         return (("Upload-Offset", str(self.at)),)
 
     def finish(self) -> int:
-        """In a thread: check the hash, make the file durable and give it its name. Returns the status."""
+        """In a thread: check the hash, make the file durable and give it its name. Returns the status.
+
+        If the hash is wrong, or the token was revoked while that took seconds, the part is removed.
+        """
         digest = hashlib.sha256()
         with self.part.open("rb") as whole:
             for piece in iter(lambda: whole.read(1 << 20), b""):
                 digest.update(piece)
             os.fsync(whole.fileno())
-        if digest.hexdigest() != self.file.name:
+        try:
+            if digest.hexdigest() != self.file.name:
+                raise Refused(422, "the bytes that arrived do not have this sha256; nothing was stored")
+            self.blobs.bus.check_token(self.token)  # not in a turn: the rest would then wait for a thread
+        except Refused:
             self.part.unlink(missing_ok=True)
-            return 422
+            raise
         self.blobs.touch(self.part)
         known = self.file.exists()
         self.part.replace(self.file)

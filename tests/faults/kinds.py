@@ -130,6 +130,7 @@ KINDS = [
          "an upload, a download and an answer that nobody reads stop where they are, and a connection that waits for "
          "its next request, or for the rest of it, is closed, whatever it asked for last",
          (f"{AUTHORITY}::test_revoked_while_a_file_comes_in_pieces",
+          f"{AUTHORITY}::test_revoked_while_a_file_is_hashed",
           f"{AUTHORITY}::test_revoked_while_a_file_is_read",
           f"{AUTHORITY}::test_revoked_while_its_answer_is_not_read",
           f"{AUTHORITY}::test_revoking_closes_the_connections_of_a_token"),

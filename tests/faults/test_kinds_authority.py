@@ -5,6 +5,7 @@
 | revoked_between_head_and_body | 200, stored or done, for all seven verbs |
 | revoked_while_it_waits_for_the_commit_of_another | green; since 2026-11-29 (its control was green in all others) |
 | revoked_while_a_file_* | both come whole; while it is parked it was 401 before |
+| revoked_while_a_file_is_hashed (2026-12-01) | 201 and 200, seconds after it |
 | revoking_closes_the_connections_of_a_token | it stays open; since 2026-11-29 after a public request too |
 | revoked_while_descriptors_are_used_up | it is never applied |
 | what_a_revoked_token_had_begun_ends_while_* | stored, until 2026-11-29: it was applied once a descriptor was free |
@@ -30,6 +31,8 @@ import os
 import pathlib
 import resource
 import sqlite3
+import sys
+import threading
 import time
 import types
 
@@ -38,6 +41,7 @@ import pytest
 from tests.faults import linux, skipped_without
 from tests.faults.test_kinds_bounds import Guest
 from tests.faults.test_kinds_counts import removed
+from tests.kit import inside
 from tests.kit.clock import Clock
 from tests.kit.peers import Peer, ask, command, fill, marks_are_written, metric, mint, set_revoked, stored
 from tests.kit.processes import PATIENCE, ROOT, Server, wait_until
@@ -203,6 +207,36 @@ def test_revoked_while_a_file_comes_in_pieces(closed):
         assert the_rest(peer, rest) in GONE
     assert closed.ask("boss", "GET", f"/blob/{name}").status == 404
     assert sum(file.stat().st_size for file in blobs.glob("*")) <= 100_000
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_revoked_while_a_file_is_hashed(tmp_path, monkeypatch, known):
+    """All of it came in time. But 1.5 GiB take 5 s: what is stored then is what may be stored then."""
+    of, hashing, go = mint(tmp_path / "bus.db", ann=[], bob=[]), threading.Event(), threading.Event()
+
+    class Slow:
+        def __init__(self):
+            self.digest = hashlib.sha256()
+            self.update = self.digest.update
+
+        def hexdigest(self):
+            hashing.set()
+            assert go.wait(PATIENCE)
+            return self.digest.hexdigest()
+
+    with a_bus(time.monotonic, tmp_path / "bus.db") as bus:
+        if known:
+            assert Guest(bus, of["ann"]).begins("PUT", inside.FILE_PATH, inside.FILE).answer().status == 201
+        monkeypatch.setattr(sys.modules["bus_extensions.files"], "hashlib", types.SimpleNamespace(sha256=Slow))
+        guest = Guest(bus, of["bob"]).begins("PUT", inside.FILE_PATH, inside.FILE)
+        come_true(hashing.is_set)
+        set_revoked(types.SimpleNamespace(db=tmp_path / "bus.db"), "bob")
+        bus.gate.tokens.refresh()
+        go.set()
+        assert guest.answer().status == 401
+        assert [file.stat().st_size for file in (tmp_path / "bus.db.blobs").iterdir()] == [len(inside.FILE)] * known
+        figures = "".join(str(each) for tell in bus.metrics for each in tell() if each[0] == "files_bytes")
+        assert f"('', {len(inside.FILE) * known})" in figures, "and it takes no room"
 
 
 def test_revoked_while_a_file_is_read(closed):
