@@ -133,7 +133,6 @@ def counts(bus: Bus, found: list[Unread], more: bool) -> Answer:
     senders = by_sender(found)
     listed = sorted(senders, key=lambda name: (-senders[name]["urgent"], -senders[name]["unread"], name))[:NAMED]
     urgent = [each for each in found if each.priority == "high"]
-    threads = Counter(each.thread for each in found).most_common(NAMED)
     priorities = Counter(each.priority for each in found)
     vouched = {each.sender for each in found} & bus.gate.tokens.named.keys()
     vouched -= {each.sender for each in found if each.tick < bus.gate.tokens.first * 1000000}  # anybody signed these
@@ -143,12 +142,29 @@ def counts(bus: Bus, found: list[Unread], more: bool) -> Answer:
         "senders": {name: senders[name] for name in listed},
         "vouched": [name for name in listed if name in vouched],
         "priorities": {each: priorities[each] for each in (*PRIORITIES, "other")},
-        "threads": [{"id": f"{tick:x}", "unread": number} for tick, number in threads],
+        "threads": conversations(bus, found),
     }
     ends = found[0].named() if found else "null", found[-1].named() if found else "null"
     first = ", ".join(each.named() for each in fairly(urgent))
     members = f'"oldest": {ends[0]}, "newest": {ends[1]}, "first_urgent": [{first}], "more": {encode(more)}'
     return ok(bus, f"{encode(numbers)[1:-1]}, {members}")
+
+
+def conversations(bus: Bus, found: list[Unread]) -> list[dict[str, Any]]:
+    """The largest of them: how many of these messages are in each, and how many of those are answers.
+
+    As with /ask, an answer is from another name, and from one that may read the mailbox of the first message.
+    """
+    largest = Counter(each.thread for each in found).most_common(NAMED)
+    firsts = "tick IN (SELECT value FROM json_each(?))"
+    rows = f"SELECT tick, sender, name FROM messages JOIN mailboxes ON mailbox = id WHERE {firsts}"
+    asked = dict.fromkeys((tick for tick, _ in largest), ("", ""))  # it may have been removed
+    asked.update((tick, its) for tick, *its in bus.view.database.execute(rows, (encode([*asked]),)).fetchall())
+    answers: Counter[int] = Counter()
+    for each in found:
+        asker, mailbox = asked.get(each.thread, (each.sender, ""))
+        answers[each.thread] += each.sender != asker and bus.gate.may_read(each.sender, mailbox)
+    return [{"id": f"{tick:x}", "unread": number, "answers": answers[tick]} for tick, number in largest]
 
 
 def fairly(urgent: list[Unread]) -> list[Unread]:

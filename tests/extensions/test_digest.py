@@ -70,6 +70,40 @@ def test_nobody_vouches_for_mail_that_a_cursor_dated_after_the_first_token(tmp_p
         assert (digest["unread"], digest["vouched"]) == (1, [])
 
 
+def test_only_who_may_read_the_mailbox_of_a_question_counts_as_its_answer(tmp_path):
+    """An id is no secret: a sensor that may only send answers no question, and prolongs no turn."""
+    with Server(tmp_path / "bus.db") as bus:
+        tokens = {name: invite(bus, name, *options) for name, options in {**GRANTS, "carl": []}.items()}
+
+        def sent(who, to, **more):
+            return ask(bus, "POST", "/send", {"to": to, "msg": "x", **more}, tokens[who])[1]["id"]
+
+        def threads(since="last"):
+            found = ask(bus, "GET", f"/digest?to=alice&since={since}", token=tokens["alice"])[1]["threads"]
+            return {each["id"]: (each["unread"], each["answers"]) for each in found}
+
+        wait_until(lambda: ask(bus, "GET", "/agents")[0] == 401)
+        question, to_all, own = sent("alice", "bob"), sent("alice", "all"), sent("alice", "alice")
+        for forger in ("sensor", "carl", "alice"):
+            sent(forger, "alice", reply_to=question)
+        assert threads() == {question: (3, 0), own: (1, 0)}
+        for who in ("bob", "boss", "admin"):
+            sent(who, "alice", reply_to=question)
+        for who in ("carl", "sensor"):
+            sent(who, "alice", reply_to=to_all)
+        assert threads() == {question: (6, 3), own: (1, 0), to_all: (2, 1)}
+
+
+def test_on_a_bus_without_tokens_everybody_else_may_answer(bus):
+    def sent(sender, to, **more):
+        return ask(bus, "POST", "/send", {"from": sender, "to": to, "msg": "x", **more})[1]["id"]
+
+    question = sent("ann", "bob")
+    for sender in ("bob", "carl", "ann"):
+        sent(sender, "ann", reply_to=question)
+    assert ask(bus, "GET", "/digest?to=ann")[1]["threads"] == [{"id": question, "unread": 3, "answers": 2}]
+
+
 def filled(messages):
     """A bus inside the test that has stored these."""
     bus = inside.make(":memory:")

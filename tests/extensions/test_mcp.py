@@ -14,7 +14,7 @@ from test_bus import request
 from tests.core.test_identity import ask
 from tests.kit import inside
 from tests.kit.hostile import HOST, head
-from tests.kit.peers import invite
+from tests.kit.peers import invite, mint
 from tests.kit.processes import COMMAND, PATIENCE, Server, wait_until
 from tests.kit.wire import Peer, a_bus, come_true
 
@@ -354,6 +354,19 @@ def test_a_reply_to_a_question_of_the_session_is_told_at_the_end_of_a_turn(bus):
     bob.tool("bus_reply", id=bob.mail()[0]["id"], msg="yes")
     said = "agent-bus: 1 unread for alice (1 in reply to questions of this session). bus_inbox shows them."
     assert client.hook("Stop") == said and client.hook("Stop") == "" and Client(bus, "alice").hook("Stop") == ""
+
+
+def test_what_a_stranger_sends_in_reply_prolongs_no_turn(tmp_path):
+    """It may only send, and an id is no secret."""
+    tokens = mint(tmp_path / "bus.db", **GRANTS)
+    with Server(tmp_path / "bus.db") as bus:
+        client, bob = (Client(bus, token=tokens[name]) for name in ("alice", "bob"))
+        client.tool("bus_ask", to="bob", msg="T1?", wait=0)
+        [question] = bob.mail()
+        store(bus, "alice", "yes", token=tokens["sensor"], reply_to=question["id"])
+        assert client.hook("Stop") == "" and client.hook("PostToolBatch").startswith("agent-bus: 1 unread for alice (f")
+        store(bus, "alice", "no", token=tokens["bob"], reply_to=question["id"])
+        assert "2 unread for alice (1 in reply to questions of this session" in client.hook("Stop")
 
 
 def test_hooks_say_what_the_session_does_beside_what_the_agent_says(bus):

@@ -17,7 +17,8 @@ import bus_send
 from tests.clients.test_clients import refusing
 from tests.kit.bad_servers import FAULTS, HUGE, NOON, Scripted, answer
 from tests.kit.monitor import units
-from tests.kit.processes import PATIENCE, ROOT, in_time, no_settings, wait_until
+from tests.kit.peers import ask, mint
+from tests.kit.processes import PATIENCE, ROOT, Server, in_time, no_settings, wait_until
 
 FOLDER = str(ROOT / "integrations" / "claude_code")
 sys.path.insert(0, FOLDER)
@@ -241,12 +242,18 @@ def test_a_notice_comes_again_only_when_more_has_come(bus):
     assert "1 unread" in text(bus.url, STEP), "fewer than before, but a new one"
 
 
+def await_reply(name, question):
+    """As the MCP server does once it has asked this."""
+    awaiting = "import notice, sys; notice.await_reply(*sys.argv[1:])"
+    env = {**os.environ, "PYTHONPATH": FOLDER}
+    subprocess.run([sys.executable, "-c", awaiting, name, question], env=env, check=True)
+
+
 def test_the_end_of_a_turn_is_put_off_for_urgent_mail_and_awaited_replies_only(bus):
     send(bus, "whenever you like")
     assert text(bus.url) == ""
     question = bus_send.send("spark", "is T1 done?", url=bus.url, sender="dell")["id"]
-    awaiting = "import notice, sys; notice.await_reply('dell', sys.argv[1])"
-    subprocess.run([sys.executable, "-c", awaiting, question], env={**os.environ, "PYTHONPATH": FOLDER}, check=True)
+    await_reply("dell", question)
     assert text(bus.url) == ""
     send(bus, "yes", reply_to=question)
     assert "2 unread for dell (1 in reply to questions of this session)" in text(bus.url)
@@ -254,6 +261,23 @@ def test_the_end_of_a_turn_is_put_off_for_urgent_mail_and_awaited_replies_only(b
     send(bus, "fire", priority="high")
     assert "3 unread for dell (1 urgent, 1 in reply" in text(bus.url)
     assert text(bus.url, PROMPT) == "", "what was told at the end of a turn is told"
+
+
+def test_what_a_stranger_sends_in_reply_puts_off_no_end_of_a_turn(tmp_path):
+    """A sensor that may only send answers no question, though it knows the id."""
+    tokens = mint(tmp_path / "bus.db", dell=[], spark=[], sensor=["--send-only"])
+    with Server(tmp_path / "bus.db") as bus:
+
+        def sent(who, to, **fields):
+            return ask(bus, "POST", "/send", {"to": to, "msg": "x", **fields}, token=tokens[who]).json["id"]
+
+        its = {"AGENT_BUS_TOKEN": tokens["dell"]}
+        question = sent("dell", "spark")
+        await_reply("dell", question)
+        sent("sensor", "dell", reply_to=question)
+        assert text(bus.url, **its) == ""
+        sent("spark", "dell", reply_to=question)
+        assert "2 unread for dell (1 in reply to questions of this session" in text(bus.url, **its)
 
 
 def test_a_sender_is_named_if_a_token_vouches_for_it():
