@@ -50,6 +50,11 @@ MARKS = 5.0  # s for the marks of readers, after the requests that were accepted
 END = 20.0  # s after SIGTERM; if the process still runs then, it ends, and says on stderr where it waited
 ENTRY_BYTES = 1 << 20  # of operations in one entry; a larger one is alone in its entry
 UNKNOWN = "it is unknown whether this was stored: send it again, with the same key"
+LOCKED = "another program has locked the database of this front of the bus"
+
+
+class Locked(Unknown):
+    """The copy is locked by another program. What was not applied is in the ledger: a later look applies it."""
 
 
 class Front(bus_server.Ledger):
@@ -71,6 +76,7 @@ class Front(bus_server.Ledger):
         self.upto = 0  # the highest position of a hint
         self.first: Callable[[], object] = lambda: None  # it adds what the other operations of a list depend on
         self.due = self.busy = self.removing = False
+        self.is_locked = False  # an entry could not be applied, and was not since: see Locked
         self.ends = math.inf  # on the monotonic clock, s: then nothing is waited for any more
         bus.clock = mirror.time
         self.reaches = 0.0  # on the monotonic clock, s: until then the ledger counts as reachable
@@ -148,7 +154,7 @@ class Front(bus_server.Ledger):
         self.upto = 0  # a hint counts once: after a failure the next look is the next attempt
         try:
             if not self.bus.broken:
-                self.follow(SOUND)
+                self.follow(SOUND, min(time.monotonic() + GIVE_UP, self.ends))
         except Unknown:
             return
         except Exception as error:
@@ -163,18 +169,22 @@ class Front(bus_server.Ledger):
             self.refuse("the other fronts have not heard of this one for a while: nothing was stored, try again")
         if all(type(each) is Raise and each.tick <= last for each in operations):
             return Applied([None] * len(operations), [], {}, last)
+        if self.is_locked:
+            self.refuse(f"{LOCKED}: nothing was stored, try again, or use another front")
         if time.monotonic() > min(self.reaches, self.ends):
             self.refuse("this bus cannot reach its ledger: nothing was stored, try again, or use another front")
         self.note_room(operations)
         senders = [(step.connection.token or "") if step.connection else "" for step in self.out]
         began, entry = time.monotonic(), self.mirror.to_bytes(Entry(operations, senders))
-        its = self.mirror.from_bytes(entry)  # as all others apply it
+        its, end = self.mirror.from_bytes(entry), min(began + GIVE_UP, self.ends)  # as all others apply it
         try:
-            position, wall = self.aside(partial(self.append, entry, min(began + GIVE_UP, self.ends)))
-            self.follow(position - 1)
+            position, wall = self.aside(partial(self.append, entry, end))
+            self.follow(position - 1, end)
             if self.mirror.position != position - 1 or (self.is_quiet and not says_it_lives):
                 raise Unknown
-            applied = self.take(position, wall, its)
+            applied = self.take(position, wall, its, end)
+        except Locked:
+            self.refuse(f"{LOCKED}, and {UNKNOWN}")
         except Unknown:
             self.refuse(f"the ledger of this bus did not answer, and {UNKNOWN}")
         except Exception as error:
@@ -225,29 +235,48 @@ class Front(bus_server.Ledger):
                     raise
                 time.sleep(PAUSE)
 
-    def follow(self, upto: int) -> None:
-        """Apply and announce the entries of other fronts, up to a position, or up to the newest."""
+    def follow(self, upto: int, end: float) -> None:
+        """Apply and announce the entries of other fronts, up to a position, or up to the newest. `end`: as of take()"""
         while self.mirror.position < upto:
             began = time.monotonic()
             entries = self.aside(partial(self.mirror.ledger.read, self.mirror.position, ENTRIES, began + CALL))
             for position, wall, entry in entries:
                 if position > upto:
                     return
-                self.announce(position, wall, self.mirror.from_bytes(entry))
+                self.announce(position, wall, self.mirror.from_bytes(entry), end)
             if len(entries) < ENTRIES and sum(len(entry) for _, _, entry in entries) < READ_BYTES:
                 self.reached(began)
                 return
 
-    def take(self, position: int, wall: int, entry: Entry) -> Applied:
+    def take(self, position: int, wall: int, entry: Entry, end: float) -> Applied:
+        """Apply an entry. Locked, if another program holds the copy until `end` (monotonic clock, s)."""
         self.removing = any(type(each) is Remove for each in entry.operations)
-        applied: Applied = self.aside(partial(self.mirror.take, position, wall, entry))
-        self.state.view.tail, self.removing = self.state.tail, False
+        try:
+            applied: Applied = self.aside(partial(self.insist, partial(self.mirror.take, position, wall, entry), end))
+        except Locked:
+            self.is_locked = True
+            raise
+        finally:
+            self.state.view.tail, self.removing = self.state.tail, False
+        self.is_locked = False
         return applied
 
-    def announce(self, position: int, wall: int, entry: Entry) -> None:
+    def insist(self, take: Callable[[], Applied], end: float) -> Applied:
+        """Busy is not broken: while another program has locked the copy, try it again."""
+        while True:
+            try:
+                return take()
+            except sqlite3.OperationalError as error:
+                if "locked" not in str(error):
+                    raise
+                if time.monotonic() + PAUSE > end:
+                    raise Locked from None
+                time.sleep(PAUSE)
+
+    def announce(self, position: int, wall: int, entry: Entry, end: float) -> None:
         """Apply an entry of another front, wake the readers here, and note in memory what it noted."""
         began = time.monotonic()
-        applied = self.take(position, wall, entry)
+        applied = self.take(position, wall, entry, end)
         if self.mirror.is_silent() and not self.is_quiet:
             self.quiet()
         self.loop.attempt(self.bus.announce, [], applied, time.monotonic() - began)

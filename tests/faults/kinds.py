@@ -169,9 +169,12 @@ KINDS = [
          (f"{FAIR}::test_verbose_and_a_stderr_that_nobody_reads",),
          "`say` prints to stderr itself"),
     Kind("another program's lock ends the bus",
-         "503 with Retry-After while it lasts; reads go on, and the next send is stored",
-         (f"{FAIR}::test_another_programs_lock_is_503_while_it_lasts_and_then_over",),
-         "`Bus.failed()` takes a locked database for a broken one"),
+         "503 with Retry-After while it lasts; reads go on, and the next send is stored; a front applies what is in "
+         "the ledger when the lock is over",
+         (f"{FAIR}::test_another_programs_lock_is_503_while_it_lasts_and_then_over",
+          "ledgers/test_front_stops.py::test_a_copy_that_stays_locked_stops_nothing_and_what_was_sent_comes_once"),
+         "`Bus.failed()` takes a locked database for a broken one (the first); `Front.insist()` raises the error (the "
+         "second)"),
     Kind("a lock is on a name, not on the file",
          "a link to the database, or to its folder, is the same database, with the same tokens and files; one with "
          "several hard links is refused",

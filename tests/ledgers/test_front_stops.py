@@ -1,12 +1,14 @@
 """A front that differs, does not understand or cannot write stops in words, and harms no other."""
+import contextlib
 import sqlite3
 
 import pytest
 
 import bus_server
+import ledgers.front
 from bus_server import Now, Put, Remove, State, Unusable
 from tests.kit import inside
-from tests.kit.ledger import Fake, Log, ask, do, draft, end, front, log_of, put, settle
+from tests.kit.ledger import Fake, Log, ask, do, draft, end, front, log_of, put, request, same, settle
 
 
 def test_a_front_with_other_results_is_found_and_stops(fronts):
@@ -75,6 +77,81 @@ def test_a_front_whose_own_file_fails_stops_and_says_that_it_is_unknown(fronts, 
     monkeypatch.undo()
     end(a)
     assert log_of(fronts()) == ["x"]
+
+
+@pytest.fixture
+def locked(monkeypatch):
+    """locked(bus): another program locks the copy of this front, until what is returned is called."""
+    with contextlib.ExitStack() as stack:
+
+        def lock(bus, give_up=ledgers.front.GIVE_UP):
+            monkeypatch.setattr(ledgers.front, "PAUSE", 0.01)
+            monkeypatch.setattr(ledgers.front, "GIVE_UP", give_up)
+            bus.state.writing.execute("PRAGMA busy_timeout=0")  # SQLite itself waits for 2 s, else
+            other = sqlite3.connect(bus.state.path, isolation_level=None, check_same_thread=False)
+            stack.callback(other.close)
+            other.execute("BEGIN IMMEDIATE")
+            return lambda: other.execute("ROLLBACK")
+
+        yield lock
+
+
+SEND = "POST", "/send", {"from": "ann", "to": "bob", "msg": "x", "key": "k"}
+
+
+def test_a_send_waits_while_another_program_has_locked_the_copy_and_turns_go_on(fronts, locked, monkeypatch):
+    a, b = fronts("a"), fronts("b")
+    reader = request(a, "GET", "/recv?to=bob&since=0&block=true")
+    settle(a, b)
+    unlock, answer, apply, told = locked(a), request(a, *SEND), a.state.apply, []
+
+    def begin(*arguments):
+        a.loop.tell(lambda: told.append(answer()) or unlock())  # in a turn
+        monkeypatch.setattr(a.state, "apply", apply)
+        return apply(*arguments)
+
+    monkeypatch.setattr(a.state, "apply", begin)
+    settle(a)
+    assert not a.broken and told == [None] and answer()[0] == 200
+    assert [each["msg"] for each in reader()[1]["messages"]] == ["x"]
+    same(a, b)
+
+
+def test_a_copy_that_stays_locked_stops_nothing_and_what_was_sent_comes_once(fronts, locked, log):
+    a, b = fronts("a"), fronts("b")
+    settle(a, b)
+    unlock = locked(a, give_up=0.3)
+    status, answer = ask(a, *SEND)
+    assert status == 503 and "locked the database of this front" in answer["error"]
+    assert "it is unknown whether this was stored" in answer["error"] and not a.broken
+    before = log.written()
+    for _ in range(2):
+        status, answer = ask(a, "POST", "/send", {"from": "ann", "to": "bob", "msg": "y"})
+        assert status == 503 and "locked" in answer["error"] and "nothing was stored" in answer["error"]
+    settle(b)
+    assert log.written() == before and log_of(b) == ["x"] and put(b, msg="z")
+    unlock()
+    settle(a)
+    assert log_of(a) == ["x", "z"]
+    status, again = ask(a, *SEND)
+    assert status == 200 and again["duplicate"] is True and not a.broken
+    same(a, b)
+
+
+def test_what_others_send_reaches_a_copy_when_it_is_locked_no_longer(fronts, locked):
+    a, b = fronts("a"), fronts("b")
+    reader = request(b, "GET", "/recv?to=bob&since=0&block=true")
+    settle(a, b)
+    unlock = locked(b, give_up=0.3)
+    put(a, msg="1")
+    settle(b)
+    put(a, msg="2")
+    settle(b)
+    assert not b.broken and reader() is None
+    unlock()
+    settle(b)
+    assert [each["msg"] for each in reader()[1]["messages"]][:1] == ["1"] and log_of(b) == ["1", "2"]
+    same(a, b)
 
 
 def test_a_copy_of_another_ledger_and_a_bus_of_its_own_are_refused(fronts, tmp_path, log):
