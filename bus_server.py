@@ -2540,7 +2540,8 @@ class Storms:
                 warning = self.turn(channel, sender, to, now) or warning
         return warning
 
-    def turn(self, channel: str, sender: str, to: str, now: float) -> str:
+    def turn(self, channel: str, sender: str, to: str, now: float, stored: bool = False) -> str:
+        """A warning, or an empty text; 429 above the limit, unless it is `stored`, by another front."""
         pair = (channel, sender, to) if sender < to else (channel, to, sender)
         if not self.most_turns:
             return ""
@@ -2550,7 +2551,7 @@ class Storms:
         while turns and turns[0] < now - self.WITHIN:
             del turns[0]
         if last not in ("", sender):
-            if len(turns) >= self.most_turns:
+            if len(turns) >= self.most_turns and not stored:
                 wait = math.ceil(turns[0] + self.WITHIN - now)
                 often = f"{self.most_turns} times in {self.WITHIN / 60:g} minutes"
                 raise too_much(f"{sender} and {to} have answered each other {often}: stop, or wait {wait} s", wait)

@@ -23,16 +23,19 @@ from typing import Any, NoReturn
 import bus_server
 from bus_server import (
     DRAIN_SECONDS,
+    EVERYONE,
     SOUND,
     Applied,
     Bus,
     Connection,
     Forget,
     Operation,
+    Put,
     Raise,
     Refused,
     Remove,
     Step,
+    Stored,
     say,
     say_exception,
 )
@@ -69,7 +72,7 @@ class Front(bus_server.Ledger):
     def __init__(self, bus: Bus, mirror: Mirror) -> None:
         super().__init__(bus)
         self.mirror, self.fronts = mirror, Fronts(bus, mirror)
-        self.elsewhere = {**bus.ledger.elsewhere, "forget": self.forgotten}
+        self.elsewhere = {**bus.ledger.elsewhere, "forget": self.forgotten, "put": self.sent}
         self.elsewhere["marks"] = partial(marked, bus, mirror.time)
         self.elsewhere[Beat.kind] = self.fronts.heard
         self.detours: dict[str, Callable[[Step], object]] = {}  # by the kind: what a step needs before it is appended
@@ -284,6 +287,14 @@ class Front(bus_server.Ledger):
             if operation.kind in self.elsewhere and not isinstance(result, Refused):
                 self.loop.attempt(self.elsewhere[operation.kind], operation, result)
         self.mirror.check_left()
+
+    def sent(self, put: Put, stored: list[Stored]) -> None:
+        """Two names that answer each other across fronts are warned and refused as at one, so each front counts all."""
+        now = self.bus.storms.clock()
+        for one, its in zip(put.drafts, stored):
+            for to in one.to if not its.duplicate else ():
+                if to != EVERYONE:
+                    self.bus.storms.turn(one.channel, one.sender, to, now, stored=True)
 
     def forgotten(self, forget: Forget, names: list[list[str]]) -> None:
         self.bus.retention.forgotten(None, forget, names)

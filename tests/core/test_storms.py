@@ -90,6 +90,15 @@ def test_two_that_answer_each_other_are_stopped_and_may_go_on_later(storms, cloc
     check(storms, message("bob", "alice"))
 
 
+def test_what_another_front_has_stored_counts_and_is_not_refused(storms, clock):
+    for turn in range(storms.most_turns + 1):
+        check(storms, message(*(("bob", "alice") if turn % 2 else ("alice", "bob"))))
+    refusal(storms, message("bob", "alice"))
+    storms.turn("default", "bob", "alice", clock.now, stored=True)
+    sentence, _ = refusal(storms, message("alice", "bob"))
+    assert "answered each other 120 times" in sentence
+
+
 def test_turns_0_is_no_limit_and_no_warning(clock):
     storms = Storms(clock, rate=0, turns=0)
     for _ in range(500):

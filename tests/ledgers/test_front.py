@@ -118,6 +118,38 @@ def test_an_answer_keeps_the_front_open_for_as_long_as_is_said(fronts):
     assert before < a.gate.until - ledgers.front.CUT_OFF < time.monotonic() - 0.2
 
 
+@pytest.mark.parametrize("names", ["ab", "aa"], ids=["two fronts", "the control: one front"])
+def test_two_that_answer_each_other_across_fronts_are_warned_and_then_stopped(fronts, names):
+    buses = {name: fronts(name) for name in set(names)}
+    sent = []
+    for turn in range(130):
+        sender, to = ("ann", "bob") if turn % 2 == 0 else ("bob", "ann")
+        bus = buses[names[turn % 2]]
+        sent.append(ask(bus, "POST", "/send", {"from": sender, "to": to, "msg": "x", "key": str(turn)}))
+        settle(*buses.values())
+    assert [status for status, _ in sent] == [200] * 121 + [429, 200] * 4 + [429]
+    assert ["warning" in answer for _, answer in sent[:121]] == [False] * 30 + [True] * 91
+    assert "answered each other 30 times" in sent[30][1]["warning"]
+
+
+def test_what_is_no_turn_at_one_front_is_none_when_another_front_has_it(fronts):
+    """A message to all, one that was stored before, and one more of who sent last."""
+    a, b = fronts("a"), fronts("b")
+    pair = "default", "ann", "bob"
+    put(a)
+    put(a)
+    put(a, sender="bob", to="all")
+    settle(b)
+    [(last, _, turns)] = b.storms.turns.values()
+    assert (last, turns) == ("ann", [])
+    put(a, sender="bob", to="ann", key="k")
+    put(a)
+    put(a, sender="bob", to="ann", key="k")
+    settle(b)
+    last, _, turns = b.storms.turns[pair]
+    assert last == "ann" and len(turns) == 2
+
+
 def test_an_unknown_outcome_is_mended_by_the_same_id(fronts, log):
     a = fronts()
     a.state.ledger.faults = ["stored", "lost", "stored"]
