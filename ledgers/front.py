@@ -53,6 +53,7 @@ MARKS = 5.0  # s for the marks of readers, after the requests that were accepted
 END = 20.0  # s after SIGTERM; if the process still runs then, it ends, and says on stderr where it waited
 ENTRY_BYTES = 1 << 20  # of operations in one entry; a larger one is alone in its entry
 UNKNOWN = "it is unknown whether this was stored: send it again, with the same key"
+AGAIN = ("Retry-After", "2")
 LOCKED = "another program has locked the database of this front of the bus"
 
 
@@ -107,8 +108,8 @@ class Front(bus_server.Ledger):
         lacking = self.fronts.lacking(step.operation.kind)
         if lacking:
             why = f"the front {lacking} does not know {step.operation.kind!r}: nothing was stored"
-            refused = Refused(503, f"{why}; give all fronts the same version and the same extensions")
-            self.loop.soon(partial(self.turn_down, step, refused))
+            why += "; give all fronts the same version and the same extensions"
+            self.loop.soon(partial(self.turn_down, step, Refused(503, why, AGAIN)))
         else:
             self.detours.get(step.operation.kind, self.append_soon)(step)
 
@@ -212,7 +213,7 @@ class Front(bus_server.Ledger):
         self.fronts.beat()
 
     def refuse(self, sentence: str) -> NoReturn:
-        raise Refused(503, sentence, ("Retry-After", "2"))
+        raise Refused(503, sentence, AGAIN)
 
     def stop(self, error: Exception) -> None:
         """This copy cannot follow the ledger any more. What it would answer from now on could be wrong."""

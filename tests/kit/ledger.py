@@ -202,7 +202,10 @@ class Transport:
 
 
 def request(bus, method, path, body=None, authorization=""):
-    """Give a request to a front; `answer()` of what is returned is its answer so far: (status, JSON)."""
+    """Give a request to a front; `answer()` of what is returned is its answer so far: (status, JSON).
+
+    `answer.written()` is the same as bytes.
+    """
     body = b"" if body is None else json.dumps(body).encode()
     head = f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
     head += f"Authorization: {authorization}\r\n\r\n" if authorization else "\r\n"
@@ -214,6 +217,7 @@ def request(bus, method, path, body=None, authorization=""):
         head, _, body = transport.written.partition(b"\r\n\r\n")
         return (int(head.split()[1]), json.loads(body)) if head else None
 
+    answer.written = lambda: transport.written
     return answer
 
 

@@ -23,6 +23,7 @@ from tests.kit.ledger import (
     kill,
     log_of,
     put,
+    request,
     same,
     settle,
 )
@@ -198,7 +199,10 @@ def test_who_asks_for_what_another_front_does_not_know_is_told_which_one(fronts,
     a = fronts("a", "--without", "work")
     b = fronts("b")
     settle(a, b)
-    status, answer = ask(b, "POST", "/claim", {"to": "builds", "wait": 0, "worker": "w"})
+    asked = request(b, "POST", "/claim", {"to": "builds", "wait": 0, "worker": "w"})
+    settle(b)
+    status, answer = asked()
+    assert b"\r\nRetry-After: 2\r\n" in asked.written()
     assert status == 503 and f"{a.state.front} does not know 'claim'" in answer["error"]
     assert "give all fronts the same version and the same extensions" in answer["error"]
     beats(b)
