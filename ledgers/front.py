@@ -51,7 +51,7 @@ CUT_OFF = 5.0  # s without the ledger, and then this front refuses what it may k
 LOOK = 1.0  # s between two looks at the ledger, because a hint may be missing
 MARKS = 5.0  # s for the marks of readers, after the requests that were accepted before SIGTERM
 END = 20.0  # s after SIGTERM; if the process still runs then, it ends, and says on stderr where it waited
-ENTRY_BYTES = 1 << 20  # of operations in one entry; a larger one is alone in its entry
+ENTRY_BYTES = 1 << 20  # of operations in one entry; the last one may go beyond
 UNKNOWN = "it is unknown whether this was stored: send it again, with the same key"
 AGAIN = ("Retry-After", "2")
 LOCKED = "another program has locked the database of this front of the bus"
@@ -134,12 +134,23 @@ class Front(bus_server.Ledger):
         return self.removing or super().removes()
 
     def next_list(self) -> list[Step]:
+        """The operations of one entry: about ENTRY_BYTES, and the rest of the last one.
+
+        The last one is bounded, too: it is of one request (--max-body). A byte of a text that is escaped twice, in its
+        message and in the entry, becomes up to seven.
+        """
         steps, size = super().next_list(), 0
         for number, step in enumerate(steps, 1):
-            size += self.large.get(id(step.operation), ("", self.LARGE))[1]
+            size += self.size(step.operation)
             if size >= ENTRY_BYTES:
                 return steps[:number]
         return steps
+
+    def size(self, operation: Operation) -> int:
+        """About how many bytes an operation has in an entry. Most are sends, whose size is known."""
+        if type(operation) is Put:
+            return self.large.get(id(operation), ("", self.LARGE))[1]
+        return len(operation.to_line())
 
     def commit(self) -> None:
         """First what other fronts wrote, then the list of this turn."""

@@ -324,6 +324,27 @@ def test_large_lists_become_several_entries(fronts, log):
     assert all(len(entry) < 2 << 20 for _, _, entry in log.entries)
 
 
+def test_large_schedules_of_one_turn_become_several_entries(fronts, log):
+    """Also an operation that is no send has its bytes."""
+    a, message = fronts(), {"from": "ann", "to": "bob", "msg": "x" * 200_000}
+    answers = [request(a, "POST", "/later", {"after": 3600, "message": message}) for _ in range(12)]
+    settle(a)
+    assert {answer()[0] for answer in answers} == {200} and len(log.written()) == 1 + 2
+    assert all(len(entry) < ledgers.front.ENTRY_BYTES + 300_000 for _, _, entry in log.entries)
+
+
+def test_a_text_is_at_most_seven_times_as_long_in_its_entry(fronts, log):
+    """Each byte of a text that is a control character becomes six in the message, and seven in the entry."""
+    a, body = fronts(), "\x01" * 200_000
+    head = f"POST /send?from=ann&to=bob HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
+    connection = bus_server.Connection(a.door)
+    connection.connection_made(tests.kit.ledger.Transport())
+    connection.data_received((head + body).encode())
+    settle(a)
+    [size] = [len(entry) for _, _, entry in log.entries if b"u0001" in entry]
+    assert 7 * len(body) < size < 7 * len(body) + 1000
+
+
 def test_the_deputy_serves_while_the_ledger_is_slow(fronts):
     a = fronts()
     a.state.ledger.slow = 0.2
