@@ -4,9 +4,9 @@
     AGENT_BUS_URL=http://10.0.0.5:8080 python3 tools/bus_inbox.py look bob
     python3 tools/bus_inbox.py ack 660ba678a1b40 bob
 
-`ack` marks that message, and every one before it. A look moves no cursor, writes no file, marks no message as fetched,
-and does not count as listening. An older bus does not know such a look (PROTOCOL.md, `peek`): there, the messages that
-were shown count as fetched.
+`ack` marks that message, and every one before it, and says how many those were. A look moves no cursor, writes no file,
+marks no message as fetched, and does not count as listening. An older bus does not know such a look (PROTOCOL.md,
+`peek`): there, the messages that were shown count as fetched.
 
 The parts of this file, in order: SharedCursor and Inbox, which the MCP server uses too; main. bus_recv.Reader asks the
 bus, so this program needs bus_recv.py beside it or one folder up. It takes the variables of bus_recv.py, and
@@ -93,16 +93,21 @@ class Inbox(bus_recv.Reader):
                 mail = filter(is_mail, answer["messages"])
                 return [{**message, "age": self.age(message)} for message in mail], bool(answer.get("more"))
 
-    def acknowledge(self, id: str) -> None:
-        """Mark this message, and every one before it, as read. ValueError if it is not the id of a message for us."""
+    def acknowledge(self, id: str) -> tuple[list[str], bool]:
+        """Mark this message, and every one before it, as read. ValueError if it is not the id of a message for us.
+
+        Returns the ids of the older ones that were unread until now, and: are there more?
+        """
         mail, more = self.look(0)
-        ts = {label(message): str(message["ts"]) for message in mail}.get(id) or (self.further(id) if more else None)
+        places = {label(message): str(message["ts"]) for message in mail}
+        ts, ids = places.get(id) or (self.further(id) if more else None), list(places)
         if ts:
             self.cursor.move(ts)
-        elif not self.has_read(id):
+            return (ids[: ids.index(id)], False) if id in places else (ids, True)
+        if not self.has_read(id):
             raise ValueError(f"{id} is not the id of an unread message for {self.names[0]}: take it from the inbox")
-        else:
-            self.check_is_ours(id)
+        self.check_is_ours(id)
+        return [], False
 
     def check_is_ours(self, id: str) -> None:
         """ValueError if the bus has no such message, or has it no more, or has it for somebody else."""
@@ -199,6 +204,16 @@ def queue_of(box: Inbox) -> dict[str, Any] | None:
     return None
 
 
+def with_it(box: Inbox, older: Sequence[str], more: bool) -> str:
+    """What an `ack` has marked as read besides its message. A Monitor shows urgent mail first, so it may be unseen."""
+    if not older:
+        return "all earlier messages"
+    number = f"{len(older)}{' or more' if more else ''} older unread message{'s' if more or older[1:] else ''}"
+    channel = "" if box.channel == "default" else f" --channel {box.channel}"
+    log = bus_recv.called("agent_bus.py log", "log")
+    return f"{number} with it (to look: {log} --to {box.names[0]},all{channel} --since {older[0]} --no-follow)"
+
+
 def on_channel(box: Inbox) -> str:
     """Which channel that is, if it is not the usual one; and which there are, if nobody is on it."""
     if box.channel == "default":
@@ -248,11 +263,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.command == "look":
             box.open_cursor = Glance
             return show(box, options.json)
-        box.acknowledge(options.id)
+        also = with_it(box, *box.acknowledge(options.id))
         box.acks = True
         left, more = box.look(0)  # presents the cursor: now the bus knows, too
         rest = f"{len(left)}{' or more' if more else ''} unread{'' if left else returned(box)}"
-        complain(f"{options.id} is read, and all earlier messages; {rest}")
+        complain(f"{options.id} is read, and {also}; {rest}")
     except bus_recv.FAULTS as fault:
         return bus_recv.ended(fault, "bus_inbox")
     return 0
