@@ -183,7 +183,7 @@ def line_for(name: str, here: str, url: str) -> tuple[str, str]:
     parts, remark = urlsplit(url), ""
     if parts.scheme == "https":
         pin, fault = pin_for(url, here)
-        return (PINNED if pin else OPEN).format(curl=shlex.join(bus_join.curl(pin)), pin=pin, **values), fault
+        return (PINNED if pin else OPEN).format(curl=shlex.join(bus_join.curl(url, pin)), pin=pin, **values), fault
     if parts.scheme != "http":
         return "", f"The bus listens at {url}, which no other machine reaches: see docs/deploy.md.\n" if url else NO_BUS
     if not bus_recv.is_here(parts.hostname):
@@ -194,7 +194,7 @@ def line_for(name: str, here: str, url: str) -> tuple[str, str]:
         return "", f"There is no line to run: {error.filename} is missing. Copy it from the same version.\n"
     with open(beside("bus_join.py"), "rb") as file:
         own = hashlib.sha256(file.read().rstrip(b"\n")).hexdigest()  # as $(...) has it
-    return CHECKED.format(curl=shlex.join(bus_join.curl("")), own=own, pin=pin, **values), remark
+    return CHECKED.format(curl=shlex.join(bus_join.curl(url, "")), own=own, pin=pin, **values), remark
 
 
 def beside(file: str) -> str:

@@ -49,6 +49,7 @@ NAMES = "recv send work log doctor doctor_way doctor_bus file outbox relay join 
 FILES = (*(f"bus_{name}.py" for name in NAMES.split()), "agent_bus.py")
 CERTIFICATE = "bus.pem"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@-]{0,63}")  # as in bus_recv.py
+LOOPBACK = re.compile(r"localhost|::1|127(\.[0-9]+){3}")  # as is_here() of bus_recv.py: reached without a proxy
 PROFILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # it becomes the name of a file
 # What a configuration is about. Only the line's own arguments say it here, so that no other bus gets in.
 OURS = ["AGENT_BUS_URL", "AGENT_BUS_TOKEN", "AGENT_BUS_TOKEN_FILE", "AGENT_BUS_CA", "AGENT_BUS_PROFILE",
@@ -67,10 +68,11 @@ def say(text: str, end: str = "\n", to: "TextIO | None" = None) -> None:
     print(visible, end=end, file=to or sys.stdout, flush=True)
 
 
-def curl(pin: str) -> list[str]:
-    """The command that downloads from this bus, and from nobody else. The URL follows."""
+def curl(url: str, pin: str) -> list[str]:
+    """The command that downloads from the bus at this URL, and from nobody else. The URLs of the files follow."""
     key = ["-k", "--pinnedpubkey", pin] if pin.startswith("sha256//") else []
-    return ["curl", "-gfsS", *key]
+    direct = ["--noproxy", "*"] if LOOPBACK.fullmatch(urlsplit(url).hostname or "") else []
+    return ["curl", "-gfsS", *direct, *key]
 
 
 def folder(made: "list[str]", variable: str, *default: str) -> str:
@@ -125,7 +127,7 @@ def fetch(url: str, pin: str, aside: str) -> None:
     waiting.daemon = True
     if sys.stderr and sys.stderr.isatty():
         waiting.start()
-    done = subprocess.run([*curl(pin), "--fail-early", "--max-time", "60", *wanted], stderr=subprocess.PIPE)
+    done = subprocess.run([*curl(url, pin), "--fail-early", "--max-time", "60", *wanted], stderr=subprocess.PIPE)
     waiting.cancel()
     if done.returncode == 90:  # CURLE_SSL_PINNEDPUBKEYNOTMATCH
         raise other_key(url)

@@ -192,12 +192,13 @@ def test_a_bus_on_this_machine_only_is_said_to_be_one_and_how_another_machine_re
         for what, text in ((line, said), ("/ui/#token=", command(bus, "invite", "maria", "--page"))):
             steps = ("works on the machine of the bus only", "\n1. ", "    ssh -N -L ", "\n2. ", what, "Instead of 1.")
             assert [*map(text.index, steps)] == sorted(map(text.index, steps)), "the tunnel comes first"
-        assert f"$(curl -gfsS {bus.url}/bus_join.py)" in line and "AGENT_BUS_PLAIN_HTTP" not in line
+        assert f"$(curl -gfsS --noproxy '*' {bus.url}/bus_join.py)" in line and "AGENT_BUS_PLAIN_HTTP" not in line
 
 
 def test_plain_http_to_another_host_is_said_to_be_for_networks_that_encrypt(tmp_path):
     line, _, said = invited(Server(tmp_path / "bus.db"), "dell", "--url", "http://10.8.0.1:8080/")
     assert "http://10.8.0.1:8080 is not encrypted" in said and "only where the network itself" in said
+    assert line.startswith("j=$(curl -gfsS http")
     assert " && AGENT_BUS_PLAIN_HTTP=1 python3 -Ic " in line and " http://10.8.0.1:8080 dell " in line
 
 
@@ -242,7 +243,7 @@ def test_a_certificate_that_everyone_trusts_is_not_pinned(tmp_path, authority, m
     monkeypatch.setenv("SSL_CERT_FILE", authority.file)
     with secure(Server(tmp_path / "bus.db", *tls(authority.sign("IP:127.0.0.1")))) as bus:
         line, _, said = invited(bus, "dell")
-        assert line == f'j=$(curl -gfsS {bus.url}/bus_join.py) && python3 -Ic "$j" {bus.url} dell'
+        assert line == f"""j=$(curl -gfsS --noproxy '*' {bus.url}/bus_join.py) && python3 -Ic "$j" {bus.url} dell"""
         assert "cannot be checked" not in said
 
 
@@ -251,7 +252,7 @@ def test_a_proxy_whose_certificate_nobody_knows_is_not_pinned_and_said_to_be_unc
     with Server(tmp_path / "bus.db") as bus, Server(tmp_path / "2.db", *tls(authority.sign("IP:127.0.0.1"))) as proxy:
         url = f"https://127.0.0.1:{proxy.port}"
         line, _, said = invited(bus, "dell", "--url", url)
-        assert line.startswith(f"j=$(curl -gfsS {url}/bus_join.py)") and "sha256//" not in said
+        assert line.startswith(f"j=$(curl -gfsS --noproxy '*' {url}/bus_join.py)") and "sha256//" not in said
         assert f"The certificate at {url} cannot be checked from here (" in said
 
 

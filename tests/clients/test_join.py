@@ -11,7 +11,9 @@ import time
 
 import pytest
 
+import bus_recv
 import bus_server
+from tests.clients.test_clients import refusing
 from tests.kit import joining
 from tests.kit.joining import (
     CLIENTS,
@@ -164,6 +166,29 @@ def test_an_old_python_is_told_so(kind, version, tmp_path, authority):
         screen = pasted(invited(bus, "dell")[0], tmp_path, path=path)
     assert f"bus_join.py needs Python 3.9 or later, and python3 is {version}" in screen
     assert "Traceback" not in screen
+
+
+@pytest.mark.parametrize("kind", ["plain", "a certificate"])
+def test_a_bus_on_this_machine_is_joined_without_the_proxy_of_the_environment(kind, tmp_path, authority):
+    """As the clients reach it: it may be the end of a tunnel. curl would ask the proxy, which here is none."""
+    certified = tls(authority.self_signed("IP:127.0.0.1")) if kind != "plain" else []
+    bus = Server(tmp_path / "bus.db", *certified)
+    with secure(bus) if certified else bus:
+        line, token, _ = invited(bus, "dell")
+        env = {"HOME": str(tmp_path / "home"), "PATH": os.environ["PATH"]}
+        env.update({proxy: refusing() for proxy in ("http_proxy", "https_proxy", "ALL_PROXY")})
+        done = subprocess.run(["bash", "-c", line], env=env, input=token, text=True, capture_output=True,
+                              timeout=PATIENCE)  # fmt: skip
+        assert done.returncode == 0 and f"you are dell on {bus.url}" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("host, direct", [
+    *((host, True) for host in ("localhost", "127.0.0.1", "127.8.9.10", "::1")),
+    *((host, False) for host in ("10.0.0.5", "127.example", "localhost.example", "::2")),
+])  # fmt: skip
+def test_another_machine_is_joined_as_the_environment_says(host, direct):
+    assert bus_recv.is_here(host) is direct
+    assert ("--noproxy" in bus_join.curl(f"http://{f'[{host}]' if ':' in host else host}:8080", "")) is direct
 
 
 def test_a_bus_that_is_not_there_is_one_sentence(bus, tmp_path):
