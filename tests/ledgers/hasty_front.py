@@ -37,7 +37,7 @@ def early():
         return front.mirror.position + 1, time.time_ns() // 1000
 
     ledgers.front.Front.append = answers
-    ledgers.front.Front.follow = lambda front, upto: setattr(front.bus.gate, "until", time.monotonic() + 5)
+    ledgers.front.Front.follow = lambda front, *_: setattr(front.bus.gate, "until", time.monotonic() + 5)
 
 
 def no_id():
