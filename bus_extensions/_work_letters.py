@@ -15,13 +15,49 @@ def is_expired(message: Message, now: Now) -> bool:
     return message.expires is not None and message.expires <= now.wall
 
 
+BELIEVED = 3600 * 1000000  # us; a wall clock that was wrong for longer is believed
+
+
+def pass_over(state: State, mailbox: int, tick: int, now: Now) -> None:
+    """A job is passed over because it has expired. Its queue is looked through from here on if the clock goes back.
+
+    For as long as BELIEVED, the first of such jobs is kept in mind: a clock that is wrong for a moment loses no job.
+    """
+    row = state.writing.execute("SELECT first, wall, since FROM work_passed WHERE mailbox = ?", (mailbox,)).fetchone()
+    first, wall, since = tick, now.wall, now.steady
+    if row:
+        its_first, its_wall, its_since = (state.number(each, 0, f"what mailbox {mailbox} passed over") for each in row)
+        wall = max(wall, its_wall)
+        if abs(now.steady - its_since) <= BELIEVED:
+            first, since = min(tick, its_first), its_since
+    state.writing.execute("INSERT OR REPLACE INTO work_passed VALUES (?, ?, ?, ?)", (mailbox, first, wall, since))
+
+
+def look_back(state: State, mailbox: int, now: Now) -> None:
+    """If the clock has gone back, jobs that were passed over have perhaps not expired: begin again at the first."""
+    later = "SELECT first FROM work_passed WHERE mailbox = ? AND wall > ?"
+    row = state.writing.execute(later, (mailbox, now.wall)).fetchone()
+    if row:
+        above = max(state.number(row[0], 0, f"what mailbox {mailbox} passed over") - 1, 1)
+        state.writing.execute("UPDATE mailboxes SET taken = min(taken, ?) WHERE id = ?", (above, mailbox))
+        state.writing.execute("DELETE FROM work_passed WHERE mailbox = ?", (mailbox,))
+
+
+def drop(state: State, message: Message, now: Now) -> None:
+    """A job that was handed out has expired, so it is done; if the clock was wrong, it is as new."""
+    state.writing.execute("DELETE FROM work WHERE tick = ?", (message.tick,))
+    if message.expires != RECALLED:
+        mailbox, _ = state.mailbox(message.channel, message.to)
+        pass_over(state, mailbox, message.tick, now)
+
+
 def bury(state: State, message: Message, attempt: int, reason: str | None, now: Now) -> None:
     """Move a message to the dead letters of its queue, with the reason and what is left of its ttl.
 
     A message that has expired is done instead.
     """
     if is_expired(message, now):
-        state.writing.execute("DELETE FROM work WHERE tick = ?", (message.tick,))
+        drop(state, message, now)
         return
     left = None if message.expires is None else message.expires - now.wall
     reason = reason if isinstance(reason, str) else "its lease ran out"

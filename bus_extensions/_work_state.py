@@ -6,9 +6,9 @@ import contextlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from _work_letters import DEAD, bury, is_expired
+from _work_letters import DEAD, bury, drop, is_expired, look_back, pass_over
 
-from bus_server import ANSWER_BYTES, MAX_MESSAGES, PLACED_ROW, Key, Message, Now, Operation, Refused, State
+from bus_server import ANSWER_BYTES, MAX_MESSAGES, PLACED_ROW, RECALLED, Key, Message, Now, Operation, Refused, State
 
 LEASE_MAX = 43200.0  # s; for so long no other worker gets the message of a worker that died
 LONGEST = int(LEASE_MAX * 1000000)  # us
@@ -59,6 +59,7 @@ class Claim(Operation):
             state.damaged(f"the end of a lease in the queue {self.queue}")
         ends = {"now": now.steady, "longest": now.steady + LONGEST, "mailbox": mailbox}
         state.writing.execute(TOO_FAR, ends)
+        look_back(state, mailbox, now)
         found: list[tuple[Message, int]] = []
         room, looked = ANSWER_BYTES, state.last
         for again in self.came_back(state, mailbox, now):
@@ -91,8 +92,10 @@ class Claim(Operation):
         for tick, attempt, reason in rows:
             message = state.message(tick)
             attempt = state.number(attempt, 0, f"the attempt of {tick:x}")
-            if not message or is_expired(message, now):
+            if not message:
                 state.writing.execute("DELETE FROM work WHERE tick = ?", (tick,))
+            elif is_expired(message, now):
+                drop(state, message, now)
             elif attempt >= self.attempts and not message.to.endswith(DEAD):
                 bury(state, message, attempt, reason, now)
             else:
@@ -101,7 +104,7 @@ class Claim(Operation):
     def untaken(
         self, state: State, mailbox: int, limit: int, room: int, now: Now
     ) -> tuple[list[tuple[Message, int]], int]:
-        """Messages that no worker has had, up to `limit` or `room` (bytes), without the expired and damaged ones.
+        """Messages that no worker has, up to `limit` or `room` (bytes), without the expired and damaged ones.
 
         And up to which tick it looked: after MAX_MESSAGES it stops.
         """
@@ -114,20 +117,28 @@ class Claim(Operation):
         queue = self.channel, self.queue
         rows = state.mail(PLACED_ROW, queue, taken)
         found: list[tuple[Message, int]] = []
-        reached = state.last
+        reached, passed = state.last, 0
         with contextlib.closing(rows):
             for looked, row in enumerate(rows, 1):
                 taken = row[0]
                 message = state.checked(row)
                 room -= len(row[4] or "")
-                if message and not is_expired(message, now):
+                if message and is_expired(message, now):
+                    passed = passed or (taken if message.expires != RECALLED else 0)
+                elif message and not self.is_work(state, taken):
                     found.append((message, 1))
                 if room < 0 or len(found) == limit or looked == MAX_MESSAGES:
                     reached = taken
                     break
+        if passed:
+            pass_over(state, mailbox, passed, now)
         if taken != stored:
             state.writing.execute("UPDATE mailboxes SET taken = ? WHERE id = ?", (taken, mailbox))
         return found, reached
+
+    def is_work(self, state: State, tick: int) -> bool:
+        """Was it handed out before? Such jobs come again after look_back()."""
+        return bool(state.writing.execute("SELECT 1 FROM work WHERE tick = ?", (tick,)).fetchone())
 
 
 class Settle(Operation):

@@ -51,7 +51,18 @@ else:
     DEAD, Again, Bury = letters.DEAD, letters.Again, letters.Bury
     Claim, Claimed, Job, Settle, Worker = its.Claim, its.Claimed, its.Job, its.Settle, words.Worker
 
-TABLES = [""]  # version 1: the core's schema 3 made it
+TABLES = [
+    "",  # version 1: the core's schema 3 made it
+    """
+    CREATE TABLE work_passed(  -- the jobs that were passed over because they had expired: see letters.pass_over()
+        mailbox INTEGER PRIMARY KEY,
+        first INTEGER NOT NULL,  -- the tick of the first one
+        wall INTEGER NOT NULL,   -- when the last one was passed over, us
+        since INTEGER NOT NULL); -- when the first one was, on the steady clock, us
+    CREATE TRIGGER work_passed_removed AFTER DELETE ON mailboxes BEGIN
+        DELETE FROM work_passed WHERE mailbox = old.id; END;
+    """,
+]
 NOUN = "jobs"
 OPERATIONS = (Claim, Settle, Bury, Again)
 

@@ -7,7 +7,7 @@ import pytest
 
 import bus_server
 from bus_extensions.replies import Recall
-from bus_extensions.work import Claim
+from bus_extensions.work import NOUN, TABLES, Claim
 from bus_server import (
     MIGRATIONS,
     Mark,
@@ -46,6 +46,7 @@ class TestDatabase(OnSqlite):
 
     def test_a_claim_searches_nothing_without_an_index(self, store):
         """The work that was done in 30 days is much, and would be looked through with each claim."""
+        store.add_tables("work", NOUN, TABLES)
         commit(store, message("builds"))
         plans = []
         store.writing.set_trace_callback(plans.append)

@@ -1,6 +1,7 @@
 """Work queues: each message to one worker, until it is acknowledged."""
 import concurrent.futures
 import contextlib
+import json
 import sqlite3
 import threading
 import time
@@ -198,6 +199,7 @@ def test_a_clock_that_started_ahead_keeps_no_job_until_its_day(tmp_path, verb, s
     """A worker may have a lease of 12 hours; what was given back is free at once."""
     right, month, work = bus_server.wall_clock(), 31 * 86400 * 1000000, bus_server.load_extensions(())["work"]
     with contextlib.closing(bus_server.State(str(tmp_path / "bus.db"))) as state:
+        state.add_tables("work", work.NOUN, work.TABLES)
 
         def done(operation, after):
             return state.apply([operation], bus_server.Now(right + after, right + after)).results[0]
@@ -212,6 +214,87 @@ def test_a_clock_that_started_ahead_keeps_no_job_until_its_day(tmp_path, verb, s
             done(work.Settle(verb, job.message.tick, job.lease, 60 * 1000000, "", 5), month)
         assert len(claimed(1)) == (seconds == 0)
         assert len(claimed(seconds * 1000000 + 2)) == (seconds > 0)
+
+
+DAY = 86400 * 1000000  # us
+
+
+class Queue:
+    """The queue builds in a State whose wall clock is `wrong` by so much; its steady clock is right."""
+
+    def __init__(self, state):
+        self.state, self.right, self.after, self.wrong = state, bus_server.wall_clock(), 0, 0
+        self.work = bus_server.load_extensions(())["work"]
+        state.add_tables("work", self.work.NOUN, self.work.TABLES)
+
+    def done(self, operation):
+        steady = self.right + self.after
+        return self.state.apply([operation], bus_server.Now(steady + self.wrong, steady)).results[0]
+
+    def put(self, msg, ttl=86400):
+        message = {"from": "ann", "to": "builds", "channel": "default", "msg": msg, "ttl": ttl}
+        self.done(bus_server.Put([bus_server.draft(message, None)]))
+
+    def claim(self, limit=10):
+        self.after += 1000000
+        return self.done(self.work.Claim("default", "builds", limit, 60 * 1000000, self.after, "ann", 2)).jobs
+
+    def claimed(self, limit=10):
+        return [json.loads(f"{{{job.message.text}}}")["msg"] for job in self.claim(limit)]
+
+    def settle(self, verb, job):
+        self.done(self.work.Settle(verb, job.message.tick, job.lease, 0, "", 2))
+
+
+@pytest.fixture
+def queue(tmp_path):
+    with contextlib.closing(bus_server.State(str(tmp_path / "bus.db"))) as state:
+        yield Queue(state)
+
+
+def test_a_clock_that_is_wrong_for_a_moment_loses_no_job(queue):
+    """What it takes for expired is passed over; when it is right again, each is handed out once, as before."""
+    for msg in ("done", "in hand", "first", "short", "second"):
+        queue.put(msg, 1800 if msg == "short" else 86400)
+    done, _ = queue.claim(2)
+    queue.settle("ack", done)
+    queue.wrong = 31 * DAY
+    queue.put("later")
+    assert queue.claimed() == ["later"]
+    queue.wrong = 0
+    assert queue.claimed(1) == ["first"]
+    assert queue.claimed() == ["short", "second"] and queue.claimed() == []
+
+
+@pytest.mark.parametrize("verb", ["", "nack"])
+@pytest.mark.parametrize("attempts", [1, 2])
+def test_a_clock_that_is_wrong_for_a_moment_loses_no_job_that_came_back(queue, verb, attempts):
+    """Its lease ends, or it is given back, also for the last time, while the clock says that it has expired."""
+    queue.put("job")
+    for attempt in range(attempts):
+        [job] = queue.claim()
+        queue.wrong = 31 * DAY if attempt == attempts - 1 else 0
+        if verb:
+            queue.settle(verb, job)
+        queue.after += 61 * 1000000
+    queue.done(queue.work.Bury(2))
+    assert queue.claimed() == []
+    queue.wrong = 0
+    assert queue.claimed() == ["job"] and queue.claimed() == []
+
+
+def test_a_small_step_back_of_the_clock_looks_through_the_last_hour_of_a_queue_alone(queue):
+    """What expired before stays passed over, so that a long queue is not read again at each correction."""
+    for msg in ("expires", "expires an hour later"):
+        queue.put(msg, 10)
+        queue.after += 20 * 1000000
+        assert queue.claimed() == []
+        queue.after += 3700 * 1000000
+    queue.after -= 3700 * 1000000
+    queue.wrong = -15 * 1000000
+    [[first]] = queue.state.writing.execute("SELECT first FROM work_passed").fetchall()
+    assert queue.claimed() == ["expires an hour later"]
+    assert first > queue.right + 3700 * 1000000
 
 
 def test_null_is_as_if_it_were_not_there(bus):

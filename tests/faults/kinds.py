@@ -821,6 +821,13 @@ KINDS = [
           f"{FILES}::test_a_clock_that_jumps_after_the_look_at_it_removes_no_file"),
          "`Blobs.forget()` does not look at `trusted`, or `touch()` not at `last` (the first); `forget()` asks the "
          "clock (the last)"),
+    Kind("a clock that is wrong for a moment loses what it takes for expired: jobs",
+         "when the clock goes back within an hour, what a queue passed over is looked through again, and each job is "
+         "handed out once",
+         ("extensions/test_work.py::test_a_clock_that_is_wrong_for_a_moment_loses_no_job",
+          "extensions/test_work.py::test_a_clock_that_is_wrong_for_a_moment_loses_no_job_that_came_back"),
+         "`look_back()` does nothing (both); `drop()` does not call `pass_over()` (the last); `is_work()` is always "
+         "false (the first)"),
     Kind("who may know too little to serve others acts itself",
          "a front that the ledger did not answer for a while sends nothing that was scheduled",
          (f"{FOLLOWING}::test_what_was_taken_back_is_not_sent_by_a_front_that_stood_still",),
