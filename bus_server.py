@@ -4560,8 +4560,7 @@ class Bus:
         self.unread: dict[Mailbox, int] = {}
         # In this announcement, or for this list of names: expired messages that may still be counted, and LOOKS left.
         self.countable = self.looks = 0
-        self.draining = self.broken = False
-        self.saving = False  # save_marks() is planned, or follows a commit
+        self.draining = self.broken = self.saving = False  # saving: save_marks() is planned, or follows a commit
         self.sure = True  # each message was told to Mailboxes and its readers; if not, each poll looks at the disk
         # The seams: what the core and the extensions register.
         self.routes: dict[tuple[str, str], Route] = {}
@@ -4575,6 +4574,7 @@ class Bus:
         self.on_lost: list[Callable[[Any, int], None]] = []  # an answer with `delivers` did not arrive whole
         self.on_tidy: list[Callable[[], None]] = []
         self.metrics: list[Callable[[], Iterable[Metric]]] = []
+        self.metrics_by_name: list[Callable[[list[Key]], Iterable[Metric]]] = []  # of these mailboxes: those of a page
         self.listeners: list[tuple[str, Listener]] = []  # each with its URL
         self.extensions: dict[str, str] = dict.fromkeys(ELSEWHERE, "")  # why each is not loaded; "": it is not there
         core_routes(self)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from _work_letters import DEAD
 from _work_words import Worker
 
-from bus_server import MAILBOX, Bus, Grant, Mailbox, Message, Metric, is_name, unread
+from bus_server import MAILBOX, Bus, Grant, Key, Mailbox, Message, Metric, is_name, unread
 
 
 class Queues:
@@ -21,7 +21,7 @@ class Queues:
         bus.states.append(self.state_of)
         bus.about.append(self.of_queue)
         bus.on_tidy.append(lambda: self.known.intersection_update(bus.mailboxes.boxes))
-        bus.metrics.append(self.undone)
+        bus.metrics_by_name.append(self.undone)
         bus.mailboxes.back = self.back
 
     def begin(self, channel: str, queue: str) -> None:
@@ -81,10 +81,8 @@ class Queues:
         bus.looks -= 1 + looked // self.PER_LOOK
         return int(number), oldest
 
-    def undone(self) -> list[Metric]:
-        rows = self.bus.view.database.execute(
-            "SELECT channel, name, count(*) FROM work JOIN mailboxes ON mailbox = id WHERE due IS NOT NULL "
-            "GROUP BY mailbox"
-        ).fetchall()
-        jobs = [(f'{{channel="{channel}",name="{own}"}}', number) for channel, own, number in rows]
+    def undone(self, keys: list[Key]) -> list[Metric]:
+        count = f"SELECT count(*) FROM work WHERE mailbox = {MAILBOX} AND due IS NOT NULL"
+        of = {key: int(self.bus.view.ask(count, *key)[0]) for key in keys if key in self.known}
+        jobs = [(f'{{channel="{channel}",name="{own}"}}', number) for (channel, own), number in of.items() if number]
         return [("undone_jobs", "gauge", "handed out at least once and not done", jobs)]

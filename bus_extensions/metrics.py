@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from functools import partial
 from itertools import chain
 
-from bus_server import EVERYONE, Answer, Bus, Mailbox, Metric, Page, Request, unread
+from bus_server import EVERYONE, Answer, Bus, Key, Mailbox, Metric, Page, Request, unread
 
 TABLES, NOUN, OPERATIONS = None, "", ()
 PASSED = 100  # expired messages of a name that one look passes over to find its oldest unread one; the next goes on
@@ -27,7 +27,7 @@ def metrics(bus: Bus, request: Request) -> Answer:
     """Text for Prometheus. If there are more names than in a page, the header Bus-Next has the next `after`."""
     request.grant.check_operator()
     page = Page(bus, request, lambda own, box: own != EVERYONE)
-    with bus.storms.parsing(request.owner(), 0):  # it pays for the time: 35 ms if 200,000 jobs are not done
+    with bus.storms.parsing(request.owner(), 0):  # it pays for the time: 28 ms for 100 queues of 222 jobs
         waiting = [*by_name(bus, page)]
         found = [(*metric[:3], [*metric[3]]) for metric in chain(*(figures() for figures in bus.metrics))]
     headers = (("Bus-Next", json.loads(f"{{{page.more[2:]}}}")["next"]),) if page.more else ()
@@ -56,7 +56,7 @@ def totals(bus: Bus) -> Iterable[Metric]:
 
 
 def by_name(bus: Bus, found: Iterable[tuple[str, str, Mailbox]]) -> Iterable[Metric]:
-    now, waiting, ages = bus.view.clock(), [], []
+    now, waiting, ages, keys = bus.view.clock(), [], [], list[Key]()
     for channel, own, box in found:
         labels = f'{{channel="{channel}",name="{own}"}}'
         number = unread(bus, channel, own, box)
@@ -66,7 +66,9 @@ def by_name(bus: Bus, found: Iterable[tuple[str, str, Mailbox]]) -> Iterable[Met
         bus.looks -= bool(number)
         waiting.append((labels, float(number)))
         ages.append((labels, max(now - oldest, 0) / 1000000 if oldest else 0.0))
+        keys.append((channel, own))
     return [
         ("unread", "gauge", "messages for a name above its cursor", waiting),
         ("oldest_unread_seconds", "gauge", "age of the oldest unread message of a name", ages),
+        *chain(*(figures(keys) for figures in bus.metrics_by_name)),
     ]

@@ -4,6 +4,7 @@
 |---|---|
 | every_answer_ends_at_about_a_mebibyte | /agents, /inbox, /thread, /metrics are whole |
 | pages, max, filters | none of them is known |
+| the_figures_of_all_names (2026-12-01) | each page has the jobs of all queues: 1.4 MB with 12,000 |
 | what_nobody_reads_has_a_budget | no 503, 212 MiB more, or others wait for over 5 s |
 | refused_sends_make_nothing | 47 MiB more |
 | names_have_a_budget | 4,000 of 4,000 are made, in each of seven ways |
@@ -55,7 +56,19 @@ Door.UNSENT, Door.UNSENT_EACH, Door.KEPT = 8 << 20, 2 << 20, 4 << 20  # an eight
 """  # as they were made over months: whole rows of mailboxes, read at start
 
 
-LOCKS = 1010
+LOCKS, QUEUES = 1010, 12_000
+
+
+def make_queues(path):
+    """Rows of the channel `queues`, as worked at over months: a worker has a job of each."""
+    inside.close(inside.make(path))
+    names = [f"queue-{number:05}-{'x' * 40}" for number in range(QUEUES)]
+    now = bus_server.wall_clock()
+    with contextlib.closing(sqlite3.connect(path)) as database, database:
+        row = "INSERT INTO mailboxes(channel, name, taken, removed) VALUES ('queues', ?, 1, ?)"
+        database.executemany(row, [(each, now) for each in names])  # what was in use just now is not forgotten
+        rows = "SELECT id, id, 1, ?, '1', 'ann', NULL FROM mailboxes WHERE channel = 'queues'"
+        database.execute(f"INSERT INTO work {rows}", (now + 3600 * 1000000,))
 
 
 def many(bus, path, bodies, at_once=20):
@@ -69,8 +82,10 @@ def many(bus, path, bodies, at_once=20):
 
 @pytest.fixture(scope="module")
 def crowded(tmp_path_factory):
-    """12,000 names, a conversation of 60 messages of 200 KB, 61 schedules of such, and reservations for over a page."""
-    with Server(tmp_path_factory.mktemp("crowded") / "bus.db", **patched(MANY_NAMES)) as bus:
+    """12,000 names, as many queues, 61 messages of 200 KB in one conversation, as many schedules, and reservations."""
+    path = tmp_path_factory.mktemp("crowded") / "bus.db"
+    make_queues(path)
+    with Server(path, **patched(MANY_NAMES)) as bus:
         bus.root = stored(bus, "bob", "the first")
         many(bus, "/send", [{"from": "ann", "to": "bob", "msg": "x " * 100_000, "reply_to": bus.root}] * 60)
         many(bus, "/lock", [{"from": "ann", "names": [f"src/{number}.py"]} for number in range(LOCKS)])
@@ -125,7 +140,7 @@ def test_pages_follow_each_other_until_all_were_told_once(crowded, path):
         assert len([channel for channel in found if channel == "default"]) == 12000 + 1
         return
     assert len(found) == len(set(found))
-    others = [each for each in found if "bob" not in each and each != ("default", "ann")]  # ann only sends
+    others = [each for each in found if not {"bob", "queues"} & {*each} and each != ("default", "ann")]  # ann sends
     assert len(others) == {"/thread/ROOT": 61, "/later": 61, "/locks": LOCKS}.get(path, 12000)
 
 
@@ -143,9 +158,17 @@ def items(answer):
 
 def test_the_figures_of_all_names_come_in_pages_too(crowded):
     """Bounded, and a scrape without a page says that there is more, as a figure or in a header."""
-    first = ask_plain(crowded, "/metrics?max=100")
-    assert first.body.count(b"agent_bus_unread{") <= 100
-    assert ask_plain(crowded, "/metrics?name=bob").body.count(b"agent_bus_unread{") == 1
+    first = ask_plain(crowded, "/metrics?channel=queues&max=100")
+    assert first.body.count(b"agent_bus_unread{") == first.body.count(b"agent_bus_undone_jobs{") == 100
+    only_bob = ask_plain(crowded, "/metrics?name=bob").body
+    assert (only_bob.count(b"agent_bus_unread{"), only_bob.count(b"agent_bus_undone_jobs{")) == (1, 0)
+    queues, after, pages = [], "queues/", 0
+    while after is not None:
+        page = ask_plain(crowded, f"/metrics?channel=queues&after={after}")
+        queues += re.findall(rb'agent_bus_undone_jobs\{channel="queues",name="(.*)"\} 1\n', page.body)
+        after, pages = page.fields.get("bus-next"), pages + 1
+        assert pages < 100
+    assert len(queues) == len({*queues}) == QUEUES
 
 
 @pytest.mark.parametrize("path", LISTS)
