@@ -6283,10 +6283,11 @@ def prune(arguments: Sequence[str]) -> None:
     stay = f"; unfetched or not done, so they stay: {pending} (--pending removes them too)" if old > going else ""
     print(f"messages from before {iso(before)}: {old}{stay}")
     if going and not options.dry_run:
-        try:
-            remove_alone(options.db, before, not options.pending)
-        except InUse:
-            remove_beside(options.db, before, not options.pending, old - going)
+        with turn_to_prune(options.db):
+            try:
+                remove_alone(options.db, before, not options.pending)
+            except InUse:
+                remove_beside(options.db, before, not options.pending, old - going)
         print(f"{old - count_old(options.db, before)[0]} removed")
 
 
@@ -6320,6 +6321,18 @@ def other_version(path: str) -> Unusable:
         f"the bus at {url} is version {version or 'before 0.2.0'}, and this is {VERSION}: use the bus_server.py "
         "of that version, or restart the bus with this one"
     )
+
+
+@contextlib.contextmanager
+def turn_to_prune(path: str) -> Iterator[None]:
+    """Wait until no other prune of this database runs. There is one file for its request to the server."""
+    try:
+        turn = open_beside(f"{prune_file(path)}.lock")
+    except OSError as error:
+        raise Unusable(f"cannot use the database {path}: {unwritable(path, error)}") from None
+    with turn:
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        yield
 
 
 def remove_alone(path: str, before: int, fetched_only: bool) -> None:

@@ -1,4 +1,5 @@
 """What the one who runs a bus uses: prune, metrics."""
+import fcntl
 import http.client
 import json
 import os
@@ -99,6 +100,57 @@ def test_prune_ends_though_the_server_ends_before_it(bus):
         bus.kill()
         assert pruning.communicate(timeout=PATIENCE)[0].endswith("1 removed\n") and pruning.returncode == 0
     assert not pathlib.Path(f"{bus.db}.prune").exists()
+
+
+def pruning(bus, *options):
+    command = [sys.executable, str(ROOT / "bus_server.py"), "prune", "--older", "0", *options, "--db", bus.db]
+    return forked.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def waits_for_its_turn(command):
+    waiting = [line.split() for line in pathlib.Path("/proc/locks").read_text().splitlines() if "-> FLOCK" in line]
+    return str(command.pid) in [fields[5] for fields in waiting]
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_two_prunes_at_once_are_done_one_after_the_other(bus, killed):
+    """There is one file for the request: the second one's took the place of the first one's, which was not done."""
+    request = pathlib.Path(f"{bus.db}.prune")
+    send(bus, "bob", "unfetched")
+    send(bus, "eve", "fetched")
+    bus.get("/recv?to=eve")
+    bus.stop()  # which writes down what was fetched
+    bus.start()
+    bus.process.send_signal(signal.SIGSTOP)
+    with pruning(bus, "--pending") as first, pruning(bus) as second:
+        try:
+            wait_until(request.exists)
+            [waits] = wait_until(lambda: [each for each in (first, second) if waits_for_its_turn(each)])
+            if killed:
+                (first if waits is second else second).kill()
+            bus.process.send_signal(signal.SIGCONT)
+            for each in (first, second):
+                err = each.communicate(timeout=PATIENCE)[1]
+                assert (each.returncode, err) == (-signal.SIGKILL if killed and each is not waits else 0, "")
+        finally:
+            for process in (bus.process, first, second):
+                process.send_signal(signal.SIGCONT)
+            first.kill()
+            second.kill()
+    assert not request.exists() and (killed or log_of(bus, "bob") + log_of(bus, "eve") == [])
+
+
+def test_a_prune_without_a_server_waits_for_another_one_too(bus):
+    """It took the other for a server of another version."""
+    send(bus)
+    bus.stop()
+    with open(f"{bus.db}.prune.lock", "w") as turn:
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        with pruning(bus, "--pending") as second:
+            wait_until(lambda: waits_for_its_turn(second))
+            fcntl.flock(turn, fcntl.LOCK_UN)
+            out, err = second.communicate(timeout=PATIENCE)
+    assert out.endswith("1 removed\n") and (second.returncode, err) == (0, "")
 
 
 @pytest.mark.parametrize("version", ["0.1.9\n", ""], ids=["another", "one-that-does-not-say"])
