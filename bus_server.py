@@ -6460,7 +6460,10 @@ def backup(arguments: Sequence[str]) -> None:
     if not os.access(folder := os.path.dirname(os.path.abspath(options.copy)), os.W_OK) or os.path.isfile(folder):
         raise Unusable(f"there is no folder {folder} in which you may write: make it first, or give another COPY")
     rows = Tokens(existing(options.db)).rows()
-    messages, files = copy_bus(options.db, options.copy, rows)
+    try:
+        messages, files = copy_bus(options.db, options.copy, rows)
+    finally:
+        pathlib.Path(f"{options.copy}.new").unlink(missing_ok=True)  # if it fails: the disk may be full
     print(f"{options.copy}: {messages} messages, {files} files, {len(rows)} tokens")
 
 
