@@ -79,10 +79,11 @@ class Watch:
 
     def __init__(self, rule: rules.Rule) -> None:
         self.rule = rule
-        self.told = 0  # the number at the last look; 0: there was nothing to tell
+        self.told = 0  # the number of the last notice that was sent, or at a later look; 0: there was nothing to tell
         self.urgent = 0  # urgent messages since the last notice
         self.senders: list[str] = []  # of those, the first NAMED
-        self.text = ""  # the notice that is to be sent
+        self.named: list[str] = []  # those in the notice
+        self.text, self.number = "", 0  # the notice that is to be sent, and how much it tells of
         self.tries = 0  # of this notice
         self.due = 0.0  # monotonic clock, s: no request before
         self.sent = self.failed = 0  # notices
@@ -92,8 +93,15 @@ class Watch:
         """Make a notice, if there is something to tell and was nothing before. More dead letters are news, too."""
         if not self.text:
             if number > self.told and (not self.told or self.rule.when == "dead"):
-                self.text, self.tries = text, 0
-            self.told = number
+                self.text, self.number, self.tries = text, number, 0
+            else:
+                self.told = number
+
+    def give_up(self) -> None:
+        """This notice could not be sent. What it told of, and still lasts, is for the next one."""
+        self.failed, self.text = self.failed + 1, ""
+        self.urgent += self.number
+        self.senders = [*dict.fromkeys(self.named + self.senders)][:NAMED]
 
     def render(self) -> str:
         rule, last = self.rule, seconds(self.last) if self.last else "null"
@@ -138,8 +146,9 @@ class Notices:
         if watch.urgent and not watch.text:
             others = " and others" if len(watch.senders) == NAMED else ""
             text = f"{count(watch.urgent, 'urgent message')} for {watch.rule.to or 'agents'} from "
+            watch.told = 0  # each of them is news
             watch.tell(watch.urgent, f"{text}{', '.join(watch.senders)}{others}")
-            watch.urgent, watch.senders, watch.told = 0, [], 0
+            watch.urgent, watch.named, watch.senders = 0, watch.senders, []
 
     def announced(self, visible: list[Message]) -> None:
         self.bus.loop.gradually(self.judge, lambda message: None, iter(visible))
@@ -169,13 +178,14 @@ class Notices:
         watch.due = time.monotonic() + APART * (2**watch.tries if error else 1)
         watch.tries += 1
         if not error:
-            watch.sent, watch.last, watch.text = watch.sent + 1, self.bus.view.clock(), ""
+            watch.sent, watch.last = watch.sent + 1, self.bus.view.clock()
+            watch.told, watch.text = watch.number, ""
         elif watch.tries == TRIES:
             reason = str(error) if isinstance(error, rules.Failed) else type(error).__name__
             letter = {"rule": watch.rule.rule, "text": watch.text, "reason": reason}
             self.dead.append(f'{encode(letter)[:-1]}, "at": {seconds(self.bus.view.clock())}}}')
             say(f"bus_server: a notice of the rule {watch.rule.rule} was not sent: {reason}")
-            watch.failed, watch.text = watch.failed + 1, ""
+            watch.give_up()
         self.send()
 
     # What an operator sees

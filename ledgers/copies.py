@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .front import Front
 
 EVERY = 3600.0  # s between two copies of a front
+AGAIN = 60.0  # s after a copy that could not be made
 KEPT = 3600.0  # s that an entry stays in the ledger, whoever has it
 TRIM = 60.0  # s that the ledger has to remove entries; what it has not removed by then is left to the next time
 
@@ -50,15 +51,21 @@ class Copies:
             before = self.mirror.time.guess() - int(KEPT * 1000000)
             with contextlib.suppress(Unknown):  # the next look is the next attempt
                 self.mirror.ledger.trim(upto - 1, before, time.monotonic() + TRIM)
-        if time.monotonic() >= self.next:
-            self.next = time.monotonic() + EVERY
+        return self.copy() if time.monotonic() >= self.next else self.fronts.copy
+
+    def copy(self) -> int:
+        wait = AGAIN
+        try:
             folder = os.path.dirname(os.path.abspath(self.path))
             if shutil.disk_usage(folder).free < 2 * os.path.getsize(self.mirror.path):
                 raise Unusable("the disk has no room for a copy")
             copy_database(self.mirror.path, f"{self.path}.new")
             os.replace(f"{self.path}.new", self.path)
-            return position_of(self.path)
-        return self.fronts.copy
+            position = position_of(self.path)
+            wait = EVERY
+        finally:
+            self.next = time.monotonic() + wait
+        return position
 
     def done(self, outcome: Any) -> None:
         """The end of work(): its result, or the exception that it raised."""

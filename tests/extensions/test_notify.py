@@ -3,6 +3,7 @@
 import http.server
 import json
 import pathlib
+import re
 import socket
 import sys
 import threading
@@ -301,13 +302,27 @@ def test_a_failure_is_tried_again_later_each_time_and_then_a_dead_letter(notifie
     for _ in range(5):
         assert len(bus.look()) == 1
         waits.append(round((bus.notices.watches[0].due - time.monotonic()) / 60))
-    assert waits == [1, 2, 4, 8, 16] and bus.look() == []
+    assert waits == [1, 2, 4, 8, 16]
     [letter], [state] = bus.state()["dead"], bus.state()["rules"]
     assert letter["rule"] == "rule-0" and letter["reason"] == f"{webhook.host} {reason}" and letter["at"] == BEGIN / 1e6
     assert letter["text"].startswith("bob has 1 unread") and (state["failed"], state["waiting"]) == (1, False)
     said = inside.said(capfd)
     assert "a notice of the rule rule-0 was not sent" in said and SECRET not in said + json.dumps(bus.state())
     assert 'notices_total{rule="rule-0",result="failed"} 1' in bus.guest.asks("GET", "/metrics").body.decode()
+
+
+@pytest.mark.parametrize("when, to", [("unread", "bob"), ("dead", "builds"), ("urgent", "bob")])
+def test_what_lasts_is_told_when_a_webhook_works_again(notified, webhook, when, to):
+    """Its first notice is dead. The next one waits for 16 minutes; when it was sent, there is no other."""
+    bus = notified((when, {"to": to, **({"minutes": 0} if when == "unread" else {})}))
+    webhook.status = 500
+    bus.guest.sends("builds.dead" if when == "dead" else to, priority="high")
+    assert [len(bus.look()) for _ in range(5)] == [1] * 5
+    assert bus.state()["rules"][0]["failed"] == 1 and bus.look(soon=False) == []
+    assert 15 * 60 < bus.notices.watches[0].due - time.monotonic() <= 16 * 60
+    webhook.status = 200
+    [body] = bus.look()
+    assert re.search(" has 1 | 1 urgent message for bob from [a-z]+$", text(body)) and bus.look(60) == []
 
 
 def silence(peer):

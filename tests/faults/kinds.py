@@ -109,6 +109,12 @@ KINDS = [
          "a token that was revoked while its file could not be read is tried again at each look, and refused",
          (f"{AUTHORITY}::test_revoked_while_descriptors_are_used_up",),
          "`Tokens.refresh()` notes the stamp before it reads the file"),
+    Kind("a change counts as seen before it is done: notices, copies",
+         "what a webhook did not take is told again while it lasts; a copy that failed is tried again after a minute",
+         (f"{NOTIFY}::test_what_lasts_is_told_when_a_webhook_works_again",
+          "ledgers/test_copies.py::test_a_copy_that_fails_is_tried_again_a_minute_later_and_not_an_hour"),
+         "`Watch.tell()` notes `told` for a new notice, too (the first); `Copies.copy()` waits for `EVERY` after a "
+         "failure (the last)"),
     Kind("two users share one slot",
          "retention and `prune` go on side by side; operations that come meanwhile wait in a list",
          ("core/test_operations.py::test_retention_and_prune_remove_side_by_side_and_none_of_them_is_lost",),

@@ -10,6 +10,7 @@ from bus_server import Mark, Marks, Put, Raise, Remove, Unusable
 from ledgers import Unknown
 from ledgers.copies import Copies
 from tests.kit import inside, postgres
+from tests.kit.clock import Clock
 from tests.kit.ledger import SECOND, Fake, common_look, do, draft, end, front, invited, log_of, put, same, settle
 from tests.kit.processes import wait_until
 
@@ -160,6 +161,25 @@ def test_a_copy_is_taken_when_it_is_time_and_a_failure_leaves_the_old_one(fronts
     copies_of(a).next = 0.0
     tidy(a)
     assert a.ledger.fronts.copy > first
+
+
+def test_a_copy_that_fails_is_tried_again_a_minute_later_and_not_an_hour(fronts, monkeypatch):
+    a, clock = fronts("a"), Clock()
+    copies, room = copies_of(a), ledgers.copies.shutil.disk_usage
+    monkeypatch.setattr(ledgers.copies, "time", SimpleNamespace(monotonic=clock))
+
+    def taken_after(seconds, usage=room):
+        clock.now += seconds
+        monkeypatch.setattr(ledgers.copies.shutil, "disk_usage", usage)
+        put(a)
+        before = a.ledger.fronts.copy
+        tidy(a)
+        return a.ledger.fronts.copy > before
+
+    full = [lambda _: SimpleNamespace(free=0)]
+    assert not taken_after(0, *full) and copies.next == clock.now + 60
+    assert not taken_after(59) and taken_after(2) and copies.next == clock.now + 3600
+    assert not taken_after(3599) and taken_after(2)
 
 
 def test_a_copy_that_fails_in_the_middle_leaves_the_old_one(fronts, at_once, monkeypatch):
