@@ -79,7 +79,7 @@ class Blobs:
         if not self.quota:
             raise Refused(501, "this bus keeps no files")
         if not re.fullmatch("[0-9a-f]{64}", request.parsed.rest):
-            raise Refused(400, "the path of a file must be /blob/ and its sha256 in 64 hex digits")
+            raise Refused(404, "no file is here: a file is at /blob/HASH, its sha256 in 64 of the digits 0-9 a-f")
         return self.folder / request.parsed.rest
 
     def upload(self, request: Request) -> Upload:

@@ -329,6 +329,8 @@ def ask_for_files(ask):
     ask("PUT", f"/blob/{'0' * 64}", FILE)
     ask("PUT", f"/blob/{'0' * 64}", b"x", Content_Range="bytes 7-7/9")
     ask("PUT", "/blob/x", b"x")
+    ask("PUT", f"/blob/{SHA}", b"x", Content_Range="x")
+    ask("GET", f"/blob/{SHA}", Host="evil.example")
     ask("GET", f"/blob/{SHA}")
     ask("GET", f"/blob/{SHA}", Range="bytes=3-")
     ask("GET", f"/blob/{SHA}", Range=f"bytes={len(FILE)}-")

@@ -281,9 +281,17 @@ def test_files_outlive_a_crash(bus):
     assert ask(bus, "GET", f"/blob/{name(data)}")[2] == data
 
 
-@pytest.mark.parametrize("path", ["/blob/", "/blob/abc", "/blob/" + "G" * 64, "/blob/" + "A" * 64, "/blob/../bus.db"])
-def test_a_wrong_name_of_a_file_is_refused(bus, path):
-    assert ask(bus, "PUT", path, b"x")[0] == ask(bus, "GET", path)[0] == 400
+HASH = name(b"x")
+NO_HASH = ["", "abc", "G" * 64, "A" * 64, "../bus.db", "..", "/", f"/{HASH}", f"../blob/{HASH}", f"{HASH}/", "%00",
+           f"{HASH}%00", f"{HASH}%0A", f"{HASH}.part", "%2e%2e"]  # fmt: skip
+
+
+@pytest.mark.parametrize("rest", NO_HASH)
+def test_where_no_hash_is_there_is_no_file(bus, rest):
+    for method in ("PUT", "GET", "HEAD"):
+        status, headers, said = ask(bus, method, f"/blob/{rest}", b"x" if method == "PUT" else None)
+        assert (status, headers["Upload-Offset"]) == (404, None), method
+        assert method == "HEAD" or b"/blob/HASH, its sha256 in 64 of the digits 0-9 a-f" in said
 
 
 @pytest.mark.parametrize("span", ["bytes 0-0/0", "bytes 1-1/1", "bytes 0-9/5", "0-1/2", "bytes 0-99/200"])
