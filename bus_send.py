@@ -603,8 +603,7 @@ def told(answer: dict[str, Any], to: str | list[str]) -> str:
     names = to if isinstance(to, str) else ",".join(to)
     names += "" if (channel := answer.get("channel", "default")) == "default" else f" on the channel {channel}"
     with contextlib.suppress(KeyError, TypeError, ArithmeticError):  # a bus of the first contract says nothing of them
-        receiver = answer["receiver"]
-        online, seen = receiver["online"], receiver.get("last_seen")
+        online, seen = (receiver := answer["receiver"])["online"], receiver.get("last_seen")
         everyone = online + receiver.get("offline", not online)  # of one receiver, `online` is true or false
         if 0 < online == everyone:
             return f"sent to {names}, {'all' if 'offline' in receiver else 'who is'} listening (now, or a moment ago)"
@@ -650,6 +649,8 @@ def pair(text: str) -> list[str]:
 
 def message_of(given: dict[str, Any]) -> str:
     """The message, from the command line or stdin; `given` becomes arguments of send(). ValueError if it is none."""
+    if twice := [field[0] for at, field in enumerate(given["fields"]) if field[0] in dict(given["fields"][:at])]:
+        raise ValueError(f"--field: {twice[0]} is given twice, and a message has each member once")
     words = given.pop("text")
     not words and sys.stdin and sys.stdin.isatty() and complain("type the message, end with Ctrl-D")
     try:
@@ -715,8 +716,7 @@ def show_reply(answer: dict[str, Any], to: str, waits: float = 0.0) -> int:
 
 def report(answer: dict[str, Any], to: str | list[str], as_json: bool = False) -> None:
     """What became of a send: one sentence for a person, one line of JSON for a program."""
-    again = " (stored before, with the same key)" if answer.get("duplicate") is True else ""
-    sentence = told(answer, to) + again
+    sentence = told(answer, to) + " (stored before, with the same key)" * (answer.get("duplicate") is True)
     person = bool(sys.stdout) and sys.stdout.isatty() and not as_json
     with contextlib.suppress(OSError):  # if nobody reads our output, the message is stored all the same
         emit(f"{visible(sentence)}\n" if person else json.dumps(answer) + "\n")

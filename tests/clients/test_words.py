@@ -127,6 +127,8 @@ def test_fields_types_and_times():
         code, _, err = send(server, "--json-body", "{topic}")
         assert code == 2 and "is not JSON" in err and len(server.asked) == 2
         assert "'build' has no value: write it as K=V" in send(server, "--field", "build", "hi")[2]
+        code, _, err = send(server, "--field", "a=1", "--field", "b=1", "--field", "b=2", "hi")
+        assert code == 2 and err.startswith("bus_send: --field: b is given twice, and") and err.count("\n") == 1
         assert send(server, "--ttl", "soon", "hi")[0] == 2
 
 
