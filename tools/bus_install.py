@@ -101,15 +101,11 @@ def advice(name: str, options: argparse.Namespace, hooked: bool) -> list[str]:
             "this tells a session how much mail waits; to have its text shown as it comes, use the plugin "
             f"instead: claude --plugin-dir {shlex.quote(plugin)}"
         )
+    file = shlex.quote(bus_recv.configuration()[0])
     if options.http and token_of(options):
-        file = bus_recv.configuration()[0]
-        lines.append(
-            f"{agent.title} takes the token from its environment; before you start it: set -a; . {shlex.quote(file)}"
-        )
+        lines.append(f"{agent.title} takes the token from its environment; before you start it: set -a; . {file}")
     elif not options.http and os.environ.get("AGENT_BUS_TOKEN"):
-        lines.append(
-            "AGENT_BUS_TOKEN is not written there: put the token into our configuration file, or AGENT_BUS_TOKEN_FILE"
-        )
+        lines.append(f"AGENT_BUS_TOKEN is not written there: put it into {file}, or use AGENT_BUS_TOKEN_FILE")
     if options.http and given.get("AGENT_BUS_CA") and name == "claude":
         trusted = shlex.quote(given["AGENT_BUS_CA"])
         lines.append(f"start Claude Code with NODE_EXTRA_CA_CERTS={trusted}, so that it trusts the bus")
