@@ -148,14 +148,15 @@ remark() {
   [ "$(last_line "$LOG")" = "# $1" ] || printf '# %s\n' "$1" >&8
 }
 
-# Writes ANSWER: the body, then the status on a line of its own. It is a new file each time, because a curl that
-# outlived a kill -9 still writes to the old one.
+# Writes HEAD, and ANSWER: the body, then the status on a line of its own. They are new files each time, because a curl
+# that outlived a kill -9 still writes to the old ones.
 poll() {
   local blocks=$block
   [ -z "$greeting" ] || blocks=false
-  rm -f "$ANSWER"
-  patiently "${CURL[@]}" --data-urlencode "to=$AGENT_NAME" --data-urlencode "channel=$channel" -d "since=$since" \
-    ${bus:+--data-urlencode "bus=$bus"} -d max=50 -d "block=$blocks" -d "wait=$hold" "$base/recv" >"$ANSWER"
+  rm -f "$ANSWER" "$HEAD"
+  patiently "${CURL[@]}" -D "$HEAD" --data-urlencode "to=$AGENT_NAME" --data-urlencode "channel=$channel" \
+    -d "since=$since" ${bus:+--data-urlencode "bus=$bus"} -d max=50 -d "block=$blocks" -d "wait=$hold" \
+    "$base/recv" >"$ANSWER"
 }
 
 # Tell the bus that we end, and up to where we have written its mail. Else it finds that out by itself, later.
@@ -192,6 +193,7 @@ is_confirmed() {
 }
 
 NOW='"now": ?([0-9]{1,10}(\.[0-9]{1,6})?)[,}]'  # its exact text
+WAIT=':[[:space:]]*([0-9]{1,9})[[:space:]]*$'  # of Retry-After, unless that is a date
 
 # End, unless only its owner can read this file.
 private() {
@@ -253,10 +255,11 @@ receive() {
   fi
 }
 
-# Writes ANSWER to FULL and LOG. Prints two lines: news and the values for the next poll, then a sentence. It runs in a
-# subshell, because bash 5.2 loses a signal that arrives while it reads a "$(", and the loop must not lose one.
+# Writes ANSWER to FULL and LOG. Prints two lines: news and the values for the next poll, then a sentence. `pause` is
+# how long (s) we are asked to wait. It runs in a subshell, because bash 5.2 loses a signal that arrives while it reads
+# a "$(", and the loop must not lose one.
 digest() (
-  news=fault sentence="no answer from $url (curl $1)" status=$(last_line "$ANSWER")
+  news=fault sentence="no answer from $url (curl $1)" pause=0 status=$(last_line "$ANSWER")
   { read -r verdict; read -r its_bus; read -r count; read -r gap; } < <(verdict)
   case $1,$status,$since,$verdict in
     0,*,mail | 0,*,ahead)
@@ -275,20 +278,25 @@ digest() (
     35,*) sentence+="; if this port speaks http, set AGENT_BUS_URL=http${base#https}" ;;
     52,* | 56,*) [[ $base != http:* ]] || sentence+="; if this port speaks https, set AGENT_BUS_URL=https${base#http}" ;;
     60,*) sentence+=": its certificate is not trusted here; set AGENT_BUS_CA to the file of the certificate" ;;
+    0,429,* | 0,503,*)
+      sentence="$url answers $status: not now"
+      [[ $(grep -i '^retry-after:' "$HEAD" 2>/dev/null) =~ $WAIT ]] && pause=$((10#${BASH_REMATCH[1]})) ;;
     0,50[24],* | 0,524,*) sentence="$url answers $status" hold=$(((hold + 1) / 2)) ;;  # a proxy with a shorter timeout
     0,*) sentence="$url answers $status, and it is not a bus's answer" ;;
   esac
-  printf '%s\n' "$news $hold $since $bus" "$sentence"
+  printf '%s\n' "$news $hold $pause $since $bus" "$sentence"
 )
 
 # Ask at the next URL. If all have failed, print a line when the reason changes, then pause. The pauses double up to a
-# minute.
+# minute. One for which we were asked is as long as that, up to 15 minutes.
 fault() {
+  local pause=$((delay - RANDOM % (delay / 2 + 1))) asked=${2:-0}
   faults=$((faults + 1))
   use $((faults % ${#urls[@]}))
   [ $((faults % ${#urls[@]})) = "$answered" ] || return 0
   [ "$1" = "$fault" ] || say "$1; trying again"
-  patiently sleep $((delay - RANDOM % (delay / 2 + 1)))
+  [ "$asked" -le $pause ] || pause=$((asked < 900 ? asked : 900))
+  patiently sleep $pause
   fault=$1 delay=$((delay < 30 ? delay * 2 : 60))
 }
 
@@ -367,12 +375,12 @@ name=$AGENT_NAME
 [ "$channel" = default ] || name+=/$channel
 name=$dir/$(encode "$name")
 LOG=${LOG:-$name.log} FULL=${FULL:-$name.jsonl} HEARTBEAT=${HEARTBEAT:-$name.heartbeat} PID_FILE=${PID_FILE:-$name.pid}
-ANSWER=$FULL.answer WHO=$FULL.token
-refuse_links "$LOG" "$FULL" "$HEARTBEAT" "$PID_FILE" "$ANSWER" "$WHO"
+ANSWER=$FULL.answer HEAD=$FULL.head WHO=$FULL.token
+refuse_links "$LOG" "$FULL" "$HEARTBEAT" "$PID_FILE" "$ANSWER" "$HEAD" "$WHO"
 { exec 7>>"$PID_FILE" 8>>"$LOG" 9>>"$FULL"; } 2>/dev/null || die 2 "cannot write to $LOG, $FULL or $PID_FILE"
 lock_files 7 8 9
 fault='' delay=1 doubts=0 bus='' since=last faults=0 answered=0  # before the trap, which needs them
-trap 'kill $(jobs -p) 2>/dev/null; wait 2>/dev/null; rm -f "$PID_FILE" "$ANSWER"; leave; rm -f "$WHO"' EXIT
+trap 'kill $(jobs -p) 2>/dev/null; wait 2>/dev/null; rm -f "$PID_FILE" "$ANSWER" "$HEAD"; leave; rm -f "$WHO"' EXIT
 echo $$ >"$PID_FILE"
 [ -z "$token" ] || { printf 'Authorization: Bearer %s\n' "$token" >"$WHO" && OPTIONS+=(-H "@$WHO"); } || exit
 rm -f "$ANSWER"
@@ -389,10 +397,10 @@ while :; do
   polled=$?
   reopen || { fault "cannot write to $LOG or $FULL"; continue; }
   digest $polled >&6 || exit
-  read -r news hold since bus <&6
+  read -r news hold pause since bus <&6
   read -r sentence <&6
   case $news in
-    fault) fault "$sentence" ;;
+    fault) fault "$sentence" "$pause" ;;
     doubt) doubts=$((doubts + 1)); fault "$sentence" ;;
     refused) die 1 "$sentence" ;;
     *)

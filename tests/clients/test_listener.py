@@ -1,8 +1,10 @@
 """bus_listener.sh: every message once in FULL and once in LOG, whatever becomes of listener, network and bus."""
 import json
+import os
 import pathlib
 import re
 import resource
+import shutil
 import threading
 
 import pytest
@@ -176,6 +178,26 @@ def test_a_bad_answer_logs_nothing_moves_no_cursor_and_is_named_once(scripted, l
         assert {poll["path"] for poll in server.polls} == {"/recv"}, case
         assert len(listener.wait_to_say("works again")) == 2, (case, listener.said())
         assert len(listener.messages()) == 1, case
+
+
+def test_it_waits_as_long_as_the_bus_asks_and_at_most_15_minutes(scripted, listen, tmp_path):
+    """`sleep` notes for how long, and ends soon."""
+    noted, sleep = tmp_path / "noted", tmp_path / "bin" / "sleep"
+    sleep.parent.mkdir()
+    sleep.write_text(f"#!/bin/sh\necho $1 >>{noted}\nexec {shutil.which('sleep')} 0.05\n")
+    sleep.chmod(0o755)
+    error, slow, full = {"error": "wait"}, "429 Too Many Requests", "503 Service Unavailable"
+    date = "Retry-After: Fri, 20 Nov 2026 19:39:56 GMT"
+    asked = [(slow, "Retry-After: 120"), (full, "retry-after: 0086400"), (slow, "Retry-After: 0"), (slow,),
+             (full, date), ("500 Broken", "Retry-After: 700"), (full, "Retry-After: 08")]  # fmt: skip
+    server = scripted(*(answer(error, *head) for head in asked), NO_MAIL)
+    listener = listen(server.url, INTERVAL="33", PATH=f"{sleep.parent}:{os.environ['PATH']}").start()
+    said = listener.wait_to_say("works again")
+    wait_until(lambda: len(noted.read_text().split()) > len(asked))
+    pauses = [*map(int, noted.read_text().split())]
+    assert pauses[:2] == [120, 900] and max(pauses[2:6]) <= 32 and 8 <= pauses[6] <= 60 and pauses[7] == 33
+    assert said[0] == f"bus_listener: {server.url} answers 429: not now; trying again"
+    assert listener.stop() == 0 and not [*tmp_path.rglob("*.head")]
 
 
 def test_what_the_bus_refuses_is_said_and_ends_the_listener(scripted, listen):
