@@ -5271,7 +5271,7 @@ def core_routes(bus: Bus) -> None:
     bus.route("GET", "/healthz", partial(healthz, bus), "is the bus running?")
     bus.route("GET", "/", partial(show_help, bus), "this text")
     for client in CLIENTS:
-        bus.route("GET", client, show_client)
+        bus.route("GET", client, partial(show_client, bus, {}))
 
 
 def send(bus: Bus, request: Request) -> None:
@@ -5674,6 +5674,7 @@ def healthz(bus: Bus, request: Request) -> Answer:
 
 
 def show_help(bus: Bus, request: Request) -> Answer:
+    bus.storms.read(request.owner())
     secure = request.fields.get("x-forwarded-proto") == "https" or any(each.tls for _, each in bus.listeners)
     host = (re.fullmatch(r"[A-Za-z0-9.:\[\]_-]{1,255}", request.fields.get("host", "")) or ["HOST:PORT"])[0]
     endpoints = "".join(
@@ -5685,17 +5686,20 @@ def show_help(bus: Bus, request: Request) -> Answer:
     return Answer(200, text.encode(), "text/plain; charset=utf-8")
 
 
-def show_client(request: Request) -> Answer:
-    """A client or a tool, so that a new host needs only the URL. Each file has a route."""
+def show_client(bus: Bus, kept: dict[str, bytes], request: Request) -> Answer:
+    """A client or a tool, so that a new host needs only the URL. Each file has a route, and is read once."""
+    bus.storms.read(request.owner())
     file = request.route[1:]
     try:
-        return Answer(200, beside(file).read_bytes(), "text/plain; charset=utf-8")
+        kept[file] = kept.get(file) or beside(file).read_bytes()
     except (FileNotFoundError, PermissionError):
         raise Refused(404, f"{file} is not beside bus_server.py on this host: copy it from the same version") from None
+    return Answer(200, kept[file], "text/plain; charset=utf-8")
 
 
-def show_certificate(file: str, request: Request) -> Answer:
+def show_certificate(bus: Bus, file: str, request: Request) -> Answer:
     """The certificate of this bus, which is the first one in its file. The private key may be there too."""
+    bus.storms.read(request.owner())
     found = re.search(rb"-----BEGIN CERTIFICATE-----[^-]+-----END CERTIFICATE-----", pathlib.Path(file).read_bytes())
     return Answer(200, found[0] + b"\n" if found else b"", "application/x-pem-file")
 
@@ -6076,7 +6080,7 @@ def run_server(options: argparse.Namespace, state: State) -> int:
         bus.loop.on_signal(number, bus.drain)
     if tls:
         bus.loop.on_signal(signal.SIGHUP, lambda: reload(bus.listeners[0][1], options))
-        bus.route("GET", "/certificate", partial(show_certificate, options.tls_cert), "this bus's certificate (PEM)")
+        bus.route("GET", "/certificate", partial(show_certificate, bus, options.tls_cert), "its certificate, as PEM")
     with contextlib.suppress(OSError):  # a full disk of the log must not keep the bus from its start
         for url, _ in bus.listeners:
             print(f"listening on {url}", flush=True)

@@ -66,12 +66,14 @@ def start(bus: Bus, options: argparse.Namespace) -> None:
 def front(bus: Bus, request: Request) -> Answer:
     """A browser is led to the page, by a relative path: the bus may be under a path of a proxy."""
     if "text/html" in request.fields.get("accept", ""):
+        bus.storms.read(request.owner())
         return Answer(302, b"", "text/plain; charset=utf-8", (("Location", "ui/"),))
     return show_help(bus, request)
 
 
 def show(bus: Bus, files: Files, request: Request) -> Answer:
     """One of the files that were there at the start. They hold no data of the bus, so everybody may have them."""
+    bus.storms.read(request.owner())
     file = request.parsed.rest or "index.html"
     found = (places(bus, files), KINDS[".js"]) if file == "extensions.js" else files.get(file)
     if not found:

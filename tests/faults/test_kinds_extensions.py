@@ -6,6 +6,8 @@ Found by an attack on 2026-11-29; each test was red on the code that it attacked
 |---|---|
 | a_list_pays_for_the_time_that_it_takes (2026-11-30) | 200; all of them but /digest |
 | whatever_is_asked_has_a_rate | /ack, /nack, /extend and GET /blob have none |
+| whatever_is_asked_has_a_rate (2026-12-01) | clients, the page, its files and the certificate have none |
+| a_file_that_everybody_may_have (2026-12-01) | it is read at each request |
 | jobs_that_stay_are_looked_at_in_slices | the message of each is read, all in one operation |
 | a_row_that_a_claim_made_goes | the row stays while the bus runs, and only memory forgets the name |
 | a_dead_letter_lives_no_longer | it has no end |
@@ -52,15 +54,36 @@ SENT = {"/send": {"from": "eve", "to": "bob", "msg": "x"}, "/ask": {"from": "eve
 
 
 def test_whatever_is_asked_has_a_rate(bus):
-    """Each endpoint but the public ones: with a budget that is used up, the answer is 429, and no step is planned."""
+    """Each endpoint but /healthz: with a budget that is used up, the answer is 429, and no step is planned."""
     for budget in (bus.storms.sends, bus.storms.reads):
         budget.spend = lambda owner, amount: 7
     for method, path in bus.routes:
-        if path in bus.gate.public:
+        if path == "/healthz":  # whoever watches the bus is told, whatever else is asked from there
             continue
         asked = inside.ASKED.get(path, "").replace("ROOT", "1")
         guest = Guest(bus).begins(method, path + asked, SENT[path] if method == "POST" else b"")
         assert guest.answer().status == 429, path
+    guest = Guest(bus).begins("GET", "/", b"", "Accept: text/html")
+    assert guest.answer().status == 429, "a browser too, which is led to the page"
+
+
+def test_a_file_that_everybody_may_have_is_read_from_the_disk_once(bus, monkeypatch):
+    """And in a turn: on a slow disk each stranger who asked for it held up all others."""
+    guest, found, reads = Guest(bus), bus_server.beside, []
+    monkeypatch.setattr(bus_server, "beside", lambda file: (reads.append(file), found(file))[1])
+    first = [guest.asks("GET", path).body for path in bus_server.CLIENTS]
+    assert [guest.asks("GET", path).body for path in bus_server.CLIENTS] == first and len(set(first)) == len(first)
+    assert reads == [path[1:] for path in bus_server.CLIENTS]
+
+
+def test_a_file_that_is_not_there_is_404_until_it_is(bus, monkeypatch, tmp_path):
+    guest, file = Guest(bus), tmp_path / "bus_recv.py"
+    monkeypatch.setattr(bus_server, "beside", lambda _: file)
+    assert guest.begins("GET", "/bus_recv.py").answer().status == 404
+    file.write_text("the program")
+    assert guest.asks("GET", "/bus_recv.py").body == b"the program"
+    file.unlink()
+    assert guest.asks("GET", "/bus_recv.py").body == b"the program"
 
 
 @pytest.mark.parametrize("path", ["/locks", "/later", "/digest?to=bob", "/metrics"])
