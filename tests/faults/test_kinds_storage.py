@@ -487,7 +487,7 @@ def test_a_start_with_a_clock_that_is_wrong_removes_nothing(tmp_path, keep, ahea
 @pytest.mark.parametrize("keep, ahead", [("30d", 31 * DAY), ("10m", 3000)])
 def test_a_second_start_with_a_wrong_clock_removes_nothing(tmp_path, keep, ahead):
     """What was sent before it, by the same clock, does not say that this clock is right."""
-    moved = Moved(tmp_path, "--keep", keep)
+    moved = Moved(tmp_path, "--keep", keep, wall_alone=True)
     with moved.bus as bus:
         stored(bus, "bob", "message")
         moved.go(ahead)
