@@ -405,7 +405,8 @@ class Cursor:
         """Read the cursor from the file. If the file has none, the cursor stays as it is."""
         with contextlib.suppress(OSError, ValueError, TypeError), open(f"{self.path}~reached") as file:
             self.reached = dict(json.load(file))
-        with contextlib.suppress(FileNotFoundError), open(self.path, encoding="ascii", errors="replace") as file:
+        none = contextlib.suppress(FileNotFoundError, NotADirectoryError)  # of the latter, move() says more
+        with none, open(self.path, encoding="ascii", errors="replace") as file:
             at = file.read(64).strip()
             if DECIMAL.fullmatch(at):
                 self.at = at

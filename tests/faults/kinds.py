@@ -136,11 +136,14 @@ KINDS = [
          "an upload, a download and an answer that nobody reads stop where they are, and a connection that waits for "
          "its next request, or for the rest of it, is closed, whatever it asked for last",
          (f"{AUTHORITY}::test_revoked_while_a_file_comes_in_pieces",
-          f"{AUTHORITY}::test_revoked_while_a_file_is_hashed",
           f"{AUTHORITY}::test_revoked_while_a_file_is_read",
           f"{AUTHORITY}::test_revoked_while_its_answer_is_not_read",
           f"{AUTHORITY}::test_revoking_closes_the_connections_of_a_token"),
          "`Gate.holds()` is always true; `Connection.token` is that of the last request alone (the last)"),
+    Kind("a right is looked at in one moment: work in a thread",
+         "a file of a token that was revoked while the file was hashed is not stored",
+         (f"{AUTHORITY}::test_revoked_while_a_file_is_hashed",),
+         "`Upload.finish()` asks for no token"),
     Kind("an id is taken for a secret",
          "an answer counts if its sender may read the mailbox that was asked; a stranger learns from `/healthz` "
          "neither the newest id nor the bus",

@@ -493,6 +493,7 @@ def test_in_a_room_for_files_that_is_nearly_full_no_token_has_over_a_quarter(sma
     assert put(Guest(bus, **ann), of_mal[0]).status == 507, "nor may it send again what is there"
     bus.retention.keep, later = 1000, time.time_ns() + 2000 * 10**9
     monkeypatch.setattr(time, "time_ns", lambda: later)
+    bus.retention.looked = later / 10**9
     blobs.forgotten(blobs.forget())
     assert blobs.used == blobs.files == 0 and not blobs.shares.held and not blobs.owners
     wrong = Guest(bus, **mal).begins("PUT", f"/blob/{0:064x}", b"not that").answer()
@@ -542,6 +543,7 @@ def test_as_many_files_fit_as_the_room_has_blocks(tmp_path, monkeypatch):
         assert blobs.files == most == len(list(folder.iterdir()))
         later = time.time_ns() + 8 * 86400 * 10**9
         monkeypatch.setattr(time, "time_ns", lambda: later)
+        bus.retention.looked = later / 10**9
         blobs.forgotten(blobs.forget())
         assert blobs.files == 2 == len(list(folder.iterdir())), "parts are removed after a week"
     with a_bus(time.monotonic, tmp_path / "bus.db", "--files", "1m") as bus:

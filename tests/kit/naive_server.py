@@ -138,7 +138,7 @@ class Request(http.server.BaseHTTPRequestHandler):
             fields = {"from": "nobody", "to": "nobody", "msg": "", **(fields if isinstance(fields, dict) else {})}
         elif not isinstance(fields, dict) or not isinstance(fields.get("msg"), str):
             raise Refused(400, "a message has from, to and msg")
-        key, channel = fields.pop("key", self.headers["Idempotency-Key"]), self.channel(fields)
+        key, channel = fields.pop("key", None) or self.headers["Idempotency-Key"], self.channel(fields)
         signed = self.name(fields, "from"), self.name(fields, "to"), channel, key
         tick, again = self.server.append(channel, fields, key and signed)
         return {"ok": True, "ts": tick / 1e6, "channel": channel, "id": f"{tick:x}", "duplicate": again}

@@ -24,6 +24,7 @@ from tests.kit.ledger import (
     log_of,
     put,
     request,
+    rows,
     same,
     settle,
 )
@@ -206,7 +207,8 @@ def test_who_asks_for_what_another_front_does_not_know_is_told_which_one(fronts,
     assert status == 503 and f"{a.state.front} does not know 'claim'" in answer["error"]
     assert "give all fronts the same version and the same extensions" in answer["error"]
     beats(b)
-    same(a, b)
+    settle(a, b)
+    assert rows(a)["front"] == rows(b)["front"], "and both go on; the tables of work.py are those of one"
 
 
 class Newer(Mirror):
