@@ -5,6 +5,7 @@ import pathlib
 import re
 import resource
 import shutil
+import sys
 import threading
 
 import pytest
@@ -118,6 +119,30 @@ def test_a_full_disk_tears_nothing_and_what_waited_is_logged_when_there_is_room(
     send(bus.url, bodies[3])
     make_room(listener)
     send(bus.url, *bodies[4:])
+    listener.has_logged(*bodies)
+
+
+JQ = """#!{python}
+import os, stat, subprocess, sys
+out = subprocess.run(["{jq}", *sys.argv[1:]], stdout=subprocess.PIPE).stdout
+third, skips = len(out) // 3, "-acs" in sys.argv and stat.S_ISREG(os.fstat(1).st_mode) and not os.path.exists("{flag}")
+open("{flag}", "w").close() if skips else None
+for number, part in enumerate((out[:third], out[third : 2 * third], out[2 * third :])):
+    while part and not (skips and number == 1):
+        part = part[os.write(1, part) :]
+sys.exit(2 if skips else 0)
+"""
+
+
+def test_a_disk_that_was_full_for_a_moment_leaves_no_hole(bus, listen, tmp_path):
+    """jq writes on behind a write that failed. This one does so once, if it writes to the file itself."""
+    fake = tmp_path / "bin" / "jq"
+    fake.parent.mkdir()
+    fake.write_text(JQ.format(python=sys.executable, jq=shutil.which("jq"), flag=tmp_path / "flag"))
+    fake.chmod(0o755)
+    bodies = [f"{n} " + "x" * 3000 for n in range(6)]
+    send(bus.url, *bodies)
+    listener = listen(bus.url, BLOCK="1", PATH=f"{fake.parent}:{os.environ['PATH']}").start()
     listener.has_logged(*bodies)
 
 
