@@ -99,7 +99,8 @@ def test_a_file_that_holds_no_cursor_is_said_once_and_the_bus_remembers(content,
 def test_a_cursor_that_cannot_be_read_is_not_taken_for_none(home):
     """The bus would begin where it remembers the name: what another reader has had would be missed."""
     path = home / "cursors" / "b1" / "default" / "dell"
-    path.mkdir(parents=True)
+    path.parent.mkdir(parents=True)
+    path.symlink_to(home)  # a folder, which a new cursor could replace
     with Scripted(mail(message(1))) as server:
         code, out, err = recv(server, "--once")
     assert (code, out) == (2, "") and str(path) in err and "Traceback" not in err

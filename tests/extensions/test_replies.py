@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import socket
+import sqlite3
 import threading
 
 import pytest
@@ -99,6 +100,8 @@ def test_a_message_can_be_recalled_until_it_is_fetched(bus):
 def test_a_message_that_was_read_by_its_id_stays_read_when_one_behind_it_is_pruned(bus):
     kept, gone = send(bus, "bob", "stays"), send(bus, "bob", "goes", ttl=0.001)
     state(bus, kept, **{"as": "bob"})
+    with contextlib.closing(sqlite3.connect(bus.db)) as database:  # the receipt is on the disk a little later
+        wait_until(lambda: database.execute("SELECT 1 FROM receipts WHERE kind = 2").fetchone())
     assert state(bus, kept) == "fetched"
     wait_until(lambda: state(bus, gone) == "expired")
     assert prune(bus).endswith("\n1 removed\n")
