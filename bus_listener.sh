@@ -107,7 +107,7 @@ LINE='def line($most): tostring | .[:$most] | gsub("[\\p{Cc}\\p{Cf}\\p{Zl}\\p{Zp
 
 summary() {
   jq -r "$LINE"'(if (.subject // "") == "" then .msg else .subject end) as $about
-    | [(.ts, .id, .from, .to, .channel, $about) // "" | line] | @tsv'
+    | [(.ts, .id, .from, .to, .channel, $about) // "" | line] | @tsv' | cat 2>/dev/null  # as in receive
 }
 
 # Makes a cursor, bus and since, of the message on stdin. If stdin is not a message, since is empty.

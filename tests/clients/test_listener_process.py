@@ -196,7 +196,7 @@ def test_without_a_place_for_its_files_it_says_what_to_set(listen):
 def test_without_flock_as_on_macOS_perl_takes_the_lock(scripted, listen, tmp_path):
     if not shutil.which("perl"):
         pytest.skip("perl is not installed")
-    tools = "env bash curl jq perl chmod dd grep mkdir mkfifo rm sleep tail touch wc"
+    tools = "env bash cat curl jq perl chmod dd grep mkdir mkfifo rm sleep tail touch wc"
     server, path = scripted(NO_MAIL), path_with(tmp_path, tools)
     first = listen(server.url, PATH=path).start()
     wait_until(lambda: first.file("heartbeat").exists())
