@@ -47,7 +47,7 @@ class Schemas:
             import jsonschema
             from jsonschema_specifications import REGISTRY  # of the schemas of JSON Schema itself; it fetches nothing
         except ImportError:
-            raise Unusable("--schemas needs the package jsonschema: pip install 'agent-bus[schemas]'") from None
+            raise Unusable("--schemas needs jsonschema 4.18 or later: pip install 'agent-bus[schemas]'") from None
         self.strict = strict
         self.types = {}
         for file in sorted(pathlib.Path(folder).glob("*.json")):
