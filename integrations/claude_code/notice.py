@@ -79,7 +79,8 @@ def counted(me: Self, channel: str, answer: dict[str, Any]) -> Counts:
     senders, vouched, newest = answer["senders"], answer["vouched"], answer["newest"]
     if newest and bus_recv.seconds_of(own_cursor(bus, channel, name)) >= float(newest["ts"]):
         return Counts(0, reader=reader, now=now)  # a reader that has ended has shown it; the bus does not know yet
-    replies = sum(each["answers"] for each in answer["threads"] if each["id"] in awaited(name))
+    # An older bus does not tell the answers.
+    replies = sum(each.get("answers", 0) for each in answer["threads"] if each["id"] in awaited(name))
     return Counts(
         int(answer["unread"]),
         int(answer["urgent"]),
