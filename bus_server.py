@@ -2462,7 +2462,7 @@ class Storms:
     WORK, WORK_BURST = 8 << 20, 128 << 20  # bytes of large answers to one reader: the same
     WORK_SHARE = 0.07  # of the time of the loop that WORK takes
     PARSING = 4  # a byte of a request takes up to so many times as long as a byte of an answer
-    ESCAPING = 4  # as does one of an answer as text, whose invisible characters are escaped
+    ESCAPING = 4  # so does a byte of an answer as text: its invisible characters are escaped
     NAMES, NAMES_BURST = 10 / 60, 1000  # names that one owner uses for the first time: the same
     DEPTH = 32  # replies to replies; people change the subject earlier
     WITHIN = 600.0  # s in which changes of direction between two names are counted
@@ -2939,7 +2939,7 @@ class Remove(Operation):
         removed = {key: tick for key, (tick, _) in gone.items()}
         state.writing.executemany(
             f"DELETE FROM receipts WHERE mailbox = {MAILBOX} AND kind IN (0, 1, 2) AND tick < ? "
-            "AND (kind != 2 OR tick NOT IN (SELECT tick FROM messages))",  # 2, ALONE: of a message that may be spared
+            f"AND (kind != {ALONE} OR tick NOT IN (SELECT tick FROM messages))",  # ALONE: its message may be spared
             [(*key, tick) for key, tick in removed.items()],
         )
         state.removed.update(removed)

@@ -195,7 +195,7 @@ def entry(row: Row, now: Now, waiting: str) -> str:
 
 
 def wish(lock: Lock, held: Held, now: Now) -> Draft:
-    """A message to a holder, from who waits. Its key makes it one message for each reservation and each who waits."""
+    """A message to a holder, from who waits. Its key makes it one for each reservation and waiter."""
     message = {
         "from": lock.holder,
         "to": held.holder,
