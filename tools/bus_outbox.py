@@ -10,8 +10,9 @@ were refused, for every bus and sender.
 
 The message is written to disk, after the messages that wait already. Then all are sent in order with bus_send.send,
 each with the key that is stored beside it. The first message that gets no answer ends this; the next call begins with
-it. So the bus gets each message once, even if we are killed or an answer is lost. If the bus refuses a message for
-good, its file goes to the subfolder `dead`, with the reason; to try it again, move it back.
+it. So the bus gets each message once, even if we are killed or an answer is lost. If a mailbox is full, its messages
+wait, and those for others go on. If the bus refuses a message for good, its file goes to the subfolder `dead`, with the
+reason; to try it again, move it back.
 
 It takes the variables of bus_send.py. An outbox belongs to one URL and one sender. It is a folder in
 AGENT_BUS_STATE_DIR with a file for each message: the name is a growing number, the content the arguments of send().
@@ -50,6 +51,7 @@ ARGUMENTS = {"to", "msg", "sender", "channel", "key"}  # of send(), in a file; t
 NUMBER = re.compile(r"([0-9]{20})\.json")  # ns since 1970, or one more than the last
 # The fault is ours (our token, our name, the URL), not the message's: the messages wait until it is corrected.
 OURS = {401, 403, 404, 405}
+FULL = "(429: the mailbox of "  # in what the bus says of a mailbox that its reader does not empty
 SHOWN = ("bus", "sender", "to", "channel", "type", "subject", "reason")
 Outcome = Union[dict[str, Any], bus_send.Refused]  # the bus's answer, or its refusal for good
 
@@ -91,13 +93,34 @@ class Outbox:
 
         `patience` is that of send(), for each message. Raises bus_send.Unreachable, or Refused if the fault is ours,
         see OURS; then the messages wait. If another process is sending for longer than `patience`, it ends at once.
+        If a mailbox is full, it is raised at the end: the messages for that mailbox wait, and the others are sent.
         """
-        while self.waiting():
+        full, fault = set[str](), None
+        while any(self.goes_on(name, full) for name in self.waiting()):
             with locked(os.path.join(self.path, "~delivery"), patience) as held:
                 if not held:
                     return
                 for name in self.waiting():
-                    yield (name, *self.deliver(name, patience))
+                    try:
+                        if self.goes_on(name, full):
+                            yield (name, *self.deliver(name, patience))
+                    except bus_send.Unreachable as unreachable:
+                        if FULL not in str(unreachable):
+                            raise
+                        full, fault = full | self.receivers(name), unreachable
+        if fault:
+            raise fault
+
+    def receivers(self, name: str) -> set[str]:
+        """To whom a waiting message goes. Empty if the file holds no message, or is gone."""
+        with contextlib.suppress(ValueError, KeyError, TypeError, OSError):
+            to = read(os.path.join(self.path, name))["to"]
+            return {to} if isinstance(to, str) else set(to)
+        return set()
+
+    def goes_on(self, name: str, full: set[str]) -> bool:
+        """Can a message be sent before those for these full mailboxes? A broadcast goes to them too."""
+        return not full or full.isdisjoint(to := self.receivers(name)) and "all" not in full | to
 
     def deliver(self, name: str, patience: float) -> tuple[dict[str, Any], Outcome]:
         path, dead = os.path.join(self.path, name), os.path.join(self.dead, name)
@@ -205,7 +228,7 @@ def deliver(outbox: Outbox, message: dict[str, Any] | None, patience: float, as_
         mine = outbox.put(message) if message else None
     except OSError as error:
         raise OSError(f"nothing is kept, and nothing was sent: {outbox.path}: {error.strerror or error}") from error
-    code, reason, sent_now = 0, "another process is sending", 0
+    code, reason, sent_now = 0, "", 0
     try:
         for name, sent, outcome in outbox.flush(patience):
             if isinstance(outcome, bus_send.Refused):
@@ -226,11 +249,12 @@ def deliver(outbox: Outbox, message: dict[str, Any] | None, patience: float, as_
     if is_seen() and not message:
         complain(f"sent of the waiting messages: {sent_now}")
     waiting = outbox.waiting()
+    why = reason or "another process is sending"
     if mine in waiting:
-        complain(f"not sent yet, but kept on this disk; {len(waiting)} wait for the next call, or --flush ({reason})")
-    elif waiting and not mine:
-        complain(f"{len(waiting)} still wait ({reason})")
-        code = code or 75
+        complain(f"not sent yet, but kept on this disk; {len(waiting)} wait for the next call, or --flush ({why})")
+    elif waiting and (reason or not mine):
+        complain(f"{len(waiting)} still wait ({why})")
+        code = code or (0 if mine else 75)
     return 1 if mine in numbered(outbox.dead) else code
 
 

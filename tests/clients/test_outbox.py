@@ -14,10 +14,11 @@ from unittest import mock
 import pytest
 
 import bus_send
-from tests.faults.history import observed
+from tests.faults import patched
+from tests.faults.history import get, observed
 from tests.kit import forked
 from tests.kit.bad_servers import Scripted, answer, page, stored
-from tests.kit.processes import PATIENCE, ROOT, free_port, no_settings, wait_until
+from tests.kit.processes import PATIENCE, ROOT, Server, free_port, no_settings, wait_until
 from tools import bus_outbox
 
 SENDS = int(os.environ.get("OUTBOX", 25))  # 1000 for the full figure
@@ -118,6 +119,27 @@ def test_what_is_refused_for_good_is_put_aside_with_the_reason_and_holds_up_nobo
         dead.parent.parent.rename(outbox_of(home, mended.url))
         assert run("--flush", url=mended.url) == (0, "", "")
     assert mended.asked[0].body == server.asked[0].body
+
+
+def test_a_full_mailbox_holds_up_no_mail_for_others(tmp_path, home):
+    small = patched("bus_server.MAILBOX_MESSAGES, bus_server.MUCH_MESSAGES = 2, 2")
+    with Server(tmp_path / "bus.db", **small) as bus:
+        for sender in "ab":
+            bus_send.send("bob", "x", url=bus.url, sender=sender)
+        bus.kill()
+        for to, msg in (("bob", "1"), ("bob", "2"), ("carol", "3"), (["dan", "bob"], "4"), ("all", "5")):
+            run(*([",".join(to)] if isinstance(to, list) else [to]), url=bus.url, msg=msg)
+        bus.start()
+        code, _, err = run("carol", url=bus.url, msg="6")
+        assert code == 0 and "4 still wait" in err and "the mailbox of bob is full" in err
+        assert texts(bus) == ["x", "x", "3", "6"], "for carol in order; the list and the broadcast go to bob too"
+        code, _, err = run("--flush", url=bus.url)
+        assert code == 75 and "4 still wait" in err and len(files(home)) == 4
+        get(bus.url, "/recv?to=bob&since=0")
+        assert run("--flush", url=bus.url)[0] == 75, "room for two"
+        get(bus.url, "/recv?to=bob&since=0")
+        assert run("--flush", url=bus.url)[0] == 0
+        assert texts(bus) == ["x", "x", "3", "6", "1", "2", "4", "4", "5"] and not files(home)
 
 
 def outbox_of(home, url):
