@@ -15,7 +15,19 @@ import pathlib
 import re
 from typing import IO, Any
 
-from bus_server import BODY_RATE, BODY_SECONDS, Answer, Bus, Connection, Refused, Request, Shares, Unusable, refusal
+from bus_server import (
+    BODY_RATE,
+    BODY_SECONDS,
+    Answer,
+    Bus,
+    Connection,
+    Refused,
+    Request,
+    Shares,
+    Unusable,
+    refusal,
+    say,
+)
 
 TABLES, NOUN, OPERATIONS = None, "", ()
 
@@ -51,8 +63,9 @@ def start(bus: Bus, options: argparse.Namespace) -> None:
 class Blobs:
     """Files by the sha256 of their content, in DATABASE.blobs or --files-dir. Owned by the loop.
 
-    A file of which only a part has arrived is named HASH.part; the next upload may continue it. Files are read,
-    written, hashed and removed in a thread (Loop.in_thread).
+    A file of which only a part has arrived is named HASH.part; the next upload may continue it. HASH.damaged is one
+    that the disk has changed: nobody gets it any more, and it may be sent again. Files are read, written, hashed and
+    removed in a thread (Loop.in_thread).
     """
 
     PIECE = 65536  # bytes that are read at once
@@ -174,7 +187,7 @@ class Blobs:
             raise Refused(416, why, ("Content-Range", f"bytes */{size}"))
         stream.seek(start)
         span = (("Content-Range", f"bytes {start}-{size - 1}/{size}"),) if wanted else ()
-        status, rest = (206 if wanted else 200), Download(stream, size - start)
+        status, rest = (206 if wanted else 200), Download(stream, size - start, None if start else file)
         return Answer(status, b"", "application/octet-stream", span, file=rest)
 
     def touch(self, file: pathlib.Path) -> None:
@@ -330,16 +343,30 @@ class Upload:
 
 
 class Download:
-    """The Stream of a file that is being sent: the part that is still to come."""
+    """The Stream of a file that is being sent: the part that is still to come.
 
-    def __init__(self, stream: IO[bytes], length: int) -> None:
-        self.stream, self.length = stream, length
+    `file` is its path, if it is sent from its beginning. If it then does not have its hash, its last piece is not sent.
+    """
+
+    def __init__(self, stream: IO[bytes], length: int, file: pathlib.Path | None) -> None:
+        self.stream, self.length, self.file = stream, length, file
+        self.digest = hashlib.sha256()
         self.busy = False
 
     def read(self) -> bytes:
         piece = self.stream.read(min(Blobs.PIECE, self.length))
         self.length = self.length - len(piece) if piece else 0
+        self.digest.update(piece)
+        if self.file and not self.length and self.digest.hexdigest() != self.file.name:
+            self.put_aside(self.file)
+            return b""
         return piece
+
+    def put_aside(self, file: pathlib.Path) -> None:
+        with contextlib.suppress(OSError):  # it was removed just now, or replaced by one that is whole
+            if os.path.samestat(os.fstat(self.stream.fileno()), file.stat()):
+                aside = file.rename(file.with_suffix(".damaged"))
+                say(f"bus_server: the disk has damaged a file, which is now {aside}: send it again")
 
     def close(self) -> None:
         self.stream.close()

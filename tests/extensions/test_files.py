@@ -111,6 +111,21 @@ def test_a_download_goes_on_from_where_it_was(bus):
     assert ask(bus, "GET", f"/blob/{name(data)}", Range="bytes=200000-")[0] == 416
 
 
+@pytest.mark.parametrize("size", [100, 300_000])
+@pytest.mark.parametrize("damaged", [lambda data: bytes([data[0] ^ 1]) + data[1:], lambda data: data[:-1]])
+def test_a_file_that_the_disk_has_damaged_is_not_sent_to_its_end_and_can_be_sent_again(damaged, size, bus, tmp_path):
+    data = bytes(range(100)) * (size // 100)
+    path, stored = f"/blob/{name(data)}", tmp_path / "bus.db.blobs" / name(data)
+    assert ask(bus, "PUT", path, data)[0] == 201
+    stored.write_bytes(damaged(data))
+    with pytest.raises(http.client.IncompleteRead):
+        ask(bus, "GET", path)
+    assert [ask(bus, method, path)[0] for method in ("HEAD", "GET")] == [404, 404]
+    wait_until(lambda: f"which is now {stored}.damaged: send it again" in bus.log.read_text())
+    assert ask(bus, "PUT", path, data)[0] == 201 and ask(bus, "GET", path)[2] == data
+    assert stored.with_suffix(".damaged").read_bytes() == damaged(data), "nothing is lost"
+
+
 def test_the_files_of_a_bus_have_room_of_their_own(tmp_path):
     with Server(tmp_path / "bus.db", "--files", "1k") as bus:
         small, other, large = b"s" * 600, b"o" * 600, b"l" * 1025
