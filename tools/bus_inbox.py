@@ -100,10 +100,11 @@ class Inbox(bus_recv.Reader):
         """
         mail, more = self.look(0)
         places = {label(message): str(message["ts"]) for message in mail}
-        ts, ids = places.get(id) or (self.further(id) if more else None), list(places)
-        if ts:
+        ts = places.get(id) or (self.further(id) if more else None)
+        older = [other for other, its in places.items() if ts and float(its) < float(ts)]
+        if ts and (older or id in places):
             self.cursor.move(ts)
-            return (ids[: ids.index(id)], False) if id in places else (ids, True)
+            return older, more and len(older) == len(places)
         if not self.has_read(id):
             raise ValueError(f"{id} is not the id of an unread message for {self.names[0]}: take it from the inbox")
         self.check_is_ours(id)

@@ -145,6 +145,9 @@ def test_ack_takes_an_id_that_is_not_among_the_oldest_hundred(agent):
     assert agent("ack", other)[0] == 2
     code, _, err = agent("ack", ids[110])
     assert code == 0 and "100 or more older unread messages with it" in err and "4 unread" in err
+    mails(agent.url, *map(str, range(115, 230)))
+    for read in (ids[3], ids[110]):
+        assert "is read, and all earlier messages; 100 or more unread" in agent("ack", read)[2], "it was read before"
 
 
 def test_the_inbox_needs_a_name(agent):
