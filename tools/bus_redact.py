@@ -14,6 +14,7 @@ bus_recv.py, and writes no file. Exit code: 0 redacted, 1 refused by the bus, 2 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import socket
 import sys
@@ -39,14 +40,15 @@ SECONDS = 60.0  # the bus may write some megabytes first
 
 def show(id: str, answer: dict[str, Any], as_json: bool) -> None:
     """Print what was redacted, and who has fetched it; and on stderr, where the text may still be."""
-    if as_json:
-        bus_recv.emit(f"{bus_recv.dump(answer)}\n")
-    else:
-        for each in filter(lambda one: isinstance(one, dict), listed(answer, "redacted")):
-            which, to, state = (bus_recv.word(each.get(member)) for member in ("id", "to", "state"))
-            bus_recv.emit(f"{which} to {to}: {state}\n")
+    lines = [bus_recv.dump(answer)]
+    if not as_json:
+        copies = [one for one in listed(answer, "redacted") if isinstance(one, dict)]
+        words = [[bus_recv.word(one.get(member)) for member in ("id", "to", "state")] for one in copies]
         fetched = ", ".join(map(bus_recv.word, listed(answer, "fetched_by"))) or "nobody"
-        bus_recv.emit(f"{id} is redacted; fetched by: {fetched}\n")
+        lines = [f"{which} to {to}: {state}" for which, to, state in words]
+        lines.append(f"{id} is redacted; fetched by: {fetched}")
+    with contextlib.suppress(OSError):  # if nobody reads our output, it is redacted all the same
+        bus_recv.emit("".join(f"{line}\n" for line in lines))
     complain(str(answer.get("warning")))
 
 

@@ -1,11 +1,15 @@
 """tools/bus_search.py and tools/bus_redact.py: what an agent finds, and what an operator takes away."""
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
 import bus_send
 from tests.clients.test_clients import run
 from tests.kit.bad_servers import NOON, Scripted, answer, message
+from tests.kit.processes import PATIENCE, ROOT
 
 pytestmark = pytest.mark.usefixtures("home")
 
@@ -91,6 +95,11 @@ def test_a_message_is_redacted_and_who_has_fetched_it_is_told(bus):
         f"{sent['id']} is redacted; fetched by: dell",
     ]
     assert err.startswith("bus_redact: revoke the secret: backups, outboxes")
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, str(ROOT / "tools" / "bus_redact.py"), sent["id"]]
+        env = {**os.environ, "AGENT_BUS_URL": bus.url}
+        again = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, env=env, text=True, timeout=PATIENCE)
+    assert (again.returncode, again.stderr) == (0, err), "it is redacted, whoever can read that"
     assert b"swordfish" not in bus.get("/log")
     answer = json.loads(redact(bus.url, sent["id"], "--json")[1])
     assert answer["overwritten"] is True and answer["fetched_by"] == ["dell"]
