@@ -128,13 +128,15 @@ class Worker(bus_recv.Reader):
 
     def do(self, job: dict[str, Any]) -> None:
         """Run the command for one job, and tell the bus how that ended."""
-        attempt, reason, counts = int(job["attempt"]), "", False
+        attempt, began = int(job["attempt"]), False
         try:
             with bus_recv.running(self.command, bus_recv.dump(job), job, attempt) as process:
-                reason, counts = "the worker was stopped", True
+                began = True
                 code = self.attend(process, job)
         except BaseException as why:  # the worker has to end now
-            self.give_back(job, counts and isinstance(why, Exception), reason or f"the command did not begin: {why}")
+            fails = isinstance(why, Exception)
+            reason = f"the command did not begin: {why}" if fails and not began else "the worker was stopped"
+            self.give_back(job, began and fails, reason)
             raise
         self.failed = code != 0
         if code == 0:
