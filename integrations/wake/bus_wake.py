@@ -172,8 +172,10 @@ class Waker:
         if not bus_recv.try_lock(self.file, self.file.name):
             raise bus_recv.Busy(f"another one wakes {options.name}: {self.file.name} is locked")
         self.memory: dict[str, Any] = {"wakes": [], "number": 0, "newest": 0.0}
-        with contextlib.suppress(ValueError, TypeError):  # a new file is empty
-            self.memory.update(json.load(self.file))
+        with contextlib.suppress(ValueError, TypeError, LookupError, ArithmeticError, RecursionError):  # it is new
+            kept, numbers = json.load(self.file), {"number": int, "newest": float}
+            wakes = [float(wake) for wake in kept["wakes"]]
+            self.memory = {"wakes": wakes, **{member: kind(kept[member]) for member, kind in numbers.items()}}
 
     def ask(self, what: str) -> dict[str, Any]:
         return bus_recv.ask(self.url, f"/{what}={self.options.name}&channel={self.channel}", ANSWER_SECONDS)[0]

@@ -246,6 +246,16 @@ def test_a_bus_without_a_digest_is_named(says, agent, monkeypatch):
         assert "/digest" in agent.look(code=1)
 
 
+@pytest.mark.parametrize("damaged", ['{"wakes": null}', '{"wakes": [], "number": {}, "newest": 0}', "[" * 9999, "7"])
+def test_a_damaged_memory_is_a_new_one(damaged, agent):
+    agent.send("wake up", priority="high")
+    agent.look()
+    (memory,) = agent.place.glob("state/wake/*.json")
+    memory.write_text(damaged)
+    agent.look()
+    assert agent.calls().count("bus_inbox shows them") == 2
+
+
 def test_a_file_of_ours_that_is_wrong_is_not_said_to_be_the_bus(agent, monkeypatch, tmp_path):
     token = tmp_path / "token"
     token.write_text(f"abt_12345678_{'a' * 43}")
