@@ -49,7 +49,7 @@ def notice(me: Session, event: str) -> Steps:
     newest = counts["newest"]["id"] if counts and counts["newest"] else ""
     if not counts or not newest or (newest == me.told and event != "SessionStart"):
         return ""
-    awaited = sum(each["answers"] for each in counts["threads"] if each["id"] in me.asked)
+    awaited = sum(each.get("answers", 0) for each in counts["threads"] if each["id"] in me.asked)
     urgent = int(counts["urgent"])
     if event == "Stop" and not urgent and not awaited:
         return ""
