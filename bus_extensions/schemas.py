@@ -10,6 +10,7 @@ import json
 import pathlib
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import urldefrag, urljoin
 
 from bus_server import Bus, Refused, Unusable, parse_json
 
@@ -98,10 +99,12 @@ def values_of(values: list[Any]) -> Iterator[Any]:
 def check_is_whole(schema: Any) -> None:
     """ValueError, if it refers to a schema at another place: the bus would have to fetch that, and waits for nobody."""
     parts = [each for each in values_of([schema]) if isinstance(each, dict)]
-    own = {each["$id"] for each in parts if isinstance(each.get("$id"), str)}
+    named = [each[member] for member in ("$id", "id") for each in parts if isinstance(each.get(member), str)]
+    base = next(iter(named), "")
+    own = {"", *(urldefrag(urljoin(base, each)).url for each in named)}
     for ref in (each["$ref"] for each in parts if isinstance(each.get("$ref"), str)):
-        place = ref.partition("#")[0]
-        if place not in {"", *own} and not place.startswith(("http://json-schema.org/", "https://json-schema.org/")):
+        place = urldefrag(urljoin(base, ref)).url
+        if place not in own and not place.startswith(("http://json-schema.org/", "https://json-schema.org/")):
             raise ValueError(f"the $ref {ref} is not in this file: put what it names under $defs")
 
 

@@ -139,6 +139,18 @@ def test_a_schema_at_another_place_is_not_fetched(ref, schemas):
         Schemas(str(schemas), strict=False)
 
 
+@pytest.mark.parametrize("ref", ["http://x.example/y#/definitions/a", "y#/definitions/a", "#/definitions/a"])
+@pytest.mark.parametrize("own", [{"$id": "http://x.example/y#"}, {"$id": "http://x.example/y"}])
+def test_a_schema_may_name_itself_with_a_fragment_or_a_relative_reference(own, ref, schemas):
+    kind = "http://json-schema.org/draft-07/schema#"
+    near = {"$schema": kind, **own, "definitions": {"a": {"type": "integer"}}, "properties": {"a": {"$ref": ref}}}
+    (schemas / "near.json").write_text(json.dumps(near))
+    checks = Schemas(str(schemas), strict=False)
+    checks.check([message(type="near", a=1)])
+    with pytest.raises(Refused, match="does not fit the type near"):
+        checks.check([message(type="near", a="x")])
+
+
 def test_a_schema_may_refer_to_itself_and_to_json_schema(schemas):
     parts = {"$defs": {"part": {"$id": "urn:part", "type": "integer"}}}
     refs = {"a": "urn:part", "b": "#/$defs/part", "c": "https://json-schema.org/draft/2020-12/schema"}
