@@ -242,12 +242,12 @@ receive() {
   fi
   bus=$its_bus
   [ -z "$gap" ] || remark "$gap"
-  if [ "$count" -gt 0 ] || [ -n "$fault" ]; then
+  if [ "$count" -gt 0 ] || [ -n "$short" ]; then
     lines | cat 2>/dev/null >&9  # cat ends with the first write that fails; jq would go on behind a hole, once there is room again
     local wrote=$((PIPESTATUS[0] + PIPESTATUS[1]))
     # Not from FULL, which may be renamed or removed at any moment: it has these messages, and they come only once.
     if [ "$wrote" -eq 0 ] && [ "$count" -gt 0 ]; then take_place < <(lines | tail -n 1); fi
-    if [ "$wrote" -eq 0 ] && [ -z "$fault" ]; then lines | summary >&8; return; fi
+    if [ "$wrote" -eq 0 ] && [ -z "$short" ]; then lines | summary >&8; return; fi
     resume && return $wrote  # a full disk may have left FULL or LOG short
     return 1
   elif [ -n "$bus" ] && [[ $(<"$ANSWER") =~ $NOW ]]; then  # without a bus id `now` may be a clock that runs ahead
@@ -270,7 +270,7 @@ digest() (
       elif receive; then
         [ "$count" -gt 0 ] && news=again || news=rest
       else
-        sentence="cannot write to $LOG or $FULL"
+        news=short sentence="cannot write to $LOG or $FULL"
       fi ;;
     # A server of the first contract does not know the word `last`; some then drop the connection.
     0,400,last,* | 52,*,last,* | 56,*,last,*) news=again since=0 ;;
@@ -380,13 +380,14 @@ refuse_links "$LOG" "$FULL" "$HEARTBEAT" "$PID_FILE" "$ANSWER" "$HEAD" "$WHO"
 { exec 7>>"$PID_FILE" 8>>"$LOG" 9>>"$FULL"; } 2>/dev/null || die 2 "cannot write to $LOG, $FULL or $PID_FILE"
 lock_files 7 8 9
 fault='' delay=1 doubts=0 bus='' since=last faults=0 answered=0  # before the trap, which needs them
+short=''  # not empty: a write has failed, so LOG or FULL may be short
 trap 'kill $(jobs -p) 2>/dev/null; wait 2>/dev/null; rm -f "$PID_FILE" "$ANSWER" "$HEAD"; leave; rm -f "$WHO"' EXIT
 echo $$ >"$PID_FILE"
 [ -z "$token" ] || { printf 'Authorization: Bearer %s\n' "$token" >"$WHO" && OPTIONS+=(-H "@$WHO"); } || exit
 rm -f "$ANSWER"
 mkfifo "$ANSWER" && exec 6<>"$ANSWER" || exit  # carries the output of digest; a pipe works even if the disk is full
 use 0
-resume || fault "cannot write to $LOG"
+resume || { short=1; fault "cannot write to $LOG"; }
 trap 'exit 0' HUP TERM
 trap 'exit 130' INT
 greeting="writing the mail of $AGENT_NAME to $LOG and $FULL"  # until the bus has answered; that poll is a short one
@@ -395,18 +396,19 @@ greeting="writing the mail of $AGENT_NAME to $LOG and $FULL"  # until the bus ha
 while :; do
   poll
   polled=$?
-  reopen || { fault "cannot write to $LOG or $FULL"; continue; }
+  reopen || { short=1; fault "cannot write to $LOG or $FULL"; continue; }
   digest $polled >&6 || exit
   read -r news hold pause since bus <&6
   read -r sentence <&6
   case $news in
     fault) fault "$sentence" "$pause" ;;
+    short) short=1; fault "$sentence" ;;
     doubt) doubts=$((doubts + 1)); fault "$sentence" ;;
     refused) die 1 "$sentence" ;;
     *)
       [ -z "$greeting" ] || echo "$greeting"
       [ -z "$fault" ] || say "it works again"
-      greeting='' fault='' delay=1 doubts=0 answered=$((faults % ${#urls[@]}))
+      greeting='' fault='' short='' delay=1 doubts=0 answered=$((faults % ${#urls[@]}))
       touch "$HEARTBEAT"
       [ "$news" = again ] || patiently sleep "$rest" ;;
   esac
