@@ -345,9 +345,18 @@ def wait() -> int:
     return 0
 
 
+def memory_of(event: dict[str, Any], patience: float) -> Memory:
+    """The memory of the session. Another hook of it may use it; we wait for that one for up to `patience` seconds."""
+    end = time.monotonic() + patience
+    while (memory := Memory(event)).busy and time.monotonic() < end:
+        time.sleep(0.02)
+        memory.file.close()
+    return memory
+
+
 def say_news(event: dict[str, Any], me: session.Self, counts: Counts) -> int:
     """2, and a notice on stderr, if the session was not told of this mail and no reader will; else 0."""
-    memory = Memory(event)
+    memory = memory_of(event, DEADLINE_SECONDS)
     with memory.file:
         if memory.busy or counts.reader or not counts.unread or not memory.has_grown(counts, False):
             return 0

@@ -1,5 +1,6 @@
 """A session that sleeps: what wakes it when mail comes."""
 import contextlib
+import fcntl
 import json
 import os
 import pathlib
@@ -38,8 +39,8 @@ def has_watch():
     return notice.is_locked(f"{session.wake_path('dell')}~wait")
 
 
-def waiter(bus, event=STOP, **env):
-    process = started("--wait", AGENT_BUS_URL=bus.url, AGENT_NAME="dell", **env)
+def waiter(bus, event=STOP, way="--wait", **env):
+    process = started(way, AGENT_BUS_URL=bus.url, AGENT_NAME="dell", **env)
     process.stdin.write(json.dumps(event))
     process.stdin.close()
     process.stdin = None
@@ -99,6 +100,19 @@ def test_a_file_that_has_changed_wakes_a_session_that_was_not_told(bus):
         send(bus, "wake up", priority="high")
         assert run("--wake", event=changed, **env)[:3] == (2, "", f"{NOTICE}\n")
         assert run("--wake", event=changed, **env)[:3] == (0, "", ""), "it was told"
+
+
+def test_a_hook_that_looks_at_the_same_moment_takes_no_wake_away(bus):
+    changed = {"hook_event_name": "FileChanged", "session_id": "s1", "file_path": "dell.wake"}
+    send(bus, "wake up", priority="high")
+    memory = pathlib.Path(bus_recv.state_directory(), "turns", "s1")
+    memory.parent.mkdir(parents=True, exist_ok=True)
+    with a_session() as alive, memory.open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        waking = waiter(bus, changed, "--wake", **alive)
+        wait_until(lambda: str(memory) in map(os.path.realpath, pathlib.Path(f"/proc/{waking.pid}/fd").iterdir()))
+        fcntl.flock(other, fcntl.LOCK_UN)
+        assert (waking.communicate(timeout=PATIENCE)[1], waking.returncode) == (f"{NOTICE}\n", 2)
 
 
 class Ending(notice.Waker):
