@@ -2795,7 +2795,7 @@ class Operation:
     kind: ClassVar[str]  # its word in to_line()
     is_large: ClassVar[bool] = False  # its result may take a mebibyte
     rank: ClassVar[int] = 2  # the order in one list: 0 Raise, 1 Put, 2 those of extensions, 3 Marks, 4 Forget, 5 Remove
-    is_local: ClassVar[bool] = False  # its result is that of this machine alone: another front may have another one
+    is_local: ClassVar[bool] = False  # for this machine alone: a front puts it in no entry, and its result in no sum
 
     def apply(self, state: State, now: Now) -> Any:
         raise NotImplementedError

@@ -106,7 +106,7 @@ class Fold(Operation):
     """Fold the write-ahead log into the database and empty it: it has older pages. The result: is it empty?
 
     It is not, if another program reads the database. SQLite can do this only outside of a transaction, which begins
-    with the first operation of a higher rank.
+    with the first operation of a higher rank. Each front folds its own log: earlier versions wrote it into the ledger.
     """
 
     kind, rank, is_local = "fold", 0, True
@@ -168,8 +168,9 @@ class Redaction:
         self.bus = bus
         self.queue: deque[tuple[Connection, Redact]] = deque()
         self.asking = False  # one of them is with the ledger
+        self.folding = False  # a Fold that no request waits for is planned, or on its way
         bus.route("POST", "/redact", self.redact, "replace the text of a message, also on the disk; for an operator")
-        bus.ledger.elsewhere[Fold.kind] = partial(self.folded_again, None)
+        bus.ledger.elsewhere[Redact.kind] = self.redacted_elsewhere
 
     def redact(self, request: Request) -> None:
         """On a bus without tokens everybody may, as everybody may recall and acknowledge there."""
@@ -210,15 +211,24 @@ class Redaction:
         return ok(bus, f'"ok": true, {members}, "overwritten": {overwritten}, "warning": {quote(warning)}')
 
     def fold_later(self) -> None:
-        if not self.bus.draining:  # else the next start empties it
-            self.bus.loop.later(self.FOLD_SECONDS, self.fold_again)
+        """One Fold is for all redactions whose texts are still in the log: senders wait while it tries."""
+        if not self.folding and not self.bus.draining:  # else the next start empties it
+            self.folding = True
+            self.bus.loop.later(self.FOLD_SECONDS, self.fold)
 
-    def fold_again(self) -> None:
-        self.bus.do(Fold(), None, self.folded_again, lambda _: self.fold_later())
+    def fold(self) -> None:
+        self.folding = True
+        self.bus.do(Fold(), None, self.folded_again, lambda fold: self.folded_again(None, fold, False))
 
     def folded_again(self, connection: None, fold: Fold, is_empty: bool) -> None:
+        self.folding = False
         if not is_empty:
             self.fold_later()
+
+    def redacted_elsewhere(self, redact: Redact, done: Redacted) -> None:
+        """Another front has replaced a text. A Fold that is planned here comes behind that, and removes it too."""
+        if not self.folding and not self.bus.draining:
+            self.fold()
 
     def named(self, message: Message, state: str) -> Iterator[str]:
         """Whoever has fetched the message, as its receipts say; of those who read it by its id, the first."""

@@ -106,7 +106,7 @@ class Front(bus_server.Ledger):
 
     def add(self, step: Step) -> None:
         lacking = self.fronts.lacking(step.operation.kind)
-        if lacking:
+        if lacking and not step.operation.is_local:
             why = f"the front {lacking} does not know {step.operation.kind!r}: nothing was stored"
             why += "; give all fronts the same version and the same extensions"
             self.loop.soon(partial(self.turn_down, step, Refused(503, why, AGAIN)))
@@ -134,16 +134,16 @@ class Front(bus_server.Ledger):
         return self.removing or super().removes()
 
     def next_list(self) -> list[Step]:
-        """The operations of one entry: about ENTRY_BYTES, and the rest of the last one.
+        """The operations of one entry: about ENTRY_BYTES, and the rest of the last one. Local ones are a list alone.
 
         The last one is bounded, too: it is of one request (--max-body). A byte of a text that is escaped twice, in its
         message and in the entry, becomes up to seven.
         """
         steps, size = super().next_list(), 0
-        for number, step in enumerate(steps, 1):
-            size += self.size(step.operation)
-            if size >= ENTRY_BYTES:
+        for number, step in enumerate(steps):
+            if size >= ENTRY_BYTES or step.operation.is_local != steps[0].operation.is_local:
                 return steps[:number]
+            size += self.size(step.operation)
         return steps
 
     def size(self, operation: Operation) -> int:
@@ -179,6 +179,8 @@ class Front(bus_server.Ledger):
         last = self.state.last
         if self.bus.broken:
             self.refuse("this front of the bus stops: nothing was stored, use another one, or try again")
+        if all(each.is_local for each in operations):
+            return Applied(self.aside(partial(self.here, operations)), [], {}, last)
         says_it_lives = any(type(each) is Beat for each in operations)
         if self.is_quiet and not says_it_lives:
             self.refuse("the other fronts have not heard of this one for a while: nothing was stored, try again")
@@ -208,6 +210,10 @@ class Front(bus_server.Ledger):
         self.mirror.time.heard(wall, just_now=time.monotonic() - began < LOOK)  # else it may be of an earlier attempt
         self.reached(began)
         return applied
+
+    def here(self, operations: list[Operation]) -> list[Any]:
+        """The results of local operations. They are in no entry, and change no row."""
+        return [each.apply(self.state, self.mirror.time.entry) for each in operations]
 
     def reached(self, began: float) -> None:
         """The ledger has answered a call that began then (monotonic clock, s)."""

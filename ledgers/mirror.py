@@ -159,6 +159,7 @@ class Mirror(State):
         _, wall = self.append(begin, time.monotonic() + CALL)
         self.time.heard(wall, just_now=True)
         self.replay()
+        self.writing.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()  # it may have texts that were redacted
         self.is_live = True
 
     def replay(self) -> None:

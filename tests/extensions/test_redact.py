@@ -18,7 +18,7 @@ from tests.kit import inside
 from tests.kit.near import Near
 from tests.kit.peers import TIMED_OUT, fill, marks_are_written, mint, run
 from tests.kit.processes import ROOT, Server, wait_until
-from tests.kit.wire import a_bus
+from tests.kit.wire import a_bus, come_true
 
 SECRET = "hunter2-correct-horse-battery"
 
@@ -272,6 +272,37 @@ def test_while_another_program_reads_the_log_is_emptied_later(tmp_path):
             assert files_with(bus)
             assert send(bus, "bob", "others go on")["ok"]
         wait_until(lambda: not files_with(bus))
+
+
+def planned_folds(bus, monkeypatch):
+    """The attempts to empty the log that a bus plans from now on."""
+    planned, later, wait = [], bus.loop.later, redact.Redaction.FOLD_SECONDS
+
+    def note(seconds, action):
+        return planned.append(action) if seconds == wait else later(seconds, action)
+
+    monkeypatch.setattr(bus.loop, "later", note)
+    return planned
+
+
+def test_redactions_whose_texts_stay_in_the_log_wait_for_one_attempt(tmp_path, monkeypatch):
+    """Senders wait a tenth of a second for each attempt, as long as another program reads."""
+    with a_bus(time.monotonic, tmp_path / "bus.db") as bus:
+        guest, planned = Guest(bus), planned_folds(bus, monkeypatch)
+
+        def tried():
+            planned.pop()()
+            come_true(bus.ledger.idle)
+            return not planned
+
+        ids = [guest.sends("bob", SECRET)["id"] for _ in range(4)]
+        with reading(tmp_path / "bus.db"):
+            for ident in ids:
+                assert guest.asks("POST", "/redact", {"id": ident}).json()["overwritten"] is False
+                assert len(planned) == 1
+            assert not tried() and len(planned) == 1
+        wait_until(tried)
+        assert SECRET.encode() not in (tmp_path / "bus.db-wal").read_bytes()
 
 
 def test_over_so_many_free_pages_the_answer_names_the_command(tmp_path):

@@ -6,6 +6,7 @@ import time
 import bus_server
 import ledgers.front
 from ledgers.recall import Retract
+from tests.extensions.test_redact import planned_folds, reading
 from tests.kit import inside
 from tests.kit.ledger import SECOND, ask, do, end, log_of, put, request, same, settle
 from tests.kit.processes import wait_until
@@ -18,7 +19,7 @@ def test_what_is_not_built_is_refused_in_words(fronts):
         assert status == 501 and "has no files" in answer["error"]
 
 
-ALONE = {"bury", "recall", "redact", "later move", "lock"}  # what follows these in memory, no other front needs
+ALONE = {"bury", "recall", "fold", "later move", "lock"}  # what follows these in memory, no other front needs
 
 
 def test_what_follows_an_operation_of_an_extension_follows_at_the_other_fronts_too(fronts):
@@ -95,6 +96,34 @@ def test_a_redaction_stops_no_front_whose_copy_is_being_read(fronts, tmp_path, m
     put(b, msg="3")
     same(a, b)
     assert not a.broken and not b.broken
+
+
+def test_a_front_whose_copy_is_being_read_tries_again_alone_and_once(fronts, log, tmp_path, monkeypatch):
+    """What one front writes into the ledger, each other one does too: their attempts doubled every ten seconds."""
+    a, b = fronts("a"), fronts("b")
+    ticks = [put(a, msg=f"secret {number}")[0] for number in range(2)]
+    settle(b)
+    planned = [planned_folds(bus, monkeypatch) for bus in (a, b)]
+
+    def tried():
+        for its in planned:
+            for attempt in its[:]:
+                its.remove(attempt)
+                attempt()
+        settle(a, b)
+        return not any(planned)
+
+    with reading(tmp_path / "a.db"), reading(tmp_path / "b.db"):
+        for tick in ticks:
+            assert ask(a, "POST", "/redact", {"id": f"{tick:x}"})[0] == 200
+            settle(b)
+        written = log.written()
+        assert not tried() and not tried() and [*map(len, planned)] == [1, 1]
+    wait_until(tried)
+    assert log.written() == written
+    same(a, b, fronts("new"))
+    for name in ("a", "b", "new"):
+        assert b"secret" not in (tmp_path / f"{name}.db").read_bytes() + (tmp_path / f"{name}.db-wal").read_bytes()
 
 
 def test_what_was_scheduled_at_a_front_that_has_died_is_sent_by_the_others(fronts, log):
