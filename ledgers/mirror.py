@@ -89,7 +89,7 @@ class Mirror(State):
         self.said = -math.inf  # when this front was last heard of in the ledger, us on the clock of leases
         super().__init__(path, self.time.wall)
         self.front = name_of(path)  # another one at each start
-        self.writing.execute("PRAGMA synchronous=OFF")  # what a power cut takes is in the ledger
+        self.writing.execute("PRAGMA synchronous=NORMAL")  # a power cut takes the newest entries, which the ledger has
         self.position, wall, steady, self.sum = self.ask("SELECT position, time, steady, sum FROM front")
         self.time.entry = Now(wall, steady)
         self.sums = deque([self.sum], SUMS)  # after each of the last entries

@@ -305,6 +305,19 @@ def test_a_front_that_starts_again_goes_on_and_a_new_one_reads_all(fronts):
     assert a.state.bus == b.state.bus == c.state.bus
 
 
+def test_a_power_cut_takes_only_the_newest_entries_of_a_copy(fronts, log, tmp_path):
+    """SQLite brings the log to the disk before it is folded into the database, so what a cut may take is its end."""
+    a = fronts("a")
+    assert a.state.writing.execute("PRAGMA synchronous").fetchone() == (1,), "NORMAL"
+    for number in range(50):
+        put(a, msg=str(number))
+    log_file = (tmp_path / "a.db-wal").read_bytes()
+    for tenths in (0, 3, 9):
+        (tmp_path / f"cut{tenths}.db").write_bytes((tmp_path / "a.db").read_bytes())
+        (tmp_path / f"cut{tenths}.db-wal").write_bytes(log_file[: len(log_file) * tenths // 10])
+        same(a, fronts(f"cut{tenths}"))
+
+
 def test_a_crash_between_append_and_answer_loses_nothing(fronts, tmp_path, log):
     """The entry is in the ledger, and the front dies before it has applied it."""
     a = fronts("a")
