@@ -69,7 +69,7 @@ def end_some(state: State, now: Now) -> None:
 class Comparing(Operation):
     """An operation that compares names. What that cost is no part of its data: it is known after apply()."""
 
-    __slots__ = ("cost",)
+    noted = __slots__ = ("cost",)  # a front applies a copy, which has it then, and gives it back
 
 
 class Lock(Comparing):

@@ -200,6 +200,7 @@ class Front(bus_server.Ledger):
             if self.mirror.position != position - 1 or (self.is_quiet and not says_it_lives):
                 raise Unknown
             applied = self.take(position, wall, its, end)
+            give_back(its.operations, operations)
         except Locked:
             self.refuse(f"{LOCKED}, and {UNKNOWN}")
         except Unknown:
@@ -316,3 +317,10 @@ class Front(bus_server.Ledger):
 
     def forgotten(self, forget: Forget, names: list[list[str]]) -> None:
         self.bus.retention.forgotten(None, forget, names)
+
+
+def give_back(copies: list[Operation], operations: list[Operation]) -> None:
+    """What apply() has noted in copies of these operations; `noted` of their class names it. Who asked pays by it."""
+    for copy, operation in zip(copies, operations):
+        for slot in getattr(operation, "noted", ()):
+            setattr(operation, slot, getattr(copy, slot))

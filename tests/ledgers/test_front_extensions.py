@@ -185,3 +185,16 @@ def test_who_waits_for_names_is_told_when_they_are_released_at_another_front(fro
     settle(b)
     assert waiting()[0] == 200
     same(a, b)
+
+
+def test_who_has_names_compared_at_a_front_pays_for_it(fronts):
+    """What was compared is known to the copy of the request that the front applied, as all others do."""
+    a = fronts("a")
+    a.storms = storms = bus_server.Storms(lambda: 0.0, 50)
+
+    def paid_by(name, path):
+        ask(a, "POST", "/lock", {"from": name, "names": [path]})
+        return storms.WORK_BURST - storms.work.left["127.0.0.1/"][0]
+
+    alone = paid_by("ann", "src/*.py")
+    assert 0 < alone < paid_by("bob", "src/?.py") - alone
