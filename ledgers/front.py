@@ -309,11 +309,12 @@ class Front(bus_server.Ledger):
 
     def sent(self, put: Put, stored: list[Stored]) -> None:
         """Two names that answer each other across fronts are warned and refused as at one, so each front counts all."""
-        now = self.bus.storms.clock()
+        storms, clock = self.bus.storms, self.mirror.time
+        sent = storms.clock() - max(clock.guess() - clock.entry.wall, 0) / 1000000  # this front may have been cut off
         for one, its in zip(put.drafts, stored):
             for to in one.to if not its.duplicate else ():
                 if to != EVERYONE:
-                    self.bus.storms.turn(one.channel, one.sender, to, now, stored=True)
+                    storms.turn(one.channel, one.sender, to, sent, stored=True)
 
     def forgotten(self, forget: Forget, names: list[list[str]]) -> None:
         self.bus.retention.forgotten(None, forget, names)

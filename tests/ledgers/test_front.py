@@ -150,6 +150,23 @@ def test_what_is_no_turn_at_one_front_is_none_when_another_front_has_it(fronts):
     assert last == "ann" and len(turns) == 2
 
 
+def test_turns_that_a_front_learns_late_count_when_they_were(fronts, log):
+    """It was cut off for two hours, in which two agents answered each other once a minute."""
+    a, b = fronts("a"), fronts("b")
+    b.state.ledger.out = True
+    for turn in range(130):
+        sender, to = ("ann", "bob") if turn % 2 == 0 else ("bob", "ann")
+        put(a, sender=sender, to=to)
+        log.wall.wall += 60 * SECOND
+    b.state.time.offset += 130 * 60 * SECOND
+    b.state.ledger.out = False
+    settle(b)
+    status, answer = ask(b, "POST", "/send", {"from": "ann", "to": "bob", "msg": "x"})
+    assert (status, "warning" in answer) == (200, False), answer
+    _, _, turns = b.storms.turns["default", "ann", "bob"]
+    assert 5 < len(turns) < 15
+
+
 def test_an_unknown_outcome_is_mended_by_the_same_id(fronts, log):
     a = fronts()
     a.state.ledger.faults = ["stored", "lost", "stored"]
