@@ -13,7 +13,7 @@ import shutil
 import time
 from typing import TYPE_CHECKING, Any
 
-from bus_server import Unusable, copy_database, read_only, say
+from bus_server import Unusable, copy_database, keep_names, read_only, say
 
 from . import Unknown
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .front import Front
 
 EVERY = 3600.0  # s between two copies of a front
-AGAIN = 60.0  # s after a copy that could not be made
+AGAIN = 30.0  # s after a copy that could not be made: the next look, a minute after this one, tries again
 KEPT = 3600.0  # s that an entry stays in the ledger, whoever has it
 TRIM = 60.0  # s that the ledger has to remove entries; what it has not removed by then is left to the next time
 
@@ -37,6 +37,7 @@ class Copies:
         self.path = f"{self.mirror.path}.copy"
         self.next = -math.inf  # on the monotonic clock, s; an older file of this name may be of another ledger
         self.busy = False
+        self.told = ""  # why the last one could not be made
         self.bus.on_tidy.append(self.look)
 
     def look(self) -> None:
@@ -61,8 +62,9 @@ class Copies:
                 raise Unusable("the disk has no room for a copy")
             copy_database(self.mirror.path, f"{self.path}.new")
             os.replace(f"{self.path}.new", self.path)
+            keep_names(self.path)
             position = position_of(self.path)
-            wait = EVERY
+            wait, self.told = EVERY, ""
         finally:
             self.next = time.monotonic() + wait
         return position
@@ -72,7 +74,8 @@ class Copies:
         self.busy = False
         if isinstance(outcome, int):
             self.fronts.copy = outcome
-        else:
+        elif self.told != str(outcome):
+            self.told = str(outcome)
             say(f"bus_server: {self.path}: {outcome}; until there is a newer copy, the ledger keeps its entries")
 
 

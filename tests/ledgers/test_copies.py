@@ -1,4 +1,5 @@
 """Copies of fronts: a new front begins with one, and what two of them have leaves the ledger (ledgers/copies.py)."""
+import os
 import pathlib
 from types import SimpleNamespace
 
@@ -163,10 +164,15 @@ def test_a_copy_is_taken_when_it_is_time_and_a_failure_leaves_the_old_one(fronts
     assert a.ledger.fronts.copy > first
 
 
-def test_a_copy_that_fails_is_tried_again_a_minute_later_and_not_an_hour(fronts, monkeypatch):
+def test_a_copy_that_fails_is_tried_again_a_minute_later_and_not_an_hour(fronts, monkeypatch, capfd):
+    """The bus looks once a minute, also when the attempt itself has taken a second. A failure is told once."""
     a, clock = fronts("a"), Clock()
     copies, room = copies_of(a), ledgers.copies.shutil.disk_usage
     monkeypatch.setattr(ledgers.copies, "time", SimpleNamespace(monotonic=clock))
+
+    def full(_):
+        clock.now += 1
+        return SimpleNamespace(free=0)
 
     def taken_after(seconds, usage=room):
         clock.now += seconds
@@ -176,10 +182,22 @@ def test_a_copy_that_fails_is_tried_again_a_minute_later_and_not_an_hour(fronts,
         tidy(a)
         return a.ledger.fronts.copy > before
 
-    full = [lambda _: SimpleNamespace(free=0)]
-    assert not taken_after(0, *full) and copies.next == clock.now + 60
-    assert not taken_after(59) and taken_after(2) and copies.next == clock.now + 3600
+    assert not taken_after(0, full) and taken_after(59) and copies.next == clock.now + 3600
     assert not taken_after(3599) and taken_after(2)
+    assert inside.said(capfd).count("the disk has no room for a copy") == 1
+    assert not taken_after(3600, full) and not taken_after(59, full) and not taken_after(59, full)
+    assert inside.said(capfd).count("the disk has no room for a copy") == 1
+
+
+def test_a_copy_that_was_renamed_stays_so_after_a_power_cut(fronts, tmp_path, monkeypatch):
+    a, happened, replace, fsync = fronts("a"), [], os.replace, os.fsync
+    monkeypatch.setattr(os, "replace", lambda *its: (happened.append(its[1]), replace(*its)))
+    monkeypatch.setattr(
+        os, "fsync", lambda file: (happened.append(os.readlink(f"/proc/self/fd/{file}")), fsync(file))
+    )
+    tidy(a)
+    renamed = happened.index(f"{a.state.path}.copy")
+    assert str(tmp_path) in happened[renamed:], "the folder is written out"
 
 
 def test_a_copy_that_fails_in_the_middle_leaves_the_old_one(fronts, at_once, monkeypatch):
