@@ -196,6 +196,7 @@ class Front(bus_server.Ledger):
         its, end = self.mirror.from_bytes(entry), min(began + GIVE_UP, self.ends)  # as all others apply it
         try:
             position, wall = self.aside(partial(self.append, entry, end))
+            self.mirror.check_place(position, self.mirror.front, self.mirror.position)
             self.follow(position - 1, end)
             if self.mirror.position != position - 1 or (self.is_quiet and not says_it_lives):
                 raise Unknown
@@ -265,7 +266,7 @@ class Front(bus_server.Ledger):
             for position, wall, entry in entries:
                 if position > upto:
                     return
-                self.announce(position, wall, self.mirror.from_bytes(entry), end)
+                self.announce(position, wall, self.mirror.from_bytes(entry, position), end)
             if len(entries) < ENTRIES and sum(len(entry) for _, _, entry in entries) < READ_BYTES:
                 self.reached(began)
                 return

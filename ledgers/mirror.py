@@ -57,6 +57,7 @@ TABLES = {"front": TABLE, "front_tokens": tokens.TABLE, "fronts": FRONTS, "withh
 NEEDS_COPY = (
     f"make a copy beside a front that runs ({called('backup')} COPY), and begin with it ({called('restore')} COPY)"
 )
+RESCUE = f"{called('move')} --back --ledger-lost"
 USE = "use the version and the extensions of the other fronts"
 REVOKED = Refused(401, "this token was revoked at another front: nothing was stored", ("WWW-Authenticate", "Bearer"))
 
@@ -138,7 +139,7 @@ class Mirror(State):
                 self.check_begin(self.position, found[0][0])
             if not found or found[0][1] != self.time.entry.wall:
                 raise Unusable(f"{self.path} is a copy of another ledger: give another --db, or the --ledger it has")
-            for each in self.from_bytes(found[0][2]).operations:
+            for each in self.from_bytes(found[0][2], self.position).operations:
                 self.left = each.front if type(each) is Left else ""
 
     def check_begin(self, needed: int, found: int) -> None:
@@ -169,7 +170,7 @@ class Mirror(State):
         Nothing behind a Left is applied: by its last entry, a file must tell that the bus has left.
         """
         while not self.left and (entries := self.read_on()):
-            read = ((position, wall, self.from_bytes(entry)) for position, wall, entry in entries if not self.left)
+            read = ((at, wall, self.from_bytes(entry, at)) for at, wall, entry in entries if not self.left)
             for only_stores, some in groupby(read, lambda each: {*map(type, each[2].operations)} <= STORING):
                 if only_stores:
                     self.take_all(list(some))
@@ -198,12 +199,16 @@ class Mirror(State):
         head = encode([self.format, self.front, self.position, self.sums[-1], *senders])
         return "\n".join([head, *(operation.to_line() for operation in entry.operations)]).encode()
 
-    def from_bytes(self, entry: bytes) -> Entry:
-        """What is in an entry. Differs, if this front cannot apply it, or has other results than the one that wrote."""
+    def from_bytes(self, entry: bytes, at: float = math.inf) -> Entry:
+        """What is in an entry, which has this place in the ledger if it has one.
+
+        Differs, if this front cannot apply it, or has other results than the one that wrote it.
+        """
         head, *lines = entry.decode().split("\n")
         version, front, position, its_sum, *senders = json.loads(head)
         if version not in self.FORMATS:
             raise Differs(f"the ledger has an entry of format {version}: upgrade this front")
+        self.check_place(at, front, position)
         index = position - self.position - 1
         if -len(self.sums) <= index < 0 and self.sums[index] != its_sum:
             why = f"{front} has other results than {self.front} up to entry {position} of the ledger"
@@ -216,6 +221,12 @@ class Mirror(State):
             raise Differs(f"{front} wrote an operation with members that are not known here ({error}): {USE}") from None
         except ValueError as error:
             raise Differs(f"{error}: {USE}") from None
+
+    def check_place(self, at: float, front: str, position: int) -> None:
+        """Differs, if the entry at a place was written by a front that had applied one for that place before."""
+        if position >= at:
+            why = f"the ledger has lost entries: {front} had applied {position}, and its next one became entry {at:.0f}"
+            raise Differs(f"{why}; stop all fronts, and make the file with the highest position a bus ({RESCUE})")
 
     def take(self, position: int, wall: int, entry: Entry) -> Applied:
         """Apply an entry: the next one, with the time of the ledger."""

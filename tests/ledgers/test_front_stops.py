@@ -154,6 +154,27 @@ def test_what_others_send_reaches_a_copy_when_it_is_locked_no_longer(fronts, loc
     same(a, b)
 
 
+def test_a_ledger_that_has_lost_entries_stops_the_fronts_in_words(fronts, log, capfd):
+    """As after a restore. What was acknowledged is in the files of the fronts, and no new front could have it."""
+    a, b, c = fronts("a"), fronts("b"), fronts("c")
+    settle(a, b, c)
+    c.state.ledger.out = True
+    put(a, msg="1")
+    put(a, msg="2")
+    settle(b)
+    del log.entries[-2:]
+    status, answer = ask(a, "POST", "/send", {"from": "ann", "to": "bob", "msg": "3"})
+    assert status == 503 and "this front of the bus stops" in answer["error"] and a.broken
+    b.ledger.fronts.beat()
+    c.state.ledger.out = False
+    settle(b, c)
+    assert b.broken and c.broken, "one that has them, too, and one that lacks them"
+    said = inside.said(capfd)
+    assert said.count("the ledger has lost entries") == 3 and "move --back --ledger-lost" in said
+    with pytest.raises(Unusable, match="the ledger has lost entries: .* stop all fronts"):
+        fronts("new")
+
+
 def test_a_copy_of_another_ledger_and_a_bus_of_its_own_are_refused(fronts, tmp_path, log):
     a = fronts()
     put(a)

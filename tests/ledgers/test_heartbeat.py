@@ -220,8 +220,8 @@ class Newer(Mirror):
         entry = super().to_bytes(entry)
         return entry.replace(b"[2, ", b'[2, "new", ', 1) if self.format == 2 else entry
 
-    def from_bytes(self, entry):
-        return super().from_bytes(entry.replace(b'[2, "new", ', b"[2, ", 1))
+    def from_bytes(self, entry, *at):
+        return super().from_bytes(entry.replace(b'[2, "new", ', b"[2, ", 1), *at)
 
 
 def formats(log):
