@@ -106,7 +106,8 @@ LINE='def line($most): tostring | .[:$most] | gsub("[\\p{Cc}\\p{Cf}\\p{Zl}\\p{Zp
 '\\x{FFF0}-\\x{FFF8}\\x{E0000}-\\x{E0FFF}]+"; " "); def line: line(100);'
 
 summary() {
-  jq -r "$LINE"'(if (.subject // "") == "" then .msg else .subject end) as $about
+  jq -rR "$LINE"'((fromjson? | objects) // {msg: "(this line of FULL is damaged)"})
+    | (if (.subject // "") == "" then .msg else .subject end) as $about
     | [(.ts, .id, .from, .to, .channel, $about) // "" | line] | @tsv' | cat 2>/dev/null  # as in receive
 }
 

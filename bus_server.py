@@ -2552,7 +2552,7 @@ class Storms:
             del turns[0]
         if last not in ("", sender):
             if len(turns) >= self.most_turns and not stored:
-                wait = math.ceil(turns[0] + self.WITHIN - now)
+                wait = math.ceil(turns[-self.most_turns] + self.WITHIN - now)  # fronts may have stored more
                 often = f"{self.most_turns} times in {self.WITHIN / 60:g} minutes"
                 raise too_much(f"{sender} and {to} have answered each other {often}: stop, or wait {wait} s", wait)
             turns.append(now)

@@ -158,6 +158,21 @@ def test_a_LOG_that_was_full_gets_its_line_without_new_mail(urls, bus, listen):
     listener.has_logged("hi")
 
 
+def test_a_damaged_line_of_FULL_is_one_line_of_LOG_and_the_others_are_there_once(bus, listen):
+    listener = listen(bus.url)
+    send(bus.url, "one", "two", "three")
+    listener.start().wait_for_line(3)
+    listener.stop()
+    first, damaged, last = listener.file("jsonl").read_text().splitlines()
+    listener.file("jsonl").write_text(f"{first}\n{damaged[:-9]}\n{last}\n")
+    listener.file("log").unlink()
+    listener.start()
+    send(bus.url, "four")
+    wait_until(lambda: len(listener.log()) >= 4)
+    about = [line[-1] for line in listener.log()]
+    assert about == ["one", "(this line of FULL is damaged)", "three", "four"]
+
+
 def test_LOG_starts_over_with_FULL_when_that_was_moved_away(scripted, listen):
     server = scripted(mail(message(TICK, msg="one"), message(TICK + 1, msg="two")), NO_MAIL)
     listener = listen(server.url).start()

@@ -99,6 +99,16 @@ def test_what_another_front_has_stored_counts_and_is_not_refused(storms, clock):
     assert "answered each other 120 times" in sentence
 
 
+def test_the_wait_ends_when_there_is_room_for_a_turn_also_after_turns_that_were_stored(clock):
+    storms = Storms(clock, rate=0, turns=2)
+    for sender, to in [("alice", "bob"), ("bob", "alice")] * 2:
+        storms.turn("default", sender, to, clock.now, stored=True)
+        clock.now += 100
+    _, wait = refusal(storms, message("alice", "bob"))
+    clock.now += float(wait) + 1
+    assert check(storms, message("alice", "bob"))
+
+
 def test_turns_0_is_no_limit_and_no_warning(clock):
     storms = Storms(clock, rate=0, turns=0)
     for _ in range(500):
