@@ -5112,14 +5112,14 @@ class Retention:
         self.trusted = -math.inf  # wall clock, s: from then on the clock is believed
         self.request: tuple[int, bool] | None = None  # the request of prune that is being applied
 
-    def remove(self, removal: Remove, end: Callable[[bool], None]) -> None:
-        """Remove one slice after the other, then call `end`, with True if there is nothing left to remove."""
+    def remove(self, removal: Remove, end: Callable[[bool], None], wanted: Callable[[], bool] = lambda: True) -> None:
+        """Remove slice after slice while it is wanted, then call `end`, with True if nothing is left to remove."""
 
         def removed(connection: None, removal: Remove, reached: int | None) -> None:
-            if reached is None or self.bus.draining:
+            if reached is None or self.bus.draining or not wanted():
                 end(reached is None)
             else:
-                self.remove(removal.next(reached), end)
+                self.remove(removal.next(reached), end, wanted)
 
         self.bus.do(removal, None, removed, lambda _: end(False))
 
@@ -5196,12 +5196,16 @@ class Retention:
             request = prune_request(self.bus.state.path)
             if request:
                 keys_from = self.bus.view.clock() - int(self.keep * 1000000) if self.keep else 0
-                self.remove(pruning(self.bus.view, *request, keys_from), self.pruned)
+                self.remove(pruning(self.bus.view, *request, keys_from), self.pruned, self.is_requested)
                 self.request = request
+
+    def is_requested(self) -> bool:
+        """Is the file still there, with this request? A command that is interrupted takes it back."""
+        return prune_request(self.bus.state.path) == self.request
 
     def pruned(self, whole: bool) -> None:
         """The command waits until its file is gone. After a failure the file stays, and is looked for again."""
-        if whole and prune_request(self.bus.state.path) == self.request:  # else there is another one by now
+        if whole and self.is_requested():  # else there is another one by now
             prune_file(self.bus.state.path).unlink(missing_ok=True)
         self.request = None
 
@@ -6289,9 +6293,11 @@ def prune(arguments: Sequence[str]) -> None:
     if going and not options.dry_run:
         with turn_to_prune(options.db):
             try:
-                remove_alone(options.db, before, not options.pending)
-            except InUse:
-                remove_beside(options.db, before, not options.pending, old - going)
+                remove_old(options.db, before, not options.pending, old - going)
+            except KeyboardInterrupt:
+                time.sleep(2 * Deadlines.SLOT)  # by then a running server has stopped, too
+                print(f"stopped: {old - count_old(options.db, before)[0]} removed")
+                raise
         print(f"{old - count_old(options.db, before)[0]} removed")
 
 
@@ -6339,6 +6345,14 @@ def turn_to_prune(path: str) -> Iterator[None]:
         yield
 
 
+def remove_old(path: str, before: int, fetched_only: bool, stay: int) -> None:
+    """Remove messages from before a tick. So many older ones `stay`."""
+    try:
+        remove_alone(path, before, fetched_only)
+    except InUse:
+        remove_beside(path, before, fetched_only, stay)
+
+
 def remove_alone(path: str, before: int, fetched_only: bool) -> None:
     """Remove the messages in this process, because no server runs."""
     with contextlib.closing(State(path)) as state:
@@ -6353,22 +6367,28 @@ def remove_alone(path: str, before: int, fetched_only: bool) -> None:
 
 
 def remove_beside(path: str, before: int, fetched_only: bool, stay: int) -> None:
-    """Leave a file with the request for the running server, and wait until the server has removed that file."""
+    """Leave a file with the request for the running server, and wait until the server has removed that file.
+
+    However this ends, no server finds the request later: by then the bus may be another one, from a copy.
+    """
     if signature(path)[1] != VERSION:
         raise other_version(path)
     file = prune_file(path)
     try:
-        with written_anew(str(file)) as request:
-            request.write(encode({"before": before, "fetched_only": fetched_only}))
-    except OSError as error:
-        raise Unusable(f"cannot write the request to the running server: {file}: {error.strerror}") from None
-    while file.exists():
-        if sys.stderr.isatty():
-            print(f"\r{count_old(path, before)[0] - stay} to go ", end="", file=sys.stderr)
-        time.sleep(Deadlines.SLOT)
-        with contextlib.suppress(InUse):  # the server may end before it is done
-            remove_alone(path, before, fetched_only)
-            file.unlink(missing_ok=True)
+        try:
+            with written_anew(str(file)) as request:
+                request.write(encode({"before": before, "fetched_only": fetched_only}))
+        except OSError as error:
+            raise Unusable(f"cannot write the request to the running server: {file}: {error.strerror}") from None
+        while file.exists():
+            if sys.stderr.isatty():
+                print(f"\r{count_old(path, before)[0] - stay} to go ", end="", file=sys.stderr)
+            time.sleep(Deadlines.SLOT)
+            with contextlib.suppress(InUse):  # the server may end before it is done
+                remove_alone(path, before, fetched_only)
+                break
+    finally:
+        file.unlink(missing_ok=True)
 
 
 def day(second: int | None) -> str:
@@ -6483,7 +6503,7 @@ def restore(arguments: Sequence[str]) -> None:
     options = parser.parse_args(arguments)
     if not is_there(options.copy):
         raise Unusable(f"there is no file {options.copy}: give the COPY that backup has made")
-    with locked(options.db):
+    with turn_to_prune(options.db), locked(options.db):  # a prune that is under way is for the bus from before
         old = f"{options.db}.{cut_off(options.db) or wall_clock()}"
         bus = None if is_front(options.copy) else secrets.token_hex(8)
         messages, files = copy_bus(options.copy, options.db, missing_tokens(options.copy, options.db), old, bus)
@@ -6524,6 +6544,9 @@ def copy_bus(source: str, target: str, tokens: list[Row], old: str = "", bus: st
     for suffix in ("", "-wal", "-shm") if old else ():  # so named, they stay one database
         with contextlib.suppress(FileNotFoundError):
             os.rename(target + suffix, old + suffix)
+    # Of a command that was killed: it was for the bus from before. What another user has put there is no request.
+    with contextlib.suppress(OSError):
+        prune_file(target).unlink()
     os.rename(new, target)
     keep_names(target)
     pathlib.Path(restoring(target)).unlink(missing_ok=True)

@@ -15,7 +15,7 @@ import pytest
 import bus_server
 from tests.kit import forked, inside
 from tests.kit.peers import fill, log_of, run
-from tests.kit.processes import PATIENCE, ROOT, Server, free_port, in_time, wait_until
+from tests.kit.processes import COMMAND, PATIENCE, ROOT, Server, free_port, in_time, wait_until
 
 
 def send(bus, to="bob", msg="x", **members):
@@ -218,6 +218,72 @@ def test_ctrl_c_ends_a_prune_without_a_traceback(bus, interruptible):
             assert pruning.communicate(timeout=PATIENCE)[1] == "" and pruning.returncode == 130
         finally:
             pruning.kill()  # else it is waited for without an end, as its bus stands
+
+
+def test_a_prune_that_is_interrupted_takes_its_request_back_and_says_what_was_removed(bus, interruptible):
+    """The server went on, or removed all of it at its next start."""
+    request = pathlib.Path(f"{bus.db}.prune")
+    send(bus)
+    bus.process.send_signal(signal.SIGSTOP)
+    with pruning(bus, "--pending") as stopped:
+        try:
+            wait_until(request.exists)
+            stopped.send_signal(signal.SIGINT)
+            out, err = stopped.communicate(timeout=PATIENCE)
+        finally:
+            stopped.kill()
+            bus.process.send_signal(signal.SIGCONT)
+    assert (stopped.returncode, err) == (130, "") and not request.exists()
+    assert out.endswith("\nstopped: 0 removed\n")
+    json.loads(bus.get("/recv?to=eve&wait=0.3"))  # the sweep that ends this poll has looked for a request
+    assert log_of(bus, "bob") == ["x"]
+
+
+def test_a_server_stops_in_the_middle_of_a_request_that_is_taken_back(tmp_path):
+    bus, request = inside.make(tmp_path / "bus.db"), tmp_path / "bus.db.prune"
+    kept = bus_server.draft({"from": "alice", "to": "bob", "msg": "x"}, None)
+    bus.state.apply([bus_server.Put([kept] * 1200)], bus_server.Now(bus_server.wall_clock(), 0))
+    bus.last = bus.state.last
+
+    def left():
+        return bus.state.view.database.execute("SELECT count(*) FROM messages").fetchone()[0]
+
+    request.write_text(json.dumps({"before": 1 << 60, "fetched_only": False}))
+    bus.retention.look_for_request()
+    wait_until(lambda: bus.loop.take_turn() or left() < 1200)
+    request.unlink()
+    while bus.loop.actions:
+        bus.loop.take_turn()
+    assert 900 <= left() < 1200 and bus.retention.request is None
+    inside.close(bus)
+
+
+def test_a_request_that_a_killed_prune_has_left_does_not_run_on_a_restored_bus(bus, tmp_path):
+    """It was for the bus from before; what it has removed may be why there was a restore."""
+    send(bus, "bob", "unread")
+    assert run("backup", tmp_path / "copy.db", "--db", bus.db)[0] == 0
+    bus.stop()
+    request = pathlib.Path(f"{bus.db}.prune")
+    request.write_text(json.dumps({"before": 1 << 60, "fetched_only": False}))
+    assert run("restore", tmp_path / "copy.db", "--db", bus.db)[0] == 0
+    assert not request.exists()
+    bus.start()
+    json.loads(bus.get("/recv?to=eve&wait=0.3"))  # the sweep that ends this poll has looked for a request
+    assert log_of(bus, "bob") == ["unread"]
+
+
+def test_a_restore_waits_for_a_prune_that_is_under_way(bus, tmp_path):
+    """Else that would go on, and remove from the restored bus what was to be removed from the other one."""
+    assert run("backup", tmp_path / "copy.db", "--db", bus.db)[0] == 0
+    bus.stop()
+    command = [*COMMAND, "restore", str(tmp_path / "copy.db"), "--db", bus.db]
+    with open(f"{bus.db}.prune.lock", "w") as turn:
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        with forked.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as restoring:
+            wait_until(lambda: waits_for_its_turn(restoring))
+            fcntl.flock(turn, fcntl.LOCK_UN)
+            restoring.communicate(timeout=PATIENCE)
+    assert restoring.returncode == 0
 
 
 def test_times_longer_than_there_has_been_time_are_all_of_it(tmp_path):
