@@ -58,6 +58,7 @@ import signal
 import socket
 import sqlite3
 import ssl
+import stat
 import sys
 import tempfile
 import threading
@@ -124,6 +125,10 @@ class Unusable(Exception):
 
 class InUse(Unusable):
     """Another process uses the database."""
+
+
+class Planted(Unusable):
+    """A file beside the database that another user may have put there: nothing in it holds."""
 
 
 def called(command: str) -> str:
@@ -2145,14 +2150,16 @@ CLIENTS = ["/bus_recv.py", "/bus_send.py", "/bus_listener.sh", "/agent_bus.py", 
 PUBLIC = {"/", "/healthz", "/certificate", *CLIENTS}  # open to all, because a new host begins with these
 
 
-def give_to_owner(file: int | str, path: str) -> None:
-    """Give a file that root makes beside a database to the owner of that: the server must be able to use it.
+def owner_of(path: str) -> os.stat_result:
+    """Who has the database that this file lies beside or, without a database, the folder."""
+    database = re.sub(r"(\.(tokens|prune|restoring|front)|-wal|-shm)?(\.lock|\.new)?$", "", path)
+    return os.lstat(database if os.path.lexists(database) else pathlib.Path(path).parent)
 
-    Without a database it is for the owner of the folder.
-    """
+
+def give_to_owner(file: int | str, path: str) -> None:
+    """Give a file that root makes beside a database to the owner of that: the server must be able to use it."""
     if os.geteuid() == 0:
-        database = re.sub(r"(\.(tokens|prune|restoring|front))?(\.lock|\.new)?$", "", path)
-        owner = os.lstat(database if os.path.lexists(database) else pathlib.Path(path).parent)
+        owner = owner_of(path)
         os.chown(file, owner.st_uid, owner.st_gid, follow_symlinks=isinstance(file, int))
 
 
@@ -2164,7 +2171,7 @@ def no_link(path: str) -> int:
 
 def check_is_no_link(path: str) -> None:
     if no_link(path) and os.path.islink(path):
-        raise Unusable(f"{path} is a link where other users may write: put there what it leads to")
+        raise Planted(f"{path} is a link where other users may write: put there what it leads to")
 
 
 def unwritable(path: str, error: Exception) -> str:
@@ -2176,14 +2183,34 @@ def unwritable(path: str, error: Exception) -> str:
     return f"{found[0]}; --db gives another place" if found else str(getattr(error, "strerror", None) or error)
 
 
+def check_owner(its: os.stat_result, path: str) -> None:
+    """Planted, unless this is a plain file of a user who may say what lies beside the database."""
+    folder = os.stat(pathlib.Path(path).parent)
+    if not stat.S_ISREG(its.st_mode) or its.st_uid not in (0, os.geteuid(), owner_of(path).st_uid, folder.st_uid):
+        whose = "of yours, of root or of the owner of the database"
+        raise Planted(f"{path} is no plain file {whose}: find out who made it; give it to that owner, or remove it")
+
+
+def opened_beside(path: str) -> IO[bytes]:
+    """Open a file beside the database to read it, or say that another user may have put it there."""
+    check_is_no_link(path)
+    check_owner(os.stat(path), path)  # first: we may not be able to open it, or a pipe would hold us up
+    file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | no_link(path)), "rb")
+    check_owner(os.fstat(file.fileno()), path)  # another one may be there by now
+    return file
+
+
 def open_beside(path: str) -> IO[str]:
     """Open a file beside the database; make it if there is none. Never follow a link that another user left there."""
     pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     is_new = not os.path.lexists(path)
-    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    if not is_new:
+        check_owner(os.lstat(path), path)
+    file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600), "r+", encoding="ascii")
     if is_new:
-        give_to_owner(file, path)
-    return os.fdopen(file, "r+", encoding="ascii")
+        give_to_owner(file.fileno(), path)
+    check_owner(os.fstat(file.fileno()), path)  # another one may be there by now
+    return file
 
 
 @contextlib.contextmanager
@@ -2250,14 +2277,15 @@ class Tokens:
     def rows(self) -> list[Row]:
         try:
             self.spare.close()
-            with open(self.path, encoding="ascii") as file:
+            with opened_beside(self.path) as file:
                 if rows := [json.loads(line) for line in file]:
                     return rows
             raise ValueError("it is empty: put a copy of it there, or remove it, which opens the bus to everybody")
         except (FileNotFoundError, NotADirectoryError):
             return []
         except (OSError, ValueError) as error:
-            raise Unusable(f"cannot read the tokens in {self.path}: {error}") from None
+            why = getattr(error, "strerror", None) or error
+            raise Unusable(f"cannot read the tokens in {self.path}: {why}") from None
         finally:
             with contextlib.suppress(OSError):  # another thread has taken the descriptor; the next look needs one
                 self.spare = open(os.devnull)  # noqa: SIM115
@@ -2280,7 +2308,7 @@ class Tokens:
         try:
             self.load()
         except Unusable as error:  # it is tried again at each look
-            self.closed = True
+            self.closed = self.closed or not isinstance(error, Planted)
             if stamp != self.told:
                 say(f"bus_server: {error}; keeping the tokens that were read before")
             self.told = stamp
@@ -3863,7 +3891,7 @@ def commits_in_wal(path: str) -> list[int]:
     """
     commits: list[int] = []
     last = 0  # the last frame with these salts; what is behind it, an older log has left
-    with contextlib.suppress(OSError), open(path, "rb") as wal:
+    with contextlib.suppress(OSError, Planted), opened_beside(path) as wal:
         head = wal.read(32)
         size, salts = int.from_bytes(head[8:12], "big"), head[16:24]
         first = wal.read(24)
@@ -5222,9 +5250,10 @@ def prune_file(database: str) -> pathlib.Path:
 def prune_request(database: str) -> tuple[int, bool] | None:
     """The request of the command prune: (below this tick, only fetched messages?). None if there is no valid one."""
     try:
-        request = parse_json(prune_file(database).read_bytes())
+        with opened_beside(str(prune_file(database))) as file:
+            request = parse_json(file.read())
         before, fetched_only = request["before"], request["fetched_only"]
-    except (OSError, Refused, TypeError, KeyError):
+    except (OSError, Planted, Refused, TypeError, KeyError):
         return None
     fits = type(before) is int and 0 <= before < 1 << 63 and type(fetched_only) is bool
     return (before, fetched_only) if fits else None
@@ -6452,10 +6481,9 @@ def check_log(path: str) -> None:
 
 def has_unread(path: str) -> bool:
     """As State.damaged_wal(), for a connection that can only read: SQLite's own notes say how far it has read."""
-    with contextlib.suppress(OSError), open(f"{path}-shm", "rb") as notes:
+    with contextlib.suppress(OSError, Planted), opened_beside(f"{path}-shm") as notes:
         frames = int.from_bytes(notes.read(20)[16:], sys.byteorder)  # mxFrame (walformat.html, section 2.1)
-        if os.path.getsize(f"{path}-wal"):  # 0 of a pipe, which would hold us up
-            return sum(commit > frames for commit in commits_in_wal(f"{path}-wal")) > 1
+        return sum(commit > frames for commit in commits_in_wal(f"{path}-wal")) > 1
     return False
 
 
@@ -6469,8 +6497,8 @@ def is_front(path: str) -> bool:
 def signature(path: str) -> tuple[str, str]:
     """(URL, version) of the running server, from its lock file."""
     lines = ["", ""]
-    with contextlib.suppress(OSError):
-        lines[:0] = pathlib.Path(lock_file(path)).read_text().splitlines()
+    with contextlib.suppress(OSError, Planted), opened_beside(lock_file(path)) as file:
+        lines[:0] = file.read().decode("ascii", "replace").splitlines()
     return lines[0], lines[1]
 
 
@@ -6516,15 +6544,12 @@ def restore(arguments: Sequence[str]) -> None:
 
 
 def cut_off(path: str) -> str:
-    """What the name of the old database ends with, if a restore was cut off. No link is followed, and no pipe read."""
+    """What the name of the old database ends with, if a restore was cut off."""
     try:
-        file = os.open(restoring(path), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        with opened_beside(restoring(path)) as marker:
+            return "".join(re.findall("[0-9]+$", marker.read(64).decode("ascii", "replace")))
     except FileNotFoundError:
         return ""
-    except OSError as error:
-        raise Unusable(f"{restoring(path)} was not written by restore: remove it ({error.strerror})") from None
-    with os.fdopen(file, "rb") as marker:
-        return "".join(re.findall("[0-9]+$", marker.read(64).decode("ascii", "replace")))
 
 
 def copy_bus(source: str, target: str, tokens: list[Row], old: str = "", bus: str | None = None) -> tuple[int, int]:

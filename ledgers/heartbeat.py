@@ -9,14 +9,26 @@ from __future__ import annotations
 
 import json
 import math
-import pathlib
+import os
 import secrets
 import socket
 from collections.abc import Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from bus_server import Answer, Bus, Metric, Now, Operation, Request, Route, State, encode, written_anew
+from bus_server import (
+    Answer,
+    Bus,
+    Metric,
+    Now,
+    Operation,
+    Request,
+    Route,
+    State,
+    encode,
+    opened_beside,
+    written_anew,
+)
 
 if TYPE_CHECKING:
     from .mirror import Mirror
@@ -86,11 +98,12 @@ def name_of(path: str) -> str:
     FILE is a random id beside the database. Two machines may have one hostname, and files of one name; and a copy of
     the database is the file of another front.
     """
-    beside = pathlib.Path(f"{path}.front")
-    if not beside.exists():
-        with written_anew(str(beside)) as file:
+    beside = f"{path}.front"
+    if not os.path.exists(beside):
+        with written_anew(beside) as file:
             file.write(secrets.token_hex(4))
-    return f"{socket.gethostname()}:{path}#{beside.read_text()}.{secrets.token_hex(4)}"
+    with opened_beside(beside) as own:
+        return f"{socket.gethostname()}:{path}#{own.read().decode()}.{secrets.token_hex(4)}"
 
 
 def earlier_runs(database: Any, front: str) -> list[str]:

@@ -1,4 +1,5 @@
 """The file of tokens, as operators and accidents treat it."""
+import fcntl
 import json
 import os
 import pathlib
@@ -108,3 +109,81 @@ def test_a_row_of_another_shape_shuts_the_bus_and_ends_nothing(bus):
     pathlib.Path(f"{bus.db}.tokens").write_text(json.dumps({"id": "abt_00000000"}) + "\n")
     wait_until(lambda: "a line in it is not a token" in bus.log.read_text())
     assert ask(bus, "GET", "/agents")[0] == 401 and bus.process.poll() is None
+
+
+NEEDS_ROOT = pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="makes files of others")
+ROW = {"id": "abt_00000000", "hash": "0" * 64, "name": "eve", "also": [], "send_only": False, "operator": True,
+       "made": 1, "revoked": None}  # fmt: skip
+
+
+def plant(path, what, text):
+    """Another user puts this there, at once."""
+    fresh = path.with_suffix(".fresh")
+    if what == "pipe":
+        os.mkfifo(fresh)
+    elif what == "folder":
+        fresh.mkdir()
+    else:
+        fresh.write_text(text)
+        fresh.chmod(0o644 if what == "file" else 0)
+    os.chown(fresh, 65534, 65533)
+    fresh.replace(path)
+
+
+@NEEDS_ROOT
+@pytest.mark.parametrize("what", ["file", "pipe"])
+def test_tokens_of_another_user_neither_close_a_bus_nor_let_that_user_in(bus, what):
+    """In a folder where others may create files, as /tmp. The bus was closed, but to that user; or stood still."""
+    plant(pathlib.Path(f"{bus.db}.tokens"), what, json.dumps(ROW) + "\n")
+    wait_until(lambda: "bus.db.tokens is no plain file of yours" in bus.log.read_text())
+    assert ask(bus, "GET", "/agents")[0] == 200
+    pathlib.Path(f"{bus.db}.tokens").unlink()
+    assert ask(bus, "GET", "/agents", token=invite(bus, "spark"))[0] == 200 and ask(bus, "GET", "/agents")[0] == 401
+
+
+@NEEDS_ROOT
+def test_a_bus_does_not_start_with_tokens_of_another_user(tmp_path):
+    plant(tmp_path / "bus.db.tokens", "file", json.dumps(ROW) + "\n")
+    command = [sys.executable, str(ROOT / "bus_server.py"), "--port", "0", "--db", str(tmp_path / "bus.db")]
+    done = forked.run(command, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 2 and "is no plain file of yours" in done.stderr and done.stderr.count("\n") == 1
+
+
+@NEEDS_ROOT
+@pytest.mark.parametrize("what", ["file", "pipe", "folder", "link"])
+def test_a_request_of_another_user_removes_nothing_and_stops_nobody(bus, tmp_path, what):
+    request, text = pathlib.Path(f"{bus.db}.prune"), json.dumps({"before": 1 << 60, "fetched_only": False})
+    assert ask(bus, "POST", "/send", {"from": "alice", "to": "bob", "msg": "x"})[0] == 200
+    if what == "link":
+        tmp_path.chmod(0o1777)
+        (tmp_path / "ours").write_text(text)
+        request.symlink_to(tmp_path / "ours")
+    else:
+        plant(request, what, text)
+    for _ in range(2):
+        assert ask(bus, "GET", "/recv?to=eve&wait=0.3")[0] == 200  # the sweep that ends this poll looks for a request
+    assert len(ask(bus, "GET", "/log?to=bob")[1]["messages"]) == 1
+
+
+@NEEDS_ROOT
+def test_the_url_in_a_lock_file_of_another_user_is_in_no_invitation(tmp_path):
+    """Who joins by that line would send the token there."""
+    lock = tmp_path / "bus.db.lock"
+    plant(lock, "file", "http://127.0.0.1:9\n0.2.0\n")
+    with lock.open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        path, program = str(tmp_path / "bus.db"), str(ROOT / "bus_server.py")
+        command = [sys.executable, program, "invite", "spark", "--yes", "--db", path]
+        done = forked.run(command, capture_output=True, text=True, timeout=PATIENCE)
+    assert "127.0.0.1:9" not in done.stdout + done.stderr
+    assert done.returncode == 2 and "bus.db.lock is no plain file of yours" in done.stderr
+
+
+@pytest.mark.parametrize("suffix", [".tokens", ".lock", ".restoring", "-wal"])
+def test_a_pipe_beside_the_database_holds_up_no_start(tmp_path, suffix):
+    bus_server.State(str(tmp_path / "bus.db")).close()
+    (tmp_path / f"bus.db{suffix}").unlink(missing_ok=True)
+    os.mkfifo(tmp_path / f"bus.db{suffix}")
+    command = [sys.executable, str(ROOT / "bus_server.py"), "--port", "0", "--db", str(tmp_path / "bus.db")]
+    done = forked.run(command, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and done.stderr.count("\n") == 1
