@@ -2200,13 +2200,13 @@ def opened_beside(path: str) -> IO[bytes]:
     return file
 
 
-def open_beside(path: str) -> IO[str]:
+def open_beside(path: str, how: int = 0) -> IO[str]:
     """Open a file beside the database; make it if there is none. Never follow a link that another user left there."""
     pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     is_new = not os.path.lexists(path)
     if not is_new:
         check_owner(os.lstat(path), path)
-    file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600), "r+", encoding="ascii")
+    file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | how, 0o600), "r+", encoding="ascii")
     if is_new:
         give_to_owner(file.fileno(), path)
     check_owner(os.fstat(file.fileno()), path)  # another one may be there by now
@@ -2216,8 +2216,8 @@ def open_beside(path: str) -> IO[str]:
 @contextlib.contextmanager
 def written_anew(path: str) -> Iterator[IO[str]]:
     """Write a file beside the database. A reader gets the whole old file or the whole new one, never a part."""
-    with open_beside(f"{path}.new") as file:
-        file.truncate()
+    pathlib.Path(f"{path}.new").unlink(missing_ok=True)  # else it would stay whose it is
+    with open_beside(f"{path}.new", os.O_EXCL) as file:
         yield file
         file.flush()
         os.fsync(file.fileno())
