@@ -2342,6 +2342,7 @@ class Tokens:
                         file.writelines(f"{encode(row)}\n" for row in rows)
                 else:  # the first one is taken back
                     pathlib.Path(self.path).unlink(missing_ok=True)
+                    keep_names(self.path)
             time.sleep(2 * Deadlines.SLOT)  # until a running server has looked
         except OSError as error:
             raise Unusable(f"cannot write the tokens in {self.path}: {unwritable(self.path, error)}") from None
@@ -6567,7 +6568,7 @@ def copy_bus(source: str, target: str, tokens: list[Row], old: str = "", bus: st
         except OSError as error:
             raise Unusable(f"cannot write {restoring(target)}: {error.strerror}") from None
     for suffix in ("", "-wal", "-shm") if old else ():  # so named, they stay one database
-        with contextlib.suppress(FileNotFoundError):
+        if os.path.lexists(target + suffix) and not os.path.lexists(old + suffix):  # else it was done before the cut
             os.rename(target + suffix, old + suffix)
     # Of a command that was killed: it was for the bus from before. What another user has put there is no request.
     with contextlib.suppress(OSError):
@@ -6575,6 +6576,7 @@ def copy_bus(source: str, target: str, tokens: list[Row], old: str = "", bus: st
     os.rename(new, target)
     keep_names(target)
     pathlib.Path(restoring(target)).unlink(missing_ok=True)
+    keep_names(target)
     return messages, files
 
 

@@ -1,4 +1,5 @@
 """What the one who runs a bus uses: prune, metrics."""
+import contextlib
 import fcntl
 import http.client
 import json
@@ -381,24 +382,59 @@ def test_a_bus_starts_where_nobody_can_read_what_it_says(tmp_path):
             process.terminate()
 
 
-@pytest.mark.parametrize("command", ["invite", "backup", "restore"])
+@pytest.mark.parametrize("command", ["invite", "take back", "backup", "restore"])
 def test_what_a_command_has_renamed_stays_so_after_a_power_cut(command, tmp_path, monkeypatch):
-    """The folder is written out after the last rename in it; else a token that was revoked would be valid again."""
-    bus_server.State(str(tmp_path / "bus.db")).close()
+    """The folder is written out after the last change in it; else a token that was revoked would be valid again.
+
+    Or a start would say of a restore that is done that it was cut off; or a token would be back that nobody has seen.
+    """
+    path = str(tmp_path / "bus.db")
+    bus_server.State(path).close()
     bus_server.State(str(tmp_path / "copy.db")).close()
+    if command == "take back":
+        bus_server.run_command("invite", "ann", "--yes", "--db", path)
     happened = []
 
-    def noted(name, note):
-        real = getattr(os, name)
-        monkeypatch.setattr(os, name, lambda *its, **places: (happened.append(note(its[0])), real(*its, **places)))
+    def noted(module, name, note):
+        real = getattr(module, name)
 
-    noted("replace", lambda _: "renamed")
-    noted("rename", lambda _: "renamed")
-    noted("fsync", lambda file: pathlib.Path(f"/proc/self/fd/{file}").resolve())
+        def call(*its, **options):
+            if isinstance(its[0], int) or os.path.lexists(its[0]):
+                happened.append(note(its[0]))
+            real(*its, **options)
+
+        monkeypatch.setattr(module, name, call)
+
+    for module, name in ((os, "replace"), (os, "rename"), (pathlib.Path, "unlink")):
+        noted(module, name, lambda _: "changed")
+    noted(os, "fsync", lambda file: pathlib.Path(f"/proc/self/fd/{file}").resolve())
     arguments = {"invite": ["ann", "--yes"], "backup": [tmp_path / "new.db"], "restore": [tmp_path / "copy.db"]}
-    bus_server.run_command(command, *map(str, arguments[command]), "--db", str(tmp_path / "bus.db"))
-    last = len(happened) - happened[::-1].index("renamed")
+    if command == "take back":
+        bus_server.Tokens(path).change(lambda rows: [])
+    else:
+        bus_server.run_command(command, *map(str, arguments[command]), "--db", path)
+    last = len(happened) - happened[::-1].index("changed")
     assert tmp_path in happened[last:]
+
+
+def test_a_restore_that_is_done_twice_keeps_the_database_from_before(tmp_path, capsys):
+    """A power cut may bring back the mark that it was cut off. The second one put the restored one in its place."""
+    path, copy = tmp_path / "bus.db", str(tmp_path / "copy.db")
+    kept = bus_server.draft({"from": "a", "to": "b", "msg": "x"}, None)
+    bus_server.State(copy).close()
+    with contextlib.closing(bus_server.State(str(path))) as state:
+        state.apply([bus_server.Put([kept])], bus_server.Now(bus_server.wall_clock(), 0))
+    bus_server.run_command("restore", copy, "--db", str(path))
+    [old] = [each for each in tmp_path.iterdir() if re.fullmatch(r"bus\.db\.[0-9]+", each.name)]
+    (tmp_path / "bus.db.restoring").write_text(old.suffix[1:])
+    bus_server.run_command("restore", copy, "--db", str(path))
+    assert "the database that was there before is now" in capsys.readouterr().out
+
+    def messages(file):
+        with contextlib.closing(bus_server.read_only(str(file))) as database:
+            return database.execute("SELECT count(*) FROM messages").fetchone()[0]
+
+    assert (messages(old), messages(path)) == (1, 0) and not (tmp_path / "bus.db.restoring").exists()
 
 
 def test_a_name_that_no_file_can_have_is_no_bus(tmp_path):
