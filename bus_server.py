@@ -2225,11 +2225,20 @@ def written_anew(path: str) -> Iterator[IO[str]]:
     keep_names(path)
 
 
+def write_out(folder: int) -> None:
+    """The names in this open folder stay after a power cut, unless its file system cannot do that (CIFS, 9p)."""
+    try:
+        os.fsync(folder)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+
+
 def keep_names(path: str) -> None:
     """What was renamed or removed beside this file stays so after a power cut."""
     folder = os.open(pathlib.Path(path).absolute().parent, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        write_out(folder)
     finally:
         os.close(folder)
 
@@ -6638,7 +6647,7 @@ def copy_file(name: str, there: int, here: int, target: str) -> None:
             os.utime(new.fileno(), ns=(age.st_atime_ns, age.st_mtime_ns))
             give_to_owner(new.fileno(), target)
     os.replace(part, name, src_dir_fd=here, dst_dir_fd=here)
-    os.fsync(here)
+    write_out(here)
 
 
 def copy_database(source: str, target: str, bus: str | None = None) -> int:

@@ -15,19 +15,8 @@ import pathlib
 import re
 from typing import IO, Any
 
-from bus_server import (
-    BODY_RATE,
-    BODY_SECONDS,
-    Answer,
-    Bus,
-    Connection,
-    Refused,
-    Request,
-    Shares,
-    Unusable,
-    refusal,
-    say,
-)
+import bus_server
+from bus_server import BODY_RATE, BODY_SECONDS, Answer, Bus, Connection, Refused, Request, Shares, Unusable, refusal
 
 TABLES, NOUN, OPERATIONS = None, "", ()
 
@@ -331,9 +320,7 @@ class Upload:
         self.blobs.touch(self.part)
         known = self.file.exists()
         self.part.replace(self.file)
-        folder = os.open(self.blobs.folder, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
+        bus_server.keep_names(str(self.file))
         return 200 if known else 201
 
     def close(self) -> None:
@@ -366,7 +353,7 @@ class Download:
         with contextlib.suppress(OSError):  # it was removed just now, or replaced by one that is whole
             if os.path.samestat(os.fstat(self.stream.fileno()), file.stat()):
                 aside = file.rename(file.with_suffix(".damaged"))
-                say(f"bus_server: the disk has damaged a file, which is now {aside}: send it again")
+                bus_server.say(f"bus_server: the disk has damaged a file, which is now {aside}: send it again")
 
     def close(self) -> None:
         self.stream.close()

@@ -62,7 +62,7 @@ class Copies:
                 raise Unusable("the disk has no room for a copy")
             copy_database(self.mirror.path, f"{self.path}.new")
             os.replace(f"{self.path}.new", self.path)
-            keep_names(self.path)
+            keep_names(self.path)  # by what it says, the ledger forgets entries
             position = position_of(self.path)
             wait, self.told = EVERY, ""
         finally:

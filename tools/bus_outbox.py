@@ -22,6 +22,7 @@ only with --flush: messages still wait.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import pathlib
@@ -173,11 +174,14 @@ def store(directory: str, name: str, value: dict[str, Any]) -> None:
 
 
 def sync(directory: str) -> None:
-    """Make the names in a directory durable. Windows has no such call, and needs none."""
+    """Make the names in a directory durable. Windows, and file systems as CIFS, have no such call."""
     if os.name == "posix":
         descriptor = os.open(directory, os.O_RDONLY)
         try:
             os.fsync(descriptor)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+                raise
         finally:
             os.close(descriptor)
 

@@ -217,6 +217,18 @@ def test_a_message_is_on_disk_before_it_is_tried(monkeypatch, home):
     assert done == ["file", "name", "directory", "network"]
 
 
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EIO])
+def test_a_directory_that_cannot_be_written_out_is_no_failure(monkeypatch, tmp_path, number):
+    """As on CIFS: the message was kept, and it said that nothing was. A disk that fails is a failure."""
+
+    def fsync(file):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(OSError) if number == errno.EIO else contextlib.nullcontext():
+        bus_outbox.sync(str(tmp_path))
+
+
 def test_the_outbox_is_private(home):
     run("dell", url=nowhere(), msg="secret")
     assert stat.S_IMODE(home.stat().st_mode) == 0o700

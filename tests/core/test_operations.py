@@ -1,5 +1,6 @@
 """What the one who runs a bus uses: prune, metrics."""
 import contextlib
+import errno
 import fcntl
 import http.client
 import json
@@ -7,6 +8,7 @@ import os
 import pathlib
 import re
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -435,6 +437,22 @@ def test_a_restore_that_is_done_twice_keeps_the_database_from_before(tmp_path, c
             return database.execute("SELECT count(*) FROM messages").fetchone()[0]
 
     assert (messages(old), messages(path)) == (1, 0) and not (tmp_path / "bus.db.restoring").exists()
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EIO])
+def test_a_file_system_that_cannot_write_out_a_folder_is_no_failure(number, tmp_path, monkeypatch, capsys):
+    """As CIFS and 9p. The token was made, the bus closed, and the secret never shown. A disk that fails is one."""
+    write_out = os.fsync
+
+    def fsync(file):
+        if stat.S_ISDIR(os.fstat(file).st_mode):
+            raise OSError(number, os.strerror(number))
+        write_out(file)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    code = bus_server.main(["invite", "ann", "--yes", "--db", str(tmp_path / "bus.db")])
+    out, err = capsys.readouterr()
+    assert code == (2 if number == errno.EIO else 0) and bool(re.search("abt_[0-9a-f]{8}_", out)) is (code == 0), err
 
 
 def test_a_name_that_no_file_can_have_is_no_bus(tmp_path):

@@ -8,6 +8,7 @@ import os
 import pathlib
 import resource
 import socket
+import stat
 import subprocess
 import time
 import types
@@ -285,6 +286,23 @@ def test_a_clock_that_is_wrong_for_a_moment_removes_no_file(tmp_path, monkeypatc
     bus.loop.in_thread(lambda: None, looked.append)
     done_by(bus, lambda: looked)
     assert (tmp_path / "bus.db.blobs" / file).exists()
+    inside.close(bus)
+
+
+def test_a_file_is_stored_where_a_folder_cannot_be_written_out(tmp_path, monkeypatch):
+    """As on CIFS and 9p: the file had its name, and its sender was told 507."""
+    write_out = os.fsync
+
+    def fsync(file):
+        if stat.S_ISDIR(os.fstat(file).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        write_out(file)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    bus, text = inside.make(tmp_path / "bus.db"), {"some": "text"}
+    answer = request(bus, "PUT", f"/blob/{name(json.dumps(text).encode())}", text)
+    done_by(bus, answer)
+    assert answer()[0] == 201
     inside.close(bus)
 
 
