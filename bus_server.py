@@ -6325,19 +6325,21 @@ def prune(arguments: Sequence[str]) -> None:
     parser.add_argument("--dry-run", action="store_true", help="only print how many there are")
     options = parser.parse_args(arguments)
     before = max(wall_clock() - int(options.older * 1000000), 0)
-    old, pending = count_old(existing(options.db), before)
-    going = old if options.pending else old - pending
-    stay = f"; unfetched or not done, so they stay: {pending} (--pending removes them too)" if old > going else ""
-    print(f"messages from before {iso(before)}: {old}{stay}")
-    if going and not options.dry_run:
-        with turn_to_prune(options.db):
-            try:
-                remove_old(options.db, before, not options.pending, old - going)
-            except KeyboardInterrupt:
-                time.sleep(2 * Deadlines.SLOT)  # by then a running server has stopped, too
-                print(f"stopped: {old - count_old(options.db, before)[0]} removed")
-                raise
-        print(f"{old - count_old(options.db, before)[0]} removed")
+    path = existing(options.db)
+    with contextlib.nullcontext() if options.dry_run else turn_to_prune(path):
+        old, pending = count_old(path, before)
+        going = old if options.pending else old - pending
+        stay = f"; unfetched or not done, so they stay: {pending} (--pending removes them too)" if old > going else ""
+        print(f"messages from before {iso(before)}: {old}{stay}")
+        if options.dry_run or not going:
+            return
+        try:
+            remove_old(path, before, not options.pending, old - going)
+        except KeyboardInterrupt:
+            time.sleep(2 * Deadlines.SLOT)  # by then a running server has stopped, too
+            print(f"stopped: {old - count_old(path, before)[0]} removed")
+            raise
+        print(f"{old - count_old(path, before)[0]} removed")
 
 
 def count_old(path: str, before: int) -> tuple[int, int]:
@@ -6380,7 +6382,11 @@ def turn_to_prune(path: str) -> Iterator[None]:
     except OSError as error:
         raise Unusable(f"cannot use the database {path}: {unwritable(path, error)}") from None
     with turn:
-        fcntl.flock(turn, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(turn, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for a prune of {path} that is under way", file=sys.stderr)
+            fcntl.flock(turn, fcntl.LOCK_EX)
         yield
 
 
