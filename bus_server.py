@@ -6645,14 +6645,18 @@ def copy_file(name: str, there: int, here: int, target: str) -> None:
     with os.fdopen(os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=there), "rb") as old:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(part, dir_fd=here)
-        with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600, dir_fd=here), "wb") as new:
-            shutil.copyfileobj(old, new)
-            new.flush()
-            os.fsync(new.fileno())
-            age = os.fstat(old.fileno())
-            os.utime(new.fileno(), ns=(age.st_atime_ns, age.st_mtime_ns))
-            give_to_owner(new.fileno(), target)
-    os.replace(part, name, src_dir_fd=here, dst_dir_fd=here)
+        try:
+            with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600, dir_fd=here), "wb") as new:
+                shutil.copyfileobj(old, new)
+                new.flush()
+                os.fsync(new.fileno())
+                age = os.fstat(old.fileno())
+                os.utime(new.fileno(), ns=(age.st_atime_ns, age.st_mtime_ns))
+                give_to_owner(new.fileno(), target)
+            os.replace(part, name, src_dir_fd=here, dst_dir_fd=here)
+        finally:
+            with contextlib.suppress(FileNotFoundError):  # if it failed: the disk may be full
+                os.unlink(part, dir_fd=here)
     write_out(here)
 
 

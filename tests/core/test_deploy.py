@@ -1,5 +1,6 @@
 """What deploy/ holds works as it is: real proxies in front of a real bus, with only names and ports replaced."""
 import contextlib
+import errno
 import hashlib
 import http.client
 import itertools
@@ -668,6 +669,27 @@ def test_what_says_that_a_restore_was_cut_off_names_no_other_place(tmp_path):
     (tmp_path / "bus.db.restoring").write_text(str(tmp_path / "another"))
     assert documented("restore", tmp_path)[0] == 0
     assert (tmp_path / "another").read_text() == "stays"
+
+
+@pytest.mark.parametrize("part", ["copy.db.new.part", "copy.db.blobs"])
+def test_a_backup_that_fails_leaves_no_part(part, tmp_path, monkeypatch):
+    """Root makes the copy elsewhere first. What had come of it stayed on the disk that was full."""
+    with Server(tmp_path / "bus.db") as bus:
+        put(bus, b"a file")
+    place = tmp_path / "place"
+    place.mkdir()
+    place.chmod(0o777)
+    copy = shutil.copyfileobj
+
+    def full(old, new):
+        copy(old, new)
+        if part in os.readlink(f"/proc/self/fd/{new.fileno()}"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(shutil, "copyfileobj", full)
+    with pytest.raises(bus_server.Unusable, match="No space left on device"):
+        bus_server.backup([str(place / "copy.db"), "--db", str(tmp_path / "bus.db")])
+    assert [each for each in place.rglob("*") if each.is_file()] == []
 
 
 # ── As it may be ─────────────────────────────────────────────────────────────────────────────────────────────────────
