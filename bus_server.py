@@ -554,12 +554,12 @@ class Report:
                     line, self.dropped = f"bus_server: {self.dropped} lines were dropped here\n{line}", 0
                 line() if callable(line) else print(line, file=sys.stderr, flush=True)
 
-    def flush(self, patience: float) -> None:
-        """Wait until all lines are written, for at most `patience` seconds."""
+    def flush(self, patience: float) -> bool:
+        """Wait until all lines are written, for at most `patience` seconds; are they?"""
         over = threading.Event()
         self.start()
         self.lines.put(over.set)  # also if ROOM lines wait
-        over.wait(patience)
+        return over.wait(patience)
 
 
 REPORT = Report()
@@ -6708,10 +6708,17 @@ def run_command(name: str, *arguments: str) -> int:
     except OSError as error:
         if error.filename:
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python would try again at exit, and complain
         if isinstance(error, BrokenPipeError):  # nobody reads us any more
             return 0
         raise Unusable(f"cannot write the output: {error.strerror}") from None
+
+
+def let_go(number: int, stream: Any) -> None:
+    """Drop what cannot be written: Python would try again at exit, complain, and exit with 120."""
+    try:
+        print(end="", file=stream, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), number)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -6740,7 +6747,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:  # in a command, or before the server listens
         return 130
     finally:
-        REPORT.flush(1.0)
+        let_go(1, sys.stdout)
+        if REPORT.flush(1.0):  # else its thread has stderr, and waits
+            let_go(2, sys.stderr)
 
 
 if __name__ == "__main__":

@@ -392,13 +392,19 @@ def test_a_command_whose_output_cannot_be_written_says_so_and_leaves_no_token_th
     assert run("tokens", "--db", bus.db)[1] == "no tokens: the bus is open\n"
 
 
-def test_a_bus_starts_where_nobody_can_read_what_it_says(tmp_path):
+@pytest.mark.parametrize("both", [False, True])
+def test_a_bus_starts_where_nobody_can_read_what_it_says(tmp_path, both):
     port = free_port()
     with open("/dev/full", "wb") as full:
         command = [sys.executable, str(ROOT / "bus_server.py"), "--port", str(port), "--db", str(tmp_path / "bus.db")]
-        with subprocess.Popen(command, stdout=full, stderr=subprocess.DEVNULL) as process:
-            wait_until(lambda: bus_server.is_bus("127.0.0.1", port))
-            process.terminate()
+        options = {"stdout": full, "stderr": full if both else subprocess.DEVNULL}
+        with subprocess.Popen([*command, "--verbose"], **options) as process:
+            try:
+                wait_until(lambda: bus_server.is_bus("127.0.0.1", port))
+                process.terminate()
+                assert process.wait(PATIENCE) == 0, "systemd would call it failed"
+            finally:
+                process.kill()
 
 
 @pytest.mark.parametrize("command", ["invite", "take back", "backup", "restore"])
