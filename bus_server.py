@@ -5170,8 +5170,10 @@ class Retention:
         most = max(self.keep / 4, self.SLACK) if self.keep else math.inf
         jump = min(self.JUMP, most)
         if self.looked is None:  # the bus has just started; nobody may have sent for some hours
-            # What was sent just now proves nothing: it had the same clock.
-            [tick] = self.bus.view.ask("SELECT max(tick) FROM messages WHERE tick < ?", int((wall - jump) * 1000000))
+            # What was sent just now proves nothing: it had the same clock. What is a little older must be young enough
+            # for the jump that is allowed below, or a clock that is right would never be trusted.
+            just = min(self.JUMP, most / 8)
+            [tick] = self.bus.view.ask("SELECT max(tick) FROM messages WHERE tick < ?", int((wall - just) * 1000000))
             self.looked, self.steady = (tick or self.bus.last) / 1000000 or wall, steady
             jump = min(self.JUMP * 24, most)
         moved = wall - self.looked - (steady - self.steady)

@@ -484,6 +484,19 @@ def test_a_start_with_a_clock_that_is_wrong_removes_nothing(tmp_path, keep, ahea
         wait_until(lambda: kept(bus) == [])
 
 
+@pytest.mark.parametrize("keep", ["30d", "12h", "1h", "10m", "1m"])
+def test_a_start_with_a_clock_that_is_right_removes_what_is_too_old(tmp_path, keep):
+    """Of a bus that is used. With a `--keep` below four hours each start distrusted its clock, for an hour."""
+    wall, step = bus_server.wall_clock(), int(bus_server.duration(keep) * 1000000) // 50
+    one = bus_server.draft({"from": "ann", "to": "bob", "msg": "x"}, None)
+    with contextlib.closing(bus_server.State(str(tmp_path / "bus.db"))) as state:
+        for age in range(60, 0, -1):
+            state.apply([bus_server.Put([one])], bus_server.Now(wall - age * step, 0))
+    with Server(tmp_path / "bus.db", "--keep", keep) as bus:
+        wait_until(lambda: len(kept(bus)) <= 50)
+        assert "nothing is removed for an hour" not in bus.log.read_text()
+
+
 @pytest.mark.parametrize("keep, ahead", [("30d", 31 * DAY), ("10m", 3000)])
 def test_a_second_start_with_a_wrong_clock_removes_nothing(tmp_path, keep, ahead):
     """What was sent before it, by the same clock, does not say that this clock is right."""
