@@ -6103,9 +6103,9 @@ def tcp_listener(bus: Bus, options: argparse.Namespace, tls: ssl.SSLContext | No
     sock = listen(options.host, options.port)
     host, port = sock.getsockname()[:2]
     if host == "::" and sock.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY):
-        print("WARNING: this machine lets [::] take IPv6 only: start with --host 0.0.0.0 for IPv4", file=sys.stderr)
+        say("WARNING: this machine lets [::] take IPv6 only: start with --host 0.0.0.0 for IPv4")
     if not is_loopback(options.host) and not bus.gate.tokens.closed:
-        print(f"WARNING: anyone who can reach {host}:{port} can read and send every message", file=sys.stderr)
+        say(f"WARNING: anyone who can reach {host}:{port} can read and send every message")
     return f"http{'s' if tls else ''}://{f'[{host}]' if ':' in host else host}:{port}", Listener(bus.door, sock, tls)
 
 
@@ -6740,7 +6740,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         was_there = os.path.isdir(folder) or options.db == default_path()
         with contextlib.closing(options.front.open_state(options) if options.front else State(options.db)) as state:
             if not was_there:
-                print(f"there was no folder {folder}: it is made for the database", file=sys.stderr)
+                say(f"there was no folder {folder}: it is made for the database")
             return run_server(options, state)
     except (Unusable, PermissionError) as error:  # the latter has the path in its text
         own = re.search(r"agent[-_]bus(\.py)? [a-z]+$", sys.argv[0])

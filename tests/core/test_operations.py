@@ -396,7 +396,7 @@ def test_a_command_whose_output_cannot_be_written_says_so_and_leaves_no_token_th
 def test_a_bus_starts_where_nobody_can_read_what_it_says(tmp_path, both):
     port = free_port()
     with open("/dev/full", "wb") as full:
-        command = [sys.executable, str(ROOT / "bus_server.py"), "--port", str(port), "--db", str(tmp_path / "bus.db")]
+        command = [sys.executable, str(ROOT / "bus_server.py"), "--port", str(port), "--db", f"{tmp_path}/new/bus.db"]
         options = {"stdout": full, "stderr": full if both else subprocess.DEVNULL}
         with subprocess.Popen([*command, "--verbose"], **options) as process:
             try:
