@@ -397,7 +397,8 @@ def test_a_bus_starts_where_nobody_can_read_what_it_says(tmp_path, both):
     port = free_port()
     with open("/dev/full", "wb") as full:
         command = [sys.executable, str(ROOT / "bus_server.py"), "--port", str(port), "--db", f"{tmp_path}/new/bus.db"]
-        options = {"stdout": full, "stderr": full if both else subprocess.DEVNULL}
+        buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+        options = {"stdout": full, "stderr": full if both else subprocess.DEVNULL, "env": buffered}
         with subprocess.Popen([*command, "--verbose"], **options) as process:
             try:
                 wait_until(lambda: bus_server.is_bus("127.0.0.1", port))
