@@ -1,6 +1,7 @@
 """What fronts say of themselves in the ledger, and that no front is stopped by what only another one understands."""
 import contextlib
 import json
+import os
 import sqlite3
 
 import pytest
@@ -266,3 +267,10 @@ def test_an_older_front_that_is_silent_for_long_stops_when_it_comes_back(fronts,
     settle(a)
     assert a.broken and "an entry of format 2: upgrade this front" in inside.said(capfd)
     assert ask(a, "POST", "/send", {"from": "ann", "to": "bob", "msg": "x"})[0] == 503
+
+
+def test_a_pipe_in_the_place_of_its_name_holds_up_no_front(tmp_path):
+    """Another user may have left it, where others may create files."""
+    os.mkfifo(tmp_path / "a.db.front")
+    with pytest.raises(Unusable, match=r"a\.db\.front is no plain file of yours"):
+        heartbeat.name_of(str(tmp_path / "a.db"))
