@@ -970,9 +970,6 @@ ENDS = [it for it in (signal.SIGTERM, getattr(signal, "SIGHUP", 0)) if it and si
 # The outputs. Each moves the cursor as soon as a message is out, and not before.
 
 
-END = object()  # behind the last message of an answer
-
-
 def show_blocks(reader: Reader, answers: Iterator[dict[str, Any]], settle: float = SETTLE_SECONDS) -> None:
     """Messages that arrived together are written together, as many as one event of a Monitor holds.
 
@@ -980,21 +977,21 @@ def show_blocks(reader: Reader, answers: Iterator[dict[str, Any]], settle: float
     """
     budget, wrote = float(BURST), float("-inf")  # wrote: time of the last write
     for answer in answers:
-        text, last = "", None
-        for message in (*answer["messages"], END):
-            more = "" if message is END else block(message, reader.names[0], reader.bus_time)
-            if text and (message is END or units(text + more) > WRITE_UNITS):
-                now = reader.clock.monotonic()
-                budget = min(BURST, budget + (now - wrote) / EVERY_SECONDS) - 1
-                reader.clock.sleep(max(wrote + APART_SECONDS - now, -budget * EVERY_SECONDS, 0))
-                budget, wrote = max(budget, 0), reader.clock.monotonic()
-                emit(text)
-                while settle and unread_output():  # a busy Monitor may expire before it reads this
-                    reader.clock.sleep(settle)
-                reader.clock.sleep(settle)  # if we are killed in here, we show it again
-                reader.cursor.pass_over(last)
-                text = ""
-            text, last = text + more, message
+        waiting = [(block(one, reader.names[0], reader.bus_time), one) for one in answer["messages"]]
+        while waiting:
+            text, last = waiting.pop(0)
+            while waiting and units(text + waiting[0][0]) <= WRITE_UNITS:
+                more, last = waiting.pop(0)
+                text += more
+            now = reader.clock.monotonic()
+            budget = min(BURST, budget + (now - wrote) / EVERY_SECONDS) - 1
+            reader.clock.sleep(max(wrote + APART_SECONDS - now, -budget * EVERY_SECONDS, 0))
+            budget, wrote = max(budget, 0), reader.clock.monotonic()
+            emit(text)
+            while settle and unread_output():  # a busy Monitor may expire before it reads this
+                reader.clock.sleep(settle)
+            reader.clock.sleep(settle)  # if we are killed in here, we show it again
+            reader.cursor.pass_over(last)
 
 
 def unread_output() -> int:
