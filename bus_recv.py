@@ -918,8 +918,7 @@ def fitted(text: str) -> str:
 
     width, rows = max(shutil.get_terminal_size().columns, 4), list[str]()
     wide = re.compile("[\u1100-\u115f\u2300-\u23ff\u25fd-\u27bf\u2b00-\ud7a3\uf900-\uff60\uffe0-\U0010ffff]")
-    for line in text.expandtabs().split("\n"):
-        cells = wide.sub("\0\\g<0>", line)
+    for cells in wide.sub("\0\\g<0>", text.expandtabs()).split("\n"):
         rows += [cells[:width], *(f"|+{cells[at : at + width - 3]}" for at in range(width, len(cells), width - 3))]
     return "\n".join(rows).replace("\0", "")
 
