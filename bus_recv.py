@@ -253,8 +253,8 @@ class Reader:
         if self.bus == OLD_CONTRACT:
             now = min(str(answer.get("now")), f"{self.clock.time() + AHEAD_SECONDS:.6f}", key=seconds_of)
             since = {"last": "0", "now": now}.get(since, since)
-        elif since == "now" or seconds_of(since) > seconds_of(self.cursor.at):
-            self.tell_passed(since)
+        elif (end := float("inf") if since == "now" else seconds_of(since)) > seconds_of(self.cursor.at):
+            self.tell_passed(end)
         self.cursor.at = since
 
     def close(self) -> None:
@@ -264,9 +264,8 @@ class Reader:
                 ack = "false" if self.cursor.backlog else "true"
                 ask(self.url, f"/recv?peek=true&ack={ack}&leave=true&max=1&{self.query()}", LEAVE_SECONDS)
 
-    def tell_passed(self, since: str) -> None:
-        """Warn of the mail between the saved cursor and `since`: we do not get it. A look (peek) takes none of it."""
-        end = float("inf") if since == "now" else seconds_of(since)
+    def tell_passed(self, end: float) -> None:
+        """Warn of the mail between the saved cursor and `end`: we do not get it. A look (peek) takes none of it."""
         with contextlib.suppress(Refused, Unreachable, LookupError, TypeError):  # it is only a warning
             answer, _ = ask(self.url, f"/recv?peek=true&{self.query()}", GRACE_SECONDS)
             passed = [one for one in answer["messages"] if 0 < seconds_of(one) <= end]
