@@ -415,11 +415,10 @@ class Cursor:
     def move(self, since: str) -> None:
         """Save that everything up to `since` was received, unless there is a backlog before it."""
         self.at, new = since, f"{self.path}~{os.getpid()}"
-        if self.backlog:
-            return
-        with private_file(new, os.O_WRONLY | os.O_TRUNC, "w") as file:
-            file.write(f"{since}\n")
-        os.replace(new, self.path)
+        if not self.backlog:
+            with private_file(new, os.O_WRONLY | os.O_TRUNC, "w") as file:
+                file.write(f"{since}\n")
+            os.replace(new, self.path)
 
     def has_read(self, message: Any) -> bool:
         """Was this message read before the session that reads was renamed?"""
