@@ -326,10 +326,9 @@ class SessionReader(Reader):
     def follow(self, hold: float) -> float:
         """Take the names that the session has now. On a machine with sessions a poll is short, to hear of new ones."""
         sessions = os.path.join(state_directory(), "names", file_name(self.url), file_name(self.channel))
-        mine, lines = self.names, ""
+        mine, until = self.names, dict[str, str]()
         with contextlib.suppress(OSError), open(f"{sessions}~{file_name(mine[0])}", encoding="ascii") as file:
-            lines = file.read()
-        until = dict(re.findall(r"^(\S+) ([0-9]+)$", lines, re.MULTILINE))
+            until = dict(re.findall(r"^(\S+) ([0-9]+)$", file.read(), re.MULTILINE))
         if names := [name for name in until if int(until[name]) > self.clock.time()]:
             self.names = [*names, *(name for name in mine if name not in until)]
         if self.names[0] != mine[0]:
