@@ -556,9 +556,8 @@ def called(program: str, command: str) -> str:
     import shlex
 
     here, (file, *words) = os.path.dirname(os.path.realpath(__file__)), program.split()
-    places = [os.path.join(here, folder, file) for folder in ("", "tools", "agent_bus_tools")]
-    for path in filter(os.path.exists, places):
-        program = shlex.join(["python3", path, *words])
+    places = [os.path.join(here, folder, file) for folder in ("agent_bus_tools", "tools", "")]
+    program = next((shlex.join(["python3", path, *words]) for path in filter(os.path.exists, places)), program)
     return f"agent-bus {command}" if "agent-bus" in os.path.basename(sys.argv[0]) else program
 
 
