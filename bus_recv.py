@@ -919,14 +919,13 @@ def fitted(text: str) -> str:
     return "\n".join(rows).replace("\0", "")
 
 
-def cut(lines: Sequence[str], number: str) -> list[str]:
+def cut(lines: Sequence[str], id: str) -> list[str]:
     """Lines for a Monitor: none is too long, and all fit into one write."""
     room, width = WRITE_UNITS - LINE_UNITS - 120, LINE_UNITS - 2  # 120 for the line about the rest
     parts = [("|+" if part else "") + piece for line in lines for part, piece in enumerate(pieces(line, width))]
     kept = [part for part in parts if (room := room - units(part) - 1) >= 0]
     rest = sum(len(part) - 1 for part in parts[len(kept) :])  # without the prefix of two, with the end of a line
-    again = f"{called('bus_recv.py', 'recv')} --read {word(number)}"
-    return [*kept, f"|~ {rest} more characters: {again}"] if rest else kept
+    return [*kept, f"|~ {rest} more characters: {called('bus_recv.py', 'recv')} --read {word(id)}"] if rest else kept
 
 
 def units(text: str) -> int:
