@@ -73,7 +73,7 @@ BURST, EVERY_SECONDS, APART_SECONDS, SETTLE_SECONDS = 8, 2.1, 0.3, 0.3
 BACKLOG, EARLY = 20, 3  # messages that may wait until they are a backlog; urgent ones of it that are shown
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@-]{0,63}")
-DECIMAL = re.compile(r"[0-9]{1,10}(\.[0-9]{1,9})?")  # s since 1970: the form of a cursor
+DECIMAL = re.compile(r"[0-9]{1,10}(?:\.[0-9]{1,9})?")  # s since 1970: the form of a cursor
 # An id of digits alone is one if its time is so near, else it may be milliseconds. An answer may be so far ahead of our
 # clock and our cursor; a bus takes as much from a cursor.
 TEN_YEARS, AHEAD_SECONDS = 10 * 365.25 * 86400, 300.0
@@ -219,7 +219,7 @@ class Reader:
         # Longer holds again, but slowly: each step too far costs a poll.
         self.hold = self.hold if answer["messages"] else min(self.hold * 1.1, self.wait)
         if "gap" in answer:
-            found = re.findall(r"[0-9]{1,10}(?:\.[0-9]{1,9})?", dump(answer["gap"]))[:2]
+            found = DECIMAL.findall(dump(answer["gap"]))[:2]
             self.announce(f"messages are no longer on the bus: {' to '.join(map(iso, found))}")
         return answer
 
