@@ -65,7 +65,7 @@ import threading
 import time
 import traceback
 import zlib
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left, bisect_right, insort
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from email.utils import formatdate
@@ -4091,9 +4091,7 @@ class Mailboxes:
         self.lost = 0  # up to this tick messages may be lost by damage
         self.forgotten = 0  # highest tick removed from a forgotten mailbox, which has no mark of its own any more
         self.boxes = {(row[0], row[1]): Mailbox(*row[2:]) for row in stored}
-        self.ordered = sorted(self.boxes)
-        self.unordered: list[tuple[str, str]] = []  # those that came since the last sort
-        self.dropped: set[tuple[str, str]] = set()  # those in the two lists that have gone
+        self.ordered = sorted(self.boxes)  # their keys
         self.removed = max((box.removed for box in self.boxes.values()), default=0)  # no message above was removed
         self.highest = max((box.newest for box in self.boxes.values()), default=0)
         self.changed: set[tuple[str, str]] = set()  # mailboxes whose marks are newer than on disk
@@ -4110,29 +4108,19 @@ class Mailboxes:
         box = self.boxes.get((channel, own))
         if box is None:
             box = self.boxes[channel, own] = Mailbox()
-            if (channel, own) not in self.dropped:
-                self.unordered.append((channel, own))
-            self.dropped.discard((channel, own))
+            insort(self.ordered, (channel, own))
         return box
 
     def keys(self, after: tuple[str, str]) -> Iterator[tuple[str, str]]:
         """The mailboxes that come after one, in the order of channel and name."""
-        if self.unordered:
-            self.ordered += self.unordered
-            self.ordered.sort()  # a list that is nearly in order takes a twentieth of the time
-            self.unordered = []
-        return (key for key in islice(self.ordered, bisect_right(self.ordered, after), None) if key not in self.dropped)
+        return islice(self.ordered, bisect_right(self.ordered, after), None)
 
     def drop(self, keys: Iterable[tuple[str, str]]) -> None:
         for key in keys:
             box = self.boxes.pop(key, None)
             if box:
                 self.forgotten = max(self.forgotten, box.removed)
-                self.dropped.add(key)
-        if len(self.dropped) > len(self.boxes) // 4:  # not each time, because there may be a hundred thousand
-            self.ordered = [key for key in self.ordered if key in self.boxes]
-            self.unordered = [key for key in self.unordered if key in self.boxes]
-            self.dropped = set()
+                del self.ordered[bisect_left(self.ordered, key) : bisect_right(self.ordered, key)]
 
     def new(self, channel: str, names: Sequence[str]) -> int:
         """How many of these names have no mailbox yet. `all` counts only if it is the one name: each poll has it."""

@@ -71,14 +71,13 @@ class Similar:
         return bool(box and box.seen) or own in self.bus.gate.tokens.named
 
     def near(self, channel: str, unknown: str) -> Iterator[str]:
-        """Names that are beside this one in the order of names, in each case; then new names, and those with tokens."""
-        ordered, new = self.bus.mailboxes.ordered, self.bus.mailboxes.unordered
+        """Names that are beside this one in the order of names, in each case; then those with tokens."""
+        ordered = self.bus.mailboxes.ordered
         for each in (unknown, unknown.lower(), unknown.capitalize(), unknown.upper()):
             place = bisect_left(ordered, (channel, each))
             for at in sorted(range(max(place - self.NEAR, 0), place + self.NEAR), key=lambda at: abs(at - place)):
                 if at < len(ordered) and ordered[at][0] == channel:
                     yield ordered[at][1]
-        yield from (own for its, own in islice(reversed(new), self.NEAR) if its == channel)
         yield from islice(self.bus.gate.tokens.named, self.NEAR)
 
 

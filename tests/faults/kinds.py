@@ -632,12 +632,11 @@ KINDS = [
          "`Loop.gradually()` without `timely()` (the first and last); `Bus.found()` (the first) or `Bus.over()` (the "
          "second) does not call `ends_if_revoked()`"),
     Kind("all names are walked to forget some",
-         "200 names in a transaction, the next ones after its commit; the list of names is made anew when a quarter of "
-         "it has gone",
+         "200 names in a transaction, the next ones after its commit; each leaves the list of names where it is",
          (f"{TURNS}::test_names_are_forgotten_one_slice_after_the_other",
           f"{TURNS}::test_to_forget_some_names_walks_the_others_seldom"),
-         "`forget_names()` calls `go_on()` also beside a commit (the first); `Mailboxes.drop()` always makes the list "
-         "anew, or `box()` lists a name twice (the last)"),
+         "`forget_names()` calls `go_on()` also beside a commit (the first); `Mailboxes.drop()` makes the list anew, "
+         "or `box()` lists a name twice (the last)"),
     Kind("all who wait are asked about each message: readers",
          "a turn matches and answers polls for 10 ms, the rest follow; what they are about to get is not recalled",
          (f"{TURNS}::test_readers_are_told_of_many_messages_in_turns_and_miss_none",
