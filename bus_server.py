@@ -2752,11 +2752,11 @@ IN_PLACES, IN_MESSAGES = (
     for them in ("runs JOIN places USING (run) WHERE upto > 0", "messages WHERE tick <= (SELECT max(upto) FROM runs)")
 )
 ITS_KEYS = """(SELECT json_extract(value, '$[0]') AS its_sender, json_extract(value, '$[1]') AS its_channel,
-    json_extract(value, '$[2]') AS its_key FROM json_each(?))"""
-EARLIER = f"""SELECT tick, sender, channel, key, name FROM {ITS_KEYS}
+    json_extract(value, '$[2]') AS its_key FROM json_each(?1))"""
+EARLIER = f"""SELECT tick, key, sender, channel, name, '', NULL FROM {ITS_KEYS}
     CROSS JOIN messages ON key = its_key AND sender = its_sender
-    CROSS JOIN mailboxes ON mailbox = id AND channel = its_channel"""
-EARLIER_REMOVED = f"""SELECT tick, key, sender, channel, name, hash, sum FROM {ITS_KEYS}
+    CROSS JOIN mailboxes ON mailbox = id AND channel = its_channel
+    UNION ALL SELECT tick, key, sender, channel, name, hash, sum FROM {ITS_KEYS}
     CROSS JOIN keys ON key = its_key AND sender = its_sender AND channel = its_channel"""
 KEYED = f"""SELECT {ROW}, key FROM messages JOIN mailboxes ON mailbox = id
     WHERE tick IN (SELECT value FROM json_each(?)) AND key IS NOT NULL"""
@@ -3391,7 +3391,6 @@ class State(Rows):
         self.tail = self.index.tail
         self.counts = {key: (number, n) for key, (number, n, _) in self.newest().items()}
         self.mailboxes_made = max((number for number, _ in self.counts.values()), default=0)
-        self.keeps_keys = bool(self.ask("SELECT 1 FROM keys LIMIT 1"))
         self.forget_list()
         self.stale = False  # what is in memory is what the file has
 
@@ -3502,15 +3501,11 @@ class State(Rows):
                     texts[one.sender, one.channel, one.key].add(one.text)
         if not texts:
             return found
-        asked = (encode([*texts]),)
-        copies = [(*row, "") for row in self.writing.execute(EARLIER, asked).fetchall()]
-        for *row, check in self.writing.execute(EARLIER_REMOVED, asked).fetchall() if self.keeps_keys else ():
+        for *row, check in sorted(self.writing.execute(EARLIER, (encode([*texts]),)).fetchall()):
             tick, key, sender, channel, to, its_hash = row
-            if zlib.crc32(repr(row).encode()) == check:
-                copies.append((tick, sender, channel, key, to, its_hash))
-            else:
+            if check not in (None, zlib.crc32(repr(row).encode())):
                 self.damaged(f"the key {key} of {sender}")
-        for tick, sender, channel, key, to, its_hash in sorted(copies):
+                continue
             its = sender, channel, key
             known = found.get(its) or self.first_copy(tick, its_hash, texts[its])
             if known:
@@ -3539,7 +3534,6 @@ class State(Rows):
             each = self.checked(row)
             if each:
                 rows.append([each.tick, key, each.sender, each.channel, each.to, hash_of(each.text)])
-        self.keeps_keys = self.keeps_keys or bool(rows)
         self.writing.executemany(
             "INSERT OR REPLACE INTO keys VALUES (?, ?, ?, ?, ?, ?, ?)",
             [(*row, zlib.crc32(repr(row).encode())) for row in rows],
