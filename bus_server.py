@@ -2183,6 +2183,15 @@ def unwritable(path: str, error: Exception) -> str:
     return f"{found[0]}; --db gives another place" if found else str(getattr(error, "strerror", None) or error)
 
 
+@contextlib.contextmanager
+def or_unusable(what: str, why: Callable[..., object] = attrgetter("strerror"), fault: Any = OSError) -> Iterator[None]:
+    """Unusable, if an error of these kinds is raised: what could not be done, and the words for the error."""
+    try:
+        yield
+    except fault as error:
+        raise Unusable(f"{what}: {why(error)}") from None
+
+
 def check_owner(its: os.stat_result, path: str) -> None:
     """Planted, unless this is a plain file of a user who may say what lies beside the database."""
     folder = os.stat(pathlib.Path(path).parent)
@@ -2343,18 +2352,16 @@ class Tokens:
 
     def change(self, change: Callable[[list[Row]], list[Row]]) -> None:
         """Write the file anew, one command at a time."""
-        try:
-            with open_beside(f"{self.path}.lock") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)
-                if rows := change(self.rows()):
-                    with written_anew(self.path) as file:
-                        file.writelines(f"{encode(row)}\n" for row in rows)
-                else:  # the first one is taken back
-                    pathlib.Path(self.path).unlink(missing_ok=True)
-                    keep_names(self.path)
-            time.sleep(2 * Deadlines.SLOT)  # until a running server has looked
-        except OSError as error:
-            raise Unusable(f"cannot write the tokens in {self.path}: {unwritable(self.path, error)}") from None
+        failed = f"cannot write the tokens in {self.path}"
+        with or_unusable(failed, partial(unwritable, self.path)), open_beside(f"{self.path}.lock") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if rows := change(self.rows()):
+                with written_anew(self.path) as file:
+                    file.writelines(f"{encode(row)}\n" for row in rows)
+            else:  # the first one is taken back
+                pathlib.Path(self.path).unlink(missing_ok=True)
+                keep_names(self.path)
+        time.sleep(2 * Deadlines.SLOT)  # until a running server has looked
 
     def grant(self, authorization: str) -> Grant:
         """What this Authorization header allows, or 401."""
@@ -3313,7 +3320,8 @@ class State(Rows):
         if not memory:
             check_names(path)
         self.lock = None if memory else locked(path)
-        try:
+        faults = sqlite3.Error, UnicodeDecodeError  # the latter: SQLite's error has unreadable text
+        with or_unusable(f"cannot use the database {path}", partial(unwritable, path), faults):
             commits = [] if memory else commits_in_wal(f"{path}-wal")
             connect = partial(sqlite3.connect, target, isolation_level=None, check_same_thread=False, uri=memory)
             self.writing = connect(cached_statements=128, timeout=BUSY_SECONDS)
@@ -3333,8 +3341,6 @@ class State(Rows):
             self.check_use()
             self.reload()
             self.announced = self.last  # of the last list that was applied
-        except (sqlite3.Error, UnicodeDecodeError) as error:  # the latter: SQLite's error has unreadable text
-            raise Unusable(f"cannot use the database {path}: {unwritable(path, error)}") from None
 
     def check_use(self) -> None:
         """Unusable, if the file is a front's copy of a ledger: what is written to it alone would be nowhere else."""
@@ -3779,15 +3785,14 @@ def restoring(path: str) -> str:
 
 def locked(path: str) -> IO[str]:
     """The file PATH.lock, locked until it is closed or this process ends. A reader with sqlite3 needs no lock."""
-    try:
+    with or_unusable(f"cannot use the database {path}", partial(unwritable, path)):
         lock = open_beside(lock_file(path))
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            by = lock.readline().strip() or "another bus_server"  # State.sign() wrote it
+            raise InUse(f"the database {path} is in use by {by}: stop that bus, or give another --db") from None
         lock.truncate(0)  # it may name a bus that was killed
-    except BlockingIOError:
-        by = lock.readline().strip() or "another bus_server"  # State.sign() wrote it
-        raise InUse(f"the database {path} is in use by {by}: stop that bus, or give another --db") from None
-    except OSError as error:
-        raise Unusable(f"cannot use the database {path}: {unwritable(path, error)}") from None
     return lock
 
 
@@ -5915,10 +5920,8 @@ def load_extensions(without: Collection[str]) -> dict[str, ModuleType]:
     modules = {}
     for file in sorted(folder_of("bus_extensions", "agent_bus_extensions").glob("[a-z]*.py")):
         if file.stem not in without:
-            try:
+            with or_unusable(f"cannot load the extension {file}", str, Exception):
                 modules[file.stem] = load(file)
-            except Exception as error:
-                raise Unusable(f"cannot load the extension {file}: {error}") from None
     return modules
 
 
@@ -6361,10 +6364,8 @@ def other_version(path: str) -> Unusable:
 @contextlib.contextmanager
 def turn_to_prune(path: str) -> Iterator[None]:
     """Wait until no other prune of this database runs. There is one file for its request to the server."""
-    try:
+    with or_unusable(f"cannot use the database {path}", partial(unwritable, path)):
         turn = open_beside(f"{prune_file(path)}.lock")
-    except OSError as error:
-        raise Unusable(f"cannot use the database {path}: {unwritable(path, error)}") from None
     with turn:
         try:
             fcntl.flock(turn, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -6404,11 +6405,9 @@ def remove_beside(path: str, before: int, fetched_only: bool, stay: int) -> None
         raise other_version(path)
     file = prune_file(path)
     try:
-        try:
-            with written_anew(str(file)) as request:
-                request.write(encode({"before": before, "fetched_only": fetched_only}))
-        except OSError as error:
-            raise Unusable(f"cannot write the request to the running server: {file}: {error.strerror}") from None
+        failed = f"cannot write the request to the running server: {file}"
+        with or_unusable(failed), written_anew(str(file)) as request:
+            request.write(encode({"before": before, "fetched_only": fetched_only}))
         while file.exists():
             if sys.stderr.isatty():
                 print(f"\r{count_old(path, before)[0] - stay} to go ", end="", file=sys.stderr)
@@ -6561,11 +6560,8 @@ def copy_bus(source: str, target: str, tokens: list[Row], old: str = "", bus: st
     files = copy_files(source, target)  # after the messages, which point to them
     give_to_owner(new, target)
     if old:
-        try:
-            with written_anew(restoring(target)) as marker:
-                marker.write(old.rpartition(".")[2])
-        except OSError as error:
-            raise Unusable(f"cannot write {restoring(target)}: {error.strerror}") from None
+        with or_unusable(f"cannot write {restoring(target)}"), written_anew(restoring(target)) as marker:
+            marker.write(old.rpartition(".")[2])
     for suffix in ("", "-wal", "-shm") if old else ():  # so named, they stay one database
         if os.path.lexists(target + suffix) and not os.path.lexists(old + suffix):  # else it was done before the cut
             os.rename(target + suffix, old + suffix)
