@@ -1224,10 +1224,6 @@ class Request:
             self.peer.closing = True
             return refusal(our_fault())
 
-    def check_method(self) -> None:
-        if self.command not in self.METHODS:
-            raise Refused(501, f"the method {self.command} is not supported")
-
     def log(self, answer: Answer) -> None:
         at = time.strftime("%d/%b/%Y %H:%M:%S")
         say(f'{self.peer.address} [{at}] "{self.line()}" {answer.status} {len(answer.body)}')
@@ -3766,10 +3762,6 @@ class View(Rows):
         return (channel, called, own or 0, read, fetched or read or 0, seen or 0, removed, *marks[5:])
 
 
-def lock_file(path: str) -> str:
-    return f"{path}.lock"
-
-
 def check_names(path: str) -> None:
     """Unusable, if this path is not the one whole name of a database."""
     if os.path.exists(path) and os.stat(path).st_nlink > 1:
@@ -3786,7 +3778,7 @@ def restoring(path: str) -> str:
 def locked(path: str) -> IO[str]:
     """The file PATH.lock, locked until it is closed or this process ends. A reader with sqlite3 needs no lock."""
     with or_unusable(f"cannot use the database {path}", partial(unwritable, path)):
-        lock = open_beside(lock_file(path))
+        lock = open_beside(f"{path}.lock")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -4144,9 +4136,8 @@ class Mailboxes:
 
     def owned(self, poll: Poll) -> None:
         """The first name of a poll is the reader's own. Until now it may have been a group, which has another mark."""
-        own = self.box(str(poll.channel), poll.names[0])
-        if not own.own and poll.me != EVERYONE:  # `all` is nobody's own
-            own.own = True
+        if poll.me != EVERYONE:  # `all` is nobody's own
+            self.box(str(poll.channel), poll.names[0]).own = True
 
     def left(self, parked: Parked, grace: float = GRACE) -> None:
         """A reader hung up, or says that it leaves: its names listen for `grace` s only, unless another waits there."""
@@ -4630,7 +4621,8 @@ class Bus:
         if method == "OPTIONS":
             return Answer(204, b"", headers=(("Allow", ", ".join(self.allowed(request))),))
         if not route:
-            request.check_method()
+            if method not in request.METHODS:
+                raise Refused(501, f"the method {method} is not supported")
             allowed = self.allowed(request)
             raise Refused(405, f"{request.route} takes {' or '.join(allowed)}", ("Allow", ", ".join(allowed)))
         if method == "HEAD" and route.takes:
@@ -5675,11 +5667,6 @@ def receipt_of(bus: Bus, message: Message, kind: int) -> tuple[str, int] | None:
     return bus.view.receipt(message, kind) or (newer and (newer.reader, newer.at))
 
 
-def read_alone(bus: Bus, message: Message) -> bool:
-    """Did a receiver read it by its id?"""
-    return bool(receipt_of(bus, message, ALONE))
-
-
 def state_of(bus: Bus, message: Message) -> tuple[str, str]:
     """The state of a message, and further members of JSON that say more."""
     box = bus.mailboxes.boxes[message.channel, message.to]
@@ -5690,7 +5677,7 @@ def state_of(bus: Bus, message: Message) -> tuple[str, str]:
         if known:
             return known
     mark = bus.mailboxes.came(message)
-    if message.tick > mark and not read_alone(bus, message):
+    if message.tick > mark and not receipt_of(bus, message, ALONE):
         return "expired" if bus.view.is_expired(message) else "queued", ""
     kind = ALONE if message.tick > mark else ACKNOWLEDGED if box.own and message.tick <= box.mark() else FETCHED
     receipt = receipt_of(bus, message, kind)
@@ -6249,7 +6236,7 @@ def invitations() -> Any:
 def running(path: str) -> str:
     """The URL of the server that uses this database; empty if none does."""
     with contextlib.suppress(InUse):
-        if os.path.exists(lock_file(path)):
+        if os.path.exists(f"{path}.lock"):
             locked(path).close()
         return ""
     return signature(path)[0]
@@ -6496,7 +6483,7 @@ def is_front(path: str) -> bool:
 def signature(path: str) -> tuple[str, str]:
     """(URL, version) of the running server, from its lock file."""
     lines = ["", ""]
-    with contextlib.suppress(OSError, Planted), opened_beside(lock_file(path)) as file:
+    with contextlib.suppress(OSError, Planted), opened_beside(f"{path}.lock") as file:
         lines[:0] = file.read().decode("ascii", "replace").splitlines()
     return lines[0], lines[1]
 

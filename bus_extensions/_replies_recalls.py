@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from bus_server import (
+    ALONE,
     RECALLED,
     Answer,
     Bus,
@@ -19,7 +20,7 @@ from bus_server import (
     no_message,
     ok,
     one_of,
-    read_alone,
+    receipt_of,
 )
 
 
@@ -53,7 +54,7 @@ def was_fetched(bus: Bus, message: Message) -> bool:
     """May a reader have it? Then it is too late to recall it."""
     deliveries = [each.delivering for each in bus.door.connections if each.delivering]
     on_its_way = any(reader.covers(upto, message) for reader, upto in deliveries)
-    return on_its_way or read_alone(bus, message) or bus.mailboxes.has_passed(message)
+    return on_its_way or bool(receipt_of(bus, message, ALONE)) or bus.mailboxes.has_passed(message)
 
 
 TOO_LATE = "it is too late to recall this message: it was fetched"
