@@ -3130,12 +3130,11 @@ class Index:
 
         A list without messages writes nothing here: when the disk is full, removing must not need more room.
         """
-        due = self.is_due(messages)
         self.size += messages
         self.owed += self.PLACES_PER_MESSAGE * messages if self.behind else 0
-        if due and self.size >= self.FLUSH_MESSAGES:
+        if messages and self.size >= self.FLUSH_MESSAGES:
             self.flush(last)
-        if due and self.owed >= self.SLICE:
+        if messages and self.owed >= self.SLICE:
             self.merge(self.owed)
             self.owed = 0
 
