@@ -4197,13 +4197,6 @@ class Mailboxes:
         box = self.box(message.channel, message.to)
         return box.reached if message.to == EVERYONE else max(box.fetched, box.read or 0)
 
-    def has_passed(self, message: Message) -> bool:
-        """May a reader have this message, above a hole or below the marks?"""
-        low, high = self.box(message.channel, message.to).above
-        on_their_way = {id(messages): messages for came in self.behind.values() for messages in came}.values()
-        passed = low < message.tick <= high or message.tick <= self.came(message)
-        return passed or any(message in messages for messages in on_their_way)
-
     def note(self, channel: str, own: str, kind: int, tick: int, reader: str) -> None:
         """Mail was fetched: keep a receipt, and tell between which ticks. Each way to fetch a message ends here."""
         if own != EVERYONE or kind == ALONE:

@@ -10,6 +10,7 @@ from bus_server import (
     Answer,
     Bus,
     Connection,
+    Mailboxes,
     Message,
     Now,
     Operation,
@@ -54,7 +55,15 @@ def was_fetched(bus: Bus, message: Message) -> bool:
     """May a reader have it? Then it is too late to recall it."""
     deliveries = [each.delivering for each in bus.door.connections if each.delivering]
     on_its_way = any(reader.covers(upto, message) for reader, upto in deliveries)
-    return on_its_way or bool(receipt_of(bus, message, ALONE)) or bus.mailboxes.has_passed(message)
+    return on_its_way or bool(receipt_of(bus, message, ALONE)) or has_passed(bus.mailboxes, message)
+
+
+def has_passed(mailboxes: Mailboxes, message: Message) -> bool:
+    """May a reader have this message, above a hole or below the marks?"""
+    low, high = mailboxes.box(message.channel, message.to).above
+    on_their_way = {id(messages): messages for came in mailboxes.behind.values() for messages in came}.values()
+    passed = low < message.tick <= high or message.tick <= mailboxes.came(message)
+    return passed or any(message in messages for messages in on_their_way)
 
 
 TOO_LATE = "it is too late to recall this message: it was fetched"
