@@ -605,10 +605,9 @@ class Loop:
 
     def __init__(self) -> None:
         self.selector = selectors.DefaultSelector()
-        self.actions: deque[Callable[[], None]] = deque()  # for the end of this turn
-        self.timers: list[tuple[float, int, Callable[[], None]]] = []  # when, on the monotonic clock; a number; what
+        self.actions: deque[Callable[[], object]] = deque()  # for the end of this turn
+        self.timers: list[tuple[float, int, Callable[[], object]]] = []  # when, on the monotonic clock; a number; what
         self.numbers = count()  # timers that are due at the same time run in the order they were set
-        self.told: deque[Callable[[], None]] = deque()  # actions from other threads
         self.unserved: dict[int, int] = {}  # sockets for which the last turn had no time: the place of each in the next
         self.signals: dict[int, Callable[[], None]] = {}
         self.sock, self.bell = socket.socketpair()
@@ -671,12 +670,12 @@ class Loop:
         if length_hint(items):
             self.soon(partial(self.gradually, action, failed, items))
 
-    def insist(self, action: Callable[[], None]) -> None:
+    def insist(self, action: Callable[[], object]) -> None:
         """Call `action`; after an exception call it again in RETRY seconds, because somebody may wait for it."""
         if not self.attempt(action):
             self.later(self.RETRY, action)
 
-    def later(self, patience: float, action: Callable[[], None]) -> None:
+    def later(self, patience: float, action: Callable[[], object]) -> None:
         """Call `action` in `patience` seconds."""
         heapq.heappush(self.timers, (time.monotonic() + patience, next(self.numbers), action))
 
@@ -696,8 +695,8 @@ class Loop:
         signal.set_wakeup_fd(self.bell.fileno(), warn_on_full_buffer=False)
 
     def tell(self, action: Callable[[], None]) -> None:
-        """Call `action` in a turn. Other threads use this."""
-        self.told.append(action)
+        """Call `action` in a turn, and once. Other threads use this."""
+        self.actions.append(partial(self.attempt, action))
         self.ring()
 
     def in_thread(self, work: Callable[[], Any], then: Callable[[Any], None]) -> None:
@@ -711,7 +710,7 @@ class Loop:
 
     def finish(self, work: Callable[[], Any], then: Callable[[Any], None]) -> None:
         def note() -> None:
-            self.told.append(partial(then, result))
+            self.actions.append(partial(self.attempt, then, result))
 
         try:
             result = work()
@@ -730,12 +729,10 @@ class Loop:
 
     def ready(self, events: int) -> None:
         """The bell rang: another thread told us something, a signal came, or run() wants its turns back."""
-        said, self.rung = self.sock.recv(4096), False  # only now look what was told
+        said, self.rung = self.sock.recv(4096), False  # only then run what was told
         for number in said:
             if number in self.signals:
                 self.attempt(self.signals[number])
-        while self.told:
-            self.attempt(self.told.popleft())
 
     def failed(self) -> None:
         """Nobody waits for the bell itself."""

@@ -41,7 +41,7 @@ def test_a_hint_is_enough_and_none_too(fronts, log):
         [tick] = put(a)
         if looks:
             b.ledger.look()
-        while b.loop.told or b.loop.actions:
+        while b.loop.actions:
             b.loop.take_turn()
         assert b.last == tick and not b.ledger.busy
 

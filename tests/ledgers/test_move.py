@@ -54,7 +54,7 @@ def path(tmp_path):
 
 
 def turns(bus):
-    while bus.loop.actions or bus.loop.told or not bus.ledger.idle():
+    while bus.loop.actions or not bus.ledger.idle():
         bus.loop.take_turn()
 
 
