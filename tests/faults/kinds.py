@@ -35,7 +35,7 @@ KINDS = [
           f"{GUARDS}::test_only_the_connection_pays_on_which_it_was_raised",
           f"{GUARDS}::test_revoking_reaches_all_others",
           f"{GUARDS}::test_a_drain_answers_all_others"),
-         "`Loop.attempt()` without its `except` (the first three); `Loop.each()` without it (the second and the last)"),
+         "`Loop.attempt()` without its `except`"),
     Kind("the door stays closed after descriptors ran out, or one operation fails its whole list",
          "the listener opens again whatever raised meanwhile; an operation that raises is 500 for its own sender",
          (f"{GUARDS}::test_without_descriptors_an_exception_does_not_close_the_door",
