@@ -3400,9 +3400,8 @@ class State(Rows):
         if self.stale:  # there was no memory to roll back, or to reload
             if self.writing.in_transaction:
                 self.writing.execute("ROLLBACK")
-            announced = self.announced
             self.reload()
-            if self.last != announced:
+            if self.last != self.announced:
                 raise sqlite3.DatabaseError("a list that failed for want of memory was stored")
         try:
             self.known = self.sent_with_keys(operations)
@@ -6558,23 +6557,24 @@ def missing_tokens(copy: str, path: str) -> list[Row]:
 
 def copy_files(source: str, target: str) -> int:
     """Copy the files that the other database lacks; returns how many. A file gets its name when it is complete."""
-    copied = 0
     if not os.path.lexists(f"{source}.blobs"):
         return 0
-    try:
-        with opened_folder(f"{source}.blobs") as there:
-            if names := {each for each in os.listdir(there) if len(each) == 64}:
-                pathlib.Path(f"{target}.blobs").mkdir(0o700, exist_ok=True)
-                with opened_folder(f"{target}.blobs") as here:
-                    give_to_owner(here, target)
-                    for each in names - {*os.listdir(here)}:
-                        with contextlib.suppress(FileNotFoundError):  # retention removed it just now
-                            copy_file(each, there, here, target)
-                            copied += 1
-    except OSError as error:
-        why = f"{error.filename}: {error.strerror}" if error.filename else error.strerror  # no name on a full disk
-        raise Unusable(f"cannot copy the files in {source}.blobs: {why}") from None
+    copied = 0
+    with or_unusable(f"cannot copy the files in {source}.blobs", where), opened_folder(f"{source}.blobs") as there:
+        if names := {each for each in os.listdir(there) if len(each) == 64}:
+            pathlib.Path(f"{target}.blobs").mkdir(0o700, exist_ok=True)
+            with opened_folder(f"{target}.blobs") as here:
+                give_to_owner(here, target)
+                for each in names - {*os.listdir(here)}:
+                    with contextlib.suppress(FileNotFoundError):  # retention removed it just now
+                        copy_file(each, there, here, target)
+                        copied += 1
     return copied
+
+
+def where(error: OSError) -> str:
+    """The words for an error, which names no file if the disk is full."""
+    return f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)
 
 
 @contextlib.contextmanager
