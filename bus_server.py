@@ -4261,8 +4261,7 @@ class Mailboxes:
             elif box.firm and keep and min(quiet, wall - box.removed - keep) > keep and box.mark() >= box.removed:
                 # until then a reader of the name may still have to be told of a gap
                 gone.append([*key])
-        if looked_at:
-            self.drop(looked_at)
+        self.drop(looked_at)
         return gone
 
     # Messages and parked connections
