@@ -3015,17 +3015,13 @@ class Forget(Operation):
         self.names = names
 
     def apply(self, state: State, now: Now) -> list[list[str]]:
-        gone = []
-        for channel, own in self.names:
-            number, _ = state.counts.get((channel, own), (0, 0))
-            if not state.first("1", (channel, own), 0):
-                its_mark = "SELECT CAST(removed AS INTEGER) FROM mailboxes WHERE id = ?"
-                highest = f"UPDATE bus SET forgotten = max(CAST(forgotten AS INTEGER), ifnull(({its_mark}), 0))"
-                state.writing.execute(highest, (number,))
-                state.writing.execute("DELETE FROM mailboxes WHERE id = ?", (number,))
-                state.writing.execute("DELETE FROM receipts WHERE mailbox = ?", (number,))
-                state.counts.pop((channel, own), None)
-                gone.append([channel, own])
+        gone = [[channel, own] for channel, own in self.names if not state.first("1", (channel, own), 0)]
+        numbers = [state.counts.pop((channel, own), (0, 0))[:1] for channel, own in gone]
+        its_mark = "SELECT CAST(removed AS INTEGER) FROM mailboxes WHERE id = ?"
+        highest = f"UPDATE bus SET forgotten = max(CAST(forgotten AS INTEGER), ifnull(({its_mark}), 0))"
+        rows = "DELETE FROM mailboxes WHERE id = ?", "DELETE FROM receipts WHERE mailbox = ?"
+        for statement in (highest, *rows):
+            state.writing.executemany(statement, numbers)
         [state.mailboxes_made] = state.ask("SELECT ifnull(max(id), 0) FROM mailboxes")  # as reload() would
         return gone
 
