@@ -3097,12 +3097,11 @@ class Index:
     def reload(self) -> None:
         """Read from the file the values that are kept in memory."""
         [above] = self.ask("SELECT ifnull(max(upto), 0) FROM runs WHERE upto BETWEEN 1 AND ?", SOUND)
-        tail = Tail(above, defaultdict(list))
+        self.tail = Tail(above, defaultdict(list))
         late = "SELECT channel, name, tick FROM messages JOIN mailboxes ON mailbox = id WHERE tick > ? ORDER BY tick"
         for channel, own, tick in self.writing.execute(late, (above,)).fetchall():
-            tail.ticks[channel, own].append(tick)
-        self.tail = tail
-        self.size = sum(map(len, tail.ticks.values()))
+            self.tail.ticks[channel, own].append(tick)
+        self.size = sum(map(len, self.tail.ticks.values()))
         self.flushed: Tail | None = None  # the next tail, once the transaction is committed
         self.owed = 0  # places to copy or to delete
         self.behind = self.merges  # there may be runs to merge or to delete
