@@ -2618,7 +2618,6 @@ RESERVE_BYTES = 16 << 20  # of the disk are kept free: to remove messages and to
 CHECKED_BYTES = 64 << 20  # a database up to this size is checked whole at start; every message has its checksum anyway
 BUSY_SECONDS = 2.0  # to wait for a lock of another program, before senders get 503
 SOUND = 1 << 53  # a tick or a count above it is damage: as us it is the year 2255
-OPERATION_FORMAT = 1  # of the bytes of an operation
 
 INDEX_TABLES = """
     CREATE TABLE places(
@@ -2827,7 +2826,7 @@ class Operation:
     """
 
     __slots__: tuple[str, ...] = ()
-    kind: ClassVar[str]  # its word in to_line()
+    kind: ClassVar[str]  # its word in a ledger
     is_large: ClassVar[bool] = False  # its result may take a mebibyte
     rank: ClassVar[int] = 2  # the order in one list: 0 Raise, 1 Put, 2 those of extensions, 3 Marks, 4 Forget, 5 Remove
     is_local: ClassVar[bool] = False  # for this machine alone: a front puts it in no entry, and its result in no sum
@@ -2835,21 +2834,10 @@ class Operation:
     def apply(self, state: State, now: Now) -> Any:
         raise NotImplementedError
 
-    def to_line(self) -> str:
-        """As one line of JSON: [format, kind, {slot: value}]."""
-        return encode([OPERATION_FORMAT, self.kind, {slot: getattr(self, slot) for slot in self.__slots__}])
-
     @classmethod
     def from_fields(cls, fields: dict[str, Any]) -> Operation:
+        """The operation with these members, which were read from JSON."""
         return cls(**fields)
-
-
-def operation_of(line: str, kinds: dict[str, type[Operation]]) -> Operation:
-    """The operation in a line of to_line(). ValueError if its format or its kind is not known."""
-    version, kind, fields = json.loads(line)
-    if version != OPERATION_FORMAT or kind not in kinds:
-        raise ValueError(f"an operation {kind!r} of format {version} is not known here")
-    return kinds[kind].from_fields(fields)
 
 
 class Put(Operation):

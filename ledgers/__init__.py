@@ -6,7 +6,8 @@ A front is a bus_server.py with `--ledger URL`:
     start.py       from the options of the server to a front that has caught up
     front.py       the queue of operations of a front: append, follow, apply, announce
     mirror.py      its copy of the ledger: what is in an entry, and how it is applied
-    operations.py, marks.py, heartbeat.py, tokens.py, recall.py    the operations that only fronts have
+    operations.py  an operation as bytes, and operations that only fronts have, as those of marks.py, heartbeat.py,
+                   tokens.py, recall.py
     clock.py       the time of the ledger
     copies.py      DATABASE.copy of each front, and what leaves the ledger
     move.py        the command move

@@ -44,6 +44,7 @@ from . import READ_BYTES, Unknown
 from .heartbeat import Beat, Fronts
 from .marks import marked
 from .mirror import CALL, ENTRIES, Differs, Entry, Mirror
+from .operations import to_line
 
 GIVE_UP = 8.0  # s; then who sent is told that it is unknown whether the message was stored
 PAUSE = 0.1  # s between two attempts
@@ -150,7 +151,7 @@ class Front(bus_server.Ledger):
         """About how many bytes an operation has in an entry. Most are sends, whose size is known."""
         if type(operation) is Put:
             return self.large.get(id(operation), ("", self.LARGE))[1]
-        return len(operation.to_line())
+        return len(to_line(operation))
 
     def commit(self) -> None:
         """First what other fronts wrote, then the list of this turn."""

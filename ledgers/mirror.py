@@ -30,7 +30,6 @@ from bus_server import (
     called,
     encode,
     migrate,
-    operation_of,
     say,
 )
 
@@ -39,7 +38,7 @@ from .clock import Time
 from .heartbeat import LIVE, UPTO, Beat, Heard, earlier_runs, live, name_of, says
 from .heartbeat import TABLE as FRONTS
 from .marks import Maxima
-from .operations import Begin, Left, Moved, Next, Position
+from .operations import Begin, Left, Moved, Next, Position, operation_of, to_line
 
 CALL = 4.0  # s that the engine has for one answer
 LEAVE = 1.0  # s for the last words of a front that ends
@@ -197,7 +196,7 @@ class Mirror(State):
     def to_bytes(self, entry: Entry) -> bytes:
         senders = [entry.tokens] if any(entry.tokens) else []
         head = encode([self.format, self.front, self.position, self.sums[-1], *senders])
-        return "\n".join([head, *(operation.to_line() for operation in entry.operations)]).encode()
+        return "\n".join([head, *map(to_line, entry.operations)]).encode()
 
     def from_bytes(self, entry: bytes, at: float = math.inf) -> Entry:
         """What is in an entry, which has this place in the ledger if it has one.

@@ -25,7 +25,7 @@ from bus_server import AHEAD, IS_FRONT, State, Tokens, Unusable, command, encode
 from . import Ledger, Unknown, tokens
 from .heartbeat import live
 from .mirror import CALL, TABLES, Differs, Entry, Mirror
-from .operations import Left, Moved
+from .operations import Left, Moved, to_line
 from .start import connect
 
 Extensions = dict[str, ModuleType]
@@ -67,7 +67,7 @@ def onto(path: str, ledger: Ledger) -> str:
     """Make the file of a stopped bus the copy of the first front of a ledger."""
     with contextlib.closing(State(path)) as state:
         head = encode([Mirror.FORMATS[0], os.path.realpath(path), 0, 0])  # of a format that every front understands
-        first = f"{head}\n{Moved(state.bus).to_line()}".encode()
+        first = f"{head}\n{to_line(Moved(state.bus))}".encode()
         known = ledger.read(0, 2, time.monotonic() + CALL)
         if not known:
             ledger.append(first, secrets.token_hex(16), time.monotonic() + CALL)

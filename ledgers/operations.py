@@ -1,13 +1,30 @@
-"""The operations of fronts: where a ledger begins and ends, and up to which entry the file of a front has come."""
+"""Operations as bytes, and those of fronts: where a ledger begins and ends, and up to which entry a file has come."""
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, cast
 
-from bus_server import Now, Operation, State
+from bus_server import Now, Operation, State, encode
 
 if TYPE_CHECKING:
     from .mirror import Mirror
+
+
+FORMAT = 1  # of the bytes of an operation
+
+
+def to_line(operation: Operation) -> str:
+    """As one line of JSON: [format, kind, {slot: value}]."""
+    return encode([FORMAT, operation.kind, {slot: getattr(operation, slot) for slot in operation.__slots__}])
+
+
+def operation_of(line: str, kinds: dict[str, type[Operation]]) -> Operation:
+    """The operation in a line of to_line(). ValueError if its format or its kind is not known."""
+    version, kind, fields = json.loads(line)
+    if version != FORMAT or kind not in kinds:
+        raise ValueError(f"an operation {kind!r} of format {version} is not known here")
+    return kinds[kind].from_fields(fields)
 
 
 class Begin(Operation):

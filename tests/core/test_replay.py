@@ -42,6 +42,7 @@ from bus_server import (
     State,
     index_is_whole,
 )
+from ledgers.operations import operation_of, to_line
 from tests.kit.processes import ROOT
 
 EXTENSIONS = bus_server.load_extensions(())
@@ -319,7 +320,7 @@ class OtherPlace(Place):
         if random.random() < 0.2:
             self.state.close()
             self.open()
-        operations = [bus_server.operation_of(operation.to_line(), OPERATIONS) for operation in operations]
+        operations = [operation_of(to_line(operation), OPERATIONS) for operation in operations]
         with self.other_process():
             for _ in range(random.choice((0, 0, 1, 2))):
                 failing = random.choice(
@@ -374,7 +375,7 @@ def replay(folder, seed, lists=LISTS):
     try:
         for number in range(lists):
             where, now, operations = f"seed {seed}, list {number}", world.now(), world.list()
-            lines, before = [operation.to_line() for operation in operations], plain.state.last
+            lines, before = [to_line(operation) for operation in operations], plain.state.last
             with mock.patch.object(bus_server, "say"):  # it tells of the operations that broke
                 applied = plain.apply(copy.deepcopy(operations), now)
                 elsewhere = other.apply(operations, now)
@@ -388,7 +389,7 @@ def replay(folder, seed, lists=LISTS):
             same(f"{where}: results without the refused\n{lines}", told(kept), told(alone.results))
             ticks = [before, *(each.tick for each in applied.visible)]
             same(f"{where}: ticks grow", ticks, sorted(set(ticks)))
-            same(f"{where}: an operation is a value\n", lines, [operation.to_line() for operation in operations])
+            same(f"{where}: an operation is a value\n", lines, [to_line(operation) for operation in operations])
             if number % 10 == 9 or number == lists - 1:
                 for table, rows in plain.rows().items():
                     same(f"{where}: the rows of {table}", rows, other.rows()[table])
@@ -473,7 +474,7 @@ def test_every_kind_of_operation_is_among_the_random_ones():
 def test_bytes_of_another_format_or_of_an_unknown_kind_are_refused():
     for line in ('[2, "put", {}]', '[1, "pat", {}]'):
         with pytest.raises(ValueError, match="is not known here"):
-            bus_server.operation_of(line, OPERATIONS)
+            operation_of(line, OPERATIONS)
 
 
 DAMAGE = ("'text'", "NULL", "x'00ff'", "1.5", "-1", "9223372036854775807", "9223372036854775807")
