@@ -620,12 +620,12 @@ class Loop:
         self.lock.acquire()
         self.away: object | None = None  # a new object each time that the thread of run() is aside
         self.failure: Exception | None = None  # what ended the deputy
-        self.alert, self.closed = threading.Lock(), False  # free: the deputy is to look
-        self.works: queue.SimpleQueue[tuple[Callable[[], Any], Callable[[Any], None]] | None] = queue.SimpleQueue()
-        self.deputy = threading.Thread(target=self.stand_in, name="deputy", daemon=True)
+        self.alert = threading.Lock()  # free: the deputy is to look
+        self.works: queue.SimpleQueue[tuple[Callable[[], Any], Callable[[Any], None]]] = queue.SimpleQueue()
+        deputy = threading.Thread(target=self.stand_in, name="deputy", daemon=True)
         files = [threading.Thread(target=self.work, name="files", daemon=True) for _ in range(self.FILE_THREADS)]
         # All threads begin here: one that gets no memory for its first step leaves Thread.start() waiting for ever.
-        self.threads = [self.deputy, *files]
+        self.threads = [deputy, *files]
         REPORT.start()
         for thread in self.threads:
             thread.start()
@@ -702,8 +702,8 @@ class Loop:
 
     def work(self) -> None:
         """A thread of in_thread()."""
-        for work, then in iter(self.works.get, None):
-            self.attempt(self.finish, work, then)
+        while True:
+            self.attempt(self.finish, *self.works.get())
 
     def finish(self, work: Callable[[], Any], then: Callable[[Any], None]) -> None:
         def note() -> None:
@@ -794,7 +794,7 @@ class Loop:
 
     def stand_in(self) -> None:
         """The deputy's thread."""
-        while not self.closed:
+        while True:
             self.patiently(self.watch_over)
 
     def watch_over(self) -> None:
@@ -810,18 +810,6 @@ class Loop:
                 self.failure = error
             finally:
                 self.lock.release()
-
-    def close(self) -> None:
-        self.closed = True
-        if self.alert.locked():
-            self.alert.release()
-        for _ in range(self.FILE_THREADS):
-            self.works.put(None)
-        for thread in self.threads:
-            thread.join()
-        self.selector.close()
-        self.sock.close()
-        self.bell.close()
 
 
 # ── Wire ─────────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -19,6 +19,7 @@ import bus_server
 from bus_server import Loop, Put, State
 from tests.kit.hostile import GET, HOST, WAITING, a_send, head
 from tests.kit.inside import said
+from tests.kit.loops import stop
 from tests.kit.processes import PATIENCE, wait_until
 from tests.kit.wire import Peer, a_bus, come_true, statuses, told
 from tests.kit.wire import while_the_disk_is_busy as meanwhile
@@ -28,7 +29,7 @@ from tests.kit.wire import while_the_disk_is_busy as meanwhile
 def loop():
     loop = Loop()
     yield loop
-    loop.close()
+    stop(loop)
 
 
 class Caller:

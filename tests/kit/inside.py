@@ -4,6 +4,7 @@ import hashlib
 import bus_server
 from bus_server import CLIENTS, OPEN, REPORT, Query, State, command_line, make_bus, start_extensions
 from tests.kit.forker import remember_extensions
+from tests.kit.loops import stop
 
 remember_extensions(bus_server)  # they keep nothing beside what start() makes
 
@@ -23,7 +24,7 @@ def make(path, *options):
 
 
 def close(bus):
-    bus.loop.close()
+    stop(bus.loop)
     bus.state.close()
 
 

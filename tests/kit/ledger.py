@@ -9,6 +9,7 @@ import time
 import bus_server
 from bus_server import Put, command_line, make_bus, start_extensions, wall_clock
 from ledgers import READ_BYTES, Unknown
+from tests.kit.loops import stop
 from tests.kit.processes import comes_true
 
 SECOND = 1000000  # us
@@ -150,7 +151,7 @@ class Clock:
 def end(bus):
     faulthandler.cancel_dump_traceback_later()  # of a front that drained: it would end this process
     bus.state.close()
-    bus.loop.close()
+    stop(bus.loop)
 
 
 def kill(bus):

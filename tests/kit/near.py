@@ -2,6 +2,7 @@
 import threading
 
 from bus_server import TIDY_SECONDS, Deadlines, State, command_line, make_bus, start_extensions, tcp_listener
+from tests.kit.loops import stop
 from tests.kit.processes import PATIENCE, UNHURRIED, Server, free_port
 
 
@@ -37,7 +38,7 @@ class Near:
             listener.close()
         for connection in list(bus.door.connections):
             connection.transport.abort()
-        bus.loop.close()
+        stop(bus.loop)
         state.close()
 
     get = Server.get

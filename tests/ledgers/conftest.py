@@ -18,7 +18,7 @@ def fronts(tmp_path, log):
 
         def make(name="a", *options):
             bus = front(tmp_path / f"{name}.db", Fake(log), *options)
-            stack.callback(lambda: bus.loop.closed or end(bus))
+            stack.callback(lambda: bus.loop.sock.fileno() < 0 or end(bus))
             return bus
 
         yield make
