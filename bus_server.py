@@ -4022,24 +4022,17 @@ class Mailbox:
 
 
 class Mailboxes:
-    """All mailboxes, and the connections that are parked. Used by the loop only; the clocks are passed in.
+    """All mailboxes, and the connections that are parked. Used by the loop only; the clock is passed in.
 
     A parked reader is a connection and its Poll, listed under each place where it waits. It has no thread and no task.
     """
 
-    def __init__(
-        self,
-        clock: Callable[[], float],
-        stored: Iterable[Sequence[Any]] = (),
-        wall: Callable[[], int] = wall_clock,
-        look: Callable[[str, str, int, int, int], Look] = lambda channel, own, upto, most, above: (None, above, 0),
-    ) -> None:
-        self.clock, self.wall = clock, wall
-        self.holds: Callable[[str], bool] = lambda token: True  # Gate.holds
-        self.look = look  # View.look
-        self.lost = 0  # up to this tick messages may be lost by damage
-        self.forgotten = 0  # highest tick removed from a forgotten mailbox, which has no mark of its own any more
-        self.boxes = {(row[0], row[1]): Mailbox(*row[2:]) for row in stored}
+    def __init__(self, clock: Callable[[], float], state: State, holds: Callable[[str], bool]) -> None:
+        self.clock, self.wall, self.look = clock, state.view.clock, state.view.look
+        self.holds = holds  # Gate.holds
+        self.lost = state.lost  # up to this tick messages may be lost by damage
+        self.forgotten = state.forgotten  # highest tick removed from a forgotten mailbox, which has no mark any more
+        self.boxes = {(row[0], row[1]): Mailbox(*row[2:]) for row in state.view.mailboxes(state.last)}
         self.ordered = sorted(self.boxes)  # their keys
         self.removed = max((box.removed for box in self.boxes.values()), default=0)  # no message above was removed
         self.highest = max((box.newest for box in self.boxes.values()), default=0)
@@ -4514,9 +4507,7 @@ class Bus:
         self.loop = Loop()
         self.door, self.ledger = Door(self, self.loop), Ledger(self)
         self.clock = Clock(state.view.clock, state.last)
-        self.mailboxes = Mailboxes(time.monotonic, state.view.mailboxes(state.last), state.view.clock, state.view.look)
-        self.mailboxes.lost, self.mailboxes.forgotten = state.lost, state.forgotten
-        self.mailboxes.holds = gate.holds
+        self.mailboxes = Mailboxes(time.monotonic, state, gate.holds)
         self.figures = Figures()
         self.sending, self.receiving, self.retention = Sending(self), Receiving(self), Retention(self, keep)
         self.withheld: dict[Step, Message] = {}  # messages that no cursor may pass until the step is announced

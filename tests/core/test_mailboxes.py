@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-from bus_server import EVERYONE, GRACE, PARKED_PER_NAME, Deadlines, Mailboxes, Message, Poll, news
+from bus_server import EVERYONE, GRACE, PARKED_PER_NAME, Deadlines, Message, Poll, news
+from tests.kit import inside
 from tests.kit.clock import Clock
 
 
@@ -16,7 +17,7 @@ def clock():
 
 @pytest.fixture
 def mailboxes(clock):
-    return Mailboxes(clock)
+    return inside.mailboxes(clock)
 
 
 def poll(*names, since=0, hold=25.0, observer=False, limit=100, channel="default"):

@@ -9,7 +9,7 @@ from unittest import mock
 
 import pytest
 
-from bus_server import GRACE, OPEN, Mailboxes, Poll, Query, Refused, draft, truth
+from bus_server import GRACE, OPEN, Poll, Query, Refused, draft, truth
 from tests.core.test_identity import ask
 from tests.kit import inside
 from tests.kit.near import Near
@@ -249,7 +249,7 @@ def test_who_sent_is_known_after_a_restart_and_while_its_mail_is_kept(bus):
 @pytest.mark.parametrize("keep, days, stays", [(30, 29, True), (30, 31, False), (0, 1000, True)])
 def test_a_name_that_only_sent_is_forgotten_when_its_mail_is(keep, days, stays):
     day, now = 86400 * 1000000, [0]
-    mailboxes = Mailboxes(lambda: now[0] / 1e6, wall=lambda: now[0])
+    mailboxes = inside.mailboxes(lambda: now[0] / 1e6, lambda: now[0])
     mailboxes.box("default", "timer").sent = 1
     mailboxes.box("default", "looked-at")
     now[0] = days * day
