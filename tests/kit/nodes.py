@@ -144,9 +144,9 @@ class Nodes:
     def __getitem__(self, name):
         return self.nodes[NAMES.index(name)]
 
-    def front(self, path, node=None, *options, **more):
+    def front(self, path, node=None, *options, program=("-c", SERVER), env=None):
         """A front; with a node, in its network."""
-        bus = Server(path, *options, program=("-c", SERVER), env={"AGENT_BUS_LEDGER": self.url}, **more)
+        bus = Server(path, *options, program=program, env={**(env or {}), "AGENT_BUS_LEDGER": self.url})
         if node and self.networks:
             bus.command = [*node.inside, *bus.command, "--host", node.address, "--open"]
             bus.url = f"http://{node.address}:{bus.port}"

@@ -2,6 +2,7 @@
 
 early    it answers before its entry is in the ledger, and appends it a little later
 no id    each attempt to append is a new entry
+unready  it serves before it has read the ledger, and never reads it
 """
 import os
 import pathlib
@@ -14,10 +15,16 @@ import time
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent.parent))
 import bus_server  # noqa: E402
 import ledgers.front  # noqa: E402
+import ledgers.mirror  # noqa: E402
 from ledgers import Unknown  # noqa: E402
 
 LATER = 0.1  # s
 append = ledgers.front.Front.append
+
+
+def reaches(front, *_):
+    """In place of Front.follow(): it reads nothing, and goes on."""
+    front.bus.gate.until = time.monotonic() + 5
 
 
 def early():
@@ -37,7 +44,7 @@ def early():
         return front.mirror.position + 1, time.time_ns() // 1000
 
     ledgers.front.Front.append = answers
-    ledgers.front.Front.follow = lambda front, *_: setattr(front.bus.gate, "until", time.monotonic() + 5)
+    ledgers.front.Front.follow = reaches
 
 
 def no_id():
@@ -57,6 +64,13 @@ def no_id():
     ledgers.front.Front.append = appends
 
 
+def unready():
+    """As if it had all, and as if the others had heard of it."""
+    ledgers.mirror.Mirror.replay = lambda mirror: setattr(mirror, "asked", time.monotonic())
+    ledgers.mirror.Mirror.is_silent = lambda mirror: False
+    ledgers.front.Front.follow = reaches
+
+
 if __name__ == "__main__":
-    {"early": early, "no id": no_id}[os.environ["FAULT"]]()
+    {"early": early, "no id": no_id, "unready": unready}[os.environ["FAULT"]]()
     sys.exit(bus_server.main())

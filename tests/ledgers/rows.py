@@ -5,21 +5,26 @@ two fronts, lets conversations go on across them, and harms them so often. A str
 send again; then it is mended, and the next comes when all three nodes work together.
 """
 import contextlib
+import io
 import random
 import signal
 import statistics
+import subprocess
+import sys
+import tarfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Optional
 
-from tests.faults import Result
+from tests.faults import Result, unless
 from tests.faults.history import background, observed, violations
 from tests.kit.nodes import PARTS, Nodes
-from tests.kit.processes import comes_true, wait_until
-from tests.ledgers import readme
+from tests.kit.processes import PATIENCE, ROOT, SERVER, comes_true, wait_until
+from tests.ledgers import crowd, made_anew, readme
 from tests.ledgers.storm import CALM, Pulse, crash, storm
 from tests.ledgers.test_cluster import copies, status
 from tests.ledgers.test_cluster import failed as checks_failed
@@ -28,6 +33,7 @@ TTL = 20  # s, of patroni.yml
 WITHIN = TTL + 5  # s
 REFUSES = 5.5  # s after it lost the ledger, a front answers 503: 5, and one look
 CUT = 32  # s that a network is cut: longer than a standby waits before it leads
+THIS = "-c", SERVER  # the program of a front
 
 
 class World:
@@ -36,11 +42,15 @@ class World:
     def __init__(self, place, nodes, a, b):
         self.place, self.nodes, self.a, self.b = place, nodes, a, b
         self.both, self.at_a, self.at_b = self.pulses = Pulse("both", a, b), Pulse("at-a", a), Pulse("at-b", b)
-        self.silences, self.found = [], []
+        self.silences, self.found, self.program = [], [], THIS
 
     def miss(self, holds, sentence):
         if not holds:
             self.found.append(sentence)
+
+    def print_logs(self):
+        for bus in (self.a, self.b):
+            print(f"    {bus.db}: {bus.log.read_text()[-2000:]}")
 
     def stroke(self, harm, *further):
         """`harm(self)` returns what mends it, or None."""
@@ -59,7 +69,7 @@ class World:
         result = storm([self.a, self.b], [partial(self.stroke, harm, *further)] * count, self.pulses, CALM)
         longest = max(self.silences)
         self.miss(longest <= within, f"nobody could send for {longest:.1f} s")
-        with self.nodes.front(self.place / "new.db", self.nodes["m1"]) as new:
+        with self.nodes.front(self.place / "new.db", self.nodes["m1"], program=self.program) as new:
             try:
                 copies(self.a, self.b, new)
             except AssertionError:
@@ -69,16 +79,18 @@ class World:
 
 
 @contextlib.contextmanager
-def world(place, networks=False, options=()):
+def world(place, networks=False, options=(), program=THIS):
     with Nodes(networks) as nodes, contextlib.ExitStack() as stack:
-        fronts = [nodes.front(place / f"{name}.db", nodes[node], *options) for name, node in (("a", "m1"), ("b", "m2"))]
+        fronts = [
+            nodes.front(place / f"{name}.db", nodes[node], *options, program=program)
+            for name, node in (("a", "m1"), ("b", "m2"))
+        ]
         its = World(place, nodes, *map(stack.enter_context, fronts))
         stack.callback(lambda: [pulse.over.set() for pulse in its.pulses])
         try:
             yield its
         except Exception:
-            for bus in (its.a, its.b):
-                print(f"    {bus.db}: {bus.log.read_text()[-2000:]}")
+            its.print_logs()
             raise
 
 
@@ -299,6 +311,61 @@ def leader_is_lost(place, size, quorum="quorum"):
             return Result(f"{known:,} acknowledged", violations(sent, observed(new.url)))
 
 
+# Fronts are exchanged
+
+HEADS = "SELECT DISTINCT convert_from(substring(entry FOR 2), 'UTF8') FROM agent_bus_ledger WHERE position > 0"
+
+
+def before(place):
+    """The program of the version before this one: what a front runs was changed since."""
+    changed = ["git", "log", "-2", "--format=%h", "--", "bus_server.py", "bus_extensions", "ledgers"]
+    commit = subprocess.run(changed, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split()[-1]
+    packed = subprocess.run(["git", "archive", commit], cwd=ROOT, check=True, capture_output=True).stdout
+    with tarfile.open(fileobj=io.BytesIO(packed)) as files:
+        files.extractall(place / commit)
+    return "-c", SERVER.replace(repr(str(ROOT)), repr(str(place / commit)))
+
+
+def following(copy):
+    """The program of the version after this one; `copy` is a class of newer.py."""
+    change = f"import ledgers.start; from tests.ledgers.newer import {copy}; ledgers.start.Mirror = {copy}; sys.exit"
+    return "-c", SERVER.replace("sys.exit", change)
+
+
+def is_newer_written(its):
+    return "[2" in its.nodes.leader().ask(HEADS)
+
+
+def front_is_exchanged(its, coming):
+    """As docs/cluster.md says: stop it, start it with the other program, and wait until it answers 200."""
+    bus, its.program = next(coming)
+    its.miss(not is_newer_written(its), "an entry of format 2 was written while a front did not understand it")
+    code = bus.stop()
+    its.miss(code == 0, f"a front ended with {code}")
+    bus.command = [sys.executable, *its.program, *bus.command[bus.command.index("--port") :]]
+    bus.start()
+    wait_until(lambda: status(bus.url, "/healthz") == 200)
+    for pulse in its.pulses:
+        pulse.goes_on(PATIENCE)
+
+
+def upgrade(place, size, first=None, last="Newer"):
+    """Both fronts, one after the other: to this version and back, and so on, and at last to the one after this."""
+    first = first or before(place)
+    with world(place, program=first) as its:
+        programs = [*[THIS, first] * (size - 1), THIS, following(last)]
+        coming = ((bus, program) for program in programs for bus in (its.a, its.b))
+        try:
+            result = its.storm(2 * len(programs), WITHIN, front_is_exchanged, coming)
+        except AssertionError as error:  # a front serves no more, or does not start
+            its.print_logs()
+            return Result("it went no further", [*its.found, f"an error that no retry mends: {error}"])
+        found = unless(is_newer_written(its), "no entry of format 2 was written")
+        failed = sum((pulse.failed for pulse in its.pulses), Counter())
+        found += unless(failed.keys() <= {503, "no answer"}, f"answers: {dict(failed)}")
+        return Result(f"{result.figures}; {sum(failed.values())} attempts failed", result.violations + found)
+
+
 def conformance(place, size):
     (place / "files").mkdir()
     with world(place, options=["--files-dir", str(place / "files")]) as its:
@@ -319,7 +386,7 @@ class Row(NamedTuple):
     fault: str
     bar: str
     run: Callable[[Path, int], Result]
-    full: int  # times
+    full: int  # times, messages, readers
     control: Optional[Callable[[Path], Result]] = None  # has the fault on purpose, and must be found out
     networks: bool = False  # it needs networks of its own
 
@@ -375,6 +442,17 @@ ROWS = [
         bar="; it never leads", within=90),
     Row("leader-lost", "the leader dies for ever while both standbys stand still", "nothing acknowledged is lost",
         leader_is_lost, 1, lambda place: leader_is_lost(place, 1, "off")),
+    Row("upgrade", "a front is stopped and started as another version: both from the commit before to this one and "
+        "back, twice, then to this one, then to one that has format 2", f"{NOTHING}; each error is mended by a retry; "
+        "format 2 is written when both fronts understand it, and not before", upgrade, 3,
+        lambda place: upgrade(place, 1, THIS, "Hasty")),
+    Row("copy", "a front was away for 1,000,000 messages; then its copy is removed; then its copy is damaged, and it "
+        "begins with one of the other front", f"it answers 200 within {made_anew.READY} s and the time of the copy, "
+        "and not before it has all; of the damaged copy it says so, and ends", made_anew.made_anew, 1000000,
+        made_anew.unready),
+    Row("readers", "10,000 readers wait at two fronts, half of them at each; kill -9 of one front", "each gets at the "
+        "other front what is sent at once and what is sent later; a front has at most "
+        f"{crowd.ENGINE} connections to PostgreSQL", crowd.front_dies, 10000, crowd.begin_anew),
     Row("readme", "three networks, and the commands of deploy/cluster/README.md: to a message that survives `kill -9` "
         "of the leading node and of the front it was sent to", "under 15 minutes, installing and reading not counted",
         readme.by_its_own_text, 1, None, True),

@@ -7,6 +7,7 @@ import random
 import threading
 import time
 import urllib.request
+from collections import Counter
 
 from tests.faults import Result
 from tests.faults.history import Conversation, Sent, background, get, observed, tick, violations
@@ -27,6 +28,7 @@ class Pulse:
     def __init__(self, name, *buses):
         self.name, self.urls = name, itertools.cycle([bus.url for bus in buses])
         self.sent, self.moments = [], []  # when each was acknowledged
+        self.failed = Counter()  # attempts, by the status of the answer
         self.over = threading.Event()
         self.work = background(self.send)
 
@@ -34,11 +36,13 @@ class Pulse:
         for number in itertools.count():
             body = json.dumps({"from": self.name, "to": self.name, "msg": f"{number}", "key": f"{number}"}).encode()
             while not self.over.wait(CALM):
-                with contextlib.suppress(*new_client.ERRORS):
-                    with urllib.request.urlopen(f"{next(self.urls)}/send", body, timeout=ANSWER) as answer:  # noqa: SIM117
+                try:
+                    with urllib.request.urlopen(f"{next(self.urls)}/send", body, timeout=ANSWER) as answer:
                         self.sent.append(Sent(self.name, f"{number}", tick(json.load(answer)["ts"])))
                     self.moments.append(time.monotonic())
                     break
+                except new_client.ERRORS as error:
+                    self.failed[getattr(error, "code", "no answer")] += 1
             else:
                 return
 

@@ -10,7 +10,6 @@ import bus_server
 from bus_server import Operation, Unusable
 from ledgers import heartbeat
 from ledgers.heartbeat import Beat
-from ledgers.mirror import Mirror
 from tests.kit import inside
 from tests.kit.ledger import (
     SECOND,
@@ -29,6 +28,7 @@ from tests.kit.ledger import (
     same,
     settle,
 )
+from tests.ledgers.newer import Newer
 
 DROP_UPTO = "ALTER TABLE fronts DROP COLUMN upto"
 
@@ -210,19 +210,6 @@ def test_who_asks_for_what_another_front_does_not_know_is_told_which_one(fronts,
     beats(b)
     settle(a, b)
     assert rows(a)["front"] == rows(b)["front"], "and both go on; the tables of work.py are those of one"
-
-
-class Newer(Mirror):
-    """The next version: its entries have another head."""
-
-    FORMATS = (1, 2)
-
-    def to_bytes(self, entry):
-        entry = super().to_bytes(entry)
-        return entry.replace(b"[2, ", b'[2, "new", ', 1) if self.format == 2 else entry
-
-    def from_bytes(self, entry, *at):
-        return super().from_bytes(entry.replace(b'[2, "new", ', b"[2, ", 1), *at)
 
 
 def formats(log):
