@@ -6379,7 +6379,7 @@ def read_only(path: str) -> sqlite3.Connection:
     return sqlite3.connect(f"{pathlib.Path(path).absolute().as_uri()}?mode=ro", uri=True)
 
 
-def opened_by_owner(path: str) -> sqlite3.Connection:
+def opened(path: str, is_ours: bool) -> sqlite3.Connection:
     """read_only() for a copy by root: a link that the owner of the file puts there meanwhile leads to nothing new."""
     root = os.geteuid() == 0 and no_link(path)
     if root:
@@ -6387,16 +6387,19 @@ def opened_by_owner(path: str) -> sqlite3.Connection:
     try:
         database = read_only(path)
         database.execute("SELECT count(*) FROM sqlite_master").fetchone()  # opens the log, too
-        check_log(path)
+        check_log(path, is_ours)
         return database
     finally:
         if root:
             os.seteuid(0)
 
 
-def check_log(path: str) -> None:
-    """Unusable, if SQLite has left transactions of the log unread. A connection must be open, and have read the log."""
-    if not has_unread(path):
+def check_log(path: str, is_ours: bool) -> None:
+    """Unusable, if SQLite has left transactions of the log unread. A connection must be open, and have read the log.
+
+    A process that serves the database (`is_ours`) may not look: it would close a file of SQLite's, and lose its locks.
+    """
+    if is_ours or not has_unread(path):
         return
     unread = False
     with contextlib.suppress(Unusable), locked(path):  # else a bus writes the log, and may have done so just now
@@ -6569,21 +6572,21 @@ def copy_file(name: str, there: int, here: int, target: str) -> None:
     write_out(here)
 
 
-def copy_database(source: str, target: str, bus: str | None = None) -> int:
+def copy_database(source: str, target: str, bus: str | None = None, is_ours: bool = False) -> int:
     """The database as of one moment, checked, as one file without a log; returns how many messages it has.
 
-    If `bus` is given, it becomes the bus id of the copy.
+    If `bus` is given, it becomes the bus id of the copy. `is_ours`: this process serves the database.
     """
     check_is_no_link(source)
     try:
         if no_link(target):  # SQLite would follow a link that another user puts there meanwhile
             folder, file = os.path.split(os.path.abspath(target))
             with tempfile.TemporaryDirectory() as own, opened_folder(own) as there, opened_folder(folder) as here:
-                messages = copy_database(source, f"{own}/{file}", bus)
+                messages = copy_database(source, f"{own}/{file}", bus, is_ours)
                 copy_file(file, there, here, target)
             return messages
         pathlib.Path(target).unlink(missing_ok=True)
-        with contextlib.closing(opened_by_owner(source)) as old, contextlib.closing(sqlite3.connect(target)) as new:
+        with contextlib.closing(opened(source, is_ours)) as old, contextlib.closing(sqlite3.connect(target)) as new:
             old.backup(new)
             new.execute("PRAGMA journal_mode=DELETE")
             new.execute("UPDATE bus SET id = ifnull(?, id)", (bus,))

@@ -60,7 +60,7 @@ class Copies:
             folder = os.path.dirname(os.path.abspath(self.path))
             if shutil.disk_usage(folder).free < 2 * os.path.getsize(self.mirror.path):
                 raise Unusable("the disk has no room for a copy")
-            copy_database(self.mirror.path, f"{self.path}.new")
+            copy_database(self.mirror.path, f"{self.path}.new", is_ours=True)
             os.replace(f"{self.path}.new", self.path)
             keep_names(self.path)  # by what it says, the ledger forgets entries
             position = position_of(self.path)

@@ -1,6 +1,8 @@
 """Copies of fronts: a new front begins with one, and what two of them have leaves the ledger (ledgers/copies.py)."""
 import os
 import pathlib
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -278,3 +280,13 @@ def test_old_entries_leave_a_real_postgresql_and_a_new_front_begins_with_a_copy(
         same(a, b, d)
         for each in (a, b, d):
             end(each)
+
+
+def test_a_front_that_takes_a_copy_keeps_its_locks(fronts, at_once):
+    """Without them, whoever opens the database next takes it for one that nobody uses, and makes its WAL index anew."""
+    a = fronts("a")
+    put(a)
+    tidy(a)
+    take = "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'rb+'), fcntl.LOCK_EX | fcntl.LOCK_NB, 1, 128)"
+    command = [sys.executable, "-I", "-S", "-c", take, f"{a.state.path}-shm"]
+    assert "BlockingIOError" in subprocess.run(command, capture_output=True, text=True).stderr
