@@ -82,10 +82,20 @@ def differences(count, *buses):
     return unless(found == count, f"lost: there are {found} of {count} messages")
 
 
+def print_logs(*buses):
+    for bus in buses:
+        said = bus.log.read_text()[-2000:] if bus.log.exists() else ""
+        print(f"    {bus.db} has ended with {bus.process.poll()}: {said}")
+
+
 def serves_again(what, count, a, b, copied=0.0):
     """(figures, what is wrong): b starts, and must soon have what a has had before."""
-    needed = get(a.url, "/healthz")["position"]
-    took, answer = first_answer(b)
+    try:
+        needed = get(a.url, "/healthz")["position"]
+        took, answer = first_answer(b)
+    except Exception:
+        print_logs(a, b)
+        raise
     lacks = max(needed - answer["position"], 0)
     found = unless(took <= READY, f"{what}: it answered after {took:.1f} s")
     found += unless(not lacks, f"{what}: it answered though it lacked {lacks} entries")
