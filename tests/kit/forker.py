@@ -37,6 +37,7 @@ import types
 
 LENGTH = struct.Struct("!I")
 CODES = {}  # what runs: its compiled form, and the modules that it keeps
+COMPILED = {}  # by its text
 
 
 def code_of(order):
@@ -55,10 +56,20 @@ def code_of(order):
         if text is None:
             with open(path, "rb") as file:
                 text = file.read()
-        CODES[key] = compile(text, path or "<string>", "exec"), kept
+        if text not in COMPILED:
+            COMPILED[text] = compile(text, path or "<string>", "exec")
+        CODES[key] = placed(COMPILED[text], path or "<string>"), kept
         gc.collect()
         gc.freeze()  # so that the forks leave the pages alone
     return CODES[key]
+
+
+def placed(code, path):
+    """A copy of a program, in another folder: with the bus, to compile it anew takes as long as all else."""
+    if code.co_filename == path:
+        return code
+    constants = (placed(each, path) if isinstance(each, types.CodeType) else each for each in code.co_consts)
+    return code.replace(co_filename=path, co_consts=tuple(constants))
 
 
 def remember_extensions(bus_server):

@@ -2,7 +2,7 @@
 import shutil
 
 from bus_extensions import page
-from tests.kit.processes import ROOT, Server
+from tests.kit.processes import ROOT, Server, copied
 
 NOTHING = '''
 TABLES, NOUN, OPERATIONS = None, "", ()
@@ -66,7 +66,7 @@ def extended(folder, **extensions):
     shutil.copy(ROOT / "bus_server.py", folder)
     for name in ("history", "page", "people"):
         for file in (ROOT / "bus_extensions" / f"{name}.py", *(ROOT / "bus_extensions").glob(f"_{name}_*.py")):
-            shutil.copy(file, ours)
+            copied(file, ours)
     for name, (code, place) in extensions.items():
         (ours / f"{name}.py").write_text(code)
         (ours / "page" / f"{name}.js").write_text(place)

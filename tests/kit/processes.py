@@ -1,9 +1,11 @@
 """Real processes for the tests: a bus server that can be killed and started again, and a wait for facts."""
 import collections
 import contextlib
+import importlib.util
 import os
 import pathlib
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -99,6 +101,15 @@ def free_port():
             with contextlib.suppress(OSError):
                 probe.bind(("127.0.0.1", port))
                 return port
+
+
+def copied(file, folder):
+    """A module of ours in another folder, with its compiled form, if there is one: who loads it need not compile it."""
+    compiled = pathlib.Path(importlib.util.cache_from_source(file))
+    shutil.copy2(file, folder)
+    if compiled.exists():
+        (folder / compiled.parent.name).mkdir(exist_ok=True)
+        shutil.copy2(compiled, folder / compiled.parent.name)
 
 
 def no_settings(monkeypatch, *prefixes):
