@@ -1,6 +1,7 @@
 """bus_server.py in which every function can be made to raise, once, when a test says so. Nothing else is wrong with it.
 
-A client of 127.0.0.1:$FAULT_PORT sends a line of JSON, and gets what was called, how often, and under which roots.
+A client of 127.0.0.1:$FAULT_PORT sends a line of JSON, and gets what it names in "of": "calls", how often each was
+called; "places", under which roots; "fired", whether it has raised.
 {"root", "place", "error"}: the next call of `place` under `root` raises `error`; null: any root, or nothing any more.
 That is a thread of its own, so that no place is reached by asking.
 
@@ -129,11 +130,11 @@ def serve_faults():
             peer, _ = door.accept()
             with peer, peer.makefile("rwb") as stream:
                 wanted = json.loads(stream.readline())
-                if wanted:
+                if "place" in wanted:
                     fired.clear()
                     armed[:] = [tuple(wanted[each] for each in ("root", "place", "error"))] if wanted["place"] else []
-                answer = {"calls": dict(calls), "places": list(places), "armed": len(armed), "fired": len(fired)}
-                stream.write(json.dumps(answer).encode())
+                known = {"calls": dict(calls), "places": list(places), "fired": len(fired)}
+                stream.write(json.dumps({name: known[name] for name in wanted["of"]}).encode())
 
 
 on_load: dict = {}
