@@ -11,7 +11,7 @@ import threading
 import pytest
 
 from tests.kit import listening
-from tests.kit.listening import NO_MAIL, TICK, answer, mail, message, send
+from tests.kit.listening import NO_MAIL, TICK, answer, held, mail, message, send
 from tests.kit.processes import PATIENCE, wait_until
 
 listen, scripted = listening.listen, listening.scripted  # fixtures
@@ -212,7 +212,7 @@ BAD = {
 def test_a_bad_answer_logs_nothing_moves_no_cursor_and_is_named_once(scripted, listen):
     cases = []
     for case, bad in BAD.items():
-        server = scripted(mail(message(TICK)), bad, bad, NO_MAIL)
+        server = scripted(mail(message(TICK)), bad, bad, NO_MAIL, held)
         cases.append((case, server, listen(server.url, home=case, INTERVAL="0.5").start()))
     for case, server, listener in cases:
         assert [poll["since"] for poll in server.polled(4)[:4]] == ["last"] + 3 * ["1795205226.000007"], case
