@@ -109,7 +109,12 @@ def name_of(path: str) -> str:
 def earlier_runs(database: Any, front: str) -> list[str]:
     """What this front was called when it ran before, if it could not say that it ended."""
     rows = database.execute("SELECT front FROM fronts ORDER BY front").fetchall()
-    return [each for (each,) in rows if each.rpartition(".")[0] == front.rpartition(".")[0]]
+    return [each for (each,) in rows if host_and_file(each) == host_and_file(front)]
+
+
+def host_and_file(front: str) -> tuple[str, str]:
+    """Of the name of a front. Its path may be written in several ways."""
+    return front.partition(":")[0], front.rpartition("#")[2].partition(".")[0]
 
 
 class Fronts:

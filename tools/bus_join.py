@@ -231,7 +231,7 @@ def ask_token(name: str, may_keep: bool) -> str:
 
 def checked(token: str) -> str:
     if not TOKEN.fullmatch(token):
-        raise Fault("that is not a token: a token is abt_, 8 hex digits, _ and 43 characters; paste all of it")
+        raise Fault("that is not a token: it is abt_, 8 hex digits, _ and 43 characters. Run the line again, then paste all of it")
     return token
 
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import pathlib
 import re
 import sys
 import time
@@ -128,7 +129,8 @@ def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         commands.add_parser(word, prog=own, help=it, description=f"{it[0].upper()}{it[1:]}.", epilog=more)
         for (word, it), more in zip(purposes.items(), (PATTERNS, AS_RESERVED, None))
     )
-    locking.add_argument("names", metavar="NAME", nargs="+", help="a path, or in quotes a pattern for several paths")
+    path = "a path from the top of the repository, or in quotes a pattern for several paths"
+    locking.add_argument("names", metavar="NAME", nargs="+", help=path)
     ends = "the reservation ends by itself after S seconds (600)"
     locking.add_argument("--ttl", type=bus_recv.duration, metavar="S", help=ends)
     locking.add_argument("--shared", action="store_true", help="others may hold the names too, if they also say so")
@@ -177,6 +179,9 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         return unlock(url, order, options, parser)
     order.update({"names": options.names, "shared": options.shared, "why": options.why or ""})
     order.update({} if options.ttl is None else {"ttl": options.ttl})
+    for name in filter(os.path.lexists, options.names):
+        if (whole := from_top(name)) != name:
+            complain(f"{name} is reserved by that name; for others the file here is {bus_recv.word(whole)}")
     answer, now = lock(url, order, options.wait)
     fence, is_person = bus_recv.word(answer.get("fence")), bool(sys.stdout) and sys.stdout.isatty()
     unlocks = bus_recv.called("bus_lock.py unlock", "unlock")
@@ -189,6 +194,14 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     if not is_person:
         bus_recv.emit(f"{fence}\n")
     return 0
+
+
+def from_top(path: str) -> str:
+    """A path from the top of the repository that this folder is in, as all agents should name it; else as it is."""
+    here = pathlib.Path.cwd()
+    top = next((folder for folder in (here, *here.parents) if (folder / ".git").exists()), here)
+    whole = os.path.relpath(os.path.join(here, path), top)
+    return path if whole.startswith("..") else whole
 
 
 def unlock(url: str, order: dict[str, Any], options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:

@@ -91,10 +91,11 @@ class Worker(bus_recv.Reader):
     def read_as_mail(self) -> str:
         """For a person: the queue is a mailbox that somebody reads. "" if it is not, or the bus does not tell."""
         query = urlencode({"name": self.names[0], "channel": self.channel})
-        with contextlib.suppress(bus_recv.Refused, bus_recv.Unreachable, LookupError, TypeError, AttributeError):
+        with contextlib.suppress(bus_recv.Refused, bus_recv.Unreachable, LookupError, TypeError, ValueError, AttributeError):
             agents = bus_recv.ask(self.url, f"/agents?{query}", bus_recv.GRACE_SECONDS)[0]["agents"]
             its = [each for each in agents if (each["name"], each["channel"]) == (self.names[0], self.channel)]
-            if any(bus_recv.DECIMAL.fullmatch(str(each["cursor"])) and float(each["cursor"]) for each in its):
+            # A claim moves the cursor too, and counts no reader.
+            if any(each.get("readers") or ("work" not in each and float(each["cursor"] or 0)) for each in its):
                 return f"; {self.names[0]} is read as mail too, and each of its messages is a job, also if it was read"
         return ""
 

@@ -29,6 +29,21 @@ def run(url, *arguments, name="dell", **env):
     return done.returncode, done.stdout, done.stderr
 
 
+def test_who_reserves_a_file_below_the_top_of_a_repository_is_told_its_name_for_others(bus, tmp_path, monkeypatch):
+    (tmp_path / ".git").mkdir()
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "a.md").touch()
+    for folder, name, told in (
+        (".", "docs/a.md", ""),
+        ("docs", "a.md", "a.md is reserved by that name; for others the file here is docs/a.md"),
+        ("docs", str(tmp_path / "docs" / "a.md"), "for others the file here is docs/a.md"),
+        ("docs", "docs/a.md", ""), ("docs", "new.md", ""),
+    ):  # fmt: skip
+        monkeypatch.chdir(tmp_path / folder)
+        code, _, said = run(bus.url, "lock", name)
+        assert code == 0 and told in said and said.count("\n") == (2 if told else 1), name
+
+
 def test_names_are_reserved_listed_and_released(bus):
     assert run(bus.url, "locks") == (0, "", "agent_bus.py locks: nothing is reserved\n")
     code, fence, said = run(bus.url, "lock", "src/a.py", "src/db/*", "--ttl", "10m", "--why", "T2")

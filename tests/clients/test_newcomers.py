@@ -139,6 +139,8 @@ def test_a_person_is_told_that_a_worker_takes_from_a_mailbox_that_is_read_too(bu
     waiting = f"bus_work: waiting for jobs of reader on {bus.url}, until Ctrl-C"
     bus_send.send("reader", "one", url=bus.url, sender="spark")
     assert on_a_terminal("tools/bus_work.py", "reader", "--exec", "true", **env) == f"{waiting}\n"
+    assert run("tools/bus_work.py", "reader", "--exec", "false", "--once", env=env)[0] == 1
+    assert on_a_terminal("tools/bus_work.py", "reader", "--exec", "true", **env) == f"{waiting}\n", "not by a worker"
     assert run("bus_recv.py", "reader", "--once", env=env)[0] == 0
     told = f"{waiting}; reader is read as mail too, and each of its messages is a job, also if it was read\n"
     assert on_a_terminal("tools/bus_work.py", "reader", "--exec", "true", **env) == told

@@ -70,6 +70,16 @@ def test_two_fronts_of_one_name_are_two(tmp_path, fronts, log, monkeypatch):
         assert first.state.front.partition("#")[0] == second.state.front.partition("#")[0]
 
 
+def test_a_front_that_is_started_by_another_path_knows_its_earlier_runs(tmp_path, log, monkeypatch):
+    (tmp_path / "x").mkdir()
+    monkeypatch.chdir(tmp_path)
+    kill(front("bus.db", Fake(log)))
+    monkeypatch.chdir(tmp_path / "x")
+    again = front("../bus.db", Fake(log))
+    assert [each.front for each in again.ledger.fronts.live] == [again.state.front]
+    end(again)
+
+
 def test_a_front_that_is_said_to_have_ended_says_at_once_that_it_lives(fronts):
     a, b = fronts("a"), fronts("b")
     do(a, Beat(b.state.front, {}))
