@@ -2716,11 +2716,11 @@ SELECT = f"SELECT {ROW} FROM mailboxes JOIN messages ON mailbox = id"
 # Messages by their places: those in runs, and a list of ticks in JSON.
 PLACED = f"""FROM runs CROSS JOIN places ON places.run = runs.run
     %s JOIN messages ON messages.tick = places.tick AND messages.mailbox = places.mailbox
-    CROSS JOIN mailboxes ON id = places.mailbox
+    %s JOIN mailboxes ON id = messages.mailbox
     WHERE runs.upto > ? AND places.mailbox = {MAILBOX} AND places.tick > ? AND places.tick <= ?"""
 LISTED = """FROM (SELECT value AS tick FROM json_each(?)) AS places CROSS JOIN messages ON messages.tick = places.tick
     JOIN mailboxes ON id = messages.mailbox WHERE 1"""
-PLACED_ROW = f"places.{ROW}"  # for mail(); of a place without its message it is tick, channel and name alone
+PLACED_ROW = "places.tick, sender, text, n, expires, answers, sum"  # mail() adds channel and name: then it is a ROW
 TICKS_LISTED = 256
 ALIVE = "(expires IS NULL OR expires > ?)"
 IS_FRONT = "SELECT 1 FROM sqlite_master WHERE name = 'front'"  # a row, if the database is a front's copy of a ledger
@@ -3213,12 +3213,13 @@ class Rows:
 
         Exhaust or close it: an open statement would let the WAL grow for ever.
         """
+        channel, own = mailbox
         order = "DESC" if backwards else "ASC"
         parts: list[tuple[str, Sequence[Any]]] = []
         if above < self.tail.above:
             # A place without its message is damage. A read of whole rows returns NULLs for it, and checked() tells.
             join = "LEFT" if columns == PLACED_ROW else "CROSS"
-            source = f"{PLACED % join} AND {only} ORDER BY runs.upto {order}, places.tick {order}"
+            source = f"{PLACED % (join, join)} AND {only} ORDER BY runs.upto {order}, places.tick {order}"
             parts.append((source, (above, *mailbox, above, min(upto, self.tail.above))))
         ticks = self.tail.ticks.get(mailbox, [])
         ticks = ticks[bisect_right(ticks, above) : bisect_right(ticks, upto)]
@@ -3227,7 +3228,11 @@ class Rows:
             parts.append((f"{LISTED} AND {only}", (encode(some[::-1] if backwards else some),)))
         for source, its in reversed(parts) if backwards else parts:
             with contextlib.closing(self.database.execute(f"SELECT {columns} {source}", its)) as rows:
-                yield from rows
+                if columns == PLACED_ROW:
+                    for tick, sender, text, n, expires, answers, check in rows:
+                        yield tick, channel, own, sender, text, n, expires, answers, check
+                else:
+                    yield from rows
 
     def merged(self, columns: str, marks: dict[Key, int], upto: int) -> Generator[tuple[Any, ...], None, None]:
         """mail() of several mailboxes, each above its mark, in the order of ticks. Exhaust or close it.
