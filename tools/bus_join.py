@@ -231,7 +231,8 @@ def ask_token(name: str, may_keep: bool) -> str:
 
 def checked(token: str) -> str:
     if not TOKEN.fullmatch(token):
-        raise Fault("that is not a token: it is abt_, 8 hex digits, _ and 43 characters. Run the line again, then paste all of it")
+        form = "abt_, 8 hex digits, _ and 43 characters"
+        raise Fault(f"that is not a token, which is {form}. Run the line again, then paste all of the token")
     return token
 
 

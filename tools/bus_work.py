@@ -91,7 +91,8 @@ class Worker(bus_recv.Reader):
     def read_as_mail(self) -> str:
         """For a person: the queue is a mailbox that somebody reads. "" if it is not, or the bus does not tell."""
         query = urlencode({"name": self.names[0], "channel": self.channel})
-        with contextlib.suppress(bus_recv.Refused, bus_recv.Unreachable, LookupError, TypeError, ValueError, AttributeError):
+        strange = LookupError, TypeError, ValueError, AttributeError
+        with contextlib.suppress(bus_recv.Refused, bus_recv.Unreachable, *strange):
             agents = bus_recv.ask(self.url, f"/agents?{query}", bus_recv.GRACE_SECONDS)[0]["agents"]
             its = [each for each in agents if (each["name"], each["channel"]) == (self.names[0], self.channel)]
             # A claim moves the cursor too, and counts no reader.
