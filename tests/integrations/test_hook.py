@@ -15,6 +15,7 @@ import pytest
 
 import bus_send
 from tests.clients.test_clients import refusing
+from tests.kit import forked
 from tests.kit.bad_servers import FAULTS, HUGE, NOON, Scripted, answer
 from tests.kit.monitor import units
 from tests.kit.peers import ask, mint
@@ -82,7 +83,7 @@ class Ended(NamedTuple):
 def started(*arguments, stdout=subprocess.PIPE, **env):
     command = [sys.executable, "-IS", *PROGRAM, *arguments]
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, env={**os.environ, **env}, stdin=pipe, stdout=stdout, stderr=pipe, text=True)
+    return forked.Popen(command, env={**os.environ, **env}, stdin=pipe, stdout=stdout, stderr=pipe, text=True)
 
 
 def run(*arguments, event=None, **env):
@@ -149,7 +150,7 @@ def has_the_name(process, name="dell"):
 def a_reader(bus, name="dell"):
     """A bus_recv.py that has the name, as a Monitor runs it."""
     command = [sys.executable, "-u", str(ROOT / "bus_recv.py"), name, "--json"]
-    process = subprocess.Popen(command, env={**os.environ, "AGENT_BUS_URL": bus.url}, stdout=subprocess.PIPE, text=True)
+    process = forked.Popen(command, env={**os.environ, "AGENT_BUS_URL": bus.url}, stdout=subprocess.PIPE, text=True)
     try:
         wait_until(lambda: has_the_name(process, name))
         yield process
@@ -161,7 +162,7 @@ def a_reader(bus, name="dell"):
 @contextlib.contextmanager
 def a_session():
     """The environment of a hook of a living session: its process does nothing."""
-    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    process = subprocess.Popen(["sh", "-c", "read line"], stdin=subprocess.PIPE)
     try:
         yield {"CLAUDE_PID": str(process.pid), "CLAUDE_CODE_SESSION_ATTENDED": "1"}
     finally:
@@ -371,10 +372,12 @@ def test_a_bus_that_is_too_slow_is_told_once_and_not_asked_at_each_step():
 
 
 @pytest.mark.parametrize(
-    "fault", ["a reset", "half a body", "an HTML page with 200", "JSON nested too deep", "503 from the bus"]
-)
+    "fault",
+    ["a reset", "half a body", "an HTML page with 200", "JSON nested too deep", "503 from the bus",
+     "far more than a hook takes"],
+)  # fmt: skip
 def test_a_bus_that_is_broken_is_told_once_and_puts_off_no_end(fault):
-    with Scripted(FAULTS[fault]) as server:
+    with Scripted({**FAULTS, **HUGE}[fault]) as server:
         assert drain(server.url) is None
         assert "is slow or out of reach" in text(server.url, PROMPT)
         assert text(server.url, PROMPT) == ""
@@ -404,8 +407,9 @@ def test_a_strange_answer_is_no_number():
 
 
 def test_without_a_bus_or_a_name_the_session_is_told_why_once(bus):
-    assert drain(refusing()) is None
-    assert "out of reach (Connection refused)" in text(refusing(), PROMPT)
+    gone = refusing()
+    assert drain(gone) is None and "out of reach (Connection refused)" in text(gone, PROMPT)
+    assert drain(gone) is None and text(gone, PROMPT) == ""
     assert "no.such.host.invalid is slow or out of reach" in text("http://no.such.host.invalid", START)
     for event in (START, PROMPT):
         with_no_name = text(bus.url, {**event, "cwd": "/"}, AGENT_NAME="")
