@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from tests.clients.test_clients import refusing
+from tests.kit import forked
 from tests.kit.peers import Peer, invite
 from tests.kit.processes import PATIENCE, ROOT, wait_until
 
@@ -20,7 +21,7 @@ SECRET = b"-----BEGIN PRIVATE KEY-----\n"
 def start(name, *arguments, **env):
     command = [sys.executable, str(ROOT / "examples" / f"{name}.py"), *map(str, arguments)]
     whole = {"PYTHONUNBUFFERED": ""}  # lines of several processes do not mix
-    return subprocess.Popen(command, env={**os.environ, **whole, **env}, stdout=subprocess.PIPE, text=True)
+    return forked.Popen(command, env={**os.environ, **whole, **env}, stdout=subprocess.PIPE, text=True)
 
 
 def run(name, *arguments, **env):
@@ -153,7 +154,7 @@ def test_an_example_says_how_it_is_used(name, monkeypatch, capsys):
 def test_an_example_without_a_bus_is_one_sentence(call):
     env = {**os.environ, "AGENT_BUS_URL": refusing(), "AGENT_NAME": "spark"}
     command = [sys.executable, ROOT / "examples" / f"{call[0]}.py", *call[1:]]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=PATIENCE)
+    done = forked.run(command, env=env, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 1 and done.stderr.startswith(f"{call[0]}: no bus at http://") and done.stdout == ""
     assert done.stderr.count("\n") == 1
 
@@ -162,13 +163,13 @@ def test_a_closed_bus_refuses_an_example_in_words(bus):
     invite(bus, "ops")
     wait_until(lambda: Peer(bus).send("GET", "/inbox").answer().status == 401)
     for name in ("incident", "work_queue", "reserve", "reminder"):
-        done = subprocess.run([sys.executable, ROOT / "examples" / f"{name}.py"], capture_output=True, text=True,
+        done = forked.run([sys.executable, ROOT / "examples" / f"{name}.py"], capture_output=True, text=True,
                               timeout=PATIENCE, env={**os.environ, "AGENT_BUS_URL": bus.url})  # fmt: skip
         assert done.returncode == 1 and "token" in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_handover_asks_for_a_name():
-    done = subprocess.run([sys.executable, ROOT / "examples" / "handover.py", "accept", "x"], capture_output=True,
+    done = forked.run([sys.executable, ROOT / "examples" / "handover.py", "accept", "x"], capture_output=True,
                           text=True, timeout=PATIENCE)  # fmt: skip
     assert done.returncode == 2 and "AGENT_NAME is missing" in done.stderr
 
