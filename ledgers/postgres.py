@@ -13,6 +13,8 @@ What is dangerous about PostgreSQL here:
 - A primary that was cut off may take connections for as long as it likes. So the next connection asks others first.
 - A machine that is frozen takes connections, and says nothing. So each machine has its share of the time of a call, and
   the one that failed last is asked last.
+- psycopg waits for a name server without a deadline. So a thread of its own looks up the addresses for the next
+  connection, and this one uses those that are known.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from typing import Any
 
 import psycopg
 from psycopg import pq
+from psycopg.abc import ConnDict
 from psycopg.conninfo import conninfo_attempts, conninfo_to_dict, make_conninfo
 
 from bus_server import Unusable, say
@@ -107,6 +110,9 @@ class Postgres:
         self.single = single
         self.connection: psycopg.Connection[Any] | None = None
         self.machine: Machine = ()  # of this connection, or of the last one
+        self.machines: dict[Machine, ConnDict] = {}  # each address, with the options for it, as it was looked up last
+        self.looking = threading.Lock()  # held while a thread looks up the addresses
+        self.unknown = "the name server has not answered in time"
         self.drops = 0  # connections that were given up
         self.warnings: list[str] = []
         self.told = ""  # the last reason why a server was not taken
@@ -147,10 +153,7 @@ class Postgres:
         Each machine has an equal share of the time, so that frozen ones do not hide one that works. The last one has no
         more: meanwhile nobody would see that another one leads now.
         """
-        try:
-            machines = {tuple(map(one.get, PLACE)): one for one in conninfo_attempts(self.options)}
-        except psycopg.Error as error:
-            raise Unknown(str(error)) from None
+        machines = self.addresses(deadline)
         why, share = "", (deadline - time.monotonic()) / len(machines)
         for machine in sorted(machines, key=lambda machine: self.failed.get(machine, 0.0)):
             try:
@@ -159,6 +162,28 @@ class Postgres:
                 self.failed[machine] = time.monotonic()
                 why = str(error).partition("\n")[0]
         raise Unknown(why)  # of several machines, why the last one failed
+
+    def addresses(self, deadline: float) -> dict[Machine, ConnDict]:
+        """The machines that are known. They are looked up again meanwhile; only the first time we wait for that."""
+        if self.looking.acquire(blocking=False):
+            thread = threading.Thread(target=self.look_up, name="addresses", daemon=True)
+            thread.start()
+            if not self.machines:
+                thread.join(max(deadline - time.monotonic(), 0))
+        if not self.machines:
+            raise Unknown(self.unknown)
+        return self.machines
+
+    def look_up(self) -> None:
+        """In a thread: learn the addresses. While one of the names has none, the others stay as they are."""
+        try:
+            found = {tuple(map(one.get, PLACE)): one for one in conninfo_attempts(self.options)}
+            names, before = ({one.get("host") for one in each.values()} for each in (found, self.machines))
+            self.machines = found if names >= before else self.machines
+        except psycopg.Error as error:
+            self.unknown = str(error)
+        finally:
+            self.looking.release()
 
     def noticed(self, notice: psycopg.errors.Diagnostic) -> None:
         if notice.severity_nonlocalized not in ("NOTICE", "INFO", "LOG", "DEBUG"):

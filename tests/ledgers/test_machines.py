@@ -14,6 +14,8 @@ from tests.kit.processes import free_port, in_time, wait_until
 pytestmark = pytest.mark.skipif(bool(postgres.reason_to_skip()), reason=str(postgres.reason_to_skip()))
 
 if not postgres.reason_to_skip():
+    from psycopg.conninfo import conninfo_to_dict
+
     import ledgers.postgres
     from ledgers.postgres import Postgres, connect, exchange
 
@@ -63,6 +65,49 @@ def test_machines_that_say_nothing_have_one_deadline_together(silent, opened):
         with pytest.raises(Unknown, match="did not answer in time"):
             call(began + 0.5)
         assert 0.4 < time.monotonic() - began < in_time(1.9)  # one machine of them would have 2 s of psycopg
+
+
+def test_no_call_waits_for_a_name_server_longer_than_its_deadline(opened, monkeypatch):
+    """Also if PostgreSQL is well. An address that has changed is learned meanwhile."""
+    ledger, addresses, asked, answers = opened(url_of("a.example", "b.example")), {}, [], threading.Event()
+
+    def look_up(name, port, **_):
+        assert answers.wait(60)
+        if name not in addresses:
+            raise OSError("no such name")
+        return [(0, 0, 0, "", (addresses[name], port))]
+
+    def connect(conninfo, deadline):
+        asked.append(conninfo_to_dict(conninfo)["hostaddr"])
+        raise Unknown("it is down")
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    monkeypatch.setattr(ledgers.postgres, "connection_to", connect)
+
+    def tries(why, seconds=1):
+        began = time.monotonic()
+        del asked[:]
+        with pytest.raises(Unknown, match=why):
+            ledger.open(began + seconds)
+        assert time.monotonic() - began < in_time(seconds + 1)
+        return sorted(asked)
+
+    assert tries("has not answered in time", 0.2) == []
+    answers.set()
+    wait_until(lambda: not ledger.looking.locked())
+    assert tries("failed to resolve host") == []
+    addresses.update({"a.example": "10.0.0.7", "b.example": "10.0.0.8"})
+    assert tries("it is down") == ["10.0.0.7", "10.0.0.8"]
+    wait_until(lambda: not ledger.looking.locked())
+    answers.clear()
+    assert tries("it is down") == tries("it is down") == ["10.0.0.7", "10.0.0.8"], "they are known, and nobody waits"
+    addresses["a.example"] = "10.0.0.9"
+    answers.set()
+    wait_until(lambda: tries("it is down") == ["10.0.0.8", "10.0.0.9"])
+    del addresses["b.example"]
+    for _ in range(2):
+        wait_until(lambda: not ledger.looking.locked())
+        assert tries("it is down") == ["10.0.0.8", "10.0.0.9"], "the name server has lost one of them"
 
 
 def test_a_machine_that_answers_is_found_behind_several_that_say_nothing(server, silent, opened):
