@@ -6288,6 +6288,8 @@ def migrate_alone(path: str) -> None:
 
 def other_version(path: str) -> Unusable:
     url, version = signature(path)
+    if not url:
+        return Unusable(f"a bus that uses {path} is starting, or is of a version before 0.2.0: try again in a moment")
     return Unusable(
         f"the bus at {url} is version {version or 'before 0.2.0'}, and this is {VERSION}: use the bus_server.py "
         "of that version, or restart the bus with this one"

@@ -187,6 +187,14 @@ def test_prune_beside_a_server_of_another_version_is_refused_in_words_at_once(bu
     assert not pathlib.Path(f"{bus.db}.prune").exists() and log_of(bus, "bob") == ["x"]
 
 
+def test_prune_beside_a_server_that_is_starting_says_to_try_again(bus):
+    """Its lock file is empty until it listens, which a large database may delay."""
+    send(bus)
+    pathlib.Path(f"{bus.db}.lock").write_text("")
+    code, _, err = run("prune", "--older", "0", "--pending", "--db", bus.db)
+    assert code == 2 and "is starting" in err and err.endswith("try again in a moment\n")
+
+
 def test_a_server_says_its_version_so_that_prune_beside_it_works(bus):
     send(bus)
     assert pathlib.Path(f"{bus.db}.lock").read_text() == f"{bus.url}\n{bus_server.VERSION}\n"
