@@ -7,8 +7,9 @@ from tests.kit.page import CHROMIUM, DESK, HURRIED, fill, go_to, place_for_tabs,
 from tests.kit.peers import mint
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def browser():
+    """One for all files of a worker: it takes 2 s of CPU to start and to end."""
     from playwright.sync_api import sync_playwright  # of an extra that need not be there
 
     with sync_playwright() as driver:
