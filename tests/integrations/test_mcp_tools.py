@@ -7,8 +7,10 @@ import sys
 import pytest
 
 import bus_recv
+from tests.kit import forked
 from tests.kit.bad_servers import NOON, Scripted, answer, mail, message
 from tests.kit.mcp_client import HOSTILE, cursor, post, unread
+from tests.kit.peers import invite
 from tests.kit.processes import PATIENCE, ROOT, Server, wait_until
 
 ONE_BUS = True
@@ -54,7 +56,7 @@ def test_the_cursor_is_that_of_bus_recv(client):
 
 def test_a_reader_at_work_does_not_keep_it_from_looking(client):
     command = [sys.executable, str(ROOT / "bus_recv.py"), "alice"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as reader:
+    with forked.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as reader:
         number = post("for the reader")
         assert number.encode() in reader.stdout.readline()
         wait_until(lambda: not client.mail())
@@ -117,9 +119,7 @@ def test_on_a_bus_with_more_names_than_a_page_it_asks_for_its_own_channel_and_na
 
 def test_a_token_lets_it_in_and_is_told_nobody(tmp_path, start):
     with Server(tmp_path / "closed.db") as closed:
-        invite = [sys.executable, str(ROOT / "bus_server.py"), "invite", "alice", "--db", closed.db]
-        said = subprocess.run(invite, capture_output=True, text=True, check=True).stdout
-        token = re.search(r"abt_[0-9a-f]{8}_\S{43}", said)[0]
+        token = invite(closed, "alice")
         wait_until(lambda: "token" in start(url=closed.url).failure("bus_inbox"))
         client = start(url=closed.url, AGENT_BUS_TOKEN=token)
         assert "id " in client.tool("bus_send", to="alice", msg="to myself")
