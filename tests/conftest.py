@@ -1,5 +1,6 @@
 import collections
 import contextlib
+import gc
 import os
 import shutil
 import signal
@@ -82,6 +83,12 @@ def pytest_runtest_call():
 def pytest_runtest_teardown():
     with told_if_it_hangs():
         yield
+
+
+def pytest_collection_finish():
+    """All tests, and the modules that they are in, stay to the end: no search for garbage looks through them again."""
+    gc.collect()
+    gc.freeze()
 
 
 DIED = []  # of the workers of pytest-xdist
