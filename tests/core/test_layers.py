@@ -29,9 +29,9 @@ LAZILY = {  # and where: if --schemas is given; by the path of a file that belon
 }
 
 SOURCE = (ROOT / "bus_server.py").read_text()
-TREE = ast.parse(SOURCE)
 EXTENSIONS = sorted((ROOT / "bus_extensions").glob("[a-z]*.py"))
 TREES = {file: ast.parse(file.read_text()) for file in (ROOT / "bus_server.py", *EXTENSIONS)}
+TREE = TREES[ROOT / "bus_server.py"]
 BANNER = re.compile(r"# ── (\w+) ─+")
 SCOPES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 DEFINITIONS = (ast.FunctionDef, ast.ClassDef)
