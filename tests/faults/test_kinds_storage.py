@@ -28,6 +28,7 @@ import pytest
 import bus_server
 from tests.faults.crash import broken
 from tests.faults.disk import starts
+from tests.kit import forked
 from tests.kit.moved import Moved
 from tests.kit.peers import Peer, alive, ask, command, invite, run, stored
 from tests.kit.processes import COMMAND, PATIENCE, ROOT, Server, wait_until
@@ -110,7 +111,7 @@ def test_files_beside_somebody_who_makes_and_removes_them(tmp_path, what):
 
 def start(path, *options):
     """The exit code and the words of a server that is expected not to start; 0 if it does."""
-    process = subprocess.Popen(
+    process = forked.Popen(
         [sys.executable, "-S", *COMMAND[1:], "--port", "0", "--db", str(path), *options],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -390,7 +391,7 @@ def test_a_restore_that_was_killed_is_no_empty_bus(tmp_path):
     copy = tmp_path / "copy.db"
     with Server(tmp_path / "first.db") as bus:
         stored(bus, "bob", "copied")
-        subprocess.run([*COMMAND, "backup", str(copy), "--db", bus.db], check=True, capture_output=True)
+        forked.run([*COMMAND, "backup", str(copy), "--db", bus.db], check=True, capture_output=True)
     old = tmp_path / "old"
     old.mkdir()
     with Server(old / "bus.db") as bus:
@@ -427,7 +428,7 @@ def test_a_start_beside_half_a_restore_refuses(tmp_path, half):
     file = tmp_path / "bus.db"
     with Server(file) as bus:
         stored(bus, "bob", "old")
-        subprocess.run([*COMMAND, "backup", str(tmp_path / "bus.db.new"), "--db", bus.db], check=True)
+        forked.run([*COMMAND, "backup", str(tmp_path / "bus.db.new"), "--db", bus.db], check=True)
         bus.kill()
     old = f"{file}.1795912180887118"
     os.rename(file, old)

@@ -1,6 +1,4 @@
 import http.client
-import subprocess
-import sys
 import time
 
 import pytest
@@ -8,8 +6,8 @@ import pytest
 from bus_server import STRANGERS
 from tests.faults import linux, program, skipped_without
 from tests.faults.siege import ROUNDS, no_descriptors, reach, silent_handshakes, slow_peers
-from tests.kit.peers import many_files
-from tests.kit.processes import PATIENCE, ROOT, Server
+from tests.kit.peers import invite, many_files
+from tests.kit.processes import PATIENCE, Server
 
 pytestmark = skipped_without(linux)
 
@@ -57,9 +55,7 @@ def throughput(bus, headers, seconds=0.15):
 @pytest.mark.slow("measures in rounds")
 def test_tokens_cost_less_than_a_tenth(tmp_path):
     with Server(tmp_path / "open.db") as free, Server(tmp_path / "closed.db") as closed_bus:
-        command = [sys.executable, str(ROOT / "bus_server.py"), "invite", "alice", "--db", closed_bus.db]
-        printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        token = next(word for word in printed.split() if word.startswith("abt_"))
+        token = invite(closed_bus, "alice")
         without, with_them = [], []
         for rounds in range(4 * ROUNDS):
             without.append(throughput(free, {"Authorization": f"Bearer {token}"}))

@@ -2,7 +2,6 @@
 import json
 import os
 import socket
-import subprocess
 import sys
 import threading
 
@@ -22,6 +21,7 @@ from tests.integrations.test_hook import (  # noqa: F401
     send,
     text,
 )
+from tests.kit import forked
 from tests.kit.bad_servers import Scripted, answer
 from tests.kit.processes import PATIENCE, ROOT, Server
 
@@ -144,7 +144,7 @@ def test_what_the_agent_says_of_itself_goes_along(bus):
     def tool(name, **arguments):
         call = {"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": {"name": name, "arguments": arguments}}
         command = [sys.executable, str(ROOT / "integrations" / "claude_code" / "bus_mcp.py")]
-        done = subprocess.run(command, input=json.dumps(call) + "\n", env=environment, capture_output=True, text=True,
+        done = forked.run(command, input=json.dumps(call) + "\n", env=environment, capture_output=True, text=True,
                               timeout=PATIENCE)  # fmt: skip
         return json.loads(done.stdout)["result"]["content"][0]["text"]
 

@@ -124,7 +124,7 @@ def run_checks(url, **env):
     theirs = {name: value for name, value in os.environ.items() if not name.startswith(("AGENT_", "BUS_"))}
     command = [sys.executable, str(ROOT / "test_bus.py")]
     env = {**theirs, "BUS_URL": url, **env}
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=18 * PATIENCE)
+    return forked.run(command, env=env, capture_output=True, text=True, timeout=18 * PATIENCE)
 
 
 def runs(pid):

@@ -3,11 +3,8 @@ import concurrent.futures
 import contextlib
 import http.client
 import json
-import subprocess
-import sys
 
-from tests.kit.peers import metric
-from tests.kit.processes import ROOT
+from tests.kit.peers import metric, run
 
 
 def ask(bus, method, path, body=None, timeout=70):
@@ -57,5 +54,4 @@ def parked(bus):
 
 def prune(bus):
     """What the command said of everything that it may remove without being told to."""
-    command = [sys.executable, str(ROOT / "bus_server.py"), "prune", "--older", "0", "--db", bus.db]
-    return subprocess.run(command, capture_output=True, text=True).stdout
+    return run("prune", "--older", "0", "--db", bus.db)[1]

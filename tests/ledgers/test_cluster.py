@@ -15,7 +15,7 @@ import pytest
 import bus_server
 import test_bus
 from tests.faults.history import background, get, observed, tick
-from tests.kit import new_client, postgres
+from tests.kit import forked, new_client, postgres
 from tests.kit.checks import HEAVY, make, possible
 from tests.kit.in_turn import InTurn
 from tests.kit.processes import COMMAND, PATIENCE, ROOT, SERVER, Server, run_checks, wait_until
@@ -184,7 +184,7 @@ def test_a_lost_copy_is_made_anew_and_one_that_is_behind_catches_up(two):
     ids=lambda value: value[-1] if isinstance(value, list) else "",
 )
 def test_a_ledger_that_cannot_be_used_is_refused_in_one_sentence(tmp_path, options, why):
-    done = subprocess.run(
+    done = forked.run(
         [*COMMAND, "--db", str(tmp_path / "a.db"), "--port", "0", *options], capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 2 and why in done.stderr and "secret" not in done.stderr.replace(options[-1], "")
@@ -195,13 +195,13 @@ def test_the_commands_on_a_stopped_front_are_refused(tmp_path, ledger):
         new_client.send(bus.url, "ann", "bob", "x")
         assert bus.stop() == 0
     for command in (["prune", "--older", "0", "--pending"], ["--port", "0"]):
-        done = subprocess.run([*COMMAND, *command, "--db", bus.db], capture_output=True, text=True, timeout=60)
+        done = forked.run([*COMMAND, *command, "--db", bus.db], capture_output=True, text=True, timeout=60)
         assert done.returncode == 2 and "is a front's copy of a ledger" in done.stderr, done
 
 
 def ran(*command):
     """What a command printed; it must succeed. psycopg is among the site packages."""
-    done = subprocess.run([*COMMAND, *map(str, command)], capture_output=True, text=True, timeout=60)
+    done = forked.run([*COMMAND, *map(str, command)], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done
     return done.stdout
 
@@ -250,14 +250,14 @@ def test_a_bus_is_moved_onto_a_ledger_and_back_by_one_command_each(tmp_path, led
 def test_a_move_that_cannot_be_is_refused_in_one_sentence(tmp_path, options, why):
     bus_server.State(str(tmp_path / "bus.db")).close()
     command = [*COMMAND, "move", "--db", str(tmp_path / "bus.db"), *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = forked.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and why in done.stderr, done
 
 
 def test_the_doctor_looks_at_the_ledger_through_each_front(two, tmp_path):
     env = {**os.environ, "AGENT_BUS_URL": ",".join(bus.url for bus in two), "AGENT_NAME": "spark"}
     doctor = [sys.executable, str(ROOT / "tools/bus_doctor.py"), "--hold", "0"]
-    printed = subprocess.run(doctor, env=env, capture_output=True, text=True, timeout=60).stdout
+    printed = forked.run(doctor, env=env, capture_output=True, text=True, timeout=60).stdout
     line = r"^warn  ledger (.*) leads; this front is at entry \d+, of 2 that live; a message is on \1 alone$"
     assert len(re.findall(line, printed, re.MULTILINE)) == 2, printed
     assert re.search(r"^ok    fronts each has come to entry \d+$", printed, re.MULTILINE), printed
@@ -268,7 +268,7 @@ def test_prune_beside_a_running_front_removes_at_all_fronts(two):
     new_client.send(a.url, "ann", "bob", "x")
     command = ["prune", "--older", "0", "--pending", "--db", b.db]
     wait_until(lambda: observed(b.url))
-    done = subprocess.run([*COMMAND, *command], capture_output=True, text=True, timeout=60)
+    done = forked.run([*COMMAND, *command], capture_output=True, text=True, timeout=60)
     assert done.stdout.endswith("1 removed\n"), done
     wait_until(lambda: observed(a.url) == [])
     copies(*two)
