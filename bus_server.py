@@ -2149,7 +2149,7 @@ def no_link(path: str) -> int:
 
 def check_is_no_link(path: str) -> None:
     if no_link(path) and os.path.islink(path):
-        raise Planted(f"{path} is a link where other users may write: put there what it leads to")
+        raise Planted(f"{path} is a link where other users may write: put the file that it leads to in its place")
 
 
 def unwritable(path: str, error: Exception) -> str:
@@ -2174,8 +2174,8 @@ def check_owner(its: os.stat_result, path: str) -> None:
     """Planted, unless this is a plain file of a user who may say what lies beside the database."""
     folder = os.stat(pathlib.Path(path).parent)
     if not stat.S_ISREG(its.st_mode) or its.st_uid not in (0, os.geteuid(), owner_of(path).st_uid, folder.st_uid):
-        whose = "of yours, of root or of the owner of the database"
-        raise Planted(f"{path} is no plain file {whose}: find out who made it; give it to that owner, or remove it")
+        whose = "of yours, of root, or of the owner of the database or its folder"
+        raise Planted(f"{path} is no plain file {whose}: find out who made it; remove it, or chown it to one of these")
 
 
 def opened_beside(path: str) -> IO[bytes]:

@@ -224,8 +224,9 @@ class Mirror(State):
     def check_place(self, at: float, front: str, position: int) -> None:
         """Differs, if the entry at a place was written by a front that had applied one for that place before."""
         if position >= at:
-            why = f"the ledger has lost entries: {front} had applied {position}, and its next one became entry {at:.0f}"
-            raise Differs(f"{why}; stop all fronts, and make the file with the highest position a bus ({RESCUE})")
+            wrote = f"{front} had applied entry {position}, and what it wrote next is entry {at:.0f}"
+            rescue = f"find the database with the highest position, and run {RESCUE} with its --db (docs/cluster.md)"
+            raise Differs(f"the ledger has lost entries: {wrote}; stop all fronts, {rescue}")
 
     def take(self, position: int, wall: int, entry: Entry) -> Applied:
         """Apply an entry: the next one, with the time of the ledger."""

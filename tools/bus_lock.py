@@ -181,7 +181,8 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     order.update({} if options.ttl is None else {"ttl": options.ttl})
     for name in filter(os.path.lexists, options.names):
         if (whole := from_top(name)) != name:
-            complain(f"{name} is reserved by that name; for others the file here is {bus_recv.word(whole)}")
+            its = f"{bus_recv.word(name)} here is {bus_recv.word(whole)} from the top of the repository"
+            complain(f"{its}: to protect this file, reserve {bus_recv.word(whole)}")
     answer, now = lock(url, order, options.wait)
     fence, is_person = bus_recv.word(answer.get("fence")), bool(sys.stdout) and sys.stdout.isatty()
     unlocks = bus_recv.called("bus_lock.py unlock", "unlock")

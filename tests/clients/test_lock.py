@@ -35,8 +35,8 @@ def test_who_reserves_a_file_below_the_top_of_a_repository_is_told_its_name_for_
     (tmp_path / "docs" / "a.md").touch()
     for folder, name, told in (
         (".", "docs/a.md", ""),
-        ("docs", "a.md", "a.md is reserved by that name; for others the file here is docs/a.md"),
-        ("docs", str(tmp_path / "docs" / "a.md"), "for others the file here is docs/a.md"),
+        ("docs", "a.md", "a.md here is docs/a.md from the top of the repository: to protect this file, reserve "),
+        ("docs", str(tmp_path / "docs" / "a.md"), "here is docs/a.md from the top of the repository"),
         ("docs", "docs/a.md", ""), ("docs", "new.md", ""),
     ):  # fmt: skip
         monkeypatch.chdir(tmp_path / folder)

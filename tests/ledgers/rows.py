@@ -74,7 +74,7 @@ class World:
                 copies(self.a, self.b, new)
             except AssertionError:
                 self.found.append("the copies of the fronts are not equal")
-        middle = f", {statistics.median(self.silences):.1f} s in the middle" if count > 2 else ""
+        middle = f", {statistics.median(self.silences):.1f} s as the median" if count > 2 else ""
         return Result(f"{result.figures}; no send for {longest:.1f} s at most{middle}", result.violations + self.found)
 
 
@@ -406,7 +406,7 @@ def cut(name, fault, leader, harm, *minority):
                networks=True)  # fmt: skip
 
 
-NOTHING = "the above"
+NOTHING = "the common bar"
 AGAIN = f"; sends again within {WITHIN} s"
 ROWS = [
     Row("conformance", "none: `test_bus.py` at each front", "all pass", conformance, 1),
