@@ -8,6 +8,7 @@ import sys
 import pytest
 
 import bus_send
+from tests.kit import forked
 from tests.kit.processes import PATIENCE, ROOT, in_time, no_settings, wait_until
 
 NOTICED_SECONDS = 2
@@ -22,7 +23,7 @@ def place(tmp_path, monkeypatch):
 def reader(bus, stdout, *options):
     env = {**os.environ, "AGENT_BUS_URL": bus.url}
     command = [sys.executable, "-u", str(ROOT / "bus_recv.py"), "bob", *options]
-    return subprocess.Popen(command, env=env, stdout=stdout, stderr=subprocess.DEVNULL)
+    return forked.Popen(command, env=env, stdout=stdout, stderr=subprocess.DEVNULL)
 
 
 def listening(bus):

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from tests.clients.test_clients import refusing
-from tests.kit import peers
+from tests.kit import forked, peers
 from tests.kit.peers import mint
 from tests.kit.processes import PATIENCE, ROOT, Server, in_time, no_settings
 
@@ -110,7 +110,7 @@ def test_a_wrong_setting_is_one_line_and_no_reason_to_hold_up_an_edit(bus, proje
 def test_whatever_is_on_stdin_the_edit_goes_on(event):
     command = [sys.executable, "-IS", str(ROOT / "integrations/claude_code/lock_hook.py")]
     env = {**os.environ, "AGENT_BUS_LOCKS": "warn", "AGENT_BUS_URL": refusing()}
-    done = subprocess.run(command, env=env, input=event, text=True, capture_output=True, timeout=PATIENCE)
+    done = forked.run(command, env=env, input=event, text=True, capture_output=True, timeout=PATIENCE)
     assert (done.returncode, done.stdout) == (0, "") and "Traceback" not in done.stderr
 
 
