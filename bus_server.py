@@ -2736,7 +2736,7 @@ IN_PLACES, IN_MESSAGES = (
     for them in ("runs JOIN places USING (run) WHERE upto > 0", "messages WHERE tick <= (SELECT max(upto) FROM runs)")
 )
 ITS_KEYS = """(SELECT json_extract(value, '$[0]') AS its_sender, json_extract(value, '$[1]') AS its_channel,
-    json_extract(value, '$[2]') AS its_key FROM json_each(?1))"""
+    json_extract(value, '$[2]') AS its_key FROM json_each(?))"""
 EARLIER = f"""SELECT tick, key, sender, channel, name, '', NULL FROM {ITS_KEYS}
     CROSS JOIN messages ON key = its_key AND sender = its_sender
     CROSS JOIN mailboxes ON mailbox = id AND channel = its_channel
@@ -3466,7 +3466,7 @@ class State(Rows):
                     texts[one.sender, one.channel, one.key].add(one.text)
         if not texts:
             return found
-        for *row, check in sorted(self.writing.execute(EARLIER, (encode([*texts]),)).fetchall()):
+        for *row, check in sorted(self.writing.execute(EARLIER, [encode([*texts])] * 2).fetchall()):
             tick, key, sender, channel, to, its_hash = row
             if check not in (None, zlib.crc32(repr(row).encode())):
                 self.damaged(f"the key {key} of {sender}")
@@ -5097,7 +5097,7 @@ class Retention:
         if self.looked is None:  # the bus has just started; nobody may have sent for some hours
             # What was sent just now proves nothing: it had the same clock. What is a little older must be young enough
             # for the jump that is allowed below, or a clock that is right would never be trusted.
-            just = min(self.JUMP, most / 8)
+            just = min(self.JUMP, most / 2)
             [tick] = self.bus.view.ask("SELECT max(tick) FROM messages WHERE tick < ?", int((wall - just) * 1000000))
             self.looked, self.steady = (tick or self.bus.last) / 1000000 or wall, steady
             jump = min(self.JUMP * 24, most)

@@ -21,9 +21,9 @@ class Maxima(Marks):
             sorted(self.used.items()),
         )
         state.writing.executemany(
-            "UPDATE mailboxes SET own = max(own, ?1), read = max(ifnull(read, ?2), ifnull(?2, read)), "
-            "fetched = max(fetched, ?3), seen = max(seen, ?4) WHERE channel = ?5 AND name = ?6",
-            [(*mark[2:], *mark[:2]) for mark in self.marks],
+            "UPDATE mailboxes SET own = max(own, :own), read = max(ifnull(read, :read), ifnull(:read, read)), "
+            "fetched = max(fetched, :fetched), seen = max(seen, :seen) WHERE channel = :channel AND name = :name",
+            [mark._asdict() for mark in self.marks],
         )
         state.writing.executemany(RECEIPT, [receipt for receipt in self.receipts if receipt.tick])
 

@@ -159,6 +159,12 @@ def test_lines_of_code_are_counted_without_comments_blank_lines_and_docstrings()
     assert lines_of_code('"""a\n\nb"""\n\n# c\nX = """d\ne"""  # f\n\ndef g():\n    """h"""\n    return 1\n') == 4
 
 
+def test_no_parameter_of_sql_has_a_number():
+    """Python 3.14 refuses `?1` with a sequence, and 3.12 warns on stderr."""
+    files = [*TREES, *(ROOT / "ledgers").glob("*.py"), *(ROOT / "tools").glob("*.py")]
+    assert not [file.name for file in files if re.search(r"[ (,]\?[0-9]", file.read_text())]
+
+
 def test_the_core_does_not_grow():
     assert lines_of_code(SOURCE) <= LIMIT, f"bus_server.py has {lines_of_code(SOURCE)} lines of code, LIMIT is {LIMIT}"
 
