@@ -164,12 +164,11 @@ class Postgres:
         raise Unknown(why)  # of several machines, why the last one failed
 
     def addresses(self, deadline: float) -> dict[Machine, ConnDict]:
-        """The machines that are known. They are looked up again meanwhile; only the first time we wait for that."""
+        """The machines that are known. They are looked up again meanwhile."""
         if self.looking.acquire(blocking=False):
-            thread = threading.Thread(target=self.look_up, name="addresses", daemon=True)
-            thread.start()
-            if not self.machines:
-                thread.join(max(deadline - time.monotonic(), 0))
+            threading.Thread(target=self.look_up, name="addresses", daemon=True).start()
+        if not self.machines and self.looking.acquire(timeout=max(deadline - time.monotonic(), 0)):
+            self.looking.release()  # the first time we wait for whoever looks them up
         if not self.machines:
             raise Unknown(self.unknown)
         return self.machines

@@ -110,6 +110,20 @@ def test_no_call_waits_for_a_name_server_longer_than_its_deadline(opened, monkey
         assert tries("it is down") == ["10.0.0.8", "10.0.0.9"], "the name server has lost one of them"
 
 
+def test_a_call_waits_for_the_first_look_up_of_another_one(opened, monkeypatch):
+    """A front begins to listen and to read at the same time."""
+
+    def connect(conninfo, deadline):
+        raise Unknown("it is down")
+
+    ledger = opened(url_of("127.0.0.1"))
+    monkeypatch.setattr(ledgers.postgres, "connection_to", connect)
+    ledger.looking.acquire()
+    threading.Timer(0.1, ledger.look_up).start()
+    with pytest.raises(Unknown, match="it is down"):
+        ledger.open(time.monotonic() + in_time(5))
+
+
 def test_a_machine_that_answers_is_found_behind_several_that_say_nothing(server, silent, opened):
     """In one call: who asks again begins a new one, with the same deadline."""
     connect(server.url, single=True).close()
