@@ -340,5 +340,5 @@ def test_many_names_get_their_messages_in_turn(session, tmp_path):
         bus.sends(4, 1)
         counts = "SELECT max(n) - min(n) FROM (SELECT count(*) AS n FROM messages GROUP BY mailbox)"
         assert bus.query(counts) <= 4 and bus.query("SELECT count(*) FROM mailboxes") == len(to)
-        keyed = bus.query("SELECT count(DISTINCT key) FROM messages")
-        assert keyed == bus.stored(0) - 2 * len(to) > 0
+        plain = bus.query("SELECT count(*) - count(DISTINCT key) FROM messages")  # at one moment: some may still come
+        assert plain == 2 * len(to) < bus.stored(0)
