@@ -16,6 +16,7 @@ from collections.abc import Iterable
 
 PAGE = 4096  # bytes; what SQLite writes at least
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+CLOSE_WAIT = "08"  # of /proc/net/tcp: the other side has hung up
 
 
 # Processes
@@ -96,11 +97,14 @@ def memory(pids: Iterable[int]) -> int:
 
 
 def unread_bytes(port: int) -> int:
-    """What came to this port and its process has not accepted or read; 0 says that all who ask are served or parked."""
+    """What came to this port and its process has not accepted or read; 0 says that all who ask are served or parked.
+
+    Who has hung up does not count: the kernel shows one byte for the end of a stream.
+    """
     waiting = 0
     for line in pathlib.Path("/proc/net/tcp").read_text().splitlines()[1:]:
-        _, local, _, _, queues, *_ = line.split()
-        if local.endswith(f":{port:04X}"):
+        _, local, _, state, queues, *_ = line.split()
+        if local.endswith(f":{port:04X}") and state != CLOSE_WAIT:
             waiting += int(queues.partition(":")[2], 16)
     return waiting
 

@@ -27,20 +27,22 @@ def ours(session: Session, figures: dict[str, Figure]) -> list[Figure]:
 @row(first="p99 under 3x nchan, which writes nothing to disk", goal="p99 under 2x nchan")
 def a_parked_reader_is_woken_at_once(session: Session) -> Result:
     crowd, wakings = session.count(15000), session.count(1000, 50)
-    contenders = [*session.buses(), *session.peers(RedisPeer, NchanPeer, ThreadedBus)]
 
-    def scaled(peer: Peer) -> tuple[int, int]:
-        """A thread that looks twice a second: fewer of them, and fewer looks."""
-        return (min(crowd, 1000), min(wakings, 20)) if isinstance(peer, ThreadedBus) else (crowd, wakings)
+    def threaded() -> Run:
+        """Threads that look twice a second: fewer of them, and fewer looks. Those of the round before look on."""
+        peer = ThreadedBus(session.new_folder())
+        with session.running([peer]):
+            return woken(peer, min(crowd, 1000), min(wakings, 20))
 
-    with session.running(contenders) as running:
-        runs = {name: lambda peer=peer: woken(peer, *scaled(peer)) for name, peer in running.items()}
+    with session.running([*session.buses(), *session.peers(RedisPeer, NchanPeer)]) as running:
+        runs = {name: lambda peer=peer: woken(peer, crowd, wakings) for name, peer in running.items()}
+        runs[ThreadedBus.name] = threaded
         figures = interleaved(runs, session.settings.rounds, "ms (p99)")
     session.notes.append(
         f"{crowd} other readers are parked, each on its own name. A round has {wakings} wakings, one after the other, "
-        f"in one process. A server with a thread for each reader gets {min(crowd, 1000)} readers and "
-        f"{min(wakings, 20)} wakings. The time runs from just before the send is written until the reader's whole "
-        "answer is read.")
+        f"in one process. A server with a thread for each reader gets {min(crowd, 1000)} readers, "
+        f"{min(wakings, 20)} wakings and a new process in each round. The time runs from just before the send is "
+        "written until the reader's whole answer is read.")
     claims = []
     for figure in ours(session, figures):
         if NchanPeer.name in figures:
