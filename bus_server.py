@@ -658,7 +658,10 @@ class Loop:
     def each(self, action: Callable[[T], object], failed: Callable[[T], object], items: Iterable[T]) -> None:
         """Call the action with each of them; after an exception call `failed` with that one, and go on."""
         for item in items:
-            if not self.attempt(action, item):
+            try:
+                action(item)
+            except Exception as error:
+                say_exception(error)
                 self.attempt(failed, item)
 
     def gradually(self, action: Callable[[T], object], failed: Callable[[T], object], items: Iterator[T]) -> None:
@@ -759,7 +762,9 @@ class Loop:
         if self.unserved:  # in their order: the system always has the same one
             events.sort(key=lambda ready: self.unserved.get(ready[0].fd, sys.maxsize))
         rest = iter(events)
-        self.each(lambda ready: ready[0].data.ready(ready[1]), lambda ready: ready[0].data.failed(), self.timely(rest))
+        for key, ready in self.timely(rest):
+            if not self.attempt(key.data.ready, ready):
+                self.attempt(key.data.failed)
         self.unserved = {key.fd: place for place, (key, _) in enumerate(rest)}
         now = time.monotonic()
         while self.timers and self.timers[0][0] <= now:

@@ -23,7 +23,7 @@ class Similar:
     LETTERS = 2  # a name that differs by more is another name
     SHORT, CASES = 2, 4  # letters: every other such name differs by as few, so only another case of it is similar
     LOOKED_UP, NEAR, COMPARED = 300, 40, 25  # names; 0.5 ms for the worst of them
-    SHARE, BURST = 0.05, 0.02  # s of CPU that looks may take: in each second, at once
+    SHARE, BURST = 0.02, 0.02  # s of CPU that looks may take: in each second, at once
     FRESH = 0.1  # s; so long the last look is good for further sends to the same name
 
     def __init__(self, bus: Bus) -> None:
