@@ -4535,7 +4535,7 @@ class Bus:
         self.checks: list[Callable[[list[Any]], None]] = []  # Refused if one of these messages may not be sent
         self.states: list[Callable[[Message], tuple[str, str] | None]] = []  # how far a message came
         self.about: list[Callable[[Grant, str, str, Mailbox], str]] = []  # further JSON about a name in /agents
-        self.unknown: list[Callable[[Draft], str]] = []  # further JSON about a receiver that is not known
+        self.unknown: list[Callable[[Draft, str], str]] = []  # further JSON about a receiver that is not known
         self.on_polled: list[Callable[[Request, Poll], None]] = []
         self.on_announced: list[Callable[[list[Message]], object]] = []
         self.on_lost: list[Callable[[Any, int], None]] = []  # an answer with `delivers` did not arrive whole
@@ -5393,7 +5393,7 @@ def truth(bus: Bus, one: Draft) -> str:
     box = bus.mailboxes.box(one.channel, to)
     seen = seconds(box.seen) if box.seen else "null"
     online, count = boolean(bus.mailboxes.online(box)), unread(bus, one.channel, to, box)
-    more = "true" if box.seen or known(bus, one, to) else f"false{similar(bus, one, to)}"
+    more = "true" if box.seen or to in bus.gate.tokens.named else f"false{similar(bus, one, to)}"
     return f'{{"online": {online}, "last_seen": {seen}, "unread": {count}, "known": {more}}}'
 
 
@@ -5404,7 +5404,7 @@ def known(bus: Bus, one: Draft, own: str) -> bool:
 
 def similar(bus: Bus, one: Draft, own: str) -> str:
     """What extensions say of a receiver that is not known: further members, as JSON."""
-    return "".join([about(one._replace(to=(own,))) for about in bus.unknown])
+    return "".join([about(one, own) for about in bus.unknown])
 
 
 def receivers(bus: Bus, one: Draft) -> dict[str, int]:

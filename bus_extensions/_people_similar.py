@@ -29,24 +29,31 @@ class Similar:
     def __init__(self, bus: Bus) -> None:
         self.bus = bus
         self.looks = Budget(time.monotonic, self.SHARE, self.BURST)
+        self.rests = 0.0  # until when there is no time for a look, on the monotonic clock, s
         self.last: tuple[str, str, float, str] = "", "", 0.0, ""  # channel, name, until when it is good, the member
         bus.unknown.append(self.member)
 
-    def member(self, one: Draft) -> str:
+    def member(self, one: Draft, own: str) -> str:
         """A member of the answer to a sender that may see names; a token that may only send must not learn any."""
+        now = time.monotonic()
+        *last, good, member = self.last
+        is_fresh = now < good and last == [one.channel, own]
+        if not is_fresh and now < self.rests:
+            return ""
         grants = self.bus.gate.tokens.named.get(one.sender, ())
         if any(grant.send_only for grant in grants):
             return ""
-        channel, own, good, member = self.last
-        if (channel, own) == (one.channel, one.to[0]) and time.monotonic() < good:
-            return member
-        if self.looks.spend("", 0):
+        return member if is_fresh else self.look(one.channel, own, now)
+
+    def look(self, channel: str, own: str, now: float) -> str:
+        self.rests = now + self.looks.spend("", 0)
+        if now < self.rests:
             return ""
         start = time.thread_time()
-        found = self.to(one.channel, one.to[0])
+        found = self.to(channel, own)
         self.looks.take("", time.thread_time() - start)
         member = f', "similar": {encode(found)}' if found else ""
-        self.last = one.channel, one.to[0], time.monotonic() + self.FRESH, member
+        self.last = channel, own, now + self.FRESH, member
         return member
 
     def to(self, channel: str, unknown: str) -> list[str]:

@@ -193,10 +193,14 @@ def to(name):
     return draft({"from": "ann", "to": name, "msg": "x"}, None)
 
 
+def member(bus, name):
+    return finder(bus).member(to(name), name)
+
+
 def test_of_many_unknown_names_at_once_only_some_are_looked_for(many):
     """An array may have thousands, and all of them are answered in one turn."""
     start = time.thread_time()
-    told = [finder(many).member(to(f"agnet-{number:05}")) for number in range(2000)]
+    told = [member(many, f"agnet-{number:05}") for number in range(2000)]
     taken = time.thread_time() - start
     assert told[0] and not told[-1] and taken < in_cpu(0.2)
 
@@ -205,9 +209,9 @@ def test_many_sends_to_one_unknown_name_are_one_look(few, monkeypatch):
     looks, now = [], [0.0]
     monkeypatch.setattr(finder(few), "to", lambda channel, own: looks.append(own) or ["x"])
     monkeypatch.setattr("time.monotonic", lambda: now[0])
-    assert {finder(few).member(to("agent-x")) for _ in range(100)} == {', "similar": ["x"]'} and len(looks) == 1
+    assert {member(few, "agent-x") for _ in range(100)} == {', "similar": ["x"]'} and len(looks) == 1
     now[0] += finder(few).FRESH
-    assert finder(few).member(to("agent-x")) and len(looks) == 2
+    assert member(few, "agent-x") and len(looks) == 2
 
 
 def test_a_known_name_costs_no_look(few, monkeypatch):
