@@ -21,6 +21,7 @@ CONNECTIONS = 16
 ROUNDS, SENDS = 15, 960  # the best round of each counts
 BODY = b'{"from": "spark", "to": "dell", "msg": "T1 done, 4/4 are honeypots; T2 next........."}'
 MOST = 5.5  # times the fixed work. It was 3.4 (Python 3.11) and 3.5 (3.13) on 2026-11-30; when it falls, lower this
+BYTECODES = 2300  # of Python 3.11; there were 2214 on 2026-12-01; when it falls, lower this
 REQUEST = b"POST /send HTTP/1.1\r\nHost: 127.0.0.1:8080\r\nContent-Length: %d\r\n\r\n%s" % (len(BODY), BODY)
 POLL = b"GET /recv?to=dell&wait=0 HTTP/1.1\r\nHost: 127.0.0.1:8080\r\n\r\n"
 
@@ -112,6 +113,13 @@ def test_extensions_that_nobody_uses_cost_a_send_nothing():
     """The fewest of three: a timer of the bus may come due in between. Each turn is like the one before: a few do."""
     without = ("--without", "locks,search,redact,later,notify,page,mcp")
     assert min(steps() for _ in range(3)) < 1.01 * min(steps(*without) for _ in range(3))
+
+
+@pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="each version of Python has other bytecodes")
+def test_a_send_takes_no_more_bytecodes_than_it_did():
+    """However fast the machine is. The fewer of two, because a timer may come due."""
+    found = min(steps() for _ in range(2)) / (4 * CONNECTIONS)
+    assert found < BYTECODES, f"a send takes {found:.0f} bytecodes, {BYTECODES} at most"
 
 
 @pytest.mark.slow("the best of some rounds of thousands of sends")
