@@ -26,6 +26,8 @@ ENGINES = {"postgresql": "postgres", "postgres": "postgres"}  # the scheme of th
 
 def open_state(options: argparse.Namespace) -> Mirror:
     """The copy of the ledger at --db, up to date. Unusable, if the ledger cannot be reached or used."""
+    if options.db == ":memory:":
+        raise Unusable("with --ledger, --db must be a file: a front begins again where its file ends")
     return follow(options, connect(options.ledger, options.ledger_single))
 
 

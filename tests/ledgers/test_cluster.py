@@ -180,6 +180,7 @@ def test_a_lost_copy_is_made_anew_and_one_that_is_behind_catches_up(two):
         (["--ledger", "postgresql://u:secret@127.0.0.1:1/y"], "which every user of this machine can see"),
         (["--ledger", "postgresql://127.0.0.1:1/y"], "cannot use the ledger: "),
         (["--ledger-single"], "--ledger-single needs --ledger"),
+        (["--db", ":memory:", "--ledger", "postgresql://127.0.0.1:1/y"], "with --ledger, --db must be a file"),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",
 )
