@@ -3968,7 +3968,7 @@ class Mailbox:
     """One name on one channel, and how far its messages were read. Values are ticks unless a comment says otherwise."""
 
     __slots__ = (
-        "above address base expired fetched firm gone listening n newest own pending perishable reached read "
+        "above address base below expired fetched firm gone listening n newest own pending perishable reached read "
         "removed seen sent until"
     ).split()
     own: bool
@@ -3988,7 +3988,7 @@ class Mailbox:
         self.above = (0, 0)  # above a hole: between these ticks messages were delivered
         self.reached = self.fetched  # highest tick delivered, above holes too; later messages fill the mailbox
         self.firm = bool(stored)  # it has a row on disk, or should get one; else it was only looked at
-        self.base: tuple[int, int] | None = None  # a mark, and how many messages lie up to it; None: to be counted
+        self.base, self.below = None if self.removed else 0, 0  # a mark, and the messages up to it; None: to be counted
         self.expired: tuple[int, Expiry, int] | None = None  # above which mark, counted up to where, how many
         self.gone = (0, 0, 0)  # above the one tick, up to the other, all messages were expired then (wall clock, us)
         self.pending: Unfetched | None = None  # None: to be counted
@@ -4152,7 +4152,7 @@ class Mailboxes:
             box.fetched = tick
         mark = box.mark()
         if mark >= box.newest:  # then it need not be counted
-            box.base = mark, box.n
+            box.base, box.below = mark, box.n
 
     def came(self, message: Message) -> int:
         """Highest tick that a reader has of the message's mailbox or, for a message to `all`, that any reader has."""
@@ -4202,7 +4202,7 @@ class Mailboxes:
         for key, tick in removed.items():
             box = self.boxes.get(key)
             if box:  # else its name on the disk is damaged
-                box.removed, box.base, box.expired = max(box.removed, tick), None, None
+                box.removed, box.base, box.below, box.expired = max(box.removed, tick), None, 0, None
                 self.removed = max(self.removed, tick)
                 if box.pending and box.pending.above < tick:
                     box.pending = None
@@ -5444,12 +5444,12 @@ def unread(bus: Bus, channel: str, own: str, box: Mailbox) -> int:
     back = bus.mailboxes.back(channel, own, mark)[0] if looks else 0
     if mark >= box.newest:
         return back
-    if looks and (box.base[0] != mark if box.base else mark + box.removed > 0):
+    if looks and box.base != mark:
         bus.looks -= 1
         counted = bus.view.count_up_to(channel, own, mark)
-        box.base = mark, box.n if counted is None else counted
-    known, base = box.base or (0, 0)
-    return back + box.n - (base if known <= mark else 0) - (box.perishable and expired(bus, channel, own, box, looks))
+        box.base, box.below = mark, box.n if counted is None else counted
+    below = box.below if (box.base or 0) <= mark else 0
+    return back + box.n - below - (box.perishable and expired(bus, channel, own, box, looks))
 
 
 def expired(bus: Bus, channel: str, own: str, box: Mailbox, looks: bool) -> int:

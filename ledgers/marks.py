@@ -39,7 +39,7 @@ def marked(bus: Bus, time: Time, marks: Marks, result: None) -> None:
         box.fetched, box.seen = max(box.fetched, mark.fetched), max(box.seen, mark.seen)
         box.reached = max(box.reached, box.fetched, box.read or 0)
         if box.mark() >= box.newest:
-            box.base = box.mark(), box.n
+            box.base, box.below = box.mark(), box.n
         left = HOLD + GRACE - max(now - mark.seen, 0) / 1000000
         if left > 0:
             box.listening = box.listening if mailboxes.online(box) else mark.seen
