@@ -2081,8 +2081,7 @@ class Listener:
     AT_ONCE = 32  # in one turn; a request is read a turn later, and must not be dropped as a stranger before
 
     def __init__(self, door: Door, sock: socket.socket, tls: ssl.SSLContext | None) -> None:
-        self.door, self.sock, self.tls = door, sock, tls
-        self.events = 0
+        self.door, self.sock, self.tls, self.events = door, sock, tls, 0
         sock.setblocking(False)
         self.open()
 
@@ -4052,7 +4051,7 @@ class Mailboxes:
         self.on_fetched: list[Callable[[str, str, int, int], None]] = []  # see note()
         self.parked: dict[Connection, Parked] = {}
         self.exclusive: set[type] = set()  # kinds of Parked: a message goes to only one of these that wait for it
-        self.waiting: dict[Key, dict[Connection, None]] = {}
+        self.waiting: dict[Key, tuple[Connection] | dict[Connection, None]] = {}  # by place; a dict if several wait
         # Polls for whose mailboxes messages came, before they are told: these messages, a list for each mailbox.
         self.behind: OrderedDict[Connection, list[list[Message]]] = OrderedDict()
 
@@ -4187,15 +4186,11 @@ class Mailboxes:
         if poll.since >= max(self.removed, self.lost, self.forgotten):
             return None  # without a look at each of many mailboxes
         if poll.me is None:
-            boxes = [
-                box
-                for (channel, own), box in self.boxes.items()
-                if poll.channel in (None, channel) and (not poll.names or own in poll.names)
-            ]
+            its, names, perhaps_forgotten = poll.channel, poll.names, True
+            boxes = [box for (at, own), box in self.boxes.items() if its in (None, at) and (not names or own in names)]
         else:
             boxes = [self.box(str(poll.channel), own) for own in poll.names]
-        removed = max((box.removed for box in boxes), default=0)
-        removed = max(removed, self.lost, self.forgotten if poll.me is None or perhaps_forgotten else 0)
+        removed = max(self.lost, self.forgotten * perhaps_forgotten, *(box.removed for box in boxes))
         return (poll.since, removed) if removed > poll.since else None
 
     def note_removed(self, removed: dict[Any, int]) -> None:
@@ -4259,15 +4254,20 @@ class Mailboxes:
         for own in parked.present():
             self.box(str(parked.channel), own).firm = True
         for key in parked.places():
-            self.waiting.setdefault(key, {})[connection] = None
+            here = self.waiting.setdefault(key, (connection,))  # most are alone, and a dict takes 180 bytes more
+            if connection not in here:
+                several = self.waiting[key] = here if isinstance(here, dict) else dict.fromkeys(here)
+                several[connection] = None
 
     def unpark(self, connection: Connection) -> Parked:
         parked = self.parked.pop(connection)
         self.behind.pop(connection, None)
         for key in parked.places():
-            del self.waiting[key][connection]
-            if not self.waiting[key]:
+            here = self.waiting[key]
+            if len(here) == 1:
                 del self.waiting[key]
+            else:
+                del here[connection]
         return parked
 
     def surplus(self, parked: Parked) -> list[Connection]:
