@@ -2081,7 +2081,8 @@ class Listener:
     AT_ONCE = 32  # in one turn; a request is read a turn later, and must not be dropped as a stranger before
 
     def __init__(self, door: Door, sock: socket.socket, tls: ssl.SSLContext | None) -> None:
-        self.door, self.sock, self.tls, self.events = door, sock, tls, 0
+        self.door, self.sock, self.tls = door, sock, tls
+        self.events = 0
         sock.setblocking(False)
         self.open()
 
