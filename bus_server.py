@@ -3286,6 +3286,7 @@ class State(Rows):
             check_names(path)
         self.lock = None if memory else locked(path)
         faults = sqlite3.Error, UnicodeDecodeError  # the latter: SQLite's error has unreadable text
+        self.is_new = not memory and not os.path.exists(path)  # and no bus has run with it
         with or_unusable(f"cannot use the database {path}", partial(unwritable, path), faults):
             commits = [] if memory else commits_in_wal(f"{path}-wal")
             connect = partial(sqlite3.connect, target, isolation_level=None, check_same_thread=False, uri=memory)
@@ -3334,6 +3335,7 @@ class State(Rows):
     def sign(self, url: str) -> None:
         """Write into the lock file which bus holds it: its URL, then its version. The commands read both."""
         if self.lock:
+        self.is_new = False
             self.lock.truncate(0)
             self.lock.write(f"{url}\n{VERSION}\n")
             self.lock.flush()
@@ -6664,7 +6666,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with contextlib.closing(options.front.open_state(options) if options.front else State(options.db)) as state:
             if not was_there:
                 say(f"there was no folder {folder}: it is made for the database")
-            return run_server(options, state)
+            try:
+                return run_server(options, state)
+            except (Unusable, PermissionError):
+                # The lock file stays: another server may have it open. A front has read its copy from the ledger.
+                for made in ("", "-wal", "-shm") if state.is_new and not options.front else ():
+                    pathlib.Path(options.db + made).unlink(missing_ok=True)
+                raise
     except (Unusable, PermissionError) as error:  # the latter has the path in its text
         own = re.search(r"agent[-_]bus(\.py)? [a-z]+$", sys.argv[0])
         print(f"{own[0] if own else 'bus_server'}: {re.sub('^.Errno [0-9]+. ', '', str(error))}", file=sys.stderr)

@@ -223,6 +223,18 @@ def test_what_may_not_be_written_is_named(shut, found, tmp_path, monkeypatch):
     assert said == f"you may not write {tmp_path / found}; --db gives another place"
 
 
+@pytest.mark.parametrize("options", [["--host", "0.0.0.0"], ["--tls-cert", "/nowhere"], []])
+def test_a_server_that_never_ran_leaves_no_database_and_one_that_was_there_stays(options, bus, tmp_path):
+    """Else `tokens --db` and `invite --db` take it for a bus. The empty lock file stays: another may have it open."""
+    options = [*options, "--port", bus.port, "--db", tmp_path / "other.db"]
+    refused(*options)
+    assert [file.name for file in tmp_path.glob("other.db*")] == ["other.db.lock"]
+    with Server(tmp_path / "other.db"):
+        pass
+    refused(*options)
+    assert (tmp_path / "other.db").stat().st_size
+
+
 @pytest.mark.parametrize(
     "options", [["--port", "70000"], ["--keep", "soon"], ["--max-body", "5"], ["--host", "not a host"]]
 )
