@@ -2161,7 +2161,8 @@ def unwritable(path: str, error: Exception) -> str:
     """Why a file could not be opened or written, in words: what is in its way or, without that, the error."""
     file = pathlib.Path(os.path.abspath(path))
     found = [f"{at} is a file, not a folder" for at in file.parents if os.path.exists(at) and not os.path.isdir(at)]
-    shut = (each for each in (file, file.parent) if os.path.exists(each) and not os.access(each, os.W_OK))
+    there = next(filter(os.path.exists, file.parents))  # as far as we may look
+    shut = (each for each in (file, there) if os.path.exists(each) and not os.access(each, os.W_OK))
     found += map("you may not write {}".format, shut)
     return f"{found[0]}; --db gives another place" if found else str(getattr(error, "strerror", None) or error)
 
@@ -6087,12 +6088,13 @@ def command(function: str, description: str) -> argparse.ArgumentParser:
 
 
 def is_there(path: str) -> bool:
-    """Unlike os.path.exists(), it raises PermissionError where we may not look."""
+    """Unlike os.path.exists(), it raises Unusable where we may not look."""
     try:
         return bool(os.stat(path))
-    except OSError as error:
-        if isinstance(error, PermissionError):
-            raise
+    except PermissionError:
+        shut = next(filter(os.path.exists, pathlib.Path(os.path.abspath(path)).parents))
+        raise Unusable(f"you may not look into {shut} for {path}: ask its owner, or give another path") from None
+    except OSError:
         return False
 
 
@@ -6160,7 +6162,7 @@ PAGE_SECONDS = 12 * 3600  # a link to the page is valid for so long, unless --ex
 
 def check_invitation(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     folder = os.path.dirname(os.path.abspath(options.db))
-    if options.db != default_path() and not is_there(folder):
+    if not is_there(folder) and options.db != default_path():
         raise Unusable(f"there is no folder {folder}: correct --db, or make that folder first")
     try:
         for each in options.also:

@@ -495,4 +495,10 @@ def test_a_database_behind_a_closed_door_is_not_called_missing(command, tmp_path
     monkeypatch.setattr(os, "stat", refusing)
     command = [hidden if word == "COPY" else word for word in command]
     assert bus_server.main([*command, "--db", hidden]) == 2
-    assert re.fullmatch(f"bus_server: Permission denied: '{tmp_path}/its.*'\n", capsys.readouterr().err)
+    said = f"bus_server: you may not look into {tmp_path} for {tmp_path}/its.*: ask its owner, or give another path\n"
+    assert re.fullmatch(said, capsys.readouterr().err)
+
+
+def test_a_home_behind_a_closed_door_is_not_called_an_unreadable_file_of_tokens(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "its"))
+    test_a_database_behind_a_closed_door_is_not_called_missing(["invite", "ann"], tmp_path, monkeypatch, capsys)

@@ -223,6 +223,15 @@ def test_what_may_not_be_written_is_named(shut, found, tmp_path, monkeypatch):
     assert said == f"you may not write {tmp_path / found}; --db gives another place"
 
 
+def test_the_folder_that_may_not_be_entered_is_named(tmp_path, monkeypatch):
+    exists = os.path.exists
+    monkeypatch.setattr(os.path, "exists", lambda path: "/shut/" not in str(path) and exists(path))
+    monkeypatch.setattr(os, "access", lambda path, mode: not str(path).endswith("/shut"))
+    (tmp_path / "shut").mkdir()
+    said = unwritable(str(tmp_path / "shut/.local/state/bus.db"), PermissionError(13, "Permission denied"))
+    assert said == f"you may not write {tmp_path / 'shut'}; --db gives another place"
+
+
 @pytest.mark.parametrize("options", [["--host", "0.0.0.0"], ["--tls-cert", "/nowhere"], []])
 def test_a_server_that_never_ran_leaves_no_database_and_one_that_was_there_stays(options, bus, tmp_path):
     """Else `tokens --db` and `invite --db` take it for a bus. The empty lock file stays: another may have it open."""
