@@ -5753,7 +5753,7 @@ def duration(text: str, zero: str = "ever") -> float:
     A number alone is refused: clients take it for seconds, but who writes `--keep 30` means days.
     """
     match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)([smhd]?)", text)
-    if not match or not (match[2] or match[1] == "0"):
+    if not match or (float(match[1]) == 0 if match[2] else match[1] != "0"):
         raise argparse.ArgumentTypeError(f"{text!r} is not a time like 30d, 12h, 90m, 45s, or 0 for {zero}")
     return float(match[1]) * {"": 0, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
 
@@ -6216,7 +6216,8 @@ def revoke(arguments: Sequence[str]) -> int:
         return 0
     similar = meant(options.label or "", labels.values()) if labels else meant(options.name, {r["name"] for r in rows})
     is_over = options.name in [row["id"] for row in file.rows()] and not labels
-    print(f"{which} {'is revoked already' if is_over else f'has no token{similar}'}", file=sys.stderr)
+    why = f"{which} has no token{meant(options.label or '', labels.values())}" if labels else absent(options.name, rows)
+    print(f"{which} is revoked already" if is_over else why, file=sys.stderr)
     return 1
 
 
@@ -6227,7 +6228,15 @@ def tokens(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     used, rows = last_used(existing(options.db)), Tokens(options.db).rows()
     if options.name and not any(options.name in (row["name"], row["id"]) for row in rows):
-        print(f"{options.name} has no token{meant(options.name, {row['name'] for row in rows})}", file=sys.stderr)
+def absent(name: str, rows: Collection[Row]) -> str:
+    """What to say if these rows have no token of this name or id. The secret of a pasted token is not shown."""
+    if part := re.fullmatch("(abt_(?![0-9a-f]{8}$)[0-9a-f]*).*", name):
+        looks = "looks like a token, whole or cut short, and is no id (abt_ and 8 digits)"
+        return f"{part[1]}... {looks}{meant(part[1], {row['id'] for row in rows})}"
+    return f"{name} has no token{meant(name, {row['name'] for row in rows})}"
+
+
+        print(absent(options.name, rows), file=sys.stderr)
         return 1
     header = f"{'id':13} {'name':20} {'made':10} {'last used':10} {'expires (UTC)':20} grants"
     print(header if rows else "no tokens: the bus is open")

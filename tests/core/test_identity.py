@@ -351,6 +351,15 @@ def test_one_token_is_revoked_and_listed_by_its_id(bus):
     assert command(bus, "revoke", "abt_00000000", code=1).startswith("abt_00000000 has no token")
 
 
+@pytest.mark.parametrize("length", [9, 11, 13, 40, 99])
+def test_a_token_that_was_pasted_is_not_taken_for_a_name(length, bus):
+    token = invite(bus, "dell")
+    for verb in ("revoke", "tokens"):
+        said = command(bus, verb, token[:length], code=1)
+        assert "looks like a token, whole or cut short" in said and said.endswith(f": did you mean {token[:12]}?\n")
+        assert token[12:16] not in said
+
+
 def test_a_list_without_a_token_says_that_the_bus_is_open(tmp_path):
     with Server(tmp_path / "bus.db") as bus:
         assert run("tokens", "--db", bus.db) == (0, "no tokens: the bus is open\n", "")
