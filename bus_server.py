@@ -3286,8 +3286,8 @@ class State(Rows):
         if not memory:
             check_names(path)
         self.lock = None if memory else locked(path)
-        faults = sqlite3.Error, UnicodeDecodeError  # the latter: SQLite's error has unreadable text
         self.is_new = not memory and not os.path.exists(path)  # and no bus has run with it
+        faults = sqlite3.Error, UnicodeDecodeError  # the latter: SQLite's error has unreadable text
         with or_unusable(f"cannot use the database {path}", partial(unwritable, path), faults):
             commits = [] if memory else commits_in_wal(f"{path}-wal")
             connect = partial(sqlite3.connect, target, isolation_level=None, check_same_thread=False, uri=memory)
@@ -3335,8 +3335,8 @@ class State(Rows):
 
     def sign(self, url: str) -> None:
         """Write into the lock file which bus holds it: its URL, then its version. The commands read both."""
-        if self.lock:
         self.is_new = False
+        if self.lock:
             self.lock.truncate(0)
             self.lock.write(f"{url}\n{VERSION}\n")
             self.lock.flush()
@@ -5818,13 +5818,21 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--version", action="version", version=f"agent-bus {VERSION}")
 
 
+class Parser(argparse.ArgumentParser):
+    """Says which option may be meant by one that does not exist."""
+
+    def error(self, message: str) -> NoReturn:
+        strange = re.findall("^unrecognized arguments: (--[^ =]+)", message)
+        super().error(message + "".join(meant(option, self._option_string_actions) for option in strange))
+
+
 def command_line(arguments: Sequence[str]) -> argparse.Namespace:
     """The options of a server, those of the extensions too. `extensions` and `without` are among the results."""
     first = argparse.ArgumentParser(add_help=False)
     first.add_argument("--without", action="append", default=[])
     without = [each for each in ",".join(first.parse_known_args(arguments)[0].without).split(",") if each]
     extensions = load_extensions(without)
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=called("serve"),
         usage="%(prog)s [-h] [OPTIONS]",
         description="A message bus for coding agents over HTTP.",
@@ -6081,7 +6089,7 @@ def reload(listener: Listener, options: argparse.Namespace) -> None:
 
 
 def command(function: str, description: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=called(function), description=description)
+    parser = Parser(prog=called(function), description=description)
     whose = "database of the bus (%(default)s)"
     parser.add_argument("--db", type=database_file, default=default_path(), metavar="PATH", help=whose)
     return parser
@@ -6214,11 +6222,18 @@ def revoke(arguments: Sequence[str]) -> int:
         owner = {row["id"]: row["name"] for row in rows}.get(options.name)
         print(f"revoked {f'one token of {owner}' if owner else f'the tokens of {which}'}: {' '.join(wanted)}")
         return 0
-    similar = meant(options.label or "", labels.values()) if labels else meant(options.name, {r["name"] for r in rows})
     is_over = options.name in [row["id"] for row in file.rows()] and not labels
     why = f"{which} has no token{meant(options.label or '', labels.values())}" if labels else absent(options.name, rows)
     print(f"{which} is revoked already" if is_over else why, file=sys.stderr)
     return 1
+
+
+def absent(name: str, rows: Collection[Row]) -> str:
+    """What to say if these rows have no token of this name or id. The secret of a pasted token is not shown."""
+    if part := re.fullmatch("(abt_(?![0-9a-f]{8}$)[0-9a-f]*).*", name):
+        looks = "looks like a token, whole or cut short, and is no id (abt_ and 8 digits)"
+        return f"{part[1]}... {looks}{meant(part[1], {row['id'] for row in rows})}"
+    return f"{name} has no token{meant(name, {row['name'] for row in rows})}"
 
 
 def tokens(arguments: Sequence[str]) -> int:
@@ -6228,14 +6243,6 @@ def tokens(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     used, rows = last_used(existing(options.db)), Tokens(options.db).rows()
     if options.name and not any(options.name in (row["name"], row["id"]) for row in rows):
-def absent(name: str, rows: Collection[Row]) -> str:
-    """What to say if these rows have no token of this name or id. The secret of a pasted token is not shown."""
-    if part := re.fullmatch("(abt_(?![0-9a-f]{8}$)[0-9a-f]*).*", name):
-        looks = "looks like a token, whole or cut short, and is no id (abt_ and 8 digits)"
-        return f"{part[1]}... {looks}{meant(part[1], {row['id'] for row in rows})}"
-    return f"{name} has no token{meant(name, {row['name'] for row in rows})}"
-
-
         print(absent(options.name, rows), file=sys.stderr)
         return 1
     header = f"{'id':13} {'name':20} {'made':10} {'last used':10} {'expires (UTC)':20} grants"

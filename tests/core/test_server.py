@@ -232,6 +232,16 @@ def test_the_folder_that_may_not_be_entered_is_named(tmp_path, monkeypatch):
     assert said == f"you may not write {tmp_path / 'shut'}; --db gives another place"
 
 
+@pytest.mark.parametrize("wrong, right", [
+    (["--prot", "8080"], "--port"), (["--prot=8080"], "--port"), (["tokens", "--dbb", "x"], "--db"),
+    (["invite", "ann", "--expirse", "3d"], "--expires"),
+])  # fmt: skip
+def test_an_option_that_does_not_exist_gets_the_one_that_may_be_meant(wrong, right, tmp_path):
+    code, out, err = run(*wrong)
+    assert (code, out) == (2, "") and re.search(f"unrecognized arguments: --.*: did you mean {right}\\b", err), err
+    assert "did you mean" not in run("--zzzzzz")[2]
+
+
 @pytest.mark.parametrize("options", [["--host", "0.0.0.0"], ["--tls-cert", "/nowhere"], []])
 def test_a_server_that_never_ran_leaves_no_database_and_one_that_was_there_stays(options, bus, tmp_path):
     """Else `tokens --db` and `invite --db` take it for a bus. The empty lock file stays: another may have it open."""
