@@ -128,6 +128,11 @@ def called() -> str:
     return f"python3 {shlex.quote(me)}" if me.endswith(".py") else os.path.basename(me)
 
 
+def in_errors(*command: str) -> str:
+    """How this program, or a command of it, is called before the sentence of an error: as its programs say it."""
+    return " ".join([os.path.basename(sys.argv[0]), *command])
+
+
 def run(name: str, arguments: Sequence[str]) -> int:
     """Run a command in this process. Its program takes its own name, for its help and its errors, from sys.argv."""
     command, wants_help = COMMANDS[name], {"-h", "--help"}.intersection(arguments)
@@ -136,7 +141,8 @@ def run(name: str, arguments: Sequence[str]) -> int:
         if wants_help:
             return show_help([name])
         if len(arguments) > ARGUMENTS[name]:
-            raise Unknown(f"{name} does not take {shlex.quote(arguments[ARGUMENTS[name]])}: `{called()} help {name}`")
+            further = shlex.quote(arguments[ARGUMENTS[name]])
+            raise Unknown(f"{further} is one word too many: `{called()} help {name}`", name)
         return OWN[name](arguments)
     program, me = load(command.program, command.first), called()
     example = f"{me} {command.example}"
@@ -149,11 +155,11 @@ def run(name: str, arguments: Sequence[str]) -> int:
     try:
         return int(program.main([*command.first, *arguments]) or 0)
     except SystemExit as end:
-        similar = similar_option(name, arguments) if end.code == 2 else ""
+        similar = similar_option(name, arguments) if end.code == 2 and command.program != "bus_server" else ""
         is_text = end.code == 2 and program.__name__ in TAKE_TEXT and any(re.match("-[^-]", one) for one in arguments)
         hint = f"did you mean {similar}?" if similar else "a text that begins with - stands behind --" * is_text
         if hint and sys.stderr:
-            print(f"{os.path.basename(sys.argv[0])}: {hint}", file=sys.stderr)
+            print(f"{in_errors()}: {hint}", file=sys.stderr)
         raise
 
 
@@ -229,14 +235,14 @@ def open_page(arguments: Sequence[str]) -> int:
         url = client.urls_of(found["AGENT_BUS_URL"])[0].rstrip("/")
         header = client.credentials(url)
     except (OSError, ValueError) as error:
-        raise Unknown(str(error)) from None
+        raise Unknown(str(error), "open") from None
     if not url.startswith("http"):
-        raise Unknown(f"{url} is a Unix socket, which a browser cannot open: give the bus a port as well")
+        raise Unknown(f"{url} is a Unix socket, which a browser cannot open: give the bus a port as well", "open")
     print(f"{url}/ui/" + "".join(f"#token={value.split()[-1]}" for value in header.values()))
     try:
         client.ask(url, "/healthz", 2)
     except (client.Refused, client.Unreachable) as fault:
-        client.complain(client.no_bus(url, fault), f"{called()} open")
+        client.complain(client.no_bus(url, fault), in_errors("open"))
         return 75
     return 0
 
@@ -248,7 +254,7 @@ def completion(arguments: Sequence[str]) -> int:
     """Print a script for a shell. It has the commands, and the options that their programs have today."""
     shell = arguments[0] if arguments else ""
     if shell not in SHELLS:
-        raise Unknown(f"completion is for {', '.join(SHELLS)}: `{called()} completion bash`")
+        raise Unknown(f"it is for {', '.join(SHELLS)}: `{called()} completion bash`", "completion")
     print(SHELLS[shell]({name: words(name) for name in COMMANDS if is_here(name)}), end="")
     return 0
 
@@ -352,7 +358,7 @@ fish, in ~/.config/fish/config.fish: agent-bus completion fish | source
 
 
 class Unknown(Exception):
-    """The user has asked for what there is not, or what cannot be had; the text says what to do."""
+    """The user has asked for what there is not, or what cannot be had; the text says what to do. Then the command."""
 
 
 class Missing(Unknown):
@@ -395,14 +401,15 @@ def main(argv: Sequence[str] | None = None) -> int:
                 sys.stdout.flush()
     except Unknown as unknown:
         if sys.stderr:
-            print(f"{called()}: {unknown}", file=sys.stderr)
+            sentence, *command = unknown.args
+            print(f"{in_errors(*command)}: {sentence}", file=sys.stderr)
         return 2
     except OSError as error:  # as on a full disk
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else the interpreter would try again at exit, and complain
         if isinstance(error, BrokenPipeError):  # nobody reads us any more
             return 0
         if sys.stderr:
-            print(f"{called()}: {error.filename or 'cannot write the output'}: {error.strerror}", file=sys.stderr)
+            print(f"{in_errors()}: {error.filename or 'cannot write the output'}: {error.strerror}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
