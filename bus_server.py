@@ -4060,11 +4060,11 @@ class Mailboxes:
         self.behind: OrderedDict[Connection, list[list[Message]]] = OrderedDict()
 
     def box(self, channel: str, own: str) -> Mailbox:
-        key = channel, own
-        if key not in self.boxes:
-            self.boxes[key] = Mailbox()
+        box = self.boxes.get(key := (channel, own))
+        if box is None:
+            box = self.boxes[key] = Mailbox()
             insort(self.ordered, key)
-        return self.boxes[key]
+        return box
 
     def keys(self, after: tuple[str, str]) -> Iterator[tuple[str, str]]:
         """The mailboxes that come after one, in the order of channel and name."""
