@@ -3,6 +3,7 @@
     READERS=10000 python -m pytest tests/core/test_parked.py    the same with more of them
 """
 import contextlib
+import gc
 import json
 import os
 import pathlib
@@ -12,11 +13,14 @@ import socket
 import statistics
 import sys
 import time
+import tracemalloc
 import warnings
 from typing import NamedTuple
 
 import pytest
 
+import bus_server
+from tests.kit import inside
 from tests.kit.processes import PATIENCE, SERVER, Server, in_time, wait_until
 
 READERS = int(os.environ.get("READERS", "3000"))
@@ -272,6 +276,55 @@ def test_readers_that_leave_give_back_their_memory(figures):
     record of a reader, its Poll, is 250.
     """
     assert is_next_to_nothing(figures.growth[-1], figures.readers)
+
+
+# What one more reader takes of Python's memory, to the byte
+
+FEW, MORE = 300, 500  # readers that are there, and that come
+MOST = 2240  # bytes. It was 2,172 (Python 3.11) and up to 2,206 (3.12) on 2026-12-01; when it falls, lower this
+
+
+def park(bus, port, names):
+    """The numbers of the sockets of readers that are parked and whose marks are saved."""
+    before, numbers = len(bus.mailboxes.parked), []
+    for count, name in enumerate(names, before + 1):
+        reader = socket.create_connection(("127.0.0.1", port), PATIENCE)
+        reader.sendall(poll(name, hold=60))
+        numbers.append(reader.detach())
+        while len(bus.mailboxes.parked) < count:
+            bus.loop.take_turn()
+    while bus.saving or bus.mailboxes.changed:
+        bus.loop.take_turn()
+    for cache in (bus_server.known_head, bus_server.known_query):  # they do not grow with the readers
+        cache.cache_clear()
+    gc.collect()
+    return numbers
+
+
+def test_a_parked_reader_takes_no_more_memory_than_it_did(monkeypatch):
+    """The clock of the deadlines stands still: on a slow machine the readers would lie in more slots."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 2 * (FEW + MORE) + SPARE), hard))
+    monkeypatch.setattr(bus_server, "MARKS_SECONDS", 0)
+    bus, now = inside.make(":memory:"), time.monotonic()
+    monkeypatch.setattr(bus.door.deadlines, "clock", lambda: now)
+    listener = bus_server.Listener(bus.door, bus_server.listen("127.0.0.1", 0), None)
+    port = listener.sock.getsockname()[1]
+    numbers = park(bus, port, [f"first-{number}" for number in range(FEW)])
+    tracemalloc.start()
+    try:
+        numbers += park(bus, port, [f"reader-{number}" for number in range(MORE)])
+        each = tracemalloc.get_traced_memory()[0] / MORE
+    finally:
+        tracemalloc.stop()
+        for number in numbers:
+            os.close(number)
+        listener.close()
+        for connection in bus.door.connections:
+            connection.transport.sock.close()
+        inside.close(bus)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert each < MOST
 
 
 # One reader, quickly
