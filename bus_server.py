@@ -1886,9 +1886,8 @@ class Plain:
 
     def __init__(self, loop: Loop, sock: socket.socket, protocol: Connection) -> None:
         self.loop, self.sock, self.protocol = loop, sock, protocol
-        self.unsent = b""
+        self.unsent, self.closing = b"", False
         self.events = 0  # that we wait for
-        self.closing = False
 
     def begin(self) -> None:
         self.protocol.connection_made(self)
@@ -2471,7 +2470,8 @@ class Budget:
         left = self.left_of(owner, now)
         if amount > left and left < self.burst:
             return math.ceil((min(amount, self.burst) - left) / self.rate)
-        put_newest(self.left, owner, (left - amount, now), self.OWNERS)
+        if left - amount < self.burst:  # else it needs no entry, which takes 300 bytes
+            put_newest(self.left, owner, (left - amount, now), self.OWNERS)
         return 0
 
     def take(self, owner: str, amount: float) -> None:

@@ -281,7 +281,8 @@ def test_readers_that_leave_give_back_their_memory(figures):
 # What one more reader takes of Python's memory, to the byte
 
 FEW, MORE = 300, 500  # readers that are there, and that come
-MOST = 2240  # bytes. It was 2,172 (Python 3.11) and up to 2,206 (3.12) on 2026-12-01; when it falls, lower this
+# Bytes, by --rate. On 2026-12-01: 2,178 and 2,476 (Python 3.11), 28 more with 3.12. When it falls, lower this.
+MOST = {"0": 2240, "50": 2540}
 
 
 def park(bus, port, names):
@@ -301,12 +302,13 @@ def park(bus, port, names):
     return numbers
 
 
-def test_a_parked_reader_takes_no_more_memory_than_it_did(monkeypatch):
+@pytest.mark.parametrize("rate", MOST)
+def test_a_parked_reader_takes_no_more_memory_than_it_did(monkeypatch, rate):
     """The clock of the deadlines stands still: on a slow machine the readers would lie in more slots."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 2 * (FEW + MORE) + SPARE), hard))
     monkeypatch.setattr(bus_server, "MARKS_SECONDS", 0)
-    bus, now = inside.make(":memory:"), time.monotonic()
+    bus, now = inside.make(":memory:", "--rate", rate), time.monotonic()
     monkeypatch.setattr(bus.door.deadlines, "clock", lambda: now)
     listener = bus_server.Listener(bus.door, bus_server.listen("127.0.0.1", 0), None)
     port = listener.sock.getsockname()[1]
@@ -324,7 +326,7 @@ def test_a_parked_reader_takes_no_more_memory_than_it_did(monkeypatch):
             connection.transport.sock.close()
         inside.close(bus)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    assert each < MOST
+    assert each < MOST[rate]
 
 
 # One reader, quickly
