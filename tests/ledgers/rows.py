@@ -33,6 +33,7 @@ TTL = 20  # s, of patroni.yml
 WITHIN = TTL + 5  # s
 REFUSES = 5.5  # s after it lost the ledger, a front answers 503: 5, and one look
 CUT = 32  # s that a network is cut: longer than a standby waits before it leads
+AFTER_CUT = TTL + 10  # s: who asks a machine that is cut off waits for an answer; one that is dead refuses at once
 THIS = "-c", SERVER  # the program of a front
 
 
@@ -401,8 +402,9 @@ def row(name, full, fault, harm, *further, bar="", within=WITHIN, networks=False
 
 def cut(name, fault, leader, harm, *minority):
     refuses = "; a front that was cut off acknowledges nothing, and answers 503 within 5 s" if minority else ""
-    within = 2 * CUT if name == "flapping" else WITHIN
-    return row(f"cut-{name}", 1, f"{fault}, for {CUT} s", partition, leader, harm, minority, bar=refuses, within=within,
+    within = 2 * CUT if name == "flapping" else AFTER_CUT
+    bar = f"{refuses}; sends again within {within} s"
+    return row(f"cut-{name}", 1, f"{fault}, for {CUT} s", partition, leader, harm, minority, bar=bar, within=within,
                networks=True)  # fmt: skip
 
 
