@@ -404,7 +404,7 @@ def cut(name, fault, leader, harm, *minority):
     refuses = "; a front that was cut off acknowledges nothing, and answers 503 within 5 s" if minority else ""
     within = 2 * CUT if name == "flapping" else AFTER_CUT
     bar = f"{refuses}; sends again within {within} s"
-    return row(f"cut-{name}", 1, f"{fault}, for {CUT} s", partition, leader, harm, minority, bar=bar, within=within,
+    return row(f"cut-{name}", 5, f"{fault}, for {CUT} s", partition, leader, harm, minority, bar=bar, within=within,
                networks=True)  # fmt: skip
 
 
@@ -412,13 +412,13 @@ NOTHING = "the common bar"
 AGAIN = f"; sends again within {WITHIN} s"
 ROWS = [
     Row("conformance", "none: `test_bus.py` at each front", "all pass", conformance, 1),
-    row("kill-leader", 4, "kill -9 of the whole leading node", leader_dies, bar=AGAIN),
-    row("kill-standby", 6, "kill -9 of a whole standby", standby_dies, bar=AGAIN),
+    row("kill-leader", 30, "kill -9 of the whole leading node", leader_dies, bar=AGAIN),
+    row("kill-standby", 30, "kill -9 of a whole standby", standby_dies, bar=AGAIN),
     row("kill-all", 5, "kill -9 of all three nodes at once", all_die, bar=AGAIN),
     row("kill-everything", 3, "kill -9 of all three nodes and both fronts at once", everything_dies, bar=AGAIN),
     row("kill-postgres", 5, "kill -9 of the leader's PostgreSQL alone", part_of_leader_dies, "postgres", bar=AGAIN),
     row("kill-patroni", 1, "kill -9 of the leader's Patroni alone", part_of_leader_dies, "patroni", bar=AGAIN),
-    row("kill-front", 30, "kill -9 of a front", front_dies),
+    row("kill-front", 100, "kill -9 of a front", front_dies),
     row("stop-leader-5", 2, "SIGSTOP of the whole leading node for 5 s", leader_freezes, 5, bar=AGAIN),
     row("stop-leader-10", 2, "SIGSTOP of the whole leading node for 10 s", leader_freezes, 10, bar=AGAIN),
     row("stop-leader-32", 1, "SIGSTOP of the whole leading node for 32 s", leader_freezes, 32, bar=AGAIN),
