@@ -330,6 +330,26 @@ def test_a_hostile_body_is_one_line_of_each_file_and_whole_in_FULL(bus, listen):
     assert len({message["bus"] for message in listener.messages()}) == 1
 
 
+def test_an_answer_is_one_start_of_jq_which_takes_longer_than_all_else(scripted, listen, tmp_path):
+    jq, starts = tmp_path / "bin" / "jq", tmp_path / "starts"
+    jq.parent.mkdir()
+    jq.write_text(f'#!/bin/sh\necho >> {starts}\nexec {shutil.which("jq")} "$@"\n')
+    jq.chmod(0o755)
+    server = scripted(mail(message(TICK, msg="one"), message(TICK + 1, msg="two")), NO_MAIL, listening.held)
+    listener = listen(server.url, PATH=f"{jq.parent}:{os.environ['PATH']}").start()
+    listener.has_logged("one", "two")
+    server.polled(3)
+    assert starts.read_text() == "\n\n"
+
+
+def test_a_message_without_some_members_has_all_columns(scripted, listen):
+    bare = {"ts": TICK / 1e6, "from": "dell", "msg": "hi"}
+    listener = listen(scripted(mail(bare), NO_MAIL).url).start()
+    listener.wait_for_line(1)
+    wait_until(listener.log)
+    assert listener.log() == [[str(bare["ts"]), "", "dell", "", "", "hi"]]
+
+
 def test_two_channels_and_two_cases_of_a_name_have_their_own_files(scripted, listen):
     server = scripted(mail(message(TICK)), NO_MAIL)
     names = [("spark", None), ("Spark", None), ("spark", "ops"), ("spark", "default"), ("a:b@c", None)]
