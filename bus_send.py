@@ -689,7 +689,8 @@ def main(argv: list[str] | None = None) -> int:
             return show_reply(ask(to, msg, timeout=seconds, warn=complain, tell=tell, **given), to)
         report(send(to, msg, patience=seconds, warn=complain, **given), to, as_json)
     except (KeyboardInterrupt, ValueError, Refused, Unreachable) as error:
-        isinstance(error, KeyboardInterrupt) or complain(str(error))
+        # Ctrl-C has no text of its own. A question may be stored, and only its answer is waited for.
+        question and not str(error) or complain(str(error) or "stopped; the bus has not said that it has the message")
         return {KeyboardInterrupt: 130, Refused: 1, Unreachable: 75}.get(type(error), 2)
     return 0
 

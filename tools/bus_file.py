@@ -321,6 +321,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return {bus_send.Refused: 1, Damaged: 1, bus_send.Unreachable: 75}.get(type(error), 2)
     except KeyboardInterrupt:
         return 130
+        complain("stopped: the same command goes on from here")
     return 0
 
 

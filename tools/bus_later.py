@@ -155,6 +155,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # nobody reads us any more
         return 0
     except KeyboardInterrupt:
+        if not (shows or id):
+            complain("stopped; the bus has not said that it has the message")
         return 130
     except (bus_send.Unreachable, bus_send.Refused, ValueError, OSError) as error:
         complain(str(error))

@@ -16,7 +16,7 @@ import pytest
 import bus_recv
 import bus_send
 from tests.kit import forked
-from tests.kit.bad_servers import NOON, Scripted, mail, message, silence
+from tests.kit.bad_servers import NOON, Scripted, mail, message, page, silence
 from tests.kit.processes import PATIENCE, ROOT, Server, free_port, runs, wait_until
 
 pytestmark = pytest.mark.usefixtures("home")
@@ -247,12 +247,16 @@ def test_a_reader_under_nohup_and_its_command_outlive_a_hangup(tmp_path):
         assert process.communicate(timeout=PATIENCE) == (b"", b"") and process.returncode == 0
 
 
-def test_ctrl_c_ends_a_waiting_send_quietly(interruptible):
-    with Scripted(silence) as server:
-        process = program("bus_send.py", "dell", "--from", "spark", stdin=b"hi", env={"AGENT_BUS_URL": server.url})
+@pytest.mark.parametrize("call", ["bus_send.py dell hi", "tools/bus_later.py dell hi --after 1h"])
+@pytest.mark.parametrize("fault", [silence, page(503, "starting")])
+def test_ctrl_c_ends_a_waiting_send_which_says_that_the_message_may_not_be_sent(call, fault, interruptible):
+    with Scripted(fault) as server:
+        process = program(*call.split(), env={"AGENT_BUS_URL": server.url, "AGENT_NAME": "spark"})
         wait_until(lambda: server.asked)
         process.send_signal(signal.SIGINT)
-        assert process.communicate(timeout=PATIENCE) == (b"", b"") and process.returncode == 130
+        out, err = process.communicate(timeout=PATIENCE)
+        assert (out, process.returncode) == (b"", 130)
+        assert err.endswith(b": stopped; the bus has not said that it has the message\n") and b"Traceback" not in err
 
 
 def test_output_is_utf_8_whatever_the_locale():
