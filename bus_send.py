@@ -210,8 +210,7 @@ HIDDEN = re.compile(  # controls, and what Unicode lets a program leave out: bid
     r"\u2060-\u206f\u2800\u3164\ud800-\udfff\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb"
     r"\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]+"
 )
-if not os.environ.get("HOME"):
-    os.environ.pop("HOME", "")  # if it is empty, `~` would be the root folder
+os.environ.get("HOME") or os.environ.pop("HOME", "")  # if it is empty, `~` would be the root folder
 # A line of a configuration file, as far as systemd's EnvironmentFile and docker's --env-file read it alike.
 LINE = re.compile(r"\s*(?:[#;].*|([A-Za-z_][A-Za-z0-9_]*)=([^\s'\"\\][^\\]*?)?)?\s*")
 
@@ -242,8 +241,7 @@ def settings(url: str | None = None) -> dict[str, str]:
     file = {"AGENT_BUS_URL": DEFAULT_URL, **configuration()[1]}
     wanted = url or own.get("AGENT_BUS_URL", file["AGENT_BUS_URL"])
     file = file if is_within(wanted, file["AGENT_BUS_URL"]) else {}
-    if "AGENT_BUS_TOKEN_FILE" in own:
-        file.pop("AGENT_BUS_TOKEN", "")  # which would come before it
+    "AGENT_BUS_TOKEN_FILE" in own and file.pop("AGENT_BUS_TOKEN", "")  # which would come before it
     return {**file, **own, "AGENT_BUS_URL": wanted}
 
 
@@ -262,12 +260,17 @@ def configuration() -> tuple[str, dict[str, str]]:
     return path, {line[1]: line[2] for line in lines if line and line[2]}
 
 
-def unused_file() -> str:
-    """For an error about a setting that is missing: the configuration file is of another bus, so it was not used."""
-    path, file = configuration()
+def unused_file(refused: bool = False) -> str:
+    """For an error about a setting that is missing: the configuration file is of another bus, so it was not used.
+
+    If the bus has `refused` a token, it may be that of the file.
+    """
+    (path, file), tokens = configuration(), {"AGENT_BUS_TOKEN", "AGENT_BUS_TOKEN_FILE"}
     url = file.get("AGENT_BUS_URL", DEFAULT_URL)
-    differs = file and not is_within(settings()["AGENT_BUS_URL"], url)
-    return f"; {path} is for {url}, which is not AGENT_BUS_URL, so it was not used" if differs else ""
+    if file and not is_within(settings()["AGENT_BUS_URL"], url):
+        return f"; {path} is for {url}, which is not AGENT_BUS_URL, so it was not used"
+    its = refused and tokens & file.keys() and not tokens & {name for name, value in os.environ.items() if value}
+    return f"; the token is that of {path}" if its else ""
 
 
 def private(path: str, must: bool = True) -> str:
@@ -281,7 +284,8 @@ def private(path: str, must: bool = True) -> str:
     except OSError as error:
         if not must and isinstance(error, (FileNotFoundError, NotADirectoryError)):
             return ""
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+        advice = "; it must be yours, in folders that you may enter" * isinstance(error, PermissionError)
+        raise ValueError(f"{path} cannot be read: {error.strerror}{advice}") from None
     if os.name == "posix" and (state.st_mode & 0o077 or state.st_uid != os.geteuid()):
         raise ValueError(f"{path} must be yours and for you alone: chmod 600 {path}, or make it anew")
     return text
@@ -511,8 +515,7 @@ def once(functions: list[Any], line: str) -> None:
 
 def later(seconds: float, act: Any, *given: Any) -> contextlib.ExitStack:
     """Calls act(*given) in a thread, unless what is inside ends before."""
-    stack = contextlib.ExitStack()
-    timer = threading.Timer(seconds, act, given)
+    stack, timer = contextlib.ExitStack(), threading.Timer(seconds, act, given)
     timer.daemon = True  # a signal may come before the next two lines; then nothing would cancel it
     timer.start()
     stack.callback(timer.cancel)
@@ -531,7 +534,7 @@ def judged(response: Any, body: bytes, fraction: Any = float, through: str = "")
         return answer
     error = answer.get("error")
     if 400 <= response.status < 500 and response.status not in (408, 425, 429) and isinstance(error, str):
-        raise Refused(response.status, error + unused_file() if response.status == 401 else error)
+        raise Refused(response.status, error + unused_file(True) if response.status == 401 else error)
     wait = response.headers.get("Retry-After", "")
     page = "a web page, not a bus" if response.status < 500 and body.lstrip()[:1] == b"<" else "not from a bus"
     page = "this port speaks https, not http" if response.status == 400 and b"HTTPS" in body else page

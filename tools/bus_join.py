@@ -348,7 +348,8 @@ def main(argv: "Sequence[str] | None" = None) -> int:
         join(options.url.rstrip("/"), options.name, options.pin, options.profile, made)
     except (Fault, OSError, ValueError) as error:  # ValueError: a configuration that was there is malformed
         typed = re.search(r"agent[-_]bus(\.py)? join$", sys.argv[0])
-        say(f"{typed[0] if typed else 'bus_join'}: {error}", to=sys.stderr)
+        where = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else ""
+        say(f"{typed[0] if typed else 'bus_join'}: {where or error}", to=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

@@ -174,6 +174,32 @@ def test_a_file_that_may_be_there_is_not_passed_over(program, tmp_path):
     assert f"{folder / 'default.env'} cannot be read: Too many levels of symbolic links" in f"{out}{err}"
 
 
+@pytest.mark.parametrize("client", [bus_send, bus_recv])
+def test_a_folder_that_may_not_be_entered_is_said_with_what_to_do(client, monkeypatch):
+    def refused(path, **_):
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr("builtins.open", refused)
+    said = "/shut/default.env cannot be read: Permission denied; it must be yours, in folders that you may enter"
+    with pytest.raises(ValueError, match=said):
+        client.private("/shut/default.env", must=False)
+
+
+@pytest.mark.parametrize("program, profile", [
+    ("bus_send.py", "default"), ("bus_recv.py", "work"), ("tools/bus_who.py", "default"),
+])  # fmt: skip
+def test_a_token_that_the_bus_refuses_is_named_by_its_file(program, profile, configure, tmp_path):
+    with Scripted(answer({"error": "the bus does not know this token"}, status=401)) as server:
+        path = configure(whole(server), profile)
+        words = ["dell"] if program.startswith("bus_") else []
+        code, _, err = run(program, *words, "--bus", profile, stdin=b"hi")
+        assert code == 1 and err.endswith(f": the bus does not know this token; the token is that of {path}\n"), err
+        assert "token is that of" not in run(program, *words, stdin=b"hi", env={
+            "AGENT_BUS_PROFILE": profile, "AGENT_BUS_TOKEN": "abt_00000000_other"})[2]  # fmt: skip
+        configure(f"AGENT_BUS_URL={server.url}\nAGENT_NAME=spark\n", profile)
+        assert "token is that of" not in run(program, *words, "--bus", profile, stdin=b"hi")[2]
+
+
 @LISTENER
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody who may not enter a folder")
 def test_the_listener_does_not_pass_over_a_folder_that_it_may_not_enter(tmp_path):

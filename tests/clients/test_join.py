@@ -380,3 +380,11 @@ def test_what_the_shell_has_set_is_named(bus, tmp_path):
         terminal.wait_for("token of dell: ")
         terminal.type(token)
         terminal.wait_for("This shell sets AGENT_BUS_URL, which wins over that file")
+
+
+def test_a_folder_that_cannot_be_made_is_named_without_the_number_of_the_error(tmp_path):
+    (tmp_path / "home").touch()
+    command = [sys.executable, str(ROOT / "tools" / "bus_join.py"), "http://127.0.0.1:1", "dell", "x"]
+    env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path / "home")}
+    done = subprocess.run(command, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=PATIENCE)
+    assert (done.returncode, done.stderr) == (1, f"bus_join: {tmp_path}/home/.local: Not a directory\n")
