@@ -315,13 +315,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(f"{options.digest!r} is not a sha256: give 64 hex digits (0-9 a-f)")
         path = place_of(options.path or options.digest, options.digest)
         get(options.digest, path, bus_send.settings()["AGENT_BUS_URL"], options.timeout)
+        complain(f"the file is in {path}")
     except (ValueError, OSError, Damaged, bus_send.Refused, bus_send.Unreachable) as error:
         said = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
         complain(said)
         return {bus_send.Refused: 1, Damaged: 1, bus_send.Unreachable: 75}.get(type(error), 2)
     except KeyboardInterrupt:
-        return 130
         complain("stopped: the same command goes on from here")
+        return 130
     return 0
 
 

@@ -101,7 +101,7 @@ def test_a_file_is_left_for_somebody_who_is_told_its_hash(bus, tmp_path):
     assert [told[field] for field in ("type", "name", "size", "sha256", "subject")] == [
         "file", "two words.bin", 300000, digest, "weights",
     ]  # fmt: skip
-    assert run("get", digest, "-o", got, url=bus.url) == (0, "", "")
+    assert run("get", digest, "-o", got, url=bus.url) == (0, "", f"bus_file: the file is in {got}\n")
     assert got.read_bytes() == source.read_bytes()
 
 
@@ -372,6 +372,7 @@ def test_another_file_is_not_replaced_and_a_folder_gets_the_file(bus, tmp_path):
     assert keep.read_text() == "mine"
     folder.mkdir()
     for _ in range(2):  # the same file may come again
-        assert run("get", digest, "-o", folder, url=bus.url) == (0, "", "")
+        said = f"bus_file: the file is in {folder / digest}\n"
+        assert run("get", digest, "-o", folder, url=bus.url) == (0, "", said)
     assert [path.name for path in folder.iterdir()] == [digest]
     assert sorted(path.name for path in tmp_path.iterdir() if ".part" in path.name) == []
