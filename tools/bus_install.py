@@ -29,7 +29,9 @@ Exit code: 0 done, 1 refused (another's file or entry is in the way), 2 usage, 1
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
+import glob
 import os
 import shlex
 import shutil
@@ -123,7 +125,21 @@ def uninstall_agent(name: str, options: argparse.Namespace) -> int:
     write_all(mine)
     keep(name, {})
     tell(f"the entries of agent-bus are removed from {' and '.join(mine)}")
+    if AGENTS[name].wake:
+        remove_wakes()
     return 0
+
+
+def remove_wakes() -> None:
+    """Remove the files that wake idle sessions, but those of a session that still has one of their locks."""
+    for path in glob.glob(os.path.join(glob.escape(bus_recv.state_directory()), "*.wake")):
+        locks = glob.glob(f"{glob.escape(path)}~*")
+        with contextlib.ExitStack() as stack:
+            opened = [(stack.enter_context(open(lock, "r+b")), lock) for lock in locks]
+            if not all(bus_recv.try_lock(*each) for each in opened):
+                continue
+        for each in (path, *locks):
+            os.unlink(each)
 
 
 def show_all(files: dict[str, Change]) -> int:

@@ -24,6 +24,8 @@ import bus_agents
 import bus_change
 import bus_doctor_way
 
+import bus_recv
+
 AGENTS = sorted(bus_agents.AGENTS)
 JSON_FILES = {
     "nothing": None,
@@ -114,6 +116,20 @@ def test_uninstall_leaves_every_byte_as_it_was(name, kind, install, house, befor
     install("uninstall", name)
     assert tree(house) == was
     assert "nothing is changed" in install("uninstall", name, code=1)
+
+
+def test_uninstall_removes_the_files_that_wake_a_session_but_those_of_one_that_runs(install, before, tmp_path):
+    before("claude", "none")
+    state = tmp_path / "state"
+    install("install", "claude")
+    for file in ("dell.wake", "dell.wake~lock", "nano.wake", "nano.wake~lock", "orin.wake", "wake.log"):
+        (state / file).touch()
+    with open(state / "nano.wake~lock", "r+b") as lock:
+        assert bus_recv.try_lock(lock, lock.name)
+        install("uninstall", "claude", "--dry-run")
+        assert (state / "dell.wake").exists()
+        install("uninstall", "claude")
+    assert sorted(path.name for path in state.glob("*wake*")) == ["nano.wake", "nano.wake~lock", "wake.log"]
 
 
 @pytest.mark.parametrize("name, kind, remembers", [
