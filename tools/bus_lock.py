@@ -227,7 +227,7 @@ def instead(url: str, order: dict[str, Any], names: Sequence[str]) -> list[str]:
     channel, held = order.get("channel", "default"), []
     with contextlib.suppress(bus_recv.Refused, bus_recv.Unreachable):  # it is only a hint
         held = [line(*row) for name in names for row in locks(url, name=name, channel=channel)]
-    nobody = [f"nobody has {' '.join(map(bus_recv.word, names))}"] if names else []
+    nobody = [f"reserved by nobody: {' '.join(map(bus_recv.word, names))}"] if names else []
     return [f"reserved by {each}" for each in dict.fromkeys(held)] or nobody
 
 

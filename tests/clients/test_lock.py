@@ -68,7 +68,7 @@ def test_names_are_reserved_listed_and_released(bus):
     code, _, said = run(bus.url, "unlock", "src/*")
     assert code == 3 and "you have reserved nothing by that name, or it has ended" in said
     code, _, said = run(bus.url, "unlock", "d.py", "e.py")
-    assert code == 3 and said.endswith(f"or it has ended\nagent_bus.py unlock: nobody has d.py e.py\n{every}")
+    assert code == 3 and said.endswith(f"or it has ended\nagent_bus.py unlock: reserved by nobody: d.py e.py\n{every}")
     code, _, said = run(bus.url, "unlock", "c")
     assert code == 3 and "\nagent_bus.py unlock: reserved by nano, " in said and said.endswith(f" more: c\n{every}")
 
@@ -78,12 +78,12 @@ def test_a_pattern_finds_who_holds_it_and_what_may_meet_it(bus):
     for name in held:
         assert run(bus.url, "lock", name, name="h0")[0] == 0
     code, _, said = run(bus.url, "unlock", "x/db/*", name="you")
-    assert code == 3 and "reserved by h0, " in said and "nobody has" not in said
+    assert code == 3 and "reserved by h0, " in said and "nobody" not in said
     for pattern, found in (("x/db/*", [0, 1]), ("x/*/a.py", [0, 1, 2]), ("x/web/b/?", [2]), ("y/*/a*", [3]),
                            ("**", [0, 1, 2, 3, 4]), ("x/db/*.md", [0]), ("z/**", []), ("x/db/b*", [0])):
         rows = run(bus.url, "locks", pattern, "--json")[1].splitlines()
         assert [json.loads(row)["names"] for row in rows] == [[held[number]] for number in found], pattern
-    assert run(bus.url, "unlock", "q/*", name="you")[2].count('nobody has "q/*"') == 1
+    assert run(bus.url, "unlock", "q/*", name="you")[2].count('reserved by nobody: "q/*"') == 1
 
 
 def test_on_a_terminal_the_fence_is_in_the_sentence(bus, monkeypatch, capsys):
