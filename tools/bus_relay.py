@@ -139,6 +139,7 @@ class Relay(bus_recv.Reader):
     def __init__(self, names: Sequence[str], channel: str | None, since: str | None, other: Other) -> None:
         super().__init__(names, None, channel, since)
         self.other = other
+        self.passed = 0  # so many messages the other bus has stored
         self.waits: dict[str, float] = {}  # receivers for whom the last answer was 429, and until when it is endured
 
     def take_up(self, answer: dict[str, Any]) -> None:
@@ -181,6 +182,7 @@ class Relay(bus_recv.Reader):
         to, reply_to = self.addressed(message)
         try:
             answer = self.other.persist(lambda: self.store(message, to, reply_to))
+            self.passed += 1
             if "warning" in answer:
                 self.warn(f"{self.other.url}: {answer['warning']}")
         except bus_send.Refused as refused:
@@ -329,6 +331,11 @@ def complain(line: str) -> None:
     bus_recv.complain(line, "bus_relay")
 
 
+def is_seen() -> bool:
+    """Does a person see what we say?"""
+    return bool(sys.stderr and sys.stderr.isatty())
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Pass the mail for NAME on from one agent-bus to another.")
     add = parser.add_argument
@@ -353,11 +360,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         relay = Relay(",".join(options.names).split(","), options.channel, options.since, other)
         relay.warn = relay.announce = complain
         relay.hold = 0.0 if options.once else relay.hold
-        if not options.once and sys.stderr and sys.stderr.isatty():
-            names = ", ".join(relay.names)
-            relay.greet = lambda: complain(f"passing the mail for {names} on from {relay.url} to {other.url}")
+        way = f"the mail for {', '.join(relay.names)} on from {relay.url} to {other.url}"
+        if not options.once and is_seen():
+            relay.greet = lambda: complain(f"passing {way}")
         with contextlib.closing(relay):
             relay.relay(relay.answers(options.once, seconds), options.once)
+        if options.once and is_seen():
+            complain(f"passed {way}: {relay.passed} message{'s' * (relay.passed != 1)}")
     except KeyboardInterrupt:
         return 130
     except (*REFUSES, *AWAY, bus_recv.Busy, ValueError, OSError) as error:

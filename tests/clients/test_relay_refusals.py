@@ -31,6 +31,18 @@ def test_a_refused_message_is_kept_and_told_and_holds_up_nobody(buses, home):
     assert f"Your message {large} to bob could not be passed on" in told["msg"] and b.url not in told["msg"]
 
 
+@pytest.mark.parametrize("sees", [True, False])
+def test_a_person_is_told_how_many_messages_one_run_has_passed_on(sees, buses, monkeypatch):
+    a, b = buses("a", "b")
+    monkeypatch.setattr(bus_relay, "is_seen", lambda: sees)
+    for number, said in ((2, "2 messages"), (1, "1 message"), (0, "0 messages")):
+        for each in range(number):
+            say(a, "spark", "bob", f"{number}.{each}")
+        code, err = relay("bob")
+        told = f"bus_relay: passed the mail for bob on from {a.url} to {b.url}: {said}\n"
+        assert (code, err) == (0 if number else 3, told * sees)
+
+
 @pytest.fixture
 def clock(monkeypatch):
     """The relay sleeps without waiting. Its time in seconds, and what was slept."""
