@@ -832,7 +832,7 @@ def no_bus(url: str, fault: Unreachable, then: str = "") -> str:
     """The sentence about a fault: which bus, why, and what to try. Some faults are the bus's own word: see judged()."""
     own, doctor = re.match(r"\d+: (?!a web page|not from|this port)", str(fault)), called("bus_doctor.py", "doctor")
     heard = own or re.search("certificate|speaks", str(fault))
-    asks = "" if heard else f" Is {called('bus_server', 'serve')} running there?"
+    asks = "" if heard else f" Is {called('bus_server', 'serve')} running there, or elsewhere (AGENT_BUS_URL)?"
     return f"{'not now: the' if own else 'no'} bus at {url} ({fault}){then}.{asks} {doctor} tells which hop fails."
 
 

@@ -134,7 +134,7 @@ def test_while_the_other_bus_is_away_mail_waits_and_the_sender_sees_it(buses):
     a, b = buses("a", "b")
     b.kill()
     with started("bob") as process:
-        said = f"bus_relay: no bus at {b.url} (Connection refused); trying again. Is bus_server running there? "
+        said = f"bus_relay: no bus at {b.url} (Connection refused); trying again. Is bus_server running there, "
         assert process.stderr.readline().startswith(said)
         for n in range(3):
             say(a, "spark", "bob", f"{n}")

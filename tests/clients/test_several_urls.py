@@ -158,7 +158,7 @@ def test_without_any_url_the_usual_words_name_all():
     env = {"AGENT_BUS_URL": urls, "AGENT_NAME": "ann"}
     code, out, err = run("bus_send.py", "dell", "hi", "--timeout", "0", env=env)
     assert (code, out) == (75, "")
-    assert err.startswith(f"bus_send: no bus at {urls} (Connection refused). Is bus_server running there? ")
+    assert err.startswith(f"bus_send: no bus at {urls} (Connection refused). Is bus_server running there, ")
     code, out, err = run("bus_recv.py", "dell", "--timeout", "0", env={"AGENT_BUS_URL": urls})
     assert (code, out) == (75, "") and f"no bus at {urls} (Connection refused)." in err
 

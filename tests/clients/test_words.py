@@ -371,7 +371,8 @@ def test_every_look_without_a_bus_says_what_to_try(call, home):
     path = script if script == "bus_recv.py" else f"tools/{script}"
     code, out, err = run(path, *arguments, env={"AGENT_BUS_URL": url})
     assert (code, out) == (75, "")
-    assert err == (f"{script[:-3]}: no bus at {url} (Connection refused). Is bus_server running there? "
+    asks = "Is bus_server running there, or elsewhere (AGENT_BUS_URL)?"
+    assert err == (f"{script[:-3]}: no bus at {url} (Connection refused). {asks} "
                    f"python3 {ROOT}/tools/bus_doctor.py tells which hop fails.\n")  # fmt: skip
 
 
