@@ -210,7 +210,8 @@ HIDDEN = re.compile(  # controls, and what Unicode lets a program leave out: bid
     r"\u2060-\u206f\u2800\u3164\ud800-\udfff\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb"
     r"\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]+"
 )
-os.environ.get("HOME") or os.environ.pop("HOME", "")  # if it is empty, `~` would be the root folder
+if not os.environ.get("HOME"):
+    os.environ.pop("HOME", "")  # if it is empty, `~` would be the root folder
 # A line of a configuration file, as far as systemd's EnvironmentFile and docker's --env-file read it alike.
 LINE = re.compile(r"\s*(?:[#;].*|([A-Za-z_][A-Za-z0-9_]*)=([^\s'\"\\][^\\]*?)?)?\s*")
 
@@ -241,7 +242,8 @@ def settings(url: str | None = None) -> dict[str, str]:
     file = {"AGENT_BUS_URL": DEFAULT_URL, **configuration()[1]}
     wanted = url or own.get("AGENT_BUS_URL", file["AGENT_BUS_URL"])
     file = file if is_within(wanted, file["AGENT_BUS_URL"]) else {}
-    "AGENT_BUS_TOKEN_FILE" in own and file.pop("AGENT_BUS_TOKEN", "")  # which would come before it
+    if "AGENT_BUS_TOKEN_FILE" in own:
+        file.pop("AGENT_BUS_TOKEN", "")  # which would come before it
     return {**file, **own, "AGENT_BUS_URL": wanted}
 
 
@@ -515,7 +517,8 @@ def once(functions: list[Any], line: str) -> None:
 
 def later(seconds: float, act: Any, *given: Any) -> contextlib.ExitStack:
     """Calls act(*given) in a thread, unless what is inside ends before."""
-    stack, timer = contextlib.ExitStack(), threading.Timer(seconds, act, given)
+    stack = contextlib.ExitStack()
+    timer = threading.Timer(seconds, act, given)
     timer.daemon = True  # a signal may come before the next two lines; then nothing would cancel it
     timer.start()
     stack.callback(timer.cancel)

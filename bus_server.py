@@ -1886,8 +1886,9 @@ class Plain:
 
     def __init__(self, loop: Loop, sock: socket.socket, protocol: Connection) -> None:
         self.loop, self.sock, self.protocol = loop, sock, protocol
-        self.unsent, self.closing = b"", False
+        self.unsent = b""
         self.events = 0  # that we wait for
+        self.closing = False
 
     def begin(self) -> None:
         self.protocol.connection_made(self)
