@@ -296,6 +296,12 @@ OBSERVERS = "observers of"  # with the owner of a token or address: its observer
 REPLIES = "replies to"  # with the tick of a message: senders wait here for a reply to it
 
 
+@lru_cache(1024)
+def interned(key: Any) -> Any:
+    """The first key that was equal to this one. A poll makes its key several times, and all who keep it share one."""
+    return key
+
+
 class Mark(NamedTuple):
     """How far a mailbox was read, as stored in the database. `read` and `fetched` are ticks."""
 
@@ -3541,7 +3547,7 @@ class State(Rows):
         known = self.counts.get((channel, own))
         if known is None:
             self.mailboxes_made += 1
-            known = self.counts[channel, own] = self.mailboxes_made, 0
+            known = self.counts[interned((channel, own))] = self.mailboxes_made, 0
             self.new_mailboxes.append((self.mailboxes_made, channel, own))
         return known
 
@@ -4063,8 +4069,8 @@ class Mailboxes:
     def box(self, channel: str, own: str) -> Mailbox:
         box = self.boxes.get(key := (channel, own))
         if box is None:
-            box = self.boxes[key] = Mailbox()
-            insort(self.ordered, key)
+            box = self.boxes[interned(key)] = Mailbox()
+            insort(self.ordered, interned(key))
         return box
 
     def keys(self, after: tuple[str, str]) -> Iterator[tuple[str, str]]:
@@ -4259,7 +4265,7 @@ class Mailboxes:
         for own in parked.present():
             self.box(str(parked.channel), own).firm = True
         for key in parked.places():
-            here = self.waiting.setdefault(key, (connection,))  # most are alone, and a dict takes 180 bytes more
+            here = self.waiting.setdefault(interned(key), (connection,))  # most are alone; a dict takes 180 bytes more
             if connection not in here:
                 several = self.waiting[key] = here if isinstance(here, dict) else dict.fromkeys(here)
                 several[connection] = None

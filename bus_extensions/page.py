@@ -18,6 +18,7 @@ from bus_server import (
     Refused,
     Request,
     encode,
+    interned,
     ok,
     put_newest,
     seconds,
@@ -149,7 +150,7 @@ class Activity:
 
     def polled(self, request: Request, poll: Poll) -> None:
         for own in set(poll.present()) - {EVERYONE}:
-            key = str(poll.channel), own
+            key = interned((str(poll.channel), own))
             put_newest(self.polls, key, self.number << self.MINUTES | self.presence(key) | 1, self.NAMES)
 
     def presence(self, key: tuple[str, str]) -> int:

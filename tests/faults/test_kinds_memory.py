@@ -276,6 +276,7 @@ CACHES = {  # each lru_cache of the server, and what bounds the bytes of its key
     "insert_statement": "numbers",
     "ending": "one key",
     "in_json": "the messages of one answer",
+    "interned": "names of 64 characters",
     "cron_of": "64 lines of 200 characters",
 }  # fmt: skip
 
