@@ -46,7 +46,7 @@ from .marks import marked
 from .mirror import CALL, ENTRIES, Differs, Entry, Mirror
 from .operations import to_line
 
-GIVE_UP = 8.0  # s; then who sent is told that it is unknown whether the message was stored
+GIVE_UP = 8.0  # s after the last answer; then who sent is told that it is unknown whether the message was stored
 PAUSE = 0.1  # s between two attempts
 CUT_OFF = 5.0  # s without the ledger, and then this front refuses what it may know too little about
 LOOK = 1.0  # s between two looks at the ledger, because a hint may be missing
@@ -194,7 +194,8 @@ class Front(bus_server.Ledger):
         self.note_room(operations)
         senders = [(step.connection.token or "") if step.connection else "" for step in self.out]
         began, entry = time.monotonic(), self.mirror.to_bytes(Entry(operations, senders))
-        its, end = self.mirror.from_bytes(entry), min(began + GIVE_UP, self.ends)  # as all others apply it
+        its = self.mirror.from_bytes(entry)  # as all others apply it
+        end = min(self.reaches - CUT_OFF + GIVE_UP, self.ends)  # a look may have waited in vain since the last answer
         try:
             position, wall = self.aside(partial(self.append, entry, end))
             self.mirror.check_place(position, self.mirror.front, self.mirror.position)

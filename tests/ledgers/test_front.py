@@ -193,6 +193,27 @@ def test_each_attempt_has_its_deadline_and_all_of_them_one(fronts, monkeypatch):
     assert its[-1][1] <= its[0][0] + 0.5
 
 
+def test_a_look_without_an_answer_gives_a_send_no_more_time(fronts, monkeypatch):
+    """What a send may wait counts from the last answer of the ledger, so the time of the look is in it."""
+    monkeypatch.setattr(ledgers.front, "PAUSE", 0.01)
+    monkeypatch.setattr(ledgers.front, "CALL", 0.2)
+    monkeypatch.setattr(ledgers.front, "GIVE_UP", 0.3)
+    a, given = fronts(), []
+    put(a)
+
+    def frozen(*arguments):
+        given.append(arguments)
+        time.sleep(max(arguments[-1] - time.monotonic(), 0))
+        raise Unknown("frozen")
+
+    a.state.ledger.read = a.state.ledger.append = frozen
+    began = time.monotonic()
+    assert ask(a, "POST", "/send", {"from": "ann", "to": "bob", "msg": "x"})[0] == 503
+    look, first, *more = given
+    assert type(look[0]) is int, "it looks before it appends"
+    assert all(deadline <= began + 0.3 for _, id, deadline in [first, *more] if id == first[1])
+
+
 def test_a_refusal_says_when_to_try_again(fronts):
     a = fronts()
     a.broken = True
