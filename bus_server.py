@@ -71,7 +71,7 @@ from collections.abc import Callable, Collection, Generator, Iterable, Iterator,
 from email.utils import formatdate
 from functools import lru_cache, partial
 from http import HTTPStatus
-from itertools import accumulate, count, filterfalse, islice, takewhile
+from itertools import accumulate, chain, count, filterfalse, islice, takewhile
 from operator import attrgetter, length_hint
 from types import ModuleType
 from typing import IO, Any, ClassVar, NamedTuple, NoReturn, Protocol, TypeVar, Union
@@ -3228,18 +3228,19 @@ class Rows:
         """
         channel, own = mailbox
         order = "DESC" if backwards else "ASC"
-        parts: list[tuple[str, Sequence[Any]]] = []
+        placed: list[tuple[str, Sequence[Any]]] = []
         if above < self.tail.above:
             # A place without its message is damage. A read of whole rows returns NULLs for it, and checked() tells.
             join = "LEFT" if columns == PLACED_ROW else "CROSS"
             source = f"{PLACED % (join, join)} AND {only} ORDER BY runs.upto {order}, places.tick {order}"
-            parts.append((source, (above, *mailbox, above, min(upto, self.tail.above))))
+            placed.append((source, (above, *mailbox, above, min(upto, self.tail.above))))
         ticks = self.tail.ticks.get(mailbox, [])
         ticks = ticks[bisect_right(ticks, above) : bisect_right(ticks, upto)]
-        for start in range(0, len(ticks), TICKS_LISTED):  # json_each has them in the order of the list
-            some = ticks[start : start + TICKS_LISTED]
-            parts.append((f"{LISTED} AND {only}", (encode(some[::-1] if backwards else some),)))
-        for source, its in reversed(parts) if backwards else parts:
+        if backwards:
+            ticks.reverse()
+        lists = (ticks[start : start + TICKS_LISTED] for start in range(0, len(ticks), TICKS_LISTED))
+        listed = ((f"{LISTED} AND {only}", (encode(some),)) for some in lists)  # made when it is their turn
+        for source, its in chain(listed, placed) if backwards else chain(placed, listed):
             with contextlib.closing(self.database.execute(f"SELECT {columns} {source}", its)) as rows:
                 if columns == PLACED_ROW:
                     for tick, sender, text, n, expires, answers, check in rows:

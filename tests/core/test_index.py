@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import json
 import os
 import random
 import shutil
@@ -283,6 +284,19 @@ def test_a_read_of_several_mailboxes_compiles_no_statement_twice(tmp_path, monke
     compiled.clear()
     assert view.after(poll, state.last)[0] == first
     assert compiled == []
+    state.close()
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+def test_a_read_makes_no_more_of_the_part_in_memory_than_it_takes(tmp_path, monkeypatch, backwards):
+    """A count takes one row, of up to some thousands."""
+    state = State(str(tmp_path / "bus.db"), lambda: BEGIN)
+    ticks = [state.apply([Put([draft({"from": "ann", "to": "bob", "msg": "x"}, None)])], Now(BEGIN, BEGIN)).last
+             for _ in range(2 * bus_server.TICKS_LISTED)]  # fmt: skip
+    state.view.tail, made = state.tail, []
+    monkeypatch.setattr(bus_server, "encode", lambda value: made.extend(value) or json.dumps(value))
+    [found] = state.view.first("messages.tick", ("default", "bob"), 0, backwards=backwards)
+    assert found == ticks[-backwards] and len(made) == bus_server.TICKS_LISTED
     state.close()
 
 
