@@ -18,6 +18,7 @@ OTHERS = {"bus_server"}  # what an extension may import beside the standard libr
 LAZILY = {  # and where: if --schemas is given; by the path of a file that belongs to the extension
     "schemas.py": {"jsonschema", "jsonschema_specifications"},
     "mcp.py": {"_mcp_tools", "_mcp_protocol"},
+    "files.py": {"_files_streams"},
     "work.py": {"_work_letters", "_work_queues", "_work_state", "_work_words"},
     "locks.py": {"_locks_names", "_locks_state", "_locks_words"},
     "redact.py": {"_redact_copies"},
