@@ -14,7 +14,7 @@ from typing import NamedTuple
 import pytest
 
 from tests.clients.test_install import bus_agents, files_of
-from tests.kit.claude_code import CLAUDE
+from tests.kit.claude_code import CLAUDE, LIGHT
 from tests.kit.dialects import DIALECTS, tools_of
 from tests.kit.peers import invite, post
 from tests.kit.processes import ROOT, Server
@@ -46,7 +46,7 @@ PROGRAMS = {
         "bus: .* Connected",
         "-p go --permission-mode default --allowedTools mcp__bus__bus_whoami",
         {".claude/settings.json": '{\n    "cleanupPeriodDays": 20\n}\n'},
-        {"ANTHROPIC_BASE_URL": "MODEL", "ANTHROPIC_API_KEY": "dummy", "CLAUDE_CODE_MAX_RETRIES": "0"},
+        {"ANTHROPIC_BASE_URL": "MODEL", "ANTHROPIC_API_KEY": "dummy", "CLAUDE_CODE_MAX_RETRIES": "0", **LIGHT},
     ),
     "codex": Program(
         "@openai/codex",

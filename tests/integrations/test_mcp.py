@@ -16,7 +16,7 @@ import pytest
 import bus_server
 from tests.clients.test_clients import refusing
 from tests.kit.bad_servers import NOON, Scripted, answer, mail
-from tests.kit.claude_code import CLAUDE, program
+from tests.kit.claude_code import CLAUDE, LIGHT, program
 from tests.kit.mcp_client import HOSTILE, SCRIPT, Client, post
 from tests.kit.processes import PATIENCE, wait_until
 
@@ -316,7 +316,7 @@ def test_the_inspector_lists_every_tool_and_calls_them(settings):
 @pytest.mark.skipif(not CLAUDE, reason="Claude Code is not installed: see the head of test_end_to_end.py")
 def test_claude_code_connects_to_it(settings, tmp_path):
     """With the channel; tests/integrations/test_agents.py tries it without."""
-    claude = {"env": {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}, "cwd": tmp_path}
+    claude = {"env": {"PATH": os.environ["PATH"], "HOME": str(tmp_path), **LIGHT}, "cwd": tmp_path}
     environment = [word for name, value in settings.items() for word in ("-e", f"{name}={value}")]
     run(CLAUDE, "mcp", "add", "bus", *environment, "--", sys.executable, str(SCRIPT), "--channel", **claude)
     assert re.search("^bus: .* ✔ Connected$", run(CLAUDE, "mcp", "list", **claude), re.MULTILINE)

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 import bus_server
-from tests.kit.claude_code import CLAUDE
+from tests.kit.claude_code import CLAUDE, LIGHT
 from tests.kit.processes import PATIENCE, ROOT
 
 PLUGIN = json.loads((ROOT / ".claude-plugin" / "plugin.json").read_text())
@@ -22,7 +22,7 @@ needs_claude = pytest.mark.skipif(not CLAUDE, reason="no claude binary: see the 
 def claude(tmp_path):
     """Runs the binary in a folder; its stdout, after it ended with 0."""
     nowhere = "http://127.0.0.1:9"
-    home = {"HOME": str(tmp_path / "home"), "DISABLE_AUTOUPDATER": "1", "http_proxy": nowhere, "https_proxy": nowhere}
+    home = {"HOME": str(tmp_path / "home"), **LIGHT, "http_proxy": nowhere, "https_proxy": nowhere}
     (tmp_path / "home").mkdir()
 
     def run(*arguments, folder=ROOT):

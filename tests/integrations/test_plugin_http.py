@@ -9,7 +9,7 @@ import subprocess
 import pytest
 
 import bus_server
-from tests.kit.claude_code import CLAUDE
+from tests.kit.claude_code import CLAUDE, LIGHT
 from tests.kit.dialects import tools_of
 from tests.kit.peers import invite, post
 from tests.kit.processes import PATIENCE, ROOT
@@ -36,7 +36,7 @@ def claude(tmp_path):
     """Runs the binary in a HOME that is thrown away, without Python on PATH; its stdout, after it ended with 0."""
     nowhere = "http://127.0.0.1:9"
     (tmp_path / "home").mkdir()
-    home = {"HOME": str(tmp_path / "home"), "DISABLE_AUTOUPDATER": "1", "http_proxy": nowhere, "https_proxy": nowhere,
+    home = {"HOME": str(tmp_path / "home"), **LIGHT, "http_proxy": nowhere, "https_proxy": nowhere,
             "no_proxy": "127.0.0.1", "PATH": os.environ["PATH"]}  # fmt: skip
 
     def run(*arguments, **env):
