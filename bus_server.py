@@ -6473,20 +6473,29 @@ def signature(path: str) -> tuple[str, str]:
     return lines[0], lines[1]
 
 
+# What a copy has beside itself, in the end or meanwhile, and what SQLite would take for a part of it.
+COPY_SUFFIXES = ("", ".new", ".tokens", ".tokens.new", ".blobs", ".prune", ".restoring", "-wal", "-shm", "-journal")
+
+
 def backup(arguments: Sequence[str]) -> None:
     """Copy a bus, even while it runs. The copy has every message acknowledged before; tokens and files go beside it."""
     parser = command("backup", "Copy a bus to COPY. The bus may be running.")
     parser.add_argument("copy", metavar="COPY", help="a new file; tokens and files go to COPY.tokens and COPY.blobs")
     options = parser.parse_args(arguments)
-    if os.path.exists(options.copy):
-        raise Unusable(f"{options.copy} exists already: choose another name")
+    own = [f"{options.copy}{suffix}" for suffix in COPY_SUFFIXES]
+    if taken := next(filter(os.path.lexists, own), None):
+        raise Unusable(f"{taken} exists already: choose another name")
     if not os.access(folder := os.path.dirname(os.path.abspath(options.copy)), os.W_OK) or os.path.isfile(folder):
         raise Unusable(f"there is no folder {folder} in which you may write: make it first, or give another COPY")
     rows = Tokens(existing(options.db)).rows()
     try:
         messages, files = copy_bus(options.db, options.copy, rows)
-    finally:
-        pathlib.Path(f"{options.copy}.new").unlink(missing_ok=True)  # if it fails: the disk may be full
+    except BaseException:  # the disk may be full; and beside a part of a copy, the next backup would refuse the name
+        shutil.rmtree(f"{options.copy}.blobs", ignore_errors=True)
+        for made in own:
+            with contextlib.suppress(OSError):
+                os.unlink(made)
+        raise
     print(f"{options.copy}: {messages} messages, {files} files, {len(rows)} tokens")
 
 

@@ -457,6 +457,18 @@ def test_a_copy_never_overwrites_and_a_running_bus_is_not_restored(tmp_path):
         assert [each.msg for each in observed(bus.url)] == ["hi"]
 
 
+@pytest.mark.parametrize("suffix", [".new", ".tokens", ".tokens.new", ".blobs", ".prune", ".restoring", "-wal"])
+def test_a_copy_replaces_nothing_beside_it(suffix, tmp_path):
+    """It may be a user's own file, the tokens of another bus, or what SQLite would take for a part of the copy."""
+    neighbour = tmp_path / f"bus-copy.db{suffix}"
+    neighbour.write_text("precious")
+    with Server(tmp_path / "bus.db") as bus:
+        assert peers.run("invite", "ann", "--yes", "--db", bus.db)[0] == 0
+        said = f"bus_server: bus-copy.db{suffix} exists already: choose another name\n"
+        assert documented("backup", tmp_path) == (2, said)
+    assert neighbour.read_text() == "precious" and list(tmp_path.glob("bus-copy.db*")) == [neighbour]
+
+
 def test_the_files_of_a_bus_are_copied_and_come_back(tmp_path):
     """Whole ones only. Those that are there stay as they are."""
     with Server(tmp_path / "bus.db") as bus:
@@ -676,6 +688,7 @@ def test_a_backup_that_fails_leaves_no_part(part, tmp_path, monkeypatch):
     """Root makes the copy elsewhere first. What had come of it stayed on the disk that was full."""
     with Server(tmp_path / "bus.db") as bus:
         put(bus, b"a file")
+    assert peers.run("invite", "ann", "--yes", "--db", bus.db)[0] == 0
     place = tmp_path / "place"
     place.mkdir()
     place.chmod(0o777)
@@ -686,10 +699,11 @@ def test_a_backup_that_fails_leaves_no_part(part, tmp_path, monkeypatch):
         if part in os.readlink(f"/proc/self/fd/{new.fileno()}"):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(shutil, "copyfileobj", full)
-    with pytest.raises(bus_server.Unusable, match="No space left on device"):
+    with monkeypatch.context() as patch, pytest.raises(bus_server.Unusable, match="No space left on device"):
+        patch.setattr(shutil, "copyfileobj", full)
         bus_server.backup([str(place / "copy.db"), "--db", str(tmp_path / "bus.db")])
-    assert [each for each in place.rglob("*") if each.is_file()] == []
+    assert {each.name for each in place.iterdir()} <= {"copy.db.tokens.lock"}
+    bus_server.backup([str(place / "copy.db"), "--db", str(tmp_path / "bus.db")])  # the name is free again
 
 
 # ── As it may be ─────────────────────────────────────────────────────────────────────────────────────────────────────
