@@ -575,6 +575,35 @@ def private(path: str, must: bool = True) -> str:
     return text
 
 
+def append(path: str, text: str) -> None:
+    """Add lines to a file, all or none, in one write: two processes do not mix theirs. OSError names the file.
+
+    A line that was torn in it, as by a power cut, stays a line of its own. A new file is for us alone.
+    """
+    data, done = b"\n" * is_torn(path) + text.encode(), 0
+    try:
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "wb", buffering=0) as file:
+            try:
+                while done < len(data):
+                    done += os.write(file.fileno(), data[done:])
+            except OSError:
+                with contextlib.suppress(OSError):  # a pipe has no size
+                    if os.fstat(file.fileno()).st_size == file.tell():  # else another process has written behind us
+                        file.truncate(file.tell() - done)
+                raise
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error.strerror}") from error
+
+
+def is_torn(path: str) -> bool:
+    """Does this file end within a line? No, if it is a pipe or a terminal: reading would take what is for others."""
+    if os.path.isfile(path):
+        with contextlib.suppress(OSError), open(path, "rb") as file:  # we may have the right to write only
+            file.seek(-1, os.SEEK_END)  # OSError if it is empty
+            return file.read(1) != b"\n"
+    return False
+
+
 def profile(name: str) -> str:
     """The value of --bus. From here on, and in commands that we run, the configuration is that of another bus."""
     import argparse  # slow to import, as http.client is
@@ -1015,8 +1044,7 @@ def run_command(command: str, tries: int, reader: Reader, message: dict[str, Any
         # The end cuts a pause short, but not to nothing: what fails for a moment only must not end in that file.
         left = max(reader.end - reader.clock.monotonic(), FIRST_PAUSE)
         reader.clock.sleep((attempt < tries) * min(pause_after(attempt), left))
-    with private_file(f"{reader.cursor.path}~dead", os.O_WRONLY | os.O_APPEND, "w") as file:
-        file.write(f"{dump(message)}\n")
+    append(f"{reader.cursor.path}~dead", f"{dump(message)}\n")
     reader.warn(f"the command failed {tries} times for {known.get('id')}: it is in {reader.cursor.path}~dead now")
 
 

@@ -163,14 +163,12 @@ def compose(to: Any, msg: str, *, fields: Any = None, **given: Any) -> tuple[str
 
 def keep_copy(url: str, message: dict[str, Any], answer: dict[str, Any]) -> None:
     """Append what is stored to the file that AGENT_BUS_OUTBOX names: a line for each receiver, as that one gets it."""
-    path = ""
     try:
         if path := settings(url).get("AGENT_BUS_OUTBOX", ""):
             path = os.path.expanduser(path.replace("{name}", message.get("from", "-").replace("/", "_")))
-            with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "wb") as file:
-                file.write("".join(copies(message, answer)).encode())  # one write, so that two senders do not mix
+            append(path, "".join(copies(message, answer)))
     except Exception as error:  # it is stored, whatever goes wrong here
-        complain(f"stored, but no copy is in {path}: {getattr(error, 'strerror', None) or error}")
+        complain(f"stored, but no copy is kept: {error}")
 
 
 def copies(message: dict[str, Any], answer: dict[str, Any]) -> Any:
@@ -291,6 +289,35 @@ def private(path: str, must: bool = True) -> str:
     if os.name == "posix" and (state.st_mode & 0o077 or state.st_uid != os.geteuid()):
         raise ValueError(f"{path} must be yours and for you alone: chmod 600 {path}, or make it anew")
     return text
+
+
+def append(path: str, text: str) -> None:
+    """Add lines to a file, all or none, in one write: two processes do not mix theirs. OSError names the file.
+
+    A line that was torn in it, as by a power cut, stays a line of its own. A new file is for us alone.
+    """
+    data, done = b"\n" * is_torn(path) + text.encode(), 0
+    try:
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "wb", buffering=0) as file:
+            try:
+                while done < len(data):
+                    done += os.write(file.fileno(), data[done:])
+            except OSError:
+                with contextlib.suppress(OSError):  # a pipe has no size
+                    if os.fstat(file.fileno()).st_size == file.tell():  # else another process has written behind us
+                        file.truncate(file.tell() - done)
+                raise
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error.strerror}") from error
+
+
+def is_torn(path: str) -> bool:
+    """Does this file end within a line? No, if it is a pipe or a terminal: reading would take what is for others."""
+    if os.path.isfile(path):
+        with contextlib.suppress(OSError), open(path, "rb") as file:  # we may have the right to write only
+            file.seek(-1, os.SEEK_END)  # OSError if it is empty
+            return file.read(1) != b"\n"
+    return False
 
 
 def profile(name: str) -> str:

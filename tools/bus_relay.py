@@ -280,8 +280,7 @@ class Relay(bus_recv.Reader):
         """Keep a message that the other bus does not take, and tell its sender."""
         path, number, to = f"{self.cursor.path}~dead", message["id"], message["to"]
         self.make_room(path)
-        with bus_recv.private_file(path, os.O_WRONLY | os.O_APPEND, "w") as file:
-            file.write(f"{bus_recv.dump({**message, 'reason': reason})}\n")
+        bus_recv.append(path, f"{bus_recv.dump({**message, 'reason': reason})}\n")
         self.warn(f"{number} from {message['from']} to {to} is not passed on, and is in {path} now: {reason}")
         if message.get("type") == REFUSED:
             return

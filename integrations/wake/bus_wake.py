@@ -167,10 +167,11 @@ class Waker:
         self.url, self.channel = given["AGENT_BUS_URL"], given.get("AGENT_BUS_CHANNEL", "default")
         self.options, self.said = options, ""
         place = os.path.join(bus_recv.state_directory(), "wake", bus_recv.file_name(options.name))
-        self.log = bus_recv.private_file(f"{place}.log", os.O_WRONLY | os.O_APPEND, "w")
+        self.log = f"{place}.log"
         self.file = bus_recv.private_file(f"{place}.json", os.O_RDWR, "r+")
         if not bus_recv.try_lock(self.file, self.file.name):
             raise bus_recv.Busy(f"another one wakes {options.name}: {self.file.name} is locked")
+        bus_recv.append(self.log, "")  # if it cannot be written, fail before a wake
         self.memory: dict[str, Any] = {"wakes": [], "number": 0, "newest": 0.0}
         with contextlib.suppress(ValueError, TypeError, LookupError, ArithmeticError, RecursionError):  # it is new
             kept, numbers = json.load(self.file), {"number": int, "newest": float}
@@ -217,8 +218,8 @@ class Waker:
     def say(self, line: str, said: str = "") -> None:
         """A line for a person, with the time; `said` is what must not be said again at each look."""
         if line:
-            self.log.write(f"{time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())} {bus_recv.visible(line)}\n")
-            self.log.flush()
+            said_at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+            bus_recv.append(self.log, f"{said_at} {bus_recv.visible(line)}\n")
             bus_recv.complain(line, "bus_wake")
         self.said = said
 

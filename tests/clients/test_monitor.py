@@ -1,5 +1,6 @@
 """bus_recv.py under a Monitor: nothing is cut, dropped or forged, and its half-hourly death loses nothing."""
 
+import json
 import os
 import random
 import select
@@ -15,7 +16,7 @@ import bus_recv
 import bus_send
 from tests.kit import forked
 from tests.kit.monitor import EVENT_UNITS, Monitor, messages
-from tests.kit.processes import PATIENCE, ROOT, wait_until
+from tests.kit.processes import PATIENCE, ROOT, full_disk, wait_until
 
 SECONDS = float(os.environ.get("MONITOR_SECONDS", "3"))  # of the reader that is killed again and again; 120 in full
 DEADLINE = 3 if SECONDS > 60 else 0.75  # s that a watch lives
@@ -322,3 +323,22 @@ def test_a_command_runs_for_each_message_and_only_success_moves_the_cursor(bus, 
     assert (
         forked.run([*command, "--timeout", "0.1"], env=env, capture_output=True, timeout=PATIENCE).returncode == 3
     )
+
+
+def test_a_message_for_which_there_is_no_room_stays_unread_and_tears_no_line(bus, tmp_path):
+    """Of those whose command failed. The next one was glued to the part that had room."""
+    env = {**os.environ, "AGENT_BUS_URL": bus.url, "AGENT_BUS_STATE_DIR": str(tmp_path / "state")}
+    command = [sys.executable, str(ROOT / "bus_recv.py"), "alice", "--once", "--tries", "1", "--exec", "false"]
+
+    def run():
+        return subprocess.run(command, env=env, capture_output=True, text=True, timeout=PATIENCE)
+
+    bus_send.send("alice", "1" * 6000, url=bus.url, sender="peer")
+    assert run().returncode == 0
+    [dead] = (tmp_path / "state").rglob("*~dead")
+    bus_send.send("alice", "2" * 4000, url=bus.url, sender="peer")
+    with full_disk(8192):
+        done = run()
+    assert done.returncode == 2 and f"cannot write {dead}: " in done.stderr
+    assert run().returncode == 0
+    assert [json.loads(line)["msg"][:2] for line in dead.read_text().splitlines()] == ["11", "22"]

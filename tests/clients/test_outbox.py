@@ -18,7 +18,7 @@ from tests.faults import patched
 from tests.faults.history import get, observed
 from tests.kit import forked
 from tests.kit.bad_servers import Scripted, answer, page, stored
-from tests.kit.processes import PATIENCE, ROOT, Server, free_port, no_settings, wait_until
+from tests.kit.processes import PATIENCE, ROOT, Server, free_port, full_disk, no_settings, wait_until
 from tools import bus_outbox
 
 SENDS = int(os.environ.get("OUTBOX", 25))  # 1000 for the full figure
@@ -351,6 +351,42 @@ def test_a_copy_that_cannot_be_written_is_told_and_changes_nothing(monkeypatch, 
         monkeypatch.setenv("AGENT_BUS_OUTBOX", str(tmp_path / "sent"))
         assert bus_send.send("dell", "hi", url=server.url)["ok"] is True
     assert "stored, but no copy" in capsys.readouterr().err
+
+
+def test_a_copy_that_has_no_room_leaves_no_part_of_a_line(monkeypatch, tmp_path, capsys):
+    """The next copy was glued to it."""
+    copies = tmp_path / "sent"
+    monkeypatch.setenv("AGENT_BUS_OUTBOX", str(copies))
+    with Scripted(stored(), stored(), stored()) as server:
+        bus_send.send("dell", "one", url=server.url)
+        with full_disk(1000):
+            assert bus_send.send("dell", "two " * 1000, url=server.url)["ok"] is True
+        told = capsys.readouterr().err
+        assert "stored, but no copy" in told and str(copies) in told
+        bus_send.send("dell", "three", url=server.url)
+    assert [json.loads(line)["msg"] for line in copies.read_text().splitlines()] == ["one", "three"]
+
+
+def test_a_copy_behind_a_torn_line_is_a_line_of_its_own(monkeypatch, tmp_path):
+    copies = tmp_path / "sent"
+    copies.write_text('{"from": "spark", "msg": "tor')
+    monkeypatch.setenv("AGENT_BUS_OUTBOX", str(copies))
+    with Scripted(stored()) as server:
+        bus_send.send("dell", "whole", url=server.url)
+    torn, line = copies.read_text().splitlines()
+    assert torn.endswith('"tor') and json.loads(line)["msg"] == "whole"
+
+
+def test_copies_go_into_a_pipe_of_which_nothing_is_taken(monkeypatch, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    pipe = os.open(tmp_path / "pipe", os.O_RDWR | os.O_NONBLOCK)
+    monkeypatch.setenv("AGENT_BUS_OUTBOX", str(tmp_path / "pipe"))
+    with Scripted(stored(), stored()) as server:
+        for msg in ("one", "two"):
+            bus_send.send("dell", msg, url=server.url)
+    read = os.read(pipe, 9999).decode()
+    os.close(pipe)
+    assert [json.loads(line)["msg"] for line in read.splitlines()] == ["one", "two"]
 
 
 def test_only_what_is_stored_is_copied(monkeypatch, tmp_path):

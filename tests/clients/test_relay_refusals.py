@@ -9,6 +9,7 @@ import pytest
 import bus_recv
 from tests.kit import relaying
 from tests.kit.bad_servers import NOON, Scripted, answer, mail, message, page, stored
+from tests.kit.processes import full_disk
 from tests.kit.relaying import log, profile, relay, say, sends, texts
 from tools import bus_relay
 
@@ -29,6 +30,20 @@ def test_a_refused_message_is_kept_and_told_and_holds_up_nobody(buses, home):
     told = log(a)[-1]
     assert (told["from"], told["to"], told["reply_to"], told["type"]) == ("relay", "spark", large, "undeliverable")
     assert f"Your message {large} to bob could not be passed on" in told["msg"] and b.url not in told["msg"]
+
+
+def test_a_refused_message_for_which_there_is_no_room_is_kept_later_in_a_line_of_its_own(buses, home):
+    (a,) = buses("a")
+    buses("b", options=["--max-body", "5000"])
+    numbers = [say(a, "spark", "bob", "x" * 6000)]
+    assert relay("bob")[0] == 0
+    [dead] = home.rglob("*~dead")
+    numbers.append(say(a, "spark", "bob", "x" * 6000))
+    with full_disk(8192):
+        code, err = relay("bob")
+    assert code == 2 and f"cannot write {dead}: " in err
+    assert relay("bob")[0] == 0
+    assert [json.loads(line)["id"] for line in dead.read_text().splitlines()] == numbers
 
 
 @pytest.mark.parametrize("sees", [True, False])

@@ -85,6 +85,17 @@ def test_urgent_mail_wakes_once_and_its_text_is_not_told(agent):
     assert log.count("wakes alice: ") == 2 and "rm -rf" not in log
 
 
+def test_what_is_logged_behind_a_torn_line_is_a_line_of_its_own(agent):
+    """As after a power cut."""
+    log = agent.place / "state" / "wake" / "alice.log"
+    log.parent.mkdir(parents=True)
+    log.write_text("2026-12-01T17:02:00Z alice was wo")
+    agent.send(priority="high")
+    agent.look()
+    torn, *lines = log.read_text().splitlines()
+    assert torn.endswith("was wo") and [line.partition(" ")[2] for line in lines][-1] == "alice was woken"
+
+
 def test_a_new_message_wakes_although_the_number_is_the_same():
     """One was read, and another came, between two looks."""
     options = bus_wake.argparse.Namespace(any=False, budget=4)

@@ -5,6 +5,7 @@ import importlib.util
 import os
 import pathlib
 import random
+import resource
 import shutil
 import signal
 import socket
@@ -40,6 +41,17 @@ def wait_until(fact, patience=PATIENCE):
     value = comes_true(fact, patience)
     assert value, f"waited {patience} s for a fact that never came true"
     return value
+
+
+@contextlib.contextmanager
+def full_disk(size):
+    """No file that we or our children write may grow beyond this size. What has room is written, as on a disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 class Standstills:
