@@ -15,7 +15,9 @@ wait, and those for others go on. If the bus refuses a message for good, its fil
 reason; to try it again, move it back.
 
 It takes the variables of bus_send.py. An outbox belongs to one URL and one sender. It is a folder in
-AGENT_BUS_STATE_DIR with a file for each message: the name is a growing number, the content the arguments of send().
+AGENT_BUS_STATE_DIR with a file for each message: the name is a growing number, the content the arguments of send() and
+`stored`, the time. A message whose `ttl` is over while it waits is not sent. If the clock was set back meanwhile, by as
+much as its ttl or more, nobody knows how long it has waited: then it is not sent either.
 Exit code: 0 sent or stored, and stderr says which; 1 refused by the bus; 2 usage, or the file cannot be written; 75
 only with --flush: messages still wait.
 """
@@ -49,7 +51,7 @@ except ModuleNotFoundError as missing:
 
 PATIENCE = 5.0  # s to get the first message to the bus; the caller has other work to do
 ARGUMENTS = {"to", "msg", "sender", "channel", "key"}  # of send(), in a file; the rest are members of the message
-NUMBER = re.compile(r"([0-9]{20})\.json")  # ns since 1970, or one more than the last
+NUMBER = re.compile(r"([0-9]{20})\.json")  # a time, ns since 1970, or one more than the last
 # The fault is ours (our token, our name, the URL), not the message's: the messages wait until it is corrected.
 OURS = {401, 403, 404, 405}
 FULL = "(429: the mailbox of "  # in what the bus says of a mailbox that its reader does not empty
@@ -86,7 +88,7 @@ class Outbox:
         with locked(os.path.join(self.path, "~order")):
             last = max([*self.waiting(), *numbered(self.dead)], default="0")
             name = f"{max(time.time_ns(), int(last.partition('.')[0]) + 1):020d}.json"
-            store(self.path, name, message)
+            store(self.path, name, {**message, "stored": time.time()})
         return name
 
     def flush(self, patience: float) -> Iterator[tuple[str, dict[str, Any], Outcome]]:
@@ -131,12 +133,10 @@ class Outbox:
             os.replace(path, dead)
             return {}, bus_send.Refused(400, f"the file holds no message: {error}")
         try:
-            age, ttl = time.time() - int(name.partition(".")[0]) / 1e9, message.get("ttl")
-            if ttl and age >= ttl:
-                raise bus_send.Refused(410, f"it waited for {age:.0f} s, longer than its ttl")
+            check_age(time.time() - stored_at(path, message), message.get("ttl"))
             long = os.path.getsize(path) / bus_send.SLOWEST_RATE
             own = {name: message[name] for name in message.keys() & ARGUMENTS}
-            fields = {name: message[name] for name in message.keys() - ARGUMENTS}
+            fields = {name: message[name] for name in message.keys() - ARGUMENTS - {"stored"}}
             outcome: Outcome = bus_send.send(
                 url=self.url, patience=patience + long, warn=self.warn, fields=fields, **own
             )
@@ -199,6 +199,23 @@ def read(path: str) -> dict[str, Any]:
     return {field: value for field, value in message.items() if field != "reason"}
 
 
+def stored_at(path: str, message: dict[str, Any]) -> float:
+    """When a message was stored, s since 1970. An older version has left it in the number only."""
+    stored = message.get("stored")
+    if isinstance(stored, (int, float)) and 0 < stored < 1e11:  # else somebody has edited it
+        return stored
+    return int(pathlib.Path(path).stem) / 1e9
+
+
+def check_age(age: float, ttl: float | None) -> None:
+    """Refused, if a message may have waited for its ttl or longer. Below 0: the clock was set back meanwhile."""
+    if ttl and age >= ttl:
+        raise bus_send.Refused(410, f"it waited for {age:.0f} s, longer than its ttl")
+    if ttl and -age >= ttl:
+        back = f"the clock was set back by {-age:.0f} s or more since it was stored"
+        raise bus_send.Refused(410, f"{back}, so it may have waited longer than its ttl")
+
+
 def listed() -> Iterator[str]:
     """A line for each message of every outbox."""
     top = pathlib.Path(bus_recv.state_directory(), "outbox")
@@ -207,9 +224,9 @@ def listed() -> Iterator[str]:
             message = json.loads(path.read_bytes())
         except (ValueError, OSError):  # it may have been sent just now
             continue
-        when = bus_recv.iso(int(path.stem) / 1e9)
         if not isinstance(message, dict):  # somebody edited it
             message = {}
+        when = bus_recv.iso(stored_at(str(path), message))
         known = {"bus": unquote(path.relative_to(top).parts[0]), **message}
         words = [f"{field}={bus_recv.word(known[field])}" for field in SHOWN if known.get(field)]
         yield " ".join(["dead   " if path.parent.name == "dead" else "waiting", when, *words])

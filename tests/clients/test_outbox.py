@@ -9,6 +9,8 @@ import stat
 import subprocess
 import sys
 import threading
+import time
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -163,15 +165,67 @@ def test_a_refusal_of_us_is_told_and_costs_no_message(status, home):
     assert len(files(home)) == 1 and not files(home, "dead")
 
 
-def test_a_message_that_waited_longer_than_its_ttl_is_not_sent(home):
-    url = nowhere()
-    run("dell", "--ttl", "3600", url=url, msg="now or never")
-    (path,) = files(home)
-    path.rename(path.with_name(f"{int(path.stem) - 3600 * 10**9:020d}.json"))
+@pytest.fixture
+def clock(monkeypatch):
+    """The clock of bus_outbox.py can be set: `now`, s since 1970."""
+    clock = SimpleNamespace(now=time.time(), monotonic=time.monotonic, sleep=time.sleep)
+    clock.time, clock.time_ns = lambda: clock.now, lambda: int(clock.now * 1e9)
+    monkeypatch.setattr(bus_outbox, "time", clock)
+    return clock
+
+
+def flush_to(server, home):
+    """Send what waits for another URL: (exit code, stderr, the texts that were sent)."""
+    files(home)[0].parent.rename(outbox_of(home, server.url))
+    code, _, err = run("--flush", url=server.url)
+    return code, err, [json.loads(asked.body)["msg"] for asked in server.asked]
+
+
+def test_a_message_that_waited_longer_than_its_ttl_is_not_sent(home, clock):
+    run("dell", "--ttl", "3600", url=nowhere(), msg="now or never")
+    clock.now += 3600
     with Scripted(stored()) as server:
-        path.parent.rename(outbox_of(home, server.url))
-        code, _, err = run("--flush", url=server.url)
-    assert code == 1 and "longer than its ttl" in err and not server.asked and len(files(home, "dead")) == 1
+        code, err, sent = flush_to(server, home)
+    assert code == 1 and "longer than its ttl" in err and not sent and len(files(home, "dead")) == 1
+
+
+def test_a_ttl_counts_from_its_own_message_whatever_the_clock_was_before(home, clock):
+    """The number of a file, which follows the last, was taken for the time."""
+    url = nowhere()
+    clock.now += 86400
+    run("dell", url=url, msg="while the clock is a day ahead")
+    clock.now -= 86400
+    run("dell", "--ttl", "5", url=url, msg="turn the pump off NOW")
+    clock.now += 8
+    with Scripted(stored(), stored()) as server:
+        code, err, sent = flush_to(server, home)
+    assert code == 1 and "it waited for 8 s" in err and sent == ["while the clock is a day ahead"]
+
+
+@pytest.mark.parametrize("ttl, back, is_sent",
+                         [("5", 1, True), ("3600", 60, True), ("5", 5, False), ("60", 86400, False)])  # fmt: skip
+def test_a_clock_that_was_set_back_by_the_ttl_or_more_ends_a_message(ttl, back, is_sent, home, clock):
+    """It may have waited for hours."""
+    run("dell", "--ttl", ttl, url=nowhere(), msg="hi")
+    clock.now -= back
+    with Scripted(stored()) as server:
+        code, err, sent = flush_to(server, home)
+    assert (sent == ["hi"]) is is_sent and code == (not is_sent)
+    assert is_sent or f"the clock was set back by {back} s or more since it was stored" in err
+
+
+@pytest.mark.parametrize("ttl, age, is_sent",
+                         [(None, 86400, True), (None, -86400, True), (60, 1, True), (60, 61, False)])  # fmt: skip
+def test_what_an_older_version_stored_has_the_time_of_its_number(ttl, age, is_sent, home, clock):
+    run("dell", url=nowhere(), msg="hi")
+    (path,) = files(home)
+    message = {"to": "dell", "msg": "hi", "sender": "spark", "channel": "default", "key": "k1"}
+    path.write_text(json.dumps({**message, "ttl": ttl} if ttl else message))
+    path.rename(path.with_name(f"{clock.time_ns() - age * 10**9:020d}.json"))
+    with Scripted(stored()) as server:
+        code, _, sent = flush_to(server, home)
+        assert not server.asked or server.asked[0].json.keys() - {"ttl"} == {"from", "to", "channel", "msg", "key"}
+    assert (sent == ["hi"]) is is_sent and code == (not is_sent)
 
 
 def test_a_damaged_file_is_put_aside_as_it_is(home):
