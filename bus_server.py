@@ -3767,17 +3767,24 @@ def locked(path: str) -> IO[str]:
     return lock
 
 
+def check_is_ours(database: sqlite3.Connection, path: str) -> None:
+    """Unusable, if another program has made this database. An empty one is nobody's yet."""
+    [version] = database.execute("PRAGMA user_version").fetchone()
+    tables, ours = database.execute("SELECT count(*), total(name = 'bus') FROM sqlite_master").fetchone()
+    if tables and not (version and ours):
+        raise Unusable(f"{path} is not a database of agent-bus: choose another --db")
+
+
 def prepare(database: sqlite3.Connection, path: str, journal: str) -> None:
     """Open for durable writing, check that this was granted, and bring the schema up to date."""
 
     def ask(statement: str) -> Any:
         return database.execute(statement).fetchone()[0]
 
+    check_is_ours(database, path)
     version = ask("PRAGMA user_version")
     if version > len(MIGRATIONS):
         raise Unusable(f"the database {path} was made by a newer bus_server (schema {version}): use that newer version")
-    if not version and ask("SELECT count(*) FROM sqlite_master"):
-        raise Unusable(f"{path} is not a database of agent-bus: choose another --db")
     database.execute("PRAGMA fullfsync=ON")  # macOS: fsync alone leaves the data in the disk's own memory
     database.execute("PRAGMA synchronous=FULL")
     database.execute("PRAGMA secure_delete=FAST")  # Debian's SQLite would write zeros over all that is removed
@@ -6118,7 +6125,21 @@ def existing(path: str) -> str:
     """The database of a bus. Unusable if there is none: a mistyped --db makes no file, and is not an empty bus."""
     if not is_there(path) and not is_there(f"{path}.tokens"):
         raise Unusable(f"there is no bus with the database {path}: give --db PATH, as the bus prints it at its start")
+    check_file(path)
     return path
+
+
+def check_file(path: str) -> None:
+    """Unusable, if a file of another program is there. One that has tokens beside it is a bus's, even a damaged one."""
+    if is_there(f"{path}.tokens"):
+        return
+    try:
+        with contextlib.closing(read_only(path)) as database:
+            check_is_ours(database, path)
+    except sqlite3.OperationalError:  # there is none, or it is in use: who needs more than its tokens will see
+        return
+    except sqlite3.DatabaseError as error:
+        raise Unusable(f"cannot use the database {path}: {error}") from None
 
 
 def meant(wrong: str, right: Iterable[str]) -> str:
@@ -6180,6 +6201,7 @@ def check_invitation(parser: argparse.ArgumentParser, options: argparse.Namespac
     folder = os.path.dirname(os.path.abspath(options.db))
     if not is_there(folder) and options.db != default_path():
         raise Unusable(f"there is no folder {folder}: correct --db, or make that folder first")
+    check_file(options.db)
     try:
         for each in options.also:
             name(each, "--also")

@@ -8,6 +8,7 @@ import os
 import pathlib
 import re
 import signal
+import sqlite3
 import stat
 import subprocess
 import sys
@@ -82,6 +83,25 @@ def test_prune_of_no_database_is_one_clear_line(tmp_path):
     code, out, err = run("prune", "--db", tmp_path / "none.db")
     assert code == 2 and not out and err.startswith("bus_server: there is no bus with the database")
     assert err.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", [["tokens"], ["revoke", "x"], ["invite", "ann", "--yes"], ["prune"],
+                                     ["backup", "COPY"]])  # fmt: skip
+@pytest.mark.parametrize("version", [None, 0, 3], ids=["a text", "a database", "a database with a version"])
+def test_a_file_of_another_program_is_no_bus_and_gets_nothing_beside_it(version, command, tmp_path):
+    """`tokens` said that the bus is open, and `invite` made a token."""
+    file = tmp_path / "notes.db"
+    if version is None:
+        file.write_text("hello\n" * 1000)
+    else:
+        with contextlib.closing(sqlite3.connect(file)) as database:
+            database.execute("CREATE TABLE notes(text)")
+            database.execute(f"PRAGMA user_version={version}")
+    before = file.read_bytes()
+    code, out, err = run(*[str(tmp_path / each) if each == "COPY" else each for each in command], "--db", file)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "is not a database of agent-bus: choose" in err or f"cannot use the database {file}: file is not a" in err
+    assert file.read_bytes() == before and list(tmp_path.iterdir()) == [file]
 
 
 @pytest.mark.parametrize("garbage", [b"", b"[0, NaN, true]", b"[{}, [], 1]", b"[" * 100000, b"[0, %d, true]" % 10**30,
