@@ -345,7 +345,7 @@ def leave(options: argparse.Namespace) -> int:
     for name in [draft[member] for member in ("from", "channel") if member in draft] + to:  # before the upload
         bus_recv.check_name(name)
     digest, size = put(options.path, url, options.timeout)
-    name = os.path.basename(options.path)
+    name = os.path.basename(options.path).encode(errors="replace").decode()  # on this disk it need not be UTF-8
     said = {"name": name, "size": size, "sha256": digest}
     msg = f"file {bus_recv.word(name)} {size} bytes sha256 {digest}"
     given = {"sender": options.sender, "channel": options.channel, "type": "file", "subject": options.subject}

@@ -105,6 +105,19 @@ def test_a_file_is_left_for_somebody_who_is_told_its_hash(bus, tmp_path):
     assert got.read_bytes() == source.read_bytes()
 
 
+def test_a_file_whose_name_is_not_utf_8_is_announced_with_that_byte_replaced(bus, tmp_path):
+    """It was uploaded whole, and then the bus refused the announcement."""
+    source = os.path.join(tmp_path, os.fsdecode(b"b\xffd.bin"))
+    with open(source, "wb") as file:
+        file.write(b"data")
+    process = start("put", source, "--to", "dell", url=bus.url, popen=subprocess.Popen,
+                    stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+    err = process.communicate(timeout=PATIENCE)[1]
+    assert process.returncode == 0, err
+    told = next(bus_recv.receive("dell", url=bus.url, timeout=PATIENCE))
+    assert told["name"] == "b?d.bin" and told["msg"].startswith('file "b?d.bin" 4 bytes sha256 ')
+
+
 @pytest.mark.parametrize("size", [0, 1, bus_file.PIECE, bus_file.PIECE + 1])
 def test_files_of_any_size_pass(bus, size, tmp_path):
     digest = made(tmp_path / "source", size)
