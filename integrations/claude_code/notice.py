@@ -10,7 +10,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any, NamedTuple
 
 from session import ASK_SECONDS, Nameless, Self, bus_recv, get, mcp_part, own_cursor, wake_path, was_here
@@ -195,12 +195,12 @@ def alone(name: str, kind: str) -> Iterator[bool]:
 
 def arrivals(
     who: Callable[[], Self], warn: Callable[[str], None], kind: str, is_needed: Callable[[], bool] = lambda: True
-) -> Iterator[tuple[Self, Counts]]:
+) -> Generator[tuple[Self, Counts], None, None]:
     """Yields whenever more mail waits for a session than before; it takes nothing. `kind`: see alone().
 
     `who` is asked before each look, because a session may be renamed; `is_needed` may end it. After a look the bus is
     asked to answer when something later has come; meanwhile the name counts as listening. It is quiet while another
-    program reads the mail.
+    program reads the mail. What could not be told comes again, if the reason is thrown into it.
     """
     known, next_look, warned = (0, 0.0), 0.0, ""
     while is_needed():
@@ -247,7 +247,15 @@ class Waker(threading.Thread):
         self.who, self.warn = who, warn
 
     def run(self) -> None:
-        for me, counts in arrivals(self.who, self.warn, "lock"):
-            for name in me.names:  # the session watches the file of the name that it had when it started
-                with open(wake_file(name), "a", encoding="ascii") as file:
-                    file.write(f"{counts.unread} unread for {me.name}\n")
+        arriving = arrivals(self.who, self.warn, "lock")
+        found = next(arriving, None)
+        while found:
+            try:
+                self.wake(*found)
+                found = next(arriving, None)
+            except OSError as fault:  # the disk is full
+                found = arriving.throw(fault)
+
+    def wake(self, me: Self, counts: Counts) -> None:
+        for name in me.names:  # the session watches the file of the name that it had when it started
+            bus_recv.append(wake_file(name), f"{counts.unread} unread for {me.name}\n")

@@ -1,5 +1,6 @@
 """A session that sleeps: what wakes it when mail comes."""
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -164,6 +165,24 @@ def test_a_waker_writes_a_line_when_more_has_come_and_takes_nothing(bus, waker, 
     wait_until(lambda: the_file().read_text() == "1 unread for dell\n2 unread for dell\n")
     assert unread(bus) == 2 and complaints == []
     assert all(b'"state": "queued"' in bus.get(f"/message/{id}") for id in ids), "nobody has seen them"
+
+
+def test_a_full_disk_costs_no_wake(waker, monkeypatch):
+    """The thread ended, and no later mail woke the session."""
+    told, file, wake_file = [], the_file(), notice.wake_file
+
+    def full(name):
+        if not told:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return wake_file(name)
+
+    monkeypatch.setattr(notice, "wake_file", full)
+    waker.warn = told.append
+    with Scripted(digest(1), digest(1), waker.stay) as server:
+        monkeypatch.setenv("AGENT_BUS_URL", server.url)
+        waker.start()
+        wait_until(lambda: file.read_text() == "1 unread for dell\n")
+    assert told == ["no mail can wake the session now: [Errno 28] No space left on device"]
 
 
 def test_a_waker_hears_at_once_what_comes_beside_mail_that_nobody_reads(waker, monkeypatch):
