@@ -6533,6 +6533,8 @@ def restore(arguments: Sequence[str]) -> None:
     options = parser.parse_args(arguments)
     if not is_there(options.copy):
         raise Unusable(f"there is no file {options.copy}: give the COPY that backup has made")
+    if os.path.exists(f"{options.db}.new") and os.path.samefile(options.copy, f"{options.db}.new"):
+        raise Unusable(f"{options.copy} has the name under which restore writes first: rename it, then restore that")
     with turn_to_prune(options.db), locked(options.db):  # a prune that is under way is for the bus from before
         old = f"{options.db}.{cut_off(options.db) or wall_clock()}"
         bus = None if is_front(options.copy) else secrets.token_hex(8)

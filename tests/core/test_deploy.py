@@ -469,6 +469,20 @@ def test_a_copy_replaces_nothing_beside_it(suffix, tmp_path):
     assert neighbour.read_text() == "precious" and list(tmp_path.glob("bus-copy.db*")) == [neighbour]
 
 
+def test_a_copy_that_has_the_name_of_the_new_database_is_not_lost(tmp_path):
+    """restore removed it before it was read."""
+    file, copy = tmp_path / "bus.db", tmp_path / "bus.db.new"
+    with Server(file) as bus:
+        bus_send.send("dell", "hi", url=bus.url, sender="spark")
+        assert peers.run("backup", copy, "--db", file)[0] == 0
+    before = copy.read_bytes()
+    code, out, err = peers.run("restore", copy, "--db", file)
+    assert (code, out, err.count("\n")) == (2, "", 1) and f"{copy} has the name under which" in err
+    assert copy.read_bytes() == before
+    copy.rename(tmp_path / "copy.db")
+    assert peers.run("restore", tmp_path / "copy.db", "--db", file)[0] == 0
+
+
 def test_the_files_of_a_bus_are_copied_and_come_back(tmp_path):
     """Whole ones only. Those that are there stay as they are."""
     with Server(tmp_path / "bus.db") as bus:
