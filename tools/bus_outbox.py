@@ -16,8 +16,8 @@ reason; to try it again, move it back.
 
 It takes the variables of bus_send.py. An outbox belongs to one URL and one sender. It is a folder in
 AGENT_BUS_STATE_DIR with a file for each message: the name is a growing number, the content the arguments of send() and
-`stored`, the time. A message whose `ttl` is over while it waits is not sent. If the clock was set back meanwhile, by as
-much as its ttl or more, nobody knows how long it has waited: then it is not sent either.
+`ts`, the time; the bus puts its own there. A message whose `ttl` is over while it waits is not sent. If the clock was
+set back meanwhile, by as much as its ttl or more, nobody knows how long it has waited: then it is not sent either.
 Exit code: 0 sent or stored, and stderr says which; 1 refused by the bus; 2 usage, or the file cannot be written; 75
 only with --flush: messages still wait.
 """
@@ -88,7 +88,7 @@ class Outbox:
         with locked(os.path.join(self.path, "~order")):
             last = max([*self.waiting(), *numbered(self.dead)], default="0")
             name = f"{max(time.time_ns(), int(last.partition('.')[0]) + 1):020d}.json"
-            store(self.path, name, {**message, "stored": time.time()})
+            store(self.path, name, {**message, "ts": time.time()})
         return name
 
     def flush(self, patience: float) -> Iterator[tuple[str, dict[str, Any], Outcome]]:
@@ -136,7 +136,7 @@ class Outbox:
             check_age(time.time() - stored_at(path, message), message.get("ttl"))
             long = os.path.getsize(path) / bus_send.SLOWEST_RATE
             own = {name: message[name] for name in message.keys() & ARGUMENTS}
-            fields = {name: message[name] for name in message.keys() - ARGUMENTS - {"stored"}}
+            fields = {name: message[name] for name in message.keys() - ARGUMENTS - {"ts"}}
             outcome: Outcome = bus_send.send(
                 url=self.url, patience=patience + long, warn=self.warn, fields=fields, **own
             )
@@ -201,7 +201,7 @@ def read(path: str) -> dict[str, Any]:
 
 def stored_at(path: str, message: dict[str, Any]) -> float:
     """When a message was stored, s since 1970. An older version has left it in the number only."""
-    stored = message.get("stored")
+    stored = message.get("ts")
     if isinstance(stored, (int, float)) and 0 < stored < 1e11:  # else somebody has edited it
         return stored
     return int(pathlib.Path(path).stem) / 1e9
