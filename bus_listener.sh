@@ -394,7 +394,10 @@ fi
   die 2 "cannot write to $dir: set AGENT_BUS_STATE_DIR"
 name=$AGENT_NAME
 [ "$channel" = default ] || name+=/$channel
-name=$dir/$(encode "$name")
+name=$(encode "$name")
+# A file system takes 255 bytes, and we add some: a longer name ends with a sum of the whole.
+[ ${#name} -le 240 ] || name=${name:0:210}.$(cksum <<<"$name" | tr " " .)
+name=$dir/$name
 LOG=${LOG:-$name.log} FULL=${FULL:-$name.jsonl} HEARTBEAT=${HEARTBEAT:-$name.heartbeat} PID_FILE=${PID_FILE:-$name.pid}
 ANSWER=$FULL.answer HEAD=$FULL.head WHO=$FULL.token
 refuse_links "$LOG" "$FULL" "$HEARTBEAT" "$PID_FILE" "$ANSWER" "$HEAD" "$WHO"

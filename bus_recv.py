@@ -77,6 +77,7 @@ DECIMAL = re.compile(r"[0-9]{1,10}(?:\.[0-9]{1,9})?")  # s since 1970: the form 
 # An id of digits alone is one if its time is so near, else it may be milliseconds. An answer may be so far ahead of our
 # clock and our cursor; a bus takes as much from a cursor.
 TEN_YEARS, AHEAD_SECONDS = 10 * 365.25 * 86400, 300.0
+NAME_BYTES = 200  # of a file name that stands for a text
 OLD_CONTRACT = "-"  # stands for the id of a bus that gives none; such a bus knows no words for `since` either
 HEAD = ("from", "relayed_from", "id", "to", "channel", "reply_to", "age", "priority", "type", "subject")
 
@@ -327,7 +328,7 @@ class SessionReader(Reader):
         """Take the names that the session has now. On a machine with sessions a poll is short, to hear of new ones."""
         sessions = os.path.join(state_directory(), "names", file_name(self.url), file_name(self.channel))
         mine, until = self.names, dict[str, str]()
-        with contextlib.suppress(OSError), open(f"{sessions}~{file_name(mine[0])}", encoding="ascii") as file:
+        with contextlib.suppress(OSError), open(beside(sessions, mine[0]), encoding="ascii") as file:
             until = dict(re.findall(r"^(\S+) ([0-9]+)$", file.read(), re.MULTILINE))
         if names := [name for name in until if int(until[name]) > self.clock.time()]:
             self.names = [*names, *(name for name in mine if name not in until)]
@@ -469,8 +470,25 @@ def state_directory() -> str:
 
 
 def file_name(text: str) -> str:
-    """The text as a file name: never `.` or `..`, without a `~`, and unique even where A and a are the same file."""
-    return re.sub(rb"^\.|[^a-z0-9._-]", lambda byte: b"%%%02X" % ord(byte[0]), text.encode()).decode()
+    """The text as a file name: never `.` or `..`, without a `~`, and unique even where A and a are the same file.
+
+    A long one ends with a hash of the whole in place of the rest: a file system takes 255 bytes, and some are ours.
+    """
+    return shortened(re.sub(rb"^\.|[^a-z0-9._-]", lambda byte: b"%%%02X" % ord(byte[0]), text.encode()).decode())
+
+
+def shortened(name: str) -> str:
+    if len(name) <= NAME_BYTES:
+        return name
+    import hashlib  # slow to import
+
+    return f"{name[: NAME_BYTES - 33]}.{hashlib.sha256(name.encode()).hexdigest()[:32]}"
+
+
+def beside(path: str, name: str) -> str:
+    """The path of the file of a name, beside this file of its channel."""
+    folder, file = os.path.split(path)
+    return os.path.join(folder, shortened(f"{file}~{file_name(name)}"))
 
 
 # -- shared by bus_recv.py and bus_send.py: begin (a test keeps the two copies equal) --

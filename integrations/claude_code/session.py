@@ -362,7 +362,7 @@ class Register:
         names = {name: self.now + KEPT_SECONDS, **{each: old[each] for each in self.also(name)}}
         text = "".join(f"{each} {until:.0f}\n" for each, until in names.items())
         for each in names:
-            path = f"{self.path}~{bus_recv.file_name(each)}"
+            path = bus_recv.beside(self.path, each)
             if len(names) > 1:
                 with bus_recv.private_file(path, os.O_WRONLY | os.O_TRUNC, "w") as file:
                     file.write(text)

@@ -361,3 +361,13 @@ def test_two_channels_and_two_cases_of_a_name_have_their_own_files(scripted, lis
         listener.stop()
     found = sorted(path.name for path in (listener.home / "listener").glob("*.log"))
     assert found == ["%53park.log", "a%3Ab%40c.log", "spark%2Fops.log", "spark.log"]
+
+
+def test_the_longest_names_on_the_longest_channels_have_their_own_files(bus, listen):
+    """Their capitals are three bytes each in the name of a file, and a file system takes 255."""
+    for channel in ("C" * 64, "C" * 63 + "D"):
+        listener = listen(bus.url, AGENT_NAME="A" * 64, AGENT_BUS_CHANNEL=channel).start()
+        send(bus.url, channel, to="A" * 64, channel=channel)
+        wait_until(lambda: [file for file in listener.home.glob("listener/*.jsonl") if channel in file.read_text()])  # noqa: B023
+        listener.stop()
+    assert len(list(listener.home.glob("listener/*.jsonl"))) == 2

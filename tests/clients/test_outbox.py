@@ -480,3 +480,9 @@ def test_ctrl_c_while_it_tries_says_that_the_message_is_kept(home, monkeypatch):
     code, _, err = run("dell", url=nowhere(), msg="hi")
     assert code == 130 and len(files(home)) == 1
     assert err.startswith("bus_outbox: not sent yet, but kept on this disk: it goes out with ") and "--flush" in err
+
+
+def test_a_bus_with_three_long_urls_has_an_outbox():
+    far = [f"http://internal-agent-bus-front-{n}-1234567890.eu-central-1.elb.amazonaws.invalid:8443" for n in "123"]
+    outbox = bus_outbox.Outbox(",".join(far), "spark")
+    assert outbox.put({"to": "dell", "msg": "hi"}) in outbox.waiting()

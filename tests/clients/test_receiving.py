@@ -85,6 +85,13 @@ def test_files_of_cursors_are_private_and_never_the_same_or_elsewhere(home):
     assert all(stat.S_IMODE((home / file).stat().st_mode) == 0o600 for file in files)
 
 
+def test_a_long_name_of_a_file_has_room_for_an_ending_and_is_never_that_of_another():
+    texts = [f"{'A' * length}{end}" for length in (62, 63, 64, 65, 66, 100, 1000) for end in "abcB"]
+    names = [bus_recv.file_name(text) for text in texts]
+    assert len(set(names)) == len(texts) and max(map(len, names)) == 200
+    assert bus_recv.file_name("A" * 64) == "%41" * 64, "each name that the bus takes is as it was"
+
+
 @pytest.mark.parametrize("content", [b"", b"\0\0\0", b"yesterday", b"1795203596.5\n17", b"-1", b"\xff\xfe", b"1e9"])
 def test_a_file_that_holds_no_cursor_is_said_once_and_the_bus_remembers(content, home):
     path = home / "cursors" / "b1" / "default" / "dell"

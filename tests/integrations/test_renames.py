@@ -221,3 +221,15 @@ def test_a_reader_that_has_an_old_name_counts_as_a_reader_of_the_session(bus):
     assert me.names == ["boss", "api"] and notice.count(me, 5).reader
     reader.lock.close()
     assert not notice.count(me, 5).reader
+
+
+def test_the_longest_names_on_the_longest_channel_can_be_changed(lives, monkeypatch):
+    """Their capitals are three bytes each in the name of a file."""
+    monkeypatch.setenv("AGENT_BUS_CHANNEL", "C" * 64)
+    lives.begin(1)
+    assert name(1, "a", folder=f"/x/{'A' * 60}") == "A" * 60
+    assert session.rename(1, "B" * 64) == "A" * 60
+    reader = bus_recv.SessionReader(["A" * 60])
+    reader.bus, reader.cursor = "b1", bus_recv.Cursor("b1", "C" * 64, "A" * 60, print)
+    reader.follow(1.0)
+    assert reader.names == ["B" * 64, "A" * 60]
