@@ -326,7 +326,7 @@ class SessionReader(Reader):
 
     def follow(self, hold: float) -> float:
         """Take the names that the session has now. On a machine with sessions a poll is short, to hear of new ones."""
-        sessions = os.path.join(state_directory(), "names", file_name(self.url), file_name(self.channel))
+        sessions = place_of("names", self.url, self.channel)
         mine, until = self.names, dict[str, str]()
         with contextlib.suppress(OSError), open(beside(sessions, mine[0]), encoding="ascii") as file:
             until = dict(re.findall(r"^(\S+) ([0-9]+)$", file.read(), re.MULTILINE))
@@ -489,6 +489,38 @@ def beside(path: str, name: str) -> str:
     """The path of the file of a name, beside this file of its channel."""
     folder, file = os.path.split(path)
     return os.path.join(folder, shortened(f"{file}~{file_name(name)}"))
+
+
+def place_of(kind: str, url: str, *names: str) -> str:
+    """The path of a file of this kind that belongs to one bus, and there to a channel or a name."""
+    return os.path.join(state_directory(), kind, *map(file_name, (bus_of(url), *names)))
+
+
+def bus_of(url: str) -> str:
+    """A bus for the name of a file: the first of its URLs by the alphabet, each in one form for all its spellings."""
+    return min(map(plain, urls_of(url)))
+
+
+def plain(url: str) -> str:
+    """A URL with its host in small letters, 127.0.0.1 for this machine, and without the usual port or a last `/`."""
+    parts = parts_of(url)
+    if parts.scheme == "unix":
+        return f"unix:{os.path.normpath(parts.path)}"
+    host = "127.0.0.1" if parts.hostname in ("localhost", "::1") else parts.hostname or ""
+    host = f"[{host}]" if ":" in host else host
+    port = "" if parts.port in (None, 443 if parts.scheme == "https" else 80) else f":{parts.port}"
+    return f"{parts.scheme}://{host}{port}{parts.path.rstrip('/')}"
+
+
+def older_places(place: str) -> list[str]:
+    """The folders of an older version for the bus of this folder: it had one for each spelling of the URL."""
+    top, own = os.path.split(place)
+    found = []
+    for name in os.listdir(top) if os.path.isdir(top) else ():
+        with contextlib.suppress(ValueError):  # it is that of no URL
+            if name != own and file_name(bus_of(unquote(name))) == own:
+                found.append(os.path.join(top, name))
+    return found
 
 
 # -- shared by bus_recv.py and bus_send.py: begin (a test keeps the two copies equal) --

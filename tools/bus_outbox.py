@@ -14,10 +14,11 @@ it. So the bus gets each message once, even if we are killed or an answer is los
 wait, and those for others go on. If the bus refuses a message for good, its file goes to the subfolder `dead`, with the
 reason; to try it again, move it back.
 
-It takes the variables of bus_send.py. An outbox belongs to one URL and one sender. It is a folder in
-AGENT_BUS_STATE_DIR with a file for each message: the name is a growing number, the content the arguments of send() and
-`ts`, the time; the bus puts its own there. A message whose `ttl` is over while it waits is not sent. If the clock was
-set back meanwhile, by as much as its ttl or more, nobody knows how long it has waited: then it is not sent either.
+It takes the variables of bus_send.py. An outbox belongs to one sender and one bus: to its URL, however that is spelled,
+or to the first of its URLs by the alphabet. It is a folder in AGENT_BUS_STATE_DIR with a file for each message: the
+name is a growing number, the content the arguments of send() and `ts`, the time; the bus puts its own there. A message
+whose `ttl` is over while it waits is not sent. If the clock was set back meanwhile, by as much as its ttl or more,
+nobody knows how long it has waited: then it is not sent either.
 Exit code: 0 sent or stored, and stderr says which; 1 refused by the bus; 2 usage, or the file cannot be written; 75
 only with --flush: messages still wait.
 """
@@ -69,7 +70,7 @@ class Outbox:
 
     def __init__(self, url: str, sender: str | None) -> None:
         self.url, self.state = url, bus_recv.state_directory()
-        self.path = os.path.join(self.state, "outbox", *map(bus_recv.file_name, (url, sender or "-")))
+        self.path = bus_recv.place_of("outbox", url, sender or "-")
         self.dead = os.path.join(self.path, "dead")
         self.warn: Any = None  # as in send()
         if not os.path.isdir(self.dead):
@@ -91,6 +92,22 @@ class Outbox:
             store(self.path, name, {**message, "ts": time.time()})
         return name
 
+    def take_over(self) -> None:
+        """Move what waits in the folders of an older version here: it had one for each spelling of the URL."""
+        for folder in bus_recv.older_places(os.path.dirname(self.path)):
+            older = os.path.join(folder, os.path.basename(self.path))
+            if os.path.isdir(older) and numbered(older):
+                with locked(os.path.join(older, "~delivery"), 0) as held, locked(os.path.join(self.path, "~order")):
+                    for name in numbered(older) if held else ():
+                        os.replace(os.path.join(older, name), os.path.join(self.path, self.unused(name)))
+                sync(self.path)
+
+    def unused(self, name: str) -> str:
+        """This name of a file, or the next one that no message here has."""
+        while name in {*self.waiting(), *numbered(self.dead)}:
+            name = f"{int(name.partition('.')[0]) + 1:020d}.json"
+        return name
+
     def flush(self, patience: float) -> Iterator[tuple[str, dict[str, Any], Outcome]]:
         """Send the waiting messages. Yields for each: the name of its file, the message, its outcome.
 
@@ -98,6 +115,7 @@ class Outbox:
         see OURS; then the messages wait. If another process is sending for longer than `patience`, it ends at once.
         If a mailbox is full, it is raised at the end: the messages for that mailbox wait, and the others are sent.
         """
+        self.take_over()
         full, fault = set[str](), None
         while any(self.goes_on(name, full) for name in self.waiting()):
             with locked(os.path.join(self.path, "~delivery"), patience) as held:

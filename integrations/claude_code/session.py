@@ -158,11 +158,14 @@ class Register:
         given = bus_recv.settings()
         self.url, self.channel = given["AGENT_BUS_URL"], given.get("AGENT_BUS_CHANNEL", "default")
         self.places = Places(self.channel)
-        bus_recv.urls_of(self.url)  # ValueError if one has a login, which is not for the name of a file
-        place = map(bus_recv.file_name, (self.url, self.channel))
-        self.path = os.path.join(bus_recv.state_directory(), "names", *place)
+        self.path = bus_recv.place_of("names", self.url, self.channel)  # ValueError, if a URL has a login
 
     def __enter__(self) -> Register:
+        folder = os.path.dirname(self.path)
+        if not os.path.isdir(folder):
+            for older in bus_recv.older_places(folder)[:1]:
+                with contextlib.suppress(OSError):  # another session has just done so
+                    os.rename(older, folder)
         self.file = bus_recv.private_file(self.path, os.O_RDWR, "r+")
         while not bus_recv.try_lock(self.file, self.path):  # another session is choosing its name
             time.sleep(0.02)

@@ -486,3 +486,54 @@ def test_a_bus_with_three_long_urls_has_an_outbox():
     far = [f"http://internal-agent-bus-front-{n}-1234567890.eu-central-1.elb.amazonaws.invalid:8443" for n in "123"]
     outbox = bus_outbox.Outbox(",".join(far), "spark")
     assert outbox.put({"to": "dell", "msg": "hi"}) in outbox.waiting()
+
+
+def spelled(url):
+    """The same bus, as another profile may have it."""
+    return f"{url.replace('127.0.0.1', 'LocalHost')}/"
+
+
+def test_one_bus_has_one_outbox_however_its_url_is_spelled(bus, home):
+    bus.kill()
+    for url, msg in ((bus.url, "0"), (spelled(bus.url), "1"), (f"{bus.url}/,http://127.0.0.2:9", "2")):
+        assert run("dell", url=url, msg=msg)[0] == 0
+    bus.start()
+    assert run("dell", url=bus.url, msg="3")[0] == 0
+    assert texts(bus) == ["0", "1", "2", "3"] and not files(home)
+
+
+def test_what_waits_in_the_folder_of_an_older_version_goes_out_first(home):
+    """That version had a folder for each spelling of the URL."""
+    with Scripted(stored(), stored(), stored()) as server:
+        run("dell", url=nowhere(), msg="0")
+        run("dell", url=nowhere(), msg="another bus")
+        older, other = sorted(files(home), key=lambda path: path.name)
+        for path, url in ((older, spelled(server.url)), (other, server.url.replace("127.0.0.1", "127.0.0.2"))):
+            path.parent.rename(outbox_of(home, url))
+        assert run("dell", url=server.url, msg="1")[0] == 0
+    assert [asked.json["msg"] for asked in server.asked] == ["0", "1"] and len(files(home)) == 1
+
+
+def test_what_another_program_sends_from_an_older_folder_is_left_to_it(home):
+    with Scripted(stored(), stored()) as server:
+        run("dell", url=nowhere(), msg="0")
+        older = outbox_of(home, spelled(server.url))
+        files(home)[0].parent.rename(older)
+        with bus_outbox.locked(str(older / "~delivery")) as held:
+            assert held and run("--flush", url=server.url)[0] == 0
+        assert not server.asked and len(files(home)) == 1
+        assert run("--flush", url=server.url)[0] == 0
+    assert [asked.json["msg"] for asked in server.asked] == ["0"] and not files(home)
+
+
+def test_a_message_that_is_moved_takes_the_place_of_no_other(home):
+    url = nowhere()
+    outbox = bus_outbox.Outbox(url, "spark")
+    older = outbox_of(home, spelled(url))
+    older.mkdir()
+    for number, msg in (("1", "new"), ("2", "newer")):
+        bus_outbox.store(outbox.path, f"{number:0>20}.json", {"msg": msg})
+    bus_outbox.store(older, f"{1:020d}.json", {"msg": "old"})
+    outbox.take_over()
+    found = [bus_outbox.read(os.path.join(outbox.path, name))["msg"] for name in outbox.waiting()]
+    assert found == ["new", "newer", "old"]

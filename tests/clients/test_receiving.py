@@ -92,6 +92,25 @@ def test_a_long_name_of_a_file_has_room_for_an_ending_and_is_never_that_of_anoth
     assert bus_recv.file_name("A" * 64) == "%41" * 64, "each name that the bus takes is as it was"
 
 
+@pytest.mark.parametrize(("url", "form"), [
+    ("http://127.0.0.1:8080", "http://127.0.0.1:8080"), ("http://localhost:8080/", "http://127.0.0.1:8080"),
+    ("http://LocalHost:8080", "http://127.0.0.1:8080"), ("http://[::1]:8080", "http://127.0.0.1:8080"),
+    ("http://127.0.0.2:8080", "http://127.0.0.2:8080"), ("http://Bus:80/", "http://bus"),
+    ("http://bus:443", "http://bus:443"), ("https://bus:443/A/b/", "https://bus/A/b"),
+    ("https://[FE80::2]:1", "https://[fe80::2]:1"),
+    ("unix:/run/Bus.sock", "unix:/run/Bus.sock"), ("unix:///run//x/../Bus.sock", "unix:/run/Bus.sock"),
+    ("http://b:1,http://a:2/", "http://a:2"), ("http://A:2,http://b:1", "http://a:2"), ("http://a:2/", "http://a:2"),
+])  # fmt: skip
+def test_a_bus_has_one_name_for_its_files_however_its_url_is_spelled(url, form):
+    assert bus_recv.bus_of(url) == form and bus_recv.bus_of(form) == form
+
+
+@pytest.mark.parametrize("url", ["http://user:secret@bus", "bus:8080", "http://bus:99999"])
+def test_what_is_not_the_url_of_a_bus_is_in_no_name_of_a_file(url):
+    with pytest.raises(ValueError):
+        bus_recv.place_of("names", url)
+
+
 @pytest.mark.parametrize("content", [b"", b"\0\0\0", b"yesterday", b"1795203596.5\n17", b"-1", b"\xff\xfe", b"1e9"])
 def test_a_file_that_holds_no_cursor_is_said_once_and_the_bus_remembers(content, home):
     path = home / "cursors" / "b1" / "default" / "dell"

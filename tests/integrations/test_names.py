@@ -269,3 +269,36 @@ def test_a_server_behind_a_shell_has_the_name_of_the_hooks(order):
     finally:
         for process in (other, ours):
             process.communicate(timeout=PATIENCE)
+
+
+@pytest.mark.parametrize("url", [
+    f"{sessions.NOWHERE}/", "http://localhost:9", "http://LocalHost:9/", "http://127.0.0.1:9,http://127.0.0.2:9",
+    "http://127.0.0.2:9,http://127.0.0.1:9",
+])  # fmt: skip
+def test_two_sessions_that_spell_the_url_of_one_bus_in_two_ways_have_two_names(url, lives, monkeypatch):
+    """With one name, one would take the mail of the other."""
+    lives.begin(1)
+    lives.begin(2)
+    assert name(1, "a") == "api"
+    monkeypatch.setenv("AGENT_BUS_URL", url)
+    assert name(2, "b") == "api-2" and len(list(register().parent.parent.iterdir())) == 1
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:7", "http://127.0.0.2:9", "http://127.0.0.1:9/hive", "unix:/x"])
+def test_sessions_on_two_buses_may_have_one_name(url, lives, monkeypatch):
+    lives.begin(1)
+    lives.begin(2)
+    assert name(1, "a") == "api"
+    monkeypatch.setenv("AGENT_BUS_URL", url)
+    assert name(2, "b") == "api"
+
+
+def test_the_file_that_an_older_version_named_by_a_spelling_of_the_url_is_read(lives, monkeypatch):
+    lives.begin(1)
+    name(1, "a")
+    session.rename(1, "boss")
+    folder = register().parent
+    folder.rename(folder.with_name(bus_recv.file_name("http://localhost:9/,http://127.0.0.2:9")))
+    lives.begin(2)
+    assert name(2, "b") == "api-2"
+    assert session.this_session(1, "/x/api", "a").names == ["boss", "api"]
