@@ -8,7 +8,7 @@
 
 It runs until it is stopped. The policy: only messages with the priority `high` wake (--any: all), each once; never
 while a program listens as the name, or says that it is busy; at most --budget times an hour (4), also over restarts.
-One program wakes a name: a second one ends with 1. Each decision is a line on stderr and in the log.
+One program wakes a name on a bus: a second one ends with 1. Each decision is a line on stderr and in the log.
 
 An agent is told how many messages wait, never what they say: a model trusts a prompt as if its user had written it.
 RECIPES has the whole command of each program. None skips a permission. Claude Code may call two tools without a
@@ -16,7 +16,7 @@ question, bus_inbox and bus_ack; what it may do besides, such as bus_send, is fo
 
 The parts of this file, in order: RECIPES; Decision and decide, which asks nobody; Waker, which asks the bus and wakes;
 main. Standard library only; it needs GET /digest of the bus, and takes the variables of bus_recv.py. The files are in
-the state directory: wake/NAME.json and wake/NAME.log.
+the state directory: wake/BUS/CHANNEL/NAME.json and NAME.log.
 Exit code: 1 refused by the bus, or another one runs; 2 usage; 130 Ctrl-C, 143 SIGTERM.
 """
 
@@ -157,7 +157,7 @@ def latest(counts: dict[str, Any], any: bool) -> float:
 
 
 class Waker:
-    """Looks for the mail of one name and wakes its agent. One runs for each name and state directory: it has a lock.
+    """Looks for the mail of one name and wakes its agent. For each name on a bus and channel one runs: it has a lock.
 
     Memory: `wakes`, when it woke, s; `number` and `newest`, what waited when it woke last.
     """
@@ -166,7 +166,7 @@ class Waker:
         given = bus_recv.settings()
         self.url, self.channel = given["AGENT_BUS_URL"], given.get("AGENT_BUS_CHANNEL", "default")
         self.options, self.said = options, ""
-        place = os.path.join(bus_recv.state_directory(), "wake", bus_recv.file_name(options.name))
+        place = bus_recv.place_of("wake", self.url, self.channel, options.name)
         self.log = f"{place}.log"
         self.file = bus_recv.private_file(f"{place}.json", os.O_RDWR, "r+")
         if not bus_recv.try_lock(self.file, self.file.name):

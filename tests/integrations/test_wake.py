@@ -19,7 +19,7 @@ from tests.integrations.test_agents import OFFLINE, PROGRAMS, binary
 from tests.kit.bad_servers import NOON, Scripted, answer
 from tests.kit.claude_code import Session
 from tests.kit.dialects import DIALECTS
-from tests.kit.processes import PATIENCE, ROOT, free_port, no_settings, wait_until
+from tests.kit.processes import PATIENCE, ROOT, Server, free_port, no_settings, wait_until
 from tests.kit.scripted_model import ScriptedModel, words
 
 FAKE = """#!/bin/sh
@@ -81,19 +81,30 @@ def test_urgent_mail_wakes_once_and_its_text_is_not_told(agent):
     agent.send("another", priority="high")
     agent.look()
     assert agent.calls().count("--resume") == 2, "new mail wakes again"
-    log = (agent.place / "state" / "wake" / "alice.log").read_text()
+    (log,) = (path.read_text() for path in agent.place.glob("state/wake/*/default/alice.log"))
     assert log.count("wakes alice: ") == 2 and "rm -rf" not in log
 
 
 def test_what_is_logged_behind_a_torn_line_is_a_line_of_its_own(agent):
     """As after a power cut."""
-    log = agent.place / "state" / "wake" / "alice.log"
-    log.parent.mkdir(parents=True)
+    agent.look()
+    (log,) = agent.place.glob("state/wake/*/default/alice.log")
     log.write_text("2026-12-01T17:02:00Z alice was wo")
     agent.send(priority="high")
     agent.look()
     torn, *lines = log.read_text().splitlines()
     assert torn.endswith("was wo") and [line.partition(" ")[2] for line in lines][-1] == "alice was woken"
+
+
+def test_a_wake_on_one_bus_takes_none_away_on_another(agent, tmp_path, monkeypatch):
+    """The message there is older than the one that has woken here."""
+    agent.send("older", priority="high")
+    with Server(tmp_path / "other.db") as other:
+        bus_send.send("alice", "newer", sender="peer", url=other.url, priority="high")
+        monkeypatch.setenv("AGENT_BUS_URL", other.url)
+        assert "alice was woken" in agent.look()
+    monkeypatch.setenv("AGENT_BUS_URL", agent.bus.url)
+    assert "alice was woken" in agent.look() and agent.look() == ""
 
 
 def test_a_new_message_wakes_although_the_number_is_the_same():
@@ -116,7 +127,7 @@ def test_the_budget_holds_over_restarts(agent):
         said = agent.look("--budget", "2")
         assert ("alice was woken\n" in said) == (number < 2)
     assert "2 times within an hour" in said and agent.calls().count("--resume") == 2
-    path = agent.place / "state" / "wake" / "alice.json"
+    (path,) = agent.place.glob("state/wake/*/default/alice.json")
     memory = json.loads(path.read_text())
     path.write_text(json.dumps({**memory, "wakes": [wake - 3601 for wake in memory["wakes"]]}))
     assert "was woken" in agent.look("--budget", "2"), "what waited is told when there is budget again"
@@ -261,7 +272,7 @@ def test_a_bus_without_a_digest_is_named(says, agent, monkeypatch):
 def test_a_damaged_memory_is_a_new_one(damaged, agent):
     agent.send("wake up", priority="high")
     agent.look()
-    (memory,) = agent.place.glob("state/wake/*.json")
+    (memory,) = agent.place.glob("state/wake/*/default/alice.json")
     memory.write_text(damaged)
     agent.look()
     assert agent.calls().count("bus_inbox shows them") == 2
