@@ -132,7 +132,9 @@ def uninstall_agent(name: str, options: argparse.Namespace) -> int:
 
 def remove_wakes() -> None:
     """Remove the files that wake idle sessions, but those of a session that still has one of their locks."""
-    for path in glob.glob(os.path.join(glob.escape(bus_recv.state_directory()), "*.wake")):
+    top = glob.escape(bus_recv.state_directory())
+    older = glob.glob(os.path.join(top, "*.wake"))  # of a version that had one file for a name on all buses
+    for path in (*older, *glob.glob(os.path.join(top, "wake", "*", "*", "*.wake"))):
         locks = glob.glob(f"{glob.escape(path)}~*")
         with contextlib.ExitStack() as stack:
             opened = [(stack.enter_context(open(lock, "r+b")), lock) for lock in locks]

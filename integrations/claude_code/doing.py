@@ -8,7 +8,7 @@ import re
 import time
 from typing import Any
 
-from session import Self, bus_recv
+from session import Self, bus_recv, place_of
 
 SAID_SECONDS = 1200.0  # after which a hook says again what has not changed; the bus forgets it after an hour
 KEPT_SECONDS = 3600.0  # for so long what the agent has said of itself goes along
@@ -63,4 +63,4 @@ def said(name: str) -> dict[str, str]:
 
 
 def said_path(name: str) -> str:
-    return os.path.join(bus_recv.state_directory(), "said", bus_recv.file_name(name))
+    return place_of("said", name)

@@ -13,7 +13,19 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from typing import Any, NamedTuple
 
-from session import ASK_SECONDS, Nameless, Self, bus_recv, get, mcp_part, own_cursor, wake_path, was_here
+from session import (
+    ASK_SECONDS,
+    Nameless,
+    Self,
+    bus_recv,
+    get,
+    id_of,
+    mcp_part,
+    own_cursor,
+    place_of,
+    wake_path,
+    was_here,
+)
 
 ADDRESS = re.compile("[0-9A-Fa-f.:]{2,45}")
 AWAITED = 50  # ids of the last questions of a name
@@ -71,7 +83,7 @@ def digest_of(me: Self, channel: str, since: str = "") -> str:
 
 
 def counted(me: Self, channel: str, answer: dict[str, Any]) -> Counts:
-    name, bus, now = me.name, str(answer.get("bus", bus_recv.OLD_CONTRACT)), str(answer.get("now", "last"))
+    name, bus, now = me.name, id_of(answer), str(answer.get("now", "last"))
     # A reader that still has an old name of the session goes on with the new one when its poll ends.
     reader = any(reader_runs(bus, channel, each) for each in me.names)
     if "recipients" in answer:
@@ -118,9 +130,9 @@ def read_elsewhere(me: Self) -> str:
     given = bus_recv.settings()
     url, channel = given["AGENT_BUS_URL"], given.get("AGENT_BUS_CHANNEL", "default")
     try:
-        agents = get(url, f"/agents?channel={channel}&name={me.name}", ASK_SECONDS)["agents"]
-        its = next((each for each in agents if (each["name"], each["channel"]) == (me.name, channel)), {})
-        if its.get("online") and (its.get("readers", 0) > 1 or not was_here(channel, me.name)):
+        answer = get(url, f"/agents?channel={channel}&name={me.name}", ASK_SECONDS)
+        its = next((each for each in answer["agents"] if (each["name"], each["channel"]) == (me.name, channel)), {})
+        if its.get("online") and (its.get("readers", 0) > 1 or not was_here(id_of(answer), channel, me.name)):
             address = str(its.get("address"))
             is_here = address == "local" or bus_recv.is_here(address)  # `local`: a Unix socket
             named = f" ({address})" if ADDRESS.fullmatch(address) else ""
@@ -167,7 +179,7 @@ def awaited(name: str) -> list[str]:
 
 
 def asked(name: str) -> str:
-    return os.path.join(bus_recv.state_directory(), "asked", bus_recv.file_name(name))
+    return place_of("asked", name)
 
 
 # An idle session of Claude Code is woken when a file changes that its SessionStart hook has named.

@@ -20,7 +20,7 @@ class Places:
 
     def by_bus(self, name: str) -> dict[str, str]:
         """By bus: the cursor that readers of this machine have saved for a name."""
-        files = glob.glob(os.path.join(cursors(), *map(bus_recv.file_name, (self.channel, name))))
+        files = cursors("*", self.channel, name)
         found = {bus: own_cursor(bus, self.channel, name) for bus in (path.split(os.sep)[-3] for path in files)}
         return {bus: at for bus, at in found.items() if at != "last"}
 
@@ -50,14 +50,14 @@ class Places:
 
 def own_cursor(bus: str, channel: str, name: str) -> str:
     """The cursor that readers of this machine have saved for a name; `bus` may be `*`, for the one saved last."""
-    place = (bus if bus == "*" else bus_recv.file_name(bus), *map(bus_recv.file_name, (channel, name)))
-    files = glob.glob(os.path.join(os.path.dirname(cursors()), *place))
+    files = cursors(bus, channel, name)
     with contextlib.suppress(OSError, ValueError), open(max(files, key=os.path.getmtime), encoding="ascii") as file:
         at = file.read(64).strip()
         return at if bus_recv.DECIMAL.fullmatch(at) else "last"
     return "last"
 
 
-def cursors() -> str:
-    """The folders of the cursors of all buses, as a pattern."""
-    return os.path.join(glob.escape(bus_recv.state_directory()), "cursors", "*")
+def cursors(bus: str, channel: str, name: str) -> list[str]:
+    """The files of the cursors of a name; `bus` may be `*`, for all buses."""
+    place = (bus if bus == "*" else bus_recv.file_name(bus), *map(bus_recv.file_name, (channel, name)))
+    return glob.glob(os.path.join(glob.escape(bus_recv.state_directory()), "cursors", *place))

@@ -265,9 +265,11 @@ class Register:
 
     def heard_elsewhere(self, names: Sequence[str]) -> set[str]:
         """The names under which another machine listens; not those that a reader here reads as old ones."""
-        here = {old for own in self.names for old in self.also(own) if was_here(self.channel, own)}
-        others = [name for name in names if name not in here]
-        return heard_elsewhere(self.url, self.channel, others) if others else set()
+        readers: dict[str, list[str]] = {}
+        for own in self.names:
+            for old in self.also(own):
+                readers.setdefault(old, []).append(own)
+        return heard_elsewhere(self.url, self.channel, names, readers) if names else set()
 
     def leave(self, name: str) -> None:
         if name:
@@ -404,31 +406,42 @@ def from_words(text: str) -> tuple[str, bool]:
     return f"{name[:54] or 'folder'}-{zlib.crc32(text.encode(errors='replace')) & 0xFFFFF:05x}", False
 
 
-def heard_elsewhere(url: str, channel: str, names: Sequence[str]) -> set[str]:
+def heard_elsewhere(url: str, channel: str, names: Sequence[str], readers: dict[str, list[str]]) -> set[str]:
     """The names under which another machine listens, if the bus answers at once.
 
     The bus cannot say which machine, as behind a tunnel all addresses are one. But each reader here touches a file
-    before each poll.
+    before each poll. `readers`: the names whose readers here read a name, too.
     """
     try:
         asked = ",".join(names[:64])  # more names are refused
-        agents = get(url, f"/agents?channel={channel}&online=true&name={asked}", ASK_SECONDS)["agents"]
-        heard = {agent["name"] for agent in agents if agent["online"] and agent["channel"] == channel}
+        answer = get(url, f"/agents?channel={channel}&online=true&name={asked}", ASK_SECONDS)
+        heard = {agent["name"] for agent in answer["agents"] if agent["online"] and agent["channel"] == channel}
     except (bus_recv.Refused, bus_recv.Unreachable, LookupError, TypeError):  # or a bus of the old contract
         return set()
-    return {name for name in heard.intersection(names) if not was_here(channel, name)}
+    bus, those = id_of(answer), {name: (name, *readers.get(name, ())) for name in heard.intersection(names)}
+    return {name for name in those if not any(was_here(bus, channel, each) for each in those[name])}
 
 
-def was_here(channel: str, name: str) -> bool:
-    """May the reader that the bus still counts as listening be one of this machine?"""
-    files = glob.glob(os.path.join(cursors(), *map(bus_recv.file_name, (channel, name))))
-    files += glob.glob(f"{glob.escape(wake_path(name))}~*")
+def id_of(answer: dict[str, Any]) -> str:
+    """Which bus has answered."""
+    return str(answer.get("bus", bus_recv.OLD_CONTRACT))
+
+
+def was_here(bus: str, channel: str, name: str) -> bool:
+    """May the reader that this bus still counts as listening be one of this machine?"""
+    files = [*cursors(bus, channel, name), *glob.glob(f"{glob.escape(wake_path(name))}~*")]
     return any(time.time() - os.path.getmtime(path) < RECENT_SECONDS for path in files)
+
+
+def place_of(kind: str, *names: str) -> str:
+    """The path of a file of this kind for our bus and channel, or a name there: elsewhere another may have the name."""
+    given = bus_recv.settings()
+    return bus_recv.place_of(kind, given["AGENT_BUS_URL"], given.get("AGENT_BUS_CHANNEL", "default"), *names)
 
 
 def wake_path(name: str) -> str:
     """The file that wakes an idle session of this name; see notice.py. Beside it is the lock of who writes it."""
-    return os.path.join(bus_recv.state_directory(), f"{bus_recv.file_name(name)}.wake")
+    return f"{place_of('wake', name)}.wake"
 
 
 def below(message: dict[str, Any]) -> str:

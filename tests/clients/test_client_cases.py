@@ -206,7 +206,7 @@ def test_a_session_asks_who_listens_on_its_own_channel():
 
     agents = [{"name": "ann", "channel": "swarm", "online": True}, {"name": "bob", "channel": "swarm", "online": False}]
     with Scripted(answer({"ok": True, "agents": agents})) as server:
-        assert session.heard_elsewhere(server.url, "swarm", ["ann", "bob", "carl"]) == {"ann"}
+        assert session.heard_elsewhere(server.url, "swarm", ["ann", "bob", "carl"], {}) == {"ann"}
         assert server.asked[-1].query == {"channel": "swarm", "online": "true", "name": "ann,bob,carl"}
 
 

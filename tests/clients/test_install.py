@@ -122,14 +122,19 @@ def test_uninstall_removes_the_files_that_wake_a_session_but_those_of_one_that_r
     before("claude", "none")
     state = tmp_path / "state"
     install("install", "claude")
+    here = state / "wake" / bus_recv.file_name("http://127.0.0.1:9") / "default"
+    here.mkdir(parents=True)
     for file in ("dell.wake", "dell.wake~lock", "nano.wake", "nano.wake~lock", "orin.wake", "wake.log"):
-        (state / file).touch()
-    with open(state / "nano.wake~lock", "r+b") as lock:
-        assert bus_recv.try_lock(lock, lock.name)
+        for folder in (state, here):  # those of an older version, which were for all buses, too
+            (folder / file).touch()
+    with open(state / "nano.wake~lock", "r+b") as older, open(here / "nano.wake~lock", "r+b") as lock:
+        assert bus_recv.try_lock(older, older.name) and bus_recv.try_lock(lock, lock.name)
         install("uninstall", "claude", "--dry-run")
-        assert (state / "dell.wake").exists()
+        assert (here / "dell.wake").exists()
         install("uninstall", "claude")
-    assert sorted(path.name for path in state.glob("*wake*")) == ["nano.wake", "nano.wake~lock", "wake.log"]
+    for folder in (state, here):
+        left = sorted(path.name for path in folder.glob("*wake*") if path.is_file())
+        assert left == ["nano.wake", "nano.wake~lock", "wake.log"]
 
 
 @pytest.mark.parametrize("name, kind, remembers", [

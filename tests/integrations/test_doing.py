@@ -1,9 +1,12 @@
 """What a session does is told to the bus by its hooks, beside the look for mail and in no more time."""
+import contextlib
 import json
 import os
 import socket
 import sys
 import threading
+
+import pytest
 
 from tests.integrations.test_hook import (  # noqa: F401
     FOLDER,
@@ -161,6 +164,18 @@ def test_what_the_agent_says_of_itself_goes_along(bus):
     doing.keep_said("dell", {"text": "long ago"})
     os.utime(doing.said_path("dell"), (0, 0))
     assert doing.said("dell") == {}
+
+
+@pytest.mark.parametrize("apart", ["bus", "channel"])
+def test_what_the_agent_says_of_itself_is_for_its_own_bus_and_channel(apart, bus, tmp_path, monkeypatch):
+    monkeypatch.setenv("AGENT_BUS_URL", bus.url)
+    doing.keep_said("dell", {"text": "of customers of this bus", "branch": "acme"})
+    with contextlib.ExitStack() as stack:
+        other = bus if apart == "channel" else stack.enter_context(Server(tmp_path / "other.db"))
+        if apart == "channel":
+            monkeypatch.setenv("AGENT_BUS_CHANNEL", "elsewhere")
+        text(other.url, {**PROMPT, "session_id": "s2"})
+        assert status(other) == {"cwd": os.getcwd(), "state": "busy"}
 
 
 def test_a_permission_that_is_asked_for_is_no_text_for_the_session(bus):

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import pytest
 
+import bus_recv
 import bus_send
 from tests.clients.test_clients import refusing
 from tests.kit import forked
@@ -190,7 +191,8 @@ def test_the_number_is_told_once_in_the_dress_of_the_program_and_nothing_is_read
         said = told.pop("additionalContext")
     else:
         said = told["hookSpecificOutput"].pop("additionalContext")
-        watched = [f"{os.environ['AGENT_BUS_STATE_DIR']}/dell.wake"] if program == "claude" and event is START else None
+        own = bus_recv.place_of("wake", bus.url, os.environ["AGENT_BUS_CHANNEL"], "dell")
+        watched = [f"{own}.wake"] if program == "claude" and event is START else None
         assert told["hookSpecificOutput"].pop("watchPaths", None) == watched
         assert told == {"hookSpecificOutput": {"hookEventName": name}}
     assert "1 unread for dell (1 from before this session, 1 urgent)" in said if "tart" in name else said == NOTICE
@@ -243,10 +245,10 @@ def test_a_notice_comes_again_only_when_more_has_come(bus):
     assert "1 unread" in text(bus.url, STEP), "fewer than before, but a new one"
 
 
-def await_reply(name, question):
+def await_reply(bus, name, question):
     """As the MCP server does once it has asked this."""
     awaiting = "import notice, sys; notice.await_reply(*sys.argv[1:])"
-    env = {**os.environ, "PYTHONPATH": FOLDER}
+    env = {**os.environ, "PYTHONPATH": FOLDER, "AGENT_BUS_URL": bus.url}
     subprocess.run([sys.executable, "-c", awaiting, name, question], env=env, check=True)
 
 
@@ -254,7 +256,7 @@ def test_the_end_of_a_turn_is_put_off_for_urgent_mail_and_awaited_replies_only(b
     send(bus, "whenever you like")
     assert text(bus.url) == ""
     question = bus_send.send("spark", "is T1 done?", url=bus.url, sender="dell")["id"]
-    await_reply("dell", question)
+    await_reply(bus, "dell", question)
     assert text(bus.url) == ""
     send(bus, "yes", reply_to=question)
     assert "2 unread for dell (1 in reply to questions of this session)" in text(bus.url)
@@ -274,7 +276,7 @@ def test_what_a_stranger_sends_in_reply_puts_off_no_end_of_a_turn(tmp_path):
 
         its = {"AGENT_BUS_TOKEN": tokens["dell"]}
         question = sent("dell", "spark")
-        await_reply("dell", question)
+        await_reply(bus, "dell", question)
         sent("sensor", "dell", reply_to=question)
         assert text(bus.url, **its) == ""
         sent("spark", "dell", reply_to=question)

@@ -16,6 +16,7 @@ import bus_recv
 from tests.integrations.test_hook import (  # noqa: F401
     FOLDER,
     NOTICE,
+    START,
     STOP,
     a_reader,
     a_session,
@@ -31,13 +32,14 @@ from tests.integrations.test_hook import (  # noqa: F401
     unread,
 )
 from tests.kit.bad_servers import NOON, Scripted
-from tests.kit.processes import PATIENCE, wait_until
+from tests.kit.processes import PATIENCE, Server, wait_until
 
 ONE_BUS = True
 
 
-def has_watch():
-    return notice.is_locked(f"{session.wake_path('dell')}~wait")
+def has_watch(bus):
+    path = bus_recv.place_of("wake", bus.url, os.environ["AGENT_BUS_CHANNEL"], "dell")
+    return notice.is_locked(f"{path}.wake~wait")
 
 
 def waiter(bus, event=STOP, way="--wait", **env):
@@ -59,6 +61,23 @@ def test_a_waiter_wakes_its_session_with_the_number(bus):
         assert unread(bus) == 1
 
 
+@pytest.mark.parametrize("apart", ["bus", "channel"])
+def test_two_sessions_of_one_name_are_both_woken_if_they_are_apart(apart, bus, tmp_path):
+    """Before it waits, the second one hears that nobody listens for it, whoever waits for the first."""
+    started_second = {**START, "session_id": "s2"}
+    with contextlib.ExitStack() as stack:
+        other = bus if apart == "channel" else stack.enter_context(Server(tmp_path / "other.db"))
+        first, second = stack.enter_context(a_session()), stack.enter_context(a_session())
+        second["AGENT_BUS_CHANNEL"] = "elsewhere" if apart == "channel" else os.environ["AGENT_BUS_CHANNEL"]
+        waiting = [waiter(bus, **first)]
+        wait_until(lambda: has_watch(bus))
+        assert "Between turns nobody listens as dell." in text(other.url, started_second, **second)
+        waiting.append(waiter(other, {**STOP, "session_id": "s2"}, **second))
+        send(bus, "wake up", priority="high")
+        send(other, "wake up", priority="high", channel=second["AGENT_BUS_CHANNEL"])
+        assert [each.communicate(timeout=PATIENCE)[1] for each in waiting] == [f"{NOTICE}\n"] * 2
+
+
 def test_no_waiter_under_p_and_none_beside_another(bus):
     with a_session() as alive:
         unattended = {**alive, "CLAUDE_CODE_SESSION_ATTENDED": "0"}
@@ -66,7 +85,7 @@ def test_no_waiter_under_p_and_none_beside_another(bus):
             ended = run("--wait", event=STOP, AGENT_BUS_URL=bus.url, AGENT_NAME="dell", **environment)
             assert ended[:3] == (0, "", "")
         first = waiter(bus, **alive)
-        wait_until(has_watch)
+        wait_until(lambda: has_watch(bus))
         second = waiter(bus, **alive)
         assert (second.communicate(timeout=PATIENCE), second.returncode) == (("", ""), 0)
         assert first.poll() is None
@@ -84,7 +103,7 @@ def test_a_waiter_ends_when_its_session_has_ended(bus):
         waiting.stdin.write(json.dumps(STOP))
         waiting.stdin.close()
         waiting.stdin = None
-        wait_until(has_watch)
+        wait_until(lambda: has_watch(bus))
         assert waiting.poll() is None
     assert (waiting.communicate(timeout=PATIENCE)[1], waiting.returncode) == ("", 0)
 

@@ -13,10 +13,12 @@ import pytest
 
 import bus_recv
 from tests.kit import sessions
+from tests.kit.bad_servers import Scripted, answer
 from tests.kit.processes import PATIENCE, ROOT, runs, wait_until
 from tests.kit.sessions import name
 
 sys.path[:0] = [str(ROOT / "integrations" / "claude_code"), str(ROOT / "tools")]
+import notice  # noqa: E402
 import processes  # noqa: E402
 import session  # noqa: E402
 
@@ -302,3 +304,18 @@ def test_the_file_that_an_older_version_named_by_a_spelling_of_the_url_is_read(l
     lives.begin(2)
     assert name(2, "b") == "api-2"
     assert session.this_session(1, "/x/api", "a").names == ["boss", "api"]
+
+
+def test_a_reader_of_this_machine_on_another_bus_is_not_the_one_that_listens_here(lives, monkeypatch):
+    """It has the same name, and was there a moment ago; here another machine listens as that."""
+    listening = [{"name": "api", "channel": "default", "online": True}]
+    with Scripted(answer({"ok": True, "agents": listening, "bus": "b1"})) as server:
+        bus_recv.Cursor("b2", "default", "api", print)
+        with notice.alone("api", "poll"):
+            monkeypatch.setenv("AGENT_BUS_URL", server.url)
+        lives.begin(1)
+        assert name(1, "a") == "api-2"
+        assert notice.read_elsewhere(session.Self("api")).startswith("api is read on another machine, too")
+        bus_recv.Cursor("b1", "default", "api", print)
+        lives.begin(2)
+        assert name(2, "b") == "api" and notice.read_elsewhere(session.Self("api")) == ""
