@@ -17,9 +17,11 @@ from session import (
     ASK_SECONDS,
     Nameless,
     Self,
+    bus_at,
     bus_recv,
     get,
     id_of,
+    keep_bus,
     mcp_part,
     own_cursor,
     place_of,
@@ -70,15 +72,17 @@ def count(me: Self, seconds: float, status: dict[str, Any] | None = None) -> Cou
             raise
         answer = get(url, f"/inbox?name={me.name}&channel={channel}", seconds)
     try:
-        return counted(me, channel, answer)
+        counts = counted(me, channel, answer)
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError):
         raise bus_recv.Unreachable() from None  # something else answers
+    keep_bus(url, id_of(answer))
+    return counts
 
 
 def digest_of(me: Self, channel: str, since: str = "") -> str:
     """The path of the counts of a session: what is unread, or what came after `since`."""
     if me.also and not since:  # the bus has no cursor for several names
-        since = own_cursor("*", channel, me.name)
+        since = own_cursor(bus_at(bus_recv.settings()["AGENT_BUS_URL"]), channel, me.name)
     return f"/digest?to={','.join(me.names)}&channel={channel}{since and f'&since={since}'}"
 
 

@@ -13,14 +13,14 @@ REACHED = "~reached"  # ends the file beside a cursor; see bus_recv.Cursor
 
 
 class Places:
-    """The cursors of the names on a channel. `bus`: the id of a bus."""
+    """The cursors of the names on a channel of the bus at a URL. `bus`: the id of a bus."""
 
-    def __init__(self, channel: str) -> None:
-        self.channel = channel
+    def __init__(self, url: str, channel: str) -> None:
+        self.url, self.channel = url, channel
 
     def by_bus(self, name: str) -> dict[str, str]:
-        """By bus: the cursor that readers of this machine have saved for a name."""
-        files = cursors("*", self.channel, name)
+        """By bus: the cursor that readers of this machine have saved for a name. Of our bus alone, if it is known."""
+        files = cursors(bus_at(self.url), self.channel, name)
         found = {bus: own_cursor(bus, self.channel, name) for bus in (path.split(os.sep)[-3] for path in files)}
         return {bus: at for bus, at in found.items() if at != "last"}
 
@@ -55,6 +55,22 @@ def own_cursor(bus: str, channel: str, name: str) -> str:
         at = file.read(64).strip()
         return at if bus_recv.DECIMAL.fullmatch(at) else "last"
     return "last"
+
+
+def bus_at(url: str) -> str:
+    """The id of the bus that was found at this URL last; or `*`, each, if none was found since we keep that."""
+    path = bus_recv.place_of("buses", url)
+    with contextlib.suppress(OSError), open(path, encoding="ascii", errors="replace") as file:
+        return file.read(200).strip() or "*"
+    return "*"
+
+
+def keep_bus(url: str, bus: str) -> None:
+    """Note which bus is at this URL: with that, the cursors of a name there are told from those on other buses."""
+    with contextlib.suppress(OSError):  # on a full disk all cursors count
+        if bus != bus_at(url):
+            with bus_recv.private_file(bus_recv.place_of("buses", url), os.O_WRONLY | os.O_TRUNC, "w") as file:
+                file.write(bus)
 
 
 def cursors(bus: str, channel: str, name: str) -> list[str]:

@@ -24,7 +24,7 @@ TOOLS = next(filter(os.path.isdir, (os.path.join(ROOT, folder) for folder in ("a
 sys.path[:0] = [HERE, ROOT, TOOLS]  # in a clone or a plugin, or installed
 import bus_recv  # noqa: E402, I001  which places and quick need
 import processes  # noqa: E402
-from places import Places, cursors, own_cursor  # noqa: E402
+from places import Places, bus_at, cursors, keep_bus, own_cursor  # noqa: E402
 from quick import get  # noqa: E402
 
 ASK_SECONDS = 0.5  # for the bus to say who listens; a prompt waits for it
@@ -157,7 +157,7 @@ class Register:
     def __init__(self) -> None:
         given = bus_recv.settings()
         self.url, self.channel = given["AGENT_BUS_URL"], given.get("AGENT_BUS_CHANNEL", "default")
-        self.places = Places(self.channel)
+        self.places = Places(self.url, self.channel)
         self.path = bus_recv.place_of("names", self.url, self.channel)  # ValueError, if a URL has a login
 
     def __enter__(self) -> Register:
@@ -347,8 +347,9 @@ class Register:
         one of their cursors.
         """
         try:
-            answer = self.digest(new, own_cursor("*", self.channel, new))
+            answer = self.digest(new, own_cursor(bus_at(self.url), self.channel, new))
             bus = str(answer["bus"])
+            keep_bus(self.url, bus)
             at = own_cursor(bus, self.channel, mine)
             if at == "last":  # nobody read the old name here
                 its = self.digest(mine)
@@ -419,6 +420,7 @@ def heard_elsewhere(url: str, channel: str, names: Sequence[str], readers: dict[
     except (bus_recv.Refused, bus_recv.Unreachable, LookupError, TypeError):  # or a bus of the old contract
         return set()
     bus, those = id_of(answer), {name: (name, *readers.get(name, ())) for name in heard.intersection(names)}
+    keep_bus(url, bus)
     return {name for name in those if not any(was_here(bus, channel, each) for each in those[name])}
 
 

@@ -10,6 +10,7 @@ import pytest
 import bus_recv
 import bus_send
 from tests.kit import sessions
+from tests.kit.bad_servers import NOON, Scripted, answer
 from tests.kit.processes import PATIENCE, ROOT
 from tests.kit.sessions import name, read
 
@@ -233,3 +234,29 @@ def test_the_longest_names_on_the_longest_channel_can_be_changed(lives, monkeypa
     reader.bus, reader.cursor = "b1", bus_recv.Cursor("b1", "C" * 64, "A" * 60, print)
     reader.follow(1.0)
     assert reader.names == ["B" * 64, "A" * 60]
+
+
+def test_a_rename_on_one_bus_moves_no_cursor_of_another(lives, monkeypatch):
+    """The names are those of other sessions there, on the same channel."""
+    lives.begin(1)
+    with Scripted(answer({"agents": [], "messages": [], "now": NOON, "bus": "b1"})) as server:
+        monkeypatch.setenv("AGENT_BUS_URL", server.url)
+        assert name(1, "a") == "api" and list(bus_recv.receive("api", timeout=0)) == []
+    for reader, at in (("api", "100.0"), ("boss", "900.0")):
+        bus_recv.Cursor("b2", "default", reader, print).move(at)
+    session.rename(1, "boss")
+    lives.end(1)
+    lives.begin(2)
+    assert name(2, "b") == "api"
+    assert [session.own_cursor("b2", "default", reader) for reader in ("api", "boss")] == ["100.0", "900.0"]
+
+
+@begun
+def test_the_mail_of_a_renamed_session_is_counted_from_its_place_on_this_bus(bus):
+    session.rename(1, "boss")
+    me = session.this_session(1, "/x/api", "a")
+    assert read(me) == []
+    place = bus_recv.Cursor("b2", "default", "boss", print)
+    bus_send.send("boss", "hi", sender="spark")
+    place.move(f"{time.time() + 60:.6f}")  # there somebody has read on
+    assert notice.count(me, 5).unread == 1
