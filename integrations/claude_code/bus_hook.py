@@ -109,6 +109,8 @@ DRESSES: dict[str, dict[str, Callable[[str, str], dict[str, Any]]]] = {
 }
 STARTS, STEPS = ("SessionStart", "sessionStart"), ("PostToolBatch", "PostToolUse", "AfterTool", "postToolUse")
 ENDS = ("Stop", "AfterAgent", "agentStop", "stop")
+NOTHING: dict[str, Any] = {"unread": 0, "pressing": 0, "newest": 0.0, "trouble": "", "rest": 0.0, "chain": 0,
+                           "said": {}, "said_at": 0.0, "place": ""}  # fmt: skip
 
 
 class Memory:
@@ -117,7 +119,7 @@ class Memory:
     Members: `unread` and `pressing`, the numbers of the last look that told, or that found less; `newest`, the time of
     the newest message then; `trouble`, the sentence about a bus that does not answer; `rest`, until when no step of a
     turn looks; `chain`, how often in a row mail has prolonged a turn; `said` and `said_at`, the last status that the
-    bus was told, and when.
+    bus was told, and when; `place`, for which bus and channel that all is, "" in a file of an older version.
     """
 
     def __init__(self, event: dict[str, Any]) -> None:
@@ -128,10 +130,15 @@ class Memory:
             self.forget_others()
         self.file = bus_recv.private_file(self.path, os.O_RDWR, "r+")
         self.busy = not bus_recv.try_lock(self.file, self.path)
-        self.its: dict[str, Any] = {"unread": 0, "pressing": 0, "newest": 0.0, "trouble": "", "rest": 0.0, "chain": 0}
-        self.its.update(said={}, said_at=0.0)
+        self.its: dict[str, Any] = {**NOTHING}
         with contextlib.suppress(ValueError, TypeError):  # or the file is new, or of an older version
             self.its.update(json.load(self.file))
+
+    def is_at(self, place: str) -> None:
+        """What was told on another bus or channel is not told here: a session may be resumed there."""
+        if self.its["place"] not in ("", place):
+            self.its.update(NOTHING)
+        self.its["place"] = place
 
     def forget_others(self) -> None:
         """Remove the files of sessions that are long gone."""
@@ -190,6 +197,7 @@ class Look:
         try:
             process = processes.its_process(self.program)
             me = session.this_session(process, self.directory, self.memory.session, self.title)
+            self.memory.is_at(session.place_of("names"))
             self.facts.append(me.news)
             status = self.status(me)
             counts = self.introduce(me, status) if self.starts else notice.count(me, ANSWER_SECONDS, status)
@@ -358,6 +366,7 @@ def say_news(event: dict[str, Any], me: session.Self, counts: Counts) -> int:
     """2, and a notice on stderr, if the session was not told of this mail and no reader will; else 0."""
     memory = memory_of(event, DEADLINE_SECONDS)
     with memory.file:
+        memory.is_at(session.place_of("names"))
         if memory.busy or counts.reader or not counts.unread or not memory.has_grown(counts, False):
             return 0
         print(harmless(notice.notice(me, counts)), file=sys.stderr, flush=True)

@@ -178,6 +178,16 @@ def test_what_the_agent_says_of_itself_is_for_its_own_bus_and_channel(apart, bus
         assert status(other) == {"cwd": os.getcwd(), "state": "busy"}
 
 
+def test_a_session_that_is_resumed_on_another_bus_tells_its_status_there_too(bus, tmp_path):
+    with Server(tmp_path / "other.db") as other:
+        send(other, "hi")
+        send(bus, "later")
+        text(bus.url, PROMPT)
+        assert "1 unread for dell" in text(other.url, STEP), "what was told is of the first bus"
+        text(other.url, PROMPT)
+        assert status(other)["state"] == "busy"
+
+
 def test_a_permission_that_is_asked_for_is_no_text_for_the_session(bus):
     send(bus, "hi", priority="high")
     assert drain(bus.url, WAITING) is None and drain(bus.url, IDLE) is None
