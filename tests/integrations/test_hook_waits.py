@@ -188,7 +188,7 @@ def test_a_waker_writes_a_line_when_more_has_come_and_takes_nothing(bus, waker, 
 
 def test_a_full_disk_costs_no_wake(waker, monkeypatch):
     """The thread ended, and no later mail woke the session."""
-    told, file, wake_file = [], the_file(), notice.wake_file
+    told, wake_file = [], notice.wake_file
 
     def full(name):
         if not told:
@@ -199,6 +199,7 @@ def test_a_full_disk_costs_no_wake(waker, monkeypatch):
     waker.warn = told.append
     with Scripted(digest(1), digest(1), waker.stay) as server:
         monkeypatch.setenv("AGENT_BUS_URL", server.url)
+        file = the_file()
         waker.start()
         wait_until(lambda: file.read_text() == "1 unread for dell\n")
     assert told == ["no mail can wake the session now: [Errno 28] No space left on device"]
