@@ -195,11 +195,11 @@ def test_a_full_disk_costs_no_wake(waker, monkeypatch):
             raise OSError(errno.ENOSPC, "No space left on device")
         return wake_file(name)
 
-    monkeypatch.setattr(notice, "wake_file", full)
     waker.warn = told.append
     with Scripted(digest(1), digest(1), waker.stay) as server:
         monkeypatch.setenv("AGENT_BUS_URL", server.url)
         file = the_file()
+        monkeypatch.setattr(notice, "wake_file", full)
         waker.start()
         wait_until(lambda: file.read_text() == "1 unread for dell\n")
     assert told == ["no mail can wake the session now: [Errno 28] No space left on device"]
