@@ -37,8 +37,8 @@ from tests.kit.processes import PATIENCE, Server, wait_until
 ONE_BUS = True
 
 
-def has_watch(bus):
-    path = bus_recv.place_of("wake", bus.url, os.environ["AGENT_BUS_CHANNEL"], "dell")
+def has_watch(bus, channel=None):
+    path = bus_recv.place_of("wake", bus.url, channel or os.environ["AGENT_BUS_CHANNEL"], "dell")
     return notice.is_locked(f"{path}.wake~wait")
 
 
@@ -61,21 +61,36 @@ def test_a_waiter_wakes_its_session_with_the_number(bus):
         assert unread(bus) == 1
 
 
-@pytest.mark.parametrize("apart", ["bus", "channel"])
-def test_two_sessions_of_one_name_are_both_woken_if_they_are_apart(apart, bus, tmp_path):
-    """Before it waits, the second one hears that nobody listens for it, whoever waits for the first."""
-    started_second = {**START, "session_id": "s2"}
-    with contextlib.ExitStack() as stack:
-        other = bus if apart == "channel" else stack.enter_context(Server(tmp_path / "other.db"))
-        first, second = stack.enter_context(a_session()), stack.enter_context(a_session())
-        second["AGENT_BUS_CHANNEL"] = "elsewhere" if apart == "channel" else os.environ["AGENT_BUS_CHANNEL"]
+@pytest.fixture(params=["bus", "channel"])
+def apart(request, bus, tmp_path):
+    """Another bus, or another channel of the same one; and the channel."""
+    if request.param == "channel":
+        yield bus, "elsewhere"
+        return
+    with Server(tmp_path / "other.db") as other:
+        yield other, os.environ["AGENT_BUS_CHANNEL"]
+
+
+def test_two_sessions_of_one_name_are_both_woken_if_they_are_apart(apart, bus):
+    other, channel = apart
+    with a_session() as first, a_session() as second:
+        second["AGENT_BUS_CHANNEL"] = channel
         waiting = [waiter(bus, **first)]
         wait_until(lambda: has_watch(bus))
-        assert "Between turns nobody listens as dell." in text(other.url, started_second, **second)
         waiting.append(waiter(other, {**STOP, "session_id": "s2"}, **second))
+        wait_until(lambda: has_watch(other, channel) or waiting[1].poll() is not None)
         send(bus, "wake up", priority="high")
-        send(other, "wake up", priority="high", channel=second["AGENT_BUS_CHANNEL"])
+        send(other, "wake up", priority="high", channel=channel)
         assert [each.communicate(timeout=PATIENCE)[1] for each in waiting] == [f"{NOTICE}\n"] * 2
+
+
+def test_a_session_hears_that_nobody_listens_whoever_waits_for_its_name_elsewhere(apart, bus, monkeypatch):
+    other, channel = apart
+    monkeypatch.setenv("AGENT_BUS_URL", bus.url)
+    with notice.alone("dell", "lock") as ours, a_session() as second:
+        assert ours and "nobody listens" not in text(bus.url, START, **second)
+        second["AGENT_BUS_CHANNEL"] = channel
+        assert "Between turns nobody listens as dell." in text(other.url, START, **second)
 
 
 def test_no_waiter_under_p_and_none_beside_another(bus):
