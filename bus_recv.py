@@ -626,13 +626,18 @@ def private(path: str, must: bool = True) -> str:
 
 
 def append(path: str, text: str) -> None:
-    """Add lines to a file, all or none, in one write: two processes do not mix theirs. OSError names the file.
+    """Add lines to a file, all or none. Two processes do not mix theirs. OSError names the file.
 
     A line that was torn in it, as by a power cut, stays a line of its own. A new file is for us alone.
     """
-    data, done = b"\n" * is_torn(path) + text.encode(), 0
+    done = 0
     try:
         with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "wb", buffering=0) as file:
+            with contextlib.suppress(ImportError, OSError):  # Windows and some file systems have no such lock
+                import fcntl
+
+                fcntl.flock(file, fcntl.LOCK_EX)  # another process may be within its line
+            data = b"\n" * is_torn(path) + text.encode()
             try:
                 while done < len(data):
                     done += os.write(file.fileno(), data[done:])

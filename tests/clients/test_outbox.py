@@ -1,6 +1,7 @@
 """bus_outbox.py: what the bus cannot take now waits on disk, and arrives once and in order. Copies of bus_send.py."""
 import contextlib
 import errno
+import fcntl
 import io
 import json
 import os
@@ -441,6 +442,24 @@ def test_copies_go_into_a_pipe_of_which_nothing_is_taken(monkeypatch, tmp_path):
     read = os.read(pipe, 9999).decode()
     os.close(pipe)
     assert [json.loads(line)["msg"] for line in read.splitlines()] == ["one", "two"]
+
+
+def test_a_line_that_another_process_is_writing_is_not_taken_for_a_torn_one(tmp_path):
+    path = tmp_path / "lines"
+    adding = threading.Thread(target=bus_send.append, args=[str(path), "two\n"])
+
+    def is_open_twice():
+        links = [os.path.join("/proc/self/fd", name) for name in os.listdir("/proc/self/fd")]
+        return [os.path.islink(link) and os.readlink(link) for link in links].count(str(path)) == 2
+
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        print("on", end="", file=file, flush=True)
+        adding.start()
+        wait_until(lambda: not adding.is_alive() or is_open_twice())
+        print("e", file=file, flush=True)
+    adding.join(PATIENCE)
+    assert path.read_text() == "one\ntwo\n"
 
 
 def test_only_what_is_stored_is_copied(monkeypatch, tmp_path):
