@@ -168,24 +168,25 @@ leave() {
     -d peek=true -d ack=true -d leave=true -d max=1 "$base/recv" 6>&- 7>&- 8>&- 9>&- >/dev/null
 }
 
-# Prints what ANSWER says, in one start of jq, which takes longer than all else here. First come texts, one per line, of
-# which `texts` makes facts: "mail", the bus id, the number of messages, a gap, the id and ts of the last message, and
-# the lines of LOG; or "refused" and the reason; or nothing. Then come the lines of FULL. It prints "ahead" in place of
-# "mail" if the answer would move the cursor to more than 300 s ahead of both the present cursor and our clock.
+# Prints what ANSWER says, in one start of jq, which takes longer than all else here. First comes a number: how many
+# bytes of texts follow. They are one per line, and `texts` makes facts of them: "mail", the bus id, the number of
+# messages, a gap, the id and ts of the last message, and the lines of LOG; or "refused" and the reason. Then come the
+# lines of FULL. It prints "ahead" in place of "mail" if the answer would move the cursor to more than 300 s ahead of
+# both the present cursor and our clock; and nothing if it is no answer of a bus.
 verdict() {
-  jq -acs --arg since "$since" "$LINE"'. as [$body, $status]
+  jq -acs --arg since "$since" "$LINE"'def said: (map(length + 3) | add), .[]; . as [$body, $status]
     | if ($body | type) != "object" then empty
       elif $status == 200 and ($body.now | type) == "number" and ($body.messages | type) == "array"
           and all($body.messages[]; type == "object" and (.ts | type) == "number" and .ts >= 1) then
         ($body.bus // "" | line | gsub("^ +| +$"; "")) as $bus | ($body.messages[-1:][0] // {}) as $last
         | ([$body.messages[].ts, ($body | select(.messages == [] and .bus).now)] | max) as $latest
-        | ((if $latest > ([now, ($since | tonumber? // 0)] | max) + 300 then "ahead" else "mail" end),
+        | [(if $latest > ([now, ($since | tonumber? // 0)] | max) + 300 then "ahead" else "mail" end),
           $bus, ($body.messages | length | tostring),
           ($body.gap | if . then "gap: mail from \(.from) to \(.to) was removed before it was read" | line else "" end),
-          ($last.id // "", $last.ts // "" | line), ($body.messages[] | row) | @uri),
+          ($last.id // "", $last.ts // "" | line), ($body.messages[] | row) | @uri] | said,
         ($body.messages[] + {bus: $bus})  # it replaces a `bus` that the sender gave
       elif $status >= 400 and $status < 500 and ([408, 425, 429] | index($status) | not) and $body.error then
-        ("refused", ($body.error | line(1000)) | @uri)
+        ["refused", ($body.error | line(1000)) | @uri] | said
       else empty end' "$ANSWER" 2>/dev/null
 }
 
@@ -279,8 +280,10 @@ receive() {
 digest() (
   news=fault sentence="no answer from $url (curl $1)" pause=0 status=$(last_line "$ANSWER")
   answer=$(verdict) || answer=''
-  head=${answer%%$'\n{'*} lines=${answer:${#head}+1}
-  texts "$head"
+  size=${answer:0:9}  # a search for the end of the texts would take minutes in an answer of many megabytes
+  size=${size%%$'\n'*}
+  texts "${answer:${#size}+1:size}"
+  lines=${answer:${#size}+1+size}
   verdict=${facts[0]:-} its_bus=${facts[1]:-} count=${facts[2]:-} gap=${facts[3]:-}
   case $1,$status,$since,$verdict in
     0,*,mail | 0,*,ahead)
