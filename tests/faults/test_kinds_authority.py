@@ -227,7 +227,7 @@ def test_revoked_while_a_file_is_hashed(tmp_path, monkeypatch, known):
     with a_bus(time.monotonic, tmp_path / "bus.db") as bus:
         if known:
             assert Guest(bus, of["ann"]).begins("PUT", inside.FILE_PATH, inside.FILE).answer().status == 201
-        monkeypatch.setattr(sys.modules["bus_extensions.files"], "hashlib", types.SimpleNamespace(sha256=Slow))
+        monkeypatch.setattr(sys.modules["bus_extensions.files"].streams, "hashlib", types.SimpleNamespace(sha256=Slow))
         guest = Guest(bus, of["bob"]).begins("PUT", inside.FILE_PATH, inside.FILE)
         come_true(hashing.is_set)
         set_revoked(types.SimpleNamespace(db=tmp_path / "bus.db"), "bob")
