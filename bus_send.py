@@ -182,11 +182,16 @@ def copies(message: dict[str, Any], answer: dict[str, Any]) -> Any:
 
 def post(url: str, message: dict[str, Any], seconds: float, path: str = "/send") -> dict[str, Any]:
     """One attempt: the bus's answer about the message that it stored. Raises Refused, Unreachable."""
-    body = json.dumps(message).encode()
+    body = body_of(message)
     answer, _ = exchange(url, path, body, seconds + len(body) / SLOWEST_RATE)
     if answer.get("ok") is True and isinstance(answer.get("ts"), (int, float)):
         return dict(answer)
     raise Unreachable()
+
+
+def body_of(value: Any) -> bytes:
+    r"""JSON in UTF-8, whose bytes the bus counts. Half of a surrogate pair, which is not in UTF-8, stays as \ud800."""
+    return json.dumps(value, ensure_ascii=False).encode(errors="backslashreplace")
 
 
 # -- shared by bus_recv.py and bus_send.py: begin (a test keeps the two copies equal) --
@@ -635,6 +640,13 @@ def emit(text: str) -> None:
 # The command line
 
 
+def advised(error: BaseException, to: Any) -> str:
+    """The sentence of an error. If the bus says to send a file, it names the command."""
+    said = str(error)
+    put = called("bus_file.py put", "file put")
+    return f"{said} ({put} PATH --to {to})" if said.endswith(": send a file") else said
+
+
 def told(answer: dict[str, Any], to: str | list[str]) -> str:
     """A sentence about a stored message. It begins with `queued` if not all its receivers listen."""
     names = to if isinstance(to, str) else ",".join(to)
@@ -728,7 +740,8 @@ def main(argv: list[str] | None = None) -> int:
         report(send(to, msg, patience=seconds, warn=complain, **given), to, as_json)
     except (KeyboardInterrupt, ValueError, Refused, Unreachable) as error:
         # Ctrl-C has no text of its own. A question may be stored, and only its answer is waited for.
-        question and not str(error) or complain(str(error) or "stopped; the bus has not said that it has the message")
+        said = advised(error, to)
+        question and not said or complain(said or "stopped; the bus has not said that it has the message")
         return {KeyboardInterrupt: 130, Refused: 1, Unreachable: 75}.get(type(error), 2)
     return 0
 

@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
-import json
 import math
 import os
 import sys
@@ -48,7 +47,7 @@ PATIENCE = 30.0  # s in which the bus is asked again
 def ask(url: str, path: str, order: dict[str, Any] | None = None) -> tuple[dict[str, Any], float]:
     """The bus's answer, and its clock (s since 1970). It is asked again, as that does no harm: a schedule has a key."""
 
-    body = None if order is None else json.dumps(order).encode()
+    body = None if order is None else bus_send.body_of(order)
 
     def attempt(left: float) -> Any:
         limit = min(left if order else math.inf, bus_send.GRACE_SECONDS)
@@ -139,6 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if bool(given["to"]) != bool(when) or not (when or shows or id):
         parser.error("give TO and one of --after, --at and --cron; or --list; or --cancel ID")
     bus_send.tell_people(complain)
+    to = given["to"]
     try:
         own = bus_send.settings()
         if shows:
@@ -159,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             complain("stopped; the bus has not said that it has the message")
         return 130
     except (bus_send.Unreachable, bus_send.Refused, ValueError, OSError) as error:
-        complain(str(error))
+        complain(bus_send.advised(error, to))
         return {bus_send.Refused: 1, bus_send.Unreachable: 75}.get(type(error), 2)
     return 0
 

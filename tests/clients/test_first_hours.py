@@ -14,8 +14,9 @@ import bus_recv
 import bus_send
 from tests.clients.test_clients import program, reader, refusing, run
 from tests.clients.test_words import on_a_terminal
-from tests.kit import forked
+from tests.kit import forked, peers
 from tests.kit.bad_servers import Scripted, answer, mail, message, stored
+from tests.kit.naive_server import Naive
 from tests.kit.peers import command
 from tests.kit.processes import PATIENCE, ROOT, wait_until
 from tests.kit.relaying import profile
@@ -147,7 +148,32 @@ def test_what_is_no_text_or_too_long_can_be_sent_as_a_file(data, bus):
         with pytest.raises(bus_send.Refused) as refused:
             bus_send.send("bob", "\ud800", url=bus.url, sender="ann")
         code, err = 1, f"{refused.value}\n"
-    assert code == 1 and err.endswith(": send a file\n") and "string" not in err, err
+    put = f" (python3 {ROOT}/tools/bus_file.py put PATH --to bob)" if isinstance(data, bytes) else ""
+    assert code == 1 and err.endswith(f": send a file{put}\n") and "string" not in err, err
+
+
+@pytest.mark.parametrize("call", ["bus_send.py bob", "tools/bus_later.py bob --after 1h"])
+def test_a_text_counts_for_the_limit_with_its_bytes_in_utf_8(call, bus):
+    """Each é was sent as \\u00e9, so 120,000 bytes were called 360,106, and refused."""
+    env = {"AGENT_BUS_URL": bus.url, "AGENT_NAME": "ann"}
+    code, _, err = run(*call.split(), stdin=("é" * 60000).encode(), env=env)
+    assert code == 0, err
+    if "later" not in call:
+        assert [each["msg"] for each in json.loads(bus.get("/recv?to=bob"))["messages"]] == ["é" * 60000]
+
+
+def test_a_message_is_the_same_in_ascii_and_in_utf_8(bus):
+    """An older client may have sent it first, and what is tried again is stored once."""
+    message = {"from": "ann", "to": "bob", "msg": "é \u2028 \x7f \U0001f600", "key": "k", "ü": ["ß"]}
+    first = json.loads(peers.ask(bus, "POST", "/send", message).body)
+    again = bus_send.post(bus.url, message, PATIENCE)
+    assert again["duplicate"] is True and again["id"] == first["id"]
+    halves = bus_send.post(bus.url, {**message, "msg": message["msg"][:-1] + "\ud83d\ude00"}, PATIENCE)
+    assert halves["duplicate"] is True, "two halves are one character, as they were"
+    with Naive() as old:
+        bus_send.post(old.url, message, PATIENCE)
+        [kept] = old.mailboxes["default", "bob"]
+        assert kept["msg"] == message["msg"], "a bus of the first contract reads UTF-8, too"
 
 
 @pytest.mark.parametrize("call", ["bus_send.py bob hi", "bus_recv.py bob", "tools/bus_who.py", "tools/bus_doctor.py"])
