@@ -213,6 +213,7 @@ HIDDEN = re.compile(  # controls, and what Unicode lets a program leave out: bid
     r"\u2060-\u206f\u2800\u3164\ud800-\udfff\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb"
     r"\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]+"
 )
+ANEW = "if the bus has a new key, ask its operator for a new invitation, and run its line"
 if not os.environ.get("HOME"):
     os.environ.pop("HOME", "")  # if it is empty, `~` would be the root folder
 # A line of a configuration file, as far as systemd's EnvironmentFile and docker's --env-file read it alike.
@@ -263,6 +264,11 @@ def configuration() -> tuple[str, dict[str, str]]:
     if None in lines:
         raise ValueError(f"line {lines.index(None) + 1} of {path}: write KEY=VALUE, without quotes, \\ or export")
     return path, {line[1]: line[2] for line in lines if line and line[2]}
+
+
+def is_joined() -> bool:
+    """Do we trust the certificate that bus_join.py has kept beside the configuration file, and no other?"""
+    return settings().get("AGENT_BUS_CA") == configuration()[0][: -len("env")] + "pem"
 
 
 def unused_file(refused: bool = False) -> str:
@@ -417,7 +423,8 @@ def worded(error: Exception, url: str = "") -> str:
     said = getattr(error, "verify_message", "") or getattr(error, "strerror", "") or str(error) or type(error).__name__
     if 18 <= getattr(error, "verify_code", 0) <= 21:  # of OpenSSL: signed by nobody whom we trust
         trust = settings().get("AGENT_BUS_CA", "this machine")
-        return f"the certificate there is not trusted by {trust}: set AGENT_BUS_CA to its file"
+        advice = ANEW if is_joined() else "set AGENT_BUS_CA to its file"
+        return f"the certificate there is not trusted by {trust}: {advice}"
     if url.startswith("http:") and isinstance(error, (ConnectionResetError, BrokenPipeError)):
         return f"{said}; if this port speaks https, set AGENT_BUS_URL=https{url[4:]}"
     return "this port speaks http, not https" if "WRONG_VERSION_NUMBER" in said else said.rstrip(".")

@@ -139,6 +139,7 @@ class Way:
                 advice = CERTIFICATE.get(error.verify_code, "ask the operator of the bus for a valid certificate")
                 if advice is SIGNED and (file := bus_recv.settings().get("AGENT_BUS_CA")):
                     advice = f"{file} is not of the authority that signed it: {SIGNED}"
+                    advice = bus_recv.ANEW if bus_recv.is_joined() else advice
                 raise Fault(f"the certificate is not valid: {error.verify_message.rstrip('.')}", advice) from None
             except OSError as error:
                 self.check_scheme()

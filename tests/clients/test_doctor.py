@@ -16,6 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 
+import bus_recv
 import bus_send
 import bus_server
 from tests.clients.test_clients import refusing
@@ -200,6 +201,23 @@ def test_a_certificate_of_an_authority_of_our_own(tmp_path, authority, examine, 
         fails("url", "AGENT_BUS_CA", "correct", bus.url, AGENT_BUS_CA=str(tmp_path))
         other = authority.sign("IP:127.0.0.1").file
         fails("tls", "not valid", f"{other} is not of the authority that signed it", bus.url, AGENT_BUS_CA=str(other))
+
+
+def test_a_bus_that_was_joined_and_has_a_new_key(tmp_path, authority, fails, home, monkeypatch):
+    """No operator has a file for AGENT_BUS_CA to give away: only another invitation brings the new key."""
+    kept = tmp_path / "config" / "agent-bus" / "work.pem"
+    kept.parent.mkdir(parents=True)
+    shutil.copy(authority.self_signed("IP:127.0.0.1").file, kept)
+    with secured(tmp_path, authority.self_signed("IP:127.0.0.1")) as bus:
+        settings = f"AGENT_BUS_URL={bus.url}\nAGENT_BUS_CA={kept}\n"
+        bus_recv.append(str(kept.with_suffix(".env")), settings)
+        monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+        monkeypatch.setenv("AGENT_BUS_PROFILE", "work")
+        anew = "^if the bus has a new key, ask its operator for a new invitation, and run its line$"
+        fails("tls", "not valid", anew, bus.url)
+        with pytest.raises(bus_recv.Unreachable) as fault:
+            bus_recv.ask(bus.url, "/healthz", PATIENCE)
+        assert re.search(anew[1:], str(fault.value)) and f"is not trusted by {kept}: " in str(fault.value)
 
 
 def test_a_certificate_for_another_name(tmp_path, authority, fails, resolve):
