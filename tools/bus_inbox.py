@@ -167,7 +167,8 @@ def show(box: Inbox, as_json: bool) -> int:
         text = bus_log.whole(message, box.bus_time, box.names[0])
         bus_recv.emit(f"{bus_recv.dump(message)}\n" if as_json else text)
     if not mail:
-        complain(f"nothing is unread for {box.names[0]}{on_channel(box)}{returned(box)}")
+        similar = bus_log.meant(box.url, box.names[0], box.channel)
+        complain(f"nothing is unread for {box.names[0]}{on_channel(box)}{returned(box)}{similar}")
         return 3
     number, ack = f"{len(mail)}{' or more' if more else ''}", bus_recv.called("agent_bus.py ack", "ack")
     if its := queue_of(box):

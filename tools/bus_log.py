@@ -215,6 +215,21 @@ def tell_filter(url: str) -> None:
             complain(f"this is only what {whose} got or sent: the token is not that of an operator")
 
 
+def meant(url: str, names: str, channel: str | None) -> str:
+    """`; did you mean bob?` for those of these names (`a,b`) that the bus does not know, if it knows similar ones."""
+    import difflib  # only for a typo
+
+    similar: list[str] = []
+    with contextlib.suppress(ModuleNotFoundError, bus_recv.Refused, bus_recv.Unreachable):  # it is only a hint
+        import bus_who  # it knows who is there
+
+        there = {str(agent.get("name")) for agent in bus_who.agents(url, channel, False)[0]}
+        cases = {each.lower(): each for each in sorted(there)}
+        for name in sorted({*names.split(",")} - {*there, "all"}):
+            similar += [cases[near] for near in difflib.get_close_matches(name.lower(), cases)]
+    return f"; did you mean {' or '.join(map(bus_recv.word, dict.fromkeys(similar)))}?" if similar else ""
+
+
 def options_of(argv: Sequence[str] | None) -> argparse.Namespace:
     purpose = "Show the messages of everybody on an agent-bus, as they pass."
     filtered = "On a bus with tokens, only an operator sees all; another token shows what its name got or sent."
@@ -258,7 +273,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             show_json(observer, answers)
         else:
             show(observer, answers, short if options.short else whole)
-        bus_recv.once(quiet, "there are no such messages")
+        if quiet:  # nothing was shown
+            names = ",".join(filter(None, [options.to, options.sender]))
+            similar = meant(observer.url, names, options.channel) if names else ""
+            bus_recv.once(quiet, f"there are no such messages{similar}")
     except bus_recv.FAULTS as fault:
         return bus_recv.ended(fault, "bus_log")
     return 0

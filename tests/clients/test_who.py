@@ -8,6 +8,7 @@ import pytest
 
 from tests.clients.test_agent_bus import HOSTILE, RAW, SCRIPT, mails, on_terminal
 from tests.clients.test_clients import run
+from tests.clients.test_words import on_a_terminal
 from tests.kit.bad_servers import DATE, NOON, Scripted, answer, page
 from tests.kit.processes import in_time
 from tools import bus_who
@@ -144,6 +145,21 @@ def test_of_a_channel_with_nobody_it_says_which_channels_there_are(agent):
     assert agent("who", "--channel", "nope", "--json")[1] == "[]\n"
     mails(agent.url, "1", channel="still")
     assert agent("who", "--channel", "still", "--online")[1].endswith("\nnobody listens now on the channel still\n")
+
+
+def test_a_mistyped_name_without_mail_gets_the_one_that_may_be_meant(agent):
+    """`inbox bobb` said that nothing is unread for bobb, while the mail of bob waited."""
+    poll(agent.url, "bob")
+    poll(agent.url, "bobbi", "ops")
+    for typo in ("bobb", "BOB"):
+        code, _, err = agent("inbox", typo)
+        assert (code, err) == (3, f"agent_bus.py inbox: nothing is unread for {typo}; did you mean bob?\n")
+    assert agent("inbox", "carol")[2].endswith("nothing is unread for carol\n")
+    for wrong in (["--to", "bbob"], ["--from", "bbob"], ["--to", "all,bbob"]):
+        shown = on_a_terminal("tools/agent_bus.py", "log", "--no-follow", *wrong, AGENT_BUS_URL=agent.url)
+        assert shown == "agent_bus.py log: there are no such messages; did you mean bob or bobbi?\n"
+    shown = on_a_terminal("tools/agent_bus.py", "log", "--no-follow", "--to", "bob", AGENT_BUS_URL=agent.url)
+    assert shown == "agent_bus.py log: there are no such messages\n"
 
 
 def test_the_inbox_of_a_channel_with_nobody_says_which_channels_there_are(agent):
