@@ -6263,6 +6263,8 @@ def absent(name: str, rows: Collection[Row]) -> str:
     if part := re.fullmatch("(abt_(?![0-9a-f]{8}$)[0-9a-f]*).*", name):
         looks = "looks like a token, whole or cut short, and is no id (abt_ and 8 digits)"
         return f"{part[1]}... {looks}{meant(part[1], {row['id'] for row in rows})}"
+    if re.fullmatch("abt_[0-9a-f]{8}", name):
+        return f"there is no token with the id {name}"
     return f"{name} has no token{meant(name, {row['name'] for row in rows})}"
 
 
