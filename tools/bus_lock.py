@@ -22,6 +22,7 @@ import contextlib
 import os
 import pathlib
 import re
+import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -130,13 +131,13 @@ def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         for (word, it), more in zip(purposes.items(), (PATTERNS, AS_RESERVED, None))
     )
     path = "a path from the top of the repository, or in quotes a pattern for several paths"
-    locking.add_argument("names", metavar="NAME", nargs="+", help=path)
+    locking.add_argument("names", metavar="PATH", nargs="+", help=path)
     ends = "the reservation ends by itself after S seconds (600)"
     locking.add_argument("--ttl", type=bus_recv.duration, metavar="S", help=ends)
     locking.add_argument("--shared", action="store_true", help="others may hold the names too, if they also say so")
     locking.add_argument("--why", metavar="TEXT", help="for the others: what you do, at most 200 characters")
     locking.add_argument("--wait", type=bus_recv.duration, default=0.0, metavar="S", help="wait so long for others (0)")
-    unlocking.add_argument("names", metavar="NAME", nargs="*", help="a path or a pattern, exactly as you reserved it")
+    unlocking.add_argument("names", metavar="PATH", nargs="*", help="a path or a pattern, exactly as you reserved it")
     unlocking.add_argument("--fence", type=bus_recv.count, metavar="N", help="all names of this reservation")
     about = "only reservations that cover this path; or, of a pattern in quotes, those that may overlap it"
     listing.add_argument("name", metavar="PATH", nargs="?", help=about)
@@ -186,8 +187,9 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     answer, now = lock(url, order, options.wait)
     fence, is_person = bus_recv.word(answer.get("fence")), bool(sys.stdout) and sys.stdout.isatty()
     unlocks = bus_recv.called("bus_lock.py unlock", "unlock")
-    bus = f" --bus {options.bus}" if options.bus else ""
-    about = f"; {unlocks} --fence {fence}{bus} releases it before" if is_person else ""
+    places = {"--bus": options.bus, "--channel": options.channel}
+    where = [word for option, place in places.items() if place for word in (option, place)]
+    about = f"; {unlocks} {shlex.join([*where, *options.names])} releases it before" if is_person else ""
     asked = TTL_LEAST if options.ttl is None else options.ttl
     limit = ", the least that a bus gives" * (asked < TTL_LEAST) + ", the most that a bus gives" * (asked > TTL_MOST)
     its = " ".join(map(bus_recv.word, options.names))
@@ -207,7 +209,7 @@ def from_top(path: str) -> str:
 
 def unlock(url: str, order: dict[str, Any], options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     if bool(options.names) == (options.fence is not None):
-        parser.error("give names, or --fence N: what to release")
+        parser.error("give paths, or --fence N: what to release")
     what = {"names": options.names} if options.names else {"fence": options.fence}
     answer, _ = bus_recv.ask(url, "/unlock", bus_recv.GRACE_SECONDS, {**order, **what})
     released = answer.get("released")

@@ -1,6 +1,7 @@
 """tools/bus_lock.py: agent-bus lock, unlock and locks."""
 import json
 import os
+import shlex
 import sys
 import threading
 
@@ -86,16 +87,18 @@ def test_a_pattern_finds_who_holds_it_and_what_may_meet_it(bus):
     assert run(bus.url, "unlock", "q/*", name="you")[2].count('reserved by nobody: "q/*"') == 1
 
 
-def test_on_a_terminal_the_fence_is_in_the_sentence(bus, monkeypatch, capsys):
+def test_on_a_terminal_the_sentence_has_the_command_that_releases(bus, monkeypatch, capsys):
     assert on_terminal("lock", "a", AGENT_BUS_URL=bus.url, AGENT_NAME="dell") == ""
-    fence = json.loads(bus.get("/locks"))["locks"][0]["fence"]
     for name, value in (("AGENT_BUS_URL", bus.url), ("AGENT_NAME", "dell")):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    assert bus_lock.main(["lock", "a"]) == 0
-    out, said = capsys.readouterr()
     unlock = f"python3 {ROOT}/tools/bus_lock.py unlock"
-    assert out == "" and said.endswith(f"; {unlock} --fence {fence} releases it before\n")
+    for given, releases in ((["a"], "a"), (["a b", "src/*", "--channel", "ops"], "--channel ops 'a b' 'src/*'")):
+        assert bus_lock.main(["lock", *given]) == 0
+        out, said = capsys.readouterr()
+        assert out == "" and said.endswith(f"; {unlock} {releases} releases it before\n")
+        assert bus_lock.main(["unlock", *shlex.split(releases)]) == 0
+        assert "released: " in capsys.readouterr().err
 
 
 def test_a_ttl_that_the_bus_does_not_give_is_said(bus):
@@ -149,8 +152,9 @@ def test_with_a_token_it_needs_no_name(tmp_path):
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (("lock",), "NAME"), (("unlock",), "give names, or --fence N"), (("unlock", "a", "--fence", "1"), "give names, or"),
-    (("lock", "a", "--ttl", "soon"), "--ttl"), (("unlock", "--fence", "x"), "--fence"),
+    (("lock",), "required: PATH"), (("unlock",), "give paths, or --fence N"),
+    (("unlock", "a", "--fence", "1"), "give paths, or"), (("lock", "a", "--ttl", "soon"), "--ttl"),
+    (("unlock", "--fence", "x"), "--fence"),
 ])  # fmt: skip
 def test_a_wrong_command_line_is_said(arguments, words):
     code, out, said = run(refusing(), *arguments)
