@@ -95,6 +95,13 @@ GROUPS: dict[str, dict[str, Command]] = {
 TAKE_FILES = ("file", "work", "lock", "unlock", "locks", "recv", "serve", "backup", "restore", "prune", "move")
 TAKE_TEXT = ("bus_send", "bus_later", "bus_outbox")
 COMMANDS = {name: command for group in GROUPS.values() for name, command in group.items()}
+# Words of other tools, and what they are here. No typo of a command of ours is among them.
+ELSEWHERE = {
+    "read": "inbox or recv", "receive": "recv", "get": "recv or file get", "mail": "inbox", "unread": "inbox",
+    "watch": "recv or log", "reply": "send --reply-to", "post": "send", "done": "ack", "status": "who",
+    "agents": "who", "list": "who", "ps": "who", "start": "serve", "server": "serve", "service": "install service",
+    "upload": "file put", "put": "file put", "download": "file get", "release": "unlock", "history": "log",
+}  # fmt: skip
 
 OTHERS = """\
 Programs of their own (in a clone: in integrations/)
@@ -371,7 +378,7 @@ def known(name: str) -> str:
         return name
     import difflib  # only for a typo
 
-    similar = difflib.get_close_matches(name, COMMANDS, 3)
+    similar = [ELSEWHERE[name]] if name in ELSEWHERE else difflib.get_close_matches(name, COMMANDS, 3)
     meant = f"did you mean {' or '.join(similar)}?" if similar else f"`{called()} help` lists them"
     raise Unknown(f"there is no command {name!r}: {meant}")
 

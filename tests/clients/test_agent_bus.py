@@ -159,6 +159,22 @@ def test_a_typo_gets_the_command_that_may_be_meant(typo, meant):
     assert (code, out) == (2, "") and f"did you mean {meant}" in err and err.count("\n") == 1
 
 
+@pytest.mark.parametrize("word, meant", [
+    ("read", "inbox or recv"), ("service", "install service"), ("status", "who"), ("agents", "who"), ("list", "who"),
+    ("start", "serve"), ("reply", "send --reply-to"), ("upload", "file put"), ("watch", "recv or log"),
+])  # fmt: skip
+def test_a_word_of_another_tool_gets_the_command_that_is_meant(word, meant):
+    """`read` was taken for relay or redact."""
+    code, out, err = run(SCRIPT, word)
+    assert (code, out) == (2, "") and err == f"agent_bus.py: there is no command '{word}': did you mean {meant}?\n"
+
+
+def test_each_word_of_another_tool_stands_for_commands_that_exist():
+    assert not agent_bus.ELSEWHERE.keys() & agent_bus.COMMANDS.keys()
+    for meant in agent_bus.ELSEWHERE.values():
+        assert {each.split()[0] for each in meant.split(" or ")} <= agent_bus.COMMANDS.keys(), meant
+
+
 @pytest.mark.parametrize("words, says", [
     ("install calude", "did you mean claude?"), ("install zed", "only claude,"), ("uninstall zed", "only claude,"),
 ])  # fmt: skip
