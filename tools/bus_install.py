@@ -70,19 +70,19 @@ def install_agent(name: str, options: argparse.Namespace) -> int:
     keep(name, {path: records[path] for path in ours_in})
     missing = f"; there is no `{name}` on your PATH yet" * (name == "claude" and not shutil.which(name))
     tell(f"{agent.title} has the tools of the bus{already}, from its next start on: {' and '.join(ours_in)}{missing}")
-    for line in [session(options), *advice(name, options, hooked=len(entries) > 1)]:
+    for line in [*session(options), *advice(name, options, hooked=len(entries) > 1)]:
         tell(line)
     return 0
 
 
-def session(options: argparse.Namespace) -> str:
-    """Which bus and which name a session will have, and whether that bus answers now."""
+def session(options: argparse.Namespace) -> list[str]:
+    """Which bus and which name a session will have, whether that bus answers now, and if a session gets no mail."""
     given = bus_recv.settings(options.url)
     url, name = given["AGENT_BUS_URL"], options.name or given.get("AGENT_NAME")
     who = name or ("what its token says" if options.http else "the title of the session, or its folder")
     if name and name == os.environ.get("AGENT_NAME") and not (options.name or options.http):
         who += f" if AGENT_NAME is set where it starts; to have it written, give --name {name}"
-    now = "it does not answer now"
+    now, denied = "it does not answer now", []
     try:
         bus_recv.ask(url, "/healthz", ANSWER_SECONDS)
         now = "it answers"
@@ -90,9 +90,23 @@ def session(options: argparse.Namespace) -> str:
         if options.name and its.get("name", options.name) not in (None, options.name):
             now += f", but the token that is set here sends as {bus_recv.word(its['name'])} only"
     except (bus_recv.Refused, bus_recv.Unreachable, ValueError) as fault:
-        if getattr(fault, "status", 0) != 404:  # of an older bus, or one without people.py
+        status = getattr(fault, "status", 0)
+        if status == 401:
+            denied.append(no_mail(url))
+        elif status != 404:  # of an older bus, or one without people.py
             now += f" ({fault})"
-    return f"the bus is {url}: {now}. The name of a session there is {who}"
+    return [f"the bus is {url}: {now}. The name of a session there is {who}", *denied]
+
+
+def no_mail(url: str) -> str:
+    """Why the bus gives this machine no mail, and how the machine gets a token."""
+    invite = bus_recv.called("python3 bus_server.py invite", "invite")
+    how = f"on the machine of the bus, run {invite} NAME, and paste the line that it prints here"
+    if bus_recv.credentials(url):
+        why = "the bus does not accept the token that is set here, which is wrong, cut off, revoked or expired"
+        doctor = bus_recv.called("bus_doctor.py", "doctor")
+        return f"sessions get no mail: {why}; {doctor} tells more. For a new one, {how}"
+    return f"sessions get no mail until this machine has a token: {how}"
 
 
 def advice(name: str, options: argparse.Namespace, hooked: bool) -> list[str]:

@@ -436,9 +436,16 @@ def test_it_says_that_the_token_which_is_set_has_another_name(install, tmp_path)
     assert "it answers, but the token that is set here sends as alice only. The" in said[0] and "only" not in said[1]
 
 
-def test_it_says_that_the_bus_needs_a_token_which_is_not_set(install, tmp_path):
+@pytest.mark.parametrize("name", AGENTS)
+def test_a_line_of_its_own_says_that_sessions_get_no_mail_without_a_token_that_the_bus_takes(name, install, tmp_path):
     with Server(tmp_path / "bus.db") as closed:
-        invite(closed, "alice")
-        said = install("install", "claude", "--url", closed.url)
-    assert f"the bus is {closed.url}: it answers (this bus needs a token: set" in said
-    assert "the title of the session, or its folder\n" in said
+        token = invite(closed, "alice")
+        said = {set_here: install("install", name, "--url", closed.url, AGENT_BUS_TOKEN=set_here)
+                for set_here in ("", f"{token[:-4]}AAAA", token)}  # fmt: skip
+    none, wrong, right = said.values()
+    assert "\nsessions get no mail until this machine has a token: on the machine of the bus, run " in none
+    assert "\nsessions get no mail: the bus does not accept the token that is set here, which is wrong, cut" in wrong
+    assert "no mail" not in right
+    for each in (none, wrong):
+        assert f"the bus is {closed.url}: it answers. The name" in each and "curl" not in each
+        assert "invite NAME, and paste the line that it prints here\n" in each
