@@ -46,13 +46,14 @@ class File(NamedTuple):
     folder: str
     name: str
     at: bus_edit.Path  # of what is ours
+    strict: bool = False  # the program reads JSON only: no comments, and no comma before a closing bracket
 
     def path(self) -> str:
         path = os.path.join(os.path.expanduser(os.environ.get(self.variable) or self.folder), self.name)
         return next(filter(os.path.exists, (path, f"{path}c")), path)  # .jsonc, where there is one
 
     def form(self) -> str:
-        return "toml" if self.name.endswith(".toml") else "json"
+        return "toml" if self.name.endswith(".toml") else "json" if self.strict else "jsonc"
 
 
 class Agent(NamedTuple):
@@ -90,11 +91,11 @@ FORWARDED = [*TAKEN_ALONG, "AGENT_BUS_TOKEN", "AGENT_BUS_UA", "AGENT_BUS_OUTBOX"
 AGENTS = {
     "claude": Agent(
         "Claude Code",
-        File("CLAUDE_CONFIG_DIR", "~", ".claude.json", ("mcpServers", SERVER)),
+        File("CLAUDE_CONFIG_DIR", "~", ".claude.json", ("mcpServers", SERVER), strict=True),
         lambda command, variables: {"type": "stdio", **plain(command, variables)},
         lambda url, headers: {"type": "http", "url": url, "headers": headers},
         "${{{}}}",
-        File("CLAUDE_CONFIG_DIR", "~/.claude", "settings.json", ("hooks",)),
+        File("CLAUDE_CONFIG_DIR", "~/.claude", "settings.json", ("hooks",), strict=True),
         grouped(timeout=5),
         "claude",
         wake={"FileChanged": {"asyncRewake": True, "timeout": 30}},
@@ -109,7 +110,7 @@ AGENTS = {
         },
         lambda url, headers: {"url": url, **codex_headers(headers)},
         "{}",
-        File("CODEX_HOME", "~/.codex", "hooks.json", ("hooks",)),
+        File("CODEX_HOME", "~/.codex", "hooks.json", ("hooks",), strict=True),
         grouped(timeout=5),
         "codex",
         allow_hook="Codex runs a hook only after you have trusted it: type /hooks in a session",

@@ -3,7 +3,8 @@
     text = edited("json", text, [(("mcpServers", "bus"), {"command": "x"})])
     text = without("json", text, ours, before)
 
-The JSON may have comments. without() takes out what ours() says is ours.
+The format "jsonc" is JSON that may have comments, and a comma before a closing bracket; a text of the format "json" is
+extended only if it has neither. without() takes out what ours() says is ours.
 A path is a tuple of keys. `ITEM` at its end appends to an array. These functions, and paths(), raise Unreadable, with
 a reason, for a text that this file cannot read or whose members are of another kind; then nothing is to be written.
 
@@ -289,7 +290,24 @@ def paths_json(text: str) -> set[Path]:
     return {path for path, _ in walk(parsed(text), ())}
 
 
-FORMATS = {"json": (edited_json, without_json, paths_json), "toml": (edited_toml, without_toml, paths_toml)}
+def edited_strict(text: str, entries: Sequence[tuple[Path, Any]]) -> str:
+    """As edited_json(), for a program that would not read the text if it had a comment or a comma too many.
+
+    Such a text can still be shortened, so that an uninstall takes our entries out.
+    """
+    if text.strip("\ufeff \t\r\n"):
+        try:
+            json.loads(text.removeprefix("\ufeff"))
+        except ValueError:
+            raise Unreadable("it is not JSON") from None
+    return edited_json(text, entries)
+
+
+FORMATS = {
+    "json": (edited_strict, without_json, paths_json),
+    "jsonc": (edited_json, without_json, paths_json),
+    "toml": (edited_toml, without_toml, paths_toml),
+}
 
 
 def edited(form: str, text: str, entries: Sequence[tuple[Path, Any]]) -> str:

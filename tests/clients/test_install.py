@@ -27,7 +27,7 @@ import bus_doctor_way
 import bus_recv
 
 AGENTS = sorted(bus_agents.AGENTS)
-JSON_FILES = {
+JSONC_FILES = {
     "nothing": None,
     "an empty text": "",
     "an empty object": "{ }\n",
@@ -44,9 +44,11 @@ TOML_FILES = {
     "Windows": 'a = [\r\n  1,\r\n]\r\n',
     "a text": 'a = """\n[mcp_servers.bus]\ncommand = "agent-bus-mcp"\n"""\nb = "" # \'\'\'\n',
 }
-FILES = {"json": JSON_FILES, "toml": TOML_FILES}
+JSON_FILES = {kind: text for kind, text in JSONC_FILES.items() if kind != "comments"}
+FILES = {"json": JSON_FILES, "jsonc": JSONC_FILES, "toml": TOML_FILES}
 LATER = {  # what somebody changes meanwhile, by format
-    "json": lambda text: bus_edit.edited("json", text, [(("later",), {"x": [1]}), (("hooks", "Stop", None), {"y": 2})]),
+    **dict.fromkeys(("json", "jsonc"), lambda text: bus_edit.edited(
+        "jsonc", text, [(("later",), {"x": [1]}), (("hooks", "Stop", None), {"y": 2})])),
     "toml": lambda text: f'# later\n{text}\n[projects."/x"]\ntrust_level = "trusted"\n',
 }
 
@@ -160,7 +162,7 @@ def test_if_somebody_changed_the_file_only_our_entries_go(name, kind, remembers,
             if form == "toml":
                 assert left.split() == LATER["toml"](was or "").split()
             else:
-                expected, found = (bus_edit.parsed(text).value for text in (LATER["json"](was or "{}"), left))
+                expected, found = (bus_edit.parsed(text).value for text in (LATER["jsonc"](was or "{}"), left))
                 found.pop("version", 0)  # the hooks of some programs need it, whoever writes the file
                 assert found == expected or (not remembers and full(found) == full(expected))
 
@@ -188,13 +190,37 @@ def test_a_file_that_cannot_be_read_is_left_alone(name, text, install, house):
     assert tree(house) == was
 
 
+@pytest.mark.parametrize("text", ['{"a": 1,}', '{"a": [1,]}', '// mine\n{"a": 1}', '{"a": 1} /* mine */\n'])
+@pytest.mark.parametrize("file", [".claude.json", ".claude/settings.json", ".codex/hooks.json"])
+def test_what_its_program_would_not_read_is_not_taken_for_json(file, text, install, house):
+    (house / file).parent.mkdir(exist_ok=True)
+    (house / file).write_text(text)
+    was, name = tree(house), "codex" if "codex" in file else "claude"
+    said = install("install", name, code=1)
+    assert f"{house / file} is left as it is, because it is not JSON: correct it first" in said
+    assert tree(house) == was
+
+
+def test_a_byte_order_mark_is_not_in_the_way(install, house):
+    (house / ".claude.json").write_text('\ufeff{"a": 1}', encoding="utf-8")
+    install("install", "claude")
+    assert '"mcpServers"' in (house / ".claude.json").read_text("utf-8")
+
+
+def test_our_entries_can_be_removed_from_a_file_that_somebody_has_damaged(install, house):
+    install("install", "claude")
+    (house / ".claude.json").write_text((house / ".claude.json").read_text().rstrip().removesuffix("}") + ',"a": 1,}')
+    install("uninstall", "claude")
+    assert (house / ".claude.json").read_text().split() == ['{', '"a":', "1,}"]
+
+
 @pytest.mark.parametrize("command", ["install", "uninstall"])
 def test_what_another_program_writes_in_the_same_moment_stays(command, install, house, before, monkeypatch):
     """A session of Claude Code writes ~/.claude.json several times a minute."""
-    before("claude", "comments")
+    before("claude", "tabs")
     if command == "uninstall":
         install("install", "claude")
-        (house / ".claude.json").write_text((house / ".claude.json").read_text() + "// later\n")
+        (house / ".claude.json").write_text((house / ".claude.json").read_text() + "\n")
     sync, meanwhile = os.fsync, '{"numStartups": 4}'
 
     def write(file):
@@ -231,7 +257,7 @@ def test_as_root_a_file_stays_that_of_its_owner(install, house):
 
 @pytest.mark.parametrize("name", AGENTS)
 def test_what_is_installed_again_with_other_options_is_replaced(name, install, house, before):
-    was = before(name, "comments")
+    was = before(name, "tabs")
     install("install", name, "--name", "alice")
     install("install", name, "--name", "bob", "--url", "http://127.0.0.1:9/")
     text = b"".join(filter(None, tree(house).values()))
@@ -255,7 +281,7 @@ def entry_of(name):
     servers = bus_agents.AGENTS[name].servers
     with open(servers.path()) as file:
         text = file.read()
-    value = json.loads(text) if servers.form() == "json" else pytest.importorskip("tomllib").loads(text)
+    value = json.loads(text) if servers.form() != "toml" else pytest.importorskip("tomllib").loads(text)
     for key in servers.at:
         value = value[key]
     return value
@@ -391,10 +417,11 @@ def test_random_texts_come_back_after_an_edit():
         if not isinstance(bus_edit.parsed(before).value, dict):
             continue
         tried += 1
-        after = bus_edit.edited("json", before, [(("bus", "x"), {"command": "y"}), (("hooks", "Stop", None), {"z": 1})])
+        added = [(("bus", "x"), {"command": "y"}), (("hooks", "Stop", None), {"z": 1})]
+        after = bus_edit.edited("jsonc", before, added)
         value = bus_edit.parsed(after).value
         assert value == {**bus_edit.parsed(before).value, "bus": {"x": {"command": "y"}}, "hooks": {"Stop": [{"z": 1}]}}
-        left = bus_edit.without("json", after, lambda path, of: path in (("bus", "x"), ("hooks", "Stop", 0)), before)
+        left = bus_edit.without("jsonc", after, lambda path, of: path in (("bus", "x"), ("hooks", "Stop", 0)), before)
         assert "".join(left.split()) == "".join(before.split()), (before, after, left)
 
 

@@ -222,6 +222,6 @@ def test_uninstall_leaves_its_files_as_they_were(name, used):
         if its.after.get(path) == its.installed.get(path):
             assert its.left.get(path) == its.before.get(path)
         else:
-            form = "toml" if path.endswith("toml") else "json"
+            form = "toml" if path.endswith("toml") else "jsonc"
             now = bus_edit.without(form, its.after[path], bus_agents.is_ours, its.before.get(path))
             assert its.left[path] == now and "bus_mcp" not in now
