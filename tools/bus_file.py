@@ -290,7 +290,7 @@ def complain(line: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Store a file on an agent-bus and announce it, or get a file.")
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(dest="command")
     putting = commands.add_parser("put", help="upload a file, and send its hash to somebody")
     putting.add_argument("path", metavar="PATH")
     putting.add_argument("--to", metavar="NAME", required=True, help="who gets the hash")
@@ -307,6 +307,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         command.add_argument("--timeout", type=bus_recv.duration, default=PATIENCE, metavar="S",
                              help="give up after S seconds without progress (60)")  # fmt: skip
     options = parser.parse_args(argv)
+    if not options.command:
+        parser.error("say what to do: put PATH --to NAME, or get SHA256")
     bus_send.tell_people(complain)
     try:
         if options.command == "put":

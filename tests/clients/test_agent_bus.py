@@ -105,6 +105,7 @@ def test_the_help_names_commands_that_this_user_has(monkeypatch, capsys):
     ("send bob -v", "send: a text that begins with - stands behind --"),
     ("ask bob -v", "ask: a text that begins with - stands behind --"),
     ("serve --port x", "give a whole number from 0 to 65535, not 'x'"), ("recv --frm", "--frm"),
+    ("file", "file: error: say what to do: put PATH --to NAME, or get SHA256"),
     ("send bob hi --field from=x", "'from=x' as a --field: give it as the argument or the option"),
     ("log --last=-3", "--last: give a whole number of 1 or more, not '-3'"), ("install", "required"),
     ("lock a --no", "--no"), ("locks a b", "b"), ("inbox a b", "b"), ("ack a b c", "c"), ("install claude x", "x"),
