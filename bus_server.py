@@ -2163,14 +2163,19 @@ def check_is_no_link(path: str) -> None:
         raise Planted(f"{path} is a link where other users may write: put the file that it leads to in its place")
 
 
-def unwritable(path: str, error: Exception) -> str:
-    """Why a file could not be opened or written, in words: what is in its way or, without that, the error."""
+def in_the_way(path: str) -> str:
+    """Why a file cannot be opened or written, as far as the names and the permissions tell; else empty."""
     file = pathlib.Path(os.path.abspath(path))
     found = [f"{at} is a file, not a folder" for at in file.parents if os.path.exists(at) and not os.path.isdir(at)]
     there = next(filter(os.path.exists, file.parents))  # as far as we may look
     shut = (each for each in (file, there) if os.path.exists(each) and not os.access(each, os.W_OK))
     found += map("you may not write {}".format, shut)
-    return f"{found[0]}; --db gives another place" if found else str(getattr(error, "strerror", None) or error)
+    return f"{found[0]}; --db gives another place" if found else ""
+
+
+def unwritable(path: str, error: Exception) -> str:
+    """Why a file could not be opened or written, in words: what is in its way or, without that, the error."""
+    return in_the_way(path) or str(getattr(error, "strerror", None) or error)
 
 
 @contextlib.contextmanager
@@ -6079,7 +6084,8 @@ def run_server(options: argparse.Namespace, state: State) -> int:
     with contextlib.suppress(OSError):  # a full disk of the log must not keep the bus from its start
         for url, _ in bus.listeners:
             print(f"listening on {url}", flush=True)
-        print(f"messages are in {state.path}\n{extensions}", flush=True)
+        where = state.path if state.path == ":memory:" else os.path.abspath(state.path)
+        print(f"messages are in {where}\n{extensions}", flush=True)
     if not state.view.has_room():
         say(f"WARNING: {no_room().sentence.partition(':')[0]}: each send gets 507 until you make room")
     bus.tidy()
@@ -6138,8 +6144,19 @@ def check_file(path: str) -> None:
             check_is_ours(database, path)
     except sqlite3.OperationalError:  # there is none, or it is in use: who needs more than its tokens will see
         return
-    except sqlite3.DatabaseError as error:
+    except (sqlite3.DatabaseError, UnicodeDecodeError) as error:  # the latter: SQLite's error has unreadable text
         raise Unusable(f"cannot use the database {path}: {error}") from None
+
+
+def check_new(path: str) -> None:
+    """Before a bus puts its lock beside a file: Unusable, if that is another program's, or where we may not look.
+
+    A database in WAL mode, as ours, is left to State: even a reader makes files beside it.
+    """
+    if is_there(path) and os.path.isfile(path) and not is_there(f"{path}.lock"):
+        with contextlib.suppress(OSError), open(path, "rb") as file:  # State says why it may not be read
+            if file.read(19)[18:] != b"\2":
+                check_file(path)
 
 
 def meant(wrong: str, right: Iterable[str]) -> str:
@@ -6202,6 +6219,8 @@ def check_invitation(parser: argparse.ArgumentParser, options: argparse.Namespac
     if not is_there(folder) and options.db != default_path():
         raise Unusable(f"there is no folder {folder}: correct --db, or make that folder first")
     check_file(options.db)
+    if found := in_the_way(f"{options.db}.tokens.new"):  # else the words about what is to happen come first
+        raise Unusable(f"cannot write the tokens in {options.db}.tokens: {found}")
     try:
         for each in options.also:
             name(each, "--also")
@@ -6724,6 +6743,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         folder = os.path.dirname(os.path.abspath(options.db))
         was_there = os.path.isdir(folder) or options.db == default_path()
+        check_new(options.db)
         with contextlib.closing(options.front.open_state(options) if options.front else State(options.db)) as state:
             if not was_there:
                 say(f"there was no folder {folder}: it is made for the database")

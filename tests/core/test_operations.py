@@ -502,7 +502,18 @@ def test_a_name_that_no_file_can_have_is_no_bus(tmp_path):
     assert code == 2 and ": there is no bus with the database " in err and err.count("\n") == 1
 
 
-@pytest.mark.parametrize("command", [["tokens"], ["prune"], ["invite", "ann"], ["restore", "COPY"]])
+def test_where_no_token_can_be_written_nothing_else_is_said(tmp_path, monkeypatch, capsys):
+    """It said first that the first token closes the bus. Root may write everywhere, so the refusal is planted."""
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    db = tmp_path / "agent-bus" / "bus.db"
+    monkeypatch.setattr(bus_server, "default_path", lambda: str(db))
+    assert bus_server.main(["invite", "dell", "--yes"]) == 2
+    why = f"you may not write {tmp_path}; --db gives another place"
+    said = f"bus_server: cannot write the tokens in {db}.tokens: {why}\n"
+    assert capsys.readouterr() == ("", said) and not db.parent.exists()
+
+
+@pytest.mark.parametrize("command", [["tokens"], ["prune"], ["invite", "ann"], ["restore", "COPY"], []])
 def test_a_database_behind_a_closed_door_is_not_called_missing(command, tmp_path, monkeypatch, capsys):
     """Root may look everywhere, so the refusal of the system is planted."""
     hidden, stat = str(tmp_path / "its" / "bus.db"), os.stat

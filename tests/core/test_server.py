@@ -187,6 +187,30 @@ def test_an_unusable_database_is_one_clear_line(tmp_path):
     assert "newer bus_server" in refused("--port", 0, "--db", tmp_path / "newer.db")
 
 
+@pytest.mark.parametrize("journal", [None, "delete"])
+def test_beside_a_file_of_another_program_nothing_is_put(journal, tmp_path):
+    file = tmp_path / "README.md"
+    if journal:
+        with contextlib.closing(sqlite3.connect(file)) as database:
+            database.executescript(f"PRAGMA journal_mode={journal}; CREATE TABLE t(x)")
+    else:
+        file.write_text("# A text\n")
+    before = file.read_bytes()
+    said = refused("--port", 0, "--db", file)
+    assert ("is not a database of agent-bus: choose another --db" if journal else "file is not a database") in said
+    assert [*tmp_path.iterdir()] == [file] and file.read_bytes() == before
+
+
+def test_the_path_of_the_messages_is_whole(tmp_path):
+    command = [sys.executable, str(ROOT / "bus_server.py"), "--port", "0", "--db", "../bus.db"]
+    (tmp_path / "here").mkdir()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path / "here") as server:
+        server.stdout.readline()
+        assert server.stdout.readline() == f"messages are in {tmp_path / 'bus.db'}\n"
+        server.terminate()
+        assert server.wait(PATIENCE) == 0
+
+
 @pytest.mark.parametrize("command", [["--port", "0"], ["tokens"], ["invite", "x", "--yes"], ["revoke", "x"], ["prune"],
                                      ["backup", "copy"], ["restore", "copy"]])  # fmt: skip
 def test_a_folder_is_no_database_and_the_error_has_a_path_that_is(command, tmp_path):
