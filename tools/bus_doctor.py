@@ -3,8 +3,8 @@
 
     AGENT_BUS_URL=https://bus.example AGENT_NAME=spark python3 tools/bus_doctor.py
 
-It prints one line for each hop: `ok`, `warn` (it works, with a problem), or `FAIL`. The line below a `warn` or `FAIL`
-says what to do. The first `FAIL` ends the check. If AGENT_BUS_URL has several URLs, each is checked, and a last line
+It prints one line for each hop: `ok`, `warn` (it works, with a problem), `-` (skipped), or `FAIL`. The line below a
+`warn` or `FAIL` says what to do. The first `FAIL` ends the check. If AGENT_BUS_URL has several URLs, each is checked, and a last line
 names those that fail. For a bus with several fronts it also says which machine of the ledger leads, whether
 acknowledged messages are on a second machine, and how far each front is. The environment and the code are those of the
 clients, so a client has the same faults.
@@ -34,7 +34,7 @@ try:
     import bus_recv  # noqa: I001  first, as the next two need it
     import bus_send
     from bus_doctor_bus import BETWEEN, Bus
-    from bus_doctor_way import Fault, Finding
+    from bus_doctor_way import Fault, Finding, Skipped
 except ModuleNotFoundError as missing:
     print(f"bus_doctor: {missing.name}.py is missing in {HERE}: run curl -fO $AGENT_BUS_URL/{missing.name}.py there",
           file=sys.stderr)  # fmt: skip
@@ -65,6 +65,8 @@ def examine(way: Bus) -> bool:
                 found = look(way)
             if isinstance(found, tuple):
                 verdict, (found, advice) = "warn", found
+        except Skipped as why:
+            verdict, found = "-", f"skipped: {why}"
         except Fault as fault:
             verdict, found, advice = "FAIL", str(fault), fault.advice
         except FAULTS as error:  # although the hops before it went well

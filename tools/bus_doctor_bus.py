@@ -16,7 +16,7 @@ import time
 from typing import Any
 from urllib.parse import urlencode, urlsplit
 
-from bus_doctor_way import MEND, Fault, Finding, Way
+from bus_doctor_way import MEND, Fault, Finding, Skipped, Way
 
 import bus_recv
 import bus_send
@@ -143,7 +143,7 @@ class Bus(Way):
         if not self.name:
             return "skipped: AGENT_NAME is not set", "set it to the name that the others send to"
         if self.first:
-            return "skipped: a bus of the first contract would store the test message"
+            raise Skipped("a bus of the first contract would store the test message")
         if not bus_recv.NAME.fullmatch(self.name):
             advice = "a name is 1 to 64 of A-Z a-z 0-9 . _ : @ - with a letter or digit first"
             raise Fault(f"AGENT_NAME is {self.name!r}, which is not a name", advice)
@@ -164,7 +164,7 @@ class Bus(Way):
     def recv(self) -> Finding:
         """May we read our mail? The poll is for a channel without mail."""
         if not self.name:
-            return "skipped"
+            raise Skipped("AGENT_NAME is not set")
         query = {"to": self.name, "channel": CHANNEL, "since": self.health["now"], "peek": "true"}
         try:
             bus_recv.ask(self.url, f"/recv?{urlencode(query)}", self.PATIENCE)
@@ -176,9 +176,9 @@ class Bus(Way):
     def long_poll(self) -> Finding:
         """Does a request without an answer stay open for as long as the bus may hold it?"""
         if not self.name or not self.hold:
-            return "skipped"
+            raise Skipped("--hold is 0" if self.name else "AGENT_NAME is not set")
         if self.first:
-            return "skipped: a bus of the first contract holds a poll for as long as it likes"
+            raise Skipped("a bus of the first contract holds a poll for as long as it likes")
         if sys.stderr and sys.stderr.isatty():
             print(f"      (a long poll takes {self.hold:g} s; --hold 0 leaves it out)", file=sys.stderr)
         began = time.monotonic()
@@ -186,7 +186,7 @@ class Bus(Way):
         try:  # a reader of the log is nobody, so no name is left behind
             bus_recv.ask(self.url, f"/log?{urlencode(query)}", self.hold + self.PATIENCE)
         except bus_recv.Refused as refused:
-            return f"skipped: {refused}"
+            raise Skipped(str(refused)) from None
         except bus_recv.Unreachable as fault:
             held = time.monotonic() - began
             advice = f"set the timeout of each proxy to 75 s (docs/deploy.md); until then, wait={held * 0.8:.0f} works"

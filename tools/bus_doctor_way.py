@@ -42,6 +42,10 @@ class Fault(Exception):
         self.advice = advice
 
 
+class Skipped(Exception):
+    """A hop was not looked at: why not."""
+
+
 class Way:
     """The way from here to one server. A hop sets attributes for later hops."""
 

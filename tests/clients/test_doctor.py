@@ -50,14 +50,15 @@ def examine(monkeypatch, capsys):
             if line.startswith("             -> "):
                 found[hop] = (*found[hop][:2], line[16:])
             else:
-                verdict, hop, text = re.fullmatch("(ok|warn|FAIL) +([a-z]+) +(.+)", line).groups()
+                verdict, hop, text = re.fullmatch("(ok|warn|-|FAIL) +([a-z]+) +(.+)", line).groups()
                 assert hop not in found
                 found[hop] = (verdict, text, "")
         assert list(found) == HOPS[: len(found)]
         verdicts = [verdict for verdict, *_ in found.values()]
         assert code == (1 if "FAIL" in verdicts else 0) and "FAIL" not in verdicts[:-1]
         assert code or len(found) == len(HOPS)
-        assert all(bool(advice) == (verdict != "ok") for verdict, _, advice in found.values()), found
+        assert all(text.startswith("skipped: ") for verdict, text, _ in found.values() if verdict == "-")
+        assert all(bool(advice) == (verdict in ("warn", "FAIL")) for verdict, _, advice in found.values()), found
         return found, code
 
     return examine
@@ -106,6 +107,13 @@ def test_a_good_way_is_ok_at_every_hop_and_the_bus_is_as_it_was(bus, examine):
     assert code == 0 and {verdict for verdict, *_ in found.values()} == {"ok"}, found
     assert found["hold"][1] == "open for 2 s"
     assert mail() == before
+
+
+def test_what_was_skipped_is_not_called_ok(bus, examine):
+    found, _ = examine(bus.url)
+    assert found["hold"] == ("-", "skipped: --hold is 0", "") and found["recv"][0] == "ok"
+    found, code = examine(bus.url, AGENT_NAME="")
+    assert found["recv"] == found["hold"] == ("-", "skipped: AGENT_NAME is not set", "") and code == 0
 
 
 def test_a_good_token_is_ok_and_never_shown(tmp_path, examine):
