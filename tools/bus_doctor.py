@@ -4,10 +4,10 @@
     AGENT_BUS_URL=https://bus.example AGENT_NAME=spark python3 tools/bus_doctor.py
 
 It prints one line for each hop: `ok`, `warn` (it works, with a problem), `-` (skipped), or `FAIL`. The line below a
-`warn` or `FAIL` says what to do. The first `FAIL` ends the check. If AGENT_BUS_URL has several URLs, each is checked, and a last line
-names those that fail. For a bus with several fronts it also says which machine of the ledger leads, whether
-acknowledged messages are on a second machine, and how far each front is. The environment and the code are those of the
-clients, so a client has the same faults.
+`warn` or `FAIL` says what to do. The first `FAIL` ends the check. If AGENT_BUS_URL has several URLs, each is checked,
+and a last line names those that fail. For a bus with several fronts it also says which machine of the ledger leads,
+whether acknowledged messages are on a second machine, and how far each front is. The environment and the code are
+those of the clients, so a client has the same faults.
 
 Nothing is stored, no mail is read and no cursor moves: the bus must refuse the test send, and the test polls use the
 channel `doctor`, where nobody sends, and leave no name behind. The token is never shown. Exit code: 0 no hop failed; 1
