@@ -4,7 +4,8 @@
     AGENT_BUS_URL=http://10.0.0.5:8080 AGENT_NAME=spark python3 tools/bus_file.py put weights.bin --to dell
     python3 tools/bus_file.py get 9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08 -o weights.bin
 
-`put` sends the bytes that the bus does not have yet, then one message: `file weights.bin 1234 bytes sha256 9f86...`.
+`put` sends the bytes that the bus does not have yet, then one message: `file weights.bin 1234 bytes`, `sha256 9f86...`
+on a line of its own, and how to get it.
 `get` downloads a file. Both resume after an interruption, use little memory, and show a bar if stderr is a terminal. A
 download is named PATH.HASH.part until it is complete and its hash is right; the next `get` continues that part.
 
@@ -45,6 +46,7 @@ STALL_SECONDS = 60.0  # without a byte; at the end of an upload the bus reads th
 RATE = 8192  # bytes per second; a slower transfer is cut off, and resumed
 PATIENCE = 60.0  # s without progress, then we give up
 BAR = 30  # characters
+HOW_TO_GET = "to get it: agent-bus file get SHA256, or python3 bus_file.py get SHA256"
 NOTHING = hashlib.sha256().hexdigest()  # the hash of an empty file
 
 
@@ -349,7 +351,8 @@ def leave(options: argparse.Namespace) -> int:
     digest, size = put(options.path, url, options.timeout)
     name = os.path.basename(options.path).encode(errors="replace").decode()  # on this disk it need not be UTF-8
     said = {"name": name, "size": size, "sha256": digest}
-    msg = f"file {bus_recv.word(name)} {size} bytes sha256 {digest}"
+    # A line of its own fits into 80 columns, so that it can be copied from a terminal.
+    msg = f"file {bus_recv.word(name)} {size} bytes\nsha256 {digest}\n{HOW_TO_GET}"
     given = {"sender": options.sender, "channel": options.channel, "type": "file", "subject": options.subject}
     complain(f"{bus_recv.word(name)} is on the bus, its sha256 is {digest}")
     bus_send.report(bus_send.send(options.to, msg, fields=said, **given), options.to)

@@ -97,7 +97,9 @@ def test_a_file_is_left_for_somebody_who_is_told_its_hash(bus, tmp_path):
     code, out, _ = run("put", source, "--to", "dell", "--subject", "weights", url=bus.url)
     told = next(bus_recv.receive("dell", url=bus.url, timeout=PATIENCE))
     assert code == 0 and json.loads(out)["id"] == told["id"]
-    assert told["msg"] == f'file "two words.bin" 300000 bytes sha256 {digest}'
+    first, second, third = told["msg"].split("\n")
+    assert (first, second) == ('file "two words.bin" 300000 bytes', f"sha256 {digest}")
+    assert "bus_file.py get SHA256" in third and max(len(second), len(third)) <= 78, "behind `| `, in 80 columns"
     assert [told[field] for field in ("type", "name", "size", "sha256", "subject")] == [
         "file", "two words.bin", 300000, digest, "weights",
     ]  # fmt: skip
@@ -115,7 +117,7 @@ def test_a_file_whose_name_is_not_utf_8_is_announced_with_that_byte_replaced(bus
     err = process.communicate(timeout=PATIENCE)[1]
     assert process.returncode == 0, err
     told = next(bus_recv.receive("dell", url=bus.url, timeout=PATIENCE))
-    assert told["name"] == "b?d.bin" and told["msg"].startswith('file "b?d.bin" 4 bytes sha256 ')
+    assert told["name"] == "b?d.bin" and told["msg"].startswith('file "b?d.bin" 4 bytes\nsha256 ')
 
 
 @pytest.mark.parametrize("size", [0, 1, bus_file.PIECE, bus_file.PIECE + 1])
