@@ -513,7 +513,7 @@ def plain(url: str) -> str:
 
 
 def older_places(place: str) -> list[str]:
-    """The folders of an older version for the bus of this folder: it had one for each spelling of the URL."""
+    """The folders that an older version made for this bus, one for each spelling of its URL."""
     top, own = os.path.split(place)
     found = []
     for name in os.listdir(top) if os.path.isdir(top) else ():

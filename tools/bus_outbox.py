@@ -14,11 +14,11 @@ it. So the bus gets each message once, even if we are killed or an answer is los
 wait, and those for others go on. If the bus refuses a message for good, its file goes to the subfolder `dead`, with the
 reason; to try it again, move it back.
 
-It takes the variables of bus_send.py. An outbox belongs to one sender and one bus: to its URL, however that is spelled,
-or to the first of its URLs by the alphabet. It is a folder in AGENT_BUS_STATE_DIR with a file for each message: the
-name is a growing number, the content the arguments of send() and `ts`, the time; the bus puts its own there. A message
-whose `ttl` is over while it waits is not sent. If the clock was set back meanwhile, by as much as its ttl or more,
-nobody knows how long it has waited: then it is not sent either.
+It takes the variables of bus_send.py. An outbox belongs to one sender and one bus: to its URL, however that is
+spelled, or to the first of its URLs by the alphabet. It is a folder in AGENT_BUS_STATE_DIR with a file for each
+message. The name of the file is a growing number; it holds the arguments of send() and `ts`, the time, for which the
+bus later sets its own. A message whose `ttl` is over while it waits is not sent. If the clock was set back meanwhile,
+by as much as its ttl or more, nobody knows how long it has waited: then it is not sent either.
 Exit code: 0 sent or stored, and stderr says which; 1 refused by the bus; 2 usage, or the file cannot be written; 75
 only with --flush: messages still wait.
 """
