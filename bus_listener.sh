@@ -301,7 +301,7 @@ digest() (
     0,*,refused) news=refused sentence=$its_bus ;;
     35,*) sentence+="; if this port speaks http, set AGENT_BUS_URL=http${base#https}" ;;
     52,* | 56,*) [[ $base != http:* ]] || sentence+="; if this port speaks https, set AGENT_BUS_URL=https${base#http}" ;;
-    60,*) sentence+=": its certificate is not trusted here; set AGENT_BUS_CA to the file of the certificate" ;;
+    60,*) sentence+=": its certificate is not trusted here; set AGENT_BUS_CA to its file, or join anew if the bus has a new key" ;;
     0,429,* | 0,503,*)
       sentence="$url answers $status: not now"
       [[ $(grep -i '^retry-after:' "$HEAD" 2>/dev/null) =~ $WAIT ]] && pause=$((10#${BASH_REMATCH[1]})) ;;

@@ -271,17 +271,19 @@ def is_joined() -> bool:
     return settings().get("AGENT_BUS_CA") == configuration()[0][: -len("env")] + "pem"
 
 
-def unused_file(refused: bool = False) -> str:
-    """For an error about a setting that is missing: the configuration file is of another bus, so it was not used.
-
-    If the bus has `refused` a token, it may be that of the file.
-    """
-    (path, file), tokens = configuration(), {"AGENT_BUS_TOKEN", "AGENT_BUS_TOKEN_FILE"}
+def unused_file() -> str:
+    """For an error about a setting that is missing: the configuration file is of another bus, so it was not used."""
+    path, file = configuration()
     url = file.get("AGENT_BUS_URL", DEFAULT_URL)
-    if file and not is_within(settings()["AGENT_BUS_URL"], url):
-        return f"; {path} is for {url}, which is not AGENT_BUS_URL, so it was not used"
-    its = refused and tokens & file.keys() and not tokens & {name for name, value in os.environ.items() if value}
-    return f"; the token is that of {path}" if its else ""
+    differs = file and not is_within(settings()["AGENT_BUS_URL"], url)
+    return f"; {path} is for {url}, which is not AGENT_BUS_URL, so it was not used" if differs else ""
+
+
+def file_of_token() -> str:
+    """For an error about the token that is used: the configuration file has it, and the environment has none."""
+    path, file = configuration()
+    tokens = {"AGENT_BUS_TOKEN", "AGENT_BUS_TOKEN_FILE"}
+    return f"; the token is that of {path}" if tokens & file.keys() and not any(map(os.environ.get, tokens)) else ""
 
 
 def private(path: str, must: bool = True) -> str:
@@ -295,7 +297,7 @@ def private(path: str, must: bool = True) -> str:
     except OSError as error:
         if not must and isinstance(error, (FileNotFoundError, NotADirectoryError)):
             return ""
-        advice = "; it must be yours, in folders that you may enter" * isinstance(error, PermissionError)
+        advice = "; it must be yours, in folders that you may enter" if isinstance(error, PermissionError) else ""
         raise ValueError(f"{path} cannot be read: {error.strerror}{advice}") from None
     if os.name == "posix" and (state.st_mode & 0o077 or state.st_uid != os.geteuid()):
         raise ValueError(f"{path} must be yours and for you alone: chmod 600 {path}, or make it anew")
@@ -581,7 +583,8 @@ def judged(response: Any, body: bytes, fraction: Any = float, through: str = "")
         return answer
     error = answer.get("error")
     if 400 <= response.status < 500 and response.status not in (408, 425, 429) and isinstance(error, str):
-        raise Refused(response.status, error + unused_file(True) if response.status == 401 else error)
+        about = (unused_file() or file_of_token()) if response.status == 401 else ""
+        raise Refused(response.status, error + about)
     wait = response.headers.get("Retry-After", "")
     page = "a web page, not a bus" if response.status < 500 and body.lstrip()[:1] == b"<" else "not from a bus"
     page = "this port speaks https, not http" if response.status == 400 and b"HTTPS" in body else page
@@ -746,9 +749,9 @@ def main(argv: list[str] | None = None) -> int:
             return show_reply(ask(to, msg, timeout=seconds, warn=complain, tell=tell, **given), to)
         report(send(to, msg, patience=seconds, warn=complain, **given), to, as_json)
     except (KeyboardInterrupt, ValueError, Refused, Unreachable) as error:
-        # Ctrl-C has no text of its own. A question may be stored, and only its answer is waited for.
-        said = advised(error, to)
-        question and not said or complain(said or "stopped; the bus has not said that it has the message")
+        said = advised(error, to)  # Ctrl-C has no text of its own
+        if said or not question:  # a question may be stored, and only its answer is waited for
+            complain(said or "stopped; the bus has not said that it has the message")
         return {KeyboardInterrupt: 130, Refused: 1, Unreachable: 75}.get(type(error), 2)
     return 0
 

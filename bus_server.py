@@ -4011,7 +4011,8 @@ class Mailbox:
         self.above = (0, 0)  # above a hole: between these ticks messages were delivered
         self.reached = self.fetched  # highest tick delivered, above holes too; later messages fill the mailbox
         self.firm = bool(stored)  # it has a row on disk, or should get one; else it was only looked at
-        self.base, self.below = None if self.removed else 0, 0  # a mark, and the messages up to it; None: to be counted
+        self.base = None if self.removed else 0  # a mark whose messages are counted; None: they are to be counted
+        self.below = 0  # how many messages lie up to `base`
         self.expired: tuple[int, Expiry, int] | None = None  # above which mark, counted up to where, how many
         self.gone = (0, 0, 0)  # above the one tick, up to the other, all messages were expired then (wall clock, us)
         self.pending: Unfetched | None = None  # None: to be counted
@@ -4210,11 +4211,15 @@ class Mailboxes:
         if poll.since >= max(self.removed, self.lost, self.forgotten):
             return None  # without a look at each of many mailboxes
         if poll.me is None:
-            its, names, perhaps_forgotten = poll.channel, poll.names, True
-            boxes = [box for (at, own), box in self.boxes.items() if its in (None, at) and (not names or own in names)]
+            boxes = [
+                box
+                for (channel, own), box in self.boxes.items()
+                if poll.channel in (None, channel) and (not poll.names or own in poll.names)
+            ]
         else:
             boxes = [self.box(str(poll.channel), own) for own in poll.names]
-        removed = max(self.lost, self.forgotten * perhaps_forgotten, *(box.removed for box in boxes))
+        removed = max((box.removed for box in boxes), default=0)
+        removed = max(removed, self.lost, self.forgotten if poll.me is None or perhaps_forgotten else 0)
         return (poll.since, removed) if removed > poll.since else None
 
     def note_removed(self, removed: dict[Any, int]) -> None:

@@ -15,7 +15,7 @@ from tests.kit.processes import PATIENCE, ROOT, has_taken_its_signals, wait_unti
 
 pytestmark = pytest.mark.usefixtures("home")
 
-LIMITS = {"bus_recv.py": 815, "bus_send.py": 503}  # lines of code
+LIMITS = {"bus_recv.py": 818, "bus_send.py": 507}  # lines of code
 TOOLS = [f"bus_{tool}" for tool in "work log doctor file outbox relay who inbox search redact later lock".split()]
 PARTS = ["bus_doctor_bus", "bus_doctor_way"]
 INSTALLS = ["bus_install", "bus_agents", "bus_change", "bus_service"]
